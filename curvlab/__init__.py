@@ -1,0 +1,27 @@
+"""curvlab: curvature diagnostics of neural networks in PyTorch. The public names; nothing is computed here."""
+
+from importlib.metadata import version as _version
+
+from curvlab import datasets, exact, likelihoods, models
+from curvlab.algorithms import approximation, optimizer
+from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.log import late_cosine
+from curvlab.log import open_log as open  # noqa: A004  # the design's name: cl.open("run.h5")
+from curvlab.objective import Objective
+from curvlab.runs import compare
+
+__version__ = _version("curvlab")
+__all__ = [
+    "CurvlabError",
+    "CurvlabWarning",
+    "Objective",
+    "approximation",
+    "compare",
+    "datasets",
+    "exact",
+    "late_cosine",
+    "likelihoods",
+    "models",
+    "open",
+    "optimizer",
+]

@@ -1,0 +1,5 @@
+"""``python -m curvlab``."""
+
+from curvlab.cli import main
+
+main()

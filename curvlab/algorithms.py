@@ -1,0 +1,185 @@
+"""ALGORITHMS: one line per name. Every entry is an approximation (`approximation`) and a full optimizer (`optimizer`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from curvlab.curvature.base import Average, BlockDiagonal, CurvatureBlock, IdentityBlock
+from curvlab.curvature.diagonal import SecondMoment
+from curvlab.curvature.fisher import DenseFisher
+from curvlab.curvature.kfac import Kfac
+from curvlab.curvature.shampoo import shampoo
+from curvlab.curvature.smw import SmwFisher
+from curvlab.curvature.tnt import tnt, tnt_per_sample
+from curvlab.errors import CurvlabError, lookup
+from curvlab.layers import Block
+from curvlab.objective import Objective, Pass
+from curvlab.optim import Descent, MomentumKind, Optimizer
+
+Rule = Callable[[float, int], float]
+"""Overall damping λ and batch size m → the document's own damping parameter, so that methods compare at one λ (practice)."""
+
+
+def _same(overall: float, size: int) -> float:
+    return overall
+
+
+def _per_factor(overall: float, size: int) -> float:
+    """ε² = λ: two factors of the Fisher matrix, ε added to each."""
+    return math.sqrt(overall)
+
+
+def _per_factor_of_mean(overall: float, size: int) -> float:
+    """ε² = λ / m: the factors of a batch-mean gradient of m examples estimate Fisher / m."""
+    return math.sqrt(overall / size)
+
+
+def _fixed(epsilon: float) -> Rule:
+    """Table 4.3's ε for MNIST at every λ: the method approximates no Fisher matrix whose damping λ could be."""
+    return lambda overall, size: epsilon
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One method: its block, its labels and its document's constants.
+
+    `lr` and `damping` are the document's for the MNIST autoencoder (thesis Table 4.3, 4.5) unless `source` says otherwise.
+    """
+
+    summary: str
+    source: str
+    make: Callable[[Block], CurvatureBlock]
+    labels: Pass
+    lr: float
+    damping: float
+    rule: Rule
+    momentum: float = 0.9
+    momentum_kind: MomentumKind = "add"
+    decay: float = 0.9
+    average: Average = "moving"
+    warm: bool = True
+    learns_first: bool = True
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "block-fisher": Algorithm(
+        "dense Fisher matrix of each layer, sampled labels, Cholesky", "thesis 4.3.4; practice",
+        lambda b: DenseFisher(b), "model", 0.03, 1e-3, _same,
+    ),
+    "block-ef": Algorithm(
+        "dense empirical Fisher matrix of each layer, Cholesky", "thesis 4.3.4 with (5.3)",
+        lambda b: DenseFisher(b), "data", 0.03, 1e-3, _same,
+    ),
+    "kfac": Algorithm(
+        "Kronecker factors of inputs and derivatives, π damping", "thesis Alg. 12, 4.7.2",
+        lambda b: Kfac(), "model", 0.03, 1.0, _same, learns_first=False,
+    ),
+    "kfac-ef": Algorithm(
+        "KFAC from the data's labels", "thesis 4.7.3",
+        lambda b: Kfac(), "data", 1.0, 100.0, _same, learns_first=False,
+    ),
+    "tnt": Algorithm(
+        "tensor-normal factors of the batch-mean gradient, sampled labels", "thesis Alg. 15",
+        tnt, "model", 1e-4, 0.1, _per_factor_of_mean,
+    ),
+    "tnt-ef": Algorithm(
+        "TNT from the data's labels", "thesis 4.7.3",
+        tnt, "data", 3e-6, 0.01, _per_factor_of_mean,
+    ),
+    "tnt-per-sample": Algorithm(
+        "tensor-normal factors of the per-sample gradients", "thesis (4.2), (4.10); practice",
+        tnt_per_sample, "model", 0.03, 0.1, _per_factor,
+    ),
+    "shampoo": Algorithm(
+        "−1/2k-th powers of contracted gradients, coupled Newton", "thesis Alg. 16",
+        shampoo, "data", 3e-4, 3e-4, _fixed(3e-4),
+    ),
+    "adam": Algorithm(
+        "root of the diagonal second moment", "thesis 4.7.2; Kingma and Ba 2015",
+        lambda b: SecondMoment(), "data", 1e-4, 1e-4, _fixed(1e-4),
+        momentum_kind="corrected", decay=0.999, average="corrected", warm=False,
+    ),
+    "sgd-m": Algorithm(
+        "the momentum gradient itself", "thesis 4.7.2",
+        lambda b: IdentityBlock(), "data", 0.003, 0.0, _fixed(0.0), warm=False,
+    ),
+    "smw-ng-bd": Algorithm(
+        "block natural gradient of one minibatch, N×N Woodbury system", "thesis 5.3, Alg. 23 by block",
+        lambda b: SmwFisher(), "model", 0.03, 1e-3, _same, momentum=0.0, average="last", warm=False,
+    ),
+}  # fmt: skip
+
+
+def approximation(
+    name: str,
+    objective: Objective,
+    *,
+    damping: float | None = None,
+    labels: Pass | None = None,
+    decay: float | None = None,
+    update_every: int = 1,
+    refresh_every: int = 1,
+) -> BlockDiagonal:
+    """The curvature of algorithm `name`: no step, no model moved.
+
+    Args:
+        name: of `ALGORITHMS`.
+        objective: whose blocks.
+        damping: the document's own parameter (λ of KFAC and the block methods, ε of TNT, Shampoo and Adam).
+        labels: "data" (empirical), "model" (sampled) or "exact", where it is not to be the algorithm's own.
+        decay: of the moving averages; the document's where None (0.9; Adam's β₂ 0.999).
+        update_every: T₁. refresh_every: T₂.
+
+    Raises:
+        CurvlabError: unknown name (with the known ones and the closest), an argument out of range.
+    """
+    a = lookup(ALGORITHMS, name, "algorithm")
+    return BlockDiagonal(
+        objective.blocks,
+        a.make,
+        labels=a.labels if labels is None else labels,
+        damping=a.damping if damping is None else damping,
+        decay=a.decay if decay is None else decay,
+        average=a.average,
+        warm=a.warm,
+        update_every=update_every,
+        refresh_every=refresh_every,
+    )
+
+
+def descent(
+    name: str, objective: Objective, *, momentum: float | None = None, weight_decay: float = 0.0, **options: Any
+) -> Descent:
+    """Algorithm `name` as a `Descent`; `options` are those of `approximation`."""
+    a = lookup(ALGORITHMS, name, "algorithm")
+    return Descent(
+        objective,
+        approximation(name, objective, **options),
+        momentum=a.momentum if momentum is None else momentum,
+        momentum_kind=a.momentum_kind,
+        weight_decay=weight_decay,
+        learns_first=a.learns_first,
+    )
+
+
+def optimizer(name: str, objective: Objective, lr: float | None = None, **options: Any) -> Optimizer:
+    """Algorithm `name` as a `torch.optim.Optimizer`.
+
+    Args:
+        name: of `ALGORITHMS`.
+        objective: what it steps on.
+        lr: the document's where None.
+        options: momentum, weight_decay, and those of `approximation`.
+    """
+    a = lookup(ALGORITHMS, name, "algorithm")
+    return Optimizer(descent(name, objective, **options), a.lr if lr is None else lr)
+
+
+def damping_for(name: str, overall: float, size: int) -> float:
+    """The document's damping parameter of algorithm `name` at overall damping `overall` and batches of `size` examples."""
+    if not overall >= 0:
+        raise CurvlabError(f"damping must be 0 or positive, not {overall:g}")
+    return lookup(ALGORITHMS, name, "algorithm").rule(overall, size)

@@ -1,0 +1,232 @@
+"""The command line: parse, call `runs`, exit. Bad input is one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import curvlab
+from curvlab import datasets, figures, models, probes, runs
+from curvlab.algorithms import ALGORITHMS
+from curvlab.errors import CurvlabError, lookup
+from curvlab.log import late_cosine, open_log
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+out, err = Console(), Console(stderr=True, soft_wrap=True, highlight=False)
+
+Option = typer.Option
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Curvature diagnostics of neural networks."""
+    if version:
+        out.print(f"curvlab {curvlab.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def compare(
+    model: Annotated[str, Option(help="Network, of `curvlab list models`.", rich_help_panel="Problem")],
+    data: Annotated[str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")] = None,
+    reference: Annotated[
+        str, Option(help="Algorithm that moves the parameters and to which cosines are taken.", rich_help_panel="Methods")
+    ] = "block-fisher",
+    algorithms: Annotated[
+        str, Option(help="The others, with commas between.", rich_help_panel="Methods")
+    ] = ",".join(runs.FIGURE_4_1),
+    lr: Annotated[
+        float | None, Option(help="Learning rate of the reference; its document's by default.", rich_help_panel="Methods")
+    ] = None,
+    damping: Annotated[
+        float, Option(help="Overall damping λ, given to every method by one rule (README).", rich_help_panel="Methods")
+    ] = 1e-3,
+    momentum: Annotated[float, Option(help="β of every method (thesis 4.7.2).", rich_help_panel="Methods")] = 0.9,
+    decay: Annotated[
+        float | None,
+        Option(help="Of every moving average; by default each document's: 0.9, Adam's β₂ 0.999.", rich_help_panel="Methods"),
+    ] = None,
+    update_every: Annotated[int, Option(help="T₁, steps between updates of statistics.", rich_help_panel="Methods")] = 1,
+    refresh_every: Annotated[int, Option(help="T₂, steps between inversions.", rich_help_panel="Methods")] = 1,
+    steps: Annotated[
+        int | None, Option(help="Steps; 300 unless --epochs says otherwise.", rich_help_panel="Length")
+    ] = None,
+    epochs: Annotated[int | None, Option(help="Epochs; with --steps, whichever ends first.", rich_help_panel="Length")] = None,
+    batch_size: Annotated[int, Option(help="Examples in a minibatch.", rich_help_panel="Length")] = 1000,
+    seed: Annotated[int, Option(help="Of weights, batches and sampled labels.", rich_help_panel="Length")] = 0,
+    seeds: Annotated[int, Option(help="Repeat with this many seeds, from --seed on.", rich_help_panel="Length")] = 1,
+    device: Annotated[str, Option(help="auto (CUDA where there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine")] = "auto",
+    dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel="Machine")] = "float32",
+    log_every: Annotated[int, Option(help="Steps between records.", rich_help_panel="Output")] = 1,
+    out_folder: Annotated[
+        Path | None,
+        Option("--out", metavar="FOLDER", help="Gets run.h5, cosine.png, cosine.svg; a fresh one under runs/ by default.",
+               rich_help_panel="Output"),
+    ] = None,
+) -> None:  # fmt: skip
+    """Follow one algorithm and compare every other's direction with it: cosines by layer (thesis Figure 4.1).
+
+    The defaults are the published picture: trajectory of block-fisher, batches of 1000, learning rate 0.03, overall damping 1e-3,
+    300 steps, warm start over one pass, sampled labels.
+    """
+    call = {"command": "compare"} | dict(locals())
+    call["out"] = str(call.pop("out_folder") or "")
+    names = tuple(name.strip() for name in algorithms.split(",") if name.strip())
+    settings = runs.Settings(reference, names, lr, damping, momentum, decay, update_every, refresh_every, log_every)
+    if steps is None and epochs is None:
+        steps = 300
+    if seed < 0:
+        raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
+    named = runs.Named(
+        settings, model, data, steps, epochs, batch_size, tuple(range(seed, seed + seeds)), device, dtype
+    )
+    runs.check_named(named)
+    _keep_freed_memory()
+    folder = _folder(out_folder, f"compare-{model}")
+    path = folder / "run.h5"
+    try:
+        run = runs.compare_named(named, path, call, err)
+    except KeyboardInterrupt:
+        saved = f"the log so far is saved in {path}" if path.exists() else "nothing was logged yet"
+        err.print(f"curvlab: interrupted; {saved}", markup=False)
+        raise typer.Exit(130) from None
+    except CurvlabError as error:
+        saved = f" (the log so far is saved in {path})" if path.exists() else ""
+        raise CurvlabError(f"{error}{saved}") from error
+    figure = run.figure("cosine")
+    written = [path]
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"cosine.{suffix}", dpi=150)
+        written.append(folder / f"cosine.{suffix}")
+    _print_cosines(run.dataset)
+    for file in written:
+        out.print(f"wrote {file}", highlight=False, soft_wrap=True)
+
+
+def _print_cosines(ds: Any) -> None:
+    late = late_cosine(ds)
+    several = "seed" in late.dims
+    mean, spread = (late.mean("seed"), late.std("seed")) if several else (late, None)
+    over = f", mean ± standard deviation of {late.sizes['seed']} seeds" if several else ""
+    table = Table(title=f"Mean cosine to {ds.attrs['reference']} over the last three quarters of the steps{over}")
+    table.add_column("algorithm")
+    for block in mean["block"].values:
+        table.add_column(f"layer {block}", justify="right")
+    for name in mean["algorithm"].values:
+        if name == ds.attrs["reference"]:
+            continue
+        cells = [f"{float(v):.3f}" for v in mean.sel(algorithm=name)]
+        if spread is not None:
+            cells = [f"{c} ± {float(s):.3f}" for c, s in zip(cells, spread.sel(algorithm=name), strict=True)]
+        table.add_row(str(name), *cells)
+    out.print(table)
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="A run's folder or its run.h5.")],
+    figure: Annotated[str, Option(help="Of `curvlab list figures`.")] = "cosine",
+    output: Annotated[
+        Path | None, Option("-o", "--output", metavar="FILE", help="PNG, SVG or PDF; by default beside the log, as PNG.")
+    ] = None,
+) -> None:
+    """Redraw a figure from the log alone."""
+    lookup(figures.FIGURES, figure, "figure")
+    ds = open_log(run)
+    target = output or (run if run.is_dir() else run.parent) / f"{figure}.png"
+    drawn = figures.draw(ds, figure)
+    if target.suffix[1:] not in drawn.canvas.get_supported_filetypes():
+        raise CurvlabError(f"figures are not written as '{target.suffix}' (known: .png, .svg, .pdf)")
+    try:
+        drawn.savefig(target, dpi=150)
+    except OSError as error:
+        raise CurvlabError(f"{target} cannot be written: {error.strerror}") from error
+    out.print(f"wrote {target}", highlight=False, soft_wrap=True)
+
+
+def _algorithm_rows() -> list[tuple[str, ...]]:
+    return [
+        (name, a.summary, a.labels, f"{a.lr:g}", f"{a.damping:g}", a.source) for name, a in ALGORITHMS.items()
+    ]
+
+
+LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = {
+    "algorithms": (("name", "what it is", "labels", "lr", "damping", "source"), _algorithm_rows),
+    "models": (("name", "what it is", "data"), lambda: [(n, m.summary, m.data) for n, m in models.MODELS.items()]),
+    "datasets": (("name", "what it is"), lambda: [(n, d.summary) for n, d in datasets.DATASETS.items()]),
+    "probes": (
+        ("name", "what it is", "variables"),
+        lambda: [(n, p.summary, ", ".join(p.variables)) for n, p in probes.PROBES.items()],
+    ),
+    "figures": (("name", "what it is"), lambda: [(n, f.summary) for n, f in figures.FIGURES.items()]),
+}
+"""{what: (columns, rows)}"""
+
+
+@app.command(name="list")
+def list_(what: Annotated[str, typer.Argument(help="algorithms, models, datasets, probes or figures.")]) -> None:
+    """List what the tables hold."""
+    columns, rows = lookup(LISTS, what, "list")
+    table = Table(*columns)
+    for row in rows():
+        table.add_row(*row)
+    out.print(table)
+
+
+def _folder(chosen: Path | None, stem: str) -> Path:
+    """The output folder, made; a fresh one under runs/ where none was chosen. Nothing that exists is overwritten."""
+    try:
+        if chosen is None:
+            for number in range(1, 100_000):
+                folder = Path("runs") / f"{stem}-{number:03d}"
+                try:
+                    folder.mkdir(parents=True)
+                except FileExistsError:
+                    continue
+                return folder
+        assert chosen is not None
+        chosen.mkdir(parents=True, exist_ok=True)
+        if (chosen / "run.h5").exists():
+            raise CurvlabError(f"{chosen} already holds a run.h5: choose another folder with --out")
+        probe = chosen / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CurvlabError(f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose another with --out") from error
+    return chosen
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed: the matrices of every step reuse the same pages (12 % of the default run's time)."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def main() -> None:
+    """Run the command line; one line and exit code 2 for bad input, 130 for Ctrl-C."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(prog_name="curvlab", standalone_mode=False)
+    except CurvlabError as error:
+        err.print(f"curvlab: {error}", markup=False)
+        code = 2
+    except click.ClickException as error:
+        err.print(f"curvlab: {error.format_message()}", markup=False)
+        code = 2
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        err.print("curvlab: interrupted", markup=False)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

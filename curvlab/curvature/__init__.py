@@ -1,0 +1,1 @@
+"""State: one file per family, named as its paper names it."""

@@ -1,0 +1,259 @@
+"""What every curvature is, and the one that is made of blocks.
+
+A `CurvatureBlock` keeps the statistics of one block and turns them into an operator; `BlockDiagonal` knows *when* they are
+updated and refreshed, and nothing else. Warm start, running mean and moving average are one thing: a weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from curvlab.capture import LayerStatistics
+from curvlab.errors import CurvlabError, CurvlabWarning, unknown
+from curvlab.layers import Block
+from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
+from curvlab.objective import Observation, Pass
+
+Average = Literal["moving", "corrected", "last"]
+"""How observations are averaged, k counting them from 1: weight max(1/k, 1 − decay); (1 − decay)/(1 − decayᵏ), Adam's; 1."""
+
+
+class CurvatureBlock(Protocol):
+    """Statistics of one block → operator. A plain final class; state is made from the first statistics."""
+
+    structural: bool
+    """Whether it reads a, g of a layer with a rule; False: the gradient is enough."""
+    memory: ClassVar[tuple[str, ...]]
+    """Names of the attributes that a checkpoint must hold, beside `inverse`: tensors, lists of tensors or None."""
+    inverse: Operator
+    """Approximates B⁻¹ on the row-major flattening of the block; there after the first `refresh`."""
+
+    def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Fold one observation in: old · (1 − weight) + new · weight. Cheap."""
+
+    def refresh(self, damping: float) -> None:
+        """What is expensive: inverses, roots."""
+
+
+class Curvature(Protocol):
+    """The curvature of a whole model, as a descent uses it."""
+
+    damping: float
+    ready: bool
+
+    @property
+    def needs(self) -> frozenset[Pass]: ...
+    def update(self, observation: Observation) -> None: ...
+    @property
+    def warm_needs(self) -> frozenset[Pass]: ...
+    def absorb(self, observation: Observation) -> None: ...
+    def refresh(self) -> None: ...
+    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
+    """old · (1 − weight) + new · weight; the first is the new one itself."""
+    return new.clone() if old is None else old.lerp(new, weight)
+
+
+class IdentityBlock:
+    """The gradient itself: SGD, and the fallback for parameters without structure (thesis 4.7.2: BatchNorm in KFAC)."""
+
+    structural: bool = False
+    memory: ClassVar[tuple[str, ...]] = ()
+    inverse: Operator
+
+    def update(self, statistics: LayerStatistics, weight: float) -> None:
+        if not hasattr(self, "inverse"):
+            self.inverse = identity_like(statistics.gradient)
+
+    def refresh(self, damping: float) -> None:
+        pass
+
+
+class BlockDiagonal:
+    """A curvature made of blocks, and the schedule of its updates.
+
+    Args:
+        blocks: the partition.
+        make: block → its CurvatureBlock.
+        labels: the pass that `update` reads.
+        damping: in the document's own place; may be changed at any time, used from the next refresh on.
+        decay: of the moving average (thesis Alg. 12, 15, 16: 0.9).
+        average: see `Average`.
+        warm: whether the document has a warm start (a running mean over one pass through the data).
+        update_every: T₁, steps between updates of the statistics.
+        refresh_every: T₂, steps between refreshes of the inverse; each of the first T₂ steps refreshes too (practice).
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        make: Callable[[Block], CurvatureBlock],
+        *,
+        labels: Pass,
+        damping: float,
+        decay: float = 0.9,
+        average: Average = "moving",
+        warm: bool = True,
+        update_every: int = 1,
+        refresh_every: int = 1,
+    ) -> None:
+        for name, value, good, wanted in (
+            ("damping", damping, damping >= 0, "0 or positive"),
+            ("decay", decay, 0 <= decay < 1, "at least 0 and below 1"),
+            ("update_every", update_every, update_every >= 1, "a positive number of steps"),
+            ("refresh_every", refresh_every, refresh_every >= 1, "a positive number of steps"),
+        ):
+            if not good:
+                raise CurvlabError(f"{name} must be {wanted}, not {value:g}")
+        self._partition = {block.name: block for block in blocks}
+        self.blocks = {block.name: make(block) for block in blocks}
+        loose = [b for b in blocks if b.module is None and self.blocks[b.name].structural]
+        if loose:
+            names = ", ".join(b.params[0] for b in loose)
+            warnings.warn(
+                f"parameters of layers without a rule follow the gradient where an algorithm needs a layer's structure: {names}",
+                CurvlabWarning,
+                stacklevel=2,
+            )
+            self.blocks |= {b.name: IdentityBlock() for b in loose}
+        self.labels: Pass = labels
+        self.damping, self.decay, self.average, self.warm = damping, decay, average, warm
+        self.update_every, self.refresh_every = update_every, refresh_every
+        self.steps = self.updates = 0
+        self.warmed = self.ready = False
+
+    @property
+    def needs(self) -> frozenset[Pass]:
+        """The passes that the next `update` will read."""
+        return frozenset({self.labels}) if self._folds(self.steps + 1) else frozenset()
+
+    @property
+    def warm_needs(self) -> frozenset[Pass]:
+        """The passes that `absorb` reads; empty where the document has no warm start."""
+        return frozenset({self.labels}) if self.warm else frozenset()
+
+    @property
+    def inverse(self) -> dict[str, Operator]:
+        """{block: operator that `precondition` applies}."""
+        if not self.ready:
+            raise CurvlabError("this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first")
+        return {name: block.inverse for name, block in self.blocks.items()}
+
+    def _folds(self, step: int) -> bool:
+        if step == 1:
+            return not self.warmed  # practice: the warm start has seen the first minibatch
+        return step % self.update_every == 0 or not self.updates
+
+    def _refreshes(self, step: int) -> bool:
+        return step <= self.refresh_every or step % self.refresh_every == 0 or not self.ready
+
+    def _weight(self) -> float:
+        if self.average == "last":
+            return 1.0
+        if self.average == "corrected":
+            return (1 - self.decay) / (1 - self.decay**self.updates)
+        return max(1 / self.updates, 1 - self.decay)
+
+    def _fold(self, observation: Observation, weight: float) -> None:
+        if self.labels not in observation.passes:
+            raise unknown("pass of this observation", self.labels, observation.passes)
+        for name, statistics in observation.passes[self.labels].items():
+            self.blocks[name].update(statistics, weight)
+
+    def update(self, observation: Observation) -> None:
+        """One step: fold the observation in where the schedule says so, refresh the inverse where it says so."""
+        self.steps += 1
+        if self._folds(self.steps):
+            self.updates += 1
+            self._fold(observation, self._weight())
+        if self._refreshes(self.steps):
+            self.refresh()
+
+    def absorb(self, observation: Observation) -> None:
+        """Warm start: fold into the plain mean over all observations so far. Call `refresh` after the last."""
+        if self.warm:
+            self.updates += 1
+            self.warmed = True
+            self._fold(observation, 1 / self.updates)
+
+    def refresh(self) -> None:
+        for name, block in self.blocks.items():
+            try:
+                block.refresh(self.damping)
+            except CurvlabError as error:
+                raise CurvlabError(f"{self._partition[name]}: {error}") from error
+        self.ready = True
+
+    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """H · grad for every block.
+
+        Args:
+            grads: {block name: tensor of the block's shape} or {parameter name: tensor}, for all or some blocks.
+
+        Returns:
+            The same keys and shapes.
+        """
+        inverse = self.inverse
+        if all(name in inverse for name in grads):
+            return {name: (inverse[name] @ g.flatten()).view(g.shape) for name, g in grads.items()}
+        out: dict[str, Tensor] = {}
+        known = {p: b for b in self._partition.values() for p in b.params}
+        for name in grads:
+            if name not in known:
+                raise unknown("block or parameter", name, [*inverse, *known])
+            block = known[name]
+            missing = [p for p in block.params if p not in grads]
+            if missing:
+                raise CurvlabError(f"{block} needs the gradient of '{missing[0]}' too: its parameters are preconditioned together")
+            if name not in out:
+                out |= block.scatter(inverse[block.name] @ block.gather(grads).flatten())
+        return {name: out[name] for name in grads}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, statistics and the inverse as it stands: tensors, numbers, lists and dictionaries only."""
+        blocks = {
+            name: {"memory": {key: getattr(b, key) for key in b.memory}}
+            | ({"inverse": pack(b.inverse)} if hasattr(b, "inverse") else {})
+            for name, b in self.blocks.items()
+        }
+        counters = {key: getattr(self, key) for key in ("steps", "updates", "warmed", "ready", "damping")}
+        return counters | {"blocks": blocks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state["blocks"]) != set(self.blocks):
+            raise CurvlabError(
+                f"the checkpoint has blocks {', '.join(state['blocks'])} but this model has {', '.join(self.blocks)}: "
+                "build the same model first"
+            )
+        for key in ("steps", "updates", "warmed", "ready", "damping"):
+            setattr(self, key, state[key])
+        for name, saved in state["blocks"].items():
+            for key, value in saved["memory"].items():
+                setattr(self.blocks[name], key, _clone(value))
+            if "inverse" in saved:
+                self.blocks[name].inverse = unpack_operator(_clone(saved["inverse"]))
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: _clone(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clone(v) for v in value]
+    return value
+
+
+def parameter_indices(block: Block, device: torch.device) -> tuple[Tensor, ...]:
+    """Where each parameter of a block lies in the block's flattening, shaped as the parameter."""
+    places = torch.arange(block.numel, device=device).view(block.shape)
+    return tuple(block.scatter(places).values())

@@ -1,0 +1,70 @@
+"""What TNT and Shampoo share: E[G^(i)] for every variable of a block, and a Kronecker factor for every way.
+
+A block per variable, W and b apart (thesis 4.3.1); inside a layer's block they are a direct sum, so that directions carry
+the same labels as everyone's.
+
+Legend: k ways of a variable of shape [d_1, …, d_k].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from curvlab.capture import LayerStatistics
+from curvlab.curvature.base import blend, parameter_indices
+from curvlab.layers import Block
+from curvlab.linalg.kronecker import contraction
+from curvlab.linalg.operators import DirectSum, Kronecker, Operator
+
+Contractions = Sequence[Tensor]
+"""[d_i, d_i] for the ways of one variable."""
+
+
+def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:
+    """G^(i) of the batch-mean gradient of every variable (Alg. 15, line 7; Alg. 16, line 9)."""
+    variables = block.scatter(statistics.gradient).values()
+    return [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in variables]
+
+
+class Contracted:
+    """Moving averages Ĝ^(i) of every variable, H = ⊗ᵢ factorᵢ(Ĝ^(1), …, Ĝ^(k); damping).
+
+    Args:
+        block: whose variables.
+        contractions: statistics → [variable][way] contractions.
+        factors: contractions of one variable, damping → inverse factors.
+        structural: whether `contractions` reads a and g.
+    """
+
+    memory: ClassVar[tuple[str, ...]] = ("means",)
+    inverse: Operator
+
+    def __init__(
+        self,
+        block: Block,
+        contractions: Callable[[Block, LayerStatistics], list[list[Tensor]]],
+        factors: Callable[[Contractions, float], tuple[Tensor, ...]],
+        structural: bool = False,
+    ) -> None:
+        self.block, self.structural = block, structural
+        self._contractions, self._factors = contractions, factors
+        self.means: list[list[Tensor]] | None = None
+
+    def update(self, statistics: LayerStatistics, weight: float) -> None:
+        new = self._contractions(self.block, statistics)
+        if self.means is None:
+            self.means = new
+            return
+        self.means = [[blend(m, n, weight) for m, n in zip(*pair, strict=True)] for pair in zip(self.means, new, strict=True)]
+
+    def refresh(self, damping: float) -> None:
+        assert self.means is not None
+        parts = tuple(Kronecker(self._factors(means, damping)) for means in self.means)
+        if len(parts) == 1:
+            self.inverse = parts[0]
+            return
+        indices = parameter_indices(self.block, self.means[0][0].device)
+        self.inverse = DirectSum(tuple(i.flatten() for i in indices), parts)

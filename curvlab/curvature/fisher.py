@@ -1,0 +1,104 @@
+"""The block Fisher matrix itself: dense, per layer, bias included (thesis 4.3.4), damped as F + λI, solved by Cholesky.
+
+Legend: V vectors, N examples, T places, I inputs incl. the bias column, J of them ever non-zero, O outputs, D = O I.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from curvlab.capture import LayerStatistics
+from curvlab.errors import CurvlabError, guard_memory
+from curvlab.layers import Block
+from curvlab.linalg.factor import damped_cholesky
+from curvlab.linalg.operators import Diagonal, DirectSum, Inverse, Operator
+from curvlab.linalg.packed import accumulate_, grow, output_pairs, unpack_full, unpack_lower
+
+
+class DenseFisher:
+    """Moving average of F = (1/N) Σ_v Σ_n vec(D W) vec(D W)ᵀ, one dense block.
+
+    Where a weight is used at one place (T = 1) F = Σₙ Gₙ ⊗ aₙaₙᵀ is kept packed (`linalg.packed`), on those inputs alone that
+    have ever been non-zero: the rows and columns of the others are zero in F, and λI in the damped matrix, exactly. On the
+    first layer of mlp-256-20 over MNIST that is 3780² in place of 5140².
+    """
+
+    structural: bool = True
+    memory: ClassVar[tuple[str, ...]] = ("F", "active")
+    inverse: Operator
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.F: Tensor | None = None  # packed [P, Q] on the active inputs; dense [D, D] where T > 1
+        self.active: Tensor | None = None  # ascending input numbers; None where T > 1
+
+    def update(self, statistics: LayerStatistics, weight: float) -> None:
+        a, g = statistics.a, statistics.g
+        if a.shape[1] > 1 or (self.F is not None and self.active is None):
+            self._update_dense(statistics, weight)
+            return
+        active = (a != 0).any(0)[0]
+        if self.active is None or self.F is None:
+            size = self.block.numel**2 * a.element_size()
+            guard_memory(2 * size, f"a dense {self.block}", "use smw-ng-bd, whose system is N×N, or a Kronecker method")
+            self.active = active.nonzero()[:, 0]
+            pairs = len(self.active) * (len(self.active) + 1) // 2
+            self.F = a.new_zeros(g.shape[3] * (g.shape[3] + 1) // 2, pairs)
+        else:
+            active[self.active] = True
+            if int(active.sum()) > len(self.active):
+                union = active.nonzero()[:, 0]
+                self.F, self.active = grow(self.F, self.active, union), union
+        inputs = a[:, 0, self.active]
+        accumulate_(self.F, output_pairs(g[:, :, 0]), inputs, old=1 - weight, new=weight / len(a))
+
+    def _update_dense(self, statistics: LayerStatistics, weight: float) -> None:
+        rows = statistics.rows.flatten(2).flatten(0, 1)
+        if self.F is None:
+            size = rows.shape[1] ** 2 * rows.element_size()
+            guard_memory(2 * size, f"a dense {self.block}", "use a Kronecker method")
+            self.F = rows.new_zeros(rows.shape[1], rows.shape[1])
+        self.F.addmm_(rows.mT, rows, beta=1 - weight, alpha=weight / statistics.size)
+
+    def refresh(self, damping: float) -> None:
+        assert self.F is not None
+        outputs, inputs = self.block.shape
+        what = "the block Fisher matrix"
+        if self.active is None:
+            dense = self.F
+
+            def build(used: float) -> Tensor:
+                damped = dense.clone()
+                damped.diagonal().add_(used)
+                return damped
+
+            self.inverse = Inverse(damped_cholesky(build, damping, what)[0])
+            return
+        packed, active = self.F, self.active
+        factor, used = damped_cholesky(lambda d: unpack_lower(packed, outputs, len(active), d), damping, what)
+        if len(active) == inputs:
+            self.inverse = Inverse(factor)
+            return
+        if not used > 0:
+            raise CurvlabError("some inputs are always zero, so the block Fisher matrix is singular: use a positive damping")
+        idle = torch.ones(inputs, dtype=torch.bool, device=active.device)
+        idle[active] = False
+        first = torch.arange(outputs, device=active.device)[:, None] * inputs
+        kept, dropped = (first + active).flatten(), (first + idle.nonzero()[:, 0]).flatten()
+        constant = Diagonal(torch.full((len(dropped),), 1 / used, dtype=packed.dtype, device=packed.device))
+        self.inverse = DirectSum((kept, dropped), (Inverse(factor), constant))
+
+    def matrix(self) -> Tensor:
+        """The undamped F, dense [D, D]."""
+        assert self.F is not None
+        if self.active is None:
+            return self.F
+        outputs, inputs = self.block.shape
+        first = torch.arange(outputs, device=self.active.device)[:, None] * inputs
+        kept = (first + self.active).flatten()
+        full = self.F.new_zeros(self.block.numel, self.block.numel)
+        full[kept[:, None], kept] = unpack_full(self.F, outputs, len(self.active))
+        return full

@@ -1,0 +1,41 @@
+"""KFAC: Ω ⊗ Γ, a second moment of the inputs and one of the derivatives (thesis Alg. 12; Martens and Grosse 2015).
+
+Legend: I inputs incl. the bias column, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from curvlab.capture import LayerStatistics
+from curvlab.curvature.base import blend
+from curvlab.linalg.kronecker import pi_split
+from curvlab.linalg.operators import Kronecker, Operator, damped_inverse
+
+
+class Kfac:
+    """H = (Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹: Alg. 12, lines 14 and 19."""
+
+    structural: bool = True
+    memory: ClassVar[tuple[str, ...]] = ("A", "G")
+    inverse: Operator
+
+    def __init__(self) -> None:
+        self.A: Tensor | None = None
+        self.G: Tensor | None = None
+
+    def update(self, statistics: LayerStatistics, weight: float) -> None:
+        self.A = blend(self.A, statistics.A, weight)  # Alg. 12, line 14: Ω
+        self.G = blend(self.G, statistics.G, weight)  # Alg. 12, line 14: Γ
+
+    def refresh(self, damping: float) -> None:
+        assert self.A is not None and self.G is not None
+        damping_a, damping_g = pi_split(self.A, self.G, damping)  # Alg. 12, line 19
+        self.inverse = Kronecker(
+            (
+                damped_inverse(self.G, damping_g, "the KFAC factor G (Γ)"),
+                damped_inverse(self.A, damping_a, "the KFAC factor A (Ω)"),
+            )
+        )

@@ -1,0 +1,30 @@
+"""Shampoo as the thesis runs it: moving averages, coupled Newton roots, no grafting, no blocking (Alg. 16)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
+from curvlab.errors import CurvlabError
+from curvlab.layers import Block
+from curvlab.linalg.roots import inverse_root_eigh, inverse_root_newton
+
+
+def shampoo(block: Block) -> Contracted:
+    """H = ⊗ᵢ (Ĝ^(i) + εI)^{−1/2k} from the batch-mean gradient at the data's labels: Alg. 16, lines 9 and 12."""
+    return Contracted(block, batch_contractions, factors)
+
+
+def factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
+    """(Ĝ^(i) + εI)^{−1/2k}, i = 1 … k."""
+    return tuple(_root(mean, damping, 2 * len(means)) for mean in means)
+
+
+def _root(mean: Tensor, damping: float, p: int) -> Tensor:
+    """By coupled Newton (at most 100 iterations, tolerance 1e-6); where rounding stops it above 1e-2, by `eigh`."""
+    damped = mean.clone()
+    damped.diagonal().add_(damping)
+    if not bool(damped.isfinite().all()):
+        raise CurvlabError("a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping")
+    root, error = inverse_root_newton(damped, p)
+    return root if error < 1e-2 else inverse_root_eigh(damped, p)

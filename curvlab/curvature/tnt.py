@@ -1,0 +1,48 @@
+"""Tensor Normal Training: the gradient of one variable as a tensor-normal random variable (thesis Alg. 13 and 15).
+
+Legend: k ways of a variable of shape [d_1, …, d_k]; N examples, T places, I inputs incl. the bias column, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from curvlab.capture import LayerStatistics
+from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
+from curvlab.layers import Block
+from curvlab.linalg.kronecker import tensor_normal_factors
+from curvlab.linalg.operators import damped_inverse
+
+
+def tnt(block: Block) -> Contracted:
+    """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the batch-mean gradient: Alg. 15. Of N examples Ũ₁ ⊗ Ũ₂ estimates Fisher / N."""
+    return Contracted(block, batch_contractions, factors)
+
+
+def tnt_per_sample(block: Block) -> Contracted:
+    """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the per-sample gradients: ⊗ Ũ_i estimates Fisher itself, at any batch size."""
+    return Contracted(block, sample_contractions, factors, structural=True)
+
+
+def factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
+    """(Ũ_i + εI)⁻¹: Alg. 15, lines 15 and 16; ε is added to each factor undivided (practice)."""
+    return tuple(damped_inverse(u, damping, "a TNT factor") for u in tensor_normal_factors(means))
+
+
+def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:
+    """Mean over examples of G^(i) of the per-sample gradients, for weight and bias.
+
+    At one place (T = 1) a per-sample gradient is g aᵀ, so G^(1) = ‖a‖² g gᵀ and G^(2) = ‖g‖² a aᵀ: no row is formed.
+    """
+    inputs = slice(None, -1) if block.biased else slice(None)
+    if statistics.a.shape[1] > 1:
+        rows = statistics.rows[0]
+        weight, bias = rows[..., inputs], rows[..., -1]
+        found = [[torch.einsum("noi,npi->op", weight, weight), torch.einsum("noi,noj->ij", weight, weight)]]
+    else:
+        bias, a = statistics.g[0, :, 0], statistics.a[:, 0, inputs]
+        found = [[(bias * a.square().sum(1, keepdim=True)).mT @ bias, (a * bias.square().sum(1, keepdim=True)).mT @ a]]
+    if block.biased:
+        found.append([bias.mT @ bias])
+    return [[c / statistics.size for c in variable] for variable in found]

@@ -1,0 +1,81 @@
+"""Σₙ Gₙ ⊗ aₙ aₙᵀ as one packed symmetric product: the exact second moment of outer products, at a quarter of the work.
+
+The matrix is symmetric in the pair of outputs and, separately, in the pair of inputs, so that [O(O+1)/2, I(I+1)/2] numbers hold all
+of it, and they are **one** matrix product of pairs: 2N · O(O+1)/2 · I(I+1)/2 floating-point operations against 2N · (OI)² in full.
+
+Legend: N examples, O outputs, I inputs, P = O(O+1)/2 pairs of outputs, Q = I(I+1)/2 pairs of inputs.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_CHUNK_BYTES = 6 << 20  # of pairs of inputs at a time, so that they stay in the cache: 47 ms against 93 ms for all at once
+
+
+def output_pairs(g: Float[Tensor, "V N O"]) -> Float[Tensor, "P N"]:
+    """Σ_v g_o g_o' of each example for o ≥ o', pairs row by row: the lower triangle of Gₙ."""
+    rows, cols = torch.tril_indices(g.shape[2], g.shape[2], device=g.device)
+    columns = g.permute(0, 2, 1).contiguous()  # [V, O, N]
+    pairs = columns[0, rows] * columns[0, cols]
+    for v in columns[1:]:
+        pairs.addcmul_(v[rows], v[cols])
+    return pairs
+
+
+def accumulate_(
+    packed: Float[Tensor, "P Q"], pairs: Float[Tensor, "P N"], a: Float[Tensor, "N I"], old: float, new: float
+) -> Float[Tensor, "P Q"]:
+    """packed ← old · packed + new · Σₙ pairsₙ ⊗ lower(aₙ aₙᵀ), fused into the matrix products, in place."""
+    columns = a.T.contiguous()  # [I, N]
+    inputs, size = columns.shape
+    buffer = columns.new_empty(max(inputs, _CHUNK_BYTES // (columns.element_size() * size)), size)
+    start = filled = 0
+    for i in range(inputs):
+        torch.mul(columns[: i + 1], columns[i], out=buffer[filled : filled + i + 1])
+        filled += i + 1
+        if i + 1 == inputs or filled + i + 2 > len(buffer):
+            packed[:, start : start + filled].addmm_(pairs, buffer[:filled].T, beta=old, alpha=new)
+            start, filled = start + filled, 0
+    return packed
+
+
+@lru_cache(maxsize=64)
+def _places(inputs: int, device: torch.device) -> Int[Tensor, " II"]:
+    """For every entry of an [I, I] symmetric matrix, its place among the pairs."""
+    i = torch.arange(inputs, device=device)
+    high, low = torch.maximum(i[:, None], i), torch.minimum(i[:, None], i)
+    return (high * (high + 1) // 2 + low).flatten()
+
+
+def unpack_lower(packed: Float[Tensor, "P Q"], outputs: int, inputs: int, damping: float = 0.0) -> Float[Tensor, "D D"]:
+    """The dense [OI, OI] matrix plus damping·I. Blocks (o, o') with o < o' are **not written**: the lower triangle is whole."""
+    matrix = packed.new_empty(outputs * inputs, outputs * inputs)
+    blocks = matrix.view(outputs, inputs, outputs, inputs)
+    places = _places(inputs, packed.device)
+    for o in range(outputs):
+        first = o * (o + 1) // 2
+        row = packed[first : first + o + 1].index_select(1, places).view(o + 1, inputs, inputs)
+        blocks[o, :, : o + 1].copy_(row.transpose(0, 1))
+    matrix.diagonal().add_(damping)
+    return matrix
+
+
+def unpack_full(packed: Float[Tensor, "P Q"], outputs: int, inputs: int) -> Float[Tensor, "D D"]:
+    """The dense symmetric [OI, OI] matrix."""
+    lower = unpack_lower(packed, outputs, inputs).tril()
+    return lower + lower.tril(-1).mT
+
+
+def grow(packed: Float[Tensor, "P Q"], old: Int[Tensor, " J"], new: Int[Tensor, " I"]) -> Float[Tensor, "P Q2"]:
+    """The same matrix on more inputs: `old` and `new` are ascending input numbers, old within new; new pairs are zero."""
+    place = torch.searchsorted(new, old)
+    rows, cols = torch.tril_indices(len(old), len(old), device=packed.device)
+    high, low = place[rows], place[cols]  # ascending, so high ≥ low
+    out = packed.new_zeros(len(packed), len(new) * (len(new) + 1) // 2)
+    out[:, high * (high + 1) // 2 + low] = packed
+    return out

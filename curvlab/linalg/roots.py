@@ -1,0 +1,46 @@
+"""Inverse p-th roots of symmetric positive definite matrices, two routes.
+
+Legend: D order, p the root.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+
+
+def inverse_root_eigh(M: Float[Tensor, "D D"], p: int) -> Float[Tensor, "D D"]:
+    """M^{−1/p} through the eigendecomposition. Raises CurvlabError where M is not positive definite."""
+    e, q = torch.linalg.eigh(M)
+    if not bool(e[0] > 0):
+        raise CurvlabError(f"no inverse {p}-th root: the smallest eigenvalue is {float(e[0]):.3g}; raise the damping")
+    return (q * e ** (-1 / p)) @ q.mT
+
+
+def inverse_root_newton(
+    M: Float[Tensor, "D D"], p: int, iterations: int = 100, tolerance: float = 1e-6
+) -> tuple[Float[Tensor, "D D"], float]:
+    """M^{−1/p} by the coupled Newton iteration, and the largest entry of |X^p M − I| as the iteration sees it.
+
+    X ← X T, M ← T^p M with T = ((p + 1) I − M) / p, from M scaled by (p + 1) / (2 ‖M‖_F) (Guo and Higham 2006, as used for
+    Shampoo by Anil et al., thesis 4.7.2: at most 100 iterations, tolerance 1e-6). Stops at the tolerance, or where
+    rounding keeps the error from falling any further.
+    """
+    eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
+    z = (1 + p) / (2 * torch.linalg.matrix_norm(M))
+    m, x = M * z, eye * z ** (1 / p)
+    error = float((m - eye).abs().amax())
+    for _ in range(iterations):
+        if not error > tolerance:  # NaN stops as well
+            break
+        t = m * (-1 / p)
+        t.diagonal().add_(1 + 1 / p)
+        new_m = torch.linalg.matrix_power(t, p) @ m
+        new_error = float((new_m - eye).abs().amax())
+        if not new_error < 1.2 * error:  # Anil et al.: the error may rise a little before it falls
+            break
+        m, x, error = new_m, x @ t, new_error
+    return (x + x.mT) / 2, error

@@ -1,0 +1,174 @@
+"""Records ⇄ xarray ⇄ netCDF-4/HDF5. What is on disk is always whole: written aside, fsynced, then moved into place.
+
+The schema (dimensions, variables, attributes) stands in the README.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import h5netcdf
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from curvlab.errors import CurvlabError
+
+Record = Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]]
+
+SAVE_EVERY = 5.0
+"""Seconds between saves …"""
+SAVE_SHARE = 0.02
+"""… unless saving would cost more than this share of the run."""
+
+
+class Log:
+    """Gathers records in memory and rewrites one file.
+
+    Args:
+        coordinates: {dimension: labels} of every dimension but the step, with further coordinates as {name: (dim, labels)}.
+        variables: {variable: attributes} (long_name, units).
+        attributes: of the file; values that are not strings or numbers are stored as JSON.
+        path: of the file, or None to keep the log in memory.
+        seeds: the seeds that will come; with several the data set gets a dimension `seed`.
+    """
+
+    def __init__(
+        self,
+        coordinates: Mapping[str, Sequence[str] | tuple[str, Sequence[str]]],
+        variables: Mapping[str, Mapping[str, str]],
+        attributes: Mapping[str, Any],
+        path: Path | None = None,
+        seeds: Sequence[int] = (0,),
+    ) -> None:
+        self.coordinates, self.variables, self.path, self.seeds = coordinates, variables, path, tuple(seeds)
+        self.attributes = provenance() | {
+            k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in attributes.items()
+        }
+        self._steps: dict[int, list[int]] = {}
+        self._records: dict[int, list[Record]] = {}
+        self._saved = 0.0
+        self._cost = 0.0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._steps.values()))
+
+    def append(self, step: int, record: Record, seed: int | None = None) -> None:
+        """Add one step's record, and save if a save is due (after the first record, then every few seconds)."""
+        seed = self.seeds[0] if seed is None else seed
+        self._steps.setdefault(seed, []).append(step)
+        self._records.setdefault(seed, []).append(record)
+        now = time.monotonic()
+        if self.path and now - self._saved >= max(SAVE_EVERY, self._cost / SAVE_SHARE):
+            self.save()
+
+    def dataset(self) -> xr.Dataset:
+        """All records so far; steps that a seed has not reached are NaN."""
+        parts = [self._of(seed) for seed in self._steps]
+        if not parts:
+            raise CurvlabError("the log has no record yet")
+        if len(self.seeds) > 1:
+            index = xr.DataArray(list(self._steps), dims="seed", name="seed", attrs={"long_name": "seed", "units": "1"})
+            ds = xr.concat(parts, dim=index, join="outer", data_vars="all", coords="minimal", compat="override")
+        else:
+            ds = parts[0]
+        ds.attrs = dict(self.attributes)
+        return ds
+
+    def _of(self, seed: int) -> xr.Dataset:
+        records = self._records[seed]
+        data = {
+            name: (("step", *dims), np.stack([r[name][1] for r in records]), dict(self.variables.get(name, {})))
+            for name, (dims, _) in records[0].items()
+        }
+        used = {d for dims, *_ in data.values() for d in dims}
+        coords: dict[str, Any] = {"step": ("step", self._steps[seed], {"long_name": "iteration", "units": "1"})}
+        for name, value in self.coordinates.items():
+            dim, labels = value if isinstance(value, tuple) else (name, value)
+            if dim in used:
+                coords[name] = (dim, np.asarray(labels, dtype=object), {"long_name": name, "units": "1"})
+        return xr.Dataset(data, coords)
+
+    def save(self) -> None:
+        """Rewrite the file: aside, fsync, `os.replace`. Raises CurvlabError where that cannot be done; the old file stays."""
+        if self.path is None or not self._steps:
+            return
+        start = time.monotonic()
+        aside = self.path.with_name(f".{self.path.name}.part")
+        try:
+            self.dataset().to_netcdf(aside, engine="h5netcdf")
+            with aside.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(aside, self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise CurvlabError(f"the log {self.path} cannot be written: {error.strerror or error}") from error
+        self._saved = time.monotonic()
+        self._cost = self._saved - start
+
+
+def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
+    """The data set of a run: `path` is its `run.h5` or the folder that holds it. Loaded whole; no file stays open.
+
+    Raises:
+        CurvlabError: no such file, or one that is damaged or no curvlab log.
+    """
+    found = Path(path)
+    if found.is_dir():
+        found = found / "run.h5"
+    if not found.is_file():
+        raise CurvlabError(f"no log at {found}: give a run's folder or its run.h5")
+    try:
+        ds = xr.load_dataset(found, engine="h5netcdf")
+    except Exception as error:  # h5py, h5netcdf and xarray raise a dozen kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CurvlabError(f"the log {found} cannot be read, it is damaged or no HDF5 file ({reason}): restore or rerun it") from error
+    if "curvlab" not in json.loads(ds.attrs.get("versions", "{}")):
+        raise CurvlabError(f"{found} is an HDF5 file but no curvlab log: give a run's folder or its run.h5")
+    return ds
+
+
+def late_cosine(ds: xr.Dataset) -> xr.DataArray:
+    """Mean cosine (algorithm, block[, seed]) over the last three quarters of the logged steps."""
+    first = ds.sizes["step"] // 4
+    return ds["cosine"].isel(step=slice(first, None)).mean("step", keep_attrs=True)
+
+
+def provenance() -> dict[str, str]:
+    """Versions, git commit of the checkout that curvlab runs from, time of creation."""
+    versions = {"python": platform.python_version(), "h5netcdf": h5netcdf.__version__}
+    versions |= {name: metadata.version(name) for name in ("curvlab", "torch", "numpy", "xarray")}
+    return {
+        "versions": json.dumps(versions),
+        "git_commit": git_commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit() -> str:
+    """Commit of the checkout, "+changes" where files differ from it; says so where curvlab is an installed copy."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "unknown (an installed copy, not a checkout)"
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown (git did not answer)"

@@ -1,0 +1,193 @@
+"""Objective, Closure, Observation: what an optimizer may step on.
+
+The loss is the **mean over examples of a per-example sum**. Labels drawn from the model depend only on the objective's
+seed and on the number of the closure, never on who asks for them: an algorithm sees the same labels alone and in company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curvlab.capture import Capture, LayerStatistics
+from curvlab.errors import CurvlabError, unknown
+from curvlab.layers import Block, blocks
+from curvlab.likelihoods import LIKELIHOODS, Likelihood
+
+Pass = Literal["data", "model", "exact"]
+"""Which vectors are sent back: ∂ℓ/∂z at the data's labels, at labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
+
+PASSES: tuple[Pass, ...] = get_args(Pass)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One look at one minibatch.
+
+    `loss` is the mean loss (no graph), `passes` holds {pass: {block: LayerStatistics}} for the passes asked for.
+    """
+
+    loss: Tensor
+    size: int
+    passes: dict[str, dict[str, LayerStatistics]]
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """{block: gradient of the mean loss at the data's labels}, in the blocks' shapes."""
+        if "data" not in self.passes:
+            raise CurvlabError('this observation has no "data" pass: observe with needs={"data", …}')
+        return {name: statistics.gradient for name, statistics in self.passes["data"].items()}
+
+
+class Objective:
+    """A model, the likelihood of its outputs, and the seed of the labels that are drawn from it.
+
+    Args:
+        model: any `nn.Module` that maps [N, …] to [N, …] with the batch as first axis.
+        likelihood: one of `curvlab.likelihoods` or your own class with `check`, `loss`, `sample`, `root`.
+        seed: of the labels drawn from the model.
+
+    Raises:
+        CurvlabError: tied parameters, no trainable parameter, or a likelihood that lacks a method.
+    """
+
+    def __init__(self, model: nn.Module, likelihood: Likelihood, seed: int = 0) -> None:
+        if not isinstance(likelihood, Likelihood):
+            raise unknown("likelihood", likelihood, (f"curvlab.likelihoods.{c.__name__}()" for c in LIKELIHOODS.values()))
+        self.model, self.likelihood, self.seed = model, likelihood, seed
+        self.blocks: tuple[Block, ...] = blocks(model)
+        self.closures = 0  # how many were made: the number of the next one
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """{name: trainable parameter}, those of the blocks."""
+        return {name: self.model.get_parameter(name) for block in self.blocks for name in block.params}
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.parameters.values())).dtype
+
+    def closure(self, x: Tensor, y: Tensor) -> Closure:
+        """The objective on one minibatch. Tensors are moved to the model's device, and floating ones to its dtype."""
+        self.closures += 1
+        return Closure(self, x, y, number=self.closures)
+
+    def generator(self, number: int) -> torch.Generator:
+        """The generator of the labels of closure `number`: a function of (seed, number) alone."""
+        state = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0])
+        return torch.Generator(self.device).manual_seed(state >> 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed, "closures": self.closures}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seed, self.closures = state["seed"], state["closures"]
+
+
+class Closure:
+    """One minibatch of an objective. ``closure()`` is torch's contract; ``closure.observe(needs)`` is curvlab's.
+
+    Raises:
+        CurvlabError: an empty batch, x and y of different lengths, NaN or Inf in x.
+    """
+
+    def __init__(self, objective: Objective, x: Tensor, y: Tensor, number: int) -> None:
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise CurvlabError(f"a minibatch must be two tensors, not {type(x).__name__} and {type(y).__name__}")
+        if len(x) != len(y):
+            raise CurvlabError(f"the minibatch has {len(x)} inputs but {len(y)} targets: they must be as many")
+        if len(x) == 0:
+            raise CurvlabError("the minibatch is empty")
+        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
+            raise CurvlabError(f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first")
+        self.objective, self.number = objective, number
+        self._y = y  # checked where it lies, before it moves
+        self._checked = False
+        self.x, self.y = self._moved(x), self._moved(y)
+
+    def _moved(self, t: Tensor) -> Tensor:
+        return t.to(self.objective.device, self.objective.dtype if t.is_floating_point() else t.dtype)
+
+    def _loss(self, z: Tensor) -> Tensor:
+        if not isinstance(z, Tensor) or len(z) != len(self.x):
+            raise CurvlabError(f"the model must return one tensor with {len(self.x)} rows, one for each example")
+        if not self._checked:
+            self.objective.likelihood.check(z, self._y)
+            self._checked = True
+        return self.objective.likelihood.loss(z, self.y).mean()
+
+    def _forward(self, buffers: dict[str, Tensor] | None = None) -> Tensor:
+        model = self.objective.model
+        try:
+            z: Tensor = model(self.x) if buffers is None else torch.func.functional_call(model, buffers, (self.x,))
+        except RuntimeError as error:
+            if "shape" not in str(error) and "size" not in str(error):
+                raise
+            line = str(error).splitlines()[0]
+            raise CurvlabError(f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}") from error
+        return z
+
+    def __call__(self) -> Tensor:
+        """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad`` filled."""
+        self.objective.model.zero_grad()
+        loss = self._loss(self._forward())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def observe(self, needs: Iterable[str] = frozenset({"data"}), move_buffers: bool = True) -> Observation:
+        """One forward, then one backward for each pass in `needs`.
+
+        Args:
+            needs: of "data", "model", "exact".
+            move_buffers: False runs on cloned buffers, so that a second look does not move BatchNorm's statistics.
+
+        Raises:
+            CurvlabError: targets that do not fit, a loss that is not finite, a module that runs twice in the pass.
+        """
+        needs = sorted(set(needs), key=lambda n: PASSES.index(n) if n in PASSES else len(PASSES))  # type: ignore[arg-type]
+        for name in needs:
+            if name not in PASSES:
+                raise unknown("pass", name, PASSES)
+        model, likelihood = self.objective.model, self.objective.likelihood
+        buffers = None if move_buffers else {name: b.clone() for name, b in model.named_buffers()}
+        with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
+            z = self._forward(buffers)
+        outputs = z.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self._loss(outputs)
+        self._finite(loss.detach(), outputs)
+        passes: dict[str, dict[str, LayerStatistics]] = {}
+        for name in needs:
+            if name == "exact":
+                vectors = likelihood.root(outputs.detach())
+            elif name == "data":
+                vectors = torch.autograd.grad(loss * len(z), outputs)[0][None]  # of the sum, not of the mean
+            else:
+                drawn = likelihood.sample(outputs.detach(), self.objective.generator(self.number))
+                with torch.enable_grad():
+                    vectors = torch.autograd.grad(likelihood.loss(outputs, drawn).sum(), outputs)[0][None]
+            passes[name] = capture.backward(z, vectors, leaves=True)
+        return Observation(loss.detach(), len(z), passes)
+
+    def _finite(self, loss: Tensor, z: Tensor) -> None:
+        if bool(torch.isfinite(loss)):
+            return
+        weights = [name for name, p in self.objective.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        if weights:
+            where = f"the weights '{weights[0]}' contain NaN or Inf"
+        elif not bool(torch.isfinite(z).all()):
+            where = "the model's outputs contain NaN or Inf"
+        else:
+            where = "the outputs are finite, so the likelihood overflows"
+        raise CurvlabError(f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping")

@@ -1,0 +1,177 @@
+"""Descent and Optimizer: momentum → curvature → weight decay → direction; the optimizer is only a torch shell that moves along it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from curvlab.curvature.base import Curvature
+from curvlab.errors import CurvlabError
+from curvlab.objective import Closure, Objective, Observation, Pass
+
+MomentumKind = Literal["add", "average", "corrected"]
+"""m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1 − βᵏ (Adam)."""
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Momentum:
+    """Momentum of the gradient, one buffer a block, starting at zero. β = 0 is the gradient itself."""
+
+    def __init__(self, beta: float, kind: MomentumKind = "add") -> None:
+        if not 0 <= beta < 1:
+            raise CurvlabError(f"momentum must be at least 0 and below 1, not {beta:g}")
+        self.beta, self.kind = beta, kind
+        self.buffers: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def __call__(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.steps += 1
+        if self.beta == 0:
+            return gradients
+        new = 1.0 if self.kind == "add" else 1 - self.beta
+        for name, g in gradients.items():
+            old = self.buffers.get(name)
+            self.buffers[name] = g * new if old is None else torch.add(old * self.beta, g, alpha=new)
+        if self.kind != "corrected":
+            return dict(self.buffers)
+        return {name: b / (1 - self.beta**self.steps) for name, b in self.buffers.items()}
+
+
+class Descent:
+    """How one algorithm turns an observation into a direction; it moves nothing.
+
+    Args:
+        objective: whose blocks.
+        curvature: the preconditioner.
+        momentum: β of the gradient's momentum.
+        momentum_kind: see `MomentumKind`.
+        weight_decay: γ, decoupled: direction + γ W (thesis Alg. 15, line 19).
+        learns_first: True: statistics, then direction (Alg. 15, 16); False: direction from the statistics before this
+            minibatch, then statistics (Alg. 12).
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        curvature: Curvature,
+        *,
+        momentum: float = 0.9,
+        momentum_kind: MomentumKind = "add",
+        weight_decay: float = 0.0,
+        learns_first: bool = True,
+    ) -> None:
+        if weight_decay < 0:
+            raise CurvlabError(f"weight decay must be 0 or positive, not {weight_decay:g}")
+        self.objective, self.curvature, self.weight_decay = objective, curvature, weight_decay
+        self.momentum = Momentum(momentum, momentum_kind)
+        self.learns_first = learns_first
+
+    @property
+    def needs(self) -> frozenset[Pass]:
+        """The passes that the next `direction` will read."""
+        return self.curvature.needs | {"data"}
+
+    def direction(self, observation: Observation) -> dict[str, Tensor]:
+        """{block: p}, to be followed as W ← W − α p. Updates momentum and curvature."""
+        late = not self.learns_first and self.curvature.ready
+        if not late:
+            self.curvature.update(observation)
+        p = self.curvature.precondition(self.momentum(observation.gradients))
+        if late:
+            self.curvature.update(observation)
+        if self.weight_decay:
+            with torch.no_grad():
+                for block in self.objective.blocks:
+                    w = block.gather({name: self.objective.parameters[name] for name in block.params})
+                    p[block.name] = p[block.name].add(w, alpha=self.weight_decay)
+        return p
+
+    def state_dict(self) -> dict[str, Any]:
+        momentum = {"buffers": dict(self.momentum.buffers), "steps": self.momentum.steps}
+        return {"curvature": self.curvature.state_dict(), "momentum": momentum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.curvature.load_state_dict(state["curvature"])
+        self.momentum.buffers = {name: b.clone() for name, b in state["momentum"]["buffers"].items()}
+        self.momentum.steps = state["momentum"]["steps"]
+
+
+def warm_start(objective: Objective, curvatures: Iterable[Curvature], batches: Iterable[Batch]) -> int:
+    """Show one pass over `batches` to every curvature that has a warm start; one observation serves all. Returns how many."""
+    wanting = [c for c in curvatures if c.warm_needs]
+    needs = frozenset[Pass]().union(*(c.warm_needs for c in wanting))
+    count = 0
+    if wanting:
+        for count, (x, y) in enumerate(batches, 1):
+            observation = objective.closure(x, y).observe(needs)
+            for curvature in wanting:
+                curvature.absorb(observation)
+    if count:
+        for curvature in wanting:
+            curvature.refresh()
+    return count
+
+
+def move(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]) -> None:
+    """W ← W − α p for every parameter, α = lr(parameter). Refuses, before anything moves, a direction that is not finite."""
+    total = torch.stack([d.square().sum() for d in direction.values()]).sum()
+    if not bool(torch.isfinite(total)):
+        bad = next(b for b in objective.blocks if not bool(torch.isfinite(direction[b.name].square().sum())))
+        raise CurvlabError(f"the direction of {bad} is not finite; nothing was moved: raise the damping or lower the learning rate")
+    parameters = objective.parameters
+    with torch.no_grad():
+        for block in objective.blocks:
+            for name, d in block.scatter(direction[block.name]).items():
+                parameters[name].add_(d, alpha=-lr(parameters[name]))
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` around a descent: param_groups, lr schedulers and state_dict as in torch.
+
+    `lr` is read per group; `damping` from the first group, so a schedule may change either. ``step`` takes
+    ``objective.closure(x, y)``; nothing is read from or written to ``p.grad``.
+    """
+
+    def __init__(self, descent: Descent, lr: float) -> None:
+        if not lr >= 0:
+            raise CurvlabError(f"the learning rate must be 0 or positive, not {lr:g}")
+        self.descent = descent
+        self.objective = descent.objective
+        defaults = {"lr": lr, "damping": descent.curvature.damping}
+        super().__init__(list(self.objective.parameters.values()), defaults)
+
+    def warm_start(self, batches: Iterable[Batch]) -> int:
+        """One pass for the statistics, where the document has a warm start; otherwise nothing. Returns the batches seen."""
+        return warm_start(self.objective, [self.descent.curvature], batches)
+
+    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # torch allows a closure that returns a float
+        """Observe, direction, move. Returns the loss before the move.
+
+        Raises:
+            CurvlabError: a closure that is not the objective's, or a loss or direction that is not finite (nothing moves).
+        """
+        if not isinstance(closure, Closure) or closure.objective is not self.objective:
+            raise CurvlabError("step needs a closure of this optimizer's objective: optimizer.step(objective.closure(x, y))")
+        self.descent.curvature.damping = self.param_groups[0]["damping"]
+        observation = closure.observe(self.descent.needs)
+        direction = self.descent.direction(observation)
+        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        move(self.objective, direction, lambda p: float(rates[id(p)]))
+        return observation.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's, and under "curvlab" all that a bit-for-bit continuation needs: no pickled code, loads with weights_only."""
+        own = {"descent": self.descent.state_dict(), "objective": self.objective.state_dict()}
+        return super().state_dict() | {"curvlab": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "curvlab" not in state_dict:
+            raise CurvlabError("this state_dict is not of a curvlab optimizer: it has no 'curvlab' entry")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvlab"})
+        own = cast(dict[str, Any], state_dict["curvlab"])
+        self.descent.load_state_dict(own["descent"])
+        self.objective.load_state_dict(own["objective"])

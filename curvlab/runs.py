@@ -1,0 +1,344 @@
+"""The loops. `compare`: every descent sees the same observation, one of them moves the parameters."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from curvlab import datasets, figures, models, probes
+from curvlab.algorithms import ALGORITHMS, damping_for, descent
+from curvlab.errors import CurvlabError, lookup
+from curvlab.likelihoods import LIKELIHOODS
+from curvlab.log import Log, late_cosine
+from curvlab.objective import Objective
+from curvlab.optim import Batch, Descent, move, warm_start
+
+FIGURE_4_1 = ("kfac", "tnt", "shampoo", "adam", "sgd-m")
+"""The methods of thesis Figure 4.1, compared with `block-fisher`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished comparison."""
+
+    log: Log
+
+    @property
+    def dataset(self) -> xr.Dataset:
+        return self.log.dataset()
+
+    @property
+    def path(self) -> Path | None:
+        """The file, where the run was given one."""
+        return self.log.path
+
+    def figure(self, name: str = "cosine") -> Figure:
+        return figures.draw(self.dataset, name)
+
+    def table(self) -> xr.DataArray:
+        """Mean cosine (algorithm, block[, seed]) over the last three quarters of the steps."""
+        return late_cosine(self.dataset)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a comparison does, beside objective and batches. Defaults: the published picture (thesis Figure 4.1, practice).
+
+    `momentum` is every method's β; None gives each its document's. `decay` None gives each its document's (0.9; Adam's β₂
+    0.999). `damping` is the overall λ, from which each method's own follows by one rule (`algorithms.damping_for`).
+    """
+
+    reference: str = "block-fisher"
+    algorithms: tuple[str, ...] = FIGURE_4_1
+    lr: float | None = None
+    damping: float = 1e-3
+    momentum: float | None = 0.9
+    decay: float | None = None
+    update_every: int = 1
+    refresh_every: int = 1
+    log_every: int = 1
+    probes: tuple[str, ...] = ("cosine", "gram", "loss", "norms", "time")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The reference, then the others, each once."""
+        return tuple(dict.fromkeys((self.reference, *self.algorithms)))
+
+    def check(self) -> None:
+        """Raises CurvlabError for an unknown name or a value out of range, before anything runs."""
+        for name in self.names:
+            lookup(ALGORITHMS, name, "algorithm")
+        probes.select(self.probes)
+        if self.log_every < 1:
+            raise CurvlabError(f"log_every must be a positive number of steps, not {self.log_every}")
+        if self.lr is not None and not self.lr >= 0:
+            raise CurvlabError(f"the learning rate must be 0 or positive, not {self.lr:g}")
+        damping_for(self.reference, self.damping, 1)
+
+    @property
+    def rate(self) -> float:
+        return ALGORITHMS[self.reference].lr if self.lr is None else self.lr
+
+    def dampings(self, size: int) -> dict[str, float]:
+        """{algorithm: its document's own damping parameter} at batches of `size` examples."""
+        return {name: damping_for(name, self.damping, size) for name in self.names}
+
+    def descents(self, objective: Objective, size: int) -> dict[str, Descent]:
+        return {
+            name: descent(
+                name,
+                objective,
+                damping=damping,
+                momentum=self.momentum,
+                decay=self.decay,
+                update_every=self.update_every,
+                refresh_every=self.refresh_every,
+            )
+            for name, damping in self.dampings(size).items()
+        }
+
+    def log(self, objective: Objective, size: int, path: Path | None, seeds: Sequence[int], about: dict[str, Any]) -> Log:
+        chosen = probes.select(self.probes)
+        variables = {
+            name: {"long_name": v.long_name, "units": v.units} for p in chosen.values() for name, v in p.variables.items()
+        }
+        coordinates: dict[str, Any] = {
+            "algorithm": self.names,
+            "other": self.names,
+            "block": [b.name for b in objective.blocks],
+        }
+        coordinates = {k: list(v) for k, v in coordinates.items()}
+        coordinates["parameters"] = ("block", [" ".join(b.params) for b in objective.blocks])
+        settings = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        attributes = {
+            "title": f"curvlab compare: directions against {self.reference}",
+            "reference": self.reference,
+            "settings": settings,
+            "dampings": self.dampings(size),
+            "lr": self.rate,
+            "batch_size": size,
+            "seed": list(seeds) if len(seeds) > 1 else seeds[0],
+            "device": str(objective.device),
+            "dtype": str(objective.dtype).removeprefix("torch."),
+        }
+        return Log(coordinates, variables, attributes | about, path, seeds)
+
+
+def compare(
+    objective: Objective,
+    batches: Iterable[Batch],
+    *,
+    reference: str = "block-fisher",
+    algorithms: Sequence[str] = FIGURE_4_1,
+    lr: float | None = None,
+    damping: float = 1e-3,
+    momentum: float | None = 0.9,
+    decay: float | None = None,
+    update_every: int = 1,
+    refresh_every: int = 1,
+    steps: int | None = None,
+    warm: Iterable[Batch] | None = None,
+    log_every: int = 1,
+    path: str | Path | None = None,
+    progress: bool | None = None,
+) -> Run:
+    """Follow `reference` and compare with it, at every step, the directions of `algorithms`.
+
+    Args:
+        objective: your model and likelihood; its parameters are moved.
+        batches: minibatches (x, y); the run ends with them, or after `steps`.
+        reference: the algorithm that moves the parameters and to which cosines are taken.
+        algorithms: the others.
+        lr: of the reference; its document's where None.
+        damping: overall λ; each method's own damping follows from it (`damping_for`).
+        momentum, decay: see `Settings`. update_every: T₁. refresh_every: T₂.
+        warm: minibatches of the warm start. None takes the first epoch of `batches` where they are a data set's
+            (`Dataset.batches`), and no warm start otherwise; pass ``()`` for none.
+        log_every: steps between records.
+        path: of the log's file; None keeps it in memory.
+        progress: show a progress bar; None shows one where standard error is a terminal.
+
+    Raises:
+        CurvlabError: unknown names, values out of range, data that do not fit, NaN. What was logged until then is saved.
+    """
+    settings = Settings(
+        reference, tuple(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every
+    )
+    settings.check()
+    total = len(batches) if hasattr(batches, "__len__") else None
+    steps = total if steps is None else steps if total is None else min(steps, total)
+    if warm is None:
+        warm = batches.one_pass() if isinstance(batches, datasets.Batches) else ()
+    iterator = iter(batches)
+    first = next(iterator, None)
+    if first is None:
+        raise CurvlabError("there are no minibatches to compare on")
+    size = len(first[0])
+    call = {"function": "curvlab.compare", "batches": repr_batches(batches), "steps": steps, "path": None if path is None else str(path)}
+    about = {"call": call, "model": type(objective.model).__name__, "data": call["batches"]}
+    log = settings.log(objective, size, None if path is None else Path(path), [objective.seed], about)
+    console = Console(stderr=True)
+    with _progress(console, console.is_terminal if progress is None else progress) as bar:
+        _compare_one(objective, itertools.chain([first], iterator), settings, steps, warm, size, log, objective.seed, bar)
+    return Run(log)
+
+
+def repr_batches(batches: object) -> str:
+    if isinstance(batches, datasets.Batches):
+        return f"{batches.data.name}, batches of {batches.size}, {batches.epochs} epochs, seed {batches.seed}"
+    return type(batches).__name__
+
+
+def _progress(console: Console, enabled: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, disable=not enabled)
+
+
+def _counted(batches: Iterable[Batch], bar: Progress, what: str, total: int | None) -> Iterator[Batch]:
+    task = bar.add_task(what, total=total, note="")
+    for batch in batches:
+        yield batch
+        bar.advance(task)
+    bar.remove_task(task)
+
+
+def _compare_one(
+    objective: Objective,
+    batches: Iterable[Batch],
+    settings: Settings,
+    steps: int | None,
+    warm: Iterable[Batch],
+    size: int,
+    log: Log,
+    seed: int,
+    bar: Progress,
+    title: str = "compare",
+) -> None:
+    """One seed. Whatever ends it, what was logged is saved."""
+    descents = settings.descents(objective, size)
+    chosen = list(probes.select(settings.probes).values())
+    clock = _clock(objective.device)
+    reference = settings.reference
+    try:
+        length = len(warm) if hasattr(warm, "__len__") else None
+        warm_start(objective, [d.curvature for d in descents.values()], _counted(warm, bar, "warm start", length))
+        task = bar.add_task(title, total=steps, note="")
+        for step, (x, y) in enumerate(itertools.islice(batches, steps)):
+            needs = frozenset().union(*(d.needs for d in descents.values()), *(p.needs for p in chosen))
+            now = objective.closure(x, y).observe(needs)
+            directions: dict[str, dict[str, Tensor]] = {}
+            seconds: dict[str, float] = {}
+            for name, d in descents.items():
+                start = clock()
+                directions[name] = d.direction(now)
+                seconds[name] = clock() - start
+            if step % settings.log_every == 0:
+                frame = probes.Frame(step, now, directions, reference, settings.rate, seconds)
+                log.append(step, {k: v for p in chosen for k, v in p.measure(frame).items()}, seed)
+                bar.update(task, note=f"loss {float(now.loss):.4g}")
+            move(objective, directions[reference], lambda _: settings.rate)
+            bar.advance(task)
+        bar.remove_task(task)
+    finally:
+        log.save()
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, after the device has finished what was asked of it."""
+    if device.type != "cuda":
+        return time.perf_counter
+
+    def synchronised() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronised
+
+
+@dataclass(frozen=True)
+class Named:
+    """A comparison of a model and a data set of the tables: what the command line runs."""
+
+    settings: Settings
+    model: str = "mlp-256-20"
+    data: str | None = None
+    steps: int | None = 300
+    epochs: int | None = None
+    batch_size: int = 1000
+    seeds: tuple[int, ...] = (0,)
+    device: str = "auto"
+    dtype: str = "float32"
+
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises CurvlabError for a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CurvlabError(f"unknown device '{name}' (known: auto, cpu, cuda, cuda:N)") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CurvlabError(f"device '{name}' is not supported (known: auto, cpu, cuda, cuda:N)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CurvlabError(f"there is no device '{name}' on this machine ({torch.cuda.device_count()} CUDA devices): use --device cpu")
+    return device
+
+
+def check_named(named: Named) -> None:
+    """Raises CurvlabError for unknown names and values out of range, before anything is written or run."""
+    named.settings.check()
+    entry = lookup(models.MODELS, named.model, "model")
+    lookup(datasets.DATASETS, named.data or entry.data, "data set")
+    lookup(DTYPES, named.dtype, "dtype")
+    device_of(named.device)
+    for name in ("steps", "epochs"):
+        value = getattr(named, name)
+        if value is not None and value < 1:
+            raise CurvlabError(f"{name} must be 1 or more, not {value}")
+    if not named.seeds:
+        raise CurvlabError("seeds must be 1 or more")
+
+
+def compare_named(named: Named, path: Path, call: dict[str, Any], console: Console) -> Run:
+    """Build model and data by name and compare, one seed after another, into one log.
+
+    Raises:
+        CurvlabError: as `check_named` and `compare`.
+    """
+    check_named(named)
+    settings, entry = named.settings, models.MODELS[named.model]
+    data_name = named.data or entry.data
+    device, dtype = device_of(named.device), DTYPES[named.dtype]
+    train, _ = datasets.load(data_name)
+    per_epoch = train.batches(named.batch_size).per_epoch
+    steps = min(v for v in (named.steps, named.epochs and named.epochs * per_epoch) if v is not None)
+    log: Log | None = None
+    with _progress(console, True) as bar:
+        for i, seed in enumerate(named.seeds, 1):
+            model = models.build(named.model, seed).to(device, dtype)
+            objective = Objective(model, LIKELIHOODS[entry.likelihood](), seed)
+            batches = train.batches(named.batch_size, -(-steps // per_epoch), seed)
+            if log is None:
+                about = {"call": call, "model": named.model, "data": data_name, "data_description": train.description}
+                log = settings.log(objective, named.batch_size, path, named.seeds, about)
+            title = "compare" if len(named.seeds) == 1 else f"compare, seed {seed} ({i} of {len(named.seeds)})"
+            _compare_one(
+                objective, batches, settings, steps, batches.one_pass(), named.batch_size, log, seed, bar, title
+            )
+    assert log is not None
+    return Run(log)
