@@ -67,11 +67,11 @@ class Algorithm:
 ALGORITHMS: dict[str, Algorithm] = {
     "block-fisher": Algorithm(
         "dense Fisher matrix of each layer, sampled labels, Cholesky", "thesis 4.3.4; practice",
-        lambda b: DenseFisher(b), "model", 0.03, 1e-3, _same,
+        lambda b: DenseFisher(b), "model", 0.03, 1e-3, _same, momentum_kind="average",
     ),
     "block-ef": Algorithm(
         "dense empirical Fisher matrix of each layer, Cholesky", "thesis 4.3.4 with (5.3)",
-        lambda b: DenseFisher(b), "data", 0.03, 1e-3, _same,
+        lambda b: DenseFisher(b), "data", 0.03, 1e-3, _same, momentum_kind="average",
     ),
     "kfac": Algorithm(
         "Kronecker factors of inputs and derivatives, π damping", "thesis Alg. 12, 4.7.2",
@@ -108,7 +108,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "smw-ng-bd": Algorithm(
         "block natural gradient of one minibatch, N×N Woodbury system", "thesis 5.3, Alg. 23 by block",
-        lambda b: SmwFisher(), "model", 0.03, 1e-3, _same, momentum=0.0, average="last", warm=False,
+        lambda b: SmwFisher(), "model", 0.03, 1e-3, _same,
+        momentum=0.0, momentum_kind="average", average="last", warm=False,
     ),
 }  # fmt: skip
 
