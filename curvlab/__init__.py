@@ -6,7 +6,7 @@ from curvlab import datasets, exact, likelihoods, models
 from curvlab.algorithms import approximation, optimizer
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.log import late_cosine
-from curvlab.log import open_log as open  # noqa: A004  # the design's name: cl.open("run.h5")
+from curvlab.log import open_log as open  # the design's name: cl.open("run.h5")
 from curvlab.objective import Objective
 from curvlab.runs import compare
 

@@ -173,7 +173,8 @@ class Capture:
 
     def _input(self, block: Block, size: int) -> LayerInput:
         if block.name not in self._inputs:
-            assert block.module is not None and block.rule is not None
+            assert block.module is not None
+            assert block.rule is not None
             a = block.rule.inputs(block.module, self._records[block.name].x)
             if len(a) != size:
                 raise CurvlabError(
@@ -206,9 +207,7 @@ class Capture:
             found = torch.autograd.grad(z, targets, vectors[0], retain_graph=True, allow_unused=True)
             grads = [None if d is None else d[None] for d in found]
         else:
-            found = torch.autograd.grad(
-                z, targets, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
+            found = torch.autograd.grad(z, targets, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True)
             grads = list(found)
         unused = [b for b, d in zip([*ruled, *loose], grads, strict=True) if d is None]
         if unused:

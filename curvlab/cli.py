@@ -64,8 +64,8 @@ def compare(
     epochs: Annotated[int | None, Option(help="Epochs; with --steps, whichever ends first.", rich_help_panel="Length")] = None,
     batch_size: Annotated[int, Option(help="Examples in a minibatch.", rich_help_panel="Length")] = 1000,
     seed: Annotated[int, Option(help="Of weights, batches and sampled labels.", rich_help_panel="Length")] = 0,
-    seeds: Annotated[int, Option(help="Repeat with this many seeds, from --seed on.", rich_help_panel="Length")] = 1,
-    device: Annotated[str, Option(help="auto (CUDA where there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine")] = "auto",
+    seeds: Annotated[int, Option(help="Repeat with so many seeds, from --seed on.", rich_help_panel="Length")] = 1,
+    device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine")] = "auto",
     dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel="Machine")] = "float32",
     log_every: Annotated[int, Option(help="Steps between records.", rich_help_panel="Output")] = 1,
     out_folder: Annotated[
@@ -76,8 +76,8 @@ def compare(
 ) -> None:  # fmt: skip
     """Follow one algorithm and compare every other's direction with it: cosines by layer (thesis Figure 4.1).
 
-    The defaults are the published picture: trajectory of block-fisher, batches of 1000, learning rate 0.03, overall damping 1e-3,
-    300 steps, warm start over one pass, sampled labels.
+    The defaults are the published picture: trajectory of block-fisher, batches of 1000, learning rate 0.03, overall
+    damping 1e-3, 300 steps, warm start over one pass, sampled labels.
     """
     call = {"command": "compare"} | dict(locals())
     call["out"] = str(call.pop("out_folder") or "")
@@ -87,9 +87,7 @@ def compare(
         steps = 300
     if seed < 0:
         raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
-    named = runs.Named(
-        settings, model, data, steps, epochs, batch_size, tuple(range(seed, seed + seeds)), device, dtype
-    )
+    named = runs.Named(settings, model, data, steps, epochs, batch_size, tuple(range(seed, seed + seeds)), device, dtype)
     runs.check_named(named)
     _keep_freed_memory()
     folder = _folder(out_folder, f"compare-{model}")
@@ -155,9 +153,7 @@ def plot(
 
 
 def _algorithm_rows() -> list[tuple[str, ...]]:
-    return [
-        (name, a.summary, a.labels, f"{a.lr:g}", f"{a.damping:g}", a.source) for name, a in ALGORITHMS.items()
-    ]
+    return [(name, a.summary, a.labels, f"{a.lr:g}", f"{a.damping:g}", a.source) for name, a in ALGORITHMS.items()]
 
 
 LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = {
@@ -202,7 +198,9 @@ def _folder(chosen: Path | None, stem: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise CurvlabError(f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose another with --out") from error
+        raise CurvlabError(
+            f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose another with --out"
+        ) from error
     return chosen
 
 

@@ -43,7 +43,9 @@ class Dataset:
             CurvlabError: `size` below 1 or above the number of examples, `epochs` below 1.
         """
         if not 1 <= size <= len(self):
-            raise CurvlabError(f"batch size {size} does not fit '{self.name}', which has {len(self)} examples: choose 1 to {len(self)}")
+            raise CurvlabError(
+                f"batch size {size} does not fit '{self.name}', which has {len(self)} examples: choose 1 to {len(self)}"
+            )
         if epochs < 1:
             raise CurvlabError(f"epochs must be 1 or more, not {epochs}")
         return Batches(self, size, epochs, seed)
@@ -102,7 +104,9 @@ def file(name: str) -> Path:
                     "reinstall curvlab, or in a checkout run: git checkout -- data"
                 )
             return path
-    raise CurvlabError(f"data file {name} was not found in {', '.join(map(str, folders))}: reinstall curvlab or set CURVLAB_DATA")
+    raise CurvlabError(
+        f"data file {name} was not found in {', '.join(map(str, folders))}: reinstall curvlab or set CURVLAB_DATA"
+    )
 
 
 def _mnist_images() -> dict[str, Tensor]:
@@ -126,7 +130,9 @@ def mnist16() -> tuple[Dataset, Dataset]:
     def part(name: str) -> Dataset:
         # Framed to 32×32, then the mean of 2×2 pixels: a box filter at exactly half the resolution, so nothing aliases.
         x = F.avg_pool2d(F.pad(raw[f"x_{name}"][:, None].float(), (2, 2, 2, 2)), 2).flatten(1).div_(255)
-        return Dataset("mnist16", x, raw[f"y_{name}"].long(), "MNIST resized to 16×16 (mean of 2×2 after a frame of 2), in [0, 1]")
+        return Dataset(
+            "mnist16", x, raw[f"y_{name}"].long(), "MNIST resized to 16×16 (mean of 2×2 after a frame of 2), in [0, 1]"
+        )
 
     return part("train"), part("test")
 

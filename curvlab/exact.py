@@ -30,7 +30,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _PASS: dict[str, Pass] = {"ggn": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data"}
 
 
-def gradients(objective: Objective, x: Tensor, y: Tensor) -> dict[str, Float[Tensor, "N *shape"]]:
+def gradients(objective: Objective, x: Tensor, y: Tensor) -> dict[str, Float[Tensor, "N * shape"]]:
     """Gradient of each example's loss (not divided by N), {parameter: [N, *shape]}.
 
     Raises:
@@ -145,4 +145,4 @@ def _per_parameter(block: Block, rows: Float[Tensor, "*B O I"]) -> dict[str, Flo
     shape = {n: p.shape for n, p in zip(block.params, block.scatter(rows.new_empty(block.shape)).values(), strict=True)}
     inputs = rows[..., :-1] if bias else rows
     found = {weight: inputs.reshape(*batch, *shape[weight])}
-    return found | {b: rows[..., -1] for b in bias}
+    return found | dict.fromkeys(bias, rows[..., -1])

@@ -15,7 +15,19 @@ from matplotlib.figure import Figure
 
 from curvlab.errors import CurvlabError, lookup
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#666666", "#AA0000", "#7F3C8D")
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#8C6D31",
+    "#666666",
+    "#AA0000",
+    "#7F3C8D",
+)
 _DASHES = ((0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)))
 _ORDER = (
     "kfac", "tnt", "shampoo", "adam", "sgd-m", "tnt-ef", "kfac-ef", "tnt-per-sample", "block-ef", "smw-ng-bd", "block-fisher",
@@ -128,4 +140,6 @@ def draw(ds: xr.Dataset, name: str) -> Figure:
     try:
         return entry.draw(ds)
     except KeyError as error:
-        raise CurvlabError(f"figure '{name}' needs {error} in the log, which has {', '.join(map(str, ds.data_vars))}") from error
+        raise CurvlabError(
+            f"figure '{name}' needs {error} in the log, which has {', '.join(map(str, ds.data_vars))}"
+        ) from error

@@ -51,7 +51,7 @@ class Log:
         seeds: Sequence[int] = (0,),
     ) -> None:
         self.coordinates, self.variables, self.path, self.seeds = coordinates, variables, path, tuple(seeds)
-        self.attributes = provenance() | {
+        self.attributes: dict[str, Any] = provenance() | {
             k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in attributes.items()
         }
         self._steps: dict[int, list[int]] = {}
@@ -135,7 +135,9 @@ def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
         ds = xr.load_dataset(found, engine="h5netcdf")
     except Exception as error:  # h5py, h5netcdf and xarray raise a dozen kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CurvlabError(f"the log {found} cannot be read, it is damaged or no HDF5 file ({reason}): restore or rerun it") from error
+        raise CurvlabError(
+            f"the log {found} cannot be read, it is damaged or no HDF5 file ({reason}): restore or rerun it"
+        ) from error
     if "curvlab" not in json.loads(ds.attrs.get("versions", "{}")):
         raise CurvlabError(f"{found} is an HDF5 file but no curvlab log: give a run's folder or its run.h5")
     return ds

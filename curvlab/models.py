@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from curvlab.errors import lookup
 def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
     """Linear layers of the given widths, an activation between them, a linear output; torch's default initialisation."""
     layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
         layers += [nn.Linear(fan_in, fan_out)] if i == 0 else [activation(), nn.Linear(fan_in, fan_out)]
     return nn.Sequential(*layers)
 

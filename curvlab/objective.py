@@ -21,7 +21,7 @@ from curvlab.layers import Block, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood
 
 Pass = Literal["data", "model", "exact"]
-"""Which vectors are sent back: ∂ℓ/∂z at the data's labels, at labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
+"""What is sent back: ∂ℓ/∂z at the data's labels, at labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
 
@@ -155,10 +155,9 @@ class Closure:
         Raises:
             CurvlabError: targets that do not fit, a loss that is not finite, a module that runs twice in the pass.
         """
-        needs = sorted(set(needs), key=lambda n: PASSES.index(n) if n in PASSES else len(PASSES))  # type: ignore[arg-type]
-        for name in needs:
-            if name not in PASSES:
-                raise unknown("pass", name, PASSES)
+        needs = set(needs)
+        for name in needs - set(PASSES):
+            raise unknown("pass", name, PASSES)
         model, likelihood = self.objective.model, self.objective.likelihood
         buffers = None if move_buffers else {name: b.clone() for name, b in model.named_buffers()}
         with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
@@ -168,7 +167,7 @@ class Closure:
             loss = self._loss(outputs)
         self._finite(loss.detach(), outputs)
         passes: dict[str, dict[str, LayerStatistics]] = {}
-        for name in needs:
+        for name in (p for p in PASSES if p in needs):
             if name == "exact":
                 vectors = likelihood.root(outputs.detach())
             elif name == "data":

@@ -1,4 +1,4 @@
-"""Descent and Optimizer: momentum → curvature → weight decay → direction; the optimizer is only a torch shell that moves along it."""
+"""Descent: momentum → curvature → weight decay → direction. Optimizer: only a torch shell that moves along it."""
 
 from __future__ import annotations
 
@@ -104,12 +104,14 @@ def warm_start(objective: Objective, curvatures: Iterable[Curvature], batches: I
     """Show one pass over `batches` to every curvature that has a warm start; one observation serves all. Returns how many."""
     wanting = [c for c in curvatures if c.warm_needs]
     needs = frozenset[Pass]().union(*(c.warm_needs for c in wanting))
+    if not wanting:
+        return 0
     count = 0
-    if wanting:
-        for count, (x, y) in enumerate(batches, 1):
-            observation = objective.closure(x, y).observe(needs)
-            for curvature in wanting:
-                curvature.absorb(observation)
+    for x, y in batches:
+        observation = objective.closure(x, y).observe(needs)
+        for curvature in wanting:
+            curvature.absorb(observation)
+        count += 1
     if count:
         for curvature in wanting:
             curvature.refresh()
@@ -121,7 +123,9 @@ def move(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tenso
     total = torch.stack([d.square().sum() for d in direction.values()]).sum()
     if not bool(torch.isfinite(total)):
         bad = next(b for b in objective.blocks if not bool(torch.isfinite(direction[b.name].square().sum())))
-        raise CurvlabError(f"the direction of {bad} is not finite; nothing was moved: raise the damping or lower the learning rate")
+        raise CurvlabError(
+            f"the direction of {bad} is not finite; nothing was moved: raise the damping or lower the learning rate"
+        )
     parameters = objective.parameters
     with torch.no_grad():
         for block in objective.blocks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,11 +172,9 @@ def compare(
     Raises:
         CurvlabError: unknown names, values out of range, data that do not fit, NaN. What was logged until then is saved.
     """
-    settings = Settings(
-        reference, tuple(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every
-    )
+    settings = Settings(reference, tuple(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every)
     settings.check()
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = _length(batches)
     steps = total if steps is None else steps if total is None else min(steps, total)
     if warm is None:
         warm = batches.one_pass() if isinstance(batches, datasets.Batches) else ()
@@ -185,7 +183,12 @@ def compare(
     if first is None:
         raise CurvlabError("there are no minibatches to compare on")
     size = len(first[0])
-    call = {"function": "curvlab.compare", "batches": repr_batches(batches), "steps": steps, "path": None if path is None else str(path)}
+    call = {
+        "function": "curvlab.compare",
+        "batches": _describe(batches),
+        "steps": steps,
+        "path": None if path is None else str(path),
+    }
     about = {"call": call, "model": type(objective.model).__name__, "data": call["batches"]}
     log = settings.log(objective, size, None if path is None else Path(path), [objective.seed], about)
     console = Console(stderr=True)
@@ -194,7 +197,11 @@ def compare(
     return Run(log)
 
 
-def repr_batches(batches: object) -> str:
+def _length(batches: Iterable[Batch]) -> int | None:
+    return len(batches) if isinstance(batches, Sized) else None
+
+
+def _describe(batches: object) -> str:
     if isinstance(batches, datasets.Batches):
         return f"{batches.data.name}, batches of {batches.size}, {batches.epochs} epochs, seed {batches.seed}"
     return type(batches).__name__
@@ -231,8 +238,7 @@ def _compare_one(
     clock = _clock(objective.device)
     reference = settings.reference
     try:
-        length = len(warm) if hasattr(warm, "__len__") else None
-        warm_start(objective, [d.curvature for d in descents.values()], _counted(warm, bar, "warm start", length))
+        warm_start(objective, [d.curvature for d in descents.values()], _counted(warm, bar, "warm start", _length(warm)))
         task = bar.add_task(title, total=steps, note="")
         for step, (x, y) in enumerate(itertools.islice(batches, steps)):
             needs = frozenset().union(*(d.needs for d in descents.values()), *(p.needs for p in chosen))
@@ -295,7 +301,9 @@ def device_of(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise CurvlabError(f"device '{name}' is not supported (known: auto, cpu, cuda, cuda:N)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CurvlabError(f"there is no device '{name}' on this machine ({torch.cuda.device_count()} CUDA devices): use --device cpu")
+        raise CurvlabError(
+            f"there is no device '{name}' on this machine ({torch.cuda.device_count()} CUDA devices): use --device cpu"
+        )
     return device
 
 
@@ -337,8 +345,6 @@ def compare_named(named: Named, path: Path, call: dict[str, Any], console: Conso
                 about = {"call": call, "model": named.model, "data": data_name, "data_description": train.description}
                 log = settings.log(objective, named.batch_size, path, named.seeds, about)
             title = "compare" if len(named.seeds) == 1 else f"compare, seed {seed} ({i} of {len(named.seeds)})"
-            _compare_one(
-                objective, batches, settings, steps, batches.one_pass(), named.batch_size, log, seed, bar, title
-            )
+            _compare_one(objective, batches, settings, steps, batches.one_pass(), named.batch_size, log, seed, bar, title)
     assert log is not None
     return Run(log)

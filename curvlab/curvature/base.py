@@ -120,7 +120,7 @@ class BlockDiagonal:
         if loose:
             names = ", ".join(b.params[0] for b in loose)
             warnings.warn(
-                f"parameters of layers without a rule follow the gradient where an algorithm needs a layer's structure: {names}",
+                f"parameters of layers without a rule follow the gradient where an algorithm needs structure: {names}",
                 CurvlabWarning,
                 stacklevel=2,
             )
@@ -213,7 +213,9 @@ class BlockDiagonal:
             block = known[name]
             missing = [p for p in block.params if p not in grads]
             if missing:
-                raise CurvlabError(f"{block} needs the gradient of '{missing[0]}' too: its parameters are preconditioned together")
+                raise CurvlabError(
+                    f"{block} needs the gradient of '{missing[0]}' too: its parameters are preconditioned together"
+                )
             if name not in out:
                 out |= block.scatter(inverse[block.name] @ block.gather(grads).flatten())
         return {name: out[name] for name in grads}

@@ -31,7 +31,8 @@ class Kfac:
         self.G = blend(self.G, statistics.G, weight)  # Alg. 12, line 14: Γ
 
     def refresh(self, damping: float) -> None:
-        assert self.A is not None and self.G is not None
+        assert self.A is not None
+        assert self.G is not None
         damping_a, damping_g = pi_split(self.A, self.G, damping)  # Alg. 12, line 19
         self.inverse = Kronecker(
             (

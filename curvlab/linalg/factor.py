@@ -14,10 +14,11 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
 
+
 def damped_cholesky(
     build: Callable[[float], Float[Tensor, "D D"]], damping: float, what: str, tries: int = 6
 ) -> tuple[Float[Tensor, "D D"], float]:
-    """Lower Cholesky factor of ``build(damping)``, and the damping used; where there is none the damping is multiplied by 10, up to `tries` times.
+    """Lower Cholesky factor of ``build(damping)``, and the damping used: 10 times more, up to `tries` times, where there is none.
 
     Args:
         build: damping → a new symmetric matrix (the lower triangle is read).
@@ -51,5 +52,5 @@ def solve_cholesky(factor: Float[Tensor, "D D"], v: Float[Tensor, "D *K"]) -> Fl
     """M⁻¹ v for one or several v. Two triangular solves: `torch.cholesky_solve` copies the factor, 14 times as slow here."""
     columns = v[:, None] if v.ndim == 1 else v
     half = torch.linalg.solve_triangular(factor, columns, upper=False)
-    solution = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
     return solution[:, 0] if v.ndim == 1 else solution

@@ -58,7 +58,8 @@ class Dense:
         return self.matrix
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
-        return torch.linalg.eigvalsh(self.matrix)
+        eigenvalues: Tensor = torch.linalg.eigvalsh(self.matrix)
+        return eigenvalues
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,13 @@ class Kronecker:
         return Kronecker(tuple(Dense(u).inv().dense() for u in self.factors))
 
     def dense(self) -> Float[Tensor, "D D"]:
-        return reduce(torch.kron, self.factors)
+        product: Tensor = reduce(torch.kron, self.factors)
+        return product
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
         each = [torch.linalg.eigvalsh(u) for u in self.factors]
-        return reduce(lambda e, f: torch.outer(e, f).flatten(), each).sort().values
+        eigenvalues: Tensor = reduce(lambda e, f: torch.outer(e, f).flatten(), each)
+        return eigenvalues.sort().values
 
 
 @dataclass(frozen=True)

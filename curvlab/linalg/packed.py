@@ -1,7 +1,7 @@
 """Σₙ Gₙ ⊗ aₙ aₙᵀ as one packed symmetric product: the exact second moment of outer products, at a quarter of the work.
 
-The matrix is symmetric in the pair of outputs and, separately, in the pair of inputs, so that [O(O+1)/2, I(I+1)/2] numbers hold all
-of it, and they are **one** matrix product of pairs: 2N · O(O+1)/2 · I(I+1)/2 floating-point operations against 2N · (OI)² in full.
+The matrix is symmetric in the pair of outputs and, separately, in the pair of inputs, so that P · Q numbers hold all of it,
+and they are **one** matrix product of pairs: 2 N P Q floating-point operations against 2 N (OI)² in full.
 
 Legend: N examples, O outputs, I inputs, P = O(O+1)/2 pairs of outputs, Q = I(I+1)/2 pairs of inputs.
 """

@@ -17,7 +17,8 @@ def inverse_root_eigh(M: Float[Tensor, "D D"], p: int) -> Float[Tensor, "D D"]:
     e, q = torch.linalg.eigh(M)
     if not bool(e[0] > 0):
         raise CurvlabError(f"no inverse {p}-th root: the smallest eigenvalue is {float(e[0]):.3g}; raise the damping")
-    return (q * e ** (-1 / p)) @ q.mT
+    root: Tensor = (q * e ** (-1 / p)) @ q.mT
+    return root
 
 
 def inverse_root_newton(
