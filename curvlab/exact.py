@@ -30,7 +30,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _PASS: dict[str, Pass] = {"ggn": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data"}
 
 
-def gradients(objective: Objective, x: Tensor, y: Tensor) -> dict[str, Float[Tensor, "N * shape"]]:
+def gradients(objective: Objective, x: Tensor, y: Tensor) -> dict[str, Float[Tensor, "N *shape"]]:
     """Gradient of each example's loss (not divided by N), {parameter: [N, *shape]}.
 
     Raises:

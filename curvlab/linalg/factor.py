@@ -18,7 +18,7 @@ from curvlab.errors import CurvlabError, CurvlabWarning
 def damped_cholesky(
     build: Callable[[float], Float[Tensor, "D D"]], damping: float, what: str, tries: int = 6
 ) -> tuple[Float[Tensor, "D D"], float]:
-    """Lower Cholesky factor of ``build(damping)``, and the damping used: 10 times more, up to `tries` times, where there is none.
+    """Lower Cholesky factor of ``build(damping)`` and the damping used: ten times more, up to `tries` times, where it fails.
 
     Args:
         build: damping → a new symmetric matrix (the lower triangle is read).
