@@ -1,0 +1,9 @@
+"""Two threads less to argue about: results and times do not depend on the machine's number of cores."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `problems`
+torch.set_num_threads(min(2, torch.get_num_threads()))
