@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +19,8 @@ from curvlab.errors import CurvlabError, lookup
 from curvlab.log import late_cosine, open_log
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-out, err = Console(), Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Option = typer.Option
 
@@ -216,15 +216,16 @@ def _keep_freed_memory() -> None:
 def main() -> None:
     """Run the command line; one line and exit code 2 for bad input, 130 for Ctrl-C."""
     command = typer.main.get_command(app)
+    code: object = 0
     try:
         code = command.main(prog_name="curvlab", standalone_mode=False)
-    except CurvlabError as error:
-        err.print(f"curvlab: {error}", markup=False)
-        code = 2
-    except click.ClickException as error:
-        err.print(f"curvlab: {error.format_message()}", markup=False)
-        code = 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         err.print("curvlab: interrupted", markup=False)
         code = 130
+    except Exception as error:
+        parsing = getattr(error, "format_message", None)  # click's errors; recent versions of typer carry a click of their own
+        if not isinstance(error, CurvlabError) and parsing is None:
+            raise
+        err.print(f"curvlab: {error if parsing is None else parsing()}", markup=False)
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)

@@ -73,19 +73,21 @@ def cosine(ds: xr.Dataset) -> Figure:
     figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 1.1), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axes.flat[len(shown) :]:
-        ax.set_visible(False)
+        ax.remove()
     for ax, block in zip(axes.flat, shown, strict=False):
         for i, name in enumerate(_others(ds)):
             _line(ax, ds["cosine"].sel(algorithm=name, block=block), _style(name, i), name)
         ax.set_title(f"layer {block} ({ds['parameters'].sel(block=block).item()})", fontsize=10)
         ax.grid(alpha=0.3)
         ax.set_ylim(top=1.0)
-    for ax in axes[-1]:
+    for ax in axes.flat[max(len(shown) - columns, 0) : len(shown)]:  # the lowest of each column
         ax.set_xlabel("iteration")
+        ax.tick_params(labelbottom=True)
     for ax in axes[:, 0]:
         ax.set_ylabel("cosine similarity")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     figure.suptitle(_title(ds, f"Direction against {ds.attrs.get('reference')}, {_run(ds)}"), fontsize=11)
     return figure
 

@@ -336,7 +336,7 @@ def compare_named(named: Named, path: Path, call: dict[str, Any], console: Conso
     per_epoch = train.batches(named.batch_size).per_epoch
     steps = min(v for v in (named.steps, named.epochs and named.epochs * per_epoch) if v is not None)
     log: Log | None = None
-    with _progress(console, True) as bar:
+    with _progress(console, console.is_terminal) as bar:
         for i, seed in enumerate(named.seeds, 1):
             model = models.build(named.model, seed).to(device, dtype)
             objective = Objective(model, LIKELIHOODS[entry.likelihood](), seed)

@@ -93,3 +93,10 @@ def batches(p: Problem, count: int, seed: int = 5) -> list[tuple[Tensor, Tensor]
         x = _normal(*p.x.shape, seed=seed + i).to(p.x.dtype)
         made.append((x, targets(p.likelihood, torch.zeros(len(x), 3, dtype=p.x.dtype), seed + i)))
     return made
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    """Two routes to one number: same shape and dtype, difference in norm within `tolerance` of the expected norm."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    error, scale = float((actual - expected).norm()), float(expected.norm())
+    assert error <= tolerance * scale, f"relative error {error / scale if scale else error:.3g} above {tolerance:g}"

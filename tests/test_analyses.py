@@ -1,0 +1,51 @@
+"""Every script and notebook of analyses/ runs, in small."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ANALYSES = Path(__file__).resolve().parent.parent / "analyses"
+
+SMALL = ["--batch-size", "20000", "--steps", "2"]
+SCRIPTS: dict[str, tuple[list[str], str]] = {
+    "own_model.py": ([], "shampoo"),
+    "figure_4_1.py": ([*SMALL, "--seeds", "2", "--out", "OUT"], "figure_4_1.png"),
+    "damping_sweep.py": ([*SMALL, "--dampings", "1", "0.01", "--out", "OUT"], "damping_sweep.png"),
+    "refresh.py": ([*SMALL, "--every", "1", "2"], "last loss"),
+    "benchmarks/compare.py": (["--batch-size", "5000", "--steps", "2", "--repeats", "1"], "together / one by one"),
+}
+"""{script: (arguments, what its output says)}"""
+
+
+def test_every_script_is_here() -> None:
+    assert {str(p.relative_to(ANALYSES)) for p in ANALYSES.rglob("*.py")} == SCRIPTS.keys()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script(script: str, tmp_path: Path) -> None:
+    arguments, says = SCRIPTS[script]
+    words = [str(tmp_path) if word == "OUT" else word for word in arguments]
+    done = subprocess.run([sys.executable, str(ANALYSES / script), *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+    for name in says.split():
+        assert not name.endswith(".png") or (tmp_path / name).stat().st_size > 10_000
+
+
+def test_the_user_script_takes_ten_lines() -> None:
+    lines = (ANALYSES / "own_model.py").read_text().split('"""', 2)[2].splitlines()
+    assert len([line for line in lines if line.strip()]) <= 10
+
+
+@pytest.mark.parametrize("path", sorted(ANALYSES.glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebook(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(pictures) == 3

@@ -1,0 +1,287 @@
+"""Capture against perturbation: g is the derivative of each loss in a zero added to the layer's output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import LIKELIHOODS, MODELS, Problem, assert_near, problem
+from torch import Tensor, nn
+
+import curvlab as cl
+from curvlab.capture import Capture, LayerStatistics
+from curvlab.errors import CurvlabError
+from curvlab.layers import Block
+
+ZOO = [(model, likelihood) for model in MODELS for likelihood in LIKELIHOODS]
+zoo = pytest.mark.parametrize(("model", "likelihood"), ZOO)
+
+
+def ruled(p: Problem) -> list[Block]:
+    return [b for b in p.objective().blocks if b.module is not None]
+
+
+def places(t: Tensor) -> Tensor:
+    """[N, F] or [N, T, F] → [N, T, F]."""
+    return t[:, None] if t.ndim == 2 else t
+
+
+def perturbed(p: Problem, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """{block: (a, h, g)} by adding a zero to every layer's output, the derivative taken in that zero, one vector at a time."""
+    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    a, h, zeros = {}, {}, {}
+
+    def hook(block: Block) -> object:
+        def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            ones = torch.ones(*args[0].shape[:-1], int(block.biased), dtype=output.dtype)
+            a[block.name] = places(torch.cat([args[0].detach(), ones], -1))
+            h[block.name] = places(output.detach().clone())
+            zeros[block.name] = torch.zeros_like(output, requires_grad=True)
+            return output + zeros[block.name]
+
+        return add
+
+    blocks = ruled(p)
+    handles = [block.module.register_forward_hook(hook(block)) for block in blocks]
+    z = p.model(p.x)
+    for handle in handles:
+        handle.remove()
+    for block in blocks:
+        g = [torch.autograd.grad(z, zeros[block.name], v, retain_graph=True)[0] for v in vectors]
+        found[block.name] = a[block.name], h[block.name], torch.stack([places(v) for v in g])
+    return found
+
+
+def captured(p: Problem, count: int = 1, seed: int = 0) -> tuple[dict[str, LayerStatistics], Tensor]:
+    """Statistics of `count` random vectors sent back, and the vectors."""
+    with Capture(p.model, p.objective().blocks) as capture:
+        z = p.model(p.x)
+    vectors = torch.randn(count, *z.shape, generator=torch.Generator().manual_seed(seed), dtype=z.dtype)
+    return capture.backward(z, vectors), vectors
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_h_and_g_against_perturbation(model: str, count: int) -> None:
+    p = problem(model)
+    statistics, vectors = captured(p, count)
+    expected = perturbed(p, vectors)
+    assert list(statistics) == list(expected)
+    for name, s in statistics.items():
+        a, h, g = expected[name]
+        assert torch.equal(s.a, a)
+        assert_near(s.g, g)
+        if not (model == "relu" and name == "1"):
+            assert torch.equal(s.h, h)
+
+
+@zoo
+@pytest.mark.parametrize("label", ["data", "model", "exact"])
+def test_second_moments_by_their_definition(model: str, likelihood: str, label: str) -> None:
+    """A = (1/N) Σₙ Σₜ a aᵀ and G = (1/NT) Σᵥ Σₙ Σₜ g gᵀ, one outer product at a time."""
+    p = problem(model, likelihood)
+    statistics = p.objective().closure(p.x, p.y).observe({label}).passes[label]
+    for block in ruled(p):
+        s = statistics[block.name]
+        v, n, t, o = s.g.shape
+        assert (n, t, s.a.shape[2], o) == (len(p.x), *s.a.shape[1:2], block.shape[1], block.shape[0])
+        A = sum(torch.outer(s.a[i, k], s.a[i, k]) for i in range(n) for k in range(t)) / n
+        G = sum(torch.outer(s.g[u, i, k], s.g[u, i, k]) for u in range(v) for i in range(n) for k in range(t)) / (n * t)
+        assert_near(s.A, A)
+        assert_near(s.G, G)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_are_gradients_of_one_example_each(model: str, count: int) -> None:
+    """rows[v, n] is the derivative of ⟨vᵥₙ, zₙ⟩ in the block, the example alone in its batch."""
+    p = problem(model)
+    statistics, vectors = captured(p, count)
+    for block in ruled(p):
+        rows = statistics[block.name].rows
+        weights = [p.model.get_parameter(name) for name in block.params]
+        for v in range(count):
+            for n in range(len(p.x)):
+                grads = torch.autograd.grad((p.model(p.x[n : n + 1])[0] * vectors[v, n]).sum(), weights)
+                expected = torch.cat([grads[0], *(b[:, None] for b in grads[1:])], 1)
+                assert_near(rows[v, n], expected)
+
+
+@zoo
+def test_gradient_is_the_sum_of_the_rows_over_n(model: str, likelihood: str) -> None:
+    p = problem(model, likelihood)
+    statistics = p.objective().closure(p.x, p.y).observe({"data"}).passes["data"]
+    for block in ruled(p):
+        s = statistics[block.name]
+        assert_near(s.gradient, s.rows[0].sum(0) / len(p.x))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_property_is_computed_once_and_inputs_are_shared_by_the_passes(model: str) -> None:
+    p = problem(model)
+    passes = p.objective().closure(p.x, p.y).observe({"data", "exact"}).passes
+    for block in ruled(p):
+        data, exact = passes["data"][block.name], passes["exact"][block.name]
+        assert data.G is data.G
+        assert data.rows is data.rows
+        assert data.A is exact.A
+        assert data.a is exact.a
+
+
+def test_relu_in_place_keeps_g_and_refuses_h() -> None:
+    """The same model with ReLU(inplace=False) gives the same numbers; only the overwritten h cannot be read."""
+    p, q = problem("relu"), problem("relu")
+    assert p.model[1].inplace
+    q.model[1].inplace = False
+    (ours, vectors), (theirs, _) = captured(p, 2), captured(q, 2)
+    for name in ("1", "2"):
+        assert torch.equal(ours[name].a, theirs[name].a)
+        assert torch.equal(ours[name].g, theirs[name].g)
+    with pytest.raises(CurvlabError, match=r"block 1 \(0\.weight, 0\.bias\): its pre-activation was overwritten in place"):
+        _ = ours["1"].h
+    assert torch.equal(ours["2"].h, theirs["2"].h)
+    assert torch.equal(theirs["1"].h, perturbed(q, vectors)["1"][1])
+
+
+def test_input_overwritten_after_the_layer_is_not_used() -> None:
+    """`x += …` behind a layer changes the input that the layer saw: never a silent wrong a."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            x += 1
+            return self.second(torch.tanh(y))
+
+    net = Residual().double()
+    x, y = torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
+    closure = cl.Objective(net, cl.likelihoods.Gaussian()).closure(x, y)
+    with pytest.raises(CurvlabError, match=r"block 1 \(first\.weight, first\.bias\).* overwritten in place"):
+        _ = closure.observe({"data"}).gradients
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def test_hooks_live_only_inside_with() -> None:
+    p = problem()
+    blocks = p.objective().blocks
+    assert hooks(p.model) == 0
+    with Capture(p.model, blocks):
+        assert hooks(p.model) == len(blocks)
+    assert hooks(p.model) == 0
+    with pytest.raises(RuntimeError, match="broken"), Capture(p.model, blocks):
+        raise RuntimeError("broken")
+    assert hooks(p.model) == 0
+    with pytest.raises(CurvlabError, match="does not take inputs of shape"):
+        p.objective().closure(p.x[:, :2], p.y).observe()
+    assert hooks(p.model) == 0
+
+
+def test_nothing_is_written_on_modules_or_gradients() -> None:
+    p = problem("norm")
+    before = {name: set(vars(m)) for name, m in p.model.named_modules()}
+    p.objective().closure(p.x, p.y).observe({"data", "model", "exact"})
+    assert {name: set(vars(m)) for name, m in p.model.named_modules()} == before
+    assert all(q.grad is None for q in p.model.parameters())
+
+
+def test_capture_can_be_entered_again() -> None:
+    p = problem()
+    capture = Capture(p.model, p.objective().blocks)
+    for x in (p.x, p.x[:3] + 1):
+        with capture:
+            z = p.model(x)
+        s = capture.backward(z, torch.ones_like(z)[None])
+        assert torch.equal(s["1"].a[:, 0, :-1], x)
+        assert s["3"].h.shape == (len(x), 1, 3)
+
+
+class Small(nn.Module):
+    """Two layers and a forward to be chosen."""
+
+    def __init__(self, forward: object) -> None:
+        super().__init__()
+        self.first, self.second, self.run = nn.Linear(2, 2), nn.Linear(2, 2), forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def without_gradients(m: Small, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = m.first(x)
+    return m.second(h)
+
+
+BAD = {
+    "reused": (lambda m, x: m.second(m.first(m.first(x))), r"block 1 \(first\.weight, first\.bias\) ran twice"),
+    "not run": (lambda m, x: m.second(x), r"block 1 \(first\.weight, first\.bias\) did not run in the forward pass"),
+    "no way out": (lambda m, x: (m.first(x), m.second(x))[1], r"block 1 .* does not reach the model's outputs"),
+    "no gradients": (without_gradients, r"block 1 .* ran without gradients"),
+    "batch not first": (lambda m, x: m.second(m.first(x.repeat(2, 1)))[:3], r"block 1 .* saw 6 rows in a batch of 3"),
+    "batch second": (lambda m, x: m.second(m.first(x[None])[0]), r"block 1 .* saw 1 rows in a batch of 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_captured_says_so(case: str) -> None:
+    forward, message = BAD[case]
+    net = Small(forward)
+    objective = cl.Objective(net, cl.likelihoods.Gaussian())
+    with pytest.raises(CurvlabError, match=message) as caught:
+        objective.closure(torch.ones(3, 2), torch.ones(3, 2)).observe()
+    assert "\n" not in str(caught.value)
+    assert hooks(net) == 0
+
+
+def test_parameter_without_a_rule_that_is_not_used() -> None:
+    net = Small(lambda m, x: m.second(m.first(x)))
+    net.spare = nn.Parameter(torch.ones(2))
+    objective = cl.Objective(net, cl.likelihoods.Gaussian())
+    with pytest.raises(CurvlabError, match=r"block 1 \(spare\) does not reach the model's outputs"):
+        objective.closure(torch.ones(3, 2), torch.ones(3, 2)).observe()
+
+
+def test_input_by_keyword() -> None:
+    net = Small(lambda m, x: m.second(m.first(input=x)))
+    x = torch.randn(3, 2)
+    s = cl.Objective(net, cl.likelihoods.Gaussian()).closure(x, torch.ones(3, 2)).observe().passes["data"]
+    assert torch.equal(s["1"].a[:, 0, :2], x)
+
+
+def test_layer_without_a_rule_has_a_gradient_and_nothing_else() -> None:
+    p = problem("norm")
+    s = p.objective().closure(p.x, p.y).observe().passes["data"]["2"]
+    assert s.gradient.shape == (4,)
+    for name in ("a", "h", "g", "A", "G", "rows"):
+        with pytest.raises(CurvlabError, match=r"block 2 \(norm\.weight\) belongs to a layer without a rule"):
+            getattr(s, name)
+
+
+def test_several_vectors_have_no_gradient() -> None:
+    p = problem("norm")
+    exact = p.objective().closure(p.x, p.y).observe({"exact"}).passes["exact"]
+    assert list(exact) == ["1", "4"]
+    with pytest.raises(CurvlabError, match="a gradient needs a pass with one vector, this one has 3"):
+        _ = exact["1"].gradient
+
+
+@pytest.mark.parametrize("frozen", ["0.bias", "0.weight", "2.weight"])
+def test_frozen_parameters_leave_the_other_gradients_as_they_are(frozen: str) -> None:
+    p, q = problem(), problem()
+    q.model.get_parameter(frozen).requires_grad_(False)
+    q.objective().closure(q.x, q.y)()
+    everything = {b.name: b for b in q.objective().blocks}
+    for name, gradient in q.objective().closure(q.x, q.y).observe().gradients.items():
+        block = everything[name]
+        assert frozen not in block.params
+        for parameter, value in block.scatter(gradient).items():
+            assert_near(value, q.model.get_parameter(parameter).grad)
+    p.objective().closure(p.x, p.y)()
+    for name, parameter in p.model.named_parameters():
+        if name != frozen:
+            assert_near(q.model.get_parameter(name).grad, parameter.grad)

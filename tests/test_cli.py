@@ -1,0 +1,262 @@
+"""The command line: the main job in small, lists, plots, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from matplotlib.image import imread
+
+import curvlab as cl
+from curvlab import cli, datasets, runs
+from curvlab.algorithms import ALGORITHMS
+from curvlab.datasets import DATASETS, Dataset, Entry
+from curvlab.figures import FIGURES
+from curvlab.models import MODELS
+from curvlab.probes import PROBES
+
+SMALL = ["compare", "--model", "mlp-256-20", "--reference", "kfac", "--batch-size", "20000", "--steps", "3"]
+
+
+def call(*words: str) -> int:
+    """Run the command line in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["curvlab", *words])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    return int(caught.value.code or 0)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run what must be refused: exit code 2, nothing on standard output, one line on standard error, which is returned."""
+    capsys.readouterr()
+    assert call(*words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("curvlab: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("small") / "run"
+    assert call(*SMALL, "--algorithms", "tnt, sgd-m", "--seed", "4", "--out", str(out)) == 0
+    return out
+
+
+def test_compare_writes_log_and_figures(folder: Path) -> None:
+    assert sorted(p.name for p in folder.iterdir()) == ["cosine.png", "cosine.svg", "run.h5"]
+    assert min(imread(folder / "cosine.png").shape[:2]) > 500
+    assert (folder / "cosine.svg").read_text().startswith("<?xml")
+
+
+def test_the_log_has_the_promised_schema(folder: Path) -> None:
+    with xr.open_dataset(folder / "run.h5", engine="h5netcdf") as ds:
+        assert dict(ds.sizes) == {"step": 3, "algorithm": 3, "other": 3, "block": 6}
+        assert ds["algorithm"].values.tolist() == ds["other"].values.tolist() == ["kfac", "tnt", "sgd-m"]
+        assert ds["block"].values.tolist() == list("123456")
+        assert ds["parameters"].values[0] == "0.weight 0.bias"
+        dims = {name: v.dims for name, v in ds.data_vars.items()}
+        assert dims == {
+            "cosine": ("step", "algorithm", "block"),
+            "cosine_all": ("step", "algorithm"),
+            "gram": ("step", "algorithm", "other", "block"),
+            "loss": ("step",),
+            "step_norm": ("step",),
+            "seconds": ("step", "algorithm"),
+        }
+        assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
+        assert all(np.isfinite(v).all() for v in ds.data_vars.values())
+        given = json.loads(ds.attrs["call"])
+        assert (given["model"], given["steps"], given["algorithms"]) == ("mlp-256-20", 3, "tnt, sgd-m")
+        assert (ds.attrs["seed"], ds.attrs["device"], ds.attrs["dtype"]) == (4, "cpu", "float32")
+        assert json.loads(ds.attrs["dampings"]) == {"kfac": 1e-3, "tnt": (1e-3 / 20000) ** 0.5, "sgd-m": 0.0}
+        assert {"versions", "git_commit", "created", "reference"} <= ds.attrs.keys()
+
+
+def test_the_same_seed_gives_the_same_log(folder: Path, tmp_path: Path) -> None:
+    assert call(*SMALL, "--algorithms", "tnt,sgd-m", "--seed", "4", "--out", str(tmp_path)) == 0
+    one, two = cl.open(folder), cl.open(tmp_path)
+    for name in set(one.data_vars) - {"seconds"}:
+        xr.testing.assert_identical(one[name], two[name])
+
+
+def test_seeds_repeat_and_the_table_shows_mean_and_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*SMALL, "--algorithms", "sgd-m", "--seeds", "2", "--out", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert "mean ± standard deviation of 2 seeds" in out
+    assert any(line.startswith("│ sgd-m") and line.count(" ± ") == 6 for line in out.splitlines())
+    ds = cl.open(tmp_path)
+    assert ds["seed"].values.tolist() == [0, 1]
+    assert (ds["loss"].sel(seed=0) != ds["loss"].sel(seed=1)).all()
+
+
+def test_log_every_and_epochs(tmp_path: Path) -> None:
+    small = [w for w in SMALL if w not in ("--steps", "3")]
+    assert call(*small, "--algorithms", "sgd-m", "--epochs", "2", "--log-every", "2", "--out", str(tmp_path)) == 0
+    assert cl.open(tmp_path)["step"].values.tolist() == [0, 2, 4]  # three batches an epoch
+
+
+def test_the_default_folder_is_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert call(*SMALL[:-1], "1", "--algorithms", "sgd-m") == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["compare-mlp-256-20-001", "compare-mlp-256-20-002"]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_plot_redraws_from_the_log_alone(folder: Path, tmp_path: Path, figure: str) -> None:
+    (tmp_path / "run.h5").write_bytes((folder / "run.h5").read_bytes())
+    assert call("plot", str(tmp_path / "run.h5"), "--figure", figure) == 0
+    assert call("plot", str(tmp_path), "--figure", figure, "-o", str(tmp_path / "x.svg")) == 0
+    assert min(imread(tmp_path / f"{figure}.png").shape[:2]) > 150
+    assert (tmp_path / "x.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("what", "table"),
+    [("algorithms", ALGORITHMS), ("models", MODELS), ("datasets", DATASETS), ("probes", PROBES), ("figures", FIGURES)],
+)
+def test_list_names_every_entry(what: str, table: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("list", what) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in table)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out.strip() == f"curvlab {cl.__version__}"
+    done = subprocess.run([sys.executable, "-m", "curvlab", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"curvlab {cl.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model", "mlp-256-21"], "unknown model 'mlp-256-21'; did you mean 'mlp-256-20'"),
+        (["--model", "mlp-256-20", "--reference", "block-fischer"], "did you mean 'block-fisher'? (known: block-fisher,"),
+        (["--model", "mlp-256-20", "--algorithms", "kfac,kfca"], "unknown algorithm 'kfca'; did you mean 'kfac'"),
+        (["--model", "mlp-256-20", "--data", "mnist17"], "unknown data set 'mnist17'; did you mean 'mnist16'"),
+        (["--model", "mlp-256-20", "--data", "mnist"], "does not take inputs of shape (1000, 784)"),
+        (["--model", "mlp-256-20", "--batch-size", "60001"], "batch size 60001 does not fit 'mnist16'"),
+        (["--model", "mlp-256-20", "--damping", "-1"], "damping must be 0 or positive, not -1"),
+        (["--model", "mlp-256-20", "--damping", "nan"], "damping must be 0 or positive"),
+        (["--model", "mlp-256-20", "--lr", "-0.1"], "learning rate must be 0 or positive"),
+        (["--model", "mlp-256-20", "--momentum", "1"], "momentum must be at least 0 and below 1"),
+        (["--model", "mlp-256-20", "--decay", "1.5"], "decay must be at least 0 and below 1"),
+        (["--model", "mlp-256-20", "--steps", "0"], "steps must be 1 or more"),
+        (["--model", "mlp-256-20", "--steps", "many"], "Invalid value for '--steps'"),
+        (["--model", "mlp-256-20", "--seeds", "0"], "seeds must be 1 or more"),
+        (["--model", "mlp-256-20", "--seed", "-1"], "seed must be 0 or positive"),
+        (["--model", "mlp-256-20", "--log-every", "0"], "log_every must be"),
+        (["--model", "mlp-256-20", "--refresh-every", "0"], "refresh_every must be"),
+        (["--model", "mlp-256-20", "--dtype", "float16"], "unknown dtype 'float16'"),
+        (["--model", "mlp-256-20", "--device", "abacus"], "unknown device 'abacus'"),
+        (["--model", "mlp-256-20", "--nonsense"], "No such option"),
+        ([], "Missing option '--model'"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "compare", *words, *(["--out", str(tmp_path / "out")] if words else []))
+    assert says in line
+    assert not (tmp_path / "out" / "run.h5").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no device 'cuda' on this machine" in refused(capsys, *SMALL, "--device", "cuda")
+
+
+def test_unknown_list_command_and_figure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown list 'algoritms'; did you mean 'algorithms'" in refused(capsys, "list", "algoritms")
+    assert "unknown figure 'cosin'; did you mean 'cosine'" in refused(capsys, "plot", str(folder), "--figure", "cosin")
+    assert "not written as '.xyz'" in refused(capsys, "plot", str(folder), "-o", "a.xyz")
+    assert "cannot be written" in refused(capsys, "plot", str(folder), "-o", "/nowhere/a.png")
+    assert "No such command" in refused(capsys, "compere")
+
+
+def test_damaged_log(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.h5").write_bytes((folder / "run.h5").read_bytes()[:3000])
+    assert "is damaged" in refused(capsys, "plot", str(tmp_path))
+    assert "no log at" in refused(capsys, "plot", str(tmp_path / "absent"))
+
+
+def test_nan_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def spoiled() -> tuple[Dataset, Dataset]:
+        x = torch.rand(40, 256)
+        x[17, 3] = torch.nan
+        data = Dataset("spoiled", x, torch.zeros(40, dtype=torch.long), "with a NaN")
+        return data, data
+
+    monkeypatch.setitem(datasets.DATASETS, "spoiled", Entry("with a NaN", spoiled))
+    words = ["compare", "--model", "mlp-256-20", "--data", "spoiled", "--batch-size", "40", "--out", str(tmp_path)]
+    assert "inputs contain NaN or Inf" in refused(capsys, *words)
+
+
+def test_output_folder_that_cannot_be_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, *SMALL, "--out", str(tmp_path / "file"))
+    assert "cannot be written" in refused(capsys, *SMALL, "--out", "/proc/nothing")
+    assert "already holds a run.h5" in refused(capsys, *SMALL, "--out", str(folder))
+
+
+def test_a_run_that_fails_half_way_keeps_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "--model", "mlp-256-20", "--reference", "sgd-m", "--algorithms", "adam", "--lr", "1e38"]
+    line = refused(capsys, *words, "--batch-size", "20000", "--out", str(tmp_path))
+    assert f"the log so far is saved in {tmp_path / 'run.h5'}" in line
+    assert len(cl.open(tmp_path)["step"]) >= 1
+
+
+def test_ctrl_c_ends_at_once_and_says_where_the_log_is(tmp_path: Path) -> None:
+    words = ["-m", "curvlab", "compare", "--model", "mlp-256-20", "--reference", "kfac", "--algorithms", "sgd-m"]
+    process = subprocess.Popen(
+        [sys.executable, *words, "--steps", "1000000", "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run.h5").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - start < 10
+    assert process.returncode == 130
+    assert f"interrupted; the log so far is saved in {tmp_path / 'run.h5'}" in err
+    assert "Traceback" not in err
+    assert len(cl.open(tmp_path)["step"]) >= 1
+
+
+@pytest.mark.slow
+def test_sigkill_of_the_main_job_at_twenty_random_moments(tmp_path: Path) -> None:
+    """The whole command, not only the log: killed, the file opens or does not exist yet."""
+    opened = 0
+    for i, moment in enumerate(np.random.default_rng(1).uniform(0.0, 9.0, 20)):
+        out = tmp_path / str(i)
+        words = ["-m", "curvlab", "compare", "--model", "mlp-256-20", "--steps", "1000000", "--out", str(out)]
+        with subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+            while not (out / "run.h5").exists() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(moment)
+            process.kill()
+        ds = cl.open(out)
+        assert np.isfinite(ds["gram"]).all()
+        opened += 1
+    assert opened == 20
+
+
+def test_device_auto_is_what_the_machine_has() -> None:
+    assert runs.device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

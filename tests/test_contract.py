@@ -1,0 +1,506 @@
+"""What every entry of ALGORITHMS promises. A new line in the table is tested here without a new test."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from problems import Problem, batches, problem
+from torch import Tensor
+
+import curvlab as cl
+from curvlab.algorithms import ALGORITHMS, approximation, damping_for, descent
+from curvlab.curvature.base import IdentityBlock
+from curvlab.objective import Objective, Observation
+from curvlab.optim import Descent, Optimizer, move, warm_start
+
+NAMES = list(ALGORITHMS)
+RULED = ["tanh", "relu", "no-bias", "linear", "tokens"]
+"""Models of the zoo whose every parameter belongs to a layer with a rule."""
+SCHEDULES = [(1, 1), (2, 3)]
+"""(update_every, refresh_every)."""
+OVERALL = 0.1
+"""The overall damping λ of these tests, well above rounding."""
+
+algorithms = pytest.mark.parametrize("name", NAMES)
+
+
+def structural(name: str) -> bool:
+    """Whether an algorithm reads a and g, and so falls back to the gradient on parameters without a rule."""
+    return ALGORITHMS[name].make(problem("linear").objective().blocks[0]).structural
+
+
+@contextmanager
+def fallback(name: str, model: str) -> Iterator[None]:
+    """Expects the one warning of a structural algorithm on a model with a LayerNorm, and none anywhere else."""
+    if model == "norm" and structural(name):
+        with pytest.warns(cl.CurvlabWarning, match="without a rule follow the gradient.*norm.weight, norm.bias") as said:
+            yield
+        assert len(said) == 1
+    else:
+        yield
+
+
+def damped(name: str, p: Problem) -> float:
+    return damping_for(name, OVERALL, len(p.x))
+
+
+def make_descent(name: str, objective: Objective, p: Problem, **options: object) -> Descent:
+    return descent(name, objective, **{"damping": damped(name, p), **options})
+
+
+def make_optimizer(name: str, objective: Objective, p: Problem, **options: object) -> Optimizer:
+    return cl.optimizer(name, objective, **{"lr": 1e-3, "damping": damped(name, p), **options})
+
+
+def first_direction(name: str, p: Problem, **options: object) -> tuple[Observation, dict[str, Tensor]]:
+    objective = p.objective()
+    d = make_descent(name, objective, p, **{"momentum": 0.0, **options})
+    observation = objective.closure(p.x, p.y).observe(d.needs)
+    return observation, d.direction(observation)
+
+
+def weights(objective: Objective) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in objective.parameters.items()}
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    return float(sum((a[name] * b[name]).sum() for name in a))
+
+
+def finite(values: Mapping[str, Tensor]) -> bool:
+    return all(bool(v.isfinite().all()) for v in values.values())
+
+
+# ------------------------------------------------------------------------------------------------ operator, direction
+
+
+@algorithms
+@pytest.mark.parametrize("model", [*RULED, "norm"])
+def test_every_block_is_a_positive_definite_operator(name: str, model: str) -> None:
+    p = problem(model)
+    objective = p.objective()
+    with fallback(name, model):
+        curvature = approximation(name, objective, damping=damped(name, p))
+    for x, y in batches(p, 3):
+        curvature.update(objective.closure(x, y).observe(curvature.needs))
+    assert list(curvature.inverse) == [b.name for b in objective.blocks]
+    for block in objective.blocks:
+        H = curvature.inverse[block.name]
+        eye = torch.eye(block.numel, dtype=torch.float64)
+        dense = H.dense()
+        assert len(H) == block.numel
+        torch.testing.assert_close(dense, dense.T, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(H @ eye, dense, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(H.eigvalsh(), torch.linalg.eigvalsh(dense), rtol=1e-10, atol=1e-11)
+        assert float(H.eigvalsh()[0]) > 0
+        torch.testing.assert_close(H.inv() @ dense, eye, rtol=0, atol=1e-10)
+        torch.testing.assert_close(H.inv().inv().dense(), dense, rtol=1e-9, atol=1e-10)
+        gradient = torch.randn(block.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        found = curvature.precondition({block.name: gradient})[block.name]
+        torch.testing.assert_close(found.flatten(), dense @ gradient.flatten(), rtol=1e-10, atol=1e-11)
+
+
+@algorithms
+@pytest.mark.parametrize("model", [*RULED, "norm"])
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_first_direction_is_a_descent_direction(name: str, model: str, likelihood: str) -> None:
+    p = problem(model, likelihood)
+    with fallback(name, model):
+        observation, direction = first_direction(name, p)
+    assert list(direction) == list(observation.gradients)
+    assert all(direction[b].shape == g.shape for b, g in observation.gradients.items())
+    assert dot(direction, observation.gradients) > 0
+
+
+@algorithms
+def test_loss_falls_over_20_steps(name: str) -> None:
+    """With a learning rate that makes the first step 0.02 long."""
+    p = problem("tanh", n=20)
+    direction = first_direction(name, p)[1]
+    objective = p.objective()
+    optimizer = make_optimizer(name, objective, p, lr=0.02 / math.sqrt(dot(direction, direction)))
+    losses = [float(optimizer.step(objective.closure(p.x, p.y))) for _ in range(21)]
+    assert losses[20] < losses[10] < losses[0]
+
+
+@algorithms
+@pytest.mark.parametrize("model", ["tanh", "norm"])
+def test_weight_decay_is_decoupled(name: str, model: str) -> None:
+    """p + γ W for every parameter (thesis Alg. 15, line 19; practice: for every variable)."""
+    p = problem(model)
+    with fallback(name, model):
+        plain = first_direction(name, p)[1]
+    with fallback(name, model):
+        decayed = first_direction(name, p, weight_decay=0.3)[1]
+    for block in p.objective().blocks:
+        w = block.gather({n: t.detach() for n, t in p.model.named_parameters()})
+        torch.testing.assert_close(decayed[block.name], plain[block.name] + 0.3 * w, rtol=1e-14, atol=1e-15)
+
+
+@algorithms
+def test_there_is_no_direction_before_the_first_data(name: str) -> None:
+    p = problem("tanh")
+    objective = p.objective()
+    curvature = approximation(name, objective)
+    assert not curvature.ready
+    with pytest.raises(cl.CurvlabError, match="has seen no data yet"):
+        curvature.precondition(objective.closure(p.x, p.y).observe().gradients)
+
+
+@algorithms
+def test_overall_damping_gives_a_damping_that_is_not_negative(name: str) -> None:
+    found = [damping_for(name, overall, size) for overall in (0.0, 1e-3, 1.0, 100.0) for size in (1, 1000)]
+    assert all(value >= 0 and math.isfinite(value) for value in found)
+    with pytest.raises(cl.CurvlabError, match="damping must be 0 or positive, not -1"):
+        damping_for(name, -1.0, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("block-fisher", 1e-3),
+        ("block-ef", 1e-3),
+        ("kfac", 1e-3),
+        ("kfac-ef", 1e-3),
+        ("smw-ng-bd", 1e-3),
+        ("tnt", 1e-3),  # √(λ / m) of 1000 examples
+        ("tnt-ef", 1e-3),
+        ("tnt-per-sample", math.sqrt(1e-3)),
+        ("shampoo", 3e-4),  # Table 4.3
+        ("adam", 1e-4),  # Table 4.3
+        ("sgd-m", 0.0),
+    ],
+)
+def test_overall_damping_by_practice(name: str, expected: float) -> None:
+    assert damping_for(name, 1e-3, 1000) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("kfac", lambda overall, m: overall),
+        ("tnt", lambda o, m: math.sqrt(o / m)),
+        ("tnt-per-sample", lambda o, m: math.sqrt(o)),
+    ],
+)
+@pytest.mark.parametrize("overall", [0.0, 1e-3, 4.0])
+@pytest.mark.parametrize("size", [1, 16, 1000])
+def test_overall_damping_scales_as_documented(
+    name: str, rule: Callable[[float, int], float], overall: float, size: int
+) -> None:
+    """KFAC λ; TNT on batch-mean gradients √(λ/m); on per-sample gradients √λ (practice)."""
+    assert damping_for(name, overall, size) == pytest.approx(rule(overall, size), rel=1e-14, abs=0)
+
+
+# ------------------------------------------------------------------------------------------------ state
+
+
+def saved_and_loaded(state: dict[str, object]) -> dict[str, object]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@algorithms
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(("update_every", "refresh_every"), SCHEDULES)
+@pytest.mark.parametrize("stop", [0, 4])
+def test_a_checkpoint_continues_bit_for_bit(name: str, warm: bool, update_every: int, refresh_every: int, stop: int) -> None:
+    """Into a model of other weights, an objective of another seed, an optimizer that has already moved elsewhere."""
+    p = problem("tanh")
+    options = {"update_every": update_every, "refresh_every": refresh_every, "weight_decay": 0.01}
+    data = batches(p, stop + 5, seed=30)
+    objective = p.objective()
+    optimizer = make_optimizer(name, objective, p, **options)
+    if warm:
+        optimizer.warm_start(batches(p, 3))
+    for x, y in data[:stop]:
+        optimizer.step(objective.closure(x, y))
+    state = saved_and_loaded({"model": p.model.state_dict(), "optimizer": optimizer.state_dict()})
+
+    q = problem("tanh")
+    other = q.objective(seed=99)
+    resumed = make_optimizer(name, other, q, **options | {"lr": 0.5, "damping": 9.0})
+    resumed.warm_start(batches(q, 2, seed=60))
+    resumed.step(other.closure(q.x, q.y))
+    q.model.load_state_dict(state["model"])
+    resumed.load_state_dict(state["optimizer"])
+    for x, y in data[stop:]:
+        assert torch.equal(resumed.step(other.closure(x, y)), optimizer.step(objective.closure(x, y)))
+        assert same(weights(other), weights(objective))
+
+
+def trajectory(name: str, seed: int, model: str = "tanh") -> list[dict[str, Tensor]]:
+    p = problem(model)
+    objective = p.objective(seed)
+    optimizer = make_optimizer(name, objective, p)
+    optimizer.warm_start(batches(p, 2))
+    found = []
+    for x, y in batches(p, 5, seed=30):
+        optimizer.step(objective.closure(x, y))
+        found.append(weights(objective))
+    return found
+
+
+@algorithms
+@pytest.mark.parametrize("model", ["tanh", "tokens"])
+def test_the_seed_is_all_that_labels_depend_on(name: str, model: str) -> None:
+    """The same seed: the same bits. Another: the same bits too, unless labels are drawn from the model."""
+    first, again, other = trajectory(name, 0, model), trajectory(name, 0, model), trajectory(name, 1, model)
+    assert all(same(a, b) for a, b in zip(first, again, strict=True))
+    assert all(same(a, b) for a, b in zip(first, other, strict=True)) is (ALGORITHMS[name].labels != "model")
+
+
+# ------------------------------------------------------------------------------------------------ alone and in company
+
+
+def compared(
+    name: str, others: list[str], schedule: tuple[int, int], warm: bool
+) -> tuple[np.ndarray, np.ndarray, dict[str, Tensor]]:
+    """⟨p, p⟩ by step and block, loss by step, final weights of a comparison that `name` leads."""
+    p = problem("tanh")
+    objective = p.objective()
+    run = cl.compare(
+        objective,
+        batches(p, 6, seed=30),
+        reference=name,
+        algorithms=others,
+        lr=1e-3,
+        damping=OVERALL,
+        update_every=schedule[0],
+        refresh_every=schedule[1],
+        warm=batches(p, 3) if warm else (),
+        progress=False,
+    )
+    gram = run.dataset["gram"].sel(algorithm=name, other=name)
+    return gram.values, run.dataset["loss"].values, weights(objective)
+
+
+@algorithms
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_compare_gives_the_same_bits_alone_and_in_company(name: str, schedule: tuple[int, int], warm: bool) -> None:
+    alone = compared(name, [], schedule, warm)
+    company = compared(name, [n for n in NAMES if n != name], schedule, warm)
+    np.testing.assert_allclose(alone[0], company[0], rtol=1e-13)  # one product of 1 or of all directions: other sums
+    assert np.array_equal(alone[1], company[1])
+    assert same(alone[2], company[2])
+
+
+@algorithms
+def test_directions_on_a_shared_observation_are_those_of_its_own(name: str) -> None:
+    """Company of every algorithm, before and after it, each with schedules of its own; plain descent moves the weights."""
+    p = problem("tanh")
+    objective = p.objective()
+    own = make_descent(name, objective, p, update_every=2, refresh_every=3)
+    watched = make_descent(name, objective, p, update_every=2, refresh_every=3)
+    crowd = [make_descent(n, objective, p, update_every=1 + i % 3, refresh_every=1 + i % 2) for i, n in enumerate(NAMES)]
+    half = len(crowd) // 2
+    for x, y in batches(p, 7):
+        closure = objective.closure(x, y)
+        expected = own.direction(closure.observe(own.needs))
+        observation = closure.observe(frozenset().union(watched.needs, *(d.needs for d in crowd)))
+        for d in crowd[:half]:
+            d.direction(observation)
+        found = watched.direction(observation)
+        for d in crowd[half:]:
+            d.direction(observation)
+        assert same(found, expected)
+        move(objective, observation.gradients, lambda _: 0.05)
+
+
+# ------------------------------------------------------------------------------------------------ data and models
+
+
+@algorithms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_follows_the_model(name: str, dtype: torch.dtype) -> None:
+    """Also where the data come in the other dtype."""
+    p = problem("tanh", dtype=dtype)
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    objective = p.objective()
+    optimizer = make_optimizer(name, objective, p)
+    optimizer.warm_start([(x.to(other), y) for x, y in batches(p, 2)])
+    for x, y in batches(p, 3):
+        loss = optimizer.step(objective.closure(x.to(other), y))
+    assert loss.dtype == dtype
+    assert {w.dtype for w in p.model.parameters()} == {dtype}
+    tensors = list(floating(optimizer.state_dict()["curvlab"]))
+    assert {t.dtype for t in tensors} == {dtype}
+    curvature = optimizer.descent.curvature
+    gradients = objective.closure(p.x, p.y).observe().gradients
+    assert {d.dtype for d in curvature.precondition(gradients).values()} == {dtype}
+
+
+def floating(value: object) -> Iterator[Tensor]:
+    """All floating tensors in nested containers."""
+    if isinstance(value, Tensor):
+        yield from [value] if value.is_floating_point() else []
+    elif isinstance(value, dict | list | tuple):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from floating(v)
+
+
+@algorithms
+def test_single_precision_is_double_precision_rounded(name: str) -> None:
+    """The data's labels, since a draw may fall on the other side of a rounding."""
+    single, double = (first_direction(name, problem("tanh", dtype=t), labels="data")[1] for t in (torch.float32, torch.float64))
+    for block, expected in double.items():
+        assert float((single[block].double() - expected).norm() / expected.norm()) < 1e-4
+
+
+@algorithms
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("model", RULED)
+def test_one_or_two_examples_are_enough(name: str, model: str, n: int) -> None:
+    observation, direction = first_direction(name, problem(model, n=n))
+    assert finite(direction)
+    assert dot(direction, observation.gradients) > 0
+
+
+@algorithms
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("model", ["tanh", "relu", "no-bias", "tokens"])
+def test_constant_inputs(name: str, model: str, value: float) -> None:
+    """A batch of one image many times over: rank one, and with zeros a first layer without statistics."""
+    p = problem(model)
+    observation, direction = first_direction(name, Problem(p.model, p.likelihood, torch.full_like(p.x, value), p.y))
+    assert finite(direction)
+    assert dot(direction, observation.gradients) > 0
+
+
+@algorithms
+def test_zero_gradients_give_zero_directions(name: str) -> None:
+    """A model that is certain, and right: softmax is 1 in floating point, so drawn labels have no gradient either."""
+    p = problem("tanh")
+    with torch.no_grad():
+        p.model[4].bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
+    objective = p.objective()
+    optimizer = make_optimizer(name, objective, p)
+    before = weights(objective)
+    for x, _ in batches(p, 3):
+        observation = objective.closure(x, torch.zeros_like(p.y)).observe({"data", "model"})
+        assert not any(bool(s.g.any()) for label in observation.passes.values() for s in label.values())
+        optimizer.step(objective.closure(x, torch.zeros_like(p.y)))
+    assert same(weights(objective), before)
+
+
+@algorithms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e15, 1e30])
+def test_enormous_gradients_give_a_finite_direction_or_a_clear_error(name: str, dtype: torch.dtype, size: float) -> None:
+    p = problem("linear", dtype=dtype)
+    objective = p.objective()
+    d = make_descent(name, objective, p, momentum=0.0)
+    observation = objective.closure(p.x * size, p.y).observe(d.needs)
+    assert float(observation.gradients["1"].abs().max()) > size / 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cl.CurvlabWarning)  # a damping that is raised is said, and tested elsewhere
+        message = None
+        try:
+            direction = d.direction(observation)
+        except cl.CurvlabError as error:
+            message = str(error)
+    assert finite(direction) if message is None else ("block 1" in message and "raise the damping" in message)
+
+
+@algorithms
+@pytest.mark.parametrize("frozen", ["0.weight", "2.bias", "4"])
+def test_frozen_parameters_stay_and_the_others_move(name: str, frozen: str) -> None:
+    """A weight, a bias, a whole layer. A bias that trains alone has no rule."""
+    p = problem("tanh")
+    for parameter, w in p.model.named_parameters():
+        w.requires_grad_(not parameter.startswith(frozen))
+    before = {n: w.detach().clone() for n, w in p.model.named_parameters()}
+    objective = p.objective()
+    with warnings.catch_warnings():
+        if frozen == "0.weight":
+            warnings.simplefilter("ignore", cl.CurvlabWarning)
+        optimizer = make_optimizer(name, objective, p)
+    optimizer.warm_start(batches(p, 2))
+    for x, y in batches(p, 3):
+        optimizer.step(objective.closure(x, y))
+    for parameter, w in p.model.named_parameters():
+        assert torch.equal(w, before[parameter]) is parameter.startswith(frozen)
+
+
+@algorithms
+def test_a_layer_without_a_rule(name: str) -> None:
+    """Structural methods say that it follows the gradient; the others precondition it as anything else."""
+    p = problem("norm")
+    with fallback(name, "norm"):
+        observation, direction = first_direction(name, p)
+    assert finite(direction)
+    for block in p.objective().blocks:
+        if block.module is None:
+            plain = torch.equal(direction[block.name], observation.gradients[block.name])
+            assert plain is (structural(name) or isinstance(ALGORITHMS[name].make(block), IdentityBlock))
+    objective = p.objective()
+    before = weights(objective)
+    with fallback(name, "norm"):
+        optimizer = make_optimizer(name, objective, p)
+    optimizer.warm_start(batches(p, 2))
+    for x, y in batches(p, 3):
+        optimizer.step(objective.closure(x, y))
+    after = weights(objective)
+    assert finite(after)
+    assert not any(torch.equal(after[n], before[n]) for n in before)
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+]
+
+
+def on(p: Problem, device: str) -> Problem:
+    return Problem(p.model.to(device), p.likelihood, p.x, p.y)
+
+
+@algorithms
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", ["tanh", "tokens"])
+def test_device_follows_the_model(name: str, device: str, model: str) -> None:
+    """Data stay on the CPU. With the data's labels the run is the CPU's; drawn labels have a generator of the device."""
+    ends = []
+    for where in ("cpu", device):
+        p = on(problem(model), where)
+        objective = p.objective()
+        optimizer = make_optimizer(name, objective, p, labels="data", lr=0.01)
+        for x, y in batches(p, 3):
+            optimizer.step(objective.closure(x, y))
+        assert {t.device.type for t in floating(optimizer.state_dict()["curvlab"])} <= {where}
+        ends.append({n: w.cpu() for n, w in weights(objective).items()})
+    for n, expected in ends[0].items():
+        torch.testing.assert_close(ends[1][n], expected, rtol=1e-8, atol=1e-9)
+
+
+@algorithms
+@pytest.mark.parametrize("device", DEVICES)
+def test_drawn_labels_repeat_on_every_device(name: str, device: str) -> None:
+    ends = []
+    for _ in range(2):
+        p = on(problem("tanh"), device)
+        objective = p.objective()
+        optimizer = make_optimizer(name, objective, p)
+        warm_start(objective, [optimizer.descent.curvature], batches(p, 2))
+        for x, y in batches(p, 2):
+            optimizer.step(objective.closure(x, y))
+        assert {w.device.type for w in p.model.parameters()} == {device}
+        ends.append(weights(objective))
+    for n, expected in ends[0].items():
+        torch.testing.assert_close(ends[1][n], expected, rtol=1e-10, atol=1e-12)

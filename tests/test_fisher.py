@@ -1,0 +1,212 @@
+"""The dense block Fisher against the dense matrix of `exact`, an explicit recursion and a dense solve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import Problem, batches, problem
+from torch import Tensor
+
+import curvlab as cl
+from curvlab.algorithms import approximation
+from curvlab.curvature.base import BlockDiagonal
+from curvlab.curvature.fisher import DenseFisher
+from curvlab.objective import Objective, Observation, Pass
+
+KIND: dict[Pass, str] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
+LABELS = list(KIND)
+DAMPING = 0.01
+
+
+def outer_products(observation: Observation, label: Pass, block: str) -> Tensor:
+    """(1/N) Σ_v Σ_n vec(g aᵀ) vec(g aᵀ)ᵀ, one outer product after another."""
+    s = observation.passes[label][block]
+    total = s.a.new_zeros(s.g.shape[3] * s.a.shape[2], s.g.shape[3] * s.a.shape[2])
+    for v in s.g:
+        for g, a in zip(v, s.a, strict=True):
+            row = sum(torch.outer(g_t, a_t) for g_t, a_t in zip(g, a, strict=True)).flatten()
+            total += torch.outer(row, row)
+    return total / len(s.a)
+
+
+def dense_fisher(objective: Objective, labels: Pass = "model", damping: float = DAMPING) -> BlockDiagonal:
+    return approximation("block-fisher", objective, labels=labels, damping=damping)
+
+
+def assert_inverts(curvature: BlockDiagonal, block: str, undamped: Tensor, damping: float = DAMPING) -> None:
+    """The operator and `matrix()` are those of `undamped` + λI."""
+    damped = undamped + damping * torch.eye(len(undamped), dtype=undamped.dtype)
+    fisher, inverse = curvature.blocks[block], curvature.inverse[block]
+    assert isinstance(fisher, DenseFisher)
+    torch.testing.assert_close(fisher.matrix(), undamped, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(inverse.dense(), torch.linalg.inv(damped), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(inverse.inv().dense(), damped, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+def test_one_observation_is_the_exact_matrix(labels: Pass, likelihood: str) -> None:
+    p = problem("tanh", likelihood)
+    objective = p.objective()
+    curvature = dense_fisher(objective, labels)
+    curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+    for block in objective.blocks:
+        objective.closures = 0  # fisher-mc draws the labels of closure 1 again
+        expected = cl.exact.matrix(objective, p.x, p.y, KIND[labels], block.name).dense()
+        assert_inverts(curvature, block.name, expected)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("model", ["tanh", "relu", "no-bias", "linear", "tokens"])
+def test_one_observation_is_the_mean_of_outer_products(labels: Pass, model: str) -> None:
+    p = problem(model)
+    objective = p.objective()
+    curvature = dense_fisher(objective, labels)
+    observation = objective.closure(p.x, p.y).observe(curvature.needs)
+    curvature.update(observation)
+    for block in objective.blocks:
+        assert_inverts(curvature, block.name, outer_products(observation, labels, block.name))
+
+
+@pytest.mark.parametrize("model", ["tanh", "tokens"])
+def test_moving_average_is_the_explicit_recursion(model: str) -> None:
+    p = problem(model)
+    objective = p.objective()
+    curvature = approximation("block-fisher", objective, damping=DAMPING, decay=0.7)
+    expected: dict[str, Tensor] = {}
+    for k, (x, y) in enumerate(batches(p, 6), 1):
+        observation = objective.closure(x, y).observe(curvature.needs)
+        curvature.update(observation)
+        weight = max(1 / k, 0.3)
+        for block in objective.blocks:
+            new = outer_products(observation, "model", block.name)
+            expected[block.name] = (1 - weight) * expected.get(block.name, 0 * new) + weight * new
+    for block in objective.blocks:
+        assert_inverts(curvature, block.name, expected[block.name])
+
+
+def masked(p: Problem, idle: list[int]) -> Problem:
+    """The same problem with some inputs zero in every example."""
+    x = p.x.clone()
+    x[:, idle] = 0
+    return Problem(p.model, p.likelihood, x, p.y)
+
+
+@pytest.mark.parametrize("idle", [[0], [4], [1, 3], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("labels", LABELS)
+def test_inputs_that_are_always_zero_are_dropped_exactly(idle: list[int], labels: Pass) -> None:
+    p = masked(problem("tanh"), idle)
+    objective = p.objective()
+    curvature = dense_fisher(objective, labels)
+    observation = objective.closure(p.x, p.y).observe(curvature.needs | {"data"})
+    curvature.update(observation)
+    fisher = curvature.blocks["1"]
+    assert isinstance(fisher, DenseFisher)
+    assert fisher.F is not None
+    active = 6 - len(idle)
+    assert fisher.F.shape == (10, active * (active + 1) // 2)  # 4 outputs: 10 pairs
+    full = outer_products(observation, labels, "1")
+    assert_inverts(curvature, "1", full)
+    vector = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # not zero where idle
+    solution = torch.linalg.solve(full + DAMPING * torch.eye(24, dtype=torch.float64), vector.flatten())
+    torch.testing.assert_close(curvature.precondition({"1": vector})["1"].flatten(), solution, rtol=1e-10, atol=1e-10)
+
+
+def test_a_layer_without_any_active_input_is_the_damping_alone() -> None:
+    p = masked(problem("no-bias"), [0, 1, 2, 3, 4])
+    objective = p.objective()
+    curvature = dense_fisher(objective)
+    curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+    assert_inverts(curvature, "1", torch.zeros(20, 20, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("order", [([0, 3], [3], []), ([], [1], [0, 1]), ([0, 1, 2], [2, 3, 4], [0, 4])])
+def test_inputs_may_become_active_later(order: tuple[list[int], ...]) -> None:
+    """Each minibatch has other idle inputs; the packed matrix grows to their union and never shrinks."""
+    p = problem("tanh")
+    objective = p.objective()
+    curvature = dense_fisher(objective)
+    expected, active = torch.zeros(24, 24, dtype=torch.float64), {5}
+    for k, (idle, (x, y)) in enumerate(zip(order, batches(p, 3), strict=True), 1):
+        x[:, idle] = 0
+        observation = objective.closure(x, y).observe(curvature.needs)
+        curvature.update(observation)
+        expected = expected + (outer_products(observation, "model", "1") - expected) / k
+        active |= set(range(5)) - set(idle)
+        fisher = curvature.blocks["1"]
+        assert isinstance(fisher, DenseFisher)
+        assert fisher.active is not None
+        assert fisher.active.tolist() == sorted(active)
+        assert_inverts(curvature, "1", expected)
+
+
+@pytest.mark.parametrize("places", [(2, 3), (2, 1), (1, 2)])
+def test_number_of_places_may_change_between_minibatches(places: tuple[int, int]) -> None:
+    """A sequence model sees minibatches of sequences of other lengths, one token among them."""
+    p = problem("tokens")
+    objective = p.objective()
+    curvature = dense_fisher(objective)
+    expected: dict[str, Tensor] = {}
+    for k, t in enumerate(places, 1):
+        x = torch.randn(7, t, 3, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+        observation = objective.closure(x, p.y).observe(curvature.needs)
+        curvature.update(observation)
+        for block in objective.blocks:
+            new = outer_products(observation, "model", block.name)
+            expected[block.name] = new if k == 1 else expected[block.name] + (new - expected[block.name]) / k
+    for block in objective.blocks:
+        assert_inverts(curvature, block.name, expected[block.name])
+
+
+def test_statistics_of_others_are_left_alone() -> None:
+    """The matrix is accumulated in place, on its own memory: the observation does not change."""
+    p = problem("tokens")
+    objective = p.objective()
+    curvature = dense_fisher(objective)
+    observation = objective.closure(p.x, p.y).observe(curvature.needs)
+    before = [s.rows.clone() for s in observation.passes["model"].values()]
+    for _ in range(3):
+        curvature.update(observation)
+    assert all(torch.equal(b, s.rows) for b, s in zip(before, observation.passes["model"].values(), strict=True))
+
+
+def nonsingular() -> Problem:
+    """A linear layer whose empirical Fisher matrix has full rank on the active inputs."""
+    return problem("linear", "gaussian", n=60)
+
+
+def test_no_damping_inverts_a_nonsingular_matrix() -> None:
+    p = nonsingular()
+    objective = p.objective()
+    curvature = dense_fisher(objective, "data", damping=0.0)
+    observation = objective.closure(p.x, p.y).observe(curvature.needs)
+    curvature.update(observation)
+    assert_inverts(curvature, "1", outer_products(observation, "data", "1"), damping=0.0)
+
+
+def test_no_damping_with_idle_inputs_is_an_error() -> None:
+    p = masked(nonsingular(), [2])
+    objective = p.objective()
+    curvature = dense_fisher(objective, "data", damping=0.0)
+    with pytest.raises(cl.CurvlabError, match=r"block 1 .*always zero.*positive damping"):
+        curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+
+
+@pytest.mark.parametrize("idle", [[], [2]])
+def test_a_singular_matrix_raises_the_damping_and_says_so(idle: list[int]) -> None:
+    """Two examples cannot fill 18 dimensions: without damping there is no Cholesky factor."""
+    p = masked(problem("linear", n=2), idle)
+    objective = p.objective()
+    curvature = dense_fisher(objective, damping=0.0)
+    with pytest.warns(cl.CurvlabWarning, match="block Fisher matrix is not positive definite with damping 0: raised to"):
+        curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+    assert bool(torch.isfinite(curvature.inverse["1"].dense()).all())
+
+
+def test_a_matrix_too_large_for_the_memory_is_refused() -> None:
+    model = torch.nn.Linear(3000, 300, bias=False)
+    objective = cl.Objective(model, cl.likelihoods.Gaussian())
+    curvature = dense_fisher(objective)
+    closure = objective.closure(torch.ones(2, 3000), torch.zeros(2, 300))
+    with pytest.raises(cl.CurvlabError, match=r"a dense block 1 \(weight\) would need .* GB .* use smw-ng-bd"):
+        curvature.update(closure.observe(curvature.needs))

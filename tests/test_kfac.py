@@ -1,0 +1,159 @@
+"""KFAC where it is exact, and its damping and order by hand (thesis Alg. 12)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import batches, problem
+from torch import Tensor, nn
+
+import curvlab as cl
+from curvlab.algorithms import approximation, descent
+from curvlab.curvature.base import BlockDiagonal
+from curvlab.curvature.kfac import Kfac
+from curvlab.linalg.operators import Kronecker
+from curvlab.objective import Pass
+
+KIND: dict[Pass, str] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
+
+
+def factors(curvature: BlockDiagonal, block: str) -> tuple[Tensor, Tensor]:
+    """(A, G) of a block."""
+    kfac = curvature.blocks[block]
+    assert isinstance(kfac, Kfac)
+    assert kfac.A is not None
+    assert kfac.G is not None
+    return kfac.A, kfac.G
+
+
+def deep_linear(bias: bool) -> cl.Objective:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        widths = [(5, 4), (4, 6), (6, 3)]
+        model = nn.Sequential(*(nn.Linear(i, o, bias=bias) for i, o in widths)).double()
+    return cl.Objective(model, cl.likelihoods.Gaussian())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_is_the_exact_ggn_of_a_deep_linear_network(bias: bool) -> None:
+    """h depends on nothing but W a, and the output Hessian is I: Gₙ is the same for all n, so the mean factorises."""
+    objective = deep_linear(bias)
+    p = problem("linear", "gaussian", n=9)
+    curvature = approximation("kfac", objective, labels="exact")
+    curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+    for block in objective.blocks:
+        A, G = factors(curvature, block.name)
+        exact = cl.exact.matrix(objective, p.x, p.y, "ggn", block.name).dense()
+        torch.testing.assert_close(torch.kron(G, A), exact, rtol=1e-10, atol=1e-12)
+        hessian = cl.exact.matrix(objective, p.x, p.y, "hessian", block.name).dense()  # the loss is quadratic in one W
+        torch.testing.assert_close(torch.kron(G, A), hessian, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("labels", list(KIND))
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+@pytest.mark.parametrize("model", ["tanh", "relu"])
+def test_is_exact_for_one_example(model: str, likelihood: str, labels: Pass) -> None:
+    p = problem(model, likelihood, n=1)
+    objective = p.objective()
+    curvature = approximation("kfac", objective, labels=labels)
+    curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+    for block in objective.blocks:
+        objective.closures = 0  # fisher-mc draws the labels of closure 1 again
+        exact = cl.exact.matrix(objective, p.x, p.y, KIND[labels], block.name).dense()
+        A, G = factors(curvature, block.name)
+        torch.testing.assert_close(torch.kron(G, A), exact, rtol=1e-11, atol=1e-13)
+
+
+def test_shared_weights_sum_inputs_over_places_and_average_derivatives() -> None:
+    """Ω sums over places and averages over examples, Γ averages over both (practice), one outer product after another."""
+    p = problem("tokens")
+    objective = p.objective()
+    curvature = approximation("kfac", objective)
+    observation = objective.closure(p.x, p.y).observe(curvature.needs)
+    curvature.update(observation)
+    for block in objective.blocks:
+        s = observation.passes["model"][block.name]
+        places = [(n, t) for n in range(7) for t in range(2)]
+        A, G = factors(curvature, block.name)
+        torch.testing.assert_close(A, sum(torch.outer(s.a[n, t], s.a[n, t]) for n, t in places) / 7, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            G, sum(torch.outer(s.g[0, n, t], s.g[0, n, t]) for n, t in places) / 14, rtol=1e-12, atol=1e-14
+        )
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.1, 30.0])
+def test_inverse_factors_and_damping_by_the_formula(damping: float) -> None:
+    """(Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹, π² = trace(Ω ⊗ I) / trace(I ⊗ Γ) (Alg. 12, line 19)."""
+    p = problem("tanh")
+    objective = p.objective()
+    curvature = approximation("kfac", objective, damping=damping)
+    curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+    for block in objective.blocks:
+        A, G = factors(curvature, block.name)
+        eye_a, eye_g = (torch.eye(len(m), dtype=torch.float64) for m in (A, G))
+        pi = math.sqrt(torch.kron(A, eye_g).trace() / torch.kron(eye_a, G).trace())
+        inverse = curvature.inverse[block.name]
+        assert isinstance(inverse, Kronecker)
+        expected = (
+            torch.linalg.inv(G + math.sqrt(damping) / pi * eye_g),
+            torch.linalg.inv(A + math.sqrt(damping) * pi * eye_a),
+        )
+        for found, wanted in zip(inverse.factors, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+        gradient = torch.randn(block.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        direction = curvature.precondition({block.name: gradient})[block.name]  # Alg. 12, line 8: p = H_Γ DW H_Ω
+        torch.testing.assert_close(direction, expected[0] @ gradient @ expected[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("warm", [0, 3])
+def test_direction_comes_before_the_statistics_of_its_minibatch(warm: int) -> None:
+    """Alg. 12: lines 7 to 9 come before line 14. Only the very first minibatch without a warm start is learnt first."""
+    p = problem("tanh")
+    objective, twin = p.objective(), p.objective()
+    kfac = descent("kfac", objective, damping=0.1, momentum=0.0)
+    same = approximation("kfac", twin, damping=0.1)
+    for x, y in batches(p, warm, seed=50):
+        kfac.curvature.absorb(objective.closure(x, y).observe(kfac.curvature.warm_needs))
+        same.absorb(twin.closure(x, y).observe(same.warm_needs))
+    if warm:
+        kfac.curvature.refresh()
+        same.refresh()
+    for k, (x, y) in enumerate(batches(p, 4)):
+        observation = objective.closure(x, y).observe(kfac.needs)
+        if k == 0 and not warm:
+            same.update(observation)
+            expected = same.precondition(observation.gradients)
+        else:
+            expected = same.precondition(observation.gradients)
+            same.update(observation)
+        found = kfac.direction(observation)
+        for name, direction in expected.items():
+            assert torch.equal(found[name], direction)
+
+
+def test_the_others_learn_first() -> None:
+    """Alg. 15 and 16: the statistics of this minibatch are in its direction."""
+    p = problem("tanh")
+    objective = p.objective()
+    tnt = descent("tnt", objective, damping=0.1, momentum=0.0)
+    alone = approximation("tnt", objective, damping=0.1)
+    for x, y in batches(p, 3):
+        observation = objective.closure(x, y).observe(tnt.needs)
+        alone.update(observation)
+        expected, found = alone.precondition(observation.gradients), tnt.direction(observation)
+        assert all(torch.equal(found[name], direction) for name, direction in expected.items())
+
+
+def test_zero_derivatives_split_the_damping_evenly() -> None:
+    """π is 1 where a trace is zero: H = (√λ I)⁻¹ ⊗ (Ω + √λ I)⁻¹."""
+    p = problem("tanh", "gaussian")
+    objective = p.objective()
+    curvature = approximation("kfac-ef", objective, damping=0.04)
+    curvature.update(objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs))  # targets are met: g = 0
+    A, G = factors(curvature, "1")
+    assert not bool(G.any())
+    eye_g, eye_a = (torch.eye(d, dtype=torch.float64) for d in (4, 6))
+    expected = torch.kron(eye_g / 0.2, torch.linalg.inv(A + 0.2 * eye_a).contiguous())
+    torch.testing.assert_close(curvature.inverse["1"].dense(), expected, rtol=1e-11, atol=1e-12)

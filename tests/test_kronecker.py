@@ -1,0 +1,137 @@
+"""Kronecker products: Proposition 1, Lemma 8, contractions, tensor-normal factors (4.10), the split of the damping."""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import assert_near
+from torch import Tensor
+
+from curvlab.linalg.kronecker import contraction, kronecker_product, matricize, pi_split, tensor_normal_factors
+
+FEW = settings(deadline=None, max_examples=25)
+SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+SEEDS = st.integers(0, 999)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def spd(order: int, seed: int = 0) -> Tensor:
+    m = normal(order, order, seed=seed)
+    return m @ m.T / order + 0.1 * torch.eye(order, dtype=m.dtype)
+
+
+@FEW
+@given(SHAPES, st.sampled_from([None, 1, 3]), SEEDS)
+def test_proposition_1(shape: list[int], columns: int | None, seed: int) -> None:
+    """(⊗ U_i) vec(V), by mode products, is the Kronecker matrix times the vector; no symmetry of U_i needed."""
+    factors = [normal(d, d, seed=seed + i) for i, d in enumerate(shape)]
+    v = normal(math.prod(shape), *([] if columns is None else [columns]), seed=seed + 9)
+    matrix = torch.from_numpy(reduce(np.kron, [u.numpy() for u in factors]))
+    assert_near(kronecker_product(factors, v), matrix @ v)
+
+
+def test_proposition_1_entry_by_entry() -> None:
+    """vec(V ×_1 U_1 ×_2 U_2 ×_3 U_3) with the mode products written out."""
+    u1, u2, u3, v = normal(2, 2), normal(3, 3, seed=1), normal(4, 4, seed=2), normal(2, 3, 4, seed=3)
+    expected = torch.einsum("ai,bj,ck,ijk->abc", u1, u2, u3, v).flatten()
+    assert_near(kronecker_product([u1, u2, u3], v.flatten()), expected)
+
+
+@FEW
+@given(st.integers(1, 5), st.integers(1, 5), SEEDS)
+def test_lemma_8_row_major(o: int, i: int, seed: int) -> None:
+    """(H_g ⊗ H_a) vec(V) = vec(H_g V H_a) on the row-major flattening of an [O, I] matrix."""
+    hg, ha, v = spd(o, seed), spd(i, seed + 1), normal(o, i, seed=seed + 2)
+    assert_near(kronecker_product([hg, ha], v.flatten()), (hg @ v @ ha).flatten())
+    assert_near(torch.kron(hg, ha) @ v.flatten(), (hg @ v @ ha).flatten())
+
+
+@FEW
+@given(SHAPES, SEEDS)
+def test_contraction_entry_by_entry(shape: list[int], seed: int) -> None:
+    """G^(i)[p, q] = Σ over the other ways of G[…p…] G[…q…], with matricize's columns in row-major order."""
+    G = normal(*shape, seed=seed)
+    for i, d in enumerate(shape):
+        others = shape[:i] + shape[i + 1 :]
+        places = list(np.ndindex(*others))
+        unfolded = torch.tensor([[G[(*at[:i], p, *at[i:])] for at in places] for p in range(d)], dtype=G.dtype)
+        assert torch.equal(matricize(G, i), unfolded)
+        expected = torch.stack([torch.stack([(unfolded[p] * unfolded[q]).sum() for q in range(d)]) for p in range(d)])
+        assert_near(contraction(G, i), expected)
+
+
+def test_contraction_of_a_matrix_and_of_a_vector() -> None:
+    G, g = normal(3, 4), normal(4, seed=1)
+    assert_near(contraction(G, 0), G @ G.T)
+    assert_near(contraction(G, 1), G.T @ G)
+    assert_near(contraction(g, 0), torch.outer(g, g))
+
+
+@FEW
+@given(SHAPES, SEEDS, st.integers(1, 5))
+def test_constant_trace_identity(shape: list[int], seed: int, samples: int) -> None:
+    """All factors have the same mean eigenvalue c_0 = (E ‖G‖² / Π d_j)^{1/k}."""
+    G = normal(samples, *shape, seed=seed)
+    found = tensor_normal_factors([torch.stack([contraction(one, i) for one in G]).mean(0) for i in range(len(shape))])
+    c0 = float(G.square().mean()) ** (1 / len(shape))
+    for u, d in zip(found, shape, strict=True):
+        assert float(u.trace()) / d == pytest.approx(c0, rel=1e-12)
+
+
+@FEW
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), SEEDS, st.sampled_from([1e-8, 1.0, 1e8]))
+def test_factors_of_a_tensor_normal_are_exact(shape: list[int], seed: int, scale: float) -> None:
+    """From the exact E[G^(i)] = U_i Π_{j≠i} tr U_j the product of the factors is ⊗ U_i itself, at any scale."""
+    factors = [scale * spd(d, seed + i) for i, d in enumerate(shape)]
+    expectations = [u * math.prod(float(w.trace()) for j, w in enumerate(factors) if j != i) for i, u in enumerate(factors)]
+    found = tensor_normal_factors(expectations)
+    assert_near(reduce(torch.kron, found), reduce(torch.kron, factors))
+    for u, w in zip(found, factors, strict=True):
+        assert_near(u / u.trace(), w / w.trace())
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4)])
+def test_zero_statistics_give_zero_factors(shape: tuple[int, ...]) -> None:
+    for u in tensor_normal_factors([torch.zeros(d, d) for d in shape]):
+        assert torch.equal(u, torch.zeros_like(u))
+
+
+def test_factors_from_samples_of_a_matrix_normal() -> None:
+    """Mean of 40 estimates within 5 of its standard errors of the truth; a standard error is below 1 %."""
+    u1, u2 = spd(3), spd(4, seed=1)
+    size = math.sqrt(float(u1.trace()) / 3 * float(u2.trace()) / 4)
+    truth = [u * size * len(u) / u.trace() for u in (u1, u2)]  # split so that both have the same mean eigenvalue
+    G = torch.linalg.cholesky(u1) @ normal(40, 2000, 3, 4, seed=2) @ torch.linalg.cholesky(u2).T
+    estimates = [tensor_normal_factors([torch.stack([contraction(g, i) for g in part]).mean(0) for i in (0, 1)]) for part in G]
+    for i, expected in enumerate(truth):
+        found = torch.stack([e[i] for e in estimates])
+        error = found.std(0) / math.sqrt(len(found))
+        assert bool(((found.mean(0) - expected).abs() <= 5 * error).all())
+        assert float(error.norm() / expected.norm()) < 0.01
+
+
+@FEW
+@given(st.integers(1, 5), st.integers(1, 5), st.floats(1e-6, 1e3), SEEDS)
+def test_pi_split(inputs: int, outputs: int, damping: float, seed: int) -> None:
+    """Alg. 12, line 19, with the traces of the Kronecker products themselves."""
+    A, G = spd(inputs, seed), 7 * spd(outputs, seed + 1)
+    eye_g, eye_a = torch.eye(outputs, dtype=A.dtype), torch.eye(inputs, dtype=A.dtype)
+    pi = math.sqrt(float(torch.kron(A, eye_g).trace() / torch.kron(eye_a, G).trace()))
+    for_a, for_g = pi_split(A, G, damping)
+    assert for_a == pytest.approx(pi * math.sqrt(damping), rel=1e-12)
+    assert for_g == pytest.approx(math.sqrt(damping) / pi, rel=1e-12)
+    assert for_a * for_g == pytest.approx(damping, rel=1e-12)
+
+
+@pytest.mark.parametrize(("a", "g"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_pi_is_one_where_a_trace_is_zero(a: float, g: float) -> None:
+    assert pi_split(a * torch.eye(2), g * torch.eye(3), 0.25) == (0.5, 0.5)

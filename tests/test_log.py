@@ -1,0 +1,154 @@
+"""The log: schema, whole on disk at any moment, damaged files named."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import xarray as xr
+
+import curvlab as cl
+import curvlab.log as log_module
+from curvlab.log import SAVE_EVERY, SAVE_SHARE, Log, open_log
+
+
+def log_of(path: Path | None, seeds: tuple[int, ...] = (0,), **more: object) -> Log:
+    coordinates = {"algorithm": ["a", "b"], "block": ["1", "2", "3"], "parameters": ("block", ["u", "v", "w"])}
+    variables = {"cosine": {"long_name": "cosine", "units": "1"}, "loss": {"long_name": "loss", "units": "nat"}}
+    return Log(coordinates, variables, {"reference": "a", "call": {"x": 1}} | more, path, seeds)
+
+
+def record(value: float) -> dict:
+    return {"cosine": (("algorithm", "block"), np.full((2, 3), value)), "loss": ((), np.asarray(value))}
+
+
+def test_round_trip_keeps_labels_units_and_values(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "run.h5")
+    for step in (0, 5, 10):
+        log.append(step, record(step / 7))
+    log.save()
+    with xr.open_dataset(tmp_path / "run.h5", engine="h5netcdf") as ds:
+        xr.testing.assert_identical(ds.load(), log.dataset())
+        assert ds["cosine"].dims == ("step", "algorithm", "block")
+        assert ds["cosine"].attrs == {"long_name": "cosine", "units": "1"}
+        assert ds["parameters"].sel(block="2").item() == "v"
+        assert ds["cosine"].sel(step=5, algorithm="b", block="3").item() == 5 / 7
+        assert json.loads(ds.attrs["call"]) == {"x": 1}
+    with h5py.File(tmp_path / "run.h5") as file:
+        assert file["loss"][:].tolist() == [0, 5 / 7, 10 / 7]
+
+
+def test_every_log_says_where_it_comes_from(tmp_path: Path) -> None:
+    log = log_of(None)
+    log.append(0, record(1.0))
+    attributes = log.dataset().attrs
+    assert {"curvlab", "torch", "numpy", "xarray", "python"} <= json.loads(attributes["versions"]).keys()
+    assert attributes["git_commit"]
+    assert np.datetime64(attributes["created"].removesuffix("+00:00")) <= np.datetime64("now")
+
+
+def test_several_seeds_become_a_dimension_and_missing_steps_are_nan() -> None:
+    log = log_of(None, seeds=(3, 4))
+    for step in range(3):
+        log.append(step, record(step), seed=3)
+    log.append(0, record(9.0), seed=4)
+    ds = log.dataset()
+    assert ds["seed"].values.tolist() == [3, 4]
+    assert ds["loss"].sel(seed=3).values.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(ds["loss"].sel(seed=4).values, [9, np.nan, np.nan])
+    assert ds.attrs["reference"] == "a"
+
+
+def test_saved_after_the_first_record_and_then_only_when_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, saves, now = log_of(tmp_path / "run.h5"), [], [100.0]
+    real = log.save
+
+    def counted() -> None:
+        saves.append(now[0])
+        real()
+
+    monkeypatch.setattr(log, "save", counted)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for step in range(121):
+        log.append(step, record(step))
+        now[0] += 0.1
+    assert len(saves) == 3  # at 0, 5 and 10 of 12 seconds
+    assert all(0 <= later - earlier - SAVE_EVERY < 0.2 for earlier, later in pairwise(saves))
+    log._cost = 1.0  # a save that costs a second is due once in 1 / SAVE_SHARE seconds
+    now[0] += 1 / SAVE_SHARE - 3
+    log.append(121, record(0.0))
+    assert len(saves) == 3
+    now[0] += 3
+    log.append(122, record(0.0))
+    assert len(saves) == 4
+
+
+def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    log = log_of(tmp_path / "run.h5")
+    log.append(0, record(1.0))
+    before = (tmp_path / "run.h5").read_bytes()
+    (tmp_path / ".run.h5.part").mkdir()  # where the next one would be written
+    log._saved = -1e9
+    with pytest.raises(cl.CurvlabError, match="cannot be written"):
+        log.append(1, record(2.0))
+    assert (tmp_path / "run.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not HDF5 at all", None])
+def test_damaged_log_is_one_line(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "run.h5"
+    log = log_of(path)
+    log.append(0, record(1.0))
+    path.write_bytes(path.read_bytes()[:2000] if content is None else content)
+    with pytest.raises(cl.CurvlabError, match="damaged") as caught:
+        open_log(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(cl.CurvlabError, match="no log at"):
+        cl.open(tmp_path)
+    xr.Dataset({"x": ("t", [1.0])}).to_netcdf(tmp_path / "run.h5", engine="h5netcdf")
+    with pytest.raises(cl.CurvlabError, match="no curvlab log"):
+        cl.open(tmp_path / "run.h5")
+
+
+def test_late_cosine_is_the_mean_of_the_last_three_quarters() -> None:
+    log = log_of(None)
+    for step in range(8):
+        log.append(step, record(step))
+    assert cl.late_cosine(log.dataset()).sel(algorithm="a", block="1").item() == np.mean([2, 3, 4, 5, 6, 7])
+
+
+def _write_for_ever(path: Path) -> None:
+    log_module.SAVE_EVERY, log_module.SAVE_SHARE = 0.0, 1e9  # save at every record: the kill falls into a save
+    log = Log({"algorithm": ["a"]}, {}, {}, path)
+    for step in range(10**9):
+        log.append(step, {"x": (("algorithm",), np.full(1, float(step))), "y": (("algorithm", "n"), np.zeros((1, 20_000)))})
+        if step > 60:
+            log._records[0], log._steps[0] = log._records[0][-2:], log._steps[0][-2:]
+
+
+def test_the_file_opens_after_sigkill_at_twenty_random_moments(tmp_path: Path) -> None:
+    path, seen = tmp_path / "run.h5", []
+    for moment in np.random.default_rng(0).uniform(0.02, 0.25, 20):
+        process = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(path,))
+        process.start()
+        while not path.exists():
+            time.sleep(0.001)
+        time.sleep(moment)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        ds = cl.open(path)
+        np.testing.assert_array_equal(ds["x"].values[:, 0], ds["step"].values)
+        seen.append(int(ds["step"][-1]))
+        path.unlink()
+    assert len(set(seen)) > 3  # the kills fell at different places

@@ -1,0 +1,450 @@
+"""Descent and optimizer: against `torch.optim` where they are the same, and what a torch user expects of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from problems import batches, problem
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+
+import curvlab as cl
+from curvlab.algorithms import approximation, descent
+from curvlab.objective import Objective
+from curvlab.optim import Batch, Momentum, MomentumKind, Optimizer, move, warm_start
+
+LR = 0.02
+Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
+
+SCHEDULES: dict[str, Schedule | None] = {
+    "constant": None,
+    "step": lambda o: StepLR(o, step_size=10, gamma=0.5),
+    "cosine": lambda o: CosineAnnealingLR(o, T_max=50),
+}
+
+
+def weights(objective: Objective) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in objective.parameters.items()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+# ------------------------------------------------------------------------------------------------ against torch.optim
+
+
+def run_ours(name: str, model: str, schedule: Schedule | None, **options: float) -> tuple[list[float], dict[str, Tensor]]:
+    p = problem(model)
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective, lr=LR, **options)
+    scheduler = schedule(optimizer) if schedule else None
+    losses = []
+    for x, y in batches(p, 50):
+        losses.append(optimizer.step(objective.closure(x, y)).item())
+        if scheduler:
+            scheduler.step()
+    return losses, weights(objective)
+
+
+def run_torch(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], model: str, schedule: Schedule | None
+) -> tuple[list[float], dict[str, Tensor]]:
+    p = problem(model)
+    objective = p.objective()
+    optimizer = make(list(p.model.parameters()))
+    scheduler = schedule(optimizer) if schedule else None
+    losses = []
+    for x, y in batches(p, 50):
+        losses.append(optimizer.step(objective.closure(x, y)).item())  # torch's contract: the closure is called
+        if scheduler:
+            scheduler.step()
+    return losses, weights(objective)
+
+
+def assert_same_run(ours: tuple[list[float], dict[str, Tensor]], theirs: tuple[list[float], dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(torch.tensor(ours[0]), torch.tensor(theirs[0]), rtol=1e-12, atol=0)
+    for name, expected in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], expected, rtol=1e-12, atol=1e-12)
+
+
+MODELS = ["tanh", "relu", "no-bias", "linear", "tokens", "norm"]
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("model", MODELS)
+def test_adam_is_torchs(model: str, weight_decay: float, schedule: str) -> None:
+    """ε is the damping; decoupled weight decay makes it AdamW."""
+    ours = run_ours("adam", model, SCHEDULES[schedule], damping=1e-4, weight_decay=weight_decay)
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if weight_decay:
+            return torch.optim.AdamW(parameters, LR, betas=(0.9, 0.999), eps=1e-4, weight_decay=weight_decay)
+        return torch.optim.Adam(parameters, LR, betas=(0.9, 0.999), eps=1e-4)
+
+    assert_same_run(ours, run_torch(make, model, SCHEDULES[schedule]))
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("model", MODELS)
+def test_sgd_is_torchs(model: str, momentum: float, schedule: str) -> None:
+    ours = run_ours("sgd-m", model, SCHEDULES[schedule], momentum=momentum)
+    theirs = run_torch(lambda p: torch.optim.SGD(p, LR, momentum=momentum), model, SCHEDULES[schedule])
+    assert_same_run(ours, theirs)
+
+
+@pytest.mark.parametrize("model", ["tanh", "norm"])
+def test_sgd_with_decoupled_weight_decay_by_hand(model: str) -> None:
+    """m ← 0.9 m + g; W ← W − α (m + γ W) (thesis Alg. 15, lines 10, 19 and 20)."""
+    p = problem(model)
+    objective = p.objective()
+    buffers = {name: torch.zeros_like(w) for name, w in p.model.named_parameters()}
+    losses = []
+    for x, y in batches(p, 50):
+        losses.append(objective.closure(x, y)().item())
+        with torch.no_grad():
+            for name, w in p.model.named_parameters():
+                assert w.grad is not None
+                buffers[name] = 0.9 * buffers[name] + w.grad
+                w.sub_(LR * (buffers[name] + 0.1 * w))
+    assert_same_run(run_ours("sgd-m", model, None, weight_decay=0.1), (losses, weights(objective)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("add", lambda g1, g2: 0.6 * g1 + g2),
+        ("average", lambda g1, g2: 0.6 * 0.4 * g1 + 0.4 * g2),
+        ("corrected", lambda g1, g2: (0.6 * 0.4 * g1 + 0.4 * g2) / (1 - 0.36)),
+    ],
+)
+def test_kinds_of_momentum(kind: MomentumKind, expected: Callable[[Tensor, Tensor], Tensor]) -> None:
+    g1, g2 = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor([0.5, 3.0], dtype=torch.float64)
+    momentum = Momentum(0.6, kind)
+    first = momentum({"1": g1})["1"]
+    second = momentum({"1": g2})["1"]
+    torch.testing.assert_close(first, 0.4 * g1 if kind == "average" else g1, rtol=1e-14, atol=0)
+    torch.testing.assert_close(second, expected(g1, g2), rtol=1e-14, atol=0)
+
+
+def test_constant_gradients_leave_the_corrected_average_where_it_is() -> None:
+    g = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    momentum = Momentum(0.9, "corrected")
+    for _ in range(20):
+        torch.testing.assert_close(momentum({"1": g})["1"], g, rtol=1e-13, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ warm start
+
+
+def count_forwards(model: nn.Module) -> list[int]:
+    """A list that grows by the size of the batch at every forward pass of the model."""
+    seen: list[int] = []
+    model.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    return seen
+
+
+def test_warm_start_counts_and_is_the_curvature_over_one_pass() -> None:
+    p = problem("tanh")
+    objective, twin = p.objective(), p.objective()
+    optimizer = cl.optimizer("kfac", objective, damping=0.1, labels="data")
+    before, seen = weights(objective), count_forwards(p.model)
+    assert optimizer.warm_start(iter(batches(p, 5))) == 5
+    assert seen == 5 * [7]
+    assert same(weights(objective), before)
+    curvature = approximation("kfac", twin, damping=0.1, labels="data")
+    for x, y in batches(p, 5):
+        curvature.absorb(twin.closure(x, y).observe(curvature.warm_needs))
+    curvature.refresh()
+    observation = objective.closure(p.x, p.y).observe()
+    found, expected = (c.precondition(observation.gradients) for c in (optimizer.descent.curvature, curvature))
+    assert same(found, expected)
+
+
+def test_warm_start_shares_one_observation_among_all() -> None:
+    """One forward pass a minibatch for four methods, and each learns what it learns alone."""
+    p = problem("tanh")
+    shared = p.objective()
+    names = ("kfac", "adam", "tnt", "shampoo")
+    together, seen = [approximation(name, shared) for name in names], count_forwards(p.model)
+    assert warm_start(shared, together, batches(p, 4)) == 4
+    assert seen == 4 * [7]
+    gradients = shared.closure(p.x, p.y).observe().gradients
+    for name, curvature in zip(names, together, strict=True):
+        assert curvature.ready is (name != "adam")
+        if curvature.ready:
+            alone = p.objective()
+            one = approximation(name, alone)
+            warm_start(alone, [one], batches(p, 4))
+            assert same(curvature.precondition(gradients), one.precondition(gradients))
+
+
+def test_warm_start_reads_no_data_where_nobody_wants_any() -> None:
+    p = problem("tanh")
+
+    def data() -> Iterator[Batch]:
+        raise AssertionError("read")
+        yield  # pragma: no cover
+
+    assert cl.optimizer("adam", p.objective()).warm_start(data()) == 0
+
+
+def test_an_empty_warm_start_leaves_everything_as_it_was() -> None:
+    p = problem("tanh")
+    objective = p.objective()
+    optimizer = cl.optimizer("kfac", objective, lr=0.01)
+    assert optimizer.warm_start([]) == 0
+    assert not optimizer.descent.curvature.ready
+    optimizer.step(objective.closure(p.x, p.y))
+    assert optimizer.descent.curvature.ready
+
+
+def test_warm_start_uses_the_damping_of_the_first_group() -> None:
+    """For KFAC the first direction comes from the warm start's inverse: a damping set before it must count."""
+    p = problem("tanh")
+    directions = []
+    for at_start, in_group in ((0.1, 5.0), (5.0, 5.0)):
+        objective = p.objective()
+        optimizer = cl.optimizer("kfac", objective, damping=at_start)
+        optimizer.param_groups[0]["damping"] = in_group
+        optimizer.warm_start(batches(p, 3))
+        directions.append(optimizer.descent.curvature.precondition(objective.closure(p.x, p.y).observe().gradients))
+    assert same(*directions)
+
+
+# ------------------------------------------------------------------------------------------------ step
+
+
+def test_step_returns_the_loss_before_the_move_and_moves_along_the_direction() -> None:
+    p = problem("tanh")
+    objective, twin = p.objective(), p.objective()
+    optimizer = cl.optimizer("tnt", objective, lr=0.01, damping=0.3)
+    same_descent = descent("tnt", twin, damping=0.3)
+    for x, y in batches(p, 4):
+        before = weights(objective)
+        expected_loss = objective.likelihood.loss(p.model(x), y).mean()
+        observation = twin.closure(x, y).observe(same_descent.needs)
+        direction = same_descent.direction(observation)
+        loss = optimizer.step(objective.closure(x, y))
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-14, atol=0)
+        for block in objective.blocks:
+            for name, d in block.scatter(direction[block.name]).items():
+                torch.testing.assert_close(objective.parameters[name].detach(), before[name] - 0.01 * d, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["kfac", "shampoo", "adam", "smw-ng-bd"])
+def test_nothing_is_written_to_or_read_from_grad(name: str) -> None:
+    p = problem("tanh")
+    objective = p.objective()
+    cl.optimizer(name, objective, lr=0.01).step(objective.closure(p.x, p.y))
+    assert all(w.grad is None for w in p.model.parameters())
+    moved, q = weights(objective), problem("tanh")
+    for w in q.model.parameters():
+        w.grad = torch.full_like(w, 7.0)
+    other = q.objective()
+    cl.optimizer(name, other, lr=0.01).step(other.closure(q.x, q.y))
+    assert all(bool((w.grad == 7).all()) for w in q.model.parameters())
+    assert same(weights(other), moved)
+
+
+def test_a_scheduled_lr_and_a_group_of_its_own_take_effect() -> None:
+    p = problem("tanh")
+    objective = p.objective()
+    optimizer = cl.optimizer("sgd-m", objective, lr=0.5, momentum=0.0)
+    gradients = {name: g for b in objective.blocks for name, g in b.scatter(observe(objective, p)[b.name]).items()}
+    before = weights(objective)
+    (group,) = optimizer.param_groups
+    first, *rest = group["params"]
+    optimizer.param_groups[:] = [group | {"params": [first], "lr": 0.25}, group | {"params": rest, "lr": 0.0}]
+    optimizer.step(objective.closure(p.x, p.y))
+    after = weights(objective)
+    torch.testing.assert_close(after["0.weight"], before["0.weight"] - 0.25 * gradients["0.weight"], rtol=1e-14, atol=1e-15)
+    assert all(torch.equal(after[n], before[n]) for n in before if n != "0.weight")
+    optimizer.param_groups[1]["lr"] = torch.tensor(0.1)  # torch allows a tensor
+    optimizer.step(objective.closure(p.x, p.y))
+    assert not torch.equal(weights(objective)["0.bias"], after["0.bias"])
+
+
+def observe(objective: Objective, p: object) -> dict[str, Tensor]:
+    return objective.closure(p.x, p.y).observe().gradients
+
+
+@pytest.mark.parametrize("name", ["tnt", "shampoo", "adam", "smw-ng-bd", "block-fisher"])
+def test_damping_in_the_first_group_takes_effect_at_once(name: str) -> None:
+    p, q = problem("tanh"), problem("tanh")
+    changed, built = p.objective(), q.objective()
+    one, two = cl.optimizer(name, changed, lr=0.01, damping=0.1), cl.optimizer(name, built, lr=0.01, damping=3.0)
+    one.param_groups[0]["damping"] = 3.0
+    for optimizer, objective in ((one, changed), (two, built)):
+        optimizer.step(objective.closure(p.x, p.y))
+    assert same(weights(changed), weights(built))
+
+
+def test_damping_of_kfac_takes_effect_at_the_end_of_the_step() -> None:
+    """Alg. 12 inverts at line 19, after the move: the next direction is the first with the new damping."""
+    p = problem("tanh")
+    objective, twin = p.objective(), p.objective()
+    optimizer, unchanged = cl.optimizer("kfac", objective, lr=0.0, damping=0.1), cl.optimizer("kfac", twin, lr=0.0, damping=0.1)
+    for o, j in ((optimizer, objective), (unchanged, twin)):
+        o.step(j.closure(p.x, p.y))
+    optimizer.param_groups[0]["damping"] = 3.0
+    gradients = observe(p.objective(), p)
+    assert same(optimizer.descent.curvature.precondition(gradients), unchanged.descent.curvature.precondition(gradients))
+    optimizer.step(objective.closure(p.x, p.y))
+    fresh = approximation("kfac", twin, damping=3.0)
+    fresh.load_state_dict(optimizer.descent.curvature.state_dict() | {"damping": 3.0})
+    fresh.refresh()
+    assert same(optimizer.descent.curvature.precondition(gradients), fresh.precondition(gradients))
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize("name", ["sgd-m", "kfac-ef", "tnt-ef", "shampoo", "block-ef"])
+def test_a_direction_that_is_not_finite_moves_nothing(name: str) -> None:
+    """Loss finite, square of the gradient not: 10¹⁵⁵ a weight."""
+    p = problem("linear", "gaussian")
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective, lr=0.01)
+    before = weights(objective)
+    with pytest.raises(cl.CurvlabError, match=r"raise the damping") as raised:
+        optimizer.step(objective.closure(100 * p.x, torch.full_like(p.y, 1e153)))
+    assert "\n" not in str(raised.value)
+    assert same(weights(objective), before)
+
+
+def test_move_names_the_block_whose_direction_is_not_finite() -> None:
+    p = problem("tanh")
+    objective = p.objective()
+    before = weights(objective)
+    direction = observe(objective, p)
+    direction["2"][1, 2] = torch.nan
+    with pytest.raises(
+        cl.CurvlabError, match=r"the direction of block 2 \(2.weight, 2.bias\) is not finite; nothing was moved"
+    ):
+        move(objective, direction, lambda _: 0.1)
+    assert same(weights(objective), before)
+
+
+@pytest.mark.parametrize("name", ["sgd-m", "kfac", "smw-ng-bd"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_moves(name: str, value: float) -> None:
+    p = problem("relu")
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective, lr=0.01)
+    with torch.no_grad():
+        p.model[2].weight[0, 0] = value
+        p.model[2].weight[1] = -value
+    before = weights(objective)
+    with pytest.raises(cl.CurvlabError, match=r"the loss is nan: the weights '2.weight' contain NaN or Inf"):
+        optimizer.step(objective.closure(p.x, p.y))
+    after = weights(objective)
+    assert all(torch.equal(after[n].nan_to_num(), before[n].nan_to_num()) for n in before)
+
+
+def test_step_refuses_what_is_not_a_closure_of_its_objective() -> None:
+    p = problem("tanh")
+    objective, other = p.objective(), p.objective()
+    optimizer = cl.optimizer("sgd-m", objective)
+    for wrong in (other.closure(p.x, p.y), lambda: torch.tensor(0.0), None):
+        with pytest.raises(cl.CurvlabError, match=r"optimizer.step\(objective.closure\(x, y\)\)"):
+            optimizer.step(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -0.1}, "learning rate must be 0 or positive, not -0.1"),
+        ({"lr": float("nan")}, "learning rate must be 0 or positive, not nan"),
+        ({"damping": -1.0}, "damping must be 0 or positive, not -1"),
+        ({"momentum": 1.0}, "momentum must be at least 0 and below 1, not 1"),
+        ({"momentum": -0.5}, "momentum must be at least 0 and below 1"),
+        ({"decay": 1.5}, "decay must be at least 0 and below 1, not 1.5"),
+        ({"weight_decay": -1e-3}, "weight decay must be 0 or positive, not -0.001"),
+        ({"weight_decay": float("nan")}, "weight decay must be 0 or positive, not nan"),
+        ({"update_every": 0}, "update_every must be a positive number of steps"),
+    ],
+)
+def test_arguments_out_of_range(options: dict[str, float], message: str) -> None:
+    with pytest.raises(cl.CurvlabError, match=message):
+        cl.optimizer("kfac", problem("tanh").objective(), **options)
+
+
+@pytest.mark.parametrize("name", ["kfac", "adam", "sgd-m"])
+@pytest.mark.parametrize("damping", [-1.0, float("nan")])
+def test_a_damping_out_of_range_in_the_group_is_an_error(name: str, damping: float) -> None:
+    p = problem("tanh")
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective)
+    before = weights(objective)
+    optimizer.param_groups[0]["damping"] = damping
+    with pytest.raises(cl.CurvlabError, match="damping must be 0 or positive"):
+        optimizer.step(objective.closure(p.x, p.y))
+    assert same(weights(objective), before)
+
+
+def test_a_failed_step_leaves_the_optimizer_usable() -> None:
+    """A minibatch that does not fit is refused; the next step is as if it had not come (labels aside: none are drawn)."""
+    p, q = problem("tanh"), problem("tanh")
+    results = []
+    for r, broken in ((p, True), (q, False)):
+        objective = r.objective()
+        optimizer = cl.optimizer("adam", objective, lr=0.01)
+        for x, y in batches(r, 3):
+            if broken:
+                with pytest.raises(cl.CurvlabError, match="out of range"):
+                    optimizer.step(objective.closure(x, y + 3))
+            optimizer.step(objective.closure(x, y))
+        results.append(weights(objective))
+    assert same(*results)
+
+
+# ------------------------------------------------------------------------------------------------ state_dict
+
+
+def stepped(name: str, model: str = "tanh") -> Optimizer:
+    p = problem(model)
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective, lr=0.01)
+    optimizer.step(objective.closure(p.x, p.y))
+    return optimizer
+
+
+def test_a_foreign_state_dict_is_refused() -> None:
+    p = problem("tanh")
+    theirs = torch.optim.SGD(p.model.parameters(), 0.1).state_dict()
+    with pytest.raises(cl.CurvlabError, match="it has no 'curvlab' entry"):
+        stepped("sgd-m").load_state_dict(theirs)
+
+
+def test_the_state_dict_of_another_model_is_refused() -> None:
+    with pytest.raises((cl.CurvlabError, ValueError), match=r"doesn't match the size of optimizer's group|has blocks"):
+        stepped("kfac", "relu").load_state_dict(stepped("kfac", "tanh").state_dict())
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("kfac", "adam"), ("adam", "kfac"), ("sgd-m", "shampoo"), ("tnt", "shampoo")])
+def test_the_state_dict_of_another_algorithm_is_refused(saved: str, loaded: str) -> None:
+    """TNT's and Shampoo's statistics have the same shapes: only the name can tell them apart."""
+    with pytest.raises(cl.CurvlabError):
+        stepped(loaded).load_state_dict(stepped(saved).state_dict())
+
+
+def test_state_dict_is_torchs_with_one_entry_more() -> None:
+    optimizer = stepped("kfac")
+    state = optimizer.state_dict()
+    assert set(state) == {"state", "param_groups", "curvlab"}
+    assert state["param_groups"][0]["params"] == list(range(6))
+    assert state["param_groups"][0]["lr"] == 0.01
+
+
+def test_loading_takes_lr_and_damping_of_the_groups() -> None:
+    saved = stepped("tnt")
+    saved.param_groups[0] |= {"lr": 0.5, "damping": 7.0}
+    loaded = stepped("tnt")
+    loaded.load_state_dict(saved.state_dict())
+    assert (loaded.param_groups[0]["lr"], loaded.param_groups[0]["damping"]) == (0.5, 7.0)

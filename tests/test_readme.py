@@ -1,0 +1,81 @@
+"""The README keeps its word: its script runs, its tables name what the tables hold, its test command is what CI runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from curvlab.algorithms import ALGORITHMS, damping_for
+from curvlab.objective import PASSES
+from curvlab.probes import PROBES
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block_after(marker: str) -> str:
+    found = re.search(re.escape(marker) + r"\s*```\w+\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found.group(1)
+
+
+def test_the_ten_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
+    script = block_after("<!-- executed by the tests -->")
+    assert len([line for line in script.splitlines() if line and not line.startswith("import")]) <= 10
+    exec(compile(script, "README.md", "exec"), {})
+    assert re.fullmatch(r"loss 2\.\d{3}, KFAC bounded by \d+, exact Fisher block has 420 rows\n", capsys.readouterr().out)
+
+
+def test_two_commands_set_everything_up() -> None:
+    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[0].endswith(".venv/bin/curvlab compare --model mlp-256-20")
+    assert commands[1] == block_after("<!-- test command -->").strip()
+
+
+def test_ci_runs_the_test_command_as_written() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "<!-- test command -->" in ci
+    assert all(tool in ci for tool in ("ruff check", "ruff format --check", "mypy", "lint-imports"))
+
+
+def rows(header: str) -> list[list[str]]:
+    lines = README[README.index(header) :].splitlines()[2:]
+    table = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in line.strip("|").split("|")])
+    return table
+
+
+def test_the_table_of_algorithms_is_complete_and_true() -> None:
+    table = rows("| name | what it is | labels |")
+    assert [row[0].strip("`") for row in table] == list(ALGORITHMS)
+    assert [row[2] for row in table] == [a.labels for a in ALGORITHMS.values()]
+
+
+def test_the_log_schema_is_complete_and_true() -> None:
+    table = {row[0].strip("`"): row[1] for row in rows("| variable | dimensions | what |")}
+    variables = {name: v for p in PROBES.values() for name, v in p.variables.items()}
+    assert table == {name: ", ".join(("step", *v.dims)) for name, v in variables.items()}
+
+
+def test_the_passes_are_complete() -> None:
+    assert tuple(row[0].strip('`"') for row in rows("| pass | vectors sent back |")) == PASSES
+
+
+def test_the_damping_rule_is_as_written() -> None:
+    for name in ("block-fisher", "block-ef", "kfac", "kfac-ef", "smw-ng-bd"):
+        assert damping_for(name, 0.04, 100) == 0.04
+    assert damping_for("tnt-per-sample", 0.04, 100) == pytest.approx(0.2)
+    assert damping_for("tnt", 0.04, 100) == damping_for("tnt-ef", 0.04, 100) == pytest.approx(0.02)
+    assert (damping_for("shampoo", 0.04, 100), damping_for("adam", 0.04, 100)) == (3e-4, 1e-4)
+
+
+def test_nothing_else_at_the_top() -> None:
+    ignored = ("runs", "dist", "build")
+    tracked = {p.name for p in ROOT.iterdir() if not p.name.startswith(".") and p.name not in ignored}
+    assert tracked == {"CHANGELOG.md", "LICENSE", "README.md", "analyses", "curvlab", "data", "pyproject.toml", "tests"}

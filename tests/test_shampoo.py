@@ -1,0 +1,95 @@
+"""Shampoo: roots by eigendecomposition, and the exponents of Alg. 16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import batches, problem
+from torch import Tensor
+
+import curvlab as cl
+from curvlab.algorithms import approximation
+from curvlab.capture import LayerStatistics
+from curvlab.curvature.shampoo import factors, shampoo
+from curvlab.layers import Block
+
+EPSILON = 3e-4
+
+
+def power(matrix: Tensor, exponent: float, epsilon: float = EPSILON) -> Tensor:
+    """(M + εI)^exponent through the eigendecomposition."""
+    e, q = torch.linalg.eigh(matrix)
+    return (q * (e.clamp_min(0) + epsilon) ** exponent) @ q.T
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(found - expected) / torch.linalg.matrix_norm(expected))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("model", ["tanh", "tokens"])
+def test_weights_have_the_fourth_root_and_biases_the_second(model: str, steps: int) -> None:
+    """k = 2: −1/4 for each factor; k = 1: −1/2. Statistics are the running mean of mean gradients' contractions."""
+    p = problem(model)
+    objective = p.objective()
+    curvature = approximation("shampoo", objective, damping=EPSILON)
+    gradients: dict[str, list[Tensor]] = {block.name: [] for block in objective.blocks}
+    for x, y in batches(p, steps):
+        observation = objective.closure(x, y).observe(curvature.needs)
+        curvature.update(observation)
+        for name, gradient in observation.gradients.items():
+            gradients[name].append(gradient)
+    for block in objective.blocks:
+        seen = torch.stack(gradients[block.name])
+        w, b = seen[..., :-1], seen[..., -1]
+        weight = torch.kron(power((w @ w.mT).mean(0), -1 / 4), power((w.mT @ w).mean(0), -1 / 4))
+        bias = power(b.T @ b / steps, -1 / 2)
+        found = curvature.inverse[block.name].dense()
+        places = torch.arange(block.numel).view(block.shape)
+        at_w, at_b = places[:, :-1].flatten(), places[:, -1]
+        assert relative_error(found[at_w[:, None], at_w], weight) < 1e-6
+        assert relative_error(found[at_b[:, None], at_b], bias) < 1e-6
+        assert not bool(found[at_w[:, None], at_b].any())
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 3, 4), (2, 3, 2, 2)])
+def test_the_exponent_is_one_over_twice_the_number_of_ways(shape: tuple[int, ...]) -> None:
+    """A parameter without a rule: ⊗ᵢ (G^(i) + εI)^{−1/2k} of one gradient."""
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    block = Block("1", ("w",), shape, None)
+    curvature = shampoo(block)
+    curvature.update(LayerStatistics(block, 1, gradient=gradient), 1.0)
+    curvature.refresh(EPSILON)
+    expected = torch.ones(1, 1, dtype=torch.float64)
+    for way in range(len(shape)):
+        matrix = gradient.movedim(way, 0).reshape(shape[way], -1)
+        expected = torch.kron(expected, power(matrix @ matrix.T, -1 / (2 * len(shape))))
+    assert relative_error(curvature.inverse.dense(), expected) < 1e-6
+
+
+def test_a_zero_gradient_leaves_the_damping_alone() -> None:
+    """ε^{−1/2k} for every factor, so ε^{−1/2} for a variable of any number of ways."""
+    p = problem("tanh", "gaussian")
+    objective = p.objective()
+    curvature = approximation("shampoo", objective, damping=0.01)
+    curvature.update(objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs))  # targets are met
+    for block in objective.blocks:
+        expected = 10 * torch.eye(block.numel, dtype=torch.float64)
+        torch.testing.assert_close(curvature.inverse[block.name].dense(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("p", [2, 4, 6])
+def test_ill_conditioned_statistics_still_give_a_root(dtype: torch.dtype, p: int) -> None:
+    """Eight decades of eigenvalues: by coupled Newton, or by `eigh` where rounding stops it; R^p (M + εI) = I."""
+    q = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    statistic = ((q * 10.0 ** torch.arange(-4, 2, dtype=torch.float64)) @ q.T).to(dtype)
+    ways = p // 2
+    for root in factors([statistic] * ways, 1e-7):
+        found = torch.linalg.matrix_power(root.double(), p) @ (statistic.double() + 1e-7 * torch.eye(6))
+        torch.testing.assert_close(found, torch.eye(6, dtype=torch.float64), rtol=0, atol=0.1)
+
+
+def test_statistics_that_are_not_finite_are_an_error() -> None:
+    with pytest.raises(cl.CurvlabError, match="Shampoo statistic contains NaN or Inf"):
+        factors([torch.full((2, 2), torch.inf)], EPSILON)

@@ -1,0 +1,76 @@
+"""Rows and their Gram matrix against the rows written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import assert_near
+from torch import Tensor
+
+from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.linalg.factor import solve_cholesky
+from curvlab.linalg.operators import LowRank
+from curvlab.linalg.woodbury import Rows, gram_cholesky
+
+FEW = settings(deadline=None, max_examples=25)
+SIZE = st.integers(1, 5)
+COLUMNS = st.sampled_from([None, 1, 3])
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def build(r: int, o: int, i: int | None, seed: int) -> tuple[Rows, Tensor]:
+    """Rows, and the matrix that they stand for."""
+    g = normal(r, o, seed=seed)
+    if i is None:
+        return Rows(g), g
+    a = normal(r, i, seed=seed + 1)
+    return Rows(g, a), torch.stack([torch.outer(gr, ar).flatten() for gr, ar in zip(g, a, strict=True)])
+
+
+def vectors(length: int, columns: int | None, seed: int) -> Tensor:
+    return normal(length, *([] if columns is None else [columns]), seed=seed)
+
+
+@FEW
+@given(SIZE, SIZE, st.none() | SIZE, COLUMNS, st.integers(0, 999))
+def test_rows_are_their_matrix(r: int, o: int, i: int | None, columns: int | None, seed: int) -> None:
+    rows, matrix = build(r, o, i, seed)
+    assert rows.width == matrix.shape[1]
+    assert torch.equal(rows.dense(), matrix)
+    v, w = vectors(matrix.shape[1], columns, seed + 2), vectors(r, columns, seed + 3)
+    assert_near(rows.times(v), matrix @ v)
+    assert_near(rows.transposed(w), matrix.T @ w)
+    assert_near(rows.gram(), matrix @ matrix.T)
+
+
+@FEW
+@given(SIZE, SIZE, st.none() | SIZE, st.floats(0.1, 10), st.integers(0, 999))
+def test_solve_through_the_gram_matrix(r: int, o: int, i: int | None, damping: float, seed: int) -> None:
+    rows, matrix = build(r, o, i, seed)
+    factor = LowRank(rows, damping).inv().factor
+    damped = damping * torch.eye(r, dtype=matrix.dtype) + matrix @ matrix.T
+    assert_near(factor, torch.linalg.cholesky(damped))
+    w = normal(r, 2, seed=seed + 4)
+    assert_near(solve_cholesky(factor, w), torch.linalg.solve(damped, w), 1e-11)
+
+
+@pytest.mark.parametrize("damping", [0.0, -0.5, float("nan")])
+def test_gram_needs_positive_damping(damping: float) -> None:
+    with pytest.raises(CurvlabError, match="the Woodbury formula needs a positive damping"):
+        gram_cholesky(build(2, 3, None, 0)[0], damping)
+
+
+def test_gram_that_needs_more_damping_says_so_by_its_name() -> None:
+    rows = Rows(torch.full((3, 4), 1e3, dtype=torch.float64))
+    with pytest.warns(CurvlabWarning, match="my Gram is not positive definite with damping 1e-12: raised to 1e-09"):
+        gram_cholesky(rows, 1e-12, "my Gram")
+
+
+def test_gram_of_rows_with_nan() -> None:
+    with pytest.raises(CurvlabError, match="the Gram matrix contains NaN or Inf"):
+        gram_cholesky(Rows(torch.full((2, 2), float("nan"))), 1.0)
