@@ -18,7 +18,13 @@ from curvlab.algorithms import ALGORITHMS
 from curvlab.errors import CurvlabError, lookup
 from curvlab.log import late_cosine, open_log
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 out = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -76,8 +82,8 @@ def compare(
 ) -> None:  # fmt: skip
     """Follow one algorithm and compare every other's direction with it: cosines by layer (thesis Figure 4.1).
 
-    The defaults are the published picture: trajectory of block-fisher, batches of 1000, learning rate 0.03, overall
-    damping 1e-3, 300 steps, warm start over one pass, sampled labels.
+    The defaults are the published picture: the trajectory of block-fisher, batches of 1000, learning rate 0.03,
+    overall damping 1e-3, 300 steps, warm start over one pass, sampled labels.
     """
     call = {"command": "compare"} | dict(locals())
     call["out"] = str(call.pop("out_folder") or "")

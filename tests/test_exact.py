@@ -134,14 +134,14 @@ def test_monte_carlo_fisher_at_the_labels_drawn(model: str, likelihood: str) -> 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_monte_carlo_fisher_on_average(likelihood: str) -> None:
-    """100 draws, each on new labels: every entry within 5 standard errors of the exact one."""
+    """300 draws, each on new labels: every entry within 5 standard errors of the exact one."""
     p = problem("linear", likelihood)
     objective = p.objective()
-    draws = torch.stack([cl.exact.matrix(objective, p.x, p.y, "fisher-mc", "1").dense() for _ in range(100)])
+    draws = torch.stack([cl.exact.matrix(objective, p.x, p.y, "fisher-mc", "1").dense() for _ in range(300)])
     exact = cl.exact.matrix(objective, p.x, p.y, "fisher", "1").dense()
     error = draws.std(0) / math.sqrt(len(draws))
     assert bool(((draws.mean(0) - exact).abs() <= 5 * error).all())
-    assert float(error.norm() / exact.norm()) < 0.15
+    assert float(error.norm() / exact.norm()) < 0.1
 
 
 @zoo

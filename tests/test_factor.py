@@ -10,7 +10,7 @@ from problems import assert_near
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
-from curvlab.linalg.factor import damped_cholesky, inverse_from_cholesky, solve_cholesky
+from curvlab.linalg.factor import damped_cholesky, damped_inverse, shifted, solve_cholesky
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -39,8 +39,7 @@ def test_solve_and_inverse(order: int, columns: int | None, seed: int) -> None:
     M = spd(order, seed)
     factor, v = torch.linalg.cholesky(M), normal(order, *([] if columns is None else [columns]), seed=seed + 1)
     assert_near(solve_cholesky(factor, v), torch.linalg.solve(M, v), 1e-11)
-    assert_near(inverse_from_cholesky(factor), torch.linalg.inv(M), 1e-11)
-    assert_near(inverse_from_cholesky(factor), inverse_from_cholesky(factor).T)
+    assert_near(damped_inverse(M, 0.5, "M"), torch.linalg.inv(M + 0.5 * torch.eye(order, dtype=M.dtype)), 1e-11)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
@@ -102,3 +101,27 @@ def test_not_finite_beside_the_diagonal(bad: float) -> None:
     M[2, 0] = M[0, 2] = bad
     with pytest.raises(CurvlabError):
         damped_cholesky(Damped(M), 0.1, "the factor A")
+
+
+def test_damped_inverse_is_the_inverse_of_the_damped_matrix() -> None:
+    before = spd(5)
+    matrix = before.clone()
+    found = damped_inverse(matrix, 0.7, "M")
+    assert_near(found, torch.linalg.inv(before + 0.7 * torch.eye(5, dtype=before.dtype)))
+    assert torch.equal(matrix, before)
+
+
+def test_damped_inverse_says_that_it_raised_the_damping() -> None:
+    indefinite = torch.diag(torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64))
+    with pytest.warns(CurvlabWarning, match="the factor G is not positive definite with damping 0.5: raised to 5"):
+        found = damped_inverse(indefinite, 0.5, "the factor G")
+    assert_near(found, torch.linalg.inv(indefinite + 5 * torch.eye(3, dtype=indefinite.dtype)))
+
+
+def test_shifted_is_a_new_contiguous_matrix() -> None:
+    M = spd(3).tril() + 1
+    before = M.clone()
+    found = shifted(M.T, 0.5)
+    assert torch.equal(found, before.T + 0.5 * torch.eye(3, dtype=M.dtype))
+    assert found.is_contiguous()
+    assert torch.equal(M, before)

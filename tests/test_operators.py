@@ -276,20 +276,6 @@ def test_woodbury_whose_damping_had_to_be_raised_uses_one_damping_everywhere() -
     assert_near(inverse.inv() @ across, across * 1e-9)
 
 
-def test_damped_inverse_is_the_inverse_of_the_damped_matrix() -> None:
-    before = spd(5)
-    matrix = before.clone()
-    found = ops.damped_inverse(matrix, 0.7, "M")
-    assert_near(found, torch.linalg.inv(before + 0.7 * torch.eye(5, dtype=before.dtype)))
-    assert torch.equal(matrix, before)
-
-
-def test_damped_inverse_says_that_it_raised_the_damping() -> None:
-    with pytest.warns(CurvlabWarning, match="the factor G is not positive definite with damping 0.5: raised to 5"):
-        found = ops.damped_inverse(INDEFINITE, 0.5, "the factor G")
-    assert_near(found, torch.linalg.inv(INDEFINITE + 5 * torch.eye(3, dtype=INDEFINITE.dtype)))
-
-
 def test_identity_like() -> None:
     value = normal(2, 3)
     assert torch.equal(ops.identity_like(value) @ value.flatten(), value.flatten())

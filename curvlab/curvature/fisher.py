@@ -13,7 +13,7 @@ from torch import Tensor
 from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.layers import Block
-from curvlab.linalg.factor import damped_cholesky
+from curvlab.linalg.factor import damped_cholesky, shifted
 from curvlab.linalg.operators import Diagonal, DirectSum, Inverse, Operator
 from curvlab.linalg.packed import accumulate_, grow, output_pairs, unpack_full, unpack_lower
 
@@ -69,13 +69,7 @@ class DenseFisher:
         what = "the block Fisher matrix"
         if self.active is None:
             dense = self.F
-
-            def build(used: float) -> Tensor:
-                damped = dense.clone()
-                damped.diagonal().add_(used)
-                return damped
-
-            self.inverse = Inverse(damped_cholesky(build, damping, what)[0])
+            self.inverse = Inverse(damped_cholesky(lambda d: shifted(dense, d), damping, what)[0])
             return
         packed, active = self.F, self.active
         factor, used = damped_cholesky(lambda d: unpack_lower(packed, outputs, len(active), d), damping, what)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import blend
+from curvlab.linalg.factor import damped_inverse
 from curvlab.linalg.kronecker import pi_split
-from curvlab.linalg.operators import Kronecker, Operator, damped_inverse
+from curvlab.linalg.operators import Kronecker, Operator
 
 
 class Kfac:

@@ -7,6 +7,7 @@ from torch import Tensor
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
+from curvlab.linalg.factor import shifted
 from curvlab.linalg.roots import inverse_root_eigh, inverse_root_newton
 
 
@@ -22,8 +23,7 @@ def factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
 
 def _root(mean: Tensor, damping: float, p: int) -> Tensor:
     """By coupled Newton (at most 100 iterations, tolerance 1e-6); where rounding stops it above 1e-2, by `eigh`."""
-    damped = mean.clone()
-    damped.diagonal().add_(damping)
+    damped = shifted(mean, damping)
     if not bool(damped.isfinite().all()):
         raise CurvlabError("a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping")
     root, error = inverse_root_newton(damped, p)

@@ -11,8 +11,8 @@ from torch import Tensor
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
 from curvlab.layers import Block
+from curvlab.linalg.factor import damped_inverse
 from curvlab.linalg.kronecker import tensor_normal_factors
-from curvlab.linalg.operators import damped_inverse
 
 
 def tnt(block: Block) -> Contracted:

@@ -15,6 +15,13 @@ from torch import Tensor
 from curvlab.errors import CurvlabError, CurvlabWarning
 
 
+def shifted(matrix: Float[Tensor, "D D"], damping: float) -> Float[Tensor, "D D"]:
+    """M + damping I, a new matrix."""
+    new = matrix.clone(memory_format=torch.contiguous_format)
+    new.diagonal().add_(damping)
+    return new
+
+
 def damped_cholesky(
     build: Callable[[float], Float[Tensor, "D D"]], damping: float, what: str, tries: int = 6
 ) -> tuple[Float[Tensor, "D D"], float]:
@@ -43,9 +50,9 @@ def damped_cholesky(
     raise CurvlabError(f"{what} is not positive definite, even with damping {used / 10:g}: raise the damping")
 
 
-def inverse_from_cholesky(factor: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
-    """M⁻¹, symmetric, from the lower factor of M."""
-    return torch.cholesky_inverse(factor)
+def damped_inverse(matrix: Float[Tensor, "D D"], damping: float, what: str) -> Float[Tensor, "D D"]:
+    """(M + damping I)⁻¹, the damping raised (and said so) where there is no Cholesky factor."""
+    return torch.cholesky_inverse(damped_cholesky(lambda d: shifted(matrix, d), damping, what)[0])
 
 
 def solve_cholesky(factor: Float[Tensor, "D D"], v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.linalg.factor import damped_cholesky, inverse_from_cholesky, solve_cholesky
+from curvlab.linalg.factor import solve_cholesky
 from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.woodbury import Rows, gram_cholesky
 
@@ -78,7 +78,7 @@ class Inverse:
         return Dense(self.factor @ self.factor.mT)
 
     def dense(self) -> Float[Tensor, "D D"]:
-        return inverse_from_cholesky(self.factor)
+        return torch.cholesky_inverse(self.factor)
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
         return self.inv().eigvalsh().reciprocal().flip(0)
@@ -216,17 +216,6 @@ class DirectSum:
 def identity_like(value: Tensor) -> Diagonal:
     """I on the flattening of `value`."""
     return Diagonal(torch.ones_like(value).flatten())
-
-
-def damped_inverse(matrix: Float[Tensor, "D D"], damping: float, what: str) -> Float[Tensor, "D D"]:
-    """(M + damping I)⁻¹ as a matrix, the damping raised (and said so) where there is no Cholesky factor."""
-
-    def build(used: float) -> Tensor:
-        damped = matrix.clone(memory_format=torch.contiguous_format)
-        damped.diagonal().add_(used)
-        return damped
-
-    return inverse_from_cholesky(damped_cholesky(build, damping, what)[0])
 
 
 _KINDS: dict[str, type[Any]] = {

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.linalg.factor import damped_cholesky
+from curvlab.linalg.factor import damped_cholesky, shifted
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,4 @@ def gram_cholesky(rows: Rows, damping: float, what: str = "the Gram matrix") -> 
     if not damping > 0:
         raise CurvlabError(f"the Woodbury formula needs a positive damping, not {damping:g}")
     gram = rows.gram()
-
-    def build(used: float) -> Tensor:
-        damped = gram.clone(memory_format=torch.contiguous_format)
-        damped.diagonal().add_(used)
-        return damped
-
-    return damped_cholesky(build, damping, what)[0]
+    return damped_cholesky(lambda d: shifted(gram, d), damping, what)[0]
