@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from curvlab.curvature.base import Average, BlockDiagonal, CurvatureBlock, IdentityBlock
+from curvlab.curvature.base import Average, BlockDiagonal, CurvatureBlock, IdentityBlock, check_damping
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
 from curvlab.curvature.kfac import Kfac
 from curvlab.curvature.shampoo import shampoo
 from curvlab.curvature.smw import SmwFisher
 from curvlab.curvature.tnt import tnt, tnt_per_sample
-from curvlab.errors import CurvlabError, lookup
+from curvlab.errors import lookup
 from curvlab.layers import Block
 from curvlab.objective import Objective, Pass
 from curvlab.optim import Descent, MomentumKind, Optimizer
@@ -148,6 +148,7 @@ def approximation(
         warm=a.warm,
         update_every=update_every,
         refresh_every=refresh_every,
+        name=name,
     )
 
 
@@ -181,6 +182,5 @@ def optimizer(name: str, objective: Objective, lr: float | None = None, **option
 
 def damping_for(name: str, overall: float, size: int) -> float:
     """The document's damping parameter of algorithm `name` at overall damping `overall` and batches of `size` examples."""
-    if not overall >= 0:
-        raise CurvlabError(f"damping must be 0 or positive, not {overall:g}")
+    check_damping(overall)
     return lookup(ALGORITHMS, name, "algorithm").rule(overall, size)

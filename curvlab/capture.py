@@ -48,7 +48,7 @@ class LayerStatistics:
         gradient: Tensor | None = None,
         inputs: LayerInput | None = None,
         g: Float[Tensor, "V N T O"] | None = None,
-        output: _Output | None = None,
+        output: _Stored | None = None,
     ) -> None:
         self.block, self.size = block, size
         self._gradient, self._inputs, self._g, self._output = gradient, inputs, g, output
@@ -73,8 +73,14 @@ class LayerStatistics:
     @property
     def h(self) -> Float[Tensor, "N T O"]:
         """Pre-activation. Raises CurvlabError where a later in-place operation has overwritten it."""
-        output: _Output = self._need(self._output)
-        return output.read(self.block)
+        output: _Stored = self._need(self._output)
+        if output.overwritten:
+            raise CurvlabError(
+                f"{self.block}: its pre-activation was overwritten in place (for example by ReLU(inplace=True)); "
+                "use inplace=False to read h"
+            )
+        assert self.block.rule is not None
+        return self.block.rule.outputs(output.value)
 
     @property
     def A(self) -> Float[Tensor, "I I"]:
@@ -93,8 +99,8 @@ class LayerStatistics:
         """Of the *mean* loss, in the block's shape; defined where one vector was sent back."""
         if self._gradient is not None:
             return self._gradient
-        if len(self.g) != 1:
-            raise CurvlabError(f"{self.block}: a gradient needs a pass with one vector, this one has {len(self.g)}")
+        if self._g is None or len(self._g) != 1:
+            raise CurvlabError(f"{self.block}: a gradient needs a pass that sends one vector back, not the exact one")
         return self.g[0].flatten(0, 1).T @ self.a.flatten(0, 1) / self.size
 
     @cached_property
@@ -106,26 +112,25 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True)
-class _Output:
-    """A layer's output as stored, with the version that tells whether somebody has overwritten it since."""
+class _Stored:
+    """A tensor as a layer saw it, with the version that tells whether somebody has overwritten it since."""
 
     value: Tensor
     version: int
 
-    def read(self, block: Block) -> Float[Tensor, "N T O"]:
-        if self.value._version != self.version:
-            raise CurvlabError(
-                f"{block}: its pre-activation was overwritten in place (for example by ReLU(inplace=True)); "
-                "use inplace=False to read h"
-            )
-        assert block.rule is not None
-        return block.rule.outputs(self.value)
+    @classmethod
+    def of(cls, value: Tensor) -> _Stored:
+        return cls(value.detach(), value._version)
+
+    @property
+    def overwritten(self) -> bool:
+        return self.value._version != self.version
 
 
 @dataclass(frozen=True)
 class _Record:
-    x: Tensor
-    output: _Output
+    x: _Stored
+    output: _Stored
     edge: GradientEdge
 
 
@@ -166,8 +171,7 @@ class Capture:
             if not output.requires_grad:
                 raise CurvlabError(f"{block} ran without gradients: remove torch.no_grad() around it, or freeze it")
             x = args[0] if args else next(iter(kwargs.values()))
-            stored = _Output(output.detach(), output._version)
-            self._records[block.name] = _Record(x.detach(), stored, get_gradient_edge(output))
+            self._records[block.name] = _Record(_Stored.of(x), _Stored.of(output), get_gradient_edge(output))
 
         return hook
 
@@ -175,7 +179,12 @@ class Capture:
         if block.name not in self._inputs:
             assert block.module is not None
             assert block.rule is not None
-            a = block.rule.inputs(block.module, self._records[block.name].x)
+            x = self._records[block.name].x
+            if x.overwritten:
+                raise CurvlabError(
+                    f"{block}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
+                )
+            a = block.rule.inputs(block.module, x.value)
             if len(a) != size:
                 raise CurvlabError(
                     f"{block} saw {len(a)} rows in a batch of {size}: keep the batch as the first axis of every layer's input"

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call, hessian, jacrev, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from curvlab.capture import Capture, LayerStatistics
 from curvlab.errors import CurvlabError, guard_memory, unknown
@@ -36,7 +37,8 @@ def gradients(objective: Objective, x: Tensor, y: Tensor) -> dict[str, Float[Ten
     Raises:
         CurvlabError: data that do not fit the model or the likelihood.
     """
-    statistics = objective.closure(x, y).observe({"data"}).passes["data"]
+    _alone(objective)
+    statistics = objective.closure(x, y, "exact").observe({"data"}, move_buffers=False).passes["data"]
     found = {
         name: g
         for block in objective.blocks
@@ -45,7 +47,7 @@ def gradients(objective: Objective, x: Tensor, y: Tensor) -> dict[str, Float[Ten
     }
     loose = [b.params[0] for b in objective.blocks if b.module is None]
     if loose:
-        closure = objective.closure(x, y)
+        closure = objective.closure(x, y, "exact")
         parameters, fixed = _split(objective, loose)
 
         def loss(values: dict[str, Tensor], one_x: Tensor, one_y: Tensor) -> Tensor:
@@ -58,6 +60,7 @@ def gradients(objective: Objective, x: Tensor, y: Tensor) -> dict[str, Float[Ten
 
 def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *shape"]]:
     """Jacobian of each example's outputs (flattened to C), {parameter: [N, C, *shape]}."""
+    _alone(objective)
     x = x.to(objective.device, objective.dtype if x.is_floating_point() else x.dtype)
     parameters, fixed = _split(objective, [b.params[0] for b in objective.blocks if b.module is None])
     found: dict[str, Tensor] = {}
@@ -69,7 +72,7 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
 
         found |= vmap(jacrev(outputs), (None, 0))(parameters, x)
     with torch.enable_grad(), Capture(objective.model, objective.blocks) as capture:
-        z = objective.model(x)
+        z = functional_call(objective.model, {name: b.clone() for name, b in objective.model.named_buffers()}, (x,))
     units = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
     vectors = units[:, None].expand(-1, len(z), -1).reshape(-1, *z.shape)
     for name, s in capture.backward(z, vectors).items():
@@ -102,7 +105,9 @@ def matrix(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher", bl
     label = _PASS[kind]
     if chosen.module is None:
         raise CurvlabError(f"{chosen} belongs to a layer without a rule: its {kind} is not implemented, its hessian is")
-    return Dense(_second_moment(objective.closure(x, y).observe({label}).passes[label][block]))
+    _alone(objective)
+    observation = objective.closure(x, y, "exact").observe({label}, move_buffers=False)
+    return Dense(_second_moment(observation.passes[label][block]))
 
 
 def _second_moment(statistics: LayerStatistics) -> Float[Tensor, "D D"]:
@@ -119,17 +124,28 @@ def _second_moment(statistics: LayerStatistics) -> Float[Tensor, "D D"]:
 
 def _hessian(objective: Objective, x: Tensor, y: Tensor, block: Block) -> Float[Tensor, "D D"]:
     """Hessian of the mean loss in one block, through `torch.func`."""
-    closure = objective.closure(x, y)
-    closure.observe(frozenset())  # checks data, targets and loss
+    closure = objective.closure(x, y, "exact")
+    closure.observe(frozenset(), move_buffers=False)  # checks data, targets and loss
     fixed = _split(objective, [])[1]
+    buffers = [name for name, _ in objective.model.named_buffers()]
     values = {name: p.detach() for name, p in objective.parameters.items() if name in block.params}
 
     def loss(flat: Tensor) -> Tensor:
-        z = functional_call(objective.model, fixed | block.scatter(flat.view(block.shape)), (closure.x,))
+        cloned = {name: fixed[name].clone() for name in buffers}  # inside the transform, where BatchNorm may write on them
+        z = functional_call(objective.model, fixed | cloned | block.scatter(flat.view(block.shape)), (closure.x,))
         return objective.likelihood.loss(z, closure.y).mean()
 
     found: Tensor = hessian(loss)(block.gather(values).flatten())
     return found
+
+
+def _alone(objective: Objective) -> None:
+    """Refuse a model that mixes the examples of a batch: none has a gradient or a Jacobian of its own."""
+    for name, module in objective.model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise CurvlabError(
+                f"'{name}' normalises over the batch, so that no example has a gradient of its own: call model.eval() first"
+            )
 
 
 def _split(objective: Objective, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

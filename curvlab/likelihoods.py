@@ -92,7 +92,7 @@ class Bernoulli:
             raise CurvlabError("Bernoulli targets must lie in [0, 1]: rescale the data")
 
     def loss(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> Float[Tensor, " N"]:
-        return F.binary_cross_entropy_with_logits(z, y, reduction="none").flatten(1).sum(1)
+        return F.binary_cross_entropy_with_logits(z, y, reduction="none").reshape(len(z), -1).sum(1)
 
     def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator) -> Float[Tensor, "N *C"]:
         return torch.bernoulli(z.sigmoid(), generator=generator)
@@ -109,7 +109,7 @@ class Gaussian:
         _same_shape(z, y, "Gaussian")
 
     def loss(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> Float[Tensor, " N"]:
-        return 0.5 * (z - y).square().flatten(1).sum(1)
+        return 0.5 * (z - y).square().reshape(len(z), -1).sum(1)
 
     def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator) -> Float[Tensor, "N *C"]:
         return z + torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,11 @@ Pass = Literal["data", "model", "exact"]
 """What is sent back: ∂ℓ/∂z at the data's labels, at labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
+
+Stream = Literal["step", "warm", "exact"]
+"""Who made a closure: a step, a warm start, the oracle. Each has labels of its own."""
+
+STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,13 @@ class Objective:
     """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood, seed: int = 0) -> None:
-        if not isinstance(likelihood, Likelihood):
+        if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):  # the class itself has the methods too
             raise unknown("likelihood", likelihood, (f"curvlab.likelihoods.{c.__name__}()" for c in LIKELIHOODS.values()))
         self.model, self.likelihood, self.seed = model, likelihood, seed
         self.blocks: tuple[Block, ...] = blocks(model)
-        self.closures = 0  # how many were made: the number of the next one
+        if seed < 0:
+            raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
+        self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -77,21 +84,26 @@ class Objective:
     def dtype(self) -> torch.dtype:
         return next(iter(self.parameters.values())).dtype
 
-    def closure(self, x: Tensor, y: Tensor) -> Closure:
-        """The objective on one minibatch. Tensors are moved to the model's device, and floating ones to its dtype."""
-        self.closures += 1
-        return Closure(self, x, y, number=self.closures)
+    def closure(self, x: Tensor, y: Tensor, stream: Stream = "step") -> Closure:
+        """The objective on one minibatch. Tensors are moved to the model's device, and floating ones to its dtype.
 
-    def generator(self, number: int) -> torch.Generator:
-        """The generator of the labels of closure `number`: a function of (seed, number) alone."""
-        state = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0])
+        The closures of a stream are numbered 1, 2, …; those of warm starts and of the oracle apart, so that the labels drawn at
+        a step depend on neither.
+        """
+        self.closures[stream] += 1
+        return Closure(self, x, y, self.closures[stream], stream)
+
+    def generator(self, number: int, stream: Stream = "step") -> torch.Generator:
+        """The generator of the labels of one closure: a function of (seed, number, stream) alone."""
+        entropy = [self.seed, number, STREAMS.index(stream)]
+        state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
         return torch.Generator(self.device).manual_seed(state >> 1)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"seed": self.seed, "closures": self.closures}
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.seed, "closures": dict(self.closures)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.seed, self.closures = state["seed"], state["closures"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seed, self.closures = state["seed"], dict(state["closures"])
 
 
 class Closure:
@@ -101,9 +113,11 @@ class Closure:
         CurvlabError: an empty batch, x and y of different lengths, NaN or Inf in x.
     """
 
-    def __init__(self, objective: Objective, x: Tensor, y: Tensor, number: int) -> None:
+    def __init__(self, objective: Objective, x: Tensor, y: Tensor, number: int, stream: Stream = "step") -> None:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise CurvlabError(f"a minibatch must be two tensors, not {type(x).__name__} and {type(y).__name__}")
+        if not x.ndim or not y.ndim:
+            raise CurvlabError("a minibatch needs the examples as first axis; this one has no axis")
         if len(x) != len(y):
             raise CurvlabError(f"the minibatch has {len(x)} inputs but {len(y)} targets: they must be as many")
         if len(x) == 0:
@@ -111,7 +125,7 @@ class Closure:
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
             raise CurvlabError(f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first")
-        self.objective, self.number = objective, number
+        self.objective, self.number, self.stream = objective, number, stream
         self._y = y  # checked where it lies, before it moves
         self._checked = False
         self.x, self.y = self._moved(x), self._moved(y)
@@ -120,8 +134,6 @@ class Closure:
         return t.to(self.objective.device, self.objective.dtype if t.is_floating_point() else t.dtype)
 
     def _loss(self, z: Tensor) -> Tensor:
-        if not isinstance(z, Tensor) or len(z) != len(self.x):
-            raise CurvlabError(f"the model must return one tensor with {len(self.x)} rows, one for each example")
         if not self._checked:
             self.objective.likelihood.check(z, self._y)
             self._checked = True
@@ -136,6 +148,8 @@ class Closure:
                 raise
             line = str(error).splitlines()[0]
             raise CurvlabError(f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}") from error
+        if not isinstance(z, Tensor) or z.shape[:1] != self.x.shape[:1]:
+            raise CurvlabError(f"the model must return one tensor with {len(self.x)} rows, one for each example")
         return z
 
     def __call__(self) -> Tensor:
@@ -171,9 +185,10 @@ class Closure:
             if name == "exact":
                 vectors = likelihood.root(outputs.detach())
             elif name == "data":
-                vectors = torch.autograd.grad(loss * len(z), outputs)[0][None]  # of the sum, not of the mean
+                size = torch.full_like(loss, len(z))  # of the sum, not of the mean
+                vectors = torch.autograd.grad(loss, outputs, size)[0][None]
             else:
-                drawn = likelihood.sample(outputs.detach(), self.objective.generator(self.number))
+                drawn = likelihood.sample(outputs.detach(), self.objective.generator(self.number, self.stream))
                 with torch.enable_grad():
                     vectors = torch.autograd.grad(likelihood.loss(outputs, drawn).sum(), outputs)[0][None]
             passes[name] = capture.backward(z, vectors, leaves=True)

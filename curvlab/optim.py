@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from curvlab.curvature.base import Curvature
+from curvlab.curvature.base import Curvature, check_damping
 from curvlab.errors import CurvlabError
 from curvlab.objective import Closure, Objective, Observation, Pass
 
@@ -64,7 +64,7 @@ class Descent:
         weight_decay: float = 0.0,
         learns_first: bool = True,
     ) -> None:
-        if weight_decay < 0:
+        if not weight_decay >= 0:
             raise CurvlabError(f"weight decay must be 0 or positive, not {weight_decay:g}")
         self.objective, self.curvature, self.weight_decay = objective, curvature, weight_decay
         self.momentum = Momentum(momentum, momentum_kind)
@@ -108,7 +108,7 @@ def warm_start(objective: Objective, curvatures: Iterable[Curvature], batches: I
         return 0
     count = 0
     for x, y in batches:
-        observation = objective.closure(x, y).observe(needs)
+        observation = objective.closure(x, y, "warm").observe(needs)
         for curvature in wanting:
             curvature.absorb(observation)
         count += 1
@@ -120,9 +120,9 @@ def warm_start(objective: Objective, curvatures: Iterable[Curvature], batches: I
 
 def move(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]) -> None:
     """W ← W − α p for every parameter, α = lr(parameter). Refuses, before anything moves, a direction that is not finite."""
-    total = torch.stack([d.square().sum() for d in direction.values()]).sum()
-    if not bool(torch.isfinite(total)):
-        bad = next(b for b in objective.blocks if not bool(torch.isfinite(direction[b.name].square().sum())))
+    largest = torch.stack([d.abs().amax() for d in direction.values()])  # NaN where an entry is
+    if not bool(torch.isfinite(largest).all()):
+        bad = next(b for b in objective.blocks if not bool(torch.isfinite(direction[b.name]).all()))
         raise CurvlabError(
             f"the direction of {bad} is not finite; nothing was moved: raise the damping or lower the learning rate"
         )
@@ -150,7 +150,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def warm_start(self, batches: Iterable[Batch]) -> int:
         """One pass for the statistics, where the document has a warm start; otherwise nothing. Returns the batches seen."""
+        self._take_damping()
         return warm_start(self.objective, [self.descent.curvature], batches)
+
+    def _take_damping(self) -> None:
+        """The group's damping is the curvature's from here on."""
+        damping = float(self.param_groups[0]["damping"])
+        check_damping(damping)
+        self.descent.curvature.damping = damping
 
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # torch allows a closure that returns a float
         """Observe, direction, move. Returns the loss before the move.
@@ -160,7 +167,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not isinstance(closure, Closure) or closure.objective is not self.objective:
             raise CurvlabError("step needs a closure of this optimizer's objective: optimizer.step(objective.closure(x, y))")
-        self.descent.curvature.damping = self.param_groups[0]["damping"]
+        self._take_damping()
         observation = closure.observe(self.descent.needs)
         direction = self.descent.direction(observation)
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
@@ -175,7 +182,7 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "curvlab" not in state_dict:
             raise CurvlabError("this state_dict is not of a curvlab optimizer: it has no 'curvlab' entry")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvlab"})
         own = cast(dict[str, Any], state_dict["curvlab"])
         self.descent.load_state_dict(own["descent"])
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvlab"})
         self.objective.load_state_dict(own["objective"])

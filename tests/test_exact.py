@@ -126,7 +126,7 @@ def test_monte_carlo_fisher_at_the_labels_drawn(model: str, likelihood: str) -> 
     p = problem(model, likelihood)
     objective = p.objective(seed=8)
     for block in ruled(objective):
-        generator = objective.generator(objective.closures + 1)
+        generator = objective.generator(objective.closures["exact"] + 1, "exact")
         drawn = p.likelihood.sample(p.model(p.x).detach(), generator)
         found = cl.exact.matrix(objective, p.x, p.y, "fisher-mc", block.name).dense()
         assert_near(found, mean_outer(flat(block, gradients(p, drawn), 1)))

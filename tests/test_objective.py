@@ -114,7 +114,7 @@ def drawn_by(observe: Callable[[cl.Objective], object]) -> Tensor:
 
 def observe_third(objective: cl.Objective, needs: set[str]) -> Tensor:
     p = problem()
-    while objective.closures < 2:
+    while objective.closures["step"] < 2:
         objective.closure(p.x, p.y)
     return objective.closure(p.x, p.y).observe(needs).passes["model"]["3"].g
 
@@ -127,6 +127,8 @@ def test_labels_depend_only_on_the_seed_and_the_number_of_the_closure() -> None:
         "observed twice before": drawn_by(lambda o: [o.closure(p.x, p.y).observe({"model"}) for _ in range(2)]),
         "plain closures before": drawn_by(lambda o: [o.closure(p.x, p.y)() for _ in range(2)]),
         "in company": observe_third(p.objective(seed=11), {"data", "model", "exact"}),
+        "the oracle": drawn_by(lambda o: cl.exact.matrix(o, p.x, p.y, "fisher-mc")),
+        "a warm start": drawn_by(lambda o: cl.optimizer("kfac", o).warm_start([(p.x, p.y)] * 3)),
         "the global generator": drawn_by(lambda o: torch.rand(5)),
     }
     for who, found in others.items():
@@ -378,3 +380,11 @@ def test_per_sample_gradients_do_not_see_each_other() -> None:
     rows = p.objective().closure(p.x, p.y).observe().passes["data"]["1"].rows[0]
     assert_near(rows[..., :-1], expected["first.weight"])
     assert_near(rows[..., -1], expected["first.bias"])
+
+
+def test_bad_seed_and_data_without_axes() -> None:
+    p = problem()
+    with pytest.raises(cl.CurvlabError, match="seed must be 0 or positive, not -1"):
+        p.objective(seed=-1)
+    with pytest.raises(cl.CurvlabError, match="needs the examples as first axis"):
+        p.objective().closure(torch.tensor(1.0), p.y)

@@ -58,6 +58,12 @@ class Curvature(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def check_damping(damping: float) -> None:
+    """Raises CurvlabError where the damping is negative or NaN."""
+    if not damping >= 0:
+        raise CurvlabError(f"damping must be 0 or positive, not {damping:g}")
+
+
 def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
     """old · (1 − weight) + new · weight; the first is the new one itself."""
     return new.clone() if old is None else old.lerp(new, weight)
@@ -78,6 +84,9 @@ class IdentityBlock:
         pass
 
 
+_NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
+
+
 class BlockDiagonal:
     """A curvature made of blocks, and the schedule of its updates.
 
@@ -91,6 +100,7 @@ class BlockDiagonal:
         warm: whether the document has a warm start (a running mean over one pass through the data).
         update_every: T₁, steps between updates of the statistics.
         refresh_every: T₂, steps between refreshes of the inverse; each of the first T₂ steps refreshes too (practice).
+        name: of the algorithm; a checkpoint of another is refused.
     """
 
     def __init__(
@@ -105,15 +115,16 @@ class BlockDiagonal:
         warm: bool = True,
         update_every: int = 1,
         refresh_every: int = 1,
+        name: str = "",
     ) -> None:
-        for name, value, good, wanted in (
-            ("damping", damping, damping >= 0, "0 or positive"),
+        check_damping(damping)
+        for what, value, good, wanted in (
             ("decay", decay, 0 <= decay < 1, "at least 0 and below 1"),
             ("update_every", update_every, update_every >= 1, "a positive number of steps"),
             ("refresh_every", refresh_every, refresh_every >= 1, "a positive number of steps"),
         ):
             if not good:
-                raise CurvlabError(f"{name} must be {wanted}, not {value:g}")
+                raise CurvlabError(f"{what} must be {wanted}, not {value:g}")
         self._partition = {block.name: block for block in blocks}
         self.blocks = {block.name: make(block) for block in blocks}
         loose = [b for b in blocks if b.module is None and self.blocks[b.name].structural]
@@ -125,7 +136,7 @@ class BlockDiagonal:
                 stacklevel=2,
             )
             self.blocks |= {b.name: IdentityBlock() for b in loose}
-        self.labels: Pass = labels
+        self.name, self.labels = name, labels
         self.damping, self.decay, self.average, self.warm = damping, decay, average, warm
         self.update_every, self.refresh_every = update_every, refresh_every
         self.steps = self.updates = 0
@@ -145,7 +156,7 @@ class BlockDiagonal:
     def inverse(self) -> dict[str, Operator]:
         """{block: operator that `precondition` applies}."""
         if not self.ready:
-            raise CurvlabError("this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first")
+            raise CurvlabError(_NO_DATA)
         return {name: block.inverse for name, block in self.blocks.items()}
 
     def _folds(self, step: int) -> bool:
@@ -157,35 +168,46 @@ class BlockDiagonal:
         return step <= self.refresh_every or step % self.refresh_every == 0 or not self.ready
 
     def _weight(self) -> float:
+        """Of the next observation."""
+        k = self.updates + 1
         if self.average == "last":
             return 1.0
         if self.average == "corrected":
-            return (1 - self.decay) / (1 - self.decay**self.updates)
-        return max(1 / self.updates, 1 - self.decay)
+            return (1 - self.decay) / (1 - self.decay**k)
+        return max(1 / k, 1 - self.decay)
 
     def _fold(self, observation: Observation, weight: float) -> None:
         if self.labels not in observation.passes:
             raise unknown("pass of this observation", self.labels, observation.passes)
-        for name, statistics in observation.passes[self.labels].items():
-            self.blocks[name].update(statistics, weight)
+        statistics = observation.passes[self.labels]
+        for name, block in self.blocks.items():
+            if name in statistics:
+                block.update(statistics[name], weight)
+            elif not hasattr(block, "inverse"):  # the exact pass has no gradient of a parameter without structure
+                like = next(iter(statistics.values())).g
+                block.inverse = identity_like(like.new_empty(self._partition[name].shape))
+        self.updates += 1
 
     def update(self, observation: Observation) -> None:
         """One step: fold the observation in where the schedule says so, refresh the inverse where it says so."""
-        self.steps += 1
-        if self._folds(self.steps):
-            self.updates += 1
+        step = self.steps + 1
+        if self._folds(step):
             self._fold(observation, self._weight())
-        if self._refreshes(self.steps):
+        if self._refreshes(step):
             self.refresh()
+        self.steps = step
 
     def absorb(self, observation: Observation) -> None:
         """Warm start: fold into the plain mean over all observations so far. Call `refresh` after the last."""
         if self.warm:
-            self.updates += 1
+            self._fold(observation, 1 / (self.updates + 1))
             self.warmed = True
-            self._fold(observation, 1 / self.updates)
 
     def refresh(self) -> None:
+        """Invert the statistics as they stand, with the damping as it stands."""
+        if not self.updates:
+            raise CurvlabError(_NO_DATA)
+        check_damping(self.damping)
         for name, block in self.blocks.items():
             try:
                 block.refresh(self.damping)
@@ -204,6 +226,10 @@ class BlockDiagonal:
         """
         inverse = self.inverse
         if all(name in inverse for name in grads):
+            for name, g in grads.items():
+                if tuple(g.shape) != self._partition[name].shape:
+                    wanted = list(self._partition[name].shape)
+                    raise CurvlabError(f"{self._partition[name]} has shape {wanted}, but its gradient {list(g.shape)}")
             return {name: (inverse[name] @ g.flatten()).view(g.shape) for name, g in grads.items()}
         out: dict[str, Tensor] = {}
         known = {p: b for b in self._partition.values() for p in b.params}
@@ -228,9 +254,13 @@ class BlockDiagonal:
             for name, b in self.blocks.items()
         }
         counters = {key: getattr(self, key) for key in ("steps", "updates", "warmed", "ready", "damping")}
-        return counters | {"blocks": blocks}
+        return counters | {"algorithm": self.name, "blocks": blocks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["algorithm"] != self.name:
+            raise CurvlabError(
+                f"the checkpoint is of '{state['algorithm']}' but this is '{self.name}': build the same algorithm"
+            )
         if set(state["blocks"]) != set(self.blocks):
             raise CurvlabError(
                 f"the checkpoint has blocks {', '.join(state['blocks'])} but this model has {', '.join(self.blocks)}: "

@@ -57,6 +57,8 @@ class DenseFisher:
 
     def _update_dense(self, statistics: LayerStatistics, weight: float) -> None:
         rows = statistics.rows.flatten(2).flatten(0, 1)
+        if self.active is not None:  # one place until now, several from here on
+            self.F, self.active = self.matrix(), None
         if self.F is None:
             size = rows.shape[1] ** 2 * rows.element_size()
             guard_memory(2 * size, f"a dense {self.block}", "use a Kronecker method")

@@ -27,4 +27,4 @@ def _root(mean: Tensor, damping: float, p: int) -> Tensor:
     if not bool(damped.isfinite().all()):
         raise CurvlabError("a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping")
     root, error = inverse_root_newton(damped, p)
-    return root if error < 1e-2 else inverse_root_eigh(damped, p)
+    return root if error < 1e-2 else inverse_root_eigh(damped, p, floor=damping)

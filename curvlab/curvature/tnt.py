@@ -1,6 +1,6 @@
 """Tensor Normal Training: the gradient of one variable as a tensor-normal random variable (thesis Alg. 13 and 15).
 
-Legend: k ways of a variable of shape [d_1, …, d_k]; N examples, T places, I inputs incl. the bias column, O outputs.
+Legend: k ways of a variable of shape [d_1, …, d_k]; V vectors, N examples, T places, I inputs incl. bias, O outputs.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ def factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
 
 
 def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:
-    """Mean over examples of G^(i) of the per-sample gradients, for weight and bias.
+    """Mean over examples of Σ_v G^(i) of the per-sample gradients, for weight and bias.
 
     At one place (T = 1) a per-sample gradient is g aᵀ, so G^(1) = ‖a‖² g gᵀ and G^(2) = ‖g‖² a aᵀ: no row is formed.
     """
     inputs = slice(None, -1) if block.biased else slice(None)
     if statistics.a.shape[1] > 1:
-        rows = statistics.rows[0]
+        rows = statistics.rows.flatten(0, 1)
         weight, bias = rows[..., inputs], rows[..., -1]
         found = [[torch.einsum("noi,npi->op", weight, weight), torch.einsum("noi,noj->ij", weight, weight)]]
     else:
-        bias, a = statistics.g[0, :, 0], statistics.a[:, 0, inputs]
+        bias = statistics.g[:, :, 0].flatten(0, 1)
+        a = statistics.a[:, 0, inputs].repeat(len(statistics.g), 1)
         found = [[(bias * a.square().sum(1, keepdim=True)).mT @ bias, (a * bias.square().sum(1, keepdim=True)).mT @ a]]
     if block.biased:
         found.append([bias.mT @ bias])

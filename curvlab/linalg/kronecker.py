@@ -15,7 +15,7 @@ from torch import Tensor
 
 def matricize(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i _"]:
     """mat_i(G): way i as rows, the others row-major as columns (thesis 4.2.1)."""
-    return G.movedim(i, 0).flatten(1) if G.ndim > 1 else G[:, None]
+    return G.movedim(i, 0).flatten(1) if G.ndim > 1 else G.reshape(-1, 1)
 
 
 def contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:

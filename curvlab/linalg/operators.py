@@ -97,6 +97,9 @@ class Diagonal:
         return self.values * v if v.ndim == 1 else self.values[:, None] * v
 
     def inv(self) -> Operator:
+        """Raises CurvlabError where an entry is not positive."""
+        if not bool((self.values > 0).all()):
+            raise CurvlabError("the matrix is not positive definite: damp it before inverting")
         return Diagonal(self.values.reciprocal())
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -123,7 +126,7 @@ class Kronecker:
         return Kronecker(tuple(Dense(u).inv().dense() for u in self.factors))
 
     def dense(self) -> Float[Tensor, "D D"]:
-        product: Tensor = reduce(torch.kron, self.factors)
+        product: Tensor = reduce(torch.kron, [u.contiguous() for u in self.factors])  # kron fails on mixed layouts
         return product
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
@@ -147,7 +150,8 @@ class LowRank:
 
     def inv(self) -> Operator:
         """Through the Gram matrix (Sherman–Morrison–Woodbury). Needs λ > 0."""
-        return Woodbury(self.rows, self.damping, gram_cholesky(self.rows, self.damping))
+        factor, used = gram_cholesky(self.rows, self.damping)
+        return Woodbury(self.rows, used, factor)
 
     def dense(self) -> Float[Tensor, "D D"]:
         r = self.rows.dense()

@@ -52,9 +52,9 @@ class Rows:
         return self.g if self.a is None else (self.g[:, :, None] * self.a[:, None, :]).flatten(1)
 
 
-def gram_cholesky(rows: Rows, damping: float, what: str = "the Gram matrix") -> Float[Tensor, "R R"]:
-    """Lower Cholesky factor of damping·I + R Rᵀ (thesis (5.6): D_t)."""
+def gram_cholesky(rows: Rows, damping: float, what: str = "the Gram matrix") -> tuple[Float[Tensor, "R R"], float]:
+    """Lower Cholesky factor of damping·I + R Rᵀ (thesis (5.6): D_t), and the damping used."""
     if not damping > 0:
         raise CurvlabError(f"the Woodbury formula needs a positive damping, not {damping:g}")
     gram = rows.gram()
-    return damped_cholesky(lambda d: shifted(gram, d), damping, what)[0]
+    return damped_cholesky(lambda d: shifted(gram, d), damping, what)
