@@ -25,4 +25,4 @@ for every in options.every:
     seconds = time.perf_counter() - start
     middle = run.table().isel(block=slice(1, -1)).mean("block").to_series().drop("block-fisher")
     rows[every] = {"seconds": seconds, "last loss": float(run.dataset["loss"][-1])} | middle.to_dict()
-print(pd.DataFrame(rows).T.rename_axis("refresh every").round(3))
+print(pd.DataFrame(rows).T.rename_axis("refresh every").round(3).to_string())

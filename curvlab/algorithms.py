@@ -33,12 +33,12 @@ def _per_factor(overall: float, size: int) -> float:
 
 
 def _per_factor_of_mean(overall: float, size: int) -> float:
-    """ε² = λ / m: the factors of a batch-mean gradient of m examples estimate Fisher / m."""
+    """ε² = λ / m: from batch-mean gradients of m examples come Fisher / m, and factors (and Adam's √v) of its root."""
     return math.sqrt(overall / size)
 
 
 def _fixed(epsilon: float) -> Rule:
-    """Table 4.3's ε for MNIST at every λ: the method approximates no Fisher matrix whose damping λ could be."""
+    """The same at every λ: the document's ε (Table 4.3) where no matrix is approximated whose damping λ could be."""
     return lambda overall, size: epsilon
 
 
@@ -99,7 +99,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "adam": Algorithm(
         "root of the diagonal second moment", "thesis 4.7.2; Kingma and Ba 2015",
-        lambda b: SecondMoment(), "data", 1e-4, 1e-4, _fixed(1e-4),
+        lambda b: SecondMoment(), "data", 1e-4, 1e-4, _per_factor_of_mean,
         momentum_kind="corrected", decay=0.999, average="corrected", warm=False,
     ),
     "sgd-m": Algorithm(

@@ -18,7 +18,10 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "figure_4_1.py": ([*SMALL, "--seeds", "2", "--out", "OUT"], "figure_4_1.png"),
     "damping_sweep.py": ([*SMALL, "--dampings", "1", "0.01", "--out", "OUT"], "damping_sweep.png"),
     "refresh.py": ([*SMALL, "--every", "1", "2"], "last loss"),
-    "benchmarks/compare.py": (["--batch-size", "5000", "--steps", "2", "--repeats", "1"], "together / one by one"),
+    "benchmarks/compare.py": (
+        ["--batch-size", "20000", "--steps", "2", "--repeats", "1", "--names", "kfac", "sgd-m"],
+        "together / one by one",
+    ),
 }
 """{script: (arguments, what its output says)}"""
 

@@ -266,7 +266,7 @@ def test_several_vectors_have_no_gradient() -> None:
     p = problem("norm")
     exact = p.objective().closure(p.x, p.y).observe({"exact"}).passes["exact"]
     assert list(exact) == ["1", "4"]
-    with pytest.raises(CurvlabError, match="a gradient needs a pass with one vector, this one has 3"):
+    with pytest.raises(CurvlabError, match="a gradient needs a pass that sends one vector back"):
         _ = exact["1"].gradient
 
 

@@ -71,8 +71,9 @@ def test_the_damping_rule_is_as_written() -> None:
     for name in ("block-fisher", "block-ef", "kfac", "kfac-ef", "smw-ng-bd"):
         assert damping_for(name, 0.04, 100) == 0.04
     assert damping_for("tnt-per-sample", 0.04, 100) == pytest.approx(0.2)
-    assert damping_for("tnt", 0.04, 100) == damping_for("tnt-ef", 0.04, 100) == pytest.approx(0.02)
-    assert (damping_for("shampoo", 0.04, 100), damping_for("adam", 0.04, 100)) == (3e-4, 1e-4)
+    for name in ("tnt", "tnt-ef", "adam"):
+        assert damping_for(name, 0.04, 100) == pytest.approx(0.02)
+    assert damping_for("shampoo", 0.04, 100) == 3e-4
 
 
 def test_nothing_else_at_the_top() -> None:

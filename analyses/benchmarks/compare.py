@@ -21,13 +21,15 @@ import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.linalg.packed import accumulate_, output_pairs
 
+NINE = ["block-fisher", "kfac", "kfac-ef", "tnt", "tnt-ef", "tnt-per-sample", "shampoo", "adam", "sgd-m"]
+
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=300)
 parser.add_argument("--repeats", type=int, default=30)
 parser.add_argument("--batch-size", type=int, default=1000)
+parser.add_argument("--names", nargs="+", help="only these algorithms, the first as the reference")
 parser.add_argument("--skip-processes", action="store_true", help="only what is measured inside this process")
 options = parser.parse_args()
-NINE = ["block-fisher", "kfac", "kfac-ef", "tnt", "tnt-ef", "tnt-per-sample", "shampoo", "adam", "sgd-m"]
 
 
 def command(reference: str, others: list[str]) -> float:
@@ -55,12 +57,14 @@ def median(function: Callable[[], object]) -> float:
 print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, {options.steps} steps")
 
 if not options.skip_processes:
-    together = command(NINE[0], NINE[1:])
-    alone = sum(command(name, []) for name in NINE)
-    against = sum(command(NINE[0], [name]) for name in NINE[1:])
-    print(f"\nnine algorithms together: {together:.1f} s")
+    names = options.names or NINE
+    first, *others = names
+    together = command(first, others)
+    alone = sum(command(name, []) for name in names)
+    against = sum(command(first, [name]) for name in others)
+    print(f"\n{len(names)} algorithms together: {together:.1f} s")
     print(f"  together / one by one, each a command of its own that follows itself: {together / alone:.2f}  (goal 0.70)")
-    print(f"  together / one by one, each a command of its own against {NINE[0]}: {together / against:.2f}")
+    print(f"  together / one by one, each a command of its own against {first}: {together / against:.2f}")
 
 train, _ = cl.datasets.load("mnist16")
 x, y = next(iter(train.batches(options.batch_size)))
@@ -73,7 +77,7 @@ def fresh() -> cl.Objective:
 plain = median(fresh().closure(x, y))
 print(f"\nplain forward + backward: {plain * 1e3:.2f} ms")
 print(f"{'step / (forward + backward)':>32s}  T2 = 1  T2 = 20")
-for name in ALGORITHMS:
+for name in options.names or ALGORITHMS:
     ratios = []
     for refresh_every in (1, 20):
         objective = fresh()
@@ -87,6 +91,9 @@ for name in ALGORITHMS:
             optimizer.step(objective.closure(x, y))
         ratios.append((time.perf_counter() - start) / count / plain)
     print(f"{name:>32s}  {ratios[0]:6.2f}  {ratios[1]:7.2f}")
+
+if options.names and "block-fisher" not in options.names:
+    raise SystemExit
 
 # The first layer's Fisher block against the floor: its floating-point operations over the matrix-product peak of this run.
 square = torch.randn(2000, 2000)
