@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.table import Table
 import curvlab
 from curvlab import datasets, figures, models, probes, runs
 from curvlab.algorithms import ALGORITHMS
-from curvlab.errors import CurvlabError, lookup
+from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.log import late_cosine, open_log
 
 app = typer.Typer(
@@ -221,17 +222,44 @@ def _keep_freed_memory() -> None:
 
 def main() -> None:
     """Run the command line; one line and exit code 2 for bad input, 130 for Ctrl-C."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _Warn()
+        code = _run()
+    sys.exit(code)
+
+
+class _Warn:
+    """curvlab's own warnings are one line too, and said once."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def __call__(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = f"curvlab: warning: {message}" if issubclass(category, CurvlabWarning) else f"{category.__name__}: {message}"
+        if text not in self.said:
+            self.said.add(text)
+            err.print(text, markup=False)
+
+
+def _run() -> int:
     command = typer.main.get_command(app)
-    code: object = 0
     try:
         code = command.main(prog_name="curvlab", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         err.print("curvlab: interrupted", markup=False)
-        code = 130
+        return 130
     except Exception as error:
         parsing = getattr(error, "format_message", None)  # click's errors; recent versions of typer carry a click of their own
         if not isinstance(error, CurvlabError) and parsing is None:
             raise
         err.print(f"curvlab: {error if parsing is None else parsing()}", markup=False)
-        code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+        return 2
+    return code if isinstance(code, int) else 0

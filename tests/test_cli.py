@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 import xarray as xr
 from matplotlib.image import imread
+from torch import nn
 
 import curvlab as cl
 from curvlab import cli, datasets, runs
@@ -238,6 +240,23 @@ def test_ctrl_c_ends_at_once_and_says_where_the_log_is(tmp_path: Path) -> None:
     assert f"interrupted; the log so far is saved in {tmp_path / 'run.h5'}" in err
     assert "Traceback" not in err
     assert len(cl.open(tmp_path)["step"]) >= 1
+
+
+@pytest.mark.filterwarnings("default::curvlab.errors.CurvlabWarning")
+def test_a_layer_without_a_rule_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(256, 8), nn.LayerNorm(8), nn.Linear(8, 10))
+
+    monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build))
+    words = ["compare", "--model", "normed", "--reference", "kfac", "--algorithms", "kfac-ef,smw-ng-bd", "--steps", "2"]
+    assert call(*words, "--batch-size", "20000", "--seeds", "2", "--out", str(tmp_path)) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert said == [
+        "curvlab: warning: parameters of layers without a rule follow the gradient where an algorithm needs structure: "
+        "1.weight, 1.bias"
+    ]
 
 
 @pytest.mark.slow
