@@ -250,7 +250,7 @@ def test_a_layer_without_a_rule_is_said_once(
         return nn.Sequential(nn.Linear(256, 8), nn.LayerNorm(8), nn.Linear(8, 10))
 
     monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build))
-    words = ["compare", "--model", "normed", "--reference", "kfac", "--algorithms", "kfac-ef,smw-ng-bd", "--steps", "2"]
+    words = ["compare", "--model", "normed", "--reference", "kfac", "--algorithms", "kfac-ef,tnt-per-sample", "--steps", "2"]
     assert call(*words, "--batch-size", "20000", "--seeds", "2", "--out", str(tmp_path)) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert said == [

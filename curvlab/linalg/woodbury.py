@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, guard_memory
 from curvlab.linalg.factor import damped_cholesky, shifted
 
 
@@ -56,5 +56,7 @@ def gram_cholesky(rows: Rows, damping: float, what: str = "the Gram matrix") -> 
     """Lower Cholesky factor of damping·I + R Rᵀ (thesis (5.6): D_t), and the damping used."""
     if not damping > 0:
         raise CurvlabError(f"the Woodbury formula needs a positive damping, not {damping:g}")
+    size = len(rows.g)
+    guard_memory(3 * size**2 * rows.g.element_size(), f"a {size}×{size} Gram matrix", "use smaller minibatches")
     gram = rows.gram()
     return damped_cholesky(lambda d: shifted(gram, d), damping, what)
