@@ -7,7 +7,7 @@ Legend: V vectors sent back, N examples, T places where a weight is shared, I in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -22,17 +22,39 @@ from torch.utils.hooks import RemovableHandle
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
 
+_VECTOR_NUMBERS = 1 << 21  # in the vectors of one batched pass back: few enough to stay near the cache
+
 
 class LayerInput:
-    """The inputs of one block in one forward pass, shared by every pass back: nobody computes A twice."""
+    """The inputs of one block in one forward pass, read when first asked for and shared by every pass back."""
 
-    def __init__(self, a: Float[Tensor, "N T I"]) -> None:
-        self.a = a
+    def __init__(self, block: Block, record: _Record) -> None:
+        self._block, self._record = block, record
+
+    @cached_property
+    def a(self) -> Float[Tensor, "N T *G I"]:
+        """With an axis Γ where the block has several groups."""
+        block, a = self._block, self._record.inputs
+        assert block.rule is not None
+        if a is None:
+            if self._record.x.overwritten:
+                raise CurvlabError(
+                    f"{block}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
+                )
+            a = block.rule.inputs(block.module, self._record.x.value)
+        return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1) if block.biased else a
 
     @cached_property
     def A(self) -> Float[Tensor, "I I"]:
         a = self.a.flatten(0, 1)
         return a.T @ a / len(self.a)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Inputs of some of the examples."""
+
+    a: Float[Tensor, "N T *G I"]
 
 
 class LayerStatistics:
@@ -46,7 +68,7 @@ class LayerStatistics:
         block: Block,
         size: int,
         gradient: Tensor | None = None,
-        inputs: LayerInput | None = None,
+        inputs: LayerInput | _Slice | None = None,
         g: Float[Tensor, "V N T O"] | None = None,
         output: _Stored | None = None,
     ) -> None:
@@ -61,8 +83,18 @@ class LayerStatistics:
     @property
     def a(self) -> Float[Tensor, "N T I"]:
         """Input of the layer, 1 appended where the bias is trained."""
+        self._one_group("inputs for all outputs")
+        return self.grouped_a
+
+    @property
+    def grouped_a(self) -> Float[Tensor, "N T *G I"]:
+        """The same with an axis Γ where the outputs lie in several groups."""
         inputs: LayerInput = self._need(self._inputs)
         return inputs.a
+
+    def _one_group(self, thing: str) -> None:
+        if self.block.groups > 1:
+            raise CurvlabError(f"{self.block} has {self.block.groups} groups of outputs, so there are no {thing}: use rows")
 
     @property
     def g(self) -> Float[Tensor, "V N T O"]:
@@ -85,6 +117,7 @@ class LayerStatistics:
     @property
     def A(self) -> Float[Tensor, "I I"]:
         """Σ_t a aᵀ, mean over examples (Alg. 12, line 14: Ω)."""
+        self._one_group("second moments of one input")
         inputs: LayerInput = self._need(self._inputs)
         return inputs.A
 
@@ -101,14 +134,38 @@ class LayerStatistics:
             return self._gradient
         if self._g is None or len(self._g) != 1:
             raise CurvlabError(f"{self.block}: a gradient needs a pass that sends one vector back, not the exact one")
+        if self.block.groups > 1:
+            return self._by_group("ntgo,ntgi->goi", self.g[0]).flatten(0, 1) / self.size
         return self.g[0].flatten(0, 1).T @ self.a.flatten(0, 1) / self.size
 
     @cached_property
     def rows(self) -> Float[Tensor, "V N O I"]:
         """Per-sample gradients (of the sum over places), one for every vector sent back."""
+        if self.block.groups > 1:
+            return self._by_group("vntgo,ntgi->vngoi", self.g).flatten(2, 3)
         if self.a.shape[1] == 1:
             return self.g[:, :, 0, :, None] * self.a[None, :, 0, None, :]
         return torch.einsum("vnto,nti->vnoi", self.g, self.a)
+
+    def some_rows(self, at_once: int) -> Iterator[Float[Tensor, "R D"]]:
+        """The rows flattened, about `at_once` at a time: whole examples with all their vectors."""
+        step = max(1, at_once // len(self.g))
+        for start in range(0, self.size, step):
+            part = slice(start, start + step)
+            some = LayerStatistics(self.block, self.size, g=self.g[:, part], inputs=_Slice(self.grouped_a[part]))
+            yield some.rows.flatten(2).flatten(0, 1)
+
+    def _by_group(self, legend: str, g: Tensor) -> Tensor:
+        return torch.einsum(legend, g.reshape(*g.shape[:-1], self.block.groups, -1), self.grouped_a)
+
+
+def _send_back(output: Tensor, edge: GradientEdge, vectors: Float[Tensor, "K *S"]) -> Float[Tensor, "K *S2"] | None:
+    """Several vectors at once; one by one where an operation cannot (torch's double backward of GroupNorm)."""
+    try:
+        return torch.autograd.grad(output, edge, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True)[0]
+    except RuntimeError:
+        found = [torch.autograd.grad(output, edge, v, retain_graph=True, allow_unused=True)[0] for v in vectors]
+        return None if found[0] is None else torch.stack(found)
 
 
 @dataclass(frozen=True)
@@ -132,6 +189,7 @@ class _Record:
     x: _Stored
     output: _Stored
     edge: GradientEdge
+    inputs: Tensor | None  # of a rule that has to be called in the pass itself
 
 
 class Capture:
@@ -171,28 +229,69 @@ class Capture:
             if not output.requires_grad:
                 raise CurvlabError(f"{block} ran without gradients: remove torch.no_grad() around it, or freeze it")
             x = args[0] if args else next(iter(kwargs.values()))
-            self._records[block.name] = _Record(_Stored.of(x), _Stored.of(output), get_gradient_edge(output))
+            assert block.rule is not None
+            inputs = block.rule.inputs(module, x.detach()) if block.rule.stateful else None
+            self._records[block.name] = _Record(_Stored.of(x), _Stored.of(output), get_gradient_edge(output), inputs)
 
         return hook
 
     def _input(self, block: Block, size: int) -> LayerInput:
         if block.name not in self._inputs:
-            assert block.module is not None
-            assert block.rule is not None
-            x = self._records[block.name].x
-            if x.overwritten:
+            record = self._records[block.name]
+            rows = len(record.output.value)
+            if rows != size:
                 raise CurvlabError(
-                    f"{block}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
+                    f"{block} saw {rows} rows in a batch of {size}: keep the batch as the first axis of every layer's input"
                 )
-            a = block.rule.inputs(block.module, x.value)
-            if len(a) != size:
-                raise CurvlabError(
-                    f"{block} saw {len(a)} rows in a batch of {size}: keep the batch as the first axis of every layer's input"
-                )
-            if block.biased:
-                a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
-            self._inputs[block.name] = LayerInput(a)
+            self._inputs[block.name] = LayerInput(block, record)
         return self._inputs[block.name]
+
+    def places(self) -> dict[str, int]:
+        """T of every block with a rule."""
+        return {
+            b.name: b.rule.outputs(self._records[b.name].output.value).shape[1]
+            for b in self.blocks
+            if b.rule is not None and b.name in self._records
+        }
+
+    def hessians(
+        self, total: Tensor, size: int, names: Sequence[str]
+    ) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
+        """∂²ℓₙ/∂h_t∂h_t' of each example, in the pre-activations of one block after the other (thesis (2.2), (3.3)).
+
+        Args:
+            total: Σₙ ℓₙ of `size` independent examples, with its graph.
+            names: blocks with a rule.
+
+        Yields:
+            (the block's inputs, its pre-activation Hessians), in the order of `names`.
+        """
+        chosen = [b for b in self.blocks if b.name in set(names)]
+        edges = [self._edge(b) for b in chosen]
+        first = torch.autograd.grad(total, edges, create_graph=True, allow_unused=True)
+        for block, edge, d in zip(chosen, edges, first, strict=True):
+            if d is None:
+                raise CurvlabError(f"{block} does not reach the model's outputs: freeze it or use it")
+            assert block.rule is not None
+            inputs = self._input(block, size)
+            count = d[0].numel()
+            places, outputs = block.rule.outputs(d.detach()).shape[1:]
+            order = block.rule.outputs(torch.arange(count, device=d.device).view(1, *d.shape[1:])).flatten()
+            found = d.new_zeros(count, size, places, outputs)
+            at_once = max(1, _VECTOR_NUMBERS // d.numel())
+            for start in range(0, count if d.requires_grad else 0, at_once):
+                units = d.new_zeros(min(at_once, count - start), size, count)
+                units[torch.arange(len(units)), :, order[start : start + at_once]] = 1
+                back = _send_back(d, edge, units.view(-1, *d.shape))
+                if back is None:  # linear in this pre-activation
+                    break
+                found[start : start + at_once] = block.rule.outputs(back.flatten(0, 1)).view(-1, size, places, outputs)
+            yield LayerStatistics(block, size, inputs=inputs), found.view(places, outputs, size, places, outputs)
+
+    def _edge(self, block: Block) -> GradientEdge:
+        if block.name not in self._records:
+            raise CurvlabError(f"{block} did not run in the forward pass: freeze it or use it")
+        return self._records[block.name].edge
 
     def backward(self, z: Tensor, vectors: Float[Tensor, "V N *C"], leaves: bool = False) -> dict[str, LayerStatistics]:
         """Send `vectors` back from the outputs `z`; the graph is kept, so this can be called again.
@@ -207,10 +306,7 @@ class Capture:
         """
         ruled = [b for b in self.blocks if b.module is not None]
         loose = [b for b in self.blocks if b.module is None] if leaves and len(vectors) == 1 else []
-        missing = [b for b in ruled if b.name not in self._records]
-        if missing:
-            raise CurvlabError(f"{missing[0]} did not run in the forward pass: freeze it or use it")
-        targets = [self._records[b.name].edge for b in ruled]
+        targets = [self._edge(b) for b in ruled]
         targets += [self.model.get_parameter(b.params[0]) for b in loose]  # type: ignore[misc]  # edges and tensors mix
         if len(vectors) == 1:
             found = torch.autograd.grad(z, targets, vectors[0], retain_graph=True, allow_unused=True)
@@ -228,10 +324,9 @@ class Capture:
             if block.rule is None:
                 statistics[block.name] = LayerStatistics(block, len(z), gradient=d[0] / len(z))
                 continue
-            outputs = block.rule.outputs
-            g = torch.stack([outputs(v) for v in d]) if len(d) > 1 else outputs(d[0])[None]
+            inputs = self._input(block, len(z))
+            g = block.rule.outputs(d.flatten(0, 1))
+            g = g.view(len(d), len(z), *g.shape[1:])
             record = self._records[block.name]
-            statistics[block.name] = LayerStatistics(
-                block, len(z), inputs=self._input(block, len(z)), g=g, output=record.output
-            )
+            statistics[block.name] = LayerStatistics(block, len(z), inputs=inputs, g=g, output=record.output)
         return statistics

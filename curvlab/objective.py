@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from curvlab.capture import Capture, LayerStatistics
 from curvlab.errors import CurvlabError, unknown
-from curvlab.layers import Block, blocks
+from curvlab.layers import Block, Layout, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood
 
 Pass = Literal["data", "model", "exact"]
@@ -72,6 +72,11 @@ class Objective:
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
 
     @property
+    def layout(self) -> Layout:
+        """Where the blocks lie in one vector of all parameters."""
+        return Layout(self.blocks)
+
+    @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """{name: trainable parameter}, those of the blocks."""
         return {name: self.model.get_parameter(name) for block in self.blocks for name in block.params}
@@ -93,9 +98,9 @@ class Objective:
         self.closures[stream] += 1
         return Closure(self, x, y, self.closures[stream], stream)
 
-    def generator(self, number: int, stream: Stream = "step") -> torch.Generator:
-        """The generator of the labels of one closure: a function of (seed, number, stream) alone."""
-        entropy = [self.seed, number, STREAMS.index(stream)]
+    def generator(self, number: int, stream: Stream = "step", part: int = 0) -> torch.Generator:
+        """The generator of the labels of one closure: a function of (seed, number, stream, part) alone."""
+        entropy = [self.seed, number, STREAMS.index(stream), part]
         state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
         return torch.Generator(self.device).manual_seed(state >> 1)
 
@@ -113,7 +118,7 @@ class Closure:
         CurvlabError: an empty batch, x and y of different lengths, NaN or Inf in x.
     """
 
-    def __init__(self, objective: Objective, x: Tensor, y: Tensor, number: int, stream: Stream = "step") -> None:
+    def __init__(self, objective: Objective, x: Tensor, y: Tensor, number: int, stream: Stream = "step", part: int = 0) -> None:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise CurvlabError(f"a minibatch must be two tensors, not {type(x).__name__} and {type(y).__name__}")
         if not x.ndim or not y.ndim:
@@ -125,7 +130,7 @@ class Closure:
         if x.is_floating_point() and not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
             raise CurvlabError(f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first")
-        self.objective, self.number, self.stream = objective, number, stream
+        self.objective, self.number, self.stream, self.part = objective, number, stream, part
         self._y = y  # checked where it lies, before it moves
         self._checked = False
         self.x, self.y = self._moved(x), self._moved(y)
@@ -134,10 +139,13 @@ class Closure:
         return t.to(self.objective.device, self.objective.dtype if t.is_floating_point() else t.dtype)
 
     def _loss(self, z: Tensor) -> Tensor:
+        return self._losses(z).mean()
+
+    def _losses(self, z: Tensor) -> Tensor:
         if not self._checked:
             self.objective.likelihood.check(z, self._y)
             self._checked = True
-        return self.objective.likelihood.loss(z, self.y).mean()
+        return self.objective.likelihood.loss(z, self.y)
 
     def _forward(self, buffers: dict[str, Tensor] | None = None) -> Tensor:
         model = self.objective.model
@@ -159,12 +167,37 @@ class Closure:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    def observe(self, needs: Iterable[str] = frozenset({"data"}), move_buffers: bool = True) -> Observation:
+    def labels(self, z: Tensor, draws: int = 1) -> list[Tensor]:
+        """Labels drawn from the model's own distribution at outputs z: the same ones at every call."""
+        generator = self.objective.generator(self.number, self.stream, self.part)
+        return [self.objective.likelihood.sample(z, generator) for _ in range(draws)]
+
+    def places(self) -> dict[str, int]:
+        """T, the places where its weight is shared, of every block with a rule."""
+        return Closure(self.objective, self.x[:1], self._y[:1], self.number, self.stream).look()[2].places()
+
+    def forward(self) -> tuple[Tensor, Capture]:
+        """One forward on cloned buffers: (outputs with their graph, the capture)."""
+        model = self.objective.model
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
+            return self._forward(buffers), capture
+
+    def look(self) -> tuple[Tensor, Tensor, Capture]:
+        """One forward on cloned buffers, checked: (outputs and loss of each example with their graphs, the capture)."""
+        z, capture = self.forward()
+        with torch.enable_grad():
+            losses = self._losses(z)
+        self._finite(losses.detach().mean(), z.detach())
+        return z, losses, capture
+
+    def observe(self, needs: Iterable[str] = frozenset({"data"}), move_buffers: bool = True, draws: int = 1) -> Observation:
         """One forward, then one backward for each pass in `needs`.
 
         Args:
             needs: of "data", "model", "exact".
             move_buffers: False runs on cloned buffers, so that a second look does not move BatchNorm's statistics.
+            draws: labels drawn for each example in the "model" pass; with k of them V = k, each vector times 1/√k.
 
         Raises:
             CurvlabError: targets that do not fit, a loss that is not finite, a module that runs twice in the pass.
@@ -188,9 +221,10 @@ class Closure:
                 size = torch.full_like(loss, len(z))  # of the sum, not of the mean
                 vectors = torch.autograd.grad(loss, outputs, size)[0][None]
             else:
-                drawn = likelihood.sample(outputs.detach(), self.objective.generator(self.number, self.stream))
+                drawn = self.labels(outputs.detach(), draws)
                 with torch.enable_grad():
-                    vectors = torch.autograd.grad(likelihood.loss(outputs, drawn).sum(), outputs)[0][None]
+                    each = [torch.autograd.grad(likelihood.loss(outputs, label).sum(), outputs)[0] for label in drawn]
+                vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
             passes[name] = capture.backward(z, vectors, leaves=True)
         return Observation(loss.detach(), len(z), passes)
 

@@ -23,11 +23,19 @@ Average = Literal["moving", "corrected", "last"]
 """How observations are averaged, k counting them from 1: weight max(1/k, 1 − decay); (1 − decay)/(1 − decayᵏ), Adam's; 1."""
 
 
+Reads = Literal["gradient", "rows", "factors"]
+"""Of the batch alone; of each example, which any layer with a rule has; a, g, A, G, where all outputs share their inputs."""
+
+
+def _has(block: Block, reads: Reads) -> bool:
+    return reads == "gradient" or (block.rule is not None and (reads == "rows" or block.groups == 1))
+
+
 class CurvatureBlock(Protocol):
     """Statistics of one block → operator. A plain final class; state is made from the first statistics."""
 
-    structural: bool
-    """Whether it reads a, g of a layer with a rule; False: the gradient is enough."""
+    reads: Reads
+    """What it needs of a layer; a layer that has no such thing falls back to the gradient."""
     memory: ClassVar[tuple[str, ...]]
     """Names of the attributes that a checkpoint must hold, beside `inverse`: tensors, lists of tensors or None."""
     inverse: Operator
@@ -72,13 +80,14 @@ def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
 class IdentityBlock:
     """The gradient itself: SGD, and the fallback for parameters without structure (thesis 4.7.2: BatchNorm in KFAC)."""
 
-    structural: bool = False
+    reads: Reads = "gradient"
     memory: ClassVar[tuple[str, ...]] = ()
     inverse: Operator
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         if not hasattr(self, "inverse"):
-            self.inverse = identity_like(statistics.gradient)
+            like = statistics.gradient if statistics.block.rule is None else statistics.g
+            self.inverse = identity_like(like.new_empty(statistics.block.shape))
 
     def refresh(self, damping: float) -> None:
         pass
@@ -127,11 +136,12 @@ class BlockDiagonal:
                 raise CurvlabError(f"{what} must be {wanted}, not {value:g}")
         self._partition = {block.name: block for block in blocks}
         self.blocks = {block.name: make(block) for block in blocks}
-        loose = [b for b in blocks if b.module is None and self.blocks[b.name].structural]
+        loose = [b for b in blocks if not _has(b, self.blocks[b.name].reads)]
         if loose:
-            names = ", ".join(b.params[0] for b in loose)
+            names = ", ".join(p for b in loose for p in b.params)
             warnings.warn(
-                f"parameters of layers without a rule follow the gradient where an algorithm needs structure: {names}",
+                "parameters of layers without a rule (or, for Kronecker factors, with groups of outputs) "
+                f"follow the gradient where an algorithm needs structure: {names}",
                 CurvlabWarning,
                 stacklevel=2,
             )

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import blend, parameter_indices
+from curvlab.curvature.base import Reads, blend, parameter_indices
 from curvlab.layers import Block
 from curvlab.linalg.kronecker import contraction
 from curvlab.linalg.operators import DirectSum, Kronecker, Operator
@@ -26,7 +26,8 @@ Contractions = Sequence[Tensor]
 def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:
     """G^(i) of the batch-mean gradient of every variable (Alg. 15, line 7; Alg. 16, line 9)."""
     variables = block.scatter(statistics.gradient).values()
-    return [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in variables]
+    found = [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in variables]
+    return [ways[::-1] for ways in found] if block.rule and block.rule.transposed else found  # the ways as the block lies
 
 
 class Contracted:
@@ -36,7 +37,7 @@ class Contracted:
         block: whose variables.
         contractions: statistics → [variable][way] contractions.
         factors: contractions of one variable, damping → inverse factors.
-        structural: whether `contractions` reads a and g.
+        reads: what `contractions` needs.
     """
 
     memory: ClassVar[tuple[str, ...]] = ("means",)
@@ -47,9 +48,9 @@ class Contracted:
         block: Block,
         contractions: Callable[[Block, LayerStatistics], list[list[Tensor]]],
         factors: Callable[[Contractions, float], tuple[Tensor, ...]],
-        structural: bool = False,
+        reads: Reads = "gradient",
     ) -> None:
-        self.block, self.structural = block, structural
+        self.block, self.reads = block, reads
         self._contractions, self._factors = contractions, factors
         self.means: list[list[Tensor]] | None = None
 

@@ -7,14 +7,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import blend
+from curvlab.curvature.base import Reads, blend
 from curvlab.linalg.operators import Diagonal, Operator
 
 
 class SecondMoment:
     """v = average of g², H = diag(1 / (√v + ε)): textbook Adam with the damping as ε, outside the root."""
 
-    structural: bool = False
+    reads: Reads = "gradient"
     memory: ClassVar[tuple[str, ...]] = ("v",)
     inverse: Operator
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
+from curvlab.curvature.base import Reads
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.layers import Block
 from curvlab.linalg.factor import damped_cholesky, shifted
 from curvlab.linalg.operators import Diagonal, DirectSum, Inverse, Operator
-from curvlab.linalg.packed import accumulate_, grow, output_pairs, unpack_full, unpack_lower
+from curvlab.linalg.packed import fold, output_pairs, unpack_full, unpack_lower
 
 
 class DenseFisher:
@@ -26,7 +27,7 @@ class DenseFisher:
     first layer of mlp-256-20 over MNIST that is 3780² in place of 5140².
     """
 
-    structural: bool = True
+    reads: Reads = "rows"
     memory: ClassVar[tuple[str, ...]] = ("F", "active")
     inverse: Operator
 
@@ -36,24 +37,15 @@ class DenseFisher:
         self.active: Tensor | None = None  # ascending input numbers; None where T > 1
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        a, g = statistics.a, statistics.g
-        if a.shape[1] > 1 or (self.F is not None and self.active is None):
+        shared = statistics.block.groups > 1 or statistics.g.shape[2] > 1
+        if shared or (self.F is not None and self.active is None):
             self._update_dense(statistics, weight)
             return
-        active = (a != 0).any(0)[0]
-        if self.active is None or self.F is None:
+        a, g = statistics.a, statistics.g
+        if self.F is None:
             size = self.block.numel**2 * a.element_size()
             guard_memory(2 * size, f"a dense {self.block}", "use smw-ng-bd, whose system is N×N, or a Kronecker method")
-            self.active = active.nonzero()[:, 0]
-            pairs = len(self.active) * (len(self.active) + 1) // 2
-            self.F = a.new_zeros(g.shape[3] * (g.shape[3] + 1) // 2, pairs)
-        else:
-            active[self.active] = True
-            if int(active.sum()) > len(self.active):
-                union = active.nonzero()[:, 0]
-                self.F, self.active = grow(self.F, self.active, union), union
-        inputs = a[:, 0, self.active]
-        accumulate_(self.F, output_pairs(g[:, :, 0]), inputs, old=1 - weight, new=weight / len(a))
+        self.F, self.active = fold(self.F, self.active, output_pairs(g[:, :, 0]), a[:, 0], 1 - weight, weight / len(a))
 
     def _update_dense(self, statistics: LayerStatistics, weight: float) -> None:
         rows = statistics.rows.flatten(2).flatten(0, 1)
@@ -93,8 +85,4 @@ class DenseFisher:
         if self.active is None:
             return self.F
         outputs, inputs = self.block.shape
-        first = torch.arange(outputs, device=self.active.device)[:, None] * inputs
-        kept = (first + self.active).flatten()
-        full = self.F.new_zeros(self.block.numel, self.block.numel)
-        full[kept[:, None], kept] = unpack_full(self.F, outputs, len(self.active))
-        return full
+        return unpack_full(self.F, outputs, inputs, self.active)

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import blend
+from curvlab.curvature.base import Reads, blend
 from curvlab.linalg.factor import damped_inverse
 from curvlab.linalg.kronecker import pi_split
 from curvlab.linalg.operators import Kronecker, Operator
@@ -19,7 +19,7 @@ from curvlab.linalg.operators import Kronecker, Operator
 class Kfac:
     """H = (Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹: Alg. 12, lines 14 and 19."""
 
-    structural: bool = True
+    reads: Reads = "factors"
     memory: ClassVar[tuple[str, ...]] = ("A", "G")
     inverse: Operator
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
+from curvlab.curvature.base import Reads
 from curvlab.linalg.operators import LowRank, Operator
 from curvlab.linalg.woodbury import Rows
 
@@ -18,7 +19,7 @@ class SmwFisher:
     The same inverse as `DenseFisher` on the same minibatch, through an N×N Gram matrix and without forming a gradient.
     """
 
-    structural: bool = True
+    reads: Reads = "rows"
     memory: ClassVar[tuple[str, ...]] = ("g", "a")
     inverse: Operator
 
@@ -28,7 +29,7 @@ class SmwFisher:
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         scale = 1 / math.sqrt(statistics.size)
-        if len(statistics.g) == 1 and statistics.a.shape[1] == 1:
+        if statistics.block.groups == 1 and len(statistics.g) == 1 and statistics.g.shape[2] == 1:
             self.g, self.a = statistics.g[0, :, 0] * scale, statistics.a[:, 0]
         else:
             self.g, self.a = statistics.rows.flatten(2).flatten(0, 1) * scale, None

@@ -22,7 +22,7 @@ def tnt(block: Block) -> Contracted:
 
 def tnt_per_sample(block: Block) -> Contracted:
     """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the per-sample gradients: ⊗ Ũ_i estimates Fisher itself, at any batch size."""
-    return Contracted(block, sample_contractions, factors, structural=True)
+    return Contracted(block, sample_contractions, factors, reads="factors")
 
 
 def factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:

@@ -33,6 +33,20 @@ def kronecker_product(factors: Sequence[Tensor], v: Float[Tensor, "D *K"]) -> Fl
     return out.reshape(shape)
 
 
+def accumulate_places_(
+    matrix: Float[Tensor, "D D"], G: Float[Tensor, "T O N T O"], a: Float[Tensor, "N T I"], new: float
+) -> None:
+    """matrix += new · Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ (thesis Theorem 3, row-major), one row of outputs at a time."""
+    places, outputs, size = G.shape[:3]
+    inputs = a.shape[2]
+    left = a.flatten(0, 1)
+    target = matrix.view(outputs, inputs, outputs * inputs)
+    for o in range(outputs):
+        curvature = G[:, o].permute(1, 0, 3, 2).reshape(size, places * outputs, places)  # [N, T O', T']
+        right = (curvature @ a).reshape(size * places, outputs * inputs)
+        target[o].addmm_(left.mT, right, alpha=new)
+
+
 def tensor_normal_factors(contractions: Sequence[Float[Tensor, "d_i d_i"]]) -> tuple[Float[Tensor, "d_i d_i"], ...]:
     """Ũ_i = E[G^(i)] / (c_0^{k−1} Π_{j≠i} d_j), c_0 = (tr E[G^(i)] / Π d_j)^{1/k}: thesis (4.10).
 

@@ -65,10 +65,103 @@ def unpack_lower(packed: Float[Tensor, "P Q"], outputs: int, inputs: int, dampin
     return matrix
 
 
-def unpack_full(packed: Float[Tensor, "P Q"], outputs: int, inputs: int) -> Float[Tensor, "D D"]:
-    """The dense symmetric [OI, OI] matrix."""
-    lower = unpack_lower(packed, outputs, inputs).tril()
-    return lower + lower.tril(-1).mT
+def unpack_full(
+    packed: Float[Tensor, "P Q"], outputs: int, inputs: int, active: Int[Tensor, " J"] | None = None
+) -> Float[Tensor, "D D"]:
+    """The dense symmetric [OI, OI] matrix; `active`: the inputs that `packed` is on, the rest being zero."""
+    matrix = packed.new_empty(outputs * inputs, outputs * inputs)
+    blocks = matrix.view(outputs, inputs, outputs, inputs)
+    places = _places(inputs, packed.device)
+    idle = active is not None and len(active) < inputs
+    if active is not None and idle:
+        places = _places_among(active, inputs, packed.shape[1])
+    for o in range(outputs):
+        first = o * (o + 1) // 2
+        row = packed[first : first + o + 1]
+        if idle:
+            row = torch.cat([row, row.new_zeros(o + 1, 1)], 1)
+        row = row.index_select(1, places).view(o + 1, inputs, inputs)  # block (o, o') is symmetric, and block (o', o) too
+        blocks[o, :, : o + 1].copy_(row.transpose(0, 1))
+        blocks[:o, :, o].copy_(row[:o])
+    return matrix
+
+
+def _places_among(active: Int[Tensor, " J"], inputs: int, last: int) -> Int[Tensor, " II"]:
+    """The same where only some inputs have pairs: the others' place is `last`."""
+    places = torch.full((inputs, inputs), last, device=active.device)
+    places[active[:, None], active] = _places(len(active), active.device).view(len(active), -1)
+    return places.flatten()
+
+
+def accumulate_second_moment_(matrix: Float[Tensor, "D D"], rows: Float[Tensor, "R D"], new: float) -> None:
+    """matrix += new · rowsᵀ rows, its lower triangle alone (`mirror_` fills the upper one), panel by panel: half the work."""
+    order = len(matrix)
+    panel = max(128, order // 16)
+    for start in range(0, order, panel):
+        stop = min(start + panel, order)
+        matrix[start:, start:stop].addmm_(rows[:, start:].mT, rows[:, start:stop], alpha=new)
+
+
+def mirror_(matrix: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
+    """Copies the lower triangle onto the upper one, in place."""
+    order, panel = len(matrix), 512
+    for start in range(0, order, panel):
+        stop = min(start + panel, order)
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).mT)
+        matrix[start:stop, stop:] = matrix[stop:, start:stop].mT
+    return matrix
+
+
+def accumulate_between_(
+    matrix: Float[Tensor, "D D2"],
+    g: tuple[Float[Tensor, "V N O"], Float[Tensor, "V N O2"]],
+    a: tuple[Float[Tensor, "N I"], Float[Tensor, "N I2"]],
+    new: float,
+) -> None:
+    """matrix += new · Σₙ (Σ_v g g'ᵀ) ⊗ (a a'ᵀ) between two layers, at 1/V of the work of the rows."""
+    outputs, others = g[0].shape[2], g[1].shape[2]
+    pairs = torch.einsum("vno,vnp->opn", *g).reshape(outputs * others, -1)
+    size, inputs = a[0].shape
+    width = a[1].shape[1]
+    target = matrix.view(outputs, inputs, others, width)
+    at_once = max(1, _CHUNK_BYTES // (matrix.element_size() * size * width))
+    for start in range(0, inputs, at_once):
+        some = a[0][:, start : start + at_once]
+        products = (some[:, :, None] * a[1][:, None, :]).flatten(1)
+        found = (pairs @ products).view(outputs, others, -1, width)
+        target[:, start : start + at_once].add_(found.transpose(1, 2), alpha=new)
+
+
+def pack_pairs(hessians: Float[Tensor, "O N O"]) -> Float[Tensor, "P N"]:
+    """The lower triangles of Gₙ, pairs row by row."""
+    rows, cols = torch.tril_indices(len(hessians), len(hessians), device=hessians.device)
+    return hessians[rows, :, cols]
+
+
+def fold(
+    packed: Float[Tensor, "P Q"] | None,
+    active: Int[Tensor, " J"] | None,
+    pairs: Float[Tensor, "P N"],
+    a: Float[Tensor, "N I"],
+    old: float,
+    new: float,
+) -> tuple[Float[Tensor, "P Q2"], Int[Tensor, " K"]]:
+    """`accumulate_` on those inputs alone that have ever been non-zero (the others' rows and columns are zero, exactly).
+
+    Returns:
+        (packed, active): the sum, and the numbers of its inputs, ascending.
+    """
+    seen = (a != 0).any(0)
+    if packed is None or active is None:
+        active = seen.nonzero()[:, 0]
+        packed = a.new_zeros(len(pairs), len(active) * (len(active) + 1) // 2)
+    else:
+        seen[active] = True
+        union = seen.nonzero()[:, 0]
+        if len(union) > len(active):
+            packed, active = grow(packed, active, union), union
+    return accumulate_(packed, pairs, a[:, active], old, new), active
 
 
 def grow(packed: Float[Tensor, "P Q"], old: Int[Tensor, " J"], new: Int[Tensor, " I"]) -> Float[Tensor, "P Q2"]:

@@ -1,0 +1,8 @@
+"""The oracle: per-sample gradients and Jacobians; Hessian, Gauss-Newton, Π and Fisher, exactly, dense or as products."""
+
+from curvlab.exact.batches import KINDS, Kind
+from curvlab.exact.matrices import ROUTES, matrices, matrix, routes
+from curvlab.exact.products import diagonal, product
+from curvlab.exact.samples import gradients, jacobians
+
+__all__ = ["KINDS", "ROUTES", "Kind", "diagonal", "gradients", "jacobians", "matrices", "matrix", "product", "routes"]

@@ -1,0 +1,123 @@
+"""What the oracle reads: one minibatch or a loader, in chunks of bounded size, and a model whose examples stand alone."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from curvlab.errors import CurvlabError, CurvlabWarning, unknown
+from curvlab.layers import Block
+from curvlab.objective import Closure, Objective, Pass
+
+Kind = Literal["hessian", "ggn", "pi", "fisher", "fisher-mc", "ef"]
+"""Hessian of the mean loss = GGN + Π (thesis (1.4); 002 (5), (6)); Fisher over all labels, over drawn ones, over the data's."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+PASSES: dict[str, Pass] = {"ggn": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data"}
+"""The kinds that are second moments, and the pass that sends their vectors back; the others need second derivatives."""
+
+CHUNK = 4096
+"""Examples in one forward pass; a constant, since labels are drawn chunk by chunk."""
+
+
+def check_kind(kind: str, draws: int = 1) -> None:
+    """Raises CurvlabError for an unknown kind of matrix, or no draw."""
+    if kind not in KINDS:
+        raise unknown("kind of matrix", kind, KINDS)
+    if draws < 1:
+        raise CurvlabError(f"draws must be 1 or more, not {draws}")
+
+
+Loader = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Minibatches as closures. Drawn labels depend on the objective's seed, the number of the call and the chunk alone."""
+
+    objective: Objective
+    loader: Loader
+    number: int
+    chunk: int = CHUNK
+
+    @classmethod
+    def of(
+        cls, objective: Objective, x: Tensor | Loader, y: Tensor | None, *, again: bool = False, whole: bool = False
+    ) -> Batches:
+        """From one minibatch (x, y), or from a loader of such pairs in place of x.
+
+        Args:
+            again: whether the data will be read several times, so that an iterator will not do.
+            whole: never cut a minibatch.
+        """
+        alone(objective)
+        if isinstance(x, Tensor) and y is None:
+            raise CurvlabError("targets are missing: give x and y, or a loader of (x, y) pairs in place of x")
+        if not isinstance(x, Tensor):
+            if y is not None:
+                raise CurvlabError("give either one minibatch, x and y, or a loader of (x, y) pairs alone")
+            if not isinstance(x, Iterable):
+                raise CurvlabError(f"the data must be tensors x, y or a loader of (x, y) pairs, not {type(x).__name__}")
+            if again and isinstance(x, Iterator):
+                raise CurvlabError(
+                    "a product reads its data again and again, but an iterator ends after one pass: give a list or a DataLoader"
+                )
+        objective.closures["exact"] += 1
+        loader = [(x, cast(Tensor, y))] if isinstance(x, Tensor) else x
+        return cls(objective, loader, objective.closures["exact"], *([sys.maxsize] if whole else []))
+
+    def __iter__(self) -> Iterator[Closure]:
+        part = 0
+        for pair in self.loader:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise CurvlabError("the loader must yield (x, y) pairs of tensors")
+            x, y = pair
+            whole = Closure(self.objective, x, y, self.number, "exact", part)
+            if len(x) <= self.chunk:
+                yield whole
+                part += 1
+                continue
+            for start in range(0, len(x), self.chunk):
+                some = slice(start, start + self.chunk)
+                yield Closure(self.objective, x[some], y[some], self.number, "exact", part)
+                part += 1
+        if not part:
+            raise CurvlabError("the loader is empty: there is no example to take a mean over")
+
+
+def alone(objective: Objective) -> None:
+    """Refuse a model that mixes the examples of a batch or draws random numbers: no example has a loss of its own there."""
+    for name, module in objective.model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise CurvlabError(
+                f"'{name}' normalises over the batch, so that no example has a loss of its own: call model.eval() first"
+            )
+        if module.training and (_drops(module) or _drops_inside(module)):
+            raise CurvlabError(f"'{name}' drops units at random, so that the loss is no function of the weights: "
+                               "call model.eval() first")  # fmt: skip
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, _DropoutNd) and module.p > 0
+
+
+def _drops_inside(module: nn.Module) -> bool:
+    """Recurrent and attention layers have dropout of their own."""
+    return isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0
+
+
+def say_general(block: Block, kind: str) -> None:
+    """One warning for a layer without a rule."""
+    warnings.warn(
+        f"{block} belongs to a layer without a rule: its {kind} takes the general route (torch.func), which is slower",
+        CurvlabWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,381 @@
+"""Dense matrices: blocks of layers, parameters, pairs of blocks, the whole; by the route that fits (`ROUTES`).
+
+Every layer's block is M = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ (thesis Theorem 3), with G = Σ_v g gᵀ for second
+moments and the pre-activation Hessian for the Hessian and Π. Scale: mean over examples of a per-example sum.
+
+Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D = O I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations_with_replacement
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.capture import LayerStatistics
+from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
+from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, say_general
+from curvlab.exact.general import Function
+from curvlab.layers import Block, Layout
+from curvlab.linalg.kronecker import accumulate_places_
+from curvlab.linalg.operators import Dense, Rectangular
+from curvlab.linalg.packed import (
+    accumulate_between_,
+    accumulate_second_moment_,
+    fold,
+    mirror_,
+    output_pairs,
+    pack_pairs,
+    unpack_full,
+)
+from curvlab.objective import Closure, Objective
+
+
+class Look:
+    """One minibatch as the structured routes read it; every pass is run once, whoever asks."""
+
+    def __init__(self, closure: Closure, kind: Kind, draws: int) -> None:
+        self.closure, self.kind, self.draws = closure, kind, draws
+
+    @cached_property
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """The vectors of a second moment, sent back."""
+        needs = PASSES[self.kind]
+        return self.closure.observe({needs}, move_buffers=False, draws=self.draws).passes[needs]
+
+    def hessians(self, names: Sequence[str]) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
+        """(inputs, pre-activation Hessians) of one block after the other; for Π with ∂ℓ/∂z held fixed."""
+        z, losses, capture = self.closure.look()
+        total = losses.sum()
+        if self.kind == "pi":
+            (slope,) = torch.autograd.grad(total, z, retain_graph=True)
+            with torch.enable_grad():
+                total = (z * slope.detach()).sum()
+        return capture.hessians(total, len(z), names)
+
+    def function(self, layout: Layout) -> Function:
+        self.closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
+        return Function(self.closure, layout)
+
+
+class Sum(Protocol):
+    """A block's matrix as it grows, minibatch by minibatch."""
+
+    def dense(self) -> Float[Tensor, "D D"]: ...
+
+
+class _Packed:
+    """T = 1: the pairs of outputs times the pairs of inputs, one symmetric product."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.packed: Tensor | None = None
+        self.active: Tensor | None = None
+
+    def add(self, a: Float[Tensor, "N I"], pairs: Float[Tensor, "P N"], old: float, new: float) -> None:
+        self.packed, self.active = fold(self.packed, self.active, pairs, a, old, new)
+
+    def dense(self) -> Tensor:
+        assert self.packed is not None
+        packed, self.packed = self.packed, None
+        outputs, inputs = self.block.shape
+        return unpack_full(packed, outputs, inputs, self.active)
+
+
+class _Whole:
+    """Any layout, as the dense matrix; only its lower triangle is written until it is asked for."""
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        self.matrix = like.new_zeros(size, size)
+
+    def dense(self) -> Tensor:
+        return mirror_(self.matrix)
+
+
+def _fold_pairs(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+    def into(block: Block) -> _Packed:
+        found = sums.setdefault(block.name, _Packed(block))
+        assert isinstance(found, _Packed)
+        return found
+
+    if look.kind in PASSES:
+        for block in blocks:
+            s = look.statistics[block.name]
+            into(block).add(s.a[:, 0], output_pairs(s.g[:, :, 0]), old, new)
+        return
+    for s, hessians in look.hessians([b.name for b in blocks]):
+        into(s.block).add(s.a[:, 0], pack_pairs(hessians[0, :, :, 0]), old, new)
+
+
+def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Tensor, "D D"]:
+    found = sums.setdefault(name, _Whole(size, like)) if name not in sums else sums[name]
+    assert isinstance(found, _Whole)
+    return found.matrix
+
+
+def _fold_places(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+    for s, hessians in look.hessians([b.name for b in blocks]):
+        matrix = _whole(sums, s.block.name, s.block.numel, s.a).mul_(old)
+        accumulate_places_(matrix, hessians, s.a, new)
+
+
+def _fold_rows(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+    for block in blocks:
+        s = look.statistics[block.name]
+        matrix = _whole(sums, block.name, block.numel, s.g).mul_(old)
+        for rows in s.some_rows(max(1, block.numel // 8)):
+            accumulate_second_moment_(matrix, rows, new)
+
+
+def _fold_general(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+    for block in blocks:
+        fold_layout(look, Layout((block,)), block.name, sums, old, new)
+
+
+def fold_layout(look: Look, layout: Layout, name: str, sums: dict[str, Sum], old: float, new: float) -> None:
+    """The general route over any layout."""
+    function = look.function(layout)
+    matrix = _whole(sums, name, len(layout), function.at).mul_(old)
+    if look.kind in PASSES:
+        for left, right in function.rows(look.kind, look.draws):
+            matrix.addmm_(left.mT, right, alpha=new)
+        return
+    for columns, value in function.columns(look.kind, look.draws):
+        matrix[:, columns].add_(value, alpha=new)
+
+
+RouteName = Literal["pairs", "places", "rows", "func"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to a diagonal block."""
+
+    summary: str
+    fits: Callable[[Block, int, Kind], bool]
+    fold: Callable[[Look, Sequence[Block], dict[str, Sum], float, float], None]
+
+
+ROUTES: dict[str, Route] = {
+    "pairs": Route(
+        "T = 1: pairs of outputs times pairs of inputs, one packed symmetric product",
+        lambda block, places, kind: block.rule is not None and block.groups == 1 and places == 1,
+        _fold_pairs,
+    ),
+    "places": Route(
+        "T > 1, Hessian and Π: pre-activation Hessians between inputs, Theorem 3, where they are fewer than the parameters",
+        lambda block, places, kind: block.rule is not None and block.groups == 1 and kind not in PASSES
+        and places <= block.shape[1],
+        _fold_places,
+    ),
+    "rows": Route(
+        "second moments: per-sample gradients of every vector, one symmetric product",
+        lambda block, places, kind: block.rule is not None and kind in PASSES,
+        _fold_rows,
+    ),
+    "func": Route("torch.func over the block's parameters: any model", lambda block, places, kind: True, _fold_general),
+}  # fmt: skip
+"""In order of preference: a block goes by the first that fits. All agree."""
+
+
+def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") -> dict[str, str]:
+    """{block: the route that `matrix` takes to it}, on data of this shape (one example is enough)."""
+    check_kind(kind)
+    (first, *_) = Batches.of(objective, x[:1], y[:1])
+    places = first.places()
+    return {block.name: _route(block, places, kind) for block in objective.blocks}
+
+
+def _route(block: Block, places: dict[str, int], kind: Kind) -> str:
+    return next(name for name, route in ROUTES.items() if route.fits(block, places.get(block.name, 0), kind))
+
+
+def matrices(
+    objective: Objective,
+    x: Tensor | Loader,
+    y: Tensor | None = None,
+    kind: Kind = "fisher",
+    blocks: Sequence[str] | None = None,
+    *,
+    route: str = "auto",
+    draws: int = 1,
+) -> dict[str, Dense]:
+    """Dense diagonal blocks, every pass shared; arguments as for `matrix`.
+
+    Args:
+        blocks: names of blocks; all where None.
+
+    Returns:
+        {block name: Dense}, [D, D] on the row-major flattening of the block's [O, I].
+    """
+    check_kind(kind, draws)
+    if route != "auto":
+        lookup(ROUTES, route, "route")
+    known = {b.name: b for b in objective.blocks}
+    chosen = list(known.values()) if blocks is None else [lookup(known, name, "block") for name in blocks]
+    _guard(objective, sum(b.numel**2 for b in chosen), f"the dense {kind} of {', '.join(map(str, chosen))}")
+    sums: dict[str, Sum] = {}
+    seen, by_route = 0, dict[str, list[Block]]()
+    for closure in Batches.of(objective, x, y):
+        look = Look(closure, kind, draws)
+        if not by_route:
+            by_route = _assign(chosen, closure, kind, route)
+        size = len(closure.x)
+        for name, some in by_route.items():
+            ROUTES[name].fold(look, some, sums, seen / (seen + size), 1 / (seen + size))
+        seen += size
+    return {block.name: Dense(sums.pop(block.name).dense()) for block in chosen}
+
+
+def _assign(chosen: Sequence[Block], closure: Closure, kind: Kind, route: str) -> dict[str, list[Block]]:
+    """{route: its blocks}."""
+    places = closure.places()
+    found: dict[str, list[Block]] = {}
+    for block in chosen:
+        name = _route(block, places, kind) if route == "auto" else route
+        if not ROUTES[name].fits(block, places.get(block.name, 0), kind):
+            raise CurvlabError(f"route '{route}' does not fit {block} for {kind} ({ROUTES[name].summary}); "
+                               'use route="auto"')  # fmt: skip
+        if block.rule is None and route == "auto":
+            say_general(block, kind)
+        found.setdefault(name, []).append(block)
+    return found
+
+
+def matrix(
+    objective: Objective,
+    x: Tensor | Loader,
+    y: Tensor | None = None,
+    kind: Kind = "fisher",
+    block: str | tuple[str, str] | None = "1",
+    *,
+    route: str = "auto",
+    draws: int = 1,
+) -> Dense | Rectangular:
+    """A dense matrix of second derivatives or second moments: mean over examples of a per-example sum.
+
+    Args:
+        objective: model and likelihood.
+        x: inputs [N, …]; or a loader of (x, y) pairs, over all of which the exact mean is taken at bounded memory.
+        y: targets (of ggn, fisher and fisher-mc only checked); None with a loader.
+        kind: hessian | ggn | pi (hessian − ggn, thesis (1.4)) | fisher (all labels) | fisher-mc (`draws` sampled labels for
+            each example) | ef (the data's labels).
+        block: a block ("2": layer with its bias, on the row-major flattening of its [O, I]), a parameter ("2.weight", in its
+            own order), a pair of either (rows, columns), or None for the whole matrix, block after block
+            (`objective.layout`).
+        route: of `ROUTES`; by default the first that fits. Pairs and the whole matrix take "rows" or "func".
+        draws: labels drawn for each example (fisher-mc).
+
+    Returns:
+        Dense [D, D], or for a pair Rectangular [D₁, D₂].
+
+    Raises:
+        CurvlabError: unknown kind, block or route; data that do not fit, NaN, an empty loader; BatchNorm or dropout in training
+            mode; a matrix larger than the machine's memory (use `product`).
+    """
+    check_kind(kind, draws)
+    if isinstance(block, str):
+        found, places = select(objective, block)
+        whole = matrices(objective, x, y, kind, [found.name], route=route, draws=draws)[found.name]
+        return whole if places is None else Dense(whole.matrix[places[:, None], places])
+    return _across(objective, x, y, kind, block, route, draws)
+
+
+def select(objective: Objective, name: str) -> tuple[Block, Tensor | None]:
+    """A block by its name, or a parameter by its own: (its block, its entries in the block; None for all)."""
+    for block in objective.blocks:
+        if block.name == name:
+            return block, None
+        if name in block.params:
+            places = Layout((block,)).places()[name].flatten().to(objective.device)
+            return block, None if len(block.params) == 1 and block.rule is None else places
+    raise unknown("block", name, [*(b.name for b in objective.blocks), *objective.parameters])
+
+
+def _across(
+    objective: Objective,
+    x: Tensor | Loader,
+    y: Tensor | None,
+    kind: Kind,
+    block: tuple[str, str] | None,
+    route: str,
+    draws: int,
+) -> Dense | Rectangular:
+    """The whole matrix, or one pair of blocks."""
+    if route not in ("auto", "rows", "func"):
+        lookup(ROUTES, route, "route")
+        raise CurvlabError(f"route '{route}' leads to diagonal blocks only: use auto, rows or func")
+    if route == "rows" and kind not in PASSES:
+        raise CurvlabError(f"route 'rows' is for second moments ({', '.join(PASSES)}), not for {kind}: use auto or func")
+    if block is None:
+        rows = columns = list(objective.blocks)
+        places: tuple[Tensor | None, Tensor | None] = (None, None)
+        what = f"the whole {kind}"
+    else:
+        (first, left), (second, right) = select(objective, block[0]), select(objective, block[1])
+        rows, columns, places = [first], [second], (left, right)
+        what = f"the dense {kind} between {first} and {second}"
+    layout = Layout(tuple(dict.fromkeys([*rows, *columns])))
+    height, width = (sum(b.numel for b in some) for some in (rows, columns))
+    _guard(objective, height * width, what)
+    found: Tensor | None = None
+    seen = 0
+    ruled = all(b.rule is not None for b in layout.blocks)
+    for closure in Batches.of(objective, x, y):
+        look = Look(closure, kind, draws)
+        size = len(closure.x)
+        if found is None:
+            found = torch.zeros(height, width, dtype=objective.dtype, device=objective.device)
+        found.mul_(seen / (seen + size))
+        if kind in PASSES and ruled and route != "func":
+            _add_rows(found, look, rows, columns, 1 / (seen + size))
+        else:
+            _add_general(found, look, layout, rows, columns, 1 / (seen + size))
+        seen += size
+    assert found is not None
+    if block is None:
+        return Dense(mirror_(found) if kind in PASSES and ruled and route != "func" else found)
+    for axis, some in enumerate(places):
+        found = found if some is None else found.index_select(axis, some)
+    return Rectangular(found)
+
+
+def _add_rows(matrix: Tensor, look: Look, rows: Sequence[Block], columns: Sequence[Block], scale: float) -> None:
+    """Second moments between blocks: where neither shares its weight, (Σ_v g g'ᵀ) ⊗ a a'ᵀ at 1/V of the work of rows."""
+    top = Layout(tuple(rows)).slices
+    left = Layout(tuple(columns)).slices
+    for j, i in combinations_with_replacement(range(len(rows)), 2) if len(rows) > 1 else [(0, 0)]:  # i ≥ j: the lower triangle
+        one, other = look.statistics[rows[i].name], look.statistics[columns[j].name]
+        target = matrix[top[rows[i].name], left[columns[j].name]]
+        if one.block.groups == other.block.groups == one.g.shape[2] == other.g.shape[2] == 1:
+            accumulate_between_(target, (one.g[:, :, 0], other.g[:, :, 0]), (one.a[:, 0], other.a[:, 0]), scale)
+            continue
+        at_once = max(1, max(target.shape) // 8)
+        for r, s in zip(one.some_rows(at_once), other.some_rows(at_once), strict=True):
+            target.addmm_(r.mT, s, alpha=scale)
+
+
+def _add_general(
+    matrix: Tensor, look: Look, layout: Layout, rows: Sequence[Block], columns: Sequence[Block], scale: float
+) -> None:
+    function = look.function(layout)
+    top = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in rows]).to(matrix.device)
+    if look.kind in PASSES:
+        left = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in columns]).to(matrix.device)
+        for r, s in function.rows(look.kind, look.draws):
+            matrix.addmm_(r[:, top].mT, s[:, left], alpha=scale)
+        return
+    part = None if rows == columns and len(rows) > 1 else layout.slices[columns[0].name]
+    for some, value in function.columns(look.kind, look.draws, part):
+        matrix[:, some].add_(value[top], alpha=scale)
+
+
+def _guard(objective: Objective, numbers: int, what: str) -> None:
+    size = numbers * torch.finfo(objective.dtype).bits // 8
+    guard_memory(int(1.3 * size), what, "take smaller blocks, or its product form: curvlab.exact.product")

@@ -1,0 +1,177 @@
+"""The same matrices as products: nothing is formed but vectors, for models too large for dense blocks.
+
+Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D parameters, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.capture import LayerStatistics
+from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind
+from curvlab.exact.general import Function
+from curvlab.exact.matrices import Look, select
+from curvlab.layers import Block, Layout
+from curvlab.linalg.operators import Product, RectangularProduct
+from curvlab.objective import Closure, Objective
+
+_COLUMNS = 32  # vectors through the model at once
+
+
+def product(
+    objective: Objective,
+    x: Tensor | Loader,
+    y: Tensor | None = None,
+    kind: Kind = "fisher",
+    block: str | tuple[str, str] | None = None,
+    *,
+    draws: int = 1,
+) -> Product | RectangularProduct:
+    """What `matrix` would hold, as a product with vectors: one Jacobian or Hessian product a vector, by `torch.func`.
+
+    Labels of fisher-mc are drawn once: every product is with the same matrix. A loader is read again at every product.
+
+    Args:
+        objective, x, y, kind, draws: as for `matrix`.
+        block: as for `matrix`; by default the whole.
+
+    Returns:
+        Product (symmetric; `diag` and `trace` are exact and structured where layers have rules), or for a pair
+        RectangularProduct.
+
+    Raises:
+        CurvlabError: as `matrix`; an iterator in place of a loader.
+    """
+    check_kind(kind, draws)
+    batches = Batches.of(objective, x, y, again=True)
+    if block is None:
+        layout = objective.layout
+        left = right = None
+    else:
+        names = (block, block) if isinstance(block, str) else block
+        (first, left), (second, right) = (select(objective, name) for name in names)
+        layout = Layout(tuple(dict.fromkeys([first, second])))
+        left, right = (_entries(layout, b, some) for b, some in ((first, left), (second, right)))
+    whole = _Whole(batches, layout, kind, draws)
+    dtype, device = objective.dtype, objective.device
+    if isinstance(block, tuple):
+        assert left is not None
+        assert right is not None
+        forth, back = _between(whole, left, right), _between(whole, right, left)
+        return RectangularProduct(forth, back, (len(left), len(right)), dtype, device, _COLUMNS)
+    apply = whole if left is None else _between(whole, left, left)
+
+    def diag() -> Tensor:
+        found = _diagonal(batches, layout, kind, draws)
+        return found if left is None else found[left]
+
+    return Product(apply, len(layout) if left is None else len(left), dtype, device, diag, _COLUMNS)
+
+
+def diagonal(
+    objective: Objective, x: Tensor | Loader, y: Tensor | None = None, kind: Kind = "fisher", *, draws: int = 1
+) -> Float[Tensor, " D"]:
+    """The diagonal of the whole matrix, block after block (`objective.layout`), without forming a block.
+
+    Second moments cost one pass; the Hessian and Π one for every pre-activation of a layer that is no convolution with more
+    places than inputs; blocks without structure D products.
+    """
+    check_kind(kind, draws)
+    return _diagonal(Batches.of(objective, x, y, again=True), objective.layout, kind, draws)
+
+
+def _entries(layout: Layout, block: Block, some: Tensor | None) -> Tensor:
+    """Entries of the layout's vector, in the order of the block or of the parameter."""
+    part = layout.slices[block.name]
+    entries = torch.arange(part.start, part.stop)
+    return entries if some is None else entries.to(some.device)[some]
+
+
+Columns = Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
+
+
+def _between(whole: Columns, left: Tensor, right: Tensor) -> Columns:
+    """Columns on the entries `right` → columns on the entries `left`."""
+
+    def apply(v: Tensor) -> Tensor:
+        assert isinstance(whole, _Whole)
+        full = v.new_zeros(len(whole.layout), v.shape[1])
+        full[right.to(v.device)] = v
+        return whole(full)[left.to(v.device)]
+
+    return apply
+
+
+class _Whole:
+    """The mean over all batches of N · M v; one minibatch is linearised once and kept."""
+
+    def __init__(self, batches: Batches, layout: Layout, kind: Kind, draws: int) -> None:
+        self.batches, self.layout, self.kind, self.draws = batches, layout, kind, draws
+
+    def __call__(self, v: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        total, size = torch.zeros_like(v), 0
+        one = isinstance(self.batches.loader, list) and len(self.batches.loader) == 1
+        for apply, n in self._kept if one else self._fresh():
+            total += apply(v.mT).mT
+            size += n
+        return total / size
+
+    @cached_property
+    def _kept(self) -> list[tuple[Columns, int]]:
+        return list(self._fresh())
+
+    def _fresh(self) -> Iterator[tuple[Columns, int]]:
+        for closure in self.batches:
+            closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
+            yield Function(closure, self.layout).product(self.kind, self.draws), len(closure.x)
+
+
+def _diagonal(batches: Batches, layout: Layout, kind: Kind, draws: int) -> Float[Tensor, " D"]:
+    total: Tensor | None = None
+    size = 0
+    for closure in batches:
+        found = _summed_diagonal(closure, layout, kind, draws)
+        total = found if total is None else total + found
+        size += len(closure.x)
+    assert total is not None
+    return total / size
+
+
+def _summed_diagonal(closure: Closure, layout: Layout, kind: Kind, draws: int) -> Float[Tensor, " D"]:
+    """Of N · M on one minibatch."""
+    look = Look(closure, kind, draws)
+    parts: dict[str, Tensor] = {}
+    ruled = [b for b in layout.blocks if b.rule is not None]
+    if kind in PASSES:
+        parts |= {b.name: _second_moment_diagonal(look.statistics[b.name]) for b in ruled}
+    elif ruled:
+        places = closure.places()
+        fits = [b.name for b in ruled if b.groups == 1 and places[b.name] <= b.shape[1]]
+        parts |= {s.block.name: _structured_diagonal(s, hessians) for s, hessians in look.hessians(fits)}
+    for block in layout.blocks:
+        if block.name not in parts:
+            function = look.function(Layout((block,)))
+            if kind in PASSES:
+                parts[block.name] = sum((left * right).sum(0) for left, right in function.rows(kind, draws))  # type: ignore[assignment]
+            else:
+                each = [value[columns].diagonal() for columns, value in function.columns(kind, draws)]
+                parts[block.name] = torch.cat(each)
+    return torch.cat([parts[b.name].flatten() for b in layout.blocks])
+
+
+def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "O I"]:
+    """Σₙ Σ_v row²; at one place (Σ_v g²)ᵀ a²."""
+    if s.block.groups == s.g.shape[2] == 1:
+        return s.g[:, :, 0].square().sum(0).mT @ s.a[:, 0].square()
+    return sum(rows.square().sum(0) for rows in s.some_rows(4096))  # type: ignore[return-value]
+
+
+def _structured_diagonal(s: LayerStatistics, hessians: Float[Tensor, "T O N T O"]) -> Float[Tensor, "O I"]:
+    """Σₙ Σ_tt' G_{n,tt'}[o, o] a_{n,t}[i] a_{n,t'}[i]."""
+    own = hessians.diagonal(dim1=1, dim2=4).permute(3, 1, 0, 2)  # [O, N, T, T]
+    return torch.stack([(s.a * (g @ s.a)).sum((0, 1)) for g in own])

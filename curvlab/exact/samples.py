@@ -1,0 +1,137 @@
+"""Per-sample gradients and Jacobians: of **one example's** summed loss, or outputs, never divided by N.
+
+Layers with a rule go through their captured inputs and derivatives, all others through `torch.func`.
+
+Legend: N examples, C outputs of the model (flattened), V vectors sent back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import grad, jacrev, vmap
+
+from curvlab.capture import LayerStatistics
+from curvlab.errors import CurvlabError, guard_memory
+from curvlab.exact.batches import Batches, alone
+from curvlab.exact.general import Function
+from curvlab.layers import Block, Layout
+from curvlab.objective import Closure, Objective
+
+
+def gradients(
+    objective: Objective, x: Tensor, y: Tensor, *, out: Mapping[str, Tensor] | None = None
+) -> dict[str, Float[Tensor, "N *shape"]]:
+    """Gradient of each example's loss (not divided by N), {parameter: [N, *shape]}.
+
+    Args:
+        out: tensors to write into, as an earlier call returned them: filling fresh memory costs more than the arithmetic.
+
+    Raises:
+        CurvlabError: data that do not fit the model or the likelihood; a model whose examples do not stand alone.
+    """
+    (closure,) = Batches.of(objective, x, y, whole=True)
+    _guard(objective, len(x), "the per-sample gradients", "take fewer examples at a time")
+    statistics = closure.observe({"data"}, move_buffers=False).passes["data"]
+    found: dict[str, Tensor] = {}
+    for block in objective.blocks:
+        if block.rule is not None:
+            found |= {name: t[0] for name, t in _samples(statistics[block.name], out).items()}
+    loose = _loose(objective)
+    if loose.blocks:
+        function = Function(closure, loose)
+
+        def one(x: Tensor, y: Tensor) -> Tensor:
+            g: Tensor = grad(lambda w: function.losses(w, x[None], y[None])[0])(function.at)
+            return g
+
+        found |= _into(loose.unflatten(vmap(one)(closure.x, closure.y), 1), out)
+    return {name: found[name] for name in objective.parameters}
+
+
+def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *shape"]]:
+    """Jacobian of each example's outputs (flattened to C), {parameter: [N, C, *shape]}.
+
+    Raises:
+        CurvlabError: inputs that do not fit the model; a model whose examples do not stand alone.
+    """
+    alone(objective)
+    closure = Closure(objective, x, torch.zeros(len(x)), 0, "exact")
+    z, capture = closure.forward()
+    _guard(objective, len(x) * z[0].numel(), "the Jacobians", "take fewer examples at a time, or a product form")
+    found: dict[str, Tensor] = {}
+    loose = _loose(objective)
+    if loose.blocks:
+        function = Function(closure, loose)
+
+        def one(x: Tensor) -> Tensor:
+            j: Tensor = jacrev(lambda w: function.outputs(w, x[None])[0].flatten())(function.at)
+            return j
+
+        found |= loose.unflatten(vmap(one)(closure.x), 2)
+    units = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
+    vectors = units[:, None].expand(-1, len(z), -1).reshape(-1, *z.shape)
+    for statistics in capture.backward(z, vectors).values():
+        found |= {name: t.transpose(0, 1) for name, t in _samples(statistics, None).items()}
+    return {name: found[name] for name in objective.parameters}
+
+
+def _loose(objective: Objective) -> Layout:
+    return Layout(tuple(b for b in objective.blocks if b.rule is None))
+
+
+def _guard(objective: Objective, vectors: int, what: str, remedy: str) -> None:
+    size = torch.finfo(objective.dtype).bits // 8
+    guard_memory(vectors * len(objective.layout) * size, what, remedy)
+
+
+def _samples(statistics: LayerStatistics, out: Mapping[str, Tensor] | None) -> dict[str, Float[Tensor, "V N *shape"]]:
+    """Rows of a block, parameter by parameter; where the weight is used at one place each is written once, in its own order."""
+    block, g = statistics.block, statistics.g
+    if block.groups > 1 or g.shape[2] > 1 or (block.rule is not None and block.rule.transposed):
+        return _into(block.scatter(statistics.rows, 2), out, 1)
+    weight = statistics.a[:, 0, :-1] if block.biased else statistics.a[:, 0]
+    name, *bias = block.params
+    target = _target(block, name, (len(g), statistics.size), g, out)
+    torch.mul(g[:, :, 0, :, None], weight[None, :, None, :], out=target.view(len(g), statistics.size, *_matrix(block)))
+    found = {name: target}
+    for b in bias:
+        found |= _into({b: g[:, :, 0]}, out, 1)
+    return found
+
+
+def _matrix(block: Block) -> tuple[int, int]:
+    return block.shape[0], block.shape[1] - block.biased
+
+
+def _target(block: Block, name: str, leading: tuple[int, ...], like: Tensor, out: Mapping[str, Tensor] | None) -> Tensor:
+    assert block.module is not None
+    shape = (*leading, *block.module.get_parameter("weight").shape)
+    if out is None:
+        return like.new_empty(shape)
+    return _checked(out, name, shape[1:], like)[None]
+
+
+def _into(found: dict[str, Tensor], out: Mapping[str, Tensor] | None, leading: int = 0) -> dict[str, Tensor]:
+    """Copied to where the caller wants them; `leading` axes of length 1 come first."""
+    if out is None:
+        return found
+    return {
+        name: _checked(out, name, tuple(t.shape[leading:]), t).copy_(t.reshape(t.shape[leading:]))[(None,) * leading]
+        for name, t in found.items()
+    }
+
+
+def _checked(out: Mapping[str, Tensor], name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if name not in out:
+        raise CurvlabError(f"out has no '{name}': pass what an earlier call returned")
+    target = out[name]
+    if tuple(target.shape) != shape or target.dtype != like.dtype or target.device != like.device:
+        raise CurvlabError(
+            f"out['{name}'] must be {list(shape)}, {like.dtype} on {like.device}, "
+            f"not {list(target.shape)}, {target.dtype} on {target.device}"
+        )
+    return target

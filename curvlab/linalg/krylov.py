@@ -1,0 +1,222 @@
+"""Krylov methods, which take products only: conjugate gradients, Lanczos, the ends of the spectrum, its density.
+
+Legend: D order of the matrix A; m Lanczos steps, V [D, m] their basis, T = Vᵀ A V [m, m] tridiagonal, θ its eigenvalues (Ritz
+values); n draws of a starting vector; P points of a grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.errors import CurvlabError, guard_memory
+from curvlab.linalg.operators import Operator, finite_product
+from curvlab.linalg.traces import Estimate, average, gaussian
+
+
+@dataclass(frozen=True)
+class CgResult:
+    """`residual` is ‖b − A x‖ / ‖b‖, computed from x and not by the recursion; `converged`: at or below the tolerance."""
+
+    x: Float[Tensor, " D"]
+    residual: float
+    iterations: int
+    converged: bool
+
+
+def conjugate_gradients(
+    operator: Operator,
+    b: Float[Tensor, " D"],
+    *,
+    tolerance: float = 1e-10,
+    maximum: int | None = None,
+    precondition: Operator | None = None,
+) -> CgResult:
+    """A x = b for a positive definite A: preconditioned conjugate gradients (Saad 2003, Alg. 9.1), from x = 0.
+
+    The residual of the recursion drifts from the true one. Where it reaches the tolerance the true one is computed; if that
+    does not, the iteration starts again from there, for as long as this halves it.
+
+    Args:
+        tolerance: on ‖b − A x‖ / ‖b‖.
+        maximum: of iterations; by default 10 D.
+        precondition: stands for A⁻¹, positive definite.
+
+    Raises:
+        CurvlabError: pᵀ A p ≤ 0 or rᵀ M r ≤ 0: A or the preconditioner is not positive definite.
+    """
+    _check_vector(operator, b, "the right-hand side")
+    maximum = 10 * len(b) if maximum is None else maximum
+    if not tolerance > 0 or maximum < 1:
+        raise CurvlabError(
+            f"conjugate gradients need a tolerance above 0 and a maximum of at least 1, not {tolerance:g}, {maximum}"
+        )
+    length = torch.linalg.vector_norm(b)
+    x, iterations = torch.zeros_like(b), 0
+    if not bool(length > 0):
+        return CgResult(x, 0.0, 0, True)
+    b = b / length
+    r, residual, before = b, 1.0, math.inf
+    while residual > tolerance and residual <= before / 2 and iterations < maximum:
+        p, rho = torch.zeros_like(b), math.inf
+        while float(torch.linalg.vector_norm(r)) > tolerance and iterations < maximum:
+            z = r if precondition is None else finite_product(precondition, r)
+            rho, old = float(r @ z), rho
+            if not rho > 0:
+                raise CurvlabError(
+                    f"rᵀMr = {rho:.3g} at iteration {iterations + 1}: the preconditioner is not positive definite"
+                )
+            p = z + (rho / old) * p
+            product = finite_product(operator, p)
+            curvature = float(p @ product)
+            if not curvature > 0:
+                raise CurvlabError(
+                    f"conjugate gradients met pᵀAp = {curvature / float(p @ p):.3g} pᵀp at iteration {iterations + 1}: "
+                    "the matrix is not positive definite; raise the damping, or take the Gauss-Newton matrix"
+                )
+            x, r, iterations = x + (rho / curvature) * p, r - (rho / curvature) * product, iterations + 1
+        r = b - finite_product(operator, x)
+        residual, before = float(torch.linalg.vector_norm(r)), residual
+    return CgResult(x * length, residual, iterations, residual <= tolerance)
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """A V = V T + β_m v_{m+1} e_mᵀ. T has the diagonal `alpha`, beside it all of `beta` but the last, which is β_m ≥ 0."""
+
+    alpha: Float[Tensor, " m"]
+    beta: Float[Tensor, " m"]
+    basis: Float[Tensor, "D m"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.alpha)
+
+    def matrix(self) -> Float[Tensor, "m m"]:
+        beside = self.beta[:-1]
+        return torch.diag(self.alpha) + torch.diag(beside, 1) + torch.diag(beside, -1)
+
+    def ritz(self) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, "m m"]]:
+        """Ritz values θ, ascending; the length of the residual of each, |β_m s_m|; eigenvectors s of T as columns.
+
+        Within that length of θ there is an eigenvalue of A (Parlett 1998, Theorem 4.5.1 and section 13.2).
+        """
+        theta, s = torch.linalg.eigh(self.matrix())
+        return theta, (self.beta[-1] * s[-1]).abs(), s
+
+    def quadrature(self) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+        """Nodes θ and weights of Gauss's rule for v₁ᵀ f(A) v₁: exact for polynomials of degree < 2m (Golub, Meurant 1994)."""
+        theta, _, s = self.ritz()
+        return theta, s[0].square()
+
+
+def lanczos(operator: Operator, start: Float[Tensor, " D"], steps: int, *, basis: bool = False) -> Lanczos:
+    """Lanczos from v₁ = start / ‖start‖, every new vector made orthogonal to all before it, twice (Parlett 1998, section 6.9).
+
+    Stops early where the Krylov space is invariant: at β_j ≤ 100 ε ‖T‖, or after D steps. Where rounding hides that, it goes on
+    from what is left, a vector of noise: Ritz values may then come twice, their weights do not. Holds [D, m].
+
+    Args:
+        basis: keep V in the result.
+    """
+    _check_vector(operator, start, "the starting vector")
+    if steps < 1:
+        raise CurvlabError(f"Lanczos needs at least 1 step, not {steps}")
+    length = torch.linalg.vector_norm(start)
+    if not bool(length > 0):
+        raise CurvlabError("Lanczos needs a starting vector that is not zero")
+    size, steps = len(start), min(steps, len(start))
+    guard_memory(steps * size * start.element_size(), f"a Lanczos basis of {steps} vectors of {size}", "take fewer steps")
+    eps = torch.finfo(start.dtype).eps
+    rows, alpha, beta = start.new_empty(steps, size), start.new_zeros(steps), start.new_zeros(steps)
+    v, done, largest = start / length, 0, 0.0
+    for j in range(steps):
+        rows[j] = v
+        w = finite_product(operator, v)
+        alpha[j] = v @ w
+        for _ in range(2):
+            w = w - rows[: j + 1].mT @ (rows[: j + 1] @ w)
+        beta[j] = torch.linalg.vector_norm(w)
+        done, largest = j + 1, max(largest, float(alpha[j].abs() + beta[j]))
+        if float(beta[j]) <= 100 * eps * largest:
+            break
+        v = w / beta[j]
+    return Lanczos(alpha[:done], beta[:done], rows[:done].mT if basis else None)
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Least and greatest Ritz value, which lie within the spectrum, and the length of the residual of each.
+
+    An eigenvalue lies within `lowest_error` of `lowest`, another within `highest_error` of `highest` (Parlett 1998, section
+    13.2): the extreme ones, unless the starting vector has next to nothing of their eigenvectors.
+    """
+
+    lowest: float
+    highest: float
+    lowest_error: float
+    highest_error: float
+    steps: int
+
+
+def extremes(operator: Operator, *, steps: int = 50, generator: torch.Generator) -> Extremes:
+    """Both ends of the spectrum by Lanczos from a normal random vector; at most D steps are taken."""
+    run = lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps)
+    theta, error, _ = run.ritz()
+    return Extremes(float(theta[0]), float(theta[-1]), float(error[0]), float(error[-1]), len(run))
+
+
+@dataclass(frozen=True)
+class Density:
+    """The spectral density (1/D) Σ_d δ(x − λ_d) as weighted nodes, one row for each draw of a starting vector; rows sum to 1.
+
+    A row that ended early repeats its last node with the weight 0. Standard errors are over the draws: of sampling only, not of
+    what the quadrature leaves out between two nodes; NaN for one draw.
+    """
+
+    nodes: Float[Tensor, "n m"]
+    weights: Float[Tensor, "n m"]
+
+    def smooth(self, grid: Float[Tensor, " P"], width: float) -> Float[Tensor, " P"]:
+        """Every node a normal density of standard deviation `width`: integrates to 1 (Ghorbani et al. 2019, section 2)."""
+        if not width > 0:
+            raise CurvlabError(f"a smooth density needs a width above 0, not {width:g}")
+        distance = (grid[:, None, None] - self.nodes) / width
+        kernel = torch.exp(-distance.square() / 2) / (width * math.sqrt(2 * math.pi))
+        return (kernel * self.weights).sum(2).mean(1)
+
+    def moment(self, k: int) -> Estimate:
+        """tr(Aᵏ) / D; unbiased for k < 2m."""
+        return self._average((self.weights * self.nodes**k).sum(1))
+
+    def count_below(self, x: float) -> Estimate:
+        """The fraction of the eigenvalues that are less than x."""
+        return self._average((self.weights * (self.nodes < x)).sum(1))
+
+    def _average(self, of_draws: Float[Tensor, " n"]) -> Estimate:
+        return average(of_draws, self.nodes.numel())
+
+
+def density(operator: Operator, *, draws: int, steps: int, generator: torch.Generator) -> Density:
+    """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017, Alg. 1; Ghorbani, Krishnan, Xiao 2019), from points of the sphere.
+
+    E v vᵀ = I / D for v uniform on the sphere, so that the mean of vᵀ f(A) v over draws is an estimate of tr f(A) / D.
+    """
+    if draws < 1:
+        raise CurvlabError(f"a spectral density needs at least 1 draw, not {draws}")
+    if steps < 1:
+        raise CurvlabError(f"a spectral density needs at least 1 step, not {steps}")
+    rules = [lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps).quadrature() for _ in range(draws)]
+    nodes = [torch.cat([node, node[-1:].expand(steps - len(node))]) for node, _ in rules]
+    weights = [torch.cat([weight, weight.new_zeros(steps - len(weight))]) for _, weight in rules]
+    return Density(torch.stack(nodes), torch.stack(weights))
+
+
+def _check_vector(operator: Operator, v: Float[Tensor, " D"], what: str) -> None:
+    if v.shape != (len(operator),):
+        raise CurvlabError(f"{what} has the shape {list(v.shape)}: the operator takes [{len(operator)}]")
+    if not bool(torch.isfinite(v).all()):
+        raise CurvlabError(f"{what} contains NaN or Inf")
