@@ -9,6 +9,7 @@ from curvlab.log import late_cosine
 from curvlab.log import open_log as open  # the design's name: cl.open("run.h5")
 from curvlab.objective import Objective
 from curvlab.runs import compare
+from curvlab.spectra import spectrum
 
 __version__ = _version("curvlab")
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "models",
     "open",
     "optimizer",
+    "spectrum",
 ]

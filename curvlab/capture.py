@@ -22,8 +22,6 @@ from torch.utils.hooks import RemovableHandle
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
 
-_VECTOR_NUMBERS = 1 << 21  # in the vectors of one batched pass back: few enough to stay near the cache
-
 
 class LayerInput:
     """The inputs of one block in one forward pass, read when first asked for and shared by every pass back."""
@@ -32,8 +30,8 @@ class LayerInput:
         self._block, self._record = block, record
 
     @cached_property
-    def a(self) -> Float[Tensor, "N T *G I"]:
-        """With an axis Γ where the block has several groups."""
+    def bare(self) -> Float[Tensor, "N T *G I"]:
+        """Without the bias column; with an axis Γ where the block has several groups."""
         block, a = self._block, self._record.inputs
         assert block.rule is not None
         if a is None:
@@ -42,7 +40,12 @@ class LayerInput:
                     f"{block}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
                 )
             a = block.rule.inputs(block.module, self._record.x.value)
-        return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], -1) if block.biased else a
+        return a
+
+    @cached_property
+    def a(self) -> Float[Tensor, "N T *G I"]:
+        """With the bias column, if there is a bias."""
+        return torch.cat([self.bare, self.bare.new_ones(*self.bare.shape[:-1], 1)], -1) if self._block.biased else self.bare
 
     @cached_property
     def A(self) -> Float[Tensor, "I I"]:
@@ -91,6 +94,14 @@ class LayerStatistics:
         """The same with an axis Γ where the outputs lie in several groups."""
         inputs: LayerInput = self._need(self._inputs)
         return inputs.a
+
+    @property
+    def bare_a(self) -> Float[Tensor, "N T *G I"]:
+        """`grouped_a` without the bias column."""
+        inputs = self._need(self._inputs)
+        if isinstance(inputs, LayerInput):
+            return inputs.bare
+        return self.grouped_a[..., :-1] if self.block.biased else self.grouped_a
 
     def _one_group(self, thing: str) -> None:
         if self.block.groups > 1:
@@ -157,15 +168,6 @@ class LayerStatistics:
 
     def _by_group(self, legend: str, g: Tensor) -> Tensor:
         return torch.einsum(legend, g.reshape(*g.shape[:-1], self.block.groups, -1), self.grouped_a)
-
-
-def _send_back(output: Tensor, edge: GradientEdge, vectors: Float[Tensor, "K *S"]) -> Float[Tensor, "K *S2"] | None:
-    """Several vectors at once; one by one where an operation cannot (torch's double backward of GroupNorm)."""
-    try:
-        return torch.autograd.grad(output, edge, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True)[0]
-    except RuntimeError:
-        found = [torch.autograd.grad(output, edge, v, retain_graph=True, allow_unused=True)[0] for v in vectors]
-        return None if found[0] is None else torch.stack(found)
 
 
 @dataclass(frozen=True)
@@ -254,41 +256,14 @@ class Capture:
             if b.rule is not None and b.name in self._records
         }
 
-    def hessians(
-        self, total: Tensor, size: int, names: Sequence[str]
-    ) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
-        """∂²ℓₙ/∂h_t∂h_t' of each example, in the pre-activations of one block after the other (thesis (2.2), (3.3)).
+    def statistics(self, name: str, size: int) -> LayerStatistics:
+        """The inputs of one block with a rule, no pass back."""
+        block = next(b for b in self.blocks if b.name == name)
+        self.edge(block)
+        return LayerStatistics(block, size, inputs=self._input(block, size), output=self._records[name].output)
 
-        Args:
-            total: Σₙ ℓₙ of `size` independent examples, with its graph.
-            names: blocks with a rule.
-
-        Yields:
-            (the block's inputs, its pre-activation Hessians), in the order of `names`.
-        """
-        chosen = [b for b in self.blocks if b.name in set(names)]
-        edges = [self._edge(b) for b in chosen]
-        first = torch.autograd.grad(total, edges, create_graph=True, allow_unused=True)
-        for block, edge, d in zip(chosen, edges, first, strict=True):
-            if d is None:
-                raise CurvlabError(f"{block} does not reach the model's outputs: freeze it or use it")
-            assert block.rule is not None
-            inputs = self._input(block, size)
-            count = d[0].numel()
-            places, outputs = block.rule.outputs(d.detach()).shape[1:]
-            order = block.rule.outputs(torch.arange(count, device=d.device).view(1, *d.shape[1:])).flatten()
-            found = d.new_zeros(count, size, places, outputs)
-            at_once = max(1, _VECTOR_NUMBERS // d.numel())
-            for start in range(0, count if d.requires_grad else 0, at_once):
-                units = d.new_zeros(min(at_once, count - start), size, count)
-                units[torch.arange(len(units)), :, order[start : start + at_once]] = 1
-                back = _send_back(d, edge, units.view(-1, *d.shape))
-                if back is None:  # linear in this pre-activation
-                    break
-                found[start : start + at_once] = block.rule.outputs(back.flatten(0, 1)).view(-1, size, places, outputs)
-            yield LayerStatistics(block, size, inputs=inputs), found.view(places, outputs, size, places, outputs)
-
-    def _edge(self, block: Block) -> GradientEdge:
+    def edge(self, block: Block) -> GradientEdge:
+        """Where the derivative in the block's pre-activation arrives. Raises CurvlabError where the block did not run."""
         if block.name not in self._records:
             raise CurvlabError(f"{block} did not run in the forward pass: freeze it or use it")
         return self._records[block.name].edge
@@ -306,8 +281,10 @@ class Capture:
         """
         ruled = [b for b in self.blocks if b.module is not None]
         loose = [b for b in self.blocks if b.module is None] if leaves and len(vectors) == 1 else []
-        targets = [self._edge(b) for b in ruled]
+        targets = [self.edge(b) for b in ruled]
         targets += [self.model.get_parameter(b.params[0]) for b in loose]  # type: ignore[misc]  # edges and tensors mix
+        if not targets:
+            return {}
         if len(vectors) == 1:
             found = torch.autograd.grad(z, targets, vectors[0], retain_graph=True, allow_unused=True)
             grads = [None if d is None else d[None] for d in found]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import curvlab
-from curvlab import datasets, figures, models, probes, runs
+from curvlab import datasets, figures, models, probes, runs, spectra, spectrum_run
 from curvlab.algorithms import ALGORITHMS
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.log import late_cosine, open_log
@@ -88,8 +89,7 @@ def compare(
     """
     call = {"command": "compare"} | dict(locals())
     call["out"] = str(call.pop("out_folder") or "")
-    names = tuple(name.strip() for name in algorithms.split(",") if name.strip())
-    settings = runs.Settings(reference, names, lr, damping, momentum, decay, update_every, refresh_every, log_every)
+    settings = runs.Settings(reference, _names(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every)
     if steps is None and epochs is None:
         steps = 300
     if seed < 0:
@@ -98,9 +98,16 @@ def compare(
     runs.check_named(named)
     _keep_freed_memory()
     folder = _folder(out_folder, f"compare-{model}")
-    path = folder / "run.h5"
+    with _says_what_is_saved(folder / "run.h5"):
+        ds = runs.compare_named(named, folder / "run.h5", call, err).dataset
+    _finish(ds, folder, "cosine", _print_cosines)
+
+
+@contextmanager
+def _says_what_is_saved(path: Path) -> Iterator[None]:
+    """Around a run: Ctrl-C and errors say where the log so far is."""
     try:
-        run = runs.compare_named(named, path, call, err)
+        yield
     except KeyboardInterrupt:
         saved = f"the log so far is saved in {path}" if path.exists() else "nothing was logged yet"
         err.print(f"curvlab: interrupted; {saved}", markup=False)
@@ -108,12 +115,16 @@ def compare(
     except CurvlabError as error:
         saved = f" (the log so far is saved in {path})" if path.exists() else ""
         raise CurvlabError(f"{error}{saved}") from error
-    figure = run.figure("cosine")
-    written = [path]
+
+
+def _finish(ds: Any, folder: Path, figure: str, show: Callable[[Any], None]) -> None:
+    """What every run ends with: figure files, table, and the names of what was written."""
+    drawn = figures.draw(ds, figure)
+    written = [folder / "run.h5"]
     for suffix in ("png", "svg"):
-        figure.savefig(folder / f"cosine.{suffix}", dpi=150)
-        written.append(folder / f"cosine.{suffix}")
-    _print_cosines(run.dataset)
+        drawn.savefig(folder / f"{figure}.{suffix}", dpi=150)
+        written.append(folder / f"{figure}.{suffix}")
+    show(ds)
     for file in written:
         out.print(f"wrote {file}", highlight=False, soft_wrap=True)
 
@@ -138,16 +149,98 @@ def _print_cosines(ds: Any) -> None:
 
 
 @app.command()
+def spectrum(
+    model: Annotated[str, Option(help="Network, of `curvlab list models`.", rich_help_panel="Problem")],
+    data: Annotated[str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")] = None,
+    samples: Annotated[
+        int, Option(help="The spectra are of the mean loss over so many first training examples.", rich_help_panel="Problem")
+    ] = 1000,
+    matrix: Annotated[
+        str, Option(help="Of hessian, ggn, pi, fisher, fisher-mc, ef, with commas between.", rich_help_panel="Spectra")
+    ] = "hessian,ggn",
+    blocks: Annotated[
+        str, Option(help="all, names, or whole (the matrix of all parameters), with commas between.", rich_help_panel="Spectra")
+    ] = "all",
+    method: Annotated[
+        str, Option(help="exact: every eigenvalue; lanczos: density and ends; auto: exact up to order 6000.",
+                    rich_help_panel="Spectra"),
+    ] = "auto",
+    draws: Annotated[int, Option(help="Starting vectors of Lanczos.", rich_help_panel="Spectra")] = 10,
+    steps: Annotated[int, Option(help="Steps of Lanczos.", rich_help_panel="Spectra")] = 100,
+    after: Annotated[
+        str, Option(help="Numbers of training steps to stop at, with commas between.", rich_help_panel="Training")
+    ] = "0,100,1000",
+    algorithm: Annotated[str, Option(help="Trains the model.", rich_help_panel="Training")] = "adam",
+    lr: Annotated[float | None, Option(help="Learning rate; its document's by default.", rich_help_panel="Training")] = None,
+    damping: Annotated[
+        float | None, Option(help="The algorithm's own damping; its document's by default.", rich_help_panel="Training")
+    ] = None,
+    batch_size: Annotated[int, Option(help="Examples in a minibatch of training.", rich_help_panel="Training")] = 1000,
+    seed: Annotated[int, Option(help="Of weights, batches, sampled labels and Lanczos.", rich_help_panel="Training")] = 0,
+    device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine")] = "auto",
+    dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel="Machine")] = "float64",
+    out_folder: Annotated[
+        Path | None,
+        Option("--out", metavar="FOLDER", help="Gets run.h5, spectrum.png, spectrum.svg; a fresh one under runs/ by default.",
+               rich_help_panel="Output"),
+    ] = None,
+) -> None:  # fmt: skip
+    """Train, and log the eigenvalues of each layer's Hessian and Gauss-Newton block along the way."""
+    call = {"command": "spectrum"} | dict(locals())
+    call["out"] = str(call.pop("out_folder") or "")
+    plan = spectra.Plan(_names(matrix), _names(blocks), method, draws, steps)
+    at = tuple(_integer(word, "--after") for word in _names(after))
+    named = spectrum_run.Named(model, plan, data, samples, at, algorithm, lr, damping, batch_size, seed, device, dtype)
+    prepared = spectrum_run.prepare(named)
+    _keep_freed_memory()
+    folder = _folder(out_folder, f"spectrum-{model}")
+    with _says_what_is_saved(folder / "run.h5"):
+        ds = spectrum_run.run(prepared, folder / "run.h5", call, err)
+    _finish(ds, folder, "spectrum", _print_spectra)
+
+
+def _print_spectra(ds: Any) -> None:
+    table = Table("block", "matrix", title="Eigenvalues (± error where Lanczos estimates them)")
+    for name in ("training steps", "lowest", "highest", "trace", "share negative"):
+        table.add_column(name, justify="right")
+    for block in ds["block"].values:
+        for matrix in ds["matrix"].values:
+            for step in ds["step"].values:
+                at = ds.sel(block=block, matrix=matrix, step=step)
+                cells = []
+                for name, form in (("lowest", ".4g"), ("highest", ".4g"), ("trace", ".4g"), ("negative", ".1%")):
+                    error = float(at[f"{name}_error"])
+                    form_of_error = ".1%" if name == "negative" else ".1g"
+                    cells.append(f"{float(at[name]):{form}}" + (f" ± {error:{form_of_error}}" if error else ""))
+                table.add_row(str(block), str(matrix), str(step), *cells)
+        table.add_section()
+    out.print(table)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _integer(text: str, option: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise CurvlabError(f"{option} takes whole numbers with commas between, not '{text}'") from error
+
+
+@app.command()
 def plot(
     run: Annotated[Path, typer.Argument(help="A run's folder or its run.h5.")],
-    figure: Annotated[str, Option(help="Of `curvlab list figures`.")] = "cosine",
+    figure: Annotated[str | None, Option(help="Of `curvlab list figures`; the command's own by default.")] = None,
     output: Annotated[
         Path | None, Option("-o", "--output", metavar="FILE", help="PNG, SVG or PDF; by default beside the log, as PNG.")
     ] = None,
 ) -> None:
     """Redraw a figure from the log alone."""
-    lookup(figures.FIGURES, figure, "figure")
+    if figure is not None:
+        lookup(figures.FIGURES, figure, "figure")
     ds = open_log(run)
+    figure = figure or figures.main(ds)
     target = output or (run if run.is_dir() else run.parent) / f"{figure}.png"
     drawn = figures.draw(ds, figure)
     if target.suffix[1:] not in drawn.canvas.get_supported_filetypes():

@@ -9,11 +9,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from curvlab.errors import CurvlabError, lookup
+
+Values, Indices = NDArray[np.float64], NDArray[np.intp]
 
 _COLOURS = (
     "#0072B2",
@@ -123,16 +127,108 @@ def seconds(ds: xr.Dataset) -> Figure:
     return figure
 
 
+_MATRICES = {
+    "ggn": ("GGN", "#56B4E9"),
+    "hessian": ("Hessian", "#D55E00"),
+    "fisher": ("Fisher", "#009E73"),
+    "fisher-mc": ("Monte-Carlo Fisher", "#CC79A7"),
+    "ef": ("empirical Fisher", "#E69F00"),
+    "pi": ("Π = Hessian − GGN", "#000000"),
+}
+"""{matrix: (how a legend calls it, colour)}, in the order of drawing."""
+_BINS = 5  # of the log in one bar: half a decade
+_DECADES = 7  # on either side, below the greatest |λ| of the flattest block
+
+
+def spectrum(ds: xr.Dataset) -> Figure:
+    """Histogram of every block's eigenvalues, a row for each block and a column for each number of training steps."""
+    ds = ds.isel(block=_some(ds.sizes["block"], 8), step=_some(ds.sizes["step"], 4))
+    rows, columns = ds.sizes["block"], ds.sizes["step"]
+    figure = Figure(figsize=(max(5.2, 3.3 * columns + 0.5), 1.55 * rows + 1.5), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
+    edges, group, centre, ticks = _symmetric_log(ds)
+    kinds = [kind for kind in _MATRICES if kind in ds["matrix"].values]
+    for row, block in enumerate(ds["block"].values):
+        for column, step in enumerate(ds["step"].values):
+            ax, at = axes[row, column], ds.sel(block=block, step=step)
+            for kind in kinds:
+                label, colour = _MATRICES[kind]
+                fraction = np.add.reduceat(at["density"].sel(matrix=kind).values, group)
+                counts = np.maximum(float(at["order"]) * fraction, 0.5)
+                first = kind == kinds[0]
+                style = {"fill": True, "alpha": 0.75, "linewidth": 0} if first else {"linewidth": 1.2}
+                ax.stairs(counts, edges, baseline=0.5, color=colour, label=label, **style)
+            _annotate(ax, at, kinds)
+            ax.axvspan(edges[0], -centre, color="#f0f0f0", zorder=0, linewidth=0)
+            ax.set_xscale("symlog", linthresh=centre, linscale=0.5)
+            ax.set_yscale("log")
+            ax.set_xlim(edges[0], edges[-1])
+            ax.set_xticks(*ticks)
+            ax.minorticks_off()
+            ax.tick_params(labelsize=8)
+            ax.grid(axis="y", alpha=0.25)
+        lowest, highest = axes[row, 0].get_ylim()
+        axes[row, 0].set_ylim(0.5, 30 * highest)
+        name = f"block {block}" if str(block) != "whole" else "whole"
+        axes[row, 0].set_ylabel(f"{name}\norder {int(ds['order'].sel(block=block))}", fontsize=9)
+    for column, step in enumerate(ds["step"].values):
+        axes[0, column].set_title(f"after {step} steps, loss {float(ds['loss'].sel(step=step)):.3g} nat", fontsize=10)
+    axes[-1, (columns - 1) // 2].set_xlabel("eigenvalue (nat); negative ones on grey", fontsize=10)
+    figure.supylabel(f"eigenvalues in half a decade; middle bar: all within ±{centre:.0e}", fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    estimated = " (stochastic Lanczos quadrature)" if (ds["route"] == "lanczos").any() else ""
+    trained = f", trained by {ds.attrs['algorithm']}" if "algorithm" in ds.attrs else ""
+    figure.suptitle(f"Eigenvalues by block{estimated}, {_run(ds)}{trained}", fontsize=11)
+    return figure
+
+
+def _some(size: int, most: int) -> list[int]:
+    """At most so many of them, evenly, the first and the last among them."""
+    return sorted({round(i) for i in np.linspace(0, size - 1, min(size, most))})
+
+
+def _symmetric_log(ds: xr.Dataset) -> tuple[Values, Indices, float, tuple[list[float], list[str]]]:
+    """(edges of the bars, first bin of the log of each, edge of the middle bar, ticks)."""
+    largest = np.maximum(np.abs(ds["lowest"]), np.abs(ds["highest"])).values
+    top = math.ceil(math.log10(max(largest.max(), 1e-11)) * 10 / _BINS) * _BINS / 10
+    relative = max(10.0**-_DECADES, float(ds.attrs.get("tolerance", 0.0)))
+    bottom = max(math.floor(math.log10(max(largest.min() * relative, 1e-12))), math.ceil(top) - 12)
+    edges = np.concatenate([ds["lower"].values, ds["upper"].values[-1:]])
+    exponent = np.log10(np.abs(edges))
+    shown = (exponent > bottom - 0.01) & (exponent < top + 0.01) & (np.abs(exponent * 10 / _BINS % 1 - 0.5) > 0.49)
+    group = np.flatnonzero(shown)
+    positive = [e for e in range(bottom + 1, math.floor(top) + 1) if e % 3 == 0]
+    ticks = [-(10.0**e) for e in reversed(positive)] + [0.0] + [10.0**e for e in positive]
+    labels = [f"$10^{{{e}}}$" if e else "1" for e in positive]
+    return edges[group], group[:-1], 10.0**bottom, (ticks, [f"−{label}" for label in reversed(labels)] + ["0", *labels])
+
+
+def _annotate(ax: Axes, at: xr.Dataset, kinds: list[str]) -> None:
+    """The lowest eigenvalue of every matrix, and the fraction of negative ones where there are any."""
+    lines = []
+    for kind in reversed(kinds):
+        here = at.sel(matrix=kind)
+        share = f", {float(here['negative']):.0%} negative" if here["negative"] else ""
+        lowest = f"{float(here['lowest']):.2g}".replace("-", "−")
+        lines.append(f"{_MATRICES[kind][0]}: lowest {lowest}{share}")
+    ax.text(0.02, 0.96, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=7)
+
+
 @dataclass(frozen=True)
 class Entry:
+    """`needs`: the variable of the log that is drawn."""
+
     summary: str
+    needs: str
     draw: Callable[[xr.Dataset], Figure]
 
 
 FIGURES: dict[str, Entry] = {
-    "cosine": Entry("cosine to the reference by layer against the iteration (thesis Figure 4.1)", cosine),
-    "loss": Entry("minibatch loss along the trajectory", loss),
-    "seconds": Entry("time of each algorithm's own work", seconds),
+    "cosine": Entry("cosine to the reference by layer against the iteration (thesis Figure 4.1)", "cosine", cosine),
+    "loss": Entry("minibatch loss along the trajectory", "loss", loss),
+    "seconds": Entry("time of each algorithm's own work", "seconds", seconds),
+    "spectrum": Entry("eigenvalues of each layer's curvature block, negative ones apart", "density", spectrum),
 }
 
 
@@ -140,8 +236,14 @@ def draw(ds: xr.Dataset, name: str) -> Figure:
     """Figure `name` of a log. Raises CurvlabError for an unknown name or a log that lacks what it needs."""
     entry = lookup(FIGURES, name, "figure")
     try:
+        ds[entry.needs]
         return entry.draw(ds)
     except KeyError as error:
         raise CurvlabError(
             f"figure '{name}' needs {error} in the log, which has {', '.join(map(str, ds.data_vars))}"
         ) from error
+
+
+def main(ds: xr.Dataset) -> str:
+    """The figure that stands for a log: the first that it has what it needs for, but for the loss."""
+    return next((name for name, entry in FIGURES.items() if entry.needs in ds and name != "loss"), "loss")

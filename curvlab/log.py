@@ -35,8 +35,9 @@ class Log:
     """Gathers records in memory and rewrites one file.
 
     Args:
-        coordinates: {dimension: labels} of every dimension but the step, with further coordinates as {name: (dim, labels)}.
-        variables: {variable: attributes} (long_name, units).
+        coordinates: {dimension: labels} of every dimension but the step, with further coordinates as {name: (dim, labels)};
+            what is no text as an `xr.Variable`.
+        variables: {variable: attributes} (long_name, units); the step's own are iterations unless they stand here.
         attributes: of the file; values that are not strings or numbers are stored as JSON.
         path: of the file, or None to keep the log in memory.
         seeds: the seeds that will come; with several the data set gets a dimension `seed`.
@@ -44,7 +45,7 @@ class Log:
 
     def __init__(
         self,
-        coordinates: Mapping[str, Sequence[str] | tuple[str, Sequence[str]]],
+        coordinates: Mapping[str, Sequence[str] | tuple[str, Sequence[str]] | xr.Variable],
         variables: Mapping[str, Mapping[str, str]],
         attributes: Mapping[str, Any],
         path: Path | None = None,
@@ -91,8 +92,13 @@ class Log:
             for name, (dims, _) in records[0].items()
         }
         used = {d for dims, *_ in data.values() for d in dims}
-        coords: dict[str, Any] = {"step": ("step", self._steps[seed], {"long_name": "iteration", "units": "1"})}
+        of_step = self.variables.get("step", {"long_name": "iteration", "units": "1"})
+        coords: dict[str, Any] = {"step": ("step", self._steps[seed], dict(of_step))}
         for name, value in self.coordinates.items():
+            if isinstance(value, xr.Variable):
+                if value.dims[0] in used:
+                    coords[name] = value
+                continue
             dim, labels = value if isinstance(value, tuple) else (name, value)
             if dim in used:
                 coords[name] = (dim, np.asarray(labels, dtype=object), {"long_name": name, "units": "1"})

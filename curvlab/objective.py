@@ -6,7 +6,8 @@ seed and on the number of the closure, never on who asks for them: an algorithm 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.capture import Capture, LayerStatistics
 from curvlab.errors import CurvlabError, unknown
@@ -29,6 +31,18 @@ Stream = Literal["step", "warm", "exact"]
 """Who made a closure: a step, a warm start, the oracle. Each has labels of its own."""
 
 STREAMS: tuple[Stream, ...] = get_args(Stream)
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Attention by plain operations: its fused ones have no second and no forward derivatives."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @dataclass(frozen=True)
@@ -79,15 +93,20 @@ class Objective:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """{name: trainable parameter}, those of the blocks."""
-        return {name: self.model.get_parameter(name) for block in self.blocks for name in block.params}
+        named = dict(self.model.named_parameters())
+        return {name: named[name] for block in self.blocks for name in block.params}
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.parameters.values())).device
+        return self._first.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.parameters.values())).dtype
+        return self._first.dtype
+
+    @property
+    def _first(self) -> nn.Parameter:
+        return self.model.get_parameter(self.blocks[0].params[0])
 
     def closure(self, x: Tensor, y: Tensor, stream: Stream = "step") -> Closure:
         """The objective on one minibatch. Tensors are moved to the model's device, and floating ones to its dtype.
@@ -127,7 +146,7 @@ class Closure:
             raise CurvlabError(f"the minibatch has {len(x)} inputs but {len(y)} targets: they must be as many")
         if len(x) == 0:
             raise CurvlabError("the minibatch is empty")
-        if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        if x.is_floating_point() and not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
             raise CurvlabError(f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first")
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
@@ -150,15 +169,42 @@ class Closure:
     def _forward(self, buffers: dict[str, Tensor] | None = None) -> Tensor:
         model = self.objective.model
         try:
-            z: Tensor = model(self.x) if buffers is None else torch.func.functional_call(model, buffers, (self.x,))
-        except RuntimeError as error:
-            if "shape" not in str(error) and "size" not in str(error):
+            with differentiable() if self.stream == "exact" else nullcontext():
+                z: Tensor = model(self.x) if buffers is None else torch.func.functional_call(model, buffers, (self.x,))
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, CurvlabError) or not any(word in str(error) for word in _OF_THE_DATA):
                 raise
             line = str(error).splitlines()[0]
             raise CurvlabError(f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}") from error
         if not isinstance(z, Tensor) or z.shape[:1] != self.x.shape[:1]:
-            raise CurvlabError(f"the model must return one tensor with {len(self.x)} rows, one for each example")
+            raise CurvlabError(f"the model must return one tensor with {len(self.x)} rows, one for each example: "
+                               "keep the batch as its first axis (squeeze(-1), not squeeze())")  # fmt: skip
         return z
+
+    @cached_property
+    def _first(self) -> tuple[Tensor, dict[str, int]]:
+        """The first example alone: (its outputs, T of every block with a rule). Refuses a model that draws random numbers."""
+        before = _random_states(self.x.device)
+        z, capture = Closure(self.objective, self.x[:1], self._y[:1], self.number, self.stream).forward()
+        if any(not torch.equal(*pair) for pair in zip(before, _random_states(self.x.device), strict=True)):
+            raise CurvlabError(
+                "the model draws random numbers in its forward pass, so that the loss is no function of the weights: "
+                "call model.eval(), and give functional dropout training=self.training"
+            )
+        return z.detach(), capture.places()
+
+    def check_alone(self, z: Tensor) -> None:
+        """Raises CurvlabError where outputs are not finite, or the first example's depend on the others or on chance."""
+        if not bool(torch.isfinite(z).all()):
+            raise CurvlabError("the model's outputs contain NaN or Inf: check its weights, and the range of the data")
+        if self.part:
+            return
+        one, z = self._first[0], z[:1]
+        if float((one - z).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(one.abs().max()):
+            raise CurvlabError(
+                "the first example's outputs depend on the rest of the minibatch, or on chance: "
+                "no example has a loss of its own, and the model no curvature that is a mean over examples"
+            )
 
     def __call__(self) -> Tensor:
         """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad`` filled."""
@@ -174,12 +220,12 @@ class Closure:
 
     def places(self) -> dict[str, int]:
         """T, the places where its weight is shared, of every block with a rule."""
-        return Closure(self.objective, self.x[:1], self._y[:1], self.number, self.stream).look()[2].places()
+        return self._first[1]
 
     def forward(self) -> tuple[Tensor, Capture]:
         """One forward on cloned buffers: (outputs with their graph, the capture)."""
         model = self.objective.model
-        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        buffers = {name: b.clone() for name, b in model.named_buffers()} or None
         with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
             return self._forward(buffers), capture
 
@@ -189,6 +235,8 @@ class Closure:
         with torch.enable_grad():
             losses = self._losses(z)
         self._finite(losses.detach().mean(), z.detach())
+        if self.stream == "exact":
+            self.check_alone(z.detach())
         return z, losses, capture
 
     def observe(self, needs: Iterable[str] = frozenset({"data"}), move_buffers: bool = True, draws: int = 1) -> Observation:
@@ -206,13 +254,15 @@ class Closure:
         for name in needs - set(PASSES):
             raise unknown("pass", name, PASSES)
         model, likelihood = self.objective.model, self.objective.likelihood
-        buffers = None if move_buffers else {name: b.clone() for name, b in model.named_buffers()}
+        buffers = None if move_buffers else {name: b.clone() for name, b in model.named_buffers()} or None
         with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
             z = self._forward(buffers)
         outputs = z.detach().requires_grad_()
         with torch.enable_grad():
             loss = self._loss(outputs)
         self._finite(loss.detach(), outputs)
+        if self.stream == "exact":
+            self.check_alone(outputs.detach())
         passes: dict[str, dict[str, LayerStatistics]] = {}
         for name in (p for p in PASSES if p in needs):
             if name == "exact":
@@ -239,3 +289,11 @@ class Closure:
         else:
             where = "the outputs are finite, so the likelihood overflows"
         raise CurvlabError(f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping")
+
+
+_OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range")
+"""In torch's messages about data that do not fit a layer."""
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])

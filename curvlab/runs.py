@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor
 
 from curvlab import datasets, figures, models, probes
@@ -23,6 +23,7 @@ from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log, late_cosine
 from curvlab.objective import Objective
 from curvlab.optim import Batch, Descent, move, warm_start
+from curvlab.progress import counted, progress_bar
 
 FIGURE_4_1 = ("kfac", "tnt", "shampoo", "adam", "sgd-m")
 """The methods of thesis Figure 4.1, compared with `block-fisher`."""
@@ -192,7 +193,7 @@ def compare(
     about = {"call": call, "model": type(objective.model).__name__, "data": call["batches"]}
     log = settings.log(objective, size, None if path is None else Path(path), [objective.seed], about)
     console = Console(stderr=True)
-    with _progress(console, console.is_terminal if progress is None else progress) as bar:
+    with progress_bar(console, console.is_terminal if progress is None else progress) as bar:
         _compare_one(objective, itertools.chain([first], iterator), settings, steps, warm, size, log, objective.seed, bar)
     return Run(log)
 
@@ -205,19 +206,6 @@ def _describe(batches: object) -> str:
     if isinstance(batches, datasets.Batches):
         return f"{batches.data.name}, batches of {batches.size}, {batches.epochs} epochs, seed {batches.seed}"
     return type(batches).__name__
-
-
-def _progress(console: Console, enabled: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, disable=not enabled)
-
-
-def _counted(batches: Iterable[Batch], bar: Progress, what: str, total: int | None) -> Iterator[Batch]:
-    task = bar.add_task(what, total=total, note="")
-    for batch in batches:
-        yield batch
-        bar.advance(task)
-    bar.remove_task(task)
 
 
 def _compare_one(
@@ -238,7 +226,7 @@ def _compare_one(
     clock = _clock(objective.device)
     reference = settings.reference
     try:
-        warm_start(objective, [d.curvature for d in descents.values()], _counted(warm, bar, "warm start", _length(warm)))
+        warm_start(objective, [d.curvature for d in descents.values()], counted(warm, bar, "warm start", _length(warm)))
         task = bar.add_task(title, total=steps, note="")
         for step, (x, y) in enumerate(itertools.islice(batches, steps)):
             needs = frozenset().union(*(d.needs for d in descents.values()), *(p.needs for p in chosen))
@@ -336,7 +324,7 @@ def compare_named(named: Named, path: Path, call: dict[str, Any], console: Conso
     per_epoch = train.batches(named.batch_size).per_epoch
     steps = min(v for v in (named.steps, named.epochs and named.epochs * per_epoch) if v is not None)
     log: Log | None = None
-    with _progress(console, console.is_terminal) as bar:
+    with progress_bar(console, console.is_terminal) as bar:
         for i, seed in enumerate(named.seeds, 1):
             model = models.build(named.model, seed).to(device, dtype)
             objective = Objective(model, LIKELIHOODS[entry.likelihood](), seed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab.layers import Block
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,12 @@ class Problem:
 def _seeded(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return build().to(dtype)
+        net = build().to(dtype)
+        with torch.no_grad():
+            for weight in net.parameters():
+                if weight.ndim == 1 and bool((weight == weight[0]).all()):  # a norm's ones and zeros say nothing
+                    weight.add_(torch.randn_like(weight), alpha=0.3)
+        return net
 
 
 def _normal(*shape: int, seed: int = 1) -> Tensor:
@@ -50,15 +56,66 @@ class Tokens(nn.Module):
         return self.second(torch.tanh(self.first(x))).mean(1)
 
 
-class WithNorm(nn.Module):
-    """A LayerNorm between linear layers: parameters of a layer without a rule."""
+class OwnNorm(nn.LayerNorm):
+    """A subclass may do anything, so that it has no rule."""
 
-    def __init__(self) -> None:
+
+class WithNorm(nn.Module):
+    """A norm between linear layers: with a rule, or parameters of a layer without one."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        self.first, self.norm, self.second = nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+        self.first, self.norm, self.second = nn.Linear(5, 4), norm(4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(torch.tanh(self.norm(self.first(x))))
+
+
+def convolutional(groups: int, *norm: nn.Module) -> nn.Sequential:
+    """Stride, padding, dilation, a convolution without bias; 3 outputs."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=groups),
+        *norm,
+        nn.Tanh(),
+        nn.Conv2d(4, 2, (2, 1), dilation=(2, 1), padding=(0, 1), bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(10, 3),
+    )
+
+
+class Signal(nn.Sequential):
+    """One-dimensional convolutions, the first of them depthwise and padded to the same length by reflection."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv1d(2, 4, 4, padding="same", groups=2, padding_mode="reflect"),
+            nn.Tanh(),
+            nn.Conv1d(4, 3, 3, stride=3),
+            nn.GroupNorm(1, 3),
+            nn.Flatten(),
+            nn.Linear(6, 3),
+        )
+
+
+class Words(nn.Module):
+    """Tokens, one of them padding; 3 outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.last = nn.Embedding(6, 4, padding_idx=2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.words(x)).mean(1))
+
+
+def eval_norm(net: nn.Module) -> nn.Module:
+    """In eval mode, with statistics that are not the initial ones."""
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return net.eval()
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -67,9 +124,22 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "no-bias": (lambda: nn.Sequential(nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)), (5,)),
     "linear": (lambda: nn.Linear(5, 3), (5,)),
     "tokens": (Tokens, (2, 3)),
-    "norm": (WithNorm, (5,)),
+    "norm": (lambda: WithNorm(OwnNorm), (5,)),
+    "layer-norm": (lambda: WithNorm(nn.LayerNorm), (5,)),
+    "batch-norm": (lambda: eval_norm(WithNorm(nn.BatchNorm1d)), (5,)),
+    "conv": (lambda: convolutional(1), (2, 5, 5)),
+    "groups": (lambda: convolutional(2), (2, 5, 5)),
+    "conv-norm": (lambda: eval_norm(convolutional(1, nn.BatchNorm2d(4))), (2, 5, 5)),
+    "conv-1d": (Signal, (2, 7)),
+    "embedding": (Words, (3,)),
 }
 """{name: (build, shape of one input)}; every model has 3 outputs."""
+
+RULED = [name for name in MODELS if name != "norm"]
+"""Models whose every parameter belongs to a layer with a rule."""
+
+REPRESENTATIVE = ["tanh", "tokens", "conv-norm", "conv-1d", "embedding"]
+"""For what takes long: one place and several, groups of outputs, a bias that is missing, a weight stored as [I, O]."""
 
 LIKELIHOODS: dict[str, Callable[[], object]] = {
     "categorical": cl.likelihoods.Categorical,
@@ -78,11 +148,19 @@ LIKELIHOODS: dict[str, Callable[[], object]] = {
 }
 
 
+def inputs(model: str, n: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    """n examples for a model of the zoo."""
+    shape = MODELS[model][1]
+    if model == "embedding":
+        return torch.randint(6, (n, *shape), generator=torch.Generator().manual_seed(seed))
+    return _normal(n, *shape, seed=seed).to(dtype)
+
+
 def problem(model: str = "tanh", likelihood: str = "categorical", n: int = 7, dtype: torch.dtype = torch.float64) -> Problem:
     """Model and likelihood by name, n examples."""
-    build, shape = MODELS[model]
+    build = MODELS[model][0]
     net, chosen = _seeded(build, dtype), LIKELIHOODS[likelihood]()
-    x = _normal(n, *shape).to(dtype)
+    x = inputs(model, n, dtype)
     return Problem(net, chosen, x, targets(chosen, torch.zeros(n, 3, dtype=dtype)))
 
 
@@ -90,9 +168,36 @@ def batches(p: Problem, count: int, seed: int = 5) -> list[tuple[Tensor, Tensor]
     """`count` further minibatches of the shape of the problem's."""
     made = []
     for i in range(count):
-        x = _normal(*p.x.shape, seed=seed + i).to(p.x.dtype)
-        made.append((x, targets(p.likelihood, torch.zeros(len(x), 3, dtype=p.x.dtype), seed + i)))
+        dtype = next(p.model.parameters()).dtype
+        if p.x.is_floating_point():
+            x = _normal(*p.x.shape, seed=seed + i).to(dtype)
+        else:
+            x = torch.randint(6, p.x.shape, generator=torch.Generator().manual_seed(seed + i))
+        made.append((x, targets(p.likelihood, torch.zeros(len(x), 3, dtype=dtype), seed + i)))
     return made
+
+
+def laid_out(block: Block, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
+    """{parameter: tensor} → [*batch, O, I], the bias last: `Block.gather` by another route, from the type of the layer."""
+    weight, *bias = (tensors[name] for name in block.params)
+    if block.module is None:
+        return weight
+    if isinstance(block.module, nn.Embedding):
+        weight = weight.transpose(-1, -2)
+    columns = [weight[..., None].flatten(batch + 1), *(b[..., None] for b in bias)]
+    return torch.cat(columns, -1)
+
+
+def groupless(p: Problem) -> list[Block]:
+    """Blocks whose outputs share their inputs: a, A and Kronecker factors exist."""
+    return [b for b in p.objective().blocks if b.module is not None and b.groups == 1]
+
+
+def own_inputs(block: Block, a: Tensor) -> Tensor:
+    """[N, T, Γ, I], or [N, T, I] where Γ is 1 → [N, T, O, I]: the inputs that each output sees."""
+    outputs = block.shape[0]
+    each = [a if block.groups == 1 else a[:, :, o // (outputs // block.groups)] for o in range(outputs)]
+    return torch.stack(each, 2)
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import Problem, batches, problem
+from problems import RULED, Problem, batches, problem
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -187,20 +187,24 @@ def test_an_update_that_fails_counts_for_nothing() -> None:
 # ------------------------------------------------------------------------------------------------ precondition
 
 
-def ready(model: str = "tanh") -> tuple[Objective, BlockDiagonal, dict[str, Tensor]]:
-    """An objective, KFAC after one update, and {parameter: gradient} by autograd."""
+def ready(model: str = "tanh", name: str = "kfac") -> tuple[Objective, BlockDiagonal, dict[str, Tensor]]:
+    """An objective, an algorithm after one update, and {parameter: gradient} by autograd."""
     p = problem(model)
     objective = p.objective()
-    curvature = kfac(objective)
+    curvature = approximation(name, objective, damping=0.1)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     names = list(objective.parameters)
     loss = objective.likelihood.loss(p.model(p.x), p.y).mean()
     return objective, curvature, dict(zip(names, torch.autograd.grad(loss, list(objective.parameters.values())), strict=True))
 
 
-@pytest.mark.parametrize("model", ["tanh", "no-bias", "tokens"])
-def test_precondition_by_parameter_is_precondition_by_block(model: str) -> None:
-    objective, curvature, gradients = ready(model)
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(model, "kfac") for model in ("tanh", "no-bias", "tokens", "conv", "embedding")]
+    + [(model, name) for model in RULED for name in ("block-fisher", "smw-ng-bd", "tnt", "shampoo", "adam")],
+)
+def test_precondition_by_parameter_is_precondition_by_block(model: str, name: str) -> None:
+    objective, curvature, gradients = ready(model, name)
     by_block = curvature.precondition({b.name: b.gather(gradients) for b in objective.blocks})
     by_parameter = curvature.precondition(gradients)
     assert list(by_parameter) == list(gradients)
@@ -283,7 +287,7 @@ def test_a_checkpoint_of_another_algorithm_is_refused(other: str) -> None:
 def test_parameters_without_structure_are_named_once_and_follow_the_gradient() -> None:
     p = problem("norm")
     objective = p.objective()
-    with pytest.warns(cl.CurvlabWarning, match="layers without a rule follow the gradient.*: norm.weight, norm.bias") as said:
+    with pytest.warns(cl.CurvlabWarning, match="layers without a rule.* follow the gradient.*: norm.weight, norm.bias") as said:
         curvature = kfac(objective)
     assert len(said) == 1
     observation = objective.closure(p.x, p.y).observe(curvature.needs | {"data"})
@@ -294,9 +298,45 @@ def test_parameters_without_structure_are_named_once_and_follow_the_gradient() -
         assert same is (block.module is None)
 
 
-def test_exact_labels_with_a_layer_without_a_rule() -> None:
+def test_layers_with_groups_of_outputs_have_no_kronecker_factors() -> None:
+    """They are named beside those without a rule, and follow the gradient too; rows they have."""
+    p = problem("conv-1d")
+    objective = p.objective()
+    message = r"groups of outputs\) follow the gradient .*: 0.weight, 0.bias, 3.weight, 3.bias$"
+    with pytest.warns(cl.CurvlabWarning, match=message) as said:
+        curvature = kfac(objective)
+    assert len(said) == 1
+    approximation("block-fisher", objective)  # a warning is an error here
+    observation = objective.closure(p.x, p.y).observe(curvature.needs | {"data"})
+    curvature.update(observation)
+    directions = curvature.precondition(observation.gradients)
+    for block in objective.blocks:
+        same = torch.equal(directions[block.name], observation.gradients[block.name])
+        assert same is (block.groups > 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exact_labels_where_no_layer_has_a_rule(dtype: torch.dtype) -> None:
+    """No statistics at all, and every direction is the gradient."""
+    p = problem("norm", "gaussian", dtype=dtype)
+    p.model.first.requires_grad_(False)
+    p.model.second.requires_grad_(False)
+    objective = p.objective()
+    with pytest.warns(cl.CurvlabWarning, match="without a rule"):
+        curvature = kfac(objective, labels="exact")
+    observation = objective.closure(p.x, p.y).observe(curvature.needs | {"data"})
+    assert observation.passes["exact"] == {}
+    curvature.update(observation)
+    directions = curvature.precondition(observation.gradients)
+    assert list(directions) == ["1", "2"]
+    assert all(torch.equal(directions[name], g) for name, g in observation.gradients.items())
+    assert {inverse.dense().dtype for inverse in curvature.inverse.values()} == {dtype}
+
+
+@pytest.mark.parametrize("model", ["norm", "conv-1d"])
+def test_exact_labels_with_a_layer_that_has_no_factors(model: str) -> None:
     """V vectors have no gradient for it to follow: the data's gradient is preconditioned by I all the same."""
-    p = problem("norm")
+    p = problem(model)
     objective = p.objective()
     with pytest.warns(cl.CurvlabWarning, match="without a rule"):
         curvature = kfac(objective, labels="exact")
@@ -304,8 +344,8 @@ def test_exact_labels_with_a_layer_without_a_rule() -> None:
     curvature.update(observation)
     directions = curvature.precondition(observation.gradients)
     for block in objective.blocks:
-        if block.module is None:
-            assert torch.equal(directions[block.name], observation.gradients[block.name])
+        same = torch.equal(directions[block.name], observation.gradients[block.name])
+        assert same is (block.module is None or block.groups > 1)
 
 
 class Scaled(nn.Module):

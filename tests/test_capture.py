@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import LIKELIHOODS, MODELS, Problem, assert_near, problem
+from problems import LIKELIHOODS, MODELS, Problem, assert_near, laid_out, own_inputs, problem
 from torch import Tensor, nn
+from torch.func import functional_call, jacrev
 
 import curvlab as cl
 from curvlab.capture import Capture, LayerStatistics
@@ -20,21 +21,36 @@ def ruled(p: Problem) -> list[Block]:
     return [b for b in p.objective().blocks if b.module is not None]
 
 
-def places(t: Tensor) -> Tensor:
-    """[N, F] or [N, T, F] → [N, T, F]."""
-    return t[:, None] if t.ndim == 2 else t
+CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+def places(module: nn.Module, t: Tensor) -> Tensor:
+    """[N, F], [N, T, F] or [N, C, *T] → [N, T, F]."""
+    if t.ndim > 2 and isinstance(module, CHANNELS_FIRST):
+        return t.flatten(2).transpose(1, 2)
+    return t[:, None] if t.ndim == 2 else t.flatten(1, -2)
+
+
+def slopes(block: Block, x: Tensor) -> Tensor:
+    """∂h[n, t, o]/∂W[o, :] by torch.func: the inputs that output o sees, [N, T, O, I]; h is linear in W."""
+    module = block.module
+    assert module is not None
+    own = {name.rpartition(".")[2]: name for name in block.params}
+    values = {name: module.get_parameter(name).detach() for name in own}
+    J = jacrev(lambda v: places(module, functional_call(module, v, (x,))))(values)
+    found = laid_out(block, {own[name]: j for name, j in J.items()}, 3)  # [N, T, O, O, I]
+    return found.diagonal(dim1=2, dim2=3).movedim(-1, 2)
 
 
 def perturbed(p: Problem, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """{block: (a, h, g)} by adding a zero to every layer's output, the derivative taken in that zero, one vector at a time."""
+    """{block: (∂h/∂W, h, g)} by adding a zero to every layer's output, its derivative taken in that zero, vector by vector."""
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    a, h, zeros = {}, {}, {}
+    x, h, zeros = {}, {}, {}
 
     def hook(block: Block) -> object:
         def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            ones = torch.ones(*args[0].shape[:-1], int(block.biased), dtype=output.dtype)
-            a[block.name] = places(torch.cat([args[0].detach(), ones], -1))
-            h[block.name] = places(output.detach().clone())
+            x[block.name] = args[0].detach().clone()
+            h[block.name] = places(module, output.detach().clone())
             zeros[block.name] = torch.zeros_like(output, requires_grad=True)
             return output + zeros[block.name]
 
@@ -47,7 +63,8 @@ def perturbed(p: Problem, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor, Te
         handle.remove()
     for block in blocks:
         g = [torch.autograd.grad(z, zeros[block.name], v, retain_graph=True)[0] for v in vectors]
-        found[block.name] = a[block.name], h[block.name], torch.stack([places(v) for v in g])
+        a = slopes(block, x[block.name])
+        found[block.name] = a, h[block.name], torch.stack([places(block.module, v) for v in g])
     return found
 
 
@@ -62,13 +79,16 @@ def captured(p: Problem, count: int = 1, seed: int = 0) -> tuple[dict[str, Layer
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_h_and_g_against_perturbation(model: str, count: int) -> None:
+    """`a` is the derivative of each pre-activation in its own weights, and that of the bias is one."""
     p = problem(model)
     statistics, vectors = captured(p, count)
     expected = perturbed(p, vectors)
     assert list(statistics) == list(expected)
     for name, s in statistics.items():
         a, h, g = expected[name]
-        assert torch.equal(s.a, a)
+        if s.block.groups == 1:
+            assert torch.equal(own_inputs(s.block, s.a), a)
+        assert_near(own_inputs(s.block, s.grouped_a), a)
         assert_near(s.g, g)
         if not (model == "relu" and name == "1"):
             assert torch.equal(s.h, h)
@@ -77,17 +97,23 @@ def test_a_h_and_g_against_perturbation(model: str, count: int) -> None:
 @zoo
 @pytest.mark.parametrize("label", ["data", "model", "exact"])
 def test_second_moments_by_their_definition(model: str, likelihood: str, label: str) -> None:
-    """A = (1/N) Σₙ Σₜ a aᵀ and G = (1/NT) Σᵥ Σₙ Σₜ g gᵀ, one outer product at a time."""
+    """A = (1/N) Σₙ Σₜ a aᵀ and G = (1/NT) Σᵥ Σₙ Σₜ g gᵀ, one outer product at a time. Groups have a G alone."""
     p = problem(model, likelihood)
     statistics = p.objective().closure(p.x, p.y).observe({label}).passes[label]
     for block in ruled(p):
         s = statistics[block.name]
         v, n, t, o = s.g.shape
-        assert (n, t, s.a.shape[2], o) == (len(p.x), *s.a.shape[1:2], block.shape[1], block.shape[0])
-        A = sum(torch.outer(s.a[i, k], s.a[i, k]) for i in range(n) for k in range(t)) / n
+        groups = () if block.groups == 1 else (block.groups,)
+        assert s.grouped_a.shape == (n, t, *groups, block.shape[1])
+        assert (n, o) == (len(p.x), block.shape[0])
         G = sum(torch.outer(s.g[u, i, k], s.g[u, i, k]) for u in range(v) for i in range(n) for k in range(t)) / (n * t)
-        assert_near(s.A, A)
         assert_near(s.G, G)
+        if not groups:
+            assert_near(s.A, sum(torch.outer(s.a[i, k], s.a[i, k]) for i in range(n) for k in range(t)) / n)
+            continue
+        for name in ("a", "A"):
+            with pytest.raises(CurvlabError, match=f"block {block.name} .* has {block.groups} groups of outputs"):
+                getattr(s, name)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -98,12 +124,21 @@ def test_rows_are_gradients_of_one_example_each(model: str, count: int) -> None:
     statistics, vectors = captured(p, count)
     for block in ruled(p):
         rows = statistics[block.name].rows
-        weights = [p.model.get_parameter(name) for name in block.params]
+        weights = {name: p.model.get_parameter(name) for name in block.params}
         for v in range(count):
             for n in range(len(p.x)):
-                grads = torch.autograd.grad((p.model(p.x[n : n + 1])[0] * vectors[v, n]).sum(), weights)
-                expected = torch.cat([grads[0], *(b[:, None] for b in grads[1:])], 1)
-                assert_near(rows[v, n], expected)
+                grads = torch.autograd.grad((p.model(p.x[n : n + 1])[0] * vectors[v, n]).sum(), list(weights.values()))
+                assert_near(rows[v, n], laid_out(block, dict(zip(weights, grads, strict=True))))
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 1000])
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_in_parts_are_the_rows(model: str, at_once: int) -> None:
+    p = problem(model)
+    for s in captured(p, 3)[0].values():
+        parts = list(s.some_rows(at_once))
+        assert all(part.shape[0] <= max(at_once, 3) for part in parts)
+        assert_near(torch.cat([part.unflatten(0, (3, -1)) for part in parts], 1), s.rows.flatten(2))
 
 
 @zoo
@@ -123,8 +158,10 @@ def test_each_property_is_computed_once_and_inputs_are_shared_by_the_passes(mode
         data, exact = passes["data"][block.name], passes["exact"][block.name]
         assert data.G is data.G
         assert data.rows is data.rows
-        assert data.A is exact.A
-        assert data.a is exact.a
+        assert data.grouped_a is exact.grouped_a
+        if block.groups == 1:
+            assert data.a is data.grouped_a
+            assert data.A is exact.A
 
 
 def test_relu_in_place_keeps_g_and_refuses_h() -> None:

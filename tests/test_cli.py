@@ -243,19 +243,19 @@ def test_ctrl_c_ends_at_once_and_says_where_the_log_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default::curvlab.errors.CurvlabWarning")
-def test_a_layer_without_a_rule_is_said_once(
+def test_layers_that_have_no_factors_are_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(256, 8), nn.LayerNorm(8), nn.Linear(8, 10))
+        return nn.Sequential(nn.Linear(256, 8), nn.LayerNorm(8), nn.PReLU(), nn.Linear(8, 10))
 
     monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build))
     words = ["compare", "--model", "normed", "--reference", "kfac", "--algorithms", "kfac-ef,tnt-per-sample", "--steps", "2"]
     assert call(*words, "--batch-size", "20000", "--seeds", "2", "--out", str(tmp_path)) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert said == [
-        "curvlab: warning: parameters of layers without a rule follow the gradient where an algorithm needs structure: "
-        "1.weight, 1.bias"
+        "curvlab: warning: parameters of layers without a rule (or, for Kronecker factors, with groups of outputs) "
+        "follow the gradient where an algorithm needs structure: 1.weight, 1.bias, 2.weight"
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import batches, problem
+from problems import MODELS, batches, problem
 from torch import Tensor
 
 from curvlab.algorithms import approximation
@@ -13,7 +13,7 @@ from curvlab.linalg.operators import Diagonal
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
-@pytest.mark.parametrize("model", ["tanh", "norm", "tokens"])
+@pytest.mark.parametrize("model", MODELS)
 def test_second_moment_is_the_bias_corrected_sum(model: str, decay: float) -> None:
     """v̂_k = Σ_i (1 − β) β^{k−i} g_i² / (1 − βᵏ), H = diag(1 / (√v̂ + ε)): the sum, not the recursion."""
     p = problem(model)

@@ -1,16 +1,29 @@
-"""Blocks: names, partition, layout; what cannot be partitioned says so."""
+"""Blocks: names, partition, layout; what cannot be partitioned says so. Rules: every entry of RULES on its EXAMPLES."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from problems import MODELS, problem
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from problems import MODELS, assert_near, eval_norm, laid_out, own_inputs, problem
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
+import curvlab as cl
+from curvlab.capture import Capture, LayerStatistics
 from curvlab.errors import CurvlabError
-from curvlab.layers import RULES, blocks
+from curvlab.layers import RULES, Block, Layout, blocks
 
+FEW = settings(deadline=None, max_examples=60)
 models = pytest.mark.parametrize("model", MODELS)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def layout(model: nn.Module) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
@@ -28,18 +41,78 @@ def test_blocks_partition_the_trainable_parameters(model: str) -> None:
         assert b.numel == sum(net.get_parameter(name).numel() for name in b.params)
 
 
+BATCHES = [(), (2,), (2, 3)]
+
+
 @models
-def test_gather_and_scatter_are_inverse(model: str) -> None:
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gather_and_scatter_are_inverse(model: str, batch: tuple[int, ...]) -> None:
     net = problem(model).model
-    values = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+    values = {name: normal(*batch, *p.shape) for name, p in net.named_parameters()}
     for b in blocks(net):
-        gathered = b.gather(values)
-        assert gathered.shape == b.shape
-        scattered = b.scatter(gathered)
-        assert list(scattered) == list(b.params)
-        for name, value in scattered.items():
-            assert torch.equal(value, values[name])
-        assert torch.equal(b.gather(b.scatter(gathered.flatten())), gathered)
+        gathered = b.gather(values, len(batch))
+        assert gathered.shape == (*batch, *b.shape)
+        assert torch.equal(gathered, laid_out(b, values, len(batch)))
+        for value in (gathered, gathered.flatten(len(batch))):
+            scattered = b.scatter(value, len(batch))
+            assert list(scattered) == list(b.params)
+            for name, part in scattered.items():
+                assert torch.equal(part, values[name])
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+
+
+@models
+@pytest.mark.parametrize("batch", BATCHES)
+def test_layout_flattens_block_after_block(model: str, batch: tuple[int, ...]) -> None:
+    net = problem(model).model
+    found = Layout(blocks(net))
+    values = {name: normal(*batch, *p.shape, seed=i) for i, (name, p) in enumerate(net.named_parameters())}
+    flat = found.flatten(values, len(batch))
+    assert flat.shape == (*batch, len(found))
+    assert len(found) == sum(p.numel() for p in net.parameters())
+    assert list(found.slices) == [b.name for b in found.blocks]
+    assert [part.start for part in found.slices.values()] == [0, *(part.stop for part in found.slices.values())][:-1]
+    for block in found.blocks:
+        assert torch.equal(flat[..., found.slices[block.name]], laid_out(block, values, len(batch)).flatten(len(batch)))
+    back = found.unflatten(flat, len(batch))
+    assert sorted(back) == sorted(values)
+    for name, value in back.items():
+        assert torch.equal(value, values[name])
+    assert torch.equal(found.flatten(back, len(batch)), flat)
+
+
+@models
+def test_places_tell_where_every_entry_lies(model: str) -> None:
+    net = problem(model).model
+    found = Layout(blocks(net))
+    values = {name: normal(*p.shape) for name, p in net.named_parameters()}
+    flat, places = found.flatten(values), found.places()
+    assert sorted(int(i) for place in places.values() for i in place.flatten()) == list(range(len(found)))
+    for name, value in values.items():
+        assert places[name].shape == value.shape
+        assert torch.equal(flat[places[name]], value)
+
+
+def test_layout_of_some_blocks_leaves_the_others_out() -> None:
+    net = problem("tanh").model
+    one, _, three = blocks(net)
+    found = Layout((three, one))
+    assert found.slices == {"3": slice(0, 15), "1": slice(15, 39)}
+    assert list(found.unflatten(torch.arange(39))) == ["4.weight", "4.bias", "0.weight", "0.bias"]
+
+
+def test_an_embedding_is_laid_out_as_a_linear_layer_of_one_hot_tokens() -> None:
+    """Stored as [I, O], read as [O, I]: row o of the block is column o of the parameter."""
+    net = nn.Embedding(5, 2)
+    (block,) = blocks(net)
+    assert (block.shape, block.biased) == ((2, 5), False)
+    assert torch.equal(block.gather({"weight": net.weight}), net.weight.T)
+    assert Layout((block,)).places()["weight"].tolist() == [[0, 5], [1, 6], [2, 7], [3, 8], [4, 9]]
+
+
+# ------------------------------------------------------------------------------------------------ the partition
 
 
 def test_bias_is_the_last_column() -> None:
@@ -130,21 +203,327 @@ def test_module_under_two_names_is_tied() -> None:
         blocks(nn.Sequential(layer, layer))
 
 
-@models
-def test_rules_read_the_layer_as_one_matrix(model: str) -> None:
-    """h[n, t] = W a[n, t] + b, what a rule promises, on the inputs and outputs of a real pass."""
-    p = problem(model)
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    for b in blocks(p.model):
-        if b.module is not None:
-            b.module.register_forward_hook(lambda m, args, out: seen.update({m: (args[0].clone(), out.clone())}))
-    p.model(p.x)
-    assert seen
-    for module, (x, out) in seen.items():
-        rule = RULES[type(module)]
-        a, h = rule.inputs(module, x), rule.outputs(out)
-        assert a.shape[:2] == h.shape[:2]
-        assert len(a) == len(p.x)
-        expected = torch.einsum("oi,nti->nto", module.weight.flatten(1), a)
-        expected = expected if module.bias is None else expected + module.bias
-        torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-12)
+# ------------------------------------------------------------------------------------------------ rules
+
+Example = tuple[Callable[[], nn.Module], Callable[[], Tensor]]
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.randint(6, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+EXAMPLES: dict[type[nn.Module], dict[str, Example]] = {
+    nn.Linear: {
+        "": (lambda: nn.Linear(3, 4), lambda: normal(5, 3)),
+        "no bias": (lambda: nn.Linear(3, 4, bias=False), lambda: normal(5, 3)),
+        "[N, T, I]": (lambda: nn.Linear(3, 4), lambda: normal(5, 2, 3)),
+        "[N, S, T, I]": (lambda: nn.Linear(3, 1), lambda: normal(5, 2, 3, 3)),
+    },
+    nn.Conv1d: {
+        "": (lambda: nn.Conv1d(2, 4, 3), lambda: normal(5, 2, 6)),
+        "depthwise": (lambda: nn.Conv1d(3, 6, 2, groups=3), lambda: normal(5, 3, 4)),
+    },
+    nn.Conv2d: {
+        "": (lambda: nn.Conv2d(2, 3, (3, 2), padding=(1, 0), stride=(1, 2)), lambda: normal(5, 2, 4, 5)),
+        "one place": (lambda: nn.Conv2d(2, 3, 2, bias=False), lambda: normal(5, 2, 2, 2)),
+        "groups": (lambda: nn.Conv2d(4, 2, 2, groups=2, dilation=2), lambda: normal(5, 4, 4, 3)),
+    },
+    nn.Conv3d: {
+        "": (lambda: nn.Conv3d(2, 3, (1, 2, 2)), lambda: normal(5, 2, 2, 3, 2)),
+        "groups": (lambda: nn.Conv3d(2, 2, 2, groups=2, bias=False), lambda: normal(5, 2, 2, 3, 2)),
+    },
+    nn.Embedding: {
+        "[N, T]": (lambda: nn.Embedding(6, 3), lambda: tokens(5, 4)),
+        "[N]": (lambda: nn.Embedding(6, 3), lambda: tokens(5)),
+        "[N, S, T]": (lambda: nn.Embedding(6, 1), lambda: tokens(5, 2, 3)),
+        "padding": (lambda: nn.Embedding(6, 3, padding_idx=2), lambda: tokens(5, 4)),
+        "padding counted from the end": (lambda: nn.Embedding(6, 3, padding_idx=-1), lambda: tokens(5, 4)),
+        "int32": (lambda: nn.Embedding(6, 3), lambda: tokens(5, 4, dtype=torch.int32)),
+        "sparse": (lambda: nn.Embedding(6, 3, sparse=True), lambda: tokens(5, 4)),
+    },
+    nn.BatchNorm1d: {
+        "[N, C]": (lambda: eval_norm(nn.BatchNorm1d(3)), lambda: normal(5, 3)),
+        "[N, C, T]": (lambda: eval_norm(nn.BatchNorm1d(3, eps=0.1)), lambda: normal(5, 3, 4)),
+        "one channel": (lambda: eval_norm(nn.BatchNorm1d(1)), lambda: normal(5, 1)),
+    },
+    nn.BatchNorm2d: {"": (lambda: eval_norm(nn.BatchNorm2d(3)), lambda: normal(5, 3, 2, 3))},
+    nn.BatchNorm3d: {"": (lambda: eval_norm(nn.BatchNorm3d(2)), lambda: normal(5, 2, 2, 1, 3))},
+    nn.LayerNorm: {
+        "[N, C]": (lambda: nn.LayerNorm(4), lambda: normal(5, 4)),
+        "[N, T, C]": (lambda: nn.LayerNorm(4, eps=0.1), lambda: normal(5, 3, 4)),
+        "no bias": (lambda: nn.LayerNorm(4, bias=False), lambda: normal(5, 2, 4)),
+        "one channel": (lambda: nn.LayerNorm(1), lambda: normal(5, 2, 1)),
+    },
+    nn.RMSNorm: {
+        "[N, C]": (lambda: nn.RMSNorm(4), lambda: normal(5, 4)),
+        "[N, T, C]": (lambda: nn.RMSNorm(4, eps=0.1), lambda: normal(5, 3, 4)),
+        "one channel": (lambda: nn.RMSNorm(1), lambda: normal(5, 1)),
+    },
+    nn.GroupNorm: {
+        "[N, C]": (lambda: nn.GroupNorm(2, 6), lambda: normal(5, 6)),
+        "[N, C, T]": (lambda: nn.GroupNorm(1, 4, eps=0.1), lambda: normal(5, 4, 3)),
+        "[N, C, S, T]": (lambda: nn.GroupNorm(2, 4), lambda: normal(5, 4, 2, 3)),
+        "one channel": (lambda: nn.GroupNorm(1, 1), lambda: normal(5, 1, 3)),
+    },
+}
+"""{type: {what is special: (module, its input)}}: a new rule needs an example."""
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    """In float64, with no two parameters alike: a norm starts at ones and zeros."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        net = make().double()
+    for i, w in enumerate(net.parameters()):
+        w.data.copy_(normal(*w.shape, seed=20 + i))
+    if isinstance(net, nn.Embedding) and net.padding_idx is not None:
+        net.weight.data[net.padding_idx] = 0
+    return net
+
+
+def test_every_rule_has_an_example() -> None:
+    assert set(EXAMPLES) == set(RULES)
+    assert all(type(seeded(make)) is kind for kind, cases in EXAMPLES.items() for make, _ in cases.values())
+
+
+examples = pytest.mark.parametrize(
+    ("make", "x"), [pytest.param(*e, id=f"{k.__name__} {name}".strip()) for k, c in EXAMPLES.items() for name, e in c.items()]
+)
+
+
+def passed(net: nn.Module, x: Tensor, count: int = 2, seed: int = 5) -> tuple[Block, LayerStatistics, Tensor, Tensor]:
+    """The block of a single layer, what `count` vectors sent back say of it, the vectors, and the output."""
+    (block,) = blocks(net)
+    with Capture(net, (block,)) as capture:
+        z = net(x)
+    vectors = normal(count, *z.shape, seed=seed)
+    return block, capture.backward(z, vectors)[block.name], vectors, z.detach()
+
+
+def parameters(net: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+def assert_reads(net: nn.Module, x: Tensor) -> None:
+    """h[n, t, o] = Σᵢ W[o, i] a[n, t, γ(o), i], W as the module has it, is the module's own output."""
+    block, s, _, z = passed(net, x)
+    W = laid_out(block, parameters(net))
+    assert W.shape == block.shape
+    a = own_inputs(block, s.grouped_a)
+    features_last = isinstance(net, nn.Linear | nn.Embedding | nn.LayerNorm | nn.RMSNorm)
+    h = z.reshape(len(x), -1, z.shape[-1]) if features_last else z.flatten(2).transpose(1, 2) if z.ndim > 2 else z[:, None]
+    assert torch.equal(s.h, h)
+    assert a.shape == (*h.shape, block.shape[1])
+    assert_near((a * W).sum(-1), h)
+
+
+def assert_rows(net: nn.Module, x: Tensor) -> None:
+    """Per-sample gradients of ⟨v, h⟩ by torch.func, for every vector v sent back; and their mean by autograd."""
+    block, s, vectors, _ = passed(net, x)
+
+    def product(values: dict[str, Tensor], one: Tensor, v: Tensor) -> Tensor:
+        return (functional_call(net, values, (one[None],))[0] * v).sum()
+
+    for row, v in zip(s.rows, vectors, strict=True):
+        assert_near(row, laid_out(block, vmap(grad(product), (None, 0, 0))(parameters(net), x, v), 1))
+    assert_gradient(net, x)
+
+
+def assert_gradient(net: nn.Module, x: Tensor) -> None:
+    """The gradient of the whole batch is autograd's, and the sum of the rows."""
+    block, s, (v,), _ = passed(net, x, 1)
+    weights = dict(net.named_parameters())
+    grads = torch.autograd.grad((net(x) * v).sum() / len(x), list(weights.values()))
+    dense = [g.to_dense() if g.is_sparse else g for g in grads]
+    assert_near(s.gradient, laid_out(block, dict(zip(weights, dense, strict=True))))
+    assert_near(s.rows[0].sum(0) / len(x), s.gradient)
+
+
+@examples
+def test_rules_read_the_layer_as_one_matrix(make: Callable[[], nn.Module], x: Callable[[], Tensor]) -> None:
+    net = seeded(make)
+    block, s, _, _ = passed(net, x())
+    assert s.grouped_a.ndim == (3 if block.groups == 1 else 4)
+    assert s.grouped_a.shape[2:-1] == (() if block.groups == 1 else (block.groups,))
+    assert block.shape[0] % block.groups == 0
+    assert_reads(net, x())
+
+
+@examples
+def test_rows_are_per_sample_gradients(make: Callable[[], nn.Module], x: Callable[[], Tensor]) -> None:
+    net = seeded(make)
+    if getattr(net, "sparse", False):
+        assert_gradient(net, x())
+        net.sparse = False  # torch.func has no sparse gradients
+    assert_rows(net, x())
+
+
+@examples
+def test_statistics_of_one_input_are_refused_where_outputs_see_several(
+    make: Callable[[], nn.Module], x: Callable[[], Tensor]
+) -> None:
+    block, s, _, _ = passed(seeded(make), x())
+    for name in ("a", "A"):
+        if block.groups == 1:
+            assert getattr(s, name).shape[-1] == block.shape[1]
+        else:
+            with pytest.raises(CurvlabError, match=rf"block 1 .* has {block.groups} groups of outputs, .* use rows"):
+                getattr(s, name)
+
+
+BOTH = [c for case in EXAMPLES.values() for c in case.values() if len(parameters(seeded(c[0]))) == 2]
+
+
+@pytest.mark.parametrize(("make", "x"), BOTH)
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_frozen_weight_or_bias_of_every_rule(make: Callable[[], nn.Module], x: Callable[[], Tensor], frozen: str) -> None:
+    """The one that trains alone has the same gradient as before; a bias alone belongs to no rule."""
+    net = seeded(make)
+    everything, s, _, _ = passed(seeded(make), x(), 1)
+    net.get_parameter(frozen).requires_grad_(False)
+    (block,) = blocks(net)
+    with Capture(net, (block,)) as capture:
+        z = net(x())
+    found = block.scatter(capture.backward(z, normal(1, *z.shape, seed=5), leaves=True)["1"].gradient)
+    other = {"weight": "bias", "bias": "weight"}[frozen]
+    assert (list(found), block.rule is None) == ([other], frozen == "weight")
+    assert_near(found[other], everything.scatter(s.gradient)[other])
+
+
+Hyper = dict[str, Any]
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[int, Hyper, tuple[int, ...]]:
+    """(spatial axes, hyper-parameters, input shape): every argument that a convolution has."""
+    axes, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
+    each = st.tuples(*[st.integers(1, 3)] * axes)
+    kernel, dilation = draw(each), draw(st.tuples(*[st.integers(1, 2)] * axes))
+    extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    padding = draw(st.sampled_from(["same", "valid"]) | st.tuples(*[st.integers(0, e - 1) for e in extent]))
+    hyper = {
+        "in_channels": groups * draw(st.integers(1, 2)),
+        "out_channels": groups * draw(st.integers(1, 2)),
+        "kernel_size": kernel,
+        "dilation": dilation,
+        "groups": groups,
+        "padding": padding,
+        "stride": 1 if padding == "same" else draw(each),
+        "padding_mode": draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+        "bias": draw(st.booleans()),
+    }
+    return axes, hyper, (hyper["in_channels"], *(e + draw(st.integers(0, 2)) for e in extent))
+
+
+EVEN: Hyper = {"in_channels": 4, "out_channels": 2, "kernel_size": (4, 2), "dilation": (1, 2), "padding": "same", "groups": 2}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@FEW
+@example((2, EVEN, (4, 5, 4)))
+@example((2, EVEN | {"padding_mode": "circular"}, (4, 5, 4)))
+@given(convolutions())
+def test_convolutions_of_all_hyperparameters(case: tuple[int, Hyper, tuple[int, ...]]) -> None:
+    axes, hyper, shape = case
+    net = seeded(lambda: {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes](**hyper))
+    x = normal(3, *shape)
+    (block,) = blocks(net)
+    assert block.groups == hyper["groups"]
+    assert_reads(net, x)
+    assert_rows(net, x)
+
+
+@pytest.mark.parametrize("net", [nn.Conv1d(2, 3, 2), nn.Conv2d(2, 3, 2), nn.Conv3d(2, 3, 2)], ids=["1d", "2d", "3d"])
+def test_a_convolution_needs_the_batch_axis(net: nn.Module) -> None:
+    with pytest.raises(CurvlabError, match=r"a convolution's input must be \[N, C, …\].* keep the batch as the first axis"):
+        RULES[type(net)].inputs(net, torch.ones(2, *[2] * len(net.kernel_size)))
+
+
+NORMS: dict[str, Example] = {
+    "1d": (lambda: nn.BatchNorm1d(3), lambda: normal(5, 3)),
+    "1d, places": (lambda: nn.BatchNorm1d(3), lambda: normal(5, 3, 4)),
+    "2d": (lambda: nn.BatchNorm2d(3), lambda: normal(5, 3, 2, 2)),
+    "3d": (lambda: nn.BatchNorm3d(2), lambda: normal(5, 2, 2, 1, 2)),
+    "no running statistics": (lambda: nn.BatchNorm1d(3, track_running_stats=False), lambda: normal(5, 3)),
+    "none in eval either": (lambda: nn.BatchNorm1d(3, track_running_stats=False).eval(), lambda: normal(5, 3)),
+}
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_batch_norm_in_training(case: str) -> None:
+    """It normalises by the batch's own moments: the rows share the batch, their mean is autograd's gradient of it."""
+    make, x = NORMS[case]
+    net = seeded(make)
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    assert_reads(net, x())
+    assert_gradient(net, x())
+    if before and net.training:
+        assert int(net.num_batches_tracked) == 3  # one for each forward pass of this test: reading `a` counts none
+        assert not torch.equal(net.running_mean, before["running_mean"])
+
+
+def moved(net: nn.Module) -> None:
+    """A later pass in training moves the statistics."""
+    net.train()
+    net(10 + normal(5, 3, seed=9))
+
+
+LATER: dict[str, Callable[[nn.Module], object]] = {"train": moved, "eval": lambda net: net.eval()}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("later", LATER)
+def test_batch_norm_is_read_as_it_stood_in_the_pass(training: bool, later: str) -> None:
+    """Statistics are read when first asked for; what the module does after the pass must not matter."""
+    nets = [seeded(lambda: eval_norm(nn.BatchNorm1d(3))).train(training) for _ in range(2)]
+    (_, at_once, _, _), (_, late, _, _) = (passed(net, normal(5, 3)) for net in nets)
+    expected = at_once.grouped_a
+    LATER[later](nets[1])
+    assert torch.equal(late.grouped_a, expected)
+
+
+UNRULED: dict[str, Callable[[], nn.Module]] = {
+    "max_norm": lambda: nn.Embedding(6, 3, max_norm=1.0),
+    "scale_grad_by_freq": lambda: nn.Embedding(6, 3, scale_grad_by_freq=True),
+    "two axes": lambda: nn.LayerNorm((2, 3)),
+    "two axes, RMS": lambda: nn.RMSNorm((2, 3)),
+    "transposed convolution": lambda: nn.ConvTranspose1d(2, 3, 2),
+    "bilinear": lambda: nn.Bilinear(2, 3, 2),
+    "instance norm": lambda: nn.InstanceNorm1d(3, affine=True),
+}
+
+
+@pytest.mark.parametrize("case", UNRULED)
+def test_what_no_rule_covers_is_a_block_for_each_parameter(case: str) -> None:
+    net = UNRULED[case]()
+    found = blocks(net)
+    assert [(b.params, b.shape) for b in found] == [((n,), tuple(p.shape)) for n, p in net.named_parameters()]
+    assert all(b.rule is None and b.module is None and b.groups == 1 for b in found)
+
+
+def test_the_gradient_of_what_no_rule_covers_is_autograds() -> None:
+    net = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3)), nn.LayerNorm((2, 3)), nn.Flatten(), nn.Linear(6, 2)).double()
+    objective = cl.Objective(net, cl.likelihoods.Gaussian())
+    closure = objective.closure(normal(5, 3), normal(5, 2))
+    gradients = closure.observe().gradients
+    closure()
+    assert [b.rule is None for b in objective.blocks] == [False, True, True, False]
+    for block in objective.blocks:
+        assert_near(gradients[block.name], laid_out(block, {n: net.get_parameter(n).grad for n in block.params}))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(3, elementwise_affine=False), lambda: nn.BatchNorm1d(3, affine=False)])
+def test_a_norm_without_parameters_is_no_block(make: Callable[[], nn.Module]) -> None:
+    assert layout(nn.Sequential(nn.Linear(2, 3), make())) == [("1", ("0.weight", "0.bias"), (3, 3))]
+
+
+def test_shapes_of_the_blocks_of_every_kind_of_layer() -> None:
+    """[O, I] with the bias as last column; one input for each output of a norm; the inputs of one group alone."""
+    assert layout(problem("conv-1d").model) == [
+        ("1", ("0.weight", "0.bias"), (4, 5)),
+        ("2", ("2.weight", "2.bias"), (3, 13)),
+        ("3", ("3.weight", "3.bias"), (3, 2)),
+        ("4", ("5.weight", "5.bias"), (3, 7)),
+    ]
+    assert [b.groups for b in blocks(problem("conv-1d").model)] == [2, 1, 3, 1]
+    assert layout(problem("embedding").model)[0] == ("1", ("words.weight",), (4, 6))

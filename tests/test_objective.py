@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import LIKELIHOODS, MODELS, assert_near, problem
+from problems import LIKELIHOODS, MODELS, assert_near, laid_out, problem
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 
@@ -87,8 +87,7 @@ def test_exact_pass_gives_the_gauss_newton_matrix(model: str, likelihood: str) -
         if block.module is None:
             assert block.name not in exact
             continue
-        weight, *bias = (J[name] for name in block.params)
-        j = torch.cat([weight, *(b[..., None] for b in bias)], -1).flatten(2)
+        j = laid_out(block, J, 2).flatten(2)
         rows = exact[block.name].rows.flatten(2)
         assert_near(torch.einsum("vni,vnj->ij", rows, rows), torch.einsum("nci,ncd,ndj->ij", j, H, j))
 
@@ -102,6 +101,33 @@ def test_model_pass_is_the_gradient_at_the_labels_drawn(model: str, likelihood: 
     at_drawn = p.objective().closure(p.x, drawn).observe({"data"}).gradients
     for name, s in closure.observe({"model"}).passes["model"].items():
         assert_near(s.gradient, at_drawn[name])
+
+
+@zoo
+def test_several_draws_are_as_many_model_passes(model: str, likelihood: str) -> None:
+    """Each vector times 1/√k, so that the second moment of all is the mean over the draws; the first is the single one's."""
+    p = problem(model, likelihood)
+    objective = p.objective(seed=4)
+    closure = objective.closure(p.x, p.y)
+    drawn = closure.labels(p.model(p.x).detach(), 3)
+    single = closure.observe({"model"}).passes["model"]
+    for name, s in closure.observe({"model"}, draws=3).passes["model"].items():
+        if s.block.module is None:
+            continue
+        assert len(s.g) == 3
+        assert_near(s.g[:1] * math.sqrt(3), single[name].g)
+        for rows, labels in zip(s.rows, drawn, strict=True):
+            at_drawn = p.objective().closure(p.x, labels).observe({"data"}).passes["data"]
+            assert_near(rows * math.sqrt(3), at_drawn[name].rows[0])
+
+
+def test_several_draws_differ_and_have_no_gradient() -> None:
+    p = problem()
+    closure = p.objective().closure(p.x, p.y)
+    one, two, *_ = closure.labels(p.model(p.x).detach(), 3)
+    assert not torch.equal(one, two)
+    with pytest.raises(CurvlabError, match="a gradient needs a pass that sends one vector back"):
+        _ = closure.observe({"model"}, draws=2).passes["model"]["1"].gradient
 
 
 def drawn_by(observe: Callable[[cl.Objective], object]) -> Tensor:
@@ -370,16 +396,18 @@ def test_loss_that_is_not_finite_names_the_culprit(weight: float, message: str) 
         objective.closure(torch.ones(3, 2), torch.ones(3, 2)).observe()
 
 
-def test_per_sample_gradients_do_not_see_each_other() -> None:
+@zoo
+def test_per_sample_gradients_do_not_see_each_other(model: str, likelihood: str) -> None:
     """The data pass of a batch, row by row, is torch.func's gradient of each example."""
-    p = problem("tokens")
+    p = problem(model, likelihood)
     values = {name: q.detach() for name, q in p.model.named_parameters()}
     expected = vmap(grad(lambda v, x, y: p.likelihood.loss(functional_call(p.model, v, (x[None],)), y[None])[0]), (None, 0, 0))(
         values, p.x, p.y
     )
-    rows = p.objective().closure(p.x, p.y).observe().passes["data"]["1"].rows[0]
-    assert_near(rows[..., :-1], expected["first.weight"])
-    assert_near(rows[..., -1], expected["first.bias"])
+    statistics = p.objective().closure(p.x, p.y).observe().passes["data"]
+    for block in p.objective().blocks:
+        if block.module is not None:
+            assert_near(statistics[block.name].rows[0], laid_out(block, expected, 1))
 
 
 def test_bad_seed_and_data_without_axes() -> None:

@@ -5,19 +5,34 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, is_dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import assert_near
+from scipy.sparse import linalg as scipy_linalg
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operators as ops
-from curvlab.linalg.operators import Dense, Diagonal, DirectSum, Inverse, Kronecker, LowRank, Operator, Woodbury
+from curvlab.linalg.operators import (
+    Dense,
+    Diagonal,
+    DirectSum,
+    Inverse,
+    Kronecker,
+    LowRank,
+    Operator,
+    Product,
+    Rectangular,
+    RectangularProduct,
+    Woodbury,
+)
+from curvlab.linalg.scipy_operator import linear_operator
 from curvlab.linalg.woodbury import Rows
 
 SMALL = st.integers(1, 4)
@@ -98,6 +113,30 @@ OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {
 each = pytest.mark.parametrize("name", OPERATORS)
 
 
+def product(order: int, chunk: int = 64, diagonal: bool = False) -> tuple[Product, Tensor]:
+    """A product that takes columns only, and no more of them than `chunk`."""
+    matrix = spd(order)
+
+    def apply(v: Tensor) -> Tensor:
+        assert v.shape[0] == order
+        assert 1 <= v.shape[1] <= chunk
+        return matrix @ v
+
+    exact = matrix.diagonal if diagonal else None
+    return Product(apply, order, matrix.dtype, matrix.device, exact, chunk), matrix
+
+
+EVERY = OPERATORS | {
+    "product": lambda: product(6),
+    "product-1": lambda: product(6, chunk=1),
+    "product-4": lambda: product(6, chunk=4),
+    "product-diagonal": lambda: product(6, diagonal=True),
+    "direct-sum-product": lambda: direct_sum(product(4, chunk=3), diagonal(2)),
+}
+"""With the operators that no file can hold."""
+every = pytest.mark.parametrize("name", EVERY)
+
+
 def leaves(value: Any) -> list[Any]:
     """The tensors and numbers of a packed operator, in order."""
     if isinstance(value, dict):
@@ -114,41 +153,79 @@ def test_table_has_every_kind() -> None:
     assert found | {"Rows"} == set(ops._KINDS)
 
 
-@each
+@every
 def test_dense_is_the_matrix(name: str) -> None:
-    operator, matrix = OPERATORS[name]()
+    operator, matrix = EVERY[name]()
     assert isinstance(operator, Operator)
     assert len(operator) == len(matrix)
     assert_near(operator.dense(), matrix)
     assert_near(operator.dense(), operator.dense().T)
 
 
-@each
+@every
 @pytest.mark.parametrize("columns", [None, 1, 3])
 def test_matmul(name: str, columns: int | None) -> None:
-    operator, matrix = OPERATORS[name]()
+    operator, matrix = EVERY[name]()
     v = normal(len(matrix), *([] if columns is None else [columns]), seed=9)
     assert_near(operator @ v, matrix @ v)
 
 
-@each
+@every
 def test_matmul_leaves_its_argument_alone_and_takes_strided_columns(name: str) -> None:
-    operator, matrix = OPERATORS[name]()
+    operator, matrix = EVERY[name]()
     v = normal(3, len(matrix), seed=9).T
     before = v.clone()
     assert_near(operator @ v, matrix @ before)
     assert torch.equal(v, before)
 
 
-@each
+@every
 def test_eigvalsh(name: str) -> None:
-    operator, matrix = OPERATORS[name]()
+    operator, matrix = EVERY[name]()
     assert_near(operator.eigvalsh(), torch.linalg.eigvalsh(matrix))
 
 
-@each
+@every
+def test_diag_and_trace(name: str) -> None:
+    operator, matrix = EVERY[name]()
+    for value, dense in ((operator, matrix), (operator.inv(), torch.linalg.inv(matrix))):
+        assert_near(value.diag(), dense.diagonal())
+        assert_near(value.trace(), dense.trace())
+
+
+LARGE = 200_000
+WIDE: dict[str, Operator] = {  # an order of 200 000: 320 GB if dense
+    "diagonal": Diagonal(normal(LARGE).abs()),
+    "kronecker": Kronecker((spd(400), spd(500))),
+    "low-rank-outer": LowRank(outer := Rows(normal(3, 400), normal(3, 500)), 0.3),
+    "low-rank-dense": LowRank(long := Rows(normal(3, LARGE)), 0.3),
+    "woodbury-outer": LowRank(outer, 0.3).inv(),
+    "woodbury-dense": LowRank(long, 0.3).inv(),
+    "direct-sum": DirectSum(
+        (torch.arange(LARGE - 2), torch.arange(LARGE - 2, LARGE)), (Diagonal(normal(LARGE - 2)), Dense(spd(2)))
+    ),
+    "product": Product(lambda v: v, LARGE, torch.float64, torch.device("cpu"), lambda: torch.ones(LARGE, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_diag_and_trace_take_no_dense_matrix_and_no_rows_of_outer_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(rows: Rows) -> Tensor:
+        raise AssertionError("the rows were formed")
+
+    monkeypatch.setattr(Rows, "dense", refuse)
+    operator = WIDE[name]
+    found = operator.diag()
+    assert_near(operator.trace(), found.sum(), 1e-11)
+    for entry in (0, 501, LARGE - 1):
+        unit = torch.zeros(LARGE, dtype=torch.float64)
+        unit[entry] = 1
+        assert_near(found[entry], (operator @ unit)[entry])
+
+
+@every
 def test_inverse(name: str) -> None:
-    operator, matrix = OPERATORS[name]()
+    operator, matrix = EVERY[name]()
     inverse = operator.inv()
     assert len(inverse) == len(operator)
     assert_near(inverse.dense(), torch.linalg.inv(matrix))
@@ -157,9 +234,9 @@ def test_inverse(name: str) -> None:
     assert_near(inverse @ (operator @ v), v)
 
 
-@each
+@every
 def test_inverse_of_inverse(name: str) -> None:
-    operator, matrix = OPERATORS[name]()
+    operator, matrix = EVERY[name]()
     twice = operator.inv().inv()
     assert_near(twice.dense(), matrix)
     assert_near(twice @ matrix[:, 0].contiguous(), matrix @ matrix[:, 0])
@@ -196,7 +273,9 @@ def test_float32_stays_float32(name: str) -> None:
     single = ops.unpack(_single(ops.pack(operator)))
     v = normal(len(matrix), seed=9, dtype=torch.float32)
     assert_near(single @ v, (matrix @ v.double()).float(), 1e-5)
-    assert {single.dense().dtype, single.inv().dense().dtype, single.eigvalsh().dtype} == {torch.float32}
+    results = (single.dense(), single.inv().dense(), single.eigvalsh(), single.diag(), single.inv().diag())
+    assert {r.dtype for r in (*results, single.trace(), single.inv().trace())} == {torch.float32}
+    assert ops.placement(single) == ops.placement(single.inv()) == (torch.float32, torch.device("cpu"))
 
 
 def _single(packed: Any) -> Any:
@@ -280,3 +359,192 @@ def test_identity_like() -> None:
     value = normal(2, 3)
     assert torch.equal(ops.identity_like(value) @ value.flatten(), value.flatten())
     assert len(ops.identity_like(value)) == 6
+
+
+# Matrices known by their products, and what SciPy makes of operators.
+
+DOUBLE, CPU = torch.float64, torch.device("cpu")
+
+
+def counted(matrix: Tensor, columns: list[int], v: Tensor) -> Tensor:
+    columns.append(v.shape[1])
+    return matrix @ v
+
+
+def test_product_takes_no_more_columns_at_once_than_its_chunk() -> None:
+    columns: list[int] = []
+    operator = Product(partial(counted, spd(5), columns), 5, DOUBLE, CPU, chunk=2)
+    operator @ normal(5, 7)
+    operator @ normal(5)
+    operator.diag()
+    assert (operator @ normal(5, 0)).shape == (5, 0)
+    assert columns == [2, 2, 2, 1, 1, 2, 2, 1]
+
+
+def test_product_is_not_symmetrised() -> None:
+    matrix = normal(4, 4)
+    assert torch.equal(Product(lambda v: matrix @ v, 4, DOUBLE, CPU, chunk=3).dense(), matrix)
+
+
+def test_diagonal_of_a_product_takes_no_products_where_its_maker_knows_it() -> None:
+    columns: list[int] = []
+    operator = Product(partial(counted, spd(5), columns), 5, DOUBLE, CPU, spd(5).diagonal)
+    assert_near(operator.diag(), spd(5).diagonal())
+    assert_near(operator.trace(), spd(5).trace())
+    assert columns == []
+
+
+@pytest.mark.parametrize("v", [normal(4), normal(6, 5), normal(5, 2, 2), normal(5).float(), torch.tensor(1.0)])
+def test_product_says_what_it_takes(v: Tensor) -> None:
+    with pytest.raises(CurvlabError, match=r"a 5×5 product got .*: pass a vector \[5\], or columns \[5, K\], of torch.float64"):
+        product(5)[0] @ v
+
+
+@pytest.mark.parametrize("apply", [lambda v: v[:-1], lambda v: v[:, :1], lambda v: v.float(), lambda v: v.sum()])
+def test_product_says_what_its_function_is_to_return(apply: Callable[[Tensor], Tensor]) -> None:
+    operator = Product(apply, 5, DOUBLE, CPU)
+    with pytest.raises(CurvlabError, match=r"from 2 columns it is to make \[5, 2\] of torch.float64"):
+        operator @ normal(5, 2)
+    with pytest.raises(CurvlabError, match="the function behind a product returned"):
+        operator.dense()
+
+
+def test_product_too_large_to_be_dense() -> None:
+    operator = Product(lambda v: v, 10**7, torch.float32, CPU)
+    for use in (operator.dense, operator.inv, operator.eigvalsh):
+        with pytest.raises(CurvlabError, match=r"10000000×10000000 matrix would need 400000.0 GB .* use products with vectors"):
+            use()
+
+
+def test_product_of_no_columns_at_once() -> None:
+    with pytest.raises(CurvlabError, match="at least 1 column at once: chunk is 0"):
+        product(5, chunk=0)
+
+
+def test_indefinite_product_has_no_inverse() -> None:
+    with pytest.raises(CurvlabError, match="not positive definite"):
+        Product(lambda v: -v, 3, DOUBLE, CPU).inv()
+
+
+def rectangular_product(matrix: Tensor, chunk: int = 2) -> RectangularProduct:
+    def checked(m: Tensor, v: Tensor) -> Tensor:
+        assert v.ndim == 2
+        assert 1 <= v.shape[1] <= chunk
+        return m @ v
+
+    shape = (matrix.shape[0], matrix.shape[1])
+    return RectangularProduct(partial(checked, matrix), partial(checked, matrix.T), shape, DOUBLE, CPU, chunk)
+
+
+rectangular = pytest.mark.parametrize("make", [Rectangular, rectangular_product])
+
+
+@rectangular
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4), (1, 3)])
+def test_rectangular(make: Callable[[Tensor], Rectangular | RectangularProduct], shape: tuple[int, int]) -> None:
+    matrix = normal(*shape)
+    operator = make(matrix)
+    assert (operator.shape, operator.T.shape) == (shape, shape[::-1])
+    assert_near(operator.dense(), matrix)
+    assert_near(operator.T.dense(), matrix.T)
+    assert_near(operator.T.T.dense(), matrix)
+    for columns in ((), (1,), (3,)):
+        v, w = normal(shape[1], *columns, seed=1), normal(shape[0], *columns, seed=2)
+        assert_near(operator @ v, matrix @ v)
+        assert_near(operator.T @ w, matrix.T @ w)
+
+
+def test_rectangular_product_is_made_dense_from_the_shorter_side() -> None:
+    forth: list[int] = []
+    back: list[int] = []
+    matrix = normal(2, 5)
+    operator = RectangularProduct(partial(counted, matrix, forth), partial(counted, matrix.T, back), (2, 5), DOUBLE, CPU)
+    operator.dense()
+    assert (sum(forth), sum(back)) == (0, 2)
+
+
+def test_rectangular_product_says_what_it_takes() -> None:
+    with pytest.raises(CurvlabError, match=r"a 3×5 product got \[3\]"):
+        rectangular_product(normal(3, 5)) @ normal(3)
+    with pytest.raises(CurvlabError, match=r"a 5×3 product got \[5, 2\]"):
+        rectangular_product(normal(3, 5)).T @ normal(5, 2)
+
+
+@every
+def test_scipy_applies_the_operator(name: str) -> None:
+    operator, matrix = EVERY[name]()
+    seen, dense = linear_operator(operator), matrix.numpy()
+    v = normal(len(matrix), 3, seed=9).numpy()
+    assert (seen.shape, seen.dtype) == (dense.shape, np.float64)
+    np.testing.assert_allclose(seen.matvec(v[:, 0]), dense @ v[:, 0], rtol=1e-11)
+    np.testing.assert_allclose(seen.matvec(v[:, :1]), dense @ v[:, :1], rtol=1e-11)
+    np.testing.assert_allclose(seen.matmat(v), dense @ v, rtol=1e-11)
+    np.testing.assert_allclose(seen.rmatvec(v[:, 0]), dense.T @ v[:, 0], rtol=1e-11)
+    np.testing.assert_allclose(seen.rmatmat(v), dense.T @ v, rtol=1e-11)
+    np.testing.assert_allclose(seen @ (v[:, 0] + 2j * v[:, 1]), dense @ (v[:, 0] + 2j * v[:, 1]), rtol=1e-11)
+
+
+@rectangular
+def test_scipy_applies_a_rectangular_operator_from_both_sides(
+    make: Callable[[Tensor], Rectangular | RectangularProduct],
+) -> None:
+    matrix = normal(3, 5)
+    seen, dense = linear_operator(make(matrix)), matrix.numpy()
+    v, w = normal(5, 2, seed=1).numpy(), normal(3, 2, seed=2).numpy()
+    assert (seen.shape, seen.T.shape) == ((3, 5), (5, 3))
+    np.testing.assert_allclose(seen @ v, dense @ v, rtol=1e-12)
+    np.testing.assert_allclose(seen.T @ w, dense.T @ w, rtol=1e-12)
+    np.testing.assert_allclose(seen.rmatvec(w[:, 0]), dense.T @ w[:, 0], rtol=1e-12)
+    np.testing.assert_allclose(scipy_linalg.svds(seen, 1)[1], np.linalg.norm(dense, 2), rtol=1e-10)
+
+
+@pytest.mark.parametrize("make", [Dense, lambda m: Product(lambda v: m @ v, len(m), m.dtype, m.device, chunk=3)])
+def test_scipy_solves_with_the_operator(make: Callable[[Tensor], Operator]) -> None:
+    matrix, b = spd(12), normal(12, seed=3)
+    seen = linear_operator(make(matrix))
+    largest = scipy_linalg.eigsh(seen, 3, v0=np.ones(12), return_eigenvectors=False)
+    np.testing.assert_allclose(np.sort(largest), torch.linalg.eigvalsh(matrix)[-3:].numpy(), rtol=1e-10)
+    x, info = scipy_linalg.cg(seen, b.numpy(), rtol=1e-12)
+    assert info == 0
+    np.testing.assert_allclose(x, torch.linalg.solve(matrix, b).numpy(), rtol=1e-9)
+
+
+def test_scipy_arrays_may_be_read_only_reversed_or_of_another_dtype() -> None:
+    matrix = spd(4)
+    seen = linear_operator(Dense(matrix))
+    v = np.arange(4)[::-1]
+    v.flags.writeable = False
+    np.testing.assert_allclose(seen @ v, matrix.numpy() @ v.astype(float), rtol=1e-14)
+
+
+def test_scipy_operator_follows_the_operators_dtype() -> None:
+    single = linear_operator(Dense(spd(4).float()))
+    assert single.dtype == (single @ np.ones(4)).dtype == np.float32
+    assert linear_operator(Product(lambda v: v, 4, torch.float32, CPU)).dtype == np.float32
+    with pytest.raises(CurvlabError, match="NumPy has no bfloat16"):
+        linear_operator(Dense(spd(4).bfloat16()))
+
+
+class Twice:
+    """An operator of its own kind: holds no tensor."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return 2 * v
+
+
+def test_scipy_operator_of_one_that_holds_no_tensor_takes_the_dtype_it_is_given() -> None:
+    assert linear_operator(Twice()).dtype == np.float64
+    seen = linear_operator(Twice(), dtype=torch.float32, device="cpu")
+    assert seen.dtype == (seen @ np.ones(3)).dtype == np.float32
+
+
+def test_finite_product() -> None:
+    operator = Dense(spd(3))
+    v = normal(3)
+    assert torch.equal(ops.finite_product(operator, v), operator @ v)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(CurvlabError, match="contains NaN or Inf: check the parameters"):
+            ops.finite_product(operator, torch.tensor([1.0, bad, 0.0], dtype=DOUBLE))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from problems import batches, problem
+from problems import MODELS, REPRESENTATIVE, batches, problem
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 
@@ -70,12 +70,14 @@ def assert_same_run(ours: tuple[list[float], dict[str, Tensor]], theirs: tuple[l
         torch.testing.assert_close(ours[1][name], expected, rtol=1e-12, atol=1e-12)
 
 
-MODELS = ["tanh", "relu", "no-bias", "linear", "tokens", "norm"]
+everywhere = pytest.mark.parametrize(
+    ("model", "schedule"),
+    [(m, "constant") for m in MODELS] + [(m, s) for m in REPRESENTATIVE for s in SCHEDULES if s != "constant"],
+)
 
 
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@everywhere
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("model", MODELS)
 def test_adam_is_torchs(model: str, weight_decay: float, schedule: str) -> None:
     """ε is the damping; decoupled weight decay makes it AdamW."""
     ours = run_ours("adam", model, SCHEDULES[schedule], damping=1e-4, weight_decay=weight_decay)
@@ -88,16 +90,37 @@ def test_adam_is_torchs(model: str, weight_decay: float, schedule: str) -> None:
     assert_same_run(ours, run_torch(make, model, SCHEDULES[schedule]))
 
 
-@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@everywhere
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("model", MODELS)
 def test_sgd_is_torchs(model: str, momentum: float, schedule: str) -> None:
     ours = run_ours("sgd-m", model, SCHEDULES[schedule], momentum=momentum)
     theirs = run_torch(lambda p: torch.optim.SGD(p, LR, momentum=momentum), model, SCHEDULES[schedule])
     assert_same_run(ours, theirs)
 
 
-@pytest.mark.parametrize("model", ["tanh", "norm"])
+@pytest.mark.parametrize("name", ["sgd-m", "adam"])
+@pytest.mark.parametrize("model", ["batch-norm", "conv-norm"])
+def test_batch_norm_in_training_is_torchs(model: str, name: str) -> None:
+    """Weights and running statistics: an observation moves them once, as a forward pass does."""
+    ends = []
+    for ours in (True, False):
+        p = problem(model)
+        p.model.train()
+        objective = p.objective()
+        if ours:
+            optimizer = cl.optimizer(name, objective, lr=LR, damping=1e-4 if name == "adam" else 0.0)
+        elif name == "adam":
+            optimizer = torch.optim.Adam(p.model.parameters(), LR, betas=(0.9, 0.999), eps=1e-4)
+        else:
+            optimizer = torch.optim.SGD(p.model.parameters(), LR, momentum=0.9)
+        for x, y in batches(p, 10):
+            optimizer.step(objective.closure(x, y))
+        ends.append(p.model.state_dict())
+    for key, expected in ends[1].items():
+        torch.testing.assert_close(ends[0][key], expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("model", REPRESENTATIVE)
 def test_sgd_with_decoupled_weight_decay_by_hand(model: str) -> None:
     """m ← 0.9 m + g; W ← W − α (m + γ W) (thesis Alg. 15, lines 10, 19 and 20)."""
     p = problem(model)
@@ -219,8 +242,9 @@ def test_warm_start_uses_the_damping_of_the_first_group() -> None:
 # ------------------------------------------------------------------------------------------------ step
 
 
-def test_step_returns_the_loss_before_the_move_and_moves_along_the_direction() -> None:
-    p = problem("tanh")
+@pytest.mark.parametrize("model", REPRESENTATIVE)
+def test_step_returns_the_loss_before_the_move_and_moves_along_the_direction(model: str) -> None:
+    p = problem(model)
     objective, twin = p.objective(), p.objective()
     optimizer = cl.optimizer("tnt", objective, lr=0.01, damping=0.3)
     same_descent = descent("tnt", twin, damping=0.3)

@@ -41,6 +41,53 @@ def test_sum_of_kronecker_products(v: int, n: int, o: int, i: int, seed: int) ->
     assert torch.equal(found, found.T)
 
 
+@pytest.mark.parametrize("active", [[], [2], [0, 3], [0, 1, 2, 3]])
+def test_inputs_without_pairs_are_zero(active: list[int]) -> None:
+    """Packed on the active inputs alone, dense on all of them."""
+    g, a = normal(2, 5, 3), torch.zeros(5, 4, dtype=torch.float64)
+    a[:, active] = normal(5, len(active), seed=1)
+    packed = (
+        pk.accumulate_(a.new_zeros(6, len(active) * (len(active) + 1) // 2), pk.output_pairs(g), a[:, active], old=0.0, new=1.0)
+        if active
+        else a.new_zeros(6, 0)
+    )
+    assert_near(pk.unpack_full(packed, 3, 4, torch.tensor(active, dtype=torch.int64)), dense(g, a))
+
+
+@pytest.mark.parametrize(("order", "count"), [(1, 1), (5, 3), (129, 4), (700, 2)])
+def test_second_moments_by_panels(order: int, count: int) -> None:
+    """Lower triangle alone, then mirrored; 129 is one more than a panel of the product, 700 more than one of the mirror."""
+    rows, more = normal(count, order), normal(count, order, seed=1)
+    matrix = torch.zeros(order, order, dtype=torch.float64)
+    pk.accumulate_second_moment_(matrix, rows, 0.5)
+    pk.accumulate_second_moment_(matrix, more, 2.0)
+    expected = 0.5 * rows.T @ rows + 2 * more.T @ more
+    assert_near(matrix.tril(), expected.tril())
+    assert pk.mirror_(matrix) is matrix
+    assert_near(matrix, expected)
+    assert torch.equal(matrix, matrix.T)
+
+
+@FEW
+@given(st.integers(1, 3), SIZE, SIZE, SIZE, SIZE, SIZE, SEEDS)
+def test_products_between_two_layers(v: int, n: int, o: int, i: int, p: int, j: int, seed: int) -> None:
+    """new · Σₙ (Σ_v g g'ᵀ) ⊗ (a a'ᵀ), added to what is there."""
+    g, a = (normal(v, n, o, seed=seed), normal(v, n, p, seed=seed + 1)), (normal(n, i, seed=seed + 2), normal(n, j, seed=7))
+    start = normal(o * i, p * j, seed=8)
+    found = start.clone()
+    pk.accumulate_between_(found, g, a, 0.3)
+    products = [
+        torch.kron(torch.outer(g[0][u, m], g[1][u, m]), torch.outer(a[0][m], a[1][m])) for u in range(v) for m in range(n)
+    ]
+    assert_near(found, start + 0.3 * sum(products))
+
+
+def test_pack_pairs_of_hessians() -> None:
+    hessians = normal(5, 3, 3)
+    expected = torch.stack([hessians[:, o, p] for o in range(3) for p in range(o + 1)])
+    assert torch.equal(pk.pack_pairs(hessians), expected)
+
+
 @pytest.mark.parametrize("v", [1, 3])
 def test_output_pairs_are_the_lower_triangle_row_by_row(v: int) -> None:
     g = normal(v, 5, 3)

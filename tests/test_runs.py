@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,22 @@ def test_log_of_a_comparison(tmp_path: Path) -> None:
     np.testing.assert_allclose(ds["cosine"].sel(algorithm="block-fisher"), 1, atol=1e-12)
     assert json.loads(ds.attrs["settings"])["decay"] == 0.5
     assert run.table().dims == ("algorithm", "block")
+
+
+@pytest.mark.parametrize("model", ["conv", "conv-norm", "embedding"])
+def test_every_algorithm_in_one_comparison_on_other_layers(model: str) -> None:
+    """Filters, tokens and norms in the same run; where Kronecker factors do not exist their direction is the gradient's."""
+    p = problem(model)
+    objective = p.objective()
+    grouped = [b.name for b in objective.blocks if b.groups > 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if grouped else "error", cl.CurvlabWarning)
+        ds = cl.compare(objective, batches(p, 3), algorithms=list(ALGORITHMS), damping=0.1, momentum=0.0).dataset
+    assert bool(np.isfinite(ds["cosine"]).all())
+    np.testing.assert_allclose(ds["cosine"].sel(algorithm="block-fisher"), 1, atol=1e-12)
+    for block in grouped:
+        gram = ds["gram"].sel(block=block)
+        np.testing.assert_allclose(gram.sel(algorithm="kfac"), gram.sel(algorithm="sgd-m"), rtol=1e-12)
 
 
 def test_the_loss_logged_is_the_loss_before_the_step() -> None:

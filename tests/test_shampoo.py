@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import batches, problem
+from problems import MODELS, batches, problem
 from torch import Tensor
 
 import curvlab as cl
@@ -52,19 +52,40 @@ def test_weights_have_the_fourth_root_and_biases_the_second(model: str, steps: i
         assert not bool(found[at_w[:, None], at_b].any())
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 3, 4), (2, 3, 2, 2)])
+def root_of_ways(gradient: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """⊗ᵢ (G^(i) + εI)^{−1/2k} of one gradient of k ways."""
+    expected = torch.ones(1, 1, dtype=torch.float64)
+    for way in range(gradient.ndim):
+        matrix = gradient.movedim(way, 0).reshape(gradient.shape[way], -1)
+        expected = torch.kron(expected, power(matrix @ matrix.T, -1 / (2 * gradient.ndim), epsilon))
+    return expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_is_a_variable_in_its_own_shape(model: str) -> None:
+    """Filters have a way for each axis, a norm's weight has one, an embedding two: by parameter, as the user sees them."""
+    p = problem(model)
+    objective = p.objective()
+    curvature = approximation("shampoo", objective, damping=0.01)
+    curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+    gradients = torch.autograd.grad(p.likelihood.loss(p.model(p.x), p.y).mean(), list(objective.parameters.values()))
+    generator = torch.Generator().manual_seed(0)
+    vectors = {n: torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in objective.parameters.items()}
+    found = curvature.precondition(vectors)
+    for (parameter, vector), gradient in zip(vectors.items(), gradients, strict=True):
+        expected = root_of_ways(gradient, 0.01) @ vector.flatten()
+        assert float((found[parameter].flatten() - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 3, 4), (2, 3, 2, 2), (2, 1, 2, 3, 2)])
 def test_the_exponent_is_one_over_twice_the_number_of_ways(shape: tuple[int, ...]) -> None:
-    """A parameter without a rule: ⊗ᵢ (G^(i) + εI)^{−1/2k} of one gradient."""
+    """A parameter without a rule."""
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     block = Block("1", ("w",), shape, None)
     curvature = shampoo(block)
     curvature.update(LayerStatistics(block, 1, gradient=gradient), 1.0)
     curvature.refresh(EPSILON)
-    expected = torch.ones(1, 1, dtype=torch.float64)
-    for way in range(len(shape)):
-        matrix = gradient.movedim(way, 0).reshape(shape[way], -1)
-        expected = torch.kron(expected, power(matrix @ matrix.T, -1 / (2 * len(shape))))
-    assert relative_error(curvature.inverse.dense(), expected) < 1e-6
+    assert relative_error(curvature.inverse.dense(), root_of_ways(gradient)) < 1e-6
 
 
 def test_a_zero_gradient_leaves_the_damping_alone() -> None:

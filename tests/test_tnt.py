@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import problem
+from problems import MODELS, RULED, groupless, problem
 from torch import Tensor, nn
 
+import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.capture import LayerInput, LayerStatistics
+from curvlab.capture import LayerStatistics
 from curvlab.curvature.contracted import Contracted, batch_contractions
 from curvlab.curvature.tnt import sample_contractions, tnt
 from curvlab.layers import Block, blocks
@@ -52,6 +55,41 @@ def assert_direct_sum(found: Tensor, weight: Tensor, bias: Tensor) -> None:
     assert not bool(found[b[:, None], w].any())
 
 
+def inverse_of_ways(gradients: Tensor, epsilon: float) -> Tensor:
+    """⊗ᵢ (Ũᵢ + εI)⁻¹ of (4.10) from gradients [M, d₁, …, d_k] of any number of ways, with matricizations by hand."""
+    shape = gradients.shape[1:]
+    k, size = len(shape), math.prod(shape)
+    c0 = (float(gradients.square().sum()) / len(gradients) / size) ** (1 / k)  # every trace is the mean squared norm
+    letters = "abcde"[:k]
+    expected = torch.ones(1, 1, dtype=torch.float64)
+    for i, d in enumerate(shape):
+        other = letters.replace(letters[i], "z")
+        mean = torch.einsum(f"n{letters},n{other}->{letters[i]}z", gradients, gradients) / len(gradients)
+        damped = mean / (c0 ** (k - 1) * size / d) + epsilon * torch.eye(d, dtype=torch.float64)
+        expected = torch.kron(expected, torch.linalg.inv(damped))
+    return expected
+
+
+@pytest.mark.parametrize("name", ["tnt", "tnt-ef"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_is_a_variable_in_its_own_shape(name: str, model: str) -> None:
+    """Filters have a way for each axis, a norm's weight has one, an embedding two: by parameter, as the user sees them."""
+    p = problem(model)
+    objective = p.objective()
+    curvature = approximation(name, objective, damping=EPSILON)
+    closure = objective.closure(p.x, p.y)
+    curvature.update(closure.observe(curvature.needs))
+    z = p.model(p.x)
+    labels = p.y if name == "tnt-ef" else closure.labels(z.detach())[0]
+    loss = p.likelihood.loss(z, labels).mean()
+    gradients = torch.autograd.grad(loss, list(objective.parameters.values()))
+    vectors = {n: normal(*w.shape, seed=i) for i, (n, w) in enumerate(objective.parameters.items())}
+    found = curvature.precondition(vectors)
+    for (parameter, vector), gradient in zip(vectors.items(), gradients, strict=True):
+        expected = inverse_of_ways(gradient[None], EPSILON) @ vector.flatten()
+        torch.testing.assert_close(found[parameter].flatten(), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["tnt", "tnt-ef"])
 @pytest.mark.parametrize("model", ["tanh", "tokens"])
 def test_factors_of_the_mean_gradient_by_hand(name: str, model: str) -> None:
@@ -81,15 +119,22 @@ def test_a_layer_without_bias_is_one_kronecker_product() -> None:
     torch.testing.assert_close(inverse.dense(), inverse_by_hand(mean[None], EPSILON), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("model", ["tanh", "tokens"])
+@pytest.mark.parametrize("model", RULED)
 def test_factors_of_the_per_sample_gradients_by_hand(model: str) -> None:
+    """Two ways, outputs and inputs, for filters too; groups of outputs have no such matrices."""
     p = problem(model)
     objective = p.objective()
-    curvature = approximation("tnt-per-sample", objective, damping=EPSILON)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cl.CurvlabWarning)
+        curvature = approximation("tnt-per-sample", objective, damping=EPSILON)
     observation = objective.closure(p.x, p.y).observe(curvature.needs)
     curvature.update(observation)
-    for block in objective.blocks:
+    for block in groupless(p):
         rows = observation.passes["model"][block.name].rows[0]
+        if not block.biased:
+            expected = inverse_by_hand(rows, EPSILON)
+            torch.testing.assert_close(curvature.inverse[block.name].dense(), expected, rtol=1e-10, atol=1e-10)
+            continue
         weight, bias = rows[..., :-1], rows[..., -1]
         damped = bias.T @ bias / 7 + EPSILON * torch.eye(bias.shape[1], dtype=torch.float64)
         assert_direct_sum(curvature.inverse[block.name].dense(), inverse_by_hand(weight, EPSILON), torch.linalg.inv(damped))
@@ -104,7 +149,7 @@ def test_contractions_without_rows_are_those_of_explicit_rows(model: str) -> Non
         padded = LayerStatistics(
             block,
             s.size,
-            inputs=LayerInput(torch.cat([s.a, torch.zeros_like(s.a)], 1)),
+            inputs=SimpleNamespace(a=torch.cat([s.a, torch.zeros_like(s.a)], 1)),
             g=torch.cat([s.g, torch.zeros_like(s.g)], 2),
         )
         short, long = sample_contractions(block, s), sample_contractions(block, padded)
@@ -113,22 +158,25 @@ def test_contractions_without_rows_are_those_of_explicit_rows(model: str) -> Non
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("model", ["tanh", "tokens"])
+@pytest.mark.parametrize("model", RULED)
 def test_exact_labels_sum_over_the_vectors_sent_back(model: str) -> None:
     """Σ_v with S Sᵀ = ∂²ℓ/∂z²: E[G^(i)] over the model's own labels, not of the first column of S alone."""
     p = problem(model)
     objective = p.objective()
     observation = objective.closure(p.x, p.y).observe({"exact"})
-    for block in objective.blocks:
+    for block in groupless(p):
         s = observation.passes["exact"][block.name]
-        weights, biases = s.rows.flatten(0, 1)[..., :-1], s.rows.flatten(0, 1)[..., -1]
-        (G1, G2), (b,) = sample_contractions(block, s)
+        rows = s.rows.flatten(0, 1)
+        weights, biases = (rows[..., :-1], rows[..., -1]) if block.biased else (rows, None)
+        (G1, G2), *bias = sample_contractions(block, s)
         torch.testing.assert_close(G1, sum(w @ w.T for w in weights) / 7, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(G2, sum(w.T @ w for w in weights) / 7, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(b, biases.T @ biases / 7, rtol=1e-12, atol=1e-14)
+        assert (biases is None) is (not bias)
+        if biases is not None:
+            torch.testing.assert_close(bias[0][0], biases.T @ biases / 7, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("model", ["tanh", "tokens", "no-bias"])
+@pytest.mark.parametrize("model", ["tanh", "tokens", "no-bias", "embedding"])
 def test_batch_and_per_sample_agree_on_one_example(model: str) -> None:
     p = problem(model, n=1)
     objective = p.objective()
@@ -219,20 +267,12 @@ def test_a_zero_bias_gradient_beside_a_weight_is_guarded_alone() -> None:
     assert_direct_sum(curvature.inverse.dense(), inverse_by_hand(gradient[None, :, :-1], EPSILON), expected_bias)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 2, 2), (2, 1, 2, 3, 2)])
 def test_a_variable_of_k_ways(shape: tuple[int, ...]) -> None:
     """A parameter without a rule: ⊗ of k damped factors, each (4.10) with matricizations by hand."""
     block = Block("1", ("w",), shape, None)
     gradients = normal(30, *shape)
     curvature = feed(block, gradients)
     curvature.refresh(EPSILON)
-    k, size = len(shape), math.prod(shape)
-    c0 = (float(gradients.square().sum()) / 30 / size) ** (1 / k)  # every trace is the mean squared norm
-    letters = "abcd"[:k]
-    expected = torch.ones(1, 1, dtype=torch.float64)
-    for i, d in enumerate(shape):
-        other = letters.replace(letters[i], "z")
-        mean = torch.einsum(f"n{letters},n{other}->{letters[i]}z", gradients, gradients) / 30
-        damped = mean / (c0 ** (k - 1) * size / d) + EPSILON * torch.eye(d, dtype=torch.float64)
-        expected = torch.kron(expected, torch.linalg.inv(damped))
+    expected = inverse_of_ways(gradients, EPSILON)
     torch.testing.assert_close(curvature.inverse.dense(), expected, rtol=1e-10, atol=1e-10)

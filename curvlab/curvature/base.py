@@ -47,6 +47,14 @@ class CurvatureBlock(Protocol):
     def refresh(self, damping: float) -> None:
         """What is expensive: inverses, roots."""
 
+    def matrix(self, damping: float = 0.0) -> Operator | None:
+        """B, the statistics as they stand, damped where `refresh` damps; None where a method estimates no matrix.
+
+        Scale: of the Fisher matrix (of the labels that were read); but of Fisher / N where `reads` is "gradient", since at
+        labels drawn from the model E[ḡ ḡᵀ] of the mean gradient ḡ of N examples is Fisher / N. `inverse` is B⁻¹; Shampoo's and
+        Adam's is B^{−1/2}.
+        """
+
 
 class Curvature(Protocol):
     """The curvature of a whole model, as a descent uses it."""
@@ -91,6 +99,9 @@ class IdentityBlock:
 
     def refresh(self, damping: float) -> None:
         pass
+
+    def matrix(self, damping: float = 0.0) -> Operator | None:
+        return None
 
 
 _NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
@@ -194,8 +205,7 @@ class BlockDiagonal:
             if name in statistics:
                 block.update(statistics[name], weight)
             elif not hasattr(block, "inverse"):  # the exact pass has no gradient of a parameter without structure
-                like = next(iter(statistics.values())).g
-                block.inverse = identity_like(like.new_empty(self._partition[name].shape))
+                block.inverse = identity_like(observation.loss.new_empty(self._partition[name].shape))
         self.updates += 1
 
     def update(self, observation: Observation) -> None:

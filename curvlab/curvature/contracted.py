@@ -38,6 +38,7 @@ class Contracted:
         contractions: statistics → [variable][way] contractions.
         factors: contractions of one variable, damping → inverse factors.
         reads: what `contractions` needs.
+        forward: contractions of one variable, damping → the factors of `matrix`, where it has one.
     """
 
     memory: ClassVar[tuple[str, ...]] = ("means",)
@@ -49,9 +50,10 @@ class Contracted:
         contractions: Callable[[Block, LayerStatistics], list[list[Tensor]]],
         factors: Callable[[Contractions, float], tuple[Tensor, ...]],
         reads: Reads = "gradient",
+        forward: Callable[[Contractions, float], tuple[Tensor, ...]] | None = None,
     ) -> None:
         self.block, self.reads = block, reads
-        self._contractions, self._factors = contractions, factors
+        self._contractions, self._factors, self._forward = contractions, factors, forward
         self.means: list[list[Tensor]] | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
@@ -62,10 +64,16 @@ class Contracted:
         self.means = [[blend(m, n, weight) for m, n in zip(*pair, strict=True)] for pair in zip(self.means, new, strict=True)]
 
     def refresh(self, damping: float) -> None:
+        self.inverse = self._of_variables(self._factors, damping)
+
+    def matrix(self, damping: float = 0.0) -> Operator | None:
+        """The product of the factors whose inverses, or inverse roots, `refresh` takes."""
+        return None if self._forward is None else self._of_variables(self._forward, damping)
+
+    def _of_variables(self, factors: Callable[[Contractions, float], tuple[Tensor, ...]], damping: float) -> Operator:
         assert self.means is not None
-        parts = tuple(Kronecker(self._factors(means, damping)) for means in self.means)
+        parts = tuple(Kronecker(factors(means, damping)) for means in self.means)
         if len(parts) == 1:
-            self.inverse = parts[0]
-            return
+            return parts[0]
         indices = parameter_indices(self.block, self.means[0][0].device)
-        self.inverse = DirectSum(tuple(i.flatten() for i in indices), parts)
+        return DirectSum(tuple(i.flatten() for i in indices), parts)

@@ -27,3 +27,8 @@ class SecondMoment:
     def refresh(self, damping: float) -> None:
         assert self.v is not None
         self.inverse = Diagonal((self.v.sqrt() + damping).reciprocal())
+
+    def matrix(self, damping: float = 0.0) -> Operator:
+        """diag((√v + ε)²): of diag(Fisher) / N."""
+        assert self.v is not None
+        return Diagonal((self.v.sqrt() + damping).square())

@@ -15,7 +15,7 @@ from curvlab.curvature.base import Reads
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.layers import Block
 from curvlab.linalg.factor import damped_cholesky, shifted
-from curvlab.linalg.operators import Diagonal, DirectSum, Inverse, Operator
+from curvlab.linalg.operators import Dense, Diagonal, DirectSum, Inverse, Operator
 from curvlab.linalg.packed import fold, output_pairs, unpack_full, unpack_lower
 
 
@@ -50,7 +50,7 @@ class DenseFisher:
     def _update_dense(self, statistics: LayerStatistics, weight: float) -> None:
         rows = statistics.rows.flatten(2).flatten(0, 1)
         if self.active is not None:  # one place until now, several from here on
-            self.F, self.active = self.matrix(), None
+            self.F, self.active = self._dense(), None
         if self.F is None:
             size = rows.shape[1] ** 2 * rows.element_size()
             guard_memory(2 * size, f"a dense {self.block}", "use a Kronecker method")
@@ -79,8 +79,11 @@ class DenseFisher:
         constant = Diagonal(torch.full((len(dropped),), 1 / used, dtype=packed.dtype, device=packed.device))
         self.inverse = DirectSum((kept, dropped), (Inverse(factor), constant))
 
-    def matrix(self) -> Tensor:
-        """The undamped F, dense [D, D]."""
+    def matrix(self, damping: float = 0.0) -> Operator:
+        """F + λI, dense."""
+        return Dense(shifted(self._dense(), damping))
+
+    def _dense(self) -> Tensor:
         assert self.F is not None
         if self.active is None:
             return self.F

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import Reads, blend
-from curvlab.linalg.factor import damped_inverse
+from curvlab.linalg.factor import damped_inverse, shifted
 from curvlab.linalg.kronecker import pi_split
 from curvlab.linalg.operators import Kronecker, Operator
 
@@ -41,3 +41,10 @@ class Kfac:
                 damped_inverse(self.A, damping_a, "the KFAC factor A (Ω)"),
             )
         )
+
+    def matrix(self, damping: float = 0.0) -> Operator:
+        """Γ ⊗ Ω, damped by line 19: of Fisher."""
+        assert self.A is not None
+        assert self.G is not None
+        damping_a, damping_g = pi_split(self.A, self.G, damping)
+        return Kronecker((shifted(self.G, damping_g), shifted(self.A, damping_a)))

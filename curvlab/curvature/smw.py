@@ -36,4 +36,9 @@ class SmwFisher:
 
     def refresh(self, damping: float) -> None:
         assert self.g is not None
-        self.inverse = LowRank(Rows(self.g, self.a), damping).inv()
+        self.inverse = self.matrix(damping).inv()
+
+    def matrix(self, damping: float = 0.0) -> Operator:
+        """λI + F of the last minibatch."""
+        assert self.g is not None
+        return LowRank(Rows(self.g, self.a), damping)

@@ -11,23 +11,28 @@ from torch import Tensor
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
 from curvlab.layers import Block
-from curvlab.linalg.factor import damped_inverse
+from curvlab.linalg.factor import damped_inverse, shifted
 from curvlab.linalg.kronecker import tensor_normal_factors
 
 
 def tnt(block: Block) -> Contracted:
     """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the batch-mean gradient: Alg. 15. Of N examples Ũ₁ ⊗ Ũ₂ estimates Fisher / N."""
-    return Contracted(block, batch_contractions, factors)
+    return Contracted(block, batch_contractions, factors, forward=forward)
 
 
 def tnt_per_sample(block: Block) -> Contracted:
     """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the per-sample gradients: ⊗ Ũ_i estimates Fisher itself, at any batch size."""
-    return Contracted(block, sample_contractions, factors, reads="factors")
+    return Contracted(block, sample_contractions, factors, reads="factors", forward=forward)
 
 
 def factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
     """(Ũ_i + εI)⁻¹: Alg. 15, lines 15 and 16; ε is added to each factor undivided (practice)."""
     return tuple(damped_inverse(u, damping, "a TNT factor") for u in tensor_normal_factors(means))
+
+
+def forward(means: Contractions, damping: float) -> tuple[Tensor, ...]:
+    """Ũ_i + εI (thesis (4.10))."""
+    return tuple(shifted(u, damping) for u in tensor_normal_factors(means))
 
 
 def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:

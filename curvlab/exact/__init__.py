@@ -4,5 +4,20 @@ from curvlab.exact.batches import KINDS, Kind
 from curvlab.exact.matrices import ROUTES, matrices, matrix, routes
 from curvlab.exact.products import diagonal, product
 from curvlab.exact.samples import gradients, jacobians
+from curvlab.exact.terms import KroneckerSum, kronecker_terms, preactivation
 
-__all__ = ["KINDS", "ROUTES", "Kind", "diagonal", "gradients", "jacobians", "matrices", "matrix", "product", "routes"]
+__all__ = [
+    "KINDS",
+    "ROUTES",
+    "Kind",
+    "KroneckerSum",
+    "diagonal",
+    "gradients",
+    "jacobians",
+    "kronecker_terms",
+    "matrices",
+    "matrix",
+    "preactivation",
+    "product",
+    "routes",
+]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -63,7 +64,9 @@ class Batches:
             raise CurvlabError("targets are missing: give x and y, or a loader of (x, y) pairs in place of x")
         if not isinstance(x, Tensor):
             if y is not None:
-                raise CurvlabError("give either one minibatch, x and y, or a loader of (x, y) pairs alone")
+                raise CurvlabError(
+                    f"x and y must be tensors, not {type(x).__name__} and {type(y).__name__}; a loader of (x, y) pairs comes alone"
+                )
             if not isinstance(x, Iterable):
                 raise CurvlabError(f"the data must be tensors x, y or a loader of (x, y) pairs, not {type(x).__name__}")
             if again and isinstance(x, Iterator):
@@ -94,7 +97,10 @@ class Batches:
 
 
 def alone(objective: Objective) -> None:
-    """Refuse a model that mixes the examples of a batch or draws random numbers: no example has a loss of its own there."""
+    """Refuse weights that are not finite, and a model that mixes the examples of a batch or draws random numbers by name."""
+    for name, weight in objective.model.named_parameters():
+        if not bool(torch.isfinite(weight.detach().sum())) and not bool(torch.isfinite(weight).all()):
+            raise CurvlabError(f"the weights '{name}' contain NaN or Inf: take them from before they did")
     for name, module in objective.model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise CurvlabError(
@@ -114,10 +120,14 @@ def _drops_inside(module: nn.Module) -> bool:
     return isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0
 
 
-def say_general(block: Block, kind: str) -> None:
-    """One warning for a layer without a rule."""
-    warnings.warn(
-        f"{block} belongs to a layer without a rule: its {kind} takes the general route (torch.func), which is slower",
-        CurvlabWarning,
-        stacklevel=3,
-    )
+def say_general(blocks: Iterable[Block], kind: str) -> None:
+    """One warning for all blocks of layers without a rule."""
+    loose = [b for b in blocks if b.rule is None]
+    if loose:
+        belong = "belongs to a layer" if len(loose) == 1 else "belong to layers"
+        warnings.warn(
+            f"{', '.join(map(str, loose))} {belong} without a rule: {kind} takes the general route there (torch.func), "
+            "which is slower",
+            CurvlabWarning,
+            stacklevel=4,
+        )

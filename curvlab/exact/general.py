@@ -9,17 +9,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
+from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Kind
 from curvlab.layers import Layout
-from curvlab.objective import Closure
+from curvlab.objective import Closure, differentiable
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
+
+
+def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`f` over the first axis of its arguments: `vmap`, or one by one where an operation has no rule for it (LSTM, PReLU)."""
+
+    def over(*arguments: Tensor) -> Tensor:
+        try:
+            found: Tensor = vmap(f)(*arguments)
+        except RuntimeError:
+            found = torch.stack([f(*one) for one in zip(*arguments, strict=True)])
+        return found
+
+    return over
+
+
+def along(f: Callable[[Any], Tensor], at: Tensor, u: Tensor) -> Tensor:
+    """∂f(at) u: forward mode, or the transpose's transpose where an operation has no forward derivative (weight norm)."""
+    try:
+        found: Tensor = jvp(f, (at,), (u,))[1]
+    except NotImplementedError:
+        value, back = vjp(f, at)
+        (found,) = vjp(lambda c: back(c)[0], torch.zeros_like(value))[1](u)
+    return found
+
+
+def second_derivative(slope: Callable[[Any], Tensor], at: Tensor, u: Tensor) -> Tensor:
+    """The same of a gradient, by forward mode alone: reverse mode twice is wrong for weight norm (torch 2.13, unsymmetric)."""
+    try:
+        found: Tensor = jvp(slope, (at,), (u,))[1]
+    except NotImplementedError as error:
+        line = str(error).splitlines()[0]
+        raise CurvlabError(f"torch has no second derivative of an operation in the model ({line}): replace it, or take ggn, "
+                           "fisher or ef, which need only the first") from error  # fmt: skip
+    return found
 
 
 class Function:
@@ -39,7 +75,8 @@ class Function:
         fixed = {name: self._state[name].clone() for name in self._buffers}  # where BatchNorm may write on them
         if self._held is not None:
             w = torch.where(self._held, self.at, w)
-        z: Tensor = functional_call(self.closure.objective.model, self._state | fixed | self.layout.unflatten(w), (x,))
+        with differentiable():
+            z: Tensor = functional_call(self.closure.objective.model, self._state | fixed | self.layout.unflatten(w), (x,))
         return z
 
     def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:
@@ -69,10 +106,10 @@ class Function:
                 return j
 
             z = self.outputs(self.at, x).detach()
-            roots = likelihood.root(z).flatten(2)  # [V, N, C]
+            roots = likelihood.root(z).reshape(-1, size, z[0].numel())  # [V, N, C]
             at_once = max(1, _NUMBERS // (roots.shape[2] * width))
             for some in _slices(size, at_once):
-                j = vmap(jacobian)(x[some])
+                j = mapped(jacobian)(x[some])
                 if kind == "fisher":
                     found = torch.einsum("vnc,ncd->vnd", roots[:, some], j).flatten(0, 1)
                     yield found, found
@@ -88,12 +125,12 @@ class Function:
         at_once = max(1, _NUMBERS // width)
         for label in labels:
             for some in _slices(size, at_once):
-                g = vmap(gradient)(x[some], label[some]) / math.sqrt(len(labels))
+                g = mapped(gradient)(x[some], label[some]) / math.sqrt(len(labels))
                 yield g, g
 
     def _output_hessian(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "N C C"]:
         likelihood = self.closure.objective.likelihood
-        found: Tensor = vmap(hessian(lambda z, y: likelihood.loss(z[None], y[None])[0]))(z, y)
+        found = mapped(hessian(lambda z, y: likelihood.loss(z[None], y[None])[0]))(z, y)
         return found.reshape(len(z), z[0].numel(), -1)
 
     def product(self, kind: Kind, draws: int) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
@@ -102,12 +139,7 @@ class Function:
         likelihood = self.closure.objective.likelihood
         if kind not in PASSES:
             slope = grad(self.total(kind))
-
-            def second(u: Tensor) -> Tensor:
-                found: Tensor = jvp(slope, (self.at,), (u,))[1]
-                return found
-
-            return lambda v: vmap(second)(v)
+            return mapped(lambda u: second_derivative(slope, self.at, u))
         if PASSES[kind] == "exact":
 
             def outputs(w: Tensor) -> Tensor:
@@ -117,11 +149,10 @@ class Function:
             slope = grad(lambda z: likelihood.loss(z, y).sum())
 
             def one(u: Tensor) -> Tensor:
-                du = jvp(outputs, (self.at,), (u,))[1]
-                found: Tensor = back(jvp(slope, (z,), (du,))[1])[0]
+                found: Tensor = back(along(slope, z, along(outputs, self.at, u)))[0]
                 return found
 
-            return lambda v: vmap(one)(v)
+            return mapped(one)
         labels = self.drawn(draws) if PASSES[kind] == "model" else [y]
 
         def losses(w: Tensor) -> Tensor:
@@ -131,10 +162,10 @@ class Function:
         transposed = vjp(losses, self.at)[1]
 
         def second_moment(u: Tensor) -> Tensor:
-            found: Tensor = transposed(jvp(losses, (self.at,), (u,))[1])[0]
+            found: Tensor = transposed(along(losses, self.at, u))[0]
             return found
 
-        return lambda v: vmap(second_moment)(v)
+        return mapped(second_moment)
 
     def columns(self, kind: Kind, draws: int, part: slice | None = None) -> Iterator[tuple[slice, Float[Tensor, "D K"]]]:
         """N · M, some columns at a time; `part`: only of these columns."""

@@ -22,6 +22,7 @@ from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, say_general
 from curvlab.exact.general import Function
+from curvlab.exact.preactivation import preactivation_hessians
 from curvlab.layers import Block, Layout
 from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.operators import Dense, Rectangular
@@ -57,7 +58,7 @@ class Look:
             (slope,) = torch.autograd.grad(total, z, retain_graph=True)
             with torch.enable_grad():
                 total = (z * slope.detach()).sum()
-        return capture.hessians(total, len(z), names)
+        return preactivation_hessians(capture, total, len(z), names)
 
     def function(self, layout: Layout) -> Function:
         self.closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
@@ -106,11 +107,19 @@ def _fold_pairs(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: 
 
     if look.kind in PASSES:
         for block in blocks:
-            s = look.statistics[block.name]
+            s = _one_place(look.statistics[block.name])
             into(block).add(s.a[:, 0], output_pairs(s.g[:, :, 0]), old, new)
         return
     for s, hessians in look.hessians([b.name for b in blocks]):
-        into(s.block).add(s.a[:, 0], pack_pairs(hessians[0, :, :, 0]), old, new)
+        _one_place(s)
+        into(s.block).add(s.a[:, 0], pack_pairs(hessians[0, :, :, 0].permute(1, 0, 2)), old, new)
+
+
+def _one_place(s: LayerStatistics) -> LayerStatistics:
+    if s.a.shape[1] > 1:
+        raise CurvlabError(f"{s.block} had one place in the first minibatch and has {s.a.shape[1]} in a later one: "
+                           'use route="rows" or "func"')  # fmt: skip
+    return s
 
 
 def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Tensor, "D D"]:
@@ -230,7 +239,7 @@ def matrices(
         for name, some in by_route.items():
             ROUTES[name].fold(look, some, sums, seen / (seen + size), 1 / (seen + size))
         seen += size
-    return {block.name: Dense(sums.pop(block.name).dense()) for block in chosen}
+    return {block.name: Dense(_finite(sums.pop(block.name).dense(), f"{kind} of {block}")) for block in chosen}
 
 
 def _assign(chosen: Sequence[Block], closure: Closure, kind: Kind, route: str) -> dict[str, list[Block]]:
@@ -242,9 +251,9 @@ def _assign(chosen: Sequence[Block], closure: Closure, kind: Kind, route: str) -
         if not ROUTES[name].fits(block, places.get(block.name, 0), kind):
             raise CurvlabError(f"route '{route}' does not fit {block} for {kind} ({ROUTES[name].summary}); "
                                'use route="auto"')  # fmt: skip
-        if block.rule is None and route == "auto":
-            say_general(block, kind)
         found.setdefault(name, []).append(block)
+    if route == "auto":
+        say_general(chosen, kind)
     return found
 
 
@@ -289,13 +298,14 @@ def matrix(
 
 def select(objective: Objective, name: str) -> tuple[Block, Tensor | None]:
     """A block by its name, or a parameter by its own: (its block, its entries in the block; None for all)."""
+    known = {b.name: b for b in objective.blocks}
+    if name in known:
+        return known[name], None
     for block in objective.blocks:
-        if block.name == name:
-            return block, None
         if name in block.params:
             places = Layout((block,)).places()[name].flatten().to(objective.device)
             return block, None if len(block.params) == 1 and block.rule is None else places
-    raise unknown("block", name, [*(b.name for b in objective.blocks), *objective.parameters])
+    raise unknown("block", name, [*known, *objective.parameters])
 
 
 def _across(
@@ -322,25 +332,31 @@ def _across(
         rows, columns, places = [first], [second], (left, right)
         what = f"the dense {kind} between {first} and {second}"
     layout = Layout(tuple(dict.fromkeys([*rows, *columns])))
+    loose = [b for b in layout.blocks if b.rule is None]
+    if route == "rows" and loose:
+        raise CurvlabError(f"route 'rows' does not fit {loose[0]} ({ROUTES['rows'].summary}): use auto or func")
     height, width = (sum(b.numel for b in some) for some in (rows, columns))
     _guard(objective, height * width, what)
     found: Tensor | None = None
     seen = 0
-    ruled = all(b.rule is not None for b in layout.blocks)
+    structured = kind in PASSES and not loose and route != "func"
     for closure in Batches.of(objective, x, y):
         look = Look(closure, kind, draws)
         size = len(closure.x)
         if found is None:
+            if route == "auto":
+                say_general(loose, kind)
             found = torch.zeros(height, width, dtype=objective.dtype, device=objective.device)
         found.mul_(seen / (seen + size))
-        if kind in PASSES and ruled and route != "func":
+        if structured:
             _add_rows(found, look, rows, columns, 1 / (seen + size))
         else:
             _add_general(found, look, layout, rows, columns, 1 / (seen + size))
         seen += size
     assert found is not None
+    _finite(found, what)
     if block is None:
-        return Dense(mirror_(found) if kind in PASSES and ruled and route != "func" else found)
+        return Dense(mirror_(found) if structured else found)
     for axis, some in enumerate(places):
         found = found if some is None else found.index_select(axis, some)
     return Rectangular(found)
@@ -374,6 +390,13 @@ def _add_general(
     part = None if rows == columns and len(rows) > 1 else layout.slices[columns[0].name]
     for some, value in function.columns(look.kind, look.draws, part):
         matrix[:, some].add_(value[top], alpha=scale)
+
+
+def _finite(matrix: Tensor, what: str) -> Tensor:
+    if not bool(torch.isfinite(matrix.diagonal()).all()):
+        raise CurvlabError(f"{what} contains NaN or Inf although the loss is finite: an operation of the model has no finite "
+                           "derivative at these weights (a root or a norm at 0, an overflow)")  # fmt: skip
+    return matrix
 
 
 def _guard(objective: Objective, numbers: int, what: str) -> None:

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacrev
 
 from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.exact.batches import Batches, alone
-from curvlab.exact.general import Function
+from curvlab.exact.general import Function, mapped
 from curvlab.layers import Block, Layout
 from curvlab.objective import Closure, Objective
 
@@ -48,7 +48,7 @@ def gradients(
             g: Tensor = grad(lambda w: function.losses(w, x[None], y[None])[0])(function.at)
             return g
 
-        found |= _into(loose.unflatten(vmap(one)(closure.x, closure.y), 1), out)
+        found |= _into(loose.unflatten(mapped(one)(closure.x, closure.y), 1), out)
     return {name: found[name] for name in objective.parameters}
 
 
@@ -61,6 +61,7 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
     alone(objective)
     closure = Closure(objective, x, torch.zeros(len(x)), 0, "exact")
     z, capture = closure.forward()
+    closure.check_alone(z.detach())
     _guard(objective, len(x) * z[0].numel(), "the Jacobians", "take fewer examples at a time, or a product form")
     found: dict[str, Tensor] = {}
     loose = _loose(objective)
@@ -71,7 +72,7 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
             j: Tensor = jacrev(lambda w: function.outputs(w, x[None])[0].flatten())(function.at)
             return j
 
-        found |= loose.unflatten(vmap(one)(closure.x), 2)
+        found |= loose.unflatten(mapped(one)(closure.x), 2)
     units = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
     vectors = units[:, None].expand(-1, len(z), -1).reshape(-1, *z.shape)
     for statistics in capture.backward(z, vectors).values():
@@ -93,7 +94,7 @@ def _samples(statistics: LayerStatistics, out: Mapping[str, Tensor] | None) -> d
     block, g = statistics.block, statistics.g
     if block.groups > 1 or g.shape[2] > 1 or (block.rule is not None and block.rule.transposed):
         return _into(block.scatter(statistics.rows, 2), out, 1)
-    weight = statistics.a[:, 0, :-1] if block.biased else statistics.a[:, 0]
+    weight = statistics.bare_a[:, 0]
     name, *bias = block.params
     target = _target(block, name, (len(g), statistics.size), g, out)
     torch.mul(g[:, :, 0, :, None], weight[None, :, None, :], out=target.view(len(g), statistics.size, *_matrix(block)))
@@ -129,6 +130,8 @@ def _checked(out: Mapping[str, Tensor], name: str, shape: tuple[int, ...], like:
     if name not in out:
         raise CurvlabError(f"out has no '{name}': pass what an earlier call returned")
     target = out[name]
+    if not target.is_contiguous():
+        raise CurvlabError(f"out['{name}'] must be contiguous: pass what an earlier call returned")
     if tuple(target.shape) != shape or target.dtype != like.dtype or target.device != like.device:
         raise CurvlabError(
             f"out['{name}'] must be {list(shape)}, {like.dtype} on {like.device}, "

@@ -117,7 +117,7 @@ def lanczos(operator: Operator, start: Float[Tensor, " D"], steps: int, *, basis
     """Lanczos from v₁ = start / ‖start‖, every new vector made orthogonal to all before it, twice (Parlett 1998, section 6.9).
 
     Stops early where the Krylov space is invariant: at β_j ≤ 100 ε ‖T‖, or after D steps. Where rounding hides that, it goes on
-    from what is left, a vector of noise: Ritz values may then come twice, their weights do not. Holds [D, m].
+    from what is left, a vector of noise: Ritz values may then come twice, weights do not. Holds [D, m].
 
     Args:
         basis: keep V in the result.

@@ -19,12 +19,8 @@ _CHUNK_BYTES = 6 << 20  # of pairs of inputs at a time, so that they stay in the
 
 def output_pairs(g: Float[Tensor, "V N O"]) -> Float[Tensor, "P N"]:
     """Σ_v g_o g_o' of each example for o ≥ o', pairs row by row: the lower triangle of Gₙ."""
-    rows, cols = torch.tril_indices(g.shape[2], g.shape[2], device=g.device)
-    columns = g.permute(0, 2, 1).contiguous()  # [V, O, N]
-    pairs = columns[0, rows] * columns[0, cols]
-    for v in columns[1:]:
-        pairs.addcmul_(v[rows], v[cols])
-    return pairs
+    columns = g.permute(1, 2, 0).contiguous()  # [N, O, V]
+    return pack_pairs(columns @ columns.mT)
 
 
 def accumulate_(
@@ -89,7 +85,7 @@ def unpack_full(
 def _places_among(active: Int[Tensor, " J"], inputs: int, last: int) -> Int[Tensor, " II"]:
     """The same where only some inputs have pairs: the others' place is `last`."""
     places = torch.full((inputs, inputs), last, device=active.device)
-    places[active[:, None], active] = _places(len(active), active.device).view(len(active), -1)
+    places[active[:, None], active] = _places(len(active), active.device).view(len(active), len(active))
     return places.flatten()
 
 
@@ -133,10 +129,10 @@ def accumulate_between_(
         target[:, start : start + at_once].add_(found.transpose(1, 2), alpha=new)
 
 
-def pack_pairs(hessians: Float[Tensor, "O N O"]) -> Float[Tensor, "P N"]:
+def pack_pairs(G: Float[Tensor, "N O O"]) -> Float[Tensor, "P N"]:
     """The lower triangles of Gₙ, pairs row by row."""
-    rows, cols = torch.tril_indices(len(hessians), len(hessians), device=hessians.device)
-    return hessians[rows, :, cols]
+    rows, cols = torch.tril_indices(G.shape[1], G.shape[1], device=G.device)
+    return G.flatten(1).index_select(1, rows * G.shape[1] + cols).T
 
 
 def fold(

@@ -1,4 +1,4 @@
-"""Inverse p-th roots of symmetric positive definite matrices, two routes.
+"""p-th roots of symmetric positive semi-definite matrices, and their inverses by two routes.
 
 Legend: D order, p the root.
 """
@@ -22,6 +22,15 @@ def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Fl
     if not bool(e[0] > 0):
         raise CurvlabError(f"no inverse {p}-th root: the smallest eigenvalue is {float(e[0]):.3g}; raise the damping")
     root: Tensor = (q * e ** (-1 / p)) @ q.mT
+    return root
+
+
+def root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tensor, "D D"]:
+    """M^{1/p}; eigenvalues that rounding put below `floor`, a known bound of at least 0, are set to it."""
+    if p == 1:
+        return M
+    e, q = torch.linalg.eigh(M)
+    root: Tensor = (q * e.clamp_min(floor) ** (1 / p)) @ q.mT
     return root
 
 

@@ -1,0 +1,139 @@
+"""Gₙ = ∂²ℓₙ/∂h∂h: the Hessian of each example in the pre-activations of a layer (thesis (2.2), (3.3)), for all layers.
+
+Two ways. **Direct**: one double backward pass for every pre-activation of the layer, all of them batched. **Recursive**: where
+every path from layer l to the loss runs through a later layer m (read off the graph), with J = ∂h_m/∂h_l and g_m = ∂ℓ/∂h_m
+
+    G_l = Jᵀ G_m J + Σ_i g_{m,i} ∂²h_{m,i}/∂h_l²,
+
+so that no pass runs further than from m to l.
+
+Legend: N examples, T places, O outputs, M = T O pre-activations of a layer, in the layer's own (raw) order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from curvlab.capture import Capture, LayerStatistics
+from curvlab.errors import CurvlabError
+from curvlab.layers import Block
+
+_NUMBERS = 1 << 21  # in the vectors of one batched pass back: few enough to stay near the cache
+_JACOBIAN = 1 << 25  # numbers in a Jacobian between layers beyond which passes are direct
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A layer whose Hessians are there."""
+
+    edge: GradientEdge
+    derivative: Float[Tensor, "N *M"]
+    hessians: Float[Tensor, "N M M"]
+
+
+def preactivation_hessians(
+    capture: Capture, total: Tensor, size: int, names: Sequence[str]
+) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
+    """∂²ℓₙ/∂h_t∂h_t' of each example, one block after the other, the last first.
+
+    Args:
+        capture: of the forward pass.
+        total: Σₙ ℓₙ of `size` independent examples, with its graph.
+        names: blocks with a rule.
+
+    Yields:
+        (the block's inputs, its pre-activation Hessians).
+    """
+    chosen = [b for b in reversed(capture.blocks) if b.name in set(names)]
+    edges = [capture.edge(b) for b in chosen]
+    first = torch.autograd.grad(total, edges, create_graph=True, allow_unused=True)
+    known: _Known | None = None
+    for block, edge, d in zip(chosen, edges, first, strict=True):
+        if d is None:
+            raise CurvlabError(f"{block} does not reach the model's outputs: freeze it or use it")
+        found = None if known is None else _through(total, known, edge, d)
+        if found is None:
+            found = _direct(d, edge)
+        known = _Known(edge, d.detach(), found)
+        yield capture.statistics(block.name, size), _by_place(block, d, found)
+
+
+def _by_place(block: Block, d: Tensor, hessians: Float[Tensor, "N M M"]) -> Float[Tensor, "T O N T O"]:
+    """The raw order of the pre-activations → places and outputs."""
+    assert block.rule is not None
+    count = hessians.shape[1]
+    numbers = block.rule.outputs(torch.arange(count, device=d.device).view(1, *d.shape[1:]))
+    places, outputs = numbers.shape[1:]
+    order = numbers.flatten()
+    if places > 1:
+        hessians = hessians[:, order[:, None], order]
+    return hessians.view(-1, places, outputs, places, outputs).permute(1, 2, 0, 3, 4)
+
+
+def _direct(d: Float[Tensor, "N *M"], edge: GradientEdge) -> Float[Tensor, "N M M"]:
+    """∂d/∂h, row by row."""
+    size, count = len(d), d[0].numel()
+    found = d.new_zeros(size, count, count)
+    if not d.requires_grad:  # linear in everything
+        return found
+    for start, units in _units(size, count, d):
+        back = _send_back(d, edge, units.view(-1, *d.shape))
+        if back is None:  # linear in this pre-activation
+            break
+        found[:, start : start + len(units)] = back.flatten(2).transpose(0, 1)
+    return found
+
+
+def _through(total: Tensor, known: _Known, edge: GradientEdge, d: Float[Tensor, "N *M"]) -> Float[Tensor, "N M M"] | None:
+    """From the Hessians of a later layer; None where that layer does not cut this one off, or has far more outputs."""
+    size, count = len(d), d[0].numel()
+    others = known.hessians.shape[1]
+    if others > 2 * count or size * others * count > _JACOBIAN or not _separates(total, known.edge, edge):
+        return None
+    slope = torch.autograd.grad(known.edge, edge, known.derivative, create_graph=True)[0]
+    jacobian = d.new_empty(size, others, count)
+    for start, units in _units(size, others, d):
+        back = _send_back(known.edge, edge, units.view(-1, *known.derivative.shape))
+        assert back is not None
+        jacobian[:, start : start + len(units)] = back.flatten(2).transpose(0, 1)
+    return jacobian.mT @ (known.hessians @ jacobian) + _direct(slope, edge)
+
+
+def _units(size: int, count: int, like: Tensor) -> Iterator[tuple[int, Float[Tensor, "K N M"]]]:
+    """Unit vectors of every example, some at a time, with the number of the first."""
+    at_once = max(1, _NUMBERS // (size * count))
+    for start in range(0, count, at_once):
+        units = like.new_zeros(min(at_once, count - start), size, count)
+        units[torch.arange(len(units)), :, torch.arange(start, start + len(units))] = 1
+        yield start, units
+
+
+def _send_back(
+    output: Tensor | GradientEdge, edge: GradientEdge, vectors: Float[Tensor, "K *S"]
+) -> Float[Tensor, "K *S2"] | None:
+    """Several vectors at once; one by one where an operation cannot (torch's double backward of GroupNorm)."""
+    try:
+        return torch.autograd.grad(output, edge, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True)[0]
+    except RuntimeError:
+        found = [torch.autograd.grad(output, edge, v, retain_graph=True, allow_unused=True)[0] for v in vectors]
+        return None if found[0] is None else torch.stack(found)
+
+
+def _separates(total: Tensor, cut: GradientEdge, edge: GradientEdge) -> bool:
+    """Whether every path of the graph from `total` back to `edge` runs through `cut`."""
+    waiting, seen = [total.grad_fn], {cut.node}
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node == edge.node:
+            return False
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return True

@@ -1,0 +1,295 @@
+"""Spectra of the Hessian and its kin, block by block: every eigenvalue, or a density and both ends by Lanczos.
+
+The grid of `density` is the same in every log. Bins are tenths of a decade of |λ|, from 10⁻¹² to 10⁸, on either side of one bin
+for all of |λ| < 10⁻¹²; the outermost two also count what lies beyond them.
+
+Legend: D order of a block, P bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
+
+from curvlab import exact
+from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
+from curvlab.exact.batches import Batches, Loader, check_kind
+from curvlab.linalg.krylov import density, extremes
+from curvlab.linalg.operators import Dense, Operator
+from curvlab.log import Log, Record
+from curvlab.objective import Objective
+from curvlab.progress import progress_bar
+
+_MAGNITUDES = 10.0 ** (np.arange(-120, 81) / 10)
+EDGES: NDArray[np.float64] = np.concatenate([-_MAGNITUDES[::-1], _MAGNITUDES])
+"""[P + 1] edges of the bins, ascending: bin p counts EDGES[p] ≤ λ < EDGES[p + 1]."""
+
+ALL, WHOLE = "all", "whole"
+"""In place of the names of blocks: every block; the matrix of all parameters."""
+
+LARGEST = 6000
+"""The method "auto" computes every eigenvalue up to this order."""
+
+VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "eigenvalue": (("matrix", "block", "index"), "eigenvalues, ascending; NaN beyond the block's order or by Lanczos", "nat"),
+    "density": (("matrix", "block", "bin"), "fraction of the block's eigenvalues with lower ≤ λ < upper; sums to 1", "1"),
+    "lowest": (("matrix", "block"), "least eigenvalue", "nat"),
+    "highest": (("matrix", "block"), "greatest eigenvalue", "nat"),
+    "trace": (("matrix", "block"), "sum of the eigenvalues", "nat"),
+    "negative": (("matrix", "block"), "fraction of the eigenvalues below −tolerance · max |λ|", "1"),
+    "lowest_error": (("matrix", "block"), "an eigenvalue lies this near the lowest; 0 where all are known", "nat"),
+    "highest_error": (("matrix", "block"), "an eigenvalue lies this near the highest; 0 where all are known", "nat"),
+    "trace_error": (("matrix", "block"), "standard error of the trace over draws; 0 where all are known", "nat"),
+    "negative_error": (("matrix", "block"), "standard error of the fraction over draws; 0 where all are known", "1"),
+    "loss": ((), "mean loss on the examples of the spectra", "nat"),
+}
+"""{variable: (dimensions after the step, long_name, units)}. Eigenvalues: of the mean loss, the parameters having no unit."""
+
+METHODS: dict[str, str] = {
+    "auto": f"exact up to order {LARGEST}, lanczos above it",
+    "exact": "every eigenvalue of the dense block",
+    "lanczos": "density by stochastic Lanczos quadrature, ends by Lanczos",
+}
+"""{method: what it is}"""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What the log holds of one matrix; pairs are (value, error)."""
+
+    density: Float[NDArray[np.float64], " P"]
+    lowest: tuple[float, float]
+    highest: tuple[float, float]
+    trace: tuple[float, float]
+    negative: tuple[float, float]
+    eigenvalues: Float[NDArray[np.float64], " D"] | None = None
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of −λ / max |λ|, above which an eigenvalue counts as negative: 1e-10, or 100 times the rounding error if that is more."""
+    return max(1e-10, 100 * torch.finfo(dtype).eps)
+
+
+def eigenvalues(matrix: Dense) -> Float[Tensor, " D"]:
+    """All eigenvalues, ascending. Rows (and columns) that are entirely zero are left out and their zeros put back: exact."""
+    m = matrix.matrix
+    active = (m != 0).any(1).nonzero()[:, 0]
+    if len(active) == len(m):
+        return matrix.eigvalsh()
+    found = Dense(m[active[:, None], active]).eigvalsh()
+    return torch.cat([found, found.new_zeros(len(m) - len(active))]).sort().values
+
+
+def of_matrix(matrix: Dense) -> Spectrum:
+    """From every eigenvalue."""
+    found = eigenvalues(matrix).double().cpu().numpy()
+    below = found < -tolerance(matrix.matrix.dtype) * np.abs(found).max()
+    ends = (float(found[0]), 0.0), (float(found[-1]), 0.0)
+    return Spectrum(
+        _binned(found, np.full(len(found), 1 / len(found))), *ends, (float(found.sum()), 0.0), (float(below.mean()), 0.0), found
+    )
+
+
+def of_products(operator: Operator, dtype: torch.dtype, draws: int, steps: int, generator: torch.Generator) -> Spectrum:
+    """From `draws` runs of Lanczos of `steps` products each, and one more for the ends.
+
+    Errors of trace and fraction are over the draws (NaN for one draw); those of the ends as in `krylov.Extremes`.
+    """
+    ends = extremes(operator, steps=steps, generator=generator)
+    found = density(operator, draws=draws, steps=steps, generator=generator)
+    first = found.moment(1)
+    below = found.count_below(-tolerance(dtype) * max(abs(ends.lowest), abs(ends.highest)))
+    order = len(operator)
+    return Spectrum(
+        _binned(found.nodes.double().cpu().numpy().ravel(), found.weights.double().cpu().numpy().ravel() / draws),
+        (ends.lowest, ends.lowest_error),
+        (ends.highest, ends.highest_error),
+        (order * float(first.value), order * float(first.error)),
+        (float(below.value), float(below.error)),
+    )
+
+
+def _binned(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    counted: NDArray[np.float64] = np.bincount(np.digitize(values, EDGES[1:-1]), weights, len(EDGES) - 1)
+    return counted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is computed at every state of a model; `blocks`: names, `ALL`, `WHOLE`."""
+
+    matrices: tuple[str, ...] = ("hessian", "ggn")
+    blocks: tuple[str, ...] = (ALL,)
+    method: str = "auto"
+    draws: int = 10
+    steps: int = 100
+
+    def check(self, objective: Objective) -> None:
+        """Raises CurvlabError for an unknown name, a number out of range or a block too large, before anything runs."""
+        for kind in self.matrices:
+            check_kind(kind)
+        if not self.matrices:
+            raise CurvlabError(f"there is no matrix to compute (known: {', '.join(exact.KINDS)})")
+        lookup(METHODS, self.method, "method")
+        for name, value in (("draws", self.draws), ("steps", self.steps)):
+            if value < 1:
+                raise CurvlabError(f"the {name} of Lanczos must be 1 or more, not {value}")
+        for block, route in self.routes(objective).items():
+            if route == "exact":
+                size = 3 * self.orders(objective)[block] ** 2 * objective.dtype.itemsize  # itself, the copy for LAPACK, a mask
+                guard_memory(size, f"every eigenvalue of block {block}", "take the method lanczos")
+
+    def orders(self, objective: Objective) -> dict[str, int]:
+        """{block: D}"""
+        known = {block.name: block.numel for block in objective.blocks}
+        found: dict[str, int] = {}
+        for name in self.blocks:
+            if name not in (*known, ALL, WHOLE):
+                raise unknown("block", name, (*known, ALL, WHOLE))
+            found |= known if name == ALL else {name: known.get(name, len(objective.layout))}
+        if not found:
+            raise CurvlabError(f"there is no block to compute (known: {', '.join((*known, ALL, WHOLE))})")
+        return found
+
+    def routes(self, objective: Objective) -> dict[str, str]:
+        """{block: "exact" or "lanczos"}"""
+        if self.method != "auto":
+            return dict.fromkeys(self.orders(objective), self.method)
+        return {name: "exact" if order <= LARGEST else "lanczos" for name, order in self.orders(objective).items()}
+
+    def log(self, objective: Objective, about: dict[str, Any], path: Any = None) -> Log:
+        """An empty log of the schema."""
+        orders, routes = self.orders(objective), self.routes(objective)
+        exactly = [order for name, order in orders.items() if routes[name] == "exact"]
+        params = {block.name: " ".join(block.params) for block in objective.blocks} | {WHOLE: "all"}
+        centres = np.sign(EDGES[:-1] + EDGES[1:]) * np.sqrt(np.abs(EDGES[:-1] * EDGES[1:]))
+        coordinates: dict[str, Any] = {
+            "matrix": list(dict.fromkeys(self.matrices)),
+            "block": list(orders),
+            "parameters": ("block", [params[name] for name in orders]),
+            "order": _coordinate("block", list(orders.values()), "number of parameters", "1"),
+            "route": ("block", list(routes.values())),
+            "bin": _coordinate("bin", centres, "geometric mean of the bin's edges, with their sign", "nat"),
+            "lower": _coordinate("bin", EDGES[:-1], "lower edge of the bin; the first bin has none", "nat"),
+            "upper": _coordinate("bin", EDGES[1:], "upper edge of the bin; the last bin has none", "nat"),
+            "index": _coordinate("index", range(max(exactly, default=0)), "number of the eigenvalue, from the lowest", "1"),
+        }
+        attributes = {
+            "matrices": coordinates["matrix"],
+            "method": self.method,
+            "lanczos_draws": self.draws,
+            "lanczos_steps": self.steps,
+            "tolerance": tolerance(objective.dtype),
+            "seed": objective.seed,
+            "device": str(objective.device),
+            "dtype": str(objective.dtype).removeprefix("torch."),
+        }
+        variables = {name: {"long_name": text, "units": units} for name, (_, text, units) in VARIABLES.items()}
+        variables["step"] = {"long_name": "number of training steps", "units": "1"}
+        return Log(coordinates, variables, attributes | about, path, (objective.seed,))
+
+    def record(
+        self, objective: Objective, x: Tensor | Loader, y: Tensor | None, say: Callable[[str], None], done: Callable[[], None]
+    ) -> Record:
+        """The spectra of the model as it is. `say`: what comes next, `done`: a matrix is finished."""
+        orders, routes = self.orders(objective), self.routes(objective)
+        kinds = list(dict.fromkeys(self.matrices))
+        top = max((order for name, order in orders.items() if routes[name] == "exact"), default=0)
+        size = {"matrix": len(kinds), "block": len(orders), "index": top, "bin": len(EDGES) - 1}
+        values = {name: np.full([size[d] for d in dims], np.nan) for name, (dims, *_) in VARIABLES.items()}
+        values["loss"][...] = _loss(objective, x, y)
+        for i, kind in enumerate(kinds):
+            for j, (block, route) in enumerate(routes.items()):
+                say(f"{kind} of block {block}" if block != WHOLE else f"{kind} of the whole")
+                found = self._spectrum(objective, x, y, kind, block, route)
+                values["density"][i, j] = found.density
+                for name in ("lowest", "highest", "trace", "negative"):
+                    values[name][i, j], values[f"{name}_error"][i, j] = getattr(found, name)
+                if found.eigenvalues is not None:
+                    values["eigenvalue"][i, j, : len(found.eigenvalues)] = found.eigenvalues
+            done()
+        if not top:
+            del values["eigenvalue"]
+        return {name: (VARIABLES[name][0], value) for name, value in values.items()}
+
+    def _spectrum(
+        self, objective: Objective, x: Tensor | Loader, y: Tensor | None, kind: Any, block: str, route: str
+    ) -> Spectrum:
+        fresh = Objective(objective.model, objective.likelihood, objective.seed)  # every block and route the same drawn labels
+        name = None if block == WHOLE else block
+        if route == "exact":
+            matrix = exact.matrix(fresh, x, y, kind, name)
+            assert isinstance(matrix, Dense)
+            return of_matrix(matrix)
+        place = [*(b.name for b in fresh.blocks), WHOLE].index(block)
+        state = int(np.random.SeedSequence([objective.seed, place]).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(state >> 1)
+        product = exact.product(fresh, x, y, kind, name)
+        return of_products(product, fresh.dtype, self.draws, self.steps, generator)  # type: ignore[arg-type]
+
+
+def _coordinate(dim: str, values: Iterable[float], long_name: str, units: str) -> xr.Variable:
+    return xr.Variable(dim, np.asarray(values), {"long_name": long_name, "units": units})
+
+
+def _loss(objective: Objective, x: Tensor | Loader, y: Tensor | None) -> float:
+    """Mean over the examples."""
+    fresh = Objective(objective.model, objective.likelihood, objective.seed)
+    total, size = 0.0, 0
+    for closure in Batches.of(fresh, x, y, again=True):
+        total += float(closure.observe(frozenset(), move_buffers=False).loss) * len(closure.x)
+        size += len(closure.x)
+    return total / size
+
+
+def spectrum(
+    objective: Objective,
+    x: Tensor | Loader,
+    y: Tensor | None = None,
+    matrices: Sequence[str] = ("hessian", "ggn"),
+    method: str = "auto",
+    *,
+    blocks: Sequence[str] = (ALL,),
+    draws: int = 10,
+    steps: int = 100,
+    after: int = 0,
+    progress: bool | None = None,
+) -> xr.Dataset:
+    """The spectra of a model's curvature blocks, of the mean loss over the examples given.
+
+    Args:
+        objective: your model and likelihood; nothing of it changes.
+        x: inputs [N, …]; or a list or DataLoader of (x, y), over all of which the mean is taken.
+        y: targets; None with a loader.
+        matrices: of hessian, ggn, pi, fisher, fisher-mc, ef (`exact.matrix`).
+        method: exact (every eigenvalue), lanczos (density and both ends with errors), or auto: exact up to order 6000.
+        blocks: names of blocks; "all" is every block, "whole" the matrix of all parameters.
+        draws, steps: of Lanczos.
+        after: the coordinate `step` of the result: how far training has come.
+        progress: show a progress bar; None shows one where standard error is a terminal.
+
+    Returns:
+        The data set that `curvlab spectrum` logs (README), with one step.
+
+    Raises:
+        CurvlabError: unknown names, numbers out of range, data that do not fit, a block too large for the method.
+    """
+    plan = Plan(tuple(matrices), tuple(blocks), method, draws, steps)
+    plan.check(objective)
+    x = list(x) if isinstance(x, Iterator) else x
+    log = plan.log(objective, {"title": "curvlab spectrum", "model": type(objective.model).__name__, "data": "data"})
+    console = Console(stderr=True)
+    with progress_bar(console, console.is_terminal if progress is None else progress, 600) as bar:
+        task = bar.add_task("spectra", total=len(set(plan.matrices)), note="")
+        record = plan.record(objective, x, y, lambda note: bar.update(task, note=note), lambda: bar.advance(task))
+    log.append(after, record)
+    return log.dataset()

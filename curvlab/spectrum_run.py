@@ -1,0 +1,140 @@
+"""Train, stop at the numbers of steps asked for, and log the spectra of the model there: what `curvlab spectrum` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+from rich.console import Console
+from torch import nn
+
+from curvlab import datasets, models
+from curvlab.algorithms import ALGORITHMS, optimizer
+from curvlab.datasets import Dataset
+from curvlab.errors import CurvlabError, lookup
+from curvlab.likelihoods import LIKELIHOODS
+from curvlab.objective import Objective
+from curvlab.optim import Optimizer
+from curvlab.progress import counted, progress_bar
+from curvlab.runs import DTYPES, device_of
+from curvlab.spectra import Plan
+
+
+@dataclass(frozen=True)
+class Named:
+    """Spectra of a model and a data set of the tables. `lr` and `damping` are the algorithm's own; None: its document's."""
+
+    model: str
+    plan: Plan = Plan()
+    data: str | None = None
+    samples: int = 1000
+    after: tuple[int, ...] = (0, 100, 1000)
+    algorithm: str = "adam"
+    lr: float | None = None
+    damping: float | None = None
+    batch_size: int = 1000
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float64"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Checked, built and loaded; nothing is written or run yet."""
+
+    named: Named
+    objective: Objective
+    optimizer: Optimizer
+    train: Dataset
+    after: tuple[int, ...]
+
+
+def prepare(named: Named) -> Prepared:
+    """Raises CurvlabError for unknown names, values out of range and numbers that do not fit the data."""
+    entry = lookup(models.MODELS, named.model, "model")
+    lookup(datasets.DATASETS, named.data or entry.data, "data set")
+    lookup(ALGORITHMS, named.algorithm, "algorithm")
+    dtype, device = lookup(DTYPES, named.dtype, "dtype"), device_of(named.device)
+    if not named.after:
+        raise CurvlabError("--after needs at least one number of training steps, 0 for the model as it is built")
+    for steps in named.after:
+        if steps < 0:
+            raise CurvlabError(f"the number of training steps must be 0 or positive, not {steps}")
+    model = models.build(named.model, named.seed).to(device, dtype)
+    objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed)
+    named.plan.check(objective)
+    options = {} if named.damping is None else {"damping": named.damping}
+    stepper = optimizer(named.algorithm, objective, named.lr, **options)
+    train, _ = datasets.load(named.data or entry.data)
+    if not 1 <= named.samples <= len(train):
+        raise CurvlabError(
+            f"{named.samples} samples do not fit '{train.name}', which has {len(train)} training examples: "
+            f"choose 1 to {len(train)}"
+        )
+    train.batches(named.batch_size)
+    return Prepared(named, objective, stepper, train, tuple(sorted(set(named.after))))
+
+
+def run(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) -> xr.Dataset:
+    """Train and log. Whatever ends it, the log holds every state that was finished.
+
+    Raises:
+        CurvlabError: data that do not fit the model, NaN.
+    """
+    named, objective, train = prepared.named, prepared.objective, prepared.train
+    group = prepared.optimizer.param_groups[0]
+    about = {
+        "title": f"curvlab spectrum: {', '.join(named.plan.matrices)} along {named.algorithm}",
+        "call": call,
+        "model": named.model,
+        "data": train.name,
+        "data_description": train.description,
+        "samples": named.samples,
+        "algorithm": named.algorithm,
+        "lr": group["lr"],
+        "damping": group["damping"],
+        "batch_size": named.batch_size,
+    }
+    log = named.plan.log(objective, about, path)
+    x, y = train.x[: named.samples], train.y[: named.samples]
+    last, kinds = prepared.after[-1], len(set(named.plan.matrices))
+    per_epoch = train.batches(named.batch_size).per_epoch
+    batches = train.batches(named.batch_size, max(1, -(-last // per_epoch)), named.seed)
+    stream = iter(batches)
+    try:
+        with progress_bar(console, console.is_terminal, 600) as bar:
+            if last:
+                prepared.optimizer.warm_start(counted(batches.one_pass(), bar, "warm start", per_epoch))
+            training = bar.add_task("training", total=last, note="", visible=last > 0)
+            spectra = bar.add_task("spectra", total=len(prepared.after) * kinds, note="")
+            done = 0
+            for steps in prepared.after:
+                for _ in range(steps - done):
+                    loss = prepared.optimizer.step(objective.closure(*next(stream)))
+                    bar.update(training, advance=1, note=f"loss {float(loss):.4g}")
+                done = steps
+                with _evaluating(objective.model):
+                    record = named.plan.record(
+                        objective, x, y, lambda note: bar.update(spectra, note=note), lambda: bar.advance(spectra)
+                    )
+                log.append(steps, record)
+                log.save()
+    finally:
+        log.save()
+    return log.dataset()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, where no example's loss depends on the others or on chance; then as it was."""
+    before = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for name, module in model.named_modules():
+            module.training = before[name]
