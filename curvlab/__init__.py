@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from curvlab import datasets, exact, likelihoods, models
+from curvlab import assumptions, datasets, exact, likelihoods, models
 from curvlab.algorithms import approximation, optimizer
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.log import late_cosine
@@ -17,6 +17,7 @@ __all__ = [
     "CurvlabWarning",
     "Objective",
     "approximation",
+    "assumptions",
     "compare",
     "datasets",
     "exact",

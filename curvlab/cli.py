@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from curvlab import datasets, figures, models, probes, runs, spectra, spectrum_r
 from curvlab.algorithms import ALGORITHMS
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.log import late_cosine, open_log
+from curvlab.memory import keep_freed_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,14 +89,16 @@ def compare(
     """
     call = {"command": "compare"} | dict(locals())
     call["out"] = str(call.pop("out_folder") or "")
-    settings = runs.Settings(reference, _names(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every)
+    settings = runs.Settings(
+        reference, _names(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every
+    )
     if steps is None and epochs is None:
         steps = 300
     if seed < 0:
         raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
     named = runs.Named(settings, model, data, steps, epochs, batch_size, tuple(range(seed, seed + seeds)), device, dtype)
     runs.check_named(named)
-    _keep_freed_memory()
+    keep_freed_memory()
     folder = _folder(out_folder, f"compare-{model}")
     with _says_what_is_saved(folder / "run.h5"):
         ds = runs.compare_named(named, folder / "run.h5", call, err).dataset
@@ -192,7 +194,7 @@ def spectrum(
     at = tuple(_integer(word, "--after") for word in _names(after))
     named = spectrum_run.Named(model, plan, data, samples, at, algorithm, lr, damping, batch_size, seed, device, dtype)
     prepared = spectrum_run.prepare(named)
-    _keep_freed_memory()
+    keep_freed_memory()
     folder = _folder(out_folder, f"spectrum-{model}")
     with _says_what_is_saved(folder / "run.h5"):
         ds = spectrum_run.run(prepared, folder / "run.h5", call, err)
@@ -200,18 +202,20 @@ def spectrum(
 
 
 def _print_spectra(ds: Any) -> None:
+    def cell(at: Any, name: str) -> str:
+        form, form_of_error = (".1%", ".1%") if name == "negative" else (".4g", ".1g")
+        value, error = float(at[name]), float(at[f"{name}_error"])
+        some = f", {float(at['unresolved']):.1%} near 0" if name == "negative" and at["unresolved"] else ""
+        return (f"{value:{form}}" if value else "0") + (f" ± {error:{form_of_error}}" if error else "") + some
+
     table = Table("block", "matrix", title="Eigenvalues (± error where Lanczos estimates them)")
-    for name in ("training steps", "lowest", "highest", "trace", "share negative"):
-        table.add_column(name, justify="right")
+    for heading in ("training steps", "lowest", "highest", "trace", "negative"):
+        table.add_column(heading, justify="right")
     for block in ds["block"].values:
         for matrix in ds["matrix"].values:
             for step in ds["step"].values:
                 at = ds.sel(block=block, matrix=matrix, step=step)
-                cells = []
-                for name, form in (("lowest", ".4g"), ("highest", ".4g"), ("trace", ".4g"), ("negative", ".1%")):
-                    error = float(at[f"{name}_error"])
-                    form_of_error = ".1%" if name == "negative" else ".1g"
-                    cells.append(f"{float(at[name]):{form}}" + (f" ± {error:{form_of_error}}" if error else ""))
+                cells = (cell(at, name) for name in ("lowest", "highest", "trace", "negative"))
                 table.add_row(str(block), str(matrix), str(step), *cells)
         table.add_section()
     out.print(table)
@@ -302,15 +306,6 @@ def _folder(chosen: Path | None, stem: str) -> Path:
             f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose another with --out"
         ) from error
     return chosen
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed: the matrices of every step reuse the same pages (12 % of the default run's time)."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
+from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
 
 from curvlab.errors import CurvlabError, lookup
-
-Values, Indices = NDArray[np.float64], NDArray[np.intp]
 
 _COLOURS = (
     "#0072B2",
@@ -136,51 +136,50 @@ _MATRICES = {
     "pi": ("Π = Hessian − GGN", "#000000"),
 }
 """{matrix: (how a legend calls it, colour)}, in the order of drawing."""
-_BINS = 5  # of the log in one bar: half a decade
-_DECADES = 7  # on either side, below the greatest |λ| of the flattest block
 
 
 def spectrum(ds: xr.Dataset) -> Figure:
     """Histogram of every block's eigenvalues, a row for each block and a column for each number of training steps."""
     ds = ds.isel(block=_some(ds.sizes["block"], 8), step=_some(ds.sizes["step"], 4))
     rows, columns = ds.sizes["block"], ds.sizes["step"]
-    figure = Figure(figsize=(max(5.2, 3.3 * columns + 0.5), 1.55 * rows + 1.5), layout="constrained")
+    figure = Figure(figsize=(max(5.4, 3.3 * columns + 0.4), 1.6 * rows + 1.4), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
-    edges, group, centre, ticks = _symmetric_log(ds)
-    kinds = [kind for kind in _MATRICES if kind in ds["matrix"].values]
+    axis = _symmetric_log(ds)
     for row, block in enumerate(ds["block"].values):
-        for column, step in enumerate(ds["step"].values):
-            ax, at = axes[row, column], ds.sel(block=block, step=step)
-            for kind in kinds:
-                label, colour = _MATRICES[kind]
-                fraction = np.add.reduceat(at["density"].sel(matrix=kind).values, group)
-                counts = np.maximum(float(at["order"]) * fraction, 0.5)
-                first = kind == kinds[0]
-                style = {"fill": True, "alpha": 0.75, "linewidth": 0} if first else {"linewidth": 1.2}
-                ax.stairs(counts, edges, baseline=0.5, color=colour, label=label, **style)
-            _annotate(ax, at, kinds)
-            ax.axvspan(edges[0], -centre, color="#f0f0f0", zorder=0, linewidth=0)
-            ax.set_xscale("symlog", linthresh=centre, linscale=0.5)
-            ax.set_yscale("log")
-            ax.set_xlim(edges[0], edges[-1])
-            ax.set_xticks(*ticks)
-            ax.minorticks_off()
-            ax.tick_params(labelsize=8)
-            ax.grid(axis="y", alpha=0.25)
-        lowest, highest = axes[row, 0].get_ylim()
-        axes[row, 0].set_ylim(0.5, 30 * highest)
-        name = f"block {block}" if str(block) != "whole" else "whole"
+        for ax, step in zip(axes[row], ds["step"].values, strict=True):
+            _histogram(ax, ds.sel(block=block, step=step), axis)
+        axes[row, 0].set_ylim(0.5, 30 * axes[row, 0].get_ylim()[1])
+        name = "whole" if block == "whole" else f"block {block}"
         axes[row, 0].set_ylabel(f"{name}\norder {int(ds['order'].sel(block=block))}", fontsize=9)
-    for column, step in enumerate(ds["step"].values):
-        axes[0, column].set_title(f"after {step} steps, loss {float(ds['loss'].sel(step=step)):.3g} nat", fontsize=10)
-    axes[-1, (columns - 1) // 2].set_xlabel("eigenvalue (nat); negative ones on grey", fontsize=10)
-    figure.supylabel(f"eigenvalues in half a decade; middle bar: all within ±{centre:.0e}", fontsize=10)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    estimated = " (stochastic Lanczos quadrature)" if (ds["route"] == "lanczos").any() else ""
-    trained = f", trained by {ds.attrs['algorithm']}" if "algorithm" in ds.attrs else ""
-    figure.suptitle(f"Eigenvalues by block{estimated}, {_run(ds)}{trained}", fontsize=11)
+    for ax, step in zip(axes[0], ds["step"].values, strict=True):
+        ax.set_title(f"after {step} steps, loss {float(ds['loss'].sel(step=step)):.3g} nat", fontsize=10)
+    unresolved = ", or not told from 0" if ds["unresolved"].any() else ""
+    figure.supxlabel(f"eigenvalue (nat); grey: below 0; middle bar: within ±{axis.centre:.0e}{unresolved}", fontsize=10)
+    figure.supylabel("eigenvalues in half a decade", fontsize=10)
+    how = [f"trained by {ds.attrs['algorithm']}"] if "algorithm" in ds.attrs else []
+    how += ["stochastic Lanczos quadrature"] if (ds["route"] == "lanczos").any() else []
+    figure.suptitle(f"Eigenvalues by block, {_run(ds)}" + ("\n" + ", ".join(how) if how else ""), fontsize=11)
     return figure
+
+
+@dataclass(frozen=True)
+class _SymmetricLog:
+    """A logarithmic axis on either side of 0: edges of the bars, the log's first bin in each, |λ| where the middle bar ends."""
+
+    edges: NDArray[np.float64]
+    first: NDArray[np.intp]
+    centre: float
+    top: float
+
+    def scale(self, ax: Axes) -> None:
+        low, high = round(math.log10(self.centre)), math.ceil(math.log10(self.top) - 0.01) - 1
+        ax.set_xscale("symlog", linthresh=self.centre, linscale=0.5)
+        ax.set_xlim(-self.top, self.top)
+        labelled = [e for e in range(low + 3, high + 1) if e % 3 == 0] or [high]
+        names = ["1" if e == 0 else f"$10^{{{e}}}$" for e in labelled]
+        ticks = [*(-(10.0**e) for e in reversed(labelled)), 0.0, *(10.0**e for e in labelled)]
+        ax.set_xticks(ticks, [*(f"−{name}" for name in reversed(names)), "0", *names], fontsize=7.5)
+        ax.xaxis.set_minor_locator(FixedLocator([sign * 10.0**e for e in range(low, high + 1) for sign in (-1, 1)]))
 
 
 def _some(size: int, most: int) -> list[int]:
@@ -188,31 +187,47 @@ def _some(size: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, size - 1, min(size, most))})
 
 
-def _symmetric_log(ds: xr.Dataset) -> tuple[Values, Indices, float, tuple[list[float], list[str]]]:
-    """(edges of the bars, first bin of the log of each, edge of the middle bar, ticks)."""
-    largest = np.maximum(np.abs(ds["lowest"]), np.abs(ds["highest"])).values
-    top = math.ceil(math.log10(max(largest.max(), 1e-11)) * 10 / _BINS) * _BINS / 10
-    relative = max(10.0**-_DECADES, float(ds.attrs.get("tolerance", 0.0)))
-    bottom = max(math.floor(math.log10(max(largest.min() * relative, 1e-12))), math.ceil(top) - 12)
+def _symmetric_log(ds: xr.Dataset) -> _SymmetricLog:
+    """From the greatest |λ| of all panels down to 10⁻⁷ of the least, or to where rounding begins; at most 12 decades."""
+    largest = np.maximum(np.abs(ds["lowest"].values), np.abs(ds["highest"].values))
+    top = math.ceil(math.log10(max(largest.max(), 1e-11)) * 2) / 2
+    relative = max(1e-7, float(ds.attrs.get("tolerance", 0.0)))
+    low = max(math.floor(math.log10(max(largest.min() * relative, 1e-12))), math.ceil(top) - 12)
     edges = np.concatenate([ds["lower"].values, ds["upper"].values[-1:]])
     exponent = np.log10(np.abs(edges))
-    shown = (exponent > bottom - 0.01) & (exponent < top + 0.01) & (np.abs(exponent * 10 / _BINS % 1 - 0.5) > 0.49)
-    group = np.flatnonzero(shown)
-    positive = [e for e in range(bottom + 1, math.floor(top) + 1) if e % 3 == 0]
-    ticks = [-(10.0**e) for e in reversed(positive)] + [0.0] + [10.0**e for e in positive]
-    labels = [f"$10^{{{e}}}$" if e else "1" for e in positive]
-    return edges[group], group[:-1], 10.0**bottom, (ticks, [f"−{label}" for label in reversed(labels)] + ["0", *labels])
+    half_decades = np.abs(2 * exponent - np.round(2 * exponent)) < 0.01
+    shown = np.flatnonzero(half_decades & (exponent > low - 0.01) & (exponent < top + 0.01))
+    return _SymmetricLog(edges[shown], shown[:-1], 10.0**low, 10.0**top)
 
 
-def _annotate(ax: Axes, at: xr.Dataset, kinds: list[str]) -> None:
-    """The lowest eigenvalue of every matrix, and the fraction of negative ones where there are any."""
-    lines = []
-    for kind in reversed(kinds):
-        here = at.sel(matrix=kind)
-        share = f", {float(here['negative']):.0%} negative" if here["negative"] else ""
+def _histogram(ax: Axes, at: xr.Dataset, axis: _SymmetricLog) -> None:
+    """One panel: the first matrix filled, the others as lines; the legend says the lowest eigenvalue of each."""
+    handles: list[StepPatch] = []
+    labels: list[str] = []
+    for kind in (k for k in _MATRICES if k in at["matrix"].values):
+        here, (name, colour) = at.sel(matrix=kind), _MATRICES[kind]
+        counts = float(at["order"]) * np.add.reduceat(here["density"].values, axis.first)
+        style = {"linewidth": 1.2} if handles else {"fill": True, "alpha": 0.75, "linewidth": 0}
+        handles.append(ax.stairs(np.maximum(counts, 0.5), axis.edges, baseline=0.5, color=colour, **style))  # type: ignore[arg-type]
         lowest = f"{float(here['lowest']):.2g}".replace("-", "−")
-        lines.append(f"{_MATRICES[kind][0]}: lowest {lowest}{share}")
-    ax.text(0.02, 0.96, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=7)
+        labels.append(f"{name}: lowest {lowest}{_share(here)}")
+    ax.axvspan(-axis.top, -axis.centre, color="#f0f0f0", zorder=0, linewidth=0)
+    axis.scale(ax)
+    ax.set_yscale("log")
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.tick_params(axis="y", labelsize=8)
+    ax.grid(axis="y", alpha=0.25)
+    ax.legend(
+        handles, labels, loc="upper left", fontsize=7, frameon=False, handlelength=1.3, borderaxespad=0.1, labelspacing=0.2
+    )
+
+
+def _share(here: xr.Dataset) -> str:
+    """Of negative eigenvalues, where there are any."""
+    if not here["negative"]:
+        return ""
+    least = "at least " if here["unresolved"] else ""
+    return f", {least}{float(here['negative']):.0%} negative"
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,7 @@ def progress_bar(console: Console, enabled: bool, period: float = 30.0) -> Progr
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
     note = TextColumn("{task.fields[note]}")
-    return Progress(
-        *columns, TimeRemainingColumn(), note, console=console, disable=not enabled, speed_estimate_period=period
-    )
+    return Progress(*columns, TimeRemainingColumn(), note, console=console, disable=not enabled, speed_estimate_period=period)
 
 
 def counted(items: Iterable[T], bar: Progress, what: str, total: int | None) -> Iterator[T]:

@@ -8,7 +8,7 @@ Legend: D order of a block, P bins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,9 @@ from torch import Tensor
 from curvlab import exact
 from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
 from curvlab.exact.batches import Batches, Loader, check_kind
-from curvlab.linalg.krylov import density, extremes
+from curvlab.linalg.krylov import lanczos
 from curvlab.linalg.operators import Dense, Operator
+from curvlab.linalg.traces import average, gaussian
 from curvlab.log import Log, Record
 from curvlab.objective import Objective
 from curvlab.progress import progress_bar
@@ -46,6 +47,7 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "highest": (("matrix", "block"), "greatest eigenvalue", "nat"),
     "trace": (("matrix", "block"), "sum of the eigenvalues", "nat"),
     "negative": (("matrix", "block"), "fraction of the eigenvalues below −tolerance · max |λ|", "1"),
+    "unresolved": (("matrix", "block"), "fraction that Lanczos cannot tell from 0; 0 where all are known", "1"),
     "lowest_error": (("matrix", "block"), "an eigenvalue lies this near the lowest; 0 where all are known", "nat"),
     "highest_error": (("matrix", "block"), "an eigenvalue lies this near the highest; 0 where all are known", "nat"),
     "trace_error": (("matrix", "block"), "standard error of the trace over draws; 0 where all are known", "nat"),
@@ -71,6 +73,7 @@ class Spectrum:
     highest: tuple[float, float]
     trace: tuple[float, float]
     negative: tuple[float, float]
+    unresolved: float = 0.0
     eigenvalues: Float[NDArray[np.float64], " D"] | None = None
 
 
@@ -91,36 +94,37 @@ def eigenvalues(matrix: Dense) -> Float[Tensor, " D"]:
 
 def of_matrix(matrix: Dense) -> Spectrum:
     """From every eigenvalue."""
-    found = eigenvalues(matrix).double().cpu().numpy()
+    found: NDArray[np.float64] = eigenvalues(matrix).double().cpu().numpy()
     below = found < -tolerance(matrix.matrix.dtype) * np.abs(found).max()
-    ends = (float(found[0]), 0.0), (float(found[-1]), 0.0)
-    return Spectrum(
-        _binned(found, np.full(len(found), 1 / len(found))), *ends, (float(found.sum()), 0.0), (float(below.mean()), 0.0), found
-    )
+    lowest, highest, trace, negative = ((float(v), 0.0) for v in (found[0], found[-1], found.sum(), below.mean()))
+    return Spectrum(_binned(found, np.full(len(found), 1 / len(found))), lowest, highest, trace, negative, eigenvalues=found)
 
 
 def of_products(operator: Operator, dtype: torch.dtype, draws: int, steps: int, generator: torch.Generator) -> Spectrum:
-    """From `draws` runs of Lanczos of `steps` products each, and one more for the ends.
+    """By stochastic Lanczos quadrature (`krylov.density`): `draws` runs of `steps` products each.
 
-    Errors of trace and fraction are over the draws (NaN for one draw); those of the ends as in `krylov.Extremes`.
+    A Ritz value whose residual is longer than its magnitude cannot be told from 0, and is counted there. The ends are the
+    outermost Ritz values of all runs, each with its residual; the other errors are standard errors over the draws.
     """
-    ends = extremes(operator, steps=steps, generator=generator)
-    found = density(operator, draws=draws, steps=steps, generator=generator)
-    first = found.moment(1)
-    below = found.count_below(-tolerance(dtype) * max(abs(ends.lowest), abs(ends.highest)))
-    order = len(operator)
-    return Spectrum(
-        _binned(found.nodes.double().cpu().numpy().ravel(), found.weights.double().cpu().numpy().ravel() / draws),
-        (ends.lowest, ends.lowest_error),
-        (ends.highest, ends.highest_error),
-        (order * float(first.value), order * float(first.error)),
-        (float(below.value), float(below.error)),
-    )
+    runs = [lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps).ritz() for _ in range(draws)]
+    lowest = min((float(theta[0]), float(residual[0])) for theta, residual, _ in runs)
+    highest = max((float(theta[-1]), float(residual[-1])) for theta, residual, _ in runs)
+    bound = -tolerance(dtype) * max(abs(lowest[0]), abs(highest[0]))
+    histogram, samples = np.zeros(len(EDGES) - 1), []
+    for theta, residual, s in runs:
+        weight, near = s[0].square(), residual > theta.abs()
+        below = (theta < bound) & ~near
+        samples.append(torch.stack([weight @ theta, weight @ below.to(dtype), weight @ near.to(dtype)]))
+        nodes = theta.where(~near, 0).double().cpu().numpy()
+        histogram += _binned(nodes, weight.double().cpu().numpy()) / draws
+    found = average(torch.stack(samples), draws * steps)
+    (trace, negative, unresolved), (trace_error, negative_error, _) = found.value.tolist(), found.error.tolist()
+    total = len(operator) * trace, len(operator) * trace_error
+    return Spectrum(histogram, lowest, highest, total, (negative, negative_error), unresolved)
 
 
 def _binned(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    counted: NDArray[np.float64] = np.bincount(np.digitize(values, EDGES[1:-1]), weights, len(EDGES) - 1)
-    return counted
+    return np.bincount(np.digitize(values, EDGES[1:-1]), weights, len(EDGES) - 1).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,7 @@ class Plan:
                 values["density"][i, j] = found.density
                 for name in ("lowest", "highest", "trace", "negative"):
                     values[name][i, j], values[f"{name}_error"][i, j] = getattr(found, name)
+                values["unresolved"][i, j] = found.unresolved
                 if found.eigenvalues is not None:
                     values["eigenvalue"][i, j, : len(found.eigenvalues)] = found.eigenvalues
             done()
@@ -237,7 +242,7 @@ class Plan:
         return of_products(product, fresh.dtype, self.draws, self.steps, generator)  # type: ignore[arg-type]
 
 
-def _coordinate(dim: str, values: Iterable[float], long_name: str, units: str) -> xr.Variable:
+def _coordinate(dim: str, values: Any, long_name: str, units: str) -> xr.Variable:
     return xr.Variable(dim, np.asarray(values), {"long_name": long_name, "units": units})
 
 
@@ -286,7 +291,12 @@ def spectrum(
     plan = Plan(tuple(matrices), tuple(blocks), method, draws, steps)
     plan.check(objective)
     x = list(x) if isinstance(x, Iterator) else x
-    log = plan.log(objective, {"title": "curvlab spectrum", "model": type(objective.model).__name__, "data": "data"})
+    what = f"{len(x)} examples" if isinstance(x, Tensor) else type(x).__name__
+    call = {"function": "curvlab.spectrum", "data": what, "blocks": plan.blocks, "after": after} | {
+        name: getattr(plan, name) for name in ("matrices", "method", "draws", "steps")
+    }
+    title = f"curvlab spectrum: {', '.join(plan.matrices)}"
+    log = plan.log(objective, {"title": title, "call": call, "model": type(objective.model).__name__, "data": what})
     console = Console(stderr=True)
     with progress_bar(console, console.is_terminal if progress is None else progress, 600) as bar:
         task = bar.add_task("spectra", total=len(set(plan.matrices)), note="")

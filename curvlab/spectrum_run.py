@@ -29,7 +29,7 @@ class Named:
     """Spectra of a model and a data set of the tables. `lr` and `damping` are the algorithm's own; None: its document's."""
 
     model: str
-    plan: Plan = Plan()
+    plan: Plan
     data: str | None = None
     samples: int = 1000
     after: tuple[int, ...] = (0, 100, 1000)

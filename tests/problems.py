@@ -148,6 +148,23 @@ LIKELIHOODS: dict[str, Callable[[], object]] = {
 }
 
 
+class Poisson:
+    """A likelihood of one's own: counts, whose outputs are logarithms of their rates, ℓ = Σ_c exp(z_c) − y_c z_c."""
+
+    def check(self, z: Tensor, y: Tensor) -> None:
+        if y.shape != z.shape or bool((y < 0).any()):
+            raise cl.CurvlabError("Poisson targets must be counts, shaped as the outputs")
+
+    def loss(self, z: Tensor, y: Tensor) -> Tensor:
+        return (z.exp() - y * z).flatten(1).sum(1)
+
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.poisson(z.exp(), generator=generator)
+
+    def root(self, z: Tensor) -> Tensor:
+        return torch.diag_embed((z / 2).exp()).movedim(1, 0)
+
+
 def inputs(model: str, n: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
     """n examples for a model of the zoo."""
     shape = MODELS[model][1]

@@ -33,6 +33,7 @@ class Reference:
         self.slices = {b.name: slice(end - b.numel, end) for b, end in zip(blocks, ends, strict=True)}
         where = self.order.argsort()  # of each weight, in the matrix
         self.entries = {name: where[i] for name, i in zip(weights, ids, strict=True)}
+        self._known: dict[str, Tensor] = {}
         self.entries |= {name: torch.arange(s.start, s.stop) for name, s in self.slices.items()}
 
     @staticmethod
@@ -75,14 +76,10 @@ class Reference:
         for bits in product([0.0, 1.0], repeat=z[0].numel()):
             y = torch.tensor(bits, dtype=z.dtype).view(z.shape[1:]).expand_as(z)
             if isinstance(self.p.likelihood, cl.likelihoods.Bernoulli):
-                found.append((y, torch.where(y > 0, z.sigmoid(), (-z).sigmoid()).flatten(1).prod(1)))
+                found.append((y, torch.where(y > 0, z.sigmoid(), (-z).sigmoid()).reshape(len(z), -1).prod(1)))
             else:
                 found.append((z + 2 * y - 1, torch.full((len(z),), 0.5 ** len(bits), dtype=z.dtype)))
         return found
-
-    @cached_property
-    def _known(self) -> dict[str, Tensor]:
-        return {}
 
     def __getitem__(self, kind: str) -> Tensor:
         """[D, D]; of fisher-mc see `drawn`."""
@@ -106,7 +103,7 @@ class Reference:
         return self.drawn([p.y])
 
     def _second(self, f: object) -> Tensor:
-        return jacrev(jacrev(f))(self.at)[self.order][:, self.order]
+        return jacrev(grad(f))(self.at)[self.order][:, self.order]  # jacrev inside is wrong for layer norm (torch 2.13)
 
     def drawn(self, labels: Sequence[Tensor]) -> Tensor:
         """Second moment of the gradients at several labels of each example."""

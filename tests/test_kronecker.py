@@ -1,4 +1,4 @@
-"""Kronecker products: Proposition 1, Lemma 8, contractions, tensor-normal factors (4.10), the split of the damping."""
+"""Kronecker products: Proposition 1, Lemma 8, contractions, tensor-normal factors (4.10), the split of the damping, the nearest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from problems import assert_near
 from torch import Tensor
 
-from curvlab.linalg.kronecker import contraction, kronecker_product, matricize, pi_split, tensor_normal_factors
+from curvlab.errors import CurvlabError
+from curvlab.linalg.kronecker import (
+    contraction,
+    kronecker_product,
+    matricize,
+    nearest_kronecker,
+    pi_split,
+    tensor_normal_factors,
+)
 
 FEW = settings(deadline=None, max_examples=25)
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
@@ -135,3 +143,128 @@ def test_pi_split(inputs: int, outputs: int, damping: float, seed: int) -> None:
 @pytest.mark.parametrize(("a", "g"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 def test_pi_is_one_where_a_trace_is_zero(a: float, g: float) -> None:
     assert pi_split(a * torch.eye(2), g * torch.eye(3), 0.25) == (0.5, 0.5)
+
+
+# ------------------------------------------------------------------------------------- the nearest Kronecker product
+
+
+def rearranged(matrix: Tensor, o: int, i: int) -> Tensor:
+    """R[(o, o'), (i, i')] = M[(o, i), (o', i')], block by block (Van Loan and Pitsianis 1993)."""
+    return torch.stack([matrix[p * i : (p + 1) * i, q * i : (q + 1) * i].flatten() for p in range(o) for q in range(o)])
+
+
+def skew(order: int, seed: int = 0) -> Tensor:
+    m = normal(order, order, seed=seed)
+    return m - m.T
+
+
+@FEW
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["definite", "symmetric", "skew", "any"]), SEEDS)
+def test_nearest_recovers_a_product(o: int, i: int, what: str, seed: int) -> None:
+    """To rounding, and so does its error, which √(1 − σ₁²/‖M‖²) would leave at 1e-8."""
+    build = {
+        "definite": spd,
+        "symmetric": lambda d, s: spd(d, s) - spd(d, s + 5),
+        "skew": skew,
+        "any": lambda d, s: normal(d, d, seed=s),
+    }
+    left, right = build[what](o, seed), build[what](i, seed + 1)
+    matrix = torch.kron(left, right)
+    found = nearest_kronecker(matrix, o, i)
+    assert_near(found.dense(), matrix)
+    assert found.error <= 1e-14
+    assert float(found.left.trace()) >= 0
+    if bool(matrix.any()):
+        assert float(found.left.norm()) == pytest.approx(float(found.right.norm()), rel=1e-12)
+
+
+@FEW
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["definite", "symmetric", "any"]), SEEDS)
+def test_nearest_is_the_first_singular_pair_of_the_rearrangement(o: int, i: int, what: str, seed: int) -> None:
+    """The error by a full SVD, all singular values but the first."""
+    d = o * i
+    matrix = {"definite": spd(d, seed), "symmetric": spd(d, seed) - spd(d, seed + 1), "any": normal(d, d, seed=seed)}[what]
+    found = nearest_kronecker(matrix, o, i)
+    values = torch.linalg.svdvals(rearranged(matrix, o, i))
+    size = float(matrix.norm())
+    assert found.error == pytest.approx(float(values[1:].norm()) / size, rel=1e-11, abs=1e-14)
+    assert float((matrix - found.dense()).norm()) / size == pytest.approx(found.error, rel=1e-11, abs=1e-14)
+    assert float(found.dense().norm()) == pytest.approx(float(values[0]), rel=1e-12)
+    if what != "any":
+        assert_near(found.dense(), found.dense().T)
+    if what == "definite":
+        for factor in (found.left, found.right):
+            assert torch.equal(factor, factor.T)
+            assert float(torch.linalg.eigvalsh(factor)[0]) > -1e-12 * float(factor.norm())
+
+
+@FEW
+@given(st.integers(1, 4), st.integers(1, 4), SEEDS, st.floats(0.1, 3))
+def test_no_other_product_is_nearer(o: int, i: int, seed: int, spread: float) -> None:
+    """Random products, best multiple each, and those around the nearest."""
+    matrix = spd(o * i, seed)
+    found = nearest_kronecker(matrix, o, i)
+    size = float(matrix.norm())
+    for k in range(5):
+        near = torch.kron(found.left + spread * spd(o, seed + k), found.right + spread * normal(i, i, seed=seed + k))
+        for other in (near, torch.kron(spd(o, seed + k), spd(i, seed - k))):
+            best = (other * matrix).sum() / other.square().sum()
+            assert found.error <= float((matrix - best * other).norm()) / size * (1 + 1e-12)
+
+
+@FEW
+@given(st.integers(1, 4), st.integers(1, 4), SEEDS, st.sampled_from([1e-200, 1e-8, -3.0, 1e8, 1e200]))
+def test_nearest_of_a_multiple(o: int, i: int, seed: int, factor: float) -> None:
+    matrix = spd(o * i, seed)
+    one, other = nearest_kronecker(matrix, o, i), nearest_kronecker(factor * matrix, o, i)
+    assert other.error == pytest.approx(one.error, rel=1e-9, abs=1e-14)
+    assert_near(other.dense() / abs(factor), one.dense() * math.copysign(1, factor), 1e-9)
+
+
+def test_nearest_of_skew_factors_beats_symmetric_ones() -> None:
+    """A symmetric matrix that is nearer to skew ⊗ skew; a positive semi-definite one never is."""
+    matrix = torch.kron(skew(3), skew(4, 1)) + 0.1 * torch.kron(spd(3, 2), spd(4, 3))
+    found = nearest_kronecker(matrix, 3, 4)
+    assert torch.equal(found.left, -found.left.T)
+    values = torch.linalg.svdvals(rearranged(matrix, 3, 4))
+    assert found.error == pytest.approx(float(values[1:].norm() / matrix.norm()), rel=1e-11)
+
+
+def test_nearest_of_many_pairs_goes_by_products() -> None:
+    """Above order 500 of the Gram matrix: 528 pairs here, by either side."""
+    rows = normal(40, 32 * 33)
+    matrix = rows.T @ rows + torch.kron(spd(32), spd(33, 1))
+    for turned, o, i in [(matrix, 32, 33), (matrix.view(32, 33, 32, 33).permute(1, 0, 3, 2).reshape(matrix.shape), 33, 32)]:
+        found = nearest_kronecker(turned, o, i)
+        first = float(torch.linalg.svdvals(rearranged(turned, o, i))[0])
+        assert found.error == pytest.approx(math.sqrt(1 - first**2 / float(matrix.square().sum())), rel=1e-11)
+
+
+def test_nearest_in_single_precision() -> None:
+    matrix = spd(30)
+    found, exact = nearest_kronecker(matrix.float(), 5, 6), nearest_kronecker(matrix, 5, 6)
+    assert found.left.dtype == found.right.dtype == torch.float32
+    assert found.error == pytest.approx(exact.error, rel=1e-6)
+    assert_near(found.dense().double(), exact.dense(), 1e-5)
+
+
+def test_nearest_of_nearly_symmetric_is_symmetric() -> None:
+    """Rounding in M does not reach the factors."""
+    matrix = spd(12) + 1e-15 * normal(12, 12, seed=1)
+    found = nearest_kronecker(matrix, 3, 4)
+    assert torch.equal(found.left, found.left.T)
+    assert torch.equal(found.right, found.right.T)
+
+
+def test_nearest_of_zero_is_zero() -> None:
+    found = nearest_kronecker(torch.zeros(6, 6), 2, 3)
+    assert found.error == 0
+    assert not bool(found.dense().any())
+    assert found.dense().shape == (6, 6)
+
+
+def test_nearest_refuses_what_has_none() -> None:
+    with pytest.raises(CurvlabError, match=r"the matrix is \[6, 6\], but 2 outputs of 4 inputs make 8×8"):
+        nearest_kronecker(torch.eye(6), 2, 4)
+    with pytest.raises(CurvlabError, match="the matrix contains NaN or Inf"):
+        nearest_kronecker(torch.full((6, 6), math.nan), 2, 3)

@@ -121,6 +121,24 @@ def test_several_draws_are_as_many_model_passes(model: str, likelihood: str) -> 
             assert_near(rows * math.sqrt(3), at_drawn[name].rows[0])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_places_are_those_of_the_derivatives(model: str) -> None:
+    p = problem(model)
+    closure = p.objective().closure(p.x, p.y)
+    exact = closure.observe({"exact"}).passes["exact"]
+    assert closure.places() == {name: s.g.shape[2] for name, s in exact.items()}
+
+
+def test_a_look_gives_the_loss_of_each_example_and_moves_no_buffers() -> None:
+    net, x, y = normbatch()
+    before = {name: b.clone() for name, b in net.named_buffers()}
+    z, losses, _ = cl.Objective(net, cl.likelihoods.Gaussian()).closure(x, y).look()
+    assert all(torch.equal(b, before[name]) for name, b in net.named_buffers())
+    assert_near(losses.detach(), cl.likelihoods.Gaussian().loss(net(x), y).detach())
+    assert z.requires_grad
+    assert losses.requires_grad
+
+
 def test_several_draws_differ_and_have_no_gradient() -> None:
     p = problem()
     closure = p.objective().closure(p.x, p.y)

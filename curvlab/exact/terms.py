@@ -1,7 +1,7 @@
 """A layer's block as the sum of Kronecker products that it is (thesis Theorem 3), and what its approximations make of it.
 
-M = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, row-major on [O, I], so that G comes first. G is the pre-activation Hessian for
-the Hessian and Π and Σ_v g gᵀ for second moments. Scale: mean over examples of a per-example sum.
+M = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, row-major on [O, I], so that G comes first: the pre-activation Hessian for the
+Hessian and Π, Σ_v g gᵀ for second moments. Scale: mean over examples of a per-example sum.
 
 Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D = O I; P = O(O+1)/2 pairs of
 outputs, Q = I(I+1)/2 pairs of inputs.
@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError, guard_memory, lookup
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
 from curvlab.exact.matrices import Look
@@ -147,10 +146,10 @@ class KroneckerSum:
         """The lower triangles of G_{n,tt}."""
         if self.g is not None:
             g = self.g[:, part]
-            return output_pairs(g.flatten(1, 2)).unflatten(1, g.shape[1:3])
+            return output_pairs(g.flatten(1, 2)).reshape(-1, *g.shape[1:3])
         assert self.hessians is not None
         own = self.hessians[part].diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)  # [N, T, O, O]
-        return pack_pairs(own.flatten(0, 1)).unflatten(1, own.shape[:2])
+        return pack_pairs(own.flatten(0, 1)).reshape(-1, *own.shape[:2])
 
     def _parts(self, numbers: int) -> Iterator[slice]:
         """Some examples at a time, of `numbers` in temporaries each."""

@@ -92,10 +92,10 @@ class NearestKronecker:
 def nearest_kronecker(matrix: Float[Tensor, "OI OI"], outputs: int, inputs: int) -> NearestKronecker:
     """The Kronecker product nearest to M in Frobenius norm (Van Loan and Pitsianis 1993), exactly, in float64.
 
-    M, rearranged as R[(o, o'), (i, i')] = M[(o, i), (o', i')], is nearest to the rank-one matrix of R's first singular pair; its
-    relative error √(1 − σ₁² / ‖M‖²) is taken from the residual, and so is right near 0. The pair comes from the Gram matrix of
-    R's smaller side. A symmetric M maps symmetric to symmetric and skew to skew matrices, so R falls into two parts of a
-    quarter of its numbers each.
+    M rearranged as R[(o, o'), (i, i')] = M[(o, i), (o', i')] turns Kronecker products into matrices of rank one; the nearest of
+    those is R's first singular pair, here from the Gram matrix of R's smaller side. The relative error √(1 − σ₁² / ‖M‖²) is
+    taken from the residual, and so is right near 0. For a symmetric M, R falls into two parts of a quarter of its numbers each,
+    between symmetric and between skew matrices.
 
     Args:
         matrix: M on the row-major flattening of [O, I].
@@ -110,7 +110,7 @@ def nearest_kronecker(matrix: Float[Tensor, "OI OI"], outputs: int, inputs: int)
     """
     order = outputs * inputs
     if matrix.shape != (order, order):
-        raise CurvlabError(f"the matrix is {list(matrix.shape)}, but {outputs} outputs and {inputs} inputs make {order}×{order}")
+        raise CurvlabError(f"the matrix is {list(matrix.shape)}, but {outputs} outputs of {inputs} inputs make {order}×{order}")
     size = float(matrix.abs().amax()) if order else 0.0
     if not math.isfinite(size):
         raise CurvlabError("the matrix contains NaN or Inf: there is no nearest Kronecker product")
@@ -140,9 +140,7 @@ def _symmetric(matrix: Float[Tensor, "D D"], size: float) -> bool:
     """Up to rounding; panel by panel, no copy of the matrix."""
     panel, tolerance = 512, 64 * torch.finfo(matrix.dtype).eps * size
     starts = range(0, len(matrix), panel)
-    return all(
-        float((matrix[s : s + panel, s:] - matrix[s:, s : s + panel].mT).abs().amax()) <= tolerance for s in starts
-    )
+    return all(float((matrix[s : s + panel, s:] - matrix[s:, s : s + panel].mT).abs().amax()) <= tolerance for s in starts)
 
 
 def _basis(size: int, sign: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,356 @@
+"""How good are the assumptions? The approximations' matrices, and each step that leads to them, against the exact block.
+
+`errors` takes the way from the exact block M to one Kronecker product apart, step by step, on one minibatch:
+
+    M  = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ            thesis Theorem 3
+    M₁ = (1/N) Σₙ Σ_t G_{n,tt} ⊗ a_{n,t} a_{n,t}ᵀ                (3.4): G_tt' = 0 between places
+    M₂ = (1/N) Σₙ ((1/T) Σ_t G_{n,tt}) ⊗ (Σ_t a_{n,t} a_{n,t}ᵀ)  (3.5), (3.7): over places, mean of products = product of means
+    M₃ = E[(1/T) Σ_t G_tt] ⊗ E[Σ_t a_t a_tᵀ]                     (2.3), (3.8): over examples too
+
+`quality` compares what the algorithms estimate with M. Both report the **floor**, the error of the nearest Kronecker product.
+(No bound for TNT and Shampoo, which have a product for the weight and another for the bias.)
+
+Legend: N examples, T places, I inputs incl. the bias column, O outputs, D = O I; ‖·‖ is the Frobenius norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.algorithms import ALGORITHMS, damping_for
+from curvlab.capture import LayerStatistics
+from curvlab.curvature.base import CurvatureBlock, check_damping, parameter_indices
+from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
+from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
+from curvlab.exact.matrices import Look
+from curvlab.exact.terms import KroneckerSum, guard_hessians, sums, unfit
+from curvlab.layers import Block
+from curvlab.linalg.kronecker import nearest_kronecker
+from curvlab.linalg.operators import Operator
+from curvlab.objective import Closure, Objective, Pass
+
+Labels = Literal["kind", "own"]
+"""At which labels the approximations are taken: those of the exact matrix, or each algorithm's own."""
+
+ASSUMPTIONS: dict[str, tuple[str, Callable[[KroneckerSum], Float[Tensor, "D D"]]]] = {
+    "places apart": ("(3.4)", KroneckerSum.same_place),
+    "averaged over places": ("(3.5), (3.7)", KroneckerSum.averaged),
+    "averaged over examples": ("(2.3), (3.8)", lambda terms: terms.single().dense()),
+}
+"""{assumption: (thesis, the matrix that it and those before it leave)}."""
+
+_LABELS: dict[Kind, Pass] = {
+    "hessian": "exact", "ggn": "exact", "pi": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data",
+}  # fmt: skip
+"""The pass whose vectors' second moment is nearest to a kind of matrix: the matrix itself for all but Hessian and Π."""
+
+Columns = dict[str, list[float] | float]
+"""{variable: its values in one block, with or without a further dimension}."""
+
+
+def errors(
+    objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher", blocks: Sequence[str] | None = None
+) -> xr.Dataset:
+    """What each assumption of a Kronecker approximation costs, against the exact block on the same minibatch.
+
+    Args:
+        objective, x, y, kind: as for `curvlab.exact.matrix`; one minibatch.
+        blocks: names; all where None. Layers without a rule and those with groups of outputs are skipped.
+
+    Returns:
+        Over (assumption, block), in the order in which they are made: `error` ‖M_k − M‖ / ‖M‖ of all assumptions so far and
+        `step` ‖M_k − M_{k−1}‖ / ‖M‖ of this one. Over block: `total`, the last error; `floor`, the error of the nearest
+        Kronecker product. The first two errors are 0 where T = 1; all are NaN where M is 0. Attribute `skipped` names blocks.
+
+    Raises:
+        CurvlabError: as `curvlab.exact.matrix`; no block that fits; dense matrices larger than the memory.
+    """
+    check_kind(kind)
+    (closure,) = Batches.of(objective, x, y, whole=True)
+    chosen, skipped = _chosen(objective, blocks)
+    _guard(chosen, closure, kind, 4)
+    found: dict[str, Columns] = {}
+    for block, terms in sums(Look(closure, kind, 1), chosen):
+        exact = terms.dense()
+        size = _norm(exact)
+        before = exact
+        error, step = [], []
+        for name, (_, reduce) in ASSUMPTIONS.items():
+            same = terms.places == 1 and name != "averaged over examples"
+            after = exact if same else reduce(terms)
+            error.append(_ratio(0.0 if same else _distance(after, exact), size))
+            step.append(_ratio(0.0 if same else _distance(after, before), size))
+            before = after
+        floor = nearest_kronecker(exact, *block.shape).error if size else np.nan
+        found[block.name] = {"error": error, "step": step, "total": error[-1], "floor": floor}
+    table = {
+        "error": "relative Frobenius error of this assumption and those before it",
+        "step": "relative Frobenius norm of the change by this assumption alone",
+        "total": "relative Frobenius error of all assumptions",
+        "floor": "relative Frobenius error of the nearest Kronecker product",
+    }
+    labels = {"assumption": list(ASSUMPTIONS)}
+    ds = _dataset(found, chosen, table, labels, closure, {"kind": kind, "skipped": skipped})
+    return ds.assign_coords(equation=("assumption", [equation for equation, _ in ASSUMPTIONS.values()]))
+
+
+def quality(
+    objective: Objective,
+    x: Tensor,
+    y: Tensor,
+    algorithms: Sequence[str] = ("kfac", "tnt", "tnt-per-sample", "shampoo"),
+    kind: Kind = "fisher",
+    blocks: Sequence[str] | None = None,
+    *,
+    damping: float = 0.0,
+    labels: Labels = "kind",
+    minibatches: int = 10,
+    passes: int = 10,
+    spectra: bool = True,
+) -> xr.Dataset:
+    """The matrices that algorithms estimate, against the exact block on the same data. Nothing is tuned, no model is moved.
+
+    Methods that read each example (KFAC, TNT per sample, block Fisher) see the data as one batch. Methods that read the mean
+    gradient of a minibatch (TNT, Shampoo, Adam) see them in `passes` shuffled passes of `minibatches` each, with new labels
+    where labels are drawn. Mean gradients of m examples give Fisher / m, so their matrices are taken times m (variable
+    `scale`; Σ m² / N where parts differ in size, each counted m² times, which leaves no bias). Shampoo's matrix is the square of
+    what it preconditions by (`CurvatureBlock.matrix`); it bounds Fisher / m up to the gradient's rank, so that its size says
+    little, `error_scaled` and `cosine` much.
+
+    Any kind may be asked for: against the Hessian it is reported how far an estimate of the Fisher is from it.
+
+    Args:
+        objective, x, y, kind: as for `curvlab.exact.matrix`; one minibatch.
+        algorithms: of `ALGORITHMS`, those that estimate a matrix.
+        blocks: names; all where None. Layers without a rule and those with groups of outputs are skipped.
+        damping: overall λ. Above 0 the matrices are compared as they are inverted: M + λI, and each method's own with λ in its
+            document's own place by the one rule of `compare`.
+        labels: "kind": of the exact matrix, whatever the algorithm's own (hessian, ggn, pi, fisher: all labels, of a mean
+            gradient drawn ones; fisher-mc: drawn; ef: the data's); "own": the algorithm's.
+        minibatches: m = N / minibatches; at most N.
+        passes: passes through the data, for mean gradients.
+        spectra: whether to compute eigenvalues, O(D³).
+
+    Returns:
+        Over (algorithm, block), B the algorithm's matrix in the units of M: `error` ‖B − M‖ / ‖M‖; `error_scaled`, the same for
+        the best multiple of B; `cosine` ⟨B, M⟩ / ‖B‖ ‖M‖; `trace_ratio` tr B / tr M; and of the spectra `spectrum_error`
+        ‖λ(B) − λ(M)‖ / ‖λ(M)‖ (sorted; at most `error`, by Hoffman and Wielandt), `largest_ratio` and `smallest_ratio` of the
+        extreme eigenvalues. Over block: `floor`, the error of the nearest Kronecker product; `between`, the relative norm of
+        what M has between weight and bias: the least error of methods that take them apart (TNT, Shampoo). Over algorithm:
+        `scale`. NaN where a ratio has no denominator (or one below rounding). Attribute `skipped` names blocks.
+
+    Raises:
+        CurvlabError: as `curvlab.exact.matrix`; an algorithm that estimates no matrix; no block that fits; dense matrices
+            larger than the memory.
+    """
+    check_kind(kind)
+    check_damping(damping)
+    if labels not in get_args(Labels):
+        raise unknown("choice of labels", labels, get_args(Labels))
+    if not algorithms:
+        raise CurvlabError("there is no algorithm to compare: name one or more")
+    for name, value in (("minibatches", minibatches), ("passes", passes)):
+        if value < 1:
+            raise CurvlabError(f"{name} must be 1 or more, not {value}")
+    (closure,) = Batches.of(objective, x, y, whole=True)
+    chosen, skipped = _chosen(objective, blocks)
+    _guard(chosen, closure, kind, 6)
+    sizes = [len(part) for part in torch.arange(len(x)).tensor_split(min(minibatches, len(x)))]
+    estimates = {name: Estimate.of(name, kind, labels, sizes, chosen) for name in algorithms}
+    _fold(estimates.values(), closure, sizes, passes)
+    found: dict[str, Columns] = {}
+    for block, terms in sums(Look(closure, kind, 1), chosen):
+        matrices = [estimate.matrix(block.name, damping) for estimate in estimates.values()]
+        exact = terms.dense()
+        exact.diagonal().add_(damping)
+        eigenvalues = torch.linalg.eigvalsh(exact).double() if spectra else None
+        each = [_compare(m, e.scale, exact, eigenvalues) for m, e in zip(matrices, estimates.values(), strict=True)]
+        found[block.name] = {key: [values[key] for values in each] for key in each[0]}
+        found[block.name]["floor"] = nearest_kronecker(exact, *block.shape).error if bool(exact.any()) else np.nan
+        found[block.name]["between"] = _ratio(_between(exact, block), _norm(exact))
+    table = {
+        "error": "relative Frobenius error",
+        "error_scaled": "relative Frobenius error of the best multiple",
+        "cosine": "cosine between the matrices",
+        "trace_ratio": "ratio of the traces",
+        "spectrum_error": "relative ℓ2 distance of the sorted eigenvalues",
+        "largest_ratio": "ratio of the largest eigenvalues",
+        "smallest_ratio": "ratio of the smallest eigenvalues",
+        "floor": "relative Frobenius error of the nearest Kronecker product",
+        "between": "relative Frobenius norm of the entries between weight and bias",
+    }
+    attributes: dict[str, str | float] = {"kind": kind, "skipped": skipped, "damping": damping, "labels": labels}
+    attributes |= {"minibatches": len(sizes), "passes": passes}
+    ds = _dataset(found, chosen, table, {"algorithm": list(algorithms)}, closure, attributes)
+    what = {"long_name": "factor on the method's own matrix: examples in a minibatch, for mean gradients", "units": "1"}
+    return ds.assign(scale=("algorithm", [e.scale for e in estimates.values()], what))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An algorithm's statistics of the data, block by block; `scale` takes its matrix to the Fisher's units."""
+
+    name: str
+    labels: Pass
+    of_means: bool
+    scale: float
+    blocks: dict[str, CurvatureBlock]
+
+    @classmethod
+    def of(cls, name: str, kind: Kind, labels: Labels, sizes: Sequence[int], chosen: Sequence[Block]) -> Estimate:
+        algorithm = lookup(ALGORITHMS, name, "algorithm")
+        blocks = {block.name: algorithm.make(block) for block in chosen}
+        of_means = any(block.reads == "gradient" for block in blocks.values())
+        wanted = algorithm.labels if labels == "own" else _LABELS[kind]
+        if of_means and wanted == "exact":
+            wanted = "model"  # a mean gradient has one label for each example
+        return cls(name, wanted, of_means, sum(m * m for m in sizes) / sum(sizes) if of_means else 1.0, blocks)
+
+    def fold(self, statistics: dict[str, LayerStatistics], weight: float) -> None:
+        for name, block in self.blocks.items():
+            block.update(statistics[name], weight)
+
+    def matrix(self, block: str, damping: float) -> Operator:
+        """In the method's own units; `damping` is the overall one."""
+        own = damping_for(self.name, damping, round(self.scale)) if damping else 0.0
+        found = self.blocks[block].matrix(own)
+        if found is None:
+            raise CurvlabError(f"'{self.name}' estimates no matrix, so there is nothing to compare: leave it out")
+        return found
+
+
+def _fold(estimates: Iterable[Estimate], closure: Closure, sizes: Sequence[int], passes: int) -> None:
+    """The data into all statistics; every pass back is shared."""
+    whole = [e for e in estimates if not e.of_means]
+    of_means = [e for e in estimates if e.of_means]
+    if whole:
+        seen = closure.observe({e.labels for e in whole}, move_buffers=False).passes
+        for estimate in whole:
+            estimate.fold(seen[estimate.labels], 1.0)
+    total = 0
+    for part in _minibatches(closure, sizes, passes) if of_means else ():
+        square = len(part.x) ** 2
+        total += square
+        seen = part.observe({e.labels for e in of_means}, move_buffers=False).passes
+        for estimate in of_means:
+            estimate.fold(seen[estimate.labels], square / total)
+
+
+def _minibatches(closure: Closure, sizes: Sequence[int], passes: int) -> Iterator[Closure]:
+    """Shuffled from the objective's seed; labels are drawn anew in every pass."""
+    generator = torch.Generator().manual_seed(closure.objective.seed)
+    for _ in range(passes):
+        order = torch.randperm(len(closure.x), generator=generator).to(closure.x.device)
+        loader = [(closure.x[some], closure.y[some]) for some in torch.split(order, list(sizes))]
+        yield from Batches.of(closure.objective, loader, None, whole=True)
+
+
+def _compare(
+    matrix: Operator, scale: float, exact: Float[Tensor, "D D"], eigenvalues: Float[Tensor, " D"] | None
+) -> dict[str, float]:
+    """An estimate, times `scale`, against the exact matrix."""
+    dense = matrix.dense()
+    size, own, inner = _norm(exact), _norm(dense), _inner(dense, exact)
+    found = {
+        "error": _ratio(_distance(dense, exact, scale), size),
+        "error_scaled": _ratio(_distance(dense, exact, inner / own**2 if own else 0.0), size),
+        "cosine": _ratio(inner, own * size),
+        "trace_ratio": _ratio(scale * float(dense.diagonal().sum()), float(exact.diagonal().sum())),
+    }
+    if eigenvalues is not None:
+        spectrum = matrix.eigvalsh().double() * scale
+        rounding = float(eigenvalues.abs().max()) * len(exact) * torch.finfo(exact.dtype).eps
+        found["spectrum_error"] = _ratio(float((spectrum - eigenvalues).norm()), float(eigenvalues.norm()))
+        found["largest_ratio"] = _ratio(float(spectrum[-1]), float(eigenvalues[-1]), rounding)
+        found["smallest_ratio"] = _ratio(float(spectrum[0]), float(eigenvalues[0]), rounding)
+    return found
+
+
+def _ratio(above: float, below: float, least: float = 0.0) -> float:
+    return above / below if abs(below) > least else float("nan")
+
+
+def _rows(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of each at a time, in float64."""
+    for start in range(0, len(one), 256):
+        yield one[start : start + 256].double(), other[start : start + 256].double()
+
+
+def _distance(one: Float[Tensor, "D D"], other: Float[Tensor, "D D"], multiple: float = 1.0) -> float:
+    """‖multiple · one − other‖."""
+    return math.sqrt(sum(float((multiple * a - b).square().sum()) for a, b in _rows(one, other)))
+
+
+def _inner(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> float:
+    return sum(float((a * b).sum()) for a, b in _rows(one, other))
+
+
+def _between(matrix: Float[Tensor, "D D"], block: Block) -> float:
+    """Norm of the entries between weight and bias."""
+    weight, *bias = (places.flatten() for places in parameter_indices(block, matrix.device))
+    return math.sqrt(2) * _norm(matrix[weight[:, None], bias[0]]) if bias else 0.0
+
+
+def _norm(matrix: Float[Tensor, "R C"]) -> float:
+    return math.sqrt(_inner(matrix, matrix))
+
+
+def _chosen(objective: Objective, blocks: Sequence[str] | None) -> tuple[list[Block], str]:
+    """(the blocks that are Kronecker sums, the names of the others and why)."""
+    known = {b.name: b for b in objective.blocks}
+    asked = list(known.values()) if blocks is None else [lookup(known, name, "block") for name in blocks]
+    fit = [b for b in asked if not unfit(b)]
+    skipped = "; ".join(f"{b} {unfit(b)}" for b in asked if unfit(b))
+    if not fit:
+        raise CurvlabError(f"no block is a sum of Kronecker products: {skipped or 'none was named'}")
+    return fit, skipped
+
+
+def _guard(chosen: Sequence[Block], closure: Closure, kind: Kind, matrices: int) -> None:
+    """Refuse blocks of which `matrices` dense ones do not fit in memory."""
+    objective = closure.objective
+    places = closure.places()
+    remedy = 'leave it out: blocks=["' + '", "'.join(b.name for b in chosen[1:3]) + '", …]'
+    for block in chosen:
+        needed = matrices * block.numel**2 * objective.dtype.itemsize
+        guard_memory(needed, f"comparing dense matrices of {block}", remedy)
+        if kind not in PASSES:
+            guard_hessians(block, len(closure.x), places[block.name], objective.dtype)
+
+
+def _dataset(
+    found: dict[str, Columns],
+    chosen: Sequence[Block],
+    table: dict[str, str],
+    dimension: dict[str, list[str]],
+    closure: Closure,
+    attributes: dict[str, str | float],
+) -> xr.Dataset:
+    (other,) = dimension
+    names = [b.name for b in chosen]
+    data = {}
+    for variable, long_name in table.items():
+        if variable not in found[names[0]]:
+            continue
+        values = np.array([found[name][variable] for name in names])
+        dims = ("block",) if values.ndim == 1 else (other, "block")
+        data[variable] = (dims, values.T, {"long_name": long_name, "units": "1"})
+    places = closure.places()
+    coords = {
+        other: (other, dimension[other], {"long_name": other}),
+        "block": ("block", names, {"long_name": "block"}),
+        "parameters": ("block", [", ".join(b.params) for b in chosen], {"long_name": "parameters of the block"}),
+        "order": ("block", [b.numel for b in chosen], {"long_name": "order D = O I of the block's matrix", "units": "1"}),
+        "places": ("block", [places[b.name] for b in chosen], {"long_name": "places T of the shared weight", "units": "1"}),
+    }
+    size = {"examples": len(closure.x), "dtype": str(closure.objective.dtype).removeprefix("torch.")}
+    return xr.Dataset(data, coords, attributes | size)
