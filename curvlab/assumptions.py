@@ -32,7 +32,7 @@ from curvlab.curvature.base import CurvatureBlock, check_damping, parameter_indi
 from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
 from curvlab.exact.matrices import Look
-from curvlab.exact.terms import KroneckerSum, guard_hessians, sums, unfit
+from curvlab.exact.terms import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
 from curvlab.layers import Block
 from curvlab.linalg.kronecker import nearest_kronecker
 from curvlab.linalg.operators import Operator
@@ -75,7 +75,7 @@ def errors(
         CurvlabError: as `curvlab.exact.matrix`; no block that fits; dense matrices larger than the memory.
     """
     check_kind(kind)
-    (closure,) = Batches.of(objective, x, y, whole=True)
+    closure = one_minibatch(objective, x, y)
     chosen, skipped = _chosen(objective, blocks)
     _guard(chosen, closure, kind, 4)
     found: dict[str, Columns] = {}
@@ -122,8 +122,8 @@ def quality(
     Methods that read each example (KFAC, TNT per sample, block Fisher) see the data as one batch. Methods that read the mean
     gradient of a minibatch (TNT, Shampoo, Adam) see them in `passes` shuffled passes of `minibatches` each, with new labels
     where labels are drawn. Mean gradients of m examples give Fisher / m, so their matrices are taken times m (variable
-    `scale`; Σ m² / N where parts differ in size, each counted m² times, which leaves no bias). Shampoo's matrix is the square of
-    what it preconditions by (`CurvatureBlock.matrix`); it bounds Fisher / m up to the gradient's rank, so that its size says
+    `scale`; Σ m² / N where parts differ in size, each counted m² times, which leaves no bias). Shampoo's matrix is the square
+    of what it preconditions by (`CurvatureBlock.matrix`); it bounds Fisher / m up to the gradient's rank, so that its size says
     little, `error_scaled` and `cosine` much.
 
     Any kind may be asked for: against the Hessian it is reported how far an estimate of the Fisher is from it.
@@ -161,7 +161,7 @@ def quality(
     for name, value in (("minibatches", minibatches), ("passes", passes)):
         if value < 1:
             raise CurvlabError(f"{name} must be 1 or more, not {value}")
-    (closure,) = Batches.of(objective, x, y, whole=True)
+    closure = one_minibatch(objective, x, y)
     chosen, skipped = _chosen(objective, blocks)
     _guard(chosen, closure, kind, 6)
     sizes = [len(part) for part in torch.arange(len(x)).tensor_split(min(minibatches, len(x)))]

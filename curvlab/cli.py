@@ -310,10 +310,24 @@ def _folder(chosen: Path | None, stem: str) -> Path:
 
 def main() -> None:
     """Run the command line; one line and exit code 2 for bad input, 130 for Ctrl-C."""
-    with warnings.catch_warnings():
-        warnings.showwarning = _Warn()
-        code = _run()
+    hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _Warn()
+            code = _run()
+    finally:
+        sys.unraisablehook = hook
     sys.exit(code)
+
+
+def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """A Ctrl-C that comes while a weak reference is cleared is dropped there by Python: send it once more, a moment later."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        again = threading.Timer(0.01, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 class _Warn:

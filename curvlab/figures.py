@@ -133,7 +133,7 @@ _MATRICES = {
     "fisher": ("Fisher", "#009E73"),
     "fisher-mc": ("Monte-Carlo Fisher", "#CC79A7"),
     "ef": ("empirical Fisher", "#E69F00"),
-    "pi": ("Π = Hessian − GGN", "#000000"),
+    "pi": ("Π", "#000000"),
 }
 """{matrix: (how a legend calls it, colour)}, in the order of drawing."""
 
@@ -217,9 +217,9 @@ def _histogram(ax: Axes, at: xr.Dataset, axis: _SymmetricLog) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
     ax.tick_params(axis="y", labelsize=8)
     ax.grid(axis="y", alpha=0.25)
-    ax.legend(
-        handles, labels, loc="upper left", fontsize=7, frameon=False, handlelength=1.3, borderaxespad=0.1, labelspacing=0.2
-    )
+    legend = ax.legend(handles, labels, loc="upper left", fontsize=7, handlelength=1.3, borderaxespad=0.1, labelspacing=0.2)
+    legend.set_frame_on(False)
+    legend.set_in_layout(False)
 
 
 def _share(here: xr.Dataset) -> str:

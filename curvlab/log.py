@@ -63,13 +63,13 @@ class Log:
     def __len__(self) -> int:
         return sum(map(len, self._steps.values()))
 
-    def append(self, step: int, record: Record, seed: int | None = None) -> None:
-        """Add one step's record, and save if a save is due (after the first record, then every few seconds)."""
+    def append(self, step: int, record: Record, seed: int | None = None, *, save: bool = False) -> None:
+        """Add one step's record, and save if a save is asked for or due (after the first record, then every few seconds)."""
         seed = self.seeds[0] if seed is None else seed
         self._steps.setdefault(seed, []).append(step)
         self._records.setdefault(seed, []).append(record)
         now = time.monotonic()
-        if self.path and now - self._saved >= max(SAVE_EVERY, self._cost / SAVE_SHARE):
+        if self.path and (save or now - self._saved >= max(SAVE_EVERY, self._cost / SAVE_SHARE)):
             self.save()
 
     def dataset(self) -> xr.Dataset:

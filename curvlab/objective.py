@@ -6,7 +6,7 @@ seed and on the number of the closure, never on who asks for them: an algorithm 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,6 +84,7 @@ class Objective:
         if seed < 0:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
+        self.alone: dict[Hashable, dict[str, int]] = {}  # what the oracle has seen to be a mean over examples, with its places
 
     @property
     def layout(self) -> Layout:
@@ -166,18 +167,18 @@ class Closure:
             self._checked = True
         return self.objective.likelihood.loss(z, self.y)
 
-    def _forward(self, buffers: dict[str, Tensor] | None = None) -> Tensor:
+    def _forward(self, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
         model = self.objective.model
         try:
             with differentiable() if self.stream == "exact" else nullcontext():
-                z: Tensor = model(self.x) if buffers is None else torch.func.functional_call(model, buffers, (self.x,))
+                z: Tensor = model(x) if buffers is None else torch.func.functional_call(model, buffers, (x,))
         except (RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, CurvlabError) or not any(word in str(error) for word in _OF_THE_DATA):
                 raise
             line = str(error).splitlines()[0]
             raise CurvlabError(f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}") from error
-        if not isinstance(z, Tensor) or z.shape[:1] != self.x.shape[:1]:
-            raise CurvlabError(f"the model must return one tensor with {len(self.x)} rows, one for each example: "
+        if not isinstance(z, Tensor) or z.shape[:1] != x.shape[:1]:
+            raise CurvlabError(f"the model must return one tensor with {len(x)} rows, one for each example: "
                                "keep the batch as its first axis (squeeze(-1), not squeeze())")  # fmt: skip
         return z
 
@@ -185,7 +186,7 @@ class Closure:
     def _first(self) -> tuple[Tensor, dict[str, int]]:
         """The first example alone: (its outputs, T of every block with a rule). Refuses a model that draws random numbers."""
         before = _random_states(self.x.device)
-        z, capture = Closure(self.objective, self.x[:1], self._y[:1], self.number, self.stream).forward()
+        z, capture = self.forward(self.x[:1])
         if any(not torch.equal(*pair) for pair in zip(before, _random_states(self.x.device), strict=True)):
             raise CurvlabError(
                 "the model draws random numbers in its forward pass, so that the loss is no function of the weights: "
@@ -197,7 +198,7 @@ class Closure:
         """Raises CurvlabError where outputs are not finite, or the first example's depend on the others or on chance."""
         if not bool(torch.isfinite(z).all()):
             raise CurvlabError("the model's outputs contain NaN or Inf: check its weights, and the range of the data")
-        if self.part:
+        if self._form in self.objective.alone:
             return
         one, z = self._first[0], z[:1]
         if float((one - z).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(one.abs().max()):
@@ -205,11 +206,17 @@ class Closure:
                 "the first example's outputs depend on the rest of the minibatch, or on chance: "
                 "no example has a loss of its own, and the model no curvature that is a mean over examples"
             )
+        self.objective.alone[self._form] = self._first[1]
+
+    @property
+    def _form(self) -> Hashable:
+        """What decides how the model runs, beside its weights: the form of an example, and every module's mode."""
+        return self.x.shape[1:], self.x.dtype, tuple(module.training for module in self.objective.model.modules())
 
     def __call__(self) -> Tensor:
         """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad`` filled."""
         self.objective.model.zero_grad()
-        loss = self._loss(self._forward())
+        loss = self._loss(self._forward(self.x))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -220,14 +227,15 @@ class Closure:
 
     def places(self) -> dict[str, int]:
         """T, the places where its weight is shared, of every block with a rule."""
-        return self._first[1]
+        known = self.objective.alone.get(self._form)
+        return self._first[1] if known is None else known
 
-    def forward(self) -> tuple[Tensor, Capture]:
-        """One forward on cloned buffers: (outputs with their graph, the capture)."""
+    def forward(self, x: Tensor | None = None) -> tuple[Tensor, Capture]:
+        """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the capture)."""
         model = self.objective.model
         buffers = {name: b.clone() for name, b in model.named_buffers()} or None
         with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
-            return self._forward(buffers), capture
+            return self._forward(self.x if x is None else x, buffers), capture
 
     def look(self) -> tuple[Tensor, Tensor, Capture]:
         """One forward on cloned buffers, checked: (outputs and loss of each example with their graphs, the capture)."""
@@ -256,7 +264,7 @@ class Closure:
         model, likelihood = self.objective.model, self.objective.likelihood
         buffers = None if move_buffers else {name: b.clone() for name, b in model.named_buffers()} or None
         with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
-            z = self._forward(buffers)
+            z = self._forward(self.x, buffers)
         outputs = z.detach().requires_grad_()
         with torch.enable_grad():
             loss = self._loss(outputs)

@@ -121,8 +121,7 @@ def run(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) 
                     record = named.plan.record(
                         objective, x, y, lambda note: bar.update(spectra, note=note), lambda: bar.advance(spectra)
                     )
-                log.append(steps, record)
-                log.save()
+                log.append(steps, record, save=True)
     finally:
         log.save()
     return log.dataset()

@@ -1,4 +1,4 @@
-"""Every matrix by hand: `torch.func` over one flat vector of all parameters, reverse mode twice, and nothing of `curvlab.exact`.
+"""Every matrix by hand: `torch.func` over one flat vector of all parameters, reverse mode twice, nothing of `curvlab.exact`.
 
 The Fisher matrix is its definition, the mean over the model's own labels: all of them for categorical and Bernoulli; for
 Gaussian z ± 1 in every output, which has the moments that count.

@@ -18,6 +18,9 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "figure_4_1.py": ([*SMALL, "--seeds", "2", "--out", "OUT"], "figure_4_1.png"),
     "damping_sweep.py": ([*SMALL, "--dampings", "1", "0.01", "--out", "OUT"], "damping_sweep.png"),
     "refresh.py": ([*SMALL, "--every", "1", "2"], "last loss"),
+    "assumptions.py": (["--steps", "2", "--examples", "60", "--out", "OUT"], "assumptions.png"),
+    "scaling.py": (["--repeats", "1", "--largest", "2", "--out", "OUT"], "scaling.png"),
+    "benchmarks/exact.py": (["--examples", "20", "--skip", "autoencoder", "memory"], "of the peak"),
     "benchmarks/compare.py": (
         ["--batch-size", "20000", "--steps", "2", "--repeats", "1", "--names", "kfac", "sgd-m"],
         "together / one by one",

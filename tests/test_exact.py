@@ -1,4 +1,4 @@
-"""The oracle's dense matrices: every kind and block, by every route that fits, on one minibatch or many, against `reference`."""
+"""The oracle's dense matrices: every kind and block, by every route that fits, on one minibatch and many; see `reference`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from problems import LIKELIHOODS, MODELS, Poisson, Problem, assert_near, problem
+from problems import LIKELIHOODS, MODELS, Problem, assert_near, problem
 from reference import Reference, assert_block, reference, sampled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,7 +17,7 @@ import curvlab as cl
 from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS, ROUTES
 from curvlab.exact.batches import CHUNK
-from curvlab.likelihoods import Bernoulli, Categorical, Gaussian
+from curvlab.likelihoods import Categorical, Gaussian
 from curvlab.objective import STREAMS, Closure
 
 zoo = pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS])
@@ -206,12 +206,30 @@ def test_a_large_minibatch_is_cut_into_chunks(kind: str) -> None:
         assert_near(found, torch.kron(torch.eye(3).double(), a.mT @ a / n))
 
 
+@pytest.mark.parametrize("kind", ["hessian", "pi"])
+def test_second_derivatives_take_few_examples_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as let the pre-activation Hessians of the widest block, (9·4)² numbers for an example, fit: here two."""
+    r = reference("conv")
+    seen: list[int] = []
+    monkeypatch.setattr("curvlab.exact.batches._NUMBERS", 2 * 36**2)
+    handle = r.p.model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    blocks = cl.exact.matrices(r.p.objective(), r.p.x, r.p.y, kind)
+    diagonal = cl.exact.diagonal(r.p.objective(), r.p.x, r.p.y, kind)
+    handle.remove()
+    assert max(seen) == 2
+    assert_near(diagonal, r[kind].diagonal())
+    for name, block in blocks.items():
+        assert_block(block.dense(), r[kind][r.slices[name], r.slices[name]], r[kind])
+
+
 def test_places_that_change_from_minibatch_to_minibatch() -> None:
     """One token, then three: nothing may be left out silently."""
     p = problem("tokens", "gaussian", n=4)
     loader = [(p.x[:, :1], p.y), (torch.cat([p.x, p.x[:, :1]], 1), p.y)]
     wanted = sum(cl.exact.matrix(p.objective(), x, y, "ggn", "1").dense() for x, y in loader) / 2
-    with pytest.raises(CurvlabError, match=r"block 1 .* had one place in the first minibatch and has 3 in a later one: use rou"):
+    with pytest.raises(
+        CurvlabError, match=r"block 1 .* had one place in the first minibatch and has 3 in a later one: use rou"
+    ):
         cl.exact.matrix(p.objective(), loader, kind="ggn", block="1")
     for route in ("rows", "func"):
         assert_near(cl.exact.matrix(p.objective(), loader, kind="ggn", block="1", route=route).dense(), wanted)
@@ -260,170 +278,6 @@ def test_labels_depend_on_seed_call_and_chunk_alone() -> None:
     assert torch.equal(call(0, before=1), call(0, before=1, kind="ggn"))
     assert not torch.equal(call(0), call(1))
     assert not torch.equal(call(0), call(0, before=1))
-
-
-# ------------------------------------------------------------------------------------------------ other problems
-
-
-class Residual(nn.Module):
-    """Skips, two branches and a concatenation: where no layer cuts another off from the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last, self.b, self.a, self.first = nn.Linear(7, 3), nn.Linear(4, 3), nn.Linear(4, 4), nn.Linear(5, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.first(x))
-        h = h + torch.tanh(self.a(h)) * h
-        return self.last(torch.cat([h, self.b(h).sin()], 1)) + self.b.weight.sum()
-
-
-class Attention(nn.Module):
-    """Fused attention has neither forward nor second derivatives: it is taken apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.last = nn.TransformerEncoderLayer(4, 2, 3, batch_first=True), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.layer(x).mean(1))
-
-
-class Recurrent(nn.Module):
-    """No rule for `vmap` in the backward pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells, self.last = nn.LSTM(2, 2, batch_first=True), nn.Linear(2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.cells(x)[0][:, -1])
-
-
-class Bare(nn.Module):
-    """Parameters of its own, one of them a number; no layer with a rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w, self.scale = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.tensor(0.7))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x @ self.w) * self.scale
-
-
-def frozen() -> nn.Module:
-    """A bias and a whole layer that are not trained."""
-    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
-    for p in (net[0].bias, net[2].weight, net[2].bias):
-        p.requires_grad_(False)
-    return net
-
-
-OTHERS = {
-    "residual": (Residual, (5,)),
-    "attention": (lambda: Attention().eval(), (3, 4)),
-    "recurrent": (Recurrent, (3, 2)),
-    "bare": (Bare, (5,)),
-    "frozen": (frozen, (5,)),
-    "prelu": (lambda: nn.Sequential(nn.Linear(5, 4), nn.PReLU(4), nn.Linear(4, 3)), (5,)),
-    "weight-norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)), (5,)),
-}  # fmt: skip
-
-
-def other(name: str) -> Problem:
-    build, shape = OTHERS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        return Problem(build().double(), Categorical(), torch.randn(5, *shape).double(), torch.tensor([0, 2, 1, 1, 2]))
-
-
-def by_autograd(p: Problem, kind: str) -> Tensor:
-    """[D, D] by torch.autograd alone, one example and one row at a time."""
-    blocks = p.objective().blocks
-    weights = {n: p.model.get_parameter(n) for b in blocks for n in b.params}
-
-    def rows(values: Tensor, again: bool = False) -> Tensor:
-        found = []
-        for value in values.flatten():
-            each = torch.autograd.grad(value, list(weights.values()), create_graph=again, retain_graph=True, allow_unused=True)
-            full = {n: torch.zeros_like(w) if d is None else d for (n, w), d in zip(weights.items(), each, strict=True)}
-            found.append(torch.cat([b.gather(full).flatten() for b in blocks]))
-        return torch.stack(found)
-
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        z = p.model(p.x)
-    torch.backends.mha.set_fastpath_enabled(fused)
-    losses = p.likelihood.loss(z, p.y)
-    if kind in ("ef", "fisher-mc"):
-        g = rows(losses if kind == "ef" else p.likelihood.loss(z, sampled(p, p.objective())[0]))
-        return g.mT @ g / len(g)
-    if kind in ("ggn", "fisher"):
-        root = z.detach().softmax(1)
-        H = torch.diag_embed(root) - root[:, :, None] * root[:, None]
-        J = rows(z).view(len(z), 3, -1)
-        return torch.einsum("nci,ncd,ndj->ij", J, H, J) / len(z)
-    total = losses.mean()
-    if kind == "pi":
-        total = (z * torch.autograd.grad(total, z, retain_graph=True)[0].detach()).sum()
-    return rows(rows(total, again=True)).detach()
-
-
-@kinds
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
-def test_models_beyond_the_zoo(name: str, kind: str) -> None:
-    """Against torch.autograd: by structure where layers have rules, else in general; as matrices, products and diagonals."""
-    p = other(name)
-    if name == "weight-norm" and kind in ("hessian", "pi"):  # torch's own reverse mode is wrong there (2.13)
-        with pytest.raises(CurvlabError, match=r"torch has no second derivative of an operation in the model \(.*weight_norm"):
-            cl.exact.matrix(p.objective(), p.x, p.y, kind, None)
-        return
-    whole = by_autograd(p, kind)
-    assert_near(cl.exact.matrix(p.objective(), p.x, p.y, kind, None).dense(), whole)
-    for name, block in cl.exact.matrices(p.objective(), p.x, p.y, kind).items():
-        own = p.objective().layout.slices[name]
-        assert_block(block.dense(), whole[own, own], whole)
-    product = cl.exact.product(p.objective(), p.x, p.y, kind)
-    assert_near(product.dense(), whole)
-    assert_near(product.diag(), whole.diagonal())
-
-
-@kinds
-def test_a_likelihood_of_your_own(kind: str) -> None:
-    """Poisson with the logarithm of its rate as output: every kind, by structure and in general."""
-    q = problem("tanh", "gaussian")
-    p = Problem(q.model, Poisson(), q.x, torch.arange(21.0).double().view(7, 3) % 4)
-    r = Reference(p)
-    whole = r["ggn"] if kind == "fisher" else expected(r, kind)  # for its GGN is its Fisher matrix
-    assert_near(found(p, kind, None), whole)
-    assert_near(found(p, kind, None, "func"), whole)
-    for block, own in r.slices.items():
-        assert_block(found(p, kind, block), whole[own, own], whole)
-    assert_near(cl.exact.product(p.objective(), p.x, p.y, kind, draws=DRAWS).dense(), whole)
-
-
-@kinds
-@pytest.mark.parametrize("axes", ["none", "two"])
-@pytest.mark.parametrize("make", [Bernoulli, Gaussian])
-def test_outputs_without_an_axis_or_with_several(make: type, axes: str, kind: str) -> None:
-    """[N] and [N, 2, 2] outputs are C = 1 and C = 4."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        if axes == "none":
-            net, shape = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1), nn.Flatten(0)).double(), (5, 3)
-        else:
-            net, shape = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double(), (5, 2, 3)
-    x = torch.randn(*shape, generator=generator).double()
-    p = Problem(net, make(), x, torch.rand(net(x).shape, generator=generator).double())
-    r = Reference(p)
-    whole = expected(r, kind)
-    assert_near(found(p, kind, None), whole)
-    assert_near(found(p, kind, None, "func"), whole)
-    for block, own in r.slices.items():
-        assert_block(found(p, kind, block), whole[own, own], whole)
 
 
 def test_names_of_blocks_come_before_names_of_parameters() -> None:
@@ -476,11 +330,22 @@ def peak(p: Problem, kind: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["ggn", "ef", "hessian"])
 def test_memory_of_a_dense_block(kind: str) -> None:
-    """At most 1.3 times the result and what the batch's vectors take: C derivatives of every pre-activation of the block."""
+    """At most 1.3 times the result, and the batch: C derivatives of every pre-activation, and the inputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 4)).double()
         p = Problem(net, Categorical(), torch.randn(64, 60).double(), torch.arange(64) % 4)
     top, result = peak(p, kind)
-    assert result == (61 * 50) ** 2 * 8
-    assert result <= top <= 1.3 * result + 8 * 64 * (61 + 4 * 50)
+    assert result == (50 * 61) ** 2 * 8
+    assert result <= top <= 1.3 * result + 64 * (61 + 4 * 50) * 8
+
+
+@pytest.mark.parametrize("kind", ["ggn", "ef"])
+def test_memory_of_a_dense_block_of_a_convolution(kind: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(8, 24, 3), nn.Tanh(), nn.Flatten(), nn.Linear(24 * 9, 4)).double()
+        p = Problem(net, Categorical(), torch.randn(64, 8, 5, 5).double(), torch.arange(64) % 4)
+    top, result = peak(p, kind)
+    assert result == (24 * 73) ** 2 * 8
+    assert result <= top <= 1.3 * result + 64 * 9 * (73 + 4 * 24) * 8

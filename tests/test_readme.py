@@ -10,6 +10,7 @@ import pytest
 from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.objective import PASSES
 from curvlab.probes import PROBES
+from curvlab.spectra import VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,6 +62,11 @@ def test_the_log_schema_is_complete_and_true() -> None:
     table = {row[0].strip("`"): row[1] for row in rows("| variable | dimensions | what |")}
     variables = {name: v for p in PROBES.values() for name, v in p.variables.items()}
     assert table == {name: ", ".join(("step", *v.dims)) for name, v in variables.items()}
+
+
+def test_the_schema_of_spectra_is_complete_and_true() -> None:
+    table = {name.strip("` "): row[1] for row in rows("| variable | dimensions of a spectrum |") for name in row[0].split(",")}
+    assert table == {name: ", ".join(("step", *dims)) for name, (dims, *_) in VARIABLES.items()}
 
 
 def test_the_passes_are_complete() -> None:

@@ -1,4 +1,4 @@
-"""Inverse p-th roots: two routes, and what each does where there is no root."""
+"""p-th roots and their inverses: two routes, and what each does where there is no root."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from problems import assert_near
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.linalg.roots import inverse_root_eigh, inverse_root_newton
+from curvlab.linalg.roots import inverse_root_eigh, inverse_root_newton, root_eigh
 
 orders = pytest.mark.parametrize("p", [2, 4, 6])
 EPS32 = torch.finfo(torch.float32).eps
@@ -115,3 +115,19 @@ def test_newton_owns_up_to_what_is_not_positive_definite(p: int, name: str) -> N
     """Its error is not small: a caller that looks at it does not use the result."""
     M = torch.full((2, 2), math.nan) if name == "nan" else BAD[name]
     assert not inverse_root_newton(M.double(), p)[1] < 1e-2
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+def test_root_to_its_power(p: int) -> None:
+    """X^p = M, of full rank and of less, and X is the inverse of the inverse root."""
+    M = with_condition(100.0)
+    assert_near(torch.linalg.matrix_power(root_eigh(M, p), p), M)
+    assert_near(root_eigh(M, p) @ inverse_root_eigh(M, p), torch.eye(6, dtype=M.dtype))
+    row = torch.arange(1.0, 5.0, dtype=M.dtype)[:, None]
+    assert_near(torch.linalg.matrix_power(root_eigh(row @ row.T, p), p), row @ row.T)
+
+
+def test_root_above_a_floor() -> None:
+    """Eigenvalues that rounding put below the damping."""
+    M = torch.diag(torch.tensor([-1e-9, 4.0], dtype=torch.float64))
+    assert_near(root_eigh(M, 2, floor=0.25), torch.diag(torch.tensor([0.5, 2.0], dtype=torch.float64)))

@@ -286,7 +286,8 @@ print(f"CPU time of one thread, load {os.getloadavg()[0]:.2f}, torch {torch.__ve
 flops = peak()
 if "gradients" not in options.skip:
     gradients(*mlp(), "mlp-256-20")
-    gradients(*autoencoder(100), "MNIST autoencoder")
+    if "autoencoder" not in options.skip:
+        gradients(*autoencoder(100), "MNIST autoencoder")
 if "memory" not in options.skip:
     print("\npeak memory of all blocks of mlp-256-20, results included")
     for kind in ("ggn", "hessian"):

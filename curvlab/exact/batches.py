@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils import get_total_norm
 
 from curvlab.errors import CurvlabError, CurvlabWarning, unknown
 from curvlab.layers import Block
@@ -27,6 +28,8 @@ PASSES: dict[str, Pass] = {"ggn": "exact", "fisher": "exact", "fisher-mc": "mode
 
 CHUNK = 4096
 """Examples in one forward pass; a constant, since labels are drawn chunk by chunk."""
+
+_NUMBERS = 1 << 24  # in the pre-activation Hessians of one block at a time
 
 
 def check_kind(kind: str, draws: int = 1) -> None:
@@ -64,9 +67,8 @@ class Batches:
             raise CurvlabError("targets are missing: give x and y, or a loader of (x, y) pairs in place of x")
         if not isinstance(x, Tensor):
             if y is not None:
-                raise CurvlabError(
-                    f"x and y must be tensors, not {type(x).__name__} and {type(y).__name__}; a loader of (x, y) pairs comes alone"
-                )
+                given = f"{type(x).__name__} and {type(y).__name__}"
+                raise CurvlabError(f"x and y must be tensors, not {given}; a loader of (x, y) pairs comes alone")
             if not isinstance(x, Iterable):
                 raise CurvlabError(f"the data must be tensors x, y or a loader of (x, y) pairs, not {type(x).__name__}")
             if again and isinstance(x, Iterator):
@@ -96,11 +98,28 @@ class Batches:
             raise CurvlabError("the loader is empty: there is no example to take a mean over")
 
 
+def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iterator[Closure]:
+    """For second derivatives so few examples at a time that the pre-activation Hessians of a block, N (TO)² numbers, fit."""
+    ruled = [b for b in blocks if b.rule is not None and b.groups == 1]
+    for closure in closures:
+        places = {} if kind in PASSES else closure.places()
+        widths = [places.get(b.name, 0) * b.shape[0] for b in ruled if places.get(b.name, 0) <= b.shape[1]]
+        at_once = max(1, _NUMBERS // max([1, *widths]) ** 2)
+        if len(closure.x) <= at_once:
+            yield closure
+            continue
+        for start in range(0, len(closure.x), at_once):
+            some = slice(start, start + at_once)
+            yield Closure(closure.objective, closure.x[some], closure.y[some], closure.number, closure.stream, closure.part)
+
+
 def alone(objective: Objective) -> None:
     """Refuse weights that are not finite, and a model that mixes the examples of a batch or draws random numbers by name."""
-    for name, weight in objective.model.named_parameters():
-        if not bool(torch.isfinite(weight.detach().sum())) and not bool(torch.isfinite(weight).all()):
-            raise CurvlabError(f"the weights '{name}' contain NaN or Inf: take them from before they did")
+    weights = dict(objective.model.named_parameters())
+    if not bool(torch.isfinite(get_total_norm([w.detach() for w in weights.values()]))):  # one reduction for all
+        for name, weight in weights.items():
+            if not bool(torch.isfinite(weight).all()):
+                raise CurvlabError(f"the weights '{name}' contain NaN or Inf: take them from before they did")
     for name, module in objective.model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise CurvlabError(

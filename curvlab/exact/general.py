@@ -42,7 +42,7 @@ def along(f: Callable[[Any], Tensor], at: Tensor, u: Tensor) -> Tensor:
     try:
         found: Tensor = jvp(f, (at,), (u,))[1]
     except NotImplementedError:
-        value, back = vjp(f, at)
+        value, back, *_ = vjp(f, at)
         (found,) = vjp(lambda c: back(c)[0], torch.zeros_like(value))[1](u)
     return found
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
-from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, say_general
+from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few, say_general
 from curvlab.exact.general import Function
-from curvlab.exact.preactivation import preactivation_hessians
+from curvlab.exact.second_order import preactivation_hessians
 from curvlab.layers import Block, Layout
 from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.operators import Dense, Rectangular
@@ -138,7 +138,7 @@ def _fold_rows(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: f
     for block in blocks:
         s = look.statistics[block.name]
         matrix = _whole(sums, block.name, block.numel, s.g).mul_(old)
-        for rows in s.some_rows(max(1, block.numel // 8)):
+        for rows in s.some_rows(max(1, block.numel // 16)):
             accumulate_second_moment_(matrix, rows, new)
 
 
@@ -231,7 +231,7 @@ def matrices(
     _guard(objective, sum(b.numel**2 for b in chosen), f"the dense {kind} of {', '.join(map(str, chosen))}")
     sums: dict[str, Sum] = {}
     seen, by_route = 0, dict[str, list[Block]]()
-    for closure in Batches.of(objective, x, y):
+    for closure in few(Batches.of(objective, x, y), kind, chosen):
         look = Look(closure, kind, draws)
         if not by_route:
             by_route = _assign(chosen, closure, kind, route)
@@ -337,23 +337,19 @@ def _across(
         raise CurvlabError(f"route 'rows' does not fit {loose[0]} ({ROUTES['rows'].summary}): use auto or func")
     height, width = (sum(b.numel for b in some) for some in (rows, columns))
     _guard(objective, height * width, what)
-    found: Tensor | None = None
-    seen = 0
-    structured = kind in PASSES and not loose and route != "func"
+    if route == "auto":
+        say_general(loose, kind)
+    found = torch.zeros(height, width, dtype=objective.dtype, device=objective.device)
+    seen, structured = 0, kind in PASSES and not loose and route != "func"
     for closure in Batches.of(objective, x, y):
         look = Look(closure, kind, draws)
         size = len(closure.x)
-        if found is None:
-            if route == "auto":
-                say_general(loose, kind)
-            found = torch.zeros(height, width, dtype=objective.dtype, device=objective.device)
         found.mul_(seen / (seen + size))
         if structured:
             _add_rows(found, look, rows, columns, 1 / (seen + size))
         else:
             _add_general(found, look, layout, rows, columns, 1 / (seen + size))
         seen += size
-    assert found is not None
     _finite(found, what)
     if block is None:
         return Dense(mirror_(found) if structured else found)

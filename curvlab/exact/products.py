@@ -11,9 +11,11 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.data import RandomSampler
 
 from curvlab.capture import LayerStatistics
-from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind
+from curvlab.errors import CurvlabError
+from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few
 from curvlab.exact.general import Function
 from curvlab.exact.matrices import Look, select
 from curvlab.layers import Block, Layout
@@ -34,7 +36,8 @@ def product(
 ) -> Product | RectangularProduct:
     """What `matrix` would hold, as a product with vectors: one Jacobian or Hessian product a vector, by `torch.func`.
 
-    Labels of fisher-mc are drawn once: every product is with the same matrix. A loader is read again at every product.
+    Labels of fisher-mc are drawn once: every product is with the same matrix. A loader is read again at every product, and
+    weights that have moved since are refused.
 
     Args:
         objective, x, y, kind, draws: as for `matrix`.
@@ -45,9 +48,12 @@ def product(
         RectangularProduct.
 
     Raises:
-        CurvlabError: as `matrix`; an iterator in place of a loader.
+        CurvlabError: as `matrix`; an iterator in place of a loader; one that shuffles for fisher-mc.
     """
     check_kind(kind, draws)
+    if kind == "fisher-mc" and isinstance(getattr(x, "sampler", None), RandomSampler):
+        raise CurvlabError("the loader shuffles, so that labels would be drawn for other examples at every product: "
+                           "give one with shuffle=False")  # fmt: skip
     batches = Batches.of(objective, x, y, again=True)
     if block is None:
         layout = objective.layout
@@ -112,8 +118,16 @@ class _Whole:
 
     def __init__(self, batches: Batches, layout: Layout, kind: Kind, draws: int) -> None:
         self.batches, self.layout, self.kind, self.draws = batches, layout, kind, draws
+        self._made_at = self._weights()
+
+    def _weights(self) -> list[tuple[int, int]]:
+        """Which tensors the model's weights and buffers are, and how often each has been written to."""
+        model = self.batches.objective.model
+        return [(t.data_ptr(), t._version) for t in [*model.parameters(), *model.buffers()]]
 
     def __call__(self, v: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        if self._weights() != self._made_at:
+            raise CurvlabError("the model's weights have moved since this product was made: make it again")
         total, size = torch.zeros_like(v), 0
         one = isinstance(self.batches.loader, list) and len(self.batches.loader) == 1
         for apply, n in self._kept if one else self._fresh():
@@ -134,7 +148,7 @@ class _Whole:
 def _diagonal(batches: Batches, layout: Layout, kind: Kind, draws: int) -> Float[Tensor, " D"]:
     total: Tensor | None = None
     size = 0
-    for closure in batches:
+    for closure in few(batches, kind, layout.blocks):
         found = _summed_diagonal(closure, layout, kind, draws)
         total = found if total is None else total + found
         size += len(closure.x)
@@ -151,8 +165,9 @@ def _summed_diagonal(closure: Closure, layout: Layout, kind: Kind, draws: int) -
         parts |= {b.name: _second_moment_diagonal(look.statistics[b.name]) for b in ruled}
     elif ruled:
         places = closure.places()
-        fits = [b.name for b in ruled if b.groups == 1 and places[b.name] <= b.shape[1]]
-        parts |= {s.block.name: _structured_diagonal(s, hessians) for s, hessians in look.hessians(fits)}
+        fits = [b.name for b in ruled if b.groups == 1 and places.get(b.name, 0) <= b.shape[1]]
+        if fits:
+            parts |= {s.block.name: _structured_diagonal(s, hessians) for s, hessians in look.hessians(fits)}
     for block in layout.blocks:
         if block.name not in parts:
             function = look.function(Layout((block,)))

@@ -113,7 +113,10 @@ def _target(block: Block, name: str, leading: tuple[int, ...], like: Tensor, out
     shape = (*leading, *block.module.get_parameter("weight").shape)
     if out is None:
         return like.new_empty(shape)
-    return _checked(out, name, shape[1:], like)[None]
+    target = _checked(out, name, shape[1:], like)
+    if not target.is_contiguous():
+        raise CurvlabError(f"out['{name}'] must be contiguous: pass what an earlier call returned")
+    return target[None]
 
 
 def _into(found: dict[str, Tensor], out: Mapping[str, Tensor] | None, leading: int = 0) -> dict[str, Tensor]:
@@ -130,8 +133,6 @@ def _checked(out: Mapping[str, Tensor], name: str, shape: tuple[int, ...], like:
     if name not in out:
         raise CurvlabError(f"out has no '{name}': pass what an earlier call returned")
     target = out[name]
-    if not target.is_contiguous():
-        raise CurvlabError(f"out['{name}'] must be contiguous: pass what an earlier call returned")
     if tuple(target.shape) != shape or target.dtype != like.dtype or target.device != like.device:
         raise CurvlabError(
             f"out['{name}'] must be {list(shape)}, {like.dtype} on {like.device}, "

@@ -23,7 +23,7 @@ from curvlab.layers import Block
 from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.operators import Kronecker
 from curvlab.linalg.packed import accumulate_second_moment_, fold, mirror_, output_pairs, pack_pairs, unpack_full
-from curvlab.objective import Objective
+from curvlab.objective import Closure, Objective
 
 _NUMBERS = 1 << 23  # in the temporaries of some examples at a time
 
@@ -73,7 +73,7 @@ class KroneckerSum:
     @property
     def G(self) -> Float[Tensor, "N T O T O"]:
         """Of each example's *sum*: the pre-activation Hessians (thesis (3.3)), or second moments of the vectors."""
-        self._guard(self.size * self._curvature_numbers(), "the pre-activation Hessians", "take fewer examples")
+        self._guard(self.size * (self.places * self.shape[0]) ** 2, "the pre-activation Hessians", "take fewer examples")
         return self._G(slice(None))
 
     def terms(self, n: int) -> tuple[Float[Tensor, "T T I I"], Float[Tensor, "T T O O"]]:
@@ -106,7 +106,7 @@ class KroneckerSum:
         self._guard_dense()
         outputs, inputs = self.shape
         packed = active = None
-        for part in self._parts(self.places * (outputs * (outputs + 1) // 2 + inputs)):
+        for part in self._parts(self._own_numbers() + self.places * inputs):
             a = self.a[part].flatten(0, 1)
             packed, active = fold(packed, active, self._own_pairs(part).flatten(1), a, 1.0, 1 / self.size)
         assert packed is not None
@@ -120,7 +120,7 @@ class KroneckerSum:
         outputs, inputs = self.shape
         rows, cols = torch.tril_indices(inputs, inputs, device=self.a.device)
         packed = self.a.new_zeros(outputs * (outputs + 1) // 2, len(rows))
-        for part in self._parts(self.places * outputs * (outputs + 1) // 2 + 2 * inputs**2):
+        for part in self._parts(self._own_numbers() + 2 * inputs**2):
             a = self.a[part]
             packed.addmm_(self._own_pairs(part).mean(2), (a.mT @ a)[:, rows, cols], alpha=1 / self.size)
         return unpack_full(packed, outputs, inputs)
@@ -130,7 +130,7 @@ class KroneckerSum:
         a = self.a.flatten(0, 1)
         outputs = self.shape[0]
         pairs = a.new_zeros(outputs * (outputs + 1) // 2, 1)
-        for part in self._parts(self.places * len(pairs)):
+        for part in self._parts(self._own_numbers()):
             pairs += self._own_pairs(part).sum((1, 2))[:, None]
         return Kronecker((unpack_full(pairs / len(a), outputs, 1), a.mT @ a / self.size))
 
@@ -156,8 +156,10 @@ class KroneckerSum:
         at_once = max(1, _NUMBERS // numbers)
         return (slice(start, start + at_once) for start in range(0, self.size, at_once))
 
-    def _curvature_numbers(self) -> int:
-        return (self.places * self.shape[0]) ** 2
+    def _own_numbers(self) -> int:
+        """In the temporaries of `_own_pairs`, for one example."""
+        outputs = self.shape[0]
+        return self.places * outputs * (2 * outputs + (0 if self.g is None else len(self.g)))
 
     def _guard_dense(self) -> None:
         self._guard(len(self) ** 2, "a dense block", "use terms(n) or single()")
@@ -185,7 +187,7 @@ def kronecker_terms(
     fault = unfit(chosen)
     if fault:
         raise CurvlabError(f"{chosen} {fault}, so it is no sum of Kronecker products: use curvlab.exact.matrix")
-    (closure,) = Batches.of(objective, x, y, whole=True)
+    closure = one_minibatch(objective, x, y)
     if kind not in PASSES:
         guard_hessians(chosen, len(x), closure.places()[block], objective.dtype)
     return next(sums(Look(closure, kind, draws), [chosen]))[1]
@@ -199,6 +201,14 @@ def preactivation(
     Arguments and errors as for `kronecker_terms`.
     """
     return kronecker_terms(objective, x, y, kind, block, draws=draws).G
+
+
+def one_minibatch(objective: Objective, x: Tensor, y: Tensor) -> Closure:
+    """All of x and y at once, however many. Raises CurvlabError for a loader."""
+    if not isinstance(x, Tensor):
+        raise CurvlabError("the terms of a sum are those of one minibatch: give tensors x and y, not a loader")
+    (closure,) = Batches.of(objective, x, y, whole=True)
+    return closure
 
 
 def unfit(block: Block) -> str:
