@@ -134,7 +134,7 @@ def by_autograd(p: Problem, kind: str) -> Tensor:
 
 @kinds
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
+@pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning", "ignore:There is a performance drop")
 def test_models_beyond_the_zoo(name: str, kind: str) -> None:
     """Against torch.autograd: by structure where layers have rules, else in general; as matrices, products and diagonals."""
     p = other(name)
