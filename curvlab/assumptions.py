@@ -31,7 +31,7 @@ from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import CurvatureBlock, check_damping, parameter_indices
 from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
-from curvlab.exact.matrices import Look
+from curvlab.exact.route_table import Look
 from curvlab.exact.terms import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
 from curvlab.layers import Block
 from curvlab.linalg.kronecker import nearest_kronecker
@@ -318,7 +318,7 @@ def _chosen(objective: Objective, blocks: Sequence[str] | None) -> tuple[list[Bl
 def _guard(chosen: Sequence[Block], closure: Closure, kind: Kind, matrices: int) -> None:
     """Refuse blocks of which `matrices` dense ones do not fit in memory."""
     objective = closure.objective
-    places = closure.places()
+    places = closure.form.places
     remedy = 'leave it out: blocks=["' + '", "'.join(b.name for b in chosen[1:3]) + '", …]'
     for block in chosen:
         needed = matrices * block.numel**2 * objective.dtype.itemsize
@@ -344,7 +344,7 @@ def _dataset(
         values = np.array([found[name][variable] for name in names])
         dims = ("block",) if values.ndim == 1 else (other, "block")
         data[variable] = (dims, values.T, {"long_name": long_name, "units": "1"})
-    places = closure.places()
+    places = closure.form.places
     coords = {
         other: (other, dimension[other], {"long_name": other}),
         "block": ("block", names, {"long_name": "block"}),

@@ -111,6 +111,7 @@ class Log:
         start = time.monotonic()
         aside = self.path.with_name(f".{self.path.name}.part")
         try:
+            aside.unlink(missing_ok=True)  # a save that Ctrl-C broke off may hold it open still, and HDF5 would refuse it
             self.dataset().to_netcdf(aside, engine="h5netcdf")
             with aside.open("rb") as stream:
                 os.fsync(stream.fileno())

@@ -64,6 +64,14 @@ class Observation:
         return {name: statistics.gradient for name, statistics in self.passes["data"].items()}
 
 
+@dataclass(frozen=True)
+class Form:
+    """C outputs of an example, and T, the places where its weight is shared, of every block with a rule."""
+
+    outputs: int
+    places: dict[str, int]
+
+
 class Objective:
     """A model, the likelihood of its outputs, and the seed of the labels that are drawn from it.
 
@@ -84,7 +92,7 @@ class Objective:
         if seed < 0:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
-        self.alone: dict[Hashable, dict[str, int]] = {}  # what the oracle has seen to be a mean over examples, with its places
+        self.alone: dict[Hashable, Form] = {}  # what the oracle has seen to be a mean over examples
 
     @property
     def layout(self) -> Layout:
@@ -183,8 +191,8 @@ class Closure:
         return z
 
     @cached_property
-    def _first(self) -> tuple[Tensor, dict[str, int]]:
-        """The first example alone: (its outputs, T of every block with a rule). Refuses a model that draws random numbers."""
+    def _first(self) -> tuple[Tensor, Form]:
+        """The first example alone, and its form. Refuses a model that draws random numbers."""
         before = _random_states(self.x.device)
         z, capture = self.forward(self.x[:1])
         if any(not torch.equal(*pair) for pair in zip(before, _random_states(self.x.device), strict=True)):
@@ -192,13 +200,13 @@ class Closure:
                 "the model draws random numbers in its forward pass, so that the loss is no function of the weights: "
                 "call model.eval(), and give functional dropout training=self.training"
             )
-        return z.detach(), capture.places()
+        return z.detach(), Form(z[0].numel(), capture.places())
 
     def check_alone(self, z: Tensor) -> None:
         """Raises CurvlabError where outputs are not finite, or the first example's depend on the others or on chance."""
         if not bool(torch.isfinite(z).all()):
             raise CurvlabError("the model's outputs contain NaN or Inf: check its weights, and the range of the data")
-        if self._form in self.objective.alone:
+        if self._key in self.objective.alone:
             return
         one, z = self._first[0], z[:1]
         if float((one - z).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(one.abs().max()):
@@ -206,10 +214,10 @@ class Closure:
                 "the first example's outputs depend on the rest of the minibatch, or on chance: "
                 "no example has a loss of its own, and the model no curvature that is a mean over examples"
             )
-        self.objective.alone[self._form] = self._first[1]
+        self.objective.alone[self._key] = self._first[1]
 
     @property
-    def _form(self) -> Hashable:
+    def _key(self) -> Hashable:
         """What decides how the model runs, beside its weights: the form of an example, and every module's mode."""
         return self.x.shape[1:], self.x.dtype, tuple(module.training for module in self.objective.model.modules())
 
@@ -225,9 +233,10 @@ class Closure:
         generator = self.objective.generator(self.number, self.stream, self.part)
         return [self.objective.likelihood.sample(z, generator) for _ in range(draws)]
 
-    def places(self) -> dict[str, int]:
-        """T, the places where its weight is shared, of every block with a rule."""
-        known = self.objective.alone.get(self._form)
+    @property
+    def form(self) -> Form:
+        """What the first example says of the model's shapes."""
+        known = self.objective.alone.get(self._key)
         return self._first[1] if known is None else known
 
     def forward(self, x: Tensor | None = None) -> tuple[Tensor, Capture]:

@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +214,26 @@ def test_output_folder_that_cannot_be_written(folder: Path, tmp_path: Path, caps
     assert "cannot be written" in refused(capsys, *SMALL, "--out", str(tmp_path / "file"))
     assert "cannot be written" in refused(capsys, *SMALL, "--out", "/proc/nothing")
     assert "already holds a run.h5" in refused(capsys, *SMALL, "--out", str(folder))
+
+
+def test_ctrl_c_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python ignores exceptions where a weak reference is cleared: HDF5's files and torch's graphs are full of them."""
+    monkeypatch.setattr(sys, "unraisablehook", cli._interrupt_again)
+
+    class Thing:
+        """What a weak reference can point to."""
+
+    def cleared(_: object, raised: type[BaseException]) -> None:
+        raise raised
+
+    for raised, again in ((KeyboardInterrupt, True), (ZeroDivisionError, False)):
+        thing = Thing()
+        watch = weakref.ref(thing, partial(cleared, raised=raised))
+        with pytest.raises(KeyboardInterrupt) if again else nullcontext():
+            del thing
+            time.sleep(10 if again else 0.1)
+        assert watch() is None
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_half_way_keeps_its_log(

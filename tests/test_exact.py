@@ -107,7 +107,7 @@ def test_pi_is_hessian_minus_ggn() -> None:
 def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(model: str, likelihood: str, kind: str) -> None:
     r = reference(model, likelihood)
     p, whole = r.p, expected(r, kind)
-    places = Closure(p.objective(), p.x, p.y, 1, "exact").places()
+    places = Closure(p.objective(), p.x, p.y, 1, "exact").form.places
     taken = cl.exact.routes(p.objective(), p.x, p.y, kind)
     for block in p.objective().blocks:
         own = whole[r.slices[block.name], r.slices[block.name]]

@@ -101,6 +101,14 @@ def test_a_save_that_fails_leaves_the_old_file_whole(tmp_path: Path) -> None:
     assert (tmp_path / "run.h5").read_bytes() == before
 
 
+def test_a_save_after_one_that_was_broken_off(tmp_path: Path) -> None:
+    """Ctrl-C leaves the file that was being written open in HDF5."""
+    with h5py.File(tmp_path / ".run.h5.part", "w"):
+        log = log_of(tmp_path / "run.h5")
+        log.append(0, record(1.0))
+    assert open_log(tmp_path)["step"].values.tolist() == [0]
+
+
 @pytest.mark.parametrize("content", [b"", b"not HDF5 at all", None])
 def test_damaged_log_is_one_line(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "run.h5"

@@ -126,7 +126,7 @@ def test_places_are_those_of_the_derivatives(model: str) -> None:
     p = problem(model)
     closure = p.objective().closure(p.x, p.y)
     exact = closure.observe({"exact"}).passes["exact"]
-    assert closure.places() == {name: s.g.shape[2] for name, s in exact.items()}
+    assert closure.form.places == {name: s.g.shape[2] for name, s in exact.items()}
 
 
 def test_a_look_gives_the_loss_of_each_example_and_moves_no_buffers() -> None:

@@ -1,10 +1,10 @@
 """Exact curvature, side by side in one run: curvlab, torch.func, curvlinops, BackPACK, and the floor.
 
-All times are CPU seconds of one thread, so that other work on the machine matters little; freed memory is kept (glibc's
-mallopt) for everyone alike. The floor of matrices is their floating-point operations (the packed symmetric product on the
+All times are CPU seconds of one thread, so that other work on the machine matters little; with --threads wall seconds, for a
+machine that does nothing else. Freed memory is kept (glibc's mallopt) for everyone alike. The floor of matrices is their floating-point operations (the packed symmetric product on the
 inputs that are not zero) over the matrix-product peak of this run; of per-sample gradients, the time to fill that memory.
 
-    python analyses/benchmarks/exact.py [--dtype float32] [--examples 1000] [--skip mlp gradients autoencoder memory]
+    python analyses/benchmarks/exact.py [--dtype float32] [--examples 1000] [--threads 1] [--skip mlp gradients autoencoder memory]
 
 curvlinops and BackPACK are optional, beside the extra "test":
     pip install --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd
@@ -29,6 +29,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
 parser.add_argument("--examples", type=int, default=1000)
 parser.add_argument("--skip", nargs="*", default=[], choices=["mlp", "gradients", "autoencoder", "memory"])
+parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--memory-of", help=argparse.SUPPRESS)
 options = parser.parse_args()
 DTYPE = getattr(torch, options.dtype)
@@ -36,14 +37,15 @@ COLUMNS = 64  # of an identity at a time, for those who only have products
 
 
 def seconds(function: Callable[[], object], repeats: int = 7) -> float:
-    """Least CPU seconds of a call, after one that is not counted where there are several."""
+    """Least seconds of a call, after one that is not counted where there are several."""
+    clock = time.process_time if options.threads == 1 else time.perf_counter
     if repeats > 1:
         function()
     times = []
     for _ in range(repeats):
-        start = time.process_time()
+        start = clock()
         kept = function()
-        times.append(time.process_time() - start)
+        times.append(clock() - start)
         del kept
     return min(times)
 
@@ -277,12 +279,14 @@ def resident(which: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
 
 
-torch.set_num_threads(1)
+torch.set_num_threads(options.threads)
 if options.memory_of:
     memory(options.memory_of)
     sys.exit()
 keep_freed_memory()
-print(f"CPU time of one thread, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, {options.dtype}")
+print(
+    f"{'CPU time of one thread' if options.threads == 1 else f'wall time of {options.threads} threads'}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, {options.dtype}"
+)
 flops = peak()
 if "gradients" not in options.skip:
     gradients(*mlp(), "mlp-256-20")

@@ -1,8 +1,9 @@
 """The oracle: per-sample gradients and Jacobians; Hessian, Gauss-Newton, Π and Fisher, exactly, dense or as products."""
 
 from curvlab.exact.batches import KINDS, Kind
-from curvlab.exact.matrices import ROUTES, matrices, matrix, routes
+from curvlab.exact.matrices import matrices, matrix, routes
 from curvlab.exact.products import diagonal, product
+from curvlab.exact.route_table import ROUTES
 from curvlab.exact.samples import gradients, jacobians
 from curvlab.exact.terms import KroneckerSum, kronecker_terms, preactivation
 

@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from curvlab.errors import CurvlabError, CurvlabWarning, unknown
 from curvlab.layers import Block
-from curvlab.objective import Closure, Objective, Pass
+from curvlab.objective import Closure, Form, Objective, Pass
 
 Kind = Literal["hessian", "ggn", "pi", "fisher", "fisher-mc", "ef"]
 """Hessian of the mean loss = GGN + Π (thesis (1.4); 002 (5), (6)); Fisher over all labels, over drawn ones, over the data's."""
@@ -98,12 +98,22 @@ class Batches:
             raise CurvlabError("the loader is empty: there is no example to take a mean over")
 
 
+def by_hessians(kind: str, block: Block, form: Form) -> bool:
+    """Whether a block goes by its pre-activation Hessians: for second derivatives where they are fewer than the parameters, for
+    the GGN where the layer has fewer outputs than the model, so that fewer vectors go through it."""
+    if block.rule is None or block.groups > 1:
+        return False
+    places = form.places.get(block.name, 0)
+    if kind in PASSES:
+        return kind == "ggn" and places == 1 and block.shape[0] < form.outputs
+    return places <= block.shape[1]
+
+
 def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iterator[Closure]:
     """For second derivatives so few examples at a time that the pre-activation Hessians of a block, N (TO)² numbers, fit."""
-    ruled = [b for b in blocks if b.rule is not None and b.groups == 1]
     for closure in closures:
-        places = {} if kind in PASSES else closure.places()
-        widths = [places.get(b.name, 0) * b.shape[0] for b in ruled if places.get(b.name, 0) <= b.shape[1]]
+        form = closure.form
+        widths = [form.places.get(b.name, 0) * b.shape[0] for b in blocks if by_hessians(kind, b, form)]
         at_once = max(1, _NUMBERS // max([1, *widths]) ** 2)
         if len(closure.x) <= at_once:
             yield closure

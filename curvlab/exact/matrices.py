@@ -8,196 +8,29 @@ Legend: N examples, T places, V vectors sent back, I inputs incl. the bias colum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from itertools import combinations_with_replacement
-from typing import Literal, Protocol
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few, say_general
-from curvlab.exact.general import Function
-from curvlab.exact.second_order import preactivation_hessians
+from curvlab.exact.route_table import ROUTES, Look, Sum
 from curvlab.layers import Block, Layout
-from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.operators import Dense, Rectangular
 from curvlab.linalg.packed import (
     accumulate_between_,
-    accumulate_second_moment_,
-    fold,
     mirror_,
-    output_pairs,
-    pack_pairs,
-    unpack_full,
 )
 from curvlab.objective import Closure, Objective
-
-
-class Look:
-    """One minibatch as the structured routes read it; every pass is run once, whoever asks."""
-
-    def __init__(self, closure: Closure, kind: Kind, draws: int) -> None:
-        self.closure, self.kind, self.draws = closure, kind, draws
-
-    @cached_property
-    def statistics(self) -> dict[str, LayerStatistics]:
-        """The vectors of a second moment, sent back."""
-        needs = PASSES[self.kind]
-        return self.closure.observe({needs}, move_buffers=False, draws=self.draws).passes[needs]
-
-    def hessians(self, names: Sequence[str]) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
-        """(inputs, pre-activation Hessians) of one block after the other; for Π with ∂ℓ/∂z held fixed."""
-        z, losses, capture = self.closure.look()
-        total = losses.sum()
-        if self.kind == "pi":
-            (slope,) = torch.autograd.grad(total, z, retain_graph=True)
-            with torch.enable_grad():
-                total = (z * slope.detach()).sum()
-        return preactivation_hessians(capture, total, len(z), names)
-
-    def function(self, layout: Layout) -> Function:
-        self.closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
-        return Function(self.closure, layout)
-
-
-class Sum(Protocol):
-    """A block's matrix as it grows, minibatch by minibatch."""
-
-    def dense(self) -> Float[Tensor, "D D"]: ...
-
-
-class _Packed:
-    """T = 1: the pairs of outputs times the pairs of inputs, one symmetric product."""
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.packed: Tensor | None = None
-        self.active: Tensor | None = None
-
-    def add(self, a: Float[Tensor, "N I"], pairs: Float[Tensor, "P N"], old: float, new: float) -> None:
-        self.packed, self.active = fold(self.packed, self.active, pairs, a, old, new)
-
-    def dense(self) -> Tensor:
-        assert self.packed is not None
-        packed, self.packed = self.packed, None
-        outputs, inputs = self.block.shape
-        return unpack_full(packed, outputs, inputs, self.active)
-
-
-class _Whole:
-    """Any layout, as the dense matrix; only its lower triangle is written until it is asked for."""
-
-    def __init__(self, size: int, like: Tensor) -> None:
-        self.matrix = like.new_zeros(size, size)
-
-    def dense(self) -> Tensor:
-        return mirror_(self.matrix)
-
-
-def _fold_pairs(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
-    def into(block: Block) -> _Packed:
-        found = sums.setdefault(block.name, _Packed(block))
-        assert isinstance(found, _Packed)
-        return found
-
-    if look.kind in PASSES:
-        for block in blocks:
-            s = _one_place(look.statistics[block.name])
-            into(block).add(s.a[:, 0], output_pairs(s.g[:, :, 0]), old, new)
-        return
-    for s, hessians in look.hessians([b.name for b in blocks]):
-        _one_place(s)
-        into(s.block).add(s.a[:, 0], pack_pairs(hessians[0, :, :, 0].permute(1, 0, 2)), old, new)
-
-
-def _one_place(s: LayerStatistics) -> LayerStatistics:
-    if s.a.shape[1] > 1:
-        raise CurvlabError(f"{s.block} had one place in the first minibatch and has {s.a.shape[1]} in a later one: "
-                           'use route="rows" or "func"')  # fmt: skip
-    return s
-
-
-def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Tensor, "D D"]:
-    found = sums.setdefault(name, _Whole(size, like)) if name not in sums else sums[name]
-    assert isinstance(found, _Whole)
-    return found.matrix
-
-
-def _fold_places(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
-    for s, hessians in look.hessians([b.name for b in blocks]):
-        matrix = _whole(sums, s.block.name, s.block.numel, s.a).mul_(old)
-        accumulate_places_(matrix, hessians, s.a, new)
-
-
-def _fold_rows(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
-    for block in blocks:
-        s = look.statistics[block.name]
-        matrix = _whole(sums, block.name, block.numel, s.g).mul_(old)
-        for rows in s.some_rows(max(1, block.numel // 16)):
-            accumulate_second_moment_(matrix, rows, new)
-
-
-def _fold_general(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
-    for block in blocks:
-        fold_layout(look, Layout((block,)), block.name, sums, old, new)
-
-
-def fold_layout(look: Look, layout: Layout, name: str, sums: dict[str, Sum], old: float, new: float) -> None:
-    """The general route over any layout."""
-    function = look.function(layout)
-    matrix = _whole(sums, name, len(layout), function.at).mul_(old)
-    if look.kind in PASSES:
-        for left, right in function.rows(look.kind, look.draws):
-            matrix.addmm_(left.mT, right, alpha=new)
-        return
-    for columns, value in function.columns(look.kind, look.draws):
-        matrix[:, columns].add_(value, alpha=new)
-
-
-RouteName = Literal["pairs", "places", "rows", "func"]
-
-
-@dataclass(frozen=True)
-class Route:
-    """One way to a diagonal block."""
-
-    summary: str
-    fits: Callable[[Block, int, Kind], bool]
-    fold: Callable[[Look, Sequence[Block], dict[str, Sum], float, float], None]
-
-
-ROUTES: dict[str, Route] = {
-    "pairs": Route(
-        "T = 1: pairs of outputs times pairs of inputs, one packed symmetric product",
-        lambda block, places, kind: block.rule is not None and block.groups == 1 and places == 1,
-        _fold_pairs,
-    ),
-    "places": Route(
-        "T > 1, Hessian and Π: pre-activation Hessians between inputs, Theorem 3, where they are fewer than the parameters",
-        lambda block, places, kind: block.rule is not None and block.groups == 1 and kind not in PASSES
-        and places <= block.shape[1],
-        _fold_places,
-    ),
-    "rows": Route(
-        "second moments: per-sample gradients of every vector, one symmetric product",
-        lambda block, places, kind: block.rule is not None and kind in PASSES,
-        _fold_rows,
-    ),
-    "func": Route("torch.func over the block's parameters: any model", lambda block, places, kind: True, _fold_general),
-}  # fmt: skip
-"""In order of preference: a block goes by the first that fits. All agree."""
 
 
 def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") -> dict[str, str]:
     """{block: the route that `matrix` takes to it}, on data of this shape (one example is enough)."""
     check_kind(kind)
     (first, *_) = Batches.of(objective, x[:1], y[:1])
-    places = first.places()
+    places = first.form.places
     return {block.name: _route(block, places, kind) for block in objective.blocks}
 
 
@@ -244,7 +77,7 @@ def matrices(
 
 def _assign(chosen: Sequence[Block], closure: Closure, kind: Kind, route: str) -> dict[str, list[Block]]:
     """{route: its blocks}."""
-    places = closure.places()
+    places = closure.form.places
     found: dict[str, list[Block]] = {}
     for block in chosen:
         name = _route(block, places, kind) if route == "auto" else route

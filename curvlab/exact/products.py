@@ -15,9 +15,10 @@ from torch.utils.data import RandomSampler
 
 from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError
-from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few
+from curvlab.exact.batches import PASSES, Batches, Kind, Loader, by_hessians, check_kind, few
 from curvlab.exact.general import Function
-from curvlab.exact.matrices import Look, select
+from curvlab.exact.matrices import select
+from curvlab.exact.route_table import Look
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Product, RectangularProduct
 from curvlab.objective import Closure, Objective
@@ -164,8 +165,7 @@ def _summed_diagonal(closure: Closure, layout: Layout, kind: Kind, draws: int) -
     if kind in PASSES:
         parts |= {b.name: _second_moment_diagonal(look.statistics[b.name]) for b in ruled}
     elif ruled:
-        places = closure.places()
-        fits = [b.name for b in ruled if b.groups == 1 and places.get(b.name, 0) <= b.shape[1]]
+        fits = [b.name for b in ruled if by_hessians(kind, b, closure.form)]
         if fits:
             parts |= {s.block.name: _structured_diagonal(s, hessians) for s, hessians in look.hessians(fits)}
     for block in layout.blocks:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, guard_memory, lookup
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
-from curvlab.exact.matrices import Look
+from curvlab.exact.route_table import Look
 from curvlab.layers import Block
 from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.operators import Kronecker
@@ -189,7 +189,7 @@ def kronecker_terms(
         raise CurvlabError(f"{chosen} {fault}, so it is no sum of Kronecker products: use curvlab.exact.matrix")
     closure = one_minibatch(objective, x, y)
     if kind not in PASSES:
-        guard_hessians(chosen, len(x), closure.places()[block], objective.dtype)
+        guard_hessians(chosen, len(x), closure.form.places[block], objective.dtype)
     return next(sums(Look(closure, kind, draws), [chosen]))[1]
 
 

@@ -1,0 +1,183 @@
+"""ROUTES: the ways to a diagonal block, one line each; every way folds minibatches into a sum as they come.
+
+Legend: N examples, T places, V vectors sent back, P pairs of outputs, O outputs, I inputs, D = O I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.capture import LayerStatistics
+from curvlab.errors import CurvlabError
+from curvlab.exact.batches import PASSES, Kind, by_hessians
+from curvlab.exact.general import Function
+from curvlab.exact.second_order import preactivation_hessians
+from curvlab.layers import Block, Layout
+from curvlab.linalg.kronecker import accumulate_places_
+from curvlab.linalg.packed import accumulate_second_moment_, fold, mirror_, output_pairs, pack_pairs, unpack_full
+from curvlab.objective import Closure
+
+
+class Look:
+    """One minibatch as the structured routes read it; every pass is run once, whoever asks."""
+
+    def __init__(self, closure: Closure, kind: Kind, draws: int) -> None:
+        self.closure, self.kind, self.draws = closure, kind, draws
+
+    @cached_property
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """The vectors of a second moment, sent back."""
+        needs = PASSES[self.kind]
+        return self.closure.observe({needs}, move_buffers=False, draws=self.draws).passes[needs]
+
+    def hessians(self, names: Sequence[str]) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
+        """(inputs, pre-activation Hessians) of one block after the other: of ℓ; for Π of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed, and
+        for the GGN of ℓ − ⟨∂ℓ/∂z, z⟩, which has no slope in z, so that only ∂²ℓ/∂z² is left."""
+        z, losses, capture = self.closure.look()
+        total = losses.sum()
+        if self.kind != "hessian":
+            (slope,) = torch.autograd.grad(total, z, retain_graph=True)
+            with torch.enable_grad():
+                linear = (z * slope.detach()).sum()
+                total = linear if self.kind == "pi" else total - linear
+        return preactivation_hessians(capture, total, len(z), names)
+
+    def function(self, layout: Layout) -> Function:
+        self.closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
+        return Function(self.closure, layout)
+
+
+class Sum(Protocol):
+    """A block's matrix as it grows, minibatch by minibatch."""
+
+    def dense(self) -> Float[Tensor, "D D"]: ...
+
+
+class _Packed:
+    """T = 1: the pairs of outputs times the pairs of inputs, one symmetric product."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.packed: Tensor | None = None
+        self.active: Tensor | None = None
+
+    def add(self, a: Float[Tensor, "N I"], pairs: Float[Tensor, "P N"], old: float, new: float) -> None:
+        self.packed, self.active = fold(self.packed, self.active, pairs, a, old, new)
+
+    def dense(self) -> Tensor:
+        assert self.packed is not None
+        packed, self.packed = self.packed, None
+        outputs, inputs = self.block.shape
+        return unpack_full(packed, outputs, inputs, self.active)
+
+
+class _Whole:
+    """Any layout, as the dense matrix; only its lower triangle is written until it is asked for."""
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        self.matrix = like.new_zeros(size, size)
+
+    def dense(self) -> Tensor:
+        return mirror_(self.matrix)
+
+
+def _fold_pairs(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+    def into(block: Block) -> _Packed:
+        found = sums.setdefault(block.name, _Packed(block))
+        assert isinstance(found, _Packed)
+        return found
+
+    form = look.closure.form
+    twice = [b.name for b in blocks if by_hessians(look.kind, b, form)]
+    for block in blocks:
+        if block.name not in twice:
+            s = _one_place(look.statistics[block.name])
+            into(block).add(s.a[:, 0], output_pairs(s.g[:, :, 0]), old, new)
+    for s, hessians in look.hessians(twice) if twice else ():
+        _one_place(s)
+        into(s.block).add(s.a[:, 0], pack_pairs(hessians[0, :, :, 0].permute(1, 0, 2)), old, new)
+
+
+def _one_place(s: LayerStatistics) -> LayerStatistics:
+    if s.a.shape[1] > 1:
+        raise CurvlabError(f"{s.block} had one place in the first minibatch and has {s.a.shape[1]} in a later one: "
+                           'use route="rows" or "func"')  # fmt: skip
+    return s
+
+
+def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Tensor, "D D"]:
+    found = sums.setdefault(name, _Whole(size, like)) if name not in sums else sums[name]
+    assert isinstance(found, _Whole)
+    return found.matrix
+
+
+def _fold_places(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+    for s, hessians in look.hessians([b.name for b in blocks]):
+        matrix = _whole(sums, s.block.name, s.block.numel, s.a).mul_(old)
+        accumulate_places_(matrix, hessians, s.a, new)
+
+
+def _fold_rows(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+    for block in blocks:
+        s = look.statistics[block.name]
+        matrix = _whole(sums, block.name, block.numel, s.g).mul_(old)
+        for rows in s.some_rows(max(1, block.numel // 16)):
+            accumulate_second_moment_(matrix, rows, new)
+
+
+def _fold_general(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+    for block in blocks:
+        fold_layout(look, Layout((block,)), block.name, sums, old, new)
+
+
+def fold_layout(look: Look, layout: Layout, name: str, sums: dict[str, Sum], old: float, new: float) -> None:
+    """The general route over any layout."""
+    function = look.function(layout)
+    matrix = _whole(sums, name, len(layout), function.at).mul_(old)
+    if look.kind in PASSES:
+        for left, right in function.rows(look.kind, look.draws):
+            matrix.addmm_(left.mT, right, alpha=new)
+        return
+    for columns, value in function.columns(look.kind, look.draws):
+        matrix[:, columns].add_(value, alpha=new)
+
+
+RouteName = Literal["pairs", "places", "rows", "func"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to a diagonal block."""
+
+    summary: str
+    fits: Callable[[Block, int, Kind], bool]
+    fold: Callable[[Look, Sequence[Block], dict[str, Sum], float, float], None]
+
+
+ROUTES: dict[str, Route] = {
+    "pairs": Route(
+        "T = 1: pairs of outputs times pairs of inputs, one packed symmetric product",
+        lambda block, places, kind: block.rule is not None and block.groups == 1 and places == 1,
+        _fold_pairs,
+    ),
+    "places": Route(
+        "T > 1, Hessian and Π: pre-activation Hessians between inputs, Theorem 3, where they are fewer than the parameters",
+        lambda block, places, kind: block.rule is not None and block.groups == 1 and kind not in PASSES
+        and places <= block.shape[1],
+        _fold_places,
+    ),
+    "rows": Route(
+        "second moments: per-sample gradients of every vector, one symmetric product",
+        lambda block, places, kind: block.rule is not None and kind in PASSES,
+        _fold_rows,
+    ),
+    "func": Route("torch.func over the block's parameters: any model", lambda block, places, kind: True, _fold_general),
+}  # fmt: skip
+"""In order of preference: a block goes by the first that fits. All agree."""
