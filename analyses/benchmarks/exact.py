@@ -1,10 +1,12 @@
 """Exact curvature, side by side in one run: curvlab, torch.func, curvlinops, BackPACK, and the floor.
 
 All times are CPU seconds of one thread, so that other work on the machine matters little; with --threads wall seconds, for a
-machine that does nothing else. Freed memory is kept (glibc's mallopt) for everyone alike. The floor of matrices is their floating-point operations (the packed symmetric product on the
-inputs that are not zero) over the matrix-product peak of this run; of per-sample gradients, the time to fill that memory.
+machine that does nothing else. Freed memory is kept (glibc's mallopt) for everyone alike. The floor of matrices is their
+floating-point operations (the packed symmetric product on the inputs that are not zero) over the matrix-product peak of this
+run; of per-sample gradients, the time to fill that memory.
 
-    python analyses/benchmarks/exact.py [--dtype float32] [--examples 1000] [--threads 1] [--skip mlp gradients autoencoder memory]
+    python analyses/benchmarks/exact.py [--dtype float32] [--examples 1000] [--threads 1]
+        [--skip mlp gradients autoencoder memory]
 
 curvlinops and BackPACK are optional, beside the extra "test":
     pip install --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd
@@ -284,9 +286,8 @@ if options.memory_of:
     memory(options.memory_of)
     sys.exit()
 keep_freed_memory()
-print(
-    f"{'CPU time of one thread' if options.threads == 1 else f'wall time of {options.threads} threads'}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, {options.dtype}"
-)
+clock = "CPU time of one thread" if options.threads == 1 else f"wall time of {options.threads} threads"
+print(f"{clock}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, {options.dtype}")
 flops = peak()
 if "gradients" not in options.skip:
     gradients(*mlp(), "mlp-256-20")
