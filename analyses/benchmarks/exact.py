@@ -6,7 +6,7 @@ floating-point operations (the packed symmetric product on the inputs that are n
 run; of per-sample gradients, the time to fill that memory.
 
     python analyses/benchmarks/exact.py [--dtype float32] [--examples 1000] [--threads 1]
-        [--skip mlp gradients autoencoder memory]
+        [--skip mlp gradients autoencoder blocks memory]   blocks: those of the autoencoder, minutes long
 
 curvlinops and BackPACK are optional, beside the extra "test":
     pip install --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd
@@ -30,7 +30,7 @@ from curvlab.memory import keep_freed_memory
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
 parser.add_argument("--examples", type=int, default=1000)
-parser.add_argument("--skip", nargs="*", default=[], choices=["mlp", "gradients", "autoencoder", "memory"])
+parser.add_argument("--skip", nargs="*", default=[], choices=["mlp", "gradients", "autoencoder", "blocks", "memory"])
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--memory-of", help=argparse.SUPPRESS)
 options = parser.parse_args()
@@ -300,5 +300,5 @@ if "memory" not in options.skip:
         subprocess.run(words, check=True)
 if "mlp" not in options.skip:
     matrices_of_the_mlp(flops)
-if "autoencoder" not in options.skip:
+if not {"autoencoder", "blocks"} & set(options.skip):
     blocks_of_the_autoencoder(flops)
