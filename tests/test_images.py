@@ -175,6 +175,7 @@ class _Evil:
         b"cnumpy\nsave\n.",
         pickle.dumps([1, 2]),
         pickle.dumps({b"labels": []}),
+        pickle.dumps({b"data": 1}),
         b"",
         b"\x80\x02}(U\x04data",
     ],

@@ -23,7 +23,20 @@ from curvlab.datasets.libsvm import a9a, news20, w8a, webspam
 from curvlab.datasets.regenerated import curves, faces
 from curvlab.errors import lookup
 
-__all__ = ["DATASETS", "FILES", "Batches", "CropAndFlip", "Dataset", "Entry", "File", "SparseRows", "file", "load"]
+__all__ = [
+    "DATASETS",
+    "FILES",
+    "Batches",
+    "CropAndFlip",
+    "Dataset",
+    "Entry",
+    "File",
+    "SparseRows",
+    "curves",
+    "faces",
+    "file",
+    "load",
+]
 
 
 @dataclass(frozen=True)

@@ -198,20 +198,22 @@ def _cifar_arrays(kind: Cifar) -> Arrays:
         return _npz(path)
     members = (*kind.train, kind.test)
     if find(f"{kind.folder}/{kind.test}") is not None:
-        batches = [unpickled(path.read_bytes(), str(path)) for path in (file(f"{kind.folder}/{name}") for name in members)]
+        batches = [
+            unpickled(path.read_bytes(), str(path), kind.labels) for path in (file(f"{kind.folder}/{name}") for name in members)
+        ]
     else:
-        batches = _from_archive(file(kind.archive), kind.folder, members)
+        batches = _from_archive(file(kind.archive), kind, members)
     x, y = [batch[b"data"] for batch in batches], [np.array(batch[kind.labels]) for batch in batches]
     return {"x_train": np.concatenate(x[:-1]), "y_train": np.concatenate(y[:-1]), "x_test": x[-1], "y_test": y[-1]}
 
 
-def _from_archive(path: Path, folder: str, members: tuple[str, ...]) -> list[dict[bytes, Any]]:
+def _from_archive(path: Path, kind: Cifar, members: tuple[str, ...]) -> list[dict[bytes, Any]]:
     found: dict[str, dict[bytes, Any]] = {}
     with tarfile.open(path) as archive:
         for member in archive:
-            stream = archive.extractfile(member) if member.name.startswith(folder) else None
+            stream = archive.extractfile(member) if member.name.startswith(kind.folder) else None
             if stream is not None and Path(member.name).name in members:
-                found[Path(member.name).name] = unpickled(stream.read(), f"{path}:{member.name}")
+                found[Path(member.name).name] = unpickled(stream.read(), f"{path}:{member.name}", kind.labels)
     return [found[name] for name in members]
 
 
@@ -233,7 +235,7 @@ class _ArraysOnly(pickle.Unpickler):
         return known[module, name]
 
 
-def unpickled(content: bytes, where: str) -> dict[bytes, Any]:
+def unpickled(content: bytes, where: str, labels: bytes = b"labels") -> dict[bytes, Any]:
     """The dictionary in a CIFAR pickle. Nothing but data is ever made of it, whatever it holds.
 
     Raises:
@@ -243,6 +245,6 @@ def unpickled(content: bytes, where: str) -> dict[bytes, Any]:
         found = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can fail in any way
         raise CurvlabError(f"data file {where} is no CIFAR pickle ({error}): get it again") from error
-    if not isinstance(found, dict) or b"data" not in found:
-        raise CurvlabError(f"data file {where} is no CIFAR pickle (no b'data' in it): get it again")
+    if not isinstance(found, dict) or not {b"data", labels} <= found.keys():
+        raise CurvlabError(f"data file {where} is no CIFAR pickle (no b'data' and {labels!r} in it): get it again")
     return found
