@@ -47,7 +47,9 @@ def _version(
 
 @app.command()
 def compare(
-    model: Annotated[str, Option(help="Network, of `curvlab list models`.", rich_help_panel="Problem")],
+    model: Annotated[
+        str, Option(help="Network, of `curvlab list models`, or module:function of yours.", rich_help_panel="Problem")
+    ],
     data: Annotated[str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")] = None,
     reference: Annotated[
         str, Option(help="Algorithm that moves the parameters and to which cosines are taken.", rich_help_panel="Methods")
@@ -154,7 +156,9 @@ def _print_cosines(ds: Any) -> None:
 
 @app.command()
 def spectrum(
-    model: Annotated[str, Option(help="Network, of `curvlab list models`.", rich_help_panel="Problem")],
+    model: Annotated[
+        str, Option(help="Network, of `curvlab list models`, or module:function of yours.", rich_help_panel="Problem")
+    ],
     data: Annotated[str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")] = None,
     samples: Annotated[
         int, Option(help="The spectra are of the mean loss over so many first training examples.", rich_help_panel="Problem")
@@ -262,10 +266,17 @@ def _algorithm_rows() -> list[tuple[str, ...]]:
     return [(name, a.summary, a.labels, f"{a.lr:g}", f"{a.damping:g}", a.source) for name, a in ALGORITHMS.items()]
 
 
+def _model_rows() -> list[tuple[str, ...]]:
+    return [(name, m.summary, m.data or "", m.likelihood, m.source) for name, m in models.MODELS.items()]
+
+
 LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = {
     "algorithms": (("name", "what it is", "labels", "lr", "damping", "source"), _algorithm_rows),
-    "models": (("name", "what it is", "data"), lambda: [(n, m.summary, m.data) for n, m in models.MODELS.items()]),
-    "datasets": (("name", "what it is"), lambda: [(n, d.summary) for n, d in datasets.DATASETS.items()]),
+    "models": (("name", "what it is", "data", "likelihood", "source"), _model_rows),
+    "datasets": (
+        ("name", "what it is", "comes"),
+        lambda: [(n, d.summary, d.comes) for n, d in datasets.DATASETS.items()],
+    ),
     "probes": (
         ("name", "what it is", "variables"),
         lambda: [(n, p.summary, ", ".join(p.variables)) for n, p in probes.PROBES.items()],

@@ -1,15 +1,30 @@
-"""MODELS: the documents' networks by name, each with its data set and likelihood."""
+"""MODELS: the documents' networks by name, each with its data set, likelihood and source; and the user's own by import path.
+
+A network is built for its own data set, or, where it is `sized`, for the shape of another one's inputs and its number of
+outputs. Weights are torch's default initialisation (the documents name none).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from curvlab.errors import lookup
+from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.likelihoods import LIKELIHOODS
+
+Shape = tuple[int, ...]
 
 
 def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
@@ -20,33 +35,327 @@ def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) ->
     return nn.Sequential(*layers)
 
 
+def autoencoder(widths: Sequence[int]) -> nn.Sequential:
+    """ReLU between linear layers, none after the middle one (the code) and none after the last (thesis Table 2.4).
+
+    The sigmoid that Table 2.4 prints last belongs to the Bernoulli likelihood.
+    """
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(pairwise(widths), 1):
+        layers.append(nn.Linear(fan_in, fan_out))
+        if i not in (len(widths) // 2, len(widths) - 1):
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+def autoencoder_1000(inputs: Shape = (784,), outputs: int = 784) -> nn.Sequential:
+    """D-1000-500-250-30-250-500-1000-D (S2QN 6.2), which names no activation: ReLU as in the thesis."""
+    return autoencoder([math.prod(inputs), 1000, 500, 250, 30, 250, 500, 1000, outputs])
+
+
+def logistic(inputs: Shape = (123,), outputs: int = 1) -> nn.Linear:
+    """θ of (26), without a bias as there."""
+    return nn.Linear(math.prod(inputs), outputs, bias=False)
+
+
+def convnet(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
+    """Three convolutions of 5×5 (32, 32, 64 channels), each with ReLU and 2×2 max-pooling, then one linear layer.
+
+    S2QN (Yang et al. 2021), 6.3 says "three convolutional layers followed by a fully-connected layer" and no more. Chosen once:
+    the widths of cuda-convnet's small CIFAR-10 network, its pooling simplified.
+    """
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise((inputs[0], 32, 32, 64)):
+        layers += [nn.Conv2d(fan_in, fan_out, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, outputs))
+
+
+def all_cnn_c(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
+    """All-CNN-C (Springenberg et al. 2015, table 1): nine convolutions, ReLU after each, the mean over 6×6 places.
+
+    Without that document's dropout, which Ren and Goldfarb (2021, B.2) do not mention and under which no batch is seen twice
+    alike.
+    """
+    layers: list[nn.Module] = []
+    at = inputs[0]
+    for width, kernel, stride, padding in (
+        (96, 3, 1, 1), (96, 3, 1, 1), (96, 3, 2, 1), (192, 3, 1, 1), (192, 3, 1, 1), (192, 3, 2, 1),
+        (192, 3, 1, 0), (192, 1, 1, 0), (outputs, 1, 1, 0),
+    ):  # fmt: skip
+        layers += [nn.Conv2d(at, width, kernel, stride, padding), nn.ReLU()]
+        at = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+"""Channels of model D of Simonyan and Zisserman (2015), table 1; 0 is 2×2 max-pooling."""
+
+
+def _vgg(at: int, normalised: bool) -> Iterator[nn.Module]:
+    for width in VGG16:
+        if not width:
+            yield nn.MaxPool2d(2)
+            continue
+        yield nn.Conv2d(at, width, 3, padding=1)
+        if normalised:
+            yield nn.BatchNorm2d(width)
+        yield nn.ReLU()
+        at = width
+
+
+def vgg16(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
+    """Model D, batch normalisation after each convolution, one linear layer of 512 inputs at the end (thesis 3.7.2).
+
+    Convolutions keep their biases.
+    """
+    return nn.Sequential(*_vgg(inputs[0], normalised=True), nn.Flatten(), nn.Linear(512, outputs))
+
+
+def vgg16_printed(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
+    """Model D with its three linear layers, without batch normalisation (Ren and Goldfarb 2021, B.2), and without dropout.
+
+    Their widths for images of 32×32 are not published: 4096 as in model D, the first with the 512 inputs that are left.
+    """
+    ends = nn.Linear(512, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, outputs)
+    return nn.Sequential(*_vgg(inputs[0], normalised=False), nn.Flatten(), *ends)
+
+
+class PaddedShortcut(nn.Module):
+    """Option A of He et al. (2016): every `stride`-th pixel, further channels zero; no parameter."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.channels, self.stride = channels, stride
+
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D h w"]:
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, 0, self.channels - x.shape[1]))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions with batch normalisation, and a shortcut around them (He et al. 2016, figure 2)."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(fan_out)
+        self.shortcut = shortcut
+
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D h w"]:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
+
+
+def _padded(fan_in: int, fan_out: int, stride: int) -> nn.Module:
+    return nn.Identity() if fan_in == fan_out and stride == 1 else PaddedShortcut(fan_out, stride)
+
+
+def _projected(fan_in: int, fan_out: int, stride: int) -> nn.Module:
+    """Option B of He et al. (2016): a 1×1 convolution where the shape changes."""
+    if fan_in == fan_out and stride == 1:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out))
+
+
+def residual_network(
+    inputs: Shape, outputs: int, widths: Sequence[int], depth: int, shortcut: Callable[[int, int, int], nn.Module]
+) -> nn.Sequential:
+    """A 3×3 convolution, `depth` blocks of each width (at stride 2 where a later stage begins), the mean, a linear layer."""
+    layers: list[nn.Module] = [nn.Conv2d(inputs[0], widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    at = widths[0]
+    for stage, width in enumerate(widths):
+        for i in range(depth):
+            stride = 2 if stage and i == 0 else 1
+            layers.append(ResidualBlock(at, width, stride, shortcut(at, width, stride)))
+            at = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(at, outputs))
+
+
+def resnet32(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
+    """ResNet-32 of He et al. (2016), table 6: three stages of five blocks, 16, 32 and 64 channels, shortcuts of option A."""
+    return residual_network(inputs, outputs, (16, 32, 64), 5, _padded)
+
+
+def resnet32_4(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
+    """ResNet-32 with every width times 4 (thesis 3.7.3), the first convolution's too, as with Zhang et al. (2019)."""
+    return residual_network(inputs, outputs, (64, 128, 256), 5, _padded)
+
+
+def resnet18(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
+    """ResNet-18 of He et al. (2016), table 1, shortcuts of option B.
+
+    S2QN 6.4 does not say how it is fitted to 32×32 images: as is usual, the first convolution is 3×3 at stride 1 and no pooling
+    follows it.
+    """
+    return residual_network(inputs, outputs, (64, 128, 256, 512), 2, _projected)
+
+
 @dataclass(frozen=True)
 class Entry:
-    summary: str
-    build: Callable[[], nn.Module]
-    data: str
-    likelihood: str
+    """A network, and the problem that it belongs to.
 
+    `build()` makes it for its own data set; where it is `sized`, `build(inputs, outputs)` makes it for inputs of that shape and
+    so many outputs.
+    """
+
+    summary: str
+    build: Callable[..., nn.Module]
+    data: str | None
+    likelihood: str
+    source: str = "yours"
+    sized: bool = False
+
+    def data_name(self, chosen: str | None = None) -> str:
+        """The data set to take: the one chosen, else the network's own.
+
+        Raises:
+            CurvlabError: there is neither.
+        """
+        if chosen or self.data:
+            return chosen or str(self.data)
+        raise CurvlabError(
+            f"{self.summary} names no data set: choose one with --data, or return (module, likelihood, data set)"
+        )
+
+
+MNIST_AE = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+FACES_AE = (625, 2000, 1000, 500, 30, 500, 1000, 2000, 625)
+CURVES_AE = (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)
+"""Widths of thesis Table 2.4."""
 
 MODELS: dict[str, Entry] = {
     "mlp-256-20": Entry(
-        "256-20-20-20-20-20-10 tanh, the six layers that Figure 4.1 was run on (practice)",
-        lambda: mlp([256, 20, 20, 20, 20, 20, 10]), "mnist16", "categorical",
+        "256-20-20-20-20-20-10 tanh, the six layers that Figure 4.1 was run on",
+        lambda: mlp([256, 20, 20, 20, 20, 20, 10]), "mnist16", "categorical", "practice",
     ),
     "mlp-256-20-printed": Entry(
         "256-20-20-20-20-10 tanh, the five layers that thesis 4.3.4 prints",
-        lambda: mlp([256, 20, 20, 20, 20, 10]), "mnist16", "categorical",
+        lambda: mlp([256, 20, 20, 20, 20, 10]), "mnist16", "categorical", "thesis 4.3.4",
     ),
+    "mnist-ae": Entry("784-1000-500-250-30-… ReLU autoencoder", lambda: autoencoder(MNIST_AE), "mnist-ae", "bernoulli",
+                      "thesis Table 2.4; S2QN 6.2"),
+    "curves-ae": Entry("784-400-200-100-50-25-6-… ReLU autoencoder", lambda: autoencoder(CURVES_AE), "curves", "bernoulli",
+                       "thesis Table 2.4"),
+    "faces-ae": Entry("625-2000-1000-500-30-… ReLU autoencoder", lambda: autoencoder(FACES_AE), "faces", "gaussian",
+                      "thesis Table 2.4"),
+    "curves-ae-1000": Entry("D-1000-500-250-30-… ReLU autoencoder",
+                            autoencoder_1000, "curves", "bernoulli", "S2QN 6.2", sized=True),
+    "faces-ae-1000": Entry("D-1000-500-250-30-… ReLU autoencoder",
+                           lambda inputs=(625,), outputs=625: autoencoder_1000(inputs, outputs), "faces", "gaussian",
+                           "S2QN 6.2", sized=True),
+    "logistic": Entry("logistic regression without a bias", logistic, "a9a", "bernoulli", "S2QN (26)", sized=True),
+    "mnist-500": Entry("784-500-10 sigmoid", lambda: mlp([784, 500, 10], nn.Sigmoid), "mnist-standard", "categorical",
+                       "thesis 5.8"),
+    "cifar-400": Entry("3072-400-400-10 sigmoid", lambda: mlp([3072, 400, 400, 10], nn.Sigmoid), "cifar10-standard",
+                       "categorical", "thesis 5.8"),
+    "webspam-400": Entry("254-400-400-1 sigmoid", lambda: mlp([254, 400, 400, 1], nn.Sigmoid), "webspam", "bernoulli",
+                         "thesis 5.8"),
+    "convnet": Entry("three convolutions and a linear layer; widths not published", convnet, "cifar10", "categorical",
+                     "S2QN 6.3", sized=True),
+    "all-cnn-c": Entry("nine convolutions, no pooling", all_cnn_c, "cifar10", "categorical",
+                       "Ren and Goldfarb 2021, B.2", sized=True),
+    "vgg16": Entry("model D with batch normalisation and one linear layer", vgg16, "cifar10", "categorical", "thesis 3.7.2",
+                   sized=True),
+    "vgg16-printed": Entry("model D as printed: three linear layers, no batch normalisation", vgg16_printed, "cifar10",
+                           "categorical", "Ren and Goldfarb 2021, B.2", sized=True),
+    "resnet32": Entry("ResNet-32 of 16, 32, 64 channels", resnet32, "cifar10", "categorical", "thesis 3.7.2", sized=True),
+    "resnet32-4": Entry("ResNet-32 four times as wide", resnet32_4, "cifar10", "categorical", "thesis 3.7.3", sized=True),
+    "resnet18": Entry("ResNet-18 for 32×32 images", resnet18, "cifar10", "categorical", "S2QN 6.4", sized=True),
 }  # fmt: skip
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """Model `name` with weights drawn from `seed`, on the CPU in float32; the global generator is left as it was.
+class Sized(Protocol):
+    """What a model is built for: a `Dataset`, or anything else that says its shapes."""
+
+    @property
+    def inputs(self) -> Shape: ...
+    @property
+    def outputs(self) -> int: ...
+
+
+def find(name: str) -> Entry:
+    """The entry of `name`: of the table, or `module:function` of your own.
+
+    Your function takes nothing and returns an `nn.Module`, or (module, likelihood name, data set name); a module alone is given
+    the categorical likelihood. The working directory is searched too. The function is called once here, to learn the names,
+    and again for every model that is built.
 
     Raises:
-        CurvlabError: an unknown name.
+        CurvlabError: an unknown name; a module or function that cannot be imported, fails, or returns something else.
     """
-    entry = lookup(MODELS, name, "model")
+    if ":" not in name:
+        return lookup(MODELS, name, "model")
+    function = _imported(name)
+    with seeded(0):
+        _, likelihood, data = _called(function, name)
+    return Entry(f"model '{name}'", lambda: _called(function, name)[0], data, likelihood)
+
+
+def build(name: str, seed: int = 0, data: Sized | None = None) -> nn.Module:
+    """Model `name` with weights drawn from `seed`, on the CPU in float32; the global generator is left as it was.
+
+    Args:
+        name: of the table, or `module:function` of your own (`find`).
+        data: a data set other than the model's own, to whose shapes a `sized` network is fitted.
+
+    Raises:
+        CurvlabError: an unknown name, or a function of yours that does not work.
+    """
+    entry = find(name)
+    with seeded(seed):
+        return entry.build(data.inputs, data.outputs) if entry.sized and data is not None else entry.build()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The global generator at `seed` inside, as it was after."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return entry.build()
+        yield
+
+
+def _imported(name: str) -> Callable[[], Any]:
+    path, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(path)
+    except Exception as error:  # the user's module runs here, and may fail in any way
+        if isinstance(error, ModuleNotFoundError) and error.name and (path == error.name or path.startswith(f"{error.name}.")):
+            raise CurvlabError(
+                f"model '{name}': there is no module '{path}': run where it lies, install it or set PYTHONPATH"
+            ) from error
+        raise CurvlabError(f"model '{name}': importing '{path}' failed: {_said(error)}") from error
+    finally:
+        if added:
+            sys.path.remove(here)
+    if not hasattr(module, attribute):
+        raise unknown(f"function of {path}", attribute, (n for n, v in vars(module).items() if callable(v) and n[0] != "_"))
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise CurvlabError(f"model '{name}': '{attribute}' is no function but {type(function).__name__}")
+    return function  # type: ignore[no-any-return]
+
+
+def _called(function: Callable[[], Any], name: str) -> tuple[nn.Module, str, str | None]:
+    """(module, likelihood, data set) of the user's function."""
+    try:
+        found = function()
+    except Exception as error:  # likewise
+        raise CurvlabError(f"model '{name}' failed: {_said(error)}") from error
+    if isinstance(found, nn.Module):
+        return found, "categorical", None
+    if isinstance(found, tuple) and [type(v) for v in found[1:]] == [str, str] and isinstance(found[0], nn.Module):
+        lookup(LIKELIHOODS, found[1], "likelihood")
+        return found[0], found[1], found[2]
+    raise CurvlabError(
+        f"model '{name}' returned {type(found).__name__}: return an nn.Module or (module, likelihood name, data set name)"
+    )
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

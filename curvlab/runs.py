@@ -191,6 +191,8 @@ def compare(
         "path": None if path is None else str(path),
     }
     about = {"call": call, "model": type(objective.model).__name__, "data": call["batches"]}
+    if isinstance(batches, datasets.Batches):
+        about["data_description"] = batches.data.description
     log = settings.log(objective, size, None if path is None else Path(path), [objective.seed], about)
     console = Console(stderr=True)
     with progress_bar(console, console.is_terminal if progress is None else progress) as bar:
@@ -298,8 +300,7 @@ def device_of(name: str) -> torch.device:
 def check_named(named: Named) -> None:
     """Raises CurvlabError for unknown names and values out of range, before anything is written or run."""
     named.settings.check()
-    entry = lookup(models.MODELS, named.model, "model")
-    lookup(datasets.DATASETS, named.data or entry.data, "data set")
+    lookup(datasets.DATASETS, models.find(named.model).data_name(named.data), "data set")
     lookup(DTYPES, named.dtype, "dtype")
     device_of(named.device)
     for name in ("steps", "epochs"):
@@ -317,8 +318,8 @@ def compare_named(named: Named, path: Path, call: dict[str, Any], console: Conso
         CurvlabError: as `check_named` and `compare`.
     """
     check_named(named)
-    settings, entry = named.settings, models.MODELS[named.model]
-    data_name = named.data or entry.data
+    settings, entry = named.settings, models.find(named.model)
+    data_name = entry.data_name(named.data)
     device, dtype = device_of(named.device), DTYPES[named.dtype]
     train, _ = datasets.load(data_name)
     per_epoch = train.batches(named.batch_size).per_epoch
@@ -326,7 +327,7 @@ def compare_named(named: Named, path: Path, call: dict[str, Any], console: Conso
     log: Log | None = None
     with progress_bar(console, console.is_terminal) as bar:
         for i, seed in enumerate(named.seeds, 1):
-            model = models.build(named.model, seed).to(device, dtype)
+            model = models.build(named.model, seed, train).to(device, dtype)
             objective = Objective(model, LIKELIHOODS[entry.likelihood](), seed)
             batches = train.batches(named.batch_size, -(-steps // per_epoch), seed)
             if log is None:

@@ -55,8 +55,9 @@ class Prepared:
 
 def prepare(named: Named) -> Prepared:
     """Raises CurvlabError for unknown names, values out of range and numbers that do not fit the data."""
-    entry = lookup(models.MODELS, named.model, "model")
-    lookup(datasets.DATASETS, named.data or entry.data, "data set")
+    entry = models.find(named.model)
+    data_name = entry.data_name(named.data)
+    lookup(datasets.DATASETS, data_name, "data set")
     lookup(ALGORITHMS, named.algorithm, "algorithm")
     dtype, device = lookup(DTYPES, named.dtype, "dtype"), device_of(named.device)
     if not named.after:
@@ -64,12 +65,12 @@ def prepare(named: Named) -> Prepared:
     for steps in named.after:
         if steps < 0:
             raise CurvlabError(f"the number of training steps must be 0 or positive, not {steps}")
-    model = models.build(named.model, named.seed).to(device, dtype)
+    train, _ = datasets.load(data_name)
+    model = models.build(named.model, named.seed, train).to(device, dtype)
     objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed)
     named.plan.check(objective)
     options = {} if named.damping is None else {"damping": named.damping}
     stepper = optimizer(named.algorithm, objective, named.lr, **options)
-    train, _ = datasets.load(named.data or entry.data)
     if not 1 <= named.samples <= len(train):
         raise CurvlabError(
             f"{named.samples} samples do not fit '{train.name}', which has {len(train)} training examples: "

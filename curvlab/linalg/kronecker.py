@@ -76,6 +76,14 @@ def pi_split(A: Float[Tensor, "I I"], G: Float[Tensor, "O O"], damping: float) -
     return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
 
+def places_split(damping: float, places: int) -> tuple[float, float]:
+    """(λ_A, λ_G) = (√T √λ, √λ / √T), of an A summed and a G averaged over T places: thesis 3.3.2; Alg. 9, line 2.
+
+    With one place √λ each, which chapter 2 has, and Ren and Goldfarb (2021, Alg. 2, line 1) for convolutions too.
+    """
+    return math.sqrt(places * damping), math.sqrt(damping / places)
+
+
 @dataclass(frozen=True)
 class NearestKronecker:
     """left ⊗ right, of equal Frobenius norms, and ‖M − left ⊗ right‖ / ‖M‖ (0 where M is zero)."""

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import reduce
-from typing import Any, Protocol, cast, runtime_checkable
+from functools import cached_property, reduce
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,8 @@ from curvlab.errors import CurvlabError, guard_memory
 from curvlab.linalg.factor import solve_cholesky
 from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.woodbury import Rows, gram_cholesky
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -247,6 +249,74 @@ class Woodbury:
 
 
 @dataclass(frozen=True)
+class Compact:
+    """base + Rᵀ C⁻¹ R with few rows R: the compact form of quasi-Newton matrices (Byrd, Nocedal, Schnabel 1994; `lbfgs`).
+
+    Closed under inversion by the Sherman–Morrison–Woodbury formula, with no inverse of C:
+    (M + Rᵀ C⁻¹ R)⁻¹ = M⁻¹ − (R M⁻¹)ᵀ (C + R M⁻¹ Rᵀ)⁻¹ (R M⁻¹).
+
+    C may be of a higher precision than the rest: it is small, and mostly worse conditioned than the matrix.
+    """
+
+    base: Operator
+    rows: Float[Tensor, "R D"]
+    core: Float[Tensor, "R R"]  # symmetric, invertible, mostly indefinite
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
+        return self.base @ v + self.rows.mT @ self._solve(self.rows @ v)
+
+    def inv(self) -> Operator:
+        """Raises CurvlabError where the base or the matrix is not positive definite."""
+        base = self.base.inv()
+        through = base @ self.rows.mT  # M⁻¹ Rᵀ
+        core = self.core + self.rows.to(self.core.dtype) @ through.to(self.core.dtype)
+        core = -(core + core.mT) / 2
+        # the inertia of [[M, Rᵀ], [R, −C]] by either Schur complement: the matrix is definite where these two numbers agree
+        if _positive_eigenvalues(core) != _positive_eigenvalues(-self.core):
+            raise CurvlabError("the matrix is not positive definite: damp it before inverting")
+        return Compact(base, through.mT.contiguous(), core)
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        base = self.base.dense()
+        added = self.rows.mT @ self._solve(self.rows)
+        return base + (added + added.mT) / 2
+
+    def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Of the dense matrix; where the base is a multiple of I, of a matrix of the order of the core."""
+        if isinstance(self.base, Diagonal) and bool((self.base.values == self.base.values[0]).all()):
+            basis, triangle = torch.linalg.qr(self.rows.mT)
+            small = triangle @ self._solve(triangle.mT)
+            moved: Tensor = torch.linalg.eigvalsh((small + small.mT) / 2)
+            added = torch.cat([moved, moved.new_zeros(len(self) - basis.shape[1])])
+            return self.base.values[0] + added.sort().values
+        return Dense(self.dense()).eigvalsh()
+
+    def diag(self) -> Float[Tensor, " D"]:
+        return self.base.diag() + (self.rows * self._solve(self.rows)).sum(0)
+
+    def trace(self) -> Float[Tensor, ""]:
+        return self.base.trace() + (self.rows * self._solve(self.rows)).sum()
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        lu, pivots, _ = torch.linalg.lu_factor_ex(self.core)
+        return lu, pivots
+
+    def _solve(self, v: Float[Tensor, "R *K"]) -> Float[Tensor, "R *K"]:
+        """C⁻¹ v."""
+        columns = (v[:, None] if v.ndim == 1 else v).to(self.core.dtype)
+        solution: Tensor = torch.linalg.lu_solve(*self._factors, columns).to(v.dtype)
+        return solution[:, 0] if v.ndim == 1 else solution
+
+
+def _positive_eigenvalues(core: Float[Tensor, "R R"]) -> int:
+    return int((torch.linalg.eigvalsh(core) > 0).sum())
+
+
+@dataclass(frozen=True)
 class DirectSum:
     """Operators side by side: part k acts on the entries `indices[k]`; together they cover all entries once."""
 
@@ -442,8 +512,14 @@ def identity_like(value: Tensor) -> Diagonal:
 
 
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Dense, Inverse, Diagonal, Kronecker, LowRank, Woodbury, DirectSum, Rows)
+    kind.__name__: kind for kind in (Dense, Inverse, Diagonal, Kronecker, LowRank, Woodbury, Compact, DirectSum, Rows)
 }
+
+
+def packable(kind: type[T]) -> type[T]:
+    """Class decorator: a frozen value of tensors, numbers and other such values that `unpack` is to know too."""
+    _KINDS[kind.__name__] = kind
+    return kind
 
 
 def pack(value: Any) -> Any:

@@ -1,0 +1,145 @@
+"""What a data set is, and how it gives minibatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+
+Augmentation: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
+"""(inputs of a minibatch, generator) → inputs of the same shape; all that is random comes from the generator."""
+
+
+@dataclass(frozen=True, eq=False)
+class SparseRows:
+    """Inputs that are kept as a CSR matrix and come out dense: ``rows[chosen]`` is a tensor [n, F].
+
+    Layers and their statistics then need to know nothing of sparsity; what is dense is one minibatch, never the data set.
+    """
+
+    matrix: Any  # scipy.sparse.csr_matrix [N, F], floating
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.matrix.shape)
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.from_numpy(self.matrix.data[:0]).dtype
+
+    def __len__(self) -> int:
+        return int(self.matrix.shape[0])
+
+    def __getitem__(self, chosen: Tensor | slice) -> Float[Tensor, "n F"]:
+        return torch.from_numpy(self.matrix[chosen if isinstance(chosen, slice) else chosen.numpy()].toarray())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Inputs x [N, …] (floating), targets y [N, …], and what they are.
+
+    An autoencoder's targets are its inputs: y is then x, the same tensor. `augment` changes the inputs of a minibatch and is
+    applied by `batches` alone; `x` is the data as they are.
+    """
+
+    name: str
+    x: Float[Tensor, "N *F"] | SparseRows
+    y: Shaped[Tensor, "N *C"]
+    description: str
+    augment: Augmentation | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The shape of one input: what a model of the data's shape is built with."""
+        return tuple(self.x.shape[1:])
+
+    @property
+    def outputs(self) -> int:
+        """Outputs that a model needs: the number of classes, or of the numbers in one target."""
+        if self.y.is_floating_point():
+            return int(self.y.shape[1:].numel())
+        return int(self.y.max()) + 1
+
+    def check(self) -> None:
+        """Raise CurvlabError where the data cannot be what they should: different lengths, NaN or Inf, negative labels."""
+        if len(self.x) != len(self.y):
+            raise CurvlabError(f"data set '{self.name}' has {len(self.x)} inputs but {len(self.y)} targets: mend the data")
+        stored = torch.from_numpy(self.x.matrix.data) if isinstance(self.x, SparseRows) else self.x
+        for what, values in (("inputs", stored), ("targets", self.y)):
+            if values.is_floating_point() and not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+                raise CurvlabError(f"data set '{self.name}': {what} contain NaN or Inf{_where(values, self.x)}: clean the data")
+        if not self.y.is_floating_point() and len(self.y) and int(self.y.min()) < 0:
+            raise CurvlabError(f"data set '{self.name}' has the label {int(self.y.min())}: labels are class numbers from 0 on")
+
+    def batches(self, size: int, epochs: int = 1, seed: int = 0, augment: bool = True) -> Batches:
+        """Minibatches (x, y) of exactly `size` examples, reshuffled every epoch; what is left of an epoch is dropped.
+
+        Order and augmentation depend on `seed` alone. ``augment=False`` leaves the data as they are.
+
+        Raises:
+            CurvlabError: `size` below 1 or above the number of examples, `epochs` below 1.
+        """
+        if not 1 <= size <= len(self):
+            raise CurvlabError(
+                f"batch size {size} does not fit '{self.name}', which has {len(self)} examples: choose 1 to {len(self)}"
+            )
+        if epochs < 1:
+            raise CurvlabError(f"epochs must be 1 or more, not {epochs}")
+        return Batches(self if augment else replace(self, augment=None), size, epochs, seed)
+
+
+def _where(values: Tensor, x: Tensor | SparseRows) -> str:
+    if isinstance(x, SparseRows) and len(values) != len(x):
+        return ""
+    bad = int((~torch.isfinite(values.reshape(len(values), -1)).all(1)).nonzero()[0])
+    return f" (first in example {bad})"
+
+
+@dataclass(frozen=True)
+class Batches:
+    """An iterable over minibatches that can be gone through any number of times, always the same."""
+
+    data: Dataset
+    size: int
+    epochs: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.epochs * self.per_epoch
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.data) // self.size
+
+    def one_pass(self) -> Batches:
+        """The first epoch alone: what a warm start goes through."""
+        return replace(self, epochs=1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        data = self.data
+        for epoch in range(self.epochs):
+            order = torch.randperm(len(data), generator=generator(self.seed, epoch))
+            for i in range(self.per_epoch):
+                chosen = order[i * self.size : (i + 1) * self.size]
+                x = data.x[chosen]
+                y = x if data.y is data.x else data.y[chosen]
+                yield (x if data.augment is None else data.augment(x, generator(self.seed, epoch, i))), y
+
+
+def generator(*entropy: int) -> torch.Generator:
+    """A generator that is a function of these numbers alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(list(entropy)).generate_state(1)[0]))

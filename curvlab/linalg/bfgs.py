@@ -1,0 +1,321 @@
+"""BFGS: the updates, the pairs they learn from, how pairs are damped and when they are refused.
+
+Documents: 2020 (Goldfarb, Ren, Bahamou), thesis (chapters 2 and 3), 2021 (Ren, Goldfarb: its algorithms are numbered apart),
+S2QN (Yang et al.). A function that damps takes a pair (s, y) and H, and returns a `Pair`, which holds what a log needs.
+
+Legend: D order; s step, y change of the gradient [D]; B curvature, H its inverse [D, D]; ρ = 1/sᵀy; N examples, T places,
+I inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.errors import CurvlabError, lookup
+from curvlab.linalg.operators import Operator
+
+Matrix = Tensor | Operator
+"""What is only multiplied with vectors."""
+
+Skip = Literal["", "not finite", "curvature", "length", "double damping", "cosine"]
+SKIPS: dict[Skip, str] = {
+    "": "used",
+    "not finite": "NaN or Inf in the pair or in the updated matrix (practice)",
+    "curvature": "sᵀy ≤ 0 (practice)",
+    "length": "sᵀy ≤ 1e-4 sᵀs ‖v‖ (practice)",
+    "double damping": "sᵀy < μ₁ yᵀHy (thesis Alg. 5, line 17)",
+    "cosine": "sᵀy < ε_B ‖s‖ ‖y‖ (S2QN 3.2)",
+}
+"""Why a pair was not used."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """Inner products of a pair. The documents bound three of their ratios: thesis (2.8), (2.10), Lemma 4."""
+
+    sy: float
+    yHy: float
+    ss: float
+    yy: float
+
+    @property
+    def curvature(self) -> float:
+        """yᵀHy / sᵀy, to be at most 1/μ₁."""
+        return _ratio(self.yHy, self.sy)
+
+    @property
+    def step(self) -> float:
+        """sᵀs / sᵀy, to be at most 1/μ₂."""
+        return _ratio(self.ss, self.sy)
+
+    @property
+    def change(self) -> float:
+        """yᵀy / sᵀy, to be at most 1/μ₃."""
+        return _ratio(self.yy, self.sy)
+
+
+def _ratio(numerator: float, sy: float) -> float:
+    return numerator / sy if sy else math.nan
+
+
+@dataclass(frozen=True)
+class Damping:
+    """What a damping did: θ₁ of Powell's damping on H, which changes s; θ₂ of that on B or I, which changes y; 1: nothing."""
+
+    before: Products
+    after: Products
+    theta1: float = 1.0
+    theta2: float = 1.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair as it goes into an update, with the product Hy that damping and update share, and its record."""
+
+    s: Float[Tensor, " D"]
+    y: Float[Tensor, " D"]
+    Hy: Float[Tensor, " D"]
+    damping: Damping
+    skipped: Skip = ""
+
+
+def _products(s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"]) -> Products:
+    return Products(*torch.stack([s @ y, y @ Hy, s @ s, y @ y]).tolist())
+
+
+# Updates.
+
+
+def bfgs_inverse(
+    H: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"] | None = None
+) -> Float[Tensor, "D D"]:
+    """H⁺ = (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ: thesis (2.6). Exactly symmetric where H is; H⁺ y = s.
+
+    With s and y, H and B exchanged, ``bfgs_inverse(B, y, s)``, it is the DFP update of B.
+    """
+    Hy = H @ y if Hy is None else Hy
+    rho = 1 / (s @ y)
+    w = (rho * (rho * (y @ Hy) + 1) / 2) * s - rho * Hy
+    return _plus_symmetric(H, s, w)
+
+
+def bfgs(B: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"]) -> Float[Tensor, "D D"]:
+    """B⁺ = B − B s sᵀ B / sᵀBs + ρ y yᵀ: thesis (2.6). B⁺ s = y."""
+    Bs = B @ s
+    return B - torch.outer(Bs, Bs) / (s @ Bs) + torch.outer(y, y) / (s @ y)
+
+
+def broyden_inverse(
+    H: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"], phi: float
+) -> Float[Tensor, "D D"]:
+    """H⁺ = H − σ H y yᵀ H + ρ s sᵀ + φ (yᵀHy) h hᵀ, h = ρ s − σ H y: thesis (2.11). φ = 1 is BFGS, φ = 0 is DFP."""
+    Hy = H @ y
+    rho, sigma = 1 / (s @ y), 1 / (y @ Hy)
+    h = rho * s - sigma * Hy
+    return H - sigma * torch.outer(Hy, Hy) + rho * torch.outer(s, s) + (phi / sigma) * torch.outer(h, h)
+
+
+def sherman_morrison(H: Float[Tensor, "D D"], a: Float[Tensor, " D"], c: float) -> Float[Tensor, "D D"]:
+    """(H⁻¹ + c a aᵀ)⁻¹ = H − H a (1/c + aᵀHa)⁻¹ aᵀ H: thesis 2.4, after Theorem 1."""
+    Ha = H @ a
+    return H - torch.outer(Ha, Ha) / (1 / c + a @ Ha)
+
+
+def _plus_symmetric(H: Float[Tensor, "D D"], s: Float[Tensor, " D"], w: Float[Tensor, " D"]) -> Float[Tensor, "D D"]:
+    """H + s wᵀ + w sᵀ; the two are added first, so that rounding is symmetric."""
+    half = torch.outer(s, w)
+    return (half + half.mT).add_(H)
+
+
+# Pairs from products with the matrix whose inverse is sought ("Hessian action").
+
+
+def hessian_action(H: Matrix, a: Float[Tensor, " D"], A: Matrix, damping: float = 0.0) -> Pair:
+    """s = H a, y = A s + λ_A s: thesis 2.4; Alg. 4, lines 21 and 22."""
+    s = H @ a
+    return undamped(s, A @ s + damping * s, H)
+
+
+def minibatch_hessian_action(H: Matrix, a: Float[Tensor, "N T I"], damping: float) -> Pair:
+    """s = H ā, y = A s + λ_A s with A of this minibatch, not formed: thesis (3.14), (3.15); Alg. 9, line 16; 2021 (12), (13).
+
+    ā is the mean over examples and places, A the mean over examples of the sum over places: (3.9).
+    """
+    s = H @ a.mean((0, 1))
+    return undamped(s, second_moment_product(a, s) + damping * s, H)
+
+
+def second_moment_product(a: Float[Tensor, "N T I"], v: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
+    """A v = E_n Σ_t (aᵀv) a: thesis (3.15)."""
+    rows = a.flatten(0, 1)
+    return rows.mT @ (rows @ v) / len(a)
+
+
+# Damping. Each function says which line of which algorithm it is.
+
+
+def powell_factor(sy: float, q: float, mu: float) -> float:
+    """θ = (1 − μ) q / (q − sᵀy) where sᵀy < μ q, else 1: thesis 2.3.1. Then θ sᵀy + (1 − θ) q ≥ μ q.
+
+    q is yᵀHy, sᵀBs or sᵀs. Where rounding has cost H its definiteness (q ≤ 0) nothing is damped: the pair is to be refused.
+    """
+    if not 0 < mu <= 1:
+        raise CurvlabError(f"Powell's damping takes a μ in (0, 1], not {mu:g}: a μ₂ above 1 needs Levenberg-Marquardt damping")
+    return (1 - mu) * q / (q - sy) if q > 0 and sy < mu * q else 1.0
+
+
+def undamped(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix) -> Pair:
+    """The pair as it is."""
+    Hy = H @ y
+    found = _products(s, y, Hy)
+    return Pair(s, y, Hy, Damping(found, found))
+
+
+def powell(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float) -> Pair:
+    """D_P, Powell's damping on H: s̃ = θ₁ s + (1 − θ₁) H y (thesis 2.3.1; Alg. 3, lines 2 and 3). s̃ᵀy ≥ μ₁ yᵀHy."""
+    Hy = H @ y
+    before = _products(s, y, Hy)
+    theta1 = powell_factor(before.sy, before.yHy, mu1)
+    if theta1 == 1:
+        return Pair(s, y, Hy, Damping(before, before))
+    s = theta1 * s + (1 - theta1) * Hy
+    return Pair(s, y, Hy, Damping(before, _products(s, y, Hy), theta1))
+
+
+def powell_on_b(s: Float[Tensor, " D"], y: Float[Tensor, " D"], B: Matrix, H: Matrix, mu: float) -> Pair:
+    """Powell's damping on B: ỹ = θ y + (1 − θ) B s (thesis 2.3.1; its θ is `theta2` here). sᵀỹ ≥ μ sᵀBs.
+
+    Both matrices are taken, since the record is of yᵀHy.
+    """
+    pair, Bs = undamped(s, y, H), B @ s
+    theta2 = powell_factor(pair.damping.before.sy, float(s @ Bs), mu)
+    return _with_y(pair, theta2 * y + (1 - theta2) * Bs, H, theta2) if theta2 != 1 else pair
+
+
+def identity_damping(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu2: float) -> Pair:
+    """D_I, Powell's damping with B = I: ỹ = θ₂ y + (1 − θ₂) s (thesis 2.3.1; Alg. 3, lines 4 and 5). sᵀỹ ≥ μ₂ sᵀs."""
+    return _identity_step(undamped(s, y, H), H, mu2)
+
+
+def levenberg_marquardt(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu2: float) -> Pair:
+    """D_LM: ỹ = y + μ₂ s (thesis Alg. 8, line 8). sᵀỹ = sᵀy + μ₂ sᵀs."""
+    return _levenberg_step(undamped(s, y, H), H, mu2)
+
+
+def double_damping(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float) -> Pair:
+    """DD: D_P with μ₁, then D_I with μ₂, of s̃ (2020 and thesis, Alg. 3). s̃ᵀỹ ≥ μ₂ s̃ᵀs̃; s̃ᵀy ≥ μ₁ yᵀHy, not so with ỹ."""
+    return _identity_step(powell(s, y, H, mu1), H, mu2)
+
+
+def powell_levenberg(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float) -> Pair:
+    """D_P D_LM: D_P with μ₁, then D_LM with μ₂, of s̃ (thesis Alg. 8; 2021 Alg. 1). s̃ᵀy ≥ μ₁ yᵀHy and s̃ᵀỹ ≥ μ₂ s̃ᵀs̃."""
+    return _levenberg_step(powell(s, y, H, mu1), H, mu2)
+
+
+def scaled_identity_levenberg(
+    s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float, initial: float | None = None
+) -> Pair:
+    """D_P(I) D_LM: as D_P D_LM, but Powell's damping with H₀ = h I in place of H: thesis Alg. 11, for the proofs of chapter 3.
+
+    s̃ᵀỹ ≥ μ₂ s̃ᵀs̃ and s̃ᵀỹ ≥ μ₃ ỹᵀỹ (thesis Lemma 4, 2021 Lemma 1: `curvlab.linalg.bounds.mu3`). H only serves the record.
+
+    Args:
+        initial: h. By default 1/μ₂ (thesis Alg. 11); 2021 Alg. 4 has 1.
+    """
+    _check_mu2(mu2)
+    h = 1 / mu2 if initial is None else initial
+    before = undamped(s, y, H)
+    found = before.damping.before
+    theta1 = powell_factor(found.sy, h * found.yy, mu1)
+    s = theta1 * s + ((1 - theta1) * h) * y
+    return _levenberg_step(replace(before, s=s, damping=Damping(found, found, theta1)), H, mu2)
+
+
+def _identity_step(pair: Pair, H: Matrix, mu2: float) -> Pair:
+    found = pair.damping.after
+    theta2 = powell_factor(found.sy, found.ss, mu2)
+    return _with_y(pair, theta2 * pair.y + (1 - theta2) * pair.s, H, theta2) if theta2 != 1 else pair
+
+
+def _levenberg_step(pair: Pair, H: Matrix, mu2: float) -> Pair:
+    _check_mu2(mu2)
+    return _with_y(pair, pair.y + mu2 * pair.s, H)
+
+
+def _with_y(pair: Pair, y: Float[Tensor, " D"], H: Matrix, theta2: float = 1.0) -> Pair:
+    Hy = H @ y
+    return replace(pair, y=y, Hy=Hy, damping=replace(pair.damping, after=_products(pair.s, y, Hy), theta2=theta2))
+
+
+def _check_mu2(mu2: float) -> None:
+    if not (mu2 > 0 and math.isfinite(mu2)):
+        raise CurvlabError(f"Levenberg-Marquardt damping needs a μ₂ above 0, not {mu2:g}")
+
+
+PairDamping = Callable[[Tensor, Tensor, Matrix, float, float], Pair]
+"""(s, y, H, μ₁, μ₂) → the pair, damped."""
+
+DAMPINGS: dict[str, PairDamping] = {
+    "none": lambda s, y, H, mu1, mu2: undamped(s, y, H),
+    "p": lambda s, y, H, mu1, mu2: powell(s, y, H, mu1),
+    "i": lambda s, y, H, mu1, mu2: identity_damping(s, y, H, mu2),
+    "lm": lambda s, y, H, mu1, mu2: levenberg_marquardt(s, y, H, mu2),
+    "dd": double_damping,  # 2020 and thesis Alg. 3
+    "p-lm": powell_levenberg,  # thesis Alg. 8, 2021 Alg. 1
+    "pi-lm": scaled_identity_levenberg,  # thesis Alg. 11
+    "pi-lm-2021": lambda s, y, H, mu1, mu2: scaled_identity_levenberg(s, y, H, mu1, mu2, initial=1.0),  # 2021 Alg. 4
+}
+
+
+def damp(name: str, s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, *, mu1: float = 0.2, mu2: float) -> Pair:
+    """By the name in DAMPINGS; every document that damps has μ₁ = 0.2."""
+    return lookup(DAMPINGS, name, "damping of pairs")(s, y, H, mu1, mu2)
+
+
+# Acceptance.
+
+
+def accept(pair: Pair, *, v: Float[Tensor, " D"] | None = None, mu1: float | None = None, cosine: float | None = None) -> Pair:
+    """The pair, marked as skipped where it is not to be used. Judged as it stands after damping.
+
+    Always: every number finite, sᵀy > 0.
+
+    Args:
+        v: sᵀy > 1e-4 sᵀs ‖v‖ too, v the mean pre-activation gradient (for H_g) or the mean input (for H_a): practice.
+        mu1: sᵀy ≥ μ₁ yᵀHy too: DD-skip of the variant with a proof, thesis Alg. 5, line 17. (Section 2.3.1 of the thesis
+            says 2/μ₁ of the same test; that is ``mu1 / 2``.)
+        cosine: sᵀy ≥ ε_B ‖s‖ ‖y‖ too; S2QN 3.2 has 1e-8.
+    """
+    found = pair.damping.after
+    return replace(pair, skipped=_reason(found, None if v is None else float(v.norm()), mu1, cosine))
+
+
+def _reason(found: Products, length: float | None, mu1: float | None, cosine: float | None) -> Skip:
+    if not all(map(math.isfinite, (found.sy, found.yHy, found.ss, found.yy))):
+        return "not finite"
+    if found.sy <= 0:
+        return "curvature"
+    if length is not None and not found.sy > 1e-4 * found.ss * length:
+        return "length"
+    if mu1 is not None and found.sy < mu1 * found.yHy:
+        return "double damping"
+    if cosine is not None and found.sy < cosine * math.sqrt(found.ss * found.yy):
+        return "cosine"
+    return ""
+
+
+def updated_inverse(H: Float[Tensor, "D D"], pair: Pair) -> tuple[Float[Tensor, "D D"], Pair]:
+    """(H⁺, pair) by BFGS; H itself where the pair is skipped, or where H⁺ is not finite, which the pair then says."""
+    if pair.skipped:
+        return H, pair
+    new = bfgs_inverse(H, pair.s, pair.y, pair.Hy)
+    if not bool(torch.isfinite(new.sum())):  # which NaN and Inf survive; cheaper than a look at every entry
+        return H, replace(pair, skipped="not finite")
+    return new, pair

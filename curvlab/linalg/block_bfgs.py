@@ -1,0 +1,148 @@
+"""Block BFGS, which learns from several pairs at once, and the pairs of a Kronecker factor: S2QN (Yang et al.), section 4.
+
+Legend: D order; U, V blocks of m pairs as columns [D, m], Λ the matrix that they refine; Ξ sketch [m, k]; r ≤ m a rank;
+O outputs, I inputs of a layer; A [I, I] and G [O, O] second moments of inputs and of derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.errors import guard_memory
+from curvlab.linalg.bfgs import Skip, powell_factor
+
+Choice = Literal["symmetric", "trace", "diagonal"]
+"""P of S2QN (21): ½ (VᵀU + UᵀV), Tr(VᵀU) or diag(VᵀU)."""
+
+
+@dataclass(frozen=True)
+class BlockUpdate:
+    """Λ⁺ and the record.
+
+    `least` is the least eigenvalue of P relative to P at V = ΛU, before damping: sᵀy / sᵀBs where there is one pair. `rank` is
+    that of U. "curvature" is why an update is skipped for which P is not positive definite.
+    """
+
+    matrix: Float[Tensor, "D D"]
+    least: float
+    tau: float
+    rank: int
+    skipped: Skip = ""
+
+
+def block_bfgs(
+    Lambda: Float[Tensor, "D D"],
+    U: Float[Tensor, "D m"],
+    V: Float[Tensor, "D m"],
+    *,
+    choice: Choice = "symmetric",
+    mu: float = 0.2,
+    tau: float | None = None,
+) -> BlockUpdate:
+    """Λ⁺ = Λ + V P⁻¹ Vᵀ − Λ U (UᵀΛU)⁻¹ UᵀΛ: S2QN (21), with V ← τ V + (1 − τ) Λ U so that P is positive definite.
+
+    Λ⁺ U = V where VᵀU is symmetric and P is "symmetric". No symmetric Λ⁺ does that where VᵀU is not, and for several pairs
+    the other two choices do not. Λ⁺ is positive definite with "symmetric", positive semi-definite with the others, since a
+    positive P leaves VᵀU free to be singular. One pair: BFGS with Powell's damping on B, whatever the choice.
+
+    Directions of U that hardly add to its span are left out, so that there may be more columns than rows.
+
+    Args:
+        Lambda: positive definite.
+        mu: without `tau`, the largest τ ≤ 1 for which P is at least μ times its value at V = ΛU: Powell's rule
+            (thesis 2.3.1) for a block. S2QN says "proper τ_k".
+        tau: τ itself. The update is skipped where it leaves P indefinite.
+    """
+    m = U.shape[1]
+    guard_memory(4 * m**2 * U.element_size(), f"a block of {m} pairs", "sketch it")
+    LU = Lambda @ U
+    W, M = U.mT @ LU, V.mT @ U
+    if not bool(torch.isfinite(W).all() and torch.isfinite(M).all()):
+        return BlockUpdate(Lambda, math.nan, 1.0, 0, "not finite")
+    R = _whitening(W)
+    rank, whole = R.shape[1], LU @ R  # ΛU (UᵀΛU)⁻¹ UᵀΛ = ΛUR (ΛUR)ᵀ
+    if rank == 0:
+        return BlockUpdate(Lambda, math.nan, 1.0, 0, "curvature")
+    if choice == "symmetric":
+        V, LU, P, at_one = V @ R, whole, _symmetrised(R.mT @ M @ R), W.new_ones(rank)
+    elif choice == "trace":
+        P, at_one = M.diagonal().sum() * torch.eye(m, dtype=M.dtype, device=M.device), W.diagonal().sum().expand(m)
+    else:
+        used = W.diagonal() > torch.finfo(W.dtype).eps * W.diagonal().amax()
+        V, LU, P, at_one = V[:, used], LU[:, used], torch.diag(M.diagonal()[used]), W.diagonal()[used]
+    root = at_one.rsqrt()
+    least = float(torch.linalg.eigvalsh(root[:, None] * P * root)[0])
+    tau = powell_factor(least, 1.0, mu) if tau is None else tau
+    if not tau * least + (1 - tau) > 0:
+        return BlockUpdate(Lambda, least, tau, rank, "curvature")
+    factor = torch.linalg.cholesky_ex(tau * P + (1 - tau) * torch.diag(at_one))[0]
+    columns = torch.linalg.solve_triangular(factor, (tau * V + (1 - tau) * LU).mT, upper=False).mT  # V P⁻¹ Vᵀ, halved
+    new = _symmetrised(Lambda + columns @ columns.mT - whole @ whole.mT)
+    if not bool(torch.isfinite(new).all()):
+        return BlockUpdate(Lambda, least, tau, rank, "not finite")
+    return BlockUpdate(new, least, tau, rank)
+
+
+def sketched_block_bfgs(
+    Lambda: Float[Tensor, "D D"],
+    U: Float[Tensor, "D m"],
+    V: Float[Tensor, "D m"],
+    sketch: Float[Tensor, "m k"],
+    *,
+    choice: Choice = "symmetric",
+    mu: float = 0.2,
+    tau: float | None = None,
+) -> BlockUpdate:
+    """S2QN (22): `block_bfgs` of U Ξ and V Ξ. Ξ compresses columns, where (22) prints Ξ U and Ξ V (practice)."""
+    return block_bfgs(Lambda, U @ sketch, V @ sketch, choice=choice, mu=mu, tau=tau)
+
+
+def gaussian_sketch(
+    m: int, k: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "m k"]:
+    """Ξ of independent normal entries, E ΞΞᵀ = I. S2QN does not say which sketch it took."""
+    return torch.randn(m, k, generator=generator, dtype=dtype, device=device) / math.sqrt(k)
+
+
+def _whitening(W: Float[Tensor, "m m"]) -> Float[Tensor, "m r"]:
+    """R with Rᵀ W R = I, of the eigenvectors of W whose eigenvalues are not lost in rounding."""
+    values, vectors = torch.linalg.eigh(_symmetrised(W))
+    used = values > len(W) * torch.finfo(W.dtype).eps * values[-1].clamp_min(0)
+    kept: Tensor = vectors[:, used] * values[used].rsqrt()
+    return kept
+
+
+def _symmetrised(M: Float[Tensor, "m m"]) -> Float[Tensor, "m m"]:
+    return (M + M.mT) / 2
+
+
+def parameter_secant(
+    U: Float[Tensor, "O I"],
+    V: Float[Tensor, "O I"],
+    A: Float[Tensor, "I I"],
+    G: Float[Tensor, "O O"],
+    *,
+    as_printed: bool = False,
+) -> tuple[Float[Tensor, "O I"], Float[Tensor, "O I"]]:
+    """(U A, V − G U A), so that Λ U A = V − G U A: the condition that (A ⊗ (G + Λ)) vec U = vec V, S2QN (19).
+
+    Args:
+        U, V: change of the weights and of their gradient.
+        A, G: second moments of inputs and of derivatives (S2QN (17), (18)).
+        as_printed: U in place of U A. (19) prints Λ U = V − G U A, but drops an A from what it is said to be equivalent to.
+    """
+    UA = U @ A
+    return (U if as_printed else UA), V - G @ UA
+
+
+def preactivation_secant(
+    U: Float[Tensor, "O m"], V: Float[Tensor, "O m"], G: Float[Tensor, "O O"]
+) -> tuple[Float[Tensor, "O m"], Float[Tensor, "O m"]]:
+    """(U, V − G U), so that (G + Λ) U = V: S2QN (20). A column for each example and place: changes of h and of ∂ℓ/∂h."""
+    return U, V - G @ U

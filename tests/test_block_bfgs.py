@@ -1,0 +1,255 @@
+"""Block BFGS: multi-secant equations, the three choices of P, τ, sketches, the conditions (19) and (20) of S2QN."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import assert_near
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.linalg import bfgs as qn
+from curvlab.linalg.block_bfgs import (
+    Choice,
+    block_bfgs,
+    gaussian_sketch,
+    parameter_secant,
+    preactivation_secant,
+    sketched_block_bfgs,
+)
+
+MANY = settings(deadline=None, max_examples=50)
+SEEDS = st.integers(0, 9999)
+DOUBLE = torch.float64
+CHOICES: tuple[Choice, ...] = get_args(Choice)
+choices = pytest.mark.parametrize("choice", CHOICES)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+
+
+def spd(order: int, seed: int = 0) -> Tensor:
+    m = normal(order, order, seed=seed)
+    m = m @ m.T / order + 0.3 * torch.eye(order, dtype=m.dtype)
+    return (m + m.T) / 2
+
+
+def eye(order: int) -> Tensor:
+    return torch.eye(order, dtype=DOUBLE)
+
+
+@MANY
+@given(st.integers(1, 7), st.integers(1, 9), SEEDS)
+def test_multi_secant_equation(order: int, m: int, seed: int) -> None:
+    """Λ⁺U = V for V = MU with M positive definite; also with more columns than rows, where Λ⁺ = M."""
+    U, M = normal(order, m, seed=seed), spd(order, seed + 1)
+    found = block_bfgs(spd(order, seed + 2), U, M @ U, mu=1e-6)
+    assert (found.skipped, found.tau, found.rank) == ("", 1, min(order, m))
+    assert_near(found.matrix @ U, M @ U, 1e-7)
+    if m > order:
+        assert_near(found.matrix, M, 1e-7)
+
+
+@MANY
+@given(st.integers(2, 7), SEEDS, st.floats(0.1, 1))
+def test_symmetric_choice_as_it_is_written(order: int, seed: int, tau: float) -> None:
+    """(21) with inverses written out."""
+    m = order - 1
+    Lambda, U, V = spd(order, seed), normal(order, m, seed=seed + 1), normal(order, m, seed=seed + 2)
+    V = V + 3 * Lambda @ U
+    damped = tau * V + (1 - tau) * Lambda @ U
+    P, W = (damped.T @ U + U.T @ damped) / 2, U.T @ Lambda @ U
+    expected = Lambda + damped @ torch.linalg.inv(P) @ damped.T - Lambda @ U @ torch.linalg.inv(W) @ U.T @ Lambda
+    found = block_bfgs(Lambda, U, V, tau=tau)
+    positive = float(torch.linalg.eigvalsh(P)[0]) > 0
+    assert (found.skipped == "") == positive
+    if positive:
+        assert float((found.matrix - expected).norm()) <= 1e-6 * float(expected.norm())
+    else:
+        assert found.matrix is Lambda
+
+
+@choices
+@MANY
+@given(order=st.integers(2, 7), m=st.integers(1, 5), seed=SEEDS, mu=st.floats(0.05, 0.9))
+def test_tau_is_powells_rule_for_the_block(choice: Choice, order: int, m: int, seed: int, mu: float) -> None:
+    """P, of the damped V, is at least μ times its value at V = ΛU, with equality where V was changed."""
+    Lambda, U, V = spd(order, seed), normal(order, m, seed=seed + 1), normal(order, m, seed=seed + 2)
+    found = block_bfgs(Lambda, U, V, choice=choice, mu=mu)
+    assert found.skipped == ""
+    assert 0 <= found.tau <= 1
+    assert (found.tau < 1) == (found.least < mu)
+    if m > order:
+        return
+    damped, reference = found.tau * V + (1 - found.tau) * Lambda @ U, U.T @ Lambda @ U
+    product = damped.T @ U
+    if choice == "symmetric":
+        P = (product + product.T) / 2
+    elif choice == "trace":
+        P, reference = product.trace()[None, None], reference.trace()[None, None]
+    else:
+        P, reference = torch.diag(product.diagonal()), torch.diag(reference.diagonal())
+    least = float(torch.linalg.eigvals(torch.linalg.solve(reference, P)).real.amin())
+    assert least == pytest.approx(max(mu, found.least), rel=1e-6)
+    V_P_V = damped @ damped.T / P if choice == "trace" else damped @ torch.linalg.inv(P) @ damped.T
+    projected = Lambda @ U @ torch.linalg.inv(U.T @ Lambda @ U) @ U.T @ Lambda
+    expected = Lambda + V_P_V - projected
+    assert float((found.matrix - expected).norm()) <= 1e-6 * float(expected.norm() + projected.norm())
+    values = torch.linalg.eigvalsh(found.matrix)
+    assert float(values[0]) > (0 if choice == "symmetric" and m < order else -1e-9 * float(values[-1]))
+
+
+@choices
+@MANY
+@given(order=st.integers(1, 6), seed=SEEDS, mu=st.floats(0.05, 0.9))
+def test_one_pair_is_bfgs_with_powells_damping_on_b(choice: Choice, order: int, seed: int, mu: float) -> None:
+    B, s, y = spd(order, seed), normal(order, seed=seed + 1), normal(order, seed=seed + 2)
+    found = block_bfgs(B, s[:, None], y[:, None], choice=choice, mu=mu)
+    pair = qn.powell_on_b(s, y, B, torch.linalg.inv(B), mu)
+    assert found.tau == pytest.approx(pair.damping.theta2, rel=1e-9)
+    assert found.least == pytest.approx(float(s @ y / (s @ B @ s)), rel=1e-8, abs=1e-10)
+    assert_near(found.matrix, qn.bfgs(B, pair.s, pair.y), 1e-9)
+
+
+def test_no_other_choice_satisfies_the_secant_equations_of_several_pairs() -> None:
+    U, M = normal(5, 2), spd(5, 1)
+    for choice, holds in (("symmetric", True), ("trace", False), ("diagonal", False)):
+        found = block_bfgs(eye(5), U, M @ U, choice=choice, mu=1e-6)
+        assert (float((found.matrix @ U - M @ U).norm()) < 1e-10) == holds
+
+
+def test_trace_and_diagonal_may_leave_a_singular_matrix() -> None:
+    """Uᵀ V = [[1, 1], [1, 1]] has a positive trace and diagonal; across (1, −1) nothing is left."""
+    U, V = eye(2), torch.ones(2, 2, dtype=DOUBLE)
+    for choice in ("trace", "diagonal"):
+        found = block_bfgs(eye(2), U, V, choice=choice)
+        assert (found.skipped, found.tau) == ("", 1)
+        assert float(torch.linalg.eigvalsh(found.matrix)[0].abs()) < 1e-12
+    found = block_bfgs(eye(2), U, V)
+    assert found.tau < 1
+    assert float(torch.linalg.eigvalsh(found.matrix)[0]) > 0.1
+
+
+@choices
+def test_repeated_and_zero_columns_change_nothing_of_the_projection(choice: Choice) -> None:
+    """Steps of a rank below the number of pairs: UᵀΛU has no inverse, its range has."""
+    Lambda, U, M = spd(6), normal(6, 2), spd(6, 1)
+    more = torch.cat([U, U, torch.zeros(6, 1, dtype=DOUBLE)], 1)
+    few, many = block_bfgs(Lambda, U, M @ U, choice=choice), block_bfgs(Lambda, more, M @ more, choice=choice)
+    assert (many.rank, many.skipped) == (2, "")
+    assert many.tau == pytest.approx(few.tau, rel=1e-9)
+    if choice == "diagonal":  # two columns of one direction count twice
+        V_P_V = many.matrix - few.matrix
+        assert_near(V_P_V, M @ U @ torch.diag(1 / (U * (M @ U)).sum(0)) @ U.T @ M, 1e-9)
+    else:
+        assert_near(many.matrix, few.matrix, 1e-9)
+
+
+@choices
+@pytest.mark.parametrize(
+    ("U", "V", "reason"),
+    [
+        (torch.zeros(3, 2, dtype=DOUBLE), normal(3, 2), "curvature"),
+        (normal(3, 2), torch.full((3, 2), float("nan"), dtype=DOUBLE), "not finite"),
+        (torch.full((3, 2), float("inf"), dtype=DOUBLE), normal(3, 2), "not finite"),
+    ],
+    ids=["no-step", "nan", "inf"],
+)
+def test_blocks_that_are_skipped(choice: Choice, U: Tensor, V: Tensor, reason: str) -> None:
+    Lambda = spd(3)
+    found = block_bfgs(Lambda, U, V, choice=choice)
+    assert found.matrix is Lambda
+    assert found.skipped == reason
+
+
+@choices
+def test_a_given_tau_that_leaves_p_indefinite_skips(choice: Choice) -> None:
+    Lambda, U = spd(4), normal(4, 2)
+    found = block_bfgs(Lambda, U, -(Lambda @ U), choice=choice, tau=0.6)
+    assert found.matrix is Lambda
+    assert (found.skipped, found.tau) == ("curvature", 0.6)
+    assert found.least == pytest.approx(-1, rel=1e-9)
+    assert block_bfgs(Lambda, U, -(Lambda @ U), choice=choice, tau=0.4).skipped == ""
+
+
+def test_mu_outside_its_range() -> None:
+    with pytest.raises(CurvlabError, match=r"μ in \(0, 1\], not 0"):
+        block_bfgs(spd(2), normal(2, 1), normal(2, 1, seed=1), mu=0)
+
+
+# Sketches.
+
+
+@choices
+@MANY
+@given(order=st.integers(2, 6), m=st.integers(4, 12), k=st.integers(1, 3), seed=SEEDS)
+def test_sketch_is_the_block_update_of_fewer_columns(choice: Choice, order: int, m: int, k: int, seed: int) -> None:
+    Lambda, U, V = spd(order, seed), normal(order, m, seed=seed + 1), normal(order, m, seed=seed + 2)
+    sketch = gaussian_sketch(m, k, torch.Generator().manual_seed(seed), DOUBLE, torch.device("cpu"))
+    assert sketch.shape == (m, k)
+    found = sketched_block_bfgs(Lambda, U, V, sketch, choice=choice)
+    assert torch.equal(found.matrix, block_bfgs(Lambda, U @ sketch, V @ sketch, choice=choice).matrix)
+    assert found.rank <= min(order, k)
+
+
+def test_sketch_satisfies_the_compressed_secant_equations() -> None:
+    U, M = normal(6, 20), spd(6, 1)
+    sketch = gaussian_sketch(20, 3, torch.Generator().manual_seed(0), DOUBLE, torch.device("cpu"))
+    found = sketched_block_bfgs(eye(6), U, M @ U, sketch, mu=1e-6)
+    assert_near(found.matrix @ (U @ sketch), M @ U @ sketch, 1e-9)
+    assert float((found.matrix @ U - M @ U).norm()) > 0.1
+
+
+def test_gaussian_sketch_is_a_tight_frame_in_the_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [gaussian_sketch(3, 2, generator, DOUBLE, torch.device("cpu")) for _ in range(4000)]
+    assert float((torch.stack([d @ d.T for d in draws]).mean(0) - eye(3)).abs().amax()) < 0.1
+
+
+# The two conditions on a Kronecker factor.
+
+
+@MANY
+@given(st.integers(1, 5), st.integers(1, 5), SEEDS)
+def test_condition_19(o: int, i: int, seed: int) -> None:
+    """(A ⊗ (G + Λ)) vec U = vec V, before sketching, where some positive definite Λ does that; as printed it does not."""
+    A, G, Lambda, U = spd(i, seed), spd(o, seed + 1), spd(o, seed + 2), normal(o, i, seed=seed + 3)
+    V = (G + Lambda) @ U @ A
+    found = block_bfgs(eye(o), *parameter_secant(U, V, A, G), mu=1e-9).matrix
+    whole = torch.kron(G + found, A)  # row-major: outputs first
+    assert_near(whole @ U.flatten(), V.flatten(), 1e-6)
+    printed = block_bfgs(eye(o), *parameter_secant(U, V, A, G, as_printed=True), mu=1e-9).matrix
+    if i > 1:
+        assert float((torch.kron(G + printed, A) @ U.flatten() - V.flatten()).norm()) > 1e-4 * float(V.norm())
+
+
+@MANY
+@given(st.integers(1, 5), st.integers(1, 12), SEEDS)
+def test_condition_20(o: int, m: int, seed: int) -> None:
+    """(G + Λ) Ũ = Ṽ, before sketching."""
+    G, Lambda, U = spd(o, seed), spd(o, seed + 1), normal(o, m, seed=seed + 2)
+    V = (G + Lambda) @ U
+    found = block_bfgs(eye(o), *preactivation_secant(U, V, G), mu=1e-9).matrix
+    assert_near((G + found) @ U, V, 1e-6)
+
+
+def test_no_symmetric_matrix_satisfies_the_conditions_where_vu_is_not_symmetric() -> None:
+    """What is left is of the size of the skew part of VᵀU."""
+    U, M, skew = normal(6, 3), spd(6, 1), normal(6, 6, seed=2)
+    for size in (1e-3, 1e-2):
+        V = (M + size * (skew - skew.T)) @ U
+        error = float((block_bfgs(eye(6), U, V, mu=1e-6).matrix @ U - V).norm())
+        assert 0.1 * size < error < 100 * size
+
+
+@choices
+def test_float32_stays_float32(choice: Choice) -> None:
+    found = block_bfgs(spd(4).float(), normal(4, 6).float(), normal(4, 6, seed=1).float(), choice=choice)
+    assert found.skipped == ""
+    assert found.matrix.dtype == torch.float32
+    assert float(torch.linalg.eigvalsh(found.matrix)[0]) > -1e-5
