@@ -93,6 +93,7 @@ class Objective:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
         self.alone: dict[Hashable, Form] = {}  # what the oracle has seen to be a mean over examples
+        self.sound: Hashable = None  # versions of the weights, and modes of the modules, that it has checked
 
     @property
     def layout(self) -> Layout:

@@ -125,12 +125,16 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
 
 def alone(objective: Objective) -> None:
     """Refuse weights that are not finite, and a model that mixes the examples of a batch or draws random numbers by name."""
-    weights = dict(objective.model.named_parameters())
+    model = objective.model
+    weights = dict(model.named_parameters())
+    state = (*(w._version for w in weights.values()), *(module.training for module in model.modules()))
+    if state == objective.sound:
+        return
     if not bool(torch.isfinite(get_total_norm([w.detach() for w in weights.values()]))):  # one reduction for all
         for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
                 raise CurvlabError(f"the weights '{name}' contain NaN or Inf: take them from before they did")
-    for name, module in objective.model.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise CurvlabError(
                 f"'{name}' normalises over the batch, so that no example has a loss of its own: call model.eval() first"
@@ -138,6 +142,7 @@ def alone(objective: Objective) -> None:
         if module.training and (_drops(module) or _drops_inside(module)):
             raise CurvlabError(f"'{name}' drops units at random, so that the loss is no function of the weights: "
                                "call model.eval() first")  # fmt: skip
+    objective.sound = state
 
 
 def _drops(module: nn.Module) -> bool:

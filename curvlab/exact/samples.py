@@ -94,29 +94,28 @@ def _samples(statistics: LayerStatistics, out: Mapping[str, Tensor] | None) -> d
     block, g = statistics.block, statistics.g
     if block.groups > 1 or g.shape[2] > 1 or (block.rule is not None and block.rule.transposed):
         return _into(block.scatter(statistics.rows, 2), out, 1)
-    weight = statistics.bare_a[:, 0]
     name, *bias = block.params
-    target = _target(block, name, (len(g), statistics.size), g, out)
-    torch.mul(g[:, :, 0, :, None], weight[None, :, None, :], out=target.view(len(g), statistics.size, *_matrix(block)))
-    found = {name: target}
+    vectors, size, outputs = len(g), statistics.size, block.shape[0]
+    weight = statistics.bare_a[:, 0]
+    target = g.new_empty(vectors, size, outputs, weight.shape[1]) if out is None else _given(block, name, size, g, out)
+    g = g[:, :, 0]
+    torch.mul(g.unsqueeze(-1), weight.unsqueeze(-2), out=target.view(vectors, size, outputs, -1))
+    found = {name: target.view(vectors, size, *_weight(block).shape)}
     for b in bias:
-        found |= _into({b: g[:, :, 0]}, out, 1)
+        found[b] = g if out is None else _checked(out, b, (size, outputs), g).copy_(g[0])[None]
     return found
 
 
-def _matrix(block: Block) -> tuple[int, int]:
-    return block.shape[0], block.shape[1] - block.biased
-
-
-def _target(block: Block, name: str, leading: tuple[int, ...], like: Tensor, out: Mapping[str, Tensor] | None) -> Tensor:
+def _weight(block: Block) -> Tensor:
     assert block.module is not None
-    shape = (*leading, *block.module.get_parameter("weight").shape)
-    if out is None:
-        return like.new_empty(shape)
-    target = _checked(out, name, shape[1:], like)
+    return block.module.get_parameter("weight")
+
+
+def _given(block: Block, name: str, size: int, like: Tensor, out: Mapping[str, Tensor]) -> Tensor:
+    target = _checked(out, name, (size, *_weight(block).shape), like)
     if not target.is_contiguous():
         raise CurvlabError(f"out['{name}'] must be contiguous: pass what an earlier call returned")
-    return target[None]
+    return target
 
 
 def _into(found: dict[str, Tensor], out: Mapping[str, Tensor] | None, leading: int = 0) -> dict[str, Tensor]:
