@@ -10,6 +10,7 @@ from typing import Any
 from curvlab.curvature.base import Average, BlockDiagonal, CurvatureBlock, IdentityBlock, check_damping
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
+from curvlab.curvature.kbfgs import KBfgs
 from curvlab.curvature.kfac import Kfac
 from curvlab.curvature.shampoo import shampoo
 from curvlab.curvature.smw import SmwFisher
@@ -62,6 +63,7 @@ class Algorithm:
     average: Average = "moving"
     warm: bool = True
     learns_first: bool = True
+    skips_first: bool = True
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -80,6 +82,23 @@ ALGORITHMS: dict[str, Algorithm] = {
     "kfac-ef": Algorithm(
         "KFAC from the data's labels", "thesis 4.7.3",
         lambda b: Kfac(), "data", 1.0, 100.0, _same, learns_first=False,
+    ),
+    "k-bfgs-20": Algorithm(
+        "H_g and H_a by BFGS, double damping, A a moving average", "thesis Alg. 4, Table 2.5",
+        lambda b: KBfgs(b, 2), "data", 0.3, 0.3, _same, momentum_kind="average", learns_first=False, skips_first=False,
+    ),
+    "k-bfgs-l-20": Algorithm(
+        "the same with H_g by L-BFGS, 100 pairs", "thesis Alg. 4, Table 2.5",
+        lambda b: KBfgs(b, 2, pairs=100), "data", 0.3, 0.3, _same,
+        momentum_kind="average", learns_first=False, skips_first=False,
+    ),
+    "k-bfgs": Algorithm(
+        "H_g and H_a by BFGS, D_P D_LM, A of the minibatch, never formed", "thesis Alg. 9, Table 3.5",
+        lambda b: KBfgs(b, 3), "data", 0.03, 0.3, _same, learns_first=False, skips_first=False,
+    ),
+    "k-bfgs-l": Algorithm(
+        "the same with H_g by L-BFGS, 100 pairs", "thesis Alg. 9, Table 3.5",
+        lambda b: KBfgs(b, 3, pairs=100), "data", 0.03, 0.3, _same, learns_first=False, skips_first=False,
     ),
     "tnt": Algorithm(
         "tensor-normal factors of the batch-mean gradient, sampled labels", "thesis Alg. 15",
@@ -148,6 +167,7 @@ def approximation(
         warm=a.warm,
         update_every=update_every,
         refresh_every=refresh_every,
+        skips_first=a.skips_first,
         name=name,
     )
 

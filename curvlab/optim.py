@@ -90,6 +90,15 @@ class Descent:
                     p[block.name] = p[block.name].add(w, alpha=self.weight_decay)
         return p
 
+    @property
+    def wants_step(self) -> bool:
+        """Whether it learns from the step that now follows, by a second look at the same minibatch."""
+        return self.curvature.wants_step
+
+    def learn(self, before: Observation, after: Observation) -> None:
+        """Learn from the step between two looks at one minibatch."""
+        self.curvature.learn(before, after)
+
     def state_dict(self) -> dict[str, Any]:
         momentum = {"buffers": dict(self.momentum.buffers), "steps": self.momentum.steps}
         return {"curvature": self.curvature.state_dict(), "momentum": momentum}
@@ -172,6 +181,8 @@ class Optimizer(torch.optim.Optimizer):
         direction = self.descent.direction(observation)
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
         move(self.objective, direction, lambda p: float(rates[id(p)]))
+        if self.descent.wants_step:
+            self.descent.learn(observation, closure.observe({"data"}, move_buffers=False))
         return observation.loss
 
     def state_dict(self) -> dict[str, Any]:

@@ -232,7 +232,8 @@ def _compare_one(
         task = bar.add_task(title, total=steps, note="")
         for step, (x, y) in enumerate(itertools.islice(batches, steps)):
             needs = frozenset().union(*(d.needs for d in descents.values()), *(p.needs for p in chosen))
-            now = objective.closure(x, y).observe(needs)
+            closure = objective.closure(x, y)
+            now = closure.observe(needs)
             directions: dict[str, dict[str, Tensor]] = {}
             seconds: dict[str, float] = {}
             for name, d in descents.items():
@@ -244,6 +245,11 @@ def _compare_one(
                 log.append(step, {k: v for p in chosen for k, v in p.measure(frame).items()}, seed)
                 bar.update(task, note=f"loss {float(now.loss):.4g}")
             move(objective, directions[reference], lambda _: settings.rate)
+            learning = [d for d in descents.values() if d.wants_step]
+            if learning:  # all see the same step, the reference's
+                after = closure.observe({"data"}, move_buffers=False)
+                for d in learning:
+                    d.learn(now, after)
             bar.advance(task)
         bar.remove_task(task)
     finally:

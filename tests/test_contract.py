@@ -248,7 +248,7 @@ def test_a_checkpoint_continues_bit_for_bit(
     q = problem(model)
     other = q.objective(seed=99)
     with fallback(name, model):
-        resumed = make_optimizer(name, other, q, **options | {"lr": 0.5, "damping": 9.0})
+        resumed = make_optimizer(name, other, q, **options | {"lr": 0.5, "damping": 0.9})
     resumed.warm_start(batches(q, 2, seed=60))
     resumed.step(other.closure(q.x, q.y))
     q.model.load_state_dict(state["model"])

@@ -31,6 +31,9 @@ def _has(block: Block, reads: Reads) -> bool:
     return reads == "gradient" or (block.rule is not None and (reads == "rows" or block.groups == 1))
 
 
+Secant = Callable[[LayerStatistics, LayerStatistics], None]
+
+
 class CurvatureBlock(Protocol):
     """Statistics of one block → operator. A plain final class; state is made from the first statistics."""
 
@@ -46,6 +49,10 @@ class CurvatureBlock(Protocol):
 
     def refresh(self, damping: float) -> None:
         """What is expensive: inverses, roots."""
+
+    @property
+    def secant(self) -> Secant | None:
+        """Learns from a step: statistics of one minibatch's "data" pass before and after it. None: from minibatches alone."""
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
         """B, the statistics as they stand, damped where `refresh` damps; None where a method estimates no matrix.
@@ -70,6 +77,9 @@ class Curvature(Protocol):
     def absorb(self, observation: Observation) -> None: ...
     def refresh(self) -> None: ...
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    @property
+    def wants_step(self) -> bool: ...
+    def learn(self, before: Observation, after: Observation) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -90,6 +100,7 @@ class IdentityBlock:
 
     reads: Reads = "gradient"
     memory: ClassVar[tuple[str, ...]] = ()
+    secant: Secant | None = None
     inverse: Operator
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
@@ -120,6 +131,8 @@ class BlockDiagonal:
         warm: whether the document has a warm start (a running mean over one pass through the data).
         update_every: T₁, steps between updates of the statistics.
         refresh_every: T₂, steps between refreshes of the inverse; each of the first T₂ steps refreshes too (practice).
+        skips_first: whether, after a warm start, the first minibatch is left out of the statistics, which have seen it
+            (practice: KFAC, TNT, Shampoo).
         name: of the algorithm; a checkpoint of another is refused.
     """
 
@@ -135,6 +148,7 @@ class BlockDiagonal:
         warm: bool = True,
         update_every: int = 1,
         refresh_every: int = 1,
+        skips_first: bool = True,
         name: str = "",
     ) -> None:
         check_damping(damping)
@@ -157,7 +171,7 @@ class BlockDiagonal:
                 stacklevel=2,
             )
             self.blocks |= {b.name: IdentityBlock() for b in loose}
-        self.name, self.labels = name, labels
+        self.name, self.labels, self.skips_first = name, labels, skips_first
         self.damping, self.decay, self.average, self.warm = damping, decay, average, warm
         self.update_every, self.refresh_every = update_every, refresh_every
         self.steps = self.updates = 0
@@ -181,8 +195,8 @@ class BlockDiagonal:
         return {name: block.inverse for name, block in self.blocks.items()}
 
     def _folds(self, step: int) -> bool:
-        if step == 1:
-            return not self.warmed  # practice: the warm start has seen the first minibatch
+        if step == 1 and self.skips_first:
+            return not self.warmed
         return step % self.update_every == 0 or not self.updates
 
     def _refreshes(self, step: int) -> bool:
@@ -216,6 +230,20 @@ class BlockDiagonal:
         if self._refreshes(step):
             self.refresh()
         self.steps = step
+
+    @property
+    def wants_step(self) -> bool:
+        """Whether it will learn from the step that follows this direction (Alg. 9, line 12: k ≡ 0 mod T)."""
+        return self.steps % self.update_every == 0 and any(b.secant for b in self.blocks.values())
+
+    def learn(self, before: Observation, after: Observation) -> None:
+        """Learn from a step: two looks at one minibatch, each with its "data" pass."""
+        for name, block in self.blocks.items():
+            if block.secant is not None:
+                try:
+                    block.secant(before.passes["data"][name], after.passes["data"][name])
+                except CurvlabError as error:
+                    raise CurvlabError(f"{self._partition[name]}: {error}") from error
 
     def absorb(self, observation: Observation) -> None:
         """Warm start: fold into the plain mean over all observations so far. Call `refresh` after the last."""

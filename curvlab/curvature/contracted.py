@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, blend, parameter_indices
+from curvlab.curvature.base import Reads, Secant, blend, parameter_indices
 from curvlab.layers import Block
 from curvlab.linalg.kronecker import contraction
 from curvlab.linalg.operators import DirectSum, Kronecker, Operator
@@ -42,6 +42,7 @@ class Contracted:
     """
 
     memory: ClassVar[tuple[str, ...]] = ("means",)
+    secant: Secant | None = None
     inverse: Operator
 
     def __init__(

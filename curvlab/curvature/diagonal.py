@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, blend
+from curvlab.curvature.base import Reads, Secant, blend
 from curvlab.linalg.operators import Diagonal, Operator
 
 
@@ -16,6 +16,7 @@ class SecondMoment:
 
     reads: Reads = "gradient"
     memory: ClassVar[tuple[str, ...]] = ("v",)
+    secant: Secant | None = None
     inverse: Operator
 
     def __init__(self) -> None:

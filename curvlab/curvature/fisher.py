@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads
+from curvlab.curvature.base import Reads, Secant
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.layers import Block
 from curvlab.linalg.factor import damped_cholesky, shifted
@@ -29,6 +29,7 @@ class DenseFisher:
 
     reads: Reads = "rows"
     memory: ClassVar[tuple[str, ...]] = ("F", "active")
+    secant: Secant | None = None
     inverse: Operator
 
     def __init__(self, block: Block) -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, blend
+from curvlab.curvature.base import Reads, Secant, blend
 from curvlab.linalg.factor import damped_inverse, shifted
 from curvlab.linalg.kronecker import pi_split
 from curvlab.linalg.operators import Kronecker, Operator
@@ -21,6 +21,7 @@ class Kfac:
 
     reads: Reads = "factors"
     memory: ClassVar[tuple[str, ...]] = ("A", "G")
+    secant: Secant | None = None
     inverse: Operator
 
     def __init__(self) -> None:

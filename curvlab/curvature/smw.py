@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads
+from curvlab.curvature.base import Reads, Secant
 from curvlab.linalg.operators import LowRank, Operator
 from curvlab.linalg.woodbury import Rows
 
@@ -21,6 +21,7 @@ class SmwFisher:
 
     reads: Reads = "rows"
     memory: ClassVar[tuple[str, ...]] = ("g", "a")
+    secant: Secant | None = None
     inverse: Operator
 
     def __init__(self) -> None:
