@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+_HUGE = 2 << 20  # bytes of a huge page
+_MADV_HUGEPAGE = 14
 
 
 def keep_freed_memory() -> None:
@@ -17,3 +24,23 @@ def keep_freed_memory() -> None:
         if mallopt is not None:
             mallopt(-4, 0)  # M_MMAP_MAX: nothing by mmap
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def in_huge_pages(fresh: Tensor) -> Tensor:
+    """The same tensor; where it is large and fresh, Linux is asked to back it with huge pages, which are cheaper to fill.
+
+    Only advice: nothing happens where the kernel has none to give, or on other systems and devices.
+    """
+    libc = _libc()
+    size = fresh.numel() * fresh.element_size()
+    if libc is None or fresh.device.type != "cpu" or size < 4 * _HUGE:
+        return fresh
+    start = -(-fresh.data_ptr() // _HUGE) * _HUGE
+    end = (fresh.data_ptr() + size) // _HUGE * _HUGE
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(_MADV_HUGEPAGE))
+    return fresh
+
+
+@cache
+def _libc() -> Any:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -19,6 +19,7 @@ from curvlab.errors import CurvlabError, guard_memory
 from curvlab.exact.batches import Batches, alone
 from curvlab.exact.general import Function, mapped
 from curvlab.layers import Block, Layout
+from curvlab.memory import in_huge_pages
 from curvlab.objective import Closure, Objective
 
 
@@ -97,7 +98,10 @@ def _samples(statistics: LayerStatistics, out: Mapping[str, Tensor] | None) -> d
     name, *bias = block.params
     vectors, size, outputs = len(g), statistics.size, block.shape[0]
     weight = statistics.bare_a[:, 0]
-    target = g.new_empty(vectors, size, outputs, weight.shape[1]) if out is None else _given(block, name, size, g, out)
+    if out is None:
+        target = in_huge_pages(g.new_empty(vectors, size, outputs, weight.shape[1]))
+    else:
+        target = _given(block, name, size, g, out)
     g = g[:, :, 0]
     torch.mul(g.unsqueeze(-1), weight.unsqueeze(-2), out=target.view(vectors, size, outputs, -1))
     found = {name: target.view(vectors, size, *_weight(block).shape)}

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from curvlab.memory import in_huge_pages
+
 _CHUNK_BYTES = 6 << 20  # of pairs of inputs at a time, so that they stay in the cache: 47 ms against 93 ms for all at once
 
 
@@ -65,7 +67,7 @@ def unpack_full(
     packed: Float[Tensor, "P Q"], outputs: int, inputs: int, active: Int[Tensor, " J"] | None = None
 ) -> Float[Tensor, "D D"]:
     """The dense symmetric [OI, OI] matrix; `active`: the inputs that `packed` is on, the rest being zero."""
-    matrix = packed.new_empty(outputs * inputs, outputs * inputs)
+    matrix = in_huge_pages(packed.new_empty(outputs * inputs, outputs * inputs))
     blocks = matrix.view(outputs, inputs, outputs, inputs)
     places = _places(inputs, packed.device)
     idle = active is not None and len(active) < inputs
