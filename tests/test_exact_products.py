@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab as cl
 from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS
-from curvlab.linalg.operators import Dense, Product, RectangularProduct
+from curvlab.linalg.operators import Dense
+from curvlab.linalg.products import Product, RectangularProduct
 from curvlab.linalg.scipy_operator import linear_operator
 
 zoo = pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS])

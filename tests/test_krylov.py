@@ -13,7 +13,8 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError
 from curvlab.linalg.krylov import Density, Lanczos, conjugate_gradients, density, extremes, lanczos
-from curvlab.linalg.operators import Dense, Diagonal, Kronecker, Operator, Product
+from curvlab.linalg.operators import Dense, Diagonal, Kronecker, Operator
+from curvlab.linalg.products import Product
 
 FEW = settings(deadline=None, max_examples=25)
 DOUBLE, CPU = torch.float64, torch.device("cpu")

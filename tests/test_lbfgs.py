@@ -25,6 +25,7 @@ from curvlab.linalg.lbfgs import (
     two_loop,
 )
 from curvlab.linalg.operators import Compact, Dense, Diagonal, Inverse, Kronecker, LowRank, Operator
+from curvlab.linalg.products import placement
 from curvlab.linalg.woodbury import Rows
 
 MANY = settings(deadline=None, max_examples=50)
@@ -210,7 +211,7 @@ def test_float32_stays_float32() -> None:
     H, B = lbfgs_inverse(single, H0), refined_low_rank(normal(5, 2).float(), single, 0.4, 0.2)
     results = (H @ v, H.inv() @ v, B @ v, B.inv() @ v, two_loop(single, H0, v), H.dense(), H.eigvalsh(), H.diag(), H.trace())
     assert {r.dtype for r in results} == {torch.float32}
-    assert ops.placement(H) == ops.placement(B.inv()) == (torch.float32, torch.device("cpu"))
+    assert placement(H) == placement(B.inv()) == (torch.float32, torch.device("cpu"))
 
 
 def test_h_of_an_operator_damps_pairs_as_the_dense_h_does() -> None:

@@ -19,20 +19,8 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operators as ops
-from curvlab.linalg.operators import (
-    Compact,
-    Dense,
-    Diagonal,
-    DirectSum,
-    Inverse,
-    Kronecker,
-    LowRank,
-    Operator,
-    Product,
-    Rectangular,
-    RectangularProduct,
-    Woodbury,
-)
+from curvlab.linalg.operators import Compact, Dense, Diagonal, DirectSum, Inverse, Kronecker, LowRank, Operator, Woodbury
+from curvlab.linalg.products import Product, Rectangular, RectangularProduct, finite_product, placement
 from curvlab.linalg.scipy_operator import linear_operator
 from curvlab.linalg.woodbury import Rows
 
@@ -293,7 +281,7 @@ def test_float32_stays_float32(name: str) -> None:
     assert_near(single @ v, (matrix @ v.double()).float(), 1e-5)
     results = (single.dense(), single.inv().dense(), single.eigvalsh(), single.diag(), single.inv().diag())
     assert {r.dtype for r in (*results, single.trace(), single.inv().trace())} == {torch.float32}
-    assert ops.placement(single) == ops.placement(single.inv()) == (torch.float32, torch.device("cpu"))
+    assert placement(single) == placement(single.inv()) == (torch.float32, torch.device("cpu"))
 
 
 def _single(packed: Any) -> Any:
@@ -589,7 +577,7 @@ def test_scipy_operator_of_one_that_holds_no_tensor_takes_the_dtype_it_is_given(
 def test_finite_product() -> None:
     operator = Dense(spd(3))
     v = normal(3)
-    assert torch.equal(ops.finite_product(operator, v), operator @ v)
+    assert torch.equal(finite_product(operator, v), operator @ v)
     for bad in (float("nan"), float("inf")):
         with pytest.raises(CurvlabError, match="contains NaN or Inf: check the parameters"):
-            ops.finite_product(operator, torch.tensor([1.0, bad, 0.0], dtype=DOUBLE))
+            finite_product(operator, torch.tensor([1.0, bad, 0.0], dtype=DOUBLE))

@@ -12,7 +12,8 @@ from problems import assert_near
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.linalg.operators import Dense, Diagonal, Kronecker, Operator, Product
+from curvlab.linalg.operators import Dense, Diagonal, Kronecker, Operator
+from curvlab.linalg.products import Product
 from curvlab.linalg.traces import TRACES, Estimate, average, diagonal, xtrace
 
 FEW = settings(deadline=None, max_examples=25)

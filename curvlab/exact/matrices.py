@@ -18,11 +18,12 @@ from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few, say_general
 from curvlab.exact.route_table import ROUTES, Look, Sum
 from curvlab.layers import Block, Layout
-from curvlab.linalg.operators import Dense, Rectangular
+from curvlab.linalg.operators import Dense
 from curvlab.linalg.packed import (
     accumulate_between_,
     mirror_,
 )
+from curvlab.linalg.products import Rectangular
 from curvlab.objective import Closure, Objective
 
 

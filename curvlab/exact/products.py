@@ -20,7 +20,7 @@ from curvlab.exact.general import Function
 from curvlab.exact.matrices import select
 from curvlab.exact.route_table import Look
 from curvlab.layers import Block, Layout
-from curvlab.linalg.operators import Product, RectangularProduct
+from curvlab.linalg.products import Product, RectangularProduct
 from curvlab.objective import Closure, Objective
 
 _COLUMNS = 32  # vectors through the model at once

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, guard_memory
-from curvlab.linalg.operators import Operator, finite_product
+from curvlab.linalg.operators import Operator
+from curvlab.linalg.products import finite_product
 from curvlab.linalg.traces import Estimate, average, gaussian
 
 

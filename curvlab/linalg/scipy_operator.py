@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator
 
 from curvlab.errors import CurvlabError
-from curvlab.linalg.operators import Operator, Rectangular, RectangularProduct, placement
+from curvlab.linalg.operators import Operator
+from curvlab.linalg.products import Rectangular, RectangularProduct, placement
 
 Array = NDArray[Any]
 

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
-from curvlab.linalg.operators import Operator, finite_product, placement
+from curvlab.linalg.operators import Operator
+from curvlab.linalg.products import finite_product, placement
 
 _COLUMNS = 64  # test vectors held at once where they are not all needed together
 
