@@ -89,11 +89,12 @@ class Objective:
             raise unknown("likelihood", likelihood, (f"curvlab.likelihoods.{c.__name__}()" for c in LIKELIHOODS.values()))
         self.model, self.likelihood, self.seed = model, likelihood, seed
         self.blocks: tuple[Block, ...] = blocks(model)
+        self.modules: tuple[nn.Module, ...] = tuple(model.modules())
         if seed < 0:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
         self.alone: dict[Hashable, Form] = {}  # what the oracle has seen to be a mean over examples
-        self.sound: Hashable = None  # versions of the weights, and modes of the modules, that it has checked
+        self.sound: list[int] | None = None  # versions of the weights, and modes of the modules, that it has checked
 
     @property
     def layout(self) -> Layout:
@@ -220,7 +221,7 @@ class Closure:
     @property
     def _key(self) -> Hashable:
         """What decides how the model runs, beside its weights: the form of an example, and every module's mode."""
-        return self.x.shape[1:], self.x.dtype, tuple(module.training for module in self.objective.model.modules())
+        return self.x.shape[1:], self.x.dtype, tuple([module.training for module in self.objective.modules])
 
     def __call__(self) -> Tensor:
         """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad`` filled."""
@@ -243,7 +244,8 @@ class Closure:
     def forward(self, x: Tensor | None = None) -> tuple[Tensor, Capture]:
         """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the capture)."""
         model = self.objective.model
-        buffers = {name: b.clone() for name, b in model.named_buffers()} or None
+        buffered = any(module._buffers for module in self.objective.modules)
+        buffers = {name: b.clone() for name, b in model.named_buffers()} if buffered else None
         with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
             return self._forward(self.x if x is None else x, buffers), capture
 

@@ -125,11 +125,12 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
 
 def alone(objective: Objective) -> None:
     """Refuse weights that are not finite, and a model that mixes the examples of a batch or draws random numbers by name."""
-    model = objective.model
-    weights = dict(model.named_parameters())
-    state = (*(w._version for w in weights.values()), *(module.training for module in model.modules()))
+    model, modules = objective.model, objective.modules
+    state = [w._version for module in modules for w in module._parameters.values() if w is not None]
+    state += [module.training for module in modules]
     if state == objective.sound:
         return
+    weights = dict(model.named_parameters())
     if not bool(torch.isfinite(get_total_norm([w.detach() for w in weights.values()]))):  # one reduction for all
         for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):

@@ -36,7 +36,8 @@ def gradients(
     """
     (closure,) = Batches.of(objective, x, y, whole=True)
     _guard(objective, len(x), "the per-sample gradients", "take fewer examples at a time")
-    statistics = closure.observe({"data"}, move_buffers=False).passes["data"]
+    _, losses, capture = closure.look()
+    statistics = capture.backward(losses, torch.ones_like(losses)[None])
     found: dict[str, Tensor] = {}
     for block in objective.blocks:
         if block.rule is not None:
@@ -50,7 +51,7 @@ def gradients(
             return g
 
         found |= _into(loose.unflatten(mapped(one)(closure.x, closure.y), 1), out)
-    return {name: found[name] for name in objective.parameters}
+    return {name: found[name] for block in objective.blocks for name in block.params}
 
 
 def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *shape"]]:
@@ -78,7 +79,7 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
     vectors = units[:, None].expand(-1, len(z), -1).reshape(-1, *z.shape)
     for statistics in capture.backward(z, vectors).values():
         found |= {name: t.transpose(0, 1) for name, t in _samples(statistics, None).items()}
-    return {name: found[name] for name in objective.parameters}
+    return {name: found[name] for block in objective.blocks for name in block.params}
 
 
 def _loose(objective: Objective) -> Layout:
@@ -111,8 +112,8 @@ def _samples(statistics: LayerStatistics, out: Mapping[str, Tensor] | None) -> d
 
 
 def _weight(block: Block) -> Tensor:
-    assert block.module is not None
-    return block.module.get_parameter("weight")
+    weight: Tensor = block.module.weight  # type: ignore[union-attr, assignment]  # every layer with a rule has one
+    return weight
 
 
 def _given(block: Block, name: str, size: int, like: Tensor, out: Mapping[str, Tensor]) -> Tensor:
