@@ -54,7 +54,7 @@ QUANTITIES = {
 AXES = {  # sizes, and the exponent of each quantity as the size grows (the fit is over the three largest)
     "examples": ([500, 1000, 2000, 4000, 8000], [1, 1, 1, 1, 1]),
     "width": ([24, 36, 54, 81, 108], [4, 4, 2, 2, 2]),  # pairs of outputs × pairs of inputs; of the last block the inputs'
-    "classes": ([10, 20, 40, 80, 160], [2, 1, 2, 1, 2]),  # V = C vectors through a layer of C outputs, or O; C² pairs
+    "classes": ([10, 20, 40, 80, 160], [1, 1, 2, 1, 2]),  # O vectors through a layer of C outputs; the last layer's C² pairs
 }
 
 LABELS = {"examples": "examples N", "width": "width of every layer", "classes": "classes C"}

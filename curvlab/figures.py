@@ -50,7 +50,7 @@ def _line(ax: Axes, values: xr.DataArray, style: dict[str, object], label: str) 
         mean, spread = values.mean("seed"), values.std("seed")
         ax.fill_between(values["step"], mean - spread, mean + spread, color=str(style["color"]), alpha=0.18, linewidth=0)
         values = mean
-    ax.plot(values["step"], values, label=label, **style)  # type: ignore[arg-type]
+    ax.plot(values["step"], values, label=label, **style)  # type: ignore[arg-type]  # styles are dictionaries
 
 
 def _others(ds: xr.Dataset) -> list[str]:
@@ -118,7 +118,7 @@ def seconds(ds: xr.Dataset) -> Figure:
     figure = Figure(figsize=(6.0, 0.32 * len(names) + 1.2), layout="constrained")
     ax = figure.subplots()
     ax.barh(names, median.values, color=_COLOURS[0])
-    ax.bar_label(ax.containers[0], fmt="%.3g", padding=3)  # type: ignore[arg-type]
+    ax.bar_label(ax.containers[0], fmt="%.3g", padding=3)  # type: ignore[arg-type]  # barh made a BarContainer
     ax.set_xscale("log")
     ax.margins(x=0.15)
     ax.invert_yaxis()
@@ -208,7 +208,7 @@ def _histogram(ax: Axes, at: xr.Dataset, axis: _SymmetricLog) -> None:
         here, (name, colour) = at.sel(matrix=kind), _MATRICES[kind]
         counts = float(at["order"]) * np.add.reduceat(here["density"].values, axis.first)
         style = {"linewidth": 1.2} if handles else {"fill": True, "alpha": 0.75, "linewidth": 0}
-        handles.append(ax.stairs(np.maximum(counts, 0.5), axis.edges, baseline=0.5, color=colour, **style))  # type: ignore[arg-type]
+        handles.append(ax.stairs(np.maximum(counts, 0.5), axis.edges, baseline=0.5, color=colour, **style))  # type: ignore[arg-type]  # likewise
         lowest = f"{float(here['lowest']):.2g}".replace("-", "−")
         labels.append(f"{name}: lowest {lowest}{_share(here)}")
     ax.axvspan(-axis.top, -axis.centre, color="#f0f0f0", zorder=0, linewidth=0)

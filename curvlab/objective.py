@@ -227,7 +227,7 @@ class Closure:
         """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad`` filled."""
         self.objective.model.zero_grad()
         loss = self._loss(self._forward(self.x))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
         return loss
 
     def labels(self, z: Tensor, draws: int = 1) -> list[Tensor]:
@@ -241,10 +241,10 @@ class Closure:
         known = self.objective.alone.get(self._key)
         return self._first[1] if known is None else known
 
-    def forward(self, x: Tensor | None = None) -> tuple[Tensor, Capture]:
+    def forward(self, x: Tensor | None = None, move_buffers: bool = False) -> tuple[Tensor, Capture]:
         """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the capture)."""
         model = self.objective.model
-        buffered = any(module._buffers for module in self.objective.modules)
+        buffered = not move_buffers and any(module._buffers for module in self.objective.modules)
         buffers = {name: b.clone() for name, b in model.named_buffers()} if buffered else None
         with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
             return self._forward(self.x if x is None else x, buffers), capture
@@ -273,10 +273,8 @@ class Closure:
         needs = set(needs)
         for name in needs - set(PASSES):
             raise unknown("pass", name, PASSES)
-        model, likelihood = self.objective.model, self.objective.likelihood
-        buffers = None if move_buffers else {name: b.clone() for name, b in model.named_buffers()} or None
-        with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
-            z = self._forward(self.x, buffers)
+        likelihood = self.objective.likelihood
+        z, capture = self.forward(move_buffers=move_buffers)
         outputs = z.detach().requires_grad_()
         with torch.enable_grad():
             loss = self._loss(outputs)

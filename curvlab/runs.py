@@ -230,6 +230,7 @@ def _compare_one(
     try:
         warm_start(objective, [d.curvature for d in descents.values()], counted(warm, bar, "warm start", _length(warm)))
         task = bar.add_task(title, total=steps, note="")
+        learning: dict[str, float] = {}  # seconds spent on learning from the last step, to be counted with the next
         for step, (x, y) in enumerate(itertools.islice(batches, steps)):
             needs = frozenset().union(*(d.needs for d in descents.values()), *(p.needs for p in chosen))
             closure = objective.closure(x, y)
@@ -239,17 +240,19 @@ def _compare_one(
             for name, d in descents.items():
                 start = clock()
                 directions[name] = d.direction(now)
-                seconds[name] = clock() - start
+                seconds[name] = clock() - start + learning.pop(name, 0.0)
             if step % settings.log_every == 0:
                 frame = probes.Frame(step, now, directions, reference, settings.rate, seconds)
                 log.append(step, {k: v for p in chosen for k, v in p.measure(frame).items()}, seed)
                 bar.update(task, note=f"loss {float(now.loss):.4g}")
             move(objective, directions[reference], lambda _: settings.rate)
-            learning = [d for d in descents.values() if d.wants_step]
-            if learning:  # all see the same step, the reference's
+            learners = {name: d for name, d in descents.items() if d.wants_step}
+            if learners:  # all see the same step, the reference's
                 after = closure.observe({"data"}, move_buffers=False)
-                for d in learning:
+                for name, d in learners.items():
+                    start = clock()
                     d.learn(now, after)
+                    learning[name] = clock() - start
             bar.advance(task)
         bar.remove_task(task)
     finally:

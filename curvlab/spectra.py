@@ -239,7 +239,7 @@ class Plan:
         state = int(np.random.SeedSequence([objective.seed, place]).generate_state(1, np.uint64)[0])
         generator = torch.Generator().manual_seed(state >> 1)
         product = exact.product(fresh, x, y, kind, name)
-        return of_products(product, fresh.dtype, self.draws, self.steps, generator)  # type: ignore[arg-type]
+        return of_products(product, fresh.dtype, self.draws, self.steps, generator)  # type: ignore[arg-type]  # no pair, so a Product
 
 
 def _coordinate(dim: str, values: Any, long_name: str, units: str) -> xr.Variable:

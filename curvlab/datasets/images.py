@@ -220,7 +220,7 @@ def _from_archive(path: Path, kind: Cifar, members: tuple[str, ...]) -> list[dic
 class _ArraysOnly(pickle.Unpickler):
     """Reads containers, strings, numbers and numpy arrays; refuses everything else that a pickle can ask for."""
 
-    reconstruct: Callable[..., Any] = np.empty(0).__reduce__()[0]  # type: ignore[assignment]
+    reconstruct: Callable[..., Any] = np.empty(0).__reduce__()[0]  # type: ignore[assignment]  # str | Callable
 
     def find_class(self, module: str, name: str) -> Any:
         known: dict[tuple[str, str], Any] = {

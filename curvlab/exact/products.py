@@ -102,11 +102,10 @@ def _entries(layout: Layout, block: Block, some: Tensor | None) -> Tensor:
 Columns = Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
 
 
-def _between(whole: Columns, left: Tensor, right: Tensor) -> Columns:
+def _between(whole: _Whole, left: Tensor, right: Tensor) -> Columns:
     """Columns on the entries `right` → columns on the entries `left`."""
 
     def apply(v: Tensor) -> Tensor:
-        assert isinstance(whole, _Whole)
         full = v.new_zeros(len(whole.layout), v.shape[1])
         full[right.to(v.device)] = v
         return whole(full)[left.to(v.device)]
@@ -172,7 +171,7 @@ def _summed_diagonal(closure: Closure, layout: Layout, kind: Kind, draws: int) -
         if block.name not in parts:
             function = look.function(Layout((block,)))
             if kind in PASSES:
-                parts[block.name] = sum((left * right).sum(0) for left, right in function.rows(kind, draws))  # type: ignore[assignment]
+                parts[block.name] = sum((left * right).sum(0) for left, right in function.rows(kind, draws))  # type: ignore[assignment]  # never empty
             else:
                 each = [value[columns].diagonal() for columns, value in function.columns(kind, draws)]
                 parts[block.name] = torch.cat(each)
@@ -183,7 +182,7 @@ def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "O I"]:
     """Σₙ Σ_v row²; at one place (Σ_v g²)ᵀ a²."""
     if s.block.groups == s.g.shape[2] == 1:
         return s.g[:, :, 0].square().sum(0).mT @ s.a[:, 0].square()
-    return sum(rows.square().sum(0) for rows in s.some_rows(4096))  # type: ignore[return-value]
+    return sum(rows.square().sum(0) for rows in s.some_rows(4096))  # type: ignore[return-value]  # never empty
 
 
 def _structured_diagonal(s: LayerStatistics, hessians: Float[Tensor, "T O N T O"]) -> Float[Tensor, "O I"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -113,7 +113,9 @@ def _one_place(s: LayerStatistics) -> LayerStatistics:
 
 
 def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Tensor, "D D"]:
-    found = sums.setdefault(name, _Whole(size, like)) if name not in sums else sums[name]
+    if name not in sums:
+        sums[name] = _Whole(size, like)
+    found = sums[name]
     assert isinstance(found, _Whole)
     return found.matrix
 
@@ -134,22 +136,14 @@ def _fold_rows(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: f
 
 def _fold_general(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
     for block in blocks:
-        fold_layout(look, Layout((block,)), block.name, sums, old, new)
-
-
-def fold_layout(look: Look, layout: Layout, name: str, sums: dict[str, Sum], old: float, new: float) -> None:
-    """The general route over any layout."""
-    function = look.function(layout)
-    matrix = _whole(sums, name, len(layout), function.at).mul_(old)
-    if look.kind in PASSES:
-        for left, right in function.rows(look.kind, look.draws):
-            matrix.addmm_(left.mT, right, alpha=new)
-        return
-    for columns, value in function.columns(look.kind, look.draws):
-        matrix[:, columns].add_(value, alpha=new)
-
-
-RouteName = Literal["pairs", "places", "rows", "func"]
+        function = look.function(Layout((block,)))
+        matrix = _whole(sums, block.name, block.numel, function.at).mul_(old)
+        if look.kind in PASSES:
+            for left, right in function.rows(look.kind, look.draws):
+                matrix.addmm_(left.mT, right, alpha=new)
+        else:
+            for columns, value in function.columns(look.kind, look.draws):
+                matrix[:, columns].add_(value, alpha=new)
 
 
 @dataclass(frozen=True)
