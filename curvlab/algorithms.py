@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from curvlab.curvature.base import Average, BlockDiagonal, CurvatureBlock, IdentityBlock, check_damping
+from curvlab.curvature.base import Average, BlockDiagonal, Curvature, CurvatureBlock, IdentityBlock, check_damping
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
 from curvlab.curvature.kbfgs import KBfgs
@@ -15,7 +17,7 @@ from curvlab.curvature.kfac import Kfac
 from curvlab.curvature.shampoo import shampoo
 from curvlab.curvature.smw import SmwFisher
 from curvlab.curvature.tnt import tnt, tnt_per_sample
-from curvlab.errors import lookup
+from curvlab.errors import lookup, unknown
 from curvlab.layers import Block
 from curvlab.objective import Objective, Pass
 from curvlab.optim import Descent, MomentumKind, Optimizer
@@ -47,12 +49,14 @@ def _fixed(epsilon: float) -> Rule:
 class Algorithm:
     """One method: its block, its labels and its document's constants.
 
-    `lr` and `damping` are the document's for the MNIST autoencoder (thesis Table 4.3, 4.5) unless `source` says otherwise.
+    `make` gives the CurvatureBlock of a block, or, of a method of the `whole` vector, the Curvature of an objective; its
+    keyword-only arguments are the method's own options, `own` the table's values for them. `lr` and `damping` are the
+    document's for the MNIST autoencoder (thesis Table 4.3, 4.5) unless `source` says otherwise.
     """
 
     summary: str
     source: str
-    make: Callable[[Block], CurvatureBlock]
+    make: Callable[..., Any]
     labels: Pass
     lr: float
     damping: float
@@ -64,7 +68,23 @@ class Algorithm:
     warm: bool = True
     learns_first: bool = True
     skips_first: bool = True
+    own: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False
 
+    @property
+    def options(self) -> list[str]:
+        """Names of `make`'s own arguments, which a user may change."""
+        named = inspect.signature(self.make).parameters.values()
+        return [p.name for p in named if p.kind is p.KEYWORD_ONLY and p.name not in SHARED]
+
+    def block(self, block: Block, **own: Any) -> CurvatureBlock:
+        """The block with the table's arguments, or a user's in their place."""
+        made: CurvatureBlock = self.make(block, **{**self.own, **own})
+        return made
+
+
+SHARED = ("labels", "damping", "decay", "update_every", "refresh_every", "name")
+"""Arguments of every approximation, which `make` of a `whole` algorithm takes by name."""
 
 ALGORITHMS: dict[str, Algorithm] = {
     "block-fisher": Algorithm(
@@ -85,20 +105,20 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "k-bfgs-20": Algorithm(
         "H_g and H_a by BFGS, double damping, A a moving average", "thesis Alg. 4, Table 2.5",
-        lambda b: KBfgs(b, 2), "data", 0.3, 0.3, _same, momentum_kind="average", learns_first=False, skips_first=False,
+        KBfgs, "data", 0.3, 0.3, _same, momentum_kind="average", learns_first=False, skips_first=False, own={"chapter": 2},
     ),
     "k-bfgs-l-20": Algorithm(
         "the same with H_g by L-BFGS, 100 pairs", "thesis Alg. 4, Table 2.5",
-        lambda b: KBfgs(b, 2, pairs=100), "data", 0.3, 0.3, _same,
-        momentum_kind="average", learns_first=False, skips_first=False,
+        KBfgs, "data", 0.3, 0.3, _same,
+        momentum_kind="average", learns_first=False, skips_first=False, own={"chapter": 2, "pairs": 100},
     ),
     "k-bfgs": Algorithm(
         "H_g and H_a by BFGS, D_P D_LM, A of the minibatch, never formed", "thesis Alg. 9, Table 3.5",
-        lambda b: KBfgs(b, 3), "data", 0.03, 0.3, _same, learns_first=False, skips_first=False,
+        KBfgs, "data", 0.03, 0.3, _same, learns_first=False, skips_first=False, own={"chapter": 3},
     ),
     "k-bfgs-l": Algorithm(
         "the same with H_g by L-BFGS, 100 pairs", "thesis Alg. 9, Table 3.5",
-        lambda b: KBfgs(b, 3, pairs=100), "data", 0.03, 0.3, _same, learns_first=False, skips_first=False,
+        KBfgs, "data", 0.03, 0.3, _same, learns_first=False, skips_first=False, own={"chapter": 3, "pairs": 100},
     ),
     "tnt": Algorithm(
         "tensor-normal factors of the batch-mean gradient, sampled labels", "thesis Alg. 15",
@@ -142,8 +162,9 @@ def approximation(
     decay: float | None = None,
     update_every: int = 1,
     refresh_every: int = 1,
-) -> BlockDiagonal:
-    """The curvature of algorithm `name`: no step, no model moved.
+    **own: Any,
+) -> Curvature:
+    """The curvature of algorithm `name`: no step, no model moved. A `BlockDiagonal`, or a `Curvature` of the whole vector.
 
     Args:
         name: of `ALGORITHMS`.
@@ -152,23 +173,33 @@ def approximation(
         labels: "data" (empirical), "model" (sampled) or "exact", where it is not to be the algorithm's own.
         decay: of the moving averages; the document's where None (0.9; Adam's β₂ 0.999).
         update_every: T₁. refresh_every: T₂.
+        own: the method's own options (`ALGORITHMS[name].options`).
 
     Raises:
-        CurvlabError: unknown name (with the known ones and the closest), an argument out of range.
+        CurvlabError: unknown name or option (with the known ones and the closest), an argument out of range.
     """
     a = lookup(ALGORITHMS, name, "algorithm")
+    for option in own:
+        if option not in a.options:
+            raise unknown(f"option of {name}", option, a.options)
+    shared: dict[str, Any] = {
+        "labels": a.labels if labels is None else labels,
+        "damping": a.damping if damping is None else damping,
+        "decay": a.decay if decay is None else decay,
+        "update_every": update_every,
+        "refresh_every": refresh_every,
+        "name": name,
+    }
+    if a.whole:
+        made: Curvature = a.make(objective, **shared, **{**a.own, **own})
+        return made
     return BlockDiagonal(
         objective.blocks,
-        a.make,
-        labels=a.labels if labels is None else labels,
-        damping=a.damping if damping is None else damping,
-        decay=a.decay if decay is None else decay,
+        partial(a.block, **own),
         average=a.average,
         warm=a.warm,
-        update_every=update_every,
-        refresh_every=refresh_every,
         skips_first=a.skips_first,
-        name=name,
+        **shared,
     )
 
 

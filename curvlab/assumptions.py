@@ -208,7 +208,7 @@ class Estimate:
     @classmethod
     def of(cls, name: str, kind: Kind, labels: Labels, sizes: Sequence[int], chosen: Sequence[Block]) -> Estimate:
         algorithm = lookup(ALGORITHMS, name, "algorithm")
-        blocks = {block.name: algorithm.make(block) for block in chosen}
+        blocks = {block.name: algorithm.block(block) for block in chosen}
         of_means = any(block.reads == "gradient" for block in blocks.values())
         wanted = algorithm.labels if labels == "own" else _LABELS[kind]
         if of_means and wanted == "exact":

@@ -6,7 +6,7 @@ seed and on the number of the closure, never on who asks for them: an algorithm 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,12 +49,14 @@ def differentiable() -> Iterator[None]:
 class Observation:
     """One look at one minibatch.
 
-    `loss` is the mean loss (no graph), `passes` holds {pass: {block: LayerStatistics}} for the passes asked for.
+    `loss` is the mean loss (no graph), `passes` holds {pass: {block: LayerStatistics}} for the passes asked for, `closure` the
+    minibatch itself, for methods that go through it again (conjugate gradients, trial steps).
     """
 
     loss: Tensor
     size: int
     passes: dict[str, dict[str, LayerStatistics]]
+    closure: Closure
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
@@ -62,6 +64,20 @@ class Observation:
         if "data" not in self.passes:
             raise CurvlabError('this observation has no "data" pass: observe with needs={"data", …}')
         return {name: statistics.gradient for name, statistics in self.passes["data"].items()}
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Two looks at one minibatch, before and after a move; `displacement` gives the move when first asked for."""
+
+    before: Observation
+    after: Observation
+    displacement: Callable[[], dict[str, Tensor]]
+
+    @cached_property
+    def step(self) -> dict[str, Tensor]:
+        """{block: change of its parameters}, in the blocks' shapes."""
+        return self.displacement()
 
 
 @dataclass(frozen=True)
@@ -294,7 +310,7 @@ class Closure:
                     each = [torch.autograd.grad(likelihood.loss(outputs, label).sum(), outputs)[0] for label in drawn]
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
             passes[name] = capture.backward(z, vectors, leaves=True)
-        return Observation(loss.detach(), len(z), passes)
+        return Observation(loss.detach(), len(z), passes, self)
 
     def _finite(self, loss: Tensor, z: Tensor) -> None:
         if bool(torch.isfinite(loss)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from curvlab.curvature.base import Curvature, check_damping
 from curvlab.errors import CurvlabError
-from curvlab.objective import Closure, Objective, Observation, Pass
+from curvlab.objective import Closure, Objective, Observation, Pass, Transition
 
 MomentumKind = Literal["add", "average", "corrected"]
 """m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1 − βᵏ (Adam)."""
@@ -95,9 +96,14 @@ class Descent:
         """Whether it learns from the step that now follows, by a second look at the same minibatch."""
         return self.curvature.wants_step
 
-    def learn(self, before: Observation, after: Observation) -> None:
-        """Learn from the step between two looks at one minibatch."""
-        self.curvature.learn(before, after)
+    @property
+    def step_needs(self) -> frozenset[Pass]:
+        """The passes of that second look."""
+        return self.curvature.step_needs
+
+    def learn(self, transition: Transition) -> bool:
+        """Learn from the step between two looks at one minibatch. False: the step is to be taken back."""
+        return self.curvature.learn(transition)
 
     def state_dict(self) -> dict[str, Any]:
         momentum = {"buffers": dict(self.momentum.buffers), "steps": self.momentum.steps}
@@ -142,11 +148,33 @@ def move(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tenso
                 parameters[name].add_(d, alpha=-lr(parameters[name]))
 
 
+def weights(objective: Objective) -> list[Tensor]:
+    """A copy of every parameter, for `restore`."""
+    return [p.detach().clone() for p in objective.parameters.values()]
+
+
+def restore(objective: Objective, saved: list[Tensor]) -> None:
+    """Take a step back, to the bit."""
+    with torch.no_grad():
+        for p, old in zip(objective.parameters.values(), saved, strict=True):
+            p.copy_(old)
+
+
+def displacement(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]) -> dict[str, Tensor]:
+    """{block: −α p}, what `move` adds to its parameters."""
+    parameters, found = objective.parameters, {}
+    for block in objective.blocks:
+        parts = block.scatter(direction[block.name])
+        found[block.name] = block.gather({name: d * -lr(parameters[name]) for name, d in parts.items()})
+    return found
+
+
 class Optimizer(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` around a descent: param_groups, lr schedulers and state_dict as in torch.
 
     `lr` is read per group; `damping` from the first group, so a schedule may change either. ``step`` takes
-    ``objective.closure(x, y)``; nothing is read from or written to ``p.grad``.
+    ``objective.closure(x, y)``; nothing is read from or written to ``p.grad``. A curvature that adapts its damping (a
+    Levenberg–Marquardt rule) writes it back to the group.
     """
 
     def __init__(self, descent: Descent, lr: float) -> None:
@@ -179,10 +207,15 @@ class Optimizer(torch.optim.Optimizer):
         self._take_damping()
         observation = closure.observe(self.descent.needs)
         direction = self.descent.direction(observation)
-        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        move(self.objective, direction, lambda p: float(rates[id(p)]))
+        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        saved = weights(self.objective) if self.descent.curvature.rejects else []
+        move(self.objective, direction, lambda p: rates[id(p)])
         if self.descent.wants_step:
-            self.descent.learn(observation, closure.observe({"data"}, move_buffers=False))
+            after = closure.observe(self.descent.step_needs, move_buffers=False)
+            step = partial(displacement, self.objective, direction, lambda p: rates[id(p)])
+            if not self.descent.learn(Transition(observation, after, step)):
+                restore(self.objective, saved)
+        self.param_groups[0]["damping"] = self.descent.curvature.damping
         return observation.loss
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from curvlab.algorithms import ALGORITHMS, damping_for, descent
 from curvlab.errors import CurvlabError, lookup
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log, late_cosine
-from curvlab.objective import Objective
-from curvlab.optim import Batch, Descent, move, warm_start
+from curvlab.objective import Objective, Pass, Transition
+from curvlab.optim import Batch, Descent, displacement, move, restore, warm_start, weights
 from curvlab.progress import counted, progress_bar
 
 FIGURE_4_1 = ("kfac", "tnt", "shampoo", "adam", "sgd-m")
@@ -245,14 +246,20 @@ def _compare_one(
                 frame = probes.Frame(step, now, directions, reference, settings.rate, seconds)
                 log.append(step, {k: v for p in chosen for k, v in p.measure(frame).items()}, seed)
                 bar.update(task, note=f"loss {float(now.loss):.4g}")
+            saved = weights(objective) if descents[reference].curvature.rejects else []
             move(objective, directions[reference], lambda _: settings.rate)
             learners = {name: d for name, d in descents.items() if d.wants_step}
             if learners:  # all see the same step, the reference's
-                after = closure.observe({"data"}, move_buffers=False)
+                wanted = frozenset[Pass]().union(*(d.step_needs for d in learners.values()))
+                after = closure.observe(wanted, move_buffers=False)
+                step_taken = partial(displacement, objective, directions[reference], lambda _: settings.rate)
+                transition = Transition(now, after, step_taken)
                 for name, d in learners.items():
                     start = clock()
-                    d.learn(now, after)
+                    stands = d.learn(transition)
                     learning[name] = clock() - start
+                    if name == reference and not stands:
+                        restore(objective, saved)
             bar.advance(task)
         bar.remove_task(task)
     finally:

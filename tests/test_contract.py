@@ -33,7 +33,7 @@ algorithms = pytest.mark.parametrize("name", NAMES)
 
 def follows_the_gradient(name: str, block: Block) -> bool:
     """Whether an algorithm lacks what it reads of this block, and falls back to the gradient."""
-    reads = ALGORITHMS[name].make(block).reads
+    reads = ALGORITHMS[name].block(block).reads
     return {
         "gradient": False,
         "rows": block.module is None,  # of each example, which every layer with a rule has
@@ -470,7 +470,7 @@ def test_a_layer_that_lacks_what_is_read(name: str, model: str) -> None:
     assert finite(direction)
     for block in p.objective().blocks:
         plain = torch.equal(direction[block.name], observation.gradients[block.name])
-        identity = isinstance(ALGORITHMS[name].make(block), IdentityBlock)
+        identity = isinstance(ALGORITHMS[name].block(block), IdentityBlock)
         assert plain is (follows_the_gradient(name, block) or identity)
     objective = p.objective()
     before = weights(objective)

@@ -23,7 +23,7 @@ def frame(zero: bool = False) -> Frame:
     directions = {"one": direction(), "two": direction(), "three": direction()}
     if zero:
         directions["three"] = {name: torch.zeros_like(d) for name, d in directions["three"].items()}
-    observation = Observation(torch.tensor(0.25, dtype=torch.float64), 7, {})
+    observation = Observation(torch.tensor(0.25, dtype=torch.float64), 7, {}, None)
     return Frame(3, observation, directions, "two", 0.5, {"one": 1.0, "two": 2.0, "three": 3.0})
 
 

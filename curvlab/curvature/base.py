@@ -17,7 +17,7 @@ from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError, CurvlabWarning, unknown
 from curvlab.layers import Block
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
-from curvlab.objective import Observation, Pass
+from curvlab.objective import Observation, Pass, Transition
 
 Average = Literal["moving", "corrected", "last"]
 """How observations are averaged, k counting them from 1: weight max(1/k, 1 − decay); (1 − decay)/(1 − decayᵏ), Adam's; 1."""
@@ -64,10 +64,19 @@ class CurvatureBlock(Protocol):
 
 
 class Curvature(Protocol):
-    """The curvature of a whole model, as a descent uses it."""
+    """The curvature of a whole model, as a descent uses it.
+
+    A step: `update`, `precondition`, the parameters move; where `wants_step`, a second look at the minibatch with the passes of
+    `step_needs` (none: the loss alone), and `learn`, whose answer says whether the step stands; only a curvature that `rejects`
+    may say no.
+    """
 
     damping: float
     ready: bool
+
+    @property
+    def inverse(self) -> Mapping[str, Operator]:
+        """{block: operator}, or {"whole": operator} on the vector of all parameters (`Layout`)."""
 
     @property
     def needs(self) -> frozenset[Pass]: ...
@@ -79,7 +88,11 @@ class Curvature(Protocol):
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     @property
     def wants_step(self) -> bool: ...
-    def learn(self, before: Observation, after: Observation) -> None: ...
+    @property
+    def step_needs(self) -> frozenset[Pass]: ...
+    @property
+    def rejects(self) -> bool: ...
+    def learn(self, transition: Transition) -> bool: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -231,19 +244,24 @@ class BlockDiagonal:
             self.refresh()
         self.steps = step
 
+    step_needs: frozenset[Pass] = frozenset({"data"})
+    rejects = False
+
     @property
     def wants_step(self) -> bool:
         """Whether it will learn from the step that follows this direction (Alg. 9, line 12: k ≡ 0 mod T)."""
         return self.steps % self.update_every == 0 and any(b.secant for b in self.blocks.values())
 
-    def learn(self, before: Observation, after: Observation) -> None:
-        """Learn from a step: two looks at one minibatch, each with its "data" pass."""
+    def learn(self, transition: Transition) -> bool:
+        """Learn from a step: two looks at one minibatch, each with its "data" pass. The step stands."""
+        before, after = transition.before, transition.after
         for name, block in self.blocks.items():
             if block.secant is not None:
                 try:
                     block.secant(before.passes["data"][name], after.passes["data"][name])
                 except CurvlabError as error:
                     raise CurvlabError(f"{self._partition[name]}: {error}") from error
+        return True
 
     def absorb(self, observation: Observation) -> None:
         """Warm start: fold into the plain mean over all observations so far. Call `refresh` after the last."""

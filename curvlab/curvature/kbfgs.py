@@ -43,6 +43,7 @@ class KBfgs:
     def __init__(
         self,
         block: Block,
+        *,
         chapter: int,
         pairs: int = 0,
         damping: str | None = None,
