@@ -114,6 +114,12 @@ class LayerStatistics:
         return g
 
     @property
+    def raw(self) -> Float[Tensor, "N *M"]:
+        """The layer's output as it left it; only its shape may be relied on where a later operation has overwritten it."""
+        output: _Stored = self._need(self._output)
+        return output.value
+
+    @property
     def h(self) -> Float[Tensor, "N T O"]:
         """Pre-activation. Raises CurvlabError where a later in-place operation has overwritten it."""
         output: _Stored = self._need(self._output)

@@ -6,6 +6,7 @@ seed and on the number of the closure, never on who asks for them: an algorithm 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ class Closure:
             raise CurvlabError(f"the minibatch has {len(x)} inputs but {len(y)} targets: they must be as many")
         if len(x) == 0:
             raise CurvlabError("the minibatch is empty")
-        if x.is_floating_point() and not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+        if x.is_floating_point() and not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
             raise CurvlabError(f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first")
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
@@ -222,7 +223,7 @@ class Closure:
 
     def check_alone(self, z: Tensor) -> None:
         """Raises CurvlabError where outputs are not finite, or the first example's depend on the others or on chance."""
-        if not bool(torch.isfinite(z).all()):
+        if not math.isfinite(float(z.sum())) and not bool(torch.isfinite(z).all()):
             raise CurvlabError("the model's outputs contain NaN or Inf: check its weights, and the range of the data")
         if self._key in self.objective.alone:
             return
@@ -313,7 +314,7 @@ class Closure:
         return Observation(loss.detach(), len(z), passes, self)
 
     def _finite(self, loss: Tensor, z: Tensor) -> None:
-        if bool(torch.isfinite(loss)):
+        if math.isfinite(float(loss)):
             return
         weights = [name for name, p in self.objective.model.named_parameters() if not bool(torch.isfinite(p).all())]
         if weights:

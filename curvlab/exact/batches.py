@@ -110,11 +110,13 @@ def by_hessians(kind: str, block: Block, form: Form) -> bool:
 
 
 def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iterator[Closure]:
-    """For second derivatives so few examples at a time that the pre-activation Hessians of a block, N (TO)² numbers, fit."""
+    """For second derivatives so few examples at a time that the pre-activation Hessians of a block, N (TO)² numbers, fit; for
+    the GGN the derivatives of the outputs in them too, N C TO numbers."""
     for closure in closures:
         form = closure.form
         widths = [form.places.get(b.name, 0) * b.shape[0] for b in blocks if by_hessians(kind, b, form)]
-        at_once = max(1, _NUMBERS // max([1, *widths]) ** 2)
+        widest = max([1, *widths])
+        at_once = max(1, _NUMBERS // (widest * max(widest, form.outputs if kind in PASSES else 0)))
         if len(closure.x) <= at_once:
             yield closure
             continue

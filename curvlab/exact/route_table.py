@@ -18,7 +18,7 @@ from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Kind, by_hessians
 from curvlab.exact.general import Function
-from curvlab.exact.second_order import preactivation_hessians
+from curvlab.exact.second_order import preactivation_gauss_newton, preactivation_hessians
 from curvlab.layers import Block, Layout
 from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.packed import accumulate_second_moment_, fold, mirror_, output_pairs, pack_pairs, unpack_full
@@ -38,15 +38,16 @@ class Look:
         return self.closure.observe({needs}, move_buffers=False, draws=self.draws).passes[needs]
 
     def hessians(self, names: Sequence[str]) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
-        """(inputs, pre-activation Hessians) of one block after the other: of ℓ; for Π of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed, and
-        for the GGN of ℓ − ⟨∂ℓ/∂z, z⟩, which has no slope in z, so that only ∂²ℓ/∂z² is left."""
+        """(inputs, pre-activation Hessians) of one block after the other: of ℓ; for Π of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed; for
+        the GGN JᵀHJ."""
         z, losses, capture = self.closure.look()
         total = losses.sum()
-        if self.kind != "hessian":
+        if self.kind == "ggn":
+            return preactivation_gauss_newton(capture, z, total, names)
+        if self.kind == "pi":
             (slope,) = torch.autograd.grad(total, z, retain_graph=True)
             with torch.enable_grad():
-                linear = (z * slope.detach()).sum()
-                total = linear if self.kind == "pi" else total - linear
+                total = (z * slope.detach()).sum()
         return preactivation_hessians(capture, total, len(z), names)
 
     def function(self, layout: Layout) -> Function:

@@ -98,16 +98,16 @@ def _samples(statistics: LayerStatistics, out: Mapping[str, Tensor] | None) -> d
         return _into(block.scatter(statistics.rows, 2), out, 1)
     name, *bias = block.params
     vectors, size, outputs = len(g), statistics.size, block.shape[0]
-    weight = statistics.bare_a[:, 0]
+    shape = _weight(block).shape
+    g, a = g.select(2, 0), statistics.bare_a.select(1, 0)
     if out is None:
-        target = in_huge_pages(g.new_empty(vectors, size, outputs, weight.shape[1]))
+        target = in_huge_pages(g.new_empty(vectors, size, *shape))
     else:
-        target = _given(block, name, size, g, out)
-    g = g[:, :, 0]
-    torch.mul(g.unsqueeze(-1), weight.unsqueeze(-2), out=target.view(vectors, size, outputs, -1))
-    found = {name: target.view(vectors, size, *_weight(block).shape)}
+        target = _given(name, (size, *shape), g, out).unsqueeze(0)
+    torch.mul(g.unsqueeze(-1), a.unsqueeze(-2), out=target.view(vectors, size, outputs, -1))
+    found = {name: target}
     for b in bias:
-        found[b] = g if out is None else _checked(out, b, (size, outputs), g).copy_(g[0])[None]
+        found[b] = g if out is None else _checked(out, b, (size, outputs), g).copy_(g.select(0, 0)).unsqueeze(0)
     return found
 
 
@@ -116,8 +116,8 @@ def _weight(block: Block) -> Tensor:
     return weight
 
 
-def _given(block: Block, name: str, size: int, like: Tensor, out: Mapping[str, Tensor]) -> Tensor:
-    target = _checked(out, name, (size, *_weight(block).shape), like)
+def _given(name: str, shape: tuple[int, ...], like: Tensor, out: Mapping[str, Tensor]) -> Tensor:
+    target = _checked(out, name, shape, like)
     if not target.is_contiguous():
         raise CurvlabError(f"out['{name}'] must be contiguous: pass what an earlier call returned")
     return target

@@ -5,9 +5,10 @@ every path from layer l to the loss runs through a later layer m (read off the g
 
     G_l = Jᵀ G_m J + Σ_i g_{m,i} ∂²h_{m,i}/∂h_l²,
 
-so that no pass runs further than from m to l.
+so that no pass runs further than from m to l. The Gauss-Newton part alone is Jᵀ (∂²ℓ/∂z²) J with J = ∂z/∂h, one pass forward
+for every pre-activation in place of a double one back; recursively without the sum.
 
-Legend: N examples, T places, O outputs, M = T O pre-activations of a layer, in the layer's own (raw) order.
+Legend: N examples, T places, O outputs, M = T O pre-activations of a layer, in the layer's own (raw) order, C model outputs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class _Known:
     """A layer whose Hessians are there."""
 
     edge: GradientEdge
-    derivative: Float[Tensor, "N *M"]
+    like: Float[Tensor, "N *M"]
     hessians: Float[Tensor, "N M M"]
 
 
@@ -60,8 +61,27 @@ def preactivation_hessians(
         found = None if known is None else _through(total, known, edge, d)
         if found is None:
             found = _direct(d, edge)
+        elif known is not None:
+            found += _direct(torch.autograd.grad(known.edge, edge, known.like, create_graph=True)[0], edge)
         known = _Known(edge, d.detach(), found)
         yield capture.statistics(block.name, size), _by_place(block, d, found)
+
+
+def preactivation_gauss_newton(
+    capture: Capture, z: Float[Tensor, "N *C"], total: Tensor, names: Sequence[str]
+) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
+    """(∂zₙ/∂h_t)ᵀ ∂²ℓₙ/∂z² ∂zₙ/∂h_t' of each example, from the outputs z and Σₙ ℓₙ with their graphs: else as the Hessians."""
+    (slope,) = torch.autograd.grad(total, z, create_graph=True)
+    known: _Known | None = None
+    for block in (b for b in reversed(capture.blocks) if b.name in set(names)):
+        edge = capture.edge(block)
+        statistics = capture.statistics(block.name, len(z))
+        like = statistics.raw
+        found = None if known is None else _through(z, known, edge, like)
+        if found is None:
+            found = _gauss_newton(z, slope, edge, like, block)
+        known = _Known(edge, like, found)
+        yield statistics, _by_place(block, like, found)
 
 
 def _by_place(block: Block, d: Tensor, hessians: Float[Tensor, "N M M"]) -> Float[Tensor, "T O N T O"]:
@@ -90,19 +110,38 @@ def _direct(d: Float[Tensor, "N *M"], edge: GradientEdge) -> Float[Tensor, "N M 
     return found
 
 
-def _through(total: Tensor, known: _Known, edge: GradientEdge, d: Float[Tensor, "N *M"]) -> Float[Tensor, "N M M"] | None:
-    """From the Hessians of a later layer; None where that layer does not cut this one off, or has far more outputs."""
-    size, count = len(d), d[0].numel()
+def _gauss_newton(
+    z: Float[Tensor, "N *C"], slope: Float[Tensor, "N *C"], edge: GradientEdge, like: Float[Tensor, "N *M"], block: Block
+) -> Float[Tensor, "N M M"]:
+    """Jᵀ (∂²ℓ/∂z²) J. Forward derivatives through a graph that only goes back: Jᵀw is linear in w, its own derivative J."""
+    size, count = len(like), like[0].numel()
+    w = torch.zeros_like(z, requires_grad=True)
+    (back,) = torch.autograd.grad(z, edge, w, create_graph=True, allow_unused=True)
+    if back is None:
+        raise CurvlabError(f"{block} does not reach the model's outputs: freeze it or use it")
+    jacobian = like.new_empty(2, size, count, z[0].numel())  # transposed: J, and (∂²ℓ/∂z²) J
+    for start, units in _units(size, count, like):
+        forward = _send_back(back, w, units.view(-1, *like.shape))
+        assert forward is not None
+        curved = _send_back(slope, z, forward) if slope.requires_grad else None
+        for place, columns in enumerate((forward, torch.zeros_like(forward) if curved is None else curved)):
+            jacobian[place, :, start : start + len(units)] = columns.flatten(2).transpose(0, 1)
+    return jacobian[0] @ jacobian[1].mT
+
+
+def _through(root: Tensor, known: _Known, edge: GradientEdge, like: Float[Tensor, "N *M"]) -> Float[Tensor, "N M M"] | None:
+    """JᵀG_m J from a later layer's Hessians; None where that layer does not cut this one off from the root of the graph, or has
+    far more outputs."""
+    size, count = len(like), like[0].numel()
     others = known.hessians.shape[1]
-    if others > 2 * count or size * others * count > _JACOBIAN or not _separates(total, known.edge, edge):
+    if others > 2 * count or size * others * count > _JACOBIAN or not _separates(root, known.edge, edge):
         return None
-    slope = torch.autograd.grad(known.edge, edge, known.derivative, create_graph=True)[0]
-    jacobian = d.new_empty(size, others, count)
-    for start, units in _units(size, others, d):
-        back = _send_back(known.edge, edge, units.view(-1, *known.derivative.shape))
+    jacobian = like.new_empty(size, others, count)
+    for start, units in _units(size, others, like):
+        back = _send_back(known.edge, edge, units.view(-1, *known.like.shape))
         assert back is not None
         jacobian[:, start : start + len(units)] = back.flatten(2).transpose(0, 1)
-    return jacobian.mT @ (known.hessians @ jacobian) + _direct(slope, edge)
+    return jacobian.mT @ (known.hessians @ jacobian)
 
 
 def _units(size: int, count: int, like: Tensor) -> Iterator[tuple[int, Float[Tensor, "K N M"]]]:
@@ -115,7 +154,7 @@ def _units(size: int, count: int, like: Tensor) -> Iterator[tuple[int, Float[Ten
 
 
 def _send_back(
-    output: Tensor | GradientEdge, edge: GradientEdge, vectors: Float[Tensor, "K *S"]
+    output: Tensor | GradientEdge, edge: Tensor | GradientEdge, vectors: Float[Tensor, "K *S"]
 ) -> Float[Tensor, "K *S2"] | None:
     """Several vectors at once; one by one where an operation cannot (torch's double backward of GroupNorm)."""
     try:
@@ -125,9 +164,9 @@ def _send_back(
         return None if found[0] is None else torch.stack(found)
 
 
-def _separates(total: Tensor, cut: GradientEdge, edge: GradientEdge) -> bool:
-    """Whether every path of the graph from `total` back to `edge` runs through `cut`."""
-    waiting, seen = [total.grad_fn], {cut.node}
+def _separates(root: Tensor, cut: GradientEdge, edge: GradientEdge) -> bool:
+    """Whether every path of the graph from `root` back to `edge` runs through `cut`."""
+    waiting, seen = [root.grad_fn], {cut.node}
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
