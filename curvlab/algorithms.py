@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from curvlab.curvature.base import Average, BlockDiagonal, Curvature, CurvatureBlock, IdentityBlock, check_damping
+from curvlab.curvature.base import Average, BlockDiagonal, Curvature, CurvatureBlock, IdentityBlock, Look, check_damping
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
-from curvlab.curvature.kbfgs import KBfgs
+from curvlab.curvature.hessian import DenseHessian, hessians
+from curvlab.curvature.kbfgs import ARTICLE_2021, CHAPTER_2, CHAPTER_3, CONVERGENT, KBfgs
 from curvlab.curvature.kfac import Kfac
 from curvlab.curvature.shampoo import shampoo
 from curvlab.curvature.smw import SmwFisher
 from curvlab.curvature.tnt import tnt, tnt_per_sample
-from curvlab.errors import lookup, unknown
+from curvlab.errors import CurvlabError, lookup, unknown
 from curvlab.layers import Block
 from curvlab.objective import Objective, Pass
 from curvlab.optim import Descent, MomentumKind, Optimizer
@@ -50,7 +51,8 @@ class Algorithm:
     """One method: its block, its labels and its document's constants.
 
     `make` gives the CurvatureBlock of a block, or, of a method of the `whole` vector, the Curvature of an objective; its
-    keyword-only arguments are the method's own options, `own` the table's values for them. `lr` and `damping` are the
+    keyword-only arguments are the method's own options, `own` the table's values for them. `look` and `fallback` are those of
+    `BlockDiagonal`. `lr` and `damping` are the
     document's for the MNIST autoencoder (thesis Table 4.3, 4.5) unless `source` says otherwise.
     """
 
@@ -70,6 +72,8 @@ class Algorithm:
     skips_first: bool = True
     own: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = False
+    look: Look | None = None
+    fallback: Callable[[], CurvatureBlock] = IdentityBlock
 
     @property
     def options(self) -> list[str]:
@@ -86,6 +90,14 @@ class Algorithm:
 SHARED = ("labels", "damping", "decay", "update_every", "refresh_every", "name")
 """Arguments of every approximation, which `make` of a `whole` algorithm takes by name."""
 
+
+def _kfac(block: Block, *, split: str = "pi") -> Kfac:
+    return Kfac(split)
+
+
+_OVER_DAMPING = partial(IdentityBlock, over_damping=True)
+"""Thesis 3.4.3: parameters of batch normalisation follow the momentum gradient at the rate α/λ."""
+
 ALGORITHMS: dict[str, Algorithm] = {
     "block-fisher": Algorithm(
         "dense Fisher matrix of each layer, sampled labels, Cholesky", "thesis 4.3.4; practice",
@@ -95,30 +107,75 @@ ALGORITHMS: dict[str, Algorithm] = {
         "dense empirical Fisher matrix of each layer, Cholesky", "thesis 4.3.4 with (5.3)",
         lambda b: DenseFisher(b), "data", 0.03, 1e-3, _same, momentum_kind="average",
     ),
+    "block-ggn": Algorithm(
+        "dense Gauss-Newton matrix of each layer, Cholesky", "thesis 1.2.2, by layer as 4.3.4",
+        lambda b: DenseFisher(b), "exact", 0.03, 1e-3, _same, momentum_kind="average",
+    ),
+    "block-hessian": Algorithm(
+        "dense Hessian matrix of each layer, shifted to be positive semi-definite", "thesis (1.4), by layer as 4.3.4",
+        lambda b: DenseHessian(), "data", 0.03, 1e-3, _same, momentum_kind="average", look=hessians,
+    ),
     "kfac": Algorithm(
         "Kronecker factors of inputs and derivatives, π damping", "thesis Alg. 12, 4.7.2",
-        lambda b: Kfac(), "model", 0.03, 1.0, _same, learns_first=False,
+        _kfac, "model", 0.03, 1.0, _same, learns_first=False,
+    ),
+    "kfac-20": Algorithm(
+        "KFAC with π = 1", "thesis Alg. 7, Table 2.5; 2021 Alg. 5",
+        _kfac, "model", 1.0, 3.0, _same, momentum_kind="average", learns_first=False, own={"split": "even"},
     ),
     "kfac-ef": Algorithm(
         "KFAC from the data's labels", "thesis 4.7.3",
-        lambda b: Kfac(), "data", 1.0, 100.0, _same, learns_first=False,
+        _kfac, "data", 1.0, 100.0, _same, learns_first=False,
+    ),
+    "kflr": Algorithm(
+        "KFAC from the exact output Hessian", "Botev et al. 2017; lr, damping of thesis Alg. 12",
+        _kfac, "exact", 0.03, 1.0, _same, learns_first=False,
     ),
     "k-bfgs-20": Algorithm(
         "H_g and H_a by BFGS, double damping, A a moving average", "thesis Alg. 4, Table 2.5",
-        KBfgs, "data", 0.3, 0.3, _same, momentum_kind="average", learns_first=False, skips_first=False, own={"chapter": 2},
+        KBfgs, "data", 0.3, 0.3, _same,
+        momentum_kind="average", learns_first=False, skips_first=False, own=CHAPTER_2,
     ),
     "k-bfgs-l-20": Algorithm(
         "the same with H_g by L-BFGS, 100 pairs", "thesis Alg. 4, Table 2.5",
         KBfgs, "data", 0.3, 0.3, _same,
-        momentum_kind="average", learns_first=False, skips_first=False, own={"chapter": 2, "pairs": 100},
+        momentum_kind="average", learns_first=False, skips_first=False, own={**CHAPTER_2, "pairs": 100},
+    ),
+    "k-bfgs-20-convergent": Algorithm(
+        "k-bfgs-l-20 with DD-skip, A inverted, no momentum", "thesis Alg. 5; lr, damping of Table 2.5",
+        KBfgs, "data", 0.3, 0.3, _same,
+        momentum=0.0, learns_first=False, skips_first=False, own={**CHAPTER_2, **CONVERGENT, "skip": True},
+    ),
+    "kf-bfgs-cnn": Algorithm(
+        "K-BFGS of 2021: D_P D_LM, A of the minibatch, never formed; √λ each, H_g from I", "2021 Alg. 2, Table 3",
+        KBfgs, "data", 30.0, 30.0, _same,
+        momentum_kind="average", learns_first=False, skips_first=False, own=ARTICLE_2021,
+    ),
+    "kf-bfgs-l-cnn": Algorithm(
+        "the same with H_g by L-BFGS, 100 pairs", "2021 Alg. 2, Table 3",
+        KBfgs, "data", 30.0, 30.0, _same,
+        momentum_kind="average", learns_first=False, skips_first=False, own={**ARTICLE_2021, "pairs": 100},
+    ),
+    "kf-bfgs-cnn-convergent": Algorithm(
+        "kf-bfgs-l-cnn with D_P(I) D_LM, A inverted, no momentum", "2021 Alg. 3, 4; lr, damping of Table 3",
+        KBfgs, "data", 30.0, 30.0, _same,
+        momentum=0.0, learns_first=False, skips_first=False,
+        own={**ARTICLE_2021, **CONVERGENT, "pair_damping": "pi-lm-2021"},
     ),
     "k-bfgs": Algorithm(
         "H_g and H_a by BFGS, D_P D_LM, A of the minibatch, never formed", "thesis Alg. 9, Table 3.5",
-        KBfgs, "data", 0.03, 0.3, _same, learns_first=False, skips_first=False, own={"chapter": 3},
+        KBfgs, "data", 0.03, 0.3, _same, learns_first=False, skips_first=False, own=CHAPTER_3, fallback=_OVER_DAMPING,
     ),
     "k-bfgs-l": Algorithm(
         "the same with H_g by L-BFGS, 100 pairs", "thesis Alg. 9, Table 3.5",
-        KBfgs, "data", 0.03, 0.3, _same, learns_first=False, skips_first=False, own={"chapter": 3, "pairs": 100},
+        KBfgs, "data", 0.03, 0.3, _same,
+        learns_first=False, skips_first=False, own={**CHAPTER_3, "pairs": 100}, fallback=_OVER_DAMPING,
+    ),
+    "k-bfgs-convergent": Algorithm(
+        "k-bfgs-l with D_P(I) D_LM, A inverted, no momentum", "thesis Alg. 10, 11; lr of Table 3.5 over 1 − β",
+        KBfgs, "data", 0.3, 0.3, _same,
+        momentum=0.0, learns_first=False, skips_first=False,
+        own={**CHAPTER_3, **CONVERGENT, "pair_damping": "pi-lm"}, fallback=_OVER_DAMPING,
     ),
     "tnt": Algorithm(
         "tensor-normal factors of the batch-mean gradient, sampled labels", "thesis Alg. 15",
@@ -132,6 +189,10 @@ ALGORITHMS: dict[str, Algorithm] = {
         "tensor-normal factors of the per-sample gradients", "thesis (4.2), (4.10); practice",
         tnt_per_sample, "model", 0.03, 0.1, _per_factor,
     ),
+    "tnt-ideal": Algorithm(
+        "TNT from true expectations: all labels, all data that the warm start has shown", "thesis Alg. 14",
+        tnt_per_sample, "exact", 0.03, 0.1, _per_factor, momentum=0.0, average="data", skips_first=False,
+    ),
     "shampoo": Algorithm(
         "−1/2k-th powers of contracted gradients, coupled Newton", "thesis Alg. 16",
         shampoo, "data", 3e-4, 3e-4, _fixed(3e-4),
@@ -140,6 +201,10 @@ ALGORITHMS: dict[str, Algorithm] = {
         "root of the diagonal second moment", "thesis 4.7.2; Kingma and Ba 2015",
         lambda b: SecondMoment(), "data", 1e-4, 1e-4, _per_factor_of_mean,
         momentum_kind="corrected", decay=0.999, average="corrected", warm=False,
+    ),
+    "rmsprop": Algorithm(
+        "the same without bias correction, from a warm start", "thesis 2.8.2, Table 2.5; Hinton et al. 2012",
+        lambda b: SecondMoment(), "data", 1e-4, 1e-4, _per_factor_of_mean, momentum_kind="average", skips_first=False,
     ),
     "sgd-m": Algorithm(
         "the momentum gradient itself", "thesis 4.7.2",
@@ -182,6 +247,8 @@ def approximation(
     for option in own:
         if option not in a.options:
             raise unknown(f"option of {name}", option, a.options)
+    if a.look is not None and labels not in (None, a.labels):
+        raise CurvlabError(f"{name} has no labels to choose but '{a.labels}': leave labels out")
     shared: dict[str, Any] = {
         "labels": a.labels if labels is None else labels,
         "damping": a.damping if damping is None else damping,
@@ -199,14 +266,22 @@ def approximation(
         average=a.average,
         warm=a.warm,
         skips_first=a.skips_first,
+        look=a.look,
+        fallback=a.fallback,
         **shared,
     )
 
 
 def descent(
-    name: str, objective: Objective, *, momentum: float | None = None, weight_decay: float = 0.0, **options: Any
+    name: str,
+    objective: Objective,
+    *,
+    momentum: float | None = None,
+    weight_decay: float = 0.0,
+    double_grad: bool = False,
+    **options: Any,
 ) -> Descent:
-    """Algorithm `name` as a `Descent`; `options` are those of `approximation`."""
+    """Algorithm `name` as a `Descent`; `double_grad` is its own, `options` are those of `approximation`."""
     a = lookup(ALGORITHMS, name, "algorithm")
     return Descent(
         objective,
@@ -215,6 +290,7 @@ def descent(
         momentum_kind=a.momentum_kind,
         weight_decay=weight_decay,
         learns_first=a.learns_first,
+        double_grad=double_grad,
     )
 
 
@@ -225,7 +301,7 @@ def optimizer(name: str, objective: Objective, lr: float | None = None, **option
         name: of `ALGORITHMS`.
         objective: what it steps on.
         lr: the document's where None.
-        options: momentum, weight_decay, and those of `approximation`.
+        options: momentum, weight_decay, double_grad (see `Descent`), and those of `approximation`.
     """
     a = lookup(ALGORITHMS, name, "algorithm")
     return Optimizer(descent(name, objective, **options), a.lr if lr is None else lr)

@@ -53,6 +53,11 @@ class Descent:
         weight_decay: γ, decoupled: direction + γ W (thesis Alg. 15, line 19).
         learns_first: True: statistics, then direction (Alg. 15, 16); False: direction from the statistics before this
             minibatch, then statistics (Alg. 12).
+        double_grad: the gradient is averaged with that of the last minibatch at these same weights, which the second look at it
+            has given for nothing: a minibatch of twice the size, but for the first (2020 D.6; thesis 2.8.3).
+
+    Raises:
+        CurvlabError: an argument out of range, `double_grad` of a method without a second look.
     """
 
     def __init__(
@@ -64,12 +69,16 @@ class Descent:
         momentum_kind: MomentumKind = "add",
         weight_decay: float = 0.0,
         learns_first: bool = True,
+        double_grad: bool = False,
     ) -> None:
         if not weight_decay >= 0:
             raise CurvlabError(f"weight decay must be 0 or positive, not {weight_decay:g}")
+        if double_grad and not (curvature.wants_step and "data" in curvature.step_needs):
+            raise CurvlabError("double_grad needs a method that looks at each minibatch a second time, such as k-bfgs-20")
         self.objective, self.curvature, self.weight_decay = objective, curvature, weight_decay
         self.momentum = Momentum(momentum, momentum_kind)
-        self.learns_first = learns_first
+        self.learns_first, self.double_grad = learns_first, double_grad
+        self.further: dict[str, Tensor] = {}  # gradients of the last minibatch at these weights, of `double_grad`
 
     @property
     def needs(self) -> frozenset[Pass]:
@@ -81,7 +90,11 @@ class Descent:
         late = not self.learns_first and self.curvature.ready
         if not late:
             self.curvature.update(observation)
-        p = self.curvature.precondition(self.momentum(observation.gradients))
+        gradients = observation.gradients
+        if self.further:
+            gradients = {name: (g + self.further[name]) / 2 for name, g in gradients.items()}
+            self.further = {}
+        p = self.curvature.precondition(self.momentum(gradients))
         if late:
             self.curvature.update(observation)
         if self.weight_decay:
@@ -103,16 +116,20 @@ class Descent:
 
     def learn(self, transition: Transition) -> bool:
         """Learn from the step between two looks at one minibatch. False: the step is to be taken back."""
-        return self.curvature.learn(transition)
+        stands = self.curvature.learn(transition)
+        if self.double_grad and stands:
+            self.further = dict(transition.after.gradients)
+        return stands
 
     def state_dict(self) -> dict[str, Any]:
         momentum = {"buffers": dict(self.momentum.buffers), "steps": self.momentum.steps}
-        return {"curvature": self.curvature.state_dict(), "momentum": momentum}
+        return {"curvature": self.curvature.state_dict(), "momentum": momentum, "further": dict(self.further)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.curvature.load_state_dict(state["curvature"])
         self.momentum.buffers = {name: b.clone() for name, b in state["momentum"]["buffers"].items()}
         self.momentum.steps = state["momentum"]["steps"]
+        self.further = {name: g.clone() for name, g in state["further"].items()}
 
 
 def warm_start(objective: Objective, curvatures: Iterable[Curvature], batches: Iterable[Batch]) -> int:

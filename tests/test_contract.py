@@ -362,12 +362,13 @@ def test_dtype_follows_the_model(name: str, dtype: torch.dtype) -> None:
 
 
 def floating(value: object) -> Iterator[Tensor]:
-    """All floating tensors in nested containers."""
+    """All floating tensors in nested containers, but for the core of a `Compact` operator, which is always double."""
     if isinstance(value, Tensor):
         yield from [value] if value.is_floating_point() else []
     elif isinstance(value, dict | list | tuple):
+        core = value.get("core") if isinstance(value, dict) and value.get("kind") == "Compact" else None
         for v in value.values() if isinstance(value, dict) else value:
-            yield from floating(v)
+            yield from [] if v is core else floating(v)
 
 
 @algorithms
@@ -437,7 +438,8 @@ def test_enormous_gradients_give_a_finite_direction_or_a_clear_error(name: str, 
             direction = d.direction(observation)
         except cl.CurvlabError as error:
             message = str(error)
-    assert finite(direction) if message is None else ("block 1" in message and "raise the damping" in message)
+    remedies = ("raise the damping", "an overflow")  # of statistics; of a matrix of second derivatives
+    assert finite(direction) if message is None else ("block 1" in message and any(r in message for r in remedies))
 
 
 @algorithms
@@ -469,7 +471,8 @@ def test_a_layer_that_lacks_what_is_read(name: str, model: str) -> None:
         observation, direction = first_direction(name, p)
     assert finite(direction)
     for block in p.objective().blocks:
-        plain = torch.equal(direction[block.name], observation.gradients[block.name])
+        rate = 1 / damped(name, p) if ALGORITHMS[name].fallback is not IdentityBlock else 1.0  # thesis 3.4.3: α/λ
+        plain = torch.equal(direction[block.name], rate * observation.gradients[block.name])
         identity = isinstance(ALGORITHMS[name].block(block), IdentityBlock)
         assert plain is (follows_the_gradient(name, block) or identity)
     objective = p.objective()

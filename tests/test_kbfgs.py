@@ -10,7 +10,7 @@ from problems import assert_near, batches, problem
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.curvature.kbfgs import KBfgs
+from curvlab.curvature.kbfgs import CHAPTER_3, KBfgs
 from curvlab.objective import Objective
 
 MU1, BETA = 0.2, 0.9
@@ -146,7 +146,7 @@ def test_limited_memory_is_the_same_while_pairs_are_few(full: str, limited: str)
 def test_a_memory_that_is_full_forgets_the_oldest_pair() -> None:
     p = problem("tanh", "categorical", n=20)
     objective = p.objective()
-    block = KBfgs(objective.blocks[0], chapter=3, pairs=2)
+    block = KBfgs(objective.blocks[0], **{**CHAPTER_3, "pairs": 2})
     assert run(block, objective, batches(p, 5)).S.shape == (2, 4)
     assert float(torch.linalg.eigvalsh(block.inverse.factors[0])[0]) > 0
 

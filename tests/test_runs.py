@@ -27,8 +27,8 @@ def test_the_reference_moves_exactly_as_its_optimizer_does() -> None:
         objective = one.objective(seed=3)
         cl.compare(objective, data, reference=reference, algorithms=NAMES, lr=0.05, damping=0.1, warm=data[:2], momentum=None)
         alone = two.objective(seed=3)
-        damping = {"tnt": (0.1 / 7) ** 0.5, "tnt-ef": (0.1 / 7) ** 0.5, "tnt-per-sample": 0.1**0.5}
-        damping |= {"shampoo": 3e-4, "adam": (0.1 / 7) ** 0.5, "sgd-m": 0.0}
+        damping = {"tnt": (0.1 / 7) ** 0.5, "tnt-ef": (0.1 / 7) ** 0.5, "tnt-per-sample": 0.1**0.5, "tnt-ideal": 0.1**0.5}
+        damping |= {"shampoo": 3e-4, "adam": (0.1 / 7) ** 0.5, "rmsprop": (0.1 / 7) ** 0.5, "sgd-m": 0.0}
         optimizer = cl.optimizer(reference, alone, lr=0.05, damping=damping.get(reference, 0.1))
         optimizer.warm_start(data[:2])
         for x, y in data:

@@ -16,11 +16,15 @@ from torch import Tensor
 from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError, CurvlabWarning, unknown
 from curvlab.layers import Block
-from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
-from curvlab.objective import Observation, Pass, Transition
+from curvlab.linalg.operators import Diagonal, Operator, identity_like, pack, unpack_operator
+from curvlab.objective import Closure, Objective, Observation, Pass, Transition
 
-Average = Literal["moving", "corrected", "last"]
-"""How observations are averaged, k counting them from 1: weight max(1/k, 1 − decay); (1 − decay)/(1 − decayᵏ), Adam's; 1."""
+Average = Literal["moving", "corrected", "last", "data"]
+"""How observations are averaged, k counting them from 1: weight max(1/k, 1 − decay); (1 − decay)/(1 − decayᵏ), Adam's; 1.
+
+"data" is no average over steps: the mean over all minibatches that the warm start has shown, at the weights as they stand now
+(thesis Alg. 14, line 4: "true values"). They are kept, and gone through again at every update. Without a warm start: "last".
+"""
 
 
 Reads = Literal["gradient", "rows", "factors"]
@@ -109,12 +113,19 @@ def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
 
 
 class IdentityBlock:
-    """The gradient itself: SGD, and the fallback for parameters without structure (thesis 4.7.2: BatchNorm in KFAC)."""
+    """The gradient itself: SGD, and the fallback for parameters without structure (thesis 4.7.2: BatchNorm in KFAC).
+
+    Args:
+        over_damping: the gradient over λ, which moves at the rate α/λ (thesis 3.4.3: BatchNorm in K-BFGS).
+    """
 
     reads: Reads = "gradient"
     memory: ClassVar[tuple[str, ...]] = ()
     secant: Secant | None = None
     inverse: Operator
+
+    def __init__(self, over_damping: bool = False) -> None:
+        self.over_damping = over_damping
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         if not hasattr(self, "inverse"):
@@ -122,12 +133,16 @@ class IdentityBlock:
             self.inverse = identity_like(like.new_empty(statistics.block.shape))
 
     def refresh(self, damping: float) -> None:
-        pass
+        if self.over_damping:
+            if not damping > 0:
+                raise CurvlabError(f"the rate of the gradient is that of the method over its damping, not over {damping:g}")
+            self.inverse = Diagonal(torch.full_like(self.inverse.diag(), 1 / damping))
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
         return None
 
 
+Look = Callable[[Observation], Mapping[str, Any]]
 _NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
 
 
@@ -146,6 +161,8 @@ class BlockDiagonal:
         refresh_every: T₂, steps between refreshes of the inverse; each of the first T₂ steps refreshes too (practice).
         skips_first: whether, after a warm start, the first minibatch is left out of the statistics, which have seen it
             (practice: KFAC, TNT, Shampoo).
+        look: observation → {block: what its `update` folds in}, where that is not the statistics of the pass `labels`.
+        fallback: the block of parameters without what `make`'s block reads.
         name: of the algorithm; a checkpoint of another is refused.
     """
 
@@ -162,6 +179,8 @@ class BlockDiagonal:
         update_every: int = 1,
         refresh_every: int = 1,
         skips_first: bool = True,
+        look: Look | None = None,
+        fallback: Callable[[], CurvatureBlock] = IdentityBlock,
         name: str = "",
     ) -> None:
         check_damping(damping)
@@ -183,17 +202,19 @@ class BlockDiagonal:
                 CurvlabWarning,
                 stacklevel=2,
             )
-            self.blocks |= {b.name: IdentityBlock() for b in loose}
+            self.blocks |= {b.name: fallback() for b in loose}
         self.name, self.labels, self.skips_first = name, labels, skips_first
         self.damping, self.decay, self.average, self.warm = damping, decay, average, warm
         self.update_every, self.refresh_every = update_every, refresh_every
+        self._look = look
         self.steps = self.updates = 0
         self.warmed = self.ready = False
+        self.shown: list[list[Tensor]] = []  # (x, y) of the warm start, where they are averaged over "data"
 
     @property
     def needs(self) -> frozenset[Pass]:
         """The passes that the next `update` will read."""
-        return frozenset({self.labels}) if self._folds(self.steps + 1) else frozenset()
+        return frozenset({self.labels}) if self._folds(self.steps + 1) and not self.shown else frozenset()
 
     @property
     def warm_needs(self) -> frozenset[Pass]:
@@ -218,16 +239,19 @@ class BlockDiagonal:
     def _weight(self) -> float:
         """Of the next observation."""
         k = self.updates + 1
-        if self.average == "last":
+        if self.average in ("last", "data"):
             return 1.0
         if self.average == "corrected":
             return (1 - self.decay) / (1 - self.decay**k)
         return max(1 / k, 1 - self.decay)
 
     def _fold(self, observation: Observation, weight: float) -> None:
-        if self.labels not in observation.passes:
+        if self._look is not None:
+            statistics = self._look(observation)
+        elif self.labels in observation.passes:
+            statistics = observation.passes[self.labels]
+        else:
             raise unknown("pass of this observation", self.labels, observation.passes)
-        statistics = observation.passes[self.labels]
         for name, block in self.blocks.items():
             if name in statistics:
                 block.update(statistics[name], weight)
@@ -235,10 +259,19 @@ class BlockDiagonal:
                 block.inverse = identity_like(observation.loss.new_empty(self._partition[name].shape))
         self.updates += 1
 
+    def _fold_data(self, objective: Objective) -> None:
+        seen = 0
+        for x, y in self.shown:
+            seen += len(x)
+            closure = Closure(objective, x, y, 0, "warm")  # of no stream's count: made again and again
+            self._fold(closure.observe({self.labels}, move_buffers=False), len(x) / seen)
+
     def update(self, observation: Observation) -> None:
         """One step: fold the observation in where the schedule says so, refresh the inverse where it says so."""
         step = self.steps + 1
-        if self._folds(step):
+        if self._folds(step) and self.shown:
+            self._fold_data(observation.closure.objective)
+        elif self._folds(step):
             self._fold(observation, self._weight())
         if self._refreshes(step):
             self.refresh()
@@ -268,6 +301,8 @@ class BlockDiagonal:
         if self.warm:
             self._fold(observation, 1 / (self.updates + 1))
             self.warmed = True
+            if self.average == "data":
+                self.shown.append([observation.closure.x, observation.closure.y])
 
     def refresh(self) -> None:
         """Invert the statistics as they stand, with the damping as it stands."""
@@ -320,7 +355,7 @@ class BlockDiagonal:
             for name, b in self.blocks.items()
         }
         counters = {key: getattr(self, key) for key in ("steps", "updates", "warmed", "ready", "damping")}
-        return counters | {"algorithm": self.name, "blocks": blocks}
+        return counters | {"algorithm": self.name, "blocks": blocks, "shown": self.shown}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["algorithm"] != self.name:
@@ -334,11 +369,14 @@ class BlockDiagonal:
             )
         for key in ("steps", "updates", "warmed", "ready", "damping"):
             setattr(self, key, state[key])
+        self.shown = _clone(state["shown"])
         for name, saved in state["blocks"].items():
             for key, value in saved["memory"].items():
                 setattr(self.blocks[name], key, _clone(value))
             if "inverse" in saved:
                 self.blocks[name].inverse = unpack_operator(_clone(saved["inverse"]))
+            elif hasattr(self.blocks[name], "inverse"):  # saved before the first data
+                del self.blocks[name].inverse
 
 
 def _clone(value: Any) -> Any:

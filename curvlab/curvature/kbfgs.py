@@ -1,61 +1,98 @@
-"""Kronecker-factored BFGS: H_g ⊗ H_a, both learnt by (L-)BFGS: thesis chapter 2 (Alg. 4, `k-bfgs-20`) and chapter 3 (Alg. 9).
+"""Kronecker-factored BFGS: H_g ⊗ H_a, both learnt by (L-)BFGS. Three documents, one class: a variant is its arguments.
 
 H_a follows A = E[Σ_t a aᵀ] by Hessian-action BFGS; H_g follows G by damped pairs s = change of the mean pre-activation,
-y = change of the mean derivative in it, over one step on one minibatch.
+y = change of the mean derivative in it, over one step on one minibatch. The variants that the documents prove to converge invert
+A exactly, damp or skip pairs so that a lemma holds, and take the gradient without momentum.
+
+Documents: the thesis (chapter 2 is 2020; chapter 3) and 2021 (Ren, Goldfarb, whose algorithms are numbered apart). Misprints:
+
+- 2021 Alg. 2, line 7 averages the gradient with β and 1 − β exchanged; 3.3 and every other average are right.
+- Section 2.3.1 of the thesis says yᵀHy ≤ 2 sᵀy/μ₁ of the test of DD-skip; Alg. 5, line 17, which is followed, has 1/μ₁.
+- Section 2.8.2 says that H_a starts as I; Alg. 4, line 3 and practice as (A + λ_A I)⁻¹.
 
 Legend: N examples, T places, I inputs incl. the bias column, O outputs, p pairs.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import Reads, blend
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
-from curvlab.linalg.bfgs import Pair, accept, damp, hessian_action, minibatch_hessian_action, updated_inverse
+from curvlab.linalg.bfgs import DAMPINGS, Pair, accept, damp, hessian_action, minibatch_hessian_action, updated_inverse
 from curvlab.linalg.factor import damped_inverse
 from curvlab.linalg.kronecker import places_split
-from curvlab.linalg.lbfgs import Memory, lbfgs_inverse, multiple_of_identity
+from curvlab.linalg.lbfgs import Memory, compact_is_cheaper, empty_memory, lbfgs_inverse, multiple_of_identity
 from curvlab.linalg.operators import Kronecker, Operator
+
+CHAPTER_2: Mapping[str, Any] = {"pair_damping": "dd", "minibatch": False, "rebalance": False, "start": "identity"}
+"""Thesis Alg. 4 (2020, Alg. 4). With `CONVERGENT` and `skip`: Alg. 5."""
+
+CHAPTER_3: Mapping[str, Any] = {"pair_damping": "p-lm", "minibatch": True, "rebalance": True, "start": "damping"}
+"""Thesis Alg. 9. With `CONVERGENT` and `pi-lm`: Alg. 10. Table 3.8: #1 off is `dd`, #2 off is not `minibatch`."""
+
+ARTICLE_2021: Mapping[str, Any] = {"pair_damping": "p-lm", "minibatch": True, "rebalance": False, "start": "identity"}
+"""2021 Alg. 2. With `CONVERGENT` and `pi-lm-2021`: 2021 Alg. 3."""
+
+CONVERGENT: Mapping[str, Any] = {"pairs": 100, "exact": True}
+"""L-BFGS and the exact inverse of A: thesis Alg. 5 and 10, 2021 Alg. 3."""
+
+STARTS: dict[str, Callable[[float], float]] = {"identity": lambda damping_g: 1.0, "damping": lambda damping_g: 1 / damping_g}
+"""H_g = h I before the first pair, and at the bottom of L-BFGS: I (Alg. 4, line 3; 2021 Alg. 2, line 2), I/λ_G (Alg. 9, line 3)."""
+
+MU1 = 0.2
+"""μ₁ of every document."""
 
 
 class KBfgs:
     """H = H_g ⊗ H_a.
 
     Args:
-        chapter: 2 (Alg. 4): double damping `dd`, A a moving average, H_g from I. 3 (Alg. 9): damping `p-lm`, A of the minibatch
-            alone and never formed (3.15), H_g from I/λ_G, λ split over places.
-        pairs: p of L-BFGS for H_g; 0 keeps H_g itself, by BFGS.
-        damping: of the pairs, of `linalg.bfgs.DAMPINGS`; the chapter's where None (Table 3.8 switches it alone).
-        minibatch: A of the minibatch alone; the chapter's where None (likewise).
-        decay: β of s and y, Alg. 4, line 16 and Alg. 9, line 19.
+        pair_damping: of s and y of H_g, of `linalg.bfgs.DAMPINGS`: `dd` (Alg. 3), `p-lm` (Alg. 8; 2021 Alg. 1), `pi-lm`
+            (Alg. 11), `pi-lm-2021` (2021 Alg. 4).
+        minibatch: A of the minibatch alone and never formed (3.15), in place of a moving average.
+        rebalance: λ split over places, √T √λ for A and √λ/√T for G (Alg. 9, line 2), in place of √λ each.
+        start: of `STARTS`.
+        pairs: p of L-BFGS for H_g; 0 keeps H_g itself, by BFGS. H_g stays an operator where that takes fewer operations than a
+            matrix (`linalg.lbfgs.compact_is_cheaper`).
+        exact: H_a is the inverse of A + λ_A I, in place of Hessian-action BFGS.
+        skip: pairs with sᵀy < μ₁ yᵀHy after damping are not used (Alg. 5, line 17).
+        pair_decay: β of s and y: Alg. 4, line 16; Alg. 9, line 19. (`decay` is that of A; the documents have one β = 0.9.)
     """
 
     reads: Reads = "factors"
-    memory: ClassVar[tuple[str, ...]] = ("A", "H_a", "H_g", "s", "y", "S", "Y", "seen", "places", "overall")
+    memory: ClassVar[tuple[str, ...]] = ("A", "s", "y", "S", "Y", "seen", "places", "overall")
     inverse: Operator
 
     def __init__(
         self,
         block: Block,
         *,
-        chapter: int,
+        pair_damping: str,
+        minibatch: bool,
+        rebalance: bool,
+        start: str,
         pairs: int = 0,
-        damping: str | None = None,
-        minibatch: bool | None = None,
-        decay: float = 0.9,
+        exact: bool = False,
+        skip: bool = False,
+        pair_decay: float = 0.9,
     ) -> None:
-        self.block, self.chapter, self.pairs, self.decay = block, chapter, pairs, decay
-        self.damping = damping or ("dd" if chapter == 2 else "p-lm")
-        self.minibatch = chapter == 3 if minibatch is None else minibatch
+        lookup(DAMPINGS, pair_damping, "damping of pairs")
+        if pairs < 0:
+            raise CurvlabError(f"pairs must be 0 (BFGS) or the number that L-BFGS keeps, not {pairs}")
+        if not 0 <= pair_decay < 1:
+            raise CurvlabError(f"pair_decay must be at least 0 and below 1, not {pair_decay:g}")
+        self.block, self.pairs, self.pair_decay = block, pairs, pair_decay
+        self.pair_damping, self.minibatch, self.rebalance = pair_damping, minibatch, rebalance
+        self.exact, self.skip = exact, skip
+        self._start = lookup(STARTS, start, "start of H_g")
         self.A: Tensor | None = None
-        self.H_a: Tensor | None = None
-        self.H_g: Tensor | None = None
         self.s: Tensor | None = None
         self.y: Tensor | None = None
         self.S: Tensor | None = None  # the pairs of L-BFGS, the oldest first
@@ -65,62 +102,86 @@ class KBfgs:
         self.seen: Tensor | None = None  # inputs of a minibatch that H_a has not learnt from yet
 
     def _split(self) -> tuple[float, float]:
-        """(λ_A, λ_G): Alg. 4, line 2; Alg. 9, line 2."""
-        return places_split(self.overall, self.places if self.chapter == 3 else 1)
+        """(λ_A, λ_G): Alg. 4, line 2; Alg. 9, line 2; 2021 Alg. 2, line 1."""
+        return places_split(self.overall, self.places if self.rebalance else 1)
+
+    @property
+    def factors(self) -> tuple[Tensor | Operator, Tensor]:
+        """(H_g, H_a)."""
+        assert isinstance(self.inverse, Kronecker)
+        H_g, H_a = self.inverse.factors
+        assert isinstance(H_a, Tensor)
+        return H_g, H_a
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         self.places = statistics.a.shape[1]
-        if not self.minibatch or self.H_a is None:  # chapter 3 has a moving average in the warm start alone
+        started = hasattr(self, "inverse")
+        if not (started and self.minibatch):  # of the minibatch alone: a mean in the warm start, and no more
             self.A = blend(self.A, statistics.A, weight)  # Alg. 4, line 20
-        self.seen = statistics.a
+        elif self.exact:
+            self.A = statistics.A  # Alg. 10, line 12
+        self.seen = None if self.exact else statistics.a
 
     def refresh(self, damping: float) -> None:
         """H_a exactly at first (Alg. 4, line 3; Alg. 9, line 3), then one Hessian action for every minibatch seen."""
         self.overall = damping
         damping_a, damping_g = self._split()
-        if self.damping == "dd" and not 0 < damping_g <= 1:
+        if self.pair_damping == "dd" and not 0 < damping_g <= 1:
             raise CurvlabError(
                 f"double damping takes μ₂ = √λ in (0, 1] (thesis 2.3.1), not √{damping:g}: use another λ, or k-bfgs"
             )
-        assert self.A is not None
-        if self.H_a is None or self.H_g is None:
-            self.H_a = damped_inverse(self.A, damping_a, "the K-BFGS factor A")
-            outputs = self.block.shape[0]
-            start = 1.0 if self.chapter == 2 else 1 / damping_g
-            self.H_g = start * torch.eye(outputs, dtype=self.A.dtype, device=self.A.device)
+        if not damping > 0:
+            raise CurvlabError(f"K-BFGS needs a damping above 0, not {damping:g}: √λ is the μ₂ of its pairs")
+        if not hasattr(self, "inverse") or self.exact:
+            assert self.A is not None
+            H_g = self.factors[0] if hasattr(self, "inverse") else self._initial(self.A)
+            self.inverse = Kronecker((H_g, damped_inverse(self.A, damping_a, "the K-BFGS factor A")))  # Alg. 5, line 23
         elif self.seen is not None:
-            a = self.seen
-            mean = a.mean((0, 1))
+            H_g, H_a = self.factors
+            mean = self.seen.mean((0, 1))
             if self.minibatch:
-                pair = minibatch_hessian_action(self.H_a, a, damping_a)  # Alg. 9, line 16
+                pair = minibatch_hessian_action(H_a, self.seen, damping_a)  # Alg. 9, line 16; 2021 Alg. 2, line 13
             else:
-                pair = hessian_action(self.H_a, mean, self.A, damping_a)  # Alg. 4, lines 21 and 22
-            self.H_a, self.last["a"] = updated_inverse(self.H_a, accept(pair, v=mean))
+                assert self.A is not None
+                pair = hessian_action(H_a, mean, self.A, damping_a)  # Alg. 4, lines 21 and 22
+            H_a, self.last["a"] = updated_inverse(H_a, accept(pair, v=mean))
+            self.inverse = Kronecker((H_g, H_a))
         self.seen = None
-        self.inverse = Kronecker((self.H_g, self.H_a))
+        if self.minibatch and not self.exact:
+            self.A = None  # no longer needed
+
+    def _initial(self, like: Tensor) -> Tensor | Operator:
+        if self.pairs:
+            return self._limited(empty_memory(self.pairs, like.new_empty(self.block.shape[0])))
+        h = self._start(self._split()[1])
+        return h * torch.eye(self.block.shape[0], dtype=like.dtype, device=like.device)
+
+    def _limited(self, memory: Memory) -> Tensor | Operator:
+        """H_g by L-BFGS: Alg. 4, line 10; Alg. 9, line 9."""
+        outputs, inputs = self.block.shape
+        base = multiple_of_identity(self._start(self._split()[1]), memory.S.new_empty(outputs))
+        H_g = lbfgs_inverse(memory, base)
+        return H_g if compact_is_cheaper(outputs, inputs, len(memory)) else H_g.dense()
 
     def secant(self, before: LayerStatistics, after: LayerStatistics) -> None:
         """Learn H_g from a step on one minibatch."""
-        assert self.H_g is not None
-        assert self.H_a is not None
+        H_g, H_a = self.factors
         s, y = after.h.mean((0, 1)) - before.h.mean((0, 1)), after.g[0].mean((0, 1)) - before.g[0].mean((0, 1))
         zero = torch.zeros_like(s)
-        self.s = blend(zero if self.s is None else self.s, s, 1 - self.decay)  # Alg. 4, line 16; from zero (practice)
-        self.y = blend(zero if self.y is None else self.y, y, 1 - self.decay)
-        damping_g = self._split()[1]
-        pair = damp(self.damping, self.s, self.y, self.H_g, mu2=damping_g)
-        pair = accept(pair, v=before.g[0].mean((0, 1)))
+        self.s = blend(zero if self.s is None else self.s, s, 1 - self.pair_decay)  # Alg. 4, line 16; from zero (practice)
+        self.y = blend(zero if self.y is None else self.y, y, 1 - self.pair_decay)
+        pair = damp(self.pair_damping, self.s, self.y, H_g, mu1=MU1, mu2=self._split()[1])  # Alg. 4, line 17; Alg. 9, line 20
+        pair = accept(pair, v=before.g[0].mean((0, 1)), mu1=MU1 if self.skip else None)
         if not self.pairs:
-            self.H_g, pair = updated_inverse(self.H_g, pair)
+            assert isinstance(H_g, Tensor)
+            H_g, pair = updated_inverse(H_g, pair)
         elif not pair.skipped:
-            old = Memory(self.pairs, s.new_empty(0, len(s)) if self.S is None else self.S,
-                         s.new_empty(0, len(s)) if self.Y is None else self.Y)  # fmt: skip
+            old = empty_memory(self.pairs, s) if self.S is None or self.Y is None else Memory(self.pairs, self.S, self.Y)
             memory = old.append(pair.s, pair.y)
             self.S, self.Y = memory.S, memory.Y
-            start = 1.0 if self.chapter == 2 else 1 / damping_g
-            self.H_g = lbfgs_inverse(memory, multiple_of_identity(start, s)).dense()
+            H_g = self._limited(memory)
         self.last["g"] = pair
-        self.inverse = Kronecker((self.H_g, self.H_a))
+        self.inverse = Kronecker((H_g, H_a))
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
         """None: what the pairs have learnt is damped already."""

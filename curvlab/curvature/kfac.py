@@ -5,26 +5,37 @@ Legend: I inputs incl. the bias column, O outputs.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import Reads, Secant, blend
+from curvlab.errors import lookup
 from curvlab.linalg.factor import damped_inverse, shifted
 from curvlab.linalg.kronecker import pi_split
 from curvlab.linalg.operators import Kronecker, Operator
 
 
+SPLITS: dict[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = {
+    "pi": pi_split,
+    "even": lambda A, G, damping: (math.sqrt(damping), math.sqrt(damping)),
+}
+"""(A, G, λ) → the dampings of A and G: thesis Alg. 12, line 19; π = 1 of Alg. 7, line 11 and of 2021 Alg. 5, line 14."""
+
+
 class Kfac:
-    """H = (Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹: Alg. 12, lines 14 and 19."""
+    """H = (Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹: Alg. 12, lines 14 and 19; with the split "even" Alg. 7, lines 9 and 11."""
 
     reads: Reads = "factors"
     memory: ClassVar[tuple[str, ...]] = ("A", "G")
     secant: Secant | None = None
     inverse: Operator
 
-    def __init__(self) -> None:
+    def __init__(self, split: str = "pi") -> None:
+        self.split = lookup(SPLITS, split, "split of the damping")
         self.A: Tensor | None = None
         self.G: Tensor | None = None
 
@@ -35,7 +46,7 @@ class Kfac:
     def refresh(self, damping: float) -> None:
         assert self.A is not None
         assert self.G is not None
-        damping_a, damping_g = pi_split(self.A, self.G, damping)  # Alg. 12, line 19
+        damping_a, damping_g = self.split(self.A, self.G, damping)  # Alg. 12, line 19; Alg. 7, line 11
         self.inverse = Kronecker(
             (
                 damped_inverse(self.G, damping_g, "the KFAC factor G (Γ)"),
@@ -47,5 +58,5 @@ class Kfac:
         """Γ ⊗ Ω, damped by line 19: of Fisher."""
         assert self.A is not None
         assert self.G is not None
-        damping_a, damping_g = pi_split(self.A, self.G, damping)
+        damping_a, damping_g = self.split(self.A, self.G, damping)
         return Kronecker((shifted(self.G, damping_g), shifted(self.A, damping_a)))

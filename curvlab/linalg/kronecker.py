@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,13 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+
+
+class Factor(Protocol):
+    """A symmetric factor that is no tensor: an operator."""
+
+    def __len__(self) -> int: ...
+    def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]: ...
 
 
 def matricize(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i _"]:
@@ -30,12 +38,16 @@ def contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:
     return m @ m.mT
 
 
-def kronecker_product(factors: Sequence[Tensor], v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
+def kronecker_product(factors: Sequence[Tensor | Factor], v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
     """(⊗ U_i) v = vec(V ×_1 U_1 ×_2 … ×_k U_k), row-major (thesis Proposition 1); columns of v one by one."""
     shape = v.shape
     out = v.reshape(*(len(u) for u in factors), -1)
     for i, u in enumerate(factors):
-        out = torch.tensordot(u, out, dims=([1], [i])).movedim(0, i)
+        if isinstance(u, Tensor):
+            out = torch.tensordot(u, out, dims=([1], [i])).movedim(0, i)
+        else:
+            columns = out.movedim(i, 0)
+            out = (u @ columns.flatten(1)).view(columns.shape).movedim(0, i)
     return out.reshape(shape)
 
 

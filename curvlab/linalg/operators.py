@@ -140,9 +140,9 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Kronecker:
-    """⊗ᵢ Uᵢ of symmetric factors, applied by mode products (thesis Proposition 1)."""
+    """⊗ᵢ Uᵢ of symmetric factors, matrices or operators, applied by mode products (thesis Proposition 1)."""
 
-    factors: tuple[Tensor, ...]
+    factors: tuple[Tensor | Operator, ...]
 
     def __len__(self) -> int:
         return reduce(lambda n, u: n * len(u), self.factors, 1)
@@ -152,21 +152,24 @@ class Kronecker:
 
     def inv(self) -> Operator:
         """Factor by factor. Raises CurvlabError where one is not positive definite."""
-        return Kronecker(tuple(Dense(u).inv().dense() for u in self.factors))
+        return Kronecker(tuple(Dense(u).inv().dense() if isinstance(u, Tensor) else u.inv() for u in self.factors))
 
     def dense(self) -> Float[Tensor, "D D"]:
-        product: Tensor = reduce(torch.kron, [u.contiguous() for u in self.factors])  # kron fails on mixed layouts
+        product: Tensor = reduce(torch.kron, [u.dense().contiguous() for u in self._each])  # kron fails on mixed layouts
         return product
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
-        each = [torch.linalg.eigvalsh(u) for u in self.factors]
-        return _products_of_entries(each).sort().values
+        return _products_of_entries([u.eigvalsh() for u in self._each]).sort().values
 
     def diag(self) -> Float[Tensor, " D"]:
-        return _products_of_entries([u.diagonal() for u in self.factors])
+        return _products_of_entries([u.diag() for u in self._each])
 
     def trace(self) -> Float[Tensor, ""]:
-        return torch.stack([u.diagonal().sum() for u in self.factors]).prod()
+        return torch.stack([u.trace() for u in self._each]).prod()
+
+    @property
+    def _each(self) -> list[Operator]:
+        return [Dense(u) if isinstance(u, Tensor) else u for u in self.factors]
 
 
 def _products_of_entries(each: list[Tensor]) -> Float[Tensor, " D"]:

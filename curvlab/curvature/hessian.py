@@ -1,0 +1,70 @@
+"""The block Hessian matrix itself: dense, per layer, bias included (thesis 4.3.4, with the Hessian in place of Fisher).
+
+Legend: I inputs incl. the bias column, O outputs, D = O I.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab import exact
+from curvlab.curvature.base import Reads, Secant, blend
+from curvlab.linalg.factor import damped_cholesky, shifted
+from curvlab.linalg.krylov import extremes
+from curvlab.linalg.operators import Dense, Inverse, Operator
+from curvlab.objective import Observation
+
+
+def hessians(observation: Observation) -> dict[str, Dense]:
+    """{block: exact Hessian of the minibatch's mean loss}, of the layers with a rule."""
+    closure = observation.closure
+    ruled = [b.name for b in closure.objective.blocks if b.rule is not None]
+    return exact.matrices(closure.objective, closure.x, closure.y, "hessian", ruled) if ruled else {}
+
+
+def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:
+    """λ_min(M): by all eigenvalues up to order `direct`; above it by Lanczos from a fixed start, a lower bound of the Ritz value.
+
+    That bound, the Ritz value less the length of its residual, is at most 1e-6 ‖M‖ below it, or else all eigenvalues are taken.
+    """
+    if len(matrix) > direct:
+        found = extremes(Dense(matrix), steps=200, generator=torch.Generator(matrix.device).manual_seed(0))
+        if found.lowest_error <= 1e-6 * max(abs(found.lowest), abs(found.highest)):
+            return found.lowest - found.lowest_error
+    return float(torch.linalg.eigvalsh(matrix)[0])
+
+
+class DenseHessian:
+    """H = (M + τI + λI)⁻¹, M the moving average of the exact Hessian blocks, which may be indefinite.
+
+    τ = max(0, −λ_min(M)), `shift`, is the least that makes M + τI positive semi-definite, so that the matrix that is inverted is
+    at least λI, as the block Fisher matrix is; τ = 0 leaves M as it is.
+    """
+
+    reads: Reads = "rows"
+    memory: ClassVar[tuple[str, ...]] = ("M", "shift")
+    secant: Secant | None = None
+    inverse: Operator
+
+    def __init__(self) -> None:
+        self.M: Tensor | None = None
+        self.shift = 0.0
+
+    def update(self, statistics: Dense, weight: float) -> None:
+        self.M = blend(self.M, statistics.dense(), weight)
+
+    def refresh(self, damping: float) -> None:
+        assert self.M is not None
+        matrix = self.M
+        self.shift = max(0.0, -least_eigenvalue(matrix))
+        factor, _ = damped_cholesky(lambda d: shifted(matrix, self.shift + d), damping, "the shifted block Hessian matrix")
+        self.inverse = Inverse(factor)
+
+    def matrix(self, damping: float = 0.0) -> Operator:
+        """M + τI + λI, dense, τ of the last refresh."""
+        assert self.M is not None
+        return Dense(shifted(self.M, self.shift + damping))
