@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -111,3 +112,15 @@ class Schedule:
     def refreshes(self, step: int) -> bool:
         """Each of the first T₂ steps too (practice)."""
         return step <= self.refresh_every or step % self.refresh_every == 0
+
+
+def check_curvature_size(size: int | None) -> None:
+    """Raises CurvlabError for N₂ < 1."""
+    if size is not None and size < 1:
+        raise CurvlabError(f"curvature_size must be a positive number of examples, or None for all, not {size:g}")
+
+
+def check_algorithm(state: Mapping[str, Any], name: str) -> None:
+    """Raises CurvlabError for a checkpoint of another algorithm."""
+    if state["algorithm"] != name:
+        raise CurvlabError(f"the checkpoint is of '{state['algorithm']}' but this is '{name}': build the same algorithm")
