@@ -208,6 +208,8 @@ class Estimate:
     @classmethod
     def of(cls, name: str, kind: Kind, labels: Labels, sizes: Sequence[int], chosen: Sequence[Block]) -> Estimate:
         algorithm = lookup(ALGORITHMS, name, "algorithm")
+        if algorithm.whole:
+            raise CurvlabError(f"'{name}' estimates no matrix by block, so there is nothing to compare: leave it out")
         blocks = {block.name: algorithm.block(block) for block in chosen}
         of_means = any(block.reads == "gradient" for block in blocks.values())
         wanted = algorithm.labels if labels == "own" else _LABELS[kind]

@@ -74,7 +74,7 @@ def test_the_passes_are_complete() -> None:
 
 
 def test_the_damping_rule_is_as_written() -> None:
-    for name in ("block-fisher", "block-ef", "kfac", "kfac-ef", "smw-ng-bd"):
+    for name in ("block-fisher", "block-ef", "kfac", "kfac-ef", "smw-ng-bd", "smw-ng", "smw-gn", "hf"):
         assert damping_for(name, 0.04, 100) == 0.04
     assert damping_for("tnt-per-sample", 0.04, 100) == pytest.approx(0.2)
     for name in ("tnt", "tnt-ef", "adam"):
