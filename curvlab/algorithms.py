@@ -13,10 +13,12 @@ from curvlab.curvature.base import Average, BlockDiagonal, Curvature, CurvatureB
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
 from curvlab.curvature.hessian import DenseHessian, hessians
+from curvlab.curvature.hessian_free import HessianFree
 from curvlab.curvature.kbfgs import ARTICLE_2021, CHAPTER_2, CHAPTER_3, CONVERGENT, KBfgs
 from curvlab.curvature.kfac import Kfac
+from curvlab.curvature.levenberg import LevenbergMarquardt
 from curvlab.curvature.shampoo import shampoo
-from curvlab.curvature.smw import SmwFisher
+from curvlab.curvature.smw import Smw, SmwFisher
 from curvlab.curvature.tnt import tnt, tnt_per_sample
 from curvlab.errors import CurvlabError, lookup, unknown
 from curvlab.layers import Block
@@ -52,8 +54,8 @@ class Algorithm:
 
     `make` gives the CurvatureBlock of a block, or, of a method of the `whole` vector, the Curvature of an objective; its
     keyword-only arguments are the method's own options, `own` the table's values for them. `look` and `fallback` are those of
-    `BlockDiagonal`. `lr` and `damping` are the
-    document's for the MNIST autoencoder (thesis Table 4.3, 4.5) unless `source` says otherwise.
+    `BlockDiagonal`. `lr` and `damping` are the document's for the MNIST autoencoder (thesis Table 4.3, 4.5) unless `source`
+    says otherwise. `levenberg` is the rule by which λ of a block method moves (a `whole` method brings its own).
     """
 
     summary: str
@@ -74,12 +76,19 @@ class Algorithm:
     whole: bool = False
     look: Look | None = None
     fallback: Callable[[], CurvatureBlock] = IdentityBlock
+    levenberg: LevenbergMarquardt | None = None
 
     @property
     def options(self) -> list[str]:
-        """Names of `make`'s own arguments, which a user may change."""
+        """Names of `make`'s own arguments, which a user may change; and `adapt`, whether λ follows a rule that there is."""
         named = inspect.signature(self.make).parameters.values()
-        return [p.name for p in named if p.kind is p.KEYWORD_ONLY and p.name not in SHARED]
+        own = [p.name for p in named if p.kind is p.KEYWORD_ONLY and p.name not in SHARED]
+        return own if self.levenberg is None else [*own, "adapt"]
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Options that hold λ where it is, for a comparison at one overall λ."""
+        return {"adapt": False} if "adapt" in self.options else {}
 
     def block(self, block: Block, **own: Any) -> CurvatureBlock:
         """The block with the table's arguments, or a user's in their place."""
@@ -211,9 +220,24 @@ ALGORITHMS: dict[str, Algorithm] = {
         lambda b: IdentityBlock(), "data", 0.003, 0.0, _fixed(0.0), warm=False,
     ),
     "smw-ng-bd": Algorithm(
-        "block natural gradient of one minibatch, N×N Woodbury system", "thesis 5.3, Alg. 23 by block",
-        lambda b: SmwFisher(), "model", 0.03, 1e-3, _same,
-        momentum=0.0, momentum_kind="average", average="last", warm=False,
+        "block natural gradient of one minibatch, N×N Woodbury system", "thesis 5.3, Alg. 23 by block, 5.8",
+        lambda b: SmwFisher(), "model", 0.1, 1.001, _same,
+        momentum=0.0, momentum_kind="average", average="last", warm=False, levenberg=LevenbergMarquardt(),
+    ),
+    "smw-ng": Algorithm(
+        "natural gradient of the whole vector from N₂ examples, Woodbury", "thesis Alg. 23, (5.3), (5.6), 5.8",
+        Smw, "data", 0.1, 1.001, _same,
+        momentum=0.0, momentum_kind="average", warm=False, own={"curvature_size": 30}, whole=True,
+    ),
+    "smw-gn": Algorithm(
+        "Gauss-Newton of the whole vector from N₂ examples, Woodbury", "thesis Alg. 23, (5.2), (5.6), (5.7), 5.8",
+        Smw, "exact", 0.1, 1.001, _same,
+        momentum=0.0, momentum_kind="average", warm=False, own={"curvature_size": 30}, whole=True,
+    ),
+    "hf": Algorithm(
+        "Hessian-free: conjugate gradients on Gauss-Newton products", "Martens 2010; thesis 5.7, 5.8",
+        HessianFree, "exact", 0.1, 1.001, _same,
+        momentum=0.0, momentum_kind="average", warm=False, own={"curvature_size": 30}, whole=True,
     ),
 }  # fmt: skip
 
@@ -260,6 +284,7 @@ def approximation(
     if a.whole:
         made: Curvature = a.make(objective, **shared, **{**a.own, **own})
         return made
+    adapt = own.pop("adapt", True)
     return BlockDiagonal(
         objective.blocks,
         partial(a.block, **own),
@@ -268,6 +293,7 @@ def approximation(
         skips_first=a.skips_first,
         look=a.look,
         fallback=a.fallback,
+        levenberg=a.levenberg if adapt else None,
         **shared,
     )
 

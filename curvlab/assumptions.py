@@ -208,6 +208,8 @@ class Estimate:
     @classmethod
     def of(cls, name: str, kind: Kind, labels: Labels, sizes: Sequence[int], chosen: Sequence[Block]) -> Estimate:
         algorithm = lookup(ALGORITHMS, name, "algorithm")
+        if algorithm.whole:
+            raise CurvlabError(f"'{name}' estimates no matrix by block, so there is nothing to compare: leave it out")
         if algorithm.look is not None:
             raise CurvlabError(f"'{name}' reads no statistics of a pass, so there is nothing to compare: leave it out")
         blocks = {block.name: algorithm.block(block) for block in chosen}

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
@@ -171,6 +171,10 @@ class LayerStatistics:
             part = slice(start, start + step)
             some = LayerStatistics(self.block, self.size, g=self.g[:, part], inputs=_Slice(self.grouped_a[part]))
             yield some.rows.flatten(2).flatten(0, 1)
+
+    def part(self, indices: Int[Tensor, " n"]) -> LayerStatistics:
+        """Of some of the examples: their a and g."""
+        return LayerStatistics(self.block, len(indices), g=self.g[:, indices], inputs=_Slice(self.grouped_a[indices]))
 
     def _by_group(self, legend: str, g: Tensor) -> Tensor:
         return torch.einsum(legend, g.reshape(*g.shape[:-1], self.block.groups, -1), self.grouped_a)

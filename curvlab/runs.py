@@ -106,6 +106,7 @@ class Settings:
                 decay=self.decay,
                 update_every=self.update_every,
                 refresh_every=self.refresh_every,
+                **ALGORITHMS[name].fixed,
             )
             for name, damping in self.dampings(size).items()
         }

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operators as ops
+from curvlab.linalg.implicit import Damped
 from curvlab.linalg.operators import Compact, Dense, Diagonal, DirectSum, Inverse, Kronecker, LowRank, Operator, Woodbury
 from curvlab.linalg.products import Product, Rectangular, RectangularProduct, finite_product, placement
 from curvlab.linalg.scipy_operator import linear_operator
-from curvlab.linalg.woodbury import Rows
+from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows
 
 SMALL = st.integers(1, 4)
 FEW = settings(deadline=None, max_examples=25)
@@ -48,11 +49,23 @@ def damped_gram(rows: Tensor, damping: float) -> Tensor:
     return damping * torch.eye(rows.shape[1], dtype=rows.dtype) + sum(torch.outer(r, r) for r in rows)
 
 
-def low_rank(rows: tuple[Rows, Tensor], damping: float = 0.3) -> tuple[Operator, Tensor]:
+def layer_rows(v: int, n: int, t: int, groups: int, o: int, i: int, seed: int = 0) -> tuple[LayerRows, Tensor]:
+    """Rows Σ_t vec(g aᵀ), group after group, and the same matrix row by row."""
+    g, a = normal(v, n, t, groups, o, seed=seed), normal(n, t, groups, i, seed=seed + 1)
+    row = lambda w, m: torch.cat([sum(torch.kron(g[w, m, s, c], a[m, s, c]) for s in range(t)) for c in range(groups)])  # noqa: E731
+    return LayerRows(g, a), torch.stack([row(w, m) for w in range(v) for m in range(n)])
+
+
+def beside() -> tuple[Beside, Tensor]:
+    parts = [layer_rows(2, 2, 1, 1, 2, 3), layer_rows(2, 2, 3, 2, 1, 2, 4), dense_rows(4, 2, 6)]
+    return Beside(tuple(r for r, _ in parts)), torch.cat([m for _, m in parts], 1)
+
+
+def low_rank(rows: tuple[RowMatrix, Tensor], damping: float = 0.3) -> tuple[Operator, Tensor]:
     return LowRank(rows[0], damping), damped_gram(rows[1], damping)
 
 
-def woodbury(rows: tuple[Rows, Tensor], damping: float = 0.3) -> tuple[Operator, Tensor]:
+def woodbury(rows: tuple[RowMatrix, Tensor], damping: float = 0.3) -> tuple[Operator, Tensor]:
     gram = rows[1] @ rows[1].T + damping * torch.eye(len(rows[1]), dtype=rows[1].dtype)
     operator = Woodbury(rows[0], damping, torch.linalg.cholesky(gram))
     return operator, torch.linalg.inv(damped_gram(rows[1], damping))
@@ -100,6 +113,13 @@ OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {
     "kronecker-3": lambda: kronecker(2, 3, 4),
     "low-rank-outer": lambda: low_rank(outer_rows(3, 2, 4)),
     "low-rank-outer-many": lambda: low_rank(outer_rows(9, 2, 3)),
+    "low-rank-layer": lambda: low_rank(layer_rows(2, 3, 1, 1, 2, 4)),
+    "low-rank-places": lambda: low_rank(layer_rows(2, 2, 3, 1, 2, 2)),
+    "low-rank-groups": lambda: low_rank(layer_rows(1, 3, 1, 2, 2, 2)),
+    "low-rank-beside": lambda: low_rank(beside()),
+    "woodbury-layer": lambda: woodbury(layer_rows(3, 2, 1, 1, 2, 4)),
+    "woodbury-places": lambda: woodbury(layer_rows(2, 3, 2, 2, 1, 2)),
+    "woodbury-beside": lambda: woodbury(beside()),
     "low-rank-dense": lambda: low_rank(dense_rows(3, 7)),
     "low-rank-dense-many": lambda: low_rank(dense_rows(7, 3)),
     "woodbury-outer": lambda: woodbury(outer_rows(3, 2, 4)),
@@ -131,7 +151,16 @@ def product(order: int, chunk: int = 64, diagonal: bool = False) -> tuple[Produc
     return Product(apply, order, matrix.dtype, matrix.device, exact, chunk), matrix
 
 
+def implicit(inverted: bool) -> tuple[Operator, Tensor]:
+    """A product and a damping, or its inverse by conjugate gradients."""
+    operator, matrix = product(6)
+    damped = matrix + 0.3 * torch.eye(6, dtype=matrix.dtype)
+    return (Damped(operator, 0.3).inv(), torch.linalg.inv(damped)) if inverted else (Damped(operator, 0.3), damped)
+
+
 EVERY = OPERATORS | {
+    "damped": lambda: implicit(False),
+    "solve": lambda: implicit(True),
     "product": lambda: product(6),
     "product-1": lambda: product(6, chunk=1),
     "product-4": lambda: product(6, chunk=4),
@@ -155,7 +184,7 @@ def leaves(value: Any) -> list[Any]:
 
 def test_table_has_every_kind() -> None:
     found = {type(build()[0]).__name__ for build in OPERATORS.values()}
-    assert found == set(ops._KINDS) - {"Rows", "Memory"}
+    assert found == set(ops._KINDS) - {"Rows", "LayerRows", "Beside", "Memory"}
 
 
 @every

@@ -74,7 +74,8 @@ def test_the_passes_are_complete() -> None:
 
 
 def test_the_damping_rule_is_as_written() -> None:
-    for name in ("block-fisher", "block-ef", "block-ggn", "block-hessian", "kfac", "kfac-20", "kfac-ef", "kflr", "smw-ng-bd"):
+    same = ("block-fisher", "block-ef", "block-ggn", "block-hessian", "kfac", "kfac-20", "kfac-ef", "kflr")
+    for name in (*same, "smw-ng-bd", "smw-ng", "smw-gn", "hf"):
         assert damping_for(name, 0.04, 100) == 0.04
     for name in ("tnt-per-sample", "tnt-ideal"):
         assert damping_for(name, 0.04, 100) == pytest.approx(0.2)

@@ -29,7 +29,7 @@ def test_the_reference_moves_exactly_as_its_optimizer_does() -> None:
         alone = two.objective(seed=3)
         damping = {"tnt": (0.1 / 7) ** 0.5, "tnt-ef": (0.1 / 7) ** 0.5, "tnt-per-sample": 0.1**0.5, "tnt-ideal": 0.1**0.5}
         damping |= {"shampoo": 3e-4, "adam": (0.1 / 7) ** 0.5, "rmsprop": (0.1 / 7) ** 0.5, "sgd-m": 0.0}
-        optimizer = cl.optimizer(reference, alone, lr=0.05, damping=damping.get(reference, 0.1))
+        optimizer = cl.optimizer(reference, alone, lr=0.05, damping=damping.get(reference, 0.1), **ALGORITHMS[reference].fixed)
         optimizer.warm_start(data[:2])
         for x, y in data:
             optimizer.step(alone.closure(x, y))

@@ -10,9 +10,10 @@ from problems import assert_near
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.linalg import woodbury
 from curvlab.linalg.factor import solve_cholesky
 from curvlab.linalg.operators import LowRank
-from curvlab.linalg.woodbury import Rows, gram_cholesky
+from curvlab.linalg.woodbury import Beside, LayerRows, Rows, gram_cholesky
 
 FEW = settings(deadline=None, max_examples=25)
 SIZE = st.integers(1, 5)
@@ -46,6 +47,35 @@ def test_rows_are_their_matrix(r: int, o: int, i: int | None, columns: int | Non
     assert_near(rows.times(v), matrix @ v)
     assert_near(rows.transposed(w), matrix.T @ w)
     assert_near(rows.gram(), matrix @ matrix.T)
+
+
+@FEW
+@given(st.lists(SIZE, min_size=6, max_size=6), COLUMNS, st.sampled_from([1, 1 << 24]), st.integers(0, 999))
+def test_layer_rows_are_their_matrix(sizes: list[int], columns: int | None, numbers: int, seed: int) -> None:
+    """V, N, T, Γ, O, I; also one row at a time."""
+    v, n, t, groups, o, i = sizes
+    g, a = normal(v, n, t, groups, o, seed=seed), normal(n, t, groups, i, seed=seed + 1)
+    rows = LayerRows(g, a)
+    each = (g[..., None] * a[None, ..., None, :]).sum(2)
+    matrix = each.reshape(v * n, -1)
+    vector, w = vectors(matrix.shape[1], columns, seed + 2), vectors(v * n, columns, seed + 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(woodbury, "_NUMBERS", numbers)
+        assert_near(rows.gram(), matrix @ matrix.T)
+    assert_near(rows.times(vector), matrix @ vector)
+    assert_near(rows.transposed(w), matrix.T @ w)
+    assert (len(rows), rows.width) == matrix.shape
+    both = Beside((rows, Rows(matrix[:, :1]), rows))
+    wide = torch.cat([matrix, matrix[:, :1], matrix], 1)
+    vector = vectors(wide.shape[1], columns, seed + 4)
+    for found, expected in ((rows, matrix), (both, wide), (Rows(matrix), matrix)):
+        assert_near(found.dense(), expected)
+        assert_near(torch.cat(list(found.columns()), 1), expected)
+        assert_near(found.squares(), expected.square().sum(0))
+        assert_near(found.total(), expected.square().sum())
+    assert_near(both.times(vector), wide @ vector)
+    assert_near(both.transposed(w), wide.T @ w)
+    assert_near(both.gram(), wide @ wide.T)
 
 
 @FEW

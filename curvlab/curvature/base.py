@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
+from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
 from curvlab.errors import CurvlabError, CurvlabWarning, unknown
-from curvlab.layers import Block
+from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Diagonal, Operator, identity_like, pack, unpack_operator
 from curvlab.objective import Closure, Objective, Observation, Pass, Transition
 
@@ -164,6 +165,7 @@ class BlockDiagonal:
         look: observation → {block: what its `update` folds in}, where that is not the statistics of the pass `labels`.
         fallback: the block of parameters without what `make`'s block reads.
         name: of the algorithm; a checkpoint of another is refused.
+        levenberg: the rule by which the damping follows the reduction ratio of all blocks together; None: it stands.
     """
 
     def __init__(
@@ -182,6 +184,7 @@ class BlockDiagonal:
         look: Look | None = None,
         fallback: Callable[[], CurvatureBlock] = IdentityBlock,
         name: str = "",
+        levenberg: LevenbergMarquardt | None = None,
     ) -> None:
         check_damping(damping)
         for what, value, good, wanted in (
@@ -203,7 +206,7 @@ class BlockDiagonal:
                 stacklevel=2,
             )
             self.blocks |= {b.name: fallback() for b in loose}
-        self.name, self.labels, self.skips_first = name, labels, skips_first
+        self.name, self.labels, self.skips_first, self.levenberg = name, labels, skips_first, levenberg
         self.damping, self.decay, self.average, self.warm = damping, decay, average, warm
         self.update_every, self.refresh_every = update_every, refresh_every
         self._look = look
@@ -277,13 +280,18 @@ class BlockDiagonal:
             self.refresh()
         self.steps = step
 
-    step_needs: frozenset[Pass] = frozenset({"data"})
     rejects = False
+
+    @property
+    def step_needs(self) -> frozenset[Pass]:
+        """The passes of the second look; none where the loss alone is wanted."""
+        return frozenset({"data"}) if any(b.secant for b in self.blocks.values()) else frozenset()
 
     @property
     def wants_step(self) -> bool:
         """Whether it will learn from the step that follows this direction (Alg. 9, line 12: k ≡ 0 mod T)."""
-        return self.steps % self.update_every == 0 and any(b.secant for b in self.blocks.values())
+        learns = self.steps % self.update_every == 0 and any(b.secant for b in self.blocks.values())
+        return learns or self.levenberg is not None
 
     def learn(self, transition: Transition) -> bool:
         """Learn from a step: two looks at one minibatch, each with its "data" pass. The step stands."""
@@ -294,7 +302,17 @@ class BlockDiagonal:
                     block.secant(before.passes["data"][name], after.passes["data"][name])
                 except CurvlabError as error:
                     raise CurvlabError(f"{self._partition[name]}: {error}") from error
+        if self.levenberg is not None:
+            self.damping = self.levenberg.adapted(self.damping, self._ratio(transition))
         return True
+
+    def _ratio(self, transition: Transition) -> float:
+        """ρ at p = −H g (thesis Alg. 23, line 6, by block); B = I for a block that estimates no matrix."""
+        gradients = {name: g.flatten() for name, g in transition.before.gradients.items()}
+        p = {name: -(self.inverse[name] @ g) for name, g in gradients.items()}
+        matrices = {name: self.blocks[name].matrix() for name in p}
+        Bp = [p[name] if B is None else B @ p[name] for name, B in matrices.items()]
+        return ratio_at(transition, Layout(tuple(self._partition.values())), torch.cat(list(p.values())), torch.cat(Bp))
 
     def absorb(self, observation: Observation) -> None:
         """Warm start: fold into the plain mean over all observations so far. Call `refresh` after the last."""

@@ -1,16 +1,40 @@
-"""Natural gradient through Sherman–Morrison–Woodbury: an N×N system for a block (thesis 5.3, Alg. 23, block-diagonal)."""
+"""Gauss-Newton and natural gradient through Sherman–Morrison–Woodbury: the whole vector (thesis chapter 5), or by block.
+
+Legend: N₁ examples of the minibatch, N₂ of them for the curvature; V vectors sent back; T places, Γ groups, I inputs incl. the
+bias column, O outputs of a block; D parameters.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.func import grad, vjp, vmap
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, Secant
-from curvlab.linalg.operators import LowRank, Operator
-from curvlab.linalg.woodbury import Rows
+from curvlab.curvature.base import Reads, Secant, check_damping
+from curvlab.curvature.levenberg import LevenbergMarquardt, Ratio, check_ratio, ratio_at
+from curvlab.curvature.whole import (
+    NO_DATA,
+    Schedule,
+    applied,
+    check_algorithm,
+    check_curvature_size,
+    flat,
+    part,
+    subset,
+)
+from curvlab.errors import CurvlabError, guard_memory, unknown
+from curvlab.exact.batches import alone
+from curvlab.exact.general import Function, mapped
+from curvlab.layers import Block, Layout
+from curvlab.linalg.operators import LowRank, Operator, Woodbury, pack, unpack
+from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows
+from curvlab.objective import Closure, Objective, Observation, Pass, Transition
 
 
 class SmwFisher:
@@ -43,3 +67,184 @@ class SmwFisher:
         """λI + F of the last minibatch."""
         assert self.g is not None
         return LowRank(Rows(self.g, self.a), damping)
+
+
+class Smw:
+    """H = (λI + (1/N₂) Σ_v Σₙ vec vecᵀ)⁻¹ on the whole parameter vector, from one minibatch: thesis Alg. 23.
+
+    Labels "exact": Gauss-Newton, whose rows are Jᵀ S with S Sᵀ the Hessian in the outputs. That is (5.6) and (5.7) at once: S
+    is there also where the Hessian has no inverse (softmax), and the system stays symmetric. Labels "data": natural gradient of
+    (5.3), the empirical Fisher matrix; "model": of drawn labels.
+
+    The rows of a layer are outer products and are never formed (5.4.6); the Gram matrix, of order V N₂, is the sum of the
+    layers' (Alg. 22). Parameters of layers without a rule bring their per-sample gradients, by `torch.func`.
+
+    Args:
+        objective: whose parameters.
+        labels: see above.
+        damping: λ = λ_LM + τ.
+        decay: of no use: there are no moving averages.
+        update_every: T₁, steps between looks. refresh_every: T₂, steps between Cholesky factors.
+        name: of the algorithm; a checkpoint of another is refused.
+        curvature_size: N₂, drawn from the minibatch without replacement (`whole.subset`); None takes all. The "exact" pass is
+            then of these examples alone (BatchNorm in training mode normalises them among themselves).
+        adapt: whether λ follows the LM rule (5.2.3); a comparison at one overall λ holds it fixed.
+        ratio: where ρ is taken, see `Ratio`.
+        semi_stochastic: take a step back where ρ < η. With the whole data set as minibatch, learning rate 1 and N₂ of its
+            examples this is the method that Theorem 6 proves convergent.
+        eta: η, between 0 and ε (Theorem 6; the thesis gives no value).
+        boost, drop, epsilon, tau: of the LM rule.
+    """
+
+    step_needs: frozenset[Pass] = frozenset()
+    warm_needs: frozenset[Pass] = frozenset()
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        labels: Pass,
+        damping: float,
+        decay: float = 0.9,
+        update_every: int = 1,
+        refresh_every: int = 1,
+        name: str = "",
+        curvature_size: int | None = 30,
+        adapt: bool = True,
+        ratio: Ratio = "direction",
+        semi_stochastic: bool = False,
+        eta: float = 0.1,
+        boost: float = 1.01,
+        drop: float = 0.99,
+        epsilon: float = 0.25,
+        tau: float = 0.001,
+    ) -> None:
+        check_damping(damping)
+        check_ratio(ratio)
+        check_curvature_size(curvature_size)
+        self.rule = LevenbergMarquardt(boost, drop, epsilon, tau)
+        if not 0 < eta < epsilon:
+            raise CurvlabError(f"eta must lie between 0 and epsilon = {epsilon:g} (Theorem 6), not {eta:g}")
+        self.layout, self.labels, self.damping, self.name = objective.layout, labels, damping, name
+        self.curvature_size, self.adapt, self.ratio, self.eta = curvature_size, adapt, ratio, eta
+        self.rejects = semi_stochastic
+        self.schedule = Schedule(update_every, refresh_every)
+        self.steps = 0
+        self.ready = False
+        self.rows: RowMatrix | None = None
+        self._inverse: Woodbury | None = None
+
+    @property
+    def inverse(self) -> dict[str, Operator]:
+        """{"whole": H}."""
+        if self._inverse is None:
+            raise CurvlabError(NO_DATA)
+        return {"whole": self._inverse}
+
+    @property
+    def needs(self) -> frozenset[Pass]:
+        """The pass of the next `update`; none where it looks at the N₂ examples itself."""
+        own_look = self.labels == "exact" and self.curvature_size is not None
+        return frozenset() if own_look or not self.schedule.updates(self.steps + 1) else frozenset({self.labels})
+
+    def update(self, observation: Observation) -> None:
+        """Rows of the N₂ examples where the schedule says so, the factor of their Gram matrix where it says so."""
+        step = self.steps + 1
+        if self.schedule.updates(step):
+            self.rows = self._rows(observation)
+        if self.schedule.refreshes(step):
+            self.refresh()
+        self.steps = step
+
+    def _rows(self, observation: Observation) -> RowMatrix:
+        closure, size = observation.closure, self.curvature_size
+        chosen = torch.arange(observation.size) if size is None else subset(closure, size)
+        if self.labels == "exact" and size is not None:
+            statistics = part(closure, chosen).observe({"exact"}, move_buffers=False).passes["exact"]
+        elif self.labels not in observation.passes:
+            raise unknown("pass of this observation", self.labels, observation.passes)
+        else:
+            statistics = observation.passes[self.labels]
+            if len(chosen) < observation.size:
+                statistics = {b.name: statistics[b.name].part(chosen) for b in self.layout.blocks if b.rule is not None}
+        found: dict[str, RowMatrix] = {b.name: layer_rows(statistics[b.name]) for b in self.layout.blocks if b.rule is not None}
+        loose = tuple(b for b in self.layout.blocks if b.rule is None)
+        if loose:
+            found |= loose_rows(closure, loose, self.labels, chosen)
+        return Beside(tuple(found[b.name] for b in self.layout.blocks))
+
+    def absorb(self, observation: Observation) -> None:
+        """The document has no warm start."""
+
+    def refresh(self) -> None:
+        """D_t of (5.6) with the damping as it stands."""
+        if self.rows is None:
+            raise CurvlabError(NO_DATA)
+        check_damping(self.damping)
+        factored = LowRank(self.rows, self.damping).inv()
+        assert isinstance(factored, Woodbury)
+        self._inverse, self.ready = factored, True
+
+    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """H · grad, {block: tensor} or {parameter: tensor}, for all of them; the same keys and shapes."""
+        return applied(self.layout, self.inverse["whole"], grads)
+
+    @property
+    def wants_step(self) -> bool:
+        """The loss after the step, for ρ."""
+        return self.adapt or self.rejects
+
+    def learn(self, transition: Transition) -> bool:
+        """λ by the LM rule (Alg. 23, line 6). False where the step is to be taken back (Theorem 6)."""
+        if self._inverse is None:
+            raise CurvlabError(NO_DATA)
+        if self.ratio == "direction":
+            p = -(self._inverse @ flat(self.layout, transition.before.gradients))
+        else:
+            p = flat(self.layout, transition.step)
+        rho = ratio_at(transition, self.layout, p, LowRank(self._inverse.rows, 0.0) @ p)
+        if self.adapt:
+            self.damping = self.rule.adapted(self.damping, rho)
+        return not (self.rejects and rho < self.eta)
+
+    def state_dict(self) -> dict[str, Any]:
+        packed = {"rows": pack(self.rows), "inverse": pack(self._inverse)}
+        return packed | {"algorithm": self.name, "steps": self.steps, "ready": self.ready, "damping": self.damping}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_algorithm(state, self.name)
+        self.steps, self.ready, self.damping = state["steps"], state["ready"], state["damping"]
+        self.rows, self._inverse = unpack(state["rows"]), unpack(state["inverse"])
+
+
+def layer_rows(statistics: LayerStatistics) -> LayerRows:
+    """Row (v, n): the gradient of example n for vector v, divided by √N."""
+    g, a, groups = statistics.g, statistics.grouped_a, statistics.block.groups
+    g = g.reshape(*g.shape[:3], groups, -1) / math.sqrt(statistics.size)
+    return LayerRows(g, a if groups > 1 else a[:, :, None])
+
+
+def loose_rows(closure: Closure, blocks: tuple[Block, ...], labels: Pass, chosen: Tensor) -> dict[str, RowMatrix]:
+    """{block: the same rows} of layers without a rule, for the chosen examples of a minibatch, by `torch.func`."""
+    objective = closure.objective
+    alone(objective)
+    likelihood, layout = objective.likelihood, Layout(blocks)
+    function = Function(closure, layout)
+    chosen = chosen.to(closure.x.device)
+    z = closure.forward()[0].detach()
+    if labels == "exact":
+        vectors = likelihood.root(z[chosen])
+    else:
+        label = closure.y if labels == "data" else closure.labels(z)[0]
+        slope: Tensor = grad(lambda z: likelihood.loss(z, label).sum())(z)
+        vectors = slope[chosen][None]
+    size = vectors.shape[0] * len(chosen)
+    guard_memory(size * len(layout) * z.element_size(), "the per-sample gradients", "use a smaller curvature_size")
+
+    def of_one(x: Tensor, vectors: Float[Tensor, "V *C"]) -> Float[Tensor, "V D"]:
+        back = vjp(lambda w: function.outputs(w, x[None])[0], function.at)[1]
+        found: Tensor = vmap(lambda u: back(u)[0])(vectors)
+        return found
+
+    rows = mapped(of_one)(closure.x[chosen], vectors.transpose(0, 1)).transpose(0, 1).reshape(size, -1)
+    return {b.name: Rows(rows[:, layout.slices[b.name]] / math.sqrt(len(chosen))) for b in blocks}

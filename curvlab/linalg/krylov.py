@@ -86,6 +86,86 @@ def conjugate_gradients(
 
 
 @dataclass(frozen=True)
+class Truncated:
+    """Some iterates of conjugate gradients, the last one last, and φ(x) = ½ xᵀ A x − bᵀ x at each.
+
+    `stopped`: by the rule or by a residual that is zero to rounding, not by the maximum.
+    """
+
+    iterates: tuple[Float[Tensor, " D"], ...]
+    values: tuple[float, ...]
+    iterations: int
+    stopped: bool
+
+    @property
+    def x(self) -> Float[Tensor, " D"]:
+        return self.iterates[-1]
+
+
+def truncated_cg(
+    operator: Operator,
+    b: Float[Tensor, " D"],
+    start: Float[Tensor, " D"] | None = None,
+    *,
+    progress: float = 5e-4,
+    maximum: int = 250,
+    growth: float = 1.3,
+) -> Truncated:
+    """A x ≈ b by conjugate gradients that stop where φ hardly falls any more (Martens 2010, section 4.4).
+
+    After iteration i > k, where φ(xᵢ) < 0 and (φ(xᵢ) − φ(xᵢ₋ₖ)) / φ(xᵢ) < k · progress, k = max(10, ⌈i / 10⌉). Kept are the
+    iterates ⌈growthʲ⌉ (section 4.6), each once, and the last.
+
+    Args:
+        start: x₀; zero where None.
+        progress: 0 stops at the maximum, or where the residual is zero to rounding.
+
+    Raises:
+        CurvlabError: pᵀ A p ≤ 0: A is not positive definite.
+    """
+    _check_vector(operator, b, "the right-hand side")
+    if not progress >= 0 or maximum < 1 or not growth > 1:
+        raise CurvlabError(
+            "truncated conjugate gradients need progress of at least 0, a maximum of at least 1 and growth above 1, "
+            f"not {progress:g}, {maximum}, {growth:g}"
+        )
+    x = torch.zeros_like(b) if start is None else start
+    r = b if start is None else b - finite_product(operator, x)
+    p, rho = r, float(r @ r)
+    enough = (torch.finfo(b.dtype).eps * float(torch.linalg.vector_norm(b))) ** 2
+    values = [_quadratic(x, b, r)]
+    kept: list[tuple[Tensor, float]] = []
+    i, stopped, next_kept = 0, rho <= enough, growth
+    while not stopped and i < maximum:
+        product = finite_product(operator, p)
+        curvature = float(p @ product)
+        if not curvature > 0:
+            raise CurvlabError(
+                f"conjugate gradients met pᵀAp = {curvature / float(p @ p):.3g} pᵀp at iteration {i + 1}: "
+                "the matrix is not positive definite; raise the damping"
+            )
+        x, r, i = x + (rho / curvature) * p, r - (rho / curvature) * product, i + 1
+        values.append(_quadratic(x, b, r))
+        if i >= math.ceil(next_kept):
+            kept.append((x, values[i]))
+            while math.ceil(next_kept) <= i:
+                next_kept *= growth
+        rho, old = float(r @ r), rho
+        p = r + (rho / old) * p
+        k = max(10, math.ceil(i / 10))
+        slow = i > k and values[i] < 0 and (values[i] - values[i - k]) / values[i] < k * progress
+        stopped = slow or rho <= enough
+    if not kept or kept[-1][0] is not x:
+        kept.append((x, values[-1]))
+    return Truncated(tuple(k for k, _ in kept), tuple(v for _, v in kept), i, stopped)
+
+
+def _quadratic(x: Float[Tensor, " D"], b: Float[Tensor, " D"], r: Float[Tensor, " D"]) -> float:
+    """φ(x) = −½ xᵀ (b + r) with r = b − A x."""
+    return -float(x @ (b + r)) / 2
+
+
+@dataclass(frozen=True)
 class Lanczos:
     """A V = V T + β_m v_{m+1} e_mᵀ. T has the diagonal `alpha`, beside it all of `beta` but the last, which is β_m ≥ 0."""
 

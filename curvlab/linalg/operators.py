@@ -23,7 +23,7 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.linalg.factor import solve_cholesky
 from curvlab.linalg.kronecker import kronecker_product
-from curvlab.linalg.woodbury import Rows, gram_cholesky
+from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows, gram_cholesky
 
 T = TypeVar("T")
 
@@ -181,7 +181,7 @@ def _products_of_entries(each: list[Tensor]) -> Float[Tensor, " D"]:
 class LowRank:
     """λ I + Rᵀ R with few rows R."""
 
-    rows: Rows
+    rows: RowMatrix
     damping: float
 
     def __len__(self) -> int:
@@ -204,21 +204,17 @@ class LowRank:
         return self.damping + torch.cat([nonzero.new_zeros(len(self) - len(nonzero)), nonzero])
 
     def diag(self) -> Float[Tensor, " D"]:
-        g, a = self.rows.g.square(), self.rows.a
-        return self.damping + (g.sum(0) if a is None else (g.mT @ a.square()).flatten())
+        return self.damping + self.rows.squares()
 
     def trace(self) -> Float[Tensor, ""]:
-        lengths = self.rows.g.square().sum(1)
-        if self.rows.a is not None:
-            lengths = lengths * self.rows.a.square().sum(1)
-        return self.damping * len(self) + lengths.sum()
+        return self.damping * len(self) + self.rows.total()
 
 
 @dataclass(frozen=True)
 class Woodbury:
     """(λ I + Rᵀ R)⁻¹ = (I − Rᵀ (λ I + R Rᵀ)⁻¹ R) / λ: thesis (5.6); `factor` is the lower Cholesky factor of λ I + R Rᵀ."""
 
-    rows: Rows
+    rows: RowMatrix
     damping: float
     factor: Float[Tensor, "R R"]
 
@@ -240,8 +236,7 @@ class Woodbury:
 
     def diag(self) -> Float[Tensor, " D"]:
         """(1 − ‖L⁻¹ R e_d‖²) / λ; of outer products the rows of one output at a time."""
-        g, a = self.rows.g, self.rows.a
-        parts = iter([g]) if a is None else (of_output[:, None] * a for of_output in g.mT)
+        parts = self.rows.columns()
         squares = [torch.linalg.solve_triangular(self.factor, part, upper=False).square().sum(0) for part in parts]
         return (1 - torch.cat(squares)) / self.damping
 
@@ -360,7 +355,8 @@ def identity_like(value: Tensor) -> Diagonal:
 
 
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Dense, Inverse, Diagonal, Kronecker, LowRank, Woodbury, Compact, DirectSum, Rows)
+    kind.__name__: kind
+    for kind in (Dense, Inverse, Diagonal, Kronecker, LowRank, Woodbury, Compact, DirectSum, Rows, LayerRows, Beside)
 }
 
 

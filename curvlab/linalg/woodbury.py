@@ -1,11 +1,15 @@
 """Solves through Gram matrices: R Rᵀ of few long rows, which for one layer are outer products and need never be formed.
 
-Legend: R rows, D their length, O and I the block's outputs and inputs (D = O I), K columns.
+Legend: R rows, D their length, O and I the block's outputs and inputs (D = O I), K columns; V vectors sent back, N examples,
+T places, Γ groups of outputs with inputs of their own (then O outputs in each, D = Γ O I).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -13,6 +17,28 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.linalg.factor import damped_cholesky, shifted
+
+_NUMBERS = 1 << 24  # of rows formed at once
+
+
+class RowMatrix(Protocol):
+    """A matrix of few long rows."""
+
+    @property
+    def width(self) -> int: ...
+    def __len__(self) -> int: ...
+    def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]: ...
+    def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]: ...
+    def gram(self) -> Float[Tensor, "R R"]: ...
+    def dense(self) -> Float[Tensor, "R D"]: ...
+    def columns(self) -> Iterator[Float[Tensor, "R _"]]:
+        """All columns in their order, some at a time."""
+
+    def squares(self) -> Float[Tensor, " D"]:
+        """Squared lengths of the columns."""
+
+    def total(self) -> Float[Tensor, ""]:
+        """Their sum."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +54,9 @@ class Rows:
     @property
     def width(self) -> int:
         return self.g.shape[1] * (1 if self.a is None else self.a.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.g)
 
     def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
         if self.a is None:
@@ -51,12 +80,132 @@ class Rows:
     def dense(self) -> Float[Tensor, "R D"]:
         return self.g if self.a is None else (self.g[:, :, None] * self.a[:, None, :]).flatten(1)
 
+    def columns(self) -> Iterator[Float[Tensor, "R _"]]:
+        """Of one output at a time."""
+        a = self.a
+        return iter([self.g]) if a is None else (of_output[:, None] * a for of_output in self.g.mT)
 
-def gram_cholesky(rows: Rows, damping: float, what: str = "the Gram matrix") -> tuple[Float[Tensor, "R R"], float]:
+    def squares(self) -> Float[Tensor, " D"]:
+        g = self.g.square()
+        return g.sum(0) if self.a is None else (g.mT @ self.a.square()).flatten()
+
+    def total(self) -> Float[Tensor, ""]:
+        lengths = self.g.square().sum(1)
+        return lengths.sum() if self.a is None else lengths @ self.a.square().sum(1)
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """The matrix with rows (v, n) = vec(Σ_t g_vnt a_ntᵀ), group after group: [V N, Γ O I], never formed as a whole.
+
+    At one place and one group the Gram matrix is (thesis 5.4.7, Alg. 22, line 16) (G Gᵀ) ∘ (1 ⊗ A Aᵀ); otherwise it comes
+    from rows that are formed a bounded number at a time.
+    """
+
+    g: Float[Tensor, "V N T G O"]
+    a: Float[Tensor, "N T G I"]
+
+    @property
+    def width(self) -> int:
+        return self.g.shape[3] * self.g.shape[4] * self.a.shape[3]
+
+    def __len__(self) -> int:
+        return self.g.shape[0] * self.g.shape[1]
+
+    def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
+        through = torch.einsum("ntgi,goik->ntgok", self.a, v.reshape(*self.g.shape[3:], self.a.shape[3], -1))
+        return torch.einsum("vntgo,ntgok->vnk", self.g, through).reshape(-1, *v.shape[1:])
+
+    def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]:
+        back = torch.einsum("vntgo,vnk->ntgok", self.g, w.reshape(*self.g.shape[:2], -1))
+        return torch.einsum("ntgok,ntgi->goik", back, self.a).reshape(-1, *w.shape[1:])
+
+    def gram(self) -> Float[Tensor, "R R"]:
+        vectors, size, places, groups, _ = self.g.shape
+        if places == groups == 1:
+            g, a = self.g.flatten(0, 3), self.a.flatten(0, 2)
+            return ((g @ g.mT).view(vectors, size, vectors, size) * (a @ a.mT)[:, None]).view(len(self), -1)
+        out = self.g.new_empty(vectors, size, vectors, size)
+        for some in self._parts():
+            for others in self._parts():
+                if others.start <= some.start:
+                    left = self._rows(some)
+                    right = left if others == some else self._rows(others)
+                    inner = (left.flatten(0, 1) @ right.flatten(0, 1).mT).view(*left.shape[:2], *right.shape[:2])
+                    out[:, some, :, others] = inner
+                    out[:, others, :, some] = inner.permute(2, 3, 0, 1)
+        return out.view(len(self), -1)
+
+    def _parts(self) -> list[slice]:
+        step = max(1, _NUMBERS // (len(self.g) * self.width))
+        return [slice(start, min(start + step, len(self.a))) for start in range(0, len(self.a), step)]
+
+    def _rows(self, some: slice) -> Float[Tensor, "V n D"]:
+        return torch.einsum("vntgo,ntgi->vngoi", self.g[:, some], self.a[some]).flatten(2)
+
+    def dense(self) -> Float[Tensor, "R D"]:
+        return self._rows(slice(None)).flatten(0, 1)
+
+    def columns(self) -> Iterator[Float[Tensor, "R _"]]:
+        """Of one output at a time."""
+        for group in range(self.g.shape[3]):
+            for output in range(self.g.shape[4]):
+                yield torch.einsum("vnt,nti->vni", self.g[:, :, :, group, output], self.a[:, :, group]).flatten(0, 1)
+
+    def squares(self) -> Float[Tensor, " D"]:
+        if self.g.shape[2] == 1:
+            return torch.einsum("vntgo,ntgi->goi", self.g.square(), self.a.square()).flatten()
+        return torch.cat([part.square().sum(0) for part in self.columns()])
+
+    def total(self) -> Float[Tensor, ""]:
+        return self.squares().sum()
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Matrices of as many rows side by side, one for each block: [R, Σ D]. Its Gram matrix is the sum of theirs."""
+
+    parts: tuple[RowMatrix, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(p.width for p in self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
+        each = torch.split(v, [p.width for p in self.parts])
+        return reduce(torch.add, [p.times(some) for p, some in zip(self.parts, each, strict=True)])
+
+    def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]:
+        return torch.cat([p.transposed(w) for p in self.parts])
+
+    def gram(self) -> Float[Tensor, "R R"]:
+        out = self.parts[0].gram()
+        for p in self.parts[1:]:
+            out = out + p.gram()
+        return out
+
+    def dense(self) -> Float[Tensor, "R D"]:
+        return torch.cat([p.dense() for p in self.parts], 1)
+
+    def columns(self) -> Iterator[Float[Tensor, "R _"]]:
+        for p in self.parts:
+            yield from p.columns()
+
+    def squares(self) -> Float[Tensor, " D"]:
+        return torch.cat([p.squares() for p in self.parts])
+
+    def total(self) -> Float[Tensor, ""]:
+        return reduce(torch.add, [p.total() for p in self.parts])
+
+
+def gram_cholesky(rows: RowMatrix, damping: float, what: str = "the Gram matrix") -> tuple[Float[Tensor, "R R"], float]:
     """Lower Cholesky factor of damping·I + R Rᵀ (thesis (5.6): D_t), and the damping used."""
     if not damping > 0:
         raise CurvlabError(f"the Woodbury formula needs a positive damping, not {damping:g}")
-    size = len(rows.g)
-    guard_memory(3 * size**2 * rows.g.element_size(), f"a {size}×{size} Gram matrix", "use smaller minibatches")
+    size = len(rows)
+    guard_memory(3 * size**2 * 8, f"a {size}×{size} Gram matrix", "use smaller minibatches or a smaller curvature_size")
     gram = rows.gram()
     return damped_cholesky(lambda d: shifted(gram, d), damping, what)

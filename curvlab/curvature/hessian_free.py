@@ -1,0 +1,212 @@
+"""Hessian-free optimisation: truncated conjugate gradients on products with the Gauss-Newton matrix (Martens 2010; thesis 5.8).
+
+Legend: N₁ examples of the minibatch, N₂ of them for the products; D parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.curvature.base import check_damping
+from curvlab.curvature.levenberg import LevenbergMarquardt, Ratio, check_ratio, ratio_at
+from curvlab.curvature.whole import (
+    NO_DATA,
+    Schedule,
+    check_algorithm,
+    check_curvature_size,
+    flat,
+    like,
+    loss_at,
+    part,
+    subset,
+    unflat,
+)
+from curvlab.errors import CurvlabError
+from curvlab.exact.batches import Kind, alone
+from curvlab.exact.general import Function
+from curvlab.linalg.implicit import Damped
+from curvlab.linalg.krylov import truncated_cg
+from curvlab.linalg.operators import Operator
+from curvlab.linalg.products import Product
+from curvlab.objective import Closure, Objective, Observation, Pass, Transition
+
+_KINDS: dict[Pass, Kind] = {"exact": "ggn", "data": "ef", "model": "fisher-mc"}
+
+
+class HessianFree:
+    """p = x ≈ (B + λI)⁻¹ g by conjugate gradients that stop early; B is never formed.
+
+    `inverse` is the inverse itself, by conjugate gradients to the end; `precondition` stops as Martens does and starts from the
+    direction of the step before. N₁, N₂, λ, its rule and the learning rate are those of all methods of thesis 5.8, which has
+    no line search; what the thesis leaves open (stopping, start, backtracking) is Martens 2010, section 4.
+
+    Args:
+        objective: whose parameters; a model whose examples stand alone (BatchNorm in eval mode).
+        labels: "exact" the Gauss-Newton matrix, "data" the empirical Fisher matrix, "model" that of drawn labels.
+        damping: λ = λ_LM + τ.
+        decay: of no use: there are no moving averages.
+        update_every: T₁, steps between minibatches of the products. refresh_every: T₂, steps between which λ stands.
+        name: of the algorithm; a checkpoint of another is refused.
+        curvature_size: N₂, drawn from the minibatch without replacement (`whole.subset`); None takes all.
+        iterations: at most so many products a direction.
+        progress: ε of the stopping rule (`krylov.truncated_cg`).
+        reuse: the start is this much of the last direction (Martens and Sutskever 2012: 0.95; in 2010 all of it); 0: zero.
+        backtrack: from the last iterate back to earlier ones for as long as the minibatch's loss at θ − x falls.
+        adapt, ratio, boost, drop, epsilon, tau: the LM rule, as of `Smw`; Martens has boost 3/2, drop 2/3 and τ = 0.
+    """
+
+    step_needs: frozenset[Pass] = frozenset()
+    warm_needs: frozenset[Pass] = frozenset()
+    needs: frozenset[Pass] = frozenset()
+    rejects = False
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        labels: Pass,
+        damping: float,
+        decay: float = 0.9,
+        update_every: int = 1,
+        refresh_every: int = 1,
+        name: str = "",
+        curvature_size: int | None = 30,
+        iterations: int = 250,
+        progress: float = 5e-4,
+        reuse: float = 0.95,
+        backtrack: bool = True,
+        adapt: bool = True,
+        ratio: Ratio = "direction",
+        boost: float = 1.01,
+        drop: float = 0.99,
+        epsilon: float = 0.25,
+        tau: float = 0.001,
+    ) -> None:
+        check_damping(damping)
+        check_ratio(ratio)
+        check_curvature_size(curvature_size)
+        if iterations < 1 or not progress >= 0 or not 0 <= reuse <= 1:
+            raise CurvlabError(
+                "conjugate gradients need iterations of at least 1, progress of at least 0 and reuse between 0 and 1, "
+                f"not {iterations:g}, {progress:g}, {reuse:g}"
+            )
+        self.rule = LevenbergMarquardt(boost, drop, epsilon, tau)
+        self.objective, self.layout, self.labels, self.damping, self.name = objective, objective.layout, labels, damping, name
+        self.curvature_size, self.adapt, self.ratio, self.backtrack = curvature_size, adapt, ratio, backtrack
+        self.iterations, self.progress, self.reuse = iterations, progress, reuse
+        self.schedule = Schedule(update_every, refresh_every)
+        self.steps = 0
+        self.trial: Closure | None = None  # the minibatch S₁, for the losses of backtracking
+        self.minibatch: Closure | None = None  # S₂, of the products
+        self.at: Tensor | None = None  # the weights that the products are taken at
+        self.product: Product | None = None  # B
+        self.used: float | None = None  # λ as it was last taken over
+        self.solution: Tensor | None = None  # the last direction, where the next run starts
+        self.start: Tensor | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.used is not None
+
+    @property
+    def inverse(self) -> dict[str, Operator]:
+        """{"whole": (B + λI)⁻¹}, a `Solve`."""
+        return {"whole": self.matrix.inv()}
+
+    @property
+    def matrix(self) -> Damped:
+        """B + λI."""
+        if self.product is None or self.used is None:
+            raise CurvlabError(NO_DATA)
+        return Damped(self.product, self.used)
+
+    def update(self, observation: Observation) -> None:
+        """Linearise at the N₂ examples where the schedule says so."""
+        step = self.steps + 1
+        closure, size = observation.closure, self.curvature_size
+        if self.schedule.updates(step):
+            alone(self.objective)
+            self.minibatch = closure if size is None else part(closure, subset(closure, size))
+            self.at = self.layout.flatten({name: p.detach() for name, p in self.objective.parameters.items()})
+            self.product = self._product(self.minibatch, self.at)
+        if self.schedule.refreshes(step):
+            self.refresh()
+        self.trial, self.start = closure, None if self.solution is None else self.reuse * self.solution
+        self.steps = step
+
+    def _product(self, closure: Closure, at: Float[Tensor, " D"]) -> Product:
+        """B of the minibatch at weights that may have moved since."""
+        function, size = Function(closure, self.layout), len(closure.x)
+        function.at = at
+        apply = function.product(_KINDS[self.labels], 1)
+        return Product(lambda v: apply(v.mT).mT / size, len(at), at.dtype, at.device)
+
+    def absorb(self, observation: Observation) -> None:
+        """The documents have no warm start of statistics."""
+
+    def refresh(self) -> None:
+        """λ as it stands."""
+        if self.product is None:
+            raise CurvlabError(NO_DATA)
+        check_damping(self.damping)
+        self.used = self.damping
+
+    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """x of truncated conjugate gradients on (B + λI) x = grad; the same keys and shapes, for all parameters."""
+        run = truncated_cg(self.matrix, flat(self.layout, grads), self.start, progress=self.progress, maximum=self.iterations)
+        self.solution = self._best(run.iterates) if self.backtrack and self.trial is not None else run.x
+        return like(self.layout, self.solution, grads)
+
+    def _best(self, iterates: tuple[Float[Tensor, " D"], ...]) -> Float[Tensor, " D"]:
+        """Back from the last for as long as the loss falls (Martens 2010, section 4.6)."""
+        best, least = iterates[-1], self._loss_after(iterates[-1])
+        for x in reversed(iterates[:-1]):
+            loss = self._loss_after(x)
+            if loss >= least and math.isfinite(least):
+                break
+            best, least = x, loss
+        return best
+
+    def _loss_after(self, x: Float[Tensor, " D"]) -> float:
+        assert self.trial is not None
+        loss = float(loss_at(self.trial, unflat(self.layout, -x)))
+        return loss if math.isfinite(loss) else math.inf
+
+    @property
+    def wants_step(self) -> bool:
+        """The loss after the step, for ρ."""
+        return self.adapt
+
+    def learn(self, transition: Transition) -> bool:
+        """λ by the LM rule (Alg. 23, line 6). The step stands."""
+        if self.adapt and self.solution is not None:
+            p = -self.solution if self.ratio == "direction" else flat(self.layout, transition.step)
+            rho = ratio_at(transition, self.layout, p, self.matrix.operator @ p)
+            self.damping = self.rule.adapted(self.damping, rho)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the minibatches, since a product is made of data and weights."""
+        kept = {name: getattr(self, name) for name in ("steps", "damping", "used", "at", "solution", "start")}
+        minibatches = {name: _pack(getattr(self, name)) for name in ("trial", "minibatch")}
+        return kept | minibatches | {"algorithm": self.name}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_algorithm(state, self.name)
+        for name in ("steps", "damping", "used", "at", "solution", "start"):
+            setattr(self, name, state[name])
+        self.trial, self.minibatch = (self._unpack(state[name]) for name in ("trial", "minibatch"))
+        self.product = None if self.minibatch is None or self.at is None else self._product(self.minibatch, self.at)
+
+    def _unpack(self, packed: dict[str, Any] | None) -> Closure | None:
+        return None if packed is None else Closure(self.objective, **packed)
+
+
+def _pack(closure: Closure | None) -> dict[str, Any] | None:
+    names = ("x", "y", "number", "stream", "part")
+    return None if closure is None else {name: getattr(closure, name) for name in names}

@@ -1,0 +1,83 @@
+"""The Levenberg–Marquardt rule: λ from the reduction ratio ρ (thesis 5.2.3, (5.5)).
+
+The quadratic model is m(p) = f + gᵀp + ½ pᵀ B p with B undamped; f and g of the minibatch S₁, B of S₂ ⊂ S₁ (Alg. 23, line 6).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.curvature.whole import flat, loss_at, unflat
+from curvlab.errors import CurvlabError
+from curvlab.layers import Layout
+from curvlab.objective import Transition
+
+Ratio = Literal["direction", "step"]
+"""Where ρ is taken: at p = −H g, whatever the learning rate (Alg. 23, lines 6 and 7); at the step that was taken."""
+
+_SMALLEST = 2.0**-26  # of λ_LM / τ: below, it would be lost in the rounding of λ_LM + τ, and no boost would raise it again
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """λ = λ_LM + τ; λ_LM · boost where ρ < ε, · drop where ρ > 1 − ε. Values: thesis 5.8, "same as in Kiros".
+
+    λ is never below τ: a smaller one that was given stands until the rule first changes it.
+    """
+
+    boost: float = 1.01
+    drop: float = 0.99
+    epsilon: float = 0.25
+    tau: float = 0.001
+
+    def __post_init__(self) -> None:
+        for name, good, wanted in (
+            ("boost", 1 < self.boost < math.inf, "a number above 1"),
+            ("drop", 0 < self.drop < 1, "between 0 and 1"),
+            ("epsilon", 0 < self.epsilon < 0.5, "between 0 and ½"),
+            ("tau", 0 <= self.tau < math.inf, "0 or positive"),
+        ):
+            if not good:
+                raise CurvlabError(f"{name} of the Levenberg-Marquardt rule must be {wanted}, not {getattr(self, name):g}")
+
+    def adapted(self, damping: float, rho: float) -> float:
+        """The next λ; NaN (no step, so no ratio) changes nothing."""
+        factor = self.boost if rho < self.epsilon else self.drop if rho > 1 - self.epsilon else 1.0
+        if factor == 1:
+            return damping
+        return self.tau + factor * max(damping - self.tau, _SMALLEST * self.tau)
+
+
+def reduction_ratio(actual: float, predicted: float) -> float:
+    """ρ = (f(θ) − f(θ + p)) / (m(0) − m(p)), (5.5).
+
+    −∞ where the model foresees no reduction or the loss is not finite, NaN where nothing moved.
+    """
+    if actual == predicted == 0:
+        return math.nan
+    return actual / predicted if predicted > 0 and not math.isnan(actual) else -math.inf
+
+
+def predicted_reduction(g: Float[Tensor, " D"], p: Float[Tensor, " D"], Bp: Float[Tensor, " D"]) -> float:
+    """m(0) − m(p) = −gᵀp − ½ pᵀ B p."""
+    return -float(g @ p + (p @ Bp) / 2)
+
+
+def ratio_at(transition: Transition, layout: Layout, p: Float[Tensor, " D"], Bp: Float[Tensor, " D"]) -> float:
+    """ρ of moving by p from where the transition started. One forward more where p is not the step that was taken."""
+    before = transition.before
+    ahead = p - flat(layout, transition.step)
+    after = transition.after.loss if not bool(ahead.any()) else loss_at(before.closure, unflat(layout, ahead))
+    predicted = predicted_reduction(flat(layout, before.gradients), p, Bp)
+    return reduction_ratio(float(before.loss) - float(after), predicted)
+
+
+def check_ratio(ratio: str) -> None:
+    """Raises CurvlabError for an unknown place."""
+    if ratio not in ("direction", "step"):
+        raise CurvlabError(f"unknown ratio '{ratio}' (known: direction, step)")
