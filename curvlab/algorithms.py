@@ -9,12 +9,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from curvlab.curvature.base import Average, BlockDiagonal, Curvature, CurvatureBlock, IdentityBlock, check_damping
+from curvlab.curvature.base import (
+    Average,
+    BlockDiagonal,
+    Curvature,
+    CurvatureBlock,
+    DampingRule,
+    IdentityBlock,
+    check_damping,
+)
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
+from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.kbfgs import KBfgs
 from curvlab.curvature.kfac import Kfac
 from curvlab.curvature.shampoo import shampoo
+from curvlab.curvature.skqn import SkqnB, SkqnL
 from curvlab.curvature.smw import SmwFisher
 from curvlab.curvature.tnt import tnt, tnt_per_sample
 from curvlab.errors import lookup, unknown
@@ -70,6 +80,7 @@ class Algorithm:
     skips_first: bool = True
     own: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = False
+    damping_rule: DampingRule | None = None
 
     @property
     def options(self) -> list[str]:
@@ -150,6 +161,20 @@ ALGORITHMS: dict[str, Algorithm] = {
         lambda b: SmwFisher(), "model", 0.03, 1e-3, _same,
         momentum=0.0, momentum_kind="average", average="last", warm=False,
     ),
+    "skqn-l": Algorithm(
+        "KFAC of the minibatch refined by L-BFGS of each block, λ by the gradient's norm", "S2QN Alg. 1, (12), (13); curvlab",
+        SkqnL, "data", 0.1, 1.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+    ),
+    "skqn-b1": Algorithm(
+        "the same, factor G refined by sketched block BFGS of steps", "S2QN Alg. 1, (19), (22); curvlab",
+        SkqnB, "data", 0.1, 1.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+        own={"condition": "parameters"},
+    ),
+    "skqn-b2": Algorithm(
+        "the same, of changes of pre-activations", "S2QN Alg. 1, (20), (22); curvlab",
+        SkqnB, "data", 0.1, 1.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+        own={"condition": "preactivations"},
+    ),
 }  # fmt: skip
 
 
@@ -199,6 +224,7 @@ def approximation(
         average=a.average,
         warm=a.warm,
         skips_first=a.skips_first,
+        damping_rule=a.damping_rule,
         **shared,
     )
 

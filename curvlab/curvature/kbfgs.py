@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, blend
+from curvlab.curvature.base import Move, Reads, blend
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import Pair, accept, damp, hessian_action, minibatch_hessian_action, updated_inverse
@@ -99,7 +99,7 @@ class KBfgs:
         self.seen = None
         self.inverse = Kronecker((self.H_g, self.H_a))
 
-    def secant(self, before: LayerStatistics, after: LayerStatistics) -> None:
+    def secant(self, before: LayerStatistics, after: LayerStatistics, move: Move | None = None) -> None:
         """Learn H_g from a step on one minibatch."""
         assert self.H_g is not None
         assert self.H_a is not None
