@@ -335,6 +335,22 @@ def test_a_shifted_kronecker_product_of_singular_factors(sizes: list[int], shift
     assert float((operator.inv().dense() @ matrix - torch.eye(len(matrix), dtype=matrix.dtype)).norm()) < 1e-10
 
 
+def test_eigenvectors_are_found_in_double_precision_where_single_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    eigh = torch.linalg.eigh
+
+    def fails(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return eigh(matrix)
+
+    factors = (spd(3).float(), spd(4, 1).float())
+    expected = shifted_kronecker(factors, 0.3).dense()
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    found = shifted_kronecker(factors, 0.3)
+    assert found.values.dtype == found.bases[0].dtype == torch.float32
+    assert_near(found.dense(), expected, 1e-6)
+
+
 def test_a_shifted_kronecker_product_takes_no_nan() -> None:
     with pytest.raises(CurvlabError, match="a Kronecker factor contains NaN or Inf: .* raise the damping"):
         shifted_kronecker((spd(2), torch.full((2, 2), float("nan"), dtype=torch.float64)), 1.0)
