@@ -19,7 +19,7 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operators as ops
-from curvlab.linalg.eigenbasis import KroneckerEigen, shifted_kronecker
+from curvlab.linalg.eigenbasis import Rotated, shifted_kronecker
 from curvlab.linalg.operators import Compact, Dense, Diagonal, DirectSum, Inverse, Kronecker, LowRank, Operator, Woodbury
 from curvlab.linalg.products import Product, Rectangular, RectangularProduct, finite_product, placement
 from curvlab.linalg.scipy_operator import linear_operator
@@ -69,11 +69,20 @@ def kronecker(*sizes: int) -> tuple[Operator, Tensor]:
     return Kronecker(factors), reduce(torch.kron, factors)
 
 
-def kronecker_eigen(*sizes: int, shift: float = 0.3) -> tuple[Operator, Tensor]:
+def rotated(*sizes: int, shift: float = 0.3) -> tuple[Operator, Tensor]:
     """A product and a multiple of the identity."""
     factors = tuple(spd(d, seed=s) for s, d in enumerate(sizes))
     matrix = reduce(torch.kron, factors)
     return shifted_kronecker(factors, shift), matrix + shift * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+def rotated_compact(*sizes: int) -> tuple[Operator, Tensor]:
+    """Few rows added in the eigenbases."""
+    base, _ = rotated(*sizes)
+    values = base.inside.values
+    inside, matrix = compact((Diagonal(values), torch.diag(values)), 3)
+    basis = reduce(torch.kron, [q.contiguous() for q in base.bases])
+    return Rotated(base.bases, inside), basis @ matrix @ basis.T
 
 
 def direct_sum(*parts: tuple[Operator, Tensor]) -> tuple[Operator, Tensor]:
@@ -106,9 +115,9 @@ OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {
     "kronecker-1": lambda: kronecker(5),
     "kronecker-2": lambda: kronecker(2, 3),
     "kronecker-3": lambda: kronecker(2, 3, 4),
-    "kronecker-eigen-1": lambda: kronecker_eigen(5),
-    "kronecker-eigen-2": lambda: kronecker_eigen(2, 3),
-    "kronecker-eigen-3": lambda: kronecker_eigen(2, 3, 4),
+    "rotated-1": lambda: rotated(5),
+    "rotated-2": lambda: rotated(2, 3),
+    "rotated-3": lambda: rotated(2, 3, 4),
     "low-rank-outer": lambda: low_rank(outer_rows(3, 2, 4)),
     "low-rank-outer-many": lambda: low_rank(outer_rows(9, 2, 3)),
     "low-rank-dense": lambda: low_rank(dense_rows(3, 7)),
@@ -120,7 +129,8 @@ OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {
     "compact-identity-many": lambda: compact((Diagonal(torch.ones(3, dtype=torch.float64)), torch.eye(3).double()), 5),
     "compact-diagonal": lambda: compact(diagonal(5), 2),
     "compact-kronecker": lambda: compact(kronecker(2, 3)),
-    "compact-kronecker-eigen": lambda: compact(kronecker_eigen(2, 3)),
+    "rotated-compact": lambda: rotated_compact(2, 3),
+    "compact-rotated": lambda: compact(rotated(2, 3)),
     "compact-low-rank": lambda: compact(low_rank(outer_rows(3, 2, 4), 1.0), 2),
     "compact-woodbury": lambda: compact(woodbury(dense_rows(3, 7)), 1),
     "direct-sum-compact": lambda: direct_sum(compact(kronecker(2, 2)), diagonal(2)),
@@ -214,7 +224,11 @@ LARGE = 200_000
 WIDE: dict[str, Operator] = {  # an order of 200 000: 320 GB if dense
     "diagonal": Diagonal(normal(LARGE).abs()),
     "kronecker": Kronecker((spd(400), spd(500))),
-    "kronecker-eigen": shifted_kronecker((spd(400), spd(500)), 0.3),
+    "rotated": shifted_kronecker((spd(400), spd(500)), 0.3),
+    "rotated-compact": Rotated(
+        (torch.linalg.qr(normal(400, 400))[0], torch.linalg.qr(normal(500, 500))[0]),
+        Compact(Diagonal(normal(LARGE).abs() + 1), normal(2, LARGE), 1e6 * torch.eye(2, dtype=torch.float64)),
+    ),
     "low-rank-outer": LowRank(outer := Rows(normal(3, 400), normal(3, 500)), 0.3),
     "low-rank-dense": LowRank(long := Rows(normal(3, LARGE)), 0.3),
     "woodbury-outer": LowRank(outer, 0.3).inv(),
@@ -347,7 +361,7 @@ def test_eigenvectors_are_found_in_double_precision_where_single_fails(monkeypat
     expected = shifted_kronecker(factors, 0.3).dense()
     monkeypatch.setattr(torch.linalg, "eigh", fails)
     found = shifted_kronecker(factors, 0.3)
-    assert found.values.dtype == found.bases[0].dtype == torch.float32
+    assert found.inside.values.dtype == found.bases[0].dtype == torch.float32
     assert_near(found.dense(), expected, 1e-6)
 
 
@@ -378,13 +392,13 @@ INDEFINITE = torch.diag(torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64))
         Dense(torch.zeros(2, 2)),
         Kronecker((spd(2), INDEFINITE)),
         Diagonal(torch.tensor([1.0, 0.0])),
-        KroneckerEigen((torch.eye(2).double(), torch.eye(2).double()), torch.tensor([1.0, 2.0, -1.0, 1.0]).double()),
+        Rotated((torch.eye(2).double(), torch.eye(2).double()), Diagonal(torch.tensor([1.0, 2.0, -1.0, 1.0]).double())),
         Compact(Diagonal(torch.ones(3)), torch.ones(1, 3), -torch.ones(1, 1)),
         Compact(Diagonal(torch.ones(3)), torch.ones(1, 3), -torch.full((1, 1), 3.0)),
         Compact(Dense(INDEFINITE), torch.zeros(1, 3).double(), torch.ones(1, 1).double()),
         DirectSum((torch.arange(3), torch.arange(3, 5)), (Dense(INDEFINITE), Dense(spd(2)))),
     ],
-    ids=["dense", "zero", "kronecker", "diagonal", "kronecker-eigen", "compact", "compact-singular", "compact-base", "direct-sum"],
+    ids=["dense", "zero", "kronecker", "diagonal", "rotated", "compact", "compact-singular", "compact-base", "direct-sum"],
 )
 def test_no_inverse_where_not_positive_definite(operator: Operator) -> None:
     with pytest.raises(CurvlabError, match="not positive definite"):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from curvlab.linalg.block_bfgs import (
     parameter_secant,
     preactivation_secant,
 )
-from curvlab.linalg.eigenbasis import shifted_kronecker
+from curvlab.linalg.eigenbasis import Rotated, shifted_kronecker
 from curvlab.linalg.lbfgs import Memory, multiple_of_identity, refined
 from curvlab.linalg.operators import Compact, Operator
 
@@ -141,11 +141,18 @@ class SkqnL:
         base = _base(self.G, self.A, self.gamma + damping, self.split)  # H̃
         if not len(self.S):
             return base
-        return refined(base, Memory(self.pairs, self.S, self.Y), multiple_of_identity(self.gamma, self.S[0]))
+        start = multiple_of_identity(self.gamma, self.S[0])
+        if not isinstance(base, Rotated):
+            return refined(base, Memory(self.pairs, self.S, self.Y), start)
+        S, Y = base.rotated(torch.cat([self.S, self.Y]).mT).mT.split(len(self.S))  # γ I is the same in every basis
+        inside = refined(base.inside, Memory(self.pairs, S, Y), start)
+        return Rotated(base.bases, cast(Compact, inside))
 
 
 def _one_precision(operator: Operator) -> Operator:
     """With its core, computed in double precision, in that of its rows: a state has the model's dtype."""
+    if isinstance(operator, Rotated):
+        return Rotated(operator.bases, cast(Compact, _one_precision(operator.inside)))
     assert isinstance(operator, Compact)
     return replace(operator, core=operator.core.to(operator.rows.dtype))
 

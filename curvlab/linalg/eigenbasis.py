@@ -1,4 +1,4 @@
-"""Kronecker products plus a multiple of the identity: diagonal in the eigenbases of the factors.
+"""Kronecker products plus a multiple of the identity: diagonal in the eigenbases of the factors, where few rows may be added.
 
 Legend: D order, K columns; k factors of orders d_i, D = Π d_i.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -14,45 +15,52 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError
 from curvlab.linalg.kronecker import kronecker_product
-from curvlab.linalg.operators import Diagonal, Operator, packable
+from curvlab.linalg.operators import Compact, Diagonal, Operator, packable
 
 
 @packable
 @dataclass(frozen=True)
-class KroneckerEigen:
-    """(⊗ᵢ Qᵢ) diag(values) (⊗ᵢ Qᵢ)ᵀ of orthogonal Qᵢ."""
+class Rotated:
+    """(⊗ᵢ Qᵢ) M (⊗ᵢ Qᵢ)ᵀ of orthogonal Qᵢ and an M that is diagonal, or diagonal with few rows added."""
 
     bases: tuple[Float[Tensor, "d_i d_i"], ...]
-    values: Float[Tensor, " D"]
+    inside: Diagonal | Compact
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.inside)
 
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-        inside = kronecker_product([q.mT for q in self.bases], v)
-        return kronecker_product(self.bases, Diagonal(self.values) @ inside)
+        return kronecker_product(self.bases, self.inside @ self.rotated(v))
+
+    def rotated(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
+        """(⊗ᵢ Qᵢ)ᵀ v."""
+        return kronecker_product([q.mT for q in self.bases], v)
 
     def inv(self) -> Operator:
-        """Raises CurvlabError where an eigenvalue is not positive."""
-        if not bool((self.values > 0).all()):
-            raise CurvlabError("the matrix is not positive definite: damp it before inverting")
-        return KroneckerEigen(self.bases, self.values.reciprocal())
+        """Raises CurvlabError where M is not positive definite."""
+        return Rotated(self.bases, cast(Diagonal | Compact, self.inside.inv()))
 
     def dense(self) -> Float[Tensor, "D D"]:
         basis: Tensor = reduce(torch.kron, [q.contiguous() for q in self.bases])
-        return (basis * self.values) @ basis.mT
+        if isinstance(self.inside, Diagonal):
+            return (basis * self.inside.values) @ basis.mT
+        return basis @ self.inside.dense() @ basis.mT
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
-        return self.values.sort().values
+        return self.inside.eigvalsh()
 
     def diag(self) -> Float[Tensor, " D"]:
-        return kronecker_product([q.square() for q in self.bases], self.values)
+        if isinstance(self.inside, Diagonal):
+            return kronecker_product([q.square() for q in self.bases], self.inside.values)
+        rows = kronecker_product(self.bases, self.inside.rows.mT).mT
+        base = Rotated(self.bases, cast(Diagonal, self.inside.base))
+        return Compact(base, rows, self.inside.core).diag()
 
     def trace(self) -> Float[Tensor, ""]:
-        return self.values.sum()
+        return self.inside.trace()
 
 
-def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> KroneckerEigen:
+def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
     """⊗ᵢ Uᵢ + shift I, Uᵢ positive semi-definite: what rounding leaves below 0 of their eigenvalues is taken as 0.
 
     Raises:
@@ -62,7 +70,7 @@ def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> KroneckerEig
         raise CurvlabError("a Kronecker factor contains NaN or Inf: lower the learning rate or raise the damping")
     found = [_eigh((u + u.mT) / 2) for u in factors]
     values = reduce(lambda e, f: torch.outer(e, f).flatten(), [e.clamp_min(0) for e, _ in found])
-    return KroneckerEigen(tuple(q for _, q in found), values + shift)
+    return Rotated(tuple(q for _, q in found), Diagonal(values + shift))
 
 
 def _eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
