@@ -90,9 +90,7 @@ class SkqnL:
     memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "S", "Y")
     inverse: Operator
 
-    def __init__(
-        self, block: Block, *, pairs: int = 5, gamma: float = 0.1, mu: float = 0.25, split: bool = False
-    ) -> None:
+    def __init__(self, block: Block, *, pairs: int = 5, gamma: float = 0.1, mu: float = 0.25, split: bool = False) -> None:
         _check("pairs", pairs, gamma)
         self.pairs, self.gamma, self.mu, self.split = pairs, gamma, mu, split
         self.A: Tensor | None = None
