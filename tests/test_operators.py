@@ -366,7 +366,7 @@ def test_eigenvectors_are_found_in_double_precision_where_single_fails(monkeypat
 
 
 def test_a_shifted_kronecker_product_takes_no_nan() -> None:
-    with pytest.raises(CurvlabError, match="a Kronecker factor contains NaN or Inf: .* raise the damping"):
+    with pytest.raises(CurvlabError, match=r"a Kronecker factor contains NaN or Inf: .* raise the damping"):
         shifted_kronecker((spd(2), torch.full((2, 2), float("nan"), dtype=torch.float64)), 1.0)
 
 

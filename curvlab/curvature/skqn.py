@@ -1,7 +1,7 @@
 """SKQN: KFAC of the data's labels as the base matrix, refined by what steps teach: S2QN (Yang et al.), Alg. 1, 3.4 and 4.
 
-The base is that of the minibatch at hand, (17), (18): G̃ ⊗ Â, row-major. A step on minibatch k − 1 becomes a pair once the base of
-minibatch k is there, (10), (19), (20). The direction is −(B_k + λ_k I)⁻¹ g_k, (7), λ_k by (8).
+The base is that of the minibatch at hand, (17), (18): G̃ ⊗ Â, row-major. A step on minibatch k − 1 becomes a pair once the
+base of minibatch k is there, (10), (19), (20). The direction is −(B_k + λ_k I)⁻¹ g_k, (7), λ_k by (8).
 
 (17) prints G Gᵀ summed over places like A Aᵀ, which makes the product T times what (16), (20) and KFAC have, where G is of one
 place: here G is the mean over places, A the sum.
@@ -142,8 +142,8 @@ class SkqnL:
         start = multiple_of_identity(self.gamma, self.S[0])
         if not isinstance(base, Rotated):
             return refined(base, Memory(self.pairs, self.S, self.Y), start)
-        S, Y = base.rotated(torch.cat([self.S, self.Y]).mT).mT.split(len(self.S))  # γ I is the same in every basis
-        inside = refined(base.inside, Memory(self.pairs, S, Y), start)
+        rows, count = base.rotated(torch.cat([self.S, self.Y]).mT).mT, len(self.S)  # γ I is the same in every basis
+        inside = refined(base.inside, Memory(self.pairs, rows[:count], rows[count:]), start)
         return Rotated(base.bases, cast(Compact, inside))
 
 

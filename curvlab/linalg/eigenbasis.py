@@ -83,6 +83,6 @@ def _eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tens
     moved = matrix + mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     try:
         values, vectors = torch.linalg.eigh(moved)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # LinAlgError
         values, vectors = (part.to(matrix.dtype) for part in torch.linalg.eigh(moved.double()))
     return values - mean, vectors
