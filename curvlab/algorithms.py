@@ -9,15 +9,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from curvlab.curvature.base import Average, BlockDiagonal, Curvature, CurvatureBlock, IdentityBlock, Look, check_damping
+from curvlab.curvature.base import (
+    Average,
+    BlockDiagonal,
+    Curvature,
+    CurvatureBlock,
+    DampingRule,
+    IdentityBlock,
+    Look,
+    check_damping,
+)
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
+from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.hessian import DenseHessian, hessians
 from curvlab.curvature.hessian_free import HessianFree
 from curvlab.curvature.kbfgs import ARTICLE_2021, CHAPTER_2, CHAPTER_3, CONVERGENT, KBfgs
 from curvlab.curvature.kfac import Kfac
 from curvlab.curvature.levenberg import LevenbergMarquardt
 from curvlab.curvature.shampoo import shampoo
+from curvlab.curvature.skqn import SkqnB, SkqnL
 from curvlab.curvature.smw import Smw, SmwFisher
 from curvlab.curvature.tnt import tnt, tnt_per_sample
 from curvlab.errors import CurvlabError, lookup, unknown
@@ -77,6 +88,7 @@ class Algorithm:
     look: Look | None = None
     fallback: Callable[[], CurvatureBlock] = IdentityBlock
     levenberg: LevenbergMarquardt | None = None
+    damping_rule: DampingRule | None = None
 
     @property
     def options(self) -> list[str]:
@@ -239,6 +251,20 @@ ALGORITHMS: dict[str, Algorithm] = {
         HessianFree, "exact", 0.1, 1.001, _same,
         momentum=0.0, momentum_kind="average", warm=False, own={"curvature_size": 30}, whole=True,
     ),
+    "skqn-l": Algorithm(
+        "KFAC of the minibatch refined by L-BFGS of each block, λ by the gradient's norm", "S2QN Alg. 1, (12), (13); curvlab",
+        SkqnL, "data", 0.1, 1.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+    ),
+    "skqn-b1": Algorithm(
+        "the same, factor G refined by sketched block BFGS of steps", "S2QN Alg. 1, (19), (22); curvlab",
+        SkqnB, "data", 0.1, 1.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+        own={"condition": "parameters"},
+    ),
+    "skqn-b2": Algorithm(
+        "the same, of changes of pre-activations", "S2QN Alg. 1, (20), (22); curvlab",
+        SkqnB, "data", 0.1, 1.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+        own={"condition": "preactivations"},
+    ),
 }  # fmt: skip
 
 
@@ -294,6 +320,7 @@ def approximation(
         look=a.look,
         fallback=a.fallback,
         levenberg=a.levenberg if adapt else None,
+        damping_rule=a.damping_rule,
         **shared,
     )
 

@@ -19,6 +19,7 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "damping_sweep.py": ([*SMALL, "--dampings", "1", "0.01", "--out", "OUT"], "damping_sweep.png"),
     "refresh.py": ([*SMALL, "--every", "1", "2"], "last loss"),
     "assumptions.py": (["--steps", "2", "--examples", "60", "--out", "OUT"], "assumptions.png"),
+    "convnet.py": (["--budget", "smoke", "--out", "OUT"], "convnet.png"),
     "scaling.py": (["--repeats", "1", "--largest", "2", "--out", "OUT"], "scaling.png"),
     "benchmarks/exact.py": (["--examples", "20", "--skip", "autoencoder", "memory"], "of the peak"),
     "benchmarks/compare.py": (

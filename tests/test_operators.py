@@ -19,6 +19,7 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operators as ops
+from curvlab.linalg.eigenbasis import Rotated, shifted_kronecker
 from curvlab.linalg.implicit import Damped
 from curvlab.linalg.operators import Compact, Dense, Diagonal, DirectSum, Inverse, Kronecker, LowRank, Operator, Woodbury
 from curvlab.linalg.products import Product, Rectangular, RectangularProduct, finite_product, placement
@@ -81,6 +82,22 @@ def kronecker(*sizes: int) -> tuple[Operator, Tensor]:
     return Kronecker(factors), reduce(torch.kron, factors)
 
 
+def rotated(*sizes: int, shift: float = 0.3) -> tuple[Operator, Tensor]:
+    """A product and a multiple of the identity."""
+    factors = tuple(spd(d, seed=s) for s, d in enumerate(sizes))
+    matrix = reduce(torch.kron, factors)
+    return shifted_kronecker(factors, shift), matrix + shift * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+def rotated_compact(*sizes: int) -> tuple[Operator, Tensor]:
+    """Few rows added in the eigenbases."""
+    base, _ = rotated(*sizes)
+    values = base.inside.values
+    inside, matrix = compact((Diagonal(values), torch.diag(values)), 3)
+    basis = reduce(torch.kron, [q.contiguous() for q in base.bases])
+    return Rotated(base.bases, inside), basis @ matrix @ basis.T
+
+
 def direct_sum(*parts: tuple[Operator, Tensor]) -> tuple[Operator, Tensor]:
     """Parts spread over shuffled entries."""
     order = torch.randperm(sum(len(m) for _, m in parts), generator=torch.Generator().manual_seed(4))
@@ -111,6 +128,9 @@ OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {
     "kronecker-1": lambda: kronecker(5),
     "kronecker-2": lambda: kronecker(2, 3),
     "kronecker-3": lambda: kronecker(2, 3, 4),
+    "rotated-1": lambda: rotated(5),
+    "rotated-2": lambda: rotated(2, 3),
+    "rotated-3": lambda: rotated(2, 3, 4),
     "low-rank-outer": lambda: low_rank(outer_rows(3, 2, 4)),
     "low-rank-outer-many": lambda: low_rank(outer_rows(9, 2, 3)),
     "low-rank-layer": lambda: low_rank(layer_rows(2, 3, 1, 1, 2, 4)),
@@ -129,6 +149,8 @@ OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {
     "compact-identity-many": lambda: compact((Diagonal(torch.ones(3, dtype=torch.float64)), torch.eye(3).double()), 5),
     "compact-diagonal": lambda: compact(diagonal(5), 2),
     "compact-kronecker": lambda: compact(kronecker(2, 3)),
+    "rotated-compact": lambda: rotated_compact(2, 3),
+    "compact-rotated": lambda: compact(rotated(2, 3)),
     "compact-low-rank": lambda: compact(low_rank(outer_rows(3, 2, 4), 1.0), 2),
     "compact-woodbury": lambda: compact(woodbury(dense_rows(3, 7)), 1),
     "direct-sum-compact": lambda: direct_sum(compact(kronecker(2, 2)), diagonal(2)),
@@ -231,6 +253,11 @@ LARGE = 200_000
 WIDE: dict[str, Operator] = {  # an order of 200 000: 320 GB if dense
     "diagonal": Diagonal(normal(LARGE).abs()),
     "kronecker": Kronecker((spd(400), spd(500))),
+    "rotated": shifted_kronecker((spd(400), spd(500)), 0.3),
+    "rotated-compact": Rotated(
+        (torch.linalg.qr(normal(400, 400))[0], torch.linalg.qr(normal(500, 500))[0]),
+        Compact(Diagonal(normal(LARGE).abs() + 1), normal(2, LARGE), 1e6 * torch.eye(2, dtype=torch.float64)),
+    ),
     "low-rank-outer": LowRank(outer := Rows(normal(3, 400), normal(3, 500)), 0.3),
     "low-rank-dense": LowRank(long := Rows(normal(3, LARGE)), 0.3),
     "woodbury-outer": LowRank(outer, 0.3).inv(),
@@ -340,6 +367,39 @@ def test_inverse_of_a_kronecker_product_is_the_product_of_the_inverses(sizes: li
 
 
 @FEW
+@given(st.lists(SMALL, min_size=1, max_size=3), st.floats(1e-3, 10), st.integers(0, 99))
+def test_a_shifted_kronecker_product_of_singular_factors(sizes: list[int], shift: float, seed: int) -> None:
+    """Of rank one: nothing is below the shift, and the inverse is exact."""
+    columns = [normal(d, 1, seed=seed + k) for k, d in enumerate(sizes)]
+    operator = shifted_kronecker(tuple(c @ c.T for c in columns), shift)
+    matrix = reduce(torch.kron, [c @ c.T for c in columns]) + shift * torch.eye(len(operator), dtype=torch.float64)
+    assert float(operator.eigvalsh()[0]) >= shift
+    assert_near(operator.dense(), matrix, 1e-12)
+    assert float((operator.inv().dense() @ matrix - torch.eye(len(matrix), dtype=matrix.dtype)).norm()) < 1e-10
+
+
+def test_eigenvectors_are_found_in_double_precision_where_single_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    eigh = torch.linalg.eigh
+
+    def fails(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return eigh(matrix)
+
+    factors = (spd(3).float(), spd(4, 1).float())
+    expected = shifted_kronecker(factors, 0.3).dense()
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    found = shifted_kronecker(factors, 0.3)
+    assert found.inside.values.dtype == found.bases[0].dtype == torch.float32
+    assert_near(found.dense(), expected, 1e-6)
+
+
+def test_a_shifted_kronecker_product_takes_no_nan() -> None:
+    with pytest.raises(CurvlabError, match=r"a Kronecker factor contains NaN or Inf: .* raise the damping"):
+        shifted_kronecker((spd(2), torch.full((2, 2), float("nan"), dtype=torch.float64)), 1.0)
+
+
+@FEW
 @given(st.permutations(range(6)), st.integers(1, 5))
 def test_direct_sum_acts_on_each_part_alone(order: list[int], cut: int) -> None:
     indices = (torch.tensor(order[:cut]), torch.tensor(order[cut:]))
@@ -361,12 +421,13 @@ INDEFINITE = torch.diag(torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64))
         Dense(torch.zeros(2, 2)),
         Kronecker((spd(2), INDEFINITE)),
         Diagonal(torch.tensor([1.0, 0.0])),
+        Rotated((torch.eye(2).double(), torch.eye(2).double()), Diagonal(torch.tensor([1.0, 2.0, -1.0, 1.0]).double())),
         Compact(Diagonal(torch.ones(3)), torch.ones(1, 3), -torch.ones(1, 1)),
         Compact(Diagonal(torch.ones(3)), torch.ones(1, 3), -torch.full((1, 1), 3.0)),
         Compact(Dense(INDEFINITE), torch.zeros(1, 3).double(), torch.ones(1, 1).double()),
         DirectSum((torch.arange(3), torch.arange(3, 5)), (Dense(INDEFINITE), Dense(spd(2)))),
     ],
-    ids=["dense", "zero", "kronecker", "diagonal", "compact", "compact-singular", "compact-base", "direct-sum"],
+    ids=["dense", "zero", "kronecker", "diagonal", "rotated", "compact", "compact-singular", "compact-base", "direct-sum"],
 )
 def test_no_inverse_where_not_positive_definite(operator: Operator) -> None:
     with pytest.raises(CurvlabError, match="not positive definite"):

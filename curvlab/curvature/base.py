@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
+from curvlab.curvature.gradient_norm import total_norm
 from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
 from curvlab.errors import CurvlabError, CurvlabWarning, unknown
 from curvlab.layers import Block, Layout
@@ -36,7 +38,13 @@ def _has(block: Block, reads: Reads) -> bool:
     return reads == "gradient" or (block.rule is not None and (reads == "rows" or block.groups == 1))
 
 
-Secant = Callable[[LayerStatistics, LayerStatistics], None]
+Move = Callable[[], Tensor]
+"""Gives the change of a block's parameters when it is called; no work before."""
+
+Secant = Callable[[LayerStatistics, LayerStatistics, Move], None]
+
+DampingRule = Callable[[float, float | None], float]
+"""(damping, norm of the last minibatch's gradient, None before there is one) → the damping of a refresh."""
 
 
 class CurvatureBlock(Protocol):
@@ -57,7 +65,10 @@ class CurvatureBlock(Protocol):
 
     @property
     def secant(self) -> Secant | None:
-        """Learns from a step: statistics of one minibatch's "data" pass before and after it. None: from minibatches alone."""
+        """Learns from a step: statistics of one minibatch's "data" pass before and after it, and the change of the parameters.
+
+        None: learns from minibatches alone.
+        """
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
         """B, the statistics as they stand, damped where `refresh` damps; None where a method estimates no matrix.
@@ -144,6 +155,8 @@ class IdentityBlock:
 
 
 Look = Callable[[Observation], Mapping[str, Any]]
+
+_COUNTERS = ("steps", "updates", "warmed", "ready", "damping", "gradient_norm")
 _NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
 
 
@@ -164,6 +177,7 @@ class BlockDiagonal:
             (practice: KFAC, TNT, Shampoo).
         look: observation → {block: what its `update` folds in}, where that is not the statistics of the pass `labels`.
         fallback: the block of parameters without what `make`'s block reads.
+        damping_rule: of the gradient's norm, where the document has one (S2QN (8)).
         name: of the algorithm; a checkpoint of another is refused.
         levenberg: the rule by which the damping follows the reduction ratio of all blocks together; None: it stands.
     """
@@ -183,6 +197,7 @@ class BlockDiagonal:
         skips_first: bool = True,
         look: Look | None = None,
         fallback: Callable[[], CurvatureBlock] = IdentityBlock,
+        damping_rule: DampingRule | None = None,
         name: str = "",
         levenberg: LevenbergMarquardt | None = None,
     ) -> None:
@@ -210,6 +225,8 @@ class BlockDiagonal:
         self.damping, self.decay, self.average, self.warm = damping, decay, average, warm
         self.update_every, self.refresh_every = update_every, refresh_every
         self._look = look
+        self.damping_rule = damping_rule
+        self.gradient_norm: float | None = None  # of the last minibatch
         self.steps = self.updates = 0
         self.warmed = self.ready = False
         self.shown: list[list[Tensor]] = []  # (x, y) of the warm start, where they are averaged over "data"
@@ -217,7 +234,8 @@ class BlockDiagonal:
     @property
     def needs(self) -> frozenset[Pass]:
         """The passes that the next `update` will read."""
-        return frozenset({self.labels}) if self._folds(self.steps + 1) and not self.shown else frozenset()
+        folded = frozenset({self.labels}) if self._folds(self.steps + 1) and not self.shown else frozenset[Pass]()
+        return folded | {"data"} if self.damping_rule else folded
 
     @property
     def warm_needs(self) -> frozenset[Pass]:
@@ -278,6 +296,8 @@ class BlockDiagonal:
             self._fold(observation, self._weight())
         if self._refreshes(step):
             self.refresh()
+        if self.damping_rule:
+            self.gradient_norm = total_norm(observation.gradients)
         self.steps = step
 
     rejects = False
@@ -299,7 +319,8 @@ class BlockDiagonal:
         for name, block in self.blocks.items():
             if block.secant is not None:
                 try:
-                    block.secant(before.passes["data"][name], after.passes["data"][name])
+                    move = partial(_step_of, transition, name)
+                    block.secant(before.passes["data"][name], after.passes["data"][name], move)
                 except CurvlabError as error:
                     raise CurvlabError(f"{self._partition[name]}: {error}") from error
         if self.levenberg is not None:
@@ -327,9 +348,10 @@ class BlockDiagonal:
         if not self.updates:
             raise CurvlabError(_NO_DATA)
         check_damping(self.damping)
+        damping = self.damping_rule(self.damping, self.gradient_norm) if self.damping_rule else self.damping
         for name, block in self.blocks.items():
             try:
-                block.refresh(self.damping)
+                block.refresh(damping)
             except CurvlabError as error:
                 raise CurvlabError(f"{self._partition[name]}: {error}") from error
         self.ready = True
@@ -372,7 +394,7 @@ class BlockDiagonal:
             | ({"inverse": pack(b.inverse)} if hasattr(b, "inverse") else {})
             for name, b in self.blocks.items()
         }
-        counters = {key: getattr(self, key) for key in ("steps", "updates", "warmed", "ready", "damping")}
+        counters = {key: getattr(self, key) for key in _COUNTERS}
         return counters | {"algorithm": self.name, "blocks": blocks, "shown": self.shown}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -385,7 +407,7 @@ class BlockDiagonal:
                 f"the checkpoint has blocks {', '.join(state['blocks'])} but this model has {', '.join(self.blocks)}: "
                 "build the same model first"
             )
-        for key in ("steps", "updates", "warmed", "ready", "damping"):
+        for key in _COUNTERS:
             setattr(self, key, state[key])
         self.shown = _clone(state["shown"])
         for name, saved in state["blocks"].items():
@@ -395,6 +417,10 @@ class BlockDiagonal:
                 self.blocks[name].inverse = unpack_operator(_clone(saved["inverse"]))
             elif hasattr(self.blocks[name], "inverse"):  # saved before the first data
                 del self.blocks[name].inverse
+
+
+def _step_of(transition: Transition, name: str) -> Tensor:
+    return transition.step[name]
 
 
 def _clone(value: Any) -> Any:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, blend
+from curvlab.curvature.base import Move, Reads, blend
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import DAMPINGS, Pair, accept, damp, hessian_action, minibatch_hessian_action, updated_inverse
@@ -163,7 +163,7 @@ class KBfgs:
         H_g = lbfgs_inverse(memory, base)
         return H_g if compact_is_cheaper(outputs, inputs, len(memory)) else H_g.dense()
 
-    def secant(self, before: LayerStatistics, after: LayerStatistics) -> None:
+    def secant(self, before: LayerStatistics, after: LayerStatistics, move: Move | None = None) -> None:
         """Learn H_g from a step on one minibatch."""
         H_g, H_a = self.factors
         s, y = after.h.mean((0, 1)) - before.h.mean((0, 1)), after.g[0].mean((0, 1)) - before.g[0].mean((0, 1))

@@ -1,0 +1,88 @@
+"""Kronecker products plus a multiple of the identity: diagonal in the eigenbases of the factors, where few rows may be added.
+
+Legend: D order, K columns; k factors of orders d_i, D = Π d_i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.linalg.kronecker import kronecker_product
+from curvlab.linalg.operators import Compact, Diagonal, Operator, packable
+
+
+@packable
+@dataclass(frozen=True)
+class Rotated:
+    """(⊗ᵢ Qᵢ) M (⊗ᵢ Qᵢ)ᵀ of orthogonal Qᵢ and an M that is diagonal, or diagonal with few rows added."""
+
+    bases: tuple[Float[Tensor, "d_i d_i"], ...]
+    inside: Diagonal | Compact
+
+    def __len__(self) -> int:
+        return len(self.inside)
+
+    def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
+        return kronecker_product(self.bases, self.inside @ self.rotated(v))
+
+    def rotated(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
+        """(⊗ᵢ Qᵢ)ᵀ v."""
+        return kronecker_product([q.mT for q in self.bases], v)
+
+    def inv(self) -> Operator:
+        """Raises CurvlabError where M is not positive definite."""
+        return Rotated(self.bases, cast(Diagonal | Compact, self.inside.inv()))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        basis: Tensor = reduce(torch.kron, [q.contiguous() for q in self.bases])
+        if isinstance(self.inside, Diagonal):
+            return (basis * self.inside.values) @ basis.mT
+        return basis @ self.inside.dense() @ basis.mT
+
+    def eigvalsh(self) -> Float[Tensor, " D"]:
+        return self.inside.eigvalsh()
+
+    def diag(self) -> Float[Tensor, " D"]:
+        if isinstance(self.inside, Diagonal):
+            return kronecker_product([q.square() for q in self.bases], self.inside.values)
+        rows = kronecker_product(self.bases, self.inside.rows.mT).mT
+        base = Rotated(self.bases, cast(Diagonal, self.inside.base))
+        return Compact(base, rows, self.inside.core).diag()
+
+    def trace(self) -> Float[Tensor, ""]:
+        return self.inside.trace()
+
+
+def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
+    """⊗ᵢ Uᵢ + shift I, Uᵢ positive semi-definite: what rounding leaves below 0 of their eigenvalues is taken as 0.
+
+    Raises:
+        CurvlabError: NaN or Inf in a factor.
+    """
+    if not all(bool(torch.isfinite(u).all()) for u in factors):
+        raise CurvlabError("a Kronecker factor contains NaN or Inf: lower the learning rate or raise the damping")
+    found = [_eigh((u + u.mT) / 2) for u in factors]
+    values = reduce(lambda e, f: torch.outer(e, f).flatten(), [e.clamp_min(0) for e, _ in found])
+    return Rotated(tuple(q for _, q in found), Diagonal(values + shift))
+
+
+def _eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
+    """Of a positive semi-definite matrix, shifted by its mean eigenvalue meanwhile.
+
+    In float32 LAPACK failed to converge on singular second moments of order 1000 (squares of what is rounded from 0 underflow);
+    shifted they are no trouble. Double precision where it fails still.
+    """
+    mean = matrix.diagonal().mean()
+    moved = matrix + mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    try:
+        values, vectors = torch.linalg.eigh(moved)
+    except RuntimeError:  # LinAlgError
+        values, vectors = (part.to(matrix.dtype) for part in torch.linalg.eigh(moved.double()))
+    return values - mean, vectors

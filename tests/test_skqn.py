@@ -1,0 +1,483 @@
+"""SKQN against Alg. 1 of S2QN written out with dense matrices, and against the conditions that define it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import Problem, assert_near, batches, problem
+from torch import Tensor, nn
+
+import curvlab as cl
+from curvlab.capture import LayerStatistics
+from curvlab.curvature import skqn
+from curvlab.curvature.gradient_norm import GradientNorm, total_norm
+from curvlab.curvature.skqn import SkqnB, SkqnL
+from curvlab.layers import Block
+from curvlab.linalg.block_bfgs import Choice
+from curvlab.objective import Objective, Observation, Transition
+
+NAMES = ("skqn-l", "skqn-b1", "skqn-b2")
+names = pytest.mark.parametrize("name", NAMES)
+SEEDS = st.integers(0, 9999)
+GAMMA, DAMPING = 0.2, 0.4
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def eye(order: int) -> Tensor:
+    return torch.eye(order, dtype=torch.float64)
+
+
+def fixed_sketch(m: int, k: int, generator: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One sketch for every draw, so that a second route can have the same."""
+    return normal(m, k, seed=m)
+
+
+# ------------------------------------------------------------------------------------------------ Alg. 1, written out
+
+
+class ByHand:
+    """Alg. 1 of S2QN: dense blocks, autograd's gradients, changes of the parameters themselves."""
+
+    def __init__(self, name: str, p: Problem, columns: int, pairs: int) -> None:
+        self.name, self.objective, self.columns, self.pairs = name, p.objective(), columns, pairs
+        self.norm: float | None = None
+        self.kept: dict[str, list[tuple[Tensor, Tensor]]] = {b.name: [] for b in self.objective.blocks}
+        self.Lambda = {b.name: GAMMA * eye(b.shape[0]) for b in self.objective.blocks}
+        self.pending: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def look(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Observation]:
+        closure = self.objective.closure(x, y)
+        closure()
+        grads = {n: q.grad.clone() for n, q in self.objective.parameters.items()}
+        return {b.name: b.gather(grads) for b in self.objective.blocks}, closure.observe()
+
+    def weights(self) -> dict[str, Tensor]:
+        return {b.name: b.gather(self.objective.parameters).detach().clone() for b in self.objective.blocks}
+
+    def base(self, s: LayerStatistics) -> tuple[Tensor, Tensor]:
+        """(17): Â over examples of the sum over places, G̃ over examples and places."""
+        n, places = s.a.shape[:2]
+        return torch.einsum("nti,ntj->ij", s.a, s.a) / n, torch.einsum("nto,ntp->op", s.g[0], s.g[0]) / (n * places)
+
+    def damping(self) -> float:
+        """(8), with r₁ = 0.1 and r₂ = 1."""
+        g, r1, r2 = self.norm, 0.1, 1.0
+        if g is None:
+            return DAMPING
+        if g < r1:
+            return 2 * r1 / (g + r1) * DAMPING
+        return 2 * g / (g + r2) * DAMPING if g > r2 else DAMPING
+
+    def curvature(self, name: str, A: Tensor, G: Tensor) -> Tensor:
+        """B, with the refinement of line 3."""
+        H = torch.kron(G, A.contiguous())
+        if name in self.pending:
+            U, V = self.pending[name]
+            if self.name == "skqn-l":
+                self.remember(name, U.flatten(), V.flatten() - H @ U.flatten())
+            elif self.name == "skqn-b1":
+                self.block_update(name, U @ A, V - G @ U @ A)
+            else:
+                self.block_update(name, U, V - G @ U)
+        if self.name != "skqn-l":
+            return torch.kron(G + self.Lambda[name], A.contiguous())
+        Lambda = GAMMA * eye(len(H))
+        for u, v in self.kept[name]:
+            Bu = Lambda @ u
+            Lambda = Lambda - torch.outer(Bu, Bu) / (u @ Bu) + torch.outer(v, v) / (u @ v)
+        return H + Lambda
+
+    def remember(self, name: str, u: Tensor, v: Tensor) -> None:
+        least = GAMMA * float(u @ u)
+        if float(u @ v) < 0.25 * least:
+            theta = 0.75 * least / (least - float(u @ v))
+            v = theta * v + (1 - theta) * GAMMA * u
+        if float(u @ v) >= 1e-8 * float(u.norm() * v.norm()):
+            self.kept[name] = [*self.kept[name], (u, v)][-self.pairs :]
+
+    def block_update(self, name: str, U: Tensor, V: Tensor) -> None:
+        """(21), (22): inverses written out; no more columns than rows."""
+        if U.shape[1] > self.columns:
+            sketch = fixed_sketch(U.shape[1], self.columns, None, U.dtype, U.device)
+            U, V = U @ sketch, V @ sketch
+        Lambda = self.Lambda[name]
+        LU = Lambda @ U
+        W, P = U.T @ LU, (V.T @ U + U.T @ V) / 2
+        least = float(torch.linalg.eigvals(torch.linalg.solve(W, P)).real.amin())
+        tau = 0.8 / (1 - least) if least < 0.2 else 1.0
+        V, P = tau * V + (1 - tau) * LU, tau * P + (1 - tau) * W
+        self.Lambda[name] = Lambda + V @ torch.linalg.inv(P) @ V.T - LU @ torch.linalg.inv(W) @ LU.T
+
+    def step(self, x: Tensor, y: Tensor, lr: float) -> dict[str, Tensor]:
+        """Returns the inverses."""
+        gradients, before = self.look(x, y)  # line 2
+        old, inverses = self.weights(), {}
+        for block in self.objective.blocks:
+            A, G = self.base(before.passes["data"][block.name])
+            B = self.curvature(block.name, A, G)  # line 3
+            inverses[block.name] = torch.linalg.inv(B + self.damping() * eye(len(B)))
+            direction = inverses[block.name] @ gradients[block.name].flatten()  # line 4
+            for n, d in block.scatter(direction).items():
+                self.objective.parameters[n].data.sub_(d, alpha=lr)
+        self.norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
+        moved, after = self.look(x, y)  # line 5
+        new = self.weights()
+        for block in self.objective.blocks:
+            one, two = before.passes["data"][block.name], after.passes["data"][block.name]
+            if self.name == "skqn-b2":
+                s, ds = two.h - one.h, two.g[0] - one.g[0]
+                self.pending[block.name] = (s.reshape(-1, s.shape[-1]).T, ds.reshape(-1, s.shape[-1]).T)
+            else:
+                self.pending[block.name] = (new[block.name] - old[block.name], moved[block.name] - gradients[block.name])
+        return inverses
+
+
+def options(name: str, columns: int = 2, pairs: int = 3) -> dict[str, object]:
+    return {"gamma": GAMMA} | ({"pairs": pairs} if name == "skqn-l" else {"columns": columns})
+
+
+@names
+@pytest.mark.parametrize("model", ["tanh", "no-bias", "tokens", "conv"])
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
+def test_trajectory_is_algorithm_1(name: str, model: str, likelihood: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight steps: inverses, then weights. One place and several; more pairs than L keeps."""
+    monkeypatch.setattr(skqn, "gaussian_sketch", fixed_sketch)
+    p, q = problem(model, likelihood, n=12), problem(model, likelihood, n=12)
+    by_hand = ByHand(name, q, 2, 3)
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective, lr=0.3, damping=DAMPING, **options(name))
+    for x, y in batches(p, 8):
+        optimizer.step(objective.closure(x, y))
+        expected = by_hand.step(x, y, 0.3)
+        for block, H in optimizer.descent.curvature.inverse.items():
+            assert_near(H.dense(), expected[block], 1e-9)
+    for block in objective.blocks:
+        assert_near(block.gather(objective.parameters).detach(), by_hand.weights()[block.name], 1e-10)
+    if name == "skqn-l":
+        assert all(1 <= len(kept) <= 3 for kept in by_hand.kept.values())
+
+
+# ------------------------------------------------------------------------------------------------ conditions
+
+
+def quadratic(places: bool) -> Problem:
+    """One layer under ½ ‖z − y‖²: the Hessian in the outputs is I, the residuals are small, so that Λ̃ = I − G̃ is positive."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten()) if places else nn.Sequential(nn.Linear(5, 3))
+    net = net.double()
+    x = normal(9, 2, 4, 4) if places else normal(9, 5)
+    with torch.no_grad():
+        z = net(x)
+    return Problem(net, cl.likelihoods.Gaussian(), x, z + 0.2 * normal(*z.shape, seed=3))
+
+
+@pytest.mark.parametrize("places", [False, True], ids=["one-place", "nine-places"])
+@pytest.mark.parametrize("name", ["skqn-b1", "skqn-b2"])
+def test_conditions_19_and_20_hold_before_sketching(name: str, places: bool) -> None:
+    """(Â ⊗ (G̃ + Λ̃)) u = v̂ and (G̃ + Λ̃) Ũ = Ṽ of the last step, by autograd, the oracle's own pass and the moved weights."""
+    p = quadratic(places)
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective, lr=0.1, damping=DAMPING, columns=None, mu=1e-6)
+    block = optimizer.descent.curvature.blocks["1"]
+
+    def look() -> tuple[Tensor, Tensor, LayerStatistics]:
+        closure = objective.closure(p.x, p.y)
+        closure()
+        grads = {n: q.grad.clone() for n, q in objective.parameters.items()}
+        layer = objective.blocks[0]
+        return layer.gather(objective.parameters).detach().clone(), layer.gather(grads), closure.observe().passes["data"]["1"]
+
+    for _ in range(3):
+        old, g, before = look()
+        optimizer.step(objective.closure(p.x, p.y))
+        new, h, after = look()
+    optimizer.descent.curvature.update(objective.closure(p.x, p.y).observe())  # the next minibatch: line 3
+    assert (block.last.skipped, block.last.tau) == ("", 1)
+    B = block.matrix().dense()
+    factor = block.G + block.Lambda
+    assert_near(B, torch.kron(factor, block.A.contiguous()), 1e-10)
+    if name == "skqn-b1":
+        assert_near(B @ (new - old).flatten(), (h - g).flatten(), 1e-10)
+    else:
+        s, ds = (after.h - before.h).flatten(0, 1), (after.g[0] - before.g[0]).flatten(0, 1)
+        assert_near(s @ factor, ds, 1e-10)
+    assert_near(factor, eye(3), 1e-8)
+
+
+def test_a_sketch_keeps_the_conditions_on_its_own_columns_alone() -> None:
+    p = quadratic(True)
+    objective = p.objective()
+    optimizer = cl.optimizer("skqn-b2", objective, lr=0.1, damping=DAMPING, columns=2, mu=1e-6)
+    optimizer.step(objective.closure(p.x, p.y))
+    block = optimizer.descent.curvature.blocks["1"]
+    U, V = block.U, block.V
+    assert U.shape == V.shape == (3, 2)
+    optimizer.descent.curvature.update(objective.closure(p.x, p.y).observe())
+    factor = block.G + block.Lambda
+    assert_near(factor @ U, V, 1e-10)
+    assert float((factor - eye(3)).norm()) > 0.1
+
+
+def test_l_satisfies_the_secant_equation_of_the_newest_pair() -> None:
+    """(10): (H_k + Λ_k) u_{k−1} = v̂_{k−1}, of every block whose pair was accepted as it was."""
+    p = problem("tanh", n=20)
+    objective = p.objective()
+    optimizer = cl.optimizer("skqn-l", objective, lr=0.3, damping=DAMPING, gamma=0.01)
+    curvature, seen = optimizer.descent.curvature, 0
+    for x, y in batches(p, 12):
+        optimizer.step(objective.closure(x, y))
+        steps = {n: (b.U.flatten().clone(), b.V.flatten().clone()) for n, b in curvature.blocks.items()}
+        curvature.update(objective.closure(x, y).observe())
+        for name, block in curvature.blocks.items():
+            if not block.last.skipped and block.last.damping.theta2 == 1:
+                u, v = steps[name]
+                assert_near(block.matrix() @ u, v, 1e-10)
+                assert_near(curvature.inverse[name].inv() @ u, v + damping_of(curvature) * u, 1e-9)
+                seen += 1
+    assert seen >= 10
+
+
+def damping_of(curvature: object) -> float:
+    """That of the last refresh: the gradient before the last one is not kept, so from the operator's base."""
+    block = next(iter(curvature.blocks.values()))
+    full, bare = curvature.inverse["1"].inv().dense(), block.matrix().dense()
+    return float((full - bare).diagonal().mean())
+
+
+# ------------------------------------------------------------------------------------------------ positive definite
+
+
+def small_layer(n: int = 6) -> tuple[Block, LayerStatistics]:
+    p = problem("linear", n=n)
+    objective = p.objective()
+    return objective.blocks[0], objective.closure(p.x, p.y).observe().passes["data"]["1"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(SEEDS, st.floats(1e-3, 10), st.one_of(st.just(0.0), st.floats(1e-3, 1)), st.integers(1, 4), st.floats(-3, 3))
+def test_l_stays_positive_definite(seed: int, gamma: float, mu: float, pairs: int, lean: float) -> None:
+    """Whatever the pairs: those that are kept have positive curvature."""
+    layer, statistics = small_layer()
+    block = SkqnL(layer, pairs=pairs, gamma=gamma, mu=mu)
+    block.update(statistics, 1.0)
+    for k in range(6):
+        U = normal(3, 6, seed=seed + k)
+        block.U, block.V = U, normal(3, 6, seed=seed + k + 50) + lean * U
+        block.update(statistics, 1.0)
+        curvature = (block.S * block.Y).sum(1)
+        assert bool((curvature >= 1e-8 * block.S.norm(dim=1) * block.Y.norm(dim=1)).all())
+        assert bool((curvature >= mu * gamma * block.S.square().sum(1) * (1 - 1e-9)).all())
+        if mu:
+            assert not block.last.skipped
+    assert len(block.S) <= pairs
+    B = block.matrix().dense()
+    assert float(torch.linalg.eigvalsh(B)[0]) > -1e-9 * float(B.norm())
+    block.refresh(1e-3)
+    assert float(block.inverse.eigvalsh()[0]) > 0
+
+
+@pytest.mark.parametrize("choice", ["symmetric", "trace", "diagonal"])
+@pytest.mark.parametrize("condition", ["parameters", "preactivations"])
+@settings(deadline=None, max_examples=25)
+@given(seed=SEEDS, gamma=st.floats(1e-3, 10), mu=st.floats(0.05, 0.9), lean=st.floats(-3, 3))
+def test_b_stays_positive(condition: str, choice: Choice, seed: int, gamma: float, mu: float, lean: float) -> None:
+    """Λ̃ positive definite with the symmetric P, semi-definite with the others."""
+    layer, statistics = small_layer()
+    block = SkqnB(layer, condition=condition, columns=2, gamma=gamma, choice=choice, mu=mu)
+    block.update(statistics, 1.0)
+    for k in range(5):
+        U = normal(3, 6, seed=seed + k)
+        block.U, block.V = U, normal(3, 6, seed=seed + k + 50) + lean * U
+        block.update(statistics, 1.0)
+        assert block.last.skipped in ("", "curvature")
+        values = torch.linalg.eigvalsh(block.Lambda)
+        assert float(values[0]) > (0 if choice == "symmetric" else -1e-8 * float(values[-1]))
+    block.refresh(0.1)
+    assert float(block.inverse.eigvalsh()[0]) > 0
+
+
+def test_a_pair_of_negative_curvature_is_skipped_where_nothing_is_damped() -> None:
+    layer, statistics = small_layer()
+    block = SkqnL(layer, mu=0)
+    block.update(statistics, 1.0)
+    block.U, block.V = normal(3, 6), -10 * normal(3, 6)
+    block.update(statistics, 1.0)
+    assert block.last.skipped == "curvature"
+    assert len(block.S) == 0
+    assert block.U is None
+
+
+# ------------------------------------------------------------------------------------------------ no refinement
+
+
+OFF: dict[str, Callable[[Block, bool], object]] = {
+    "skqn-l": lambda b, split: SkqnL(b, pairs=0, gamma=0.0, split=split),
+    "skqn-b1": lambda b, split: SkqnB(b, condition="parameters", columns=0, gamma=0.0, split=split),
+    "skqn-b2": lambda b, split: SkqnB(b, condition="preactivations", columns=0, gamma=0.0, split=split),
+}
+
+
+@names
+@pytest.mark.parametrize("model", ["tanh", "conv", "tokens"])
+def test_without_refinement_it_is_kfac_to_the_bit(name: str, model: str) -> None:
+    """KFAC of the data's labels, with (8)'s damping, no moving average."""
+    p, q = problem(model), problem(model)
+    objective, other = p.objective(), q.objective()
+    off = {"gamma": 0.0, "split": True} | ({"pairs": 0} if name == "skqn-l" else {"columns": 0})
+    optimizer = cl.optimizer(name, objective, lr=0.1, damping=DAMPING, **off)
+    kfac = cl.approximation("kfac", other, labels="data", decay=0.0)
+    norm = None
+    for x, y in batches(p, 4):
+        kfac.damping = GradientNorm()(DAMPING, norm)
+        observation = other.closure(x, y).observe()
+        kfac.update(observation)
+        norm = total_norm(observation.gradients)
+        direction = kfac.precondition(observation.gradients)
+        optimizer.step(objective.closure(x, y))
+        assert not optimizer.descent.wants_step
+        for block in other.blocks:
+            for n, d in block.scatter(direction[block.name]).items():
+                other.parameters[n].data.sub_(d, alpha=0.1)
+                assert torch.equal(other.parameters[n], objective.parameters[n])
+
+
+@names
+def test_without_refinement_the_whole_is_damped_exactly(name: str) -> None:
+    layer, statistics = small_layer()
+    block = OFF[name](layer, False)
+    block.update(statistics, 1.0)
+    block.refresh(0.3)
+    dense = torch.kron(statistics.G, statistics.A.contiguous()) + 0.3 * eye(layer.numel)
+    assert_near(block.inverse.dense(), torch.linalg.inv(dense), 1e-10)
+    assert_near(block.matrix(0.3).dense(), dense, 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ the rule (8)
+
+
+@given(st.floats(1e-6, 1e6), st.floats(0, 1e30), st.floats(1e-3, 1), st.floats(1.01, 100))
+def test_gradient_norm_rule_as_printed(damping: float, norm: float, r1: float, ratio: float) -> None:
+    r2 = r1 * ratio
+    if norm < r1:
+        expected = 2 * r1 / (norm + r1) * damping
+    elif norm > r2:
+        expected = 2 * norm / (norm + r2) * damping
+    else:
+        expected = damping
+    found = GradientNorm(r1, r2)(damping, norm)
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert damping <= found <= 2 * damping
+
+
+def test_gradient_norm_rule_at_its_ends() -> None:
+    rule = GradientNorm(0.5, 2.0)
+    assert [rule(3.0, norm) for norm in (None, 0.0, 0.5, 1.0, 2.0, math.inf)] == [3, 6, 3, 3, 3, 6]
+    for r1, r2 in ((0.0, 1.0), (1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)):
+        with pytest.raises(cl.CurvlabError, match="0 < r₁ < r₂"):
+            GradientNorm(r1, r2)
+
+
+@names
+def test_the_damping_of_a_step_is_of_the_gradient_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem("tanh")
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective, lr=0.1, damping=DAMPING)
+    block = optimizer.descent.curvature.blocks["2"]
+    seen: list[float] = []
+    refresh = block.refresh
+    monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))
+    expected, norm = [], None
+    for x, y in batches(p, 4):
+        x = x * 10 ** (-len(expected))  # gradients of several sizes
+        expected.append(GradientNorm()(DAMPING, norm))
+        closure = objective.closure(x, y)
+        closure()
+        norm = math.sqrt(sum(float(q.grad.square().sum()) for q in objective.parameters.values()))
+        optimizer.step(objective.closure(x, y))
+    assert seen == pytest.approx(expected, rel=1e-12)
+    assert optimizer.param_groups[0]["damping"] == DAMPING  # α⁻¹, which a schedule may change
+    assert optimizer.descent.curvature.gradient_norm == pytest.approx(norm, rel=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+
+
+@pytest.mark.parametrize(("name", "asks"), [("k-bfgs", False), ("skqn-b2", False), ("skqn-b1", True), ("skqn-l", True)])
+def test_the_change_of_parameters_is_computed_for_those_who_read_it(name: str, asks: bool) -> None:
+    p = problem("tanh")
+    objective = p.objective()
+    curvature = cl.approximation(name, objective, damping=0.3)
+    before = objective.closure(p.x, p.y).observe()
+    curvature.update(before)
+    calls: list[int] = []
+
+    def displacement() -> dict[str, Tensor]:
+        calls.append(1)
+        return {b.name: torch.ones(b.shape, dtype=torch.float64) for b in objective.blocks}
+
+    assert curvature.learn(Transition(before, before, displacement))
+    assert len(calls) == asks
+
+
+def test_the_memory_of_pairs_forgets_the_oldest() -> None:
+    p = problem("tanh", n=20)
+    objective = p.objective()
+    optimizer = cl.optimizer("skqn-l", objective, lr=0.1, damping=DAMPING, pairs=2)
+    for x, y in batches(p, 5):
+        optimizer.step(objective.closure(x, y))
+    assert optimizer.descent.curvature.blocks["1"].S.shape == (2, 24)
+
+
+def test_a_sketch_is_drawn_anew_at_every_step_and_by_its_seed() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        p = problem("tanh", n=40)
+        objective = p.objective()
+        optimizer = cl.optimizer("skqn-b2", objective, lr=0.1, damping=DAMPING, columns=2, seed=seed)
+        for x, y in batches(p, 3):
+            optimizer.step(objective.closure(x, y))
+        block = optimizer.descent.curvature.blocks["1"]
+        assert block.draws == 3
+        found.append(block.Lambda)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "message"),
+    [
+        ("skqn-l", {"pairs": -1}, "pairs must be 0"),
+        ("skqn-l", {"gamma": 0.0}, "γ above 0, not 0; γ = 0 needs pairs=0"),
+        ("skqn-l", {"gamma": -1.0, "pairs": 0}, "γ above 0"),
+        ("skqn-b1", {"columns": -2}, "columns must be 0"),
+        ("skqn-b2", {"gamma": 0.0}, "γ = 0 needs columns=0"),
+        ("skqn-b2", {"gamma": math.nan}, "γ above 0"),
+        ("skqn-b1", {"condition": "21"}, "unknown condition '21'.*preactivations"),
+    ],
+)
+def test_options_out_of_range(name: str, own: dict[str, object], message: str) -> None:
+    with pytest.raises(cl.CurvlabError, match=message):
+        cl.approximation(name, problem("tanh").objective(), **own)
+
+
+def test_single_precision_of_l_is_double_precision_rounded() -> None:
+    """With pairs: the core of (13) is computed in double precision and kept in single."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        p = problem("tanh", dtype=dtype, n=20)
+        objective: Objective = p.objective()
+        optimizer = cl.optimizer("skqn-l", objective, lr=0.3, damping=0.1, gamma=0.01)
+        for x, y in batches(p, 8):
+            optimizer.step(objective.closure(x.to(dtype), y))
+        found.append(optimizer.descent.curvature.inverse["2"].dense())
+    assert found[0].dtype == torch.float32
+    assert float((found[0].double() - found[1]).norm() / found[1].norm()) < 1e-3
