@@ -260,7 +260,7 @@ class BlockDiagonal:
                 try:
                     block.secant(before.passes["data"][name], after.passes["data"][name])
                 except CurvlabError as error:
-                    raise CurvlabError(f"{self._partition[name]}: {error}") from error
+                    raise type(error)(f"{self._partition[name]}: {error}") from error
         return True
 
     def absorb(self, observation: Observation) -> None:
@@ -278,7 +278,7 @@ class BlockDiagonal:
             try:
                 block.refresh(self.damping)
             except CurvlabError as error:
-                raise CurvlabError(f"{self._partition[name]}: {error}") from error
+                raise type(error)(f"{self._partition[name]}: {error}") from error
         self.ready = True
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
