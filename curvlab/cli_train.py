@@ -133,8 +133,8 @@ def train(
 
     Loss and error are of the whole training and test set at the end of an epoch (epoch 0: before training), in eval mode; error
     is the fraction of wrong classes, for autoencoders the mean squared error of sigmoid(output), for FACES of the output.
-    Defaults are the algorithm's document's (`curvlab list algorithms`). Exit code 1: the loss left the finite range, and the last
-    good state is kept.
+    Defaults are the algorithm's document's (`curvlab list algorithms`). Exit code 1: the loss left the finite range, and the
+    last good state is kept.
     """
     given = {k: v for k, v in locals().items() if k != "context"}
     call = {"command": "train"} | given

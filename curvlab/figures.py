@@ -15,7 +15,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from curvlab.errors import CurvlabError, lookup
@@ -263,8 +263,11 @@ def training(runs: Runs) -> Figure:
         row[0].set_ylabel(f"mean loss ({units})" if kind == "loss" else _wrapped(str(first.attrs.get("error", "error"))))
         if all(float(line.get_ydata().min()) > 0 for line in row[0].lines):
             row[0].set_yscale("log")
+            row[0].yaxis.set_major_formatter(LogFormatter())
+            row[0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
         for ax in row:
             ax.grid(alpha=0.3, which="both", linewidth=0.5)
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1, 0].set_xlabel("epoch")
     axes[-1, 1].set_xlabel("training time (s), evaluation and warm start apart")
     handles, labels = axes[0, 0].get_legend_handles_labels()
