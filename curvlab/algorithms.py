@@ -330,17 +330,18 @@ def descent(
     objective: Objective,
     *,
     momentum: float | None = None,
+    momentum_kind: MomentumKind | None = None,
     weight_decay: float = 0.0,
     double_grad: bool = False,
     **options: Any,
 ) -> Descent:
-    """Algorithm `name` as a `Descent`; `double_grad` is its own, `options` are those of `approximation`."""
+    """Algorithm `name` as a `Descent`: its document's momentum where None; `options` are those of `approximation`."""
     a = lookup(ALGORITHMS, name, "algorithm")
     return Descent(
         objective,
         approximation(name, objective, **options),
         momentum=a.momentum if momentum is None else momentum,
-        momentum_kind=a.momentum_kind,
+        momentum_kind=a.momentum_kind if momentum_kind is None else momentum_kind,
         weight_decay=weight_decay,
         learns_first=a.learns_first,
         double_grad=double_grad,
@@ -354,7 +355,7 @@ def optimizer(name: str, objective: Objective, lr: float | None = None, **option
         name: of `ALGORITHMS`.
         objective: what it steps on.
         lr: the document's where None.
-        options: momentum, weight_decay, double_grad (see `Descent`), and those of `approximation`.
+        options: momentum, momentum_kind, weight_decay, double_grad (see `Descent`), and those of `approximation`.
     """
     a = lookup(ALGORITHMS, name, "algorithm")
     return Optimizer(descent(name, objective, **options), a.lr if lr is None else lr)

@@ -6,21 +6,20 @@ import _thread
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import curvlab
-from curvlab import datasets, figures, models, probes, runs, spectra, spectrum_run
+from curvlab import cli_train, datasets, figures, models, probes, runs, schedules, spectra, spectrum_run
 from curvlab.algorithms import ALGORITHMS
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.log import late_cosine, open_log
 from curvlab.memory import keep_freed_memory
+from curvlab.terminal import err, finish, folder_for, listed, out, says_what_is_saved
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,9 +28,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
-
 Option = typer.Option
 
 
@@ -94,7 +90,7 @@ def compare(
     call = {"command": "compare"} | dict(locals())
     call["out"] = str(call.pop("out_folder") or "")
     settings = runs.Settings(
-        reference, _names(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every
+        reference, listed(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every
     )
     if steps is None and epochs is None:
         steps = 300
@@ -103,36 +99,10 @@ def compare(
     named = runs.Named(settings, model, data, steps, epochs, batch_size, tuple(range(seed, seed + seeds)), device, dtype)
     runs.check_named(named)
     keep_freed_memory()
-    folder = _folder(out_folder, f"compare-{model}")
-    with _says_what_is_saved(folder / "run.h5"):
+    folder = folder_for(out_folder, f"compare-{model}")
+    with says_what_is_saved(folder / "run.h5"):
         ds = runs.compare_named(named, folder / "run.h5", call, err).dataset
-    _finish(ds, folder, "cosine", _print_cosines)
-
-
-@contextmanager
-def _says_what_is_saved(path: Path) -> Iterator[None]:
-    """Around a run: Ctrl-C and errors say where the log so far is."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        saved = f"the log so far is saved in {path}" if path.exists() else "nothing was logged yet"
-        err.print(f"curvlab: interrupted; {saved}", markup=False)
-        raise typer.Exit(130) from None
-    except CurvlabError as error:
-        saved = f" (the log so far is saved in {path})" if path.exists() else ""
-        raise CurvlabError(f"{error}{saved}") from error
-
-
-def _finish(ds: Any, folder: Path, figure: str, show: Callable[[Any], None]) -> None:
-    """What every run ends with: figure files, table, and the names of what was written."""
-    drawn = figures.draw(ds, figure)
-    written = [folder / "run.h5"]
-    for suffix in ("png", "svg"):
-        drawn.savefig(folder / f"{figure}.{suffix}", dpi=150)
-        written.append(folder / f"{figure}.{suffix}")
-    show(ds)
-    for file in written:
-        out.print(f"wrote {file}", highlight=False, soft_wrap=True)
+    finish(ds, folder, "cosine", _print_cosines)
 
 
 def _print_cosines(ds: Any) -> None:
@@ -196,15 +166,15 @@ def spectrum(
     """Train, and log the eigenvalues of each layer's Hessian and Gauss-Newton block along the way."""
     call = {"command": "spectrum"} | dict(locals())
     call["out"] = str(call.pop("out_folder") or "")
-    plan = spectra.Plan(_names(matrix), _names(blocks), method, draws, steps)
-    at = tuple(_integer(word, "--after") for word in _names(after))
+    plan = spectra.Plan(listed(matrix), listed(blocks), method, draws, steps)
+    at = tuple(_integer(word, "--after") for word in listed(after))
     named = spectrum_run.Named(model, plan, data, samples, at, algorithm, lr, damping, batch_size, seed, device, dtype)
     prepared = spectrum_run.prepare(named)
     keep_freed_memory()
-    folder = _folder(out_folder, f"spectrum-{model}")
-    with _says_what_is_saved(folder / "run.h5"):
+    folder = folder_for(out_folder, f"spectrum-{model}")
+    with says_what_is_saved(folder / "run.h5"):
         ds = spectrum_run.run(prepared, folder / "run.h5", call, err)
-    _finish(ds, folder, "spectrum", _print_spectra)
+    finish(ds, folder, "spectrum", _print_spectra)
 
 
 def _print_spectra(ds: Any) -> None:
@@ -227,10 +197,6 @@ def _print_spectra(ds: Any) -> None:
     out.print(table)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def _integer(text: str, option: str) -> int:
     try:
         return int(text)
@@ -238,9 +204,15 @@ def _integer(text: str, option: str) -> int:
         raise CurvlabError(f"{option} takes whole numbers with commas between, not '{text}'") from error
 
 
+app.command()(cli_train.train)
+
+
 @app.command()
 def plot(
-    run: Annotated[Path, typer.Argument(help="A run's folder or its run.h5.")],
+    run: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="A run's folder or its run.h5; of training runs several, in one figure."),
+    ],
     figure: Annotated[str | None, Option(help="Of `curvlab list figures`; the command's own by default.")] = None,
     output: Annotated[
         Path | None, Option("-o", "--output", metavar="FILE", help="PNG, SVG or PDF; by default beside the log, as PNG.")
@@ -249,10 +221,10 @@ def plot(
     """Redraw a figure from the log alone."""
     if figure is not None:
         lookup(figures.FIGURES, figure, "figure")
-    ds = open_log(run)
-    figure = figure or figures.main(ds)
-    target = output or (run if run.is_dir() else run.parent) / f"{figure}.png"
-    drawn = figures.draw(ds, figure)
+    found = {path: open_log(path) for path in run}
+    figure = figure or figures.main(found[run[0]])
+    target = output or (run[0] if run[0].is_dir() else run[0].parent) / f"{figure}.png"
+    drawn = figures.draw_all([(str(path), ds) for path, ds in found.items()], figure)
     if target.suffix[1:] not in drawn.canvas.get_supported_filetypes():
         raise CurvlabError(f"figures are not written as '{target.suffix}' (known: .png, .svg, .pdf)")
     try:
@@ -270,6 +242,11 @@ def _model_rows() -> list[tuple[str, ...]]:
     return [(name, m.summary, m.data or "", m.likelihood, m.source) for name, m in models.MODELS.items()]
 
 
+def _schedule_rows() -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [(n, s.summary, ", ".join(s.options), s.source) for n, s in schedules.SCHEDULES.items()]
+    return [*rows, ("…", "any of torch.optim.lr_scheduler, by its name", "its arguments", "torch")]
+
+
 LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = {
     "algorithms": (("name", "what it is", "labels", "lr", "damping", "source"), _algorithm_rows),
     "models": (("name", "what it is", "data", "likelihood", "source"), _model_rows),
@@ -281,44 +258,20 @@ LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = 
         ("name", "what it is", "variables"),
         lambda: [(n, p.summary, ", ".join(p.variables)) for n, p in probes.PROBES.items()],
     ),
+    "schedules": (("name", "what it is", "options", "source"), _schedule_rows),
     "figures": (("name", "what it is"), lambda: [(n, f.summary) for n, f in figures.FIGURES.items()]),
 }
 """{what: (columns, rows)}"""
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="algorithms, models, datasets, probes or figures.")]) -> None:
+def list_(what: Annotated[str, typer.Argument(help="algorithms, models, datasets, probes, schedules or figures.")]) -> None:
     """List what the tables hold."""
     columns, rows = lookup(LISTS, what, "list")
     table = Table(*columns)
     for row in rows():
         table.add_row(*row)
     out.print(table)
-
-
-def _folder(chosen: Path | None, stem: str) -> Path:
-    """The output folder, made; a fresh one under runs/ where none was chosen. Nothing that exists is overwritten."""
-    try:
-        if chosen is None:
-            for number in range(1, 100_000):
-                folder = Path("runs") / f"{stem}-{number:03d}"
-                try:
-                    folder.mkdir(parents=True)
-                except FileExistsError:
-                    continue
-                return folder
-        assert chosen is not None
-        chosen.mkdir(parents=True, exist_ok=True)
-        if (chosen / "run.h5").exists():
-            raise CurvlabError(f"{chosen} already holds a run.h5: choose another folder with --out")
-        probe = chosen / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CurvlabError(
-            f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose another with --out"
-        ) from error
-    return chosen
 
 
 def main() -> None:

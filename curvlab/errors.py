@@ -14,6 +14,10 @@ class CurvlabError(ValueError):
     """Bad input. The message is one line; the command line prints it and exits with code 2."""
 
 
+class Diverged(CurvlabError):
+    """The numbers left the finite range on the way: a loss, direction or statistic is NaN or Inf, or a factorisation failed."""
+
+
 class CurvlabWarning(UserWarning):
     """Something that does not stop the work but that the user should know; said once."""
 

@@ -6,7 +6,8 @@ Colours are Okabe and Ito's, told apart by colour-blind readers; each algorithm 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +15,13 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from curvlab.errors import CurvlabError, lookup
+
+Runs = Sequence[tuple[str, xr.Dataset]]
+"""[(name, log)]"""
 
 _COLOURS = (
     "#0072B2",
@@ -230,13 +234,74 @@ def _share(here: xr.Dataset) -> str:
     return f", {least}{float(here['negative']):.0%} negative"
 
 
+def training(runs: Runs) -> Figure:
+    """Loss and error of training runs, against epochs and against training time (thesis Figures 2.2, 4.2, 4.3)."""
+    first = runs[0][1]
+    rows = [kind for kind in ("loss", "error") if f"train_{kind}" in first]
+    figure = Figure(figsize=(9.2, 3.1 * len(rows) + 0.9), layout="constrained")
+    axes = figure.subplots(len(rows), 2, sharey="row", sharex="col", squeeze=False)
+    known = {ds.attrs.get("algorithm") for _, ds in runs}
+    by_algorithm = len(known) == len(runs)
+    for i, (label, ds) in enumerate(runs):
+        colour = _style(str(ds.attrs.get("algorithm")) if by_algorithm else "", i)["color"]
+        for row, kind in zip(axes, rows, strict=True):
+            for part, dashes in (("train", "-"), ("val", (0, (4, 1.5)))):
+                if f"{part}_{kind}" not in ds:
+                    continue
+                seen = ds.dropna("epoch", subset=[f"{part}_{kind}"])
+                style = {
+                    "color": colour,
+                    "linestyle": dashes,
+                    "linewidth": 1.6,
+                    "marker": "." if seen.sizes["epoch"] < 25 else "",
+                }
+                name = f"{label}, {'training' if part == 'train' else 'validation'}"
+                for ax, x in zip(row, (seen["epoch"], seen["wall_seconds"]), strict=True):
+                    ax.plot(x, seen[f"{part}_{kind}"], label=name, **style)
+    units = first["train_loss"].attrs.get("units", "nat")
+    for row, kind in zip(axes, rows, strict=True):
+        row[0].set_ylabel(f"mean loss ({units})" if kind == "loss" else _wrapped(str(first.attrs.get("error", "error"))))
+        if all(float(line.get_ydata().min()) > 0 for line in row[0].lines):
+            row[0].set_yscale("log")
+            row[0].yaxis.set_major_formatter(LogFormatter())
+            row[0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+        for ax in row:
+            ax.grid(alpha=0.3, which="both", linewidth=0.5)
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1, 0].set_xlabel("epoch")
+    axes[-1, 1].set_xlabel("training time (s), evaluation and warm start apart")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    what = f"{_run(first)}, {len(runs)} runs" if len(runs) > 1 else _run(first)
+    figure.suptitle(f"Training of {what}", fontsize=11)
+    return figure
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 24))
+
+
+def _names_of_runs(runs: Runs) -> Runs:
+    """By their algorithms; where two runs share one, by what differs: seed, learning rate, damping, or else their place."""
+    about = [str(ds.attrs.get("algorithm", "run")) for _, ds in runs]
+    for key in ("lr", "damping", "seed"):
+        if len(set(about)) == len(about):
+            break
+        if len({ds.attrs.get(key) for _, ds in runs}) > 1:
+            about = [f"{name}, {key} {ds.attrs.get(key)}" for name, (_, ds) in zip(about, runs, strict=True)]
+    if len(set(about)) < len(about):
+        about = [f"{name} ({place})" for name, (place, _) in zip(about, runs, strict=True)]
+    return [(name, ds) for name, (_, ds) in zip(about, runs, strict=True)]
+
+
 @dataclass(frozen=True)
 class Entry:
-    """`needs`: the variable of the log that is drawn."""
+    """`needs`: the variable of the log that is drawn; `several`: it takes [(name, log)] of several runs."""
 
     summary: str
     needs: str
-    draw: Callable[[xr.Dataset], Figure]
+    draw: Callable[..., Figure]
+    several: bool = False
 
 
 FIGURES: dict[str, Entry] = {
@@ -244,19 +309,35 @@ FIGURES: dict[str, Entry] = {
     "loss": Entry("minibatch loss along the trajectory", "loss", loss),
     "seconds": Entry("time of each algorithm's own work", "seconds", seconds),
     "spectrum": Entry("eigenvalues of each layer's curvature block, negative ones apart", "density", spectrum),
+    "training": Entry(
+        "loss and error of one or several training runs against epochs and time", "train_loss", training, several=True
+    ),
 }
 
 
 def draw(ds: xr.Dataset, name: str) -> Figure:
     """Figure `name` of a log. Raises CurvlabError for an unknown name or a log that lacks what it needs."""
+    return draw_all([("", ds)], name)
+
+
+def draw_all(runs: Runs, name: str) -> Figure:
+    """Figure `name` of one or several logs [(place, log)]. Raises CurvlabError likewise, or where it shows one run alone."""
     entry = lookup(FIGURES, name, "figure")
+    if len(runs) > 1 and not entry.several:
+        raise CurvlabError(f"figure '{name}' is of one run: give one (of several: {', '.join(_of_several())})")
+    at = runs[0][1]
     try:
-        ds[entry.needs]
-        return entry.draw(ds)
+        for _, at in runs:
+            at[entry.needs]
+        return entry.draw(_names_of_runs(runs) if entry.several else at)
     except KeyError as error:
         raise CurvlabError(
-            f"figure '{name}' needs {error} in the log, which has {', '.join(map(str, ds.data_vars))}"
+            f"figure '{name}' needs {error} in the log, which has {', '.join(map(str, at.data_vars))}"
         ) from error
+
+
+def _of_several() -> list[str]:
+    return [name for name, entry in FIGURES.items() if entry.several]
 
 
 def main(ds: xr.Dataset) -> str:

@@ -6,6 +6,7 @@ The schema (dimensions, variables, attributes) stands in the README.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -22,6 +23,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from curvlab.errors import CurvlabError
+from curvlab.whole import rewrite
 
 Record = Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]]
 
@@ -35,12 +37,13 @@ class Log:
     """Gathers records in memory and rewrites one file.
 
     Args:
-        coordinates: {dimension: labels} of every dimension but the step, with further coordinates as {name: (dim, labels)};
+        coordinates: {dimension: labels} of every dimension but `dimension`, with further coordinates as {name: (dim, labels)};
             what is no text as an `xr.Variable`.
         variables: {variable: attributes} (long_name, units); the step's own are iterations unless they stand here.
         attributes: of the file; values that are not strings or numbers are stored as JSON.
         path: of the file, or None to keep the log in memory.
         seeds: the seeds that will come; with several the data set gets a dimension `seed`.
+        dimension: along which records come.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class Log:
         attributes: Mapping[str, Any],
         path: Path | None = None,
         seeds: Sequence[int] = (0,),
+        dimension: str = "step",
     ) -> None:
+        self.dimension = dimension
         self.coordinates, self.variables, self.path, self.seeds = coordinates, variables, path, tuple(seeds)
         self.attributes: dict[str, Any] = provenance() | {
             k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in attributes.items()
         }
-        self._steps: dict[int, list[int]] = {}
+        self._steps: dict[int, list[float]] = {}
         self._records: dict[int, list[Record]] = {}
         self._saved = 0.0
         self._cost = 0.0
@@ -63,7 +68,7 @@ class Log:
     def __len__(self) -> int:
         return sum(map(len, self._steps.values()))
 
-    def append(self, step: int, record: Record, seed: int | None = None, *, save: bool = False) -> None:
+    def append(self, step: float, record: Record, seed: int | None = None, *, save: bool = False) -> None:
         """Add one step's record, and save if a save is asked for or due (after the first record, then every few seconds)."""
         seed = self.seeds[0] if seed is None else seed
         self._steps.setdefault(seed, []).append(step)
@@ -88,12 +93,12 @@ class Log:
     def _of(self, seed: int) -> xr.Dataset:
         records = self._records[seed]
         data = {
-            name: (("step", *dims), np.stack([r[name][1] for r in records]), dict(self.variables.get(name, {})))
+            name: ((self.dimension, *dims), np.stack([r[name][1] for r in records]), dict(self.variables.get(name, {})))
             for name, (dims, _) in records[0].items()
         }
         used = {d for dims, *_ in data.values() for d in dims}
-        of_step = self.variables.get("step", {"long_name": "iteration", "units": "1"})
-        coords: dict[str, Any] = {"step": ("step", self._steps[seed], dict(of_step))}
+        of_step = self.variables.get(self.dimension, {"long_name": "iteration", "units": "1"})
+        coords: dict[str, Any] = {self.dimension: (self.dimension, self._steps[seed], dict(of_step))}
         for name, value in self.coordinates.items():
             if isinstance(value, xr.Variable):
                 if value.dims[0] in used:
@@ -104,23 +109,28 @@ class Log:
                 coords[name] = (dim, np.asarray(labels, dtype=object), {"long_name": name, "units": "1"})
         return xr.Dataset(data, coords)
 
+    def state_dict(self, until: float = math.inf) -> dict[str, Any]:
+        """Attributes, and records up to step `until`: numbers, strings, lists and dictionaries only."""
+        steps = {seed: [step for step in steps if step <= until] for seed, steps in self._steps.items()}
+        records = {
+            seed: [{k: [list(d), v.tolist()] for k, (d, v) in r.items()} for r in self._records[seed][: len(kept)]]
+            for seed, kept in steps.items()
+        }
+        return {"attributes": dict(self.attributes), "steps": steps, "records": records}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.attributes, self._steps = dict(state["attributes"]), {k: list(v) for k, v in state["steps"].items()}
+        self._records = {
+            s: [{k: (tuple(d), np.asarray(v)) for k, (d, v) in r.items()} for r in rs] for s, rs in state["records"].items()
+        }
+
     def save(self) -> None:
         """Rewrite the file: aside, fsync, `os.replace`. Raises CurvlabError where that cannot be done; the old file stays."""
         if self.path is None or not self._steps:
             return
         start = time.monotonic()
-        aside = self.path.with_name(f".{self.path.name}.part")
         try:
-            aside.unlink(missing_ok=True)  # a save that Ctrl-C broke off may hold it open still, and HDF5 would refuse it
-            self.dataset().to_netcdf(aside, engine="h5netcdf")
-            with aside.open("rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(aside, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            rewrite(self.path, lambda aside: self.dataset().to_netcdf(aside, engine="h5netcdf"))
         except OSError as error:
             raise CurvlabError(f"the log {self.path} cannot be written: {error.strerror or error}") from error
         self._saved = time.monotonic()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab.capture import Capture, LayerStatistics
-from curvlab.errors import CurvlabError, unknown
+from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.layers import Block, Layout, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood
 
@@ -247,6 +247,12 @@ class Closure:
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
         return loss
 
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """(outputs, loss of each example) of the model as it stands, without a graph: all that an evaluation needs."""
+        with torch.no_grad():
+            z = self._forward(self.x)
+            return z, self._losses(z)
+
     def labels(self, z: Tensor, draws: int = 1) -> list[Tensor]:
         """Labels drawn from the model's own distribution at outputs z: the same ones at every call."""
         generator = self.objective.generator(self.number, self.stream, self.part)
@@ -323,7 +329,7 @@ class Closure:
             where = "the model's outputs contain NaN or Inf"
         else:
             where = "the outputs are finite, so the likelihood overflows"
-        raise CurvlabError(f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping")
+        raise Diverged(f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping")
 
 
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range")

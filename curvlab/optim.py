@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from curvlab.curvature.base import Curvature, check_damping
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.objective import Closure, Objective, Observation, Pass, Transition
 
 MomentumKind = Literal["add", "average", "corrected"]
 """m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1 − βᵏ (Adam)."""
 
 Batch = tuple[Tensor, Tensor]
+
+Watch = Callable[[Observation, dict[str, Tensor]], None]
+"""Told of every step: what was observed before it, and {block: change of its parameters}."""
 
 
 class Momentum:
@@ -25,6 +28,8 @@ class Momentum:
     def __init__(self, beta: float, kind: MomentumKind = "add") -> None:
         if not 0 <= beta < 1:
             raise CurvlabError(f"momentum must be at least 0 and below 1, not {beta:g}")
+        if kind not in get_args(MomentumKind):
+            raise unknown("kind of momentum", kind, get_args(MomentumKind))
         self.beta, self.kind = beta, kind
         self.buffers: dict[str, Tensor] = {}
         self.steps = 0
@@ -155,9 +160,7 @@ def move(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tenso
     largest = torch.stack([d.abs().amax() for d in direction.values()])  # NaN where an entry is
     if not bool(torch.isfinite(largest).all()):
         bad = next(b for b in objective.blocks if not bool(torch.isfinite(direction[b.name]).all()))
-        raise CurvlabError(
-            f"the direction of {bad} is not finite; nothing was moved: raise the damping or lower the learning rate"
-        )
+        raise Diverged(f"the direction of {bad} is not finite; nothing was moved: raise the damping or lower the learning rate")
     parameters = objective.parameters
     with torch.no_grad():
         for block in objective.blocks:
@@ -199,6 +202,7 @@ class Optimizer(torch.optim.Optimizer):
             raise CurvlabError(f"the learning rate must be 0 or positive, not {lr:g}")
         self.descent = descent
         self.objective = descent.objective
+        self.watch: Watch | None = None
         defaults = {"lr": lr, "damping": descent.curvature.damping}
         super().__init__(list(self.objective.parameters.values()), defaults)
 
@@ -217,7 +221,8 @@ class Optimizer(torch.optim.Optimizer):
         """Observe, direction, move. Returns the loss before the move.
 
         Raises:
-            CurvlabError: a closure that is not the objective's, or a loss or direction that is not finite (nothing moves).
+            CurvlabError: a closure that is not the objective's.
+            Diverged: a loss or direction that is not finite (nothing moves), a second look that is not.
         """
         if not isinstance(closure, Closure) or closure.objective is not self.objective:
             raise CurvlabError("step needs a closure of this optimizer's objective: optimizer.step(objective.closure(x, y))")
@@ -227,11 +232,15 @@ class Optimizer(torch.optim.Optimizer):
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         saved = weights(self.objective) if self.descent.curvature.rejects else []
         move(self.objective, direction, lambda p: rates[id(p)])
+        step, stands = partial(displacement, self.objective, direction, lambda p: rates[id(p)]), True
         if self.descent.wants_step:
             after = closure.observe(self.descent.step_needs, move_buffers=False)
-            step = partial(displacement, self.objective, direction, lambda p: rates[id(p)])
-            if not self.descent.learn(Transition(observation, after, step)):
+            stands = self.descent.learn(Transition(observation, after, step))
+            if not stands:
                 restore(self.objective, saved)
+        if self.watch is not None:
+            moved = step()
+            self.watch(observation, moved if stands else {name: torch.zeros_like(d) for name, d in moved.items()})
         self.param_groups[0]["damping"] = self.descent.curvature.damping
         return observation.loss
 

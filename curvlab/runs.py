@@ -177,7 +177,7 @@ def compare(
     """
     settings = Settings(reference, tuple(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every)
     settings.check()
-    total = _length(batches)
+    total = length(batches)
     steps = total if steps is None else steps if total is None else min(steps, total)
     if warm is None:
         warm = batches.one_pass() if isinstance(batches, datasets.Batches) else ()
@@ -188,7 +188,7 @@ def compare(
     size = len(first[0])
     call = {
         "function": "curvlab.compare",
-        "batches": _describe(batches),
+        "batches": describe(batches),
         "steps": steps,
         "path": None if path is None else str(path),
     }
@@ -202,11 +202,11 @@ def compare(
     return Run(log)
 
 
-def _length(batches: Iterable[Batch]) -> int | None:
+def length(batches: Iterable[Batch]) -> int | None:
     return len(batches) if isinstance(batches, Sized) else None
 
 
-def _describe(batches: object) -> str:
+def describe(batches: object) -> str:
     if isinstance(batches, datasets.Batches):
         return f"{batches.data.name}, batches of {batches.size}, {batches.epochs} epochs, seed {batches.seed}"
     return type(batches).__name__
@@ -227,10 +227,10 @@ def _compare_one(
     """One seed. Whatever ends it, what was logged is saved."""
     descents = settings.descents(objective, size)
     chosen = list(probes.select(settings.probes).values())
-    clock = _clock(objective.device)
+    clock = clock_of(objective.device)
     reference = settings.reference
     try:
-        warm_start(objective, [d.curvature for d in descents.values()], counted(warm, bar, "warm start", _length(warm)))
+        warm_start(objective, [d.curvature for d in descents.values()], counted(warm, bar, "warm start", length(warm)))
         task = bar.add_task(title, total=steps, note="")
         learning: dict[str, float] = {}  # seconds spent on learning from the last step, to be counted with the next
         for step, (x, y) in enumerate(itertools.islice(batches, steps)):
@@ -267,7 +267,7 @@ def _compare_one(
         log.save()
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
+def clock_of(device: torch.device) -> Callable[[], float]:
     """Seconds, after the device has finished what was asked of it."""
     if device.type != "cuda":
         return time.perf_counter

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 from rich.console import Console
-from torch import nn
 
 from curvlab import datasets, models
 from curvlab.algorithms import ALGORITHMS, optimizer
 from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError, lookup
+from curvlab.evaluation import mode
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.objective import Objective
 from curvlab.optim import Optimizer
@@ -118,7 +116,7 @@ def run(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) 
                     loss = prepared.optimizer.step(objective.closure(*next(stream)))
                     bar.update(training, advance=1, note=f"loss {float(loss):.4g}")
                 done = steps
-                with _evaluating(objective.model):
+                with mode(objective.model, training=False):
                     record = named.plan.record(
                         objective, x, y, lambda note: bar.update(spectra, note=note), lambda: bar.advance(spectra)
                     )
@@ -126,15 +124,3 @@ def run(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) 
     finally:
         log.save()
     return log.dataset()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, where no example's loss depends on the others or on chance; then as it was."""
-    before = {name: module.training for name, module in model.named_modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for name, module in model.named_modules():
-            module.training = before[name]

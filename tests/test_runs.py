@@ -79,7 +79,7 @@ def test_the_loss_logged_is_the_loss_before_the_step() -> None:
     assert float(run.dataset["loss"][-1]) != expected
 
 
-@pytest.mark.parametrize("figure", [name for name in FIGURES if name != "spectrum"])  # whose tests are test_spectra.py
+@pytest.mark.parametrize("figure", [n for n in FIGURES if n not in ("spectrum", "training")])  # test_spectra.py, test_train.py
 def test_every_figure_draws_what_compare_logs(figure: str) -> None:
     p = problem()
     run = cl.compare(p.objective(), batches(p, 4), algorithms=NAMES, damping=0.1)

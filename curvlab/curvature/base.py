@@ -322,7 +322,7 @@ class BlockDiagonal:
                     move = partial(_step_of, transition, name)
                     block.secant(before.passes["data"][name], after.passes["data"][name], move)
                 except CurvlabError as error:
-                    raise CurvlabError(f"{self._partition[name]}: {error}") from error
+                    raise type(error)(f"{self._partition[name]}: {error}") from error
         if self.levenberg is not None:
             self.damping = self.levenberg.adapted(self.damping, self._ratio(transition))
         return True
@@ -353,7 +353,7 @@ class BlockDiagonal:
             try:
                 block.refresh(damping)
             except CurvlabError as error:
-                raise CurvlabError(f"{self._partition[name]}: {error}") from error
+                raise type(error)(f"{self._partition[name]}: {error}") from error
         self.ready = True
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
-from curvlab.errors import CurvlabError
+from curvlab.errors import Diverged
 from curvlab.layers import Block
 from curvlab.linalg.factor import shifted
 from curvlab.linalg.roots import inverse_root_eigh, inverse_root_newton, root_eigh
@@ -34,6 +34,6 @@ def _root(mean: Tensor, damping: float, p: int) -> Tensor:
     """By coupled Newton (at most 100 iterations, tolerance 1e-6); where rounding stops it above 1e-2, by `eigh`."""
     damped = shifted(mean, damping)
     if not bool(damped.isfinite().all()):
-        raise CurvlabError("a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping")
+        raise Diverged("a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping")
     root, error = inverse_root_newton(damped, p)
     return root if error < 1e-2 else inverse_root_eigh(damped, p, floor=damping)

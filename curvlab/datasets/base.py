@@ -129,15 +129,19 @@ class Batches:
         """The first epoch alone: what a warm start goes through."""
         return replace(self, epochs=1)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The minibatches of epoch `number`, counted from 0, from minibatch `start` on: a function of (seed, number) alone."""
         data = self.data
-        for epoch in range(self.epochs):
-            order = torch.randperm(len(data), generator=generator(self.seed, epoch))
-            for i in range(self.per_epoch):
-                chosen = order[i * self.size : (i + 1) * self.size]
-                x = data.x[chosen]
-                y = x if data.y is data.x else data.y[chosen]
-                yield (x if data.augment is None else data.augment(x, generator(self.seed, epoch, i))), y
+        order = torch.randperm(len(data), generator=generator(self.seed, number))
+        for i in range(start, self.per_epoch):
+            chosen = order[i * self.size : (i + 1) * self.size]
+            x = data.x[chosen]
+            y = x if data.y is data.x else data.y[chosen]
+            yield (x if data.augment is None else data.augment(x, generator(self.seed, number, i))), y
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(self.epochs):
+            yield from self.epoch(number)
 
 
 def generator(*entropy: int) -> torch.Generator:

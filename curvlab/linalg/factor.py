@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.errors import CurvlabWarning, Diverged
 
 
 def shifted(matrix: Float[Tensor, "D D"], damping: float) -> Float[Tensor, "D D"]:
@@ -33,13 +33,13 @@ def damped_cholesky(
         what: name of the matrix, for messages.
 
     Raises:
-        CurvlabError: NaN or Inf in the matrix, or no factorisation within `tries`.
+        Diverged: NaN or Inf in the matrix, or no factorisation within `tries`.
     """
     used = damping
     for _ in range(tries):
         matrix = build(used)
         if not bool(torch.isfinite(matrix.diagonal()).all()):
-            raise CurvlabError(f"{what} contains NaN or Inf: lower the learning rate or raise the damping")
+            raise Diverged(f"{what} contains NaN or Inf: lower the learning rate or raise the damping")
         factor, info = torch.linalg.cholesky_ex(matrix)
         if not bool(info) and bool(torch.isfinite(factor.diagonal()).all()):
             if used != damping:
@@ -47,7 +47,7 @@ def damped_cholesky(
                 warnings.warn(message, CurvlabWarning, stacklevel=2)
             return factor, used
         used = 10 * used if used > 0 else torch.finfo(matrix.dtype).eps * max(1.0, float(build(0.0).diagonal().amax()))
-    raise CurvlabError(f"{what} is not positive definite, even with damping {used / 10:g}: raise the damping")
+    raise Diverged(f"{what} is not positive definite, even with damping {used / 10:g}: raise the damping")
 
 
 def damped_inverse(matrix: Float[Tensor, "D D"], damping: float, what: str) -> Float[Tensor, "D D"]:

@@ -9,18 +9,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import Diverged
 
 
 def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tensor, "D D"]:
     """M^{−1/p} through the eigendecomposition; eigenvalues that rounding put below `floor`, a known bound, are set to it.
 
-    Raises CurvlabError where M is not positive definite.
+    Raises Diverged where M is not positive definite.
     """
     e, q = torch.linalg.eigh(M)
     e = e.clamp_min(floor)
     if not bool(e[0] > 0):
-        raise CurvlabError(f"no inverse {p}-th root: the smallest eigenvalue is {float(e[0]):.3g}; raise the damping")
+        raise Diverged(f"no inverse {p}-th root: the smallest eigenvalue is {float(e[0]):.3g}; raise the damping")
     root: Tensor = (q * e ** (-1 / p)) @ q.mT
     return root
 

@@ -1,0 +1,215 @@
+"""``curvlab train``: its options, its table, and how a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from curvlab import checkpoint
+from curvlab.errors import CurvlabError
+from curvlab.memory import keep_freed_memory
+from curvlab.runs import device_of
+from curvlab.terminal import err, finish, folder_for, out, says_what_is_saved
+from curvlab.train_run import Named, prepare, resumed, run_named
+from curvlab.train_settings import Budget, Settings
+
+Option = typer.Option
+
+DIVERGED = 1
+"""Exit code of a run whose loss left the finite range: a result, and no bad input."""
+
+_PROBLEM, _METHOD, _RATE, _LENGTH = "Problem", "Method", "Learning rate", "Length"
+_EVALUATION, _MACHINE, _OUTPUT = "Evaluation", "Machine", "Output"
+
+
+def train(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        Option(help="Network, of `curvlab list models`, or module:function of yours. Required, unless --resume.",
+               rich_help_panel=_PROBLEM),
+    ] = None,
+    data: Annotated[str | None, Option(help="Data set; the model's own by default.", rich_help_panel=_PROBLEM)] = None,
+    batch_size: Annotated[
+        int, Option(help="Examples in a minibatch (thesis: 1000 for autoencoders, 128 for CNNs).", rich_help_panel=_PROBLEM)
+    ] = 1000,
+    augment: Annotated[
+        bool, Option("--augment/--no-augment", help="Random crops and flips, where the data set has them (thesis 4.7.2).",
+                     rich_help_panel=_PROBLEM),
+    ] = True,
+    seed: Annotated[int, Option(help="Of weights, batches, sampled labels, dropout.", rich_help_panel=_PROBLEM)] = 0,
+    algorithm: Annotated[str, Option(help="Of `curvlab list algorithms`.", rich_help_panel=_METHOD)] = "adam",
+    damping: Annotated[
+        float | None,
+        Option(help="The algorithm's own: λ, or ε of TNT, Shampoo, Adam; its document's by default.", rich_help_panel=_METHOD),
+    ] = None,
+    momentum: Annotated[
+        float | None, Option(help="β; its document's by default (0.9: thesis 2.8.2, 3.7.2, 4.7.2).", rich_help_panel=_METHOD)
+    ] = None,
+    momentum_kind: Annotated[
+        str | None,
+        Option(help="add: β m + g (thesis ch. 3, 4). average: β m + (1 − β) g (ch. 2). corrected: Adam's. Its document's by "
+                    "default.", rich_help_panel=_METHOD),
+    ] = None,
+    weight_decay: Annotated[
+        float, Option(help="γ, decoupled: W ← W − lr (p + γ W) (thesis Alg. 15, line 19).", rich_help_panel=_METHOD)
+    ] = 0.0,
+    decay: Annotated[
+        float | None,
+        Option(help="Of moving averages; its document's by default: 0.9, Adam's β₂ 0.999.", rich_help_panel=_METHOD),
+    ] = None,
+    labels: Annotated[
+        str | None, Option(help="data, model or exact, where they are not to be the algorithm's own.", rich_help_panel=_METHOD)
+    ] = None,
+    update_every: Annotated[
+        int, Option(help="T₁ (T of K-BFGS), steps between updates of statistics (thesis: 1; CNNs 10, K-BFGS 20).",
+                    rich_help_panel=_METHOD),
+    ] = 1,
+    refresh_every: Annotated[
+        int, Option(help="T₂, steps between inversions (thesis: 20 for autoencoders, 100 for CNNs).", rich_help_panel=_METHOD)
+    ] = 1,
+    warm_start: Annotated[
+        bool, Option("--warm-start/--no-warm-start", help="One pass for the statistics, where the document has it (2.8.2).",
+                     rich_help_panel=_METHOD),
+    ] = True,
+    own: Annotated[
+        list[str] | None,
+        Option("--set", metavar="NAME=VALUE", help="An option of the algorithm's own; may be given again.",
+               rich_help_panel=_METHOD),
+    ] = None,
+    lr: Annotated[float | None, Option(help="Learning rate α; its document's by default.", rich_help_panel=_RATE)] = None,
+    schedule: Annotated[
+        str,
+        Option(help="constant, step (thesis 3.7.1: 0.1 every 60 epochs), cosine, or torch's by name, as ExponentialLR.",
+               rich_help_panel=_RATE),
+    ] = "constant",
+    schedule_own: Annotated[
+        list[str] | None,
+        Option("--schedule-set", metavar="NAME=VALUE", help="An option of the schedule: step has every, factor; cosine least.",
+               rich_help_panel=_RATE),
+    ] = None,
+    schedule_every: Annotated[
+        str, Option(help="epoch or step: what the schedule counts.", rich_help_panel=_RATE)
+    ] = "epoch",
+    epochs: Annotated[
+        int | None, Option(help="Epochs; 20 where neither --steps nor --seconds is given.", rich_help_panel=_LENGTH)
+    ] = None,
+    steps: Annotated[int | None, Option(help="Steps; whichever comes first.", rich_help_panel=_LENGTH)] = None,
+    seconds: Annotated[
+        float | None,
+        Option(help="Wall time of training, evaluation and warm start apart (thesis 2.8.1: 500 for MNIST).",
+               rich_help_panel=_LENGTH),
+    ] = None,
+    evaluate_every: Annotated[
+        int, Option(help="Epochs between evaluations (thesis 2.8.1: 1); the last is always evaluated.",
+                    rich_help_panel=_EVALUATION),
+    ] = 1,
+    evaluate_samples: Annotated[
+        int | None,
+        Option(help="The training loss is of so many first examples; of all by default (thesis 2.8.1).",
+               rich_help_panel=_EVALUATION),
+    ] = None,
+    device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel=_MACHINE)] = "auto",
+    dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel=_MACHINE)] = "float32",
+    out_folder: Annotated[
+        Path | None,
+        Option("--out", metavar="FOLDER", help="Gets run.h5, checkpoint.pt, training.png, training.svg; a fresh one under "
+               "runs/ by default.", rich_help_panel=_OUTPUT),
+    ] = None,
+    resume: Annotated[
+        bool,
+        Option("--resume", help="Go on from the checkpoint in --out, bit for bit, with its settings; a longer run may be asked "
+               "for.", rich_help_panel=_OUTPUT),
+    ] = False,
+    checkpoint_seconds: Annotated[
+        float, Option(help="Between checkpoints within an epoch; there is one after every epoch.", rich_help_panel=_OUTPUT)
+    ] = 60.0,
+) -> None:  # fmt: skip
+    """Train a network along one algorithm; log loss, error, times and norms by epoch.
+
+    Loss and error are of the whole training and test set at the end of an epoch (epoch 0: before training), in eval mode; error
+    is the fraction of wrong classes, for autoencoders the mean squared error of sigmoid(output), for FACES of the output.
+    Defaults are the algorithm's document's (`curvlab list algorithms`). Exit code 1: the loss left the finite range, and the
+    last good state is kept.
+    """
+    given = {k: v for k, v in locals().items() if k != "context"}
+    call = {"command": "train"} | given
+    call["out"] = str(call.pop("out_folder") or "")
+    said = {name for name in given if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
+    given |= {"own": _options(own, "--set"), "schedule_options": _options(schedule_own, "--schedule-set"), "warm": warm_start}
+    said |= {new for old, new in (("warm_start", "warm"), ("schedule_own", "schedule_options")) if old in said}
+    state = None
+    if resume:
+        if out_folder is None:
+            raise CurvlabError("--resume needs the folder of the run: give it with --out")
+        state = checkpoint.load(out_folder / checkpoint.FILE)
+        kept = resumed(state, {k: given[k] for k in said})
+        given |= kept
+        where = device_of(given["device"])
+        if where.type != "cpu":
+            state = checkpoint.load(out_folder / checkpoint.FILE, where)
+    elif epochs is None and steps is None and seconds is None:
+        given["epochs"] = 20
+    if given["model"] is None:
+        raise CurvlabError("Missing option '--model'.")
+    training = prepare(_named(given), call, state)
+    keep_freed_memory()
+    folder = folder_for(out_folder, f"train-{given['model'].replace(':', '-')}", resume=resume)
+    training.into(folder)
+    with says_what_is_saved(folder / "run.h5", f"; go on with: curvlab train --resume --out {folder}"):
+        run = run_named(training, err)
+    finish(run.dataset, folder, "training", _print_epochs)
+    if run.stopped:
+        err.print(f"curvlab: {run.stopped} ({folder / checkpoint.FILE})", markup=False)
+        raise typer.Exit(DIVERGED)
+
+
+def _named(given: Mapping[str, Any]) -> Named:
+    def those(kind: type) -> dict[str, Any]:
+        return {name: given[name] for name in kind.__dataclass_fields__ if name in given}  # type: ignore[attr-defined]  # a dataclass
+
+    return Named(**those(Named) | {"settings": Settings(**those(Settings)), "budget": Budget(**those(Budget))})
+
+
+def _options(words: list[str] | None, option: str) -> dict[str, Any]:
+    """NAME=VALUE, each value a number, true, false or none where it reads as one."""
+    found = {}
+    for word in words or []:
+        name, equals, value = word.partition("=")
+        if not name or not equals:
+            raise CurvlabError(f"{option} takes NAME=VALUE, not '{word}'")
+        found[name.strip().replace("-", "_")] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _print_epochs(ds: Any) -> None:
+    """The first, the best and the last of the epochs that were evaluated."""
+    seen = ds.dropna("epoch", subset=["train_loss"])
+    scores = [name for name in ("train_loss", "val_loss", "train_error", "val_error") if name in seen]
+    last = seen.sizes["epoch"] - 1
+    best = int(seen["val_loss" if "val_loss" in seen else "train_loss"].argmin("epoch"))
+    table = Table("", title=f"{ds.attrs['algorithm']} on {ds.attrs['model']}; error: {ds.attrs['error']}")
+    for heading in ("epoch", "steps", *(name.replace("_", " ") for name in scores), "training time"):
+        table.add_column(heading, justify="right")
+    for i in dict.fromkeys((0, best, last)):
+        at = seen.isel(epoch=i)
+        what = ", ".join(word for word, place in (("before", 0), ("best", best), ("last", last)) if place == i)
+        cells = (f"{float(at[name]):.5g}" for name in scores)
+        table.add_row(what, f"{float(at['epoch']):g}", str(int(at["steps"])), *cells, f"{float(at['wall_seconds']):.4g} s")
+    out.print(table)

@@ -1,0 +1,118 @@
+"""Loss and error of a model on whole data sets: in eval mode, without a graph, in chunks, its state and all chance as before.
+
+The loss is the objective's, the mean over examples of a per-example sum; an error is a mean over examples too (ERRORS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlab.datasets import Dataset
+from curvlab.errors import CurvlabError
+from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from curvlab.objective import Closure, Objective
+
+Data = Dataset | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
+"""A data set, the pair (x, y) of one, or minibatches of it that can be gone through again."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """An error of each example at outputs z [N, …] and targets y; `name` is what a log calls its mean."""
+
+    name: str
+    units: str
+    each: Callable[[Tensor, Tensor], Float[Tensor, " N"]]
+
+
+def _wrong(z: Tensor, y: Tensor) -> Tensor:
+    return (z.argmax(1) != y).double()
+
+
+def _wrong_sign(z: Tensor, y: Tensor) -> Tensor:
+    return ((z > 0) != (y > 0.5)).flatten(1).double().mean(1)
+
+
+def _squared(z: Tensor, y: Tensor) -> Tensor:
+    return (z - y).square().flatten(1).mean(1)
+
+
+WRONG = Measure("fraction of wrong classes", "1", _wrong)
+WRONG_SIGN = Measure("fraction of wrong classes", "1", _wrong_sign)
+SQUARED_SIGMOID = Measure("mean squared error of sigmoid(output)", "1", lambda z, y: _squared(z.sigmoid(), y))
+SQUARED = Measure("mean squared error of the outputs", "1", _squared)
+
+
+def measure_of(likelihood: Likelihood, outputs: int) -> Measure | None:
+    """The documents' error of a likelihood; None where they have none.
+
+    Classes: the fraction wrong. Autoencoders (Bernoulli, several outputs): mean squared error of sigmoid(output) over pixels
+    (practice). FACES (Gaussian): mean squared error of the outputs. Bernoulli with one output is a choice of two classes.
+    """
+    if isinstance(likelihood, Categorical):
+        return WRONG
+    if isinstance(likelihood, Bernoulli):
+        return WRONG_SIGN if outputs == 1 else SQUARED_SIGMOID
+    return SQUARED if isinstance(likelihood, Gaussian) else None
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in train or eval mode (where no example's loss depends on the others or on chance), then as before."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before.items():
+            module.training = was
+
+
+@contextmanager
+def chance_kept(device: torch.device) -> Iterator[None]:
+    """The global generators are afterwards as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def chunks(data: Data, size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The examples in order, `size` at a time (minibatches: as they come); of a data set the first `most`."""
+    if isinstance(data, tuple):
+        data = Dataset("data", data[0], data[1], "")
+    if not isinstance(data, Dataset):
+        yield from data
+        return
+    total = len(data) if most is None else min(most, len(data))
+    for start in range(0, total, size):
+        x = data.x[start : min(start + size, total)]
+        yield x, x if data.y is data.x else data.y[start : start + len(x)]
+
+
+def evaluate(
+    objective: Objective, data: Data, *, error: Measure | None = None, size: int = 1000, most: int | None = None
+) -> tuple[float, float]:
+    """Mean loss and mean error (NaN without one) over the examples, added up in float64; read from the device once.
+
+    Raises:
+        CurvlabError: no examples, targets that do not fit the outputs.
+    """
+    count = 0
+    sums = torch.zeros(2, dtype=torch.float64, device=objective.device)
+    with mode(objective.model, training=False), chance_kept(objective.device), torch.no_grad():
+        for x, y in chunks(data, size, most):
+            closure = Closure(objective, x, y, 0)  # no closure of the objective's own: its labels stay as they are
+            z, losses = closure.outputs()
+            sums[0] += losses.double().sum()
+            if error is not None:
+                sums[1] += error.each(z, closure.y).double().sum()
+            count += len(x)
+    if not count:
+        raise CurvlabError("there are no examples to evaluate on")
+    loss, wrong = (sums / count).tolist()
+    return loss, wrong if error is not None else float("nan")

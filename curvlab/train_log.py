@@ -1,0 +1,95 @@
+"""What a training run logs: VARIABLES, and the meter that adds up on the device what every step has to say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvlab.evaluation import Measure
+from curvlab.log import Log, Record
+from curvlab.objective import Objective, Observation
+from curvlab.train_settings import Position
+
+VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "train_loss": ((), "mean loss over the training examples, in eval mode", "nat"),
+    "val_loss": ((), "mean loss over the validation examples, in eval mode", "nat"),
+    "train_error": ((), "error over the training examples", "1"),
+    "val_error": ((), "error over the validation examples", "1"),
+    "batch_loss": ((), "minibatch loss before the step, mean over the epoch's steps", "nat"),
+    "gradient_norm": ((), "norm of the minibatch gradient, mean over the epoch's steps", "nat/parameter"),
+    "step_norm": ((), "length of the step, mean over the epoch's steps", "parameter"),
+    "gradient_norm_of_block": (("block",), "norm of the minibatch gradient of a block, mean over the epoch's steps",
+                               "nat/parameter"),
+    "step_norm_of_block": (("block",), "length of the step of a block, mean over the epoch's steps", "parameter"),
+    "lr": ((), "learning rate at the end of the epoch", "1"),
+    "damping": ((), "damping at the end of the epoch", "1"),
+    "steps": ((), "steps since the beginning", "1"),
+    "wall_seconds": ((), "wall time of training since the beginning", "s"),
+    "cpu_seconds": ((), "CPU time of training, all threads, since the beginning", "s"),
+    "evaluation_seconds": ((), "wall time of evaluation since the beginning, apart from training", "s"),
+    "warm_start_seconds": ((), "wall time of the warm start, apart from training", "s"),
+}  # fmt: skip
+"""{variable: (dimensions beside the epoch, long name, units)}"""
+
+TIMES = tuple(name for name in VARIABLES if name.endswith("_seconds"))
+
+
+def open_log(objective: Objective, error: Measure | None, attributes: Mapping[str, Any], path: Path | None) -> Log:
+    """An empty log of epochs."""
+    variables = {"epoch": {"long_name": "epochs of training", "units": "1"}}
+    for name, (_, long_name, units) in VARIABLES.items():
+        said = long_name.replace("error", error.name, 1) if error and name.endswith("_error") else long_name
+        variables[name] = {"long_name": said, "units": units}
+    own = {
+        "seed": objective.seed,
+        "device": str(objective.device),
+        "dtype": str(objective.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "error": error.name if error else "none",
+    }
+    coordinates: dict[str, Any] = {
+        "block": [b.name for b in objective.blocks],
+        "parameters": ("block", [" ".join(b.params) for b in objective.blocks]),
+    }
+    return Log(coordinates, variables, own | dict(attributes), path, (objective.seed,), "epoch")
+
+
+class Meter:
+    """Sums over the steps of an epoch: loss, norms of gradient and step, the same of every block. Told by `Optimizer.watch`.
+
+    They stay on the device, in float64, until `record` reads them.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.blocks = [b.name for b in objective.blocks]
+        self.sums: Tensor | None = None
+
+    def __call__(self, observation: Observation, moved: dict[str, Tensor]) -> None:
+        norms = [torch.stack(torch._foreach_norm([d[b] for b in self.blocks])) for d in (observation.gradients, moved)]
+        row = torch.cat([observation.loss[None], *(n.norm()[None] for n in norms), *norms]).double()
+        self.sums = row if self.sums is None else self.sums + row
+
+    def record(self, scores: Mapping[str, float], lr: float, damping: float, at: Position) -> Record:
+        """Of the epoch that `at` stands in or at the end of; means are NaN before the first step."""
+        n = len(self.blocks)
+        means = np.full(3 + 2 * n, np.nan) if self.sums is None else self.sums.cpu().numpy() / at.step
+        values: dict[str, Any] = dict(scores) | {
+            "batch_loss": means[0],
+            "gradient_norm": means[1],
+            "step_norm": means[2],
+            "gradient_norm_of_block": means[3 : 3 + n],
+            "step_norm_of_block": means[3 + n :],
+            "lr": lr,
+            "damping": damping,
+            "steps": at.steps,
+            "wall_seconds": at.wall,
+            "cpu_seconds": at.cpu,
+            "evaluation_seconds": at.evaluation,
+            "warm_start_seconds": at.warm,
+        }
+        return {name: (VARIABLES[name][0], np.asarray(values[name])) for name in VARIABLES if name in values}

@@ -1,0 +1,282 @@
+"""`train`: any model along any algorithm; `prepare` and `train_named`: by the names of the tables, as the command line does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from curvlab import checkpoint, datasets, figures, models
+from curvlab.errors import CurvlabError, CurvlabWarning, lookup
+from curvlab.evaluation import Data, Measure, chance_kept, chunks, measure_of, mode
+from curvlab.likelihoods import LIKELIHOODS
+from curvlab.log import Log
+from curvlab.objective import Closure, Objective, Pass
+from curvlab.optim import Batch, MomentumKind
+from curvlab.progress import progress_bar
+from curvlab.runs import DTYPES, device_of
+from curvlab.schedules import Make
+from curvlab.train_settings import Budget, Every, Settings
+from curvlab.training import Training
+
+LEAST = 256
+"""Examples at a time in evaluation are those of a minibatch, or so many where that is more."""
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """A training run that has ended. `stopped` says why, where the numbers left the finite range; else it is empty."""
+
+    log: Log
+    folder: Path | None
+    stopped: str = ""
+
+    @property
+    def dataset(self) -> xr.Dataset:
+        return self.log.dataset()
+
+    @property
+    def path(self) -> Path | None:
+        """The log's file, where the run was given a folder."""
+        return self.log.path
+
+    def figure(self, name: str = "training") -> Figure:
+        return figures.draw(self.dataset, name)
+
+
+def train(
+    objective: Objective,
+    batches: Iterable[Batch],
+    validation: Data | None = None,
+    *,
+    algorithm: str = "adam",
+    lr: float | None = None,
+    damping: float | None = None,
+    momentum: float | None = None,
+    momentum_kind: MomentumKind | None = None,
+    weight_decay: float = 0.0,
+    decay: float | None = None,
+    labels: Pass | None = None,
+    update_every: int = 1,
+    refresh_every: int = 1,
+    schedule: str | Make = "constant",
+    schedule_every: Every = "epoch",
+    schedule_options: Mapping[str, Any] | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    seconds: float | None = None,
+    warm: Iterable[Batch] | None = None,
+    error: Measure | None = None,
+    evaluate_every: int = 1,
+    evaluate_samples: int | None = None,
+    folder: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    resume: bool = False,
+    progress: bool | None = None,
+    **own: Any,
+) -> TrainRun:
+    """Train your model along one algorithm, and log loss, error, times and norms by epoch.
+
+    Args:
+        objective: your model and likelihood; its parameters are moved. The model is in train mode while it steps, in eval mode
+            while it is evaluated, and at the end as it was.
+        batches: minibatches (x, y) that can be gone through again: a data set's (`Dataset.batches`, shuffled anew in every
+            epoch), a list, a DataLoader. One pass is an epoch.
+        validation: a data set, a pair (x, y) or minibatches of it.
+        algorithm: of `ALGORITHMS`; `own` are its own options. lr, damping, momentum, momentum_kind, decay, labels: its
+            document's where None. weight_decay: decoupled, W ← W − lr · γ W (thesis Alg. 15, line 19).
+        update_every: T₁, or K-BFGS's T. refresh_every: T₂.
+        schedule: a name (`schedules.find`) with `schedule_options`, or a function optimizer → torch scheduler.
+        schedule_every: "epoch" or "step", after which the scheduler steps.
+        epochs, steps, seconds: the run ends with whichever comes first; None: the epochs of `batches`, or one.
+        warm: minibatches of the warm start. None takes the first epoch of `batches` where they are a data set's, and no warm
+            start otherwise; pass ``()`` for none.
+        error: the error of an example; None takes the likelihood's (`evaluation.measure_of`).
+        evaluate_every: epochs between evaluations; the last is always evaluated.
+        evaluate_samples: the training loss is of so many first examples; None: of all.
+        folder: gets run.h5 and checkpoint.pt; None keeps the log in memory, without checkpoints.
+        checkpoint_seconds: between checkpoints within an epoch; there is one after every epoch.
+        resume: go on from the folder's checkpoint, bit for bit; with the same arguments, but for a longer run.
+        progress: show a progress bar; None shows one where standard error is a terminal.
+
+    Raises:
+        CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of other settings. A loss that is
+            not finite is no error: the run ends with a warning, `stopped` says why, and the last good weights are put back.
+    """
+    settings = Settings(
+        algorithm, lr, damping, momentum, momentum_kind, weight_decay, decay, labels, update_every, refresh_every, own,
+        schedule, schedule_every, schedule_options or {}, evaluate_every, evaluate_samples,
+    )  # fmt: skip
+    if epochs is None and steps is None and seconds is None:
+        epochs = batches.epochs if isinstance(batches, datasets.Batches) else 1
+    place = None if folder is None else Path(folder)
+    model, data = type(objective.model).__name__, type(batches).__name__
+    about: dict[str, Any] = {"model": model}
+    if isinstance(batches, datasets.Batches):
+        data = f"{batches.data.name}, batches of {batches.size}, seed {batches.seed}"
+        about |= {"batch_size": batches.size, "data_description": batches.data.description}
+    call = {"function": "curvlab.train", "batches": data, "folder": folder and str(folder), "resume": resume}
+    about |= {"data": data, "call": call}
+    shapes = {name: list(p.shape) for name, p in objective.parameters.items()}
+    must_match = {"model": model, "data": data, "parameters": shapes, "seed": objective.seed}
+    training = _training(
+        objective, batches, validation, settings, Budget(epochs, steps, seconds), warm, error, about, must_match, place,
+        checkpoint_seconds,
+    )  # fmt: skip
+    if place is not None:
+        _claim(place, resume)
+        if resume:
+            training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
+    console = Console(stderr=True)
+    run = _run(training, console, console.is_terminal if progress is None else progress, lambda line: None)
+    if run.stopped:
+        warnings.warn(run.stopped, CurvlabWarning, stacklevel=2)
+    return run
+
+
+def _training(
+    objective: Objective,
+    batches: Iterable[Batch],
+    validation: Data | None,
+    settings: Settings,
+    budget: Budget,
+    warm: Iterable[Batch] | None,
+    error: Measure | None,
+    about: Mapping[str, Any],
+    must_match: Mapping[str, Any],
+    folder: Path | None,
+    checkpoint_seconds: float,
+) -> Training:
+    """What is left open is filled in. Nothing is written."""
+    if isinstance(batches, Iterator):
+        raise CurvlabError("the minibatches can be gone through only once: give a list, a DataLoader or Dataset.batches(…)")
+    if not checkpoint_seconds > 0:
+        raise CurvlabError(f"the seconds between checkpoints must be above 0, not {checkpoint_seconds:g}")
+    examples: Data = batches.data if isinstance(batches, datasets.Batches) else batches
+    if warm is None:
+        warm = batches.one_pass() if isinstance(batches, datasets.Batches) else ()
+    if validation is not None and isinstance(validation, datasets.Dataset) and not len(validation):
+        validation = None
+    with chance_kept(objective.device):
+        first = next(chunks(examples, 2), None)
+    if first is None:
+        raise CurvlabError("there are no minibatches to train on")
+    with mode(objective.model, training=False), chance_kept(objective.device):
+        z, _ = Closure(objective, *first, 0).outputs()  # what does not fit is found before anything is written
+    size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
+    return Training(
+        objective,
+        batches,
+        settings,
+        budget,
+        examples=examples,
+        validation=validation,
+        warm=warm,
+        error=measure_of(objective.likelihood, z[0].numel()) if error is None else error,
+        about=about,
+        must_match=must_match,
+        size=size,
+        folder=folder,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+
+
+def _run(training: Training, console: Console, shown: bool, say: Callable[[str], None]) -> TrainRun:
+    with progress_bar(console, shown) as bar:
+        training.run(bar, say)
+    return TrainRun(training.log, training.folder, training.stopped)
+
+
+def _claim(folder: Path, resume: bool) -> None:
+    """The folder, made. Raises CurvlabError where it cannot be written, or holds a run that is not to go on."""
+    if not resume:
+        for name in ("run.h5", checkpoint.FILE):
+            if (folder / name).exists():
+                raise CurvlabError(f"{folder} already holds a {name}: choose another folder, or go on with resume")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CurvlabError(f"the folder {folder} cannot be written: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Named:
+    """A training run of a model and a data set of the tables: what the command line runs."""
+
+    settings: Settings
+    budget: Budget
+    model: str
+    data: str | None = None
+    batch_size: int = 1000
+    augment: bool = True
+    warm: bool = True
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "float32"
+    checkpoint_seconds: float = 60.0
+
+    def must_match(self) -> dict[str, Any]:
+        names = ("model", "batch_size", "augment", "warm", "seed", "dtype")
+        data = models.find(self.model).data_name(self.data)
+        return {name: getattr(self, name) for name in names} | {"data": data, "device": str(device_of(self.device))}
+
+
+def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a run that goes on: those of its checkpoint, with the ones that were `given` in their place."""
+    kept = {k: v for k, v in state["settings"].items() if k != "parameters"} | dict(state["budget"])
+    return kept | dict(given)
+
+
+def prepare(named: Named, call: Mapping[str, Any], state: dict[str, Any] | None = None) -> Training:
+    """Checked, built and loaded, and set to the state of a checkpoint; nothing is written, and nothing will be
+    before `Training.into`.
+
+    Raises:
+        CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of other settings.
+    """
+    named.settings.check()
+    named.budget.check()
+    entry = models.find(named.model)
+    data_name = entry.data_name(named.data)
+    lookup(datasets.DATASETS, data_name, "data set")
+    dtype, device = lookup(DTYPES, named.dtype, "dtype"), device_of(named.device)
+    if named.seed < 0:
+        raise CurvlabError(f"the seed must be 0 or positive, not {named.seed}")
+    train_part, test_part = datasets.load(data_name)
+    batches = train_part.batches(named.batch_size, seed=named.seed, augment=named.augment)
+    model = models.build(named.model, named.seed, train_part).to(device, dtype)
+    objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed)
+    about = {
+        "call": dict(call),
+        "model": named.model,
+        "data": data_name,
+        "data_description": (train_part if named.augment or not train_part.augment else test_part).description,
+        "batch_size": named.batch_size,
+    }
+    warm = batches.one_pass() if named.warm else ()
+    training = _training(
+        objective, batches, test_part, named.settings, named.budget, warm, None, about, named.must_match(), None,
+        named.checkpoint_seconds,
+    )  # fmt: skip
+    if state is not None:
+        training.load_state_dict(state)
+    return training
+
+
+def run_named(training: Training, console: Console) -> TrainRun:
+    """Run what was prepared, the global generators seeded for it (dropout). A line an epoch goes to the console."""
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    objective = training.objective
+    with chance_kept(objective.device):
+        torch.manual_seed(objective.seed)
+        return _run(training, console, console.is_terminal, say)

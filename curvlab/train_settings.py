@@ -1,0 +1,125 @@
+"""What a training run is asked to do, when it ends, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from curvlab import schedules
+from curvlab.algorithms import ALGORITHMS, optimizer
+from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.objective import Objective, Pass
+from curvlab.optim import MomentumKind, Optimizer
+
+Every = Literal["epoch", "step"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the weights; where it is None, the algorithm's document does. A run goes on with the same settings only.
+
+    `own` are the method's own options (`ALGORITHMS[name].options`); `schedule` a name (`schedules.find`) with its options, or a
+    function optimizer → torch scheduler, stepped after every epoch or step.
+    """
+
+    algorithm: str = "adam"
+    lr: float | None = None
+    damping: float | None = None
+    momentum: float | None = None
+    momentum_kind: MomentumKind | None = None
+    weight_decay: float = 0.0
+    decay: float | None = None
+    labels: Pass | None = None
+    update_every: int = 1
+    refresh_every: int = 1
+    own: Mapping[str, Any] = field(default_factory=dict)
+    schedule: str | schedules.Make = "constant"
+    schedule_every: Every = "epoch"
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+    evaluate_every: int = 1
+    evaluate_samples: int | None = None
+
+    def check(self) -> None:
+        """Raises CurvlabError for an unknown name or a value out of range, before anything is built."""
+        lookup(ALGORITHMS, self.algorithm, "algorithm")
+        for option in self.own:
+            known = ALGORITHMS[self.algorithm].options
+            if option not in known:
+                raise unknown(f"option of {self.algorithm}", option, known or ["none"])
+        if self.schedule_every not in get_args(Every):
+            raise unknown("schedule_every", self.schedule_every, get_args(Every))
+        for name in ("evaluate_every", "evaluate_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CurvlabError(f"{name} must be 1 or more, not {value}")
+
+    def optimizer(self, objective: Objective) -> Optimizer:
+        names = ("damping", "momentum", "momentum_kind", "decay", "labels", "weight_decay", "update_every", "refresh_every")
+        shared = {name: getattr(self, name) for name in names}
+        try:
+            return optimizer(self.algorithm, objective, self.lr, **shared, **self.own)
+        except (TypeError, AttributeError) as error:
+            if not self.own:
+                raise
+            raise CurvlabError(f"options of {self.algorithm} ({dict(self.own)}): {' '.join(str(error).split())}") from error
+
+    def scheduler(self, stepper: Optimizer, epochs: int | None) -> LRScheduler:
+        make = (
+            schedules.maker(self.schedule, epochs, self.schedule_options) if isinstance(self.schedule, str) else self.schedule
+        )
+        made = make(stepper)
+        if self.schedule_every == "step" and isinstance(made, ReduceLROnPlateau):
+            raise CurvlabError("ReduceLROnPlateau reads the loss, which is evaluated once an epoch: use schedule_every='epoch'")
+        return made
+
+    def spans(self) -> bool:
+        """Whether the number of epochs decides the learning rates, so that it cannot change later."""
+        return isinstance(self.schedule, str) and schedules.find(self.schedule).spans
+
+    def plain(self) -> dict[str, Any]:
+        """As numbers, strings and dictionaries, the document's values in the place of None."""
+        table = ALGORITHMS[self.algorithm]
+        known: dict[str, Any] = {"own": dict(self.own), "schedule_options": dict(self.schedule_options)}
+        known["schedule"] = self.schedule if isinstance(self.schedule, str) else getattr(self.schedule, "__qualname__", "own")
+        for name in ("lr", "damping", "momentum", "momentum_kind", "decay", "labels"):
+            value = getattr(self, name)
+            known[name] = getattr(table, name) if value is None else value
+        return asdict(replace(self, **known))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a run ends: whichever comes first. `seconds` are of training, without evaluation and warm start."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+
+    def check(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not value > 0:
+                raise CurvlabError(f"{name} must be {'above 0' if name == 'seconds' else '1 or more'}, not {value:g}")
+        if self == Budget():
+            raise CurvlabError("the run needs an end: give epochs, steps or seconds")
+
+    def most_steps(self, per_epoch: int | None) -> int | None:
+        """Steps after which it ends at the latest; None where that is not known."""
+        known = (self.steps, self.epochs * per_epoch if self.epochs is not None and per_epoch is not None else None)
+        return min((n for n in known if n is not None), default=None)
+
+
+@dataclass
+class Position:
+    """How far a run is: `epoch` epochs are finished, and `step` steps of the next one; `steps` in all. Times in seconds."""
+
+    started: bool = False
+    epoch: int = 0
+    step: int = 0
+    steps: int = 0
+    wall: float = 0.0
+    cpu: float = 0.0
+    evaluation: float = 0.0
+    warm: float = 0.0

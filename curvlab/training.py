@@ -1,0 +1,368 @@
+"""The training loop: steps, evaluation, log, checkpoints. All of its state is in a checkpoint, so it goes on bit for bit.
+
+The order of writing is checkpoint, then log, and the checkpoint holds the log's records: whenever the process dies, the log is
+made again from the checkpoint. Loss and error are of the whole training and validation sets at an epoch's end, in eval mode;
+the time of that is apart, as is the time of the warm start, of checkpoints and of the log (thesis 2.8.1).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not export it by name
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from curvlab import checkpoint, datasets
+from curvlab.errors import CurvlabError, Diverged
+from curvlab.evaluation import Data, Measure, evaluate, mode
+from curvlab.interrupt import Shield, shielded
+from curvlab.log import Record
+from curvlab.objective import Objective
+from curvlab.optim import Batch
+from curvlab.progress import counted
+from curvlab.runs import clock_of, length
+from curvlab.train_log import Meter, open_log
+from curvlab.train_settings import Budget, Position, Settings
+
+
+class Training:
+    """One run and its state. `run` trains until the budget is spent; nothing is written where there is no `folder`.
+
+    Args:
+        objective: whose parameters are moved.
+        batches: one pass over them is an epoch; a data set's (`Dataset.batches`) are shuffled anew in every epoch.
+        examples: on which the training loss is evaluated.
+        validation: likewise, or None.
+        warm: minibatches of the warm start, where the algorithm has one.
+        error: see `evaluation.measure_of`.
+        about: attributes of the log. must_match: what else must be the same where the run goes on.
+        size: examples at a time in evaluation.
+        folder: gets run.h5 and checkpoint.pt.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Iterable[Batch],
+        settings: Settings,
+        budget: Budget,
+        *,
+        examples: Data,
+        validation: Data | None,
+        warm: Iterable[Batch],
+        error: Measure | None,
+        about: Mapping[str, Any],
+        must_match: Mapping[str, Any],
+        size: int,
+        folder: Path | None,
+        checkpoint_seconds: float = 60.0,
+    ) -> None:
+        settings.check()
+        budget.check()
+        self.objective, self.batches, self.settings, self.budget = objective, batches, settings, budget
+        self.examples, self.validation, self.warm, self.error, self.size = examples, validation, warm, error, size
+        self.folder, self.checkpoint_seconds = folder, checkpoint_seconds
+        self.per_epoch = batches.per_epoch if isinstance(batches, datasets.Batches) else length(batches)
+        self.optimizer = settings.optimizer(objective)
+        self.scheduler = settings.scheduler(self.optimizer, budget.epochs)
+        self.optimizer.watch = self.meter = Meter(objective)
+        self.clock = clock_of(objective.device)
+        self.at, self.shield = Position(), Shield()
+        self.last: Batch | None = None
+        self.must_match = settings.plain() | dict(must_match) | ({"epochs": budget.epochs} if settings.spans() else {})
+        group = self.optimizer.param_groups[0]
+        attributes = {
+            "title": f"curvlab train: {settings.algorithm}",
+            "algorithm": settings.algorithm,
+            "settings": settings.plain(),
+            "budget": asdict(budget),
+            "lr": float(group["lr"]),
+            "damping": float(group["damping"]),
+        }
+        self.log = open_log(objective, error, attributes | dict(about), None if folder is None else folder / "run.h5")
+        self.stopped = ""
+        self.good = (0, 0)  # epoch and step of the last good state
+        self._good_model: dict[str, Tensor] = {}  # kept only where there is no folder
+        self._since: tuple[float, float] | None = None
+        self._chance_of_epoch = _chance(objective.device)
+        self._chance_kept: list[Tensor] = []
+        self._kept_at = time.monotonic()
+        self._shown = 0.0
+
+    def into(self, folder: Path) -> None:
+        """Write to this folder."""
+        self.folder, self.log.path = folder, folder / "run.h5"
+
+    # ---- the loop
+
+    def run(self, bar: Progress, say: Callable[[str], None] = lambda line: None) -> None:
+        """Until the budget is spent or the numbers leave the finite range (`stopped` then says why).
+
+        Raises:
+            CurvlabError: bad data, or a folder that cannot be written.
+            KeyboardInterrupt: Ctrl-C; the state is saved.
+        """
+        self.bar, self.say = bar, say
+        if self._chance_kept:
+            _set_chance(self._chance_kept, self.objective.device)
+        with mode(self.objective.model, training=True), shielded() as self.shield:
+            try:
+                if not self.at.started:
+                    self._begin()
+                self.task = bar.add_task("training", total=self._total(), note="")
+                bar.update(self.task, completed=self._done())
+                whole = True
+                while whole and not (self.at.step == 0 and self._over()):
+                    whole = self._epoch()
+            except (Diverged, LinAlgError) as error:
+                if not self.at.started:
+                    raise CurvlabError(f"before the first step: {error}") from error
+                self._stop(str(error).splitlines()[0])
+            except KeyboardInterrupt:
+                self._pause()
+                if self.at.started and not self.shield.broken:
+                    self._keep()
+                self.log.save()
+                raise
+            finally:
+                self._pause()
+            self.log.save()
+
+    def _begin(self) -> None:
+        """Epoch 0: evaluated before the warm start, so that what does not fit is found at once."""
+        scores = self._evaluate()
+        start = self.clock()
+        self.optimizer.warm_start(counted(self.warm, self.bar, "warm start", length(self.warm)))
+        self.at.warm = self.clock() - start
+        with self.shield:
+            self.log.append(0, self._record(scores))
+            self.at.started = True
+        self._say(0, scores)
+        self._keep(sound=True)
+        self.log.save()
+
+    def _epoch(self) -> bool:
+        """What is left of an epoch, evaluation and record. False where the budget ended it before its last minibatch."""
+        whole = self._steps()
+        number: float = self.at.epoch + 1
+        if not whole and self.per_epoch:
+            number = self.at.epoch + self.at.step / self.per_epoch
+        evaluated = not whole or number % self.settings.evaluate_every == 0 or number == self.budget.epochs or self._spent()
+        scores = self._evaluate() if evaluated else self._glance()
+        if not whole:
+            self._keep(sound=True)  # without this record: a longer run would not have it
+        record = self._record(scores)
+        with self.shield:
+            self.log.append(number, record)
+            if whole:
+                self.at.epoch, self.at.step, self.meter.sums = self.at.epoch + 1, 0, None
+                if self.settings.schedule_every == "epoch":
+                    self._next_rate(scores)
+        if evaluated:
+            self._say(number, scores)
+        if whole:
+            self._keep(sound=True)
+        return whole
+
+    def _steps(self) -> bool:
+        """Steps to the end of the epoch or of the budget. Whether it was the epoch's."""
+        if self._spent():  # a run that goes on where it was ended
+            return self.at.step == self.per_epoch
+        self._resume()
+        try:
+            for batch in self._minibatches():
+                with self.shield:
+                    self.last = batch
+                    loss = self.optimizer.step(self.objective.closure(*batch))
+                    self.at.step += 1
+                    self.at.steps += 1
+                    if self.settings.schedule_every == "step":
+                        self.scheduler.step()
+                self._show(loss)
+                if self._spent():
+                    return self.at.step == self.per_epoch
+                if self.folder is not None and time.monotonic() - self._kept_at > self.checkpoint_seconds:
+                    self._pause()
+                    self._keep()
+                    self._resume()
+            return True
+        finally:
+            self._pause()
+
+    def _next_rate(self, scores: dict[str, float]) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            loss = scores.get("val_loss", scores["train_loss"])
+            if math.isfinite(loss):
+                self.scheduler.step(loss)
+        else:
+            self.scheduler.step()
+
+    def _minibatches(self) -> Iterator[Batch]:
+        """Of this epoch, from where it stands."""
+        device, at = self.objective.device, self.at
+        if isinstance(self.batches, datasets.Batches):
+            yield from self.batches.epoch(at.epoch, at.step)
+            return
+        if at.step == 0:
+            self._chance_of_epoch = _chance(device)
+            yield from self.batches
+            return
+        now = _chance(device)  # a loader shuffles by the global generator: let it shuffle as it did
+        _set_chance(self._chance_of_epoch, device)
+        rest = itertools.islice(self.batches, at.step, None)
+        first = next(rest, None)
+        _set_chance(now, device)
+        if first is not None:
+            yield first
+            yield from rest
+
+    def _over(self) -> bool:
+        return (self.budget.epochs is not None and self.at.epoch >= self.budget.epochs) or self._spent()
+
+    def _spent(self) -> bool:
+        """Whether the steps or the seconds are; read without waiting for the device."""
+        gone = self.at.wall + (0.0 if self._since is None else time.perf_counter() - self._since[0])
+        steps, seconds = self.budget.steps, self.budget.seconds
+        return (steps is not None and self.at.steps >= steps) or (seconds is not None and gone >= seconds)
+
+    # ---- time and progress
+
+    def _resume(self) -> None:
+        self._since = (self.clock(), time.process_time())
+
+    def _pause(self) -> None:
+        if self._since is not None:
+            self.at.wall += self.clock() - self._since[0]
+            self.at.cpu += time.process_time() - self._since[1]
+            self._since = None
+
+    def _total(self) -> float | None:
+        return self.budget.seconds or self.budget.most_steps(self.per_epoch)
+
+    def _done(self) -> float:
+        """Of `_total`: steps, or seconds where those are limited (the steps too, whichever are further)."""
+        if self.budget.seconds is None:
+            return self.at.steps
+        gone = self.at.wall + (0.0 if self._since is None else time.perf_counter() - self._since[0])
+        steps = self.budget.most_steps(self.per_epoch)
+        return max(gone, self.budget.seconds * self.at.steps / steps if steps else 0.0)
+
+    def _show(self, loss: Tensor) -> None:
+        """A few times a second, and only where there is someone to see: reading the loss waits for the device."""
+        if not self.bar.disable and time.monotonic() - self._shown > 0.25:
+            self._shown = time.monotonic()
+            self.bar.update(self.task, completed=self._done(), note=f"epoch {self.at.epoch + 1}, loss {float(loss):.4g}")
+
+    def _say(self, number: float, scores: dict[str, float]) -> None:
+        parts = ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in scores.items())
+        self.say(f"epoch {number:g}: {parts}, {self.at.steps} steps in {self.at.wall:.4g} s")
+
+    # ---- what is measured
+
+    def _evaluate(self) -> dict[str, float]:
+        """Raises Diverged where the training loss is not finite."""
+        start, most = self.clock(), self.settings.evaluate_samples
+        scores: dict[str, float] = {}
+        for name, data in (("train", self.examples), ("val", self.validation)):
+            if data is not None:
+                found = evaluate(self.objective, data, error=self.error, size=self.size, most=most if name == "train" else None)
+                scores |= dict(zip((f"{name}_loss", f"{name}_error"), found, strict=True))
+        self.at.evaluation += self.clock() - start
+        if not math.isfinite(scores["train_loss"]):
+            raise Diverged(f"the training loss is {scores['train_loss']:g}: lower the learning rate or raise the damping")
+        return scores if self.error else {k: v for k, v in scores.items() if k.endswith("loss")}
+
+    def _glance(self) -> dict[str, float]:
+        """At the end of an epoch that is not evaluated. Raises Diverged where the last minibatch's loss is not finite."""
+        if not self._sound():
+            raise Diverged("the loss is not finite: lower the learning rate or raise the damping")
+        kinds = ("loss", "error") if self.error else ("loss",)
+        return {f"{part}_{k}": math.nan for part in ("train", "val")[: 1 + (self.validation is not None)] for k in kinds}
+
+    def _sound(self) -> bool:
+        """Whether the last minibatch has a finite loss after the step too."""
+        return self.last is None or math.isfinite(evaluate(self.objective, [self.last])[0])
+
+    def _record(self, scores: dict[str, float]) -> Record:
+        group = self.optimizer.param_groups[0]
+        return self.meter.record(scores, float(group["lr"]), float(group["damping"]), self.at)
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything: tensors, numbers, strings, lists and dictionaries only."""
+        return {
+            "settings": self.must_match,
+            "budget": asdict(self.budget),
+            "model": self.objective.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "position": asdict(self.at),
+            "sums": self.meter.sums,
+            "chance": {"now": _chance(self.objective.device), "epoch": self._chance_of_epoch},
+            "log": self.log.state_dict(until=self.at.epoch),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises CurvlabError where it is of other settings, which are named."""
+        differing = [k for k in state["settings"] | self.must_match if state["settings"].get(k) != self.must_match.get(k)]
+        if differing:
+            said = ", ".join(f"{k} {state['settings'].get(k)}, not {self.must_match.get(k)}" for k in differing)
+            raise CurvlabError(f"the checkpoint is of other settings ({said}): give the same, or start again in another folder")
+        attributes = dict(self.log.attributes)
+        try:
+            self.objective.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.at, self.meter.sums = Position(**state["position"]), state["sums"]
+            self.log.load_state_dict(state["log"])
+            self._chance_of_epoch = state["chance"]["epoch"]
+            self._chance_kept = state["chance"]["now"]
+        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+            raise CurvlabError(f"the checkpoint does not fit this run: {' '.join(str(error).split())[:200]}") from error
+        self.good = (self.at.epoch, self.at.step)
+        again = {k: attributes[k] for k in ("created", "versions", "git_commit", "call") if k in attributes}
+        before = json.loads(self.log.attributes.get("resumed", "[]"))
+        self.log.attributes |= {"resumed": json.dumps([*before, again]), "budget": json.dumps(asdict(self.budget))}
+
+    def _keep(self, sound: bool = False) -> None:
+        """A checkpoint of the state, if it is good: its loss is known to be finite, or is found to be."""
+        if not sound and not self._sound():
+            return
+        if self.folder is not None:
+            checkpoint.save(self.folder / checkpoint.FILE, self.state_dict())
+        else:
+            self._good_model = {k: v.clone() for k, v in self.objective.model.state_dict().items()}
+        self.good, self._kept_at = (self.at.epoch, self.at.step), time.monotonic()
+
+    def _stop(self, reason: str) -> None:
+        """The numbers left the finite range: back to the last good state, and the log says why."""
+        at, (epoch, step) = self.at, self.good
+        where = f"{step} steps into epoch {epoch + 1}" if step else f"epoch {epoch}"
+        self.stopped = f"diverged in epoch {at.epoch + 1}, step {at.step}: {reason}; the last good state, kept, is {where}"
+        kept = self._good_model
+        if self.folder is not None:
+            kept = checkpoint.load(self.folder / checkpoint.FILE, self.objective.device)["model"]
+        self.objective.model.load_state_dict(kept)
+        self.log.attributes["stopped"] = self.stopped
+
+
+def _chance(device: torch.device) -> list[Tensor]:
+    """States of the global generators."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_chance(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1].cpu(), device)
