@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
+from curvlab.linalg.aligned import product, room, second_moment
 
 
 class LayerInput:
@@ -49,8 +50,7 @@ class LayerInput:
 
     @cached_property
     def A(self) -> Float[Tensor, "I I"]:
-        a = self.a.flatten(0, 1)
-        return a.T @ a / len(self.a)
+        return second_moment(self.a.flatten(0, 1), 1 / len(self.a))
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,7 @@ class LayerStatistics:
     @cached_property
     def G(self) -> Float[Tensor, "O O"]:
         """Σ_v g gᵀ, mean over examples and places (Alg. 12, line 14: Γ, as a mean of outer products, see practice)."""
-        g = self.g.flatten(0, 2)
-        return g.T @ g / (self.size * self.g.shape[2])
+        return second_moment(self.g.flatten(0, 2), 1 / (self.size * self.g.shape[2]))
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -153,7 +152,14 @@ class LayerStatistics:
             raise CurvlabError(f"{self.block}: a gradient needs a pass that sends one vector back, not the exact one")
         if self.block.groups > 1:
             return self._by_group("ntgo,ntgi->goi", self.g[0]).flatten(0, 1) / self.size
-        return self.g[0].flatten(0, 1).T @ self.a.flatten(0, 1) / self.size
+        g, a = self.g[0].flatten(0, 1), self.bare_a.flatten(0, 1)
+        if not self.block.biased:
+            return product(g.T, a, 1 / self.size)
+        found = room(g, *self.block.shape)
+        torch.addmm(found[:, :-1], g.T, a, beta=0, alpha=1 / self.size, out=found[:, :-1])
+        torch.sum(g, 0, out=found[:, -1])
+        found[:, -1] /= self.size
+        return found
 
     @cached_property
     def rows(self) -> Float[Tensor, "V N O I"]:

@@ -41,7 +41,12 @@ class Momentum:
         new = 1.0 if self.kind == "add" else 1 - self.beta
         for name, g in gradients.items():
             old = self.buffers.get(name)
-            self.buffers[name] = g * new if old is None else torch.add(old * self.beta, g, alpha=new)
+            if old is None:
+                self.buffers[name] = g * new
+            elif self.kind == "add":
+                self.buffers[name] = torch.add(g, old, alpha=self.beta)
+            else:
+                self.buffers[name] = old.lerp(g, new)
         if self.kind != "corrected":
             return dict(self.buffers)
         return {name: b / (1 - self.beta**self.steps) for name, b in self.buffers.items()}
@@ -157,10 +162,13 @@ def warm_start(objective: Objective, curvatures: Iterable[Curvature], batches: I
 
 def move(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]) -> None:
     """W ← W − α p for every parameter, α = lr(parameter). Refuses, before anything moves, a direction that is not finite."""
-    largest = torch.stack([d.abs().amax() for d in direction.values()])  # NaN where an entry is
-    if not bool(torch.isfinite(largest).all()):
-        bad = next(b for b in objective.blocks if not bool(torch.isfinite(direction[b.name]).all()))
-        raise Diverged(f"the direction of {bad} is not finite; nothing was moved: raise the damping or lower the learning rate")
+    sums = torch.stack([d.sum() for d in direction.values()])  # which NaN and Inf survive; cheaper than a look at every entry
+    if not bool(torch.isfinite(sums).all()):
+        for block in objective.blocks:
+            if not bool(torch.isfinite(direction[block.name]).all()):
+                raise Diverged(
+                    f"the direction of {block} is not finite; nothing was moved: raise the damping or lower the learning rate"
+                )
     parameters = objective.parameters
     with torch.no_grad():
         for block in objective.blocks:

@@ -21,7 +21,7 @@ from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operators as ops
 from curvlab.linalg.eigenbasis import Rotated, shifted_kronecker
 from curvlab.linalg.implicit import Damped
-from curvlab.linalg.operators import Compact, Dense, Diagonal, DirectSum, Inverse, Kronecker, LowRank, Operator, Woodbury
+from curvlab.linalg.operators import ColumnSum, Compact, Dense, Diagonal, DirectSum, Inverse, Kronecker, LowRank, Operator, Woodbury
 from curvlab.linalg.products import Product, Rectangular, RectangularProduct, finite_product, placement
 from curvlab.linalg.scipy_operator import linear_operator
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows
@@ -107,6 +107,16 @@ def direct_sum(*parts: tuple[Operator, Tensor]) -> tuple[Operator, Tensor]:
     return DirectSum(tuple(indices), tuple(o for o, _ in parts)), matrix[back][:, back]
 
 
+def column_sum(*parts: tuple[Operator, Tensor], outputs: int = 3) -> tuple[Operator, Tensor]:
+    """Parts on neighbouring columns of a matrix."""
+    widths = [len(m) // outputs for _, m in parts]
+    entries = torch.arange(outputs * sum(widths)).view(outputs, -1)
+    order = torch.cat([e.flatten() for e in entries.split(widths, 1)])
+    back = order.argsort()
+    matrix = torch.block_diag(*(m for _, m in parts))
+    return ColumnSum(outputs, tuple(widths), tuple(o for o, _ in parts)), matrix[back][:, back]
+
+
 def diagonal(order: int) -> tuple[Operator, Tensor]:
     values = normal(order).abs() + 0.1
     return Diagonal(values), values * torch.eye(order, dtype=values.dtype)
@@ -155,6 +165,7 @@ OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {
     "compact-woodbury": lambda: compact(woodbury(dense_rows(3, 7)), 1),
     "direct-sum-compact": lambda: direct_sum(compact(kronecker(2, 2)), diagonal(2)),
     "direct-sum": lambda: direct_sum(kronecker(2, 3), diagonal(2), woodbury(outer_rows(2, 2, 2))),
+    "column-sum": lambda: column_sum(kronecker(3, 2), diagonal(3)),
     "direct-sum-nested": lambda: direct_sum(direct_sum(kronecker(2, 2), diagonal(1)), low_rank(dense_rows(2, 3))),
 }
 each = pytest.mark.parametrize("name", OPERATORS)

@@ -390,7 +390,7 @@ class BlockDiagonal:
     def state_dict(self) -> dict[str, Any]:
         """Counters, statistics and the inverse as it stands: tensors, numbers, lists and dictionaries only."""
         blocks = {
-            name: {"memory": {key: getattr(b, key) for key in b.memory}}
+            name: {"memory": {key: _clone(getattr(b, key)) for key in b.memory}}
             | ({"inverse": pack(b.inverse)} if hasattr(b, "inverse") else {})
             for name, b in self.blocks.items()
         }

@@ -14,10 +14,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, Secant, blend, parameter_indices
+from curvlab.curvature.base import Reads, Secant, blend
 from curvlab.layers import Block
 from curvlab.linalg.kronecker import contraction
-from curvlab.linalg.operators import DirectSum, Kronecker, Operator
+from curvlab.linalg.operators import ColumnSum, Kronecker, Operator
 
 Contractions = Sequence[Tensor]
 """[d_i, d_i] for the ways of one variable."""
@@ -76,5 +76,5 @@ class Contracted:
         parts = tuple(Kronecker(factors(means, damping)) for means in self.means)
         if len(parts) == 1:
             return parts[0]
-        indices = parameter_indices(self.block, self.means[0][0].device)
-        return DirectSum(tuple(i.flatten() for i in indices), parts)
+        outputs, inputs = self.block.shape
+        return ColumnSum(outputs, (inputs - 1, 1), parts)

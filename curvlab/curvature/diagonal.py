@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, Secant, blend
+from curvlab.curvature.base import Reads, Secant
 from curvlab.linalg.operators import Diagonal, Operator
 
 
@@ -29,11 +29,15 @@ class SecondMoment:
         self.v: Tensor | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        self.v = blend(self.v, statistics.gradient.square().flatten(), weight)
+        g = statistics.gradient
+        if self.v is None:
+            self.v = g.square().flatten()
+        else:
+            self.v.mul_(1 - weight).view(g.shape).addcmul_(g, g, value=weight)
 
     def refresh(self, damping: float) -> None:
         assert self.v is not None
-        self.inverse = Diagonal((self.v.sqrt() + damping).reciprocal())
+        self.inverse = Diagonal(self.v.sqrt().add_(damping).reciprocal_())
 
     def matrix(self, damping: float = 0.0) -> Operator:
         """diag((√v + ε)²): of diag(Fisher) / N."""

@@ -18,6 +18,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.linalg.aligned import product, second_moment
 
 
 class Factor(Protocol):
@@ -35,12 +36,17 @@ def matricize(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i _"]:
 def contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:
     """G^(i) = mat_i(G) mat_i(G)ᵀ (thesis 4.2.1)."""
     m = matricize(G, i)
-    return m @ m.mT
+    return second_moment(m.mT)
 
 
 def kronecker_product(factors: Sequence[Tensor | Factor], v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
     """(⊗ U_i) v = vec(V ×_1 U_1 ×_2 … ×_k U_k), row-major (thesis Proposition 1); columns of v one by one."""
     shape = v.shape
+    if v.ndim == 1 and len(factors) == 2:
+        left, right = factors
+        V = v.view(len(left), len(right))
+        V = product(left, V) if isinstance(left, Tensor) else left @ V
+        return (product(V, right.mT) if isinstance(right, Tensor) else (right @ V.mT).mT).reshape(-1)
     out = v.reshape(*(len(u) for u in factors), -1)
     for i, u in enumerate(factors):
         if isinstance(u, Tensor):

@@ -349,6 +349,47 @@ class DirectSum:
         return torch.stack([p.trace() for p in self.parts]).sum()
 
 
+@dataclass(frozen=True)
+class ColumnSum:
+    """Operators side by side on the columns of a matrix [outputs, Σ widths]: part k acts on the next `widths[k]` of them."""
+
+    outputs: int
+    widths: tuple[int, ...]
+    parts: tuple[Operator, ...]
+
+    def __len__(self) -> int:
+        return self.outputs * sum(self.widths)
+
+    def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
+        matrix = v.reshape(self.outputs, sum(self.widths), *v.shape[1:])
+        found = []
+        for part, columns in zip(self.parts, matrix.split(self.widths, 1), strict=True):
+            found.append((part @ columns.reshape(-1, *v.shape[1:])).view(columns.shape))
+        return torch.cat(found, 1).view(v.shape)
+
+    def inv(self) -> Operator:
+        return ColumnSum(self.outputs, self.widths, tuple(p.inv() for p in self.parts))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        return self._by_index.dense()
+
+    def eigvalsh(self) -> Float[Tensor, " D"]:
+        return self._by_index.eigvalsh()
+
+    def diag(self) -> Float[Tensor, " D"]:
+        parts = zip(self.parts, self.widths, strict=True)
+        return torch.cat([p.diag().view(self.outputs, width) for p, width in parts], 1).flatten()
+
+    def trace(self) -> Float[Tensor, ""]:
+        return self._by_index.trace()
+
+    @property
+    def _by_index(self) -> DirectSum:
+        device = self.parts[0].diag().device
+        entries = torch.arange(len(self), device=device).view(self.outputs, -1)
+        return DirectSum(tuple(e.flatten() for e in entries.split(self.widths, 1)), self.parts)
+
+
 def identity_like(value: Tensor) -> Diagonal:
     """I on the flattening of `value`."""
     return Diagonal(torch.ones_like(value).flatten())
@@ -356,7 +397,7 @@ def identity_like(value: Tensor) -> Diagonal:
 
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for kind in (Dense, Inverse, Diagonal, Kronecker, LowRank, Woodbury, Compact, DirectSum, Rows, LayerRows, Beside)
+    for kind in (Dense, Inverse, Diagonal, Kronecker, LowRank, Woodbury, Compact, DirectSum, ColumnSum, Rows, LayerRows, Beside)
 }
 
 

@@ -1,0 +1,42 @@
+"""Products of matrices whose rows start on cache lines, and half the work where the product is symmetric.
+
+MKL writes a product into rows of 1001 numbers 1.6 times as slowly as into rows of 1000, and the bias column makes every layer's
+width odd; so large results get room for rows of whole cache lines. On devices other than the CPU these are plain products.
+
+Legend: R rows, C columns, K summed over, D order.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.linalg.packed import accumulate_second_moment_, mirror_
+
+_LINE = 64  # bytes of a cache line
+_LARGE = 128  # columns, from which on it pays
+
+
+def room(like: Tensor, rows: int, columns: int) -> Float[Tensor, "R C"]:
+    """Memory for a result: a view of rows that are a little longer, where that is faster."""
+    step = _LINE // like.element_size()
+    if like.device.type != "cpu" or columns < _LARGE or columns % step == 0:
+        return like.new_empty(rows, columns)
+    return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
+
+
+def product(a: Float[Tensor, "R K"], b: Float[Tensor, "K C"], scale: float = 1.0) -> Float[Tensor, "R C"]:
+    """scale · a b. The result need not be contiguous."""
+    out = room(a, a.shape[0], b.shape[1])
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+def second_moment(rows: Float[Tensor, "R D"], scale: float = 1.0) -> Float[Tensor, "D D"]:
+    """scale · rowsᵀ rows, of which only one triangle is computed where it is large. The result need not be contiguous."""
+    order = rows.shape[1]
+    if rows.device.type != "cpu" or order < 2 * _LARGE:
+        return product(rows.mT, rows, scale)
+    matrix = room(rows, order, order).zero_()
+    accumulate_second_moment_(matrix, rows, scale)
+    return mirror_(matrix)
