@@ -68,6 +68,10 @@ def kronecker(*sizes: int) -> tuple[Operator, Tensor]:
     return Kronecker(factors), reduce(torch.kron, factors)
 
 
+def kronecker_of(*parts: tuple[Operator | Tensor, Tensor]) -> tuple[Operator, Tensor]:
+    return Kronecker(tuple(u for u, _ in parts)), reduce(torch.kron, (m.contiguous() for _, m in parts))
+
+
 def direct_sum(*parts: tuple[Operator, Tensor]) -> tuple[Operator, Tensor]:
     """Parts spread over shuffled entries."""
     order = torch.randperm(sum(len(m) for _, m in parts), generator=torch.Generator().manual_seed(4))
@@ -98,6 +102,7 @@ OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {
     "kronecker-1": lambda: kronecker(5),
     "kronecker-2": lambda: kronecker(2, 3),
     "kronecker-3": lambda: kronecker(2, 3, 4),
+    "kronecker-of-operators": lambda: kronecker_of(compact(diagonal(3), 2), (spd(2), spd(2)), diagonal(2)),
     "low-rank-outer": lambda: low_rank(outer_rows(3, 2, 4)),
     "low-rank-outer-many": lambda: low_rank(outer_rows(9, 2, 3)),
     "low-rank-dense": lambda: low_rank(dense_rows(3, 7)),
