@@ -114,3 +114,17 @@ def test_a_model_that_mixes_its_examples_has_no_such_matrix() -> None:
     curvature = cl.approximation("block-hessian", objective)
     with pytest.raises(cl.CurvlabError, match=r"normalises over the batch.*model\.eval"):
         curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+
+
+def test_the_shift_is_logged() -> None:
+    p = problem("tanh")
+    run = cl.compare(p.objective(), batches(p, 3), reference="block-hessian", algorithms=["kfac"], damping=0.1, lr=0.1)
+    q = problem("tanh")
+    objective = q.objective()
+    optimizer = cl.optimizer("block-hessian", objective, damping=0.1, lr=0.1)
+    for step, (x, y) in enumerate(batches(q, 3)):
+        optimizer.step(objective.closure(x, y))
+        expected = [block.shift for block in optimizer.descent.curvature.blocks.values()]
+        assert run.dataset["shift"].sel(algorithm="block-hessian")[step].values.tolist() == expected
+        assert max(expected) > 0
+    assert not bool(run.dataset["shift"].sel(algorithm="kfac").any())
