@@ -178,8 +178,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         momentum_kind="average", learns_first=False, skips_first=False, own={**ARTICLE_2021, "pairs": 100},
     ),
     "kf-bfgs-cnn-convergent": Algorithm(
-        "kf-bfgs-l-cnn with D_P(I) D_LM, A inverted, no momentum", "2021 Alg. 3, 4; lr, damping of Table 3",
-        KBfgs, "data", 30.0, 30.0, _same,
+        "kf-bfgs-l-cnn with D_P(I) D_LM, A inverted, no momentum", "2021 Alg. 3, 4; damping of Table 3, lr ours",
+        KBfgs, "data", 3.0, 30.0, _same,
         momentum=0.0, learns_first=False, skips_first=False,
         own={**ARTICLE_2021, **CONVERGENT, "pair_damping": "pi-lm-2021"},
     ),

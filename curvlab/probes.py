@@ -6,8 +6,8 @@ which passes a probe reads, so that the loop runs the union and nobody runs a pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -33,7 +33,8 @@ class Variable:
 class Frame:
     """One step of a comparison, before the move.
 
-    `directions` holds {algorithm: {block: p}} with the reference among them; `seconds` each algorithm's own time.
+    `directions` holds {algorithm: {block: p}} with the reference among them; `seconds` each algorithm's own time; `blocks`
+    {algorithm: {block: its CurvatureBlock}} of those that are made of blocks.
     """
 
     step: int
@@ -42,6 +43,7 @@ class Frame:
     reference: str
     lr: float
     seconds: dict[str, float]
+    blocks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     @cached_property
     def gram(self) -> Values:
@@ -135,3 +137,13 @@ def _norms(frame: Frame) -> list[Values]:
 )  # fmt: skip
 def _time(frame: Frame) -> list[Values]:
     return [np.asarray(list(frame.seconds.values()))]
+
+
+@probe(
+    "shift", "what was added to an indefinite matrix's diagonal, beside the damping",
+    {"shift": Variable(("algorithm", "block"), "shift that makes the matrix positive semi-definite", "1")},
+)  # fmt: skip
+def _shift(frame: Frame) -> list[Values]:
+    names = list(next(iter(frame.directions.values())))
+    of = [frame.blocks.get(algorithm, {}) for algorithm in frame.directions]
+    return [np.asarray([[getattr(blocks.get(name), "shift", 0.0) for name in names] for blocks in of])]

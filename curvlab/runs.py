@@ -70,7 +70,7 @@ class Settings:
     update_every: int = 1
     refresh_every: int = 1
     log_every: int = 1
-    probes: tuple[str, ...] = ("cosine", "gram", "loss", "norms", "time")
+    probes: tuple[str, ...] = ("cosine", "gram", "loss", "norms", "time", "shift")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -244,7 +244,8 @@ def _compare_one(
                 directions[name] = d.direction(now)
                 seconds[name] = clock() - start + learning.pop(name, 0.0)
             if step % settings.log_every == 0:
-                frame = probes.Frame(step, now, directions, reference, settings.rate, seconds)
+                blocks = {name: getattr(d.curvature, "blocks", {}) for name, d in descents.items()}
+                frame = probes.Frame(step, now, directions, reference, settings.rate, seconds, blocks)
                 log.append(step, {k: v for p in chosen for k, v in p.measure(frame).items()}, seed)
                 bar.update(task, note=f"loss {float(now.loss):.4g}")
             saved = weights(objective) if descents[reference].curvature.rejects else []

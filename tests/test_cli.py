@@ -80,6 +80,7 @@ def test_the_log_has_the_promised_schema(folder: Path) -> None:
             "loss": ("step",),
             "step_norm": ("step",),
             "seconds": ("step", "algorithm"),
+            "shift": ("step", "algorithm", "block"),
         }
         assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
         assert all(np.isfinite(v).all() for v in ds.data_vars.values())

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from problems import MODELS, REPRESENTATIVE, RULED, Problem, batches, problem
-from torch import Tensor
+from problems import MODELS, REPRESENTATIVE, RULED, Problem, assert_near, batches, problem
+from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS, approximation, damping_for, descent
@@ -500,6 +500,45 @@ def test_a_layer_that_lacks_what_is_read(name: str, model: str) -> None:
     after = weights(objective)
     assert finite(after)
     assert not any(torch.equal(after[n], before[n]) for n in before)
+
+
+class Pixels(nn.Module):
+    """A network of linear layers as one of 1×1 convolutions on 1×1 images, of the same weights."""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(self.convolution(m) if isinstance(m, nn.Linear) else m for m in net))
+
+    @staticmethod
+    def convolution(linear: nn.Linear) -> nn.Conv2d:
+        made = nn.Conv2d(linear.in_features, linear.out_features, 1).to(linear.weight.dtype)
+        with torch.no_grad():
+            made.weight.copy_(linear.weight[:, :, None, None])
+            made.bias.copy_(linear.bias)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x[:, :, None, None]).flatten(1)
+
+
+@algorithms
+def test_a_1x1_convolution_on_1x1_images_is_a_linear_layer(name: str) -> None:
+    """The steps of a warm start and five minibatches, and what every block has learnt from them."""
+    p = problem("tanh")
+    q = Problem(Pixels(p.model), p.likelihood, p.x, p.y)
+    steps: list[list[Tensor]] = []
+    for one in (p, q):
+        objective = one.objective()
+        optimizer = make_optimizer(name, objective, one, lr=0.01)
+        optimizer.warm_start(batches(p, 3))
+        steps.append([])
+        for x, y in batches(p, 5, seed=30):
+            before = weights(objective)
+            optimizer.step(objective.closure(x, y))
+            steps[-1].append(torch.cat([(w - before[n]).flatten() for n, w in weights(objective).items()]))
+    for linear, convolution in zip(*steps, strict=True):
+        assert float(linear.norm()) > 0
+        assert_near(convolution, linear, 1e-10)
 
 
 # ------------------------------------------------------------------------------------------------ devices

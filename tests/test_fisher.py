@@ -247,3 +247,21 @@ def test_a_matrix_too_large_for_the_memory_is_refused() -> None:
     closure = objective.closure(torch.ones(2, 3000), torch.zeros(2, 300))
     with pytest.raises(cl.CurvlabError, match=r"a dense block 1 \(weight\) would need .* GB .* use smw-ng-bd"):
         curvature.update(closure.observe(curvature.needs))
+
+
+@pytest.mark.parametrize("model", ["tanh", "tokens", "conv"])
+def test_block_ggn_is_the_block_fisher_of_all_labels(model: str) -> None:
+    """Categorical: the outer products of every label's per-sample gradient, weighted with its probability."""
+    p = problem(model)
+    objective = p.objective()
+    curvature = approximation("block-ggn", objective, damping=DAMPING)
+    curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+    probability = p.model(p.x).detach().softmax(1)
+    expected = {b.name: torch.zeros(b.numel, b.numel, dtype=torch.float64) for b in objective.blocks}
+    for label in range(3):
+        gradients = cl.exact.gradients(objective, p.x, torch.full((len(p.x),), label))
+        for block in objective.blocks:
+            rows = laid_out(block, {n: gradients[n] for n in block.params}, 1).flatten(1)
+            expected[block.name] += rows.T @ (probability[:, label, None] * rows) / len(rows)
+    for block in objective.blocks:
+        assert_inverts(curvature, block.name, expected[block.name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -161,3 +162,56 @@ def test_zero_derivatives_split_the_damping_evenly() -> None:
     eye_g, eye_a = (torch.eye(d, dtype=torch.float64) for d in (4, 6))
     expected = torch.kron(eye_g / 0.2, torch.linalg.inv(A + 0.2 * eye_a).contiguous())
     torch.testing.assert_close(curvature.inverse["1"].dense(), expected, rtol=1e-11, atol=1e-12)
+
+
+def enumerated(likelihood: str, z: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """All (labels [N, …], their probabilities [N]) of outputs z."""
+    n, c = z.shape
+    if likelihood == "categorical":
+        return [(torch.full((n,), k), z.softmax(1)[:, k]) for k in range(c)]
+    labels = [torch.tensor(bits, dtype=z.dtype).expand(n, c) for bits in itertools.product((0.0, 1.0), repeat=c)]
+    return [(y, (y * z.sigmoid() + (1 - y) * (1 - z.sigmoid())).prod(1)) for y in labels]
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+@pytest.mark.parametrize("model", ["tanh", "tokens", "conv"])
+def test_kflr_is_kfac_averaged_over_all_labels(model: str, likelihood: str) -> None:
+    """Γ of every label, each example weighted with its label's probability; Ω knows no labels."""
+    p = problem(model, likelihood)
+    objective = p.objective()
+    curvature = approximation("kflr", objective, damping=0.1)
+    curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+    expected: dict[str, Tensor] = {}
+    for y, probability in enumerated(likelihood, p.model(p.x).detach()):
+        for key, s in objective.closure(p.x, y).observe({"data"}).passes["data"].items():
+            g = s.g[0] * probability.sqrt()[:, None, None]
+            expected[key] = expected.get(key, 0) + torch.einsum("nto,ntp->op", g, g) / g.shape[:2].numel()
+    for block in objective.blocks:
+        A, G = factors(curvature, block.name)
+        a = objective.closure(p.x, p.y).observe({"data"}).passes["data"][block.name].a
+        torch.testing.assert_close(G, expected[block.name], rtol=1e-11, atol=1e-14)
+        torch.testing.assert_close(A, torch.einsum("nti,ntj->ij", a, a) / len(a), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.3])
+@pytest.mark.parametrize("model", ["tanh", "conv"])
+def test_chapter_2_splits_the_damping_evenly(model: str, damping: float) -> None:
+    """Alg. 7, line 11: √λ each; the same factors as KFAC, whose split is an option."""
+    p = problem(model)
+    objective = p.objective()
+    made = [approximation(*pair, damping=damping) for pair in (("kfac-20", objective), ("kfac", objective))]
+    option = approximation("kfac", objective, damping=damping, split="even")
+    observation = objective.closure(p.x, p.y).observe({"model"})
+    for curvature in (*made, option):
+        curvature.update(observation)
+    for block in objective.blocks:
+        A, G = factors(made[0], block.name)
+        assert all(torch.equal(*pair) for pair in zip((A, G), factors(made[1], block.name), strict=True))
+        each = [torch.linalg.inv(m + math.sqrt(damping) * torch.eye(len(m), dtype=m.dtype)) for m in (G, A)]
+        torch.testing.assert_close(made[0].inverse[block.name].dense(), torch.kron(*each), rtol=1e-9, atol=1e-10)
+        assert torch.equal(option.inverse[block.name].dense(), made[0].inverse[block.name].dense())
+
+
+def test_an_unknown_split_names_the_known_ones() -> None:
+    with pytest.raises(cl.CurvlabError, match=r"split of the damping.*pi, even"):
+        approximation("kfac", problem("tanh").objective(), split="odd")

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import assert_near
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from curvlab.errors import CurvlabError
 from curvlab.linalg import bfgs as qn
 from curvlab.linalg import operators as ops
 from curvlab.linalg.lbfgs import (
     Memory,
+    compact_is_cheaper,
     empty_memory,
     lbfgs,
     lbfgs_inverse,
@@ -330,3 +332,21 @@ def test_equations_13_and_14_agree() -> None:
     other = refined(LowRank(Rows(Q.T.contiguous()), 0.6), memory, multiple_of_identity(0.4, Q[:, 0])).inv()
     assert_near(one.dense(), other.dense(), 1e-12)
     assert_near(one @ normal(7), other @ normal(7), 1e-12)
+
+
+@pytest.mark.parametrize("order", [4, 30, 200])
+@pytest.mark.parametrize("columns", [3, 50])
+@pytest.mark.parametrize("pairs", [1, 8, 40])
+def test_operations_of_the_compact_form_and_of_its_matrix(order: int, columns: int, pairs: int) -> None:
+    """Counted by PyTorch, but for the solves with the core: 2 R² for each column."""
+    generator = torch.Generator().manual_seed(0)
+    S = torch.randn(pairs, order, generator=generator, dtype=torch.float64)
+    H = lbfgs_inverse(Memory(pairs, S, 2 * S), multiple_of_identity(1.0, S[0]))
+    v, rows = torch.ones(order, columns, dtype=torch.float64), 2 * pairs
+    with FlopCounterMode(display=False) as as_it_is:
+        H @ v
+    with FlopCounterMode(display=False) as formed:
+        H.dense() @ v
+    compact = as_it_is.get_total_flops() + 2 * rows**2 * columns
+    dense = formed.get_total_flops() + 2 * rows**2 * order
+    assert compact_is_cheaper(order, columns, pairs) is (compact < dense)

@@ -98,6 +98,10 @@ def rotated_compact(*sizes: int) -> tuple[Operator, Tensor]:
     return Rotated(base.bases, inside), basis @ matrix @ basis.T
 
 
+def kronecker_of(*parts: tuple[Operator | Tensor, Tensor]) -> tuple[Operator, Tensor]:
+    return Kronecker(tuple(u for u, _ in parts)), reduce(torch.kron, (m.contiguous() for _, m in parts))
+
+
 def direct_sum(*parts: tuple[Operator, Tensor]) -> tuple[Operator, Tensor]:
     """Parts spread over shuffled entries."""
     order = torch.randperm(sum(len(m) for _, m in parts), generator=torch.Generator().manual_seed(4))
@@ -141,6 +145,7 @@ OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {
     "rotated-1": lambda: rotated(5),
     "rotated-2": lambda: rotated(2, 3),
     "rotated-3": lambda: rotated(2, 3, 4),
+    "kronecker-of-operators": lambda: kronecker_of(compact(diagonal(3), 2), (spd(2), spd(2)), diagonal(2)),
     "low-rank-outer": lambda: low_rank(outer_rows(3, 2, 4)),
     "low-rank-outer-many": lambda: low_rank(outer_rows(9, 2, 3)),
     "low-rank-layer": lambda: low_rank(layer_rows(2, 3, 1, 1, 2, 4)),

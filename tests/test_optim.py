@@ -472,3 +472,47 @@ def test_loading_takes_lr_and_damping_of_the_groups() -> None:
     loaded = stepped("tnt")
     loaded.load_state_dict(saved.state_dict())
     assert (loaded.param_groups[0]["lr"], loaded.param_groups[0]["damping"]) == (0.5, 7.0)
+
+
+# ------------------------------------------------------------------------------------------------ double-grad minibatches
+
+
+@pytest.mark.parametrize("name", ["k-bfgs-20", "k-bfgs-l"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_double_grad_averages_over_the_last_minibatch_too(name: str, every: int) -> None:
+    """Thesis 2.8.3: ∇f of both minibatches at the weights as they stand, where the last step has looked again (T)."""
+    p = problem("tanh")
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective, lr=0.05, damping=0.3, momentum=0.0, double_grad=True, update_every=every)
+    data = batches(p, 6)
+    optimizer.warm_start(data)
+    for step, (x, y) in enumerate(data):
+        looked = step > 0 and step % every == 0  # steps count from 1: T divides the number of the last
+        both = [(x, y), data[step - 1]] if looked else [(x, y)]
+        joint = [torch.cat(part) for part in zip(*both, strict=True)]
+        expected = objective.closure(*joint).observe().gradients  # one minibatch of twice the size
+        before, H = weights(objective), optimizer.descent.curvature.inverse
+        optimizer.step(objective.closure(x, y))
+        for block in objective.blocks:
+            moved = block.gather(weights(objective)) - block.gather(before)
+            direction = (H[block.name] @ expected[block.name].flatten()).view(block.shape)
+            torch.testing.assert_close(moved, -0.05 * direction, rtol=1e-9, atol=1e-13)
+
+
+def test_double_grad_continues_bit_for_bit() -> None:
+    p, q = problem("tanh"), problem("tanh")
+    one, two = (o.objective() for o in (p, q))
+    optimizer, resumed = (cl.optimizer("k-bfgs-20", o, lr=0.05, double_grad=True) for o in (one, two))
+    for x, y in batches(p, 3):
+        optimizer.step(one.closure(x, y))
+    q.model.load_state_dict(p.model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.descent.further
+    for x, y in batches(p, 3, seed=30):
+        assert torch.equal(optimizer.step(one.closure(x, y)), resumed.step(two.closure(x, y)))
+        assert same(weights(one), weights(two))
+
+
+def test_double_grad_needs_a_second_look() -> None:
+    with pytest.raises(cl.CurvlabError, match="double_grad needs a method that looks at each minibatch a second time"):
+        cl.optimizer("kfac", problem("tanh").objective(), double_grad=True)

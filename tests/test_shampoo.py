@@ -63,7 +63,7 @@ def root_of_ways(gradient: Tensor, epsilon: float = EPSILON) -> Tensor:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_is_a_variable_in_its_own_shape(model: str) -> None:
-    """Filters have a way for each axis, a norm's weight has one, an embedding two: by parameter, as the user sees them."""
+    """Filters have a way for each axis longer than a pixel, a norm's weight has one, an embedding two: as the user sees it."""
     p = problem(model)
     objective = p.objective()
     curvature = approximation("shampoo", objective, damping=0.01)
@@ -73,7 +73,8 @@ def test_every_parameter_is_a_variable_in_its_own_shape(model: str) -> None:
     vectors = {n: torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in objective.parameters.items()}
     found = curvature.precondition(vectors)
     for (parameter, vector), gradient in zip(vectors.items(), gradients, strict=True):
-        expected = root_of_ways(gradient, 0.01) @ vector.flatten()
+        ways = gradient.reshape(*gradient.shape[:2], *(d for d in gradient.shape[2:] if d > 1))
+        expected = root_of_ways(ways, 0.01) @ vector.flatten()
         assert float((found[parameter].flatten() - expected).norm() / expected.norm()) < 1e-6
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import MODELS, RULED, groupless, problem
+from problems import MODELS, RULED, batches, groupless, problem
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -20,7 +20,8 @@ from curvlab.curvature.contracted import Contracted, batch_contractions
 from curvlab.curvature.tnt import sample_contractions, tnt
 from curvlab.layers import Block, blocks
 from curvlab.linalg.kronecker import tensor_normal_factors
-from curvlab.linalg.operators import DirectSum, Kronecker
+from curvlab.linalg.operators import ColumnSum, Kronecker
+from curvlab.optim import warm_start
 
 EPSILON = 0.05
 
@@ -73,7 +74,7 @@ def inverse_of_ways(gradients: Tensor, epsilon: float) -> Tensor:
 @pytest.mark.parametrize("name", ["tnt", "tnt-ef"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_is_a_variable_in_its_own_shape(name: str, model: str) -> None:
-    """Filters have a way for each axis, a norm's weight has one, an embedding two: by parameter, as the user sees them."""
+    """Filters have a way for each axis longer than a pixel, a norm's weight has one, an embedding two: as the user sees it."""
     p = problem(model)
     objective = p.objective()
     curvature = approximation(name, objective, damping=EPSILON)
@@ -86,7 +87,8 @@ def test_every_parameter_is_a_variable_in_its_own_shape(name: str, model: str) -
     vectors = {n: normal(*w.shape, seed=i) for i, (n, w) in enumerate(objective.parameters.items())}
     found = curvature.precondition(vectors)
     for (parameter, vector), gradient in zip(vectors.items(), gradients, strict=True):
-        expected = inverse_of_ways(gradient[None], EPSILON) @ vector.flatten()
+        ways = gradient.reshape(*gradient.shape[:2], *(d for d in gradient.shape[2:] if d > 1))
+        expected = inverse_of_ways(ways[None], EPSILON) @ vector.flatten()
         torch.testing.assert_close(found[parameter].flatten(), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -103,7 +105,7 @@ def test_factors_of_the_mean_gradient_by_hand(name: str, model: str) -> None:
         weight, bias = mean[:, :-1], mean[:, -1]
         damped = torch.outer(bias, bias) + EPSILON * torch.eye(len(bias), dtype=torch.float64)  # k = 1: Ũ = E[g gᵀ]
         inverse = curvature.inverse[block.name]
-        assert isinstance(inverse, DirectSum)
+        assert isinstance(inverse, ColumnSum)
         assert_direct_sum(inverse.dense(), inverse_by_hand(weight[None], EPSILON), torch.linalg.inv(damped))
 
 
@@ -276,3 +278,50 @@ def test_a_variable_of_k_ways(shape: tuple[int, ...]) -> None:
     curvature.refresh(EPSILON)
     expected = inverse_of_ways(gradients, EPSILON)
     torch.testing.assert_close(curvature.inverse.dense(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("model", ["tanh", "tokens", "no-bias", "conv"])
+def test_idealised_tnt_is_the_expectation_over_all_data_and_labels(model: str, shown: bool) -> None:
+    """Alg. 14, line 4, at weights that have moved since the data were shown: one gradient for each example and label."""
+    p = problem(model)
+    objective = p.objective()
+    data = [(p.x[:3], p.y[:3]), (p.x[3:], p.y[3:])] if shown else []  # minibatches of 3 and 4
+    curvature = approximation("tnt-ideal", objective, damping=EPSILON)
+    warm_start(objective, [curvature], data)
+    with torch.no_grad():
+        for w in p.model.parameters():
+            w.mul_(1.1)
+    some = slice(2) if shown else slice(None)  # the minibatch at hand says nothing of the data, where they were shown
+    for _ in range(2):  # no average over steps
+        curvature.update(objective.closure(p.x[some], p.y[some]).observe(curvature.needs | {"data"}))
+    probability = p.model(p.x).detach().softmax(1)
+    gradients = {n: [] for n in objective.parameters}
+    for label in range(3):
+        for n, g in cl.exact.gradients(objective, p.x, torch.full((7,), label)).items():
+            weight = (3 * probability[:, label]).sqrt()  # the mean over 3 · 7 squares is the expectation
+            gradients[n].append(g * weight.view(-1, *[1] * (g.ndim - 1)))
+    for block in objective.blocks:
+        weight, *bias = (torch.cat(gradients[n]) for n in block.params)
+        expected = inverse_by_hand(weight.flatten(2), EPSILON)
+        found = curvature.inverse[block.name].dense()
+        if bias:
+            assert_direct_sum(found, expected, inverse_of_ways(bias[0], EPSILON))
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_idealised_tnt_continues_with_the_data_it_was_shown() -> None:
+    """A checkpoint holds them; labels are not drawn, so that no other method sees other ones."""
+    p, q = problem("tanh"), problem("tanh")
+    one, two = (o.objective() for o in (p, q))
+    optimizer, resumed = (cl.optimizer("tnt-ideal", o, lr=0.01) for o in (one, two))
+    optimizer.warm_start(batches(p, 3))
+    for x, y in batches(p, 2, seed=30):
+        optimizer.step(one.closure(x, y))
+    assert one.closures == {"step": 2, "warm": 3, "exact": 0}
+    q.model.load_state_dict(p.model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    for x, y in batches(p, 2, seed=40):
+        assert torch.equal(optimizer.step(one.closure(x, y)), resumed.step(two.closure(x, y)))
+    assert all(torch.equal(*pair) for pair in zip(p.model.parameters(), q.model.parameters(), strict=True))

@@ -24,10 +24,14 @@ Contractions = Sequence[Tensor]
 
 
 def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:
-    """G^(i) of the batch-mean gradient of every variable (Alg. 15, line 7; Alg. 16, line 9)."""
+    """G^(i) of the batch-mean gradient of every variable (Alg. 15, line 7; Alg. 16, line 9).
+
+    An axis of a filter that is one pixel long is no way: a 1×1 convolution has the two ways of a linear layer.
+    """
     variables = block.scatter(statistics.gradient).values()
-    found = [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in variables]
-    return [ways[::-1] for ways in found] if block.rule and block.rule.transposed else found  # the ways as the block lies
+    ways = [v.reshape((*v.shape[:2], *(d for d in v.shape[2:] if d > 1))) for v in variables]
+    found = [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in ways]
+    return [each[::-1] for each in found] if block.rule and block.rule.transposed else found  # the ways as the block lies
 
 
 class Contracted:

@@ -1,4 +1,4 @@
-"""Diagonal curvature: second moments of Adam (thesis 4.7.2; Kingma and Ba 2015) and RMSprop (thesis 2.8.2; Hinton et al. 2012)."""
+"""Diagonal curvature: Adam (thesis 4.7.2; Kingma and Ba 2015) and RMSprop (thesis 2.8.2; Hinton et al. 2012)."""
 
 from __future__ import annotations
 

@@ -27,9 +27,10 @@ def hessians(observation: Observation) -> dict[str, Dense]:
 
 
 def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:
-    """λ_min(M): by all eigenvalues up to order `direct`; above it by Lanczos from a fixed start, a lower bound of the Ritz value.
+    """λ_min(M), by all eigenvalues up to order `direct`, above it by Lanczos from a fixed random start.
 
-    That bound, the Ritz value less the length of its residual, is at most 1e-6 ‖M‖ below it, or else all eigenvalues are taken.
+    There it is the least Ritz value, which is not below λ_min, less the length of its residual, where that is at most 1e-6 ‖M‖;
+    or else all eigenvalues are taken.
     """
     if len(matrix) > direct:
         found = extremes(Dense(matrix), steps=200, generator=torch.Generator(matrix.device).manual_seed(0))
@@ -41,8 +42,8 @@ def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:
 class DenseHessian:
     """H = (M + τI + λI)⁻¹, M the moving average of the exact Hessian blocks, which may be indefinite.
 
-    τ = max(0, −λ_min(M)), `shift`, is the least that makes M + τI positive semi-definite, so that the matrix that is inverted is
-    at least λI, as the block Fisher matrix is; τ = 0 leaves M as it is.
+    τ = max(0, −λ_min(M)), `shift`, is the least that makes M + τI positive semi-definite, so that the matrix that is inverted
+    is at least λI, as that of the block Fisher method is. Where M has no negative eigenvalue, nothing is shifted.
     """
 
     reads: Reads = "rows"

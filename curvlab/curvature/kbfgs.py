@@ -1,8 +1,8 @@
 """Kronecker-factored BFGS: H_g ⊗ H_a, both learnt by (L-)BFGS. Three documents, one class: a variant is its arguments.
 
 H_a follows A = E[Σ_t a aᵀ] by Hessian-action BFGS; H_g follows G by damped pairs s = change of the mean pre-activation,
-y = change of the mean derivative in it, over one step on one minibatch. The variants that the documents prove to converge invert
-A exactly, damp or skip pairs so that a lemma holds, and take the gradient without momentum.
+y = change of the mean derivative in it, over one step on one minibatch. The variants that the documents prove to converge
+invert A exactly, damp or skip pairs so that a lemma holds, and take the gradient without momentum.
 
 Documents: the thesis (chapter 2 is 2020; chapter 3) and 2021 (Ren, Goldfarb, whose algorithms are numbered apart). Misprints:
 
@@ -44,7 +44,7 @@ CONVERGENT: Mapping[str, Any] = {"pairs": 100, "exact": True}
 """L-BFGS and the exact inverse of A: thesis Alg. 5 and 10, 2021 Alg. 3."""
 
 STARTS: dict[str, Callable[[float], float]] = {"identity": lambda damping_g: 1.0, "damping": lambda damping_g: 1 / damping_g}
-"""H_g = h I before the first pair, and at the bottom of L-BFGS: I (Alg. 4, line 3; 2021 Alg. 2, line 2), I/λ_G (Alg. 9, line 3)."""
+"""λ_G → h, H_g = h I before the first pair, and at the bottom of L-BFGS: Alg. 4 and 2021 Alg. 2; Alg. 9, line 3."""
 
 MU1 = 0.2
 """μ₁ of every document."""

@@ -18,7 +18,6 @@ from curvlab.linalg.factor import damped_inverse, shifted
 from curvlab.linalg.kronecker import pi_split
 from curvlab.linalg.operators import Kronecker, Operator
 
-
 SPLITS: dict[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = {
     "pi": pi_split,
     "even": lambda A, G, damping: (math.sqrt(damping), math.sqrt(damping)),

@@ -289,12 +289,15 @@ def accept(pair: Pair, *, v: Float[Tensor, " D"] | None = None, mu1: float | Non
 
     Args:
         v: sᵀy > 1e-4 sᵀs ‖v‖ too, v the mean pre-activation gradient (for H_g) or the mean input (for H_a): practice.
-        mu1: sᵀy ≥ μ₁ yᵀHy too: DD-skip of the variant with a proof, thesis Alg. 5, line 17. (Section 2.3.1 of the thesis
-            says 2/μ₁ of the same test; that is ``mu1 / 2``.)
+        mu1: sᵀy ≥ μ₁ yᵀHy too: DD-skip of the variant with a proof, thesis Alg. 5, line 17. Powell's damping makes the two
+            equal, so that they are compared up to √ε: rounding shall not decide. (Section 2.3.1 of the thesis says 2/μ₁ of the
+            same test; that is ``mu1 / 2``.)
         cosine: sᵀy ≥ ε_B ‖s‖ ‖y‖ too; S2QN 3.2 has 1e-8.
     """
     found = pair.damping.after
-    return replace(pair, skipped=_reason(found, None if v is None else float(v.norm()), mu1, cosine))
+    slack = 1 - torch.finfo(pair.s.dtype).eps ** 0.5
+    least = None if mu1 is None else mu1 * slack
+    return replace(pair, skipped=_reason(found, None if v is None else float(v.norm()), least, cosine))
 
 
 def _reason(found: Products, length: float | None, mu1: float | None, cosine: float | None) -> Skip:

@@ -65,13 +65,15 @@ def lbfgs_inverse(memory: Memory, base: Operator) -> Operator:
 
 
 def compact_is_cheaper(order: int, columns: int, pairs: int) -> bool:
-    """Whether H of `pairs` pairs is applied to `columns` vectors with fewer operations as it is than as the matrix of its order.
+    """Whether H of `pairs` pairs is applied to `columns` vectors with fewer operations as it is than as a dense matrix.
 
     Counted with R = 2p rows, D = `order`, K = `columns`: as it is 4 R D K + 2 R² K; as a matrix 2 R² D + 2 R D² to form it and
     2 D² K to apply it. For many columns the matrix is cheaper where D < 2R = 4p or so, for D = K where D < 2p.
     """
     rows = 2 * pairs
-    return 4 * rows * order * columns + 2 * rows**2 * columns < 2 * rows**2 * order + 2 * rows * order**2 + 2 * order**2 * columns
+    return (
+        4 * rows * order * columns + 2 * rows**2 * columns < 2 * rows**2 * order + 2 * rows * order**2 + 2 * order**2 * columns
+    )
 
 
 def lbfgs(memory: Memory, base: Operator) -> Operator:
