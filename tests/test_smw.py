@@ -15,7 +15,7 @@ from curvlab.algorithms import approximation
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.whole import subset
 from curvlab.linalg.operators import LowRank
-from curvlab.linalg.woodbury import LayerRows
+from curvlab.linalg.woodbury import LayerRows, Rows
 from curvlab.objective import Pass, Transition
 
 LABELS: list[Pass] = ["data", "model", "exact"]
@@ -191,6 +191,18 @@ def test_one_place_forms_no_gradient_of_an_example(monkeypatch: pytest.MonkeyPat
     optimizer.step(objective.closure(p.x, p.y))
     first = optimizer.descent.curvature.inverse["whole"].inv().rows.parts[0]
     assert (first.g.shape, first.a.shape) == ((3, 7, 1, 1, 4), (7, 1, 1, 6))
+
+
+@pytest.mark.parametrize(("places", "formed"), [(2, False), (40, True)])
+def test_rows_of_many_places_are_formed_where_they_are_fewer_numbers(places: int, formed: bool) -> None:
+    """Tokens: T (V O + I) against V O I, at V = 3, O = 3, I = 5 of the last layer; the first goes its own way."""
+    p = problem("tokens")
+    p = Problem(p.model, p.likelihood, torch.randn(7, places, 3, generator=torch.Generator().manual_seed(2)).double(), p.y)
+    objective = p.objective()
+    curvature = approximation("smw-gn", objective, damping=0.1)
+    curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
+    assert isinstance(curvature.inverse["whole"].inv().rows.parts[1], Rows if formed else LayerRows)
+    assert_near(curvature.inverse["whole"].inv().dense(), Reference(p)["ggn"] + 0.1 * eye(len(objective.layout)))
 
 
 @pytest.mark.parametrize("ratio", ["direction", "step"])
