@@ -76,8 +76,8 @@ class Smw:
     is there also where the Hessian has no inverse (softmax), and the system stays symmetric. Labels "data": natural gradient of
     (5.3), the empirical Fisher matrix; "model": of drawn labels.
 
-    The rows of a layer are outer products and are never formed (5.4.6); the Gram matrix, of order V N₂, is the sum of the
-    layers' (Alg. 22). Parameters of layers without a rule bring their per-sample gradients, by `torch.func`.
+    Rows that are outer products are never formed (5.4.6); the Gram matrix, of order V N₂, is the sum of the layers' (Alg. 22).
+    Parameters of layers without a rule bring their per-sample gradients, by `torch.func`.
 
     Args:
         objective: whose parameters.
@@ -217,11 +217,19 @@ class Smw:
         self.rows, self._inverse = unpack(state["rows"]), unpack(state["inverse"])
 
 
-def layer_rows(statistics: LayerStatistics) -> LayerRows:
-    """Row (v, n): the gradient of example n for vector v, divided by √N."""
-    g, a, groups = statistics.g, statistics.grouped_a, statistics.block.groups
-    g = g.reshape(*g.shape[:3], groups, -1) / math.sqrt(statistics.size)
-    return LayerRows(g, a if groups > 1 else a[:, :, None])
+def layer_rows(statistics: LayerStatistics) -> RowMatrix:
+    """Row (v, n): the gradient of example n for vector v, divided by √N.
+
+    Formed only where a weight is used at so many places that a and g are more numbers than the rows themselves.
+    """
+    block, scale = statistics.block, 1 / math.sqrt(statistics.size)
+    g = statistics.g.reshape(*statistics.g.shape[:3], block.groups, -1)
+    vectors, _, places, _, outputs = g.shape
+    inputs = block.shape[1]
+    if places > 1 and places * (vectors * outputs + inputs) > vectors * outputs * inputs:
+        return Rows(statistics.rows.flatten(2).flatten(0, 1) * scale)
+    a = statistics.grouped_a
+    return LayerRows(g * scale, a if block.groups > 1 else a[:, :, None])
 
 
 def loose_rows(closure: Closure, blocks: tuple[Block, ...], labels: Pass, chosen: Tensor) -> dict[str, RowMatrix]:

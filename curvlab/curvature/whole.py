@@ -27,19 +27,19 @@ def flat(layout: Layout, tensors: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
     Raises:
         CurvlabError: a name that is neither, a block or parameter that is missing, a tensor of another shape.
     """
-    names = {b.name for b in layout.blocks}
-    if not tensors or not names.issuperset(tensors):
-        known = {p for b in layout.blocks for p in b.params}
-        for name in tensors:
-            if name not in known:
-                raise unknown("block or parameter", name, [*(b.name for b in layout.blocks), *sorted(known)])
-        tensors = {b.name: b.gather(tensors) for b in layout.blocks if tensors.keys() >= set(b.params)}
+    known = [*(b.name for b in layout.blocks), *(p for b in layout.blocks for p in b.params)]
+    for name in tensors:
+        if name not in known:
+            raise unknown("block or parameter", name, known)
+    found = []
     for block in layout.blocks:
-        if block.name not in tensors:
+        if block.name not in tensors and not tensors.keys() >= set(block.params):
             raise CurvlabError(f"the gradient of {block} is missing: a method of the whole vector needs every block's")
-        if tuple(tensors[block.name].shape) != block.shape:
-            raise CurvlabError(f"{block} has shape {list(block.shape)}, but its gradient {list(tensors[block.name].shape)}")
-    return torch.cat([tensors[b.name].flatten() for b in layout.blocks])
+        value = tensors[block.name] if block.name in tensors else block.gather(tensors)
+        if tuple(value.shape) != block.shape:
+            raise CurvlabError(f"{block} has shape {list(block.shape)}, but its gradient {list(value.shape)}")
+        found.append(value.flatten())
+    return torch.cat(found)
 
 
 def unflat(layout: Layout, vector: Float[Tensor, " D"]) -> dict[str, Tensor]:
@@ -49,11 +49,8 @@ def unflat(layout: Layout, vector: Float[Tensor, " D"]) -> dict[str, Tensor]:
 
 def like(layout: Layout, vector: Float[Tensor, " D"], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One vector → the keys of `grads`: blocks or parameters."""
-    by_block = unflat(layout, vector)
-    if by_block.keys() >= grads.keys():
-        return {name: by_block[name] for name in grads}
-    by_parameter = layout.unflatten(vector)
-    return {name: by_parameter[name] for name in grads}
+    found = layout.unflatten(vector) | unflat(layout, vector)
+    return {name: found[name] for name in grads}
 
 
 def applied(layout: Layout, operator: Operator, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,127 @@
+"""The Levenberg–Marquardt rule by hand, and ρ of (5.5) on a loss that is its own model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import Problem, problem
+from torch import Tensor, nn
+
+import curvlab as cl
+from curvlab.curvature.levenberg import LevenbergMarquardt, predicted_reduction, ratio_at, reduction_ratio
+from curvlab.objective import Observation, Transition
+
+RULE = LevenbergMarquardt()
+
+
+@pytest.mark.parametrize(
+    ("rho", "factor"),
+    [
+        (-math.inf, 1.01), (-3.0, 1.01), (0.0, 1.01), (0.2499, 1.01),
+        (0.25, 1.0), (0.5, 1.0), (0.75, 1.0), (math.nan, 1.0),
+        (0.7501, 0.99), (1.0, 0.99), (math.inf, 0.99),
+    ],
+)  # fmt: skip
+def test_the_rule_as_printed(rho: float, factor: float) -> None:
+    """Thesis 5.2.3: strictly below ε, strictly above 1 − ε; λ = λ_LM + τ with λ_LM from 1."""
+    assert RULE.adapted(1.001, rho) == pytest.approx(factor * 1 + 0.001, rel=1e-14)
+    assert factor != 1 or RULE.adapted(0.1 + 0.2, rho) == 0.1 + 0.2
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), max_size=60), st.floats(0.0011, 100))
+def test_many_changes_multiply(ratios: list[float], damping: float) -> None:
+    found, lm = damping, damping - RULE.tau
+    for rho in ratios:
+        found = RULE.adapted(found, rho)
+        lm *= 1.01 if rho < 0.25 else 0.99 if rho > 0.75 else 1
+    assert found == pytest.approx(lm + RULE.tau, rel=1e-10)
+
+
+def test_what_falls_for_ever_can_rise_again() -> None:
+    """λ ends at τ, not below, and not where a boost is lost in rounding."""
+    damping = 1.001
+    for _ in range(10_000):
+        damping = RULE.adapted(damping, 1.0)
+    assert RULE.tau < damping < RULE.tau * (1 + 1e-7)
+    for _ in range(3000):
+        damping = RULE.adapted(damping, 0.0)
+    assert damping > 1
+    assert LevenbergMarquardt(1.5, 2 / 3, tau=0.0).adapted(0.3, 0.0) == pytest.approx(0.45)
+    assert RULE.adapted(1e-5, 0.0) > RULE.tau  # a damping below τ that was given
+    assert RULE.adapted(1e-5, 0.5) == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"boost": 1.0}, "boost .* above 1"),
+        ({"drop": 1.0}, "drop .* between 0 and 1"),
+        ({"epsilon": 0.5}, "epsilon"),
+        ({"tau": -1}, "tau"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(cl.CurvlabError, match=message):
+        LevenbergMarquardt(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("actual", "predicted", "rho"),
+    [(1.0, 2.0, 0.5), (-1.0, 2.0, -0.5), (1.0, -2.0, -math.inf), (1.0, 0.0, -math.inf), (-math.inf, 1.0, -math.inf),
+     (math.nan, 1.0, -math.inf), (1.0, math.nan, -math.inf), (1.0, math.inf, 0.0)],
+)  # fmt: skip
+def test_reduction_ratio(actual: float, predicted: float, rho: float) -> None:
+    assert reduction_ratio(actual, predicted) == rho
+
+
+def test_no_move_has_no_ratio() -> None:
+    assert math.isnan(reduction_ratio(0.0, 0.0))
+
+
+def quadratic() -> tuple[Problem, cl.Objective, Observation, Tensor]:
+    """Least squares in a linear layer: the Gauss-Newton model is the loss."""
+    p = problem("linear", "gaussian")
+    objective = p.objective()
+    return p, objective, objective.closure(p.x, p.y).observe(), cl.exact.matrix(objective, p.x, p.y, "ggn", None).dense()
+
+
+@pytest.mark.parametrize("taken", [0.0, 0.3, 1.0])
+def test_ratio_of_a_quadratic_is_one_wherever_the_weights_are(taken: float) -> None:
+    """ρ = 1 at every p. The weights stand at `taken` of it."""
+    p, objective, before, B = quadratic()
+    g = before.gradients["1"].flatten()
+    step = -torch.linalg.solve(B + 0.1 * torch.eye(18, dtype=torch.float64), g)
+    assert predicted_reduction(g, step, B @ step) == pytest.approx(-float(g @ step + 0.5 * step @ (B @ step)), rel=1e-14)
+    with torch.no_grad():
+        for name, d in objective.layout.unflatten(taken * step).items():
+            p.model.get_parameter(name).add_(d)
+    after = before.closure.observe(frozenset())
+    transition = Transition(before, after, lambda: {"1": (taken * step).view(3, 6)})
+    assert ratio_at(transition, objective.layout, step, B @ step) == pytest.approx(1.0, rel=1e-11)
+    assert ratio_at(transition, objective.layout, step, 0 * step) != pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_loss_that_overflows_is_no_reduction() -> None:
+    p = problem("linear", "gaussian")
+    objective = p.objective()
+    before = objective.closure(p.x, p.y).observe()
+    huge = torch.full((18,), 1e200, dtype=torch.float64)
+    transition = Transition(before, before, lambda: {"1": torch.zeros(3, 6, dtype=torch.float64)})
+    assert ratio_at(transition, objective.layout, -huge, 0 * huge) == -math.inf
+
+
+def test_one_more_forward_only_where_the_step_is_another() -> None:
+    p, objective, before, B = quadratic()
+    calls = []
+    handle = next(m for m in p.model.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *a: calls.append(1))
+    step = torch.ones(18, dtype=torch.float64)
+    transition = Transition(before, before, lambda: {"1": step.view(3, 6)})
+    ratio_at(transition, objective.layout, step, B @ step)
+    assert not calls
+    ratio_at(transition, objective.layout, 2 * step, B @ step)
+    assert calls == [1]
+    handle.remove()
