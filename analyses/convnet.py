@@ -3,7 +3,7 @@
     python analyses/convnet.py [--budget smoke|cpu] [--methods NAME …] [--out FOLDER]
 
 `cpu`: 8,068 images (`cifar10-subset`, a file in CURVLAB_DATA), minibatches of 128. `smoke`: two steps a method on random
-images, to see that everything runs. Learning rates and dampings: of the document's nearest table, else chosen once; none is tuned.
+images, to see that everything runs. Learning rates and dampings: of the document's nearest table, else chosen once, not tuned.
 """
 
 import argparse
