@@ -3,7 +3,7 @@
     python analyses/convnet.py [--budget smoke|cpu] [--methods NAME …] [--out FOLDER]
 
 `cpu`: 8,068 images (`cifar10-subset`, a file in CURVLAB_DATA), minibatches of 128. `smoke`: two steps a method on random
-images, to see that everything runs. Learning rates and dampings: of the document's nearest table, else chosen once; none is tuned.
+images, to see that everything runs. Learning rates and dampings: of the document's nearest table, else chosen once, not tuned.
 """
 
 import argparse
@@ -40,9 +40,9 @@ METHODS = {
     "tnt": Method(1e-4, 0.1, "TNT", OFTEN),  # Table 4.4, VGG16
     "k-bfgs": Method(0.1, 10.0, "K-BFGS", {"update_every": 20}),  # Table 3.7, CIFAR-100, VGG16; 30 and 1e4 belong to BatchNorm
     "k-bfgs-l": Method(0.3, 100.0, "K-BFGS(L)", {"update_every": 20}),  # Table 3.7, CIFAR-100, VGG16
-    "skqn-l": Method(0.1, 1.0, "SKQN-L", {"refresh_every": 20}),  # S2QN's appendix is not available
-    "skqn-b1": Method(0.1, 1.0, "SKQN-B1", {"refresh_every": 20}),
-    "skqn-b2": Method(0.1, 1.0, "SKQN-B2", {"refresh_every": 20}),
+    "skqn-l": Method(0.3, 0.3, "SKQN-L", {"refresh_every": 20}),  # S2QN's appendix is not available
+    "skqn-b1": Method(0.3, 0.3, "SKQN-B1", {"refresh_every": 20}),
+    "skqn-b2": Method(0.3, 0.3, "SKQN-B2", {"refresh_every": 20}),
 }
 
 BUDGETS = {"smoke": (1, 8), "cpu": (4, 128)}

@@ -253,16 +253,16 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "skqn-l": Algorithm(
         "KFAC of the minibatch refined by L-BFGS of each block, λ by the gradient's norm", "S2QN Alg. 1, (12), (13); curvlab",
-        SkqnL, "data", 0.1, 1.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+        SkqnL, "data", 3.0, 3.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
     ),
     "skqn-b1": Algorithm(
         "the same, factor G refined by sketched block BFGS of steps", "S2QN Alg. 1, (19), (22); curvlab",
-        SkqnB, "data", 0.1, 1.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+        SkqnB, "data", 3.0, 3.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
         own={"condition": "parameters"},
     ),
     "skqn-b2": Algorithm(
         "the same, of changes of pre-activations", "S2QN Alg. 1, (20), (22); curvlab",
-        SkqnB, "data", 0.1, 1.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+        SkqnB, "data", 3.0, 3.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
         own={"condition": "preactivations"},
     ),
 }  # fmt: skip

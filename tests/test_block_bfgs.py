@@ -168,6 +168,15 @@ def test_blocks_that_are_skipped(choice: Choice, U: Tensor, V: Tensor, reason: s
 
 
 @choices
+def test_a_matrix_that_rounding_has_made_indefinite_skips(choice: Choice) -> None:
+    """The columns see −1e-9 and an eigenvalue above 0 between them: nothing to scale P by."""
+    Lambda = torch.tensor([[-1e-9, 1.0], [1.0, -1e-9]], dtype=DOUBLE)
+    found = block_bfgs(Lambda, eye(2), eye(2), choice=choice)
+    assert (found.matrix is Lambda) == (choice != "symmetric")
+    assert found.skipped == ("" if choice == "symmetric" else "curvature")
+
+
+@choices
 def test_a_given_tau_that_leaves_p_indefinite_skips(choice: Choice) -> None:
     Lambda, U = spd(4), normal(4, 2)
     found = block_bfgs(Lambda, U, -(Lambda @ U), choice=choice, tau=0.6)

@@ -76,6 +76,8 @@ def block_bfgs(
     else:
         used = W.diagonal() > torch.finfo(W.dtype).eps * W.diagonal().amax()
         V, LU, P, at_one = V[:, used], LU[:, used], torch.diag(M.diagonal()[used]), W.diagonal()[used]
+    if not len(at_one) or not bool((at_one > 0).all()):  # rounding has cost a semi-definite Λ its sign across all of U
+        return BlockUpdate(Lambda, math.nan, 1.0, 0, "curvature")
     root = at_one.rsqrt()
     least = float(torch.linalg.eigvalsh(root[:, None] * P * root)[0])
     tau = powell_factor(least, 1.0, mu) if tau is None else tau
