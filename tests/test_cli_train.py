@@ -281,7 +281,7 @@ def test_a_run_that_diverges_says_so_and_keeps_the_last_good_state(tmp_path: Pat
     said = [line for line in err.splitlines() if line.startswith("curvlab: ")]
     assert len(said) == 1
     assert re.match(
-        r"curvlab: diverged in epoch 1, step \d+: .*; the last good state, kept, is epoch 0 \(.*checkpoint\.pt\)", said[0]
+        r"curvlab: diverged in epoch 1 after \d+ steps: .*; the last good state, kept, is epoch 0 \(.*checkpoint\.pt\)", said[0]
     )
     assert cl.open(tmp_path).attrs["stopped"] in said[0]
     assert all(torch.isfinite(p).all() for p in model_of(tmp_path).values())

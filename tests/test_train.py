@@ -421,7 +421,7 @@ def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch_is_no_good_state() -> 
     model = fragile()
     blow = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 7 else 1e306)  # noqa: E731
     for every in (1, 4):
-        with pytest.warns(cl.CurvlabWarning, match=r"diverged in epoch 2, step 4: the.* loss is (nan|not finite|inf)"):
+        with pytest.warns(cl.CurvlabWarning, match=r"diverged in epoch 2 after 4 steps: the.* loss is (nan|not finite|inf)"):
             run = cl.train(
                 objective_of(model), data().batches(5, seed=1), epochs=9, algorithm="sgd-m", schedule=blow, lr=1.0,
                 schedule_every="step", evaluate_every=every,
