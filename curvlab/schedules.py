@@ -67,6 +67,13 @@ def find(name: str) -> Schedule:
     raise unknown("schedule", name, [*SCHEDULES, *_OF_TORCH])
 
 
+class _Still(Optimizer):
+    """As bare as curvlab's own, and it does not move: for a trial."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]  # torch's returns a loss
+        pass
+
+
 def maker(name: str, epochs: int | None, options: Mapping[str, Any]) -> Make:
     """Optimizer → scheduler.
 
@@ -85,7 +92,11 @@ def maker(name: str, epochs: int | None, options: Mapping[str, Any]) -> Make:
         return schedule.make(optimizer, **given)
 
     try:
-        make(Optimizer([torch.nn.Parameter(torch.zeros(1))], {"lr": 1.0}))  # as bare as curvlab's own
+        trial = _Still([torch.nn.Parameter(torch.zeros(1))], {"lr": 1.0})
+        scheduler = make(trial)
+        trial.step()
+        if not isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+            scheduler.step()
     except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise CurvlabError(f"schedule '{name}': {' '.join(str(error).split())}") from error
     return make

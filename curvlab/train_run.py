@@ -130,10 +130,12 @@ def train(
         objective, batches, validation, settings, Budget(epochs, steps, seconds), warm, error, about, must_match, place,
         checkpoint_seconds,
     )  # fmt: skip
-    if place is not None:
-        _claim(place, resume)
-        if resume:
-            training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
+    if resume:
+        if place is None:
+            raise CurvlabError("resume needs a folder")
+        training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
+    elif place is not None:
+        _claim(place)
     console = Console(stderr=True)
     run = _run(training, console, console.is_terminal if progress is None else progress, lambda line: None)
     if run.stopped:
@@ -194,12 +196,11 @@ def _run(training: Training, console: Console, shown: bool, say: Callable[[str],
     return TrainRun(training.log, training.folder, training.stopped)
 
 
-def _claim(folder: Path, resume: bool) -> None:
-    """The folder, made. Raises CurvlabError where it cannot be written, or holds a run that is not to go on."""
-    if not resume:
-        for name in ("run.h5", checkpoint.FILE):
-            if (folder / name).exists():
-                raise CurvlabError(f"{folder} already holds a {name}: choose another folder, or go on with resume")
+def _claim(folder: Path) -> None:
+    """The folder, made. Raises CurvlabError where it cannot be written, or holds a run."""
+    for name in ("run.h5", checkpoint.FILE):
+        if (folder / name).exists():
+            raise CurvlabError(f"{folder} already holds a {name}: choose another folder, or go on with resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from curvlab import schedules
 from curvlab.algorithms import ALGORITHMS, optimizer
 from curvlab.errors import CurvlabError, lookup, unknown
-from curvlab.objective import Objective, Pass
+from curvlab.objective import PASSES, Objective, Pass
 from curvlab.optim import MomentumKind, Optimizer
 
 Every = Literal["epoch", "step"]
@@ -49,6 +49,8 @@ class Settings:
             known = ALGORITHMS[self.algorithm].options
             if option not in known:
                 raise unknown(f"option of {self.algorithm}", option, known or ["none"])
+        if self.labels is not None and self.labels not in PASSES:
+            raise unknown("labels", self.labels, PASSES)
         if self.schedule_every not in get_args(Every):
             raise unknown("schedule_every", self.schedule_every, get_args(Every))
         for name in ("evaluate_every", "evaluate_samples"):

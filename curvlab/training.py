@@ -132,11 +132,10 @@ class Training:
                 self._pause()
                 if self.at.started and not self.shield.broken:
                     self._keep()
-                self.log.save()
                 raise
             finally:
                 self._pause()
-            self.log.save()
+                self.log.save()
 
     def _begin(self) -> None:
         """Epoch 0: evaluated before the warm start, so that what does not fit is found at once."""
@@ -349,7 +348,9 @@ class Training:
         """The numbers left the finite range: back to the last good state, and the log says why."""
         at, (epoch, step) = self.at, self.good
         where = f"{step} steps into epoch {epoch + 1}" if step else f"epoch {epoch}"
-        self.stopped = f"diverged in epoch {at.epoch + 1}, step {at.step}: {reason}; the last good state, kept, is {where}"
+        self.stopped = (
+            f"diverged in epoch {at.epoch + 1} after {at.step} steps: {reason}; the last good state, kept, is {where}"
+        )
         kept = self._good_model
         if self.folder is not None:
             kept = checkpoint.load(self.folder / checkpoint.FILE, self.objective.device)["model"]

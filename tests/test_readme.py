@@ -11,6 +11,7 @@ from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.objective import PASSES
 from curvlab.probes import PROBES
 from curvlab.spectra import VARIABLES
+from curvlab.train_log import VARIABLES as TRAINING
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,6 +68,16 @@ def test_the_log_schema_is_complete_and_true() -> None:
 def test_the_schema_of_spectra_is_complete_and_true() -> None:
     table = {name.strip("` "): row[1] for row in rows("| variable | dimensions of a spectrum |") for name in row[0].split(",")}
     assert table == {name: ", ".join(("step", *dims)) for name, (dims, *_) in VARIABLES.items()}
+
+
+def test_the_training_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(block_after("<!-- training, executed by the tests -->"), "README.md", "exec"), {})
+    assert re.fullmatch(r"loss 0\.\d\d after 60 steps\n", capsys.readouterr().out)
+
+
+def test_the_schema_of_training_is_complete_and_true() -> None:
+    table = {name.strip("` "): row[1] for row in rows("| variable | dimensions of training |") for name in row[0].split(",")}
+    assert table == {name: ", ".join(("epoch", *dims)) for name, (dims, *_) in TRAINING.items()}
 
 
 def test_the_passes_are_complete() -> None:

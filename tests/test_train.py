@@ -1,0 +1,514 @@
+"""The training loop through its public call: the same numbers by hand-written loops, budgets, going on, divergence."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from problems import batches, problem
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import curvlab as cl
+from curvlab import checkpoint
+from curvlab.algorithms import ALGORITHMS
+from curvlab.datasets import Dataset
+from curvlab.evaluation import SQUARED, SQUARED_SIGMOID, WRONG, WRONG_SIGN, Measure, evaluate, measure_of
+from curvlab.figures import draw_all
+from curvlab.train_log import TIMES, VARIABLES
+
+
+def data(n: int = 23, seed: int = 0) -> Dataset:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=draw, dtype=torch.float64)
+    return Dataset("made", x, torch.randint(3, (n,), generator=draw), "made here")
+
+
+def net(seed: int = 3, *middle: nn.Module) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 4), *middle, nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def objective_of(model: nn.Module) -> cl.Objective:
+    return cl.Objective(model, cl.likelihoods.Categorical(), 0)
+
+
+def same_log(one: xr.Dataset, two: xr.Dataset) -> None:
+    """All but times, to the bit."""
+    assert set(one.variables) == set(two.variables)
+    for name in set(one.variables) - set(TIMES):
+        xr.testing.assert_identical(one[name], two[name])
+
+
+def same_weights(one: nn.Module, two: nn.Module) -> None:
+    for (name, p), (other, q) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(p, q), name
+
+
+BY_HAND: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd-m": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.999), eps=1e-4),
+}
+BY_HAND_SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]] = {
+    "constant": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 1.0),
+    "step": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.5 ** (epoch // 2)),
+    "cosine": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: (1 + math.cos(math.pi * epoch / 5)) / 2),
+    "ExponentialLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.8**epoch),
+}
+OPTIONS = {"step": {"every": 2, "factor": 0.5}, "ExponentialLR": {"gamma": 0.8}}
+
+
+@pytest.mark.parametrize("schedule", BY_HAND_SCHEDULES)
+@pytest.mark.parametrize("algorithm", BY_HAND)
+def test_the_same_as_a_loop_around_torchs_optimizer(algorithm: str, schedule: str) -> None:
+    """Two routes to weights, rates, losses, errors and norms."""
+    model, other, train, test = net(), net(), data(), data(9, 1)
+    found = cl.train(
+        objective_of(model), train.batches(5, epochs=5, seed=2), test,
+        algorithm=algorithm, lr=0.1, damping=1e-4, schedule=schedule, schedule_options=OPTIONS.get(schedule),
+    ).dataset  # fmt: skip
+    stepper = BY_HAND[algorithm](list(other.parameters()))
+    scheduler = BY_HAND_SCHEDULES[schedule](stepper)
+    stream = iter(train.batches(5, epochs=5, seed=2))
+    for epoch in range(6):
+        at = found.sel(epoch=epoch)
+        with torch.no_grad():
+            for part, name in ((train, "train"), (test, "val")):
+                z = other(part.x)
+                assert float(at[f"{name}_loss"]) == pytest.approx(F.cross_entropy(z, part.y).item(), rel=1e-12)
+                assert float(at[f"{name}_error"]) == pytest.approx((z.argmax(1) != part.y).double().mean().item(), abs=1e-14)
+        if epoch == 5:
+            break
+        losses, gradients, steps, of_layer = [], [], [], []
+        for _ in range(4):
+            x, y = next(stream)
+            stepper.zero_grad()
+            loss = F.cross_entropy(other(x), y)
+            loss.backward()
+            before = torch.cat([p.detach().flatten().clone() for p in other.parameters()])
+            gradients.append(torch.cat([p.grad.flatten() for p in other.parameters()]).norm().item())
+            of_layer.append(torch.cat([p.grad.flatten() for p in other[-1].parameters()]).norm().item())
+            stepper.step()
+            losses.append(loss.item())
+            steps.append((torch.cat([p.detach().flatten() for p in other.parameters()]) - before).norm().item())
+        at = found.sel(epoch=epoch + 1)
+        assert float(at["batch_loss"]) == pytest.approx(np.mean(losses), rel=1e-11)
+        assert float(at["gradient_norm"]) == pytest.approx(np.mean(gradients), rel=1e-11)
+        assert float(at["step_norm"]) == pytest.approx(np.mean(steps), rel=1e-10)
+        assert float(at["gradient_norm_of_block"].sel(block="2")) == pytest.approx(np.mean(of_layer), rel=1e-11)
+        assert float(at["lr"]) == pytest.approx(stepper.param_groups[0]["lr"], rel=1e-12)
+        scheduler.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+def test_momentum_of_both_kinds_and_decoupled_weight_decay_by_hand() -> None:
+    for kind, new in (("add", 1.0), ("average", 0.1)):
+        p, q = problem(), problem()
+        minibatches = batches(p, 4)
+        cl.train(p.objective(), minibatches, algorithm="sgd-m", lr=0.1, momentum=0.9, momentum_kind=kind, weight_decay=0.01)
+        buffers = [torch.zeros_like(w) for w in q.model.parameters()]
+        for x, y in minibatches:
+            q.objective().closure(x, y)()
+            with torch.no_grad():
+                for w, m in zip(q.model.parameters(), buffers, strict=True):
+                    m.mul_(0.9).add_(w.grad, alpha=new)
+                    w -= 0.1 * (m + 0.01 * w)
+        for w, v in zip(p.model.parameters(), q.model.parameters(), strict=True):
+            torch.testing.assert_close(w, v, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_moves_as_its_optimizer_does_alone_and_logs_finite_numbers(algorithm: str) -> None:
+    model, other, train = net(), net(), data()
+    found = cl.train(objective_of(model), train.batches(8, epochs=2, seed=1), train, algorithm=algorithm, damping=0.1).dataset
+    alone = objective_of(other)
+    stepper = cl.optimizer(algorithm, alone, damping=0.1)
+    stepper.warm_start(train.batches(8, seed=1))
+    for x, y in train.batches(8, epochs=2, seed=1):
+        stepper.step(alone.closure(x, y))
+    same_weights(model, other)
+    assert all(np.isfinite(found[name].isel(epoch=slice(1, None))).all() for name in found.data_vars)
+
+
+def test_the_log_has_the_promised_schema(tmp_path: Path) -> None:
+    run = cl.train(objective_of(net()), data().batches(5, epochs=2), data(4), folder=tmp_path)
+    ds = cl.open(tmp_path)
+    xr.testing.assert_identical(ds, run.dataset)
+    assert dict(ds.sizes) == {"epoch": 3, "block": 2}
+    assert {name: v.dims for name, v in ds.data_vars.items()} == {n: ("epoch", *v[0]) for n, v in VARIABLES.items()}
+    assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
+    assert ds["train_error"].attrs["long_name"] == "fraction of wrong classes over the training examples"
+    assert ds["epoch"].values.tolist() == [0, 1, 2]
+    assert ds["steps"].values.tolist() == [0, 4, 8]
+    assert np.isnan(ds["gradient_norm"][0])
+    for name in TIMES:
+        assert (np.diff(ds[name]) >= 0).all()
+    assert (ds["evaluation_seconds"] > 0).all()
+    expected = {"model": "Sequential", "algorithm": "adam", "lr": 1e-4, "damping": 1e-4, "seed": 0, "device": "cpu"}
+    assert {name: ds.attrs[name] for name in expected} == expected
+    assert json.loads(ds.attrs["settings"])["decay"] == 0.999
+    assert json.loads(ds.attrs["budget"]) == {"epochs": 2, "steps": None, "seconds": None}
+    assert {"versions", "git_commit", "created", "call", "dtype", "threads"} <= ds.attrs.keys()
+    assert "stopped" not in ds.attrs
+    assert run.figure().axes
+
+
+def test_errors_of_the_documents() -> None:
+    draw = torch.Generator().manual_seed(0)
+    z, y = torch.randn(6, 4, generator=draw).double(), torch.rand(6, 4, generator=draw).double()
+    assert measure_of(cl.likelihoods.Bernoulli(), 4) is SQUARED_SIGMOID
+    assert measure_of(cl.likelihoods.Bernoulli(), 1) is WRONG_SIGN
+    assert measure_of(cl.likelihoods.Categorical(), 4) is WRONG
+    assert measure_of(cl.likelihoods.Gaussian(), 4) is SQUARED
+    assert float(SQUARED_SIGMOID.each(z, y).mean()) == pytest.approx(float(((1 / (1 + (-z).exp()) - y) ** 2).mean()), rel=1e-13)
+    assert float(SQUARED.each(z, y).mean()) == pytest.approx(float(((z - y) ** 2).mean()), rel=1e-13)
+    wrong = sum(float(row.max()) > float(row[2]) for row in z) / 6
+    assert float(WRONG.each(z, torch.full((6,), 2)).mean()) == wrong
+    ones = torch.ones(6, 1).double()
+    assert float(WRONG_SIGN.each(z[:, :1], ones).mean()) == float((z[:, 0] <= 0).double().mean())
+
+
+def test_evaluation_in_chunks_is_the_whole_and_changes_nothing() -> None:
+    """BatchNorm by its running statistics, dropout off; modes, buffers, labels to be drawn and generators as they were."""
+    model = net(3, nn.BatchNorm1d(4), nn.Dropout(0.5))
+    model[1].running_mean.normal_(generator=torch.Generator().manual_seed(1))
+    model[2].eval()
+    objective, examples = objective_of(model), data()
+    before, state, drawn = {k: v.clone() for k, v in model.state_dict().items()}, objective.state_dict(), torch.get_rng_state()
+    found = [
+        evaluate(objective, part, error=WRONG, size=size) for size in (5, 100) for part in (examples, (examples.x, examples.y))
+    ]
+    found.append(evaluate(objective, list(examples.batches(23)), error=WRONG))
+    assert [m.training for m in model] == [True, True, False, True, True]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert objective.state_dict() == state
+    assert torch.equal(torch.get_rng_state(), drawn)
+    model.eval()
+    z = model(examples.x)
+    for loss, error in found:
+        assert loss == pytest.approx(F.cross_entropy(z, examples.y).item(), rel=1e-13)
+        assert error == pytest.approx((z.argmax(1) != examples.y).double().mean().item(), abs=1e-15)
+    first, _ = evaluate(objective, examples, size=4, most=7)
+    assert first == pytest.approx(F.cross_entropy(z[:7], examples.y[:7]).item(), rel=1e-13)
+
+
+def test_batch_norm_and_dropout_train_in_train_mode_and_end_as_they_were() -> None:
+    model, modes = net(3, nn.BatchNorm1d(4), nn.Dropout(0.5)), []
+    model.eval()
+    model[1].register_forward_hook(lambda module, x, z: modes.append((module.training, len(z))))
+    cl.train(objective_of(model), data().batches(5), data(9), algorithm="sgd-m", lr=0.01)
+    assert modes == [(False, 2), (False, 23), (False, 9), *[(True, 5)] * 4, (False, 23), (False, 9)]
+    assert not any(m.training for m in model.modules())
+    assert model[1].num_batches_tracked == 4
+
+
+def test_no_validation_and_a_likelihood_of_ones_own() -> None:
+    class Poisson:
+        def check(self, z: Tensor, y: Tensor) -> None: ...
+        def loss(self, z: Tensor, y: Tensor) -> Tensor:
+            return (z.exp() - y * z).sum(1)
+
+        def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+            return torch.poisson(z.exp(), generator=generator)
+
+        def root(self, z: Tensor) -> Tensor:
+            return torch.diag_embed((z / 2).exp()).movedim(1, 0)
+
+    x = data().x
+    counts = Dataset("counts", x, torch.ones(23, 3, dtype=torch.float64), "")
+    objective = cl.Objective(net(), Poisson())
+    ds = cl.train(objective, counts.batches(5), counts).dataset
+    assert {"train_loss", "val_loss"} <= set(ds.data_vars)
+    assert not {"train_error", "val_error"} & set(ds.data_vars)
+    own = Measure("distance", "1", lambda z, y: (z.exp() - y).abs().mean(1))
+    ds = cl.train(objective, counts.batches(5), error=own).dataset
+    assert {"train_error"} == {n for n in ds.data_vars if n.endswith("_error")}
+    assert float(ds["train_error"][-1]) == pytest.approx((objective.model(x).exp() - 1).abs().mean().item(), rel=1e-12)
+
+
+# ---- when a run ends
+
+
+def test_whichever_budget_is_spent_first_and_what_an_epoch_cut_short_says() -> None:
+    def run(**budget: float) -> xr.Dataset:
+        return cl.train(objective_of(net()), data().batches(5, seed=1), **budget).dataset
+
+    assert run(epochs=3)["steps"].values.tolist() == [0, 4, 8, 12]
+    assert run(epochs=3, steps=8)["epoch"].values.tolist() == [0, 1, 2]
+    cut = run(epochs=3, steps=7)
+    assert cut["epoch"].values.tolist() == [0, 1, 1.75]
+    assert cut["steps"].values.tolist() == [0, 4, 7]
+    assert np.isfinite(cut["train_loss"]).all()
+    assert run(seconds=1e-9, epochs=3)["steps"].values.tolist() == [0, 1]
+    assert run()["steps"].values.tolist() == [0, 4]
+
+
+def test_evaluated_now_and_then_and_at_the_end() -> None:
+    ds = cl.train(objective_of(net()), data().batches(5, epochs=5), data(4), evaluate_every=2).dataset
+    assert np.isfinite(ds["val_loss"]).values.tolist() == [True, False, True, False, True, True]
+    assert np.isfinite(ds["batch_loss"]).values.tolist() == [False] + [True] * 5
+    every = cl.train(objective_of(net()), data().batches(5, epochs=5), data(4)).dataset
+    np.testing.assert_array_equal(ds["train_loss"][[0, 2, 4, 5]], every["train_loss"][[0, 2, 4, 5]])
+
+
+def test_torch_schedulers_by_the_step_and_by_the_loss() -> None:
+    def rates(schedule: Callable, **more: str) -> list[float]:
+        return (
+            cl.train(objective_of(net()), data().batches(5, epochs=3), schedule=schedule, lr=1.0, **more)
+            .dataset["lr"]
+            .values.tolist()
+        )
+
+    linear = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1 / (1 + k))  # noqa: E731
+    assert rates(linear, schedule_every="step", algorithm="sgd-m") == [1.0, 1 / 5, 1 / 9, 1 / 13]
+    plateau = lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=1e9, threshold_mode="abs")  # noqa: E731
+    assert rates(plateau, algorithm="sgd-m")[:3] == [1.0, 1.0, 1.0]
+    with pytest.raises(cl.CurvlabError, match="ReduceLROnPlateau reads the loss"):
+        rates(plateau, schedule_every="step")
+
+
+# ---- going on
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing of the loop may catch it."""
+
+
+def killed_after(steps: int, **arguments: object) -> None:
+    """Train until so many steps are done, then die without a word."""
+    objective, count = arguments.pop("objective"), [0]
+    real = cl.Objective.closure
+
+    def counting(self: cl.Objective, x: Tensor, y: Tensor, stream: str = "step") -> object:
+        if stream == "step":
+            if count[0] == steps:
+                raise Killed
+            count[0] += 1
+        return real(self, x, y, stream)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cl.Objective, "closure", counting)
+        with pytest.raises(Killed):
+            cl.train(objective, **arguments)
+
+
+def loader() -> DataLoader:
+    """Shuffled by the global generator."""
+    part = data()
+    return DataLoader(TensorDataset(part.x, part.y), batch_size=5, shuffle=True, drop_last=True)
+
+
+KINDS: dict[str, Callable[[], object]] = {
+    "data set": lambda: data().batches(5, seed=1),
+    "loader": loader,
+    "list": lambda: list(data().batches(5, seed=1)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("algorithm", ["k-bfgs-20", "kfac", "adam"])
+def test_it_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, kind: str, tmp_path: Path) -> None:
+    """With dropout and batch norm, sampled labels, a schedule; checkpoints after every step, and at epochs' ends alone."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(5)
+        return net(3, nn.BatchNorm1d(4), nn.Dropout(0.3))
+
+    more = {
+        "validation": data(6), "algorithm": algorithm, "epochs": 3, "lr": 0.05, "damping": 0.3, "refresh_every": 3,
+        "schedule": "step", "schedule_options": {"every": 1, "factor": 0.7}, "evaluate_every": 2,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cl.CurvlabWarning)
+        whole = build()
+        expected = cl.train(objective_of(whole), KINDS[kind](), **more).dataset
+        for steps in (0, 3, 4, 5, 8, 11):
+            for seconds in (1e-9, 60.0):
+                folder = tmp_path / f"{steps} {seconds}"
+                arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
+                killed_after(steps, objective=objective_of(build()), batches=KINDS[kind](), **arguments)
+                assert torch.load(folder / "checkpoint.pt", weights_only=True)["position"]["steps"] == (
+                    steps if seconds < 1 else steps // 4 * 4
+                )
+                model = net(99, nn.BatchNorm1d(4), nn.Dropout(0.3))
+                torch.manual_seed(77)
+                run = cl.train(objective_of(model), KINDS[kind](), resume=True, **arguments)
+                same_weights(model, whole)
+                same_log(run.dataset, expected)
+                same_log(cl.open(folder), expected)
+                assert len(json.loads(run.dataset.attrs["resumed"])) == 1
+
+
+def test_a_longer_run_drops_the_record_of_the_epoch_that_was_cut_short(tmp_path: Path) -> None:
+    whole, model, again = net(), net(), net(8)
+    expected = cl.train(objective_of(whole), data().batches(5, seed=1), epochs=3).dataset
+    cut = cl.train(objective_of(model), data().batches(5, seed=1), epochs=3, steps=6, folder=tmp_path)
+    assert cut.dataset["epoch"].values.tolist() == [0, 1, 1.5]
+    same_log(cl.train(objective_of(again), data().batches(5, seed=1), epochs=3, steps=6, folder=tmp_path, resume=True).dataset,
+             cut.dataset)  # fmt: skip
+    run = cl.train(objective_of(again), data().batches(5, seed=1), epochs=3, folder=tmp_path, resume=True)
+    same_log(run.dataset, expected)
+    same_weights(again, whole)
+    assert len(json.loads(run.dataset.attrs["resumed"])) == 2
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    cl.train(objective_of(net()), data().batches(5, seed=1), lr=0.1, folder=tmp_path)
+
+    def refused(says: str, size: int = 5, model: nn.Module | None = None, **change: object) -> None:
+        arguments = {"lr": 0.1, "folder": tmp_path, "resume": True} | change
+        with pytest.raises(cl.CurvlabError, match=says):
+            cl.train(objective_of(model or net()), data().batches(size, seed=1), **arguments)
+
+    refused(r"other settings \(lr 0\.1, not 0\.2\): give the same", lr=0.2)
+    refused("algorithm adam, not sgd-m", algorithm="sgd-m")
+    refused("batches of 5, seed 1, not made, batches of 6", size=6)
+    refused("parameters", model=nn.Linear(5, 3).double())
+    refused("schedule constant, not cosine.*epochs None, not 4", schedule="cosine", epochs=4)
+    refused("already holds a run.h5", resume=False)
+    refused("no checkpoint at", folder=tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+    refused("resume needs a folder", folder=None)
+
+
+# ---- divergence
+
+
+def fragile() -> nn.Module:
+    """Two linear layers: weights of 1e300 make outputs of Inf, where a tanh between them would not."""
+    model = net()
+    return nn.Sequential(model[0], model[2])
+
+
+@pytest.mark.parametrize("algorithm", ["sgd-m", "k-bfgs-20", "tnt"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_divergence_ends_the_run_and_keeps_the_last_good_state(algorithm: str, kept: bool, tmp_path: Path) -> None:
+    """The schedule multiplies the rate by 1e300 after epoch 2: the weights go to infinity in epoch 3."""
+    model, folder = fragile(), tmp_path if kept else None
+    blow = {"schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 1.0 if e < 2 else 1e300)}
+    arguments = {"algorithm": algorithm, "lr": 1e-3, "damping": 0.3, "folder": folder}
+    with pytest.warns(cl.CurvlabWarning, match="diverged in epoch 3") as caught:
+        run = cl.train(objective_of(model), data().batches(5, seed=1), epochs=5, **arguments, **blow)
+    assert "the last good state, kept, is epoch 2" in run.stopped
+    assert str(caught[-1].message) == run.stopped
+    good = fragile()
+    cl.train(objective_of(good), data().batches(5, seed=1), epochs=2, **arguments | {"folder": None})
+    same_weights(model, good)
+    ds = run.dataset
+    assert ds["epoch"].values.tolist() == [0, 1, 2]
+    assert ds.attrs["stopped"] == run.stopped
+    assert np.isfinite(ds["train_loss"]).all()
+    if folder:
+        assert cl.open(folder).attrs["stopped"] == run.stopped
+        state = checkpoint.load(folder / "checkpoint.pt")
+        assert state["position"]["epoch"] == 2
+        assert "stopped" not in state["log"]["attributes"]
+
+
+def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch_is_no_good_state() -> None:
+    """The last step of the epoch breaks the weights: no later minibatch says so, but the evaluation does."""
+    model = fragile()
+    blow = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 7 else 1e306)  # noqa: E731
+    for every in (1, 4):
+        with pytest.warns(cl.CurvlabWarning, match=r"diverged in epoch 2 after 4 steps: the.* loss is (nan|not finite|inf)"):
+            run = cl.train(
+                objective_of(model), data().batches(5, seed=1), epochs=9, algorithm="sgd-m", schedule=blow, lr=1.0,
+                schedule_every="step", evaluate_every=every,
+            )  # fmt: skip
+        assert run.dataset["epoch"].values.tolist() == [0, 1]
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        model = fragile()
+
+
+def test_bad_data_are_an_error_and_no_divergence(tmp_path: Path) -> None:
+    p = problem()
+    minibatches = batches(p, 4)
+    with pytest.raises(cl.CurvlabError, match=r"out of range: the model has 3 outputs"):
+        cl.train(p.objective(), [*minibatches[:3], (minibatches[3][0], minibatches[3][1] + 5)], folder=tmp_path)
+    broken = problem()
+    with torch.no_grad():
+        next(broken.model.parameters()).fill_(torch.nan)
+    with pytest.raises(cl.CurvlabError, match="before the first step"):
+        cl.train(broken.objective(), minibatches)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"algorithm": "adan"}, "unknown algorithm 'adan'; did you mean 'adam'"),
+        ({"pears": 3, "algorithm": "k-bfgs-l"}, "unknown option of k-bfgs-l 'pears'; did you mean 'pairs'"),
+        ({"pairs": 3}, "unknown option of adam 'pairs' .known: none"),
+        ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
+        ({"schedule": "step", "schedule_options": {"evry": 3}}, "unknown option of schedule step 'evry'; did you mean 'every'"),
+        ({"schedule": "cosine", "steps": 3}, "schedule 'cosine' is laid out over all epochs"),
+        ({"schedule_every": "minute"}, "unknown schedule_every"),
+        ({"momentum_kind": "nesterov"}, r"unknown kind of momentum 'nesterov'.*add, average, corrected"),
+        ({"epochs": 0}, "epochs must be 1 or more"),
+        ({"seconds": -1.0}, "seconds must be above 0"),
+        ({"evaluate_every": 0}, "evaluate_every must be 1 or more"),
+        ({"checkpoint_seconds": 0.0}, "seconds between checkpoints must be above 0"),
+        ({"lr": -1.0}, "learning rate must be 0 or positive"),
+        ({"weight_decay": -1.0}, "weight decay must be 0 or positive"),
+        ({"update_every": 0}, "update_every must be"),
+        ({"batches": iter([])}, "gone through only once"),
+        ({"batches": []}, "no minibatches to train on"),
+        ({"validation": (torch.zeros(3, 7).double(), torch.zeros(3).long())}, "does not take inputs of shape"),
+    ],
+)
+def test_bad_arguments(change: dict, says: str, tmp_path: Path) -> None:
+    arguments = {"batches": data().batches(5), "folder": tmp_path / "x"} | change
+    with pytest.raises(cl.CurvlabError, match=says):
+        cl.train(objective_of(net()), **arguments)
+    assert not (tmp_path / "x" / "run.h5").exists()
+
+
+def test_the_figure_shows_the_values_of_the_log_for_one_run_and_for_several() -> None:
+    runs = [
+        cl.train(objective_of(net()), data().batches(5, epochs=3), data(6), algorithm=name, lr=0.01).dataset
+        for name in ("adam", "sgd-m")
+    ]
+    axes = draw_all([("a", runs[0]), ("b", runs[1])], "training").axes
+    assert [line.get_label() for line in axes[0].lines] == [
+        "adam, training", "adam, validation", "sgd-m, training", "sgd-m, validation"
+    ]  # fmt: skip
+    for row, kind in ((0, "loss"), (2, "error")):
+        for ax, x in ((axes[row], "epoch"), (axes[row + 1], "wall_seconds")):
+            for line, (ds, part) in zip(ax.lines, [(ds, part) for ds in runs for part in ("train", "val")], strict=True):
+                np.testing.assert_array_equal(line.get_xdata(), ds[x])
+                np.testing.assert_array_equal(line.get_ydata(), ds[f"{part}_{kind}"])
+    colours = {line.get_color() for line in axes[0].lines}
+    assert len(colours) == 2
+    twice = draw_all([("a", runs[0]), ("b", runs[0])], "training").axes[0]
+    assert [line.get_label() for line in twice.lines][::2] == ["adam (a), training", "adam (b), training"]
+    with pytest.raises(cl.CurvlabError, match=r"figure 'loss' is of one run: give one \(of several: training\)"):
+        draw_all([("a", runs[0]), ("b", runs[1])], "loss")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
+    logs = []
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        cl.train(objective_of(net().to(device)), data().batches(5), algorithm="k-bfgs-20", lr=0.1, folder=folder)
+        run = cl.train(
+            objective_of(net().to(device)),
+            data().batches(5),
+            algorithm="k-bfgs-20",
+            lr=0.1,
+            epochs=3,
+            folder=folder,
+            resume=True,
+        )
+        logs.append(run.dataset["train_loss"])
+    np.testing.assert_allclose(logs[0], logs[1], rtol=1e-9)
