@@ -21,7 +21,18 @@ from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operators as ops
 from curvlab.linalg.eigenbasis import Rotated, shifted_kronecker
 from curvlab.linalg.implicit import Damped
-from curvlab.linalg.operators import ColumnSum, Compact, Dense, Diagonal, DirectSum, Inverse, Kronecker, LowRank, Operator, Woodbury
+from curvlab.linalg.operators import (
+    ColumnSum,
+    Compact,
+    Dense,
+    Diagonal,
+    DirectSum,
+    Inverse,
+    Kronecker,
+    LowRank,
+    Operator,
+    Woodbury,
+)
 from curvlab.linalg.products import Product, Rectangular, RectangularProduct, finite_product, placement
 from curvlab.linalg.scipy_operator import linear_operator
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows

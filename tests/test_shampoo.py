@@ -10,7 +10,7 @@ from torch import Tensor
 import curvlab as cl
 from curvlab.algorithms import approximation
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.shampoo import factors, shampoo
+from curvlab.curvature.shampoo import ROOTS, factors, shampoo
 from curvlab.layers import Block
 
 EPSILON = 3e-4
@@ -107,7 +107,7 @@ def test_ill_conditioned_statistics_give_the_root_that_the_precision_allows(dtyp
     q = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
     statistic = (q * 10.0 ** torch.arange(-4, 2, dtype=torch.float64)) @ q.T
     expected = power(statistic, -1 / (2 * ways), 1e-7)
-    for root in factors([statistic.to(dtype)] * ways, 1e-7):
+    for root in (r for way in ROOTS for r in factors([statistic.to(dtype)] * ways, 1e-7, way)):
         assert root.dtype == dtype
         assert relative_error(root.double(), expected) < max(1e-6, 1e5 * torch.finfo(dtype).eps)
 
@@ -118,10 +118,11 @@ def test_statistics_beyond_single_precision_give_a_positive_definite_root(size: 
     """Rounding puts eigenvalues of Ĝ + εI below ε, even below 0, where ‖g‖² eps > ε. They are at least ε: H ≤ ε^{−1/2k}."""
     gradient = size * torch.randn(8, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     statistic = gradient[:, :2] @ gradient[:, :2].T  # rank 2
-    (root, *_) = factors([statistic] * ways, EPSILON)
-    eigenvalues = torch.linalg.eigvalsh(root.double())
-    assert float(eigenvalues[0]) > 0
-    assert float(eigenvalues[-1]) < 1.01 * EPSILON ** (-1 / (2 * ways))
+    for way in ROOTS:
+        (root, *_) = factors([statistic] * ways, EPSILON, way)
+        eigenvalues = torch.linalg.eigvalsh(root.double())
+        assert float(eigenvalues[0]) > 0
+        assert float(eigenvalues[-1]) < 1.01 * EPSILON ** (-1 / (2 * ways))
 
 
 def test_statistics_that_are_not_finite_are_an_error() -> None:

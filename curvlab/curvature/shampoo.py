@@ -1,28 +1,38 @@
-"""Shampoo as the thesis runs it: moving averages, coupled Newton roots, no grafting, no blocking (Alg. 16)."""
+"""Shampoo as the thesis runs it: moving averages, inverse roots by coupled Newton, no grafting, no blocking (Alg. 16)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
-from curvlab.errors import Diverged
+from curvlab.errors import Diverged, lookup
 from curvlab.layers import Block
 from curvlab.linalg.factor import shifted
 from curvlab.linalg.roots import inverse_root_eigh, inverse_root_newton, root_eigh
 
 
-def shampoo(block: Block) -> Contracted:
+def shampoo(block: Block, *, root: str = "auto") -> Contracted:
     """H = ⊗ᵢ (Ĝ^(i) + εI)^{−1/2k} from the batch-mean gradient at the data's labels: Alg. 16, lines 9 and 12.
 
     H⁻² = ⊗ᵢ (Ĝ^(i) + εI)^{1/k}, its `matrix`, bounds E[ḡ ḡᵀ] of the mean gradient ḡ up to the rank of ḡ (Gupta et al. 2018,
     Lemma 8): its direction says how near it is, its size is too large (a rank-one ḡ ḡᵀ apart).
+
+    Args:
+        root: "newton", the document's coupled Newton iteration; "eigh", the same root by eigenvalues, seven times as fast on a
+            CPU; "auto": "eigh" there, "newton" on other devices.
     """
-    return Contracted(block, batch_contractions, factors, forward=forward)
+    lookup(ROOTS, root, "way to a root")
+    return Contracted(block, batch_contractions, partial(factors, root=root), forward=forward)
 
 
-def factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
+def factors(means: Contractions, damping: float, root: str = "newton") -> tuple[Tensor, ...]:
     """(Ĝ^(i) + εI)^{−1/2k}, i = 1 … k."""
-    return tuple(_root(mean, damping, 2 * len(means)) for mean in means)
+    if not all(bool(mean.isfinite().all()) for mean in means):
+        raise Diverged("a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping")
+    return tuple(ROOTS[root](shifted(mean, damping), 2 * len(means), damping) for mean in means)
 
 
 def forward(means: Contractions, damping: float) -> tuple[Tensor, ...]:
@@ -30,10 +40,15 @@ def forward(means: Contractions, damping: float) -> tuple[Tensor, ...]:
     return tuple(root_eigh(shifted(mean, damping), len(means), floor=damping) for mean in means)
 
 
-def _root(mean: Tensor, damping: float, p: int) -> Tensor:
-    """By coupled Newton (at most 100 iterations, tolerance 1e-6); where rounding stops it above 1e-2, by `eigh`."""
-    damped = shifted(mean, damping)
-    if not bool(damped.isfinite().all()):
-        raise Diverged("a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping")
+def _newton(damped: Tensor, p: int, floor: float) -> Tensor:
+    """At most 100 iterations, tolerance 1e-6; where rounding stops it above 1e-2, by `eigh`."""
     root, error = inverse_root_newton(damped, p)
-    return root if error < 1e-2 else inverse_root_eigh(damped, p, floor=damping)
+    return root if error < 1e-2 else inverse_root_eigh(damped, p, floor)
+
+
+def _auto(damped: Tensor, p: int, floor: float) -> Tensor:
+    return (inverse_root_eigh if damped.device.type == "cpu" else _newton)(damped, p, floor)
+
+
+ROOTS: dict[str, Callable[[Tensor, int, float], Tensor]] = {"auto": _auto, "newton": _newton, "eigh": inverse_root_eigh}
+"""(M + εI, p, ε) → (M + εI)^{−1/p}."""

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.linalg.factor import eigh
 from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.operators import Compact, Diagonal, Operator, packable
 
@@ -68,21 +69,6 @@ def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
     """
     if not all(bool(torch.isfinite(u).all()) for u in factors):
         raise CurvlabError("a Kronecker factor contains NaN or Inf: lower the learning rate or raise the damping")
-    found = [_eigh((u + u.mT) / 2) for u in factors]
+    found = [eigh((u + u.mT) / 2) for u in factors]
     values = reduce(lambda e, f: torch.outer(e, f).flatten(), [e.clamp_min(0) for e, _ in found])
     return Rotated(tuple(q for _, q in found), Diagonal(values + shift))
-
-
-def _eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
-    """Of a positive semi-definite matrix, shifted by its mean eigenvalue meanwhile.
-
-    In float32 LAPACK failed to converge on singular second moments of order 1000 (squares of what is rounded from 0 underflow);
-    shifted they are no trouble. Double precision where it fails still.
-    """
-    mean = matrix.diagonal().mean()
-    moved = matrix + mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    try:
-        values, vectors = torch.linalg.eigh(moved)
-    except RuntimeError:  # LinAlgError
-        values, vectors = (part.to(matrix.dtype) for part in torch.linalg.eigh(moved.double()))
-    return values - mean, vectors

@@ -61,3 +61,18 @@ def solve_cholesky(factor: Float[Tensor, "D D"], v: Float[Tensor, "D *K"]) -> Fl
     half = torch.linalg.solve_triangular(factor, columns, upper=False)
     solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
     return solution[:, 0] if v.ndim == 1 else solution
+
+
+def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
+    """Of a positive semi-definite matrix, shifted by its mean eigenvalue meanwhile.
+
+    In float32 LAPACK failed to converge on singular second moments of order 1000 (squares of what is rounded from 0 underflow);
+    shifted they are no trouble. Double precision where it fails still.
+    """
+    mean = matrix.diagonal().mean()
+    moved = matrix + mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    try:
+        values, vectors = torch.linalg.eigh(moved)
+    except RuntimeError:  # LinAlgError
+        values, vectors = (part.to(matrix.dtype) for part in torch.linalg.eigh(moved.double()))
+    return values - mean, vectors

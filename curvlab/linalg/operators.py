@@ -363,7 +363,7 @@ class ColumnSum:
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
         matrix = v.reshape(self.outputs, sum(self.widths), *v.shape[1:])
         found = []
-        for part, columns in zip(self.parts, matrix.split(self.widths, 1), strict=True):
+        for part, columns in zip(self.parts, torch.split(matrix, list(self.widths), 1), strict=True):
             found.append((part @ columns.reshape(-1, *v.shape[1:])).view(columns.shape))
         return torch.cat(found, 1).view(v.shape)
 
@@ -387,7 +387,7 @@ class ColumnSum:
     def _by_index(self) -> DirectSum:
         device = self.parts[0].diag().device
         entries = torch.arange(len(self), device=device).view(self.outputs, -1)
-        return DirectSum(tuple(e.flatten() for e in entries.split(self.widths, 1)), self.parts)
+        return DirectSum(tuple(e.flatten() for e in torch.split(entries, list(self.widths), 1)), self.parts)
 
 
 def identity_like(value: Tensor) -> Diagonal:

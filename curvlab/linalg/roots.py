@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import Diverged
+from curvlab.linalg.factor import eigh
 
 
 def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tensor, "D D"]:
@@ -17,7 +18,7 @@ def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Fl
 
     Raises Diverged where M is not positive definite.
     """
-    e, q = torch.linalg.eigh(M)
+    e, q = eigh(M)
     e = e.clamp_min(floor)
     if not bool(e[0] > 0):
         raise Diverged(f"no inverse {p}-th root: the smallest eigenvalue is {float(e[0]):.3g}; raise the damping")
