@@ -16,6 +16,7 @@ from curvlab.curvature.kbfgs import KBfgs
 from curvlab.curvature.kfac import Kfac
 from curvlab.curvature.shampoo import shampoo
 from curvlab.curvature.smw import SmwFisher
+from curvlab.curvature.structured import Structured
 from curvlab.curvature.tnt import tnt, tnt_per_sample
 from curvlab.errors import lookup, unknown
 from curvlab.layers import Block
@@ -149,6 +150,18 @@ ALGORITHMS: dict[str, Algorithm] = {
         "block natural gradient of one minibatch, N×N Woodbury system", "thesis 5.3, Alg. 23 by block",
         lambda b: SmwFisher(), "model", 0.03, 1e-3, _same,
         momentum=0.0, momentum_kind="average", average="last", warm=False,
+    ),
+    "lbfgs": Algorithm(
+        "L-BFGS of the whole vector, 10 pairs", "S2QN (12); Nocedal and Wright, Alg. 7.4",
+        Structured, "data", 0.1, 0.0, _same, momentum=0.0, warm=False, own={"base": "none", "pairs": 10}, whole=True,
+    ),
+    "ssn": Algorithm(
+        "subsampled Newton, damped, conjugate gradients", "S2QN 6; Roosta and Mahoney 2019",
+        Structured, "data", 1.0, 1e-3, _same, momentum=0.0, warm=False, own={"base": "hessian", "pairs": 0}, whole=True,
+    ),
+    "s4qn": Algorithm(
+        "subsampled Hessian, refined by L-BFGS of what it misses", "S2QN Alg. 1",
+        Structured, "data", 1.0, 1e-3, _same, momentum=0.0, warm=False, own={"base": "hessian", "pairs": 1}, whole=True,
     ),
 }  # fmt: skip
 

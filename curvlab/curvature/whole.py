@@ -1,0 +1,113 @@
+"""What methods of the whole parameter vector share: directions as one vector, part of a minibatch, the loss somewhere else.
+
+Legend: D parameters, block after block (`Layout`); N examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from curvlab.errors import CurvlabError, unknown
+from curvlab.layers import Layout
+from curvlab.linalg.operators import Operator
+from curvlab.objective import Closure
+
+NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
+
+
+def flat(layout: Layout, tensors: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
+    """{block: tensor} or {parameter: tensor}, for all of them → one vector.
+
+    Raises:
+        CurvlabError: a name that is neither, a block or parameter that is missing, a tensor of another shape.
+    """
+    names = {b.name for b in layout.blocks}
+    if not tensors or not names.issuperset(tensors):
+        known = {p for b in layout.blocks for p in b.params}
+        for name in tensors:
+            if name not in known:
+                raise unknown("block or parameter", name, [*(b.name for b in layout.blocks), *sorted(known)])
+        tensors = {b.name: b.gather(tensors) for b in layout.blocks if tensors.keys() >= set(b.params)}
+    for block in layout.blocks:
+        if block.name not in tensors:
+            raise CurvlabError(f"the gradient of {block} is missing: a method of the whole vector needs every block's")
+        if tuple(tensors[block.name].shape) != block.shape:
+            raise CurvlabError(f"{block} has shape {list(block.shape)}, but its gradient {list(tensors[block.name].shape)}")
+    return torch.cat([tensors[b.name].flatten() for b in layout.blocks])
+
+
+def unflat(layout: Layout, vector: Float[Tensor, " D"]) -> dict[str, Tensor]:
+    """One vector → {block: tensor in the block's shape}, views."""
+    return {b.name: vector[layout.slices[b.name]].view(b.shape) for b in layout.blocks}
+
+
+def like(layout: Layout, vector: Float[Tensor, " D"], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One vector → the keys of `grads`: blocks or parameters."""
+    by_block = unflat(layout, vector)
+    if by_block.keys() >= grads.keys():
+        return {name: by_block[name] for name in grads}
+    by_parameter = layout.unflatten(vector)
+    return {name: by_parameter[name] for name in grads}
+
+
+def applied(layout: Layout, operator: Operator, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """operator @ grads, for a `precondition` that is a product: the same keys and shapes."""
+    return like(layout, operator @ flat(layout, grads), grads)
+
+
+def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:
+    """Some examples of a minibatch, with the number, and so the generator of labels, of the whole."""
+    return Closure(closure.objective, closure.x[indices], closure.y[indices], closure.number, closure.stream, closure.part)
+
+
+_OF_SUBSETS = 1 << 31  # beside the parts of the generators of labels
+
+
+def subset(closure: Closure, size: int) -> Int[Tensor, " n"]:
+    """`size` different examples (all where there are no more), ascending: a function of the closure's number alone.
+
+    So it is the same alone and in company, continues from a checkpoint, and is the same on every device.
+    """
+    objective, count = closure.objective, len(closure.x)
+    seed = objective.generator(closure.number, closure.stream, _OF_SUBSETS + closure.part).initial_seed()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[:size].sort().values.to(closure.x.device)
+
+
+def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+    """Mean loss of the minibatch at weights + step, {block: tensor}, no graph; nothing moves, not even BatchNorm's buffers.
+
+    Inf or NaN where the loss is not finite there: a trial point may be bad.
+    """
+    objective = closure.objective
+    parameters = objective.parameters
+    moved = {name: b.clone() for name, b in objective.model.named_buffers()}
+    for block in objective.blocks:
+        moved |= {name: parameters[name].detach() + d for name, d in block.scatter(step[block.name]).items()}
+    with torch.no_grad():
+        return objective.likelihood.loss(torch.func.functional_call(objective.model, moved, (closure.x,)), closure.y).mean()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a method of the whole vector looks at a minibatch (T₁) and refreshes its inverse (T₂); steps count from 1."""
+
+    update_every: int = 1
+    refresh_every: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("update_every", "refresh_every"):
+            if getattr(self, name) < 1:
+                raise CurvlabError(f"{name} must be a positive number of steps, not {getattr(self, name):g}")
+
+    def updates(self, step: int) -> bool:
+        return step == 1 or step % self.update_every == 0
+
+    def refreshes(self, step: int) -> bool:
+        """Each of the first T₂ steps too (practice)."""
+        return step <= self.refresh_every or step % self.refresh_every == 0
