@@ -2,7 +2,7 @@
 
 An epoch is N visits of an example: at a new point (loss, gradient or both), or for a product with the Hessian.
 
-    python analyses/logistic.py [--budget cpu|smoke] [--epochs 30] [--seeds 2] [--out FOLDER]
+    python analyses/logistic.py [--budget cpu|smoke] [--epochs 30] [--seeds 2] [--first-seed 0] [--damping 0] [--out FOLDER]
 """
 
 import argparse
@@ -22,6 +22,8 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--budget", choices=["cpu", "smoke"], default="cpu", help="smoke: 1500 digits of MNIST, 6 epochs, one seed")
 parser.add_argument("--epochs", type=float, default=30)
 parser.add_argument("--seeds", type=int, default=2)
+parser.add_argument("--damping", type=float, default=0.0, help="λ of S4QN and SSN")
+parser.add_argument("--first-seed", type=int, default=0)
 parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures")
 options = parser.parse_args()
 SMOKE = options.budget == "smoke"
@@ -29,7 +31,7 @@ EPOCHS, SEEDS = (6, 1) if SMOKE else (options.epochs, options.seeds)
 torch.set_num_threads(1)
 
 FRACTION = 20  # S_H and the first S_g are N / 20 examples; S_g doubles every step until it is the full batch
-NEWTON = {"damping": 0.0, "solver": "cg", "tolerance": 0.1, "search": "armijo"}
+NEWTON = {"damping": options.damping, "solver": "cg", "tolerance": 0.1, "search": "armijo"}
 METHODS = {  # label: (algorithm, its options, colour, marker)
     "S4QN": ("s4qn", NEWTON, "#0072B2", "o"),
     "SSN": ("ssn", NEWTON, "#D55E00", "s"),
@@ -58,7 +60,7 @@ def optimum(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Ψ*, and the length of the gradient there: Newton's method on all data, Cholesky, or conjugate gradients to 1e-6."""
     problem = objective(x)
     closure, weight = problem.closure(x, y), problem.model.weight
-    newton = cl.optimizer("ssn", problem, **NEWTON | {"tolerance": 1e-6, "iterations": 5000})
+    newton = cl.optimizer("ssn", problem, **NEWTON | {"damping": 0.0, "tolerance": 1e-6, "iterations": 5000})
     for _ in range(30):
         if x.is_sparse:
             newton.step(closure)
@@ -135,7 +137,7 @@ for ax, name in zip(axes[0], names, strict=True):
             best = min(tried, key=lambda rate: tried[rate][-1][1])
             curves, shown = [tried[best]], f"SGD, lr {best:g}"
         else:
-            seeds = range(1 if label == "L-BFGS" else SEEDS)
+            seeds = range(options.first_seed, options.first_seed + (1 if label == "L-BFGS" else SEEDS))
             curves, shown = [follow(label, x, y, least, seed) for seed in seeds], label
         for i, curve in enumerate(curves):
             visited, errors = zip(*curve, strict=True)

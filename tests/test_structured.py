@@ -135,7 +135,7 @@ def test_inverse_is_that_of_base_plus_refinement(base: str, labels: str, solver:
     """(12), (13), and (14) for the samples of few rows, against BFGS updates of a dense matrix; then secant equation (10)."""
     objective, x, y = logistic(d=30, n=40)
     curvature = cl.approximation(
-        "s4qn", objective, damping=0.05, base=base, labels=labels, solver=solver, pairs=pairs, tolerance=1e-14, iterations=1000
+        "s4qn", objective, damping=0.05, base=base, labels=labels, solver=solver, pairs=pairs, tolerance=1e-12, iterations=100
     )
     optimizer = cl.optimizer("s4qn", objective, lr=0.3, damping=0.05)
     optimizer.descent.curvature = curvature
