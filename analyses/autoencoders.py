@@ -105,7 +105,9 @@ def run(name: str) -> xr.Dataset:
 
 keep_freed_memory()
 warnings.simplefilter("ignore", cl.CurvlabWarning)
-print(f"{name_of_model}: {epochs} epochs of minibatches of 1000, seed {options.seed}; training loss of the first 10,000 examples")
+print(
+    f"{name_of_model}: {epochs} epochs of minibatches of 1000, seed {options.seed}; training loss of the first 10,000 examples"
+)
 print(f"{'method':>14}{'lr':>9}{'damping':>9}{'start':>9}{'loss':>9}{'error':>9}{'s/epoch':>9}   (CPU seconds)")
 found: dict[str, xr.Dataset] = {}
 for name in options.methods:

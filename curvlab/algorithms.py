@@ -30,6 +30,7 @@ from curvlab.curvature.levenberg import LevenbergMarquardt
 from curvlab.curvature.shampoo import shampoo
 from curvlab.curvature.skqn import SkqnB, SkqnL
 from curvlab.curvature.smw import Smw, SmwFisher
+from curvlab.curvature.structured import Structured
 from curvlab.curvature.tnt import tnt, tnt_per_sample
 from curvlab.errors import CurvlabError, lookup, unknown
 from curvlab.layers import Block
@@ -264,6 +265,18 @@ ALGORITHMS: dict[str, Algorithm] = {
         "the same, of changes of pre-activations", "S2QN Alg. 1, (20), (22); curvlab",
         SkqnB, "data", 3.0, 3.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
         own={"condition": "preactivations"},
+    ),
+    "lbfgs": Algorithm(
+        "L-BFGS of the whole vector, 10 pairs", "S2QN (12); Nocedal and Wright, Alg. 7.4",
+        Structured, "data", 0.1, 0.0, _same, momentum=0.0, warm=False, own={"base": "none", "pairs": 10}, whole=True,
+    ),
+    "ssn": Algorithm(
+        "subsampled Newton, damped, conjugate gradients", "S2QN 6; Roosta and Mahoney 2019",
+        Structured, "data", 1.0, 1e-3, _same, momentum=0.0, warm=False, own={"base": "hessian", "pairs": 0}, whole=True,
+    ),
+    "s4qn": Algorithm(
+        "subsampled Hessian, refined by L-BFGS of what it misses", "S2QN Alg. 1",
+        Structured, "data", 1.0, 1e-3, _same, momentum=0.0, warm=False, own={"base": "hessian", "pairs": 1}, whole=True,
     ),
 }  # fmt: skip
 

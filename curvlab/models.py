@@ -58,6 +58,27 @@ def logistic(inputs: Shape = (123,), outputs: int = 1) -> nn.Linear:
     return nn.Linear(math.prod(inputs), outputs, bias=False)
 
 
+class SparseLinear(nn.Linear):
+    """A linear layer on rows that are a sparse tensor (COO): one gather and one scatter-add an output.
+
+    A product costs its nonzero entries, forward and back, and plain operations have all derivatives. It has no rule: a and h
+    are never formed, and its weight is a block without structure.
+    """
+
+    def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
+        if not x.is_sparse:
+            return super().forward(x)
+        x = x.coalesce()  # itself, where it is
+        rows, columns = x.indices()
+        each = [w.new_zeros(len(x)).index_add(0, rows, x.values() * w.index_select(0, columns)) for w in self.weight]
+        return torch.stack(each, 1) if self.bias is None else torch.stack(each, 1) + self.bias
+
+
+def logistic_sparse(inputs: Shape = (62_061,), outputs: int = 1) -> SparseLinear:
+    """θ of (26) where the rows stay sparse (`SparseRows.coo`)."""
+    return SparseLinear(math.prod(inputs), outputs, bias=False)
+
+
 def convnet(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
     """Three convolutions of 5×5 (32, 32, 64 channels), each with ReLU and 2×2 max-pooling, then one linear layer.
 
@@ -246,6 +267,8 @@ MODELS: dict[str, Entry] = {
                            lambda inputs=(625,), outputs=625: autoencoder_1000(inputs, outputs), "faces", "gaussian",
                            "S2QN 6.2", sized=True),
     "logistic": Entry("logistic regression without a bias", logistic, "a9a", "bernoulli", "S2QN (26)", sized=True),
+    "logistic-sparse": Entry("the same on rows that may be sparse tensors", logistic_sparse, "news20", "bernoulli", "S2QN (26)",
+                             sized=True),
     "mnist-500": Entry("784-500-10 sigmoid", lambda: mlp([784, 500, 10], nn.Sigmoid), "mnist-standard", "categorical",
                        "thesis 5.8"),
     "cifar-400": Entry("3072-400-400-10 sigmoid", lambda: mlp([3072, 400, 400, 10], nn.Sigmoid), "cifar10-standard",

@@ -7,9 +7,9 @@ seed and on the number of the closure, never on who asks for them: an algorithm 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -50,21 +50,23 @@ def differentiable() -> Iterator[None]:
 class Observation:
     """One look at one minibatch.
 
-    `loss` is the mean loss (no graph), `passes` holds {pass: {block: LayerStatistics}} for the passes asked for, `closure` the
-    minibatch itself, for methods that go through it again (conjugate gradients, trial steps).
+    `loss` is the mean loss (no graph), with the objective's L2 term; `passes` holds {pass: {block: LayerStatistics}} for the
+    passes asked for, `closure` the minibatch itself, for methods that go through it again (conjugate gradients, trial steps).
     """
 
     loss: Tensor
     size: int
     passes: dict[str, dict[str, LayerStatistics]]
     closure: Closure
+    pull: Mapping[str, Tensor] = field(default_factory=dict)  # {block: gradient of the L2 term}
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
-        """{block: gradient of the mean loss at the data's labels}, in the blocks' shapes."""
+        """{block: gradient of the mean loss at the data's labels, with that of the L2 term}, in the blocks' shapes."""
         if "data" not in self.passes:
             raise CurvlabError('this observation has no "data" pass: observe with needs={"data", …}')
-        return {name: statistics.gradient for name, statistics in self.passes["data"].items()}
+        found = {name: statistics.gradient for name, statistics in self.passes["data"].items()}
+        return found | {name: found[name] + pull for name, pull in self.pull.items()}
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,15 @@ class Objective:
         model: any `nn.Module` that maps [N, …] to [N, …] with the batch as first axis.
         likelihood: one of `curvlab.likelihoods` or your own class with `check`, `loss`, `sample`, `root`.
         seed: of the labels drawn from the model.
+        l2: μ of the term μ ‖θ‖² (S2QN (26)) in loss and gradient, and 2μ I in the Hessian of the methods of the whole vector.
+            Statistics of layers, and `curvlab.exact`, are of the likelihood alone (practice: "not the curvature passes").
+            Weight decay is another thing: it is added to the direction.
 
     Raises:
-        CurvlabError: tied parameters, no trainable parameter, or a likelihood that lacks a method.
+        CurvlabError: tied parameters, no trainable parameter, a likelihood that lacks a method, or an L2 term below 0.
     """
 
-    def __init__(self, model: nn.Module, likelihood: Likelihood, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, likelihood: Likelihood, seed: int = 0, *, l2: float = 0.0) -> None:
         if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):  # the class itself has the methods too
             raise unknown("likelihood", likelihood, (f"curvlab.likelihoods.{c.__name__}()" for c in LIKELIHOODS.values()))
         self.model, self.likelihood, self.seed = model, likelihood, seed
@@ -109,6 +114,9 @@ class Objective:
         self.modules: tuple[nn.Module, ...] = tuple(model.modules())
         if seed < 0:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
+        if not l2 >= 0:
+            raise CurvlabError(f"the L2 term must be 0 or positive, not {l2:g}")
+        self.l2 = l2
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
         self.alone: dict[Hashable, Form] = {}  # what the oracle has seen to be a mean over examples
         self.sound: list[int] | None = None  # versions of the weights, and modes of the modules, that it has checked
@@ -174,6 +182,8 @@ class Closure:
             raise CurvlabError(f"the minibatch has {len(x)} inputs but {len(y)} targets: they must be as many")
         if len(x) == 0:
             raise CurvlabError("the minibatch is empty")
+        if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
+            raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
         if x.is_floating_point() and not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
             raise CurvlabError(f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first")
@@ -244,6 +254,8 @@ class Closure:
         """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad`` filled."""
         self.objective.model.zero_grad()
         loss = self._loss(self._forward(self.x))
+        if self.objective.l2:
+            loss = loss + self.objective.l2 * sum(p.square().sum() for p in self.objective.parameters.values())
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
         return loss
 
@@ -317,7 +329,12 @@ class Closure:
                     each = [torch.autograd.grad(likelihood.loss(outputs, label).sum(), outputs)[0] for label in drawn]
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
             passes[name] = capture.backward(z, vectors, leaves=True)
-        return Observation(loss.detach(), len(z), passes, self)
+        value, pull = loss.detach(), dict[str, Tensor]()
+        if self.objective.l2:
+            weights = {name: p.detach() for name, p in self.objective.parameters.items()}
+            pull = {b.name: 2 * self.objective.l2 * b.gather(weights) for b in self.objective.blocks}
+            value = value + self.objective.l2 * sum(w.square().sum() for w in weights.values())
+        return Observation(value, len(z), passes, self, pull)
 
     def _finite(self, loss: Tensor, z: Tensor) -> None:
         if math.isfinite(float(loss)):

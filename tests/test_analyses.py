@@ -20,7 +20,9 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "refresh.py": ([*SMALL, "--every", "1", "2"], "last loss"),
     "assumptions.py": (["--steps", "2", "--examples", "60", "--out", "OUT"], "assumptions.png"),
     "convnet.py": (["--budget", "smoke", "--out", "OUT"], "convnet.png"),
+    "autoencoders.py": (["--budget", "smoke", "--out", "OUT"], "k-bfgs-l-20"),
     "scaling.py": (["--repeats", "1", "--largest", "2", "--out", "OUT"], "scaling.png"),
+    "logistic.py": (["--budget", "smoke", "--out", "OUT"], "logistic.png"),
     "benchmarks/exact.py": (["--examples", "20", "--skip", "autoencoder", "memory"], "of the peak"),
     "benchmarks/compare.py": (
         ["--batch-size", "20000", "--steps", "2", "--repeats", "1", "--names", "kfac", "sgd-m"],

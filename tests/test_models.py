@@ -26,6 +26,7 @@ KINDS = {  # {name: (inputs, outputs, parameters)}; beside them, where a count i
     "curves-ae-1000": ((784,), 784, 2_837_314),
     "faces-ae-1000": ((625,), 625, 2_519_155),
     "logistic": ((123,), 1, 123),
+    "logistic-sparse": ((62_061,), 1, 62_061),
     "mnist-500": ((784,), 10, 397_510),
     "cifar-400": ((3072,), 10, 1_393_610),
     "webspam-400": ((254,), 1, 262_801),

@@ -60,7 +60,9 @@ def applied(layout: Layout, operator: Operator, grads: Mapping[str, Tensor]) -> 
 
 def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:
     """Some examples of a minibatch, with the number, and so the generator of labels, of the whole."""
-    return Closure(closure.objective, closure.x[indices], closure.y[indices], closure.number, closure.stream, closure.part)
+    x = closure.x.index_select(0, indices)
+    x = x.coalesce() if x.is_sparse else x
+    return Closure(closure.objective, x, closure.y[indices], closure.number, closure.stream, closure.part)
 
 
 _OF_SUBSETS = 1 << 31  # beside the parts of the generators of labels
@@ -88,7 +90,10 @@ def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     for block in objective.blocks:
         moved |= {name: parameters[name].detach() + d for name, d in block.scatter(step[block.name]).items()}
     with torch.no_grad():
-        return objective.likelihood.loss(torch.func.functional_call(objective.model, moved, (closure.x,)), closure.y).mean()
+        loss = objective.likelihood.loss(torch.func.functional_call(objective.model, moved, (closure.x,)), closure.y).mean()
+        if objective.l2:
+            loss += objective.l2 * sum(moved[name].square().sum() for name in parameters)
+    return loss
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class SparseRows:
     """Inputs that are kept as a CSR matrix and come out dense: ``rows[chosen]`` is a tensor [n, F].
 
     Layers and their statistics then need to know nothing of sparsity; what is dense is one minibatch, never the data set.
+    ``rows.coo(chosen)`` is a sparse tensor, for models that take one (`curvlab.models.SparseLinear`).
     """
 
     matrix: Any  # scipy.sparse.csr_matrix [N, F], floating
@@ -42,7 +43,16 @@ class SparseRows:
         return int(self.matrix.shape[0])
 
     def __getitem__(self, chosen: Tensor | slice) -> Float[Tensor, "n F"]:
-        return torch.from_numpy(self.matrix[chosen if isinstance(chosen, slice) else chosen.numpy()].toarray())
+        return torch.from_numpy(self._chosen(chosen).toarray())
+
+    def coo(self, chosen: Tensor | slice = slice(None)) -> Float[Tensor, "n F"]:
+        """The same as a sparse tensor, coalesced."""
+        found = self._chosen(chosen).tocoo()
+        places = torch.from_numpy(np.stack([found.row, found.col]).astype(np.int64))
+        return torch.sparse_coo_tensor(places, torch.from_numpy(found.data), found.shape, check_invariants=True).coalesce()
+
+    def _chosen(self, chosen: Tensor | slice) -> Any:
+        return self.matrix[chosen if isinstance(chosen, slice) else chosen.numpy()]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,14 @@ from curvlab.linalg.products import finite_product
 from curvlab.linalg.traces import Estimate, average, gaussian
 
 
+class Indefinite(CurvlabError):
+    """A direction p of no positive curvature was met; `curvature` is pᵀ A p / pᵀ p."""
+
+    def __init__(self, message: str, curvature: float) -> None:
+        super().__init__(message)
+        self.curvature = curvature
+
+
 @dataclass(frozen=True)
 class CgResult:
     """`residual` is ‖b − A x‖ / ‖b‖, computed from x and not by the recursion; `converged`: at or below the tolerance."""
@@ -48,7 +56,8 @@ def conjugate_gradients(
         precondition: stands for A⁻¹, positive definite.
 
     Raises:
-        CurvlabError: pᵀ A p ≤ 0 or rᵀ M r ≤ 0: A or the preconditioner is not positive definite.
+        Indefinite: pᵀ A p ≤ 0.
+        CurvlabError: rᵀ M r ≤ 0: the preconditioner is not positive definite.
     """
     _check_vector(operator, b, "the right-hand side")
     maximum = 10 * len(b) if maximum is None else maximum
@@ -75,9 +84,11 @@ def conjugate_gradients(
             product = finite_product(operator, p)
             curvature = float(p @ product)
             if not curvature > 0:
-                raise CurvlabError(
-                    f"conjugate gradients met pᵀAp = {curvature / float(p @ p):.3g} pᵀp at iteration {iterations + 1}: "
-                    "the matrix is not positive definite; raise the damping, or take the Gauss-Newton matrix"
+                curvature /= float(p @ p)
+                raise Indefinite(
+                    f"conjugate gradients met pᵀAp = {curvature:.3g} pᵀp at iteration {iterations + 1}: "
+                    "the matrix is not positive definite; raise the damping, or take the Gauss-Newton matrix",
+                    curvature,
                 )
             x, r, iterations = x + (rho / curvature) * p, r - (rho / curvature) * product, iterations + 1
         r = b - finite_product(operator, x)

@@ -1,0 +1,417 @@
+"""Structured quasi-Newton methods of the whole parameter vector: S2QN (Yang et al. 2021), Alg. 1.
+
+B_k = H_k + Λ_k, (9): the base matrix H_k of a sample, and the refinement Λ_k, limited-memory BFGS of what the base misses.
+S4QN is Hessian and refinement; subsampled Newton (SSN) the Hessian alone; L-BFGS the refinement alone. One class, three lines
+of the table: "all settings of S4QN are the same as SSN except an additional quasi-Newton matrix" (6.1).
+
+What the document leaves open, chosen once:
+
+| what | here |
+|---|---|
+| S_g | the caller's minibatch; it grows as the caller's minibatches do |
+| S_H | `sample` examples of the minibatch (all of them by default), `growth` times as many at every step |
+| p | 1 pair for S4QN: v is what *this* step's sample misses, an older v what an older one did; 10 for L-BFGS |
+| Λ⁰ | γ I of the newest pair, γ = uᵀv / uᵀu, with γ u nearest to v; L-BFGS the usual vᵀv / uᵀv (Nocedal, Wright (7.20)) |
+| pairs | kept where uᵀv ≥ ε_B ‖u‖ ‖v‖, ε_B = 1e-8 (3.2); of the last p *steps*, (11): Λ goes where the base is exact |
+| α_k⁻¹ | the damping, `shrink` times as large after every step; λ_k = α_k⁻¹, or by the rule (8) where r₁, r₂ are given |
+| β_k | the learning rate, or a line search on the minibatch, whose step is then a part of the direction |
+| (B + λI)⁻¹ g | conjugate gradients on the sum: one solve where (13) has 1 + 2p of them; a low-rank base by (14) |
+
+Legend: D parameters, K columns, r rows of a low-rank base; u, v̂ change of parameters and of gradient, v = v̂ − H u.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.curvature.base import check_damping
+from curvlab.curvature.gradient_norm import GradientNorm
+from curvlab.curvature.whole import NO_DATA, Schedule, flat, like, part, subset
+from curvlab.errors import CurvlabError, unknown
+from curvlab.exact.batches import Kind
+from curvlab.exact.general import Function
+from curvlab.linalg.krylov import Indefinite, conjugate_gradients
+from curvlab.linalg.lbfgs import Memory, empty_memory, lbfgs_inverse, multiple_of_identity, refined, refined_low_rank
+from curvlab.linalg.line_search import armijo, wolfe
+from curvlab.linalg.operators import Dense, Operator
+from curvlab.linalg.products import Product
+from curvlab.objective import Closure, Objective, Observation, Pass, Transition
+
+Base = Literal["hessian", "fisher", "none"]
+"""Subsampled Hessian, (4); second moment of the gradients at `labels`: exact (GGN = Fisher, (5)), model, data (EFIM); none."""
+
+Search = Literal["none", "armijo", "wolfe"]
+Solver = Literal["auto", "direct", "cg"]
+
+_KINDS: dict[Pass, Kind] = {"exact": "fisher", "model": "fisher-mc", "data": "ef"}
+DIRECT = 256
+"""Parameters up to which `auto` forms the matrix."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """H_k: the mean over S_H of a kind of matrix, as products, or where it has few rows as those."""
+
+    size: int
+    product: Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
+    Q: Float[Tensor, "D r"] | None = None
+
+
+class Structured:
+    """(H_k + Λ_k + λ_k I)⁻¹ on the vector of all parameters.
+
+    Args:
+        objective: whose parameters; its L2 term is a part of H_k.
+        labels: of a base "fisher".
+        damping: α_k⁻¹.
+        update_every: T₁, steps between pairs. Everything else is of the minibatch at hand: `refresh_every` and `decay` have
+            nothing to act on.
+        base: see `Base`.
+        pairs: p; 0 is no refinement.
+        sample: examples in S_H at the first step; None takes the minibatch.
+        growth: |S_H| grows by this factor a step, up to the minibatch.
+        r1, r2: of (8); None for λ_k = α_k⁻¹.
+        shrink: α_{k+1}⁻¹ = shrink · α_k⁻¹.
+        gamma: γ; None for that of the newest pair.
+        tolerance: on ‖g − (B + λI) d‖ / ‖g‖ of conjugate gradients. iterations: the most of them.
+        solver: auto forms the matrix of up to 256 parameters and takes conjugate gradients above; a base "fisher" of fewer
+            rows than parameters, in layers with rules, is solved by (14).
+        search: on the minibatch, from step 1; follow it with lr = 1 and no momentum.
+
+    Where B + λI is not positive definite λ is raised for this step ("λ_k can be adjusted suitably", 3.2).
+
+    `work` counts examples: those seen by products with the base, by trial steps that were not taken, and by the base's rows.
+    """
+
+    labels: Pass
+    step_needs: frozenset[Pass] = frozenset({"data"})
+    needs: frozenset[Pass] = frozenset({"data"})
+    warm_needs: frozenset[Pass] = frozenset()
+    rejects = False
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        labels: Pass,
+        damping: float,
+        decay: float = 0.9,
+        update_every: int = 1,
+        refresh_every: int = 1,
+        name: str = "s4qn",
+        base: Base = "hessian",
+        pairs: int = 1,
+        sample: int | None = None,
+        growth: float = 1.0,
+        r1: float | None = None,
+        r2: float | None = None,
+        shrink: float = 1.0,
+        gamma: float | None = None,
+        tolerance: float = 0.1,
+        iterations: int = 100,
+        solver: Solver = "auto",
+        search: Search = "none",
+    ) -> None:
+        check_damping(damping)
+        Schedule(update_every, refresh_every)
+        for what, value, known in (("base", base, Base), ("solver", solver, Solver), ("line search", search, Search)):
+            if value not in get_args(known):
+                raise unknown(what, value, get_args(known))
+        for what, number, good, wanted in (
+            ("pairs", pairs, pairs >= (base == "none"), "0 or more, or 1 or more where there is no base"),
+            ("sample", sample or 1, sample is None or sample >= 1, "a positive number of examples"),
+            ("growth", growth, growth >= 1, "1 or more"),
+            ("shrink", shrink, 0 < shrink <= 1, "above 0 and at most 1"),
+            ("gamma", gamma or 1.0, gamma is None or gamma > 0, "above 0"),
+            ("tolerance", tolerance, 0 < tolerance < 1, "above 0 and below 1"),
+            ("iterations", iterations, iterations >= 1, "1 or more"),
+        ):
+            if not good:
+                raise CurvlabError(f"{what} must be {wanted}, not {number:g}")
+        if (r1 is None) != (r2 is None):
+            raise CurvlabError("the gradient-norm rule (8) needs both r1 and r2, or neither")
+        self.rule = None if r1 is None or r2 is None else GradientNorm(r1, r2)
+        self.objective, self.name, self.labels, self.damping = objective, name, labels, damping
+        self.base, self.pairs, self.update_every = base, pairs, update_every
+        self.sample, self.growth, self.shrink, self.gamma = sample, growth, shrink, gamma
+        self.tolerance, self.iterations, self.solver, self.search = tolerance, iterations, solver, search
+        self.steps = 0
+        self.ready = False
+        self.gradient_norm: float | None = None  # ‖g_{k−1}‖
+        self.memory: Memory | None = None
+        self.ages: list[int] = []  # the step that gave each pair
+        self.pending: tuple[Tensor, Tensor] | None = None  # u_{k−1}, v̂_{k−1}: v needs H_k, (10)
+        self.work = {"products": 0, "trials": 0}
+        self.lam = damping
+        self._sample: Sample | None = None
+
+    # ------------------------------------------------------------------------------------------ Alg. 1
+
+    def update(self, observation: Observation) -> None:
+        """Lines 2 to 4: the base of this minibatch, the newest pair with it, λ_k, the inverse."""
+        check_damping(self.damping)
+        self._observation = observation
+        g = flat(self.objective.layout, observation.gradients)
+        self._sample = None if self.base == "none" else self._take(observation.closure)
+        if self.pending is not None:
+            self._add(*self.pending)
+            self.pending = None
+        self.lam = self.damping if self.rule is None else self.rule(self.damping, self.gradient_norm)  # (8)
+        self._invert(g)
+        self.gradient_norm = float(g.norm())
+        self.damping *= self.shrink
+        self.steps += 1
+        self.ready = True
+
+    @property
+    def wants_step(self) -> bool:
+        return self.pairs > 0 and self.steps % self.update_every == 0
+
+    def learn(self, transition: Transition) -> bool:
+        """Line 5: the pair of this step, by two gradients on the same examples. The step stands."""
+        change = flat(self.objective.layout, transition.after.gradients) - flat(
+            self.objective.layout, transition.before.gradients
+        )
+        self.pending = flat(self.objective.layout, transition.step), change
+        return True
+
+    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(B_k + λ_k I)⁻¹ g, times the step of the line search where there is one.
+
+        Args:
+            grads: {block: tensor of the block's shape} or {parameter: tensor}, for all of them.
+        """
+        matrix_of = self.inverse["whole"]
+        g = flat(self.objective.layout, grads)
+        while True:
+            try:
+                d = matrix_of @ g
+                break
+            except Indefinite as found:
+                self._raise(found.curvature)
+                self._invert(g)
+                matrix_of = self.inverse["whole"]
+        if self.search != "none":
+            d = d * self._step(g, d)
+        return like(self.objective.layout, d, grads)
+
+    # ------------------------------------------------------------------------------------------ the base
+
+    def _take(self, closure: Closure) -> Sample:
+        """H_k of S_H, drawn from the minibatch by a generator that depends on the objective's seed and the closure alone."""
+        size = len(closure.x)
+        if self.sample is not None:
+            wanted = min(float(size), math.ceil(self.sample * self.growth**self.steps))
+            if wanted < size:
+                closure, size = part(closure, subset(closure, int(wanted))), int(wanted)
+        layout = self.objective.layout
+        kind: Kind = "hessian" if self.base == "hessian" else _KINDS[self.labels]
+        Q = self._rows(closure) if self.base == "fisher" and self.solver == "auto" else None
+        if Q is not None:
+            self.work["products"] += size
+            return Sample(size, lambda v: Q @ (Q.mT @ v), Q)
+        apply = Function(closure, layout).product(kind, 1)
+
+        def product(v: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+            self.work["products"] += size * v.shape[1]
+            return apply(v.mT.contiguous()).mT / size
+
+        return Sample(size, product)
+
+    def _rows(self, closure: Closure) -> Float[Tensor, "D r"] | None:
+        """Q of H = Q Qᵀ, (14), where it is worth it."""
+        blocks = self.objective.blocks
+        if any(b.rule is None for b in blocks):
+            return None
+        statistics = closure.observe({self.labels}, move_buffers=False).passes[self.labels]
+        count = len(statistics[blocks[0].name].g) * len(closure.x)
+        if count >= len(self.objective.layout):
+            return None
+        rows = [statistics[b.name].rows.flatten(2).flatten(0, 1) for b in blocks]
+        return torch.cat(rows, 1).mT / math.sqrt(len(closure.x))
+
+    # ------------------------------------------------------------------------------------------ the refinement
+
+    def _add(self, u: Float[Tensor, " D"], change: Float[Tensor, " D"]) -> None:
+        """v = v̂ − H_k u, (10); into the memory where uᵀv is positive enough (3.2)."""
+        v = change
+        if self._sample is not None:
+            v = change - self._sample.product(u[:, None])[:, 0] - 2 * self.objective.l2 * u
+        memory = empty_memory(self.pairs, u) if self.memory is None else self.memory
+        if self.base != "none":  # what older samples missed goes: U_k is of the steps k − p to k − 1, (11)
+            last = [k > self.steps - self.pairs for k in self.ages]
+            memory = Memory(self.pairs, memory.S[last], memory.Y[last])
+            self.ages = [k for k, stays in zip(self.ages, last, strict=True) if stays]
+        if float(u @ v) > 0 and float(u @ v) >= _EPSILON_B * float(u.norm() * v.norm()):
+            memory, self.ages = memory.append(u, v), [*self.ages, self.steps][-self.pairs :]
+        self.memory = memory if len(memory) else None
+
+    @property
+    def _gamma(self) -> float:
+        """γ of Λ⁰ = γ I; 0 where there is no pair and a base, 1 where there is neither."""
+        if self.memory is None:
+            return 1.0 if self.base == "none" else 0.0
+        if self.gamma is not None:
+            return self.gamma
+        u, v = self.memory.S[-1].double(), self.memory.Y[-1].double()
+        return float(v @ v / (u @ v) if self.base == "none" else u @ v / (u @ u))
+
+    # ------------------------------------------------------------------------------------------ the inverse
+
+    def _invert(self, g: Float[Tensor, " D"]) -> None:
+        gamma, sample = self._gamma, self._sample
+        memory = empty_memory(1, g) if self.memory is None else self.memory
+        if sample is None:
+            if self.lam == 0:
+                self._inverse = lbfgs_inverse(memory, multiple_of_identity(1 / gamma, g))
+            else:
+                start = multiple_of_identity(gamma + self.lam, g)
+                self._inverse = refined(start, memory, multiple_of_identity(gamma, g)).inv()
+            return
+        shift = self.lam + 2 * self.objective.l2
+        if sample.Q is not None and gamma + shift > 0:
+            self._inverse = refined_low_rank(sample.Q, memory, gamma, shift).inv()
+            return
+        size, dtype, device = len(g), g.dtype, g.device
+        bare = Product(lambda v: sample.product(v) + (gamma + shift) * v, size, dtype, device)
+        matrix = refined(bare, memory, multiple_of_identity(gamma, g))
+        if self.solver == "direct" or (self.solver == "auto" and size <= DIRECT):
+            self._inverse = self._direct(matrix)
+            return
+
+        def solve(b: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+            found = [conjugate_gradients(matrix, c, tolerance=self.tolerance, maximum=self.iterations) for c in b.mT]
+            return torch.stack([one.x for one in found], 1)
+
+        self._inverse = Product(solve, size, dtype, device)
+
+    def _direct(self, matrix: Operator) -> Operator:
+        """By Cholesky; λ is raised so far that the lowest eigenvalue is λ, where it was not above 0."""
+        dense = matrix.dense()
+        dense = (dense + dense.mT) / 2
+        if not bool(torch.isfinite(dense).all()):
+            raise CurvlabError(f"the matrix of {self._blocks} contains NaN or Inf: raise the damping, or scale the data")
+        if bool(torch.linalg.cholesky_ex(dense).info):
+            ends = torch.linalg.eigvalsh(dense)
+            floor = max(self.lam, float(ends.abs().amax()) * torch.finfo(dense.dtype).eps ** 0.5)
+            raised = floor - float(ends[0])
+            dense.diagonal().add_(raised)
+            self.lam += raised
+        return Dense(dense).inv()
+
+    def _raise(self, curvature: float) -> None:
+        """After pᵀ(B + λI)p / pᵀp = curvature ≤ 0."""
+        raised = self.lam + max(2 * abs(curvature), self.lam, torch.finfo(self.objective.dtype).tiny)
+        if not math.isfinite(raised):
+            raise CurvlabError(f"the matrix of {self._blocks} is not positive definite at any damping: scale the data")
+        self.lam = raised
+
+    @property
+    def inverse(self) -> Mapping[str, Operator]:
+        """{"whole": (B_k + λ_k I)⁻¹}; as products by conjugate gradients it is as good as their tolerance."""
+        if not self.ready:
+            raise CurvlabError(NO_DATA)
+        return {"whole": self._inverse}
+
+    # ------------------------------------------------------------------------------------------ the step
+
+    def _step(self, g: Float[Tensor, " D"], d: Float[Tensor, " D"]) -> float:
+        observation = self._observation
+        slope, start = -float(g @ d), float(observation.loss)
+        if not slope < 0:
+            return 1.0  # nothing to gain: a gradient of zeros, or momentum against this direction
+        slack = 10 * torch.finfo(observation.loss.dtype).eps * abs(start)
+
+        def loss(t: float) -> float:
+            with moved(self.objective, d, -t):
+                return self._trial(frozenset())[0]
+
+        def loss_and_slope(t: float) -> tuple[float, float]:
+            with moved(self.objective, d, -t):
+                value, gradient = self._trial(frozenset({"data"}))
+                return value, math.nan if gradient is None else -float(gradient @ d)
+
+        found = (armijo(loss, start, slope, slack=slack) if self.search == "armijo"
+                 else wolfe(loss_and_slope, start, slope, slack=slack))  # fmt: skip
+        self.work["trials"] += (found.trials - found.met) * observation.size
+        return found.step
+
+    def _trial(self, needs: frozenset[Pass]) -> tuple[float, Tensor | None]:
+        """(loss, gradient) where the parameters are now; (∞, none) where the loss is not finite."""
+        try:
+            seen = self._observation.closure.observe(needs, move_buffers=False)
+        except CurvlabError:
+            return math.inf, None
+        return float(seen.loss), flat(self.objective.layout, seen.gradients) if needs else None
+
+    # ------------------------------------------------------------------------------------------ the rest
+
+    def absorb(self, observation: Observation) -> None:
+        """No warm start."""
+
+    def refresh(self) -> None:
+        """Nothing is kept that could be refreshed."""
+        if not self.ready:
+            raise CurvlabError(NO_DATA)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and pairs. The base is of a minibatch: the next `update` takes its own."""
+        state = {key: getattr(self, key) for key in _STATE}
+        pairs = None if self.memory is None else [self.memory.S, self.memory.Y]
+        return state | {"algorithm": self.name, "work": dict(self.work), "pairs": pairs, "pending": _listed(self.pending)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["algorithm"] != self.name:
+            raise CurvlabError(
+                f"the checkpoint is of '{state['algorithm']}' but this is '{self.name}': build the same algorithm"
+            )
+        for held in (state["pairs"], state["pending"]):
+            if held is not None and held[0].shape[-1] != len(self.objective.layout):
+                raise CurvlabError(
+                    f"the checkpoint has {held[0].shape[-1]} parameters but this model has {len(self.objective.layout)}: "
+                    "build the same model first"
+                )
+        for key in _STATE:
+            setattr(self, key, state[key])
+        self.ages = list(self.ages)
+        pairs, pending = state["pairs"], state["pending"]
+        self.memory = None if pairs is None else Memory(self.pairs, *(t.clone() for t in pairs))
+        self.pending = None if pending is None else (pending[0].clone(), pending[1].clone())
+        self.work = dict(state["work"])
+        self.ready = False
+
+    @property
+    def _blocks(self) -> str:
+        return ", ".join(f"block {b.name}" for b in self.objective.blocks)
+
+
+_EPSILON_B = 1e-8  # 3.2
+_STATE = ("steps", "ages", "damping", "lam", "gradient_norm")
+
+
+def _listed(pair: tuple[Tensor, Tensor] | None) -> list[Tensor] | None:
+    return None if pair is None else list(pair)
+
+
+@contextmanager
+def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[None]:
+    """The parameters at θ + by · d inside, back to the bit after."""
+    parameters = objective.parameters
+    saved = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, change in objective.layout.unflatten(d).items():
+                parameters[name].add_(change, alpha=by)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(saved[name])
