@@ -94,7 +94,7 @@ def run(name: str) -> xr.Dataset:
         found = cl.open(folder)
         if found.sizes["epoch"] > epochs or found.attrs.get("stopped"):
             return found
-    train, _ = cl.datasets.load(options.problem)
+    train, _ = cl.datasets.load(cl.models.find(name_of_model).data_name())
     objective = cl.Objective(
         cl.models.build(name_of_model, seed=options.seed, data=train), cl.likelihoods.Bernoulli(), seed=options.seed
     )
@@ -105,9 +105,7 @@ def run(name: str) -> xr.Dataset:
 
 keep_freed_memory()
 warnings.simplefilter("ignore", cl.CurvlabWarning)
-print(
-    f"{name_of_model}: {epochs} epochs of minibatches of 1000, seed {options.seed}; training loss of the first 10,000 examples"
-)
+print(f"{name_of_model}: {epochs} epochs of minibatches of 1000, seed {options.seed}; loss of 10,000 examples")
 print(f"{'method':>14}{'lr':>9}{'damping':>9}{'start':>9}{'loss':>9}{'error':>9}{'s/epoch':>9}   (CPU seconds)")
 found: dict[str, xr.Dataset] = {}
 for name in options.methods:
