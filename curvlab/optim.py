@@ -242,7 +242,12 @@ class Optimizer(torch.optim.Optimizer):
         move(self.objective, direction, lambda p: rates[id(p)])
         step, stands = partial(displacement, self.objective, direction, lambda p: rates[id(p)]), True
         if self.descent.wants_step:
-            after = closure.observe(self.descent.step_needs, move_buffers=False)
+            try:
+                after = closure.observe(self.descent.step_needs, move_buffers=False)
+            except Diverged:
+                if saved:
+                    restore(self.objective, saved)
+                raise
             stands = self.descent.learn(Transition(observation, after, step))
             if not stands:
                 restore(self.objective, saved)
