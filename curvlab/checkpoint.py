@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlab.atomic import rewrite
 from curvlab.errors import CurvlabError
-from curvlab.whole import rewrite
 
 FILE = "checkpoint.pt"
 FORMAT = 1

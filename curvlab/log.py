@@ -22,8 +22,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from curvlab.atomic import rewrite
 from curvlab.errors import CurvlabError
-from curvlab.whole import rewrite
 
 Record = Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]]
 
