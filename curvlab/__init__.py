@@ -10,7 +10,7 @@ from curvlab.log import open_log as open  # the design's name: cl.open("run.h5")
 from curvlab.objective import Objective
 from curvlab.runs import compare
 from curvlab.spectra import spectrum
-from curvlab.train_run import train
+from curvlab.training.run import train
 
 __version__ = _version("curvlab")
 __all__ = [

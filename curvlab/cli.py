@@ -14,12 +14,13 @@ import typer
 from rich.table import Table
 
 import curvlab
-from curvlab import cli_train, datasets, figures, models, probes, runs, schedules, spectra, spectrum_run
+from curvlab import cli_train, datasets, figures, models, probes, runs, spectra, spectrum_run
 from curvlab.algorithms import ALGORITHMS
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.log import late_cosine, open_log
 from curvlab.memory import keep_freed_memory
 from curvlab.terminal import err, finish, folder_for, listed, out, says_what_is_saved
+from curvlab.training import schedules
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from curvlab import checkpoint
 from curvlab.errors import CurvlabError
 from curvlab.memory import keep_freed_memory
 from curvlab.runs import device_of
 from curvlab.terminal import err, finish, folder_for, out, says_what_is_saved
-from curvlab.train_run import Named, prepare, resumed, run_named
-from curvlab.train_settings import Budget, Settings
+from curvlab.training import checkpoint
+from curvlab.training.run import Named, prepare, resumed, run_named
+from curvlab.training.settings import Budget, Settings
 
 Option = typer.Option
 

@@ -13,13 +13,13 @@ from curvlab import datasets, models
 from curvlab.algorithms import ALGORITHMS, optimizer
 from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError, lookup
-from curvlab.evaluation import mode
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.objective import Objective
 from curvlab.optim import Optimizer
 from curvlab.progress import counted, progress_bar
 from curvlab.runs import DTYPES, device_of
 from curvlab.spectra import Plan
+from curvlab.training.evaluation import mode
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import curvlab as cl
-from curvlab import checkpoint
+from curvlab.training import checkpoint
 
 
 def state() -> dict:

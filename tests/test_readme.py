@@ -11,7 +11,7 @@ from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.objective import PASSES
 from curvlab.probes import PROBES
 from curvlab.spectra import VARIABLES
-from curvlab.train_log import VARIABLES as TRAINING
+from curvlab.training.records import VARIABLES as TRAINING
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

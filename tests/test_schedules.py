@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import curvlab as cl
-from curvlab.schedules import SCHEDULES, find, maker
+from curvlab.training.schedules import SCHEDULES, find, maker
 
 
 def rates(name: str, epochs: int, count: int, **options: object) -> list[float]:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab as cl
-from curvlab import checkpoint
 from curvlab.algorithms import ALGORITHMS
 from curvlab.datasets import Dataset
-from curvlab.evaluation import SQUARED, SQUARED_SIGMOID, WRONG, WRONG_SIGN, Measure, evaluate, measure_of
 from curvlab.figures import draw_all
-from curvlab.train_log import TIMES, VARIABLES
+from curvlab.training import checkpoint
+from curvlab.training.evaluation import SQUARED, SQUARED_SIGMOID, WRONG, WRONG_SIGN, Measure, evaluate, measure_of
+from curvlab.training.records import TIMES, VARIABLES
 
 
 def data(n: int = 23, seed: int = 0) -> Dataset:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.evaluation import Measure
 from curvlab.log import Log, Record
 from curvlab.objective import Objective, Observation
-from curvlab.train_settings import Position
+from curvlab.training.evaluation import Measure
+from curvlab.training.settings import Position
 
 VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "train_loss": ((), "mean loss over the training examples, in eval mode", "nat"),

@@ -13,18 +13,19 @@ import xarray as xr
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from curvlab import checkpoint, datasets, figures, models
+from curvlab import datasets, figures, models
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
-from curvlab.evaluation import Data, Measure, chance_kept, chunks, measure_of, mode
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log
 from curvlab.objective import Closure, Objective, Pass
 from curvlab.optim import Batch, MomentumKind
 from curvlab.progress import progress_bar
 from curvlab.runs import DTYPES, device_of
-from curvlab.schedules import Make
-from curvlab.train_settings import Budget, Every, Settings
-from curvlab.training import Training
+from curvlab.training import checkpoint
+from curvlab.training.evaluation import Data, Measure, chance_kept, chunks, measure_of, mode
+from curvlab.training.loop import Training
+from curvlab.training.schedules import Make
+from curvlab.training.settings import Budget, Every, Settings
 
 LEAST = 256
 """Examples at a time in evaluation are those of a minibatch, or so many where that is more."""

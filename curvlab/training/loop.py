@@ -22,17 +22,18 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not export it by name
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from curvlab import checkpoint, datasets
+from curvlab import datasets
 from curvlab.errors import CurvlabError, Diverged
-from curvlab.evaluation import Data, Measure, evaluate, mode
 from curvlab.interrupt import Shield, shielded
 from curvlab.log import Record
 from curvlab.objective import Objective
 from curvlab.optim import Batch
 from curvlab.progress import counted
 from curvlab.runs import clock_of, length
-from curvlab.train_log import Meter, open_log
-from curvlab.train_settings import Budget, Position, Settings
+from curvlab.training import checkpoint
+from curvlab.training.evaluation import Data, Measure, evaluate, mode
+from curvlab.training.records import Meter, open_log
+from curvlab.training.settings import Budget, Position, Settings
 
 
 class Training:

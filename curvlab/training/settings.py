@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from curvlab import schedules
 from curvlab.algorithms import ALGORITHMS, optimizer
 from curvlab.errors import CurvlabError, lookup, unknown
 from curvlab.objective import PASSES, Objective, Pass
 from curvlab.optim import MomentumKind, Optimizer
+from curvlab.training import schedules
 
 Every = Literal["epoch", "step"]
 
