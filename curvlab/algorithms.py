@@ -9,16 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from curvlab.curvature.base import (
-    Average,
-    BlockDiagonal,
-    Curvature,
-    CurvatureBlock,
-    DampingRule,
-    IdentityBlock,
-    Look,
-    check_damping,
-)
+from curvlab.curvature.base import Curvature, CurvatureBlock, IdentityBlock, check_damping
+from curvlab.curvature.block_diagonal import Average, BlockDiagonal, DampingRule, Look
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
 from curvlab.curvature.gradient_norm import GradientNorm

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.curvature.base import BlockDiagonal
+from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.kfac import Kfac
 from curvlab.objective import Objective, Observation, Pass
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.curvature.base import BlockDiagonal
+from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.fisher import DenseFisher
 from curvlab.objective import Objective, Observation, Pass
 

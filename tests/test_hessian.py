@@ -8,7 +8,7 @@ from problems import Problem, assert_near, batches, laid_out, problem
 from torch import Tensor
 
 import curvlab as cl
-from curvlab.curvature.base import BlockDiagonal
+from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.hessian import DenseHessian, least_eigenvalue
 
 DAMPING = 0.01

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import approximation, descent
-from curvlab.curvature.base import BlockDiagonal
+from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.kfac import Kfac
 from curvlab.linalg.operators import Kronecker
 from curvlab.objective import Pass

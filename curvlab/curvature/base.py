@@ -1,50 +1,28 @@
-"""What every curvature is, and the one that is made of blocks.
-
-A `CurvatureBlock` keeps the statistics of one block and turns them into an operator; `BlockDiagonal` knows *when* they are
-updated and refreshed, and nothing else. Warm start, running mean and moving average are one thing: a weight.
-"""
+"""What every curvature is: of a block (`CurvatureBlock`), of a model (`Curvature`), and what they share."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.gradient_norm import total_norm
-from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
-from curvlab.errors import CurvlabError, CurvlabWarning, unknown
-from curvlab.layers import Block, Layout
-from curvlab.linalg.operators import Diagonal, Operator, identity_like, pack, unpack_operator
-from curvlab.objective import Closure, Objective, Observation, Pass, Transition
+from curvlab.errors import CurvlabError
+from curvlab.layers import Block
+from curvlab.linalg.operators import Diagonal, Operator, identity_like
+from curvlab.objective import Observation, Pass, Transition
 
-Average = Literal["moving", "corrected", "last", "data"]
-"""How observations are averaged, k counting them from 1: weight max(1/k, 1 − decay); (1 − decay)/(1 − decayᵏ), Adam's; 1.
-
-"data" is no average over steps: the mean over all minibatches that the warm start has shown, at the weights as they stand now
-(thesis Alg. 14, line 4: "true values"). They are kept, and gone through again at every update. Without a warm start: "last".
-"""
-
+NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
 
 Reads = Literal["gradient", "rows", "factors"]
 """Of the batch alone; of each example, which any layer with a rule has; a, g, A, G, where all outputs share their inputs."""
-
-
-def _has(block: Block, reads: Reads) -> bool:
-    return reads == "gradient" or (block.rule is not None and (reads == "rows" or block.groups == 1))
-
 
 Move = Callable[[], Tensor]
 """Gives the change of a block's parameters when it is called; no work before."""
 
 Secant = Callable[[LayerStatistics, LayerStatistics, Move], None]
-
-DampingRule = Callable[[float, float | None], float]
-"""(damping, norm of the last minibatch's gradient, None before there is one) → the damping of a refresh."""
 
 
 class CurvatureBlock(Protocol):
@@ -119,6 +97,12 @@ def check_damping(damping: float) -> None:
         raise CurvlabError(f"damping must be 0 or positive, not {damping:g}")
 
 
+def check_algorithm(state: Mapping[str, Any], name: str) -> None:
+    """Raises CurvlabError for a checkpoint of another algorithm."""
+    if state["algorithm"] != name:
+        raise CurvlabError(f"the checkpoint is of '{state['algorithm']}' but this is '{name}': build the same algorithm")
+
+
 def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
     """old · (1 − weight) + new · weight; the first is the new one itself."""
     return new.clone() if old is None else old.lerp(new, weight)
@@ -152,285 +136,6 @@ class IdentityBlock:
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
         return None
-
-
-Look = Callable[[Observation], Mapping[str, Any]]
-
-_COUNTERS = ("steps", "updates", "warmed", "ready", "damping", "gradient_norm")
-_NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
-
-
-class BlockDiagonal:
-    """A curvature made of blocks, and the schedule of its updates.
-
-    Args:
-        blocks: the partition.
-        make: block → its CurvatureBlock.
-        labels: the pass that `update` reads.
-        damping: in the document's own place; may be changed at any time, used from the next refresh on.
-        decay: of the moving average (thesis Alg. 12, 15, 16: 0.9).
-        average: see `Average`.
-        warm: whether the document has a warm start (a running mean over one pass through the data).
-        update_every: T₁, steps between updates of the statistics.
-        refresh_every: T₂, steps between refreshes of the inverse; each of the first T₂ steps refreshes too (practice).
-        skips_first: whether, after a warm start, the first minibatch is left out of the statistics, which have seen it
-            (practice: KFAC, TNT, Shampoo).
-        look: observation → {block: what its `update` folds in}, where that is not the statistics of the pass `labels`.
-        fallback: the block of parameters without what `make`'s block reads.
-        damping_rule: of the gradient's norm, where the document has one (S2QN (8)).
-        name: of the algorithm; a checkpoint of another is refused.
-        levenberg: the rule by which the damping follows the reduction ratio of all blocks together; None: it stands.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[Block],
-        make: Callable[[Block], CurvatureBlock],
-        *,
-        labels: Pass,
-        damping: float,
-        decay: float = 0.9,
-        average: Average = "moving",
-        warm: bool = True,
-        update_every: int = 1,
-        refresh_every: int = 1,
-        skips_first: bool = True,
-        look: Look | None = None,
-        fallback: Callable[[], CurvatureBlock] = IdentityBlock,
-        damping_rule: DampingRule | None = None,
-        name: str = "",
-        levenberg: LevenbergMarquardt | None = None,
-    ) -> None:
-        check_damping(damping)
-        for what, value, good, wanted in (
-            ("decay", decay, 0 <= decay < 1, "at least 0 and below 1"),
-            ("update_every", update_every, update_every >= 1, "a positive number of steps"),
-            ("refresh_every", refresh_every, refresh_every >= 1, "a positive number of steps"),
-        ):
-            if not good:
-                raise CurvlabError(f"{what} must be {wanted}, not {value:g}")
-        self._partition = {block.name: block for block in blocks}
-        self.blocks = {block.name: make(block) for block in blocks}
-        loose = [b for b in blocks if not _has(b, self.blocks[b.name].reads)]
-        if loose:
-            names = ", ".join(p for b in loose for p in b.params)
-            warnings.warn(
-                "parameters of layers without a rule (or, for Kronecker factors, with groups of outputs) "
-                f"follow the gradient where an algorithm needs structure: {names}",
-                CurvlabWarning,
-                stacklevel=2,
-            )
-            self.blocks |= {b.name: fallback() for b in loose}
-        self.name, self.labels, self.skips_first, self.levenberg = name, labels, skips_first, levenberg
-        self.damping, self.decay, self.average, self.warm = damping, decay, average, warm
-        self.update_every, self.refresh_every = update_every, refresh_every
-        self._look = look
-        self.damping_rule = damping_rule
-        self.gradient_norm: float | None = None  # of the last minibatch
-        self.steps = self.updates = 0
-        self.warmed = self.ready = False
-        self.shown: list[list[Tensor]] = []  # (x, y) of the warm start, where they are averaged over "data"
-
-    @property
-    def needs(self) -> frozenset[Pass]:
-        """The passes that the next `update` will read."""
-        folded = frozenset({self.labels}) if self._folds(self.steps + 1) and not self.shown else frozenset[Pass]()
-        return folded | {"data"} if self.damping_rule else folded
-
-    @property
-    def warm_needs(self) -> frozenset[Pass]:
-        """The passes that `absorb` reads; empty where the document has no warm start."""
-        return frozenset({self.labels}) if self.warm else frozenset()
-
-    @property
-    def inverse(self) -> dict[str, Operator]:
-        """{block: operator that `precondition` applies}."""
-        if not self.ready:
-            raise CurvlabError(_NO_DATA)
-        return {name: block.inverse for name, block in self.blocks.items()}
-
-    def _folds(self, step: int) -> bool:
-        if step == 1 and self.skips_first:
-            return not self.warmed
-        return step % self.update_every == 0 or not self.updates
-
-    def _refreshes(self, step: int) -> bool:
-        return step <= self.refresh_every or step % self.refresh_every == 0 or not self.ready
-
-    def _weight(self) -> float:
-        """Of the next observation."""
-        k = self.updates + 1
-        if self.average in ("last", "data"):
-            return 1.0
-        if self.average == "corrected":
-            return (1 - self.decay) / (1 - self.decay**k)
-        return max(1 / k, 1 - self.decay)
-
-    def _fold(self, observation: Observation, weight: float) -> None:
-        if self._look is not None:
-            statistics = self._look(observation)
-        elif self.labels in observation.passes:
-            statistics = observation.passes[self.labels]
-        else:
-            raise unknown("pass of this observation", self.labels, observation.passes)
-        for name, block in self.blocks.items():
-            if name in statistics:
-                block.update(statistics[name], weight)
-            elif not hasattr(block, "inverse"):  # the exact pass has no gradient of a parameter without structure
-                block.inverse = identity_like(observation.loss.new_empty(self._partition[name].shape))
-        self.updates += 1
-
-    def _fold_data(self, objective: Objective) -> None:
-        seen = 0
-        for x, y in self.shown:
-            seen += len(x)
-            closure = Closure(objective, x, y, 0, "warm")  # of no stream's count: made again and again
-            self._fold(closure.observe({self.labels}, move_buffers=False), len(x) / seen)
-
-    def update(self, observation: Observation) -> None:
-        """One step: fold the observation in where the schedule says so, refresh the inverse where it says so."""
-        step = self.steps + 1
-        if self._folds(step) and self.shown:
-            self._fold_data(observation.closure.objective)
-        elif self._folds(step):
-            self._fold(observation, self._weight())
-        if self._refreshes(step):
-            self.refresh()
-        if self.damping_rule:
-            self.gradient_norm = total_norm(observation.gradients)
-        self.steps = step
-
-    rejects = False
-
-    @property
-    def step_needs(self) -> frozenset[Pass]:
-        """The passes of the second look; none where the loss alone is wanted."""
-        return frozenset({"data"}) if any(b.secant for b in self.blocks.values()) else frozenset()
-
-    @property
-    def wants_step(self) -> bool:
-        """Whether it will learn from the step that follows this direction (Alg. 9, line 12: k ≡ 0 mod T)."""
-        learns = self.steps % self.update_every == 0 and any(b.secant for b in self.blocks.values())
-        return learns or self.levenberg is not None
-
-    def learn(self, transition: Transition) -> bool:
-        """Learn from a step: two looks at one minibatch, each with its "data" pass. The step stands."""
-        before, after = transition.before, transition.after
-        for name, block in self.blocks.items():
-            if block.secant is not None:
-                try:
-                    move = partial(_step_of, transition, name)
-                    block.secant(before.passes["data"][name], after.passes["data"][name], move)
-                except CurvlabError as error:
-                    raise type(error)(f"{self._partition[name]}: {error}") from error
-        if self.levenberg is not None:
-            self.damping = self.levenberg.adapted(self.damping, self._ratio(transition))
-        return True
-
-    def _ratio(self, transition: Transition) -> float:
-        """ρ at p = −H g (thesis Alg. 23, line 6, by block); B = I for a block that estimates no matrix."""
-        gradients = {name: g.flatten() for name, g in transition.before.gradients.items()}
-        p = {name: -(self.inverse[name] @ g) for name, g in gradients.items()}
-        matrices = {name: self.blocks[name].matrix() for name in p}
-        Bp = [p[name] if B is None else B @ p[name] for name, B in matrices.items()]
-        return ratio_at(transition, Layout(tuple(self._partition.values())), torch.cat(list(p.values())), torch.cat(Bp))
-
-    def absorb(self, observation: Observation) -> None:
-        """Warm start: fold into the plain mean over all observations so far. Call `refresh` after the last."""
-        if self.warm:
-            self._fold(observation, 1 / (self.updates + 1))
-            self.warmed = True
-            if self.average == "data":
-                self.shown.append([observation.closure.x, observation.closure.y])
-
-    def refresh(self) -> None:
-        """Invert the statistics as they stand, with the damping as it stands."""
-        if not self.updates:
-            raise CurvlabError(_NO_DATA)
-        check_damping(self.damping)
-        damping = self.damping_rule(self.damping, self.gradient_norm) if self.damping_rule else self.damping
-        for name, block in self.blocks.items():
-            try:
-                block.refresh(damping)
-            except CurvlabError as error:
-                raise type(error)(f"{self._partition[name]}: {error}") from error
-        self.ready = True
-
-    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """H · grad for every block.
-
-        Args:
-            grads: {block name: tensor of the block's shape} or {parameter name: tensor}, for all or some blocks.
-
-        Returns:
-            The same keys and shapes.
-        """
-        inverse = self.inverse
-        if all(name in inverse for name in grads):
-            for name, g in grads.items():
-                if tuple(g.shape) != self._partition[name].shape:
-                    wanted = list(self._partition[name].shape)
-                    raise CurvlabError(f"{self._partition[name]} has shape {wanted}, but its gradient {list(g.shape)}")
-            return {name: (inverse[name] @ g.flatten()).view(g.shape) for name, g in grads.items()}
-        out: dict[str, Tensor] = {}
-        known = {p: b for b in self._partition.values() for p in b.params}
-        for name in grads:
-            if name not in known:
-                raise unknown("block or parameter", name, [*inverse, *known])
-            block = known[name]
-            missing = [p for p in block.params if p not in grads]
-            if missing:
-                raise CurvlabError(
-                    f"{block} needs the gradient of '{missing[0]}' too: its parameters are preconditioned together"
-                )
-            if name not in out:
-                out |= block.scatter(inverse[block.name] @ block.gather(grads).flatten())
-        return {name: out[name] for name in grads}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Counters, statistics and the inverse as it stands: tensors, numbers, lists and dictionaries only."""
-        blocks = {
-            name: {"memory": {key: _clone(getattr(b, key)) for key in b.memory}}
-            | ({"inverse": pack(b.inverse)} if hasattr(b, "inverse") else {})
-            for name, b in self.blocks.items()
-        }
-        counters = {key: getattr(self, key) for key in _COUNTERS}
-        return counters | {"algorithm": self.name, "blocks": blocks, "shown": self.shown}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["algorithm"] != self.name:
-            raise CurvlabError(
-                f"the checkpoint is of '{state['algorithm']}' but this is '{self.name}': build the same algorithm"
-            )
-        if set(state["blocks"]) != set(self.blocks):
-            raise CurvlabError(
-                f"the checkpoint has blocks {', '.join(state['blocks'])} but this model has {', '.join(self.blocks)}: "
-                "build the same model first"
-            )
-        for key in _COUNTERS:
-            setattr(self, key, state[key])
-        self.shown = _clone(state["shown"])
-        for name, saved in state["blocks"].items():
-            for key, value in saved["memory"].items():
-                setattr(self.blocks[name], key, _clone(value))
-            if "inverse" in saved:
-                self.blocks[name].inverse = unpack_operator(_clone(saved["inverse"]))
-            elif hasattr(self.blocks[name], "inverse"):  # saved before the first data
-                del self.blocks[name].inverse
-
-
-def _step_of(transition: Transition, name: str) -> Tensor:
-    return transition.step[name]
-
-
-def _clone(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: _clone(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clone(v) for v in value]
-    return value
 
 
 def parameter_indices(block: Block, device: torch.device) -> tuple[Tensor, ...]:

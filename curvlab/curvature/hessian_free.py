@@ -12,12 +12,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.base import check_damping
+from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.levenberg import LevenbergMarquardt, Ratio, check_ratio, ratio_at
 from curvlab.curvature.whole import (
-    NO_DATA,
     Schedule,
-    check_algorithm,
     check_curvature_size,
     flat,
     like,

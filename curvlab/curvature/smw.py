@@ -16,13 +16,11 @@ from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, Secant, check_damping
+from curvlab.curvature.base import NO_DATA, Reads, Secant, check_algorithm, check_damping
 from curvlab.curvature.levenberg import LevenbergMarquardt, Ratio, check_ratio, ratio_at
 from curvlab.curvature.whole import (
-    NO_DATA,
     Schedule,
     applied,
-    check_algorithm,
     check_curvature_size,
     flat,
     part,

@@ -32,9 +32,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.base import check_damping
+from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm
-from curvlab.curvature.whole import NO_DATA, Schedule, flat, like, part, subset
+from curvlab.curvature.whole import Schedule, flat, like, part, subset
 from curvlab.errors import CurvlabError, unknown
 from curvlab.exact.batches import Kind
 from curvlab.exact.general import Function
@@ -369,10 +369,7 @@ class Structured:
         return state | {"algorithm": self.name, "work": dict(self.work), "pairs": pairs, "pending": _listed(self.pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["algorithm"] != self.name:
-            raise CurvlabError(
-                f"the checkpoint is of '{state['algorithm']}' but this is '{self.name}': build the same algorithm"
-            )
+        check_algorithm(state, self.name)
         for held in (state["pairs"], state["pending"]):
             if held is not None and held[0].shape[-1] != len(self.objective.layout):
                 raise CurvlabError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +16,6 @@ from curvlab.errors import CurvlabError, unknown
 from curvlab.layers import Layout
 from curvlab.linalg.operators import Operator
 from curvlab.objective import Closure
-
-NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
 
 
 def flat(layout: Layout, tensors: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
@@ -120,9 +117,3 @@ def check_curvature_size(size: int | None) -> None:
     """Raises CurvlabError for N₂ < 1."""
     if size is not None and size < 1:
         raise CurvlabError(f"curvature_size must be a positive number of examples, or None for all, not {size:g}")
-
-
-def check_algorithm(state: Mapping[str, Any], name: str) -> None:
-    """Raises CurvlabError for a checkpoint of another algorithm."""
-    if state["algorithm"] != name:
-        raise CurvlabError(f"the checkpoint is of '{state['algorithm']}' but this is '{name}': build the same algorithm")
