@@ -23,8 +23,7 @@ Legend: D parameters, K columns, r rows of a low-rank base; u, v̂ change of par
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -34,13 +33,12 @@ from torch import Tensor
 
 from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm
-from curvlab.curvature.whole import Schedule, flat, like, part, subset
+from curvlab.curvature.whole import Schedule, Search, flat, like, part, searched, subset
 from curvlab.errors import CurvlabError, unknown
 from curvlab.exact.batches import Kind
 from curvlab.exact.general import Function
 from curvlab.linalg.krylov import Indefinite, conjugate_gradients
 from curvlab.linalg.lbfgs import Memory, empty_memory, lbfgs_inverse, multiple_of_identity, refined, refined_low_rank
-from curvlab.linalg.line_search import armijo, wolfe
 from curvlab.linalg.operators import Dense, Operator
 from curvlab.linalg.products import Product
 from curvlab.objective import Closure, Objective, Observation, Pass, Transition
@@ -48,7 +46,6 @@ from curvlab.objective import Closure, Objective, Observation, Pass, Transition
 Base = Literal["hessian", "fisher", "none"]
 """Subsampled Hessian, (4); second moment of the gradients at `labels`: exact (GGN = Fisher, (5)), model, data (EFIM); none."""
 
-Search = Literal["none", "armijo", "wolfe"]
 Solver = Literal["auto", "direct", "cg"]
 
 _KINDS: dict[Pass, Kind] = {"exact": "fisher", "model": "fisher-mc", "data": "ef"}
@@ -200,7 +197,9 @@ class Structured:
                 self._invert(g)
                 matrix_of = self.inverse["whole"]
         if self.search != "none":
-            d = d * self._step(g, d)
+            far = searched(self._observation, g, d, self.search)
+            self.work["trials"] += (far.trials - far.met) * self._observation.size
+            d = d * far.step
         return like(self.objective.layout, d, grads)
 
     # ------------------------------------------------------------------------------------------ the base
@@ -321,37 +320,6 @@ class Structured:
             raise CurvlabError(NO_DATA)
         return {"whole": self._inverse}
 
-    # ------------------------------------------------------------------------------------------ the step
-
-    def _step(self, g: Float[Tensor, " D"], d: Float[Tensor, " D"]) -> float:
-        observation = self._observation
-        slope, start = -float(g @ d), float(observation.loss)
-        if not slope < 0:
-            return 1.0  # nothing to gain: a gradient of zeros, or momentum against this direction
-        slack = 10 * torch.finfo(observation.loss.dtype).eps * abs(start)
-
-        def loss(t: float) -> float:
-            with moved(self.objective, d, -t):
-                return self._trial(frozenset())[0]
-
-        def loss_and_slope(t: float) -> tuple[float, float]:
-            with moved(self.objective, d, -t):
-                value, gradient = self._trial(frozenset({"data"}))
-                return value, math.nan if gradient is None else -float(gradient @ d)
-
-        found = (armijo(loss, start, slope, slack=slack) if self.search == "armijo"
-                 else wolfe(loss_and_slope, start, slope, slack=slack))  # fmt: skip
-        self.work["trials"] += (found.trials - found.met) * observation.size
-        return found.step
-
-    def _trial(self, needs: frozenset[Pass]) -> tuple[float, Tensor | None]:
-        """(loss, gradient) where the parameters are now; (∞, none) where the loss is not finite."""
-        try:
-            seen = self._observation.closure.observe(needs, move_buffers=False)
-        except CurvlabError:
-            return math.inf, None
-        return float(seen.loss), flat(self.objective.layout, seen.gradients) if needs else None
-
     # ------------------------------------------------------------------------------------------ the rest
 
     def absorb(self, observation: Observation) -> None:
@@ -396,19 +364,3 @@ _STATE = ("steps", "ages", "damping", "lam", "gradient_norm")
 
 def _listed(pair: tuple[Tensor, Tensor] | None) -> list[Tensor] | None:
     return None if pair is None else list(pair)
-
-
-@contextmanager
-def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[None]:
-    """The parameters at θ + by · d inside, back to the bit after."""
-    parameters = objective.parameters
-    saved = {name: p.detach().clone() for name, p in parameters.items()}
-    try:
-        with torch.no_grad():
-            for name, change in objective.layout.unflatten(d).items():
-                parameters[name].add_(change, alpha=by)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(saved[name])

@@ -1,12 +1,15 @@
-"""What methods of the whole parameter vector share: directions as one vector, part of a minibatch, the loss somewhere else.
+"""What methods of the whole parameter vector share: one vector of all, parts of a minibatch, the loss elsewhere, line search.
 
 Legend: D parameters, block after block (`Layout`); N examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -14,8 +17,11 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, unknown
 from curvlab.layers import Layout
+from curvlab.linalg.line_search import Found, armijo, wolfe
 from curvlab.linalg.operators import Operator
-from curvlab.objective import Closure
+from curvlab.objective import Closure, Objective, Observation, Pass
+
+Search = Literal["none", "armijo", "wolfe"]
 
 
 def flat(layout: Layout, tensors: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
@@ -83,14 +89,60 @@ def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     """
     objective = closure.objective
     parameters = objective.parameters
-    moved = {name: b.clone() for name, b in objective.model.named_buffers()}
+    there = {name: b.clone() for name, b in objective.model.named_buffers()}
     for block in objective.blocks:
-        moved |= {name: parameters[name].detach() + d for name, d in block.scatter(step[block.name]).items()}
+        there |= {name: parameters[name].detach() + d for name, d in block.scatter(step[block.name]).items()}
     with torch.no_grad():
-        loss = objective.likelihood.loss(torch.func.functional_call(objective.model, moved, (closure.x,)), closure.y).mean()
+        loss = objective.likelihood.loss(torch.func.functional_call(objective.model, there, (closure.x,)), closure.y).mean()
         if objective.l2:
-            loss += objective.l2 * sum(moved[name].square().sum() for name in parameters)
+            loss += objective.l2 * sum(there[name].square().sum() for name in parameters)
     return loss
+
+
+@contextmanager
+def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[None]:
+    """The parameters at θ + by · d inside, back to the bit after."""
+    parameters = objective.parameters
+    saved = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, change in objective.layout.unflatten(d).items():
+                parameters[name].add_(change, alpha=by)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(saved[name])
+
+
+def searched(observation: Observation, g: Float[Tensor, " D"], d: Float[Tensor, " D"], search: Search) -> Found:
+    """How far along −d, on the minibatch of the observation, whose gradient is g; the parameters are back after it."""
+    objective = observation.closure.objective
+    slope, start = -float(g @ d), float(observation.loss)
+    if not slope < 0:
+        return Found(1.0, 1, True)  # nothing to gain: a gradient of zeros, or momentum against this direction
+    slack = 10 * torch.finfo(observation.loss.dtype).eps * abs(start)
+
+    def loss(t: float) -> float:
+        with moved(objective, d, -t):
+            return _trial(observation.closure, frozenset())[0]
+
+    def loss_and_slope(t: float) -> tuple[float, float]:
+        with moved(objective, d, -t):
+            value, gradient = _trial(observation.closure, frozenset({"data"}))
+            return value, math.nan if gradient is None else -float(gradient @ d)
+
+    return (armijo(loss, start, slope, slack=slack) if search == "armijo"
+            else wolfe(loss_and_slope, start, slope, slack=slack))  # fmt: skip
+
+
+def _trial(closure: Closure, needs: frozenset[Pass]) -> tuple[float, Tensor | None]:
+    """(loss, gradient) where the parameters are now; (∞, none) where the loss is not finite."""
+    try:
+        seen = closure.observe(needs, move_buffers=False)
+    except CurvlabError:
+        return math.inf, None
+    return float(seen.loss), flat(closure.objective.layout, seen.gradients) if needs else None
 
 
 @dataclass(frozen=True)
