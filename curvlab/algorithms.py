@@ -131,19 +131,19 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "kfac": Algorithm(
         "Kronecker factors of inputs and derivatives, π damping", "thesis Alg. 12, 4.7.2",
-        _kfac, "model", 0.03, 1.0, _same, learns_first=False,
+        _kfac, "model", 0.03, 1.0, _same,
     ),
     "kfac-20": Algorithm(
         "KFAC with π = 1", "thesis Alg. 7, Table 2.5; 2021 Alg. 5",
-        _kfac, "model", 1.0, 3.0, _same, momentum_kind="average", learns_first=False, own={"split": "even"},
+        _kfac, "model", 1.0, 3.0, _same, momentum_kind="average", own={"split": "even"},
     ),
     "kfac-ef": Algorithm(
         "KFAC from the data's labels", "thesis 4.7.3",
-        _kfac, "data", 1.0, 100.0, _same, learns_first=False,
+        _kfac, "data", 1.0, 100.0, _same,
     ),
     "kflr": Algorithm(
         "KFAC from the exact output Hessian", "Botev et al. 2017; lr, damping of thesis Alg. 12",
-        _kfac, "exact", 0.03, 1.0, _same, learns_first=False,
+        _kfac, "exact", 0.03, 1.0, _same,
     ),
     "k-bfgs-20": Algorithm(
         "H_g and H_a by BFGS, double damping, A a moving average", "thesis Alg. 4, Table 2.5",

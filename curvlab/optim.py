@@ -61,8 +61,8 @@ class Descent:
         momentum: β of the gradient's momentum.
         momentum_kind: see `MomentumKind`.
         weight_decay: γ, decoupled: direction + γ W (thesis Alg. 15, line 19).
-        learns_first: True: statistics, then direction (Alg. 15, 16); False: direction from the statistics before this
-            minibatch, then statistics (Alg. 12).
+        learns_first: True: statistics, then direction (Alg. 15, 16, and 12, see `curvature.kfac`); False: direction from the
+            statistics before this minibatch, then statistics (Alg. 4, 9).
         double_grad: the gradient is averaged with that of the last minibatch at these same weights, which the second look at it
             has given for nothing: a minibatch of twice the size, but for the first (2020 D.6; thesis 2.8.3).
 
