@@ -70,7 +70,7 @@ parser.add_argument("--problem", choices=("mnist", "curves"), default="mnist")
 parser.add_argument("--budget", choices=("smoke", "cpu"), default="cpu")
 parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
 parser.add_argument("--epochs", type=int, help="5 on MNIST, 20 on CURVES")
-parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--seeds", type=int, default=4, help="where a run diverges the next seed is tried, this many in all")
 parser.add_argument("--runs", type=Path, default=Path("runs/autoencoders"))
 parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures")
 options = parser.parse_args()
@@ -79,46 +79,48 @@ epochs = options.epochs or {"mnist": 5, "curves": 20}[options.problem]
 name_of_model = f"{options.problem}-ae"
 
 
-def run(name: str) -> xr.Dataset:
+def run(name: str, seed: int) -> xr.Dataset:
     method = METHODS[name]
     lr, damping = method.values[options.problem]
     about = {"algorithm": method.algorithm or name, "lr": lr, "damping": damping} | method.options
     if smoke:
-        x = torch.rand(2, 20, 784, generator=torch.Generator().manual_seed(options.seed))
+        x = torch.rand(2, 20, 784, generator=torch.Generator().manual_seed(seed))
         batches, warm, about["epochs"] = [(b, b) for b in x], [(x[0], x[0])], 1
         model = torch.nn.Sequential(torch.nn.Linear(784, 9), torch.nn.ReLU(), torch.nn.Linear(9, 784))
-        objective = cl.Objective(model, cl.likelihoods.Bernoulli(), seed=options.seed)
+        objective = cl.Objective(model, cl.likelihoods.Bernoulli(), seed=seed)
         return cl.train(objective, batches, warm=warm, progress=False, **about).dataset
-    folder = options.runs / options.problem / name.replace(" ", "-")
+    folder = options.runs / options.problem / (name.replace(" ", "-") + (f"-{seed}" if seed else ""))
     if (folder / "run.h5").exists():
         found = cl.open(folder)
         if found.sizes["epoch"] > epochs or found.attrs.get("stopped"):
             return found
     train, _ = cl.datasets.load(cl.models.find(name_of_model).data_name())
-    objective = cl.Objective(
-        cl.models.build(name_of_model, seed=options.seed, data=train), cl.likelihoods.Bernoulli(), seed=options.seed
-    )
-    batches = train.batches(1000, epochs=epochs, seed=options.seed)
+    objective = cl.Objective(cl.models.build(name_of_model, seed=seed, data=train), cl.likelihoods.Bernoulli(), seed=seed)
+    batches = train.batches(1000, epochs=epochs, seed=seed)
     resume = (folder / "checkpoint.pt").exists()
     return cl.train(objective, batches, folder=folder, resume=resume, evaluate_samples=10_000, **about).dataset
 
 
 keep_freed_memory()
 warnings.simplefilter("ignore", cl.CurvlabWarning)
-print(f"{name_of_model}: {epochs} epochs of minibatches of 1000, seed {options.seed}; loss of 10,000 examples")
+print(f"{name_of_model}: {epochs} epochs of minibatches of 1000; loss of 10,000 training examples")
 print(f"{'method':>14}{'lr':>9}{'damping':>9}{'start':>9}{'loss':>9}{'error':>9}{'s/epoch':>9}   (CPU seconds)")
 found: dict[str, xr.Dataset] = {}
 for name in options.methods:
-    try:
-        ds = found[name] = run(name)
-    except cl.CurvlabError as error:
-        print(f"{name:>14}   failed: {error}", flush=True)
+    for seed in range(options.seeds):
+        ds = run(name, seed)
+        if not ds.attrs.get("stopped"):
+            break
+    diverged = f"   {seed} seeds diverged before this" if seed else ""
+    if ds.attrs.get("stopped"):
+        print(f"{name:>14}   diverged with each of {options.seeds} seeds; the last: {ds.attrs['stopped']}", flush=True)
         continue
+    found[name] = ds
     lr, damping = METHODS[name].values[options.problem]
     last = ds.isel(epoch=-1)
     each = float(last["cpu_seconds"]) / max(float(last["epoch"]), 1e-9)
     row = f"{float(ds['train_loss'][0]):>9.2f}{float(last['train_loss']):>9.2f}{float(last['train_error']):>9.4f}{each:>9.1f}"
-    print(f"{name:>14}{lr:>9g}{damping:>9g}{row}{'   stopped' if ds.attrs.get('stopped') else ''}", flush=True)
+    print(f"{name:>14}{lr:>9g}{damping:>9g}{row}{diverged}", flush=True)
 
 COLOURS = {"first order": "#000000", "KFAC": "#E69F00", "K-BFGS": "#0072B2", "TNT, Shampoo": "#009E73",
            "SKQN": "#D55E00", "SMW": "#CC79A7"}  # fmt: skip

@@ -1,8 +1,9 @@
 """KFAC: Ω ⊗ Γ, a second moment of the inputs and one of the derivatives (thesis Alg. 12; Martens and Grosse 2015).
 
-Alg. 12, line 12 passes over the last minibatch again after the weights have moved, so that every direction is from statistics at
-its own weights. Here they are of its own minibatch too, whose forward pass they share; losses agree with the printed order's to a
-percent. Statistics that are a step older diverge at Table 4.3's values on the MNIST autoencoder, within 13 steps on three seeds.
+Alg. 12, line 12 passes over the last minibatch again after the weights have moved, so that every direction is from statistics
+at its own weights. Here they are of its own minibatch too, whose forward pass they share; losses agree with the printed order's
+to a percent. With statistics that are a step older the MNIST autoencoder diverges within 13 steps at Table 4.3's values, on
+each of three seeds.
 
 Legend: I inputs incl. the bias column, O outputs.
 """

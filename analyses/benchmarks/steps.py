@@ -1,0 +1,300 @@
+"""What a step costs: every method over plain forward and backward, beside the floating-point floor and peers, in one run.
+
+    python analyses/benchmarks/steps.py [--problems autoencoder vgg] [--names NAME …] [--batch-size 1000] [--threads 1]
+
+CPU seconds of one thread, so that other work on the machine matters little; with --threads wall seconds, for a quiet machine.
+A step with a refresh every T₂ is the mean over T₂ steps in a row, after the first T₂ (in which every step refreshes). The floor
+counts products of matrices alone, symmetric ones by half, over the matrix-product peak of this run. Memory is what a curvature
+holds between steps, beside the numbers that the documents' tables (2.1, 3.1, 4.1) give it.
+
+Peers: torch's Adam, a straightforward KFAC of forty lines (below), and, where it is installed, pytorch_optimizer's Shampoo:
+    pip install --no-deps pytorch_optimizer
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+import curvlab as cl
+from curvlab.memory import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class Method:
+    """Name, options, and the ratio that the project has set itself on the autoencoder at batches of 1000."""
+
+    name: str
+    options: dict[str, int]
+    goal: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name + "".join(f" {'T₂' if k == 'refresh_every' else 'T'}={v}" for k, v in self.options.items())
+
+    @property
+    def period(self) -> int:
+        return self.options.get("refresh_every", self.options.get("update_every", 1))
+
+
+METHODS = [
+    Method("sgd-m", {}),
+    Method("adam", {}, 1.1),
+    Method("k-bfgs", {}, 2.5),
+    Method("k-bfgs", {"update_every": 20}, 1.7),
+    Method("k-bfgs-l", {}, 2.4),
+    Method("k-bfgs-20", {}),
+    Method("kfac", {"refresh_every": 20}, 2.8),
+    Method("tnt", {"refresh_every": 20}, 3.0),
+    Method("shampoo", {"refresh_every": 20}, 2.4),
+    Method("skqn-b2", {"refresh_every": 20}),
+]
+PAIRS = 100
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--problems", nargs="+", choices=("autoencoder", "vgg"), default=["autoencoder", "vgg"])
+parser.add_argument("--names", nargs="+", default=[m.name for m in METHODS], help="of methods; peers always run")
+parser.add_argument("--batch-size", type=int, default=1000, help="of the autoencoder; a twentieth of it for the convolutions")
+parser.add_argument("--threads", type=int, default=1)
+options = parser.parse_args()
+torch.set_num_threads(options.threads)
+clock = time.process_time if options.threads == 1 else time.perf_counter
+
+
+def autoencoder() -> tuple[cl.Objective, list[tuple[Tensor, Tensor]]]:
+    model = cl.models.build("mnist-ae", seed=0)
+    x = torch.rand(4, options.batch_size, 784, generator=torch.Generator().manual_seed(0)).pow(4)
+    return cl.Objective(model, cl.likelihoods.Bernoulli()), [(b, b) for b in x]
+
+
+def vgg() -> tuple[cl.Objective, list[tuple[Tensor, Tensor]]]:
+    """Layers like VGG's at an eighth of its width and a size that fits a CPU."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels in ((3, 32), (32, 32), (), (32, 64), (64, 64), (), (64, 128), (128, 128), ()):
+        layers += [nn.Conv2d(*channels, 3, padding=1), nn.ReLU()] if channels else [nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 10))
+    size = max(2, options.batch_size // 20)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, size, 3, 32, 32, generator=generator), torch.randint(10, (4, size), generator=generator)
+    return cl.Objective(model, cl.likelihoods.Categorical()), list(zip(x, y, strict=True))
+
+
+PROBLEMS = {"autoencoder": autoencoder, "vgg": vgg}
+
+
+def timed(step: Callable[[int], object], period: int = 1) -> float:
+    """Mean seconds of `period` steps in a row, or the median of five where the period is 1; the first steps are not counted."""
+    for i in range(max(2, period)):
+        step(i)
+    times = []
+    for i in range(max(5, period)):
+        start = clock()
+        step(i)
+        times.append(clock() - start)
+    return statistics.fmean(times) if period > 1 else statistics.median(times)
+
+
+def peak() -> float:
+    """Floating-point operations a second of a large matrix product."""
+    a = torch.randn(2048, 2048)
+    return 2 * 2048**3 / min(timed(lambda _: a @ a) for _ in range(3))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as products of matrices: N T rows, I inputs without the bias, O outputs."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    biased: bool
+    first: bool
+
+    @property
+    def ways(self) -> list[int]:
+        """Sizes of the factors of a method by layer."""
+        return [self.outputs, self.inputs + self.biased]
+
+
+def layers_of(objective: cl.Objective, x: Tensor, y: Tensor) -> list[Layer]:
+    observation = objective.closure(x, y, "warm").observe()
+    found = []
+    for block in objective.blocks:
+        s = observation.passes["data"][block.name]
+        n, t, i = s.bare_a.shape
+        found.append(Layer(n * t, i, block.shape[0], block.biased, not found))
+    return found
+
+
+def floor(method: Method, layers: list[Layer], plain: bool = False) -> float:
+    """Operations of a step's products: forward and backward, and what the documents' tables 2.2, 3.2 and 4.1 add."""
+    every, refreshed = method.options.get("update_every", 1), method.options.get("refresh_every", 1)
+    total = 0.0
+    for layer in layers:
+        through = 2.0 * layer.rows * layer.inputs * layer.outputs  # forward; or the gradient; or back
+        back = 0.0 if layer.first else through
+        out, width = layer.ways
+        total += through + back + through
+        if plain:
+            continue
+        whole = 2.0 * out * width * (out + width)  # H_g V H_a
+        if method.name.startswith("k-bfgs"):
+            total += (through + back) / every + whole
+            if "-l" in method.name:
+                total -= 2.0 * out * width * max(0, out - 4 * PAIRS)
+            if method.name.endswith("20"):
+                total += layer.rows * width**2
+        elif method.name in ("kfac", "skqn-b2"):
+            moments = layer.rows * (out**2 + width**2)
+            total += whole + (moments + back) / every + (out**3 + width**3) / refreshed
+            total += (through + back) if method.name == "skqn-b2" else 0.0
+        elif method.name in ("tnt", "shampoo"):
+            total += whole + whole / 2 + (back + through if method.name == "tnt" else 0.0)
+            total += ((1 if method.name == "tnt" else 10) * (2 * out**3 + width**3)) / refreshed
+    return total
+
+
+def numbers(method: Method, layers: list[Layer]) -> int | None:
+    """What the documents' tables of memory give a curvature, beyond gradient and momentum."""
+    sums = {
+        "adam": lambda o, i: o * i,
+        "k-bfgs": lambda o, i: o**2 + i**2,
+        "k-bfgs-20": lambda o, i: o**2 + i**2,
+        "k-bfgs-l": lambda o, i: i**2 + 2 * min(PAIRS, 10**9) * o,
+        "kfac": lambda o, i: o**2 + i**2,
+        "tnt": lambda o, i: o**2 + i**2,
+        "shampoo": lambda o, i: o**2 + i**2,
+        "sgd-m": lambda o, i: 0,
+    }
+    one = sums.get(method.name)
+    return None if one is None else sum(one(*layer.ways) for layer in layers)
+
+
+def tensors(state: object) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from tensors(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from tensors(value)
+
+
+class PlainKfac:
+    """KFAC as one writes it first: hooks, A = aᵀa/N and G = gᵀg/N of drawn labels, inverses every T steps."""
+
+    def __init__(self, model: nn.Module, every: int = 20, decay: float = 0.9, damping: float = 1.0) -> None:
+        self.layers = [m for m in model if isinstance(m, nn.Linear)]
+        self.model, self.every, self.decay, self.root = model, every, decay, damping**0.5
+        self.A: dict[nn.Linear, Tensor] = {}
+        self.G: dict[nn.Linear, Tensor] = {}
+        self.inverses: dict[nn.Linear, tuple[Tensor, Tensor]] = {}
+        self.momentum: dict[nn.Linear, Tensor] = {}
+        self.steps, self.recording = 0, False
+        for layer in self.layers:
+            layer.register_forward_hook(self._inputs)
+            layer.register_full_backward_hook(self._derivatives)
+
+    def _average(self, into: dict[nn.Linear, Tensor], layer: nn.Linear, new: Tensor) -> None:
+        into[layer] = new if layer not in into else self.decay * into[layer] + (1 - self.decay) * new
+
+    def _inputs(self, layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+        a = torch.cat([args[0], args[0].new_ones(len(args[0]), 1)], 1)
+        self._average(self.A, layer, a.T @ a / len(a))
+
+    def _derivatives(self, layer: nn.Linear, _: object, grads: tuple[Tensor, ...]) -> None:
+        if self.recording:
+            g = grads[0] * len(grads[0])
+            self._average(self.G, layer, g.T @ g / len(g))
+
+    def step(self, x: Tensor, y: Tensor, lr: float) -> None:
+        z = self.model(x)
+        drawn = torch.bernoulli(torch.sigmoid(z.detach()))
+        self.recording = True
+        nn.functional.binary_cross_entropy_with_logits(z, drawn, reduction="sum").div(len(x)).backward(retain_graph=True)
+        self.recording = False
+        self.model.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum").div(len(x)).backward()
+        with torch.no_grad():
+            for layer in self.layers:
+                A, G = self.A[layer], self.G[layer]
+                if self.steps % self.every == 0:
+                    damped = (m + self.root * torch.eye(len(m)) for m in (A, G))
+                    self.inverses[layer] = tuple(torch.linalg.inv(m) for m in damped)  # type: ignore[assignment]  # two
+                grad = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+                self.momentum[layer] = grad if layer not in self.momentum else 0.9 * self.momentum[layer] + grad
+                step = self.inverses[layer][1] @ self.momentum[layer] @ self.inverses[layer][0]
+                layer.weight -= lr * step[:, :-1]
+                layer.bias -= lr * step[:, -1]
+        self.steps += 1
+
+
+def run(problem: str, flops: float) -> None:
+    objective, batches = PROBLEMS[problem]()
+    layers = layers_of(objective, *batches[0])
+
+    def plain(i: int) -> None:
+        objective.closure(*batches[i % 4])()
+
+    base = timed(plain)
+    least = floor(METHODS[0], layers, plain=True) / flops
+    print(f"\n{problem}, batches of {len(batches[0][0])}: forward + backward {1e3 * base:.1f} ms (floor {1e3 * least:.1f} ms)")
+    print(f"  {'method':<20}{'ms':>9}{'× f+b':>8}{'floor':>8}{'goal':>7}{'memory MB':>12}{'tables':>9}")
+    taken: dict[str, float] = {}
+
+    def show(label: str, seconds: float, bound: float | None = None, goal: float | None = None, memory: str = "") -> None:
+        taken[label] = seconds
+        bounds = f"{bound / flops / base:>8.2f}" if bound else " " * 8
+        goals = f"{goal:>7.1f}" if goal and problem == "autoencoder" else " " * 7
+        print(f"  {label:<20}{1e3 * seconds:>9.1f}{seconds / base:>8.2f}{bounds}{goals}{memory}", flush=True)
+
+    for method in (m for m in METHODS if m.name in options.names):
+        objective, batches = PROBLEMS[problem]()
+        optimizer = cl.optimizer(method.name, objective, lr=1e-7, **method.options)
+        seconds = timed(lambda i, b=batches, o=objective, step=optimizer.step: step(o.closure(*b[i % 4])), method.period)
+        held = sum(t.numel() * t.element_size() for t in tensors(optimizer.descent.curvature.state_dict()))
+        told = numbers(method, layers)
+        memory = f"{held / 1e6:>12.1f}" + ("" if told is None else f"{4 * told / 1e6:>9.1f}")
+        show(method.label, seconds, floor(method, layers), method.goal, memory)
+
+    objective, batches = PROBLEMS[problem]()
+    adam = torch.optim.Adam(objective.model.parameters(), lr=1e-7)
+
+    def adam_step(i: int) -> None:
+        objective.closure(*batches[i % 4])()
+        adam.step()
+
+    show("torch Adam", timed(adam_step))
+    if problem == "autoencoder":
+        peer = PlainKfac(objective.model)
+        show("plain KFAC T=20", timed(lambda i: peer.step(*batches[i % 4], 1e-7), 20))
+    if find_spec("pytorch_optimizer"):
+        from pytorch_optimizer import Shampoo
+
+        objective, batches = PROBLEMS[problem]()
+        shampoo = Shampoo(objective.model.parameters(), lr=1e-7, preconditioning_compute_steps=20)
+
+        def shampoo_step(i: int) -> None:
+            objective.closure(*batches[i % 4])()
+            shampoo.step()
+
+        show("pytorch_optimizer Shampoo T₂=20", timed(shampoo_step, 20))
+        ours = taken.get("shampoo T₂=20")
+        if ours:
+            print(f"  pytorch_optimizer's Shampoo / ours: {taken['pytorch_optimizer Shampoo T₂=20'] / ours:.2f}")
+
+
+keep_freed_memory()
+what = "CPU time of one thread" if options.threads == 1 else f"wall time of {options.threads} threads"
+flops = peak()
+print(f"{what}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, peak {flops / 1e9:.0f} GFLOP/s")
+for name in options.problems:
+    run(name, flops)
