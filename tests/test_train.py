@@ -333,7 +333,7 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, kind: str, t
         warnings.simplefilter("ignore", cl.CurvlabWarning)
         whole = build()
         expected = cl.train(objective_of(whole), KINDS[kind](), **more).dataset
-        for steps in (0, 3, 4, 5, 8, 11):
+        for steps in (0, 3, 4, 9):
             for seconds in (1e-9, 60.0):
                 folder = tmp_path / f"{steps} {seconds}"
                 arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
