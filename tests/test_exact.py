@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from problems import LIKELIHOODS, MODELS, Problem, assert_near, problem
+from problems import LIKELIHOODS, MODELS, Problem, assert_near, problem, targets
 from reference import Reference, assert_block, reference, sampled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab as cl
 from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS, ROUTES
-from curvlab.exact.batches import CHUNK
+from curvlab.exact.batches import CHUNK, by_hessians
 from curvlab.likelihoods import Categorical, Gaussian
 from curvlab.objective import STREAMS, Closure
 
@@ -97,6 +97,25 @@ def test_parameters_and_pairs(model: str, kind: str) -> None:
 def test_pi_is_hessian_minus_ggn() -> None:
     r = reference("tanh")
     assert_near(found(r.p, "pi", None), found(r.p, "hessian", None) - found(r.p, "ggn", None))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_layers_narrower_than_the_outputs_go_by_their_outputs_derivatives(activation: type[nn.Module], likelihood: str) -> None:
+    """GGN blocks through JᵀHJ in the pre-activations: one at a time, and both, where the earlier goes through the later."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 7), activation(), nn.Linear(7, 2), activation(), nn.Linear(2, 4), activation(), nn.Linear(4, 6)]
+    objective = cl.Objective(nn.Sequential(*layers).double(), LIKELIHOODS[likelihood]())
+    x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = targets(objective.likelihood, torch.zeros(9, 6, dtype=torch.float64))
+    form = Closure(objective, x, y, 1, "exact").form
+    narrow = [b.name for b in objective.blocks if by_hessians("ggn", b, form)]
+    assert narrow == ["2", "3"]
+    together = cl.exact.matrices(objective, x, y, "ggn")
+    for name in narrow:
+        wanted = cl.exact.matrix(objective, x, y, "ggn", name, route="func").dense()
+        assert_near(cl.exact.matrix(objective, x, y, "ggn", name).dense(), wanted)
+        assert_near(together[name].dense(), wanted)
 
 
 # ------------------------------------------------------------------------------------------------ routes
