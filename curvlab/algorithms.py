@@ -76,6 +76,7 @@ class Algorithm:
     warm: bool = True
     learns_first: bool = True
     skips_first: bool = True
+    refresh_every: int = 1
     own: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = False
     look: Look | None = None
@@ -131,19 +132,19 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "kfac": Algorithm(
         "Kronecker factors of inputs and derivatives, π damping", "thesis Alg. 12, 4.7.2",
-        _kfac, "model", 0.03, 1.0, _same,
+        _kfac, "model", 0.03, 1.0, _same, refresh_every=20,
     ),
     "kfac-20": Algorithm(
         "KFAC with π = 1", "thesis Alg. 7, Table 2.5; 2021 Alg. 5",
-        _kfac, "model", 1.0, 3.0, _same, momentum_kind="average", own={"split": "even"},
+        _kfac, "model", 1.0, 3.0, _same, momentum_kind="average", own={"split": "even"}, refresh_every=20,
     ),
     "kfac-ef": Algorithm(
         "KFAC from the data's labels", "thesis 4.7.3",
-        _kfac, "data", 1.0, 100.0, _same,
+        _kfac, "data", 1.0, 100.0, _same, refresh_every=20,
     ),
     "kflr": Algorithm(
         "KFAC from the exact output Hessian", "Botev et al. 2017; lr, damping of thesis Alg. 12",
-        _kfac, "exact", 0.03, 1.0, _same,
+        _kfac, "exact", 0.03, 1.0, _same, refresh_every=20,
     ),
     "k-bfgs-20": Algorithm(
         "H_g and H_a by BFGS, double damping, A a moving average", "thesis Alg. 4, Table 2.5",
@@ -193,15 +194,15 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "tnt": Algorithm(
         "tensor-normal factors of the batch-mean gradient, sampled labels", "thesis Alg. 15",
-        tnt, "model", 1e-4, 0.1, _per_factor_of_mean,
+        tnt, "model", 1e-4, 0.1, _per_factor_of_mean, refresh_every=20,
     ),
     "tnt-ef": Algorithm(
         "TNT from the data's labels", "thesis 4.7.3",
-        tnt, "data", 3e-6, 0.01, _per_factor_of_mean,
+        tnt, "data", 3e-6, 0.01, _per_factor_of_mean, refresh_every=20,
     ),
     "tnt-per-sample": Algorithm(
         "tensor-normal factors of the per-sample gradients", "thesis (4.2), (4.10); practice",
-        tnt_per_sample, "model", 0.03, 0.1, _per_factor,
+        tnt_per_sample, "model", 0.03, 0.1, _per_factor, refresh_every=20,
     ),
     "tnt-ideal": Algorithm(
         "TNT from true expectations: all labels, all data that the warm start has shown", "thesis Alg. 14",
@@ -209,7 +210,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "shampoo": Algorithm(
         "−1/2k-th powers of contracted gradients, coupled Newton", "thesis Alg. 16",
-        shampoo, "data", 3e-4, 3e-4, _fixed(3e-4),
+        shampoo, "data", 3e-4, 3e-4, _fixed(3e-4), refresh_every=20,
     ),
     "adam": Algorithm(
         "root of the diagonal second moment", "thesis 4.7.2; Kingma and Ba 2015",
@@ -340,8 +341,10 @@ def descent(
     double_grad: bool = False,
     **options: Any,
 ) -> Descent:
-    """Algorithm `name` as a `Descent`: its document's momentum where None; `options` are those of `approximation`."""
+    """Algorithm `name` as a `Descent`: its document's momentum and T₂ where None; `options` are those of `approximation`."""
     a = lookup(ALGORITHMS, name, "algorithm")
+    for every, value in (("update_every", 1), ("refresh_every", a.refresh_every)):
+        options[every] = value if options.get(every) is None else options[every]
     return Descent(
         objective,
         approximation(name, objective, **options),
@@ -360,7 +363,8 @@ def optimizer(name: str, objective: Objective, lr: float | None = None, **option
         name: of `ALGORITHMS`.
         objective: what it steps on.
         lr: the document's where None.
-        options: momentum, momentum_kind, weight_decay, double_grad (see `Descent`), and those of `approximation`.
+        options: momentum, momentum_kind, weight_decay, double_grad (see `Descent`), and those of `approximation`, T₂ the
+            document's where None (20 of KFAC, TNT and Shampoo on autoencoders: thesis 2.8.2, 4.7.2).
     """
     a = lookup(ALGORITHMS, name, "algorithm")
     return Optimizer(descent(name, objective, **options), a.lr if lr is None else lr)

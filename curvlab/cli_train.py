@@ -70,8 +70,10 @@ def train(
                     rich_help_panel=_METHOD),
     ] = 1,
     refresh_every: Annotated[
-        int, Option(help="T₂, steps between inversions (thesis: 20 for autoencoders, 100 for CNNs).", rich_help_panel=_METHOD)
-    ] = 1,
+        int | None,
+        Option(help="T₂, steps between inversions; by default the documents' for autoencoders: 20 of KFAC, TNT, Shampoo "
+               "(thesis 2.8.2, 4.7.2; 100 for CNNs), else 1.", rich_help_panel=_METHOD),
+    ] = None,
     warm_start: Annotated[
         bool, Option("--warm-start/--no-warm-start", help="One pass for the statistics, where the document has it (2.8.2).",
                      rich_help_panel=_METHOD),

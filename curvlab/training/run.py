@@ -66,7 +66,7 @@ def train(
     decay: float | None = None,
     labels: Pass | None = None,
     update_every: int = 1,
-    refresh_every: int = 1,
+    refresh_every: int | None = None,
     schedule: str | Make = "constant",
     schedule_every: Every = "epoch",
     schedule_options: Mapping[str, Any] | None = None,
@@ -93,7 +93,7 @@ def train(
         validation: a data set, a pair (x, y) or minibatches of it.
         algorithm: of `ALGORITHMS`; `own` are its own options. lr, damping, momentum, momentum_kind, decay, labels: its
             document's where None. weight_decay: decoupled, W ← W − lr · γ W (thesis Alg. 15, line 19).
-        update_every: T₁, or K-BFGS's T. refresh_every: T₂.
+        update_every: T₁, or K-BFGS's T. refresh_every: T₂, the document's where None.
         schedule: a name (`schedules.find`) with `schedule_options`, or a function optimizer → torch scheduler.
         schedule_every: "epoch" or "step", after which the scheduler steps.
         epochs, steps, seconds: the run ends with whichever comes first; None: the epochs of `batches`, or one.

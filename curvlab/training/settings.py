@@ -34,7 +34,7 @@ class Settings:
     decay: float | None = None
     labels: Pass | None = None
     update_every: int = 1
-    refresh_every: int = 1
+    refresh_every: int | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
     schedule: str | schedules.Make = "constant"
     schedule_every: Every = "epoch"
