@@ -40,6 +40,10 @@ METHODS = {
     "tnt": Method(1e-4, 0.1, "TNT", OFTEN),  # Table 4.4, VGG16
     "k-bfgs": Method(0.1, 10.0, "K-BFGS", {"update_every": 20}),  # Table 3.7, CIFAR-100, VGG16; 30 and 1e4 belong to BatchNorm
     "k-bfgs-l": Method(0.3, 100.0, "K-BFGS(L)", {"update_every": 20}),  # Table 3.7, CIFAR-100, VGG16
+    "kf-bfgs-cnn": Method(
+        1.0, 10.0, "KF-BFGS-CNN", {"update_every": 20}
+    ),  # as K-BFGS; momentum is an average, ten times smaller
+    "kf-bfgs-l-cnn": Method(3.0, 100.0, "KF-BFGS(L)-CNN", {"update_every": 20}),
     "skqn-l": Method(0.3, 0.3, "SKQN-L", {"refresh_every": 20}),  # S2QN's appendix is not available
     "skqn-b1": Method(0.3, 0.3, "SKQN-B1", {"refresh_every": 20}),
     "skqn-b2": Method(0.3, 0.3, "SKQN-B2", {"refresh_every": 20}),
@@ -123,9 +127,22 @@ for name in options.methods:
     row = f"{curve.losses[0]:>13.4f}{curve.losses[-1]:>12.4f}{each:>9.3f}"
     print(f"{name:>10}{method.lr:>9g}{method.damping:>9g}{row}", flush=True)
 
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#0072B2", "#D55E00", "#D55E00", "#D55E00")
-DASHES = ("-", "-", "-", "-", "-", "-", "--", "-", "--", ":")
-MARKERS = "oDsP^vvxxx"
+COLOURS = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#CC79A7",
+    "#0072B2",
+    "#0072B2",
+    "#56B4E9",
+    "#56B4E9",
+    "#D55E00",
+    "#D55E00",
+    "#D55E00",
+)
+DASHES = ("-", "-", "-", "-", "-", "-", "--", "--", ":", "-", "--", ":")
+MARKERS = "oDsP^vv<>xxx"
 figure, (by_epoch, by_time) = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained", sharey=True)
 for (name, method), colour, dashes, marker in zip(METHODS.items(), COLOURS, DASHES, MARKERS, strict=True):
     if name not in curves or not curves[name].losses:

@@ -24,6 +24,7 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "scaling.py": (["--repeats", "1", "--largest", "2", "--out", "OUT"], "scaling.png"),
     "logistic.py": (["--budget", "smoke", "--out", "OUT"], "logistic.png"),
     "benchmarks/exact.py": (["--examples", "20", "--skip", "autoencoder", "memory"], "of the peak"),
+    "benchmarks/steps.py": (["--problems", "vgg", "--names", "adam", "k-bfgs", "--batch-size", "40"], "torch Adam"),
     "benchmarks/compare.py": (
         ["--batch-size", "20000", "--steps", "2", "--repeats", "1", "--names", "kfac", "sgd-m"],
         "together / one by one",
