@@ -58,9 +58,9 @@ METHODS = {
     "kfac-ef": Method(both(1.0, 100.0), options=T20),  # thesis Table 4.5, MNIST
     "tnt-ef": Method(both(3e-6, 0.01), options=T20),  # thesis Table 4.5, MNIST
     "kf-bfgs-cnn": Method(both(0.3, 0.3)),
-    "skqn-b1": Method(both(3.0, 3.0), options=T20),
-    "skqn-b2": Method(both(3.0, 3.0), options=T20),
-    "skqn-l": Method(both(3.0, 3.0), options=T20),
+    "skqn-b1": Method(both(3.0, 3.0)),  # T₂ = 20 diverges within two steps of the first that does not refresh
+    "skqn-b2": Method(both(3.0, 3.0)),
+    "skqn-l": Method(both(3.0, 3.0)),
     "smw-ng": Method(both(0.1, 1.001)),  # thesis 5.8, as is smw-ng-bd
     "smw-ng-bd": Method(both(0.1, 1.001)),
 }
@@ -137,9 +137,9 @@ figure, (by_epoch, by_time) = plt.subplots(1, 2, figsize=(11, 5), layout="constr
 seen: dict[str, int] = {}
 for name, ds in found.items():
     kind = family(name)
-    style = STYLES[seen.get(kind, 0) % len(STYLES)]
+    style, marker = STYLES[seen.get(kind, 0) % len(STYLES)], "os^vDx"[seen.get(kind, 0) % 6]
     seen[kind] = seen.get(kind, 0) + 1
-    drawn = {"color": COLOURS[kind], "ls": style, "lw": 1.6, "marker": ".", "ms": 5}
+    drawn = {"color": COLOURS[kind], "ls": style, "lw": 1.5, "marker": marker, "ms": 4.5}
     by_epoch.plot(ds["epoch"], ds["train_loss"], label=name, **drawn)
     by_time.plot(ds["cpu_seconds"][1:], ds["train_loss"][1:], **drawn)
 by_epoch.set_xlabel("epoch")
@@ -147,6 +147,9 @@ by_epoch.set_ylabel("training loss, summed over 784 units (nat)")
 by_time.set_xlabel("training time (CPU seconds), evaluation and warm start apart")
 by_epoch.set_yscale("log")
 by_time.set_xscale("log")
+for ax in (by_epoch, by_time):
+    ax.yaxis.set_major_formatter("{x:.0f}")
+    ax.yaxis.set_minor_formatter("{x:.0f}")
 for ax in (by_epoch, by_time):
     ax.grid(alpha=0.3, which="both", lw=0.5)
 figure.legend(loc="outside right center", frameon=False, fontsize=9)

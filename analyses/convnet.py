@@ -155,6 +155,8 @@ by_epoch.set_xlabel("epoch")
 by_epoch.set_ylabel("training loss, mean over the epoch (nat)")
 by_time.set_xlabel("time (s), warm start included")
 by_time.set_xscale("log")
+by_time.xaxis.set_major_formatter("{x:.0f}")
+by_time.xaxis.set_minor_formatter("")
 for ax in (by_epoch, by_time):
     ax.grid(alpha=0.3)
 by_epoch.xaxis.get_major_locator().set_params(integer=True)
