@@ -17,7 +17,7 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "own_model.py": ([], "shampoo"),
     "figure_4_1.py": ([*SMALL, "--seeds", "2", "--out", "OUT"], "figure_4_1.png"),
     "damping_sweep.py": ([*SMALL, "--dampings", "1", "0.01", "--out", "OUT"], "damping_sweep.png"),
-    "refresh.py": ([*SMALL, "--every", "1", "2"], "last loss"),
+    "refresh.py": ([*SMALL, "--every", "2"], "last loss"),
     "assumptions.py": (["--steps", "2", "--examples", "60", "--out", "OUT"], "assumptions.png"),
     "convnet.py": (["--budget", "smoke", "--out", "OUT"], "convnet.png"),
     "autoencoders.py": (["--budget", "smoke", "--out", "OUT"], "k-bfgs-l-20"),
