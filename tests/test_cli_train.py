@@ -151,9 +151,12 @@ def test_augmentation_and_dropout_are_of_the_seed(monkeypatch: pytest.MonkeyPatc
 
 
 def start(*words: str) -> subprocess.Popen[str]:
+    """One thread, as this process has, in which runs are gone on with: sums depend on the number."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "curvlab", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+        [sys.executable, "-m", "curvlab", *words],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
+    )  # fmt: skip
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:
