@@ -209,7 +209,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         tnt_per_sample, "exact", 0.03, 0.1, _per_factor, momentum=0.0, average="data", skips_first=False,
     ),
     "shampoo": Algorithm(
-        "−1/2k-th powers of contracted gradients, coupled Newton", "thesis Alg. 16",
+        "−1/2k-th powers of contracted gradients: coupled Newton, on a CPU eigenvalues", "thesis Alg. 16",
         shampoo, "data", 3e-4, 3e-4, _fixed(3e-4), refresh_every=20,
     ),
     "adam": Algorithm(

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import CurvatureBlock, check_damping, parameter_indices
+from curvlab.curvature.base import CurvatureBlock, check_damping
 from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
 from curvlab.exact.route_table import Look
 from curvlab.exact.terms import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
-from curvlab.layers import Block
+from curvlab.layers import Block, Layout
 from curvlab.linalg.kronecker import nearest_kronecker
 from curvlab.linalg.operators import Operator
 from curvlab.objective import Closure, Objective, Pass
@@ -300,7 +300,7 @@ def _inner(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> float:
 
 def _between(matrix: Float[Tensor, "D D"], block: Block) -> float:
     """Norm of the entries between weight and bias."""
-    weight, *bias = (places.flatten() for places in parameter_indices(block, matrix.device))
+    weight, *bias = (places.flatten().to(matrix.device) for places in Layout((block,)).places().values())
     return math.sqrt(2) * _norm(matrix[weight[:, None], bias[0]]) if bias else 0.0
 
 

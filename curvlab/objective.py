@@ -166,6 +166,18 @@ class Objective:
         self.seed, self.closures = state["seed"], dict(state["closures"])
 
 
+def weights(objective: Objective) -> list[Tensor]:
+    """A copy of every parameter, for `restore`."""
+    return [p.detach().clone() for p in objective.parameters.values()]
+
+
+def restore(objective: Objective, saved: list[Tensor]) -> None:
+    """Take a step back, to the bit."""
+    with torch.no_grad():
+        for p, old in zip(objective.parameters.values(), saved, strict=True):
+            p.copy_(old)
+
+
 class Closure:
     """One minibatch of an objective. ``closure()`` is torch's contract; ``closure.observe(needs)`` is curvlab's.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvlab.curvature.base import Curvature, check_damping
 from curvlab.errors import CurvlabError, Diverged, unknown
-from curvlab.objective import Closure, Objective, Observation, Pass, Transition
+from curvlab.objective import Closure, Objective, Observation, Pass, Transition, restore, weights
 
 MomentumKind = Literal["add", "average", "corrected"]
 """m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1 − βᵏ (Adam)."""
@@ -176,18 +176,6 @@ def move(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tenso
                 parameters[name].add_(d, alpha=-lr(parameters[name]))
 
 
-def weights(objective: Objective) -> list[Tensor]:
-    """A copy of every parameter, for `restore`."""
-    return [p.detach().clone() for p in objective.parameters.values()]
-
-
-def restore(objective: Objective, saved: list[Tensor]) -> None:
-    """Take a step back, to the bit."""
-    with torch.no_grad():
-        for p, old in zip(objective.parameters.values(), saved, strict=True):
-            p.copy_(old)
-
-
 def displacement(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]) -> dict[str, Tensor]:
     """{block: −α p}, what `move` adds to its parameters."""
     parameters, found = objective.parameters, {}
@@ -240,7 +228,7 @@ class Optimizer(torch.optim.Optimizer):
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         saved = weights(self.objective) if self.descent.curvature.rejects else []
         move(self.objective, direction, lambda p: rates[id(p)])
-        step, stands = partial(displacement, self.objective, direction, lambda p: rates[id(p)]), True
+        step, stands = cache(partial(displacement, self.objective, direction, lambda p: rates[id(p)])), True
         if self.descent.wants_step:
             try:
                 after = closure.observe(self.descent.step_needs, move_buffers=False)

@@ -22,8 +22,8 @@ from curvlab.algorithms import ALGORITHMS, damping_for, descent
 from curvlab.errors import CurvlabError, lookup
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log, late_cosine
-from curvlab.objective import Objective, Pass, Transition
-from curvlab.optim import Batch, Descent, displacement, move, restore, warm_start, weights
+from curvlab.objective import Objective, Pass, Transition, restore, weights
+from curvlab.optim import Batch, Descent, displacement, move, warm_start
 from curvlab.progress import counted, progress_bar
 
 FIGURE_4_1 = ("kfac", "tnt", "shampoo", "adam", "sgd-m")
@@ -188,7 +188,7 @@ def compare(
     size = len(first[0])
     call = {
         "function": "curvlab.compare",
-        "batches": describe(batches),
+        "batches": _describe(batches),
         "steps": steps,
         "path": None if path is None else str(path),
     }
@@ -206,7 +206,7 @@ def length(batches: Iterable[Batch]) -> int | None:
     return len(batches) if isinstance(batches, Sized) else None
 
 
-def describe(batches: object) -> str:
+def _describe(batches: object) -> str:
     if isinstance(batches, datasets.Batches):
         return f"{batches.data.name}, batches of {batches.size}, {batches.epochs} epochs, seed {batches.seed}"
     return type(batches).__name__

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError
-from curvlab.layers import Block
 from curvlab.linalg.operators import Diagonal, Operator, identity_like
 from curvlab.objective import Observation, Pass, Transition
 
@@ -136,9 +135,3 @@ class IdentityBlock:
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
         return None
-
-
-def parameter_indices(block: Block, device: torch.device) -> tuple[Tensor, ...]:
-    """Where each parameter of a block lies in the block's flattening, shaped as the parameter."""
-    places = torch.arange(block.numel, device=device).view(block.shape)
-    return tuple(block.scatter(places).values())

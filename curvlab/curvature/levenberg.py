@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.curvature.whole import flat, loss_at, unflat
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, unknown
 from curvlab.layers import Layout
 from curvlab.objective import Transition
 
@@ -79,5 +79,5 @@ def ratio_at(transition: Transition, layout: Layout, p: Float[Tensor, " D"], Bp:
 
 def check_ratio(ratio: str) -> None:
     """Raises CurvlabError for an unknown place."""
-    if ratio not in ("direction", "step"):
-        raise CurvlabError(f"unknown ratio '{ratio}' (known: direction, step)")
+    if ratio not in get_args(Ratio):
+        raise unknown("ratio", ratio, get_args(Ratio))

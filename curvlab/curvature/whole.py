@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, unknown
+from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.layers import Layout
 from curvlab.linalg.line_search import Found, armijo, wolfe
 from curvlab.linalg.operators import Operator
-from curvlab.objective import Closure, Objective, Observation, Pass
+from curvlab.objective import Closure, Objective, Observation, restore, weights
 
 Search = Literal["none", "armijo", "wolfe"]
 
@@ -102,17 +102,14 @@ def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
 @contextmanager
 def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[None]:
     """The parameters at θ + by · d inside, back to the bit after."""
-    parameters = objective.parameters
-    saved = {name: p.detach().clone() for name, p in parameters.items()}
+    parameters, saved = objective.parameters, weights(objective)
     try:
         with torch.no_grad():
             for name, change in objective.layout.unflatten(d).items():
                 parameters[name].add_(change, alpha=by)
         yield
     finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(saved[name])
+        restore(objective, saved)
 
 
 def searched(observation: Observation, g: Float[Tensor, " D"], d: Float[Tensor, " D"], search: Search) -> Found:
@@ -124,25 +121,18 @@ def searched(observation: Observation, g: Float[Tensor, " D"], d: Float[Tensor, 
     slack = 10 * torch.finfo(observation.loss.dtype).eps * abs(start)
 
     def loss(t: float) -> float:
-        with moved(objective, d, -t):
-            return _trial(observation.closure, frozenset())[0]
+        return float(loss_at(observation.closure, unflat(objective.layout, -t * d)))
 
     def loss_and_slope(t: float) -> tuple[float, float]:
         with moved(objective, d, -t):
-            value, gradient = _trial(observation.closure, frozenset({"data"}))
-            return value, math.nan if gradient is None else -float(gradient @ d)
+            try:
+                seen = observation.closure.observe({"data"}, move_buffers=False)
+            except Diverged:
+                return math.inf, math.nan
+            return float(seen.loss), -float(flat(objective.layout, seen.gradients) @ d)
 
     return (armijo(loss, start, slope, slack=slack) if search == "armijo"
             else wolfe(loss_and_slope, start, slope, slack=slack))  # fmt: skip
-
-
-def _trial(closure: Closure, needs: frozenset[Pass]) -> tuple[float, Tensor | None]:
-    """(loss, gradient) where the parameters are now; (∞, none) where the loss is not finite."""
-    try:
-        seen = closure.observe(needs, move_buffers=False)
-    except CurvlabError:
-        return math.inf, None
-    return float(seen.loss), flat(closure.objective.layout, seen.gradients) if needs else None
 
 
 @dataclass(frozen=True)

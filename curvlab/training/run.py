@@ -1,4 +1,4 @@
-"""`train`: any model along any algorithm; `prepare` and `train_named`: by the names of the tables, as the command line does."""
+"""`train`: any model along any algorithm; `prepare` and `run_named`: by the names of the tables, as the command line does."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Settings:
         table = ALGORITHMS[self.algorithm]
         known: dict[str, Any] = {"own": dict(self.own), "schedule_options": dict(self.schedule_options)}
         known["schedule"] = self.schedule if isinstance(self.schedule, str) else getattr(self.schedule, "__qualname__", "own")
-        for name in ("lr", "damping", "momentum", "momentum_kind", "decay", "labels"):
+        for name in ("lr", "damping", "momentum", "momentum_kind", "decay", "labels", "refresh_every"):
             value = getattr(self, name)
             known[name] = getattr(table, name) if value is None else value
         return asdict(replace(self, **known))
