@@ -150,6 +150,9 @@ by_time.set_xscale("log")
 for ax in (by_epoch, by_time):
     ax.yaxis.set_major_formatter("{x:.0f}")
     ax.yaxis.set_minor_formatter("{x:.0f}")
+by_time.xaxis.set_major_formatter("{x:.0f}")
+by_time.xaxis.set_minor_formatter("")
+by_epoch.xaxis.get_major_locator().set_params(integer=True)
 for ax in (by_epoch, by_time):
     ax.grid(alpha=0.3, which="both", lw=0.5)
 figure.legend(loc="outside right center", frameon=False, fontsize=9)

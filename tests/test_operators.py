@@ -19,14 +19,13 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operators as ops
+from curvlab.linalg.direct_sum import ColumnSum, DirectSum
 from curvlab.linalg.eigenbasis import Rotated, shifted_kronecker
 from curvlab.linalg.implicit import Damped
 from curvlab.linalg.operators import (
-    ColumnSum,
     Compact,
     Dense,
     Diagonal,
-    DirectSum,
     Inverse,
     Kronecker,
     LowRank,

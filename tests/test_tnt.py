@@ -19,8 +19,9 @@ from curvlab.capture import LayerStatistics
 from curvlab.curvature.contracted import Contracted, batch_contractions
 from curvlab.curvature.tnt import sample_contractions, tnt
 from curvlab.layers import Block, blocks
+from curvlab.linalg.direct_sum import ColumnSum
 from curvlab.linalg.kronecker import tensor_normal_factors
-from curvlab.linalg.operators import ColumnSum, Kronecker
+from curvlab.linalg.operators import Kronecker
 from curvlab.optim import warm_start
 
 EPSILON = 0.05

@@ -16,8 +16,9 @@ from torch import Tensor
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import Reads, Secant, blend
 from curvlab.layers import Block
+from curvlab.linalg.direct_sum import ColumnSum
 from curvlab.linalg.kronecker import contraction
-from curvlab.linalg.operators import ColumnSum, Kronecker, Operator
+from curvlab.linalg.operators import Kronecker, Operator
 
 Contractions = Sequence[Tensor]
 """[d_i, d_i] for the ways of one variable."""

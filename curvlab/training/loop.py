@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from curvlab import datasets
-from curvlab.errors import CurvlabError, Diverged
+from curvlab.errors import CurvlabError, CurvlabWarning, Diverged
 from curvlab.interrupt import Shield, shielded
 from curvlab.log import Record
 from curvlab.objective import Objective
@@ -333,6 +334,14 @@ class Training:
         self.good = (self.at.epoch, self.at.step)
         again = {k: attributes[k] for k in ("created", "versions", "git_commit", "call") if k in attributes}
         before = json.loads(self.log.attributes.get("resumed", "[]"))
+        threads = self.log.attributes.get("threads")
+        if threads != attributes.get("threads"):
+            warnings.warn(
+                f"the run was begun by {threads} threads and goes on by {attributes.get('threads')}: sums may differ in their "
+                "last bits from what it would have been",
+                CurvlabWarning,
+                stacklevel=2,
+            )
         self.log.attributes |= {"resumed": json.dumps([*before, again]), "budget": json.dumps(asdict(self.budget))}
 
     def _keep(self, sound: bool = False) -> None:

@@ -1,0 +1,93 @@
+"""Operators side by side: on entries by their numbers, or on the columns of a matrix.
+
+Legend: D order, K columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from curvlab.linalg.operators import Operator, packable
+
+
+@packable
+@dataclass(frozen=True)
+class DirectSum:
+    """Operators side by side: part k acts on the entries `indices[k]`; together they cover all entries once."""
+
+    indices: tuple[Int[Tensor, " _"], ...]
+    parts: tuple[Operator, ...]
+
+    def __len__(self) -> int:
+        return sum(len(p) for p in self.parts)
+
+    def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
+        out = torch.empty_like(v)
+        for index, part in zip(self.indices, self.parts, strict=True):
+            out[index] = part @ v[index]
+        return out
+
+    def inv(self) -> Operator:
+        return DirectSum(self.indices, tuple(p.inv() for p in self.parts))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        blocks = [p.dense() for p in self.parts]
+        out = blocks[0].new_zeros(len(self), len(self))
+        for index, block in zip(self.indices, blocks, strict=True):
+            out[index[:, None], index] = block
+        return out
+
+    def eigvalsh(self) -> Float[Tensor, " D"]:
+        return torch.cat([p.eigvalsh() for p in self.parts]).sort().values
+
+    def diag(self) -> Float[Tensor, " D"]:
+        return torch.cat([p.diag() for p in self.parts])[torch.cat(self.indices).argsort()]
+
+    def trace(self) -> Float[Tensor, ""]:
+        return torch.stack([p.trace() for p in self.parts]).sum()
+
+
+@packable
+@dataclass(frozen=True)
+class ColumnSum:
+    """Operators side by side on the columns of a matrix [outputs, Σ widths]: part k acts on the next `widths[k]` of them."""
+
+    outputs: int
+    widths: tuple[int, ...]
+    parts: tuple[Operator, ...]
+
+    def __len__(self) -> int:
+        return self.outputs * sum(self.widths)
+
+    def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
+        matrix = v.reshape(self.outputs, sum(self.widths), *v.shape[1:])
+        found = []
+        for part, columns in zip(self.parts, torch.split(matrix, list(self.widths), 1), strict=True):
+            found.append((part @ columns.reshape(-1, *v.shape[1:])).view(columns.shape))
+        return torch.cat(found, 1).view(v.shape)
+
+    def inv(self) -> Operator:
+        return ColumnSum(self.outputs, self.widths, tuple(p.inv() for p in self.parts))
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        return self._by_index.dense()
+
+    def eigvalsh(self) -> Float[Tensor, " D"]:
+        return self._by_index.eigvalsh()
+
+    def diag(self) -> Float[Tensor, " D"]:
+        parts = zip(self.parts, self.widths, strict=True)
+        return torch.cat([p.diag().view(self.outputs, width) for p, width in parts], 1).flatten()
+
+    def trace(self) -> Float[Tensor, ""]:
+        return self._by_index.trace()
+
+    @property
+    def _by_index(self) -> DirectSum:
+        device = self.parts[0].diag().device
+        entries = torch.arange(len(self), device=device).view(self.outputs, -1)
+        return DirectSum(tuple(e.flatten() for e in torch.split(entries, list(self.widths), 1)), self.parts)
