@@ -111,7 +111,7 @@ def test_one_pair_is_bfgs_with_powells_damping_on_b(choice: Choice, order: int, 
     B, s, y = spd(order, seed), normal(order, seed=seed + 1), normal(order, seed=seed + 2)
     found = block_bfgs(B, s[:, None], y[:, None], choice=choice, mu=mu)
     pair = qn.powell_on_b(s, y, B, torch.linalg.inv(B), mu)
-    assert found.tau == pytest.approx(pair.damping.theta2, rel=1e-9)
+    assert found.tau == pytest.approx(float(pair.damping.theta2), rel=1e-9)
     assert found.least == pytest.approx(float(s @ y / (s @ B @ s)), rel=1e-8, abs=1e-10)
     assert_near(found.matrix, qn.bfgs(B, pair.s, pair.y), 1e-9)
 

@@ -160,7 +160,7 @@ class KBfgs:
         """H_g by L-BFGS: Alg. 4, line 10; Alg. 9, line 9."""
         outputs, inputs = self.block.shape
         base = multiple_of_identity(self._start(self._split()[1]), memory.S.new_empty(outputs))
-        H_g = lbfgs_inverse(memory, base)
+        H_g = lbfgs_inverse(memory, base, trusted=True)
         return H_g if compact_is_cheaper(outputs, inputs, len(memory)) else H_g.dense()
 
     def secant(self, before: LayerStatistics, after: LayerStatistics, move: Move | None = None) -> None:
@@ -175,9 +175,9 @@ class KBfgs:
         if not self.pairs:
             assert isinstance(H_g, Tensor)
             H_g, pair = updated_inverse(H_g, pair)
-        elif not pair.skipped:
+        else:
             old = empty_memory(self.pairs, s) if self.S is None or self.Y is None else Memory(self.pairs, self.S, self.Y)
-            memory = old.append(pair.s, pair.y)
+            memory = old.append_where(pair.used, pair.s, pair.y)
             self.S, self.Y = memory.S, memory.Y
             H_g = self._limited(memory)
         self.last["g"] = pair

@@ -3,6 +3,8 @@
 Documents: 2020 (Goldfarb, Ren, Bahamou), thesis (chapters 2 and 3), 2021 (Ren, Goldfarb: its algorithms are numbered apart),
 S2QN (Yang et al.). A function that damps takes a pair (s, y) and H, and returns a `Pair`, which holds what a log needs.
 
+Numbers of a pair stay on its device, as float64 tensors without axes: nothing here waits for a GPU but `Pair.skipped`.
+
 Legend: D order; s step, y change of the gradient [D]; B curvature, H its inverse [D, D]; ρ = 1/sᵀy; N examples, T places,
 I inputs.
 """
@@ -10,12 +12,12 @@ I inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, lookup
@@ -23,6 +25,9 @@ from curvlab.linalg.operators import Operator
 
 Matrix = Tensor | Operator
 """What is only multiplied with vectors."""
+
+Scalar = Float[Tensor, ""]
+Flag = Bool[Tensor, ""]
 
 Skip = Literal["", "not finite", "curvature", "length", "double damping", "cosine"]
 SKIPS: dict[Skip, str] = {
@@ -40,29 +45,29 @@ SKIPS: dict[Skip, str] = {
 class Products:
     """Inner products of a pair. The documents bound three of their ratios: thesis (2.8), (2.10), Lemma 4."""
 
-    sy: float
-    yHy: float
-    ss: float
-    yy: float
+    sy: Scalar
+    yHy: Scalar
+    ss: Scalar
+    yy: Scalar
 
     @property
-    def curvature(self) -> float:
+    def curvature(self) -> Scalar:
         """yᵀHy / sᵀy, to be at most 1/μ₁."""
         return _ratio(self.yHy, self.sy)
 
     @property
-    def step(self) -> float:
+    def step(self) -> Scalar:
         """sᵀs / sᵀy, to be at most 1/μ₂."""
         return _ratio(self.ss, self.sy)
 
     @property
-    def change(self) -> float:
+    def change(self) -> Scalar:
         """yᵀy / sᵀy, to be at most 1/μ₃."""
         return _ratio(self.yy, self.sy)
 
 
-def _ratio(numerator: float, sy: float) -> float:
-    return numerator / sy if sy else math.nan
+def _ratio(numerator: Scalar, sy: Scalar) -> Scalar:
+    return torch.where(sy == 0, math.nan, numerator / sy)
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,8 @@ class Damping:
 
     before: Products
     after: Products
-    theta1: float = 1.0
-    theta2: float = 1.0
+    theta1: Scalar
+    theta2: Scalar
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,21 @@ class Pair:
     y: Float[Tensor, " D"]
     Hy: Float[Tensor, " D"]
     damping: Damping
-    skipped: Skip = ""
+    refused: Mapping[Skip, Flag] = field(default_factory=dict)
+
+    @property
+    def used(self) -> Flag:
+        """Whether nothing speaks against it."""
+        return ~torch.stack(list(self.refused.values())).any() if self.refused else torch.ones_like(self.s[0], dtype=torch.bool)
+
+    @property
+    def skipped(self) -> Skip:
+        """The first of the reasons not to use it; "" where there is none. Waits for the device."""
+        return next((reason for reason, holds in self.refused.items() if bool(holds)), "")
 
 
 def _products(s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"]) -> Products:
-    return Products(*torch.stack([s @ y, y @ Hy, s @ s, y @ y]).tolist())
+    return Products(*torch.stack([s @ y, y @ Hy, s @ s, y @ y]).double().unbind())
 
 
 # Updates.
@@ -100,10 +115,13 @@ def bfgs_inverse(
 
     With s and y, H and B exchanged, ``bfgs_inverse(B, y, s)``, it is the DFP update of B.
     """
-    Hy = H @ y if Hy is None else Hy
+    return _plus_symmetric(H, s, _other_half(s, y, H @ y if Hy is None else Hy))
+
+
+def _other_half(s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+    """w of H⁺ = H + s wᵀ + w sᵀ."""
     rho = 1 / (s @ y)
-    w = (rho * (rho * (y @ Hy) + 1) / 2) * s - rho * Hy
-    return _plus_symmetric(H, s, w)
+    return (rho * (rho * (y @ Hy) + 1) / 2) * s - rho * Hy
 
 
 def bfgs(B: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"]) -> Float[Tensor, "D D"]:
@@ -161,32 +179,34 @@ def second_moment_product(a: Float[Tensor, "N T I"], v: Float[Tensor, " I"]) -> 
 # Damping. Each function says which line of which algorithm it is.
 
 
-def powell_factor(sy: float, q: float, mu: float) -> float:
+def powell_factor(sy: Scalar, q: Scalar, mu: float) -> Scalar:
     """θ = (1 − μ) q / (q − sᵀy) where sᵀy < μ q, else 1: thesis 2.3.1. Then θ sᵀy + (1 − θ) q ≥ μ q.
 
     q is yᵀHy, sᵀBs or sᵀs. Where rounding has cost H its definiteness (q ≤ 0) nothing is damped: the pair is to be refused.
     """
     if not 0 < mu <= 1:
         raise CurvlabError(f"Powell's damping takes a μ in (0, 1], not {mu:g}: a μ₂ above 1 needs Levenberg-Marquardt damping")
-    return (1 - mu) * q / (q - sy) if q > 0 and sy < mu * q else 1.0
+    return torch.where((q > 0) & (sy < mu * q), (1 - mu) * q / (q - sy), 1.0)
+
+
+def _between(theta: Scalar, here: Float[Tensor, " D"], there: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+    """θ here + (1 − θ) there; `here` itself where θ = 1, whatever `there` is."""
+    return torch.where(theta < 1, theta * here + (1 - theta) * there, here)
 
 
 def undamped(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix) -> Pair:
     """The pair as it is."""
     Hy = H @ y
     found = _products(s, y, Hy)
-    return Pair(s, y, Hy, Damping(found, found))
+    one = torch.ones_like(found.sy)
+    return Pair(s, y, Hy, Damping(found, found, one, one))
 
 
 def powell(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float) -> Pair:
     """D_P, Powell's damping on H: s̃ = θ₁ s + (1 − θ₁) H y (thesis 2.3.1; Alg. 3, lines 2 and 3). s̃ᵀy ≥ μ₁ yᵀHy."""
-    Hy = H @ y
-    before = _products(s, y, Hy)
-    theta1 = powell_factor(before.sy, before.yHy, mu1)
-    if theta1 == 1:
-        return Pair(s, y, Hy, Damping(before, before))
-    s = theta1 * s + (1 - theta1) * Hy
-    return Pair(s, y, Hy, Damping(before, _products(s, y, Hy), theta1))
+    pair = undamped(s, y, H)
+    theta1 = powell_factor(pair.damping.before.sy, pair.damping.before.yHy, mu1)
+    return _with_s(pair, _between(theta1, s, pair.Hy), theta1)
 
 
 def powell_on_b(s: Float[Tensor, " D"], y: Float[Tensor, " D"], B: Matrix, H: Matrix, mu: float) -> Pair:
@@ -195,8 +215,8 @@ def powell_on_b(s: Float[Tensor, " D"], y: Float[Tensor, " D"], B: Matrix, H: Ma
     Both matrices are taken, since the record is of yᵀHy.
     """
     pair, Bs = undamped(s, y, H), B @ s
-    theta2 = powell_factor(pair.damping.before.sy, float(s @ Bs), mu)
-    return _with_y(pair, theta2 * y + (1 - theta2) * Bs, H, theta2) if theta2 != 1 else pair
+    theta2 = powell_factor(pair.damping.before.sy, (s @ Bs).double(), mu)
+    return _with_y(pair, _between(theta2, y, Bs), H, theta2)
 
 
 def identity_damping(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu2: float) -> Pair:
@@ -231,25 +251,27 @@ def scaled_identity_levenberg(
     """
     _check_mu2(mu2)
     h = 1 / mu2 if initial is None else initial
-    before = undamped(s, y, H)
-    found = before.damping.before
+    pair = undamped(s, y, H)
+    found = pair.damping.before
     theta1 = powell_factor(found.sy, h * found.yy, mu1)
-    s = theta1 * s + ((1 - theta1) * h) * y
-    return _levenberg_step(replace(before, s=s, damping=Damping(found, found, theta1)), H, mu2)
+    return _levenberg_step(_with_s(pair, _between(theta1, s, h * y), theta1), H, mu2)
 
 
 def _identity_step(pair: Pair, H: Matrix, mu2: float) -> Pair:
-    found = pair.damping.after
-    theta2 = powell_factor(found.sy, found.ss, mu2)
-    return _with_y(pair, theta2 * pair.y + (1 - theta2) * pair.s, H, theta2) if theta2 != 1 else pair
+    theta2 = powell_factor(pair.damping.after.sy, pair.damping.after.ss, mu2)
+    return _with_y(pair, _between(theta2, pair.y, pair.s), H, theta2)
 
 
 def _levenberg_step(pair: Pair, H: Matrix, mu2: float) -> Pair:
     _check_mu2(mu2)
-    return _with_y(pair, pair.y + mu2 * pair.s, H)
+    return _with_y(pair, pair.y + mu2 * pair.s, H, pair.damping.theta2)
 
 
-def _with_y(pair: Pair, y: Float[Tensor, " D"], H: Matrix, theta2: float = 1.0) -> Pair:
+def _with_s(pair: Pair, s: Float[Tensor, " D"], theta1: Scalar) -> Pair:
+    return replace(pair, s=s, damping=replace(pair.damping, after=_products(s, pair.y, pair.Hy), theta1=theta1))
+
+
+def _with_y(pair: Pair, y: Float[Tensor, " D"], H: Matrix, theta2: Scalar) -> Pair:
     Hy = H @ y
     return replace(pair, y=y, Hy=Hy, damping=replace(pair.damping, after=_products(pair.s, y, Hy), theta2=theta2))
 
@@ -283,7 +305,7 @@ def damp(name: str, s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, *
 
 
 def accept(pair: Pair, *, v: Float[Tensor, " D"] | None = None, mu1: float | None = None, cosine: float | None = None) -> Pair:
-    """The pair, marked as skipped where it is not to be used. Judged as it stands after damping.
+    """The pair, with what speaks against its use. Judged as it stands after damping.
 
     Always: every number finite, sᵀy > 0.
 
@@ -295,30 +317,27 @@ def accept(pair: Pair, *, v: Float[Tensor, " D"] | None = None, mu1: float | Non
         cosine: sᵀy ≥ ε_B ‖s‖ ‖y‖ too; S2QN 3.2 has 1e-8.
     """
     found = pair.damping.after
-    slack = 1 - torch.finfo(pair.s.dtype).eps ** 0.5
-    least = None if mu1 is None else mu1 * slack
-    return replace(pair, skipped=_reason(found, None if v is None else float(v.norm()), least, cosine))
-
-
-def _reason(found: Products, length: float | None, mu1: float | None, cosine: float | None) -> Skip:
-    if not all(map(math.isfinite, (found.sy, found.yHy, found.ss, found.yy))):
-        return "not finite"
-    if found.sy <= 0:
-        return "curvature"
-    if length is not None and not found.sy > 1e-4 * found.ss * length:
-        return "length"
-    if mu1 is not None and found.sy < mu1 * found.yHy:
-        return "double damping"
-    if cosine is not None and found.sy < cosine * math.sqrt(found.ss * found.yy):
-        return "cosine"
-    return ""
+    refused: dict[Skip, Flag] = {
+        "not finite": ~torch.isfinite(torch.stack([found.sy, found.yHy, found.ss, found.yy])).all(),
+        "curvature": found.sy <= 0,
+    }
+    if v is not None:
+        refused["length"] = ~(found.sy > 1e-4 * found.ss * v.norm().double())
+    if mu1 is not None:
+        slack = 1 - torch.finfo(pair.s.dtype).eps ** 0.5
+        refused["double damping"] = found.sy < mu1 * slack * found.yHy
+    if cosine is not None:
+        refused["cosine"] = found.sy < cosine * (found.ss * found.yy).sqrt()
+    return replace(pair, refused=refused)
 
 
 def updated_inverse(H: Float[Tensor, "D D"], pair: Pair) -> tuple[Float[Tensor, "D D"], Pair]:
-    """(H⁺, pair) by BFGS; H itself where the pair is skipped, or where H⁺ is not finite, which the pair then says."""
-    if pair.skipped:
-        return H, pair
-    new = bfgs_inverse(H, pair.s, pair.y, pair.Hy)
-    if not bool(torch.isfinite(new.sum())):  # which NaN and Inf survive; cheaper than a look at every entry
-        return H, replace(pair, skipped="not finite")
-    return new, pair
+    """(H⁺, pair) by BFGS; H where the pair is refused, or where what is added is not finite, which the pair then says."""
+    w = _other_half(pair.s, pair.y, pair.Hy)
+    used = pair.used
+    fits = torch.isfinite(2 * pair.s.abs().amax() * w.abs().amax())  # no entry of s wᵀ + w sᵀ is larger
+    overflows = used & ~fits
+    refused = {**pair.refused, "not finite": pair.refused.get("not finite", overflows) | overflows}
+    used = used & fits
+    new = _plus_symmetric(H, torch.where(used, pair.s, 0.0), torch.where(used, w, 0.0))
+    return new, replace(pair, refused=refused)

@@ -79,8 +79,9 @@ def block_bfgs(
     if not len(at_one) or not bool((at_one > 0).all()):  # rounding has cost a semi-definite Λ its sign across all of U
         return BlockUpdate(Lambda, math.nan, 1.0, 0, "curvature")
     root = at_one.rsqrt()
-    least = float(torch.linalg.eigvalsh(root[:, None] * P * root)[0])
-    tau = powell_factor(least, 1.0, mu) if tau is None else tau
+    smallest = torch.linalg.eigvalsh(root[:, None] * P * root)[0].double()
+    least = float(smallest)
+    tau = float(powell_factor(smallest, torch.ones_like(smallest), mu)) if tau is None else tau
     if not tau * least + (1 - tau) > 0:
         return BlockUpdate(Lambda, least, tau, rank, "curvature")
     factor = torch.linalg.cholesky_ex(tau * P + (1 - tau) * torch.diag(at_one))[0]

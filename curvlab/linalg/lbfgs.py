@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -44,21 +44,31 @@ class Memory:
         first = max(0, len(self) + 1 - self.capacity)
         return replace(self, S=torch.cat([self.S[first:], s[None]]), Y=torch.cat([self.Y[first:], y[None]]))
 
+    def append_where(self, used: Bool[Tensor, ""], s: Float[Tensor, " D"], y: Float[Tensor, " D"]) -> Memory:
+        """`append` where `used` is true, else this memory. Waits for the device only while there is room."""
+        if len(self) < self.capacity:
+            return self.append(s, y) if bool(used) else self
+        new = self.append(s, y)
+        return replace(self, S=torch.where(used, new.S, self.S), Y=torch.where(used, new.Y, self.Y))
+
 
 def empty_memory(capacity: int, like: Float[Tensor, " D"]) -> Memory:
     """No pairs yet; length, dtype and device of `like`."""
     return Memory(capacity, like.new_empty(0, len(like)), like.new_empty(0, len(like)))
 
 
-def lbfgs_inverse(memory: Memory, base: Operator) -> Operator:
+def lbfgs_inverse(memory: Memory, base: Operator, *, trusted: bool = False) -> Operator:
     """H: the updates (2.6) of H₀ by all pairs, the oldest first, as H₀ + Rᵀ C⁻¹ R (Byrd, Nocedal, Schnabel 1994, (2.6)).
 
     R = [S; Y H₀], C = −[[0, T], [Tᵀ, D + Y H₀ Yᵀ]]; T is the upper triangle of S Yᵀ with its diagonal D. This is the
     "non-loop" form of thesis 2.3: products with a matrix of K columns are matrix products. H₀ itself where there is no pair.
+
+    Args:
+        trusted: whether every sᵀy is known to be above 0: nothing then waits for the device.
     """
     if not len(memory):
         return base
-    S, Y, SY = _scaled(memory)
+    S, Y, SY = _scaled(memory, trusted)
     H0Y = (base @ Y.mT).mT
     corner = torch.diag(SY.diagonal()) + _symmetrised(_gram(Y, H0Y))
     return Compact(base, torch.cat([S, H0Y]), -_blocks(torch.zeros_like(SY), SY.triu(), corner))
@@ -140,10 +150,10 @@ def _correction(memory: Memory, initial: Operator) -> tuple[Float[Tensor, "R D"]
     return torch.cat([start, Y]), -P
 
 
-def _scaled(memory: Memory) -> tuple[Float[Tensor, "p D"], Float[Tensor, "p D"], Float[Tensor, "p p"]]:
+def _scaled(memory: Memory, trusted: bool = False) -> tuple[Float[Tensor, "p D"], Float[Tensor, "p D"], Float[Tensor, "p p"]]:
     """S, Y with sᵀy = 1, and S Yᵀ."""
     sy = (memory.S * memory.Y).sum(1)
-    if not bool((sy > 0).all()):
+    if not (trusted or bool((sy > 0).all())):
         first = int((~(sy > 0)).nonzero()[0])
         raise CurvlabError(f"pair {first + 1} of {len(sy)} has sᵀy = {float(sy[first]):.3g}, not above 0: damp or skip it")
     scale = sy.rsqrt()[:, None]
