@@ -205,7 +205,10 @@ class Closure:
         self.x, self.y = self._moved(x), self._moved(y)
 
     def _moved(self, t: Tensor) -> Tensor:
-        return t.to(self.objective.device, self.objective.dtype if t.is_floating_point() else t.dtype)
+        device = self.objective.device
+        t = t.to(dtype=self.objective.dtype if t.is_floating_point() else t.dtype)
+        waits = t.device == device or device.type != "cuda" or t.layout != torch.strided
+        return t.to(device) if waits else t.pin_memory().to(device, non_blocking=True)  # from pinned memory nobody waits
 
     def _loss(self, z: Tensor) -> Tensor:
         return self._losses(z).mean()
@@ -306,13 +309,21 @@ class Closure:
             self.check_alone(z.detach())
         return z, losses, capture
 
-    def observe(self, needs: Iterable[str] = frozenset({"data"}), move_buffers: bool = True, draws: int = 1) -> Observation:
+    def observe(
+        self,
+        needs: Iterable[str] = frozenset({"data"}),
+        move_buffers: bool = True,
+        draws: int = 1,
+        *,
+        checked: bool = True,
+    ) -> Observation:
         """One forward, then one backward for each pass in `needs`.
 
         Args:
             needs: of "data", "model", "exact".
             move_buffers: False runs on cloned buffers, so that a second look does not move BatchNorm's statistics.
             draws: labels drawn for each example in the "model" pass; with k of them V = k, each vector times 1/√k.
+            checked: False leaves it to the caller to see that the loss is finite: nothing then waits for a GPU.
 
         Raises:
             CurvlabError: targets that do not fit, a loss that is not finite, a module that runs twice in the pass.
@@ -325,7 +336,8 @@ class Closure:
         outputs = z.detach().requires_grad_()
         with torch.enable_grad():
             loss = self._loss(outputs)
-        self._finite(loss.detach(), outputs)
+        if checked:
+            self._finite(loss.detach(), outputs)
         if self.stream == "exact":
             self.check_alone(outputs.detach())
         passes: dict[str, dict[str, LayerStatistics]] = {}

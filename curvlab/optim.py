@@ -160,19 +160,65 @@ def warm_start(objective: Objective, curvatures: Iterable[Curvature], batches: I
     return count
 
 
-def move(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]) -> None:
-    """W ← W − α p for every parameter, α = lr(parameter). Refuses, before anything moves, a direction that is not finite."""
-    sums = torch.stack([d.sum() for d in direction.values()])  # which NaN and Inf survive; cheaper than a look at every entry
-    if not bool(torch.isfinite(sums).all()):
+class Soundness:
+    """Whether every loss and direction so far was finite.
+
+    Where reading a number waits for nothing (`late` is False: the CPU) each step looks, and raises before anything moves. On a
+    GPU the flag stays there and holds the weights still from the first number on that is not finite; a copy of it reaches the
+    host when it will, and a later step, or `check`, raises.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.late = device.type != "cpu"
+        self.flag = torch.ones((), dtype=torch.bool, device=device)
+        self._copy = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
+
+    def note(self, numbers: Tensor) -> None:
+        """Of tensors that are finite wherever these numbers are."""
+        self.flag = self.flag & torch.isfinite(numbers).all()
+        self._copy.copy_(self.flag, non_blocking=True)
+
+    def look(self) -> None:
+        """Raises Diverged where the host has heard of it; waits for nothing."""
+        if not bool(self._copy):
+            self._say()
+
+    def check(self) -> None:
+        """Raises Diverged where a number was not finite. Waits for the device."""
+        if not bool(self.flag):
+            self._say()
+
+    def _say(self) -> None:
+        raise Diverged(
+            "the loss or the direction of an earlier step is not finite; the weights stayed as they were before it: "
+            "raise the damping or lower the learning rate"
+        )
+
+
+def check_direction(objective: Objective, direction: dict[str, Tensor]) -> None:
+    """Raises Diverged, with the block's name, where a direction is not finite."""
+    if not bool(torch.isfinite(_sums(direction)).all()):
         for block in objective.blocks:
             if not bool(torch.isfinite(direction[block.name]).all()):
                 raise Diverged(
                     f"the direction of {block} is not finite; nothing was moved: raise the damping or lower the learning rate"
                 )
+
+
+def _sums(direction: dict[str, Tensor]) -> Tensor:
+    """Which NaN and Inf survive; cheaper than a look at every entry."""
+    return torch.stack([d.sum() for d in direction.values()])
+
+
+def move(
+    objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float], where: Tensor | None = None
+) -> None:
+    """W ← W − α p for every parameter, α = lr(parameter); nothing where the flag `where` is false."""
     parameters = objective.parameters
     with torch.no_grad():
         for block in objective.blocks:
-            for name, d in block.scatter(direction[block.name]).items():
+            p = direction[block.name] if where is None else torch.where(where, direction[block.name], 0.0)
+            for name, d in block.scatter(p).items():
                 parameters[name].add_(d, alpha=-lr(parameters[name]))
 
 
@@ -199,6 +245,7 @@ class Optimizer(torch.optim.Optimizer):
         self.descent = descent
         self.objective = descent.objective
         self.watch: Watch | None = None
+        self.soundness = Soundness(self.objective.device)
         defaults = {"lr": lr, "damping": descent.curvature.damping}
         super().__init__(list(self.objective.parameters.values()), defaults)
 
@@ -218,24 +265,33 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             CurvlabError: a closure that is not the objective's.
-            Diverged: a loss or direction that is not finite (nothing moves), a second look that is not.
+            Diverged: a loss or direction that is not finite (nothing moves), a second look that is not. On a GPU a later step
+                says so (see `Soundness`), or `soundness.check()`; the weights are then those before the step all the same.
         """
         if not isinstance(closure, Closure) or closure.objective is not self.objective:
             raise CurvlabError("step needs a closure of this optimizer's objective: optimizer.step(objective.closure(x, y))")
         self._take_damping()
-        observation = closure.observe(self.descent.needs)
+        soundness, at_once = self.soundness, not self.soundness.late
+        soundness.look()
+        observation = closure.observe(self.descent.needs, checked=at_once)
         direction = self.descent.direction(observation)
+        if at_once:
+            check_direction(self.objective, direction)
+        else:
+            soundness.note(torch.cat([observation.loss[None], _sums(direction)]))
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         saved = weights(self.objective) if self.descent.curvature.rejects else []
-        move(self.objective, direction, lambda p: rates[id(p)])
+        move(self.objective, direction, lambda p: rates[id(p)], None if at_once else soundness.flag)
         step, stands = cache(partial(displacement, self.objective, direction, lambda p: rates[id(p)])), True
         if self.descent.wants_step:
             try:
-                after = closure.observe(self.descent.step_needs, move_buffers=False)
+                after = closure.observe(self.descent.step_needs, move_buffers=False, checked=at_once)
             except Diverged:
                 if saved:
                     restore(self.objective, saved)
                 raise
+            if not at_once:
+                soundness.note(after.loss)
             stands = self.descent.learn(Transition(observation, after, step))
             if not stands:
                 restore(self.objective, saved)

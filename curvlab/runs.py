@@ -23,7 +23,7 @@ from curvlab.errors import CurvlabError, lookup
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log, late_cosine
 from curvlab.objective import Objective, Pass, Transition, restore, weights
-from curvlab.optim import Batch, Descent, displacement, move, warm_start
+from curvlab.optim import Batch, Descent, check_direction, displacement, move, warm_start
 from curvlab.progress import counted, progress_bar
 
 FIGURE_4_1 = ("kfac", "tnt", "shampoo", "adam", "sgd-m")
@@ -249,6 +249,7 @@ def _compare_one(
                 log.append(step, {k: v for p in chosen for k, v in p.measure(frame).items()}, seed)
                 bar.update(task, note=f"loss {float(now.loss):.4g}")
             saved = weights(objective) if descents[reference].curvature.rejects else []
+            check_direction(objective, directions[reference])
             move(objective, directions[reference], lambda _: settings.rate)
             learners = {name: d for name, d in descents.items() if d.wants_step}
             if learners:  # all see the same step, the reference's

@@ -115,6 +115,7 @@ def run(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) 
                 for _ in range(steps - done):
                     loss = prepared.optimizer.step(objective.closure(*next(stream)))
                     bar.update(training, advance=1, note=f"loss {float(loss):.4g}")
+                prepared.optimizer.soundness.check()
                 done = steps
                 with mode(objective.model, training=False):
                     record = named.plan.record(

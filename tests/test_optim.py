@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from problems import MODELS, REPRESENTATIVE, batches, problem
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import curvlab as cl
 from curvlab.algorithms import approximation, descent
+from curvlab.errors import Diverged
 from curvlab.objective import Objective
-from curvlab.optim import Batch, Momentum, MomentumKind, Optimizer, move, warm_start
+from curvlab.optim import Batch, Momentum, MomentumKind, Optimizer, check_direction, warm_start
 
 LR = 0.02
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -325,17 +328,93 @@ def test_a_direction_that_is_not_finite_moves_nothing(name: str) -> None:
     assert same(weights(objective), before)
 
 
-def test_move_names_the_block_whose_direction_is_not_finite() -> None:
+def test_the_block_is_named_whose_direction_is_not_finite() -> None:
     p = problem("tanh")
     objective = p.objective()
-    before = weights(objective)
     direction = observe(objective, p)
     direction["2"][1, 2] = torch.nan
     with pytest.raises(
         cl.CurvlabError, match=r"the direction of block 2 \(2.weight, 2.bias\) is not finite; nothing was moved"
     ):
-        move(objective, direction, lambda _: 0.1)
+        check_direction(objective, direction)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for a device: numbers, shapes and Python branches that depend on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operator.__name__.split(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "_unique2"):
+            self.found.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+WITHOUT_WAITING = ["sgd-m", "adam", "rmsprop", "kfac", "kfac-20", "kfac-ef", "kflr",
+                   "tnt", "tnt-ef", "tnt-per-sample", "shampoo",
+                   "k-bfgs", "k-bfgs-l", "k-bfgs-20", "k-bfgs-l-20", "kf-bfgs-cnn", "kf-bfgs-l-cnn"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_WAITING)
+def test_a_step_on_a_gpu_reads_no_number(name: str) -> None:
+    """But where inverses are made (every T₂ steps; K-BFGS makes none after its first) and L-BFGS fills its memory."""
+    p = problem("tanh")
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective, lr=1e-3, **({"pairs": 3} if "-l" in name else {}))
+    optimizer.soundness.late = True  # as on a GPU
+    assert not optimizer.warm_start([(p.x, p.y)]) or optimizer.descent.curvature.ready
+    period = 2 * getattr(optimizer.descent.curvature, "refresh_every", 1)
+    for _ in range(max(period, 8)):
+        optimizer.step(objective.closure(p.x, p.y))
+    closure = objective.closure(p.x, p.y)
+    closure._checked = True  # labels are checked where they lie, before they are sent
+    with Reads() as reads:
+        optimizer.step(closure)
+    assert reads.found == ["_local_scalar_dense"]  # the flag's copy on the host
+
+
+@pytest.mark.parametrize("name", WITHOUT_WAITING)
+def test_late_and_at_once_are_the_same_steps(name: str) -> None:
+    found = []
+    for late in (False, True):
+        p = problem("tanh")
+        objective = p.objective()
+        optimizer = cl.optimizer(name, objective, lr=1e-3)
+        optimizer.soundness.late = late
+        optimizer.warm_start([(p.x, p.y)])
+        for _ in range(5):
+            optimizer.step(objective.closure(p.x, p.y))
+        found.append(weights(objective))
+    assert same(*found)
+
+
+@pytest.mark.parametrize("name", ["sgd-m", "adam", "k-bfgs"])
+@pytest.mark.parametrize("where", ["loss", "direction"])
+def test_on_a_gpu_weights_stay_from_the_first_number_that_is_not_finite(name: str, where: str) -> None:
+    p = problem("tanh")
+    objective = p.objective()
+    optimizer = cl.optimizer(name, objective, lr=1e-3)
+    optimizer.soundness.late = True
+    optimizer.warm_start([(p.x, p.y)])
+    optimizer.step(objective.closure(p.x, p.y))
+    before = weights(objective)
+    closure = objective.closure(p.x, p.y)
+    if where == "loss":
+        closure.x = closure.x * torch.nan
+    else:
+        for buffer in optimizer.descent.momentum.buffers.values():
+            buffer.fill_(torch.inf)
+    optimizer.step(closure)  # raises nothing yet
     assert same(weights(objective), before)
+    optimizer.soundness._copy.fill_(True)  # the host has not heard of it
+    optimizer.step(objective.closure(p.x, p.y))  # momentum and statistics are lost, weights are not
+    assert same(weights(objective), before)
+    for ask in (optimizer.soundness.check, lambda: optimizer.step(objective.closure(p.x, p.y))):
+        with pytest.raises(Diverged, match="of an earlier step is not finite; the weights stayed"):
+            ask()
 
 
 @pytest.mark.parametrize("name", ["sgd-m", "kfac", "smw-ng-bd"])

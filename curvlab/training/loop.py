@@ -271,7 +271,8 @@ class Training:
     # ---- what is measured
 
     def _evaluate(self) -> dict[str, float]:
-        """Raises Diverged where the training loss is not finite."""
+        """Raises Diverged where a step's numbers or the training loss are not finite."""
+        self.optimizer.soundness.check()
         start, most = self.clock(), self.settings.evaluate_samples
         scores: dict[str, float] = {}
         for name, data in (("train", self.examples), ("val", self.validation)):
@@ -291,7 +292,9 @@ class Training:
         return {f"{part}_{k}": math.nan for part in ("train", "val")[: 1 + (self.validation is not None)] for k in kinds}
 
     def _sound(self) -> bool:
-        """Whether the last minibatch has a finite loss after the step too."""
+        """Whether every step's numbers were finite, and the last minibatch has a finite loss after the step too."""
+        if not bool(self.optimizer.soundness.flag):
+            return False
         return self.last is None or math.isfinite(evaluate(self.objective, [self.last])[0])
 
     def _record(self, scores: dict[str, float]) -> Record:
