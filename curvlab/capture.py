@@ -30,18 +30,21 @@ class LayerInput:
     def __init__(self, block: Block, record: _Record) -> None:
         self._block, self._record = block, record
 
+    @property
+    def raw(self) -> Tensor:
+        """As the layer saw them. Raises CurvlabError where a later in-place operation has overwritten them."""
+        if self._record.x.overwritten:
+            raise CurvlabError(
+                f"{self._block}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
+            )
+        return self._record.x.value
+
     @cached_property
     def bare(self) -> Float[Tensor, "N T *G I"]:
         """Without the bias column; with an axis Γ where the block has several groups."""
         block, a = self._block, self._record.inputs
         assert block.rule is not None
-        if a is None:
-            if self._record.x.overwritten:
-                raise CurvlabError(
-                    f"{block}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
-                )
-            a = block.rule.inputs(block.module, self._record.x.value)
-        return a
+        return block.rule.inputs(block.module, self.raw) if a is None else a
 
     @cached_property
     def a(self) -> Float[Tensor, "N T *G I"]:
@@ -150,6 +153,10 @@ class LayerStatistics:
             return self._gradient
         if self._g is None or len(self._g) != 1:
             raise CurvlabError(f"{self.block}: a gradient needs a pass that sends one vector back, not the exact one")
+        own = None if self.block.rule is None else self.block.rule.gradient
+        if own is not None and isinstance(self._inputs, LayerInput):
+            found = own(self.block.module, self._inputs.raw, self.g[0])
+            return (torch.cat([found, self.g[0].sum((0, 1))[:, None]], 1) if self.block.biased else found) / self.size
         if self.block.groups > 1:
             return self._by_group("ntgo,ntgi->goi", self.g[0]).flatten(0, 1) / self.size
         g, a = self.g[0].flatten(0, 1), self.bare_a.flatten(0, 1)

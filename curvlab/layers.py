@@ -37,6 +37,8 @@ class Rule:
         transposed: whether the parameter is stored as [I, O].
         constant: inputs whose weights autograd holds fixed (the row of a padding token).
         stateful: whether `inputs` reads what a later pass may change, and so has to be called in its own.
+        gradient: (module, x, ∂ℓ/∂h as `outputs` gives it) → that of the weight summed over examples, [O, I] without the bias,
+            where there is a way that does not form `inputs`.
     """
 
     inputs: Callable[[Any, Tensor], Float[Tensor, "N T *G I"]]
@@ -46,6 +48,7 @@ class Rule:
     transposed: bool = False
     constant: Callable[[Any], tuple[int, ...]] = lambda module: ()
     stateful: bool = False
+    gradient: Callable[[Any, Tensor, Float[Tensor, "N T O"]], Float[Tensor, "O I"]] | None = None
 
 
 def _places_last(x: Float[Tensor, "N *T F"]) -> Float[Tensor, "N T F"]:
@@ -69,13 +72,18 @@ def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
     return [p for p in reversed(padding) for _ in range(2)]
 
 
-def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Float[Tensor, "N C *S"]) -> Float[Tensor, "N T *G I"]:
-    """What every output pixel sees, in the order of the filter's own axes (thesis 3.2.2: a_t); groups apart."""
+def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Float[Tensor, "N C *S"]) -> Float[Tensor, "N C *P"]:
     if x.ndim != len(module.kernel_size) + 2:
         raise CurvlabError(f"a convolution's input must be [N, C, …], not {list(x.shape)}: keep the batch as the first axis")
     padding = _padding(module)
-    if any(padding):
-        x = F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    if not any(padding):
+        return x
+    return F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Float[Tensor, "N C *S"]) -> Float[Tensor, "N T *G I"]:
+    """What every output pixel sees, in the order of the filter's own axes (thesis 3.2.2: a_t); groups apart."""
+    x = _padded(module, x)
     for axis, (k, s, d) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True), 2):
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
     spatial = len(module.kernel_size)
@@ -83,6 +91,21 @@ def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Float[Tensor, "N C *S
     if module.groups == 1:
         return x.reshape(len(x), -1, module.weight[0].numel())
     return x.reshape(len(x), -1, module.groups, module.weight[0].numel())
+
+
+def _filter_gradient(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Float[Tensor, "N C *S"], dh: Float[Tensor, "N T O"]
+) -> Float[Tensor, "O I"]:
+    """By torch's own kernel: patches are many times the images."""
+    x = _padded(module, x)
+    sizes = zip(x.shape[2:], module.dilation, module.kernel_size, module.stride, strict=True)
+    places = [(size - d * (k - 1) - 1) // s + 1 for size, d, k, s in sizes]
+    none = [0] * len(places)
+    found: Tensor = torch.ops.aten.convolution_backward(
+        dh.mT.reshape(len(x), -1, *places), x, module.weight.detach(), None, module.stride, none, module.dilation, False, none,
+        module.groups, [False, True, False],
+    )[1]  # fmt: skip
+    return found.flatten(1)
 
 
 def _apart(x: Float[Tensor, "N T O"]) -> Float[Tensor, "N T *G I"]:
@@ -98,6 +121,14 @@ def _tokens(module: nn.Embedding, x: Tensor) -> Float[Tensor, "N T I"]:
     return hot
 
 
+def _table_gradient(module: nn.Embedding, x: Tensor, dh: Float[Tensor, "N T O"]) -> Float[Tensor, "O I"]:
+    """Summed token by token: one-hot rows are as long as the table."""
+    found = torch.zeros_like(module.weight).index_add_(0, x.flatten().long(), dh.flatten(0, 1))
+    if module.padding_idx is not None:
+        found[module.padding_idx] = 0
+    return found.mT
+
+
 def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Float[Tensor, "N T *G I"]:
     fixed = not module.training and module.running_mean is not None
     mean, var = (module.running_mean, module.running_var) if fixed else (None, None)
@@ -111,7 +142,7 @@ def _normalised(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Float[Tensor, "
 
 
 _LINEAR = Rule(inputs=lambda module, x: _places_last(x), outputs=_places_last)
-_CONVOLUTION = Rule(inputs=_patches, outputs=_channels_first, groups=lambda module: int(module.groups))
+_CONVOLUTION = Rule(_patches, _channels_first, groups=lambda module: int(module.groups), gradient=_filter_gradient)
 _BATCH_NORM = Rule(_batch_norm, _channels_first, groups=lambda module: int(module.num_features), stateful=True)
 
 RULES: dict[type[nn.Module], Rule] = {
@@ -125,6 +156,7 @@ RULES: dict[type[nn.Module], Rule] = {
         covers=lambda module: module.max_norm is None and not module.scale_grad_by_freq,
         transposed=True,
         constant=lambda module: () if module.padding_idx is None else (module.padding_idx,),
+        gradient=_table_gradient,
     ),
     nn.BatchNorm1d: _BATCH_NORM,
     nn.BatchNorm2d: _BATCH_NORM,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 import curvlab as cl
-from curvlab.capture import Capture, LayerStatistics
+from curvlab.capture import Capture, LayerStatistics, _Slice
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
 
@@ -322,3 +322,18 @@ def test_frozen_parameters_leave_the_other_gradients_as_they_are(frozen: str) ->
     for name, parameter in p.model.named_parameters():
         if name != frozen:
             assert_near(q.model.get_parameter(name).grad, parameter.grad)
+
+
+@pytest.mark.parametrize("model", ["conv", "groups", "conv-1d", "embedding"])
+def test_a_gradient_forms_neither_patches_nor_one_hot_rows(model: str) -> None:
+    """Which are many times the inputs: a first-order method on a convolution costs what torch's own gradient does."""
+    p = problem(model)
+    observation = p.objective().closure(p.x, p.y).observe()
+    found = observation.gradients
+    for statistics in observation.passes["data"].values():
+        formed = "bare" in vars(statistics._inputs)
+        rule = statistics.block.rule
+        assert rule is not None
+        assert formed == (rule.gradient is None)
+        again = LayerStatistics(statistics.block, statistics.size, g=statistics.g, inputs=_Slice(statistics.grouped_a))
+        assert_near(found[statistics.block.name], again.gradient)  # the other route: a product with the rows
