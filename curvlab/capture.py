@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from curvlab.errors import CurvlabError
-from curvlab.layers import Block
+from curvlab.layers import Block, Rule
 from curvlab.linalg.aligned import product, room, second_moment
 
 
@@ -53,7 +53,15 @@ class LayerInput:
 
     @cached_property
     def A(self) -> Float[Tensor, "I I"]:
-        return second_moment(self.a.flatten(0, 1), 1 / len(self.a))
+        rows, n = self.bare.flatten(0, 1), len(self.bare)
+        if not self._block.biased:
+            return second_moment(rows, 1 / n)
+        last = rows.shape[1]
+        found = room(rows, last + 1, last + 1)  # the column of ones costs nothing, where a copy of patches would
+        found[:last, :last] = second_moment(rows, 1 / n)
+        found[last, :last] = found[:last, last] = rows.sum(0) / n
+        found[last, last] = len(rows) / n
+        return found
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,34 @@ class LayerStatistics:
         self._one_group("second moments of one input")
         inputs: LayerInput = self._need(self._inputs)
         return inputs.A
+
+    @cached_property
+    def mean_a(self) -> Float[Tensor, " I"]:
+        """Of `a`, over examples and places."""
+        places = self.g.shape[2]
+        return self._weighted(self.g.new_ones(self.size, places)) / places
+
+    def second_moment_product(self, v: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
+        """A v = E_n Σ_t (aᵀv) a without A, and in a convolution without patches: thesis (3.15)."""
+        rule, inputs = self._own_inputs()
+        w = v[:-1] if self.block.biased else v
+        response = inputs.bare @ w if rule.response is None else rule.response(self.block.module, inputs.raw, w)
+        return self._weighted(response + v[-1] if self.block.biased else response)
+
+    def _weighted(self, h: Float[Tensor, "N T"]) -> Float[Tensor, " I"]:
+        """E_n Σ_t h a."""
+        rule, inputs = self._own_inputs()
+        if rule.response is None or rule.gradient is None:
+            found = inputs.bare.flatten(0, 1).mT @ h.flatten()
+        else:
+            found = rule.gradient(self.block.module, inputs.raw, h[..., None])[0]
+        return (torch.cat([found, h.sum()[None]]) if self.block.biased else found) / self.size
+
+    def _own_inputs(self) -> tuple[Rule, LayerInput]:
+        self._one_group("inputs for all outputs")
+        assert isinstance(self._inputs, LayerInput)
+        assert self.block.rule is not None
+        return self.block.rule, self._inputs
 
     @cached_property
     def G(self) -> Float[Tensor, "O O"]:

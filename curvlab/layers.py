@@ -38,7 +38,8 @@ class Rule:
         constant: inputs whose weights autograd holds fixed (the row of a padding token).
         stateful: whether `inputs` reads what a later pass may change, and so has to be called in its own.
         gradient: (module, x, ∂ℓ/∂h as `outputs` gives it) → that of the weight summed over examples, [O, I] without the bias,
-            where there is a way that does not form `inputs`.
+            where there is a way that does not form `inputs`; any number of outputs.
+        response: (module, x, v) → aᵀv without the bias column, likewise; of modules with one group.
     """
 
     inputs: Callable[[Any, Tensor], Float[Tensor, "N T *G I"]]
@@ -49,6 +50,7 @@ class Rule:
     constant: Callable[[Any], tuple[int, ...]] = lambda module: ()
     stateful: bool = False
     gradient: Callable[[Any, Tensor, Float[Tensor, "N T O"]], Float[Tensor, "O I"]] | None = None
+    response: Callable[[Any, Tensor, Float[Tensor, " I"]], Float[Tensor, "N T"]] | None = None
 
 
 def _places_last(x: Float[Tensor, "N *T F"]) -> Float[Tensor, "N T F"]:
@@ -100,11 +102,22 @@ def _filter_gradient(
     x = _padded(module, x)
     sizes = zip(x.shape[2:], module.dilation, module.kernel_size, module.stride, strict=True)
     places = [(size - d * (k - 1) - 1) // s + 1 for size, d, k, s in sizes]
-    none = [0] * len(places)
+    none, like = [0] * len(places), module.weight.detach()[: dh.shape[-1]]
     found: Tensor = torch.ops.aten.convolution_backward(
-        dh.mT.reshape(len(x), -1, *places), x, module.weight.detach(), None, module.stride, none, module.dilation, False, none,
+        dh.mT.reshape(len(x), -1, *places), x, like, None, module.stride, none, module.dilation, False, none,
         module.groups, [False, True, False],
     )[1]  # fmt: skip
+    return found.flatten(1)
+
+
+def _filter_response(
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Float[Tensor, "N C *S"], v: Float[Tensor, " I"]
+) -> Float[Tensor, "N T"]:
+    """v is a filter."""
+    none = [0] * len(module.kernel_size)
+    found: Tensor = torch.ops.aten.convolution(
+        _padded(module, x), v.view_as(module.weight[:1]), None, module.stride, none, module.dilation, False, none, 1
+    )
     return found.flatten(1)
 
 
@@ -123,10 +136,15 @@ def _tokens(module: nn.Embedding, x: Tensor) -> Float[Tensor, "N T I"]:
 
 def _table_gradient(module: nn.Embedding, x: Tensor, dh: Float[Tensor, "N T O"]) -> Float[Tensor, "O I"]:
     """Summed token by token: one-hot rows are as long as the table."""
-    found = torch.zeros_like(module.weight).index_add_(0, x.flatten().long(), dh.flatten(0, 1))
+    found = dh.new_zeros(module.num_embeddings, dh.shape[-1]).index_add_(0, x.flatten().long(), dh.flatten(0, 1))
     if module.padding_idx is not None:
         found[module.padding_idx] = 0
     return found.mT
+
+
+def _table_response(module: nn.Embedding, x: Tensor, v: Float[Tensor, " I"]) -> Float[Tensor, "N T"]:
+    found = v[x.reshape(len(x), -1).long()]
+    return found if module.padding_idx is None else found * (x.reshape(len(x), -1) != module.padding_idx)
 
 
 def _batch_norm(module: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, x: Tensor) -> Float[Tensor, "N T *G I"]:
@@ -142,7 +160,8 @@ def _normalised(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Float[Tensor, "
 
 
 _LINEAR = Rule(inputs=lambda module, x: _places_last(x), outputs=_places_last)
-_CONVOLUTION = Rule(_patches, _channels_first, groups=lambda module: int(module.groups), gradient=_filter_gradient)
+_CONVOLUTION = Rule(_patches, _channels_first, groups=lambda module: int(module.groups), gradient=_filter_gradient,
+                    response=_filter_response)  # fmt: skip
 _BATCH_NORM = Rule(_batch_norm, _channels_first, groups=lambda module: int(module.num_features), stateful=True)
 
 RULES: dict[type[nn.Module], Rule] = {
@@ -157,6 +176,7 @@ RULES: dict[type[nn.Module], Rule] = {
         transposed=True,
         constant=lambda module: () if module.padding_idx is None else (module.padding_idx,),
         gradient=_table_gradient,
+        response=_table_response,
     ),
     nn.BatchNorm1d: _BATCH_NORM,
     nn.BatchNorm2d: _BATCH_NORM,

@@ -337,3 +337,25 @@ def test_a_gradient_forms_neither_patches_nor_one_hot_rows(model: str) -> None:
         assert formed == (rule.gradient is None)
         again = LayerStatistics(statistics.block, statistics.size, g=statistics.g, inputs=_Slice(statistics.grouped_a))
         assert_near(found[statistics.block.name], again.gradient)  # the other route: a product with the rows
+
+
+@pytest.mark.parametrize("model", ["tanh", "no-bias", "tokens", "conv", "conv-1d", "embedding"])
+def test_products_with_the_second_moment_of_inputs_form_neither_it_nor_patches(model: str) -> None:
+    """(3.15) example by example and place by place: mean over examples of a sum over places; the mean is over both."""
+    p = problem(model)
+    for statistics in p.objective().closure(p.x, p.y).observe().passes["data"].values():
+        n, t, width = statistics.g.shape[1], statistics.g.shape[2], statistics.block.shape[1]
+        v = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        if statistics.block.groups > 1:
+            with pytest.raises(CurvlabError, match="groups of outputs, so there are no inputs for all outputs"):
+                statistics.second_moment_product(v)
+            continue
+        found, mean = statistics.second_moment_product(v), statistics.mean_a
+        rule = statistics.block.rule
+        assert rule is not None
+        assert ("bare" in vars(statistics._inputs)) == (rule.response is None)
+        places = [a for example in statistics.a for a in example]
+        A = sum((torch.outer(a, a) for a in places), torch.zeros(width, width, dtype=torch.float64)) / n
+        assert_near(found, A @ v)
+        assert_near(mean, sum(places, torch.zeros(width, dtype=torch.float64)) / (n * t))
+        assert_near(statistics.A, A)

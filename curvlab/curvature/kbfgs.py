@@ -25,7 +25,7 @@ from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import Move, Reads, blend
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
-from curvlab.linalg.bfgs import DAMPINGS, Pair, accept, damp, hessian_action, minibatch_hessian_action, updated_inverse
+from curvlab.linalg.bfgs import DAMPINGS, Pair, accept, action_pair, damp, hessian_action, updated_inverse
 from curvlab.linalg.factor import damped_inverse
 from curvlab.linalg.kronecker import places_split
 from curvlab.linalg.lbfgs import Memory, compact_is_cheaper, empty_memory, lbfgs_inverse, multiple_of_identity
@@ -99,7 +99,7 @@ class KBfgs:
         self.Y: Tensor | None = None
         self.places, self.overall = 1, 0.0
         self.last: dict[str, Pair] = {}  # the last pair of each factor, for the log
-        self.seen: Tensor | None = None  # inputs of a minibatch that H_a has not learnt from yet
+        self.seen: Tensor | None = None  # ā (and s = H_a ā, A s) of a minibatch that H_a has not learnt from yet
 
     def _split(self) -> tuple[float, float]:
         """(λ_A, λ_G): Alg. 4, line 2; Alg. 9, line 2; 2021 Alg. 2, line 1."""
@@ -114,13 +114,17 @@ class KBfgs:
         return H_g, H_a
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        self.places = statistics.a.shape[1]
+        self.places = statistics.g.shape[2]
         started = hasattr(self, "inverse")
         if not (started and self.minibatch):  # of the minibatch alone: a mean in the warm start, and no more
             self.A = blend(self.A, statistics.A, weight)  # Alg. 4, line 20
         elif self.exact:
             self.A = statistics.A  # Alg. 10, line 12
-        self.seen = None if self.exact else statistics.a
+        if not self.exact:
+            self.seen = statistics.mean_a[None]
+            if started and self.minibatch:  # A of this minibatch, not formed (3.15)
+                s = self.factors[1] @ statistics.mean_a
+                self.seen = torch.stack([statistics.mean_a, s, statistics.second_moment_product(s)])
 
     def refresh(self, damping: float) -> None:
         """H_a exactly at first (Alg. 4, line 3; Alg. 9, line 3), then one Hessian action for every minibatch seen."""
@@ -138,9 +142,9 @@ class KBfgs:
             self.inverse = Kronecker((H_g, damped_inverse(self.A, damping_a, "the K-BFGS factor A")))  # Alg. 5, line 23
         elif self.seen is not None:
             H_g, H_a = self.factors
-            mean = self.seen.mean((0, 1))
+            mean = self.seen[0]
             if self.minibatch:
-                pair = minibatch_hessian_action(H_a, self.seen, damping_a)  # Alg. 9, line 16; 2021 Alg. 2, line 13
+                pair = action_pair(H_a, self.seen[1], self.seen[2], damping_a)  # Alg. 9, line 16; 2021 Alg. 2, line 13
             else:
                 assert self.A is not None
                 pair = hessian_action(H_a, mean, self.A, damping_a)  # Alg. 4, lines 21 and 22

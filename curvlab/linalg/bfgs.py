@@ -158,22 +158,12 @@ def _plus_symmetric(H: Float[Tensor, "D D"], s: Float[Tensor, " D"], w: Float[Te
 def hessian_action(H: Matrix, a: Float[Tensor, " D"], A: Matrix, damping: float = 0.0) -> Pair:
     """s = H a, y = A s + λ_A s: thesis 2.4; Alg. 4, lines 21 and 22."""
     s = H @ a
-    return undamped(s, A @ s + damping * s, H)
+    return action_pair(H, s, A @ s, damping)
 
 
-def minibatch_hessian_action(H: Matrix, a: Float[Tensor, "N T I"], damping: float) -> Pair:
-    """s = H ā, y = A s + λ_A s with A of this minibatch, not formed: thesis (3.14), (3.15); Alg. 9, line 16; 2021 (12), (13).
-
-    ā is the mean over examples and places, A the mean over examples of the sum over places: (3.9).
-    """
-    s = H @ a.mean((0, 1))
-    return undamped(s, second_moment_product(a, s) + damping * s, H)
-
-
-def second_moment_product(a: Float[Tensor, "N T I"], v: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
-    """A v = E_n Σ_t (aᵀv) a: thesis (3.15)."""
-    rows = a.flatten(0, 1)
-    return rows.mT @ (rows @ v) / len(a)
+def action_pair(H: Matrix, s: Float[Tensor, " D"], As: Float[Tensor, " D"], damping: float) -> Pair:
+    """The same where s = H ā and A s are there, A of a minibatch not formed: (3.14); Alg. 9, line 16; 2021 (12), (13)."""
+    return undamped(s, As + damping * s, H)
 
 
 # Damping. Each function says which line of which algorithm it is.
