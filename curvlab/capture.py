@@ -344,25 +344,22 @@ class Capture:
         targets += [self.model.get_parameter(b.params[0]) for b in loose]  # type: ignore[misc]  # edges and tensors mix
         if not targets:
             return {}
-        if len(vectors) == 1:
-            found = torch.autograd.grad(z, targets, vectors[0], retain_graph=True, allow_unused=True)
-            grads = [None if d is None else d[None] for d in found]
-        else:
-            found = torch.autograd.grad(z, targets, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True)
-            grads = list(found)
+        batched = len(vectors) != 1
+        sent = vectors if batched else vectors[0]
+        grads = torch.autograd.grad(z, targets, sent, retain_graph=True, allow_unused=True, is_grads_batched=batched)
         unused = [b for b, d in zip([*ruled, *loose], grads, strict=True) if d is None]
         if unused:
             raise CurvlabError(f"{unused[0]} does not reach the model's outputs: freeze it or use it")
 
-        statistics: dict[str, LayerStatistics] = {}
+        size, statistics = len(z), dict[str, LayerStatistics]()
         for block, d in zip([*ruled, *loose], grads, strict=True):
             assert d is not None
             if block.rule is None:
-                statistics[block.name] = LayerStatistics(block, len(z), gradient=d[0] / len(z))
+                statistics[block.name] = LayerStatistics(block, size, gradient=d / size)
                 continue
-            inputs = self._input(block, len(z))
-            g = block.rule.outputs(d.flatten(0, 1))
-            g = g.view(len(d), len(z), *g.shape[1:])
+            inputs = self._input(block, size)
+            g = block.rule.outputs(d.flatten(0, 1) if batched else d)
+            g = g.view(len(vectors), size, *g.shape[1:])
             record = self._records[block.name]
-            statistics[block.name] = LayerStatistics(block, len(z), inputs=inputs, g=g, output=record.output)
+            statistics[block.name] = LayerStatistics(block, size, inputs=inputs, g=g, output=record.output)
         return statistics

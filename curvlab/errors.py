@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -39,8 +40,14 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> CurvlabError:
 
 def guard_memory(needed: int, what: str, remedy: str) -> None:
     """Refuse a dense object of `needed` bytes that would take more than 80 % of the machine's memory."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = _memory()
     if needed > 0.8 * total:
         raise CurvlabError(
             f"{what} would need {needed / 1e9:.1f} GB and this machine has {total / 1e9:.1f} GB of memory; {remedy}"
         )
+
+
+@cache
+def _memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -12,6 +12,7 @@ Legend: N examples, T places where the weight is shared, Γ groups of outputs, I
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -226,7 +227,7 @@ class Block:
 
     @property
     def numel(self) -> int:
-        return int(torch.Size(self.shape).numel())
+        return math.prod(self.shape)
 
     def gather(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
         """{parameter: tensor} → one tensor of the block's shape, after `batch` leading axes."""

@@ -18,7 +18,7 @@ from curvlab.capture import LayerStatistics
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.exact.batches import Batches, alone
 from curvlab.exact.general import Function, mapped
-from curvlab.layers import Block, Layout
+from curvlab.layers import Layout
 from curvlab.memory import in_huge_pages
 from curvlab.objective import Closure, Objective
 
@@ -39,9 +39,8 @@ def gradients(
     _, losses, capture = closure.look()
     statistics = capture.backward(losses, torch.ones_like(losses)[None])
     found: dict[str, Tensor] = {}
-    for block in objective.blocks:
-        if block.rule is not None:
-            found |= {name: t[0] for name, t in _samples(statistics[block.name], out).items()}
+    for s in statistics.values():
+        found |= _outer(s, s.g[0, :, 0], out) if _narrow(s) else _into(s.block.scatter(s.rows[0], 1), out)
     loose = _loose(objective)
     if loose.blocks:
         function = Function(closure, loose)
@@ -77,8 +76,9 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
         found |= loose.unflatten(mapped(one)(closure.x), 2)
     units = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
     vectors = units[:, None].expand(-1, len(z), -1).reshape(-1, *z.shape)
-    for statistics in capture.backward(z, vectors).values():
-        found |= {name: t.transpose(0, 1) for name, t in _samples(statistics, None).items()}
+    for s in capture.backward(z, vectors).values():
+        rows = _outer(s, s.g[:, :, 0]) if _narrow(s) else s.block.scatter(s.rows, 2)
+        found |= {name: t.transpose(0, 1) for name, t in rows.items()}
     return {name: found[name] for block in objective.blocks for name in block.params}
 
 
@@ -91,29 +91,25 @@ def _guard(objective: Objective, vectors: int, what: str, remedy: str) -> None:
     guard_memory(vectors * len(objective.layout) * size, what, remedy)
 
 
-def _samples(statistics: LayerStatistics, out: Mapping[str, Tensor] | None) -> dict[str, Float[Tensor, "V N *shape"]]:
-    """Rows of a block, parameter by parameter; where the weight is used at one place each is written once, in its own order."""
-    block, g = statistics.block, statistics.g
-    if block.groups > 1 or g.shape[2] > 1 or (block.rule is not None and block.rule.transposed):
-        return _into(block.scatter(statistics.rows, 2), out, 1)
-    name, *bias = block.params
-    vectors, size, outputs = len(g), statistics.size, block.shape[0]
-    shape = _weight(block).shape
-    g, a = g.select(2, 0), statistics.bare_a.select(1, 0)
-    if out is None:
-        target = in_huge_pages(g.new_empty(vectors, size, *shape))
-    else:
-        target = _given(name, (size, *shape), g, out).unsqueeze(0)
-    torch.mul(g.unsqueeze(-1), a.unsqueeze(-2), out=target.view(vectors, size, outputs, -1))
+def _narrow(statistics: LayerStatistics) -> bool:
+    """Whether each weight is used at one place, and lies in its own order: then a row is one outer product."""
+    block = statistics.block
+    return block.groups == 1 and statistics.g.shape[2] == 1 and block.rule is not None and not block.rule.transposed
+
+
+def _outer(
+    statistics: LayerStatistics, g: Float[Tensor, "*V N O"], out: Mapping[str, Tensor] | None = None
+) -> dict[str, Float[Tensor, "*V N *shape"]]:
+    """Rows of a block, parameter by parameter, each written once: g aᵀ and g."""
+    name, *bias = statistics.block.params
+    weight: Tensor = statistics.block.module.weight  # type: ignore[union-attr, assignment]  # every layer with a rule has one
+    shape = g.shape[:-1] + weight.shape
+    target = in_huge_pages(g.new_empty(shape)) if out is None else _given(name, shape, g, out)
+    torch.mul(g.unsqueeze(-1), statistics.bare_a, out=target.flatten(g.ndim))
     found = {name: target}
     for b in bias:
-        found[b] = g if out is None else _checked(out, b, (size, outputs), g).copy_(g.select(0, 0)).unsqueeze(0)
+        found[b] = g if out is None else _checked(out, b, g.shape, g).copy_(g)
     return found
-
-
-def _weight(block: Block) -> Tensor:
-    weight: Tensor = block.module.weight  # type: ignore[union-attr, assignment]  # every layer with a rule has one
-    return weight
 
 
 def _given(name: str, shape: tuple[int, ...], like: Tensor, out: Mapping[str, Tensor]) -> Tensor:
@@ -123,14 +119,9 @@ def _given(name: str, shape: tuple[int, ...], like: Tensor, out: Mapping[str, Te
     return target
 
 
-def _into(found: dict[str, Tensor], out: Mapping[str, Tensor] | None, leading: int = 0) -> dict[str, Tensor]:
-    """Copied to where the caller wants them; `leading` axes of length 1 come first."""
-    if out is None:
-        return found
-    return {
-        name: _checked(out, name, tuple(t.shape[leading:]), t).copy_(t.reshape(t.shape[leading:]))[(None,) * leading]
-        for name, t in found.items()
-    }
+def _into(found: dict[str, Tensor], out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Copied to where the caller wants them."""
+    return found if out is None else {name: _checked(out, name, t.shape, t).copy_(t) for name, t in found.items()}
 
 
 def _checked(out: Mapping[str, Tensor], name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
