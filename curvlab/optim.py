@@ -199,6 +199,8 @@ class Optimizer(torch.optim.Optimizer):
         self.descent = descent
         self.objective = descent.objective
         self.watch: Watch | None = None
+        self.look: Watch | None = None  # told of what was observed, and of the direction, before anything moves
+        self.also: frozenset[Pass] = frozenset()  # passes to observe for others
         defaults = {"lr": lr, "damping": descent.curvature.damping}
         super().__init__(list(self.objective.parameters.values()), defaults)
 
@@ -223,8 +225,10 @@ class Optimizer(torch.optim.Optimizer):
         if not isinstance(closure, Closure) or closure.objective is not self.objective:
             raise CurvlabError("step needs a closure of this optimizer's objective: optimizer.step(objective.closure(x, y))")
         self._take_damping()
-        observation = closure.observe(self.descent.needs)
+        observation = closure.observe(self.descent.needs | self.also)
         direction = self.descent.direction(observation)
+        if self.look is not None:
+            self.look(observation, direction)
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         saved = weights(self.objective) if self.descent.curvature.rejects else []
         move(self.objective, direction, lambda p: rates[id(p)])

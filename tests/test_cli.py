@@ -78,7 +78,10 @@ def test_the_log_has_the_promised_schema(folder: Path) -> None:
             "cosine_all": ("step", "algorithm"),
             "gram": ("step", "algorithm", "other", "block"),
             "loss": ("step",),
-            "step_norm": ("step",),
+            "step_length": ("step",),
+            "direction_norm": ("step", "algorithm", "block"),
+            "minibatch_gradient_norm": ("step", "block"),
+            "weight_norm": ("step", "block"),
             "seconds": ("step", "algorithm"),
             "shift": ("step", "algorithm", "block"),
         }

@@ -1,0 +1,6 @@
+"""PROBES: functions of a frame that return what an `xarray.Dataset` takes, one file a kind."""
+
+from curvlab.probes.base import PROBES, Frame, Probe, Record, Variable, asked, check_fit, probe, select
+from curvlab.probes.directions import cosines
+
+__all__ = ["PROBES", "Frame", "Probe", "Record", "Variable", "asked", "check_fit", "cosines", "probe", "select"]
