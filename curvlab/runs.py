@@ -24,7 +24,7 @@ from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log, late_cosine
 from curvlab.objective import Objective, Pass, Transition, restore, weights
 from curvlab.optim import Batch, Descent, displacement, move, warm_start
-from curvlab.probes.base import PROBES, Frame, Record, Sample, asked, axis, check_fit, labels, on_host, sample, taken
+from curvlab.probes.base import PROBES, Frame, Record, Sample, asked, axis, begin, check_fit, labels, on_host, sample, taken
 from curvlab.progress import counted, progress_bar
 
 ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
@@ -254,6 +254,7 @@ def _compare_one(
         learning: dict[str, float] = {}  # seconds spent on learning from the last step, to be counted with the next
         for step, (x, y) in enumerate(itertools.islice(batches, steps)):
             due = [name for name, steps_between in every.items() if step % steps_between == 0]
+            begin(due, curvatures)
             needs = frozenset().union(*(d.needs for d in descents.values()), *(PROBES[name].needs for name in due))
             closure = objective.closure(x, y)
             now = closure.observe(needs)

@@ -556,7 +556,7 @@ def test_the_shift_of_block_hessian_is_in_the_log_of_every_run() -> None:
     assert max(expected[-1]) > 0
 
 
-@pytest.mark.parametrize("algorithm", ["k-bfgs-20", "kfac"])
+@pytest.mark.parametrize("algorithm", ["k-bfgs-20", "kfac", "lbfgs"])
 def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, tmp_path: Path) -> None:
     curvature = objective_of(net())
     fits = [n for n, p in PROBES.items() if "train" in p.where and p.fits(cl.optimizer(algorithm, curvature).descent.curvature)]

@@ -1,6 +1,7 @@
 """PROBES: functions of a frame that return what an `xarray.Dataset` takes, one file a kind."""
 
 from curvlab.probes.base import PROBES, Frame, Probe, Record, Variable, asked, check_fit, probe, select
+from curvlab.probes.damping import fractions
 from curvlab.probes.directions import cosines
 
-__all__ = ["PROBES", "Frame", "Probe", "Record", "Variable", "asked", "check_fit", "cosines", "probe", "select"]
+__all__ = ["PROBES", "Frame", "Probe", "Record", "Variable", "asked", "check_fit", "cosines", "fractions", "probe", "select"]

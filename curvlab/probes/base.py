@@ -105,7 +105,8 @@ class Frame:
 class Probe:
     """`epoch` variables follow from an epoch's samples by `reduce` in `train`; `fits` says of a curvature whether there is
     something to see, and `wants` what that is; `every` is the number of steps between samples where none is asked for;
-    `coordinates` are the labels of the probe's own dimensions; `again`: it runs the model again."""
+    `coordinates` are the labels of the probe's own dimensions; `begin` is shown every curvature before a step that is sampled;
+    `again`: it runs the model again."""
 
     summary: str
     variables: dict[str, Variable]
@@ -118,6 +119,7 @@ class Probe:
     coordinates: Mapping[str, Sequence[str]] = field(default_factory=dict)
     epoch: Mapping[str, Variable] = field(default_factory=dict)
     reduce: Callable[[Mapping[str, Values]], Mapping[str, Values]] | None = None
+    begin: Callable[[Any], None] | None = None
     fits: Callable[[Any], bool] = lambda curvature: True
     wants: str = ""
 
@@ -150,6 +152,15 @@ def probe(
 
 def on_host(values: Values | Tensor) -> Values:
     return np.asarray(values.double().cpu().numpy() if isinstance(values, Tensor) else values)
+
+
+def begin(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
+    """Before a step in which these probes are taken."""
+    for name in names:
+        for curvature in curvatures.values():
+            start = PROBES[name].begin
+            if start is not None:
+                start(curvature)
 
 
 def sample(name: str, frame: Frame) -> Sample:

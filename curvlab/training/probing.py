@@ -16,7 +16,7 @@ from curvlab.log import Log
 from curvlab.log import Record as LogRecord
 from curvlab.objective import Objective, Observation
 from curvlab.optim import Optimizer
-from curvlab.probes.base import PROBES, Frame, Moment, Sample, axis, check_fit, empty, on_host, sample
+from curvlab.probes.base import PROBES, Frame, Moment, Sample, axis, begin, check_fit, empty, on_host, sample
 from curvlab.training.evaluation import chance_kept
 
 ALWAYS = ("shift",)
@@ -58,6 +58,7 @@ class Sampler:
         """Step number `step` comes, from 0."""
         self._step, self._frame = step, None
         self.due = [name for name, every in self.every.items() if step % every == 0]
+        begin(self.due, {self.algorithm: self.optimizer.descent.curvature})
         self.optimizer.also = frozenset().union(*(PROBES[n].needs for n in self.due))
         self.optimizer.look = self._before if self.due else None
 
