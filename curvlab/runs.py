@@ -265,7 +265,7 @@ def _compare_one(
                 directions[name] = d.direction(now)
                 seconds[name] = clock() - start + learning.pop(name, 0.0)
             frame = Frame(step, now, directions, reference, settings.rate, seconds, curvatures)
-            seen = {name: sample(name, frame) for name in due if PROBES[name].moment == "before"}
+            seen = sample(due, frame, "before")
             if step % settings.log_every == 0:
                 bar.update(task, note=f"loss {float(now.loss):.4g}")
             saved = weights(objective) if descents[reference].curvature.rejects else []
@@ -282,7 +282,7 @@ def _compare_one(
                     learning[name] = clock() - start
                     if name == reference and not stands:
                         restore(objective, saved)
-            seen |= {name: sample(name, frame) for name in due if PROBES[name].moment == "after"}
+            seen |= sample(due, frame, "after")
             _log(log, step, {name: seen[name] for name in due}, every, settings.log_every, seed)
             bar.advance(task)
         bar.remove_task(task)

@@ -1,5 +1,6 @@
 """PROBES: functions of a frame that return what an `xarray.Dataset` takes, one file a kind."""
 
+from curvlab.probes import bounds as _bounds  # noqa: F401  # enters its probe
 from curvlab.probes.base import PROBES, Frame, Probe, Record, Variable, asked, check_fit, probe, select
 from curvlab.probes.damping import fractions
 from curvlab.probes.directions import cosines

@@ -8,6 +8,7 @@ on the device: who gathers them reads them when it likes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -106,7 +107,7 @@ class Probe:
     """`epoch` variables follow from an epoch's samples by `reduce` in `train`; `fits` says of a curvature whether there is
     something to see, and `wants` what that is; `every` is the number of steps between samples where none is asked for;
     `coordinates` are the labels of the probe's own dimensions; `begin` is shown every curvature before a step that is sampled;
-    `again`: it runs the model again."""
+    `prepare` the frame before the move, where the moment is after it; `again`: it runs the model again."""
 
     summary: str
     variables: dict[str, Variable]
@@ -120,6 +121,7 @@ class Probe:
     epoch: Mapping[str, Variable] = field(default_factory=dict)
     reduce: Callable[[Mapping[str, Values]], Mapping[str, Values]] | None = None
     begin: Callable[[Any], None] | None = None
+    prepare: Callable[[Frame], None] | None = None
     fits: Callable[[Any], bool] = lambda curvature: True
     wants: str = ""
 
@@ -163,12 +165,24 @@ def begin(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
                 start(curvature)
 
 
-def sample(name: str, frame: Frame) -> Sample:
-    """What a probe measures. An error says which probe it was."""
-    try:
-        return PROBES[name].measure(frame)
-    except CurvlabError as error:
-        raise type(error)(f"probe '{name}': {error}") from error
+def sample(names: Sequence[str], frame: Frame, moment: Moment) -> dict[str, Sample]:
+    """{probe: what it measures} of those whose moment it is. Chance is left as it was; an error says which probe it was."""
+    found: dict[str, Sample] = {}
+    device = frame.now.loss.device
+    devices = [device] if device.type == "cuda" else []
+    for name in names:
+        one = PROBES[name]
+        work = one.measure if one.moment == moment else one.prepare if moment == "before" else None
+        if work is None:
+            continue
+        try:
+            with torch.random.fork_rng(devices=devices) if one.again else nullcontext():
+                seen = work(frame)
+        except CurvlabError as error:
+            raise type(error)(f"probe '{name}': {error}") from error
+        if seen is not None:
+            found[name] = seen
+    return found
 
 
 def select(names: Sequence[str], command: Command | None = None) -> dict[str, Probe]:

@@ -17,7 +17,6 @@ from curvlab.log import Record as LogRecord
 from curvlab.objective import Objective, Observation
 from curvlab.optim import Optimizer
 from curvlab.probes.base import PROBES, Frame, Moment, Sample, axis, begin, check_fit, empty, on_host, sample
-from curvlab.training.evaluation import chance_kept
 
 ALWAYS = ("shift",)
 """Taken by every run in which there is something to see."""
@@ -75,16 +74,8 @@ class Sampler:
             self._frame = None
 
     def _take(self, frame: Frame, moment: Moment) -> None:
-        names = [n for n in self.due if PROBES[n].moment == moment]
-        if not names:
-            return
         wall, cpu = self.clock(), time.process_time()
-        for name in names:
-            if PROBES[name].again:
-                with chance_kept(self.objective.device):
-                    found = sample(name, frame)
-            else:
-                found = sample(name, frame)
+        for name, found in sample(self.due, frame, moment).items():
             self._pending.setdefault(name, []).append((self._step, found))
         self.wall += self.clock() - wall
         self.cpu += time.process_time() - cpu
