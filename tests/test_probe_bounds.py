@@ -128,3 +128,15 @@ def test_ends_of_operators_by_their_factors() -> None:
     A, B = A + A.T, B + B.T
     values = torch.linalg.eigvalsh(torch.kron(A, B))
     assert ends(Kronecker((A, B))) == pytest.approx((float(values[0]), float(values[-1])), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tnt", "tnt-ideal"])
+def test_bounds_hold_where_inverses_are_older_than_statistics(name: str) -> None:
+    p = problem()
+    ds = cl.train(
+        p.objective(), batches(p, 13), algorithm=name, lr=0.1, damping=0.3, refresh_every=4, probes=["bounds:1"]
+    ).dataset
+    for end in ("low", "high"):
+        found = ds[f"tightness_{end}"].sel(factor="product").values
+        assert np.isfinite(found).all()
+        assert (found >= 1 - 1e-9).all()

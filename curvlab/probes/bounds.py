@@ -152,12 +152,16 @@ def of_outputs(block: Any) -> Bounds | None:
     return None
 
 
-def of_contractions(block: Any, damping: float) -> Bounds:
-    """Of TNT's H: every variable's, together."""
+def of_contractions(inverse: Operator, damping: float) -> Bounds:
+    """Of TNT's H, from itself, which may be older than its statistics: tr E[G^(i)] = c₀ᵏ Π d_j, (4.10), c₀ the mean of Ũ_i."""
     each = []
-    for means in block.means:
-        trace = float(means[0].diagonal().sum())
-        each.append(tensor_normal([len(m) for m in means], trace, damping).inverse)
+    for part in inverse.parts if isinstance(inverse, ColumnSum) else (inverse,):
+        assert isinstance(part, Kronecker)
+        shape = [len(f) for f in part.factors]
+        first = part.factors[0]
+        assert isinstance(first, Tensor)
+        mean = max(float((1 / torch.linalg.eigvalsh(first.double())).mean()) - damping, 0.0)
+        each.append(tensor_normal(shape, mean ** len(shape) * math.prod(shape), damping).inverse)
     return Bounds(min(b.lower for b in each), max(b.upper for b in each))
 
 
@@ -242,7 +246,7 @@ def _bounds(frame: Frame) -> list[Values]:
             if factors is None:
                 found[i, j, 2] = ends(block.inverse)
                 if getattr(curvature, "name", "").startswith("tnt"):
-                    proven[i, j, 2] = _pair(of_contractions(block, curvature.damping))  # type: ignore[union-attr]  # has a name
+                    proven[i, j, 2] = _pair(of_contractions(block.inverse, curvature.damping))  # type: ignore[union-attr]  # has a name
                 continue
             found[i, j, 1], found[i, j, 0] = ends(factors[0]), ends(factors[1])
             found[i, j, 2] = found[i, j, 0] * found[i, j, 1]
