@@ -34,6 +34,7 @@ from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
 from curvlab.exact.route_table import Look
 from curvlab.exact.terms import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
 from curvlab.layers import Block, Layout
+from curvlab.linalg.distances import compare, distance, norm, ratio
 from curvlab.linalg.kronecker import nearest_kronecker
 from curvlab.linalg.operators import Operator
 from curvlab.objective import Closure, Objective, Pass
@@ -81,14 +82,14 @@ def errors(
     found: dict[str, Columns] = {}
     for block, terms in sums(Look(closure, kind, 1), chosen):
         exact = terms.dense()
-        size = _norm(exact)
+        size = norm(exact)
         before = exact
         error, step = [], []
         for name, (_, reduce) in ASSUMPTIONS.items():
             same = terms.places == 1 and name != "averaged over examples"
             after = exact if same else reduce(terms)
-            error.append(_ratio(0.0 if same else _distance(after, exact), size))
-            step.append(_ratio(0.0 if same else _distance(after, before), size))
+            error.append(ratio(0.0 if same else distance(after, exact), size))
+            step.append(ratio(0.0 if same else distance(after, before), size))
             before = after
         floor = nearest_kronecker(exact, *block.shape).error if size else np.nan
         found[block.name] = {"error": error, "step": step, "total": error[-1], "floor": floor}
@@ -173,10 +174,10 @@ def quality(
         exact = terms.dense()
         exact.diagonal().add_(damping)
         eigenvalues = torch.linalg.eigvalsh(exact).double() if spectra else None
-        each = [_compare(m, e.scale, exact, eigenvalues) for m, e in zip(matrices, estimates.values(), strict=True)]
+        each = [compare(m, e.scale, exact, eigenvalues) for m, e in zip(matrices, estimates.values(), strict=True)]
         found[block.name] = {key: [values[key] for values in each] for key in each[0]}
         found[block.name]["floor"] = nearest_kronecker(exact, *block.shape).error if bool(exact.any()) else np.nan
-        found[block.name]["between"] = _ratio(_between(exact, block), _norm(exact))
+        found[block.name]["between"] = ratio(_between(exact, block), norm(exact))
     table = {
         "error": "relative Frobenius error",
         "error_scaled": "relative Frobenius error of the best multiple",
@@ -258,54 +259,10 @@ def _minibatches(closure: Closure, sizes: Sequence[int], passes: int) -> Iterato
         yield from Batches.of(closure.objective, loader, None, whole=True)
 
 
-def _compare(
-    matrix: Operator, scale: float, exact: Float[Tensor, "D D"], eigenvalues: Float[Tensor, " D"] | None
-) -> dict[str, float]:
-    """An estimate, times `scale`, against the exact matrix."""
-    dense = matrix.dense()
-    size, own, inner = _norm(exact), _norm(dense), _inner(dense, exact)
-    found = {
-        "error": _ratio(_distance(dense, exact, scale), size),
-        "error_scaled": _ratio(_distance(dense, exact, inner / own**2 if own else 0.0), size),
-        "cosine": _ratio(inner, own * size),
-        "trace_ratio": _ratio(scale * float(dense.diagonal().sum()), float(exact.diagonal().sum())),
-    }
-    if eigenvalues is not None:
-        spectrum = matrix.eigvalsh().double() * scale
-        rounding = float(eigenvalues.abs().max()) * len(exact) * torch.finfo(exact.dtype).eps
-        found["spectrum_error"] = _ratio(float((spectrum - eigenvalues).norm()), float(eigenvalues.norm()))
-        found["largest_ratio"] = _ratio(float(spectrum[-1]), float(eigenvalues[-1]), rounding)
-        found["smallest_ratio"] = _ratio(float(spectrum[0]), float(eigenvalues[0]), rounding)
-    return found
-
-
-def _ratio(above: float, below: float, least: float = 0.0) -> float:
-    return above / below if abs(below) > least else float("nan")
-
-
-def _rows(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows of each at a time, in float64."""
-    for start in range(0, len(one), 256):
-        yield one[start : start + 256].double(), other[start : start + 256].double()
-
-
-def _distance(one: Float[Tensor, "D D"], other: Float[Tensor, "D D"], multiple: float = 1.0) -> float:
-    """‖multiple · one − other‖."""
-    return math.sqrt(sum(float((multiple * a - b).square().sum()) for a, b in _rows(one, other)))
-
-
-def _inner(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> float:
-    return sum(float((a * b).sum()) for a, b in _rows(one, other))
-
-
 def _between(matrix: Float[Tensor, "D D"], block: Block) -> float:
     """Norm of the entries between weight and bias."""
     weight, *bias = (places.flatten().to(matrix.device) for places in Layout((block,)).places().values())
-    return math.sqrt(2) * _norm(matrix[weight[:, None], bias[0]]) if bias else 0.0
-
-
-def _norm(matrix: Float[Tensor, "R C"]) -> float:
-    return math.sqrt(_inner(matrix, matrix))
+    return math.sqrt(2) * norm(matrix[weight[:, None], bias[0]]) if bias else 0.0
 
 
 def _chosen(objective: Objective, blocks: Sequence[str] | None) -> tuple[list[Block], str]:

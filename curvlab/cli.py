@@ -77,6 +77,11 @@ def compare(
     device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine")] = "auto",
     dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel="Machine")] = "float32",
     log_every: Annotated[int, Option(help="Steps between records.", rich_help_panel="Output")] = 1,
+    probe: Annotated[
+        list[str] | None,
+        Option(metavar="NAME[:EVERY]", help="A further one of `curvlab list probes`, every so many steps; may be given again.",
+               rich_help_panel="Output"),
+    ] = None,
     out_folder: Annotated[
         Path | None,
         Option("--out", metavar="FOLDER", help="Gets run.h5, cosine.png, cosine.svg; a fresh one under runs/ by default.",
@@ -91,7 +96,7 @@ def compare(
     call = {"command": "compare"} | dict(locals())
     call["out"] = str(call.pop("out_folder") or "")
     settings = runs.Settings(
-        reference, listed(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every
+        reference, listed(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every, tuple(probe or ())
     )
     if steps is None and epochs is None:
         steps = 300
@@ -256,8 +261,11 @@ LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = 
         lambda: [(n, d.summary, d.comes) for n, d in datasets.DATASETS.items()],
     ),
     "probes": (
-        ("name", "what it is", "variables"),
-        lambda: [(n, p.summary, ", ".join(p.variables)) for n, p in probes.PROBES.items()],
+        ("name", "what it is", "of", "every", "variables"),
+        lambda: [
+            (n, p.summary, ", ".join(p.where), str(p.every), ", ".join((*p.variables, *p.epoch)))
+            for n, p in probes.PROBES.items()
+        ],
     ),
     "schedules": (("name", "what it is", "options", "source"), _schedule_rows),
     "figures": (("name", "what it is"), lambda: [(n, f.summary) for n, f in figures.FIGURES.items()]),

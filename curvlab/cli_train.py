@@ -11,6 +11,7 @@ from rich.table import Table
 
 from curvlab.errors import CurvlabError
 from curvlab.memory import keep_freed_memory
+from curvlab.probes import asked
 from curvlab.runs import device_of
 from curvlab.terminal import err, finish, folder_for, out, says_what_is_saved
 from curvlab.training import checkpoint
@@ -115,6 +116,11 @@ def train(
         Option(help="The training loss is of so many first examples; of all by default (thesis 2.8.1).",
                rich_help_panel=_EVALUATION),
     ] = None,
+    probe: Annotated[
+        list[str] | None,
+        Option(metavar="NAME[:EVERY]", help="Of `curvlab list probes`, every so many steps, the first among them; may be given "
+               "again.", rich_help_panel=_EVALUATION),
+    ] = None,
     device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel=_MACHINE)] = "auto",
     dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel=_MACHINE)] = "float32",
     out_folder: Annotated[
@@ -143,7 +149,9 @@ def train(
     call["out"] = str(call.pop("out_folder") or "")
     said = {name for name in given if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
     given |= {"own": _options(own, "--set"), "schedule_options": _options(schedule_own, "--schedule-set"), "warm": warm_start}
-    said |= {new for old, new in (("warm_start", "warm"), ("schedule_own", "schedule_options")) if old in said}
+    given["probes"] = asked(probe or [], "train")
+    renamed = (("warm_start", "warm"), ("schedule_own", "schedule_options"), ("probe", "probes"))
+    said |= {new for old, new in renamed if old in said}
     state = None
     if resume:
         if out_folder is None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import h5netcdf
 import numpy as np
+import torch
 import xarray as xr
 from numpy.typing import NDArray
 
@@ -29,12 +30,15 @@ Record = Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]]
 
 SAVE_EVERY = 5.0
 """Seconds between saves …"""
-SAVE_SHARE = 0.02
+SAVE_SHARE = 0.01
 """… unless saving would cost more than this share of the run."""
+
+Chunk = tuple[list[float], dict[str, tuple[tuple[str, ...], NDArray[np.float64]]]]
+"""Places along an axis of its own, and {variable: (dimensions beside the axis, values [place, …])}."""
 
 
 class Log:
-    """Gathers records in memory and rewrites one file.
+    """Gathers records in memory and rewrites one file. What is taken more rarely has an axis of its own (`extend`).
 
     Args:
         coordinates: {dimension: labels} of every dimension but `dimension`, with further coordinates as {name: (dim, labels)};
@@ -62,6 +66,7 @@ class Log:
         }
         self._steps: dict[int, list[float]] = {}
         self._records: dict[int, list[Record]] = {}
+        self._further: dict[int, dict[str, list[Chunk]]] = {}
         self._saved = 0.0
         self._cost = 0.0
 
@@ -76,6 +81,23 @@ class Log:
         now = time.monotonic()
         if self.path and (save or now - self._saved >= max(SAVE_EVERY, self._cost / SAVE_SHARE)):
             self.save()
+
+    def extend(
+        self,
+        axis: str,
+        places: Sequence[float],
+        values: Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]],
+        seed: int | None = None,
+    ) -> None:
+        """Add to variables that lie along an axis of their own: values are [place, …]. Nothing is saved."""
+        tracks = self._further.setdefault(self.seeds[0] if seed is None else seed, {})
+        tracks.setdefault(axis, []).append((list(places), dict(values)))
+
+    def since(self, axis: str, place: float) -> dict[str, NDArray[np.float64]]:
+        """{variable: values along an axis of its own, from `place` on}, of the first seed; empty where there are none."""
+        places, values = _whole(self._further.get(self.seeds[0], {}).get(axis, []))
+        first = sum(p < place for p in places)
+        return {name: v[first:] for name, (_, v) in values.items()}
 
     def dataset(self) -> xr.Dataset:
         """All records so far; steps that a seed has not reached are NaN."""
@@ -96,9 +118,15 @@ class Log:
             name: ((self.dimension, *dims), np.stack([r[name][1] for r in records]), dict(self.variables.get(name, {})))
             for name, (dims, _) in records[0].items()
         }
+        places = {}
+        for axis, chunks in self._further.get(seed, {}).items():
+            places[axis], values = _whole(chunks)
+            data |= {n: ((axis, *dims), v, dict(self.variables.get(n, {}))) for n, (dims, v) in values.items()}
         used = {d for dims, *_ in data.values() for d in dims}
         of_step = self.variables.get(self.dimension, {"long_name": "iteration", "units": "1"})
         coords: dict[str, Any] = {self.dimension: (self.dimension, self._steps[seed], dict(of_step))}
+        for axis, steps in places.items():
+            coords[axis] = (axis, steps, dict(self.variables.get(axis, {"long_name": axis, "units": "1"})))
         for name, value in self.coordinates.items():
             if isinstance(value, xr.Variable):
                 if value.dims[0] in used:
@@ -110,18 +138,25 @@ class Log:
         return xr.Dataset(data, coords)
 
     def state_dict(self, until: float = math.inf) -> dict[str, Any]:
-        """Attributes, and records up to step `until`: numbers, strings, lists and dictionaries only."""
+        """Attributes, records up to step `until`, and all along other axes: tensors, numbers, strings, lists, dictionaries."""
         steps = {seed: [step for step in steps if step <= until] for seed, steps in self._steps.items()}
         records = {
             seed: [{k: [list(d), v.tolist()] for k, (d, v) in r.items()} for r in self._records[seed][: len(kept)]]
             for seed, kept in steps.items()
         }
-        return {"attributes": dict(self.attributes), "steps": steps, "records": records}
+        further = {
+            seed: {axis: _packed(_whole(chunks)) for axis, chunks in tracks.items()} for seed, tracks in self._further.items()
+        }
+        return {"attributes": dict(self.attributes), "steps": steps, "records": records, "further": further}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.attributes, self._steps = dict(state["attributes"]), {k: list(v) for k, v in state["steps"].items()}
         self._records = {
             s: [{k: (tuple(d), np.asarray(v)) for k, (d, v) in r.items()} for r in rs] for s, rs in state["records"].items()
+        }
+        self._further = {
+            seed: {axis: [_unpacked(packed)] for axis, packed in tracks.items()}
+            for seed, tracks in state.get("further", {}).items()
         }
 
     def save(self) -> None:
@@ -135,6 +170,24 @@ class Log:
             raise CurvlabError(f"the log {self.path} cannot be written: {error.strerror or error}") from error
         self._saved = time.monotonic()
         self._cost = self._saved - start
+
+
+def _whole(chunks: list[Chunk]) -> Chunk:
+    """All chunks as one, which takes their place."""
+    if len(chunks) > 1:
+        dims = {name: d for name, (d, _) in chunks[0][1].items()}
+        values = {name: (d, np.concatenate([c[1][name][1] for c in chunks])) for name, d in dims.items()}
+        chunks[:] = [([place for c in chunks for place in c[0]], values)]
+    return chunks[0] if chunks else ([], {})
+
+
+def _packed(chunk: Chunk) -> dict[str, Any]:
+    places, values = chunk
+    return {"places": list(places), "values": {k: [list(dims), torch.from_numpy(v)] for k, (dims, v) in values.items()}}
+
+
+def _unpacked(packed: dict[str, Any]) -> Chunk:
+    return list(packed["places"]), {k: (tuple(dims), v.cpu().numpy()) for k, (dims, v) in packed["values"].items()}
 
 
 def open_log(path: str | os.PathLike[str]) -> xr.Dataset:

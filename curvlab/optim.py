@@ -246,6 +246,8 @@ class Optimizer(torch.optim.Optimizer):
         self.objective = descent.objective
         self.watch: Watch | None = None
         self.soundness = Soundness(self.objective.device)
+        self.look: Watch | None = None  # told of what was observed, and of the direction, before anything moves
+        self.also: frozenset[Pass] = frozenset()  # passes to observe for others
         defaults = {"lr": lr, "damping": descent.curvature.damping}
         super().__init__(list(self.objective.parameters.values()), defaults)
 
@@ -273,12 +275,14 @@ class Optimizer(torch.optim.Optimizer):
         self._take_damping()
         soundness, at_once = self.soundness, not self.soundness.late
         soundness.look()
-        observation = closure.observe(self.descent.needs, checked=at_once)
+        observation = closure.observe(self.descent.needs | self.also, checked=at_once)
         direction = self.descent.direction(observation)
         if at_once:
             check_direction(self.objective, direction)
         else:
             soundness.note(torch.cat([observation.loss[None], _sums(direction)]))
+        if self.look is not None:
+            self.look(observation, direction)
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         saved = weights(self.objective) if self.descent.curvature.rejects else []
         move(self.objective, direction, lambda p: rates[id(p)], None if at_once else soundness.flag)

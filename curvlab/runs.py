@@ -17,14 +17,18 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from curvlab import datasets, figures, models, probes
+from curvlab import datasets, figures, models
 from curvlab.algorithms import ALGORITHMS, damping_for, descent
 from curvlab.errors import CurvlabError, lookup
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log, late_cosine
 from curvlab.objective import Objective, Pass, Transition, restore, weights
 from curvlab.optim import Batch, Descent, check_direction, displacement, move, warm_start
+from curvlab.probes.base import PROBES, Frame, Record, Sample, asked, axis, begin, check_fit, labels, on_host, sample, taken
 from curvlab.progress import counted, progress_bar
+
+ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
+"""The probes of every comparison."""
 
 FIGURE_4_1 = ("kfac", "tnt", "shampoo", "adam", "sgd-m")
 """The methods of thesis Figure 4.1, compared with `block-fisher`."""
@@ -57,6 +61,8 @@ class Run:
 class Settings:
     """What a comparison does, beside objective and batches. Defaults: the published picture (thesis Figure 4.1, practice).
 
+    `probes` are further ones beside `ALWAYS`, each as "name" or "name:every".
+
     `momentum` is every method's β; None gives each its document's. `decay` None gives each its document's (0.9; Adam's β₂
     0.999). `damping` is the overall λ, from which each method's own follows by one rule (`algorithms.damping_for`).
     """
@@ -70,7 +76,7 @@ class Settings:
     update_every: int = 1
     refresh_every: int = 1
     log_every: int = 1
-    probes: tuple[str, ...] = ("cosine", "gram", "loss", "norms", "time", "shift")
+    probes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -81,12 +87,21 @@ class Settings:
         """Raises CurvlabError for an unknown name or a value out of range, before anything runs."""
         for name in self.names:
             lookup(ALGORITHMS, name, "algorithm")
-        probes.select(self.probes)
+        for name, every in asked(self.probes, "compare").items():
+            if name in ALWAYS and every is not None:
+                raise CurvlabError(f"probe '{name}' is a part of every record of a comparison: say how often by log_every")
         if self.log_every < 1:
             raise CurvlabError(f"log_every must be a positive number of steps, not {self.log_every}")
         if self.lr is not None and not self.lr >= 0:
             raise CurvlabError(f"the learning rate must be 0 or positive, not {self.lr:g}")
         damping_for(self.reference, self.damping, 1)
+
+    @property
+    def every(self) -> dict[str, int]:
+        """{probe: steps between samples}: its own, but that of the log where that is 1."""
+        wanted = dict.fromkeys(ALWAYS) | asked(self.probes, "compare")
+        own = {name: every or PROBES[name].every for name, every in wanted.items()}
+        return {n: self.log_every if wanted[n] is None and every == 1 else every for n, every in own.items()}
 
     @property
     def rate(self) -> float:
@@ -112,16 +127,13 @@ class Settings:
         }
 
     def log(self, objective: Objective, size: int, path: Path | None, seeds: Sequence[int], about: dict[str, Any]) -> Log:
-        chosen = probes.select(self.probes)
-        variables = {
-            name: {"long_name": v.long_name, "units": v.units} for p in chosen.values() for name, v in p.variables.items()
-        }
+        chosen = list(self.every)
         coordinates: dict[str, Any] = {
             "algorithm": self.names,
             "other": self.names,
             "block": [b.name for b in objective.blocks],
         }
-        coordinates = {k: list(v) for k, v in coordinates.items()}
+        coordinates = {k: list(v) for k, v in (coordinates | labels(chosen)).items()}
         coordinates["parameters"] = ("block", [" ".join(b.params) for b in objective.blocks])
         settings = {name: getattr(self, name) for name in self.__dataclass_fields__}
         attributes = {
@@ -135,7 +147,7 @@ class Settings:
             "device": str(objective.device),
             "dtype": str(objective.dtype).removeprefix("torch."),
         }
-        return Log(coordinates, variables, attributes | about, path, seeds)
+        return Log(coordinates, taken(chosen), attributes | about, path, seeds)
 
 
 def compare(
@@ -155,6 +167,7 @@ def compare(
     log_every: int = 1,
     path: str | Path | None = None,
     progress: bool | None = None,
+    probes: Sequence[str] = (),
 ) -> Run:
     """Follow `reference` and compare with it, at every step, the directions of `algorithms`.
 
@@ -171,11 +184,15 @@ def compare(
         log_every: steps between records.
         path: of the log's file; None keeps it in memory.
         progress: show a progress bar; None shows one where standard error is a terminal.
+        probes: further ones, of `PROBES`, each as "name" or "name:every"; one with a number of steps that is not the log's
+            has an axis of its own.
 
     Raises:
         CurvlabError: unknown names, values out of range, data that do not fit, NaN. What was logged until then is saved.
     """
-    settings = Settings(reference, tuple(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every)
+    settings = Settings(
+        reference, tuple(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every, tuple(probes)
+    )
     settings.check()
     total = length(batches)
     steps = total if steps is None else steps if total is None else min(steps, total)
@@ -226,15 +243,19 @@ def _compare_one(
 ) -> None:
     """One seed. Whatever ends it, what was logged is saved."""
     descents = settings.descents(objective, size)
-    chosen = list(probes.select(settings.probes).values())
+    every = settings.every
+    curvatures = {name: d.curvature for name, d in descents.items()}
+    check_fit(list(asked(settings.probes, "compare")), curvatures)
     clock = clock_of(objective.device)
     reference = settings.reference
     try:
-        warm_start(objective, [d.curvature for d in descents.values()], counted(warm, bar, "warm start", length(warm)))
+        warm_start(objective, list(curvatures.values()), counted(warm, bar, "warm start", length(warm)))
         task = bar.add_task(title, total=steps, note="")
         learning: dict[str, float] = {}  # seconds spent on learning from the last step, to be counted with the next
         for step, (x, y) in enumerate(itertools.islice(batches, steps)):
-            needs = frozenset().union(*(d.needs for d in descents.values()), *(p.needs for p in chosen))
+            due = [name for name, steps_between in every.items() if step % steps_between == 0]
+            begin(due, curvatures)
+            needs = frozenset().union(*(d.needs for d in descents.values()), *(PROBES[name].needs for name in due))
             closure = objective.closure(x, y)
             now = closure.observe(needs)
             directions: dict[str, dict[str, Tensor]] = {}
@@ -243,10 +264,9 @@ def _compare_one(
                 start = clock()
                 directions[name] = d.direction(now)
                 seconds[name] = clock() - start + learning.pop(name, 0.0)
+            frame = Frame(step, now, directions, reference, settings.rate, seconds, curvatures)
+            seen = sample(due, frame, "before")
             if step % settings.log_every == 0:
-                blocks = {name: getattr(d.curvature, "blocks", {}) for name, d in descents.items()}
-                frame = probes.Frame(step, now, directions, reference, settings.rate, seconds, blocks)
-                log.append(step, {k: v for p in chosen for k, v in p.measure(frame).items()}, seed)
                 bar.update(task, note=f"loss {float(now.loss):.4g}")
             saved = weights(objective) if descents[reference].curvature.rejects else []
             check_direction(objective, directions[reference])
@@ -263,10 +283,25 @@ def _compare_one(
                     learning[name] = clock() - start
                     if name == reference and not stands:
                         restore(objective, saved)
+            seen |= sample(due, frame, "after")
+            _log(log, step, {name: seen[name] for name in due}, every, settings.log_every, seed)
             bar.advance(task)
         bar.remove_task(task)
     finally:
         log.save()
+
+
+def _log(log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], log_every: int, seed: int) -> None:
+    """What is taken as often as the log lies along its steps; the rest along axes of its own."""
+    record: Record = {}
+    for name, found in seen.items():
+        values = {v: (PROBES[name].variables[v].dims, on_host(x)) for v, x in found.items()}
+        if every[name] == log_every:
+            record |= values
+        else:
+            log.extend(axis(name), [step], {v: (dims, x[None]) for v, (dims, x) in values.items()}, seed)
+    if record:
+        log.append(step, record, seed)
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvlab.linalg import bfgs as qn
 from curvlab.linalg import bounds
+from curvlab.linalg.kronecker import tensor_normal_factors
 from curvlab.linalg.lbfgs import empty_memory, lbfgs_inverse, multiple_of_identity
 from curvlab.linalg.operators import Operator
 
@@ -155,3 +156,33 @@ def test_bounds_of_a_kronecker_product_multiply() -> None:
 def test_a_hundred_pairs_have_a_bound_that_no_float_holds() -> None:
     assert bounds.double_damping_lbfgs(100, 0.2, 0.3).upper == math.inf
     assert bounds.double_damping_lbfgs(100, 0.2, 0.3).lower == pytest.approx(6.0**-100)
+
+
+@MANY
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 6), st.floats(1e-3, 2), SEEDS)
+def test_tensor_normal_factors_of_random_gradients(shape: list[int], n: int, damping: float, seed: int) -> None:
+    """Thesis Lemmas 9 and 10, contractions by a loop over slices."""
+    G = normal(n, *shape, seed=seed)
+    F = sum(torch.outer(g.flatten(), g.flatten()) for g in G) / n
+    norm = float(torch.linalg.eigvalsh(F)[-1])
+    contractions = []
+    for i in range(len(shape)):
+        each = [g.movedim(i, 0).reshape(shape[i], -1) for g in G]
+        contractions.append(sum(m @ m.T for m in each) / n)
+        assert float(torch.linalg.eigvalsh(contractions[-1])[-1]) <= bounds.contraction(shape, i, norm) * (1 + 1e-9)
+    matrix = torch.ones(1, 1, dtype=DOUBLE)
+    for u in tensor_normal_factors(contractions):
+        matrix = torch.kron(matrix, u + damping * torch.eye(len(u), dtype=DOUBLE))
+    values = torch.linalg.eigvalsh(matrix)
+    found = bounds.tensor_normal(shape, norm, damping)
+    assert found.hold(float(values[0]), float(values[-1]))
+    assert found.inverse.hold(1 / float(values[-1]), 1 / float(values[0]))
+
+
+def test_lemma_9_and_10_are_reached() -> None:
+    """By one way alone Lemma 10 is an equality where F is; by white gradients Lemma 9 is."""
+    F = torch.eye(6, dtype=DOUBLE)
+    G = F.view(6, 2, 3) * math.sqrt(6)
+    contraction = sum(g @ g.T for g in G) / 6
+    assert float(torch.linalg.eigvalsh(contraction)[-1]) == pytest.approx(bounds.contraction([2, 3], 0, 1.0), rel=1e-12)
+    assert bounds.tensor_normal([6], 1.0, 0.5) == bounds.Bounds(0.5, pytest.approx(1.5))

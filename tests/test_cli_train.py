@@ -40,6 +40,10 @@ TWO = [
     "step",
     "--schedule-set",
     "every=1",
+    "--probe",
+    "damping",
+    "--probe",
+    "loss:4",
 ]
 
 
@@ -73,7 +77,7 @@ def test_it_is_what_the_function_does(folder: Path) -> None:
     objective = cl.Objective(model, cl.likelihoods.Categorical(), seed=3)
     run = cl.train(
         objective, train.batches(6000, seed=3), test, algorithm="k-bfgs-20", lr=0.01, damping=0.3, epochs=2,
-        schedule="step", schedule_options={"every": 1},
+        schedule="step", schedule_options={"every": 1}, probes=["damping", "loss:4"],
     )  # fmt: skip
     same_log(run.dataset, cl.open(folder))
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), model_of(folder).values(), strict=True))
@@ -168,6 +172,7 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -
 
 LONG = [*SMALL[:3], "--batch-size", "1000", "--lr", "0.01", "--algorithm", "kfac", "--damping", "0.1", "--epochs", "4"]
 LONG += ["--checkpoint-seconds", "0.05", "--evaluate-samples", "5000"]
+LONG += ["--probe", "loss", "--probe", "norms:7"]
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +322,11 @@ def test_a_run_that_diverges_says_so_and_keeps_the_last_good_state(tmp_path: Pat
         (["--steps", "0"], "steps must be 1 or more"),
         (["--seconds", "0"], "seconds must be above 0"),
         (["--evaluate-every", "0"], "evaluate_every must be 1 or more"),
+        (["--probe", "dampin"], "unknown probe 'dampin'; did you mean 'damping'"),
+        (["--probe", "loss:x"], "probe 'loss:x': after the colon comes a number of steps, 1 or more, as in loss:10"),
+        (["--probe", "loss", "--probe", "loss:2"], "probe 'loss' is given twice"),
+        (["--probe", "gram"], "probe 'gram' is of curvlab compare alone"),
+        (["--probe", "damping"], "probe 'damping' needs a quasi-Newton method, which learns from pairs, and there is adam"),
         (["--evaluate-samples", "0"], "evaluate_samples must be 1 or more"),
         (["--checkpoint-seconds", "0"], "seconds between checkpoints must be above 0"),
         (["--seed", "-1"], "seed must be 0 or positive"),

@@ -60,9 +60,10 @@ def test_the_table_of_algorithms_is_complete_and_true() -> None:
 
 
 def test_the_log_schema_is_complete_and_true() -> None:
-    table = {row[0].strip("`"): row[1] for row in rows("| variable | dimensions | what |")}
-    variables = {name: v for p in PROBES.values() for name, v in p.variables.items()}
-    assert table == {name: ", ".join(("step", *v.dims)) for name, v in variables.items()}
+    table = {name.strip("` "): row[1] for row in rows("| variable | dimensions | what |") for name in row[0].split(",")}
+    expected = {name: ", ".join(("step", *v.dims)) for p in PROBES.values() for name, v in p.variables.items()}
+    expected |= {name: ", ".join(("epoch", *v.dims)) for p in PROBES.values() for name, v in p.epoch.items()}
+    assert table == expected
 
 
 def test_the_schema_of_spectra_is_complete_and_true() -> None:

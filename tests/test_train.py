@@ -21,6 +21,7 @@ import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.datasets import Dataset
 from curvlab.figures import draw_all
+from curvlab.probes import PROBES
 from curvlab.training import checkpoint
 from curvlab.training.evaluation import SQUARED, SQUARED_SIGMOID, WRONG, WRONG_SIGN, Measure, evaluate, measure_of
 from curvlab.training.records import TIMES, VARIABLES
@@ -513,3 +514,76 @@ def test_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
         )
         logs.append(run.dataset["train_loss"])
     np.testing.assert_allclose(logs[0], logs[1], rtol=1e-9)
+
+
+# ---- probes
+
+
+def test_probes_lie_along_axes_of_their_own_and_leave_the_run_as_it_is(tmp_path: Path) -> None:
+    """Seven steps in two epochs; every name without a number as its own table line says."""
+    model, other = net(), net()
+    arguments = {"algorithm": "kfac", "lr": 0.05, "damping": 0.1, "epochs": 2}
+    bare = cl.train(objective_of(other), data().batches(5, seed=1), **arguments).dataset
+    run = cl.train(objective_of(model), data().batches(5, seed=1), probes=["norms:3", "loss"], folder=tmp_path, **arguments)
+    ds = cl.open(tmp_path)
+    same_weights(model, other)
+    xr.testing.assert_identical(ds, run.dataset)
+    for name in set(bare.data_vars) - set(TIMES):
+        xr.testing.assert_identical(ds[name], bare[name])
+    assert ds["norms_step"].values.tolist() == [0, 3, 6]
+    assert ds["loss_step"].values.tolist() == list(range(8))
+    assert ds["direction_norm"].dims == ("norms_step", "algorithm", "block")
+    assert ds["algorithm"].values.tolist() == ["kfac"]
+    means = ds["loss"].values.reshape(2, 4).mean(1)
+    np.testing.assert_allclose(means, ds["batch_loss"][1:], rtol=1e-13)
+    assert json.loads(ds.attrs["probes"]) == {"norms": 3, "loss": 1}
+    assert ds["probe_seconds"][-1] > 0
+    assert {"long_name", "units"} <= ds["norms_step"].attrs.keys()
+
+
+def test_the_shift_of_block_hessian_is_in_the_log_of_every_run() -> None:
+    ds = cl.train(objective_of(net()), data().batches(5, epochs=2), algorithm="block-hessian", damping=0.3, lr=0.1).dataset
+    assert ds["shift"].dims == ("shift_step", "algorithm", "block")
+    assert ds["shift_step"].values.tolist() == list(range(8))
+    objective = objective_of(net())
+    optimizer = cl.optimizer("block-hessian", objective, lr=0.1, damping=0.3)
+    optimizer.warm_start(data().batches(5, seed=0))
+    expected = []
+    for batch in data().batches(5, epochs=2):
+        optimizer.step(objective.closure(*batch))
+        expected.append([block.shift for block in optimizer.descent.curvature.blocks.values()])
+    np.testing.assert_array_equal(ds["shift"][:, 0], expected)
+    assert max(expected[-1]) > 0
+
+
+@pytest.mark.parametrize("algorithm", ["k-bfgs-20", "kfac", "lbfgs"])
+def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, tmp_path: Path) -> None:
+    curvature = objective_of(net())
+    fits = [n for n, p in PROBES.items() if "train" in p.where and p.fits(cl.optimizer(algorithm, curvature).descent.curvature)]
+    probes = [f"{n}:{1 + i % 3}" for i, n in enumerate(fits)]
+    more = {"algorithm": algorithm, "lr": 0.05, "damping": 0.3, "epochs": 2, "probes": probes}
+    whole = net()
+    expected = cl.train(objective_of(whole), data().batches(5, seed=1), **more).dataset
+    for steps in (3, 4, 6):
+        for seconds in (1e-9, 60.0):
+            folder = tmp_path / f"{steps} {seconds}"
+            arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
+            killed_after(steps, objective=objective_of(net()), batches=data().batches(5, seed=1), **arguments)
+            cl.open(folder)
+            model = net(99)
+            run = cl.train(objective_of(model), data().batches(5, seed=1), resume=True, **arguments)
+            same_weights(model, whole)
+            same_log(run.dataset, expected)
+            same_log(cl.open(folder), expected)
+    with pytest.raises(cl.CurvlabError, match=r"other settings \(probes \{.*\}, not None\)"):
+        cl.train(objective_of(net()), data().batches(5, seed=1), resume=True, **arguments | {"probes": ()})
+
+
+def test_probes_up_to_a_divergence_are_kept() -> None:
+    blow = {"schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 1.0 if e < 1 else 1e300)}
+    with pytest.warns(cl.CurvlabWarning, match="diverged in epoch 2"):
+        run = cl.train(
+            objective_of(fragile()), data().batches(5, seed=1), epochs=3, algorithm="sgd-m", lr=1e-3, probes=["loss"], **blow
+        )
+    assert run.dataset["epoch"].values.tolist() == [0, 1]
+    assert run.dataset["loss_step"].values.tolist() == [0, 1, 2, 3, 4]

@@ -106,6 +106,11 @@ class KBfgs:
         return places_split(self.overall, self.places if self.rebalance else 1)
 
     @property
+    def mu2(self) -> dict[str, float]:
+        """{pair: its μ₂}: the dampings of the factors."""
+        return dict(zip("ag", self._split(), strict=True))
+
+    @property
     def factors(self) -> tuple[Tensor | Operator, Tensor]:
         """(H_g, H_a)."""
         assert isinstance(self.inverse, Kronecker)

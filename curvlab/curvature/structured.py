@@ -37,6 +37,7 @@ from curvlab.curvature.whole import Schedule, Search, flat, like, part, searched
 from curvlab.errors import CurvlabError, unknown
 from curvlab.exact.batches import Kind
 from curvlab.exact.general import Function
+from curvlab.linalg.bfgs import Pair, accept, undamped
 from curvlab.linalg.krylov import Indefinite, conjugate_gradients
 from curvlab.linalg.lbfgs import Memory, empty_memory, lbfgs_inverse, multiple_of_identity, refined, refined_low_rank
 from curvlab.linalg.operators import Dense, Operator
@@ -148,6 +149,7 @@ class Structured:
         self.pending: tuple[Tensor, Tensor] | None = None  # u_{k−1}, v̂_{k−1}: v needs H_k, (10)
         self.work = {"products": 0, "trials": 0}
         self.lam = damping
+        self.last: Pair | None = None  # the last pair, for the log
         self._sample: Sample | None = None
 
     # ------------------------------------------------------------------------------------------ Alg. 1
@@ -249,9 +251,19 @@ class Structured:
             last = [k > self.steps - self.pairs for k in self.ages]
             memory = Memory(self.pairs, memory.S[last], memory.Y[last])
             self.ages = [k for k, stays in zip(self.ages, last, strict=True) if stays]
-        if float(u @ v) > 0 and float(u @ v) >= _EPSILON_B * float(u.norm() * v.norm()):
+        self.last = accept(undamped(u, v, self._metric(u, v)), cosine=_EPSILON_B)
+        if not self.last.skipped:
             memory, self.ages = memory.append(u, v), [*self.ages, self.steps][-self.pairs :]
         self.memory = memory if len(memory) else None
+
+    def _metric(self, u: Float[Tensor, " D"], v: Float[Tensor, " D"]) -> Operator:
+        """H of the pair's record: of L-BFGS what the direction was taken with; else (Λ⁰)⁻¹ of this pair."""
+        if self.base == "none":
+            if not self.ready:  # the run goes on from a state
+                self._invert(u)
+            return self._inverse
+        gamma = abs(float(u @ v / (u @ u))) if self.gamma is None else self.gamma
+        return multiple_of_identity(1 / gamma if gamma else math.nan, u)
 
     @property
     def _gamma(self) -> float:

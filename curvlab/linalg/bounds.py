@@ -2,13 +2,15 @@
 
 Documents: thesis (chapters 2 and 3); 2021 (Ren, Goldfarb), whose lemmas are numbered apart.
 
-Legend: μ₁, μ₂ of the damping; p pairs in an L-BFGS matrix; φ bound of a layer's inputs, I their number with the bias column,
+Legend: [d_1, …, d_k] shape of a variable with k ways, ε damping of TNT;
+μ₁, μ₂ of the damping; p pairs in an L-BFGS matrix; φ bound of a layer's inputs, I their number with the bias column,
 T places; λ_A, λ_G the dampings of the factors.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -22,6 +24,11 @@ class Bounds:
     def hold(self, least: float, greatest: float, slack: float = 1e-9) -> bool:
         """Whether a spectrum from `least` to `greatest` lies within, but for rounding."""
         return self.lower * (1 - slack) <= least and greatest <= self.upper * (1 + slack)
+
+    @property
+    def inverse(self) -> Bounds:
+        """Of the inverse of a positive definite matrix."""
+        return Bounds(1 / self.upper, 1 / self.lower if self.lower else math.inf)
 
     def __mul__(self, other: Bounds) -> Bounds:
         """Of the Kronecker product of two (thesis Lemma 3; Lemma 7)."""
@@ -80,3 +87,14 @@ def _grown(start: float, p: int, factor: float, mu2: float) -> float:
     except OverflowError:
         return math.inf
     return start * power + (power - 1) / (factor - 1) / mu2
+
+
+def contraction(shape: Sequence[int], way: int, norm: float) -> float:
+    """‖E[G^(i)]‖ is at most this where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 9. `way`: i, from 0."""
+    return math.prod(shape) / shape[way] * norm
+
+
+def tensor_normal(shape: Sequence[int], norm: float, damping: float) -> Bounds:
+    """⊗ᵢ (Ũ_i + εI) of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 10. H is its `inverse`."""
+    k = len(shape)
+    return Bounds(damping**k, math.prod(d ** (1 - 1 / k) * norm ** (1 / k) + damping for d in shape))

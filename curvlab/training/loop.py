@@ -27,12 +27,13 @@ from curvlab import datasets
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged
 from curvlab.interrupt import Shield, shielded
 from curvlab.log import Record
-from curvlab.objective import Objective
+from curvlab.objective import Objective, Observation
 from curvlab.optim import Batch
 from curvlab.progress import counted
 from curvlab.runs import clock_of, length
 from curvlab.training import checkpoint
 from curvlab.training.evaluation import Data, Measure, evaluate, mode
+from curvlab.training.probing import Sampler
 from curvlab.training.records import Meter, open_log
 from curvlab.training.settings import Budget, Position, Settings
 
@@ -50,6 +51,7 @@ class Training:
         about: attributes of the log. must_match: what else must be the same where the run goes on.
         size: examples at a time in evaluation.
         folder: gets run.h5 and checkpoint.pt.
+        probes: {name: steps between samples, None for the probe's own}.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Training:
         size: int,
         folder: Path | None,
         checkpoint_seconds: float = 60.0,
+        probes: Mapping[str, int | None] | None = None,
     ) -> None:
         settings.check()
         budget.check()
@@ -77,11 +80,13 @@ class Training:
         self.per_epoch = batches.per_epoch if isinstance(batches, datasets.Batches) else length(batches)
         self.optimizer = settings.optimizer(objective)
         self.scheduler = settings.scheduler(self.optimizer, budget.epochs)
-        self.optimizer.watch = self.meter = Meter(objective)
-        self.clock = clock_of(objective.device)
+        self.meter, self.clock = Meter(objective), clock_of(objective.device)
+        self.sampler = Sampler(objective, self.optimizer, settings.algorithm, probes or {}, self.clock)
+        self.optimizer.watch = self._watch
         self.at, self.shield = Position(), Shield()
         self.last: Batch | None = None
         self.must_match = settings.plain() | dict(must_match) | ({"epochs": budget.epochs} if settings.spans() else {})
+        self.must_match |= {"probes": dict(self.sampler.every)} if self.sampler.every else {}
         group = self.optimizer.param_groups[0]
         attributes = {
             "title": f"curvlab train: {settings.algorithm}",
@@ -91,7 +96,8 @@ class Training:
             "lr": float(group["lr"]),
             "damping": float(group["damping"]),
         }
-        self.log = open_log(objective, error, attributes | dict(about), None if folder is None else folder / "run.h5")
+        path = None if folder is None else folder / "run.h5"
+        self.log = open_log(objective, error, attributes | dict(about), path, settings.algorithm, self.sampler.every)
         self.stopped = ""
         self.good = (0, 0)  # epoch and step of the last good state
         self._good_model: dict[str, Tensor] = {}  # kept only where there is no folder
@@ -137,6 +143,7 @@ class Training:
                 raise
             finally:
                 self._pause()
+                self.sampler.flush(self.log)
                 self.log.save()
 
     def _begin(self) -> None:
@@ -162,9 +169,8 @@ class Training:
         scores = self._evaluate() if evaluated else self._glance()
         if not whole:
             self._keep(sound=True)  # without this record: a longer run would not have it
-        record = self._record(scores)
         with self.shield:
-            self.log.append(number, record)
+            self.log.append(number, self._record(scores))
             if whole:
                 self.at.epoch, self.at.step, self.meter.sums = self.at.epoch + 1, 0, None
                 if self.settings.schedule_every == "epoch":
@@ -184,6 +190,7 @@ class Training:
             for batch in self._minibatches():
                 with self.shield:
                     self.last = batch
+                    self.sampler.start(self.at.steps)
                     loss = self.optimizer.step(self.objective.closure(*batch))
                     self.at.step += 1
                     self.at.steps += 1
@@ -199,6 +206,10 @@ class Training:
             return True
         finally:
             self._pause()
+
+    def _watch(self, observation: Observation, moved: dict[str, Tensor]) -> None:
+        self.meter(observation, moved)
+        self.sampler.after()
 
     def _next_rate(self, scores: dict[str, float]) -> None:
         if isinstance(self.scheduler, ReduceLROnPlateau):
@@ -232,9 +243,13 @@ class Training:
 
     def _spent(self) -> bool:
         """Whether the steps or the seconds are; read without waiting for the device."""
-        gone = self.at.wall + (0.0 if self._since is None else time.perf_counter() - self._since[0])
         steps, seconds = self.budget.steps, self.budget.seconds
-        return (steps is not None and self.at.steps >= steps) or (seconds is not None and gone >= seconds)
+        return (steps is not None and self.at.steps >= steps) or (seconds is not None and self._gone >= seconds)
+
+    @property
+    def _gone(self) -> float:
+        """Seconds of training so far."""
+        return self.at.wall + (0.0 if self._since is None else time.perf_counter() - self._since[0] - self.sampler.wall)
 
     # ---- time and progress
 
@@ -243,8 +258,10 @@ class Training:
 
     def _pause(self) -> None:
         if self._since is not None:
-            self.at.wall += self.clock() - self._since[0]
-            self.at.cpu += time.process_time() - self._since[1]
+            wall, cpu = self.sampler.spent()
+            self.at.wall += self.clock() - self._since[0] - wall
+            self.at.cpu += time.process_time() - self._since[1] - cpu
+            self.at.probes += wall
             self._since = None
 
     def _total(self) -> float | None:
@@ -254,9 +271,8 @@ class Training:
         """Of `_total`: steps, or seconds where those are limited (the steps too, whichever are further)."""
         if self.budget.seconds is None:
             return self.at.steps
-        gone = self.at.wall + (0.0 if self._since is None else time.perf_counter() - self._since[0])
         steps = self.budget.most_steps(self.per_epoch)
-        return max(gone, self.budget.seconds * self.at.steps / steps if steps else 0.0)
+        return max(self._gone, self.budget.seconds * self.at.steps / steps if steps else 0.0)
 
     def _show(self, loss: Tensor) -> None:
         """A few times a second, and only where there is someone to see: reading the loss waits for the device."""
@@ -299,12 +315,16 @@ class Training:
 
     def _record(self, scores: dict[str, float]) -> Record:
         group = self.optimizer.param_groups[0]
-        return self.meter.record(scores, float(group["lr"]), float(group["damping"]), self.at)
+        record = self.meter.record(scores, float(group["lr"]), float(group["damping"]), self.at)
+        self.sampler.flush(self.log)
+        return {**record, **self.sampler.of_epoch(self.log, self.at.steps - self.at.step)}
 
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Everything: tensors, numbers, strings, lists and dictionaries only."""
+        with self.shield:
+            self.sampler.flush(self.log)
         return {
             "settings": self.must_match,
             "budget": asdict(self.budget),

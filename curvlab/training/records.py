@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvlab.log import Log, Record
 from curvlab.objective import Objective, Observation
+from curvlab.probes.base import labels, taken
 from curvlab.training.evaluation import Measure
 from curvlab.training.settings import Position
 
@@ -33,19 +34,30 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "cpu_seconds": ((), "CPU time of training, all threads, since the beginning", "s"),
     "evaluation_seconds": ((), "wall time of evaluation since the beginning, apart from training", "s"),
     "warm_start_seconds": ((), "wall time of the warm start, apart from training", "s"),
+    "probe_seconds": ((), "wall time of the probes since the beginning, apart from training", "s"),
 }  # fmt: skip
 """{variable: (dimensions beside the epoch, long name, units)}"""
 
 TIMES = tuple(name for name in VARIABLES if name.endswith("_seconds"))
 
 
-def open_log(objective: Objective, error: Measure | None, attributes: Mapping[str, Any], path: Path | None) -> Log:
-    """An empty log of epochs."""
+def open_log(
+    objective: Objective,
+    error: Measure | None,
+    attributes: Mapping[str, Any],
+    path: Path | None,
+    algorithm: str = "",
+    probes: Mapping[str, int] | None = None,
+) -> Log:
+    """An empty log of epochs, and of these probes with their steps between samples."""
+    names = list(probes or {})
     variables = {"epoch": {"long_name": "epochs of training", "units": "1"}}
     for name, (_, long_name, units) in VARIABLES.items():
         said = long_name.replace("error", error.name, 1) if error and name.endswith("_error") else long_name
         variables[name] = {"long_name": said, "units": units}
+    variables |= taken(names)
     own = {
+        "probes": dict(probes or {}),
         "seed": objective.seed,
         "device": str(objective.device),
         "dtype": str(objective.dtype).removeprefix("torch."),
@@ -55,7 +67,8 @@ def open_log(objective: Objective, error: Measure | None, attributes: Mapping[st
     coordinates: dict[str, Any] = {
         "block": [b.name for b in objective.blocks],
         "parameters": ("block", [" ".join(b.params) for b in objective.blocks]),
-    }
+        "algorithm": [algorithm],
+    } | labels(names)
     return Log(coordinates, variables, own | dict(attributes), path, (objective.seed,), "epoch")
 
 
@@ -91,5 +104,6 @@ class Meter:
             "cpu_seconds": at.cpu,
             "evaluation_seconds": at.evaluation,
             "warm_start_seconds": at.warm,
+            "probe_seconds": at.probes,
         }
         return {name: (VARIABLES[name][0], np.asarray(values[name])) for name in VARIABLES if name in values}

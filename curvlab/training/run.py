@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log
 from curvlab.objective import Closure, Objective, Pass
 from curvlab.optim import Batch, MomentumKind
+from curvlab.probes import asked
 from curvlab.progress import progress_bar
 from curvlab.runs import DTYPES, device_of
 from curvlab.training import checkpoint
@@ -81,6 +82,7 @@ def train(
     checkpoint_seconds: float = 60.0,
     resume: bool = False,
     progress: bool | None = None,
+    probes: Sequence[str] = (),
     **own: Any,
 ) -> TrainRun:
     """Train your model along one algorithm, and log loss, error, times and norms by epoch.
@@ -106,6 +108,7 @@ def train(
         checkpoint_seconds: between checkpoints within an epoch; there is one after every epoch.
         resume: go on from the folder's checkpoint, bit for bit; with the same arguments, but for a longer run.
         progress: show a progress bar; None shows one where standard error is a terminal.
+        probes: of `PROBES`, each as "name" or "name:every", every so many steps, from the first on.
 
     Raises:
         CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of other settings. A loss that is
@@ -129,7 +132,7 @@ def train(
     must_match = {"model": model, "data": data, "parameters": shapes, "seed": objective.seed}
     training = _training(
         objective, batches, validation, settings, Budget(epochs, steps, seconds), warm, error, about, must_match, place,
-        checkpoint_seconds,
+        checkpoint_seconds, asked(probes, "train"),
     )  # fmt: skip
     if resume:
         if place is None:
@@ -156,6 +159,7 @@ def _training(
     must_match: Mapping[str, Any],
     folder: Path | None,
     checkpoint_seconds: float,
+    probes: Mapping[str, int | None],
 ) -> Training:
     """What is left open is filled in. Nothing is written."""
     if isinstance(batches, Iterator):
@@ -188,6 +192,7 @@ def _training(
         size=size,
         folder=folder,
         checkpoint_seconds=checkpoint_seconds,
+        probes=probes,
     )
 
 
@@ -223,6 +228,7 @@ class Named:
     device: str = "auto"
     dtype: str = "float32"
     checkpoint_seconds: float = 60.0
+    probes: Mapping[str, int | None] = field(default_factory=dict)
 
     def must_match(self) -> dict[str, Any]:
         names = ("model", "batch_size", "augment", "warm", "seed", "dtype")
@@ -265,7 +271,7 @@ def prepare(named: Named, call: Mapping[str, Any], state: dict[str, Any] | None 
     warm = batches.one_pass() if named.warm else ()
     training = _training(
         objective, batches, test_part, named.settings, named.budget, warm, None, about, named.must_match(), None,
-        named.checkpoint_seconds,
+        named.checkpoint_seconds, named.probes,
     )  # fmt: skip
     if state is not None:
         training.load_state_dict(state)

@@ -125,3 +125,4 @@ class Position:
     cpu: float = 0.0
     evaluation: float = 0.0
     warm: float = 0.0
+    probes: float = 0.0

@@ -1,0 +1,60 @@
+"""How far one matrix is from another: norms and inner products summed in float64, spectra.
+
+Legend: R rows, C columns; D order of a symmetric matrix; ‖·‖ is the Frobenius norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.linalg.operators import Operator
+
+
+def compare(
+    matrix: Operator, scale: float, exact: Float[Tensor, "D D"], eigenvalues: Float[Tensor, " D"] | None
+) -> dict[str, float]:
+    """An estimate, times `scale`, against the exact matrix."""
+    dense = matrix.dense()
+    size, own, both = norm(exact), norm(dense), inner(dense, exact)
+    found = {
+        "error": ratio(distance(dense, exact, scale), size),
+        "error_scaled": ratio(distance(dense, exact, both / own**2 if own else 0.0), size),
+        "cosine": ratio(both, own * size),
+        "trace_ratio": ratio(scale * float(dense.diagonal().sum()), float(exact.diagonal().sum())),
+    }
+    if eigenvalues is not None:
+        spectrum = matrix.eigvalsh().double() * scale
+        rounding = float(eigenvalues.abs().max()) * len(exact) * torch.finfo(exact.dtype).eps
+        found["spectrum_error"] = ratio(float((spectrum - eigenvalues).norm()), float(eigenvalues.norm()))
+        found["largest_ratio"] = ratio(float(spectrum[-1]), float(eigenvalues[-1]), rounding)
+        found["smallest_ratio"] = ratio(float(spectrum[0]), float(eigenvalues[0]), rounding)
+    return found
+
+
+def ratio(above: float, below: float, least: float = 0.0) -> float:
+    """NaN where the denominator is not above `least` in size."""
+    return above / below if abs(below) > least else float("nan")
+
+
+def _rows(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of each at a time, in float64."""
+    for start in range(0, len(one), 256):
+        yield one[start : start + 256].double(), other[start : start + 256].double()
+
+
+def distance(one: Float[Tensor, "D D"], other: Float[Tensor, "D D"], multiple: float = 1.0) -> float:
+    """‖multiple · one − other‖."""
+    return math.sqrt(sum(float((multiple * a - b).square().sum()) for a, b in _rows(one, other)))
+
+
+def inner(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> float:
+    return sum(float((a * b).sum()) for a, b in _rows(one, other))
+
+
+def norm(matrix: Float[Tensor, "R C"]) -> float:
+    return math.sqrt(inner(matrix, matrix))

@@ -1,0 +1,10 @@
+"""PROBES: functions of a frame that return what an `xarray.Dataset` takes, one file a kind."""
+
+from curvlab.probes import against as _against  # noqa: F401  # these enter their probes
+from curvlab.probes import bounds as _bounds  # noqa: F401
+from curvlab.probes import noise as _noise  # noqa: F401
+from curvlab.probes.base import PROBES, Frame, Probe, Record, Variable, asked, check_fit, probe, select
+from curvlab.probes.damping import fractions
+from curvlab.probes.directions import cosines
+
+__all__ = ["PROBES", "Frame", "Probe", "Record", "Variable", "asked", "check_fit", "cosines", "fractions", "probe", "select"]

@@ -1,0 +1,272 @@
+"""Methods against the exact matrices of the minibatch: of their blocks, and of the quadratic model of a step.
+
+All are of the mean loss at the weights before the move. The model runs again, as it stands: with BatchNorm in train mode the
+loss is a function of the whole minibatch, and so are Hessian and Gauss-Newton products; dense blocks exist only where examples
+stand alone, and nothing where the model draws random numbers (dropout): both are refused.
+
+Legend: D parameters, p direction, α learning rate, d = −α p; m(d) = gᵀd + ½ dᵀBd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab import exact
+from curvlab.errors import CurvlabError
+from curvlab.exact.batches import Kind
+from curvlab.exact.general import Function
+from curvlab.linalg.distances import compare
+from curvlab.linalg.krylov import lanczos
+from curvlab.linalg.products import Product
+from curvlab.objective import Objective
+from curvlab.probes.base import Frame, Values, Variable, probe
+from curvlab.probes.bounds import ends
+
+KINDS: dict[str, Kind] = {"ggn": "ggn", "hessian": "hessian"}
+MODELS = ("own", *KINDS)
+LARGEST = 1000
+"""Order of a block up to which its matrices are formed."""
+STEPS, TOP = 30, 10
+"""Steps of Lanczos, and the eigenvectors that a step is projected on."""
+
+_ENDS = ("lowest", "highest")
+
+
+def flat(frame: Frame, algorithm: str) -> Float[Tensor, " D"]:
+    """The direction as one vector."""
+    return torch.cat([frame.directions[algorithm][b.name].flatten() for b in frame.objective.blocks])
+
+
+def function(frame: Frame) -> Function:
+    """The model on this minibatch. Raises CurvlabError where it draws random numbers."""
+
+    def make() -> Function:
+        closure = frame.now.closure
+        before = _chance(closure.x.device)
+        found = Function(closure, frame.objective.layout)
+        found.outputs(found.at, closure.x)
+        if not all(map(torch.equal, before, _chance(closure.x.device))):
+            raise CurvlabError("the model draws random numbers (dropout), so that a step has no loss of its own: leave it out")
+        return found
+
+    made: Function = frame.once("function", make)
+    return made
+
+
+def _chance(device: torch.device) -> list[Tensor]:
+    """States of the global generators."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def matrix(frame: Frame, kind: Kind) -> Product:
+    """Products with the whole exact matrix, with that of the L2 term."""
+
+    def make() -> Product:
+        apply = function(frame).product(kind, 1)
+        size, l2 = frame.now.size, frame.objective.l2
+        return Product(
+            lambda v: apply(v.mT.contiguous()).mT / size + 2 * l2 * v, len(frame.objective.layout), frame.objective.dtype,
+            frame.objective.device,
+        )  # fmt: skip
+
+    made: Product = frame.once(f"product {kind}", make)
+    return made
+
+
+# ---- the quadratic model of a step
+
+
+def own_quadratic(frame: Frame, algorithm: str) -> float:
+    """pᵀBp with B the matrix that a method of blocks estimates, undamped; NaN where it estimates none."""
+    total = 0.0
+    for name, block in frame.of_blocks(algorithm).items():
+        B = estimate(frame, block)
+        if B is None:
+            return float("nan")
+        p = frame.directions[algorithm][name].flatten()
+        total += B[1] * float(p.double() @ (B[0] @ p).double())
+        total += 2 * frame.objective.l2 * float(p.double().square().sum())
+    return total if frame.of_blocks(algorithm) else float("nan")
+
+
+def estimate(frame: Frame, block: Any) -> tuple[Any, float] | None:
+    """(B, what takes it to the Fisher's scale); `CurvatureBlock.matrix`: N where it reads the mean gradient of N examples."""
+    started = hasattr(block, "inverse")
+    found = block.matrix() if started and hasattr(block, "matrix") else None
+    mean = getattr(block, "reads", "") == "gradient"
+    return None if found is None else (found, float(frame.now.size) if mean else 1.0)
+
+
+@probe(
+    "reduction", "reduction of the minibatch's loss by the step: actual, predicted, and their ratio ρ (thesis (5.5))",
+    {
+        "reduction_actual": Variable(("algorithm",), "f(θ) − f(θ − α p), the α of the reference", "nat"),
+        "reduction_predicted": Variable(("algorithm", "model"), "−m(d) of the method's own B, exact GGN or Hessian", "nat"),
+        "rho": Variable(("algorithm", "model"), "actual over predicted reduction; below 0: the model errs in sign", "1"),
+    },
+    needs=frozenset({"data"}), every=20, again=True, coordinates={"model": MODELS},
+)  # fmt: skip
+def _reduction(frame: Frame) -> list[Values]:
+    f = function(frame)
+    closure, l2, start = frame.now.closure, frame.objective.l2, float(frame.now.loss)
+    g = torch.cat([frame.now.gradients[b.name].flatten() for b in frame.objective.blocks]).double()
+    actual, predicted = [], []
+    directions = torch.stack([flat(frame, name) for name in frame.directions], 1)
+    products = {kind: matrix(frame, kind) @ directions for kind in KINDS.values()}
+    for i, name in enumerate(frame.directions):
+        p = directions[:, i]
+        with torch.no_grad():
+            w = f.at - frame.lr * p
+            loss = f.losses(w, closure.x, closure.y).double().mean() + l2 * w.double().square().sum()
+        actual.append(start - float(loss))
+        quadratic = [own_quadratic(frame, name)] + [float(p.double() @ Bp[:, i].double()) for Bp in products.values()]
+        linear = float(g @ p.double())
+        predicted.append([frame.lr * linear - frame.lr**2 / 2 * q for q in quadratic])
+    there, foreseen = np.asarray(actual), np.asarray(predicted)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return [there, foreseen, there[:, None] / foreseen]
+
+
+# ---- the blocks' own matrices
+
+
+def _estimates(curvature: Any) -> bool:
+    return any(hasattr(b, "matrix") for b in getattr(curvature, "blocks", {}).values())
+
+
+_EACH = ("algorithm", "block")
+
+
+@probe(
+    "error", "what methods estimate against the exact Fisher block: Frobenius, trace, eigenvalues (order at most 1000)",
+    {
+        "matrix_error": Variable(_EACH, "‖B − F‖ / ‖F‖ in Frobenius norm", "1"),
+        "matrix_error_scaled": Variable(_EACH, "the same of the best multiple of B", "1"),
+        "matrix_cosine": Variable(_EACH, "cosine between B and F", "1"),
+        "matrix_trace_ratio": Variable(_EACH, "tr B / tr F", "1"),
+        "matrix_spectrum_error": Variable(_EACH, "relative distance of the sorted eigenvalues", "1"),
+    },
+    every=100, again=True, fits=_estimates, wants="a method that estimates a matrix by block",
+)  # fmt: skip
+def _error(frame: Frame) -> list[Values]:
+    objective, closure = frame.objective, frame.now.closure
+    names = [b.name for b in objective.blocks if b.rule is not None and b.numel <= LARGEST]
+    fresh = Objective(objective.model, objective.likelihood, objective.seed)  # whose counts of closures are its own
+    fishers = exact.matrices(fresh, closure.x, closure.y, "fisher", names) if names else {}
+    keys = ("error", "error_scaled", "cosine", "trace_ratio", "spectrum_error")
+    found = np.full((len(keys), len(frame.directions), len(objective.blocks)), np.nan)
+    for j, name in enumerate(frame.blocks):
+        if name not in fishers:
+            continue
+        F = fishers[name].dense()
+        values = torch.linalg.eigvalsh(F).double()
+        for i, algorithm in enumerate(frame.directions):
+            block = frame.of_blocks(algorithm).get(name)
+            B = None if block is None else estimate(frame, block)
+            if B is not None:
+                seen = compare(B[0], B[1], F, values)
+                found[:, i, j] = [seen[key] for key in keys]
+    return list(found)
+
+
+# ---- eigenvalues and eigenvectors of the whole
+
+
+def ritz(frame: Frame, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz values, ascending, lengths of their residuals, and Ritz vectors as columns, from the gradient of a fixed seed."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        operator = matrix(frame, kind)
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(len(operator), generator=generator, dtype=torch.float64).to(frame.objective.device)
+        found = lanczos(operator, start.to(frame.objective.dtype), STEPS, basis=True)
+        theta, residual, s = found.ritz()
+        assert found.basis is not None
+        return theta, residual, found.basis @ s
+
+    made: tuple[Tensor, Tensor, Tensor] = frame.once(f"ritz {kind}", make)
+    return made
+
+
+@probe(
+    "spectrum", "ends of the spectra of the whole exact GGN and Hessian, by 30 steps of Lanczos",
+    {
+        "curvature_end": Variable(("matrix", "end"), "extreme eigenvalue of the minibatch's matrix, with the L2 term", "nat"),
+        "curvature_end_error": Variable(("matrix", "end"), "an eigenvalue lies this near", "nat"),
+    },
+    every=200, again=True, coordinates={"matrix": tuple(KINDS), "end": _ENDS},
+)  # fmt: skip
+def _spectrum(frame: Frame) -> list[Tensor]:
+    found = [ritz(frame, kind) for kind in KINDS.values()]
+    return [torch.stack([part[i][[0, -1]] for part in found]) for i in (0, 1)]
+
+
+@probe(
+    "alignment", "how much of the step lies in the span of the exact matrices' top 10 eigenvectors (Lanczos)",
+    {
+        "alignment": Variable(("algorithm", "matrix"), "fraction of the squared length of the step", "1"),
+        "gradient_alignment": Variable(("matrix",), "the same of the minibatch's gradient", "1"),
+    },
+    needs=frozenset({"data"}), every=200, again=True, coordinates={"matrix": tuple(KINDS)},
+)  # fmt: skip
+def _alignment(frame: Frame) -> list[Tensor]:
+    g = torch.cat([frame.now.gradients[b.name].flatten() for b in frame.objective.blocks])
+    steps = torch.stack([flat(frame, name) for name in frame.directions])
+
+    def within(rows: Tensor) -> Tensor:
+        tops = [ritz(frame, kind)[2][:, -TOP:] for kind in KINDS.values()]
+        return torch.stack([(rows @ top).square().sum(1) / rows.square().sum(1) for top in tops], 1)
+
+    return [within(steps), within(g[None])[0]]
+
+
+# ---- what a method holds
+
+
+@probe(
+    "condition", "condition number of every method's inverse",
+    {"condition": Variable(_EACH, "greatest over least eigenvalue of the inverse; NaN above order 2000 without factors", "1")},
+    every=50,
+)  # fmt: skip
+def _condition(frame: Frame) -> list[Values]:
+    found = np.full((len(frame.directions), len(frame.blocks)), np.nan)
+    for i, algorithm in enumerate(frame.directions):
+        for j, name in enumerate(frame.blocks):
+            inverse = getattr(frame.of_blocks(algorithm).get(name), "inverse", None)
+            if inverse is not None:
+                low, high = ends(inverse)
+                found[i, j] = high / low if low > 0 else np.nan
+    return [found]
+
+
+def held(curvature: Any) -> int:
+    """Bytes of the tensors in a curvature's state, each counted once."""
+    sizes: dict[int, int] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict | list | tuple):
+            for part in value.values() if isinstance(value, dict) else value:
+                look(part)
+
+    state: Callable[[], Any] | None = getattr(curvature, "state_dict", None)
+    kept = None if state is None else state()  # alive until all is counted, so that no address comes twice
+    look(kept)
+    return sum(sizes.values())
+
+
+@probe(
+    "memory", "what every method keeps from step to step",
+    {"bytes_held": Variable(("algorithm",), "tensors of the curvature's state, momentum apart", "byte")},
+    every=200,
+)  # fmt: skip
+def _memory(frame: Frame) -> list[Values]:
+    return [np.asarray([float(held(frame.curvatures.get(name))) for name in frame.directions])]

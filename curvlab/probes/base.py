@@ -1,0 +1,243 @@
+"""Frame and Probe: what is looked at, and the functions that look. They take values and know no loop.
+
+A record is ``{variable: (dims, values)}`` without the axis of steps; the table says each variable's dimensions, long name and
+unit, and which passes a probe reads, so that the loop runs the union and nobody runs a pass for itself. Values may be tensors
+on the device: who gathers them reads them when it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from curvlab.errors import CurvlabError, lookup
+from curvlab.objective import Objective, Observation, Pass
+
+Values = NDArray[np.float64]
+Record = dict[str, tuple[tuple[str, ...], Values]]
+Sample = dict[str, Values | Tensor]
+"""{variable: values}, perhaps on the device."""
+
+Command = Literal["compare", "train"]
+COMMANDS: tuple[Command, ...] = ("compare", "train")
+
+Moment = Literal["before", "after"]
+"""Before the parameters move, when every direction is known; after the move and what was learnt from it."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    dims: tuple[str, ...]
+    long_name: str
+    units: str
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def said(self) -> dict[str, str]:
+        """Attributes of the variable in the log."""
+        return {"long_name": self.long_name, "units": self.units, **self.attributes}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One step. In `compare` of all algorithms, in `train` of one, which is the reference.
+
+    `directions` holds {algorithm: {block: p}} with the reference among them; `seconds` each algorithm's own time;
+    `curvatures` {algorithm: its Curvature}. The model's weights are those of `now` before the move.
+    """
+
+    step: int
+    now: Observation
+    directions: dict[str, dict[str, Tensor]]
+    reference: str
+    lr: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    curvatures: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def objective(self) -> Objective:
+        return self.now.closure.objective
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks."""
+        return list(next(iter(self.directions.values())))
+
+    def of_blocks(self, algorithm: str) -> Mapping[str, Any]:
+        """{block: its CurvatureBlock} of an algorithm that is made of blocks; else empty."""
+        found: Mapping[str, Any] = getattr(self.curvatures.get(algorithm), "blocks", {})
+        return found
+
+    @cached_property
+    def gram(self) -> Values:
+        """⟨p_i, p_j⟩ by block, [algorithm, other, block], in float64: every norm and every cosine follows from it."""
+        grams = []
+        for block in self.blocks:
+            rows = torch.stack([d[block].flatten() for d in self.directions.values()]).double()
+            grams.append(rows @ rows.T)
+        return np.asarray(torch.stack(grams, -1).cpu().numpy())
+
+    @property
+    def place(self) -> int:
+        """The reference's place among the algorithms."""
+        return list(self.directions).index(self.reference)
+
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """What several probes of this step compute once."""
+        return {}
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """`make()`, by whoever asks first."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`epoch` variables follow from an epoch's samples by `reduce` in `train`; `fits` says of a curvature whether there is
+    something to see, and `wants` what that is; `every` is the number of steps between samples where none is asked for;
+    `coordinates` are the labels of the probe's own dimensions; `begin` is shown every curvature before a step that is sampled;
+    `prepare` the frame before the move, where the moment is after it; `again`: it runs the model again."""
+
+    summary: str
+    variables: dict[str, Variable]
+    measure: Callable[[Frame], Sample]
+    needs: frozenset[Pass] = frozenset()
+    where: tuple[Command, ...] = COMMANDS
+    moment: Moment = "before"
+    every: int = 1
+    again: bool = False
+    coordinates: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    epoch: Mapping[str, Variable] = field(default_factory=dict)
+    reduce: Callable[[Mapping[str, Values]], Mapping[str, Values]] | None = None
+    begin: Callable[[Any], None] | None = None
+    prepare: Callable[[Frame], None] | None = None
+    fits: Callable[[Any], bool] = lambda curvature: True
+    wants: str = ""
+
+    def record(self, frame: Frame) -> Record:
+        """On the host, with dimensions."""
+        return {name: (self.variables[name].dims, on_host(v)) for name, v in self.measure(frame).items()}
+
+
+PROBES: dict[str, Probe] = {}
+
+
+def probe(
+    name: str, summary: str, variables: dict[str, Variable], **declared: Any
+) -> Callable[[Callable[[Frame], Sequence[Values | Tensor]]], Callable[[Frame], Sequence[Values | Tensor]]]:
+    """Enter a function of a frame into PROBES; it returns one array for each of `variables`, in their order.
+
+    Args:
+        declared: the further fields of `Probe`.
+    """
+
+    def enter(function: Callable[[Frame], Sequence[Values | Tensor]]) -> Callable[[Frame], Sequence[Values | Tensor]]:
+        def measure(frame: Frame) -> Sample:
+            return dict(zip(variables, function(frame), strict=True))
+
+        PROBES[name] = Probe(summary, variables, measure, **declared)
+        return function
+
+    return enter
+
+
+def on_host(values: Values | Tensor) -> Values:
+    return np.asarray(values.double().cpu().numpy() if isinstance(values, Tensor) else values)
+
+
+def begin(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
+    """Before a step in which these probes are taken."""
+    for name in names:
+        for curvature in curvatures.values():
+            start = PROBES[name].begin
+            if start is not None:
+                start(curvature)
+
+
+def sample(names: Sequence[str], frame: Frame, moment: Moment) -> dict[str, Sample]:
+    """{probe: what it measures} of those whose moment it is. Chance is left as it was; an error says which probe it was."""
+    found: dict[str, Sample] = {}
+    device = frame.now.loss.device
+    devices = [device] if device.type == "cuda" else []
+    for name in names:
+        one = PROBES[name]
+        work = one.measure if one.moment == moment else one.prepare if moment == "before" else None
+        if work is None:
+            continue
+        try:
+            with torch.random.fork_rng(devices=devices) if one.again else nullcontext():
+                seen = work(frame)
+        except CurvlabError as error:
+            raise type(error)(f"probe '{name}': {error}") from error
+        if seen is not None:
+            found[name] = seen
+    return found
+
+
+def select(names: Sequence[str], command: Command | None = None) -> dict[str, Probe]:
+    """The probes of these names. Raises CurvlabError for an unknown one, or one that `command` does not have."""
+    found = {name: lookup(PROBES, name, "probe") for name in names}
+    for name, one in found.items():
+        if command is not None and command not in one.where:
+            there = [n for n, p in PROBES.items() if command in p.where]
+            raise CurvlabError(f"probe '{name}' is of curvlab {one.where[0]} alone ({command} has {', '.join(there)})")
+    return found
+
+
+def asked(words: Sequence[str], command: Command) -> dict[str, int | None]:
+    """["name", "name:every"] → {name: every, None where it is left to the probe}.
+
+    Raises:
+        CurvlabError: an unknown probe, one that `command` does not have, one given twice, a bad number of steps.
+    """
+    found: dict[str, int | None] = {}
+    for word in words:
+        name, colon, every = word.partition(":")
+        select([name], command)
+        if name in found:
+            raise CurvlabError(f"probe '{name}' is given twice")
+        if colon and not (every.isascii() and every.isdigit() and int(every) > 0):
+            raise CurvlabError(f"probe '{word}': after the colon comes a number of steps, 1 or more, as in {name}:10")
+        found[name] = int(every) if colon else None
+    return found
+
+
+def check_fit(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
+    """Raises CurvlabError for a probe that has nothing to see in any of {algorithm: curvature}."""
+    for name in names:
+        one = PROBES[name]
+        if not any(one.fits(c) for c in curvatures.values()):
+            raise CurvlabError(f"probe '{name}' needs {one.wants}, and there is {', '.join(curvatures)} alone: leave it out")
+
+
+def axis(name: str) -> str:
+    """The dimension of the steps at which a probe was taken, where it has one of its own."""
+    return f"{name}_step"
+
+
+def taken(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """{variable: attributes in the log} of these probes and their own axes."""
+    found = {v: spec.said for n in names for v, spec in {**PROBES[n].variables, **PROBES[n].epoch}.items()}
+    return found | {axis(n): {"long_name": f"steps done when probe {n} was taken", "units": "1"} for n in names}
+
+
+def labels(names: Sequence[str]) -> dict[str, list[str]]:
+    """{dimension: labels} of these probes' own dimensions."""
+    return {dim: list(found) for n in names for dim, found in PROBES[n].coordinates.items()}
+
+
+def empty(name: str, sizes: Mapping[str, int]) -> dict[str, Values]:
+    """The epoch's variables of a probe before there is a sample: NaN."""
+    sizes = {**sizes, **{dim: len(found) for dim, found in PROBES[name].coordinates.items()}}
+    return {v: np.full([sizes[d] for d in spec.dims], np.nan) for v, spec in PROBES[name].epoch.items()}

@@ -1,0 +1,88 @@
+"""What the directions say by themselves: cosines, lengths, times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from curvlab.probes.base import Frame, Values, Variable, probe
+
+
+def cosines(gram: Values, place: int) -> Values:
+    """Cosine of every algorithm to number `place` from inner products [algorithm, other, …]; NaN where a norm is zero."""
+    norms = np.sqrt(np.einsum("kk...->k...", gram))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(gram[:, place] / (norms * norms[place]))
+
+
+@probe(
+    "cosine", "cosine of every direction to the reference's, by block and over all blocks",
+    {
+        "cosine": Variable(("algorithm", "block"), "cosine similarity to the reference's direction", "1"),
+        "cosine_all": Variable(("algorithm",), "cosine similarity to the reference's direction, all blocks together", "1"),
+    },
+    where=("compare",),
+)  # fmt: skip
+def _cosine(frame: Frame) -> list[Values]:
+    return [cosines(frame.gram, frame.place), cosines(frame.gram.sum(-1), frame.place)]
+
+
+@probe(
+    "gram", "inner products of all directions: any cosine to any of them follows",
+    {"gram": Variable(("algorithm", "other", "block"), "inner product of two directions", "parameter²")},
+    where=("compare",),
+)  # fmt: skip
+def _gram(frame: Frame) -> list[Values]:
+    return [frame.gram]
+
+
+@probe("loss", "loss of the minibatch before the step", {"loss": Variable((), "mean loss of the minibatch", "nat")})
+def _loss(frame: Frame) -> list[torch.Tensor]:
+    return [frame.now.loss.double()]
+
+
+@probe(
+    "norms", "lengths of step, directions, gradient and weights",
+    {
+        "step_length": Variable((), "learning rate times the norm of the reference's direction", "parameter"),
+        "direction_norm": Variable(("algorithm", "block"), "norm of the direction, before the learning rate", "parameter"),
+        "minibatch_gradient_norm": Variable(("block",), "norm of the minibatch's gradient, L2 term included", "nat/parameter"),
+        "weight_norm": Variable(("block",), "norm of the parameters before the step", "parameter"),
+    },
+    needs=frozenset({"data"}),
+)  # fmt: skip
+def _norms(frame: Frame) -> list[torch.Tensor]:
+    parameters = {name: p.detach() for name, p in frame.objective.parameters.items()}
+    of_weights = [b.gather(parameters) for b in frame.objective.blocks]
+    lengths = torch.stack([_lengths([d[b] for b in frame.blocks]) for d in frame.directions.values()])
+    gradients = _lengths([frame.now.gradients[b] for b in frame.blocks])
+    return [frame.lr * lengths[frame.place].norm(), lengths, gradients, _lengths(of_weights)]
+
+
+def _lengths(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).double()
+
+
+@probe(
+    "time", "time of every algorithm's own update and direction",
+    {"seconds": Variable(("algorithm",), "time of update and direction; shared statistics count for the first to ask", "s")},
+    where=("compare",),
+)  # fmt: skip
+def _time(frame: Frame) -> list[Values]:
+    return [np.asarray(list(frame.seconds.values()))]
+
+
+def _shifts(curvature: Any) -> bool:
+    return any(hasattr(block, "shift") for block in getattr(curvature, "blocks", {}).values())
+
+
+@probe(
+    "shift", "what was added to an indefinite matrix's diagonal, beside the damping",
+    {"shift": Variable(("algorithm", "block"), "shift that makes the matrix positive semi-definite", "1")},
+    fits=_shifts, wants="a method that shifts its matrices (block-hessian)",
+)  # fmt: skip
+def _shift(frame: Frame) -> list[Values]:
+    of = [frame.of_blocks(algorithm) for algorithm in frame.directions]
+    return [np.asarray([[getattr(blocks.get(name), "shift", 0.0) for name in frame.blocks] for blocks in of])]

@@ -1,0 +1,142 @@
+"""The probe `bounds`: eigenvalues of dense inverses, bounds written out by hand, φ from activations and from data."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from problems import batches, problem
+from torch import nn
+
+import curvlab as cl
+from curvlab.linalg.operators import Kronecker
+from curvlab.probes.bounds import bounded_inputs, ends
+
+MU1 = 0.2
+NAMES = ["k-bfgs-20-convergent", "k-bfgs-convergent", "kf-bfgs-cnn-convergent", "k-bfgs-20", "tnt", "kfac"]
+
+
+@pytest.fixture(scope="module")
+def seen() -> xr.Dataset:
+    """From the second step on."""
+    p = problem()
+    ds = cl.compare(
+        p.objective(), batches(p, 5), reference="sgd-m", algorithms=NAMES, lr=0.5, damping=0.2, probes=["bounds:1", "damping"]
+    ).dataset
+    return ds.isel(step=slice(1, None))
+
+
+def test_eigenvalues_are_those_of_the_dense_inverse() -> None:
+    p = problem()
+    data = batches(p, 4)
+    for name in ("k-bfgs-20", "k-bfgs-l-20", "tnt", "kfac", "shampoo", "skqn-l"):
+        ds = cl.train(problem().objective(), data, algorithm=name, lr=0.05, damping=0.2, probes=["bounds:3"]).dataset
+        objective = problem().objective()
+        optimizer = cl.optimizer(name, objective, lr=0.05, damping=0.2)
+        for x, y in data:
+            optimizer.step(objective.closure(x, y))
+        last = ds.isel(bounds_step=-1, algorithm=0).sel(factor="product")
+        for block, inverse in optimizer.descent.curvature.inverse.items():
+            values = torch.linalg.eigvalsh(inverse.dense())
+            assert float(last["eigenvalue_low"].sel(block=block)) == pytest.approx(float(values[0]), rel=1e-9)
+            assert float(last["eigenvalue_high"].sel(block=block)) == pytest.approx(float(values[-1]), rel=1e-9)
+
+
+def test_bounds_hold_and_say_how_tight_they_are(seen: xr.Dataset) -> None:
+    for name in ("tightness_low", "tightness_high"):
+        there = np.isfinite(seen[name])
+        assert (seen[name].values[there.values] >= 1 - 1e-9).all()
+    convergent = seen.sel(algorithm=NAMES[:3])
+    assert np.isfinite(convergent["bound_low"]).all()
+    assert (convergent["bound_low"] <= convergent["eigenvalue_low"] * (1 + 1e-9)).all()
+    assert (convergent["bound_high"] >= convergent["eigenvalue_high"] * (1 - 1e-9)).all()
+    assert np.isnan(seen["bound_low"].sel(algorithm=["kfac", "k-bfgs-20"])).all()
+    assert np.isfinite(seen["bound_low"].sel(algorithm="tnt", factor="product")).all()
+    checked = np.isfinite(seen["update_bound_H"].values)
+    assert checked[:, 1:5].any((0, 2)).all()
+    for which in "BH":
+        norms, limits = seen[f"update_norm_{which}"].values[checked], seen[f"update_bound_{which}"].values[checked]
+        assert (norms <= limits * (1 + 1e-9)).all()
+
+
+def test_bounds_by_hand(seen: xr.Dataset) -> None:
+    """Lemmas 1, 2, 6, (3.17) with the numbers of the problem written out: T = 1, λ = 0.2, three layers 5-4-4-3."""
+    root = math.sqrt(0.2)
+    phi = seen["phi"]
+    assert (phi.sel(block=["2", "3"]) == 1).all()
+    assert seen["phi_proven"].isel(step=0).values.tolist() == [0, 1, 1]
+    inputs = [5, 4, 4]
+    lower = 1 / (np.array(inputs) * phi.values**2 + 1 + root)
+    for name in NAMES[:3]:
+        at = seen.sel(algorithm=name, factor="a")
+        np.testing.assert_allclose(at["bound_low"], lower, rtol=1e-13)
+        np.testing.assert_allclose(at["bound_high"], 1 / root, rtol=1e-13)
+    mu3 = {"k-bfgs-convergent": MU1 / (root * (1 + 2 * MU1)), "kf-bfgs-cnn-convergent": MU1 / (1 + 2 * MU1 * root)}
+    start = {"k-bfgs-convergent": 1 / root, "kf-bfgs-cnn-convergent": 1.0}
+    for name, third in mu3.items():
+        at = seen.sel(algorithm=name, factor="g", block="2")
+        used = np.cumsum(seen["pair_skipped"].sel(algorithm=name, block="2", pair="g").values == 0)
+        first = 1 if np.isfinite(at["bound_low"][0]) else 0
+        growth = (1 + 1 / math.sqrt(root * third)) ** 2
+        for i, bound in enumerate(at["bound_high"].values):
+            p, high = used[i] + first, start[name]
+            for _ in range(p):
+                high = growth * high + 1 / root
+            assert bound == pytest.approx(high, rel=1e-12)
+            assert float(at["bound_low"][i]) == pytest.approx(1 / (1 / start[name] + p / third), rel=1e-12)
+    assert seen.sel(algorithm=NAMES[0], factor="g")["bound_low"].values == pytest.approx(
+        (1 + 1 / MU1) ** -(1.0 + np.cumsum(seen["pair_skipped"].sel(algorithm=NAMES[0], pair="g").values == 0, 0)), rel=1e-12
+    )
+
+
+def test_tnts_bound_is_lemma_10_of_its_own_averages() -> None:
+    p = problem()
+    objective = p.objective()
+    data = batches(p, 3)
+    ds = cl.train(problem().objective(), data, algorithm="tnt", lr=0.0, damping=0.1, probes=["bounds:2"]).dataset
+    optimizer = cl.optimizer("tnt", objective, lr=0.0, damping=0.1)
+    for x, y in data:
+        optimizer.step(objective.closure(x, y))
+    means = optimizer.descent.curvature.blocks["2"].means
+    weight, bias = (float(m[0].trace()) for m in means)
+    of_weight = (2 * math.sqrt(weight) + 0.1) ** 2  # d = 4, 4: d^(1/2) ‖F‖^(1/2) + ε of each
+    low = min(1 / of_weight, 1 / (bias + 0.1))
+    at = ds.isel(bounds_step=-1, algorithm=0).sel(factor="product", block="2")
+    assert float(at["bound_low"]) == pytest.approx(low, rel=1e-12)
+    assert float(at["bound_high"]) == pytest.approx(100, rel=1e-12)
+
+
+def test_phi_is_proven_through_pooling_and_reshaping_and_not_behind_a_relu_or_dropout() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4),
+        nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 3),
+    ).double()  # fmt: skip
+    objective = cl.Objective(model, cl.likelihoods.Categorical())
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = bounded_inputs(objective.closure(x, torch.zeros(4).long()))
+    assert found == {objective.blocks[i].name for i in (1, 3, 5)}
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_ends_of_operators_by_their_factors() -> None:
+    """Signs apart too: the corners, not the first and the last."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(d, d, generator=generator, dtype=torch.float64) for d in (3, 4))
+    A, B = A + A.T, B + B.T
+    values = torch.linalg.eigvalsh(torch.kron(A, B))
+    assert ends(Kronecker((A, B))) == pytest.approx((float(values[0]), float(values[-1])), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tnt", "tnt-ideal"])
+def test_bounds_hold_where_inverses_are_older_than_statistics(name: str) -> None:
+    p = problem()
+    ds = cl.train(
+        p.objective(), batches(p, 13), algorithm=name, lr=0.1, damping=0.3, refresh_every=4, probes=["bounds:1"]
+    ).dataset
+    for end in ("low", "high"):
+        found = ds[f"tightness_{end}"].sel(factor="product").values
+        assert np.isfinite(found).all()
+        assert (found >= 1 - 1e-9).all()
