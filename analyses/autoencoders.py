@@ -58,9 +58,9 @@ METHODS = {
     "kfac-ef": Method(both(1.0, 100.0), options=T20),  # thesis Table 4.5, MNIST
     "tnt-ef": Method(both(3e-6, 0.01), options=T20),  # thesis Table 4.5, MNIST
     "kf-bfgs-cnn": Method(both(0.3, 0.3)),
-    "skqn-b1": Method(both(3.0, 3.0)),  # T₂ = 20 diverges within two steps of the first that does not refresh
-    "skqn-b2": Method(both(3.0, 3.0)),
-    "skqn-l": Method(both(3.0, 3.0)),
+    "skqn-b1": Method(both(1.0, 30.0), options=T20),  # at (3, 3) only T₂ = 1 is stable: `curvature/skqn.py`
+    "skqn-b2": Method(both(1.0, 30.0), options=T20),
+    "skqn-l": Method(both(1.0, 30.0), options=T20),
     "smw-ng": Method(both(0.1, 1.001)),  # thesis 5.8, as is smw-ng-bd
     "smw-ng-bd": Method(both(0.1, 1.001)),
 }

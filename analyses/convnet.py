@@ -44,9 +44,9 @@ METHODS = {
         1.0, 10.0, "KF-BFGS-CNN", {"update_every": 20}
     ),  # as K-BFGS; momentum is an average, ten times smaller
     "kf-bfgs-l-cnn": Method(3.0, 100.0, "KF-BFGS(L)-CNN", {"update_every": 20}),
-    "skqn-l": Method(0.3, 0.3, "SKQN-L", {"refresh_every": 20}),  # S2QN's appendix is not available
+    "skqn-l": Method(0.3, 3.0, "SKQN-L", {"refresh_every": 20}),  # our values: at (0.3, 0.3) L and B2 diverge
     "skqn-b1": Method(0.3, 0.3, "SKQN-B1", {"refresh_every": 20}),
-    "skqn-b2": Method(0.3, 0.3, "SKQN-B2", {"refresh_every": 20}),
+    "skqn-b2": Method(0.3, 3.0, "SKQN-B2", {"refresh_every": 20}),
 }
 
 BUDGETS = {"smoke": (1, 8), "cpu": (4, 128)}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
 from curvlab.curvature.base import Curvature, CurvatureBlock, IdentityBlock, check_damping
-from curvlab.curvature.block_diagonal import Average, BlockDiagonal, DampingRule, Look
+from curvlab.curvature.block_diagonal import Average, BlockDiagonal, Look
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
 from curvlab.curvature.gradient_norm import GradientNorm
@@ -82,14 +82,23 @@ class Algorithm:
     look: Look | None = None
     fallback: Callable[[], CurvatureBlock] = IdentityBlock
     levenberg: LevenbergMarquardt | None = None
-    damping_rule: DampingRule | None = None
+    damping_rule: GradientNorm | None = None
 
     @property
     def options(self) -> list[str]:
-        """Names of `make`'s own arguments, which a user may change; and `adapt`, whether λ follows a rule that there is."""
+        """Names of `make`'s own arguments, which a user may change, and of `damping_rule`'s; `adapt`: whether λ follows ρ."""
         named = inspect.signature(self.make).parameters.values()
         own = [p.name for p in named if p.kind is p.KEYWORD_ONLY and p.name not in SHARED]
-        return own if self.levenberg is None else [*own, "adapt"]
+        return own + self._of_rule + ([] if self.levenberg is None else ["adapt"])
+
+    @property
+    def _of_rule(self) -> list[str]:
+        return [] if self.damping_rule is None else [f.name for f in fields(self.damping_rule)]
+
+    def rule_with(self, own: dict[str, Any]) -> GradientNorm | None:
+        """`damping_rule` with a user's values, which are taken out of `own`."""
+        given = {name: own.pop(name) for name in self._of_rule if name in own}
+        return None if self.damping_rule is None else replace(self.damping_rule, **given)
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -247,16 +256,16 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "skqn-l": Algorithm(
         "KFAC of the minibatch refined by L-BFGS of each block, λ by the gradient's norm", "S2QN Alg. 1, (12), (13); curvlab",
-        SkqnL, "data", 3.0, 3.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+        SkqnL, "data", 1.0, 30.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
     ),
     "skqn-b1": Algorithm(
         "the same, factor G refined by sketched block BFGS of steps", "S2QN Alg. 1, (19), (22); curvlab",
-        SkqnB, "data", 3.0, 3.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+        SkqnB, "data", 1.0, 30.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
         own={"condition": "parameters"},
     ),
     "skqn-b2": Algorithm(
         "the same, of changes of pre-activations", "S2QN Alg. 1, (20), (22); curvlab",
-        SkqnB, "data", 3.0, 3.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(),
+        SkqnB, "data", 1.0, 30.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
         own={"condition": "preactivations"},
     ),
     "lbfgs": Algorithm(
@@ -316,7 +325,7 @@ def approximation(
     if a.whole:
         made: Curvature = a.make(objective, **shared, **{**a.own, **own})
         return made
-    adapt = own.pop("adapt", True)
+    adapt, rule = own.pop("adapt", True), a.rule_with(own)
     return BlockDiagonal(
         objective.blocks,
         partial(a.block, **own),
@@ -326,7 +335,7 @@ def approximation(
         look=a.look,
         fallback=a.fallback,
         levenberg=a.levenberg if adapt else None,
-        damping_rule=a.damping_rule,
+        damping_rule=rule,
         **shared,
     )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvlab.curvature.base import NO_DATA, CurvatureBlock, IdentityBlock, Reads, check_algorithm, check_damping
-from curvlab.curvature.gradient_norm import total_norm
+from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
 from curvlab.errors import CurvlabError, CurvlabWarning, unknown
 from curvlab.layers import Block, Layout
@@ -27,9 +27,6 @@ Average = Literal["moving", "corrected", "last", "data"]
 "data" is no average over steps: the mean over all minibatches that the warm start has shown, at the weights as they stand now
 (thesis Alg. 14, line 4: "true values"). They are kept, and gone through again at every update. Without a warm start: "last".
 """
-
-DampingRule = Callable[[float, float | None], float]
-"""(damping, norm of the last minibatch's gradient, None before there is one) → the damping of a refresh."""
 
 Look = Callable[[Observation], Mapping[str, Any]]
 
@@ -73,7 +70,7 @@ class BlockDiagonal:
         skips_first: bool = True,
         look: Look | None = None,
         fallback: Callable[[], CurvatureBlock] = IdentityBlock,
-        damping_rule: DampingRule | None = None,
+        damping_rule: GradientNorm | None = None,
         name: str = "",
         levenberg: LevenbergMarquardt | None = None,
     ) -> None:
@@ -174,6 +171,7 @@ class BlockDiagonal:
             self.refresh()
         if self.damping_rule:
             self.gradient_norm = total_norm(observation.gradients)
+            self.damping *= self.damping_rule.shrink
         self.steps = step
 
     rejects = False

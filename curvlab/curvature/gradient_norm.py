@@ -18,15 +18,19 @@ from curvlab.errors import CurvlabError
 class GradientNorm:
     """λ_k of α_k⁻¹ and ‖g_{k−1}‖: α_k⁻¹ for norms from r₁ to r₂, up to 2 α_k⁻¹ for smaller and for larger ones, (8).
 
-    Continuous, and never below α_k⁻¹. The document gives no values; r₁ = 0.1 and r₂ = 1 are curvlab's.
+    Continuous, and never below α_k⁻¹, which is `shrink` times as large after every step. The document gives no values;
+    r₁ = 0.1, r₂ = 1 and a constant α are curvlab's.
     """
 
     r1: float = 0.1
     r2: float = 1.0
+    shrink: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.r1 < self.r2:
             raise CurvlabError(f"the gradient-norm rule needs 0 < r₁ < r₂, not {self.r1:g} and {self.r2:g}")
+        if not 0 < self.shrink <= 1:
+            raise CurvlabError(f"shrink must be above 0 and at most 1, not {self.shrink:g}")
 
     def __call__(self, damping: float, norm: float | None) -> float:
         """λ_k.

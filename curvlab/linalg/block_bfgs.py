@@ -54,18 +54,20 @@ def block_bfgs(
     Directions of U that hardly add to its span are left out, so that there may be more columns than rows.
 
     Args:
-        Lambda: positive definite.
+        Lambda: positive definite; in the precision that the update is to have. What only the rounding of U makes is left out.
         mu: without `tau`, the largest τ ≤ 1 for which P is at least μ times its value at V = ΛU: Powell's rule
             (thesis 2.3.1) for a block. S2QN says "proper τ_k".
         tau: τ itself. The update is skipped where it leaves P indefinite.
     """
     m = U.shape[1]
     guard_memory(4 * m**2 * U.element_size(), f"a block of {m} pairs", "sketch it")
+    eps = torch.finfo(U.dtype).eps
+    U, V = U.to(Lambda.dtype), V.to(Lambda.dtype)
     LU = Lambda @ U
     W, M = U.mT @ LU, V.mT @ U
     if not bool(torch.isfinite(W).all() and torch.isfinite(M).all()):
         return BlockUpdate(Lambda, math.nan, 1.0, 0, "not finite")
-    R = _whitening(W)
+    R = _whitening(W, eps)
     rank, whole = R.shape[1], LU @ R  # ΛU (UᵀΛU)⁻¹ UᵀΛ = ΛUR (ΛUR)ᵀ
     if rank == 0:
         return BlockUpdate(Lambda, math.nan, 1.0, 0, "curvature")
@@ -74,7 +76,7 @@ def block_bfgs(
     elif choice == "trace":
         P, at_one = M.diagonal().sum() * torch.eye(m, dtype=M.dtype, device=M.device), W.diagonal().sum().expand(m)
     else:
-        used = W.diagonal() > torch.finfo(W.dtype).eps * W.diagonal().amax()
+        used = W.diagonal() > eps * W.diagonal().amax()
         V, LU, P, at_one = V[:, used], LU[:, used], torch.diag(M.diagonal()[used]), W.diagonal()[used]
     if not len(at_one) or not bool((at_one > 0).all()):  # rounding has cost a semi-definite Λ its sign across all of U
         return BlockUpdate(Lambda, math.nan, 1.0, 0, "curvature")
@@ -113,10 +115,10 @@ def gaussian_sketch(
     return torch.randn(m, k, generator=generator, dtype=dtype, device=device) / math.sqrt(k)
 
 
-def _whitening(W: Float[Tensor, "m m"]) -> Float[Tensor, "m r"]:
-    """R with Rᵀ W R = I, of the eigenvectors of W whose eigenvalues are not lost in rounding."""
+def _whitening(W: Float[Tensor, "m m"], eps: float) -> Float[Tensor, "m r"]:
+    """R with Rᵀ W R = I, of the eigenvectors of W whose eigenvalues are not lost in rounding to `eps`."""
     values, vectors = torch.linalg.eigh(_symmetrised(W))
-    used = values > len(W) * torch.finfo(W.dtype).eps * values[-1].clamp_min(0)
+    used = values > len(W) * eps * values[-1].clamp_min(0)
     kept: Tensor = vectors[:, used] * values[used].rsqrt()
     return kept
 
