@@ -79,7 +79,10 @@ def test_the_loss_logged_is_the_loss_before_the_step() -> None:
     assert float(run.dataset["loss"][-1]) != expected
 
 
-@pytest.mark.parametrize("figure", [n for n in FIGURES if n not in ("spectrum", "training")])  # test_spectra.py, test_train.py
+OTHERS = ("spectrum", "training", "damping")  # test_spectra.py, test_train.py, test_probe_damping.py
+
+
+@pytest.mark.parametrize("figure", [n for n in FIGURES if n not in OTHERS])
 def test_every_figure_draws_what_compare_logs(figure: str) -> None:
     p = problem()
     run = cl.compare(p.objective(), batches(p, 4), algorithms=NAMES, damping=0.1)
