@@ -25,6 +25,8 @@ MODELS = ("mlp-256-20", "mnist-ae")
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--repeats", type=int, default=5)
 parser.add_argument("--batch-size", type=int, default=1000)
+parser.add_argument("--models", nargs="+", default=MODELS)
+parser.add_argument("--names", nargs="+", default=list(PROBES), help="only these probes")
 parser.add_argument("--write", action="store_true", help="write what is found into the package")
 options = parser.parse_args()
 torch.set_num_threads(1)
@@ -47,7 +49,7 @@ def costs(model: str) -> dict[str, float]:
     batch = next(iter(train.batches(options.batch_size, seed=0)))
     likelihood = cl.likelihoods.LIKELIHOODS[cl.models.MODELS[model].likelihood]()
     plain, found, frames = 0.0, dict[str, float](), dict[str, Frame]()
-    for name in PROBES:
+    for name in options.names:
         method = OF.get(name, "kfac")
         if method not in frames:
             objective = cl.Objective(cl.models.build(model, seed=0), likelihood, seed=0)
@@ -71,15 +73,15 @@ def costs(model: str) -> dict[str, float]:
     return found
 
 
-tables = {model: costs(model) for model in MODELS}
+tables = {model: costs(model) for model in options.models}
 print(
     f"1 thread, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}; × forward + backward, batches of {options.batch_size}"
 )
-print(f"{'probe':>12s}  every" + "".join(f"{m:>14s}" for m in MODELS))
-for name, probe in PROBES.items():
-    print(f"{name:>12s}  {probe.every:5d}" + "".join(f"{tables[m][name]:14.3f}" for m in MODELS))
-for model in MODELS:
-    of_train = [tables[model][n] / p.every for n, p in PROBES.items() if "train" in p.where]
+print(f"{'probe':>12s}  every" + "".join(f"{m:>14s}" for m in tables))
+for name in options.names:
+    print(f"{name:>12s}  {PROBES[name].every:5d}" + "".join(f"{t[name]:14.3f}" for t in tables.values()))
+for model, table in tables.items():
+    of_train = [table[n] / PROBES[n].every for n in options.names if "train" in PROBES[n].where]
     print(f"all probes of a training run at their own steps, {model}: {sum(of_train):.2f} × forward + backward a step")
 if options.write:
     target = Path(cl.__file__).parent / "probes" / "costs.py"
