@@ -5,7 +5,7 @@ from importlib.metadata import version as _version
 from curvlab import assumptions, datasets, exact, likelihoods, models
 from curvlab.algorithms import approximation, optimizer
 from curvlab.errors import CurvlabError, CurvlabWarning
-from curvlab.log import late_cosine
+from curvlab.log import cosine_to, late_cosine
 from curvlab.log import open_log as open  # the design's name: cl.open("run.h5")
 from curvlab.objective import Objective
 from curvlab.runs import compare
@@ -20,6 +20,7 @@ __all__ = [
     "approximation",
     "assumptions",
     "compare",
+    "cosine_to",
     "datasets",
     "exact",
     "late_cosine",

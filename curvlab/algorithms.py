@@ -280,6 +280,11 @@ ALGORITHMS: dict[str, Algorithm] = {
         "subsampled Hessian, refined by L-BFGS of what it misses", "S2QN Alg. 1",
         Structured, "data", 1.0, 1e-3, _same, momentum=0.0, warm=False, own={"base": "hessian", "pairs": 1}, whole=True,
     ),
+    "full-ggn": Algorithm(
+        "exact Gauss-Newton matrix of the whole vector, conjugate gradients to 1e-6: a reference", "thesis 1.2.2; curvlab",
+        Structured, "exact", 0.03, 1e-3, _same, momentum_kind="average", warm=False, whole=True,
+        own={"base": "fisher", "pairs": 0, "tolerance": 1e-6, "iterations": 1000},
+    ),
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from curvlab.algorithms import ALGORITHMS
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.log import late_cosine, open_log
 from curvlab.memory import keep_freed_memory
+from curvlab.probes import costs
 from curvlab.terminal import err, finish, folder_for, listed, out, says_what_is_saved
 from curvlab.training import schedules
 
@@ -253,6 +254,21 @@ def _schedule_rows() -> list[tuple[str, ...]]:
     return [*rows, ("…", "any of torch.optim.lr_scheduler, by its name", "its arguments", "torch")]
 
 
+def _probe_rows() -> list[tuple[str, ...]]:
+    """Costs are of one sample, as a multiple of plain forward and backward."""
+    return [
+        (
+            name,
+            p.summary,
+            ", ".join(p.where),
+            str(p.every),
+            ", ".join(f"{cost:g}" for cost in costs.COSTS[name]),
+            ", ".join((*p.variables, *p.epoch)),
+        )
+        for name, p in probes.PROBES.items()
+    ]
+
+
 LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = {
     "algorithms": (("name", "what it is", "labels", "lr", "damping", "source"), _algorithm_rows),
     "models": (("name", "what it is", "data", "likelihood", "source"), _model_rows),
@@ -261,11 +277,8 @@ LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = 
         lambda: [(n, d.summary, d.comes) for n, d in datasets.DATASETS.items()],
     ),
     "probes": (
-        ("name", "what it is", "of", "every", "variables"),
-        lambda: [
-            (n, p.summary, ", ".join(p.where), str(p.every), ", ".join((*p.variables, *p.epoch)))
-            for n, p in probes.PROBES.items()
-        ],
+        ("name", "what it is", "of", "every", f"cost × ({', '.join(costs.MODELS)})", "variables"),
+        _probe_rows,
     ),
     "schedules": (("name", "what it is", "options", "source"), _schedule_rows),
     "figures": (("name", "what it is"), lambda: [(n, f.summary) for n, f in figures.FIGURES.items()]),

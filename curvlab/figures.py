@@ -277,6 +277,32 @@ def training(runs: Runs) -> Figure:
     return figure
 
 
+def damping(ds: xr.Dataset) -> Figure:
+    """Thesis Figure 2.1: by layer, the fraction of an epoch's pairs with yᵀHy ≤ 2 sᵀy/μ₁ (dotted: 1/μ₁), and the mean ratio."""
+    ds = ds.isel(algorithm=0).sel(stage="after")
+    kinds = [str(p) for p in ds["pair"].values if np.isfinite(ds["pair_curvature_mean"].sel(pair=p)).any()]
+    figure = Figure(figsize=(4.6 * max(1, len(kinds)), 6.0), layout="constrained")
+    axes = figure.subplots(2, max(1, len(kinds)), sharex=True, sharey="row", squeeze=False)
+    what = {"a": "pairs of H_a", "g": "pairs of H_g", "step": "pairs of steps"}
+    for column, kind in zip(axes.T, kinds, strict=False):
+        for i, block in enumerate(ds["block"].values):
+            at, style = ds.sel(pair=kind, block=block), {"color": _COLOURS[i % len(_COLOURS)], "linewidth": 1.4}
+            for ax, name in zip(column, ("pairs_within_2mu1", "pair_curvature_mean"), strict=True):
+                ax.plot(ds["epoch"], at[name], label=f"layer {block}", **style)
+            column[0].plot(ds["epoch"], at["pairs_within_mu1"], linestyle=":", **style)
+        column[0].set_title(what[kind], fontsize=10)
+        column[1].set_xlabel("epoch")
+        column[0].set_ylim(-0.03, 1.03)
+    axes[0, 0].set_ylabel("fraction of pairs with yᵀHy / sᵀy\nat most 2/μ₁ (dotted: 1/μ₁)")
+    axes[1, 0].set_ylabel("mean of yᵀHy / sᵀy")
+    for ax in axes.flat:
+        ax.grid(alpha=0.3, linewidth=0.5)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, max(1, len(labels))), frameon=False)
+    figure.suptitle(f"Pairs after damping: {ds.attrs.get('algorithm', 'run')}, {_run(ds)}", fontsize=11)
+    return figure
+
+
 def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 24))
 
@@ -312,6 +338,7 @@ FIGURES: dict[str, Entry] = {
     "training": Entry(
         "loss and error of one or several training runs against epochs and time", "train_loss", training, several=True
     ),
+    "damping": Entry("pairs of a training run by layer and epoch (thesis Figure 2.1)", "pairs_within_mu1", damping),
 }
 
 

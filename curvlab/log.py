@@ -24,7 +24,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from curvlab.atomic import rewrite
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, unknown
 
 Record = Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]]
 
@@ -217,6 +217,19 @@ def late_cosine(ds: xr.Dataset) -> xr.DataArray:
     """Mean cosine (algorithm, block[, seed]) over the last three quarters of the logged steps."""
     first = ds.sizes["step"] // 4
     return ds["cosine"].isel(step=slice(first, None)).mean("step", keep_attrs=True)
+
+
+def cosine_to(ds: xr.Dataset, other: str) -> xr.DataArray:
+    """Cosine (step, algorithm, block[, seed]) of every direction of a comparison to that of `other`, whichever moved."""
+    if "gram" not in ds or other not in ds["other"].values:
+        known = ds["other"].values.tolist() if "gram" in ds else []
+        raise unknown("algorithm of this log", other, known)
+    gram = ds["gram"]
+    squares = [gram.sel(algorithm=a, other=a).drop_vars(["algorithm", "other"]) for a in gram["algorithm"].values]
+    lengths = xr.concat(squares, gram["algorithm"]) ** 0.5
+    cosine: xr.DataArray = gram.sel(other=other) / (lengths * lengths.sel(algorithm=other).drop_vars("algorithm"))
+    cosine = cosine.transpose(*(d for d in gram.dims if d != "other")).rename("cosine")
+    return cosine.assign_attrs(long_name=f"cosine similarity to the direction of {other}", units="1")
 
 
 def provenance() -> dict[str, str]:

@@ -25,6 +25,10 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "logistic.py": (["--budget", "smoke", "--out", "OUT"], "logistic.png"),
     "benchmarks/exact.py": (["--examples", "20", "--skip", "autoencoder", "memory"], "of the peak"),
     "benchmarks/steps.py": (["--problems", "vgg", "--names", "adam", "k-bfgs", "--batch-size", "40"], "torch Adam"),
+    "benchmarks/probes.py": (
+        ["--models", "mlp-256-20", "--names", "loss", "damping", "--batch-size", "40", "--repeats", "1"],
+        "all probes of a training run",
+    ),
     "benchmarks/compare.py": (
         ["--batch-size", "20000", "--steps", "2", "--repeats", "1", "--names", "kfac", "sgd-m"],
         "together / one by one",

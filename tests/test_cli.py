@@ -124,7 +124,10 @@ def test_the_default_folder_is_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["compare-mlp-256-20-001", "compare-mlp-256-20-002"]
 
 
-@pytest.mark.parametrize("figure", [n for n in FIGURES if n not in ("spectrum", "training")])  # test_spectra.py, test_train.py
+OTHERS = ("spectrum", "training", "damping")  # test_spectra.py, test_train.py, test_probe_damping.py
+
+
+@pytest.mark.parametrize("figure", [n for n in FIGURES if n not in OTHERS])
 def test_plot_redraws_from_the_log_alone(folder: Path, tmp_path: Path, figure: str) -> None:
     (tmp_path / "run.h5").write_bytes((folder / "run.h5").read_bytes())
     assert call("plot", str(tmp_path / "run.h5"), "--figure", figure) == 0

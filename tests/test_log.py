@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import curvlab as cl
@@ -160,3 +161,37 @@ def test_the_file_opens_after_sigkill_at_twenty_random_moments(tmp_path: Path) -
         seen.append(int(ds["step"][-1]))
         path.unlink()
     assert len(set(seen)) > 3  # the kills fell at different places
+
+
+def test_what_is_taken_more_rarely_has_an_axis_of_its_own(tmp_path: Path) -> None:
+    """In chunks; through the file, and through a state without pickled code; along several seeds."""
+    coordinates = {"algorithm": ["a", "b"]}
+    variables = {"rare": {"long_name": "rare", "units": "s"}, "rare_step": {"long_name": "steps done", "units": "1"}}
+    log = Log(coordinates, variables, {}, tmp_path / "run.h5")
+    for step in range(5):
+        log.append(step, {"x": ((), np.asarray(float(step)))})
+    assert log.since("rare_step", 0) == {}
+    log.extend("rare_step", [0, 2], {"rare": (("algorithm",), np.array([[0.0, 1.0], [2.0, 3.0]]))})
+    log.extend("rare_step", [4], {"rare": (("algorithm",), np.array([[4.0, 5.0]]))})
+    np.testing.assert_array_equal(log.since("rare_step", 2)["rare"], [[2, 3], [4, 5]])
+    log.save()
+    ds = cl.open(tmp_path)
+    xr.testing.assert_identical(ds, log.dataset())
+    assert ds["rare"].dims == ("rare_step", "algorithm")
+    assert ds["rare_step"].values.tolist() == [0, 2, 4]
+    assert ds["rare"].sel(rare_step=2, algorithm="b") == 3
+    assert ds["rare_step"].attrs == variables["rare_step"]
+    torch.save(log.state_dict(until=2), tmp_path / "state.pt")
+    again = Log(coordinates, variables, {})
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    xr.testing.assert_identical(again.dataset()["rare"], ds["rare"])
+    assert again.dataset()["step"].values.tolist() == [0, 1, 2]
+    again.extend("rare_step", [6], {"rare": (("algorithm",), np.array([[6.0, 7.0]]))})
+    assert again.dataset()["rare_step"].values.tolist() == [0, 2, 4, 6]
+
+    several = Log(coordinates, variables, {}, seeds=(3, 4))
+    for seed in (3, 4):
+        several.append(0, {"x": ((), np.asarray(0.0))}, seed)
+        several.extend("rare_step", [0, 5], {"rare": (("algorithm",), np.full((2, 2), float(seed)))}, seed)
+    assert several.dataset()["rare"].dims == ("seed", "rare_step", "algorithm")
+    assert several.dataset()["rare"].sel(seed=4, rare_step=5, algorithm="a") == 4

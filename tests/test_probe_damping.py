@@ -12,6 +12,7 @@ from problems import batches, problem
 from torch import Tensor
 
 import curvlab as cl
+from curvlab.figures import draw
 from curvlab.linalg.bfgs import SKIPS, double_damping, powell_levenberg
 from curvlab.probes import PROBES, Frame, fractions
 
@@ -194,3 +195,20 @@ def test_a_method_without_pairs_is_refused() -> None:
         cl.CurvlabError, match=r"probe 'damping' needs a quasi-Newton method.* there is kfac alone: leave it out"
     ):
         cl.train(p.objective(), batches(p, 2), algorithm="kfac", probes=["damping"])
+
+
+def test_the_figure_shows_the_fractions_and_means_of_the_log() -> None:
+    p = problem()
+    ds = cl.train(p.objective(), batches(p, 5), algorithm="k-bfgs", lr=0.3, damping=0.05, epochs=3, probes=["damping"]).dataset
+    axes = draw(ds, "damping").axes
+    assert [ax.get_title() for ax in axes[:2]] == ["pairs of H_a", "pairs of H_g"]
+    at = ds.isel(algorithm=0).sel(stage="after")
+    for column, pair in enumerate(("a", "g")):
+        for i, block in enumerate("123"):
+            here = at.sel(pair=pair, block=block)
+            wide, narrow = axes[column].lines[2 * i : 2 * i + 2]
+            np.testing.assert_array_equal(wide.get_ydata(), here["pairs_within_2mu1"])
+            np.testing.assert_array_equal(narrow.get_ydata(), here["pairs_within_mu1"])
+            np.testing.assert_array_equal(axes[2 + column].lines[i].get_ydata(), here["pair_curvature_mean"])
+    with pytest.raises(cl.CurvlabError, match="figure 'damping' needs"):
+        draw(ds.drop_vars("pairs_within_mu1"), "damping")

@@ -10,6 +10,7 @@ import pytest
 from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.objective import PASSES
 from curvlab.probes import PROBES
+from curvlab.probes.costs import COSTS
 from curvlab.spectra import VARIABLES
 from curvlab.training.records import VARIABLES as TRAINING
 
@@ -64,6 +65,17 @@ def test_the_log_schema_is_complete_and_true() -> None:
     expected = {name: ", ".join(("step", *v.dims)) for p in PROBES.values() for name, v in p.variables.items()}
     expected |= {name: ", ".join(("epoch", *v.dims)) for p in PROBES.values() for name, v in p.epoch.items()}
     assert table == expected
+
+
+def test_the_table_of_probes_is_complete_and_true() -> None:
+    table = rows("| probe | of | every | cost |")
+    expected = [
+        [f"`{name}`", ", ".join(p.where), str(p.every), ", ".join(f"{c:g}" for c in COSTS[name])] for name, p in PROBES.items()
+    ]
+    assert [row[:4] for row in table] == expected
+    of_train = {name: COSTS[name][0] / p.every for name, p in PROBES.items() if "train" in p.where}
+    del of_train["alignment"]  # shares the Lanczos runs of the spectrum
+    assert sum(of_train.values()) <= 1  # all together at most double a training step
 
 
 def test_the_schema_of_spectra_is_complete_and_true() -> None:

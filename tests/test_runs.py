@@ -79,7 +79,10 @@ def test_the_loss_logged_is_the_loss_before_the_step() -> None:
     assert float(run.dataset["loss"][-1]) != expected
 
 
-@pytest.mark.parametrize("figure", [n for n in FIGURES if n not in ("spectrum", "training")])  # test_spectra.py, test_train.py
+OTHERS = ("spectrum", "training", "damping")  # test_spectra.py, test_train.py, test_probe_damping.py
+
+
+@pytest.mark.parametrize("figure", [n for n in FIGURES if n not in OTHERS])
 def test_every_figure_draws_what_compare_logs(figure: str) -> None:
     p = problem()
     run = cl.compare(p.objective(), batches(p, 4), algorithms=NAMES, damping=0.1)
@@ -154,3 +157,44 @@ def test_on_a_gpu_as_on_the_cpu() -> None:
         run = cl.compare(objective, batches(p, 4), reference="block-ef", algorithms=["kfac-ef", "tnt-ef", "shampoo", "adam"])
         tables.append(run.dataset["cosine"])
     np.testing.assert_allclose(tables[0], tables[1], atol=1e-8)
+
+
+def test_cosines_to_any_method_and_to_the_full_gauss_newton_matrix() -> None:
+    """Directions of every reference by dense matrices of the whole or of blocks, at the first step."""
+    p, lam = problem(), 0.1
+    data = batches(p, 3)
+    objective = problem().objective()
+    closure = objective.closure(*data[0])
+    g = torch.cat([v.flatten() for v in closure.observe().gradients.values()])
+    ggn = cl.exact.matrix(objective, *data[0], kind="ggn", block=None).dense()
+    hessians = [m.dense() for m in cl.exact.matrices(objective, *data[0], "hessian").values()]
+    slices = objective.layout.slices
+
+    def solve(B: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.solve(B + lam * torch.eye(len(B), dtype=torch.float64), g)
+
+    shifted = [h + max(0.0, -float(torch.linalg.eigvalsh(h)[0])) * torch.eye(len(h), dtype=torch.float64) for h in hessians]
+    expected = {
+        "full-ggn": solve(ggn, g),
+        "block-ggn": torch.cat([solve(ggn[s, s], g[s]) for s in slices.values()]),
+        "block-hessian": torch.cat([solve(h, g[s]) for h, s in zip(shifted, slices.values(), strict=True)]),
+        "sgd-m": g,
+    }
+    ds = cl.compare(
+        p.objective(), data, reference="sgd-m", algorithms=list(expected), damping=lam, momentum=0.0, warm=()
+    ).dataset
+    for other, q in expected.items():
+        found = cl.cosine_to(ds, other)
+        assert found.dims == ("step", "algorithm", "block")
+        for name, d in expected.items():
+            for block, s in slices.items():
+                cosine = torch.nn.functional.cosine_similarity(d[s], q[s], dim=0)
+                assert float(found.sel(algorithm=name, block=block)[0]) == pytest.approx(float(cosine), abs=1e-6)
+    xr.testing.assert_allclose(cl.cosine_to(ds, "sgd-m").drop_vars("other"), ds["cosine"])
+    by_products = cl.approximation("full-ggn", objective, damping=lam, solver="cg")
+    now = objective.closure(*data[0]).observe()
+    by_products.update(now)
+    d = torch.cat([v.flatten() for v in by_products.precondition(now.gradients).values()])
+    assert float((d - expected["full-ggn"]).norm()) < 1e-5 * float(d.norm())
+    with pytest.raises(cl.CurvlabError, match="unknown algorithm of this log 'kfac'"):
+        cl.cosine_to(ds, "kfac")

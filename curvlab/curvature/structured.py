@@ -81,7 +81,7 @@ class Structured:
         gamma: γ; None for that of the newest pair.
         tolerance: on ‖g − (B + λI) d‖ / ‖g‖ of conjugate gradients. iterations: the most of them.
         solver: auto forms the matrix of up to 256 parameters and takes conjugate gradients above; a base "fisher" of fewer
-            rows than parameters, in layers with rules, is solved by (14).
+            rows than parameters, in layers with rules, and not too many numbers, is solved by (14).
         search: on the minibatch, from step 1; follow it with lr = 1 and no momentum.
 
     Where B + λI is not positive definite λ is raised for this step ("λ_k can be adjusted suitably", 3.2).
@@ -234,7 +234,7 @@ class Structured:
             return None
         statistics = closure.observe({self.labels}, move_buffers=False).passes[self.labels]
         count = len(statistics[blocks[0].name].g) * len(closure.x)
-        if count >= len(self.objective.layout):
+        if count >= len(self.objective.layout) or count * len(self.objective.layout) > _ROWS:
             return None
         rows = [statistics[b.name].rows.flatten(2).flatten(0, 1) for b in blocks]
         return torch.cat(rows, 1).mT / math.sqrt(len(closure.x))
@@ -371,6 +371,7 @@ class Structured:
 
 
 _EPSILON_B = 1e-8  # 3.2
+_ROWS = 1 << 26  # numbers in Q: beyond, products with the base take less time and room
 _STATE = ("steps", "ages", "damping", "lam", "gradient_norm")
 
 

@@ -110,7 +110,7 @@ def estimate(frame: Frame, block: Any) -> tuple[Any, float] | None:
         "reduction_predicted": Variable(("algorithm", "model"), "−m(d) of the method's own B, exact GGN or Hessian", "nat"),
         "rho": Variable(("algorithm", "model"), "actual over predicted reduction; below 0: the model errs in sign", "1"),
     },
-    needs=frozenset({"data"}), every=20, again=True, coordinates={"model": MODELS},
+    needs=frozenset({"data"}), every=100, again=True, coordinates={"model": MODELS},
 )  # fmt: skip
 def _reduction(frame: Frame) -> list[Values]:
     f = function(frame)
@@ -152,7 +152,7 @@ _EACH = ("algorithm", "block")
         "matrix_trace_ratio": Variable(_EACH, "tr B / tr F", "1"),
         "matrix_spectrum_error": Variable(_EACH, "relative distance of the sorted eigenvalues", "1"),
     },
-    every=100, again=True, fits=_estimates, wants="a method that estimates a matrix by block",
+    every=500, again=True, fits=_estimates, wants="a method that estimates a matrix by block",
 )  # fmt: skip
 def _error(frame: Frame) -> list[Values]:
     objective, closure = frame.objective, frame.now.closure
@@ -200,7 +200,7 @@ def ritz(frame: Frame, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
         "curvature_end": Variable(("matrix", "end"), "extreme eigenvalue of the minibatch's matrix, with the L2 term", "nat"),
         "curvature_end_error": Variable(("matrix", "end"), "an eigenvalue lies this near", "nat"),
     },
-    every=200, again=True, coordinates={"matrix": tuple(KINDS), "end": _ENDS},
+    every=1000, again=True, coordinates={"matrix": tuple(KINDS), "end": _ENDS},
 )  # fmt: skip
 def _spectrum(frame: Frame) -> list[Tensor]:
     found = [ritz(frame, kind) for kind in KINDS.values()]
@@ -213,7 +213,7 @@ def _spectrum(frame: Frame) -> list[Tensor]:
         "alignment": Variable(("algorithm", "matrix"), "fraction of the squared length of the step", "1"),
         "gradient_alignment": Variable(("matrix",), "the same of the minibatch's gradient", "1"),
     },
-    needs=frozenset({"data"}), every=200, again=True, coordinates={"matrix": tuple(KINDS)},
+    needs=frozenset({"data"}), every=1000, again=True, coordinates={"matrix": tuple(KINDS)},
 )  # fmt: skip
 def _alignment(frame: Frame) -> list[Tensor]:
     g = torch.cat([frame.now.gradients[b.name].flatten() for b in frame.objective.blocks])

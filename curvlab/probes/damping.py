@@ -154,9 +154,11 @@ def _damping(frame: Frame) -> list[Tensor]:
             places += [(i, j, PAIRS.index(which)) for j in at]
             rows += [_row(pair, mu2)] * len(at)
     shape = (len(frame.directions), len(blocks), len(PAIRS))
+    device = frame.now.loss.device
     if not rows:
-        return [torch.full((*shape, 2), torch.nan, dtype=torch.float64)] * 4 + [torch.full(shape, torch.nan).double()] * 4
-    numbers = _together(rows)
+        nan = torch.full((*shape, 2), torch.nan, dtype=torch.float64, device=device)
+        return [nan] * 4 + [nan[..., 0]] * 4
+    numbers = _together(rows).to(device)
     full = torch.full((*shape, numbers.shape[1]), torch.nan, dtype=torch.float64, device=numbers.device)
     full[tuple(torch.tensor(places, device=numbers.device).T)] = numbers
     stages = torch.stack([full[..., :5], full[..., 5:10]], -2)  # [algorithm, block, pair, stage, number]
