@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, told apart by colour-blind readers; each algorithm 
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -46,6 +47,15 @@ def _style(name: str, index: int) -> dict[str, object]:
     """Colour and dashes of an algorithm: the same in every figure."""
     place = _ORDER.index(name) if name in _ORDER else len(_ORDER) + index
     return {"color": _COLOURS[place % len(_COLOURS)], "linestyle": _DASHES[place % len(_DASHES)], "linewidth": 1.6}
+
+
+def _colours(algorithms: Sequence[str]) -> list[str]:
+    """A colour for each run: an algorithm's own where every run has another one; the others take those that are free."""
+    own = {
+        name: _COLOURS[_ORDER.index(name)] for name in algorithms if name in _ORDER and len(set(algorithms)) == len(algorithms)
+    }
+    free = itertools.cycle([colour for colour in _COLOURS if colour not in own.values()] or _COLOURS)
+    return [own.get(name) or next(free) for name in algorithms]
 
 
 def _line(ax: Axes, values: xr.DataArray, style: dict[str, object], label: str) -> None:
@@ -101,13 +111,14 @@ def cosine(ds: xr.Dataset) -> Figure:
 
 
 def loss(ds: xr.Dataset) -> Figure:
-    """Minibatch loss along the reference's trajectory."""
+    """Loss along the trajectory: of each minibatch, or of the examples of spectra."""
     figure = Figure(figsize=(6.0, 3.6), layout="constrained")
     ax = figure.subplots()
-    reference = str(ds.attrs.get("reference", "reference"))
-    _line(ax, ds["loss"], _style("kfac", 0) | {"linestyle": "-"}, f"steps of {reference}")
-    ax.set_xlabel("iteration")
-    ax.set_ylabel(f"mean minibatch loss ({ds['loss'].attrs.get('units', 'nat')})")
+    leader = ds.attrs.get("reference", ds.attrs.get("algorithm"))
+    style = _style("kfac", 0) | {"linestyle": "-", "marker": "." if ds.sizes["step"] < 25 else ""}
+    _line(ax, ds["loss"], style, f"steps of {leader}" if leader else "loss")
+    ax.set_xlabel(str(ds["step"].attrs.get("long_name", "iteration")))
+    ax.set_ylabel(f"{ds['loss'].attrs.get('long_name', 'mean loss')} ({ds['loss'].attrs.get('units', 'nat')})")
     ax.set_title(_title(ds, _run(ds)), fontsize=11)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
@@ -240,10 +251,7 @@ def training(runs: Runs) -> Figure:
     rows = [kind for kind in ("loss", "error") if f"train_{kind}" in first]
     figure = Figure(figsize=(9.2, 3.1 * len(rows) + 0.9), layout="constrained")
     axes = figure.subplots(len(rows), 2, sharey="row", sharex="col", squeeze=False)
-    known = {ds.attrs.get("algorithm") for _, ds in runs}
-    by_algorithm = len(known) == len(runs)
-    for i, (label, ds) in enumerate(runs):
-        colour = _style(str(ds.attrs.get("algorithm")) if by_algorithm else "", i)["color"]
+    for (label, ds), colour in zip(runs, _colours([str(ds.attrs.get("algorithm")) for _, ds in runs]), strict=True):
         for row, kind in zip(axes, rows, strict=True):
             for part, dashes in (("train", "-"), ("val", (0, (4, 1.5)))):
                 if f"{part}_{kind}" not in ds:
@@ -281,7 +289,7 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 24))
 
 
-def _names_of_runs(runs: Runs) -> Runs:
+def named(runs: Runs) -> Runs:
     """By their algorithms; where two runs share one, by what differs: seed, learning rate, damping, or else their place."""
     about = [str(ds.attrs.get("algorithm", "run")) for _, ds in runs]
     for key in ("lr", "damping", "seed"):
@@ -306,7 +314,7 @@ class Entry:
 
 FIGURES: dict[str, Entry] = {
     "cosine": Entry("cosine to the reference by layer against the iteration (thesis Figure 4.1)", "cosine", cosine),
-    "loss": Entry("minibatch loss along the trajectory", "loss", loss),
+    "loss": Entry("loss along the trajectory", "loss", loss),
     "seconds": Entry("time of each algorithm's own work", "seconds", seconds),
     "spectrum": Entry("eigenvalues of each layer's curvature block, negative ones apart", "density", spectrum),
     "training": Entry(
@@ -329,7 +337,7 @@ def draw_all(runs: Runs, name: str) -> Figure:
     try:
         for _, at in runs:
             at[entry.needs]
-        return entry.draw(_names_of_runs(runs) if entry.several else at)
+        return entry.draw(named(runs) if entry.several else at)
     except KeyError as error:
         raise CurvlabError(
             f"figure '{name}' needs {error} in the log, which has {', '.join(map(str, at.data_vars))}"
