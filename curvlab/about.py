@@ -27,11 +27,19 @@ def title(ds: xr.Dataset) -> str:
 
 def attribute(ds: xr.Dataset, name: str) -> Any:
     """An attribute as it was before the log made text of it; None where it is absent."""
-    value = ds.attrs.get(name)
+    return _read(ds.attrs.get(name))
+
+
+def _read(value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) and value[:1] in ("{", "[") else value
     except json.JSONDecodeError:
         return value
+
+
+def _resumed(ds: xr.Dataset) -> list[dict[str, Any]]:
+    """When, by which versions, commit and call the run went on; each time's attributes are text as the log's own."""
+    return [{name: _read(value) for name, value in again.items()} for again in attribute(ds, "resumed") or []]
 
 
 def command(ds: xr.Dataset) -> str:
@@ -127,7 +135,7 @@ def calls(ds: xr.Dataset) -> list[tuple[str, str]]:
     if not isinstance(call, dict):
         return []
     found = [("" if "command" in call else "from Python", shell(call))]
-    for again in attribute(ds, "resumed") or []:
+    for again in _resumed(ds):
         own = again.get("call", {})
         kept = {k: v for k, v in own.items() if k in ("command", *_BY_RESUME)} if "command" in own else own
         found.append((f"and to go on, at {date(again.get('created', MISSING))}", shell(kept)))
@@ -169,10 +177,8 @@ def notes(ds: xr.Dataset) -> list[str]:
     if missing:
         found.append(f"Not complete: {missing}.")
     versions = attribute(ds, "versions")
-    for again in attribute(ds, "resumed") or []:
-        other = again.get("versions", "{}")
-        other = json.loads(other) if isinstance(other, str) else other
-        changed = [f"{k} {v}" for k, v in other.items() if (versions or {}).get(k) != v]
+    for again in _resumed(ds):
+        changed = [f"{k} {v}" for k, v in again.get("versions", {}).items() if (versions or {}).get(k) != v]
         changed += [f"commit {again['git_commit']}"] if again.get("git_commit") != ds.attrs.get("git_commit") else []
         by = f", by {', '.join(changed)}" if changed else ""
         found.append(f"Went on at {date(again.get('created', MISSING))}{by}.")
