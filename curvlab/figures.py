@@ -245,11 +245,15 @@ def _share(here: xr.Dataset) -> str:
     return f", {least}{float(here['negative']):.0%} negative"
 
 
+_LETTERS = 125
+"""Of a legend's line below `training`."""
+
+
 def training(runs: Runs) -> Figure:
     """Loss and error of training runs, against epochs and against training time (thesis Figures 2.2, 4.2, 4.3)."""
     first = runs[0][1]
     rows = [kind for kind in ("loss", "error") if f"train_{kind}" in first]
-    figure = Figure(figsize=(9.2, 3.1 * len(rows) + 0.9), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots(len(rows), 2, sharey="row", sharex="col", squeeze=False)
     for (label, ds), colour in zip(runs, _colours([str(ds.attrs.get("algorithm")) for _, ds in runs]), strict=True):
         for row, kind in zip(axes, rows, strict=True):
@@ -279,7 +283,9 @@ def training(runs: Runs) -> Figure:
     axes[-1, 0].set_xlabel("epoch")
     axes[-1, 1].set_xlabel("training time (s), evaluation and warm start apart")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    across = min(len(labels), max(1, min(4, _LETTERS // (max(map(len, labels)) + 9))))
+    figure.set_size_inches(9.2, 3.1 * len(rows) + 0.7 + 0.21 * math.ceil(len(labels) / across))
+    figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False)
     what = f"{_run(first)}, {len(runs)} runs" if len(runs) > 1 else _run(first)
     figure.suptitle(f"Training of {what}", fontsize=11)
     return figure

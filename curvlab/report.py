@@ -215,8 +215,9 @@ def _before(mark: str) -> Callable[[str], str]:
 
 
 _BRIEF: dict[str, Callable[[str], str]] = {
-    "data": _before(" ("),
+    "data": lambda text: text.partition(" (")[0].partition(", batches of")[0],
     "algorithm": _before("; "),
+    "loss": _before(", mean of"),
     "time": lambda text: "\u00a0".join(text.split()[:2]),
     "date": lambda text: text[:10],
     "versions": lambda text: text.partition(", python")[0],

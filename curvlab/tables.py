@@ -130,7 +130,8 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
         if "other" in dims:
             left.append((name, f"{ds[name].attrs['long_name']}: in the log alone"))
         elif not values.size or (values == values.flat[0]).all():
-            everywhere = f"{number(values.flat[0])}{_unit(ds[name])} everywhere" if values.size else "not a number anywhere"
+            unit = _unit(ds[name]).replace("(", "").replace(")", "")
+            everywhere = f"{number(values.flat[0])}{unit} everywhere" if values.size else "not a number anywhere"
             left.append((name, f"{ds[name].attrs['long_name']}: {everywhere}"))
         else:
             found.setdefault((axis, *dims), []).append(name)

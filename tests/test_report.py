@@ -425,7 +425,7 @@ def test_what_probes_log_becomes_tables() -> None:
     )
     assert by["By block, at step 3"].columns == ("block", "phi (nat)")
     assert dict(left) == {
-        "flat": "level: 3 (nat) everywhere",
+        "flat": "level: 3 nat everywhere",
         "none": "void: not a number anywhere",
         "gram": "product: in the log alone",
     }
