@@ -37,6 +37,8 @@ _COLOURS = (
     "#AA0000",
     "#7F3C8D",
 )
+_MARKERS = (".", "x", "s", "^", "v")
+"""Of runs that share a colour."""
 _DASHES = ((0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)))
 _ORDER = (
     "kfac", "tnt", "shampoo", "adam", "sgd-m", "tnt-ef", "kfac-ef", "tnt-per-sample", "block-ef", "smw-ng-bd", "block-fisher",
@@ -255,7 +257,9 @@ def training(runs: Runs) -> Figure:
     rows = [kind for kind in ("loss", "error") if f"train_{kind}" in first]
     figure = Figure(layout="constrained")
     axes = figure.subplots(len(rows), 2, sharey="row", sharex="col", squeeze=False)
-    for (label, ds), colour in zip(runs, _colours([str(ds.attrs.get("algorithm")) for _, ds in runs]), strict=True):
+    colours = _colours([str(ds.attrs.get("algorithm")) for _, ds in runs])
+    for i, ((label, ds), colour) in enumerate(zip(runs, colours, strict=True)):
+        again = colours[:i].count(colour)
         for row, kind in zip(axes, rows, strict=True):
             for part, dashes in (("train", "-"), ("val", (0, (4, 1.5)))):
                 if f"{part}_{kind}" not in ds:
@@ -265,7 +269,8 @@ def training(runs: Runs) -> Figure:
                     "color": colour,
                     "linestyle": dashes,
                     "linewidth": 1.6,
-                    "marker": "." if seen.sizes["epoch"] < 25 else "",
+                    "marker": _MARKERS[again % len(_MARKERS)] if again or seen.sizes["epoch"] < 25 else "",
+                    "markersize": 4 if again else 6,
                 }
                 name = f"{label}, {'training' if part == 'train' else 'validation'}"
                 for ax, x in zip(row, (seen["epoch"], seen["wall_seconds"]), strict=True):
@@ -280,6 +285,9 @@ def training(runs: Runs) -> Figure:
         for ax in row:
             ax.grid(alpha=0.3, which="both", linewidth=0.5)
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    if all(ds.sizes["epoch"] == 1 for _, ds in runs):  # nothing but what was before training
+        for ax in axes[-1]:
+            ax.set_xlim(-0.5, 1.0)
     axes[-1, 0].set_xlabel("epoch")
     axes[-1, 1].set_xlabel("training time (s), evaluation and warm start apart")
     handles, labels = axes[0, 0].get_legend_handles_labels()

@@ -481,6 +481,22 @@ def test_runs_drawn_together_have_colours_of_their_own(names: list[str]) -> None
     assert figures._colours(["adam", "kfac"]) == [figures._style(n, 0)["color"] for n in ("adam", "kfac")]
 
 
+def test_the_legend_of_many_runs_stands_within_the_figure(runs: Path) -> None:
+    ds = cl.open(runs / "adam")
+    many = [(str(i), ds.assign_attrs(lr=10.0**-i, damping=0.123 / (i + 1), seed=i)) for i in range(14)]
+    many[1] = ("1", many[1][1].assign_attrs(lr=1.0))  # so that damping and seed are named too
+    figure = figures.draw_all(many, "training")
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert min(ax.get_window_extent().height for ax in figure.axes) > 150
+    lines = [line for line in figure.axes[0].lines if str(line.get_label()).endswith("training")]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 14
+
+
 def test_a_report_that_cannot_be_written_is_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(runs / "adam")
     (tmp_path / "folder.html").mkdir()
