@@ -8,6 +8,7 @@ from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.log import cosine_to, late_cosine
 from curvlab.log import open_log as open  # the design's name: cl.open("run.h5")
 from curvlab.objective import Objective
+from curvlab.report import report
 from curvlab.runs import compare
 from curvlab.spectra import spectrum
 from curvlab.training.run import train
@@ -28,6 +29,7 @@ __all__ = [
     "models",
     "open",
     "optimizer",
+    "report",
     "spectrum",
     "train",
 ]

@@ -241,6 +241,21 @@ def plot(
     out.print(f"wrote {target}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def report(
+    run: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="A run's folder or its run.h5; several, in the order of the page.")
+    ],
+    output: Annotated[
+        Path | None, Option("-o", "--output", metavar="FILE", help="By default report.html beside the (first) log.")
+    ] = None,
+) -> None:
+    """Write one page of HTML that stands alone: figures, tables, the exact call, versions, every attribute."""
+    target = output or (run[0] if run[0].is_dir() else run[0].parent) / "report.html"
+    curvlab.report([str(path) for path in run], target)
+    out.print(f"wrote {target}", highlight=False, soft_wrap=True)
+
+
 def _algorithm_rows() -> list[tuple[str, ...]]:
     return [(name, a.summary, a.labels, f"{a.lr:g}", f"{a.damping:g}", a.source) for name, a in ALGORITHMS.items()]
 

@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, told apart by colour-blind readers; each algorithm 
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ _COLOURS = (
     "#AA0000",
     "#7F3C8D",
 )
+_MARKERS = (".", "x", "s", "^", "v")
+"""Of runs that share a colour."""
 _DASHES = ((0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)))
 _ORDER = (
     "kfac", "tnt", "shampoo", "adam", "sgd-m", "tnt-ef", "kfac-ef", "tnt-per-sample", "block-ef", "smw-ng-bd", "block-fisher",
@@ -46,6 +49,15 @@ def _style(name: str, index: int) -> dict[str, object]:
     """Colour and dashes of an algorithm: the same in every figure."""
     place = _ORDER.index(name) if name in _ORDER else len(_ORDER) + index
     return {"color": _COLOURS[place % len(_COLOURS)], "linestyle": _DASHES[place % len(_DASHES)], "linewidth": 1.6}
+
+
+def _colours(algorithms: Sequence[str]) -> list[str]:
+    """A colour for each run: an algorithm's own where every run has another one; the others take those that are free."""
+    own = {
+        name: _COLOURS[_ORDER.index(name)] for name in algorithms if name in _ORDER and len(set(algorithms)) == len(algorithms)
+    }
+    free = itertools.cycle([colour for colour in _COLOURS if colour not in own.values()] or _COLOURS)
+    return [own.get(name) or next(free) for name in algorithms]
 
 
 def _line(ax: Axes, values: xr.DataArray, style: dict[str, object], label: str) -> None:
@@ -101,13 +113,14 @@ def cosine(ds: xr.Dataset) -> Figure:
 
 
 def loss(ds: xr.Dataset) -> Figure:
-    """Minibatch loss along the reference's trajectory."""
+    """Loss along the trajectory: of each minibatch, or of the examples of spectra."""
     figure = Figure(figsize=(6.0, 3.6), layout="constrained")
     ax = figure.subplots()
-    reference = str(ds.attrs.get("reference", "reference"))
-    _line(ax, ds["loss"], _style("kfac", 0) | {"linestyle": "-"}, f"steps of {reference}")
-    ax.set_xlabel("iteration")
-    ax.set_ylabel(f"mean minibatch loss ({ds['loss'].attrs.get('units', 'nat')})")
+    leader = ds.attrs.get("reference", ds.attrs.get("algorithm"))
+    style = _style("kfac", 0) | {"linestyle": "-", "marker": "." if ds.sizes["step"] < 25 else ""}
+    _line(ax, ds["loss"], style, f"steps of {leader}" if leader else "loss")
+    ax.set_xlabel(str(ds["step"].attrs.get("long_name", "iteration")))
+    ax.set_ylabel(f"{ds['loss'].attrs.get('long_name', 'mean loss')} ({ds['loss'].attrs.get('units', 'nat')})")
     ax.set_title(_title(ds, _run(ds)), fontsize=11)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
@@ -234,16 +247,19 @@ def _share(here: xr.Dataset) -> str:
     return f", {least}{float(here['negative']):.0%} negative"
 
 
+_LETTERS = 125
+"""Of a legend's line below `training`."""
+
+
 def training(runs: Runs) -> Figure:
     """Loss and error of training runs, against epochs and against training time (thesis Figures 2.2, 4.2, 4.3)."""
     first = runs[0][1]
     rows = [kind for kind in ("loss", "error") if f"train_{kind}" in first]
-    figure = Figure(figsize=(9.2, 3.1 * len(rows) + 0.9), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots(len(rows), 2, sharey="row", sharex="col", squeeze=False)
-    known = {ds.attrs.get("algorithm") for _, ds in runs}
-    by_algorithm = len(known) == len(runs)
-    for i, (label, ds) in enumerate(runs):
-        colour = _style(str(ds.attrs.get("algorithm")) if by_algorithm else "", i)["color"]
+    colours = _colours([str(ds.attrs.get("algorithm")) for _, ds in runs])
+    for i, ((label, ds), colour) in enumerate(zip(runs, colours, strict=True)):
+        again = colours[:i].count(colour)
         for row, kind in zip(axes, rows, strict=True):
             for part, dashes in (("train", "-"), ("val", (0, (4, 1.5)))):
                 if f"{part}_{kind}" not in ds:
@@ -253,7 +269,8 @@ def training(runs: Runs) -> Figure:
                     "color": colour,
                     "linestyle": dashes,
                     "linewidth": 1.6,
-                    "marker": "." if seen.sizes["epoch"] < 25 else "",
+                    "marker": _MARKERS[again % len(_MARKERS)] if again or seen.sizes["epoch"] < 25 else "",
+                    "markersize": 4 if again else 6,
                 }
                 name = f"{label}, {'training' if part == 'train' else 'validation'}"
                 for ax, x in zip(row, (seen["epoch"], seen["wall_seconds"]), strict=True):
@@ -268,10 +285,15 @@ def training(runs: Runs) -> Figure:
         for ax in row:
             ax.grid(alpha=0.3, which="both", linewidth=0.5)
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    if all(ds.sizes["epoch"] == 1 for _, ds in runs):  # nothing but what was before training
+        for ax in axes[-1]:
+            ax.set_xlim(-0.5, 1.0)
     axes[-1, 0].set_xlabel("epoch")
     axes[-1, 1].set_xlabel("training time (s), evaluation and warm start apart")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    across = min(len(labels), max(1, min(4, _LETTERS // (max(map(len, labels)) + 9))))
+    figure.set_size_inches(9.2, 3.1 * len(rows) + 0.7 + 0.21 * math.ceil(len(labels) / across))
+    figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False)
     what = f"{_run(first)}, {len(runs)} runs" if len(runs) > 1 else _run(first)
     figure.suptitle(f"Training of {what}", fontsize=11)
     return figure
@@ -307,7 +329,7 @@ def _wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 24))
 
 
-def _names_of_runs(runs: Runs) -> Runs:
+def named(runs: Runs) -> Runs:
     """By their algorithms; where two runs share one, by what differs: seed, learning rate, damping, or else their place."""
     about = [str(ds.attrs.get("algorithm", "run")) for _, ds in runs]
     for key in ("lr", "damping", "seed"):
@@ -332,7 +354,7 @@ class Entry:
 
 FIGURES: dict[str, Entry] = {
     "cosine": Entry("cosine to the reference by layer against the iteration (thesis Figure 4.1)", "cosine", cosine),
-    "loss": Entry("minibatch loss along the trajectory", "loss", loss),
+    "loss": Entry("loss along the trajectory", "loss", loss),
     "seconds": Entry("time of each algorithm's own work", "seconds", seconds),
     "spectrum": Entry("eigenvalues of each layer's curvature block, negative ones apart", "density", spectrum),
     "training": Entry(
@@ -356,7 +378,7 @@ def draw_all(runs: Runs, name: str) -> Figure:
     try:
         for _, at in runs:
             at[entry.needs]
-        return entry.draw(_names_of_runs(runs) if entry.several else at)
+        return entry.draw(named(runs) if entry.several else at)
     except KeyError as error:
         raise CurvlabError(
             f"figure '{name}' needs {error} in the log, which has {', '.join(map(str, at.data_vars))}"

@@ -18,7 +18,7 @@ def test_the_wheel_carries_the_data_and_works_elsewhere(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert "curvlab/_data/mnist.npz" in archive.namelist()
-        assert "curvlab/py.typed" in archive.namelist()
+        assert {"curvlab/py.typed", "curvlab/templates/report.html", "curvlab/templates/report.css"} <= set(archive.namelist())
         archive.extractall(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "CURVLAB_DATA": ""}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True)

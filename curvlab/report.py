@@ -1,0 +1,226 @@
+"""Runs → one page of HTML that stands alone: figures, tables, calls, versions, attributes. It reads only the logs.
+
+The same logs give the same bytes: nothing of the page is of the moment or the machine that writes it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import xarray as xr
+from markupsafe import Markup
+from rich.console import Console
+from rich.progress import Progress
+
+from curvlab import about, figures, tables
+from curvlab.atomic import rewrite
+from curvlab.errors import CurvlabError
+from curvlab.log import open_log
+from curvlab.progress import progress_bar
+from curvlab.svg import inline
+from curvlab.tables import MISSING, Table
+
+Place = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """`number` counts over the page; `svg` is safe as it is."""
+
+    number: int
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run of the page, or what runs of one kind show together (`runs` names their sections)."""
+
+    anchor: str
+    title: str
+    place: str = ""
+    runs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, str] | None = None
+    figures: tuple[Drawn, ...] = ()
+    tables: tuple[Table, ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
+    calls: tuple[tuple[str, str], ...] = ()
+    versions: Mapping[str, str] | None = None
+    attributes: Mapping[str, str] | None = None
+
+
+def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None = None) -> Path:
+    """Write one page about `runs`: every figure and table of each log, and what training runs of one problem show together.
+
+    Args:
+        runs: folders or `run.h5` files, in the order of the page.
+        path: of the page, an .html file; it is written whole or not at all.
+        progress: show a progress bar; None shows one where standard error is a terminal.
+
+    Returns:
+        `path`.
+
+    Raises:
+        CurvlabError: no log there, or a damaged one; a page that cannot be written.
+    """
+    given = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
+    if not given:
+        raise CurvlabError("there is no run to report on: give folders or run.h5 files")
+    places, target = list(dict.fromkeys(os.fspath(place) for place in given)), Path(path)
+    _check(target, places)
+    logs = [(place, open_log(place)) for place in places]
+    console = Console(stderr=True)
+    with progress_bar(console, console.is_terminal if progress is None else progress) as bar:
+        text = page(logs, bar)
+    try:
+        rewrite(target, lambda aside: aside.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise CurvlabError(f"the report {target} cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def _check(target: Path, places: Sequence[str]) -> None:
+    """Before anything is drawn."""
+    reason = ""
+    if target.is_dir():
+        reason = "it is a folder; give a file, as report.html"
+    elif not target.parent.is_dir():
+        reason = f"there is no folder {target.parent}"
+    elif not os.access(target.parent, os.W_OK):
+        reason = f"the folder {target.parent} is not yours to write to"
+    elif target.suffix not in (".html", ".htm"):
+        reason = f"reports are HTML, not '{target.suffix}'; call it {target.with_suffix('.html').name}"
+    elif target.exists() and any(Path(place).is_file() and target.samefile(place) for place in places):
+        reason = "it is one of the logs"
+    if reason:
+        raise CurvlabError(f"the report {target} cannot be written: {reason}")
+
+
+def page(logs: figures.Runs, bar: Progress) -> str:
+    """The page about [(place, log)] as text."""
+    joint = [(name, group) for name, group in _together(logs) if len(group) > 1]
+    wanted = [_applying(ds) for _, ds in logs]
+    task = bar.add_task("figures", total=len(joint) + sum(map(len, wanted)), note="")
+    count = 0
+
+    def drawn(runs: figures.Runs, name: str, of: str) -> Drawn:
+        nonlocal count
+        count += 1
+        bar.update(task, note=f"{name}, {of}")
+        summary = figures.FIGURES[name].summary
+        label = f"Figure {count}: {summary}; {of}"
+        svg = inline(figures.draw_all(runs, name), f"f{count}-", label)
+        bar.advance(task)
+        return Drawn(count, summary[0].upper() + summary[1:], Markup(svg))
+
+    facts = [about.facts(ds) for _, ds in logs]
+    sections = [_joint(i, name, group, logs, drawn) for i, (name, group) in enumerate(joint, 1)]
+    for i, ((place, ds), names) in enumerate(zip(logs, wanted, strict=True)):
+        sections.append(_section(i + 1, place, ds, facts[i], names, drawn, len(logs) > 1))
+    common, differing = _summary(logs, facts)
+    one = logs[0][1].attrs
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("curvlab"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("report.html").render(
+        title=about.title(logs[0][1]) if len(logs) == 1 else f"curvlab report: {len(logs)} runs",
+        about=f"{one['model']} on {one['data']}" if len(logs) == 1 and {"model", "data"} <= one.keys() else "",
+        common=common,
+        differing=differing,
+        sections=sections,
+        runs=tuple(f"run-{i + 1}" for i in range(len(logs))),
+        version=metadata.version("curvlab"),
+    )
+
+
+def _applying(ds: xr.Dataset) -> list[str]:
+    """The figures of a log, the one that stands for it first."""
+    first = figures.main(ds)
+    return sorted((name for name, entry in figures.FIGURES.items() if entry.needs in ds), key=lambda name: name != first)
+
+
+def _together(logs: figures.Runs) -> list[tuple[str, list[tuple[str, xr.Dataset]]]]:
+    """[(figure of several runs, its logs)]: runs of one model on the same data whose errors mean the same."""
+    found: dict[tuple[str, ...], list[tuple[str, xr.Dataset]]] = {}
+    for place, ds in logs:
+        problem = (str(ds.attrs.get(k, "")) for k in ("model", "data_description", "error"))
+        for name, entry in figures.FIGURES.items():
+            if entry.several and entry.needs in ds:
+                found.setdefault((name, *problem), []).append((place, ds))
+    return [(key[0], group) for key, group in found.items()]
+
+
+def _joint(i: int, name: str, group: figures.Runs, logs: figures.Runs, drawn: Any) -> Section:
+    numbers = [[place for place, _ in logs].index(place) + 1 for place, _ in group]
+    model, data = (str(group[0][1].attrs.get(k, k)) for k in ("model", "data"))
+    of = f"{len(group)} runs of {model} on {data}"
+    return Section(
+        f"together-{i}",
+        f"Together: {of}",
+        runs=tuple(f"run-{n}" for n in numbers),
+        figures=(drawn(group, name, of),),
+        tables=(tables.last_epochs([(f"{n}. {run}", ds) for n, (run, ds) in zip(numbers, figures.named(group), strict=True)]),),
+    )
+
+
+def _section(i: int, place: str, ds: xr.Dataset, facts: dict[str, str], names: list[str], drawn: Any, several: bool) -> Section:
+    title = about.title(ds)
+    own = [make(ds) for needs, make in _TABLES.items() if needs in ds]
+    further, left = tables.at_the_end(ds)
+    return Section(
+        f"run-{i}",
+        f"{i}. {title}" if several else "This run",
+        place,
+        notes=tuple(about.notes(ds)),
+        facts=facts if several else None,
+        figures=tuple(drawn([(place, ds)], name, f"{title} (run {i})" if several else title) for name in names),
+        tables=(*own, *further),
+        left=tuple(left),
+        calls=tuple(about.calls(ds)),
+        versions={k: str(v) for k, v in (about.attribute(ds, "versions") or {}).items()}
+        | {"git commit": about.text(ds, "git_commit")},
+        attributes={name: str(value) for name, value in ds.attrs.items()},
+    )
+
+
+_TABLES = {"cosine": tables.cosines, "train_loss": tables.epochs, "density": tables.spectra}
+"""{variable of the log: what tabulates it}"""
+
+
+def _summary(logs: figures.Runs, facts: Sequence[dict[str, str]]) -> tuple[dict[str, str], Table | None]:
+    """What all runs share, and what differs in brief, a row for each run."""
+    names = list(dict.fromkeys(name for fact in facts for name in fact))
+    rows = {name: [fact.get(name, MISSING) for fact in facts] for name in names}
+    common = {name: row[0] for name, row in rows.items() if len(set(row)) == 1}
+    apart = [name for name in names if name not in common]
+    if len(logs) == 1:
+        return common, None
+    lines = (
+        (f"{i + 1}. {about.command(ds)}", *(_BRIEF.get(name, str)(rows[name][i]) for name in apart))
+        for i, (_, ds) in enumerate(logs)
+    )
+    return common, Table("What differs between the runs" if common else "The runs", ("run", *apart), tuple(lines))
+
+
+def _before(mark: str) -> Callable[[str], str]:
+    return lambda text: text.partition(mark)[0]
+
+
+_BRIEF: dict[str, Callable[[str], str]] = {
+    "data": lambda text: text.partition(" (")[0].partition(", batches of")[0],
+    "algorithm": _before("; "),
+    "loss": _before(", mean of"),
+    "time": lambda text: "\u00a0".join(text.split()[:2]),
+    "date": lambda text: text[:10],
+    "versions": lambda text: text.partition(", python")[0],
+    "git commit": lambda text: text[:8],
+}
+"""{fact: what of it stands beside other runs'}; each run's section has it whole."""

@@ -1,0 +1,209 @@
+"""Dataset → Table: the numbers of a log as text, one function a table. They read only the log."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from curvlab.log import late_cosine
+
+MISSING = "–"
+MOST_ROWS = 500
+"""Rows of a table at most; what is longer stays in the log."""
+WIDEST = 12
+"""Columns of blocks at most; where there are more, blocks go down."""
+
+SPECTRUM = ("lowest", "highest", "trace", "negative")
+SCORES = ("train_loss", "val_loss", "train_error", "val_error")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first `heads` cells of a row name it; `notes`: (name, what it is)."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    heads: int = 1
+    notes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def groups(self) -> list[list[tuple[str, ...]]]:
+        """Rows that belong together: where several cells name a row, those of the same first."""
+        if self.heads == 1:
+            return [list(self.rows)]
+        return [list(rows) for _, rows in itertools.groupby(self.rows, lambda row: row[0])]
+
+
+def number(value: Any, form: str = ".4g") -> str:
+    """NaN and what is absent is a dash."""
+    return MISSING if value is None or math.isnan(value) else f"{float(value):{form}}"
+
+
+def cosines(ds: xr.Dataset) -> Table:
+    """Mean cosine to the reference over the last three quarters of the steps, by layer; of several seeds mean and spread."""
+    late, reference = late_cosine(ds), str(ds.attrs.get("reference", ""))
+    names = [str(name) for name in ds["algorithm"].values if name != reference]
+    over = f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
+    caption = f"Mean cosine to {reference} over the last three quarters of the steps{over}"
+    return _grid(caption, late.sel(algorithm=names), ".3f")
+
+
+def spectra(ds: xr.Dataset) -> Table:
+    """Ends, trace and negative fraction of every spectrum, with errors where Lanczos estimates them."""
+    rows = []
+    for block, matrix, step in itertools.product(ds["block"].values, ds["matrix"].values, ds["step"].values):
+        at = ds.sel(block=block, matrix=matrix, step=step)
+        rows.append((str(block), str(matrix), str(step), *(_estimate(at, name) for name in SPECTRUM)))
+    columns = ("block", "matrix", "training steps", *SPECTRUM)
+    return Table("Eigenvalues (nat; ± error where Lanczos estimates them)", columns, tuple(rows), 3)
+
+
+def _estimate(at: xr.Dataset, name: str) -> str:
+    form, of_error = (".1%", ".1%") if name == "negative" else (".4g", ".1g")
+    value, error = float(at[name]), float(at[f"{name}_error"])
+    some = f", {float(at['unresolved']):.1%} near 0" if name == "negative" and at["unresolved"] else ""
+    return (number(value, form) if value else "0") + (f" ± {error:{of_error}}" if error > 0 else "") + some
+
+
+def epochs(ds: xr.Dataset) -> Table:
+    """The first, the best and the last of the epochs that were evaluated."""
+    seen = evaluated(ds)
+    last, scores = seen.sizes["epoch"] - 1, [name for name in SCORES if name in seen]
+    if last < 0:
+        return Table("No epoch was evaluated", ("",), ())
+    by = seen["val_loss" if "val_loss" in seen else "train_loss"]
+    best = int(by.argmin("epoch")) if by.notnull().any() else last
+    rows = []
+    for i in dict.fromkeys((0, best, last)):
+        at = seen.isel(epoch=i)
+        what = ", ".join(word for word, place in (("first", 0), ("best", best), ("last", last)) if place == i)
+        rows.append((what, *_of_epoch(at, scores)))
+    return Table("The first, the best and the last epoch", ("", *_epoch_columns(seen, scores)), tuple(rows))
+
+
+def last_epochs(runs: Sequence[tuple[str, xr.Dataset]]) -> Table:
+    """The last evaluated epoch of several training runs."""
+    scores = [name for name in SCORES if any(name in ds for _, ds in runs)]
+    rows = []
+    for name, ds in runs:
+        seen = evaluated(ds)
+        cells = _of_epoch(seen.isel(epoch=-1), scores) if seen.sizes["epoch"] else (MISSING,) * (len(scores) + 3)
+        rows.append((name, *cells))
+    return Table("The last epoch of each run", ("run", *_epoch_columns(runs[0][1], scores)), tuple(rows))
+
+
+def evaluated(ds: xr.Dataset) -> xr.Dataset:
+    return ds.dropna("epoch", subset=["train_loss"])
+
+
+def _epoch_columns(ds: xr.Dataset, scores: Sequence[str]) -> list[str]:
+    heads = [f"{score.replace('_', ' ')}{_unit(ds[score]) if score in ds else ''}" for score in scores]
+    return ["epoch", "steps", *heads, "training time (s)"]
+
+
+def _of_epoch(at: xr.Dataset, scores: Sequence[str]) -> tuple[str, ...]:
+    cells = (number(at.get(name), ".5g") for name in scores)
+    return (f"{float(at['epoch']):g}", str(int(at["steps"])), *cells, number(at["wall_seconds"]))
+
+
+def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
+    """What is known of each algorithm or block at the end: tables, and (variable, why it is in none).
+
+    Variables of the same dimensions share a table, its rows their labels; one that is alone on two is a grid. `cosine` and
+    spectra have tables of their own.
+    """
+    found: dict[tuple[str, ...], list[str]] = {}
+    left: list[tuple[str, str]] = []
+    own = {"cosine"} | (set(ds.data_vars) if "density" in ds else set())
+    for name in (str(name) for name in ds.data_vars if name not in own):
+        axis, *dims = (str(d) for d in ds[name].dims if d != "seed") if ds[name].ndim else ("",)
+        if not {"long_name", "units"} <= ds[name].attrs.keys() or not {"block", "algorithm"} & set(dims):
+            continue
+        values = ds[name].values[np.isfinite(ds[name].values)]
+        if "other" in dims:
+            left.append((name, f"{ds[name].attrs['long_name']}: in the log alone"))
+        elif not values.size or (values == values.flat[0]).all():
+            unit = _unit(ds[name]).replace("(", "").replace(")", "")
+            everywhere = f"{number(values.flat[0])}{unit} everywhere" if values.size else "not a number anywhere"
+            left.append((name, f"{ds[name].attrs['long_name']}: {everywhere}"))
+        else:
+            found.setdefault((axis, *dims), []).append(name)
+    tables: list[Table] = []
+    for key, names in found.items():
+        table = _last(ds[names], key[0])
+        if len(table.rows) <= MOST_ROWS:
+            tables.append(table)
+        else:
+            left += [(name, f"{what}: {len(table.rows)} rows, in the log alone") for name, what in table.notes]
+    return tables, left
+
+
+def _last(ds: xr.Dataset, axis: str) -> Table:
+    """Variables of the same dimensions at the last place along `axis` that any of them knows."""
+    known = ds.to_array().notnull().any([d for d in ("variable", *ds.dims) if d != axis])
+    place = int(np.flatnonzero(known.values)[-1])
+    at = ds.isel({axis: place})
+    at = at.squeeze([d for d in at.dims if d == "algorithm" and at.sizes[d] == 1], drop=True)
+    names = [str(name) for name in ds.data_vars]
+    dims = [str(d) for d in at[names[0]].dims if d != "seed"]
+    several = f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
+    when = f"at {axis} {float(ds[axis][place]):g}{several}"
+    notes = tuple((name, str(ds[name].attrs["long_name"])) for name in names)
+    if len(names) == 1 and len(dims) == 2:
+        said = f"{names[0]}{_unit(ds[names[0]])}, {when}"
+        return _grid(said[0].upper() + said[1:], at[names[0]], ".4g", notes)
+    rows = []
+    for labels in itertools.product(*(at[d].values if d in at.coords else range(at.sizes[d]) for d in dims)):
+        here = at.sel(dict(zip(dims, labels, strict=True)))
+        cells = [_cell(here[name], ".4g", _meanings(ds[name])) for name in names]
+        if any(cell != MISSING for cell in cells):
+            rows.append((*map(str, labels), *cells))
+    columns = (*dims, *(f"{name}{_unit(ds[name])}" for name in names))
+    return Table(f"By {', '.join(dims)}, {when}", columns, tuple(rows), max(1, len(dims)), notes)
+
+
+def _grid(caption: str, values: xr.DataArray, form: str, notes: tuple[tuple[str, str], ...] = ()) -> Table:
+    """Two dimensions, blocks across unless they are many."""
+    down, across = (str(d) for d in values.dims if d != "seed")
+    if (across == "block") == (values.sizes["block"] > WIDEST) if "block" in values.dims else False:
+        down, across = across, down
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        for row in values[down].values:
+            cells = (_cell(values.sel({down: row, across: column}), form) for column in values[across].values)
+            yield (str(row), *cells)
+
+    heads = (f"layer {column}" if across == "block" else str(column) for column in values[across].values)
+    return Table(caption, (down, *heads), tuple(lines()), notes=notes)
+
+
+def _cell(values: xr.DataArray, form: str, meanings: dict[float, str] | None = None) -> str:
+    """One number; of several seeds their mean ± standard deviation; of a flag its meaning."""
+    mean = float(values.mean())
+    if meanings and mean in meanings:
+        return meanings[mean] or number(mean, form)
+    spread = (
+        f" ± {number(values.std(), form if form.endswith('f') else '.2g')}"
+        if "seed" in values.dims and not math.isnan(mean)
+        else ""
+    )
+    return f"{number(mean, form)}{spread}"
+
+
+def _meanings(values: xr.DataArray) -> dict[float, str]:
+    """Of flags, as the conventions of netCDF have them (`flag_values`, `flag_meanings`)."""
+    numbers = str(values.attrs.get("flag_values", "")).split()
+    words = [word.strip() for word in str(values.attrs.get("flag_meanings", "")).split(";")]
+    return {float(n): word for n, word in zip(numbers, words, strict=False)}
+
+
+def _unit(values: xr.DataArray) -> str:
+    unit = str(values.attrs.get("units", "1"))
+    return "" if unit == "1" else f" ({unit})"
