@@ -253,7 +253,7 @@ def report(
     """Write one page of HTML that stands alone: figures, tables, the exact call, versions, every attribute."""
     target = output or (run[0] if run[0].is_dir() else run[0].parent) / "report.html"
     curvlab.report([str(path) for path in run], target)
-    out.print(f"wrote {target}", highlight=False, soft_wrap=True)
+    out.print(f"wrote {target}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _algorithm_rows() -> list[tuple[str, ...]]:

@@ -16,6 +16,7 @@ import jinja2
 import xarray as xr
 from markupsafe import Markup
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from curvlab import about, figures, tables
@@ -80,7 +81,7 @@ def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None 
     with progress_bar(console, console.is_terminal if progress is None else progress) as bar:
         text = page(logs, bar)
     try:
-        rewrite(target, lambda aside: aside.write_text(text, encoding="utf-8"))
+        rewrite(target, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
     except OSError as error:
         raise CurvlabError(f"the report {target} cannot be written: {error.strerror or error}") from error
     return target
@@ -113,7 +114,7 @@ def page(logs: figures.Runs, bar: Progress) -> str:
     def drawn(runs: figures.Runs, name: str, of: str) -> Drawn:
         nonlocal count
         count += 1
-        bar.update(task, note=f"{name}, {of}")
+        bar.update(task, note=escape(f"{name}, {of}"))
         summary = figures.FIGURES[name].summary
         label = f"Figure {count}: {summary}; {of}"
         svg = inline(figures.draw_all(runs, name), f"f{count}-", label)
@@ -151,7 +152,7 @@ def _together(logs: figures.Runs) -> list[tuple[str, list[tuple[str, xr.Dataset]
     """[(figure of several runs, its logs)]: runs of one model on the same data whose errors mean the same."""
     found: dict[tuple[str, ...], list[tuple[str, xr.Dataset]]] = {}
     for place, ds in logs:
-        problem = (str(ds.attrs.get(k, "")) for k in ("model", "data_description", "error"))
+        problem = [str(ds.attrs.get(k, "")) for k in ("model", "data_description", "error")]
         for name, entry in figures.FIGURES.items():
             if entry.several and entry.needs in ds:
                 found.setdefault((name, *problem), []).append((place, ds))

@@ -157,8 +157,7 @@ def _last(ds: xr.Dataset, axis: str) -> Table:
     when = f"at {axis} {float(ds[axis][place]):g}{several}"
     notes = tuple((name, str(ds[name].attrs["long_name"])) for name in names)
     if len(names) == 1 and len(dims) == 2:
-        said = f"{names[0]}{_unit(ds[names[0]])}, {when}"
-        return _grid(said[0].upper() + said[1:], at[names[0]], ".4g", notes)
+        return _grid(f"{names[0]}{_unit(ds[names[0]])}, {when}", at[names[0]], ".4g", notes)
     rows = []
     for labels in itertools.product(*(at[d].values if d in at.coords else range(at.sizes[d]) for d in dims)):
         here = at.sel(dict(zip(dims, labels, strict=True)))

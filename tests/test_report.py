@@ -31,7 +31,7 @@ from curvlab.datasets import Dataset, Entry
 from curvlab.models import MODELS
 from curvlab.svg import inline
 
-HOSTILE = "<b>&\"it's"
+HOSTILE = "<b>&\"it's \\d"
 """The name of the runs' model."""
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 COMPARE = [
@@ -411,14 +411,14 @@ def test_what_probes_log_becomes_tables() -> None:
     ds = probed()
     found, left = tables.at_the_end(ds)
     by = {table.caption: table for table in found}
-    assert set(by) == {"By algorithm, block, pair, at damping_step 20", "By block, at step 3", "Norm (parameter), at step 3"}
+    assert set(by) == {"By algorithm, block, pair, at damping_step 20", "By block, at step 3", "norm (parameter), at step 3"}
     pairs = by["By algorithm, block, pair, at damping_step 20"]
     assert pairs.columns == ("algorithm", "block", "pair", "theta", "skipped")
     at = ds["theta"].sel(damping_step=20, algorithm="k-bfgs", block="1")
     assert pairs.rows == tuple(("k-bfgs", "1", p, f"{at.sel(pair=p).item():.4g}", "too <small>") for p in ("a", "g"))
     assert pairs.heads == 3
     assert pairs.notes == (("theta", "of a pair"), ("skipped", "of a pair"))
-    grid = by["Norm (parameter), at step 3"]
+    grid = by["norm (parameter), at step 3"]
     assert grid.columns == ("algorithm", "layer 1", "layer 2")
     assert grid.rows == tuple(
         (a, *(f"{v:.4g}" for v in ds["norm"].sel(step=3, algorithm=a).values)) for a in ("k-bfgs", "adam")
@@ -539,7 +539,9 @@ def test_a_disk_that_is_full_leaves_the_old_page(
 
 
 def test_it_shows_how_far_it_is(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cl.report(runs / "compare", tmp_path / "a.html", progress=True)
+    log = cl.open(runs / "compare").assign_attrs(title="[/x] is no markup of the console's")
+    log.to_netcdf(tmp_path / "run.h5", engine="h5netcdf")
+    cl.report(tmp_path, tmp_path / "a.html", progress=True)
     assert re.search(r"figures .*3/3", capsys.readouterr().err)
     cl.report(runs / "adam", tmp_path / "a.html", progress=False)
     assert capsys.readouterr().err == ""
