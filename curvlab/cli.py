@@ -8,16 +8,16 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, TextIO
 
 import typer
 from rich.table import Table
 
 import curvlab
-from curvlab import cli_train, datasets, figures, models, probes, runs, spectra, spectrum_run
+from curvlab import cli_train, datasets, figures, models, probes, runs, spectra, spectrum_run, tables
 from curvlab.algorithms import ALGORITHMS
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
-from curvlab.log import late_cosine, open_log
+from curvlab.log import open_log
 from curvlab.memory import keep_freed_memory
 from curvlab.probes import costs
 from curvlab.terminal import err, finish, folder_for, listed, out, says_what_is_saved
@@ -109,26 +109,7 @@ def compare(
     folder = folder_for(out_folder, f"compare-{model}")
     with says_what_is_saved(folder / "run.h5"):
         ds = runs.compare_named(named, folder / "run.h5", call, err).dataset
-    finish(ds, folder, "cosine", _print_cosines)
-
-
-def _print_cosines(ds: Any) -> None:
-    late = late_cosine(ds)
-    several = "seed" in late.dims
-    mean, spread = (late.mean("seed"), late.std("seed")) if several else (late, None)
-    over = f", mean ± standard deviation of {late.sizes['seed']} seeds" if several else ""
-    table = Table(title=f"Mean cosine to {ds.attrs['reference']} over the last three quarters of the steps{over}")
-    table.add_column("algorithm")
-    for block in mean["block"].values:
-        table.add_column(f"layer {block}", justify="right")
-    for name in mean["algorithm"].values:
-        if name == ds.attrs["reference"]:
-            continue
-        cells = [f"{float(v):.3f}" for v in mean.sel(algorithm=name)]
-        if spread is not None:
-            cells = [f"{c} ± {float(s):.3f}" for c, s in zip(cells, spread.sel(algorithm=name), strict=True)]
-        table.add_row(str(name), *cells)
-    out.print(table)
+    finish(ds, folder, "cosine", tables.cosines(ds))
 
 
 @app.command()
@@ -181,27 +162,7 @@ def spectrum(
     folder = folder_for(out_folder, f"spectrum-{model}")
     with says_what_is_saved(folder / "run.h5"):
         ds = spectrum_run.run(prepared, folder / "run.h5", call, err)
-    finish(ds, folder, "spectrum", _print_spectra)
-
-
-def _print_spectra(ds: Any) -> None:
-    def cell(at: Any, name: str) -> str:
-        form, form_of_error = (".1%", ".1%") if name == "negative" else (".4g", ".1g")
-        value, error = float(at[name]), float(at[f"{name}_error"])
-        some = f", {float(at['unresolved']):.1%} near 0" if name == "negative" and at["unresolved"] else ""
-        return (f"{value:{form}}" if value else "0") + (f" ± {error:{form_of_error}}" if error else "") + some
-
-    table = Table("block", "matrix", title="Eigenvalues (± error where Lanczos estimates them)")
-    for heading in ("training steps", "lowest", "highest", "trace", "negative"):
-        table.add_column(heading, justify="right")
-    for block in ds["block"].values:
-        for matrix in ds["matrix"].values:
-            for step in ds["step"].values:
-                at = ds.sel(block=block, matrix=matrix, step=step)
-                cells = (cell(at, name) for name in ("lowest", "highest", "trace", "negative"))
-                table.add_row(str(block), str(matrix), str(step), *cells)
-        table.add_section()
-    out.print(table)
+    finish(ds, folder, "spectrum", tables.spectra(ds))
 
 
 def _integer(text: str, option: str) -> int:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
+from curvlab import tables
 from curvlab.errors import CurvlabError
 from curvlab.memory import keep_freed_memory
 from curvlab.probes import asked
 from curvlab.runs import device_of
-from curvlab.terminal import err, finish, folder_for, out, says_what_is_saved
+from curvlab.terminal import err, finish, folder_for, says_what_is_saved
 from curvlab.training import checkpoint
 from curvlab.training.run import Named, prepare, resumed, run_named
 from curvlab.training.settings import Budget, Settings
@@ -172,7 +172,10 @@ def train(
     training.into(folder)
     with says_what_is_saved(folder / "run.h5", f"; go on with: curvlab train --resume --out {folder}"):
         run = run_named(training, err)
-    finish(run.dataset, folder, "training", _print_epochs)
+    ds = run.dataset
+    finish(
+        ds, folder, "training", tables.epochs(ds), f"{ds.attrs['algorithm']} on {ds.attrs['model']}; error: {ds.attrs['error']}"
+    )
     if run.stopped:
         err.print(f"curvlab: {run.stopped} ({folder / checkpoint.FILE})", markup=False)
         raise typer.Exit(DIVERGED)
@@ -206,20 +209,3 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def _print_epochs(ds: Any) -> None:
-    """The first, the best and the last of the epochs that were evaluated."""
-    seen = ds.dropna("epoch", subset=["train_loss"])
-    scores = [name for name in ("train_loss", "val_loss", "train_error", "val_error") if name in seen]
-    last = seen.sizes["epoch"] - 1
-    best = int(seen["val_loss" if "val_loss" in seen else "train_loss"].argmin("epoch"))
-    table = Table("", title=f"{ds.attrs['algorithm']} on {ds.attrs['model']}; error: {ds.attrs['error']}")
-    for heading in ("epoch", "steps", *(name.replace("_", " ") for name in scores), "training time"):
-        table.add_column(heading, justify="right")
-    for i in dict.fromkeys((0, best, last)):
-        at = seen.isel(epoch=i)
-        what = ", ".join(word for word, place in (("before", 0), ("best", best), ("last", last)) if place == i)
-        cells = (f"{float(at[name]):.5g}" for name in scores)
-        table.add_row(what, f"{float(at['epoch']):g}", str(int(at["steps"])), *cells, f"{float(at['wall_seconds']):.4g} s")
-    out.print(table)

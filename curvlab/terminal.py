@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import rich.table
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Column
 
 from curvlab import figures
 from curvlab.errors import CurvlabError
+from curvlab.tables import Table
 
 out = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -32,14 +36,25 @@ def says_what_is_saved(path: Path, remedy: str = "") -> Iterator[None]:
         raise CurvlabError(f"{error}{saved}") from error
 
 
-def finish(ds: Any, folder: Path, figure: str, show: Callable[[Any], None]) -> None:
+def show(table: Table, title: str = "") -> None:
+    """A table of a log. Names may hold what rich would take for markup."""
+    heads = [Column(escape(name), justify="left" if i < table.heads else "right") for i, name in enumerate(table.columns)]
+    drawn = rich.table.Table(*heads, title=escape(title or table.caption))
+    for rows in table.groups:
+        for row in rows:
+            drawn.add_row(*map(escape, row))
+        drawn.add_section()
+    out.print(drawn)
+
+
+def finish(ds: Any, folder: Path, figure: str, table: Table, title: str = "") -> None:
     """What every run ends with: figure files, table, and the names of what was written."""
     drawn = figures.draw(ds, figure)
     written = [folder / "run.h5"]
     for suffix in ("png", "svg"):
         drawn.savefig(folder / f"{figure}.{suffix}", dpi=150)
         written.append(folder / f"{figure}.{suffix}")
-    show(ds)
+    show(table, title)
     for file in written:
         out.print(f"wrote {file}", highlight=False, soft_wrap=True)
 

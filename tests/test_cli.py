@@ -22,12 +22,13 @@ from matplotlib.image import imread
 from torch import nn
 
 import curvlab as cl
-from curvlab import cli, datasets, runs
+from curvlab import cli, datasets, runs, terminal
 from curvlab.algorithms import ALGORITHMS
 from curvlab.datasets import DATASETS, Dataset, Entry
 from curvlab.figures import FIGURES
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
+from curvlab.tables import Table
 
 SMALL = ["compare", "--model", "mlp-256-20", "--reference", "kfac", "--batch-size", "20000", "--steps", "3"]
 
@@ -312,3 +313,9 @@ def test_sigkill_of_the_main_job_at_twenty_random_moments(tmp_path: Path) -> Non
 
 def test_device_auto_is_what_the_machine_has() -> None:
     assert runs.device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show(Table("[/caption]", ("[bold]name", "x"), (("[/a]", "1"), ("[red]b", "2"))), "model [/x]")
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("model [/x]", "[bold]name", "[/a]", "[red]b"))

@@ -99,7 +99,7 @@ def test_the_table_and_a_line_for_every_epoch(tmp_path: Path, capsys: pytest.Cap
     out, err = capsys.readouterr()
     assert [line.split(":")[0] for line in err.splitlines()] == ["epoch 0", "epoch 1", "epoch 2"]
     rows = [line.split("│")[1:3] for line in out.splitlines() if line.startswith("│")]
-    assert [[cell.strip() for cell in row] for row in rows] == [["before", "0"], ["best, last", "2"]]
+    assert [[cell.strip() for cell in row] for row in rows] == [["first", "0"], ["best, last", "2"]]
     ds = cl.open(tmp_path)
     assert f"val loss {float(ds['val_loss'][-1]):.5g}, val error {float(ds['val_error'][-1]):.5g}" in err
 
