@@ -1,0 +1,241 @@
+"""Comparison: every method on every problem at the document's values, trained once for all figures that share the run."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import xarray as xr
+
+from curvlab.datasets import Dataset
+from curvlab.errors import CurvlabError, CurvlabWarning, lookup
+from curvlab.log import open_log
+from curvlab.reproduction import problems
+from curvlab.reproduction.claims import Claim, verdicts
+from curvlab.reproduction.drawing import draw
+from curvlab.reproduction.results import Result, Results, cut
+from curvlab.reproduction.script import Options, Report
+from curvlab.training import checkpoint
+from curvlab.training.run import train
+
+Values = tuple[float, ...]
+"""(learning rate, damping) or (learning rate, weight decay, damping), as the documents' tables have them; 0 for their dash."""
+
+FURTHER = 3
+"""Seeds that are tried beyond those asked for, where some diverge."""
+
+SMOKE = "two steps of narrow networks on random numbers, which say nothing"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of a document's table.
+
+    `values` are those of one problem, or of each by its name; `options` what else `curvlab.train` takes; `batch` the size of
+    minibatches and `epochs` the length, where they are not the comparison's.
+    """
+
+    algorithm: str
+    values: Values | Mapping[str, Values]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch: int | None = None
+    epochs: int | None = None
+
+    def on(self, problem: str) -> Values | None:
+        return self.values.get(problem) if isinstance(self.values, Mapping) else self.values
+
+    def arguments(self, problem: str) -> dict[str, Any]:
+        """Of `curvlab.train`."""
+        lr, *decay, damping = self.on(problem) or ()
+        return {"algorithm": self.algorithm, "lr": lr, "damping": damping} | ({"weight_decay": decay[0]} if decay else {}) | dict(self.options)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How far a budget goes: seconds of training or epochs, whichever come first (None: the methods' own epochs), seeds, and
+    how many of the training and test examples; the training loss is of the first `evaluated`."""
+
+    seconds: float | Mapping[str, float] | None = None
+    epochs: int | None = None
+    seeds: int = 1
+    examples: int | None = None
+    tests: int | None = None
+    evaluated: int | None = None
+
+    def seconds_on(self, problem: str) -> float | None:
+        return self.seconds[problem] if isinstance(self.seconds, Mapping) else self.seconds
+
+    def __str__(self) -> str:
+        each = self.seconds.values() if isinstance(self.seconds, Mapping) else () if self.seconds is None else (self.seconds,)
+        words = [f"{' or '.join(f'{s:g}' for s in dict.fromkeys(each))} s of training a run"] if each else []
+        words += [f"{self.epochs} epoch{'s' * (self.epochs > 1)}"] if self.epochs else []
+        words = words or ["the document's epochs"]
+        words += [f"{self.seeds} seed{'s' * (self.seeds > 1)}"]
+        words += [f"{self.examples:,} training examples"] if self.examples else []
+        words += [f"training loss of {self.evaluated:,} examples"] if self.evaluated else []
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure of training curves.
+
+    `measures` are variables of a training log, a row of panels each; `spread` says what is shaded; `reported` are the
+    document's numbers, {problem: {label: loss}}. `l2` is μ of μ ‖θ‖², in the gradients and not in the loss that is drawn.
+    """
+
+    shows: str
+    claim: str
+    problems: Sequence[str]
+    methods: Mapping[str, Method]
+    batch: int
+    cpu: Extent
+    paper: Extent
+    claims: Sequence[Claim] = ()
+    measures: Sequence[str] = ("train_loss", "val_error")
+    spread: Literal["std", "error of the mean"] = "std"
+    reported: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    l2: float = 0.0
+
+    @property
+    def extents(self) -> dict[str, str]:
+        return {"smoke": SMOKE, "cpu": str(self.cpu), "paper": str(self.paper)}
+
+    def run(self, report: Report) -> None:
+        found = self.results(report)
+        budget = report.options.budget
+        report.draw(draw(found, self.measures, f"{self.shows}\n{budget}: {self.extents[budget]}", self.spread))
+
+    def results(self, report: Report) -> Results:
+        """Train what is not there yet; say what came out, and which claims hold."""
+        options = report.options
+        chosen = _chosen(options.problems, self.problems, "problem")
+        labels = _chosen(options.methods, self.methods, "method")
+        plan = [(p, label) for p in chosen for label in labels if self.methods[label].on(p) is not None]
+        found: Results = {}
+        done, started = 0, time.monotonic()
+        for problem in chosen:
+            mine = [label for p, label in plan if p == problem]
+            try:
+                runs = Runs(self, problem, options)
+            except CurvlabError as error:
+                report.say(f"{problem}: not run: {error}")
+                done += len(mine)
+                continue
+            found[problem] = {}
+            for label in mine:
+                left = (time.monotonic() - started) / done * (len(plan) - done) if done else None
+                say_progress(f"{done + 1} of {len(plan)}: {label} on {problem}", left)
+                found[problem][label] = runs.result(self.methods[label])
+                done += 1
+            self._say(report, problem, found[problem])
+        if not found:
+            raise CurvlabError(f"no data of {report.name} are here: {'; '.join(report.lines[3:])}")
+        for line in verdicts(self.claims, found):
+            report.say(line)
+        return found
+
+    def _say(self, report: Report, problem: str, found: Mapping[str, Result]) -> None:
+        """A table of one problem."""
+        report.say(problem)
+        told = self.reported.get(problem, {})
+        errors = "val_error" in self.measures
+        headings = ["method", "lr, damping", "loss before", "last", "lowest"] + ["test error"] * errors + ["epochs", "s/epoch"]
+        report.table(headings + ["document"] * bool(told), (self._row(label, r, errors, told) for label, r in found.items()))
+        for label, r in found.items():
+            for failure in r.failures:
+                report.say(f"  {label}, {failure}")
+        report.say()
+
+    @staticmethod
+    def _row(label: str, r: Result, errors: bool, told: Mapping[str, float]) -> list[str]:
+        document = [f"{told[label]:g}" if label in told else ""] if told else []
+        if not r.runs:
+            return [label, r.arguments, "diverged", *[""] * (4 + errors), *document]
+        loss, epochs = r.mean("train_loss"), float(r.along("epoch")[-1])
+        each = float(r.along("time")[-1]) / epochs if epochs else 0.0
+        error = [f"{r.lowest('val_error'):.4f}"] if errors and "val_error" in r.together else [""] * errors
+        numbers = [f"{loss[0]:.4g}", f"{loss[-1]:.4g}", f"{r.lowest('train_loss'):.4g}"]
+        return [label, r.arguments, *numbers, *error, f"{epochs:.3g}", f"{each:.3g}", *document]
+
+
+def _chosen(wanted: Sequence[str], known: Sequence[str] | Mapping[str, object], kind: str) -> list[str]:
+    for name in wanted:
+        lookup(dict.fromkeys(known), name, kind)
+    return [name for name in known if name in (wanted or known)]
+
+
+def say_progress(what: str, left: float | None) -> None:
+    """On standard error, which is no part of the result."""
+    print(f"  {what}" + ("" if left is None else f" (about {left / 60:.1f} min left)"), file=sys.stderr, flush=True)
+
+
+class Runs:
+    """The runs of one problem in one budget, each in a folder of its own."""
+
+    def __init__(self, comparison: Comparison, problem: str, options: Options) -> None:
+        self.of, self.name, self.options = comparison, problem, options
+        self.problem = problems.find(problem)
+        self.extent = {"smoke": Extent(), "cpu": comparison.cpu, "paper": comparison.paper}[options.budget]
+        self.data: tuple[Dataset, Dataset] | None = None
+        if not options.smoke:
+            self.data = self.problem.load(options.budget == "cpu", self.extent.examples, self.extent.tests)
+
+    def result(self, method: Method) -> Result:
+        """As many seeds as the budget asks for; where one diverges the next is tried."""
+        runs: list[xr.Dataset] = []
+        failures = []
+        for seed in range(self.extent.seeds + (0 if self.options.smoke else FURTHER)):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "diverged in epoch", CurvlabWarning)  # said in the table
+                run = self.trained(method, seed)
+            if run.attrs.get("stopped"):
+                failures.append(f"seed {seed}: {run.attrs['stopped']}")
+            else:
+                runs.append(run)
+            if len(runs) == self.extent.seeds:
+                break
+        arguments = ", ".join(f"{value:g}" for value in method.on(self.name) or ())
+        return Result(method.algorithm, f"({arguments})", tuple(runs), tuple(failures))
+
+    def trained(self, method: Method, seed: int) -> xr.Dataset:
+        """The log of one run: as it is where it is long enough, else gone on with, else begun."""
+        arguments, batch = method.arguments(self.name), method.batch or self.of.batch
+        if self.data is None:
+            objective, random = self.problem.smoke(seed, self.of.l2)
+            return train(objective, random.batches(32, seed=seed), random, steps=2, progress=False, **arguments).dataset
+        examples, tests = self.data
+        seconds, epochs = self.extent.seconds_on(self.name), self.extent.epochs
+        if seconds is None and epochs is None:
+            epochs = method.epochs
+        folder = self.folder(arguments, batch, seed)
+        if (folder / "run.h5").exists():
+            ds = open_log(folder)
+            spent = float(ds["epoch"][-1]) >= (epochs or float("inf")) or float(ds["wall_seconds"][-1]) >= (seconds or float("inf"))
+            if spent or ds.attrs.get("stopped"):
+                return cut(ds, epochs, seconds)
+        run = train(
+            self.problem.objective(examples, seed, self.options.where, self.of.l2), examples.batches(min(batch, len(examples)), seed=seed),
+            tests if len(tests) else None, epochs=epochs, seconds=seconds, folder=folder, resume=(folder / checkpoint.FILE).exists(),
+            evaluate_samples=self.extent.evaluated, **arguments,
+        )  # fmt: skip
+        return cut(run.dataset, epochs, seconds)
+
+    def folder(self, arguments: Mapping[str, Any], batch: int, seed: int) -> Path:
+        """Everything that decides the numbers is in its name."""
+        about = {"batch": batch, "l2": self.of.l2, "examples": self.extent.examples, "tests": self.extent.tests, "loss": self.extent.evaluated}
+        problem = "-".join([_plain(self.name), *(f"{name}={value:g}" for name, value in about.items() if value)])
+        method = "-".join([arguments["algorithm"], *(f"{name}={_plain(value)}" for name, value in arguments.items() if name != "algorithm")])
+        budget = f"{self.options.budget}-{self.options.where.type}"
+        return self.options.runs / budget / problem / method / f"seed-{seed}"
+
+
+def _plain(value: object) -> str:
+    """Letters, digits, dots: what a folder may be called."""
+    return re.sub(r"[^\w.=+]+", "-", f"{value:g}" if isinstance(value, float) else str(value).lower()).strip("-")
