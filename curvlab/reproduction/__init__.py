@@ -7,16 +7,26 @@
 from curvlab.reproduction.claims import Claim
 from curvlab.reproduction.comparison import Comparison, Extent, Method
 from curvlab.reproduction.index import load, scripts
+from curvlab.reproduction.scaling import Axis, Row, Scaling
 from curvlab.reproduction.script import Options, Report, Script, main, reproduce
+from curvlab.reproduction.settings import AUTOENCODERS, DOCUMENT_SECONDS, NETWORKS, WIDE, convolutional
 
 __all__ = [
+    "AUTOENCODERS",
+    "DOCUMENT_SECONDS",
+    "NETWORKS",
+    "WIDE",
+    "Axis",
     "Claim",
     "Comparison",
     "Extent",
     "Method",
     "Options",
     "Report",
+    "Row",
+    "Scaling",
     "Script",
+    "convolutional",
     "load",
     "main",
     "reproduce",

@@ -87,7 +87,7 @@ class Comparison:
     """A figure of training curves.
 
     `measures` are variables of a training log, a row of panels each; `spread` says what is shaded; `reported` are the
-    document's numbers, {problem: {label: loss}}. `l2` is μ of μ ‖θ‖², in the gradients and not in the loss that is drawn.
+    document's numbers, {problem: {label: number}}, losses or `accuracies` in per cent. `l2` is μ of μ ‖θ‖², in the gradients and not in the loss that is drawn.
     """
 
     shows: str
@@ -101,6 +101,7 @@ class Comparison:
     measures: Sequence[str] = ("train_loss", "val_error")
     spread: Literal["std", "error of the mean"] = "std"
     reported: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    accuracies: bool = False
     l2: float = 0.0
 
     @property
@@ -137,32 +138,53 @@ class Comparison:
             self._say(report, problem, found[problem])
         if not found:
             raise CurvlabError(f"no data of {report.name} are here: {'; '.join(report.lines[3:])}")
+        if len(found) > 1 and self.reported:
+            self._averages(report, found)
         for line in verdicts(self.claims, found):
             report.say(line)
         return found
+
+    def _averages(self, report: Report, found: Results) -> None:
+        """The document's own table, its numbers in brackets."""
+
+        def cell(label: str, problem: str) -> str:
+            r, told = found[problem].get(label), self.reported.get(problem, {}).get(label)
+            if r is None:
+                return ""
+            value = "diverged" if not r.runs else f"{self._best(r):.2f}"
+            return value if told is None else f"{value} ({told:.2f})"
+
+        kind = "highest test accuracy, per cent" if self.accuracies else "lowest training loss"
+        report.table([f"{kind} (document)", *found], ([label, *(cell(label, p) for p in found)] for label in self.methods))
+        report.say()
+
+    def _best(self, r: Result) -> float:
+        return 100 * (1 - r.lowest("val_error")) if self.accuracies else r.lowest("train_loss")
 
     def _say(self, report: Report, problem: str, found: Mapping[str, Result]) -> None:
         """A table of one problem."""
         report.say(problem)
         told = self.reported.get(problem, {})
-        errors = "val_error" in self.measures
-        headings = ["method", "lr, damping", "loss before", "last", "lowest"] + ["test error"] * errors + ["epochs", "s/epoch"]
-        report.table(headings + ["document"] * bool(told), (self._row(label, r, errors, told) for label, r in found.items()))
+        columns = ["loss before", "last", "lowest", "test error", "epochs", "s/epoch"] + ["document"] * bool(told)
+        rows = ([label, r.arguments, *self._cells(label, r, told)] for label, r in found.items())
+        report.table(["method", "lr, damping" if not self.decayed else "lr, decay, damping", *columns], rows)
         for label, r in found.items():
             for failure in r.failures:
                 report.say(f"  {label}, {failure}")
         report.say()
 
-    @staticmethod
-    def _row(label: str, r: Result, errors: bool, told: Mapping[str, float]) -> list[str]:
-        document = [f"{told[label]:g}" if label in told else ""] if told else []
+    @property
+    def decayed(self) -> bool:
+        return any(len(method.on(p) or ()) == 3 for method in self.methods.values() for p in self.problems)
+
+    def _cells(self, label: str, r: Result, told: Mapping[str, float]) -> list[str]:
+        document = [f"{told[label]:g}{' %' * self.accuracies}" if label in told else ""] if told else []
         if not r.runs:
-            return [label, r.arguments, "diverged", *[""] * (4 + errors), *document]
+            return ["diverged", *[""] * 5, *document]
         loss, epochs = r.mean("train_loss"), float(r.along("epoch")[-1])
         each = float(r.along("time")[-1]) / epochs if epochs else 0.0
-        error = [f"{r.lowest('val_error'):.4f}"] if errors and "val_error" in r.together else [""] * errors
-        numbers = [f"{loss[0]:.4g}", f"{loss[-1]:.4g}", f"{r.lowest('train_loss'):.4g}"]
-        return [label, r.arguments, *numbers, *error, f"{epochs:.3g}", f"{each:.3g}", *document]
+        error = f"{r.lowest('val_error'):.4f}" if "val_error" in r.together else ""
+        return [f"{loss[0]:.4g}", f"{loss[-1]:.4g}", f"{r.lowest('train_loss'):.4g}", error, f"{epochs:.3g}", f"{each:.3g}", *document]
 
 
 def _chosen(wanted: Sequence[str], known: Sequence[str] | Mapping[str, object], kind: str) -> list[str]:
@@ -173,7 +195,8 @@ def _chosen(wanted: Sequence[str], known: Sequence[str] | Mapping[str, object], 
 
 def say_progress(what: str, left: float | None) -> None:
     """On standard error, which is no part of the result."""
-    print(f"  {what}" + ("" if left is None else f" (about {left / 60:.1f} min left)"), file=sys.stderr, flush=True)
+    when = "" if left is None else f" (about {left:.0f} s left)" if left < 120 else f" (about {left / 60:.0f} min left)"
+    print(f"  {what}{when}", file=sys.stderr, flush=True)
 
 
 class Runs:
