@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import xarray as xr
 
+from curvlab.algorithms import ALGORITHMS
 from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.log import open_log
@@ -20,7 +20,7 @@ from curvlab.reproduction import problems
 from curvlab.reproduction.claims import Claim, verdicts
 from curvlab.reproduction.drawing import draw
 from curvlab.reproduction.results import Result, Results, cut
-from curvlab.reproduction.script import Options, Report
+from curvlab.reproduction.script import Options, Report, say_progress
 from curvlab.training import checkpoint
 from curvlab.training.run import train
 
@@ -37,13 +37,14 @@ SMOKE = "two steps of narrow networks on random numbers, which say nothing"
 class Method:
     """A line of a document's table.
 
-    `values` are those of one problem, or of each by its name; `options` what else `curvlab.train` takes; `batch` the size of
-    minibatches and `epochs` the length, where they are not the comparison's.
+    `values` are those of one problem, or of each by its name; `options` what else `curvlab.train` takes, `further` that of one
+    problem alone; `batch` the size of minibatches and `epochs` the length, where they are not the comparison's.
     """
 
     algorithm: str
     values: Values | Mapping[str, Values]
     options: Mapping[str, Any] = field(default_factory=dict)
+    further: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     batch: int | None = None
     epochs: int | None = None
 
@@ -51,9 +52,14 @@ class Method:
         return self.values.get(problem) if isinstance(self.values, Mapping) else self.values
 
     def arguments(self, problem: str) -> dict[str, Any]:
-        """Of `curvlab.train`."""
+        """Of `curvlab.train`, without what is the algorithm's own anyway, so that equal runs have equal names."""
         lr, *decay, damping = self.on(problem) or ()
-        return {"algorithm": self.algorithm, "lr": lr, "damping": damping} | ({"weight_decay": decay[0]} if decay else {}) | dict(self.options)
+        table = ALGORITHMS[self.algorithm]
+        usual = {"weight_decay": 0.0, "update_every": 1, **table.own}
+        usual |= {name: getattr(table, name) for name in ("momentum", "momentum_kind", "decay", "refresh_every")}
+        given = dict(zip(("weight_decay",), decay, strict=False)) | dict(self.options) | dict(self.further.get(problem, {}))
+        told = {name: value for name, value in given.items() if name not in usual or usual[name] != value}
+        return {"algorithm": self.algorithm, "lr": lr, "damping": damping} | told
 
 
 @dataclass(frozen=True)
@@ -191,12 +197,6 @@ def _chosen(wanted: Sequence[str], known: Sequence[str] | Mapping[str, object], 
     for name in wanted:
         lookup(dict.fromkeys(known), name, kind)
     return [name for name in known if name in (wanted or known)]
-
-
-def say_progress(what: str, left: float | None) -> None:
-    """On standard error, which is no part of the result."""
-    when = "" if left is None else f" (about {left:.0f} s left)" if left < 120 else f" (about {left / 60:.0f} min left)"
-    print(f"  {what}{when}", file=sys.stderr, flush=True)
 
 
 class Runs:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from curvlab.algorithms import optimizer
 from curvlab.likelihoods import Gaussian
 from curvlab.objective import Objective
 from curvlab.reproduction.drawing import styles
-from curvlab.reproduction.script import Options, Report
+from curvlab.reproduction.script import Options, Report, say_progress
 from curvlab.runs import clock_of
 
 Formula = Callable[[SimpleNamespace], float]
@@ -42,34 +43,56 @@ class Row:
     filled: Callable[[SimpleNamespace], int] = lambda s: 0
 
 
+PLAIN = Row("sgd-m", lambda s: 0, lambda s: 0)
+
+
 @dataclass(frozen=True)
 class Axis:
-    """The size `name`, from small to large; `sets` are the names that move with it."""
+    """A size, from small to large; `sets` are the names that move with it, where it is not itself one."""
 
     name: str
     sizes: Sequence[int]
     sets: Sequence[str] = ()
-    label: str = ""
+
+    @property
+    def moved(self) -> Sequence[str]:
+        return self.sets or (self.name,)
+
+    @property
+    def heading(self) -> str:
+        return " = ".join(self.moved)
 
     def at(self, base: Mapping[str, int], size: int) -> SimpleNamespace:
-        return SimpleNamespace(**{**base, **dict.fromkeys(self.sets or (self.name,), size)})
+        return SimpleNamespace(**{**base, **dict.fromkeys(self.moved, size)})
 
     def until(self, budget: str) -> list[int]:
         """All sizes but the largest; `paper`: all; `smoke`: the first two."""
         return list(self.sizes[:2] if budget == "smoke" else self.sizes if budget == "paper" else self.sizes[:-1])
 
 
+QUANTITIES = {"time": "seconds a step beyond SGD-m", "memory": "numbers held between steps"}
+
+
 @dataclass(frozen=True)
-class Measured:
-    seconds: list[float]
-    numbers: list[float]
-    time: list[float]
-    memory: list[float]
+class Curve:
+    """Measured values of a quantity at the sizes of an axis, and the formula's."""
+
+    values: list[float] = field(default_factory=list)
+    formula: list[float] = field(default_factory=list)
+
+    def exponents(self, sizes: Sequence[int]) -> str:
+        measured, told = (round(exponent(sizes, v), 2) + 0.0 for v in (self.values, self.formula))  # no −0.00
+        return f"{measured:.2f} ({told:.2f})"
+
+
+Curves = dict[tuple[str, str, str], Curve]
+"""{(axis, label, quantity): curve}"""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """A table of complexity. `layer(sizes)` gives the layer and the shape of one input; `base` the sizes that an axis keeps."""
+    """A table of complexity. `layer(sizes)` gives the layer and the shape of one input; `base` the sizes that an axis keeps;
+    `quantities` are what the table is of."""
 
     shows: str
     claim: str
@@ -77,37 +100,43 @@ class Scaling:
     base: Mapping[str, int]
     axes: Sequence[Axis]
     rows: Mapping[str, Row]
+    quantities: Sequence[str] = tuple(QUANTITIES)
     repeats: int = 5
     extents: Mapping[str, str] = field(
         default_factory=lambda: {"smoke": "the two smallest sizes, once, which say nothing", "cpu": "all sizes but the largest", "paper": "all sizes"}
     )
 
     def run(self, report: Report) -> None:
-        smoke = report.options.smoke
-        base = {**self.base, **({name: axis.sizes[0] for axis in self.axes for name in axis.sets or (axis.name,)} if smoke else {})}
-        found = {axis.name: self._axis(axis, base, report.options) for axis in self.axes}
-        report.say("the axes keep " + ", ".join(f"{name} = {size}" for name, size in base.items()))
+        options = report.options
+        base = dict(self.base)
+        if options.smoke:
+            base |= {name: axis.sizes[0] for axis in self.axes for name in axis.moved}
+        found: Curves = {}
+        for number, axis in enumerate(self.axes, 1):
+            say_progress(f"{number} of {len(self.axes)}: {axis.heading} = {', '.join(map(str, axis.until(options.budget)))}")
+            self._measure(axis, base, options, found)
         report.say("fitted exponents, measured (of the formula), over the three largest sizes")
-        for what, values, formula in (("time beyond SGD-m's", "seconds", "time"), ("numbers held between steps", "numbers", "memory")):
+        report.say("the axes keep " + ", ".join(f"{name} = {size}" for name, size in base.items()))
+        for what in self.quantities:
             report.say()
-            columns = [axis.label or axis.name for axis in self.axes]
-            rows = ([label, *(self._exponents(axis, found, label, values, formula, report.options) for axis in self.axes)] for label in self.rows)
-            report.table([what, *columns], rows)
-        report.draw(self._figure(found, report.options))
+            rows = (
+                [label, *(found[axis.name, label, what].exponents(axis.until(options.budget)) for axis in self.axes)]
+                for label in self.rows
+            )
+            report.table([QUANTITIES[what], *(axis.heading for axis in self.axes)], rows)
+        report.draw(self._figure(found, options))
 
-    def _axis(self, axis: Axis, base: Mapping[str, int], options: Options) -> dict[str, Measured]:
-        found = {label: Measured([], [], [], []) for label in self.rows}
+    def _measure(self, axis: Axis, base: Mapping[str, int], options: Options, into: Curves) -> None:
         for size in axis.until(options.budget):
             sizes = axis.at(base, size)
-            plain, _ = self._step(Row("sgd-m", lambda s: 0, lambda s: 0), sizes, options)
+            plain, _ = self._step(PLAIN, sizes, options)
             for label, row in self.rows.items():
                 seconds, numbers = self._step(row, sizes, options)
-                into = found[label]
-                into.seconds.append(max(seconds - plain, math.nan if seconds <= plain else 0.0))
-                into.numbers.append(numbers)
-                into.time.append(row.time(sizes))
-                into.memory.append(row.memory(sizes))
-        return found
+                beyond = seconds - plain if seconds > plain else math.nan
+                for what, value, formula in (("time", beyond, row.time), ("memory", numbers, row.memory)):
+                    curve = into.setdefault((axis.name, label, what), Curve())
+                    curve.values.append(value)
+                    curve.formula.append(formula(sizes))
 
     def _step(self, row: Row, sizes: SimpleNamespace, options: Options) -> tuple[float, float]:
         """Least mean seconds of a step over `period` steps, and numbers that the curvature holds."""
@@ -132,41 +161,36 @@ class Scaling:
             least = min(least, (clock() - start) / period)
         return least, float(sum(t.numel() for t in tensors(stepper.descent.curvature.state_dict())))
 
-    def _exponents(self, axis: Axis, found: Mapping[str, dict[str, Measured]], label: str, values: str, formula: str, options: Options) -> str:
-        sizes, measured = axis.until(options.budget), found[axis.name][label]
-        return f"{exponent(sizes, getattr(measured, values)):.2f} ({exponent(sizes, getattr(measured, formula)):.2f})"
-
-    def _figure(self, found: Mapping[str, dict[str, Measured]], options: Options) -> Figure:
-        """Time above, memory below; dashed the formulas, through the largest size."""
-        figure = Figure(figsize=(1.6 + 2.9 * len(self.axes), 6.2), layout="constrained")
-        panels = figure.subplots(2, len(self.axes), sharey="row", squeeze=False)
+    def _figure(self, found: Curves, options: Options) -> Figure:
+        """A row for each quantity; dotted the formulas, through the largest size."""
+        figure = Figure(figsize=(1.8 + 2.9 * len(self.axes), 0.8 + 2.8 * len(self.quantities)), layout="constrained")
+        panels = figure.subplots(len(self.quantities), len(self.axes), sharey="row", squeeze=False)
         looks = styles({label: row.algorithm for label, row in self.rows.items()})
-        for j, axis in enumerate(self.axes):
-            sizes = axis.until(options.budget)
-            for label, measured in found[axis.name].items():
-                for ax, values, formula in ((panels[0, j], measured.seconds, measured.time), (panels[1, j], measured.numbers, measured.memory)):
-                    _line(ax, sizes, values, formula, label, looks[label])
-            panels[1, j].set_xlabel(axis.label or axis.name)
-        panels[0, 0].set_ylabel("seconds a step beyond SGD-m")
-        panels[1, 0].set_ylabel("numbers held")
+        for (i, what), (j, axis) in product(enumerate(self.quantities), enumerate(self.axes)):
+            for label in self.rows:
+                _line(panels[i, j], axis.until(options.budget), found[axis.name, label, what], label, looks[label])
+            panels[i, 0].set_ylabel(QUANTITIES[what])
+            panels[-1, j].set_xlabel(axis.heading)
         handles = dict(pair for ax in panels.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
-        figure.suptitle(f"{self.shows}; dotted: the formula", fontsize=10)
+        figure.suptitle(f"{self.shows}; {options.budget}; dotted: the formulas", fontsize=10)
         return figure
 
 
-def _line(ax: Axes, sizes: Sequence[int], values: Sequence[float], formula: Sequence[float], label: str, look: dict[str, object]) -> None:
+def _line(ax: Axes, sizes: Sequence[int], curve: Curve, label: str, look: dict[str, object]) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    if not any(v > 0 for v in values):
+    seen = [i for i, value in enumerate(curve.values) if value > 0]
+    if not seen:
         return
-    ax.plot(sizes, values, label=label, linewidth=1.3, markersize=4, **look)  # type: ignore[arg-type]  # styles are dictionaries
-    last = max((i for i, v in enumerate(values) if v > 0), default=0)
-    if formula[last] > 0:
-        ax.plot(sizes, np.array(formula) * values[last] / formula[last], color=str(look["color"]), linestyle=":", linewidth=0.9)
+    ax.plot(sizes, curve.values, label=label, linewidth=1.3, markersize=4, **look)  # type: ignore[arg-type]  # styles are dictionaries
+    last = seen[-1]
+    if curve.formula[last] > 0:
+        through = np.array(curve.formula) * (curve.values[last] / curve.formula[last])
+        ax.plot(sizes, through, color=str(look["color"]), linestyle=":", linewidth=0.9)
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float], last: int = 3) -> float:

@@ -126,6 +126,12 @@ def reproduce(what: Reproduction, name: str, options: Options) -> Report:
     return report
 
 
+def say_progress(what: str, left: float | None = None) -> None:
+    """On standard error, which is no part of the result; `left` are seconds."""
+    when = "" if left is None else f" (about {left:.0f} s left)" if left < 120 else f" (about {left / 60:.0f} min left)"
+    print(f"  {what}{when}", file=sys.stderr, flush=True)
+
+
 def described(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
