@@ -4,6 +4,7 @@
 `main(FIGURE, __file__)` is a script's own command line; `load(name)` is another script's FIGURE.
 """
 
+from curvlab.reproduction import problems
 from curvlab.reproduction.claims import Claim
 from curvlab.reproduction.comparison import Comparison, Extent, Method
 from curvlab.reproduction.index import load, scripts
@@ -29,6 +30,7 @@ __all__ = [
     "convolutional",
     "load",
     "main",
+    "problems",
     "reproduce",
     "scripts",
 ]
