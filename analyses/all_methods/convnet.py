@@ -1,4 +1,6 @@
-"""ConvNet (S2QN 6.3) on CIFAR-10 by every method that takes convolutions. Values are of the documents' nearest table; none was tuned."""
+"""ConvNet (S2QN 6.3) on CIFAR-10 by every method that takes convolutions. Values are of the documents' nearest table; none
+was tuned.
+"""
 
 from dataclasses import replace
 
@@ -16,7 +18,9 @@ FIGURE: Comparison = replace(
         **S2QN.methods,
         "Shampoo": Method("shampoo", (0.001, 0.1), OFTEN),  # thesis Table 4.4, VGG16, as the next
         "TNT": Method("tnt", (1e-4, 0.1), OFTEN),
-        "K-BFGS": Method("k-bfgs", (0.1, 10), TWENTY),  # Table 3.7, CIFAR-100, VGG16, as the next; values for CIFAR-10 belong to batch normalisation
+        "K-BFGS": Method(
+            "k-bfgs", (0.1, 10), TWENTY
+        ),  # Table 3.7, CIFAR-100, VGG16, as the next; values for CIFAR-10 belong to batch normalisation
         "K-BFGS(L)": Method("k-bfgs-l", (0.3, 100), TWENTY),
         "KF-BFGS-CNN": Method("kf-bfgs-cnn", (1, 10), TWENTY),  # as K-BFGS: its momentum is an average, ten times smaller
         "KF-BFGS(L)-CNN": Method("kf-bfgs-l-cnn", (3, 100), TWENTY),

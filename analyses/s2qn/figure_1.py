@@ -1,16 +1,17 @@
 """S2QN (Yang et al. 2021) Figure 1: relative error of (26) against epochs for S4QN, SSN, L-BFGS and SGD.
 
-An epoch is N visits of an example: at a new point (loss, gradient or both), or for a product with the Hessian. The document has
-rcv1 and news20 and settings of its own; here are a9a, w8a and news20.
+An epoch is N visits of an example: at a new point (loss, gradient or both), or for a product with the Hessian. The document
+has rcv1 and news20 and settings of its own; here are a9a, w8a and news20.
 """
 
 from collections.abc import Iterator
 
-import curvlab as cl
 import torch
-from curvlab.reproduction import Options, Report, Script, main
 from matplotlib.figure import Figure
 from torch import Tensor
+
+import curvlab as cl
+from curvlab.reproduction import Options, Report, Script, main
 
 EXTENT = {  # epochs, seeds, λ of S4QN and SSN (the first is drawn), data sets
     "smoke": (4, (0,), (0.0,), ("random numbers",)),
@@ -150,8 +151,9 @@ def make(report: Report) -> None:
                     ends[label] = max(at(c, epochs) for c in found)
                     for i, curve in enumerate(found):
                         visited, errors = zip(*curve, strict=True)
-                        ax.semilogy(visited, [max(e, 1e-16) for e in errors], color=colour, marker=marker, markersize=3,
-                                    linewidth=1, markevery=max(1, len(curve) // 15), label=shown if i == 0 else None)  # fmt: skip
+                        look = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1}
+                        every, label_once = max(1, len(curve) // 15), shown if i == 0 else None
+                        ax.semilogy(visited, [max(e, 1e-16) for e in errors], markevery=every, label=label_once, **look)
         others = min(error for label, error in ends.items() if label != "S4QN")
         report.say(f"claim: S4QN outperforms the other methods: {'holds' if ends['S4QN'] <= others else 'does not hold'}")
         ax.set(title=f"{name} ({len(y):,} × {x.shape[1]:,})", xlabel="epochs (N visits of an example)", xlim=(0, epochs))
@@ -163,10 +165,10 @@ def make(report: Report) -> None:
 
 FIGURE = Script(
     shows="S2QN Figure 1: S4QN, SSN, L-BFGS and SGD on logistic regression",
-    claim="S4QN outperforms other methods greatly … all settings of S4QN are the same as SSN except an additional quasi-Newton matrix … "
-    "S4QN exhibits a faster local convergence rate than other methods (6.1)",
+    claim="S4QN outperforms other methods greatly … all settings of S4QN are the same as SSN except an additional quasi-Newton "
+    "matrix … S4QN exhibits a faster local convergence rate than other methods (6.1)",
     extents={
-        name: f"{epochs} epochs, {len(seeds)} seed{'s' * (len(seeds) > 1)}, λ = {', '.join(f'{d:g}' for d in dampings)}, {', '.join(sets)}"
+        name: f"{epochs} epochs, seeds {seeds}, λ = {', '.join(f'{d:g}' for d in dampings)}, {', '.join(sets)}"
         for name, (epochs, seeds, dampings, sets) in EXTENT.items()
     },
     make=make,

@@ -10,8 +10,8 @@ SKQN = ["SKQN-L", "SKQN-B1", "SKQN-B2"]
 
 FIGURE = Comparison(
     shows="S2QN Figure 3: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD with ConvNet on CIFAR-10",
-    claim="the second-order type method is superior to the Adam and SGD. Our proposed methods have smaller training loss and larger "
-    "testing accuracy in the end (6.3)",
+    claim="the second-order type method is superior to the Adam and SGD. Our proposed methods have smaller training loss and "
+    "larger testing accuracy in the end (6.3)",
     problems=["ConvNet, CIFAR-10"],
     batch=128,
     methods={  # (learning rate, damping)

@@ -34,7 +34,13 @@ FIGURE = Comparison(
         Claim("they outperform SGD-m in time", OURS, ["SGD-m"], "time", problems=["CURVES"]),
         Claim("they perform comparably to KFAC in time", OURS, ["KFAC"], "time", within=0.1),
         Claim("they perform comparably to KFAC in epochs", OURS, ["KFAC"], within=0.1),
-        Claim("test errors of K-BFGS(L) and KFAC are below the first-order methods'", ["K-BFGS(L)", "KFAC"], FIRST, "time", "val_error"),
+        Claim(
+            "test errors of K-BFGS(L) and KFAC are below the first-order methods'",
+            ["K-BFGS(L)", "KFAC"],
+            FIRST,
+            "time",
+            "val_error",
+        ),
     ],
 )
 

@@ -1,4 +1,6 @@
-"""Thesis Figure 2.4: K-BFGS-20 and the others of Figure 2.2 on MNIST with minibatches of 100 (Table 2.6, which Figures 2.5 and 2.6 share)."""
+"""Thesis Figure 2.4: K-BFGS-20 and the others of Figure 2.2 on MNIST with minibatches of 100 (Table 2.6, which Figures 2.5
+and 2.6 share).
+"""
 
 from dataclasses import replace
 

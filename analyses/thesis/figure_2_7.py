@@ -14,8 +14,8 @@ DOUBLE = replace(PLAIN, options={"double_grad": True})
 FIGURE: Comparison = replace(
     CHAPTER_2,
     shows="thesis Figure 2.7: K-BFGS-20 and its “double-grad” variants",
-    claim="Even though “double-grad” does not help much in these experiments, our K-BFGS algorithm performs stably across "
-    "these different variants (2.8.3)",
+    claim="Even though “double-grad” does not help much in these experiments, our K-BFGS algorithm performs stably across these"
+    " different variants (2.8.3)",
     methods={
         "K-BFGS, m = 1000": PLAIN,
         "double-grad, m = 500": replace(DOUBLE, batch=500),

@@ -41,8 +41,8 @@ ALGORITHMS = {
 FIGURE = Comparison(
     shows="thesis Figure 3.1, Tables 3.3 and 3.5: K-BFGS of chapters 3 and 2, KFAC, Adam and SGD-m on MNIST",
     claim="K-BFGS and K-BFGS(L) consistently outperformed their counterparts in Chapter 2 … also performed better than the "
-    "first-order methods in most cases except for Adam on CURVES … performed similarly to KFAC, particularly when amortization "
-    "was used (3.7.1)",
+    "first-order methods in most cases except for Adam on CURVES … performed similarly to KFAC, particularly when "
+    "amortization was used (3.7.1)",
     problems=["MNIST"],
     batch=1000,
     methods={

@@ -1,4 +1,5 @@
-"""Thesis Figure 3.4: K-BFGS, K-BFGS(L), KFAC, Adam and SGD-m on VGG16 with CIFAR-10, random crops and flips, minibatches of 128.
+"""Thesis Figure 3.4: K-BFGS, K-BFGS(L), KFAC, Adam and SGD-m on VGG16 with CIFAR-10, random crops and flips, minibatches of
+128.
 
 Tables 3.4 and 3.7 are here, for Figures 3.5 to 3.7 too.
 """

@@ -22,9 +22,9 @@ ACCURACIES = {  # Table 3.9, likewise
 
 FIGURE = Comparison(
     shows="thesis Figure 3.8, Tables 3.9 and 3.10: K-BFGS, KFAC, Adam and SGD-m on ResNet32-4 with CIFAR-10",
-    claim="the performance of K-BFGS and K-BFGS(L) remains competitive, in particular for CIFAR-100 … K-BFGS and K-BFGS(L) are able "
-    "to scale up as well as the first-order methods in terms of per-iteration time complexity (3.7.3; the text has them best on "
-    "CIFAR-100, where Table 3.9 has KFAC)",
+    claim="the performance of K-BFGS and K-BFGS(L) remains competitive, in particular for CIFAR-100 … K-BFGS and K-BFGS(L) are "
+    "able to scale up as well as the first-order methods in terms of per-iteration time complexity (3.7.3; the text has "
+    "them best on CIFAR-100, where Table 3.9 has KFAC)",
     problems=PROBLEMS[:1],
     batch=128,
     methods=convolutional({label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}),

@@ -3,9 +3,10 @@
 `curvlab compare --model mlp-256-20 --seeds 5` is the same run.
 """
 
-import curvlab as cl
 import torch
 import xarray as xr
+
+import curvlab as cl
 from curvlab import figures
 from curvlab.reproduction import Options, Report, Script, main
 
@@ -22,7 +23,9 @@ def measure(options: Options) -> xr.Dataset:
     train = random_numbers() if options.smoke else cl.datasets.load("mnist16")[0]
     runs = []
     for seed in range(seeds):
-        model = (cl.models.mlp([16, 4, 4, 4, 4, 4, 10]) if options.smoke else cl.models.build("mlp-256-20", seed)).to(options.where)
+        model = (cl.models.mlp([16, 4, 4, 4, 4, 4, 10]) if options.smoke else cl.models.build("mlp-256-20", seed)).to(
+            options.where
+        )
         objective = cl.Objective(model, cl.likelihoods.Categorical(), seed)
         batches = train.batches(size, epochs=5, seed=seed)
         runs.append(cl.compare(objective, batches, reference="block-fisher", lr=0.03, steps=steps).dataset)
@@ -48,8 +51,8 @@ def make(report: Report) -> None:
 
 FIGURE = Script(
     shows="thesis Figure 4.1: cosine of TNT, KFAC, Shampoo, Adam and SGD-m to the block Fisher direction",
-    claim="the cosine similarity for TNT is always around 0.6 to 0.8, which is similar to that of KFAC … always much better than that of "
-    "Shampoo … [Adam and SGD-m] usually lower than that of the second-order methods (4.3.4)",
+    claim="the cosine similarity for TNT is always around 0.6 to 0.8, which is similar to that of KFAC … always much better "
+    "than that of Shampoo … [Adam and SGD-m] usually lower than that of the second-order methods (4.3.4)",
     extents={name: f"{s} steps, {n} seed{'s' * (n > 1)}, minibatches of {m:,}" for name, (s, n, m) in EXTENT.items()},
     make=make,
 )

@@ -1,7 +1,7 @@
 """Thesis Figure 4.3: TNT, KFAC, Shampoo, Adam and SGD-m on four CNNs, random crops and flips, minibatches of 128.
 
-Section 4.7.1 says that dampings were fixed (1e-8 of Adam, 0.03 of KFAC, 0.01 of TNT and Shampoo), Table 4.4 and 4.7.2 that they
-were searched for: the table is followed.
+Section 4.7.1 says that dampings were fixed (1e-8 of Adam, 0.03 of KFAC, 0.01 of TNT and Shampoo), Table 4.4 and 4.7.2 that
+they were searched for: the table is followed.
 """
 
 from curvlab.reproduction import NETWORKS, Claim, Comparison, Extent, convolutional, main
@@ -24,8 +24,8 @@ ACCURACIES = {  # Table 4.2, likewise
 
 FIGURE = Comparison(
     shows="thesis Figure 4.3, Tables 4.2 and 4.4: TNT, KFAC, Shampoo, Adam and SGD-m on four CNNs",
-    claim="second-order methods and Adam exhibit roughly the same generalization performance as SGD with momentum … TNT has a similar "
-    "(and sometimes better) generalization performance than the other methods (4.7.1)",
+    claim="second-order methods and Adam exhibit roughly the same generalization performance as SGD with momentum … TNT has a "
+    "similar (and sometimes better) generalization performance than the other methods (4.7.1)",
     problems=PROBLEMS,
     batch=128,
     methods=convolutional({label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}),
@@ -34,7 +34,14 @@ FIGURE = Comparison(
     cpu=NETWORKS,
     paper=Extent(seeds=5),
     claims=[
-        Claim("TNT is as accurate as the others", ["TNT"], ["KFAC", "Shampoo", "Adam", "SGD-m"], "lowest", "val_error", within=0.05),
+        Claim(
+            "TNT is as accurate as the others",
+            ["TNT"],
+            ["KFAC", "Shampoo", "Adam", "SGD-m"],
+            "lowest",
+            "val_error",
+            within=0.05,
+        ),
         Claim("TNT is more accurate than SGD-m", ["TNT"], ["SGD-m"], "lowest", "val_error"),
     ],
 )

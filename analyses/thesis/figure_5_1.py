@@ -1,6 +1,7 @@
 """Thesis Figure 5.1: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on MNIST classes, 784-500-10, N₁ = 60, N₂ = 30, 10 epochs.
 
-KFAC is without rescaling and momentum (5.8), inverted at every step, its λ fixed at 1. The document drew every epoch by time too.
+KFAC is without rescaling and momentum (5.8), inverted at every step, its λ fixed at 1. The document drew every epoch by
+time too.
 """
 
 from curvlab.reproduction import Claim, Comparison, Extent, Method, main
@@ -23,8 +24,8 @@ def methods(rate: float, second: int) -> dict[str, Method]:
 
 FIGURE = Comparison(
     shows="thesis Figure 5.1: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on a MNIST classification problem",
-    claim="SMW-GN is always faster than HF in terms of both epochs and clock-time … After carefully tuning the learning rate, SGD can "
-    "perform as well as second-order methods as shown in Figure 5.1 (5.8.1)",
+    claim="SMW-GN is always faster than HF in terms of both epochs and clock-time … After carefully tuning the learning rate, "
+    "SGD can perform as well as second-order methods as shown in Figure 5.1 (5.8.1)",
     problems=["MNIST classes"],
     batch=60,
     methods=methods(0.1, 30),

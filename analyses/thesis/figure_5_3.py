@@ -13,8 +13,8 @@ RATES = {"SMW-GN": 0.05, "SMW-NG": 0.1, "SMW-NG-BD": 0.1, "KFAC": 0.1, "HF": 0.0
 FIGURE = replace(
     MNIST,
     shows="thesis Figure 5.3: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on a webspam classification problem",
-    claim="SMW-GN is always faster than HF in terms of both epochs and clock-time … the relative ranking of the algorithms changes from "
-    "one problem to another (5.8.1)",
+    claim="SMW-GN is always faster than HF in terms of both epochs and clock-time … the relative ranking of the algorithms "
+    "changes from one problem to another (5.8.1)",
     problems=["webspam"],
     methods={label: replace(method, values=(RATES[label], method.values[1])) for label, method in MNIST.methods.items()},
     cpu=Extent(seconds=60, epochs=10, examples=6000, tests=10_000),

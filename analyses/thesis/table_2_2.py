@@ -3,8 +3,9 @@
 Also measured: minibatches of m, p pairs of L-BFGS, inversions every T steps; memory (Table 2.1).
 """
 
-from curvlab.reproduction import Axis, Row, Scaling, main
 from torch import nn
+
+from curvlab.reproduction import Axis, Row, Scaling, main
 
 
 def every(s):
@@ -17,8 +18,8 @@ def pairs(s):
 
 FIGURE = Scaling(
     shows="thesis Table 2.2: computation per iteration of K-BFGS(-20), K-BFGS(L)(-20), KFAC and Adam beyond SGD's",
-    claim="K-BFGS and K-BFGS(L) require less computation per iteration than KFAC, since they only involve matrix multiplications, "
-    "whereas KFAC requires matrix inversions which depend cubically on both d_i and d_o (2.6)",
+    claim="K-BFGS and K-BFGS(L) require less computation per iteration than KFAC, since they only involve matrix "
+    "multiplications, whereas KFAC requires matrix inversions which depend cubically on both d_i and d_o (2.6)",
     layer=lambda s: (nn.Linear(s.d_i, s.d_o), (s.d_i,)),
     base={"d_i": 256, "d_o": 256, "m": 500, "p": 20, "T": 20},
     axes=[

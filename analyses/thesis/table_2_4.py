@@ -1,8 +1,9 @@
 """Thesis Table 2.4 (and 3.6): widths, activations and losses of the autoencoders, beside the networks that curvlab builds."""
 
+from torch import nn
+
 import curvlab as cl
 from curvlab.reproduction import Report, Script, main
-from torch import nn
 
 TABLE = {  # widths, and the loss
     "mnist-ae": ([784, 1000, 500, 250, 30, 250, 500, 1000, 784], "binary entropy"),
@@ -18,7 +19,11 @@ def make(report: Report) -> None:
         layers = list(cl.models.build(name))
         linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
         built = [linear[0].in_features, *(layer.out_features for layer in linear)]
-        code = [layer.out_features for layer, after in zip(layers, [*layers[1:], None]) if isinstance(layer, nn.Linear) and not isinstance(after, nn.ReLU)]
+        code = [
+            layer.out_features
+            for layer, after in zip(layers, [*layers[1:], None], strict=True)
+            if isinstance(layer, nn.Linear) and not isinstance(after, nn.ReLU)
+        ]
         same = built == widths and code == [min(widths), widths[-1]] and LOSSES[cl.models.find(name).likelihood] == loss
         count = sum(p.numel() for layer in linear for p in layer.parameters())
         rows.append([name, "-".join(map(str, built)), loss, f"{count:,}", "as printed" if same else "differs"])

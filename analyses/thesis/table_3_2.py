@@ -1,12 +1,13 @@
-"""Thesis Table 3.2 (2021, Table 2): computation per iteration of one convolution, beyond SGD's: J channels in, I out, kernels of
-k × k = |Δ|, images of side × side = |T| places, minibatches of m, p pairs, K-BFGS every T steps, KFAC's statistics every T and
-inverses every 5 T.
+"""Thesis Table 3.2 (2021, Table 2): computation per iteration of one convolution, beyond SGD's: J channels in, I out, kernels
+of k × k = |Δ|, images of side × side = |T| places, minibatches of m, p pairs, K-BFGS every T steps, KFAC's statistics every
+T and inverses every 5 T.
 
 The formulas' lower-order terms are the table's too; K-BFGS forms no second moment of its inputs.
 """
 
-from curvlab.reproduction import Axis, Row, Scaling, main
 from torch import nn
+
+from curvlab.reproduction import Axis, Row, Scaling, main
 
 
 def inputs(s):
@@ -40,8 +41,8 @@ def kfac(s):
 
 FIGURE = Scaling(
     shows="thesis Table 3.2: computation per iteration of K-BFGS, K-BFGS(L), KFAC and Adam on a convolution beyond SGD's",
-    claim="K-BFGS requires considerably less time to compute curvature information than KFAC. First, K-BFGS avoids matrix inversion … "
-    "Second, K-BFGS avoids computing the Ω and Γ matrices of KFAC from minibatch data (3.5)",
+    claim="K-BFGS requires considerably less time to compute curvature information than KFAC. First, K-BFGS avoids matrix "
+    "inversion … Second, K-BFGS avoids computing the Ω and Γ matrices of KFAC from minibatch data (3.5)",
     layer=lambda s: (nn.Conv2d(s.J, s.I, s.k, padding=s.k // 2), (s.J, s.side, s.side)),
     base={"J": 32, "I": 32, "k": 3, "side": 8, "m": 32, "p": 20, "T": 1},
     axes=[

@@ -25,8 +25,8 @@ LOSSES = {
 FIGURE: Comparison = replace(
     CHAPTER_3,
     shows="thesis Table 3.8: K-BFGS with its two improvements on or off",
-    claim="using each one of the improvements alone yields better results than the variant without improvements (i.e. K-BFGS-20), "
-    "and using the two together usually yields the best results (3.7.3)",
+    claim="using each one of the improvements alone yields better results than the variant without improvements (i.e. "
+    "K-BFGS-20), and using the two together usually yields the best results (3.7.3)",
     problems=list(LOSSES),
     methods=METHODS,
     reported={problem: dict(zip(METHODS, losses, strict=True)) for problem, losses in LOSSES.items()},

@@ -1,11 +1,13 @@
 """Thesis Table 4.1: memory and time per iteration of TNT, Shampoo and Adam beyond SGD's, for
 one matrix (k = 2) of d × d, minibatches of m, statistics every T1 and inverses every T2 steps.
 
-Shampoo's T1 is not in the table's formula and stays 1. The table's Newton-like methods, a dense matrix of d⁴ numbers, are left out.
+Shampoo's T1 is not in the table's formula and stays 1. The table's Newton-like methods, a dense matrix of d⁴ numbers, are
+left out.
 """
 
-from curvlab.reproduction import Axis, Row, Scaling, main
 from torch import nn
+
+from curvlab.reproduction import Axis, Row, Scaling, main
 
 
 def tnt(s):
@@ -18,8 +20,8 @@ def shampoo(s):
 
 FIGURE = Scaling(
     shows="thesis Table 4.1: memory and time per iteration of TNT, Shampoo and Adam beyond SGD's",
-    claim="TNT (as well as Shampoo) reduces the memory requirement from O(∏ d_i²) to O(Σ d_i²), which is comparable to that of Adam-like "
-    "methods … only introduces a mild overhead (4.6)",
+    claim="TNT (as well as Shampoo) reduces the memory requirement from O(∏ d_i²) to O(Σ d_i²), which is comparable to that of "
+    "Adam-like methods … only introduces a mild overhead (4.6)",
     layer=lambda s: (nn.Linear(s.d, s.d, bias=False), (s.d,)),
     base={"d": 256, "m": 500, "T1": 1, "T2": 20},
     axes=[

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,9 +78,9 @@ class Extent:
     def seconds_on(self, problem: str) -> float | None:
         return self.seconds[problem] if isinstance(self.seconds, Mapping) else self.seconds
 
-    def __str__(self) -> str:
-        each = self.seconds.values() if isinstance(self.seconds, Mapping) else () if self.seconds is None else (self.seconds,)
-        words = [f"{' or '.join(f'{s:g}' for s in dict.fromkeys(each))} s of training a run"] if each else []
+    def on(self, problems: Sequence[str]) -> str:
+        each = [f"{s:g}" for s in dict.fromkeys(map(self.seconds_on, problems)) if s is not None]
+        words = [f"{' or '.join(each)} s of training a run"] if each else []
         words += [f"{self.epochs} epoch{'s' * (self.epochs > 1)}"] if self.epochs else []
         words = words or ["the document's epochs"]
         words += [f"{self.seeds} seed{'s' * (self.seeds > 1)}"]
@@ -93,7 +94,8 @@ class Comparison:
     """A figure of training curves.
 
     `measures` are variables of a training log, a row of panels each; `spread` says what is shaded; `reported` are the
-    document's numbers, {problem: {label: number}}, losses or `accuracies` in per cent. `l2` is μ of μ ‖θ‖², in the gradients and not in the loss that is drawn.
+    document's numbers, {problem: {label: number}}, losses or `accuracies` in per cent. `l2` is μ of μ ‖θ‖², in the gradients
+    and not in the loss that is drawn.
     """
 
     shows: str
@@ -112,7 +114,7 @@ class Comparison:
 
     @property
     def extents(self) -> dict[str, str]:
-        return {"smoke": SMOKE, "cpu": str(self.cpu), "paper": str(self.paper)}
+        return {"smoke": SMOKE, "cpu": self.cpu.on(self.problems), "paper": self.paper.on(self.problems)}
 
     def run(self, report: Report) -> None:
         found = self.results(report)
@@ -126,13 +128,16 @@ class Comparison:
         labels = _chosen(options.methods, self.methods, "method")
         plan = [(p, label) for p in chosen for label in labels if self.methods[label].on(p) is not None]
         found: Results = {}
+        missing = ""
         done, started = 0, time.monotonic()
         for problem in chosen:
             mine = [label for p, label in plan if p == problem]
             try:
                 runs = Runs(self, problem, options)
+                _ = runs.data
             except CurvlabError as error:
-                report.say(f"{problem}: not run: {error}")
+                missing = str(error)
+                report.say(f"{problem}: not run: {missing}")
                 done += len(mine)
                 continue
             found[problem] = {}
@@ -143,7 +148,7 @@ class Comparison:
                 done += 1
             self._say(report, problem, found[problem])
         if not found:
-            raise CurvlabError(f"no data of {report.name} are here: {'; '.join(report.lines[3:])}")
+            raise CurvlabError(f"{report.name}: {missing}")
         if len(found) > 1 and self.reported:
             self._averages(report, found)
         for line in verdicts(self.claims, found):
@@ -190,7 +195,15 @@ class Comparison:
         loss, epochs = r.mean("train_loss"), float(r.along("epoch")[-1])
         each = float(r.along("time")[-1]) / epochs if epochs else 0.0
         error = f"{r.lowest('val_error'):.4f}" if "val_error" in r.together else ""
-        return [f"{loss[0]:.4g}", f"{loss[-1]:.4g}", f"{r.lowest('train_loss'):.4g}", error, f"{epochs:.3g}", f"{each:.3g}", *document]
+        return [
+            f"{loss[0]:.4g}",
+            f"{loss[-1]:.4g}",
+            f"{r.lowest('train_loss'):.4g}",
+            error,
+            f"{epochs:.3g}",
+            f"{each:.3g}",
+            *document,
+        ]
 
 
 def _chosen(wanted: Sequence[str], known: Sequence[str] | Mapping[str, object], kind: str) -> list[str]:
@@ -206,9 +219,13 @@ class Runs:
         self.of, self.name, self.options = comparison, problem, options
         self.problem = problems.find(problem)
         self.extent = {"smoke": Extent(), "cpu": comparison.cpu, "paper": comparison.paper}[options.budget]
-        self.data: tuple[Dataset, Dataset] | None = None
-        if not options.smoke:
-            self.data = self.problem.load(options.budget == "cpu", self.extent.examples, self.extent.tests)
+
+    @cached_property
+    def data(self) -> tuple[Dataset, Dataset] | None:
+        """Training and test examples; None in a smoke run. Raises CurvlabError where they are not there."""
+        if self.options.smoke:
+            return None
+        return self.problem.load(self.options.budget == "cpu", self.extent.examples, self.extent.tests)
 
     def result(self, method: Method) -> Result:
         """As many seeds as the budget asks for; where one diverges the next is tried."""
@@ -216,7 +233,8 @@ class Runs:
         failures = []
         for seed in range(self.extent.seeds + (0 if self.options.smoke else FURTHER)):
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "diverged in epoch", CurvlabWarning)  # said in the table
+                warnings.filterwarnings("ignore", "diverged in epoch", CurvlabWarning)  # said below the table
+                warnings.filterwarnings("ignore", "parameters of layers without a rule", CurvlabWarning)  # thesis 3.4.3, 4.7.2
                 run = self.trained(method, seed)
             if run.attrs.get("stopped"):
                 failures.append(f"seed {seed}: {run.attrs['stopped']}")
@@ -240,21 +258,27 @@ class Runs:
         folder = self.folder(arguments, batch, seed)
         if (folder / "run.h5").exists():
             ds = open_log(folder)
-            spent = float(ds["epoch"][-1]) >= (epochs or float("inf")) or float(ds["wall_seconds"][-1]) >= (seconds or float("inf"))
+            last = ds.isel(epoch=-1)
+            spent = any(
+                end is not None and float(last[of]) >= end for of, end in (("epoch", epochs), ("wall_seconds", seconds))
+            )
             if spent or ds.attrs.get("stopped"):
                 return cut(ds, epochs, seconds)
-        run = train(
-            self.problem.objective(examples, seed, self.options.where, self.of.l2), examples.batches(min(batch, len(examples)), seed=seed),
-            tests if len(tests) else None, epochs=epochs, seconds=seconds, folder=folder, resume=(folder / checkpoint.FILE).exists(),
-            evaluate_samples=self.extent.evaluated, **arguments,
-        )  # fmt: skip
+        objective = self.problem.objective(examples, seed, self.options.where, self.of.l2)
+        batches = examples.batches(min(batch, len(examples)), seed=seed)
+        more: dict[str, Any] = {"epochs": epochs, "seconds": seconds, "evaluate_samples": self.extent.evaluated}
+        resume = (folder / checkpoint.FILE).exists()
+        validation = tests if len(tests) else None
+        run = train(objective, batches, validation, folder=folder, resume=resume, **more, **arguments)
         return cut(run.dataset, epochs, seconds)
 
     def folder(self, arguments: Mapping[str, Any], batch: int, seed: int) -> Path:
         """Everything that decides the numbers is in its name."""
-        about = {"batch": batch, "l2": self.of.l2, "examples": self.extent.examples, "tests": self.extent.tests, "loss": self.extent.evaluated}
+        extent = self.extent
+        about = {"batch": batch, "l2": self.of.l2, "of": extent.examples, "tests": extent.tests, "loss-of": extent.evaluated}
+        told = {name: value for name, value in arguments.items() if name != "algorithm"}
         problem = "-".join([_plain(self.name), *(f"{name}={value:g}" for name, value in about.items() if value)])
-        method = "-".join([arguments["algorithm"], *(f"{name}={_plain(value)}" for name, value in arguments.items() if name != "algorithm")])
+        method = "-".join([arguments["algorithm"], *(f"{name}={_plain(value)}" for name, value in told.items())])
         budget = f"{self.options.budget}-{self.options.where.type}"
         return self.options.runs / budget / problem / method / f"seed-{seed}"
 

@@ -1,4 +1,5 @@
-"""Training curves as the documents draw them: against epochs and against time. A colour a family, dashes and a marker a method.
+"""Training curves as the documents draw them: against epochs and against time. A colour a family, dashes and a marker a
+method.
 
 Colours are Okabe and Ito's, told apart by colour-blind readers; dashes and markers tell in print.
 """
@@ -64,7 +65,9 @@ def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std
     return figure
 
 
-def panel(ax: Axes, results: dict[str, Result], measure: str, axis: str, looks: dict[str, dict[str, object]], spread: str) -> None:
+def panel(
+    ax: Axes, results: dict[str, Result], measure: str, axis: str, looks: dict[str, dict[str, object]], spread: str
+) -> None:
     """Means over seeds, a band of their standard deviation or of the mean's error; the loss on a log axis."""
     drawn = []
     for label, result in results.items():

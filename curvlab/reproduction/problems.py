@@ -1,4 +1,6 @@
-"""PROBLEMS: the documents' networks on their data, and, for a smoke run, a narrow network of the same kind on random numbers."""
+"""PROBLEMS: the documents' networks on their data, and, for a smoke run, a narrow network of the same kind on random
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def _vgg() -> nn.Module:
 
 
 def _resnet() -> nn.Module:
-    return models.residual_network((3, 8, 8), 10, (4, 6), 1, lambda fan_in, fan_out, stride: models.PaddedShortcut(fan_out, stride))
+    return models.residual_network(
+        (3, 8, 8), 10, (4, 6), 1, lambda fan_in, fan_out, stride: models.PaddedShortcut(fan_out, stride)
+    )
 
 
 def _convnet() -> nn.Module:

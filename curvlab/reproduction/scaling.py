@@ -1,7 +1,7 @@
 """Scaling: time and memory of one layer beyond SGD's, against the formulas of a document's table of complexity.
 
-One layer on random numbers. Every axis varies one size and keeps the others. A formula's exponent is fitted to the formula's own
-values at the sizes that were measured: sums of terms have no other.
+One layer on random numbers. Every axis varies one size and keeps the others. A formula's exponent is fitted to the
+formula's own values at the sizes that were measured: sums of terms have no other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ Formula = Callable[[SimpleNamespace], float]
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: an algorithm, its formulas, its options at these sizes, and over how many steps its work comes round."""
+    """A line of the table: an algorithm and its formulas.
+
+    At given sizes: its `options`; the `period` of steps after which its work comes round; steps until its memory is `filled`.
+    """
 
     algorithm: str
     time: Formula
@@ -103,7 +106,11 @@ class Scaling:
     quantities: Sequence[str] = tuple(QUANTITIES)
     repeats: int = 5
     extents: Mapping[str, str] = field(
-        default_factory=lambda: {"smoke": "the two smallest sizes, once, which say nothing", "cpu": "all sizes but the largest", "paper": "all sizes"}
+        default_factory=lambda: {
+            "smoke": "the two smallest sizes, once, which say nothing",
+            "cpu": "all sizes but the largest",
+            "paper": "all sizes",
+        }
     )
 
     def run(self, report: Report) -> None:

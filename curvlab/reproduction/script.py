@@ -73,7 +73,9 @@ class Report:
         cells = [list(headings), *map(list, rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
         for row in cells:
-            first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            first, *others = (
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             self.say("  ".join([first, *others]).rstrip())
 
     def file(self, suffix: str) -> Path:
