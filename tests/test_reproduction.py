@@ -82,9 +82,9 @@ def test_claims_and_reports_are_of_methods_and_problems_that_there_are(name: str
         for method in used:
             assert len(method.on(problem) or ()) in (2, 3)
             assert method.algorithm in ALGORITHMS
-        ends = figure.paper.seconds_on(problem) or figure.paper.epochs or all(method.epochs for method in used)
+        ends = figure.paper.seconds_on(problem) or figure.paper.epochs_on(problem) or all(method.epochs for method in used)
         assert ends
-        assert figure.cpu.seconds_on(problem) or figure.cpu.epochs
+        assert figure.cpu.seconds_on(problem) or figure.cpu.epochs_on(problem)
 
 
 def test_problems_are_of_networks_and_data_that_there_are() -> None:
@@ -263,7 +263,7 @@ def test_data_that_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest.Mo
     found, said = results(figure, tmp_path)
     assert list(found) == ["Adam"]
     assert re.search(r"^webspam: not run: .*webspam", said, re.MULTILINE)
-    with pytest.raises(CurvlabError, match="^figure: data file webspam"):
+    with pytest.raises(CurvlabError, match=r"^figure: data file webspam"):
         results(figure, tmp_path, problems=("webspam",))
 
 

@@ -35,7 +35,7 @@ FIGURE = Comparison(
         "Adam": CHAPTER_4["Adam"],
         "RMSprop": CHAPTER_2["RMSprop"],
     },
-    cpu=Extent(epochs=5, tests=10_000, evaluated=10_000),
+    cpu=Extent(epochs={"MNIST": 5, "CURVES": 20}, tests=10_000, evaluated=10_000),
     paper=Extent(seconds=DOCUMENT_SECONDS),
     claims=[
         Claim("K-BFGS and K-BFGS(L) outperform KFAC in epochs", ["K-BFGS", "K-BFGS(L)"], ["KFAC"]),

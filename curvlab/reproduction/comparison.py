@@ -69,7 +69,7 @@ class Extent:
     how many of the training and test examples; the training loss is of the first `evaluated`."""
 
     seconds: float | Mapping[str, float] | None = None
-    epochs: int | None = None
+    epochs: int | Mapping[str, int] | None = None
     seeds: int = 1
     examples: int | None = None
     tests: int | None = None
@@ -78,10 +78,15 @@ class Extent:
     def seconds_on(self, problem: str) -> float | None:
         return self.seconds[problem] if isinstance(self.seconds, Mapping) else self.seconds
 
+    def epochs_on(self, problem: str) -> int | None:
+        return self.epochs[problem] if isinstance(self.epochs, Mapping) else self.epochs
+
     def on(self, problems: Sequence[str]) -> str:
-        each = [f"{s:g}" for s in dict.fromkeys(map(self.seconds_on, problems)) if s is not None]
-        words = [f"{' or '.join(each)} s of training a run"] if each else []
-        words += [f"{self.epochs} epoch{'s' * (self.epochs > 1)}"] if self.epochs else []
+        """In words."""
+        seconds = [f"{s:g}" for s in dict.fromkeys(map(self.seconds_on, problems)) if s is not None]
+        epochs = [f"{n}" for n in dict.fromkeys(map(self.epochs_on, problems)) if n is not None]
+        words = [f"{' or '.join(seconds)} s of training a run"] if seconds else []
+        words += [f"{' or '.join(epochs)} epoch{'s' * (epochs != ['1'])}"] if epochs else []
         words = words or ["the document's epochs"]
         words += [f"{self.seeds} seed{'s' * (self.seeds > 1)}"]
         words += [f"{self.examples:,} training examples"] if self.examples else []
@@ -252,7 +257,7 @@ class Runs:
             objective, random = self.problem.smoke(seed, self.of.l2)
             return train(objective, random.batches(32, seed=seed), random, steps=2, progress=False, **arguments).dataset
         examples, tests = self.data
-        seconds, epochs = self.extent.seconds_on(self.name), self.extent.epochs
+        seconds, epochs = self.extent.seconds_on(self.name), self.extent.epochs_on(self.name)
         if seconds is None and epochs is None:
             epochs = method.epochs
         folder = self.folder(arguments, batch, seed)
