@@ -161,6 +161,8 @@ def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
         (["figure-3.1", "--budget", "smoke", "--method", "KFACC"], "unknown method 'KFACC'; did you mean 'KFAC'?"),
         (["figure-3.1", "--budget", "smoke", "--problem", "FACES"], "unknown problem 'FACES'"),
         (["figure-3.1", "--device", "tpu"], "tpu"),
+        (["table-2.1", "--budget", "smoke", "--method", "TNT"], "unknown method 'TNT' (known: K-BFGS, K-BFGS(L), KFAC, Adam)"),
+        (["figure-2.1", "--problem", "webspam"], "unknown problem 'webspam' (known: MNIST, FACES, CURVES)"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -366,4 +368,7 @@ def test_a_quantity_that_is_not_asked_for_is_not_drawn(tmp_path: Path) -> None:
     report = reproduce(scaling, "table", Options("cpu", tmp_path, device="cpu"))
     assert "seconds a step" not in "\n".join(report.lines)
     assert re.search(r"^Adam +1\.[5-9]\d \(2\.00\)$", "\n".join(report.lines), re.MULTILINE)
+    other = replace(scaling, rows={"Adam": row, "SGD-m": replace(row, algorithm="sgd-m")})
+    chosen = reproduce(other, "table", Options("smoke", tmp_path, device="cpu", methods=("Adam",)))
+    assert [line.split()[0] for line in chosen.lines if line.startswith(("Adam", "SGD"))] == ["Adam"]
     assert list(tensors({"a": [1, {"b": ()}]})) == []

@@ -12,6 +12,7 @@ import curvlab as cl
 from curvlab.reproduction import Options, Report, Script, load, main, problems
 
 MU1 = 0.2
+PROBLEMS = ("MNIST", "FACES", "CURVES")
 EPOCHS = {"smoke": 1, "cpu": 3, "paper": 50}
 
 
@@ -39,7 +40,7 @@ def ratios(problem: str, options: Options) -> list[dict[str, list[float]]]:
 
 
 def make(report: Report) -> None:
-    names = report.options.problems or ("MNIST", "FACES", "CURVES")
+    names = report.options.problems or PROBLEMS
     figure = Figure(figsize=(1 + 3.6 * len(names), 5.6), layout="constrained")
     panels = figure.subplots(2, len(names), squeeze=False, sharex="col")
     for (above, below), name in zip(panels.T, names, strict=True):
@@ -73,6 +74,7 @@ FIGURE = Script(
         "paper": "50 epochs",
     },
     make=make,
+    problems=PROBLEMS,
 )
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import xarray as xr
 
 from curvlab.algorithms import ALGORITHMS
 from curvlab.datasets import Dataset
-from curvlab.errors import CurvlabError, CurvlabWarning, lookup
+from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.log import open_log
 from curvlab.reproduction import problems
 from curvlab.reproduction.claims import Claim, verdicts
@@ -129,8 +129,8 @@ class Comparison:
     def results(self, report: Report) -> Results:
         """Train what is not there yet; say what came out, and which claims hold."""
         options = report.options
-        chosen = _chosen(options.problems, self.problems, "problem")
-        labels = _chosen(options.methods, self.methods, "method")
+        chosen = [problem for problem in self.problems if problem in (options.problems or self.problems)]
+        labels = [label for label in self.methods if label in (options.methods or self.methods)]
         plan = [(p, label) for p in chosen for label in labels if self.methods[label].on(p) is not None]
         found: Results = {}
         missing = ""
@@ -209,12 +209,6 @@ class Comparison:
             f"{each:.3g}",
             *document,
         ]
-
-
-def _chosen(wanted: Sequence[str], known: Sequence[str] | Mapping[str, object], kind: str) -> list[str]:
-    for name in wanted:
-        lookup(dict.fromkeys(known), name, kind)
-    return [name for name in known if name in (wanted or known)]
 
 
 class Runs:

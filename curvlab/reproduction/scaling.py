@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +113,20 @@ class Scaling:
         }
     )
 
+    @property
+    def methods(self) -> Sequence[str]:
+        return list(self.rows)
+
+    @property
+    def problems(self) -> Sequence[str]:
+        return ()
+
     def run(self, report: Report) -> None:
+        chosen = {label: row for label, row in self.rows.items() if label in report.options.methods}
+        (replace(self, rows=chosen) if chosen else self).measure(report)
+
+    def measure(self, report: Report) -> None:
+        """All rows."""
         options = report.options
         base = dict(self.base)
         if options.smoke:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from matplotlib.figure import Figure
 
-from curvlab.errors import CurvlabError, unknown
+from curvlab.errors import CurvlabError, lookup, unknown
 from curvlab.memory import keep_freed_memory
 from curvlab.runs import device_of
 
@@ -31,9 +31,12 @@ class Options:
     methods: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
-    def check(self) -> None:
+    def check(self, what: Reproduction) -> None:
         if self.budget not in BUDGETS:
             raise unknown("budget", self.budget, BUDGETS)
+        for kind, chosen, known in (("method", self.methods, what.methods), ("problem", self.problems, what.problems)):
+            for name in chosen:
+                lookup(dict.fromkeys([*known]), name, kind)
 
     @property
     def smoke(self) -> bool:
@@ -45,7 +48,8 @@ class Options:
 
 
 class Reproduction(Protocol):
-    """A figure or table. `shows` begins with its document and number; `claim` is in the document's words."""
+    """A figure or table. `shows` begins with its document and number; `claim` is in the document's words; of `methods` and
+    `problems` a user may choose."""
 
     @property
     def shows(self) -> str: ...
@@ -53,6 +57,10 @@ class Reproduction(Protocol):
     def claim(self) -> str: ...
     @property
     def extents(self) -> Mapping[str, str]: ...
+    @property
+    def methods(self) -> Iterable[str]: ...
+    @property
+    def problems(self) -> Iterable[str]: ...
     def run(self, report: Report) -> None: ...
 
 
@@ -106,6 +114,8 @@ class Script:
     claim: str
     extents: Mapping[str, str]
     make: Callable[[Report], None]
+    methods: Sequence[str] = ()
+    problems: Sequence[str] = ()
 
     def run(self, report: Report) -> None:
         self.make(report)
@@ -117,7 +127,7 @@ def reproduce(what: Reproduction, name: str, options: Options) -> Report:
     Raises:
         CurvlabError: bad options, data that are not there, a folder that cannot be written.
     """
-    options.check()
+    options.check(what)
     keep_freed_memory()
     report = Report(name, options)
     report.say(f"{what.shows} ({options.budget}: {what.extents[options.budget]}; {described(options.where)})")
