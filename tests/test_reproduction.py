@@ -257,7 +257,7 @@ def test_what_decides_the_numbers_decides_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_a_seed_that_diverges_is_told_and_the_next_is_tried(tmp_path: Path) -> None:
-    figure = small(methods={"SGD-m": Method("sgd-m", (1e60, 0)), "Adam": Method("adam", (1e-4, 1e-4))},
+    figure = small(methods={"SGD-m": Method("sgd-m", (3e38, 0)), "Adam": Method("adam", (1e-4, 1e-4))},
                    claims=[Claim("Adam is better", ["Adam"], ["SGD-m"])])  # fmt: skip
     found, said = results(figure, tmp_path)
     assert not found["SGD-m"].runs
