@@ -6,12 +6,15 @@ K-BFGS(L) of chapter 2 at Table 2.5's values, minibatches of 1000, no pair skipp
 from statistics import fmean
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import curvlab as cl
 from curvlab.reproduction import Options, Report, Script, load, main, problems
 
 MU1 = 0.2
+COLOURS = colormaps["viridis"]
 PROBLEMS = ("MNIST", "FACES", "CURVES")
 EPOCHS = {"smoke": 1, "cpu": 3, "paper": 50}
 
@@ -49,7 +52,7 @@ def make(report: Report) -> None:
         shares = {layer: [fmean(r <= 2 / MU1 for r in e[layer]) for e in found] for layer in found[0]}
         means = {layer: [fmean(e[layer]) for e in found] for layer in found[0]}
         for i, layer in enumerate(shares):
-            look = {"color": f"C{i % 10}", "marker": "os^vDPX*+x12"[i % 12], "markersize": 4, "linewidth": 1.2}
+            look = {"color": COLOURS(i / len(shares)), "marker": "os^vDPX*+x12"[i % 12], "markersize": 4, "linewidth": 1.2}
             above.plot(epochs, shares[layer], label=f"layer {i + 1}", **look)
             below.plot(epochs, means[layer], **look)
         least = min(min(values) for values in shares.values())
@@ -58,10 +61,12 @@ def make(report: Report) -> None:
         report.say(f"claim: at least 90 % of the iterations satisfy it: {'holds' if least >= 0.9 else 'does not hold'}")
         above.set(title=name, ylim=(0, 1.05))
         below.set(xlabel="epoch", yscale="log")
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
         below.axhline(2 / MU1, color="black", linewidth=0.8, linestyle=":")
         above.legend(fontsize=6, ncols=2)
     panels[0, 0].set_ylabel("fraction with yᵀHy ≤ 2/μ₁ sᵀy")
     panels[1, 0].set_ylabel("mean of yᵀHy / sᵀy (dotted: 2/μ₁)")
+    figure.suptitle(f"{FIGURE.shows} ({report.options.budget})", fontsize=10)
     report.draw(figure)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from curvlab.reproduction.claims import MEASURES
 from curvlab.reproduction.results import AXES, Result, Results
@@ -22,7 +23,8 @@ FAMILIES = {
     "#0072B2": ("k-bfgs", "kf-bfgs"),
     "#009E73": ("tnt", "shampoo"),
     "#CC79A7": ("skqn", "s4qn"),
-    "#E69F00": ("smw", "hf"),
+    "#E69F00": ("smw",),
+    "#56B4E9": ("hf",),
     "#000000": ("sgd", "adam", "rmsprop"),
 }
 """{colour: how the names of its algorithms begin}"""
@@ -36,7 +38,7 @@ def styles(algorithms: dict[str, str]) -> dict[str, dict[str, object]]:
     found: dict[str, dict[str, object]] = {}
     seen: dict[str, int] = {}
     for label, algorithm in algorithms.items():
-        colour = next((c for c, heads in FAMILIES.items() if algorithm.startswith(heads)), "#56B4E9")
+        colour = next((c for c, heads in FAMILIES.items() if algorithm.startswith(heads)), "#8C6D31")
         i = seen[colour] = seen.get(colour, -1) + 1
         found[label] = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
     return found
@@ -59,8 +61,8 @@ def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std
                 axes[i, j].set_title(problem, fontsize=10)
     handles = dict(pair for ax in axes.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
-    width = int(12 * figure.get_figwidth())
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9)
+    width = int(11 * figure.get_figwidth())
     figure.suptitle("\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=10)
     return figure
 
@@ -83,6 +85,8 @@ def panel(
         drawn.append(y)
     time = "process time (s)" if all(r.clock == "cpu_seconds" for r in results.values() if r.runs) else "time (s)"
     ax.set_xlabel("epoch" if axis == "epoch" else time)
+    if axis == "epoch":
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     ax.set_ylabel(MEASURES[measure] + (" (nat)" if measure.endswith("loss") else ""))
     if measure.endswith("loss"):
         logarithmic(ax, drawn)

@@ -192,7 +192,7 @@ class Scaling:
             panels[i, 0].set_ylabel(QUANTITIES[what])
             panels[-1, j].set_xlabel(axis.heading)
         handles = dict(pair for ax in panels.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9)
         figure.suptitle(f"{self.shows}; {options.budget}; dotted: the formulas", fontsize=10)
         return figure
 
