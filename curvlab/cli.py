@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 import curvlab
-from curvlab import cli_train, datasets, figures, models, probes, runs, spectra, spectrum_run, tables
+from curvlab import cli_reproduce, cli_train, datasets, figures, models, probes, runs, spectra, spectrum_run, tables
 from curvlab.algorithms import ALGORITHMS
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.log import open_log
@@ -173,6 +173,7 @@ def _integer(text: str, option: str) -> int:
 
 
 app.command()(cli_train.train)
+app.command()(cli_reproduce.reproduce)
 
 
 @app.command()
@@ -257,13 +258,16 @@ LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = 
         _probe_rows,
     ),
     "schedules": (("name", "what it is", "options", "source"), _schedule_rows),
+    "reproductions": (cli_reproduce.COLUMNS, cli_reproduce.rows),
     "figures": (("name", "what it is"), lambda: [(n, f.summary) for n, f in figures.FIGURES.items()]),
 }
 """{what: (columns, rows)}"""
 
 
 @app.command(name="list")
-def list_(what: Annotated[str, typer.Argument(help="algorithms, models, datasets, probes, schedules or figures.")]) -> None:
+def list_(
+    what: Annotated[str, typer.Argument(help="algorithms, models, datasets, probes, schedules, figures or reproductions.")],
+) -> None:
     """List what the tables hold."""
     columns, rows = lookup(LISTS, what, "list")
     table = Table(*columns)

@@ -587,3 +587,29 @@ def test_probes_up_to_a_divergence_are_kept() -> None:
         )
     assert run.dataset["epoch"].values.tolist() == [0, 1]
     assert run.dataset["loss_step"].values.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_double_grad_is_the_optimizers_and_goes_on(tmp_path: Path) -> None:
+    """Thesis 2.8.3, by hand; and over a checkpoint, where the last second look's gradient is kept."""
+    train, settings = data(), {"algorithm": "k-bfgs-20", "lr": 0.1, "damping": 0.3}
+    whole, halves, hand, plain = net(), net(), net(), net()
+
+    def run(model: nn.Module, epochs: int, **more: object) -> xr.Dataset:
+        batches = train.batches(5, seed=2)
+        return cl.train(objective_of(model), batches, epochs=epochs, **settings, **more).dataset  # type: ignore[arg-type]
+
+    log = run(whole, 3, double_grad=True)
+    run(halves, 1, double_grad=True, folder=tmp_path)
+    halves = net()
+    same_log(run(halves, 3, double_grad=True, folder=tmp_path, resume=True), log)
+    same_weights(whole, halves)
+    objective = objective_of(hand)
+    stepper = cl.optimizer("k-bfgs-20", objective, lr=0.1, damping=0.3, double_grad=True)
+    stepper.warm_start(train.batches(5, seed=2))
+    for x, y in train.batches(5, epochs=3, seed=2):
+        stepper.step(objective.closure(x, y))
+    same_weights(whole, hand)
+    run(plain, 3)
+    assert not torch.equal(plain[0].weight, whole[0].weight)
+    with pytest.raises(cl.CurvlabError, match="double_grad needs a method that looks at each minibatch a second time"):
+        cl.train(objective_of(net()), train.batches(5), algorithm="adam", double_grad=True)

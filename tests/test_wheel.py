@@ -19,8 +19,14 @@ def test_the_wheel_carries_the_data_and_works_elsewhere(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         assert "curvlab/_data/mnist.npz" in archive.namelist()
         assert {"curvlab/py.typed", "curvlab/templates/report.html", "curvlab/templates/report.css"} <= set(archive.namelist())
+        assert "curvlab/analyses/thesis/figure_2_2.py" in archive.namelist()
+        assert not [name for name in archive.namelist() if name.endswith((".png", ".pyc", ".ipynb"))]
         archive.extractall(tmp_path / "site")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "CURVLAB_DATA": ""}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "site" / "curvlab"), "60000"]
+    words = [sys.executable, "-m", "curvlab", "reproduce", "table-2.4", "--budget", "smoke", "--out", "out"]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("as printed") == 3

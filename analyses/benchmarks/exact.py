@@ -1,10 +1,10 @@
 """Exact curvature, side by side in one run: curvlab, torch.func, curvlinops, BackPACK, and the floor.
 
-All times are CPU seconds of one thread, so that other work on the machine matters little; with --threads wall seconds, for a
-machine that does nothing else. Freed memory is kept (glibc's mallopt) for everyone alike. The floor of matrices is their
-floating-point operations (the packed symmetric product on the inputs that are not zero) over the matrix-product peak of this
-run (for the autoencoder's narrow layers with the passes that their pre-activation Hessians take); of per-sample gradients, the
-time to fill that memory.
+All times are CPU seconds of one thread, so that other work on the machine matters little; with --threads wall seconds, for
+a machine that does nothing else. Freed memory is kept (glibc's mallopt) for everyone alike. The floor of matrices is their
+floating-point operations (the packed symmetric product on the inputs that are not zero) over the matrix-product peak of
+this run (for the autoencoder's narrow layers with the passes that their pre-activation Hessians take); of per-sample
+gradients, the time to fill that memory.
 
     python analyses/benchmarks/exact.py [--dtype float32] [--examples 1000] [--threads 1]
         [--skip mlp gradients autoencoder blocks memory]   blocks: those of the autoencoder, minutes long

@@ -2,10 +2,10 @@
 
     python analyses/benchmarks/steps.py [--problems autoencoder vgg] [--names NAME …] [--batch-size 1000] [--threads 1]
 
-CPU seconds of one thread, so that other work on the machine matters little; with --threads wall seconds, for a quiet machine.
-A step with a refresh every T₂ is the mean over T₂ steps in a row, after the first T₂ (in which every step refreshes). The floor
-counts products of matrices alone, symmetric ones by half, over the matrix-product peak of this run. Memory is what a curvature
-holds between steps, beside the numbers that the documents' tables (2.1, 3.1, 4.1) give it.
+CPU seconds of one thread, so that other work on the machine matters little; with --threads wall seconds, for a quiet
+machine. A step with a refresh every T₂ is the mean over T₂ steps in a row, after the first T₂ (in which every step
+refreshes). The floor counts products of matrices alone, symmetric ones by half, over the matrix-product peak of this run.
+Memory is what a curvature holds between steps, beside the numbers that the documents' tables (2.1, 3.1, 4.1) give it.
 
 Peers: torch's Adam, a straightforward KFAC of forty lines (below), and, where it is installed, pytorch_optimizer's Shampoo:
     pip install --no-deps pytorch_optimizer

@@ -68,6 +68,7 @@ def train(
     labels: Pass | None = None,
     update_every: int = 1,
     refresh_every: int | None = None,
+    double_grad: bool = False,
     schedule: str | Make = "constant",
     schedule_every: Every = "epoch",
     schedule_options: Mapping[str, Any] | None = None,
@@ -96,6 +97,7 @@ def train(
         algorithm: of `ALGORITHMS`; `own` are its own options. lr, damping, momentum, momentum_kind, decay, labels: its
             document's where None. weight_decay: decoupled, W ← W − lr · γ W (thesis Alg. 15, line 19).
         update_every: T₁, or K-BFGS's T. refresh_every: T₂, the document's where None.
+        double_grad: K-BFGS's gradient from two minibatches at almost no cost (thesis 2.8.3).
         schedule: a name (`schedules.find`) with `schedule_options`, or a function optimizer → torch scheduler.
         schedule_every: "epoch" or "step", after which the scheduler steps.
         epochs, steps, seconds: the run ends with whichever comes first; None: the epochs of `batches`, or one.
@@ -117,6 +119,7 @@ def train(
     settings = Settings(
         algorithm, lr, damping, momentum, momentum_kind, weight_decay, decay, labels, update_every, refresh_every, own,
         schedule, schedule_every, schedule_options or {}, evaluate_every, evaluate_samples,
+        double_grad,
     )  # fmt: skip
     if epochs is None and steps is None and seconds is None:
         epochs = batches.epochs if isinstance(batches, datasets.Batches) else 1

@@ -22,7 +22,7 @@ class Settings:
     """What decides the weights; where it is None, the algorithm's document does. A run goes on with the same settings only.
 
     `own` are the method's own options (`ALGORITHMS[name].options`); `schedule` a name (`schedules.find`) with its options, or a
-    function optimizer → torch scheduler, stepped after every epoch or step.
+    function optimizer → torch scheduler, stepped after every epoch or step. `double_grad`: see `optim.Descent`.
     """
 
     algorithm: str = "adam"
@@ -41,6 +41,7 @@ class Settings:
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
     evaluate_every: int = 1
     evaluate_samples: int | None = None
+    double_grad: bool = False
 
     def check(self) -> None:
         """Raises CurvlabError for an unknown name or a value out of range, before anything is built."""
@@ -59,7 +60,8 @@ class Settings:
                 raise CurvlabError(f"{name} must be 1 or more, not {value}")
 
     def optimizer(self, objective: Objective) -> Optimizer:
-        names = ("damping", "momentum", "momentum_kind", "decay", "labels", "weight_decay", "update_every", "refresh_every")
+        names = ("damping", "momentum", "momentum_kind", "decay", "labels", "weight_decay", "update_every", "refresh_every",
+                 "double_grad")  # fmt: skip
         shared = {name: getattr(self, name) for name in names}
         try:
             return optimizer(self.algorithm, objective, self.lr, **shared, **self.own)

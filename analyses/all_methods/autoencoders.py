@@ -1,0 +1,47 @@
+"""Autoencoders of MNIST and CURVES by every applicable method, at the documents' values: minibatches of 1000, no L2.
+
+Not applicable: block methods (dense blocks of 785,000²), kflr (784 passes back a minibatch), tnt-ideal (that over all data),
+smw-gn (784 N₂ rows).
+"""
+
+from dataclasses import replace
+
+from curvlab.reproduction import DOCUMENT_SECONDS, Claim, Comparison, Extent, Method, load, main
+
+CHAPTER_2, CHAPTER_3, CHAPTER_4, EMPIRICAL, S2QN = (
+    load(name).methods for name in ("figure-2.2", "figure-3.1", "figure-4.2", "figure-4.4", "s2qn-figure-2")
+)
+
+FIGURE = Comparison(
+    shows="autoencoders of MNIST and CURVES by every applicable method, at the documents' values",
+    claim="K-BFGS and K-BFGS(L) outperform KFAC, and all of them the first-order methods (chapters 2 and 3)",
+    problems=["MNIST", "CURVES"],
+    batch=1000,
+    methods={
+        **{label: CHAPTER_3[label] for label in ("K-BFGS", "K-BFGS, T = 20", "K-BFGS(L)")},
+        "KF-BFGS-CNN": Method("kf-bfgs-cnn", (0.3, 0.3)),  # no table's: as K-BFGS
+        "K-BFGS-20": CHAPTER_2["K-BFGS"],
+        "K-BFGS(L)-20": CHAPTER_2["K-BFGS(L)"],
+        "KFAC": CHAPTER_4["KFAC"],
+        "KFAC, π = 1": CHAPTER_2["KFAC"],
+        "KFAC-EF": EMPIRICAL["KFAC-EF"],
+        "TNT": CHAPTER_4["TNT"],
+        "TNT-EF": EMPIRICAL["TNT-EF"],
+        "Shampoo": CHAPTER_4["Shampoo"],
+        **{label: replace(S2QN[label], values=S2QN[label].values["MNIST"]) for label in ("SKQN-L", "SKQN-B1", "SKQN-B2")},
+        "SMW-NG": Method("smw-ng", (0.1, 1.001)),  # thesis 5.8, as the next
+        "SMW-NG-BD": Method("smw-ng-bd", (0.1, 1.001)),
+        "SGD-m": CHAPTER_4["SGD-m"],
+        "Adam": CHAPTER_4["Adam"],
+        "RMSprop": CHAPTER_2["RMSprop"],
+    },
+    cpu=Extent(epochs={"MNIST": 5, "CURVES": 20}, tests=10_000, evaluated=10_000),
+    paper=Extent(seconds=DOCUMENT_SECONDS),
+    claims=[
+        Claim("K-BFGS and K-BFGS(L) outperform KFAC in epochs", ["K-BFGS", "K-BFGS(L)"], ["KFAC"]),
+        Claim("and all of them the first-order methods", ["K-BFGS", "K-BFGS(L)", "KFAC"], ["SGD-m", "Adam", "RMSprop"]),
+    ],
+)
+
+if __name__ == "__main__":
+    main(FIGURE, __file__)

@@ -1,0 +1,53 @@
+"""What a document says of its figure, as inequalities between curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from curvlab.reproduction.results import Result, Results
+
+MEASURES = {"train_loss": "training loss", "val_loss": "test loss", "train_error": "training error", "val_error": "test error"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Every one of `better` ends below every one of `than`, or at most `within` times as much above it.
+
+    `by`: where the curves are read: at the last epoch that all of them reach, at the last time that all reach, or each at its
+    lowest. `problems`: of which it is said; of all where it is empty.
+    """
+
+    words: str
+    better: Sequence[str]
+    than: Sequence[str]
+    by: Literal["epoch", "time", "lowest"] = "epoch"
+    measure: str = "train_loss"
+    within: float = 0.0
+    problems: Sequence[str] = ()
+
+    def verdict(self, found: dict[str, Result]) -> str:
+        missing = [label for label in (*self.better, *self.than) if label not in found or not found[label].runs]
+        if missing:
+            return f"cannot be said: no run of {', '.join(missing)}"
+        value, where = self._reading({label: found[label] for label in (*self.better, *self.than)})
+        worst, best = max(value[b] for b in self.better), min(value[t] for t in self.than)
+        numbers = (", ".join(f"{label} {value[label]:.4g}" for label in side) for side in (self.better, self.than))
+        return f"{'holds' if worst <= best * (1 + self.within) else 'does not hold'}: {' against '.join(numbers)} ({where})"
+
+    def _reading(self, found: dict[str, Result]) -> tuple[dict[str, float], str]:
+        if self.by == "lowest":
+            return {label: r.lowest(self.measure) for label, r in found.items()}, f"lowest {MEASURES[self.measure]}"
+        last = min(float(r.along(self.by)[-1]) for r in found.values())
+        where = f"{last:.3g} epochs" if self.by == "epoch" else f"{last:.3g} s"
+        return {label: r.at(self.measure, self.by, last) for label, r in found.items()}, f"{MEASURES[self.measure]} at {where}"
+
+
+def verdicts(claims: Sequence[Claim], found: Results) -> Iterator[str]:
+    """A line a claim, and one a problem."""
+    for claim in claims:
+        yield f"claim: {claim.words}" + (f" (up to {claim.within:.0%})" if claim.within else "")
+        for problem, results in found.items():
+            if problem in (claim.problems or found):
+                yield f"  {problem}: {claim.verdict(results)}"

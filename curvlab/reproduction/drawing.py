@@ -1,0 +1,105 @@
+"""Training curves as the documents draw them: against epochs and against time. A colour a family, dashes and a marker a
+method.
+
+Colours are Okabe and Ito's, told apart by colour-blind readers; dashes and markers tell in print.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from curvlab.reproduction.claims import MEASURES
+from curvlab.reproduction.results import AXES, Result, Results
+
+FAMILIES = {
+    "#D55E00": ("kfac", "kflr"),
+    "#0072B2": ("k-bfgs", "kf-bfgs"),
+    "#009E73": ("tnt", "shampoo"),
+    "#CC79A7": ("skqn", "s4qn"),
+    "#E69F00": ("smw",),
+    "#56B4E9": ("hf",),
+    "#000000": ("sgd", "adam", "rmsprop"),
+}
+"""{colour: how the names of its algorithms begin}"""
+
+DASHES = ((0, ()), (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (9, 1.5)), (0, (3, 3)))
+MARKERS = "os^vDPX*"
+
+
+def styles(algorithms: dict[str, str]) -> dict[str, dict[str, object]]:
+    """{label: style} of {label: algorithm}."""
+    found: dict[str, dict[str, object]] = {}
+    seen: dict[str, int] = {}
+    for label, algorithm in algorithms.items():
+        colour = next((c for c, heads in FAMILIES.items() if algorithm.startswith(heads)), "#8C6D31")
+        i = seen[colour] = seen.get(colour, -1) + 1
+        found[label] = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
+    return found
+
+
+def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std") -> Figure:
+    """A column for each problem; of one problem a column each for epochs and time."""
+    looks = styles({label: r.algorithm for results in found.values() for label, r in results.items()})
+    if len(found) == 1:
+        (problem,) = found
+        grid = [[(problem, m, axis) for axis in AXES] for m in measures]
+    else:
+        grid = [[(problem, m, axis) for problem in found] for m in measures for axis in AXES]
+    figure = Figure(figsize=(1.8 + 3.9 * len(grid[0]), 1.0 + 2.8 * len(grid)), layout="constrained")
+    axes = figure.subplots(len(grid), len(grid[0]), squeeze=False)
+    for i, row in enumerate(grid):
+        for j, (problem, measure, axis) in enumerate(row):
+            panel(axes[i, j], found[problem], measure, axis, looks, spread)
+            if i == 0 and len(found) > 1:
+                axes[i, j].set_title(problem, fontsize=10)
+    handles = dict(pair for ax in axes.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9)
+    width = int(11 * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=10)
+    return figure
+
+
+def panel(
+    ax: Axes, results: dict[str, Result], measure: str, axis: str, looks: dict[str, dict[str, object]], spread: str
+) -> None:
+    """Means over seeds, a band of their standard deviation or of the mean's error; the loss on a log axis."""
+    drawn = []
+    for label, result in results.items():
+        if not result.runs or measure not in result.together:
+            continue
+        x, y, band = result.along(axis), result.mean(measure), result.spread(measure)
+        seeds = len(result.runs)
+        band = band if spread == "std" else band / math.sqrt(seeds)
+        every = max(1, len(x) // 12)
+        ax.plot(x, y, label=label, linewidth=1.4, markersize=4, markevery=every, **looks[label])  # type: ignore[arg-type]  # styles
+        if seeds > 1:
+            ax.fill_between(x, y - band, y + band, color=str(looks[label]["color"]), alpha=0.15, linewidth=0)
+        drawn.append(y)
+    time = "process time (s)" if all(r.clock == "cpu_seconds" for r in results.values() if r.runs) else "time (s)"
+    ax.set_xlabel("epoch" if axis == "epoch" else time)
+    if axis == "epoch":
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    ax.set_ylabel(MEASURES[measure] + (" (nat)" if measure.endswith("loss") else ""))
+    if measure.endswith("loss"):
+        logarithmic(ax, drawn)
+    ax.grid(alpha=0.3, which="both", linewidth=0.5)
+
+
+def logarithmic(ax: Axes, drawn: Iterable[object]) -> None:
+    """A log axis where everything is positive, with plain numbers where it spans less than two decades."""
+    values = np.concatenate([np.asarray(y, dtype=float).ravel() for y in drawn] or [np.ones(1)])
+    if not (np.isfinite(values).all() and values.min() > 0):
+        return
+    ax.set_yscale("log")
+    if values.max() < 100 * values.min():
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}" if values.max() < 8 * values.min() else "")
+        ax.tick_params(axis="y", which="minor", labelsize=7)

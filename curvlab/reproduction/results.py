@@ -1,0 +1,68 @@
+"""What came out of the runs of one method on one problem, and its mean over seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+AXES = ("epoch", "time")
+
+
+def cut(ds: xr.Dataset, epochs: int | None, seconds: float | None) -> xr.Dataset:
+    """The evaluated epochs of a log until a budget is spent, where the run has gone further."""
+    ds = ds.dropna("epoch", subset=["train_loss"])
+    if epochs is not None:
+        ds = ds.sel(epoch=slice(0, epochs))
+    if seconds is not None:
+        ds = ds.isel(epoch=slice(0, int((ds["wall_seconds"] < seconds).sum()) + 1))
+    return ds
+
+
+@dataclass(frozen=True)
+class Result:
+    """`runs` are the logs of the seeds that stayed finite; `failures` says what became of the others."""
+
+    algorithm: str
+    arguments: str
+    runs: tuple[xr.Dataset, ...]
+    failures: tuple[str, ...] = ()
+
+    @cached_property
+    def together(self) -> xr.Dataset:
+        """Over the seeds [seed, epoch], at the epochs that all of them have."""
+        names = [name for name in self.runs[0] if self.runs[0][name].dims == ("epoch",)]
+        return xr.concat([run[names] for run in self.runs], "seed", join="inner", combine_attrs="override")
+
+    @property
+    def clock(self) -> str:
+        """Process time; on a GPU, which works beside the process, wall time."""
+        return "wall_seconds" if str(self.runs[0].attrs.get("device", "cpu")).startswith("cuda") else "cpu_seconds"
+
+    def along(self, axis: str) -> Values:
+        """Epochs, or the mean time at which they ended."""
+        ds = self.together
+        return np.asarray(ds["epoch"] if axis == "epoch" else ds[self.clock].mean("seed"), dtype=float)
+
+    def mean(self, measure: str) -> Values:
+        return np.asarray(self.together[measure].mean("seed"), dtype=float)
+
+    def spread(self, measure: str) -> Values:
+        """Standard deviation over the seeds."""
+        return np.asarray(self.together[measure].std("seed"), dtype=float)
+
+    def lowest(self, measure: str) -> float:
+        """The lowest of each seed's epochs, on average (2.8.2: "choosing the lowest of these values")."""
+        return float(self.together[measure].min("epoch").mean("seed"))
+
+    def at(self, measure: str, axis: str, place: float) -> float:
+        return float(np.interp(place, self.along(axis), self.mean(measure)))
+
+
+Results = dict[str, dict[str, Result]]
+"""{problem: {label: result}}"""

@@ -1,0 +1,181 @@
+"""What a script of `analyses/` gives: a value that says what it shows and how far each budget goes, and runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from matplotlib.figure import Figure
+
+from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.memory import keep_freed_memory
+from curvlab.runs import device_of
+
+BUDGETS = ("smoke", "cpu", "paper")
+"""Seconds, on whatever is there; minutes on two cores; the document's own, on a GPU where there is one."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose. `out` gets picture and text, `runs` the training runs that figures of one budget share."""
+
+    budget: str = "cpu"
+    out: Path = Path("runs/figures")
+    runs: Path = Path("runs/reproduce")
+    device: str = "auto"
+    methods: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    def check(self, what: Reproduction) -> None:
+        if self.budget not in BUDGETS:
+            raise unknown("budget", self.budget, BUDGETS)
+        for kind, chosen, known in (("method", self.methods, what.methods), ("problem", self.problems, what.problems)):
+            for name in chosen:
+                lookup(dict.fromkeys([*known]), name, kind)
+
+    @property
+    def smoke(self) -> bool:
+        return self.budget == "smoke"
+
+    @property
+    def where(self) -> torch.device:
+        return device_of(self.device)
+
+
+class Reproduction(Protocol):
+    """A figure or table. `shows` begins with its document and number; `claim` is in the document's words; of `methods` and
+    `problems` a user may choose."""
+
+    @property
+    def shows(self) -> str: ...
+    @property
+    def claim(self) -> str: ...
+    @property
+    def extents(self) -> Mapping[str, str]: ...
+    @property
+    def methods(self) -> Iterable[str]: ...
+    @property
+    def problems(self) -> Iterable[str]: ...
+    def run(self, report: Report) -> None: ...
+
+
+@dataclass
+class Report:
+    """Says its lines, and keeps them for the text file beside the picture."""
+
+    name: str
+    options: Options
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, line: str = "") -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+
+    def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Columns as wide as their words; the first to the left, the others to the right."""
+        cells = [list(headings), *map(list, rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+        for row in cells:
+            first, *others = (
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            self.say("  ".join([first, *others]).rstrip())
+
+    def file(self, suffix: str) -> Path:
+        return self.options.out / f"{self.name}-{self.options.budget}.{suffix}"
+
+    def draw(self, figure: Figure) -> None:
+        """Write the picture; the coarse one of a smoke run is only to see that it can be drawn."""
+        self._write(self.file("png"), lambda path: figure.savefig(path, dpi=50 if self.options.smoke else 120))
+
+    def close(self) -> None:
+        text = "\n".join(self.lines) + "\n"
+        self._write(self.file("txt"), lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+        except OSError as error:
+            raise CurvlabError(f"{path} cannot be written: {error.strerror}; choose another folder with --out") from error
+        print(f"wrote {path}", flush=True)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A figure or table that is made by a function of its own."""
+
+    shows: str
+    claim: str
+    extents: Mapping[str, str]
+    make: Callable[[Report], None]
+    methods: Sequence[str] = ()
+    problems: Sequence[str] = ()
+
+    def run(self, report: Report) -> None:
+        self.make(report)
+
+
+def reproduce(what: Reproduction, name: str, options: Options) -> Report:
+    """Run it and write `out`/NAME-BUDGET.txt, and the picture where there is one.
+
+    Raises:
+        CurvlabError: bad options, data that are not there, a folder that cannot be written.
+    """
+    options.check(what)
+    keep_freed_memory()
+    report = Report(name, options)
+    report.say(f"{what.shows} ({options.budget}: {what.extents[options.budget]}; {described(options.where)})")
+    report.say(f"The document: {what.claim}")
+    report.say()
+    what.run(report)
+    report.close()
+    return report
+
+
+def say_progress(what: str, left: float | None = None) -> None:
+    """On standard error, which is no part of the result; `left` are seconds."""
+    when = "" if left is None else f" (about {left:.0f} s left)" if left < 120 else f" (about {left / 60:.0f} min left)"
+    print(f"  {what}{when}", file=sys.stderr, flush=True)
+
+
+def described(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{torch.get_num_threads()} CPU thread{'s' if torch.get_num_threads() > 1 else ''}"
+
+
+def main(what: Reproduction, file: str) -> None:
+    """A script's own command line: the options of `curvlab reproduce`, and its exit codes."""
+    default = Options()
+    parser = argparse.ArgumentParser(description=what.shows)
+    parser.add_argument("--budget", choices=BUDGETS, default=default.budget)
+    parser.add_argument("--out", type=Path, default=default.out)
+    parser.add_argument("--runs", type=Path, default=default.runs)
+    parser.add_argument("--device", default=default.device)
+    parser.add_argument("--methods", nargs="+", default=())
+    parser.add_argument("--problems", nargs="+", default=())
+    given = vars(parser.parse_args())
+    given |= {name: tuple(given[name]) for name in ("methods", "problems")}
+    try:
+        reproduce(what, name_of(Path(file)), Options(**given))
+    except CurvlabError as error:
+        print(f"curvlab: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("curvlab: interrupted; run it again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def name_of(path: Path) -> str:
+    """figure_2_2.py of the thesis is figure-2.2, that of another document has its folder's name before it."""
+    kind, *numbers = path.stem.split("_")
+    if kind not in ("figure", "table") or not numbers:
+        return path.stem.replace("_", "-")
+    name = f"{kind}-{'.'.join(numbers)}"
+    return name if path.parent.name == "thesis" else f"{path.parent.name.replace('_', '-')}-{name}"

@@ -1,0 +1,386 @@
+"""Figures and tables by name: all are there, and run in small; runs are shared and go on; claims and exponents by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from torch import nn
+
+from curvlab import cli, datasets
+from curvlab.algorithms import ALGORITHMS
+from curvlab.datasets import DATASETS, Dataset
+from curvlab.errors import CurvlabError
+from curvlab.models import MODELS
+from curvlab.reproduction import Axis, Claim, Comparison, Extent, Method, Options, Row, Scaling, load, reproduce, scripts
+from curvlab.reproduction.comparison import Runs
+from curvlab.reproduction.drawing import draw, styles
+from curvlab.reproduction.problems import PROBLEMS, Problem
+from curvlab.reproduction.results import Result, cut
+from curvlab.reproduction.scaling import exponent, tensors
+from curvlab.reproduction.script import Report
+
+ANALYSES = Path(__file__).resolve().parent.parent / "analyses"
+NAMES = list(scripts())
+COMPARISONS = {name: made for name in NAMES if isinstance(made := load(name), Comparison)}
+
+FIGURES = ["2.1", "2.2", *(f"2.{i}" for i in range(4, 8)), *(f"3.{i}" for i in range(1, 10)), *(f"4.{i}" for i in range(1, 7)),
+           "5.1", "5.2", "5.3"]  # fmt: skip
+TABLES = ["2.1", "2.2", "2.3", "2.4", "3.1", "3.2", "3.3", "3.4", "3.6", "3.8", "3.9", "4.1", "4.2"]
+"""Of the thesis. Figure 2.3 is a landscape over a grid; Tables 2.5, 2.6, 3.5, 3.7, 3.10, 4.3 to 4.7 are the scripts' values."""
+
+
+# ---- what there is
+
+
+def test_every_figure_and_table_has_a_name() -> None:
+    thesis = [f"figure-{n}" for n in FIGURES] + [f"table-{n}" for n in TABLES]
+    others = [f"{document}-figure-{n}" for document in ("s2qn", "kfqn-cnn") for n in range(1, 5)]
+    assert [*thesis, *others, "autoencoders", "convnet"] == NAMES
+
+
+def test_the_index_has_every_name_and_every_claim_of_a_run() -> None:
+    index = (ANALYSES / "README.md").read_text()
+    rows = re.findall(r"^\| `curvlab reproduce ([\w.-]+)` \|(.*)\|$", index, re.MULTILINE)
+    assert [name for name, _ in rows] == NAMES
+    assert all(
+        row.count("|") == 3 for _, row in rows
+    )  # what it shows, what the document claims, what was measured, the picture
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_what_it_shows_and_what_is_claimed(name: str) -> None:
+    what = load(name)
+    assert what.shows
+    assert what.claim
+    assert what.extents.keys() == {"smoke", "cpu", "paper"}
+    text = scripts()[name].read_text()
+    assert text.startswith('"""')
+    assert not re.search(r"curvlab\.\w+\._|import _", text)
+    assert len(text.splitlines()) <= 185
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_claims_and_reports_are_of_methods_and_problems_that_there_are(name: str) -> None:
+    figure = COMPARISONS[name]
+    assert set(figure.problems) <= PROBLEMS.keys()
+    for claim in figure.claims:
+        assert {*claim.better, *claim.than} <= figure.methods.keys()
+    for problem in figure.problems:
+        assert figure.reported.get(problem, {}).keys() <= figure.methods.keys()
+        used = [method for method in figure.methods.values() if method.on(problem) is not None]
+        assert used
+        for method in used:
+            assert len(method.on(problem) or ()) in (2, 3)
+            assert method.algorithm in ALGORITHMS
+        ends = figure.paper.seconds_on(problem) or figure.paper.epochs_on(problem) or all(method.epochs for method in used)
+        assert ends
+        assert figure.cpu.seconds_on(problem) or figure.cpu.epochs_on(problem)
+
+
+def test_problems_are_of_networks_and_data_that_there_are() -> None:
+    for problem in PROBLEMS.values():
+        assert problem.model in MODELS
+        assert problem.data in DATASETS
+        assert problem.part is None or problem.part in DATASETS
+
+
+# ---- they run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reproduce(load(name), name, Options("smoke", tmp_path / "out", tmp_path / "runs", "cpu"))
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'out' / name}-smoke.txt" in said
+    assert (tmp_path / "out" / f"{name}-smoke.txt").read_text().startswith(load(name).shows)
+    assert not (tmp_path / "runs").exists()
+    if name not in ("table-2.3", "table-2.4", "table-3.6"):
+        assert (tmp_path / "out" / f"{name}-smoke.png").stat().st_size > 5000
+    if name in COMPARISONS:
+        assert said.count("claim:") == len(COMPARISONS[name].claims)
+        for label in COMPARISONS[name].methods:
+            assert f"\n{label} " in said
+        assert "diverged" not in said
+
+
+def test_a_script_by_itself_and_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--budget", "smoke", "--out", str(tmp_path)]
+    script = [sys.executable, str(ANALYSES / "thesis" / "table_2_4.py"), *words]
+    by_itself = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "table-2.4-smoke.txt").unlink()
+    monkeypatch.setattr(sys, "argv", ["curvlab", "reproduce", "table-2.4", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == by_itself.splitlines()[1:]  # the first names the number of threads
+    assert (tmp_path / "table-2.4-smoke.txt").exists()
+
+
+def test_a_script_by_itself_has_one_line_for_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    script = ANALYSES / "thesis" / "table_2_4.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 2
+    assert re.fullmatch(r"curvlab: .*cannot be written: .*; choose another folder with --out\n", capsys.readouterr().err)
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Comparison, report: Report) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Comparison, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["curvlab", "reproduce", "figure-3.1"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "curvlab: interrupted; the same command goes on\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["figure-2.9"], "unknown figure or table 'figure-2.9'; did you mean"),
+        (["figure-3.1", "--budget", "gpu"], "unknown budget 'gpu'"),
+        (["figure-3.1", "--budget", "smoke", "--method", "KFACC"], "unknown method 'KFACC'; did you mean 'KFAC'?"),
+        (["figure-3.1", "--budget", "smoke", "--problem", "FACES"], "unknown problem 'FACES'"),
+        (["figure-3.1", "--device", "tpu"], "tpu"),
+        (["table-2.1", "--budget", "smoke", "--method", "TNT"], "unknown method 'TNT' (known: K-BFGS, K-BFGS(L), KFAC, Adam)"),
+        (["figure-2.1", "--problem", "webspam"], "unknown problem 'webspam' (known: MNIST, FACES, CURVES)"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["curvlab", "reproduce", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("curvlab: ")
+    assert says in err
+
+
+def test_without_a_name_all_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in (["reproduce"], ["list", "reproductions"]):
+        monkeypatch.setattr(sys, "argv", ["curvlab", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        said = capsys.readouterr().out
+        assert [name for name in NAMES if f"│ {name} " not in said] == []
+
+
+# ---- runs
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MNIST is 40 digits of random numbers and the network of Figure 4.1."""
+    chance = torch.Generator().manual_seed(0)
+    parts = [Dataset("mnist16", torch.rand(n, 256, generator=chance), torch.arange(n) % 10, "") for n in (60, 30)]
+    monkeypatch.setitem(PROBLEMS, "MNIST", Problem("mlp-256-20", "mnist16", PROBLEMS["MNIST"].small))
+    monkeypatch.setattr(datasets, "load", lambda name: tuple(parts))
+
+
+def small(**changed: object) -> Comparison:
+    """In earnest but small: 40 examples, two steps an epoch."""
+    methods = {"Adam": Method("adam", (1e-4, 1e-4)), "SGD-m": Method("sgd-m", (0.003, 0))}
+    extent = Extent(epochs=2, examples=40, tests=20)
+    figure = Comparison("figure", "claim", ["MNIST"], methods, 20, cpu=extent, paper=Extent(epochs=1))
+    return replace(figure, **changed)  # type: ignore[arg-type]  # any field
+
+
+def results(figure: Comparison, tmp_path: Path, **options: object) -> tuple[dict[str, Result], str]:
+    report = Report("figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu", **options))  # type: ignore[arg-type]
+    return figure.results(report)["MNIST"], "\n".join(report.lines)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_runs_are_shared_and_go_on(tmp_path: Path) -> None:
+    first, _ = results(small(), tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.h5")}
+    assert len(files) == 2
+    again, _ = results(small(shows="another figure"), tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in files} == files  # taken as they are
+    for label, result in first.items():
+        assert list(again[label].mean("train_loss")) == list(result.mean("train_loss"))
+    longer, _ = results(small(cpu=Extent(epochs=3, examples=40, tests=20)), tmp_path)
+    assert list(longer["Adam"].along("epoch")) == [0, 1, 2, 3]
+    assert list(longer["Adam"].mean("train_loss")[:3]) == list(first["Adam"].mean("train_loss"))
+    assert len(list((tmp_path / "runs").rglob("run.h5"))) == 2
+    shorter, _ = results(small(), tmp_path)  # no further than this figure's budget
+    assert list(shorter["Adam"].mean("train_loss")) == list(first["Adam"].mean("train_loss"))
+
+
+def test_what_decides_the_numbers_decides_the_folder(tmp_path: Path) -> None:
+    options = Options("cpu", tmp_path, tmp_path, "cpu")
+
+    def folder(figure: Comparison, method: Method, seed: int = 0) -> Path:
+        return Runs(figure, "MNIST", options).folder(method.arguments("MNIST"), method.batch or figure.batch, seed)
+
+    adam = Method("adam", (1e-4, 1e-4))
+    others = [
+        (small(), replace(adam, values=(1e-4, 1e-3)), 0),
+        (small(), replace(adam, values=(1e-4, 0.1, 1e-4)), 0),
+        (small(), replace(adam, options={"decay": 0.9}), 0),
+        (small(), replace(adam, further={"MNIST": {"momentum": 0.99}}), 0),
+        (small(), replace(adam, batch=10), 0),
+        (small(), adam, 1),
+        (small(l2=1e-5), adam, 0),
+        (small(cpu=Extent(epochs=2, examples=30, tests=20)), adam, 0),
+        (small(cpu=Extent(epochs=2, examples=40, tests=20, evaluated=10)), adam, 0),
+    ]
+    folders = {folder(*other) for other in others} | {folder(small(), adam)}
+    assert len(folders) == len(others) + 1
+    usual = {"decay": 0.999, "momentum": 0.9, "weight_decay": 0.0, "refresh_every": 1}  # Adam's own anyway
+    assert folder(small(), replace(adam, options=usual)) == folder(small(), adam)
+    assert folder(small(cpu=Extent(epochs=9, seconds=3, examples=40, tests=20)), adam) == folder(small(), adam)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_seed_that_diverges_is_told_and_the_next_is_tried(tmp_path: Path) -> None:
+    figure = small(methods={"SGD-m": Method("sgd-m", (3e38, 0)), "Adam": Method("adam", (1e-4, 1e-4))},
+                   claims=[Claim("Adam is better", ["Adam"], ["SGD-m"])])  # fmt: skip
+    found, said = results(figure, tmp_path)
+    assert not found["SGD-m"].runs
+    assert len(found["SGD-m"].failures) == 4
+    assert "SGD-m, seed 3: diverged in epoch" in said
+    assert "MNIST: cannot be said: no run of SGD-m" in said
+    assert results(figure, tmp_path)[0]["SGD-m"].failures == found["SGD-m"].failures
+    report = Report("figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu"))
+    figure.run(report)
+    assert report.file("png").stat().st_size > 5000
+
+
+def test_data_that_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))
+    values = {"MNIST": (1e-4, 1e-4), "webspam": (1e-4, 1e-4)}
+    figure = small(problems=["MNIST", "webspam"], methods={"Adam": Method("adam", values)})
+    found, said = results(figure, tmp_path)
+    assert list(found) == ["Adam"]
+    assert re.search(r"^webspam: not run: .*webspam", said, re.MULTILINE)
+    with pytest.raises(CurvlabError, match=r"^figure: data file webspam"):
+        results(figure, tmp_path, problems=("webspam",))
+
+
+# ---- what is made of them
+
+
+def log(losses: list[float], seconds: float = 1.0) -> xr.Dataset:
+    n = len(losses)
+    time = np.arange(n) * seconds
+    columns = {"train_loss": losses, "val_error": [x / 100 for x in losses], "cpu_seconds": time, "wall_seconds": time}
+    return xr.Dataset({k: ("epoch", np.asarray(v)) for k, v in columns.items()}, {"epoch": np.arange(n, dtype=float)})
+
+
+def result(*runs: xr.Dataset) -> Result:
+    return Result("adam", "", runs)
+
+
+def test_means_over_seeds_by_hand() -> None:
+    r = result(log([8, 4, 2]), log([8, 2, 4, 1], seconds=3))
+    assert list(r.along("epoch")) == [0, 1, 2]
+    assert list(r.along("time")) == [0, 2, 4]
+    assert list(r.mean("train_loss")) == [8, 3, 3]
+    assert list(r.spread("train_loss")) == [0, 1, 1]
+    assert r.lowest("train_loss") == 2
+    assert r.at("train_loss", "time", 1) == 5.5
+
+
+def test_a_run_is_cut_where_a_budget_ends() -> None:
+    run = log([8, 4, math.nan, 2, 1])
+    assert list(cut(run, None, None)["epoch"]) == [0, 1, 3, 4]
+    assert list(cut(run, 3, None)["epoch"]) == [0, 1, 3]
+    assert list(cut(run, None, 1.0)["epoch"]) == [0, 1]
+    assert list(cut(run, None, 1.5)["epoch"]) == [0, 1, 3]  # the epoch in which the time was up
+
+
+def test_claims_by_hand() -> None:
+    """A is ahead in epochs and takes three times as long: B is ahead in time."""
+    found = {"A": result(log([9, 3, 1], seconds=3)), "B": result(log([9, 5, 4, 3]))}
+
+    def verdict(by: str, better: str = "A", than: str = "B", **more: float) -> str:
+        return Claim("", [better], [than], by, **more).verdict(found)  # type: ignore[arg-type]
+
+    assert verdict("epoch") == "holds: A 1 against B 4 (training loss at 2 epochs)"
+    assert verdict("time") == "does not hold: A 3 against B 3 (training loss at 3 s)".replace("does not hold", "holds")
+    found["B"] = result(log([9, 5, 4, 2]))
+    assert verdict("time").startswith("does not hold: A 3 against B 2")
+    assert verdict("time", within=0.5).startswith("holds")
+    assert verdict("lowest", "B", "A") == "does not hold: B 2 against A 1 (lowest training loss)"
+    assert verdict("epoch", "A", "C") == "cannot be said: no run of C"
+
+
+def test_curves_are_told_apart_without_colour() -> None:
+    for figure in COMPARISONS.values():
+        looks = styles({label: method.algorithm for label, method in figure.methods.items()})
+        ways = [(look["color"], look["linestyle"], look["marker"]) for look in looks.values()]
+        assert len(set(ways)) == len(ways)
+
+
+def test_a_figure_has_a_column_each_problem() -> None:
+    found = {"one": {"A": result(log([9, 3, 1]))}, "two": {"A": result(log([9, 3, 1]), log([9, 2, 1]))}}
+    figure = draw(found, ("train_loss", "val_error"), "title")
+    assert len(figure.axes) == 8
+    assert [ax.get_xlabel() for ax in figure.axes[::2]] == ["epoch", "process time (s)"] * 2
+    assert figure.axes[0].get_yscale() == "log"
+    assert figure.axes[4].get_yscale() == "linear"
+    assert len(draw({"one": found["one"]}, ("train_loss",), "title").axes) == 2
+
+
+# ---- complexity
+
+
+def test_exponents_by_hand() -> None:
+    sizes = [1, 2, 4, 8, 16]
+    assert exponent(sizes, [7 * s**3 for s in sizes]) == pytest.approx(3)
+    assert exponent(sizes, [100, math.nan, 1, 2, 4]) == pytest.approx(1)
+    assert math.isnan(exponent(sizes, [math.nan] * 4 + [1]))
+
+
+def test_what_is_held_is_the_table_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of Table 2.1, numbers of one layer counted: K-BFGS's H_a and H_g, A, s and y; 2 p d_o of L-BFGS."""
+    scaling = load("table-2.2")
+    assert isinstance(scaling, Scaling)
+    options = Options("smoke", tmp_path, device="cpu")
+    sizes = SimpleNamespace(d_i=6, d_o=4, m=8, p=3, T=1)
+    held = {label: scaling._step(row, sizes, options)[1] for label, row in scaling.rows.items()}
+    inputs, outputs = 7**2, 4**2
+    assert inputs * 2 + outputs <= held["K-BFGS"] <= inputs * 2 + outputs + 4 * (6 + 1 + 4)
+    assert held["KFAC"] >= 2 * (inputs + outputs)
+    assert 7 * 4 <= held["Adam"] <= 2 * 7 * 4 + 2
+    further = scaling._step(scaling.rows["K-BFGS(L)"], SimpleNamespace(**vars(sizes) | {"p": 5}), options)[1]
+    assert further - held["K-BFGS(L)"] == 2 * 2 * 4  # two pairs more, s and y of d_o numbers each
+
+
+def test_a_quantity_that_is_not_asked_for_is_not_drawn(tmp_path: Path) -> None:
+    row = Row("adam", lambda s: s.d**2, lambda s: s.d**2)
+    scaling = Scaling(
+        "table", "claim", lambda s: (nn.Linear(s.d, s.d), (s.d,)), {"m": 4}, [Axis("d", [4, 8, 16])], {"Adam": row},
+        quantities=["memory"], repeats=1,
+    )  # fmt: skip
+    report = reproduce(scaling, "table", Options("cpu", tmp_path, device="cpu"))
+    assert "seconds a step" not in "\n".join(report.lines)
+    assert re.search(r"^Adam +1\.[5-9]\d \(2\.00\)$", "\n".join(report.lines), re.MULTILINE)
+    other = replace(scaling, rows={"Adam": row, "SGD-m": replace(row, algorithm="sgd-m")})
+    chosen = reproduce(other, "table", Options("smoke", tmp_path, device="cpu", methods=("Adam",)))
+    assert [line.split()[0] for line in chosen.lines if line.startswith(("Adam", "SGD"))] == ["Adam"]
+    assert list(tensors({"a": [1, {"b": ()}]})) == []
