@@ -68,7 +68,7 @@ class Algorithm:
     labels: Pass
     lr: float
     damping: float
-    rule: Rule
+    rule: Rule = _same
     momentum: float = 0.9
     momentum_kind: MomentumKind = "add"
     decay: float = 0.9

@@ -239,7 +239,7 @@ def _probe_rows() -> list[tuple[str, ...]]:
             p.summary,
             ", ".join(p.where),
             str(p.every),
-            ", ".join(f"{cost:g}" for cost in costs.COSTS[name]),
+            ", ".join(f"{cost:g}" for cost in costs.COSTS.get(name, ())),
             ", ".join((*p.variables, *p.epoch)),
         )
         for name, p in probes.PROBES.items()

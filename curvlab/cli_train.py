@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from curvlab import tables
+from curvlab import models, tables
 from curvlab.errors import CurvlabError
 from curvlab.memory import keep_freed_memory
 from curvlab.probes import asked
@@ -149,6 +149,8 @@ def train(
     call["out"] = str(call.pop("out_folder") or "")
     said = {name for name in given if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
     given |= {"own": _options(own, "--set"), "schedule_options": _options(schedule_own, "--schedule-set"), "warm": warm_start}
+    if model is not None:
+        models.find(model)  # a module of the user's may enter probes
     given["probes"] = asked(probe or [], "train")
     renamed = (("warm_start", "warm"), ("schedule_own", "schedule_options"), ("probe", "probes"))
     said |= {new for old, new in renamed if old in said}

@@ -353,8 +353,9 @@ def device_of(name: str) -> torch.device:
 
 def check_named(named: Named) -> None:
     """Raises CurvlabError for unknown names and values out of range, before anything is written or run."""
+    entry = models.find(named.model)  # first: a module of the user's may enter algorithms and probes
     named.settings.check()
-    lookup(datasets.DATASETS, models.find(named.model).data_name(named.data), "data set")
+    lookup(datasets.DATASETS, entry.data_name(named.data), "data set")
     lookup(DTYPES, named.dtype, "dtype")
     device_of(named.device)
     for name in ("steps", "epochs"):

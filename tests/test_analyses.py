@@ -21,12 +21,14 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "refresh.py": ([*SMALL, "--every", "2"], "last loss"),
     "assumptions.py": (["--steps", "2", "--examples", "60", "--out", "OUT"], "assumptions.png"),
     "scaling.py": (["--repeats", "1", "--largest", "2", "--out", "OUT"], "scaling.png"),
+    "which_curvature.py": (["--steps", "1", "--warm", "1", "--out", "OUT"], "which_curvature.png"),
     "benchmarks/exact.py": (["--examples", "20", "--skip", "autoencoder", "memory"], "of the peak"),
     "benchmarks/steps.py": (["--problems", "vgg", "--names", "adam", "k-bfgs", "--batch-size", "40"], "torch Adam"),
     "benchmarks/probes.py": (
         ["--models", "mlp-256-20", "--names", "loss", "damping", "--batch-size", "40", "--repeats", "1"],
         "all probes of a training run",
     ),
+    "benchmarks/log.py": (["--seconds", "0.5", "--models", "mlp-256-20", "--algorithms", "adam"], "records and writes"),
     "benchmarks/compare.py": (
         ["--batch-size", "20000", "--steps", "2", "--repeats", "1", "--names", "kfac", "sgd-m"],
         "together / one by one",

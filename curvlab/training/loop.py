@@ -153,11 +153,10 @@ class Training:
         self.optimizer.warm_start(counted(self.warm, self.bar, "warm start", length(self.warm)))
         self.at.warm = self.clock() - start
         with self.shield:
-            self.log.append(0, self._record(scores))
+            self.log.append(0, self._record(scores), save=True)
             self.at.started = True
         self._say(0, scores)
         self._keep(sound=True)
-        self.log.save()
 
     def _epoch(self) -> bool:
         """What is left of an epoch, evaluation and record. False where the budget ended it before its last minibatch."""

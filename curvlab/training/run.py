@@ -252,9 +252,9 @@ def prepare(named: Named, call: Mapping[str, Any], state: dict[str, Any] | None 
     Raises:
         CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of other settings.
     """
+    entry = models.find(named.model)  # first: a module of the user's may enter algorithms and probes
     named.settings.check()
     named.budget.check()
-    entry = models.find(named.model)
     data_name = entry.data_name(named.data)
     lookup(datasets.DATASETS, data_name, "data set")
     dtype, device = lookup(DTYPES, named.dtype, "dtype"), device_of(named.device)
