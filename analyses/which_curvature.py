@@ -24,12 +24,15 @@ REFERENCES = {
 }
 """{reference: colour (Okabe and Ito's), dashes}"""
 METHODS = (
-    "kfac", "kflr", "tnt", "shampoo", "adam", "sgd-m", "k-bfgs", "k-bfgs-l", "skqn-l", "skqn-b1", "skqn-b2", "smw-ng-bd", "smw-ng",
+    "kfac", "kflr", "tnt", "shampoo", "adam", "sgd-m", "k-bfgs", "k-bfgs-l", "skqn-l", "skqn-b1", "skqn-b2", "smw-ng-bd",
+    "smw-ng",
 )  # fmt: skip
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=100)
-parser.add_argument("--refresh-every", type=int, default=2, help="T₂ of all: 2 changed no cosine of refresh.py by more than 0.01")
+parser.add_argument(
+    "--refresh-every", type=int, default=2, help="T₂ of all: 2 changed no cosine of refresh.py by more than 0.01"
+)
 parser.add_argument("--warm", type=int, default=60, help="minibatches of the warm start")
 parser.add_argument("--batch-size", type=int, default=1000)
 parser.add_argument("--log", type=Path, help="read this log; where there is none, measure and write it there")

@@ -26,6 +26,7 @@ import curvlab as cl
 from curvlab import datasets
 from curvlab.datasets import CropAndFlip, Dataset, Entry
 from curvlab.models import MODELS
+from curvlab.probes import PROBES
 
 SMALL = ["train", "--model", "mlp-256-20", "--batch-size", "6000", "--lr", "0.01", "--seed", "3"]
 TWO = [
@@ -154,12 +155,12 @@ def test_augmentation_and_dropout_are_of_the_seed(monkeypatch: pytest.MonkeyPatc
 # ---- killed, interrupted, gone on with
 
 
-def start(*words: str) -> subprocess.Popen[str]:
+def start(*words: str, cwd: Path | None = None) -> subprocess.Popen[str]:
     """One thread, as this process has, in which runs are gone on with: sums depend on the number."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "curvlab", *words],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment, cwd=cwd,
     )  # fmt: skip
 
 
@@ -185,29 +186,28 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def killed_and_resumed(out: Path, moments: list[float]) -> int:
-    """SIGKILL so many seconds after the first checkpoint of each life; then on to the end. How many were alive still."""
+def killed_and_resumed(out: Path, moments: list[float], first: list[str] = LONG) -> int:
+    """SIGKILL so many seconds after the first checkpoint of each life; then on to the end. How many were training still."""
     killed = 0
     for moment in moments:
-        words = ["train", "--resume", "--out", str(out)] if (out / "checkpoint.pt").exists() else [*LONG, "--out", str(out)]
-        with start(*words) as process:
-            if words[1] == "--resume":
+        again = (out / "checkpoint.pt").exists()
+        words = ["train", "--resume", *first[first.index("--checkpoint-seconds") :][:2]] if again else first
+        with start(*words, "--out", str(out), cwd=out.parent) as process:
+            if again:
                 stamp = (out / "checkpoint.pt").stat().st_mtime_ns
                 while (out / "checkpoint.pt").stat().st_mtime_ns == stamp and process.poll() is None:
                     time.sleep(0.002)
             else:
                 wait_for(out / "checkpoint.pt", process)
             time.sleep(moment)
-            killed += process.poll() is None
+            alive = process.poll() is None
             process.kill()
-        if not (out / "checkpoint.pt").exists():
-            shutil.rmtree(out)
-            continue
+        assert len(cl.open(out)["epoch"]) >= 1
         state = torch.load(out / "checkpoint.pt", weights_only=True)
-        if (out / "run.h5").exists():
-            assert len(cl.open(out)["epoch"]) >= 1
-        assert state["position"]["steps"] >= 0
-    with start("train", "--resume", "--out", str(out)) as process:
+        if state["position"]["epoch"] == state["budget"]["epochs"]:
+            break
+        killed += alive
+    with start("train", "--resume", "--out", str(out), cwd=out.parent) as process:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     return killed
@@ -220,14 +220,51 @@ def test_killed_three_times_and_gone_on_with_it_is_the_same_run(whole: Path, tmp
     assert len(json.loads(cl.open(out).attrs["resumed"])) >= 3
 
 
+OWN = """from torch import nn
+
+def build():
+    return nn.Sequential(nn.Linear(256, 16), nn.Tanh(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 10))
+"""
+OFTEN = {"damping": 1, "loss": 1, "norms": 2, "noise": 3, "condition": 5, "memory": 6, "bounds": 7, "reduction": 10,
+         "error": 15, "spectrum": 20, "alignment": 30}  # fmt: skip
+"""All probes that see anything of `k-bfgs-20`, more often than by default: kills fall into all of them."""
+PROBED = [
+    "train",
+    "--model",
+    "own:build",
+    "--data",
+    "mnist16",
+    "--batch-size",
+    "500",
+    "--lr",
+    "0.1",
+    "--algorithm",
+    "k-bfgs-20",
+]
+PROBED += ["--damping", "0.3", "--epochs", "2", "--checkpoint-seconds", "0.05", "--evaluate-samples", "2000"]
+PROBED += [word for name, every in OFTEN.items() for word in ("--probe", f"{name}:{every}")]
+
+
 @pytest.mark.slow
-def test_sigkill_at_twenty_random_moments(whole: Path, tmp_path: Path) -> None:
-    """Five runs, each killed four times."""
-    moments, killed = np.random.default_rng(1).uniform(0.0, 0.8, 20), 0
-    for i in range(5):
-        killed += killed_and_resumed(tmp_path / str(i), moments[4 * i : 4 * i + 4].tolist())
-        same_run(tmp_path / str(i), whole)
-    assert killed >= 15
+def test_sigkill_at_fifty_random_moments_with_all_probes(tmp_path: Path) -> None:
+    """Log and checkpoint open after every kill, and each run, killed ten times, ends as if never stopped."""
+    assert OFTEN.keys() == {name for name, one in PROBES.items() if "train" in one.where} - {"shift"}  # of block-hessian alone
+    (tmp_path / "own.py").write_text(OWN)
+    whole = tmp_path / "whole"
+    with start(*PROBED, "--out", str(whole), cwd=tmp_path) as process:
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+    times = cl.open(whole).isel(epoch=-1)
+    lasts = float(times["wall_seconds"] + times["probe_seconds"])
+    draw, killed, resumed, runs = np.random.default_rng(1), 0, 0, 0
+    while killed < 50:
+        assert runs < 20
+        out, moments = tmp_path / str(runs), draw.uniform(0.0, 0.08 * lasts, 10).tolist()
+        alive = killed_and_resumed(out, moments, PROBED)
+        same_run(out, whole)
+        killed, runs, resumed = killed + alive, runs + 1, resumed + len(json.loads(cl.open(out).attrs["resumed"]))
+        print(f"run {runs}: {alive} kills while it trained, {killed} so far, {resumed} times gone on with")
+    assert resumed >= 50
 
 
 def test_ctrl_c_saves_says_where_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:

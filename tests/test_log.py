@@ -146,7 +146,7 @@ def _write_for_ever(path: Path) -> None:
 
 
 def test_the_file_opens_after_sigkill_at_twenty_random_moments(tmp_path: Path) -> None:
-    """Twenty kills; on a machine that is busy elsewhere more, and later ones, until they have fallen at four places at least."""
+    """Twenty kills; on a machine that is busy elsewhere more, and later ones, until they have fallen at four places."""
     path, seen = tmp_path / "run.h5", []
     moments = np.random.default_rng(0).uniform(0.02, 0.25, 100)
     for moment in moments * np.repeat([1, 2, 4, 8, 16], 20):

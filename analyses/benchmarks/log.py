@@ -2,7 +2,7 @@
 
     python analyses/benchmarks/log.py [--seconds 60] [--steps 40]
 
-On one thread. `mlp-256-20` (adam, whose steps are the cheapest, and k-bfgs) for so many seconds, hundreds of epochs of 60 steps;
+On one thread. `mlp-256-20` (adam, whose steps are the cheapest, and k-bfgs) for so many seconds, hundreds of epochs;
 the MNIST autoencoder (k-bfgs) for so many steps as one epoch, scaled to the 60 steps of one. Each without probes and with all
 that cost less than one forward and backward, at their own steps. Goal: records and writes within 1 % of training.
 Writes at the beginning and at the end of a run are apart, and so are checkpoints and the sums that every step adds to.
@@ -75,7 +75,7 @@ def watched(training: Training, *rest: Any, **named: Any) -> Any:
 
 
 run_whole = Training.run
-setattr(Training, "run", watched)
+Training.run = watched  # type: ignore[method-assign]  # measured from outside
 for owner, name, kind in (
     (Log, "save", ends),
     (Log, "append", lambda _: "records"),
