@@ -265,7 +265,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "skqn-b2": Algorithm(
         "the same, of changes of pre-activations", "S2QN Alg. 1, (20), (22); curvlab",
-        SkqnB, "data", 1.0, 30.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
+        SkqnB, "data", 1.0, 100.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
         own={"condition": "preactivations"},
     ),
     "lbfgs": Algorithm(
