@@ -58,7 +58,7 @@ class LayerInput:
             return second_moment(rows, 1 / n)
         last = rows.shape[1]
         found = room(rows, last + 1, last + 1)  # the column of ones costs nothing, where a copy of patches would
-        found[:last, :last] = second_moment(rows, 1 / n)
+        second_moment(rows, 1 / n, out=found[:last, :last])
         found[last, :last] = found[:last, last] = rows.sum(0) / n
         found[last, last] = len(rows) / n
         return found

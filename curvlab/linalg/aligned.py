@@ -26,17 +26,21 @@ def room(like: Tensor, rows: int, columns: int) -> Float[Tensor, "R C"]:
     return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
 
 
-def product(a: Float[Tensor, "R K"], b: Float[Tensor, "K C"], scale: float = 1.0) -> Float[Tensor, "R C"]:
-    """scale · a b. The result need not be contiguous."""
-    out = room(a, a.shape[0], b.shape[1])
+def product(
+    a: Float[Tensor, "R K"], b: Float[Tensor, "K C"], scale: float = 1.0, out: Float[Tensor, "R C"] | None = None
+) -> Float[Tensor, "R C"]:
+    """scale · a b, into `out` if it is given. Else the result need not be contiguous."""
+    out = room(a, a.shape[0], b.shape[1]) if out is None else out
     return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
-def second_moment(rows: Float[Tensor, "R D"], scale: float = 1.0) -> Float[Tensor, "D D"]:
-    """scale · rowsᵀ rows, of which only one triangle is computed where it is large. The result need not be contiguous."""
+def second_moment(
+    rows: Float[Tensor, "R D"], scale: float = 1.0, out: Float[Tensor, "D D"] | None = None
+) -> Float[Tensor, "D D"]:
+    """scale · rowsᵀ rows, of which only one triangle is computed where it is large, into `out` as `product` does."""
     order = rows.shape[1]
     if rows.device.type != "cpu" or order < 2 * _LARGE:
-        return product(rows.mT, rows, scale)
-    matrix = room(rows, order, order).zero_()
+        return product(rows.mT, rows, scale, out)
+    matrix = (room(rows, order, order) if out is None else out).zero_()
     accumulate_second_moment_(matrix, rows, scale)
     return mirror_(matrix)
