@@ -262,6 +262,15 @@ class Optimizer(torch.optim.Optimizer):
         check_damping(damping)
         self.descent.curvature.damping = damping
 
+    def _rates(self) -> dict[int, float]:
+        """{id of a parameter: its group's learning rate}."""
+        most = torch.finfo(self.objective.dtype).max
+        for group in self.param_groups:
+            lr = float(group["lr"])
+            if not 0 <= lr <= most:
+                raise Diverged(f"the learning rate is {lr:g}: not between 0 and {most:.2g} ({self.objective.dtype})")
+        return {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # torch allows a closure that returns a float
         """Observe, direction, move. Returns the loss before the move.
 
@@ -283,7 +292,7 @@ class Optimizer(torch.optim.Optimizer):
             soundness.note(torch.cat([observation.loss[None], _sums(direction)]))
         if self.look is not None:
             self.look(observation, direction)
-        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        rates = self._rates()
         saved = weights(self.objective) if self.descent.curvature.rejects else []
         move(self.objective, direction, lambda p: rates[id(p)], None if at_once else soundness.flag)
         step, stands = cache(partial(displacement, self.objective, direction, lambda p: rates[id(p)])), True

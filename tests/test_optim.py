@@ -578,3 +578,15 @@ def test_double_grad_continues_bit_for_bit() -> None:
 def test_double_grad_needs_a_second_look() -> None:
     with pytest.raises(cl.CurvlabError, match="double_grad needs a method that looks at each minibatch a second time"):
         cl.optimizer("kfac", problem("tanh").objective(), double_grad=True)
+
+
+@pytest.mark.parametrize("rate", [1e60, float("inf"), float("nan"), -0.1])
+def test_a_learning_rate_that_the_dtype_does_not_hold_moves_nothing(rate: float) -> None:
+    p = problem("tanh", dtype=torch.float32)
+    objective = p.objective()
+    optimizer = cl.optimizer("sgd-m", objective, lr=0.1)
+    before = weights(objective)
+    optimizer.param_groups[0]["lr"] = rate  # as a scheduler may set it
+    with pytest.raises(Diverged, match=r"the learning rate is .*: not between 0 and 3.4e\+38 \(torch.float32\)"):
+        optimizer.step(objective.closure(p.x, p.y))
+    assert same(weights(objective), before)
