@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -39,6 +40,15 @@ def in_huge_pages(fresh: Tensor) -> Tensor:
     end = (fresh.data_ptr() + size) // _HUGE * _HUGE
     libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(_MADV_HUGEPAGE))
     return fresh
+
+
+def tensors(state: object) -> Iterator[Tensor]:
+    """All tensors of a state, dictionaries in dictionaries and lists."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Mapping | list | tuple):
+        for value in state.values() if isinstance(state, Mapping) else state:
+            yield from tensors(value)
 
 
 @cache

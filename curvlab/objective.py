@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from curvlab import chance
 from curvlab.capture import Capture, LayerStatistics
 from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.layers import Block, Layout, blocks
@@ -237,9 +238,9 @@ class Closure:
     @cached_property
     def _first(self) -> tuple[Tensor, Form]:
         """The first example alone, and its form. Refuses a model that draws random numbers."""
-        before = _random_states(self.x.device)
+        before = chance.states(self.x.device)
         z, capture = self.forward(self.x[:1])
-        if any(not torch.equal(*pair) for pair in zip(before, _random_states(self.x.device), strict=True)):
+        if chance.drawn_since(before, self.x.device):
             raise CurvlabError(
                 "the model draws random numbers in its forward pass, so that the loss is no function of the weights: "
                 "call model.eval(), and give functional dropout training=self.training"
@@ -375,7 +376,3 @@ class Closure:
 
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range")
 """In torch's messages about data that do not fit a layer."""
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])

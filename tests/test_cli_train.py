@@ -299,7 +299,7 @@ def test_a_longer_run_goes_on_and_other_settings_are_refused_by_name(
     for words, says in (
         (["--lr", "0.02"], "other settings (lr 0.01, not 0.02)"),
         (["--seed", "4", "--batch-size", "100"], "batch_size 6000, not 100, seed 3, not 4"),
-        (["--algorithm", "k-bfgs"], "algorithm k-bfgs-20, not k-bfgs"),
+        (["--algorithm", "kfac"], "algorithm k-bfgs-20, not kfac"),
         (["--model", "mlp-256-20-printed"], "model mlp-256-20, not mlp-256-20-printed"),
         (["--schedule-set", "every=2"], "schedule_options {'every': 1}, not {'every': 2}"),
         (["--dtype", "float64"], "dtype float32, not float64"),

@@ -21,13 +21,14 @@ from curvlab import cli, datasets
 from curvlab.algorithms import ALGORITHMS
 from curvlab.datasets import DATASETS, Dataset
 from curvlab.errors import CurvlabError
+from curvlab.memory import tensors
 from curvlab.models import MODELS
 from curvlab.reproduction import Axis, Claim, Comparison, Extent, Method, Options, Row, Scaling, load, reproduce, scripts
 from curvlab.reproduction.comparison import Runs
 from curvlab.reproduction.drawing import draw, styles
 from curvlab.reproduction.problems import PROBLEMS, Problem
 from curvlab.reproduction.results import Result, cut
-from curvlab.reproduction.scaling import exponent, tensors
+from curvlab.reproduction.scaling import exponent
 from curvlab.reproduction.script import Report
 
 ANALYSES = Path(__file__).resolve().parent.parent / "analyses"

@@ -15,7 +15,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.memory import keep_freed_memory
+from curvlab.memory import keep_freed_memory, tensors
 
 
 @dataclass(frozen=True)
@@ -175,17 +175,6 @@ def numbers(method: Method, layers: list[Layer]) -> int | None:
     }
     one = sums.get(method.name)
     return None if one is None else sum(one(*layer.ways) for layer in layers)
-
-
-def tensors(state: object) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from tensors(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from tensors(value)
 
 
 class PlainKfac:

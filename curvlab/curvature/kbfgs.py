@@ -25,7 +25,7 @@ from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import Move, Reads, blend
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
-from curvlab.linalg.bfgs import DAMPINGS, Pair, accept, action_pair, damp, hessian_action, updated_inverse
+from curvlab.linalg.bfgs import DAMPINGS, MU1, Pair, accept, action_pair, damp, hessian_action, updated_inverse
 from curvlab.linalg.factor import damped_inverse
 from curvlab.linalg.kronecker import places_split
 from curvlab.linalg.lbfgs import Memory, compact_is_cheaper, empty_memory, lbfgs_inverse, multiple_of_identity
@@ -45,9 +45,6 @@ CONVERGENT: Mapping[str, Any] = {"pairs": 100, "exact": True}
 
 STARTS: dict[str, Callable[[float], float]] = {"identity": lambda damping_g: 1.0, "damping": lambda damping_g: 1 / damping_g}
 """λ_G → h, H_g = h I before the first pair, and at the bottom of L-BFGS: Alg. 4 and 2021 Alg. 2; Alg. 9, line 3."""
-
-MU1 = 0.2
-"""μ₁ of every document."""
 
 
 class KBfgs:

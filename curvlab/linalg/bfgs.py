@@ -29,6 +29,9 @@ Matrix = Tensor | Operator
 Scalar = Float[Tensor, ""]
 Flag = Bool[Tensor, ""]
 
+MU1 = 0.2
+"""μ₁ of every document."""
+
 Skip = Literal["", "not finite", "curvature", "length", "double damping", "cosine"]
 SKIPS: dict[Skip, str] = {
     "": "used",
@@ -286,8 +289,8 @@ DAMPINGS: dict[str, PairDamping] = {
 }
 
 
-def damp(name: str, s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, *, mu1: float = 0.2, mu2: float) -> Pair:
-    """By the name in DAMPINGS; every document that damps has μ₁ = 0.2."""
+def damp(name: str, s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, *, mu1: float = MU1, mu2: float) -> Pair:
+    """By the name in DAMPINGS."""
     return lookup(DAMPINGS, name, "damping of pairs")(s, y, H, mu1, mu2)
 
 

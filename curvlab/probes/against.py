@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab import exact
+from curvlab import chance, exact
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind
 from curvlab.exact.general import Function
 from curvlab.linalg.distances import compare
 from curvlab.linalg.krylov import lanczos
 from curvlab.linalg.products import Product
+from curvlab.memory import tensors
 from curvlab.objective import Objective
 from curvlab.probes.base import Frame, Values, Variable, probe
 from curvlab.probes.bounds import ends
@@ -48,20 +49,15 @@ def function(frame: Frame) -> Function:
 
     def make() -> Function:
         closure = frame.now.closure
-        before = _chance(closure.x.device)
+        before = chance.states(closure.x.device)
         found = Function(closure, frame.objective.layout)
         found.outputs(found.at, closure.x)
-        if not all(map(torch.equal, before, _chance(closure.x.device))):
+        if chance.drawn_since(before, closure.x.device):
             raise CurvlabError("the model draws random numbers (dropout), so that a step has no loss of its own: leave it out")
         return found
 
     made: Function = frame.once("function", make)
     return made
-
-
-def _chance(device: torch.device) -> list[Tensor]:
-    """States of the global generators."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def matrix(frame: Frame, kind: Kind) -> Product:
@@ -247,19 +243,9 @@ def _condition(frame: Frame) -> list[Values]:
 
 def held(curvature: Any) -> int:
     """Bytes of the tensors in a curvature's state, each counted once."""
-    sizes: dict[int, int] = {}
-
-    def look(value: Any) -> None:
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, dict | list | tuple):
-            for part in value.values() if isinstance(value, dict) else value:
-                look(part)
-
     state: Callable[[], Any] | None = getattr(curvature, "state_dict", None)
     kept = None if state is None else state()  # alive until all is counted, so that no address comes twice
-    look(kept)
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors(kept))}
     return sum(sizes.values())
 
 

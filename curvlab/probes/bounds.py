@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.linalg.bfgs import Pair
+from curvlab.linalg.bfgs import MU1, Pair
 from curvlab.linalg.bounds import (
     Bounds,
     damped_lbfgs,
@@ -40,7 +40,7 @@ from curvlab.linalg.direct_sum import ColumnSum, DirectSum
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator
 from curvlab.objective import Closure
 from curvlab.probes.base import Frame, Values, Variable, probe
-from curvlab.probes.damping import MU1, holds
+from curvlab.probes.damping import holds
 
 FACTORS = ("a", "g", "product")
 LARGEST = 2000

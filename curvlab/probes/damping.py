@@ -21,12 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.linalg.bfgs import SKIPS, Pair, Products
+from curvlab.linalg.bfgs import MU1, SKIPS, Pair, Products
 from curvlab.linalg.block_bfgs import BlockUpdate
 from curvlab.probes.base import Frame, Values, Variable, probe
-
-MU1 = 0.2
-"""μ₁ of every document."""
 
 PAIRS = ("a", "g", "step")
 STAGES = ("before", "after")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from types import SimpleNamespace
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from curvlab.algorithms import optimizer
 from curvlab.likelihoods import Gaussian
+from curvlab.memory import tensors
 from curvlab.objective import Objective
 from curvlab.reproduction.drawing import styles
 from curvlab.reproduction.script import Options, Report, say_progress
@@ -220,15 +221,3 @@ def exponent(sizes: Sequence[float], values: Sequence[float], last: int = 3) -> 
         return math.nan
     x, y = np.log(np.array(pairs, dtype=float)).T
     return float(np.polyfit(x, y, 1)[0])
-
-
-def tensors(state: object) -> Iterator[Tensor]:
-    """All tensors of a state."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from tensors(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from tensors(value)

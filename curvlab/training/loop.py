@@ -17,13 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import Progress
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not export it by name
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from curvlab import datasets
+from curvlab import chance, datasets
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged
 from curvlab.interrupt import Shield, shielded
 from curvlab.log import Record
@@ -35,7 +34,7 @@ from curvlab.training import checkpoint
 from curvlab.training.evaluation import Data, Measure, evaluate, mode
 from curvlab.training.probing import Sampler
 from curvlab.training.records import Meter, open_log
-from curvlab.training.settings import Budget, Position, Settings
+from curvlab.training.settings import Budget, Position, Settings, check_same
 
 
 class Training:
@@ -102,7 +101,7 @@ class Training:
         self.good = (0, 0)  # epoch and step of the last good state
         self._good_model: dict[str, Tensor] = {}  # kept only where there is no folder
         self._since: tuple[float, float] | None = None
-        self._chance_of_epoch = _chance(objective.device)
+        self._chance_of_epoch = chance.states(objective.device)
         self._chance_kept: list[Tensor] = []
         self._kept_at = time.monotonic()
         self._shown = 0.0
@@ -122,7 +121,7 @@ class Training:
         """
         self.bar, self.say = bar, say
         if self._chance_kept:
-            _set_chance(self._chance_kept, self.objective.device)
+            chance.set_states(self._chance_kept, self.objective.device)
         with mode(self.objective.model, training=True), shielded() as self.shield:
             try:
                 if not self.at.started:
@@ -225,14 +224,14 @@ class Training:
             yield from self.batches.epoch(at.epoch, at.step)
             return
         if at.step == 0:
-            self._chance_of_epoch = _chance(device)
+            self._chance_of_epoch = chance.states(device)
             yield from self.batches
             return
-        now = _chance(device)  # a loader shuffles by the global generator: let it shuffle as it did
-        _set_chance(self._chance_of_epoch, device)
+        now = chance.states(device)  # a loader shuffles by the global generator: let it shuffle as it did
+        chance.set_states(self._chance_of_epoch, device)
         rest = itertools.islice(self.batches, at.step, None)
         first = next(rest, None)
-        _set_chance(now, device)
+        chance.set_states(now, device)
         if first is not None:
             yield first
             yield from rest
@@ -332,16 +331,13 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "position": asdict(self.at),
             "sums": self.meter.sums,
-            "chance": {"now": _chance(self.objective.device), "epoch": self._chance_of_epoch},
+            "chance": {"now": chance.states(self.objective.device), "epoch": self._chance_of_epoch},
             "log": self.log.state_dict(until=self.at.epoch),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises CurvlabError where it is of other settings, which are named."""
-        differing = [k for k in state["settings"] | self.must_match if state["settings"].get(k) != self.must_match.get(k)]
-        if differing:
-            said = ", ".join(f"{k} {state['settings'].get(k)}, not {self.must_match.get(k)}" for k in differing)
-            raise CurvlabError(f"the checkpoint is of other settings ({said}): give the same, or start again in another folder")
+        check_same(state["settings"], self.must_match)
         attributes = dict(self.log.attributes)
         try:
             self.objective.model.load_state_dict(state["model"])
@@ -388,14 +384,3 @@ class Training:
             kept = checkpoint.load(self.folder / checkpoint.FILE, self.objective.device)["model"]
         self.objective.model.load_state_dict(kept)
         self.log.attributes["stopped"] = self.stopped
-
-
-def _chance(device: torch.device) -> list[Tensor]:
-    """States of the global generators."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def _set_chance(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0].cpu())
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1].cpu(), device)

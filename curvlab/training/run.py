@@ -26,7 +26,7 @@ from curvlab.training import checkpoint
 from curvlab.training.evaluation import Data, Measure, chance_kept, chunks, measure_of, mode
 from curvlab.training.loop import Training
 from curvlab.training.schedules import Make
-from curvlab.training.settings import Budget, Every, Settings
+from curvlab.training.settings import Budget, Every, Settings, check_same
 
 LEAST = 256
 """Examples at a time in evaluation are those of a minibatch, or so many where that is more."""
@@ -257,6 +257,9 @@ def prepare(named: Named, call: Mapping[str, Any], state: dict[str, Any] | None 
     named.budget.check()
     data_name = entry.data_name(named.data)
     lookup(datasets.DATASETS, data_name, "data set")
+    if state is not None:  # before the probes are asked whether they fit another algorithm
+        mine = named.settings.plain() | named.must_match()
+        check_same({name: state["settings"].get(name) for name in mine}, mine)
     dtype, device = lookup(DTYPES, named.dtype, "dtype"), device_of(named.device)
     if named.seed < 0:
         raise CurvlabError(f"the seed must be 0 or positive, not {named.seed}")

@@ -17,6 +17,14 @@ from curvlab.training import schedules
 Every = Literal["epoch", "step"]
 
 
+def check_same(kept: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raises CurvlabError, which names them, where settings of a checkpoint are not `mine`."""
+    differing = [k for k in {**kept, **mine} if kept.get(k) != mine.get(k)]
+    if differing:
+        said = ", ".join(f"{k} {kept.get(k)}, not {mine.get(k)}" for k in differing)
+        raise CurvlabError(f"the checkpoint is of other settings ({said}): give the same, or start again in another folder")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What decides the weights; where it is None, the algorithm's document does. A run goes on with the same settings only.
