@@ -192,7 +192,7 @@ def _section(i: int, place: str, ds: xr.Dataset, facts: dict[str, str], names: l
     )
 
 
-_TABLES = {"cosine": tables.cosines, "train_loss": tables.epochs, "density": tables.spectra}
+_TABLES = {"cosine": tables.cosines, "train_loss": tables.epochs, "density": tables.spectra, "tightness_low": tables.bounds}
 """{variable of the log: what tabulates it}"""
 
 

@@ -19,6 +19,9 @@ MOST_ROWS = 500
 WIDEST = 12
 """Columns of blocks at most; where there are more, blocks go down."""
 
+ROUNDING = 1e-4
+"""By which an eigenvalue in single precision may lie outside its bound."""
+
 SPECTRUM = ("lowest", "highest", "trace", "negative")
 SCORES = ("train_loss", "val_loss", "train_error", "val_error")
 
@@ -97,6 +100,28 @@ def last_epochs(runs: Sequence[tuple[str, xr.Dataset]]) -> Table:
         cells = _of_epoch(seen.isel(epoch=-1), scores) if seen.sizes["epoch"] else (MISSING,) * (len(scores) + 3)
         rows.append((name, *cells))
     return Table("The last epoch of each run", ("run", *_epoch_columns(runs[0][1], scores)), tuple(rows))
+
+
+def bounds(ds: xr.Dataset) -> Table:
+    """Whether the theorems' bounds held at every step and layer that was probed, and by how many orders of magnitude."""
+    rows = []
+    for algorithm in ds["algorithm"].values:
+        at = ds.sel(algorithm=algorithm)
+        ratios = [
+            (factor, end, at[f"tightness_{end}"].sel(factor=factor))
+            for factor, end in itertools.product(at["factor"].values, ("low", "high"))
+        ]
+        ratios += [("one update", f"‖{which}‖", at[f"update_bound_{which}"] / at[f"update_norm_{which}"]) for which in "BH"]
+        for factor, end, ratio in ratios:
+            known = ratio.values[~np.isnan(ratio.values)]
+            if known.size:
+                orders = np.log10(known)
+                loose = (f"{v:.1f}" if np.isfinite(v) else "∞" for v in (orders.min(), np.median(orders), orders.max()))
+                rows.append(
+                    (str(algorithm), f"{factor}, {end}", str(known.size), str(int((known < 1 - ROUNDING).sum())), *loose)
+                )
+    columns = ("algorithm", "bound", "times", "violated", "least loose", "median", "loosest")
+    return Table("Bounds of the theorems: looseness in orders of magnitude (0: tight)", columns, tuple(rows), 2)
 
 
 def evaluated(ds: xr.Dataset) -> xr.Dataset:

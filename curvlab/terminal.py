@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column
 
-from curvlab import figures
+from curvlab import figures, tables
 from curvlab.errors import CurvlabError
 from curvlab.tables import Table
 
@@ -55,6 +55,8 @@ def finish(ds: Any, folder: Path, figure: str, table: Table, title: str = "") ->
         drawn.savefig(folder / f"{figure}.{suffix}", dpi=150)
         written.append(folder / f"{figure}.{suffix}")
     show(table, title)
+    if "tightness_low" in ds:
+        show(tables.bounds(ds))
     for file in written:
         out.print(f"wrote {file}", highlight=False, soft_wrap=True)
 

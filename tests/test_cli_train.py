@@ -191,7 +191,7 @@ def killed_and_resumed(out: Path, moments: list[float], first: list[str] = LONG)
     killed = 0
     for moment in moments:
         again = (out / "checkpoint.pt").exists()
-        words = ["train", "--resume", *first[first.index("--checkpoint-seconds") :][:2]] if again else first
+        words = ["train", "--resume"] if again else first
         with start(*words, "--out", str(out), cwd=out.parent) as process:
             if again:
                 stamp = (out / "checkpoint.pt").stat().st_mtime_ns
@@ -204,6 +204,7 @@ def killed_and_resumed(out: Path, moments: list[float], first: list[str] = LONG)
             process.kill()
         assert len(cl.open(out)["epoch"]) >= 1
         state = torch.load(out / "checkpoint.pt", weights_only=True)
+        assert state["checkpoint_seconds"] == 0.05  # said once, and kept
         if state["position"]["epoch"] == state["budget"]["epochs"]:
             break
         killed += alive

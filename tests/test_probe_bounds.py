@@ -12,6 +12,7 @@ from problems import batches, problem
 from torch import nn
 
 import curvlab as cl
+from curvlab import tables
 from curvlab.linalg.operators import Kronecker
 from curvlab.probes.bounds import bounded_inputs, ends
 
@@ -107,6 +108,35 @@ def test_tnts_bound_is_lemma_10_of_its_own_averages() -> None:
     at = ds.isel(bounds_step=-1, algorithm=0).sel(factor="product", block="2")
     assert float(at["bound_low"]) == pytest.approx(low, rel=1e-12)
     assert float(at["bound_high"]) == pytest.approx(100, rel=1e-12)
+    factors = ds.isel(bounds_step=-1, algorithm=0).sel(factor=["a", "g"], block="2")
+    np.testing.assert_allclose(factors["bound_low"], 1 / (2 * math.sqrt(weight) + 0.1), rtol=1e-12)
+    np.testing.assert_allclose(factors["bound_high"], 10, rtol=1e-12)
+    parts = optimizer.descent.curvature.inverse["2"].parts
+    for name, factor in zip("ga", parts[0].factors, strict=True):
+        values = torch.linalg.eigvalsh(factor)
+        assert float(factors["eigenvalue_low"].sel(factor=name)) == pytest.approx(float(values[0]), rel=1e-9)
+        assert float(factors["eigenvalue_high"].sel(factor=name)) == pytest.approx(float(values[-1]), rel=1e-9)
+
+
+def test_the_table_says_how_often_bounds_hold_and_how_loose_they_are(seen: xr.Dataset) -> None:
+    found = {row[:2]: row[2:] for row in tables.bounds(seen).rows}
+    assert {name for name, _ in found} == set(NAMES[:5])  # KFAC has no theorem
+    low = seen["tightness_low"].sel(algorithm="tnt", factor="product").values
+    orders = np.log10(low)
+    assert found["tnt", "product, low"] == (
+        str(low.size),
+        "0",
+        *(f"{v:.1f}" for v in (orders.min(), np.median(orders), orders.max())),
+    )
+    assert all(row[1] == "0" for row in found.values())
+    ratio = (seen["update_bound_B"] / seen["update_norm_B"]).sel(algorithm="k-bfgs-20").values
+    assert found["k-bfgs-20", "one update, ‖B‖"][0] == str(np.isfinite(ratio).sum())
+    broken = seen.copy(deep=True)
+    broken["tightness_low"].loc[{"algorithm": "tnt", "factor": "product", "block": "2"}] = 0.5
+    broken["tightness_high"].loc[{"algorithm": "tnt", "factor": "product"}] = np.inf
+    found = {row[:2]: row[2:] for row in tables.bounds(broken).rows}
+    assert found["tnt", "product, low"][1:3] == (str(seen.sizes["step"]), "-0.3")
+    assert found["tnt", "product, high"][1:] == ("0", "∞", "∞", "∞")
 
 
 def test_phi_is_proven_through_pooling_and_reshaping_and_not_behind_a_relu_or_dropout() -> None:
@@ -137,6 +167,6 @@ def test_bounds_hold_where_inverses_are_older_than_statistics(name: str) -> None
         p.objective(), batches(p, 13), algorithm=name, lr=0.1, damping=0.3, refresh_every=4, probes=["bounds:1"]
     ).dataset
     for end in ("low", "high"):
-        found = ds[f"tightness_{end}"].sel(factor="product").values
+        found = ds[f"tightness_{end}"].values
         assert np.isfinite(found).all()
         assert (found >= 1 - 1e-9).all()

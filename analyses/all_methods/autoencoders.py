@@ -12,6 +12,9 @@ CHAPTER_2, CHAPTER_3, CHAPTER_4, EMPIRICAL, S2QN = (
     load(name).methods for name in ("figure-2.2", "figure-3.1", "figure-4.2", "figure-4.4", "s2qn-figure-2")
 )
 
+SLOW = ("skqn-l", "skqn-b1", "skqn-b2", "smw-ng", "smw-ng-bd", "hf", "lbfgs")
+ALIKE = ("k-bfgs-20", "k-bfgs-l-20", "kf-bfgs-cnn", "kfac-ef", "tnt-ef")  # others of their kind go all the way
+
 FIGURE = Comparison(
     shows="autoencoders of MNIST and CURVES by every applicable method, at the documents' values",
     claim="K-BFGS and K-BFGS(L) outperform KFAC, and all of them the first-order methods (chapters 2 and 3)",
@@ -31,12 +34,14 @@ FIGURE = Comparison(
         **{label: replace(S2QN[label], values=S2QN[label].values["MNIST"]) for label in ("SKQN-L", "SKQN-B1", "SKQN-B2")},
         "SMW-NG": Method("smw-ng", (0.1, 1.001)),  # thesis 5.8, as the next
         "SMW-NG-BD": Method("smw-ng-bd", (0.1, 1.001)),
+        "HF": Method("hf", (0.1, 1.001)),
+        "L-BFGS": Method("lbfgs", (0.1, 0)),
         "SGD-m": CHAPTER_4["SGD-m"],
         "Adam": CHAPTER_4["Adam"],
         "RMSprop": CHAPTER_2["RMSprop"],
     },
     measures=["train_loss", "train_error"],
-    cpu=Extent(epochs={"MNIST": 5, "CURVES": 100}, tests=0, evaluated=10_000),
+    cpu=Extent(epochs={"MNIST": 5, "CURVES": 100}, tests=0, evaluated=10_000, at_most=dict.fromkeys((*SLOW, *ALIKE), 10)),
     paper=Extent(seconds=DOCUMENT_SECONDS),
     claims=[
         Claim("K-BFGS and K-BFGS(L) outperform KFAC in epochs", ["K-BFGS", "K-BFGS(L)"], ["KFAC"]),

@@ -1,9 +1,10 @@
 """What a probe costs: CPU time of one sample over plain forward and backward, in one run; writes curvlab/probes/costs.py.
 
-    python analyses/benchmarks/probes.py [--repeats 5] [--write]
+    python analyses/benchmarks/probes.py [--repeats 5] [--steps 1000 100] [--write]
 
 On one thread, the least of several repeats: for mlp-256-20 and the MNIST autoencoder, at minibatches of 1000. Each probe is of
-the method below, on passes that the step has made already.
+the method below, on passes that the step has made already. Then all together, at their own steps: training runs of so many
+steps with all probes that fit the method, over the same without any (goal: at most 2).
 """
 
 import argparse
@@ -26,6 +27,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--repeats", type=int, default=5)
 parser.add_argument("--batch-size", type=int, default=1000)
 parser.add_argument("--models", nargs="+", default=MODELS)
+parser.add_argument("--steps", type=int, nargs="+", default=[1000, 100], help="of the runs with all probes, a model each")
 parser.add_argument("--names", nargs="+", default=list(PROBES), help="only these probes")
 parser.add_argument("--write", action="store_true", help="write what is found into the package")
 options = parser.parse_args()
@@ -73,6 +75,25 @@ def costs(model: str) -> dict[str, float]:
     return found
 
 
+def together(model: str, algorithm: str, steps: int) -> float:
+    """Wall time of training steps with all probes that fit, at their own steps, over those without."""
+    train, _ = cl.datasets.load(cl.models.MODELS[model].data)
+    likelihood = cl.likelihoods.LIKELIHOODS[cl.models.MODELS[model].likelihood]()
+    batches = train.batches(options.batch_size, seed=0)
+    objective = cl.Objective(cl.models.build(model, seed=0), likelihood, seed=0)
+    curvature = cl.optimizer(algorithm, objective).descent.curvature
+    fitting = [n for n in options.names if "train" in PROBES[n].where and PROBES[n].fits(curvature)]
+
+    def seconds(probes: list[str]) -> float:
+        objective = cl.Objective(cl.models.build(model, seed=0), likelihood, seed=0)
+        run = cl.train(
+            objective, batches, algorithm=algorithm, lr=1e-3, steps=steps, evaluate_samples=1, probes=probes, progress=False
+        ).dataset.isel(epoch=-1)
+        return float(run["wall_seconds"]) + float(run["probe_seconds"])
+
+    return seconds(fitting) / seconds([])
+
+
 tables = {model: costs(model) for model in options.models}
 print(
     f"1 thread, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}; × forward + backward, batches of {options.batch_size}"
@@ -83,6 +104,10 @@ for name in options.names:
 for model, table in tables.items():
     of_train = [table[n] / PROBES[n].every for n in options.names if "train" in PROBES[n].where]
     print(f"all probes of a training run at their own steps, {model}: {sum(of_train):.2f} × forward + backward a step")
+for model, steps in zip(options.models, options.steps, strict=True):
+    for algorithm in ("k-bfgs", "k-bfgs-l", "kfac"):
+        ratio = together(model, algorithm, steps)
+        print(f"{steps} steps of {algorithm} with all probes at their own steps / without, {model}: {ratio:.2f}")
 if options.write:
     target = Path(cl.__file__).parent / "probes" / "costs.py"
     lines = [f'    "{name}": ({", ".join(f"{tables[m][name]:.2g}" for m in MODELS)}),' for name in PROBES]

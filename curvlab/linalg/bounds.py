@@ -94,7 +94,12 @@ def contraction(shape: Sequence[int], way: int, norm: float) -> float:
     return math.prod(shape) / shape[way] * norm
 
 
+def tensor_normal_factor(shape: Sequence[int], way: int, norm: float, damping: float) -> Bounds:
+    """Ũ_i + εI of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis, proof of Lemma 10, by (4.10) and Lemma 9."""
+    d, k = shape[way], len(shape)
+    return Bounds(damping, d ** (1 - 1 / k) * norm ** (1 / k) + damping)
+
+
 def tensor_normal(shape: Sequence[int], norm: float, damping: float) -> Bounds:
     """⊗ᵢ (Ũ_i + εI) of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 10. H is its `inverse`."""
-    k = len(shape)
-    return Bounds(damping**k, math.prod(d ** (1 - 1 / k) * norm ** (1 / k) + damping for d in shape))
+    return math.prod((tensor_normal_factor(shape, i, norm, damping) for i in range(len(shape))), start=Bounds(1, 1))

@@ -7,7 +7,8 @@
 | H_g of K-BFGS with D_P(I) D_LM | `damped_lbfgs` | thesis Lemma 6, 2021 Lemma 3 |
 | H = H_g ⊗ H_a of these | the product | thesis Lemmas 3, 7 |
 | one update of H_g | `double_damping_step`, `damped_step` | thesis (2.8), (2.10); Lemma 5 |
-| H of TNT | `tensor_normal` | thesis Lemma 10 (with Lemma 9) |
+| H_g, H_a of TNT on a matrix of weights | `tensor_normal_factor` | thesis, proof of Lemma 10: (4.10) with Lemma 9 |
+| H of TNT | `tensor_normal` | thesis Lemma 10 |
 
 φ bounds a layer's inputs. It is 1 behind a tanh, sigmoid or softmax, also through pooling and reshaping (`phi_proven` 1); else
 it is measured: the greatest input of this minibatch. Lemma 10 is taken with the trace of the averaged E[vec G vec Gᵀ], which is
@@ -34,6 +35,7 @@ from curvlab.linalg.bounds import (
     double_damping_step,
     input_factor,
     tensor_normal,
+    tensor_normal_factor,
 )
 from curvlab.linalg.bounds import mu3 as third
 from curvlab.linalg.direct_sum import ColumnSum, DirectSum
@@ -152,17 +154,28 @@ def of_outputs(block: Any) -> Bounds | None:
     return None
 
 
-def of_contractions(inverse: Operator, damping: float) -> Bounds:
-    """Of TNT's H, from itself, which may be older than its statistics: tr E[G^(i)] = c₀ᵏ Π d_j, (4.10), c₀ the mean of Ũ_i."""
-    each = []
-    for part in inverse.parts if isinstance(inverse, ColumnSum) else (inverse,):
-        assert isinstance(part, Kronecker)
-        shape = [len(f) for f in part.factors]
-        first = part.factors[0]
-        assert isinstance(first, Tensor)
-        mean = max(float((1 / torch.linalg.eigvalsh(first.double())).mean()) - damping, 0.0)
-        each.append(tensor_normal(shape, mean ** len(shape) * math.prod(shape), damping).inverse)
-    return Bounds(min(b.lower for b in each), max(b.upper for b in each))
+def parts_of(inverse: Operator) -> list[Kronecker]:
+    """The parameters of TNT's block, weight first."""
+    return [part for part in (inverse.parts if isinstance(inverse, ColumnSum) else (inverse,)) if isinstance(part, Kronecker)]
+
+
+def norm_of(part: Kronecker, damping: float) -> float:
+    """tr E[vec G vec Gᵀ] from H itself, which may be older than its statistics: c₀ᵏ Π d_j by (4.10), c₀ the mean of Ũ₁."""
+    first, shape = part.factors[0], [len(f) for f in part.factors]
+    assert isinstance(first, Tensor)
+    mean = max(float((1 / torch.linalg.eigvalsh(first.double())).mean()) - damping, 0.0)
+    return mean ** len(shape) * math.prod(shape)
+
+
+def of_contractions(inverse: Operator, damping: float) -> list[Bounds | None]:
+    """Of TNT's H_a, H_g (None where a parameter is no matrix) and H."""
+    parts = parts_of(inverse)
+    shapes, norms = [[len(f) for f in part.factors] for part in parts], [norm_of(part, damping) for part in parts]
+    each = [tensor_normal(shape, norm, damping).inverse for shape, norm in zip(shapes, norms, strict=True)]
+    whole = Bounds(min(b.lower for b in each), max(b.upper for b in each))
+    if len(shapes[0]) != 2:
+        return [None, None, whole]
+    return [*(tensor_normal_factor(shapes[0], way, norms[0], damping).inverse for way in (1, 0)), whole]
 
 
 def of_update(block: Any, before: Ends, held: int) -> Ends:
@@ -246,7 +259,9 @@ def _bounds(frame: Frame) -> list[Values]:
             if factors is None:
                 found[i, j, 2] = ends(block.inverse)
                 if getattr(curvature, "name", "").startswith("tnt"):
-                    proven[i, j, 2] = _pair(of_contractions(block.inverse, curvature.damping))  # type: ignore[union-attr]  # has a name
+                    proven[i, j] = [_pair(x) for x in of_contractions(block.inverse, curvature.damping)]  # type: ignore[union-attr]  # has a name
+                    if len(parts_of(block.inverse)[0].factors) == 2:
+                        found[i, j, [1, 0]] = [ends(factor) for factor in parts_of(block.inverse)[0].factors]
                 continue
             found[i, j, 1], found[i, j, 0] = ends(factors[0]), ends(factors[1])
             found[i, j, 2] = found[i, j, 0] * found[i, j, 1]

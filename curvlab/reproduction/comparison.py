@@ -66,7 +66,8 @@ class Method:
 @dataclass(frozen=True)
 class Extent:
     """How far a budget goes: seconds of training or epochs, whichever come first (None: the methods' own epochs), seeds, and
-    how many of the training and test examples; the training loss is of the first `evaluated`."""
+    how many of the training and test examples; the training loss is of the first `evaluated`. `at_most`: epochs of
+    algorithms that are to stop earlier."""
 
     seconds: float | Mapping[str, float] | None = None
     epochs: int | Mapping[str, int] | None = None
@@ -74,6 +75,7 @@ class Extent:
     examples: int | None = None
     tests: int | None = None
     evaluated: int | None = None
+    at_most: Mapping[str, int] = field(default_factory=dict)
 
     def seconds_on(self, problem: str) -> float | None:
         return self.seconds[problem] if isinstance(self.seconds, Mapping) else self.seconds
@@ -88,6 +90,7 @@ class Extent:
         words = [f"{' or '.join(seconds)} s of training a run"] if seconds else []
         words += [f"{' or '.join(epochs)} epoch{'s' * (epochs != ['1'])}"] if epochs else []
         words = words or ["the document's epochs"]
+        words += [f"of {len(self.at_most)} methods at most {max(self.at_most.values())}"] if self.at_most else []
         words += [f"{self.seeds} seed{'s' * (self.seeds > 1)}"]
         words += [f"{self.examples:,} training examples"] if self.examples else []
         words += [f"training loss of {self.evaluated:,} examples"] if self.evaluated else []
@@ -251,7 +254,9 @@ class Runs:
             objective, random = self.problem.smoke(seed, self.of.l2)
             return train(objective, random.batches(32, seed=seed), random, steps=2, progress=False, **arguments).dataset
         examples, tests = self.data
+        most = self.extent.at_most.get(method.algorithm)
         seconds, epochs = self.extent.seconds_on(self.name), self.extent.epochs_on(self.name)
+        epochs = most if epochs is None else min(epochs, most or epochs)
         if seconds is None and epochs is None:
             epochs = method.epochs
         folder = self.folder(arguments, batch, seed)

@@ -326,6 +326,7 @@ class Training:
         return {
             "settings": self.must_match,
             "budget": asdict(self.budget),
+            "checkpoint_seconds": self.checkpoint_seconds,
             "model": self.objective.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),

@@ -242,6 +242,7 @@ class Named:
 def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a run that goes on: those of its checkpoint, with the ones that were `given` in their place."""
     kept = {k: v for k, v in state["settings"].items() if k != "parameters"} | dict(state["budget"])
+    kept["checkpoint_seconds"] = state.get("checkpoint_seconds", Named.checkpoint_seconds)
     return kept | dict(given)
 
 
