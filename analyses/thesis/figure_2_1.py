@@ -51,7 +51,7 @@ RUNS = Comparison(
         **{name: probed(replace(S2QN[name], values=on(S2QN[name].values["MNIST"]))) for name in SKQN},
         "L-BFGS": probed(Method("lbfgs", on((0.1, 0.0)))),
     },
-    cpu=Extent(epochs={"MNIST": 5, "FACES": 3, "CURVES": 10}, tests=0, evaluated=1000),
+    cpu=Extent(epochs={"MNIST": 3, "FACES": 2, "CURVES": 6}, tests=0, evaluated=1000),
     paper=Extent(epochs=50, tests=0),
     l2=0.5e-5,
 )
