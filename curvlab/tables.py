@@ -115,13 +115,19 @@ def bounds(ds: xr.Dataset) -> Table:
         for factor, end, ratio in ratios:
             known = ratio.values[~np.isnan(ratio.values)]
             if known.size:
-                orders = np.log10(known)
-                loose = (f"{v:.1f}" if np.isfinite(v) else "∞" for v in (orders.min(), np.median(orders), orders.max()))
-                rows.append(
-                    (str(algorithm), f"{factor}, {end}", str(known.size), str(int((known < 1 - ROUNDING).sum())), *loose)
-                )
+                violated, orders = int((known < 1 - ROUNDING).sum()), np.log10(known)
+                loose = map(_order, (orders.min(), np.median(orders), orders.max()))
+                rows.append((str(algorithm), f"{factor}, {end}", str(known.size), str(violated), *loose))
     columns = ("algorithm", "bound", "times", "violated", "least loose", "median", "loosest")
-    return Table("Bounds of the theorems: looseness in orders of magnitude (0: tight)", columns, tuple(rows), 2)
+    notes = (
+        ("violated", f"by more than {ROUNDING:g} of itself; less is rounding"),
+        ("∞", "the bound is beyond double precision"),
+    )
+    return Table("Bounds of the theorems: looseness in orders of magnitude (0: tight)", columns, tuple(rows), 2, notes)
+
+
+def _order(value: float) -> str:
+    return f"{round(value, 1) + 0.0:.1f}" if math.isfinite(value) else "∞"
 
 
 def evaluated(ds: xr.Dataset) -> xr.Dataset:
