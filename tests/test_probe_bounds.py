@@ -63,6 +63,24 @@ def test_bounds_hold_and_say_how_tight_they_are(seen: xr.Dataset) -> None:
         assert (norms <= limits * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize("name", ["k-bfgs-20-convergent", "k-bfgs-convergent"])
+@pytest.mark.parametrize("model", ["tanh", "no-bias", "conv"])
+def test_bounds_hold_where_earlier_minibatches_had_greater_inputs(name: str, model: str) -> None:
+    """A moving average remembers them, and so does an A that is looked at every third step."""
+    p = problem(model)
+    data = [(x * (30 if i < 3 else 1e-3), y) for i, (x, y) in enumerate(batches(p, 5))]
+    ds = cl.train(
+        p.objective(), data, algorithm=name, lr=1e-3, damping=0.2, update_every=3 if name == "k-bfgs-convergent" else 1,
+        probes=["bounds:1"],
+    ).dataset.isel(algorithm=0)  # fmt: skip
+    at = ds.sel(factor="a", block="1")
+    assert np.isfinite(at["bound_low"]).all()
+    assert (at["tightness_low"] >= 1 - 1e-9).all()
+    assert (at["tightness_low"][3:] < 1e3).all()
+    assert (ds["phi"].sel(block="1")[3:] > 1).all()
+    assert (ds["phi_proven"].sel(block="1") == 0).all()
+
+
 def test_bounds_by_hand(seen: xr.Dataset) -> None:
     """Lemmas 1, 2, 6, (3.17) with the numbers of the problem written out: T = 1, λ = 0.2, three layers 5-4-4-3."""
     root = math.sqrt(0.2)
