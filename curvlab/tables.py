@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from curvlab.log import late_cosine
+from curvlab.log import late_cosine, without_single_seed
 
 MISSING = "–"
 MOST_ROWS = 500
@@ -51,6 +51,7 @@ def number(value: Any, form: str = ".4g") -> str:
 
 def cosines(ds: xr.Dataset) -> Table:
     """Mean cosine to the reference over the last three quarters of the steps, by layer; of several seeds mean and spread."""
+    ds = without_single_seed(ds)
     late, reference = late_cosine(ds), str(ds.attrs.get("reference", ""))
     names = [str(name) for name in ds["algorithm"].values if name != reference]
     over = f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
@@ -116,10 +117,13 @@ def bounds(ds: xr.Dataset) -> Table:
             known = ratio.values[~np.isnan(ratio.values)]
             if known.size:
                 orders = np.log10(known)
-                loose = (f"{v:.1f}" if np.isfinite(v) else "∞" for v in (orders.min(), np.median(orders), orders.max()))
+                ends = (orders.min(), np.median(orders), orders.max())
+                loose = (f"{v.round(1) + 0.0:.1f}" if np.isfinite(v) else "∞" for v in ends)  # never −0.0
                 rows.append(
                     (str(algorithm), f"{factor}, {end}", str(known.size), str(int((known < 1 - ROUNDING).sum())), *loose)
                 )
+    if not rows:
+        return Table("No theorem bounds these eigenvalues", ("",), ())
     columns = ("algorithm", "bound", "times", "violated", "least loose", "median", "loosest")
     return Table("Bounds of the theorems: looseness in orders of magnitude (0: tight)", columns, tuple(rows), 2)
 
@@ -144,6 +148,7 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
     Variables of the same dimensions share a table, its rows their labels; one that is alone on two is a grid. `cosine` and
     spectra have tables of their own.
     """
+    ds = without_single_seed(ds)
     found: dict[tuple[str, ...], list[str]] = {}
     left: list[tuple[str, str]] = []
     own = {"cosine"} | (set(ds.data_vars) if "density" in ds else set())
@@ -190,7 +195,8 @@ def _last(ds: xr.Dataset, axis: str) -> Table:
         if any(cell != MISSING for cell in cells):
             rows.append((*map(str, labels), *cells))
     columns = (*dims, *(f"{name}{_unit(ds[name])}" for name in names))
-    return Table(f"By {', '.join(dims)}, {when}", columns, tuple(rows), max(1, len(dims)), notes)
+    caption = f"By {', '.join(dims)}, {when}" if dims else f"{when[0].upper()}{when[1:]}"
+    return Table(caption, columns, tuple(rows), max(1, len(dims)), notes)
 
 
 def _grid(caption: str, values: xr.DataArray, form: str, notes: tuple[tuple[str, str], ...] = ()) -> Table:
