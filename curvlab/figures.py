@@ -20,7 +20,6 @@ from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator, NullLocat
 from numpy.typing import NDArray
 
 from curvlab.errors import CurvlabError, lookup
-from curvlab.log import without_single_seed
 
 Runs = Sequence[tuple[str, xr.Dataset]]
 """[(name, log)]"""
@@ -386,7 +385,7 @@ def draw_all(runs: Runs, name: str) -> Figure:
     entry = lookup(FIGURES, name, "figure")
     if len(runs) > 1 and not entry.several:
         raise CurvlabError(f"figure '{name}' is of one run: give one (of several: {', '.join(_of_several())})")
-    runs = [(place, without_single_seed(ds)) for place, ds in runs]
+    runs = [(place, ds.squeeze("seed", drop=True) if ds.sizes.get("seed") == 1 else ds) for place, ds in runs]  # no spread
     at = runs[0][1]
     try:
         for _, at in runs:

@@ -213,11 +213,6 @@ def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
     return ds
 
 
-def without_single_seed(ds: xr.Dataset) -> xr.Dataset:
-    """Without the dimension of seeds where there is one alone, of which there is no spread."""
-    return ds.squeeze("seed", drop=True) if ds.sizes.get("seed") == 1 else ds
-
-
 def late_cosine(ds: xr.Dataset) -> xr.DataArray:
     """Mean cosine (algorithm, block[, seed]) over the last three quarters of the logged steps."""
     first = ds.sizes["step"] // 4

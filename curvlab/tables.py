@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from curvlab.log import late_cosine, without_single_seed
+from curvlab.log import late_cosine
 
 MISSING = "–"
 MOST_ROWS = 500
@@ -49,9 +49,14 @@ def number(value: Any, form: str = ".4g") -> str:
     return MISSING if value is None or math.isnan(value) else f"{float(value):{form}}"
 
 
+def _of_seeds(ds: xr.Dataset) -> xr.Dataset:
+    """Without the dimension of seeds where there is one alone, which has none."""
+    return ds.squeeze("seed", drop=True) if ds.sizes.get("seed") == 1 else ds
+
+
 def cosines(ds: xr.Dataset) -> Table:
     """Mean cosine to the reference over the last three quarters of the steps, by layer; of several seeds mean and spread."""
-    ds = without_single_seed(ds)
+    ds = _of_seeds(ds)
     late, reference = late_cosine(ds), str(ds.attrs.get("reference", ""))
     names = [str(name) for name in ds["algorithm"].values if name != reference]
     over = f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
@@ -148,7 +153,7 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
     Variables of the same dimensions share a table, its rows their labels; one that is alone on two is a grid. `cosine` and
     spectra have tables of their own.
     """
-    ds = without_single_seed(ds)
+    ds = _of_seeds(ds)
     found: dict[tuple[str, ...], list[str]] = {}
     left: list[tuple[str, str]] = []
     own = {"cosine"} | (set(ds.data_vars) if "density" in ds else set())
