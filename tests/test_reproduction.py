@@ -326,6 +326,9 @@ def test_claims_by_hand() -> None:
     found["B"] = result(log([9, 5, 4, 2]))
     assert verdict("time").startswith("does not hold: A 3 against B 2")
     assert verdict("time", within=0.5).startswith("holds")
+    assert verdict("time", "B", "A", within=0.5).startswith("holds")
+    assert verdict("time", "B", "A", within=0.4, alike=True).startswith("does not hold: B 2 against A 3")
+    assert verdict("time", "B", "A", within=0.5, alike=True).startswith("holds")
     assert verdict("lowest", "B", "A") == "does not hold: B 2 against A 1 (lowest training loss)"
     assert verdict("epoch", "A", "C") == "cannot be said: no run of C"
 
