@@ -188,3 +188,16 @@ def test_bounds_hold_where_inverses_are_older_than_statistics(name: str) -> None
         found = ds[f"tightness_{end}"].values
         assert np.isfinite(found).all()
         assert (found >= 1 - 1e-9).all()
+
+
+def test_no_activation_bounds_what_a_norm_makes_of_its_inputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    objective = cl.Objective(model, cl.likelihoods.Categorical())
+    p = problem()
+    ds = cl.train(objective, [(p.x, p.y)], algorithm="tnt", lr=0.0, damping=0.2, probes=["bounds"]).dataset
+    with torch.no_grad():
+        normalised = nn.functional.layer_norm(torch.tanh(model[0](p.x)), (4,)).abs().max()
+    assert float(normalised) > 1
+    assert ds["phi_proven"][0].values.tolist() == [0, 0, 0, 1]
+    np.testing.assert_allclose(ds["phi"][0, 1], float(normalised), rtol=1e-12)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlab.linalg.bfgs import MU1, Pair
 from curvlab.linalg.bounds import (
@@ -63,6 +63,8 @@ _THROUGH = (
     "Squeeze",
     "Unsqueeze",
 )
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+"""Their weights meet normalised inputs."""
 _STARTS: dict[str, float | None] = {"pi-lm": None, "pi-lm-2021": 1.0}
 """h of D_P(I) D_LM, where H_g starts from h I too (None: 1/μ₂): thesis Alg. 10, 11; 2021 Alg. 3, 4."""
 
@@ -107,7 +109,7 @@ def bounded_inputs(closure: Closure) -> set[str]:
     found: set[str] = set()
     handles = []
     for block in closure.objective.blocks:
-        if block.module is not None:
+        if block.module is not None and not isinstance(block.module, _NORMS):
 
             def hook(module: Any, args: tuple[Any, ...], name: str = block.name) -> None:
                 node = getattr(args[0], "grad_fn", None) if args else None
