@@ -100,7 +100,7 @@ def cosine(ds: xr.Dataset) -> Figure:
             _line(ax, ds["cosine"].sel(algorithm=name, block=block), _style(name, i), name)
         ax.set_title(f"layer {block} ({ds['parameters'].sel(block=block).item()})", fontsize=10)
         ax.grid(alpha=0.3)
-        ax.set_ylim(top=1.0)
+    axes.flat[0].set_ylim(top=1.0)  # of all, once all are drawn: it ends the search for the bottom
     for ax in axes.flat[max(len(shown) - columns, 0) : len(shown)]:  # the lowest of each column
         ax.set_xlabel("iteration")
         ax.tick_params(labelbottom=True)

@@ -637,3 +637,17 @@ def test_the_title_of_a_narrow_figure_stands_within_it(odd: Path) -> None:
     assert figure.get_size_inches()[0] < 5
     box = figure._suptitle.get_window_extent()
     assert 0 <= box.x0 <= box.x1 <= figure.bbox.width
+
+
+def test_every_cosine_is_within_its_panel(odd: Path) -> None:
+    ds = cl.open(odd / "compare")
+    for low in (0.9, 0.2, -0.95):
+        values = np.linspace(0.9, 1.0, ds["cosine"].size).reshape(ds["cosine"].shape)
+        at = ds.assign(cosine=ds["cosine"].copy(data=values))
+        at["cosine"].loc[{"block": ds["block"][-1]}] = low
+        figure = figures.draw(at, "cosine")
+        for ax in figure.axes:
+            bottom, top = ax.get_ylim()
+            drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])
+            assert top == 1.0
+            assert bottom <= drawn.min()
