@@ -91,24 +91,28 @@ def _algorithms(ds: xr.Dataset) -> str:
 
 def _length(ds: xr.Dataset) -> str:
     if "train_loss" in ds:
-        return f"{float(ds['epoch'][-1]):g} epochs, {int(ds['steps'][-1])} steps"
+        return f"{_count(float(ds['epoch'][-1]), 'epoch')}, {_count(int(ds['steps'][-1]), 'step')}"
     if "density" in ds:
         return f"spectra after {', '.join(map(str, ds['step'].values))} steps"
-    return f"{int(ds['step'][-1]) + 1} steps" if "step" in ds.coords else MISSING
+    return _count(int(ds["step"][-1]) + 1, "step") if "step" in ds.coords else MISSING
+
+
+def _count(number: float, of: str) -> str:
+    return f"{number:.6g} {of}{'s' * (number != 1)}"
 
 
 def _loss(ds: xr.Dataset) -> str:
-    """The last known; of a training run also that of validation."""
-    known = {"training": "train_loss", "validation": "val_loss", "": "loss"}
+    """The last known; of a training run those of training and validation."""
+    known = {"training": "train_loss", "validation": "val_loss"} if "train_loss" in ds else {"": "loss"}
     said = []
     for what, name in known.items():
         if name in ds:
-            axis = "epoch" if what else "step"
+            axis = next(str(d) for d in ds[name].dims if d != "seed")
             seen = ds[name].dropna(axis, how="all")
             if seen.sizes[axis]:
                 said.append(f"{what} {number(float(seen.isel({axis: -1}).mean()), '.5g')}".strip())
     unit = next((ds[name].attrs.get("units", "") for name in known.values() if name in ds), "")
-    mean = ", mean of the seeds" if "seed" in ds.dims else ""
+    mean = ", mean of the seeds" if ds.sizes.get("seed", 1) > 1 else ""
     return f"{', '.join(said)} {unit}{mean}" if said else MISSING
 
 
@@ -220,4 +224,4 @@ def _unfinished_comparison(ds: xr.Dataset, call: Mapping[str, Any]) -> str:
         every = int((attribute(ds, "settings") or {}).get("log_every", 1))
         last = int(ds["step"][-1])
         found += [f"{last + 1} of {asked} steps"] if last + every < asked else []
-    return ", ".join(found)
+    return "; ".join(found)

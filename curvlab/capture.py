@@ -336,7 +336,7 @@ class Capture:
             leaves: also give the gradient of blocks without a rule (only where V is 1).
 
         Returns:
-            {block name: LayerStatistics}; blocks without a rule only with `leaves`.
+            {block name: LayerStatistics} in the order of the blocks; those without a rule only with `leaves`.
         """
         ruled = [b for b in self.blocks if b.module is not None]
         loose = [b for b in self.blocks if b.module is None] if leaves and len(vectors) == 1 else []
@@ -362,4 +362,4 @@ class Capture:
             g = g.view(len(vectors), size, *g.shape[1:])
             record = self._records[block.name]
             statistics[block.name] = LayerStatistics(block, size, inputs=inputs, g=g, output=record.output)
-        return statistics
+        return {b.name: statistics[b.name] for b in self.blocks if b.name in statistics}

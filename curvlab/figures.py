@@ -61,12 +61,13 @@ def _colours(algorithms: Sequence[str]) -> list[str]:
 
 
 def _line(ax: Axes, values: xr.DataArray, style: dict[str, object], label: str) -> None:
-    """Against the step; with several seeds the mean and a band of one standard deviation."""
+    """Against the step, on whatever axis of steps; with several seeds the mean and a band of one standard deviation."""
+    steps = values[next(d for d in values.dims if d != "seed")]
     if "seed" in values.dims:
         mean, spread = values.mean("seed"), values.std("seed")
-        ax.fill_between(values["step"], mean - spread, mean + spread, color=str(style["color"]), alpha=0.18, linewidth=0)
+        ax.fill_between(steps, mean - spread, mean + spread, color=str(style["color"]), alpha=0.18, linewidth=0)
         values = mean
-    ax.plot(values["step"], values, label=label, **style)  # type: ignore[arg-type]  # styles are dictionaries
+    ax.plot(steps, values, label=label, **{"marker": "." if steps.size == 1 else ""} | style)  # type: ignore[arg-type]  # styles are dictionaries
 
 
 def _others(ds: xr.Dataset) -> list[str]:
@@ -99,7 +100,7 @@ def cosine(ds: xr.Dataset) -> Figure:
             _line(ax, ds["cosine"].sel(algorithm=name, block=block), _style(name, i), name)
         ax.set_title(f"layer {block} ({ds['parameters'].sel(block=block).item()})", fontsize=10)
         ax.grid(alpha=0.3)
-        ax.set_ylim(top=1.0)
+    axes.flat[0].set_ylim(top=1.0)  # of all, once all are drawn: it ends the search for the bottom
     for ax in axes.flat[max(len(shown) - columns, 0) : len(shown)]:  # the lowest of each column
         ax.set_xlabel("iteration")
         ax.tick_params(labelbottom=True)
@@ -117,9 +118,10 @@ def loss(ds: xr.Dataset) -> Figure:
     figure = Figure(figsize=(6.0, 3.6), layout="constrained")
     ax = figure.subplots()
     leader = ds.attrs.get("reference", ds.attrs.get("algorithm"))
-    style = _style("kfac", 0) | {"linestyle": "-", "marker": "." if ds.sizes["step"] < 25 else ""}
+    steps = ds[next(d for d in ds["loss"].dims if d != "seed")]
+    style = _style("kfac", 0) | {"linestyle": "-", "marker": "." if steps.size < 25 else ""}
     _line(ax, ds["loss"], style, f"steps of {leader}" if leader else "loss")
-    ax.set_xlabel(str(ds["step"].attrs.get("long_name", "iteration")))
+    ax.set_xlabel(str(steps.attrs.get("long_name", "iteration")) if steps.name == "step" else "iteration")
     ax.set_ylabel(f"{ds['loss'].attrs.get('long_name', 'mean loss')} ({ds['loss'].attrs.get('units', 'nat')})")
     ax.set_title(_title(ds, _run(ds)), fontsize=11)
     ax.grid(alpha=0.3)
@@ -247,6 +249,13 @@ def _share(here: xr.Dataset) -> str:
     return f", {least}{float(here['negative']):.0%} negative"
 
 
+class _Logarithmic(LogFormatter):
+    """With the digits that tell ticks apart, where matplotlib's has one below 1."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.4g}" if super().__call__(x, pos) else ""
+
+
 _LETTERS = 125
 """Of a legend's line below `training`."""
 
@@ -280,8 +289,8 @@ def training(runs: Runs) -> Figure:
         row[0].set_ylabel(f"mean loss ({units})" if kind == "loss" else _wrapped(str(first.attrs.get("error", "error"))))
         if all(float(line.get_ydata().min()) > 0 for line in row[0].lines):
             row[0].set_yscale("log")
-            row[0].yaxis.set_major_formatter(LogFormatter())
-            row[0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+            row[0].yaxis.set_major_formatter(_Logarithmic())
+            row[0].yaxis.set_minor_formatter(_Logarithmic(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
         for ax in row:
             ax.grid(alpha=0.3, which="both", linewidth=0.5)
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -308,7 +317,8 @@ def damping(ds: xr.Dataset) -> Figure:
     what = {"a": "pairs of H_a", "g": "pairs of H_g", "step": "pairs of steps"}
     for column, kind in zip(axes.T, kinds, strict=False):
         for i, block in enumerate(ds["block"].values):
-            at, style = ds.sel(pair=kind, block=block), {"color": _COLOURS[i % len(_COLOURS)], "linewidth": 1.4}
+            at = ds.sel(pair=kind, block=block)
+            style = {"color": _COLOURS[i % len(_COLOURS)], "linewidth": 1.4, "marker": "." if ds.sizes["epoch"] < 25 else ""}
             for ax, name in zip(column, ("pairs_within_2mu1", "pair_curvature_mean"), strict=True):
                 ax.plot(ds["epoch"], at[name], label=f"layer {block}", **style)
             column[0].plot(ds["epoch"], at["pairs_within_mu1"], linestyle=":", **style)
@@ -321,7 +331,8 @@ def damping(ds: xr.Dataset) -> Figure:
         ax.grid(alpha=0.3, linewidth=0.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, max(1, len(labels))), frameon=False)
-    figure.suptitle(f"Pairs after damping: {ds.attrs.get('algorithm', 'run')}, {_run(ds)}", fontsize=11)
+    title = f"Pairs after damping: {ds.attrs.get('algorithm', 'run')}, {_run(ds)}"
+    figure.suptitle("\n".join(textwrap.wrap(title, 46 * max(1, len(kinds)))), fontsize=11)
     return figure
 
 
@@ -374,6 +385,7 @@ def draw_all(runs: Runs, name: str) -> Figure:
     entry = lookup(FIGURES, name, "figure")
     if len(runs) > 1 and not entry.several:
         raise CurvlabError(f"figure '{name}' is of one run: give one (of several: {', '.join(_of_several())})")
+    runs = [(place, ds.squeeze("seed", drop=True) if ds.sizes.get("seed") == 1 else ds) for place, ds in runs]  # no spread
     at = runs[0][1]
     try:
         for _, at in runs:

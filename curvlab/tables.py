@@ -49,8 +49,14 @@ def number(value: Any, form: str = ".4g") -> str:
     return MISSING if value is None or math.isnan(value) else f"{float(value):{form}}"
 
 
+def _of_seeds(ds: xr.Dataset) -> xr.Dataset:
+    """Without the dimension of seeds where there is one alone, which has none."""
+    return ds.squeeze("seed", drop=True) if ds.sizes.get("seed") == 1 else ds
+
+
 def cosines(ds: xr.Dataset) -> Table:
     """Mean cosine to the reference over the last three quarters of the steps, by layer; of several seeds mean and spread."""
+    ds = _of_seeds(ds)
     late, reference = late_cosine(ds), str(ds.attrs.get("reference", ""))
     names = [str(name) for name in ds["algorithm"].values if name != reference]
     over = f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
@@ -118,6 +124,8 @@ def bounds(ds: xr.Dataset) -> Table:
                 violated, orders = int((known < 1 - ROUNDING).sum()), np.log10(known)
                 loose = map(_order, (orders.min(), np.median(orders), orders.max()))
                 rows.append((str(algorithm), f"{factor}, {end}", str(known.size), str(violated), *loose))
+    if not rows:
+        return Table("No theorem bounds these eigenvalues", ("",), ())
     columns = ("algorithm", "bound", "times", "violated", "least loose", "median", "loosest")
     notes = (
         ("violated", f"by more than {ROUNDING:g} of itself; less is rounding"),
@@ -150,6 +158,7 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
     Variables of the same dimensions share a table, its rows their labels; one that is alone on two is a grid. `cosine` and
     spectra have tables of their own.
     """
+    ds = _of_seeds(ds)
     found: dict[tuple[str, ...], list[str]] = {}
     left: list[tuple[str, str]] = []
     own = {"cosine"} | (set(ds.data_vars) if "density" in ds else set())
@@ -196,7 +205,8 @@ def _last(ds: xr.Dataset, axis: str) -> Table:
         if any(cell != MISSING for cell in cells):
             rows.append((*map(str, labels), *cells))
     columns = (*dims, *(f"{name}{_unit(ds[name])}" for name in names))
-    return Table(f"By {', '.join(dims)}, {when}", columns, tuple(rows), max(1, len(dims)), notes)
+    caption = f"By {', '.join(dims)}, {when}" if dims else f"{when[0].upper()}{when[1:]}"
+    return Table(caption, columns, tuple(rows), max(1, len(dims)), notes)
 
 
 def _grid(caption: str, values: xr.DataArray, form: str, notes: tuple[tuple[str, str], ...] = ()) -> Table:

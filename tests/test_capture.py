@@ -299,6 +299,14 @@ def test_layer_without_a_rule_has_a_gradient_and_nothing_else() -> None:
             getattr(s, name)
 
 
+def test_statistics_come_in_the_order_of_the_blocks() -> None:
+    p = problem("norm")
+    objective = p.objective()
+    seen = objective.closure(p.x, p.y).observe({"data", "exact"})
+    assert list(seen.passes["data"]) == list(seen.gradients) == [b.name for b in objective.blocks] == ["1", "2", "3", "4"]
+    assert list(seen.passes["exact"]) == ["1", "4"]
+
+
 def test_several_vectors_have_no_gradient() -> None:
     p = problem("norm")
     exact = p.objective().closure(p.x, p.y).observe({"exact"}).passes["exact"]

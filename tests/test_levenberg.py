@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -112,6 +113,29 @@ def test_a_loss_that_overflows_is_no_reduction() -> None:
     huge = torch.full((18,), 1e200, dtype=torch.float64)
     transition = Transition(before, before, lambda: {"1": torch.zeros(3, 6, dtype=torch.float64)})
     assert ratio_at(transition, objective.layout, -huge, 0 * huge) == -math.inf
+
+
+@pytest.mark.filterwarnings("ignore:parameters of layers without a rule")
+def test_ratio_of_a_method_of_blocks_where_a_layer_has_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parameters lie between those of the others. ρ at p = −H g by hand, block by block."""
+    p = problem("norm")
+    objective = p.objective()
+    optimizer = cl.optimizer("smw-ng-bd", objective, lr=1.0, damping=2.0)
+    curvature = optimizer.descent.curvature
+    now = objective.closure(p.x, p.y).observe()
+    start, found = copy.deepcopy(p.model), []
+    told = LevenbergMarquardt.adapted
+    monkeypatch.setattr(LevenbergMarquardt, "adapted", lambda rule, d, rho: found.append(rho) or told(rule, d, rho))
+    optimizer.step(objective.closure(p.x, p.y))
+    predicted = 0.0
+    for block in objective.blocks:
+        g, own = now.gradients[block.name].flatten(), curvature.blocks[block.name].matrix()
+        step = -(curvature.inverse[block.name] @ g)
+        predicted -= float(g @ step + (step if own is None else own @ step) @ step / 2)
+        for name, d in block.scatter(step.view(block.shape)).items():
+            start.get_parameter(name).data.add_(d)
+    actual = float(now.loss - nn.functional.cross_entropy(start(p.x), p.y).detach())
+    assert found == [pytest.approx(actual / predicted, rel=1e-9)]
 
 
 def test_one_more_forward_only_where_the_step_is_another() -> None:

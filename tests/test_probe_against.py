@@ -90,6 +90,42 @@ def test_reduction_against_the_dense_model() -> None:
         assert found["rho"][i, 0] == pytest.approx((loss(w) - loss(w + d)) / predicted, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["smw-ng", "smw-gn", "hf", "lbfgs", "ssn", "s4qn", "full-ggn"])
+def test_the_model_and_the_condition_of_a_method_of_the_whole_vector(name: str) -> None:
+    """B = H⁻¹ − λI, H dense, after steps that have given pairs; the L2 term is in H of all but SMW and HF."""
+    objective, x, y = small()
+    optimizer = cl.optimizer(name, objective, lr=0.3, damping=0.3)
+    for _ in range(3):
+        optimizer.step(objective.closure(x, y))
+    curvature = optimizer.descent.curvature
+    before = curvature.state_dict()
+    seen: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
+
+    def look(observation: object, direction: dict[str, Tensor]) -> None:
+        f = Frame(0, observation, {name: direction}, name, 0.3, {}, {name: curvature})
+        work = dict(getattr(curvature, "work", {}))
+        seen.append((measured("reduction", f), measured("condition", f)))
+        assert dict(getattr(curvature, "work", {})) == work
+        _, g, _, _ = by_hand(objective, x, y)
+        p = torch.cat([d.flatten() for d in direction.values()])
+        H = curvature.inverse["whole"].dense()
+        lam = curvature.lam if hasattr(curvature, "lam") else curvature.damping
+        B = torch.linalg.inv(H) - (lam - (0.02 if name in ("smw-ng", "smw-gn", "hf") else 0)) * torch.eye(15, dtype=H.dtype)
+        assert float(seen[0][0]["reduction_predicted"][0, 0]) == pytest.approx(
+            0.3 * float(g @ p) - 0.045 * float(p @ B @ p), rel=1e-8
+        )
+        values = torch.linalg.eigvalsh((H + H.mT) / 2)
+        if name == "hf":
+            assert np.isnan(seen[0][1]["condition"]).all()
+        else:
+            np.testing.assert_allclose(seen[0][1]["condition"], float(values[-1] / values[0]), rtol=1e-8)
+
+    optimizer.look = look
+    optimizer.step(objective.closure(x, y))
+    assert len(seen) == 1
+    assert before.keys() == curvature.state_dict().keys()
+
+
 def test_a_tiny_step_is_foreseen_by_every_model() -> None:
     frame, *_ = frame_of({"kfac": {"damping": 0.1}, "block-fisher": {"damping": 0.1}}, lr=1e-6)
     np.testing.assert_allclose(measured("reduction", frame)["rho"], 1, atol=1e-5)

@@ -63,6 +63,24 @@ def test_bounds_hold_and_say_how_tight_they_are(seen: xr.Dataset) -> None:
         assert (norms <= limits * (1 + 1e-9)).all()
 
 
+@pytest.mark.parametrize("name", ["k-bfgs-20-convergent", "k-bfgs-convergent"])
+@pytest.mark.parametrize("model", ["tanh", "no-bias", "conv"])
+def test_bounds_hold_where_earlier_minibatches_had_greater_inputs(name: str, model: str) -> None:
+    """A moving average remembers them, and so does an A that is looked at every third step."""
+    p = problem(model)
+    data = [(x * (30 if i < 3 else 1e-3), y) for i, (x, y) in enumerate(batches(p, 5))]
+    ds = cl.train(
+        p.objective(), data, algorithm=name, lr=1e-3, damping=0.2, update_every=3 if name == "k-bfgs-convergent" else 1,
+        probes=["bounds:1"],
+    ).dataset.isel(algorithm=0)  # fmt: skip
+    at = ds.sel(factor="a", block="1")
+    assert np.isfinite(at["bound_low"]).all()
+    assert (at["tightness_low"] >= 1 - 1e-9).all()
+    assert (at["tightness_low"][3:] < 1e3).all()
+    assert (ds["phi"].sel(block="1")[3:] > 1).all()
+    assert (ds["phi_proven"].sel(block="1") == 0).all()
+
+
 def test_bounds_by_hand(seen: xr.Dataset) -> None:
     """Lemmas 1, 2, 6, (3.17) with the numbers of the problem written out: T = 1, λ = 0.2, three layers 5-4-4-3."""
     root = math.sqrt(0.2)
@@ -170,3 +188,16 @@ def test_bounds_hold_where_inverses_are_older_than_statistics(name: str) -> None
         found = ds[f"tightness_{end}"].values
         assert np.isfinite(found).all()
         assert (found >= 1 - 1e-9).all()
+
+
+def test_no_activation_bounds_what_a_norm_makes_of_its_inputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    objective = cl.Objective(model, cl.likelihoods.Categorical())
+    p = problem()
+    ds = cl.train(objective, [(p.x, p.y)], algorithm="tnt", lr=0.0, damping=0.2, probes=["bounds"]).dataset
+    with torch.no_grad():
+        normalised = nn.functional.layer_norm(torch.tanh(model[0](p.x)), (4,)).abs().max()
+    assert float(normalised) > 1
+    assert ds["phi_proven"][0].values.tolist() == [0, 0, 0, 1]
+    np.testing.assert_allclose(ds["phi"][0, 1], float(normalised), rtol=1e-12)

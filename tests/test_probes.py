@@ -46,6 +46,29 @@ def test_cosines_are_those_of_torch() -> None:
     assert record["cosine"][1][1].tolist() == pytest.approx([1.0] * 3)
 
 
+def test_numbers_stand_at_their_own_block_where_a_layer_has_no_rule() -> None:
+    """Its parameters lie between those of the others. The shapes, and so the norms of directions of ones, tell all apart."""
+    p = problem("norm")
+    with torch.no_grad():
+        for i, q in enumerate(p.model.parameters()):
+            q.fill_(10.0**i)
+    objective = p.objective()
+    now = objective.closure(p.x, p.y).observe()
+    scales = {b.name: 10.0**i for i, b in enumerate(objective.blocks)}
+    backwards = {b.name: torch.full(b.shape, scales[b.name], dtype=torch.float64) for b in reversed(objective.blocks)}
+    f = Frame(0, now, {"one": backwards, "two": backwards}, "one", 1.0)
+    expected = [scales[b.name] ** 2 * b.numel for b in objective.blocks]
+    np.testing.assert_allclose(PROBES["gram"].record(f)["gram"][1][0, 1], expected, rtol=1e-13)
+    found = {name: values for name, (_, values) in PROBES["norms"].record(f).items()}
+    np.testing.assert_allclose(found["direction_norm"][0] ** 2, expected, rtol=1e-13)
+    torch.nn.functional.cross_entropy(p.model(p.x), p.y).backward()
+    for i, b in enumerate(objective.blocks):
+        of = [objective.parameters[name] for name in b.params]
+        lengths = [torch.cat([t.flatten() for t in each]).norm() for each in ([q.grad for q in of], [q.detach() for q in of])]
+        assert found["minibatch_gradient_norm"][i] == pytest.approx(float(lengths[0]), rel=1e-10, abs=1e-12)
+        assert found["weight_norm"][i] == pytest.approx(float(lengths[1]), rel=1e-13)
+
+
 def test_any_cosine_follows_from_gram() -> None:
     f = frame()
     gram = PROBES["gram"].record(f)["gram"][1]

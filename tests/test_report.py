@@ -26,7 +26,7 @@ from test_cli import call, refused
 from torch import nn
 
 import curvlab as cl
-from curvlab import about, cli, datasets, figures, tables
+from curvlab import about, cli, datasets, figures, probes, tables
 from curvlab.datasets import Dataset, Entry
 from curvlab.models import MODELS
 from curvlab.svg import inline
@@ -560,3 +560,94 @@ def test_a_log_from_python_and_one_that_says_little(tmp_path: Path) -> None:
     bare = Page(cl.report(tmp_path / "bare.h5", tmp_path / "b.html").read_text())
     assert ["model", "–"] in bare.tables()["The run"]
     assert bare.of("pre") == []
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory, _tiny: None) -> Path:
+    """A training run with every probe, one whose method no theorem bounds, comparisons that were killed early."""
+    folder = tmp_path_factory.mktemp("odd")
+    every = [
+        word
+        for name in probes.PROBES
+        if "train" in probes.PROBES[name].where and name != "shift"
+        for word in ("--probe", f"{name}:2")
+    ]
+    assert call(*TRAIN, "--algorithm", "k-bfgs-20-convergent", "--damping", "0.3", *every, "--out", str(folder / "every")) == 0
+    assert call(*TRAIN, "--algorithm", "kfac", "--probe", "bounds:1", "--out", str(folder / "kfac Ω")) == 0
+    assert call(*COMPARE, "--seeds", "3", "--probe", "noise:2", "--out", str(folder / "compare")) == 0
+    first = cl.open(folder / "compare").isel(step=[0], noise_step=[0], seed=[0])
+    (folder / "killed").mkdir()
+    first.to_netcdf(folder / "killed" / "run.h5", engine="h5netcdf")
+    return folder
+
+
+def test_odd_runs_are_reported(odd: Path) -> None:
+    names = ["every", "kfac Ω", "killed"]
+    for name in names:
+        assert call("report", str(odd / name), "-o", str(odd / f"{name}.html")) == 0
+    pages = {name: Page((odd / f"{name}.html").read_text(encoding="utf-8")) for name in names}
+    words = {
+        name: " ".join(text for tag in ("h2", "caption", "td", "th", "dd") for _, text in page.of(tag))
+        for name, page in pages.items()
+    }
+    for said in words.values():
+        assert "By ," not in said
+        assert "-0.0 " not in said
+    found = pages["every"].tables()
+    every = cl.open(odd / "every")
+    last = float(every["reduction_actual"][-1, 0])
+    assert found[f"At reduction_step {int(every['reduction_step'][-1])}"][1:] == [[f"{last:.4g}"]]
+    training, validation = (f"{float(every[f'{part}_loss'][-1]):.5g}" for part in ("train", "val"))
+    assert f"training {training}, validation {validation} nat" in words["every"]
+    assert len(pages["every"].of("figure")) == 3  # training, the loss of minibatches, pairs
+    assert found["Bounds of the theorems: looseness in orders of magnitude (0: tight)"][1:]
+    assert pages["kfac Ω"].tables()["No theorem bounds these eigenvalues"] == [[""]]
+    assert "1 step" in words["killed"]
+    notes = "".join(text for _, text in pages["killed"].of("li"))
+    assert "no record of seed 1, 2; 1 of 8 steps" in notes
+    assert not re.search(r"1 steps|±|of 1 seeds|mean of the seeds", words["killed"])
+
+
+def test_what_was_seen_once_is_seen(odd: Path) -> None:
+    """A line through one point is none."""
+    for name, log in (("cosine", odd / "killed"), ("damping", odd / "every")):
+        ds = cl.open(log)
+        at = ds if name == "cosine" else ds.isel(epoch=slice(1, 2))
+        lines = [line for ax in figures.draw(at, name).axes for line in ax.lines if np.isfinite(line.get_ydata()).any()]
+        assert lines
+        assert all(line.get_marker() == "." for line in lines)
+
+
+def test_ticks_of_a_narrow_logarithmic_axis_differ(odd: Path) -> None:
+    ds = cl.open(odd / "every")
+    for name in ("train_error", "val_error", "train_loss", "val_loss"):
+        ds[name][:] = np.linspace(0.874, 0.884, ds.sizes["epoch"])
+    figure = figures.draw(ds, "training")
+    figure.draw_without_rendering()
+    for ax in figure.axes[::2]:
+        shown = [tick.get_text() for tick in ax.get_yticklabels(which="both") if tick.get_text()]
+        assert len(shown) > 2
+        assert len(set(shown)) == len(shown)
+
+
+def test_the_title_of_a_narrow_figure_stands_within_it(odd: Path) -> None:
+    ds = cl.open(odd / "every").assign_attrs(model="a-network-with-a-name", data="some-data")
+    figure = figures.draw(ds, "damping")
+    figure.draw_without_rendering()
+    assert figure.get_size_inches()[0] < 5
+    box = figure._suptitle.get_window_extent()
+    assert 0 <= box.x0 <= box.x1 <= figure.bbox.width
+
+
+def test_every_cosine_is_within_its_panel(odd: Path) -> None:
+    ds = cl.open(odd / "compare")
+    for low in (0.9, 0.2, -0.95):
+        values = np.linspace(0.9, 1.0, ds["cosine"].size).reshape(ds["cosine"].shape)
+        at = ds.assign(cosine=ds["cosine"].copy(data=values))
+        at["cosine"].loc[{"block": ds["block"][-1]}] = low
+        figure = figures.draw(at, "cosine")
+        for ax in figure.axes:
+            bottom, top = ax.get_ylim()
+            drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.lines])
+            assert top == 1.0
+            assert bottom <= drawn.min()

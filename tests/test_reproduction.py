@@ -143,6 +143,40 @@ def test_a_script_by_itself_has_one_line_for_bad_input(
     assert re.fullmatch(r"curvlab: .*cannot be written: .*; choose another folder with --out\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--budget huge", "unknown budget 'huge' (known: smoke, cpu, paper)"),
+        ("--methods kfac", "no such option: --methods kfac; see --help"),
+        ("--method kfac", "there are no methods to choose from: leave --method out"),
+        ("--device", "argument --device: expected one argument; see --help"),
+    ],
+)
+def test_a_script_by_itself_knows_the_options_of_the_command(
+    words: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = ANALYSES / "thesis" / "table_2_4.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"curvlab: {says}\n"
+
+
+def test_a_script_by_itself_takes_some_methods_of_some_problems(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = ANALYSES / "thesis" / "figure_4_2.py"
+    words = ["--budget", "smoke", "--out", str(tmp_path), "--method", "TNT", "--method", "Adam", "--problem", "CURVES"]
+    monkeypatch.setattr(sys, "argv", [str(script), *words])
+    runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "\nTNT " in said
+    assert "\nAdam " in said
+    assert "\nKFAC " not in said
+    assert "\nMNIST\n" not in said
+
+
 def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: Comparison, report: Report) -> None:
         raise KeyboardInterrupt
@@ -326,6 +360,9 @@ def test_claims_by_hand() -> None:
     found["B"] = result(log([9, 5, 4, 2]))
     assert verdict("time").startswith("does not hold: A 3 against B 2")
     assert verdict("time", within=0.5).startswith("holds")
+    assert verdict("time", "B", "A", within=0.5).startswith("holds")
+    assert verdict("time", "B", "A", within=0.4, alike=True).startswith("does not hold: B 2 against A 3")
+    assert verdict("time", "B", "A", within=0.5, alike=True).startswith("holds")
     assert verdict("lowest", "B", "A") == "does not hold: B 2 against A 1 (lowest training loss)"
     assert verdict("epoch", "A", "C") == "cannot be said: no run of C"
 

@@ -26,7 +26,7 @@ FIGURE: Comparison = replace(
         Claim("double-grad does not help much", ["K-BFGS, m = 1000"], ["double-grad, m = 1000"], "time", within=0.1),
         Claim(
             "it performs stably across the variants", ["double-grad, m = 500", "double-grad, m = 1000"], ["K-BFGS, m = 1000"],
-            "time", within=0.25,
+            "time", within=0.25, alike=True,
         ),
     ],
 )  # fmt: skip

@@ -123,6 +123,10 @@ class HessianFree:
             raise CurvlabError(NO_DATA)
         return Damped(self.product, self.used)
 
+    def undamped(self, p: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        """B p of the quadratic model, with the L2 term."""
+        return self.matrix.operator @ p + 2 * self.objective.l2 * p
+
     def update(self, observation: Observation) -> None:
         """Linearise at the N₂ examples where the schedule says so."""
         step = self.steps + 1

@@ -123,7 +123,7 @@ class Smw:
         self.rule = LevenbergMarquardt(boost, drop, epsilon, tau)
         if not 0 < eta < epsilon:
             raise CurvlabError(f"eta must lie between 0 and epsilon = {epsilon:g} (Theorem 6), not {eta:g}")
-        self.layout, self.labels, self.damping, self.name = objective.layout, labels, damping, name
+        self.objective, self.layout, self.labels, self.damping, self.name = objective, objective.layout, labels, damping, name
         self.curvature_size, self.adapt, self.ratio, self.eta = curvature_size, adapt, ratio, eta
         self.rejects = semi_stochastic
         self.schedule = Schedule(update_every, refresh_every)
@@ -182,6 +182,12 @@ class Smw:
         factored = LowRank(self.rows, self.damping).inv()
         assert isinstance(factored, Woodbury)
         self._inverse, self.ready = factored, True
+
+    def undamped(self, p: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        """B p of the quadratic model, with the L2 term."""
+        if self._inverse is None:
+            raise CurvlabError(NO_DATA)
+        return LowRank(self._inverse.rows, 0.0) @ p + 2 * self.objective.l2 * p
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """H · grad, {block: tensor} or {parameter: tensor}, for all of them; the same keys and shapes."""

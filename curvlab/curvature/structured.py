@@ -304,6 +304,20 @@ class Structured:
 
         self._inverse = Product(solve, size, dtype, device)
 
+    def undamped(self, p: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        """B p of the quadratic model, with the L2 term; it counts as no work."""
+        if not self.ready:
+            raise CurvlabError(NO_DATA)
+        gamma, sample, work = self._gamma, self._sample, dict(self.work)
+        start = multiple_of_identity(gamma, p)
+        base: Operator = start
+        if sample is not None:
+            shift = gamma + 2 * self.objective.l2
+            base = Product(lambda v: sample.product(v) + shift * v, len(p), p.dtype, p.device)
+        found = refined(base, empty_memory(1, p) if self.memory is None else self.memory, start) @ p
+        self.work = work
+        return found
+
     def _direct(self, matrix: Operator) -> Operator:
         """By Cholesky; λ is raised so far that the lowest eigenvalue is λ, where it was not above 0."""
         dense = matrix.dense()

@@ -22,7 +22,9 @@ from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind
 from curvlab.exact.general import Function
 from curvlab.linalg.distances import compare
+from curvlab.linalg.implicit import Solve
 from curvlab.linalg.krylov import lanczos
+from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product
 from curvlab.memory import tensors
 from curvlab.objective import Objective
@@ -79,7 +81,11 @@ def matrix(frame: Frame, kind: Kind) -> Product:
 
 
 def own_quadratic(frame: Frame, algorithm: str) -> float:
-    """pᵀBp with B the matrix that a method of blocks estimates, undamped; NaN where it estimates none."""
+    """pᵀBp, B the matrix that a method estimates, undamped, by block or of the whole vector; NaN where it estimates none."""
+    of_whole = getattr(frame.curvatures.get(algorithm), "undamped", None)
+    if of_whole is not None:
+        p = flat(frame, algorithm)
+        return float(p.double() @ of_whole(p).double())
     total = 0.0
     for name, block in frame.of_blocks(algorithm).items():
         B = estimate(frame, block)
@@ -227,18 +233,30 @@ def _alignment(frame: Frame) -> list[Tensor]:
 
 @probe(
     "condition", "condition number of every method's inverse",
-    {"condition": Variable(_EACH, "greatest over least eigenvalue of the inverse; NaN above order 2000 without factors", "1")},
+    {
+        "condition": Variable(
+            _EACH, "greatest over least eigenvalue of the inverse, of the whole vector's at every block; "
+            "NaN above order 2000 without factors, or where it is known by products alone", "1",
+        ),
+    },
     every=50,
 )  # fmt: skip
 def _condition(frame: Frame) -> list[Values]:
     found = np.full((len(frame.directions), len(frame.blocks)), np.nan)
     for i, algorithm in enumerate(frame.directions):
+        inverses = getattr(frame.curvatures.get(algorithm), "inverse", {})
+        if "whole" in inverses:
+            found[i] = _condition_of(inverses["whole"])
+            continue
         for j, name in enumerate(frame.blocks):
-            inverse = getattr(frame.of_blocks(algorithm).get(name), "inverse", None)
-            if inverse is not None:
-                low, high = ends(inverse)
-                found[i, j] = high / low if low > 0 else np.nan
+            if name in inverses:
+                found[i, j] = _condition_of(inverses[name])
     return [found]
+
+
+def _condition_of(inverse: Operator) -> float:
+    low, high = (np.nan, np.nan) if isinstance(inverse, Product | Solve) else ends(inverse)
+    return high / low if low > 0 else np.nan
 
 
 def held(curvature: Any) -> int:

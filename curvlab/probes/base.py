@@ -68,8 +68,8 @@ class Frame:
 
     @property
     def blocks(self) -> list[str]:
-        """Names of the blocks."""
-        return list(next(iter(self.directions.values())))
+        """Names of the blocks, in the log's order."""
+        return [b.name for b in self.objective.blocks]
 
     def of_blocks(self, algorithm: str) -> Mapping[str, Any]:
         """{block: its CurvatureBlock} of an algorithm that is made of blocks; else empty."""

@@ -11,7 +11,8 @@
 | H of TNT | `tensor_normal` | thesis Lemma 10 |
 
 φ bounds a layer's inputs. It is 1 behind a tanh, sigmoid or softmax, also through pooling and reshaping (`phi_proven` 1); else
-it is measured: the greatest input of this minibatch. Lemma 10 is taken with the trace of the averaged E[vec G vec Gᵀ], which is
+it is measured: the greatest input of this minibatch, or the root mean square of those in A, which may be of earlier ones,
+where that is more. Lemma 10 is taken with the trace of the averaged E[vec G vec Gᵀ], which is
 that of every contraction, in place of its norm, which nobody keeps. NaN: no theorem, or its premise does not hold.
 """
 
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlab.linalg.bfgs import MU1, Pair
 from curvlab.linalg.bounds import (
@@ -62,6 +63,8 @@ _THROUGH = (
     "Squeeze",
     "Unsqueeze",
 )
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+"""Their weights meet normalised inputs."""
 _STARTS: dict[str, float | None] = {"pi-lm": None, "pi-lm-2021": 1.0}
 """h of D_P(I) D_LM, where H_g starts from h I too (None: 1/μ₂): thesis Alg. 10, 11; 2021 Alg. 3, 4."""
 
@@ -106,7 +109,7 @@ def bounded_inputs(closure: Closure) -> set[str]:
     found: set[str] = set()
     handles = []
     for block in closure.objective.blocks:
-        if block.module is not None:
+        if block.module is not None and not isinstance(block.module, _NORMS):
 
             def hook(module: Any, args: tuple[Any, ...], name: str = block.name) -> None:
                 node = getattr(args[0], "grad_fn", None) if args else None
@@ -140,6 +143,13 @@ def of_inputs(block: Any, inputs: int, biased: bool, phi: float) -> Bounds | Non
     if not (_learns(block) and block.exact):
         return None
     return input_factor(inputs if biased else inputs + 1, phi, block.mu2["a"], block.places)
+
+
+def input_in(block: Any, biased: bool) -> float:
+    """Root mean square of the inputs in the A that H_a inverts, of whatever minibatches: φ is not below it."""
+    H_a = block.factors[1].double()
+    squares = float(torch.linalg.inv(H_a).trace() - len(H_a) * block.mu2["a"]) / block.places
+    return math.sqrt(max(0.0, squares - biased) / max(1, len(H_a) - biased))
 
 
 def of_outputs(block: Any) -> Bounds | None:
@@ -238,14 +248,18 @@ _EACH = ("algorithm", "block", "factor")
         "update_norm_H": Variable(("algorithm", "block"), "norm of H_g after its update", "1"),
         "update_bound_H": Variable(("algorithm", "block"), "its bound by (2.10) or Lemma 5; NaN: the premise fails", "1"),
         "phi": Variable(("block",), "bound φ of the layer's inputs", "1"),
-        "phi_proven": Variable(("block",), "1: the activation proves φ; 0: it is the greatest input of the minibatch", "1"),
+        "phi_proven": Variable(("block",), "1: the activation proves φ; 0: it is measured", "1"),
     },
     needs=frozenset({"data"}), moment="after", every=50, again=True, coordinates={"factor": FACTORS},
     begin=_clear, prepare=_prepare, fits=_fits, wants="a method with Kronecker factors",
 )  # fmt: skip
 def _bounds(frame: Frame) -> list[Values]:
     blocks = {b.name: b for b in frame.objective.blocks}
-    phis = input_bounds(frame)
+    phis = dict(input_bounds(frame))
+    for algorithm in frame.directions:
+        for name, block in frame.of_blocks(algorithm).items():
+            if _learns(block) and block.exact and not phis[name][1]:
+                phis[name] = max(phis[name][0], input_in(block, blocks[name].biased)), False
     shape = (len(frame.directions), len(blocks))
     found, proven = np.full((*shape, 3, 2), np.nan), np.full((*shape, 3, 2), np.nan)
     norms, limits = np.full((*shape, 2), np.nan), np.full((*shape, 2), np.nan)

@@ -80,7 +80,7 @@ def _shifts(curvature: Any) -> bool:
 
 @probe(
     "shift", "what was added to an indefinite matrix's diagonal, beside the damping",
-    {"shift": Variable(("algorithm", "block"), "shift that makes the matrix positive semi-definite", "1")},
+    {"shift": Variable(("algorithm", "block"), "shift that makes the matrix positive semi-definite", "nat")},
     fits=_shifts, wants="a method that shifts its matrices (block-hessian)",
 )  # fmt: skip
 def _shift(frame: Frame) -> list[Values]:

@@ -13,7 +13,8 @@ MEASURES = {"train_loss": "training loss", "val_loss": "test loss", "train_error
 
 @dataclass(frozen=True)
 class Claim:
-    """Every one of `better` ends below every one of `than`, or at most `within` times as much above it.
+    """Every one of `better` ends below every one of `than`, or at most `within` times as much above it; where they are said to
+    be `alike`, none of all is further above another.
 
     `by`: where the curves are read: at the last epoch that all of them reach, at the last time that all reach, or each at its
     lowest. `problems`: of which it is said; of all where it is empty.
@@ -26,6 +27,7 @@ class Claim:
     measure: str = "train_loss"
     within: float = 0.0
     problems: Sequence[str] = ()
+    alike: bool = False
 
     def verdict(self, found: dict[str, Result]) -> str:
         missing = [label for label in (*self.better, *self.than) if label not in found or not found[label].runs]
@@ -33,6 +35,8 @@ class Claim:
             return f"cannot be said: no run of {', '.join(missing)}"
         value, where = self._reading({label: found[label] for label in (*self.better, *self.than)})
         worst, best = max(value[b] for b in self.better), min(value[t] for t in self.than)
+        if self.alike:
+            worst, best = max(value.values()), min(value.values())
         numbers = (", ".join(f"{label} {value[label]:.4g}" for label in side) for side in (self.better, self.than))
         return f"{'holds' if worst <= best * (1 + self.within) else 'does not hold'}: {' against '.join(numbers)} ({where})"
 

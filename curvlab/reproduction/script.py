@@ -35,6 +35,8 @@ class Options:
         if self.budget not in BUDGETS:
             raise unknown("budget", self.budget, BUDGETS)
         for kind, chosen, known in (("method", self.methods, what.methods), ("problem", self.problems, what.problems)):
+            if chosen and not [*known]:
+                raise CurvlabError(f"there are no {kind}s to choose from: leave --{kind} out")
             for name in chosen:
                 lookup(dict.fromkeys([*known]), name, kind)
 
@@ -153,17 +155,23 @@ def described(device: torch.device) -> str:
 def main(what: Reproduction, file: str) -> None:
     """A script's own command line: the options of `curvlab reproduce`, and its exit codes."""
     default = Options()
-    parser = argparse.ArgumentParser(description=what.shows)
-    parser.add_argument("--budget", choices=BUDGETS, default=default.budget)
+    parser = argparse.ArgumentParser(description=what.shows, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--budget", metavar=f"{{{','.join(BUDGETS)}}}", default=default.budget)
     parser.add_argument("--out", type=Path, default=default.out)
     parser.add_argument("--runs", type=Path, default=default.runs)
     parser.add_argument("--device", default=default.device)
-    parser.add_argument("--methods", nargs="+", default=())
-    parser.add_argument("--problems", nargs="+", default=())
-    given = vars(parser.parse_args())
-    given |= {name: tuple(given[name]) for name in ("methods", "problems")}
+    parser.add_argument("--method", dest="methods", action="append", default=[])
+    parser.add_argument("--problem", dest="problems", action="append", default=[])
     try:
+        found, unread = parser.parse_known_args()
+        if unread:
+            raise CurvlabError(f"no such option: {' '.join(unread)}; see --help")
+        given = vars(found)
+        given |= {name: tuple(given[name]) for name in ("methods", "problems")}
         reproduce(what, name_of(Path(file)), Options(**given))
+    except argparse.ArgumentError as error:
+        print(f"curvlab: {error}; see --help", file=sys.stderr)
+        sys.exit(2)
     except CurvlabError as error:
         print(f"curvlab: {error}", file=sys.stderr)
         sys.exit(2)
