@@ -16,9 +16,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
-from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator, NullLocator
-from numpy.typing import NDArray
+from matplotlib.ticker import MaxNLocator, NullLocator
 
+from curvlab.axes import Logarithmic, SymmetricLog, symmetric_log
 from curvlab.errors import CurvlabError, lookup
 
 Runs = Sequence[tuple[str, xr.Dataset]]
@@ -163,7 +163,7 @@ def spectrum(ds: xr.Dataset) -> Figure:
     rows, columns = ds.sizes["block"], ds.sizes["step"]
     figure = Figure(figsize=(max(5.4, 3.3 * columns + 0.4), 1.6 * rows + 1.4), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
-    axis = _symmetric_log(ds)
+    axis = symmetric_log(ds)
     for row, block in enumerate(ds["block"].values):
         for ax, step in zip(axes[row], ds["step"].values, strict=True):
             _histogram(ax, ds.sel(block=block, step=step), axis)
@@ -181,45 +181,12 @@ def spectrum(ds: xr.Dataset) -> Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class _SymmetricLog:
-    """A logarithmic axis on either side of 0: edges of the bars, the log's first bin in each, |λ| where the middle bar ends."""
-
-    edges: NDArray[np.float64]
-    first: NDArray[np.intp]
-    centre: float
-    top: float
-
-    def scale(self, ax: Axes) -> None:
-        low, high = round(math.log10(self.centre)), math.ceil(math.log10(self.top) - 0.01) - 1
-        ax.set_xscale("symlog", linthresh=self.centre, linscale=0.5)
-        ax.set_xlim(-self.top, self.top)
-        labelled = [e for e in range(low + 3, high + 1) if e % 3 == 0] or [high]
-        names = ["1" if e == 0 else f"$10^{{{e}}}$" for e in labelled]
-        ticks = [*(-(10.0**e) for e in reversed(labelled)), 0.0, *(10.0**e for e in labelled)]
-        ax.set_xticks(ticks, [*(f"−{name}" for name in reversed(names)), "0", *names], fontsize=7.5)
-        ax.xaxis.set_minor_locator(FixedLocator([sign * 10.0**e for e in range(low, high + 1) for sign in (-1, 1)]))
-
-
 def _some(size: int, most: int) -> list[int]:
     """At most so many of them, evenly, the first and the last among them."""
     return sorted({round(i) for i in np.linspace(0, size - 1, min(size, most))})
 
 
-def _symmetric_log(ds: xr.Dataset) -> _SymmetricLog:
-    """From the greatest |λ| of all panels down to 10⁻⁷ of the least, or to where rounding begins; at most 12 decades."""
-    largest = np.maximum(np.abs(ds["lowest"].values), np.abs(ds["highest"].values))
-    top = math.ceil(math.log10(max(largest.max(), 1e-11)) * 2) / 2
-    relative = max(1e-7, float(ds.attrs.get("tolerance", 0.0)))
-    low = max(math.floor(math.log10(max(largest.min() * relative, 1e-12))), math.ceil(top) - 12)
-    edges = np.concatenate([ds["lower"].values, ds["upper"].values[-1:]])
-    exponent = np.log10(np.abs(edges))
-    half_decades = np.abs(2 * exponent - np.round(2 * exponent)) < 0.01
-    shown = np.flatnonzero(half_decades & (exponent > low - 0.01) & (exponent < top + 0.01))
-    return _SymmetricLog(edges[shown], shown[:-1], 10.0**low, 10.0**top)
-
-
-def _histogram(ax: Axes, at: xr.Dataset, axis: _SymmetricLog) -> None:
+def _histogram(ax: Axes, at: xr.Dataset, axis: SymmetricLog) -> None:
     """One panel: the first matrix filled, the others as lines; the legend says the lowest eigenvalue of each."""
     handles: list[StepPatch] = []
     labels: list[str] = []
@@ -247,13 +214,6 @@ def _share(here: xr.Dataset) -> str:
         return ""
     least = "at least " if here["unresolved"] else ""
     return f", {least}{float(here['negative']):.0%} negative"
-
-
-class _Logarithmic(LogFormatter):
-    """With the digits that tell ticks apart, where matplotlib's has one below 1."""
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:.4g}" if super().__call__(x, pos) else ""
 
 
 _LETTERS = 125
@@ -289,8 +249,8 @@ def training(runs: Runs) -> Figure:
         row[0].set_ylabel(f"mean loss ({units})" if kind == "loss" else _wrapped(str(first.attrs.get("error", "error"))))
         if all(float(line.get_ydata().min()) > 0 for line in row[0].lines):
             row[0].set_yscale("log")
-            row[0].yaxis.set_major_formatter(_Logarithmic())
-            row[0].yaxis.set_minor_formatter(_Logarithmic(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+            row[0].yaxis.set_major_formatter(Logarithmic())
+            row[0].yaxis.set_minor_formatter(Logarithmic(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
         for ax in row:
             ax.grid(alpha=0.3, which="both", linewidth=0.5)
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))

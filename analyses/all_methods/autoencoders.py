@@ -14,6 +14,7 @@ CHAPTER_2, CHAPTER_3, CHAPTER_4, EMPIRICAL, S2QN = (
 
 SLOW = ("skqn-l", "skqn-b1", "skqn-b2", "smw-ng", "smw-ng-bd", "lbfgs")
 ALIKE = ("k-bfgs-20", "k-bfgs-l-20", "kf-bfgs-cnn", "kfac-ef", "tnt-ef")  # others of their kind go all the way
+AT_MOST = dict.fromkeys((*SLOW, *ALIKE), 10) | {"hf": 2}
 
 FIGURE = Comparison(
     shows="autoencoders of MNIST and CURVES by every applicable method, at the documents' values",
@@ -41,7 +42,7 @@ FIGURE = Comparison(
         "RMSprop": CHAPTER_2["RMSprop"],
     },
     measures=["train_loss", "train_error"],
-    cpu=Extent(epochs={"MNIST": 5, "CURVES": 100}, tests=0, evaluated=10_000, at_most=dict.fromkeys((*SLOW, *ALIKE), 10) | {"hf": 2}),
+    cpu=Extent(epochs={"MNIST": 5, "CURVES": 100}, tests=0, evaluated=10_000, at_most=AT_MOST),
     paper=Extent(seconds=DOCUMENT_SECONDS),
     claims=[
         Claim("K-BFGS and K-BFGS(L) outperform KFAC in epochs", ["K-BFGS", "K-BFGS(L)"], ["KFAC"]),

@@ -1,0 +1,52 @@
+"""Axes that matplotlib does not have: a logarithm on either side of 0, and ticks of a narrow range."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, LogFormatter
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class SymmetricLog:
+    """A logarithmic axis on either side of 0: edges of the bars, the log's first bin in each, |λ| where the middle bar ends."""
+
+    edges: NDArray[np.float64]
+    first: NDArray[np.intp]
+    centre: float
+    top: float
+
+    def scale(self, ax: Axes) -> None:
+        low, high = round(math.log10(self.centre)), math.ceil(math.log10(self.top) - 0.01) - 1
+        ax.set_xscale("symlog", linthresh=self.centre, linscale=0.5)
+        ax.set_xlim(-self.top, self.top)
+        labelled = [e for e in range(low + 3, high + 1) if e % 3 == 0] or [high]
+        names = ["1" if e == 0 else f"$10^{{{e}}}$" for e in labelled]
+        ticks = [*(-(10.0**e) for e in reversed(labelled)), 0.0, *(10.0**e for e in labelled)]
+        ax.set_xticks(ticks, [*(f"−{name}" for name in reversed(names)), "0", *names], fontsize=7.5)
+        ax.xaxis.set_minor_locator(FixedLocator([sign * 10.0**e for e in range(low, high + 1) for sign in (-1, 1)]))
+
+
+def symmetric_log(ds: xr.Dataset) -> SymmetricLog:
+    """From the greatest |λ| of all panels down to 10⁻⁷ of the least, or to where rounding begins; at most 12 decades."""
+    largest = np.maximum(np.abs(ds["lowest"].values), np.abs(ds["highest"].values))
+    top = math.ceil(math.log10(max(largest.max(), 1e-11)) * 2) / 2
+    relative = max(1e-7, float(ds.attrs.get("tolerance", 0.0)))
+    low = max(math.floor(math.log10(max(largest.min() * relative, 1e-12))), math.ceil(top) - 12)
+    edges = np.concatenate([ds["lower"].values, ds["upper"].values[-1:]])
+    exponent = np.log10(np.abs(edges))
+    half_decades = np.abs(2 * exponent - np.round(2 * exponent)) < 0.01
+    shown = np.flatnonzero(half_decades & (exponent > low - 0.01) & (exponent < top + 0.01))
+    return SymmetricLog(edges[shown], shown[:-1], 10.0**low, 10.0**top)
+
+
+class Logarithmic(LogFormatter):
+    """With the digits that tell ticks apart, where matplotlib's has one below 1."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.4g}" if super().__call__(x, pos) else ""
