@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 from curvlab.curvature.base import Curvature, CurvatureBlock, IdentityBlock, check_damping
 from curvlab.curvature.block_diagonal import Average, BlockDiagonal, Look
@@ -24,7 +24,7 @@ from curvlab.curvature.skqn import SkqnB, SkqnL
 from curvlab.curvature.smw import Smw, SmwFisher
 from curvlab.curvature.structured import Structured
 from curvlab.curvature.tnt import tnt, tnt_per_sample
-from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.errors import CurvlabError, fitting, lookup, unknown
 from curvlab.layers import Block
 from curvlab.objective import Objective, Pass
 from curvlab.optim import Descent, MomentumKind, Optimizer
@@ -90,6 +90,16 @@ class Algorithm:
         named = inspect.signature(self.make).parameters.values()
         own = [p.name for p in named if p.kind is p.KEYWORD_ONLY and p.name not in SHARED]
         return own + self._of_rule + ([] if self.levenberg is None else ["adapt"])
+
+    def checked(self, own: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """A user's options. Raises CurvlabError for one that is not known, or not what its annotation says."""
+        for option in own:
+            if option not in self.options:
+                raise unknown(f"option of {name}", option, self.options or ["none"])
+        hints = get_type_hints(self.make.__init__ if inspect.isclass(self.make) else self.make) if own else {}
+        hints |= {"adapt": bool} if self.levenberg else {}
+        hints |= {} if self.damping_rule is None else get_type_hints(type(self.damping_rule))
+        return {option: fitting(f"{option} of {name}", value, hints.get(option, Any)) for option, value in own.items()}
 
     @property
     def _of_rule(self) -> list[str]:
@@ -314,9 +324,7 @@ def approximation(
         CurvlabError: unknown name or option (with the known ones and the closest), an argument out of range.
     """
     a = lookup(ALGORITHMS, name, "algorithm")
-    for option in own:
-        if option not in a.options:
-            raise unknown(f"option of {name}", option, a.options)
+    own = a.checked(own, name)
     if a.look is not None and labels not in (None, a.labels):
         raise CurvlabError(f"{name} has no labels to choose but '{a.labels}': leave labels out")
     shared: dict[str, Any] = {
