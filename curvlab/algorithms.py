@@ -129,6 +129,10 @@ def _kfac(block: Block, *, split: str = "pi") -> Kfac:
     return Kfac(split)
 
 
+def _smw_fisher(block: Block, *, curvature_size: int | None = None) -> SmwFisher:
+    return SmwFisher(curvature_size)
+
+
 _OVER_DAMPING = partial(IdentityBlock, over_damping=True)
 """Thesis 3.4.3: parameters of batch normalisation follow the momentum gradient at the rate α/λ."""
 
@@ -246,7 +250,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "smw-ng-bd": Algorithm(
         "block natural gradient of one minibatch, N×N Woodbury system", "thesis 5.3, Alg. 23 by block, 5.8",
-        lambda b: SmwFisher(), "model", 0.1, 1.001, _same,
+        _smw_fisher, "model", 0.1, 1.001, _same,
         momentum=0.0, momentum_kind="average", average="last", warm=False, levenberg=LevenbergMarquardt(),
     ),
     "smw-ng": Algorithm(
