@@ -91,6 +91,14 @@ class Algorithm:
         own = [p.name for p in named if p.kind is p.KEYWORD_ONLY and p.name not in SHARED]
         return own + self._of_rule + ([] if self.levenberg is None else ["adapt"])
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """{option: its value where a user gives none}."""
+        known = {p.name: p.default for p in inspect.signature(self.make).parameters.values()}
+        known |= dict(self.own) | ({"adapt": True} if self.levenberg else {})
+        known |= {name: getattr(self.damping_rule, name) for name in self._of_rule}
+        return {option: known[option] for option in self.options}
+
     def checked(self, own: Mapping[str, Any], name: str) -> dict[str, Any]:
         """A user's options. Raises CurvlabError for one that is not known, or not what its annotation says."""
         for option in own:

@@ -88,7 +88,7 @@ def train(
     ] = True,
     own: Annotated[
         list[str] | None,
-        Option("--set", metavar="NAME=VALUE", help="An option of the algorithm's own; may be given again.",
+        Option("--set", metavar="NAME=VALUE", help="One of the algorithm's own (`curvlab list options`); may be given again.",
                rich_help_panel=_METHOD),
     ] = None,
     lr: Annotated[float | None, Option(help="Learning rate α; its document's by default.", rich_help_panel=_RATE)] = None,
