@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 from curvlab.curvature.base import Curvature, CurvatureBlock, IdentityBlock, check_damping
 from curvlab.curvature.block_diagonal import Average, BlockDiagonal, Look
@@ -24,7 +24,7 @@ from curvlab.curvature.skqn import SkqnB, SkqnL
 from curvlab.curvature.smw import Smw, SmwFisher
 from curvlab.curvature.structured import Structured
 from curvlab.curvature.tnt import tnt, tnt_per_sample
-from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.errors import CurvlabError, fitting, lookup, unknown
 from curvlab.layers import Block
 from curvlab.objective import Objective, Pass
 from curvlab.optim import Descent, MomentumKind, Optimizer
@@ -92,6 +92,24 @@ class Algorithm:
         return own + self._of_rule + ([] if self.levenberg is None else ["adapt"])
 
     @property
+    def defaults(self) -> dict[str, Any]:
+        """{option: its value where a user gives none}."""
+        known = {p.name: p.default for p in inspect.signature(self.make).parameters.values()}
+        known |= dict(self.own) | ({"adapt": True} if self.levenberg else {})
+        known |= {name: getattr(self.damping_rule, name) for name in self._of_rule}
+        return {option: known[option] for option in self.options}
+
+    def checked(self, own: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """A user's options. Raises CurvlabError for one that is not known, or not what its annotation says."""
+        for option in own:
+            if option not in self.options:
+                raise unknown(f"option of {name}", option, self.options or ["none"])
+        hints = get_type_hints(self.make.__init__ if inspect.isclass(self.make) else self.make) if own else {}
+        hints |= {"adapt": bool} if self.levenberg else {}
+        hints |= {} if self.damping_rule is None else get_type_hints(type(self.damping_rule))
+        return {option: fitting(f"{option} of {name}", value, hints.get(option, Any)) for option, value in own.items()}
+
+    @property
     def _of_rule(self) -> list[str]:
         return [] if self.damping_rule is None else [f.name for f in fields(self.damping_rule)]
 
@@ -117,6 +135,10 @@ SHARED = ("labels", "damping", "decay", "update_every", "refresh_every", "name")
 
 def _kfac(block: Block, *, split: str = "pi") -> Kfac:
     return Kfac(split)
+
+
+def _smw_fisher(block: Block, *, curvature_size: int | None = None) -> SmwFisher:
+    return SmwFisher(curvature_size)
 
 
 _OVER_DAMPING = partial(IdentityBlock, over_damping=True)
@@ -236,7 +258,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "smw-ng-bd": Algorithm(
         "block natural gradient of one minibatch, N×N Woodbury system", "thesis 5.3, Alg. 23 by block, 5.8",
-        lambda b: SmwFisher(), "model", 0.1, 1.001, _same,
+        _smw_fisher, "model", 0.1, 1.001, _same,
         momentum=0.0, momentum_kind="average", average="last", warm=False, levenberg=LevenbergMarquardt(),
     ),
     "smw-ng": Algorithm(
@@ -314,9 +336,7 @@ def approximation(
         CurvlabError: unknown name or option (with the known ones and the closest), an argument out of range.
     """
     a = lookup(ALGORITHMS, name, "algorithm")
-    for option in own:
-        if option not in a.options:
-            raise unknown(f"option of {name}", option, a.options)
+    own = a.checked(own, name)
     if a.look is not None and labels not in (None, a.labels):
         raise CurvlabError(f"{name} has no labels to choose but '{a.labels}': leave labels out")
     shared: dict[str, Any] = {

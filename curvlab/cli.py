@@ -222,6 +222,10 @@ def _algorithm_rows() -> list[tuple[str, ...]]:
     return [(name, a.summary, a.labels, f"{a.lr:g}", f"{a.damping:g}", a.source) for name, a in ALGORITHMS.items()]
 
 
+def _option_rows() -> list[tuple[str, ...]]:
+    return [(name, option, str(value)) for name, a in ALGORITHMS.items() for option, value in a.defaults.items()]
+
+
 def _model_rows() -> list[tuple[str, ...]]:
     return [(name, m.summary, m.data or "", m.likelihood, m.source) for name, m in models.MODELS.items()]
 
@@ -248,6 +252,7 @@ def _probe_rows() -> list[tuple[str, ...]]:
 
 LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = {
     "algorithms": (("name", "what it is", "labels", "lr", "damping", "source"), _algorithm_rows),
+    "options": (("algorithm", "option", "default"), _option_rows),
     "models": (("name", "what it is", "data", "likelihood", "source"), _model_rows),
     "datasets": (
         ("name", "what it is", "comes"),
@@ -266,7 +271,10 @@ LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = 
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="algorithms, models, datasets, probes, schedules, figures or reproductions.")],
+    what: Annotated[
+        str,
+        typer.Argument(help="algorithms, options (of --set), models, datasets, probes, schedules, figures or reproductions."),
+    ],
 ) -> None:
     """List what the tables hold."""
     columns, rows = lookup(LISTS, what, "list")

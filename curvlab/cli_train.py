@@ -59,6 +59,13 @@ def train(
     weight_decay: Annotated[
         float, Option(help="γ, decoupled: W ← W − lr (p + γ W) (thesis Alg. 15, line 19).", rich_help_panel=_METHOD)
     ] = 0.0,
+    l2: Annotated[
+        float, Option(help="μ of a term μ ‖θ‖² in loss and gradient (S2QN (26); thesis 2.8.2: 5e-6).", rich_help_panel=_METHOD)
+    ] = 0.0,
+    double_grad: Annotated[
+        bool, Option("--double-grad", help="Of K-BFGS: the gradient from two minibatches at almost no cost (thesis 2.8.3).",
+                     rich_help_panel=_METHOD),
+    ] = False,
     decay: Annotated[
         float | None,
         Option(help="Of moving averages; its document's by default: 0.9, Adam's β₂ 0.999.", rich_help_panel=_METHOD),
@@ -81,7 +88,7 @@ def train(
     ] = True,
     own: Annotated[
         list[str] | None,
-        Option("--set", metavar="NAME=VALUE", help="An option of the algorithm's own; may be given again.",
+        Option("--set", metavar="NAME=VALUE", help="One of the algorithm's own (`curvlab list options`); may be given again.",
                rich_help_panel=_METHOD),
     ] = None,
     lr: Annotated[float | None, Option(help="Learning rate α; its document's by default.", rich_help_panel=_RATE)] = None,

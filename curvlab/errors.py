@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import TypeVar
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
 
@@ -36,6 +39,40 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> CurvlabError:
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return CurvlabError(f"unknown {kind} '{name}'{hint} (known: {', '.join(names)})")
+
+
+_KINDS: dict[Any, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a finite number"),
+    str: (str, "a name"),
+    NoneType: (NoneType, "none"),
+}
+"""{annotation: (what a value must be, how a user calls it)}"""
+
+
+def fitting(what: str, value: Any, hint: Any) -> Any:
+    """A value as its annotation wants it: one of `_KINDS`, a Literal, or a union of them; any other annotation takes anything.
+
+    None stands for the word "none" where a word is wanted and None is not: the command line reads one as the other.
+
+    Raises:
+        CurvlabError: the value does not fit.
+    """
+    wanted = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    words = [word for kind in wanted if get_origin(kind) is Literal for word in get_args(kind)]
+    if value is None and NoneType not in wanted and (words or str in wanted):
+        value = "none"
+    if words and value not in words:
+        raise unknown(what, value, words)
+    if words:
+        return value
+    if not all(kind in _KINDS for kind in wanted):
+        return value
+    fits = any(isinstance(value, _KINDS[kind][0]) and isinstance(value, bool) is (kind is bool) for kind in wanted)
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        raise CurvlabError(f"{what} must be {' or '.join(_KINDS[kind][1] for kind in wanted)}, not {value!r}")
+    return value
 
 
 def guard_memory(needed: int, what: str, remedy: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any, Literal, cast, get_args
@@ -240,7 +241,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, descent: Descent, lr: float) -> None:
-        if not lr >= 0:
+        if not 0 <= lr < math.inf:
             raise CurvlabError(f"the learning rate must be 0 or positive, not {lr:g}")
         self.descent = descent
         self.objective = descent.objective

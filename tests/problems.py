@@ -205,6 +205,11 @@ def laid_out(block: Block, tensors: Mapping[str, Tensor], batch: int = 0) -> Ten
     return torch.cat(columns, -1)
 
 
+def as_a_variable(weight: Tensor, batch: int = 0) -> Tensor:
+    """As TNT and Shampoo see a parameter: the pixels of a filter are one way (thesis 4.7.2), and none where there is one."""
+    return weight.flatten(batch + 2).squeeze(-1) if weight.ndim > batch + 2 else weight
+
+
 def groupless(p: Problem) -> list[Block]:
     """Blocks whose outputs share their inputs: a, A and Kronecker factors exist."""
     return [b for b in p.objective().blocks if b.module is not None and b.groups == 1]

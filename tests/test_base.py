@@ -8,7 +8,7 @@ from problems import RULED, Problem, batches, problem
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.algorithms import approximation
+from curvlab.algorithms import ALGORITHMS, approximation
 from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.kfac import Kfac
 from curvlab.objective import Objective, Observation, Pass
@@ -263,6 +263,14 @@ def test_before_the_first_data_there_is_no_inverse() -> None:
 def test_arguments_out_of_range(options: dict[str, float], message: str) -> None:
     with pytest.raises(cl.CurvlabError, match=message):
         approximation("kfac", problem("tanh").objective(), **options)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_option_has_a_default_of_its_own_kind(name: str) -> None:
+    a = ALGORITHMS[name]
+    assert list(a.defaults) == a.options
+    assert a.checked(a.defaults, name) == a.defaults
+    assert set(a.own) <= set(a.options)
 
 
 def test_an_unknown_algorithm_names_the_closest() -> None:

@@ -139,7 +139,14 @@ def test_plot_redraws_from_the_log_alone(folder: Path, tmp_path: Path, figure: s
 
 @pytest.mark.parametrize(
     ("what", "table"),
-    [("algorithms", ALGORITHMS), ("models", MODELS), ("datasets", DATASETS), ("probes", PROBES), ("figures", FIGURES)],
+    [
+        ("algorithms", ALGORITHMS),
+        ("models", MODELS),
+        ("datasets", DATASETS),
+        ("probes", PROBES),
+        ("figures", FIGURES),
+        ("options", {word for n, a in ALGORITHMS.items() if a.options for word in (n, *a.options)}),
+    ],
 )
 def test_list_names_every_entry(what: str, table: dict, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("list", what) == 0

@@ -24,6 +24,7 @@ from torch import nn
 
 import curvlab as cl
 from curvlab import datasets
+from curvlab.cli_train import _options
 from curvlab.datasets import CropAndFlip, Dataset, Entry
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
@@ -335,6 +336,73 @@ def test_a_run_that_diverges_says_so_and_keeps_the_last_good_state(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "option", "says"),
+    [
+        ("k-bfgs-l", "pairs=2.5", "pairs of k-bfgs-l must be a whole number, not 2.5"),
+        ("k-bfgs", "minibatch=foo", "minibatch of k-bfgs must be true or false, not 'foo'"),
+        ("k-bfgs", "pairs=true", "pairs of k-bfgs must be a whole number, not True"),
+        ("skqn-b1", "columns=2.5", "columns of skqn-b1 must be a whole number or none, not 2.5"),
+        (
+            "skqn-b1",
+            "choice=tracé",
+            "unknown choice of skqn-b1 'tracé'; did you mean 'trace'? (known: symmetric, trace, diagonal)",
+        ),
+        ("skqn-b1", "tau=5", "tau must be between 0 and 1, or none for Powell's rule, not 5"),
+        ("skqn-b2", "mu=2", "mu must be above 0 and at most 1, not 2"),
+        ("skqn-b2", "seed=-1", "seed must be 0 or positive, not -1"),
+        ("skqn-b2", "gamma=inf", "gamma of skqn-b2 must be a finite number, not inf"),
+        ("skqn-b2", "r1=low", "r1 of skqn-b2 must be a finite number, not 'low'"),
+        ("skqn-l", "mu=-1", "mu must lie between 0 (no damping) and 1, not -1"),
+        ("smw-gn", "curvature_size=1.5", "curvature_size of smw-gn must be a whole number or none, not 1.5"),
+        ("smw-ng-bd", "adapt=maybe", "adapt of smw-ng-bd must be true or false, not 'maybe'"),
+        ("hf", "iterations=2.5", "iterations of hf must be a whole number, not 2.5"),
+        ("hf", "boost=nan", "boost of hf must be a finite number, not nan"),
+        ("ssn", "sample=0", "sample must be a positive number of examples, not 0"),
+        ("s4qn", "search=newton", "unknown search of s4qn 'newton'; did you mean 'none'? (known: none, armijo, wolfe)"),
+        ("kfac", "split=3", "split of kfac must be a name, not 3"),
+    ],
+)
+def test_a_bad_value_of_an_option_is_one_line(
+    algorithm: str, option: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL[:3], "--algorithm", algorithm, "--set", option, "--out", str(tmp_path / "out")]
+    assert says in refused(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "own"),
+    [("k-bfgs", {"pair_damping": "none"}), ("s4qn", {"base": "none", "search": "none", "sample": "none"})],
+)
+def test_none_is_a_word_where_one_is_wanted(algorithm: str, own: dict[str, str]) -> None:
+    """What the command line reads as None: a choice of that name, or no number."""
+    objective = cl.Objective(nn.Linear(3, 2), cl.likelihoods.Categorical())
+    made = cl.approximation(algorithm, objective, **_options([f"{k}={v}" for k, v in own.items()], "--set"))
+    found = made.blocks["1"] if algorithm == "k-bfgs" else made
+    assert {name: getattr(found, name) for name in own} == own | ({"sample": None} if "sample" in own else {})
+
+
+def test_double_grad_and_the_l2_term_by_their_options(tmp_path: Path) -> None:
+    """The same steps as `cl.train`'s; and a run goes on with them."""
+    words = [*SMALL, "--algorithm", "k-bfgs-20", "--damping", "0.3", "--double-grad", "--l2", "0.01"]
+    short = ["--evaluate-samples", "100", "--out", str(tmp_path)]
+    assert call(*words, "--steps", "2", *short) == 0
+    assert call("train", "--resume", "--steps", "4", "--out", str(tmp_path)) == 0
+    train, test = datasets.load("mnist16")
+    model = cl.models.build("mlp-256-20", seed=3)
+    objective = cl.Objective(model, cl.likelihoods.Categorical(), seed=3, l2=0.01)
+    run = cl.train(
+        objective, train.batches(6000, seed=3), test, algorithm="k-bfgs-20", lr=0.01, damping=0.3, double_grad=True, steps=4,
+        evaluate_samples=100,
+    )  # fmt: skip
+    kept = model_of(tmp_path)
+    assert all(torch.equal(kept[name], p) for name, p in model.state_dict().items())
+    found = cl.open(tmp_path)
+    assert float(found["batch_loss"][-1]) == float(run.dataset["batch_loss"][-1])
+    assert json.loads(found.attrs["settings"])["double_grad"] is True
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--model", "mlp-256-21"], "unknown model 'mlp-256-21'; did you mean 'mlp-256-20'"),
@@ -342,7 +410,12 @@ def test_a_run_that_diverges_says_so_and_keeps_the_last_good_state(tmp_path: Pat
         (["--data", "mnist"], "does not take inputs of shape (2, 784)"),
         (["--algorithm", "adan"], "unknown algorithm 'adan'; did you mean 'adam'"),
         (["--batch-size", "60001"], "batch size 60001 does not fit"),
+        (["--batch-size", "0"], "batch size 0 does not fit"),
         (["--lr", "-1"], "learning rate must be 0 or positive"),
+        (["--lr", "inf"], "learning rate must be 0 or positive, not inf"),
+        (["--damping", "inf"], "damping must be 0 or positive, not inf"),
+        (["--l2", "-1"], "the L2 term must be 0 or positive, not -1"),
+        (["--double-grad"], "double_grad needs a method that looks at each minibatch a second time, such as k-bfgs-20"),
         (["--damping", "-1"], "damping must be 0 or positive"),
         (["--momentum", "1"], "momentum must be at least 0 and below 1"),
         (["--momentum-kind", "nesterov"], "unknown kind of momentum 'nesterov'"),

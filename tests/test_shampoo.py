@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import MODELS, batches, problem
+from problems import MODELS, as_a_variable, batches, problem
 from torch import Tensor
 
 import curvlab as cl
@@ -63,7 +63,7 @@ def root_of_ways(gradient: Tensor, epsilon: float = EPSILON) -> Tensor:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_is_a_variable_in_its_own_shape(model: str) -> None:
-    """Filters have a way for each axis longer than a pixel, a norm's weight has one, an embedding two: as the user sees it."""
+    """Filters have three ways, outputs, inputs and pixels (4.7.2), a norm's weight has one, an embedding two."""
     p = problem(model)
     objective = p.objective()
     curvature = approximation("shampoo", objective, damping=0.01)
@@ -73,8 +73,7 @@ def test_every_parameter_is_a_variable_in_its_own_shape(model: str) -> None:
     vectors = {n: torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in objective.parameters.items()}
     found = curvature.precondition(vectors)
     for (parameter, vector), gradient in zip(vectors.items(), gradients, strict=True):
-        ways = gradient.reshape(*gradient.shape[:2], *(d for d in gradient.shape[2:] if d > 1))
-        expected = root_of_ways(ways, 0.01) @ vector.flatten()
+        expected = root_of_ways(as_a_variable(gradient), 0.01) @ vector.flatten()
         assert float((found[parameter].flatten() - expected).norm() / expected.norm()) < 1e-6
 
 

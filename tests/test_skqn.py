@@ -571,8 +571,8 @@ def test_a_sketch_is_drawn_anew_at_every_step_and_by_its_seed() -> None:
         ("skqn-l", {"gamma": -1.0, "pairs": 0}, "γ above 0"),
         ("skqn-b1", {"columns": -2}, "columns must be 0"),
         ("skqn-b2", {"gamma": 0.0}, "γ = 0 needs columns=0"),
-        ("skqn-b2", {"gamma": math.nan}, "γ above 0"),
-        ("skqn-b1", {"condition": "21"}, "unknown condition '21'.*preactivations"),
+        ("skqn-b2", {"gamma": math.nan}, "gamma of skqn-b2 must be a finite number, not nan"),
+        ("skqn-b1", {"condition": "21"}, "unknown condition of skqn-b1 '21'.*preactivations"),
     ],
 )
 def test_options_out_of_range(name: str, own: dict[str, object], message: str) -> None:

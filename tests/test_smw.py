@@ -60,6 +60,23 @@ def test_is_the_block_fisher_of_one_minibatch(model: str, labels: Pass, n: int) 
         torch.testing.assert_close(inverse.eigvalsh(), dense.inverse[name].eigvalsh(), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("model", ["tanh", "tokens", "groups", "embedding"])
+def test_blocks_of_some_examples_are_the_block_fisher_of_those(model: str, labels: Pass) -> None:
+    """N₂ ⊂ N₁ (Alg. 23, line 3) by block: rows of the first three of seven, a mean over three."""
+    p = problem(model)
+    objective = p.objective()
+    curvature = approximation("smw-ng-bd", objective, labels=labels, damping=0.1, curvature_size=3)
+    observation = objective.closure(p.x, p.y).observe({labels})
+    curvature.update(observation)
+    for block in objective.blocks:
+        rows = observation.passes[labels][block.name].rows[:, :3].reshape(-1, block.numel)
+        damped = rows.T @ rows / 3 + 0.1 * torch.eye(block.numel, dtype=torch.float64)
+        torch.testing.assert_close(curvature.inverse[block.name].inv().dense(), damped, rtol=1e-11, atol=1e-13)
+    with pytest.raises(cl.CurvlabError, match="curvature_size must be a positive number of examples"):
+        approximation("smw-ng-bd", objective, curvature_size=0)
+
+
 def test_remembers_the_last_minibatch_alone() -> None:
     p = problem("tanh")
     objective = p.objective()
@@ -282,7 +299,7 @@ def test_theorem_6() -> None:
     [
         ({"eta": 0.25}, "eta must lie between 0 and epsilon = 0.25"),
         ({"curvature_size": 0}, "curvature_size must be a positive number of examples"),
-        ({"ratio": "steps"}, "unknown ratio 'steps'"),
+        ({"ratio": "steps"}, "unknown ratio of smw-gn 'steps'"),
         ({"boost": 1.0}, "boost of the Levenberg-Marquardt rule must be a number above 1"),
         ({"update_every": 0}, "update_every must be a positive number of steps"),
         ({"pairs": 3}, "unknown option of smw-gn 'pairs'"),

@@ -449,9 +449,9 @@ def test_state_continues_bit_for_bit(name: str, own: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"base": "newton"}, "unknown base 'newton'"),
-        ({"search": "wolf"}, "unknown line search 'wolf'; did you mean 'wolfe'"),
-        ({"solver": "lu"}, "unknown solver 'lu'"),
+        ({"base": "newton"}, "unknown base of s4qn 'newton'"),
+        ({"search": "wolf"}, "unknown search of s4qn 'wolf'; did you mean 'wolfe'"),
+        ({"solver": "lu"}, "unknown solver of s4qn 'lu'"),
         ({"pairs": -1}, "pairs must be 0 or more"),
         ({"base": "none", "pairs": 0}, "1 or more where there is no base"),
         ({"growth": 0.5}, "growth must be 1 or more, not 0.5"),

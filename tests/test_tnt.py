@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import MODELS, RULED, batches, groupless, problem
+from problems import MODELS, RULED, as_a_variable, batches, groupless, problem
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -72,10 +72,17 @@ def inverse_of_ways(gradients: Tensor, epsilon: float) -> Tensor:
     return expected
 
 
+def variable_of(block: Block, weight: Tensor) -> Tensor:
+    """[M, O, I] of a layer → [M, …] in the ways of its variable, outputs first."""
+    assert block.module is not None
+    shape = block.module.get_parameter("weight").shape
+    return as_a_variable(weight.reshape(len(weight), *shape), 1) if len(shape) > 2 else weight
+
+
 @pytest.mark.parametrize("name", ["tnt", "tnt-ef"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_is_a_variable_in_its_own_shape(name: str, model: str) -> None:
-    """Filters have a way for each axis longer than a pixel, a norm's weight has one, an embedding two: as the user sees it."""
+    """Filters have three ways, outputs, inputs and pixels (4.7.2), a norm's weight has one, an embedding two."""
     p = problem(model)
     objective = p.objective()
     curvature = approximation(name, objective, damping=EPSILON)
@@ -88,8 +95,7 @@ def test_every_parameter_is_a_variable_in_its_own_shape(name: str, model: str) -
     vectors = {n: normal(*w.shape, seed=i) for i, (n, w) in enumerate(objective.parameters.items())}
     found = curvature.precondition(vectors)
     for (parameter, vector), gradient in zip(vectors.items(), gradients, strict=True):
-        ways = gradient.reshape(*gradient.shape[:2], *(d for d in gradient.shape[2:] if d > 1))
-        expected = inverse_of_ways(ways[None], EPSILON) @ vector.flatten()
+        expected = inverse_of_ways(as_a_variable(gradient)[None], EPSILON) @ vector.flatten()
         torch.testing.assert_close(found[parameter].flatten(), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -124,7 +130,7 @@ def test_a_layer_without_bias_is_one_kronecker_product() -> None:
 
 @pytest.mark.parametrize("model", RULED)
 def test_factors_of_the_per_sample_gradients_by_hand(model: str) -> None:
-    """Two ways, outputs and inputs, for filters too; groups of outputs have no such matrices."""
+    """Groups of outputs have no such matrices."""
     p = problem(model)
     objective = p.objective()
     with warnings.catch_warnings():
@@ -134,13 +140,13 @@ def test_factors_of_the_per_sample_gradients_by_hand(model: str) -> None:
     curvature.update(observation)
     for block in groupless(p):
         rows = observation.passes["model"][block.name].rows[0]
+        weight, bias = (rows[..., :-1], rows[..., -1]) if block.biased else (rows, rows[..., -1])
+        expected = inverse_of_ways(variable_of(block, weight), EPSILON)
         if not block.biased:
-            expected = inverse_by_hand(rows, EPSILON)
             torch.testing.assert_close(curvature.inverse[block.name].dense(), expected, rtol=1e-10, atol=1e-10)
             continue
-        weight, bias = rows[..., :-1], rows[..., -1]
         damped = bias.T @ bias / 7 + EPSILON * torch.eye(bias.shape[1], dtype=torch.float64)
-        assert_direct_sum(curvature.inverse[block.name].dense(), inverse_by_hand(weight, EPSILON), torch.linalg.inv(damped))
+        assert_direct_sum(curvature.inverse[block.name].dense(), expected, torch.linalg.inv(damped))
 
 
 @pytest.mark.parametrize("model", ["tanh", "no-bias"])
@@ -161,6 +167,20 @@ def test_contractions_without_rows_are_those_of_explicit_rows(model: str) -> Non
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_a_filter_as_large_as_the_image_has_three_ways_and_needs_no_rows() -> None:
+    """One place: G^(i) of g aᵀ as [O, C, pixels], beside the explicit per-sample gradients."""
+    model = nn.Sequential(nn.Conv2d(2, 3, (2, 3)), nn.Flatten()).double()
+    objective = cl.Objective(model, cl.likelihoods.Categorical())
+    x, y = normal(5, 2, 2, 3), torch.tensor([0, 1, 2, 0, 1])
+    (block,), s = objective.blocks, objective.closure(x, y).observe().passes["data"]["1"]
+    assert s.a.shape[1] == 1
+    weights, biases = cl.exact.gradients(objective, x, y).values()
+    found, (of_bias,) = sample_contractions(block, s)
+    for G, letters in zip(found, ("nocp,nqcp->oq", "nocp,nodp->cd", "nocp,nocq->pq"), strict=True):
+        torch.testing.assert_close(G, torch.einsum(letters, weights.flatten(3), weights.flatten(3)) / 5, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(of_bias, biases.T @ biases / 5, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("model", RULED)
 def test_exact_labels_sum_over_the_vectors_sent_back(model: str) -> None:
     """Σ_v with S Sᵀ = ∂²ℓ/∂z²: E[G^(i)] over the model's own labels, not of the first column of S alone."""
@@ -171,15 +191,18 @@ def test_exact_labels_sum_over_the_vectors_sent_back(model: str) -> None:
         s = observation.passes["exact"][block.name]
         rows = s.rows.flatten(0, 1)
         weights, biases = (rows[..., :-1], rows[..., -1]) if block.biased else (rows, None)
-        (G1, G2), *bias = sample_contractions(block, s)
-        torch.testing.assert_close(G1, sum(w @ w.T for w in weights) / 7, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(G2, sum(w.T @ w for w in weights) / 7, rtol=1e-12, atol=1e-14)
+        found, *bias = sample_contractions(block, s)
+        ways = variable_of(block, weights)
+        assert len(found) == ways.ndim - 1
+        for i, G in enumerate(found, 1):
+            by_hand = sum(w.movedim(i - 1, 0).flatten(1) @ w.movedim(i - 1, 0).flatten(1).T for w in ways) / 7
+            torch.testing.assert_close(G, by_hand, rtol=1e-12, atol=1e-14)
         assert (biases is None) is (not bias)
         if biases is not None:
             torch.testing.assert_close(bias[0][0], biases.T @ biases / 7, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("model", ["tanh", "tokens", "no-bias", "embedding"])
+@pytest.mark.parametrize("model", ["tanh", "tokens", "no-bias", "embedding", "conv"])
 def test_batch_and_per_sample_agree_on_one_example(model: str) -> None:
     p = problem(model, n=1)
     objective = p.objective()
@@ -304,7 +327,7 @@ def test_idealised_tnt_is_the_expectation_over_all_data_and_labels(model: str, s
             gradients[n].append(g * weight.view(-1, *[1] * (g.ndim - 1)))
     for block in objective.blocks:
         weight, *bias = (torch.cat(gradients[n]) for n in block.params)
-        expected = inverse_by_hand(weight.flatten(2), EPSILON)
+        expected = inverse_of_ways(as_a_variable(weight, 1), EPSILON)
         found = curvature.inverse[block.name].dense()
         if bias:
             assert_direct_sum(found, expected, inverse_of_ways(bias[0], EPSILON))

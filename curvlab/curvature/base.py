@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -91,8 +92,8 @@ class Curvature(Protocol):
 
 
 def check_damping(damping: float) -> None:
-    """Raises CurvlabError where the damping is negative or NaN."""
-    if not damping >= 0:
+    """Raises CurvlabError where the damping is negative, infinite or NaN."""
+    if not 0 <= damping < math.inf:
         raise CurvlabError(f"damping must be 0 or positive, not {damping:g}")
 
 

@@ -1,16 +1,18 @@
 """What TNT and Shampoo share: E[G^(i)] for every variable of a block, and a Kronecker factor for every way.
 
 A block per variable, W and b apart (thesis 4.3.1); inside a layer's block they are a direct sum, so that directions carry
-the same labels as everyone's.
+the same labels as everyone's. Filters have three ways, outputs, inputs and pixels (thesis 4.7.2).
 
-Legend: k ways of a variable of shape [d_1, …, d_k].
+Legend: k ways of a variable of shape [d_1, …, d_k]; O outputs, C channels, P pixels of a filter.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
@@ -24,13 +26,25 @@ Contractions = Sequence[Tensor]
 """[d_i, d_i] for the ways of one variable."""
 
 
+def with_pixels(block: Block, weight: Float[Tensor, "*O CP"]) -> Float[Tensor, "*O C *P"]:
+    """The pixels of a layer's filters as a way of their own (thesis 4.7.2).
+
+    One pixel is no way: a 1×1 convolution has the two of a linear layer.
+    """
+    pixels = 1 if block.module is None else math.prod(block.module.get_parameter("weight").shape[2:])
+    return weight.reshape(*weight.shape[:-1], -1, pixels) if pixels > 1 else weight
+
+
 def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:
     """G^(i) of the batch-mean gradient of every variable (Alg. 15, line 7; Alg. 16, line 9).
 
-    An axis of a filter that is one pixel long is no way: a 1×1 convolution has the two ways of a linear layer.
+    A parameter without a rule has a way for each axis, but those after the second that are of length one.
     """
     variables = block.scatter(statistics.gradient).values()
-    ways = [v.reshape((*v.shape[:2], *(d for d in v.shape[2:] if d > 1))) for v in variables]
+    if block.rule is None:
+        ways = [v.reshape((*v.shape[:2], *(d for d in v.shape[2:] if d > 1))) for v in variables]
+    else:
+        ways = [with_pixels(block, v.flatten(1)) if v.ndim > 1 else v for v in variables]
     found = [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in ways]
     return [each[::-1] for each in found] if block.rule and block.rule.transposed else found  # the ways as the block lies
 

@@ -108,6 +108,8 @@ class SkqnL:
 
     def __init__(self, block: Block, *, pairs: int = 3, gamma: float = 0.1, mu: float = 0.25, split: bool = False) -> None:
         _check("pairs", pairs, gamma)
+        if not 0 <= mu <= 1:
+            raise CurvlabError(f"mu must lie between 0 (no damping) and 1, not {mu:g}")
         self.pairs, self.gamma, self.mu, self.split = pairs, gamma, mu, split
         self.A: Tensor | None = None
         self.G: Tensor | None = None
@@ -232,6 +234,13 @@ class SkqnB:
         seed: int = 0,
     ) -> None:
         _check("columns", columns, gamma)
+        for what, value, good, wanted in (
+            ("mu", mu, 0 < mu <= 1, "above 0 and at most 1"),
+            ("tau", 1.0 if tau is None else tau, tau is None or 0 <= tau <= 1, "between 0 and 1, or none for Powell's rule"),
+            ("seed", seed, seed >= 0, "0 or positive"),
+        ):
+            if not good:
+                raise CurvlabError(f"{what} must be {wanted}, not {value:g}")
         self.condition = lookup(CONDITIONS, condition, "condition")
         self.columns, self.gamma, self.choice, self.mu, self.tau = columns, gamma, choice, mu, tau
         self.split, self.seed, self.draws = split, seed, 0

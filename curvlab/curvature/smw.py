@@ -39,6 +39,9 @@ class SmwFisher:
     """H = (λI + (1/N) Σₙ vec(D W) vec(D W)ᵀ)⁻¹ on one minibatch, no moving average: (5.6) with the D_t of one layer.
 
     The same inverse as `DenseFisher` on the same minibatch, through an N×N Gram matrix and without forming a gradient.
+
+    Args:
+        curvature_size: N₂, the first of the minibatch (a shuffled one is in random order); None takes all.
     """
 
     reads: Reads = "rows"
@@ -46,11 +49,15 @@ class SmwFisher:
     secant: Secant | None = None
     inverse: Operator
 
-    def __init__(self) -> None:
+    def __init__(self, curvature_size: int | None = None) -> None:
+        check_curvature_size(curvature_size)
+        self.curvature_size = curvature_size
         self.g: Tensor | None = None
         self.a: Tensor | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        if self.curvature_size is not None and self.curvature_size < statistics.size:
+            statistics = statistics.part(torch.arange(self.curvature_size, device=statistics.g.device))
         scale = 1 / math.sqrt(statistics.size)
         if statistics.block.groups == 1 and len(statistics.g) == 1 and statistics.g.shape[2] == 1:
             self.g, self.a = statistics.g[0, :, 0] * scale, statistics.a[:, 0]

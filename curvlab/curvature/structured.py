@@ -125,10 +125,10 @@ class Structured:
                 raise unknown(what, value, get_args(known))
         for what, number, good, wanted in (
             ("pairs", pairs, pairs >= (base == "none"), "0 or more, or 1 or more where there is no base"),
-            ("sample", sample or 1, sample is None or sample >= 1, "a positive number of examples"),
+            ("sample", 1 if sample is None else sample, sample is None or sample >= 1, "a positive number of examples"),
             ("growth", growth, growth >= 1, "1 or more"),
             ("shrink", shrink, 0 < shrink <= 1, "above 0 and at most 1"),
-            ("gamma", gamma or 1.0, gamma is None or gamma > 0, "above 0"),
+            ("gamma", 1.0 if gamma is None else gamma, gamma is None or gamma > 0, "above 0"),
             ("tolerance", tolerance, 0 < tolerance < 1, "above 0 and below 1"),
             ("iterations", iterations, iterations >= 1, "1 or more"),
         ):

@@ -5,14 +5,13 @@ Legend: k ways of a variable of shape [d_1, …, d_k]; V vectors, N examples, T 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
+from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions, with_pixels
 from curvlab.layers import Block
 from curvlab.linalg.factor import damped_inverse, shifted
-from curvlab.linalg.kronecker import tensor_normal_factors
+from curvlab.linalg.kronecker import contraction, tensor_normal_factors
 
 
 def tnt(block: Block) -> Contracted:
@@ -38,17 +37,18 @@ def forward(means: Contractions, damping: float) -> tuple[Tensor, ...]:
 def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:
     """Mean over examples of Σ_v G^(i) of the per-sample gradients, for weight and bias.
 
-    At one place (T = 1) a per-sample gradient is g aᵀ, so G^(1) = ‖a‖² g gᵀ and G^(2) = ‖g‖² a aᵀ: no row is formed.
+    At one place (T = 1) a per-sample gradient is g aᵀ, so that G^(1) = ‖a‖² g gᵀ, and the others are ‖g‖² times those of a
+    alone: no row is formed.
     """
     inputs = slice(None, -1) if block.biased else slice(None)
     if statistics.a.shape[1] > 1:
         rows = statistics.rows.flatten(0, 1)
-        weight, bias = rows[..., inputs], rows[..., -1]
-        found = [[torch.einsum("noi,npi->op", weight, weight), torch.einsum("noi,noj->ij", weight, weight)]]
+        bias, parts = rows[..., -1], [with_pixels(block, rows[..., inputs])]
     else:
         bias = statistics.g[:, :, 0].flatten(0, 1)
         a = statistics.a[:, 0, inputs].repeat(len(statistics.g), 1)
-        found = [[(bias * a.square().sum(1, keepdim=True)).mT @ bias, (a * bias.square().sum(1, keepdim=True)).mT @ a]]
+        parts = [bias * a.norm(dim=1, keepdim=True), with_pixels(block, a * bias.norm(dim=1, keepdim=True))]
+    found = [[contraction(part, way) for part in parts for way in range(1, part.ndim)]]  # summed over the first axis
     if block.biased:
-        found.append([bias.mT @ bias])
+        found.append([contraction(bias, 1)])
     return [[c / statistics.size for c in variable] for variable in found]

@@ -227,6 +227,7 @@ class Named:
     batch_size: int = 1000
     augment: bool = True
     warm: bool = True
+    l2: float = 0.0
     seed: int = 0
     device: str = "auto"
     dtype: str = "float32"
@@ -236,7 +237,8 @@ class Named:
     def must_match(self) -> dict[str, Any]:
         names = ("model", "batch_size", "augment", "warm", "seed", "dtype")
         data = models.find(self.model).data_name(self.data)
-        return {name: getattr(self, name) for name in names} | {"data": data, "device": str(device_of(self.device))}
+        found = {name: getattr(self, name) for name in names} | {"data": data, "device": str(device_of(self.device))}
+        return found | ({"l2": self.l2} if self.l2 else {})
 
 
 def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +269,7 @@ def prepare(named: Named, call: Mapping[str, Any], state: dict[str, Any] | None 
     train_part, test_part = datasets.load(data_name)
     batches = train_part.batches(named.batch_size, seed=named.seed, augment=named.augment)
     model = models.build(named.model, named.seed, train_part).to(device, dtype)
-    objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed)
+    objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed, l2=named.l2)
     about = {
         "call": dict(call),
         "model": named.model,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from curvlab.errors import CurvlabError, unknown
+from curvlab.errors import CurvlabError, fitting, unknown
 
 Make = Callable[[Optimizer], LRScheduler]
 
@@ -38,10 +38,14 @@ def _constant(optimizer: Optimizer) -> LRScheduler:
 
 
 def _step(optimizer: Optimizer, every: int = 60, factor: float = 0.1) -> LRScheduler:
+    if every < 1 or factor <= 0:
+        raise CurvlabError(f"every must be at least 1 and factor above 0, not {every} and {factor:g}")
     return lr_scheduler.StepLR(optimizer, every, factor)
 
 
 def _cosine(optimizer: Optimizer, epochs: int, least: float = 0.0) -> LRScheduler:
+    if least < 0:
+        raise CurvlabError(f"least must be 0 or positive, not {least:g}")
     return lr_scheduler.CosineAnnealingLR(optimizer, epochs, least)
 
 
@@ -86,7 +90,9 @@ def maker(name: str, epochs: int | None, options: Mapping[str, Any]) -> Make:
             raise unknown(f"option of schedule {name}", option, schedule.options)
     if schedule.spans and epochs is None:
         raise CurvlabError(f"schedule '{name}' is laid out over all epochs: say how many (epochs)")
-    given = dict(options) | ({"epochs": epochs} if schedule.spans else {})
+    hints = get_type_hints(schedule.make) if name in SCHEDULES else {}
+    options = {option: fitting(f"{option} of schedule {name}", v, hints.get(option, Any)) for option, v in options.items()}
+    given = options | ({"epochs": epochs} if schedule.spans else {})
 
     def make(optimizer: Optimizer) -> LRScheduler:
         return schedule.make(optimizer, **given)

@@ -53,11 +53,7 @@ class Settings:
 
     def check(self) -> None:
         """Raises CurvlabError for an unknown name or a value out of range, before anything is built."""
-        lookup(ALGORITHMS, self.algorithm, "algorithm")
-        for option in self.own:
-            known = ALGORITHMS[self.algorithm].options
-            if option not in known:
-                raise unknown(f"option of {self.algorithm}", option, known or ["none"])
+        lookup(ALGORITHMS, self.algorithm, "algorithm").checked(self.own, self.algorithm)
         if self.labels is not None and self.labels not in PASSES:
             raise unknown("labels", self.labels, PASSES)
         if self.schedule_every not in get_args(Every):
