@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -19,6 +18,7 @@ from curvlab.curvature.hessian_free import HessianFree
 from curvlab.curvature.kbfgs import ARTICLE_2021, CHAPTER_2, CHAPTER_3, CONVERGENT, KBfgs
 from curvlab.curvature.kfac import Kfac
 from curvlab.curvature.levenberg import LevenbergMarquardt
+from curvlab.curvature.overall import Rule, fixed, per_factor, per_factor_of_mean, same
 from curvlab.curvature.shampoo import shampoo
 from curvlab.curvature.skqn import SkqnB, SkqnL
 from curvlab.curvature.smw import Smw, SmwFisher
@@ -28,28 +28,6 @@ from curvlab.errors import CurvlabError, fitting, lookup, unknown
 from curvlab.layers import Block
 from curvlab.objective import Objective, Pass
 from curvlab.optim import Descent, MomentumKind, Optimizer
-
-Rule = Callable[[float, int], float]
-"""Overall damping λ and batch size m → the document's own damping parameter, so that methods compare at one λ (practice)."""
-
-
-def _same(overall: float, size: int) -> float:
-    return overall
-
-
-def _per_factor(overall: float, size: int) -> float:
-    """ε² = λ: two factors of the Fisher matrix, ε added to each."""
-    return math.sqrt(overall)
-
-
-def _per_factor_of_mean(overall: float, size: int) -> float:
-    """ε² = λ / m: from batch-mean gradients of m examples come Fisher / m, and factors (and Adam's √v) of its root."""
-    return math.sqrt(overall / size)
-
-
-def _fixed(epsilon: float) -> Rule:
-    """The same at every λ: the document's ε (Table 4.3) where no matrix is approximated whose damping λ could be."""
-    return lambda overall, size: epsilon
 
 
 @dataclass(frozen=True)
@@ -68,7 +46,7 @@ class Algorithm:
     labels: Pass
     lr: float
     damping: float
-    rule: Rule = _same
+    rule: Rule = same
     momentum: float = 0.9
     momentum_kind: MomentumKind = "add"
     decay: float = 0.9
@@ -147,164 +125,164 @@ _OVER_DAMPING = partial(IdentityBlock, over_damping=True)
 ALGORITHMS: dict[str, Algorithm] = {
     "block-fisher": Algorithm(
         "dense Fisher matrix of each layer, sampled labels, Cholesky", "thesis 4.3.4; practice",
-        lambda b: DenseFisher(b), "model", 0.03, 1e-3, _same, momentum_kind="average",
+        lambda b: DenseFisher(b), "model", 0.03, 1e-3, same, momentum_kind="average",
     ),
     "block-ef": Algorithm(
         "dense empirical Fisher matrix of each layer, Cholesky", "thesis 4.3.4 with (5.3)",
-        lambda b: DenseFisher(b), "data", 0.03, 1e-3, _same, momentum_kind="average",
+        lambda b: DenseFisher(b), "data", 0.03, 1e-3, same, momentum_kind="average",
     ),
     "block-ggn": Algorithm(
         "dense Gauss-Newton matrix of each layer, Cholesky", "thesis 1.2.2, by layer as 4.3.4",
-        lambda b: DenseFisher(b), "exact", 0.03, 1e-3, _same, momentum_kind="average",
+        lambda b: DenseFisher(b), "exact", 0.03, 1e-3, same, momentum_kind="average",
     ),
     "block-hessian": Algorithm(
         "dense Hessian matrix of each layer, shifted to be positive semi-definite", "thesis (1.4), by layer as 4.3.4",
-        lambda b: DenseHessian(), "data", 0.03, 1e-3, _same, momentum_kind="average", look=hessians,
+        lambda b: DenseHessian(), "data", 0.03, 1e-3, same, momentum_kind="average", look=hessians,
     ),
     "kfac": Algorithm(
         "Kronecker factors of inputs and derivatives, π damping", "thesis Alg. 12, 4.7.2",
-        _kfac, "model", 0.03, 1.0, _same, refresh_every=20,
+        _kfac, "model", 0.03, 1.0, same, refresh_every=20,
     ),
     "kfac-20": Algorithm(
         "KFAC with π = 1", "thesis Alg. 7, Table 2.5; 2021 Alg. 5",
-        _kfac, "model", 1.0, 3.0, _same, momentum_kind="average", own={"split": "even"}, refresh_every=20,
+        _kfac, "model", 1.0, 3.0, same, momentum_kind="average", own={"split": "even"}, refresh_every=20,
     ),
     "kfac-ef": Algorithm(
         "KFAC from the data's labels", "thesis 4.7.3",
-        _kfac, "data", 1.0, 100.0, _same, refresh_every=20,
+        _kfac, "data", 1.0, 100.0, same, refresh_every=20,
     ),
     "kflr": Algorithm(
         "KFAC from the exact output Hessian", "Botev et al. 2017; lr, damping of thesis Alg. 12",
-        _kfac, "exact", 0.03, 1.0, _same, refresh_every=20,
+        _kfac, "exact", 0.03, 1.0, same, refresh_every=20,
     ),
     "k-bfgs-20": Algorithm(
         "H_g and H_a by BFGS, double damping, A a moving average", "thesis Alg. 4, Table 2.5",
-        KBfgs, "data", 0.3, 0.3, _same,
+        KBfgs, "data", 0.3, 0.3, same,
         momentum_kind="average", learns_first=False, skips_first=False, own=CHAPTER_2,
     ),
     "k-bfgs-l-20": Algorithm(
         "the same with H_g by L-BFGS, 100 pairs", "thesis Alg. 4, Table 2.5",
-        KBfgs, "data", 0.3, 0.3, _same,
+        KBfgs, "data", 0.3, 0.3, same,
         momentum_kind="average", learns_first=False, skips_first=False, own={**CHAPTER_2, "pairs": 100},
     ),
     "k-bfgs-20-convergent": Algorithm(
         "k-bfgs-l-20 with DD-skip, A inverted, no momentum", "thesis Alg. 5; lr, damping of Table 2.5",
-        KBfgs, "data", 0.3, 0.3, _same,
+        KBfgs, "data", 0.3, 0.3, same,
         momentum=0.0, learns_first=False, skips_first=False, own={**CHAPTER_2, **CONVERGENT, "skip": True},
     ),
     "kf-bfgs-cnn": Algorithm(
         "K-BFGS of 2021: D_P D_LM, A of the minibatch, never formed; √λ each, H_g from I", "2021 Alg. 2, Table 3",
-        KBfgs, "data", 30.0, 30.0, _same,
+        KBfgs, "data", 30.0, 30.0, same,
         momentum_kind="average", learns_first=False, skips_first=False, own=ARTICLE_2021,
     ),
     "kf-bfgs-l-cnn": Algorithm(
         "the same with H_g by L-BFGS, 100 pairs", "2021 Alg. 2, Table 3",
-        KBfgs, "data", 30.0, 30.0, _same,
+        KBfgs, "data", 30.0, 30.0, same,
         momentum_kind="average", learns_first=False, skips_first=False, own={**ARTICLE_2021, "pairs": 100},
     ),
     "kf-bfgs-cnn-convergent": Algorithm(
         "kf-bfgs-l-cnn with D_P(I) D_LM, A inverted, no momentum", "2021 Alg. 3, 4; damping of Table 3, lr ours",
-        KBfgs, "data", 3.0, 30.0, _same,
+        KBfgs, "data", 3.0, 30.0, same,
         momentum=0.0, learns_first=False, skips_first=False,
         own={**ARTICLE_2021, **CONVERGENT, "pair_damping": "pi-lm-2021"},
     ),
     "k-bfgs": Algorithm(
         "H_g and H_a by BFGS, D_P D_LM, A of the minibatch, never formed", "thesis Alg. 9, Table 3.5",
-        KBfgs, "data", 0.03, 0.3, _same, learns_first=False, skips_first=False, own=CHAPTER_3, fallback=_OVER_DAMPING,
+        KBfgs, "data", 0.03, 0.3, same, learns_first=False, skips_first=False, own=CHAPTER_3, fallback=_OVER_DAMPING,
     ),
     "k-bfgs-l": Algorithm(
         "the same with H_g by L-BFGS, 100 pairs", "thesis Alg. 9, Table 3.5",
-        KBfgs, "data", 0.03, 0.3, _same,
+        KBfgs, "data", 0.03, 0.3, same,
         learns_first=False, skips_first=False, own={**CHAPTER_3, "pairs": 100}, fallback=_OVER_DAMPING,
     ),
     "k-bfgs-convergent": Algorithm(
         "k-bfgs-l with D_P(I) D_LM, A inverted, no momentum", "thesis Alg. 10, 11; lr of Table 3.5 over 1 − β",
-        KBfgs, "data", 0.3, 0.3, _same,
+        KBfgs, "data", 0.3, 0.3, same,
         momentum=0.0, learns_first=False, skips_first=False,
         own={**CHAPTER_3, **CONVERGENT, "pair_damping": "pi-lm"}, fallback=_OVER_DAMPING,
     ),
     "tnt": Algorithm(
         "tensor-normal factors of the batch-mean gradient, sampled labels", "thesis Alg. 15",
-        tnt, "model", 1e-4, 0.1, _per_factor_of_mean, refresh_every=20,
+        tnt, "model", 1e-4, 0.1, per_factor_of_mean, refresh_every=20,
     ),
     "tnt-ef": Algorithm(
         "TNT from the data's labels", "thesis 4.7.3",
-        tnt, "data", 3e-6, 0.01, _per_factor_of_mean, refresh_every=20,
+        tnt, "data", 3e-6, 0.01, per_factor_of_mean, refresh_every=20,
     ),
     "tnt-per-sample": Algorithm(
         "tensor-normal factors of the per-sample gradients", "thesis (4.2), (4.10); practice",
-        tnt_per_sample, "model", 0.03, 0.1, _per_factor, refresh_every=20,
+        tnt_per_sample, "model", 0.03, 0.1, per_factor, refresh_every=20,
     ),
     "tnt-ideal": Algorithm(
         "TNT from true expectations: all labels, all data that the warm start has shown", "thesis Alg. 14",
-        tnt_per_sample, "exact", 0.03, 0.1, _per_factor, momentum=0.0, average="data", skips_first=False,
+        tnt_per_sample, "exact", 0.03, 0.1, per_factor, momentum=0.0, average="data", skips_first=False,
     ),
     "shampoo": Algorithm(
         "−1/2k-th powers of contracted gradients: coupled Newton, on a CPU eigenvalues", "thesis Alg. 16",
-        shampoo, "data", 3e-4, 3e-4, _fixed(3e-4), refresh_every=20,
+        shampoo, "data", 3e-4, 3e-4, fixed(3e-4), refresh_every=20,
     ),
     "adam": Algorithm(
         "root of the diagonal second moment", "thesis 4.7.2; Kingma and Ba 2015",
-        lambda b: SecondMoment(), "data", 1e-4, 1e-4, _per_factor_of_mean,
+        lambda b: SecondMoment(), "data", 1e-4, 1e-4, per_factor_of_mean,
         momentum_kind="corrected", decay=0.999, average="corrected", warm=False,
     ),
     "rmsprop": Algorithm(
         "the same without bias correction, from a warm start", "thesis 2.8.2, Table 2.5; Hinton et al. 2012",
-        lambda b: SecondMoment(), "data", 1e-4, 1e-4, _per_factor_of_mean, momentum_kind="average", skips_first=False,
+        lambda b: SecondMoment(), "data", 1e-4, 1e-4, per_factor_of_mean, momentum_kind="average", skips_first=False,
     ),
     "sgd-m": Algorithm(
         "the momentum gradient itself", "thesis 4.7.2",
-        lambda b: IdentityBlock(), "data", 0.003, 0.0, _fixed(0.0), warm=False,
+        lambda b: IdentityBlock(), "data", 0.003, 0.0, fixed(0.0), warm=False,
     ),
     "smw-ng-bd": Algorithm(
         "block natural gradient of one minibatch, N×N Woodbury system", "thesis 5.3, Alg. 23 by block, 5.8",
-        _smw_fisher, "model", 0.1, 1.001, _same,
+        _smw_fisher, "model", 0.1, 1.001, same,
         momentum=0.0, momentum_kind="average", average="last", warm=False, levenberg=LevenbergMarquardt(),
     ),
     "smw-ng": Algorithm(
         "natural gradient of the whole vector from N₂ examples, Woodbury", "thesis Alg. 23, (5.3), (5.6), 5.8",
-        Smw, "data", 0.1, 1.001, _same,
+        Smw, "data", 0.1, 1.001, same,
         momentum=0.0, momentum_kind="average", warm=False, own={"curvature_size": 30}, whole=True,
     ),
     "smw-gn": Algorithm(
         "Gauss-Newton of the whole vector from N₂ examples, Woodbury", "thesis Alg. 23, (5.2), (5.6), (5.7), 5.8",
-        Smw, "exact", 0.1, 1.001, _same,
+        Smw, "exact", 0.1, 1.001, same,
         momentum=0.0, momentum_kind="average", warm=False, own={"curvature_size": 30}, whole=True,
     ),
     "hf": Algorithm(
         "Hessian-free: conjugate gradients on Gauss-Newton products", "Martens 2010; thesis 5.7, 5.8",
-        HessianFree, "exact", 0.1, 1.001, _same,
+        HessianFree, "exact", 0.1, 1.001, same,
         momentum=0.0, momentum_kind="average", warm=False, own={"curvature_size": 30}, whole=True,
     ),
     "skqn-l": Algorithm(
         "KFAC of the minibatch refined by L-BFGS of each block, λ by the gradient's norm", "S2QN Alg. 1, (12), (13); curvlab",
-        SkqnL, "data", 1.0, 30.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
+        SkqnL, "data", 1.0, 30.0, same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
     ),
     "skqn-b1": Algorithm(
         "the same, factor G refined by sketched block BFGS of steps", "S2QN Alg. 1, (19), (22); curvlab",
-        SkqnB, "data", 1.0, 30.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
+        SkqnB, "data", 1.0, 30.0, same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
         own={"condition": "parameters"},
     ),
     "skqn-b2": Algorithm(
         "the same, of changes of pre-activations", "S2QN Alg. 1, (20), (22); curvlab",
-        SkqnB, "data", 1.0, 100.0, _same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
+        SkqnB, "data", 1.0, 100.0, same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
         own={"condition": "preactivations"},
     ),
     "lbfgs": Algorithm(
         "L-BFGS of the whole vector, 10 pairs", "S2QN (12); Nocedal and Wright, Alg. 7.4",
-        Structured, "data", 0.1, 0.0, _same, momentum=0.0, warm=False, own={"base": "none", "pairs": 10}, whole=True,
+        Structured, "data", 0.1, 0.0, same, momentum=0.0, warm=False, own={"base": "none", "pairs": 10}, whole=True,
     ),
     "ssn": Algorithm(
         "subsampled Newton, damped, conjugate gradients", "S2QN 6; Roosta and Mahoney 2019",
-        Structured, "data", 1.0, 1e-3, _same, momentum=0.0, warm=False, own={"base": "hessian", "pairs": 0}, whole=True,
+        Structured, "data", 1.0, 1e-3, same, momentum=0.0, warm=False, own={"base": "hessian", "pairs": 0}, whole=True,
     ),
     "s4qn": Algorithm(
         "subsampled Hessian, refined by L-BFGS of what it misses", "S2QN Alg. 1",
-        Structured, "data", 1.0, 1e-3, _same, momentum=0.0, warm=False, own={"base": "hessian", "pairs": 1}, whole=True,
+        Structured, "data", 1.0, 1e-3, same, momentum=0.0, warm=False, own={"base": "hessian", "pairs": 1}, whole=True,
     ),
     "full-ggn": Algorithm(
         "exact Gauss-Newton matrix of the whole vector, conjugate gradients to 1e-6: a reference", "thesis 1.2.2; curvlab",
-        Structured, "exact", 0.03, 1e-3, _same, momentum_kind="average", warm=False, whole=True,
+        Structured, "exact", 0.03, 1e-3, same, momentum_kind="average", warm=False, whole=True,
         own={"base": "fisher", "pairs": 0, "tolerance": 1e-6, "iterations": 1000},
     ),
 }  # fmt: skip
