@@ -382,6 +382,19 @@ def test_none_is_a_word_where_one_is_wanted(algorithm: str, own: dict[str, str])
     assert {name: getattr(found, name) for name in own} == own | ({"sample": None} if "sample" in own else {})
 
 
+def test_what_cannot_take_a_first_step_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """√λ above 1 is found when H_g is first damped, after epoch 0; the same folder then takes the run with another value."""
+    out = tmp_path / "run"
+    words = [*SMALL, "--algorithm", "k-bfgs-20", "--steps", "2", "--evaluate-samples", "100", "--out", str(out)]
+    assert call(*words, "--damping", "4") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("curvlab: ")
+    assert "saved" not in said
+    assert not any(out.iterdir())
+    assert call(*words, "--damping", "0.3") == 0
+    assert float(cl.open(out)["steps"][-1]) == 2
+
+
 def test_double_grad_and_the_l2_term_by_their_options(tmp_path: Path) -> None:
     """The same steps as `cl.train`'s; and a run goes on with them."""
     words = [*SMALL, "--algorithm", "k-bfgs-20", "--damping", "0.3", "--double-grad", "--l2", "0.01"]

@@ -122,6 +122,7 @@ class Training:
         self.bar, self.say = bar, say
         if self._chance_kept:
             chance.set_states(self._chance_kept, self.objective.device)
+        fresh, fruitless = not self.at.started, False
         with mode(self.objective.model, training=True), shielded() as self.shield:
             try:
                 if not self.at.started:
@@ -135,6 +136,9 @@ class Training:
                 if not self.at.started:
                     raise CurvlabError(f"before the first step: {error}") from error
                 self._stop(str(error).splitlines()[0])
+            except CurvlabError:
+                fruitless = fresh and not self.at.steps  # what was asked for cannot be: no run to go on with
+                raise
             except KeyboardInterrupt:
                 self._pause()
                 if self.at.started and not self.shield.broken:
@@ -142,8 +146,11 @@ class Training:
                 raise
             finally:
                 self._pause()
-                self.sampler.flush(self.log)
-                self.log.save()
+                if fruitless:
+                    self._forget()
+                else:
+                    self.sampler.flush(self.log)
+                    self.log.save()
 
     def _begin(self) -> None:
         """Epoch 0: evaluated before the warm start, so that what does not fit is found at once."""
@@ -372,6 +379,12 @@ class Training:
         else:
             self._good_model = {k: v.clone() for k, v in self.objective.model.state_dict().items()}
         self.good, self._kept_at = (self.at.epoch, self.at.step), time.monotonic()
+
+    def _forget(self) -> None:
+        """No file of a run that cannot take its first step stands in the way of the next."""
+        if self.folder is not None:
+            for name in ("run.h5", checkpoint.FILE):
+                (self.folder / name).unlink(missing_ok=True)
 
     def _stop(self, reason: str) -> None:
         """The numbers left the finite range: back to the last good state, and the log says why."""
