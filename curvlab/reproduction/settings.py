@@ -7,7 +7,7 @@ from typing import Any
 
 from curvlab.reproduction.comparison import Extent, Method, Values
 
-AUTOENCODERS = Extent(seconds=60, tests=10_000, evaluated=10_000)
+AUTOENCODERS = Extent(seconds=120, tests=10_000, evaluated=10_000)
 NETWORKS = Extent(seconds=60, examples=2048, tests=512, evaluated=512)
 WIDE = Extent(seconds=60, examples=512, tests=256, evaluated=256)
 """Of the `cpu` budget. A step of VGG16 takes two cores some two seconds, one of ResNet32-4 eight."""
