@@ -28,7 +28,7 @@ FIGURE = Comparison(
     problems=["MNIST classes"],
     batch=60,
     methods=methods(0.1, 30),
-    cpu=Extent(seconds=60, epochs=10, examples=12_000),
+    cpu=Extent(seconds=420, epochs=10, examples=12_000),
     paper=Extent(epochs=10),
     claims=[
         Claim("SMW-GN is faster than HF in epochs", ["SMW-GN"], ["HF"]),
