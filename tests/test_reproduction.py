@@ -380,7 +380,7 @@ def test_a_figure_has_a_column_each_problem() -> None:
     assert len(figure.axes) == 8
     assert [ax.get_xlabel() for ax in figure.axes[::2]] == ["epoch", "process time (s)"] * 2
     assert figure.axes[0].get_yscale() == "log"
-    assert figure.axes[4].get_yscale() == "linear"
+    assert figure.axes[4].get_yscale() == "log"
     assert len(draw({"one": found["one"]}, ("train_loss",), "title").axes) == 2
 
 

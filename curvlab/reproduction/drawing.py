@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from curvlab.axes import Logarithmic
 from curvlab.reproduction.claims import MEASURES
 from curvlab.reproduction.results import AXES, Result, Results
 
@@ -70,7 +71,7 @@ def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std
 def panel(
     ax: Axes, results: dict[str, Result], measure: str, axis: str, looks: dict[str, dict[str, object]], spread: str
 ) -> None:
-    """Means over seeds, a band of their standard deviation or of the mean's error; the loss on a log axis."""
+    """Means over seeds, a band of their standard deviation or of the mean's error."""
     drawn = []
     for label, result in results.items():
         if not result.runs or measure not in result.together:
@@ -88,8 +89,7 @@ def panel(
     if axis == "epoch":
         ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     ax.set_ylabel(MEASURES[measure] + (" (nat)" if measure.endswith("loss") else ""))
-    if measure.endswith("loss"):
-        logarithmic(ax, drawn)
+    logarithmic(ax, drawn)
     ax.grid(alpha=0.3, which="both", linewidth=0.5)
 
 
@@ -100,6 +100,6 @@ def logarithmic(ax: Axes, drawn: Iterable[object]) -> None:
         return
     ax.set_yscale("log")
     if values.max() < 100 * values.min():
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}" if values.max() < 8 * values.min() else "")
+        ax.yaxis.set_major_formatter(Logarithmic())
+        ax.yaxis.set_minor_formatter(Logarithmic(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         ax.tick_params(axis="y", which="minor", labelsize=7)
