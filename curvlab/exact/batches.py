@@ -29,6 +29,7 @@ PASSES: dict[str, Pass] = {"ggn": "exact", "fisher": "exact", "fisher-mc": "mode
 CHUNK = 4096
 """Examples in one forward pass; a constant, since labels are drawn chunk by chunk."""
 
+_REMEDY = "call model.eval() first, or train by a method without exact products"
 _NUMBERS = 1 << 24  # in the pre-activation Hessians of one block at a time
 
 
@@ -139,12 +140,9 @@ def alone(objective: Objective) -> None:
                 raise CurvlabError(f"the weights '{name}' contain NaN or Inf: take them from before they did")
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise CurvlabError(
-                f"'{name}' normalises over the batch, so that no example has a loss of its own: call model.eval() first"
-            )
+            raise CurvlabError(f"'{name}' normalises over the batch, so that no example has a loss of its own: {_REMEDY}")
         if module.training and (_drops(module) or _drops_inside(module)):
-            raise CurvlabError(f"'{name}' drops units at random, so that the loss is no function of the weights: "
-                               "call model.eval() first")  # fmt: skip
+            raise CurvlabError(f"'{name}' drops units at random, so that the loss is no function of the weights: {_REMEDY}")
     objective.sound = state
 
 
