@@ -63,7 +63,7 @@ def train(
         float, Option(help="μ of a term μ ‖θ‖² in loss and gradient (S2QN (26); thesis 2.8.2: 5e-6).", rich_help_panel=_METHOD)
     ] = 0.0,
     double_grad: Annotated[
-        bool, Option("--double-grad", help="Of K-BFGS: the gradient from two minibatches at almost no cost (thesis 2.8.3).",
+        bool, Option(help="Of K-BFGS: the gradient from two minibatches at almost no cost (thesis 2.8.3).",
                      rich_help_panel=_METHOD),
     ] = False,
     decay: Annotated[

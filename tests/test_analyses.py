@@ -25,8 +25,8 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "benchmarks/exact.py": (["--examples", "20", "--skip", "autoencoder", "memory"], "of the peak"),
     "benchmarks/steps.py": (["--problems", "vgg", "--names", "adam", "k-bfgs", "--batch-size", "40"], "torch Adam"),
     "benchmarks/probes.py": (
-        ["--models", "mlp-256-20", "--names", "loss", "damping", "--batch-size", "40", "--repeats", "1"],
-        "all probes of a training run",
+        ["--models", "mlp-256-20", "--names", "loss", "damping", "--batch-size", "40", "--repeats", "1", "--steps", "3"],
+        "with all probes at their own steps",
     ),
     "benchmarks/log.py": (["--seconds", "0.5", "--models", "mlp-256-20", "--algorithms", "adam"], "records and writes"),
     "benchmarks/compare.py": (

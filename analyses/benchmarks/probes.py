@@ -1,6 +1,6 @@
 """What a probe costs: CPU time of one sample over plain forward and backward, in one run; writes curvlab/probes/costs.py.
 
-    python analyses/benchmarks/probes.py [--repeats 5] [--steps 1000 100] [--write]
+    python analyses/benchmarks/probes.py [--repeats 5] [--steps 1000] [--write]
 
 On one thread, the least of several repeats: for mlp-256-20 and the MNIST autoencoder, at minibatches of 1000. Each probe is of
 the method below, on passes that the step has made already. Then all together, at their own steps: training runs of so many
@@ -21,13 +21,14 @@ from curvlab.probes.base import sample
 
 OF = {"damping": "k-bfgs", "bounds": "k-bfgs"}
 """The method that a probe is taken of; else kfac."""
-MODELS = ("mlp-256-20", "mnist-ae")
+STEPS = {"mlp-256-20": 1000, "mnist-ae": 100}
+MODELS = tuple(STEPS)
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--repeats", type=int, default=5)
 parser.add_argument("--batch-size", type=int, default=1000)
 parser.add_argument("--models", nargs="+", default=MODELS)
-parser.add_argument("--steps", type=int, nargs="+", default=[1000, 100], help="of the runs with all probes, a model each")
+parser.add_argument("--steps", type=int, help="of the runs with all probes")
 parser.add_argument("--names", nargs="+", default=list(PROBES), help="only these probes")
 parser.add_argument("--write", action="store_true", help="write what is found into the package")
 options = parser.parse_args()
@@ -106,7 +107,8 @@ for name in options.names:
 for model, table in tables.items():
     of_train = [table[n] / PROBES[n].every for n in options.names if "train" in PROBES[n].where]
     print(f"all probes of a training run at their own steps, {model}: {sum(of_train):.2f} × forward + backward a step")
-for model, steps in zip(options.models, options.steps, strict=True):
+for model in options.models:
+    steps = options.steps or STEPS[model]
     for algorithm in ("k-bfgs", "k-bfgs-l", "kfac"):
         ratio = together(model, algorithm, steps)
         print(f"{steps} steps of {algorithm} with all probes at their own steps / without, {model}: {ratio:.2f}")
