@@ -1,6 +1,6 @@
 """What a probe costs: CPU time of one sample over plain forward and backward, in one run; writes curvlab/probes/costs.py.
 
-    python analyses/benchmarks/probes.py [--repeats 5] [--steps 1000] [--write]
+    python analyses/benchmarks/probes.py [--repeats 5] [--steps 1000] [--together] [--write]
 
 On one thread, the least of several repeats: for mlp-256-20 and the MNIST autoencoder, at minibatches of 1000. Each probe is of
 the method below, on passes that the step has made already. Then all together, at their own steps: training runs of so many
@@ -21,14 +21,14 @@ from curvlab.probes.base import sample
 
 OF = {"damping": "k-bfgs", "bounds": "k-bfgs"}
 """The method that a probe is taken of; else kfac."""
-STEPS = {"mlp-256-20": 1000, "mnist-ae": 100}
-MODELS = tuple(STEPS)
+MODELS = ("mlp-256-20", "mnist-ae")
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--repeats", type=int, default=5)
 parser.add_argument("--batch-size", type=int, default=1000)
 parser.add_argument("--models", nargs="+", default=MODELS)
-parser.add_argument("--steps", type=int, help="of the runs with all probes")
+parser.add_argument("--steps", type=int, default=1000, help="of the runs with all probes, as many as the rarest waits")
+parser.add_argument("--together", action="store_true", help="only these runs")
 parser.add_argument("--names", nargs="+", default=list(PROBES), help="only these probes")
 parser.add_argument("--write", action="store_true", help="write what is found into the package")
 options = parser.parse_args()
@@ -97,21 +97,23 @@ def together(model: str, algorithm: str, steps: int) -> float:
     return seconds(fitting) / seconds([])
 
 
-tables = {model: costs(model) for model in options.models}
+tables = {} if options.together else {model: costs(model) for model in options.models}
 print(
     f"1 thread, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}; × forward + backward, batches of {options.batch_size}"
 )
-print(f"{'probe':>12s}  every" + "".join(f"{m:>14s}" for m in tables))
-for name in options.names:
+if tables:
+    print(f"{'probe':>12s}  every" + "".join(f"{m:>14s}" for m in tables))
+for name in options.names if tables else []:
     print(f"{name:>12s}  {PROBES[name].every:5d}" + "".join(f"{t[name]:14.3f}" for t in tables.values()))
 for model, table in tables.items():
     of_train = [table[n] / PROBES[n].every for n in options.names if "train" in PROBES[n].where]
     print(f"all probes of a training run at their own steps, {model}: {sum(of_train):.2f} × forward + backward a step")
-for model in options.models:
-    steps = options.steps or STEPS[model]
-    for algorithm in ("k-bfgs", "k-bfgs-l", "kfac"):
-        ratio = together(model, algorithm, steps)
-        print(f"{steps} steps of {algorithm} with all probes at their own steps / without, {model}: {ratio:.2f}")
+for algorithm in ("k-bfgs", "k-bfgs-l", "kfac"):
+    ratio = together("mlp-256-20", algorithm, options.steps)
+    print(
+        f"{options.steps} steps of {algorithm} with all probes at their own steps / without, mlp-256-20: {ratio:.2f}",
+        flush=True,
+    )
 if options.write:
     target = Path(cl.__file__).parent / "probes" / "costs.py"
     lines = [f'    "{name}": ({", ".join(f"{tables[m][name]:.2g}" for m in MODELS)}),' for name in PROBES]
