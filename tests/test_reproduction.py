@@ -24,6 +24,7 @@ from curvlab.errors import CurvlabError
 from curvlab.memory import tensors
 from curvlab.models import MODELS
 from curvlab.reproduction import Axis, Claim, Comparison, Extent, Method, Options, Row, Scaling, load, reproduce, scripts
+from curvlab.reproduction.claims import verdicts
 from curvlab.reproduction.comparison import Runs
 from curvlab.reproduction.drawing import draw, styles
 from curvlab.reproduction.problems import PROBLEMS, Problem
@@ -365,6 +366,8 @@ def test_claims_by_hand() -> None:
     assert verdict("time", "B", "A", within=0.5, alike=True).startswith("holds")
     assert verdict("lowest", "B", "A") == "does not hold: B 2 against A 1 (lowest training loss)"
     assert verdict("epoch", "A", "C") == "cannot be said: no run of C"
+    lines = list(verdicts([Claim("it is", ["A"], ["B"], problems=["one", "two"])], {"one": found}))
+    assert lines == ["claim: it is", "  one: holds: A 1 against B 4 (training loss at 2 epochs)", "  two: not run"]
 
 
 def test_curves_are_told_apart_without_colour() -> None:

@@ -52,6 +52,5 @@ def verdicts(claims: Sequence[Claim], found: Results) -> Iterator[str]:
     """A line a claim, and one a problem."""
     for claim in claims:
         yield f"claim: {claim.words}" + (f" (up to {claim.within:.0%})" if claim.within else "")
-        for problem, results in found.items():
-            if problem in (claim.problems or found):
-                yield f"  {problem}: {claim.verdict(results)}"
+        for problem in claim.problems or found:
+            yield f"  {problem}: {claim.verdict(found[problem]) if problem in found else 'not run'}"
