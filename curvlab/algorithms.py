@@ -260,7 +260,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "skqn-b1": Algorithm(
         "the same, factor G refined by sketched block BFGS of steps", "S2QN Alg. 1, (19), (22); curvlab",
-        SkqnB, "data", 1.0, 30.0, same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
+        SkqnB, "data", 1.0, 100.0, same, momentum=0.0, decay=0.0, warm=False, damping_rule=GradientNorm(), refresh_every=20,
         own={"condition": "parameters"},
     ),
     "skqn-b2": Algorithm(

@@ -9,7 +9,7 @@ from curvlab.reproduction import AUTOENCODERS, Claim, Comparison, Extent, Method
 PROBLEMS = ["MNIST", "CURVES, 1000", "FACES, 1000"]
 VALUES = {  # label: (algorithm, (learning rate, damping) in the order of PROBLEMS)
     "SKQN-L": ("skqn-l", ((1.0, 30.0), (1.0, 30.0), (1.0, 30.0))),
-    "SKQN-B1": ("skqn-b1", ((1.0, 30.0), (1.0, 30.0), (1.0, 30.0))),
+    "SKQN-B1": ("skqn-b1", ((1.0, 100.0), (1.0, 100.0), (1.0, 100.0))),
     "SKQN-B2": ("skqn-b2", ((1.0, 100.0), (1.0, 100.0), (1.0, 100.0))),
     "KFAC": ("kfac", ((0.03, 1), (0.3, 30), (0.01, 0.1))),
     "Adam": ("adam", ((1e-4, 1e-4), (1e-3, 1e-3), (1e-4, 1e-4))),
