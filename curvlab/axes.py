@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, LogFormatter
 from numpy.typing import NDArray
 
@@ -45,8 +46,14 @@ def symmetric_log(ds: xr.Dataset) -> SymmetricLog:
     return SymmetricLog(edges[shown], shown[:-1], 10.0**low, 10.0**top)
 
 
-class Logarithmic(LogFormatter):
+class _Logarithmic(LogFormatter):
     """With the digits that tell ticks apart, where matplotlib's has one below 1."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:.4g}" if super().__call__(x, pos) else ""
+
+
+def plain_numbers(axis: Axis) -> None:
+    """On a logarithmic axis, also between the decades where there is room for them."""
+    axis.set_major_formatter(_Logarithmic())
+    axis.set_minor_formatter(_Logarithmic(labelOnlyBase=False, minor_thresholds=(2, 0.5)))

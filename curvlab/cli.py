@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 import curvlab
-from curvlab import cli_reproduce, cli_train, datasets, figures, models, probes, runs, spectra, spectrum_run, tables
+from curvlab import cli_reproduce, cli_train, datasets, figures, models, probes, runs, spectra, spectrum_run
 from curvlab.algorithms import ALGORITHMS
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.log import open_log
@@ -109,7 +109,7 @@ def compare(
     folder = folder_for(out_folder, f"compare-{model}")
     with says_what_is_saved(folder / "run.h5"):
         ds = runs.compare_named(named, folder / "run.h5", call, err).dataset
-    finish(ds, folder, "cosine", tables.cosines(ds))
+    finish(ds, folder, "cosine")
 
 
 @app.command()
@@ -162,7 +162,7 @@ def spectrum(
     folder = folder_for(out_folder, f"spectrum-{model}")
     with says_what_is_saved(folder / "run.h5"):
         ds = spectrum_run.run(prepared, folder / "run.h5", call, err)
-    finish(ds, folder, "spectrum", tables.spectra(ds))
+    finish(ds, folder, "spectrum")
 
 
 def _integer(text: str, option: str) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from curvlab import models, tables
+from curvlab import models
 from curvlab.errors import CurvlabError
 from curvlab.memory import keep_freed_memory
 from curvlab.probes import asked
@@ -182,9 +182,7 @@ def train(
     with says_what_is_saved(folder / "run.h5", f"; go on with: curvlab train --resume --out {folder}"):
         run = run_named(training, err)
     ds = run.dataset
-    finish(
-        ds, folder, "training", tables.epochs(ds), f"{ds.attrs['algorithm']} on {ds.attrs['model']}; error: {ds.attrs['error']}"
-    )
+    finish(ds, folder, "training", f"{ds.attrs['algorithm']} on {ds.attrs['model']}; error: {ds.attrs['error']}")
     if run.stopped:
         err.print(f"curvlab: {run.stopped} ({folder / checkpoint.FILE})", markup=False)
         raise typer.Exit(DIVERGED)

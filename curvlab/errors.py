@@ -75,6 +75,13 @@ def fitting(what: str, value: Any, hint: Any) -> Any:
     return value
 
 
+def check_values(*checks: tuple[str, float, bool, str]) -> None:
+    """Of (what, value, whether it is good, what is wanted): raises CurvlabError for the first that is not good."""
+    for what, value, good, wanted in checks:
+        if not good:
+            raise CurvlabError(f"{what} must be {wanted}, not {value:g}")
+
+
 def guard_memory(needed: int, what: str, remedy: str) -> None:
     """Refuse a dense object of `needed` bytes that would take more than 80 % of the machine's memory."""
     total = _memory()

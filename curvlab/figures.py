@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from curvlab.axes import Logarithmic, SymmetricLog, symmetric_log
+from curvlab.axes import SymmetricLog, plain_numbers, symmetric_log
 from curvlab.errors import CurvlabError, lookup
 
 Runs = Sequence[tuple[str, xr.Dataset]]
@@ -249,8 +249,7 @@ def training(runs: Runs) -> Figure:
         row[0].set_ylabel(f"mean loss ({units})" if kind == "loss" else _wrapped(str(first.attrs.get("error", "error"))))
         if all(float(line.get_ydata().min()) > 0 for line in row[0].lines):
             row[0].set_yscale("log")
-            row[0].yaxis.set_major_formatter(Logarithmic())
-            row[0].yaxis.set_minor_formatter(Logarithmic(labelOnlyBase=False, minor_thresholds=(1.5, 0.5)))
+            plain_numbers(row[0].yaxis)
         for ax in row:
             ax.grid(alpha=0.3, which="both", linewidth=0.5)
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))

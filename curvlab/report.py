@@ -174,7 +174,6 @@ def _joint(i: int, name: str, group: figures.Runs, logs: figures.Runs, drawn: An
 
 def _section(i: int, place: str, ds: xr.Dataset, facts: dict[str, str], names: list[str], drawn: Any, several: bool) -> Section:
     title = about.title(ds)
-    own = [make(ds) for needs, make in _TABLES.items() if needs in ds]
     further, left = tables.at_the_end(ds)
     return Section(
         f"run-{i}",
@@ -183,17 +182,13 @@ def _section(i: int, place: str, ds: xr.Dataset, facts: dict[str, str], names: l
         notes=tuple(about.notes(ds)),
         facts=facts if several else None,
         figures=tuple(drawn([(place, ds)], name, f"{title} (run {i})" if several else title) for name in names),
-        tables=(*own, *further),
+        tables=(*tables.own(ds), *further),
         left=tuple(left),
         calls=tuple(about.calls(ds)),
         versions={k: str(v) for k, v in (about.attribute(ds, "versions") or {}).items()}
         | {"git commit": about.text(ds, "git_commit")},
         attributes={name: str(value) for name, value in ds.attrs.items()},
     )
-
-
-_TABLES = {"cosine": tables.cosines, "train_loss": tables.epochs, "density": tables.spectra, "tightness_low": tables.bounds}
-"""{variable of the log: what tabulates it}"""
 
 
 def _summary(logs: figures.Runs, facts: Sequence[dict[str, str]]) -> tuple[dict[str, str], Table | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,20 @@ def _of_epoch(at: xr.Dataset, scores: Sequence[str]) -> tuple[str, ...]:
     return (f"{float(at['epoch']):g}", str(int(at["steps"])), *cells, number(at["wall_seconds"]))
 
 
+TABLES: dict[str, Callable[[xr.Dataset], Table]] = {
+    "cosine": cosines,
+    "train_loss": epochs,
+    "density": spectra,
+    "tightness_low": bounds,
+}
+"""{variable of the log: what tabulates it}"""
+
+
+def own(ds: xr.Dataset) -> list[Table]:
+    """Those of TABLES that the log has the numbers for; the first says what the run was for."""
+    return [make(ds) for needs, make in TABLES.items() if needs in ds]
+
+
 def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
     """What is known of each algorithm or block at the end: tables, and (variable, why it is in none).
 
@@ -161,8 +175,8 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
     ds = _of_seeds(ds)
     found: dict[tuple[str, ...], list[str]] = {}
     left: list[tuple[str, str]] = []
-    own = {"cosine"} | (set(ds.data_vars) if "density" in ds else set())
-    for name in (str(name) for name in ds.data_vars if name not in own):
+    tabulated = {"cosine"} | (set(ds.data_vars) if "density" in ds else set())
+    for name in (str(name) for name in ds.data_vars if name not in tabulated):
         axis, *dims = (str(d) for d in ds[name].dims if d != "seed") if ds[name].ndim else ("",)
         if not {"long_name", "units"} <= ds[name].attrs.keys() or not {"block", "algorithm"} & set(dims):
             continue

@@ -47,16 +47,15 @@ def show(table: Table, title: str = "") -> None:
     out.print(drawn)
 
 
-def finish(ds: Any, folder: Path, figure: str, table: Table, title: str = "") -> None:
-    """What every run ends with: figure files, table, and the names of what was written."""
+def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
+    """What every run ends with: figure files, tables (`title` of the first), and the names of what was written."""
     drawn = figures.draw(ds, figure)
     written = [folder / "run.h5"]
     for suffix in ("png", "svg"):
         drawn.savefig(folder / f"{figure}.{suffix}", dpi=150)
         written.append(folder / f"{figure}.{suffix}")
-    show(table, title)
-    if "tightness_low" in ds:
-        show(tables.bounds(ds))
+    for i, table in enumerate(tables.own(ds)):
+        show(table, "" if i else title)
     for file in written:
         out.print(f"wrote {file}", highlight=False, soft_wrap=True)
 

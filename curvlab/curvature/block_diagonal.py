@@ -16,7 +16,7 @@ from torch import Tensor
 from curvlab.curvature.base import NO_DATA, CurvatureBlock, IdentityBlock, Reads, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
-from curvlab.errors import CurvlabError, CurvlabWarning, unknown
+from curvlab.errors import CurvlabError, CurvlabWarning, check_values, unknown
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
 from curvlab.objective import Closure, Objective, Observation, Pass, Transition
@@ -75,13 +75,11 @@ class BlockDiagonal:
         levenberg: LevenbergMarquardt | None = None,
     ) -> None:
         check_damping(damping)
-        for what, value, good, wanted in (
+        check_values(
             ("decay", decay, 0 <= decay < 1, "at least 0 and below 1"),
             ("update_every", update_every, update_every >= 1, "a positive number of steps"),
             ("refresh_every", refresh_every, refresh_every >= 1, "a positive number of steps"),
-        ):
-            if not good:
-                raise CurvlabError(f"{what} must be {wanted}, not {value:g}")
+        )
         self._partition = {block.name: block for block in blocks}
         self.blocks = {block.name: make(block) for block in blocks}
         loose = [b for b in blocks if not _has(b, self.blocks[b.name].reads)]

@@ -46,7 +46,7 @@ from torch import Tensor
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import Move, Reads, Secant, blend
 from curvlab.curvature.kfac import Kfac
-from curvlab.errors import CurvlabError, lookup
+from curvlab.errors import CurvlabError, check_values, lookup
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import Pair, accept, powell_on_b, undamped
 from curvlab.linalg.block_bfgs import (
@@ -234,13 +234,11 @@ class SkqnB:
         seed: int = 0,
     ) -> None:
         _check("columns", columns, gamma)
-        for what, value, good, wanted in (
+        check_values(
             ("mu", mu, 0 < mu <= 1, "above 0 and at most 1"),
             ("tau", 1.0 if tau is None else tau, tau is None or 0 <= tau <= 1, "between 0 and 1, or none for Powell's rule"),
             ("seed", seed, seed >= 0, "0 or positive"),
-        ):
-            if not good:
-                raise CurvlabError(f"{what} must be {wanted}, not {value:g}")
+        )
         self.condition = lookup(CONDITIONS, condition, "condition")
         self.columns, self.gamma, self.choice, self.mu, self.tau = columns, gamma, choice, mu, tau
         self.split, self.seed, self.draws = split, seed, 0

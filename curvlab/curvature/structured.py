@@ -34,7 +34,7 @@ from torch import Tensor
 from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.whole import Schedule, Search, flat, like, part, searched, subset
-from curvlab.errors import CurvlabError, unknown
+from curvlab.errors import CurvlabError, check_values, unknown
 from curvlab.exact.batches import Kind
 from curvlab.exact.general import Function
 from curvlab.linalg.bfgs import Pair, accept, undamped
@@ -123,7 +123,7 @@ class Structured:
         for what, value, known in (("base", base, Base), ("solver", solver, Solver), ("line search", search, Search)):
             if value not in get_args(known):
                 raise unknown(what, value, get_args(known))
-        for what, number, good, wanted in (
+        check_values(
             ("pairs", pairs, pairs >= (base == "none"), "0 or more, or 1 or more where there is no base"),
             ("sample", 1 if sample is None else sample, sample is None or sample >= 1, "a positive number of examples"),
             ("growth", growth, growth >= 1, "1 or more"),
@@ -131,9 +131,7 @@ class Structured:
             ("gamma", 1.0 if gamma is None else gamma, gamma is None or gamma > 0, "above 0"),
             ("tolerance", tolerance, 0 < tolerance < 1, "above 0 and below 1"),
             ("iterations", iterations, iterations >= 1, "1 or more"),
-        ):
-            if not good:
-                raise CurvlabError(f"{what} must be {wanted}, not {number:g}")
+        )
         if (r1 is None) != (r2 is None):
             raise CurvlabError("the gradient-norm rule (8) needs both r1 and r2, or neither")
         self.rule = None if r1 is None or r2 is None else GradientNorm(r1, r2)

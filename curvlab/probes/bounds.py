@@ -19,7 +19,7 @@ that of every contraction, in place of its norm, which nobody keeps. NaN: no the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -40,7 +40,9 @@ from curvlab.linalg.bounds import (
 )
 from curvlab.linalg.bounds import mu3 as third
 from curvlab.linalg.direct_sum import ColumnSum, DirectSum
+from curvlab.linalg.implicit import Solve
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator
+from curvlab.linalg.products import Product
 from curvlab.objective import Closure
 from curvlab.probes.base import Frame, Values, Variable, probe
 from curvlab.probes.damping import holds
@@ -72,13 +74,15 @@ Ends = tuple[float, float]
 
 
 def ends(matrix: Tensor | Operator) -> Ends:
-    """Least and greatest eigenvalue, through the factors where there are any; NaN where that would take too long."""
+    """Least and greatest eigenvalue, through the factors if any; NaN where it would take long, or only products are known."""
     if isinstance(matrix, Kronecker):
         corners = [math.prod(corner) for corner in product(*(ends(f) for f in matrix.factors))]
         return min(corners), max(corners)
     if isinstance(matrix, DirectSum | ColumnSum):
         each = [ends(part) for part in matrix.parts]
         return min(low for low, _ in each), max(high for _, high in each)
+    if isinstance(matrix, Product | Solve):
+        return _NONE
     if isinstance(matrix, Tensor):
         values = torch.linalg.eigvalsh(matrix)
     elif len(matrix) <= LARGEST or isinstance(getattr(matrix, "inside", matrix), Diagonal):
@@ -177,9 +181,8 @@ def norm_of(part: Kronecker, damping: float) -> float:
     return mean ** len(shape) * math.prod(shape)
 
 
-def of_contractions(inverse: Operator, damping: float) -> list[Bounds | None]:
-    """Of TNT's H_a, H_g (None where a parameter is no matrix) and H."""
-    parts = parts_of(inverse)
+def of_contractions(parts: Sequence[Kronecker], damping: float) -> list[Bounds | None]:
+    """Of TNT's H_a, H_g (None where the weight is no matrix) and H, from its parts."""
     shapes, norms = [[len(f) for f in part.factors] for part in parts], [norm_of(part, damping) for part in parts]
     each = [tensor_normal(shape, norm, damping).inverse for shape, norm in zip(shapes, norms, strict=True)]
     whole = Bounds(min(b.lower for b in each), max(b.upper for b in each))
@@ -273,9 +276,10 @@ def _bounds(frame: Frame) -> list[Values]:
             if factors is None:
                 found[i, j, 2] = ends(block.inverse)
                 if getattr(curvature, "name", "").startswith("tnt"):
-                    proven[i, j] = [_pair(x) for x in of_contractions(block.inverse, curvature.damping)]  # type: ignore[union-attr]  # has a name
-                    if len(parts_of(block.inverse)[0].factors) == 2:
-                        found[i, j, [1, 0]] = [ends(factor) for factor in parts_of(block.inverse)[0].factors]
+                    parts = parts_of(block.inverse)
+                    proven[i, j] = [_pair(x) for x in of_contractions(parts, curvature.damping)]  # type: ignore[union-attr]  # has a name
+                    if len(parts[0].factors) == 2:
+                        found[i, j, [1, 0]] = [ends(factor) for factor in parts[0].factors]
                 continue
             found[i, j, 1], found[i, j, 0] = ends(factors[0]), ends(factors[1])
             found[i, j, 2] = found[i, j, 0] * found[i, j, 1]

@@ -80,8 +80,9 @@ class Extent:
     def seconds_on(self, problem: str) -> float | None:
         return self.seconds[problem] if isinstance(self.seconds, Mapping) else self.seconds
 
-    def epochs_on(self, problem: str) -> int | None:
-        return self.epochs[problem] if isinstance(self.epochs, Mapping) else self.epochs
+    def epochs_on(self, problem: str, algorithm: str = "") -> int | None:
+        ends = (self.epochs[problem] if isinstance(self.epochs, Mapping) else self.epochs, self.at_most.get(algorithm))
+        return min((n for n in ends if n is not None), default=None)
 
     def on(self, problems: Sequence[str]) -> str:
         """In words."""
@@ -254,9 +255,7 @@ class Runs:
             objective, random = self.problem.smoke(seed, self.of.l2)
             return train(objective, random.batches(32, seed=seed), random, steps=2, progress=False, **arguments).dataset
         examples, tests = self.data
-        most = self.extent.at_most.get(method.algorithm)
-        seconds, epochs = self.extent.seconds_on(self.name), self.extent.epochs_on(self.name)
-        epochs = most if epochs is None else min(epochs, most or epochs)
+        seconds, epochs = self.extent.seconds_on(self.name), self.extent.epochs_on(self.name, method.algorithm)
         if seconds is None and epochs is None:
             epochs = method.epochs
         folder = self.folder(arguments, batch, seed)

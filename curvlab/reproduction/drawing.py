@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from curvlab.axes import Logarithmic
+from curvlab.axes import plain_numbers
 from curvlab.reproduction.claims import MEASURES
 from curvlab.reproduction.results import AXES, Result, Results
 
@@ -100,6 +100,5 @@ def logarithmic(ax: Axes, drawn: Iterable[object]) -> None:
         return
     ax.set_yscale("log")
     if values.max() < 100 * values.min():
-        ax.yaxis.set_major_formatter(Logarithmic())
-        ax.yaxis.set_minor_formatter(Logarithmic(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        plain_numbers(ax.yaxis)
         ax.tick_params(axis="y", which="minor", labelsize=7)
