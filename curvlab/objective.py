@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from curvlab import chance
 from curvlab.capture import Capture, LayerStatistics
 from curvlab.errors import CurvlabError, Diverged, unknown
+from curvlab.finite import all_finite
 from curvlab.layers import Block, Layout, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood
 
@@ -197,7 +198,7 @@ class Closure:
             raise CurvlabError("the minibatch is empty")
         if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
             raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
-        if x.is_floating_point() and not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
+        if x.is_floating_point() and not all_finite(x):
             bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
             raise CurvlabError(f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first")
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
@@ -249,7 +250,7 @@ class Closure:
 
     def check_alone(self, z: Tensor) -> None:
         """Raises CurvlabError where outputs are not finite, or the first example's depend on the others or on chance."""
-        if not math.isfinite(float(z.sum())) and not bool(torch.isfinite(z).all()):
+        if not all_finite(z):
             raise CurvlabError("the model's outputs contain NaN or Inf: check its weights, and the range of the data")
         if self._key in self.objective.alone:
             return

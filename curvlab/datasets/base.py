@@ -12,6 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.finite import all_finite
 
 Augmentation: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 """(inputs of a minibatch, generator) → inputs of the same shape; all that is random comes from the generator."""
@@ -90,7 +91,7 @@ class Dataset:
             raise CurvlabError(f"data set '{self.name}' has {len(self.x)} inputs but {len(self.y)} targets: mend the data")
         stored = torch.from_numpy(self.x.matrix.data) if isinstance(self.x, SparseRows) else self.x
         for what, values in (("inputs", stored), ("targets", self.y)):
-            if values.is_floating_point() and not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+            if values.is_floating_point() and not all_finite(values):
                 raise CurvlabError(f"data set '{self.name}': {what} contain NaN or Inf{_where(values, self.x)}: clean the data")
         if not self.y.is_floating_point() and len(self.y) and int(self.y.min()) < 0:
             raise CurvlabError(f"data set '{self.name}' has the label {int(self.y.min())}: labels are class numbers from 0 on")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,9 @@ from curvlab.layers import Layout
 from curvlab.objective import Closure, differentiable
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
+
+Weights = dict[str, Tensor]
+Of = TypeVar("Of", Tensor, Weights)
 
 
 def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -37,7 +41,7 @@ def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return over
 
 
-def along(f: Callable[[Any], Tensor], at: Tensor, u: Tensor) -> Tensor:
+def along(f: Callable[[Any], Tensor], at: Of, u: Of) -> Tensor:
     """∂f(at) u: forward mode, or the transpose's transpose where an operation has no forward derivative (weight norm)."""
     try:
         found: Tensor = jvp(f, (at,), (u,))[1]
@@ -47,10 +51,10 @@ def along(f: Callable[[Any], Tensor], at: Tensor, u: Tensor) -> Tensor:
     return found
 
 
-def second_derivative(slope: Callable[[Any], Tensor], at: Tensor, u: Tensor) -> Tensor:
+def second_derivative(slope: Callable[[Any], Of], at: Of, u: Of) -> Of:
     """The same of a gradient, by forward mode alone: reverse mode twice is wrong for weight norm (torch 2.13, unsymmetric)."""
     try:
-        found: Tensor = jvp(slope, (at,), (u,))[1]
+        found: Of = jvp(slope, (at,), (u,))[1]
     except NotImplementedError as error:
         line = str(error).splitlines()[0]
         raise CurvlabError(f"torch has no second derivative of an operation in the model ({line}): replace it, or take ggn, "
@@ -72,24 +76,34 @@ class Function:
         self._held = held if bool(held.any()) else None
 
     def outputs(self, w: Float[Tensor, " D"], x: Tensor) -> Float[Tensor, "N *C"]:
-        fixed = {name: self._state[name].clone() for name in self._buffers}  # where BatchNorm may write on them
         if self._held is not None:
             w = torch.where(self._held, self.at, w)
+        return self._called(self._apart(w), x)
+
+    def _apart(self, w: Float[Tensor, " D"]) -> Weights:
+        """By parameters. Contiguous: the way back through batch norm is wrong where its weight has strides (torch 2.13)."""
+        return {name: part.contiguous() for name, part in self.layout.unflatten(w).items()}
+
+    def _called(self, weights: Weights, x: Tensor) -> Float[Tensor, "N *C"]:
+        fixed = {name: self._state[name].clone() for name in self._buffers}  # where BatchNorm may write on them
         with differentiable():
-            z: Tensor = functional_call(self.closure.objective.model, self._state | fixed | self.layout.unflatten(w), (x,))
+            z: Tensor = functional_call(self.closure.objective.model, self._state | fixed | weights, (x,))
         return z
 
     def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:
         return self.closure.objective.likelihood.loss(self.outputs(w, x), y)
 
-    def total(self, kind: Kind) -> Callable[[Float[Tensor, " D"]], Tensor]:
-        """Σₙ ℓₙ; for Π the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩, whose Hessian is Π alone (thesis (1.4))."""
+    def _total(self, kind: Kind) -> Callable[[Float[Tensor, "N *C"]], Tensor]:
+        """z → Σₙ ℓₙ; for Π the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩, whose Hessian is Π alone (thesis (1.4))."""
         x, y = self.closure.x, self.closure.y
+
+        def total(z: Tensor) -> Tensor:
+            return self.closure.objective.likelihood.loss(z, y).sum()
+
         if kind == "hessian":
-            return lambda w: self.losses(w, x, y).sum()
-        z = self.outputs(self.at, x).detach()
-        slope = grad(lambda z: self.closure.objective.likelihood.loss(z, y).sum())(z)
-        return lambda w: (self.outputs(w, x) * slope).sum()
+            return total
+        slope = grad(total)(self.outputs(self.at, x).detach())
+        return lambda z: (z * slope).sum()
 
     def drawn(self, draws: int) -> list[Tensor]:
         return self.closure.labels(self.outputs(self.at, self.closure.x).detach(), draws)
@@ -134,38 +148,55 @@ class Function:
         return found.reshape(len(z), z[0].numel(), -1)
 
     def product(self, kind: Kind, draws: int) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
-        """v → N · M v for several v at once."""
+        """v → N · M v for several v at once.
+
+        Derivatives are by parameters: by slices of one vector, each would come back as long as the vector.
+        """
         x, y = self.closure.x, self.closure.y
         likelihood = self.closure.objective.likelihood
+        at = self._apart(self.at)
+        apply: Callable[[Weights], Weights]
+
+        def outputs(w: Weights) -> Tensor:
+            return self._called(w, x)
+
         if kind not in PASSES:
-            slope = grad(self.total(kind))
-            return mapped(lambda u: second_derivative(slope, self.at, u))
-        if PASSES[kind] == "exact":
+            total = self._total(kind)
 
-            def outputs(w: Tensor) -> Tensor:
-                return self.outputs(w, x)
+            def scalar(w: Weights) -> Tensor:
+                return total(outputs(w))
 
-            z, back, *_ = vjp(outputs, self.at)
-            slope = grad(lambda z: likelihood.loss(z, y).sum())
+            apply = partial(second_derivative, grad(scalar), at)
+        elif PASSES[kind] == "exact":
+            z, back, *_ = vjp(outputs, at)
+            slope = grad(self._total("hessian"))
 
-            def one(u: Tensor) -> Tensor:
-                found: Tensor = back(along(slope, z, along(outputs, self.at, u)))[0]
+            def apply(u: Weights) -> Weights:
+                found: Weights = back(along(slope, z, along(outputs, at, u)))[0]
                 return found
 
-            return mapped(one)
-        labels = self.drawn(draws) if PASSES[kind] == "model" else [y]
+        else:
+            labels = self.drawn(draws) if PASSES[kind] == "model" else [y]
 
-        def losses(w: Tensor) -> Tensor:
-            z = self.outputs(w, x)
-            return torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(len(labels))
+            def losses(w: Weights) -> Tensor:
+                z = outputs(w)
+                return torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(len(labels))
 
-        transposed = vjp(losses, self.at)[1]
+            transposed = vjp(losses, at)[1]
 
-        def second_moment(u: Tensor) -> Tensor:
-            found: Tensor = transposed(along(losses, self.at, u))[0]
-            return found
+            def apply(u: Weights) -> Weights:
+                found: Weights = transposed(along(losses, at, u))[0]
+                return found
 
-        return mapped(second_moment)
+        def one(u: Tensor) -> Tensor:
+            return self._loose(self.layout.flatten(apply(self.layout.unflatten(self._loose(u)))))
+
+        several = mapped(one)
+        return lambda v: one(v[0])[None] if len(v) == 1 else several(v)
+
+    def _loose(self, u: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        """Zero where autograd holds the weights fixed."""
+        return u if self._held is None else u.masked_fill(self._held, 0)
 
     def columns(self, kind: Kind, draws: int, part: slice | None = None) -> Iterator[tuple[slice, Float[Tensor, "D K"]]]:
         """N · M, some columns at a time; `part`: only of these columns."""

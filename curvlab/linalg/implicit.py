@@ -28,7 +28,7 @@ class Damped:
         return len(self.operator)
 
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-        return self.operator @ v + self.damping * v
+        return torch.add(self.operator @ v, v, alpha=self.damping)
 
     def inv(self) -> Operator:
         return Solve(self)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, guard_memory
+from curvlab.finite import all_finite
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import finite_product
 from curvlab.linalg.traces import Estimate, average, gaussian
@@ -155,14 +156,15 @@ def truncated_cg(
                 f"conjugate gradients met pᵀAp = {curvature / float(p @ p):.3g} pᵀp at iteration {i + 1}: "
                 "the matrix is not positive definite; raise the damping"
             )
-        x, r, i = x + (rho / curvature) * p, r - (rho / curvature) * product, i + 1
+        alpha = rho / curvature
+        x, r, i = torch.add(x, p, alpha=alpha), torch.sub(r, product, alpha=alpha), i + 1
         values.append(_quadratic(x, b, r))
         if i >= math.ceil(next_kept):
             kept.append((x, values[i]))
             while math.ceil(next_kept) <= i:
                 next_kept *= growth
         rho, old = float(r @ r), rho
-        p = r + (rho / old) * p
+        p = torch.add(r, p, alpha=rho / old)
         k = max(10, math.ceil(i / 10))
         slow = i > k and values[i] < 0 and (values[i] - values[i - k]) / values[i] < k * progress
         stopped = slow or rho <= enough
@@ -173,7 +175,7 @@ def truncated_cg(
 
 def _quadratic(x: Float[Tensor, " D"], b: Float[Tensor, " D"], r: Float[Tensor, " D"]) -> float:
     """φ(x) = −½ xᵀ (b + r) with r = b − A x."""
-    return -float(x @ (b + r)) / 2
+    return -(float(x @ b) + float(x @ r)) / 2
 
 
 @dataclass(frozen=True)
@@ -310,5 +312,5 @@ def density(operator: Operator, *, draws: int, steps: int, generator: torch.Gene
 def _check_vector(operator: Operator, v: Float[Tensor, " D"], what: str) -> None:
     if v.shape != (len(operator),):
         raise CurvlabError(f"{what} has the shape {list(v.shape)}: the operator takes [{len(operator)}]")
-    if not bool(torch.isfinite(v).all()):
+    if not all_finite(v):
         raise CurvlabError(f"{what} contains NaN or Inf")

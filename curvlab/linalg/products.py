@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, guard_memory
+from curvlab.finite import all_finite
 from curvlab.linalg.operators import Dense, Operator
 
 
@@ -164,7 +165,7 @@ def _placement(value: Any) -> tuple[torch.dtype, torch.device] | None:
 def finite_product(operator: Operator, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
     """``operator @ v``. Raises CurvlabError where it contains NaN or Inf."""
     product = operator @ v
-    if not bool(torch.isfinite(product).all()):
+    if not all_finite(product):
         raise CurvlabError(
             "a product with the operator contains NaN or Inf: check the parameters and the batch it was made from"
         )
