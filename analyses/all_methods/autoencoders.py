@@ -12,9 +12,9 @@ CHAPTER_2, CHAPTER_3, CHAPTER_4, EMPIRICAL, S2QN = (
     load(name).methods for name in ("figure-2.2", "figure-3.1", "figure-4.2", "figure-4.4", "s2qn-figure-2")
 )
 
-SLOW = ("skqn-l", "skqn-b1", "skqn-b2", "smw-ng", "smw-ng-bd", "lbfgs")
+SLOW = ("skqn-l", "skqn-b1", "skqn-b2", "smw-ng", "smw-ng-bd", "hf", "lbfgs")
 ALIKE = ("k-bfgs-20", "k-bfgs-l-20", "kf-bfgs-cnn", "kfac-ef", "tnt-ef")  # others of their kind go all the way
-AT_MOST = dict.fromkeys((*SLOW, *ALIKE), 10) | {"hf": 2}
+AT_MOST = dict.fromkeys((*SLOW, *ALIKE), 10)
 
 FIGURE = Comparison(
     shows="autoencoders of MNIST and CURVES by every applicable method, at the documents' values",
