@@ -102,7 +102,7 @@ def accumulate_second_moment_(matrix: Float[Tensor, "D D"], rows: Float[Tensor, 
 
 def mirror_(matrix: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
     """Copies the lower triangle onto the upper one, in place."""
-    order, panel = len(matrix), 512
+    order, panel = len(matrix), 128
     for start in range(0, order, panel):
         stop = min(start + panel, order)
         corner = matrix[start:stop, start:stop]
