@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
+import atexit
+import gc
+import signal
 import sys
 import threading
 import warnings
@@ -287,6 +289,7 @@ def list_(
 def main() -> None:
     """Run the command line; one line and exit code 2 for bad input, 130 for Ctrl-C."""
     hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
+    atexit.register(gc.freeze)  # what is left goes with the process: to collect it took longer than a second
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _Warn()
@@ -298,8 +301,9 @@ def main() -> None:
 
 def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
     """A Ctrl-C that comes while a weak reference is cleared is dropped there by Python: send it once more, a moment later."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        again = threading.Timer(0.01, _thread.interrupt_main)
+    main = threading.main_thread().ident
+    if issubclass(unraisable.exc_type, KeyboardInterrupt) and main is not None:
+        again = threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT))  # wakes what waits, as a real one does
         again.daemon = True
         again.start()
     else:

@@ -245,12 +245,13 @@ def test_ctrl_c_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPatch, c
         raise raised
 
     for raised, again in ((KeyboardInterrupt, True), (ZeroDivisionError, False)):
-        thing = Thing()
+        thing, start = Thing(), time.monotonic()
         watch = weakref.ref(thing, partial(cleared, raised=raised))
         with pytest.raises(KeyboardInterrupt) if again else nullcontext():
             del thing
             time.sleep(10 if again else 0.1)
         assert watch() is None
+        assert time.monotonic() - start < 5
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
