@@ -81,7 +81,7 @@ def conjugate_gradients(
                 raise CurvlabError(
                     f"rᵀMr = {rho:.3g} at iteration {iterations + 1}: the preconditioner is not positive definite"
                 )
-            p = z + (rho / old) * p
+            p = torch.add(z, p, alpha=rho / old)
             product = finite_product(operator, p)
             curvature = float(p @ product)
             if not curvature > 0:
@@ -91,7 +91,8 @@ def conjugate_gradients(
                     "the matrix is not positive definite; raise the damping, or take the Gauss-Newton matrix",
                     curvature,
                 )
-            x, r, iterations = x + (rho / curvature) * p, r - (rho / curvature) * product, iterations + 1
+            alpha = rho / curvature
+            x, r, iterations = torch.add(x, p, alpha=alpha), torch.sub(r, product, alpha=alpha), iterations + 1
         r = b - finite_product(operator, x)
         residual, before = float(torch.linalg.vector_norm(r)), residual
     return CgResult(x * length, residual, iterations, residual <= tolerance)
