@@ -19,6 +19,8 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.linalg.operators import Compact, Diagonal, Operator, packable
 
+_COLUMNS = 1 << 18  # numbers in double precision at once
+
 
 @packable
 @dataclass(frozen=True)
@@ -162,8 +164,12 @@ def _scaled(memory: Memory, trusted: bool = False) -> tuple[Float[Tensor, "p D"]
 
 
 def _gram(S: Float[Tensor, "p D"], Y: Float[Tensor, "p D"]) -> Float[Tensor, "p p"]:
-    """S Yᵀ in float64."""
-    return S.double() @ Y.double().mT
+    """S Yᵀ in float64, some columns at a time: copies of the whole in that precision would leave the cache."""
+    found = torch.zeros(len(S), len(Y), dtype=torch.float64, device=S.device)
+    at_once = max(1024, _COLUMNS // max(1, len(S)))
+    for s, y in zip(torch.split(S, at_once, 1), torch.split(Y, at_once, 1), strict=True):
+        found.addmm_(s.double(), y.double().mT)
+    return found
 
 
 def _blocks(a: Float[Tensor, "m m"], b: Float[Tensor, "m n"], c: Float[Tensor, "n n"]) -> Float[Tensor, "R R"]:
