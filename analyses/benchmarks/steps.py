@@ -3,8 +3,9 @@
     python analyses/benchmarks/steps.py [--problems autoencoder vgg] [--names NAME …] [--batch-size 1000] [--threads 1]
 
 CPU seconds of one thread, so that other work on the machine matters little; with --threads wall seconds, for a quiet
-machine. A step with a refresh every T₂ is the mean over T₂ steps in a row, after the first T₂ (in which every step
-refreshes). The floor counts products of matrices alone, symmetric ones by half, over the matrix-product peak of this run.
+machine. Forward and backward are timed again before and after each method, which is divided by their mean. A step with a
+refresh every T₂ is the mean over T₂ steps in a row, after the first T₂ (in which every step refreshes). The floor counts
+products of matrices alone, symmetric ones by half, over the matrix-product peak of this run.
 Memory is what a curvature holds between steps, beside the numbers that the documents' tables (2.1, 3.1, 4.1) give it.
 
 Peers: torch's Adam, a straightforward KFAC of forty lines (below), and, where it is installed, pytorch_optimizer's Shampoo:
@@ -230,17 +231,20 @@ def run(problem: str, flops: float) -> None:
     objective, batches = PROBLEMS[problem]()
     layers = layers_of(objective, *batches[0])
 
-    def plain(i: int) -> None:
-        objective.closure(*batches[i % 4])()
+    def plain(i: int, of: cl.Objective = objective, among: list[tuple[Tensor, Tensor]] = batches) -> None:
+        of.closure(*among[i % 4])()
 
-    base = timed(plain)
+    bases = [timed(plain)]  # again after every method: neighbours of the machine make it slower and faster
     least = floor(METHODS[0], layers, plain=True) / flops
-    print(f"\n{problem}, batches of {len(batches[0][0])}: forward + backward {1e3 * base:.1f} ms (floor {1e3 * least:.1f} ms)")
+    about = f"{problem}, batches of {len(batches[0][0])}"
+    print(f"\n{about}: forward + backward {1e3 * bases[0]:.1f} ms (floor {1e3 * least:.1f} ms)")
     print(f"  {'method':<20}{'ms':>9}{'× f+b':>8}{'floor':>8}{'goal':>7}{'memory MB':>12}{'tables':>9}")
     taken: dict[str, float] = {}
 
     def show(label: str, seconds: float, bound: float | None = None, goal: float | None = None, memory: str = "") -> None:
-        taken[label] = seconds
+        bases.append(timed(plain))
+        base = (bases[-2] + bases[-1]) / 2
+        taken[label] = seconds / base
         bounds = f"{bound / flops / base:>8.2f}" if bound else " " * 8
         goals = f"{goal:>7.1f}" if goal and problem == "autoencoder" else " " * 7
         print(f"  {label:<20}{1e3 * seconds:>9.1f}{seconds / base:>8.2f}{bounds}{goals}{memory}", flush=True)
