@@ -28,6 +28,7 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
         ["--models", "mlp-256-20", "--names", "loss", "damping", "--batch-size", "40", "--repeats", "1", "--steps", "3"],
         "with all probes at their own steps",
     ),
+    "benchmarks/products.py": (["--models", "mlp-256-20", "--examples", "20", "--columns", "1", "3"], "curvlinops / ours"),
     "benchmarks/log.py": (["--seconds", "0.5", "--models", "mlp-256-20", "--algorithms", "adam"], "records and writes"),
     "benchmarks/compare.py": (
         ["--batch-size", "20000", "--steps", "2", "--repeats", "1", "--names", "kfac", "sgd-m"],
