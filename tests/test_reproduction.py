@@ -387,6 +387,16 @@ def test_a_figure_has_a_column_each_problem() -> None:
     assert len(draw({"one": found["one"]}, ("train_loss",), "title").axes) == 2
 
 
+@pytest.mark.parametrize(("seconds", "scale"), [(9.0, "linear"), (11.0, "log")])
+def test_a_run_that_takes_much_longer_does_not_squeeze_the_others(seconds: float, scale: str) -> None:
+    found = {name: result(log([9, 3, 1], seconds)) for name, seconds in (("A", 2.0), ("B", 2.0), ("C", seconds))}
+    by_epoch, by_time = draw({"one": found}, ("train_loss",), "title").axes
+    assert by_epoch.get_xscale() == "linear"
+    assert by_time.get_xscale() == scale
+    if scale == "log":
+        assert by_time.get_xlim()[0] > 0
+
+
 # ---- complexity
 
 

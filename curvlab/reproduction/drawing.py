@@ -32,6 +32,7 @@ FAMILIES = {
 
 DASHES = ((0, ()), (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (9, 1.5)), (0, (3, 3)))
 MARKERS = "os^vDPX*"
+_APART = 5  # times the median run's end, beyond which the longest would squeeze all others on a linear axis of time
 
 
 def styles(algorithms: dict[str, str]) -> dict[str, dict[str, object]]:
@@ -72,7 +73,7 @@ def panel(
     ax: Axes, results: dict[str, Result], measure: str, axis: str, looks: dict[str, dict[str, object]], spread: str
 ) -> None:
     """Means over seeds, a band of their standard deviation or of the mean's error."""
-    drawn = []
+    drawn, ends = [], []
     for label, result in results.items():
         if not result.runs or measure not in result.together:
             continue
@@ -84,10 +85,14 @@ def panel(
         if seeds > 1:
             ax.fill_between(x, y - band, y + band, color=str(looks[label]["color"]), alpha=0.15, linewidth=0)
         drawn.append(y)
+        ends.append(float(x[-1]))
     time = "process time (s)" if all(r.clock == "cpu_seconds" for r in results.values() if r.runs) else "time (s)"
     ax.set_xlabel("epoch" if axis == "epoch" else time)
     if axis == "epoch":
         ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    elif ends and max(ends) > _APART * float(np.median(ends)):
+        ax.set_xscale("log", nonpositive="mask")
+        plain_numbers(ax.xaxis)
     ax.set_ylabel(MEASURES[measure] + (" (nat)" if measure.endswith("loss") else ""))
     logarithmic(ax, drawn)
     ax.grid(alpha=0.3, which="both", linewidth=0.5)
