@@ -16,6 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.finite import all_finite
 
 
 @runtime_checkable
@@ -43,7 +44,7 @@ def _same_shape(z: Tensor, y: Tensor, name: str) -> None:
         )
     if not y.is_floating_point():
         raise CurvlabError(f"{name} targets must be floating point, not {y.dtype}: convert them with y.float()")
-    if not bool(torch.isfinite(y).all()):
+    if not all_finite(y):
         raise CurvlabError(f"{name} targets contain NaN or Inf: clean the data first")
 
 

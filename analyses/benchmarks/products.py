@@ -76,12 +76,13 @@ def run(name: str) -> None:
     theirs_first = torch.cat([places.flatten() for places in objective.layout.places().values()])
     for kind in KINDS:
         ours = cl.exact.product(objective, x, y, kind)
+        peer = theirs(kind, objective, x, y, loss) if find_spec("curvlinops") else None
         for columns in options.columns:
             v = torch.randn(size, columns, generator=torch.Generator().manual_seed(0))
             taken = seconds(lambda ours=ours, v=v: ours @ v)
             ratio = ""
-            if find_spec("curvlinops"):
-                peer, w = theirs(kind, objective, x, y, loss), v[theirs_first]
+            if peer is not None:
+                w = v[theirs_first]
                 found, expected = (ours @ v)[theirs_first], peer(w) / len(x)
                 error = float((found - expected).norm() / expected.norm())
                 assert error < 1e-4, f"{name}, {kind}: relative error {error:.2g}"

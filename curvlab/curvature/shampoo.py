@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
 from curvlab.errors import Diverged, lookup
+from curvlab.finite import all_finite
 from curvlab.layers import Block
 from curvlab.linalg.factor import shifted
 from curvlab.linalg.roots import inverse_root_eigh, inverse_root_newton, root_eigh
@@ -30,7 +31,7 @@ def shampoo(block: Block, *, root: str = "auto") -> Contracted:
 
 def factors(means: Contractions, damping: float, root: str = "newton") -> tuple[Tensor, ...]:
     """(Ĝ^(i) + εI)^{−1/2k}, i = 1 … k."""
-    if not all(bool(mean.isfinite().all()) for mean in means):
+    if not all(all_finite(mean) for mean in means):
         raise Diverged("a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping")
     return tuple(ROOTS[root](shifted(mean, damping), 2 * len(means), damping) for mean in means)
 

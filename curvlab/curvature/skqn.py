@@ -16,7 +16,7 @@ The document's appendix is not available; what it leaves open is chosen here, on
     k = 16 columns of the sketch Ξ, normal entries; P = ½ (VᵀU + UᵀV); τ by Powell's rule, μ = 0.2
     γ = 0.1: Λ⁰ = γ I, the start of the refinement (L: of the block; B: of the factor, Λ̃₀)
     r₁, r₂: `GradientNorm`; α_k⁻¹ is the damping, a constant unless `shrink` is below 1
-    β = 1, α⁻¹ = 30 (B: 100; at 30 both diverged on the MNIST autoencoder at step 27 to 35, with each of 4 and of 3 seeds)
+    β = 1, α⁻¹ = 30 (B: 100; at 30 both diverged on the MNIST autoencoder at step 27 to 35, with each of 4 and of 3 seeds),
     T₂ = 20 (line 2 of Alg. 1 computes H_k at every step: T₂ = 1, dear)
 
 Why β / α⁻¹ is so small where a base is kept. The base of a minibatch's own labels contains that minibatch's gradient: if it is

@@ -37,6 +37,7 @@ from curvlab.curvature.whole import Schedule, Search, flat, like, part, searched
 from curvlab.errors import CurvlabError, check_values, unknown
 from curvlab.exact.batches import Kind
 from curvlab.exact.general import Function
+from curvlab.finite import all_finite
 from curvlab.linalg.bfgs import Pair, accept, undamped
 from curvlab.linalg.krylov import Indefinite, conjugate_gradients
 from curvlab.linalg.lbfgs import Memory, empty_memory, lbfgs_inverse, multiple_of_identity, refined, refined_low_rank
@@ -320,7 +321,7 @@ class Structured:
         """By Cholesky; λ is raised so far that the lowest eigenvalue is λ, where it was not above 0."""
         dense = matrix.dense()
         dense = (dense + dense.mT) / 2
-        if not bool(torch.isfinite(dense).all()):
+        if not all_finite(dense):
             raise CurvlabError(f"the matrix of {self._blocks} contains NaN or Inf: raise the damping, or scale the data")
         if bool(torch.linalg.cholesky_ex(dense).info):
             ends = torch.linalg.eigvalsh(dense)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import guard_memory
+from curvlab.finite import all_finite
 from curvlab.linalg.bfgs import Skip, powell_factor
 
 Choice = Literal["symmetric", "trace", "diagonal"]
@@ -65,7 +66,7 @@ def block_bfgs(
     U, V = U.to(Lambda.dtype), V.to(Lambda.dtype)
     LU = Lambda @ U
     W, M = U.mT @ LU, V.mT @ U
-    if not bool(torch.isfinite(W).all() and torch.isfinite(M).all()):
+    if not (all_finite(W) and all_finite(M)):
         return BlockUpdate(Lambda, math.nan, 1.0, 0, "not finite")
     R = _whitening(W, eps)
     rank, whole = R.shape[1], LU @ R  # ΛU (UᵀΛU)⁻¹ UᵀΛ = ΛUR (ΛUR)ᵀ
@@ -89,7 +90,7 @@ def block_bfgs(
     factor = torch.linalg.cholesky_ex(tau * P + (1 - tau) * torch.diag(at_one))[0]
     columns = torch.linalg.solve_triangular(factor, (tau * V + (1 - tau) * LU).mT, upper=False).mT  # V P⁻¹ Vᵀ, halved
     new = _symmetrised(Lambda + columns @ columns.mT - whole @ whole.mT)
-    if not bool(torch.isfinite(new).all()):
+    if not all_finite(new):
         return BlockUpdate(Lambda, least, tau, rank, "not finite")
     return BlockUpdate(new, least, tau, rank)
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.finite import all_finite
 from curvlab.linalg.factor import eigh
 from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.operators import Compact, Diagonal, Operator, packable
@@ -67,7 +68,7 @@ def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
     Raises:
         CurvlabError: NaN or Inf in a factor.
     """
-    if not all(bool(torch.isfinite(u).all()) for u in factors):
+    if not all(all_finite(u) for u in factors):
         raise CurvlabError("a Kronecker factor contains NaN or Inf: lower the learning rate or raise the damping")
     found = [eigh((u + u.mT) / 2) for u in factors]
     values = reduce(lambda e, f: torch.outer(e, f).flatten(), [e.clamp_min(0) for e, _ in found])

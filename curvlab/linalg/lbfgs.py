@@ -19,7 +19,7 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.linalg.operators import Compact, Diagonal, Operator, packable
 
-_COLUMNS = 1 << 18  # numbers in double precision at once
+_NUMBERS = 1 << 18  # in double precision at once
 
 
 @packable
@@ -166,7 +166,7 @@ def _scaled(memory: Memory, trusted: bool = False) -> tuple[Float[Tensor, "p D"]
 def _gram(S: Float[Tensor, "p D"], Y: Float[Tensor, "p D"]) -> Float[Tensor, "p p"]:
     """S Yᵀ in float64, some columns at a time: copies of the whole in that precision would leave the cache."""
     found = torch.zeros(len(S), len(Y), dtype=torch.float64, device=S.device)
-    at_once = max(1024, _COLUMNS // max(1, len(S)))
+    at_once = max(1024, _NUMBERS // max(1, len(S)))
     for s, y in zip(torch.split(S, at_once, 1), torch.split(Y, at_once, 1), strict=True):
         found.addmm_(s.double(), y.double().mT)
     return found
