@@ -29,7 +29,7 @@ from torch import Tensor
 from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import CurvatureBlock, check_damping
-from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
+from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
 from curvlab.exact.route_table import Look
 from curvlab.exact.terms import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
@@ -77,7 +77,7 @@ def errors(
     """
     check_kind(kind)
     closure = one_minibatch(objective, x, y)
-    chosen, skipped = _chosen(objective, blocks)
+    chosen, skipped = _chosen(closure, kind, blocks)
     _guard(chosen, closure, kind, 4)
     found: dict[str, Columns] = {}
     for block, terms in sums(Look(closure, kind, 1), chosen):
@@ -163,10 +163,10 @@ def quality(
         if value < 1:
             raise CurvlabError(f"{name} must be 1 or more, not {value}")
     closure = one_minibatch(objective, x, y)
-    chosen, skipped = _chosen(objective, blocks)
+    chosen, skipped = _chosen(closure, kind, blocks)
     _guard(chosen, closure, kind, 6)
     sizes = [len(part) for part in torch.arange(len(x)).tensor_split(min(minibatches, len(x)))]
-    estimates = {name: Estimate.of(name, kind, labels, sizes, chosen) for name in algorithms}
+    estimates = {name: Estimate.of(name, kind, labels, sizes, chosen) for name in several(algorithms)}
     _fold(estimates.values(), closure, sizes, passes)
     found: dict[str, Columns] = {}
     for block, terms in sums(Look(closure, kind, 1), chosen):
@@ -265,12 +265,13 @@ def _between(matrix: Float[Tensor, "D D"], block: Block) -> float:
     return math.sqrt(2) * norm(matrix[weight[:, None], bias[0]]) if bias else 0.0
 
 
-def _chosen(objective: Objective, blocks: Sequence[str] | None) -> tuple[list[Block], str]:
+def _chosen(closure: Closure, kind: Kind, blocks: Sequence[str] | str | None) -> tuple[list[Block], str]:
     """(the blocks that are Kronecker sums, the names of the others and why)."""
-    known = {b.name: b for b in objective.blocks}
-    asked = list(known.values()) if blocks is None else [lookup(known, name, "block") for name in blocks]
-    fit = [b for b in asked if not unfit(b)]
-    skipped = "; ".join(f"{b} {unfit(b)}" for b in asked if unfit(b))
+    known = {b.name: b for b in closure.objective.blocks}
+    asked = list(known.values()) if blocks is None else [lookup(known, name, "block") for name in several(blocks)]
+    faults = {b.name: unfit(b, closure.form, kind) for b in asked}
+    fit = [b for b in asked if not faults[b.name]]
+    skipped = "; ".join(f"{b} {faults[b.name]}" for b in asked if faults[b.name])
     if not fit:
         raise CurvlabError(f"no block is a sum of Kronecker products: {skipped or 'none was named'}")
     return fit, skipped

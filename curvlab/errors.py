@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
 from numbers import Integral, Real
@@ -24,6 +26,14 @@ class Diverged(CurvlabError):
 
 class CurvlabWarning(UserWarning):
     """Something that does not stop the work but that the user should know; said once."""
+
+
+def warn(line: str) -> None:
+    """A CurvlabWarning at the user's own line: the nearest frame outside of this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("curvlab", "contextlib", "torch"):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    warnings.warn(line, CurvlabWarning, stacklevel=level - 1)
 
 
 def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
@@ -73,6 +83,11 @@ def fitting(what: str, value: Any, hint: Any) -> Any:
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
         raise CurvlabError(f"{what} must be {' or '.join(_KINDS[kind][1] for kind in wanted)}, not {value!r}")
     return value
+
+
+def several(names: str | Iterable[str]) -> list[str]:
+    """A list of names; a single one stands for itself, not for its letters."""
+    return [names] if isinstance(names, str) else list(names)
 
 
 def check_values(*checks: tuple[str, float, bool, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 
 import torch
 from torch import Tensor
@@ -10,4 +10,4 @@ from torch import Tensor
 
 def all_finite(values: Tensor) -> bool:
     """No entry is NaN or Inf: the sum is finite, or, where that overflows, entry by entry (30 times slower)."""
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+    return cmath.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())

@@ -1,21 +1,26 @@
 """Likelihoods: loss per example, sampling of labels, root of the Hessian in the outputs.
 
-A likelihood is one small class with three methods (write your own the same way). Every loss is the **negative
-log-likelihood of one example, summed over its outputs** and up to a constant; the objective takes the mean over examples.
+A likelihood is one small class with four methods (write your own the same way). Every loss is the **negative log-likelihood
+of one example, summed over its outputs and places** and up to a constant; the objective takes the mean over examples. Where a
+class of yours needs the data's labels for `root` or `sample` (weights, a mask), it takes them as a last argument `y`.
 
-Legend: N examples, C outputs.
+Legend: N examples, C outputs or classes, P the axes of places where a class is told apart, V columns of the root.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, check_values, fitting, guard_memory
 from curvlab.finite import all_finite
 
 
@@ -29,23 +34,80 @@ class Likelihood(Protocol):
     def loss(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, " N"]:
         """−log p(y | z) of each example, summed over outputs."""
 
-    def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator) -> Tensor:
-        """Labels drawn from the model's own distribution, shaped as the targets are."""
+    def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator, *args: Any, **kwargs: Any) -> Tensor:
+        """`sample(z, generator)` or `sample(z, generator, y)`: labels that `loss` takes, drawn from the model's own law.
 
-    def root(self, z: Float[Tensor, "N *C"]) -> Float[Tensor, "V N *C"]:
-        """Columns v of S with S Sᵀ = ∂²ℓ/∂z² for each example, one column a slice of the first axis."""
+        Where the data's labels y say more than a draw does (a place that has no loss), the labels drawn say the same.
+        """
+
+    def root(self, z: Float[Tensor, "N *C"], *args: Any, **kwargs: Any) -> Float[Tensor, "V N *C"]:
+        """`root(z)` or `root(z, y)`: columns v of S, S Sᵀ = ∂²ℓ/∂z² for each example, one column a slice of the first axis."""
+
+
+def root_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "V N *C"]:
+    """Columns of S, S Sᵀ = ∂²ℓ/∂z², by the likelihood's `root(z)` or `root(z, y)`, whichever it has."""
+    way = _labels_go(likelihood.root, 1)
+    if way is None:
+        return likelihood.root(z)
+    return likelihood.root(z, y) if way == "by place" else likelihood.root(z, y=y)
+
+
+def sample_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor) -> Tensor:
+    """Labels drawn from the model's law, by the likelihood's `sample(z, generator)` or `sample(z, generator, y)`."""
+    way = _labels_go(likelihood.sample, 2)
+    if way is None:
+        return likelihood.sample(z, generator)
+    return likelihood.sample(z, generator, y) if way == "by place" else likelihood.sample(z, generator, y=y)
+
+
+_Way = Literal["by place", "by name"]
+
+
+def _labels_go(method: Callable[..., Tensor], given: int) -> _Way | None:
+    """How a method takes the data's labels after its `given` other arguments, or None where it does not.
+
+    An argument called `y` is theirs, and one of any other name if it has no default.
+    """
+    function = getattr(method, "__func__", method)
+    return _read(function, given + (function is not method))
+
+
+@cache  # by function, not by type: an instance may carry a method of its own
+def _read(function: Callable[..., Tensor], given: int) -> _Way | None:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin, which says nothing
+        return None
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    more = by_place[given:]
+    if more and (more[0].name == "y" or more[0].default is inspect.Parameter.empty):
+        return "by place"
+    kinds, named = {p.kind for p in parameters}, {p.name for p in parameters if p not in by_place[:given]}
+    if not more and inspect.Parameter.VAR_POSITIONAL in kinds:
+        return "by place"
+    return "by name" if "y" in named or inspect.Parameter.VAR_KEYWORD in kinds else None
 
 
 def _same_shape(z: Tensor, y: Tensor, name: str) -> None:
     if y.shape != z.shape:
+        same = [n for n in y.shape if n > 1] == [n for n in z.shape if n > 1]
+        remedy = f"take y.reshape{tuple(z.shape)}" if same else "they must be the same"
         raise CurvlabError(
-            f"{name} targets have shape {tuple(y.shape)} but the model's outputs have shape {tuple(z.shape)}: "
-            "they must be the same"
+            f"{name} targets have shape {tuple(y.shape)} but the model's outputs have shape {tuple(z.shape)}: {remedy}"
         )
     if not y.is_floating_point():
         raise CurvlabError(f"{name} targets must be floating point, not {y.dtype}: convert them with y.float()")
     if not all_finite(y):
         raise CurvlabError(f"{name} targets contain NaN or Inf: clean the data first")
+
+
+def _guard_root(z: Shaped[Tensor, "N *C"]) -> None:
+    outputs = z[0].numel()
+    guard_memory(
+        outputs * z.numel() * z.element_size(),
+        f"the root of the output Hessian ({outputs} columns for each of {len(z)} examples)",
+        'take fewer examples at a time, or labels drawn from the model ("model", kind="fisher-mc")',
+    )
 
 
 def _units(z: Shaped[Tensor, "N *C"]) -> Float[Tensor, "V N *C"]:
@@ -55,34 +117,161 @@ def _units(z: Shaped[Tensor, "N *C"]) -> Float[Tensor, "V N *C"]:
     return eye[:, None, :].expand(c, n, c).reshape(c, *z.shape)
 
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+@dataclass(eq=False)
 class Categorical:
-    """Softmax cross-entropy: ℓ = −log softmax(z)_y; targets are class numbers [N]. Thesis (1.7)."""
+    """Softmax cross-entropy, ℓ = −Σ_places log softmax(z)_y: outputs [N, C] or [N, C, *P], the classes on axis 1. Thesis (1.7).
 
-    def check(self, z: Float[Tensor, "N C"], y: Shaped[Tensor, " N"]) -> None:
-        if z.ndim != 2:
-            raise CurvlabError(f"categorical outputs must be [N, C], not {list(z.shape)}: flatten the other axes")
-        if y.shape != z.shape[:1]:
+    Targets are class numbers [N, *P], or probabilities q shaped as the outputs: then ℓ = −Σ q_c log softmax(z)_c. Losses are
+    sums over the places P.
+
+    Args:
+        ignore_index: a place with this class number has no loss, no gradient, no curvature, and labels drawn there have none.
+        label_smoothing: ε in [0, 1]; class numbers stand for (1 − ε) e_y + ε/C. Probabilities are taken as they are.
+
+    Raises:
+        CurvlabError: an argument out of range.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        fitting("ignore_index", self.ignore_index, int)
+        fitting("label_smoothing", self.label_smoothing, float)
+        check_values(("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing <= 1, "between 0 and 1"))
+
+    def check(self, z: Float[Tensor, "N C *P"], y: Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]) -> None:
+        if z.ndim < 2:
             raise CurvlabError(
-                f"categorical targets have shape {tuple(y.shape)} but {len(z)} class numbers, shape ({len(z)},), are needed"
+                f"categorical outputs must be [N, C] or [N, C, …], not {list(z.shape)}: of one number an example take Bernoulli"
             )
-        if y.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-            raise CurvlabError(f"categorical targets must be integers, not {y.dtype}: convert them with y.long()")
-        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]:
-            raise CurvlabError(
-                f"label {int(y.max()) if int(y.max()) >= z.shape[1] else int(y.min())} is out of range: "
-                f"the model has {z.shape[1]} outputs, so labels run from 0 to {z.shape[1] - 1}"
+        wrong = self._wrong(z, y)
+        if wrong is None:
+            return
+        what, remedy = wrong
+        if z.shape[1] == 1 and y.numel() == z.numel():  # whatever is wrong with them: softmax of one output is 1
+            shaped = "" if y.shape == z.shape else f".reshape{tuple(z.shape)}"
+            remedy = f"of one output take Bernoulli with y{'' if y.is_floating_point() else '.float()'}{shaped}"
+        raise CurvlabError(f"{what}: {remedy}")
+
+    def _wrong(self, z: Tensor, y: Tensor) -> tuple[str, str] | None:
+        """What is wrong with the targets, and what to do about it that the next check allows."""
+        if y.is_floating_point() and y.shape == z.shape:
+            return _wrong_probabilities(y)
+        wanted = z.shape[:1] + z.shape[2:]
+        if y.shape != wanted:
+            what = f"{wanted.numel()} class numbers, shape {tuple(wanted)}, are needed"
+            return f"categorical targets have shape {tuple(y.shape)} but {what}", _other_shape(z, y, wanted)
+        if y.dtype not in _INTEGERS:
+            return f"categorical targets must be integers, not {y.dtype}", "convert them with y.long()"
+        classes = z.shape[1]
+        low, high = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
+        if not 0 <= low <= high < classes:  # seldom, or where places are ignored
+            found = y.long()
+            found = found[((found < 0) | (found >= classes)) & (found != self.ignore_index)]
+            if len(found):
+                bad = int(found.max()) if int(found.max()) >= classes else int(found.min())
+                remedy = "count the classes from 0, or widen the outputs"
+                if bool((found == bad).all()):
+                    remedy += f"; where {bad} says that there is no label, Categorical(ignore_index={bad})"
+                what = f"label {bad} is out of range: the model has {classes} outputs"
+                return f"{what}, so labels run from 0 to {classes - 1}", remedy
+        return None
+
+    def loss(self, z: Float[Tensor, "N C *P"], y: Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]) -> Float[Tensor, " N"]:
+        if y.is_floating_point():
+            losses = F.cross_entropy(z, y, reduction="none")
+        else:
+            losses = F.cross_entropy(
+                z, y.long(), reduction="none", ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
             )
+        return losses if z.ndim == 2 else losses.flatten(1).sum(1)
 
-    def loss(self, z: Float[Tensor, "N C"], y: Shaped[Tensor, " N"]) -> Float[Tensor, " N"]:
-        return F.cross_entropy(z, y.long(), reduction="none")
+    def sample(
+        self, z: Float[Tensor, "N C *P"], generator: torch.Generator, y: Tensor | None = None
+    ) -> Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]:
+        """Class numbers [N, *P] drawn at every place, ignored where y is.
 
-    def sample(self, z: Float[Tensor, "N C"], generator: torch.Generator) -> Shaped[Tensor, " N"]:
+        One-hot probabilities [N, C, *P] where a class number would not say the same: with label smoothing (the law is over
+        classes, so that the score is p − e_ŷ), and if the ignored number is a class. They are zero, without a loss, where y is
+        ignored.
+        """
         p = z.softmax(1)  # the class that comes first in a race of exponential clocks: torch.multinomial, but without its waits
-        return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(1)
+        drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(1)
+        ignored = self._ignored(y)
+        if not self.label_smoothing and not 0 <= self.ignore_index < z.shape[1]:
+            return drawn if ignored is None else drawn.masked_fill(ignored, self.ignore_index)
+        hot = torch.zeros_like(z).scatter_(1, drawn.unsqueeze(1), 1.0)
+        return hot if ignored is None else hot.masked_fill(ignored.unsqueeze(1), 0.0)
 
-    def root(self, z: Float[Tensor, "N C"]) -> Float[Tensor, "C N C"]:
-        p = z.softmax(1)  # column c: √p_c (p − e_c), the gradient at label c weighted by its probability
-        return (p[None] - _units(z)) * p.sqrt().T[:, :, None]
+    def root(self, z: Float[Tensor, "N C *P"], y: Tensor | None = None) -> Float[Tensor, "V N C *P"]:
+        """Column (c, place), V = C · |P|: √p_c (p − e_c) at that place, the gradient at label c weighted by its probability."""
+        _guard_root(z)
+        p = z.softmax(1)
+        weight, ignored = p.sqrt(), self._ignored(y)
+        if ignored is not None:
+            weight = weight.masked_fill(ignored.unsqueeze(1), 0.0)
+        elif y is not None:
+            weight = weight * y.to(z.dtype).sum(1, keepdim=True).sqrt()  # 1, up to the rounding of the data
+        if z.ndim == 2:
+            return (p[None] - _units(z)) * weight.T[:, :, None]
+        p, weight = p.flatten(2), weight.flatten(2)
+        eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        columns = (p[None] - eye[:, None, :, None]) * weight.transpose(0, 1)[:, :, None]  # [C, N, C, P]
+        return torch.diag_embed(columns, dim1=1, dim2=4).reshape(-1, *z.shape)  # from column c of place q to (c, q)
+
+    def _ignored(self, y: Tensor | None) -> Shaped[Tensor, "N *P"] | None:
+        """Where class numbers say that there is none; None where y is none or probabilities."""
+        return None if y is None or y.is_floating_point() else y.long() == self.ignore_index
+
+
+def _other_shape(z: Tensor, y: Tensor, wanted: torch.Size) -> str:
+    """The remedy where class numbers have not the shape `wanted`."""
+    number = "" if y.dtype in _INTEGERS else ".long()"
+    turn = "transpose(1, 2)" if z.ndim == 3 else "movedim(-1, 1)"
+    if y.shape == z.shape:
+        y = y.long()
+        hot = bool(((y == 0) | (y == 1)).all())
+        if hot and bool((y.sum(1) == 1).all()):
+            return f"of one-hot targets take y{number}.argmax(1)"
+        if hot and z.ndim > 2 and bool((y.sum(-1) == 1).all()):
+            return f"the classes are axis 1: return z.{turn} from the model, and of one-hot targets take y{number}.argmax(-1)"
+        if hot:
+            return "where several classes or none are true, take Bernoulli with y.float()"
+        if bool((y >= 0).all()) and bool((y.sum(1) > 0).all()):
+            return "of counts take y / y.sum(1, keepdim=True)"
+    elif y.shape == (*wanted, 1):
+        return f"take y.squeeze(-1){number}"
+    elif y.shape == (z.shape[0], 1, *z.shape[2:]):
+        return f"take y.squeeze(1){number}"
+    elif z.ndim > 2 and y.shape == z.shape[:-1]:
+        return f"the classes are axis 1: return z.{turn} from the model"
+    elif z.ndim > 2 and y.shape == z.shape[:1]:
+        return "return z.flatten(1) from the model" if wanted.numel() == len(z) else "pool the outputs of the model to [N, C]"
+    return f"or probabilities of the outputs' shape, {tuple(z.shape)}"
+
+
+def _wrong_probabilities(y: Float[Tensor, "N C *P"]) -> tuple[str, str] | None:
+    if not all_finite(y):
+        return "categorical probabilities contain NaN or Inf", "clean the data first"
+    if bool((y < 0).any()):
+        return "categorical probabilities must not be negative", "of logits take y.softmax(1)"
+    sums = y.sum(1)
+    near = max(1e-4, torch.finfo(y.dtype).eps ** 0.5)
+    off = (sums - 1).abs() > near
+    if not bool(off.any()):
+        return None
+    first = tuple(off.nonzero()[0].tolist())
+    what = f"categorical probabilities must sum to 1 over axis 1, not to {float(sums[first]):g} (example {first[0]})"
+    if y.ndim > 2 and not bool(((y.sum(-1) - 1).abs() > near).any()):
+        turn = "transpose(1, 2)" if y.ndim == 3 else "movedim(-1, 1)"
+        return what, f"the classes are axis 1: return z.{turn} from the model, and take y.{turn}"
+    if bool((sums == 0).any()):
+        return what, "leave examples without a label out, or take class numbers with ignore_index"
+    return what, "divide them by y.sum(1, keepdim=True), or take Bernoulli where several classes can be true"
 
 
 class Bernoulli:
@@ -96,10 +285,11 @@ class Bernoulli:
     def loss(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> Float[Tensor, " N"]:
         return F.binary_cross_entropy_with_logits(z, y, reduction="none").reshape(len(z), -1).sum(1)
 
-    def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator) -> Float[Tensor, "N *C"]:
+    def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor | None = None) -> Float[Tensor, "N *C"]:
         return torch.bernoulli(z.sigmoid(), generator=generator)
 
-    def root(self, z: Float[Tensor, "N *C"]) -> Float[Tensor, "V N *C"]:
+    def root(self, z: Float[Tensor, "N *C"], y: Tensor | None = None) -> Float[Tensor, "V N *C"]:
+        _guard_root(z)
         s = z.sigmoid()  # ∂²ℓ/∂z² = diag(σ(1 − σ)); the thesis's 1.2.2 misprints it as diag(σ)
         return _units(z) * (s * (1 - s)).sqrt()
 
@@ -113,10 +303,11 @@ class Gaussian:
     def loss(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> Float[Tensor, " N"]:
         return 0.5 * (z - y).square().reshape(len(z), -1).sum(1)
 
-    def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator) -> Float[Tensor, "N *C"]:
+    def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor | None = None) -> Float[Tensor, "N *C"]:
         return z + torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
 
-    def root(self, z: Float[Tensor, "N *C"]) -> Float[Tensor, "V N *C"]:
+    def root(self, z: Float[Tensor, "N *C"], y: Tensor | None = None) -> Float[Tensor, "V N *C"]:
+        _guard_root(z)
         return _units(z)
 
 

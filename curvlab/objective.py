@@ -20,10 +20,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlab import chance
 from curvlab.capture import Capture, LayerStatistics
-from curvlab.errors import CurvlabError, Diverged, unknown
+from curvlab.derivatives import derivatives
+from curvlab.errors import CurvlabError, Diverged, unknown, warn
 from curvlab.finite import all_finite
+from curvlab.forms import Form, Report, examine, unseen
 from curvlab.layers import Block, Layout, blocks
-from curvlab.likelihoods import LIKELIHOODS, Likelihood
+from curvlab.likelihoods import LIKELIHOODS, Likelihood, sample_of
+from curvlab.output_law import Law, law_of, refusal
+from curvlab.strangers import check_model, eager, mixes, original
 
 Pass = Literal["data", "model", "exact"]
 """What is sent back: ∂ℓ/∂z at the data's labels, at labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
@@ -85,19 +89,11 @@ class Transition:
         return self.displacement()
 
 
-@dataclass(frozen=True)
-class Form:
-    """C outputs of an example, and T, the places where its weight is shared, of every block with a rule."""
-
-    outputs: int
-    places: dict[str, int]
-
-
 class Objective:
     """A model, the likelihood of its outputs, and the seed of the labels that are drawn from it.
 
     Args:
-        model: any `nn.Module` that maps [N, …] to [N, …] with the batch as first axis.
+        model: any `nn.Module` that maps [N, …] to [N, …] with the batch as first axis. A compiled one is run as it was before.
         likelihood: one of `curvlab.likelihoods` or your own class with `check`, `loss`, `sample`, `root`.
         seed: of the labels drawn from the model.
         l2: μ of the term μ ‖θ‖² (S2QN (26)) in loss and gradient, and 2μ I in the Hessian of the methods of the whole vector.
@@ -105,23 +101,31 @@ class Objective:
             Weight decay is another thing: it is added to the direction.
 
     Raises:
-        CurvlabError: tied parameters, no trainable parameter, a likelihood that lacks a method, or an L2 term below 0.
+        CurvlabError: no trainable parameter, complex ones, a model spread over several processes, a likelihood that lacks a
+            method, or an L2 term below 0.
     """
 
     def __init__(self, model: nn.Module, likelihood: Likelihood, seed: int = 0, *, l2: float = 0.0) -> None:
         if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):  # the class itself has the methods too
             raise unknown("likelihood", likelihood, (f"curvlab.likelihoods.{c.__name__}()" for c in LIKELIHOODS.values()))
+        model = original(model)
+        check_model(model)
         self.model, self.likelihood, self.seed = model, likelihood, seed
         self.blocks: tuple[Block, ...] = blocks(model)
         self.modules: tuple[nn.Module, ...] = tuple(model.modules())
+        self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         if seed < 0:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
         if not l2 >= 0:
             raise CurvlabError(f"the L2 term must be 0 or positive, not {l2:g}")
         self.l2 = l2
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
-        self.alone: dict[Hashable, Form] = {}  # what the oracle has seen to be a mean over examples
+        self.forms: dict[Hashable, Form] = {}  # what first looks have shown
+        self.functional: dict[Hashable, bool] = {}  # whether torch.func sees what autograd sees
+        self.laws: dict[Hashable, Law] = {}
+        self.alone: set[Hashable] = set()  # forms that the oracle has seen to be a mean over examples
         self.sound: list[int] | None = None  # versions of the weights, and modes of the modules, that it has checked
+        self.said: set[str] = set()  # what is said once
 
     @property
     def layout(self) -> Layout:
@@ -136,18 +140,49 @@ class Objective:
 
     @property
     def device(self) -> torch.device:
-        return self._first.device
+        return self.model.get_parameter(self.blocks[0].params[0]).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._first.dtype
+        """Of all statistics and matrices: the widest of the blocks' parameters, and at least single precision."""
+        found = torch.float32
+        for p in self.parameters.values():
+            found = torch.promote_types(found, p.dtype)
+        return found
 
     @property
-    def _first(self) -> nn.Parameter:
-        return self.model.get_parameter(self.blocks[0].params[0])
+    def input_dtype(self) -> torch.dtype | None:
+        """That of all floating weights, to which floating inputs are brought; None where they differ: inputs stay as they are."""
+        weights = (w for module in self.modules for w in module._parameters.values() if w is not None)
+        found = {w.dtype for w in weights if w.is_floating_point()}
+        return found.pop() if len(found) == 1 else None
+
+    def check(self, x: Tensor, y: Tensor) -> Report:
+        """What a look at a minibatch of this form shows: which block goes which way and why, how near to autograd.
+
+        `str` of it is a table, `ways` is {block: "structured" | "general" | "unused"}. Moves nothing.
+
+        Raises:
+            CurvlabError: data that do not fit.
+        """
+        closure = Closure(self, x, y, 0)
+        self.forms.pop(closure._key(closure.x), None)
+        return Report(self.blocks, closure.form, closure.law.why)
+
+    def say(self, line: str) -> None:
+        """A warning, once."""
+        if line not in self.said:
+            self.said.add(line)
+            warn(line)
+
+    def thawed(self) -> None:
+        """Raises CurvlabError where a parameter is trained now that was not when the objective was made."""
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and p.numel() and name not in self.trained:
+                raise CurvlabError(f"parameter '{name}' was frozen when the objective was made and is trained now: make a new Objective")
 
     def closure(self, x: Tensor, y: Tensor, stream: Stream = "step") -> Closure:
-        """The objective on one minibatch. Tensors are moved to the model's device, and floating ones to its dtype.
+        """The objective on one minibatch. Tensors are moved to the model's device, and floating ones to its dtype where it has one.
 
         The closures of a stream are numbered 1, 2, …; those of warm starts and of the oracle apart, so that the labels drawn at
         a step depend on neither.
@@ -204,11 +239,19 @@ class Closure:
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
         self._y = y  # checked where it lies, before it moves
         self._checked = False
-        self.x, self.y = self._moved(x), self._moved(y)
+        self._form: Form | None = None  # as the last look has shown it
+        self._ahead: tuple[Tensor, Capture, int] | None = None  # a look that nobody has used yet
+        self._chance: Any = None  # what the generators were before the first look
+        self._generators: dict[torch.Generator, Tensor] = {}  # likewise, the model's own
+        with derivatives():
+            self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
 
-    def _moved(self, t: Tensor) -> Tensor:
+    def _moved(self, t: Tensor, dtype: torch.dtype | None) -> Tensor:
         device = self.objective.device
-        t = t.to(dtype=self.objective.dtype if t.is_floating_point() else t.dtype)
+        if t.is_inference():
+            t = t.clone()
+        if dtype is not None and t.is_floating_point():
+            t = t.to(dtype=dtype)
         waits = t.device == device or device.type != "cuda" or t.layout != torch.strided
         return t.to(device) if waits else t.pin_memory().to(device, non_blocking=True)  # from pinned memory nobody waits
 
@@ -216,56 +259,67 @@ class Closure:
         return self._losses(z).mean()
 
     def _losses(self, z: Tensor) -> Tensor:
-        if not self._checked:
-            self.objective.likelihood.check(z, self._y)
-            self._checked = True
+        self._check(z)
         return self.objective.likelihood.loss(z, self.y)
 
     def _forward(self, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
         model = self.objective.model
         try:
-            with differentiable() if self.stream == "exact" else nullcontext():
-                z: Tensor = model(x) if buffers is None else torch.func.functional_call(model, buffers, (x,))
+            with eager(), differentiable() if self.stream == "exact" else nullcontext():
+                z: Any = model(x) if buffers is None else torch.func.functional_call(model, buffers, (x,))
+        except TypeError as error:
+            if "argument" not in str(error) or "forward()" not in str(error):
+                raise
+            line = str(error).splitlines()[0]
+            raise CurvlabError(f"the model does not take one tensor ({line}): {_WRAP}") from error
         except (RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, CurvlabError) or not any(word in str(error) for word in _OF_THE_DATA):
                 raise
             line = str(error).splitlines()[0]
             raise CurvlabError(f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}") from error
-        if not isinstance(z, Tensor) or z.shape[:1] != x.shape[:1]:
-            raise CurvlabError(f"the model must return one tensor with {len(x)} rows, one for each example: "
+        if not isinstance(z, Tensor):
+            raise CurvlabError(f"the model returned a {type(z).__name__}, not one tensor: {_PICK}")
+        if z.shape[:1] != x.shape[:1]:
+            raise CurvlabError(f"the model must return one tensor with {len(x)} rows, one for each example, not {list(z.shape)}: "
                                "keep the batch as its first axis (squeeze(-1), not squeeze())")  # fmt: skip
-        return z
+        if not z.is_floating_point():
+            raise CurvlabError(f"the model's outputs are {z.dtype}, which have no real derivatives: return real numbers "
+                               "(logits rather than classes; torch.view_as_real of complex ones)")  # fmt: skip
+        return z.to(self.objective.dtype)
 
-    @cached_property
-    def _first(self) -> tuple[Tensor, Form]:
-        """The first example alone, and its form. Refuses a model that draws random numbers."""
+    def _alone(self, n: int) -> Tensor:
+        """The outputs of one example by itself. Refuses a model that draws random numbers."""
         before = chance.states(self.x.device)
-        z, capture = self.forward(self.x[:1])
+        z, capture = self.forward(self.x[n : n + 1])
         if chance.drawn_since(before, self.x.device):
             raise CurvlabError(
                 "the model draws random numbers in its forward pass, so that the loss is no function of the weights: "
                 "call model.eval(), and give functional dropout training=self.training"
             )
-        return z.detach(), Form(z[0].numel(), capture.places())
+        if capture.generators:
+            raise CurvlabError(_DEPENDS.format("first"))
+        return z.detach()
 
     def check_alone(self, z: Tensor) -> None:
-        """Raises CurvlabError where outputs are not finite, or the first example's depend on the others or on chance."""
+        """Raises CurvlabError where outputs are not finite, or those of the first or the last example depend on the others or on
+        chance."""
         if not all_finite(z):
             raise CurvlabError("the model's outputs contain NaN or Inf: check its weights, and the range of the data")
-        if self._key in self.objective.alone:
+        key = self._key(self.x)
+        if key in self.objective.alone:
             return
-        one, z = self._first[0], z[:1]
-        if float((one - z).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(one.abs().max()):
-            raise CurvlabError(
-                "the first example's outputs depend on the rest of the minibatch, or on chance: "
-                "no example has a loss of its own, and the model no curvature that is a mean over examples"
-            )
-        self.objective.alone[self._key] = self._first[1]
+        for n, which in ((0, "first"), (len(z) - 1, "last")):
+            one, own = self._alone(n), z[n : n + 1]
+            if float((one - own).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(one.abs().max()):
+                raise CurvlabError(_DEPENDS.format(which))
+        self.objective.alone.add(key)
 
-    @property
-    def _key(self) -> Hashable:
-        """What decides how the model runs, beside its weights: the form of an example, and every module's mode."""
-        return self.x.shape[1:], self.x.dtype, tuple([module.training for module in self.objective.modules])
+    def _key(self, x: Tensor) -> Hashable:
+        """What decides how the model runs, beside its weights: the form of the minibatch, every module's mode, what is trained."""
+        objective = self.objective
+        modes = tuple([module.training for module in objective.modules])
+        trained = tuple([p.requires_grad for p in objective.parameters.values()])
+        return x.shape, x.dtype, modes, trained, torch.is_autocast_enabled(x.device.type)
 
     def __call__(self) -> Tensor:
         """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad`` filled."""
@@ -278,38 +332,152 @@ class Closure:
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """(outputs, loss of each example) of the model as it stands, without a graph: all that an evaluation needs."""
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             z = self._forward(self.x)
             return z, self._losses(z)
+
+    def losses(self) -> Tensor:
+        """The loss of each example without a graph, on cloned buffers and with the first look's random numbers: a trial."""
+        buffers = {name: b.clone() for name, b in self.objective.model.named_buffers()}
+        with torch.inference_mode(False), torch.no_grad(), self._same_chance(True):
+            return self._losses(self._forward(self.x, buffers or None))
 
     def labels(self, z: Tensor, draws: int = 1) -> list[Tensor]:
         """Labels drawn from the model's own distribution at outputs z: the same ones at every call."""
         generator = self.objective.generator(self.number, self.stream, self.part)
-        return [self.objective.likelihood.sample(z, generator) for _ in range(draws)]
+        return [sample_of(self.objective.likelihood, z, generator, self.y) for _ in range(draws)]
 
     @property
     def form(self) -> Form:
-        """What the first example says of the model's shapes."""
-        known = self.objective.alone.get(self._key)
-        return self._first[1] if known is None else known
+        """What a look at this minibatch shows of its blocks; the next look is that one."""
+        if self._form is None:
+            z, capture = self.forward()
+            if self.stream == "exact":
+                self.check_alone(z.detach())
+            self._ahead = z, capture, self._versions()
+        assert self._form is not None
+        return self._form
+
+    @property
+    def glimpse(self) -> Form:
+        """The form of the first and the last example alone, for sizes: what a look at all of a large minibatch would cost."""
+        if self._form is not None or len(self.x) <= 2:
+            return self.form
+        x = self.x[[0, len(self.x) - 1]]
+        known = self.objective.forms.get(self._key(x))
+        return self._look_at(x, False)[2] if known is None else known
+
+    def _versions(self) -> int:
+        return sum(p._version for p in self.objective.parameters.values())
 
     def forward(self, x: Tensor | None = None, move_buffers: bool = False) -> tuple[Tensor, Capture]:
-        """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the capture)."""
-        model = self.objective.model
-        buffered = not move_buffers and any(module._buffers for module in self.objective.modules)
+        """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the capture).
+
+        A later look at the minibatch sees the random numbers of the first, and uses up none.
+        """
+        if x is not None and x is not self.x:
+            return self._look_at(x, False)[:2]
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not move_buffers and ahead[2] == self._versions():
+            return ahead[:2]
+        z, capture, self._form = self._look_at(self.x, True, move_buffers)
+        return z, capture
+
+    def _look_at(self, x: Tensor, own: bool, move_buffers: bool = False) -> tuple[Tensor, Capture, Form]:
+        model, objective = self.objective.model, self.objective
+        buffered = not move_buffers and any(module._buffers for module in objective.modules)
         buffers = {name: b.clone() for name, b in model.named_buffers()} if buffered else None
-        with torch.enable_grad(), Capture(model, self.objective.blocks) as capture:
-            return self._forward(self.x if x is None else x, buffers), capture
+        with derivatives(), self._same_chance(own), Capture(model, objective.blocks, objective.dtype) as capture:
+            z = self._forward(x, buffers)
+        if own:
+            self._generators.update({g: s for g, s in capture.generators.items() if g not in self._generators})
+        return z, capture, self._settle(z, capture, x)
+
+    @contextmanager
+    def _same_chance(self, own: bool) -> Iterator[None]:
+        """The generators as they were at the first look, inside; at the first look they are remembered."""
+        device = self.x.device
+        if not own or self._chance is None:
+            if own:
+                self._chance = chance.states(device)
+            yield
+            return
+        now = {generator: generator.get_state() for generator in self._generators}
+        for generator, state in self._generators.items():
+            generator.set_state(state)
+        try:
+            with chance.replayed(self._chance, device):
+                yield
+        finally:
+            for generator, state in now.items():
+                generator.set_state(state)
+
+    def _settle(self, z: Tensor, capture: Capture, x: Tensor) -> Form:
+        """The ways of all blocks: as known of this form, or as a first look shows them."""
+        objective, key = self.objective, self._key(x)
+        capture.settle(z)
+        known = objective.forms.get(key)
+        if known is None and not all_finite(z.detach()):  # nothing can be seen, and the loss will say so
+            return unseen(capture, z)
+        if known is None or not known.apply(capture):
+            known = self._prove(z, capture, key)
+        if known.unproven:
+            capture.unproven = known.unproven & set(capture.arranged)
+            capture.prove = lambda: self._prove(z, capture, key)
+        return known
+
+    def _prove(self, z: Tensor, capture: Capture, key: Hashable) -> Form:
+        with derivatives():
+            found = examine(capture, z, mixes(self.objective.modules))
+        self.objective.forms[key] = found
+        return found
+
+    def _check(self, z: Tensor) -> None:
+        """Of targets, and at the first look at a form of the likelihood, where that is the user's."""
+        if self._checked:
+            return
+        self.objective.likelihood.check(z, self._y)
+        self._checked = True
+        key = self._key(self.x)
+        if key not in self.objective.laws or (self.stream == "exact" and self.objective.laws[key].examined):
+            with derivatives():
+                self.objective.laws[key] = law_of(self.objective.likelihood, z.detach(), self.y)
+
+    @property
+    def law(self) -> Law:
+        """What was found of the likelihood: its root, and whether labels drawn by it follow its loss."""
+        key = self._key(self.x)
+        if key not in self.objective.laws:
+            self._check(self.forward()[0].detach())
+        return self.objective.laws[key]
 
     def look(self) -> tuple[Tensor, Tensor, Capture]:
         """One forward on cloned buffers, checked: (outputs and loss of each example with their graphs, the capture)."""
         z, capture = self.forward()
-        with torch.enable_grad():
+        with derivatives():
             losses = self._losses(z)
         self._finite(losses.detach().mean(), z.detach())
         if self.stream == "exact":
             self.check_alone(z.detach())
         return z, losses, capture
+
+    def root(self, z: Tensor) -> Tensor:
+        """S of each example, S Sᵀ = ∂²ℓ/∂z², one column a slice of the first axis: [V, N, *C].
+
+        Raises:
+            CurvlabError: the likelihood has none, and its loss is not convex in the outputs.
+        """
+        law = self.law
+        if law.root is None:
+            raise CurvlabError(refusal(law, "ggn"))
+        if law.why:
+            self.objective.say(law.why)
+        return law.root(z, self.y)
+
+    def check_kind(self, kind: str) -> None:
+        """Raises CurvlabError where the likelihood leaves a kind of matrix without one meaning."""
+        if kind == "fisher" and not self.law.follows:
+            raise CurvlabError(refusal(self.law, kind))
 
     def observe(
         self,
@@ -335,8 +503,8 @@ class Closure:
             raise unknown("pass", name, PASSES)
         likelihood = self.objective.likelihood
         z, capture = self.forward(move_buffers=move_buffers)
-        outputs = z.detach().requires_grad_()
-        with torch.enable_grad():
+        with derivatives():
+            outputs = z.detach().requires_grad_()
             loss = self._loss(outputs)
         if checked:
             self._finite(loss.detach(), outputs)
@@ -345,16 +513,20 @@ class Closure:
         passes: dict[str, dict[str, LayerStatistics]] = {}
         for name in (p for p in PASSES if p in needs):
             if name == "exact":
-                vectors = likelihood.root(outputs.detach())
+                vectors = self.root(outputs.detach())
             elif name == "data":
                 size = torch.full_like(loss, len(z))  # of the sum, not of the mean
                 vectors = torch.autograd.grad(loss, outputs, size)[0][None]
             else:
                 drawn = self.labels(outputs.detach(), draws)
-                with torch.enable_grad():
+                with derivatives():
                     each = [torch.autograd.grad(likelihood.loss(outputs, label).sum(), outputs)[0] for label in drawn]
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
             passes[name] = capture.backward(z, vectors, leaves=True)
+            for statistics in passes[name].values():
+                if not statistics.used:
+                    self.objective.say(f"{statistics.block} does not reach the model's outputs in a minibatch: its gradient is "
+                                       "zero there (freeze it if it is never used)")  # fmt: skip
         value, pull = loss.detach(), dict[str, Tensor]()
         if self.objective.l2:
             weights = {name: p.detach() for name, p in self.objective.parameters.items()}
@@ -375,5 +547,14 @@ class Closure:
         raise Diverged(f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping")
 
 
+_DEPENDS = (
+    "the {} example's outputs depend on the rest of the minibatch, or on chance: "
+    "no example has a loss of its own, and the model no curvature that is a mean over examples"
+)
+_WRAP = (
+    "wrap it in a module that takes its one input apart, class Apart(nn.Module) with "
+    "def forward(self, x): return self.net(x[..., :k], x[..., k:])"
+)
+_PICK = "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return self.net(x)[0] (or .logits)"
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range")
 """In torch's messages about data that do not fit a layer."""

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NoReturn, Self, cast, get_args
 
 import torch
 from torch import Tensor
 
-from curvlab.curvature.base import Curvature, check_damping
+from curvlab.curvature.base import Curvature
+from curvlab.curvature.states import REMEDY, check_dtype, check_names, check_shape
 from curvlab.errors import CurvlabError, Diverged, unknown
+from curvlab.groups import (
+    OPTIONS,
+    SHARED,
+    Ownership,
+    check_known,
+    check_momentum,
+    check_options,
+    check_owned,
+    check_weight_decay,
+    complete,
+)
 from curvlab.objective import Closure, Objective, Observation, Pass, Transition, restore, weights
 
 MomentumKind = Literal["add", "average", "corrected"]
@@ -27,8 +40,7 @@ class Momentum:
     """Momentum of the gradient, one buffer a block, starting at zero. β = 0 is the gradient itself."""
 
     def __init__(self, beta: float, kind: MomentumKind = "add") -> None:
-        if not 0 <= beta < 1:
-            raise CurvlabError(f"momentum must be at least 0 and below 1, not {beta:g}")
+        check_momentum(beta)
         if kind not in get_args(MomentumKind):
             raise unknown("kind of momentum", kind, get_args(MomentumKind))
         self.beta, self.kind = beta, kind
@@ -38,6 +50,7 @@ class Momentum:
     def __call__(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         self.steps += 1
         if self.beta == 0:
+            self.buffers = dict(gradients) if self.buffers else {}  # β may come back: a schedule's
             return gradients
         new = 1.0 if self.kind == "add" else 1 - self.beta
         for name, g in gradients.items():
@@ -68,7 +81,8 @@ class Descent:
             has given for nothing: a minibatch of twice the size, but for the first (2020 D.6; thesis 2.8.3).
 
     Raises:
-        CurvlabError: an argument out of range, `double_grad` of a method without a second look.
+        CurvlabError: an argument out of range, `double_grad` of a method without a second look, a parameter that is trainable
+            and in no block.
     """
 
     def __init__(
@@ -82,13 +96,14 @@ class Descent:
         learns_first: bool = True,
         double_grad: bool = False,
     ) -> None:
-        if not weight_decay >= 0:
-            raise CurvlabError(f"weight decay must be 0 or positive, not {weight_decay:g}")
+        check_weight_decay(weight_decay)
         if double_grad and not (curvature.wants_step and "data" in curvature.step_needs):
             raise CurvlabError("double_grad needs a method that looks at each minibatch a second time, such as k-bfgs-20")
         self.objective, self.curvature, self.weight_decay = objective, curvature, weight_decay
         self.momentum = Momentum(momentum, momentum_kind)
         self.learns_first, self.double_grad = learns_first, double_grad
+        self.ownership = Ownership(objective)
+        self.ownership.check()
         self.further: dict[str, Tensor] = {}  # gradients of the last minibatch at these weights, of `double_grad`
 
     @property
@@ -96,8 +111,12 @@ class Descent:
         """The passes that the next `direction` will read."""
         return self.curvature.needs | {"data"}
 
-    def direction(self, observation: Observation) -> dict[str, Tensor]:
-        """{block: p}, to be followed as W ← W − α p. Updates momentum and curvature."""
+    def direction(self, observation: Observation, decay: Callable[[Tensor], float] | float | None = None) -> dict[str, Tensor]:
+        """{block: p}, to be followed as W ← W − α p. Updates momentum and curvature.
+
+        Args:
+            decay: γ of a parameter, or of all, where it is not `weight_decay`.
+        """
         late = not self.learns_first and self.curvature.ready
         if not late:
             self.curvature.update(observation)
@@ -108,12 +127,22 @@ class Descent:
         p = self.curvature.precondition(self.momentum(gradients))
         if late:
             self.curvature.update(observation)
-        if self.weight_decay:
-            with torch.no_grad():
-                for block in self.objective.blocks:
-                    w = block.gather({name: self.objective.parameters[name] for name in block.params})
-                    p[block.name] = p[block.name].add(w, alpha=self.weight_decay)
-        return p
+        rate = self.weight_decay if decay is None else decay
+        return self._decayed(p, rate) if rate else p
+
+    def _decayed(self, p: dict[str, Tensor], decay: Callable[[Tensor], float] | float) -> dict[str, Tensor]:
+        """p + γ W, γ of each parameter or of all."""
+        parameters, found = self.objective.parameters, dict(p)
+        with torch.no_grad():
+            for block in self.objective.blocks:
+                rates = {name: decay(parameters[name]) if callable(decay) else decay for name in block.params}
+                first, *others = rates.values()
+                if all(rate == first for rate in others):
+                    w = block.gather({name: parameters[name] for name in block.params})
+                    found[block.name] = p[block.name].add(w, alpha=first)
+                else:
+                    found[block.name] = p[block.name] + block.gather({name: parameters[name] * r for name, r in rates.items()})
+        return found
 
     @property
     def wants_step(self) -> bool:
@@ -133,14 +162,50 @@ class Descent:
         return stands
 
     def state_dict(self) -> dict[str, Any]:
-        momentum = {"buffers": dict(self.momentum.buffers), "steps": self.momentum.steps}
-        return {"curvature": self.curvature.state_dict(), "momentum": momentum, "further": dict(self.further)}
+        """With the shapes of the blocks and the dtype, by which a state of another model is known."""
+        return {
+            "blocks": {b.name: list(b.shape) for b in self.objective.blocks},
+            "dtype": str(self.objective.dtype).removeprefix("torch."),
+            "curvature": self.curvature.state_dict(),
+            "momentum": {"buffers": dict(self.momentum.buffers), "steps": self.momentum.steps},
+            "further": dict(self.further),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
+        self.check(state)
+        momentum, further = state["momentum"], {name: g.clone() for name, g in state["further"].items()}
+        buffers, steps = {name: b.clone() for name, b in momentum["buffers"].items()}, momentum["steps"]
         self.curvature.load_state_dict(state["curvature"])
-        self.momentum.buffers = {name: b.clone() for name, b in state["momentum"]["buffers"].items()}
-        self.momentum.steps = state["momentum"]["steps"]
-        self.further = {name: g.clone() for name, g in state["further"].items()}
+        self.momentum.buffers, self.momentum.steps, self.further = buffers, steps, further
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Raises CurvlabError where saved blocks (earlier versions saved none) or buffers are of another shape or dtype."""
+        blocks, dtype = {b.name: b for b in self.objective.blocks}, self.objective.dtype
+        if "blocks" in state:
+            check_names(blocks.values(), state["blocks"])
+            for name, shape in state["blocks"].items():
+                check_shape(blocks[name], "is", shape)
+            check_dtype("the model", getattr(torch, state["dtype"]), dtype)
+        for kind, tensors in (("momentum", state["momentum"]["buffers"]), ("further gradient", state["further"])):
+            for name, tensor in tensors.items():
+                if name not in blocks:
+                    raise CurvlabError(
+                        f"the checkpoint has a {kind} of block {name} but this model has no such block: {REMEDY}"
+                    )
+                check_shape(blocks[name], f"its {kind} is", tensor.shape)
+                check_dtype(blocks[name], tensor.dtype, dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Of a copy of the objective. What was observed last, with its graph, is not copied; the state, which goes on, is."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for value in vars(self.curvature).values():
+            if isinstance(value, Observation):
+                memo[id(value)] = value
+        vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        new.load_state_dict(self.state_dict())  # products are functions, which no copy reaches: they are made again
+        return new
 
 
 def warm_start(objective: Objective, curvatures: Iterable[Curvature], batches: Iterable[Batch]) -> int:
@@ -214,30 +279,44 @@ def _sums(direction: dict[str, Tensor]) -> Tensor:
 def move(
     objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float], where: Tensor | None = None
 ) -> None:
-    """W ← W − α p for every parameter, α = lr(parameter); nothing where the flag `where` is false."""
+    """W ← W − α p for every parameter, α = lr(parameter); nothing where the flag `where` is false.
+
+    As under torch's optimizers, a parameter stands still that has been frozen (`requires_grad` is off), and where α is 0.
+    """
     parameters = objective.parameters
     with torch.no_grad():
         for block in objective.blocks:
             p = direction[block.name] if where is None else torch.where(where, direction[block.name], 0.0)
             for name, d in block.scatter(p).items():
-                parameters[name].add_(d, alpha=-lr(parameters[name]))
+                rate = _rate(parameters[name], lr)
+                if rate:
+                    parameters[name].add_(d, alpha=-rate)
 
 
 def displacement(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]) -> dict[str, Tensor]:
     """{block: −α p}, what `move` adds to its parameters."""
     parameters, found = objective.parameters, {}
     for block in objective.blocks:
+        rates = {name: _rate(parameters[name], lr) for name in block.params}
         parts = block.scatter(direction[block.name])
-        found[block.name] = block.gather({name: d * -lr(parameters[name]) for name, d in parts.items()})
+        found[block.name] = block.gather(
+            {name: d * -rates[name] if rates[name] else torch.zeros_like(d) for name, d in parts.items()}
+        )
     return found
 
 
-class Optimizer(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` around a descent: param_groups, lr schedulers and state_dict as in torch.
+def _rate(parameter: Tensor, lr: Callable[[Tensor], float]) -> float:
+    """α; 0 of what has been frozen."""
+    return lr(parameter) if parameter.requires_grad else 0.0
 
-    `lr` is read per group; `damping` from the first group, so a schedule may change either. ``step`` takes
-    ``objective.closure(x, y)``; nothing is read from or written to ``p.grad``. A curvature that adapts its damping (a
-    Levenberg–Marquardt rule) writes it back to the group.
+
+class Optimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` around a descent: param_groups, schedulers, state_dict and `copy.deepcopy` as in torch.
+
+    `lr` and `weight_decay` are read per group, `damping` and `momentum` from all of them, which must agree; a schedule may
+    change any of them. ``step`` takes ``objective.closure(x, y)``; nothing is read from or written to ``p.grad``. A curvature
+    that adapts its damping (a Levenberg–Marquardt rule) writes it back to the groups. Parameters that are in no group, or are
+    frozen, stand still.
     """
 
     def __init__(self, descent: Descent, lr: float) -> None:
@@ -249,54 +328,95 @@ class Optimizer(torch.optim.Optimizer):
         self.soundness = Soundness(self.objective.device)
         self.look: Watch | None = None  # told of what was observed, and of the direction, before anything moves
         self.also: frozenset[Pass] = frozenset()  # passes to observe for others
-        defaults = {"lr": lr, "damping": descent.curvature.damping}
-        super().__init__(list(self.objective.parameters.values()), defaults)
+        values = (lr, descent.curvature.damping, descent.momentum.beta, descent.weight_decay)
+        super().__init__(list(self.objective.parameters.values()), dict(zip(OPTIONS, values, strict=True)))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Torch's.
+
+        Raises:
+            CurvlabError: a tensor that is not a parameter of the objective's blocks, an option that is not known, a damping or
+                momentum that is not that of the other groups.
+            ValueError: torch's, a parameter that is in a group already.
+        """
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params", set()), set):
+            check_known(param_group)
+            params = param_group["params"]
+            param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            check_owned(self.objective, param_group["params"])
+            shared = {option: self.param_groups[0][option] for option in SHARED} if self.param_groups else {}
+            check_options([*self.param_groups, {**self.defaults, **shared, **param_group}])
+            for option, value in shared.items():
+                param_group.setdefault(option, value)
+        super().add_param_group(param_group)
 
     def warm_start(self, batches: Iterable[Batch]) -> int:
         """One pass for the statistics, where the document has a warm start; otherwise nothing. Returns the batches seen."""
-        self._take_damping()
+        self._take_options()
         return warm_start(self.objective, [self.descent.curvature], batches)
 
-    def _take_damping(self) -> None:
-        """The group's damping is the curvature's from here on."""
-        damping = float(self.param_groups[0]["damping"])
-        check_damping(damping)
-        self.descent.curvature.damping = damping
+    def _take_options(self) -> None:
+        """The groups' damping and momentum are the descent's from here on."""
+        complete(self.param_groups, self.defaults)
+        check_options(self.param_groups)
+        if self.param_groups:
+            self.descent.curvature.damping = float(self.param_groups[0]["damping"])
+            self.descent.momentum.beta = float(self.param_groups[0]["momentum"])
 
     def _rates(self) -> dict[int, float]:
-        """{id of a parameter: its group's learning rate}."""
-        most = torch.finfo(self.objective.dtype).max
+        """{id of a parameter: its group's learning rate}.
+
+        Raises:
+            Diverged: a learning rate that the dtype does not hold.
+            CurvlabError: a parameter that is not, or no longer, one of the objective's.
+        """
         for group in self.param_groups:
             lr = float(group["lr"])
-            if not 0 <= lr <= most:
-                raise Diverged(f"the learning rate is {lr:g}: not between 0 and {most:.2g} ({self.objective.dtype})")
-        return {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+            if not 0 <= lr <= 1:  # mostly; only then the dtype is looked up
+                most = torch.finfo(self.objective.dtype).max
+                if not 0 <= lr <= most:
+                    raise Diverged(f"the learning rate is {lr:g}: not between 0 and {most:.2g} ({self.objective.dtype})")
+        rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        if not rates.keys() <= self.descent.ownership.ids:
+            check_owned(self.objective, [p for group in self.param_groups for p in group["params"]])
+        return rates
+
+    def _decays(self) -> Callable[[Tensor], float] | float:
+        """Parameter → its group's weight decay; one number where all groups have the same."""
+        each = {float(group["weight_decay"]) for group in self.param_groups}
+        if len(each) <= 1:
+            return each.pop() if each else 0.0
+        decays = {id(p): float(group["weight_decay"]) for group in self.param_groups for p in group["params"]}
+        return lambda p: decays.get(id(p), 0.0)
 
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # torch allows a closure that returns a float
         """Observe, direction, move. Returns the loss before the move.
 
         Raises:
-            CurvlabError: a closure that is not the objective's.
+            CurvlabError: a closure that is not the objective's; a parameter that is trainable and in no block (thawed later);
+                an option of the groups out of range, or groups that differ in damping or momentum.
             Diverged: a loss or direction that is not finite (nothing moves), a second look that is not. On a GPU a later step
                 says so (see `Soundness`), or `soundness.check()`; the weights are then those before the step all the same.
         """
         if not isinstance(closure, Closure) or closure.objective is not self.objective:
             raise CurvlabError("step needs a closure of this optimizer's objective: optimizer.step(objective.closure(x, y))")
-        self._take_damping()
+        self.descent.ownership.check()
+        self._take_options()
+        rates = self._rates()
         soundness, at_once = self.soundness, not self.soundness.late
         soundness.look()
         observation = closure.observe(self.descent.needs | self.also, checked=at_once)
-        direction = self.descent.direction(observation)
+        direction = self.descent.direction(observation, self._decays())
         if at_once:
             check_direction(self.objective, direction)
         else:
             soundness.note(torch.cat([observation.loss[None], _sums(direction)]))
         if self.look is not None:
             self.look(observation, direction)
-        rates = self._rates()
+        lr: Callable[[Tensor], float] = lambda p: rates.get(id(p), 0.0)  # noqa: E731
         saved = weights(self.objective) if self.descent.curvature.rejects else []
-        move(self.objective, direction, lambda p: rates[id(p)], None if at_once else soundness.flag)
-        step, stands = cache(partial(displacement, self.objective, direction, lambda p: rates[id(p)])), True
+        move(self.objective, direction, lr, None if at_once else soundness.flag)
+        step, stands = cache(partial(displacement, self.objective, direction, lr)), True
         if self.descent.wants_step:
             try:
                 after = closure.observe(self.descent.step_needs, move_buffers=False, checked=at_once)
@@ -312,7 +432,8 @@ class Optimizer(torch.optim.Optimizer):
         if self.watch is not None:
             moved = step()
             self.watch(observation, moved if stands else {name: torch.zeros_like(d) for name, d in moved.items()})
-        self.param_groups[0]["damping"] = self.descent.curvature.damping
+        for group in self.param_groups:
+            group["damping"] = self.descent.curvature.damping
         return observation.loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -321,9 +442,40 @@ class Optimizer(torch.optim.Optimizer):
         return super().state_dict() | {"curvlab": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there. Raises CurvlabError, and takes nothing, where algorithm, model, dtype or groups are others."""
         if "curvlab" not in state_dict:
             raise CurvlabError("this state_dict is not of a curvlab optimizer: it has no 'curvlab' entry")
         own = cast(dict[str, Any], state_dict["curvlab"])
-        self.descent.load_state_dict(own["descent"])
+        saved, here = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
+        descent, objective = own["descent"], own["objective"]
+        self.descent.check(descent)
+        if saved != here:
+            raise CurvlabError(
+                f"the checkpoint has groups of {saved} parameters but this optimizer of {here}: make the same groups first"
+            )
+        self.descent.load_state_dict(descent)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvlab"})
-        self.objective.load_state_dict(own["objective"])
+        self.objective.load_state_dict(objective)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Torch's; groups saved by an earlier version get the options that they lack."""
+        super().__setstate__(state)
+        complete(self.param_groups, self.defaults)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """An optimizer that steps its own copy of the model: `copy.objective`. Who watches this one does not watch the copy."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        Optimizer.__init__(new, copy.deepcopy(self.descent, memo), float(self.defaults["lr"]))
+        new.defaults = copy.deepcopy(self.defaults, memo)
+        new.param_groups = copy.deepcopy(self.param_groups, memo)
+        new.soundness.late = self.soundness.late
+        new.soundness.flag = self.soundness.flag.clone()
+        new.soundness._copy.copy_(self.soundness._copy)
+        return new
+
+    def __getstate__(self) -> NoReturn:
+        raise CurvlabError(
+            "an optimizer of curvlab cannot be pickled, since a model's code would be too: save its state_dict(), and make it "
+            "again by cl.optimizer; copy.deepcopy copies it, with its model"
+        )

@@ -21,8 +21,10 @@ from rich.console import Console
 from torch import Tensor
 
 from curvlab import exact
+from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
 from curvlab.exact.batches import Batches, Loader, check_kind
+from curvlab.fingerprint import Unchanging
 from curvlab.linalg.krylov import lanczos
 from curvlab.linalg.operators import Dense, Operator
 from curvlab.linalg.traces import average, gaussian
@@ -51,7 +53,7 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "lowest_error": (("matrix", "block"), "an eigenvalue lies this near the lowest; 0 where all are known", "nat"),
     "highest_error": (("matrix", "block"), "an eigenvalue lies this near the highest; 0 where all are known", "nat"),
     "trace_error": (("matrix", "block"), "standard error of the trace over draws; 0 where all are known", "nat"),
-    "negative_error": (("matrix", "block"), "standard error of the fraction over draws; 0 where all are known", "1"),
+    "negative_error": (("matrix", "block"), "standard error over draws, and what is unresolved; 0 where all are known", "1"),
     "loss": ((), "mean loss on the examples of the spectra", "nat"),
 }
 """{variable: (dimensions after the step, long_name, units)}. Eigenvalues: of the mean loss, the parameters having no unit."""
@@ -104,7 +106,8 @@ def of_products(operator: Operator, dtype: torch.dtype, draws: int, steps: int, 
     """By stochastic Lanczos quadrature (`krylov.density`): `draws` runs of `steps` products each.
 
     A Ritz value whose residual is longer than its magnitude cannot be told from 0, and is counted there. The ends are the
-    outermost Ritz values of all runs, each with its residual; the other errors are standard errors over the draws.
+    outermost Ritz values of all runs, each with its residual; the other errors are standard errors over the draws. What cannot
+    be told from 0 may all be negative: `negative` may be too small by `unresolved`, which its error therefore contains.
     """
     runs = [lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps).ritz() for _ in range(draws)]
     lowest = min((float(theta[0]), float(residual[0])) for theta, residual, _ in runs)
@@ -120,7 +123,7 @@ def of_products(operator: Operator, dtype: torch.dtype, draws: int, steps: int, 
     found = average(torch.stack(samples), draws * steps)
     (trace, negative, unresolved), (trace_error, negative_error, _) = found.value.tolist(), found.error.tolist()
     total = len(operator) * trace, len(operator) * trace_error
-    return Spectrum(histogram, lowest, highest, total, (negative, negative_error), unresolved)
+    return Spectrum(histogram, lowest, highest, total, (negative, negative_error + unresolved), unresolved)
 
 
 def _binned(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -201,10 +204,13 @@ class Plan:
         variables["step"] = {"long_name": "number of training steps", "units": "1"}
         return Log(coordinates, variables, attributes | about, path, (objective.seed,))
 
+    @derivatives()
     def record(
         self, objective: Objective, x: Tensor | Loader, y: Tensor | None, say: Callable[[str], None], done: Callable[[], None]
     ) -> Record:
-        """The spectra of the model as it is. `say`: what comes next, `done`: a matrix is finished."""
+        """The spectra of the model as it is, all of the same data. `say`: what comes next, `done`: a matrix is finished."""
+        if not isinstance(x, Tensor):
+            x = Unchanging.of(x, in_order="fisher-mc" in self.matrices)
         orders, routes = self.orders(objective), self.routes(objective)
         kinds = list(dict.fromkeys(self.matrices))
         top = max((order for name, order in orders.items() if routes[name] == "exact"), default=0)
@@ -242,6 +248,10 @@ class Plan:
         return of_products(product, fresh.dtype, self.draws, self.steps, generator)  # type: ignore[arg-type]  # no pair, so a Product
 
 
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def _coordinate(dim: str, values: Any, long_name: str, units: str) -> xr.Variable:
     return xr.Variable(dim, np.asarray(values), {"long_name": long_name, "units": units})
 
@@ -260,10 +270,10 @@ def spectrum(
     objective: Objective,
     x: Tensor | Loader,
     y: Tensor | None = None,
-    matrices: Sequence[str] = ("hessian", "ggn"),
+    matrices: str | Sequence[str] = ("hessian", "ggn"),
     method: str = "auto",
     *,
-    blocks: Sequence[str] = (ALL,),
+    blocks: str | Sequence[str] = (ALL,),
     draws: int = 10,
     steps: int = 100,
     after: int = 0,
@@ -273,11 +283,12 @@ def spectrum(
 
     Args:
         objective: your model and likelihood; nothing of it changes.
-        x: inputs [N, …]; or a list or DataLoader of (x, y), over all of which the mean is taken.
+        x: inputs [N, …]; or a list or DataLoader of (x, y), over all of which the mean is taken, and which is read again for
+            every matrix.
         y: targets; None with a loader.
-        matrices: of hessian, ggn, pi, fisher, fisher-mc, ef (`exact.matrix`).
+        matrices: of hessian, ggn, pi, fisher, fisher-mc, ef (`exact.matrix`); one name, or several.
         method: exact (every eigenvalue), lanczos (density and both ends with errors), or auto: exact up to order 6000.
-        blocks: names of blocks; "all" is every block, "whole" the matrix of all parameters.
+        blocks: a name or names of blocks; "all" is every block, "whole" the matrix of all parameters.
         draws, steps: of Lanczos.
         after: the coordinate `step` of the result: how far training has come.
         progress: show a progress bar; None shows one where standard error is a terminal.
@@ -286,9 +297,9 @@ def spectrum(
         The data set that `curvlab spectrum` logs (README), with one step.
 
     Raises:
-        CurvlabError: unknown names, numbers out of range, data that do not fit, a block too large for the method.
+        CurvlabError: unknown names, numbers out of range, data that do not fit or change, a block too large for the method.
     """
-    plan = Plan(tuple(matrices), tuple(blocks), method, draws, steps)
+    plan = Plan(_names(matrices), _names(blocks), method, draws, steps)
     plan.check(objective)
     x = list(x) if isinstance(x, Iterator) else x
     what = f"{len(x)} examples" if isinstance(x, Tensor) else type(x).__name__

@@ -19,7 +19,7 @@ from curvlab.optim import Optimizer
 from curvlab.progress import counted, progress_bar
 from curvlab.runs import DTYPES, device_of
 from curvlab.spectra import Plan
-from curvlab.training.evaluation import mode
+from curvlab.training.evaluation import evaluating, ready_to_train
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def prepare(named: Named) -> Prepared:
         if steps < 0:
             raise CurvlabError(f"the number of training steps must be 0 or positive, not {steps}")
     train, _ = datasets.load(data_name)
-    model = models.build(named.model, named.seed, train).to(device, dtype)
+    model = ready_to_train(models.build(named.model, named.seed, train).to(device, dtype))
     objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed)
     named.plan.check(objective)
     options = {} if named.damping is None else {"damping": named.damping}
@@ -117,7 +117,7 @@ def run(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) 
                     bar.update(training, advance=1, note=f"loss {float(loss):.4g}")
                 prepared.optimizer.soundness.check()
                 done = steps
-                with mode(objective.model, training=False):
+                with evaluating(objective.model):
                     record = named.plan.record(
                         objective, x, y, lambda note: bar.update(spectra, note=note), lambda: bar.advance(spectra)
                     )

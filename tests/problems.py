@@ -56,8 +56,15 @@ class Tokens(nn.Module):
         return self.second(torch.tanh(self.first(x))).mean(1)
 
 
-class OwnNorm(nn.LayerNorm):
-    """A subclass may do anything, so that it has no rule."""
+class OwnNorm(nn.Module):
+    """A layer norm of one's own: its parameters enter by products and sums, for which there is no rule."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * nn.functional.layer_norm(x, self.weight.shape) + self.bias
 
 
 class WithNorm(nn.Module):
@@ -199,7 +206,7 @@ def laid_out(block: Block, tensors: Mapping[str, Tensor], batch: int = 0) -> Ten
     weight, *bias = (tensors[name] for name in block.params)
     if block.module is None:
         return weight
-    if isinstance(block.module, nn.Embedding):
+    if isinstance(block.module, nn.Embedding) or type(block.module).__name__ == "Conv1D":
         weight = weight.transpose(-1, -2)
     columns = [weight[..., None].flatten(batch + 1), *(b[..., None] for b in bias)]
     return torch.cat(columns, -1)

@@ -31,7 +31,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def fit(objective: cl.Objective) -> list[Block]:
-    return [b for b in objective.blocks if b.rule is not None and b.groups == 1]
+    return [b for b in objective.blocks if b.layer is not None and b.groups == 1]
 
 
 def exact(p: Problem, kind: str, block: str) -> Tensor:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import pytest
 import torch
+from plain import Plain
 from problems import LIKELIHOODS, MODELS, Problem, assert_near, laid_out, own_inputs, problem
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn.modules import module as global_hooks
+from torch.overrides import _get_current_function_mode_stack
 
 import curvlab as cl
-from curvlab.capture import Capture, LayerStatistics, _Slice
+from curvlab.capture import Capture, LayerStatistics, Part, _Slice
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
 
@@ -199,23 +205,52 @@ def test_input_overwritten_after_the_layer_is_not_used() -> None:
         _ = closure.observe({"data"}).gradients
 
 
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def test_hooks_live_only_inside_with() -> None:
+def traces(model: nn.Module) -> int:
+    """Hooks on modules, on all modules and on parameters, and function modes: what somebody who listens may have left."""
+    own = [getattr(m, name) for m in model.modules() for name in HOOKS]
+    own += [getattr(global_hooks, f"_global{name}") for name in HOOKS]
+    own += [p._backward_hooks or () for p in model.parameters()]
+    own += [p._post_accumulate_grad_hooks or () for p in model.parameters()]
+    return sum(map(len, own)) + len(_get_current_function_mode_stack())
+
+
+def test_it_listens_only_inside_with_and_by_no_hook() -> None:
     p = problem()
     blocks = p.objective().blocks
-    assert hooks(p.model) == 0
-    with Capture(p.model, blocks):
-        assert hooks(p.model) == len(blocks)
-    assert hooks(p.model) == 0
+    capture = Capture(p.model, blocks)
+    assert traces(p.model) == 0
+    with capture:
+        assert traces(p.model) == len(_get_current_function_mode_stack()) == 1
+        p.model(p.x)
+    assert traces(p.model) == 0
+    assert {name: len(uses) for name, uses in capture.uses.items()} == {b.name: 1 for b in blocks}
+    p.model(p.x)
+    assert {name: len(uses) for name, uses in capture.uses.items()} == {b.name: 1 for b in blocks}
     with pytest.raises(RuntimeError, match="broken"), Capture(p.model, blocks):
         raise RuntimeError("broken")
-    assert hooks(p.model) == 0
+    assert traces(p.model) == 0
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), Capture(p.model, blocks):
+        p.model(p.x[:, :2])
+    assert traces(p.model) == 0
     with pytest.raises(CurvlabError, match="does not take inputs of shape"):
         p.objective().closure(p.x[:, :2], p.y).observe()
-    assert hooks(p.model) == 0
+    assert traces(p.model) == 0
+
+
+def test_hooks_of_the_users_own_are_left_alone_and_their_calls_are_heard() -> None:
+    """A hook may call the layer's function again: a second use."""
+    p = problem("linear", "gaussian")
+    handle = p.model.register_forward_hook(lambda m, args, z: z + nn.functional.linear(args[0].square(), m.weight))
+    objective = p.objective()
+    assert objective.check(p.x, p.y).ways == {"1": "structured"}
+    found, plain = objective.closure(p.x, p.y).observe(), Plain(p.model, p.x, p.y, p.likelihood.loss)
+    assert len(found.passes["data"]["1"].parts) == 2
+    assert_near(found.gradients["1"], laid_out(objective.blocks[0], plain.mean_gradient))
+    assert traces(p.model) == 1
+    handle.remove()
 
 
 def test_nothing_is_written_on_modules_or_gradients() -> None:
@@ -254,33 +289,150 @@ def without_gradients(m: Small, x: Tensor) -> Tensor:
     return m.second(h)
 
 
-BAD = {
-    "reused": (lambda m, x: m.second(m.first(m.first(x))), r"block 1 \(first\.weight, first\.bias\) ran twice"),
-    "not run": (lambda m, x: m.second(x), r"block 1 \(first\.weight, first\.bias\) did not run in the forward pass"),
-    "no way out": (lambda m, x: (m.first(x), m.second(x))[1], r"block 1 .* does not reach the model's outputs"),
-    "no gradients": (without_gradients, r"block 1 .* ran without gradients"),
-    "batch not first": (lambda m, x: m.second(m.first(x.repeat(2, 1)))[:3], r"block 1 .* saw 6 rows in a batch of 3"),
-    "batch second": (lambda m, x: m.second(m.first(x[None])[0]), r"block 1 .* saw 1 rows in a batch of 3"),
-}
+Forward = Callable[[Small, Tensor], Tensor]
+
+WIRED: dict[str, tuple[Forward, str, int, str]] = {
+    "reused": (lambda m, x: m.second(m.first(torch.tanh(m.first(x)))), "structured", 2, ""),
+    "not run": (lambda m, x: m.second(x), "unused", 0, ""),
+    "no way out": (lambda m, x: (m.first(x), m.second(x))[1], "unused", 0, ""),
+    "one of two ways out": (lambda m, x: (m.first(x), m.second(m.first(2 * x)))[1], "structured", 1, ""),
+    "batch not first": (lambda m, x: m.second(m.first(x.repeat(2, 1)))[: len(x)], "structured", 2, ""),
+    "rows of nobody": (lambda m, x: m.second(m.first(torch.cat([x, x[:1]]))[:-1]), "general", 0, "saw 4 rows in a batch of 3"),
+    "batch second": (lambda m, x: m.second(m.first(x[None])[0]), "structured", 1, ""),
+    "sequence first": (lambda m, x: m.second(m.first(torch.stack([x, x.sin()]))).sin().sum(0), "structured", 2, ""),
+    "flattened": (
+        lambda m, x: m.second(m.first(torch.stack([x, x.sin()], 1).flatten(0, 1)).view(-1, 2, 2)).sin().sum(1),
+        "structured",
+        2,
+        "",
+    ),
+    "no batch": (
+        lambda m, x: m.second(torch.stack([m.first(one) for one in x])), "general", 0, "is used by a call without a rule"
+    ),
+}  # fmt: skip
+"""{what is done with the first layer: (forward, the way of its block, places of an example, why it goes the general way)}"""
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_captured_says_so(case: str) -> None:
-    forward, message = BAD[case]
-    net = Small(forward)
+def small(forward: Forward) -> tuple[Small, Tensor, Tensor]:
+    """With three examples of two numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return Small(forward).double(), torch.randn(3, 2).double(), torch.randn(3, 2).double()
+
+
+@pytest.mark.parametrize("case", WIRED)
+@pytest.mark.filterwarnings("ignore:.*(does not reach|takes the general route)")
+def test_gradients_of_wirings_by_autograd_one_example_at_a_time(case: str) -> None:
+    forward, way, places, why = WIRED[case]
+    net, x, y = small(forward)
+    objective, plain = cl.Objective(net, cl.likelihoods.Gaussian()), Plain(net, x, y, cl.likelihoods.Gaussian().loss)
+    report = objective.check(x, y)
+    assert report.ways == {"1": way, "2": "structured"}
+    assert report.form.ways["1"].why == why
+    seen = objective.closure(x, y).observe({"data", "exact"})
+    samples = cl.exact.gradients(objective, x, y)
+    for block in objective.blocks:
+        s = seen.passes["data"][block.name]
+        assert_near(seen.gradients[block.name], laid_out(block, plain.mean_gradient))
+        assert_near(seen.gradients[block.name], laid_out(block, plain.gradients, 1).mean(0))
+        assert_near(laid_out(block, samples, 1), laid_out(block, plain.gradients, 1))
+        if block.name in report.form.shaped:
+            assert_near(s.rows[0], laid_out(block, plain.gradients, 1))
+            J = laid_out(block, plain.jacobians, 2).transpose(0, 1)  # a Gaussian's root is the identity
+            assert_near(seen.passes["exact"][block.name].rows, J)
+    first = seen.passes["data"]["1"]
+    assert (first.used, first.structured) == (way != "unused", way != "general")
+    if way == "general":
+        assert "1" not in seen.passes["exact"]
+        with pytest.raises(CurvlabError, match=rf"^block 1 \(first\.weight, first\.bias\) {why}: it has a gradient but no a"):
+            _ = first.rows
+    else:
+        assert first.places == places
+    assert traces(net) == 0
+
+
+@pytest.mark.parametrize("case", WIRED)
+@pytest.mark.parametrize("kind", ["ef", "ggn", "hessian"])
+@pytest.mark.filterwarnings("ignore:.*(does not reach|takes the general route)")
+def test_matrices_of_wirings_by_autograd_and_by_the_general_route(case: str, kind: str) -> None:
+    net, x, y = small(WIRED[case][0])
+    objective, plain = cl.Objective(net, cl.likelihoods.Gaussian()), Plain(net, x, y, cl.likelihoods.Gaussian().loss)
+    one, two = objective.blocks
+    whole = cl.exact.matrix(objective, x, y, kind, None).dense()
+    wanted = torch.cat([torch.cat([plain.matrix(kind, b, c) for c in (one, two)], 1) for b in (one, two)])
+    assert_near(whole, wanted)
+    assert_near(cl.exact.product(objective, x, y, kind).dense(), wanted)
+    assert_near(cl.exact.diagonal(objective, x, y, kind), wanted.diagonal())
+    for block, own in objective.layout.slices.items():
+        for route in ("auto", "func"):
+            assert_near(cl.exact.matrix(objective, x, y, kind, block, route=route).dense(), wanted[own, own])
+
+
+UNUSED = ["not run", "no way out"]
+
+
+@pytest.mark.parametrize("case", UNUSED)
+def test_what_does_not_reach_the_outputs_is_said_once_and_is_zero(case: str) -> None:
+    net, x, y = small(WIRED[case][0])
     objective = cl.Objective(net, cl.likelihoods.Gaussian())
-    with pytest.raises(CurvlabError, match=message) as caught:
-        objective.closure(torch.ones(3, 2), torch.ones(3, 2)).observe()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", cl.CurvlabWarning)
+        looks = [objective.closure(x, y).observe({"data", "model", "exact"}) for _ in range(2)]
+        matrices = [cl.exact.matrix(objective, x, y, kind, "1").dense() for kind in cl.exact.KINDS]
+    lines = [str(w.message) for w in said if issubclass(w.category, cl.CurvlabWarning)]
+    assert len(lines) == 1
+    assert lines[0].startswith("block 1 (first.weight, first.bias) does not reach the model's outputs")
+    for look in looks:
+        assert not bool(look.gradients["1"].any())
+        assert look.gradients["1"].shape == objective.blocks[0].shape
+        for s in (look.passes[name]["1"] for name in look.passes):
+            assert not any(bool(t.any()) for t in (s.rows, s.A, s.G, s.a, s.g))
+            assert s.rows.shape == (s.vectors, 3, 2, 3)
+    assert not any(bool(m.any()) for m in matrices)
+    assert {m.shape for m in matrices} == {(6, 6)}
+    with pytest.warns(cl.CurvlabWarning, match="does not reach the model's outputs"):  # another objective says it again
+        cl.Objective(net, cl.likelihoods.Gaussian()).closure(x, y).observe()
+
+
+def test_what_ran_without_gradients_says_so() -> None:
+    net, x, y = small(without_gradients)
+    objective = cl.Objective(net, cl.likelihoods.Gaussian())
+    with pytest.raises(CurvlabError, match=r"block 1 \(first\.weight, first\.bias\) ran without gradients") as caught:
+        objective.closure(x, y).observe()
     assert "\n" not in str(caught.value)
-    assert hooks(net) == 0
+    assert traces(net) == 0
+
+
+def test_a_call_without_gradients_among_others_adds_nothing() -> None:
+    """A target of one's own, say: constant for autograd, so for the capture."""
+
+    def forward(m: Small, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            fixed = m.first(x)
+        return m.second(m.first(x) * fixed)
+
+    net, x, y = small(forward)
+    objective, plain = cl.Objective(net, cl.likelihoods.Gaussian()), Plain(net, x, y, cl.likelihoods.Gaussian().loss)
+    assert objective.check(x, y).ways == {"1": "structured", "2": "structured"}
+    seen = objective.closure(x, y).observe()
+    for block in objective.blocks:
+        assert_near(seen.passes["data"][block.name].rows[0], laid_out(block, plain.gradients, 1))
 
 
 def test_parameter_without_a_rule_that_is_not_used() -> None:
-    net = Small(lambda m, x: m.second(m.first(x)))
-    net.spare = nn.Parameter(torch.ones(2))
+    net, x, y = small(lambda m, x: m.second(m.first(x)))
+    net.spare = nn.Parameter(torch.ones(2).double())
     objective = cl.Objective(net, cl.likelihoods.Gaussian())
-    with pytest.raises(CurvlabError, match=r"block 1 \(spare\) does not reach the model's outputs"):
-        objective.closure(torch.ones(3, 2), torch.ones(3, 2)).observe()
+    with pytest.warns(cl.CurvlabWarning, match=r"^block 1 \(spare\) does not reach the model's outputs") as said:
+        gradients = objective.closure(x, y).observe().gradients
+    assert sum(issubclass(w.category, cl.CurvlabWarning) for w in said) == 1
+    assert torch.equal(gradients["1"], torch.zeros(2).double())
+    again = objective.closure(x, y).observe().gradients  # a warning is an error here
+    assert all(torch.equal(again[name], g) for name, g in gradients.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", cl.CurvlabWarning)
+        for kind in cl.exact.KINDS:
+            assert torch.equal(cl.exact.matrix(objective, x, y, kind, "1").dense(), torch.zeros(2, 2).double())
 
 
 def test_input_by_keyword() -> None:
@@ -339,11 +491,11 @@ def test_a_gradient_forms_neither_patches_nor_one_hot_rows(model: str) -> None:
     observation = p.objective().closure(p.x, p.y).observe()
     found = observation.gradients
     for statistics in observation.passes["data"].values():
-        formed = "bare" in vars(statistics._inputs)
-        rule = statistics.block.rule
-        assert rule is not None
-        assert formed == (rule.gradient is None)
-        again = LayerStatistics(statistics.block, statistics.size, g=statistics.g, inputs=_Slice(statistics.grouped_a))
+        (part,) = statistics.parts
+        rule = part.inputs.use.rule
+        assert ("own" in vars(part.inputs)) == (rule.gradient is None)
+        rows = Part(statistics.block, _Slice(statistics.grouped_a), statistics.g)
+        again = LayerStatistics(statistics.block, statistics.size, parts=[rows], like=statistics.like)
         assert_near(found[statistics.block.name], again.gradient)  # the other route: a product with the rows
 
 
@@ -359,9 +511,8 @@ def test_products_with_the_second_moment_of_inputs_form_neither_it_nor_patches(m
                 statistics.second_moment_product(v)
             continue
         found, mean = statistics.second_moment_product(v), statistics.mean_a
-        rule = statistics.block.rule
-        assert rule is not None
-        assert ("bare" in vars(statistics._inputs)) == (rule.response is None)
+        (part,) = statistics.parts
+        assert ("own" in vars(part.inputs)) == (part.inputs.use.rule.response is None)
         places = [a for example in statistics.a for a in example]
         A = sum((torch.outer(a, a) for a in places), torch.zeros(width, width, dtype=torch.float64)) / n
         assert_near(found, A @ v)

@@ -70,7 +70,7 @@ def test_blocks(model: str, likelihood: str, kind: str) -> None:
     for block in r.p.objective().blocks:
         own = whole[r.slices[block.name], r.slices[block.name]]
         assert_block(blocks[block.name].dense(), own, whole)
-        with general(model, block.rule is None):
+        with general(model, block.layer is None):
             assert_block(found(r.p, kind, block.name), own, whole)
 
 
@@ -81,7 +81,7 @@ def test_parameters_and_pairs(model: str, kind: str) -> None:
     r = reference(model)
     whole = expected(r, kind)
     blocks = r.p.objective().blocks
-    loose = {n for b in blocks if b.rule is None for n in (b.name, *b.params)}
+    loose = {n for b in blocks if b.layer is None for n in (b.name, *b.params)}
     for name in [n for b in blocks for n in b.params]:
         one = r.entries[name].flatten()
         with general(model, name in loose):
@@ -126,11 +126,11 @@ def test_layers_narrower_than_the_outputs_go_by_their_outputs_derivatives(activa
 def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(model: str, likelihood: str, kind: str) -> None:
     r = reference(model, likelihood)
     p, whole = r.p, expected(r, kind)
-    places = Closure(p.objective(), p.x, p.y, 1, "exact").form.places
+    form = Closure(p.objective(), p.x, p.y, 1, "exact").form
     taken = cl.exact.routes(p.objective(), p.x, p.y, kind)
     for block in p.objective().blocks:
         own = whole[r.slices[block.name], r.slices[block.name]]
-        fitting = [name for name, route in ROUTES.items() if route.fits(block, places.get(block.name, 0), kind)]
+        fitting = [name for name, route in ROUTES.items() if route.fits(block, form, kind)]
         assert taken[block.name] == fitting[0]
         assert fitting[-1] == "func"
         for name in ROUTES:

@@ -27,6 +27,11 @@ def test_as_entry_by_entry(values: list[float]) -> None:
         (torch.tensor([1.0, torch.nan]), False),
         (torch.zeros(0), True),
         (torch.tensor([1, 2]), True),
+        (torch.tensor([True, False]), True),
+        (torch.tensor([1 + 2j, 1j]), True),
+        (torch.tensor([1.0, complex(0, torch.nan)]), False),
+        (torch.tensor([complex(torch.inf, 0), complex(-torch.inf, 0)]), False),
+        (torch.full((9,), 6e4).half(), True),
     ],
 )
 def test_edges(values: Tensor, finite: bool) -> None:

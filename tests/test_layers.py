@@ -1,4 +1,4 @@
-"""Blocks: names, partition, layout; what cannot be partitioned says so. Rules: every entry of RULES on its EXAMPLES."""
+"""Blocks: names, partition, layout; what cannot be partitioned says so. Rules: every entry of LAYERS on its EXAMPLES."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from plain import Plain
 from problems import MODELS, assert_near, eval_norm, laid_out, own_inputs, problem
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -16,7 +18,9 @@ from torch.func import functional_call, grad, vmap
 import curvlab as cl
 from curvlab.capture import Capture, LayerStatistics
 from curvlab.errors import CurvlabError
-from curvlab.layers import RULES, Block, Layout, blocks
+from curvlab.functions import FUNCTIONS
+from curvlab.layers import LAYERS, Block, Layout, blocks
+from curvlab.likelihoods import Gaussian
 
 FEW = settings(deadline=None, max_examples=60)
 models = pytest.mark.parametrize("model", MODELS)
@@ -122,7 +126,7 @@ def test_bias_is_the_last_column() -> None:
     assert torch.equal(gathered[:, :2], net.weight)
     assert torch.equal(gathered[:, 2], net.bias)
     assert block.biased
-    assert block.rule is RULES[nn.Linear]
+    assert block.layer is LAYERS[nn.Linear]
 
 
 def test_names_follow_the_order_of_the_modules() -> None:
@@ -141,18 +145,68 @@ def test_layer_without_a_rule_is_a_block_for_each_parameter() -> None:
         ("3", ("norm.bias",), (4,)),
         ("4", ("second.weight", "second.bias"), (3, 5)),
     ]
-    assert [b.rule is None for b in blocks(net)] == [False, True, True, False]
+    assert [b.layer is None for b in blocks(net)] == [False, True, True, False]
     assert str(blocks(net)[0]) == "block 1 (first.weight, first.bias)"
 
 
-def test_subclass_of_a_layer_with_a_rule_has_none() -> None:
+def assert_right(net: nn.Module, x: Tensor, ways: dict[str, str]) -> None:
+    """Ways of the blocks; gradients, EF, GGN and Hessian by autograd one example at a time and by torch.func."""
+    objective = cl.Objective(net, Gaussian())
+    y = normal(*net(x).shape, seed=2)
+    assert objective.check(x, y).ways == ways
+    plain = Plain(net, x, y, Gaussian().loss)
+    seen, samples = objective.closure(x, y).observe(), cl.exact.gradients(objective, x, y)
+    kinds = ("ef", "ggn", "hessian")
+    matrices = {kind: cl.exact.matrices(objective, x, y, kind) for kind in kinds}
+    general = {kind: cl.exact.matrices(objective, x, y, kind, route="func") for kind in kinds}
+    for block in objective.blocks:
+        assert_near(seen.gradients[block.name], laid_out(block, plain.mean_gradient))
+        assert_near(seen.passes["data"][block.name].rows[0], laid_out(block, plain.gradients, 1))
+        assert_near(laid_out(block, samples, 1), laid_out(block, plain.gradients, 1))
+        for kind in kinds:
+            wanted = plain.matrix(kind, block)
+            assert_near(matrices[kind][block.name].dense(), wanted)
+            assert_near(general[kind][block.name].dense(), wanted)
+    for kind in kinds:
+        whole = cl.exact.matrix(objective, x, y, kind, None).dense()
+        assert_near(whole, cl.exact.matrix(objective, x, y, kind, None, route="func").dense())
+
+
+def test_a_subclass_of_a_layer_has_its_parents_layout_and_what_it_does_is_seen() -> None:
     """A subclass may do anything in its forward."""
 
     class Odd(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).square()
 
-    assert layout(Odd(2, 3)) == [("1", ("weight",), (3, 2)), ("2", ("bias",), (3,))]
+    net = seeded(lambda: Odd(2, 3))
+    assert layout(net) == [("1", ("weight", "bias"), (3, 3))]
+    assert blocks(net)[0].layer is LAYERS[nn.Linear]
+    assert_right(net, normal(5, 2), {"1": "structured"})
+
+
+def test_a_subclass_that_has_something_else_in_place_of_a_parameter() -> None:
+    """Laid out only where the layout fits: a vector is no table, a bias of another length no last column."""
+
+    class Vector(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(6, 3)
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight[x]
+
+    class Longer(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 3)
+            self.bias = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([F.linear(x, self.weight), x[:, :1]], 1) + self.bias
+
+    assert layout(Vector()) == [("1", ("weight",), (6,))]
+    assert layout(Longer()) == [("1", ("weight",), (3, 2)), ("2", ("bias",), (4,))]
+    assert [b.layer for b in blocks(Longer())] == [LAYERS[nn.Linear], None]
 
 
 def test_parameters_of_the_model_itself() -> None:
@@ -175,7 +229,7 @@ def test_frozen_weight_leaves_the_bias_as_a_block_of_its_own() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     net[0].weight.requires_grad_(False)
     assert layout(net) == [("1", ("0.bias",), (3,)), ("2", ("1.weight", "1.bias"), (1, 4))]
-    assert blocks(net)[0].rule is None
+    assert blocks(net)[0].layer is None
 
 
 def test_frozen_layer_is_no_block() -> None:
@@ -190,17 +244,34 @@ def test_nothing_to_train(net: nn.Module) -> None:
         blocks(net)
 
 
-def test_tied_parameters_are_both_named() -> None:
-    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+def test_tied_parameters_belong_to_the_first_module() -> None:
+    """The second one's own bias is a block of its own."""
+    net = seeded(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)))
     net[2].weight = net[0].weight
-    with pytest.raises(CurvlabError, match=r"'0\.weight' and '2\.weight' are tied"):
-        blocks(net)
+    assert layout(net) == [("1", ("0.weight", "0.bias"), (3, 4)), ("2", ("2.bias",), (3,))]
+    assert [b.layer for b in blocks(net)] == [LAYERS[nn.Linear], None]
 
 
-def test_module_under_two_names_is_tied() -> None:
-    layer = nn.Linear(3, 3)
-    with pytest.raises(CurvlabError, match=r"'0\.weight' and '1\.weight' are tied"):
-        blocks(nn.Sequential(layer, layer))
+def test_tied_parameters_in_both_directions() -> None:
+    """A decoder with its encoder's weight, transposed, and a bias of its own."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.bias = nn.Linear(3, 2), nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.T, self.bias)
+
+    assert layout(Tied()) == [("1", ("bias",), (3,)), ("2", ("encoder.weight", "encoder.bias"), (2, 4))]
+
+
+def test_a_module_under_two_names_is_one_block_of_the_first() -> None:
+    layer = seeded(lambda: nn.Linear(3, 3))
+    net = nn.Sequential(layer, nn.Tanh(), layer)
+    assert layout(net) == [("1", ("0.weight", "0.bias"), (3, 4))]
+    assert_right(net, normal(5, 3), {"1": "structured"})
+    assert_right(nn.Sequential(layer, layer), normal(5, 3), {"1": "structured"})
 
 
 # ------------------------------------------------------------------------------------------------ rules
@@ -212,7 +283,28 @@ def tokens(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.randint(6, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-EXAMPLES: dict[type[nn.Module], dict[str, Example]] = {
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, as transformers has it."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(inputs, outputs)), nn.Parameter(torch.ones(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+
+Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+
+def attention(**hyper: Any) -> nn.MultiheadAttention:
+    """Self-attention of which only the projections at its entry are trained."""
+    net = nn.MultiheadAttention(4, 2, **hyper)
+    net.out_proj.requires_grad_(False)
+    return net
+
+
+EXAMPLES: dict[type[nn.Module] | str, dict[str, Example]] = {
     nn.Linear: {
         "": (lambda: nn.Linear(3, 4), lambda: normal(5, 3)),
         "no bias": (lambda: nn.Linear(3, 4, bias=False), lambda: normal(5, 3)),
@@ -265,8 +357,16 @@ EXAMPLES: dict[type[nn.Module], dict[str, Example]] = {
         "[N, C, S, T]": (lambda: nn.GroupNorm(2, 4), lambda: normal(5, 4, 2, 3)),
         "one channel": (lambda: nn.GroupNorm(1, 1), lambda: normal(5, 1, 3)),
     },
+    nn.MultiheadAttention: {
+        "": (lambda: attention(batch_first=True), lambda: normal(5, 2, 4)),
+        "no bias": (lambda: attention(batch_first=True, bias=False), lambda: normal(5, 3, 4)),
+    },
+    "transformers.pytorch_utils.Conv1D": {
+        "[N, I]": (lambda: Conv1D(4, 3), lambda: normal(5, 3)),
+        "[N, T, I]": (lambda: Conv1D(4, 3), lambda: normal(5, 2, 3)),
+    },
 }
-"""{type: {what is special: (module, its input)}}: a new rule needs an example."""
+"""{type, or its full name: {what is special: (module, its input)}}: a new rule needs an example."""
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -282,35 +382,61 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def test_every_rule_has_an_example() -> None:
-    assert set(EXAMPLES) == set(RULES)
-    assert all(type(seeded(make)) is kind for kind, cases in EXAMPLES.items() for make, _ in cases.values())
+    assert set(EXAMPLES) == set(LAYERS)
+    for kind, cases in EXAMPLES.items():
+        for own in (type(seeded(make)) for make, _ in cases.values()):
+            assert kind in (own, f"{own.__module__}.{own.__qualname__}")
+
+
+def called(kind: type[nn.Module] | str) -> str:
+    return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
 
 
 examples = pytest.mark.parametrize(
-    ("make", "x"), [pytest.param(*e, id=f"{k.__name__} {name}".strip()) for k, c in EXAMPLES.items() for name, e in c.items()]
+    ("make", "x"), [pytest.param(*e, id=f"{called(k)} {name}".strip()) for k, c in EXAMPLES.items() for name, e in c.items()]
 )
+
+
+def arguments(net: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """What a module is called with: attention takes queries, keys and values."""
+    return (x, x, x) if isinstance(net, nn.MultiheadAttention) else (x,)
+
+
+def output(net: nn.Module, x: Tensor, values: dict[str, Tensor] | None = None) -> Tensor:
+    """Of a module, at other parameters too; attention returns its weights beside it."""
+    z = functional_call(net, values or {}, arguments(net, x))
+    return z[0] if isinstance(z, tuple) else z
+
+
+def preactivation(net: nn.Module, x: Tensor) -> Tensor:
+    """What the block itself computes: the module's output, but for attention."""
+    if not isinstance(net, nn.MultiheadAttention):
+        return output(net, x).detach()
+    return F.linear(x.transpose(0, 1), net.in_proj_weight, net.in_proj_bias).transpose(0, 1).detach()
 
 
 def passed(net: nn.Module, x: Tensor, count: int = 2, seed: int = 5) -> tuple[Block, LayerStatistics, Tensor, Tensor]:
     """The block of a single layer, what `count` vectors sent back say of it, the vectors, and the output."""
     (block,) = blocks(net)
     with Capture(net, (block,)) as capture:
-        z = net(x)
+        z = output(net, x)
+    assert [len(uses) for uses in capture.uses.values()] == [1]
+    assert capture.uses[block.name][0].rule in FUNCTIONS.values()
     vectors = normal(count, *z.shape, seed=seed)
     return block, capture.backward(z, vectors)[block.name], vectors, z.detach()
 
 
 def parameters(net: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in net.named_parameters()}
+    return {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
 
 
 def assert_reads(net: nn.Module, x: Tensor) -> None:
     """h[n, t, o] = Σᵢ W[o, i] a[n, t, γ(o), i], W as the module has it, is the module's own output."""
-    block, s, _, z = passed(net, x)
+    block, s, _, _ = passed(net, x)
     W = laid_out(block, parameters(net))
     assert W.shape == block.shape
-    a = own_inputs(block, s.grouped_a)
-    features_last = isinstance(net, nn.Linear | nn.Embedding | nn.LayerNorm | nn.RMSNorm)
+    a, z = own_inputs(block, s.grouped_a), preactivation(net, x)
+    features_last = isinstance(net, nn.Linear | nn.Embedding | nn.LayerNorm | nn.RMSNorm | nn.MultiheadAttention | Conv1D)
     h = z.reshape(len(x), -1, z.shape[-1]) if features_last else z.flatten(2).transpose(1, 2) if z.ndim > 2 else z[:, None]
     assert torch.equal(s.h, h)
     assert a.shape == (*h.shape, block.shape[1])
@@ -322,7 +448,7 @@ def assert_rows(net: nn.Module, x: Tensor) -> None:
     block, s, vectors, _ = passed(net, x)
 
     def product(values: dict[str, Tensor], one: Tensor, v: Tensor) -> Tensor:
-        return (functional_call(net, values, (one[None],))[0] * v).sum()
+        return (output(net, one[None], values)[0] * v).sum()
 
     for row, v in zip(s.rows, vectors, strict=True):
         assert_near(row, laid_out(block, vmap(grad(product), (None, 0, 0))(parameters(net), x, v), 1))
@@ -332,8 +458,8 @@ def assert_rows(net: nn.Module, x: Tensor) -> None:
 def assert_gradient(net: nn.Module, x: Tensor) -> None:
     """The gradient of the whole batch is autograd's, and the sum of the rows."""
     block, s, (v,), _ = passed(net, x, 1)
-    weights = dict(net.named_parameters())
-    grads = torch.autograd.grad((net(x) * v).sum() / len(x), list(weights.values()))
+    weights = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad((output(net, x) * v).sum() / len(x), list(weights.values()))
     dense = [g.to_dense() if g.is_sparse else g for g in grads]
     assert_near(s.gradient, laid_out(block, dict(zip(weights, dense, strict=True))))
     assert_near(s.rows[0].sum(0) / len(x), s.gradient)
@@ -380,13 +506,14 @@ def test_a_frozen_weight_or_bias_of_every_rule(make: Callable[[], nn.Module], x:
     """The one that trains alone has the same gradient as before; a bias alone belongs to no rule."""
     net = seeded(make)
     everything, s, _, _ = passed(seeded(make), x(), 1)
-    net.get_parameter(frozen).requires_grad_(False)
+    weight, bias = everything.params
+    still, other = (weight, bias) if frozen == "weight" else (bias, weight)
+    net.get_parameter(still).requires_grad_(False)
     (block,) = blocks(net)
     with Capture(net, (block,)) as capture:
-        z = net(x())
+        z = output(net, x())
     found = block.scatter(capture.backward(z, normal(1, *z.shape, seed=5), leaves=True)["1"].gradient)
-    other = {"weight": "bias", "bias": "weight"}[frozen]
-    assert (list(found), block.rule is None) == ([other], frozen == "weight")
+    assert (list(found), block.layer is None) == ([other], frozen == "weight")
     assert_near(found[other], everything.scatter(s.gradient)[other])
 
 
@@ -433,10 +560,39 @@ def test_convolutions_of_all_hyperparameters(case: tuple[int, Hyper, tuple[int, 
     assert_rows(net, x)
 
 
-@pytest.mark.parametrize("net", [nn.Conv1d(2, 3, 2), nn.Conv2d(2, 3, 2), nn.Conv3d(2, 3, 2)], ids=["1d", "2d", "3d"])
-def test_a_convolution_needs_the_batch_axis(net: nn.Module) -> None:
-    with pytest.raises(CurvlabError, match=r"a convolution's input must be \[N, C, …\].* keep the batch as the first axis"):
-        RULES[type(net)].inputs(net, torch.ones(2, *[2] * len(net.kernel_size)))
+class Unbatched(nn.Module):
+    """A convolution of one example after the other, each without the batch axis."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layer = make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.layer(one) for one in x]).flatten(1).sin()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Conv1d(2, 3, 2), lambda: nn.Conv2d(2, 3, 2), lambda: nn.Conv3d(2, 3, 2)], ids=["1d", "2d", "3d"]
+)
+@pytest.mark.filterwarnings("ignore:.*takes the general route")
+def test_a_convolution_needs_the_batch_axis(make: Callable[[], nn.Module]) -> None:
+    """Without one it has no rule: its block goes the general way, and has a gradient but no rows."""
+    net = seeded(lambda: Unbatched(make))
+    axes = len(net.layer.kernel_size)
+    x = normal(4, 2, *[3] * axes)
+    rule = FUNCTIONS[{1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[axes]]
+    assert rule.covers(rule.bind((x, net.layer.weight, net.layer.bias), {}))
+    assert not rule.covers(rule.bind((x[0], net.layer.weight, net.layer.bias), {}))
+    objective, y = cl.Objective(net, Gaussian()), normal(*net(x).shape, seed=2)
+    plain, (block,) = Plain(net, x, y, Gaussian().loss), objective.blocks
+    assert objective.check(x, y).ways == {"1": "general"}
+    s = objective.closure(x, y).observe().passes["data"]["1"]
+    assert_near(s.gradient, laid_out(block, plain.mean_gradient))
+    with pytest.raises(CurvlabError, match=r"^block 1 \(layer\.weight, layer\.bias\) is used by a call without a rule"):
+        _ = s.rows
+    assert_near(laid_out(block, cl.exact.gradients(objective, x, y), 1), laid_out(block, plain.gradients, 1))
+    for kind in ("ef", "ggn", "hessian"):
+        assert_near(cl.exact.matrix(objective, x, y, kind, "1").dense(), plain.matrix(kind, block))
 
 
 NORMS: dict[str, Example] = {
@@ -498,7 +654,7 @@ def test_what_no_rule_covers_is_a_block_for_each_parameter(case: str) -> None:
     net = UNRULED[case]()
     found = blocks(net)
     assert [(b.params, b.shape) for b in found] == [((n,), tuple(p.shape)) for n, p in net.named_parameters()]
-    assert all(b.rule is None and b.module is None and b.groups == 1 for b in found)
+    assert all(b.layer is None and b.module is None and b.groups == 1 for b in found)
 
 
 def test_the_gradient_of_what_no_rule_covers_is_autograds() -> None:
@@ -507,7 +663,7 @@ def test_the_gradient_of_what_no_rule_covers_is_autograds() -> None:
     closure = objective.closure(normal(5, 3), normal(5, 2))
     gradients = closure.observe().gradients
     closure()
-    assert [b.rule is None for b in objective.blocks] == [False, True, True, False]
+    assert [b.layer is None for b in objective.blocks] == [False, True, True, False]
     for block in objective.blocks:
         assert_near(gradients[block.name], laid_out(block, {n: net.get_parameter(n).grad for n in block.params}))
 

@@ -193,7 +193,7 @@ def test_noise_from_the_gradients_of_one_example_at_a_time(model: str) -> None:
         each.append({n: q.grad.clone() for n, q in objective.parameters.items()})
     totals = [0.0, 0.0]
     for j, block in enumerate(objective.blocks):
-        if block.rule is None:
+        if block.layer is None:
             assert np.isnan(found["gradient_variance"][j])
             continue
         rows = torch.stack([torch.cat([g[n].flatten() for n in block.params]) for g in each])

@@ -164,6 +164,20 @@ def test_what_lanczos_cannot_tell_from_zero_is_said() -> None:
     assert run["negative"].item() == 0
     assert run["unresolved"].item() > 0.6
     assert run["density"].sel(bin=0).item() == pytest.approx(run["unresolved"].item(), abs=1e-12)
+    assert run["negative_error"].item() >= run["unresolved"].item()  # all of it may be negative
+
+
+def test_the_error_of_what_is_negative_reaches_the_truth() -> None:
+    """Half of the eigenvalues of a Hessian are negative, and most of those too small for Lanczos: faults, row 34."""
+    p = middling()
+    exactly, run = (
+        cl.spectrum(p.objective(), p.x, p.y, ["hessian"], m, blocks=["1"], draws=4, steps=20).squeeze()
+        for m in ("exact", "lanczos")
+    )
+    assert run["unresolved"].item() > 0.1
+    assert run["negative_error"].item() >= run["unresolved"].item()
+    assert abs(run["negative"].item() - exactly["negative"].item()) <= run["negative_error"].item()
+    assert "unresolved" in run["negative_error"].attrs["long_name"]
 
 
 def test_auto_is_exact_up_to_an_order(monkeypatch: pytest.MonkeyPatch) -> None:

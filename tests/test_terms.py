@@ -19,7 +19,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def fit(objective: cl.Objective) -> list[Block]:
-    return [b for b in objective.blocks if b.rule is not None and b.groups == 1]
+    return [b for b in objective.blocks if b.layer is not None and b.groups == 1]
 
 
 def terms(p: Problem, kind: str, block: str) -> KroneckerSum:
@@ -130,7 +130,7 @@ class Moved:
     def by_place(self, matrix: Tensor) -> Tensor:
         """[*out, *out] → [T, O, T, O] by the block's own reading of an output."""
         count = self.zero.numel()
-        order = self.block.rule.outputs(torch.arange(count).view(self.zero.shape))[0]
+        order = self.block.layer.outputs(torch.arange(count).view(self.zero.shape))[0]
         return matrix.reshape(count, count)[order.flatten()[:, None], order.flatten()].view(*order.shape, *order.shape)
 
 

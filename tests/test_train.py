@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +17,33 @@ import torch
 import torch.nn.functional as F
 import xarray as xr
 from problems import batches, problem
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab as cl
+from curvlab import chance, spectrum_run
 from curvlab.algorithms import ALGORITHMS
 from curvlab.datasets import Dataset
 from curvlab.figures import draw_all
+from curvlab.models import MODELS
 from curvlab.probes import PROBES
+from curvlab.spectra import Plan
 from curvlab.training import checkpoint
-from curvlab.training.evaluation import SQUARED, SQUARED_SIGMOID, WRONG, WRONG_SIGN, Measure, evaluate, measure_of
+from curvlab.training import run as training_by_name
+from curvlab.training.evaluation import (
+    SQUARED,
+    SQUARED_SIGMOID,
+    WRONG,
+    WRONG_SIGN,
+    Measure,
+    evaluate,
+    evaluating,
+    in_eval_mode,
+    measure_of,
+)
 from curvlab.training.records import TIMES, VARIABLES
+from curvlab.training.settings import Budget, Settings
 
 
 def data(n: int = 23, seed: int = 0) -> Dataset:
@@ -204,14 +223,172 @@ def test_evaluation_in_chunks_is_the_whole_and_changes_nothing() -> None:
     assert first == pytest.approx(F.cross_entropy(z[:7], examples.y[:7]).item(), rel=1e-13)
 
 
+# ---- train and eval mode
+
+
 def test_batch_norm_and_dropout_train_in_train_mode_and_end_as_they_were() -> None:
     model, modes = net(3, nn.BatchNorm1d(4), nn.Dropout(0.5)), []
-    model.eval()
     model[1].register_forward_hook(lambda module, x, z: modes.append((module.training, len(z))))
     cl.train(objective_of(model), data().batches(5), data(9), algorithm="sgd-m", lr=0.01)
     assert modes == [(False, 2), (False, 23), (False, 9), *[(True, 5)] * 4, (False, 23), (False, 9)]
-    assert not any(m.training for m in model.modules())
+    assert all(m.training for m in model.modules())
     assert model[1].num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("algorithm", ["sgd-m", "kfac", "k-bfgs-20"])
+def test_a_frozen_norm_stays_as_it_is_and_the_rest_trains(algorithm: str, tmp_path: Path) -> None:
+    """As by hand: also after an evaluation, after a checkpoint, and where the run goes on."""
+    part = data()
+    loader = list(zip(part.x.split(6), part.y.split(6), strict=True))
+
+    def build() -> nn.Module:
+        model = net(3, nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Dropout(0.5)))
+        model[1].eval().requires_grad_(False)
+        return model
+
+    model, before = build(), build()
+    arguments = {"algorithm": algorithm, "lr": 0.01, "damping": 0.1, "folder": tmp_path, "validation": part}
+    cl.train(objective_of(model), loader, epochs=2, **arguments)
+    again = build()
+    cl.train(objective_of(again), loader, epochs=3, resume=True, **arguments)
+    for trained in (model, again):
+        for name, t in trained[1].state_dict().items():
+            assert torch.equal(t, before[1].state_dict()[name])
+        assert [m.training for m in trained.modules()] == [m.training for m in before.modules()]
+    assert [int(m[2][0].num_batches_tracked) for m in (model, again)] == [8, 12]
+    if algorithm == "sgd-m":
+        torch.manual_seed(0)
+        alone, mine = build(), build()
+        optimizer = cl.optimizer("sgd-m", objective := objective_of(alone), lr=0.01)
+        for x, y in loader * 2:
+            optimizer.step(objective.closure(x, y))
+        torch.manual_seed(0)
+        cl.train(objective_of(mine), loader, epochs=2, algorithm="sgd-m", lr=0.01)
+        same_weights(mine, alone)
+
+
+def test_modes_that_are_set_on_the_way_stay() -> None:
+    model = net(3, nn.BatchNorm1d(4), nn.Dropout(0.5))
+    seen: list[tuple[bool, bool]] = []
+
+    def freeze(optimizer: torch.optim.Optimizer) -> object:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: model[1].train(epoch < 1) and 1.0)
+
+    model[1].register_forward_hook(lambda module, x, z: seen.append((module.training, model[2].training)))
+    cl.train(objective_of(model), data().batches(12), data(9), algorithm="sgd-m", lr=0.01, epochs=3, schedule=freeze)
+    steps, looks = [(True, True)] * 1, [(False, False)] * 2
+    assert seen == [(False, False), *looks, *steps, *looks, (False, True), *looks, (False, True), *looks]
+
+
+def test_a_model_all_in_eval_mode_is_trained_so_and_that_is_said() -> None:
+    for layer in (nn.BatchNorm1d(4), nn.Dropout(0.5), nn.RReLU()):
+        model = net(3, layer).eval()
+        with pytest.warns(
+            cl.CurvlabWarning, match=r"the whole model is in eval mode .*: .*; call model\.train\(\) first"
+        ) as said:
+            cl.train(objective_of(model), data().batches(5), algorithm="sgd-m", lr=0.01)
+        assert len(said) == 1
+        assert said[0].filename == __file__
+        assert not any(m.training for m in model.modules())
+        if isinstance(layer, nn.BatchNorm1d):
+            assert layer.num_batches_tracked == 0
+        model.train()
+        cl.train(objective_of(model), data().batches(5), algorithm="sgd-m", lr=0.01)  # the remedy: no warning
+
+
+def test_a_model_for_which_modes_are_the_same_is_trained_without_a_word() -> None:
+    norm = partial(nn.BatchNorm1d, 4, track_running_stats=False)
+    for middle in (nn.Tanh, partial(nn.Dropout, 0.0), partial(nn.LayerNorm, 4), norm):
+        one, two = net(3, middle()), net(3, middle()).eval()
+        for model in (one, two):
+            cl.train(objective_of(model), data().batches(5), algorithm="sgd-m", lr=0.01)
+        same_weights(one, two)
+
+
+def test_a_run_does_not_go_on_in_other_modes(tmp_path: Path) -> None:
+    arguments = {"folder": tmp_path, "algorithm": "sgd-m"}
+    model = net(3, nn.BatchNorm1d(4), nn.Dropout(0.5))
+    model[1].eval()
+    cl.train(objective_of(model), data().batches(5, seed=1), **arguments)
+    with pytest.raises(cl.CurvlabError, match=r"modules in eval mode \['1'\], not None\): give the same"):
+        cl.train(objective_of(model.train()), data().batches(5, seed=1), epochs=2, resume=True, **arguments)
+    model[1].eval()
+    cl.train(objective_of(model), data().batches(5, seed=1), epochs=2, resume=True, **arguments)
+
+
+def test_names_of_modules_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert in_eval_mode(model) == []
+    model[1].eval()
+    assert in_eval_mode(model) == ["1"]
+    model[1][0].train()
+    assert in_eval_mode(model) == ["1", "1.1"]
+    model.eval()
+    model[2].train()
+    assert in_eval_mode(model) == ["the model itself", "0", "1"]
+    assert in_eval_mode(model.eval()) == ["all"]
+
+
+def test_what_a_module_does_when_its_mode_changes_is_undone() -> None:
+    """Adapters that are merged into the weights in eval mode; a norm that its parent holds in eval mode."""
+
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("more", torch.ones(4, 4))
+
+        def train(self, mode: bool = True) -> "Adapted":
+            if mode != self.training:
+                self.weight.data += self.more if not mode else -self.more
+            return super().train(mode)
+
+    class Held(nn.Sequential):
+        def train(self, mode: bool = True) -> "Held":
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    model = net(3, Adapted().double(), Held(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()).train()
+    weight, modes = model[1].weight.detach().clone(), [m.training for m in model.modules()]
+    assert not model[2][1].training
+    with evaluating(model):
+        torch.testing.assert_close(model[1].weight.detach(), weight + 1, rtol=0, atol=1e-15)
+        assert not any(m.training for m in model.modules())
+    torch.testing.assert_close(model[1].weight.detach(), weight, rtol=0, atol=1e-15)
+    assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.parametrize("built", ["in train mode", "in eval mode", "one of them in eval mode"])
+def test_a_model_by_name_trains_in_train_mode(built: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where its function hands it over in eval mode, after an evaluation, and where the run goes on."""
+    seen: list[tuple[bool, bool]] = []
+
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(256, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 10))
+        model.train(built != "in eval mode")
+        model[2].train(built == "in train mode")
+        model[1].register_forward_hook(lambda module, x, z: seen.append((module.training, model[2].training)))
+        return model
+
+    monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build))
+    wanted = (True, built != "one of them in eval mode")
+    for steps in (2, 4):
+        named = training_by_name.Named(Settings("sgd-m", 0.01), Budget(steps=steps), "normed", batch_size=30_000, warm=False)
+        state = None if steps == 2 else checkpoint.load(tmp_path / "checkpoint.pt")
+        training = training_by_name.prepare(named, {}, state)
+        training.into(tmp_path)
+        seen.clear()
+        training_by_name.run_named(training, Console(stderr=True))
+        assert [modes for modes in seen if modes != (False, False)] == [wanted] * 2
+        assert training.objective.model[1].num_batches_tracked == steps
+    prepared = spectrum_run.prepare(spectrum_run.Named("normed", Plan(blocks=("1",)), after=(1,), samples=9))
+    seen.clear()
+    spectrum_run.run(prepared, tmp_path / "spectrum.h5", {}, Console(stderr=True))
+    assert wanted in seen
+    assert (False, False) in seen
+
+
+# ---- what is evaluated
 
 
 def test_no_validation_and_a_likelihood_of_ones_own() -> None:
@@ -350,6 +527,68 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, kind: str, t
                 same_log(run.dataset, expected)
                 same_log(cl.open(folder), expected)
                 assert len(json.loads(run.dataset.attrs["resumed"])) == 1
+
+
+class Depth(nn.Module):
+    """A layer that is left out now and then, by one of the global generators."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.layer, self.draw = nn.Linear(4, 4), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x) * (0.5 + self.draw()) if self.training else x + self.layer(x)
+
+
+class Shifted(TensorDataset):
+    """Examples shifted by numbers of one of the global generators."""
+
+    draw: Callable[[], float]
+
+    def __getitem__(self, n: int) -> tuple[Tensor, ...]:
+        x, y = super().__getitem__(n)
+        return x + self.draw(), y
+
+
+@pytest.mark.parametrize(
+    "draw", [random.random, np.random.randn, lambda: float(torch.rand(()))], ids=["random", "numpy", "torch"]
+)
+def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_path: Path) -> None:
+    """In the model and in the loader: Python's generator, numpy's (the second of two normal numbers too), torch's."""
+
+    def loader() -> DataLoader:
+        made = Shifted(data().x, data().y)
+        made.draw = draw
+        return DataLoader(made, batch_size=5, shuffle=True)
+
+    def build() -> nn.Module:
+        chance.seed(5)
+        return net(3, Depth(draw).double())
+
+    more = {"algorithm": "k-bfgs-20", "epochs": 2, "lr": 0.05, "damping": 0.3, "warm": (), "evaluate_every": 2}
+    with chance.kept(torch.device("cpu")):
+        whole = build()
+        expected = cl.train(objective_of(whole), loader(), **more).dataset
+        for steps in (0, 2, 5, 7):
+            folder = tmp_path / str(steps)
+            arguments = more | {"folder": folder, "checkpoint_seconds": 1e-9}
+            killed_after(steps, objective=objective_of(build()), batches=loader(), **arguments)
+            model = build()
+            chance.seed(77)
+            run = cl.train(objective_of(model), loader(), resume=True, **arguments)
+            same_weights(model, whole)
+            same_log(run.dataset, expected)
+
+
+def test_checkpoints_that_hold_torchs_generators_alone(tmp_path: Path) -> None:
+    arguments = {"algorithm": "sgd-m", "folder": tmp_path}
+    model, again = net(3, nn.Dropout(0.5)), net(3, nn.Dropout(0.5))
+    cl.train(objective_of(model), data().batches(5, seed=1), epochs=1, **arguments)
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    state["chance"] = {when: found["torch"] for when, found in state["chance"].items()}
+    del state["format"]
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    cl.train(objective_of(again), data().batches(5, seed=1), epochs=2, resume=True, **arguments)
 
 
 def test_a_longer_run_drops_the_record_of_the_epoch_that_was_cut_short(tmp_path: Path) -> None:
@@ -539,6 +778,13 @@ def test_probes_lie_along_axes_of_their_own_and_leave_the_run_as_it_is(tmp_path:
     assert json.loads(ds.attrs["probes"]) == {"norms": 3, "loss": 1}
     assert ds["probe_seconds"][-1] > 0
     assert {"long_name", "units"} <= ds["norms_step"].attrs.keys()
+
+
+def test_one_probe_may_be_named_alone() -> None:
+    ds = cl.train(objective_of(net()), data().batches(5, seed=1), algorithm="sgd-m", probes="norms:3").dataset
+    assert json.loads(ds.attrs["probes"]) == {"norms": 3}
+    with pytest.raises(cl.CurvlabError, match="unknown probe 'norm'"):
+        cl.train(objective_of(net()), data().batches(5, seed=1), probes="norm")
 
 
 def test_the_shift_of_block_hessian_is_in_the_log_of_every_run() -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
+from curvlab.capture import LayerStatistics, Reads
 from curvlab.errors import CurvlabError
 from curvlab.linalg.operators import Diagonal, Operator, identity_like
 from curvlab.objective import Observation, Pass, Transition
 
 NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
-
-Reads = Literal["gradient", "rows", "factors"]
-"""Of the batch alone; of each example, which any layer with a rule has; a, g, A, G, where all outputs share their inputs."""
 
 Move = Callable[[], Tensor]
 """Gives the change of a block's parameters when it is called; no work before."""
@@ -125,8 +122,7 @@ class IdentityBlock:
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         if not hasattr(self, "inverse"):
-            like = statistics.gradient if statistics.block.rule is None else statistics.g
-            self.inverse = identity_like(like.new_empty(statistics.block.shape))
+            self.inverse = identity_like(statistics.like.new_empty(statistics.block.shape))
 
     def refresh(self, damping: float) -> None:
         if self.over_damping:

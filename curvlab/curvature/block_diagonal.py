@@ -5,7 +5,6 @@ Warm start, running mean and moving average are one thing: a weight.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -13,10 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import NO_DATA, CurvatureBlock, IdentityBlock, Reads, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
-from curvlab.errors import CurvlabError, CurvlabWarning, check_values, unknown
+from curvlab.curvature.states import check_memory, check_names, check_operator, dtype_of
+from curvlab.errors import CurvlabError, check_values, unknown, warn
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
 from curvlab.objective import Closure, Objective, Observation, Pass, Transition
@@ -85,17 +86,17 @@ class BlockDiagonal:
         loose = [b for b in blocks if not _has(b, self.blocks[b.name].reads)]
         if loose:
             names = ", ".join(p for b in loose for p in b.params)
-            warnings.warn(
+            warn(
                 "parameters of layers without a rule (or, for Kronecker factors, with groups of outputs) "
-                f"follow the gradient where an algorithm needs structure: {names}",
-                CurvlabWarning,
-                stacklevel=2,
+                f"follow the gradient where an algorithm needs structure: {names}"
             )
             self.blocks |= {b.name: fallback() for b in loose}
+        self._fallback = fallback
         self.name, self.labels, self.skips_first, self.levenberg = name, labels, skips_first, levenberg
         self.damping, self.decay, self.average, self.warm = damping, decay, average, warm
         self.update_every, self.refresh_every = update_every, refresh_every
         self._look = look
+        self._idle: dict[str, Operator] = {}  # of blocks that no minibatch has reached yet: the identity
         self.damping_rule = damping_rule
         self.gradient_norm: float | None = None  # of the last minibatch
         self.steps = self.updates = 0
@@ -118,7 +119,7 @@ class BlockDiagonal:
         """{block: operator that `precondition` applies}."""
         if not self.ready:
             raise CurvlabError(NO_DATA)
-        return {name: block.inverse for name, block in self.blocks.items()}
+        return {name: self._idle.get(name) or block.inverse for name, block in self.blocks.items()}
 
     def _folds(self, step: int) -> bool:
         if step == 1 and self.skips_first:
@@ -144,12 +145,30 @@ class BlockDiagonal:
             statistics = observation.passes[self.labels]
         else:
             raise unknown("pass of this observation", self.labels, observation.passes)
+        self._follow(statistics)
         for name, block in self.blocks.items():
-            if name in statistics:
-                block.update(statistics[name], weight)
-            elif not hasattr(block, "inverse"):  # the exact pass has no gradient of a parameter without structure
-                block.inverse = identity_like(observation.loss.new_empty(self._partition[name].shape))
+            found = statistics.get(name)
+            if found is None or not getattr(found, "used", True):  # the exact pass has no gradient of a block without structure
+                if name not in self._idle and not hasattr(block, "inverse"):
+                    self._idle[name] = identity_like(observation.loss.new_empty(self._partition[name].shape))
+            else:
+                block.update(found, weight)
+                self._idle.pop(name, None)
         self.updates += 1
+
+    def _follow(self, statistics: Mapping[str, Any]) -> None:
+        """Blocks whose statistics lack what their method reads follow the gradient from here on, and it is said."""
+        lost = {}
+        for name, block in self.blocks.items():
+            found = statistics.get(name)
+            if block.reads == "gradient" or (found is None and self._look is not None):
+                continue
+            if found is None or (isinstance(found, LayerStatistics) and not found.provides(block.reads)):
+                lost[name] = "" if found is None else found.why
+        if lost:
+            told = "; ".join(f"{self._partition[name]} {why or 'has no such thing in this pass'}" for name, why in lost.items())
+            warn(f"the gradient is followed where {self.name or 'the method'} needs structure: {told}")
+            self.blocks |= {name: self._fallback() for name in lost}
 
     def _fold_data(self, objective: Objective) -> None:
         seen = 0
@@ -189,7 +208,7 @@ class BlockDiagonal:
         """Learn from a step: two looks at one minibatch, each with its "data" pass. The step stands."""
         before, after = transition.before, transition.after
         for name, block in self.blocks.items():
-            if block.secant is not None:
+            if block.secant is not None and name not in self._idle and before.passes["data"][name].used and after.passes["data"][name].used:
                 try:
                     move = partial(_step_of, transition, name)
                     block.secant(before.passes["data"][name], after.passes["data"][name], move)
@@ -222,6 +241,8 @@ class BlockDiagonal:
         check_damping(self.damping)
         damping = self.damping_rule(self.damping, self.gradient_norm) if self.damping_rule else self.damping
         for name, block in self.blocks.items():
+            if name in self._idle:
+                continue
             try:
                 block.refresh(damping)
             except CurvlabError as error:
@@ -267,23 +288,30 @@ class BlockDiagonal:
             for name, b in self.blocks.items()
         }
         counters = {key: getattr(self, key) for key in _COUNTERS}
-        return counters | {"algorithm": self.name, "blocks": blocks, "shown": self.shown}
+        idle = {name: pack(operator) for name, operator in self._idle.items()}
+        return counters | {"algorithm": self.name, "blocks": blocks, "shown": self.shown, "idle": idle}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
         check_algorithm(state, self.name)
-        if set(state["blocks"]) != set(self.blocks):
-            raise CurvlabError(
-                f"the checkpoint has blocks {', '.join(state['blocks'])} but this model has {', '.join(self.blocks)}: "
-                "build the same model first"
-            )
-        for key in _COUNTERS:
-            setattr(self, key, state[key])
+        check_names(self._partition.values(), state["blocks"])
+        inverses: dict[str, Operator] = {}
+        dtype = dtype_of(self._partition.values())
+        for name, saved in state["blocks"].items():
+            if "inverse" in saved:
+                inverses[name] = unpack_operator(_clone(saved["inverse"]))
+                check_operator(self._partition[name], inverses[name], dtype)
+            check_memory(self._partition[name], self.blocks[name].memory, saved["memory"], dtype)
+        counters = {key: state[key] for key in _COUNTERS}
         self.shown = _clone(state["shown"])
+        self._idle = {name: unpack_operator(_clone(packed)) for name, packed in state.get("idle", {}).items()}
+        for key, value in counters.items():
+            setattr(self, key, value)
         for name, saved in state["blocks"].items():
             for key, value in saved["memory"].items():
                 setattr(self.blocks[name], key, _clone(value))
-            if "inverse" in saved:
-                self.blocks[name].inverse = unpack_operator(_clone(saved["inverse"]))
+            if name in inverses:
+                self.blocks[name].inverse = inverses[name]
             elif hasattr(self.blocks[name], "inverse"):  # saved before the first data
                 del self.blocks[name].inverse
 
@@ -303,4 +331,5 @@ def _clone(value: Any) -> Any:
 
 
 def _has(block: Block, reads: Reads) -> bool:
-    return reads == "gradient" or (block.rule is not None and (reads == "rows" or block.groups == 1))
+    """Whether a block can have what a method reads; whether it does is seen in the statistics."""
+    return reads == "gradient" or (block.layer is not None and (reads == "rows" or block.groups == 1))

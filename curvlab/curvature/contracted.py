@@ -31,7 +31,7 @@ def with_pixels(block: Block, weight: Float[Tensor, "*O CP"]) -> Float[Tensor, "
 
     One pixel is no way: a 1×1 convolution has the two of a linear layer.
     """
-    pixels = 1 if block.module is None else math.prod(block.module.get_parameter("weight").shape[2:])
+    pixels = 1 if block.layer is None else math.prod(block.weight_shape[2:])
     return weight.reshape(*weight.shape[:-1], -1, pixels) if pixels > 1 else weight
 
 
@@ -41,12 +41,12 @@ def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[T
     A parameter without a rule has a way for each axis, but those after the second that are of length one.
     """
     variables = block.scatter(statistics.gradient).values()
-    if block.rule is None:
+    if block.layer is None:
         ways = [v.reshape((*v.shape[:2], *(d for d in v.shape[2:] if d > 1))) for v in variables]
     else:
         ways = [with_pixels(block, v.flatten(1)) if v.ndim > 1 else v for v in variables]
     found = [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in ways]
-    return [each[::-1] for each in found] if block.rule and block.rule.transposed else found  # the ways as the block lies
+    return [each[::-1] for each in found] if block.layer and block.layer.transposed else found  # the ways as the block lies
 
 
 class Contracted:

@@ -39,7 +39,7 @@ class DenseFisher:
         self.active: Tensor | None = None  # ascending input numbers; None where T > 1
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        shared = statistics.block.groups > 1 or statistics.g.shape[2] > 1
+        shared = not statistics.provides("factors") or statistics.places > 1
         if shared or (self.F is not None and self.active is None):
             self._update_dense(statistics, weight)
             return

@@ -22,7 +22,7 @@ from curvlab.objective import Observation
 def hessians(observation: Observation) -> dict[str, Dense]:
     """{block: exact Hessian of the minibatch's mean loss}, of the layers with a rule."""
     closure = observation.closure
-    ruled = [b.name for b in closure.objective.blocks if b.rule is not None]
+    ruled = [b.name for b in closure.objective.blocks if b.layer is not None]
     return exact.matrices(closure.objective, closure.x, closure.y, "hessian", ruled) if ruled else {}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.levenberg import LevenbergMarquardt, Ratio, check_ratio, ratio_at
+from curvlab.curvature.states import check_vectors
 from curvlab.curvature.whole import (
     Schedule,
     check_curvature_size,
@@ -199,11 +200,16 @@ class HessianFree:
         return kept | minibatches | {"algorithm": self.name}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
         check_algorithm(state, self.name)
-        for name in ("steps", "damping", "used", "at", "solution", "start"):
-            setattr(self, name, state[name])
-        self.trial, self.minibatch = (self._unpack(state[name]) for name in ("trial", "minibatch"))
-        self.product = None if self.minibatch is None or self.at is None else self._product(self.minibatch, self.at)
+        kept = {name: state[name] for name in ("steps", "damping", "used", "at", "solution", "start")}
+        check_vectors(self.layout, {name: kept[name] for name in ("at", "solution", "start")}, self.objective.dtype)
+        trial, minibatch = (self._unpack(state[name]) for name in ("trial", "minibatch"))
+        at = kept["at"]
+        product = None if minibatch is None or at is None else self._product(minibatch, at)
+        for name, value in kept.items():
+            setattr(self, name, value)
+        self.trial, self.minibatch, self.product = trial, minibatch, product
 
     def _unpack(self, packed: dict[str, Any] | None) -> Closure | None:
         return None if packed is None else Closure(self.objective, **packed)

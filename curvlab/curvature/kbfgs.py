@@ -116,7 +116,7 @@ class KBfgs:
         return H_g, H_a
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        self.places = statistics.g.shape[2]
+        self.places = statistics.places
         started = hasattr(self, "inverse")
         if not (started and self.minibatch):  # of the minibatch alone: a mean in the warm start, and no more
             self.A = blend(self.A, statistics.A, weight)  # Alg. 4, line 20

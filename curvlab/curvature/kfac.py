@@ -33,7 +33,7 @@ SPLITS: dict[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = {
 class Kfac:
     """H = (Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹: Alg. 12, lines 14 and 19; with the split "even" Alg. 7, lines 9 and 11."""
 
-    reads: Reads = "factors"
+    reads: Reads = "moments"
     memory: ClassVar[tuple[str, ...]] = ("A", "G")
     secant: Secant | None = None
     inverse: Operator

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, vjp, vmap
 
 from curvlab.capture import LayerStatistics
 from curvlab.curvature.base import NO_DATA, Reads, Secant, check_algorithm, check_damping
 from curvlab.curvature.levenberg import LevenbergMarquardt, Ratio, check_ratio, ratio_at
+from curvlab.curvature.states import check_rows
 from curvlab.curvature.whole import (
     Schedule,
     applied,
@@ -28,7 +28,7 @@ from curvlab.curvature.whole import (
 )
 from curvlab.errors import CurvlabError, guard_memory, unknown
 from curvlab.exact.batches import alone
-from curvlab.exact.general import Function, mapped
+from curvlab.exact.general import Function
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import LowRank, Operator, Woodbury, pack, unpack
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows
@@ -57,9 +57,9 @@ class SmwFisher:
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         if self.curvature_size is not None and self.curvature_size < statistics.size:
-            statistics = statistics.part(torch.arange(self.curvature_size, device=statistics.g.device))
+            statistics = statistics.part(torch.arange(self.curvature_size, device=statistics.like.device))
         scale = 1 / math.sqrt(statistics.size)
-        if statistics.block.groups == 1 and len(statistics.g) == 1 and statistics.g.shape[2] == 1:
+        if statistics.provides("factors") and statistics.vectors == 1 and statistics.places == 1:
             self.g, self.a = statistics.g[0, :, 0] * scale, statistics.a[:, 0]
         else:
             self.g, self.a = statistics.rows.flatten(2).flatten(0, 1) * scale, None
@@ -171,9 +171,9 @@ class Smw:
         else:
             statistics = observation.passes[self.labels]
             if len(chosen) < observation.size:
-                statistics = {b.name: statistics[b.name].part(chosen) for b in self.layout.blocks if b.rule is not None}
-        found: dict[str, RowMatrix] = {b.name: layer_rows(statistics[b.name]) for b in self.layout.blocks if b.rule is not None}
-        loose = tuple(b for b in self.layout.blocks if b.rule is None)
+                statistics = {name: s.part(chosen) for name, s in statistics.items() if s.structured}
+        found: dict[str, RowMatrix] = {name: layer_rows(s) for name, s in statistics.items() if s.structured}
+        loose = tuple(b for b in self.layout.blocks if b.name not in found)
         if loose:
             found |= loose_rows(closure, loose, self.labels, chosen)
         return Beside(tuple(found[b.name] for b in self.layout.blocks))
@@ -223,9 +223,14 @@ class Smw:
         return packed | {"algorithm": self.name, "steps": self.steps, "ready": self.ready, "damping": self.damping}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
         check_algorithm(state, self.name)
+        rows, inverse = unpack(state["rows"]), unpack(state["inverse"])
+        for held in (rows, None if inverse is None else inverse.rows):
+            if held is not None:
+                check_rows(self.layout, held, self.objective.dtype)
         self.steps, self.ready, self.damping = state["steps"], state["ready"], state["damping"]
-        self.rows, self._inverse = unpack(state["rows"]), unpack(state["inverse"])
+        self.rows, self._inverse = rows, inverse
 
 
 def layer_rows(statistics: LayerStatistics) -> RowMatrix:
@@ -234,6 +239,8 @@ def layer_rows(statistics: LayerStatistics) -> RowMatrix:
     Formed only where a weight is used at so many places that a and g are more numbers than the rows themselves.
     """
     block, scale = statistics.block, 1 / math.sqrt(statistics.size)
+    if not statistics.used or any(p.swapped for p in statistics.parts):
+        return Rows(statistics.rows.flatten(2).flatten(0, 1) * scale)
     g = statistics.g.reshape(*statistics.g.shape[:3], block.groups, -1)
     vectors, _, places, _, outputs = g.shape
     inputs = block.shape[1]
@@ -244,26 +251,19 @@ def layer_rows(statistics: LayerStatistics) -> RowMatrix:
 
 
 def loose_rows(closure: Closure, blocks: tuple[Block, ...], labels: Pass, chosen: Tensor) -> dict[str, RowMatrix]:
-    """{block: the same rows} of layers without a rule, for the chosen examples of a minibatch, by `torch.func`."""
-    objective = closure.objective
-    alone(objective)
-    likelihood, layout = objective.likelihood, Layout(blocks)
-    function = Function(closure, layout)
+    """{block: the same rows} of blocks that go the general way, for the chosen examples of a minibatch."""
+    alone(closure.objective)
+    layout = Layout(blocks)
     chosen = chosen.to(closure.x.device)
     z = closure.forward()[0].detach()
+    some = part(closure, chosen)
+    function, count = Function(some, layout), len(chosen)
+    vectors = z[0].numel() if labels == "exact" else 1
+    needed = vectors * count * len(layout) * z.element_size()
+    guard_memory(needed, "the per-sample gradients", "use a smaller curvature_size")
     if labels == "exact":
-        vectors = likelihood.root(z[chosen])
+        root = closure.root(z)[:, chosen].flatten(2)  # [V, n, C]
+        rows = torch.einsum("vnc,ncd->vnd", root, function.jacobians()).flatten(0, 1)
     else:
-        label = closure.y if labels == "data" else closure.labels(z)[0]
-        slope: Tensor = grad(lambda z: likelihood.loss(z, label).sum())(z)
-        vectors = slope[chosen][None]
-    size = vectors.shape[0] * len(chosen)
-    guard_memory(size * len(layout) * z.element_size(), "the per-sample gradients", "use a smaller curvature_size")
-
-    def of_one(x: Tensor, vectors: Float[Tensor, "V *C"]) -> Float[Tensor, "V D"]:
-        back = vjp(lambda w: function.outputs(w, x[None])[0], function.at)[1]
-        found: Tensor = vmap(lambda u: back(u)[0])(vectors)
-        return found
-
-    rows = mapped(of_one)(closure.x[chosen], vectors.transpose(0, 1)).transpose(0, 1).reshape(size, -1)
-    return {b.name: Rows(rows[:, layout.slices[b.name]] / math.sqrt(len(chosen))) for b in blocks}
+        rows = function.gradients(closure.y[chosen] if labels == "data" else closure.labels(z)[0][chosen])
+    return {b.name: Rows(rows[:, layout.slices[b.name]] / math.sqrt(count)) for b in blocks}

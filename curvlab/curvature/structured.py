@@ -33,6 +33,7 @@ from torch import Tensor
 
 from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm
+from curvlab.curvature.states import check_vectors
 from curvlab.curvature.whole import Schedule, Search, flat, like, part, searched, subset
 from curvlab.errors import CurvlabError, check_values, unknown
 from curvlab.exact.batches import Kind
@@ -229,10 +230,10 @@ class Structured:
     def _rows(self, closure: Closure) -> Float[Tensor, "D r"] | None:
         """Q of H = Q Qᵀ, (14), where it is worth it."""
         blocks = self.objective.blocks
-        if any(b.rule is None for b in blocks):
-            return None
         statistics = closure.observe({self.labels}, move_buffers=False).passes[self.labels]
-        count = len(statistics[blocks[0].name].g) * len(closure.x)
+        if not all(b.name in statistics and statistics[b.name].structured for b in blocks):
+            return None
+        count = statistics[blocks[0].name].vectors * len(closure.x)
         if count >= len(self.objective.layout) or count * len(self.objective.layout) > _ROWS:
             return None
         rows = [statistics[b.name].rows.flatten(2).flatten(0, 1) for b in blocks]
@@ -362,20 +363,19 @@ class Structured:
         return state | {"algorithm": self.name, "work": dict(self.work), "pairs": pairs, "pending": _listed(self.pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
         check_algorithm(state, self.name)
-        for held in (state["pairs"], state["pending"]):
-            if held is not None and held[0].shape[-1] != len(self.objective.layout):
-                raise CurvlabError(
-                    f"the checkpoint has {held[0].shape[-1]} parameters but this model has {len(self.objective.layout)}: "
-                    "build the same model first"
-                )
-        for key in _STATE:
-            setattr(self, key, state[key])
-        self.ages = list(self.ages)
         pairs, pending = state["pairs"], state["pending"]
-        self.memory = None if pairs is None else Memory(self.pairs, *(t.clone() for t in pairs))
-        self.pending = None if pending is None else (pending[0].clone(), pending[1].clone())
+        held = {f"{name} {i}": t for name, both in (("pairs", pairs), ("pending", pending)) for i, t in enumerate(both or ())}
+        check_vectors(self.objective.layout, held, self.objective.dtype)
+        memory = None if pairs is None else Memory(self.pairs, *(t.clone() for t in pairs))
+        kept = {key: state[key] for key in _STATE}
         self.work = dict(state["work"])
+        for key, value in kept.items():
+            setattr(self, key, value)
+        self.ages = list(self.ages)
+        self.memory = memory
+        self.pending = None if pending is None else (pending[0].clone(), pending[1].clone())
         self.ready = False
 
     @property

@@ -88,14 +88,17 @@ def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     Inf or NaN where the loss is not finite there: a trial point may be bad.
     """
     objective = closure.objective
-    parameters = objective.parameters
-    there = {name: b.clone() for name, b in objective.model.named_buffers()}
-    for block in objective.blocks:
-        there |= {name: parameters[name].detach() + d for name, d in block.scatter(step[block.name]).items()}
-    with torch.no_grad():
-        loss = objective.likelihood.loss(torch.func.functional_call(objective.model, there, (closure.x,)), closure.y).mean()
-        if objective.l2:
-            loss += objective.l2 * sum(there[name].square().sum() for name in parameters)
+    parameters, saved = objective.parameters, weights(objective)
+    try:
+        with torch.no_grad():
+            for block in objective.blocks:
+                for name, d in block.scatter(step[block.name]).items():
+                    parameters[name].add_(d)
+            loss = closure.losses().mean()
+            if objective.l2:
+                loss += objective.l2 * sum(p.square().sum() for p in parameters.values())
+    finally:
+        restore(objective, saved)
     return loss
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
@@ -14,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import get_total_norm
 
-from curvlab.errors import CurvlabError, CurvlabWarning, unknown
+from curvlab.errors import CurvlabError, unknown, warn
+from curvlab.fingerprint import Unchanging
 from curvlab.layers import Block
 from curvlab.objective import Closure, Form, Objective, Pass
 
@@ -46,7 +46,10 @@ Loader = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Batches:
-    """Minibatches as closures. Drawn labels depend on the objective's seed, the number of the call and the chunk alone."""
+    """Minibatches as closures. Drawn labels depend on the objective's seed, the number of the call and the chunk alone.
+
+    A loader that is read `again` must give the same data at every pass (`Unchanging`).
+    """
 
     objective: Objective
     loader: Loader
@@ -55,13 +58,21 @@ class Batches:
 
     @classmethod
     def of(
-        cls, objective: Objective, x: Tensor | Loader, y: Tensor | None, *, again: bool = False, whole: bool = False
+        cls,
+        objective: Objective,
+        x: Tensor | Loader,
+        y: Tensor | None,
+        *,
+        again: bool = False,
+        whole: bool = False,
+        in_order: bool = False,
     ) -> Batches:
         """From one minibatch (x, y), or from a loader of such pairs in place of x.
 
         Args:
             again: whether the data will be read several times, so that an iterator will not do.
             whole: never cut a minibatch.
+            in_order: whether they must come in the same order `again`.
         """
         alone(objective)
         if isinstance(x, Tensor) and y is None:
@@ -78,7 +89,16 @@ class Batches:
                 )
         objective.closures["exact"] += 1
         loader = [(x, cast(Tensor, y))] if isinstance(x, Tensor) else x
+        loader = Unchanging.of(loader, in_order=in_order) if again else loader
         return cls(objective, loader, objective.closures["exact"], *([sys.maxsize] if whole else []))
+
+    @property
+    def kept(self) -> Unchanging | None:
+        """Where they are one minibatch that lies in memory: what can tell whether it is still the same."""
+        loader = self.loader
+        if isinstance(loader, Unchanging) and isinstance(loader.loader, list) and len(loader.loader) == 1:
+            return loader
+        return None
 
     def __iter__(self) -> Iterator[Closure]:
         part = 0
@@ -102,9 +122,9 @@ class Batches:
 def by_hessians(kind: str, block: Block, form: Form) -> bool:
     """Whether a block goes by its pre-activation Hessians: for second derivatives where they are fewer than the parameters, for
     the GGN where the layer has fewer outputs than the model, so that fewer vectors go through it."""
-    if block.rule is None or block.groups > 1:
+    if block.name not in form.direct or block.groups > 1:
         return False
-    places = form.places.get(block.name, 0)
+    places = form.places[block.name]
     if kind in PASSES:
         return kind == "ggn" and places == 1 and block.shape[0] < form.outputs
     return places <= block.shape[1]
@@ -114,7 +134,7 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
     """For second derivatives so few examples at a time that the pre-activation Hessians of a block, N (TO)² numbers, fit; for
     the GGN the derivatives of the outputs in them too, N C TO numbers."""
     for closure in closures:
-        form = closure.form
+        form = closure.glimpse
         widths = [form.places.get(b.name, 0) * b.shape[0] for b in blocks if by_hessians(kind, b, form)]
         widest = max([1, *widths])
         at_once = max(1, _NUMBERS // (widest * max(widest, form.outputs if kind in PASSES else 0)))
@@ -155,14 +175,29 @@ def _drops_inside(module: nn.Module) -> bool:
     return isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0
 
 
-def say_general(blocks: Iterable[Block], kind: str) -> None:
-    """One warning for all blocks of layers without a rule."""
-    loose = [b for b in blocks if b.rule is None]
-    if loose:
-        belong = "belongs to a layer" if len(loose) == 1 else "belong to layers"
-        warnings.warn(
-            f"{', '.join(map(str, loose))} {belong} without a rule: {kind} takes the general route there (torch.func), "
-            "which is slower",
-            CurvlabWarning,
-            stacklevel=4,
-        )
+def say_general(blocks: Iterable[Block], kind: str, form: Form) -> None:
+    """One warning for all blocks that go the general way."""
+    loose = [b for b in blocks if b.name not in form.shaped]
+    if not loose:
+        return
+    whys: dict[str, list[str]] = {}
+    for b in loose:
+        whys.setdefault(form.ways[b.name].why or "belongs to a layer without a rule", []).append(str(b))
+    told = "; ".join(f"{', '.join(some)} {_plural(why, len(some))}" for why, some in whys.items())
+    numbers = max(b.numel for b in loose)
+    warn(f"{told}: {kind} takes the general route there (torch.func), which is slower: {_cost(kind, numbers)}")
+
+
+def _plural(why: str, count: int) -> str:
+    if count == 1:
+        return why
+    for one, several in (("belongs to a layer", "belong to layers"), ("is used", "are used"), ("has", "have")):
+        if why.startswith(one):
+            return several + why.removeprefix(one)
+    return why
+
+
+def _cost(kind: str, numbers: int) -> str:
+    """Time and memory of a dense block of so many parameters, before they are spent."""
+    what = f"{numbers} products with the Hessian" if kind not in PASSES else "a derivative of every example and vector sent back"
+    return f"{what}, {numbers**2 * 8 / 1e9:.2g} GB in double precision for the largest block"

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.overrides import TorchFunctionMode
 
-from curvlab.errors import CurvlabError
+from curvlab.derivatives import derivatives
 from curvlab.exact.batches import PASSES, Kind
+from curvlab.exact.plain import Plain
+from curvlab.functions import FUNCTIONS
 from curvlab.layers import Layout
 from curvlab.objective import Closure, differentiable
+from curvlab.strangers import eager
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
 
@@ -52,18 +57,30 @@ def along(f: Callable[[Any], Tensor], at: Of, u: Of) -> Tensor:
 
 
 def second_derivative(slope: Callable[[Any], Of], at: Of, u: Of) -> Of:
-    """The same of a gradient, by forward mode alone: reverse mode twice is wrong for weight norm (torch 2.13, unsymmetric)."""
-    try:
-        found: Of = jvp(slope, (at,), (u,))[1]
-    except NotImplementedError as error:
-        line = str(error).splitlines()[0]
-        raise CurvlabError(f"torch has no second derivative of an operation in the model ({line}): replace it, or take ggn, "
-                           "fisher or ef, which need only the first") from error  # fmt: skip
+    """The same of a gradient, by forward mode: reverse mode twice is wrong for weight norm (torch 2.13, unsymmetric)."""
+    found: Of = jvp(slope, (at,), (u,))[1]
     return found
 
 
+class _Fixed(TorchFunctionMode):
+    """What autograd holds fixed in a call, held fixed under every transform: the row of an embedding's padding token."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.embedding:
+            return func(*args, **kwargs)
+        call = FUNCTIONS[func].bind(args, kwargs)
+        if call.padding_idx is None or call.max_norm is not None:
+            return func(*args, **kwargs)
+        row = torch.arange(len(call.weight), device=call.weight.device) == call.padding_idx % len(call.weight)
+        return F.embedding(call.input, torch.where(row[:, None], call.weight.detach(), call.weight))
+
+
 class Function:
-    """The model and its losses on one minibatch, as functions of the parameters of `layout` in one vector."""
+    """The model and its losses on one minibatch, as functions of the parameters of `layout` in one vector.
+
+    By `torch.func`, where that sees the parameters as autograd does (`sound`, looked at once a form); else by `Plain`.
+    """
 
     def __init__(self, closure: Closure, layout: Layout) -> None:
         self.closure, self.layout = closure, layout
@@ -71,27 +88,52 @@ class Function:
         state = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
         self._buffers = [name for name, _ in model.named_buffers()]
         self._state = state
-        self.at: Float[Tensor, " D"] = layout.flatten(state)
-        held = layout.constant().to(self.at.device)
-        self._held = held if bool(held.any()) else None
+        self.at: Float[Tensor, " D"] = layout.flatten(state).to(closure.objective.dtype)
+        self._plain = Plain(closure, layout)
 
     def outputs(self, w: Float[Tensor, " D"], x: Tensor) -> Float[Tensor, "N *C"]:
-        if self._held is not None:
-            w = torch.where(self._held, self.at, w)
         return self._called(self._apart(w), x)
 
     def _apart(self, w: Float[Tensor, " D"]) -> Weights:
         """By parameters. Contiguous: the way back through batch norm is wrong where its weight has strides (torch 2.13)."""
-        return {name: part.contiguous() for name, part in self.layout.unflatten(w).items()}
+        parts = self.layout.unflatten(w)
+        return {name: part.to(self._state[name].dtype).contiguous() for name, part in parts.items()}
 
     def _called(self, weights: Weights, x: Tensor) -> Float[Tensor, "N *C"]:
         fixed = {name: self._state[name].clone() for name in self._buffers}  # where BatchNorm may write on them
-        with differentiable():
+        with differentiable(), eager(), _Fixed():
             z: Tensor = functional_call(self.closure.objective.model, self._state | fixed | weights, (x,))
-        return z
+        return z.to(self.at.dtype)
 
     def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:
         return self.closure.objective.likelihood.loss(self.outputs(w, x), y)
+
+    @cached_property
+    def sound(self) -> bool:
+        """Whether `torch.func` gives autograd's derivative of the first example's outputs along a random vector."""
+        objective, names = self.closure.objective, tuple(b.name for b in self.layout.blocks)
+        key = (self.closure._key(self.closure.x), names)
+        if key not in objective.functional:
+            objective.functional[key] = self._sees()
+        return objective.functional[key]
+
+    def _sees(self) -> bool:
+        x = self.closure.x[:1]
+        generator = torch.Generator().manual_seed(0)
+        with derivatives():
+            z, _ = self.closure.forward(x)
+            v = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+            named = {name: self.closure.objective.parameters[name] for b in self.layout.blocks for name in b.params}
+            own = torch.autograd.grad(z, list(named.values()), v, allow_unused=True)
+            dense = [torch.zeros_like(p) if d is None else (d.to_dense() if d.is_sparse else d)
+                     for p, d in zip(named.values(), own, strict=True)]  # fmt: skip
+            true = self.layout.flatten(dict(zip(named, dense, strict=True))).to(z.dtype)
+            try:
+                found = grad(lambda w: (self.outputs(w, x) * v).sum())(self.layout.flatten(self._state).to(z.dtype))
+            except (RuntimeError, NotImplementedError):
+                return False
+        eps = max(torch.finfo(t.dtype).eps for t in [z, *named.values()])
+        return float((found - true).norm()) <= eps**0.5 * float(true.norm())
 
     def _total(self, kind: Kind) -> Callable[[Float[Tensor, "N *C"]], Tensor]:
         """z → Σₙ ℓₙ; for Π the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩, whose Hessian is Π alone (thesis (1.4))."""
@@ -108,43 +150,73 @@ class Function:
     def drawn(self, draws: int) -> list[Tensor]:
         return self.closure.labels(self.outputs(self.at, self.closure.x).detach(), draws)
 
-    def rows(self, kind: Kind, draws: int) -> Iterator[tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]]:
-        """(left, right), some rows at a time, with Σ leftᵀ right = N · M for a kind that is a second moment."""
-        x, y = self.closure.x, self.closure.y
-        size, width = len(x), len(self.at)
-        likelihood = self.closure.objective.likelihood
-        if PASSES[kind] == "exact":
-
-            def jacobian(x: Tensor) -> Tensor:
-                j: Tensor = jacrev(lambda w: self.outputs(w, x[None])[0].flatten())(self.at)
-                return j
-
-            z = self.outputs(self.at, x).detach()
-            roots = likelihood.root(z).reshape(-1, size, z[0].numel())  # [V, N, C]
-            at_once = max(1, _NUMBERS // (roots.shape[2] * width))
-            for some in _slices(size, at_once):
-                j = mapped(jacobian)(x[some])
-                if kind == "fisher":
-                    found = torch.einsum("vnc,ncd->vnd", roots[:, some], j).flatten(0, 1)
-                    yield found, found
-                else:  # ∂²ℓ/∂z² itself, not its root: a route of its own
-                    yield j.flatten(0, 1), (self._output_hessian(z[some], y[some]) @ j).flatten(0, 1)
-            return
+    def gradients(self, label: Tensor, some: slice = slice(None)) -> Float[Tensor, "n D"]:
+        """Of each of some examples' losses at its label."""
+        x, y = self.closure.x, label
 
         def gradient(x: Tensor, y: Tensor) -> Tensor:
             g: Tensor = grad(lambda w: self.losses(w, x[None], y[None])[0])(self.at)
             return g
 
-        labels = self.drawn(draws) if PASSES[kind] == "model" else [y]
+        return self._either(
+            lambda: mapped(gradient)(x[some], y[some]),
+            lambda: torch.stack([self._plain.gradient(n, y, self.at) for n in range(*some.indices(len(x)))]),
+        )
+
+    def jacobians(self, some: slice = slice(None)) -> Float[Tensor, "n C D"]:
+        """Of each of some examples' outputs."""
+        x = self.closure.x
+
+        def jacobian(x: Tensor) -> Tensor:
+            j: Tensor = jacrev(lambda w: self.outputs(w, x[None])[0].flatten())(self.at)
+            return j
+
+        return self._either(
+            lambda: mapped(jacobian)(x[some]),
+            lambda: torch.stack([self._plain.jacobian(n, self.at) for n in range(*some.indices(len(x)))]),
+        )
+
+    def _either(self, transformed: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Tensor:
+        with derivatives():
+            if self.sound:
+                try:
+                    return transformed()
+                except (RuntimeError, NotImplementedError):
+                    pass
+            return plain()
+
+    def rows(self, kind: Kind, draws: int) -> Iterator[tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]]:
+        """(left, right), some rows at a time, with Σ leftᵀ right = N · M for a kind that is a second moment."""
+        x, y = self.closure.x, self.closure.y
+        size, width = len(x), len(self.at)
+        if PASSES[kind] == "exact":
+            z = self.closure.outputs()[0]
+            roots = self.closure.root(z).reshape(-1, size, z[0].numel()) if kind == "fisher" else None  # [V, N, C]
+            at_once = max(1, _NUMBERS // (z[0].numel() * width))
+            for some in _slices(size, at_once):
+                j = self.jacobians(some)
+                if roots is not None:
+                    found = torch.einsum("vnc,ncd->vnd", roots[:, some], j).flatten(0, 1)
+                    yield found, found
+                else:  # ∂²ℓ/∂z² itself, not its root: a route of its own
+                    yield j.flatten(0, 1), (self._output_hessian(z[some], y[some]) @ j).flatten(0, 1)
+            return
+        labels = self.closure.labels(self.closure.outputs()[0], draws) if PASSES[kind] == "model" else [y]
         at_once = max(1, _NUMBERS // width)
         for label in labels:
             for some in _slices(size, at_once):
-                g = mapped(gradient)(x[some], label[some]) / math.sqrt(len(labels))
+                g = self.gradients(label, some) / math.sqrt(len(labels))
                 yield g, g
 
     def _output_hessian(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "N C C"]:
         likelihood = self.closure.objective.likelihood
-        found = mapped(hessian(lambda z, y: likelihood.loss(z[None], y[None])[0]))(z, y)
+        z = z.detach().requires_grad_()
+        with derivatives():
+            (slope,) = torch.autograd.grad(likelihood.loss(z, y).sum(), z, create_graph=True)
+        found = z.new_zeros(len(z), z[0].numel(), *z.shape[1:])
+        if slope.requires_grad:
+            for c, each in enumerate(slope.reshape(len(z), -1).unbind(1)):
+                found[:, c] = torch.autograd.grad(each.sum(), z, retain_graph=True)[0]
         return found.reshape(len(z), z[0].numel(), -1)
 
     def product(self, kind: Kind, draws: int) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
@@ -152,7 +224,22 @@ class Function:
 
         Derivatives are by parameters: by slices of one vector, each would come back as long as the vector.
         """
-        x, y = self.closure.x, self.closure.y
+        labels = self.drawn(draws) if PASSES.get(kind) == "model" else [self.closure.y]
+        plain = self._plain.product(kind, labels, self.at)
+        if not self.sound:
+            return plain
+        try:
+            with derivatives():
+                return self._transformed(kind, labels, plain)
+        except (RuntimeError, NotImplementedError) as error:
+            self._plain.why = str(error).splitlines()[0]
+            return plain
+
+    def _transformed(
+        self, kind: Kind, labels: list[Tensor], plain: Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]
+    ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
+        """By `torch.func`; by `plain` where it turns out that an operation cannot."""
+        x = self.closure.x
         likelihood = self.closure.objective.likelihood
         at = self._apart(self.at)
         apply: Callable[[Weights], Weights]
@@ -176,7 +263,6 @@ class Function:
                 return found
 
         else:
-            labels = self.drawn(draws) if PASSES[kind] == "model" else [y]
 
             def losses(w: Weights) -> Tensor:
                 z = outputs(w)
@@ -189,14 +275,20 @@ class Function:
                 return found
 
         def one(u: Tensor) -> Tensor:
-            return self._loose(self.layout.flatten(apply(self.layout.unflatten(self._loose(u)))))
+            sent = {name: part.to(at[name].dtype) for name, part in self.layout.unflatten(u).items()}
+            return self.layout.flatten(apply(sent)).to(u.dtype)
 
         several = mapped(one)
-        return lambda v: one(v[0])[None] if len(v) == 1 else several(v)
 
-    def _loose(self, u: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-        """Zero where autograd holds the weights fixed."""
-        return u if self._held is None else u.masked_fill(self._held, 0)
+        def every(v: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
+            with derivatives():
+                try:
+                    return one(v[0])[None] if len(v) == 1 else several(v)
+                except (RuntimeError, NotImplementedError) as error:
+                    self._plain.why = str(error).splitlines()[0]
+                    return plain(v)
+
+        return every
 
     def columns(self, kind: Kind, draws: int, part: slice | None = None) -> Iterator[tuple[slice, Float[Tensor, "D K"]]]:
         """N · M, some columns at a time; `part`: only of these columns."""

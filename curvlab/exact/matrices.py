@@ -14,9 +14,11 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
+from curvlab.capture import LayerStatistics
+from curvlab.derivatives import derivatives
+from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few, say_general
-from curvlab.exact.route_table import ROUTES, Look, Sum
+from curvlab.exact.route_table import ROUTES, Look, Sum, route_of
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Dense
 from curvlab.linalg.packed import (
@@ -27,24 +29,22 @@ from curvlab.linalg.products import Rectangular
 from curvlab.objective import Closure, Objective
 
 
+@derivatives()
 def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") -> dict[str, str]:
-    """{block: the route that `matrix` takes to it}, on data of this shape (one example is enough)."""
+    """{block: the route that `matrix` takes to it}, on data of this shape."""
     check_kind(kind)
-    (first, *_) = Batches.of(objective, x[:1], y[:1])
-    places = first.form.places
-    return {block.name: _route(block, places, kind) for block in objective.blocks}
+    (first, *_) = Batches.of(objective, x, y)
+    form = first.form
+    return {block.name: route_of(block, form, kind) for block in objective.blocks}
 
 
-def _route(block: Block, places: dict[str, int], kind: Kind) -> str:
-    return next(name for name, route in ROUTES.items() if route.fits(block, places.get(block.name, 0), kind))
-
-
+@derivatives()
 def matrices(
     objective: Objective,
     x: Tensor | Loader,
     y: Tensor | None = None,
     kind: Kind = "fisher",
-    blocks: Sequence[str] | None = None,
+    blocks: Sequence[str] | str | None = None,
     *,
     route: str = "auto",
     draws: int = 1,
@@ -61,36 +61,38 @@ def matrices(
     if route != "auto":
         lookup(ROUTES, route, "route")
     known = {b.name: b for b in objective.blocks}
-    chosen = list(known.values()) if blocks is None else [lookup(known, name, "block") for name in blocks]
+    chosen = list(known.values()) if blocks is None else [lookup(known, name, "block") for name in several(blocks)]
     _guard(objective, sum(b.numel**2 for b in chosen), f"the dense {kind} of {', '.join(map(str, chosen))}")
     sums: dict[str, Sum] = {}
-    seen, by_route = 0, dict[str, list[Block]]()
+    seen = 0
     for closure in few(Batches.of(objective, x, y), kind, chosen):
         look = Look(closure, kind, draws)
-        if not by_route:
-            by_route = _assign(chosen, closure, kind, route)
         size = len(closure.x)
-        for name, some in by_route.items():
+        if route == "auto" and not seen:
+            say_general(chosen, kind, closure.form)
+        for name, some in _assign(chosen, closure, kind, route, sums).items():
             ROUTES[name].fold(look, some, sums, seen / (seen + size), 1 / (seen + size))
         seen += size
     return {block.name: Dense(_finite(sums.pop(block.name).dense(), f"{kind} of {block}")) for block in chosen}
 
 
-def _assign(chosen: Sequence[Block], closure: Closure, kind: Kind, route: str) -> dict[str, list[Block]]:
+def _assign(
+    chosen: Sequence[Block], closure: Closure, kind: Kind, route: str, sums: dict[str, Sum]
+) -> dict[str, list[Block]]:
     """{route: its blocks}."""
-    places = closure.form.places
+    form = closure.form
     found: dict[str, list[Block]] = {}
     for block in chosen:
-        name = _route(block, places, kind) if route == "auto" else route
-        if not ROUTES[name].fits(block, places.get(block.name, 0), kind):
-            raise CurvlabError(f"route '{route}' does not fit {block} for {kind} ({ROUTES[name].summary}); "
+        name = route_of(block, form, kind, sums.get(block.name)) if route == "auto" else route
+        if not ROUTES[name].fits(block, form, kind):
+            why = form.ways[block.name].why
+            raise CurvlabError(f"route '{route}' does not fit {block} for {kind} ({why or ROUTES[name].summary}); "
                                'use route="auto"')  # fmt: skip
         found.setdefault(name, []).append(block)
-    if route == "auto":
-        say_general(chosen, kind)
     return found
 
 
+@derivatives()
 def matrix(
     objective: Objective,
     x: Tensor | Loader,
@@ -138,7 +140,7 @@ def select(objective: Objective, name: str) -> tuple[Block, Tensor | None]:
     for block in objective.blocks:
         if name in block.params:
             places = Layout((block,)).places()[name].flatten().to(objective.device)
-            return block, None if len(block.params) == 1 and block.rule is None else places
+            return block, None if block.layer is None else places
     raise unknown("block", name, [*known, *objective.parameters])
 
 
@@ -166,19 +168,22 @@ def _across(
         rows, columns, places = [first], [second], (left, right)
         what = f"the dense {kind} between {first} and {second}"
     layout = Layout(tuple(dict.fromkeys([*rows, *columns])))
-    loose = [b for b in layout.blocks if b.rule is None]
-    if route == "rows" and loose:
-        raise CurvlabError(f"route 'rows' does not fit {loose[0]} ({ROUTES['rows'].summary}): use auto or func")
     height, width = (sum(b.numel for b in some) for some in (rows, columns))
     _guard(objective, height * width, what)
-    if route == "auto":
-        say_general(loose, kind)
     found = torch.zeros(height, width, dtype=objective.dtype, device=objective.device)
-    seen, structured = 0, kind in PASSES and not loose and route != "func"
+    seen, any_structured = 0, False
     for closure in Batches.of(objective, x, y):
         look = Look(closure, kind, draws)
         size = len(closure.x)
+        loose = [b for b in layout.blocks if b.name not in closure.form.shaped]
+        if route == "rows" and loose:
+            why = closure.form.ways[loose[0].name].why
+            raise CurvlabError(f"route 'rows' does not fit {loose[0]} ({why or ROUTES['rows'].summary}): use auto or func")
+        if route == "auto" and not seen:
+            say_general(layout.blocks, kind, closure.form)
         found.mul_(seen / (seen + size))
+        structured = kind in PASSES and not loose and route != "func"
+        any_structured |= structured
         if structured:
             _add_rows(found, look, rows, columns, 1 / (seen + size))
         else:
@@ -186,7 +191,7 @@ def _across(
         seen += size
     _finite(found, what)
     if block is None:
-        return Dense(mirror_(found) if structured else found)
+        return Dense(mirror_(found) if any_structured else found)
     for axis, some in enumerate(places):
         found = found if some is None else found.index_select(axis, some)
     return Rectangular(found)
@@ -199,12 +204,17 @@ def _add_rows(matrix: Tensor, look: Look, rows: Sequence[Block], columns: Sequen
     for j, i in combinations_with_replacement(range(len(rows)), 2) if len(rows) > 1 else [(0, 0)]:  # i ≥ j: the lower triangle
         one, other = look.statistics[rows[i].name], look.statistics[columns[j].name]
         target = matrix[top[rows[i].name], left[columns[j].name]]
-        if one.block.groups == other.block.groups == one.g.shape[2] == other.g.shape[2] == 1:
+        if _thin(one) and _thin(other):
             accumulate_between_(target, (one.g[:, :, 0], other.g[:, :, 0]), (one.a[:, 0], other.a[:, 0]), scale)
             continue
         at_once = max(1, max(target.shape) // 8)
         for r, s in zip(one.some_rows(at_once), other.some_rows(at_once), strict=True):
             target.addmm_(r.mT, s, alpha=scale)
+
+
+def _thin(s: LayerStatistics) -> bool:
+    """Whether a row is one outer product."""
+    return s.provides("factors") and s.used and s.places == 1
 
 
 def _add_general(

@@ -11,14 +11,15 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import RandomSampler
 
 from curvlab.capture import LayerStatistics
+from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, by_hessians, check_kind, few
 from curvlab.exact.general import Function
 from curvlab.exact.matrices import select
 from curvlab.exact.route_table import Look
+from curvlab.fingerprint import numbers
 from curvlab.layers import Block, Layout
 from curvlab.linalg.products import Product, RectangularProduct
 from curvlab.objective import Closure, Objective
@@ -26,6 +27,7 @@ from curvlab.objective import Closure, Objective
 _COLUMNS = 32  # vectors through the model at once
 
 
+@derivatives()
 def product(
     objective: Objective,
     x: Tensor | Loader,
@@ -37,8 +39,8 @@ def product(
 ) -> Product | RectangularProduct:
     """What `matrix` would hold, as a product with vectors: one Jacobian or Hessian product a vector, by `torch.func`.
 
-    Labels of fisher-mc are drawn once: every product is with the same matrix. A loader is read again at every product, and
-    weights that have moved since are refused.
+    Labels of fisher-mc are drawn once: every product is with the same matrix. A loader is read again at every product. What is
+    no longer as it was is refused: the data (for fisher-mc their order too), weights, train or eval mode.
 
     Args:
         objective, x, y, kind, draws: as for `matrix`.
@@ -49,13 +51,12 @@ def product(
         RectangularProduct.
 
     Raises:
-        CurvlabError: as `matrix`; an iterator in place of a loader; one that shuffles for fisher-mc.
+        CurvlabError: as `matrix`; an iterator in place of a loader.
     """
     check_kind(kind, draws)
-    if kind == "fisher-mc" and isinstance(getattr(x, "sampler", None), RandomSampler):
-        raise CurvlabError("the loader shuffles, so that labels would be drawn for other examples at every product: "
-                           "give one with shuffle=False")  # fmt: skip
-    batches = Batches.of(objective, x, y, again=True)
+    if not (block is None or isinstance(block, str)):
+        block = _pair(block)
+    batches = Batches.of(objective, x, y, again=True, in_order=kind == "fisher-mc")
     if block is None:
         layout = objective.layout
         left = right = None
@@ -73,13 +74,16 @@ def product(
         return RectangularProduct(forth, back, (len(left), len(right)), dtype, device, _COLUMNS)
     apply = whole if left is None else _between(whole, left, left)
 
+    @derivatives()
     def diag() -> Tensor:
+        whole.check()
         found = _diagonal(batches, layout, kind, draws)
         return found if left is None else found[left]
 
     return Product(apply, len(layout) if left is None else len(left), dtype, device, diag, _COLUMNS)
 
 
+@derivatives()
 def diagonal(
     objective: Objective, x: Tensor | Loader, y: Tensor | None = None, kind: Kind = "fisher", *, draws: int = 1
 ) -> Float[Tensor, " D"]:
@@ -90,6 +94,12 @@ def diagonal(
     """
     check_kind(kind, draws)
     return _diagonal(Batches.of(objective, x, y, again=True), objective.layout, kind, draws)
+
+
+def _pair(block: object) -> tuple[str, str]:
+    if not isinstance(block, tuple | list) or len(block) != 2 or not all(isinstance(name, str) for name in block):
+        raise CurvlabError(f"block must be a name, a pair of names (rows, columns) or None for the whole, not {block!r}")
+    return block[0], block[1]
 
 
 def _entries(layout: Layout, block: Block, some: Tensor | None) -> Tensor:
@@ -118,26 +128,51 @@ class _Whole:
 
     def __init__(self, batches: Batches, layout: Layout, kind: Kind, draws: int) -> None:
         self.batches, self.layout, self.kind, self.draws = batches, layout, kind, draws
-        self._made_at = self._weights()
+        self._modes = self._training()
+        self._names = [name for name, _ in self._state()]
+        self._versions, self._numbers = self._weights()
 
-    def _weights(self) -> list[tuple[int, int]]:
-        """Which tensors the model's weights and buffers are, and how often each has been written to."""
+    def _training(self) -> list[bool]:
+        return [module.training for module in self.batches.objective.model.modules()]
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
         model = self.batches.objective.model
-        return [(t.data_ptr(), t._version) for t in [*model.parameters(), *model.buffers()]]
+        yield from model.named_parameters()
+        yield from model.named_buffers()
 
-    def __call__(self, v: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-        if self._weights() != self._made_at:
+    def _weights(self) -> tuple[list[tuple[int, int]], Tensor]:
+        """Of the weights and buffers that there were: which tensors, how often each has been written to, and, since `.data` is
+        written to without being counted, a checksum."""
+        now = dict(self._state())
+        state = [now[name] for name in self._names if name in now]
+        return [(t.data_ptr(), t._version) for t in state], numbers(state)
+
+    def check(self) -> None:
+        """Raises CurvlabError where the model is not as it was."""
+        versions, found = self._weights()
+        if versions != self._versions or not torch.equal(found, self._numbers):
             raise CurvlabError("the model's weights have moved since this product was made: make it again")
+        if self._training() != self._modes:
+            raise CurvlabError("modules have gone from train to eval mode, or back, since this product was made: make it again")
+
+    @derivatives()
+    def __call__(self, v: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
+        self.check()
+        v = v.clone() if v.is_inference() else v.detach()
         total, size = torch.zeros_like(v), 0
-        one = isinstance(self.batches.loader, list) and len(self.batches.loader) == 1
-        for apply, n in self._kept if one else self._fresh():
+        for apply, n in self._fresh() if self.batches.kept is None else self._kept():
             total += apply(v.mT).mT
             size += n
         return total / size
 
     @cached_property
-    def _kept(self) -> list[tuple[Columns, int]]:
+    def _linear(self) -> list[tuple[Columns, int]]:
         return list(self._fresh())
+
+    def _kept(self) -> list[tuple[Columns, int]]:
+        if "_linear" in self.__dict__ and self.batches.kept is not None:
+            self.batches.kept.check()
+        return self._linear
 
     def _fresh(self) -> Iterator[tuple[Columns, int]]:
         for closure in self.batches:
@@ -160,7 +195,7 @@ def _summed_diagonal(closure: Closure, layout: Layout, kind: Kind, draws: int) -
     """Of N · M on one minibatch."""
     look = Look(closure, kind, draws)
     parts: dict[str, Tensor] = {}
-    ruled = [b for b in layout.blocks if b.rule is not None]
+    ruled = [b for b in layout.blocks if b.name in closure.form.shaped]
     if kind in PASSES:
         parts |= {b.name: _second_moment_diagonal(look.statistics[b.name]) for b in ruled}
     elif ruled:
@@ -180,7 +215,7 @@ def _summed_diagonal(closure: Closure, layout: Layout, kind: Kind, draws: int) -
 
 def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "O I"]:
     """Σₙ Σ_v row²; at one place (Σ_v g²)ᵀ a²."""
-    if s.block.groups == s.g.shape[2] == 1:
+    if s.provides("factors") and s.used and s.places == 1:
         return s.g[:, :, 0].square().sum(0).mT @ s.a[:, 0].square()
     return sum(rows.square().sum(0) for rows in s.some_rows(4096))  # type: ignore[return-value]  # never empty
 

@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.capture import LayerStatistics
-from curvlab.errors import CurvlabError
+from curvlab.derivatives import derivatives
 from curvlab.exact.batches import PASSES, Kind, by_hessians
 from curvlab.exact.general import Function
 from curvlab.exact.second_order import preactivation_gauss_newton, preactivation_hessians
+from curvlab.forms import Form
 from curvlab.layers import Block, Layout
 from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.packed import accumulate_second_moment_, fold, mirror_, output_pairs, pack_pairs, unpack_full
@@ -30,6 +31,7 @@ class Look:
 
     def __init__(self, closure: Closure, kind: Kind, draws: int) -> None:
         self.closure, self.kind, self.draws = closure, kind, draws
+        closure.check_kind(kind)
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
@@ -41,12 +43,13 @@ class Look:
         """(inputs, pre-activation Hessians) of one block after the other: of ℓ; for Π of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed; for
         the GGN JᵀHJ."""
         z, losses, capture = self.closure.look()
-        total = losses.sum()
+        with derivatives():
+            total = losses.sum()
         if self.kind == "ggn":
             return preactivation_gauss_newton(capture, z, total, names)
         if self.kind == "pi":
             (slope,) = torch.autograd.grad(total, z, retain_graph=True)
-            with torch.enable_grad():
+            with derivatives():
                 total = (z * slope.detach()).sum()
         return preactivation_hessians(capture, total, len(z), names)
 
@@ -99,25 +102,20 @@ def _fold_pairs(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: 
     twice = [b.name for b in blocks if by_hessians(look.kind, b, form)]
     for block in blocks:
         if block.name not in twice:
-            s = _one_place(look.statistics[block.name])
+            s = look.statistics[block.name]
             into(block).add(s.a[:, 0], output_pairs(s.g[:, :, 0]), old, new)
     for s, hessians in look.hessians(twice) if twice else ():
-        _one_place(s)
         into(s.block).add(s.a[:, 0], pack_pairs(hessians[0, :, :, 0].permute(1, 0, 2)), old, new)
 
 
-def _one_place(s: LayerStatistics) -> LayerStatistics:
-    if s.a.shape[1] > 1:
-        raise CurvlabError(f"{s.block} had one place in the first minibatch and has {s.a.shape[1]} in a later one: "
-                           'use route="rows" or "func"')  # fmt: skip
-    return s
-
-
 def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Tensor, "D D"]:
-    if name not in sums:
-        sums[name] = _Whole(size, like)
-    found = sums[name]
-    assert isinstance(found, _Whole)
+    """The sum as a dense matrix; one that was packed until now is unpacked: a minibatch with several places has come."""
+    found = sums.get(name)
+    if not isinstance(found, _Whole):
+        sums[name] = whole = _Whole(size, like)
+        if found is not None:
+            whole.matrix.copy_(found.dense())
+        return whole.matrix
     return found.matrix
 
 
@@ -130,7 +128,7 @@ def _fold_places(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old:
 def _fold_rows(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
     for block in blocks:
         s = look.statistics[block.name]
-        matrix = _whole(sums, block.name, block.numel, s.g).mul_(old)
+        matrix = _whole(sums, block.name, block.numel, s.like).mul_(old)
         for rows in s.some_rows(max(1, block.numel // 16)):
             accumulate_second_moment_(matrix, rows, new)
 
@@ -152,27 +150,43 @@ class Route:
     """One way to a diagonal block."""
 
     summary: str
-    fits: Callable[[Block, int, Kind], bool]
+    fits: Callable[[Block, Form, Kind], bool]
     fold: Callable[[Look, Sequence[Block], dict[str, Sum], float, float], None]
+
+
+def _one_place(block: Block, form: Form, kind: Kind) -> bool:
+    names = form.plain if kind in PASSES else form.direct
+    return block.name in names and block.groups == 1 and form.places.get(block.name) == 1
+
+
+def _few_places(block: Block, form: Form, kind: Kind) -> bool:
+    return kind not in PASSES and by_hessians(kind, block, form)
 
 
 ROUTES: dict[str, Route] = {
     "pairs": Route(
-        "T = 1: pairs of outputs times pairs of inputs, one packed symmetric product",
-        lambda block, places, kind: block.rule is not None and block.groups == 1 and places == 1,
-        _fold_pairs,
+        "T = 1: pairs of outputs times pairs of inputs, one packed symmetric product", _one_place, _fold_pairs
     ),
     "places": Route(
         "T > 1, Hessian and Π: pre-activation Hessians between inputs, Theorem 3, where they are fewer than the parameters",
-        lambda block, places, kind: block.rule is not None and block.groups == 1 and kind not in PASSES
-        and places <= block.shape[1],
+        _few_places,
         _fold_places,
     ),
     "rows": Route(
         "second moments: per-sample gradients of every vector, one symmetric product",
-        lambda block, places, kind: block.rule is not None and kind in PASSES,
+        lambda block, form, kind: block.name in form.shaped and kind in PASSES,
         _fold_rows,
     ),
-    "func": Route("torch.func over the block's parameters: any model", lambda block, places, kind: True, _fold_general),
-}  # fmt: skip
+    "func": Route(
+        "torch.func over the block's parameters, plain autograd where that cannot: any model",
+        lambda block, form, kind: True,
+        _fold_general,
+    ),
+}
 """In order of preference: a block goes by the first that fits. All agree."""
+
+
+def route_of(block: Block, form: Form, kind: Kind, grown: Sum | None = None) -> str:
+    """The first that fits, and that can add to what has grown of other minibatches."""
+    fitting = (name for name, route in ROUTES.items() if route.fits(block, form, kind))
+    return next(name for name in fitting if name != "pairs" or grown is None or isinstance(grown, _Packed))

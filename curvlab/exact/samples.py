@@ -12,17 +12,18 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jacrev
 
 from curvlab.capture import LayerStatistics
+from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.exact.batches import Batches, alone
-from curvlab.exact.general import Function, mapped
+from curvlab.exact.general import Function
 from curvlab.layers import Layout
 from curvlab.memory import in_huge_pages
 from curvlab.objective import Closure, Objective
 
 
+@derivatives()
 def gradients(
     objective: Objective, x: Tensor, y: Tensor, *, out: Mapping[str, Tensor] | None = None
 ) -> dict[str, Float[Tensor, "N *shape"]]:
@@ -39,20 +40,17 @@ def gradients(
     _, losses, capture = closure.look()
     statistics = capture.backward(losses, torch.ones_like(losses)[None])
     found: dict[str, Tensor] = {}
+    parameters = objective.parameters
     for s in statistics.values():
-        found |= _outer(s, s.g[0, :, 0], out) if _narrow(s) else _into(s.block.scatter(s.rows[0], 1), out)
-    loose = _loose(objective)
+        found |= _outer(s, s.g[0, :, 0], out) if _narrow(s) else _into(_typed(s.block.scatter(s.rows[0], 1), parameters), out)
+    loose = _loose(objective, statistics)
     if loose.blocks:
-        function = Function(closure, loose)
-
-        def one(x: Tensor, y: Tensor) -> Tensor:
-            g: Tensor = grad(lambda w: function.losses(w, x[None], y[None])[0])(function.at)
-            return g
-
-        found |= _into(loose.unflatten(mapped(one)(closure.x, closure.y), 1), out)
+        rows = Function(closure, loose).gradients(closure.y)
+        found |= _into(_typed(loose.unflatten(rows, 1), parameters), out)
     return {name: found[name] for block in objective.blocks for name in block.params}
 
 
+@derivatives()
 def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *shape"]]:
     """Jacobian of each example's outputs (flattened to C), {parameter: [N, C, *shape]}.
 
@@ -65,25 +63,26 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
     closure.check_alone(z.detach())
     _guard(objective, len(x) * z[0].numel(), "the Jacobians", "take fewer examples at a time, or a product form")
     found: dict[str, Tensor] = {}
-    loose = _loose(objective)
-    if loose.blocks:
-        function = Function(closure, loose)
-
-        def one(x: Tensor) -> Tensor:
-            j: Tensor = jacrev(lambda w: function.outputs(w, x[None])[0].flatten())(function.at)
-            return j
-
-        found |= loose.unflatten(mapped(one)(closure.x), 2)
     units = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
     vectors = units[:, None].expand(-1, len(z), -1).reshape(-1, *z.shape)
-    for s in capture.backward(z, vectors).values():
-        rows = _outer(s, s.g[:, :, 0]) if _narrow(s) else s.block.scatter(s.rows, 2)
+    statistics = capture.backward(z, vectors)
+    for s in statistics.values():
+        rows = _outer(s, s.g[:, :, 0]) if _narrow(s) else _typed(s.block.scatter(s.rows, 2), objective.parameters)
         found |= {name: t.transpose(0, 1) for name, t in rows.items()}
+    loose = _loose(objective, statistics)
+    if loose.blocks:
+        found |= _typed(loose.unflatten(Function(closure, loose).jacobians(), 2), objective.parameters)
     return {name: found[name] for block in objective.blocks for name in block.params}
 
 
-def _loose(objective: Objective) -> Layout:
-    return Layout(tuple(b for b in objective.blocks if b.rule is None))
+def _loose(objective: Objective, statistics: Mapping[str, LayerStatistics]) -> Layout:
+    """The blocks that go the general way."""
+    return Layout(tuple(b for b in objective.blocks if b.name not in statistics))
+
+
+def _typed(rows: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each in its parameter's own dtype."""
+    return {name: t.to(parameters[name].dtype) for name, t in rows.items()}
 
 
 def _guard(objective: Objective, vectors: int, what: str, remedy: str) -> None:
@@ -91,10 +90,13 @@ def _guard(objective: Objective, vectors: int, what: str, remedy: str) -> None:
     guard_memory(vectors * len(objective.layout) * size, what, remedy)
 
 
-def _narrow(statistics: LayerStatistics) -> bool:
-    """Whether each weight is used at one place, and lies in its own order: then a row is one outer product."""
-    block = statistics.block
-    return block.groups == 1 and statistics.g.shape[2] == 1 and block.rule is not None and not block.rule.transposed
+def _narrow(s: LayerStatistics) -> bool:
+    """Whether each weight is used at one place, and lies in its own order and dtype: then a row is one outer product."""
+    block = s.block
+    if not (s.used and s.provides("factors") and s.places == 1 and block.layer is not None and not block.layer.transposed):
+        return False
+    use = s.parts[0].own[2].use
+    return use.biased == block.biased and use.call.weight.dtype == s.like.dtype
 
 
 def _outer(
@@ -102,8 +104,7 @@ def _outer(
 ) -> dict[str, Float[Tensor, "*V N *shape"]]:
     """Rows of a block, parameter by parameter, each written once: g aᵀ and g."""
     name, *bias = statistics.block.params
-    weight: Tensor = statistics.block.module.weight  # type: ignore[union-attr, assignment]  # every layer with a rule has one
-    shape = g.shape[:-1] + weight.shape
+    shape = g.shape[:-1] + statistics.block.weight_shape
     target = in_huge_pages(g.new_empty(shape)) if out is None else _given(name, shape, g, out)
     torch.mul(g.unsqueeze(-1), statistics.bare_a, out=target.flatten(g.ndim))
     found = {name: target}

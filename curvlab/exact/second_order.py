@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from curvlab.capture import Capture, LayerStatistics
+from curvlab.capture import Capture, LayerStatistics, Use
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
 
@@ -34,7 +34,7 @@ class _Known:
     """A layer whose Hessians are there."""
 
     edge: GradientEdge
-    like: Float[Tensor, "N *M"]
+    like: Float[Tensor, "*NM"]
     hessians: Float[Tensor, "N M M"]
 
 
@@ -52,7 +52,7 @@ def preactivation_hessians(
         (the block's inputs, its pre-activation Hessians).
     """
     chosen = [b for b in reversed(capture.blocks) if b.name in set(names)]
-    edges = [capture.edge(b) for b in chosen]
+    edges = [capture.only(b).edge for b in chosen]
     first = torch.autograd.grad(total, edges, create_graph=True, allow_unused=True)
     known: _Known | None = None
     for block, edge, d in zip(chosen, edges, first, strict=True):
@@ -60,11 +60,11 @@ def preactivation_hessians(
             raise CurvlabError(f"{block} does not reach the model's outputs: freeze it or use it")
         found = None if known is None else _through(total, known, edge, d)
         if found is None:
-            found = _direct(d, edge)
+            found = _direct(d, edge, size)
         elif known is not None:
-            found += _direct(torch.autograd.grad(known.edge, edge, known.like, create_graph=True)[0], edge)
+            found += _direct(torch.autograd.grad(known.edge, edge, known.like, create_graph=True)[0], edge, size)
         known = _Known(edge, d.detach(), found)
-        yield capture.statistics(block.name, size), _by_place(block, d, found)
+        yield capture.statistics(block.name, size), _by_place(capture.only(block), found)
 
 
 def preactivation_gauss_newton(
@@ -74,21 +74,20 @@ def preactivation_gauss_newton(
     (slope,) = torch.autograd.grad(total, z, create_graph=True)
     known: _Known | None = None
     for block in (b for b in reversed(capture.blocks) if b.name in set(names)):
-        edge = capture.edge(block)
-        statistics = capture.statistics(block.name, len(z))
-        like = statistics.raw
+        use = capture.only(block)
+        edge, statistics = use.edge, capture.statistics(block.name, len(z))
+        like = use.output.value.new_empty(use.flat)
         found = None if known is None else _through(z, known, edge, like)
         if found is None:
             found = _gauss_newton(z, slope, edge, like, block)
         known = _Known(edge, like, found)
-        yield statistics, _by_place(block, like, found)
+        yield statistics, _by_place(use, found)
 
 
-def _by_place(block: Block, d: Tensor, hessians: Float[Tensor, "N M M"]) -> Float[Tensor, "T O N T O"]:
+def _by_place(use: Use, hessians: Float[Tensor, "N M M"]) -> Float[Tensor, "T O N T O"]:
     """The raw order of the pre-activations → places and outputs."""
-    assert block.rule is not None
     count = hessians.shape[1]
-    numbers = block.rule.outputs(torch.arange(count, device=d.device).view(1, *d.shape[1:]))
+    numbers = use.rule.outputs(torch.arange(count, device=hessians.device).view(1, *use.output.value.shape[1:]))
     places, outputs = numbers.shape[1:]
     order = numbers.flatten()
     if places > 1:
@@ -96,9 +95,9 @@ def _by_place(block: Block, d: Tensor, hessians: Float[Tensor, "N M M"]) -> Floa
     return hessians.view(-1, places, outputs, places, outputs).permute(1, 2, 0, 3, 4)
 
 
-def _direct(d: Float[Tensor, "N *M"], edge: GradientEdge) -> Float[Tensor, "N M M"]:
+def _direct(d: Float[Tensor, "*NM"], edge: GradientEdge, size: int) -> Float[Tensor, "N M M"]:
     """∂d/∂h, row by row."""
-    size, count = len(d), d[0].numel()
+    count = d.numel() // size
     found = d.new_zeros(size, count, count)
     if not d.requires_grad:  # linear in everything
         return found
@@ -106,15 +105,16 @@ def _direct(d: Float[Tensor, "N *M"], edge: GradientEdge) -> Float[Tensor, "N M 
         back = _send_back(d, edge, units.view(-1, *d.shape))
         if back is None:  # linear in this pre-activation
             break
-        found[:, start : start + len(units)] = back.flatten(2).transpose(0, 1)
+        found[:, start : start + len(units)] = back.reshape(len(units), size, count).transpose(0, 1)
     return found
 
 
 def _gauss_newton(
-    z: Float[Tensor, "N *C"], slope: Float[Tensor, "N *C"], edge: GradientEdge, like: Float[Tensor, "N *M"], block: Block
+    z: Float[Tensor, "N *C"], slope: Float[Tensor, "N *C"], edge: GradientEdge, like: Float[Tensor, "*NM"], block: Block
 ) -> Float[Tensor, "N M M"]:
     """Jᵀ (∂²ℓ/∂z²) J. Forward derivatives through a graph that only goes back: Jᵀw is linear in w, its own derivative J."""
-    size, count = len(like), like[0].numel()
+    size = len(z)
+    count = like.numel() // size
     w = torch.zeros_like(z, requires_grad=True)
     (back,) = torch.autograd.grad(z, edge, w, create_graph=True, allow_unused=True)
     if back is None:
@@ -125,22 +125,22 @@ def _gauss_newton(
         assert forward is not None
         curved = _send_back(slope, z, forward) if slope.requires_grad else None
         for place, columns in enumerate((forward, torch.zeros_like(forward) if curved is None else curved)):
-            jacobian[place, :, start : start + len(units)] = columns.flatten(2).transpose(0, 1)
+            jacobian[place, :, start : start + len(units)] = columns.flatten(2).transpose(0, 1).to(like.dtype)
     return jacobian[0] @ jacobian[1].mT
 
 
-def _through(root: Tensor, known: _Known, edge: GradientEdge, like: Float[Tensor, "N *M"]) -> Float[Tensor, "N M M"] | None:
+def _through(root: Tensor, known: _Known, edge: GradientEdge, like: Float[Tensor, "*NM"]) -> Float[Tensor, "N M M"] | None:
     """JᵀG_m J from a later layer's Hessians; None where that layer does not cut this one off from the root of the graph, or has
     far more outputs."""
-    size, count = len(like), like[0].numel()
-    others = known.hessians.shape[1]
+    size, others = len(known.hessians), known.hessians.shape[1]
+    count = like.numel() // size
     if others > 2 * count or size * others * count > _JACOBIAN or not _separates(root, known.edge, edge):
         return None
     jacobian = like.new_empty(size, others, count)
     for start, units in _units(size, others, like):
         back = _send_back(known.edge, edge, units.view(-1, *known.like.shape))
         assert back is not None
-        jacobian[:, start : start + len(units)] = back.flatten(2).transpose(0, 1)
+        jacobian[:, start : start + len(units)] = back.reshape(len(units), size, count).transpose(0, 1)
     return jacobian.mT @ (known.hessians @ jacobian)
 
 

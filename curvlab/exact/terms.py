@@ -16,9 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
 from curvlab.exact.route_table import Look
+from curvlab.forms import Form
 from curvlab.layers import Block
 from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.operators import Kronecker
@@ -170,6 +172,7 @@ class KroneckerSum:
         guard_memory(int(1.3 * numbers * self.a.element_size()), of, remedy)
 
 
+@derivatives()
 def kronecker_terms(
     objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher", block: str = "1", *, draws: int = 1
 ) -> KroneckerSum:
@@ -184,10 +187,10 @@ def kronecker_terms(
     """
     check_kind(kind, draws)
     chosen = lookup({b.name: b for b in objective.blocks}, block, "block")
-    fault = unfit(chosen)
+    closure = one_minibatch(objective, x, y)
+    fault = unfit(chosen, closure.form, kind)
     if fault:
         raise CurvlabError(f"{chosen} {fault}, so it is no sum of Kronecker products: use curvlab.exact.matrix")
-    closure = one_minibatch(objective, x, y)
     if kind not in PASSES:
         guard_hessians(chosen, len(x), closure.form.places[block], objective.dtype)
     return next(sums(Look(closure, kind, draws), [chosen]))[1]
@@ -211,10 +214,12 @@ def one_minibatch(objective: Objective, x: Tensor, y: Tensor) -> Closure:
     return closure
 
 
-def unfit(block: Block) -> str:
-    """Why a block is no Kronecker sum; empty where it is one."""
-    if block.rule is None:
-        return "belongs to a layer without a rule"
+def unfit(block: Block, form: Form, kind: Kind) -> str:
+    """Why a block is no Kronecker sum of this kind; empty where it is one."""
+    if block.name not in form.shaped:
+        return form.ways[block.name].why or "belongs to a layer without a rule"
+    if block.name not in (form.plain if kind in PASSES else form.direct) or block.name not in form.places:
+        return "has no single pre-activation of each example"
     return f"has {block.groups} groups of outputs with inputs of their own" if block.groups > 1 else ""
 
 

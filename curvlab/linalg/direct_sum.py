@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlab.linalg.operators import Operator, packable
+from curvlab.linalg.operators import Operator, Symmetric, packable
 
 
 @packable
 @dataclass(frozen=True)
-class DirectSum:
+class DirectSum(Symmetric):
     """Operators side by side: part k acts on the entries `indices[k]`; together they cover all entries once."""
 
     indices: tuple[Int[Tensor, " _"], ...]
@@ -53,7 +53,7 @@ class DirectSum:
 
 @packable
 @dataclass(frozen=True)
-class ColumnSum:
+class ColumnSum(Symmetric):
     """Operators side by side on the columns of a matrix [outputs, Σ widths]: part k acts on the next `widths[k]` of them."""
 
     outputs: int
@@ -88,6 +88,5 @@ class ColumnSum:
 
     @property
     def _by_index(self) -> DirectSum:
-        device = self.parts[0].diag().device
-        entries = torch.arange(len(self), device=device).view(self.outputs, -1)
+        entries = torch.arange(len(self), device=self.device).view(self.outputs, -1)
         return DirectSum(tuple(e.flatten() for e in torch.split(entries, list(self.widths), 1)), self.parts)

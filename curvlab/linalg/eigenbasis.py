@@ -17,12 +17,12 @@ from curvlab.errors import CurvlabError
 from curvlab.finite import all_finite
 from curvlab.linalg.factor import eigh
 from curvlab.linalg.kronecker import kronecker_product
-from curvlab.linalg.operators import Compact, Diagonal, Operator, packable
+from curvlab.linalg.operators import Compact, Diagonal, Operator, Symmetric, packable
 
 
 @packable
 @dataclass(frozen=True)
-class Rotated:
+class Rotated(Symmetric):
     """(⊗ᵢ Qᵢ) M (⊗ᵢ Qᵢ)ᵀ of orthogonal Qᵢ and an M that is diagonal, or diagonal with few rows added."""
 
     bases: tuple[Float[Tensor, "d_i d_i"], ...]

@@ -14,11 +14,11 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.linalg.factor import damped_inverse
 from curvlab.linalg.krylov import conjugate_gradients
-from curvlab.linalg.operators import Operator
+from curvlab.linalg.operators import Operator, Symmetric
 
 
 @dataclass(frozen=True)
-class Damped:
+class Damped(Symmetric):
     """M + λ I of a positive semidefinite M."""
 
     operator: Operator
@@ -51,7 +51,7 @@ class Damped:
 
 
 @dataclass(frozen=True)
-class Solve:
+class Solve(Symmetric):
     """M⁻¹ of a `Damped` M, each product a run of conjugate gradients to a residual of ε^¾ (2e-12 in double precision).
 
     As many columns as M has, or more, take the dense matrix, which costs fewer products.

@@ -5,22 +5,23 @@ Every operator acts on vectors of length D (or on the columns of [D, K]); `inv` 
 ``Kronecker((H_g, H_a)).dense() == kron(H_g, H_a)``.
 
 `Product` stands for a symmetric matrix of which only products are known, `Rectangular` and `RectangularProduct` for matrices
-that are not symmetric.
+that are not symmetric. All of them have `shape`, `dtype`, `device` and `T`: `Square` and `Placed` give them.
 
 Legend: D order, K columns, R rows and C columns of a rectangular matrix.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, reduce
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, lookup
 from curvlab.linalg.factor import solve_cholesky
 from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows, gram_cholesky
@@ -31,6 +32,22 @@ T = TypeVar("T")
 @runtime_checkable
 class Operator(Protocol):
     """A symmetric linear map of the vectors of length ``len(operator)``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(D, D)"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the vectors that it takes."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the vectors that it takes."""
+
+    @property
+    def T(self) -> Operator:
+        """Itself."""
 
     def __len__(self) -> int: ...
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]: ...
@@ -43,8 +60,56 @@ class Operator(Protocol):
     def trace(self) -> Float[Tensor, ""]: ...
 
 
+class Placed:
+    """Where a frozen value of tensors, numbers and other such values lies: where its first floating tensor does."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return (placed(self) or NOWHERE)[0]
+
+    @property
+    def device(self) -> torch.device:
+        return (placed(self) or NOWHERE)[1]
+
+
+class Square(ABC):
+    """What a symmetric operator says of itself by its length."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(D, D)"""
+        return len(self), len(self)
+
+    @property
+    def T(self) -> Self:
+        """Itself."""
+        return self
+
+
+class Symmetric(Square, Placed):
+    """Base of the operators of the algebra: `shape`, `T`, `dtype` and `device`."""
+
+
+NOWHERE = torch.float64, torch.device("cpu")
+"""dtype and device of what holds no tensor."""
+
+
+def placed(value: Any) -> tuple[torch.dtype, torch.device] | None:
+    """dtype and device of a value's first floating tensor; of a product, which holds none, as it says; else None."""
+    dtype = None if isinstance(value, Placed) else getattr(value, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        return (dtype, value.device) if dtype.is_floating_point else None
+    inner = (
+        [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else value if isinstance(value, tuple) else []
+    )
+    return next((found for found in map(placed, inner) if found), None)
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(Symmetric):
     """The matrix itself."""
 
     matrix: Float[Tensor, "D D"]
@@ -77,7 +142,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Inverse:
+class Inverse(Symmetric):
     """M⁻¹, kept as the lower Cholesky factor of M."""
 
     factor: Float[Tensor, "D D"]
@@ -108,7 +173,7 @@ class Inverse:
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Symmetric):
     """A diagonal matrix."""
 
     values: Float[Tensor, " D"]
@@ -139,7 +204,7 @@ class Diagonal:
 
 
 @dataclass(frozen=True)
-class Kronecker:
+class Kronecker(Symmetric):
     """⊗ᵢ Uᵢ of symmetric factors, matrices or operators, applied by mode products (thesis Proposition 1)."""
 
     factors: tuple[Tensor | Operator, ...]
@@ -178,7 +243,7 @@ def _products_of_entries(each: list[Tensor]) -> Float[Tensor, " D"]:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Symmetric):
     """λ I + Rᵀ R with few rows R."""
 
     rows: RowMatrix
@@ -211,7 +276,7 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Woodbury:
+class Woodbury(Symmetric):
     """(λ I + Rᵀ R)⁻¹ = (I − Rᵀ (λ I + R Rᵀ)⁻¹ R) / λ: thesis (5.6); `factor` is the lower Cholesky factor of λ I + R Rᵀ."""
 
     rows: RowMatrix
@@ -246,7 +311,7 @@ class Woodbury:
 
 
 @dataclass(frozen=True)
-class Compact:
+class Compact(Symmetric):
     """base + Rᵀ C⁻¹ R with few rows R: the compact form of quasi-Newton matrices (Byrd, Nocedal, Schnabel 1994; `lbfgs`).
 
     Closed under inversion by the Sherman–Morrison–Woodbury formula, with no inverse of C:
@@ -337,9 +402,9 @@ def pack(value: Any) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """The inverse of `pack`."""
+    """The inverse of `pack`. Raises CurvlabError for a kind of operator that is not known."""
     if isinstance(packed, dict):
-        kind = _KINDS[packed["kind"]]
+        kind = lookup(_KINDS, packed["kind"], "kind of operator")
         return kind(**{name: unpack(v) for name, v in packed.items() if name != "kind"})
     return tuple(unpack(v) for v in packed) if isinstance(packed, list) else packed
 

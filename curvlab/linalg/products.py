@@ -6,7 +6,7 @@ Legend: D order, R rows, C columns, K vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.finite import all_finite
-from curvlab.linalg.operators import Dense, Operator
+from curvlab.linalg.operators import NOWHERE, Dense, Operator, Placed, Square, placed
 
 
 @dataclass(frozen=True)
-class Product:
+class Product(Square):
     """A symmetric matrix of which only products with columns are known."""
 
     apply: Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
@@ -65,7 +65,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Rectangular:
+class Rectangular(Placed):
     """A matrix that need not be symmetric or square."""
 
     matrix: Float[Tensor, "R C"]
@@ -149,17 +149,7 @@ def placement(operator: Any) -> tuple[torch.dtype, torch.device]:
 
     float64 on the CPU where it has neither.
     """
-    return _placement(operator) or (torch.float64, torch.device("cpu"))
-
-
-def _placement(value: Any) -> tuple[torch.dtype, torch.device] | None:
-    dtype = getattr(value, "dtype", None)
-    if isinstance(dtype, torch.dtype):
-        return (dtype, value.device) if dtype.is_floating_point else None
-    inner = (
-        [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else value if isinstance(value, tuple) else []
-    )
-    return next((found for found in map(_placement, inner) if found), None)
+    return placed(operator) or NOWHERE
 
 
 def finite_product(operator: Operator, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:

@@ -157,7 +157,7 @@ _EACH = ("algorithm", "block")
 )  # fmt: skip
 def _error(frame: Frame) -> list[Values]:
     objective, closure = frame.objective, frame.now.closure
-    names = [b.name for b in objective.blocks if b.rule is not None and b.numel <= LARGEST]
+    names = [b.name for b in objective.blocks if b.layer is not None and b.numel <= LARGEST]
     fresh = Objective(objective.model, objective.likelihood, objective.seed)  # whose counts of closures are its own
     fishers = exact.matrices(fresh, closure.x, closure.y, "fisher", names) if names else {}
     keys = ("error", "error_scaled", "cosine", "trace_ratio", "spectrum_error")

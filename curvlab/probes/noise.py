@@ -18,10 +18,11 @@ from curvlab.probes.base import Frame, Variable, probe
 
 def squared_lengths(s: LayerStatistics) -> Float[Tensor, " N"]:
     """‖g_n‖² of one layer: ‖g‖²‖a‖² at one place; Σ_tt' (g_t·g_t')(a_t·a_t') where that is less work than the gradients."""
-    g, places = s.g[0], s.g.shape[2]
-    if s.block.groups > 1 or places**2 > s.block.numel:
+    if not s.used:
+        return torch.zeros(s.size, dtype=torch.float64, device=s.like.device)
+    if not s.provides("factors") or len(s.parts) > 1 or s.places**2 > s.block.numel:
         return torch.cat([rows.double().square().sum(1) for rows in s.some_rows(max(1, (1 << 24) // s.block.numel))])
-    a = s.bare_a
+    a, g, places = s.bare_a, s.g[0], s.places
     if places == 1:
         return g[:, 0].double().square().sum(1) * (a[:, 0].double().square().sum(1) + s.block.biased)
     return ((g @ g.mT).double() * ((a @ a.mT).double() + s.block.biased)).sum((1, 2))
@@ -45,8 +46,8 @@ def _noise(frame: Frame) -> list[Tensor]:
     total, mean = [], []
     for block in frame.objective.blocks:
         s = statistics[block.name]
-        total.append(nan if block.rule is None else squared_lengths(s).sum())
-        mean.append(nan if block.rule is None else s.gradient.double().square().sum())
+        total.append(nan if not s.structured else squared_lengths(s).sum())
+        mean.append(nan if not s.structured else s.gradient.double().square().sum())
     squares, means = torch.stack(total), torch.stack(mean)
     variance = (squares - size * means) / (size - 1) if size > 1 else squares * torch.nan
     signal = means - variance / size

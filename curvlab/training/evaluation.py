@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
+from curvlab import chance
 from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -63,22 +66,47 @@ def measure_of(likelihood: Likelihood, outputs: int) -> Measure | None:
 
 
 @contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """All modules in train or eval mode (where no example's loss depends on the others or on chance), then as before."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """All modules in eval mode (where no example's loss depends on the others or on chance), then each in its own again."""
     before = {module: module.training for module in model.modules()}
-    model.train(training)
+    model.eval()
     try:
         yield
     finally:
+        for module, was in before.items():  # by its own `train`, which may do more than set the flag
+            if module.training != was:
+                module.train(was)
         for module, was in before.items():
             module.training = was
 
 
-@contextmanager
-def chance_kept(device: torch.device) -> Iterator[None]:
-    """The global generators are afterwards as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
+def in_eval_mode(model: nn.Module) -> list[str]:
+    """Names of the modules in eval mode, without those inside of one that is so with all inside it; "all" where that is all."""
+    found: list[str] = []
+    whole: list[str] = []
+    for name, module in model.named_modules():
+        if module.training or any(name.startswith(f"{outer}.") for outer in whole):
+            continue
+        if not any(part.training for part in module.modules()):
+            if not name:
+                return ["all"]
+            whole.append(name)
+        found.append(name or "the model itself")
+    return found
+
+
+def ready_to_train(model: nn.Module) -> nn.Module:
+    """The model, put into train mode where nothing in it is: for models that are built for a run."""
+    return model if any(module.training for module in model.modules()) else model.train()
+
+
+def depends_on_mode(module: nn.Module) -> bool:
+    """Whether its outputs are others in train mode: dropout, in recurrent and attention layers too; batch norm; random slopes."""
+    if isinstance(module, _NormBase):
+        return module.track_running_stats
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return module.dropout > 0
+    return isinstance(module, nn.RReLU) or (isinstance(module, _DropoutNd) and module.p > 0)
 
 
 def chunks(data: Data, size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -104,7 +132,7 @@ def evaluate(
     """
     count = 0
     sums = torch.zeros(2, dtype=torch.float64, device=objective.device)
-    with mode(objective.model, training=False), chance_kept(objective.device), torch.no_grad():
+    with evaluating(objective.model), chance.kept(objective.device), torch.no_grad():
         for x, y in chunks(data, size, most):
             closure = Closure(objective, x, y, 0)  # no closure of the objective's own: its labels stay as they are
             z, losses = closure.outputs()

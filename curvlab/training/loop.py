@@ -23,6 +23,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from curvlab import chance, datasets
+from curvlab.chance import Chance
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged
 from curvlab.interrupt import Shield, shielded
 from curvlab.log import Record
@@ -31,7 +32,7 @@ from curvlab.optim import Batch
 from curvlab.progress import counted
 from curvlab.runs import clock_of, length
 from curvlab.training import checkpoint
-from curvlab.training.evaluation import Data, Measure, evaluate, mode
+from curvlab.training.evaluation import Data, Measure, evaluate
 from curvlab.training.probing import Sampler
 from curvlab.training.records import Meter, open_log
 from curvlab.training.settings import Budget, Position, Settings, check_same
@@ -102,7 +103,7 @@ class Training:
         self._good_model: dict[str, Tensor] = {}  # kept only where there is no folder
         self._since: tuple[float, float] | None = None
         self._chance_of_epoch = chance.states(objective.device)
-        self._chance_kept: list[Tensor] = []
+        self._chance_kept: Chance | None = None
         self._kept_at = time.monotonic()
         self._shown = 0.0
 
@@ -120,10 +121,10 @@ class Training:
             KeyboardInterrupt: Ctrl-C; the state is saved.
         """
         self.bar, self.say = bar, say
-        if self._chance_kept:
+        if self._chance_kept is not None:
             chance.set_states(self._chance_kept, self.objective.device)
         fresh, fruitless = not self.at.started, False
-        with mode(self.objective.model, training=True), shielded() as self.shield:
+        with shielded() as self.shield:
             try:
                 if not self.at.started:
                     self._begin()
@@ -234,14 +235,11 @@ class Training:
             self._chance_of_epoch = chance.states(device)
             yield from self.batches
             return
-        now = chance.states(device)  # a loader shuffles by the global generator: let it shuffle as it did
-        chance.set_states(self._chance_of_epoch, device)
-        rest = itertools.islice(self.batches, at.step, None)
-        first = next(rest, None)
-        chance.set_states(now, device)
-        if first is not None:
-            yield first
-            yield from rest
+        with chance.replayed(self._chance_of_epoch, device):  # loaders shuffle by a global generator: let it shuffle as it did
+            rest = iter(self.batches)
+            for _ in itertools.islice(rest, at.step):
+                pass
+        yield from rest
 
     def _over(self) -> bool:
         return (self.budget.epochs is not None and self.at.epoch >= self.budget.epochs) or self._spent()
@@ -339,7 +337,10 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "position": asdict(self.at),
             "sums": self.meter.sums,
-            "chance": {"now": chance.states(self.objective.device), "epoch": self._chance_of_epoch},
+            "chance": {
+                "now": chance.states(self.objective.device).state_dict(),
+                "epoch": self._chance_of_epoch.state_dict(),
+            },
             "log": self.log.state_dict(until=self.at.epoch),
         }
 
@@ -353,8 +354,8 @@ class Training:
             self.scheduler.load_state_dict(state["scheduler"])
             self.at, self.meter.sums = Position(**state["position"]), state["sums"]
             self.log.load_state_dict(state["log"])
-            self._chance_of_epoch = state["chance"]["epoch"]
-            self._chance_kept = state["chance"]["now"]
+            self._chance_of_epoch = Chance.of(state["chance"]["epoch"])
+            self._chance_kept = Chance.of(state["chance"]["now"])
         except (KeyError, TypeError, RuntimeError, AttributeError) as error:
             raise CurvlabError(f"the checkpoint does not fit this run: {' '.join(str(error).split())[:200]}") from error
         self.good = (self.at.epoch, self.at.step)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from curvlab import datasets, figures, models
+from curvlab import chance, datasets, figures, models
+from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log
@@ -23,10 +23,24 @@ from curvlab.probes import asked
 from curvlab.progress import progress_bar
 from curvlab.runs import DTYPES, device_of
 from curvlab.training import checkpoint
-from curvlab.training.evaluation import Data, Measure, chance_kept, chunks, measure_of, mode
+from curvlab.training.evaluation import (
+    Data,
+    Measure,
+    chunks,
+    depends_on_mode,
+    evaluating,
+    in_eval_mode,
+    measure_of,
+    ready_to_train,
+)
 from curvlab.training.loop import Training
 from curvlab.training.schedules import Make
 from curvlab.training.settings import Budget, Every, Settings, check_same
+
+_IN_EVAL_MODE = (
+    "the whole model is in eval mode and is trained so: dropout drops nothing, and batch norm keeps its statistics; call "
+    "model.train() first if that is not meant"
+)
 
 LEAST = 256
 """Examples at a time in evaluation are those of a minibatch, or so many where that is more."""
@@ -83,14 +97,14 @@ def train(
     checkpoint_seconds: float = 60.0,
     resume: bool = False,
     progress: bool | None = None,
-    probes: Sequence[str] = (),
+    probes: str | Sequence[str] = (),
     **own: Any,
 ) -> TrainRun:
     """Train your model along one algorithm, and log loss, error, times and norms by epoch.
 
     Args:
-        objective: your model and likelihood; its parameters are moved. The model is in train mode while it steps, in eval mode
-            while it is evaluated, and at the end as it was.
+        objective: your model and likelihood; its parameters are moved. While it steps every module is in the mode that you set
+            (`model.train()`; `eval()` for a frozen norm), while it is evaluated all are in eval mode.
         batches: minibatches (x, y) that can be gone through again: a data set's (`Dataset.batches`, shuffled anew in every
             epoch), a list, a DataLoader. One pass is an epoch.
         validation: a data set, a pair (x, y) or minibatches of it.
@@ -133,18 +147,24 @@ def train(
     about |= {"data": data, "call": call}
     shapes = {name: list(p.shape) for name, p in objective.parameters.items()}
     must_match = {"model": model, "data": data, "parameters": shapes, "seed": objective.seed}
-    training = _training(
-        objective, batches, validation, settings, Budget(epochs, steps, seconds), warm, error, about, must_match, place,
-        checkpoint_seconds, asked(probes, "train"),
-    )  # fmt: skip
-    if resume:
-        if place is None:
-            raise CurvlabError("resume needs a folder")
-        training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
-    elif place is not None:
-        _claim(place)
+    still = in_eval_mode(objective.model)
+    must_match |= {"modules in eval mode": still} if still else {}
+    if still == ["all"] and any(map(depends_on_mode, objective.model.modules())):
+        warnings.warn(_IN_EVAL_MODE, CurvlabWarning, stacklevel=2)
+    probes = (probes,) if isinstance(probes, str) else probes
     console = Console(stderr=True)
-    run = _run(training, console, console.is_terminal if progress is None else progress, lambda line: None)
+    with derivatives():
+        training = _training(
+            objective, batches, validation, settings, Budget(epochs, steps, seconds), warm, error, about, must_match, place,
+            checkpoint_seconds, asked(probes, "train"),
+        )  # fmt: skip
+        if resume:
+            if place is None:
+                raise CurvlabError("resume needs a folder")
+            training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
+        elif place is not None:
+            _claim(place)
+        run = _run(training, console, console.is_terminal if progress is None else progress, lambda line: None)
     if run.stopped:
         warnings.warn(run.stopped, CurvlabWarning, stacklevel=2)
     return run
@@ -174,11 +194,11 @@ def _training(
         warm = batches.one_pass() if isinstance(batches, datasets.Batches) else ()
     if validation is not None and isinstance(validation, datasets.Dataset) and not len(validation):
         validation = None
-    with chance_kept(objective.device):
+    with chance.kept(objective.device):
         first = next(chunks(examples, 2), None)
     if first is None:
         raise CurvlabError("there are no minibatches to train on")
-    with mode(objective.model, training=False), chance_kept(objective.device):
+    with evaluating(objective.model), chance.kept(objective.device):
         z, _ = Closure(objective, *first, 0).outputs()  # what does not fit is found before anything is written
     size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
     return Training(
@@ -268,7 +288,7 @@ def prepare(named: Named, call: Mapping[str, Any], state: dict[str, Any] | None 
         raise CurvlabError(f"the seed must be 0 or positive, not {named.seed}")
     train_part, test_part = datasets.load(data_name)
     batches = train_part.batches(named.batch_size, seed=named.seed, augment=named.augment)
-    model = models.build(named.model, named.seed, train_part).to(device, dtype)
+    model = ready_to_train(models.build(named.model, named.seed, train_part).to(device, dtype))
     objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed, l2=named.l2)
     about = {
         "call": dict(call),
@@ -294,6 +314,6 @@ def run_named(training: Training, console: Console) -> TrainRun:
         console.print(line, markup=False, highlight=False)
 
     objective = training.objective
-    with chance_kept(objective.device):
-        torch.manual_seed(objective.seed)
+    with chance.kept(objective.device):
+        chance.seed(objective.seed)
         return _run(training, console, console.is_terminal, say)

@@ -1,0 +1,150 @@
+"""What a saved state must fit, looked at before anything of it is taken: names, shapes and dtypes of the blocks.
+
+A state of another model must not be half-loaded, and must not wait for the next step to fail: shapes are read off the saved
+statistics themselves, by the letters that all methods share.
+
+Legend: O outputs, I inputs incl. the bias column of a block [O, I]; D its entries; P = O(O+1)/2 pairs of outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.layers import Block, Layout
+from curvlab.linalg.direct_sum import ColumnSum
+from curvlab.linalg.eigenbasis import Rotated
+from curvlab.linalg.operators import Compact, Kronecker, Operator, placed
+from curvlab.linalg.woodbury import Beside, LayerRows, Rows
+
+REMEDY = "build the same model first"
+
+AXES: dict[str, tuple[str, ...]] = {
+    "A": ("II",), "G": ("OO",), "F": ("P*", "DD"), "M": ("DD",), "Lambda": ("OO",), "v": ("D",), "s": ("O",), "y": ("O",),
+    "U": ("O*",), "V": ("O*",), "S": ("*O", "*D"), "Y": ("*O", "*D"), "seen": ("*I",), "g": ("*O", "*D"), "a": ("*I",),
+}  # fmt: skip
+"""{statistic of a block: its axes, in one of these ways}; ``*`` is any length."""
+
+_FULL = (torch.float32, torch.float64)
+
+
+def check_names(blocks: Iterable[Block], saved: Iterable[str]) -> None:
+    """Raises CurvlabError where the saved blocks are not these."""
+    own, saved = [b.name for b in blocks], list(saved)
+    if set(saved) != set(own):
+        raise CurvlabError(f"the checkpoint has blocks {', '.join(saved)} but this model has {', '.join(own)}: {REMEDY}")
+
+
+def check_shape(block: Block, what: str, found: Sequence[int]) -> None:
+    """Raises CurvlabError, with both shapes, where what is of a block is not shaped as it."""
+    if tuple(found) != block.shape:
+        raise misfit(block, what, found)
+
+
+def misfit(block: Block, what: str, found: Sequence[int]) -> CurvlabError:
+    """The error for what is of a block of another shape."""
+    return CurvlabError(f"{block} has shape {list(block.shape)} but in the checkpoint {what} {list(found)}: {REMEDY}")
+
+
+def check_dtype(where: object, found: torch.dtype, wanted: torch.dtype) -> None:
+    """Raises CurvlabError for a state of single precision in a model of double precision, or the other way round.
+
+    It is not cast: a state is what goes on bit for bit, and some of it is of double precision in any model.
+    """
+    if found != wanted and found in _FULL and wanted in _FULL:
+        raise CurvlabError(f"{where} is of {wanted} but of {found} in the checkpoint: build the model in the same dtype first")
+
+
+def dtype_of(blocks: Iterable[Block]) -> torch.dtype | None:
+    """Of their statistics: the widest of their parameters'; None where some are in no layer, and so do not show."""
+    found = torch.float32
+    for block in blocks:
+        if block.module is None:
+            return None
+        for p in block.module.parameters(recurse=False):
+            found = torch.promote_types(found, p.dtype)
+    return found
+
+
+def check_memory(block: Block, keys: Sequence[str], saved: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    """Raises CurvlabError where saved statistics are not those of such a block: other names, another shape, another dtype."""
+    if set(saved) != set(keys):
+        raise CurvlabError(
+            f"{block} keeps {', '.join(keys) or 'nothing'} but in the checkpoint {', '.join(saved) or 'nothing'}: {REMEDY}"
+        )
+    for key, value in saved.items():
+        if key == "means" and value is not None:
+            sizes = [[len(way) for way in ways] for ways in value]
+            if sum(map(math.prod, sizes)) != block.numel:
+                raise misfit(block, "its means have ways of", [size for ways in sizes for size in ways])
+        if isinstance(value, Tensor) and key in AXES and len(block.shape) == 2:
+            if not any(_has(value.shape, axes, block) for axes in AXES[key]):
+                raise misfit(block, f"its {key} is", value.shape)
+            if dtype is not None and key != "Lambda":  # of double precision in any model
+                check_dtype(block, value.dtype, dtype)
+
+
+def check_operator(block: Block, operator: Operator, dtype: torch.dtype | None) -> None:
+    """Raises CurvlabError where an operator does not act on such a block, or is of another dtype."""
+    ways = _ways(operator)
+    apart = set(accumulate(block.shape, mul, initial=1)) - set(accumulate(ways, mul, initial=1))
+    if math.prod(ways) != block.numel or (len(ways) > 1 and apart):
+        raise misfit(block, "its inverse is of", ways)
+    if dtype is not None:
+        check_dtype(block, operator.dtype, dtype)
+
+
+def check_rows(layout: Layout, rows: Beside, dtype: torch.dtype) -> None:
+    """Raises CurvlabError where rows side by side are not of these blocks."""
+    if len(rows.parts) != len(layout.blocks):
+        raise CurvlabError(f"the checkpoint has {len(rows.parts)} blocks but this model has {len(layout.blocks)}: {REMEDY}")
+    for block, part in zip(layout.blocks, rows.parts, strict=True):
+        if isinstance(part, LayerRows):
+            found: tuple[int, ...] = (part.g.shape[3] * part.g.shape[4], part.a.shape[3])
+        else:
+            found = (part.width,) if not isinstance(part, Rows) or part.a is None else (part.g.shape[1], part.a.shape[1])
+        if math.prod(found) != block.numel or (len(found) == 2 and found != block.shape):
+            raise misfit(block, "its rows are of", found)
+        place = placed(part)
+        if place:
+            check_dtype(block, place[0], dtype)
+
+
+def check_vectors(layout: Layout, vectors: Mapping[str, Tensor | None], dtype: torch.dtype) -> None:
+    """Raises CurvlabError where a vector of all parameters (its last axis) is of another model, or of another dtype."""
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape[-1] != len(layout):
+            names = "; ".join(f"{b} {list(b.shape)}" for b in layout.blocks[:3])
+            more = f" and {len(layout.blocks) - 3} more" if len(layout.blocks) > 3 else ""
+            raise CurvlabError(
+                f"the checkpoint's {name} has {vector.shape[-1]} parameters but this model has {len(layout)} "
+                f"({names}{more}): {REMEDY}"
+            )
+        check_dtype("the model", vector.dtype, dtype)
+
+
+def _ways(operator: Operator) -> tuple[int, ...]:
+    """The axes of the tensor on whose flattening an operator acts, as far as it shows."""
+    if isinstance(operator, Kronecker):
+        return tuple(len(u) for u in operator.factors)
+    if isinstance(operator, Rotated):
+        return tuple(len(q) for q in operator.bases)
+    if isinstance(operator, ColumnSum):
+        return operator.outputs, sum(operator.widths)
+    return _ways(operator.base) if isinstance(operator, Compact) else (len(operator),)
+
+
+def _has(shape: Sequence[int], axes: str, block: Block) -> bool:
+    outputs, inputs = block.shape
+    lengths: dict[str, int] = {"O": outputs, "I": inputs, "D": block.numel, "P": outputs * (outputs + 1) // 2}
+    fits: Callable[[str, int], bool] = lambda axis, n: axis == "*" or lengths[axis] == n  # noqa: E731
+    return len(shape) == len(axes) and all(map(fits, axes, shape))

@@ -1,0 +1,158 @@
+"""The general route by plain autograd: for models that `torch.func` does not see through as autograd does.
+
+That is: activation checkpointing, an `autograd.Function` without `setup_context`, parameters that a closure holds on to, compiled
+or scripted parts. One example and one vector at a time, on the model's own parameters, in the graph that training uses.
+
+Legend: N examples, C outputs of the model (flattened), D parameters in the layout's order, K vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.capture import refused, remedy
+from curvlab.derivatives import derivatives
+from curvlab.errors import CurvlabError
+from curvlab.exact.batches import PASSES, Kind
+from curvlab.layers import Layout
+from curvlab.objective import Closure
+
+
+_NO_SECOND = (
+    "torch has no second derivative of an operation in the model ({}): replace it, or take ggn, fisher or ef, which need only "
+    "the first"
+)
+
+
+class Plain:
+    """The model on one minibatch, at weights `at` [D], by `torch.autograd.grad` alone."""
+
+    def __init__(self, closure: Closure, layout: Layout) -> None:
+        self.closure, self.layout = closure, layout
+        named = closure.objective.parameters
+        self.names = [name for b in layout.blocks for name in b.params]
+        self.leaves = [named[name] for name in self.names]
+        self.why = ""  # why `torch.func` cannot
+
+    def gradient(self, n: int, label: Tensor, at: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        """Of example n's loss at a label."""
+        with self._graph(at, slice(n, n + 1)) as z:
+            loss = self.closure.objective.likelihood.loss(z, label[n : n + 1])[0]
+            return self._back(loss, None)
+
+    def jacobian(self, n: int, at: Float[Tensor, " D"]) -> Float[Tensor, "C D"]:
+        """Of example n's outputs."""
+        with self._graph(at, slice(n, n + 1)) as z:
+            return torch.stack([self._back(each, None) for each in z.flatten()])
+
+    def product(
+        self, kind: Kind, labels: Sequence[Tensor], at: Float[Tensor, " D"]
+    ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
+        """v → N · M v for several v."""
+
+        def apply(vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
+            with self._graph(at, slice(None), twice=kind not in PASSES) as z:
+                one = self._second_moment(z, kind, labels) if kind in PASSES else self._second_derivative(z, kind)
+                return torch.stack([one(v) for v in vectors])
+
+        return apply
+
+    def _second_derivative(self, z: Tensor, kind: Kind) -> Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]:
+        """Double backward: of ℓ, or of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed."""
+        likelihood, y = self.closure.objective.likelihood, self.closure.y
+        total = likelihood.loss(z, y).sum()
+        if kind == "pi":
+            (slope,) = torch.autograd.grad(total, z, retain_graph=True)
+            total = (z * slope.detach()).sum()
+        grads = torch.autograd.grad(total, self.leaves, create_graph=True, allow_unused=True)
+        live = [g for g in grads if g is not None and g.requires_grad]
+
+        def one(v: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+            sent = self._apart(v)
+            of = [u for g, u in zip(grads, sent, strict=True) if g is not None and g.requires_grad]
+            return self._back(live, of) if live else torch.zeros_like(v)
+
+        self._check_symmetry(one)
+        return one
+
+    def _check_symmetry(self, one: Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]) -> None:
+        """Raises CurvlabError where double backward is no second derivative (weight norm in torch 2.13)."""
+        size, dtype = len(self.layout), self.closure.objective.dtype
+        generator = torch.Generator().manual_seed(0)
+        u, v = torch.randn(2, size, generator=generator, dtype=dtype).to(self.closure.x.device)
+        Hu, Hv = one(u), one(v)
+        if float((v @ Hu - u @ Hv).abs()) > torch.finfo(dtype).eps ** 0.5 * float(Hu.norm() * v.norm() + Hv.norm() * u.norm()):
+            raise CurvlabError(_NO_SECOND.format(self.why or "its double backward is not symmetric"))
+
+    def _second_moment(
+        self, z: Tensor, kind: Kind, labels: Sequence[Tensor]
+    ) -> Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]:
+        """Jᵀ (∂²ℓ/∂z²) J, or Σ over labels of the losses' own JᵀJ: J v as the derivative of Jᵀu in u, along v."""
+        likelihood, y = self.closure.objective.likelihood, self.closure.y
+        exact = PASSES[kind] == "exact"
+        out = z if exact else torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(len(labels))
+        u = torch.zeros_like(out, requires_grad=True)
+        back = torch.autograd.grad(out, self.leaves, u, create_graph=True, allow_unused=True)
+        fixed = z.detach().requires_grad_()
+        slope = torch.autograd.grad(likelihood.loss(fixed, y).sum(), fixed, create_graph=True)[0] if exact else None
+
+        def one(v: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+            pairs = [(b, s) for b, s in zip(back, self._apart(v), strict=True) if b is not None and b.requires_grad]
+            if not pairs:
+                return torch.zeros_like(v)
+            (forward,) = torch.autograd.grad([b for b, _ in pairs], u, [s for _, s in pairs], retain_graph=True)
+            if slope is not None:
+                forward = torch.autograd.grad(slope, fixed, forward, retain_graph=True)[0] if slope.requires_grad else forward * 0
+            return self._back(out, forward)
+
+        return one
+
+    def _back(self, out: Tensor | list[Tensor], vectors: Tensor | list[Tensor] | None) -> Float[Tensor, " D"]:
+        found = torch.autograd.grad(out, self.leaves, vectors, retain_graph=True, allow_unused=True)
+        each = {}
+        for name, p, d in zip(self.names, self.leaves, found, strict=True):
+            own = torch.zeros_like(p) if d is None else (d.to_dense() if d.is_sparse else d)
+            each[name] = own.detach().to(self.closure.objective.dtype)
+        return self.layout.flatten(each)
+
+    def _apart(self, v: Float[Tensor, " D"]) -> list[Tensor]:
+        parts = self.layout.unflatten(v)
+        return [parts[name].to(p.dtype) for name, p in zip(self.names, self.leaves, strict=True)]
+
+    @contextmanager
+    def _graph(self, at: Float[Tensor, " D"], some: slice, twice: bool = False) -> Iterator[Tensor]:
+        """The outputs of some of the examples at these weights, with their graph; what torch cannot do is said in one line."""
+        with derivatives(), self._moved(at):
+            try:
+                yield self.closure.forward(self.closure.x[some])[0]
+            except CurvlabError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                if twice and remedy(error) is None:
+                    raise CurvlabError(_NO_SECOND.format(str(error).splitlines()[0])) from error
+                raise refused(error, "this derivative") from error
+
+    @contextmanager
+    def _moved(self, at: Float[Tensor, " D"]) -> Iterator[None]:
+        """The parameters at `at` inside, back to the bit after."""
+        parts = self.layout.unflatten(at)
+        wanted = [parts[name].to(p.dtype) for name, p in zip(self.names, self.leaves, strict=True)]
+        if all(torch.equal(p, w) for p, w in zip(self.leaves, wanted, strict=True)):
+            yield
+            return
+        saved = [p.detach().clone() for p in self.leaves]
+        try:
+            with torch.no_grad():
+                for p, w in zip(self.leaves, wanted, strict=True):
+                    p.copy_(w)
+            yield
+        finally:
+            with torch.no_grad():
+                for p, old in zip(self.leaves, saved, strict=True):
+                    p.copy_(old)

@@ -1,0 +1,260 @@
+"""Forms: what the first look at a minibatch of one shape, dtype and set of modes has shown, and the proof of it.
+
+A random vector is sent back from the outputs of all examples, of the first alone and of the last alone. What a block's uses
+make of it, ΣΣ g aᵀ and the rows of these two examples, is held against autograd's own derivatives in the parameters. Which
+places are whose is found that way, not assumed: of the arrangements that the shapes allow, the first that agrees is taken, and
+where none does the block goes the general way. Three passes back, once a form.
+
+Legend: N examples, T places of an example, R rows and P places of a call, V vectors sent back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvlab.capture import OVERWRITTEN, Capture, LayerStatistics, Part, UseInput, send_back
+from curvlab.errors import CurvlabError
+from curvlab.functions import ARRANGEMENTS
+from curvlab.layers import Block
+
+How = Literal["structured", "general", "unused"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Which way a block goes, and why.
+
+    Args:
+        arrangement: of each of its uses (`functions.ARRANGEMENTS`).
+        why: it goes the general way; empty for a structured block.
+        gap: the largest relative difference from autograd that was found, of the way that was taken; of the best that was
+            refused where none was.
+        proven: False where its derivatives were all zero, so that nothing could be seen.
+    """
+
+    how: How
+    arrangement: tuple[str, ...] = ()
+    why: str = ""
+    gap: float = 0.0
+    proven: bool = True
+
+
+@dataclass
+class Form:
+    """What a look has shown.
+
+    Args:
+        outputs: C, of an example.
+        ways: {block: its way}.
+        places: {block: T}, of the blocks that were used.
+        shaped: blocks that have a, g and rows (none where such a block is unused).
+        plain: of those, the blocks that no use reads in the other direction.
+        direct: of those, the blocks with one use whose rows are the examples.
+    """
+
+    outputs: int
+    ways: dict[str, Way]
+    places: dict[str, int]
+    shaped: frozenset[str]
+    plain: frozenset[str]
+    direct: frozenset[str]
+
+    @property
+    def unproven(self) -> set[str]:
+        return {name for name, way in self.ways.items() if not way.proven}
+
+    def apply(self, capture: Capture) -> bool:
+        """Hand what is known to a new look of this form; False where the look has other uses than the first had."""
+        for name in list(capture.arranged):
+            way, uses = self.ways[name], capture.uses.get(name, [])
+            if way.how == "general":
+                capture.general[name] = way.why
+                del capture.arranged[name]
+            elif len(way.arrangement) == len(uses):
+                capture.arranged[name] = way.arrangement
+            else:
+                return False
+        return set(capture.arranged) == self.shaped
+
+
+def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
+    """The form of a look, whose arrangements are set as they were proven.
+
+    Args:
+        capture: of the forward pass, settled.
+        z: outputs [N, *C] with their graph.
+        mixing: whether examples are known to act on each other (batch norm in training mode): then no row is an example's own,
+            and of the arrangements the nearest is taken.
+    """
+    size = len(z)
+    ends = [0] if size == 1 else [0, size - 1]
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+    alone = [torch.zeros_like(v).index_copy_(0, torch.tensor([n], device=z.device), v[n : n + 1]) for n in ends]
+    chosen = [b for b in capture.blocks if b.name in capture.arranged and capture.uses.get(b.name)]
+    names = [name for b in capture.blocks for name in b.params]
+    leaves = [capture.parameters[name] for name in names]
+    for use in (use for uses in capture.uses.values() for use in uses):
+        if use.x.overwritten:
+            raise CurvlabError(OVERWRITTEN.format(use.block))
+    found = [send_back(z, leaves, u[None]) for u in (v, *alone)]
+    true = [{b.name: _gathered(b, dict(zip(names, grads, strict=True)), capture) for b in capture.blocks} for grads in found]
+    reached = {b.name: any(dict(zip(names, found[0], strict=True))[name] is not None for name in b.params) for b in capture.blocks}
+    scale = [max((float(t[b.name].norm()) for b in capture.blocks), default=0.0) for t in true]
+    statistics = capture.backward(z, v[None])
+    ways: dict[str, Way] = {}
+    for block in capture.blocks:
+        name = block.name
+        if name in capture.general:
+            ways[name] = Way("general" if reached[name] else "unused", why=capture.general[name])
+            if not reached[name] and block.layer is not None:
+                ways[name] = Way("unused")
+    for block in chosen:
+        name = block.name
+        eps = _precision(capture, block, z)
+        places = sum(math.prod(use.extent) for use in capture.uses[name])  # of all examples; sums are as inexact as they are long
+        near, nearest = (max(eps**0.5, min(0.02, eps * many)) for many in (places, places / size))
+        wanted = [t[name] for t in true]
+        floors = [1e4 * eps * s for s in scale]
+        best: Way | None = None
+        for how in capture.candidates(name):
+            s = rearranged(capture, statistics[name], how)
+            gaps = [_gap(s.gradient * size, wanted[0], floors[0])]
+            rows = [_gap(own_row(s, n), w, f) for n, w, f in zip(ends, wanted[1:], floors[1:], strict=True)]
+            gap, own = max(gaps + rows), max(rows) <= nearest
+            nearer = best is None or gap < best.gap
+            if max(gaps) <= near and (own or (mixing and nearer)):
+                best = Way("structured", how, gap=gap)
+                if own:
+                    break
+            elif nearer and (best is None or best.how == "general"):
+                why = (
+                    f"has a gradient that differs from autograd's by {max(gaps):.2g}" if max(gaps) > near
+                    else f"has rows that are not its examples' (relative difference {max(rows):.2g})"
+                )  # fmt: skip
+                best = Way("general", (), why, gap)
+        assert best is not None
+        if not all(bool(torch.isfinite(w).all()) for w in wanted):  # nothing can be seen, and the numbers say so themselves
+            best = Way("structured", next(capture.candidates(name)))
+            floors = [math.inf] * len(floors)
+        dead = all(float(w.norm()) <= f for w, f in zip(wanted[1:], floors[1:], strict=True))
+        ways[name] = best if best.how == "general" or not dead else Way(best.how, best.arrangement, "", best.gap, proven=False)
+        if best.how == "general":
+            capture.general[name] = best.why
+            del capture.arranged[name]
+        else:
+            capture.arranged[name] = best.arrangement
+    for block in capture.blocks:
+        ways.setdefault(block.name, Way("unused"))
+    direct = frozenset(
+        name for name, how in capture.arranged.items()
+        if how == ("first",) and not (use := capture.uses[name][0]).swapped and use.output.value.dtype == (capture.dtype or z.dtype)
+    )  # fmt: skip
+    plain = frozenset(name for name in capture.arranged if not any(use.swapped for use in capture.uses.get(name, ())))
+    ordered = {b.name: ways[b.name] for b in capture.blocks}
+    return Form(z[0].numel(), ordered, capture.places(), frozenset(capture.arranged), plain, direct)
+
+
+def unseen(capture: Capture, z: Tensor) -> Form:
+    """The form of a look that shows nothing, for itself alone."""
+    ways = {b.name: Way("general", why=capture.general[b.name]) if b.name in capture.general
+            else Way("structured", capture.arranged[b.name], proven=False) for b in capture.blocks}  # fmt: skip
+    none: frozenset[str] = frozenset()
+    return Form(z[0].numel(), ways, capture.places(), frozenset(capture.arranged), frozenset(capture.arranged), none)
+
+
+def _gathered(block: Block, grads: dict[str, Tensor | None], capture: Capture) -> Tensor:
+    """Autograd's own derivative of one vector, as the block lies; zero where it is not reached."""
+    each = {}
+    for name in block.params:
+        p, d = capture.parameters[name], grads[name]
+        own = torch.zeros_like(p) if d is None else (d[0].to_dense() if d.is_sparse else d[0])
+        each[name] = own.detach().to(capture.dtype or own.dtype)
+    return block.gather(each)
+
+
+def _gap(ours: Tensor, true: Tensor, floor: float) -> float:
+    """‖ours − true‖ / ‖true‖; 0 where what is left is rounding of larger numbers."""
+    error = float((ours.reshape(true.shape) - true).norm())
+    if error <= floor:
+        return 0.0
+    scale = float(true.norm())
+    return error / scale if scale > floor else float("inf")
+
+
+def _precision(capture: Capture, block: Block, z: Tensor) -> float:
+    """The coarsest rounding on the way."""
+    seen = [z.dtype, *(capture.parameters[name].dtype for name in block.params)]
+    for uses in capture.uses.values():
+        seen += [t.value.dtype for use in uses for t in (use.x, use.output)]
+    return max(torch.finfo(d).eps for d in seen if d.is_floating_point)
+
+
+def rearranged(capture: Capture, statistics: LayerStatistics, how: Sequence[str]) -> LayerStatistics:
+    """The same pass with other arrangements of the uses."""
+    parts = []
+    known = dict(zip(map(id, capture.uses[statistics.block.name]), how, strict=True))
+    for p in statistics.parts:
+        _, _, inputs = p.own
+        arranged = UseInput(inputs.use, inputs.size, known[id(inputs.use)], inputs.dtype)
+        parts.append(Part(p.block, arranged, p.raw_g, p.swapped))
+    return LayerStatistics(statistics.block, statistics.size, parts=parts, like=statistics.like, vectors=statistics.vectors)
+
+
+def own_row(statistics: LayerStatistics, n: int) -> Tensor:
+    """Σ_t g aᵀ of example n of a pass with one vector: the gradient of what is left where the others' g are zero, so that no
+    input is formed that the gradient would not form."""
+    parts = []
+    for p in statistics.parts:
+        _, _, inputs = p.own
+        rows, places = p.raw_g.shape[1:3]
+        numbers = torch.arange(rows * places, device=p.raw_g.device).view(rows, places)
+        mine = ARRANGEMENTS[inputs.how](numbers, 0, inputs.size)[n].flatten()
+        masked = torch.zeros_like(p.raw_g).flatten(1, 2)
+        masked[:, mine] = p.raw_g.flatten(1, 2)[:, mine]
+        parts.append(Part(p.block, inputs, masked.view(p.raw_g.shape), p.swapped))
+    like = statistics.like
+    return LayerStatistics(statistics.block, 1, parts=parts, like=like).gradient
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which block goes which way, for a reader."""
+
+    blocks: tuple[Block, ...]
+    form: Form
+    law: str = ""
+
+    @property
+    def ways(self) -> dict[str, How]:
+        """{block: "structured" | "general" | "unused"}."""
+        return {name: way.how for name, way in self.form.ways.items()}
+
+    @property
+    def gaps(self) -> dict[str, float]:
+        """{block: largest relative difference from autograd}: of the way that was taken, or of the one that was refused."""
+        return {name: way.gap for name, way in self.form.ways.items()}
+
+    def __str__(self) -> str:
+        lines = []
+        for block in self.blocks:
+            way = self.form.ways[block.name]
+            if way.how == "structured":
+                what = f"T = {self.form.places.get(block.name, 0)}, {len(way.arrangement)} use{'s' * (len(way.arrangement) != 1)}"
+                told = "" if way.proven else "; all derivatives zero so far"
+                others = sorted({how for how in way.arrangement if how != "first"})
+                told += f"; examples {', '.join(others)}" if others else ""
+                lines.append((str(block), way.how, f"{what}, autograd to {way.gap:.0e}{told}"))
+            elif way.how == "general":
+                lines.append((str(block), way.how, way.why))
+            else:
+                lines.append((str(block), way.how, "does not reach the outputs: its gradient is zero"))
+        width = max(len(name) for name, _, _ in lines)
+        told = "\n".join(f"{name:<{width}}  {how:<10}  {why}" for name, how, why in lines)
+        return told + (f"\nlikelihood: {self.law}" if self.law else "")

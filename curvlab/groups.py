@@ -1,0 +1,122 @@
+"""Parameter groups: what they may say and hold, and whether an objective's blocks still are what its model trains.
+
+Nothing here is left out without a word: an option or a tensor that an optimizer could not act on is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from torch import Tensor
+
+from curvlab.curvature.base import check_damping
+from curvlab.errors import CurvlabError, unknown
+from curvlab.objective import Objective
+
+Group = dict[str, Any]
+
+OPTIONS = ("lr", "damping", "momentum", "weight_decay")
+"""What a parameter group says."""
+
+SHARED = ("damping", "momentum")
+"""What is the same in every group."""
+
+_OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
+"""What torch's schedulers write beside it."""
+
+
+def complete(groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:
+    """Give the groups, which somebody else may have made, the options that they lack."""
+    for group in groups:
+        for option in OPTIONS:
+            group.setdefault(option, defaults[option])
+
+
+def check_known(group: Group) -> None:
+    """Raises CurvlabError for an option that nothing reads, with those that are known."""
+    known = (*OPTIONS, *_OF_SCHEDULERS)
+    for option in group:
+        if option not in (*known, "params", "param_names"):
+            raise unknown("option of a parameter group", option, known)
+
+
+def check_momentum(beta: float) -> None:
+    """Raises CurvlabError where β is not between 0 and 1."""
+    if not 0 <= beta < 1:
+        raise CurvlabError(f"momentum must be at least 0 and below 1, not {beta:g}")
+
+
+def check_weight_decay(rate: float) -> None:
+    """Raises CurvlabError where γ is negative, infinite or NaN."""
+    if not 0 <= rate < math.inf:
+        raise CurvlabError(f"weight decay must be 0 or positive, not {rate:g}")
+
+
+def check_options(groups: Sequence[Group]) -> None:
+    """Raises CurvlabError where damping, momentum or weight decay is out of range, or groups differ in what is one for all."""
+    for option in SHARED:
+        first = float(groups[0][option]) if groups else 0.0
+        for number, group in enumerate(groups[1:], 1):
+            if float(group[option]) != first:
+                raise CurvlabError(
+                    f"parameter groups 0 and {number} have {option} {first:g} and {float(group[option]):g}: "
+                    "it is one for all, set it to the same value in every group"
+                )
+    for group in groups:
+        check_damping(float(group["damping"]))
+        check_momentum(float(group["momentum"]))
+        check_weight_decay(float(group["weight_decay"]))
+
+
+def check_owned(objective: Objective, params: Iterable[Any]) -> None:
+    """Raises CurvlabError for a tensor, or pair of a name and a tensor, that is no parameter of the objective's blocks."""
+    owned = frozenset(map(id, objective.parameters.values()))
+    for entry in params:
+        name, tensor = entry if isinstance(entry, tuple) else ("", entry)
+        if isinstance(tensor, Tensor) and id(tensor) not in owned:
+            names = {id(p): n for n, p in objective.model.named_parameters()}
+            name = names.get(id(tensor), name)
+            what = f"parameter '{name}'" if name else f"a tensor of shape {list(tensor.shape)}"
+            raise CurvlabError(
+                f"{what} in a parameter group belongs to no block of this optimizer's objective: "
+                "put it into the model, trainable, and make a new Objective and optimizer"
+            )
+
+
+class Ownership:
+    """Whether every parameter that is trainable now belongs to a block of the objective. Cheap where nothing has changed."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.ids: frozenset[int] = frozenset()
+        """Of the parameters of the blocks, as of the last `check`."""
+        self._held: Sequence[Tensor] = ()  # so that no id is given again
+        self._seen: list[tuple[int, bool]] = []
+
+    def check(self) -> None:
+        """Raises CurvlabError, with their names, where some belong to no block: thawed, or put into the model, later."""
+        held = list(self.objective.model.parameters())
+        seen = [(id(p), p.requires_grad) for p in held]
+        if seen == self._seen:
+            return
+        try:
+            ids = frozenset(map(id, self.objective.parameters.values()))
+        except KeyError as error:
+            raise CurvlabError(
+                f"the model has no parameter {error} any more: make a new Objective, and a new optimizer of it"
+            ) from error
+        loose = [n for n, p in self.objective.model.named_parameters() if p.requires_grad and id(p) not in ids and p.numel()]
+        if loose:
+            more = f" and {len(loose) - 3} more" if len(loose) > 3 else ""
+            raise CurvlabError(
+                f"parameters {', '.join(loose[:3])}{more} are trainable but belong to no block of this objective, which was "
+                "made before they were: make a new Objective, and a new optimizer of it"
+            )
+        self.ids, self._held, self._seen = ids, held, seen
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Of the copied model, whose parameters are others."""
+        return type(self)(copy.deepcopy(self.objective, memo))

@@ -1,0 +1,400 @@
+"""S Sᵀ and the labels' law against the loss itself, where the likelihood is the user's.
+
+GGN, its root S and the Fisher are one matrix only where three functions of a likelihood fit each other: `loss`, `root` and
+`sample`. Those of `curvlab.likelihoods` do, and are taken as they are. Of any other class, a subclass too, S(Sᵀv) is held
+against ∂²ℓ/∂z² v by autograd, and the scores of drawn labels against both. All are of the sum over one example's outputs.
+
+Legend: N examples, C outputs (flattened where the axis is one), V columns of S, K directions, M draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from curvlab.errors import CurvlabError, guard_memory, lookup
+from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, root_of, sample_of
+
+Root = Callable[[Tensor, Tensor], Tensor]
+"""(outputs [N, *C], labels) → columns of S [V, N, *C]."""
+
+_EXACT = (Categorical, Bernoulli, Gaussian)
+_DRAWS, _ERRORS = 2000, 6.0  # labels drawn for one example, and how many standard errors may lie between
+_UNSEEN = 18.0  # an event expected this often among all draws is not seen with probability e^-18, 6 standard errors
+_NUMBERS = 1 << 22  # looked at together: entries of roots, outputs of the labels drawn for one example
+
+
+@dataclass(frozen=True)
+class Law:
+    """What was found of a likelihood at some outputs and labels.
+
+    `root`: (z, y) → S [V, N, *C], S Sᵀ = ∂²ℓ/∂z²: the likelihood's own where it holds, else from the loss's own Hessian at each
+    call; None where that is not positive semi-definite or too large. `follows`: labels drawn by `sample` follow the loss, so
+    that Fisher and GGN are one matrix: mean score 0 and second moment of the score ∂²ℓ/∂z², within 6 standard errors of 2000
+    draws (2^20 over the outputs where these are over 524, at least 64, and none over 65 536). `why`: what was found, with a
+    figure; "" where all holds.
+    """
+
+    root: Root | None
+    follows: bool
+    why: str
+    examined: bool = True  # whether the likelihood is the user's, so that all this holds for these outputs and labels alone
+
+    @property
+    def fisher_and_ggn_differ(self) -> bool:
+        return not self.follows
+
+
+def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]) -> Law:
+    """Hold a likelihood's `root` and `sample` against its `loss` at outputs z and labels y, by a seed of its own.
+
+    What holds here need not hold for labels of another kind (a mask, where there is none in y). All examples are looked at; of
+    over 2^24 outputs those of examples that lie evenly.
+
+    Raises:
+        CurvlabError: losses that are not one number an example, or that depend on other examples or on chance.
+    """
+    if type(likelihood) in _EXACT and not {"loss", "root", "sample"} & vars(likelihood).keys():
+        return Law(partial(root_of, likelihood), True, "", examined=False)
+    with _apart(z):
+        if z.numel() > 4 * _NUMBERS:
+            some = _evenly(len(z), max(2, 4 * _NUMBERS // z[0].numel()), z.device)
+            z, y = z[some], y[some]
+        try:
+            return _Examined(likelihood, _plain(z), _plain(y)).law()
+        except RuntimeError as error:
+            if not any(words in str(error) for words in ("differentiate twice", "double backward", "is not implemented")):
+                raise
+            found = f"the loss of {type(likelihood).__name__} cannot be differentiated twice: write it in functions of torch"
+            return Law(None, False, found)
+
+
+_REFUSALS = {
+    "ggn": 'kind="ggn" has no S with S Sᵀ = ∂²ℓ/∂z² to be taken by: {}',
+    "fisher": 'kind="fisher" is taken over all labels by S, S Sᵀ = ∂²ℓ/∂z², where the two are one: {}; take "ggn" or "ef"',
+    "fisher-mc": 'kind="fisher-mc" needs labels that follow the loss: {}; take "ggn" or "ef"',
+}
+
+
+def refusal(law: Law, kind: str) -> str:
+    """The line that refuses a kind, "fisher", "fisher-mc" or "ggn", for what was found."""
+    return lookup(_REFUSALS, kind, "kind").format(law.why)
+
+
+@contextmanager
+def _apart(z: Tensor) -> Iterator[None]:
+    """With gradients, whatever the caller's mode, and global random states as they were in the end."""
+    devices = [z.device] if z.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _evenly(n: int, count: int, device: torch.device) -> Tensor:
+    """At most `count` of n examples that lie evenly, the first and the last among them."""
+    return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).round().long().to(device)
+
+
+def _plain(t: Tensor) -> Tensor:
+    """Without a graph, and no inference tensor."""
+    return t.clone() if t.is_inference() else t.detach()
+
+
+class _Look:
+    """The loss of some examples with its graph: `losses` [N], `score` ∂ℓ/∂z [N, *C], and products with ∂²ℓ/∂z²."""
+
+    def __init__(self, likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor, *, twice: bool = True) -> None:
+        name = type(likelihood).__name__
+        self.z = z.detach().requires_grad_()
+        self.losses = likelihood.loss(self.z, y)
+        shape = tuple(self.losses.shape) if isinstance(self.losses, Tensor) else type(self.losses).__name__
+        if shape != (len(z),):
+            raise CurvlabError(
+                f"the loss of {name} for {len(z)} example{'s' if len(z) > 1 else ''} has shape {shape}, not ({len(z)},): "
+                'return one number an example, the sum over its outputs and places (reduction="none", then .flatten(1).sum(1))'
+            )
+        # Along ones that want a gradient: what can be differentiated only once then leaves a mark, see `once`.
+        ones = torch.ones(len(z), dtype=self.losses.dtype, device=z.device)
+        self.score = self.back(self.losses, ones.requires_grad_(twice), create_graph=twice)
+
+    def back(self, of: Tensor, v: Tensor | None = None, **how: bool) -> Float[Tensor, "N *C"]:
+        """Gradient in the outputs of a number, or along v; zero where there is no graph."""
+        found = torch.autograd.grad(of, self.z, v, allow_unused=True, **how)[0] if of.requires_grad else None
+        return torch.zeros_like(self.z) if found is None else found
+
+    def times(self, v: Float[Tensor, "N *C"]) -> Float[Tensor, "N *C"]:
+        """∂²ℓ/∂z² v of each example; zero where the loss is linear."""
+        return self.back(self.score, v, retain_graph=True)
+
+    def once(self) -> bool:
+        """Whether some part of the loss can be differentiated only once: it would read as linear."""
+        seen, ahead = set[Any](), [self.score.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is not None and node not in seen:
+                if node.name() == "torch::autograd::Error":
+                    return True
+                seen.add(node)
+                ahead += [following for following, _ in node.next_functions]
+        return False
+
+    def hessian(self) -> Float[Tensor, "N C C"]:
+        """∂²ℓ/∂z², in float32 at least; one unit vector after another, all examples together."""
+        n, c = len(self.z), self.z[0].numel()
+        rows = []
+        for i in range(c):
+            unit = torch.zeros(n, c, dtype=self.z.dtype, device=self.z.device)
+            unit[:, i] = 1
+            rows.append(self.times(unit.reshape(self.z.shape)).reshape(n, c))
+        found = torch.stack(rows, 1)
+        return (found + found.mT).to(torch.promote_types(found.dtype, torch.float32)) / 2
+
+
+def _largest(each: Float[Tensor, "N *C"]) -> float:
+    """The largest norm of one example."""
+    return float(each.reshape(len(each), -1).norm(dim=1).max())
+
+
+def _precision(z: Tensor) -> float:
+    return float(torch.finfo(z.dtype).eps)
+
+
+class _Examined:
+    """One likelihood at some outputs and labels, and what its loss says there."""
+
+    def __init__(self, likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> None:
+        self.likelihood, self.z, self.y = likelihood, z, y
+        self.name, self.outputs = type(likelihood).__name__, z[0].numel()
+        self.generator = torch.Generator(z.device).manual_seed(0)
+        self.look = _Look(likelihood, z, y)
+        if not self.look.losses.requires_grad:
+            raise CurvlabError(
+                f"autograd finds no way from the loss of {self.name} to the outputs: compute it from z by torch, without "
+                "detach(), no_grad() or numbers taken out"
+            )
+        if self.look.once():
+            raise RuntimeError("differentiate twice")
+        self._check_alone()
+        self.directions = [torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=self.generator) for _ in range(3)]
+        self.products = torch.stack([self.look.times(v) for v in self.directions])  # [3, N, *C]
+        # Where probabilities round to 0 or 1 a Hessian is rounding alone, and a label may be too rare to be drawn: what is
+        # usual for this loss is asked where no output is above 1.
+        self.calm = z / z.abs().reshape(len(z), -1).amax(1).clamp_min(1).reshape(-1, *[1] * (z.ndim - 1))
+        self.floor = 64 * _precision(z) * max(_finite(_largest(self.products[0])), self._usual())
+
+    def _check_alone(self) -> None:
+        """Raises CurvlabError where an example's loss depends on the others: on their outputs, their labels or their number."""
+        n, losses = len(self.z), self.look.losses.detach()
+        if n == 1:
+            return
+        slope = self.look.back(self.look.losses[0], retain_graph=True)[1:]
+        near = _precision(self.z) ** 0.5 * float(losses.abs().max())
+        apart = bool((slope != 0).any() & slope.isfinite().all())
+        for some in (slice(0, 1), slice(n - 1, n), slice(0, n // 2)):
+            alone = _Look(self.likelihood, self.z[some], self.y[some], twice=False).losses.detach()
+            apart |= bool(((alone - losses[some]).abs() > near).any())
+        if apart:
+            raise CurvlabError(
+                f"the loss that {self.name} gives an example depends on the rest of the minibatch, or on chance: let it see "
+                "its own example alone (no mean over the minibatch, no division by what is counted in it)"
+            )
+
+    def _usual(self) -> float:
+        try:
+            return _finite(_largest(_Look(self.likelihood, self.calm, self.y).times(self.directions[0])))
+        except (ValueError, RuntimeError):  # outputs that this loss does not take
+            return 0.0
+
+    def law(self) -> Law:
+        root, found = self._root()
+        apart = self._labels()
+        return Law(root, not apart, "; ".join(part for part in (found, apart) if part))
+
+    def _root(self) -> tuple[Root | None, str]:
+        """(S, what was found of the likelihood's own)."""
+        try:
+            _guard(self.z[:1], self.name)
+            off = self._off()
+        except NotImplementedError:
+            return self._derived(f"{self.name} has no root")
+        except CurvlabError as error:
+            return None, str(error)
+        if off is None:
+            return partial(root_of, self.likelihood), ""
+        return self._derived(f"S Sᵀ of {self.name}.root {off}")
+
+    def _off(self) -> str | None:
+        """How S Sᵀ v differs from ∂²ℓ/∂z² v, or None. Of very many numbers, those of examples that lie evenly."""
+        n, c, v = len(self.z), self.outputs, torch.stack(self.directions)
+        chosen, at_once = _evenly(n, max(1, 4 * _NUMBERS // c**2), self.z.device), max(1, _NUMBERS // c**2)
+        norms = []
+        for start in range(0, len(chosen), at_once):
+            some = chosen[start : start + at_once]
+            z = self.z[some]
+            root = root_of(self.likelihood, z, self.y[some]).detach()
+            if root.shape[1:] != z.shape:
+                return f"has shape {tuple(root.shape)}, not (V, {', '.join(map(str, z.shape))})"
+            s, u = root.reshape(len(root), -1, c), v[:, some].reshape(3, -1, c).to(root.dtype)
+            given = torch.einsum("vnc,kvn->knc", s, torch.einsum("vnc,knc->kvn", s, u)).to(z.dtype)
+            wanted = self.products[:, some].reshape(given.shape)
+            norms.append(torch.stack([part.norm(dim=2).max() for part in (given - wanted, given, wanted)]))
+        apart, *sizes = torch.stack(norms).amax(0).tolist()
+        size = max(*sizes, self.floor)
+        if apart <= _precision(self.z) ** 0.5 * size + self.floor:  # not so where there is a NaN
+            return None
+        return f"is off ∂²ℓ/∂z² by a relative {_over(apart, size)}"
+
+    def _derived(self, found: str) -> tuple[Root | None, str]:
+        """S of the loss's own Hessian, where that has one."""
+        try:
+            _guard(self.z, self.name)
+            _check_convex(self.look.hessian(), self.floor, self.name, _precision(self.z))
+        except CurvlabError as error:
+            return None, f"{found}, and {error}"
+        return partial(_root_of_loss, self.likelihood, self.floor), f"{found}: it is taken from the loss itself"
+
+    def _labels(self) -> str:
+        """How drawn labels fail to follow the loss, or ""."""
+        try:
+            with torch.no_grad():
+                drawn = sample_of(self.likelihood, self.z, self.generator, self.y)
+        except NotImplementedError:
+            return f"{self.name} has no sample"
+        found = []
+        try:
+            there = _Look(self.likelihood, self.z, drawn)
+        except (ValueError, RuntimeError, IndexError) as error:
+            return f"the loss of {self.name} does not take labels drawn by its sample ({str(error).splitlines()[0]})"
+        products = torch.stack([there.times(v) for v in self.directions])
+        if not bool(products.isfinite().all()):
+            return f"the loss of {self.name} is not finite at labels drawn by its sample"
+        apart = _largest((products - self.products).flatten(0, 1))
+        size = max(_largest(products.flatten(0, 1)), _largest(self.products.flatten(0, 1)))
+        near = max(_precision(self.z) ** 0.5, 1e-6)
+        if not apart <= near * size + self.floor:
+            found.append(f"∂²ℓ/∂z² of {self.name} at drawn labels is off that at the data's by a relative {_over(apart, size)}")
+        moments = self._moments()
+        if moments:
+            found.append(f"labels drawn by {self.name}.sample have {moments}")
+        return ", and ".join(found)
+
+    def _moments(self) -> str:
+        """Which moment of the scores of many labels lies too far from what it should be, or "".
+
+        At the first example and the last, and at that of the largest Hessian where its outputs are calm.
+        """
+        n, c, dtype = len(self.z), self.outputs, torch.promote_types(self.z.dtype, torch.float32)
+        if 64 * c > _NUMBERS:
+            return ""
+        if c <= 8:
+            directions = torch.eye(c, dtype=self.z.dtype, device=self.z.device)
+        else:
+            coins = torch.rand(c, 8, dtype=self.z.dtype, device=self.z.device, generator=self.generator)
+            directions = (coins < 0.5).to(self.z.dtype) * 2 - 1
+        largest = int(self.products[0].reshape(n, -1).norm(dim=1).argmax())
+        ends, calm = sorted({0, n - 1}), self.calm[largest]
+        there = [*self.z[ends], calm, calm / 100]
+        try:
+            t, hessian = self._scores(torch.stack(there), self.y[[*ends, largest, largest]], directions)
+            usual = bool(t.isfinite().all()) and bool(hessian.isfinite().all())
+        except (ValueError, RuntimeError):  # outputs that this loss does not take
+            usual = False
+        if not usual:
+            t, hessian = self._scores(self.z[ends], self.y[ends], directions)
+        t, hessian = t.to(dtype), hessian.to(dtype)
+        if not bool(t.isfinite().all()):
+            return "a score that is not finite"
+        m = t.shape[1]
+        mean, second = t.mean(1), t.mT @ t / m
+        square = t.square()
+        errors = ((square.mT @ square / m - second.square()).clamp_min(0) / m).sqrt()
+        error = ((second.diagonal(dim1=1, dim2=2) - mean.square()).clamp_min(0) / m).sqrt()
+        size = (square.square().sum((0, 1)) / square.sum((0, 1)).clamp_min(torch.finfo(dtype).tiny)).sqrt()  # of a rare score
+        near = max(_precision(self.z) ** 0.5, 1e-6) * float(hessian.abs().max()) + self.floor
+        far = mean.abs() - _UNSEEN / m * size - max(_precision(self.z) ** 0.5, 1e-6) * t.abs().max()
+        if bool((far > _ERRORS * error).any()):
+            at = int((far / error.clamp_min(torch.finfo(dtype).tiny)).argmax())
+            return f"mean score {float(mean.flatten()[at]):.2g}, {_errors(mean.flatten()[at], error.flatten()[at])} from 0"
+        far = (second - hessian).abs() - _UNSEEN / m * size[:, None] * size - near
+        if bool((far > _ERRORS * errors).any()):
+            at = int((far / errors.clamp_min(torch.finfo(dtype).tiny)).argmax())
+            one, other = second.flatten()[at], hessian.flatten()[at]
+            return (
+                f"scores of second moment {float(one):.3g} where ∂²ℓ/∂z² has {float(other):.3g}, "
+                f"{_errors(one - other, errors.flatten()[at])} apart"
+            )
+        return ""
+
+    def _scores(
+        self, z: Float[Tensor, "R *C"], y: Tensor, directions: Float[Tensor, "C K"]
+    ) -> tuple[Float[Tensor, "R M K"], Float[Tensor, "R K K"]]:
+        """Scores of M labels drawn for each example, and ∂²ℓ/∂z² at the data's, along K directions."""
+        r, (c, k) = len(z), directions.shape
+        m = max(64, min(_DRAWS, (1 << 20) // c))
+        with torch.no_grad():
+            many, labels = z.repeat_interleave(m, 0), y.repeat_interleave(m, 0)
+            drawn = sample_of(self.likelihood, many, self.generator, labels)
+        score = _Look(self.likelihood, many, drawn, twice=False).score.reshape(r, m, c)
+        look = _Look(self.likelihood, z.repeat_interleave(k, 0), y.repeat_interleave(k, 0))
+        product = look.times(directions.T.repeat(r, 1).reshape(r * k, *z.shape[1:])).reshape(r, k, c)
+        return score @ directions, product @ directions
+
+
+def _over(apart: float, size: float) -> str:
+    return f"{apart / size:.2g}" if size else "NaN"
+
+
+def _finite(value: float) -> float:
+    return value if value < float("inf") else 0.0
+
+
+def _errors(apart: Tensor, error: Tensor) -> str:
+    count = float(apart.abs() / error) if float(error) else float("inf")
+    return f"{count:.0f} standard errors" if count < 1e4 else "over 10000 standard errors"
+
+
+def _guard(z: Float[Tensor, "N *C"], name: str) -> None:
+    """Of the Hessians in these outputs, their eigenvectors and their roots."""
+    outputs = z[0].numel()
+    guard_memory(
+        3 * outputs * z.numel() * max(4, z.element_size()),
+        f"the output Hessian of {name} ({outputs} outputs in each of {len(z)} examples)",
+        'take route="func" or `product`',
+    )
+
+
+def _check_convex(hessian: Float[Tensor, "N C C"], floor: float, name: str, precision: float) -> None:
+    """Raises CurvlabError where an eigenvalue lies further below 0 than rounding explains."""
+    remedy = 'take route="func" or `product`'
+    if not bool(hessian.isfinite().all()):
+        raise CurvlabError(f"∂²ℓ/∂z² of {name} contains NaN or Inf, so that there is no root: {remedy}")
+    least = -max(1e-6, precision**0.5) * _largest(hessian) - floor - float(torch.finfo(hessian.dtype).tiny)
+    shifted = hessian - least * torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
+    if bool(torch.linalg.cholesky_ex(shifted).info.any()):
+        values = torch.linalg.eigvalsh(hessian)
+        raise CurvlabError(
+            f"the loss of {name} is not convex in the outputs (eigenvalues of ∂²ℓ/∂z² from {float(values.min()):.2g} to "
+            f"{float(values.max()):.2g}), so that there is no root: {remedy}"
+        )
+
+
+def _root_of_loss(
+    likelihood: Likelihood, floor: float, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]
+) -> Float[Tensor, "V N *C"]:
+    """The symmetric root of ∂²ℓ/∂z² of each example, V = C. Raises CurvlabError where there is none, or not the memory."""
+    name = type(likelihood).__name__
+    _guard(z, name)
+    with torch.inference_mode(False), torch.enable_grad():
+        hessian = _Look(likelihood, _plain(z), _plain(y)).hessian()
+    _check_convex(hessian, floor, name, _precision(z))
+    values, vectors = torch.linalg.eigh(hessian)
+    rounding = torch.finfo(hessian.dtype).eps * hessian.shape[1] ** 0.5 * values[:, -1:]
+    values = torch.where(values > rounding, values, 0)  # else its root, a half as many digits, stands where there is none
+    root: Tensor = (vectors * values.sqrt()[:, None]) @ vectors.mT
+    return root.transpose(0, 1).reshape(-1, *z.shape).to(z.dtype)

@@ -1,0 +1,68 @@
+"""What a model may be that is not ours: compiled, spread over processes, complex, mixing its examples."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from curvlab.errors import CurvlabError
+
+
+def original(model: nn.Module) -> nn.Module:
+    """What `torch.compile` was given, whose parameters are the same tensors."""
+    while "torch._dynamo" in sys.modules and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Compiled parts run as they were before, inside: what they do shows in no call."""
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def mixes(modules: Iterable[nn.Module]) -> bool:
+    """Whether examples are known to act on each other: normalised over the batch."""
+    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in modules)
+
+
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises CurvlabError for a model that is spread over several processes, and for weights without real derivatives."""
+    if not isinstance(model, nn.Module):
+        raise CurvlabError(f"the model must be a torch.nn.Module, not {type(model).__name__}: wrap it in one")
+    several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    for name, module in model.named_modules():
+        spread = isinstance(module, nn.parallel.DistributedDataParallel) or any(
+            kind.__name__ in _SHARDED for kind in type(module).__mro__
+        )
+        if several and spread:
+            where = f"'{name}'" if name else "the model"
+            raise CurvlabError(
+                f"{where} is a {type(module).__name__} over {torch.distributed.get_world_size()} processes, and gradients are not "
+                "reduced here: give the module that it wraps (.module), and train it in one process"
+            )
+    for name, p in model.named_parameters():
+        if p.is_complex():
+            raise CurvlabError(
+                f"parameter '{name}' is complex ({p.dtype}): keep it as its real and imaginary part, "
+                "nn.Parameter(torch.view_as_real(w)) and torch.view_as_complex(w) in forward"
+            )
+        if several and type(p.data).__name__ == "DTensor":
+            raise CurvlabError(f"parameter '{name}' is sharded over several processes: train it in one")
+        if p.is_inference():
+            raise CurvlabError(f"parameter '{name}' was made under torch.inference_mode(), so that it has no derivatives: "
+                               "copy.deepcopy(model) outside of it")  # fmt: skip
+    for name, b in model.named_buffers():
+        if b.is_inference():
+            raise CurvlabError(f"buffer '{name}' was made under torch.inference_mode(): copy.deepcopy(model) outside of it")
