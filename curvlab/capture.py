@@ -11,9 +11,10 @@ column, O outputs; R rows and P places as a call has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from itertools import product as every
 from types import TracebackType
 from typing import Any, Literal
@@ -25,13 +26,16 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvlab.errors import CurvlabError
-from curvlab.functions import ARRANGEMENTS, COMPOSITE, FUNCTIONS, TRANSPOSITIONS, Call, Rule, arrangements
+from curvlab.functions import ARRANGEMENTS, COMPOSITE, FUNCTIONS, TRANSPOSITIONS, Call, Rule, arrangements, indexed
 from curvlab.layers import Block
 from curvlab.linalg.aligned import product, room, second_moment
 
 Reads = Literal["gradient", "rows", "moments", "factors"]
 """Of the batch alone; of each example, which any layer with a rule has; A and G; a, g, h, where all outputs share their inputs
 and no use reads the weight in the other direction."""
+
+
+_MOST = 64  # arrangements of one block's uses that are tried
 
 
 @dataclass(frozen=True)
@@ -471,6 +475,8 @@ class _Listener(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func in TRANSPOSITIONS:
             self.capture._turned(args, output)
+        elif not self.capture.reorders and indexed(func, args):
+            self.capture.reorders = True
         return output
 
 
@@ -483,10 +489,17 @@ class Capture:
 
     Args:
         dtype: of all statistics; the weights' own where None.
+        parameters: {name: parameter} of the blocks; looked up in the model where None.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], dtype: torch.dtype | None = None) -> None:
-        self.model, self.blocks, self.dtype = model, tuple(blocks), dtype
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        dtype: torch.dtype | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        self.model, self.blocks, self.dtype, self._given = model, tuple(blocks), dtype, parameters
         self._listener: _Listener | None = None
         self._clear()
 
@@ -495,6 +508,8 @@ class Capture:
         self.general: dict[str, str] = {}  # {block: why it goes the general way}
         self.arranged: dict[str, tuple[str, ...]] = {}  # {block: the arrangement of each use}
         self.silent: set[str] = set()  # blocks with a call without gradients
+        self.reorders = False  # whether rows were taken by the numbers of a tensor
+        self._void: dict[Node, tuple[Node, ...]] = {}  # calls with no row: {their output: what lies beyond}
         self.generators: dict[torch.Generator, Tensor] = {}  # of the model's own, with their states before it drew
         self.unproven: set[str] = set()  # structured blocks whose derivatives were all zero when they were examined
         self.prove: Callable[[], None] | None = None  # examine again
@@ -503,7 +518,8 @@ class Capture:
 
     def __enter__(self) -> Capture:
         self._clear()
-        self.parameters = {name: self.model.get_parameter(name) for b in self.blocks for name in b.params}
+        found = {name: self.model.get_parameter(name) for b in self.blocks for name in b.params} if self._given is None else self._given
+        self.parameters: Mapping[str, nn.Parameter] = found
         self._owner = {id(self.parameters[name]): b for b in self.blocks for name in b.params}
         self._weights = {id(self.parameters[b.params[0]]): (b, False) for b in self.blocks}
         self._kept: list[Tensor] = []  # transposed weights, so that their ids stay theirs
@@ -545,10 +561,11 @@ class Capture:
         call.input, call.weight, call.bias = None, call.weight.detach(), None
         inputs = rule.inputs(call, x.detach()) if rule.stateful else None
         edge, flat = _edge(output)
-        use = Use(
-            block, rule, call, Stored.of(x), Stored.of(output), edge, flat, biased, swapped, inputs,
-            tuple(get_gradient_edge(t).node for t in beyond),
-        )  # fmt: skip
+        behind = tuple(get_gradient_edge(t).node for t in beyond)
+        if not output.numel():
+            self._void[edge.node] = behind
+            return
+        use = Use(block, rule, call, Stored.of(x), Stored.of(output), edge, flat, biased, swapped, inputs, behind)
         self.uses.setdefault(block.name, []).append(use)
 
     def _turned(self, args: tuple[Any, ...], output: Any) -> None:
@@ -596,7 +613,7 @@ class Capture:
     def _missed(self, z: Tensor) -> tuple[set[str], str]:
         """Blocks with a parameter to which a path from z runs through no call that was heard; and a hint where the graph hides
         some."""
-        heard: dict[Node, Use] = {use.edge.node: use for uses in self.uses.values() for use in uses}
+        heard = {use.edge.node: use.beyond for uses in self.uses.values() for use in uses} | self._void
         if z.grad_fn is None:
             raise CurvlabError("the model's outputs do not depend on a trainable parameter: no graph leads from them to one")
         waiting: list[Node | None] = [z.grad_fn]
@@ -608,9 +625,9 @@ class Capture:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            use = heard.get(node)
-            if use is not None:
-                waiting.extend(use.beyond)
+            beyond = heard.get(node)
+            if beyond is not None:
+                waiting.extend(beyond)
                 continue
             following = node.next_functions
             if following:
@@ -624,9 +641,13 @@ class Capture:
         return found, opaque
 
     def candidates(self, name: str) -> Iterator[tuple[str, ...]]:
-        """Arrangements of a block's uses that their shapes allow, the usual one first."""
+        """Arrangements of a block's uses that their shapes allow, the usual one first; uses of one extent are alike."""
         assert self._size is not None
-        return every(*[arrangements(*use.extent, self._size) for use in self.uses.get(name, ())])
+        extents = [use.extent for use in self.uses.get(name, ())]
+        kinds = list(dict.fromkeys(extents))
+        for chosen in islice(every(*[arrangements(*kind, self._size) for kind in kinds]), _MOST):
+            known = dict(zip(kinds, chosen, strict=True))
+            yield tuple(known[extent] for extent in extents)
 
     def places(self) -> dict[str, int]:
         """T of every block that is structured and was used."""

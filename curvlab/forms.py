@@ -1,9 +1,10 @@
 """Forms: what the first look at a minibatch of one shape, dtype and set of modes has shown, and the proof of it.
 
-A random vector is sent back from the outputs of all examples, of the first alone and of the last alone. What a block's uses
-make of it, ΣΣ g aᵀ and the rows of these two examples, is held against autograd's own derivatives in the parameters. Which
-places are whose is found that way, not assumed: of the arrangements that the shapes allow, the first that agrees is taken, and
-where none does the block goes the general way. Three passes back, once a form.
+A random vector v is sent back from the outputs, and again with every example's part of it times a random weight sₙ. What a
+block's uses make of it, Σₙ rowₙ and Σₙ sₙ rowₙ, is held against autograd's own derivatives in the parameters: the second holds,
+but with probability 0, only where every row is its own example's. Which places are whose is found that way, not assumed: of the
+arrangements that the shapes allow, the first that agrees is taken, and where none does the block goes the general way. Three
+passes back, once a form; at every look where the data may decide whose a row is (`functions.REORDERING`).
 
 Legend: N examples, T places of an example, R rows and P places of a call, V vectors sent back.
 """
@@ -93,19 +94,18 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
             and of the arrangements the nearest is taken.
     """
     size = len(z)
-    ends = [0] if size == 1 else [0, size - 1]
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-    alone = [torch.zeros_like(v).index_copy_(0, torch.tensor([n], device=z.device), v[n : n + 1]) for n in ends]
+    s = 1 + torch.rand(size, generator=generator, dtype=torch.float64).to(z)  # of each example
     chosen = [b for b in capture.blocks if b.name in capture.arranged and capture.uses.get(b.name)]
     names = [name for b in capture.blocks for name in b.params]
     leaves = [capture.parameters[name] for name in names]
     for use in (use for uses in capture.uses.values() for use in uses):
         if use.x.overwritten:
             raise CurvlabError(OVERWRITTEN.format(use.block))
-    found = [send_back(z, leaves, u[None]) for u in (v, *alone)]
-    true = [{b.name: _gathered(b, dict(zip(names, grads, strict=True)), capture) for b in capture.blocks} for grads in found]
-    reached = {b.name: any(dict(zip(names, found[0], strict=True))[name] is not None for name in b.params) for b in capture.blocks}
+    found = [dict(zip(names, send_back(z, leaves, u[None]), strict=True)) for u in (v, v * s.view(-1, *[1] * (z.ndim - 1)))]
+    true = [{b.name: _gathered(b, grads, capture) for b in capture.blocks} for grads in found]
+    reached = {b.name: any(found[0][name] is not None for name in b.params) for b in capture.blocks}
     scale = [max((float(t[b.name].norm()) for b in capture.blocks), default=0.0) for t in true]
     statistics = capture.backward(z, v[None])
     ways: dict[str, Way] = {}
@@ -119,31 +119,31 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
         name = block.name
         eps = _precision(capture, block, z)
         places = sum(math.prod(use.extent) for use in capture.uses[name])  # of all examples; sums are as inexact as they are long
-        near, nearest = (max(eps**0.5, min(0.02, eps * many)) for many in (places, places / size))
+        near = max(eps**0.5, min(0.02, eps * places))
         wanted = [t[name] for t in true]
         floors = [1e4 * eps * s for s in scale]
         best: Way | None = None
         for how in capture.candidates(name):
-            s = rearranged(capture, statistics[name], how)
-            gaps = [_gap(s.gradient * size, wanted[0], floors[0])]
-            rows = [_gap(own_row(s, n), w, f) for n, w, f in zip(ends, wanted[1:], floors[1:], strict=True)]
-            gap, own = max(gaps + rows), max(rows) <= nearest
+            arranged = rearranged(capture, statistics[name], how)
+            whole = _gap(arranged.gradient * size, wanted[0], floors[0])
+            rows = _gap(weighted(arranged, s).gradient * size, wanted[1], floors[1])
+            gap, own = max(whole, rows), rows <= near
             nearer = best is None or gap < best.gap
-            if max(gaps) <= near and (own or (mixing and nearer)):
+            if whole <= near and (own or (mixing and nearer)):
                 best = Way("structured", how, gap=gap)
                 if own:
                     break
             elif nearer and (best is None or best.how == "general"):
                 why = (
-                    f"has a gradient that differs from autograd's by {max(gaps):.2g}" if max(gaps) > near
-                    else f"has rows that are not its examples' (relative difference {max(rows):.2g})"
+                    f"has a gradient that differs from autograd's by {whole:.2g}" if whole > near
+                    else f"has rows that are not its examples' (relative difference {rows:.2g})"
                 )  # fmt: skip
                 best = Way("general", (), why, gap)
         assert best is not None
         if not all(bool(torch.isfinite(w).all()) for w in wanted):  # nothing can be seen, and the numbers say so themselves
             best = Way("structured", next(capture.candidates(name)))
             floors = [math.inf] * len(floors)
-        dead = all(float(w.norm()) <= f for w, f in zip(wanted[1:], floors[1:], strict=True))
+        dead = all(float(w.norm()) <= f for w, f in zip(wanted, floors, strict=True))
         ways[name] = best if best.how == "general" or not dead else Way(best.how, best.arrangement, "", best.gap, proven=False)
         if best.how == "general":
             capture.general[name] = best.why
@@ -207,20 +207,19 @@ def rearranged(capture: Capture, statistics: LayerStatistics, how: Sequence[str]
     return LayerStatistics(statistics.block, statistics.size, parts=parts, like=statistics.like, vectors=statistics.vectors)
 
 
-def own_row(statistics: LayerStatistics, n: int) -> Tensor:
-    """Σ_t g aᵀ of example n of a pass with one vector: the gradient of what is left where the others' g are zero, so that no
-    input is formed that the gradient would not form."""
+def weighted(statistics: LayerStatistics, s: Tensor) -> LayerStatistics:
+    """The same pass with every example's g times its own weight: its gradient is Σₙ sₙ rowₙ, no row and no input formed for it
+    that the gradient would not form."""
     parts = []
     for p in statistics.parts:
         _, _, inputs = p.own
         rows, places = p.raw_g.shape[1:3]
         numbers = torch.arange(rows * places, device=p.raw_g.device).view(rows, places)
-        mine = ARRANGEMENTS[inputs.how](numbers, 0, inputs.size)[n].flatten()
-        masked = torch.zeros_like(p.raw_g).flatten(1, 2)
-        masked[:, mine] = p.raw_g.flatten(1, 2)[:, mine]
-        parts.append(Part(p.block, inputs, masked.view(p.raw_g.shape), p.swapped))
-    like = statistics.like
-    return LayerStatistics(statistics.block, 1, parts=parts, like=like).gradient
+        owner = torch.empty(rows * places, dtype=torch.long, device=p.raw_g.device)
+        mine = ARRANGEMENTS[inputs.how](numbers, 0, inputs.size)  # [N, T]
+        owner[mine.flatten()] = torch.arange(len(mine), device=owner.device).repeat_interleave(mine.shape[1])
+        parts.append(Part(p.block, inputs, p.raw_g * s.to(p.raw_g.dtype)[owner].view(1, rows, places, 1), p.swapped))
+    return LayerStatistics(statistics.block, statistics.size, parts=parts, like=statistics.like)
 
 
 @dataclass(frozen=True)

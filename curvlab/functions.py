@@ -9,6 +9,7 @@ O outputs, V vectors sent back.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -62,12 +63,12 @@ class Rule:
 
 def _places_last(x: Float[Tensor, "R *P F"]) -> Float[Tensor, "R P F"]:
     """Features last, every axis between the rows and the features a place: [R, F] has P = 1."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def _channels_first(x: Float[Tensor, "R C *P"]) -> Float[Tensor, "R P C"]:
     """Channels second, every axis after them a place: [R, C] has P = 1."""
-    return x.reshape(x.shape[0], x.shape[1], -1).transpose(1, 2)
+    return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:])).transpose(1, 2)
 
 
 def _each(call: Call, name: str) -> tuple[int, ...]:
@@ -273,6 +274,26 @@ TRANSPOSITIONS: frozenset[Any] = frozenset(
     {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes}  # type: ignore[attr-defined]  # properties of C
 )
 """What makes of a matrix the same matrix read in the other direction."""
+
+
+REORDERING: frozenset[Any] = frozenset(
+    {
+        torch.masked_select, Tensor.masked_select, torch.index_select, Tensor.index_select, torch.gather, Tensor.gather,
+        torch.take, Tensor.take, torch.take_along_dim, Tensor.take_along_dim, torch.nonzero, Tensor.nonzero, torch.argsort,
+        Tensor.argsort, torch.sort, Tensor.sort, torch.topk, Tensor.topk, torch.index_add, Tensor.index_add, Tensor.index_add_,
+        torch.scatter, Tensor.scatter, Tensor.scatter_, torch.scatter_add, Tensor.scatter_add, Tensor.scatter_add_,
+        torch.index_put, Tensor.index_put, Tensor.index_put_, torch.randperm,
+    }
+)  # fmt: skip
+"""Calls by which the data may decide which rows are whose: what one minibatch has shown of them says nothing of the next."""
+
+
+def indexed(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call is of `REORDERING`, or takes rows by a tensor's numbers."""
+    if func is not Tensor.__getitem__ and func is not Tensor.__setitem__:
+        return func in REORDERING
+    index = args[1] if isinstance(args[1], tuple | list) else (args[1],)
+    return any(isinstance(i, Tensor | list) for i in index)
 
 
 def _opened(function: Any) -> Callable[..., Any]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
 
 from curvlab.errors import CurvlabError
 
@@ -137,7 +136,7 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
 
     A parameter that several modules share belongs to the first of them.
 
-    Raises CurvlabError for a model without trainable parameters, and for parameters that have no shape yet.
+    Raises CurvlabError for a model without trainable parameters.
     """
     found: list[tuple[tuple[str, ...], tuple[int, ...], nn.Module | None, bool, tuple[int, ...]]] = []
     taken: set[int] = set()
@@ -145,8 +144,6 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
         own: dict[str, nn.Parameter] = {}
         for name, p in module.named_parameters(recurse=False):
             full = f"{prefix}.{name}".lstrip(".")
-            if isinstance(p, UninitializedTensorMixin):
-                raise CurvlabError(f"parameter '{full}' is lazy and has no shape yet: run the model on one minibatch first")
             if p.requires_grad and p.numel() and id(p) not in taken:
                 own[full] = p
                 taken.add(id(p))

@@ -113,6 +113,8 @@ class Objective:
         self.model, self.likelihood, self.seed = model, likelihood, seed
         self.blocks: tuple[Block, ...] = blocks(model)
         self.modules: tuple[nn.Module, ...] = tuple(model.modules())
+        places = ((name, *name.rpartition(".")[::2]) for b in self.blocks for name in b.params)
+        self._slots = [(name, model.get_submodule(owner)._parameters, key) for name, owner, key in places]
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         if seed < 0:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
@@ -134,20 +136,20 @@ class Objective:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """{name: trainable parameter}, those of the blocks."""
-        named = dict(self.model.named_parameters())
-        return {name: named[name] for block in self.blocks for name in block.params}
+        """{name: trainable parameter}, those of the blocks, as they stand in their modules now."""
+        return {name: owner[key] for name, owner, key in self._slots}  # type: ignore[misc]  # none is None
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_parameter(self.blocks[0].params[0]).device
+        _, owner, key = self._slots[0]
+        return owner[key].device  # type: ignore[union-attr]  # none is None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of all statistics and matrices: the widest of the blocks' parameters, and at least single precision."""
         found = torch.float32
-        for p in self.parameters.values():
-            found = torch.promote_types(found, p.dtype)
+        for dtype in {owner[key].dtype for _, owner, key in self._slots}:  # type: ignore[union-attr]  # none is None
+            found = torch.promote_types(found, dtype)
         return found
 
     @property
@@ -318,7 +320,7 @@ class Closure:
         """What decides how the model runs, beside its weights: the form of the minibatch, every module's mode, what is trained."""
         objective = self.objective
         modes = tuple([module.training for module in objective.modules])
-        trained = tuple([p.requires_grad for p in objective.parameters.values()])
+        trained = tuple([owner[key].requires_grad for _, owner, key in objective._slots])  # type: ignore[union-attr]  # none is None
         return x.shape, x.dtype, modes, trained, torch.is_autocast_enabled(x.device.type)
 
     def __call__(self) -> Tensor:
@@ -387,7 +389,9 @@ class Closure:
         model, objective = self.objective.model, self.objective
         buffered = not move_buffers and any(module._buffers for module in objective.modules)
         buffers = {name: b.clone() for name, b in model.named_buffers()} if buffered else None
-        with derivatives(), self._same_chance(own), Capture(model, objective.blocks, objective.dtype) as capture:
+        with derivatives(), self._same_chance(own), Capture(
+            model, objective.blocks, objective.dtype, objective.parameters
+        ) as capture:
             z = self._forward(x, buffers)
         if own:
             self._generators.update({g: s for g, s in capture.generators.items() if g not in self._generators})
@@ -419,7 +423,7 @@ class Closure:
         known = objective.forms.get(key)
         if known is None and not all_finite(z.detach()):  # nothing can be seen, and the loss will say so
             return unseen(capture, z)
-        if known is None or not known.apply(capture):
+        if known is None or capture.reorders or not known.apply(capture):
             known = self._prove(z, capture, key)
         if known.unproven:
             capture.unproven = known.unproven & set(capture.arranged)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedTensorMixin
 
 from curvlab.errors import CurvlabError
 
@@ -53,6 +54,8 @@ def check_model(model: nn.Module) -> None:
                 "reduced here: give the module that it wraps (.module), and train it in one process"
             )
     for name, p in model.named_parameters():
+        if isinstance(p, UninitializedTensorMixin):
+            raise CurvlabError(f"parameter '{name}' is lazy and has no shape yet: run the model on one minibatch first")
         if p.is_complex():
             raise CurvlabError(
                 f"parameter '{name}' is complex ({p.dtype}): keep it as its real and imaginary part, "

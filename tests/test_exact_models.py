@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from plain import Plain
 from problems import Poisson, Problem, assert_near, problem
 from reference import Reference, assert_block, sampled
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import curvlab as cl
 from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS
+from curvlab.layers import Block
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -81,6 +84,79 @@ def frozen() -> nn.Module:
     return net
 
 
+class Twice(nn.Module):
+    """One module two times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(torch.tanh(self.layer(x))))
+
+
+class Autoencoder(nn.Module):
+    """One weight in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.encoder, self.last = nn.Parameter(torch.randn(5)), nn.Linear(5, 4), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.T, self.bias).sin())
+
+
+class Idle(nn.Module):
+    """A layer that does not run, or one whose outputs nobody takes."""
+
+    def __init__(self, runs: bool) -> None:
+        super().__init__()
+        self.layer, self.idle, self.runs = nn.Linear(5, 3), nn.Linear(3, 4), runs
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.layer(x))
+        if self.runs:
+            self.idle(h)
+        return h
+
+
+def tied() -> nn.Module:
+    """One weight in two modules, whose biases are their own."""
+    net = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    net[2].weight = net[0].weight
+    return net
+
+
+def one_module() -> nn.Module:
+    """One module under two names."""
+    layer = nn.Linear(5, 5)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(5, 3))
+
+
+class Language(nn.Module):
+    """An embedding whose table is the last layer's weight too, with a bias of that layer's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.first, self.head = nn.Embedding(3, 4), nn.Linear(5, 3), nn.Linear(4, 3)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x > 0).sum(1) % 3
+        return self.head(torch.tanh(self.words(tokens) + self.words((tokens + 1) % 3) * self.first(x)[:, :1]))
+
+
+SEVERAL = {
+    "twice": (Twice, (5,)),
+    "tied": (tied, (5,)),
+    "one module": (one_module, (5,)),
+    "both directions": (Autoencoder, (5,)),
+    "language": (Language, (5,)),
+    "idle": (lambda: Idle(runs=False), (5,)),
+    "in vain": (lambda: Idle(runs=True), (5,)),
+}
+"""Weights that are used more than once, or not at all."""
+
 OTHERS = {
     "residual": (Residual, (5,)),
     "attention": (lambda: Attention().eval(), (3, 4)),
@@ -89,6 +165,7 @@ OTHERS = {
     "frozen": (frozen, (5,)),
     "prelu": (lambda: nn.Sequential(nn.Linear(5, 4), nn.PReLU(4), nn.Linear(4, 3)), (5,)),
     "weight-norm": (lambda: nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)), (5,)),
+    **SEVERAL,
 }
 
 
@@ -150,6 +227,59 @@ def test_models_beyond_the_zoo(name: str, kind: str) -> None:
     product = cl.exact.product(p.objective(), p.x, p.y, kind)
     assert_near(product.dense(), whole)
     assert_near(product.diag(), whole.diagonal())
+
+
+@kinds
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
+def test_weights_that_are_used_several_times_or_not_at_all(name: str, kind: str) -> None:
+    """By every call of the oracle, against autograd one example at a time: blocks, pairs, routes, loaders, products."""
+    p = other(name)
+    objective, before = p.objective(), list(p.model.parameters())
+    label = sampled(p, objective)[0] if kind == "fisher-mc" else p.y
+    plain = Plain(p.model, p.x, label, p.likelihood.loss)
+
+    def wanted(rows: Block, columns: Block) -> Tensor:
+        if kind == "pi":
+            return plain.matrix("hessian", rows, columns) - plain.matrix("ggn", rows, columns)
+        return plain.matrix({"fisher": "ggn", "fisher-mc": "ef"}.get(kind, kind), rows, columns)
+
+    whole = torch.cat([torch.cat([wanted(b, c) for c in objective.blocks], 1) for b in objective.blocks])
+    for route in ("auto", "func"):
+        assert_near(cl.exact.matrix(p.objective(), p.x, p.y, kind, None, route=route).dense(), whole)
+    slices = objective.layout.slices
+    for b in objective.blocks:
+        own = slices[b.name]
+        for route in ("auto", "func"):
+            found = cl.exact.matrix(p.objective(), p.x, p.y, kind, b.name, route=route).dense()
+            assert_block(found, whole[own, own], whole)
+        assert_block(cl.exact.product(p.objective(), p.x, p.y, kind, b.name).dense(), whole[own, own], whole)
+        for c in objective.blocks:
+            found = cl.exact.matrix(p.objective(), p.x, p.y, kind, (b.name, c.name)).dense()
+            assert_block(found, whole[own, slices[c.name]], whole)
+    assert_near(cl.exact.diagonal(p.objective(), p.x, p.y, kind), whole.diagonal())
+    if kind != "fisher-mc":
+        loader = list(zip(p.x.split([2, 3]), p.y.split([2, 3]), strict=True))
+        assert_near(cl.exact.matrix(p.objective(), loader, kind=kind, block=None).dense(), whole)
+        v = torch.randn(len(whole), generator=torch.Generator().manual_seed(0)).double()
+        assert_near(cl.exact.product(p.objective(), loader, kind=kind) @ v, whole @ v)
+    assert all(q is r for q, r in zip(p.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
+def test_gradients_and_jacobians_of_weights_that_are_used_several_times_or_not_at_all(name: str) -> None:
+    p = other(name)
+    objective, plain = p.objective(), Plain(p.model, p.x, p.y, p.likelihood.loss)
+    gradients = objective.closure(p.x, p.y).observe().gradients
+    for found, expected in (
+        ({n: g for b in objective.blocks for n, g in b.scatter(gradients[b.name]).items()}, plain.mean_gradient),
+        (cl.exact.gradients(objective, p.x, p.y), plain.gradients),
+        (cl.exact.jacobians(objective, p.x), plain.jacobians),
+    ):
+        assert sorted(found) == sorted(expected) == sorted(n for n, _ in p.model.named_parameters())
+        for n, wanted in expected.items():
+            assert_near(found[n], wanted)
 
 
 @kinds

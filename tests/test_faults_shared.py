@@ -181,7 +181,6 @@ CASES: dict[str, Case] = {
     "rnn cell": Case(lambda: cells(nn.RNNCell), (3, 2)),
     "gru": Case(lambda: recurrent(nn.GRU), (3, 2)),
     "lstm, both ways": Case(lambda: recurrent(nn.LSTM, bidirectional=True), (3, 2)),
-    "lstm, two layers": Case(lambda: recurrent(nn.LSTM, num_layers=2), (3, 2)),
     "rnn": Case(lambda: recurrent(nn.RNN), (3, 2)),
     "self-attention": Case(lambda: attention(True, False), (3, 4)),
     "self-attention, places first": Case(lambda: attention(False, False), (3, 4)),

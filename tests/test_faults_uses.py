@@ -182,10 +182,12 @@ CONTRACTIONS = {
 }  # fmt: skip
 """Ways of a Parameter [4, 3] to meet inputs [N, 4]."""
 
-CASES: dict[str, Case] = {
+PRODUCTS: dict[str, Case] = {
     name: Case(lambda use=use: Net(lambda m, x: use(torch.tanh(m.a(x)), m.w), a=nn.Linear(4, 4), w=weight(4, 3)))
     for name, use in CONTRACTIONS.items()
-} | {
+}
+
+CASES: dict[str, Case] = {
     "layer and its bias": Case(lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x)) * m.a.bias), **layers(a=(4, 4), b=(4, 3)))),
     "in a penalty": Case(
         lambda: Net(lambda m, x: m.a(x) + m.a.weight.square().sum() * m.c, c=numbers(3), **layers(a=(4, 3)))
@@ -224,6 +226,12 @@ CASES: dict[str, Case] = {
     "ensemble": Case(lambda: Net(ensemble, w=weight(2, 3, 4), b=weight(2, 3))),
     "in place": Case(lambda: Net(in_place, **layers(a=(4, 4), b=(4, 3))), lenient=frozenset({"k-bfgs", "skqn-l"})),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["gradient", "hessian"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_parameter_in_other_products(name: str, what: str) -> None:
+    ask(PRODUCTS[name], what)
 
 
 @pytest.mark.parametrize("what", WHAT)

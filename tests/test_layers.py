@@ -151,7 +151,7 @@ def test_layer_without_a_rule_is_a_block_for_each_parameter() -> None:
 
 def assert_right(net: nn.Module, x: Tensor, ways: dict[str, str]) -> None:
     """Ways of the blocks; gradients, EF, GGN and Hessian by autograd one example at a time and by torch.func."""
-    objective = cl.Objective(net, Gaussian())
+    objective, before = cl.Objective(net, Gaussian()), list(net.parameters())
     y = normal(*net(x).shape, seed=2)
     assert objective.check(x, y).ways == ways
     plain = Plain(net, x, y, Gaussian().loss)
@@ -170,6 +170,7 @@ def assert_right(net: nn.Module, x: Tensor, ways: dict[str, str]) -> None:
     for kind in kinds:
         whole = cl.exact.matrix(objective, x, y, kind, None).dense()
         assert_near(whole, cl.exact.matrix(objective, x, y, kind, None, route="func").dense())
+    assert all(p is q for p, q in zip(net.parameters(), before, strict=True))
 
 
 def test_a_subclass_of_a_layer_has_its_parents_layout_and_what_it_does_is_seen() -> None:
@@ -408,10 +409,10 @@ def output(net: nn.Module, x: Tensor, values: dict[str, Tensor] | None = None) -
     return z[0] if isinstance(z, tuple) else z
 
 
-def preactivation(net: nn.Module, x: Tensor) -> Tensor:
-    """What the block itself computes: the module's output, but for attention."""
+def preactivation(net: nn.Module, x: Tensor, z: Tensor) -> Tensor:
+    """What the block itself computes: the module's output z, but for attention."""
     if not isinstance(net, nn.MultiheadAttention):
-        return output(net, x).detach()
+        return z
     return F.linear(x.transpose(0, 1), net.in_proj_weight, net.in_proj_bias).transpose(0, 1).detach()
 
 
@@ -432,10 +433,10 @@ def parameters(net: nn.Module) -> dict[str, Tensor]:
 
 def assert_reads(net: nn.Module, x: Tensor) -> None:
     """h[n, t, o] = Σᵢ W[o, i] a[n, t, γ(o), i], W as the module has it, is the module's own output."""
-    block, s, _, _ = passed(net, x)
+    block, s, _, z = passed(net, x)
     W = laid_out(block, parameters(net))
     assert W.shape == block.shape
-    a, z = own_inputs(block, s.grouped_a), preactivation(net, x)
+    a, z = own_inputs(block, s.grouped_a), preactivation(net, x, z)
     features_last = isinstance(net, nn.Linear | nn.Embedding | nn.LayerNorm | nn.RMSNorm | nn.MultiheadAttention | Conv1D)
     h = z.reshape(len(x), -1, z.shape[-1]) if features_last else z.flatten(2).transpose(1, 2) if z.ndim > 2 else z[:, None]
     assert torch.equal(s.h, h)

@@ -278,6 +278,22 @@ def test_buffers_move_only_where_they_may(needs: set[str]) -> None:
     assert needs == set() or all(torch.equal(still.gradients[name], g) for name, g in moved.gradients.items())
 
 
+def test_buffers_of_a_module_under_two_names_move_only_where_they_may() -> None:
+    """`torch.func.functional_call` itself does not put such buffers back (2.13)."""
+    norm = nn.BatchNorm1d(3).double()
+    net = nn.Sequential(norm, nn.Linear(3, 3).double(), norm)
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).double()
+    objective = cl.Objective(net, cl.likelihoods.Gaussian())
+    own, before = norm.running_mean, norm.running_mean.clone()
+    objective.closure(x, x).observe(ALL, move_buffers=False)
+    assert norm.running_mean is own
+    assert torch.equal(own, before)
+    assert int(norm.num_batches_tracked) == 0
+    objective.closure(x, x).observe(ALL, move_buffers=True)
+    assert norm.running_mean is own
+    assert int(norm.num_batches_tracked) == 2
+
+
 def test_gradients_with_batchnorm() -> None:
     """An example's loss depends on the whole batch; the gradient of the mean is right all the same."""
     net, x, y = normbatch()
@@ -384,8 +400,14 @@ def test_model_must_return_one_tensor_with_a_row_for_each_example(outputs: str, 
             return {"tuple": (z, x), "scalar": z.sum(), "fewer rows": z[:2]}[outputs]
 
     objective = cl.Objective(Odd(2, 2), cl.likelihoods.Gaussian())
-    with pytest.raises(CurvlabError, match="the model must return one tensor with 4 rows"):
+    message = {
+        "tuple": r"the model returned a tuple, not one tensor: wrap it in a module that picks one, .*self\.net\(x\)\[0\]",
+        "scalar": r"the model must return one tensor with 4 rows, one for each example, not \[\]: keep the batch as its first",
+        "fewer rows": r"the model must return one tensor with 4 rows, one for each example, not \[2, 2\]: keep the batch",
+    }[outputs]
+    with pytest.raises(CurvlabError, match=message) as caught:
         call(objective.closure(torch.ones(4, 2), torch.ones(4, 2)))
+    assert "\n" not in str(caught.value)
 
 
 def test_errors_of_the_model_itself_pass_through() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
 import curvlab as cl
+from curvlab.capture import Capture
 from curvlab.exact import KINDS, KroneckerSum
 from curvlab.layers import Block
 from curvlab.likelihoods import Likelihood
@@ -112,8 +113,10 @@ class Moved:
         self.p, self.block, self.n = p, block, n
         seen: list[Tensor] = []
         handle = block.module.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
-        p.model(p.x[n : n + 1])
+        with Capture(p.model, (block,)) as capture:
+            p.model(p.x[n : n + 1])
         handle.remove()
+        (self.use,) = capture.uses[block.name]
         self.zero = torch.zeros_like(seen[0])
 
     def outputs(self, delta: Tensor) -> Tensor:
@@ -128,9 +131,9 @@ class Moved:
         return self.p.likelihood.loss(self.outputs(delta), self.p.y[self.n : self.n + 1]).sum()
 
     def by_place(self, matrix: Tensor) -> Tensor:
-        """[*out, *out] → [T, O, T, O] by the block's own reading of an output."""
+        """[*out, *out] → [T, O, T, O] by the rule's own reading of an output."""
         count = self.zero.numel()
-        order = self.block.layer.outputs(torch.arange(count).view(self.zero.shape))[0]
+        order = self.use.rule.outputs(torch.arange(count).view(self.zero.shape))[0]
         return matrix.reshape(count, count)[order.flatten()[:, None], order.flatten()].view(*order.shape, *order.shape)
 
 

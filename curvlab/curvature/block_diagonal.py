@@ -222,7 +222,7 @@ class BlockDiagonal:
         """ρ at p = −H g (thesis Alg. 23, line 6, by block); B = I for a block that estimates no matrix."""
         gradients = {name: g.flatten() for name, g in transition.before.gradients.items()}
         p = {name: -(self.inverse[name] @ g) for name, g in gradients.items()}
-        matrices = {name: self.blocks[name].matrix() for name in p}
+        matrices = {name: None if name in self._idle else self.blocks[name].matrix() for name in p}
         Bp = [p[name] if B is None else B @ p[name] for name, B in matrices.items()]
         return ratio_at(transition, Layout(tuple(self._partition.values())), torch.cat(list(p.values())), torch.cat(Bp))
 

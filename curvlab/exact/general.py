@@ -110,7 +110,7 @@ class Function:
 
     @cached_property
     def sound(self) -> bool:
-        """Whether `torch.func` gives autograd's derivative of the first example's outputs along a random vector."""
+        """Whether `torch.func` gives autograd's derivatives of the first example's outputs, back and forth: ⟨v, Ju⟩ = ⟨Jᵀv, u⟩."""
         objective, names = self.closure.objective, tuple(b.name for b in self.layout.blocks)
         key = (self.closure._key(self.closure.x), names)
         if key not in objective.functional:
@@ -128,12 +128,18 @@ class Function:
             dense = [torch.zeros_like(p) if d is None else (d.to_dense() if d.is_sparse else d)
                      for p, d in zip(named.values(), own, strict=True)]  # fmt: skip
             true = self.layout.flatten(dict(zip(named, dense, strict=True))).to(z.dtype)
+            at = self.layout.flatten(self._state).to(z.dtype)
+            u = torch.randn(len(at), generator=generator, dtype=torch.float64).to(z)
             try:
-                found = grad(lambda w: (self.outputs(w, x) * v).sum())(self.layout.flatten(self._state).to(z.dtype))
+                found = grad(lambda w: (self.outputs(w, x) * v).sum())(at)
+                forth = along(lambda w: self.outputs(w, x), at, u)  # forward mode goes on under no_grad and into .data
             except (RuntimeError, NotImplementedError):
                 return False
-        eps = max(torch.finfo(t.dtype).eps for t in [z, *named.values()])
-        return float((found - true).norm()) <= eps**0.5 * float(true.norm())
+        near = max(torch.finfo(t.dtype).eps for t in [z, *named.values()]) ** 0.5
+        apart = float((forth * v).sum() - true @ u)
+        return float((found - true).norm()) <= near * float(true.norm()) and abs(apart) <= near * (
+            float(true.norm() * u.norm()) + float(forth.norm() * v.norm())
+        )
 
     def _total(self, kind: Kind) -> Callable[[Float[Tensor, "N *C"]], Tensor]:
         """z → Σₙ ℓₙ; for Π the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩, whose Hessian is Π alone (thesis (1.4))."""

@@ -101,7 +101,7 @@ def ready_to_train(model: nn.Module) -> nn.Module:
 
 
 def depends_on_mode(module: nn.Module) -> bool:
-    """Whether its outputs are others in train mode: dropout, in recurrent and attention layers too; batch norm; random slopes."""
+    """Whether its outputs are others in train mode: dropout, also within recurrent and attention layers; batch norm; RReLU."""
     if isinstance(module, _NormBase):
         return module.track_running_stats
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from curvlab import chance, datasets, figures, models
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, CurvlabWarning, lookup
+from curvlab.errors import CurvlabError, lookup, warn
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log
 from curvlab.objective import Closure, Objective, Pass
@@ -150,7 +149,7 @@ def train(
     still = in_eval_mode(objective.model)
     must_match |= {"modules in eval mode": still} if still else {}
     if still == ["all"] and any(map(depends_on_mode, objective.model.modules())):
-        warnings.warn(_IN_EVAL_MODE, CurvlabWarning, stacklevel=2)
+        warn(_IN_EVAL_MODE)
     probes = (probes,) if isinstance(probes, str) else probes
     console = Console(stderr=True)
     with derivatives():
@@ -166,7 +165,7 @@ def train(
             _claim(place)
         run = _run(training, console, console.is_terminal if progress is None else progress, lambda line: None)
     if run.stopped:
-        warnings.warn(run.stopped, CurvlabWarning, stacklevel=2)
+        warn(run.stopped)
     return run
 
 
