@@ -114,7 +114,7 @@ def case(
         model = Wrapped(net(), run).double().train(train)
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(torch.randn_like(p), alpha=0.3 if p.ndim > 1 else 0.1)
+                p.add_(torch.randn_like(p), alpha=max(0.3, math.prod(p.shape[1:]) ** -0.5) if p.ndim > 1 else 0.1)
         inputs = x()
         with Double() as double, torch.no_grad():
             z = model.run(model.net, inputs)
@@ -317,17 +317,16 @@ ARCHITECTURES: dict[str, Build] = {
     "ConvNeXt V2": image("ConvNextV2", size=16, num_stages=2, hidden_sizes=[4, 6], patch_size=2, **STAGES),
     "FocalNet": image("FocalNet", image_size=8, patch_size=2, embed_dim=4, focal_levels=[1, 1], focal_windows=[3, 3],
                       mlp_ratio=2.0, **STAGES),
-    "ResNet": image("ResNet", size=16, embedding_size=4, hidden_sizes=[4, 6], layer_type="basic", **STAGES),
+    "ResNet": image("ResNet", size=16, likelihood="gaussian", embedding_size=4, hidden_sizes=[4, 6], layer_type="basic",
+                    **STAGES),
     "RegNet": image("RegNet", size=16, embedding_size=4, hidden_sizes=[4, 8], groups_width=4, **STAGES),
-    "MobileNet V1": image("MobileNetV1", size=32, depth_multiplier=0.01, min_depth=2, num_labels=3),
+    "MobileNet V1": image("MobileNetV1", size=32, depth_multiplier=0.01, min_depth=4, num_labels=3),
     "PoolFormer": image("PoolFormer", hidden_sizes=[4, 6], num_encoder_blocks=2, patch_sizes=[3, 3], strides=[2, 2],
                         padding=[1, 1], **STAGES),
-    "MobileViT": image("MobileViT", size=32, hidden_sizes=[4, 4, 4], neck_hidden_sizes=[2, 2, 2, 2, 2, 2, 4], image_size=32,
-                       num_attention_heads=2, patch_size=2, num_labels=3, expand_ratio=1.0, mlp_ratio=1.0),
     "PVT v2": image("PvtV2", size=16, image_size=16, num_encoder_blocks=2, sr_ratios=[2, 1], hidden_sizes=[4, 8],
                     patch_sizes=[3, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], **STAGES),
     "SegFormer": image("Segformer", n=2, auto="SegformerForSemanticSegmentation", num_encoder_blocks=2, sr_ratios=[2, 1],
-                       hidden_sizes=[4, 8], patch_sizes=[3, 3], strides=[4, 2], num_attention_heads=[1, 2],
+                       hidden_sizes=[4, 8], patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2],
                        mlp_ratios=[2, 2], decoder_hidden_size=6, **STAGES),
     # time series, sound
     "PatchTST": case(
@@ -799,7 +798,7 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)} (known: {', '.join(ARCHITECTURES)})")
     names, console = options.only or list(ARCHITECTURES), Console()
-    console.width = max(console.width, 190)
+    console.width = max(console.width, 200)
     if options.reference:
         worst = 0.0
         for name in names:

@@ -140,7 +140,7 @@ class UseInput:
 
 
 @dataclass(frozen=True)
-class _Slice:
+class Slice:
     """Inputs of some of the examples."""
 
     a: Float[Tensor, "N T *G I"]
@@ -149,14 +149,14 @@ class _Slice:
 class Part:
     """One use in one pass back: in its own letters, whichever way the block reads it."""
 
-    def __init__(self, block: Block, inputs: UseInput | _Slice, g: Float[Tensor, "V R P O"], swapped: bool = False) -> None:
+    def __init__(self, block: Block, inputs: UseInput | Slice, g: Float[Tensor, "V R P O"], swapped: bool = False) -> None:
         self.block, self.inputs, self.swapped = block, inputs, swapped
         self.raw_g = g
 
     @cached_property
     def g(self) -> Float[Tensor, "V N T O"]:
         inputs = self.inputs
-        return self.raw_g if isinstance(inputs, _Slice) else ARRANGEMENTS[inputs.how](self.raw_g, 1, inputs.size)
+        return self.raw_g if isinstance(inputs, Slice) else ARRANGEMENTS[inputs.how](self.raw_g, 1, inputs.size)
 
     @property
     def a(self) -> Float[Tensor, "N T *G I"]:
@@ -272,7 +272,7 @@ class Part:
 
     def some(self, examples: slice | Tensor) -> Part:
         """Of some of the examples."""
-        return Part(self.block, _Slice(self.a[examples]), self.g[:, examples], self.swapped)
+        return Part(self.block, Slice(self.a[examples]), self.g[:, examples], self.swapped)
 
     def _by_group(self, legend: str, g: Tensor) -> Tensor:
         return torch.einsum(legend, g.reshape(*g.shape[:-1], self.block.groups, -1), self.a)
@@ -508,6 +508,7 @@ class Capture:
         self.general: dict[str, str] = {}  # {block: why it goes the general way}
         self.arranged: dict[str, tuple[str, ...]] = {}  # {block: the arrangement of each use}
         self.silent: set[str] = set()  # blocks with a call without gradients
+        self.frozen: set[str] = set()  # blocks that are not trained any more
         self.reorders = False  # whether rows were taken by the numbers of a tensor
         self._void: dict[Node, tuple[Node, ...]] = {}  # calls with no row: {their output: what lies beyond}
         self.generators: dict[torch.Generator, Tensor] = {}  # of the model's own, with their states before it drew
@@ -594,7 +595,15 @@ class Capture:
         self._size = size
         missed, opaque = self._missed(z)
         for name, block in ((b.name, b) for b in self.blocks):
-            if block.layer is None:
+            trained = [self.parameters[param].requires_grad for param in block.params]
+            if not any(trained):
+                self.frozen.add(name)
+                self.uses.pop(name, None)
+            if not any(trained) and block.layer is not None:
+                self.arranged[name] = ()
+            elif not all(trained) and any(trained):
+                self.general[name] = "was frozen in part since the objective was made"
+            elif block.layer is None:
                 self.general[name] = "belongs to a layer without a rule"
             elif name in missed:
                 self.general[name] = "is used by a call without a rule"
@@ -607,7 +616,7 @@ class Capture:
                     self.general[name] = f"saw {bad.extent[0]} rows in a batch of {size}"
         for block in self.blocks:
             name = block.name
-            if name in self.silent and name not in self.uses and name not in missed:
+            if name in self.silent and name not in self.uses and name not in missed and name not in self.frozen:
                 raise CurvlabError(f"{block} ran without gradients: remove torch.no_grad() around it, or freeze it{opaque}")
 
     def _missed(self, z: Tensor) -> tuple[set[str], str]:
@@ -697,7 +706,7 @@ class Capture:
         self.settle(z)
         heard = [(use, how) for name, ways in self.arranged.items() for use, how in zip(self.uses.get(name, ()), ways, strict=True)]
         loose = [b for b in self.blocks if b.name in self.general] if leaves and count == 1 else []
-        named = [name for b in loose for name in b.params]
+        named = [name for b in loose for name in b.params if self.parameters[name].requires_grad]
         targets: list[Any] = [use.edge for use, _ in heard] + [self.parameters[name] for name in named]
         grads = send_back(z, targets, vectors) if targets else []
         parts: dict[str, list[Part]] = {name: [] for name in self.arranged}
@@ -720,8 +729,8 @@ class Capture:
             if block.name in parts:
                 found[block.name] = LayerStatistics(block, size, parts=parts[block.name], like=like, vectors=count)
             elif block.name in self.general and leaves and count == 1:
-                each = {name: self._dense(of_leaf[name], name, size) for name in block.params}
-                unused = all(of_leaf[name] is None for name in block.params)
+                each = {name: self._dense(of_leaf.get(name), name, size) for name in block.params}
+                unused = all(of_leaf.get(name) is None for name in block.params)
                 why = self.general[block.name]
                 found[block.name] = LayerStatistics(
                     block, size, gradient=block.gather(each), like=like, why=why, used=not unused

@@ -99,13 +99,14 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
     s = 1 + torch.rand(size, generator=generator, dtype=torch.float64).to(z)  # of each example
     chosen = [b for b in capture.blocks if b.name in capture.arranged and capture.uses.get(b.name)]
     names = [name for b in capture.blocks for name in b.params]
+    names = [name for name in names if capture.parameters[name].requires_grad]
     leaves = [capture.parameters[name] for name in names]
     for use in (use for uses in capture.uses.values() for use in uses):
         if use.x.overwritten:
             raise CurvlabError(OVERWRITTEN.format(use.block))
     found = [dict(zip(names, send_back(z, leaves, u[None]), strict=True)) for u in (v, v * s.view(-1, *[1] * (z.ndim - 1)))]
     true = [{b.name: _gathered(b, grads, capture) for b in capture.blocks} for grads in found]
-    reached = {b.name: any(found[0][name] is not None for name in b.params) for b in capture.blocks}
+    reached = {b.name: any(found[0].get(name) is not None for name in b.params) for b in capture.blocks}
     scale = [max((float(t[b.name].norm()) for b in capture.blocks), default=0.0) for t in true]
     statistics = capture.backward(z, v[None])
     ways: dict[str, Way] = {}
@@ -173,7 +174,7 @@ def _gathered(block: Block, grads: dict[str, Tensor | None], capture: Capture) -
     """Autograd's own derivative of one vector, as the block lies; zero where it is not reached."""
     each = {}
     for name in block.params:
-        p, d = capture.parameters[name], grads[name]
+        p, d = capture.parameters[name], grads.get(name)
         own = torch.zeros_like(p) if d is None else (d[0].to_dense() if d.is_sparse else d[0])
         each[name] = own.detach().to(capture.dtype or own.dtype)
     return block.gather(each)

@@ -179,7 +179,7 @@ _LINEAR = Rule(
     ("input", "weight", "bias"),
     lambda call, x: _places_last(x),
     _places_last,
-    covers=lambda call: call.input.ndim >= 2 and call.weight.ndim == 2,
+    covers=lambda call: call.input.ndim >= 2 and call.weight.ndim == 2 and call.input.layout == torch.strided,
 )
 _CONVOLUTION = Rule(
     ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -238,7 +238,7 @@ _ADDMM = Rule(
     _places_last,
     defaults={"beta": 1, "alpha": 1},
     aliases={"input": "bias", "mat1": "input", "mat2": "weight"},
-    covers=lambda call: call.beta == 1 and call.alpha == 1 and call.bias.ndim == 1,
+    covers=lambda call: call.beta == 1 and call.alpha == 1 and call.bias.ndim == 1 and call.input.layout == torch.strided,
     transposed=True,
 )
 _MATMUL = Rule(
@@ -246,7 +246,7 @@ _MATMUL = Rule(
     _LINEAR.inputs,
     _places_last,
     aliases={"other": "weight", "mat2": "weight"},
-    covers=lambda call: call.input.ndim >= 2 and call.weight.ndim == 2,
+    covers=lambda call: call.input.ndim >= 2 and call.weight.ndim == 2 and call.input.layout == torch.strided,
     transposed=True,
 )
 

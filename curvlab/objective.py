@@ -177,11 +177,12 @@ class Objective:
             self.said.add(line)
             warn(line)
 
-    def thawed(self) -> None:
-        """Raises CurvlabError where a parameter is trained now that was not when the objective was made."""
+    def check_trained(self) -> None:
+        """Raises CurvlabError where other parameters are trained now than when the objective was made."""
         for name, p in self.model.named_parameters():
-            if p.requires_grad and p.numel() and name not in self.trained:
-                raise CurvlabError(f"parameter '{name}' was frozen when the objective was made and is trained now: make a new Objective")
+            if p.numel() and p.requires_grad != (name in self.trained):
+                change = "frozen when the objective was made and is trained now" if p.requires_grad else "frozen after the objective was made"
+                raise CurvlabError(f"parameter '{name}' was {change}: make a new Objective")
 
     def closure(self, x: Tensor, y: Tensor, stream: Stream = "step") -> Closure:
         """The objective on one minibatch. Tensors are moved to the model's device, and floating ones to its dtype where it has one.
@@ -215,6 +216,13 @@ def restore(objective: Objective, saved: list[Tensor]) -> None:
     with torch.no_grad():
         for p, old in zip(objective.parameters.values(), saved, strict=True):
             p.copy_(old)
+
+
+def some_rows(x: Tensor, which: slice) -> Tensor:
+    """Some of the examples of a dense or sparse batch."""
+    if not x.is_sparse:
+        return x[which]
+    return x.index_select(0, torch.arange(len(x), device=x.device)[which]).coalesce()
 
 
 class Closure:
@@ -292,7 +300,7 @@ class Closure:
     def _alone(self, n: int) -> Tensor:
         """The outputs of one example by itself. Refuses a model that draws random numbers."""
         before = chance.states(self.x.device)
-        z, capture = self.forward(self.x[n : n + 1])
+        z, capture = self.forward(some_rows(self.x, slice(n, n + 1)))
         if chance.drawn_since(before, self.x.device):
             raise CurvlabError(
                 "the model draws random numbers in its forward pass, so that the loss is no function of the weights: "
@@ -365,7 +373,7 @@ class Closure:
         """The form of the first and the last example alone, for sizes: what a look at all of a large minibatch would cost."""
         if self._form is not None or len(self.x) <= 2:
             return self.form
-        x = self.x[[0, len(self.x) - 1]]
+        x = some_rows(self.x, slice(0, None, len(self.x) - 1))
         known = self.objective.forms.get(self._key(x))
         return self._look_at(x, False)[2] if known is None else known
 
@@ -528,7 +536,7 @@ class Closure:
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
             passes[name] = capture.backward(z, vectors, leaves=True)
             for statistics in passes[name].values():
-                if not statistics.used:
+                if not statistics.used and statistics.block.name not in capture.frozen:
                     self.objective.say(f"{statistics.block} does not reach the model's outputs in a minibatch: its gradient is "
                                        "zero there (freeze it if it is never used)")  # fmt: skip
         value, pull = loss.detach(), dict[str, Tensor]()

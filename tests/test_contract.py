@@ -42,7 +42,8 @@ def follows_the_gradient(name: str, block: Block) -> bool:
     return {
         "gradient": False,
         "rows": block.module is None,  # of each example, which every layer with a rule has
-        "factors": block.module is None or block.groups > 1,  # of inputs that all outputs share
+        "moments": block.module is None or block.groups > 1,  # of inputs that all outputs share
+        "factors": block.module is None or block.groups > 1,
     }[reads]
 
 

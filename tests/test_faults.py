@@ -144,6 +144,7 @@ def wrong_numbers(case: Case, what: str) -> dict[str, str]:
     x, y = case.data()
     for part in ("gradient", "rows", "jacobian") if what == "rows" else ("gradient", what):
         getattr(r, part)  # before the world around it changes
+    before = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     with case.around(model):
         try:
             o = cl.Objective(model, likelihood(case))
@@ -152,6 +153,10 @@ def wrong_numbers(case: Case, what: str) -> dict[str, str]:
         each = {label: verdict(case, label, call, wanted) for label, call, wanted in asked(o, x, y, r, what)}
         if what == "gradient":
             each["report"] = verdict(case, "report", lambda: reported(o, x, y), [torch.zeros(1)])
+    if [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)] != before or any(
+        not isinstance(p, nn.Parameter) for p in model.parameters()
+    ):
+        each["model"] = "its parameters are others than before"
     return {label: line for label, line in each.items() if line}
 
 

@@ -393,15 +393,3 @@ def test_a_first_parameter_of_another_dtype_that_says_nothing() -> None:
             cl.optimizer(algorithm, o, lr=0.01, damping=0.1).step(o.closure(x, y))
         except CurvlabError as error:
             one_line(error, "dtype", "float")
-
-
-def test_layers_that_have_no_weights_yet() -> None:
-    """Lazy ones: a line that says to run the model once; then all is right."""
-    net = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(3)).double()
-    x, y = numbers(5, 4), tokens(5, high=3)
-    try:
-        cl.exact.gradients(cl.Objective(net, Categorical()), x, y)
-    except CurvlabError as error:
-        one_line(error, "once", "lazy", "Lazy", "uninitialized")
-    net(x)
-    holds(cl.Objective(net, Categorical()), x, y)

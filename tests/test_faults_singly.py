@@ -123,6 +123,19 @@ def test_two_inputs_and_dict_batches_are_right_or_told_the_remedy() -> None:
     assert apart(found.trace()[None], r.hessian.trace()[None]) < 1e-10
 
 
+def test_layers_that_have_no_weights_yet() -> None:
+    """Lazy ones: a line that says to run the model once; then all is right."""
+    net = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(3)).double()
+    x, y = numbers(5, 4), tokens(5, high=3)
+    try:
+        cl.exact.gradients(cl.Objective(net, Categorical()), x, y)
+    except CurvlabError as error:
+        one_line(error, "once", "lazy", "Lazy", "uninitialized")
+    net(x)
+    r = Reference(net, x, y)
+    assert apart(r.joined(cl.exact.gradients(cl.Objective(net, Categorical()), x, y), net, 1), r.rows) < 1e-10
+
+
 # ------------------------------------------------------------------------------------------------ 22: data that differ
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.capture import LayerStatistics
+from curvlab.capture import LayerStatistics, Part, Slice
 from curvlab.curvature.contracted import Contracted, batch_contractions
 from curvlab.curvature.tnt import sample_contractions, tnt
 from curvlab.layers import Block, blocks
@@ -155,12 +155,8 @@ def test_contractions_without_rows_are_those_of_explicit_rows(model: str) -> Non
     p = problem(model)
     objective = p.objective()
     for block, s in zip(objective.blocks, objective.closure(p.x, p.y).observe().passes["data"].values(), strict=True):
-        padded = LayerStatistics(
-            block,
-            s.size,
-            inputs=SimpleNamespace(a=torch.cat([s.a, torch.zeros_like(s.a)], 1)),
-            g=torch.cat([s.g, torch.zeros_like(s.g)], 2),
-        )
+        a, g = torch.cat([s.a, torch.zeros_like(s.a)], 1), torch.cat([s.g, torch.zeros_like(s.g)], 2)
+        padded = LayerStatistics(block, s.size, parts=[Part(block, Slice(a), g)], like=s.like)
         short, long = sample_contractions(block, s), sample_contractions(block, padded)
         assert [len(v) for v in short] == ([2, 1] if block.biased else [2])
         for found, expected in zip(chain(*short), chain(*long), strict=True):

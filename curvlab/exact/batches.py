@@ -75,6 +75,7 @@ class Batches:
             in_order: whether they must come in the same order `again`.
         """
         alone(objective)
+        objective.check_trained()
         if isinstance(x, Tensor) and y is None:
             raise CurvlabError("targets are missing: give x and y, or a loader of (x, y) pairs in place of x")
         if not isinstance(x, Tensor):

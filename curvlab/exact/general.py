@@ -20,11 +20,12 @@ from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from curvlab.derivatives import derivatives
+from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Kind
 from curvlab.exact.plain import Plain
 from curvlab.functions import FUNCTIONS
 from curvlab.layers import Layout
-from curvlab.objective import Closure, differentiable
+from curvlab.objective import Closure, differentiable, some_rows
 from curvlab.strangers import eager
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
@@ -97,7 +98,10 @@ class Function:
     def _apart(self, w: Float[Tensor, " D"]) -> Weights:
         """By parameters. Contiguous: the way back through batch norm is wrong where its weight has strides (torch 2.13)."""
         parts = self.layout.unflatten(w)
-        return {name: part.to(self._state[name].dtype).contiguous() for name, part in parts.items()}
+        trained = self.closure.objective.parameters
+        return {
+            name: part.to(self._state[name].dtype).contiguous() for name, part in parts.items() if trained[name].requires_grad
+        }
 
     def _called(self, weights: Weights, x: Tensor) -> Float[Tensor, "N *C"]:
         fixed = {name: self._state[name].clone() for name in self._buffers}  # where BatchNorm may write on them
@@ -117,17 +121,32 @@ class Function:
             objective.functional[key] = self._sees()
         return objective.functional[key]
 
+    @cached_property
+    def sound_twice(self) -> bool:
+        """Whether its Hessian of the first example's loss, along a random vector, is that of double backward, if there is one."""
+        closure, names = self.closure, tuple(b.name for b in self.layout.blocks)
+        key = (closure._key(closure.x), names, "twice")
+        known = closure.objective.functional
+        if key not in known:
+            one = Closure(closure.objective, some_rows(closure.x, slice(1)), closure.y[:1], closure.number, closure.stream, closure.part)
+            function = Function(one, self.layout)
+            u = torch.randn(1, len(function.at), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.at)
+            try:
+                true = function._plain.product("hessian", [one.y], function.at)(u)
+                found = function._transformed("hessian", [one.y], lambda v: torch.full_like(v, math.nan))(u)
+                eps = max(torch.finfo(p.dtype).eps for p in closure.objective.parameters.values())
+                known[key] = float((found - true).norm()) <= eps**0.5 * float(true.norm() + found.norm())
+            except (CurvlabError, RuntimeError, NotImplementedError):
+                known[key] = True
+        return known[key]
+
     def _sees(self) -> bool:
-        x = self.closure.x[:1]
+        x = some_rows(self.closure.x, slice(1))
         generator = torch.Generator().manual_seed(0)
         with derivatives():
             z, _ = self.closure.forward(x)
             v = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-            named = {name: self.closure.objective.parameters[name] for b in self.layout.blocks for name in b.params}
-            own = torch.autograd.grad(z, list(named.values()), v, allow_unused=True)
-            dense = [torch.zeros_like(p) if d is None else (d.to_dense() if d.is_sparse else d)
-                     for p, d in zip(named.values(), own, strict=True)]  # fmt: skip
-            true = self.layout.flatten(dict(zip(named, dense, strict=True))).to(z.dtype)
+            true = self._plain.back(z, v)
             at = self.layout.flatten(self._state).to(z.dtype)
             u = torch.randn(len(at), generator=generator, dtype=torch.float64).to(z)
             try:
@@ -135,7 +154,7 @@ class Function:
                 forth = along(lambda w: self.outputs(w, x), at, u)  # forward mode goes on under no_grad and into .data
             except (RuntimeError, NotImplementedError):
                 return False
-        near = max(torch.finfo(t.dtype).eps for t in [z, *named.values()]) ** 0.5
+        near = max(torch.finfo(t.dtype).eps for t in [z, *self._plain.leaves]) ** 0.5
         apart = float((forth * v).sum() - true @ u)
         return float((found - true).norm()) <= near * float(true.norm()) and abs(apart) <= near * (
             float(true.norm() * u.norm()) + float(forth.norm() * v.norm())
@@ -232,7 +251,7 @@ class Function:
         """
         labels = self.drawn(draws) if PASSES.get(kind) == "model" else [self.closure.y]
         plain = self._plain.product(kind, labels, self.at)
-        if not self.sound:
+        if not self.sound or (kind not in PASSES and not self.sound_twice):
             return plain
         try:
             with derivatives():
@@ -281,8 +300,10 @@ class Function:
                 return found
 
         def one(u: Tensor) -> Tensor:
-            sent = {name: part.to(at[name].dtype) for name, part in self.layout.unflatten(u).items()}
-            return self.layout.flatten(apply(sent)).to(u.dtype)
+            parts = self.layout.unflatten(u)
+            back = apply({name: parts[name].to(w.dtype) for name, w in at.items()})
+            still = {name: torch.zeros_like(part) for name, part in parts.items() if name not in back}  # frozen since
+            return self.layout.flatten(back | still).to(u.dtype)
 
         several = mapped(one)
 

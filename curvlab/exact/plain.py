@@ -21,7 +21,7 @@ from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Kind
 from curvlab.layers import Layout
-from curvlab.objective import Closure
+from curvlab.objective import Closure, some_rows
 
 
 _NO_SECOND = (
@@ -37,19 +37,21 @@ class Plain:
         self.closure, self.layout = closure, layout
         named = closure.objective.parameters
         self.names = [name for b in layout.blocks for name in b.params]
+        self.names = [name for name in self.names if named[name].requires_grad]  # not those that were frozen since
         self.leaves = [named[name] for name in self.names]
+        self.still = {name: named[name] for b in layout.blocks for name in b.params if not named[name].requires_grad}
         self.why = ""  # why `torch.func` cannot
 
     def gradient(self, n: int, label: Tensor, at: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
         """Of example n's loss at a label."""
         with self._graph(at, slice(n, n + 1)) as z:
             loss = self.closure.objective.likelihood.loss(z, label[n : n + 1])[0]
-            return self._back(loss, None)
+            return self.back(loss, None)
 
     def jacobian(self, n: int, at: Float[Tensor, " D"]) -> Float[Tensor, "C D"]:
         """Of example n's outputs."""
         with self._graph(at, slice(n, n + 1)) as z:
-            return torch.stack([self._back(each, None) for each in z.flatten()])
+            return torch.stack([self.back(each, None) for each in z.flatten()])
 
     def product(
         self, kind: Kind, labels: Sequence[Tensor], at: Float[Tensor, " D"]
@@ -76,7 +78,7 @@ class Plain:
         def one(v: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
             sent = self._apart(v)
             of = [u for g, u in zip(grads, sent, strict=True) if g is not None and g.requires_grad]
-            return self._back(live, of) if live else torch.zeros_like(v)
+            return self.back(live, of) if live else torch.zeros_like(v)
 
         self._check_symmetry(one)
         return one
@@ -109,13 +111,14 @@ class Plain:
             (forward,) = torch.autograd.grad([b for b, _ in pairs], u, [s for _, s in pairs], retain_graph=True)
             if slope is not None:
                 forward = torch.autograd.grad(slope, fixed, forward, retain_graph=True)[0] if slope.requires_grad else forward * 0
-            return self._back(out, forward)
+            return self.back(out, forward)
 
         return one
 
-    def _back(self, out: Tensor | list[Tensor], vectors: Tensor | list[Tensor] | None) -> Float[Tensor, " D"]:
+    def back(self, out: Tensor | list[Tensor], vectors: Tensor | list[Tensor] | None) -> Float[Tensor, " D"]:
+        """Derivatives in the parameters, along vectors; zero in what they do not reach."""
         found = torch.autograd.grad(out, self.leaves, vectors, retain_graph=True, allow_unused=True)
-        each = {}
+        each = {name: torch.zeros_like(p, dtype=self.closure.objective.dtype) for name, p in self.still.items()}
         for name, p, d in zip(self.names, self.leaves, found, strict=True):
             own = torch.zeros_like(p) if d is None else (d.to_dense() if d.is_sparse else d)
             each[name] = own.detach().to(self.closure.objective.dtype)
@@ -130,7 +133,7 @@ class Plain:
         """The outputs of some of the examples at these weights, with their graph; what torch cannot do is said in one line."""
         with derivatives(), self._moved(at):
             try:
-                yield self.closure.forward(self.closure.x[some])[0]
+                yield self.closure.forward(self.closure.x if some == slice(None) else some_rows(self.closure.x, some))[0]
             except CurvlabError:
                 raise
             except (RuntimeError, NotImplementedError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from curvlab import chance, datasets, figures, models
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, lookup, warn
+from curvlab.errors import CurvlabError, CurvlabWarning, lookup
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log
 from curvlab.objective import Closure, Objective, Pass
@@ -149,7 +150,7 @@ def train(
     still = in_eval_mode(objective.model)
     must_match |= {"modules in eval mode": still} if still else {}
     if still == ["all"] and any(map(depends_on_mode, objective.model.modules())):
-        warn(_IN_EVAL_MODE)
+        warnings.warn(_IN_EVAL_MODE, CurvlabWarning, stacklevel=2)
     probes = (probes,) if isinstance(probes, str) else probes
     console = Console(stderr=True)
     with derivatives():
@@ -165,7 +166,7 @@ def train(
             _claim(place)
         run = _run(training, console, console.is_terminal if progress is None else progress, lambda line: None)
     if run.stopped:
-        warn(run.stopped)
+        warnings.warn(run.stopped, CurvlabWarning, stacklevel=2)
     return run
 
 
