@@ -157,6 +157,7 @@ def quality(
     check_damping(damping)
     if labels not in get_args(Labels):
         raise unknown("choice of labels", labels, get_args(Labels))
+    algorithms = several(algorithms)
     if not algorithms:
         raise CurvlabError("there is no algorithm to compare: name one or more")
     for name, value in (("minibatches", minibatches), ("passes", passes)):
@@ -166,7 +167,7 @@ def quality(
     chosen, skipped = _chosen(closure, kind, blocks)
     _guard(chosen, closure, kind, 6)
     sizes = [len(part) for part in torch.arange(len(x)).tensor_split(min(minibatches, len(x)))]
-    estimates = {name: Estimate.of(name, kind, labels, sizes, chosen) for name in several(algorithms)}
+    estimates = {name: Estimate.of(name, kind, labels, sizes, chosen) for name in algorithms}
     _fold(estimates.values(), closure, sizes, passes)
     found: dict[str, Columns] = {}
     for block, terms in sums(Look(closure, kind, 1), chosen):
@@ -191,7 +192,7 @@ def quality(
     }
     attributes: dict[str, str | float] = {"kind": kind, "skipped": skipped, "damping": damping, "labels": labels}
     attributes |= {"minibatches": len(sizes), "passes": passes}
-    ds = _dataset(found, chosen, table, {"algorithm": list(algorithms)}, closure, attributes)
+    ds = _dataset(found, chosen, table, {"algorithm": algorithms}, closure, attributes)
     what = {"long_name": "factor on the method's own matrix: examples in a minibatch, for mean gradients", "units": "1"}
     return ds.assign(scale=("algorithm", [e.scale for e in estimates.values()], what))
 

@@ -172,13 +172,7 @@ class Part:
         """Whether the block's bias is added here."""
         return self.own[2].use.biased
 
-    def as_block(self) -> tuple[Float[Tensor, "N T *G I"], Float[Tensor, "V N T O"]]:
-        """a and g as the block reads them; a weight read in the other direction has the two exchanged, of one vector alone."""
-        if not self.swapped:
-            return self.a, self.g
-        return self._wide(self.g[0]), self.a[None]
-
-    def _wide(self, t: Tensor) -> Tensor:
+    def wide(self, t: Tensor) -> Tensor:
         """With the block's bias column, to which a use in the other direction adds nothing."""
         return torch.cat([t, t.new_zeros(*t.shape[:-1], 1)], -1) if self.block.biased else t
 
@@ -188,7 +182,7 @@ class Part:
         if not self.swapped:
             assert isinstance(self.inputs, UseInput)
             return self.inputs.A
-        rows = self._wide(self.g).flatten(0, 2)
+        rows = self.wide(self.g).flatten(0, 2)
         return second_moment(rows, 1 / self.g.shape[1])
 
     def G(self, scale: float) -> Float[Tensor, "O O"]:
@@ -202,7 +196,7 @@ class Part:
         if self.a.shape[1] == 1 and not self.swapped:
             return self.g[:, :, 0, :, None] * self.a[None, :, 0, None, :]
         if self.swapped:
-            return self._wide(torch.einsum("vnto,nti->vnio", self.g, self.a))
+            return self.wide(torch.einsum("vnto,nti->vnio", self.g, self.a))
         return torch.einsum("vnto,nti->vnoi", self.g, self.a)
 
     def gradient(self, scale: float) -> Float[Tensor, "O I"]:
@@ -219,7 +213,7 @@ class Part:
         if block.groups > 1:
             return self._by_group("ntgo,ntgi->goi", self.g[0]).flatten(0, 1) * scale
         if self.swapped:
-            return self._wide(product(self.a.flatten(0, 1).T, self.g[0].flatten(0, 1), scale))
+            return self.wide(product(self.a.flatten(0, 1).T, self.g[0].flatten(0, 1), scale))
         whole = isinstance(self.inputs, UseInput)
         g = self.g[0].flatten(0, 1)
         if not block.biased or not whole:
@@ -334,7 +328,7 @@ class LayerStatistics:
     @cached_property
     def grouped_a(self) -> Float[Tensor, "N T *G I"]:
         """The same with an axis Γ where the outputs lie in several groups."""
-        return self._joined(lambda p: p.as_block()[0], 1, lambda: (self.size, 0, *self._groups, self.block.shape[1]))
+        return self._joined(lambda p: p.wide(p.g[0]) if p.swapped else p.a, 1, lambda: (self.size, 0, *self._groups, self.block.shape[1]))
 
     @property
     def bare_a(self) -> Float[Tensor, "N T *G I"]:
@@ -367,7 +361,7 @@ class LayerStatistics:
     @cached_property
     def g(self) -> Float[Tensor, "V N T O"]:
         """∂ℓₙ/∂h per example: of the sum, never of the mean."""
-        return self._joined(lambda p: p.as_block()[1], 2, lambda: (self._vectors, self.size, 0, self.block.shape[0]))
+        return self._joined(lambda p: p.a[None] if p.swapped else p.g, 2, lambda: (self._vectors, self.size, 0, self.block.shape[0]))
 
     @property
     def like(self) -> Tensor:
@@ -464,6 +458,7 @@ class _Listener(TorchFunctionMode):
         rule = FUNCTIONS.get(func)
         if rule is not None:
             output = func(*args, **kwargs)
+            self.capture.trace = hash((self.capture.trace, func, output.shape))
             self.capture._hear(rule, args, kwargs, output)
             return output
         opened = COMPOSITE.get(func)
@@ -473,6 +468,8 @@ class _Listener(TorchFunctionMode):
         if "generator" in kwargs:
             self.capture._draws(kwargs["generator"])
         output = func(*args, **kwargs)
+        if isinstance(output, Tensor):
+            self.capture.trace = hash((self.capture.trace, func, output.shape, *[a for a in args[1:] if type(a) is int]))
         if func in TRANSPOSITIONS:
             self.capture._turned(args, output)
         elif not self.capture.reorders and indexed(func, args):
@@ -509,10 +506,11 @@ class Capture:
         self.arranged: dict[str, tuple[str, ...]] = {}  # {block: the arrangement of each use}
         self.silent: set[str] = set()  # blocks with a call without gradients
         self.frozen: set[str] = set()  # blocks that are not trained any more
+        self.trace = 0  # of the calls that ran, and their outputs' shapes
         self.reorders = False  # whether rows were taken by the numbers of a tensor
         self._void: dict[Node, tuple[Node, ...]] = {}  # calls with no row: {their output: what lies beyond}
         self.generators: dict[torch.Generator, Tensor] = {}  # of the model's own, with their states before it drew
-        self.unproven: set[str] = set()  # structured blocks whose derivatives were all zero when they were examined
+        self.unproven: dict[str, tuple[int, ...]] = {}  # {block: uses whose derivatives were all zero when it was examined}
         self.prove: Callable[[], None] | None = None  # examine again
         self._inputs: dict[int, UseInput] = {}
         self._size: int | None = None
@@ -533,6 +531,7 @@ class Capture:
         self._listener.__exit__(kind, error, trace)
         self._listener = None
         self._kept.clear()
+        self.trace = hash((self.trace, *((name, len(uses)) for name, uses in self.uses.items())))
 
     # ------------------------------------------------------------------------------------------ in the forward pass
 
@@ -640,13 +639,18 @@ class Capture:
                 continue
             following = node.next_functions
             if following:
-                waiting.extend(n for n, _ in following)
+                waiting.extend([n for n, _ in following])
                 if "CheckpointFunction" in node.name():
                     opaque = "; activation checkpointing needs use_reentrant=False"
                 continue
             owner = self._owner.get(id(getattr(node, "variable", None)))
             if owner is not None:
                 found.add(owner.name)
+        for name, uses in list(self.uses.items()):  # calls whose outputs nobody took
+            self.uses[name] = [use for use in uses if use.edge.node in seen]
+            if not self.uses[name]:
+                del self.uses[name]
+                self.silent.discard(name)
         return found, opaque
 
     def candidates(self, name: str) -> Iterator[tuple[str, ...]]:
@@ -717,7 +721,8 @@ class Capture:
                 g = use.rule.outputs(d).to(dtype)
                 g = g.view(count, -1, *g.shape[1:])
                 parts[use.block.name].append(Part(use.block, self._input(use, size, how), g, use.swapped))
-        if self.prove is not None and any(bool(p.raw_g.any()) for name in self.unproven for p in parts.get(name, ())):
+        unseen = {id(self.uses[name][i]) for name, some in self.unproven.items() for i in some if i < len(self.uses.get(name, ()))}
+        if self.prove is not None and any(d is not None and id(use) in unseen and bool(d.any()) for (use, _), d in zip(heard, grads, strict=False)):
             prove, self.prove = self.prove, None
             prove()
             return self.backward(z, vectors, leaves)

@@ -1,15 +1,53 @@
-"""Where derivatives are taken, whatever surrounds the call."""
+"""Where derivatives are taken, whatever surrounds the call: modes of autograd, autocast."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
 
 import torch
+
+_around: ContextVar[tuple[str, torch.dtype] | None] = ContextVar("autocast around the call", default=None)
+
+
+def _autocast() -> tuple[str, torch.dtype] | None:
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            return kind, torch.get_autocast_dtype(kind)
+    return None
+
+
+def around() -> tuple[str, torch.dtype] | None:
+    """The autocast that the user has put around the call: (type of device, dtype), None where there is none."""
+    return _around.get() or _autocast()
+
+
+@contextmanager
+def precise() -> Iterator[None]:
+    """Arithmetic in the tensors' own precision inside, also under autocast; `surrounding` is what was around."""
+    found = _autocast()
+    if found is None:
+        yield
+        return
+    token = _around.set(found)
+    try:
+        with torch.autocast(found[0], enabled=False):
+            yield
+    finally:
+        _around.reset(token)
+
+
+def surrounding() -> AbstractContextManager[Any]:
+    """What the user has put around the call, for the forward pass: autocast, inside of `precise` too."""
+    found = _around.get()
+    return nullcontext() if found is None else torch.autocast(*found)
 
 
 @contextmanager
 def derivatives() -> Iterator[None]:
-    """Gradients are recorded inside, also under `torch.no_grad()` and `torch.inference_mode()`; a decorator too."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Gradients are recorded inside, also under `torch.no_grad()` and `torch.inference_mode()`, and nothing of ours is autocast; a
+    decorator too."""
+    with torch.inference_mode(False), torch.enable_grad(), precise():
         yield

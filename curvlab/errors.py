@@ -33,7 +33,7 @@ def warn(line: str) -> None:
     level, frame = 2, sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("curvlab", "contextlib", "torch"):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
-    warnings.warn(line, CurvlabWarning, stacklevel=level - 1)
+    warnings.warn(line, CurvlabWarning, stacklevel=level)
 
 
 def lookup(table: Mapping[str, T], name: str, kind: str) -> T:

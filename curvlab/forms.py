@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from curvlab.capture import OVERWRITTEN, Capture, LayerStatistics, Part, UseInput, send_back
+from curvlab.derivatives import around
 from curvlab.errors import CurvlabError
 from curvlab.functions import ARRANGEMENTS
 from curvlab.layers import Block
@@ -36,14 +37,18 @@ class Way:
         why: it goes the general way; empty for a structured block.
         gap: the largest relative difference from autograd that was found, of the way that was taken; of the best that was
             refused where none was.
-        proven: False where its derivatives were all zero, so that nothing could be seen.
+        unseen: uses whose derivatives were all zero, so that nothing could be seen of them.
     """
 
     how: How
     arrangement: tuple[str, ...] = ()
     why: str = ""
     gap: float = 0.0
-    proven: bool = True
+    unseen: tuple[int, ...] = ()
+
+    @property
+    def proven(self) -> bool:
+        return not self.unseen
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Form:
         shaped: blocks that have a, g and rows (none where such a block is unused).
         plain: of those, the blocks that no use reads in the other direction.
         direct: of those, the blocks with one use whose rows are the examples.
+        precision: the coarsest rounding on the way from the parameters to the outputs (that of autocast, or of half types).
     """
 
     outputs: int
@@ -65,10 +71,12 @@ class Form:
     shaped: frozenset[str]
     plain: frozenset[str]
     direct: frozenset[str]
+    precision: float
 
     @property
-    def unproven(self) -> set[str]:
-        return {name for name, way in self.ways.items() if not way.proven}
+    def unproven(self) -> dict[str, tuple[int, ...]]:
+        """{block: uses of which nothing could be seen}."""
+        return {name: way.unseen for name, way in self.ways.items() if way.unseen}
 
     def apply(self, capture: Capture) -> bool:
         """Hand what is known to a new look of this form; False where the look has other uses than the first had."""
@@ -110,6 +118,7 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
     scale = [max((float(t[b.name].norm()) for b in capture.blocks), default=0.0) for t in true]
     statistics = capture.backward(z, v[None])
     ways: dict[str, Way] = {}
+    eps = _precision(capture, z)
     for block in capture.blocks:
         name = block.name
         if name in capture.general:
@@ -118,7 +127,6 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
                 ways[name] = Way("unused")
     for block in chosen:
         name = block.name
-        eps = _precision(capture, block, z)
         places = sum(math.prod(use.extent) for use in capture.uses[name])  # of all examples; sums are as inexact as they are long
         near = max(eps**0.5, min(0.02, eps * places))
         wanted = [t[name] for t in true]
@@ -144,8 +152,13 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
         if not all(bool(torch.isfinite(w).all()) for w in wanted):  # nothing can be seen, and the numbers say so themselves
             best = Way("structured", next(capture.candidates(name)))
             floors = [math.inf] * len(floors)
-        dead = all(float(w.norm()) <= f for w, f in zip(wanted, floors, strict=True))
-        ways[name] = best if best.how == "general" or not dead else Way(best.how, best.arrangement, "", best.gap, proven=False)
+        count = len(capture.uses[name])
+        if all(float(w.norm()) <= f for w, f in zip(wanted, floors, strict=True)):
+            dead = tuple(range(count))
+        else:
+            alive = {id(p.own[2].use) for p in statistics[name].parts if bool(p.raw_g.any())}
+            dead = tuple(i for i, use in enumerate(capture.uses[name]) if id(use) not in alive)
+        ways[name] = best if best.how == "general" or not dead else replace(best, unseen=dead)
         if best.how == "general":
             capture.general[name] = best.why
             del capture.arranged[name]
@@ -159,15 +172,15 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
     )  # fmt: skip
     plain = frozenset(name for name in capture.arranged if not any(use.swapped for use in capture.uses.get(name, ())))
     ordered = {b.name: ways[b.name] for b in capture.blocks}
-    return Form(z[0].numel(), ordered, capture.places(), frozenset(capture.arranged), plain, direct)
+    return Form(z[0].numel(), ordered, capture.places(), frozenset(capture.arranged), plain, direct, eps)
 
 
 def unseen(capture: Capture, z: Tensor) -> Form:
     """The form of a look that shows nothing, for itself alone."""
     ways = {b.name: Way("general", why=capture.general[b.name]) if b.name in capture.general
-            else Way("structured", capture.arranged[b.name], proven=False) for b in capture.blocks}  # fmt: skip
+            else Way("structured", capture.arranged[b.name], unseen=(0,)) for b in capture.blocks}  # fmt: skip
     none: frozenset[str] = frozenset()
-    return Form(z[0].numel(), ways, capture.places(), frozenset(capture.arranged), frozenset(capture.arranged), none)
+    return Form(z[0].numel(), ways, capture.places(), frozenset(capture.arranged), frozenset(capture.arranged), none, _precision(capture, z))
 
 
 def _gathered(block: Block, grads: dict[str, Tensor | None], capture: Capture) -> Tensor:
@@ -189,9 +202,9 @@ def _gap(ours: Tensor, true: Tensor, floor: float) -> float:
     return error / scale if scale > floor else float("inf")
 
 
-def _precision(capture: Capture, block: Block, z: Tensor) -> float:
+def _precision(capture: Capture, z: Tensor) -> float:
     """The coarsest rounding on the way."""
-    seen = [z.dtype, *(capture.parameters[name].dtype for name in block.params)]
+    seen = [z.dtype, *(p.dtype for p in capture.parameters.values()), *([around()[1]] if around() else [])]
     for uses in capture.uses.values():
         seen += [t.value.dtype for use in uses for t in (use.x, use.output)]
     return max(torch.finfo(d).eps for d in seen if d.is_floating_point)

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from curvlab import chance
 from curvlab.capture import Capture, LayerStatistics
-from curvlab.derivatives import derivatives
+from curvlab.derivatives import around, derivatives, precise, surrounding
 from curvlab.errors import CurvlabError, Diverged, unknown, warn
 from curvlab.finite import all_finite
 from curvlab.forms import Form, Report, examine, unseen
 from curvlab.layers import Block, Layout, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood, sample_of
 from curvlab.output_law import Law, law_of, refusal
-from curvlab.strangers import check_model, eager, mixes, original
+from curvlab.strangers import called, check_model, eager, mixes, original
 
 Pass = Literal["data", "model", "exact"]
 """What is sent back: ∂ℓ/∂z at the data's labels, at labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
@@ -40,13 +41,23 @@ Stream = Literal["step", "warm", "exact"]
 STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 
+class _Written(TorchFunctionMode):
+    """Weight norm by plain operations: torch 2.13 has no forward derivative of its own, and double backward is not its second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        v, g, dim = (*args, 0)[:3]
+        return v * (g / torch.norm_except_dim(v, 2, (kwargs or {}).get("dim", dim)))
+
+
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Attention by plain operations: its fused ones have no second and no forward derivatives."""
+    """Attention and weight norm by plain operations: the fused ones have no second and no forward derivatives."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _Written():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -115,6 +126,8 @@ class Objective:
         self.modules: tuple[nn.Module, ...] = tuple(model.modules())
         places = ((name, *name.rpartition(".")[::2]) for b in self.blocks for name in b.params)
         self._slots = [(name, model.get_submodule(owner)._parameters, key) for name, owner, key in places]
+        self._named = [(b.params[0].rpartition(".")[0], model.get_submodule(b.params[0].rpartition(".")[0])) for b in self.blocks]
+        self._owners = {id(module) for _, module in self._named}
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         if seed < 0:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
@@ -125,6 +138,7 @@ class Objective:
         self.forms: dict[Hashable, Form] = {}  # what first looks have shown
         self.functional: dict[Hashable, bool] = {}  # whether torch.func sees what autograd sees
         self.laws: dict[Hashable, Law] = {}
+        self.steady: dict[Hashable, float] = {}  # how far two looks at one minibatch differ though nothing moved
         self.alone: set[Hashable] = set()  # forms that the oracle has seen to be a mean over examples
         self.sound: list[int] | None = None  # versions of the weights, and modes of the modules, that it has checked
         self.said: set[str] = set()  # what is said once
@@ -168,7 +182,7 @@ class Objective:
             CurvlabError: data that do not fit.
         """
         closure = Closure(self, x, y, 0)
-        self.forms.pop(closure._key(closure.x), None)
+        self.forms.clear()
         return Report(self.blocks, closure.form, closure.law.why)
 
     def say(self, line: str) -> None:
@@ -176,6 +190,13 @@ class Objective:
         if line not in self.said:
             self.said.add(line)
             warn(line)
+
+    def check_modules(self) -> None:
+        """Raises CurvlabError where a layer was replaced since the objective was made."""
+        there = set(map(id, self.model.modules()))
+        if not self._owners <= there:
+            lost = next(name for name, module in self._named if id(module) not in there)
+            raise CurvlabError(f"the layer '{lost}' was replaced after the objective was made: make a new Objective")
 
     def check_trained(self) -> None:
         """Raises CurvlabError where other parameters are trained now than when the objective was made."""
@@ -218,6 +239,10 @@ def restore(objective: Objective, saved: list[Tensor]) -> None:
             p.copy_(old)
 
 
+def _numbered(n: int, size: int) -> str:
+    return {0: "first", size - 1: "last"}.get(n, f"{n + 1}th")
+
+
 def some_rows(x: Tensor, which: slice) -> Tensor:
     """Some of the examples of a dense or sparse batch."""
     if not x.is_sparse:
@@ -234,7 +259,9 @@ class Closure:
 
     def __init__(self, objective: Objective, x: Tensor, y: Tensor, number: int, stream: Stream = "step", part: int = 0) -> None:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            raise CurvlabError(f"a minibatch must be two tensors, not {type(x).__name__} and {type(y).__name__}")
+            given = f"{type(x).__name__} and {type(y).__name__}"
+            raise CurvlabError(f"a minibatch must be two tensors, not {given}: put the inputs side by side in one tensor, and "
+                               f"{_WRAP}")  # fmt: skip
         if not x.ndim or not y.ndim:
             raise CurvlabError("a minibatch needs the examples as first axis; this one has no axis")
         if len(x) != len(y):
@@ -251,8 +278,11 @@ class Closure:
         self._checked = False
         self._form: Form | None = None  # as the last look has shown it
         self._ahead: tuple[Tensor, Capture, int] | None = None  # a look that nobody has used yet
+        self._trace = 0  # of the calls of the last look
         self._chance: Any = None  # what the generators were before the first look
         self._generators: dict[torch.Generator, Tensor] = {}  # likewise, the model's own
+        self._buffers: dict[str, Tensor] | None = None  # likewise, its buffers
+        self._restless = 0.0  # how far two looks differ though nothing moved
         with derivatives():
             self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
 
@@ -275,8 +305,8 @@ class Closure:
     def _forward(self, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
         model = self.objective.model
         try:
-            with eager(), differentiable() if self.stream == "exact" else nullcontext():
-                z: Any = model(x) if buffers is None else torch.func.functional_call(model, buffers, (x,))
+            with eager(), surrounding(), differentiable() if self.stream == "exact" else nullcontext():
+                z: Any = model(x) if buffers is None else called(model, buffers, x)
         except TypeError as error:
             if "argument" not in str(error) or "forward()" not in str(error):
                 raise
@@ -315,21 +345,59 @@ class Closure:
         chance."""
         if not all_finite(z):
             raise CurvlabError("the model's outputs contain NaN or Inf: check its weights, and the range of the data")
-        key = self._key(self.x)
+        key = self._key(self.x), self._trace
         if key in self.objective.alone:
             return
+        if self._restless:
+            raise CurvlabError(_DEPENDS.format("first"))
+        self._check_apart()
         for n, which in ((0, "first"), (len(z) - 1, "last")):
             one, own = self._alone(n), z[n : n + 1]
             if float((one - own).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(one.abs().max()):
                 raise CurvlabError(_DEPENDS.format(which))
         self.objective.alone.add(key)
 
+    def _check_apart(self) -> None:
+        """Raises CurvlabError where an example's outputs depend on another's inputs: floating ones by ∂/∂xₘ Σₙ cₙ uₙ·zₙ =
+        cₘ ∂/∂xₘ Σₙ uₙ·zₙ for random c and u, one pass for all; others one by one, 64 of them at most."""
+        size, generator = len(self.x), torch.Generator().manual_seed(0)
+        if size == 1 or self.x.is_sparse:
+            return
+        if not self.x.is_floating_point():
+            z = self.forward()[0].detach()
+            for n in sorted({int(i) for i in torch.linspace(0, size - 1, min(size, 64))}):
+                one = self._alone(n)
+                if float((one - z[n : n + 1]).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(one.abs().max()):
+                    raise CurvlabError(_DEPENDS.format(_numbered(n, size)))
+            return
+        with derivatives():
+            x = self.x.detach().clone().requires_grad_()
+            z = self._look_at(x, False)[0]
+            u = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+            c = (1 + torch.rand(size, generator=generator, dtype=torch.float64)).to(z).view(-1, *[1] * (z.ndim - 1))
+            try:
+                plain, weighted = (torch.autograd.grad(z, x, v, retain_graph=True, allow_unused=True)[0] for v in (u, c * u))
+            except RuntimeError:  # no way back to the inputs
+                return
+        if plain is None or weighted is None:
+            return
+        apart = (weighted - c.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) * plain).reshape(size, -1).norm(dim=1)
+        near = max(torch.finfo(x.dtype).eps, self.form_of_look.precision) ** 0.5 * plain.reshape(size, -1).norm(dim=1).max()
+        if bool((apart > near).any()):
+            raise CurvlabError(_DEPENDS.format(_numbered(int(apart.argmax()), size)))
+
+    @property
+    def form_of_look(self) -> Form:
+        """Of the look that was taken last. A look must have been taken."""
+        assert self._form is not None
+        return self._form
+
     def _key(self, x: Tensor) -> Hashable:
         """What decides how the model runs, beside its weights: the form of the minibatch, every module's mode, what is trained."""
         objective = self.objective
         modes = tuple([module.training for module in objective.modules])
         trained = tuple([owner[key].requires_grad for _, owner, key in objective._slots])  # type: ignore[union-attr]  # none is None
-        return x.shape, x.dtype, modes, trained, torch.is_autocast_enabled(x.device.type)
+        return x.shape, x.dtype, modes, trained, around()
 
     def __call__(self) -> Tensor:
         """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad`` filled."""
@@ -348,9 +416,10 @@ class Closure:
 
     def losses(self) -> Tensor:
         """The loss of each example without a graph, on cloned buffers and with the first look's random numbers: a trial."""
-        buffers = {name: b.clone() for name, b in self.objective.model.named_buffers()}
+        if self._restless:
+            raise CurvlabError(_RESTLESS.format(self._restless))
         with torch.inference_mode(False), torch.no_grad(), self._same_chance(True):
-            return self._losses(self._forward(self.x, buffers or None))
+            return self._losses(self._forward(self.x, self._own_buffers(True)))
 
     def labels(self, z: Tensor, draws: int = 1) -> list[Tensor]:
         """Labels drawn from the model's own distribution at outputs z: the same ones at every call."""
@@ -373,9 +442,7 @@ class Closure:
         """The form of the first and the last example alone, for sizes: what a look at all of a large minibatch would cost."""
         if self._form is not None or len(self.x) <= 2:
             return self.form
-        x = some_rows(self.x, slice(0, None, len(self.x) - 1))
-        known = self.objective.forms.get(self._key(x))
-        return self._look_at(x, False)[2] if known is None else known
+        return self._look_at(some_rows(self.x, slice(0, None, len(self.x) - 1)), False)[2]
 
     def _versions(self) -> int:
         return sum(p._version for p in self.objective.parameters.values())
@@ -395,15 +462,44 @@ class Closure:
 
     def _look_at(self, x: Tensor, own: bool, move_buffers: bool = False) -> tuple[Tensor, Capture, Form]:
         model, objective = self.objective.model, self.objective
-        buffered = not move_buffers and any(module._buffers for module in objective.modules)
-        buffers = {name: b.clone() for name, b in model.named_buffers()} if buffered else None
+        objective.check_modules()
+        again = own and self._chance is not None
+        if again and self._restless:
+            raise CurvlabError(_RESTLESS.format(self._restless))
+        buffers = self._own_buffers(own)
+        if move_buffers and not again:
+            buffers = None
         with derivatives(), self._same_chance(own), Capture(
             model, objective.blocks, objective.dtype, objective.parameters
         ) as capture:
             z = self._forward(x, buffers)
-        if own:
-            self._generators.update({g: s for g, s in capture.generators.items() if g not in self._generators})
-        return z, capture, self._settle(z, capture, x)
+        if own and not again:
+            self._generators = dict(capture.generators)
+        form = self._settle(z, capture, x)
+        if own and not again:
+            self._check_steady(z, (self._key(x), capture.trace))
+        return z, capture, form
+
+    def _own_buffers(self, own: bool) -> dict[str, Tensor] | None:
+        """Copies of the model's buffers for one look to write on: as they were before the first look at this minibatch."""
+        if not any(module._buffers for module in self.objective.modules):
+            return None
+        if own and self._buffers is None:
+            self._buffers = {name: b.clone() for name, b in self.objective.model.named_buffers()}
+        held = self._buffers if own else dict(self.objective.model.named_buffers())
+        assert held is not None
+        return {name: b.clone() for name, b in held.items()}
+
+    def _check_steady(self, z: Tensor, key: Hashable) -> None:
+        """Once a form: whether a second look, with all random numbers and buffers put back, is the first; a third would see what
+        the model counts."""
+        if key not in self.objective.steady:
+            with derivatives(), torch.no_grad(), self._same_chance(True):
+                again = self._forward(self.x, self._own_buffers(True))
+            apart = float((again - z.detach()).norm()) if again.shape == z.shape else math.inf
+            near = torch.finfo(z.dtype).eps ** 0.5 * float(z.detach().norm())
+            self.objective.steady[key] = 0.0 if apart <= near else apart / max(float(z.detach().norm()), 1e-300)
+        self._restless = self.objective.steady[key]
 
     @contextmanager
     def _same_chance(self, own: bool) -> Iterator[None]:
@@ -426,21 +522,26 @@ class Closure:
 
     def _settle(self, z: Tensor, capture: Capture, x: Tensor) -> Form:
         """The ways of all blocks: as known of this form, or as a first look shows them."""
-        objective, key = self.objective, self._key(x)
+        objective = self.objective
         capture.settle(z)
+        key = self._key(x), capture.trace
+        if x is self.x:
+            self._trace = capture.trace
         known = objective.forms.get(key)
         if known is None and not all_finite(z.detach()):  # nothing can be seen, and the loss will say so
             return unseen(capture, z)
         if known is None or capture.reorders or not known.apply(capture):
             known = self._prove(z, capture, key)
         if known.unproven:
-            capture.unproven = known.unproven & set(capture.arranged)
+            capture.unproven = {name: uses for name, uses in known.unproven.items() if name in capture.arranged}
             capture.prove = lambda: self._prove(z, capture, key)
         return known
 
     def _prove(self, z: Tensor, capture: Capture, key: Hashable) -> Form:
         with derivatives():
             found = examine(capture, z, mixes(self.objective.modules))
+        if len(self.objective.forms) > _FORMS:  # shapes that never come again
+            self.objective.forms.clear()
         self.objective.forms[key] = found
         return found
 
@@ -459,7 +560,8 @@ class Closure:
     def law(self) -> Law:
         """What was found of the likelihood: its root, and whether labels drawn by it follow its loss."""
         key = self._key(self.x)
-        if key not in self.objective.laws:
+        if key not in self.objective.laws or not self._checked:
+            _ = self.form  # a look
             self._check(self.forward()[0].detach())
         return self.objective.laws[key]
 
@@ -491,6 +593,7 @@ class Closure:
         if kind == "fisher" and not self.law.follows:
             raise CurvlabError(refusal(self.law, kind))
 
+    @precise()
     def observe(
         self,
         needs: Iterable[str] = frozenset({"data"}),
@@ -510,7 +613,7 @@ class Closure:
         Raises:
             CurvlabError: targets that do not fit, a loss that is not finite, a module that runs twice in the pass.
         """
-        needs = set(needs)
+        needs = {needs} if isinstance(needs, str) else set(needs)
         for name in needs - set(PASSES):
             raise unknown("pass", name, PASSES)
         likelihood = self.objective.likelihood
@@ -525,6 +628,9 @@ class Closure:
         passes: dict[str, dict[str, LayerStatistics]] = {}
         for name in (p for p in PASSES if p in needs):
             if name == "exact":
+                if self.stream != "exact" and mixes(self.objective.modules):
+                    self.objective.say("batch norm in training mode lets examples act on each other: the Gauss-Newton matrix is taken "
+                                       "as if each stood alone, without the derivatives that pass from one to another")  # fmt: skip
                 vectors = self.root(outputs.detach())
             elif name == "data":
                 size = torch.full_like(loss, len(z))  # of the sum, not of the mean
@@ -559,6 +665,10 @@ class Closure:
         raise Diverged(f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping")
 
 
+_RESTLESS = (
+    "two looks at one minibatch differ (by a relative {:.2g}) though nothing was moved: the model draws random numbers, or counts, "
+    "in a way that cannot be put back; let it draw by torch's, Python's or numpy's global generator, or by a torch.Generator"
+)
 _DEPENDS = (
     "the {} example's outputs depend on the rest of the minibatch, or on chance: "
     "no example has a loss of its own, and the model no curvature that is a mean over examples"
@@ -568,5 +678,6 @@ _WRAP = (
     "def forward(self, x): return self.net(x[..., :k], x[..., k:])"
 )
 _PICK = "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return self.net(x)[0] (or .logits)"
+_FORMS = 512  # that are remembered
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range")
 """In torch's messages about data that do not fit a layer."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from curvlab.curvature.base import Curvature
 from curvlab.curvature.states import REMEDY, check_dtype, check_names, check_shape
+from curvlab.derivatives import precise
 from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.groups import (
     OPTIONS,
@@ -389,6 +390,7 @@ class Optimizer(torch.optim.Optimizer):
         decays = {id(p): float(group["weight_decay"]) for group in self.param_groups for p in group["params"]}
         return lambda p: decays.get(id(p), 0.0)
 
+    @precise()
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # torch allows a closure that returns a float
         """Observe, direction, move. Returns the loss before the move.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from curvlab import datasets, figures, models
 from curvlab.algorithms import ALGORITHMS, damping_for, descent
-from curvlab.errors import CurvlabError, lookup
+from curvlab.errors import CurvlabError, lookup, several
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log, late_cosine
 from curvlab.objective import Objective, Pass, Transition, restore, weights
@@ -191,7 +191,7 @@ def compare(
         CurvlabError: unknown names, values out of range, data that do not fit, NaN. What was logged until then is saved.
     """
     settings = Settings(
-        reference, tuple(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every, tuple(probes)
+        reference, tuple(several(algorithms)), lr, damping, momentum, decay, update_every, refresh_every, log_every, tuple(several(probes))
     )
     settings.check()
     total = length(batches)

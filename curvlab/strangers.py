@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedTensorMixin
 
@@ -30,6 +31,20 @@ def eager() -> AbstractContextManager[Any]:
     return stance
 
 
+def called(model: nn.Module, tensors: Mapping[str, Tensor], x: Any) -> Any:
+    """The model on x with some of its parameters and buffers replaced, every place of each, and once each: torch's own
+    `functional_call` does not put back what stands in a module that two parents share."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    new = {id(state[name]): t for name, t in tensors.items()}
+    places = {
+        f"{prefix}.{key}".lstrip("."): new[id(t)]
+        for prefix, module in model.named_modules()
+        for key, t in (*module._parameters.items(), *module._buffers.items())
+        if id(t) in new
+    }
+    return functional_call(model, places, (x,), tie_weights=False)
+
+
 def mixes(modules: Iterable[nn.Module]) -> bool:
     """Whether examples are known to act on each other: normalised over the batch."""
     return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in modules)
@@ -43,6 +58,8 @@ def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise CurvlabError(f"the model must be a torch.nn.Module, not {type(model).__name__}: wrap it in one")
     several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CurvlabError("the model is a torch.jit.ScriptModule, whose calls show nothing: give the module that was scripted")
     for name, module in model.named_modules():
         spread = isinstance(module, nn.parallel.DistributedDataParallel) or any(
             kind.__name__ in _SHARDED for kind in type(module).__mro__

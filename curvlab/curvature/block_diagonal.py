@@ -17,6 +17,7 @@ from curvlab.curvature.base import NO_DATA, CurvatureBlock, IdentityBlock, Reads
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
 from curvlab.curvature.states import check_memory, check_names, check_operator, dtype_of
+from curvlab.derivatives import precise
 from curvlab.errors import CurvlabError, check_values, unknown, warn
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
@@ -177,6 +178,7 @@ class BlockDiagonal:
             closure = Closure(objective, x, y, 0, "warm")  # of no stream's count: made again and again
             self._fold(closure.observe({self.labels}, move_buffers=False), len(x) / seen)
 
+    @precise()
     def update(self, observation: Observation) -> None:
         """One step: fold the observation in where the schedule says so, refresh the inverse where it says so."""
         step = self.steps + 1
@@ -204,6 +206,7 @@ class BlockDiagonal:
         learns = self.steps % self.update_every == 0 and any(b.secant for b in self.blocks.values())
         return learns or self.levenberg is not None
 
+    @precise()
     def learn(self, transition: Transition) -> bool:
         """Learn from a step: two looks at one minibatch, each with its "data" pass. The step stands."""
         before, after = transition.before, transition.after
@@ -213,7 +216,7 @@ class BlockDiagonal:
                     move = partial(_step_of, transition, name)
                     block.secant(before.passes["data"][name], after.passes["data"][name], move)
                 except CurvlabError as error:
-                    raise type(error)(f"{self._partition[name]}: {error}") from error
+                    raise _of(self._partition[name], error) from error
         if self.levenberg is not None:
             self.damping = self.levenberg.adapted(self.damping, self._ratio(transition))
         return True
@@ -226,6 +229,7 @@ class BlockDiagonal:
         Bp = [p[name] if B is None else B @ p[name] for name, B in matrices.items()]
         return ratio_at(transition, Layout(tuple(self._partition.values())), torch.cat(list(p.values())), torch.cat(Bp))
 
+    @precise()
     def absorb(self, observation: Observation) -> None:
         """Warm start: fold into the plain mean over all observations so far. Call `refresh` after the last."""
         if self.warm:
@@ -234,6 +238,7 @@ class BlockDiagonal:
             if self.average == "data":
                 self.shown.append([observation.closure.x, observation.closure.y])
 
+    @precise()
     def refresh(self) -> None:
         """Invert the statistics as they stand, with the damping as it stands."""
         if not self.updates:
@@ -246,9 +251,10 @@ class BlockDiagonal:
             try:
                 block.refresh(damping)
             except CurvlabError as error:
-                raise type(error)(f"{self._partition[name]}: {error}") from error
+                raise _of(self._partition[name], error) from error
         self.ready = True
 
+    @precise()
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """H · grad for every block.
 
@@ -314,6 +320,11 @@ class BlockDiagonal:
                 self.blocks[name].inverse = inverses[name]
             elif hasattr(self.blocks[name], "inverse"):  # saved before the first data
                 del self.blocks[name].inverse
+
+
+def _of(block: Block, error: CurvlabError) -> CurvlabError:
+    """The error with the block's name, once."""
+    return error if str(error).startswith(str(block)) else type(error)(f"{block}: {error}")
 
 
 def _step_of(transition: Transition, name: str) -> Tensor:

@@ -16,7 +16,8 @@ from torch.nn.utils import get_total_norm
 from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.fingerprint import Unchanging
 from curvlab.layers import Block
-from curvlab.objective import Closure, Form, Objective, Pass
+from curvlab.forms import Form
+from curvlab.objective import Closure, Objective, Pass
 
 Kind = Literal["hessian", "ggn", "pi", "fisher", "fisher-mc", "ef"]
 """Hessian of the mean loss = GGN + Π (thesis (1.4); 002 (5), (6)); Fisher over all labels, over drawn ones, over the data's."""
@@ -160,7 +161,10 @@ def alone(objective: Objective) -> None:
             if not bool(torch.isfinite(weight).all()):
                 raise CurvlabError(f"the weights '{name}' contain NaN or Inf: take them from before they did")
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise CurvlabError(f"'{name}' normalises over the batch in every mode, since it keeps no running statistics, so that no "
+                               "example has a loss of its own: make it with track_running_stats=True, and call model.eval()")  # fmt: skip
+        if isinstance(module, _BatchNorm) and module.training:
             raise CurvlabError(f"'{name}' normalises over the batch, so that no example has a loss of its own: {_REMEDY}")
         if module.training and (_drops(module) or _drops_inside(module)):
             raise CurvlabError(f"'{name}' drops units at random, so that the loss is no function of the weights: {_REMEDY}")

@@ -10,25 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
+from torch.func import grad, jacrev, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from curvlab.derivatives import derivatives
+from curvlab.derivatives import derivatives, surrounding
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Kind
 from curvlab.exact.plain import Plain
 from curvlab.functions import FUNCTIONS
 from curvlab.layers import Layout
 from curvlab.objective import Closure, differentiable, some_rows
-from curvlab.strangers import eager
+from curvlab.strangers import called, eager
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
+_FORWARD = RLock()  # levels of forward mode are the process's, not the thread's
 
 Weights = dict[str, Tensor]
 Of = TypeVar("Of", Tensor, Weights)
@@ -50,7 +52,8 @@ def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def along(f: Callable[[Any], Tensor], at: Of, u: Of) -> Tensor:
     """∂f(at) u: forward mode, or the transpose's transpose where an operation has no forward derivative (weight norm)."""
     try:
-        found: Tensor = jvp(f, (at,), (u,))[1]
+        with _FORWARD:
+            found: Tensor = jvp(f, (at,), (u,))[1]
     except NotImplementedError:
         value, back, *_ = vjp(f, at)
         (found,) = vjp(lambda c: back(c)[0], torch.zeros_like(value))[1](u)
@@ -59,7 +62,8 @@ def along(f: Callable[[Any], Tensor], at: Of, u: Of) -> Tensor:
 
 def second_derivative(slope: Callable[[Any], Of], at: Of, u: Of) -> Of:
     """The same of a gradient, by forward mode: reverse mode twice is wrong for weight norm (torch 2.13, unsymmetric)."""
-    found: Of = jvp(slope, (at,), (u,))[1]
+    with _FORWARD:
+        found: Of = jvp(slope, (at,), (u,))[1]
     return found
 
 
@@ -105,8 +109,8 @@ class Function:
 
     def _called(self, weights: Weights, x: Tensor) -> Float[Tensor, "N *C"]:
         fixed = {name: self._state[name].clone() for name in self._buffers}  # where BatchNorm may write on them
-        with differentiable(), eager(), _Fixed():
-            z: Tensor = functional_call(self.closure.objective.model, self._state | fixed | weights, (x,))
+        with differentiable(), eager(), surrounding(), _Fixed():
+            z: Tensor = called(self.closure.objective.model, self._state | fixed | weights, x)
         return z.to(self.at.dtype)
 
     def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:
@@ -134,8 +138,8 @@ class Function:
             try:
                 true = function._plain.product("hessian", [one.y], function.at)(u)
                 found = function._transformed("hessian", [one.y], lambda v: torch.full_like(v, math.nan))(u)
-                eps = max(torch.finfo(p.dtype).eps for p in closure.objective.parameters.values())
-                known[key] = float((found - true).norm()) <= eps**0.5 * float(true.norm() + found.norm())
+                near = closure.form.precision**0.5
+                known[key] = float((found - true).norm()) <= near * float(true.norm() + found.norm())
             except (CurvlabError, RuntimeError, NotImplementedError):
                 known[key] = True
         return known[key]
@@ -154,7 +158,7 @@ class Function:
                 forth = along(lambda w: self.outputs(w, x), at, u)  # forward mode goes on under no_grad and into .data
             except (RuntimeError, NotImplementedError):
                 return False
-        near = max(torch.finfo(t.dtype).eps for t in [z, *self._plain.leaves]) ** 0.5
+        near = self.closure.form.precision**0.5
         apart = float((forth * v).sum() - true @ u)
         return float((found - true).norm()) <= near * float(true.norm()) and abs(apart) <= near * (
             float(true.norm() * u.norm()) + float(forth.norm() * v.norm())
@@ -249,6 +253,7 @@ class Function:
 
         Derivatives are by parameters: by slices of one vector, each would come back as long as the vector.
         """
+        self.closure.check_kind(kind)
         labels = self.drawn(draws) if PASSES.get(kind) == "model" else [self.closure.y]
         plain = self._plain.product(kind, labels, self.at)
         if not self.sound or (kind not in PASSES and not self.sound_twice):

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, lookup
+from curvlab.errors import CurvlabError, lookup, several
 from curvlab.objective import Objective, Observation, Pass
 
 Values = NDArray[np.float64]
@@ -187,7 +187,7 @@ def sample(names: Sequence[str], frame: Frame, moment: Moment) -> dict[str, Samp
 
 def select(names: Sequence[str], command: Command | None = None) -> dict[str, Probe]:
     """The probes of these names. Raises CurvlabError for an unknown one, or one that `command` does not have."""
-    found = {name: lookup(PROBES, name, "probe") for name in names}
+    found = {name: lookup(PROBES, name, "probe") for name in several(names)}
     for name, one in found.items():
         if command is not None and command not in one.where:
             there = [n for n, p in PROBES.items() if command in p.where]
@@ -202,7 +202,7 @@ def asked(words: Sequence[str], command: Command) -> dict[str, int | None]:
         CurvlabError: an unknown probe, one that `command` does not have, one given twice, a bad number of steps.
     """
     found: dict[str, int | None] = {}
-    for word in words:
+    for word in several(words):
         name, colon, every = word.partition(":")
         select([name], command)
         if name in found:
