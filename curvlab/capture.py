@@ -328,7 +328,9 @@ class LayerStatistics:
     @cached_property
     def grouped_a(self) -> Float[Tensor, "N T *G I"]:
         """The same with an axis Γ where the outputs lie in several groups."""
-        return self._joined(lambda p: p.wide(p.g[0]) if p.swapped else p.a, 1, lambda: (self.size, 0, *self._groups, self.block.shape[1]))
+        return self._joined(
+            lambda p: p.wide(p.g[0]) if p.swapped else p.a, 1, lambda: (self.size, 0, *self._groups, self.block.shape[1])
+        )
 
     @property
     def bare_a(self) -> Float[Tensor, "N T *G I"]:
@@ -349,7 +351,9 @@ class LayerStatistics:
         """Of all uses, place after place."""
         parts = self.parts
         if any(p.swapped for p in parts) and self._vectors > 1:
-            raise CurvlabError(f"{self.block} is read in both directions, so that its inputs differ from vector to vector: use rows")
+            raise CurvlabError(
+                f"{self.block} is read in both directions, so that its inputs differ from vector to vector: use rows"
+            )
         if len(parts) == 1:
             return of(parts[0])
         return torch.cat([of(p) for p in parts], axis) if parts else self._zeros(*none())
@@ -361,7 +365,9 @@ class LayerStatistics:
     @cached_property
     def g(self) -> Float[Tensor, "V N T O"]:
         """∂ℓₙ/∂h per example: of the sum, never of the mean."""
-        return self._joined(lambda p: p.a[None] if p.swapped else p.g, 2, lambda: (self._vectors, self.size, 0, self.block.shape[0]))
+        return self._joined(
+            lambda p: p.a[None] if p.swapped else p.g, 2, lambda: (self._vectors, self.size, 0, self.block.shape[0])
+        )
 
     @property
     def like(self) -> Tensor:
@@ -517,7 +523,11 @@ class Capture:
 
     def __enter__(self) -> Capture:
         self._clear()
-        found = {name: self.model.get_parameter(name) for b in self.blocks for name in b.params} if self._given is None else self._given
+        found = (
+            {name: self.model.get_parameter(name) for b in self.blocks for name in b.params}
+            if self._given is None
+            else self._given
+        )
         self.parameters: Mapping[str, nn.Parameter] = found
         self._owner = {id(self.parameters[name]): b for b in self.blocks for name in b.params}
         self._weights = {id(self.parameters[b.params[0]]): (b, False) for b in self.blocks}
@@ -552,9 +562,7 @@ class Capture:
         bias = self.parameters[block.params[1]] if block.biased else None
         biased = bias is not None and call.bias is bias and not swapped
         accounted = {id(call.weight)} | ({id(bias)} if biased else set())
-        beyond = [
-            t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.requires_grad and id(t) not in accounted
-        ]
+        beyond = [t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.requires_grad and id(t) not in accounted]
         if call.input is call.weight:
             beyond.append(call.input)
         x = call.input
@@ -693,9 +701,7 @@ class Capture:
         none = use.output.value.new_zeros(0)
         return LayerStatistics(block, size, parts=[Part(block, self._input(use, size, "first"), none)], like=none)
 
-    def backward(
-        self, z: Tensor, vectors: Float[Tensor, "V N *C"], leaves: bool = False
-    ) -> dict[str, LayerStatistics]:
+    def backward(self, z: Tensor, vectors: Float[Tensor, "V N *C"], leaves: bool = False) -> dict[str, LayerStatistics]:
         """Send `vectors` back from the outputs `z`; the graph is kept, so this can be called again.
 
         Args:
@@ -708,7 +714,9 @@ class Capture:
         """
         size, count = len(z), len(vectors)
         self.settle(z)
-        heard = [(use, how) for name, ways in self.arranged.items() for use, how in zip(self.uses.get(name, ()), ways, strict=True)]
+        heard = [
+            (use, how) for name, ways in self.arranged.items() for use, how in zip(self.uses.get(name, ()), ways, strict=True)
+        ]
         loose = [b for b in self.blocks if b.name in self.general] if leaves and count == 1 else []
         named = [name for b in loose for name in b.params if self.parameters[name].requires_grad]
         targets: list[Any] = [use.edge for use, _ in heard] + [self.parameters[name] for name in named]
@@ -721,8 +729,12 @@ class Capture:
                 g = use.rule.outputs(d).to(dtype)
                 g = g.view(count, -1, *g.shape[1:])
                 parts[use.block.name].append(Part(use.block, self._input(use, size, how), g, use.swapped))
-        unseen = {id(self.uses[name][i]) for name, some in self.unproven.items() for i in some if i < len(self.uses.get(name, ()))}
-        if self.prove is not None and any(d is not None and id(use) in unseen and bool(d.any()) for (use, _), d in zip(heard, grads, strict=False)):
+        unseen = {
+            id(self.uses[name][i]) for name, some in self.unproven.items() for i in some if i < len(self.uses.get(name, ()))
+        }
+        if self.prove is not None and any(
+            d is not None and id(use) in unseen and bool(d.any()) for (use, _), d in zip(heard, grads, strict=False)
+        ):
             prove, self.prove = self.prove, None
             prove()
             return self.backward(z, vectors, leaves)
@@ -754,7 +766,13 @@ class Capture:
 def _edge(output: Tensor) -> tuple[GradientEdge, tuple[int, ...]]:
     """Where the derivative in an output arrives, and its shape there: in-place operations on a view start from its base."""
     base = output._base if output._is_view() else None
-    if base is not None and base.requires_grad and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous():
+    if (
+        base is not None
+        and base.requires_grad
+        and base.numel() == output.numel()
+        and base.is_contiguous()
+        and output.is_contiguous()
+    ):
         return get_gradient_edge(base), tuple(base.shape)
     return get_gradient_edge(output), tuple(output.shape)
 

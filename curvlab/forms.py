@@ -127,7 +127,9 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
                 ways[name] = Way("unused")
     for block in chosen:
         name = block.name
-        places = sum(math.prod(use.extent) for use in capture.uses[name])  # of all examples; sums are as inexact as they are long
+        places = sum(
+            math.prod(use.extent) for use in capture.uses[name]
+        )  # of all examples; sums are as inexact as they are long
         near = max(eps**0.5, min(0.02, eps * places))
         wanted = [t[name] for t in true]
         floors = [1e4 * eps * s for s in scale]
@@ -180,7 +182,15 @@ def unseen(capture: Capture, z: Tensor) -> Form:
     ways = {b.name: Way("general", why=capture.general[b.name]) if b.name in capture.general
             else Way("structured", capture.arranged[b.name], unseen=(0,)) for b in capture.blocks}  # fmt: skip
     none: frozenset[str] = frozenset()
-    return Form(z[0].numel(), ways, capture.places(), frozenset(capture.arranged), frozenset(capture.arranged), none, _precision(capture, z))
+    return Form(
+        z[0].numel(),
+        ways,
+        capture.places(),
+        frozenset(capture.arranged),
+        frozenset(capture.arranged),
+        none,
+        _precision(capture, z),
+    )
 
 
 def _gathered(block: Block, grads: dict[str, Tensor | None], capture: Capture) -> Tensor:
@@ -259,7 +269,9 @@ class Report:
         for block in self.blocks:
             way = self.form.ways[block.name]
             if way.how == "structured":
-                what = f"T = {self.form.places.get(block.name, 0)}, {len(way.arrangement)} use{'s' * (len(way.arrangement) != 1)}"
+                what = (
+                    f"T = {self.form.places.get(block.name, 0)}, {len(way.arrangement)} use{'s' * (len(way.arrangement) != 1)}"
+                )
                 told = "" if way.proven else "; all derivatives zero so far"
                 others = sorted({how for how in way.arrangement if how != "first"})
                 told += f"; examples {', '.join(others)}" if others else ""

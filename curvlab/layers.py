@@ -52,9 +52,7 @@ LAYERS: dict[type[nn.Module] | str, Layer] = {
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,
-    nn.Embedding: Layer(
-        transposed=True, covers=lambda module: module.max_norm is None and not module.scale_grad_by_freq
-    ),
+    nn.Embedding: Layer(transposed=True, covers=lambda module: module.max_norm is None and not module.scale_grad_by_freq),
     nn.BatchNorm1d: _BATCH_NORM,
     nn.BatchNorm2d: _BATCH_NORM,
     nn.BatchNorm3d: _BATCH_NORM,

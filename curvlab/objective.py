@@ -126,8 +126,9 @@ class Objective:
         self.modules: tuple[nn.Module, ...] = tuple(model.modules())
         places = ((name, *name.rpartition(".")[::2]) for b in self.blocks for name in b.params)
         self._slots = [(name, model.get_submodule(owner)._parameters, key) for name, owner, key in places]
-        self._named = [(b.params[0].rpartition(".")[0], model.get_submodule(b.params[0].rpartition(".")[0])) for b in self.blocks]
-        self._owners = {id(module) for _, module in self._named}
+        self._named = [
+            (b.params[0].rpartition(".")[0], model.get_submodule(b.params[0].rpartition(".")[0])) for b in self.blocks
+        ]
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         if seed < 0:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
@@ -194,7 +195,7 @@ class Objective:
     def check_modules(self) -> None:
         """Raises CurvlabError where a layer was replaced since the objective was made."""
         there = set(map(id, self.model.modules()))
-        if not self._owners <= there:
+        if not all(id(module) in there for _, module in self._named):
             lost = next(name for name, module in self._named if id(module) not in there)
             raise CurvlabError(f"the layer '{lost}' was replaced after the objective was made: make a new Objective")
 
@@ -202,7 +203,11 @@ class Objective:
         """Raises CurvlabError where other parameters are trained now than when the objective was made."""
         for name, p in self.model.named_parameters():
             if p.numel() and p.requires_grad != (name in self.trained):
-                change = "frozen when the objective was made and is trained now" if p.requires_grad else "frozen after the objective was made"
+                change = (
+                    "frozen when the objective was made and is trained now"
+                    if p.requires_grad
+                    else "frozen after the objective was made"
+                )
                 raise CurvlabError(f"parameter '{name}' was {change}: make a new Objective")
 
     def closure(self, x: Tensor, y: Tensor, stream: Stream = "step") -> Closure:
@@ -469,9 +474,11 @@ class Closure:
         buffers = self._own_buffers(own)
         if move_buffers and not again:
             buffers = None
-        with derivatives(), self._same_chance(own), Capture(
-            model, objective.blocks, objective.dtype, objective.parameters
-        ) as capture:
+        with (
+            derivatives(),
+            self._same_chance(own),
+            Capture(model, objective.blocks, objective.dtype, objective.parameters) as capture,
+        ):
             z = self._forward(x, buffers)
         if own and not again:
             self._generators = dict(capture.generators)
@@ -677,7 +684,9 @@ _WRAP = (
     "wrap it in a module that takes its one input apart, class Apart(nn.Module) with "
     "def forward(self, x): return self.net(x[..., :k], x[..., k:])"
 )
-_PICK = "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return self.net(x)[0] (or .logits)"
+_PICK = (
+    "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return self.net(x)[0] (or .logits)"
+)
 _FORMS = 512  # that are remembered
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range")
 """In torch's messages about data that do not fit a layer."""

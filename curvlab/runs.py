@@ -191,7 +191,16 @@ def compare(
         CurvlabError: unknown names, values out of range, data that do not fit, NaN. What was logged until then is saved.
     """
     settings = Settings(
-        reference, tuple(several(algorithms)), lr, damping, momentum, decay, update_every, refresh_every, log_every, tuple(several(probes))
+        reference,
+        tuple(several(algorithms)),
+        lr,
+        damping,
+        momentum,
+        decay,
+        update_every,
+        refresh_every,
+        log_every,
+        tuple(several(probes)),
     )
     settings.check()
     total = length(batches)

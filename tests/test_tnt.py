@@ -6,7 +6,6 @@ import itertools
 import math
 import warnings
 from itertools import chain
-from types import SimpleNamespace
 
 import pytest
 import torch

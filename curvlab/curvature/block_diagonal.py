@@ -211,7 +211,12 @@ class BlockDiagonal:
         """Learn from a step: two looks at one minibatch, each with its "data" pass. The step stands."""
         before, after = transition.before, transition.after
         for name, block in self.blocks.items():
-            if block.secant is not None and name not in self._idle and before.passes["data"][name].used and after.passes["data"][name].used:
+            if (
+                block.secant is not None
+                and name not in self._idle
+                and before.passes["data"][name].used
+                and after.passes["data"][name].used
+            ):
                 try:
                     move = partial(_step_of, transition, name)
                     block.secant(before.passes["data"][name], after.passes["data"][name], move)

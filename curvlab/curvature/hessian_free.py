@@ -135,7 +135,9 @@ class HessianFree:
         if self.schedule.updates(step):
             alone(self.objective)
             self.minibatch = closure if size is None else part(closure, subset(closure, size))
-            self.at = self.layout.flatten({name: p.detach() for name, p in self.objective.parameters.items()}).to(self.objective.dtype)
+            self.at = self.layout.flatten({name: p.detach() for name, p in self.objective.parameters.items()}).to(
+                self.objective.dtype
+            )
             self.product = self._product(self.minibatch, self.at)
         if self.schedule.refreshes(step):
             self.refresh()

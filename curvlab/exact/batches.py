@@ -15,8 +15,8 @@ from torch.nn.utils import get_total_norm
 
 from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.fingerprint import Unchanging
-from curvlab.layers import Block
 from curvlab.forms import Form
+from curvlab.layers import Block
 from curvlab.objective import Closure, Objective, Pass
 
 Kind = Literal["hessian", "ggn", "pi", "fisher", "fisher-mc", "ef"]
@@ -163,7 +163,7 @@ def alone(objective: Objective) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise CurvlabError(f"'{name}' normalises over the batch in every mode, since it keeps no running statistics, so that no "
-                               "example has a loss of its own: make it with track_running_stats=True, and call model.eval()")  # fmt: skip
+                               "example has a loss of its own: make it with track_running_stats=True, or take GroupNorm")  # fmt: skip
         if isinstance(module, _BatchNorm) and module.training:
             raise CurvlabError(f"'{name}' normalises over the batch, so that no example has a loss of its own: {_REMEDY}")
         if module.training and (_drops(module) or _drops_inside(module)):
@@ -204,5 +204,7 @@ def _plural(why: str, count: int) -> str:
 
 def _cost(kind: str, numbers: int) -> str:
     """Time and memory of a dense block of so many parameters, before they are spent."""
-    what = f"{numbers} products with the Hessian" if kind not in PASSES else "a derivative of every example and vector sent back"
+    what = (
+        f"{numbers} products with the Hessian" if kind not in PASSES else "a derivative of every example and vector sent back"
+    )
     return f"{what}, {numbers**2 * 8 / 1e9:.2g} GB in double precision for the largest block"

@@ -132,7 +132,9 @@ class Function:
         key = (closure._key(closure.x), names, "twice")
         known = closure.objective.functional
         if key not in known:
-            one = Closure(closure.objective, some_rows(closure.x, slice(1)), closure.y[:1], closure.number, closure.stream, closure.part)
+            one = Closure(
+                closure.objective, some_rows(closure.x, slice(1)), closure.y[:1], closure.number, closure.stream, closure.part
+            )
             function = Function(one, self.layout)
             u = torch.randn(1, len(function.at), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.at)
             try:

@@ -76,9 +76,7 @@ def matrices(
     return {block.name: Dense(_finite(sums.pop(block.name).dense(), f"{kind} of {block}")) for block in chosen}
 
 
-def _assign(
-    chosen: Sequence[Block], closure: Closure, kind: Kind, route: str, sums: dict[str, Sum]
-) -> dict[str, list[Block]]:
+def _assign(chosen: Sequence[Block], closure: Closure, kind: Kind, route: str, sums: dict[str, Sum]) -> dict[str, list[Block]]:
     """{route: its blocks}."""
     form = closure.form
     found: dict[str, list[Block]] = {}

@@ -23,7 +23,6 @@ from curvlab.exact.batches import PASSES, Kind
 from curvlab.layers import Layout
 from curvlab.objective import Closure, differentiable, some_rows
 
-
 _NO_SECOND = (
     "torch has no second derivative of an operation in the model ({}): replace it, or take ggn, fisher or ef, which need only "
     "the first"
@@ -110,7 +109,9 @@ class Plain:
                 return torch.zeros_like(v)
             (forward,) = torch.autograd.grad([b for b, _ in pairs], u, [s for _, s in pairs], retain_graph=True)
             if slope is not None:
-                forward = torch.autograd.grad(slope, fixed, forward, retain_graph=True)[0] if slope.requires_grad else forward * 0
+                forward = (
+                    torch.autograd.grad(slope, fixed, forward, retain_graph=True)[0] if slope.requires_grad else forward * 0
+                )
             return self.back(out, forward)
 
         return one

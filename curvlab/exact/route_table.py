@@ -164,9 +164,7 @@ def _few_places(block: Block, form: Form, kind: Kind) -> bool:
 
 
 ROUTES: dict[str, Route] = {
-    "pairs": Route(
-        "T = 1: pairs of outputs times pairs of inputs, one packed symmetric product", _one_place, _fold_pairs
-    ),
+    "pairs": Route("T = 1: pairs of outputs times pairs of inputs, one packed symmetric product", _one_place, _fold_pairs),
     "places": Route(
         "T > 1, Hessian and Π: pre-activation Hessians between inputs, Theorem 3, where they are fewer than the parameters",
         _few_places,
