@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, get_type_hints
 
+from curvlab.closure import Pass
 from curvlab.curvature.base import Curvature, CurvatureBlock, IdentityBlock, check_damping
 from curvlab.curvature.block_diagonal import Average, BlockDiagonal, Look
 from curvlab.curvature.diagonal import SecondMoment
@@ -26,7 +27,7 @@ from curvlab.curvature.structured import Structured
 from curvlab.curvature.tnt import tnt, tnt_per_sample
 from curvlab.errors import CurvlabError, fitting, lookup, unknown
 from curvlab.layers import Block
-from curvlab.objective import Objective, Pass
+from curvlab.objective import Objective
 from curvlab.optim import Descent, MomentumKind, Optimizer
 
 

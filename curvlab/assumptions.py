@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.algorithms import ALGORITHMS, damping_for
-from curvlab.capture import LayerStatistics
+from curvlab.closure import Closure, Pass
 from curvlab.curvature.base import CurvatureBlock, check_damping
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
@@ -37,7 +37,8 @@ from curvlab.layers import Block, Layout
 from curvlab.linalg.distances import compare, distance, norm, ratio
 from curvlab.linalg.kronecker import nearest_kronecker
 from curvlab.linalg.operators import Operator
-from curvlab.objective import Closure, Objective, Pass
+from curvlab.objective import Objective
+from curvlab.statistics import LayerStatistics
 
 Labels = Literal["kind", "own"]
 """At which labels the approximations are taken: those of the exact matrix, or each algorithm's own."""

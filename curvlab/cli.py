@@ -85,6 +85,10 @@ def compare(
         Option(metavar="NAME[:EVERY]", help="A further one of `curvlab list probes`, every so many steps; may be given again.",
                rich_help_panel="Output"),
     ] = None,
+    verbose: Annotated[
+        bool, Option("--verbose", "-v", help="Print which way each block goes, and why (`objective.check`).",
+                     rich_help_panel="Output"),
+    ] = False,
     out_folder: Annotated[
         Path | None,
         Option("--out", metavar="FOLDER", help="Gets run.h5, cosine.png, cosine.svg; a fresh one under runs/ by default.",
@@ -96,7 +100,7 @@ def compare(
     The defaults are the published picture: the trajectory of block-fisher, batches of 1000, learning rate 0.03,
     overall damping 1e-3, 300 steps, warm start over one pass, sampled labels.
     """
-    call = {"command": "compare"} | dict(locals())
+    call = {k: v for k, v in ({"command": "compare"} | dict(locals())).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
     settings = runs.Settings(
         reference, listed(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every, tuple(probe or ())
@@ -105,7 +109,9 @@ def compare(
         steps = 300
     if seed < 0:
         raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
-    named = runs.Named(settings, model, data, steps, epochs, batch_size, tuple(range(seed, seed + seeds)), device, dtype)
+    named = runs.Named(
+        settings, model, data, steps, epochs, batch_size, tuple(range(seed, seed + seeds)), device, dtype, verbose
+    )
     runs.check_named(named)
     keep_freed_memory()
     folder = folder_for(out_folder, f"compare-{model}")
@@ -147,6 +153,10 @@ def spectrum(
     seed: Annotated[int, Option(help="Of weights, batches, sampled labels and Lanczos.", rich_help_panel="Training")] = 0,
     device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine")] = "auto",
     dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel="Machine")] = "float64",
+    verbose: Annotated[
+        bool, Option("--verbose", "-v", help="Print which way each block goes, and why (`objective.check`).",
+                     rich_help_panel="Output"),
+    ] = False,
     out_folder: Annotated[
         Path | None,
         Option("--out", metavar="FOLDER", help="Gets run.h5, spectrum.png, spectrum.svg; a fresh one under runs/ by default.",
@@ -154,11 +164,11 @@ def spectrum(
     ] = None,
 ) -> None:  # fmt: skip
     """Train, and log the eigenvalues of each layer's Hessian and Gauss-Newton block along the way."""
-    call = {"command": "spectrum"} | dict(locals())
+    call = {k: v for k, v in ({"command": "spectrum"} | dict(locals())).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
     plan = spectra.Plan(listed(matrix), listed(blocks), method, draws, steps)
     at = tuple(_integer(word, "--after") for word in listed(after))
-    named = spectrum_run.Named(model, plan, data, samples, at, algorithm, lr, damping, batch_size, seed, device, dtype)
+    named = spectrum_run.Named(model, plan, data, samples, at, algorithm, lr, damping, batch_size, seed, device, dtype, verbose)
     prepared = spectrum_run.prepare(named)
     keep_freed_memory()
     folder = folder_for(out_folder, f"spectrum-{model}")

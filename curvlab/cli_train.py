@@ -130,6 +130,10 @@ def train(
     ] = None,
     device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel=_MACHINE)] = "auto",
     dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel=_MACHINE)] = "float32",
+    verbose: Annotated[
+        bool, Option("--verbose", "-v", help="Print which way each block goes, and why (`objective.check`).",
+                     rich_help_panel=_OUTPUT),
+    ] = False,
     out_folder: Annotated[
         Path | None,
         Option("--out", metavar="FOLDER", help="Gets run.h5, checkpoint.pt, training.png, training.svg; a fresh one under "
@@ -152,7 +156,7 @@ def train(
     last good state is kept.
     """
     given = {k: v for k, v in locals().items() if k != "context"}
-    call = {"command": "train"} | given
+    call = {k: v for k, v in ({"command": "train"} | given).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
     said = {name for name in given if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
     given |= {"own": _options(own, "--set"), "schedule_options": _options(schedule_own, "--schedule-set"), "warm": warm_start}

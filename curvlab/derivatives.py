@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 _around: ContextVar[tuple[str, torch.dtype] | None] = ContextVar("autocast around the call", default=None)
 
@@ -47,7 +49,29 @@ def surrounding() -> AbstractContextManager[Any]:
 
 @contextmanager
 def derivatives() -> Iterator[None]:
-    """Gradients are recorded inside, also under `torch.no_grad()` and `torch.inference_mode()`, and nothing of ours is autocast; a
-    decorator too."""
+    """Gradients are recorded inside, also under `torch.no_grad()` and `torch.inference_mode()`, and nothing of ours is
+    autocast; a decorator too."""
     with torch.inference_mode(False), torch.enable_grad(), precise():
         yield
+
+
+class _Written(TorchFunctionMode):
+    """Weight norm by plain operations: torch's own (2.13) has no forward derivative, and a wrong second one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        v, g, dim = (*args, 0)[:3]
+        return v * (g / torch.norm_except_dim(v, 2, (kwargs or {}).get("dim", dim)))
+
+
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Attention and weight norm by plain operations: the fused ones have no second and no forward derivatives."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _Written():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

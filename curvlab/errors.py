@@ -36,6 +36,11 @@ def warn(line: str) -> None:
     warnings.warn(line, CurvlabWarning, stacklevel=level)
 
 
+def tell(text: str) -> None:
+    """On standard error, as it is."""
+    print(text, file=sys.stderr)
+
+
 def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
     """``table[name]``, or an error that names the closest and the known entries."""
     if name in table:

@@ -19,11 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvlab.capture import OVERWRITTEN, Capture, LayerStatistics, Part, UseInput, send_back
+from curvlab.capture import Capture, send_back
 from curvlab.derivatives import around
 from curvlab.errors import CurvlabError
 from curvlab.functions import ARRANGEMENTS
 from curvlab.layers import Block
+from curvlab.statistics import LayerStatistics
+from curvlab.uses import OVERWRITTEN, Part, UseInput
 
 How = Literal["structured", "general", "unused"]
 
@@ -132,12 +134,12 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
         )  # of all examples; sums are as inexact as they are long
         near = max(eps**0.5, min(0.02, eps * places))
         wanted = [t[name] for t in true]
-        floors = [1e4 * eps * s for s in scale]
+        floors = [min(1e3 * eps, eps**0.5) * s for s in scale]
         best: Way | None = None
         for how in capture.candidates(name):
             arranged = rearranged(capture, statistics[name], how)
-            whole = _gap(arranged.gradient * size, wanted[0], floors[0])
-            rows = _gap(weighted(arranged, s).gradient * size, wanted[1], floors[1])
+            whole = _gap(arranged.gradient * size, wanted[0], scale[0], floors[0])
+            rows = _gap(weighted(arranged, s).gradient * size, wanted[1], scale[1], floors[1])
             gap, own = max(whole, rows), rows <= near
             nearer = best is None or gap < best.gap
             if whole <= near and (own or (mixing and nearer)):
@@ -170,7 +172,9 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
         ways.setdefault(block.name, Way("unused"))
     direct = frozenset(
         name for name, how in capture.arranged.items()
-        if how == ("first",) and not (use := capture.uses[name][0]).swapped and use.output.value.dtype == (capture.dtype or z.dtype)
+        if how == ("first",)
+        and not (use := capture.uses[name][0]).swapped
+        and use.output.value.dtype == (capture.dtype or z.dtype)
     )  # fmt: skip
     plain = frozenset(name for name in capture.arranged if not any(use.swapped for use in capture.uses.get(name, ())))
     ordered = {b.name: ways[b.name] for b in capture.blocks}
@@ -203,18 +207,18 @@ def _gathered(block: Block, grads: dict[str, Tensor | None], capture: Capture) -
     return block.gather(each)
 
 
-def _gap(ours: Tensor, true: Tensor, floor: float) -> float:
-    """‖ours − true‖ / ‖true‖; 0 where what is left is rounding of larger numbers."""
+def _gap(ours: Tensor, true: Tensor, largest: float, floor: float) -> float:
+    """‖ours − true‖ / ‖true‖; over the largest block's norm where what is left is rounding of that."""
     error = float((ours.reshape(true.shape) - true).norm())
     if error <= floor:
-        return 0.0
-    scale = float(true.norm())
-    return error / scale if scale > floor else float("inf")
+        return error / largest if error else 0.0
+    size = float(true.norm())
+    return error / size if size else math.inf
 
 
 def _precision(capture: Capture, z: Tensor) -> float:
     """The coarsest rounding on the way."""
-    seen = [z.dtype, *(p.dtype for p in capture.parameters.values()), *([around()[1]] if around() else [])]
+    seen = [z.dtype, *(p.dtype for p in capture.parameters.values()), *([found[1]] if (found := around()) else [])]
     for uses in capture.uses.values():
         seen += [t.value.dtype for use in uses for t in (use.x, use.output)]
     return max(torch.finfo(d).eps for d in seen if d.is_floating_point)
@@ -265,7 +269,7 @@ class Report:
         return {name: way.gap for name, way in self.form.ways.items()}
 
     def __str__(self) -> str:
-        lines = []
+        lines: list[tuple[str, How, str]] = []
         for block in self.blocks:
             way = self.form.ways[block.name]
             if way.how == "structured":

@@ -38,8 +38,8 @@ class Rule:
         covers: whether the rule holds for this call; one that it does not cover is a call without a rule.
         transposed: whether the weight is taken as [I, O].
         stateful: whether `inputs` reads what a later pass may change, and so has to be called in its own.
-        gradient: (call, x, ∂ℓ/∂h as `outputs` gives it) → that of the weight summed over rows, [O, I], where there is a way that
-            does not form `inputs`; any number of outputs.
+        gradient: (call, x, ∂ℓ/∂h as `outputs` gives it) → that of the weight summed over rows, [O, I], where there is a way
+            that does not form `inputs`; any number of outputs.
         response: (call, x, v) → aᵀv, [R, P], likewise; of calls with one group.
     """
 
@@ -156,9 +156,8 @@ def _table_gradient(call: Call, x: Tensor, dh: Float[Tensor, "R P O"]) -> Float[
 
 def _table_response(call: Call, x: Tensor, v: Float[Tensor, " I"]) -> Float[Tensor, "R P"]:
     rows = _rows_of(call, x)
-    if call.padding_idx is None:
-        return v[rows]
-    return v[rows] * (rows != call.padding_idx % len(call.weight))
+    found = v[rows]
+    return found if call.padding_idx is None else found * (rows != call.padding_idx % len(call.weight))
 
 
 def _batch_norm(call: Call, x: Tensor) -> Float[Tensor, "R P *G I"]:
@@ -174,7 +173,11 @@ def _rms_norm(call: Call, x: Tensor) -> Float[Tensor, "R P *G I"]:
     return _apart(_places_last(F.rms_norm(x, list(call.normalized_shape), eps=call.eps)))
 
 
-_FEATURES = {"groups": lambda call: call.weight.numel()}  # every feature a group of its own
+def _features(call: Call) -> int:
+    """Every feature a group of its own."""
+    return int(call.weight.numel())
+
+
 _LINEAR = Rule(
     ("input", "weight", "bias"),
     lambda call, x: _places_last(x),
@@ -207,7 +210,7 @@ _LAYER_NORM = Rule(
     _places_last,
     defaults={"weight": None, "eps": 1e-5},
     covers=lambda call: len(call.normalized_shape) == 1 and call.input.ndim >= 2,
-    **_FEATURES,
+    groups=_features,
 )
 _RMS_NORM = Rule(
     ("input", "normalized_shape", "weight", "eps"),
@@ -215,14 +218,14 @@ _RMS_NORM = Rule(
     _places_last,
     defaults={"weight": None, "eps": None},
     covers=lambda call: len(call.normalized_shape) == 1 and call.input.ndim >= 2,
-    **_FEATURES,
+    groups=_features,
 )
 _GROUP_NORM = Rule(
     ("input", "num_groups", "weight", "bias", "eps"),
     lambda call, x: _apart(_channels_first(F.group_norm(x, call.num_groups, eps=call.eps))),
     _channels_first,
     defaults={"weight": None, "eps": 1e-5},
-    **_FEATURES,
+    groups=_features,
 )
 _BATCH_NORM = Rule(
     ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -230,7 +233,7 @@ _BATCH_NORM = Rule(
     _channels_first,
     defaults={"weight": None, "training": False, "momentum": 0.1, "eps": 1e-5},
     stateful=True,
-    **_FEATURES,
+    groups=_features,
 )
 _ADDMM = Rule(
     ("bias", "input", "weight"),
@@ -310,20 +313,25 @@ COMPOSITE: dict[Callable[..., Any], Callable[..., Any]] = {
 """{function that takes parameters as a whole: the same, taken apart into the calls it is made of}"""
 
 
+def _cut(t: Tensor, axis: int, sizes: tuple[int, int]) -> Tensor:
+    found: Tensor = t.unflatten(axis, sizes)  # type: ignore[no-untyped-call]  # torch has no types there
+    return found
+
+
 def _second(t: Tensor, lead: int, size: int) -> Tensor:
-    return t.unflatten(lead + 1, (size, -1)).transpose(lead, lead + 1).flatten(lead + 1, lead + 2)
+    return _cut(t, lead + 1, (size, -1)).transpose(lead, lead + 1).flatten(lead + 1, lead + 2)
 
 
 def _last(t: Tensor, lead: int, size: int) -> Tensor:
-    return t.unflatten(lead + 1, (-1, size)).movedim(lead + 2, lead).flatten(lead + 1, lead + 2)
+    return _cut(t, lead + 1, (-1, size)).movedim(lead + 2, lead).flatten(lead + 1, lead + 2)
 
 
 def _major(t: Tensor, lead: int, size: int) -> Tensor:
-    return t.unflatten(lead, (size, -1)).flatten(lead + 1, lead + 2)
+    return _cut(t, lead, (size, -1)).flatten(lead + 1, lead + 2)
 
 
 def _minor(t: Tensor, lead: int, size: int) -> Tensor:
-    return t.unflatten(lead, (-1, size)).transpose(lead, lead + 1).flatten(lead + 1, lead + 2)
+    return _cut(t, lead, (-1, size)).transpose(lead, lead + 1).flatten(lead + 1, lead + 2)
 
 
 ARRANGEMENTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {

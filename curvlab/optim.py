@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, Self, cast, get_args
 import torch
 from torch import Tensor
 
+from curvlab.closure import Closure, Observation, Pass, Transition
 from curvlab.curvature.base import Curvature
 from curvlab.curvature.states import REMEDY, check_dtype, check_names, check_shape
 from curvlab.derivatives import precise
@@ -26,7 +27,7 @@ from curvlab.groups import (
     check_weight_decay,
     complete,
 )
-from curvlab.objective import Closure, Objective, Observation, Pass, Transition, restore, weights
+from curvlab.objective import Objective, restore, weights
 
 MomentumKind = Literal["add", "average", "corrected"]
 """m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1 − βᵏ (Adam)."""

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from curvlab import datasets, figures, models
 from curvlab.algorithms import ALGORITHMS, damping_for, descent
-from curvlab.errors import CurvlabError, lookup, several
+from curvlab.closure import Pass, Transition
+from curvlab.errors import CurvlabError, lookup, several, tell
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log, late_cosine
-from curvlab.objective import Objective, Pass, Transition, restore, weights
+from curvlab.objective import Objective, restore, weights
 from curvlab.optim import Batch, Descent, check_direction, displacement, move, warm_start
 from curvlab.probes.base import PROBES, Frame, Record, Sample, asked, axis, begin, check_fit, labels, on_host, sample, taken
 from curvlab.progress import counted, progress_bar
@@ -338,6 +339,7 @@ class Named:
     seeds: tuple[int, ...] = (0,)
     device: str = "auto"
     dtype: str = "float32"
+    verbose: bool = False
 
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -393,6 +395,7 @@ def compare_named(named: Named, path: Path, call: dict[str, Any], console: Conso
         for i, seed in enumerate(named.seeds, 1):
             model = models.build(named.model, seed, train).to(device, dtype)
             objective = Objective(model, LIKELIHOODS[entry.likelihood](), seed)
+            objective.tell = tell if named.verbose and i == 1 else None
             batches = train.batches(named.batch_size, -(-steps // per_epoch), seed)
             if log is None:
                 about = {"call": call, "model": named.model, "data": data_name, "data_description": train.description}

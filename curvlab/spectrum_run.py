@@ -12,7 +12,7 @@ from rich.console import Console
 from curvlab import datasets, models
 from curvlab.algorithms import ALGORITHMS, optimizer
 from curvlab.datasets import Dataset
-from curvlab.errors import CurvlabError, lookup
+from curvlab.errors import CurvlabError, lookup, tell
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.objective import Objective
 from curvlab.optim import Optimizer
@@ -38,6 +38,7 @@ class Named:
     seed: int = 0
     device: str = "auto"
     dtype: str = "float64"
+    verbose: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def prepare(named: Named) -> Prepared:
     train, _ = datasets.load(data_name)
     model = ready_to_train(models.build(named.model, named.seed, train).to(device, dtype))
     objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed)
+    objective.tell = tell if named.verbose else None
     named.plan.check(objective)
     options = {} if named.damping is None else {"damping": named.damping}
     stepper = optimizer(named.algorithm, objective, named.lr, **options)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from curvlab.errors import CurvlabError
 
@@ -67,11 +67,11 @@ def check_model(model: nn.Module) -> None:
         if several and spread:
             where = f"'{name}'" if name else "the model"
             raise CurvlabError(
-                f"{where} is a {type(module).__name__} over {torch.distributed.get_world_size()} processes, and gradients are not "
-                "reduced here: give the module that it wraps (.module), and train it in one process"
+                f"{where} is a {type(module).__name__} over {torch.distributed.get_world_size()} processes, and gradients "
+                "are not reduced here: give the module that it wraps (.module), and train it in one process"
             )
     for name, p in model.named_parameters():
-        if isinstance(p, UninitializedTensorMixin):
+        if isinstance(p, UninitializedParameter):
             raise CurvlabError(f"parameter '{name}' is lazy and has no shape yet: run the model on one minibatch first")
         if p.is_complex():
             raise CurvlabError(

@@ -15,9 +15,10 @@ from torch.nn.modules import module as global_hooks
 from torch.overrides import _get_current_function_mode_stack
 
 import curvlab as cl
-from curvlab.capture import Capture, LayerStatistics
+from curvlab.capture import Capture
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
+from curvlab.statistics import LayerStatistics
 
 ZOO = [(model, likelihood) for model in MODELS for likelihood in LIKELIHOODS]
 zoo = pytest.mark.parametrize(("model", "likelihood"), ZOO)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 import curvlab as cl
 from curvlab.algorithms import approximation
+from curvlab.closure import Observation, Pass
 from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.fisher import DenseFisher
-from curvlab.objective import Objective, Observation, Pass
+from curvlab.objective import Objective
 
 KIND: dict[Pass, str] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
 LABELS = list(KIND)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import curvlab as cl
-from curvlab.capture import Capture, LayerStatistics
+from curvlab.capture import Capture
 from curvlab.errors import CurvlabError
 from curvlab.functions import FUNCTIONS
 from curvlab.layers import LAYERS, Block, Layout, blocks
 from curvlab.likelihoods import Gaussian
+from curvlab.statistics import LayerStatistics
 
 FEW = settings(deadline=None, max_examples=60)
 models = pytest.mark.parametrize("model", MODELS)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 import curvlab as cl
+from curvlab.closure import PASSES
 from curvlab.errors import CurvlabError
-from curvlab.objective import PASSES
 
 zoo = pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS])
 ALL = frozenset(PASSES)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from curvlab.algorithms import ALGORITHMS, damping_for
-from curvlab.objective import PASSES
+from curvlab.closure import PASSES
 from curvlab.probes import PROBES
 from curvlab.probes.costs import COSTS
 from curvlab.spectra import VARIABLES

@@ -9,9 +9,9 @@ from torch import Tensor
 
 import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.capture import LayerStatistics
 from curvlab.curvature.shampoo import ROOTS, factors, shampoo
 from curvlab.layers import Block
+from curvlab.statistics import LayerStatistics
 
 EPSILON = 3e-4
 

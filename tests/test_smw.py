@@ -12,11 +12,11 @@ from torch import Tensor
 
 import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.capture import LayerStatistics
+from curvlab.closure import Pass, Transition
 from curvlab.curvature.whole import subset
 from curvlab.linalg.operators import LowRank
 from curvlab.linalg.woodbury import LayerRows, Rows
-from curvlab.objective import Pass, Transition
+from curvlab.statistics import LayerStatistics
 
 LABELS: list[Pass] = ["data", "model", "exact"]
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.capture import LayerStatistics, Part, Slice
 from curvlab.curvature.contracted import Contracted, batch_contractions
 from curvlab.curvature.tnt import sample_contractions, tnt
 from curvlab.layers import Block, blocks
@@ -22,6 +21,8 @@ from curvlab.linalg.direct_sum import ColumnSum
 from curvlab.linalg.kronecker import tensor_normal_factors
 from curvlab.linalg.operators import Kronecker
 from curvlab.optim import warm_start
+from curvlab.statistics import LayerStatistics
+from curvlab.uses import Part, Slice
 
 EPSILON = 0.05
 

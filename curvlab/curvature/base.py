@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics, Reads
+from curvlab.closure import Observation, Pass, Transition
 from curvlab.errors import CurvlabError
 from curvlab.linalg.operators import Diagonal, Operator, identity_like
-from curvlab.objective import Observation, Pass, Transition
+from curvlab.statistics import LayerStatistics, Reads
 
 NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import NO_DATA, CurvatureBlock, IdentityBlock, Reads, check_algorithm, check_damping
+from curvlab.closure import Closure, Observation, Pass, Transition
+from curvlab.curvature.base import NO_DATA, CurvatureBlock, IdentityBlock, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
 from curvlab.curvature.states import check_memory, check_names, check_operator, dtype_of
@@ -21,7 +21,8 @@ from curvlab.derivatives import precise
 from curvlab.errors import CurvlabError, check_values, unknown, warn
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
-from curvlab.objective import Closure, Objective, Observation, Pass, Transition
+from curvlab.objective import Objective
+from curvlab.statistics import LayerStatistics, Reads
 
 Average = Literal["moving", "corrected", "last", "data"]
 """How observations are averaged, k counting them from 1: weight max(1/k, 1 − decay); (1 − decay)/(1 − decayᵏ), Adam's; 1.

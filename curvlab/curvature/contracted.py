@@ -15,12 +15,12 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, Secant, blend
+from curvlab.curvature.base import Secant, blend
 from curvlab.layers import Block
 from curvlab.linalg.direct_sum import ColumnSum
 from curvlab.linalg.kronecker import contraction
 from curvlab.linalg.operators import Kronecker, Operator
+from curvlab.statistics import LayerStatistics, Reads
 
 Contractions = Sequence[Tensor]
 """[d_i, d_i] for the ways of one variable."""

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, Secant
+from curvlab.curvature.base import Secant
 from curvlab.linalg.operators import Diagonal, Operator
+from curvlab.statistics import LayerStatistics, Reads
 
 
 class SecondMoment:

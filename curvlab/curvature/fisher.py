@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, Secant
+from curvlab.curvature.base import Secant
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.layers import Block
 from curvlab.linalg.direct_sum import DirectSum
 from curvlab.linalg.factor import damped_cholesky, shifted
 from curvlab.linalg.operators import Dense, Diagonal, Inverse, Operator
 from curvlab.linalg.packed import fold, output_pairs, unpack_full, unpack_lower
+from curvlab.statistics import LayerStatistics, Reads
 
 
 class DenseFisher:

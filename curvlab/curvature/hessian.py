@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab import exact
-from curvlab.curvature.base import Reads, Secant, blend
+from curvlab.closure import Observation
+from curvlab.curvature.base import Secant, blend
 from curvlab.linalg.factor import damped_cholesky, shifted
 from curvlab.linalg.krylov import extremes
 from curvlab.linalg.operators import Dense, Inverse, Operator
-from curvlab.objective import Observation
+from curvlab.statistics import Reads
 
 
 def hessians(observation: Observation) -> dict[str, Dense]:

@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlab.closure import Closure, Observation, Pass, Transition
 from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.levenberg import LevenbergMarquardt, Ratio, check_ratio, ratio_at
 from curvlab.curvature.states import check_vectors
@@ -32,7 +33,7 @@ from curvlab.linalg.implicit import Damped
 from curvlab.linalg.krylov import truncated_cg
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product
-from curvlab.objective import Closure, Objective, Observation, Pass, Transition
+from curvlab.objective import Objective
 
 _KINDS: dict[Pass, Kind] = {"exact": "ggn", "data": "ef", "model": "fisher-mc"}
 

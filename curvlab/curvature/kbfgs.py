@@ -21,8 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Move, Reads, blend
+from curvlab.curvature.base import Move, blend
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import DAMPINGS, MU1, Pair, accept, action_pair, damp, hessian_action, updated_inverse
@@ -30,6 +29,7 @@ from curvlab.linalg.factor import damped_inverse
 from curvlab.linalg.kronecker import places_split
 from curvlab.linalg.lbfgs import Memory, compact_is_cheaper, empty_memory, lbfgs_inverse, multiple_of_identity
 from curvlab.linalg.operators import Kronecker, Operator
+from curvlab.statistics import LayerStatistics, Reads
 
 CHAPTER_2: Mapping[str, Any] = {"pair_damping": "dd", "minibatch": False, "rebalance": False, "start": "identity"}
 """Thesis Alg. 4 (2020, Alg. 4). With `CONVERGENT` and `skip`: Alg. 5."""

@@ -16,12 +16,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Reads, Secant, blend
+from curvlab.curvature.base import Secant, blend
 from curvlab.errors import lookup
 from curvlab.linalg.factor import damped_inverse, shifted
 from curvlab.linalg.kronecker import pi_split
 from curvlab.linalg.operators import Kronecker, Operator
+from curvlab.statistics import LayerStatistics, Reads
 
 SPLITS: dict[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = {
     "pi": pi_split,

@@ -43,8 +43,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import Move, Reads, Secant, blend
+from curvlab.curvature.base import Move, Secant, blend
 from curvlab.curvature.kfac import Kfac
 from curvlab.errors import CurvlabError, check_values, lookup
 from curvlab.layers import Block
@@ -60,6 +59,7 @@ from curvlab.linalg.block_bfgs import (
 from curvlab.linalg.eigenbasis import Rotated, shifted_kronecker
 from curvlab.linalg.lbfgs import Memory, multiple_of_identity, refined
 from curvlab.linalg.operators import Compact, Operator
+from curvlab.statistics import LayerStatistics, Reads
 
 COSINE = 1e-8
 """ε_B, S2QN 3.2."""

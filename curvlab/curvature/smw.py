@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
-from curvlab.curvature.base import NO_DATA, Reads, Secant, check_algorithm, check_damping
+from curvlab.closure import Closure, Observation, Pass, Transition
+from curvlab.curvature.base import NO_DATA, Secant, check_algorithm, check_damping
 from curvlab.curvature.levenberg import LevenbergMarquardt, Ratio, check_ratio, ratio_at
 from curvlab.curvature.states import check_rows
 from curvlab.curvature.whole import (
@@ -32,7 +32,8 @@ from curvlab.exact.general import Function
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import LowRank, Operator, Woodbury, pack, unpack
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows
-from curvlab.objective import Closure, Objective, Observation, Pass, Transition
+from curvlab.objective import Objective
+from curvlab.statistics import LayerStatistics, Reads
 
 
 class SmwFisher:

@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlab.closure import Closure, Observation, Pass, Transition
 from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.states import check_vectors
@@ -44,7 +45,7 @@ from curvlab.linalg.krylov import Indefinite, conjugate_gradients
 from curvlab.linalg.lbfgs import Memory, empty_memory, lbfgs_inverse, multiple_of_identity, refined, refined_low_rank
 from curvlab.linalg.operators import Dense, Operator
 from curvlab.linalg.products import Product
-from curvlab.objective import Closure, Objective, Observation, Pass, Transition
+from curvlab.objective import Objective
 
 Base = Literal["hessian", "fisher", "none"]
 """Subsampled Hessian, (4); second moment of the gradients at `labels`: exact (GGN = Fisher, (5)), model, data (EFIM); none."""

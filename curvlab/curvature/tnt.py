@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions, with_pixels
 from curvlab.layers import Block
 from curvlab.linalg.factor import damped_inverse, shifted
 from curvlab.linalg.kronecker import contraction, tensor_normal_factors
+from curvlab.statistics import LayerStatistics
 
 
 def tnt(block: Block) -> Contracted:

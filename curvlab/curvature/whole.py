@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from curvlab.closure import Closure, Observation
 from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.layers import Layout
 from curvlab.linalg.line_search import Found, armijo, wolfe
 from curvlab.linalg.operators import Operator
-from curvlab.objective import Closure, Objective, Observation, restore, weights
+from curvlab.objective import Objective, restore, weights
 
 Search = Literal["none", "armijo", "wolfe"]
 

@@ -13,11 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import get_total_norm
 
+from curvlab.closure import Closure, Pass
 from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.fingerprint import Unchanging
 from curvlab.forms import Form
 from curvlab.layers import Block
-from curvlab.objective import Closure, Objective, Pass
+from curvlab.objective import Objective
 
 Kind = Literal["hessian", "ggn", "pi", "fisher", "fisher-mc", "ef"]
 """Hessian of the mean loss = GGN + Π (thesis (1.4); 002 (5), (6)); Fisher over all labels, over drawn ones, over the data's."""
@@ -162,8 +163,8 @@ def alone(objective: Objective) -> None:
                 raise CurvlabError(f"the weights '{name}' contain NaN or Inf: take them from before they did")
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise CurvlabError(f"'{name}' normalises over the batch in every mode, since it keeps no running statistics, so that no "
-                               "example has a loss of its own: make it with track_running_stats=True, or take GroupNorm")  # fmt: skip
+            raise CurvlabError(f"'{name}' normalises over the batch in every mode, since it keeps no running statistics, so "
+                               "that no example has a loss of its own: track_running_stats=True, or GroupNorm")  # fmt: skip
         if isinstance(module, _BatchNorm) and module.training:
             raise CurvlabError(f"'{name}' normalises over the batch, so that no example has a loss of its own: {_REMEDY}")
         if module.training and (_drops(module) or _drops_inside(module)):

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from curvlab.derivatives import derivatives, surrounding
+from curvlab.closure import Closure, some_rows
+from curvlab.derivatives import derivatives, differentiable, surrounding
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Kind
 from curvlab.exact.plain import Plain
 from curvlab.functions import FUNCTIONS
 from curvlab.layers import Layout
-from curvlab.objective import Closure, differentiable, some_rows
 from curvlab.strangers import called, eager
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
@@ -118,7 +118,7 @@ class Function:
 
     @cached_property
     def sound(self) -> bool:
-        """Whether `torch.func` gives autograd's derivatives of the first example's outputs, back and forth: ⟨v, Ju⟩ = ⟨Jᵀv, u⟩."""
+        """Whether `torch.func` gives autograd's derivatives of the first example, back and forth: ⟨v, Ju⟩ = ⟨Jᵀv, u⟩."""
         objective, names = self.closure.objective, tuple(b.name for b in self.layout.blocks)
         key = (self.closure._key(self.closure.x), names)
         if key not in objective.functional:
@@ -127,7 +127,7 @@ class Function:
 
     @cached_property
     def sound_twice(self) -> bool:
-        """Whether its Hessian of the first example's loss, along a random vector, is that of double backward, if there is one."""
+        """Whether its Hessian of the first example's loss along a random vector is that of double backward, if any."""
         closure, names = self.closure, tuple(b.name for b in self.layout.blocks)
         key = (closure._key(closure.x), names, "twice")
         known = closure.objective.functional
@@ -162,9 +162,8 @@ class Function:
                 return False
         near = self.closure.form.precision**0.5
         apart = float((forth * v).sum() - true @ u)
-        return float((found - true).norm()) <= near * float(true.norm()) and abs(apart) <= near * (
-            float(true.norm() * u.norm()) + float(forth.norm() * v.norm())
-        )
+        far = float(true.norm() * u.norm()) + float(forth.norm() * v.norm())
+        return bool(float((found - true).norm()) <= near * float(true.norm()) and abs(apart) <= near * far)
 
     def _total(self, kind: Kind) -> Callable[[Float[Tensor, "N *C"]], Tensor]:
         """z → Σₙ ℓₙ; for Π the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩, whose Hessian is Π alone (thesis (1.4))."""

@@ -14,7 +14,7 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
+from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few, say_general
@@ -26,7 +26,8 @@ from curvlab.linalg.packed import (
     mirror_,
 )
 from curvlab.linalg.products import Rectangular
-from curvlab.objective import Closure, Objective
+from curvlab.objective import Objective
+from curvlab.statistics import LayerStatistics
 
 
 @derivatives()

@@ -1,7 +1,8 @@
 """The general route by plain autograd: for models that `torch.func` does not see through as autograd does.
 
-That is: activation checkpointing, an `autograd.Function` without `setup_context`, parameters that a closure holds on to, compiled
-or scripted parts. One example and one vector at a time, on the model's own parameters, in the graph that training uses.
+That is: activation checkpointing, an `autograd.Function` without `setup_context`, parameters that a closure holds on to,
+`no_grad` or `.data` on the way, scripted parts. One example and one vector at a time, on the model's own parameters, in the
+graph that training uses.
 
 Legend: N examples, C outputs of the model (flattened), D parameters in the layout's order, K vectors.
 """
@@ -17,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.capture import refused, remedy
-from curvlab.derivatives import derivatives
+from curvlab.closure import Closure, some_rows
+from curvlab.derivatives import derivatives, differentiable
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Kind
 from curvlab.layers import Layout
-from curvlab.objective import Closure, differentiable, some_rows
 
 _NO_SECOND = (
     "torch has no second derivative of an operation in the model ({}): replace it, or take ggn, fisher or ef, which need only "

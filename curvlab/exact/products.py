@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
+from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, by_hessians, check_kind, few
@@ -22,7 +22,8 @@ from curvlab.exact.route_table import Look
 from curvlab.fingerprint import numbers
 from curvlab.layers import Block, Layout
 from curvlab.linalg.products import Product, RectangularProduct
-from curvlab.objective import Closure, Objective
+from curvlab.objective import Objective
+from curvlab.statistics import LayerStatistics
 
 _COLUMNS = 32  # vectors through the model at once
 

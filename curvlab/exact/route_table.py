@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
+from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.exact.batches import PASSES, Kind, by_hessians
 from curvlab.exact.general import Function
@@ -23,7 +23,7 @@ from curvlab.forms import Form
 from curvlab.layers import Block, Layout
 from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.packed import accumulate_second_moment_, fold, mirror_, output_pairs, pack_pairs, unpack_full
-from curvlab.objective import Closure
+from curvlab.statistics import LayerStatistics
 
 
 class Look:

@@ -13,14 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
+from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.exact.batches import Batches, alone
 from curvlab.exact.general import Function
 from curvlab.layers import Layout
 from curvlab.memory import in_huge_pages
-from curvlab.objective import Closure, Objective
+from curvlab.objective import Objective
+from curvlab.statistics import LayerStatistics
 
 
 @derivatives()

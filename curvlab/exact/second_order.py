@@ -21,9 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from curvlab.capture import Capture, LayerStatistics, Use
+from curvlab.capture import Capture
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
+from curvlab.statistics import LayerStatistics
+from curvlab.uses import Use
 
 _NUMBERS = 1 << 21  # in the vectors of one batched pass back: few enough to stay near the cache
 _JACOBIAN = 1 << 25  # numbers in a Jacobian between layers beyond which passes are direct

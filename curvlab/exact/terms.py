@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
@@ -25,7 +26,7 @@ from curvlab.layers import Block
 from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.operators import Kronecker
 from curvlab.linalg.packed import accumulate_second_moment_, fold, mirror_, output_pairs, pack_pairs, unpack_full
-from curvlab.objective import Closure, Objective
+from curvlab.objective import Objective
 
 _NUMBERS = 1 << 23  # in the temporaries of some examples at a time
 

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from curvlab.closure import Observation, Pass
 from curvlab.errors import CurvlabError, lookup, several
-from curvlab.objective import Objective, Observation, Pass
+from curvlab.objective import Objective
 
 Values = NDArray[np.float64]
 Record = dict[str, tuple[tuple[str, ...], Values]]

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curvlab.closure import Closure
 from curvlab.linalg.bfgs import MU1, Pair
 from curvlab.linalg.bounds import (
     Bounds,
@@ -43,7 +44,6 @@ from curvlab.linalg.direct_sum import ColumnSum, DirectSum
 from curvlab.linalg.implicit import Solve
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator
 from curvlab.linalg.products import Product
-from curvlab.objective import Closure
 from curvlab.probes.base import Frame, Values, Variable, probe
 from curvlab.probes.damping import holds
 

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.capture import LayerStatistics
 from curvlab.probes.base import Frame, Variable, probe
+from curvlab.statistics import LayerStatistics
 
 
 def squared_lengths(s: LayerStatistics) -> Float[Tensor, " N"]:

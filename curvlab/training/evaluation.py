@@ -16,10 +16,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from curvlab import chance
+from curvlab.closure import Closure
 from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from curvlab.objective import Closure, Objective
+from curvlab.objective import Objective
 
 Data = Dataset | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 """A data set, the pair (x, y) of one, or minibatches of it that can be gone through again."""

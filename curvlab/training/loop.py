@@ -24,10 +24,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from curvlab import chance, datasets
 from curvlab.chance import Chance
+from curvlab.closure import Observation
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged
 from curvlab.interrupt import Shield, shielded
 from curvlab.log import Record
-from curvlab.objective import Objective, Observation
+from curvlab.objective import Objective
 from curvlab.optim import Batch
 from curvlab.progress import counted
 from curvlab.runs import clock_of, length

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlab.closure import Observation
 from curvlab.log import Log
 from curvlab.log import Record as LogRecord
-from curvlab.objective import Objective, Observation
+from curvlab.objective import Objective
 from curvlab.optim import Optimizer
 from curvlab.probes.base import PROBES, Frame, Moment, Sample, axis, begin, check_fit, empty, on_host, sample
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlab.closure import Observation
 from curvlab.log import Log, Record
-from curvlab.objective import Objective, Observation
+from curvlab.objective import Objective
 from curvlab.probes.base import labels, taken
 from curvlab.training.evaluation import Measure
 from curvlab.training.settings import Position

@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from curvlab import chance, datasets, figures, models
+from curvlab.closure import Closure, Pass
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, CurvlabWarning, lookup
+from curvlab.errors import CurvlabError, CurvlabWarning, lookup, tell
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.log import Log
-from curvlab.objective import Closure, Objective, Pass
+from curvlab.objective import Objective
 from curvlab.optim import Batch, MomentumKind
 from curvlab.probes import asked
 from curvlab.progress import progress_bar
@@ -253,6 +254,7 @@ class Named:
     dtype: str = "float32"
     checkpoint_seconds: float = 60.0
     probes: Mapping[str, int | None] = field(default_factory=dict)
+    verbose: bool = False
 
     def must_match(self) -> dict[str, Any]:
         names = ("model", "batch_size", "augment", "warm", "seed", "dtype")
@@ -290,6 +292,7 @@ def prepare(named: Named, call: Mapping[str, Any], state: dict[str, Any] | None 
     batches = train_part.batches(named.batch_size, seed=named.seed, augment=named.augment)
     model = ready_to_train(models.build(named.model, named.seed, train_part).to(device, dtype))
     objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed, l2=named.l2)
+    objective.tell = tell if named.verbose else None
     about = {
         "call": dict(call),
         "model": named.model,

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from curvlab.algorithms import ALGORITHMS, optimizer
+from curvlab.closure import PASSES, Pass
 from curvlab.errors import CurvlabError, lookup, unknown
-from curvlab.objective import PASSES, Objective, Pass
+from curvlab.objective import Objective
 from curvlab.optim import MomentumKind, Optimizer
 from curvlab.training import schedules
 

@@ -1,0 +1,253 @@
+"""Uses: one call that takes a block's weight, what went into it, and what comes back.
+
+Legend: V vectors sent back, N examples, T places of an example, Γ groups of outputs, I inputs incl. the bias column, O outputs;
+R rows and P places as the call has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from curvlab.errors import CurvlabError
+from curvlab.functions import ARRANGEMENTS, Call, Rule
+from curvlab.layers import Block
+from curvlab.linalg.aligned import product, room, second_moment
+
+OVERWRITTEN = "{}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a call saw it, with the version that tells whether somebody has overwritten it since."""
+
+    value: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, value: Tensor) -> Stored:
+        return cls(value.detach(), value._version)
+
+    @property
+    def overwritten(self) -> bool:
+        return self.value._version != self.version
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call that takes a block's weight.
+
+    Args:
+        call: its arguments, without a graph.
+        edge: where the derivative in its outputs arrives, in the shape `flat`: of the tensor of which the output is a view, so
+            that what is written on the view later does not cut it off.
+        biased: whether the block's bias is added here.
+        swapped: whether the weight is read in the other direction, so that its outputs are the block's inputs.
+        inputs: of a rule that has to be called in the pass itself.
+        beyond: where the graph goes on behind the call, but for the parameters that the rule accounts for.
+    """
+
+    block: Block
+    rule: Rule
+    call: Call
+    x: Stored
+    output: Stored
+    edge: GradientEdge
+    flat: tuple[int, ...]
+    biased: bool
+    swapped: bool
+    inputs: Tensor | None
+    beyond: tuple[Node, ...]
+
+    @cached_property
+    def extent(self) -> tuple[int, int]:
+        """(R, P)."""
+        rows, places, _ = self.rule.outputs(self.output.value).shape
+        return rows, places
+
+
+class UseInput:
+    """The inputs of one use in one forward pass, read when first asked for and shared by every pass back."""
+
+    def __init__(self, use: Use, size: int, how: str, dtype: torch.dtype) -> None:
+        self.use, self.size, self.how, self.dtype = use, size, how, dtype
+
+    @property
+    def raw(self) -> Tensor:
+        """As the call saw them. Raises CurvlabError where a later in-place operation has overwritten them."""
+        x = self.use.x
+        if x.overwritten:
+            raise CurvlabError(OVERWRITTEN.format(self.use.block))
+        return x.value.to(self.dtype) if x.value.is_floating_point() else x.value
+
+    @cached_property
+    def own(self) -> Float[Tensor, "R P *G I"]:
+        """In the call's own rows and places, without the bias column; with an axis Γ where the block has several groups."""
+        use = self.use
+        found = use.rule.inputs(use.call, self.raw) if use.inputs is None else use.inputs
+        return found.to(self.dtype)
+
+    @property
+    def bare(self) -> Float[Tensor, "N T *G I"]:
+        """The same by examples."""
+        return ARRANGEMENTS[self.how](self.own, 0, self.size)
+
+    @property
+    def column(self) -> bool:
+        """Whether the block has a bias column, of ones where it is added here, else of zeros."""
+        return self.use.block.biased and not self.use.swapped
+
+    @cached_property
+    def a(self) -> Float[Tensor, "N T *G I"]:
+        """With the bias column, if there is a bias."""
+        if not self.column:
+            return self.bare
+        ends = self.bare.new_full((*self.bare.shape[:-1], 1), float(self.use.biased))
+        return torch.cat([self.bare, ends], -1)
+
+    @cached_property
+    def A(self) -> Float[Tensor, "I I"]:
+        rows, n = self.bare.flatten(0, 1), len(self.bare)
+        if not self.column:
+            return second_moment(rows, 1 / n)
+        last = rows.shape[1]
+        found = room(rows, last + 1, last + 1)  # the column of ones costs nothing, where a copy of patches would
+        second_moment(rows, 1 / n, out=found[:last, :last])
+        found[last, :last] = found[:last, last] = rows.sum(0) * (self.use.biased / n)
+        found[last, last] = self.use.biased * len(rows) / n
+        return found
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Inputs of some of the examples."""
+
+    a: Float[Tensor, "N T *G I"]
+
+
+class Part:
+    """One use in one pass back: in its own letters, whichever way the block reads it."""
+
+    def __init__(self, block: Block, inputs: UseInput | Slice, g: Float[Tensor, "V R P O"], swapped: bool = False) -> None:
+        self.block, self.inputs, self.swapped = block, inputs, swapped
+        self.raw_g = g
+
+    @cached_property
+    def g(self) -> Float[Tensor, "V N T O"]:
+        inputs = self.inputs
+        return self.raw_g if isinstance(inputs, Slice) else ARRANGEMENTS[inputs.how](self.raw_g, 1, inputs.size)
+
+    @property
+    def a(self) -> Float[Tensor, "N T *G I"]:
+        return self.inputs.a
+
+    @property
+    def own(self) -> tuple[Rule, Call, UseInput]:
+        assert isinstance(self.inputs, UseInput)
+        return self.inputs.use.rule, self.inputs.use.call, self.inputs
+
+    @property
+    def biased(self) -> bool:
+        """Whether the block's bias is added here."""
+        return self.own[2].use.biased
+
+    def wide(self, t: Tensor) -> Tensor:
+        """With the block's bias column, to which a use in the other direction adds nothing."""
+        return torch.cat([t, t.new_zeros(*t.shape[:-1], 1)], -1) if self.block.biased else t
+
+    @property
+    def A(self) -> Float[Tensor, "I I"]:
+        """Σ_t a aᵀ, mean over examples, as the block reads it."""
+        if not self.swapped:
+            assert isinstance(self.inputs, UseInput)
+            return self.inputs.A
+        rows = self.wide(self.g).flatten(0, 2)
+        return second_moment(rows, 1 / self.g.shape[1])
+
+    def G(self, scale: float) -> Float[Tensor, "O O"]:
+        """scale · Σ g gᵀ, as the block reads it."""
+        return second_moment((self.a.flatten(0, 1) if self.swapped else self.g.flatten(0, 2)), scale)
+
+    def rows(self) -> Float[Tensor, "V N O I"]:
+        block = self.block
+        if block.groups > 1:
+            return self._by_group("vntgo,ntgi->vngoi", self.g).flatten(2, 3)
+        if self.a.shape[1] == 1 and not self.swapped:
+            return self.g[:, :, 0, :, None] * self.a[None, :, 0, None, :]
+        if self.swapped:
+            return self.wide(torch.einsum("vnto,nti->vnio", self.g, self.a))
+        return torch.einsum("vnto,nti->vnoi", self.g, self.a)
+
+    def gradient(self, scale: float) -> Float[Tensor, "O I"]:
+        """scale · Σₙ Σ_t g aᵀ, of one vector."""
+        block = self.block
+        if isinstance(self.inputs, UseInput) and not self.swapped:
+            rule, call, inputs = self.own
+            if rule.gradient is not None:
+                found = rule.gradient(call, inputs.raw, self.raw_g[0])
+                if block.biased:
+                    ends = self.raw_g[0].sum((0, 1)) if self.biased else found.new_zeros(len(found))
+                    found = torch.cat([found, ends[:, None]], 1)
+                return found * scale
+        if block.groups > 1:
+            return self._by_group("ntgo,ntgi->goi", self.g[0]).flatten(0, 1) * scale
+        if self.swapped:
+            return self.wide(product(self.a.flatten(0, 1).T, self.g[0].flatten(0, 1), scale))
+        whole = isinstance(self.inputs, UseInput)
+        g = self.g[0].flatten(0, 1)
+        if not block.biased or not whole:
+            return product(g.T, self.a.flatten(0, 1), scale)
+        a = self.own[2].bare.flatten(0, 1)
+        found = room(g, *block.shape)
+        torch.addmm(found[:, :-1], g.T, a, beta=0, alpha=scale, out=found[:, :-1])
+        if self.biased:
+            torch.sum(g, 0, out=found[:, -1])
+            found[:, -1] *= scale
+        else:
+            found[:, -1] = 0
+        return found
+
+    def weighted(self, h: Float[Tensor, "R P"]) -> Float[Tensor, " I"]:
+        """Σ_r Σ_p h a, in the call's own rows and places."""
+        rule, call, inputs = self.own
+        if rule.response is None or rule.gradient is None:
+            found = inputs.own.flatten(0, 1).mT @ h.flatten()
+        else:
+            found = rule.gradient(call, inputs.raw, h[..., None])[0]
+        if not self.block.biased:
+            return found
+        return torch.cat([found, h.sum()[None] if self.biased else h.new_zeros(1)])
+
+    def response(self, v: Float[Tensor, " I"]) -> Float[Tensor, "R P"]:
+        """aᵀ v, in the call's own rows and places."""
+        rule, call, inputs = self.own
+        w = v[:-1] if self.block.biased else v
+        found = inputs.own @ w if rule.response is None else rule.response(call, inputs.raw, w)
+        return found + v[-1] if self.block.biased and self.biased else found
+
+    @property
+    def ones(self) -> Float[Tensor, "R P"]:
+        return self.raw_g.new_ones(self.raw_g.shape[1:3])
+
+    @property
+    def h(self) -> Float[Tensor, "N T O"]:
+        rule, _, inputs = self.own
+        output = inputs.use.output
+        if output.overwritten:
+            raise CurvlabError(
+                f"{self.block}: its pre-activation was overwritten in place (for example by ReLU(inplace=True)); "
+                "use inplace=False to read h"
+            )
+        return ARRANGEMENTS[inputs.how](rule.outputs(output.value).to(inputs.dtype), 0, inputs.size)
+
+    def some(self, examples: slice | Tensor) -> Part:
+        """Of some of the examples."""
+        return Part(self.block, Slice(self.a[examples]), self.g[:, examples], self.swapped)
+
+    def _by_group(self, legend: str, g: Tensor) -> Tensor:
+        return torch.einsum(legend, g.reshape(*g.shape[:-1], self.block.groups, -1), self.a)
