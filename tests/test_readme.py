@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+import curvlab as cl
 from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.closure import PASSES
 from curvlab.probes import PROBES
@@ -86,6 +88,15 @@ def test_the_schema_of_spectra_is_complete_and_true() -> None:
 def test_the_training_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block_after("<!-- training, executed by the tests -->"), "README.md", "exec"), {})
     assert re.fullmatch(r"loss 0\.\d\d after 60 steps\n", capsys.readouterr().out)
+
+
+def test_your_own_model(capsys: pytest.CaptureFixture[str]) -> None:
+    here: dict[str, object] = {}
+    exec(compile(block_after("<!-- your own model, executed by the tests -->"), "README.md", "exec"), here)
+    assert "2 uses" in capsys.readouterr().out
+    objective, x, y, F = (here[name] for name in ("objective", "x", "y", "F"))
+    other = cl.exact.matrix(objective, x, y, kind="ggn", block="1", route="func")
+    torch.testing.assert_close(F.dense(), other.dense(), rtol=1e-4, atol=1e-7)
 
 
 def test_the_schema_of_training_is_complete_and_true() -> None:

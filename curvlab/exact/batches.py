@@ -204,8 +204,8 @@ def _plural(why: str, count: int) -> str:
 
 
 def _cost(kind: str, numbers: int) -> str:
-    """Time and memory of a dense block of so many parameters, before they are spent."""
+    """Work and memory for a block of so many parameters, before they are spent."""
     what = (
         f"{numbers} products with the Hessian" if kind not in PASSES else "a derivative of every example and vector sent back"
     )
-    return f"{what}, {numbers**2 * 8 / 1e9:.2g} GB in double precision for the largest block"
+    return f"{what}, {numbers**2 * 8 / 1e9:.2g} GB in double precision for the largest block, of {numbers} parameters"

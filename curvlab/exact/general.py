@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from threading import RLock
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from curvlab.closure import Closure, some_rows
 from curvlab.derivatives import derivatives, differentiable, surrounding
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, warn
 from curvlab.exact.batches import PASSES, Kind
 from curvlab.exact.plain import Plain
 from curvlab.functions import FUNCTIONS
@@ -30,6 +31,7 @@ from curvlab.layers import Layout
 from curvlab.strangers import called, eager
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
+_LONG = 10.0  # seconds, from which on a time is said
 _FORWARD = RLock()  # levels of forward mode are the process's, not the thread's
 
 Weights = dict[str, Tensor]
@@ -223,8 +225,11 @@ class Function:
             z = self.closure.outputs()[0]
             roots = self.closure.root(z).reshape(-1, size, z[0].numel()) if kind == "fisher" else None  # [V, N, C]
             at_once = max(1, _NUMBERS // (z[0].numel() * width))
+            began = perf_counter()
             for some in _slices(size, at_once):
                 j = self.jacobians(some)
+                if some.start == 0:
+                    self._foresee(perf_counter() - began, size / at_once, f"Jacobians of {size} examples")
                 if roots is not None:
                     found = torch.einsum("vnc,ncd->vnd", roots[:, some], j).flatten(0, 1)
                     yield found, found
@@ -329,11 +334,24 @@ class Function:
         width = len(self.at)
         first, last = (0, width) if part is None else (part.start, part.stop)
         at_once = max(1, min(64, _NUMBERS // (4 * width + 64 * len(self.closure.x))))
+        began = perf_counter()
         for start in range(first, last, at_once):
             stop = min(start + at_once, last)
             units = self.at.new_zeros(stop - start, width)
             units[:, start:stop].fill_diagonal_(1)
-            yield slice(start - first, stop - first), product(units).mT
+            value = product(units).mT
+            if start == first:
+                self._foresee(
+                    perf_counter() - began, (last - first) / (stop - start), f"{last - first} products with the {kind}"
+                )
+            yield slice(start - first, stop - first), value
+
+    def _foresee(self, seconds: float, parts: float, what: str) -> None:
+        """Says how long the whole will take, once its first part has been timed, where that is long."""
+        if seconds * parts > _LONG:
+            named = ", ".join(map(str, self.layout.blocks))
+            warn(f"{what} of {named} by the general route will take about {seconds * parts:.0f} s; products with vectors "
+                 "(curvlab.exact.product) take one each")  # fmt: skip
 
 
 def _slices(size: int, at_once: int) -> Iterator[slice]:
