@@ -188,8 +188,6 @@ class Capture:
                 self.uses.pop(name, None)
             if not any(trained) and block.layer is not None:
                 self.arranged[name] = ()
-            elif not all(trained) and any(trained):
-                self.general[name] = "was frozen in part since the objective was made"
             elif block.layer is None:
                 self.general[name] = "belongs to a layer without a rule"
             elif name in missed:
@@ -324,7 +322,10 @@ class Capture:
             weight = self.parameters[block.params[0]]
             like = weight.detach() if self.dtype is None else weight.new_empty(0, dtype=self.dtype)
             if block.name in parts:
-                found[block.name] = LayerStatistics(block, size, parts=parts[block.name], like=like, vectors=count)
+                found[block.name] = LayerStatistics(
+                    block, size, parts=parts[block.name], like=like, vectors=count,
+                    frozen=[name for name in block.params if not self.parameters[name].requires_grad],
+                )  # fmt: skip
             elif block.name in self.general and leaves and count == 1:
                 each = {name: self._dense(of_leaf.get(name), name, size) for name in block.params}
                 unused = all(of_leaf.get(name) is None for name in block.params)

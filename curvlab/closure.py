@@ -121,6 +121,8 @@ class Closure:
         self._chance: Any = None  # what the generators were before the first look
         self._generators: dict[torch.Generator, Tensor] = {}  # likewise, the model's own
         self._buffers: dict[str, Tensor] | None = None  # likewise, its buffers
+        self.twice = False  # whether a second look will follow, so that the first is gone through again, once a form
+        self._seen: tuple[Tensor, int] | None = None  # outputs of the last look, and how often weights were written to by then
         self._restless = 0.0  # how far two looks differ though nothing moved
         with derivatives():
             self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
@@ -159,7 +161,8 @@ class Closure:
         if not isinstance(z, Tensor):
             raise CurvlabError(f"the model returned a {type(z).__name__}, not one tensor: {_PICK}")
         if z.shape[:1] != x.shape[:1]:
-            raise CurvlabError(f"the model must return one tensor with {len(x)} rows, one an example, not {list(z.shape)}: "
+            rows = f"{len(x)} rows, one for each example, not {list(z.shape)}"
+            raise CurvlabError(f"the model must return one tensor with {rows}: "
                                "keep the batch as its first axis (squeeze(-1), not squeeze())")  # fmt: skip
         if not z.is_floating_point():
             raise CurvlabError(f"the model's outputs are {z.dtype}, which have no real derivatives: return real numbers "
@@ -305,7 +308,7 @@ class Closure:
         if again and self._restless:
             raise CurvlabError(_RESTLESS.format(self._restless))
         buffers = self._own_buffers(own)
-        if move_buffers and not again:
+        if move_buffers:
             buffers = None
         with (
             derivatives(),
@@ -316,10 +319,12 @@ class Closure:
         if own and not again:
             self._generators = dict(capture.generators)
         form = self._settle(z, capture, x)
+        if own:
+            self._check_same(z)
         if own and self.objective.tell is not None:
             told, self.objective.tell = self.objective.tell, None
             told(str(Report(self.objective.blocks, form)))
-        if own and not again:
+        if own and not again and self.twice:
             self._check_steady(z, (self._key(x), capture.trace))
         return z, capture, form
 
@@ -342,6 +347,14 @@ class Closure:
             near = torch.finfo(z.dtype).eps ** 0.5 * float(z.detach().norm())
             self.objective.steady[key] = 0.0 if apart <= near else apart / max(float(z.detach().norm()), 1e-300)
         self._restless = self.objective.steady[key]
+
+    def _check_same(self, z: Tensor) -> None:
+        """Raises CurvlabError where a later look differs from the one before although no weight was written to."""
+        seen, self._seen = self._seen, (z.detach(), self._versions())
+        if seen is not None and seen[1] == self._seen[1] and seen[0].shape == z.shape:
+            apart, size = float((z.detach() - seen[0]).norm()), float(seen[0].norm())
+            if apart > torch.finfo(z.dtype).eps ** 0.5 * size:
+                raise CurvlabError(_RESTLESS.format(apart / size if size else math.inf))
 
     @contextmanager
     def _same_chance(self, own: bool) -> Iterator[None]:

@@ -232,7 +232,8 @@ def rearranged(capture: Capture, statistics: LayerStatistics, how: Sequence[str]
         _, _, inputs = p.own
         arranged = UseInput(inputs.use, inputs.size, known[id(inputs.use)], inputs.dtype)
         parts.append(Part(p.block, arranged, p.raw_g, p.swapped))
-    return LayerStatistics(statistics.block, statistics.size, parts=parts, like=statistics.like, vectors=statistics.vectors)
+    s = statistics
+    return LayerStatistics(s.block, s.size, parts=parts, like=s.like, vectors=s.vectors, frozen=s.frozen)
 
 
 def weighted(statistics: LayerStatistics, s: Tensor) -> LayerStatistics:
@@ -247,7 +248,7 @@ def weighted(statistics: LayerStatistics, s: Tensor) -> LayerStatistics:
         mine = ARRANGEMENTS[inputs.how](numbers, 0, inputs.size)  # [N, T]
         owner[mine.flatten()] = torch.arange(len(mine), device=owner.device).repeat_interleave(mine.shape[1])
         parts.append(Part(p.block, inputs, p.raw_g * s.to(p.raw_g.dtype)[owner].view(1, rows, places, 1), p.swapped))
-    return LayerStatistics(statistics.block, statistics.size, parts=parts, like=statistics.like)
+    return LayerStatistics(statistics.block, statistics.size, parts=parts, like=statistics.like, frozen=statistics.frozen)
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,8 @@ class Ownership:
         seen = [(id(p), p.requires_grad) for p in held]
         if seen == self._seen:
             return
-        try:
-            ids = frozenset(map(id, self.objective.parameters.values()))
-        except KeyError as error:
-            raise CurvlabError(
-                f"the model has no parameter {error} any more: make a new Objective, and a new optimizer of it"
-            ) from error
+        self.objective.check_modules()
+        ids = frozenset(map(id, self.objective.parameters.values()))
         loose = [n for n, p in self.objective.model.named_parameters() if p.requires_grad and id(p) not in ids and p.numel()]
         if loose:
             more = f" and {len(loose) - 3} more" if len(loose) > 3 else ""

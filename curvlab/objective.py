@@ -55,6 +55,7 @@ class Objective:
         self.l2 = l2
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
         self.forms: dict[Hashable, Form] = {}  # what first looks have shown
+        self.may_freeze = False  # whether the oracle goes on where a parameter was frozen: inside of a step
         self.functional: dict[Hashable, bool] = {}  # whether torch.func sees what autograd sees
         self.laws: dict[Hashable, Law] = {}
         self.steady: dict[Hashable, float] = {}  # how far two looks at one minibatch differ though nothing moved
@@ -71,7 +72,7 @@ class Objective:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """{name: trainable parameter}, those of the blocks, as they stand in their modules now."""
-        return {name: owner[key] for name, owner, key in self._slots}  # type: ignore[misc]  # none is None
+        return {name: p for name, owner, key in self._slots if (p := owner.get(key)) is not None}
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +113,10 @@ class Objective:
             warn(line)
 
     def check_modules(self) -> None:
-        """Raises CurvlabError where a layer was replaced since the objective was made."""
+        """Raises CurvlabError where a layer was replaced, or lost a parameter, since the objective was made."""
+        for name, owner, key in self._slots:
+            if owner.get(key) is None:
+                raise CurvlabError(f"the model has no parameter '{name}' any more: make a new Objective")
         there = set(map(id, self.model.modules()))
         if not all(id(module) in there for _, module in self._named):
             lost = next(name for name, module in self._named if id(module) not in there)
@@ -121,6 +125,8 @@ class Objective:
     def check_trained(self) -> None:
         """Raises CurvlabError where other parameters are trained now than when the objective was made."""
         for name, p in self.model.named_parameters():
+            if self.may_freeze and not p.requires_grad:
+                continue
             if p.numel() and p.requires_grad != (name in self.trained):
                 change = (
                     "frozen when the objective was made and is trained now"

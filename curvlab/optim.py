@@ -408,6 +408,8 @@ class Optimizer(torch.optim.Optimizer):
         rates = self._rates()
         soundness, at_once = self.soundness, not self.soundness.late
         soundness.look()
+        curvature = self.descent.curvature
+        closure.twice = curvature.wants_step or bool(curvature.step_needs)
         observation = closure.observe(self.descent.needs | self.also, checked=at_once)
         direction = self.descent.direction(observation, self._decays())
         if at_once:

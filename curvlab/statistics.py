@@ -42,8 +42,9 @@ class LayerStatistics:
         vectors: int = 1,
         why: str = "",
         used: bool = True,
+        frozen: Sequence[str] = (),
     ) -> None:
-        self.block, self.size, self.why = block, size, why
+        self.block, self.size, self.why, self.frozen = block, size, why, frozen
         self.used = used and (parts is None or len(parts) > 0)  # whether the block reached the outputs in this pass
         self._gradient, self._parts, self._like, self._vectors = gradient, parts, like, vectors
 
@@ -180,7 +181,11 @@ class LayerStatistics:
             return self._gradient
         if self._parts is None or self._vectors != 1:
             raise CurvlabError(f"{self.block}: a gradient needs a pass that sends one vector back, not the exact one")
-        return self._summed(lambda p: p.gradient(1 / self.size), lambda: self.block.shape)
+        found = self._summed(lambda p: p.gradient(1 / self.size), lambda: self.block.shape)
+        if not self.frozen:
+            return found
+        each = self.block.scatter(found)  # parameters that are not trained any more have none
+        return self.block.gather(each | {name: torch.zeros_like(each[name]) for name in self.frozen})
 
     @cached_property
     def rows(self) -> Float[Tensor, "V N *O I"]:

@@ -24,7 +24,12 @@ def hessians(observation: Observation) -> dict[str, Dense]:
     """{block: exact Hessian of the minibatch's mean loss}, of the layers with a rule."""
     closure = observation.closure
     ruled = [b.name for b in closure.objective.blocks if b.layer is not None]
-    return exact.matrices(closure.objective, closure.x, closure.y, "hessian", ruled) if ruled else {}
+    objective = closure.objective
+    objective.may_freeze = True
+    try:
+        return exact.matrices(objective, closure.x, closure.y, "hessian", ruled) if ruled else {}
+    finally:
+        objective.may_freeze = False
 
 
 def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:

@@ -72,7 +72,7 @@ class Plain:
         if kind == "pi":
             (slope,) = torch.autograd.grad(total, z, retain_graph=True)
             total = (z * slope.detach()).sum()
-        grads = torch.autograd.grad(total, self.leaves, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(total, self.leaves, create_graph=True, allow_unused=True) if self.leaves else ()
         live = [g for g in grads if g is not None and g.requires_grad]
 
         def one(v: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
@@ -100,7 +100,7 @@ class Plain:
         exact = PASSES[kind] == "exact"
         out = z if exact else torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(len(labels))
         u = torch.zeros_like(out, requires_grad=True)
-        back = torch.autograd.grad(out, self.leaves, u, create_graph=True, allow_unused=True)
+        back = torch.autograd.grad(out, self.leaves, u, create_graph=True, allow_unused=True) if self.leaves else ()
         fixed = z.detach().requires_grad_()
         slope = torch.autograd.grad(likelihood.loss(fixed, y).sum(), fixed, create_graph=True)[0] if exact else None
 
@@ -119,7 +119,7 @@ class Plain:
 
     def back(self, out: Tensor | list[Tensor], vectors: Tensor | list[Tensor] | None) -> Float[Tensor, " D"]:
         """Derivatives in the parameters, along vectors; zero in what they do not reach."""
-        found = torch.autograd.grad(out, self.leaves, vectors, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(out, self.leaves, vectors, retain_graph=True, allow_unused=True) if self.leaves else ()
         each = {name: torch.zeros_like(p, dtype=self.closure.objective.dtype) for name, p in self.still.items()}
         for name, p, d in zip(self.names, self.leaves, found, strict=True):
             own = torch.zeros_like(p) if d is None else (d.to_dense() if d.is_sparse else d)

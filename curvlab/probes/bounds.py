@@ -101,7 +101,7 @@ def input_bounds(frame: Frame) -> dict[str, tuple[float, bool]]:
         return {
             b.name: (1.0, True) if b.name in proven else (float(statistics[b.name].bare_a.abs().max()), False)
             for b in frame.objective.blocks
-            if statistics[b.name].provides("factors") and statistics[b.name].used
+            if statistics[b.name].structured and statistics[b.name].used
         }
 
     found: dict[str, tuple[float, bool]] = frame.once("phi", make)
