@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import curvlab as cl
-from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS
 from curvlab.layers import Block
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian
