@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -143,10 +143,13 @@ class Closure:
         self._check(z)
         return self.objective.likelihood.loss(z, self.y)
 
-    def _forward(self, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
+    def _forward(
+        self, x: Tensor, buffers: dict[str, Tensor] | None = None, heard: AbstractContextManager[Any] | None = None
+    ) -> Tensor:
         model = self.objective.model
+        way = differentiable() if self.stream == "exact" else nullcontext()
         try:
-            with eager(), surrounding(), differentiable() if self.stream == "exact" else nullcontext():
+            with eager(), surrounding(), way, nullcontext() if heard is None else heard:
                 z: Any = model(x) if buffers is None else called(model, buffers, x)
         except TypeError as error:
             if "argument" not in str(error) or "forward()" not in str(error):
@@ -307,25 +310,28 @@ class Closure:
         again = own and self._chance is not None
         if again and self._restless:
             raise CurvlabError(_RESTLESS.format(self._restless))
-        buffers = self._own_buffers(own)
-        if move_buffers:
-            buffers = None
-        with (
-            derivatives(),
-            self._same_chance(own),
-            Capture(model, objective.blocks, objective.dtype, objective.parameters) as capture,
-        ):
-            z = self._forward(x, buffers)
+        key = self._key(x)
+        if move_buffers and self.twice and not again:
+            self._own_buffers(own)  # kept for the second look
+        buffers = None if move_buffers else self._own_buffers(own)
+        quiet = objective.quiet.get(key)
+        capture = Capture(model, objective.blocks, objective.dtype, objective.parameters)
+        with derivatives(), self._same_chance(own, quiet is not None):
+            z = self._forward(x, buffers, capture)
+            if quiet is None and own and not again and not capture.generators and not self._drew():
+                objective.quiet[key] = capture.trace
+            elif quiet != capture.trace:
+                objective.quiet.pop(key, None)
         if own and not again:
             self._generators = dict(capture.generators)
-        form = self._settle(z, capture, x)
+        form = self._settle(z, capture, x, key)
         if own:
             self._check_same(z)
         if own and self.objective.tell is not None:
             told, self.objective.tell = self.objective.tell, None
             told(str(Report(self.objective.blocks, form)))
         if own and not again and self.twice:
-            self._check_steady(z, (self._key(x), capture.trace))
+            self._check_steady(z, (key, capture.trace))
         return z, capture, form
 
     def _own_buffers(self, own: bool) -> dict[str, Tensor] | None:
@@ -356,13 +362,20 @@ class Closure:
             if apart > torch.finfo(z.dtype).eps ** 0.5 * size:
                 raise CurvlabError(_RESTLESS.format(apart / size if size else math.inf))
 
+    def _drew(self) -> bool:
+        return isinstance(self._chance, chance.Chance) and chance.drawn_since(self._chance, self.x.device)
+
     @contextmanager
-    def _same_chance(self, own: bool) -> Iterator[None]:
-        """The generators as they were at the first look, inside; at the first look they are remembered."""
+    def _same_chance(self, own: bool, quiet: bool = False) -> Iterator[None]:
+        """The generators as they were at the first look, inside; at the first look they are remembered, but where the model is
+        known to draw nothing."""
         device = self.x.device
         if not own or self._chance is None:
             if own:
-                self._chance = chance.states(device)
+                self._chance = _QUIET if quiet else chance.states(device)
+            yield
+            return
+        if not isinstance(self._chance, chance.Chance):
             yield
             return
         now = {generator: generator.get_state() for generator in self._generators}
@@ -375,11 +388,11 @@ class Closure:
             for generator, state in now.items():
                 generator.set_state(state)
 
-    def _settle(self, z: Tensor, capture: Capture, x: Tensor) -> Form:
+    def _settle(self, z: Tensor, capture: Capture, x: Tensor, known_key: Hashable) -> Form:
         """The ways of all blocks: as known of this form, or as a first look shows them."""
         objective = self.objective
         capture.settle(z)
-        key = self._key(x), capture.trace
+        key = known_key, capture.trace
         if x is self.x:
             self._trace = capture.trace
         known = objective.forms.get(key)
@@ -538,6 +551,7 @@ _WRAP = (
 _PICK = (
     "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return self.net(x)[0] (or .logits)"
 )
+_QUIET = "no random number is drawn"
 _FORMS = 512  # that are remembered
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range")
 """In torch's messages about data that do not fit a layer."""

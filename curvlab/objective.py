@@ -42,11 +42,9 @@ class Objective:
         self.model, self.likelihood, self.seed = model, likelihood, seed
         self.blocks: tuple[Block, ...] = blocks(model)
         self.modules: tuple[nn.Module, ...] = tuple(model.modules())
-        places = ((name, *name.rpartition(".")[::2]) for b in self.blocks for name in b.params)
+        places = [(name, *name.rpartition(".")[::2]) for b in self.blocks for name in b.params]
         self._slots = [(name, model.get_submodule(owner)._parameters, key) for name, owner, key in places]
-        self._named = [
-            (b.params[0].rpartition(".")[0], model.get_submodule(b.params[0].rpartition(".")[0])) for b in self.blocks
-        ]
+        self._lineage = _lineage(model, {owner for _, owner, _ in places})
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         if seed < 0:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
@@ -58,6 +56,7 @@ class Objective:
         self.may_freeze = False  # whether the oracle goes on where a parameter was frozen: inside of a step
         self.functional: dict[Hashable, bool] = {}  # whether torch.func sees what autograd sees
         self.laws: dict[Hashable, Law] = {}
+        self.quiet: dict[Hashable, int] = {}  # forms, and their traces, that draw no random number
         self.steady: dict[Hashable, float] = {}  # how far two looks at one minibatch differ though nothing moved
         self.alone: set[Hashable] = set()  # forms that the oracle has seen to be a mean over examples
         self.sound: list[int] | None = None  # versions of the weights, and modes of the modules, that it has checked
@@ -117,10 +116,9 @@ class Objective:
         for name, owner, key in self._slots:
             if owner.get(key) is None:
                 raise CurvlabError(f"the model has no parameter '{name}' any more: make a new Objective")
-        there = set(map(id, self.model.modules()))
-        if not all(id(module) in there for _, module in self._named):
-            lost = next(name for name, module in self._named if id(module) not in there)
-            raise CurvlabError(f"the layer '{lost}' was replaced after the objective was made: make a new Objective")
+        for children, name, module in self._lineage:
+            if children.get(name) is not module:
+                raise CurvlabError(f"the layer '{name}' was replaced after the objective was made: make a new Objective")
 
     def check_trained(self) -> None:
         """Raises CurvlabError where other parameters are trained now than when the objective was made."""
@@ -155,6 +153,17 @@ class Objective:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seed, self.closures = state["seed"], dict(state["closures"])
+
+
+def _lineage(model: nn.Module, owners: set[str]) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
+    """(children of a module, a name, the child) on every way from the model down to these modules."""
+    found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module | None]] = {}
+    for owner in owners:
+        parts = owner.split(".") if owner else []
+        for i, name in enumerate(parts):
+            children = model.get_submodule(".".join(parts[:i]))._modules
+            found[".".join(parts[: i + 1])] = children, name, children[name]
+    return list(found.values())
 
 
 def weights(objective: Objective) -> list[Tensor]:
