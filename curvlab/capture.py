@@ -141,15 +141,17 @@ class Capture:
             return
         bias = self.parameters[block.params[1]] if block.biased else None
         biased = bias is not None and call.bias is bias and not swapped
-        accounted = {id(call.weight)} | ({id(bias)} if biased else set())
-        beyond = [t for t in [*args, *kwargs.values()] if isinstance(t, Tensor) and t.requires_grad and id(t) not in accounted]
-        if call.input is call.weight:
-            beyond.append(call.input)
-        x = call.input
+        x, own = call.input, bias if biased else call.weight
+        beyond = [
+            t for t in (*args, *kwargs.values())
+            if isinstance(t, Tensor) and t is not call.weight and t is not own and t.requires_grad
+        ]  # fmt: skip
+        if x is call.weight:
+            beyond.append(x)
         call.input, call.weight, call.bias = None, call.weight.detach(), None
         inputs = rule.inputs(call, x.detach()) if rule.stateful else None
         edge, flat = _edge(output)
-        behind = tuple(get_gradient_edge(t).node for t in beyond)
+        behind = tuple([t.grad_fn or get_gradient_edge(t).node for t in beyond])
         if not output.numel():
             self._void[edge.node] = behind
             return
@@ -307,25 +309,24 @@ class Capture:
                 g = use.rule.outputs(d).to(dtype)
                 g = g.view(count, -1, *g.shape[1:])
                 parts[use.block.name].append(Part(use.block, self._input(use, size, how), g, use.swapped))
-        unseen = {
-            id(self.uses[name][i]) for name, some in self.unproven.items() for i in some if i < len(self.uses.get(name, ()))
-        }
-        if self.prove is not None and any(
-            d is not None and id(use) in unseen and bool(d.any()) for (use, _), d in zip(heard, grads, strict=False)
-        ):
-            prove, self.prove = self.prove, None
-            prove()
-            return self.backward(z, vectors, leaves)
+        prove = self.prove
+        if prove is not None:
+            unseen = {id(self.uses[n][i]) for n, some in self.unproven.items() for i in some if i < len(self.uses.get(n, ()))}
+            if any(d is not None and id(use) in unseen and bool(d.any()) for (use, _), d in zip(heard, grads, strict=False)):
+                self.prove = None
+                prove()
+                return self.backward(z, vectors, leaves)
         of_leaf = {name: d if d is None else d[0] for name, d in zip(named, grads[len(heard) :], strict=True)}
         found = dict[str, LayerStatistics]()
+        still = [name for name, p in self.parameters.items() if not p.requires_grad]
+        common = None if self.dtype is None else z.new_empty(0, dtype=self.dtype)
         for block in self.blocks:
-            weight = self.parameters[block.params[0]]
-            like = weight.detach() if self.dtype is None else weight.new_empty(0, dtype=self.dtype)
+            like = self.parameters[block.params[0]].detach() if common is None else common
             if block.name in parts:
+                frozen = [name for name in block.params if name in still] if still else ()
                 found[block.name] = LayerStatistics(
-                    block, size, parts=parts[block.name], like=like, vectors=count,
-                    frozen=[name for name in block.params if not self.parameters[name].requires_grad],
-                )  # fmt: skip
+                    block, size, parts=parts[block.name], like=like, vectors=count, frozen=frozen
+                )
             elif block.name in self.general and leaves and count == 1:
                 each = {name: self._dense(of_leaf.get(name), name, size) for name in block.params}
                 unused = all(of_leaf.get(name) is None for name in block.params)
@@ -355,7 +356,8 @@ def _edge(output: Tensor) -> tuple[GradientEdge, tuple[int, ...]]:
         and output.is_contiguous()
     ):
         return get_gradient_edge(base), tuple(base.shape)
-    return get_gradient_edge(output), tuple(output.shape)
+    assert output.grad_fn is not None
+    return GradientEdge(output.grad_fn, output.output_nr), tuple(output.shape)
 
 
 _REMEDIES = {

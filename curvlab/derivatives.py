@@ -15,10 +15,9 @@ _around: ContextVar[tuple[str, torch.dtype] | None] = ContextVar("autocast aroun
 
 
 def _autocast() -> tuple[str, torch.dtype] | None:
-    for kind in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(kind):
-            return kind, torch.get_autocast_dtype(kind)
-    return None
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    return next(((kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)), None)
 
 
 def around() -> tuple[str, torch.dtype] | None:
@@ -51,6 +50,9 @@ def surrounding() -> AbstractContextManager[Any]:
 def derivatives() -> Iterator[None]:
     """Gradients are recorded inside, also under `torch.no_grad()` and `torch.inference_mode()`, and nothing of ours is
     autocast; a decorator too."""
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and _autocast() is None:
+        yield
+        return
     with torch.inference_mode(False), torch.enable_grad(), precise():
         yield
 

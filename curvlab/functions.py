@@ -63,6 +63,8 @@ class Rule:
 
 def _places_last(x: Float[Tensor, "R *P F"]) -> Float[Tensor, "R P F"]:
     """Features last, every axis between the rows and the features a place: [R, F] has P = 1."""
+    if x.ndim == 2:  # as most are, and at every look
+        return x[:, None]
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 

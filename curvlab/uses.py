@@ -187,9 +187,9 @@ class Part:
         """scale · Σₙ Σ_t g aᵀ, of one vector."""
         block = self.block
         if isinstance(self.inputs, UseInput) and not self.swapped:
-            rule, call, inputs = self.own
+            rule, call, whole = self.own
             if rule.gradient is not None:
-                found = rule.gradient(call, inputs.raw, self.raw_g[0])
+                found = rule.gradient(call, whole.raw, self.raw_g[0])
                 if block.biased:
                     ends = self.raw_g[0].sum((0, 1)) if self.biased else found.new_zeros(len(found))
                     found = torch.cat([found, ends[:, None]], 1)
@@ -198,14 +198,15 @@ class Part:
             return self._by_group("ntgo,ntgi->goi", self.g[0]).flatten(0, 1) * scale
         if self.swapped:
             return self.wide(product(self.a.flatten(0, 1).T, self.g[0].flatten(0, 1), scale))
-        whole = isinstance(self.inputs, UseInput)
-        g = self.g[0].flatten(0, 1)
-        if not block.biased or not whole:
-            return product(g.T, self.a.flatten(0, 1), scale)
-        a = self.own[2].bare.flatten(0, 1)
+        inputs = self.inputs
+        if isinstance(inputs, Slice):
+            return product(self.g[0].flatten(0, 1).T, self.a.flatten(0, 1), scale)
+        g, a = self.raw_g[0].flatten(0, 1), inputs.own.flatten(0, 1)  # a sum knows no order
+        if not block.biased:
+            return product(g.T, a, scale)
         found = room(g, *block.shape)
         torch.addmm(found[:, :-1], g.T, a, beta=0, alpha=scale, out=found[:, :-1])
-        if self.biased:
+        if inputs.use.biased:
             torch.sum(g, 0, out=found[:, -1])
             found[:, -1] *= scale
         else:
