@@ -43,7 +43,7 @@ class Objective:
         self.blocks: tuple[Block, ...] = blocks(model)
         self.modules: tuple[nn.Module, ...] = tuple(model.modules())
         places = [(name, *name.rpartition(".")[::2]) for b in self.blocks for name in b.params]
-        self._slots = [(name, model.get_submodule(owner)._parameters, key) for name, owner, key in places]
+        self._slots = [(name, _held(model.get_submodule(owner)), key) for name, owner, key in places]
         self._lineage = _lineage(model, {owner for _, owner, _ in places})
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         if seed < 0:
@@ -155,6 +155,25 @@ class Objective:
         self.seed, self.closures = state["seed"], dict(state["closures"])
 
 
+class _Attributes:
+    """The parameters of a scripted module, which has no dictionary of them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def get(self, key: str) -> nn.Parameter | None:
+        found: nn.Parameter | None = getattr(self.module, key, None)
+        return found
+
+    def __getitem__(self, key: str) -> nn.Parameter | None:
+        return self.get(key)
+
+
+def _held(module: nn.Module) -> dict[str, nn.Parameter | None] | _Attributes:
+    """A module's own parameters, as they stand."""
+    return module._parameters if isinstance(module._parameters, dict) else _Attributes(module)
+
+
 def _lineage(model: nn.Module, owners: set[str]) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
     """(children of a module, a name, the child) on every way from the model down to these modules."""
     found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module | None]] = {}
@@ -162,7 +181,8 @@ def _lineage(model: nn.Module, owners: set[str]) -> list[tuple[dict[str, nn.Modu
         parts = owner.split(".") if owner else []
         for i, name in enumerate(parts):
             children = model.get_submodule(".".join(parts[:i]))._modules
-            found[".".join(parts[: i + 1])] = children, name, children[name]
+            if isinstance(children, dict):  # what a scripted module holds cannot be replaced
+                found[".".join(parts[: i + 1])] = children, name, children[name]
     return list(found.values())
 
 

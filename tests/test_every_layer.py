@@ -483,6 +483,9 @@ def cases(only_first: bool = False) -> list[tuple[str, str, str]]:
     return found
 
 
+FAMILIES = ("sgd-m", "kfac", "k-bfgs", "tnt", "smw-ng", "block-fisher")
+"""One of each family of methods; the others, and the whole-vector ones that cost most, are slow."""
+
 layers = pytest.mark.parametrize(("name", "variant", "places"), cases())
 modes = pytest.mark.parametrize("mode", ["train", "eval"])
 
@@ -581,7 +584,9 @@ def test_a_lazy_layer_that_has_not_run_is_refused_in_one_line(name: str) -> None
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
+)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_optimizers_step_along_autograds_gradient(name: str, optimizer: str) -> None:
     """In train mode. Those of the whole vector may refuse, in one line, a layer whose examples have no loss of their own."""
