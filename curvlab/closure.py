@@ -202,33 +202,40 @@ class Closure:
         self.objective.alone.add(key)
 
     def _check_apart(self) -> None:
-        """Raises CurvlabError where an example's outputs depend on another's inputs: floating ones by ∂/∂xₘ Σₙ cₙ uₙ·zₙ =
-        cₘ ∂/∂xₘ Σₙ uₙ·zₙ for random c and u, one pass for all; others one by one, 64 of them at most."""
-        size, generator = len(self.x), torch.Generator().manual_seed(0)
+        """Raises CurvlabError where an example's outputs depend on another's inputs."""
+        size = len(self.x)
         if size == 1 or self.x.is_sparse:
             return
-        if not self.x.is_floating_point():
+        bad = self._mixed_by_inputs() if self.x.is_floating_point() else None
+        if bad is None:  # one by one, 64 of them at most
             z = self.forward()[0].detach()
-            for n in sorted({int(i) for i in torch.linspace(0, size - 1, min(size, 64))}):
-                one = self._alone(n)
-                if float((one - z[n : n + 1]).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(one.abs().max()):
-                    raise CurvlabError(_DEPENDS.format(_numbered(n, size)))
-            return
+            near = torch.finfo(z.dtype).eps ** 0.25
+            numbers = sorted({int(i) for i in torch.linspace(0, size - 1, min(size, 64))})
+            alone = ((n, self._alone(n), z[n : n + 1]) for n in numbers)
+            bad = [n for n, one, own in alone if float((one - own).abs().max()) > near * float(one.abs().max())]
+        if bad:
+            raise CurvlabError(_DEPENDS.format(_numbered(bad[0], size)))
+
+    def _mixed_by_inputs(self) -> list[int] | None:
+        """Examples m on which others depend, one pass for all: where not ∂/∂xₘ Σₙ cₙ uₙ·zₙ = cₘ ∂/∂xₘ Σₙ uₙ·zₙ, c, u random.
+        None where no derivative leads back to the inputs."""
+        size, generator = len(self.x), torch.Generator().manual_seed(0)
         with derivatives():
             x = self.x.detach().clone().requires_grad_()
-            z = self._look_at(x, False)[0]
-            u = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-            c = (1 + torch.rand(size, generator=generator, dtype=torch.float64)).to(z).view(-1, *[1] * (z.ndim - 1))
             try:
-                plain, weighted = (torch.autograd.grad(z, x, v, retain_graph=True, allow_unused=True)[0] for v in (u, c * u))
-            except RuntimeError:  # no way back to the inputs
-                return
+                z = self._look_at(x, False)[0]
+                u = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
+                c = (1 + torch.rand(size, generator=generator, dtype=torch.float64)).to(z)
+                sent = (u, c.view(-1, *[1] * (z.ndim - 1)) * u)
+                plain, weighted = (torch.autograd.grad(z, x, v, retain_graph=True, allow_unused=True)[0] for v in sent)
+            except RuntimeError:
+                return None
         if plain is None or weighted is None:
-            return
-        apart = (weighted - c.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) * plain).reshape(size, -1).norm(dim=1)
+            return None
+        scaled = c.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) * plain
+        apart = (weighted - scaled).reshape(size, -1).norm(dim=1)
         near = max(torch.finfo(x.dtype).eps, self.form_of_look.precision) ** 0.5 * plain.reshape(size, -1).norm(dim=1).max()
-        if bool((apart > near).any()):
-            raise CurvlabError(_DEPENDS.format(_numbered(int(apart.argmax()), size)))
+        return (apart > near).nonzero().flatten().tolist()  # type: ignore[no-any-return]  # torch has no types there
 
     @property
     def form_of_look(self) -> Form:
