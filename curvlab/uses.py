@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,8 +23,7 @@ from curvlab.linalg.aligned import product, room, second_moment
 OVERWRITTEN = "{}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor as a call saw it, with the version that tells whether somebody has overwritten it since."""
 
     value: Tensor
@@ -38,9 +38,9 @@ class Stored:
         return self.value._version != self.version
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: several are made at every look, and freezing costs more than the rest of it
 class Use:
-    """One call that takes a block's weight.
+    """One call that takes a block's weight. Nothing in it is written again.
 
     Args:
         call: its arguments, without a graph.
