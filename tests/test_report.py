@@ -288,6 +288,7 @@ def parsed(words: list[str]) -> dict[str, Any]:
     assert words[0] == "curvlab"
     command = typer.main.get_command(cli.app).commands[words[1]]  # type: ignore[attr-defined]
     params = dict(command.make_context(words[1], words[2:]).params)
+    assert not params.pop("verbose")  # what is printed is no part of a run
     out = params.pop("out_folder")
     return {"command": words[1], **{k: None if v == () else v for k, v in params.items()}, "out": str(out or "")}
 
