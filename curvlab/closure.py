@@ -293,7 +293,11 @@ class Closure:
         """The form of the first and the last example alone, for sizes: what a look at all of a large minibatch would cost."""
         if self._form is not None or len(self.x) <= 2:
             return self.form
-        return self._look_at(some_rows(self.x, slice(0, None, len(self.x) - 1)), False)[2]
+        x = some_rows(self.x, slice(0, None, len(self.x) - 1))
+        known, key = self.objective.glimpses, self._key(x)
+        if key not in known:
+            known[key] = self._look_at(x, False)[2]
+        return known[key]
 
     def _versions(self) -> int:
         return sum(p._version for p in self.objective.parameters.values())

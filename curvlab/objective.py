@@ -45,6 +45,7 @@ class Objective:
         places = [(name, *name.rpartition(".")[::2]) for b in self.blocks for name in b.params]
         self._slots = [(name, _held(model.get_submodule(owner)), key) for name, owner, key in places]
         self._lineage = _lineage(model, {owner for _, owner, _ in places})
+        self._flags: list[bool] = []  # of all parameters, as `check_trained` last saw them to be right
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         if seed < 0:
             raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
@@ -55,6 +56,7 @@ class Objective:
         self.forms: dict[Hashable, Form] = {}  # what first looks have shown
         self.may_freeze = False  # whether the oracle goes on where a parameter was frozen: inside of a step
         self.functional: dict[Hashable, bool] = {}  # whether torch.func sees what autograd sees
+        self.glimpses: dict[Hashable, Form] = {}  # of two examples, for sizes alone
         self.laws: dict[Hashable, Law] = {}
         self.quiet: dict[Hashable, int] = {}  # forms, and their traces, that draw no random number
         self.steady: dict[Hashable, float] = {}  # how far two looks at one minibatch differ though nothing moved
@@ -122,6 +124,9 @@ class Objective:
 
     def check_trained(self) -> None:
         """Raises CurvlabError where other parameters are trained now than when the objective was made."""
+        flags = [p.requires_grad for m in self.model.modules() for p in m._parameters.values() if p is not None]
+        if flags == self._flags:
+            return
         for name, p in self.model.named_parameters():
             if self.may_freeze and not p.requires_grad:
                 continue
@@ -132,6 +137,7 @@ class Objective:
                     else "frozen after the objective was made"
                 )
                 raise CurvlabError(f"parameter '{name}' was {change}: make a new Objective")
+        self._flags = [] if self.may_freeze else flags
 
     def closure(self, x: Tensor, y: Tensor, stream: Stream = "step") -> Closure:
         """The objective on one minibatch, moved to the model's device, and floating tensors to its dtype, if it has one.
