@@ -112,6 +112,7 @@ class Closure:
         if x.is_floating_point() and not all_finite(x):
             bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
             raise CurvlabError(f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first")
+        objective.check_modules()
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
         self._y = y  # checked where it lies, before it moves
         self._checked = False
