@@ -23,12 +23,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from curvlab.derivatives import weight_norm
 from curvlab.errors import CurvlabError
 from curvlab.functions import COMPOSITE, FUNCTIONS, TRANSPOSITIONS, Rule, arrangements, indexed
 from curvlab.layers import Block
+from curvlab.linalg.aligned import room
 from curvlab.statistics import LayerStatistics
 from curvlab.uses import Part, Stored, Use, UseInput
 
+_NONE: dict[str, Any] = {}
+_NO_GRAPH = "the model's outputs do not depend on a trainable parameter: no graph leads from them to one"
+_ALONE = "was looked at for its gradient alone"
+_SMALL = 1 << 14  # numbers, of which a copy costs less than two calls
 _MOST = 64  # arrangements of one block's uses that are tried
 
 
@@ -40,26 +46,26 @@ class _Listener(TorchFunctionMode):
         self.capture = capture
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, capture = kwargs or _NONE, self.capture
         rule = FUNCTIONS.get(func)
         if rule is not None:
             output = func(*args, **kwargs)
-            self.capture.trace = hash((self.capture.trace, func, output.shape))
-            self.capture._hear(rule, args, kwargs, output)
+            capture.calls += (func, output.shape)
+            capture._hear(rule, args, kwargs, output)
             return output
-        opened = COMPOSITE.get(func)
+        opened = COMPOSITE.get(func) if func is not torch._weight_norm or not capture.differentiable else weight_norm
         if opened is not None:
             with self:
                 return opened(*args, **kwargs)
         if "generator" in kwargs:
-            self.capture._draws(kwargs["generator"])
+            capture._draws(kwargs["generator"])
         output = func(*args, **kwargs)
         if isinstance(output, Tensor):
-            self.capture.trace = hash((self.capture.trace, func, output.shape, *[a for a in args[1:] if type(a) is int]))
+            capture.calls += (func, output.shape, *[a for a in args[1:] if type(a) is int])
         if func in TRANSPOSITIONS:
-            self.capture._turned(args, output)
-        elif not self.capture.reorders and indexed(func, args):
-            self.capture.reorders = True
+            capture._turned(args, output)
+        elif not capture.reorders and indexed(func, args):
+            capture.reorders = True
         return output
 
 
@@ -73,6 +79,7 @@ class Capture:
     Args:
         dtype: of all statistics; the weights' own where None.
         parameters: {name: parameter} of the blocks; looked up in the model where None.
+        differentiable: whether second and forward derivatives will be taken (`derivatives.differentiable`).
     """
 
     def __init__(
@@ -81,8 +88,12 @@ class Capture:
         blocks: Sequence[Block],
         dtype: torch.dtype | None = None,
         parameters: Mapping[str, nn.Parameter] | None = None,
+        *,
+        differentiable: bool = False,
     ) -> None:
+        self.differentiable = differentiable
         self.model, self.blocks, self.dtype, self._given = model, tuple(blocks), dtype, parameters
+        self.parameters: Mapping[str, nn.Parameter] = {} if parameters is None else parameters
         self._listener: _Listener | None = None
         self._clear()
 
@@ -92,7 +103,8 @@ class Capture:
         self.arranged: dict[str, tuple[str, ...]] = {}  # {block: the arrangement of each use}
         self.silent: set[str] = set()  # blocks with a call without gradients
         self.frozen: set[str] = set()  # blocks that are not trained any more
-        self.trace = 0  # of the calls that ran, and their outputs' shapes
+        self.calls: list[Any] = []  # functions that ran, and their outputs' shapes
+        self.trace = 0  # a hash of these
         self.reorders = False  # whether rows were taken by the numbers of a tensor
         self._void: dict[Node, tuple[Node, ...]] = {}  # calls with no row: {their output: what lies beyond}
         self.generators: dict[torch.Generator, Tensor] = {}  # of the model's own, with their states before it drew
@@ -108,7 +120,7 @@ class Capture:
             if self._given is None
             else self._given
         )
-        self.parameters: Mapping[str, nn.Parameter] = found
+        self.parameters = found
         self._owner = {id(self.parameters[name]): b for b in self.blocks for name in b.params}
         self._weights = {id(self.parameters[b.params[0]]): (b, False) for b in self.blocks}
         self._kept: list[Tensor] = []  # transposed weights, so that their ids stay theirs
@@ -121,15 +133,18 @@ class Capture:
         self._listener.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # likewise
         self._listener = None
         self._kept.clear()
-        self.trace = hash((self.trace, *((name, len(uses)) for name, uses in self.uses.items())))
+        self.trace = hash((*self.calls, *[(name, len(uses)) for name, uses in self.uses.items()]))
+        self.calls.clear()
 
     # ------------------------------------------------------------------------------------------ in the forward pass
 
     def _hear(self, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = rule.bind(args, kwargs)
-        block, turned = self._weights.get(id(call.weight), (None, False))
-        if block is None:
+        weight = call.weight
+        known = self._weights.get(id(weight))
+        if known is None:
             return
+        block, turned = known
         if not output.requires_grad:
             self.silent.add(block.name)
             return
@@ -137,18 +152,16 @@ class Capture:
         if layer is None or not rule.covers(call) or rule.groups(call) != block.groups:
             return
         swapped = (rule.transposed != turned) != layer.transposed
-        if (swapped or turned) and (block.groups > 1 or call.weight.ndim != 2):
+        if (swapped or turned) and (block.groups > 1 or weight.ndim != 2):
             return
         bias = self.parameters[block.params[1]] if block.biased else None
         biased = bias is not None and call.bias is bias and not swapped
-        x, own = call.input, bias if biased else call.weight
-        beyond = [
-            t for t in (*args, *kwargs.values())
-            if isinstance(t, Tensor) and t is not call.weight and t is not own and t.requires_grad
-        ]  # fmt: skip
-        if x is call.weight:
+        x, own = call.input, bias if biased else weight
+        given = (*args, *kwargs.values()) if kwargs else args
+        beyond = [t for t in given if t is not weight and t is not own and isinstance(t, Tensor) and t.requires_grad]
+        if x is weight:
             beyond.append(x)
-        call.input, call.weight, call.bias = None, call.weight.detach(), None
+        call.input, call.weight, call.bias = None, weight.detach(), None
         inputs = rule.inputs(call, x.detach()) if rule.stateful else None
         edge, flat = _edge(output)
         behind = tuple([t.grad_fn or get_gradient_edge(t).node for t in beyond])
@@ -156,7 +169,11 @@ class Capture:
             self._void[edge.node] = behind
             return
         use = Use(block, rule, call, Stored.of(x), Stored.of(output), edge, flat, biased, swapped, inputs, behind)
-        self.uses.setdefault(block.name, []).append(use)
+        found = self.uses.get(block.name)
+        if found is None:
+            self.uses[block.name] = [use]
+        else:
+            found.append(use)
 
     def _turned(self, args: tuple[Any, ...], output: Any) -> None:
         """A weight that is read in the other direction."""
@@ -211,7 +228,7 @@ class Capture:
         some."""
         heard = {use.edge.node: use.beyond for uses in self.uses.values() for use in uses} | self._void
         if z.grad_fn is None:
-            raise CurvlabError("the model's outputs do not depend on a trainable parameter: no graph leads from them to one")
+            raise CurvlabError(_NO_GRAPH)
         waiting: list[Node | None] = [z.grad_fn]
         seen: set[Node] = set()
         found: set[str] = set()
@@ -281,13 +298,17 @@ class Capture:
         none = use.output.value.new_zeros(0)
         return LayerStatistics(block, size, parts=[Part(block, self._input(use, size, "first"), none)], like=none)
 
-    def backward(self, z: Tensor, vectors: Float[Tensor, "V N *C"], leaves: bool = False) -> dict[str, LayerStatistics]:
+    def backward(
+        self, z: Tensor, vectors: Float[Tensor, "V N *C"], leaves: bool = False, gradients: bool = False
+    ) -> dict[str, LayerStatistics]:
         """Send `vectors` back from the outputs `z`; the graph is kept, so this can be called again.
 
         Args:
             z: outputs of the forward pass, [N, *C].
             vectors: V vectors of the shape of z, for example ∂ℓₙ/∂z of the summed loss.
             leaves: also give the gradient of blocks that go the general way (only where V is 1).
+            gradients: let autograd take the mean gradient of every block in the same pass, while what it reads is at hand
+                (likewise, and where its precision is that of the statistics).
 
         Returns:
             {block name: LayerStatistics} in the order of the blocks; those that go the general way only with `leaves`.
@@ -297,52 +318,84 @@ class Capture:
         heard = [
             (use, how) for name, ways in self.arranged.items() for use, how in zip(self.uses.get(name, ()), ways, strict=True)
         ]
-        loose = [b for b in self.blocks if b.name in self.general] if leaves and count == 1 else []
-        named = [name for b in loose for name in b.params if self.parameters[name].requires_grad]
+        own = [
+            b for b in self.blocks
+            if count == 1 and ((leaves and b.name in self.general) or (gradients and b.name in self.arranged and self.fine(b)))
+        ]  # fmt: skip
+        named = [name for b in own for name in b.params if self.parameters[name].requires_grad]
         targets: list[Any] = [use.edge for use, _ in heard] + [self.parameters[name] for name in named]
         grads = send_back(z, targets, vectors) if targets else []
         parts: dict[str, list[Part]] = {name: [] for name in self.arranged}
         for (use, how), d in zip(heard, grads, strict=False):
             if d is not None:
-                dtype = self.dtype or use.call.weight.dtype
-                d = d.reshape(count * use.output.value.shape[0], *use.output.value.shape[1:])
-                g = use.rule.outputs(d).to(dtype)
-                g = g.view(count, -1, *g.shape[1:])
-                parts[use.block.name].append(Part(use.block, self._input(use, size, how), g, use.swapped))
+                shape, dtype = use.output.value.shape, self.dtype or use.call.weight.dtype
+                g = use.rule.outputs(d.reshape(count * shape[0], *shape[1:])).to(dtype)
+                parts[use.block.name].append(
+                    Part(use.block, self._input(use, size, how), g.view(count, -1, *g.shape[1:]), use.swapped)
+                )
         prove = self.prove
         if prove is not None:
             unseen = {id(self.uses[n][i]) for n, some in self.unproven.items() for i in some if i < len(self.uses.get(n, ()))}
             if any(d is not None and id(use) in unseen and bool(d.any()) for (use, _), d in zip(heard, grads, strict=False)):
                 self.prove = None
                 prove()
-                return self.backward(z, vectors, leaves)
-        of_leaf = {name: d if d is None else d[0] for name, d in zip(named, grads[len(heard) :], strict=True)}
+                return self.backward(z, vectors, leaves, gradients)
+        means = self._means(own, dict(zip(named, grads[len(heard) :], strict=True)), size)
         found = dict[str, LayerStatistics]()
         still = [name for name, p in self.parameters.items() if not p.requires_grad]
         common = None if self.dtype is None else z.new_empty(0, dtype=self.dtype)
         for block in self.blocks:
+            name, (mean, used) = block.name, means.get(block.name, (None, True))
             like = self.parameters[block.params[0]].detach() if common is None else common
-            if block.name in parts:
-                frozen = [name for name in block.params if name in still] if still else ()
-                found[block.name] = LayerStatistics(
-                    block, size, parts=parts[block.name], like=like, vectors=count, frozen=frozen
-                )
-            elif block.name in self.general and leaves and count == 1:
-                each = {name: self._dense(of_leaf.get(name), name, size) for name in block.params}
-                unused = all(of_leaf.get(name) is None for name in block.params)
-                why = self.general[block.name]
-                found[block.name] = LayerStatistics(
-                    block, size, gradient=block.gather(each), like=like, why=why, used=not unused
-                )
+            if name in parts:
+                frozen = [param for param in block.params if param in still] if still else ()
+                found[name] = LayerStatistics(
+                    block, size, mean, parts[name], like=like, vectors=count, frozen=frozen
+                )  # fmt: skip
+            elif mean is not None:
+                found[name] = LayerStatistics(block, size, mean, like=like, why=self.general[name], used=used)
         return found
 
-    def _dense(self, d: Tensor | None, name: str, size: int) -> Tensor:
-        """A parameter's own gradient of the mean."""
+    def fine(self, block: Block) -> bool:
+        """Whether autograd's own derivatives are of the statistics' precision."""
+        return self.dtype is None or all(self.parameters[name].dtype == self.dtype for name in block.params)
+
+    def gradients(self, z: Tensor, vectors: Float[Tensor, "1 N *C"]) -> dict[str, LayerStatistics]:
+        """The mean gradient of every block, by autograd alone: no call need have been heard."""
+        named = [name for b in self.blocks for name in b.params if self.parameters[name].requires_grad]
+        if z.grad_fn is None:
+            raise CurvlabError(_NO_GRAPH)
+        grads = send_back(z, [self.parameters[name] for name in named], vectors) if named else []
+        means = self._means(self.blocks, dict(zip(named, grads, strict=True)), len(z))
+        return {
+            b.name: LayerStatistics(b, len(z), mean, like=mean, why=_ALONE, used=used)
+            for b, (mean, used) in zip(self.blocks, means.values(), strict=True)
+        }
+
+    def _means(self, blocks: Sequence[Block], sums: Mapping[str, Tensor | None], size: int) -> dict[str, tuple[Tensor, bool]]:
+        """{block: (mean gradient, whether the pass reached it)} of parameters' own sums, [1, *shape]; zero where there is no
+        such."""
+        found, scale = {}, 1 / size
+        for block in blocks:
+            each = {name: self._sum(sums.get(name), name) for name in block.params}
+            used = any(sums.get(name) is not None or not self.parameters[name].requires_grad for name in block.params)
+            if block.layer is None or not block.biased:
+                mean = block.gather(each) * scale
+            elif each[block.params[0]].numel() < _SMALL:
+                mean = block.gather(each).mul_(scale)  # a copy
+            else:
+                mean = room(each[block.params[0]], *block.shape)
+                torch.mul(block.gather_weight(each), scale, out=mean[:, :-1])
+                torch.mul(each[block.params[1]], scale, out=mean[:, -1])
+            found[block.name] = mean, used
+        return found
+
+    def _sum(self, d: Tensor | None, name: str) -> Tensor:
         p = self.parameters[name]
         if d is None:
-            return torch.zeros_like(p, dtype=self.dtype)
-        d = d.to_dense() if d.is_sparse else d
-        return d.to(self.dtype or d.dtype) / size
+            return torch.zeros_like(p, dtype=self.dtype, requires_grad=False)
+        d = d[0].to_dense() if d.is_sparse else d[0]
+        return d if self.dtype is None else d.to(self.dtype)
 
 
 def _edge(output: Tensor) -> tuple[GradientEdge, tuple[int, ...]]:

@@ -30,8 +30,9 @@ from curvlab.strangers import called, eager, mixes
 if TYPE_CHECKING:
     from curvlab.objective import Objective
 
-Pass = Literal["data", "model", "exact"]
-"""What is sent back: ∂ℓ/∂z at the data's labels, at labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
+Pass = Literal["gradient", "data", "model", "exact"]
+"""What is sent back: ∂ℓ/∂z at the data's labels ("gradient": for the mean gradient alone), at labels drawn from the model, or
+the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
 
@@ -58,9 +59,10 @@ class Observation:
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
         """{block: gradient of the mean loss at the data's labels, with that of the L2 term}, in the blocks' shapes."""
-        if "data" not in self.passes:
-            raise CurvlabError('this observation has no "data" pass: observe with needs={"data", …}')
-        found = {name: statistics.gradient for name, statistics in self.passes["data"].items()}
+        seen = self.passes.get("gradient") or self.passes.get("data")
+        if seen is None:
+            raise CurvlabError('this observation has no "gradient" pass: observe with needs={"gradient", …}')
+        found = {name: statistics.gradient for name, statistics in seen.items()}
         return found | {name: found[name] + pull for name, pull in self.pull.items()}
 
 
@@ -148,7 +150,7 @@ class Closure:
         self, x: Tensor, buffers: dict[str, Tensor] | None = None, heard: AbstractContextManager[Any] | None = None
     ) -> Tensor:
         model = self.objective.model
-        way = differentiable() if self.stream == "exact" else nullcontext()
+        way = differentiable(heard is not None) if self.stream == "exact" else nullcontext()
         try:
             with eager(), surrounding(), way, nullcontext() if heard is None else heard:
                 z: Any = model(x) if buffers is None else called(model, buffers, x)
@@ -327,7 +329,7 @@ class Closure:
             self._own_buffers(own)  # kept for the second look
         buffers = None if move_buffers else self._own_buffers(own)
         quiet = objective.quiet.get(key)
-        capture = Capture(model, objective.blocks, objective.dtype, objective.parameters)
+        capture = Capture(model, objective.blocks, objective.dtype, objective.parameters, differentiable=self.stream == "exact")
         with derivatives(), self._same_chance(own, quiet is not None):
             z = self._forward(x, buffers, capture)
             if quiet is None and own and not again and not capture.generators and not self._drew():
@@ -345,6 +347,22 @@ class Closure:
         if own and not again and self.twice:
             self._check_steady(z, (key, capture.trace))
         return z, capture, form
+
+    def _may_go_unheard(self) -> bool:
+        """Whether nothing but the mean gradient can be asked of a look: it is of a form that was heard once and draws nothing,
+        and no other look will follow."""
+        fresh = self._chance is None and self.stream == "step" and not self.twice
+        return fresh and self.objective.fine and self._key(self.x) in self.objective.quiet
+
+    def _unheard(self, move_buffers: bool) -> tuple[Tensor, Capture]:
+        """`forward` with nobody listening."""
+        self.objective.check_modules()
+        self._chance = _QUIET
+        capture = Capture(self.objective.model, self.objective.blocks, self.objective.dtype, self.objective.parameters)
+        with derivatives():
+            z = self._forward(self.x, None if move_buffers else self._own_buffers(True))
+        self._check_same(z)
+        return z, capture
 
     def _own_buffers(self, own: bool) -> dict[str, Tensor] | None:
         """Copies of the model's buffers for one look to write on: as they were before the first look at this minibatch."""
@@ -485,7 +503,7 @@ class Closure:
         """One forward, then one backward for each pass in `needs`.
 
         Args:
-            needs: of "data", "model", "exact".
+            needs: of "gradient", "data", "model", "exact".
             move_buffers: False runs on cloned buffers, so that a second look does not move BatchNorm's statistics.
             draws: labels drawn for each example in the "model" pass; with k of them V = k, each vector times 1/√k.
             checked: False leaves it to the caller to see that the loss is finite: nothing then waits for a GPU.
@@ -497,7 +515,11 @@ class Closure:
         for name in needs - set(PASSES):
             raise unknown("pass", name, PASSES)
         likelihood = self.objective.likelihood
-        z, capture = self.forward(move_buffers=move_buffers)
+        z, capture = (
+            self._unheard(move_buffers)
+            if needs == {"gradient"} and self._may_go_unheard()
+            else self.forward(move_buffers=move_buffers)
+        )
         with derivatives():
             outputs = z.detach().requires_grad_()
             loss = self._loss(outputs)
@@ -506,12 +528,15 @@ class Closure:
         if self.stream == "exact":
             self.check_alone(outputs.detach())
         passes: dict[str, dict[str, LayerStatistics]] = {}
+        by_leaves = "gradient" in needs
         for name in (p for p in PASSES if p in needs):
+            if name == "gradient" and "data" in needs:
+                continue  # of the same pass
             if name == "exact":
                 if self.stream != "exact" and mixes(self.objective.modules):
                     self.objective.say(_MIXING)
                 vectors = self.root(outputs.detach())
-            elif name == "data":
+            elif name in ("gradient", "data"):
                 size = torch.full_like(loss, len(z))  # of the sum, not of the mean
                 vectors = torch.autograd.grad(loss, outputs, size)[0][None]
             else:
@@ -519,7 +544,10 @@ class Closure:
                 with derivatives():
                     each = [torch.autograd.grad(likelihood.loss(outputs, label).sum(), outputs)[0] for label in drawn]
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
-            passes[name] = capture.backward(z, vectors, leaves=True)
+            if name == "gradient" and all(map(capture.fine, self.objective.blocks)):
+                passes[name] = capture.gradients(z, vectors)
+            else:
+                passes[name] = capture.backward(z, vectors, leaves=True, gradients=by_leaves and name in ("gradient", "data"))
             for statistics in passes[name].values():
                 if not statistics.used and statistics.block.name not in capture.frozen:
                     self.objective.say(f"{statistics.block} does not reach the model's outputs in a minibatch: its gradient is "
@@ -565,5 +593,5 @@ _PICK = (
 )
 _QUIET = "no random number is drawn"
 _FORMS = 512  # that are remembered
-_OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range")
+_OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range in self")
 """In torch's messages about data that do not fit a layer."""

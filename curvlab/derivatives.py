@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -57,23 +58,29 @@ def derivatives() -> Iterator[None]:
         yield
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """By plain operations: torch's own (2.13) has no forward derivative, and a wrong second one."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 class _Written(TorchFunctionMode):
-    """Weight norm by plain operations: torch's own (2.13) has no forward derivative, and a wrong second one."""
+    """Calls `weight_norm` in the place of torch's own."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch._weight_norm:
-            return func(*args, **(kwargs or {}))
-        v, g, dim = (*args, 0)[:3]
-        return v * (g / torch.norm_except_dim(v, 2, (kwargs or {}).get("dim", dim)))
+        return (weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
 
 
 @contextmanager
-def differentiable() -> Iterator[None]:
-    """Attention and weight norm by plain operations: the fused ones have no second and no forward derivatives."""
+def differentiable(heard: bool = False) -> Iterator[None]:
+    """Attention and weight norm by plain operations: the fused ones have no second and no forward derivatives.
+
+    Args:
+        heard: whether somebody who listens to every call sees to weight norm.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _Written():
+        with sdpa_kernel(SDPBackend.MATH), nullcontext() if heard else _Written():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -57,8 +57,11 @@ class Rule:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """The call's arguments by name."""
-        named = {self.aliases.get(name, name): value for name, value in kwargs.items()}
-        return SimpleNamespace(**{"bias": None, **self.defaults, **dict(zip(self.names, args, strict=False)), **named})
+        named = {"bias": None, **self.defaults}
+        named.update(zip(self.names, args, strict=False))
+        if kwargs:
+            named.update((self.aliases.get(name, name), value) for name, value in kwargs.items())
+        return SimpleNamespace(**named)
 
 
 def _places_last(x: Float[Tensor, "R *P F"]) -> Float[Tensor, "R P F"]:

@@ -104,16 +104,19 @@ class Block:
 
     def gather(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
         """{parameter: tensor} → one tensor of the block's shape, after `batch` leading axes."""
+        weight = self.gather_weight(tensors, batch)
+        if self.layer is None or not self.biased:
+            return weight
+        return torch.cat([weight, tensors[self.params[1]].reshape(*weight.shape[:batch], -1, 1)], -1)
+
+    def gather_weight(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
+        """The same without the bias column: a view where possible."""
         weight = tensors[self.params[0]]
-        leading = weight.shape[:batch]
         if self.layer is None:
             return weight
         if self.layer.transposed:
             weight = weight.mT
-        weight = weight.reshape(*leading, self.shape[0], -1)
-        if not self.biased:
-            return weight
-        return torch.cat([weight, tensors[self.params[1]].reshape(*leading, -1, 1)], -1)
+        return weight.reshape(*weight.shape[:batch], self.shape[0], -1)
 
     def scatter(self, value: Tensor, batch: int = 0) -> dict[str, Tensor]:
         """One tensor of the block's shape → {parameter: tensor in the parameter's own shape}, views where possible."""

@@ -89,6 +89,12 @@ class Objective:
         return found
 
     @property
+    def fine(self) -> bool:
+        """Whether autograd's derivatives of all blocks are of the statistics' precision."""
+        dtype = self.dtype
+        return all(owner[key].dtype == dtype for _, owner, key in self._slots)  # type: ignore[union-attr]  # none is None
+
+    @property
     def input_dtype(self) -> torch.dtype | None:
         """That of all floating weights, to which floating inputs are brought; None where they differ: those stay."""
         weights = (w for module in self.modules for w in module._parameters.values() if w is not None)

@@ -111,7 +111,7 @@ class Descent:
     @property
     def needs(self) -> frozenset[Pass]:
         """The passes that the next `direction` will read."""
-        return self.curvature.needs | {"data"}
+        return self.curvature.needs | self.curvature.step_needs | {"gradient"}
 
     def direction(self, observation: Observation, decay: Callable[[Tensor], float] | float | None = None) -> dict[str, Tensor]:
         """{block: p}, to be followed as W ← W − α p. Updates momentum and curvature.

@@ -20,6 +20,7 @@ from curvlab.functions import ARRANGEMENTS, Call, Rule
 from curvlab.layers import Block
 from curvlab.linalg.aligned import product, room, second_moment
 
+_SMALL = 1 << 16  # numbers, of which a copy costs less than a few calls
 OVERWRITTEN = "{}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
 
 
@@ -115,6 +116,8 @@ class UseInput:
         rows, n = self.bare.flatten(0, 1), len(self.bare)
         if not self.column:
             return second_moment(rows, 1 / n)
+        if rows.numel() < _SMALL:
+            return second_moment(torch.cat([rows, rows.new_full((len(rows), 1), float(self.use.biased))], 1), 1 / n)
         last = rows.shape[1]
         found = room(rows, last + 1, last + 1)  # the column of ones costs nothing, where a copy of patches would
         second_moment(rows, 1 / n, out=found[:last, :last])
@@ -205,12 +208,12 @@ class Part:
         if not block.biased:
             return product(g.T, a, scale)
         found = room(g, *block.shape)
-        torch.addmm(found[:, :-1], g.T, a, beta=0, alpha=scale, out=found[:, :-1])
+        weight, bias = found[:, :-1], found[:, -1]
+        torch.addmm(weight, g.T, a, beta=0, alpha=scale, out=weight)
         if inputs.use.biased:
-            torch.sum(g, 0, out=found[:, -1])
-            found[:, -1] *= scale
+            torch.sum(g, 0, out=bias).mul_(scale)
         else:
-            found[:, -1] = 0
+            bias.zero_()
         return found
 
     def weighted(self, h: Float[Tensor, "R P"]) -> Float[Tensor, " I"]:

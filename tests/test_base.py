@@ -98,7 +98,7 @@ def test_methods_without_a_warm_start_absorb_nothing(name: str) -> None:
     curvature.absorb(observations(objective, p, 1)[0])
     assert curvature.updates == 0
     assert not curvature.warmed
-    assert curvature.needs == {curvature.labels}
+    assert curvature.needs == {"gradient" if name in ("adam", "sgd-m") else curvature.labels}
 
 
 # ------------------------------------------------------------------------------------------------ schedules

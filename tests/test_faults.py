@@ -226,7 +226,7 @@ def listening(o: cl.Objective, x: Tensor, y: Tensor, now: Callable[[], Reference
 
     def observe(self: object, *args: object, **options: object) -> object:
         observation = true(self, *args, **options)
-        if "data" in observation.passes:
+        if {"gradient", "data"} & set(observation.passes):
             r = now()
             seen.append(apart(in_order(o, r, observation.gradients), r.gradient))
         return observation

@@ -108,13 +108,18 @@ class BlockDiagonal:
     @property
     def needs(self) -> frozenset[Pass]:
         """The passes that the next `update` will read."""
-        folded = frozenset({self.labels}) if self._folds(self.steps + 1) and not self.shown else frozenset[Pass]()
-        return folded | {"data"} if self.damping_rule else folded
+        return frozenset({self._pass}) if self._folds(self.steps + 1) and not self.shown else frozenset()
+
+    @property
+    def _pass(self) -> Pass:
+        """What `_fold` reads: the mean gradient alone, where that is all that the blocks read."""
+        alone = self.labels == "data" and self._look is None and all(b.reads == "gradient" for b in self.blocks.values())
+        return "gradient" if alone else self.labels
 
     @property
     def warm_needs(self) -> frozenset[Pass]:
         """The passes that `absorb` reads; empty where the document has no warm start."""
-        return frozenset({self.labels}) if self.warm else frozenset()
+        return frozenset({self._pass}) if self.warm else frozenset()
 
     @property
     def inverse(self) -> dict[str, Operator]:
@@ -145,6 +150,8 @@ class BlockDiagonal:
             statistics = self._look(observation)
         elif self.labels in observation.passes:
             statistics = observation.passes[self.labels]
+        elif self._pass in observation.passes:
+            statistics = observation.passes[self._pass]
         else:
             raise unknown("pass of this observation", self.labels, observation.passes)
         self._follow(statistics)
@@ -177,7 +184,7 @@ class BlockDiagonal:
         for x, y in self.shown:
             seen += len(x)
             closure = Closure(objective, x, y, 0, "warm")  # of no stream's count: made again and again
-            self._fold(closure.observe({self.labels}, move_buffers=False), len(x) / seen)
+            self._fold(closure.observe({self._pass}, move_buffers=False), len(x) / seen)
 
     @precise()
     def update(self, observation: Observation) -> None:

@@ -93,8 +93,8 @@ class Structured:
     """
 
     labels: Pass
-    step_needs: frozenset[Pass] = frozenset({"data"})
-    needs: frozenset[Pass] = frozenset({"data"})
+    step_needs: frozenset[Pass] = frozenset({"gradient"})
+    needs: frozenset[Pass] = frozenset({"gradient"})
     warm_needs: frozenset[Pass] = frozenset()
     rejects = False
 
