@@ -324,15 +324,15 @@ class Capture:
         ]  # fmt: skip
         named = [name for b in own for name in b.params if self.parameters[name].requires_grad]
         targets: list[Any] = [use.edge for use, _ in heard] + [self.parameters[name] for name in named]
-        grads = send_back(z, targets, vectors) if targets else []
+        grads = _together(z, targets, vectors) if targets else []
         parts: dict[str, list[Part]] = {name: [] for name in self.arranged}
         for (use, how), d in zip(heard, grads, strict=False):
             if d is not None:
                 shape, dtype = use.output.value.shape, self.dtype or use.call.weight.dtype
-                g = use.rule.outputs(d.reshape(count * shape[0], *shape[1:])).to(dtype)
-                parts[use.block.name].append(
-                    Part(use.block, self._input(use, size, how), g.view(count, -1, *g.shape[1:]), use.swapped)
-                )
+                g = use.rule.outputs(d if d.shape == shape else d.reshape(count * shape[0], *shape[1:]))
+                g = g if g.dtype == dtype else g.to(dtype)
+                g = g[None] if count == 1 else g.view(count, -1, *g.shape[1:])
+                parts[use.block.name].append(Part(use.block, self._input(use, size, how), g, use.swapped))
         prove = self.prove
         if prove is not None:
             unseen = {id(self.uses[n][i]) for n, some in self.unproven.items() for i in some if i < len(self.uses.get(n, ()))}
@@ -365,7 +365,7 @@ class Capture:
         named = [name for b in self.blocks for name in b.params if self.parameters[name].requires_grad]
         if z.grad_fn is None:
             raise CurvlabError(_NO_GRAPH)
-        grads = send_back(z, [self.parameters[name] for name in named], vectors) if named else []
+        grads = _together(z, [self.parameters[name] for name in named], vectors) if named else []
         means = self._means(self.blocks, dict(zip(named, grads, strict=True)), len(z))
         return {
             b.name: LayerStatistics(b, len(z), mean, like=mean, why=_ALONE, used=used)
@@ -373,8 +373,7 @@ class Capture:
         }
 
     def _means(self, blocks: Sequence[Block], sums: Mapping[str, Tensor | None], size: int) -> dict[str, tuple[Tensor, bool]]:
-        """{block: (mean gradient, whether the pass reached it)} of parameters' own sums, [1, *shape]; zero where there is no
-        such."""
+        """{block: (mean gradient, whether the pass reached it)} of parameters' own sums; zero where there is none."""
         found, scale = {}, 1 / size
         for block in blocks:
             each = {name: self._sum(sums.get(name), name) for name in block.params}
@@ -394,7 +393,7 @@ class Capture:
         p = self.parameters[name]
         if d is None:
             return torch.zeros_like(p, dtype=self.dtype, requires_grad=False)
-        d = d[0].to_dense() if d.is_sparse else d[0]
+        d = d.to_dense() if d.is_sparse else d
         return d if self.dtype is None else d.to(self.dtype)
 
 
@@ -430,6 +429,16 @@ def refused(error: Exception, what: str) -> CurvlabError:
     """Torch's refusal of a derivative in one line."""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CurvlabError(f"torch cannot take {what} of the model: {remedy(error) or first}")
+
+
+def _together(z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]) -> list[Tensor | None]:
+    """`send_back` with the vectors and the targets' first axis as one; of a single vector as autograd gives it."""
+    if len(vectors) != 1:
+        return [None if d is None else d.flatten(0, 1) for d in send_back(z, targets, vectors)]
+    try:
+        return list(torch.autograd.grad(z, targets, vectors[0], retain_graph=True, allow_unused=True))
+    except RuntimeError as error:
+        raise refused(error, "the derivative") from error
 
 
 def send_back(z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]) -> list[Tensor | None]:

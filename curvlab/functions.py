@@ -13,6 +13,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,6 +63,13 @@ class Rule:
         if kwargs:
             named.update((self.aliases.get(name, name), value) for name, value in kwargs.items())
         return SimpleNamespace(**named)
+
+
+@lru_cache(maxsize=4096)
+def extent(outputs: Callable[[Tensor], Tensor], shape: torch.Size) -> tuple[int, int]:
+    """(R, P) of a rule's `outputs` of that shape."""
+    rows, places, _ = outputs(torch.empty(shape, device="meta")).shape
+    return rows, places
 
 
 def _places_last(x: Float[Tensor, "R *P F"]) -> Float[Tensor, "R P F"]:
@@ -350,12 +358,13 @@ ARRANGEMENTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 P = N k or k N, sequence first."""
 
 
-def arrangements(rows: int, places: int, size: int) -> list[str]:
+@lru_cache(maxsize=4096)
+def arrangements(rows: int, places: int, size: int) -> tuple[str, ...]:
     """Those that shapes allow, the usual one first."""
     if size == 1:
-        return ["first" if rows == 1 else "major"]
+        return ("first" if rows == 1 else "major",)
     found = ["first"] if rows == size else []
     found += ["major", "minor"] if rows % size == 0 and rows > size else []
     if places and places % size == 0:
         found += ["second"] + (["last"] if places > size else [])
-    return found
+    return tuple(found)

@@ -7,7 +7,6 @@ inputs incl. the bias column, O outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
+from curvlab.lazy import cached_property
 from curvlab.uses import Part, UseInput
 
 Reads = Literal["gradient", "rows", "moments", "factors"]

@@ -7,7 +7,6 @@ R rows and P places as the call has them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from curvlab.errors import CurvlabError
-from curvlab.functions import ARRANGEMENTS, Call, Rule
+from curvlab.functions import ARRANGEMENTS, Call, Rule, extent
 from curvlab.layers import Block
+from curvlab.lazy import cached_property
 from curvlab.linalg.aligned import product, room, second_moment
 
 _SMALL = 1 << 16  # numbers, of which a copy costs less than a few calls
@@ -65,11 +65,10 @@ class Use:
     inputs: Tensor | None
     beyond: tuple[Node, ...]
 
-    @cached_property
+    @property
     def extent(self) -> tuple[int, int]:
         """(R, P)."""
-        rows, places, _ = self.rule.outputs(self.output.value).shape
-        return rows, places
+        return extent(self.rule.outputs, self.output.value.shape)
 
 
 class UseInput:
@@ -84,14 +83,14 @@ class UseInput:
         x = self.use.x
         if x.overwritten:
             raise CurvlabError(OVERWRITTEN.format(self.use.block))
-        return x.value.to(self.dtype) if x.value.is_floating_point() else x.value
+        return x.value if x.value.dtype == self.dtype or not x.value.is_floating_point() else x.value.to(self.dtype)
 
     @cached_property
     def own(self) -> Float[Tensor, "R P *G I"]:
         """In the call's own rows and places, without the bias column; with an axis Γ where the block has several groups."""
         use = self.use
         found = use.rule.inputs(use.call, self.raw) if use.inputs is None else use.inputs
-        return found.to(self.dtype)
+        return found if found.dtype == self.dtype else found.to(self.dtype)
 
     @property
     def bare(self) -> Float[Tensor, "N T *G I"]:

@@ -6,8 +6,9 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,14 @@ TRUNCATED = ["hf"]
 """Whose direction is an approximate product with `inverse`."""
 
 algorithms = pytest.mark.parametrize("name", NAMES)
+
+
+def pairs(models: Sequence[str], what: str, values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Every algorithm with every model, `values` taken in turn: each meets every algorithm and every model."""
+    cases = [
+        (name, model, values[(i + j) % len(values)]) for i, name in enumerate(NAMES) for j, model in enumerate(models)
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("name", "model", what), cases)
 
 
 def follows_the_gradient(name: str, block: Block) -> bool:
@@ -135,9 +144,7 @@ def test_every_block_is_a_positive_definite_operator(name: str, model: str) -> N
         torch.testing.assert_close(found, dense @ vector, rtol=1e-10, atol=1e-11)
 
 
-@algorithms
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
+@pairs(MODELS, "likelihood", ["categorical", "bernoulli", "gaussian"])
 def test_first_direction_is_a_descent_direction(name: str, model: str, likelihood: str) -> None:
     p = problem(model, likelihood)
     with fallback(name, model):
@@ -161,8 +168,7 @@ def test_loss_falls_over_20_steps(name: str, model: str) -> None:
     assert losses[20] < losses[10] < losses[0]
 
 
-@algorithms
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("name", "model"), [*((n, "tanh") for n in NAMES), *(("kfac", m) for m in MODELS if m != "tanh")])
 def test_weight_decay_is_decoupled(name: str, model: str) -> None:
     """p + γ W for every parameter (thesis Alg. 15, line 19; practice: for every variable)."""
     p = problem(model)
@@ -405,9 +411,7 @@ def test_single_precision_is_double_precision_rounded(name: str, model: str) -> 
         assert float((single[block].double() - expected).norm() / expected.norm()) < 1e-4
 
 
-@algorithms
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("model", RULED)
+@pairs(RULED, "n", [1, 2])
 def test_one_or_two_examples_are_enough(name: str, model: str, n: int) -> None:
     with fallback(name, model):
         observation, direction = first_direction(name, problem(model, n=n))
@@ -415,9 +419,7 @@ def test_one_or_two_examples_are_enough(name: str, model: str, n: int) -> None:
     assert dot(direction, observation.gradients) > 0
 
 
-@algorithms
-@pytest.mark.parametrize("value", [0.0, 1.0])
-@pytest.mark.parametrize("model", RULED)
+@pairs(RULED, "value", [0.0, 1.0])
 def test_constant_inputs(name: str, model: str, value: float) -> None:
     """A batch of one image many times over: rank one, and with zeros a first layer without statistics."""
     p = problem(model)
@@ -552,7 +554,6 @@ def test_a_1x1_convolution_on_1x1_images_is_a_linear_layer(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ devices
 
 DEVICES = [
-    "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
 ]
 
