@@ -531,7 +531,7 @@ class Closure:
         by_leaves = "gradient" in needs
         for name in (p for p in PASSES if p in needs):
             if name == "gradient" and "data" in needs:
-                continue  # of the same pass
+                continue  # they are one
             if name == "exact":
                 if self.stream != "exact" and mixes(self.objective.modules):
                     self.objective.say(_MIXING)
@@ -552,6 +552,8 @@ class Closure:
                 if not statistics.used and statistics.block.name not in capture.frozen:
                     self.objective.say(f"{statistics.block} does not reach the model's outputs in a minibatch: its gradient is "
                                        "zero there (freeze it if it is never used)")  # fmt: skip
+        if by_leaves and "data" in needs:
+            passes["gradient"] = passes["data"]
         value, pull = loss.detach(), dict[str, Tensor]()
         if self.objective.l2:
             weights = {name: p.detach() for name, p in self.objective.parameters.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 import curvlab as cl
+from curvlab.capture import Capture
 from curvlab.closure import PASSES
 from curvlab.errors import CurvlabError
 
@@ -64,6 +65,40 @@ def test_gradient_is_the_one_of_autograd(model: str, likelihood: str) -> None:
     for block in objective.blocks:
         for name, value in block.scatter(observation.gradients[block.name]).items():
             assert_near(value, p.model.get_parameter(name).grad)
+
+
+@zoo
+def test_a_look_for_the_gradient_alone(model: str, likelihood: str) -> None:
+    """The first one listens, the next does not: the same bits, alone and in company, and autograd's; nothing else is there."""
+    p = problem(model, likelihood)
+    objective = p.objective()
+    heard = objective.closure(p.x, p.y).observe("gradient")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Capture, "__enter__", lambda self: pytest.fail("somebody listens"))
+        alone = objective.closure(p.x, p.y).observe("gradient")
+    company = objective.closure(p.x, p.y).observe(ALL)
+    (p.likelihood.loss(p.model(p.x), p.y).mean()).backward()
+    assert torch.equal(heard.loss, alone.loss)
+    for block in objective.blocks:
+        found = alone.gradients[block.name]
+        assert torch.equal(heard.gradients[block.name], found)
+        assert torch.equal(company.gradients[block.name], found)
+        assert company.passes["gradient"][block.name] is company.passes["data"][block.name]
+        assert not alone.passes["gradient"][block.name].structured
+        for name, value in block.scatter(found).items():
+            assert_near(value, p.model.get_parameter(name).grad)
+
+
+def test_looks_for_the_gradient_of_a_model_that_draws_are_heard() -> None:
+    """A later look must see their masks."""
+    objective = cl.Objective(nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)), cl.likelihoods.Categorical())
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    objective.closure(x, y).observe("gradient")
+    closure = objective.closure(x, y)
+    first = closure.observe("gradient")
+    second = closure.observe("data", move_buffers=False)
+    for name, g in first.gradients.items():
+        torch.testing.assert_close(second.gradients[name], g)
 
 
 @zoo
@@ -323,13 +358,15 @@ def test_tensors_follow_the_model() -> None:
 
 def test_no_gradients_without_the_data_pass() -> None:
     p = problem()
-    with pytest.raises(CurvlabError, match='no "data" pass'):
+    with pytest.raises(CurvlabError, match='no "gradient" pass'):
         _ = p.objective().closure(p.x, p.y).observe({"exact"}).gradients
 
 
 def test_unknown_pass_names_the_known() -> None:
     p = problem()
-    with pytest.raises(CurvlabError, match=r"unknown pass 'modle'; did you mean 'model'\? \(known: data, model, exact\)"):
+    with pytest.raises(
+        CurvlabError, match=r"unknown pass 'modle'; did you mean 'model'\? \(known: gradient, data, model, exact\)"
+    ):
         p.objective().closure(p.x, p.y).observe({"data", "modle"})
 
 
