@@ -1,13 +1,16 @@
 """curvlab: curvature diagnostics of neural networks in PyTorch. The public names; nothing is computed here."""
 
+from curvlab import starting as starting  # before what takes seconds to import
+
+# isort: split
 from importlib.metadata import version as _version
 
 from curvlab import assumptions, datasets, exact, likelihoods, models
 from curvlab.algorithms import approximation, optimizer
 from curvlab.errors import CurvlabError, CurvlabWarning
-from curvlab.log import cosine_to, late_cosine
-from curvlab.log import open_log as open  # the design's name: cl.open("run.h5")
 from curvlab.objective import Objective
+from curvlab.reading import cosine_to, late_cosine
+from curvlab.reading import open_log as open  # the design's name: cl.open("run.h5")
 from curvlab.report import report
 from curvlab.runs import compare
 from curvlab.spectra import spectrum

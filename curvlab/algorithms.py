@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, get_type_hints
 
-from curvlab.closure import Pass
+from curvlab.closure import PASSES, Pass
 from curvlab.curvature.base import Curvature, CurvatureBlock, IdentityBlock, check_damping
 from curvlab.curvature.block_diagonal import Average, BlockDiagonal, Look
 from curvlab.curvature.diagonal import SecondMoment
@@ -25,7 +25,8 @@ from curvlab.curvature.skqn import SkqnB, SkqnL
 from curvlab.curvature.smw import Smw, SmwFisher
 from curvlab.curvature.structured import Structured
 from curvlab.curvature.tnt import tnt, tnt_per_sample
-from curvlab.errors import CurvlabError, fitting, lookup, unknown
+from curvlab.errors import CurvlabError, fitting, lookup, real, unknown, whole
+from curvlab.groups import check_momentum
 from curvlab.layers import Block
 from curvlab.objective import Objective
 from curvlab.optim import Descent, MomentumKind, Optimizer
@@ -316,6 +317,10 @@ def approximation(
     """
     a = lookup(ALGORITHMS, name, "algorithm")
     own = a.checked(own, name)
+    check_rates(damping=damping, decay=decay)
+    check_labels(labels)
+    for what, value in (("update_every", update_every), ("refresh_every", refresh_every)):
+        whole(what, value)
     if a.look is not None and labels not in (None, a.labels):
         raise CurvlabError(f"{name} has no labels to choose but '{a.labels}': leave labels out")
     shared: dict[str, Any] = {
@@ -342,6 +347,27 @@ def approximation(
         damping_rule=rule,
         **shared,
     )
+
+
+def check_labels(labels: Pass | None) -> None:
+    """Raises CurvlabError for what are no labels. None is the document's."""
+    known = [name for name in PASSES if name != "gradient"]
+    if labels is not None and labels not in known:
+        raise unknown("labels", labels, known)
+
+
+def check_rates(
+    lr: float | None = None, damping: float | None = None, momentum: float | None = None, decay: float | None = None
+) -> None:
+    """Raises CurvlabError where one is no number, or out of its range. None is the document's."""
+    if lr is not None:
+        real("the learning rate", lr)
+    if damping is not None:
+        check_damping(damping)
+    if momentum is not None:
+        check_momentum(momentum)
+    if decay is not None:
+        real("decay", decay, "at least 0 and below 1", lambda v: 0 <= v < 1)
 
 
 def descent(
@@ -380,6 +406,7 @@ def optimizer(name: str, objective: Objective, lr: float | None = None, **option
             document's where None (20 of KFAC, TNT and Shampoo on autoencoders: thesis 2.8.2, 4.7.2).
     """
     a = lookup(ALGORITHMS, name, "algorithm")
+    check_rates(lr)
     return Optimizer(descent(name, objective, **options), a.lr if lr is None else lr)
 
 

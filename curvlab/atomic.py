@@ -1,26 +1,144 @@
-"""Files that are whole at any moment: written aside, fsynced, then moved into place."""
+"""Files that are whole at any moment: written aside, fsynced, then moved into place; and sealed ones, which show that they are.
+
+A seal is the last line of a file, the SHA-256 of all that lies before it. Readers of HDF5 and of zip archives pass over it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+from curvlab.errors import CurvlabError
+
+_MARK = b"\ncurvlab-sha256 "
+SEAL = len(_MARK) + hashlib.sha256().digest_size * 2 + 1
+"""Bytes of a seal."""
+_CHUNK = 1 << 20
 
 
 def rewrite(path: Path, write: Callable[[Path], object]) -> None:
-    """``write(aside)``, fsync, `os.replace`; until then the old file stays. Raises OSError where that cannot be done."""
+    """``write(aside)``, fsync, `os.replace`; until then the old file stays, and whatever ends it leaves nothing beside.
+
+    Raises OSError where that cannot be done.
+    """
     aside = path.with_name(f".{path.name}.part")
-    aside.unlink(missing_ok=True)  # a save that Ctrl-C broke off may hold it open still, and HDF5 would refuse it
     try:
-        write(aside)
-        with aside.open("rb") as stream:
-            os.fsync(stream.fileno())
-    except OSError:
-        aside.unlink(missing_ok=True)  # a full disk has its space again
+        try:
+            aside.unlink(missing_ok=True)  # what a kill left behind
+            write(aside)
+            with aside.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(aside, path)
+        except BaseException:
+            _discard(aside)  # a full disk has its space again
+            raise
+    except BaseException:
+        _discard(aside)  # where a second Ctrl-C broke off the first's tidying
         raise
-    os.replace(aside, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _discard(aside: Path) -> None:
+    if aside.is_file():  # a folder in its place is not ours
+        aside.unlink(missing_ok=True)
+
+
+class Sealing:
+    """A binary stream to write to, which adds up what goes through it. `error` is what the disk said, whoever hid it since."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.error: OSError | None = None
+        self._stream, self._sum = stream, hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self._sum.update(data)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
+
+    def seal(self) -> bytes:
+        return _MARK + self._sum.hexdigest().encode() + b"\n"
+
+
+def rewrite_sealed(path: Path, write: Callable[[Sealing], object]) -> None:
+    """As `rewrite`; ``write(stream)`` writes the contents, and their seal comes after them.
+
+    Raises OSError where that cannot be done, also where what wrote made something else of it.
+    """
+
+    def to(aside: Path) -> None:
+        with aside.open("wb") as stream:
+            sealing = Sealing(stream)
+            try:
+                write(sealing)
+            except Exception as error:
+                if sealing.error is not None:
+                    raise sealing.error from error
+                raise
+            stream.write(sealing.seal())
+
+    rewrite(path, to)
+
+
+@contextmanager
+def unsealed(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
+    """The file, open at its beginning and looked through, and whether it carries a seal.
+
+    A damaged seal is none: contents that are sealed by their own word must be asked for it.
+
+    Raises:
+        CurvlabError: it cannot be read, or its seal does not fit what lies before it.
+    """
+    try:
+        with path.open("rb") as stream:
+            yield stream, _looked_through(path, stream)
+    except OSError as error:
+        raise CurvlabError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_sealed(path: Path) -> tuple[bytes, bool]:
+    """What lies before the seal, and whether there was one. Raises CurvlabError as `unsealed`."""
+    with unsealed(path) as (stream, sealed):
+        return stream.read(os.fstat(stream.fileno()).st_size - SEAL if sealed else -1), sealed
+
+
+def damaged(path: Path) -> CurvlabError:
+    """The error for a file that is not what was written."""
+    return CurvlabError(f"{path} is damaged, its checksum does not fit: restore it or start again")
+
+
+def _looked_through(path: Path, stream: BinaryIO) -> bool:
+    length = os.fstat(stream.fileno()).st_size - SEAL
+    if length < 0:
+        return False
+    stream.seek(length)
+    seal = stream.read(SEAL)
+    if not (seal.startswith(_MARK) and seal.endswith(b"\n")):
+        stream.seek(0)
+        return False
+    stream.seek(0)
+    found = hashlib.sha256()
+    while length:
+        part = stream.read(min(_CHUNK, length))
+        if not part:
+            break
+        found.update(part)
+        length -= len(part)
+    if seal != _MARK + found.hexdigest().encode() + b"\n":
+        raise damaged(path)
+    stream.seek(0)
+    return True

@@ -12,6 +12,9 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, LogFormatter
 from numpy.typing import NDArray
 
+from curvlab import attributes
+from curvlab.errors import CurvlabError
+
 
 @dataclass(frozen=True)
 class SymmetricLog:
@@ -34,15 +37,27 @@ class SymmetricLog:
 
 
 def symmetric_log(ds: xr.Dataset) -> SymmetricLog:
-    """From the greatest |λ| of all panels down to 10⁻⁷ of the least, or to where rounding begins; at most 12 decades."""
+    """From the greatest |λ| of all panels down to 10⁻⁷ of the least, or to where rounding begins; at most 12 decades.
+
+    Raises CurvlabError where the bins of the log do not hold its eigenvalues.
+    """
     largest = np.maximum(np.abs(ds["lowest"].values), np.abs(ds["highest"].values))
+    largest = largest[np.isfinite(largest)]
+    if not largest.size:
+        raise CurvlabError("no end of a spectrum in the log is a finite number, so there is no axis for eigenvalues")
     top = math.ceil(math.log10(max(largest.max(), 1e-11)) * 2) / 2
-    relative = max(1e-7, float(ds.attrs.get("tolerance", 0.0)))
+    relative = min(max(1e-7, attributes.number(ds, "tolerance") or 0.0), 1.0)
     low = max(math.floor(math.log10(max(largest.min() * relative, 1e-12))), math.ceil(top) - 12)
     edges = np.concatenate([ds["lower"].values, ds["upper"].values[-1:]])
-    exponent = np.log10(np.abs(edges))
+    if not (np.diff(edges) > 0).all():
+        raise CurvlabError("the bins of the spectra in the log do not ascend")
+    exponent = np.log10(np.maximum(np.abs(edges), 1e-300))
     half_decades = np.abs(2 * exponent - np.round(2 * exponent)) < 0.01
     shown = np.flatnonzero(half_decades & (exponent > low - 0.01) & (exponent < top + 0.01))
+    if len(shown) < 2:
+        raise CurvlabError(
+            f"the bins of the spectra in the log do not reach their eigenvalues, which end at {largest.max():.3g}"
+        )
     return SymmetricLog(edges[shown], shown[:-1], 10.0**low, 10.0**top)
 
 

@@ -4,25 +4,46 @@ from __future__ import annotations
 
 import atexit
 import gc
-import signal
+import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TextIO
 
+import matplotlib
 import typer
 from rich.table import Table
 
 import curvlab
-from curvlab import cli_reproduce, cli_train, datasets, figures, models, probes, runs, spectra, spectrum_run
+from curvlab import (
+    blame,
+    cli_reproduce,
+    cli_train,
+    datasets,
+    doctor,
+    figures,
+    models,
+    paths,
+    pictures,
+    probes,
+    runs,
+    spectra,
+    spectrum_run,
+    starting,
+)
 from curvlab.algorithms import ALGORITHMS
-from curvlab.errors import CurvlabError, CurvlabWarning, lookup
-from curvlab.log import open_log
+from curvlab.blame import verdict
+from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, lookup, shown, whole
+from curvlab.escape import for_rich, for_terminal
+from curvlab.interrupt import LISTENER, listening, number_of
+from curvlab.interrupt import words as words_of
 from curvlab.memory import keep_freed_memory
 from curvlab.probes import costs
-from curvlab.terminal import err, finish, folder_for, listed, out, says_what_is_saved
+from curvlab.reading import open_log
+from curvlab.streams import unfailing
+from curvlab.terminal import check_output, err, finish, folder_for, listed, out, picture, says_what_is_saved, writing, wrote
 from curvlab.training import schedules
 
 app = typer.Typer(
@@ -38,6 +59,9 @@ Option = typer.Option
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    verbose: Annotated[
+        bool, Option("--verbose", "-v", help="Where an error is no bad input, show its whole traceback.")
+    ] = False,
 ) -> None:
     """Curvature diagnostics of neural networks."""
     if version:
@@ -99,6 +123,9 @@ def compare(
 
     The defaults are the published picture: the trajectory of block-fisher, batches of 1000, learning rate 0.03,
     overall damping 1e-3, 300 steps, warm start over one pass, sampled labels.
+
+    A method whose numbers leave the finite range is named, and NaN from that step on, while the others go on to the end; if it
+    is the reference, the run ends there. Exit code 1 in both cases.
     """
     call = {k: v for k, v in ({"command": "compare"} | dict(locals())).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
@@ -107,17 +134,29 @@ def compare(
     )
     if steps is None and epochs is None:
         steps = 300
-    if seed < 0:
-        raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
+    whole("the seed", seed, 0)
+    whole("seeds", seeds, 1, runs.SEEDS)
+    check_output(out_folder, "cosine")
     named = runs.Named(
         settings, model, data, steps, epochs, batch_size, tuple(range(seed, seed + seeds)), device, dtype, verbose
     )
-    runs.check_named(named)
+    prepared = runs.prepare(named)
     keep_freed_memory()
-    folder = folder_for(out_folder, f"compare-{model}")
-    with says_what_is_saved(folder / "run.h5"):
-        ds = runs.compare_named(named, folder / "run.h5", call, err).dataset
-    finish(ds, folder, "cosine")
+    with (
+        paths.made(out_folder, lambda: folder_for(out_folder, f"compare-{model}")) as folder,
+        writing(folder),
+        says_what_is_saved(folder / "run.h5"),
+    ):
+        try:
+            run = runs.compare_named(prepared, folder / "run.h5", call, err)
+        except Diverged as error:
+            if not (folder / "run.h5").exists():
+                raise
+            err.print(for_rich(f"curvlab: {error} (the log so far is saved in {folder / 'run.h5'})"))
+            raise typer.Exit(cli_train.DIVERGED) from error
+    finish(run.dataset, folder, "cosine")
+    if run.diverged:
+        raise typer.Exit(cli_train.DIVERGED)
 
 
 @app.command()
@@ -169,10 +208,14 @@ def spectrum(
     plan = spectra.Plan(listed(matrix), listed(blocks), method, draws, steps)
     at = tuple(_integer(word, "--after") for word in listed(after))
     named = spectrum_run.Named(model, plan, data, samples, at, algorithm, lr, damping, batch_size, seed, device, dtype, verbose)
+    check_output(out_folder, "spectrum")
     prepared = spectrum_run.prepare(named)
     keep_freed_memory()
-    folder = folder_for(out_folder, f"spectrum-{model}")
-    with says_what_is_saved(folder / "run.h5"):
+    with (
+        paths.made(out_folder, lambda: folder_for(out_folder, f"spectrum-{model}")) as folder,
+        writing(folder),
+        says_what_is_saved(folder / "run.h5"),
+    ):
         ds = spectrum_run.run(prepared, folder / "run.h5", call, err)
     finish(ds, folder, "spectrum")
 
@@ -181,7 +224,7 @@ def _integer(text: str, option: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise CurvlabError(f"{option} takes whole numbers with commas between, not '{text}'") from error
+        raise CurvlabError(f"{option} takes whole numbers with commas between, not {shown(text)}") from error
 
 
 app.command()(cli_train.train)
@@ -202,17 +245,14 @@ def plot(
     """Redraw a figure from the log alone."""
     if figure is not None:
         lookup(figures.FIGURES, figure, "figure")
-    found = {path: open_log(path) for path in run}
+    if output is not None:
+        output = pictures.check(output, "choose another with -o")
+    found = {path: open_log(paths.given(path, "run")) for path in run}
     figure = figure or figures.main(found[run[0]])
-    target = output or (run[0] if run[0].is_dir() else run[0].parent) / f"{figure}.png"
-    drawn = figures.draw_all([(str(path), ds) for path, ds in found.items()], figure)
-    if target.suffix[1:] not in drawn.canvas.get_supported_filetypes():
-        raise CurvlabError(f"figures are not written as '{target.suffix}' (known: .png, .svg, .pdf)")
-    try:
-        drawn.savefig(target, dpi=150)
-    except OSError as error:
-        raise CurvlabError(f"{target} cannot be written: {error.strerror}") from error
-    out.print(f"wrote {target}", highlight=False, soft_wrap=True)
+    beside = run[0] if run[0].is_dir() else run[0].parent
+    target = output or pictures.check(beside / f"{figure}.png", "choose another with -o")
+    picture(figures.draw_all([(str(path), ds) for path, ds in found.items()], figure), target)
+    wrote(target)
 
 
 @app.command()
@@ -225,9 +265,24 @@ def report(
     ] = None,
 ) -> None:
     """Write one page of HTML that stands alone: figures, tables, the exact call, versions, every attribute."""
-    target = output or (run[0] if run[0].is_dir() else run[0].parent) / "report.html"
+    first = paths.given(run[0], "run")
+    target = output or (first if first.is_dir() else first.parent) / "report.html"
     curvlab.report([str(path) for path in run], target)
-    out.print(f"wrote {target}", markup=False, highlight=False, soft_wrap=True)
+    wrote(target)
+
+
+@app.command(name="doctor")
+def doctor_(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder, which is then looked at too.")] = None,
+) -> None:
+    """Say what a bug report asks for first: versions, threads, device, data, and of a run whether it is whole and how to go on.
+
+    What is in the way of something is marked with an exclamation mark, and the exit code is 1.
+    """
+    page = doctor.examine(run)
+    out.print(for_rich(page, lines=True), soft_wrap=True)
+    if page.bad:
+        raise typer.Exit(1)
 
 
 def _algorithm_rows() -> list[tuple[str, ...]]:
@@ -296,28 +351,61 @@ def list_(
     out.print(table)
 
 
+RUNS = ("train", "compare", "spectrum", "reproduce")
+"""Commands whose result are files; of the others it is what they print."""
+
+
 def main() -> None:
-    """Run the command line; one line and exit code 2 for bad input, 130 for Ctrl-C."""
-    hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
+    """Run the command line and exit.
+
+    0: done. 1: a run's numbers left the finite range. 2: bad input, an error of the user's own code, output that cannot be
+    written; one line, after the user's own frames. 70: an error of curvlab's own. 128 + n: ended by signal n, 130 by Ctrl-C.
+    """
     atexit.register(gc.freeze)  # what is left goes with the process: to collect it took longer than a second
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _Warn()
-            code = _run()
-    finally:
-        sys.unraisablehook = hook
+    with listening(most=2):
+        code = _ended(sys.argv[1:])
+        starting.done(code)
     sys.exit(code)
 
 
-def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
-    """A Ctrl-C that comes while a weak reference is cleared is dropped there by Python: send it once more, a moment later."""
-    main = threading.main_thread().ident
-    if issubclass(unraisable.exc_type, KeyboardInterrupt) and main is not None:
-        again = threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT))  # wakes what waits, as a real one does
-        again.daemon = True
-        again.start()
-    else:
-        sys.__unraisablehook__(unraisable)
+def _ended(words: list[str]) -> int:
+    """The exit code, whatever a signal breaks off: two raise at most, and none once `LISTENER` is deaf."""
+    try:
+        try:
+            with unfailing() as stdout, warnings.catch_warnings():
+                warnings.showwarning = _Warn()
+                _use_backend(starting.backend)
+                code = _run(words)
+                LISTENER.deaf = True
+                sys.stdout.flush()
+                if stdout is not None and stdout.error:
+                    _say(f"standard output cannot be written: {stdout.error}")
+                    code = code or (0 if code is None and words[0] in RUNS else 2)
+        except KeyboardInterrupt as error:
+            LISTENER.deaf = True
+            return _interrupted(error)
+    except KeyboardInterrupt as error:
+        LISTENER.deaf = True
+        return _interrupted(error)
+    return code or 0
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    with unfailing():
+        _say(words_of(error))
+    return 128 + number_of(error)
+
+
+def _say(text: str) -> None:
+    err.print(for_rich(f"curvlab: {text}"))
+
+
+def _use_backend(name: str) -> None:
+    """The user's MPLBACKEND, for code of theirs that draws (figures need none). One that matplotlib lacks is left out."""
+    if name:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = name
+            os.environ["MPLBACKEND"] = name
 
 
 class _Warn:
@@ -338,20 +426,41 @@ class _Warn:
         text = f"curvlab: warning: {message}" if issubclass(category, CurvlabWarning) else f"{category.__name__}: {message}"
         if text not in self.said:
             self.said.add(text)
-            err.print(text, markup=False)
+            err.print(for_rich(text))
 
 
-def _run() -> int:
+def _run(words: list[str]) -> int | None:
+    """The exit code; None where a command came to its end, 0 where help was all that was asked for."""
     command = typer.main.get_command(app)
     try:
-        code = command.main(prog_name="curvlab", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("curvlab: interrupted", markup=False)
+        with command.make_context("curvlab", list(words)) as context:
+            command.invoke(context)
+    except KeyboardInterrupt as error:
+        LISTENER.deaf = True
+        _say(words_of(error))
+        return 128 + number_of(error)
+    except typer.Exit as error:
+        return error.exit_code
+    except typer.Abort:
+        _say("aborted")
         return 130
-    except Exception as error:
+    except CurvlabError as error:
+        return _failed(error, f"{error}", 2, words)
+    except BaseException as error:
         parsing = getattr(error, "format_message", None)  # click's errors; recent versions of typer carry a click of their own
-        if not isinstance(error, CurvlabError) and parsing is None:
-            raise
-        err.print(f"curvlab: {error if parsing is None else parsing()}", markup=False)
+        if parsing is None:
+            return _failed(error, *verdict(error, words[0] if words else ""), words)
+        if parsing():  # empty where help was shown instead
+            _say(" ".join(parsing().split()))
         return 2
-    return code if isinstance(code, int) else 0
+    return None
+
+
+def _failed(error: BaseException, line: str, code: int, words: list[str]) -> int:
+    """The frames of the user's own code, if it is theirs, or all where they are asked for; then one line."""
+    verbose = any(word in ("-v", "--verbose") for word in words)
+    own = blame.whole(error) if verbose and (code == blame.BUG or blame.told(error)) else blame.told(error)
+    if own:
+        sys.stderr.write(for_terminal(own, lines=True))
+    _say(line)
+    return code

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from curvlab.interrupt import LISTENER, number_of, words
 from curvlab.reproduction import Options, load, scripts
 from curvlab.reproduction import reproduce as reproduce_it
 from curvlab.terminal import err, out
@@ -43,13 +44,14 @@ def reproduce(
     """
     if name is None:
         out.print(listing())
-        return
+        raise typer.Exit
     options = Options(budget, out_folder, runs, device, tuple(methods or ()), tuple(problems or ()))
     try:
         reproduce_it(load(name), name, options)
-    except KeyboardInterrupt:
-        err.print("curvlab: interrupted; the same command goes on", markup=False)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        LISTENER.deaf = True
+        err.print(f"curvlab: {words(error)}; the same command goes on", markup=False)
+        raise typer.Exit(128 + number_of(error)) from None
 
 
 COLUMNS = ("name", "what it shows", "cpu", "paper")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from curvlab import models
-from curvlab.errors import CurvlabError
+from curvlab import models, paths
+from curvlab.errors import CurvlabError, shown
+from curvlab.escape import for_rich
 from curvlab.memory import keep_freed_memory
 from curvlab.probes import asked
 from curvlab.runs import device_of
-from curvlab.terminal import err, finish, folder_for, says_what_is_saved
+from curvlab.terminal import check_output, err, finish, folder_for, free, says_what_is_saved, writing
 from curvlab.training import checkpoint
+from curvlab.training.begun import anew, stepless
 from curvlab.training.run import Named, prepare, resumed, run_named
 from curvlab.training.settings import Budget, Settings
 
@@ -165,31 +169,66 @@ def train(
     given["probes"] = asked(probe or [], "train")
     renamed = (("warm_start", "warm"), ("schedule_own", "schedule_options"), ("probe", "probes"))
     said |= {new for old, new in renamed if old in said}
+    check_output(out_folder, "training", checkpoint.FILE)
     state = None
     if resume:
         if out_folder is None:
             raise CurvlabError("--resume needs the folder of the run: give it with --out")
-        state = checkpoint.load(out_folder / checkpoint.FILE)
-        kept = resumed(state, {k: given[k] for k in said})
-        given |= kept
-        where = device_of(given["device"])
-        if where.type != "cpu":
-            state = checkpoint.load(out_folder / checkpoint.FILE, where)
-    elif epochs is None and steps is None and seconds is None:
+        if out_folder.is_dir():
+            context.with_resource(writing(out_folder, lambda folder: None))
+        if stepless(out_folder):
+            _say_anew(out_folder, model)
+        else:
+            state = checkpoint.load(out_folder / checkpoint.FILE)
+            given |= _gone_on(state, {k: given[k] for k in said}, out_folder)
+            where = device_of(given["device"])
+            if where.type != "cpu":
+                state = checkpoint.load(out_folder / checkpoint.FILE, where)
+    if state is None and epochs is None and steps is None and seconds is None:
         given["epochs"] = 20
     if given["model"] is None:
         raise CurvlabError("Missing option '--model'.")
     training = prepare(_named(given), call, state)
     keep_freed_memory()
-    folder = folder_for(out_folder, f"train-{given['model'].replace(':', '-')}", resume=resume)
-    training.into(folder)
-    with says_what_is_saved(folder / "run.h5", f"; go on with: curvlab train --resume --out {folder}"):
-        run = run_named(training, err)
+    stem = f"train-{given['model'].replace(':', '-')}"
+    with paths.made(out_folder, lambda: folder_for(out_folder, stem)) as folder:
+        training.into(folder)
+        code = f" --model {given['model']}" if ":" in given["model"] else ""
+        going_on = f"; go on with: curvlab train --resume{code} --out {shlex.quote(str(folder))}"
+        with nullcontext() if resume else writing(folder, _free), says_what_is_saved(folder / "run.h5", going_on):
+            run = run_named(training, err)
     ds = run.dataset
     finish(ds, folder, "training", f"{ds.attrs['algorithm']} on {ds.attrs['model']}; error: {ds.attrs['error']}")
     if run.stopped:
-        err.print(f"curvlab: {run.stopped} ({folder / checkpoint.FILE})", markup=False)
+        err.print(for_rich(f"curvlab: {run.stopped} ({folder / checkpoint.FILE})"))
         raise typer.Exit(DIVERGED)
+
+
+def _free(folder: Path) -> None:
+    """As `free`, and free too where a run was killed before it had anything to go on with."""
+    if stepless(folder):
+        _say_anew(folder, "")
+    else:
+        free(folder)
+
+
+def _say_anew(folder: Path, model: str | None) -> None:
+    """Raises CurvlabError where the command line does not say what to run."""
+    if model is None:
+        raise CurvlabError(f"{anew(folder)} once the command says what to run: give --model and the options of the run")
+    err.print(for_rich(f"curvlab: {anew(folder)}"))
+
+
+def _gone_on(state: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Arguments of a run that goes on. Raises CurvlabError where its checkpoint names code that the command line does not."""
+    found = resumed(state, given)
+    name = found.get("model", "")
+    if ":" in name and "model" not in given:
+        raise CurvlabError(
+            f"the model '{name}' is code, and no file decides what code runs: say it too, as in "
+            f"curvlab train --resume --model {name} --out {folder}"
+        )
+    return found
 
 
 def _named(given: Mapping[str, Any]) -> Named:
@@ -200,17 +239,20 @@ def _named(given: Mapping[str, Any]) -> Named:
 
 
 def _options(words: list[str] | None, option: str) -> dict[str, Any]:
-    """NAME=VALUE, each value a number, true, false or none where it reads as one."""
+    """NAME=VALUE, each value a number, true, false or none where it reads as one, or several numbers with commas between."""
     found = {}
     for word in words or []:
         name, equals, value = word.partition("=")
         if not name or not equals:
-            raise CurvlabError(f"{option} takes NAME=VALUE, not '{word}'")
+            raise CurvlabError(f"{option} takes NAME=VALUE, not {shown(word)}")
         found[name.strip().replace("-", "_")] = _value(value.strip())
     return found
 
 
 def _value(text: str) -> Any:
+    if "," in text:
+        several = [_value(part.strip()) for part in text.split(",") if part.strip()]
+        return text if any(isinstance(part, str | None) for part in several) else several
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]

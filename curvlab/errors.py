@@ -7,21 +7,40 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cache
 from numbers import Integral, Real
+from operator import index
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from curvlab.escape import for_terminal
+
 T = TypeVar("T")
+
+
+LARGEST = 2**63 - 1
+"""Of whole numbers: what logs, checkpoints and generators of random numbers hold."""
+
+MOST_STEPS = 10**12
+"""Of steps, epochs, repetitions: at 30 µs each they take a year."""
 
 
 class CurvlabError(ValueError):
     """Bad input. The message is one line; the command line prints it and exits with code 2."""
 
+    def __str__(self) -> str:
+        return for_terminal(super().__str__())
+
 
 class Diverged(CurvlabError):
-    """The numbers left the finite range on the way: a loss, direction or statistic is NaN or Inf, or a factorisation failed."""
+    """The numbers left the finite range on the way: a loss, direction or statistic is NaN or Inf, or a factorisation failed.
+
+    `block` and `method` are the names of whose numbers they were, where that is known ("": not one block's).
+    """
+
+    block = ""
+    method = ""
 
 
 class CurvlabWarning(UserWarning):
@@ -43,17 +62,18 @@ def tell(text: str) -> None:
 
 def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
     """``table[name]``, or an error that names the closest and the known entries."""
-    if name in table:
+    if isinstance(name, Hashable) and name in table:
         return table[name]
     raise unknown(kind, name, table)
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> CurvlabError:
     """The error for a name that no table holds."""
-    names = list(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    names, text = list(known), shown(name) if isinstance(name, int) else str(name)
+    text = text if len(text) <= 80 else f"{text[:60]}…"
+    close = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""
-    return CurvlabError(f"unknown {kind} '{name}'{hint} (known: {', '.join(names)})")
+    return CurvlabError(f"unknown {kind} '{text}'{hint} (known: {', '.join(names)})")
 
 
 _KINDS: dict[Any, tuple[type, str]] = {
@@ -86,20 +106,66 @@ def fitting(what: str, value: Any, hint: Any) -> Any:
         return value
     fits = any(isinstance(value, _KINDS[kind][0]) and isinstance(value, bool) is (kind is bool) for kind in wanted)
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
-        raise CurvlabError(f"{what} must be {' or '.join(_KINDS[kind][1] for kind in wanted)}, not {value!r}")
+        raise CurvlabError(f"{what} must be {' or '.join(_KINDS[kind][1] for kind in wanted)}, not {shown(value)}")
+    if isinstance(value, Integral) and abs(int(value)) > LARGEST:
+        raise CurvlabError(f"{what} must be within 64 bits, from {-LARGEST} to {LARGEST}, not {shown(value)}")
     return value
 
 
+def whole(what: str, value: Any, least: int = 1, most: int = LARGEST) -> int:
+    """`value` as a whole number of a range. Raises CurvlabError for one outside of it, and for what is none."""
+    try:
+        number = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise CurvlabError(f"{what} must be a whole number, not {shown(value)}")
+    if number < least:
+        raise CurvlabError(f"{what} must be {'0 or positive' if least == 0 else f'{least} or more'}, not {shown(number)}")
+    if number > most:
+        raise CurvlabError(f"{what} must be a whole number from {least} to {most}, not {shown(number)}")
+    return number
+
+
+def real(what: str, value: Any, wanted: str = "0 or positive", good: Callable[[float], bool] = lambda v: v >= 0) -> float:
+    """`value` as a finite number. Raises CurvlabError where it is none, or not `good`: `wanted` says what is."""
+    try:
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch's for a tensor of several numbers
+        number = math.nan
+    if not (math.isfinite(number) and good(number)):
+        raise CurvlabError(f"{what} must be {wanted}, not {shown(value)}")
+    return number
+
+
+def shown(value: object) -> str:
+    """A value in an error's line: numbers as they are written, what is long shortened."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        number = int(value)
+        return str(number) if abs(number) < 10**40 else f"a number of some {int(math.log10(abs(number))) + 1} digits"
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}…"
+
+
 def several(names: str | Iterable[str]) -> list[str]:
-    """A list of names; a single one stands for itself, not for its letters."""
-    return [names] if isinstance(names, str) else list(names)
+    """A list of names; a single one stands for itself, not for its letters. Raises CurvlabError where it is no such thing."""
+    try:
+        found = [names] if isinstance(names, str) else list(names)
+    except TypeError as error:
+        raise CurvlabError(f"names are wanted, not {shown(names)}") from error
+    for name in found:
+        if not isinstance(name, str):
+            raise CurvlabError(f"names are wanted, and {shown(name)} is none")
+    return found
 
 
 def check_values(*checks: tuple[str, float, bool, str]) -> None:
     """Of (what, value, whether it is good, what is wanted): raises CurvlabError for the first that is not good."""
     for what, value, good, wanted in checks:
         if not good:
-            raise CurvlabError(f"{what} must be {wanted}, not {value:g}")
+            raise CurvlabError(f"{what} must be {wanted}, not {shown(value)}")
 
 
 def guard_memory(needed: int, what: str, remedy: str) -> None:

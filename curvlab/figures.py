@@ -18,8 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from curvlab import attributes
 from curvlab.axes import SymmetricLog, plain_numbers, symmetric_log
+from curvlab.drawable import SHORT, drawable, heading
 from curvlab.errors import CurvlabError, lookup
+from curvlab.escape import for_matplotlib, for_terminal
+from curvlab.regular import regular, unique
 
 Runs = Sequence[tuple[str, xr.Dataset]]
 """[(name, log)]"""
@@ -37,6 +41,8 @@ _COLOURS = (
     "#AA0000",
     "#7F3C8D",
 )
+_MOST_PANELS, _MOST_LINES, _MOST_BARS = 64, 48, 400
+"""Layers, algorithms of a panel and bars at most; of more so many are drawn, evenly, and it is said."""
 _MARKERS = (".", "x", "s", "^", "v")
 """Of runs that share a colour."""
 _DASHES = ((0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)))
@@ -62,7 +68,7 @@ def _colours(algorithms: Sequence[str]) -> list[str]:
 
 def _line(ax: Axes, values: xr.DataArray, style: dict[str, object], label: str) -> None:
     """Against the step, on whatever axis of steps; with several seeds the mean and a band of one standard deviation."""
-    steps = values[next(d for d in values.dims if d != "seed")]
+    steps = _axis(values)
     if "seed" in values.dims:
         mean, spread = values.mean("seed"), values.std("seed")
         ax.fill_between(steps, mean - spread, mean + spread, color=str(style["color"]), alpha=0.18, linewidth=0)
@@ -71,8 +77,13 @@ def _line(ax: Axes, values: xr.DataArray, style: dict[str, object], label: str) 
 
 
 def _others(ds: xr.Dataset) -> list[str]:
-    reference = ds.attrs.get("reference", "")
+    reference = attributes.text(ds, "reference")
     return [str(a) for a in ds["algorithm"].values if a != reference]
+
+
+def _axis(values: xr.DataArray) -> xr.DataArray:
+    """The steps along which they lie."""
+    return values[next(d for d in values.dims if d != "seed")]
 
 
 def _title(ds: xr.Dataset, text: str) -> str:
@@ -80,15 +91,27 @@ def _title(ds: xr.Dataset, text: str) -> str:
     return f"{text}{seeds}"
 
 
+def _across(figure: Figure, labels: Sequence[str], most: int = 6) -> int:
+    """Entries of a legend that stand beside each other."""
+    room = int(13.6 * figure.get_figwidth()) // (max(map(len, labels), default=0) + 9)
+    return max(1, min(len(labels), most, room))
+
+
 def _run(ds: xr.Dataset) -> str:
-    model, data = ds.attrs.get("model", "model"), ds.attrs.get("data", "data")
-    return f"{model} on {data}"
+    return f"{attributes.text(ds, 'model', 'model')} on {attributes.text(ds, 'data', 'data')}"
+
+
+def _of(shown: int, there: int, what: str) -> str:
+    return f", {shown} of {there} {what}" if shown < there else ""
 
 
 def cosine(ds: xr.Dataset) -> Figure:
     """Cosine of every method's direction to the reference's, one panel for each inner layer (thesis Figure 4.1)."""
     blocks = [str(b) for b in ds["block"].values]
-    shown = blocks[1:-1] if len(blocks) > 4 else blocks
+    inner = blocks[1:-1] if len(blocks) > 4 else blocks
+    shown = [inner[i] for i in _some(len(inner), _MOST_PANELS)]
+    others = _others(ds)
+    drawn = [others[i] for i in _some(len(others), _MOST_LINES)]
     columns = min(2, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 1.1), layout="constrained")
@@ -96,9 +119,10 @@ def cosine(ds: xr.Dataset) -> Figure:
     for ax in axes.flat[len(shown) :]:
         ax.remove()
     for ax, block in zip(axes.flat, shown, strict=False):
-        for i, name in enumerate(_others(ds)):
+        for i, name in enumerate(drawn):
             _line(ax, ds["cosine"].sel(algorithm=name, block=block), _style(name, i), name)
-        ax.set_title(f"layer {block} ({ds['parameters'].sel(block=block).item()})", fontsize=10)
+        parameters = f" ({ds['parameters'].sel(block=block).item()})" if "parameters" in ds else ""
+        ax.set_title(f"layer {block}{parameters}", fontsize=10)
         ax.grid(alpha=0.3)
     axes.flat[0].set_ylim(top=1.0)  # of all, once all are drawn: it ends the search for the bottom
     for ax in axes.flat[max(len(shown) - columns, 0) : len(shown)]:  # the lowest of each column
@@ -108,8 +132,10 @@ def cosine(ds: xr.Dataset) -> Figure:
         ax.set_ylabel("cosine similarity")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
-    figure.suptitle(_title(ds, f"Direction against {ds.attrs.get('reference')}, {_run(ds)}"), fontsize=11)
+        figure.legend(handles, labels, loc="outside lower center", ncols=_across(figure, labels), frameon=False)
+    left = _of(len(shown), len(inner), "layers") + _of(len(drawn), len(others), "algorithms")
+    reference = attributes.text(ds, "reference", "the reference")
+    heading(figure, _title(ds, f"Direction against {reference}, {_run(ds)}{left}"))
     return figure
 
 
@@ -117,8 +143,8 @@ def loss(ds: xr.Dataset) -> Figure:
     """Loss along the trajectory: of each minibatch, or of the examples of spectra."""
     figure = Figure(figsize=(6.0, 3.6), layout="constrained")
     ax = figure.subplots()
-    leader = ds.attrs.get("reference", ds.attrs.get("algorithm"))
-    steps = ds[next(d for d in ds["loss"].dims if d != "seed")]
+    leader = attributes.text(ds, "reference") or attributes.text(ds, "algorithm")
+    steps = _axis(ds["loss"])
     style = _style("kfac", 0) | {"linestyle": "-", "marker": "." if steps.size < 25 else ""}
     _line(ax, ds["loss"], style, f"steps of {leader}" if leader else "loss")
     ax.set_xlabel(str(steps.attrs.get("long_name", "iteration")) if steps.name == "step" else "iteration")
@@ -131,18 +157,22 @@ def loss(ds: xr.Dataset) -> Figure:
 
 def seconds(ds: xr.Dataset) -> Figure:
     """Median time of each algorithm's own update and direction."""
-    over = [d for d in ("step", "seed") if d in ds["seconds"].dims]
-    median = ds["seconds"].median(over) * 1e3
+    median = ds["seconds"].median([d for d in ds["seconds"].dims if d != "algorithm"]) * 1e3
+    there = median.sizes["algorithm"]
+    median = median.isel(algorithm=_some(there, _MOST_BARS))
     names = [str(n) for n in median["algorithm"].values]
-    figure = Figure(figsize=(6.0, 0.32 * len(names) + 1.2), layout="constrained")
+    width = 6.0 + 0.08 * max(0, max(map(len, names)) - 24)
+    figure = Figure(figsize=(width, 0.32 * len(names) + 1.2), layout="constrained")
     ax = figure.subplots()
-    ax.barh(names, median.values, color=_COLOURS[0])
+    ax.barh(range(len(names)), median.values, color=_COLOURS[0])
+    ax.set_yticks(range(len(names)), names)
     ax.bar_label(ax.containers[0], fmt="%.3g", padding=3)  # type: ignore[arg-type]  # barh made a BarContainer
-    ax.set_xscale("log")
+    if (median > 0).any():
+        ax.set_xscale("log")
     ax.margins(x=0.15)
     ax.invert_yaxis()
     ax.set_xlabel("median time of update and direction (ms)")
-    ax.set_title(_run(ds), fontsize=11)
+    ax.set_title(f"{_run(ds)}{_of(len(names), there, 'algorithms')}", fontsize=11)
     return figure
 
 
@@ -165,19 +195,21 @@ def spectrum(ds: xr.Dataset) -> Figure:
     axes = figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
     axis = symmetric_log(ds)
     for row, block in enumerate(ds["block"].values):
-        for ax, step in zip(axes[row], ds["step"].values, strict=True):
-            _histogram(ax, ds.sel(block=block, step=step), axis)
+        for i, ax in enumerate(axes[row]):
+            _histogram(ax, ds.isel(block=row, step=i), axis)
         axes[row, 0].set_ylim(0.5, 30 * axes[row, 0].get_ylim()[1])
         name = "whole" if block == "whole" else f"block {block}"
-        axes[row, 0].set_ylabel(f"{name}\norder {int(ds['order'].sel(block=block))}", fontsize=9)
-    for ax, step in zip(axes[0], ds["step"].values, strict=True):
-        ax.set_title(f"after {step} steps, loss {float(ds['loss'].sel(step=step)):.3g} nat", fontsize=10)
-    unresolved = ", or not told from 0" if ds["unresolved"].any() else ""
+        axes[row, 0].set_ylabel(f"{name}\norder {float(ds['order'][row]):.0f}", fontsize=9)
+    for i, ax in enumerate(axes[0]):
+        loss = f", loss {float(ds['loss'][i]):.3g} nat" if "loss" in ds else ""
+        ax.set_title(f"after {ds['step'].values[i]} steps{loss}", fontsize=10)
+    unresolved = ", or not told from 0" if "unresolved" in ds and ds["unresolved"].any() else ""
     figure.supxlabel(f"eigenvalue (nat); grey: below 0; middle bar: within ±{axis.centre:.0e}{unresolved}", fontsize=10)
     figure.supylabel("eigenvalues in half a decade", fontsize=10)
-    how = [f"trained by {ds.attrs['algorithm']}"] if "algorithm" in ds.attrs else []
-    how += ["stochastic Lanczos quadrature"] if (ds["route"] == "lanczos").any() else []
-    figure.suptitle(f"Eigenvalues by block, {_run(ds)}" + ("\n" + ", ".join(how) if how else ""), fontsize=11)
+    algorithm = attributes.text(ds, "algorithm")
+    how = [f"trained by {algorithm}"] if algorithm else []
+    how += ["stochastic Lanczos quadrature"] if "route" in ds and (ds["route"] == "lanczos").any() else []
+    heading(figure, f"Eigenvalues by block, {_run(ds)}", ", ".join(how))
     return figure
 
 
@@ -210,23 +242,20 @@ def _histogram(ax: Axes, at: xr.Dataset, axis: SymmetricLog) -> None:
 
 def _share(here: xr.Dataset) -> str:
     """Of negative eigenvalues, where there are any."""
-    if not here["negative"]:
+    if "negative" not in here or not float(here["negative"]) > 0:
         return ""
-    least = "at least " if here["unresolved"] else ""
+    least = "at least " if here.get("unresolved") else ""
     return f", {least}{float(here['negative']):.0%} negative"
-
-
-_LETTERS = 125
-"""Of a legend's line below `training`."""
 
 
 def training(runs: Runs) -> Figure:
     """Loss and error of training runs, against epochs and against training time (thesis Figures 2.2, 4.2, 4.3)."""
     first = runs[0][1]
     rows = [kind for kind in ("loss", "error") if f"train_{kind}" in first]
-    figure = Figure(layout="constrained")
-    axes = figure.subplots(len(rows), 2, sharey="row", sharex="col", squeeze=False)
-    colours = _colours([str(ds.attrs.get("algorithm")) for _, ds in runs])
+    against = [name for name in ("epoch", "wall_seconds") if any(name in ds for _, ds in runs)]
+    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    axes = figure.subplots(len(rows), len(against), sharey="row", sharex="col", squeeze=False)
+    colours = _colours([attributes.text(ds, "algorithm") for _, ds in runs])
     for i, ((label, ds), colour) in enumerate(zip(runs, colours, strict=True)):
         again = colours[:i].count(colour)
         for row, kind in zip(axes, rows, strict=True):
@@ -242,12 +271,13 @@ def training(runs: Runs) -> Figure:
                     "markersize": 4 if again else 6,
                 }
                 name = f"{label}, {'training' if part == 'train' else 'validation'}"
-                for ax, x in zip(row, (seen["epoch"], seen["wall_seconds"]), strict=True):
-                    ax.plot(x, seen[f"{part}_{kind}"], label=name, **style)
+                for ax, x in zip(row, against, strict=True):
+                    if x in seen:
+                        ax.plot(seen[x], seen[f"{part}_{kind}"], label=name, **style)
     units = first["train_loss"].attrs.get("units", "nat")
     for row, kind in zip(axes, rows, strict=True):
-        row[0].set_ylabel(f"mean loss ({units})" if kind == "loss" else _wrapped(str(first.attrs.get("error", "error"))))
-        if all(float(line.get_ydata().min()) > 0 for line in row[0].lines):
+        row[0].set_ylabel(f"mean loss ({units})" if kind == "loss" else _wrapped(attributes.text(first, "error", "error")))
+        if all(len(line.get_ydata()) and float(min(line.get_ydata())) > 0 for line in row[0].lines):
             row[0].set_yscale("log")
             plain_numbers(row[0].yaxis)
         for ax in row:
@@ -257,31 +287,36 @@ def training(runs: Runs) -> Figure:
         for ax in axes[-1]:
             ax.set_xlim(-0.5, 1.0)
     axes[-1, 0].set_xlabel("epoch")
-    axes[-1, 1].set_xlabel("training time (s), evaluation and warm start apart")
+    if "wall_seconds" in against:
+        axes[-1, 1].set_xlabel("training time (s), evaluation and warm start apart")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    across = min(len(labels), max(1, min(4, _LETTERS // (max(map(len, labels)) + 9))))
+    across = _across(figure, labels, 4)
     figure.set_size_inches(9.2, 3.1 * len(rows) + 0.7 + 0.21 * math.ceil(len(labels) / across))
     figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False)
     what = f"{_run(first)}, {len(runs)} runs" if len(runs) > 1 else _run(first)
-    figure.suptitle(f"Training of {what}", fontsize=11)
+    heading(figure, f"Training of {what}")
     return figure
 
 
 def damping(ds: xr.Dataset) -> Figure:
     """Thesis Figure 2.1: by layer, the fraction of an epoch's pairs with yᵀHy ≤ 2 sᵀy/μ₁ (dotted: 1/μ₁), and the mean ratio."""
+    if "after" not in ds["stage"].values:
+        raise CurvlabError("figure 'damping' needs pairs of the stage 'after' in the log")
     ds = ds.isel(algorithm=0).sel(stage="after")
-    kinds = [str(p) for p in ds["pair"].values if np.isfinite(ds["pair_curvature_mean"].sel(pair=p)).any()]
+    names = ("pairs_within_2mu1", "pair_curvature_mean")
+    kinds = [str(p) for p in ds["pair"].values if np.isfinite(ds["pair_curvature_mean"].sel(pair=p)).any()][:_MOST_PANELS]
+    shown = ds["block"].values[_some(ds.sizes["block"], _MOST_LINES)]
     figure = Figure(figsize=(4.6 * max(1, len(kinds)), 6.0), layout="constrained")
     axes = figure.subplots(2, max(1, len(kinds)), sharex=True, sharey="row", squeeze=False)
     what = {"a": "pairs of H_a", "g": "pairs of H_g", "step": "pairs of steps"}
     for column, kind in zip(axes.T, kinds, strict=False):
-        for i, block in enumerate(ds["block"].values):
+        for i, block in enumerate(shown):
             at = ds.sel(pair=kind, block=block)
             style = {"color": _COLOURS[i % len(_COLOURS)], "linewidth": 1.4, "marker": "." if ds.sizes["epoch"] < 25 else ""}
-            for ax, name in zip(column, ("pairs_within_2mu1", "pair_curvature_mean"), strict=True):
+            for ax, name in zip(column, names, strict=True):
                 ax.plot(ds["epoch"], at[name], label=f"layer {block}", **style)
             column[0].plot(ds["epoch"], at["pairs_within_mu1"], linestyle=":", **style)
-        column[0].set_title(what[kind], fontsize=10)
+        column[0].set_title(what.get(kind, f"pairs of {kind}"), fontsize=10)
         column[1].set_xlabel("epoch")
         column[0].set_ylim(-0.03, 1.03)
     axes[0, 0].set_ylabel("fraction of pairs with yᵀHy / sᵀy\nat most 2/μ₁ (dotted: 1/μ₁)")
@@ -289,9 +324,10 @@ def damping(ds: xr.Dataset) -> Figure:
     for ax in axes.flat:
         ax.grid(alpha=0.3, linewidth=0.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, max(1, len(labels))), frameon=False)
-    title = f"Pairs after damping: {ds.attrs.get('algorithm', 'run')}, {_run(ds)}"
-    figure.suptitle("\n".join(textwrap.wrap(title, 46 * max(1, len(kinds)))), fontsize=11)
+    figure.legend(handles, labels, loc="outside lower center", ncols=_across(figure, labels), frameon=False)
+    title = f"Pairs after damping: {attributes.text(ds, 'algorithm', 'run')}, {_run(ds)}"
+    title += _of(len(shown), ds.sizes["block"], "layers")
+    heading(figure, title)
     return figure
 
 
@@ -301,12 +337,13 @@ def _wrapped(text: str) -> str:
 
 def named(runs: Runs) -> Runs:
     """By their algorithms; where two runs share one, by what differs: seed, learning rate, damping, or else their place."""
-    about = [str(ds.attrs.get("algorithm", "run")) for _, ds in runs]
+    about = [attributes.text(ds, "algorithm", "run") for _, ds in runs]
     for key in ("lr", "damping", "seed"):
         if len(set(about)) == len(about):
             break
-        if len({ds.attrs.get(key) for _, ds in runs}) > 1:
-            about = [f"{name}, {key} {ds.attrs.get(key)}" for name, (_, ds) in zip(about, runs, strict=True)]
+        said = [ds.attrs.get(key) if attributes.number(ds, key) is not None else None for _, ds in runs]
+        if len(set(said)) > 1:
+            about = [f"{name}, {key} {value}" for name, value in zip(about, said, strict=True)]
     if len(set(about)) < len(about):
         about = [f"{name} ({place})" for name, (place, _) in zip(about, runs, strict=True)]
     return [(name, ds) for name, (_, ds) in zip(about, runs, strict=True)]
@@ -314,23 +351,35 @@ def named(runs: Runs) -> Runs:
 
 @dataclass(frozen=True)
 class Entry:
-    """`needs`: the variable of the log that is drawn; `several`: it takes [(name, log)] of several runs."""
+    """`needs`: the variable of the log that is drawn, `beside` what it is not drawn without; `several`: it takes [(name, log)]
+    of several runs."""
 
     summary: str
     needs: str
     draw: Callable[..., Figure]
     several: bool = False
+    beside: tuple[str, ...] = ()
 
 
 FIGURES: dict[str, Entry] = {
     "cosine": Entry("cosine to the reference by layer against the iteration (thesis Figure 4.1)", "cosine", cosine),
     "loss": Entry("loss along the trajectory", "loss", loss),
     "seconds": Entry("time of each algorithm's own work", "seconds", seconds),
-    "spectrum": Entry("eigenvalues of each layer's curvature block, negative ones apart", "density", spectrum),
+    "spectrum": Entry(
+        "eigenvalues of each layer's curvature block, negative ones apart",
+        "density",
+        spectrum,
+        beside=("lowest", "highest", "order", "lower", "upper"),
+    ),
     "training": Entry(
         "loss and error of one or several training runs against epochs and time", "train_loss", training, several=True
     ),
-    "damping": Entry("pairs of a training run by layer and epoch (thesis Figure 2.1)", "pairs_within_mu1", damping),
+    "damping": Entry(
+        "pairs of a training run by layer and epoch (thesis Figure 2.1)",
+        "pairs_within_mu1",
+        damping,
+        beside=("pairs_within_2mu1", "pair_curvature_mean"),
+    ),
 }
 
 
@@ -344,16 +393,16 @@ def draw_all(runs: Runs, name: str) -> Figure:
     entry = lookup(FIGURES, name, "figure")
     if len(runs) > 1 and not entry.several:
         raise CurvlabError(f"figure '{name}' is of one run: give one (of several: {', '.join(_of_several())})")
-    runs = [(place, ds.squeeze("seed", drop=True) if ds.sizes.get("seed") == 1 else ds) for place, ds in runs]  # no spread
-    at = runs[0][1]
-    try:
-        for _, at in runs:
-            at[entry.needs]
-        return entry.draw(named(runs) if entry.several else at)
-    except KeyError as error:
-        raise CurvlabError(
-            f"figure '{name}' needs {error} in the log, which has {', '.join(map(str, at.data_vars))}"
-        ) from error
+    places = unique(for_matplotlib(place, SHORT) for place, _ in runs)
+    ready = [(place, drawable(ds)) for place, (_, ds) in zip(places, runs, strict=True)]
+    for (place, _), (_, at) in zip(runs, ready, strict=True):
+        for needed in (entry.needs, *entry.beside):
+            if needed not in at:
+                known = for_terminal(", ".join(map(str, at.data_vars))) or "nothing that can be drawn"
+                where = f"the log{' ' * bool(place)}{for_terminal(place)}"
+                raise CurvlabError(f"figure '{name}' needs '{needed}' in {where}, which has {known}")
+    with np.errstate(all="ignore"):
+        return entry.draw(named(ready) if entry.several else ready[0][1])
 
 
 def _of_several() -> list[str]:
@@ -362,4 +411,10 @@ def _of_several() -> list[str]:
 
 def main(ds: xr.Dataset) -> str:
     """The figure that stands for a log: the first that it has what it needs for, but for the loss."""
-    return next((name for name, entry in FIGURES.items() if entry.needs in ds and name != "loss"), "loss")
+    return next((name for name in applying(ds) if name != "loss"), "loss")
+
+
+def applying(ds: xr.Dataset) -> list[str]:
+    """Of FIGURES those that the log has the main variable for."""
+    has, _ = regular(ds)
+    return [name for name, entry in FIGURES.items() if entry.needs in has]

@@ -6,14 +6,13 @@ Nothing here is left out without a word: an option or a tensor that an optimizer
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor
 
 from curvlab.curvature.base import check_damping
-from curvlab.errors import CurvlabError, unknown
+from curvlab.errors import CurvlabError, real, unknown
 from curvlab.objective import Objective
 
 Group = dict[str, Any]
@@ -45,14 +44,12 @@ def check_known(group: Group) -> None:
 
 def check_momentum(beta: float) -> None:
     """Raises CurvlabError where β is not between 0 and 1."""
-    if not 0 <= beta < 1:
-        raise CurvlabError(f"momentum must be at least 0 and below 1, not {beta:g}")
+    real("momentum", beta, "at least 0 and below 1", lambda v: 0 <= v < 1)
 
 
 def check_weight_decay(rate: float) -> None:
     """Raises CurvlabError where γ is negative, infinite or NaN."""
-    if not 0 <= rate < math.inf:
-        raise CurvlabError(f"weight decay must be 0 or positive, not {rate:g}")
+    real("weight decay", rate)
 
 
 def check_options(groups: Sequence[Group]) -> None:

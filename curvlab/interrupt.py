@@ -1,48 +1,155 @@
-"""Ctrl-C that waits until a step is whole."""
+"""Ctrl-C and a cluster's signals: they wait until a step is whole, and end a run as `KeyboardInterrupt`."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
+from typing import Any
+
+from curvlab import starting
+
+SIGNALS = starting.SIGNALS
+"""Ctrl-C; what ends a job, closes a terminal, says that its time runs out (Slurm where it is asked to; limits of CPU time)."""
+
+SAME = 0.2
+"""Seconds within which further signals are the same request: terminals, make, srun and schedulers send one twice."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal other than Ctrl-C asks the run to end. `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def exception(number: int) -> KeyboardInterrupt:
+    """What a signal raises."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Interrupted(number)
+
+
+def number_of(error: KeyboardInterrupt) -> int:
+    """The signal that raised it. A process that it ends has the exit code 128 + this."""
+    return error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
+
+
+def words(error: KeyboardInterrupt) -> str:
+    """Whereby a run was ended, for the line that says so."""
+    return f"interrupted by {error}" if isinstance(error, Interrupted) else "interrupted"
 
 
 class Shield:
-    """``with shield:`` lets a Ctrl-C come when the block is done; a second one comes at once and leaves the block `broken`."""
+    """``with shield:`` lets a signal come when the block is done; a second one comes at once and leaves the block `broken`."""
 
     def __init__(self) -> None:
-        self.inside = self.asked = self.broken = False
+        self.inside = self.broken = False
+        self.asked = 0  # the number of the signal that waits
 
     def __enter__(self) -> None:
         self.inside = self.broken = True
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.inside = False
+        number, self.asked = self.asked, 0
         if kind is None:
             self.broken = False
-            if self.asked:
-                self.asked = False
-                raise KeyboardInterrupt
+            if number:
+                LISTENER.raised += 1
+                raise exception(number)
 
-    def heard(self, number: int, frame: FrameType | None) -> None:
-        if self.inside and not self.asked:
-            self.asked = True
-        else:
-            raise KeyboardInterrupt
+
+class Listener:
+    """The handler of all signals: it raises, `most` times at most, and no more once it is `deaf`."""
+
+    def __init__(self) -> None:
+        self.shield: Shield | None = None
+        self.begin(None)
+
+    def begin(self, most: int | None) -> None:
+        self.most, self.raised, self.deaf, self.process = most, 0, False, os.getpid()
+        self._first = -SAME
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a forked child: none of its parent's runs is its own
+            signal.signal(number, _DEFAULT[number])
+            os.kill(os.getpid(), number)
+            return
+        if self.deaf or time.monotonic() - self._first < SAME:
+            return
+        self._first = time.monotonic()
+        if self.shield is not None and self.shield.inside and not self.shield.asked:
+            self.shield.asked = number
+        elif self.most is None or self.raised < self.most:
+            self.raised += 1
+            raise exception(number)
+
+    def dropped(self, unraisable: sys.UnraisableHookArgs) -> bool:
+        """Python drops what is raised while a weak reference is cleared: send such a signal once more, a moment later.
+
+        Whether it was one.
+        """
+        main = threading.main_thread().ident
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt) or main is None:
+            return False
+        value = unraisable.exc_value
+        number = number_of(value) if isinstance(value, KeyboardInterrupt) else int(signal.SIGINT)
+        self.raised, self._first = max(self.raised - 1, 0), -SAME
+        again = threading.Timer(0.01, signal.pthread_kill, (main, number))  # wakes what waits, as a real one does
+        again.daemon = True
+        again.start()
+        return True
+
+
+LISTENER = Listener()
+"""Of this process, as handlers are."""
+
+_DEFAULT: dict[int, Any] = {n: signal.default_int_handler if n == signal.SIGINT else signal.SIG_DFL for n in SIGNALS}
+
+
+@contextmanager
+def listening(most: int | None = None) -> Iterator[Listener]:
+    """Signals raise inside, in the main thread: those that nobody else has a handler for, or has told to be ignored.
+
+    Args:
+        most: exceptions at most; what comes after them is not heard.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = {n: handler for n in SIGNALS if (handler := signal.getsignal(n)) in (_DEFAULT[n], starting.leave)} if main else {}
+    if not before:
+        yield LISTENER
+        return
+    LISTENER.begin(most)
+    hook = sys.unraisablehook
+
+    def unraisable(args: sys.UnraisableHookArgs) -> None:
+        if not LISTENER.dropped(args):
+            hook(args)
+
+    try:
+        sys.unraisablehook = unraisable
+        for number in before:
+            signal.signal(number, LISTENER)
+        yield LISTENER
+    finally:
+        for number, handler in before.items():
+            with suppress(ValueError):  # in a thread that took over
+                signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
 @contextmanager
 def shielded() -> Iterator[Shield]:
-    """A shield that Ctrl-C is sent to; only where Python's own handler is in force, in the main thread."""
+    """A shield that signals are sent to, where `listening` hears them."""
     shield = Shield()
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield shield
-        return
-    signal.signal(signal.SIGINT, shield.heard)
-    try:
-        yield shield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with listening():
+        outer, LISTENER.shield = LISTENER.shield, shield
+        try:
+            yield shield
+        finally:
+            LISTENER.shield = outer

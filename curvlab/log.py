@@ -1,13 +1,14 @@
-"""Records ⇄ xarray ⇄ netCDF-4/HDF5. What is on disk is always whole: written aside, fsynced, then moved into place.
+"""Records ⇄ xarray ⇄ netCDF-4/HDF5. What is on disk is always whole, and sealed (`atomic`).
 
-The schema (dimensions, variables, attributes) stands in the README.
+A file is made in memory and reaches the disk as bytes, so that the HDF5 library never meets a full one. The schema (dimensions,
+variables, attributes) stands in the README.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import platform
 import subprocess
 import time
@@ -23,10 +24,13 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from curvlab.atomic import rewrite
-from curvlab.errors import CurvlabError, unknown
+from curvlab.atomic import rewrite_sealed
+from curvlab.errors import CurvlabError
 
 Record = Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]]
+
+SCHEMA = 1
+"""Attribute `schema` of what is written: it grows where something is no longer there, or means another thing."""
 
 SAVE_EVERY = 5.0
 """Seconds between saves …"""
@@ -73,13 +77,16 @@ class Log:
     def __len__(self) -> int:
         return sum(map(len, self._steps.values()))
 
-    def append(self, step: float, record: Record, seed: int | None = None, *, save: bool = False) -> None:
-        """Add one step's record, and save if a save is asked for or due (after the first record, then every few seconds)."""
+    def append(self, step: float, record: Record, seed: int | None = None, *, save: bool | None = None) -> None:
+        """Add one step's record, and save if that is asked for or, by default, if it is due: after the first record, then
+        every few seconds."""
         seed = self.seeds[0] if seed is None else seed
         self._steps.setdefault(seed, []).append(step)
         self._records.setdefault(seed, []).append(record)
         now = time.monotonic()
-        if self.path and (save or now - self._saved >= max(SAVE_EVERY, self._cost / SAVE_SHARE)):
+        if save is None:
+            save = now - self._saved >= max(SAVE_EVERY, self._cost / SAVE_SHARE)
+        if self.path and save:
             self.save()
 
     def extend(
@@ -164,12 +171,21 @@ class Log:
         if self.path is None or not self._steps:
             return
         start = time.monotonic()
+        contents = in_memory(self.dataset().assign_attrs(schema=SCHEMA))
         try:
-            rewrite(self.path, lambda aside: self.dataset().to_netcdf(aside, engine="h5netcdf"))
+            rewrite_sealed(self.path, lambda stream: stream.write(contents))
         except OSError as error:
             raise CurvlabError(f"the log {self.path} cannot be written: {error.strerror or error}") from error
         self._saved = time.monotonic()
         self._cost = self._saved - start
+
+
+def in_memory(ds: xr.Dataset) -> memoryview:
+    """The bytes of its netCDF-4 file."""
+    held = io.BytesIO()
+    with h5netcdf.File(held, "w") as file:
+        ds.dump_to_store(xr.backends.H5NetCDFStore(file))
+    return held.getbuffer()
 
 
 def _whole(chunks: list[Chunk]) -> Chunk:
@@ -188,48 +204,6 @@ def _packed(chunk: Chunk) -> dict[str, Any]:
 
 def _unpacked(packed: dict[str, Any]) -> Chunk:
     return list(packed["places"]), {k: (tuple(dims), v.cpu().numpy()) for k, (dims, v) in packed["values"].items()}
-
-
-def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
-    """The data set of a run: `path` is its `run.h5` or the folder that holds it. Loaded whole; no file stays open.
-
-    Raises:
-        CurvlabError: no such file, or one that is damaged or no curvlab log.
-    """
-    found = Path(path)
-    if found.is_dir():
-        found = found / "run.h5"
-    if not found.is_file():
-        raise CurvlabError(f"no log at {found}: give a run's folder or its run.h5")
-    try:
-        ds = xr.load_dataset(found, engine="h5netcdf")
-    except Exception as error:  # h5py, h5netcdf and xarray raise a dozen kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CurvlabError(
-            f"the log {found} cannot be read, it is damaged or no HDF5 file ({reason}): restore or rerun it"
-        ) from error
-    if "curvlab" not in json.loads(ds.attrs.get("versions", "{}")):
-        raise CurvlabError(f"{found} is an HDF5 file but no curvlab log: give a run's folder or its run.h5")
-    return ds
-
-
-def late_cosine(ds: xr.Dataset) -> xr.DataArray:
-    """Mean cosine (algorithm, block[, seed]) over the last three quarters of the logged steps."""
-    first = ds.sizes["step"] // 4
-    return ds["cosine"].isel(step=slice(first, None)).mean("step", keep_attrs=True)
-
-
-def cosine_to(ds: xr.Dataset, other: str) -> xr.DataArray:
-    """Cosine (step, algorithm, block[, seed]) of every direction of a comparison to that of `other`, whichever moved."""
-    if "gram" not in ds or other not in ds["other"].values:
-        known = ds["other"].values.tolist() if "gram" in ds else []
-        raise unknown("algorithm of this log", other, known)
-    gram = ds["gram"]
-    squares = [gram.sel(algorithm=a, other=a).drop_vars(["algorithm", "other"]) for a in gram["algorithm"].values]
-    lengths = xr.concat(squares, gram["algorithm"]) ** 0.5
-    cosine: xr.DataArray = gram.sel(other=other) / (lengths * lengths.sel(algorithm=other).drop_vars("algorithm"))
-    cosine = cosine.transpose(*(d for d in gram.dims if d != "other")).rename("cosine")
-    return cosine.assign_attrs(long_name=f"cosine similarity to the direction of {other}", units="1")
 
 
 def provenance() -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.errors import CurvlabError, lookup, unknown, whole
 from curvlab.likelihoods import LIKELIHOODS
 
 Shape = tuple[int, ...]
@@ -308,7 +308,7 @@ def find(name: str) -> Entry:
     Raises:
         CurvlabError: an unknown name; a module or function that cannot be imported, fails, or returns something else.
     """
-    if ":" not in name:
+    if not isinstance(name, str) or ":" not in name:
         return lookup(MODELS, name, "model")
     function = _imported(name)
     with seeded(0):
@@ -327,7 +327,7 @@ def build(name: str, seed: int = 0, data: Sized | None = None) -> nn.Module:
         CurvlabError: an unknown name, or a function of yours that does not work.
     """
     entry = find(name)
-    with seeded(seed):
+    with seeded(whole("the seed", seed, 0)):
         return entry.build(data.inputs, data.outputs) if entry.sized and data is not None else entry.build()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.closure import STREAMS, Closure, Stream
-from curvlab.errors import CurvlabError, unknown, warn
+from curvlab.errors import CurvlabError, real, unknown, warn, whole
 from curvlab.forms import Form, Report
 from curvlab.layers import Block, Layout, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood
@@ -37,6 +37,7 @@ class Objective:
     def __init__(self, model: nn.Module, likelihood: Likelihood, seed: int = 0, *, l2: float = 0.0) -> None:
         if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):  # the class itself has the methods too
             raise unknown("likelihood", likelihood, (f"curvlab.likelihoods.{c.__name__}()" for c in LIKELIHOODS.values()))
+        seed, l2 = whole("the seed", seed, 0), real("the L2 term", l2)
         model = original(model)
         check_model(model)
         self.model, self.likelihood, self.seed = model, likelihood, seed
@@ -47,10 +48,6 @@ class Objective:
         self._lineage = _lineage(model, {owner for _, owner, _ in places})
         self._flags: list[bool] = []  # of all parameters, as `check_trained` last saw them to be right
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
-        if seed < 0:
-            raise CurvlabError(f"the seed must be 0 or positive, not {seed}")
-        if not l2 >= 0:
-            raise CurvlabError(f"the L2 term must be 0 or positive, not {l2:g}")
         self.l2 = l2
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
         self.forms: dict[Hashable, Form] = {}  # what first looks have shown
@@ -130,7 +127,7 @@ class Objective:
 
     def check_trained(self) -> None:
         """Raises CurvlabError where other parameters are trained now than when the objective was made."""
-        flags = [p.requires_grad for m in self.model.modules() for p in m._parameters.values() if p is not None]
+        flags = [p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None]
         if flags == self._flags:
             return
         for name, p in self.model.named_parameters():

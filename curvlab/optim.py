@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any, Literal, NoReturn, Self, cast, get_args
 
@@ -15,7 +15,9 @@ from curvlab.closure import Closure, Observation, Pass, Transition
 from curvlab.curvature.base import Curvature
 from curvlab.curvature.states import REMEDY, check_dtype, check_names, check_shape
 from curvlab.derivatives import precise
+from curvlab.divergence import broken, named
 from curvlab.errors import CurvlabError, Diverged, unknown
+from curvlab.finite import all_short, late, waits
 from curvlab.groups import (
     OPTIONS,
     SHARED,
@@ -28,6 +30,7 @@ from curvlab.groups import (
     complete,
 )
 from curvlab.objective import Objective, restore, weights
+from curvlab.soundness import Soundness, check_direction
 
 MomentumKind = Literal["add", "average", "corrected"]
 """m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1 − βᵏ (Adam)."""
@@ -48,6 +51,15 @@ class Momentum:
         self.beta, self.kind = beta, kind
         self.buffers: dict[str, Tensor] = {}
         self.steps = 0
+
+    @property
+    def held(self) -> tuple[dict[str, Tensor], int]:
+        """What `put_back` takes: no number is copied, since none is written over."""
+        return dict(self.buffers), self.steps
+
+    def put_back(self, held: tuple[dict[str, Tensor], int]) -> None:
+        """As it was: a step that came to nothing leaves no trace."""
+        self.buffers, self.steps = dict(held[0]), held[1]
 
     def __call__(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         self.steps += 1
@@ -107,18 +119,44 @@ class Descent:
         self.ownership = Ownership(objective)
         self.ownership.check()
         self.further: dict[str, Tensor] = {}  # gradients of the last minibatch at these weights, of `double_grad`
+        self.further_left_out = 0  # of those, since they were not finite
 
     @property
     def needs(self) -> frozenset[Pass]:
         """The passes that the next `direction` will read."""
         return self.curvature.needs | self.curvature.step_needs | {"gradient"}
 
-    def direction(self, observation: Observation, decay: Callable[[Tensor], float] | float | None = None) -> dict[str, Tensor]:
+    def direction(
+        self,
+        observation: Observation,
+        decay: Callable[[Tensor], float] | float | None = None,
+        *,
+        rate: float | None = None,
+    ) -> dict[str, Tensor]:
         """{block: p}, to be followed as W ← W − α p. Updates momentum and curvature.
 
         Args:
             decay: γ of a parameter, or of all, where it is not `weight_decay`.
+            rate: the largest α: the direction is looked at, and Diverged raised where it or the step is not finite. None looks
+                at nothing, and waits for no device.
+
+        Raises:
+            Diverged: the numbers of the method left the finite range, whatever error that has led to. Momentum is as it was.
         """
+        held = self.momentum.held
+        try:
+            p = self._direction(observation, decay)
+            if rate is not None:
+                check_direction(self.objective, p, rate)
+        except Exception as error:
+            self.momentum.put_back(held)
+            found = of_method(self.curvature, error, observation)
+            if found is error:
+                raise
+            raise found from error
+        return p
+
+    def _direction(self, observation: Observation, decay: Callable[[Tensor], float] | float | None) -> dict[str, Tensor]:
         late = not self.learns_first and self.curvature.ready
         if not late:
             self.curvature.update(observation)
@@ -157,11 +195,53 @@ class Descent:
         return self.curvature.step_needs
 
     def learn(self, transition: Transition) -> bool:
-        """Learn from the step between two looks at one minibatch. False: the step is to be taken back."""
-        stands = self.curvature.learn(transition)
+        """Learn from the step between two looks at one minibatch. False: the step is to be taken back.
+
+        What the second look has that is not finite is left out (`left_out`): the method goes on as if it had not been there.
+
+        Raises:
+            Diverged: the numbers of the method left the finite range, whatever error that has led to.
+        """
+        try:
+            stands = self.curvature.learn(transition)
+        except Exception as error:
+            found = of_method(self.curvature, error, transition.after)
+            if found is error:
+                raise
+            raise found from error
         if self.double_grad and stands:
-            self.further = dict(transition.after.gradients)
+            self._keep_further(transition.after.gradients)
         return stands
+
+    def _keep_further(self, gradients: Mapping[str, Tensor]) -> None:
+        """On a GPU without a look: if it is not finite, the next direction is not, which is noted."""
+        sound = any(map(waits, gradients.values())) or all_short(gradients.values())
+        self.further = dict(gradients) if sound else {}
+        self.further_left_out += not sound
+
+    @property
+    def left_out(self) -> int:
+        """Second looks' pairs and gradients that were left out so far since they were not finite. Waits for the device."""
+        return sum(map(int, self._left_out.values())) + self.further_left_out
+
+    @property
+    def _left_out(self) -> Mapping[str, int | Tensor]:
+        """{block: count}; a curvature of one's own need not count."""
+        found: Mapping[str, int | Tensor] = getattr(self.curvature, "left_out", {})
+        return found
+
+    def say_left_out(self) -> None:
+        """Warns of each block's first pair that was left out, once. Waits for the device."""
+        name = getattr(self.curvature, "name", "") or type(self.curvature).__name__
+        for block, count in self._left_out.items():
+            if int(count):
+                where = next((str(b) for b in self.objective.blocks if b.name == block), "all blocks together")
+                self.objective.say(
+                    f"{name}: {where}: a pair contains NaN or Inf and is left out; the method goes on as if that minibatch had "
+                    "given none, and averages of pairs start again (the log counts them: pairs_left_out)"
+                )
+        if self.further_left_out:
+            self.objective.say(f"{name}: the second look's gradient contains NaN or Inf and is left out of double_grad")
 
     def state_dict(self) -> dict[str, Any]:
         """With the shapes of the blocks and the dtype, by which a state of another model is known."""
@@ -171,6 +251,7 @@ class Descent:
             "curvature": self.curvature.state_dict(),
             "momentum": {"buffers": dict(self.momentum.buffers), "steps": self.momentum.steps},
             "further": dict(self.further),
+            "further_left_out": self.further_left_out,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -180,6 +261,7 @@ class Descent:
         buffers, steps = {name: b.clone() for name, b in momentum["buffers"].items()}, momentum["steps"]
         self.curvature.load_state_dict(state["curvature"])
         self.momentum.buffers, self.momentum.steps, self.further = buffers, steps, further
+        self.further_left_out = state.get("further_left_out", 0)
 
     def check(self, state: dict[str, Any]) -> None:
         """Raises CurvlabError where saved blocks (earlier versions saved none) or buffers are of another shape or dtype."""
@@ -210,72 +292,66 @@ class Descent:
         return new
 
 
-def warm_start(objective: Objective, curvatures: Iterable[Curvature], batches: Iterable[Batch]) -> int:
-    """Show one pass over `batches` to every curvature that has a warm start; one observation serves all. Returns how many."""
+def of_method(curvature: Curvature, error: Exception, observation: Observation | None = None) -> Exception:
+    """The error as Diverged, with the method's name, where numbers have raised it; else itself. One place for all methods."""
+    name = getattr(curvature, "name", "") or type(curvature).__name__
+    whole = not hasattr(curvature, "blocks") and not getattr(error, "block", "")
+    where = f"{name}, all blocks together" if whole else name
+
+    def unsound() -> bool:
+        try:
+            weights = [] if observation is None else list(observation.closure.objective.parameters.values())
+            seen = [] if observation is None or not {"gradient", "data"} & observation.passes.keys() else observation.gradients
+            return broken([weights, seen, curvature.state_dict()])
+        except Exception:  # a state that cannot be told says nothing
+            return False
+
+    found = named(error, where, block="whole" if whole else "", method=name, unsound=unsound)
+    return found if isinstance(found, Diverged) else error
+
+
+def warm_start(
+    objective: Objective,
+    curvatures: Iterable[Curvature],
+    batches: Iterable[Batch],
+    lost: Callable[[Curvature, Diverged], None] | None = None,
+) -> int:
+    """Show one pass over `batches` to every curvature that has a warm start; one observation serves all. Returns how many.
+
+    Args:
+        lost: told of a curvature whose numbers leave the finite range, and of the error; the others go on. None: raised.
+    """
     wanting = [c for c in curvatures if c.warm_needs]
     needs = frozenset[Pass]().union(*(c.warm_needs for c in wanting))
     if not wanting:
         return 0
+
+    def each(work: Callable[[Curvature], None], observation: Observation | None = None) -> None:
+        for curvature in list(wanting):
+            try:
+                work(curvature)
+            except Exception as error:
+                found = of_method(curvature, error, observation)
+                if lost is not None and isinstance(found, Diverged):
+                    wanting.remove(curvature)
+                    lost(curvature, found)
+                elif found is error:
+                    raise
+                else:
+                    raise found from error
+
     count = 0
     for x, y in batches:
         observation = objective.closure(x, y, "warm").observe(needs)
-        for curvature in wanting:
-            curvature.absorb(observation)
+        each(partial(_absorb, observation=observation), observation)
         count += 1
     if count:
-        for curvature in wanting:
-            curvature.refresh()
+        each(lambda curvature: curvature.refresh())
     return count
 
 
-class Soundness:
-    """Whether every loss and direction so far was finite.
-
-    Where reading a number waits for nothing (`late` is False: the CPU) each step looks, and raises before anything moves. On a
-    GPU the flag stays there and holds the weights still from the first number on that is not finite; a copy of it reaches the
-    host when it will, and a later step, or `check`, raises.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.late = device.type != "cpu"
-        self.flag = torch.ones((), dtype=torch.bool, device=device)
-        self._copy = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
-
-    def note(self, numbers: Tensor) -> None:
-        """Of tensors that are finite wherever these numbers are."""
-        self.flag = self.flag & torch.isfinite(numbers).all()
-        self._copy.copy_(self.flag, non_blocking=True)
-
-    def look(self) -> None:
-        """Raises Diverged where the host has heard of it; waits for nothing."""
-        if not bool(self._copy):
-            self._say()
-
-    def check(self) -> None:
-        """Raises Diverged where a number was not finite. Waits for the device."""
-        if not bool(self.flag):
-            self._say()
-
-    def _say(self) -> None:
-        raise Diverged(
-            "the loss or the direction of an earlier step is not finite; the weights stayed as they were before it: "
-            "raise the damping or lower the learning rate"
-        )
-
-
-def check_direction(objective: Objective, direction: dict[str, Tensor]) -> None:
-    """Raises Diverged, with the block's name, where a direction is not finite."""
-    if not bool(torch.isfinite(_sums(direction)).all()):
-        for block in objective.blocks:
-            if not bool(torch.isfinite(direction[block.name]).all()):
-                raise Diverged(
-                    f"the direction of {block} is not finite; nothing was moved: raise the damping or lower the learning rate"
-                )
-
-
-def _sums(direction: dict[str, Tensor]) -> Tensor:
-    """Which NaN and Inf survive; cheaper than a look at every entry."""
-    return torch.stack([d.sum() for d in direction.values()])
+def _absorb(curvature: Curvature, observation: Observation) -> None:
+    curvature.absorb(observation)
 
 
 def move(
@@ -398,9 +474,16 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             CurvlabError: a closure that is not the objective's; a parameter that is trainable and in no block (thawed later);
                 an option of the groups out of range, or groups that differ in damping or momentum.
-            Diverged: a loss or direction that is not finite (nothing moves), a second look that is not. On a GPU a later step
-                says so (see `Soundness`), or `soundness.check()`; the weights are then those before the step all the same.
+            Diverged: a loss, gradient, statistic, direction or step that is not finite (nothing moves), a second look's loss
+                that is not. On a GPU a later step says so (see `Soundness`), or `soundness.check()`; the weights are then those
+                before the step all the same.
         """
+        if not self.soundness.late:
+            return self._step(closure)
+        with late():
+            return self._step(closure)
+
+    def _step(self, closure: Closure) -> Tensor:
         if not isinstance(closure, Closure) or closure.objective is not self.objective:
             raise CurvlabError("step needs a closure of this optimizer's objective: optimizer.step(objective.closure(x, y))")
         self.descent.ownership.check()
@@ -411,11 +494,10 @@ class Optimizer(torch.optim.Optimizer):
         curvature = self.descent.curvature
         closure.twice = curvature.wants_step or bool(curvature.step_needs)
         observation = closure.observe(self.descent.needs | self.also, checked=at_once)
-        direction = self.descent.direction(observation, self._decays())
-        if at_once:
-            check_direction(self.objective, direction)
-        else:
-            soundness.note(torch.cat([observation.loss[None], _sums(direction)]))
+        highest = max(rates.values(), default=0.0)
+        direction = self.descent.direction(observation, self._decays(), rate=highest if at_once else None)
+        if not at_once:
+            soundness.note_step(observation, direction, highest)
         if self.look is not None:
             self.look(observation, direction)
         lr: Callable[[Tensor], float] = lambda p: rates.get(id(p), 0.0)  # noqa: E731
@@ -425,15 +507,17 @@ class Optimizer(torch.optim.Optimizer):
         if self.descent.wants_step:
             try:
                 after = closure.observe(self.descent.step_needs, move_buffers=False, checked=at_once)
+                if not at_once:
+                    soundness.note(after.loss)
+                stands = self.descent.learn(Transition(observation, after, step))
             except Diverged:
                 if saved:
                     restore(self.objective, saved)
                 raise
-            if not at_once:
-                soundness.note(after.loss)
-            stands = self.descent.learn(Transition(observation, after, step))
             if not stands:
                 restore(self.objective, saved)
+            if at_once:
+                self.descent.say_left_out()
         if self.watch is not None:
             moved = step()
             self.watch(observation, moved if stands else {name: torch.zeros_like(d) for name, d in moved.items()})

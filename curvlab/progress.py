@@ -6,9 +6,24 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Left
+from rich.text import Text
+
+from curvlab.escape import for_rich
 
 T = TypeVar("T")
+
+
+class _Said(ProgressColumn):
+    """The task's description or one of its fields, whatever letters are in it."""
+
+    def __init__(self, field: str = "") -> None:
+        super().__init__()
+        self.field = field
+
+    def render(self, task: Task) -> Text:
+        return for_rich(task.fields[self.field] if self.field else task.description)
 
 
 def progress_bar(console: Console, enabled: bool, period: float = 30.0) -> Progress:
@@ -17,9 +32,8 @@ def progress_bar(console: Console, enabled: bool, period: float = 30.0) -> Progr
     Args:
         period: seconds over which the speed is averaged: several times what one unit of work takes.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    note = TextColumn("{task.fields[note]}")
-    return Progress(*columns, TimeRemainingColumn(), note, console=console, disable=not enabled, speed_estimate_period=period)
+    columns = (_Said(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), Left(), _Said("note"))
+    return Progress(*columns, console=console, disable=not enabled, speed_estimate_period=period)
 
 
 def counted(items: Iterable[T], bar: Progress, what: str, total: int | None) -> Iterator[T]:

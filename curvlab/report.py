@@ -16,14 +16,15 @@ import jinja2
 import xarray as xr
 from markupsafe import Markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 
-from curvlab import about, figures, tables
+from curvlab import about, attributes, figures, paths, tables
 from curvlab.atomic import rewrite
-from curvlab.errors import CurvlabError
-from curvlab.log import open_log
+from curvlab.errors import CurvlabError, shown
+from curvlab.escape import for_html, for_terminal
 from curvlab.progress import progress_bar
+from curvlab.reading import open_log
+from curvlab.regular import regular
 from curvlab.svg import inline
 from curvlab.tables import MISSING, Table
 
@@ -71,10 +72,14 @@ def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None 
     Raises:
         CurvlabError: no log there, or a damaged one; a page that cannot be written.
     """
-    given = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
+    try:
+        given = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
+    except TypeError as error:
+        raise CurvlabError(f"a report is of folders or run.h5 files, not of {shown(runs)}") from error
     if not given:
         raise CurvlabError("there is no run to report on: give folders or run.h5 files")
-    places, target = list(dict.fromkeys(os.fspath(place) for place in given)), Path(path)
+    target = paths.given(path, "report")
+    places = list(dict.fromkeys(os.fspath(paths.given(place, "run")) for place in given))
     _check(target, places)
     logs = [(place, open_log(place)) for place in places]
     console = Console(stderr=True)
@@ -83,20 +88,15 @@ def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None 
     try:
         rewrite(target, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
     except OSError as error:
-        raise CurvlabError(f"the report {target} cannot be written: {error.strerror or error}") from error
+        raise CurvlabError(f"the report {for_terminal(target)} cannot be written: {error.strerror or error}") from error
     return target
 
 
 def _check(target: Path, places: Sequence[str]) -> None:
     """Before anything is drawn."""
+    paths.check_file(target, "report", "give a file, as report.html" if target.is_dir() else "")
     reason = ""
-    if target.is_dir():
-        reason = "it is a folder; give a file, as report.html"
-    elif not target.parent.is_dir():
-        reason = f"there is no folder {target.parent}"
-    elif not os.access(target.parent, os.W_OK):
-        reason = f"the folder {target.parent} is not yours to write to"
-    elif target.suffix not in (".html", ".htm"):
+    if target.suffix not in (".html", ".htm"):
         reason = f"reports are HTML, not '{target.suffix}'; call it {target.with_suffix('.html').name}"
     elif target.exists() and any(Path(place).is_file() and target.samefile(place) for place in places):
         reason = "it is one of the logs"
@@ -104,36 +104,42 @@ def _check(target: Path, places: Sequence[str]) -> None:
         raise CurvlabError(f"the report {target} cannot be written: {reason}")
 
 
-def page(logs: figures.Runs, bar: Progress) -> str:
-    """The page about [(place, log)] as text."""
+def page(given: figures.Runs, bar: Progress) -> str:
+    """The page about [(place, log)] as text. What of a log cannot be shown is named in its place."""
+    seen = [regular(ds) for _, ds in given]
+    logs = [(place, ds) for (place, _), (ds, _) in zip(given, seen, strict=True)]
     joint = [(name, group) for name, group in _together(logs) if len(group) > 1]
     wanted = [_applying(ds) for _, ds in logs]
     task = bar.add_task("figures", total=len(joint) + sum(map(len, wanted)), note="")
     count = 0
 
-    def drawn(runs: figures.Runs, name: str, of: str) -> Drawn:
+    def drawn(runs: figures.Runs, name: str, of: str) -> Drawn | str:
         nonlocal count
-        count += 1
-        bar.update(task, note=escape(f"{name}, {of}"))
+        bar.update(task, note=f"{name}, {of}")
         summary = figures.FIGURES[name].summary
-        label = f"Figure {count}: {summary}; {of}"
-        svg = inline(figures.draw_all(runs, name), f"f{count}-", label)
-        bar.advance(task)
+        label = f"Figure {count + 1}: {summary}; {of}"
+        try:
+            svg = inline(figures.draw_all(runs, name), f"f{count + 1}-", label)
+        except CurvlabError as error:
+            return f"Not drawn: {summary}. {str(error)[0].upper()}{str(error)[1:]}."
+        finally:
+            bar.advance(task)
+        count += 1
         return Drawn(count, summary[0].upper() + summary[1:], Markup(svg))
 
     facts = [about.facts(ds) for _, ds in logs]
     sections = [_joint(i, name, group, logs, drawn) for i, (name, group) in enumerate(joint, 1)]
     for i, ((place, ds), names) in enumerate(zip(logs, wanted, strict=True)):
-        sections.append(_section(i + 1, place, ds, facts[i], names, drawn, len(logs) > 1))
+        sections.append(_section(i + 1, place, ds, facts[i], names, drawn, len(logs) > 1, seen[i][1], given[i][1].attrs))
     common, differing = _summary(logs, facts)
-    one = logs[0][1].attrs
+    model, data = (attributes.text(logs[0][1], name) for name in ("model", "data"))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("curvlab"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else for_html(value),
     )  # fmt: skip
     return environment.get_template("report.html").render(
         title=about.title(logs[0][1]) if len(logs) == 1 else f"curvlab report: {len(logs)} runs",
-        about=f"{one['model']} on {one['data']}" if len(logs) == 1 and {"model", "data"} <= one.keys() else "",
+        about=f"{model} on {data}" if len(logs) == 1 and model and data else "",
         common=common,
         differing=differing,
         sections=sections,
@@ -145,14 +151,14 @@ def page(logs: figures.Runs, bar: Progress) -> str:
 def _applying(ds: xr.Dataset) -> list[str]:
     """The figures of a log, the one that stands for it first."""
     first = figures.main(ds)
-    return sorted((name for name, entry in figures.FIGURES.items() if entry.needs in ds), key=lambda name: name != first)
+    return sorted(figures.applying(ds), key=lambda name: name != first)
 
 
 def _together(logs: figures.Runs) -> list[tuple[str, list[tuple[str, xr.Dataset]]]]:
     """[(figure of several runs, its logs)]: runs of one model on the same data whose errors mean the same."""
     found: dict[tuple[str, ...], list[tuple[str, xr.Dataset]]] = {}
     for place, ds in logs:
-        problem = [str(ds.attrs.get(k, "")) for k in ("model", "data_description", "error")]
+        problem = [attributes.text(ds, name) for name in ("model", "data_description", "error")]
         for name, entry in figures.FIGURES.items():
             if entry.several and entry.needs in ds:
                 found.setdefault((name, *problem), []).append((place, ds))
@@ -161,33 +167,47 @@ def _together(logs: figures.Runs) -> list[tuple[str, list[tuple[str, xr.Dataset]
 
 def _joint(i: int, name: str, group: figures.Runs, logs: figures.Runs, drawn: Any) -> Section:
     numbers = [[place for place, _ in logs].index(place) + 1 for place, _ in group]
-    model, data = (str(group[0][1].attrs.get(k, k)) for k in ("model", "data"))
+    model, data = (attributes.text(group[0][1], name, name) for name in ("model", "data"))
     of = f"{len(group)} runs of {model} on {data}"
+    picture = drawn(group, name, of)
     return Section(
         f"together-{i}",
         f"Together: {of}",
         runs=tuple(f"run-{n}" for n in numbers),
-        figures=(drawn(group, name, of),),
+        notes=(picture,) if isinstance(picture, str) else (),
+        figures=() if isinstance(picture, str) else (picture,),
         tables=(tables.last_epochs([(f"{n}. {run}", ds) for n, (run, ds) in zip(numbers, figures.named(group), strict=True)]),),
     )
 
 
-def _section(i: int, place: str, ds: xr.Dataset, facts: dict[str, str], names: list[str], drawn: Any, several: bool) -> Section:
+def _section(
+    i: int,
+    place: str,
+    ds: xr.Dataset,
+    facts: dict[str, str],
+    names: list[str],
+    drawn: Any,
+    several: bool,
+    odd: Sequence[str],
+    attrs: Mapping[Any, Any],
+) -> Section:
     title = about.title(ds)
     further, left = tables.at_the_end(ds)
+    pictures = [drawn([(place, ds)], name, f"{title} (run {i})" if several else title) for name in names]
+    notes = [*about.notes(ds), *(f"Odd in the log, and left out: {what}." for what in odd)]
     return Section(
         f"run-{i}",
         f"{i}. {title}" if several else "This run",
         place,
-        notes=tuple(about.notes(ds)),
+        notes=(*notes, *(picture for picture in pictures if isinstance(picture, str))),
         facts=facts if several else None,
-        figures=tuple(drawn([(place, ds)], name, f"{title} (run {i})" if several else title) for name in names),
+        figures=tuple(picture for picture in pictures if isinstance(picture, Drawn)),
         tables=(*tables.own(ds), *further),
         left=tuple(left),
         calls=tuple(about.calls(ds)),
-        versions={k: str(v) for k, v in (about.attribute(ds, "versions") or {}).items()}
-        | {"git commit": about.text(ds, "git_commit")},
-        attributes={name: str(value) for name, value in ds.attrs.items()},
+        versions={name: str(version) for name, version in attributes.mapping(ds, "versions").items()}
+        | {"git commit": attributes.text(ds, "git_commit", MISSING)},
+        attributes={str(name): str(value) for name, value in attrs.items()},
     )
 
 

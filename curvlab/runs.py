@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,16 +20,20 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from curvlab import datasets, figures, models
-from curvlab.algorithms import ALGORITHMS, damping_for, descent
-from curvlab.closure import Pass, Transition
-from curvlab.errors import CurvlabError, lookup, several, tell
+from curvlab import chance, datasets, figures, models, paths
+from curvlab.algorithms import ALGORITHMS, check_rates, damping_for, descent
+from curvlab.closure import Closure, Pass, Transition
+from curvlab.curvature.base import Curvature
+from curvlab.errors import MOST_STEPS, CurvlabError, Diverged, lookup, several, tell, warn, whole
+from curvlab.interrupt import shielded
 from curvlab.likelihoods import LIKELIHOODS
-from curvlab.log import Log, late_cosine
+from curvlab.lock import alone
+from curvlab.log import Log
 from curvlab.objective import Objective, restore, weights
-from curvlab.optim import Batch, Descent, check_direction, displacement, move, warm_start
+from curvlab.optim import Batch, Descent, displacement, move, warm_start
 from curvlab.probes.base import PROBES, Frame, Record, Sample, asked, axis, begin, check_fit, labels, on_host, sample, taken
 from curvlab.progress import counted, progress_bar
+from curvlab.reading import late_cosine
 
 ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
 """The probes of every comparison."""
@@ -49,6 +56,12 @@ class Run:
     def path(self) -> Path | None:
         """The file, where the run was given one."""
         return self.log.path
+
+    @property
+    def diverged(self) -> dict[str, list[dict[str, Any]]]:
+        """{algorithm whose numbers left the finite range: [{seed, step, block, reason}, …]}: NaN from that step on."""
+        found: dict[str, list[dict[str, Any]]] = json.loads(self.log.attributes.get("diverged", "{}"))
+        return found
 
     def figure(self, name: str = "cosine") -> Figure:
         return figures.draw(self.dataset, name)
@@ -86,15 +99,14 @@ class Settings:
 
     def check(self) -> None:
         """Raises CurvlabError for an unknown name or a value out of range, before anything runs."""
-        for name in self.names:
+        for name in (self.reference, *self.algorithms):
             lookup(ALGORITHMS, name, "algorithm")
         for name, every in asked(self.probes, "compare").items():
             if name in ALWAYS and every is not None:
                 raise CurvlabError(f"probe '{name}' is a part of every record of a comparison: say how often by log_every")
-        if self.log_every < 1:
-            raise CurvlabError(f"log_every must be a positive number of steps, not {self.log_every}")
-        if self.lr is not None and not self.lr >= 0:
-            raise CurvlabError(f"the learning rate must be 0 or positive, not {self.lr:g}")
+        for name in ("update_every", "refresh_every", "log_every"):
+            whole(name, getattr(self, name))
+        check_rates(self.lr, self.damping, self.momentum, self.decay)
         damping_for(self.reference, self.damping, 1)
 
     @property
@@ -188,8 +200,13 @@ def compare(
         probes: further ones, of `PROBES`, each as "name" or "name:every"; one with a number of steps that is not the log's
             has an axis of its own.
 
+    A method whose numbers leave the finite range is named in a warning, in `Run.diverged` and in the log's attribute
+    `diverged`, and is NaN from there on; the others go on.
+
     Raises:
-        CurvlabError: unknown names, values out of range, data that do not fit, NaN. What was logged until then is saved.
+        CurvlabError: unknown names, values out of range, data that do not fit. What was logged until then is saved.
+        Diverged: the numbers of the reference left the finite range; likewise, and `stopped` in the log says why.
+        KeyboardInterrupt: Ctrl-C, or a signal of `interrupt.SIGNALS`, once the running step is in the log, which is saved.
     """
     settings = Settings(
         reference,
@@ -204,6 +221,10 @@ def compare(
         tuple(several(probes)),
     )
     settings.check()
+    if steps is not None:
+        whole("steps", steps, 1, MOST_STEPS)
+    if path is not None:
+        path = paths.check_file(path, "log", "choose another path")
     total = length(batches)
     steps = total if steps is None else steps if total is None else min(steps, total)
     if warm is None:
@@ -224,7 +245,8 @@ def compare(
         about["data_description"] = batches.data.description
     log = settings.log(objective, size, None if path is None else Path(path), [objective.seed], about)
     console = Console(stderr=True)
-    with progress_bar(console, console.is_terminal if progress is None else progress) as bar:
+    shown = console.is_terminal if progress is None else progress
+    with nullcontext() if log.path is None else alone(log.path), progress_bar(console, shown) as bar:
         _compare_one(objective, itertools.chain([first], iterator), settings, steps, warm, size, log, objective.seed, bar)
     return Run(log)
 
@@ -258,47 +280,98 @@ def _compare_one(
     check_fit(list(asked(settings.probes, "compare")), curvatures)
     clock = clock_of(objective.device)
     reference = settings.reference
+    alive, at = dict(descents), 0  # methods whose numbers are finite; the step
+    nothing: dict[str, Tensor] = {}
+
+    def lose(name: str, error: Diverged, first: int) -> None:
+        """A method leaves the comparison, from step `first` on."""
+        if name == reference:
+            raise error
+        del alive[name], curvatures[name]
+        _tell_of_loss(log, name, seed, first, error)
+
+    def lose_early(curvature: Curvature, error: Diverged) -> None:
+        lose(next(name for name, c in curvatures.items() if c is curvature), error, 0)
+
     try:
-        warm_start(objective, list(curvatures.values()), counted(warm, bar, "warm start", length(warm)))
+        shown = counted(warm, bar, "warm start", length(warm))
+        warm_start(objective, list(curvatures.values()), shown, lose_early)
         task = bar.add_task(title, total=steps, note="")
         learning: dict[str, float] = {}  # seconds spent on learning from the last step, to be counted with the next
-        for step, (x, y) in enumerate(itertools.islice(batches, steps)):
-            due = [name for name, steps_between in every.items() if step % steps_between == 0]
-            begin(due, curvatures)
-            needs = frozenset().union(*(d.needs for d in descents.values()), *(PROBES[name].needs for name in due))
-            closure = objective.closure(x, y)
-            now = closure.observe(needs)
-            directions: dict[str, dict[str, Tensor]] = {}
-            seconds: dict[str, float] = {}
-            for name, d in descents.items():
-                start = clock()
-                directions[name] = d.direction(now)
-                seconds[name] = clock() - start + learning.pop(name, 0.0)
-            frame = Frame(step, now, directions, reference, settings.rate, seconds, curvatures)
-            seen = sample(due, frame, "before")
-            if step % settings.log_every == 0:
-                bar.update(task, note=f"loss {float(now.loss):.4g}")
-            saved = weights(objective) if descents[reference].curvature.rejects else []
-            check_direction(objective, directions[reference])
-            move(objective, directions[reference], lambda _: settings.rate)
-            learners = {name: d for name, d in descents.items() if d.wants_step}
-            if learners:  # all see the same step, the reference's
-                wanted = frozenset[Pass]().union(*(d.step_needs for d in learners.values()))
-                after = closure.observe(wanted, move_buffers=False)
-                step_taken = partial(displacement, objective, directions[reference], lambda _: settings.rate)
-                transition = Transition(now, after, step_taken)
-                for name, d in learners.items():
-                    start = clock()
-                    stands = d.learn(transition)
-                    learning[name] = clock() - start
-                    if name == reference and not stands:
-                        restore(objective, saved)
-            seen |= sample(due, frame, "after")
-            _log(log, step, {name: seen[name] for name in due}, every, settings.log_every, seed)
-            bar.advance(task)
+        with shielded() as shield:
+            for step, (x, y) in enumerate(itertools.islice(batches, steps)):
+                with shield:  # a signal waits until the step is in the log
+                    at = step
+                    due = [name for name, steps_between in every.items() if step % steps_between == 0]
+                    begin(due, curvatures)
+                    needs = frozenset().union(*(d.needs for d in alive.values()), *(PROBES[name].needs for name in due))
+                    closure = objective.closure(x, y)
+                    now = closure.observe(needs)
+                    directions: dict[str, dict[str, Tensor]] = {}
+                    seconds: dict[str, float] = {}
+                    nothing = nothing or {name: torch.full_like(g, torch.nan) for name, g in now.gradients.items()}
+                    for name, d in descents.items():
+                        directions[name], seconds[name] = nothing, math.nan
+                        if name not in alive:
+                            continue
+                        start = clock()
+                        try:
+                            directions[name] = d.direction(now, rate=settings.rate if name == reference else 1.0)
+                            seconds[name] = clock() - start + learning.pop(name, 0.0)
+                        except Diverged as error:
+                            lose(name, error, step)
+                    frame = Frame(step, now, directions, reference, settings.rate, seconds, curvatures)
+                    seen = sample(due, frame, "before")
+                    if step % settings.log_every == 0:
+                        bar.update(task, note=f"loss {float(now.loss):.4g}")
+                    saved = weights(objective) if descents[reference].curvature.rejects else []
+                    move(objective, directions[reference], lambda _: settings.rate)
+                    learners = {name: d for name, d in alive.items() if d.wants_step}
+                    if learners:  # all see the same step, the reference's
+                        wanted = frozenset[Pass]().union(*(d.step_needs for d in learners.values()))
+                        after = closure.observe(wanted, move_buffers=False)
+                        step_taken = partial(displacement, objective, directions[reference], lambda _: settings.rate)
+                        transition = Transition(now, after, step_taken)
+                        for name, d in learners.items():
+                            start = clock()
+                            try:
+                                stands = d.learn(transition)
+                            except Diverged as error:
+                                lose(name, error, step + 1)
+                                continue
+                            learning[name] = clock() - start
+                            d.say_left_out()
+                            if name == reference and not stands:
+                                restore(objective, saved)
+                    seen |= sample(due, frame, "after")
+                    _log(log, step, {name: seen[name] for name in due}, every, settings.log_every, seed)
+                    bar.advance(task)
         bar.remove_task(task)
+    except Diverged as error:
+        _note_loss(log, reference, seed, at, error)
+        why = str(error).removeprefix(f"{reference}: ")
+        line = f"the reference {reference} left the finite range at step {at}: {why}"
+        log.attributes["stopped"] = line
+        stopped = Diverged(line)
+        stopped.block, stopped.method = error.block, reference
+        raise stopped from error
     finally:
         log.save()
+
+
+def _note_loss(log: Log, name: str, seed: int, step: int, error: Diverged) -> None:
+    """In the log: which method, of which block, from which step and why."""
+    found = json.loads(log.attributes.get("diverged", "{}"))
+    found.setdefault(name, []).append({"seed": seed, "step": step, "block": error.block, "reason": str(error)})
+    log.attributes["diverged"] = json.dumps(found, ensure_ascii=False)
+
+
+def _tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) -> None:
+    """In the log and in a warning."""
+    _note_loss(log, name, seed, step, error)
+    where = f"{name} (seed {seed})" if len(log.seeds) > 1 else name
+    why = str(error).removeprefix(f"{name}: ")
+    warn(f"{where} left the finite range and is NaN from step {step} on, while the others go on: {why}")
 
 
 def _log(log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], log_every: int, seed: int) -> None:
@@ -362,8 +435,12 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def check_named(named: Named) -> None:
-    """Raises CurvlabError for unknown names and values out of range, before anything is written or run."""
+SEEDS = 10_000
+"""Of a comparison at most."""
+
+
+def check_named(named: Named) -> models.Entry:
+    """The model's entry. Raises CurvlabError for unknown names and values out of range, before anything is loaded."""
     entry = models.find(named.model)  # first: a module of the user's may enter algorithms and probes
     named.settings.check()
     lookup(datasets.DATASETS, entry.data_name(named.data), "data set")
@@ -371,30 +448,61 @@ def check_named(named: Named) -> None:
     device_of(named.device)
     for name in ("steps", "epochs"):
         value = getattr(named, name)
-        if value is not None and value < 1:
-            raise CurvlabError(f"{name} must be 1 or more, not {value}")
-    if not named.seeds:
-        raise CurvlabError("seeds must be 1 or more")
+        if value is not None:
+            whole(name, value, 1, MOST_STEPS)
+    if named.steps is None and named.epochs is None:
+        raise CurvlabError("the comparison needs an end: give steps or epochs")
+    whole("seeds", len(named.seeds), 1, SEEDS)
+    for seed in named.seeds:
+        whole("the seed", seed, 0)
+    return entry
 
 
-def compare_named(named: Named, path: Path, call: dict[str, Any], console: Console) -> Run:
-    """Build model and data by name and compare, one seed after another, into one log.
+@dataclass(frozen=True)
+class Prepared:
+    """Checked and loaded, and seen to fit; nothing is written or run yet."""
 
-    Raises:
-        CurvlabError: as `check_named` and `compare`.
-    """
-    check_named(named)
-    settings, entry = named.settings, models.find(named.model)
-    data_name = entry.data_name(named.data)
-    device, dtype = device_of(named.device), DTYPES[named.dtype]
-    train, _ = datasets.load(data_name)
+    named: Named
+    entry: models.Entry
+    train: datasets.Dataset
+    steps: int
+
+    def objective(self, seed: int) -> Objective:
+        """A fresh one."""
+        named = self.named
+        model = models.build(named.model, seed, self.train).to(device_of(named.device), DTYPES[named.dtype])
+        return Objective(model, LIKELIHOODS[self.entry.likelihood](), seed)
+
+
+def prepare(named: Named) -> Prepared:
+    """Raises CurvlabError as `check_named`, and for data that do not fit the model or the size of the minibatches, and options
+    that a method does not take."""
+    entry = check_named(named)
+    train, _ = datasets.load(entry.data_name(named.data))
     per_epoch = train.batches(named.batch_size).per_epoch
     steps = min(v for v in (named.steps, named.epochs and named.epochs * per_epoch) if v is not None)
+    prepared = Prepared(named, entry, train, steps)
+    trial = prepared.objective(named.seeds[0])
+    with chance.kept(trial.device):
+        Closure(trial, train.x[:2], train.y[:2], 0).outputs()
+    curvatures = {name: d.curvature for name, d in named.settings.descents(trial, named.batch_size).items()}
+    check_fit(list(asked(named.settings.probes, "compare")), curvatures)
+    return prepared
+
+
+def compare_named(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) -> Run:
+    """Compare what was prepared, one seed after another, into one log.
+
+    Raises:
+        CurvlabError: as `compare`.
+    """
+    named, train, steps = prepared.named, prepared.train, prepared.steps
+    settings, data_name = named.settings, prepared.entry.data_name(named.data)
+    per_epoch = train.batches(named.batch_size).per_epoch
     log: Log | None = None
     with progress_bar(console, console.is_terminal) as bar:
         for i, seed in enumerate(named.seeds, 1):
-            model = models.build(named.model, seed, train).to(device, dtype)
-            objective = Objective(model, LIKELIHOODS[entry.likelihood](), seed)
+            objective = prepared.objective(seed)
             objective.tell = tell if named.verbose and i == 1 else None
             batches = train.batches(named.batch_size, -(-steps // per_epoch), seed)
             if log is None:

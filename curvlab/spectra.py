@@ -22,7 +22,7 @@ from torch import Tensor
 
 from curvlab import exact
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, guard_memory, lookup, unknown
+from curvlab.errors import MOST_STEPS, CurvlabError, guard_memory, lookup, several, unknown, whole
 from curvlab.exact.batches import Batches, Loader, check_kind
 from curvlab.fingerprint import Unchanging
 from curvlab.linalg.krylov import lanczos
@@ -41,6 +41,9 @@ ALL, WHOLE = "all", "whole"
 
 LARGEST = 6000
 """The method "auto" computes every eigenvalue up to this order."""
+
+DRAWS = 1_000_000
+"""Starting vectors of Lanczos at most."""
 
 VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "eigenvalue": (("matrix", "block", "index"), "eigenvalues, ascending; NaN beyond the block's order or by Lanczos", "nat"),
@@ -147,9 +150,8 @@ class Plan:
         if not self.matrices:
             raise CurvlabError(f"there is no matrix to compute (known: {', '.join(exact.KINDS)})")
         lookup(METHODS, self.method, "method")
-        for name, value in (("draws", self.draws), ("steps", self.steps)):
-            if value < 1:
-                raise CurvlabError(f"the {name} of Lanczos must be 1 or more, not {value}")
+        whole("the draws of Lanczos", self.draws, 1, DRAWS)
+        whole("the steps of Lanczos", self.steps, 1, MOST_STEPS)
         for block, route in self.routes(objective).items():
             if route == "exact":
                 size = 3 * self.orders(objective)[block] ** 2 * objective.dtype.itemsize  # itself, the copy for LAPACK, a mask
@@ -248,10 +250,6 @@ class Plan:
         return of_products(product, fresh.dtype, self.draws, self.steps, generator)  # type: ignore[arg-type]  # no pair, so a Product
 
 
-def _names(given: str | Sequence[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
-
-
 def _coordinate(dim: str, values: Any, long_name: str, units: str) -> xr.Variable:
     return xr.Variable(dim, np.asarray(values), {"long_name": long_name, "units": units})
 
@@ -299,8 +297,9 @@ def spectrum(
     Raises:
         CurvlabError: unknown names, numbers out of range, data that do not fit or change, a block too large for the method.
     """
-    plan = Plan(_names(matrices), _names(blocks), method, draws, steps)
+    plan = Plan(tuple(several(matrices)), tuple(several(blocks)), method, draws, steps)
     plan.check(objective)
+    whole("after", after, 0)
     x = list(x) if isinstance(x, Iterator) else x
     what = f"{len(x)} examples" if isinstance(x, Tensor) else type(x).__name__
     call = {"function": "curvlab.spectrum", "data": what, "blocks": plan.blocks, "after": after} | {

@@ -9,10 +9,12 @@ from typing import Any
 import xarray as xr
 from rich.console import Console
 
-from curvlab import datasets, models
-from curvlab.algorithms import ALGORITHMS, optimizer
+from curvlab import chance, datasets, models
+from curvlab.algorithms import ALGORITHMS, check_rates, optimizer
+from curvlab.closure import Closure
 from curvlab.datasets import Dataset
-from curvlab.errors import CurvlabError, lookup, tell
+from curvlab.errors import LARGEST, MOST_STEPS, CurvlabError, lookup, tell, whole
+from curvlab.interrupt import shielded
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.objective import Objective
 from curvlab.optim import Optimizer
@@ -62,8 +64,9 @@ def prepare(named: Named) -> Prepared:
     if not named.after:
         raise CurvlabError("--after needs at least one number of training steps, 0 for the model as it is built")
     for steps in named.after:
-        if steps < 0:
-            raise CurvlabError(f"the number of training steps must be 0 or positive, not {steps}")
+        whole("the number of training steps", steps, 0, MOST_STEPS)
+    whole("the seed", named.seed, 0)
+    check_rates(named.lr, named.damping)
     train, _ = datasets.load(data_name)
     model = ready_to_train(models.build(named.model, named.seed, train).to(device, dtype))
     objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed)
@@ -71,12 +74,14 @@ def prepare(named: Named) -> Prepared:
     named.plan.check(objective)
     options = {} if named.damping is None else {"damping": named.damping}
     stepper = optimizer(named.algorithm, objective, named.lr, **options)
-    if not 1 <= named.samples <= len(train):
+    if not 1 <= whole("samples", named.samples, -LARGEST) <= len(train):
         raise CurvlabError(
             f"{named.samples} samples do not fit '{train.name}', which has {len(train)} training examples: "
             f"choose 1 to {len(train)}"
         )
     train.batches(named.batch_size)
+    with evaluating(objective.model), chance.kept(device):
+        Closure(objective, train.x[:2], train.y[:2], 0).outputs()
     return Prepared(named, objective, stepper, train, tuple(sorted(set(named.after))))
 
 
@@ -123,7 +128,8 @@ def run(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) 
                     record = named.plan.record(
                         objective, x, y, lambda note: bar.update(spectra, note=note), lambda: bar.advance(spectra)
                     )
-                log.append(steps, record, save=True)
+                with shielded() as shield, shield:
+                    log.append(steps, record, save=True)
     finally:
         log.save()
     return log.dataset()

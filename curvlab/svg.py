@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import re
 import xml.etree.ElementTree as ET
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+from curvlab.drawable import picture
+from curvlab.escape import for_xml
 
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
@@ -18,11 +20,11 @@ def inline(figure: Figure, prefix: str, label: str) -> str:
 
     Letters are outlines, so that the page needs no font. Comments, metadata and the style sheet go, which would hold for the
     whole page (`*{stroke-linejoin: round; stroke-linecap: butt}`: the page's own has it for figures).
+
+    Raises CurvlabError where it cannot be drawn.
     """
-    text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "curvlab", "svg.fonttype": "path", "svg.image_inline": True}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    root = ET.fromstring(text.getvalue())
+        root = ET.fromstring(picture(figure, "svg", metadata={"Date": None}, dpi="figure"))
     _drop(root, ("metadata", "style"))
     used = set()
     for element in root.iter():
@@ -40,7 +42,7 @@ def inline(figure: Figure, prefix: str, label: str) -> str:
             else:
                 element.set(key, _REFERENCE.sub(rf"url(#{prefix}\1)", value))
     root.attrib = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": root.attrib["viewBox"]} | {
-        "role": "img", "aria-label": label, "width": root.attrib["width"], "height": root.attrib["height"],
+        "role": "img", "aria-label": for_xml(label), "width": root.attrib["width"], "height": root.attrib["height"],
     }  # fmt: skip
     return ET.tostring(root, encoding="unicode")
 

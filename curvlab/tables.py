@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from curvlab.log import late_cosine
+from curvlab import attributes
+from curvlab.reading import late_cosine
+from curvlab.regular import regular
 
 MISSING = "–"
-MOST_ROWS = 500
-"""Rows of a table at most; what is longer stays in the log."""
+MOST_ROWS, MOST_CELLS = 500, 6000
+"""Of a table; what is longer stays in the log."""
 WIDEST = 12
 """Columns of blocks at most; where there are more, blocks go down."""
 
@@ -57,27 +59,51 @@ def _of_seeds(ds: xr.Dataset) -> xr.Dataset:
 def cosines(ds: xr.Dataset) -> Table:
     """Mean cosine to the reference over the last three quarters of the steps, by layer; of several seeds mean and spread."""
     ds = _of_seeds(ds)
-    late, reference = late_cosine(ds), str(ds.attrs.get("reference", ""))
+    late, reference = late_cosine(ds), attributes.text(ds, "reference")
     names = [str(name) for name in ds["algorithm"].values if name != reference]
     over = f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
-    caption = f"Mean cosine to {reference} over the last three quarters of the steps{over}"
-    return _grid(caption, late.sel(algorithm=names), ".3f")
+    caption = f"Mean cosine to {reference or 'the reference'} over the last three quarters of the steps{over}"
+    shown = names[: max(1, MOST_CELLS // ds.sizes["block"])]
+    notes: tuple[tuple[str, str], ...] = ()
+    if len(shown) < len(names):
+        notes = ((f"{len(names) - len(shown)} more", "algorithms, in the log alone"),)
+    lost = {name: _lost(ds, places) for name, places in attributes.diverged(ds).items() if name in shown}
+    notes += tuple((name, f"{says}: {attributes.diverged(ds)[name][0].get('reason', '')}") for name, says in lost.items())
+    late = late.sel(algorithm=shown)
+    return _grid(caption, late.assign_coords(algorithm=[_with(name, lost) for name in shown]), ".3f", notes)
+
+
+def _lost(ds: xr.Dataset, places: Sequence[Mapping[str, Any]]) -> str:
+    """That, and from which step on, an algorithm's numbers were not finite; of several seeds in how many."""
+    first = min(int(place["step"]) for place in places)
+    if ds.sizes.get("seed", 1) == 1:
+        return f"diverged at step {first}"
+    return f"diverged: {len(places)} of {ds.sizes['seed']} seeds, from step {first}"
+
+
+def _with(name: str, lost: Mapping[str, str]) -> str:
+    return f"{name} ({lost[name]})" if name in lost else name
 
 
 def spectra(ds: xr.Dataset) -> Table:
     """Ends, trace and negative fraction of every spectrum, with errors where Lanczos estimates them."""
     rows = []
-    for block, matrix, step in itertools.product(ds["block"].values, ds["matrix"].values, ds["step"].values):
-        at = ds.sel(block=block, matrix=matrix, step=step)
-        rows.append((str(block), str(matrix), str(step), *(_estimate(at, name) for name in SPECTRUM)))
-    columns = ("block", "matrix", "training steps", *SPECTRUM)
-    return Table("Eigenvalues (nat; ± error where Lanczos estimates them)", columns, tuple(rows), 3)
+    names = [name for name in SPECTRUM if name in ds]
+    ds = ds[[name for name in (*names, *(f"{name}_error" for name in names), "unresolved", "density") if name in ds]]
+    places = list(itertools.product(*(range(ds.sizes[dim]) for dim in ("block", "matrix", "step"))))
+    for block, matrix, step in places[:MOST_ROWS]:
+        at = ds.isel(block=block, matrix=matrix, step=step)
+        rows.append((*(str(at[dim].values) for dim in ("block", "matrix", "step")), *(_estimate(at, name) for name in names)))
+    columns = ("block", "matrix", "training steps", *names)
+    notes = ((f"{len(places) - len(rows)} more", "rows, in the log alone"),) if len(rows) < len(places) else ()
+    return Table("Eigenvalues (nat; ± error where Lanczos estimates them)", columns, tuple(rows), 3, notes)
 
 
 def _estimate(at: xr.Dataset, name: str) -> str:
     form, of_error = (".1%", ".1%") if name == "negative" else (".4g", ".1g")
-    value, error = float(at[name]), float(at[f"{name}_error"])
-    some = f", {float(at['unresolved']):.1%} near 0" if name == "negative" and at["unresolved"] else ""
+    value, error = float(at[name]), float(at.get(f"{name}_error", math.nan))
+    near = float(at.get("unresolved", math.nan)) if name == "negative" else 0.0
+    some = f", {near:.1%} near 0" if near > 0 else ""
     return (number(value, form) if value else "0") + (f" ± {error:{of_error}}" if error > 0 else "") + some
 
 
@@ -111,13 +137,18 @@ def last_epochs(runs: Sequence[tuple[str, xr.Dataset]]) -> Table:
 def bounds(ds: xr.Dataset) -> Table:
     """Whether the theorems' bounds held at every step and layer that was probed, and by how many orders of magnitude."""
     rows = []
-    for algorithm in ds["algorithm"].values:
+    for algorithm in ds["algorithm"].values[:MOST_ROWS]:
         at = ds.sel(algorithm=algorithm)
         ratios = [
             (factor, end, at[f"tightness_{end}"].sel(factor=factor))
             for factor, end in itertools.product(at["factor"].values, ("low", "high"))
+            if f"tightness_{end}" in at
         ]
-        ratios += [("one update", f"‖{which}‖", at[f"update_bound_{which}"] / at[f"update_norm_{which}"]) for which in "BH"]
+        ratios += [
+            ("one update", f"‖{which}‖", at[f"update_bound_{which}"] / at[f"update_norm_{which}"])
+            for which in "BH"
+            if {f"update_bound_{which}", f"update_norm_{which}"} <= set(at)
+        ]
         for factor, end, ratio in ratios:
             known = ratio.values[~np.isnan(ratio.values)]
             if known.size:
@@ -135,7 +166,9 @@ def bounds(ds: xr.Dataset) -> Table:
 
 
 def _order(value: float) -> str:
-    return f"{round(value, 1) + 0.0:.1f}" if math.isfinite(value) else "∞"
+    if math.isfinite(value):
+        return f"{round(value, 1) + 0.0:.1f}"
+    return MISSING if math.isnan(value) else "∞" if value > 0 else "−∞"
 
 
 def evaluated(ds: xr.Dataset) -> xr.Dataset:
@@ -149,7 +182,7 @@ def _epoch_columns(ds: xr.Dataset, scores: Sequence[str]) -> list[str]:
 
 def _of_epoch(at: xr.Dataset, scores: Sequence[str]) -> tuple[str, ...]:
     cells = (number(at.get(name), ".5g") for name in scores)
-    return (f"{float(at['epoch']):g}", str(int(at["steps"])), *cells, number(at["wall_seconds"]))
+    return (f"{float(at['epoch']):g}", number(at.get("steps"), ".0f"), *cells, number(at.get("wall_seconds")))
 
 
 TABLES: dict[str, Callable[[xr.Dataset], Table]] = {
@@ -161,28 +194,33 @@ TABLES: dict[str, Callable[[xr.Dataset], Table]] = {
 """{variable of the log: what tabulates it}"""
 
 
+@np.errstate(all="ignore")
 def own(ds: xr.Dataset) -> list[Table]:
     """Those of TABLES that the log has the numbers for; the first says what the run was for."""
+    ds, _ = regular(ds)
     return [make(ds) for needs, make in TABLES.items() if needs in ds]
 
 
+@np.errstate(all="ignore")
 def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
     """What is known of each algorithm or block at the end: tables, and (variable, why it is in none).
 
     Variables of the same dimensions share a table, its rows their labels; one that is alone on two is a grid. `cosine` and
     spectra have tables of their own.
     """
-    ds = _of_seeds(ds)
+    ds = _of_seeds(regular(ds)[0])
     found: dict[tuple[str, ...], list[str]] = {}
     left: list[tuple[str, str]] = []
     tabulated = {"cosine"} | (set(ds.data_vars) if "density" in ds else set())
     for name in (str(name) for name in ds.data_vars if name not in tabulated):
-        axis, *dims = (str(d) for d in ds[name].dims if d != "seed") if ds[name].ndim else ("",)
+        axis, *dims = [str(d) for d in ds[name].dims if d != "seed"] or [""]
         if not {"long_name", "units"} <= ds[name].attrs.keys() or not {"block", "algorithm"} & set(dims):
             continue
         values = ds[name].values[np.isfinite(ds[name].values)]
         if "other" in dims:
             left.append((name, f"{ds[name].attrs['long_name']}: in the log alone"))
+        elif math.prod(ds.sizes[d] for d in dims) > MOST_CELLS:
+            left.append((name, f"{ds[name].attrs['long_name']}: {ds[name].size} numbers, in the log alone"))
         elif not values.size or (values == values.flat[0]).all():
             unit = _unit(ds[name]).replace("(", "").replace(")", "")
             everywhere = f"{number(values.flat[0])}{unit} everywhere" if values.size else "not a number anywhere"
@@ -208,7 +246,8 @@ def _last(ds: xr.Dataset, axis: str) -> Table:
     names = [str(name) for name in ds.data_vars]
     dims = [str(d) for d in at[names[0]].dims if d != "seed"]
     several = f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
-    when = f"at {axis} {float(ds[axis][place]):g}{several}"
+    label = ds[axis].values[place]
+    when = f"at {axis} {label if isinstance(label, str) else f'{label:g}'}{several}"
     notes = tuple((name, str(ds[name].attrs["long_name"])) for name in names)
     if len(names) == 1 and len(dims) == 2:
         return _grid(f"{names[0]}{_unit(ds[names[0]])}, {when}", at[names[0]], ".4g", notes)
@@ -255,7 +294,10 @@ def _meanings(values: xr.DataArray) -> dict[float, str]:
     """Of flags, as the conventions of netCDF have them (`flag_values`, `flag_meanings`)."""
     numbers = str(values.attrs.get("flag_values", "")).split()
     words = [word.strip() for word in str(values.attrs.get("flag_meanings", "")).split(";")]
-    return {float(n): word for n, word in zip(numbers, words, strict=False)}
+    try:
+        return {float(n): word for n, word in zip(numbers, words, strict=False)}
+    except ValueError:  # no flags of ours
+        return {}
 
 
 def _unit(values: xr.DataArray) -> str:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import rich.table
 import typer
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column
 
-from curvlab import figures, tables
+from curvlab import drawable, figures, paths, pictures, tables
+from curvlab.atomic import rewrite
+from curvlab.blame import Saved
 from curvlab.errors import CurvlabError
+from curvlab.escape import for_rich
+from curvlab.interrupt import LISTENER, number_of, words
+from curvlab.lock import alone
 from curvlab.tables import Table
 
-out = Console(width=None if sys.stdout.isatty() else 120)
+out = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -27,37 +33,61 @@ def says_what_is_saved(path: Path, remedy: str = "") -> Iterator[None]:
     """Around a run: Ctrl-C and errors say where the log so far is."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        LISTENER.deaf = True
         saved = f"the log so far is saved in {path}{remedy}" if path.exists() else "nothing was logged yet"
-        err.print(f"curvlab: interrupted; {saved}", markup=False)
-        raise typer.Exit(130) from None
+        err.print(for_rich(f"curvlab: {words(error)}; {saved}"))
+        raise typer.Exit(128 + number_of(error)) from None
     except CurvlabError as error:
         saved = f" (the log so far is saved in {path})" if path.exists() else ""
         raise CurvlabError(f"{error}{saved}") from error
+    except BaseException as error:
+        if path.exists():
+            error.add_note(Saved(f"the log so far is saved in {path}{remedy}"))
+        raise
 
 
 def show(table: Table, title: str = "") -> None:
-    """A table of a log. Names may hold what rich would take for markup."""
-    heads = [Column(escape(name), justify="left" if i < table.heads else "right") for i, name in enumerate(table.columns)]
-    drawn = rich.table.Table(*heads, title=escape(title or table.caption))
+    """A table of a log."""
+    heads = [Column(for_rich(name), justify="left" if i < table.heads else "right") for i, name in enumerate(table.columns)]
+    drawn = rich.table.Table(*heads, title=for_rich(title or table.caption))
     for rows in table.groups:
         for row in rows:
-            drawn.add_row(*map(escape, row))
+            drawn.add_row(*map(for_rich, row))
         drawn.add_section()
     out.print(drawn)
 
 
 def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
     """What every run ends with: figure files, tables (`title` of the first), and the names of what was written."""
-    drawn = figures.draw(ds, figure)
     written = [folder / "run.h5"]
-    for suffix in ("png", "svg"):
-        drawn.savefig(folder / f"{figure}.{suffix}", dpi=150)
-        written.append(folder / f"{figure}.{suffix}")
+    try:
+        drawn = figures.draw(ds, figure)
+        for suffix in ("png", "svg"):
+            picture(drawn, folder / f"{figure}.{suffix}")
+            written.append(folder / f"{figure}.{suffix}")
+    except KeyboardInterrupt as error:
+        LISTENER.deaf = True
+        done = f"the run is done and saved in {written[0]}; draw it with: curvlab plot {shlex.quote(str(folder))}"
+        err.print(for_rich(f"curvlab: {words(error)}; {done}"))
+        raise typer.Exit(128 + number_of(error)) from None
     for i, table in enumerate(tables.own(ds)):
         show(table, "" if i else title)
     for file in written:
-        out.print(f"wrote {file}", highlight=False, soft_wrap=True)
+        wrote(file)
+
+
+def wrote(file: Path) -> None:
+    out.print(for_rich(f"wrote {file}"), soft_wrap=True)
+
+
+def picture(drawn: Figure, path: Path) -> None:
+    """Write a figure; what is there is whole at any moment. Raises CurvlabError where that cannot be done."""
+    held = drawable.picture(drawn, path.suffix[1:])
+    try:
+        rewrite(path, lambda aside: aside.write_bytes(held))
+    except OSError as error:
+        raise CurvlabError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -65,8 +95,14 @@ def listed(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def folder_for(chosen: Path | None, stem: str, *, resume: bool = False) -> Path:
-    """The output folder, made; a fresh one under runs/ where none was chosen. No run is overwritten, unless it goes on."""
+def check_output(chosen: Path | None, figure: str, *others: str) -> None:
+    """Before a run is prepared. Raises CurvlabError where its log, its figure or others of its files cannot be written."""
+    files = ("run.h5", *others, *pictures.names(figure)) if chosen is not None else ()
+    paths.check_folder(Path("runs") if chosen is None else chosen, files, "output folder", "choose another with --out")
+
+
+def folder_for(chosen: Path | None, stem: str) -> Path:
+    """The output folder, made; a fresh one under runs/ where none was chosen. Whether it is free is seen by `writing`."""
     try:
         if chosen is None:
             for number in range(1, 100_000):
@@ -78,14 +114,27 @@ def folder_for(chosen: Path | None, stem: str, *, resume: bool = False) -> Path:
                 return folder
         assert chosen is not None
         chosen.mkdir(parents=True, exist_ok=True)
-        held = [name for name in ("run.h5", "checkpoint.pt") if (chosen / name).exists() and not resume]
-        if held:
-            raise CurvlabError(f"{chosen} already holds a {held[0]}: choose another folder with --out")
-        probe = chosen / ".writable"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise CurvlabError(
             f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose another with --out"
         ) from error
     return chosen
+
+
+def free(folder: Path) -> None:
+    """Raises CurvlabError where a folder holds a run: none is overwritten."""
+    for name in ("run.h5", "checkpoint.pt"):
+        if (folder / name).exists():
+            raise CurvlabError(f"{folder} already holds a {name}: choose another folder with --out")
+
+
+@contextmanager
+def writing(folder: Path, check: Callable[[Path], object] = free) -> Iterator[None]:
+    """Around a run: no other one writes to its folder meanwhile, and before it begins `check` looks at what is there.
+
+    Raises:
+        CurvlabError: another run writes there, the folder cannot be written; and as `check`.
+    """
+    with alone(folder / "run.h5"):
+        check(folder)
+        yield

@@ -257,8 +257,8 @@ def test_before_the_first_data_there_is_no_inverse() -> None:
         ({"damping": float("nan")}, "damping must be 0 or positive, not nan"),
         ({"decay": 1.0}, "decay must be at least 0 and below 1, not 1"),
         ({"decay": -0.1}, "decay must be at least 0 and below 1"),
-        ({"update_every": 0}, "update_every must be a positive number of steps, not 0"),
-        ({"refresh_every": -3}, "refresh_every must be a positive number of steps, not -3"),
+        ({"update_every": 0}, "update_every must be 1 or more, not 0"),
+        ({"refresh_every": -3}, "refresh_every must be 1 or more, not -3"),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, float], message: str) -> None:

@@ -203,7 +203,7 @@ def killed_and_resumed(out: Path, moments: list[float], first: list[str] = LONG)
             time.sleep(moment)
             alive = process.poll() is None
             process.kill()
-        assert len(cl.open(out)["epoch"]) >= 1
+        assert not (out / "run.h5").exists() or len(cl.open(out)["epoch"]) >= 1  # the first checkpoint comes before it
         state = torch.load(out / "checkpoint.pt", weights_only=True)
         assert state["checkpoint_seconds"] == 0.05  # said once, and kept
         if state["position"]["epoch"] == state["budget"]["epochs"]:
@@ -390,7 +390,7 @@ def test_what_cannot_take_a_first_step_leaves_nothing_behind(tmp_path: Path, cap
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("curvlab: ")
     assert "saved" not in said
-    assert not any(out.iterdir())
+    assert not out.exists()
     assert call(*words, "--damping", "0.3") == 0
     assert float(cl.open(out)["steps"][-1]) == 2
 

@@ -55,6 +55,12 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_an_index_beyond_32_bits_is_one_line(small: Path) -> None:
+    (small / "some").write_text("1 1:0.5 2147483649:1\n")
+    with pytest.raises(cl.CurvlabError, match="some is no LIBSVM file of 6 features"):
+        libsvm._read(small / "some", 6, 1)
+
+
 def test_libsvm_text_is_read(small: Path) -> None:
     (small / "some").write_text("-1 3:1 5:0.5\n+1 1:1 \n-1 \n")
     x, y = libsvm._read(small / "some", 6, 3)

@@ -17,7 +17,8 @@ import xarray as xr
 
 import curvlab as cl
 import curvlab.log as log_module
-from curvlab.log import SAVE_EVERY, SAVE_SHARE, Log, open_log
+from curvlab.log import SAVE_EVERY, SAVE_SHARE, SCHEMA, Log
+from curvlab.reading import open_log
 
 
 def log_of(path: Path | None, seeds: tuple[int, ...] = (0,), **more: object) -> Log:
@@ -36,7 +37,8 @@ def test_round_trip_keeps_labels_units_and_values(tmp_path: Path) -> None:
         log.append(step, record(step / 7))
     log.save()
     with xr.open_dataset(tmp_path / "run.h5", engine="h5netcdf") as ds:
-        xr.testing.assert_identical(ds.load(), log.dataset())
+        assert ds.attrs["schema"] == SCHEMA
+        xr.testing.assert_identical(ds.load(), log.dataset().assign_attrs(schema=SCHEMA))
         assert ds["cosine"].dims == ("step", "algorithm", "block")
         assert ds["cosine"].attrs == {"long_name": "cosine", "units": "1"}
         assert ds["parameters"].sel(block="2").item() == "v"

@@ -453,7 +453,7 @@ def test_step_refuses_what_is_not_a_closure_of_its_objective() -> None:
         ({"decay": 1.5}, "decay must be at least 0 and below 1, not 1.5"),
         ({"weight_decay": -1e-3}, "weight decay must be 0 or positive, not -0.001"),
         ({"weight_decay": float("nan")}, "weight decay must be 0 or positive, not nan"),
-        ({"update_every": 0}, "update_every must be a positive number of steps"),
+        ({"update_every": 0}, "update_every must be 1 or more"),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, float], message: str) -> None:

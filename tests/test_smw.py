@@ -301,7 +301,7 @@ def test_theorem_6() -> None:
         ({"curvature_size": 0}, "curvature_size must be a positive number of examples"),
         ({"ratio": "steps"}, "unknown ratio of smw-gn 'steps'"),
         ({"boost": 1.0}, "boost of the Levenberg-Marquardt rule must be a number above 1"),
-        ({"update_every": 0}, "update_every must be a positive number of steps"),
+        ({"update_every": 0}, "update_every must be 1 or more"),
         ({"pairs": 3}, "unknown option of smw-gn 'pairs'"),
     ],
 )

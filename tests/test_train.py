@@ -658,9 +658,13 @@ def test_divergence_ends_the_run_and_keeps_the_last_good_state(algorithm: str, k
 
 
 def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch_is_no_good_state() -> None:
-    """The last step of the epoch breaks the weights: no later minibatch says so, but the evaluation does."""
-    model = fragile()
-    blow = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 7 else 1e306)  # noqa: E731
+    """The last step of the epoch, finite itself, breaks the weights: no later minibatch says so, but the evaluation does."""
+
+    def deep() -> nn.Module:
+        return nn.Sequential(fragile()[0], nn.Linear(4, 4).double(), fragile()[1])
+
+    model = deep()
+    blow = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 7 else 1e150)  # noqa: E731
     for every in (1, 4):
         with pytest.warns(cl.CurvlabWarning, match=r"diverged in epoch 2 after 4 steps: the.* loss is (nan|not finite|inf)"):
             run = cl.train(
@@ -669,7 +673,7 @@ def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch_is_no_good_state() -> 
             )  # fmt: skip
         assert run.dataset["epoch"].values.tolist() == [0, 1]
         assert all(torch.isfinite(p).all() for p in model.parameters())
-        model = fragile()
+        model = deep()
 
 
 def test_bad_data_are_an_error_and_no_divergence(tmp_path: Path) -> None:

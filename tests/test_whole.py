@@ -117,5 +117,5 @@ def test_schedule() -> None:
     schedule = Schedule(2, 3)
     assert [k for k in range(1, 10) if schedule.updates(k)] == [1, 2, 4, 6, 8]
     assert [k for k in range(1, 10) if schedule.refreshes(k)] == [1, 2, 3, 6, 9]
-    with pytest.raises(cl.CurvlabError, match="refresh_every must be a positive number of steps, not 0"):
+    with pytest.raises(cl.CurvlabError, match="refresh_every must be 1 or more, not 0"):
         Schedule(1, 0)

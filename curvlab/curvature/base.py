@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from curvlab.closure import Observation, Pass, Transition
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, Diverged, real
+from curvlab.finite import waits
 from curvlab.linalg.operators import Diagonal, Operator, identity_like
 from curvlab.statistics import LayerStatistics, Reads
 
@@ -84,14 +85,17 @@ class Curvature(Protocol):
     @property
     def rejects(self) -> bool: ...
     def learn(self, transition: Transition) -> bool: ...
+    @property
+    def left_out(self) -> Mapping[str, int | Tensor]:
+        """{block, or "whole": pairs that were left out so far since they were not finite}; perhaps on the device."""
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def check_damping(damping: float) -> None:
     """Raises CurvlabError where the damping is negative, infinite or NaN."""
-    if not 0 <= damping < math.inf:
-        raise CurvlabError(f"damping must be 0 or positive, not {damping:g}")
+    real("damping", damping)
 
 
 def check_algorithm(state: Mapping[str, Any], name: str) -> None:
@@ -101,8 +105,22 @@ def check_algorithm(state: Mapping[str, Any], name: str) -> None:
 
 
 def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
-    """old · (1 − weight) + new · weight; the first is the new one itself."""
+    """old · (1 − weight) + new · weight; the first is the new one itself. What is not finite would stay: `check_moments`."""
     return new.clone() if old is None else old.lerp(new, weight)
+
+
+def check_moments(moments: Mapping[str, Tensor]) -> None:
+    """Raises Diverged where a second moment of {its name: itself} is not finite: no average may take it up.
+
+    Its trace says so, since no entry of a second moment is larger than its diagonal. On a GPU, which would have to wait,
+    `refresh` sees it.
+    """
+    traces = [m.trace() for m in moments.values()]
+    if waits(traces[0]) or math.isfinite(sum(traces[1:], traces[0]).item()):
+        return
+    for name, trace in zip(moments, traces, strict=True):
+        if not math.isfinite(float(trace)):
+            raise Diverged(f"{name} contains NaN or Inf: lower the learning rate or raise the damping")
 
 
 class IdentityBlock:

@@ -18,10 +18,12 @@ from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
 from curvlab.curvature.states import check_memory, check_names, check_operator, dtype_of
 from curvlab.derivatives import precise
+from curvlab.divergence import Naming
 from curvlab.errors import CurvlabError, check_values, unknown, warn
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
 from curvlab.objective import Objective
+from curvlab.soundness import check_gradients
 from curvlab.statistics import LayerStatistics, Reads
 
 Average = Literal["moving", "corrected", "last", "data"]
@@ -161,7 +163,8 @@ class BlockDiagonal:
                 if name not in self._idle and not hasattr(block, "inverse"):
                     self._idle[name] = identity_like(observation.loss.new_empty(self._partition[name].shape))
             else:
-                block.update(found, weight)
+                with Naming(self._partition[name], name):
+                    block.update(found, weight)
                 self._idle.pop(name, None)
         self.updates += 1
 
@@ -188,7 +191,12 @@ class BlockDiagonal:
 
     @precise()
     def update(self, observation: Observation) -> None:
-        """One step: fold the observation in where the schedule says so, refresh the inverse where it says so."""
+        """One step: fold the observation in where the schedule says so, refresh the inverse where it says so.
+
+        Raises:
+            Diverged: a gradient or statistic that is not finite, which nothing is made of; no inverse.
+        """
+        check_gradients(observation.closure.objective, observation)
         step = self.steps + 1
         if self._folds(step) and self.shown:
             self._fold_data(observation.closure.objective)
@@ -202,6 +210,11 @@ class BlockDiagonal:
         self.steps = step
 
     rejects = False
+
+    @property
+    def left_out(self) -> dict[str, int | Tensor]:
+        """{block: its pairs that were left out so far since they were not finite}; perhaps on the device."""
+        return {name: block.left_out for name, block in self.blocks.items() if hasattr(block, "left_out")}
 
     @property
     def step_needs(self) -> frozenset[Pass]:
@@ -225,11 +238,9 @@ class BlockDiagonal:
                 and before.passes["data"][name].used
                 and after.passes["data"][name].used
             ):
-                try:
+                with Naming(self._partition[name], name):
                     move = partial(_step_of, transition, name)
                     block.secant(before.passes["data"][name], after.passes["data"][name], move)
-                except CurvlabError as error:
-                    raise _of(self._partition[name], error) from error
         if self.levenberg is not None:
             self.damping = self.levenberg.adapted(self.damping, self._ratio(transition))
         return True
@@ -246,6 +257,7 @@ class BlockDiagonal:
     def absorb(self, observation: Observation) -> None:
         """Warm start: fold into the plain mean over all observations so far. Call `refresh` after the last."""
         if self.warm:
+            check_gradients(observation.closure.objective, observation)
             self._fold(observation, 1 / (self.updates + 1))
             self.warmed = True
             if self.average == "data":
@@ -261,10 +273,8 @@ class BlockDiagonal:
         for name, block in self.blocks.items():
             if name in self._idle:
                 continue
-            try:
+            with Naming(self._partition[name], name):
                 block.refresh(damping)
-            except CurvlabError as error:
-                raise _of(self._partition[name], error) from error
         self.ready = True
 
     @precise()
@@ -283,7 +293,11 @@ class BlockDiagonal:
                 if tuple(g.shape) != self._partition[name].shape:
                     wanted = list(self._partition[name].shape)
                     raise CurvlabError(f"{self._partition[name]} has shape {wanted}, but its gradient {list(g.shape)}")
-            return {name: (inverse[name] @ g.flatten()).view(g.shape) for name, g in grads.items()}
+            found: dict[str, Tensor] = {}
+            for name, g in grads.items():
+                with Naming(self._partition[name], name):
+                    found[name] = (inverse[name] @ g.flatten()).view(g.shape)
+            return found
         out: dict[str, Tensor] = {}
         known = {p: b for b in self._partition.values() for p in b.params}
         for name in grads:

@@ -15,7 +15,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.base import Secant, blend
+from curvlab.curvature.base import Secant, blend, check_moments
 from curvlab.layers import Block
 from curvlab.linalg.direct_sum import ColumnSum
 from curvlab.linalg.kronecker import contraction
@@ -78,6 +78,8 @@ class Contracted:
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         new = self._contractions(self.block, statistics)
+        if self.reads != "gradient":  # whose length is finite, and so are its contractions: `soundness.check_gradients`
+            check_moments({f"contraction {i}": c for i, c in enumerate((c for variable in new for c in variable), 1)})
         if self.means is None:
             self.means = new
             return

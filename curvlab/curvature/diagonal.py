@@ -29,7 +29,7 @@ class SecondMoment:
         self.v: Tensor | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        g = statistics.gradient
+        g = statistics.gradient  # finite, and its square too: `soundness.check_gradients`
         if self.v is None:
             self.v = g.square().flatten()
         else:

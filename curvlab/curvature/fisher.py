@@ -5,19 +5,33 @@ Legend: V vectors, N examples, T places, I inputs incl. the bias column, J of th
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from curvlab.curvature.base import Secant
-from curvlab.errors import CurvlabError, guard_memory
+from curvlab.errors import Diverged, guard_memory
+from curvlab.finite import waits
 from curvlab.layers import Block
 from curvlab.linalg.direct_sum import DirectSum
 from curvlab.linalg.factor import damped_cholesky, shifted
 from curvlab.linalg.operators import Dense, Diagonal, Inverse, Operator
 from curvlab.linalg.packed import fold, output_pairs, unpack_full, unpack_lower
 from curvlab.statistics import LayerStatistics, Reads
+
+
+def check_outer(*factors: Tensor) -> None:
+    """Raises Diverged where second moments of products of entries of these would overflow, or are not finite.
+
+    F is added to in place, so that what is added is looked at before. On a GPU `refresh` sees it.
+    """
+    if any(map(waits, factors)):
+        return
+    largest = math.prod(float(f.abs().amax()) for f in factors if f.numel())
+    if not largest < math.sqrt(torch.finfo(factors[0].dtype).max / len(factors[-1])):
+        raise Diverged("the block Fisher matrix contains NaN or Inf: lower the learning rate or raise the damping")
 
 
 class DenseFisher:
@@ -44,6 +58,7 @@ class DenseFisher:
             self._update_dense(statistics, weight)
             return
         a, g = statistics.a, statistics.g
+        check_outer(g, a)
         if self.F is None:
             size = self.block.numel**2 * a.element_size()
             guard_memory(2 * size, f"a dense {self.block}", "use smw-ng-bd, whose system is N×N, or a Kronecker method")
@@ -51,6 +66,7 @@ class DenseFisher:
 
     def _update_dense(self, statistics: LayerStatistics, weight: float) -> None:
         rows = statistics.rows.flatten(2).flatten(0, 1)
+        check_outer(rows)
         if self.active is not None:  # one place until now, several from here on
             self.F, self.active = self._dense(), None
         if self.F is None:
@@ -73,7 +89,7 @@ class DenseFisher:
             self.inverse = Inverse(factor)
             return
         if not used > 0:
-            raise CurvlabError("some inputs are always zero, so the block Fisher matrix is singular: use a positive damping")
+            raise Diverged("some inputs are always zero, so the block Fisher matrix is singular: use a positive damping")
         idle = torch.ones(inputs, dtype=torch.bool, device=active.device)
         idle[active] = False
         first = torch.arange(outputs, device=active.device)[:, None] * inputs

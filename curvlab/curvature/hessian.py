@@ -14,6 +14,8 @@ from torch import Tensor
 from curvlab import exact
 from curvlab.closure import Observation
 from curvlab.curvature.base import Secant, blend
+from curvlab.errors import Diverged
+from curvlab.finite import all_finite, waits
 from curvlab.linalg.factor import damped_cholesky, shifted
 from curvlab.linalg.krylov import extremes
 from curvlab.linalg.operators import Dense, Inverse, Operator
@@ -62,7 +64,10 @@ class DenseHessian:
         self.shift = 0.0
 
     def update(self, statistics: Dense, weight: float) -> None:
-        self.M = blend(self.M, statistics.dense(), weight)
+        new = statistics.dense()
+        if not waits(new) and not all_finite(new):  # M would keep it
+            raise Diverged("the block Hessian matrix contains NaN or Inf: lower the learning rate or raise the damping")
+        self.M = blend(self.M, new, weight)
 
     def refresh(self, damping: float) -> None:
         assert self.M is not None

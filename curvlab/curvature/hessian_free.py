@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jaxtyping import Float
@@ -29,11 +30,13 @@ from curvlab.curvature.whole import (
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind, alone
 from curvlab.exact.general import Function
+from curvlab.finite import all_finite
 from curvlab.linalg.implicit import Damped
 from curvlab.linalg.krylov import truncated_cg
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product
 from curvlab.objective import Objective
+from curvlab.soundness import check_gradients
 
 _KINDS: dict[Pass, Kind] = {"exact": "ggn", "data": "ef", "model": "fisher-mc"}
 
@@ -60,6 +63,7 @@ class HessianFree:
         adapt, ratio, boost, drop, epsilon, tau: the LM rule, as of `Smw`; Martens has boost 3/2, drop 2/3 and τ = 0.
     """
 
+    left_out: Mapping[str, int | Tensor] = MappingProxyType({})  # there are no pairs
     step_needs: frozenset[Pass] = frozenset()
     warm_needs: frozenset[Pass] = frozenset()
     needs: frozenset[Pass] = frozenset()
@@ -131,6 +135,7 @@ class HessianFree:
 
     def update(self, observation: Observation) -> None:
         """Linearise at the N₂ examples where the schedule says so."""
+        check_gradients(self.objective, observation)
         step = self.steps + 1
         closure, size = observation.closure, self.curvature_size
         if self.schedule.updates(step):
@@ -165,8 +170,9 @@ class HessianFree:
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """x of truncated conjugate gradients on (B + λI) x = grad; the same keys and shapes, for all parameters."""
         run = truncated_cg(self.matrix, flat(self.layout, grads), self.start, progress=self.progress, maximum=self.iterations)
-        self.solution = self._best(run.iterates) if self.backtrack and self.trial is not None else run.x
-        return like(self.layout, self.solution, grads)
+        x = self._best(run.iterates) if self.backtrack and self.trial is not None else run.x
+        self.solution = x if all_finite(x) else None  # the next run would start from it
+        return like(self.layout, x, grads)
 
     def _best(self, iterates: tuple[Float[Tensor, " D"], ...]) -> Float[Tensor, " D"]:
         """Back from the last for as long as the loss falls (Martens 2010, section 4.6)."""

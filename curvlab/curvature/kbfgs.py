@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from curvlab.curvature.base import Move, blend
+from curvlab.curvature.base import Move, blend, check_moments
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import DAMPINGS, MU1, Pair, accept, action_pair, damp, hessian_action, updated_inverse
@@ -47,6 +47,9 @@ STARTS: dict[str, Callable[[float], float]] = {"identity": lambda damping_g: 1.0
 """λ_G → h, H_g = h I before the first pair, and at the bottom of L-BFGS: Alg. 4 and 2021 Alg. 2; Alg. 9, line 3."""
 
 
+FACTOR_A = "the K-BFGS factor A"
+
+
 class KBfgs:
     """H = H_g ⊗ H_a.
 
@@ -64,7 +67,7 @@ class KBfgs:
     """
 
     reads: Reads = "factors"
-    memory: ClassVar[tuple[str, ...]] = ("A", "s", "y", "S", "Y", "seen", "places", "overall")
+    memory: ClassVar[tuple[str, ...]] = ("A", "s", "y", "S", "Y", "seen", "places", "overall", "left_out")
     inverse: Operator
 
     def __init__(
@@ -95,6 +98,7 @@ class KBfgs:
         self.S: Tensor | None = None  # the pairs of L-BFGS, the oldest first
         self.Y: Tensor | None = None
         self.places, self.overall = 1, 0.0
+        self.left_out: int | Tensor = 0  # pairs so far, since they or their update were not finite
         self.last: dict[str, Pair] = {}  # the last pair of each factor, for the log
         self.seen: Tensor | None = None  # ā (and s = H_a ā, A s) of a minibatch that H_a has not learnt from yet
 
@@ -119,8 +123,10 @@ class KBfgs:
         self.places = statistics.places
         started = hasattr(self, "inverse")
         if not (started and self.minibatch):  # of the minibatch alone: a mean in the warm start, and no more
+            check_moments({FACTOR_A: statistics.A})
             self.A = blend(self.A, statistics.A, weight)  # Alg. 4, line 20
         elif self.exact:
+            check_moments({FACTOR_A: statistics.A})
             self.A = statistics.A  # Alg. 10, line 12
         if not self.exact:
             self.seen = statistics.mean_a[None]
@@ -141,7 +147,7 @@ class KBfgs:
         if not hasattr(self, "inverse") or self.exact:
             assert self.A is not None
             H_g = self.factors[0] if hasattr(self, "inverse") else self._initial(self.A)
-            self.inverse = Kronecker((H_g, damped_inverse(self.A, damping_a, "the K-BFGS factor A")))  # Alg. 5, line 23
+            self.inverse = Kronecker((H_g, damped_inverse(self.A, damping_a, FACTOR_A)))  # Alg. 5, line 23
         elif self.seen is not None:
             H_g, H_a = self.factors
             mean = self.seen[0]
@@ -150,7 +156,8 @@ class KBfgs:
             else:
                 assert self.A is not None
                 pair = hessian_action(H_a, mean, self.A, damping_a)  # Alg. 4, lines 21 and 22
-            H_a, self.last["a"] = updated_inverse(H_a, accept(pair, v=mean))
+            H_a, pair = updated_inverse(H_a, accept(pair, v=mean))
+            self.last["a"], self.left_out = pair, self.left_out + pair.refused["not finite"]
             self.inverse = Kronecker((H_g, H_a))
         self.seen = None
         if self.minibatch and not self.exact:
@@ -170,13 +177,17 @@ class KBfgs:
         return H_g if compact_is_cheaper(outputs, inputs, len(memory)) else H_g.dense()
 
     def secant(self, before: LayerStatistics, after: LayerStatistics, move: Move | None = None) -> None:
-        """Learn H_g from a step on one minibatch."""
+        """Learn H_g from a step on one minibatch.
+
+        A pair that is not finite is left out, and the averages of s and y, which have taken it up, start again: it would stay
+        in them for good.
+        """
         H_g, H_a = self.factors
         s, y = after.h.mean((0, 1)) - before.h.mean((0, 1)), after.g[0].mean((0, 1)) - before.g[0].mean((0, 1))
         zero = torch.zeros_like(s)
-        self.s = blend(zero if self.s is None else self.s, s, 1 - self.pair_decay)  # Alg. 4, line 16; from zero (practice)
-        self.y = blend(zero if self.y is None else self.y, y, 1 - self.pair_decay)
-        pair = damp(self.pair_damping, self.s, self.y, H_g, mu1=MU1, mu2=self._split()[1])  # Alg. 4, line 17; Alg. 9, line 20
+        mean_s = (zero if self.s is None else self.s).lerp(s, 1 - self.pair_decay)  # Alg. 4, line 16; from zero (practice)
+        mean_y = (zero if self.y is None else self.y).lerp(y, 1 - self.pair_decay)
+        pair = damp(self.pair_damping, mean_s, mean_y, H_g, mu1=MU1, mu2=self._split()[1])  # Alg. 4, line 17; Alg. 9, line 20
         pair = accept(pair, v=before.g[0].mean((0, 1)), mu1=MU1 if self.skip else None)
         if not self.pairs:
             assert isinstance(H_g, Tensor)
@@ -186,7 +197,9 @@ class KBfgs:
             memory = old.append_where(pair.used, pair.s, pair.y)
             self.S, self.Y = memory.S, memory.Y
             H_g = self._limited(memory)
-        self.last["g"] = pair
+        broken = pair.refused["not finite"]
+        self.s, self.y = torch.where(broken, zero, mean_s), torch.where(broken, zero, mean_y)
+        self.last["g"], self.left_out = pair, self.left_out + broken
         self.inverse = Kronecker((H_g, H_a))
 
     def matrix(self, damping: float = 0.0) -> Operator | None:

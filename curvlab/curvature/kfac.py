@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from curvlab.curvature.base import Secant, blend
+from curvlab.curvature.base import Secant, blend, check_moments
 from curvlab.errors import lookup
 from curvlab.linalg.factor import damped_inverse, shifted
 from curvlab.linalg.kronecker import pi_split
@@ -28,6 +28,9 @@ SPLITS: dict[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = {
     "even": lambda A, G, damping: (math.sqrt(damping), math.sqrt(damping)),
 }
 """(A, G, λ) → the dampings of A and G: thesis Alg. 12, line 19; π = 1 of Alg. 7, line 11 and of 2021 Alg. 5, line 14."""
+
+
+FACTOR_A, FACTOR_G = "the KFAC factor A (Ω)", "the KFAC factor G (Γ)"
 
 
 class Kfac:
@@ -44,6 +47,7 @@ class Kfac:
         self.G: Tensor | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        check_moments({FACTOR_A: statistics.A, FACTOR_G: statistics.G})
         self.A = blend(self.A, statistics.A, weight)  # Alg. 12, line 14: Ω
         self.G = blend(self.G, statistics.G, weight)  # Alg. 12, line 14: Γ
 
@@ -53,8 +57,8 @@ class Kfac:
         damping_a, damping_g = self.split(self.A, self.G, damping)  # Alg. 12, line 19; Alg. 7, line 11
         self.inverse = Kronecker(
             (
-                damped_inverse(self.G, damping_g, "the KFAC factor G (Γ)"),
-                damped_inverse(self.A, damping_a, "the KFAC factor A (Ω)"),
+                damped_inverse(self.G, damping_g, FACTOR_G),
+                damped_inverse(self.A, damping_a, FACTOR_A),
             )
         )
 

@@ -43,8 +43,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.base import Move, Secant, blend
-from curvlab.curvature.kfac import Kfac
+from curvlab.curvature.base import Move, Secant, blend, check_moments
+from curvlab.curvature.kfac import FACTOR_A, FACTOR_G, Kfac
 from curvlab.errors import CurvlabError, check_values, lookup
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import Pair, accept, powell_on_b, undamped
@@ -103,7 +103,7 @@ class SkqnL:
     """
 
     reads: Reads = "factors"
-    memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "S", "Y")
+    memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "S", "Y", "left_out")
     inverse: Operator
 
     def __init__(self, block: Block, *, pairs: int = 3, gamma: float = 0.1, mu: float = 0.25, split: bool = False) -> None:
@@ -118,11 +118,12 @@ class SkqnL:
         self.S: Tensor | None = None  # u and v of the pairs, the oldest first
         self.Y: Tensor | None = None
         self.last: Pair | None = None  # for the log
+        self.left_out = 0  # pairs so far, since they were not finite
         self.secant: Secant | None = self._secant if pairs else None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        self.A = blend(self.A, statistics.A, weight)
-        self.G = blend(self.G, statistics.G, weight)
+        check_moments({FACTOR_A: statistics.A, FACTOR_G: statistics.G})
+        self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
         if self.S is None or self.Y is None:
             self.S = self.Y = self.A.new_empty(0, statistics.block.numel)
         if self.U is None or self.V is None:
@@ -131,6 +132,7 @@ class SkqnL:
         start = multiple_of_identity(self.gamma, u)
         pair = powell_on_b(u, v, start, start.inv(), self.mu) if self.mu else undamped(u, v, start.inv())
         self.last = accept(pair, cosine=COSINE)
+        self.left_out += self.last.skipped == "not finite"
         if not self.last.skipped:
             kept = Memory(self.pairs, self.S, self.Y).append(pair.s, pair.y)
             self.S, self.Y = kept.S, kept.Y
@@ -217,7 +219,7 @@ class SkqnB:
     """
 
     reads: Reads = "factors"
-    memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "Lambda", "draws")
+    memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "Lambda", "draws", "left_out")
     inverse: Operator
 
     def __init__(
@@ -248,17 +250,19 @@ class SkqnB:
         self.V: Tensor | None = None
         self.Lambda: Tensor | None = None  # in double precision
         self.last: BlockUpdate | None = None  # for the log
+        self.left_out = 0  # blocks of pairs so far, since they were not finite
         self.secant: Secant | None = None if columns == 0 else self._secant
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        self.A = blend(self.A, statistics.A, weight)
-        self.G = blend(self.G, statistics.G, weight)
+        check_moments({FACTOR_A: statistics.A, FACTOR_G: statistics.G})
+        self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
         if self.Lambda is None:
             self.Lambda = self.gamma * torch.eye(len(self.G), dtype=torch.float64, device=self.G.device)
         if self.U is None or self.V is None:
             return
         U, V = self._sketched(*self.condition.pairs(self.U, self.V, self.A, self.G))
         self.last = block_bfgs(self.Lambda, U, V, choice=self.choice, mu=self.mu, tau=self.tau)  # (22)
+        self.left_out += self.last.skipped == "not finite"
         self.Lambda = self.last.matrix
         self.U = self.V = None
 

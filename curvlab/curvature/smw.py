@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,7 @@ from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import LowRank, Operator, Woodbury, pack, unpack
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows
 from curvlab.objective import Objective
+from curvlab.soundness import check_gradients
 from curvlab.statistics import LayerStatistics, Reads
 
 
@@ -102,6 +104,7 @@ class Smw:
         boost, drop, epsilon, tau: of the LM rule.
     """
 
+    left_out: Mapping[str, int | Tensor] = MappingProxyType({})  # there are no pairs
     step_needs: frozenset[Pass] = frozenset()
     warm_needs: frozenset[Pass] = frozenset()
 
@@ -155,6 +158,7 @@ class Smw:
 
     def update(self, observation: Observation) -> None:
         """Rows of the N₂ examples where the schedule says so, the factor of their Gram matrix where it says so."""
+        check_gradients(self.objective, observation)
         step = self.steps + 1
         if self.schedule.updates(step):
             self.rows = self._rows(observation)

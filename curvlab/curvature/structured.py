@@ -36,7 +36,7 @@ from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.states import check_vectors
 from curvlab.curvature.whole import Schedule, Search, flat, like, part, searched, subset
-from curvlab.errors import CurvlabError, check_values, unknown
+from curvlab.errors import CurvlabError, Diverged, check_values, unknown
 from curvlab.exact.batches import Kind
 from curvlab.exact.general import Function
 from curvlab.finite import all_finite
@@ -46,6 +46,7 @@ from curvlab.linalg.lbfgs import Memory, empty_memory, lbfgs_inverse, multiple_o
 from curvlab.linalg.operators import Dense, Operator
 from curvlab.linalg.products import Product
 from curvlab.objective import Objective
+from curvlab.soundness import check_gradients
 
 Base = Literal["hessian", "fisher", "none"]
 """Subsampled Hessian, (4); second moment of the gradients at `labels`: exact (GGN = Fisher, (5)), model, data (EFIM); none."""
@@ -148,6 +149,7 @@ class Structured:
         self.memory: Memory | None = None
         self.ages: list[int] = []  # the step that gave each pair
         self.pending: tuple[Tensor, Tensor] | None = None  # u_{k−1}, v̂_{k−1}: v needs H_k, (10)
+        self.pairs_left_out = 0  # since they were not finite
         self.work = {"products": 0, "trials": 0}
         self.lam = damping
         self.last: Pair | None = None  # the last pair, for the log
@@ -158,12 +160,13 @@ class Structured:
     def update(self, observation: Observation) -> None:
         """Lines 2 to 4: the base of this minibatch, the newest pair with it, λ_k, the inverse."""
         check_damping(self.damping)
+        check_gradients(self.objective, observation)
         self._observation = observation
         g = flat(self.objective.layout, observation.gradients)
         self._sample = None if self.base == "none" else self._take(observation.closure)
-        if self.pending is not None:
-            self._add(*self.pending)
-            self.pending = None
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self._add(*pending)
         self.lam = self.damping if self.rule is None else self.rule(self.damping, self.gradient_norm)  # (8)
         self._invert(g)
         self.gradient_norm = float(g.norm())
@@ -182,6 +185,11 @@ class Structured:
         )
         self.pending = flat(self.objective.layout, transition.step), change
         return True
+
+    @property
+    def left_out(self) -> dict[str, int | Tensor]:
+        """{"whole": pairs that were left out so far since they were not finite}."""
+        return {"whole": self.pairs_left_out}
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(B_k + λ_k I)⁻¹ g, times the step of the line search where there is one.
@@ -253,6 +261,7 @@ class Structured:
             memory = Memory(self.pairs, memory.S[last], memory.Y[last])
             self.ages = [k for k, stays in zip(self.ages, last, strict=True) if stays]
         self.last = accept(undamped(u, v, self._metric(u, v)), cosine=_EPSILON_B)
+        self.pairs_left_out += self.last.skipped == "not finite"
         if not self.last.skipped:
             memory, self.ages = memory.append(u, v), [*self.ages, self.steps][-self.pairs :]
         self.memory = memory if len(memory) else None
@@ -324,7 +333,7 @@ class Structured:
         dense = matrix.dense()
         dense = (dense + dense.mT) / 2
         if not all_finite(dense):
-            raise CurvlabError(f"the matrix of {self._blocks} contains NaN or Inf: raise the damping, or scale the data")
+            raise Diverged(f"the matrix of {self._blocks} contains NaN or Inf: raise the damping, or scale the data")
         if bool(torch.linalg.cholesky_ex(dense).info):
             ends = torch.linalg.eigvalsh(dense)
             floor = max(self.lam, float(ends.abs().amax()) * torch.finfo(dense.dtype).eps ** 0.5)
@@ -337,7 +346,7 @@ class Structured:
         """After pᵀ(B + λI)p / pᵀp = curvature ≤ 0."""
         raised = self.lam + max(2 * abs(curvature), self.lam, torch.finfo(self.objective.dtype).tiny)
         if not math.isfinite(raised):
-            raise CurvlabError(f"the matrix of {self._blocks} is not positive definite at any damping: scale the data")
+            raise Diverged(f"the matrix of {self._blocks} is not positive definite at any damping: scale the data")
         self.lam = raised
 
     @property
@@ -361,6 +370,7 @@ class Structured:
         """Counters and pairs. The base is of a minibatch: the next `update` takes its own."""
         state = {key: getattr(self, key) for key in _STATE}
         pairs = None if self.memory is None else [self.memory.S, self.memory.Y]
+        state["pairs_left_out"] = self.pairs_left_out
         return state | {"algorithm": self.name, "work": dict(self.work), "pairs": pairs, "pending": _listed(self.pending)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -375,6 +385,7 @@ class Structured:
         for key, value in kept.items():
             setattr(self, key, value)
         self.ages = list(self.ages)
+        self.pairs_left_out = state.get("pairs_left_out", 0)
         self.memory = memory
         self.pending = None if pending is None else (pending[0].clone(), pending[1].clone())
         self.ready = False

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.closure import Closure, Observation
-from curvlab.errors import CurvlabError, Diverged, unknown
+from curvlab.errors import CurvlabError, Diverged, unknown, whole
 from curvlab.layers import Layout
 from curvlab.linalg.line_search import Found, armijo, wolfe
 from curvlab.linalg.operators import Operator
@@ -148,8 +148,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("update_every", "refresh_every"):
-            if getattr(self, name) < 1:
-                raise CurvlabError(f"{name} must be a positive number of steps, not {getattr(self, name):g}")
+            whole(name, getattr(self, name))
 
     def updates(self, step: int) -> bool:
         return step == 1 or step % self.update_every == 0

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import LARGEST, MOST_STEPS, CurvlabError, whole
 from curvlab.finite import all_finite
 
 Augmentation: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
@@ -102,14 +102,14 @@ class Dataset:
         Order and augmentation depend on `seed` alone. ``augment=False`` leaves the data as they are.
 
         Raises:
-            CurvlabError: `size` below 1 or above the number of examples, `epochs` below 1.
+            CurvlabError: `size` below 1 or above the number of examples, `epochs` below 1, a seed below 0.
         """
-        if not 1 <= size <= len(self):
+        if not 1 <= whole("the batch size", size, -LARGEST) <= len(self):
             raise CurvlabError(
                 f"batch size {size} does not fit '{self.name}', which has {len(self)} examples: choose 1 to {len(self)}"
             )
-        if epochs < 1:
-            raise CurvlabError(f"epochs must be 1 or more, not {epochs}")
+        whole("epochs", epochs, 1, MOST_STEPS)
+        whole("the seed", seed, 0)
         return Batches(self if augment else replace(self, augment=None), size, epochs, seed)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def folders() -> list[Path]:
     """Where files are looked for, the user's folder first."""
     here = Path(__file__).resolve().parents[1]
     chosen = os.environ.get("CURVLAB_DATA")
-    return [*([Path(chosen).expanduser()] if chosen else []), here / "_data", here.parent / "data"]
+    return [*([expanded(chosen, "CURVLAB_DATA")] if chosen else []), here / "_data", here.parent / "data"]
 
 
 def cache() -> Path:
@@ -81,7 +82,7 @@ def cache() -> Path:
     import pooch
 
     chosen = os.environ.get("CURVLAB_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(pooch.os_cache("curvlab"))
+    return expanded(chosen, "CURVLAB_CACHE") if chosen else Path(pooch.os_cache("curvlab"))
 
 
 def find(name: str) -> Path | None:
@@ -99,7 +100,7 @@ def file(name: str) -> Path:
     path = find(name)
     if path is not None:
         if known.sums:
-            _verify(path, name, known.sums)
+            verify(path, name, known.sums)
         return path
     where = f"data file {name} was not found in {', '.join(map(str, folders()))}"
     if known.url is not None:
@@ -115,7 +116,8 @@ def file(name: str) -> Path:
     )
 
 
-def _verify(path: Path, name: str, sums: tuple[str, ...]) -> None:
+def verify(path: Path, name: str, sums: tuple[str, ...]) -> None:
+    """Raises CurvlabError where a file is not to be read, or is none of those that these are the checksums of."""
     algorithm, said = ("sha256", "SHA-256") if len(sums[0]) == 64 else ("md5", "MD5")
     try:
         with path.open("rb") as stream:

@@ -26,7 +26,7 @@ def _read(path: Path, features: int, rows: int) -> tuple[Any, Tensor]:
 
     try:
         x, y = load_svmlight_file(str(path), n_features=features, dtype=np.float32)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:  # of an index beyond 2³¹
         raise CurvlabError(f"data file {path} is no LIBSVM file of {features} features ({error}): get it again") from error
     if x.shape[0] != rows or set(np.unique(y)) != {-1.0, 1.0}:
         raise CurvlabError(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import Diverged
 from curvlab.finite import all_finite
 from curvlab.linalg.factor import eigh
 from curvlab.linalg.kronecker import kronecker_product
@@ -39,7 +39,7 @@ class Rotated(Symmetric):
         return kronecker_product([q.mT for q in self.bases], v)
 
     def inv(self) -> Operator:
-        """Raises CurvlabError where M is not positive definite."""
+        """Raises Diverged where M is not positive definite."""
         return Rotated(self.bases, cast(Diagonal | Compact, self.inside.inv()))
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -66,10 +66,10 @@ def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
     """⊗ᵢ Uᵢ + shift I, Uᵢ positive semi-definite: what rounding leaves below 0 of their eigenvalues is taken as 0.
 
     Raises:
-        CurvlabError: NaN or Inf in a factor.
+        Diverged: NaN or Inf in a factor.
     """
     if not all(all_finite(u) for u in factors):
-        raise CurvlabError("a Kronecker factor contains NaN or Inf: lower the learning rate or raise the damping")
+        raise Diverged("a Kronecker factor contains NaN or Inf: lower the learning rate or raise the damping")
     found = [eigh((u + u.mT) / 2) for u in factors]
     values = reduce(lambda e, f: torch.outer(e, f).flatten(), [e.clamp_min(0) for e, _ in found])
     return Rotated(tuple(q for _, q in found), Diagonal(values + shift))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import Diverged
 from curvlab.linalg.factor import damped_inverse
 from curvlab.linalg.krylov import conjugate_gradients
 from curvlab.linalg.operators import Operator, Symmetric
@@ -63,14 +63,14 @@ class Solve(Symmetric):
         return len(self.matrix)
 
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-        """Raises CurvlabError where conjugate gradients do not get there."""
+        """Raises Diverged where conjugate gradients do not get there."""
         if v.ndim == 2:
             each = [self @ column for column in v.mT] if v.shape[1] < len(self) else []
             return torch.stack(each, 1) if each else self.dense() @ v
         tolerance = torch.finfo(v.dtype).eps ** 0.75
         found = conjugate_gradients(self.matrix, v, tolerance=tolerance)
         if found.residual > 1e3 * tolerance:
-            raise CurvlabError(
+            raise Diverged(
                 f"conjugate gradients ended at a relative residual of {found.residual:.1g} "
                 f"after {found.iterations} iterations: raise the damping"
             )

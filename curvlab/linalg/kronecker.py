@@ -17,7 +17,7 @@ from jaxtyping import Float
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, Diverged
 from curvlab.linalg.aligned import product, second_moment
 
 
@@ -87,10 +87,20 @@ def tensor_normal_factors(contractions: Sequence[Float[Tensor, "d_i d_i"]]) -> t
 def pi_split(A: Float[Tensor, "I I"], G: Float[Tensor, "O O"], damping: float) -> tuple[float, float]:
     """(π √λ for A, √λ / π for G), π = √(trace(A ⊗ I) / trace(I ⊗ G)): thesis Alg. 12, line 19.
 
-    π is 1 where either trace is zero.
+    π is 1 where either trace is zero, or so small beside the other that π² is 0 or ∞ in double precision. The documents' π is 0
+    or ∞ there (0/0 where both are zero) and leaves √λ / π or π √λ without a value. A zero factor is legitimate, though: of a
+    layer that no example reaches all derivatives are zero. Then A ⊗ G is zero whatever π is, and an even split is as good as
+    any: both factors stay positive definite, and √λ √λ is the λ of the damped matrix.
+
+    Raises:
+        Diverged: a trace that is not finite.
     """
     a, g = float(A.diagonal().mean()), float(G.diagonal().mean())
-    pi = math.sqrt(a / g) if a > 0 and g > 0 else 1.0
+    for name, trace in (("A", a), ("G", g)):
+        if not math.isfinite(trace):
+            raise Diverged(f"the factor {name} contains NaN or Inf: its trace is {trace}, so that there is no π")
+    squared = a / g if a > 0 and g > 0 else 1.0
+    pi = math.sqrt(squared) if 0 < squared < math.inf else 1.0
     return pi * math.sqrt(damping), math.sqrt(damping) / pi
 
 

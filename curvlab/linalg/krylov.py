@@ -13,17 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, guard_memory
+from curvlab.errors import CurvlabError, Diverged, guard_memory
 from curvlab.finite import all_finite
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import finite_product
 from curvlab.linalg.traces import Estimate, average, gaussian
 
 
-class Indefinite(CurvlabError):
+class Indefinite(Diverged):
     """A direction p of no positive curvature was met; `curvature` is pᵀ A p / pᵀ p."""
 
-    def __init__(self, message: str, curvature: float) -> None:
+    def __init__(self, message: str, curvature: float = math.nan) -> None:
         super().__init__(message)
         self.curvature = curvature
 
@@ -58,7 +58,7 @@ def conjugate_gradients(
 
     Raises:
         Indefinite: pᵀ A p ≤ 0.
-        CurvlabError: rᵀ M r ≤ 0: the preconditioner is not positive definite.
+        Diverged: rᵀ M r ≤ 0: the preconditioner is not positive definite; NaN or Inf in b or in a product.
     """
     _check_vector(operator, b, "the right-hand side")
     maximum = 10 * len(b) if maximum is None else maximum
@@ -78,9 +78,7 @@ def conjugate_gradients(
             z = r if precondition is None else finite_product(precondition, r)
             rho, old = float(r @ z), rho
             if not rho > 0:
-                raise CurvlabError(
-                    f"rᵀMr = {rho:.3g} at iteration {iterations + 1}: the preconditioner is not positive definite"
-                )
+                raise Diverged(f"rᵀMr = {rho:.3g} at iteration {iterations + 1}: the preconditioner is not positive definite")
             p = torch.add(z, p, alpha=rho / old)
             product = finite_product(operator, p)
             curvature = float(p @ product)
@@ -134,7 +132,7 @@ def truncated_cg(
         progress: 0 stops at the maximum, or where the residual is zero to rounding.
 
     Raises:
-        CurvlabError: pᵀ A p ≤ 0: A is not positive definite.
+        Diverged: pᵀ A p ≤ 0: A is not positive definite; NaN or Inf in b or in a product.
     """
     _check_vector(operator, b, "the right-hand side")
     if not progress >= 0 or maximum < 1 or not growth > 1:
@@ -153,7 +151,7 @@ def truncated_cg(
         product = finite_product(operator, p)
         curvature = float(p @ product)
         if not curvature > 0:
-            raise CurvlabError(
+            raise Diverged(
                 f"conjugate gradients met pᵀAp = {curvature / float(p @ p):.3g} pᵀp at iteration {i + 1}: "
                 "the matrix is not positive definite; raise the damping"
             )
@@ -314,4 +312,4 @@ def _check_vector(operator: Operator, v: Float[Tensor, " D"], what: str) -> None
     if v.shape != (len(operator),):
         raise CurvlabError(f"{what} has the shape {list(v.shape)}: the operator takes [{len(operator)}]")
     if not all_finite(v):
-        raise CurvlabError(f"{what} contains NaN or Inf")
+        raise Diverged(f"{what} contains NaN or Inf")

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, Diverged
 from curvlab.linalg.operators import Compact, Diagonal, Operator, packable
 
 _NUMBERS = 1 << 18  # in double precision at once
@@ -157,7 +157,7 @@ def _scaled(memory: Memory, trusted: bool = False) -> tuple[Float[Tensor, "p D"]
     sy = (memory.S * memory.Y).sum(1)
     if not (trusted or bool((sy > 0).all())):
         first = int((~(sy > 0)).nonzero()[0])
-        raise CurvlabError(f"pair {first + 1} of {len(sy)} has sᵀy = {float(sy[first]):.3g}, not above 0: damp or skip it")
+        raise Diverged(f"pair {first + 1} of {len(sy)} has sᵀy = {float(sy[first]):.3g}, not above 0: damp or skip it")
     scale = sy.rsqrt()[:, None]
     S, Y = memory.S * scale, memory.Y * scale
     return S, Y, _gram(S, Y)

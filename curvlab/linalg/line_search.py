@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import Diverged
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def armijo(
         start: φ(0). slope: φ′(0) < 0. slack: by how much φ is uncertain.
 
     Raises:
-        CurvlabError: the direction does not descend.
+        Diverged: the direction does not descend.
     """
     _check(slope)
     t = 1.0
@@ -82,4 +82,4 @@ def wolfe(
 
 def _check(slope: float) -> None:
     if not slope < 0:
-        raise CurvlabError(f"the slope along the direction is {slope:.3g}, not below 0: raise the damping")
+        raise Diverged(f"the slope along the direction is {slope:.3g}, not below 0: raise the damping")

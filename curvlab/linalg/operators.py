@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, lookup
+from curvlab.errors import Diverged, lookup
 from curvlab.linalg.factor import solve_cholesky
 from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows, gram_cholesky
@@ -121,10 +121,10 @@ class Dense(Symmetric):
         return self.matrix @ v
 
     def inv(self) -> Operator:
-        """Through Cholesky. Raises CurvlabError where the matrix is not positive definite."""
+        """Through Cholesky. Raises Diverged where the matrix is not positive definite."""
         factor, info = torch.linalg.cholesky_ex(self.matrix)
         if info:
-            raise CurvlabError("the matrix is not positive definite: damp it before inverting")
+            raise Diverged("the matrix is not positive definite: damp it before inverting")
         return Inverse(factor)
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -185,9 +185,9 @@ class Diagonal(Symmetric):
         return self.values * v if v.ndim == 1 else self.values[:, None] * v
 
     def inv(self) -> Operator:
-        """Raises CurvlabError where an entry is not positive."""
+        """Raises Diverged where an entry is not positive."""
         if not bool((self.values > 0).all()):
-            raise CurvlabError("the matrix is not positive definite: damp it before inverting")
+            raise Diverged("the matrix is not positive definite: damp it before inverting")
         return Diagonal(self.values.reciprocal())
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -216,7 +216,7 @@ class Kronecker(Symmetric):
         return kronecker_product(self.factors, v)
 
     def inv(self) -> Operator:
-        """Factor by factor. Raises CurvlabError where one is not positive definite."""
+        """Factor by factor. Raises Diverged where one is not positive definite."""
         return Kronecker(tuple(Dense(u).inv().dense() if isinstance(u, Tensor) else u.inv() for u in self.factors))
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -331,14 +331,14 @@ class Compact(Symmetric):
         return self.base @ v + self.rows.mT @ self._solve(self.rows @ v)
 
     def inv(self) -> Operator:
-        """Raises CurvlabError where the base or the matrix is not positive definite."""
+        """Raises Diverged where the base or the matrix is not positive definite."""
         base = self.base.inv()
         through = base @ self.rows.mT  # M⁻¹ Rᵀ
         core = self.core + self.rows.to(self.core.dtype) @ through.to(self.core.dtype)
         core = -(core + core.mT) / 2
         # the inertia of [[M, Rᵀ], [R, −C]] by either Schur complement: the matrix is definite where these two numbers agree
         if _positive_eigenvalues(core) != _positive_eigenvalues(-self.core):
-            raise CurvlabError("the matrix is not positive definite: damp it before inverting")
+            raise Diverged("the matrix is not positive definite: damp it before inverting")
         return Compact(base, through.mT.contiguous(), core)
 
     def dense(self) -> Float[Tensor, "D D"]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, guard_memory
+from curvlab.errors import CurvlabError, Diverged, guard_memory
 from curvlab.finite import all_finite
 from curvlab.linalg.operators import NOWHERE, Dense, Operator, Placed, Square, placed
 
@@ -153,10 +153,8 @@ def placement(operator: Any) -> tuple[torch.dtype, torch.device]:
 
 
 def finite_product(operator: Operator, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-    """``operator @ v``. Raises CurvlabError where it contains NaN or Inf."""
+    """``operator @ v``. Raises Diverged where it contains NaN or Inf."""
     product = operator @ v
     if not all_finite(product):
-        raise CurvlabError(
-            "a product with the operator contains NaN or Inf: check the parameters and the batch it was made from"
-        )
+        raise Diverged("a product with the operator contains NaN or Inf: check the parameters and the batch it was made from")
     return product

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvlab.closure import Observation, Pass
-from curvlab.errors import CurvlabError, lookup, several
+from curvlab.errors import CurvlabError, lookup, several, whole
 from curvlab.objective import Objective
 
 Values = NDArray[np.float64]
@@ -208,9 +208,9 @@ def asked(words: Sequence[str], command: Command) -> dict[str, int | None]:
         select([name], command)
         if name in found:
             raise CurvlabError(f"probe '{name}' is given twice")
-        if colon and not (every.isascii() and every.isdigit() and int(every) > 0):
+        if colon and not (every.isascii() and every.isdigit() and len(every) < 40 and int(every) > 0):
             raise CurvlabError(f"probe '{word}': after the colon comes a number of steps, 1 or more, as in {name}:10")
-        found[name] = int(every) if colon else None
+        found[name] = whole(f"the number of steps of probe '{name}'", int(every)) if colon else None
     return found
 
 

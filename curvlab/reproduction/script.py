@@ -12,7 +12,10 @@ from typing import Protocol
 import torch
 from matplotlib.figure import Figure
 
+from curvlab import paths
 from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.escape import for_terminal
+from curvlab.interrupt import number_of, words
 from curvlab.memory import keep_freed_memory
 from curvlab.runs import device_of
 
@@ -39,6 +42,8 @@ class Options:
                 raise CurvlabError(f"there are no {kind}s to choose from: leave --{kind} out")
             for name in chosen:
                 lookup(dict.fromkeys([*known]), name, kind)
+        device_of(self.device)
+        paths.check_folder(self.runs, what="folder of runs", remedy="choose another with --runs")
 
     @property
     def smoke(self) -> bool:
@@ -105,7 +110,7 @@ class Report:
             write(path)
         except OSError as error:
             raise CurvlabError(f"{path} cannot be written: {error.strerror}; choose another folder with --out") from error
-        print(f"wrote {path}", flush=True)
+        print(for_terminal(f"wrote {path}"), flush=True)
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ def reproduce(what: Reproduction, name: str, options: Options) -> Report:
     options.check(what)
     keep_freed_memory()
     report = Report(name, options)
+    files = [report.file(suffix).name for suffix in ("png", "txt")]
+    paths.check_folder(options.out, files, remedy="choose another with --out")
     report.say(f"{what.shows} ({options.budget}: {what.extents[options.budget]}; {described(options.where)})")
     report.say(f"The document: {what.claim}")
     report.say()
@@ -143,7 +150,7 @@ def reproduce(what: Reproduction, name: str, options: Options) -> Report:
 def say_progress(what: str, left: float | None = None) -> None:
     """On standard error, which is no part of the result; `left` are seconds."""
     when = "" if left is None else f" (about {left:.0f} s left)" if left < 120 else f" (about {left / 60:.0f} min left)"
-    print(f"  {what}{when}", file=sys.stderr, flush=True)
+    print(for_terminal(f"  {what}{when}"), file=sys.stderr, flush=True)
 
 
 def described(device: torch.device) -> str:
@@ -175,9 +182,9 @@ def main(what: Reproduction, file: str) -> None:
     except CurvlabError as error:
         print(f"curvlab: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("curvlab: interrupted; run it again to go on", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        print(f"curvlab: {words(error)}; run it again to go on", file=sys.stderr)
+        sys.exit(128 + number_of(error))
 
 
 def name_of(path: Path) -> str:

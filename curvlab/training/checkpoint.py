@@ -1,23 +1,22 @@
-"""Checkpoints: one file, always whole, that holds tensors, numbers, strings, lists and dictionaries, and loads as nothing else.
+"""Checkpoints: one file, whole and sealed, of tensors, numbers, strings, lists and dictionaries; it loads as nothing else.
 
 `torch.load(…, weights_only=True)` reads it, so that no file can run code.
 """
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
-from curvlab.atomic import rewrite
+from curvlab.atomic import damaged, rewrite_sealed, unsealed
 from curvlab.errors import CurvlabError
 
 FILE = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
+"""1: without a seal, of earlier versions."""
 _PLAIN = (Tensor, int, float, str, bool, type(None))
 
 
@@ -29,9 +28,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
             f"a checkpoint holds tensors, numbers, strings, lists and dictionaries only, but {where[0]} is of type {where[1]}"
         )
     try:
-        rewrite(path, lambda aside: torch.save({"format": FORMAT} | state, aside))
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a full disk
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        rewrite_sealed(path, lambda stream: torch.save({"format": FORMAT} | state, cast(IO[bytes], stream)))
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError too
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise CurvlabError(f"the checkpoint {path} cannot be written: {reason}") from error
 
 
@@ -54,12 +53,16 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """
     if not path.is_file():
         raise CurvlabError(f"there is no checkpoint at {path}: start the run without --resume")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise CurvlabError(
-            f"the checkpoint {path} is damaged or no checkpoint of curvlab: restore it or start again"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    with unsealed(path) as (stream, sealed):
+        try:
+            state = torch.load(stream, map_location=device, weights_only=True)
+        except Exception as error:  # torch, its zip reader and its unpickler raise a dozen kinds
+            raise CurvlabError(
+                f"the checkpoint {path} is damaged or no checkpoint of curvlab: restore it or start again"
+            ) from error
+    form = state.get("format") if isinstance(state, dict) else None
+    if type(form) is not int or not 1 <= form <= FORMAT:
         raise CurvlabError(f"{path} is no checkpoint of this version of curvlab: start again in another folder")
-    return state
+    if form > 1 and not sealed:
+        raise damaged(path)
+    return dict(state)

@@ -7,6 +7,7 @@ the time of that is apart, as is the time of the warm start, of checkpoints and 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -25,17 +26,18 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from curvlab import chance, datasets
 from curvlab.chance import Chance
 from curvlab.closure import Observation
-from curvlab.errors import CurvlabError, CurvlabWarning, Diverged
+from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, warn
 from curvlab.interrupt import Shield, shielded
 from curvlab.log import Record
 from curvlab.objective import Objective
 from curvlab.optim import Batch
 from curvlab.progress import counted
 from curvlab.runs import clock_of, length
-from curvlab.training import checkpoint
+from curvlab.training import checkpoint, contents
 from curvlab.training.evaluation import Data, Measure, evaluate
 from curvlab.training.probing import Sampler
 from curvlab.training.records import Meter, open_log
+from curvlab.training.schedules import end
 from curvlab.training.settings import Budget, Position, Settings, check_same
 
 
@@ -80,7 +82,7 @@ class Training:
         self.folder, self.checkpoint_seconds = folder, checkpoint_seconds
         self.per_epoch = batches.per_epoch if isinstance(batches, datasets.Batches) else length(batches)
         self.optimizer = settings.optimizer(objective)
-        self.scheduler = settings.scheduler(self.optimizer, budget.epochs)
+        self.scheduler = settings.scheduler(self.optimizer, budget, self.per_epoch)
         self.meter, self.clock = Meter(objective), clock_of(objective.device)
         self.sampler = Sampler(objective, self.optimizer, settings.algorithm, probes or {}, self.clock)
         self.optimizer.watch = self._watch
@@ -105,7 +107,7 @@ class Training:
         self._since: tuple[float, float] | None = None
         self._chance_of_epoch = chance.states(objective.device)
         self._chance_kept: Chance | None = None
-        self._kept_at = time.monotonic()
+        self._kept, self._kept_at = False, time.monotonic()
         self._shown = 0.0
 
     def into(self, folder: Path) -> None:
@@ -119,7 +121,8 @@ class Training:
 
         Raises:
             CurvlabError: bad data, or a folder that cannot be written.
-            KeyboardInterrupt: Ctrl-C; the state is saved.
+            KeyboardInterrupt: Ctrl-C, or another of `interrupt.SIGNALS` (`Interrupted`), once the running step is whole; the
+                state is saved.
         """
         self.bar, self.say = bar, say
         if self._chance_kept is not None:
@@ -134,25 +137,29 @@ class Training:
                 whole = True
                 while whole and not (self.at.step == 0 and self._over()):
                     whole = self._epoch()
+                self._say_end()
             except (Diverged, LinAlgError) as error:
                 if not self.at.started:
                     raise CurvlabError(f"before the first step: {error}") from error
                 self._stop(str(error).splitlines()[0])
-            except CurvlabError:
-                fruitless = fresh and not self.at.steps  # what was asked for cannot be: no run to go on with
-                raise
             except KeyboardInterrupt:
                 self._pause()
                 if self.at.started and not self.shield.broken:
                     self._keep()
                 raise
+            except (Exception, SystemExit):  # also of the user's own code
+                fruitless = fresh and not self.at.steps  # what was asked for cannot be: no run to go on with
+                raise
             finally:
                 self._pause()
                 if fruitless:
                     self._forget()
-                else:
-                    self.sampler.flush(self.log)
-                    self.log.save()
+                elif self._kept or self.folder is None:  # no log without a checkpoint
+                    try:
+                        with self.shield:
+                            self.sampler.flush(self.log)
+                    finally:
+                        self.log.save()
 
     def _begin(self) -> None:
         """Epoch 0: evaluated before the warm start, so that what does not fit is found at once."""
@@ -161,10 +168,11 @@ class Training:
         self.optimizer.warm_start(counted(self.warm, self.bar, "warm start", length(self.warm)))
         self.at.warm = self.clock() - start
         with self.shield:
-            self.log.append(0, self._record(scores), save=True)
+            self.log.append(0, self._record(scores), save=False)
             self.at.started = True
-        self._say(0, scores)
         self._keep(sound=True)
+        self.log.save()
+        self._say(0, scores)
 
     def _epoch(self) -> bool:
         """What is left of an epoch, evaluation and record. False where the budget ended it before its last minibatch."""
@@ -173,6 +181,7 @@ class Training:
         if not whole and self.per_epoch:
             number = self.at.epoch + self.at.step / self.per_epoch
         evaluated = not whole or number % self.settings.evaluate_every == 0 or number == self.budget.epochs or self._spent()
+        evaluated |= self.settings.schedule_every == "epoch" and self._scheduled(1)
         scores = self._evaluate() if evaluated else self._glance()
         if not whole:
             self._keep(sound=True)  # without this record: a longer run would not have it
@@ -194,15 +203,19 @@ class Training:
             return self.at.step == self.per_epoch
         self._resume()
         try:
-            for batch in self._minibatches():
-                with self.shield:
+            minibatches = self._minibatches()
+            while True:
+                with self.shield:  # the next minibatch too: what a loader draws belongs to the step
+                    batch = next(minibatches, None)
+                    if batch is None:
+                        return True
                     self.last = batch
                     self.sampler.start(self.at.steps)
                     loss = self.optimizer.step(self.objective.closure(*batch))
                     self.at.step += 1
                     self.at.steps += 1
                     if self.settings.schedule_every == "step":
-                        self.scheduler.step()
+                        self._advance()
                 self._show(loss)
                 if self._spent():
                     return self.at.step == self.per_epoch
@@ -210,7 +223,6 @@ class Training:
                     self._pause()
                     self._keep()
                     self._resume()
-            return True
         finally:
             self._pause()
 
@@ -222,9 +234,16 @@ class Training:
         if isinstance(self.scheduler, ReduceLROnPlateau):
             loss = scores.get("val_loss", scores["train_loss"])
             if math.isfinite(loss):
-                self.scheduler.step(loss)
+                self._advance(loss)
         else:
-            self.scheduler.step()
+            self._advance()
+
+    def _advance(self, loss: Any = None) -> None:
+        """One step of the schedule. Raises CurvlabError where it cannot take one."""
+        try:
+            self.scheduler.step(*([] if loss is None else [loss]))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise CurvlabError(f"the schedule failed after {self.at.steps} steps: {' '.join(str(error).split())}") from error
 
     def _minibatches(self) -> Iterator[Batch]:
         """Of this epoch, from where it stands."""
@@ -246,9 +265,25 @@ class Training:
         return (self.budget.epochs is not None and self.at.epoch >= self.budget.epochs) or self._spent()
 
     def _spent(self) -> bool:
-        """Whether the steps or the seconds are; read without waiting for the device."""
+        """Whether the steps or the seconds are, or the schedule is at its end; read without waiting for the device."""
         steps, seconds = self.budget.steps, self.budget.seconds
-        return (steps is not None and self.at.steps >= steps) or (seconds is not None and self._gone >= seconds)
+        spent = (steps is not None and self.at.steps >= steps) or (seconds is not None and self._gone >= seconds)
+        return spent or self._scheduled(0)
+
+    def _scheduled(self, turns: int) -> bool:
+        """Whether the schedule ends with so many further steps of its own."""
+        last = end(self.scheduler)
+        return last is not None and self.scheduler.last_epoch + turns >= last
+
+    def _say_end(self) -> None:
+        """Where the schedule ended the run, and nothing else."""
+        epochs, steps = self.budget.epochs, self.budget.steps
+        asked = (epochs is not None and self.at.epoch >= epochs) or (steps is not None and self.at.steps >= steps)
+        if self._scheduled(0) and not asked:
+            warn(
+                f"the run ends with its schedule, which has {end(self.scheduler)} steps, after {self.at.steps} steps of "
+                "training: give a longer schedule to train on"
+            )
 
     @property
     def _gone(self) -> float:
@@ -302,6 +337,8 @@ class Training:
         self.at.evaluation += self.clock() - start
         if not math.isfinite(scores["train_loss"]):
             raise Diverged(f"the training loss is {scores['train_loss']:g}: lower the learning rate or raise the damping")
+        if not math.isfinite(scores.get("val_loss", 0.0)):
+            self.objective.say(f"the validation loss is {scores['val_loss']:g}, while that of training is finite")
         return scores if self.error else {k: v for k, v in scores.items() if k.endswith("loss")}
 
     def _glance(self) -> dict[str, float]:
@@ -319,7 +356,9 @@ class Training:
 
     def _record(self, scores: dict[str, float]) -> Record:
         group = self.optimizer.param_groups[0]
-        record = self.meter.record(scores, float(group["lr"]), float(group["damping"]), self.at)
+        descent = self.optimizer.descent
+        descent.say_left_out()
+        record = self.meter.record(scores, float(group["lr"]), float(group["damping"]), self.at, descent.left_out)
         self.sampler.flush(self.log)
         return {**record, **self.sampler.of_epoch(self.log, self.at.steps - self.at.step)}
 
@@ -346,20 +385,36 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError where it is of other settings, which are named."""
+        """Go on from there.
+
+        Raises:
+            CurvlabError: it is of other settings, which are named, or does not hold what a run does; nothing of it is taken.
+        """
+        contents.check(state)
         check_same(state["settings"], self.must_match)
         attributes = dict(self.log.attributes)
+        variables = [*self.meter.names(self.error, self.validation is not None), *self.sampler.names()]
+        contents.check_fit(
+            state, self.objective, self.optimizer, self.scheduler, self.must_match, attributes, variables, self.sampler.tracks()
+        )
+        log, before = copy.copy(self.log), (copy.deepcopy(self.scheduler.state_dict()), self.optimizer.state_dict())
         try:
-            self.objective.model.load_state_dict(state["model"])
+            log.load_state_dict(state["log"])
+            log.dataset()
+            chances = [Chance.of(state["chance"][name]) for name in ("epoch", "now")]
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
-            self.at, self.meter.sums = Position(**state["position"]), state["sums"]
-            self.log.load_state_dict(state["log"])
-            self._chance_of_epoch = Chance.of(state["chance"]["epoch"])
-            self._chance_kept = Chance.of(state["chance"]["now"])
-        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+            self.objective.model.load_state_dict(state["model"])
+        except Exception as error:  # whatever a state may lead to that was made by hand
+            self.scheduler.load_state_dict(before[0])
+            self.optimizer.load_state_dict(before[1])
             raise CurvlabError(f"the checkpoint does not fit this run: {' '.join(str(error).split())[:200]}") from error
+        self.log.load_state_dict(state["log"])
+        self.at, self.meter.sums = Position(**state["position"]), state["sums"]
+        self._chance_of_epoch, self._chance_kept = chances
+        self._kept = True
         self.good = (self.at.epoch, self.at.step)
+        self.optimizer._opt_called = self.at.steps > 0  # type: ignore[attr-defined]  # torch's schedulers warn where none was taken
         again = {k: attributes[k] for k in ("created", "versions", "git_commit", "call") if k in attributes}
         before = json.loads(self.log.attributes.get("resumed", "[]"))
         threads = self.log.attributes.get("threads")
@@ -378,6 +433,7 @@ class Training:
             return
         if self.folder is not None:
             checkpoint.save(self.folder / checkpoint.FILE, self.state_dict())
+            self._kept = True
         else:
             self._good_model = {k: v.clone() for k, v in self.objective.model.state_dict().items()}
         self.good, self._kept_at = (self.at.epoch, self.at.step), time.monotonic()

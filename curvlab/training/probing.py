@@ -93,6 +93,14 @@ class Sampler:
             values = {v: (spec.dims, _stacked([found[v] for _, found in taken])) for v, spec in PROBES[name].variables.items()}
             log.extend(axis(name), [step for step, _ in taken], values)
 
+    def names(self) -> list[str]:
+        """The variables of `of_epoch`."""
+        return [name for probe in self.every if PROBES[probe].reduce is not None for name in PROBES[probe].epoch]
+
+    def tracks(self) -> dict[str, list[str]]:
+        """{axis: variables} of `flush`, from the first step on."""
+        return {axis(probe): list(PROBES[probe].variables) for probe in self.every}
+
     def of_epoch(self, log: Log, first: int) -> LogRecord:
         """What the samples from step `first` on say of their epoch."""
         sizes = {"algorithm": 1, "block": len(self.objective.blocks)}

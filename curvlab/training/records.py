@@ -31,6 +31,7 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "lr": ((), "learning rate at the end of the epoch", "1"),
     "damping": ((), "damping at the end of the epoch", "1"),
     "steps": ((), "steps since the beginning", "1"),
+    "pairs_left_out": ((), "second looks' pairs left out since they were not finite, since the beginning", "1"),
     "wall_seconds": ((), "wall time of training since the beginning", "s"),
     "cpu_seconds": ((), "CPU time of training, all threads, since the beginning", "s"),
     "evaluation_seconds": ((), "wall time of evaluation since the beginning, apart from training", "s"),
@@ -88,7 +89,13 @@ class Meter:
         row = torch.cat([observation.loss[None], *(n.norm()[None] for n in norms), *norms]).double()
         self.sums = row if self.sums is None else self.sums + row
 
-    def record(self, scores: Mapping[str, float], lr: float, damping: float, at: Position) -> Record:
+    @staticmethod
+    def names(error: Measure | None, validated: bool) -> list[str]:
+        """The variables of `record`, in a run with such an error, and with validation examples or without."""
+        absent = ([] if validated else ["val_loss", "val_error"]) + ([] if error else ["train_error", "val_error"])
+        return [name for name in VARIABLES if name not in absent]
+
+    def record(self, scores: Mapping[str, float], lr: float, damping: float, at: Position, left_out: int = 0) -> Record:
         """Of the epoch that `at` stands in or at the end of; means are NaN before the first step."""
         n = len(self.blocks)
         means = np.full(3 + 2 * n, np.nan) if self.sums is None else self.sums.cpu().numpy() / at.step
@@ -101,6 +108,7 @@ class Meter:
             "lr": lr,
             "damping": damping,
             "steps": at.steps,
+            "pairs_left_out": left_out,
             "wall_seconds": at.wall,
             "cpu_seconds": at.cpu,
             "evaluation_seconds": at.evaluation,

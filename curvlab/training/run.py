@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,21 @@ import xarray as xr
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from curvlab import chance, datasets, figures, models
+from curvlab import chance, datasets, figures, models, paths
 from curvlab.closure import Closure, Pass
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, CurvlabWarning, lookup, tell
+from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell, warn, whole
+from curvlab.escape import for_rich
 from curvlab.likelihoods import LIKELIHOODS
+from curvlab.lock import alone
 from curvlab.log import Log
 from curvlab.objective import Objective
 from curvlab.optim import Batch, MomentumKind
 from curvlab.probes import asked
 from curvlab.progress import progress_bar
 from curvlab.runs import DTYPES, device_of
-from curvlab.training import checkpoint
+from curvlab.training import checkpoint, contents
+from curvlab.training.begun import anew, stepless
 from curvlab.training.evaluation import (
     Data,
     Measure,
@@ -133,12 +137,13 @@ def train(
     """
     settings = Settings(
         algorithm, lr, damping, momentum, momentum_kind, weight_decay, decay, labels, update_every, refresh_every, own,
-        schedule, schedule_every, schedule_options or {}, evaluate_every, evaluate_samples,
+        schedule, schedule_every, {} if schedule_options is None else schedule_options, evaluate_every, evaluate_samples,
         double_grad,
     )  # fmt: skip
+    fitting("resume", resume, bool)
     if epochs is None and steps is None and seconds is None:
         epochs = batches.epochs if isinstance(batches, datasets.Batches) else 1
-    place = None if folder is None else Path(folder)
+    place = None if folder is None else paths.check_folder(folder, ("run.h5", checkpoint.FILE), remedy="choose another")
     model, data = type(objective.model).__name__, type(batches).__name__
     about: dict[str, Any] = {"model": model}
     if isinstance(batches, datasets.Batches):
@@ -152,20 +157,18 @@ def train(
     must_match |= {"modules in eval mode": still} if still else {}
     if still == ["all"] and any(map(depends_on_mode, objective.model.modules())):
         warnings.warn(_IN_EVAL_MODE, CurvlabWarning, stacklevel=2)
-    probes = (probes,) if isinstance(probes, str) else probes
     console = Console(stderr=True)
     with derivatives():
         training = _training(
             objective, batches, validation, settings, Budget(epochs, steps, seconds), warm, error, about, must_match, place,
             checkpoint_seconds, asked(probes, "train"),
         )  # fmt: skip
-        if resume:
-            if place is None:
-                raise CurvlabError("resume needs a folder")
-            training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
-        elif place is not None:
-            _claim(place)
-        run = _run(training, console, console.is_terminal if progress is None else progress, lambda line: None)
+        if resume and place is None:
+            raise CurvlabError("resume needs a folder")
+        with nullcontext() if place is None else _claimed(place, resume):
+            if resume and place is not None and not stepless(place):
+                training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
+            run = _run(training, console, console.is_terminal if progress is None else progress, lambda line: None)
     if run.stopped:
         warnings.warn(run.stopped, CurvlabWarning, stacklevel=2)
     return run
@@ -188,8 +191,7 @@ def _training(
     """What is left open is filled in. Nothing is written."""
     if isinstance(batches, Iterator):
         raise CurvlabError("the minibatches can be gone through only once: give a list, a DataLoader or Dataset.batches(…)")
-    if not checkpoint_seconds > 0:
-        raise CurvlabError(f"the seconds between checkpoints must be above 0, not {checkpoint_seconds:g}")
+    real("the seconds between checkpoints", checkpoint_seconds, "above 0, and finite", lambda v: v > 0)
     examples: Data = batches.data if isinstance(batches, datasets.Batches) else batches
     if warm is None:
         warm = batches.one_pass() if isinstance(batches, datasets.Batches) else ()
@@ -226,15 +228,31 @@ def _run(training: Training, console: Console, shown: bool, say: Callable[[str],
     return TrainRun(training.log, training.folder, training.stopped)
 
 
-def _claim(folder: Path) -> None:
-    """The folder, made. Raises CurvlabError where it cannot be written, or holds a run."""
-    for name in ("run.h5", checkpoint.FILE):
-        if (folder / name).exists():
-            raise CurvlabError(f"{folder} already holds a {name}: choose another folder, or go on with resume")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CurvlabError(f"the folder {folder} cannot be written: {error.strerror}") from error
+@contextmanager
+def _claimed(folder: Path, resume: bool) -> Iterator[None]:
+    """Inside the folder is there, and no other run writes to it.
+
+    Raises:
+        CurvlabError: it cannot be written, another run writes there, or it holds one and is not to go on.
+    """
+    if resume and not folder.is_dir():
+        checkpoint.load(folder / checkpoint.FILE)  # says that there is none
+
+    def make() -> Path:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CurvlabError(f"the folder {folder} cannot be written: {error.strerror}") from error
+        return folder
+
+    with paths.made(folder, make), alone(folder / "run.h5"):
+        if stepless(folder):
+            warn(anew(folder))
+        elif not resume:
+            for name in ("run.h5", checkpoint.FILE):
+                if (folder / name).exists():
+                    raise CurvlabError(f"{folder} already holds a {name}: choose another folder, or go on with resume")
+        yield
 
 
 @dataclass(frozen=True)
@@ -264,7 +282,13 @@ class Named:
 
 
 def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a run that goes on: those of its checkpoint, with the ones that were `given` in their place."""
+    """Arguments of a run that goes on: those of its checkpoint, with the ones that were `given` in their place.
+
+    Raises:
+        CurvlabError: a checkpoint that does not hold what a run by name keeps.
+    """
+    contents.check(state)
+    contents.check_named(state["settings"], (Named, Settings))
     kept = {k: v for k, v in state["settings"].items() if k != "parameters"} | dict(state["budget"])
     kept["checkpoint_seconds"] = state.get("checkpoint_seconds", Named.checkpoint_seconds)
     return kept | dict(given)
@@ -286,8 +310,7 @@ def prepare(named: Named, call: Mapping[str, Any], state: dict[str, Any] | None 
         mine = named.settings.plain() | named.must_match()
         check_same({name: state["settings"].get(name) for name in mine}, mine)
     dtype, device = lookup(DTYPES, named.dtype, "dtype"), device_of(named.device)
-    if named.seed < 0:
-        raise CurvlabError(f"the seed must be 0 or positive, not {named.seed}")
+    whole("the seed", named.seed, 0)
     train_part, test_part = datasets.load(data_name)
     batches = train_part.batches(named.batch_size, seed=named.seed, augment=named.augment)
     model = ready_to_train(models.build(named.model, named.seed, train_part).to(device, dtype))
@@ -314,7 +337,7 @@ def run_named(training: Training, console: Console) -> TrainRun:
     """Run what was prepared, the global generators seeded for it (dropout). A line an epoch goes to the console."""
 
     def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
+        console.print(for_rich(line))
 
     objective = training.objective
     with chance.kept(objective.device):

@@ -6,15 +6,20 @@ The optimizer is a `torch.optim.Optimizer`, so in scripts whatever takes one wil
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import torch
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from curvlab.errors import CurvlabError, fitting, unknown
+from curvlab.errors import CurvlabError, fitting, real, shown, unknown, whole
+from curvlab.groups import OPTIONS
 
 Make = Callable[[Optimizer], LRScheduler]
 
@@ -30,7 +35,17 @@ class Schedule:
 
     @property
     def options(self) -> list[str]:
-        return [name for name in list(inspect.signature(self.make).parameters)[1:] if name not in ("epochs", "last_epoch")]
+        return [p.name for p in self._parameters]
+
+    @property
+    def required(self) -> list[str]:
+        """Options that have no default."""
+        return [p.name for p in self._parameters if p.default is p.empty]
+
+    @property
+    def _parameters(self) -> list[inspect.Parameter]:
+        own = ("optimizer", "last_epoch", "verbose", *(["epochs"] if self.spans else []))
+        return [p for p in inspect.signature(self.make).parameters.values() if p.name not in own]
 
 
 def _constant(optimizer: Optimizer) -> LRScheduler:
@@ -64,11 +79,16 @@ _OF_TORCH = {
 
 def find(name: str) -> Schedule:
     """Of SCHEDULES, or of `torch.optim.lr_scheduler`. Raises CurvlabError for an unknown name."""
-    if name in SCHEDULES:
+    if isinstance(name, str) and name in SCHEDULES:
         return SCHEDULES[name]
-    if name in _OF_TORCH:
+    if isinstance(name, str) and name in _OF_TORCH:
         return Schedule(f"torch's {name}", "torch.optim.lr_scheduler", _OF_TORCH[name])
-    raise unknown("schedule", name, [*SCHEDULES, *_OF_TORCH])
+    raise unknown("schedule", name, known())
+
+
+def known() -> list[str]:
+    """The names of all schedules."""
+    return [*SCHEDULES, *_OF_TORCH]
 
 
 class _Still(Optimizer):
@@ -78,31 +98,127 @@ class _Still(Optimizer):
         pass
 
 
-def maker(name: str, epochs: int | None, options: Mapping[str, Any]) -> Make:
-    """Optimizer → scheduler.
+_WHOLE = {"patience": 0, "cooldown": 0, "total_iters": 0} | dict.fromkeys(
+    ("step_size", "T_max", "T_0", "T_mult", "step_size_up", "step_size_down", "total_steps", "epochs", "steps_per_epoch"), 1
+)
+"""{option of torch's: the least whole number that it takes}"""
+
+_Range = tuple[str, Callable[[float], bool]]
+_POSITIVE: _Range = ("0 or positive", lambda v: v >= 0)
+_ABOVE: _Range = ("above 0", lambda v: v > 0)
+_BELOW_1: _Range = ("at least 0 and below 1", lambda v: 0 <= v < 1)
+_REAL: dict[str, _Range] = (
+    dict.fromkeys(("gamma", "factor", "power", "eta_min", "min_lr", "eps", "threshold", "base_lr", "max_lr"), _POSITIVE)
+    | dict.fromkeys(("start_factor", "end_factor", "div_factor", "final_div_factor"), _ABOVE)
+    | dict.fromkeys(("base_momentum", "max_momentum"), _BELOW_1)
+    | {"pct_start": ("between 0 and 1", lambda v: 0 <= v <= 1)}
+)
+"""{option of torch's: (what it is, whether a number is so)}"""
+
+_BY_GROUP = ("min_lr", "base_lr", "max_lr", "base_momentum", "max_momentum")
+"""Of these torch takes a list too, a number for each group of parameters."""
+
+_OBJECTS = ("lr_lambda", "scale_fn", "schedulers")
+"""Functions and schedulers, which no checkpoint holds."""
+
+TRIAL = 1000
+"""Steps of the trial at most."""
+
+
+def maker(name: str, epochs: int | None, options: Mapping[str, Any], turns: int | None = None) -> Make:
+    """Optimizer → scheduler. The one place where a schedule is made of its options: they are checked, and it is tried out.
+
+    Args:
+        name: of `find`.
+        epochs: of the run; None where their number is open.
+        options: the schedule's own.
+        turns: how often the run steps the scheduler; None where that is open.
 
     Raises:
-        CurvlabError: unknown name or option, a value that does not fit, a schedule over all epochs where their number is open.
+        CurvlabError: unknown name or option, a value that does not fit, a schedule over all epochs where their number is open,
+            one that ends before the run does, or that leads to a rate or a momentum that is none.
     """
     schedule = find(name)
     for option in options:
         if option not in schedule.options:
-            raise unknown(f"option of schedule {name}", option, schedule.options)
+            raise unknown(f"option of schedule {name}", option, schedule.options or ["none"])
+    needed = [option for option in _OBJECTS if option in schedule.required or option in options]
+    if needed:
+        raise CurvlabError(
+            f"schedule '{name}' is made with objects ({needed[0]}), which have no name: give a function optimizer → scheduler "
+            "as `schedule` of curvlab.train"
+        )
     if schedule.spans and epochs is None:
         raise CurvlabError(f"schedule '{name}' is laid out over all epochs: say how many (epochs)")
-    hints = get_type_hints(schedule.make) if name in SCHEDULES else {}
-    options = {option: fitting(f"{option} of schedule {name}", v, hints.get(option, Any)) for option, v in options.items()}
-    given = options | ({"epochs": epochs} if schedule.spans else {})
+    missing = [option for option in schedule.required if option not in options]
+    if missing:
+        raise CurvlabError(f"schedule '{name}': {', '.join(missing)} must be given: it has {', '.join(schedule.options)}")
+    given = {option: _fitted(schedule, name, option, value) for option, value in options.items()}
+    given |= {"epochs": epochs} if schedule.spans else {}
 
     def make(optimizer: Optimizer) -> LRScheduler:
         return schedule.make(optimizer, **given)
 
     try:
-        trial = _Still([torch.nn.Parameter(torch.zeros(1))], {"lr": 1.0})
-        scheduler = make(trial)
-        trial.step()
-        if not isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
-            scheduler.step()
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        _try(make, name, turns)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CurvlabError(f"schedule '{name}': {' '.join(str(error).split())}") from error
     return make
+
+
+def end(scheduler: LRScheduler) -> int | None:
+    """After how many steps a scheduler has no further one; None: it goes on for ever."""
+    total: int | None = getattr(scheduler, "total_steps", None)
+    return total
+
+
+def _fitted(schedule: Schedule, name: str, option: str, value: Any) -> Any:
+    """The value of an option, checked by its own range, or else by its annotation."""
+    what = f"{option} of schedule {name}"
+    parameter = inspect.signature(schedule.make).parameters[option]
+    if value is None and parameter.default is None:
+        return None
+    if name in SCHEDULES:
+        return fitting(what, value, get_type_hints(schedule.make)[option])
+    if option == "milestones":
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            raise CurvlabError(f"{what} must be whole numbers, as 30,60, not {shown(value)}")
+        return [whole(what, each, 0) for each in value]
+    if option in _BY_GROUP and isinstance(value, list | tuple):
+        return [real(what, each, *_REAL[option]) for each in value]
+    if option in _WHOLE:
+        return whole(what, value, _WHOLE[option])
+    if option in _REAL:
+        return real(what, value, *_REAL[option])
+    return fitting(what, value, _hint(schedule.make, parameter))
+
+
+def _hint(make: Any, parameter: inspect.Parameter) -> Any:
+    """Torch's annotation of an option, or where it has none the type of its default."""
+    alone = SimpleNamespace(__annotations__={"it": parameter.annotation})
+    try:
+        if parameter.annotation is not parameter.empty:
+            return get_type_hints(alone, vars(sys.modules[make.__module__]))["it"]
+    except (NameError, TypeError):  # of a name that torch imports for type checkers alone
+        pass
+    return type(parameter.default) if isinstance(parameter.default, bool | int | float | str) else Any
+
+
+def _try(make: Make, name: str, turns: int | None) -> None:
+    """Steps it on an optimizer that has what ours have. Raises CurvlabError where a rate or momentum leaves its range."""
+    trial = _Still([torch.nn.Parameter(torch.zeros(1))], dict.fromkeys(OPTIONS, 0.5))
+    scheduler = make(trial)
+    last = end(scheduler)
+    if last is not None and turns is not None and turns > last:
+        raise CurvlabError(f"it ends after {last} steps, and the run takes {turns}: give a longer schedule or a shorter run")
+    trial.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(min(n for n in (turns, last, TRIAL) if n is not None)):
+            if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+                scheduler.step(1.0)
+            else:
+                scheduler.step()
+            lr, momentum = (float(trial.param_groups[0][key]) for key in ("lr", "momentum"))
+            if not (0 <= lr < math.inf and 0 <= momentum < 1):
+                raise CurvlabError(f"it leads to the learning rate {lr:g} at the momentum {momentum:g}: choose other options")

@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from curvlab.algorithms import ALGORITHMS, optimizer
-from curvlab.closure import PASSES, Pass
-from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.algorithms import ALGORITHMS, check_labels, check_rates, optimizer
+from curvlab.closure import Pass
+from curvlab.errors import MOST_STEPS, CurvlabError, fitting, lookup, real, shown, unknown, whole
+from curvlab.groups import check_weight_decay
 from curvlab.objective import Objective
 from curvlab.optim import MomentumKind, Optimizer
 from curvlab.training import schedules
@@ -55,14 +56,18 @@ class Settings:
     def check(self) -> None:
         """Raises CurvlabError for an unknown name or a value out of range, before anything is built."""
         lookup(ALGORITHMS, self.algorithm, "algorithm").checked(self.own, self.algorithm)
-        if self.labels is not None and self.labels not in PASSES:
-            raise unknown("labels", self.labels, PASSES)
+        check_labels(self.labels)
+        fitting("double_grad", self.double_grad, bool)
+        if not isinstance(self.schedule_options, Mapping):
+            raise CurvlabError(f"schedule_options must be {{name: value}}, not {shown(self.schedule_options)}")
         if self.schedule_every not in get_args(Every):
             raise unknown("schedule_every", self.schedule_every, get_args(Every))
-        for name in ("evaluate_every", "evaluate_samples"):
+        for name in ("update_every", "refresh_every", "evaluate_every", "evaluate_samples"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise CurvlabError(f"{name} must be 1 or more, not {value}")
+            if value is not None:
+                whole(name, value)
+        check_rates(self.lr, self.damping, self.momentum, self.decay)
+        check_weight_decay(self.weight_decay)
 
     def optimizer(self, objective: Objective) -> Optimizer:
         names = ("damping", "momentum", "momentum_kind", "decay", "labels", "weight_decay", "update_every", "refresh_every",
@@ -75,11 +80,15 @@ class Settings:
                 raise
             raise CurvlabError(f"options of {self.algorithm} ({dict(self.own)}): {' '.join(str(error).split())}") from error
 
-    def scheduler(self, stepper: Optimizer, epochs: int | None) -> LRScheduler:
-        make = (
-            schedules.maker(self.schedule, epochs, self.schedule_options) if isinstance(self.schedule, str) else self.schedule
-        )
-        made = make(stepper)
+    def scheduler(self, stepper: Optimizer, budget: Budget, per_epoch: int | None = None) -> LRScheduler:
+        """Raises CurvlabError for a schedule that does not fit, or that ends before the run of so many minibatches an epoch."""
+        if isinstance(self.schedule, str):
+            turns = budget.most_steps(per_epoch) if self.schedule_every == "step" else budget.most_epochs(per_epoch)
+            made = schedules.maker(self.schedule, budget.epochs, self.schedule_options, turns)(stepper)
+        else:
+            made = self.schedule(stepper)
+        if not (callable(getattr(made, "step", None)) and callable(getattr(made, "state_dict", None))):
+            raise CurvlabError(f"the schedule's function must return a scheduler of the optimizer, not {type(made).__name__}")
         if self.schedule_every == "step" and isinstance(made, ReduceLROnPlateau):
             raise CurvlabError("ReduceLROnPlateau reads the loss, which is evaluated once an epoch: use schedule_every='epoch'")
         return made
@@ -108,15 +117,24 @@ class Budget:
     seconds: float | None = None
 
     def check(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and not value > 0:
-                raise CurvlabError(f"{name} must be {'above 0' if name == 'seconds' else '1 or more'}, not {value:g}")
+        """Raises CurvlabError for a number that is out of range, or where there is no end at all."""
+        for name in ("epochs", "steps"):
+            value = getattr(self, name)
+            if value is not None:
+                whole(name, value, 1, MOST_STEPS)
+        if self.seconds is not None:
+            real("seconds", self.seconds, "above 0, and finite", lambda v: v > 0)
         if self == Budget():
             raise CurvlabError("the run needs an end: give epochs, steps or seconds")
 
     def most_steps(self, per_epoch: int | None) -> int | None:
         """Steps after which it ends at the latest; None where that is not known."""
         known = (self.steps, self.epochs * per_epoch if self.epochs is not None and per_epoch is not None else None)
+        return min((n for n in known if n is not None), default=None)
+
+    def most_epochs(self, per_epoch: int | None) -> int | None:
+        """Epochs that are begun at most; None where that is not known."""
+        known = (self.epochs, -(-self.steps // per_epoch) if self.steps is not None and per_epoch else None)
         return min((n for n in known if n is not None), default=None)
 
 

@@ -1,0 +1,91 @@
+"""One run at a time writes to a place: a lock that the system takes back from whatever process has died."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from curvlab.errors import CurvlabError, warn
+
+_held: set[int] = set()
+"""Descriptors of this process's locks. A process that it forks gets copies, which would outlive it."""
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Inside no other run that asks for it writes `path`. The lock is a file beside it, which is gone afterwards.
+
+    Raises:
+        CurvlabError: another run writes there; the folder cannot be written.
+    """
+    place = path.with_name(f".{path.name}.lock")
+    try:
+        held = _locked(place, path)
+    except OSError as error:
+        raise CurvlabError(f"the folder {path.parent} cannot be written: {error.strerror or error}") from error
+    _held.add(held)
+    try:
+        yield
+    finally:
+        _held.discard(held)
+        try:
+            place.unlink(missing_ok=True)  # before it is let go of: who waits for it looks whether it is still there
+        except OSError:
+            pass  # of no one: the next run takes it
+        finally:
+            os.close(held)
+
+
+def _locked(place: Path, path: Path) -> int:
+    """A descriptor of the lock file, locked, and this run's name in it."""
+    while True:
+        held = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        ours = False
+        try:
+            if not _taken(held, path):
+                owner = " ".join(os.pread(held, 500, 0).decode(errors="replace").split())
+                raise CurvlabError(f"another run{owner and f' ({owner})'} writes {path}: wait for it, or choose another folder")
+            ours = _same(place, held)
+            if ours:  # else the run before has just removed it
+                since = datetime.now(UTC).isoformat(timespec="seconds")
+                os.truncate(held, 0)
+                os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+                return held
+        except BaseException:
+            if ours:
+                place.unlink(missing_ok=True)
+            os.close(held)
+            raise
+        os.close(held)
+
+
+def _taken(held: int, path: Path) -> bool:
+    """Whether the lock is ours now. A file system without locks is one line, and no more than that."""
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        warn(f"the file system of {path.parent} knows no locks: see to it that no two runs write {path}")
+    return True
+
+
+def _same(place: Path, held: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(place), os.fstat(held))
+    except FileNotFoundError:
+        return False
+
+
+def _let_go() -> None:
+    """In a forked process: the lock is the parent's alone."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)

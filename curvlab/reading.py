@@ -1,0 +1,141 @@
+"""A run's file → xarray: whole, of a schema that is known, with nothing in it that reaches outside of it."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import xarray as xr
+
+from curvlab import attributes
+from curvlab.atomic import read_sealed
+from curvlab.errors import CurvlabError, guard_memory, unknown, warn
+from curvlab.escape import for_terminal
+from curvlab.paths import given
+from curvlab.log import SCHEMA
+from curvlab.regular import lines, regular
+
+
+def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
+    """The data set of a run: `path` is its `run.h5` or the folder that holds it. Loaded whole; no file stays open.
+
+    What of it figures and tables cannot use is named in a CurvlabWarning. The file's attribute `schema` stays with the file:
+    what is changed and written elsewhere is no longer as curvlab wrote it.
+
+    Raises:
+        CurvlabError: no such file, or one that is damaged, no curvlab log, of a later schema, or that links to other files.
+    """
+    found = _file(path)
+    place = for_terminal(found)
+    contents, sealed = read_sealed(found)
+    try:
+        with h5py.File(io.BytesIO(contents), "r") as file:
+            _check_structure(file, place)
+            schema = file.attrs.get("schema")
+        ds = xr.load_dataset(io.BytesIO(contents), engine="h5netcdf", decode_times=False, decode_timedelta=False)
+    except CurvlabError:
+        raise
+    except Exception as error:  # h5py, h5netcdf and xarray raise a dozen kinds for a damaged file
+        reason = for_terminal(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise CurvlabError(
+            f"the log {place} cannot be read, it is damaged or no HDF5 file ({reason}): restore or rerun it"
+        ) from error
+    if "curvlab" not in attributes.mapping(ds, "versions"):
+        raise CurvlabError(
+            f"{place} is an HDF5 file but no curvlab log, whose attribute 'versions' names curvlab's: "
+            "give a run's folder or its run.h5"
+        )
+    if schema is not None:
+        _check_schema(attributes.number(ds, "schema"), sealed, place)
+    ds.attrs.pop("schema", None)
+    _, odd = regular(ds)
+    if odd:
+        warn(f"in the log {place} some is odd, which figures and tables leave out: {for_terminal(lines(odd))}")
+    return ds
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    found = given(path, "log")
+    try:
+        found = found / "run.h5" if found.is_dir() else found
+        there = found.is_file()
+    except (OSError, ValueError) as error:  # a name of over 255 bytes, or with a zero byte in it
+        raise CurvlabError(f"no log at {for_terminal(os.fspath(path))}: {error}") from error
+    if not there:
+        raise CurvlabError(f"no log at {for_terminal(found)}: give a run's folder or its run.h5")
+    return found
+
+
+def _check_schema(schema: float | None, sealed: bool, place: str) -> None:
+    if schema is None or schema != int(schema) or schema < 1:
+        raise CurvlabError(f"the log {place} has a schema that is no positive number: restore or rerun it")
+    if schema > SCHEMA:
+        raise CurvlabError(
+            f"the log {place} is of schema {schema:.0f}, which a later curvlab wrote; this one reads up to {SCHEMA}: update it"
+        )
+    if not sealed:
+        raise CurvlabError(
+            f"the log {place} is not as curvlab wrote it, its checksum is absent: restore or rerun it "
+            "(or, if another program changed it as you meant, take its attribute 'schema' out)"
+        )
+
+
+def _check_structure(file: h5py.File, place: str) -> None:
+    """Before anything is read: what a file holds by reference may be any file of this machine."""
+    size = 0
+    for name, what in _entries(file):
+        reason = ""
+        if isinstance(what, h5py.SoftLink | h5py.ExternalLink):
+            reason = "is a link to another place"
+        elif isinstance(what, h5py.Dataset) and what.external:
+            reason = "keeps its values in other files"
+        elif isinstance(what, h5py.Dataset) and what.is_virtual:
+            reason = "is put together from other data sets"
+        elif isinstance(what, h5py.Dataset):
+            size += what.size * what.dtype.itemsize if what.size else 0
+        if reason:
+            raise CurvlabError(f"the log {place} is refused: '{for_terminal(name)}' in it {reason}, which no curvlab log does")
+    guard_memory(size, f"the log {place}", "it is damaged, or no log of a run")
+
+
+def _entries(group: h5py.Group, seen: frozenset[object] = frozenset()) -> Iterator[tuple[str, object]]:
+    """(name, what it is) of all that a file holds; links as they are, none is followed."""
+    seen |= {group.id}
+    for name in group:
+        link = group.get(name, getlink=True)
+        what = group[name] if isinstance(link, h5py.HardLink) else link
+        yield f"{group.name.rstrip('/')}/{name}", what
+        if isinstance(what, h5py.Group) and what.id not in seen:
+            yield from _entries(what, seen)
+
+
+def late_cosine(ds: xr.Dataset) -> xr.DataArray:
+    """Mean cosine (algorithm, block[, seed]) over the last three quarters of the logged steps.
+
+    Steps where a direction is zero have none. NaN of a method whose numbers left the finite range on the way (`diverged`).
+    """
+    late = ds["cosine"].isel(step=slice(ds.sizes["step"] // 4, None))
+    mean = late.mean("step", keep_attrs=True)
+    for name, places in attributes.diverged(ds).items():
+        for place in places:
+            lost = mean["algorithm"] == name
+            if "seed" in mean.dims:
+                lost = lost & (mean["seed"] == place["seed"])
+            mean = mean.where(~lost)
+    return mean
+
+
+def cosine_to(ds: xr.Dataset, other: str) -> xr.DataArray:
+    """Cosine (step, algorithm, block[, seed]) of every direction of a comparison to that of `other`, whichever moved."""
+    if "gram" not in ds or other not in ds["other"].values:
+        known = ds["other"].values.tolist() if "gram" in ds else []
+        raise unknown("algorithm of this log", other, known)
+    gram = ds["gram"]
+    squares = [gram.sel(algorithm=a, other=a).drop_vars(["algorithm", "other"]) for a in gram["algorithm"].values]
+    lengths = xr.concat(squares, gram["algorithm"]) ** 0.5
+    cosine: xr.DataArray = gram.sel(other=other) / (lengths * lengths.sel(algorithm=other).drop_vars("algorithm"))
+    cosine = cosine.transpose(*(d for d in gram.dims if d != "other")).rename("cosine")
+    return cosine.assign_attrs(long_name=f"cosine similarity to the direction of {other}", units="1")

@@ -1,0 +1,120 @@
+"""Whether gradients, directions and steps are finite: at once where that waits for nothing, later on a GPU.
+
+The measure is length: it is not finite where a number is not, and where the squares of the numbers overflow, which the second
+moments of every method, and the lengths in a log, are made of. Beyond 1.8e19 in single precision nothing is trained any more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from curvlab.closure import Observation
+from curvlab.errors import Diverged
+from curvlab.finite import all_short, length, lengths, longest, waits
+from curvlab.objective import Objective
+
+REMEDY = "lower the learning rate or raise the damping"
+
+_SMALL = 100.0
+"""A step no longer than this is within every dtype."""
+
+
+class Soundness:
+    """Whether every loss, gradient, direction and step so far was finite.
+
+    Where reading a number waits for nothing (`late` is False: the CPU) each step looks, and raises before anything moves. On a
+    GPU the flag stays there and holds the weights still from the first number on that is not finite; a copy of it reaches the
+    host when it will, and a later step, or `check`, raises.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.late = device.type != "cpu"
+        self.flag = torch.ones((), dtype=torch.bool, device=device)
+        self._copy = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
+
+    def note(self, numbers: Tensor) -> None:
+        """Of tensors that are finite wherever these numbers are."""
+        self.flag = self.flag & torch.isfinite(numbers).all()
+        self._copy.copy_(self.flag, non_blocking=True)
+
+    def note_step(self, observation: Observation, direction: Mapping[str, Tensor], rate: float) -> None:
+        """Of a loss, its gradient, and a direction that is followed at learning rates up to `rate`."""
+        of_direction = lengths(direction.values())
+        step = (of_direction.norm() * rate).square()  # overflows where the step's length is beyond `_limit`
+        numbers = [
+            observation.loss[None].to(of_direction.dtype),
+            lengths(observation.gradients.values()),
+            of_direction,
+            step[None],
+        ]
+        self.note(torch.cat(numbers))
+
+    def look(self) -> None:
+        """Raises Diverged where the host has heard of it; waits for nothing."""
+        if not bool(self._copy):
+            self._say()
+
+    def check(self) -> None:
+        """Raises Diverged where a number was not finite. Waits for the device."""
+        if not bool(self.flag):
+            self._say()
+
+    def _say(self) -> None:
+        raise Diverged(
+            "the loss, gradient, direction or length of an earlier step is not finite; the weights stayed as they were before "
+            "it: raise the damping or lower the learning rate"
+        )
+
+
+def check_gradients(objective: Objective, observation: Observation) -> None:
+    """Raises Diverged, with the block's name, where the gradient of an observation is not finite; one without is passed over.
+
+    So no average takes it up. On a GPU, which would have to wait, nothing is looked at: `Soundness.note_step` does it there.
+    """
+    if waits(observation.loss) or not ("gradient" in observation.passes or "data" in observation.passes):
+        return
+    gradients = observation.gradients
+    if not all_short(gradients.values()):
+        raise _first(objective, gradients, "the gradient of {} is not finite; nothing was moved: " + REMEDY)
+
+
+def check_direction(objective: Objective, direction: Mapping[str, Tensor], rate: float = 1.0) -> None:
+    """Raises Diverged, with the block's name, where a direction, or the step along it at learning rates up to `rate`, is not
+    finite."""
+    far = length(direction.values())
+    step = far * rate
+    if step <= _SMALL:
+        return
+    if not far < longest(objective.dtype):
+        raise _first(
+            objective,
+            direction,
+            "the direction of {} is not finite; nothing was moved: raise the damping or lower the learning rate",
+        )
+    if not step < _limit(objective):
+        block = max(objective.blocks, key=lambda b: float(direction[b.name].norm()))
+        found = Diverged(
+            f"the step of {block} is not finite: a learning rate of {rate:g} times a direction of length {far:.3g} is "
+            f"beyond what the weights hold; nothing was moved: {REMEDY}"
+        )
+        found.block = block.name
+        raise found
+
+
+def _limit(objective: Objective) -> float:
+    """Of a step's length: its square is within the statistics' dtype, and it within a quarter of the narrowest weights'."""
+    narrowest = min(torch.finfo(p.dtype).max for p in objective.parameters.values())
+    return float(min(longest(objective.dtype), narrowest / 4))
+
+
+def _first(objective: Objective, tensors: Mapping[str, Tensor], line: str) -> Diverged:
+    """The error of the first block whose numbers are not finite; of the longest where it is only the length of all."""
+    each = {b: float(tensors[b.name].norm()) for b in objective.blocks}
+    block = next((b for b, far in each.items() if not math.isfinite(far)), max(each, key=lambda b: each[b]))
+    found = Diverged(line.format(block))
+    found.block = block.name
+    return found

@@ -1,0 +1,63 @@
+"""The first moments of the command `curvlab`, before anything heavy is imported; any other program is left alone.
+
+`curvlab/__init__` imports this first: to import torch takes seconds, in which Ctrl-C would end in a traceback of whatever is
+being imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import PurePath
+from types import FrameType
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU") if hasattr(signal, name)
+)
+"""What asks a run to end."""
+
+backend = ""
+"""The user's MPLBACKEND. matplotlib cannot be imported under a name that it does not know."""
+
+_code: int | None = None
+
+
+def is_command() -> bool:
+    """Whether this process is ``curvlab …`` or ``python -m curvlab …``, whose name Python has yet to look up."""
+    if not sys.argv or sys.argv[0] == "-m":
+        return sys.orig_argv[-len(sys.argv) :][:1] in (["curvlab"], ["-mcurvlab"])
+    return PurePath(sys.argv[0]).name.removesuffix(".exe") == "curvlab"
+
+
+def begin() -> None:
+    """Standard streams that are closed lead nowhere, so that no file of ours gets their numbers; a signal ends the process."""
+    global backend
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, leave)
+    backend = os.environ.pop("MPLBACKEND", "")
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """Where nothing runs yet: one line. Once the work is done: its exit code."""
+    if _code is None:
+        with contextlib.suppress(OSError):
+            os.write(2, b"curvlab: interrupted; nothing has run yet\n")
+    os._exit(128 + number if _code is None else _code)
+
+
+def done(code: int) -> None:
+    """From here on a signal cannot take anything back."""
+    global _code
+    _code = code
+
+
+if is_command():
+    begin()

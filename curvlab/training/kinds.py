@@ -1,0 +1,131 @@
+"""Of what kind a value of a checkpoint is: tests, and errors that say where one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+
+Test = Callable[[Any], bool]
+
+
+def whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def text(value: Any) -> bool:
+    return type(value) is str
+
+
+def tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def or_none(test: Test) -> Test:
+    return lambda value: value is None or test(value)
+
+
+def list_of(test: Test, length: int | None = None) -> Test:
+    return lambda value: isinstance(value, list | tuple) and length in (None, len(value)) and all(map(test, value))
+
+
+def table_of(test: Test, key: Test = text) -> Test:
+    return lambda value: isinstance(value, Mapping) and all(map(key, value)) and all(map(test, value.values()))
+
+
+def nest(value: Any) -> bool:
+    """A minibatch's inputs: a tensor, or lists and dictionaries of such."""
+    return tensor(value) or list_of(nest)(value) or table_of(nest)(value)
+
+
+def count(value: Any) -> bool:
+    """That may be on the device."""
+    return whole(value) or (tensor(value) and not value.dim())
+
+
+def attribute(value: Any) -> bool:
+    return text(value) or number(value)
+
+
+def plain(value: Any) -> bool:
+    """What settings are made of."""
+    return value is None or attribute(value) or flag(value) or list_of(plain)(value) or table_of(plain)(value)
+
+
+def numbers(depth: int) -> Test:
+    return list_of(numbers(depth - 1)) if depth else number
+
+
+def like(value: Any, own: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
+
+
+def equal(one: Any, two: Any) -> bool:
+    if isinstance(one, Mapping):
+        return isinstance(two, Mapping) and one.keys() == two.keys() and all(equal(v, two[k]) for k, v in one.items())
+    if isinstance(one, list | tuple):
+        return isinstance(two, list | tuple) and len(one) == len(two) and all(map(equal, one, two))
+    if isinstance(one, Tensor):
+        return isinstance(two, Tensor) and torch.equal(one.cpu(), two.cpu())
+    return type(one) is type(two) and one == two
+
+
+def keys(found: Mapping[Any, Any], wanted: Iterable[Any], where: str, more: Iterable[Any] = ()) -> None:
+    """Raises CurvlabError where a key is missing, or is neither wanted nor one of `more`."""
+    wanted, more = list(wanted), list(more)
+    missing = [key for key in wanted if key not in found]
+    if missing:
+        raise wrong(f"{where} lacks {missing[0]!r}")
+    strange = [key for key in found if key not in wanted and key not in more]
+    if strange:
+        raise wrong(f"{where} has {strange[0]!r}")
+
+
+def must(value: Any, test: Test, where: str) -> None:
+    try:
+        good = test(value)
+    except (TypeError, ValueError, RuntimeError):
+        good = False
+    if not good:
+        raise wrong(f"{where} is {_said(value)}")
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return f"{type(value).__name__} {value!r}"[:80]
+
+
+def wrong(what: str) -> CurvlabError:
+    return CurvlabError(f"the checkpoint does not hold what a run does: {what}; start again in another folder")
+
+
+def alike(own: Any, saved: Any, at: str) -> None:
+    """Raises CurvlabError where a state has other keys, lengths or kinds of values than one's own."""
+    if isinstance(own, Mapping):
+        must(saved, table_of(lambda value: True, lambda key: True), at)
+        keys(saved, own, at)
+        for key, value in own.items():
+            alike(value, saved[key], f"{at}['{key}']")
+    elif isinstance(own, list | tuple):
+        must(saved, list_of(lambda value: True, len(own)), at)
+        for i, value in enumerate(own):
+            alike(value, saved[i], f"{at}[{i}]")
+    elif isinstance(own, Tensor):
+        must(saved, lambda value: like(value, own), at)
+    elif number(own):
+        must(saved, lambda value: number(value) and (type(own) is float or type(value) is int), at)
+    elif own is not None:
+        must(saved, lambda value: type(value) is type(own), at)
