@@ -37,7 +37,7 @@ from curvlab.algorithms import ALGORITHMS
 from curvlab.blame import verdict
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, lookup, shown, whole
 from curvlab.escape import for_rich, for_terminal
-from curvlab.interrupt import LISTENER, listening, number_of
+from curvlab.interrupt import LISTENER, behind, listening, number_of
 from curvlab.interrupt import words as words_of
 from curvlab.memory import keep_freed_memory
 from curvlab.probes import costs
@@ -447,6 +447,11 @@ def _run(words: list[str]) -> int | None:
     except CurvlabError as error:
         return _failed(error, f"{error}", 2, words)
     except BaseException as error:
+        signal = behind(error)
+        if signal is not None:
+            LISTENER.deaf = True
+            _say(words_of(signal))
+            return 128 + number_of(signal)
         parsing = getattr(error, "format_message", None)  # click's errors; recent versions of typer carry a click of their own
         if parsing is None:
             return _failed(error, *verdict(error, words[0] if words else ""), words)

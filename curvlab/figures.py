@@ -10,6 +10,7 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -97,6 +98,14 @@ def _across(figure: Figure, labels: Sequence[str], most: int = 6) -> int:
     return max(1, min(len(labels), most, room))
 
 
+def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Below the panels, which stay as high as they were where it has many lines."""
+    across = _across(figure, labels)
+    more = max(0, math.ceil(len(labels) / across) - 2)
+    figure.set_figheight(figure.get_figheight() + 0.21 * more)
+    figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False)
+
+
 def _run(ds: xr.Dataset) -> str:
     return f"{attributes.text(ds, 'model', 'model')} on {attributes.text(ds, 'data', 'data')}"
 
@@ -132,7 +141,7 @@ def cosine(ds: xr.Dataset) -> Figure:
         ax.set_ylabel("cosine similarity")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=_across(figure, labels), frameon=False)
+        _legend(figure, handles, labels)
     left = _of(len(shown), len(inner), "layers") + _of(len(drawn), len(others), "algorithms")
     reference = attributes.text(ds, "reference", "the reference")
     heading(figure, _title(ds, f"Direction against {reference}, {_run(ds)}{left}"))
@@ -324,7 +333,7 @@ def damping(ds: xr.Dataset) -> Figure:
     for ax in axes.flat:
         ax.grid(alpha=0.3, linewidth=0.5)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=_across(figure, labels), frameon=False)
+    _legend(figure, handles, labels)
     title = f"Pairs after damping: {attributes.text(ds, 'algorithm', 'run')}, {_run(ds)}"
     title += _of(len(shown), ds.sizes["block"], "layers")
     heading(figure, title)

@@ -44,6 +44,16 @@ def words(error: KeyboardInterrupt) -> str:
     return f"interrupted by {error}" if isinstance(error, Interrupted) else "interrupted"
 
 
+def behind(error: BaseException, outer: BaseException | None = None) -> KeyboardInterrupt | None:
+    """The signal that broke something off which raised `error` in its place, as writers do; none from before `outer`."""
+    found: BaseException | None = error
+    while found is not None and found is not outer:
+        if isinstance(found, KeyboardInterrupt):
+            return found
+        found = found.__context__
+    return None
+
+
 class Shield:
     """``with shield:`` lets a signal come when the block is done; a second one comes at once and leaves the block `broken`."""
 

@@ -14,8 +14,8 @@ from curvlab import attributes
 from curvlab.atomic import read_sealed
 from curvlab.errors import CurvlabError, guard_memory, unknown, warn
 from curvlab.escape import for_terminal
-from curvlab.paths import given
 from curvlab.log import SCHEMA
+from curvlab.paths import given
 from curvlab.regular import lines, regular
 
 

@@ -20,7 +20,7 @@ from curvlab.atomic import rewrite
 from curvlab.blame import Saved
 from curvlab.errors import CurvlabError
 from curvlab.escape import for_rich
-from curvlab.interrupt import LISTENER, number_of, words
+from curvlab.interrupt import LISTENER, behind, number_of, words
 from curvlab.lock import alone
 from curvlab.tables import Table
 
@@ -35,16 +35,24 @@ def says_what_is_saved(path: Path, remedy: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         LISTENER.deaf = True
-        saved = f"the log so far is saved in {path}{remedy}" if path.exists() else "nothing was logged yet"
-        err.print(for_rich(f"curvlab: {words(error)}; {saved}"))
-        raise typer.Exit(128 + number_of(error)) from None
+        raise _interrupted(error, path, remedy) from None
     except CurvlabError as error:
         saved = f" (the log so far is saved in {path})" if path.exists() else ""
         raise CurvlabError(f"{error}{saved}") from error
     except BaseException as error:
+        signal = behind(error)
+        if signal is not None:
+            LISTENER.deaf = True
+            raise _interrupted(signal, path, remedy) from None
         if path.exists():
             error.add_note(Saved(f"the log so far is saved in {path}{remedy}"))
         raise
+
+
+def _interrupted(error: KeyboardInterrupt, path: Path, remedy: str) -> typer.Exit:
+    saved = f"the log so far is saved in {path}{remedy}" if path.exists() else "nothing was logged yet"
+    err.print(for_rich(f"curvlab: {words(error)}; {saved}"))
+    return typer.Exit(128 + number_of(error))
 
 
 def show(table: Table, title: str = "") -> None:

@@ -23,7 +23,7 @@ from test_train import same_log, same_weights
 from torch import nn
 
 import curvlab as cl
-from curvlab import cli, datasets, drawable, figures, interrupt, log, models, terminal
+from curvlab import atomic, cli, datasets, drawable, figures, interrupt, log, models, terminal
 from curvlab.datasets import Dataset, Entry
 from curvlab.interrupt import LISTENER, SIGNALS, Interrupted
 from curvlab.models import MODELS
@@ -172,6 +172,7 @@ LATER: dict[str, tuple[object, str, int, int]] = {
     "the record of an epoch": (loop.Training, "_record", 2, 4),
     "a checkpoint": (checkpoint.torch, "save", 2, 4),
     "a checkpoint, before it is in place": (os, "replace", 3, 4),
+    "a checkpoint, half-written": (atomic.Sealing, "write", 137, 4),
     "a log, before it is in place": (os, "replace", 1, 0),
 }
 """{phase: (owner, function, call, steps that must be in the checkpoint)}"""
@@ -221,6 +222,7 @@ def test_a_signal_while_the_pictures_are_drawn(
 SECOND: dict[str, tuple[object, str, int]] = {
     "the same step": (loop.Training, "_watch", 3),
     "the checkpoint": (checkpoint.torch, "save", 2),
+    "the checkpoint, half-written": (atomic.Sealing, "write", 137),
     "before the checkpoint is on the disk": (os, "fsync", 5),
     "before the checkpoint is in place": (os, "replace", 3),
     "before the log is in place": (os, "replace", 4),
@@ -244,6 +246,31 @@ def test_a_second_signal_comes_at_once_and_leaves_nothing_half_written(
     assert not parts(out)
     assert checkpoint.load(out / "checkpoint.pt")["position"]["steps"] in (0, 3)
     same_end(out, whole)
+
+
+def test_a_signal_at_any_write_of_a_checkpoint_is_one_still(tmp_path: Path) -> None:
+    """torch's writer raises an error of its own in its place, unless nothing of a record is written yet."""
+    state = {"a": torch.randn(100), "b": [torch.randn(3)] * 2, "c": 1}
+    for n in range(1, 25):
+        with pytest.MonkeyPatch.context() as patch, interrupt.listening():
+            patch.setattr(interrupt, "SAME", 0.0)
+            sending(patch, atomic.Sealing, "write", n, signal.SIGTERM)
+            with pytest.raises(Interrupted, match="SIGTERM"):
+                checkpoint.save(tmp_path / "checkpoint.pt", state)
+        assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_after_a_signal_is_a_full_disk(tmp_path: Path) -> None:
+    """The state is saved while the signal is at work, and what fails then is no signal."""
+
+    def save() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            checkpoint.save(tmp_path / "nowhere" / "checkpoint.pt", {"c": 1})
+
+    with pytest.raises(cl.CurvlabError, match="cannot be written: No such file"):
+        save()
 
 
 def test_signals_that_come_together_are_one(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -830,7 +830,7 @@ def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: st
 
 
 def test_probes_up_to_a_divergence_are_kept() -> None:
-    blow = {"schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 1.0 if e < 1 else 1e300)}
+    blow = {"schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 1.0 if e < 1 else 1e100)}
     with pytest.warns(cl.CurvlabWarning, match="diverged in epoch 2"):
         run = cl.train(
             objective_of(fragile()), data().batches(5, seed=1), epochs=3, algorithm="sgd-m", lr=1e-3, probes=["loss"], **blow

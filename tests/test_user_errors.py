@@ -167,6 +167,26 @@ def test_in_the_first_steps_and_later(command: str, write, tmp_path: Path, capsy
     assert found[-1] is True
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_only_a_run_without_a_step_is_taken_back(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the first step all of it, though epoch 0 was evaluated, logged and kept."""
+    steps = []
+    real = cl.Objective.closure
+
+    def closure(self: cl.Objective, x: Tensor, y: Tensor, stream: str = "step") -> object:
+        steps.extend([1] * (stream == "step"))
+        if len(steps) == step:
+            raise KeyError("a loader's")
+        return real(self, x, y, stream)
+
+    monkeypatch.setattr(cl.Objective, "closure", closure)
+    told(capsys, *RUN, "--out", str(tmp_path / "out"))
+    found = sorted(p.name for p in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+    assert found == ([] if step == 1 else ["checkpoint.pt", "run.h5"])
+
+
 @pytest.mark.parametrize(
     ("raised", "says"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvlab.closure import Observation, Pass, Transition
 from curvlab.errors import CurvlabError, Diverged, real
-from curvlab.finite import waits
+from curvlab.finite import all_finite, all_short, length, waits
 from curvlab.linalg.operators import Diagonal, Operator, identity_like
 from curvlab.statistics import LayerStatistics, Reads
 
@@ -38,6 +38,9 @@ class CurvatureBlock(Protocol):
 
     def refresh(self, damping: float) -> None:
         """What is expensive: inverses, roots."""
+
+    # A block that averages second moments has `moments(statistics) -> {name: matrix}` too, those that `update` would fold in:
+    # they are looked at before anything is folded.
 
     @property
     def secant(self) -> Secant | None:
@@ -109,18 +112,37 @@ def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
     return new.clone() if old is None else old.lerp(new, weight)
 
 
-def check_moments(moments: Mapping[str, Tensor]) -> None:
-    """Raises Diverged where a second moment of {its name: itself} is not finite: no average may take it up.
+def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
+    """Of (name of a block, name of a second moment, itself): raises Diverged for the first that is not finite.
 
-    Its trace says so, since no entry of a second moment is larger than its diagonal. On a GPU, which would have to wait,
-    `refresh` sees it.
+    So no average takes it up. Of a large one the diagonal is looked at, which no entry exceeds. On a GPU, which would have to
+    wait, `refresh` sees it.
     """
-    traces = [m.trace() for m in moments.values()]
-    if waits(traces[0]) or math.isfinite(sum(traces[1:], traces[0]).item()):
+    found = list(moments)
+    if not found or waits(found[0][2]):
         return
-    for name, trace in zip(moments, traces, strict=True):
-        if not math.isfinite(float(trace)):
-            raise Diverged(f"{name} contains NaN or Inf: lower the learning rate or raise the damping")
+    seen = [m if m.numel() < _LARGE else m.diagonal() for _, _, m in found]
+    if math.isfinite(length(seen)):
+        return
+    for (block, name, _), m in zip(found, seen, strict=True):
+        if not all_finite(m):  # a length overflows earlier
+            error = Diverged(f"{name} contains NaN or Inf: lower the learning rate or raise the damping")
+            error.block = block
+            raise error
+
+
+def check_squared(gradients: Mapping[str, Tensor]) -> None:
+    """Of {block: what a second moment is made of}: raises Diverged for the first whose squares are not finite. As above."""
+    if not gradients or waits(next(iter(gradients.values()))) or all_short(gradients.values()):
+        return
+    for block, g in gradients.items():
+        if not all_short([g]):
+            error = Diverged("the gradient that its statistics are made of contains NaN or Inf, or its squares overflow")
+            error.block = block
+            raise error
+
+
+_LARGE = 1 << 18  # numbers
 
 
 class IdentityBlock:

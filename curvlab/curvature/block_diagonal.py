@@ -13,13 +13,21 @@ import torch
 from torch import Tensor
 
 from curvlab.closure import Closure, Observation, Pass, Transition
-from curvlab.curvature.base import NO_DATA, CurvatureBlock, IdentityBlock, check_algorithm, check_damping
+from curvlab.curvature.base import (
+    NO_DATA,
+    CurvatureBlock,
+    IdentityBlock,
+    check_algorithm,
+    check_damping,
+    check_moments,
+    check_squared,
+)
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
 from curvlab.curvature.states import check_memory, check_names, check_operator, dtype_of
 from curvlab.derivatives import precise
-from curvlab.divergence import Naming
-from curvlab.errors import CurvlabError, check_values, unknown, warn
+from curvlab.divergence import Naming, named
+from curvlab.errors import CurvlabError, Diverged, check_values, unknown, warn
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
 from curvlab.objective import Objective
@@ -157,6 +165,7 @@ class BlockDiagonal:
         else:
             raise unknown("pass of this observation", self.labels, observation.passes)
         self._follow(statistics)
+        self._check(statistics)
         for name, block in self.blocks.items():
             found = statistics.get(name)
             if found is None or not getattr(found, "used", True):  # the exact pass has no gradient of a block without structure
@@ -167,6 +176,18 @@ class BlockDiagonal:
                     block.update(found, weight)
                 self._idle.pop(name, None)
         self.updates += 1
+
+    def _check(self, statistics: Mapping[str, Any]) -> None:
+        """Raises Diverged, before anything is folded, where a second moment, or a gradient at other labels than the data's,
+        is not finite."""
+        having = {n: b for n, b in self.blocks.items() if b.memory and getattr(statistics.get(n), "used", False)}
+        moments = {n: b.moments(statistics[n]) for n, b in having.items() if hasattr(b, "moments")}
+        squared = [n for n, b in having.items() if b.reads == "gradient" and self.labels != "data"]
+        try:
+            check_moments((name, what, m) for name, each in moments.items() for what, m in each.items())
+            check_squared({name: statistics[name].gradient for name in squared})
+        except Diverged as error:
+            raise named(error, str(self._partition[error.block])) from error
 
     def _follow(self, statistics: Mapping[str, Any]) -> None:
         """Blocks whose statistics lack what their method reads follow the gradient from here on, and it is said."""

@@ -78,8 +78,8 @@ class Contracted:
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         new = self._contractions(self.block, statistics)
-        if self.reads != "gradient":  # whose length is finite, and so are its contractions: `soundness.check_gradients`
-            check_moments({f"contraction {i}": c for i, c in enumerate((c for variable in new for c in variable), 1)})
+        if self.reads != "gradient":  # its squares are known to be finite, and so are its contractions
+            check_moments((self.block.name, "a contraction of the gradients", c) for variable in new for c in variable)
         if self.means is None:
             self.means = new
             return

@@ -29,7 +29,7 @@ class SecondMoment:
         self.v: Tensor | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        g = statistics.gradient  # finite, and its square too: `soundness.check_gradients`
+        g = statistics.gradient  # its squares are finite: `soundness.check_gradients`, `base.check_squared`
         if self.v is None:
             self.v = g.square().flatten()
         else:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from curvlab.curvature.base import Move, blend, check_moments
+from curvlab.curvature.base import Move, blend
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import DAMPINGS, MU1, Pair, accept, action_pair, damp, hessian_action, updated_inverse
@@ -119,14 +119,16 @@ class KBfgs:
         assert isinstance(H_a, Tensor)
         return H_g, H_a
 
+    def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
+        """None where A is of the minibatch and never formed: its pair is looked at."""
+        return {FACTOR_A: statistics.A} if self.exact or not (hasattr(self, "inverse") and self.minibatch) else {}
+
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         self.places = statistics.places
         started = hasattr(self, "inverse")
         if not (started and self.minibatch):  # of the minibatch alone: a mean in the warm start, and no more
-            check_moments({FACTOR_A: statistics.A})
             self.A = blend(self.A, statistics.A, weight)  # Alg. 4, line 20
         elif self.exact:
-            check_moments({FACTOR_A: statistics.A})
             self.A = statistics.A  # Alg. 10, line 12
         if not self.exact:
             self.seen = statistics.mean_a[None]

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from curvlab.curvature.base import Secant, blend, check_moments
+from curvlab.curvature.base import Secant, blend
 from curvlab.errors import lookup
 from curvlab.linalg.factor import damped_inverse, shifted
 from curvlab.linalg.kronecker import pi_split
@@ -46,8 +46,10 @@ class Kfac:
         self.A: Tensor | None = None
         self.G: Tensor | None = None
 
+    def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
+        return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
+
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        check_moments({FACTOR_A: statistics.A, FACTOR_G: statistics.G})
         self.A = blend(self.A, statistics.A, weight)  # Alg. 12, line 14: Ω
         self.G = blend(self.G, statistics.G, weight)  # Alg. 12, line 14: Γ
 

@@ -43,7 +43,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.base import Move, Secant, blend, check_moments
+from curvlab.curvature.base import Move, Secant, blend
 from curvlab.curvature.kfac import FACTOR_A, FACTOR_G, Kfac
 from curvlab.errors import CurvlabError, check_values, lookup
 from curvlab.layers import Block
@@ -121,8 +121,10 @@ class SkqnL:
         self.left_out = 0  # pairs so far, since they were not finite
         self.secant: Secant | None = self._secant if pairs else None
 
+    def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
+        return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
+
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        check_moments({FACTOR_A: statistics.A, FACTOR_G: statistics.G})
         self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
         if self.S is None or self.Y is None:
             self.S = self.Y = self.A.new_empty(0, statistics.block.numel)
@@ -253,8 +255,10 @@ class SkqnB:
         self.left_out = 0  # blocks of pairs so far, since they were not finite
         self.secant: Secant | None = None if columns == 0 else self._secant
 
+    def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
+        return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
+
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        check_moments({FACTOR_A: statistics.A, FACTOR_G: statistics.G})
         self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
         if self.Lambda is None:
             self.Lambda = self.gamma * torch.eye(len(self.G), dtype=torch.float64, device=self.G.device)

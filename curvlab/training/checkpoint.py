@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from curvlab.atomic import damaged, rewrite_sealed, unsealed
 from curvlab.errors import CurvlabError
+from curvlab.interrupt import behind
 
 FILE = "checkpoint.pt"
 FORMAT = 2
@@ -27,9 +29,13 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise CurvlabError(
             f"a checkpoint holds tensors, numbers, strings, lists and dictionaries only, but {where[0]} is of type {where[1]}"
         )
+    outer = sys.exception()
     try:
         rewrite_sealed(path, lambda stream: torch.save({"format": FORMAT} | state, cast(IO[bytes], stream)))
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError too
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError too, also in place of what broke it off
+        signal = behind(error, outer)
+        if signal is not None:
+            raise signal from None
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise CurvlabError(f"the checkpoint {path} cannot be written: {reason}") from error
 

@@ -305,6 +305,9 @@ def _check_chance(states: Mapping[str, Any], name: str, device: torch.device) ->
     """Raises CurvlabError for what the random generators do not take, or take for something else."""
     keys(states, ("now", "epoch"), "chance")
     saved = states[name]
+    if isinstance(saved, Mapping):
+        must(saved.get("python"), list_of(lambda value: True, 3), f"chance['{name}']['python']")
+        must(saved.get("numpy"), table_of(lambda value: True), f"chance['{name}']['numpy']")
     try:
         with chance.kept(device):
             chance.set_states(Chance.of(saved), device)

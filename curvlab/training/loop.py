@@ -159,7 +159,8 @@ class Training:
                         with self.shield:
                             self.sampler.flush(self.log)
                     finally:
-                        self.log.save()
+                        with self.shield:
+                            self.log.save()
 
     def _begin(self) -> None:
         """Epoch 0: evaluated before the warm start, so that what does not fit is found at once."""
@@ -432,8 +433,10 @@ class Training:
         if not sound and not self._sound():
             return
         if self.folder is not None:
-            checkpoint.save(self.folder / checkpoint.FILE, self.state_dict())
-            self._kept = True
+            state = self.state_dict()
+            with self.shield:  # a signal need not break it off, to have it written again
+                checkpoint.save(self.folder / checkpoint.FILE, state)
+                self._kept = True
         else:
             self._good_model = {k: v.clone() for k, v in self.objective.model.state_dict().items()}
         self.good, self._kept_at = (self.at.epoch, self.at.step), time.monotonic()
