@@ -74,7 +74,8 @@ def mapping(ds: xr.Dataset, name: str) -> dict[str, Any]:
 def diverged(ds: xr.Dataset) -> dict[str, list[dict[str, Any]]]:
     """{algorithm of a comparison: [{seed, step, block, reason}, …]} where its numbers left the finite range."""
     found = {name: _records(places) or [] for name, places in mapping(ds, "diverged").items()}
-    kept = {name: [p for p in places if None not in map(_number, map(p.get, ("seed", "step")))] for name, places in found.items()}
+    kept = {name: [p for p in places if _number(p.get("seed")) is not None and _number(p.get("step")) is not None]
+            for name, places in found.items()}  # fmt: skip
     return {name: places for name, places in kept.items() if places}
 
 
