@@ -172,8 +172,8 @@ def test_trajectory_is_algorithm_1(
         expected = by_hand.step(x, y, 0.3)
         for block, H in optimizer.descent.curvature.inverse.items():
             assert_near(H.dense(), expected[block], 1e-9)
-    for block in objective.blocks:
-        assert_near(block.gather(objective.parameters).detach(), by_hand.weights()[block.name], 1e-10)
+    for block in objective.blocks:  # no nearer than the inverses that they have followed, whatever the machine's order of sums
+        assert_near(block.gather(objective.parameters).detach(), by_hand.weights()[block.name], 1e-9)
     if name == "skqn-l":
         assert all(1 <= len(kept) <= 3 for kept in by_hand.kept.values())
 

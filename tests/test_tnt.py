@@ -105,7 +105,7 @@ def test_factors_of_the_mean_gradient_by_hand(name: str, model: str) -> None:
     p = problem(model)
     objective = p.objective()
     curvature = approximation(name, objective, damping=EPSILON)
-    observation = objective.closure(p.x, p.y).observe(curvature.needs)
+    observation = objective.closure(p.x, p.y).observe({*curvature.needs, curvature.labels})
     curvature.update(observation)
     for block in objective.blocks:
         mean = observation.passes[curvature.labels][block.name].rows[0].mean(0)

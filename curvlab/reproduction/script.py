@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from curvlab import paths
+from curvlab.atomic import rewrite
 from curvlab.errors import CurvlabError, lookup, unknown
 from curvlab.escape import for_terminal
 from curvlab.interrupt import number_of, words
@@ -98,7 +99,7 @@ class Report:
 
     def draw(self, figure: Figure) -> None:
         """Write the picture; the coarse one of a smoke run is only to see that it can be drawn."""
-        self._write(self.file("png"), lambda path: figure.savefig(path, dpi=50 if self.options.smoke else 120))
+        self._write(self.file("png"), lambda path: figure.savefig(path, format="png", dpi=50 if self.options.smoke else 120))
 
     def close(self) -> None:
         text = "\n".join(self.lines) + "\n"
@@ -107,7 +108,7 @@ class Report:
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(path)
+            rewrite(path, write)
         except OSError as error:
             raise CurvlabError(f"{path} cannot be written: {error.strerror}; choose another folder with --out") from error
         print(for_terminal(f"wrote {path}"), flush=True)
