@@ -393,7 +393,7 @@ def _root_of_loss(
     with torch.inference_mode(False), torch.enable_grad():
         hessian = _Look(likelihood, _plain(z), _plain(y)).hessian()
     _check_convex(hessian, floor, name, _precision(z))
-    values, vectors = torch.linalg.eigh(hessian)
+    values, vectors = torch.linalg.eigh(hessian.double())  # in single precision NaN where entries are subnormal, on some CPUs
     rounding = torch.finfo(hessian.dtype).eps * hessian.shape[1] ** 0.5 * values[:, -1:]
     values = torch.where(values > rounding, values, 0)  # else its root, a half as many digits, stands where there is none
     root: Tensor = (vectors * values.sqrt()[:, None]) @ vectors.mT

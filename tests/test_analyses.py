@@ -38,7 +38,7 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
 """{script: (arguments, what its output says)}"""
 
 
-BY_HAND = {"foreign_models.py"}
+BY_HAND = {"benchmarks/versions.py", "foreign_models.py"}
 """Need what no test installs: the extra `foreign`."""
 
 
@@ -48,7 +48,12 @@ def test_every_script_is_here() -> None:
     assert {str(p.relative_to(ANALYSES)) for p in here} == SCRIPTS.keys() | BY_HAND
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+LONG = {
+    "damping_sweep.py", "assumptions.py", "refresh.py", "benchmarks/compare.py", "benchmarks/probes.py", "benchmarks/exact.py",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", [pytest.param(s, marks=[pytest.mark.slow] if s in LONG else []) for s in SCRIPTS])
 def test_script(script: str, tmp_path: Path) -> None:
     arguments, says = SCRIPTS[script]
     words = [str(tmp_path) if word == "OUT" else word for word in arguments]

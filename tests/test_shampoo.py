@@ -114,8 +114,10 @@ def test_ill_conditioned_statistics_give_the_root_that_the_precision_allows(dtyp
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("ways", [1, 2])
 def test_statistics_beyond_single_precision_give_a_positive_definite_root(size: float, ways: int) -> None:
-    """Rounding puts eigenvalues of Ĝ + εI below ε, even below 0, where ‖g‖² eps > ε. They are at least ε: H ≤ ε^{−1/2k}; and H is
-    positive definite up to the rounding of its own entries, since a root in single precision is no better than eps ‖H‖."""
+    """Rounding puts eigenvalues of Ĝ + εI below ε, even below 0, where ‖g‖² eps > ε. They are at least ε: H ≤ ε^{−1/2k}.
+
+    H is positive definite up to the rounding of its own entries: a root in single precision is no better than eps ‖H‖.
+    """
     gradient = size * torch.randn(8, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     statistic = gradient[:, :2] @ gradient[:, :2].T  # rank 2
     for way in ROOTS:

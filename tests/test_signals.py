@@ -37,6 +37,17 @@ NUMBERS = [pytest.param(n, id=signal.Signals(n).name) for n in SIGNALS]
 
 
 @pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Whoever starts the tests in the background has them ignore some signals."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with dropout and a data set of four minibatches; pictures are empty."""
 

@@ -93,7 +93,7 @@ def test_train_goes_on_and_other_commands_run(tmp_path: Path, capsys: pytest.Cap
     assert call(*words, "--epochs", "1", "--out", str(tmp_path / "cut")) == 0
     sys.modules.pop("of_a_user")
     del ALGORITHMS["inputs"], PROBES["slope"]  # as a new process has them
-    assert call("train", "--resume", "--epochs", "2", "--out", str(tmp_path / "cut")) == 0
+    assert call("train", "--resume", *PROBLEM[:2], "--epochs", "2", "--out", str(tmp_path / "cut")) == 0
     whole, cut = (cl.open(tmp_path / name) for name in ("whole", "cut"))
     assert whole["slope_step"].values.tolist() == [0, 2, 4]
     for name in ("train_loss", "slope"):

@@ -261,7 +261,7 @@ class Structured:
             memory = Memory(self.pairs, memory.S[last], memory.Y[last])
             self.ages = [k for k, stays in zip(self.ages, last, strict=True) if stays]
         self.last = accept(undamped(u, v, self._metric(u, v)), cosine=_EPSILON_B)
-        self.pairs_left_out += self.last.skipped == "not finite"
+        self.pairs_left_out += not (all_finite(u) and all_finite(v))  # a step of length 0 is no pair, and no fault
         if not self.last.skipped:
             memory, self.ages = memory.append(u, v), [*self.ages, self.steps][-self.pairs :]
         self.memory = memory if len(memory) else None
