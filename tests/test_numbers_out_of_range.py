@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +20,11 @@ import numpy as np
 import pytest
 import torch
 from problems import problem
+from test_cli import call
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab import cli, tables
+from curvlab import tables
 from curvlab.algorithms import ALGORITHMS, descent
 from curvlab.closure import Closure
 from curvlab.curvature.base import check_moments
@@ -608,14 +608,6 @@ def test_a_warm_start_that_fails_is_named() -> None:
             )
     assert list(run.diverged) == ["kfac"]
     assert np.isfinite(run.dataset["cosine"].sel(algorithm="tnt")).all()
-
-
-def call(*words: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["curvlab", *words])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-    return int(caught.value.code or 0)
 
 
 @pytest.mark.filterwarnings("always::curvlab.errors.CurvlabWarning")

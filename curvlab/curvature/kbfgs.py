@@ -23,6 +23,7 @@ from torch import Tensor
 
 from curvlab.curvature.base import Move, blend
 from curvlab.errors import CurvlabError, lookup
+from curvlab.finite import waits
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import DAMPINGS, MU1, Pair, accept, action_pair, damp, hessian_action, updated_inverse
 from curvlab.linalg.factor import damped_inverse
@@ -159,7 +160,8 @@ class KBfgs:
                 assert self.A is not None
                 pair = hessian_action(H_a, mean, self.A, damping_a)  # Alg. 4, lines 21 and 22
             H_a, pair = updated_inverse(H_a, accept(pair, v=mean))
-            self.last["a"], self.left_out = pair, self.left_out + pair.refused["not finite"]
+            self._count(pair.refused["not finite"])
+            self.last["a"] = pair
             self.inverse = Kronecker((H_g, H_a))
         self.seen = None
         if self.minibatch and not self.exact:
@@ -200,9 +202,17 @@ class KBfgs:
             self.S, self.Y = memory.S, memory.Y
             H_g = self._limited(memory)
         broken = pair.refused["not finite"]
-        self.s, self.y = torch.where(broken, zero, mean_s), torch.where(broken, zero, mean_y)
-        self.last["g"], self.left_out = pair, self.left_out + broken
+        if waits(s):
+            self.s, self.y = torch.where(broken, zero, mean_s), torch.where(broken, zero, mean_y)
+        else:
+            self.s, self.y = (zero, zero) if broken else (mean_s, mean_y)
+        self._count(broken)
+        self.last["g"] = pair
         self.inverse = Kronecker((H_g, H_a))
+
+    def _count(self, broken: Tensor) -> None:
+        """One more pair that was left out; where that would wait, as a number on the device."""
+        self.left_out = self.left_out + (broken if waits(broken) else int(broken))
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
         """None: what the pairs have learnt is damped already."""

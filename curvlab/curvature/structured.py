@@ -261,7 +261,7 @@ class Structured:
             memory = Memory(self.pairs, memory.S[last], memory.Y[last])
             self.ages = [k for k, stays in zip(self.ages, last, strict=True) if stays]
         self.last = accept(undamped(u, v, self._metric(u, v)), cosine=_EPSILON_B)
-        self.pairs_left_out += not (all_finite(u) and all_finite(v))  # a step of length 0 is no pair, and no fault
+        self.pairs_left_out += self.last.skipped == "not finite"
         if not self.last.skipped:
             memory, self.ages = memory.append(u, v), [*self.ages, self.steps][-self.pairs :]
         self.memory = memory if len(memory) else None
@@ -273,7 +273,7 @@ class Structured:
                 self._invert(u)
             return self._inverse
         gamma = abs(float(u @ v / (u @ u))) if self.gamma is None else self.gamma
-        return multiple_of_identity(1 / gamma if gamma else math.nan, u)
+        return multiple_of_identity(1 / gamma if gamma > 0 else 1.0, u)  # no γ where uᵀv is 0 or u is: refused for that alone
 
     @property
     def _gamma(self) -> float:
