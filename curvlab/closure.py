@@ -459,8 +459,10 @@ class Closure:
         """What was found of the likelihood: its root, and whether labels drawn by it follow its loss."""
         key = self._key(self.x)
         if key not in self.objective.laws or not self._checked:
-            _ = self.form  # a look
-            self._check(self.forward()[0].detach())
+            _ = self.form  # a look, which the next one is
+            look = self.forward()
+            self._check(look[0].detach())
+            self._ahead = *look, self._versions()
         return self.objective.laws[key]
 
     def look(self) -> tuple[Tensor, Tensor, Capture]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,19 +26,27 @@ def around() -> tuple[str, torch.dtype] | None:
     return _around.get() or _autocast()
 
 
-@contextmanager
-def precise() -> Iterator[None]:
+class precise(ContextDecorator):
     """Arithmetic in the tensors' own precision inside, also under autocast; `surrounding` is what was around."""
-    found = _autocast()
-    if found is None:
-        yield
-        return
-    token = _around.set(found)
-    try:
-        with torch.autocast(found[0], enabled=False):
-            yield
-    finally:
-        _around.reset(token)
+
+    # Classes, not generators: several are opened at every look, where nothing mostly is to be done.
+    __slots__ = ("_around", "_off")
+
+    def _recreate_cm(self) -> precise:  # of a decorator, at every call
+        return type(self)()
+
+    def __enter__(self) -> None:
+        found = _autocast()
+        self._off: torch.autocast | None = None
+        if found is not None:
+            self._around = _around.set(found)
+            self._off = torch.autocast(found[0], enabled=False)
+            self._off.__enter__()  # type: ignore[no-untyped-call]  # torch has no types there
+
+    def __exit__(self, *error: Any) -> None:
+        if self._off is not None:
+            self._off.__exit__(*error)
+            _around.reset(self._around)
 
 
 def surrounding() -> AbstractContextManager[Any]:
@@ -47,15 +55,25 @@ def surrounding() -> AbstractContextManager[Any]:
     return nullcontext() if found is None else torch.autocast(*found)
 
 
-@contextmanager
-def derivatives() -> Iterator[None]:
+class derivatives(ContextDecorator):
     """Gradients are recorded inside, also under `torch.no_grad()` and `torch.inference_mode()`, and nothing of ours is
     autocast; a decorator too."""
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and _autocast() is None:
-        yield
-        return
-    with torch.inference_mode(False), torch.enable_grad(), precise():
-        yield
+
+    __slots__ = ("_opened",)
+
+    def _recreate_cm(self) -> derivatives:
+        return type(self)()
+
+    def __enter__(self) -> None:
+        self._opened: ExitStack | None = None
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _autocast() is not None:
+            self._opened = ExitStack()
+            for opened in (torch.inference_mode(False), torch.enable_grad(), precise()):
+                self._opened.enter_context(opened)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._opened is not None:
+            self._opened.__exit__(*error)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

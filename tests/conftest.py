@@ -1,5 +1,7 @@
 """One thread: the tests' tensors are tiny, and results then do not depend on the machine's number of cores."""
 
+import ctypes
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -21,3 +23,23 @@ def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         if not os.environ.get("CURVLAB_CACHE"):
             patch.setenv("CURVLAB_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_one_test() -> Iterator[None]:
+    """What a test has freed goes back to the system where it was much.
+
+    Commands that run inside this process tell glibc to keep freed memory (`keep_freed_memory`), for good.
+    """
+    yield
+    if sys.platform == "linux" and _resident() > _MUCH:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+_MUCH = 900 << 20  # bytes
+
+
+def _resident() -> int:
+    """Bytes of memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from curvlab.curvature.base import Move, blend
 from curvlab.errors import CurvlabError, lookup
-from curvlab.finite import waits
 from curvlab.layers import Block
-from curvlab.linalg.bfgs import DAMPINGS, MU1, Pair, accept, action_pair, damp, hessian_action, updated_inverse
+from curvlab.linalg.bfgs import DAMPINGS, MU1, Flag, Pair, accept, action_pair, damp, hessian_action, updated_inverse
 from curvlab.linalg.factor import damped_inverse
 from curvlab.linalg.kronecker import places_split
 from curvlab.linalg.lbfgs import Memory, compact_is_cheaper, empty_memory, lbfgs_inverse, multiple_of_identity
@@ -187,12 +186,13 @@ class KBfgs:
         in them for good.
         """
         H_g, H_a = self.factors
-        s, y = after.h.mean((0, 1)) - before.h.mean((0, 1)), after.g[0].mean((0, 1)) - before.g[0].mean((0, 1))
+        was = before.g[0].mean((0, 1))
+        s, y = after.h.mean((0, 1)) - before.h.mean((0, 1)), after.g[0].mean((0, 1)) - was
         zero = torch.zeros_like(s)
         mean_s = (zero if self.s is None else self.s).lerp(s, 1 - self.pair_decay)  # Alg. 4, line 16; from zero (practice)
         mean_y = (zero if self.y is None else self.y).lerp(y, 1 - self.pair_decay)
         pair = damp(self.pair_damping, mean_s, mean_y, H_g, mu1=MU1, mu2=self._split()[1])  # Alg. 4, line 17; Alg. 9, line 20
-        pair = accept(pair, v=before.g[0].mean((0, 1)), mu1=MU1 if self.skip else None)
+        pair = accept(pair, v=was, mu1=MU1 if self.skip else None)
         if not self.pairs:
             assert isinstance(H_g, Tensor)
             H_g, pair = updated_inverse(H_g, pair)
@@ -202,7 +202,7 @@ class KBfgs:
             self.S, self.Y = memory.S, memory.Y
             H_g = self._limited(memory)
         broken = pair.refused["not finite"]
-        if waits(s):
+        if isinstance(broken, Tensor):
             self.s, self.y = torch.where(broken, zero, mean_s), torch.where(broken, zero, mean_y)
         else:
             self.s, self.y = (zero, zero) if broken else (mean_s, mean_y)
@@ -210,9 +210,9 @@ class KBfgs:
         self.last["g"] = pair
         self.inverse = Kronecker((H_g, H_a))
 
-    def _count(self, broken: Tensor) -> None:
+    def _count(self, broken: Flag) -> None:
         """One more pair that was left out; where that would wait, as a number on the device."""
-        self.left_out = self.left_out + (broken if waits(broken) else int(broken))
+        self.left_out = self.left_out + (broken if isinstance(broken, Tensor) else int(broken))
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
         """None: what the pairs have learnt is damped already."""

@@ -3,7 +3,8 @@
 Documents: 2020 (Goldfarb, Ren, Bahamou), thesis (chapters 2 and 3), 2021 (Ren, Goldfarb: its algorithms are numbered apart),
 S2QN (Yang et al.). A function that damps takes a pair (s, y) and H, and returns a `Pair`, which holds what a log needs.
 
-Numbers of a pair stay on its device, as float64 tensors without axes: nothing here waits for a GPU but `Pair.skipped`.
+Numbers of a pair stay on its device, as float64 tensors without axes: nothing here waits for a GPU but `Pair.skipped`. Where
+to look is free (`finite.waits`), they are Python's own: a pair then takes half the time, all of which is calls of tiny tensors.
 
 Legend: D order; s step, y change of the gradient [D]; B curvature, H its inverse [D, D]; ρ = 1/sᵀy; N examples, T places,
 I inputs.
@@ -21,13 +22,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, lookup
+from curvlab.finite import waits
 from curvlab.linalg.operators import Operator
 
 Matrix = Tensor | Operator
 """What is only multiplied with vectors."""
 
-Scalar = Float[Tensor, ""]
-Flag = Bool[Tensor, ""]
+Scalar = Float[Tensor, ""] | float
+Flag = Bool[Tensor, ""] | bool
 
 MU1 = 0.2
 """μ₁ of every document."""
@@ -70,7 +72,9 @@ class Products:
 
 
 def _ratio(numerator: Scalar, sy: Scalar) -> Scalar:
-    return torch.where(sy == 0, math.nan, numerator / sy)
+    if isinstance(sy, Tensor):
+        return torch.where(sy == 0, math.nan, numerator / sy)
+    return numerator / sy if sy else math.nan
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,9 @@ class Pair:
     @property
     def used(self) -> Flag:
         """Whether nothing speaks against it."""
-        return ~torch.stack(list(self.refused.values())).any() if self.refused else torch.ones_like(self.s[0], dtype=torch.bool)
+        flags = list(self.refused.values())
+        tensors = [f for f in flags if isinstance(f, Tensor)]
+        return ~torch.stack(tensors).any() if tensors else not any(flags)
 
     @property
     def skipped(self) -> Skip:
@@ -105,7 +111,27 @@ class Pair:
 
 
 def _products(s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"]) -> Products:
-    return Products(*torch.stack([s @ y, y @ Hy, s @ s, y @ y]).double().unbind())
+    if waits(s):
+        return Products(*torch.stack([s @ y, y @ Hy, s @ s, y @ y]).double().unbind())
+    return Products((s @ y).item(), (y @ Hy).item(), (s @ s).item(), (y @ y).item())
+
+
+def _number(value: Float[Tensor, ""]) -> Scalar:
+    return value.double() if waits(value) else float(value)
+
+
+def _largest(v: Float[Tensor, " D"]) -> Float[Tensor, ""]:
+    found: Tensor = torch.linalg.vector_norm(v, math.inf)
+    return found
+
+
+def _not(flag: Flag) -> Flag:
+    return ~flag if isinstance(flag, Tensor) else not flag
+
+
+def _all_finite(*numbers: Scalar) -> Flag:
+    tensors = [n for n in numbers if isinstance(n, Tensor)]
+    return torch.isfinite(torch.stack(tensors)).all() if tensors else all(map(math.isfinite, numbers))
 
 
 # Updates.
@@ -118,13 +144,14 @@ def bfgs_inverse(
 
     With s and y, H and B exchanged, ``bfgs_inverse(B, y, s)``, it is the DFP update of B.
     """
-    return _plus_symmetric(H, s, _other_half(s, y, H @ y if Hy is None else Hy))
+    Hy = H @ y if Hy is None else Hy
+    return _plus_symmetric(H, s, _other_half(s, Hy, s @ y, y @ Hy))
 
 
-def _other_half(s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+def _other_half(s: Float[Tensor, " D"], Hy: Float[Tensor, " D"], sy: Scalar, yHy: Scalar) -> Float[Tensor, " D"]:
     """w of H⁺ = H + s wᵀ + w sᵀ."""
-    rho = 1 / (s @ y)
-    return (rho * (rho * (y @ Hy) + 1) / 2) * s - rho * Hy
+    rho = 1 / sy
+    return (rho * (rho * yHy + 1) / 2) * s - rho * Hy
 
 
 def bfgs(B: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"]) -> Float[Tensor, "D D"]:
@@ -179,19 +206,24 @@ def powell_factor(sy: Scalar, q: Scalar, mu: float) -> Scalar:
     """
     if not 0 < mu <= 1:
         raise CurvlabError(f"Powell's damping takes a μ in (0, 1], not {mu:g}: a μ₂ above 1 needs Levenberg-Marquardt damping")
-    return torch.where((q > 0) & (sy < mu * q), (1 - mu) * q / (q - sy), 1.0)
+    damped = (q > 0) & (sy < mu * q)
+    if isinstance(damped, Tensor):
+        return torch.where(damped, (1 - mu) * q / (q - sy), 1.0)
+    return (1 - mu) * q / (q - sy) if damped else 1.0
 
 
 def _between(theta: Scalar, here: Float[Tensor, " D"], there: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
     """θ here + (1 − θ) there; `here` itself where θ = 1, whatever `there` is."""
-    return torch.where(theta < 1, theta * here + (1 - theta) * there, here)
+    if isinstance(theta, Tensor):
+        return torch.where(theta < 1, theta * here + (1 - theta) * there, here)
+    return theta * here + (1 - theta) * there if theta < 1 else here
 
 
 def undamped(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix) -> Pair:
     """The pair as it is."""
     Hy = H @ y
     found = _products(s, y, Hy)
-    one = torch.ones_like(found.sy)
+    one = torch.ones_like(found.sy) if isinstance(found.sy, Tensor) else 1.0
     return Pair(s, y, Hy, Damping(found, found, one, one))
 
 
@@ -208,7 +240,7 @@ def powell_on_b(s: Float[Tensor, " D"], y: Float[Tensor, " D"], B: Matrix, H: Ma
     Both matrices are taken, since the record is of yᵀHy.
     """
     pair, Bs = undamped(s, y, H), B @ s
-    theta2 = powell_factor(pair.damping.before.sy, (s @ Bs).double(), mu)
+    theta2 = powell_factor(pair.damping.before.sy, _number(s @ Bs), mu)
     return _with_y(pair, _between(theta2, y, Bs), H, theta2)
 
 
@@ -311,26 +343,30 @@ def accept(pair: Pair, *, v: Float[Tensor, " D"] | None = None, mu1: float | Non
     """
     found = pair.damping.after
     refused: dict[Skip, Flag] = {
-        "not finite": ~torch.isfinite(torch.stack([found.sy, found.yHy, found.ss, found.yy])).all(),
+        "not finite": _not(_all_finite(found.sy, found.yHy, found.ss, found.yy)),
         "curvature": found.sy <= 0,
     }
     if v is not None:
-        refused["length"] = ~(found.sy > 1e-4 * found.ss * v.norm().double())
+        refused["length"] = _not(found.sy > 1e-4 * found.ss * _number(v.norm()))
     if mu1 is not None:
         slack = 1 - torch.finfo(pair.s.dtype).eps ** 0.5
         refused["double damping"] = found.sy < mu1 * slack * found.yHy
     if cosine is not None:
-        refused["cosine"] = found.sy < cosine * (found.ss * found.yy).sqrt()
+        refused["cosine"] = found.sy < cosine * (found.ss * found.yy) ** 0.5
     return replace(pair, refused=refused)
 
 
 def updated_inverse(H: Float[Tensor, "D D"], pair: Pair) -> tuple[Float[Tensor, "D D"], Pair]:
     """(H⁺, pair) by BFGS; H where the pair is refused, or where what is added is not finite, which the pair then says."""
-    w = _other_half(pair.s, pair.y, pair.Hy)
-    used = pair.used
-    fits = torch.isfinite(2 * pair.s.abs().amax() * w.abs().amax())  # no entry of s wᵀ + w sᵀ is larger
-    overflows = used & ~fits
-    refused = {**pair.refused, "not finite": pair.refused.get("not finite", overflows) | overflows}
+    found, used = pair.damping.after, pair.used
+    if not isinstance(used, Tensor) and not used:
+        return H, pair
+    w = _other_half(pair.s, pair.Hy, found.sy, found.yHy)
+    extent = 2 * _number(_largest(pair.s)) * _number(_largest(w))  # no entry of s wᵀ + w sᵀ is larger
+    fits = extent <= torch.finfo(w.dtype).max
+    overflows = used & _not(fits)
+    pair = replace(pair, refused={**pair.refused, "not finite": pair.refused.get("not finite", overflows) | overflows})
     used = used & fits
-    new = _plus_symmetric(H, torch.where(used, pair.s, 0.0), torch.where(used, w, 0.0))
-    return new, replace(pair, refused=refused)
+    if isinstance(used, Tensor):
+        return _plus_symmetric(H, torch.where(used, pair.s, 0.0), torch.where(used, w, 0.0)), pair
+    return (_plus_symmetric(H, pair.s, w) if used else H), pair

@@ -46,9 +46,9 @@ class Memory:
         first = max(0, len(self) + 1 - self.capacity)
         return replace(self, S=torch.cat([self.S[first:], s[None]]), Y=torch.cat([self.Y[first:], y[None]]))
 
-    def append_where(self, used: Bool[Tensor, ""], s: Float[Tensor, " D"], y: Float[Tensor, " D"]) -> Memory:
+    def append_where(self, used: Bool[Tensor, ""] | bool, s: Float[Tensor, " D"], y: Float[Tensor, " D"]) -> Memory:
         """`append` where `used` is true, else this memory. Waits for the device only while there is room."""
-        if len(self) < self.capacity:
+        if len(self) < self.capacity or not isinstance(used, Tensor):
             return self.append(s, y) if bool(used) else self
         new = self.append(s, y)
         return replace(self, S=torch.where(used, new.S, self.S), Y=torch.where(used, new.Y, self.Y))
