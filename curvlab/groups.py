@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlab.curvature.base import check_damping
 from curvlab.errors import CurvlabError, real, unknown
@@ -90,14 +90,19 @@ class Ownership:
         self.objective = objective
         self.ids: frozenset[int] = frozenset()
         """Of the parameters of the blocks, as of the last `check`."""
-        self._held: Sequence[Tensor] = ()  # so that no id is given again
+        self._held: Sequence[nn.Parameter] = ()  # so that no id is given again
         self._seen: list[tuple[int, bool]] = []
+        self._modules: list[nn.Module] = []
+        self._children: list[nn.Module | None] | None = None
 
     def check(self) -> None:
         """Raises CurvlabError, with their names, where some belong to no block: thawed, or put into the model, later."""
-        held = list(self.objective.model.parameters())
+        held, children = self._look()  # a walk through the model takes ten times as long; what is new hangs on one of these
+        if children != self._children:
+            self._modules = list(self.objective.model.modules())
+            held, children = self._look()
         seen = [(id(p), p.requires_grad) for p in held]
-        if seen == self._seen:
+        if seen == self._seen and children == self._children:
             return
         self.objective.check_modules()
         ids = frozenset(map(id, self.objective.parameters.values()))
@@ -108,7 +113,12 @@ class Ownership:
                 f"parameters {', '.join(loose[:3])}{more} are trainable but belong to no block of this objective, which was "
                 "made before they were: make a new Objective, and a new optimizer of it"
             )
-        self.ids, self._held, self._seen = ids, held, seen
+        self.ids, self._held, self._seen, self._children = ids, held, seen, children
+
+    def _look(self) -> tuple[list[nn.Parameter], list[nn.Module | None]]:
+        """Parameters and children of all modules that were there at the last check."""
+        held = [p for m in self._modules for p in m._parameters.values() if p is not None]
+        return held, [child for m in self._modules for child in m._modules.values()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Of the copied model, whose parameters are others."""

@@ -94,9 +94,9 @@ class Objective:
     @property
     def input_dtype(self) -> torch.dtype | None:
         """That of all floating weights, to which floating inputs are brought; None where they differ: those stay."""
-        weights = (w for module in self.modules for w in module._parameters.values() if w is not None)
-        found = {w.dtype for w in weights if w.is_floating_point()}
-        return found.pop() if len(found) == 1 else None
+        every = {w.dtype for module in self.modules for w in module._parameters.values() if w is not None}
+        found = [dtype for dtype in every if dtype.is_floating_point]
+        return found[0] if len(found) == 1 else None
 
     def check(self, x: Tensor, y: Tensor) -> Report:
         """What a look at a minibatch of this form shows: which block goes which way and why, how near to autograd.

@@ -61,11 +61,13 @@ def check_model(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise CurvlabError("the model is a torch.jit.ScriptModule, whose calls show nothing: give the module that was scripted")
     for name, module in model.named_modules():
-        spread = isinstance(module, nn.parallel.DistributedDataParallel) or any(
-            kind.__name__ in _SHARDED for kind in type(module).__mro__
-        )
-        if several and spread:
-            where = f"'{name}'" if name else "the model"
+        where = f"'{name}'" if name else "the model"
+        if any(kind.__name__ in _SHARDED for kind in type(module).__mro__):  # one process too: its weights are elsewhere
+            raise CurvlabError(
+                f"{where} is a {type(module).__name__}, whose parameters are sharded (FSDP): give the model as it was before "
+                "it was wrapped or passed to fully_shard, and train it in one process"
+            )
+        if several and isinstance(module, nn.parallel.DistributedDataParallel):
             raise CurvlabError(
                 f"{where} is a {type(module).__name__} over {torch.distributed.get_world_size()} processes, and gradients "
                 "are not reduced here: give the module that it wraps (.module), and train it in one process"
@@ -78,8 +80,10 @@ def check_model(model: nn.Module) -> None:
                 f"parameter '{name}' is complex ({p.dtype}): keep it as its real and imaginary part, "
                 "nn.Parameter(torch.view_as_real(w)) and torch.view_as_complex(w) in forward"
             )
-        if several and type(p.data).__name__ == "DTensor":
-            raise CurvlabError(f"parameter '{name}' is sharded over several processes: train it in one")
+        if type(p.data).__name__ == "DTensor":  # in one process too: its arithmetic takes no plain tensors beside it
+            raise CurvlabError(
+                f"parameter '{name}' is a DTensor, spread over devices: give the model as it was before, in one process"
+            )
         if p.is_inference():
             raise CurvlabError(f"parameter '{name}' was made under torch.inference_mode(), so that it has no derivatives: "
                                "copy.deepcopy(model) outside of it")  # fmt: skip

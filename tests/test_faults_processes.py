@@ -153,6 +153,38 @@ def test_two_threads() -> None:
 DISTRIBUTED = ("sgd-m", "kfac", "shampoo")
 
 
+def _sharded_rank(rank: int, size: int, folder: str) -> None:
+    """What a process is told of a model that is sharded, in either way."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    told: list[str] = []
+    try:
+        inside, outside = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), nn.Linear(4, 3)
+        fully_shard(inside[0])
+        for model in (inside, FullyShardedDataParallel(outside, device_id=torch.device("cpu"))):
+            try:
+                cl.Objective(model, Categorical())
+            except CurvlabError as error:
+                told.append(str(error))
+    finally:
+        torch.save(told, f"{folder}/{rank}.pt")
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_sharded_models_are_refused(size: int, tmp_path: Path) -> None:
+    """By torch's own FSDP, both kinds. In one process too: DTensors take no plain tensor beside them, and the wrapper's hooks
+    end the process in a pass of one example."""
+    torch.multiprocessing.spawn(_sharded_rank, (size, str(tmp_path)), nprocs=size)
+    for rank in range(size):
+        inside, outside = torch.load(tmp_path / f"{rank}.pt")
+        one_line(CurvlabError(inside), "FSDP", "as it was before")
+        one_line(CurvlabError(outside), "FullyShardedDataParallel", "as it was before")
+
+
 def _rank(rank: int, size: int, folder: str) -> None:
     """One process: its own data, equal weights; what it ends with goes to a file."""
     torch.set_num_threads(1)
