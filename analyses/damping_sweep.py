@@ -14,7 +14,7 @@ from torch import Tensor
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
-from curvlab.linalg.factor import damped_inverse
+from curvlab.linalg.cholesky import damped_inverse
 from curvlab.linalg.kronecker import tensor_normal_factors
 
 matplotlib.use("Agg")

@@ -8,11 +8,11 @@ from importlib.metadata import version as _version
 from curvlab import assumptions, datasets, exact, likelihoods, models
 from curvlab.algorithms import approximation, optimizer
 from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.logs.reading import cosine_to, late_cosine
+from curvlab.logs.reading import open_log as open  # the design's name: cl.open("run.h5")
 from curvlab.objective import Objective
-from curvlab.reading import cosine_to, late_cosine
-from curvlab.reading import open_log as open  # the design's name: cl.open("run.h5")
-from curvlab.report import report
 from curvlab.runs import compare
+from curvlab.show.page import report
 from curvlab.spectra import spectrum
 from curvlab.training.run import train
 

@@ -18,8 +18,8 @@ from curvlab.curvature.hessian import DenseHessian, hessians
 from curvlab.curvature.hessian_free import HessianFree
 from curvlab.curvature.kbfgs import ARTICLE_2021, CHAPTER_2, CHAPTER_3, CONVERGENT, KBfgs
 from curvlab.curvature.kfac import Kfac
-from curvlab.curvature.levenberg import LevenbergMarquardt
-from curvlab.curvature.overall import Rule, fixed, per_factor, per_factor_of_mean, same
+from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt
+from curvlab.curvature.overall_damping import Rule, fixed, per_factor, per_factor_of_mean, same
 from curvlab.curvature.shampoo import shampoo
 from curvlab.curvature.skqn import SkqnB, SkqnL
 from curvlab.curvature.smw import Smw, SmwFisher

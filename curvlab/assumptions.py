@@ -31,8 +31,8 @@ from curvlab.closure import Closure, Pass
 from curvlab.curvature.base import CurvatureBlock, check_damping
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
+from curvlab.exact.kronecker_sum import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
 from curvlab.exact.route_table import Look
-from curvlab.exact.terms import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
 from curvlab.layers import Block, Layout
 from curvlab.linalg.distances import compare, distance, norm, ratio
 from curvlab.linalg.kronecker import nearest_kronecker

@@ -27,7 +27,7 @@ from curvlab.derivatives import weight_norm
 from curvlab.errors import CurvlabError
 from curvlab.functions import COMPOSITE, FUNCTIONS, TRANSPOSITIONS, Rule, arrangements, indexed
 from curvlab.layers import Block
-from curvlab.linalg.aligned import room
+from curvlab.linalg.padded_products import room
 from curvlab.statistics import LayerStatistics
 from curvlab.uses import Part, Stored, Use, UseInput
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from curvlab import chance
 from curvlab.capture import Capture
 from curvlab.derivatives import around, derivatives, differentiable, precise, surrounding
 from curvlab.errors import CurvlabError, Diverged, unknown
@@ -26,6 +25,7 @@ from curvlab.likelihoods import sample_of
 from curvlab.output_law import Law, law_of, refusal
 from curvlab.statistics import LayerStatistics
 from curvlab.strangers import called, eager, mixes
+from curvlab.system import random_state
 
 if TYPE_CHECKING:
     from curvlab.objective import Objective
@@ -177,9 +177,9 @@ class Closure:
 
     def _alone(self, n: int) -> Tensor:
         """The outputs of one example by itself. Refuses a model that draws random numbers."""
-        before = chance.states(self.x.device)
+        before = random_state.states(self.x.device)
         z, capture = self.forward(some_rows(self.x, slice(n, n + 1)))
-        if chance.drawn_since(before, self.x.device):
+        if random_state.drawn_since(before, self.x.device):
             raise CurvlabError(
                 "the model draws random numbers in its forward pass, so that the loss is no function of the weights: "
                 "call model.eval(), and give functional dropout training=self.training"
@@ -393,7 +393,7 @@ class Closure:
                 raise CurvlabError(_RESTLESS.format(apart / size if size else math.inf))
 
     def _drew(self) -> bool:
-        return isinstance(self._chance, chance.Chance) and chance.drawn_since(self._chance, self.x.device)
+        return isinstance(self._chance, random_state.Chance) and random_state.drawn_since(self._chance, self.x.device)
 
     @contextmanager
     def _same_chance(self, own: bool, quiet: bool = False) -> Iterator[None]:
@@ -402,17 +402,17 @@ class Closure:
         device = self.x.device
         if not own or self._chance is None:
             if own:
-                self._chance = _QUIET if quiet else chance.states(device)
+                self._chance = _QUIET if quiet else random_state.states(device)
             yield
             return
-        if not isinstance(self._chance, chance.Chance):
+        if not isinstance(self._chance, random_state.Chance):
             yield
             return
         now = {generator: generator.get_state() for generator in self._generators}
         for generator, state in self._generators.items():
             generator.set_state(state)
         try:
-            with chance.replayed(self._chance, device):
+            with random_state.replayed(self._chance, device):
                 yield
         finally:
             for generator, state in now.items():

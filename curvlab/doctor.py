@@ -25,13 +25,14 @@ import h5py
 import torch
 import xarray as xr
 
-from curvlab import about, attributes
 from curvlab.datasets import files
 from curvlab.errors import CurvlabError, CurvlabWarning
-from curvlab.log import SCHEMA, git_commit
-from curvlab.paths import given
-from curvlab.reading import open_log
+from curvlab.logs import attributes
+from curvlab.logs.log import SCHEMA, git_commit
+from curvlab.logs.reading import open_log
 from curvlab.runs import device_of
+from curvlab.show import about
+from curvlab.system.paths import given
 from curvlab.training import checkpoint, contents
 from curvlab.training.begun import anew, stepless
 

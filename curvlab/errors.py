@@ -14,7 +14,7 @@ from operator import index
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from curvlab.escape import for_terminal
+from curvlab.system.escape import for_terminal
 
 T = TypeVar("T")
 

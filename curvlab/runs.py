@@ -20,20 +20,22 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from curvlab import chance, datasets, figures, models, paths
+from curvlab import datasets, models
 from curvlab.algorithms import ALGORITHMS, check_rates, damping_for, descent
 from curvlab.closure import Closure, Pass, Transition
 from curvlab.curvature.base import Curvature
 from curvlab.errors import MOST_STEPS, CurvlabError, Diverged, lookup, several, tell, warn, whole
-from curvlab.interrupt import shielded
 from curvlab.likelihoods import LIKELIHOODS
-from curvlab.lock import alone
-from curvlab.log import Log
+from curvlab.logs.log import Log
+from curvlab.logs.reading import late_cosine
 from curvlab.objective import Objective, restore, weights
 from curvlab.optim import Batch, Descent, displacement, move, warm_start
 from curvlab.probes.base import PROBES, Frame, Record, Sample, asked, axis, begin, check_fit, labels, on_host, sample, taken
-from curvlab.progress import counted, progress_bar
-from curvlab.reading import late_cosine
+from curvlab.show import figures
+from curvlab.system import paths, random_state
+from curvlab.system.interrupt import shielded
+from curvlab.system.lock import alone
+from curvlab.system.progress import counted, progress_bar
 
 ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
 """The probes of every comparison."""
@@ -483,7 +485,7 @@ def prepare(named: Named) -> Prepared:
     steps = min(v for v in (named.steps, named.epochs and named.epochs * per_epoch) if v is not None)
     prepared = Prepared(named, entry, train, steps)
     trial = prepared.objective(named.seeds[0])
-    with chance.kept(trial.device):
+    with random_state.kept(trial.device):
         Closure(trial, train.x[:2], train.y[:2], 0).outputs()
     curvatures = {name: d.curvature for name, d in named.settings.descents(trial, named.batch_size).items()}
     check_fit(list(asked(named.settings.probes, "compare")), curvatures)

@@ -28,9 +28,9 @@ from curvlab.fingerprint import Unchanging
 from curvlab.linalg.krylov import lanczos
 from curvlab.linalg.operators import Dense, Operator
 from curvlab.linalg.traces import average, gaussian
-from curvlab.log import Log, Record
+from curvlab.logs.log import Log, Record
 from curvlab.objective import Objective
-from curvlab.progress import progress_bar
+from curvlab.system.progress import progress_bar
 
 _MAGNITUDES = 10.0 ** (np.arange(-120, 81) / 10)
 EDGES: NDArray[np.float64] = np.concatenate([-_MAGNITUDES[::-1], _MAGNITUDES])

@@ -9,18 +9,19 @@ from typing import Any
 import xarray as xr
 from rich.console import Console
 
-from curvlab import chance, datasets, models
+from curvlab import datasets, models
 from curvlab.algorithms import ALGORITHMS, check_rates, optimizer
 from curvlab.closure import Closure
 from curvlab.datasets import Dataset
 from curvlab.errors import LARGEST, MOST_STEPS, CurvlabError, lookup, tell, whole
-from curvlab.interrupt import shielded
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.objective import Objective
 from curvlab.optim import Optimizer
-from curvlab.progress import counted, progress_bar
 from curvlab.runs import DTYPES, device_of
 from curvlab.spectra import Plan
+from curvlab.system import random_state
+from curvlab.system.interrupt import shielded
+from curvlab.system.progress import counted, progress_bar
 from curvlab.training.evaluation import evaluating, ready_to_train
 
 
@@ -80,7 +81,7 @@ def prepare(named: Named) -> Prepared:
             f"choose 1 to {len(train)}"
         )
     train.batches(named.batch_size)
-    with evaluating(objective.model), chance.kept(device):
+    with evaluating(objective.model), random_state.kept(device):
         Closure(objective, train.x[:2], train.y[:2], 0).outputs()
     return Prepared(named, objective, stepper, train, tuple(sorted(set(named.after))))
 

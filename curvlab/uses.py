@@ -18,7 +18,7 @@ from curvlab.errors import CurvlabError
 from curvlab.functions import ARRANGEMENTS, Call, Rule, extent
 from curvlab.layers import Block
 from curvlab.lazy import cached_property
-from curvlab.linalg.aligned import product, room, second_moment
+from curvlab.linalg.padded_products import product, room, second_moment
 
 _SMALL = 1 << 16  # numbers, of which a copy costs less than a few calls
 OVERWRITTEN = "{}: its input was overwritten in place after it ran; write x = x + … instead of x += …"

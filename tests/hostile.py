@@ -12,8 +12,8 @@ from typing import Any, get_args, get_type_hints
 
 import typer
 
-from curvlab import cli
 from curvlab.algorithms import ALGORITHMS
+from curvlab.cli import app as cli
 from curvlab.training import schedules
 
 LONG = "9" * 400

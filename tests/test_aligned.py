@@ -7,7 +7,7 @@ import torch
 from problems import assert_near
 from torch import Tensor
 
-from curvlab.linalg.aligned import product, room, second_moment
+from curvlab.linalg.padded_products import product, room, second_moment
 
 SIZES = [1, 7, 127, 128, 129, 255, 256, 257, 300]
 

@@ -22,14 +22,16 @@ from matplotlib.image import imread
 from torch import nn
 
 import curvlab as cl
-from curvlab import cli, datasets, runs, terminal
+from curvlab import datasets, runs
 from curvlab.algorithms import ALGORITHMS
+from curvlab.cli import app as cli
+from curvlab.cli import terminal
 from curvlab.datasets import DATASETS, Dataset, Entry
-from curvlab.figures import FIGURES
-from curvlab.interrupt import listening
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
-from curvlab.tables import Table
+from curvlab.show.figures import FIGURES
+from curvlab.show.tables import Table
+from curvlab.system.interrupt import listening
 
 SMALL = ["compare", "--model", "mlp-256-20", "--reference", "kfac", "--batch-size", "20000", "--steps", "3"]
 

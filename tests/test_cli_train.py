@@ -24,7 +24,7 @@ from torch import nn
 
 import curvlab as cl
 from curvlab import datasets
-from curvlab.cli_train import _options
+from curvlab.cli.train import _options
 from curvlab.datasets import CropAndFlip, Dataset, Entry
 from curvlab.models import MODELS
 from curvlab.probes import PROBES

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import curvlab as cl
 from curvlab import doctor
-from curvlab.cli import app
-from curvlab.lock import alone
+from curvlab.cli.app import app
+from curvlab.system.lock import alone
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_flipped_bit(run: Path, file: str, what: str) -> None:
 
 
 def test_a_checkpoint_of_another_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvlab.log.git_commit", lambda: "another")
+    monkeypatch.setattr("curvlab.logs.log.git_commit", lambda: "another")
     shutil.copy(train(tmp_path / "other", 1) / "checkpoint.pt", run / "checkpoint.pt")
     assert of(run)["together"].state == "bad"
 

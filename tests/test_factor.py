@@ -10,7 +10,7 @@ from problems import assert_near
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
-from curvlab.linalg.factor import damped_cholesky, damped_inverse, shifted, solve_cholesky
+from curvlab.linalg.cholesky import damped_cholesky, damped_inverse, shifted, solve_cholesky
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

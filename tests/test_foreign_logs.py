@@ -29,16 +29,19 @@ from test_cli import call
 from torch import nn
 
 import curvlab as cl
-from curvlab import about, attributes, figures, probes, svg, tables, terminal
-from curvlab.atomic import rewrite_sealed
+from curvlab import probes
+from curvlab.cli import terminal
 from curvlab.datasets import Dataset
-from curvlab.drawable import picture
 from curvlab.errors import CurvlabError
-from curvlab.escape import LONGEST, for_html, for_matplotlib, for_rich, for_terminal, for_xml
-from curvlab.log import SCHEMA, Log, in_memory
-from curvlab.progress import progress_bar
-from curvlab.regular import regular, unique
-from curvlab.report import page
+from curvlab.logs import attributes
+from curvlab.logs.log import SCHEMA, Log, in_memory
+from curvlab.logs.regular import regular, unique
+from curvlab.show import about, figures, svg, tables
+from curvlab.show.drawable import picture
+from curvlab.show.page import page
+from curvlab.system.atomic import rewrite_sealed
+from curvlab.system.escape import LONGEST, for_html, for_matplotlib, for_rich, for_terminal, for_xml
+from curvlab.system.progress import progress_bar
 
 KINDS = ("train", "compare", "spectrum")
 Damage = Callable[[xr.Dataset], xr.Dataset]

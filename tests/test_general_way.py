@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
-from curvlab.exact import general
 
 
 class Positions(nn.Module):

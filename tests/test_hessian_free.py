@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import curvlab as cl
 from curvlab.algorithms import approximation
 from curvlab.closure import Pass
-from curvlab.curvature.whole import loss_at, subset, unflat
+from curvlab.curvature.whole_vector import loss_at, subset, unflat
 from curvlab.linalg.krylov import truncated_cg
 
 TO_THE_END = {"progress": 0.0, "backtrack": False}

@@ -20,8 +20,10 @@ import typer
 from hostile import Line, Places
 
 import curvlab as cl
-from curvlab import cli, cli_train, datasets, log, reproduction
+from curvlab import datasets, reproduction
+from curvlab.cli import app as cli
 from curvlab.datasets import Dataset, Entry
+from curvlab.logs import log
 
 SECONDS = 20
 """What takes longer is endless."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.closure import Observation, Transition
-from curvlab.curvature.levenberg import LevenbergMarquardt, predicted_reduction, ratio_at, reduction_ratio
+from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, predicted_reduction, ratio_at, reduction_ratio
 
 RULE = LevenbergMarquardt()
 

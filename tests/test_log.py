@@ -16,9 +16,9 @@ import torch
 import xarray as xr
 
 import curvlab as cl
-import curvlab.log as log_module
-from curvlab.log import SAVE_EVERY, SAVE_SHARE, SCHEMA, Log
-from curvlab.reading import open_log
+import curvlab.logs.log as log_module
+from curvlab.logs.log import SAVE_EVERY, SAVE_SHARE, SCHEMA, Log
+from curvlab.logs.reading import open_log
 
 
 def log_of(path: Path | None, seeds: tuple[int, ...] = (0,), **more: object) -> Log:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curvlab.memory import in_huge_pages, keep_freed_memory
+from curvlab.system.memory import in_huge_pages, keep_freed_memory
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 3 << 20, (5 << 20) + 7])

@@ -24,7 +24,6 @@ from test_cli import call
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab import tables
 from curvlab.algorithms import ALGORITHMS, descent
 from curvlab.closure import Closure
 from curvlab.curvature.base import check_moments
@@ -36,6 +35,7 @@ from curvlab.linalg.kronecker import pi_split
 from curvlab.linalg.krylov import Indefinite
 from curvlab.optim import Optimizer
 from curvlab.probes import PROBES
+from curvlab.show import tables
 from curvlab.soundness import check_direction
 
 NAMES = list(ALGORITHMS)
@@ -61,7 +61,7 @@ def value_for(name: str) -> float:
 @pytest.fixture(autouse=True)
 def _no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     """What commit it is takes longer than these runs."""
-    monkeypatch.setattr("curvlab.log.git_commit", lambda: "of a test")
+    monkeypatch.setattr("curvlab.logs.log.git_commit", lambda: "of a test")
 
 
 class Poison(nn.Module):

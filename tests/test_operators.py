@@ -19,9 +19,9 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operators as ops
+from curvlab.linalg.damped import Damped
 from curvlab.linalg.direct_sum import ColumnSum, DirectSum
 from curvlab.linalg.eigenbasis import Rotated, shifted_kronecker
-from curvlab.linalg.implicit import Damped
 from curvlab.linalg.operators import (
     Compact,
     Dense,

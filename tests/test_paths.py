@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import curvlab as cl
-from curvlab import paths, pictures
 from curvlab.datasets import files
+from curvlab.show import pictures
+from curvlab.system import paths
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from problems import batches, problem
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.probes import PROBES, Frame, against
+from curvlab.probes import PROBES, Frame
 from curvlab.probes.base import sample
 
 

@@ -12,9 +12,9 @@ from problems import batches, problem
 from torch import nn
 
 import curvlab as cl
-from curvlab import tables
 from curvlab.linalg.operators import Kronecker
 from curvlab.probes.bounds import bounded_inputs, ends
+from curvlab.show import tables
 
 MU1 = 0.2
 NAMES = ["k-bfgs-20-convergent", "k-bfgs-convergent", "kf-bfgs-cnn-convergent", "k-bfgs-20", "tnt", "kfac"]

@@ -12,9 +12,9 @@ from problems import batches, problem
 from torch import Tensor
 
 import curvlab as cl
-from curvlab.figures import draw
 from curvlab.linalg.bfgs import SKIPS, double_damping, powell_levenberg
 from curvlab.probes import PROBES, Frame, fractions
+from curvlab.show.figures import draw
 
 MU1 = 0.2
 VARIABLES = list(PROBES["damping"].variables)

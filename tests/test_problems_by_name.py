@@ -9,7 +9,7 @@ import pytest
 from optional import load_or_skip
 
 import curvlab as cl
-from curvlab import cli
+from curvlab.cli import app as cli
 from curvlab.datasets import FILES, File
 
 SMALL = ["--reference", "sgd-m", "--algorithms", "adam", "--lr", "0.01", "--steps", "2"]

@@ -20,7 +20,8 @@ from test_hostile import small
 from torch import nn
 
 import curvlab as cl
-from curvlab import cli, datasets
+from curvlab import datasets
+from curvlab.cli import app as cli
 from curvlab.datasets import Dataset, Entry
 
 pytestmark = pytest.mark.filterwarnings("default::curvlab.errors.CurvlabWarning")

@@ -26,10 +26,12 @@ from test_cli import call, refused
 from torch import nn
 
 import curvlab as cl
-from curvlab import about, cli, datasets, figures, probes, tables
+from curvlab import datasets, probes
+from curvlab.cli import app as cli
 from curvlab.datasets import Dataset, Entry
 from curvlab.models import MODELS
-from curvlab.svg import inline
+from curvlab.show import about, figures, tables
+from curvlab.show.svg import inline
 
 HOSTILE = "<b>&\"it's \\d"
 """The name of the runs' model."""

@@ -17,11 +17,11 @@ import torch
 import xarray as xr
 from torch import nn
 
-from curvlab import cli, datasets
+from curvlab import datasets
 from curvlab.algorithms import ALGORITHMS
+from curvlab.cli import app as cli
 from curvlab.datasets import DATASETS, Dataset
 from curvlab.errors import CurvlabError
-from curvlab.memory import tensors
 from curvlab.models import MODELS
 from curvlab.reproduction import Axis, Claim, Comparison, Extent, Method, Options, Row, Scaling, load, reproduce, scripts
 from curvlab.reproduction.claims import verdicts
@@ -31,6 +31,7 @@ from curvlab.reproduction.problems import PROBLEMS, Problem
 from curvlab.reproduction.results import Result, cut
 from curvlab.reproduction.scaling import exponent
 from curvlab.reproduction.script import Report
+from curvlab.system.memory import tensors
 
 ANALYSES = Path(__file__).resolve().parent.parent / "analyses"
 NAMES = list(scripts())

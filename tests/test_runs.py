@@ -14,7 +14,7 @@ from problems import batches, problem
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
-from curvlab.figures import FIGURES, draw
+from curvlab.show.figures import FIGURES, draw
 
 NAMES = ["kfac", "tnt", "shampoo", "adam", "sgd-m"]
 

@@ -23,10 +23,15 @@ from test_train import same_log, same_weights
 from torch import nn
 
 import curvlab as cl
-from curvlab import atomic, cli, datasets, drawable, figures, interrupt, log, models, terminal
+from curvlab import datasets, models
+from curvlab.cli import app as cli
+from curvlab.cli import terminal
 from curvlab.datasets import Dataset, Entry
-from curvlab.interrupt import LISTENER, SIGNALS, Interrupted
+from curvlab.logs import log
 from curvlab.models import MODELS
+from curvlab.show import drawable, figures
+from curvlab.system import atomic, interrupt
+from curvlab.system.interrupt import LISTENER, SIGNALS, Interrupted
 from curvlab.training import checkpoint, loop
 
 RUN = ["train", "--model", "small", "--algorithm", "k-bfgs-20", "--lr", "0.1", "--damping", "0.3", "--batch-size", "10"]

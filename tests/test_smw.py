@@ -13,7 +13,7 @@ from torch import Tensor
 import curvlab as cl
 from curvlab.algorithms import approximation
 from curvlab.closure import Pass, Transition
-from curvlab.curvature.whole import subset
+from curvlab.curvature.whole_vector import subset
 from curvlab.linalg.operators import LowRank
 from curvlab.linalg.woodbury import LayerRows, Rows
 from curvlab.statistics import LayerStatistics

@@ -16,8 +16,8 @@ from torch import nn
 
 import curvlab as cl
 from curvlab.exact import KINDS
-from curvlab.figures import draw
 from curvlab.linalg.operators import Dense
+from curvlab.show.figures import draw
 from curvlab.spectra import EDGES, VARIABLES, Plan, eigenvalues, tolerance
 
 

@@ -23,9 +23,9 @@ from torch.utils.data import (
 )
 
 import curvlab as cl
-from curvlab import chance
 from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS
+from curvlab.system import random_state
 
 CPU = torch.device("cpu")
 N = 11
@@ -39,8 +39,8 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 @pytest.fixture(autouse=True)
 def _chance() -> Iterator[None]:
     """Every test from the same state of all generators."""
-    with chance.kept(CPU):
-        chance.seed(1)
+    with random_state.kept(CPU):
+        random_state.seed(1)
         yield
 
 
@@ -500,29 +500,29 @@ def test_a_draw_shows_and_can_be_taken_back(name: str, before: int) -> None:
     draw = DRAWS[name]
     for _ in range(before):
         draw()
-    states = chance.states(CPU)
-    assert not chance.drawn_since(states, CPU)
+    states = random_state.states(CPU)
+    assert not random_state.drawn_since(states, CPU)
     first = float(draw())
-    assert chance.drawn_since(states, CPU)
-    chance.set_states(states, CPU)
-    assert not chance.drawn_since(states, CPU)
+    assert random_state.drawn_since(states, CPU)
+    random_state.set_states(states, CPU)
+    assert not random_state.drawn_since(states, CPU)
     assert float(draw()) == first
 
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_kept_and_replayed(name: str) -> None:
     draw = DRAWS[name]
-    start = chance.states(CPU)
+    start = random_state.states(CPU)
     first = [float(draw()) for _ in range(3)]
-    now = chance.states(CPU)
-    with chance.replayed(start, CPU):
+    now = random_state.states(CPU)
+    with random_state.replayed(start, CPU):
         assert [float(draw()) for _ in range(3)] == first
-    assert not chance.drawn_since(now, CPU)
-    with pytest.raises(KeyError), chance.kept(CPU):  # noqa: PT012
+    assert not random_state.drawn_since(now, CPU)
+    with pytest.raises(KeyError), random_state.kept(CPU):  # noqa: PT012
         draw()
         raise KeyError
-    assert not chance.drawn_since(now, CPU)
-    with chance.replayed(start, CPU), chance.replayed(start, CPU):
+    assert not random_state.drawn_since(now, CPU)
+    with random_state.replayed(start, CPU), random_state.replayed(start, CPU):
         assert float(draw()) == first[0]
 
 
@@ -530,13 +530,13 @@ def test_states_as_plain_values(tmp_path: object) -> None:
     """As a checkpoint has them; and of torch alone, as it had them."""
     for draw in DRAWS.values():
         draw()
-    states = chance.states(CPU)
+    states = random_state.states(CPU)
     torch.save(states.state_dict(), f"{tmp_path}/states.pt")
     numbers = [float(draw()) for draw in DRAWS.values()]
-    chance.set_states(chance.Chance.of(torch.load(f"{tmp_path}/states.pt", weights_only=True)), CPU)
-    assert not chance.drawn_since(states, CPU)
+    random_state.set_states(random_state.Chance.of(torch.load(f"{tmp_path}/states.pt", weights_only=True)), CPU)
+    assert not random_state.drawn_since(states, CPU)
     assert [float(draw()) for draw in DRAWS.values()] == numbers
-    chance.set_states(chance.Chance.of(list(states.torch)), CPU)
+    random_state.set_states(random_state.Chance.of(list(states.torch)), CPU)
     assert [float(draw()) == n for draw, n in zip(DRAWS.values(), numbers, strict=True)] == [True, False, False, False, False]
 
 
@@ -544,12 +544,12 @@ def test_another_generator_of_numpys() -> None:
     kept = np.random.mtrand.get_bit_generator()
     try:
         np.random.mtrand.set_bit_generator(np.random.PCG64(3))
-        states = chance.states(CPU)
-        assert not chance.drawn_since(states, CPU)
+        states = random_state.states(CPU)
+        assert not random_state.drawn_since(states, CPU)
         first = np.random.rand()  # noqa: NPY002
-        assert chance.drawn_since(states, CPU)
-        chance.set_states(chance.Chance.of(states.state_dict()), CPU)
-        assert not chance.drawn_since(states, CPU)
+        assert random_state.drawn_since(states, CPU)
+        random_state.set_states(random_state.Chance.of(states.state_dict()), CPU)
+        assert not random_state.drawn_since(states, CPU)
         assert np.random.rand() == first  # noqa: NPY002
     finally:
         np.random.mtrand.set_bit_generator(kept)
@@ -558,9 +558,9 @@ def test_another_generator_of_numpys() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 def test_states_of_a_gpu() -> None:
     device = torch.device("cuda")
-    states = chance.states(device)
-    assert not chance.drawn_since(states, device)
+    states = random_state.states(device)
+    assert not random_state.drawn_since(states, device)
     first = torch.rand((), device=device)
-    assert chance.drawn_since(states, device)
-    chance.set_states(chance.Chance.of(states.state_dict()), device)
+    assert random_state.drawn_since(states, device)
+    random_state.set_states(random_state.Chance.of(states.state_dict()), device)
     assert torch.rand((), device=device) == first

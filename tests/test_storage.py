@@ -25,11 +25,11 @@ from test_cli import call, refused
 from test_train import data, net, objective_of, same_log, same_weights
 
 import curvlab as cl
-from curvlab import atomic, lock
 from curvlab.algorithms import ALGORITHMS
-from curvlab.lock import alone
-from curvlab.log import SCHEMA
-from curvlab.progress import progress_bar
+from curvlab.logs.log import SCHEMA
+from curvlab.system import atomic, lock
+from curvlab.system.lock import alone
+from curvlab.system.progress import progress_bar
 from curvlab.training import checkpoint
 from curvlab.training.loop import Training
 from curvlab.training.run import _training
@@ -456,7 +456,7 @@ def stepless(folder: Path) -> None:
 def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_says_so(
     resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("curvlab.cli_train.finish", lambda *given: None)  # pictures
+    monkeypatch.setattr("curvlab.cli.train.finish", lambda *given: None)  # pictures
     straight = objective_of(net())
     logged = run(straight, None).dataset
     stepless(tmp_path / "run")
@@ -489,7 +489,7 @@ def test_the_first_checkpoint_comes_before_the_first_log(tmp_path: Path, monkeyp
     def killed(self: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("curvlab.log.Log.save", killed)
+    monkeypatch.setattr("curvlab.logs.log.Log.save", killed)
     with pytest.raises(KeyboardInterrupt):
         run(objective_of(net()), tmp_path / "run")
     monkeypatch.undo()
@@ -505,7 +505,7 @@ def test_the_first_checkpoint_comes_before_the_first_log(tmp_path: Path, monkeyp
 def test_a_file_does_not_decide_what_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("curvlab.cli_train.finish", lambda *given: None)  # pictures
+    monkeypatch.setattr("curvlab.cli.train.finish", lambda *given: None)  # pictures
     monkeypatch.chdir(tmp_path)
     (tmp_path / "yours_of_storage.py").write_text(
         "from pathlib import Path\nPath('ran').touch()\nfrom curvlab.models import mlp\n\n\n"

@@ -16,7 +16,7 @@ from test_signals import RUN, small  # noqa: F401  # a fixture
 
 import curvlab as cl
 from curvlab import starting
-from curvlab.streams import Output, unfailing
+from curvlab.system.streams import Output, unfailing
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full on this system")

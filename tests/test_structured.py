@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.curvature.structured import Structured
-from curvlab.curvature.whole import flat, moved
+from curvlab.curvature.whole_vector import flat, moved
 from curvlab.linalg.line_search import armijo, wolfe
 
 NAMES = [name for name, a in ALGORITHMS.items() if a.make is Structured]

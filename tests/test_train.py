@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab as cl
-from curvlab import chance, spectrum_run
+from curvlab import spectrum_run
 from curvlab.algorithms import ALGORITHMS
 from curvlab.datasets import Dataset
-from curvlab.figures import draw_all
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
+from curvlab.show.figures import draw_all
 from curvlab.spectra import Plan
+from curvlab.system import random_state
 from curvlab.training import checkpoint
 from curvlab.training import run as training_by_name
 from curvlab.training.evaluation import (
@@ -562,11 +563,11 @@ def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_pat
         return DataLoader(made, batch_size=5, shuffle=True)
 
     def build() -> nn.Module:
-        chance.seed(5)
+        random_state.seed(5)
         return net(3, Depth(draw).double())
 
     more = {"algorithm": "k-bfgs-20", "epochs": 2, "lr": 0.05, "damping": 0.3, "warm": (), "evaluate_every": 2}
-    with chance.kept(torch.device("cpu")):
+    with random_state.kept(torch.device("cpu")):
         whole = build()
         expected = cl.train(objective_of(whole), loader(), **more).dataset
         for steps in (0, 2, 5, 7):
@@ -574,7 +575,7 @@ def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_pat
             arguments = more | {"folder": folder, "checkpoint_seconds": 1e-9}
             killed_after(steps, objective=objective_of(build()), batches=loader(), **arguments)
             model = build()
-            chance.seed(77)
+            random_state.seed(77)
             run = cl.train(objective_of(model), loader(), resume=True, **arguments)
             same_weights(model, whole)
             same_log(run.dataset, expected)

@@ -14,10 +14,11 @@ from test_signals import RUN, small  # noqa: F401  # a fixture
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab import blame, datasets, likelihoods, models, runs
+from curvlab import datasets, likelihoods, models, runs
 from curvlab.datasets import Dataset, Entry
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
+from curvlab.system import blame
 
 OWN = """import sys
 import torch

@@ -8,7 +8,7 @@ from problems import MODELS, Problem, WithNorm, assert_near, problem
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.curvature.whole import Schedule, applied, flat, like, loss_at, part, subset, unflat
+from curvlab.curvature.whole_vector import Schedule, applied, flat, like, loss_at, part, subset, unflat
 from curvlab.linalg.operators import Diagonal
 from curvlab.objective import Objective
 

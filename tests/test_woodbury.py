@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import woodbury
-from curvlab.linalg.factor import solve_cholesky
+from curvlab.linalg.cholesky import solve_cholesky
 from curvlab.linalg.operators import LowRank
 from curvlab.linalg.woodbury import Beside, LayerRows, Rows, gram_cholesky
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import curvlab as cl
-from curvlab.memory import keep_freed_memory
+from curvlab.system.memory import keep_freed_memory
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import curvlab as cl
-from curvlab.log import SAVE_EVERY, SAVE_SHARE, Log
+from curvlab.logs.log import SAVE_EVERY, SAVE_SHARE, Log
 from curvlab.training import checkpoint
 from curvlab.training.loop import Training
 from curvlab.training.probing import Sampler

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.memory import keep_freed_memory
+from curvlab.system.memory import keep_freed_memory
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--models", nargs="+", default=["mlp-256-20", "mnist-ae"], choices=["mlp-256-20", "mnist-ae"])

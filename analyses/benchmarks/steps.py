@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.memory import keep_freed_memory, tensors
+from curvlab.system.memory import keep_freed_memory, tensors
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 import xarray as xr
 
 import curvlab as cl
-from curvlab import figures
 from curvlab.reproduction import Options, Report, Script, main
+from curvlab.show import figures
 
 EXTENT = {"smoke": (2, 1, 32), "cpu": (300, 2, 1000), "paper": (300, 5, 1000)}  # steps, seeds, size of minibatches
 

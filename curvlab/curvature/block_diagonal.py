@@ -23,7 +23,7 @@ from curvlab.curvature.base import (
     check_squared,
 )
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
-from curvlab.curvature.levenberg import LevenbergMarquardt, ratio_at
+from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_at
 from curvlab.curvature.states import check_memory, check_names, check_operator, dtype_of
 from curvlab.derivatives import precise
 from curvlab.divergence import Naming, named

@@ -15,8 +15,8 @@ from curvlab.curvature.base import Secant
 from curvlab.errors import Diverged, guard_memory
 from curvlab.finite import waits
 from curvlab.layers import Block
+from curvlab.linalg.cholesky import damped_cholesky, shifted
 from curvlab.linalg.direct_sum import DirectSum
-from curvlab.linalg.factor import damped_cholesky, shifted
 from curvlab.linalg.operators import Dense, Diagonal, Inverse, Operator
 from curvlab.linalg.packed import fold, output_pairs, unpack_full, unpack_lower
 from curvlab.statistics import LayerStatistics, Reads

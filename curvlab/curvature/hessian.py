@@ -16,7 +16,7 @@ from curvlab.closure import Observation
 from curvlab.curvature.base import Secant, blend
 from curvlab.errors import Diverged
 from curvlab.finite import all_finite, waits
-from curvlab.linalg.factor import damped_cholesky, shifted
+from curvlab.linalg.cholesky import damped_cholesky, shifted
 from curvlab.linalg.krylov import extremes
 from curvlab.linalg.operators import Dense, Inverse, Operator
 from curvlab.statistics import Reads

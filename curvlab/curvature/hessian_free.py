@@ -15,23 +15,14 @@ from torch import Tensor
 
 from curvlab.closure import Closure, Observation, Pass, Transition
 from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
-from curvlab.curvature.levenberg import LevenbergMarquardt, Ratio, check_ratio, ratio_at
+from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, Ratio, check_ratio, ratio_at
 from curvlab.curvature.states import check_vectors
-from curvlab.curvature.whole import (
-    Schedule,
-    check_curvature_size,
-    flat,
-    like,
-    loss_at,
-    part,
-    subset,
-    unflat,
-)
+from curvlab.curvature.whole_vector import Schedule, check_curvature_size, flat, like, loss_at, part, subset, unflat
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind, alone
-from curvlab.exact.general import Function
+from curvlab.exact.torch_func import Function
 from curvlab.finite import all_finite
-from curvlab.linalg.implicit import Damped
+from curvlab.linalg.damped import Damped
 from curvlab.linalg.krylov import truncated_cg
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product

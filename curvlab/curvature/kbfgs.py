@@ -25,7 +25,7 @@ from curvlab.curvature.base import Move, blend
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import DAMPINGS, MU1, Flag, Pair, accept, action_pair, damp, hessian_action, updated_inverse
-from curvlab.linalg.factor import damped_inverse
+from curvlab.linalg.cholesky import damped_inverse
 from curvlab.linalg.kronecker import places_split
 from curvlab.linalg.lbfgs import Memory, compact_is_cheaper, empty_memory, lbfgs_inverse, multiple_of_identity
 from curvlab.linalg.operators import Kronecker, Operator

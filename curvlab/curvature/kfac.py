@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curvlab.curvature.base import Secant, blend
 from curvlab.errors import lookup
-from curvlab.linalg.factor import damped_inverse, shifted
+from curvlab.linalg.cholesky import damped_inverse, shifted
 from curvlab.linalg.kronecker import pi_split
 from curvlab.linalg.operators import Kronecker, Operator
 from curvlab.statistics import LayerStatistics, Reads

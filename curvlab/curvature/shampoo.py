@@ -11,7 +11,7 @@ from curvlab.curvature.contracted import Contracted, Contractions, batch_contrac
 from curvlab.errors import Diverged, lookup
 from curvlab.finite import all_finite
 from curvlab.layers import Block
-from curvlab.linalg.factor import shifted
+from curvlab.linalg.cholesky import shifted
 from curvlab.linalg.roots import inverse_root_eigh, inverse_root_newton, root_eigh
 
 

@@ -17,19 +17,12 @@ from torch import Tensor
 
 from curvlab.closure import Closure, Observation, Pass, Transition
 from curvlab.curvature.base import NO_DATA, Secant, check_algorithm, check_damping
-from curvlab.curvature.levenberg import LevenbergMarquardt, Ratio, check_ratio, ratio_at
+from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, Ratio, check_ratio, ratio_at
 from curvlab.curvature.states import check_rows
-from curvlab.curvature.whole import (
-    Schedule,
-    applied,
-    check_curvature_size,
-    flat,
-    part,
-    subset,
-)
+from curvlab.curvature.whole_vector import Schedule, applied, check_curvature_size, flat, part, subset
 from curvlab.errors import CurvlabError, guard_memory, unknown
 from curvlab.exact.batches import alone
-from curvlab.exact.general import Function
+from curvlab.exact.torch_func import Function
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import LowRank, Operator, Woodbury, pack, unpack
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows

@@ -35,10 +35,10 @@ from curvlab.closure import Closure, Observation, Pass, Transition
 from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.states import check_vectors
-from curvlab.curvature.whole import Schedule, Search, flat, like, part, searched, subset
+from curvlab.curvature.whole_vector import Schedule, Search, flat, like, part, searched, subset
 from curvlab.errors import CurvlabError, Diverged, check_values, unknown
 from curvlab.exact.batches import Kind
-from curvlab.exact.general import Function
+from curvlab.exact.torch_func import Function
 from curvlab.finite import all_finite
 from curvlab.linalg.bfgs import Pair, accept, undamped
 from curvlab.linalg.krylov import Indefinite, conjugate_gradients

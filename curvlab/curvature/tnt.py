@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions, with_pixels
 from curvlab.layers import Block
-from curvlab.linalg.factor import damped_inverse, shifted
+from curvlab.linalg.cholesky import damped_inverse, shifted
 from curvlab.linalg.kronecker import contraction, tensor_normal_factors
 from curvlab.statistics import LayerStatistics
 

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvlab.errors import CurvlabError, CurvlabWarning
-from curvlab.paths import expanded
+from curvlab.system.paths import expanded
 
 
 @dataclass(frozen=True)

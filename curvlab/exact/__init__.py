@@ -1,11 +1,11 @@
 """The oracle: per-sample gradients and Jacobians; Hessian, Gauss-Newton, Π and Fisher, exactly, dense or as products."""
 
 from curvlab.exact.batches import KINDS, Kind
+from curvlab.exact.kronecker_sum import KroneckerSum, kronecker_terms, preactivation
 from curvlab.exact.matrices import matrices, matrix, routes
 from curvlab.exact.products import diagonal, product
 from curvlab.exact.route_table import ROUTES
 from curvlab.exact.samples import gradients, jacobians
-from curvlab.exact.terms import KroneckerSum, kronecker_terms, preactivation
 
 __all__ = [
     "KINDS",

@@ -16,9 +16,9 @@ from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, by_hessians, check_kind, few
-from curvlab.exact.general import Function
 from curvlab.exact.matrices import select
 from curvlab.exact.route_table import Look
+from curvlab.exact.torch_func import Function
 from curvlab.fingerprint import numbers
 from curvlab.layers import Block, Layout
 from curvlab.linalg.products import Product, RectangularProduct

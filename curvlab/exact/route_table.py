@@ -17,8 +17,8 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.exact.batches import PASSES, Kind, by_hessians
-from curvlab.exact.general import Function
 from curvlab.exact.second_order import preactivation_gauss_newton, preactivation_hessians
+from curvlab.exact.torch_func import Function
 from curvlab.forms import Form
 from curvlab.layers import Block, Layout
 from curvlab.linalg.kronecker import accumulate_places_

@@ -17,11 +17,11 @@ from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.exact.batches import Batches, alone
-from curvlab.exact.general import Function
+from curvlab.exact.torch_func import Function
 from curvlab.layers import Layout
-from curvlab.memory import in_huge_pages
 from curvlab.objective import Objective
 from curvlab.statistics import LayerStatistics
+from curvlab.system.memory import in_huge_pages
 
 
 @derivatives()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvlab.errors import Diverged
 from curvlab.finite import all_finite
-from curvlab.linalg.factor import eigh
+from curvlab.linalg.cholesky import eigh
 from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.operators import Compact, Diagonal, Operator, Symmetric, packable
 

@@ -18,7 +18,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, Diverged
-from curvlab.linalg.aligned import product, second_moment
+from curvlab.linalg.padded_products import product, second_moment
 
 
 class Factor(Protocol):

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import Diverged, lookup
-from curvlab.linalg.factor import solve_cholesky
+from curvlab.linalg.cholesky import solve_cholesky
 from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows, gram_cholesky
 

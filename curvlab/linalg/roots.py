@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import Diverged
-from curvlab.linalg.factor import eigh
+from curvlab.linalg.cholesky import eigh
 
 
 def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tensor, "D D"]:

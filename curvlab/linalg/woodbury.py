@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, guard_memory
-from curvlab.linalg.factor import damped_cholesky, shifted
+from curvlab.linalg.cholesky import damped_cholesky, shifted
 
 _NUMBERS = 1 << 24  # of rows formed at once
 

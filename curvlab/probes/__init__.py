@@ -1,6 +1,6 @@
 """PROBES: functions of a frame that return what an `xarray.Dataset` takes, one file a kind."""
 
-from curvlab.probes import against as _against  # noqa: F401  # these enter their probes
+from curvlab.probes import against_exact as _against  # noqa: F401  # these enter their probes
 from curvlab.probes import bounds as _bounds  # noqa: F401
 from curvlab.probes import noise as _noise  # noqa: F401
 from curvlab.probes.base import PROBES, Frame, Probe, Record, Variable, asked, check_fit, probe, select

@@ -40,8 +40,8 @@ from curvlab.linalg.bounds import (
     tensor_normal_factor,
 )
 from curvlab.linalg.bounds import mu3 as third
+from curvlab.linalg.damped import Solve
 from curvlab.linalg.direct_sum import ColumnSum, DirectSum
-from curvlab.linalg.implicit import Solve
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator
 from curvlab.linalg.products import Product
 from curvlab.probes.base import Frame, Values, Variable, probe

@@ -16,7 +16,7 @@ import xarray as xr
 from curvlab.algorithms import ALGORITHMS
 from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError, CurvlabWarning
-from curvlab.reading import open_log
+from curvlab.logs.reading import open_log
 from curvlab.reproduction import problems
 from curvlab.reproduction.claims import Claim, verdicts
 from curvlab.reproduction.drawing import draw

@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from curvlab.axes import plain_numbers
 from curvlab.reproduction.claims import MEASURES
 from curvlab.reproduction.results import AXES, Result, Results
+from curvlab.show.axes import plain_numbers
 
 FAMILIES = {
     "#D55E00": ("kfac", "kflr"),

@@ -12,13 +12,13 @@ from typing import Protocol
 import torch
 from matplotlib.figure import Figure
 
-from curvlab import paths
-from curvlab.atomic import rewrite
 from curvlab.errors import CurvlabError, lookup, unknown
-from curvlab.escape import for_terminal
-from curvlab.interrupt import number_of, words
-from curvlab.memory import keep_freed_memory
 from curvlab.runs import device_of
+from curvlab.system import paths
+from curvlab.system.atomic import rewrite
+from curvlab.system.escape import for_terminal
+from curvlab.system.interrupt import number_of, words
+from curvlab.system.memory import keep_freed_memory
 
 BUDGETS = ("smoke", "cpu", "paper")
 """Seconds, on whatever is there; minutes on two cores; the document's own, on a GPU where there is one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from curvlab.errors import CurvlabError
-from curvlab.reading import open_log
+from curvlab.logs.reading import open_log
 from curvlab.training import checkpoint
 
 

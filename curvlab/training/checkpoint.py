@@ -12,9 +12,9 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from curvlab.atomic import damaged, rewrite_sealed, unsealed
 from curvlab.errors import CurvlabError
-from curvlab.interrupt import behind
+from curvlab.system.atomic import damaged, rewrite_sealed, unsealed
+from curvlab.system.interrupt import behind
 
 FILE = "checkpoint.pt"
 FORMAT = 2

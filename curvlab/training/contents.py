@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from curvlab import chance
-from curvlab.chance import Chance
 from curvlab.errors import CurvlabError, fitting
 from curvlab.groups import check_options
 from curvlab.layers import Block
 from curvlab.linalg.operators import unpack_operator
 from curvlab.objective import Objective
 from curvlab.optim import Optimizer
+from curvlab.system import random_state
+from curvlab.system.random_state import Chance
 from curvlab.training.kinds import (
     Test,
     alike,
@@ -309,9 +309,9 @@ def _check_chance(states: Mapping[str, Any], name: str, device: torch.device) ->
         must(saved.get("python"), list_of(lambda value: True, 3), f"chance['{name}']['python']")
         must(saved.get("numpy"), table_of(lambda value: True), f"chance['{name}']['numpy']")
     try:
-        with chance.kept(device):
-            chance.set_states(Chance.of(saved), device)
-            same = isinstance(saved, list) or equal(chance.states(device).state_dict(), saved)
+        with random_state.kept(device):
+            random_state.set_states(Chance.of(saved), device)
+            same = isinstance(saved, list) or equal(random_state.states(device).state_dict(), saved)
     except Exception as error:  # each of the three has its own
         raise wrong(f"chance['{name}']: {' '.join(str(error).split())[:120]}") from error
     if not same:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from curvlab import chance
 from curvlab.closure import Closure
 from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from curvlab.objective import Objective
+from curvlab.system import random_state
 
 Data = Dataset | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 """A data set, the pair (x, y) of one, or minibatches of it that can be gone through again."""
@@ -133,7 +133,7 @@ def evaluate(
     """
     count = 0
     sums = torch.zeros(2, dtype=torch.float64, device=objective.device)
-    with evaluating(objective.model), chance.kept(objective.device), torch.no_grad():
+    with evaluating(objective.model), random_state.kept(objective.device), torch.no_grad():
         for x, y in chunks(data, size, most):
             closure = Closure(objective, x, y, 0)  # no closure of the objective's own: its labels stay as they are
             z, losses = closure.outputs()

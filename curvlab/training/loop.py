@@ -23,16 +23,17 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not export it by name
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from curvlab import chance, datasets
-from curvlab.chance import Chance
+from curvlab import datasets
 from curvlab.closure import Observation
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, warn
-from curvlab.interrupt import Shield, shielded
-from curvlab.log import Record
+from curvlab.logs.log import Record
 from curvlab.objective import Objective
 from curvlab.optim import Batch
-from curvlab.progress import counted
 from curvlab.runs import clock_of, length
+from curvlab.system import random_state
+from curvlab.system.interrupt import Shield, shielded
+from curvlab.system.progress import counted
+from curvlab.system.random_state import Chance
 from curvlab.training import checkpoint, contents
 from curvlab.training.evaluation import Data, Measure, evaluate
 from curvlab.training.probing import Sampler
@@ -105,7 +106,7 @@ class Training:
         self.good = (0, 0)  # epoch and step of the last good state
         self._good_model: dict[str, Tensor] = {}  # kept only where there is no folder
         self._since: tuple[float, float] | None = None
-        self._chance_of_epoch = chance.states(objective.device)
+        self._chance_of_epoch = random_state.states(objective.device)
         self._chance_kept: Chance | None = None
         self._kept, self._kept_at = False, time.monotonic()
         self._shown = 0.0
@@ -126,7 +127,7 @@ class Training:
         """
         self.bar, self.say = bar, say
         if self._chance_kept is not None:
-            chance.set_states(self._chance_kept, self.objective.device)
+            random_state.set_states(self._chance_kept, self.objective.device)
         fresh, fruitless = not self.at.started, False
         with shielded() as self.shield:
             try:
@@ -253,10 +254,12 @@ class Training:
             yield from self.batches.epoch(at.epoch, at.step)
             return
         if at.step == 0:
-            self._chance_of_epoch = chance.states(device)
+            self._chance_of_epoch = random_state.states(device)
             yield from self.batches
             return
-        with chance.replayed(self._chance_of_epoch, device):  # loaders shuffle by a global generator: let it shuffle as it did
+        with random_state.replayed(
+            self._chance_of_epoch, device
+        ):  # loaders shuffle by a global generator: let it shuffle as it did
             rest = iter(self.batches)
             for _ in itertools.islice(rest, at.step):
                 pass
@@ -379,7 +382,7 @@ class Training:
             "position": asdict(self.at),
             "sums": self.meter.sums,
             "chance": {
-                "now": chance.states(self.objective.device).state_dict(),
+                "now": random_state.states(self.objective.device).state_dict(),
                 "epoch": self._chance_of_epoch.state_dict(),
             },
             "log": self.log.state_dict(until=self.at.epoch),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from curvlab.closure import Observation
-from curvlab.log import Log
-from curvlab.log import Record as LogRecord
+from curvlab.logs.log import Log
+from curvlab.logs.log import Record as LogRecord
 from curvlab.objective import Objective
 from curvlab.optim import Optimizer
 from curvlab.probes.base import PROBES, Frame, Moment, Sample, axis, begin, check_fit, empty, on_host, sample

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvlab.closure import Observation
-from curvlab.log import Log, Record
+from curvlab.logs.log import Log, Record
 from curvlab.objective import Objective
 from curvlab.probes.base import labels, taken
 from curvlab.training.evaluation import Measure

@@ -13,19 +13,21 @@ import xarray as xr
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from curvlab import chance, datasets, figures, models, paths
+from curvlab import datasets, models
 from curvlab.closure import Closure, Pass
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell, warn, whole
-from curvlab.escape import for_rich
 from curvlab.likelihoods import LIKELIHOODS
-from curvlab.lock import alone
-from curvlab.log import Log
+from curvlab.logs.log import Log
 from curvlab.objective import Objective
 from curvlab.optim import Batch, MomentumKind
 from curvlab.probes import asked
-from curvlab.progress import progress_bar
 from curvlab.runs import DTYPES, device_of
+from curvlab.show import figures
+from curvlab.system import paths, random_state
+from curvlab.system.escape import for_rich
+from curvlab.system.lock import alone
+from curvlab.system.progress import progress_bar
 from curvlab.training import checkpoint, contents
 from curvlab.training.begun import anew, stepless
 from curvlab.training.evaluation import (
@@ -197,11 +199,11 @@ def _training(
         warm = batches.one_pass() if isinstance(batches, datasets.Batches) else ()
     if validation is not None and isinstance(validation, datasets.Dataset) and not len(validation):
         validation = None
-    with chance.kept(objective.device):
+    with random_state.kept(objective.device):
         first = next(chunks(examples, 2), None)
     if first is None:
         raise CurvlabError("there are no minibatches to train on")
-    with evaluating(objective.model), chance.kept(objective.device):
+    with evaluating(objective.model), random_state.kept(objective.device):
         z, _ = Closure(objective, *first, 0).outputs()  # what does not fit is found before anything is written
     size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
     return Training(
@@ -340,6 +342,6 @@ def run_named(training: Training, console: Console) -> TrainRun:
         console.print(for_rich(line))
 
     objective = training.objective
-    with chance.kept(objective.device):
-        chance.seed(objective.seed)
+    with random_state.kept(objective.device):
+        random_state.seed(objective.seed)
         return _run(training, console, console.is_terminal, say)

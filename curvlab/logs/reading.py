@@ -10,13 +10,13 @@ from pathlib import Path
 import h5py
 import xarray as xr
 
-from curvlab import attributes
-from curvlab.atomic import read_sealed
 from curvlab.errors import CurvlabError, guard_memory, unknown, warn
-from curvlab.escape import for_terminal
-from curvlab.log import SCHEMA
-from curvlab.paths import given
-from curvlab.regular import lines, regular
+from curvlab.logs import attributes
+from curvlab.logs.log import SCHEMA
+from curvlab.logs.regular import lines, regular
+from curvlab.system.atomic import read_sealed
+from curvlab.system.escape import for_terminal
+from curvlab.system.paths import given
 
 
 def open_log(path: str | os.PathLike[str]) -> xr.Dataset:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import Diverged
-from curvlab.linalg.factor import damped_inverse
+from curvlab.linalg.cholesky import damped_inverse
 from curvlab.linalg.krylov import conjugate_gradients
 from curvlab.linalg.operators import Operator, Symmetric
 

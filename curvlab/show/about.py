@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from curvlab import attributes
-from curvlab.tables import MISSING, number
+from curvlab.logs import attributes
+from curvlab.show.tables import MISSING, number
 
 STEPS_OF_COMPARE = 300
 """Of `curvlab compare` where its call names no length."""

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.progress import TimeRemainingColumn as Left
 from rich.text import Text
 
-from curvlab.escape import for_rich
+from curvlab.system.escape import for_rich
 
 T = TypeVar("T")
 

@@ -17,33 +17,21 @@ import typer
 from rich.table import Table
 
 import curvlab
-from curvlab import (
-    blame,
-    cli_reproduce,
-    cli_train,
-    datasets,
-    doctor,
-    figures,
-    models,
-    paths,
-    pictures,
-    probes,
-    runs,
-    spectra,
-    spectrum_run,
-    starting,
-)
+from curvlab import datasets, doctor, models, probes, runs, spectra, spectrum_run, starting
 from curvlab.algorithms import ALGORITHMS
-from curvlab.blame import verdict
+from curvlab.cli import reproduce, train
+from curvlab.cli.terminal import check_output, err, finish, folder_for, listed, out, picture, says_what_is_saved, writing, wrote
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, lookup, shown, whole
-from curvlab.escape import for_rich, for_terminal
-from curvlab.interrupt import LISTENER, behind, listening, number_of
-from curvlab.interrupt import words as words_of
-from curvlab.memory import keep_freed_memory
+from curvlab.logs.reading import open_log
 from curvlab.probes import costs
-from curvlab.reading import open_log
-from curvlab.streams import unfailing
-from curvlab.terminal import check_output, err, finish, folder_for, listed, out, picture, says_what_is_saved, writing, wrote
+from curvlab.show import figures, pictures
+from curvlab.system import blame, paths
+from curvlab.system.blame import verdict
+from curvlab.system.escape import for_rich, for_terminal
+from curvlab.system.interrupt import LISTENER, behind, listening, number_of
+from curvlab.system.interrupt import words as words_of
+from curvlab.system.memory import keep_freed_memory
+from curvlab.system.streams import unfailing
 from curvlab.training import schedules
 
 app = typer.Typer(
@@ -153,10 +141,10 @@ def compare(
             if not (folder / "run.h5").exists():
                 raise
             err.print(for_rich(f"curvlab: {error} (the log so far is saved in {folder / 'run.h5'})"))
-            raise typer.Exit(cli_train.DIVERGED) from error
+            raise typer.Exit(train.DIVERGED) from error
     finish(run.dataset, folder, "cosine")
     if run.diverged:
-        raise typer.Exit(cli_train.DIVERGED)
+        raise typer.Exit(train.DIVERGED)
 
 
 @app.command()
@@ -227,8 +215,8 @@ def _integer(text: str, option: str) -> int:
         raise CurvlabError(f"{option} takes whole numbers with commas between, not {shown(text)}") from error
 
 
-app.command()(cli_train.train)
-app.command()(cli_reproduce.reproduce)
+app.command()(train.train)
+app.command()(reproduce.reproduce)
 
 
 @app.command()
@@ -330,7 +318,7 @@ LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = 
         _probe_rows,
     ),
     "schedules": (("name", "what it is", "options", "source"), _schedule_rows),
-    "reproductions": (cli_reproduce.COLUMNS, cli_reproduce.rows),
+    "reproductions": (reproduce.COLUMNS, reproduce.rows),
     "figures": (("name", "what it is"), lambda: [(n, f.summary) for n, f in figures.FIGURES.items()]),
 }
 """{what: (columns, rows)}"""

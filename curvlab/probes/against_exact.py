@@ -17,18 +17,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab import chance, exact
+from curvlab import exact
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind
-from curvlab.exact.general import Function
+from curvlab.exact.torch_func import Function
 from curvlab.linalg.distances import compare
 from curvlab.linalg.krylov import lanczos
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product
-from curvlab.memory import tensors
 from curvlab.objective import Objective
 from curvlab.probes.base import Frame, Values, Variable, probe
 from curvlab.probes.bounds import ends
+from curvlab.system import random_state
+from curvlab.system.memory import tensors
 
 KINDS: dict[str, Kind] = {"ggn": "ggn", "hessian": "hessian"}
 MODELS = ("own", *KINDS)
@@ -50,10 +51,10 @@ def function(frame: Frame) -> Function:
 
     def make() -> Function:
         closure = frame.now.closure
-        before = chance.states(closure.x.device)
+        before = random_state.states(closure.x.device)
         found = Function(closure, frame.objective.layout)
         found.outputs(found.at, closure.x)
-        if chance.drawn_since(before, closure.x.device):
+        if random_state.drawn_since(before, closure.x.device):
             raise CurvlabError("the model draws random numbers (dropout), so that a step has no loss of its own: leave it out")
         return found
 

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from curvlab.interrupt import LISTENER, number_of, words
+from curvlab.cli.terminal import err, out
 from curvlab.reproduction import Options, load, scripts
 from curvlab.reproduction import reproduce as reproduce_it
-from curvlab.terminal import err, out
+from curvlab.system.interrupt import LISTENER, number_of, words
 
 Option = typer.Option
 _DEFAULT = Options()

@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.backend_bases import FigureCanvasBase
 
 from curvlab.errors import CurvlabError
-from curvlab.paths import Place, check_file, given
+from curvlab.system.paths import Place, check_file, given
 
 _FILES = ("png", "svg")
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.closure import Transition
-from curvlab.curvature.whole import flat, loss_at, unflat
+from curvlab.curvature.whole_vector import flat, loss_at, unflat
 from curvlab.errors import CurvlabError, unknown
 from curvlab.layers import Layout
 

@@ -24,8 +24,8 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from curvlab.atomic import rewrite_sealed
 from curvlab.errors import CurvlabError
+from curvlab.system.atomic import rewrite_sealed
 
 Record = Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]]
 

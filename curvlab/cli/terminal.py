@@ -15,14 +15,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column
 
-from curvlab import drawable, figures, paths, pictures, tables
-from curvlab.atomic import rewrite
-from curvlab.blame import Saved
 from curvlab.errors import CurvlabError
-from curvlab.escape import for_rich
-from curvlab.interrupt import LISTENER, behind, number_of, words
-from curvlab.lock import alone
-from curvlab.tables import Table
+from curvlab.show import drawable, figures, pictures, tables
+from curvlab.show.tables import Table
+from curvlab.system import paths
+from curvlab.system.atomic import rewrite
+from curvlab.system.blame import Saved
+from curvlab.system.escape import for_rich
+from curvlab.system.interrupt import LISTENER, behind, number_of, words
+from curvlab.system.lock import alone
 
 out = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
 err = Console(stderr=True, soft_wrap=True, highlight=False)

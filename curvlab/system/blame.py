@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from curvlab.errors import CurvlabError
-from curvlab.escape import for_terminal
+from curvlab.system.escape import for_terminal
 
 OWN, BUG = 2, 70
 """Exit codes: an error of the user's own code or machine, and one of curvlab's own (EX_SOFTWARE)."""

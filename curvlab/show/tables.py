@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from curvlab import attributes
-from curvlab.reading import late_cosine
-from curvlab.regular import regular
+from curvlab.logs import attributes
+from curvlab.logs.reading import late_cosine
+from curvlab.logs.regular import regular
 
 MISSING = "–"
 MOST_ROWS, MOST_CELLS = 500, 6000

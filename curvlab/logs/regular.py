@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import xarray as xr
 
-from curvlab import attributes
+from curvlab.logs import attributes
 
 _EPOCH = ("epoch",)
 _PAIRS = ("epoch", "algorithm", "block", "pair", "stage")

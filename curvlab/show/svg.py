@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ET
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from curvlab.drawable import picture
-from curvlab.escape import for_xml
+from curvlab.show.drawable import picture
+from curvlab.system.escape import for_xml
 
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")

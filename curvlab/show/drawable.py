@@ -12,8 +12,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from curvlab.errors import CurvlabError
-from curvlab.escape import LONGEST, for_matplotlib, for_terminal
-from curvlab.regular import regular, unique
+from curvlab.logs.regular import regular, unique
+from curvlab.system.escape import LONGEST, for_matplotlib, for_terminal
 
 SHORT = 60
 """Letters of what a legend, an axis or a panel is called."""

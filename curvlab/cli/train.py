@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from curvlab import models, paths
+from curvlab import models
+from curvlab.cli.terminal import check_output, err, finish, folder_for, free, says_what_is_saved, writing
 from curvlab.errors import CurvlabError, shown
-from curvlab.escape import for_rich
-from curvlab.memory import keep_freed_memory
 from curvlab.probes import asked
 from curvlab.runs import device_of
-from curvlab.terminal import check_output, err, finish, folder_for, free, says_what_is_saved, writing
+from curvlab.system import paths
+from curvlab.system.escape import for_rich
+from curvlab.system.memory import keep_freed_memory
 from curvlab.training import checkpoint
 from curvlab.training.begun import anew, stepless
 from curvlab.training.run import Named, prepare, resumed, run_named

@@ -18,15 +18,17 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.progress import Progress
 
-from curvlab import about, attributes, figures, paths, tables
-from curvlab.atomic import rewrite
 from curvlab.errors import CurvlabError, shown
-from curvlab.escape import for_html, for_terminal
-from curvlab.progress import progress_bar
-from curvlab.reading import open_log
-from curvlab.regular import regular
-from curvlab.svg import inline
-from curvlab.tables import MISSING, Table
+from curvlab.logs import attributes
+from curvlab.logs.reading import open_log
+from curvlab.logs.regular import regular
+from curvlab.show import about, figures, tables
+from curvlab.show.svg import inline
+from curvlab.show.tables import MISSING, Table
+from curvlab.system import paths
+from curvlab.system.atomic import rewrite
+from curvlab.system.escape import for_html, for_terminal
+from curvlab.system.progress import progress_bar
 
 Place = str | os.PathLike[str]
 

@@ -12,8 +12,8 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, LogFormatter
 from numpy.typing import NDArray
 
-from curvlab import attributes
 from curvlab.errors import CurvlabError
+from curvlab.logs import attributes
 
 
 @dataclass(frozen=True)

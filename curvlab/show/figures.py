@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from curvlab import attributes
-from curvlab.axes import SymmetricLog, plain_numbers, symmetric_log
-from curvlab.drawable import SHORT, drawable, heading
 from curvlab.errors import CurvlabError, lookup
-from curvlab.escape import for_matplotlib, for_terminal
-from curvlab.regular import regular, unique
+from curvlab.logs import attributes
+from curvlab.logs.regular import regular, unique
+from curvlab.show.axes import SymmetricLog, plain_numbers, symmetric_log
+from curvlab.show.drawable import SHORT, drawable, heading
+from curvlab.system.escape import for_matplotlib, for_terminal
 
 Runs = Sequence[tuple[str, xr.Dataset]]
 """[(name, log)]"""

@@ -1,0 +1,1 @@
+"""What is drawn and printed of logs: figures, tables, the report page."""
