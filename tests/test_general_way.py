@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
+from curvlab.exact import torch_func
 
 
 class Positions(nn.Module):
@@ -58,7 +59,7 @@ def test_the_remedy_that_it_names_works() -> None:
 
 def test_a_long_way_says_how_long_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here everything is long: the time of the first part, times the parts."""
-    monkeypatch.setattr(general, "_LONG", 0.0)
+    monkeypatch.setattr(torch_func, "_LONG", 0.0)
     torch.manual_seed(0)
     objective = cl.Objective(Positions(6, 5).double(), cl.likelihoods.Categorical())
     with warnings.catch_warnings(record=True) as caught:

@@ -22,6 +22,7 @@ from hostile import Line, Places
 import curvlab as cl
 from curvlab import datasets, reproduction
 from curvlab.cli import app as cli
+from curvlab.cli import train as cli_train
 from curvlab.datasets import Dataset, Entry
 from curvlab.logs import log
 

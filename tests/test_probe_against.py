@@ -12,7 +12,7 @@ from problems import batches, problem
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.probes import PROBES, Frame
+from curvlab.probes import PROBES, Frame, against_exact
 from curvlab.probes.base import sample
 
 
@@ -133,7 +133,7 @@ def test_a_tiny_step_is_foreseen_by_every_model() -> None:
 
 def test_ends_of_the_spectra_and_alignment_against_eigh(monkeypatch: pytest.MonkeyPatch) -> None:
     """The top 5: the tenth eigenvalue of this problem is one of several that are equal."""
-    monkeypatch.setattr(against, "TOP", 5)
+    monkeypatch.setattr(against_exact, "TOP", 5)
     frame, _, x, y = frame_of({"kfac": {"damping": 0.1}, "sgd-m": {}})
     _, g, ggn, H = by_hand(frame.objective, x, y)
     spectrum, alignment = measured("spectrum", frame), measured("alignment", frame)

@@ -219,7 +219,7 @@ def provenance() -> dict[str, str]:
 
 def git_commit() -> str:
     """Commit of the checkout, "+changes" where files differ from it; says so where curvlab is an installed copy."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown (an installed copy, not a checkout)"
 

@@ -13,7 +13,7 @@ from curvlab.system.escape import for_terminal
 OWN, BUG = 2, 70
 """Exit codes: an error of the user's own code or machine, and one of curvlab's own (EX_SOFTWARE)."""
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _CURVLAB = (f"{_PACKAGE}{os.sep}", f"{_PACKAGE.parent / 'analyses'}{os.sep}")
 _INSTALLED = tuple(
     f"{os.path.realpath(sysconfig.get_path(name))}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib")
