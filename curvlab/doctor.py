@@ -30,7 +30,7 @@ from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.logs import attributes
 from curvlab.logs.log import SCHEMA, git_commit
 from curvlab.logs.reading import open_log
-from curvlab.runs import device_of
+from curvlab.machine import device_of
 from curvlab.show import about
 from curvlab.system.paths import given
 from curvlab.training import checkpoint, contents

@@ -228,6 +228,17 @@ class Entry:
     source: str = "yours"
     sized: bool = False
 
+    def made(self, seed: int = 0, data: Sized | None = None) -> nn.Module:
+        """A model with weights drawn from `seed`, on the CPU in float32; the global generator is left as it was.
+
+        Args:
+            data: a data set other than the model's own, to whose shapes a `sized` network is fitted.
+        """
+        with seeded(seed):
+            if isinstance(self.build, _Yours):
+                return self.build.made(seed)
+            return self.build(data.inputs, data.outputs) if self.sized and data is not None else self.build()
+
     def data_name(self, chosen: str | None = None) -> str:
         """The data set to take: the one chosen, else the network's own.
 
@@ -298,12 +309,12 @@ class Sized(Protocol):
     def outputs(self) -> int: ...
 
 
-def find(name: str) -> Entry:
+def find(name: str, seed: int = 0) -> Entry:
     """The entry of `name`: of the table, or `module:function` of your own.
 
     Your function takes nothing and returns an `nn.Module`, or (module, likelihood name, data set name); a module alone is given
-    the categorical likelihood. The working directory is searched too. The function is called once here, to learn the names,
-    and again for every model that is built.
+    the categorical likelihood. The working directory is searched too. The function is called once here, under `seed`, to learn
+    the names; the first model of that seed (`Entry.made`) is the one that it returned then.
 
     Raises:
         CurvlabError: an unknown name; a module or function that cannot be imported, fails, or returns something else.
@@ -311,24 +322,50 @@ def find(name: str) -> Entry:
     if not isinstance(name, str) or ":" not in name:
         return lookup(MODELS, name, "model")
     function = _imported(name)
-    with seeded(0):
-        _, likelihood, data = _called(function, name)
-    return Entry(f"model '{name}'", lambda: _called(function, name)[0], data, likelihood)
+    with seeded(whole("the seed", seed, 0)):
+        first, likelihood, data = _called(function, name)
+    return Entry(f"model '{name}'", _Yours(function, name, seed, [first]), data, likelihood)
+
+
+def imported(name: str) -> None:
+    """Import the module of a model of your own, which may enter probes and algorithms of yours; nothing is called.
+
+    Raises:
+        CurvlabError: an unknown name; a module that cannot be imported.
+    """
+    if isinstance(name, str) and ":" in name:
+        _imported(name)
+    else:
+        find(name)
+
+
+@dataclass
+class _Yours:
+    """A user's function: the model of its first call is handed out once, for the seed of that call; then it is called."""
+
+    function: Callable[[], Any]
+    name: str
+    seed: int
+    first: list[nn.Module]
+
+    def __call__(self) -> nn.Module:
+        return _called(self.function, self.name)[0]
+
+    def made(self, seed: int) -> nn.Module:
+        return self.first.pop() if self.first and seed == self.seed else self()
 
 
 def build(name: str, seed: int = 0, data: Sized | None = None) -> nn.Module:
     """Model `name` with weights drawn from `seed`, on the CPU in float32; the global generator is left as it was.
 
     Args:
-        name: of the table, or `module:function` of your own (`find`).
+        name: of the table, or `module:function` of your own (`find`), which is called once.
         data: a data set other than the model's own, to whose shapes a `sized` network is fitted.
 
     Raises:
         CurvlabError: an unknown name, or a function of yours that does not work.
     """
-    entry = find(name)
-    with seeded(whole("the seed", seed, 0)):
-        return entry.build(data.inputs, data.outputs) if entry.sized and data is not None else entry.build()
+    return find(name, seed).made(whole("the seed", seed, 0), data)
 
 
 @contextmanager

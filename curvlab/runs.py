@@ -1,12 +1,11 @@
-"""The loops. `compare`: every descent sees the same observation, one of them moves the parameters."""
+"""The comparison: every descent sees the same observation, one of them moves the parameters."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import time
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,22 +19,23 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from curvlab import datasets, models
+from curvlab import datasets
 from curvlab.algorithms import ALGORITHMS, check_rates, damping_for, descent
 from curvlab.closure import Closure, Pass, Transition
 from curvlab.curvature.base import Curvature
 from curvlab.errors import MOST_STEPS, CurvlabError, Diverged, lookup, several, tell, warn, whole
-from curvlab.likelihoods import LIKELIHOODS
 from curvlab.logs.log import Log
 from curvlab.logs.reading import late_cosine
+from curvlab.machine import clock_of
 from curvlab.objective import Objective, restore, weights
 from curvlab.optim import Batch, Descent, displacement, move, warm_start
 from curvlab.probes.base import PROBES, Frame, Record, Sample, asked, axis, begin, check_fit, labels, on_host, sample, taken
+from curvlab.problem import Problem
 from curvlab.show import figures
 from curvlab.system import paths, random_state
 from curvlab.system.interrupt import shielded
 from curvlab.system.lock import alone
-from curvlab.system.progress import counted, progress_bar
+from curvlab.system.progress import counted, length, progress_bar
 
 ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
 """The probes of every comparison."""
@@ -253,10 +253,6 @@ def compare(
     return Run(log)
 
 
-def length(batches: Iterable[Batch]) -> int | None:
-    return len(batches) if isinstance(batches, Sized) else None
-
-
 def _describe(batches: object) -> str:
     if isinstance(batches, datasets.Batches):
         return f"{batches.data.name}, batches of {batches.size}, {batches.epochs} epochs, seed {batches.seed}"
@@ -389,107 +385,69 @@ def _log(log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], lo
         log.append(step, record, seed)
 
 
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """Seconds, after the device has finished what was asked of it."""
-    if device.type != "cuda":
-        return time.perf_counter
-
-    def synchronised() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return synchronised
-
-
-@dataclass(frozen=True)
-class Named:
-    """A comparison of a model and a data set of the tables: what the command line runs."""
-
-    settings: Settings
-    model: str = "mlp-256-20"
-    data: str | None = None
-    steps: int | None = 300
-    epochs: int | None = None
-    batch_size: int = 1000
-    seeds: tuple[int, ...] = (0,)
-    device: str = "auto"
-    dtype: str = "float32"
-    verbose: bool = False
-
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-def device_of(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises CurvlabError for a device that this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CurvlabError(f"unknown device '{name}' (known: auto, cpu, cuda, cuda:N)") from error
-    if device.type not in ("cpu", "cuda"):
-        raise CurvlabError(f"device '{name}' is not supported (known: auto, cpu, cuda, cuda:N)")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CurvlabError(
-            f"there is no device '{name}' on this machine ({torch.cuda.device_count()} CUDA devices): use --device cpu"
-        )
-    return device
-
-
 SEEDS = 10_000
 """Of a comparison at most."""
 
 
-def check_named(named: Named) -> models.Entry:
-    """The model's entry. Raises CurvlabError for unknown names and values out of range, before anything is loaded."""
-    entry = models.find(named.model)  # first: a module of the user's may enter algorithms and probes
-    named.settings.check()
-    lookup(datasets.DATASETS, entry.data_name(named.data), "data set")
-    lookup(DTYPES, named.dtype, "dtype")
-    device_of(named.device)
-    for name in ("steps", "epochs"):
-        value = getattr(named, name)
-        if value is not None:
-            whole(name, value, 1, MOST_STEPS)
-    if named.steps is None and named.epochs is None:
-        raise CurvlabError("the comparison needs an end: give steps or epochs")
-    whole("seeds", len(named.seeds), 1, SEEDS)
-    for seed in named.seeds:
-        whole("the seed", seed, 0)
-    return entry
+@dataclass(frozen=True, kw_only=True)
+class NamedComparison:
+    """A comparison on a problem of the tables: what the command line runs. `seeds`: the problem's own first."""
+
+    settings: Settings
+    problem: Problem
+    steps: int | None = 300
+    epochs: int | None = None
+    batch_size: int = 1000
+    seeds: tuple[int, ...] = (0,)
+    verbose: bool = False
+
+    def check(self) -> None:
+        """Raises CurvlabError for unknown names and values out of range, before anything is loaded."""
+        _ = self.problem.entry  # first: a module of the user's may enter algorithms and probes
+        self.settings.check()
+        self.problem.check()
+        for name in ("steps", "epochs"):
+            value = getattr(self, name)
+            if value is not None:
+                whole(name, value, 1, MOST_STEPS)
+        if self.steps is None and self.epochs is None:
+            raise CurvlabError("the comparison needs an end: give steps or epochs")
+        whole("seeds", len(self.seeds), 1, SEEDS)
+        for seed in self.seeds:
+            whole("the seed", seed, 0)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Checked and loaded, and seen to fit; nothing is written or run yet."""
+    """A comparison that was checked, loaded, and seen to fit; nothing is written or run yet."""
 
-    named: Named
-    entry: models.Entry
-    train: datasets.Dataset
+    named: NamedComparison
+    first: Objective
     steps: int
 
     def objective(self, seed: int) -> Objective:
-        """A fresh one."""
-        named = self.named
-        model = models.build(named.model, seed, self.train).to(device_of(named.device), DTYPES[named.dtype])
-        return Objective(model, LIKELIHOODS[self.entry.likelihood](), seed)
+        """The objective of a seed."""
+        return self.first if seed == self.first.seed else self.named.problem.objective(seed)
 
 
-def prepare(named: Named) -> Prepared:
-    """Raises CurvlabError as `check_named`, and for data that do not fit the model or the size of the minibatches, and options
-    that a method does not take."""
-    entry = check_named(named)
-    train, _ = datasets.load(entry.data_name(named.data))
+def prepare(named: NamedComparison) -> Prepared:
+    """Check, load and build.
+
+    Raises:
+        CurvlabError: as `NamedComparison.check`, and for data that do not fit the model or the size of the minibatches, and
+            options that a method does not take.
+    """
+    named.check()
+    problem = named.problem
+    train, _ = problem.parts
     per_epoch = train.batches(named.batch_size).per_epoch
     steps = min(v for v in (named.steps, named.epochs and named.epochs * per_epoch) if v is not None)
-    prepared = Prepared(named, entry, train, steps)
-    trial = prepared.objective(named.seeds[0])
-    with random_state.kept(trial.device):
-        Closure(trial, train.x[:2], train.y[:2], 0).outputs()
-    curvatures = {name: d.curvature for name, d in named.settings.descents(trial, named.batch_size).items()}
+    first = problem.objective(named.seeds[0])
+    with random_state.kept(first.device):
+        Closure(first, train.x[:2], train.y[:2], 0).losses()  # on cloned buffers: the model is the run's own
+    curvatures = {name: d.curvature for name, d in named.settings.descents(first, named.batch_size).items()}
     check_fit(list(asked(named.settings.probes, "compare")), curvatures)
-    return prepared
+    return Prepared(named, first, steps)
 
 
 def compare_named(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) -> Run:
@@ -498,8 +456,8 @@ def compare_named(prepared: Prepared, path: Path, call: dict[str, Any], console:
     Raises:
         CurvlabError: as `compare`.
     """
-    named, train, steps = prepared.named, prepared.train, prepared.steps
-    settings, data_name = named.settings, prepared.entry.data_name(named.data)
+    named, steps = prepared.named, prepared.steps
+    settings, (train, _) = named.settings, named.problem.parts
     per_epoch = train.batches(named.batch_size).per_epoch
     log: Log | None = None
     with progress_bar(console, console.is_terminal) as bar:
@@ -508,8 +466,7 @@ def compare_named(prepared: Prepared, path: Path, call: dict[str, Any], console:
             objective.tell = tell if named.verbose and i == 1 else None
             batches = train.batches(named.batch_size, -(-steps // per_epoch), seed)
             if log is None:
-                about = {"call": call, "model": named.model, "data": data_name, "data_description": train.description}
-                log = settings.log(objective, named.batch_size, path, named.seeds, about)
+                log = settings.log(objective, named.batch_size, path, named.seeds, named.problem.about(call))
             title = "compare" if len(named.seeds) == 1 else f"compare, seed {seed} ({i} of {len(named.seeds)})"
             _compare_one(objective, batches, settings, steps, batches.one_pass(), named.batch_size, log, seed, bar, title)
     assert log is not None

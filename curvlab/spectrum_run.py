@@ -9,15 +9,13 @@ from typing import Any
 import xarray as xr
 from rich.console import Console
 
-from curvlab import datasets, models
 from curvlab.algorithms import ALGORITHMS, check_rates, optimizer
 from curvlab.closure import Closure
 from curvlab.datasets import Dataset
 from curvlab.errors import LARGEST, MOST_STEPS, CurvlabError, lookup, tell, whole
-from curvlab.likelihoods import LIKELIHOODS
 from curvlab.objective import Objective
 from curvlab.optim import Optimizer
-from curvlab.runs import DTYPES, device_of
+from curvlab.problem import Problem
 from curvlab.spectra import Plan
 from curvlab.system import random_state
 from curvlab.system.interrupt import shielded
@@ -25,52 +23,48 @@ from curvlab.system.progress import counted, progress_bar
 from curvlab.training.evaluation import evaluating, ready_to_train
 
 
-@dataclass(frozen=True)
-class Named:
-    """Spectra of a model and a data set of the tables. `lr` and `damping` are the algorithm's own; None: its document's."""
+@dataclass(frozen=True, kw_only=True)
+class NamedSpectra:
+    """Spectra of a problem of the tables. `lr` and `damping` are the algorithm's own; None: its document's."""
 
-    model: str
+    problem: Problem
     plan: Plan
-    data: str | None = None
     samples: int = 1000
     after: tuple[int, ...] = (0, 100, 1000)
     algorithm: str = "adam"
     lr: float | None = None
     damping: float | None = None
     batch_size: int = 1000
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "float64"
     verbose: bool = False
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Checked, built and loaded; nothing is written or run yet."""
+class PreparedSpectra:
+    """Spectra that were checked, built and loaded; nothing is written or run yet."""
 
-    named: Named
+    named: NamedSpectra
     objective: Objective
     optimizer: Optimizer
     train: Dataset
     after: tuple[int, ...]
 
 
-def prepare(named: Named) -> Prepared:
-    """Raises CurvlabError for unknown names, values out of range and numbers that do not fit the data."""
-    entry = models.find(named.model)
-    data_name = entry.data_name(named.data)
-    lookup(datasets.DATASETS, data_name, "data set")
+def prepare(named: NamedSpectra) -> PreparedSpectra:
+    """Check, load and build.
+
+    Raises:
+        CurvlabError: unknown names, values out of range, numbers that do not fit the data.
+    """
+    problem = named.problem
+    problem.check()
     lookup(ALGORITHMS, named.algorithm, "algorithm")
-    dtype, device = lookup(DTYPES, named.dtype, "dtype"), device_of(named.device)
     if not named.after:
         raise CurvlabError("--after needs at least one number of training steps, 0 for the model as it is built")
     for steps in named.after:
         whole("the number of training steps", steps, 0, MOST_STEPS)
-    whole("the seed", named.seed, 0)
     check_rates(named.lr, named.damping)
-    train, _ = datasets.load(data_name)
-    model = ready_to_train(models.build(named.model, named.seed, train).to(device, dtype))
-    objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed)
+    train, _ = problem.parts
+    objective = problem.objective(network=ready_to_train(problem.network()))
     objective.tell = tell if named.verbose else None
     named.plan.check(objective)
     options = {} if named.damping is None else {"damping": named.damping}
@@ -81,12 +75,12 @@ def prepare(named: Named) -> Prepared:
             f"choose 1 to {len(train)}"
         )
     train.batches(named.batch_size)
-    with evaluating(objective.model), random_state.kept(device):
+    with evaluating(objective.model), random_state.kept(problem.place):
         Closure(objective, train.x[:2], train.y[:2], 0).outputs()
-    return Prepared(named, objective, stepper, train, tuple(sorted(set(named.after))))
+    return PreparedSpectra(named, objective, stepper, train, tuple(sorted(set(named.after))))
 
 
-def run(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) -> xr.Dataset:
+def run(prepared: PreparedSpectra, path: Path, call: dict[str, Any], console: Console) -> xr.Dataset:
     """Train and log. Whatever ends it, the log holds every state that was finished.
 
     Raises:
@@ -96,10 +90,8 @@ def run(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) 
     group = prepared.optimizer.param_groups[0]
     about = {
         "title": f"curvlab spectrum: {', '.join(named.plan.matrices)} along {named.algorithm}",
-        "call": call,
-        "model": named.model,
+        **named.problem.about(call),
         "data": train.name,
-        "data_description": train.description,
         "samples": named.samples,
         "algorithm": named.algorithm,
         "lr": group["lr"],
@@ -110,7 +102,7 @@ def run(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) 
     x, y = train.x[: named.samples], train.y[: named.samples]
     last, kinds = prepared.after[-1], len(set(named.plan.matrices))
     per_epoch = train.batches(named.batch_size).per_epoch
-    batches = train.batches(named.batch_size, max(1, -(-last // per_epoch)), named.seed)
+    batches = train.batches(named.batch_size, max(1, -(-last // per_epoch)), named.problem.seed)
     stream = iter(batches)
     try:
         with progress_bar(console, console.is_terminal, 600) as bar:

@@ -22,7 +22,7 @@ from matplotlib.image import imread
 from torch import nn
 
 import curvlab as cl
-from curvlab import datasets, runs
+from curvlab import datasets, machine
 from curvlab.algorithms import ALGORITHMS
 from curvlab.cli import app as cli
 from curvlab.cli import terminal
@@ -337,7 +337,7 @@ def test_sigkill_of_the_main_job_at_twenty_random_moments(tmp_path: Path) -> Non
 
 
 def test_device_auto_is_what_the_machine_has() -> None:
-    assert runs.device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert machine.device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 import curvlab as cl
 from curvlab import spectrum_run
 from curvlab.models import MODELS
+from curvlab.problem import Problem
 from curvlab.spectra import VARIABLES, Plan
 
 SMALL = ["spectrum", "--model", "mlp-256-20", "--samples", "40", "--batch-size", "500", "--blocks", "6,5"]
@@ -112,9 +113,11 @@ def test_batch_norm_and_dropout_train_and_are_looked_at_in_eval_mode(monkeypatch
         return nn.Sequential(nn.Linear(256, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh(), nn.Linear(8, 10))
 
     monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build))
-    named = spectrum_run.Named("normed", Plan(blocks=("3",)), samples=30, after=(0, 2), batch_size=500)
+    named = spectrum_run.NamedSpectra(
+        problem=Problem(model="normed", dtype="float64"), plan=Plan(blocks=("3",)), samples=30, after=(0, 2), batch_size=500
+    )
     prepared = spectrum_run.prepare(named)
-    ds = spectrum_run.run(prepared, tmp_path / "run.h5", {}, cl.cli.err)
+    ds = spectrum_run.run(prepared, tmp_path / "run.h5", {}, cl.cli.terminal.err)
     model = prepared.objective.model
     assert all(module.training for module in model.modules())
     model.eval()

@@ -27,7 +27,7 @@ from curvlab.reproduction import Axis, Claim, Comparison, Extent, Method, Option
 from curvlab.reproduction.claims import verdicts
 from curvlab.reproduction.comparison import Runs
 from curvlab.reproduction.drawing import draw, styles
-from curvlab.reproduction.problems import PROBLEMS, Problem
+from curvlab.reproduction.problems import PROBLEMS, PublishedProblem
 from curvlab.reproduction.results import Result, cut
 from curvlab.reproduction.scaling import exponent
 from curvlab.reproduction.script import Report
@@ -233,7 +233,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """MNIST is 40 digits of random numbers and the network of Figure 4.1."""
     chance = torch.Generator().manual_seed(0)
     parts = [Dataset("mnist16", torch.rand(n, 256, generator=chance), torch.arange(n) % 10, "") for n in (60, 30)]
-    monkeypatch.setitem(PROBLEMS, "MNIST", Problem("mlp-256-20", "mnist16", PROBLEMS["MNIST"].small))
+    monkeypatch.setitem(PROBLEMS, "MNIST", PublishedProblem("mlp-256-20", "mnist16", PROBLEMS["MNIST"].small))
     monkeypatch.setattr(datasets, "load", lambda name: tuple(parts))
 
 

@@ -27,6 +27,7 @@ from curvlab.algorithms import ALGORITHMS
 from curvlab.datasets import Dataset
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
+from curvlab.problem import Problem
 from curvlab.show.figures import draw_all
 from curvlab.spectra import Plan
 from curvlab.system import random_state
@@ -382,7 +383,11 @@ def test_a_model_by_name_trains_in_train_mode(built: str, monkeypatch: pytest.Mo
         training_by_name.run_named(training, Console(stderr=True))
         assert [modes for modes in seen if modes != (False, False)] == [wanted] * 2
         assert training.objective.model[1].num_batches_tracked == steps
-    prepared = spectrum_run.prepare(spectrum_run.Named("normed", Plan(blocks=("1",)), after=(1,), samples=9))
+    prepared = spectrum_run.prepare(
+        spectrum_run.NamedSpectra(
+            problem=Problem(model="normed", dtype="float64"), plan=Plan(blocks=("1",)), after=(1,), samples=9
+        )
+    )
     seen.clear()
     spectrum_run.run(prepared, tmp_path / "spectrum.h5", {}, Console(stderr=True))
     assert wanted in seen

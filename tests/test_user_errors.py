@@ -258,11 +258,11 @@ def test_the_whole_traceback_with_v(write, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_an_error_of_curvlabs_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(models, "find", lambda name: {}["entry"])
+    monkeypatch.setattr(models, "find", lambda name, seed: {}["entry"])
     monkeypatch.setattr(blame, "_is_own", lambda file: False)  # this file is no user's here
     assert call("compare", "--model", "small") == blame.BUG == 70
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("curvlab: an error of curvlab's own, KeyError: 'entry' (curvlab/runs.py, line ")
+    assert line.startswith("curvlab: an error of curvlab's own, KeyError: 'entry' (curvlab/problem.py, line ")
     assert line.endswith("please report it, with the whole traceback: curvlab -v compare …")
 
 
@@ -271,7 +271,7 @@ def test_an_error_of_the_machine(error: Exception, monkeypatch: pytest.MonkeyPat
     def fail(named: object) -> None:
         raise error
 
-    monkeypatch.setattr(runs, "check_named", fail)
+    monkeypatch.setattr(runs, "prepare", fail)
     monkeypatch.setattr(blame, "_is_own", lambda file: False)
     assert call("compare", "--model", "small") == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -24,6 +24,7 @@ from curvlab.cli.terminal import check_output, err, finish, folder_for, listed, 
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, lookup, shown, whole
 from curvlab.logs.reading import open_log
 from curvlab.probes import costs
+from curvlab.problem import Problem
 from curvlab.show import figures, pictures
 from curvlab.system import blame, paths
 from curvlab.system.blame import verdict
@@ -125,8 +126,14 @@ def compare(
     whole("the seed", seed, 0)
     whole("seeds", seeds, 1, runs.SEEDS)
     check_output(out_folder, "cosine")
-    named = runs.Named(
-        settings, model, data, steps, epochs, batch_size, tuple(range(seed, seed + seeds)), device, dtype, verbose
+    named = runs.NamedComparison(
+        settings=settings,
+        problem=Problem(model=model, data=data, seed=seed, device=device, dtype=dtype),
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        seeds=tuple(range(seed, seed + seeds)),
+        verbose=verbose,
     )
     prepared = runs.prepare(named)
     keep_freed_memory()
@@ -195,7 +202,17 @@ def spectrum(
     call["out"] = str(call.pop("out_folder") or "")
     plan = spectra.Plan(listed(matrix), listed(blocks), method, draws, steps)
     at = tuple(_integer(word, "--after") for word in listed(after))
-    named = spectrum_run.Named(model, plan, data, samples, at, algorithm, lr, damping, batch_size, seed, device, dtype, verbose)
+    named = spectrum_run.NamedSpectra(
+        problem=Problem(model=model, data=data, seed=seed, device=device, dtype=dtype),
+        plan=plan,
+        samples=samples,
+        after=at,
+        algorithm=algorithm,
+        lr=lr,
+        damping=damping,
+        batch_size=batch_size,
+        verbose=verbose,
+    )
     check_output(out_folder, "spectrum")
     prepared = spectrum_run.prepare(named)
     keep_freed_memory()

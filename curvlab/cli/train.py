@@ -13,14 +13,15 @@ import typer
 from curvlab import models
 from curvlab.cli.terminal import check_output, err, finish, folder_for, free, says_what_is_saved, writing
 from curvlab.errors import CurvlabError, shown
+from curvlab.machine import device_of
 from curvlab.probes import asked
-from curvlab.runs import device_of
+from curvlab.problem import Problem
 from curvlab.system import paths
 from curvlab.system.escape import for_rich
 from curvlab.system.memory import keep_freed_memory
 from curvlab.training import checkpoint
 from curvlab.training.begun import anew, stepless
-from curvlab.training.run import Named, prepare, resumed, run_named
+from curvlab.training.run import NamedTraining, prepare, resumed, run_named
 from curvlab.training.settings import Budget, Settings
 
 Option = typer.Option
@@ -166,7 +167,7 @@ def train(
     said = {name for name in given if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
     given |= {"own": _options(own, "--set"), "schedule_options": _options(schedule_own, "--schedule-set"), "warm": warm_start}
     if model is not None:
-        models.find(model)  # a module of the user's may enter probes
+        models.imported(model)  # a module of the user's may enter probes
     given["probes"] = asked(probe or [], "train")
     renamed = (("warm_start", "warm"), ("schedule_own", "schedule_options"), ("probe", "probes"))
     said |= {new for old, new in renamed if old in said}
@@ -232,11 +233,16 @@ def _gone_on(state: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -
     return found
 
 
-def _named(given: Mapping[str, Any]) -> Named:
+def _named(given: Mapping[str, Any]) -> NamedTraining:
     def those(kind: type) -> dict[str, Any]:
         return {name: given[name] for name in kind.__dataclass_fields__ if name in given}  # type: ignore[attr-defined]  # a dataclass
 
-    return Named(**those(Named) | {"settings": Settings(**those(Settings)), "budget": Budget(**those(Budget))})
+    parts = {
+        "settings": Settings(**those(Settings)),
+        "budget": Budget(**those(Budget)),
+        "problem": Problem(**those(Problem)),
+    }
+    return NamedTraining(**those(NamedTraining) | parts)
 
 
 def _options(words: list[str] | None, option: str) -> dict[str, Any]:

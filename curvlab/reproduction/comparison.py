@@ -267,7 +267,7 @@ class Runs:
             )
             if spent or ds.attrs.get("stopped"):
                 return cut(ds, epochs, seconds)
-        objective = self.problem.objective(examples, seed, self.options.where, self.of.l2)
+        objective = self.problem.objective(examples, seed, str(self.options.where), self.of.l2)
         batches = examples.batches(min(batch, len(examples)), seed=seed)
         more: dict[str, Any] = {"epochs": epochs, "seconds": seconds, "evaluate_samples": self.extent.evaluated}
         resume = (folder / checkpoint.FILE).exists()

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from curvlab import datasets, models
+from curvlab import models
 from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError, lookup
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.objective import Objective
+from curvlab.problem import Problem
 
 Shape = tuple[int, ...]
 Small = tuple[Callable[[], nn.Module], Shape, int]
@@ -47,7 +48,7 @@ def _sigmoid(*widths: int) -> Small:
 
 
 @dataclass(frozen=True)
-class Problem:
+class PublishedProblem:
     """A network of MODELS, its data, and its stand-in for a smoke run.
 
     `part` is a data set with fewer examples, which a budget below the document's takes where it is there.
@@ -61,16 +62,17 @@ class Problem:
     def load(self, part: bool, examples: int | None, tests: int | None) -> tuple[Dataset, Dataset]:
         """(training, test) examples: the first so many of them."""
         try:
-            found = datasets.load(self.part if part and self.part else self.data)
+            found = Problem(model=self.model, data=self.part if part and self.part else self.data).parts
         except CurvlabError:
             if not (part and self.part):
                 raise
-            found = datasets.load(self.data)
+            found = Problem(model=self.model, data=self.data).parts
         return _first(found[0], examples), _first(found[1], tests)
 
-    def objective(self, train: Dataset, seed: int, device: torch.device, l2: float) -> Objective:
-        model = models.build(self.model, seed, train).to(device)
-        return Objective(model, LIKELIHOODS[models.find(self.model).likelihood](), seed, l2=l2)
+    def objective(self, train: Dataset, seed: int, device: str, l2: float) -> Objective:
+        """The network on the device, fitted to the shapes of these data."""
+        problem = Problem(model=self.model, data=self.data, l2=l2, seed=seed, device=device)
+        return problem.fitted_to((train, train)).objective()
 
     def smoke(self, seed: int, l2: float) -> tuple[Objective, Dataset]:
         """64 examples of random numbers and the narrow network."""
@@ -97,30 +99,30 @@ def _first(data: Dataset, count: int | None) -> Dataset:
     )  # fmt: skip
 
 
-PROBLEMS: dict[str, Problem] = {
-    "MNIST": Problem("mnist-ae", "mnist-ae", AUTOENCODER),
-    "FACES": Problem("faces-ae", "faces", AUTOENCODER),
-    "CURVES": Problem("curves-ae", "curves", AUTOENCODER),
-    "CURVES, 1000": Problem("curves-ae-1000", "curves", AUTOENCODER),
-    "FACES, 1000": Problem("faces-ae-1000", "faces", AUTOENCODER),
-    "MNIST classes": Problem("mnist-500", "mnist-standard", _sigmoid(12, 8, 10)),
-    "CIFAR classes": Problem("cifar-400", "cifar10-standard", _sigmoid(12, 8, 8, 10), "cifar10-subset-standard"),
-    "webspam": Problem("webspam-400", "webspam", _sigmoid(12, 8, 8, 1)),
-    "VGG16, CIFAR-10": Problem("vgg16", "cifar10", VGG, "cifar10-subset"),
-    "VGG16, CIFAR-100": Problem("vgg16", "cifar100", VGG),
-    "ResNet32, CIFAR-10": Problem("resnet32", "cifar10", RESNET, "cifar10-subset"),
-    "ResNet32, CIFAR-100": Problem("resnet32", "cifar100", RESNET),
-    "ResNet32-4, CIFAR-10": Problem("resnet32-4", "cifar10", RESNET, "cifar10-subset"),
-    "ResNet32-4, CIFAR-100": Problem("resnet32-4", "cifar100", RESNET),
-    "All-CNN-C, CIFAR-10": Problem("all-cnn-c", "cifar10", CONVNET, "cifar10-subset"),
-    "All-CNN-C, CIFAR-100": Problem("all-cnn-c", "cifar100", CONVNET),
-    "VGG16 as printed, CIFAR-10": Problem("vgg16-printed", "cifar10", CONVNET, "cifar10-subset"),
-    "VGG16 as printed, CIFAR-100": Problem("vgg16-printed", "cifar100", CONVNET),
-    "ConvNet, CIFAR-10": Problem("convnet", "cifar10", CONVNET, "cifar10-subset"),
-    "ResNet-18, CIFAR-10": Problem("resnet18", "cifar10", RESNET, "cifar10-subset"),
+PROBLEMS: dict[str, PublishedProblem] = {
+    "MNIST": PublishedProblem("mnist-ae", "mnist-ae", AUTOENCODER),
+    "FACES": PublishedProblem("faces-ae", "faces", AUTOENCODER),
+    "CURVES": PublishedProblem("curves-ae", "curves", AUTOENCODER),
+    "CURVES, 1000": PublishedProblem("curves-ae-1000", "curves", AUTOENCODER),
+    "FACES, 1000": PublishedProblem("faces-ae-1000", "faces", AUTOENCODER),
+    "MNIST classes": PublishedProblem("mnist-500", "mnist-standard", _sigmoid(12, 8, 10)),
+    "CIFAR classes": PublishedProblem("cifar-400", "cifar10-standard", _sigmoid(12, 8, 8, 10), "cifar10-subset-standard"),
+    "webspam": PublishedProblem("webspam-400", "webspam", _sigmoid(12, 8, 8, 1)),
+    "VGG16, CIFAR-10": PublishedProblem("vgg16", "cifar10", VGG, "cifar10-subset"),
+    "VGG16, CIFAR-100": PublishedProblem("vgg16", "cifar100", VGG),
+    "ResNet32, CIFAR-10": PublishedProblem("resnet32", "cifar10", RESNET, "cifar10-subset"),
+    "ResNet32, CIFAR-100": PublishedProblem("resnet32", "cifar100", RESNET),
+    "ResNet32-4, CIFAR-10": PublishedProblem("resnet32-4", "cifar10", RESNET, "cifar10-subset"),
+    "ResNet32-4, CIFAR-100": PublishedProblem("resnet32-4", "cifar100", RESNET),
+    "All-CNN-C, CIFAR-10": PublishedProblem("all-cnn-c", "cifar10", CONVNET, "cifar10-subset"),
+    "All-CNN-C, CIFAR-100": PublishedProblem("all-cnn-c", "cifar100", CONVNET),
+    "VGG16 as printed, CIFAR-10": PublishedProblem("vgg16-printed", "cifar10", CONVNET, "cifar10-subset"),
+    "VGG16 as printed, CIFAR-100": PublishedProblem("vgg16-printed", "cifar100", CONVNET),
+    "ConvNet, CIFAR-10": PublishedProblem("convnet", "cifar10", CONVNET, "cifar10-subset"),
+    "ResNet-18, CIFAR-10": PublishedProblem("resnet18", "cifar10", RESNET, "cifar10-subset"),
 }
 """{how figures call it: problem}"""
 
 
-def find(name: str) -> Problem:
+def find(name: str) -> PublishedProblem:
     return lookup(PROBLEMS, name, "problem")

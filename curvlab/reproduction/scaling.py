@@ -22,10 +22,10 @@ from torch import nn
 
 from curvlab.algorithms import optimizer
 from curvlab.likelihoods import Gaussian
+from curvlab.machine import clock_of
 from curvlab.objective import Objective
 from curvlab.reproduction.drawing import styles
 from curvlab.reproduction.script import Options, Report, say_progress
-from curvlab.runs import clock_of
 from curvlab.system.memory import tensors
 
 Formula = Callable[[SimpleNamespace], float]

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from curvlab.errors import CurvlabError, lookup, unknown
-from curvlab.runs import device_of
+from curvlab.machine import device_of
 from curvlab.system import paths
 from curvlab.system.atomic import rewrite
 from curvlab.system.escape import for_terminal

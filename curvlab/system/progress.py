@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -34,6 +34,11 @@ def progress_bar(console: Console, enabled: bool, period: float = 30.0) -> Progr
     """
     columns = (_Said(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), Left(), _Said("note"))
     return Progress(*columns, console=console, disable=not enabled, speed_estimate_period=period)
+
+
+def length(items: Iterable[object]) -> int | None:
+    """How many there are, where that is known before they are gone through."""
+    return len(items) if isinstance(items, Sized) else None
 
 
 def counted(items: Iterable[T], bar: Progress, what: str, total: int | None) -> Iterator[T]:

@@ -27,12 +27,12 @@ from curvlab import datasets
 from curvlab.closure import Observation
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, warn
 from curvlab.logs.log import Record
+from curvlab.machine import clock_of
 from curvlab.objective import Objective
 from curvlab.optim import Batch
-from curvlab.runs import clock_of, length
 from curvlab.system import random_state
 from curvlab.system.interrupt import Shield, shielded
-from curvlab.system.progress import counted
+from curvlab.system.progress import counted, length
 from curvlab.system.random_state import Chance
 from curvlab.training import checkpoint, contents
 from curvlab.training.evaluation import Data, Measure, evaluate

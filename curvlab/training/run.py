@@ -13,16 +13,15 @@ import xarray as xr
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from curvlab import datasets, models
+from curvlab import datasets
 from curvlab.closure import Closure, Pass
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell, warn, whole
-from curvlab.likelihoods import LIKELIHOODS
+from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell, warn
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
 from curvlab.optim import Batch, MomentumKind
 from curvlab.probes import asked
-from curvlab.runs import DTYPES, device_of
+from curvlab.problem import Problem
 from curvlab.show import figures
 from curvlab.system import paths, random_state
 from curvlab.system.escape import for_rich
@@ -257,30 +256,34 @@ def _claimed(folder: Path, resume: bool) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Named:
-    """A training run of a model and a data set of the tables: what the command line runs."""
+@dataclass(frozen=True, kw_only=True)
+class NamedTraining:
+    """A training run on a problem of the tables: what the command line runs."""
 
     settings: Settings
     budget: Budget
-    model: str
-    data: str | None = None
+    problem: Problem
     batch_size: int = 1000
     augment: bool = True
     warm: bool = True
-    l2: float = 0.0
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "float32"
     checkpoint_seconds: float = 60.0
     probes: Mapping[str, int | None] = field(default_factory=dict)
     verbose: bool = False
 
     def must_match(self) -> dict[str, Any]:
-        names = ("model", "batch_size", "augment", "warm", "seed", "dtype")
-        data = models.find(self.model).data_name(self.data)
-        found = {name: getattr(self, name) for name in names} | {"data": data, "device": str(device_of(self.device))}
-        return found | ({"l2": self.l2} if self.l2 else {})
+        """What a checkpoint keeps of it, beside the settings."""
+        problem = self.problem
+        found: dict[str, Any] = {
+            "model": problem.model,
+            "batch_size": self.batch_size,
+            "augment": self.augment,
+            "warm": self.warm,
+            "seed": problem.seed,
+            "dtype": problem.dtype,
+            "data": problem.data_name,
+            "device": str(problem.place),
+        }
+        return found | ({"l2": problem.l2} if problem.l2 else {})
 
 
 def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,41 +293,34 @@ def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
         CurvlabError: a checkpoint that does not hold what a run by name keeps.
     """
     contents.check(state)
-    contents.check_named(state["settings"], (Named, Settings))
+    contents.check_named(state["settings"], (NamedTraining, Problem, Settings))
     kept = {k: v for k, v in state["settings"].items() if k != "parameters"} | dict(state["budget"])
-    kept["checkpoint_seconds"] = state.get("checkpoint_seconds", Named.checkpoint_seconds)
+    kept["checkpoint_seconds"] = state.get("checkpoint_seconds", NamedTraining.checkpoint_seconds)
     return kept | dict(given)
 
 
-def prepare(named: Named, call: Mapping[str, Any], state: dict[str, Any] | None = None) -> Training:
+def prepare(named: NamedTraining, call: Mapping[str, Any], state: dict[str, Any] | None = None) -> Training:
     """Checked, built and loaded, and set to the state of a checkpoint; nothing is written, and nothing will be
     before `Training.into`.
 
     Raises:
         CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of other settings.
     """
-    entry = models.find(named.model)  # first: a module of the user's may enter algorithms and probes
+    problem = named.problem
+    _ = problem.entry  # first: a module of the user's may enter algorithms and probes
     named.settings.check()
     named.budget.check()
-    data_name = entry.data_name(named.data)
-    lookup(datasets.DATASETS, data_name, "data set")
+    lookup(datasets.DATASETS, problem.data_name, "data set")
     if state is not None:  # before the probes are asked whether they fit another algorithm
         mine = named.settings.plain() | named.must_match()
         check_same({name: state["settings"].get(name) for name in mine}, mine)
-    dtype, device = lookup(DTYPES, named.dtype, "dtype"), device_of(named.device)
-    whole("the seed", named.seed, 0)
-    train_part, test_part = datasets.load(data_name)
-    batches = train_part.batches(named.batch_size, seed=named.seed, augment=named.augment)
-    model = ready_to_train(models.build(named.model, named.seed, train_part).to(device, dtype))
-    objective = Objective(model, LIKELIHOODS[entry.likelihood](), named.seed, l2=named.l2)
+    problem.check()
+    train_part, test_part = problem.parts
+    batches = train_part.batches(named.batch_size, seed=problem.seed, augment=named.augment)
+    objective = problem.objective(network=ready_to_train(problem.network()))
     objective.tell = tell if named.verbose else None
-    about = {
-        "call": dict(call),
-        "model": named.model,
-        "data": data_name,
-        "data_description": (train_part if named.augment or not train_part.augment else test_part).description,
-        "batch_size": named.batch_size,
-    }
+    seen = train_part if named.augment or not train_part.augment else test_part
+    about = problem.about(call, seen) | {"batch_size": named.batch_size}
     warm = batches.one_pass() if named.warm else ()
     training = _training(
         objective, batches, test_part, named.settings, named.budget, warm, None, about, named.must_match(), None,
