@@ -1,22 +1,49 @@
-"""curvlab: curvature diagnostics of neural networks in PyTorch. The public names; nothing is computed here."""
+"""curvlab: curvature diagnostics of neural networks in PyTorch. The public names; nothing is computed here.
+
+What a name stands for is imported when it is first asked for (PEP 562): the command's `--version`, `-h` and `list` need no
+torch.
+"""
 
 from curvlab import starting as starting  # before what takes seconds to import
 
 # isort: split
-from importlib.metadata import version as _version
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING, Any
 
-from curvlab import assumptions, datasets, exact, likelihoods, models
-from curvlab.algorithms import approximation, optimizer
+from curvlab import moved as _moved
 from curvlab.errors import CurvlabError, CurvlabWarning
-from curvlab.logs.reading import cosine_to, late_cosine
-from curvlab.logs.reading import open_log as open  # the design's name: cl.open("run.h5")
-from curvlab.objective import Objective
-from curvlab.runs import compare
-from curvlab.show.page import report
-from curvlab.spectra import spectrum
-from curvlab.training.run import train
 
-__version__ = _version("curvlab")
+_moved.follow()
+
+if TYPE_CHECKING:
+    from curvlab import assumptions, datasets, exact, likelihoods, models
+    from curvlab.algorithms import approximation, optimizer
+    from curvlab.logs.reading import cosine_to, late_cosine
+    from curvlab.logs.reading import open_log as open
+    from curvlab.objective import Objective
+    from curvlab.runs import compare
+    from curvlab.show.page import report
+    from curvlab.spectra import spectrum
+    from curvlab.training.run import train
+
+    __version__: str
+
+_PLACES = {
+    "Objective": "objective",
+    "approximation": "algorithms",
+    "compare": "runs",
+    "cosine_to": "logs.reading",
+    "late_cosine": "logs.reading",
+    "open": "logs.reading:open_log",  # the design's name: cl.open("run.h5")
+    "optimizer": "algorithms",
+    "report": "show.page",
+    "spectrum": "spectra",
+    "train": "training.run",
+}
+"""{public name: its module, and its name there where that is another}"""
+
+_MODULES = ("assumptions", "datasets", "exact", "likelihoods", "models")
+
 __all__ = [
     "CurvlabError",
     "CurvlabWarning",
@@ -36,3 +63,23 @@ __all__ = [
     "spectrum",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        found: Any = version("curvlab")
+    elif name in _PLACES:
+        module, _, other = _PLACES[name].partition(":")
+        found = getattr(_import_module(f"curvlab.{module}"), other or name)
+    elif name in _MODULES or f"curvlab.{name}" in _moved.MOVED:
+        found = _import_module(f"curvlab.{name}")
+    else:
+        raise AttributeError(f"module 'curvlab' has no attribute '{name}'")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

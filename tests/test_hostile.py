@@ -20,9 +20,9 @@ import typer
 from hostile import Line, Places
 
 import curvlab as cl
-from curvlab import datasets, reproduction
+from curvlab import datasets, reproduction, runs, spectrum_run, training
 from curvlab.cli import app as cli
-from curvlab.cli import train as cli_train
+from curvlab.cli import logs
 from curvlab.datasets import Dataset, Entry
 from curvlab.logs import log
 
@@ -76,7 +76,7 @@ def sandbox(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(log, "git_commit", lambda: "none")
     command = typer.main.get_command(cli.app)  # to make it takes longer than most lines
     monkeypatch.setattr(typer.main, "get_command", lambda app: command)
-    for module, name in ((cli.runs, "compare_named"), (cli.spectrum_run, "run"), (cli_train, "run_named"), (cli, "picture")):
+    for module, name in ((runs, "compare_named"), (spectrum_run, "run"), (training.run, "run_named"), (logs, "picture")):
         monkeypatch.setattr(module, name, accepted)
     monkeypatch.setattr(cl.report.__globals__["page"].__globals__["figures"], "draw_all", accepted)
     for kind in (reproduction.Comparison, reproduction.Scaling, reproduction.Script):

@@ -7,23 +7,29 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.table
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column
 
 from curvlab.errors import CurvlabError
-from curvlab.show import drawable, figures, pictures, tables
-from curvlab.show.tables import Table
+from curvlab.show import pictures
 from curvlab.system import paths
 from curvlab.system.atomic import rewrite
 from curvlab.system.blame import Saved
 from curvlab.system.escape import for_rich
 from curvlab.system.interrupt import LISTENER, behind, number_of, words
 from curvlab.system.lock import alone
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from curvlab.show.tables import Table
+
+DIVERGED = 1
+"""Exit code of a run whose numbers left the finite range: a result, and no bad input."""
 
 out = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 120)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -69,6 +75,8 @@ def show(table: Table, title: str = "") -> None:
 
 def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
     """What every run ends with: figure files, tables (`title` of the first), and the names of what was written."""
+    from curvlab.show import figures, tables
+
     written = [folder / "run.h5"]
     try:
         drawn = figures.draw(ds, figure)
@@ -92,6 +100,8 @@ def wrote(file: Path) -> None:
 
 def picture(drawn: Figure, path: Path) -> None:
     """Write a figure; what is there is whole at any moment. Raises CurvlabError where that cannot be done."""
+    from curvlab.show import drawable
+
     held = drawable.picture(drawn, path.suffix[1:])
     try:
         rewrite(path, lambda aside: aside.write_bytes(held))

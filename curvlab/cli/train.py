@@ -6,28 +6,19 @@ import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curvlab import models
-from curvlab.cli.terminal import check_output, err, finish, folder_for, free, says_what_is_saved, writing
+from curvlab.cli.terminal import DIVERGED, check_output, err, finish, folder_for, free, says_what_is_saved, writing
 from curvlab.errors import CurvlabError, shown
-from curvlab.machine import device_of
-from curvlab.probes import asked
-from curvlab.problem import Problem
 from curvlab.system import paths
 from curvlab.system.escape import for_rich
-from curvlab.system.memory import keep_freed_memory
-from curvlab.training import checkpoint
-from curvlab.training.begun import anew, stepless
-from curvlab.training.run import NamedTraining, prepare, resumed, run_named
-from curvlab.training.settings import Budget, Settings
+
+if TYPE_CHECKING:
+    from curvlab.training.run import NamedTraining
 
 Option = typer.Option
-
-DIVERGED = 1
-"""Exit code of a run whose loss left the finite range: a result, and no bad input."""
 
 _PROBLEM, _METHOD, _RATE, _LENGTH = "Problem", "Method", "Learning rate", "Length"
 _EVALUATION, _MACHINE, _OUTPUT = "Evaluation", "Machine", "Output"
@@ -162,6 +153,14 @@ def train(
     last good state is kept.
     """
     given = {k: v for k, v in locals().items() if k != "context"}
+    from curvlab import models
+    from curvlab.machine import device_of
+    from curvlab.probes import asked
+    from curvlab.system.memory import keep_freed_memory
+    from curvlab.training import checkpoint
+    from curvlab.training.begun import stepless
+    from curvlab.training.run import prepare, run_named
+
     call = {k: v for k, v in ({"command": "train"} | given).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
     said = {name for name in given if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
@@ -208,6 +207,8 @@ def train(
 
 def _free(folder: Path) -> None:
     """As `free`, and free too where a run was killed before it had anything to go on with."""
+    from curvlab.training.begun import stepless
+
     if stepless(folder):
         _say_anew(folder, "")
     else:
@@ -216,6 +217,8 @@ def _free(folder: Path) -> None:
 
 def _say_anew(folder: Path, model: str | None) -> None:
     """Raises CurvlabError where the command line does not say what to run."""
+    from curvlab.training.begun import anew
+
     if model is None:
         raise CurvlabError(f"{anew(folder)} once the command says what to run: give --model and the options of the run")
     err.print(for_rich(f"curvlab: {anew(folder)}"))
@@ -223,6 +226,8 @@ def _say_anew(folder: Path, model: str | None) -> None:
 
 def _gone_on(state: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Arguments of a run that goes on. Raises CurvlabError where its checkpoint names code that the command line does not."""
+    from curvlab.training.run import resumed
+
     found = resumed(state, given)
     name = found.get("model", "")
     if ":" in name and "model" not in given:
@@ -234,6 +239,10 @@ def _gone_on(state: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -
 
 
 def _named(given: Mapping[str, Any]) -> NamedTraining:
+    from curvlab.problem import Problem
+    from curvlab.training.run import NamedTraining
+    from curvlab.training.settings import Budget, Settings
+
     def those(kind: type) -> dict[str, Any]:
         return {name: given[name] for name in kind.__dataclass_fields__ if name in given}  # type: ignore[attr-defined]  # a dataclass
 

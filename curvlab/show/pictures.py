@@ -5,9 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import matplotlib as mpl
-from matplotlib.backend_bases import FigureCanvasBase
-
 from curvlab.errors import CurvlabError
 from curvlab.system.paths import Place, check_file, given
 
@@ -25,6 +22,9 @@ def check(path: Place, remedy: str = "") -> Path:
     Raises:
         CurvlabError: a suffix that names no format, or one that needs a LaTeX which is not there; and as `paths.check_file`.
     """
+    import matplotlib as mpl
+    from matplotlib.backend_bases import FigureCanvasBase
+
     suffix = given(path, "picture").suffix[1:].lower()
     if suffix not in FigureCanvasBase.get_supported_filetypes():
         said = f"figures are not written as '.{suffix}'" if suffix else f"the picture '{path}' has no suffix to say its format"

@@ -1,0 +1,117 @@
+"""``curvlab compare``: its options, and what it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from curvlab.cli.terminal import DIVERGED, check_output, err, finish, folder_for, listed, says_what_is_saved, writing
+from curvlab.errors import Diverged, whole
+from curvlab.system import paths
+from curvlab.system.escape import for_rich
+
+Option = typer.Option
+
+FIGURE_4_1 = ("kfac", "tnt", "shampoo", "adam", "sgd-m")
+"""`runs.FIGURE_4_1`, which takes seconds to import."""
+
+
+def compare(
+    model: Annotated[
+        str, Option(help="Network, of `curvlab list models`, or module:function of yours.", rich_help_panel="Problem")
+    ],
+    data: Annotated[str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")] = None,
+    reference: Annotated[
+        str, Option(help="Algorithm that moves the parameters and to which cosines are taken.", rich_help_panel="Methods")
+    ] = "block-fisher",
+    algorithms: Annotated[
+        str, Option(help="The others, with commas between.", rich_help_panel="Methods")
+    ] = ",".join(FIGURE_4_1),
+    lr: Annotated[
+        float | None, Option(help="Learning rate of the reference; its document's by default.", rich_help_panel="Methods")
+    ] = None,
+    damping: Annotated[
+        float, Option(help="Overall damping λ, given to every method by one rule (README).", rich_help_panel="Methods")
+    ] = 1e-3,
+    momentum: Annotated[float, Option(help="β of every method (thesis 4.7.2).", rich_help_panel="Methods")] = 0.9,
+    decay: Annotated[
+        float | None,
+        Option(help="Of every moving average; by default each document's: 0.9, Adam's β₂ 0.999.", rich_help_panel="Methods"),
+    ] = None,
+    update_every: Annotated[int, Option(help="T₁, steps between updates of statistics.", rich_help_panel="Methods")] = 1,
+    refresh_every: Annotated[int, Option(help="T₂, steps between inversions.", rich_help_panel="Methods")] = 1,
+    steps: Annotated[
+        int | None, Option(help="Steps; 300 unless --epochs says otherwise.", rich_help_panel="Length")
+    ] = None,
+    epochs: Annotated[int | None, Option(help="Epochs; with --steps, whichever ends first.", rich_help_panel="Length")] = None,
+    batch_size: Annotated[int, Option(help="Examples in a minibatch.", rich_help_panel="Length")] = 1000,
+    seed: Annotated[int, Option(help="Of weights, batches and sampled labels.", rich_help_panel="Length")] = 0,
+    seeds: Annotated[int, Option(help="Repeat with so many seeds, from --seed on.", rich_help_panel="Length")] = 1,
+    device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine")] = "auto",
+    dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel="Machine")] = "float32",
+    log_every: Annotated[int, Option(help="Steps between records.", rich_help_panel="Output")] = 1,
+    probe: Annotated[
+        list[str] | None,
+        Option(metavar="NAME[:EVERY]", help="A further one of `curvlab list probes`, every so many steps; may be given again.",
+               rich_help_panel="Output"),
+    ] = None,
+    verbose: Annotated[
+        bool, Option("--verbose", "-v", help="Print which way each block goes, and why (`objective.check`).",
+                     rich_help_panel="Output"),
+    ] = False,
+    out_folder: Annotated[
+        Path | None,
+        Option("--out", metavar="FOLDER", help="Gets run.h5, cosine.png, cosine.svg; a fresh one under runs/ by default.",
+               rich_help_panel="Output"),
+    ] = None,
+) -> None:  # fmt: skip
+    """Follow one algorithm and compare every other's direction with it: cosines by layer (thesis Figure 4.1).
+
+    The defaults are the published picture: the trajectory of block-fisher, batches of 1000, learning rate 0.03,
+    overall damping 1e-3, 300 steps, warm start over one pass, sampled labels.
+
+    A method whose numbers leave the finite range is named, and NaN from that step on, while the others go on to the end; if it
+    is the reference, the run ends there. Exit code 1 in both cases.
+    """
+    call = {k: v for k, v in ({"command": "compare"} | dict(locals())).items() if k != "verbose"}
+    call["out"] = str(call.pop("out_folder") or "")
+    from curvlab import runs
+    from curvlab.problem import Problem
+    from curvlab.system.memory import keep_freed_memory
+
+    settings = runs.Settings(
+        reference, listed(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every, tuple(probe or ())
+    )
+    if steps is None and epochs is None:
+        steps = 300
+    whole("the seed", seed, 0)
+    whole("seeds", seeds, 1, runs.SEEDS)
+    check_output(out_folder, "cosine")
+    named = runs.NamedComparison(
+        settings=settings,
+        problem=Problem(model=model, data=data, seed=seed, device=device, dtype=dtype),
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        seeds=tuple(range(seed, seed + seeds)),
+        verbose=verbose,
+    )
+    prepared = runs.prepare(named)
+    keep_freed_memory()
+    with (
+        paths.made(out_folder, lambda: folder_for(out_folder, f"compare-{model}")) as folder,
+        writing(folder),
+        says_what_is_saved(folder / "run.h5"),
+    ):
+        try:
+            run = runs.compare_named(prepared, folder / "run.h5", call, err)
+        except Diverged as error:
+            if not (folder / "run.h5").exists():
+                raise
+            err.print(for_rich(f"curvlab: {error} (the log so far is saved in {folder / 'run.h5'})"))
+            raise typer.Exit(DIVERGED) from error
+    finish(run.dataset, folder, "cosine")
+    if run.diverged:
+        raise typer.Exit(DIVERGED)

@@ -1,0 +1,79 @@
+"""What takes seconds to import is imported when it is needed; lists are kept beside the tables; old names still import."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import curvlab as cl
+from curvlab.cli import lists
+from curvlab.moved import MOVED
+
+HEAVY = ("torch", "numpy", "scipy", "pandas", "xarray", "matplotlib", "sklearn")
+
+COMMANDS = ("--version", "-h", "compare -h", "train -h", "spectrum -h", "plot -h", *(f"list {what}" for what in lists.LISTS))
+
+SEEN = """
+import sys
+sys.argv = ["curvlab", *sys.argv[1:]]
+from curvlab.cli import main
+try:
+    main()
+except SystemExit as ended:
+    print(ended.code, *[name for name in %r if name in sys.modules], sep=",", file=sys.stderr)
+"""
+
+
+def said(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=100, check=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_only_tells_imports_nothing_heavy(command: str) -> None:
+    done = said(SEEN % (HEAVY,), *command.split())
+    assert done.stderr.strip() == "0"
+    assert done.stdout
+
+
+def test_the_package_imports_nothing_heavy_and_finds_every_public_name() -> None:
+    code = f"import sys, curvlab; print([n for n in {HEAVY} if n in sys.modules])"
+    assert said(code).stdout.strip() == "[]"
+    for name in cl.__all__:
+        assert getattr(cl, name) is getattr(cl, name)
+        assert name in dir(cl)
+    with pytest.raises(AttributeError, match="no attribute 'hessian'"):
+        _ = cl.hessian  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("what", lists.LISTS)
+def test_the_kept_list_is_that_of_the_tables(what: str) -> None:
+    """`python -m curvlab.cli.lists` makes it again."""
+    columns, rows = lists.made(what)
+    kept_columns, kept_rows = lists._kept()["lists"][what]
+    assert kept_columns == columns
+    assert [tuple(row) for row in kept_rows] == rows
+
+
+def test_a_kept_list_of_other_sources_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "lists.json"
+    for text in ('{"checksum": "0", "lists": {"models": [["name"], [["old"]]]}}', "[]", "not json", None):
+        if text is None:
+            old.unlink()
+        else:
+            old.write_text(text)
+        monkeypatch.setattr(lists, "_KEPT", old)
+        assert lists._kept() == {}
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_old_names_of_modules_import_with_a_warning(old: str) -> None:
+    sys.modules.pop(old, None)
+    with pytest.warns(cl.CurvlabWarning, match=f"{old} is called {MOVED[old]} now"):
+        found = importlib.import_module(old)
+    assert found is importlib.import_module(MOVED[old])
+    assert found.__spec__ is not None
+    assert found.__spec__.name == MOVED[old]
