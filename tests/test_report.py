@@ -474,16 +474,6 @@ def test_an_svg_keeps_its_references_under_the_prefix(prefix: str) -> None:
     assert inline(figure, prefix, "x") == inline(figure, prefix, "x")
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["adam", "k-bfgs", "kfac", "skqn-l"], ["adam", "adam", "kfac"], ["k-bfgs", "hf", "adam", "tnt", "lbfgs"], ["kfac"]],
-)
-def test_runs_drawn_together_have_colours_of_their_own(names: list[str]) -> None:
-    colours = figures._colours(names)
-    assert len(set(colours)) == len(names)
-    assert figures._colours(["adam", "kfac"]) == [figures._style(n, 0)["color"] for n in ("adam", "kfac")]
-
-
 def test_the_legend_of_many_runs_stands_within_the_figure(runs: Path) -> None:
     ds = cl.open(runs / "adam")
     many = [(str(i), ds.assign_attrs(lr=10.0**-i, damping=0.123 / (i + 1), seed=i)) for i in range(14)]

@@ -160,7 +160,7 @@ def test_a_signal_in_a_step_loses_no_step(
 EARLY: dict[str, tuple[object, str, int]] = {
     "model and data, first of all": (models, "find", 1),
     "data": (datasets, "load", 1),
-    "model": (models, "build", 1),
+    "model": (models.Entry, "made", 1),
     "epoch 0, training examples": (loop, "evaluate", 1),
     "epoch 0, test examples": (loop, "evaluate", 2),
     "warm start": (loop.Training, "_begin", 1),
@@ -529,7 +529,7 @@ def script() -> list[str]:
 def test_while_importing(number: int, moment: float) -> None:
     """From the console script and from ``-m``; twice within 20 ms."""
     command = script() if moment == 0.5 and Path(*script()).exists() else [sys.executable, "-m", "curvlab"]
-    with subprocess.Popen([*command, "list", "models"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, "plot", "nowhere"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         time.sleep(moment)
         process.send_signal(number)
         time.sleep(0.01)

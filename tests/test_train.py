@@ -375,7 +375,13 @@ def test_a_model_by_name_trains_in_train_mode(built: str, monkeypatch: pytest.Mo
     monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build))
     wanted = (True, built != "one of them in eval mode")
     for steps in (2, 4):
-        named = training_by_name.Named(Settings("sgd-m", 0.01), Budget(steps=steps), "normed", batch_size=30_000, warm=False)
+        named = training_by_name.NamedTraining(
+            settings=Settings("sgd-m", 0.01),
+            budget=Budget(steps=steps),
+            problem=Problem(model="normed"),
+            batch_size=30_000,
+            warm=False,
+        )
         state = None if steps == 2 else checkpoint.load(tmp_path / "checkpoint.pt")
         training = training_by_name.prepare(named, {}, state)
         training.into(tmp_path)

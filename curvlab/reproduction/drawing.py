@@ -1,8 +1,4 @@
-"""Training curves as the documents draw them: against epochs and against time. A colour a family, dashes and a marker a
-method.
-
-Colours are Okabe and Ito's, told apart by colour-blind readers; dashes and markers tell in print.
-"""
+"""Training curves as the documents draw them: against epochs and against time, in the looks of `curvlab.show.style`."""
 
 from __future__ import annotations
 
@@ -18,37 +14,14 @@ from matplotlib.ticker import MaxNLocator
 from curvlab.reproduction.claims import MEASURES
 from curvlab.reproduction.results import AXES, Result, Results
 from curvlab.show.axes import plain_numbers
+from curvlab.show.style import Look, looks
 
-FAMILIES = {
-    "#D55E00": ("kfac", "kflr"),
-    "#0072B2": ("k-bfgs", "kf-bfgs"),
-    "#009E73": ("tnt", "shampoo"),
-    "#CC79A7": ("skqn", "s4qn"),
-    "#E69F00": ("smw",),
-    "#56B4E9": ("hf",),
-    "#000000": ("sgd", "adam", "rmsprop"),
-}
-"""{colour: how the names of its algorithms begin}"""
-
-DASHES = ((0, ()), (0, (6, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)), (0, (9, 1.5)), (0, (3, 3)))
-MARKERS = "os^vDPX*"
 _APART = 5  # times the median run's end, beyond which the longest would squeeze all others on a linear axis of time
-
-
-def styles(algorithms: dict[str, str]) -> dict[str, dict[str, object]]:
-    """{label: style} of {label: algorithm}."""
-    found: dict[str, dict[str, object]] = {}
-    seen: dict[str, int] = {}
-    for label, algorithm in algorithms.items():
-        colour = next((c for c, heads in FAMILIES.items() if algorithm.startswith(heads)), "#8C6D31")
-        i = seen[colour] = seen.get(colour, -1) + 1
-        found[label] = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
-    return found
 
 
 def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std") -> Figure:
     """A column for each problem; of one problem a column each for epochs and time."""
-    looks = styles({label: r.algorithm for results in found.values() for label, r in results.items()})
+    seen_as = looks({label: r.algorithm for results in found.values() for label, r in results.items()})
     if len(found) == 1:
         (problem,) = found
         grid = [[(problem, m, axis) for axis in AXES] for m in measures]
@@ -58,7 +31,7 @@ def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std
     axes = figure.subplots(len(grid), len(grid[0]), squeeze=False)
     for i, row in enumerate(grid):
         for j, (problem, measure, axis) in enumerate(row):
-            panel(axes[i, j], found[problem], measure, axis, looks, spread)
+            panel(axes[i, j], found[problem], measure, axis, seen_as, spread)
             if i == 0 and len(found) > 1:
                 axes[i, j].set_title(problem, fontsize=10)
     handles = dict(pair for ax in axes.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -69,9 +42,7 @@ def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std
     return figure
 
 
-def panel(
-    ax: Axes, results: dict[str, Result], measure: str, axis: str, looks: dict[str, dict[str, object]], spread: str
-) -> None:
+def panel(ax: Axes, results: dict[str, Result], measure: str, axis: str, seen_as: dict[str, Look], spread: str) -> None:
     """Means over seeds, a band of their standard deviation or of the mean's error."""
     drawn, ends = [], []
     for label, result in results.items():
@@ -81,9 +52,10 @@ def panel(
         seeds = len(result.runs)
         band = band if spread == "std" else band / math.sqrt(seeds)
         every = max(1, len(x) // 12)
-        ax.plot(x, y, label=label, linewidth=1.4, markersize=4, markevery=every, **looks[label])  # type: ignore[arg-type]  # styles
+        own = seen_as[label]
+        ax.plot(x, y, label=label, linewidth=1.4, marker=own.marker, markersize=4, markevery=every, **own.line)
         if seeds > 1:
-            ax.fill_between(x, y - band, y + band, color=str(looks[label]["color"]), alpha=0.15, linewidth=0)
+            ax.fill_between(x, y - band, y + band, color=own.colour, alpha=0.15, linewidth=0)
         drawn.append(y)
         ends.append(float(x[-1]))
     time = "process time (s)" if all(r.clock == "cpu_seconds" for r in results.values() if r.runs) else "time (s)"

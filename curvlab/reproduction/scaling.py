@@ -24,8 +24,8 @@ from curvlab.algorithms import optimizer
 from curvlab.likelihoods import Gaussian
 from curvlab.machine import clock_of
 from curvlab.objective import Objective
-from curvlab.reproduction.drawing import styles
 from curvlab.reproduction.script import Options, Report, say_progress
+from curvlab.show.style import Look, looks
 from curvlab.system.memory import tensors
 
 Formula = Callable[[SimpleNamespace], float]
@@ -186,10 +186,10 @@ class Scaling:
         """A row for each quantity; dotted the formulas, through the largest size."""
         figure = Figure(figsize=(1.8 + 2.9 * len(self.axes), 0.8 + 2.8 * len(self.quantities)), layout="constrained")
         panels = figure.subplots(len(self.quantities), len(self.axes), sharey="row", squeeze=False)
-        looks = styles({label: row.algorithm for label, row in self.rows.items()})
+        seen_as = looks({label: row.algorithm for label, row in self.rows.items()})
         for (i, what), (j, axis) in product(enumerate(self.quantities), enumerate(self.axes)):
             for label in self.rows:
-                _line(panels[i, j], axis.until(options.budget), found[axis.name, label, what], label, looks[label])
+                _line(panels[i, j], axis.until(options.budget), found[axis.name, label, what], label, seen_as[label])
             panels[i, 0].set_ylabel(QUANTITIES[what])
             panels[-1, j].set_xlabel(axis.heading)
         handles = dict(pair for ax in panels.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -198,7 +198,7 @@ class Scaling:
         return figure
 
 
-def _line(ax: Axes, sizes: Sequence[int], curve: Curve, label: str, look: dict[str, object]) -> None:
+def _line(ax: Axes, sizes: Sequence[int], curve: Curve, label: str, of: Look) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xticks(sizes, [str(size) for size in sizes])
@@ -207,11 +207,11 @@ def _line(ax: Axes, sizes: Sequence[int], curve: Curve, label: str, look: dict[s
     seen = [i for i, value in enumerate(curve.values) if value > 0]
     if not seen:
         return
-    ax.plot(sizes, curve.values, label=label, linewidth=1.3, markersize=4, **look)  # type: ignore[arg-type]  # styles are dictionaries
+    ax.plot(sizes, curve.values, label=label, linewidth=1.3, marker=of.marker, markersize=4, **of.line)
     last = seen[-1]
     if curve.formula[last] > 0:
         through = np.array(curve.formula) * (curve.values[last] / curve.formula[last])
-        ax.plot(sizes, through, color=str(look["color"]), linestyle=":", linewidth=0.9)
+        ax.plot(sizes, through, color=of.colour, linestyle=":", linewidth=0.9)
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float], last: int = 3) -> float:

@@ -1,11 +1,10 @@
 """FIGURES: Dataset → matplotlib Figure, one function a figure. They read only the log.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers; each algorithm also has a dash pattern, for print.
+Colours, dashes and markers are those of `style`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -24,47 +23,14 @@ from curvlab.logs import attributes
 from curvlab.logs.regular import regular, unique
 from curvlab.show.axes import SymmetricLog, plain_numbers, symmetric_log
 from curvlab.show.drawable import SHORT, drawable, heading
+from curvlab.show.style import MATRICES, Look, colours, look, looks
 from curvlab.system.escape import for_matplotlib, for_terminal
 
 Runs = Sequence[tuple[str, xr.Dataset]]
 """[(name, log)]"""
 
-_COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#8C6D31",
-    "#666666",
-    "#AA0000",
-    "#7F3C8D",
-)
 _MOST_PANELS, _MOST_LINES, _MOST_BARS = 64, 48, 400
 """Layers, algorithms of a panel and bars at most; of more so many are drawn, evenly, and it is said."""
-_MARKERS = (".", "x", "s", "^", "v")
-"""Of runs that share a colour."""
-_DASHES = ((0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)))
-_ORDER = (
-    "kfac", "tnt", "shampoo", "adam", "sgd-m", "tnt-ef", "kfac-ef", "tnt-per-sample", "block-ef", "smw-ng-bd", "block-fisher",
-)  # fmt: skip
-
-
-def _style(name: str, index: int) -> dict[str, object]:
-    """Colour and dashes of an algorithm: the same in every figure."""
-    place = _ORDER.index(name) if name in _ORDER else len(_ORDER) + index
-    return {"color": _COLOURS[place % len(_COLOURS)], "linestyle": _DASHES[place % len(_DASHES)], "linewidth": 1.6}
-
-
-def _colours(algorithms: Sequence[str]) -> list[str]:
-    """A colour for each run: an algorithm's own where every run has another one; the others take those that are free."""
-    own = {
-        name: _COLOURS[_ORDER.index(name)] for name in algorithms if name in _ORDER and len(set(algorithms)) == len(algorithms)
-    }
-    free = itertools.cycle([colour for colour in _COLOURS if colour not in own.values()] or _COLOURS)
-    return [own.get(name) or next(free) for name in algorithms]
 
 
 def _line(ax: Axes, values: xr.DataArray, style: dict[str, object], label: str) -> None:
@@ -121,6 +87,7 @@ def cosine(ds: xr.Dataset) -> Figure:
     shown = [inner[i] for i in _some(len(inner), _MOST_PANELS)]
     others = _others(ds)
     drawn = [others[i] for i in _some(len(others), _MOST_LINES)]
+    seen = looks({name: name for name in drawn})
     columns = min(2, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 1.1), layout="constrained")
@@ -128,8 +95,8 @@ def cosine(ds: xr.Dataset) -> Figure:
     for ax in axes.flat[len(shown) :]:
         ax.remove()
     for ax, block in zip(axes.flat, shown, strict=False):
-        for i, name in enumerate(drawn):
-            _line(ax, ds["cosine"].sel(algorithm=name, block=block), _style(name, i), name)
+        for name in drawn:
+            _line(ax, ds["cosine"].sel(algorithm=name, block=block), seen[name].line, name)
         parameters = f" ({ds['parameters'].sel(block=block).item()})" if "parameters" in ds else ""
         ax.set_title(f"layer {block}{parameters}", fontsize=10)
         ax.grid(alpha=0.3)
@@ -154,7 +121,7 @@ def loss(ds: xr.Dataset) -> Figure:
     ax = figure.subplots()
     leader = attributes.text(ds, "reference") or attributes.text(ds, "algorithm")
     steps = _axis(ds["loss"])
-    style = _style("kfac", 0) | {"linestyle": "-", "marker": "." if steps.size < 25 else ""}
+    style = look(leader).line | {"linestyle": "-", "marker": "." if steps.size < 25 else ""}
     _line(ax, ds["loss"], style, f"steps of {leader}" if leader else "loss")
     ax.set_xlabel(str(steps.attrs.get("long_name", "iteration")) if steps.name == "step" else "iteration")
     ax.set_ylabel(f"{ds['loss'].attrs.get('long_name', 'mean loss')} ({ds['loss'].attrs.get('units', 'nat')})")
@@ -173,7 +140,7 @@ def seconds(ds: xr.Dataset) -> Figure:
     width = 6.0 + 0.08 * max(0, max(map(len, names)) - 24)
     figure = Figure(figsize=(width, 0.32 * len(names) + 1.2), layout="constrained")
     ax = figure.subplots()
-    ax.barh(range(len(names)), median.values, color=_COLOURS[0])
+    ax.barh(range(len(names)), median.values, color=[look(name).colour for name in names])
     ax.set_yticks(range(len(names)), names)
     ax.bar_label(ax.containers[0], fmt="%.3g", padding=3)  # type: ignore[arg-type]  # barh made a BarContainer
     if (median > 0).any():
@@ -183,17 +150,6 @@ def seconds(ds: xr.Dataset) -> Figure:
     ax.set_xlabel("median time of update and direction (ms)")
     ax.set_title(f"{_run(ds)}{_of(len(names), there, 'algorithms')}", fontsize=11)
     return figure
-
-
-_MATRICES = {
-    "ggn": ("GGN", "#56B4E9"),
-    "hessian": ("Hessian", "#D55E00"),
-    "fisher": ("Fisher", "#009E73"),
-    "fisher-mc": ("Monte-Carlo Fisher", "#CC79A7"),
-    "ef": ("empirical Fisher", "#E69F00"),
-    "pi": ("Π", "#000000"),
-}
-"""{matrix: (how a legend calls it, colour)}, in the order of drawing."""
 
 
 def spectrum(ds: xr.Dataset) -> Figure:
@@ -231,8 +187,8 @@ def _histogram(ax: Axes, at: xr.Dataset, axis: SymmetricLog) -> None:
     """One panel: the first matrix filled, the others as lines; the legend says the lowest eigenvalue of each."""
     handles: list[StepPatch] = []
     labels: list[str] = []
-    for kind in (k for k in _MATRICES if k in at["matrix"].values):
-        here, (name, colour) = at.sel(matrix=kind), _MATRICES[kind]
+    for kind in (k for k in MATRICES if k in at["matrix"].values):
+        here, (name, colour) = at.sel(matrix=kind), MATRICES[kind]
         counts = float(at["order"]) * np.add.reduceat(here["density"].values, axis.first)
         style = {"linewidth": 1.2} if handles else {"fill": True, "alpha": 0.75, "linewidth": 0}
         handles.append(ax.stairs(np.maximum(counts, 0.5), axis.edges, baseline=0.5, color=colour, **style))  # type: ignore[arg-type]  # likewise
@@ -257,6 +213,15 @@ def _share(here: xr.Dataset) -> str:
     return f", {least}{float(here['negative']):.0%} negative"
 
 
+_PARTS: dict[str, dict[str, Any]] = {"train": {"linewidth": 1.8}, "val": {"linewidth": 1.4, "alpha": 0.5}}
+"""Style of the lines of training and validation."""
+
+
+def _marker(of: Look, epochs: int) -> dict[str, Any]:
+    """A marker on some of the epochs, a small one at each where they are few."""
+    return {"marker": of.marker, "markersize": 4, "markevery": max(1, epochs // 12)}
+
+
 def training(runs: Runs) -> Figure:
     """Loss and error of training runs, against epochs and against training time (thesis Figures 2.2, 4.2, 4.3)."""
     first = runs[0][1]
@@ -264,21 +229,14 @@ def training(runs: Runs) -> Figure:
     against = [name for name in ("epoch", "wall_seconds") if any(name in ds for _, ds in runs)]
     figure = Figure(figsize=(9.2, 3.8), layout="constrained")
     axes = figure.subplots(len(rows), len(against), sharey="row", sharex="col", squeeze=False)
-    colours = _colours([attributes.text(ds, "algorithm") for _, ds in runs])
-    for i, ((label, ds), colour) in enumerate(zip(runs, colours, strict=True)):
-        again = colours[:i].count(colour)
+    seen_as = looks({label: attributes.text(ds, "algorithm") for label, ds in runs})
+    for label, ds in runs:
         for row, kind in zip(axes, rows, strict=True):
-            for part, dashes in (("train", "-"), ("val", (0, (4, 1.5)))):
+            for part in ("train", "val"):  # validation: paler, of the same colour and dashes
                 if f"{part}_{kind}" not in ds:
                     continue
                 seen = ds.dropna("epoch", subset=[f"{part}_{kind}"])
-                style = {
-                    "color": colour,
-                    "linestyle": dashes,
-                    "linewidth": 1.6,
-                    "marker": _MARKERS[again % len(_MARKERS)] if again or seen.sizes["epoch"] < 25 else "",
-                    "markersize": 4 if again else 6,
-                }
+                style = seen_as[label].line | _PARTS[part] | _marker(seen_as[label], seen.sizes["epoch"])
                 name = f"{label}, {'training' if part == 'train' else 'validation'}"
                 for ax, x in zip(row, against, strict=True):
                     if x in seen:
@@ -319,9 +277,10 @@ def damping(ds: xr.Dataset) -> Figure:
     axes = figure.subplots(2, max(1, len(kinds)), sharex=True, sharey="row", squeeze=False)
     what = {"a": "pairs of H_a", "g": "pairs of H_g", "step": "pairs of steps"}
     for column, kind in zip(axes.T, kinds, strict=False):
+        shades = colours(len(shown))
         for i, block in enumerate(shown):
             at = ds.sel(pair=kind, block=block)
-            style = {"color": _COLOURS[i % len(_COLOURS)], "linewidth": 1.4, "marker": "." if ds.sizes["epoch"] < 25 else ""}
+            style = {"color": shades[i], "linewidth": 1.4, "marker": "." if ds.sizes["epoch"] < 25 else ""}
             for ax, name in zip(column, names, strict=True):
                 ax.plot(ds["epoch"], at[name], label=f"layer {block}", **style)
             column[0].plot(ds["epoch"], at["pairs_within_mu1"], linestyle=":", **style)

@@ -1,0 +1,113 @@
+"""How an algorithm looks: one colour, dash pattern and marker in every figure of the package, reproductions included.
+
+A family of methods has a hue, of Okabe and Ito's palette as far as that goes, which colour-blind readers tell apart; its
+members differ in lightness, and in dashes and markers, for print. No two lines of one figure share a colour (`looks`).
+"""
+
+from __future__ import annotations
+
+import colorsys
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from zlib import crc32
+
+from matplotlib.colors import to_hex, to_rgb
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "#0072B2": ("kfac", "kfac-20", "kfac-ef", "kflr"),
+    "#D55E00": ("tnt", "tnt-ef", "tnt-per-sample", "tnt-ideal"),
+    "#009E73": ("shampoo",),
+    "#CC79A7": ("adam", "rmsprop"),
+    "#E69F00": ("sgd-m",),
+    "#7F3C8D": (
+        "k-bfgs", "k-bfgs-l", "k-bfgs-convergent", "k-bfgs-20", "k-bfgs-l-20", "k-bfgs-20-convergent", "kf-bfgs-cnn",
+        "kf-bfgs-l-cnn", "kf-bfgs-cnn-convergent",
+    ),
+    "#56B4E9": ("skqn-l", "skqn-b1", "skqn-b2"),
+    "#8C6D31": ("s4qn", "ssn", "lbfgs"),
+    "#AA0000": ("smw-ng", "smw-gn", "smw-ng-bd"),
+    "#117733": ("hf", "full-ggn"),
+    "#000000": ("block-fisher", "block-ef", "block-ggn", "block-hessian"),
+}  # fmt: skip
+"""{hue: its algorithms, the one that has the hue itself first}"""
+
+OTHERS = "#666666"
+"""Of algorithms that are in no family: a user's own."""
+
+DASHES = ((0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)), (0, (9, 1.5)), (0, (3, 3)))
+MARKERS = "os^vDPX*"
+
+MATRICES = {
+    "ggn": ("GGN", "#56B4E9"),
+    "hessian": ("Hessian", "#D55E00"),
+    "fisher": ("Fisher", "#009E73"),
+    "fisher-mc": ("Monte-Carlo Fisher", "#CC79A7"),
+    "ef": ("empirical Fisher", "#E69F00"),
+    "pi": ("Π", "#000000"),
+}
+"""{matrix: (how a legend calls it, colour)}, in the order of drawing."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a line is drawn."""
+
+    colour: str
+    dashes: tuple[int, tuple[float, ...]]
+    marker: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Colour and dashes, as `Axes.plot` takes them."""
+        return {"color": self.colour, "linestyle": self.dashes}
+
+
+def look(algorithm: str) -> Look:
+    """The look of an algorithm: a function of its name alone."""
+    return next(_variations(algorithm))
+
+
+def looks(algorithms: Mapping[str, str]) -> dict[str, Look]:
+    """{label: look} of the lines of one figure, given as {label: algorithm}.
+
+    Every algorithm has its own look. Of several lines of one algorithm the first has it, the others take shades of its family
+    that are free.
+    """
+    names = set(algorithms.values())
+    own = {name: look(name).colour for name in sorted(names)}
+    taken: set[str] = set()
+    found = {}
+    for label, algorithm in algorithms.items():
+        reserved = {colour for name, colour in own.items() if name != algorithm}
+        free = (v for v in _variations(algorithm) if v.colour not in taken | reserved)
+        found[label] = next(free, None) or look(algorithm)
+        taken.add(found[label].colour)
+    return found
+
+
+def colours(count: int) -> list[str]:
+    """Colours of lines that are no algorithms: blocks, say. They repeat after the eleven hues."""
+    return list(itertools.islice(itertools.cycle(FAMILIES), count))
+
+
+def _variations(algorithm: str) -> Iterator[Look]:
+    """Its own look, then further shades of its family."""
+    hue, members = next(((h, m) for h, m in FAMILIES.items() if algorithm in m), (OTHERS, ()))
+    first = members.index(algorithm) if members else crc32(algorithm.encode()) % 24
+    for step in itertools.chain([first], range(first + 1, first + 1 + _SHADES)):
+        yield Look(_shade(hue, step), DASHES[step % len(DASHES)], MARKERS[step % len(MARKERS)])
+
+
+_SHADES = 60
+_GOLDEN = 0.6180339887498949
+
+
+def _shade(hue: str, step: int) -> str:
+    """The hue itself at 0; then lightnesses between dark and light, each far from the ones before it."""
+    if step == 0:
+        return hue
+    h, own, saturation = colorsys.rgb_to_hls(*to_rgb(hue))
+    lightness = 0.16 + 0.56 * ((own + step * _GOLDEN) % 1.0)
+    return str(to_hex(colorsys.hls_to_rgb(h, lightness, saturation))).upper()
