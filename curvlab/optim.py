@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvlab.closure import Closure, Observation, Pass, Transition
-from curvlab.curvature.base import Curvature
+from curvlab.curvature.base import Curvature, with_defaults
 from curvlab.curvature.states import REMEDY, check_dtype, check_names, check_shape
 from curvlab.derivatives import precise
 from curvlab.divergence import broken, named
@@ -227,12 +227,11 @@ class Descent:
     @property
     def _left_out(self) -> Mapping[str, int | Tensor]:
         """{block: count}; a curvature of one's own need not count."""
-        found: Mapping[str, int | Tensor] = getattr(self.curvature, "left_out", {})
-        return found
+        return with_defaults(self.curvature).left_out
 
     def say_left_out(self) -> None:
         """Warns of each block's first pair that was left out, once. Waits for the device."""
-        name = getattr(self.curvature, "name", "") or type(self.curvature).__name__
+        name = with_defaults(self.curvature).name or type(self.curvature).__name__
         for block, count in self._left_out.items():
             if int(count):
                 where = next((str(b) for b in self.objective.blocks if b.name == block), "all blocks together")
@@ -294,7 +293,7 @@ class Descent:
 
 def of_method(curvature: Curvature, error: Exception, observation: Observation | None = None) -> Exception:
     """The error as Diverged, with the method's name, where numbers have raised it; else itself. One place for all methods."""
-    name = getattr(curvature, "name", "") or type(curvature).__name__
+    name = with_defaults(curvature).name or type(curvature).__name__
     whole = not hasattr(curvature, "blocks") and not getattr(error, "block", "")
     where = f"{name}, all blocks together" if whole else name
 

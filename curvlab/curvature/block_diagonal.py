@@ -16,7 +16,9 @@ from curvlab.closure import Closure, Observation, Pass, Transition
 from curvlab.curvature.base import (
     NO_DATA,
     CurvatureBlock,
+    CurvatureDefaults,
     IdentityBlock,
+    block_with_defaults,
     check_algorithm,
     check_damping,
     check_moments,
@@ -46,7 +48,7 @@ Look = Callable[[Observation], Mapping[str, Any]]
 _COUNTERS = ("steps", "updates", "warmed", "ready", "damping", "gradient_norm")
 
 
-class BlockDiagonal:
+class BlockDiagonal(CurvatureDefaults):
     """A curvature made of blocks, and the schedule of its updates.
 
     Args:
@@ -111,6 +113,7 @@ class BlockDiagonal:
         self._idle: dict[str, Operator] = {}  # of blocks that no minibatch has reached yet: the identity
         self.damping_rule = damping_rule
         self.gradient_norm: float | None = None  # of the last minibatch
+        self.refreshed: float | None = None  # λ of the last refresh
         self.steps = self.updates = 0
         self.warmed = self.ready = False
         self.shown: list[list[Tensor]] = []  # (x, y) of the warm start, where they are averaged over "data"
@@ -181,7 +184,7 @@ class BlockDiagonal:
         """Raises Diverged, before anything is folded, where a second moment, or a gradient at other labels than the data's,
         is not finite."""
         having = {n: b for n, b in self.blocks.items() if b.memory and getattr(statistics.get(n), "used", False)}
-        moments = {n: b.moments(statistics[n]) for n, b in having.items() if hasattr(b, "moments")}
+        moments = {n: block_with_defaults(b).moments(statistics[n]) for n, b in having.items()}
         squared = [n for n, b in having.items() if b.reads == "gradient" and self.labels != "data"]
         try:
             check_moments((name, what, m) for name, each in moments.items() for what, m in each.items())
@@ -296,6 +299,7 @@ class BlockDiagonal:
                 continue
             with Naming(self._partition[name], name):
                 block.refresh(damping)
+        self.refreshed = damping
         self.ready = True
 
     @precise()
@@ -361,6 +365,7 @@ class BlockDiagonal:
         self._idle = {name: unpack_operator(_clone(packed)) for name, packed in state.get("idle", {}).items()}
         for key, value in counters.items():
             setattr(self, key, value)
+        self.refreshed = self.damping if self.ready else None  # the state has no other
         for name, saved in state["blocks"].items():
             for key, value in saved["memory"].items():
                 setattr(self.blocks[name], key, _clone(value))

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.closure import Closure, Observation, Pass, Transition
-from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
+from curvlab.curvature.base import NO_DATA, CurvatureDefaults, check_algorithm, check_damping
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, Ratio, check_ratio, ratio_at
 from curvlab.curvature.states import check_vectors
 from curvlab.curvature.whole_vector import Schedule, check_curvature_size, flat, like, loss_at, part, subset, unflat
@@ -32,7 +31,7 @@ from curvlab.soundness import check_gradients
 _KINDS: dict[Pass, Kind] = {"exact": "ggn", "data": "ef", "model": "fisher-mc"}
 
 
-class HessianFree:
+class HessianFree(CurvatureDefaults):
     """p = x ≈ (B + λI)⁻¹ g by conjugate gradients that stop early; B is never formed.
 
     `inverse` is the inverse itself, by conjugate gradients to the end; `precondition` stops as Martens does and starts from the
@@ -54,7 +53,6 @@ class HessianFree:
         adapt, ratio, boost, drop, epsilon, tau: the LM rule, as of `Smw`; Martens has boost 3/2, drop 2/3 and τ = 0.
     """
 
-    left_out: Mapping[str, int | Tensor] = MappingProxyType({})  # there are no pairs
     step_needs: frozenset[Pass] = frozenset()
     warm_needs: frozenset[Pass] = frozenset()
     needs: frozenset[Pass] = frozenset()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.closure import Closure, Observation, Pass, Transition
-from curvlab.curvature.base import NO_DATA, Secant, check_algorithm, check_damping
+from curvlab.curvature.base import NO_DATA, BlockDefaults, CurvatureDefaults, Secant, check_algorithm, check_damping
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, Ratio, check_ratio, ratio_at
 from curvlab.curvature.states import check_rows
 from curvlab.curvature.whole_vector import Schedule, applied, check_curvature_size, flat, part, subset
@@ -31,7 +30,7 @@ from curvlab.soundness import check_gradients
 from curvlab.statistics import LayerStatistics, Reads
 
 
-class SmwFisher:
+class SmwFisher(BlockDefaults):
     """H = (λI + (1/N) Σₙ vec(D W) vec(D W)ᵀ)⁻¹ on one minibatch, no moving average: (5.6) with the D_t of one layer.
 
     The same inverse as `DenseFisher` on the same minibatch, through an N×N Gram matrix and without forming a gradient.
@@ -70,7 +69,7 @@ class SmwFisher:
         return LowRank(Rows(self.g, self.a), damping)
 
 
-class Smw:
+class Smw(CurvatureDefaults):
     """H = (λI + (1/N₂) Σ_v Σₙ vec vecᵀ)⁻¹ on the whole parameter vector, from one minibatch: thesis Alg. 23.
 
     Labels "exact": Gauss-Newton, whose rows are Jᵀ S with S Sᵀ the Hessian in the outputs. That is (5.6) and (5.7) at once: S
@@ -97,7 +96,6 @@ class Smw:
         boost, drop, epsilon, tau: of the LM rule.
     """
 
-    left_out: Mapping[str, int | Tensor] = MappingProxyType({})  # there are no pairs
     step_needs: frozenset[Pass] = frozenset()
     warm_needs: frozenset[Pass] = frozenset()
 

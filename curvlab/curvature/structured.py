@@ -32,7 +32,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.closure import Closure, Observation, Pass, Transition
-from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
+from curvlab.curvature.base import NO_DATA, CurvatureDefaults, LearntPair, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.states import check_vectors
 from curvlab.curvature.whole_vector import Schedule, Search, flat, like, part, searched, subset
@@ -67,7 +67,7 @@ class Sample:
     Q: Float[Tensor, "D r"] | None = None
 
 
-class Structured:
+class Structured(CurvatureDefaults):
     """(H_k + Λ_k + λ_k I)⁻¹ on the vector of all parameters.
 
     Args:
@@ -327,6 +327,18 @@ class Structured:
         found = refined(base, empty_memory(1, p) if self.memory is None else self.memory, start) @ p
         self.work = work
         return found
+
+    def learns_pairs(self) -> bool:
+        """As of `CurvatureDefaults`; without pairs to keep there is none to see."""
+        return True
+
+    def learnt(self) -> list[tuple[str | None, LearntPair]]:
+        """The last pair, of all blocks together."""
+        return [] if self.last is None else [(None, LearntPair(which="step", pair=self.last))]
+
+    def forget_learnt(self) -> None:
+        """Drop the record of the last pair."""
+        self.last = None
 
     def _direct(self, matrix: Operator) -> Operator:
         """By Cholesky; λ is raised so far that the lowest eigenvalue is λ, where it was not above 0."""
