@@ -22,6 +22,7 @@ from curvlab.curvature.base import (
     with_defaults,
 )
 from curvlab.curvature.block_diagonal import BlockDiagonal
+from curvlab.curvature.settings import CurvatureSettings
 from curvlab.linalg.bfgs import accept, undamped
 from curvlab.linalg.bounds import Bounds
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator, identity_like
@@ -125,7 +126,7 @@ def shown(curvature: object) -> dict[str, np.ndarray]:
 
 def made_of(block: type[Minimal]) -> BlockDiagonal:
     blocks = problem().objective().blocks
-    return BlockDiagonal(blocks, lambda b: block(), labels="data", damping=0.2)
+    return BlockDiagonal(blocks, lambda b: block(), CurvatureSettings(labels="data", damping=0.2))
 
 
 def test_a_block_with_nothing_but_the_protocol_is_seen_as_far_as_it_goes() -> None:

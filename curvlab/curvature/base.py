@@ -73,7 +73,10 @@ class Curvature(Protocol):
     """
 
     damping: float
-    ready: bool
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an inverse to precondition with."""
 
     @property
     def inverse(self) -> Mapping[str, Operator]:
