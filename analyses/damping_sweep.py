@@ -12,7 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 import curvlab as cl
-from curvlab.algorithms import ALGORITHMS
+from curvlab.algorithms import ALGORITHMS, ByBlock
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions
 from curvlab.linalg.cholesky import damped_inverse
 from curvlab.linalg.kronecker import tensor_normal_factors
@@ -38,7 +38,7 @@ def even(means: Contractions, damping: float) -> tuple[Tensor, ...]:
 
 
 # Why TNT alone falls short at large λ: its one ε damps a bias, a variable of one way, by ε where weights are damped by ε².
-ALGORITHMS["tnt-even"] = replace(ALGORITHMS["tnt"], make=lambda block: Contracted(block, batch_contractions, even))
+ALGORITHMS["tnt-even"] = replace(ALGORITHMS["tnt"], builds=ByBlock(lambda block: Contracted(block, batch_contractions, even)))
 train, _ = cl.datasets.load("mnist16")
 
 

@@ -32,7 +32,7 @@ from curvlab.curvature.base import CurvatureBlock, check_damping
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
 from curvlab.exact.kronecker_sum import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
-from curvlab.exact.route_table import Look
+from curvlab.exact.route_table import Minibatch
 from curvlab.layers import Block, Layout
 from curvlab.linalg.distances import compare, distance, norm, ratio
 from curvlab.linalg.kronecker import nearest_kronecker
@@ -81,7 +81,7 @@ def errors(
     chosen, skipped = _chosen(closure, kind, blocks)
     _guard(chosen, closure, kind, 4)
     found: dict[str, Columns] = {}
-    for block, terms in sums(Look(closure, kind, 1), chosen):
+    for block, terms in sums(Minibatch(closure, kind, 1), chosen):
         exact = terms.dense()
         size = norm(exact)
         before = exact
@@ -171,7 +171,7 @@ def quality(
     estimates = {name: Estimate.of(name, kind, labels, sizes, chosen) for name in algorithms}
     _fold(estimates.values(), closure, sizes, passes)
     found: dict[str, Columns] = {}
-    for block, terms in sums(Look(closure, kind, 1), chosen):
+    for block, terms in sums(Minibatch(closure, kind, 1), chosen):
         matrices = [estimate.matrix(block.name, damping) for estimate in estimates.values()]
         exact = terms.dense()
         exact.diagonal().add_(damping)

@@ -51,7 +51,7 @@ def test_what_falls_for_ever_can_rise_again() -> None:
     for _ in range(3000):
         damping = RULE.adapted(damping, 0.0)
     assert damping > 1
-    assert LevenbergMarquardt(1.5, 2 / 3, tau=0.0).adapted(0.3, 0.0) == pytest.approx(0.45)
+    assert LevenbergMarquardt(boost=1.5, drop=2 / 3, tau=0.0).adapted(0.3, 0.0) == pytest.approx(0.45)
     assert RULE.adapted(1e-5, 0.0) > RULE.tau  # a damping below τ that was given
     assert RULE.adapted(1e-5, 0.5) == 1e-5
 

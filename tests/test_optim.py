@@ -366,7 +366,7 @@ def test_a_step_on_a_gpu_reads_no_number(name: str) -> None:
     optimizer = cl.optimizer(name, objective, lr=1e-3, **({"pairs": 3} if "-l" in name else {}))
     optimizer.soundness.late = True  # as on a GPU
     assert not optimizer.warm_start([(p.x, p.y)]) or optimizer.descent.curvature.ready
-    period = 2 * getattr(optimizer.descent.curvature, "refresh_every", 1)
+    period = 2 * optimizer.descent.curvature.cadence.refresh_every
     for _ in range(max(period, 8)):
         optimizer.step(objective.closure(p.x, p.y))
     closure = objective.closure(p.x, p.y)

@@ -8,6 +8,7 @@ import itertools
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -644,7 +645,7 @@ def test_a_state_without_an_inverse_of_other_widths_is_refused(name: str) -> Non
     def absorbed(*widths: int) -> Any:
         objective = Objective(net(*widths), Categorical())
         curvature = approximation(name, objective, damping=0.3)
-        curvature.warm = True
+        curvature.averaging = replace(curvature.averaging, warm=True)
         x = torch.randn(6, widths[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         curvature.absorb(objective.closure(x, torch.zeros(6, dtype=torch.long)).observe(curvature.warm_needs))
         return curvature

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from problems import batches, problem
 from torch import nn
 
 import curvlab as cl
+from curvlab.algorithms import ALGORITHMS
 from curvlab.linalg.operators import Kronecker
 from curvlab.probes.bounds import bounded_inputs, ends
 from curvlab.show import tables
@@ -201,3 +204,78 @@ def test_no_activation_bounds_what_a_norm_makes_of_its_inputs() -> None:
     assert float(normalised) > 1
     assert ds["phi_proven"][0].values.tolist() == [0, 0, 0, 1]
     np.testing.assert_allclose(ds["phi"][0, 1], float(normalised), rtol=1e-12)
+
+
+@pytest.fixture
+def _own_names() -> Iterator[None]:
+    """Takes the entries of ALGORITHMS that a test makes out again."""
+    before = dict(ALGORITHMS)
+    yield
+    ALGORITHMS.clear()
+    ALGORITHMS.update(before)
+
+
+PROVEN = ("bound_low", "bound_high", "tightness_low", "tightness_high", "eigenvalue_low", "eigenvalue_high")
+
+
+@pytest.mark.usefixtures("_own_names")
+def test_tnt_has_its_bounds_under_any_name() -> None:
+    ALGORITHMS["mine"] = replace(ALGORITHMS["tnt"], summary="TNT, named by a user")
+    p = problem()
+    arguments = {"lr": 0.1, "damping": 0.3, "probes": ["bounds:1"]}
+    mine, tnt = (
+        cl.train(problem().objective(), batches(p, 3), algorithm=name, **arguments).dataset for name in ("mine", "tnt")
+    )
+    assert np.isfinite(mine["bound_low"]).all()
+    for name in PROVEN:
+        np.testing.assert_array_equal(mine[name], tnt[name])
+
+
+@pytest.mark.usefixtures("_own_names")
+@pytest.mark.parametrize("other", ["shampoo", "kfac"])
+def test_a_method_that_is_called_tnt_but_is_not_has_not_its_bounds(other: str) -> None:
+    """Lemma 10 is of (4.10), which the name does not make a method follow."""
+    ALGORITHMS["tnt-mine"] = replace(ALGORITHMS[other], summary="no TNT, named by a user")
+    p = problem()
+    ds = cl.train(p.objective(), batches(p, 3), algorithm="tnt-mine", lr=0.01, damping=0.3, probes=["bounds:1"]).dataset
+    assert np.isfinite(ds["eigenvalue_low"].sel(factor="product")).all()
+    for name in ("bound_low", "bound_high"):
+        assert np.isnan(ds[name]).all()
+
+
+@pytest.mark.parametrize("name", ["tnt", "tnt-per-sample"])
+def test_tnts_bounds_are_of_the_damping_of_the_last_refresh(name: str) -> None:
+    """The damping falls at every step and T₂ = 4: the matrix that was inverted has the ε of step 4 until step 8.
+
+    With the ε of now the bounds would be those of another matrix: at a falling ε the upper one would be too loose, and the
+    lower one, whose trace is read off H and ε, wrong; at a rising one H would stand outside of them.
+    """
+    p = problem()
+    data = batches(p, 9)
+    for factor in (0.5, 2.0):
+        ds = cl.train(
+            problem().objective(), data, algorithm=name, lr=0.0, damping=0.3, refresh_every=4, probes=["bounds:1"],
+            schedule=lambda optimizer, factor=factor: Changed(optimizer, factor), schedule_every="step",
+        ).dataset.isel(algorithm=0)  # fmt: skip
+        used = np.array([0.3 * factor**k for k in (0, 1, 2, 3, 3, 3, 3, 7, 7)])
+        at = ds.sel(factor="a", block="2")
+        np.testing.assert_allclose(at["bound_high"], 1 / used, rtol=1e-12)
+        for end in ("low", "high"):
+            assert (ds[f"tightness_{end}"] >= 1 - 1e-9).all()
+
+
+class Changed:
+    """A scheduler that multiplies the damping of all groups by `factor` after every step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
+        self.optimizer, self.factor = optimizer, factor
+
+    def step(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["damping"] *= self.factor
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        pass

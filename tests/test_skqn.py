@@ -444,17 +444,17 @@ def test_gradient_norm_rule_as_printed(damping: float, norm: float, r1: float, r
         expected = 2 * norm / (norm + r2) * damping
     else:
         expected = damping
-    found = GradientNorm(r1, r2)(damping, norm)
+    found = GradientNorm(r1=r1, r2=r2)(damping, norm)
     assert found == pytest.approx(expected, rel=1e-12)
     assert damping <= found <= 2 * damping
 
 
 def test_gradient_norm_rule_at_its_ends() -> None:
-    rule = GradientNorm(0.5, 2.0)
+    rule = GradientNorm(r1=0.5, r2=2.0)
     assert [rule(3.0, norm) for norm in (None, 0.0, 0.5, 1.0, 2.0, math.inf)] == [3, 6, 3, 3, 3, 6]
     for r1, r2 in ((0.0, 1.0), (1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)):
         with pytest.raises(cl.CurvlabError, match="0 < r₁ < r₂"):
-            GradientNorm(r1, r2)
+            GradientNorm(r1=r1, r2=r2)
 
 
 @names

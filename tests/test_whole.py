@@ -8,7 +8,8 @@ from problems import MODELS, Problem, WithNorm, assert_near, problem
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.curvature.whole_vector import Schedule, applied, flat, like, loss_at, part, subset, unflat
+from curvlab.curvature.settings import Cadence
+from curvlab.curvature.whole_vector import applied, flat, like, loss_at, part, subset, unflat
 from curvlab.linalg.operators import Diagonal
 from curvlab.objective import Objective
 
@@ -114,8 +115,8 @@ def test_loss_elsewhere_moves_no_statistics_of_batch_norm() -> None:
 
 def test_schedule() -> None:
     """T₁ = 2, T₂ = 3: the first step always; each of the first T₂ steps refreshes."""
-    schedule = Schedule(2, 3)
+    schedule = Cadence(update_every=2, refresh_every=3)
     assert [k for k in range(1, 10) if schedule.updates(k)] == [1, 2, 4, 6, 8]
     assert [k for k in range(1, 10) if schedule.refreshes(k)] == [1, 2, 3, 6, 9]
     with pytest.raises(cl.CurvlabError, match="refresh_every must be 1 or more, not 0"):
-        Schedule(1, 0)
+        Cadence(refresh_every=0)

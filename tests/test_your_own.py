@@ -18,7 +18,7 @@ MODULE = '''
 import torch
 from torch import nn
 
-from curvlab.algorithms import ALGORITHMS, Algorithm
+from curvlab.algorithms import ALGORITHMS, Algorithm, ByBlock, Constants
 from curvlab.curvature.base import blend
 from curvlab.linalg.operators import Kronecker
 from curvlab.probes import Variable, probe
@@ -47,7 +47,13 @@ def make(block, *, scale=1.0):
     return Inputs(block.shape[0], scale=scale)
 
 
-ALGORITHMS["inputs"] = Algorithm("KFAC's factor of the inputs alone", "of a user", make, "data", lr=0.1, damping=0.1)
+ALGORITHMS["inputs"] = Algorithm(
+    summary="KFAC's factor of the inputs alone",
+    source="of a user",
+    builds=ByBlock(make),
+    labels="data",
+    constants=Constants(lr=0.1, damping=0.1),
+)
 
 
 @probe("slope", "gᵀp", {"slope": Variable(("algorithm",), "slope of the loss along the direction", "nat")})

@@ -1,10 +1,16 @@
-"""What every curvature is: of a block (`CurvatureBlock`), of a model (`Curvature`), and what they share."""
+"""What every curvature is: of a block (`CurvatureBlock`), of a model (`Curvature`), and what they share.
+
+`BlockDefaults` and `CurvatureDefaults` hold the members that a method may have besides, above all what probes ask of it, each
+with the answer of a method that has nothing to say. A method of the package inherits and overrides them; one of a user's own
+need not: `block_with_defaults` and `with_defaults` complete whatever lacks one, and are the only place that looks.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +18,10 @@ from torch import Tensor
 from curvlab.closure import Observation, Pass, Transition
 from curvlab.errors import CurvlabError, Diverged, real
 from curvlab.finite import all_finite, all_short, length, waits
-from curvlab.linalg.operators import Diagonal, Operator, identity_like
+from curvlab.linalg.bfgs import Matrix, Pair
+from curvlab.linalg.block_bfgs import BlockUpdate
+from curvlab.linalg.bounds import Bounds
+from curvlab.linalg.operators import Diagonal, Kronecker, Operator, identity_like
 from curvlab.statistics import LayerStatistics, Reads
 
 NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
@@ -39,9 +48,6 @@ class CurvatureBlock(Protocol):
     def refresh(self, damping: float) -> None:
         """What is expensive: inverses, roots."""
 
-    # A block that averages second moments has `moments(statistics) -> {name: matrix}` too, those that `update` would fold in:
-    # they are looked at before anything is folded.
-
     @property
     def secant(self) -> Secant | None:
         """Learns from a step: statistics of one minibatch's "data" pass before and after it, and the change of the parameters.
@@ -67,7 +73,10 @@ class Curvature(Protocol):
     """
 
     damping: float
-    ready: bool
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an inverse to precondition with."""
 
     @property
     def inverse(self) -> Mapping[str, Operator]:
@@ -94,6 +103,186 @@ class Curvature(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+PairName = Literal["a", "g", "step"]
+"""Which pair: of H_a, of H_g, or of parameters (of a block or of the whole vector)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearntPair:
+    """One pair (s, y), or block of pairs, that a method has learnt from, as a probe sees it."""
+
+    which: PairName
+    pair: Pair | BlockUpdate
+    mu2: float = math.nan
+    """μ₂ of its damping, sᵀs ≤ sᵀy / μ₂; NaN: the method has none."""
+    gamma: float = math.nan
+    """γ where the B of the pair is γ I; NaN where it is another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorBounds:
+    """What is proven of the eigenvalues of H_a, H_g and H = H_g ⊗ H_a; None: no theorem, or its premise does not hold."""
+
+    a: Bounds | None = None
+    g: Bounds | None = None
+    product: Bounds | None = None
+
+
+class BlockDefaults:
+    """The members that a block may have beside those of `CurvatureBlock`, with the answer of one that has none."""
+
+    factored: bool = False
+    """Whether the block is made of Kronecker factors, whose eigenvalues the probe `bounds` looks at."""
+    learns_pairs: bool = False
+    """Whether the block learns from pairs, which the probe `damping` looks at."""
+    shift: float | None = None
+    """What the last `refresh` added to the diagonal beside the damping; None: the method shifts nothing."""
+    reads: Reads = "gradient"
+
+    @property
+    def held(self) -> Operator | None:
+        """`inverse`; None before the first `refresh`."""
+        found: Operator | None = getattr(self, "inverse", None)
+        return found
+
+    def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
+        """{name: second moment} that `update` would fold in: they are looked at before anything is folded."""
+        return {}
+
+    def matrix(self, damping: float = 0.0) -> Operator | None:
+        """B, as of `CurvatureBlock.matrix`; None: the method estimates no matrix."""
+        return None
+
+    def estimates(self) -> bool:
+        """Whether the block may estimate a matrix: whether it has a `matrix` of its own."""
+        return getattr(self.matrix, "__func__", None) is not BlockDefaults.matrix
+
+    def learnt(self) -> Sequence[LearntPair]:
+        """The last pairs that were learnt from since `forget_learnt`."""
+        return ()
+
+    def forget_learnt(self) -> None:
+        """Drop the record of the last pairs (not what was learnt), so that what is found later is of a later step."""
+
+    def kronecker_factors(self) -> tuple[Matrix, Matrix] | None:
+        """(H_g, H_a) where `inverse` is their product, or holds it; None where it does not."""
+        inverse = self.held
+        if not isinstance(inverse, Kronecker) or len(inverse.factors) != 2:
+            return None
+        return inverse.factors[0], inverse.factors[1]
+
+    def input_norm(self) -> float | None:
+        """Root mean square of the inputs in the second moment that H_a inverts; None: H_a is no such inverse."""
+        return None
+
+    def bounds(self, damping: float | None, phi: float) -> FactorBounds:
+        """What is proven of the eigenvalues of `inverse`.
+
+        Args:
+            damping: λ of the last refresh; None: it is not known, and nothing is proven that depends on it.
+            phi: φ, the greatest magnitude of the layer's inputs; NaN: it is not known.
+        """
+        return FactorBounds()
+
+    def pairs_held(self) -> int | None:
+        """Number of pairs in H_g (0 of BFGS, which keeps none); None: H_g is not learnt from pairs."""
+        return None
+
+    def update_bounds(self, norm_B: float, norm_H: float, held: int) -> tuple[float, float] | None:
+        """Bounds on (‖B⁺‖, ‖H⁺‖) of the last update of H_g; None: no theorem, or its premise does not hold.
+
+        Args:
+            norm_B: ‖H_g⁻¹‖ before the update. norm_H: ‖H_g‖ before it. held: `pairs_held` before it.
+        """
+        return None
+
+
+class CurvatureDefaults:
+    """The members that a curvature may have beside those of `Curvature`, with the answer of one that has none."""
+
+    name: str = ""
+    """Of the algorithm."""
+    refreshed: float | None = None
+    """λ of the last refresh, of the matrix that was inverted; None: it is not known."""
+
+    @property
+    def left_out(self) -> Mapping[str, int | Tensor]:
+        """As of `Curvature.left_out`; {}: there are no pairs, or they are not counted."""
+        return {}
+
+    def inverses(self) -> Mapping[str, Operator]:
+        """`inverse`; {} where there is none."""
+        found: Mapping[str, Operator] = getattr(self, "inverse", {})
+        return found
+
+    def by_block(self) -> Mapping[str, BlockDefaults]:
+        """{block: its CurvatureBlock, completed}; {} of a method of the whole vector."""
+        found: Mapping[str, Any] = getattr(self, "blocks", {})
+        return {name: block_with_defaults(block) for name, block in found.items()}
+
+    def undamped(self, p: Tensor) -> Tensor | None:
+        """B p of the quadratic model of the whole vector, with the L2 term; None: the method has none."""
+        return None
+
+    def learns_pairs(self) -> bool:
+        """Whether it learns from pairs."""
+        return any(block.learns_pairs for block in self.by_block().values())
+
+    def learnt(self) -> Sequence[tuple[str | None, LearntPair]]:
+        """(block, None for all; pair) of the last pairs that were learnt from since `forget_learnt`."""
+        return [(name, pair) for name, block in self.by_block().items() for pair in block.learnt()]
+
+    def forget_learnt(self) -> None:
+        """Drop the record of the last pairs, so that what is found later is of a later step."""
+        for block in self.by_block().values():
+            block.forget_learnt()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {}
+
+
+class _CompletedBlock(BlockDefaults):
+    """A block of a user's own: its own members, and the default of each that it lacks."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __getattribute__(self, name: str) -> Any:
+        return _own_or_default(super().__getattribute__, name)
+
+
+class _CompletedCurvature(CurvatureDefaults):
+    """A curvature of a user's own, likewise."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __getattribute__(self, name: str) -> Any:
+        return _own_or_default(super().__getattribute__, name)
+
+
+def _own_or_default(default: Callable[[str], Any], name: str) -> Any:
+    found = _LACKING if name.startswith("_") else getattr(default("_own"), name, _LACKING)
+    return default(name) if found is _LACKING else found
+
+
+_LACKING = object()
+
+
+def block_with_defaults(block: Any) -> BlockDefaults:
+    """The block itself where it has all of `BlockDefaults`; else its own members, completed by the defaults."""
+    return block if isinstance(block, BlockDefaults) else _CompletedBlock(block)
+
+
+def with_defaults(curvature: Any) -> CurvatureDefaults:
+    """The curvature itself where it has all of `CurvatureDefaults`; else its own members, completed by the defaults.
+
+    None, of a frame that holds no curvature, has nothing but defaults.
+    """
+    return curvature if isinstance(curvature, CurvatureDefaults) else _CompletedCurvature(curvature)
 
 
 def check_damping(damping: float) -> None:
@@ -145,7 +334,7 @@ def check_squared(gradients: Mapping[str, Tensor]) -> None:
 _LARGE = 1 << 18  # numbers
 
 
-class IdentityBlock:
+class IdentityBlock(BlockDefaults):
     """The gradient itself: SGD, and the fallback for parameters without structure (thesis 4.7.2: BatchNorm in KFAC).
 
     Args:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlab.closure import Closure, Observation, Pass, Transition
+from curvlab.curvature.averaging import Averaging
 from curvlab.curvature.base import (
     NO_DATA,
     CurvatureBlock,
+    CurvatureDefaults,
     IdentityBlock,
+    block_with_defaults,
     check_algorithm,
     check_damping,
     check_moments,
@@ -24,75 +27,49 @@ from curvlab.curvature.base import (
 )
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_at
+from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.states import check_memory, check_names, check_operator, dtype_of
 from curvlab.derivatives import precise
 from curvlab.divergence import Naming, named
-from curvlab.errors import CurvlabError, Diverged, check_values, unknown, warn
+from curvlab.errors import CurvlabError, Diverged, unknown, warn
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
 from curvlab.objective import Objective
 from curvlab.soundness import check_gradients
 from curvlab.statistics import LayerStatistics, Reads
 
-Average = Literal["moving", "corrected", "last", "data"]
-"""How observations are averaged, k counting them from 1: weight max(1/k, 1 − decay); (1 − decay)/(1 − decayᵏ), Adam's; 1.
-
-"data" is no average over steps: the mean over all minibatches that the warm start has shown, at the weights as they stand now
-(thesis Alg. 14, line 4: "true values"). They are kept, and gone through again at every update. Without a warm start: "last".
-"""
-
 Look = Callable[[Observation], Mapping[str, Any]]
+
 
 _COUNTERS = ("steps", "updates", "warmed", "ready", "damping", "gradient_norm")
 
 
-class BlockDiagonal:
+class BlockDiagonal(CurvatureDefaults):
     """A curvature made of blocks, and the schedule of its updates.
 
     Args:
         blocks: the partition.
         make: block → its CurvatureBlock.
-        labels: the pass that `update` reads.
-        damping: in the document's own place; may be changed at any time, used from the next refresh on.
-        decay: of the moving average (thesis Alg. 12, 15, 16: 0.9).
-        average: see `Average`.
-        warm: whether the document has a warm start (a running mean over one pass through the data).
-        update_every: T₁, steps between updates of the statistics.
-        refresh_every: T₂, steps between refreshes of the inverse; each of the first T₂ steps refreshes too (practice).
-        skips_first: whether, after a warm start, the first minibatch is left out of the statistics, which have seen it
-            (practice: KFAC, TNT, Shampoo).
+        settings: labels, the pass that `update` reads; damping, which may be changed at any time, used from the next refresh
+            on; T₁ of updates of the statistics, T₂ of refreshes of the inverse; the name.
+        averaging: how the statistics are averaged.
         look: observation → {block: what its `update` folds in}, where that is not the statistics of the pass `labels`.
         fallback: the block of parameters without what `make`'s block reads.
-        damping_rule: of the gradient's norm, where the document has one (S2QN (8)).
-        name: of the algorithm; a checkpoint of another is refused.
-        levenberg: the rule by which the damping follows the reduction ratio of all blocks together; None: it stands.
+        damping_rule: how the damping moves: with the gradient's norm (S2QN (8)), or with the reduction ratio of all blocks
+            together (thesis 5.2.3); None: it stands.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
         make: Callable[[Block], CurvatureBlock],
+        settings: CurvatureSettings,
         *,
-        labels: Pass,
-        damping: float,
-        decay: float = 0.9,
-        average: Average = "moving",
-        warm: bool = True,
-        update_every: int = 1,
-        refresh_every: int = 1,
-        skips_first: bool = True,
+        averaging: Averaging = Averaging(),
         look: Look | None = None,
         fallback: Callable[[], CurvatureBlock] = IdentityBlock,
-        damping_rule: GradientNorm | None = None,
-        name: str = "",
-        levenberg: LevenbergMarquardt | None = None,
+        damping_rule: GradientNorm | LevenbergMarquardt | None = None,
     ) -> None:
-        check_damping(damping)
-        check_values(
-            ("decay", decay, 0 <= decay < 1, "at least 0 and below 1"),
-            ("update_every", update_every, update_every >= 1, "a positive number of steps"),
-            ("refresh_every", refresh_every, refresh_every >= 1, "a positive number of steps"),
-        )
         self._partition = {block.name: block for block in blocks}
         self.blocks = {block.name: make(block) for block in blocks}
         loose = [b for b in blocks if not _has(b, self.blocks[b.name].reads)]
@@ -104,13 +81,14 @@ class BlockDiagonal:
             )
             self.blocks |= {b.name: fallback() for b in loose}
         self._fallback = fallback
-        self.name, self.labels, self.skips_first, self.levenberg = name, labels, skips_first, levenberg
-        self.damping, self.decay, self.average, self.warm = damping, decay, average, warm
-        self.update_every, self.refresh_every = update_every, refresh_every
+        self.name, self.labels, self.damping = settings.name, settings.labels, settings.damping
+        self.cadence, self.averaging = settings.cadence, averaging
+        self.levenberg = damping_rule if isinstance(damping_rule, LevenbergMarquardt) else None
+        self.norm_rule = damping_rule if isinstance(damping_rule, GradientNorm) else None
         self._look = look
         self._idle: dict[str, Operator] = {}  # of blocks that no minibatch has reached yet: the identity
-        self.damping_rule = damping_rule
         self.gradient_norm: float | None = None  # of the last minibatch
+        self.refreshed: float | None = None  # λ of the last refresh
         self.steps = self.updates = 0
         self.warmed = self.ready = False
         self.shown: list[list[Tensor]] = []  # (x, y) of the warm start, where they are averaged over "data"
@@ -129,7 +107,7 @@ class BlockDiagonal:
     @property
     def warm_needs(self) -> frozenset[Pass]:
         """The passes that `absorb` reads; empty where the document has no warm start."""
-        return frozenset({self._pass}) if self.warm else frozenset()
+        return frozenset({self._pass}) if self.averaging.warm else frozenset()
 
     @property
     def inverse(self) -> dict[str, Operator]:
@@ -139,21 +117,12 @@ class BlockDiagonal:
         return {name: self._idle.get(name) or block.inverse for name, block in self.blocks.items()}
 
     def _folds(self, step: int) -> bool:
-        if step == 1 and self.skips_first:
+        if step == 1 and self.averaging.skips_first:
             return not self.warmed
-        return step % self.update_every == 0 or not self.updates
+        return step % self.cadence.update_every == 0 or not self.updates
 
     def _refreshes(self, step: int) -> bool:
-        return step <= self.refresh_every or step % self.refresh_every == 0 or not self.ready
-
-    def _weight(self) -> float:
-        """Of the next observation."""
-        k = self.updates + 1
-        if self.average in ("last", "data"):
-            return 1.0
-        if self.average == "corrected":
-            return (1 - self.decay) / (1 - self.decay**k)
-        return max(1 / k, 1 - self.decay)
+        return self.cadence.refreshes(step) or not self.ready
 
     def _fold(self, observation: Observation, weight: float) -> None:
         if self._look is not None:
@@ -181,7 +150,7 @@ class BlockDiagonal:
         """Raises Diverged, before anything is folded, where a second moment, or a gradient at other labels than the data's,
         is not finite."""
         having = {n: b for n, b in self.blocks.items() if b.memory and getattr(statistics.get(n), "used", False)}
-        moments = {n: b.moments(statistics[n]) for n, b in having.items() if hasattr(b, "moments")}
+        moments = {n: block_with_defaults(b).moments(statistics[n]) for n, b in having.items()}
         squared = [n for n, b in having.items() if b.reads == "gradient" and self.labels != "data"]
         try:
             check_moments((name, what, m) for name, each in moments.items() for what, m in each.items())
@@ -222,12 +191,12 @@ class BlockDiagonal:
         if self._folds(step) and self.shown:
             self._fold_data(observation.closure.objective)
         elif self._folds(step):
-            self._fold(observation, self._weight())
+            self._fold(observation, self.averaging.weight(self.updates + 1))
         if self._refreshes(step):
             self.refresh()
-        if self.damping_rule:
+        if self.norm_rule is not None:
             self.gradient_norm = total_norm(observation.gradients)
-            self.damping *= self.damping_rule.shrink
+            self.damping *= self.norm_rule.shrink
         self.steps = step
 
     rejects = False
@@ -245,7 +214,7 @@ class BlockDiagonal:
     @property
     def wants_step(self) -> bool:
         """Whether it will learn from the step that follows this direction (Alg. 9, line 12: k ≡ 0 mod T)."""
-        learns = self.steps % self.update_every == 0 and any(b.secant for b in self.blocks.values())
+        learns = self.steps % self.cadence.update_every == 0 and any(b.secant for b in self.blocks.values())
         return learns or self.levenberg is not None
 
     @precise()
@@ -277,11 +246,11 @@ class BlockDiagonal:
     @precise()
     def absorb(self, observation: Observation) -> None:
         """Warm start: fold into the plain mean over all observations so far. Call `refresh` after the last."""
-        if self.warm:
+        if self.averaging.warm:
             check_gradients(observation.closure.objective, observation)
             self._fold(observation, 1 / (self.updates + 1))
             self.warmed = True
-            if self.average == "data":
+            if self.averaging.kind == "data":
                 self.shown.append([observation.closure.x, observation.closure.y])
 
     @precise()
@@ -290,12 +259,13 @@ class BlockDiagonal:
         if not self.updates:
             raise CurvlabError(NO_DATA)
         check_damping(self.damping)
-        damping = self.damping_rule(self.damping, self.gradient_norm) if self.damping_rule else self.damping
+        damping = self.damping if self.norm_rule is None else self.norm_rule(self.damping, self.gradient_norm)
         for name, block in self.blocks.items():
             if name in self._idle:
                 continue
             with Naming(self._partition[name], name):
                 block.refresh(damping)
+        self.refreshed = damping
         self.ready = True
 
     @precise()
@@ -361,6 +331,7 @@ class BlockDiagonal:
         self._idle = {name: unpack_operator(_clone(packed)) for name, packed in state.get("idle", {}).items()}
         for key, value in counters.items():
             setattr(self, key, value)
+        self.refreshed = self.damping if self.ready else None  # the state has no other
         for name, saved in state["blocks"].items():
             for key, value in saved["memory"].items():
                 setattr(self.blocks[name], key, _clone(value))
@@ -368,11 +339,6 @@ class BlockDiagonal:
                 self.blocks[name].inverse = inverses[name]
             elif hasattr(self.blocks[name], "inverse"):  # saved before the first data
                 del self.blocks[name].inverse
-
-
-def _of(block: Block, error: CurvlabError) -> CurvlabError:
-    """The error with the block's name, once."""
-    return error if str(error).startswith(str(block)) else type(error)(f"{block}: {error}")
 
 
 def _step_of(transition: Transition, name: str) -> Tensor:

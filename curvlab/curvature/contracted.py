@@ -15,8 +15,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.base import Secant, blend, check_moments
+from curvlab.curvature.base import BlockDefaults, FactorBounds, Secant, blend, check_moments
 from curvlab.layers import Block
+from curvlab.linalg.bfgs import Matrix
 from curvlab.linalg.direct_sum import ColumnSum
 from curvlab.linalg.kronecker import contraction
 from curvlab.linalg.operators import Kronecker, Operator
@@ -49,7 +50,7 @@ def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[T
     return [each[::-1] for each in found] if block.layer and block.layer.transposed else found  # the ways as the block lies
 
 
-class Contracted:
+class Contracted(BlockDefaults):
     """Moving averages Ĝ^(i) of every variable, H = ⊗ᵢ factorᵢ(Ĝ^(1), …, Ĝ^(k); damping).
 
     Args:
@@ -58,9 +59,11 @@ class Contracted:
         factors: contractions of one variable, damping → inverse factors.
         reads: what `contractions` needs.
         forward: contractions of one variable, damping → the factors of `matrix`, where it has one.
+        theorem: inverses of the variables, weight first, damping → what is proven of them; None: nothing is.
     """
 
     memory: ClassVar[tuple[str, ...]] = ("means",)
+    factored = True
     secant: Secant | None = None
     inverse: Operator
 
@@ -71,9 +74,11 @@ class Contracted:
         factors: Callable[[Contractions, float], tuple[Tensor, ...]],
         reads: Reads = "gradient",
         forward: Callable[[Contractions, float], tuple[Tensor, ...]] | None = None,
+        theorem: Callable[[Sequence[Kronecker], float], FactorBounds] | None = None,
     ) -> None:
         self.block, self.reads = block, reads
         self._contractions, self._factors, self._forward = contractions, factors, forward
+        self._theorem = theorem
         self.means: list[list[Tensor]] | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
@@ -91,6 +96,25 @@ class Contracted:
     def matrix(self, damping: float = 0.0) -> Operator | None:
         """The product of the factors whose inverses, or inverse roots, `refresh` takes."""
         return None if self._forward is None else self._of_variables(self._forward, damping)
+
+    def variables(self) -> list[Kronecker]:
+        """The inverses of the block's variables, weight first; [] before the first `refresh`."""
+        parts = self.held.parts if isinstance(self.held, ColumnSum) else (self.held,)
+        return [part for part in parts if isinstance(part, Kronecker)]
+
+    def kronecker_factors(self) -> tuple[Matrix, Matrix] | None:
+        """(H_g, H_a) of a matrix of weights, where a theorem speaks of them."""
+        first = self.variables()[:1] if self._theorem is not None else []
+        if not first or len(first[0].factors) != 2:
+            return None
+        return first[0].factors[0], first[0].factors[1]
+
+    def bounds(self, damping: float | None, phi: float) -> FactorBounds:
+        """By the theorem of the method, from `inverse` and the damping it was made with."""
+        parts = self.variables()
+        if self._theorem is None or damping is None or not parts:
+            return FactorBounds()
+        return self._theorem(parts, damping)
 
     def _of_variables(self, factors: Callable[[Contractions, float], tuple[Tensor, ...]], damping: float) -> Operator:
         assert self.means is not None

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from curvlab.curvature.base import Secant
+from curvlab.curvature.base import BlockDefaults, Secant
 from curvlab.linalg.operators import Diagonal, Operator
 from curvlab.statistics import LayerStatistics, Reads
 
 
-class SecondMoment:
+class SecondMoment(BlockDefaults):
     """v = average of g², H = diag(1 / (√v + ε)): textbook Adam with the damping as ε, outside the root.
 
     RMSprop is the same with no bias correction of either moment (thesis 2.8.2) and v from a warm start. `torch.optim.RMSprop`

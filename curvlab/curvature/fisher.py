@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from curvlab.curvature.base import Secant
+from curvlab.curvature.base import BlockDefaults, Secant
 from curvlab.errors import Diverged, guard_memory
 from curvlab.finite import waits
 from curvlab.layers import Block
@@ -34,7 +34,7 @@ def check_outer(*factors: Tensor) -> None:
         raise Diverged("the block Fisher matrix contains NaN or Inf: lower the learning rate or raise the damping")
 
 
-class DenseFisher:
+class DenseFisher(BlockDefaults):
     """Moving average of F = (1/N) Σ_v Σ_n vec(D W) vec(D W)ᵀ, one dense block.
 
     Where a weight is used at one place (T = 1) F = Σₙ Gₙ ⊗ aₙaₙᵀ is kept packed (`linalg.packed`), on those inputs alone that

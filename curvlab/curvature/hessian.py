@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvlab import exact
 from curvlab.closure import Observation
-from curvlab.curvature.base import Secant, blend
+from curvlab.curvature.base import BlockDefaults, Secant, blend
 from curvlab.errors import Diverged
 from curvlab.finite import all_finite, waits
 from curvlab.linalg.cholesky import damped_cholesky, shifted
@@ -47,7 +47,7 @@ def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:
     return float(torch.linalg.eigvalsh(matrix)[0])
 
 
-class DenseHessian:
+class DenseHessian(BlockDefaults):
     """H = (M + τI + λI)⁻¹, M the moving average of the exact Hessian blocks, which may be indefinite.
 
     τ = max(0, −λ_min(M)), `shift`, is the least that makes M + τI positive semi-definite, so that the matrix that is inverted
@@ -61,7 +61,7 @@ class DenseHessian:
 
     def __init__(self) -> None:
         self.M: Tensor | None = None
-        self.shift = 0.0
+        self.shift: float = 0.0
 
     def update(self, statistics: Dense, weight: float) -> None:
         new = statistics.dense()

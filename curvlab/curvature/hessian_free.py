@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from jaxtyping import Float
@@ -16,8 +15,18 @@ from torch import Tensor
 from curvlab.closure import Closure, Observation, Pass, Transition
 from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, Ratio, check_ratio, ratio_at
+from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.states import check_vectors
-from curvlab.curvature.whole_vector import Schedule, check_curvature_size, flat, like, loss_at, part, subset, unflat
+from curvlab.curvature.whole_vector import (
+    WholeVectorCurvature,
+    check_curvature_size,
+    flat,
+    like,
+    loss_at,
+    part,
+    subset,
+    unflat,
+)
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind, alone
 from curvlab.exact.torch_func import Function
@@ -32,7 +41,7 @@ from curvlab.soundness import check_gradients
 _KINDS: dict[Pass, Kind] = {"exact": "ggn", "data": "ef", "model": "fisher-mc"}
 
 
-class HessianFree:
+class HessianFree(WholeVectorCurvature):
     """p = x ≈ (B + λI)⁻¹ g by conjugate gradients that stop early; B is never formed.
 
     `inverse` is the inverse itself, by conjugate gradients to the end; `precondition` stops as Martens does and starts from the
@@ -41,35 +50,24 @@ class HessianFree:
 
     Args:
         objective: whose parameters; a model whose examples stand alone (BatchNorm in eval mode).
-        labels: "exact" the Gauss-Newton matrix, "data" the empirical Fisher matrix, "model" that of drawn labels.
-        damping: λ = λ_LM + τ.
-        decay: of no use: there are no moving averages.
-        update_every: T₁, steps between minibatches of the products. refresh_every: T₂, steps between which λ stands.
-        name: of the algorithm; a checkpoint of another is refused.
-        curvature_size: N₂, drawn from the minibatch without replacement (`whole.subset`); None takes all.
+        settings: labels, "exact" the Gauss-Newton matrix, "data" the empirical Fisher matrix, "model" that of drawn labels;
+            damping, λ = λ_LM + τ; T₁, steps between minibatches of the products, and T₂, between which λ stands.
+        curvature_size: N₂, drawn from the minibatch without replacement (`whole_vector.subset`); None takes all.
         iterations: at most so many products a direction.
         progress: ε of the stopping rule (`krylov.truncated_cg`).
         reuse: the start is this much of the last direction (Martens and Sutskever 2012: 0.95; in 2010 all of it); 0: zero.
         backtrack: from the last iterate back to earlier ones for as long as the minibatch's loss at θ − x falls.
-        adapt, ratio, boost, drop, epsilon, tau: the LM rule, as of `Smw`; Martens has boost 3/2, drop 2/3 and τ = 0.
+        adapt, ratio, levenberg: the LM rule, as of `Smw`.
     """
 
-    left_out: Mapping[str, int | Tensor] = MappingProxyType({})  # there are no pairs
-    step_needs: frozenset[Pass] = frozenset()
-    warm_needs: frozenset[Pass] = frozenset()
     needs: frozenset[Pass] = frozenset()
     rejects = False
 
     def __init__(
         self,
         objective: Objective,
+        settings: CurvatureSettings,
         *,
-        labels: Pass,
-        damping: float,
-        decay: float = 0.9,
-        update_every: int = 1,
-        refresh_every: int = 1,
-        name: str = "",
         curvature_size: int | None = 30,
         iterations: int = 250,
         progress: float = 5e-4,
@@ -77,12 +75,9 @@ class HessianFree:
         backtrack: bool = True,
         adapt: bool = True,
         ratio: Ratio = "direction",
-        boost: float = 1.01,
-        drop: float = 0.99,
-        epsilon: float = 0.25,
-        tau: float = 0.001,
+        levenberg: LevenbergMarquardt = LevenbergMarquardt(),
     ) -> None:
-        check_damping(damping)
+        super().__init__(objective, settings)
         check_ratio(ratio)
         check_curvature_size(curvature_size)
         if iterations < 1 or not progress >= 0 or not 0 <= reuse <= 1:
@@ -90,12 +85,9 @@ class HessianFree:
                 "conjugate gradients need iterations of at least 1, progress of at least 0 and reuse between 0 and 1, "
                 f"not {iterations:g}, {progress:g}, {reuse:g}"
             )
-        self.rule = LevenbergMarquardt(boost, drop, epsilon, tau)
-        self.objective, self.layout, self.labels, self.damping, self.name = objective, objective.layout, labels, damping, name
+        self.levenberg = levenberg
         self.curvature_size, self.adapt, self.ratio, self.backtrack = curvature_size, adapt, ratio, backtrack
         self.iterations, self.progress, self.reuse = iterations, progress, reuse
-        self.schedule = Schedule(update_every, refresh_every)
-        self.steps = 0
         self.trial: Closure | None = None  # the minibatch S₁, for the losses of backtracking
         self.minibatch: Closure | None = None  # S₂, of the products
         self.at: Tensor | None = None  # the weights that the products are taken at
@@ -129,14 +121,14 @@ class HessianFree:
         check_gradients(self.objective, observation)
         step = self.steps + 1
         closure, size = observation.closure, self.curvature_size
-        if self.schedule.updates(step):
+        if self.cadence.updates(step):
             alone(self.objective)
             self.minibatch = closure if size is None else part(closure, subset(closure, size))
             self.at = self.layout.flatten({name: p.detach() for name, p in self.objective.parameters.items()}).to(
                 self.objective.dtype
             )
             self.product = self._product(self.minibatch, self.at)
-        if self.schedule.refreshes(step):
+        if self.cadence.refreshes(step):
             self.refresh()
         self.trial, self.start = closure, None if self.solution is None else self.reuse * self.solution
         self.steps = step
@@ -147,9 +139,6 @@ class HessianFree:
         function.at = at
         apply = function.product(_KINDS[self.labels], 1)
         return Product(lambda v: apply(v.mT).mT / size, len(at), at.dtype, at.device)
-
-    def absorb(self, observation: Observation) -> None:
-        """The documents have no warm start of statistics."""
 
     def refresh(self) -> None:
         """λ as it stands."""
@@ -190,7 +179,7 @@ class HessianFree:
         if self.adapt and self.solution is not None:
             p = -self.solution if self.ratio == "direction" else flat(self.layout, transition.step)
             rho = ratio_at(transition, self.layout, p, self.matrix.operator @ p)
-            self.damping = self.rule.adapted(self.damping, rho)
+            self.damping = self.levenberg.adapted(self.damping, rho)
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,16 +15,28 @@ Legend: N examples, T places, I inputs incl. the bias column, O outputs, p pairs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.curvature.base import Move, blend
+from curvlab.curvature.base import BlockDefaults, FactorBounds, LearntPair, Move, PairName, blend
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import DAMPINGS, MU1, Flag, Pair, accept, action_pair, damp, hessian_action, updated_inverse
+from curvlab.linalg.bounds import (
+    Bounds,
+    damped_lbfgs,
+    damped_step,
+    double_damping_lbfgs,
+    double_damping_step,
+    input_factor,
+    mu3,
+    within,
+)
 from curvlab.linalg.cholesky import damped_inverse
 from curvlab.linalg.kronecker import places_split
 from curvlab.linalg.lbfgs import Memory, compact_is_cheaper, empty_memory, lbfgs_inverse, multiple_of_identity
@@ -46,11 +58,13 @@ CONVERGENT: Mapping[str, Any] = {"pairs": 100, "exact": True}
 STARTS: dict[str, Callable[[float], float]] = {"identity": lambda damping_g: 1.0, "damping": lambda damping_g: 1 / damping_g}
 """λ_G → h, H_g = h I before the first pair, and at the bottom of L-BFGS: Alg. 4 and 2021 Alg. 2; Alg. 9, line 3."""
 
+LEMMA_STARTS: dict[str, float | None] = {"pi-lm": None, "pi-lm-2021": 1.0}
+"""h of D_P(I) D_LM, where H_g starts from h I too (None: 1/μ₂): thesis Alg. 10, 11; 2021 Alg. 3, 4."""
 
 FACTOR_A = "the K-BFGS factor A"
 
 
-class KBfgs:
+class KBfgs(BlockDefaults):
     """H = H_g ⊗ H_a.
 
     Args:
@@ -68,6 +82,7 @@ class KBfgs:
 
     reads: Reads = "factors"
     memory: ClassVar[tuple[str, ...]] = ("A", "s", "y", "S", "Y", "seen", "places", "overall", "left_out")
+    factored = learns_pairs = True
     inverse: Operator
 
     def __init__(
@@ -216,4 +231,75 @@ class KBfgs:
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
         """None: what the pairs have learnt is damped already."""
+        return None
+
+    # ---- what probes ask
+
+    def learnt(self) -> list[LearntPair]:
+        """The last pair of each factor, with its μ₂."""
+        mu2 = self.mu2
+        return [LearntPair(which=cast(PairName, which), pair=pair, mu2=mu2[which]) for which, pair in self.last.items()]
+
+    def forget_learnt(self) -> None:
+        """Drop the record of the last pairs."""
+        self.last = {}
+
+    def pairs_held(self) -> int:
+        """Pairs in H_g by L-BFGS; 0 of BFGS."""
+        return 0 if self.S is None else len(self.S)
+
+    def input_norm(self) -> float | None:
+        """Root mean square of the inputs in the A that H_a inverts, of whatever minibatches: φ is not below it."""
+        if not self.exact or self.held is None:
+            return None
+        H_a, biased = self.factors[1].double(), self.block.biased
+        squares = float(torch.linalg.inv(H_a).trace() - len(H_a) * self.mu2["a"]) / self.places
+        return math.sqrt(max(0.0, squares - biased) / max(1, len(H_a) - biased))
+
+    def bounds(self, damping: float | None, phi: float) -> FactorBounds:
+        """Of H_a where it inverts A + λ_A I, of H_g by L-BFGS from the pairs that it holds, and of their product.
+
+        The dampings are those of the last refresh, which the block keeps itself. Thesis Lemmas 1, 2, 3, 6, 7; 2021 Lemma 3.
+        """
+        a, g = self._input_bounds(phi), self._output_bounds()
+        return FactorBounds(a=a, g=g, product=None if a is None or g is None else a * g)
+
+    def _input_bounds(self, phi: float) -> Bounds | None:
+        """Of H_a: thesis Lemma 1, (3.17) in Lemma 7."""
+        if not self.exact:
+            return None
+        inputs = self.block.shape[1] + (not self.block.biased)
+        return input_factor(inputs, phi, self.mu2["a"], self.places)
+
+    def _output_bounds(self) -> Bounds | None:
+        """Of H_g: thesis Lemma 2 as long as no pair was dropped; Lemma 6, 2021 Lemma 3."""
+        if not self.pairs:
+            return None
+        count, mu2 = self.pairs_held(), self.mu2["g"]
+        if self.pair_damping == "dd" and self.skip and count < self.pairs:
+            return double_damping_lbfgs(count, MU1, mu2)
+        if self.pair_damping in LEMMA_STARTS:
+            start = LEMMA_STARTS[self.pair_damping]
+            if self._start(mu2) == (start or 1 / mu2):
+                return damped_lbfgs(count, MU1, mu2, start)
+        return None
+
+    def update_bounds(self, norm_B: float, norm_H: float, held: int) -> tuple[float, float] | None:
+        """By thesis (2.8), (2.10) or Lemma 5, 2021 Lemma 2, where the pair was used and dropped none.
+
+        The pair must satisfy the premise, sᵀs ≤ sᵀy/μ₂ and yᵀHy ≤ sᵀy/μ₁ or yᵀy ≤ sᵀy/μ₃.
+        """
+        pair = self.last.get("g")
+        dropped = self.pairs and held == self.pairs
+        if pair is None or pair.skipped or dropped:
+            return None
+        mu2, after = self.mu2["g"], pair.damping.after
+        curvature, step, change = (np.asarray(float(x) / float(after.sy)) for x in (after.yHy, after.ss, after.yy))
+        if not within(step, 1 / mu2):
+            return None
+        if self.pair_damping in LEMMA_STARTS:
+            third = mu3(MU1, mu2, LEMMA_STARTS[self.pair_damping])
+            return damped_step(norm_B, norm_H, mu2, third) if within(change, 1 / third) else None
+        if within(curvature, 1 / MU1):
+            return double_damping_step(norm_B, norm_H, MU1, mu2)
         return None

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from curvlab.curvature.base import Secant, blend
+from curvlab.curvature.base import BlockDefaults, Secant, blend
 from curvlab.errors import lookup
 from curvlab.linalg.cholesky import damped_inverse, shifted
 from curvlab.linalg.kronecker import pi_split
@@ -33,12 +33,13 @@ SPLITS: dict[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = {
 FACTOR_A, FACTOR_G = "the KFAC factor A (Ω)", "the KFAC factor G (Γ)"
 
 
-class Kfac:
+class Kfac(BlockDefaults):
     """H = (Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹: Alg. 12, lines 14 and 19; with the split "even" Alg. 7, lines 9 and 11."""
 
     reads: Reads = "moments"
     memory: ClassVar[tuple[str, ...]] = ("A", "G")
     secant: Secant | None = None
+    factored = True
     inverse: Operator
 
     def __init__(self, split: str = "pi") -> None:

@@ -23,11 +23,19 @@ Ratio = Literal["direction", "step"]
 _SMALLEST = 2.0**-26  # of λ_LM / τ: below, it would be lost in the rounding of λ_LM + τ, and no boost would raise it again
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LevenbergMarquardt:
     """λ = λ_LM + τ; λ_LM · boost where ρ < ε, · drop where ρ > 1 − ε. Values: thesis 5.8, "same as in Kiros".
 
-    λ is never below τ: a smaller one that was given stands until the rule first changes it.
+    λ is never below τ: a smaller one that was given stands until the rule first changes it. Martens 2010 has boost 3/2,
+    drop 2/3 and τ = 0.
+
+    Args:
+        boost: factor of λ_LM where the model foresaw too much. drop: factor where it foresaw well.
+        epsilon: ε. tau: τ.
+
+    Raises:
+        CurvlabError: a value out of its range.
     """
 
     boost: float = 1.01

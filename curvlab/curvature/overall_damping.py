@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-Rule = Callable[[float, int], float]
+DampingRule = Callable[[float, int], float]
 """Overall damping λ and batch size m → the document's own damping parameter, so that methods compare at one λ (practice)."""
 
 
@@ -23,6 +23,6 @@ def per_factor_of_mean(overall: float, size: int) -> float:
     return math.sqrt(overall / size)
 
 
-def fixed(epsilon: float) -> Rule:
+def fixed(epsilon: float) -> DampingRule:
     """The same at every λ: the document's ε (Table 4.3) where no matrix is approximated whose damping λ could be."""
     return lambda overall, size: epsilon

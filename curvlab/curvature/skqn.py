@@ -34,6 +34,7 @@ Legend: N examples, T places, I inputs incl. the bias column, O outputs, p pairs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
@@ -43,7 +44,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.base import Move, Secant, blend
+from curvlab.curvature.base import BlockDefaults, LearntPair, Move, Secant, blend
 from curvlab.curvature.kfac import FACTOR_A, FACTOR_G, Kfac
 from curvlab.errors import CurvlabError, check_values, lookup
 from curvlab.layers import Block
@@ -92,7 +93,7 @@ def _check(what: str, count: int | None, gamma: float) -> None:
         raise CurvlabError(f"the refinement starts from γ I with γ above 0, not {gamma:g}; γ = 0 needs {what}=0")
 
 
-class SkqnL:
+class SkqnL(BlockDefaults):
     """B + λI = G̃ ⊗ Â + Λ + λI, Λ by L-BFGS of the block's own pairs: S2QN 3.4 with (12), inverted by (13).
 
     Args:
@@ -104,6 +105,7 @@ class SkqnL:
 
     reads: Reads = "factors"
     memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "S", "Y", "left_out")
+    factored = learns_pairs = True
     inverse: Operator
 
     def __init__(self, block: Block, *, pairs: int = 3, gamma: float = 0.1, mu: float = 0.25, split: bool = False) -> None:
@@ -151,6 +153,17 @@ class SkqnL:
 
     def _secant(self, before: LayerStatistics, after: LayerStatistics, move: Move) -> None:
         self.U, self.V = move(), after.gradient - before.gradient  # Alg. 1, line 5
+
+    def learnt(self) -> list[LearntPair]:
+        """The last pair of the block's parameters: B = Λ⁰ = γ I, and μ γ is its μ₂."""
+        if self.last is None:
+            return []
+        mu2 = self.mu * self.gamma or math.nan
+        return [LearntPair(which="step", pair=self.last, mu2=mu2, gamma=self.gamma)]
+
+    def forget_learnt(self) -> None:
+        """Drop the record of the last pair."""
+        self.last = None
 
     def matrix(self, damping: float = 0.0) -> Operator:
         """B + λI: an approximation of the Hessian."""
@@ -207,7 +220,7 @@ CONDITIONS: dict[str, Condition] = {
 }
 
 
-class SkqnB:
+class SkqnB(BlockDefaults):
     """B + λI = (G̃ + Λ̃) ⊗ Â + λI, Λ̃ by sketched block BFGS: S2QN (18), (21), (22).
 
     Args:
@@ -222,6 +235,7 @@ class SkqnB:
 
     reads: Reads = "factors"
     memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "Lambda", "draws", "left_out")
+    factored = learns_pairs = True
     inverse: Operator
 
     def __init__(
@@ -294,6 +308,14 @@ class SkqnB:
         generator = torch.Generator().manual_seed(state >> 1)
         sketch = gaussian_sketch(m, self.columns, generator, U.dtype, torch.device("cpu")).to(U.device)
         return U @ sketch, V @ sketch
+
+    def learnt(self) -> list[LearntPair]:
+        """The last block of pairs of Λ̃."""
+        return [] if self.last is None else [LearntPair(which="g", pair=self.last)]
+
+    def forget_learnt(self) -> None:
+        """Drop the record of the last block of pairs."""
+        self.last = None
 
     def matrix(self, damping: float = 0.0) -> Operator:
         """B + λI: an approximation of the Hessian."""

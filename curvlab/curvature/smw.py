@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.closure import Closure, Observation, Pass, Transition
-from curvlab.curvature.base import NO_DATA, Secant, check_algorithm, check_damping
+from curvlab.curvature.base import NO_DATA, BlockDefaults, Secant, check_algorithm, check_damping
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, Ratio, check_ratio, ratio_at
+from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.states import check_rows
-from curvlab.curvature.whole_vector import Schedule, applied, check_curvature_size, flat, part, subset
+from curvlab.curvature.whole_vector import (
+    WholeVectorCurvature,
+    applied,
+    check_curvature_size,
+    flat,
+    part,
+    subset,
+)
 from curvlab.errors import CurvlabError, guard_memory, unknown
 from curvlab.exact.batches import alone
 from curvlab.exact.torch_func import Function
@@ -31,7 +38,7 @@ from curvlab.soundness import check_gradients
 from curvlab.statistics import LayerStatistics, Reads
 
 
-class SmwFisher:
+class SmwFisher(BlockDefaults):
     """H = (λI + (1/N) Σₙ vec(D W) vec(D W)ᵀ)⁻¹ on one minibatch, no moving average: (5.6) with the D_t of one layer.
 
     The same inverse as `DenseFisher` on the same minibatch, through an N×N Gram matrix and without forming a gradient.
@@ -70,7 +77,7 @@ class SmwFisher:
         return LowRank(Rows(self.g, self.a), damping)
 
 
-class Smw:
+class Smw(WholeVectorCurvature):
     """H = (λI + (1/N₂) Σ_v Σₙ vec vecᵀ)⁻¹ on the whole parameter vector, from one minibatch: thesis Alg. 23.
 
     Labels "exact": Gauss-Newton, whose rows are Jᵀ S with S Sᵀ the Hessian in the outputs. That is (5.6) and (5.7) at once: S
@@ -82,56 +89,37 @@ class Smw:
 
     Args:
         objective: whose parameters.
-        labels: see above.
-        damping: λ = λ_LM + τ.
-        decay: of no use: there are no moving averages.
-        update_every: T₁, steps between looks. refresh_every: T₂, steps between Cholesky factors.
-        name: of the algorithm; a checkpoint of another is refused.
-        curvature_size: N₂, drawn from the minibatch without replacement (`whole.subset`); None takes all. The "exact" pass is
-            then of these examples alone (BatchNorm in training mode normalises them among themselves).
+        settings: labels, see above; damping, λ = λ_LM + τ; T₁, steps between looks, and T₂, between Cholesky factors.
+        curvature_size: N₂, drawn from the minibatch without replacement (`whole_vector.subset`);
+            None takes all. The "exact" pass is then of these examples alone (BatchNorm in training
+            mode normalises them among themselves).
         adapt: whether λ follows the LM rule (5.2.3); a comparison at one overall λ holds it fixed.
         ratio: where ρ is taken, see `Ratio`.
         semi_stochastic: take a step back where ρ < η. With the whole data set as minibatch, learning rate 1 and N₂ of its
             examples this is the method that Theorem 6 proves convergent.
         eta: η, between 0 and ε (Theorem 6; the thesis gives no value).
-        boost, drop, epsilon, tau: of the LM rule.
+        levenberg: the LM rule.
     """
-
-    left_out: Mapping[str, int | Tensor] = MappingProxyType({})  # there are no pairs
-    step_needs: frozenset[Pass] = frozenset()
-    warm_needs: frozenset[Pass] = frozenset()
 
     def __init__(
         self,
         objective: Objective,
+        settings: CurvatureSettings,
         *,
-        labels: Pass,
-        damping: float,
-        decay: float = 0.9,
-        update_every: int = 1,
-        refresh_every: int = 1,
-        name: str = "",
         curvature_size: int | None = 30,
         adapt: bool = True,
         ratio: Ratio = "direction",
         semi_stochastic: bool = False,
         eta: float = 0.1,
-        boost: float = 1.01,
-        drop: float = 0.99,
-        epsilon: float = 0.25,
-        tau: float = 0.001,
+        levenberg: LevenbergMarquardt = LevenbergMarquardt(),
     ) -> None:
-        check_damping(damping)
+        super().__init__(objective, settings)
         check_ratio(ratio)
         check_curvature_size(curvature_size)
-        self.rule = LevenbergMarquardt(boost, drop, epsilon, tau)
-        if not 0 < eta < epsilon:
-            raise CurvlabError(f"eta must lie between 0 and epsilon = {epsilon:g} (Theorem 6), not {eta:g}")
-        self.objective, self.layout, self.labels, self.damping, self.name = objective, objective.layout, labels, damping, name
+        if not 0 < eta < levenberg.epsilon:
+            raise CurvlabError(f"eta must lie between 0 and epsilon = {levenberg.epsilon:g} (Theorem 6), not {eta:g}")
         self.curvature_size, self.adapt, self.ratio, self.eta = curvature_size, adapt, ratio, eta
-        self.rejects = semi_stochastic
-        self.schedule = Schedule(update_every, refresh_every)
-        self.steps = 0
+        self.rejects, self.levenberg = semi_stochastic, levenberg
         self.ready = False
         self.rows: RowMatrix | None = None
         self._inverse: Woodbury | None = None
@@ -147,15 +135,15 @@ class Smw:
     def needs(self) -> frozenset[Pass]:
         """The pass of the next `update`; none where it looks at the N₂ examples itself."""
         own_look = self.labels == "exact" and self.curvature_size is not None
-        return frozenset() if own_look or not self.schedule.updates(self.steps + 1) else frozenset({self.labels})
+        return frozenset() if own_look or not self.cadence.updates(self.steps + 1) else frozenset({self.labels})
 
     def update(self, observation: Observation) -> None:
         """Rows of the N₂ examples where the schedule says so, the factor of their Gram matrix where it says so."""
         check_gradients(self.objective, observation)
         step = self.steps + 1
-        if self.schedule.updates(step):
+        if self.cadence.updates(step):
             self.rows = self._rows(observation)
-        if self.schedule.refreshes(step):
+        if self.cadence.refreshes(step):
             self.refresh()
         self.steps = step
 
@@ -175,9 +163,6 @@ class Smw:
         if loose:
             found |= loose_rows(closure, loose, self.labels, chosen)
         return Beside(tuple(found[b.name] for b in self.layout.blocks))
-
-    def absorb(self, observation: Observation) -> None:
-        """The document has no warm start."""
 
     def refresh(self) -> None:
         """D_t of (5.6) with the damping as it stands."""
@@ -213,7 +198,7 @@ class Smw:
             p = flat(self.layout, transition.step)
         rho = ratio_at(transition, self.layout, p, LowRank(self._inverse.rows, 0.0) @ p)
         if self.adapt:
-            self.damping = self.rule.adapted(self.damping, rho)
+            self.damping = self.levenberg.adapted(self.damping, rho)
         return not (self.rejects and rho < self.eta)
 
     def state_dict(self) -> dict[str, Any]:

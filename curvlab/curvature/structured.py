@@ -32,17 +32,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.closure import Closure, Observation, Pass, Transition
-from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
+from curvlab.curvature.base import NO_DATA, LearntPair, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm
+from curvlab.curvature.refinement import Refinement
+from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.states import check_vectors
-from curvlab.curvature.whole_vector import Schedule, Search, flat, like, part, searched, subset
+from curvlab.curvature.whole_vector import Search, WholeVectorCurvature, flat, like, part, searched, subset
 from curvlab.errors import CurvlabError, Diverged, check_values, unknown
 from curvlab.exact.batches import Kind
 from curvlab.exact.torch_func import Function
 from curvlab.finite import all_finite
-from curvlab.linalg.bfgs import Pair, accept, undamped
 from curvlab.linalg.krylov import Indefinite, conjugate_gradients
-from curvlab.linalg.lbfgs import Memory, empty_memory, lbfgs_inverse, multiple_of_identity, refined, refined_low_rank
+from curvlab.linalg.lbfgs import Memory, lbfgs_inverse, multiple_of_identity, refined, refined_low_rank
 from curvlab.linalg.operators import Dense, Operator
 from curvlab.linalg.products import Product
 from curvlab.objective import Objective
@@ -67,21 +68,18 @@ class Sample:
     Q: Float[Tensor, "D r"] | None = None
 
 
-class Structured:
+class Structured(WholeVectorCurvature):
     """(H_k + Λ_k + λ_k I)⁻¹ on the vector of all parameters.
 
     Args:
         objective: whose parameters; its L2 term is a part of H_k.
-        labels: of a base "fisher".
-        damping: α_k⁻¹.
-        update_every: T₁, steps between pairs. Everything else is of the minibatch at hand: `refresh_every` and `decay` have
-            nothing to act on.
+        settings: labels, of a base "fisher"; damping, α_k⁻¹; T₁, steps between pairs. Everything else is of the minibatch at
+            hand, so that T₂ has nothing to act on.
         base: see `Base`.
         pairs: p; 0 is no refinement.
         sample: examples in S_H at the first step; None takes the minibatch.
         growth: |S_H| grows by this factor a step, up to the minibatch.
-        r1, r2: of (8); None for λ_k = α_k⁻¹.
-        shrink: α_{k+1}⁻¹ = shrink · α_k⁻¹.
+        damping_rule: λ_k of α_k⁻¹, and how that goes on: (8).
         gamma: γ; None for that of the newest pair.
         tolerance: on ‖g − (B + λI) d‖ / ‖g‖ of conjugate gradients. iterations: the most of them.
         solver: auto forms the matrix of up to 256 parameters and takes conjugate gradients above; a base "fisher" of fewer
@@ -93,37 +91,27 @@ class Structured:
     `work` counts examples: those seen by products with the base, by trial steps that were not taken, and by the base's rows.
     """
 
-    labels: Pass
     step_needs: frozenset[Pass] = frozenset({"gradient"})
     needs: frozenset[Pass] = frozenset({"gradient"})
-    warm_needs: frozenset[Pass] = frozenset()
     rejects = False
 
     def __init__(
         self,
         objective: Objective,
+        settings: CurvatureSettings,
         *,
-        labels: Pass,
-        damping: float,
-        decay: float = 0.9,
-        update_every: int = 1,
-        refresh_every: int = 1,
-        name: str = "s4qn",
         base: Base = "hessian",
         pairs: int = 1,
         sample: int | None = None,
         growth: float = 1.0,
-        r1: float | None = None,
-        r2: float | None = None,
-        shrink: float = 1.0,
+        damping_rule: GradientNorm = GradientNorm(r1=None, r2=None),
         gamma: float | None = None,
         tolerance: float = 0.1,
         iterations: int = 100,
         solver: Solver = "auto",
         search: Search = "none",
     ) -> None:
-        check_damping(damping)
-        Schedule(update_every, refresh_every)
+        super().__init__(objective, settings)
         for what, value, known in (("base", base, Base), ("solver", solver, Solver), ("line search", search, Search)):
             if value not in get_args(known):
                 raise unknown(what, value, get_args(known))
@@ -131,28 +119,18 @@ class Structured:
             ("pairs", pairs, pairs >= (base == "none"), "0 or more, or 1 or more where there is no base"),
             ("sample", 1 if sample is None else sample, sample is None or sample >= 1, "a positive number of examples"),
             ("growth", growth, growth >= 1, "1 or more"),
-            ("shrink", shrink, 0 < shrink <= 1, "above 0 and at most 1"),
             ("gamma", 1.0 if gamma is None else gamma, gamma is None or gamma > 0, "above 0"),
             ("tolerance", tolerance, 0 < tolerance < 1, "above 0 and below 1"),
             ("iterations", iterations, iterations >= 1, "1 or more"),
         )
-        if (r1 is None) != (r2 is None):
-            raise CurvlabError("the gradient-norm rule (8) needs both r1 and r2, or neither")
-        self.rule = None if r1 is None or r2 is None else GradientNorm(r1, r2)
-        self.objective, self.name, self.labels, self.damping = objective, name, labels, damping
-        self.base, self.pairs, self.update_every = base, pairs, update_every
-        self.sample, self.growth, self.shrink, self.gamma = sample, growth, shrink, gamma
+        self.base, self.sample, self.growth, self.damping_rule = base, sample, growth, damping_rule
         self.tolerance, self.iterations, self.solver, self.search = tolerance, iterations, solver, search
-        self.steps = 0
+        self.refinement = Refinement(pairs, gamma, alone=base == "none")
         self.ready = False
         self.gradient_norm: float | None = None  # ‖g_{k−1}‖
-        self.memory: Memory | None = None
-        self.ages: list[int] = []  # the step that gave each pair
         self.pending: tuple[Tensor, Tensor] | None = None  # u_{k−1}, v̂_{k−1}: v needs H_k, (10)
-        self.pairs_left_out = 0  # since they were not finite
         self.work = {"products": 0, "trials": 0}
-        self.lam = damping
-        self.last: Pair | None = None  # the last pair, for the log
+        self.lam = self.damping
         self._sample: Sample | None = None
 
     # ------------------------------------------------------------------------------------------ Alg. 1
@@ -162,34 +140,37 @@ class Structured:
         check_damping(self.damping)
         check_gradients(self.objective, observation)
         self._observation = observation
-        g = flat(self.objective.layout, observation.gradients)
+        g = flat(self.layout, observation.gradients)
         self._sample = None if self.base == "none" else self._take(observation.closure)
         pending, self.pending = self.pending, None
         if pending is not None:
             self._add(*pending)
-        self.lam = self.damping if self.rule is None else self.rule(self.damping, self.gradient_norm)  # (8)
+        self.lam = self.damping_rule(self.damping, self.gradient_norm)  # (8)
         self._invert(g)
         self.gradient_norm = float(g.norm())
-        self.damping *= self.shrink
+        self.damping *= self.damping_rule.shrink
         self.steps += 1
         self.ready = True
 
     @property
     def wants_step(self) -> bool:
-        return self.pairs > 0 and self.steps % self.update_every == 0
+        return self.refinement.most > 0 and self.steps % self.cadence.update_every == 0
 
     def learn(self, transition: Transition) -> bool:
         """Line 5: the pair of this step, by two gradients on the same examples. The step stands."""
-        change = flat(self.objective.layout, transition.after.gradients) - flat(
-            self.objective.layout, transition.before.gradients
-        )
-        self.pending = flat(self.objective.layout, transition.step), change
+        change = flat(self.layout, transition.after.gradients) - flat(self.objective.layout, transition.before.gradients)
+        self.pending = flat(self.layout, transition.step), change
         return True
 
     @property
     def left_out(self) -> dict[str, int | Tensor]:
         """{"whole": pairs that were left out so far since they were not finite}."""
-        return {"whole": self.pairs_left_out}
+        return {"whole": self.refinement.left_out}
+
+    @property
+    def memory(self) -> Memory | None:
+        """The pairs of the refinement; None where there are none."""
+        return self.refinement.memory
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(B_k + λ_k I)⁻¹ g, times the step of the line search where there is one.
@@ -198,7 +179,7 @@ class Structured:
             grads: {block: tensor of the block's shape} or {parameter: tensor}, for all of them.
         """
         matrix_of = self.inverse["whole"]
-        g = flat(self.objective.layout, grads)
+        g = flat(self.layout, grads)
         while True:
             try:
                 d = matrix_of @ g
@@ -211,7 +192,7 @@ class Structured:
             far = searched(self._observation, g, d, self.search)
             self.work["trials"] += (far.trials - far.met) * self._observation.size
             d = d * far.step
-        return like(self.objective.layout, d, grads)
+        return like(self.layout, d, grads)
 
     # ------------------------------------------------------------------------------------------ the base
 
@@ -251,45 +232,26 @@ class Structured:
     # ------------------------------------------------------------------------------------------ the refinement
 
     def _add(self, u: Float[Tensor, " D"], change: Float[Tensor, " D"]) -> None:
-        """v = v̂ − H_k u, (10); into the memory where uᵀv is positive enough (3.2)."""
+        """v = v̂ − H_k u, (10), into the refinement.
+
+        H of the pair's record is, of L-BFGS, what the direction was taken with; else (Λ⁰)⁻¹ of this pair.
+        """
         v = change
         if self._sample is not None:
             v = change - self._sample.product(u[:, None])[:, 0] - 2 * self.objective.l2 * u
-        memory = empty_memory(self.pairs, u) if self.memory is None else self.memory
-        if self.base != "none":  # what older samples missed goes: U_k is of the steps k − p to k − 1, (11)
-            last = [k > self.steps - self.pairs for k in self.ages]
-            memory = Memory(self.pairs, memory.S[last], memory.Y[last])
-            self.ages = [k for k, stays in zip(self.ages, last, strict=True) if stays]
-        self.last = accept(undamped(u, v, self._metric(u, v)), cosine=_EPSILON_B)
-        self.pairs_left_out += self.last.skipped == "not finite"
-        if not self.last.skipped:
-            memory, self.ages = memory.append(u, v), [*self.ages, self.steps][-self.pairs :]
-        self.memory = memory if len(memory) else None
-
-    def _metric(self, u: Float[Tensor, " D"], v: Float[Tensor, " D"]) -> Operator:
-        """H of the pair's record: of L-BFGS what the direction was taken with; else (Λ⁰)⁻¹ of this pair."""
-        if self.base == "none":
+        if self.base != "none":
+            metric = self.refinement.metric(u, v)
+        else:
             if not self.ready:  # the run goes on from a state
                 self._invert(u)
-            return self._inverse
-        gamma = abs(float(u @ v / (u @ u))) if self.gamma is None else self.gamma
-        return multiple_of_identity(1 / gamma if gamma > 0 else 1.0, u)  # no γ where uᵀv is 0 or u is: refused for that alone
-
-    @property
-    def _gamma(self) -> float:
-        """γ of Λ⁰ = γ I; 0 where there is no pair and a base, 1 where there is neither."""
-        if self.memory is None:
-            return 1.0 if self.base == "none" else 0.0
-        if self.gamma is not None:
-            return self.gamma
-        u, v = self.memory.S[-1].double(), self.memory.Y[-1].double()
-        return float(v @ v / (u @ v) if self.base == "none" else u @ v / (u @ u))
+            metric = self._inverse
+        self.refinement.add(u, v, metric, self.steps)
 
     # ------------------------------------------------------------------------------------------ the inverse
 
     def _invert(self, g: Float[Tensor, " D"]) -> None:
-        gamma, sample = self._gamma, self._sample
-        memory = empty_memory(1, g) if self.memory is None else self.memory
+        gamma, sample = self.refinement.gamma, self._sample
+        memory = self.refinement.memory_like(g)
         if sample is None:
             if self.lam == 0:
                 self._inverse = lbfgs_inverse(memory, multiple_of_identity(1 / gamma, g))
@@ -318,15 +280,28 @@ class Structured:
         """B p of the quadratic model, with the L2 term; it counts as no work."""
         if not self.ready:
             raise CurvlabError(NO_DATA)
-        gamma, sample, work = self._gamma, self._sample, dict(self.work)
+        gamma, sample, work = self.refinement.gamma, self._sample, dict(self.work)
         start = multiple_of_identity(gamma, p)
         base: Operator = start
         if sample is not None:
             shift = gamma + 2 * self.objective.l2
             base = Product(lambda v: sample.product(v) + shift * v, len(p), p.dtype, p.device)
-        found = refined(base, empty_memory(1, p) if self.memory is None else self.memory, start) @ p
+        found = refined(base, self.refinement.memory_like(p), start) @ p
         self.work = work
         return found
+
+    def learns_pairs(self) -> bool:
+        """As of `CurvatureDefaults`; without pairs to keep there is none to see."""
+        return True
+
+    def learnt(self) -> list[tuple[str | None, LearntPair]]:
+        """The last pair, of all blocks together."""
+        last = self.refinement.last
+        return [] if last is None else [(None, LearntPair(which="step", pair=last))]
+
+    def forget_learnt(self) -> None:
+        """Drop the record of the last pair."""
+        self.refinement.last = None
 
     def _direct(self, matrix: Operator) -> Operator:
         """By Cholesky; λ is raised so far that the lowest eigenvalue is λ, where it was not above 0."""
@@ -358,9 +333,6 @@ class Structured:
 
     # ------------------------------------------------------------------------------------------ the rest
 
-    def absorb(self, observation: Observation) -> None:
-        """No warm start."""
-
     def refresh(self) -> None:
         """Nothing is kept that could be refreshed."""
         if not self.ready:
@@ -369,9 +341,9 @@ class Structured:
     def state_dict(self) -> dict[str, Any]:
         """Counters and pairs. The base is of a minibatch: the next `update` takes its own."""
         state = {key: getattr(self, key) for key in _STATE}
-        pairs = None if self.memory is None else [self.memory.S, self.memory.Y]
-        state["pairs_left_out"] = self.pairs_left_out
-        return state | {"algorithm": self.name, "work": dict(self.work), "pairs": pairs, "pending": _listed(self.pending)}
+        pairs = {"pairs": self.refinement.packed(), "ages": self.refinement.ages, "pending": _listed(self.pending)}
+        state |= pairs | {"pairs_left_out": self.refinement.left_out}
+        return state | {"algorithm": self.name, "work": dict(self.work)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
@@ -379,14 +351,11 @@ class Structured:
         pairs, pending = state["pairs"], state["pending"]
         held = {f"{name} {i}": t for name, both in (("pairs", pairs), ("pending", pending)) for i, t in enumerate(both or ())}
         check_vectors(self.objective.layout, held, self.objective.dtype)
-        memory = None if pairs is None else Memory(self.pairs, *(t.clone() for t in pairs))
-        kept = {key: state[key] for key in _STATE}
+        kept, ages = {key: state[key] for key in _STATE}, state["ages"]
         self.work = dict(state["work"])
         for key, value in kept.items():
             setattr(self, key, value)
-        self.ages = list(self.ages)
-        self.pairs_left_out = state.get("pairs_left_out", 0)
-        self.memory = memory
+        self.refinement.restore(pairs, ages, state.get("pairs_left_out", 0))
         self.pending = None if pending is None else (pending[0].clone(), pending[1].clone())
         self.ready = False
 
@@ -395,9 +364,8 @@ class Structured:
         return ", ".join(f"block {b.name}" for b in self.objective.blocks)
 
 
-_EPSILON_B = 1e-8  # 3.2
 _ROWS = 1 << 26  # numbers in Q: beyond, products with the base take less time and room
-_STATE = ("steps", "ages", "damping", "lam", "gradient_norm")
+_STATE = ("steps", "damping", "lam", "gradient_norm")
 
 
 def _listed(pair: tuple[Tensor, Tensor] | None) -> list[Tensor] | None:

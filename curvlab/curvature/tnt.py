@@ -5,23 +5,30 @@ Legend: k ways of a variable of shape [d_1, …, d_k]; V vectors, N examples, T 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
+from curvlab.curvature.base import FactorBounds
 from curvlab.curvature.contracted import Contracted, Contractions, batch_contractions, with_pixels
 from curvlab.layers import Block
+from curvlab.linalg.bounds import Bounds, tensor_normal, tensor_normal_factor
 from curvlab.linalg.cholesky import damped_inverse, shifted
 from curvlab.linalg.kronecker import contraction, tensor_normal_factors
+from curvlab.linalg.operators import Kronecker
 from curvlab.statistics import LayerStatistics
 
 
 def tnt(block: Block) -> Contracted:
     """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the batch-mean gradient: Alg. 15. Of N examples Ũ₁ ⊗ Ũ₂ estimates Fisher / N."""
-    return Contracted(block, batch_contractions, factors, forward=forward)
+    return Contracted(block, batch_contractions, factors, forward=forward, theorem=lemma_10)
 
 
 def tnt_per_sample(block: Block) -> Contracted:
     """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the per-sample gradients: ⊗ Ũ_i estimates Fisher itself, at any batch size."""
-    return Contracted(block, sample_contractions, factors, reads="factors", forward=forward)
+    return Contracted(block, sample_contractions, factors, reads="factors", forward=forward, theorem=lemma_10)
 
 
 def factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
@@ -52,3 +59,31 @@ def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[
     if block.biased:
         found.append([contraction(bias, 1)])
     return [[c / statistics.size for c in variable] for variable in found]
+
+
+def gradient_norm_bound(part: Kronecker, damping: float) -> float:
+    """tr E[vec G vec Gᵀ] of one variable, which bounds the norm in Lemma 10: c₀ᵏ Π d_j by (4.10), c₀ the mean of Ũ₁.
+
+    Read off H itself, ⊗ᵢ (Ũ_i + εI)⁻¹, which may be older than its statistics.
+    """
+    first, shape = part.factors[0], [len(f) for f in part.factors]
+    assert isinstance(first, Tensor)
+    mean = max(float((1 / torch.linalg.eigvalsh(first.double())).mean()) - damping, 0.0)
+    return mean ** len(shape) * math.prod(shape)
+
+
+def lemma_10(parts: Sequence[Kronecker], damping: float) -> FactorBounds:
+    """Bounds on H_a, H_g (where the weight is a matrix) and H: thesis Lemma 10, and (4.10) with Lemma 9 in its proof.
+
+    Args:
+        parts: the inverses ⊗ᵢ (Ũ_i + εI)⁻¹ of the block's variables, weight first.
+        damping: ε that they were made with.
+    """
+    shapes = [[len(f) for f in part.factors] for part in parts]
+    norms = [gradient_norm_bound(part, damping) for part in parts]
+    each = [tensor_normal(shape, norm, damping).inverse for shape, norm in zip(shapes, norms, strict=True)]
+    whole = Bounds(min(b.lower for b in each), max(b.upper for b in each))
+    if len(shapes[0]) != 2:
+        return FactorBounds(product=whole)
+    g, a = (tensor_normal_factor(shapes[0], way, norms[0], damping).inverse for way in (0, 1))
+    return FactorBounds(a=a, g=g, product=whole)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlab.closure import Closure, Observation
-from curvlab.errors import CurvlabError, Diverged, unknown, whole
+from curvlab.closure import Closure, Observation, Pass
+from curvlab.curvature.base import CurvatureDefaults
+from curvlab.curvature.settings import CurvatureSettings
+from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.layers import Layout
 from curvlab.linalg.line_search import Found, armijo, wolfe
 from curvlab.linalg.operators import Operator
@@ -139,23 +140,25 @@ def searched(observation: Observation, g: Float[Tensor, " D"], d: Float[Tensor, 
             else wolfe(loss_and_slope, start, slope, slack=slack))  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When a method of the whole vector looks at a minibatch (T₁) and refreshes its inverse (T₂); steps count from 1."""
+class WholeVectorCurvature(CurvatureDefaults):
+    """What methods of the whole vector share: their settings, a count of steps, and no warm start.
 
-    update_every: int = 1
-    refresh_every: int = 1
+    Args:
+        objective: whose parameters.
+        settings: see `CurvatureSettings`.
+    """
 
-    def __post_init__(self) -> None:
-        for name in ("update_every", "refresh_every"):
-            whole(name, getattr(self, name))
+    step_needs: frozenset[Pass] = frozenset()
+    warm_needs: frozenset[Pass] = frozenset()
 
-    def updates(self, step: int) -> bool:
-        return step == 1 or step % self.update_every == 0
+    def __init__(self, objective: Objective, settings: CurvatureSettings) -> None:
+        self.objective, self.layout = objective, objective.layout
+        self.labels, self.damping, self.name = settings.labels, settings.damping, settings.name
+        self.cadence = settings.cadence
+        self.steps = 0
 
-    def refreshes(self, step: int) -> bool:
-        """Each of the first T₂ steps too (practice)."""
-        return step <= self.refresh_every or step % self.refresh_every == 0
+    def absorb(self, observation: Observation) -> None:
+        """Do nothing: the documents have no warm start of statistics."""
 
 
 def check_curvature_size(size: int | None) -> None:

@@ -20,7 +20,7 @@ from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
-from curvlab.exact.route_table import Look
+from curvlab.exact.route_table import Minibatch
 from curvlab.forms import Form
 from curvlab.layers import Block
 from curvlab.linalg.kronecker import accumulate_places_
@@ -194,7 +194,7 @@ def kronecker_terms(
         raise CurvlabError(f"{chosen} {fault}, so it is no sum of Kronecker products: use curvlab.exact.matrix")
     if kind not in PASSES:
         guard_hessians(chosen, len(x), closure.form.places[block], objective.dtype)
-    return next(sums(Look(closure, kind, draws), [chosen]))[1]
+    return next(sums(Minibatch(closure, kind, draws), [chosen]))[1]
 
 
 def preactivation(
@@ -231,7 +231,7 @@ def guard_hessians(block: Block, size: int, places: int, dtype: torch.dtype) -> 
     guard_memory(int(1.3 * numbers * dtype.itemsize), what, "take fewer examples")
 
 
-def sums(look: Look, blocks: Sequence[Block]) -> Iterator[tuple[Block, KroneckerSum]]:
+def sums(look: Minibatch, blocks: Sequence[Block]) -> Iterator[tuple[Block, KroneckerSum]]:
     """One block after the other, in any order, with its Kronecker sum on one minibatch; every pass is shared."""
     if look.kind in PASSES:
         for block in blocks:

@@ -18,7 +18,7 @@ from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few, say_general
-from curvlab.exact.route_table import ROUTES, Look, Sum, route_of
+from curvlab.exact.route_table import ROUTES, Minibatch, Sum, route_of
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Dense
 from curvlab.linalg.packed import (
@@ -67,7 +67,7 @@ def matrices(
     sums: dict[str, Sum] = {}
     seen = 0
     for closure in few(Batches.of(objective, x, y), kind, chosen):
-        look = Look(closure, kind, draws)
+        look = Minibatch(closure, kind, draws)
         size = len(closure.x)
         if route == "auto" and not seen:
             say_general(chosen, kind, closure.form)
@@ -172,7 +172,7 @@ def _across(
     found = torch.zeros(height, width, dtype=objective.dtype, device=objective.device)
     seen, any_structured = 0, False
     for closure in Batches.of(objective, x, y):
-        look = Look(closure, kind, draws)
+        look = Minibatch(closure, kind, draws)
         size = len(closure.x)
         loose = [b for b in layout.blocks if b.name not in closure.form.shaped]
         if route == "rows" and loose:
@@ -196,7 +196,7 @@ def _across(
     return Rectangular(found)
 
 
-def _add_rows(matrix: Tensor, look: Look, rows: Sequence[Block], columns: Sequence[Block], scale: float) -> None:
+def _add_rows(matrix: Tensor, look: Minibatch, rows: Sequence[Block], columns: Sequence[Block], scale: float) -> None:
     """Second moments between blocks: where neither shares its weight, (Σ_v g g'ᵀ) ⊗ a a'ᵀ at 1/V of the work of rows."""
     top = Layout(tuple(rows)).slices
     left = Layout(tuple(columns)).slices
@@ -217,7 +217,7 @@ def _thin(s: LayerStatistics) -> bool:
 
 
 def _add_general(
-    matrix: Tensor, look: Look, layout: Layout, rows: Sequence[Block], columns: Sequence[Block], scale: float
+    matrix: Tensor, look: Minibatch, layout: Layout, rows: Sequence[Block], columns: Sequence[Block], scale: float
 ) -> None:
     function = look.function(layout)
     top = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in rows]).to(matrix.device)

@@ -17,7 +17,7 @@ from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, by_hessians, check_kind, few
 from curvlab.exact.matrices import select
-from curvlab.exact.route_table import Look
+from curvlab.exact.route_table import Minibatch
 from curvlab.exact.torch_func import Function
 from curvlab.fingerprint import numbers
 from curvlab.layers import Block, Layout
@@ -194,7 +194,7 @@ def _diagonal(batches: Batches, layout: Layout, kind: Kind, draws: int) -> Float
 
 def _summed_diagonal(closure: Closure, layout: Layout, kind: Kind, draws: int) -> Float[Tensor, " D"]:
     """Of N · M on one minibatch."""
-    look = Look(closure, kind, draws)
+    look = Minibatch(closure, kind, draws)
     parts: dict[str, Tensor] = {}
     ruled = [b for b in layout.blocks if b.name in closure.form.shaped]
     if kind in PASSES:

@@ -26,7 +26,7 @@ from curvlab.linalg.packed import accumulate_second_moment_, fold, mirror_, outp
 from curvlab.statistics import LayerStatistics
 
 
-class Look:
+class Minibatch:
     """One minibatch as the structured routes read it; every pass is run once, whoever asks."""
 
     def __init__(self, closure: Closure, kind: Kind, draws: int) -> None:
@@ -92,7 +92,7 @@ class _Whole:
         return mirror_(self.matrix)
 
 
-def _fold_pairs(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+def _fold_pairs(look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
     def into(block: Block) -> _Packed:
         found = sums.setdefault(block.name, _Packed(block))
         assert isinstance(found, _Packed)
@@ -119,13 +119,13 @@ def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Te
     return found.matrix
 
 
-def _fold_places(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+def _fold_places(look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
     for s, hessians in look.hessians([b.name for b in blocks]):
         matrix = _whole(sums, s.block.name, s.block.numel, s.a).mul_(old)
         accumulate_places_(matrix, hessians, s.a, new)
 
 
-def _fold_rows(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+def _fold_rows(look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
     for block in blocks:
         s = look.statistics[block.name]
         matrix = _whole(sums, block.name, block.numel, s.like).mul_(old)
@@ -133,7 +133,7 @@ def _fold_rows(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: f
             accumulate_second_moment_(matrix, rows, new)
 
 
-def _fold_general(look: Look, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+def _fold_general(look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
     for block in blocks:
         function = look.function(Layout((block,)))
         matrix = _whole(sums, block.name, block.numel, function.at).mul_(old)
@@ -151,7 +151,7 @@ class Route:
 
     summary: str
     fits: Callable[[Block, Form, Kind], bool]
-    fold: Callable[[Look, Sequence[Block], dict[str, Sum], float, float], None]
+    fold: Callable[[Minibatch, Sequence[Block], dict[str, Sum], float, float], None]
 
 
 def _one_place(block: Block, form: Form, kind: Kind) -> bool:

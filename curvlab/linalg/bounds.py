@@ -13,6 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -33,6 +36,19 @@ class Bounds:
     def __mul__(self, other: Bounds) -> Bounds:
         """Of the Kronecker product of two (thesis Lemma 3; Lemma 7)."""
         return Bounds(self.lower * other.lower, self.upper * other.upper)
+
+
+_SLACK = float(np.finfo(np.float32).eps) ** 0.5
+"""Powell's damping makes both sides equal: rounding shall not decide."""
+
+
+def within(ratio: NDArray[np.float64], most: float | NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether 0 < ratio ≤ most, but for rounding, of ratios to sᵀy such as yᵀHy / sᵀy ≤ 1/μ₁.
+
+    A pair with sᵀy < 0 does not satisfy yᵀHy ≤ sᵀy/μ₁.
+    """
+    with np.errstate(invalid="ignore"):
+        return np.asarray((ratio > 0) & (ratio <= most * (1 + _SLACK)))
 
 
 def input_factor(inputs: int, phi: float, damping: float, places: int = 1) -> Bounds:

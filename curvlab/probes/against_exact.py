@@ -9,7 +9,6 @@ Legend: D parameters, p direction, α learning rate, d = −α p; m(d) = gᵀd +
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab import exact
+from curvlab.curvature.base import BlockDefaults, with_defaults
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind
 from curvlab.exact.torch_func import Function
@@ -82,10 +82,10 @@ def matrix(frame: Frame, kind: Kind) -> Product:
 
 def own_quadratic(frame: Frame, algorithm: str) -> float:
     """pᵀBp, B the matrix that a method estimates, undamped, by block or of the whole vector; NaN where it estimates none."""
-    of_whole = getattr(frame.curvatures.get(algorithm), "undamped", None)
+    p = flat(frame, algorithm)
+    of_whole = frame.curvature(algorithm).undamped(p)
     if of_whole is not None:
-        p = flat(frame, algorithm)
-        return float(p.double() @ of_whole(p).double())
+        return float(p.double() @ of_whole.double())
     total = 0.0
     for name, block in frame.of_blocks(algorithm).items():
         B = estimate(frame, block)
@@ -97,11 +97,10 @@ def own_quadratic(frame: Frame, algorithm: str) -> float:
     return total if frame.of_blocks(algorithm) else float("nan")
 
 
-def estimate(frame: Frame, block: Any) -> tuple[Any, float] | None:
+def estimate(frame: Frame, block: BlockDefaults) -> tuple[Operator, float] | None:
     """(B, what takes it to the Fisher's scale); `CurvatureBlock.matrix`: N where it reads the mean gradient of N examples."""
-    started = hasattr(block, "inverse")
-    found = block.matrix() if started and hasattr(block, "matrix") else None
-    mean = getattr(block, "reads", "") == "gradient"
+    found = None if block.held is None else block.matrix()
+    mean = block.reads == "gradient"
     return None if found is None else (found, float(frame.now.size) if mean else 1.0)
 
 
@@ -139,7 +138,7 @@ def _reduction(frame: Frame) -> list[Values]:
 
 
 def _estimates(curvature: Any) -> bool:
-    return any(hasattr(b, "matrix") for b in getattr(curvature, "blocks", {}).values())
+    return any(block.estimates() for block in with_defaults(curvature).by_block().values())
 
 
 _EACH = ("algorithm", "block")
@@ -244,7 +243,7 @@ def _alignment(frame: Frame) -> list[Tensor]:
 def _condition(frame: Frame) -> list[Values]:
     found = np.full((len(frame.directions), len(frame.blocks)), np.nan)
     for i, algorithm in enumerate(frame.directions):
-        inverses = getattr(frame.curvatures.get(algorithm), "inverse", {})
+        inverses = frame.curvature(algorithm).inverses()
         if "whole" in inverses:
             found[i] = _condition_of(inverses["whole"])
             continue
@@ -261,8 +260,7 @@ def _condition_of(inverse: Operator) -> float:
 
 def held(curvature: Any) -> int:
     """Bytes of the tensors in a curvature's state, each counted once."""
-    state: Callable[[], Any] | None = getattr(curvature, "state_dict", None)
-    kept = None if state is None else state()  # alive until all is counted, so that no address comes twice
+    kept = with_defaults(curvature).state_dict()  # alive until all is counted, so that no address comes twice
     sizes = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors(kept))}
     return sum(sizes.values())
 

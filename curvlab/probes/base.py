@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvlab.closure import Observation, Pass
+from curvlab.curvature.base import BlockDefaults, CurvatureDefaults, with_defaults
 from curvlab.errors import CurvlabError, lookup, several, whole
 from curvlab.objective import Objective
 
@@ -72,10 +73,13 @@ class Frame:
         """Names of the blocks, in the log's order."""
         return [b.name for b in self.objective.blocks]
 
-    def of_blocks(self, algorithm: str) -> Mapping[str, Any]:
-        """{block: its CurvatureBlock} of an algorithm that is made of blocks; else empty."""
-        found: Mapping[str, Any] = getattr(self.curvatures.get(algorithm), "blocks", {})
-        return found
+    def curvature(self, algorithm: str) -> CurvatureDefaults:
+        """The algorithm's Curvature, completed by defaults; of nothing but defaults where the frame has none."""
+        return with_defaults(self.curvatures.get(algorithm))
+
+    def of_blocks(self, algorithm: str) -> Mapping[str, BlockDefaults]:
+        """{block: its CurvatureBlock, completed} of an algorithm that is made of blocks; else empty."""
+        return self.curvature(algorithm).by_block()
 
     @cached_property
     def gram(self) -> Values:

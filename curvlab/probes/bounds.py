@@ -19,7 +19,7 @@ that of every contraction, in place of its norm, which nobody keeps. NaN: no the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -28,24 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from curvlab.closure import Closure
-from curvlab.linalg.bfgs import MU1, Pair
-from curvlab.linalg.bounds import (
-    Bounds,
-    damped_lbfgs,
-    damped_step,
-    double_damping_lbfgs,
-    double_damping_step,
-    input_factor,
-    tensor_normal,
-    tensor_normal_factor,
-)
-from curvlab.linalg.bounds import mu3 as third
+from curvlab.curvature.base import with_defaults
+from curvlab.linalg.bounds import Bounds
 from curvlab.linalg.damped import Solve
 from curvlab.linalg.direct_sum import ColumnSum, DirectSum
+from curvlab.linalg.eigenbasis import Rotated
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator
 from curvlab.linalg.products import Product
 from curvlab.probes.base import Frame, Values, Variable, probe
-from curvlab.probes.damping import holds
 
 FACTORS = ("a", "g", "product")
 LARGEST = 2000
@@ -67,8 +57,6 @@ _THROUGH = (
 )
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 """Their weights meet normalised inputs."""
-_STARTS: dict[str, float | None] = {"pi-lm": None, "pi-lm-2021": 1.0}
-"""h of D_P(I) D_LM, where H_g starts from h I too (None: 1/μ₂): thesis Alg. 10, 11; 2021 Alg. 3, 4."""
 
 Ends = tuple[float, float]
 
@@ -85,7 +73,7 @@ def ends(matrix: Tensor | Operator) -> Ends:
         return _NONE
     if isinstance(matrix, Tensor):
         values = torch.linalg.eigvalsh(matrix)
-    elif len(matrix) <= LARGEST or isinstance(getattr(matrix, "inside", matrix), Diagonal):
+    elif len(matrix) <= LARGEST or isinstance(matrix.inside if isinstance(matrix, Rotated) else matrix, Diagonal):
         values = matrix.eigvalsh()
     else:
         return _NONE
@@ -116,7 +104,7 @@ def bounded_inputs(closure: Closure) -> set[str]:
         if block.module is not None and not isinstance(block.module, _NORMS):
 
             def hook(module: Any, args: tuple[Any, ...], name: str = block.name) -> None:
-                node = getattr(args[0], "grad_fn", None) if args else None
+                node = args[0].grad_fn if args and isinstance(args[0], Tensor) else None
                 while node is not None and node.name().startswith(_THROUGH):
                     node = node.next_functions[0][0]
                 if node is not None and node.name() in _BOUNDED:
@@ -131,107 +119,24 @@ def bounded_inputs(closure: Closure) -> set[str]:
     return found
 
 
-def _factors(block: Any) -> tuple[Tensor | Operator, Tensor | Operator] | None:
-    """(H_g, H_a) of a block that has them."""
-    inverse = getattr(block, "inverse", None)
-    two = isinstance(inverse, Kronecker) and len(inverse.factors) == 2 and not hasattr(block, "means")
-    return (inverse.factors[0], inverse.factors[1]) if two and isinstance(inverse, Kronecker) else None
-
-
-def _learns(block: Any) -> bool:
-    return hasattr(block, "pair_damping")
-
-
-def of_inputs(block: Any, inputs: int, biased: bool, phi: float) -> Bounds | None:
-    """Of H_a, where it is the inverse of A + λ_A I."""
-    if not (_learns(block) and block.exact):
-        return None
-    return input_factor(inputs if biased else inputs + 1, phi, block.mu2["a"], block.places)
-
-
-def input_in(block: Any, biased: bool) -> float:
-    """Root mean square of the inputs in the A that H_a inverts, of whatever minibatches: φ is not below it."""
-    H_a = block.factors[1].double()
-    squares = float(torch.linalg.inv(H_a).trace() - len(H_a) * block.mu2["a"]) / block.places
-    return math.sqrt(max(0.0, squares - biased) / max(1, len(H_a) - biased))
-
-
-def of_outputs(block: Any) -> Bounds | None:
-    """Of H_g by L-BFGS, from the pairs that it holds."""
-    if not (_learns(block) and block.pairs):
-        return None
-    count, mu2 = 0 if block.S is None else len(block.S), block.mu2["g"]
-    if block.pair_damping == "dd" and block.skip and count < block.pairs:
-        return double_damping_lbfgs(count, MU1, mu2)
-    if block.pair_damping in _STARTS and block._start(mu2) == (_STARTS[block.pair_damping] or 1 / mu2):
-        return damped_lbfgs(count, MU1, mu2, _STARTS[block.pair_damping])
-    return None
-
-
-def parts_of(inverse: Operator) -> list[Kronecker]:
-    """The parameters of TNT's block, weight first."""
-    return [part for part in (inverse.parts if isinstance(inverse, ColumnSum) else (inverse,)) if isinstance(part, Kronecker)]
-
-
-def norm_of(part: Kronecker, damping: float) -> float:
-    """tr E[vec G vec Gᵀ] from H itself, which may be older than its statistics: c₀ᵏ Π d_j by (4.10), c₀ the mean of Ũ₁."""
-    first, shape = part.factors[0], [len(f) for f in part.factors]
-    assert isinstance(first, Tensor)
-    mean = max(float((1 / torch.linalg.eigvalsh(first.double())).mean()) - damping, 0.0)
-    return mean ** len(shape) * math.prod(shape)
-
-
-def of_contractions(parts: Sequence[Kronecker], damping: float) -> list[Bounds | None]:
-    """Of TNT's H_a, H_g (None where the weight is no matrix) and H, from its parts."""
-    shapes, norms = [[len(f) for f in part.factors] for part in parts], [norm_of(part, damping) for part in parts]
-    each = [tensor_normal(shape, norm, damping).inverse for shape, norm in zip(shapes, norms, strict=True)]
-    whole = Bounds(min(b.lower for b in each), max(b.upper for b in each))
-    if len(shapes[0]) != 2:
-        return [None, None, whole]
-    return [*(tensor_normal_factor(shapes[0], way, norms[0], damping).inverse for way in (1, 0)), whole]
-
-
-def of_update(block: Any, before: Ends, held: int) -> Ends:
-    """Bounds on (‖B⁺‖, ‖H⁺‖) of the last update of H_g, from the ends of H_g before it; NaN where their premises fail."""
-    pair = block.last.get("g") if _learns(block) else None
-    dropped = _learns(block) and block.pairs and held == block.pairs
-    if not isinstance(pair, Pair) or pair.skipped or dropped:
-        return _NONE
-    mu2, after = block.mu2["g"], pair.damping.after
-    norm_B, norm_H = 1 / before[0], before[1]
-    curvature, step, change = (np.asarray(float(x) / float(after.sy)) for x in (after.yHy, after.ss, after.yy))
-    if not holds(step, 1 / mu2):
-        return _NONE
-    if block.pair_damping in _STARTS:
-        mu3 = third(MU1, mu2, _STARTS[block.pair_damping])
-        return damped_step(norm_B, norm_H, mu2, mu3) if holds(change, 1 / mu3) else _NONE
-    return double_damping_step(norm_B, norm_H, MU1, mu2) if holds(curvature, 1 / MU1) else _NONE
-
-
 def _prepare(frame: Frame) -> None:
     """H_g before the step, of which the one-step bounds speak."""
     found: dict[tuple[str, str], tuple[Ends, int]] = {}
     for algorithm in frame.directions:
         for name, block in frame.of_blocks(algorithm).items():
-            factors = _factors(block)
-            if _learns(block) and factors is not None:
-                found[algorithm, name] = ends(factors[0]), 0 if block.S is None else len(block.S)
+            held, factors = block.pairs_held(), block.kronecker_factors()
+            if held is not None and factors is not None:
+                found[algorithm, name] = ends(factors[0]), held
     frame.shared["H_g before"] = found
     input_bounds(frame)
 
 
 def _clear(curvature: Any) -> None:
-    for block in getattr(curvature, "blocks", {}).values():
-        if _learns(block):
-            block.last = {}
-
-
-def _has_factors(block: Any) -> bool:
-    return _learns(block) or any(hasattr(block, x) for x in ("means", "G"))
+    with_defaults(curvature).forget_learnt()
 
 
 def _fits(curvature: Any) -> bool:
-    return any(map(_has_factors, getattr(curvature, "blocks", {}).values()))
+    return any(block.factored for block in with_defaults(curvature).by_block().values())
 
 
 _EACH = ("algorithm", "block", "factor")
@@ -257,46 +162,46 @@ _EACH = ("algorithm", "block", "factor")
     begin=_clear, prepare=_prepare, fits=_fits, wants="a method with Kronecker factors",
 )  # fmt: skip
 def _bounds(frame: Frame) -> list[Values]:
-    blocks = {b.name: b for b in frame.objective.blocks}
+    names = frame.blocks
+    phis = _measured(frame)
+    before: Mapping[tuple[str, str], tuple[Ends, int]] = frame.shared["H_g before"]
+    shape = (len(frame.directions), len(names))
+    found, proven = np.full((*shape, 3, 2), np.nan), np.full((*shape, 3, 2), np.nan)
+    norms, limits = np.full((*shape, 2), np.nan), np.full((*shape, 2), np.nan)
+    for i, algorithm in enumerate(frame.directions):
+        curvature = frame.curvature(algorithm)
+        for j, (name, block) in enumerate(curvature.by_block().items()):
+            inverse, factors = block.held, block.kronecker_factors()
+            if not block.factored or inverse is None:
+                continue
+            if factors is not None:
+                found[i, j, 1], found[i, j, 0] = ends(factors[0]), ends(factors[1])
+            alone = factors is not None and isinstance(inverse, Kronecker)
+            found[i, j, 2] = found[i, j, 0] * found[i, j, 1] if alone else ends(inverse)
+            theory = block.bounds(curvature.refreshed, phis.get(name, _NONE)[0])
+            proven[i, j] = [_pair(x) for x in (theory.a, theory.g, theory.product)]
+            if (algorithm, name) in before:
+                (low, high), held = before[algorithm, name]
+                limits[i, j] = block.update_bounds(1 / low, high, held) or _NONE
+                if np.isfinite(limits[i, j, 0]):
+                    norms[i, j] = 1 / found[i, j, 1, 0], found[i, j, 1, 1]
+    phi = np.array([phis.get(name, _NONE) for name in names], dtype=float)
+    low_ratio, high_ratio = found[..., 0] / proven[..., 0], proven[..., 1] / found[..., 1]
+    return [
+        found[..., 0], found[..., 1], proven[..., 0], proven[..., 1], low_ratio, high_ratio,
+        norms[..., 0], limits[..., 0], norms[..., 1], limits[..., 1], phi[:, 0], phi[:, 1],
+    ]  # fmt: skip
+
+
+def _measured(frame: Frame) -> dict[str, tuple[float, bool]]:
+    """`input_bounds`, raised where an inverted second moment has had greater inputs in earlier minibatches."""
     phis = dict(input_bounds(frame))
     for algorithm in frame.directions:
         for name, block in frame.of_blocks(algorithm).items():
-            if _learns(block) and block.exact and not phis[name][1]:
-                phis[name] = max(phis[name][0], input_in(block, blocks[name].biased)), False
-    shape = (len(frame.directions), len(blocks))
-    found, proven = np.full((*shape, 3, 2), np.nan), np.full((*shape, 3, 2), np.nan)
-    norms, limits = np.full((*shape, 2), np.nan), np.full((*shape, 2), np.nan)
-    before: Mapping[tuple[str, str], tuple[Ends, int]] = frame.shared["H_g before"]
-    for i, algorithm in enumerate(frame.directions):
-        curvature = frame.curvatures.get(algorithm)
-        for j, (name, block) in enumerate(frame.of_blocks(algorithm).items()):
-            factors = _factors(block)
-            if not _has_factors(block):
-                continue
-            if factors is None:
-                found[i, j, 2] = ends(block.inverse)
-                if getattr(curvature, "name", "").startswith("tnt"):
-                    parts = parts_of(block.inverse)
-                    proven[i, j] = [_pair(x) for x in of_contractions(parts, curvature.damping)]  # type: ignore[union-attr]  # has a name
-                    if len(parts[0].factors) == 2:
-                        found[i, j, [1, 0]] = [ends(factor) for factor in parts[0].factors]
-                continue
-            found[i, j, 1], found[i, j, 0] = ends(factors[0]), ends(factors[1])
-            found[i, j, 2] = found[i, j, 0] * found[i, j, 1]
-            b = blocks[name]
-            each = [of_inputs(block, b.shape[1], b.biased, phis[name][0]), of_outputs(block)]
-            proven[i, j, :2] = [_pair(x) for x in each]
-            if each[0] is not None and each[1] is not None:
-                proven[i, j, 2] = _pair(each[0] * each[1])
-            if (algorithm, name) in before:
-                limits[i, j] = of_update(block, *before[algorithm, name])
-                norms[i, j] = (1 / found[i, j, 1, 0], found[i, j, 1, 1]) if np.isfinite(limits[i, j, 0]) else _NONE
-    phi = np.array([phis.get(name, _NONE) for name in blocks], dtype=float)
-    low, high = found[..., 0] / proven[..., 0], proven[..., 1] / found[..., 1]
-    return [
-        found[..., 0], found[..., 1], proven[..., 0], proven[..., 1], low, high,
-        norms[..., 0], limits[..., 0], norms[..., 1], limits[..., 1], phi[:, 0], phi[:, 1],
-    ]  # fmt: skip
+            norm = None if name in phis and phis[name][1] else block.input_norm()
+            if norm is not None:
+                phis[name] = max(phis[name][0] if name in phis else 0.0, norm), False
+    return phis
 
 
 def _pair(bounds: Bounds | None) -> Ends:

@@ -1,6 +1,6 @@
 """The pairs that quasi-Newton methods learn from: their ratios before and after damping, how they were damped, why refused.
 
-A pair is read where its method leaves it, in `last`, after the step in which it was learnt:
+A method shows its pairs by `learnt` (`curvature.base`) after the step in which they were learnt:
 
 | pair | of which methods | H, B of the ratios |
 |---|---|---|
@@ -14,15 +14,17 @@ record is `pair_definiteness`, and τ as θ₂.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from curvlab.curvature.base import with_defaults
 from curvlab.linalg.bfgs import MU1, SKIPS, Pair, Products
 from curvlab.linalg.block_bfgs import BlockUpdate
+from curvlab.linalg.bounds import within as holds
 from curvlab.probes.base import Frame, Values, Variable, probe
 
 PAIRS = ("a", "g", "step")
@@ -30,8 +32,6 @@ STAGES = ("before", "after")
 
 _EACH = ("algorithm", "block", "pair")
 _BOTH = (*_EACH, "stage")
-_SLACK = torch.finfo(torch.float32).eps ** 0.5
-"""Powell's damping makes both sides equal: rounding shall not decide."""
 
 
 def _reason(pair: Pair | BlockUpdate) -> float:
@@ -39,28 +39,13 @@ def _reason(pair: Pair | BlockUpdate) -> float:
     return float(list(SKIPS).index(pair.skipped))
 
 
-def _pairs(curvature: Any) -> Iterator[tuple[str | None, str, Pair | BlockUpdate, float]]:
-    """(block, None for all; name of the pair; itself; its μ₂) of a curvature's last step."""
-    for name, block in getattr(curvature, "blocks", {"": curvature}).items():
-        last = getattr(block, "last", None)
-        if isinstance(last, dict):
-            for which, pair in last.items():
-                yield name, which, pair, block.mu2[which]
-        elif isinstance(last, BlockUpdate):
-            yield name, "g", last, float("nan")
-        elif isinstance(last, Pair):
-            yield name or None, "step", last, getattr(block, "mu", 0.0) * (getattr(block, "gamma", None) or 0.0) or float("nan")
-
-
 def _fits(curvature: Any) -> bool:
-    return any(hasattr(block, "last") for block in getattr(curvature, "blocks", {"": curvature}).values())
+    return with_defaults(curvature).learns_pairs()
 
 
 def _clear(curvature: Any) -> None:
     """Before a step: what is found after it was learnt in it."""
-    for block in getattr(curvature, "blocks", {"": curvature}).values():
-        if hasattr(block, "last"):
-            block.last = {} if isinstance(block.last, dict) else None
+    with_defaults(curvature).forget_learnt()
 
 
 def _row(pair: Pair | BlockUpdate, mu2: float) -> list[float | Tensor]:
@@ -88,12 +73,6 @@ def _together(rows: list[list[float | Tensor]]) -> Tensor:
         found = found.to(stacked.device)
         found[torch.tensor(list(tensors), device=stacked.device)] = stacked
     return found.view(len(rows), -1)
-
-
-def holds(ratio: Values, most: float | Values) -> Values:
-    """Whether 0 < ratio ≤ most, but for rounding: a pair with sᵀy < 0 does not satisfy yᵀHy ≤ sᵀy/μ₁."""
-    with np.errstate(invalid="ignore"):
-        return np.asarray((ratio > 0) & (ratio <= most * (1 + _SLACK)))
 
 
 def fractions(samples: Mapping[str, Values]) -> dict[str, Values]:
@@ -146,10 +125,10 @@ def _damping(frame: Frame) -> list[Tensor]:
     places, rows = [], []
     blocks = {name: i for i, name in enumerate(frame.blocks)}
     for i, algorithm in enumerate(frame.directions):
-        for block, which, pair, mu2 in _pairs(frame.curvatures.get(algorithm)):
+        for block, seen in frame.curvature(algorithm).learnt():
             at = list(blocks.values()) if block is None else [blocks[block]]
-            places += [(i, j, PAIRS.index(which)) for j in at]
-            rows += [_row(pair, mu2)] * len(at)
+            places += [(i, j, PAIRS.index(seen.which)) for j in at]
+            rows += [[*_row(seen.pair, seen.mu2), seen.gamma]] * len(at)
     shape = (len(frame.directions), len(blocks), len(PAIRS))
     device = frame.now.loss.device
     if not rows:
@@ -160,18 +139,6 @@ def _damping(frame: Frame) -> list[Tensor]:
     full[tuple(torch.tensor(places, device=numbers.device).T)] = numbers
     stages = torch.stack([full[..., :5], full[..., 5:10]], -2)  # [algorithm, block, pair, stage, number]
     sy, yHy, ss, yy, definite = stages.unbind(-1)
-    gamma = _gammas(frame).to(full.device)[..., None]
-    definite = torch.where(definite.isnan(), sy / (gamma * ss), definite)
-    theta1, theta2, mu2s, reason = full[..., 10:].unbind(-1)
+    theta1, theta2, mu2s, reason, gamma = full[..., 10:].unbind(-1)
+    definite = torch.where(definite.isnan(), sy / (gamma[..., None] * ss), definite)
     return [yHy / sy, ss / sy, yy / sy, definite, theta1, theta2, mu2s, reason]
-
-
-def _gammas(frame: Frame) -> Tensor:
-    """γ of the B = Λ⁰ = γ I of SKQN-L's pairs; NaN elsewhere."""
-    found = torch.full((len(frame.directions), len(frame.blocks), len(PAIRS)), torch.nan, dtype=torch.float64)
-    for i, algorithm in enumerate(frame.directions):
-        for j, name in enumerate(frame.blocks):
-            block = frame.of_blocks(algorithm).get(name)
-            if isinstance(getattr(block, "last", None), Pair):
-                found[i, j, PAIRS.index("step")] = block.gamma  # type: ignore[union-attr]  # of the block that was just found
-    return found

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from curvlab.curvature.base import with_defaults
+from curvlab.finite import lengths
 from curvlab.probes.base import Frame, Values, Variable, probe
 
 
@@ -56,13 +58,13 @@ def _loss(frame: Frame) -> list[torch.Tensor]:
 def _norms(frame: Frame) -> list[torch.Tensor]:
     parameters = {name: p.detach() for name, p in frame.objective.parameters.items()}
     of_weights = [b.gather(parameters) for b in frame.objective.blocks]
-    lengths = torch.stack([_lengths([d[b] for b in frame.blocks]) for d in frame.directions.values()])
+    directions = torch.stack([_lengths([d[b] for b in frame.blocks]) for d in frame.directions.values()])
     gradients = _lengths([frame.now.gradients[b] for b in frame.blocks])
-    return [frame.lr * lengths[frame.place].norm(), lengths, gradients, _lengths(of_weights)]
+    return [frame.lr * directions[frame.place].norm(), directions, gradients, _lengths(of_weights)]
 
 
 def _lengths(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(torch._foreach_norm(tensors)).double()
+    return lengths(tensors).double()
 
 
 @probe(
@@ -75,7 +77,7 @@ def _time(frame: Frame) -> list[Values]:
 
 
 def _shifts(curvature: Any) -> bool:
-    return any(hasattr(block, "shift") for block in getattr(curvature, "blocks", {}).values())
+    return any(block.shift is not None for block in with_defaults(curvature).by_block().values())
 
 
 @probe(
@@ -84,5 +86,5 @@ def _shifts(curvature: Any) -> bool:
     fits=_shifts, wants="a method that shifts its matrices (block-hessian)",
 )  # fmt: skip
 def _shift(frame: Frame) -> list[Values]:
-    of = [frame.of_blocks(algorithm) for algorithm in frame.directions]
-    return [np.asarray([[getattr(blocks.get(name), "shift", 0.0) for name in frame.blocks] for blocks in of])]
+    of = [{n: b.shift for n, b in frame.of_blocks(algorithm).items()} for algorithm in frame.directions]
+    return [np.asarray([[shifts.get(name) or 0.0 for name in frame.blocks] for shifts in of])]

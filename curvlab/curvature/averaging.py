@@ -1,0 +1,47 @@
+"""How statistics are averaged over steps: warm start, running mean and moving average are one thing, a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from curvlab.errors import check_values
+
+Average = Literal["moving", "corrected", "last", "data"]
+"""How observations are averaged, k counting them from 1: weight max(1/k, 1 − decay); (1 − decay)/(1 − decayᵏ), Adam's; 1.
+
+"data" is no average over steps: the mean over all minibatches that the warm start has shown, at the weights as they stand now
+(thesis Alg. 14, line 4: "true values"). They are kept, and gone through again at every update. Without a warm start: "last".
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaging:
+    """How a method averages its statistics over steps, and whether a warm start comes before them.
+
+    Args:
+        decay: of the moving average (thesis Alg. 12, 15, 16: 0.9).
+        kind: see `Average`.
+        warm: whether the document has a warm start (a running mean over one pass through the data).
+        skips_first: whether, after a warm start, the first minibatch is left out of the statistics, which have seen it
+            (practice: KFAC, TNT, Shampoo).
+
+    Raises:
+        CurvlabError: a decay out of its range.
+    """
+
+    decay: float = 0.9
+    kind: Average = "moving"
+    warm: bool = True
+    skips_first: bool = True
+
+    def __post_init__(self) -> None:
+        check_values(("decay", self.decay, 0 <= self.decay < 1, "at least 0 and below 1"))
+
+    def weight(self, k: int) -> float:
+        """Weight of the k-th observation, counted from 1, in the average."""
+        if self.kind in ("last", "data"):
+            return 1.0
+        if self.kind == "corrected":
+            return (1 - self.decay) / (1 - self.decay**k)
+        return max(1 / k, 1 - self.decay)

@@ -1,0 +1,60 @@
+"""What every curvature is told: its labels, its damping, and when it looks at a minibatch and when it inverts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from curvlab.closure import Pass
+from curvlab.curvature.base import check_damping
+from curvlab.errors import whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """When a method updates its statistics and when it refreshes its inverse; steps count from 1.
+
+    Args:
+        update_every: T₁, steps between updates.
+        refresh_every: T₂, steps between refreshes.
+
+    Raises:
+        CurvlabError: a number of steps that is not 1 or more.
+    """
+
+    update_every: int = 1
+    refresh_every: int = 1
+
+    def __post_init__(self) -> None:
+        whole("update_every", self.update_every)
+        whole("refresh_every", self.refresh_every)
+
+    def updates(self, step: int) -> bool:
+        """Whether statistics are updated at this step: the first, and every T₁-th."""
+        return step == 1 or step % self.update_every == 0
+
+    def refreshes(self, step: int) -> bool:
+        """Whether the inverse is refreshed at this step: each of the first T₂ (practice), and every T₂-th."""
+        return step <= self.refresh_every or step % self.refresh_every == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureSettings:
+    """What every method is told beside its own options.
+
+    Args:
+        labels: the pass that its curvature is of.
+        damping: in the document's own place.
+        cadence: T₁ and T₂.
+        name: of the algorithm; a checkpoint of another is refused.
+
+    Raises:
+        CurvlabError: a damping that is negative or not finite.
+    """
+
+    labels: Pass
+    damping: float
+    cadence: Cadence = Cadence()
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
