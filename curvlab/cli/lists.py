@@ -23,7 +23,7 @@ Rows = list[tuple[str, ...]]
 _PACKAGE = Path(__file__).resolve().parents[1]
 _KEPT = Path(__file__).with_suffix(".json")
 _SOURCES = (
-    "algorithms.py", "curvature/*.py", "models.py", "datasets/__init__.py", "probes/*.py", "training/schedules.py",
+    "algorithm*.py", "curvature/*.py", "models.py", "datasets/__init__.py", "probes/*.py", "training/schedules.py",
     "show/figures.py", "reproduction/*.py", "cli/lists.py", "analyses/*/*.py",
 )  # fmt: skip
 """Of which the rows are; the scripts of `analyses` lie in the package, or, in a checkout, beside it."""
