@@ -13,7 +13,6 @@ from functools import partial
 from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from curvlab.closure import Pass
 from curvlab.curvature.averaging import Averaging
 from curvlab.curvature.base import Curvature, CurvatureBlock, IdentityBlock
 from curvlab.curvature.block_diagonal import BlockDiagonal, Look
@@ -25,6 +24,7 @@ from curvlab.descent import MomentumKind
 from curvlab.errors import fitting, unknown
 from curvlab.layers import Block
 from curvlab.objective import Objective
+from curvlab.observation import Pass
 
 Rule = LevenbergMarquardt | GradientNorm
 

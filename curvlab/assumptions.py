@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.algorithms import ALGORITHMS, damping_for
-from curvlab.closure import Closure, Pass
+from curvlab.closure import Closure
 from curvlab.curvature.base import CurvatureBlock, check_damping
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
@@ -38,6 +38,7 @@ from curvlab.linalg.distances import compare, distance, norm, ratio
 from curvlab.linalg.kronecker import nearest_kronecker
 from curvlab.linalg.operators import Operator
 from curvlab.objective import Objective
+from curvlab.observation import Pass
 from curvlab.statistics import LayerStatistics
 
 Labels = Literal["kind", "own"]

@@ -7,11 +7,9 @@ seed and on the number of the closure, never on who asks for them: an algorithm 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,77 +19,19 @@ from curvlab.derivatives import around, derivatives, differentiable, precise, su
 from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_finite
 from curvlab.forms import Form, Report, examine, unseen
+from curvlab.independence import Independence, some_rows
 from curvlab.likelihoods import sample_of
+from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
+from curvlab.second_looks import QUIET
 from curvlab.statistics import LayerStatistics
 from curvlab.strangers import called, eager, mixes
-from curvlab.system import random_state
 
 if TYPE_CHECKING:
     from curvlab.objective import Objective
 
-Pass = Literal["gradient", "data", "model", "exact"]
-"""What is sent back: ∂ℓ/∂z at the data's labels ("gradient": for the mean gradient alone), at labels drawn from the model, or
-the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
 
-PASSES: tuple[Pass, ...] = get_args(Pass)
-
-Stream = Literal["step", "warm", "exact"]
-"""Who made a closure: a step, a warm start, the oracle. Each has labels of its own."""
-
-STREAMS: tuple[Stream, ...] = get_args(Stream)
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One look at one minibatch.
-
-    `loss` is the mean loss (no graph), with the objective's L2 term; `passes` holds {pass: {block: LayerStatistics}} for the
-    passes asked for, `closure` the minibatch itself, for methods that go through it again (conjugate gradients, trial steps).
-    """
-
-    loss: Tensor
-    size: int
-    passes: dict[str, dict[str, LayerStatistics]]
-    closure: Closure
-    pull: Mapping[str, Tensor] = field(default_factory=dict)  # {block: gradient of the L2 term}
-
-    @cached_property
-    def gradients(self) -> dict[str, Tensor]:
-        """{block: gradient of the mean loss at the data's labels, with that of the L2 term}, in the blocks' shapes."""
-        seen = self.passes.get("gradient") or self.passes.get("data")
-        if seen is None:
-            raise CurvlabError('this observation has no "gradient" pass: observe with needs={"gradient", …}')
-        found = {name: statistics.gradient for name, statistics in seen.items()}
-        return found | {name: found[name] + pull for name, pull in self.pull.items()}
-
-
-@dataclass(frozen=True)
-class Transition:
-    """Two looks at one minibatch, before and after a move; `displacement` gives the move when first asked for."""
-
-    before: Observation
-    after: Observation
-    displacement: Callable[[], dict[str, Tensor]]
-
-    @cached_property
-    def step(self) -> dict[str, Tensor]:
-        """{block: change of its parameters}, in the blocks' shapes."""
-        return self.displacement()
-
-
-def _numbered(n: int, size: int) -> str:
-    return {0: "first", size - 1: "last"}.get(n, f"{n + 1}th")
-
-
-def some_rows(x: Tensor, which: slice) -> Tensor:
-    """Some of the examples of a dense or sparse batch."""
-    if not x.is_sparse:
-        return x[which]
-    return x.index_select(0, torch.arange(len(x), device=x.device)[which]).coalesce()
-
-
-class Closure:
+class Closure(Independence):
     """One minibatch of an objective. ``closure()`` is torch's contract; ``closure.observe(needs)`` is curvlab's.
 
     Raises:
@@ -114,19 +54,14 @@ class Closure:
         if x.is_floating_point() and not all_finite(x):
             bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
             raise CurvlabError(f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first")
+        super().__init__()
         objective.check_modules()
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
         self._y = y  # checked where it lies, before it moves
         self._checked = False
         self._form: Form | None = None  # as the last look has shown it
         self._ahead: tuple[Tensor, Capture, int] | None = None  # a look that nobody has used yet
-        self._trace = 0  # of the calls of the last look
-        self._chance: Any = None  # what the generators were before the first look
-        self._generators: dict[torch.Generator, Tensor] = {}  # likewise, the model's own
-        self._buffers: dict[str, Tensor] | None = None  # likewise, its buffers
         self.twice = False  # whether a second look will follow, so that the first is gone through again, once a form
-        self._seen: tuple[Tensor, int] | None = None  # outputs of the last look, and how often weights were written to by then
-        self._restless = 0.0  # how far two looks differ though nothing moved
         with derivatives():
             self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
 
@@ -175,71 +110,6 @@ class Closure:
                                "(logits rather than classes; torch.view_as_real of complex ones)")  # fmt: skip
         return z.to(self.objective.dtype)
 
-    def _alone(self, n: int) -> Tensor:
-        """The outputs of one example by itself. Refuses a model that draws random numbers."""
-        before = random_state.states(self.x.device)
-        z, capture = self.forward(some_rows(self.x, slice(n, n + 1)))
-        if random_state.drawn_since(before, self.x.device):
-            raise CurvlabError(
-                "the model draws random numbers in its forward pass, so that the loss is no function of the weights: "
-                "call model.eval(), and give functional dropout training=self.training"
-            )
-        if capture.generators:
-            raise CurvlabError(_DEPENDS.format("first"))
-        return z.detach()
-
-    def check_alone(self, z: Tensor) -> None:
-        """Raises CurvlabError where outputs are not finite, or those of an example depend on the others or on chance."""
-        if not all_finite(z):
-            raise CurvlabError("the model's outputs contain NaN or Inf: check its weights, and the range of the data")
-        key = self._key(self.x), self._trace
-        if key in self.objective.alone:
-            return
-        if self._restless:
-            raise CurvlabError(_DEPENDS.format("first"))
-        self._check_apart()
-        for n, which in ((0, "first"), (len(z) - 1, "last")):
-            one, own = self._alone(n), z[n : n + 1]
-            if float((one - own).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(one.abs().max()):
-                raise CurvlabError(_DEPENDS.format(which))
-        self.objective.alone.add(key)
-
-    def _check_apart(self) -> None:
-        """Raises CurvlabError where an example's outputs depend on another's inputs."""
-        size = len(self.x)
-        if size == 1 or self.x.is_sparse:
-            return
-        bad = self._mixed_by_inputs() if self.x.is_floating_point() else None
-        if bad is None:  # one by one, 64 of them at most
-            z = self.forward()[0].detach()
-            near = torch.finfo(z.dtype).eps ** 0.25
-            numbers = sorted({int(i) for i in torch.linspace(0, size - 1, min(size, 64))})
-            alone = ((n, self._alone(n), z[n : n + 1]) for n in numbers)
-            bad = [n for n, one, own in alone if float((one - own).abs().max()) > near * float(one.abs().max())]
-        if bad:
-            raise CurvlabError(_DEPENDS.format(_numbered(bad[0], size)))
-
-    def _mixed_by_inputs(self) -> list[int] | None:
-        """Examples m on which others depend, one pass for all: where not ∂/∂xₘ Σₙ cₙ uₙ·zₙ = cₘ ∂/∂xₘ Σₙ uₙ·zₙ, c, u random.
-        None where no derivative leads back to the inputs."""
-        size, generator = len(self.x), torch.Generator().manual_seed(0)
-        with derivatives():
-            x = self.x.detach().clone().requires_grad_()
-            try:
-                z = self._look_at(x, False)[0]
-                u = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-                c = (1 + torch.rand(size, generator=generator, dtype=torch.float64)).to(z)
-                sent = (u, c.view(-1, *[1] * (z.ndim - 1)) * u)
-                plain, weighted = (torch.autograd.grad(z, x, v, retain_graph=True, allow_unused=True)[0] for v in sent)
-            except RuntimeError:
-                return None
-        if plain is None or weighted is None:
-            return None
-        scaled = c.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) * plain
-        apart = (weighted - scaled).reshape(size, -1).norm(dim=1)
-        near = max(torch.finfo(x.dtype).eps, self.form_of_look.precision) ** 0.5 * plain.reshape(size, -1).norm(dim=1).max()
-        return (apart > near).nonzero().flatten().tolist()  # type: ignore[no-any-return]  # torch has no types there
-
     @property
     def form_of_look(self) -> Form:
         """Of the look that was taken last. A look must have been taken."""
@@ -270,8 +140,7 @@ class Closure:
 
     def losses(self) -> Tensor:
         """The loss of each example without a graph, on cloned buffers and with the first look's random numbers: a trial."""
-        if self._restless:
-            raise CurvlabError(_RESTLESS.format(self._restless))
+        self._check_restless()
         with torch.inference_mode(False), torch.no_grad(), self._same_chance(True):
             return self._losses(self._forward(self.x, self._own_buffers(True)))
 
@@ -302,9 +171,6 @@ class Closure:
             known[key] = self._look_at(x, False)[2]
         return known[key]
 
-    def _versions(self) -> int:
-        return sum(p._version for p in self.objective.parameters.values())
-
     def forward(self, x: Tensor | None = None, move_buffers: bool = False) -> tuple[Tensor, Capture]:
         """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the capture).
 
@@ -322,8 +188,8 @@ class Closure:
         model, objective = self.objective.model, self.objective
         objective.check_modules()
         again = own and self._chance is not None
-        if again and self._restless:
-            raise CurvlabError(_RESTLESS.format(self._restless))
+        if again:
+            self._check_restless()
         key = self._key(x)
         if move_buffers and self.twice and not again:
             self._own_buffers(own)  # kept for the second look
@@ -357,66 +223,12 @@ class Closure:
     def _unheard(self, move_buffers: bool) -> tuple[Tensor, Capture]:
         """`forward` with nobody listening."""
         self.objective.check_modules()
-        self._chance = _QUIET
+        self._chance = QUIET
         capture = Capture(self.objective.model, self.objective.blocks, self.objective.dtype, self.objective.parameters)
         with derivatives():
             z = self._forward(self.x, None if move_buffers else self._own_buffers(True))
         self._check_same(z)
         return z, capture
-
-    def _own_buffers(self, own: bool) -> dict[str, Tensor] | None:
-        """Copies of the model's buffers for one look to write on: as they were before the first look at this minibatch."""
-        if not any(module._buffers for module in self.objective.modules):
-            return None
-        if own and self._buffers is None:
-            self._buffers = {name: b.clone() for name, b in self.objective.model.named_buffers()}
-        held = self._buffers if own else dict(self.objective.model.named_buffers())
-        assert held is not None
-        return {name: b.clone() for name, b in held.items()}
-
-    def _check_steady(self, z: Tensor, key: Hashable) -> None:
-        """Once a form: whether a second look, with all random numbers and buffers put back, is the first."""
-        if key not in self.objective.steady:
-            with derivatives(), torch.no_grad(), self._same_chance(True):
-                again = self._forward(self.x, self._own_buffers(True))
-            apart = float((again - z.detach()).norm()) if again.shape == z.shape else math.inf
-            near = torch.finfo(z.dtype).eps ** 0.5 * float(z.detach().norm())
-            self.objective.steady[key] = 0.0 if apart <= near else apart / max(float(z.detach().norm()), 1e-300)
-        self._restless = self.objective.steady[key]
-
-    def _check_same(self, z: Tensor) -> None:
-        """Raises CurvlabError where a later look differs from the one before although no weight was written to."""
-        seen, self._seen = self._seen, (z.detach(), self._versions())
-        if seen is not None and seen[1] == self._seen[1] and seen[0].shape == z.shape:
-            apart, size = float((z.detach() - seen[0]).norm()), float(seen[0].norm())
-            if apart > torch.finfo(z.dtype).eps ** 0.5 * size:
-                raise CurvlabError(_RESTLESS.format(apart / size if size else math.inf))
-
-    def _drew(self) -> bool:
-        return isinstance(self._chance, random_state.Chance) and random_state.drawn_since(self._chance, self.x.device)
-
-    @contextmanager
-    def _same_chance(self, own: bool, quiet: bool = False) -> Iterator[None]:
-        """The generators as they were at the first look, inside; at the first look they are remembered, but where the model is
-        known to draw nothing."""
-        device = self.x.device
-        if not own or self._chance is None:
-            if own:
-                self._chance = _QUIET if quiet else random_state.states(device)
-            yield
-            return
-        if not isinstance(self._chance, random_state.Chance):
-            yield
-            return
-        now = {generator: generator.get_state() for generator in self._generators}
-        for generator, state in self._generators.items():
-            generator.set_state(state)
-        try:
-            with random_state.replayed(self._chance, device):
-                yield
-        finally:
-            for generator, state in now.items():
-                generator.set_state(state)
 
     def _settle(self, z: Tensor, capture: Capture, x: Tensor, known_key: Hashable) -> Form:
         """The ways of all blocks: as known of this form, or as a first look shows them."""
@@ -580,14 +392,6 @@ _MIXING = (
     "batch norm in training mode lets examples act on each other: the Gauss-Newton matrix is taken as if each stood alone, "
     "without the derivatives that pass from one to another"
 )
-_RESTLESS = (
-    "two looks at one minibatch differ (by a relative {:.2g}) though nothing was moved: the model draws random numbers, or "
-    "counts, in a way that cannot be put back; let it draw by a global generator (torch, random, numpy) or a torch.Generator"
-)
-_DEPENDS = (
-    "the {} example's outputs depend on the rest of the minibatch, or on chance: "
-    "no example has a loss of its own, and the model no curvature that is a mean over examples"
-)
 _WRAP = (
     "wrap it in a module that takes its one input apart, class Apart(nn.Module) with "
     "def forward(self, x): return self.net(x[..., :k], x[..., k:])"
@@ -595,7 +399,6 @@ _WRAP = (
 _PICK = (
     "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return self.net(x)[0] (or .logits)"
 )
-_QUIET = "no random number is drawn"
 _FORMS = 512  # that are remembered
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range in self")
 """In torch's messages about data that do not fit a layer."""

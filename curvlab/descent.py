@@ -10,7 +10,6 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from curvlab.closure import Observation, Pass, Transition
 from curvlab.curvature.base import Curvature, with_defaults
 from curvlab.curvature.states import REMEDY, check_dtype, check_names, check_shape
 from curvlab.divergence import broken, named
@@ -22,6 +21,7 @@ from curvlab.groups import (
     check_weight_decay,
 )
 from curvlab.objective import Objective
+from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_direction
 
 MomentumKind = Literal["add", "average", "corrected"]

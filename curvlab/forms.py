@@ -19,7 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvlab.capture import Capture, send_back
+from curvlab.autograd import send_back
+from curvlab.capture import Capture
 from curvlab.derivatives import around
 from curvlab.errors import CurvlabError
 from curvlab.functions import ARRANGEMENTS

@@ -6,23 +6,20 @@ outputs. Weights are torch's default initialisation (the documents name none).
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from curvlab.errors import CurvlabError, lookup, unknown, whole
-from curvlab.likelihoods import LIKELIHOODS
+from curvlab.errors import CurvlabError, lookup, whole
+from curvlab.own_models import OwnModel, call_own, import_own
+from curvlab.own_models import seeded as seeded
 
 Shape = tuple[int, ...]
 
@@ -235,7 +232,7 @@ class Entry:
             data: a data set other than the model's own, to whose shapes a `sized` network is fitted.
         """
         with seeded(seed):
-            if isinstance(self.build, _Yours):
+            if isinstance(self.build, OwnModel):
                 return self.build.made(seed)
             return self.build(data.inputs, data.outputs) if self.sized and data is not None else self.build()
 
@@ -321,10 +318,10 @@ def find(name: str, seed: int = 0) -> Entry:
     """
     if not isinstance(name, str) or ":" not in name:
         return lookup(MODELS, name, "model")
-    function = _imported(name)
+    function = import_own(name)
     with seeded(whole("the seed", seed, 0)):
-        first, likelihood, data = _called(function, name)
-    return Entry(f"model '{name}'", _Yours(function, name, seed, [first]), data, likelihood)
+        first, likelihood, data = call_own(function, name)
+    return Entry(f"model '{name}'", OwnModel(function, name, seed, [first]), data, likelihood)
 
 
 def imported(name: str) -> None:
@@ -334,25 +331,9 @@ def imported(name: str) -> None:
         CurvlabError: an unknown name; a module that cannot be imported.
     """
     if isinstance(name, str) and ":" in name:
-        _imported(name)
+        import_own(name)
     else:
         find(name)
-
-
-@dataclass
-class _Yours:
-    """A user's function: the model of its first call is handed out once, for the seed of that call; then it is called."""
-
-    function: Callable[[], Any]
-    name: str
-    seed: int
-    first: list[nn.Module]
-
-    def __call__(self) -> nn.Module:
-        return _called(self.function, self.name)[0]
-
-    def made(self, seed: int) -> nn.Module:
-        return self.first.pop() if self.first and seed == self.seed else self()
 
 
 def build(name: str, seed: int = 0, data: Sized | None = None) -> nn.Module:
@@ -366,56 +347,3 @@ def build(name: str, seed: int = 0, data: Sized | None = None) -> nn.Module:
         CurvlabError: an unknown name, or a function of yours that does not work.
     """
     return find(name, seed).made(whole("the seed", seed, 0), data)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The global generator at `seed` inside, as it was after."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def _imported(name: str) -> Callable[[], Any]:
-    path, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(path)
-    except Exception as error:  # the user's module runs here, and may fail in any way
-        if isinstance(error, ModuleNotFoundError) and error.name and (path == error.name or path.startswith(f"{error.name}.")):
-            raise CurvlabError(
-                f"model '{name}': there is no module '{path}': run where it lies, install it or set PYTHONPATH"
-            ) from error
-        raise CurvlabError(f"model '{name}': importing '{path}' failed: {_said(error)}") from error
-    finally:
-        if added:
-            sys.path.remove(here)
-    if not hasattr(module, attribute):
-        raise unknown(f"function of {path}", attribute, (n for n, v in vars(module).items() if callable(v) and n[0] != "_"))
-    function = getattr(module, attribute)
-    if not callable(function):
-        raise CurvlabError(f"model '{name}': '{attribute}' is no function but {type(function).__name__}")
-    return function  # type: ignore[no-any-return]  # found by name in a module of the user's
-
-
-def _called(function: Callable[[], Any], name: str) -> tuple[nn.Module, str, str | None]:
-    """(module, likelihood, data set) of the user's function."""
-    try:
-        found = function()
-    except Exception as error:  # likewise
-        raise CurvlabError(f"model '{name}' failed: {_said(error)}") from error
-    if isinstance(found, nn.Module):
-        return found, "categorical", None
-    if isinstance(found, tuple) and [type(v) for v in found[1:]] == [str, str] and isinstance(found[0], nn.Module):
-        lookup(LIKELIHOODS, found[1], "likelihood")
-        return found[0], found[1], found[2]
-    raise CurvlabError(
-        f"model '{name}' returned {type(found).__name__}: return an nn.Module or (module, likelihood name, data set name)"
-    )
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curvlab.closure import STREAMS, Closure, Stream
+from curvlab.closure import Closure
 from curvlab.errors import CurvlabError, real, unknown, warn, whole
 from curvlab.forms import Form, Report
 from curvlab.layers import Block, Layout, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood
+from curvlab.observation import STREAMS, Stream
 from curvlab.output_law import Law
 from curvlab.strangers import check_model, original
 

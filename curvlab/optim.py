@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Self, cast
 import torch
 from torch import Tensor
 
-from curvlab.closure import Closure, Observation, Pass, Transition
+from curvlab.closure import Closure
 from curvlab.derivatives import precise
 from curvlab.descent import (
     Batch,
@@ -27,6 +27,7 @@ from curvlab.errors import CurvlabError, Diverged
 from curvlab.finite import late
 from curvlab.groups import OPTIONS, SHARED, check_known, check_options, check_owned, complete
 from curvlab.objective import restore, weights
+from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import Soundness, check_direction
 
 __all__ = [

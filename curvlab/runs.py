@@ -21,13 +21,14 @@ from torch import Tensor
 
 from curvlab import datasets
 from curvlab.algorithms import ALGORITHMS, check_rates, damping_for, descent
-from curvlab.closure import Closure, Pass, Transition
+from curvlab.closure import Closure
 from curvlab.curvature.base import Curvature
 from curvlab.errors import MOST_STEPS, CurvlabError, Diverged, lookup, several, tell, warn, whole
 from curvlab.logs.log import Log
 from curvlab.logs.reading import late_cosine
 from curvlab.machine import clock_of
 from curvlab.objective import Objective, restore, weights
+from curvlab.observation import Pass, Transition
 from curvlab.optim import Batch, Descent, displacement, move, warm_start
 from curvlab.probes.base import PROBES, Frame, Record, Sample, asked, axis, begin, check_fit, labels, on_host, sample, taken
 from curvlab.problem import Problem

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curvlab.closure import Observation
 from curvlab.errors import Diverged
 from curvlab.finite import all_short, length, lengths, longest, waits
 from curvlab.objective import Objective
+from curvlab.observation import Observation
 
 REMEDY = "lower the learning rate or raise the damping"
 

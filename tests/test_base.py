@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS, approximation
-from curvlab.closure import Observation, Pass
 from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.kfac import Kfac
 from curvlab.objective import Objective
+from curvlab.observation import Observation, Pass
 
 
 def kfac(objective: Objective, **options: object) -> BlockDiagonal:

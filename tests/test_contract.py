@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS, approximation, damping_for, descent
-from curvlab.closure import Observation
 from curvlab.curvature.base import IdentityBlock
 from curvlab.layers import Block
 from curvlab.objective import Objective
+from curvlab.observation import Observation
 from curvlab.optim import Descent, Optimizer, move, warm_start
 
 NAMES = list(ALGORITHMS)

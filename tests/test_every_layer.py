@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
-from curvlab.closure import Observation
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Categorical
+from curvlab.observation import Observation
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning", "ignore::UserWarning")
 

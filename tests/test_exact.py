@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab as cl
-from curvlab.closure import STREAMS, Closure
+from curvlab.closure import Closure
 from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS, ROUTES
 from curvlab.exact.batches import CHUNK, by_hessians
 from curvlab.likelihoods import Categorical, Gaussian
+from curvlab.observation import STREAMS
 
 zoo = pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS])
 models = pytest.mark.parametrize("model", MODELS)

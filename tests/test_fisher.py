@@ -9,10 +9,10 @@ from torch import Tensor
 
 import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.closure import Observation, Pass
 from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.fisher import DenseFisher
 from curvlab.objective import Objective
+from curvlab.observation import Observation, Pass
 
 KIND: dict[Pass, str] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
 LABELS = list(KIND)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.closure import Pass
 from curvlab.curvature.whole_vector import loss_at, subset, unflat
 from curvlab.linalg.krylov import truncated_cg
+from curvlab.observation import Pass
 
 TO_THE_END = {"progress": 0.0, "backtrack": False}
 

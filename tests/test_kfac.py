@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import approximation, descent
-from curvlab.closure import Pass
 from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.kfac import Kfac
 from curvlab.linalg.operators import Kronecker
+from curvlab.observation import Pass
 
 KIND: dict[Pass, str] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
 

@@ -13,8 +13,8 @@ from problems import Problem, problem
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.closure import Observation, Transition
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, predicted_reduction, ratio_at, reduction_ratio
+from curvlab.observation import Observation, Transition
 
 RULE = LevenbergMarquardt()
 

@@ -13,8 +13,8 @@ from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 import curvlab as cl
 from curvlab.capture import Capture
-from curvlab.closure import PASSES
 from curvlab.errors import CurvlabError
+from curvlab.observation import PASSES
 
 zoo = pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS])
 ALL = frozenset(PASSES)

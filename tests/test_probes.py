@@ -13,7 +13,7 @@ from problems import batches, problem
 from torch import Tensor
 
 import curvlab as cl
-from curvlab.closure import PASSES
+from curvlab.observation import PASSES
 from curvlab.probes import PROBES, Frame, asked, cosines, select
 from curvlab.runs import ALWAYS
 from curvlab.training.records import VARIABLES as TRAINING

@@ -10,7 +10,7 @@ import torch
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS, damping_for
-from curvlab.closure import PASSES
+from curvlab.observation import PASSES
 from curvlab.probes import PROBES
 from curvlab.probes.costs import COSTS
 from curvlab.spectra import VARIABLES

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
-from curvlab.closure import Observation, Transition
 from curvlab.curvature import skqn
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.skqn import SkqnB, SkqnL
 from curvlab.layers import Block
 from curvlab.linalg.block_bfgs import Choice, block_bfgs
 from curvlab.objective import Objective
+from curvlab.observation import Observation, Transition
 from curvlab.statistics import LayerStatistics
 
 NAMES = ("skqn-l", "skqn-b1", "skqn-b2")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.closure import Pass, Transition
 from curvlab.curvature.whole_vector import subset
 from curvlab.linalg.operators import LowRank
 from curvlab.linalg.woodbury import LayerRows, Rows
+from curvlab.observation import Pass, Transition
 from curvlab.statistics import LayerStatistics
 
 LABELS: list[Pass] = ["data", "model", "exact"]

@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from curvlab.closure import Observation, Pass, Transition
 from curvlab.errors import CurvlabError, Diverged, real
 from curvlab.finite import all_finite, all_short, length, waits
 from curvlab.linalg.bfgs import Matrix, Pair
 from curvlab.linalg.block_bfgs import BlockUpdate
 from curvlab.linalg.bounds import Bounds
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator, identity_like
+from curvlab.observation import Observation, Pass, Transition
 from curvlab.statistics import LayerStatistics, Reads
 
 NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlab.closure import Closure, Observation, Pass, Transition
+from curvlab.closure import Closure
 from curvlab.curvature.averaging import Averaging
 from curvlab.curvature.base import (
     NO_DATA,
@@ -35,6 +35,7 @@ from curvlab.errors import CurvlabError, Diverged, unknown, warn
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
 from curvlab.objective import Objective
+from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
 from curvlab.statistics import LayerStatistics, Reads
 

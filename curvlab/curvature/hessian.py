@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab import exact
-from curvlab.closure import Observation
 from curvlab.curvature.base import BlockDefaults, Secant, blend
 from curvlab.errors import Diverged
 from curvlab.finite import all_finite, waits
 from curvlab.linalg.cholesky import damped_cholesky, shifted
 from curvlab.linalg.krylov import extremes
 from curvlab.linalg.operators import Dense, Inverse, Operator
+from curvlab.observation import Observation
 from curvlab.statistics import Reads
 
 

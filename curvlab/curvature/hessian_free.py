@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.closure import Closure, Observation, Pass, Transition
+from curvlab.closure import Closure
 from curvlab.curvature.base import NO_DATA, check_algorithm, check_damping
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, Ratio, check_ratio, ratio_at
 from curvlab.curvature.settings import CurvatureSettings
@@ -36,6 +36,7 @@ from curvlab.linalg.krylov import truncated_cg
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product
 from curvlab.objective import Objective
+from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
 
 _KINDS: dict[Pass, Kind] = {"exact": "ggn", "data": "ef", "model": "fisher-mc"}

@@ -12,10 +12,10 @@ from typing import Literal, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.closure import Transition
 from curvlab.curvature.whole_vector import flat, loss_at, unflat
 from curvlab.errors import CurvlabError, unknown
 from curvlab.layers import Layout
+from curvlab.observation import Transition
 
 Ratio = Literal["direction", "step"]
 """Where ρ is taken: at p = −H g, whatever the learning rate (Alg. 23, lines 6 and 7); at the step that was taken."""

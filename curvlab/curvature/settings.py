@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from curvlab.closure import Pass
 from curvlab.curvature.base import check_damping
 from curvlab.errors import whole
+from curvlab.observation import Pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.closure import Closure, Observation, Pass, Transition
+from curvlab.closure import Closure
 from curvlab.curvature.base import NO_DATA, BlockDefaults, Secant, check_algorithm, check_damping
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, Ratio, check_ratio, ratio_at
 from curvlab.curvature.settings import CurvatureSettings
@@ -34,6 +34,7 @@ from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import LowRank, Operator, Woodbury, pack, unpack
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows
 from curvlab.objective import Objective
+from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
 from curvlab.statistics import LayerStatistics, Reads
 

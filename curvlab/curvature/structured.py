@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.closure import Closure, Observation, Pass, Transition
+from curvlab.closure import Closure
 from curvlab.curvature.base import NO_DATA, LearntPair, check_algorithm, check_damping
 from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.refinement import Refinement
@@ -47,6 +47,7 @@ from curvlab.linalg.lbfgs import Memory, lbfgs_inverse, multiple_of_identity, re
 from curvlab.linalg.operators import Dense, Operator
 from curvlab.linalg.products import Product
 from curvlab.objective import Objective
+from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
 
 Base = Literal["hessian", "fisher", "none"]

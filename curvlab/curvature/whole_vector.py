@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlab.closure import Closure, Observation, Pass
+from curvlab.closure import Closure
 from curvlab.curvature.base import CurvatureDefaults
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.errors import CurvlabError, Diverged, unknown
@@ -22,6 +22,7 @@ from curvlab.layers import Layout
 from curvlab.linalg.line_search import Found, armijo, wolfe
 from curvlab.linalg.operators import Operator
 from curvlab.objective import Objective, restore, weights
+from curvlab.observation import Observation, Pass
 
 Search = Literal["none", "armijo", "wolfe"]
 

@@ -13,12 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import get_total_norm
 
-from curvlab.closure import Closure, Pass
+from curvlab.closure import Closure
 from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.fingerprint import Unchanging
 from curvlab.forms import Form
 from curvlab.layers import Block
 from curvlab.objective import Objective
+from curvlab.observation import Pass
 
 Kind = Literal["hessian", "ggn", "pi", "fisher", "fisher-mc", "ef"]
 """Hessian of the mean loss = GGN + Π (thesis (1.4); 002 (5), (6)); Fisher over all labels, over drawn ones, over the data's."""

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.capture import refused, remedy
-from curvlab.closure import Closure, some_rows
+from curvlab.autograd import refused, remedy
+from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import PASSES, Kind
+from curvlab.independence import some_rows
 from curvlab.layers import Layout
 
 _NO_SECOND = (

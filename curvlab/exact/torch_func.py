@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.func import grad, jacrev, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from curvlab.closure import Closure, some_rows
+from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable, surrounding
 from curvlab.errors import CurvlabError, warn
 from curvlab.exact.batches import PASSES, Kind
 from curvlab.exact.plain import Plain
 from curvlab.functions import FUNCTIONS
+from curvlab.independence import some_rows
 from curvlab.layers import Layout
 from curvlab.strangers import called, eager, mixes
 

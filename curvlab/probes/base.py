@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curvlab.closure import Observation, Pass
 from curvlab.curvature.base import BlockDefaults, CurvatureDefaults, with_defaults
 from curvlab.errors import CurvlabError, lookup, several, whole
 from curvlab.objective import Objective
+from curvlab.observation import Observation, Pass
 
 Values = NDArray[np.float64]
 Record = dict[str, tuple[tuple[str, ...], Values]]

@@ -24,11 +24,11 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from curvlab import datasets
-from curvlab.closure import Observation
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, warn
 from curvlab.logs.log import Record
 from curvlab.machine import clock_of
 from curvlab.objective import Objective
+from curvlab.observation import Observation
 from curvlab.optim import Batch
 from curvlab.system import random_state
 from curvlab.system.interrupt import Shield, shielded

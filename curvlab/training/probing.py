@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.closure import Observation
 from curvlab.logs.log import Log
 from curvlab.logs.log import Record as LogRecord
 from curvlab.objective import Objective
+from curvlab.observation import Observation
 from curvlab.optim import Optimizer
 from curvlab.probes.base import PROBES, Frame, Moment, Sample, axis, begin, check_fit, empty, on_host, sample
 

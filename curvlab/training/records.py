@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvlab.closure import Observation
 from curvlab.logs.log import Log, Record
 from curvlab.objective import Objective
+from curvlab.observation import Observation
 from curvlab.probes.base import labels, taken
 from curvlab.training.evaluation import Measure
 from curvlab.training.settings import Position

@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from curvlab import datasets
-from curvlab.closure import Closure, Pass
+from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell, warn
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
+from curvlab.observation import Pass
 from curvlab.optim import Batch, MomentumKind
 from curvlab.probes import asked
 from curvlab.problem import Problem

@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from curvlab.algorithms import ALGORITHMS, check_labels, check_rates, optimizer
-from curvlab.closure import Pass
 from curvlab.errors import MOST_STEPS, CurvlabError, fitting, lookup, real, shown, unknown, whole
 from curvlab.groups import check_weight_decay
 from curvlab.objective import Objective
+from curvlab.observation import Pass
 from curvlab.optim import MomentumKind, Optimizer
 from curvlab.training import schedules
 

@@ -1,0 +1,65 @@
+"""What looks at a minibatch show: an `Observation` of one look, a `Transition` between two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, get_args
+
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+from curvlab.statistics import LayerStatistics
+
+if TYPE_CHECKING:
+    from curvlab.closure import Closure
+
+Pass = Literal["gradient", "data", "model", "exact"]
+"""What is sent back: ∂ℓ/∂z at the data's labels ("gradient": for the mean gradient alone), at labels drawn from the model, or
+the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
+
+PASSES: tuple[Pass, ...] = get_args(Pass)
+
+Stream = Literal["step", "warm", "exact"]
+"""Who made a closure: a step, a warm start, the oracle. Each has labels of its own."""
+
+STREAMS: tuple[Stream, ...] = get_args(Stream)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One look at one minibatch.
+
+    `loss` is the mean loss (no graph), with the objective's L2 term; `passes` holds {pass: {block: LayerStatistics}} for the
+    passes asked for, `closure` the minibatch itself, for methods that go through it again (conjugate gradients, trial steps).
+    """
+
+    loss: Tensor
+    size: int
+    passes: dict[str, dict[str, LayerStatistics]]
+    closure: Closure
+    pull: Mapping[str, Tensor] = field(default_factory=dict)  # {block: gradient of the L2 term}
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """{block: gradient of the mean loss at the data's labels, with that of the L2 term}, in the blocks' shapes."""
+        seen = self.passes.get("gradient") or self.passes.get("data")
+        if seen is None:
+            raise CurvlabError('this observation has no "gradient" pass: observe with needs={"gradient", …}')
+        found = {name: statistics.gradient for name, statistics in seen.items()}
+        return found | {name: found[name] + pull for name, pull in self.pull.items()}
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Two looks at one minibatch, before and after a move; `displacement` gives the move when first asked for."""
+
+    before: Observation
+    after: Observation
+    displacement: Callable[[], dict[str, Tensor]]
+
+    @cached_property
+    def step(self) -> dict[str, Tensor]:
+        """{block: change of its parameters}, in the blocks' shapes."""
+        return self.displacement()

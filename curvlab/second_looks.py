@@ -1,0 +1,105 @@
+"""A later look at a minibatch sees what the first saw: the random numbers it drew, and the buffers as they were before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from curvlab.derivatives import derivatives
+from curvlab.errors import CurvlabError
+from curvlab.system import random_state
+
+if TYPE_CHECKING:
+    from curvlab.objective import Objective
+
+
+class SecondLooks:
+    """The part of a closure that remembers generators and buffers, and puts them back."""
+
+    objective: Objective
+    x: Tensor
+
+    def __init__(self) -> None:
+        self._chance: Any = None  # what the generators were before the first look
+        self._generators: dict[torch.Generator, Tensor] = {}  # likewise, the model's own
+        self._buffers: dict[str, Tensor] | None = None  # likewise, its buffers
+        self._seen: tuple[Tensor, int] | None = None  # outputs of the last look, and how often weights were written to by then
+        self._restless = 0.0  # how far two looks differ though nothing moved
+
+    def _forward(self, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def _versions(self) -> int:
+        """How often the weights were written to."""
+        return sum(p._version for p in self.objective.parameters.values())
+
+    def _check_restless(self) -> None:
+        """Raises CurvlabError where two looks are known to differ."""
+        if self._restless:
+            raise CurvlabError(_RESTLESS.format(self._restless))
+
+    def _own_buffers(self, own: bool) -> dict[str, Tensor] | None:
+        """Copies of the model's buffers for one look to write on: as they were before the first look at this minibatch."""
+        if not any(module._buffers for module in self.objective.modules):
+            return None
+        if own and self._buffers is None:
+            self._buffers = {name: b.clone() for name, b in self.objective.model.named_buffers()}
+        held = self._buffers if own else dict(self.objective.model.named_buffers())
+        assert held is not None
+        return {name: b.clone() for name, b in held.items()}
+
+    def _check_steady(self, z: Tensor, key: Hashable) -> None:
+        """Once a form: whether a second look, with all random numbers and buffers put back, is the first."""
+        if key not in self.objective.steady:
+            with derivatives(), torch.no_grad(), self._same_chance(True):
+                again = self._forward(self.x, self._own_buffers(True))
+            apart = float((again - z.detach()).norm()) if again.shape == z.shape else math.inf
+            near = torch.finfo(z.dtype).eps ** 0.5 * float(z.detach().norm())
+            self.objective.steady[key] = 0.0 if apart <= near else apart / max(float(z.detach().norm()), 1e-300)
+        self._restless = self.objective.steady[key]
+
+    def _check_same(self, z: Tensor) -> None:
+        """Raises CurvlabError where a later look differs from the one before although no weight was written to."""
+        seen, self._seen = self._seen, (z.detach(), self._versions())
+        if seen is not None and seen[1] == self._seen[1] and seen[0].shape == z.shape:
+            apart, size = float((z.detach() - seen[0]).norm()), float(seen[0].norm())
+            if apart > torch.finfo(z.dtype).eps ** 0.5 * size:
+                raise CurvlabError(_RESTLESS.format(apart / size if size else math.inf))
+
+    def _drew(self) -> bool:
+        return isinstance(self._chance, random_state.Chance) and random_state.drawn_since(self._chance, self.x.device)
+
+    @contextmanager
+    def _same_chance(self, own: bool, quiet: bool = False) -> Iterator[None]:
+        """The generators as they were at the first look, inside; at the first look they are remembered, but where the model is
+        known to draw nothing."""
+        device = self.x.device
+        if not own or self._chance is None:
+            if own:
+                self._chance = QUIET if quiet else random_state.states(device)
+            yield
+            return
+        if not isinstance(self._chance, random_state.Chance):
+            yield
+            return
+        now = {generator: generator.get_state() for generator in self._generators}
+        for generator, state in self._generators.items():
+            generator.set_state(state)
+        try:
+            with random_state.replayed(self._chance, device):
+                yield
+        finally:
+            for generator, state in now.items():
+                generator.set_state(state)
+
+
+_RESTLESS = (
+    "two looks at one minibatch differ (by a relative {:.2g}) though nothing was moved: the model draws random numbers, or "
+    "counts, in a way that cannot be put back; let it draw by a global generator (torch, random, numpy) or a torch.Generator"
+)
+QUIET = "no random number is drawn"
