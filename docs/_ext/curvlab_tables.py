@@ -1,0 +1,69 @@
+"""Sphinx extension: the directive `table-of`, whose argument names a table of `tables.TABLES`."""
+
+from __future__ import annotations
+
+import posixpath
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import tables
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.util.docutils import SphinxDirective
+
+NOTEBOOKS = "tutorials"
+"""Folder of `docs/` that gets copies of the notebooks of `analyses/`, where they are kept and tested."""
+
+
+class TableOf(SphinxDirective):
+    """```{table-of} algorithms```"""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        name = self.arguments[0]
+        if name not in tables.TABLES:
+            raise self.error(f"there is no table '{name}'; there are {', '.join(tables.TABLES)}")
+        table = tables.TABLES[name]()
+        group = nodes.tgroup(cols=len(table.columns))
+        group += [nodes.colspec(colwidth=1) for _ in table.columns]
+        group += nodes.thead("", self._row(table.columns))
+        group += nodes.tbody("", *[self._row(row) for row in table.rows])
+        kind = "gallery" if name in tables.GALLERIES else "generated"
+        return [nodes.table("", group, classes=[kind, f"table-{name}"])]
+
+    def _row(self, cells: Any) -> nodes.row:
+        return nodes.row("", *[nodes.entry("", *self._cell(cell)) for cell in cells])
+
+    def _cell(self, cell: tables.Cell) -> list[nodes.Node]:
+        if isinstance(cell, tables.Pictures):
+            up = posixpath.relpath(".", posixpath.dirname(self.env.docname) or ".")
+            return [
+                nodes.image("", uri=posixpath.join(up, tables.PICTURES, file), width="220px", alt=f"The figure {Path(file).stem}")
+                for file in cell
+            ]
+        if isinstance(cell, tables.Markdown):
+            parent = nodes.Element()
+            self.state.nested_parse(StringList([cell], self.env.docname), self.content_offset, parent)
+            return parent.children
+        inside = nodes.literal("", cell) if isinstance(cell, tables.Code) and cell else nodes.Text(cell)
+        return [nodes.paragraph("", "", inside)]
+
+
+def copy_notebooks(app: Sphinx, config: Config) -> None:
+    """Sphinx reads only what lies in its own folder."""
+    there = Path(app.srcdir) / NOTEBOOKS
+    there.mkdir(exist_ok=True)
+    for notebook in (tables.ROOT / "analyses").glob("*.ipynb"):
+        copy = there / notebook.name
+        if not copy.exists() or copy.read_bytes() != notebook.read_bytes():
+            copyfile(notebook, copy)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_directive("table-of", TableOf)
+    app.connect("config-inited", copy_notebooks)
+    return {"parallel_read_safe": True}
