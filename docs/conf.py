@@ -29,6 +29,8 @@ nb_execution_mode = "off"
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
+smartquotes = False  # tables and options stand as they are typed
+
 # API reference
 default_role = "literal"  # docstrings set names in single backticks
 autodoc_member_order = "bysource"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -42,7 +43,9 @@ class TableOf(SphinxDirective):
         if isinstance(cell, tables.Pictures):
             up = posixpath.relpath(".", posixpath.dirname(self.env.docname) or ".")
             return [
-                nodes.image("", uri=posixpath.join(up, tables.PICTURES, file), width="220px", alt=f"The figure {Path(file).stem}")
+                nodes.image(
+                    "", uri=posixpath.join(up, tables.PICTURES, file), width="220px", alt=f"The figure {Path(file).stem}"
+                )
                 for file in cell
             ]
         if isinstance(cell, tables.Markdown):
@@ -63,7 +66,24 @@ def copy_notebooks(app: Sphinx, config: Config) -> None:
             copyfile(notebook, copy)
 
 
+def plain(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Docstrings are plain text with code in backticks and **strong** words: other marks of reStructuredText are letters."""
+    lines[:] = [escaped(line) for line in lines]
+
+
+def escaped(line: str) -> str:
+    """|a|, [*shape] and x_ outside of code as they stand."""
+    if line.lstrip().startswith((">>>", "...")):
+        return line
+    parts = re.split(r"(``.*?``|`[^`]*`|\*\*[^*\s][^*]*\*\*)", line)
+    return "".join(part if i % 2 else _LETTERS.sub(r"\\\g<0>", part) for i, part in enumerate(parts))
+
+
+_LETTERS = re.compile(r"\||(?<!^)\*|(?<=\w)_(?=[\s.,;:)\]]|$)")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("table-of", TableOf)
     app.connect("config-inited", copy_notebooks)
+    app.connect("autodoc-process-docstring", plain, priority=400)  # before napoleon, which adds marks
     return {"parallel_read_safe": True}

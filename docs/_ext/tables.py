@@ -158,7 +158,9 @@ def sentence(docstring: str | None) -> str:
 
 
 def _classes(table: Iterable[object]) -> list[list[Cell]]:
-    found = [t if isinstance(t, str) else f"{getattr(t, '__module__', None) or 'torch'}.{getattr(t, '__name__', t)}" for t in table]
+    found = [
+        t if isinstance(t, str) else f"{getattr(t, '__module__', None) or 'torch'}.{getattr(t, '__name__', t)}" for t in table
+    ]
     return [[Code(name.replace("torch.nn.modules.", "torch.nn.").replace("None.", "torch."))] for name in found]
 
 
