@@ -29,13 +29,13 @@ nb_execution_mode = "off"
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
-smartquotes = False  # tables and options stand as they are typed
+smartquotes_action = "D"  # dashes alone: tables and options stand as they are typed
 
 # API reference
 default_role = "literal"  # docstrings set names in single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -51,7 +51,7 @@ html_static_path = ["_static"]
 html_css_files = ["curvlab.css"]
 html_theme_options = {
     "logo": {"text": "curvlab"},
-    "header_links_before_dropdown": 5,
+    "header_links_before_dropdown": 6,
     "navigation_with_keys": False,
     "show_toc_level": 2,
     "secondary_sidebar_items": ["page-toc"],
@@ -60,5 +60,5 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"changelog": [], "references": []}
+html_sidebars = {"index": [], "start": [], "search": []}
 html_show_sourcelink = False

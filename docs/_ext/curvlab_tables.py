@@ -34,7 +34,7 @@ class TableOf(SphinxDirective):
         group += nodes.thead("", self._row(table.columns))
         group += nodes.tbody("", *[self._row(row) for row in table.rows])
         kind = "gallery" if name in tables.GALLERIES else "generated"
-        return [nodes.table("", group, classes=[kind, f"table-{name}"])]
+        return [nodes.table("", group, classes=[kind, f"table-{name}", "colwidths-auto"])]
 
     def _row(self, cells: Any) -> nodes.row:
         return nodes.row("", *[nodes.entry("", *self._cell(cell)) for cell in cells])
@@ -44,7 +44,7 @@ class TableOf(SphinxDirective):
             up = posixpath.relpath(".", posixpath.dirname(self.env.docname) or ".")
             return [
                 nodes.image(
-                    "", uri=posixpath.join(up, tables.PICTURES, file), width="220px", alt=f"The figure {Path(file).stem}"
+                    "", uri=posixpath.join(up, tables.PICTURES, file), width="180px", alt=f"The figure {Path(file).stem}"
                 )
                 for file in cell
             ]
