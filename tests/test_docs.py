@@ -21,6 +21,7 @@ from curvlab.likelihoods import LIKELIHOODS
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
 from curvlab.reproduction import scripts
+from curvlab.reproduction.index import FOLDERS
 from curvlab.show.figures import FIGURES
 from curvlab.spectra import VARIABLES as OF_SPECTRA
 from curvlab.training.records import VARIABLES as OF_TRAINING
@@ -127,6 +128,14 @@ def used() -> list[str]:
 
 def test_every_table_is_on_one_page() -> None:
     assert sorted(used()) == sorted(tables.TABLES)
+
+
+def test_every_notebook_and_script_is_in_the_tutorials() -> None:
+    text = (DOCS / "tutorials" / "index.md").read_text()
+    analyses = ROOT / "analyses"
+    others = [p for p in analyses.rglob("*.py") if p.parent.name not in FOLDERS]
+    assert all(f"]({p.name})" in text for p in analyses.glob("*.ipynb"))
+    assert all(f"](../../analyses/{p.relative_to(analyses)})" in text for p in others)
 
 
 def test_every_page_of_the_package_is_in_the_reference() -> None:

@@ -133,6 +133,12 @@ def test_the_damping_rule_is_as_written() -> None:
     assert damping_for("shampoo", 0.04, 100) == 3e-4
 
 
+def test_what_each_method_damps_is_complete() -> None:
+    table = rows(page("fisher_scale_damping"), "| methods | the document's own parameter is |")
+    named = [n for row in table for n in re.findall(r"`([\w-]+)`", row[0])]
+    assert sorted(named) == sorted(ALGORITHMS)
+
+
 def test_the_guide_to_methods_names_methods_that_there_are() -> None:
     text = page("choose")
     named = {n for row in rows(text, "| your problem | begin with |") for n in re.findall(r"`([\w-]+)`", row[1])}

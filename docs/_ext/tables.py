@@ -16,12 +16,14 @@ from curvlab.functions import FUNCTIONS
 from curvlab.layers import LAYERS
 from curvlab.likelihoods import LIKELIHOODS
 from curvlab.linalg.bfgs import SKIPS
+from curvlab.models import MODELS
 from curvlab.probes import PROBES, Variable
 from curvlab.probes.costs import COSTS
 from curvlab.probes.costs import MODELS as OF_COSTS
 from curvlab.reproduction import load, scripts
 from curvlab.spectra import VARIABLES as OF_SPECTRA
 from curvlab.training.records import VARIABLES as OF_TRAINING
+from curvlab.training.schedules import SCHEDULES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = Path(curvlab.__file__).parent
@@ -78,6 +80,13 @@ def overall(name: str) -> str:
     if given[0] != given[1]:
         raise ValueError(f"the documentation has no words for the damping rule of {name}")
     return f"ε = {given[0]:g}" if given[0] else "none"
+
+
+def _models() -> Table:
+    """The list, and whether a network takes the shapes of another data set."""
+    listed = _of_list("models", 0, 2, 3)
+    rows = [[*row[:-1], "of the data" if MODELS[str(row[0])].sized else "fixed", row[-1]] for row in listed.rows]
+    return Table([*listed.columns[:-1], "shapes", listed.columns[-1]], rows)
 
 
 def _probes() -> Table:
@@ -167,7 +176,7 @@ def _classes(table: Iterable[object]) -> list[list[Cell]]:
 TABLES: dict[str, Callable[[], Table]] = {
     "algorithms": _algorithms,
     "options": lambda: _of_list("options", 0, 1, 2),
-    "models": lambda: _of_list("models", 0, 2, 3),
+    "models": _models,
     "datasets": lambda: _of_list("datasets", 0),
     "schedules": lambda: _of_list("schedules", 0, 2),
     "figures": lambda: _of_list("figures", 0),
@@ -203,8 +212,5 @@ def _functions() -> list[list[Cell]]:
 
 def citing() -> dict[str, str]:
     """{entry of a table in the code: its source}, of all tables that cite."""
-    from curvlab.models import MODELS
-    from curvlab.training.schedules import SCHEDULES
-
     tables: dict[str, Mapping[str, object]] = {"algorithm": ALGORITHMS, "model": MODELS, "schedule": SCHEDULES, "probe": PROBES}
     return {f"{kind} {n}": str(getattr(entry, "source", "")) for kind, table in tables.items() for n, entry in table.items()}
