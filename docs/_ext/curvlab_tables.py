@@ -68,22 +68,43 @@ def copy_notebooks(app: Sphinx, config: Config) -> None:
 
 def plain(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Docstrings are plain text with code in backticks and **strong** words: other marks of reStructuredText are letters."""
-    lines[:] = [escaped(line) for line in lines]
+    lines[:] = escaped("\n".join(lines)).split("\n")
+
+    if what in ("attribute", "data", "property"):
+        _as_written[name] = list(lines)
 
 
-def escaped(line: str) -> str:
-    """|a|, [*shape] and x_ outside of code as they stand."""
-    if line.lstrip().startswith((">>>", "...")):
-        return line
-    parts = re.split(r"(``.*?``|`[^`]*`|\*\*[^*\s][^*]*\*\*)", line)
+def restored(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Napoleon reads what stands before a colon as the type of an attribute; here it is a sentence, or {key: value}."""
+    if name in _as_written:
+        lines[:] = [*_as_written.pop(name), ""]
+
+
+_as_written: dict[str, list[str]] = {}
+
+
+def escaped(text: str) -> str:
+    """|a|, [*shape] and x_ outside of code and examples as they stand."""
+    parts = re.split(r"(^\s*(?:>>>|\.\.\.).*$|``.*?``|`[^`]*`|\*\*[^*\s][^*]*\*\*)", text, flags=re.MULTILINE)
     return "".join(part if i % 2 else _LETTERS.sub(r"\\\g<0>", part) for i, part in enumerate(parts))
 
 
-_LETTERS = re.compile(r"\||(?<!^)\*|(?<=\w)_(?=[\s.,;:)\]]|$)")
+_LETTERS = re.compile(r"\||\*|(?<=\w)_(?=[\s.,;:)\]]|$)")
+
+
+def readable(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None] | None:
+    """Signatures of dataclasses: a default that is made anew has no text that Sphinx reads."""
+    if signature is None:
+        return None
+    return re.sub(r": '([^']*)'", r": \1", re.sub(r"=\s?<factory>", "=...", signature)), returns
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("table-of", TableOf)
     app.connect("config-inited", copy_notebooks)
     app.connect("autodoc-process-docstring", plain, priority=400)  # before napoleon, which adds marks
+    app.connect("autodoc-process-signature", readable)
+    app.connect("autodoc-process-docstring", restored, priority=600)
     return {"parallel_read_safe": True}
