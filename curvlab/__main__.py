@@ -1,5 +1,5 @@
 """``python -m curvlab``."""
 
-from curvlab.cli.app import main
+from curvlab.cli import main
 
 main()
