@@ -49,6 +49,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = f"curvlab {release}"
 html_static_path = ["_static"]
 html_css_files = ["curvlab.css"]
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 html_theme_options = {
     "logo": {"text": "curvlab"},
     "header_links_before_dropdown": 6,

@@ -194,6 +194,16 @@ def test_what_probes_cite_is_listed() -> None:
         assert "002" not in words, name
 
 
+PAPER = re.compile(r"([A-Z][\w-]+)(?:(?:, | and |, and )[A-Z][\w-]+)*(?: et al\.)?,? \(?((?:19|20)\d\d)\b")
+
+
+def test_every_paper_that_the_code_names_is_listed() -> None:
+    rows = [row for row in (DOCS / "references.md").read_text().splitlines() if row.startswith("| `")]
+    for path in (ROOT / "curvlab").rglob("*.py"):
+        for name, year in PAPER.findall(path.read_text(encoding="utf-8")):
+            assert any(name in row and year in row for row in rows), (path.name, name, year)
+
+
 @pytest.mark.parametrize("word", ["002", "003"])
 def test_no_key_is_a_number_of_a_file(word: str) -> None:
     cites = re.compile(rf"(?<![\d.]){word} (\(|Alg|§|Table)")
@@ -260,13 +270,13 @@ class Cells(HTMLParser):
             self.now[-1][-1] += data
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
     """Built with warnings as errors, as the README says."""
     pytest.importorskip("sphinx", reason="pip install -e '.[docs]'")
     for module in ("myst_nb", "pydata_sphinx_theme", "sphinx_copybutton"):
         pytest.importorskip(module, reason="pip install -e '.[docs]'")
-    there = tmp_path_factory.mktemp("site")
+    there = tmp_path
     done = subprocess.run(
         [
             sys.executable,
@@ -288,7 +298,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return there / "html"
 
 
-def test_the_site_has_every_entry_of_every_table_as_a_whole_cell(site: Path) -> None:
+def test_the_site_is_built_without_a_warning_has_whole_cells_and_can_be_searched(site: Path) -> None:
+    """One test, since the build takes half a minute."""
+    has_every_entry_of_every_table_as_a_whole_cell(site)
+    can_be_searched_and_needs_no_other(site)
+
+
+def has_every_entry_of_every_table_as_a_whole_cell(site: Path) -> None:
     cells = Cells()
     for page in site.rglob("*.html"):
         cells.feed(page.read_text(encoding="utf-8"))
@@ -303,8 +319,8 @@ def test_the_site_has_every_entry_of_every_table_as_a_whole_cell(site: Path) -> 
                     assert cell == wanted.strip(), (name, wanted)
 
 
-def test_the_site_can_be_searched_and_needs_no_other(site: Path) -> None:
+def can_be_searched_and_needs_no_other(site: Path) -> None:
     index = (site / "searchindex.js").read_text(encoding="utf-8")
     assert all(f'"{page}"' in index for page in ("start", "choose", "references", "api/curvlab"))
-    start = (site / "start.html").read_text(encoding="utf-8")
-    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://", start)
+    for page in site.rglob("*.html"):
+        assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://", page.read_text(encoding="utf-8")), page
