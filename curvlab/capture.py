@@ -73,9 +73,14 @@ class _Listener(TorchFunctionMode):
 class Capture:
     """Hears every call of the blocks' weights during one forward pass; then goes back any number of times.
 
-    >>> with Capture(model, blocks) as capture:
+    >>> import torch
+    >>> from curvlab.layers import blocks
+    >>> model, x = torch.nn.Linear(3, 2), torch.ones(4, 3)
+    >>> with Capture(model, blocks(model)) as capture:
     ...     z = model(x)
-    >>> statistics = capture.backward(z, vectors)
+    >>> (statistics,) = capture.backward(z, torch.ones(1, 4, 2)).values()
+    >>> statistics.a.shape, statistics.g.shape
+    (torch.Size([4, 1, 4]), torch.Size([1, 4, 1, 2]))
 
     Args:
         dtype: of all statistics; the weights' own where None.

@@ -292,7 +292,7 @@ def spectrum(
         progress: show a progress bar; None shows one where standard error is a terminal.
 
     Returns:
-        The data set that `curvlab spectrum` logs (README), with one step.
+        The data set that `curvlab spectrum` logs (documentation, "The log"), with one step.
 
     Raises:
         CurvlabError: unknown names, numbers out of range, data that do not fit or change, a block too large for the method.

@@ -1,8 +1,9 @@
-"""The README keeps its word: its script runs, its tables name what the tables hold, its test command is what CI runs."""
+"""The README and the guide keep their word: scripts run, tables by hand name what the code holds, commands are what CI runs."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,25 +11,33 @@ import torch
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS, damping_for
+from curvlab.exact import KINDS, ROUTES
 from curvlab.observation import PASSES
 from curvlab.probes import PROBES
 from curvlab.probes.costs import COSTS
-from curvlab.spectra import VARIABLES
-from curvlab.training.records import VARIABLES as TRAINING
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
 
 
-def block_after(marker: str) -> str:
-    found = re.search(re.escape(marker) + r"\s*```\w+\n(.*?)```", README, re.DOTALL)
+def block_after(marker: str, text: str = README) -> str:
+    found = re.search(re.escape(marker) + r"\s*```\w+\n(.*?)```", text, re.DOTALL)
     assert found
     return found.group(1)
 
 
-def test_the_ten_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
+def page(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text()
+
+
+def test_it_is_one_page() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_twelve_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     script = block_after("<!-- executed by the tests -->")
-    assert len([line for line in script.splitlines() if line and not line.startswith("import")]) <= 10
+    assert len([line for line in script.splitlines() if line]) <= 12
     exec(compile(script, "README.md", "exec"), {})
     assert re.fullmatch(r"loss 2\.\d{3}, KFAC bounded by \d+, exact Fisher block has 420 rows\n", capsys.readouterr().out)
 
@@ -40,14 +49,36 @@ def test_two_commands_set_everything_up() -> None:
     assert commands[1] == block_after("<!-- test command -->").strip()
 
 
-def test_ci_runs_the_test_command_as_written() -> None:
+def test_one_command_builds_the_documentation() -> None:
+    assert block_after("<!-- documentation command -->").strip().endswith("sphinx-build -W -b html docs docs/_build/html")
+
+
+def test_ci_runs_the_commands_as_written() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
-    assert "<!-- test command -->" in ci
     assert all(tool in ci for tool in ("ruff check", "ruff format --check", "mypy", "lint-imports"))
+    function = next(line for line in ci.splitlines() if line.startswith("block()"))
+    for name in ("test command", "documentation command"):
+        assert f'"{name}"' in ci
+        found = subprocess.run(
+            ["bash", "-c", f'{function}; block "{name}"'], capture_output=True, text=True, cwd=ROOT, check=True
+        )
+        assert found.stdout == block_after(f"<!-- {name} -->")
 
 
-def rows(header: str) -> list[list[str]]:
-    lines = README[README.index(header) :].splitlines()[2:]
+def test_its_links_lead_somewhere() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "analyses/README.md"):
+        for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", (ROOT / name).read_text()):
+            assert target.startswith("https://") or ((ROOT / name).parent / target).exists(), (name, target)
+
+
+def test_every_page_of_the_guide_is_named_in_it() -> None:
+    held = {"index", "guide", "reference", "development", "contributing", "changelog"}
+    for path in DOCS.glob("*.md"):
+        assert path.stem in held or f"docs/{path.name}" in README, path.name
+
+
+def rows(text: str, header: str) -> list[list[str]]:
+    lines = text[text.index(header) :].splitlines()[2:]
     table = []
     for line in lines:
         if not line.startswith("|"):
@@ -56,56 +87,39 @@ def rows(header: str) -> list[list[str]]:
     return table
 
 
-def test_the_table_of_algorithms_is_complete_and_true() -> None:
-    table = rows("| name | what it is | labels |")
-    assert [row[0].strip("`") for row in table] == list(ALGORITHMS)
-    assert [row[2] for row in table] == [a.labels for a in ALGORITHMS.values()]
-
-
-def test_the_log_schema_is_complete_and_true() -> None:
-    table = {name.strip("` "): row[1] for row in rows("| variable | dimensions | what |") for name in row[0].split(",")}
-    expected = {name: ", ".join(("step", *v.dims)) for p in PROBES.values() for name, v in p.variables.items()}
-    expected |= {name: ", ".join(("epoch", *v.dims)) for p in PROBES.values() for name, v in p.epoch.items()}
-    assert table == expected
-
-
-def test_the_table_of_probes_is_complete_and_true() -> None:
-    table = rows("| probe | of | every | cost |")
-    expected = [
-        [f"`{name}`", ", ".join(p.where), str(p.every), ", ".join(f"{c:g}" for c in COSTS[name])] for name, p in PROBES.items()
-    ]
-    assert [row[:4] for row in table] == expected
-    of_train = {name: COSTS[name][0] / p.every for name, p in PROBES.items() if "train" in p.where}
-    del of_train["alignment"]  # shares the Lanczos runs of the spectrum
-    assert sum(of_train.values()) <= 1  # all together at most double a training step
-
-
-def test_the_schema_of_spectra_is_complete_and_true() -> None:
-    table = {name.strip("` "): row[1] for row in rows("| variable | dimensions of a spectrum |") for name in row[0].split(",")}
-    assert table == {name: ", ".join(("step", *dims)) for name, (dims, *_) in VARIABLES.items()}
-
-
 def test_the_training_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(block_after("<!-- training, executed by the tests -->"), "README.md", "exec"), {})
+    exec(compile(block_after("<!-- training, executed by the tests -->", page("training")), "training.md", "exec"), {})
     assert re.fullmatch(r"loss 0\.\d\d after 60 steps\n", capsys.readouterr().out)
 
 
 def test_your_own_model(capsys: pytest.CaptureFixture[str]) -> None:
     here: dict[str, object] = {}
-    exec(compile(block_after("<!-- your own model, executed by the tests -->"), "README.md", "exec"), here)
+    exec(
+        compile(block_after("<!-- your own model, executed by the tests -->", page("own_model")), "own_model.md", "exec"), here
+    )
     assert "2 uses" in capsys.readouterr().out
     objective, x, y, F = (here[name] for name in ("objective", "x", "y", "F"))
     other = cl.exact.matrix(objective, x, y, kind="ggn", block="1", route="func")
     torch.testing.assert_close(F.dense(), other.dense(), rtol=1e-4, atol=1e-7)
 
 
-def test_the_schema_of_training_is_complete_and_true() -> None:
-    table = {name.strip("` "): row[1] for row in rows("| variable | dimensions of training |") for name in row[0].split(",")}
-    assert table == {name: ", ".join(("epoch", *dims)) for name, (dims, *_) in TRAINING.items()}
+def test_all_probes_together_at_most_double_a_training_step() -> None:
+    of_train = {name: COSTS[name][0] / p.every for name, p in PROBES.items() if "train" in p.where}
+    del of_train["alignment"]  # shares the Lanczos runs of the spectrum
+    assert sum(of_train.values()) <= 1
 
 
 def test_the_passes_are_complete() -> None:
-    assert tuple(row[0].strip('`"') for row in rows("| pass | vectors sent back |")) == PASSES
+    assert tuple(row[0].strip('`"') for row in rows(page("fisher_scale_damping"), "| pass | vectors sent back |")) == PASSES
+
+
+def test_the_kinds_and_calls_of_exact_curvature_are_complete() -> None:
+    text = page("exact")
+    assert tuple(row[0].strip("`") for row in rows(text, "| kind | matrix |")) == KINDS
+    calls = {name for row in rows(text, "| call | gives |") for name in re.findall(r"`(\w+)", row[0])}
+    assert calls == {n for n in cl.exact.__all__ if callable(getattr(cl.exact, n)) and n[0].islower()}
+    assert "`func`" in text
+    assert "func" in ROUTES
 
 
 def test_the_damping_rule_is_as_written() -> None:
@@ -119,7 +133,21 @@ def test_the_damping_rule_is_as_written() -> None:
     assert damping_for("shampoo", 0.04, 100) == 3e-4
 
 
+def test_what_each_method_damps_is_complete() -> None:
+    table = rows(page("fisher_scale_damping"), "| methods | the document's own parameter is |")
+    named = [n for row in table for n in re.findall(r"`([\w-]+)`", row[0])]
+    assert sorted(named) == sorted(ALGORITHMS)
+
+
+def test_the_guide_to_methods_names_methods_that_there_are() -> None:
+    text = page("choose")
+    named = {n for row in rows(text, "| your problem | begin with |") for n in re.findall(r"`([\w-]+)`", row[1])}
+    assert named <= ALGORITHMS.keys()
+    assert len(named) >= 15
+
+
 def test_nothing_else_at_the_top() -> None:
     ignored = ("runs", "dist", "build")
     tracked = {p.name for p in ROOT.iterdir() if not p.name.startswith(".") and p.name not in ignored}
-    assert tracked == {"CHANGELOG.md", "LICENSE", "README.md", "analyses", "curvlab", "data", "pyproject.toml", "tests"}
+    texts = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md"}
+    assert tracked == texts | {"analyses", "curvlab", "data", "docs", "pyproject.toml", "tests"}

@@ -33,7 +33,7 @@ def compare(
         float | None, Option(help="Learning rate of the reference; its document's by default.", rich_help_panel="Methods")
     ] = None,
     damping: Annotated[
-        float, Option(help="Overall damping λ, given to every method by one rule (README).", rich_help_panel="Methods")
+        float, Option(help="Overall damping λ, given to every method by one rule (see docs).", rich_help_panel="Methods")
     ] = 1e-3,
     momentum: Annotated[float, Option(help="β of every method (thesis 4.7.2).", rich_help_panel="Methods")] = 0.9,
     decay: Annotated[

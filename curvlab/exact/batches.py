@@ -22,7 +22,7 @@ from curvlab.objective import Objective
 from curvlab.observation import Pass
 
 Kind = Literal["hessian", "ggn", "pi", "fisher", "fisher-mc", "ef"]
-"""Hessian of the mean loss = GGN + Π (thesis (1.4); 002 (5), (6)); Fisher over all labels, over drawn ones, over the data's."""
+"""Hessian of the mean loss = GGN + Π (thesis (1.4); S2QN (5), (6)); Fisher over all labels, drawn ones, or the data's."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -104,6 +104,13 @@ def matrix(
 ) -> Dense | Rectangular:
     """A dense matrix of second derivatives or second moments: mean over examples of a per-example sum.
 
+    >>> import torch
+    >>> import curvlab as cl
+    >>> objective = cl.Objective(torch.nn.Linear(2, 1, bias=False), cl.likelihoods.Gaussian())
+    >>> cl.exact.matrix(objective, torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.zeros(2, 1), kind="ggn", block=None).dense()
+    tensor([[2., 0.],
+            [0., 8.]])
+
     Args:
         objective: model and likelihood.
         x: inputs [N, …]; or a loader of (x, y) pairs, over all of which the exact mean is taken at bounded memory.

@@ -30,6 +30,12 @@ def gradients(
 ) -> dict[str, Float[Tensor, "N *shape"]]:
     """Gradient of each example's loss (not divided by N), {parameter: [N, *shape]}.
 
+    >>> import torch
+    >>> import curvlab as cl
+    >>> objective = cl.Objective(torch.nn.Linear(2, 1, bias=False), cl.likelihoods.Gaussian())
+    >>> cl.exact.gradients(objective, torch.ones(3, 2), torch.zeros(3, 1))["weight"].shape
+    torch.Size([3, 1, 2])
+
     Args:
         out: tensors to write into, as an earlier call returned them: filling fresh memory costs more than the arithmetic.
 

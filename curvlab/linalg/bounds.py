@@ -55,6 +55,9 @@ def input_factor(inputs: int, phi: float, damping: float, places: int = 1) -> Bo
     """H_A = (A + λ_A I)⁻¹ with |a| ≤ φ: thesis Lemma 1 (T = 1) and (3.17) in Lemma 7; 2021 (15). ((I − 1) φ² + 1) T ≥ ‖A‖.
 
     The moving average of such A, and the mean over examples, are bounded alike.
+
+    >>> input_factor(inputs=4, phi=1.0, damping=1.0)
+    Bounds(lower=0.2, upper=1.0)
     """
     return Bounds(1 / (((inputs - 1) * phi**2 + 1) * places + damping), 1 / damping)
 

@@ -51,6 +51,11 @@ def conjugate_gradients(
     The residual of the recursion drifts from the true one. Where it reaches the tolerance the true one is computed; if that
     does not, the iteration starts again from there, for as long as this halves it.
 
+    >>> from curvlab.linalg.operators import Diagonal
+    >>> found = conjugate_gradients(Diagonal(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 1.0]), tolerance=1e-6)
+    >>> found.iterations, found.converged
+    (2, True)
+
     Args:
         tolerance: on ‖b − A x‖ / ‖b‖.
         maximum: of iterations; by default 10 D.

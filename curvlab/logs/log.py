@@ -1,7 +1,7 @@
 """Records ⇄ xarray ⇄ netCDF-4/HDF5. What is on disk is always whole, and sealed (`atomic`).
 
 A file is made in memory and reaches the disk as bytes, so that the HDF5 library never meets a full one. The schema (dimensions,
-variables, attributes) stands in the README.
+variables, attributes) stands in the documentation, "The log".
 """
 
 from __future__ import annotations

@@ -1,0 +1,216 @@
+"""The tables of the documentation, made of the tables in the code. Nothing here is written by hand but the headings."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import curvlab
+from curvlab.algorithms import ALGORITHMS, damping_for
+from curvlab.cli.app import LISTS
+from curvlab.exact import ROUTES
+from curvlab.functions import FUNCTIONS
+from curvlab.layers import LAYERS
+from curvlab.likelihoods import LIKELIHOODS
+from curvlab.linalg.bfgs import SKIPS
+from curvlab.models import MODELS
+from curvlab.probes import PROBES, Variable
+from curvlab.probes.costs import COSTS
+from curvlab.probes.costs import MODELS as OF_COSTS
+from curvlab.reproduction import load, scripts
+from curvlab.spectra import VARIABLES as OF_SPECTRA
+from curvlab.training.records import VARIABLES as OF_TRAINING
+from curvlab.training.schedules import SCHEDULES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PACKAGE = Path(curvlab.__file__).parent
+RESULTS = ROOT / "analyses" / "results.toml"
+PICTURES = "../analyses/figures"
+"""As seen from the pages of `docs/`."""
+
+NOT_RUN = "not run yet"
+
+
+class Code(str):
+    """A cell that is typed: set as code."""
+
+
+class Markdown(str):
+    """A cell with links and emphasis."""
+
+
+class Pictures(tuple[str, ...]):
+    """A cell of small pictures, files of `analyses/figures`."""
+
+
+Cell = str | Pictures
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    widths: Sequence[int] = ()
+
+
+def _of_list(what: str, *typed: int) -> Table:
+    """As `curvlab list` prints it; the columns `typed` are set as code."""
+    columns, rows = LISTS[what]
+    return Table(columns, [[Code(c) if i in typed and c != "…" else c for i, c in enumerate(row)] for row in rows()])
+
+
+def _algorithms() -> Table:
+    """The list, and how each method is given one overall λ."""
+    listed = _of_list("algorithms", 0)
+    rows = [[*row[:-1], overall(row[0]), row[-1]] for row in listed.rows if isinstance(row[0], str)]
+    return Table([*listed.columns[:-1], "at overall λ", listed.columns[-1]], rows)
+
+
+def overall(name: str) -> str:
+    """What `damping_for` makes of an overall λ and minibatches of m examples, in words."""
+    rules = {"λ": lambda lam, m: lam, "ε = √λ": lambda lam, m: lam**0.5, "ε = √(λ/m)": lambda lam, m: (lam / m) ** 0.5}
+    trials = ((0.04, 100), (0.09, 400))
+    given = [damping_for(name, *trial) for trial in trials]
+    for words, rule in rules.items():
+        if all(abs(g - rule(*trial)) <= 1e-12 for g, trial in zip(given, trials, strict=True)):
+            return words
+    if given[0] != given[1]:
+        raise ValueError(f"the documentation has no words for the damping rule of {name}")
+    return f"ε = {given[0]:g}" if given[0] else "none"
+
+
+def _models() -> Table:
+    """The list, and whether a network takes the shapes of another data set."""
+    listed = _of_list("models", 0, 2, 3)
+    rows = [[*row[:-1], "of the data" if MODELS[str(row[0])].sized else "fixed", row[-1]] for row in listed.rows]
+    return Table([*listed.columns[:-1], "shapes", listed.columns[-1]], rows)
+
+
+def _probes() -> Table:
+    rows = [
+        [Code(name), p.summary, ", ".join(p.where), str(p.every), *(f"{c:g}" for c in COSTS.get(name, ("–",) * len(OF_COSTS)))]
+        for name, p in PROBES.items()
+    ]
+    return Table(["probe", "what it measures", "of", "every", *(f"cost, {m}" for m in OF_COSTS)], rows)
+
+
+def _variables(step: str, of: Callable[[str], Mapping[str, Variable]]) -> Table:
+    rows = [
+        [Code(variable), ", ".join((step, *v.dims)), v.long_name, v.units, Code(name)]
+        for name in PROBES
+        for variable, v in of(name).items()
+    ]
+    return Table(["variable", "dimensions", "what it is", "unit", "probe"], rows)
+
+
+def _logged(step: str, variables: Mapping[str, tuple[tuple[str, ...], str, str]]) -> Table:
+    rows = [[Code(name), ", ".join((step, *dims)), words, units] for name, (dims, words, units) in variables.items()]
+    return Table(["variable", "dimensions", "what it is", "unit"], rows)
+
+
+def measured() -> dict[str, dict[str, object]]:
+    """{name of a figure or table: what was measured here, and its pictures}."""
+    return tomllib.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def _gallery(folder: str, chosen: Callable[[str], bool] = lambda name: True) -> Table:
+    results = measured()
+    rows = []
+    for name, path in scripts().items():
+        if path.parent.name != folder or not chosen(name):
+            continue
+        what, found = load(name), results.get(name, {})
+        pictures = found.get("pictures", [])
+        assert isinstance(pictures, list)
+        rows.append(
+            [
+                Code(f"curvlab reproduce {name}"),
+                what.shows,
+                what.claim,
+                Markdown(found.get("measured", NOT_RUN)),
+                Pictures(pictures),
+            ]
+        )
+    return Table(["command", "what it shows", "what the document claims", "what was measured here", "figure"], rows)
+
+
+def chapter(number: int) -> Callable[[str], bool]:
+    return lambda name: name.partition("-")[2].startswith(f"{number}.")
+
+
+def _modules() -> Table:
+    """Every module and its own first sentence; packages before what they hold."""
+    rows = []
+    for path in sorted(PACKAGE.rglob("*.py"), key=_order):
+        if "_data" in path.parts or "analyses" in path.relative_to(PACKAGE).parts:
+            continue
+        rows.append([Code(module_name(path)), sentence(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))])
+    return Table(["module", "what it holds"], rows)
+
+
+def _order(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return tuple("" if part == "__init__" else part for part in parts)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def sentence(docstring: str | None) -> str:
+    """The first paragraph of a docstring on one line, without the marks of code."""
+    return " ".join((docstring or "").split("\n\n")[0].split()).replace("``", "").replace("`", "")
+
+
+def _classes(table: Iterable[object]) -> list[list[Cell]]:
+    found = [
+        t if isinstance(t, str) else f"{getattr(t, '__module__', None) or 'torch'}.{getattr(t, '__name__', t)}" for t in table
+    ]
+    return [[Code(name.replace("torch.nn.modules.", "torch.nn.").replace("None.", "torch."))] for name in found]
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "algorithms": _algorithms,
+    "options": lambda: _of_list("options", 0, 1, 2),
+    "models": _models,
+    "datasets": lambda: _of_list("datasets", 0),
+    "schedules": lambda: _of_list("schedules", 0, 2),
+    "figures": lambda: _of_list("figures", 0),
+    "likelihoods": lambda: Table(
+        ["likelihood", "what it is"], [[Code(name), sentence(kind.__doc__)] for name, kind in LIKELIHOODS.items()]
+    ),
+    "probes": _probes,
+    "variables-step": lambda: _variables("step", lambda name: PROBES[name].variables),
+    "variables-epoch": lambda: _variables("epoch", lambda name: PROBES[name].epoch),
+    "variables-spectrum": lambda: _logged("step", OF_SPECTRA),
+    "variables-training": lambda: _logged("epoch", OF_TRAINING),
+    "skips": lambda: Table(["rule", "when a pair is refused"], [[Code(rule or "0"), words] for rule, words in SKIPS.items()]),
+    "routes": lambda: Table(["route", "what it does"], [[Code(name), r.summary] for name, r in ROUTES.items()]),
+    "functions": lambda: Table(["function with a rule"], _functions()),
+    "layers": lambda: Table(["module laid out as one block"], _classes(LAYERS)),
+    "gallery-2": lambda: _gallery("thesis", chapter(2)),
+    "gallery-3": lambda: _gallery("thesis", chapter(3)),
+    "gallery-4": lambda: _gallery("thesis", chapter(4)),
+    "gallery-5": lambda: _gallery("thesis", chapter(5)),
+    "gallery-s2qn": lambda: _gallery("s2qn"),
+    "gallery-2021": lambda: _gallery("kfqn_cnn"),
+    "gallery-all": lambda: _gallery("all_methods"),
+    "modules": _modules,
+}
+"""{name of the directive's argument: the table}"""
+
+GALLERIES = tuple(name for name in TABLES if name.startswith("gallery-"))
+
+
+def _functions() -> list[list[Cell]]:
+    return [[Code(getattr(function, "__name__", str(function)))] for function in FUNCTIONS]
+
+
+def citing() -> dict[str, str]:
+    """{entry of a table in the code: its source}, of all tables that cite."""
+    tables: dict[str, Mapping[str, object]] = {"algorithm": ALGORITHMS, "model": MODELS, "schedule": SCHEDULES, "probe": PROBES}
+    return {f"{kind} {n}": str(getattr(entry, "source", "")) for kind, table in tables.items() for n, entry in table.items()}
