@@ -26,7 +26,7 @@ from curvlab.errors import fitting, unknown
 from curvlab.layers import Block
 from curvlab.objective import Objective
 
-Rule = LevenbergMarquardt | GradientNorm
+AdaptiveDamping = LevenbergMarquardt | GradientNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class ByBlock:
     averaging: Averaging = field(default=Averaging(), kw_only=True)
     fallback: Callable[[], CurvatureBlock] = field(default=IdentityBlock, kw_only=True)
     look: Look | None = field(default=None, kw_only=True)
-    damping_rule: Rule | None = field(default=None, kw_only=True)
+    damping_rule: AdaptiveDamping | None = field(default=None, kw_only=True)
 
     def defaults(self) -> dict[str, Any]:
         """{option: its value where a user gives none}."""
@@ -253,7 +253,7 @@ def _own(make: Callable[..., Any]) -> Iterator[inspect.Parameter]:
     return (p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
-def _values(rule: Rule) -> dict[str, Any]:
+def _values(rule: AdaptiveDamping) -> dict[str, Any]:
     return {f.name: getattr(rule, f.name) for f in fields(rule)}
 
 
@@ -261,7 +261,7 @@ def _defaults(make: Callable[..., Any], table: Mapping[str, Any]) -> dict[str, A
     """{option: its default, or the table's value}, in the order of the signature, a rule's fields in its place."""
     found: dict[str, Any] = {}
     for p in _own(make):
-        found |= _values(p.default) if isinstance(p.default, Rule) else {p.name: p.default}
+        found |= _values(p.default) if isinstance(p.default, AdaptiveDamping) else {p.name: p.default}
     return found | {name: value for name, value in table.items() if name in found}
 
 
@@ -269,12 +269,12 @@ def _hints(make: Callable[..., Any], table: Mapping[str, Any]) -> dict[str, Any]
     """{option: its annotation}, of a rule's fields those of the rule."""
     found = get_type_hints(make.__init__ if inspect.isclass(make) else make)
     for p in _own(make):
-        if isinstance(p.default, Rule):
+        if isinstance(p.default, AdaptiveDamping):
             found |= _rule_hints(p.default, table)
     return found
 
 
-def _rule_hints(rule: Rule, table: Mapping[str, Any]) -> dict[str, Any]:
+def _rule_hints(rule: AdaptiveDamping, table: Mapping[str, Any]) -> dict[str, Any]:
     """{field: its annotation}, without None where the method's own value is none."""
     hints, values = get_type_hints(type(rule)), {**_values(rule), **table}
     return {name: hint if values[name] is None else _not_none(hint) for name, hint in hints.items()}
@@ -291,7 +291,7 @@ def _arguments(make: Callable[..., Any], options: Mapping[str, Any]) -> dict[str
     """The keyword arguments of `make`: options as they are, but a rule's fields as the rule."""
     given = dict(options)
     for p in _own(make):
-        if isinstance(p.default, Rule):
+        if isinstance(p.default, AdaptiveDamping):
             changed = {name: given.pop(name) for name in _values(p.default) if name in given}
             if changed:
                 given[p.name] = replace(p.default, **changed)

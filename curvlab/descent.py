@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvlab.closure import Observation, Pass, Transition
 from curvlab.curvature.base import Curvature, with_defaults
-from curvlab.curvature.states import REMEDY, check_dtype, check_names, check_shape
+from curvlab.curvature.states import REBUILD, check_dtype, check_names, check_shape
 from curvlab.divergence import broken, named
 from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_short, waits
@@ -263,7 +263,7 @@ class Descent:
             for name, tensor in tensors.items():
                 if name not in blocks:
                     raise CurvlabError(
-                        f"the checkpoint has a {kind} of block {name} but this model has no such block: {REMEDY}"
+                        f"the checkpoint has a {kind} of block {name} but this model has no such block: {REBUILD}"
                     )
                 check_shape(blocks[name], f"its {kind} is", tensor.shape)
                 check_dtype(blocks[name], tensor.dtype, dtype)

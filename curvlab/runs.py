@@ -30,7 +30,20 @@ from curvlab.logs.log import Log
 from curvlab.logs.reading import late_cosine
 from curvlab.objective import Objective, restore, weights
 from curvlab.optim import Batch, Descent, displacement, move, warm_start
-from curvlab.probes.base import PROBES, Frame, Record, Sample, asked, axis, begin, check_fit, labels, on_host, sample, taken
+from curvlab.probes.base import (
+    PROBES,
+    Frame,
+    ProbeRecord,
+    Sample,
+    asked,
+    axis,
+    begin_step,
+    check_probes,
+    labels,
+    on_host,
+    sample,
+    taken,
+)
 from curvlab.show import figures
 from curvlab.system import paths, random_state
 from curvlab.system.interrupt import shielded
@@ -279,7 +292,7 @@ def _compare_one(
     descents = settings.descents(objective, size)
     every = settings.every
     curvatures = {name: d.curvature for name, d in descents.items()}
-    check_fit(list(asked(settings.probes, "compare")), curvatures)
+    check_probes(list(asked(settings.probes, "compare")), curvatures)
     clock = clock_of(objective.device)
     reference = settings.reference
     alive, at = dict(descents), 0  # methods whose numbers are finite; the step
@@ -305,7 +318,7 @@ def _compare_one(
                 with shield:  # a signal waits until the step is in the log
                     at = step
                     due = [name for name, steps_between in every.items() if step % steps_between == 0]
-                    begin(due, curvatures)
+                    begin_step(due, curvatures)
                     needs = frozenset().union(*(d.needs for d in alive.values()), *(PROBES[name].needs for name in due))
                     closure = objective.closure(x, y)
                     now = closure.observe(needs)
@@ -378,7 +391,7 @@ def _tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) ->
 
 def _log(log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], log_every: int, seed: int) -> None:
     """What is taken as often as the log lies along its steps; the rest along axes of its own."""
-    record: Record = {}
+    record: ProbeRecord = {}
     for name, found in seen.items():
         values = {v: (PROBES[name].variables[v].dims, on_host(x)) for v, x in found.items()}
         if every[name] == log_every:
@@ -488,7 +501,7 @@ def prepare(named: Named) -> Prepared:
     with random_state.kept(trial.device):
         Closure(trial, train.x[:2], train.y[:2], 0).outputs()
     curvatures = {name: d.curvature for name, d in named.settings.descents(trial, named.batch_size).items()}
-    check_fit(list(asked(named.settings.probes, "compare")), curvatures)
+    check_probes(list(asked(named.settings.probes, "compare")), curvatures)
     return prepared
 
 

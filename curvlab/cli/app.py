@@ -314,7 +314,7 @@ LISTS: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = 
         lambda: [(n, d.summary, d.comes) for n, d in datasets.DATASETS.items()],
     ),
     "probes": (
-        ("name", "what it is", "of", "every", f"cost × ({', '.join(costs.MODELS)})", "variables"),
+        ("name", "what it is", "of", "every", f"cost × ({', '.join(costs.COST_MODELS)})", "variables"),
         _probe_rows,
     ),
     "schedules": (("name", "what it is", "options", "source"), _schedule_rows),

@@ -21,11 +21,11 @@ from curvlab.curvature.whole_vector import (
     WholeVectorCurvature,
     check_curvature_size,
     flat,
-    like,
     loss_at,
     part,
     subset,
     unflat,
+    unflat_like,
 )
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind, alone
@@ -152,7 +152,7 @@ class HessianFree(WholeVectorCurvature):
         run = truncated_cg(self.matrix, flat(self.layout, grads), self.start, progress=self.progress, maximum=self.iterations)
         x = self._best(run.iterates) if self.backtrack and self.trial is not None else run.x
         self.solution = x if all_finite(x) else None  # the next run would start from it
-        return like(self.layout, x, grads)
+        return unflat_like(self.layout, x, grads)
 
     def _best(self, iterates: tuple[Float[Tensor, " D"], ...]) -> Float[Tensor, " D"]:
         """Back from the last for as long as the loss falls (Martens 2010, section 4.6)."""

@@ -190,7 +190,7 @@ def _one_precision(operator: Operator) -> Operator:
     return replace(operator, core=operator.core.to(operator.rows.dtype))
 
 
-Columns = tuple[Float[Tensor, "O m"], Float[Tensor, "O m"]]
+ColumnPair = tuple[Float[Tensor, "O m"], Float[Tensor, "O m"]]
 
 
 @dataclass(frozen=True)
@@ -200,16 +200,16 @@ class Condition:
     `commutes`: whether the columns may be sketched before.
     """
 
-    look: Callable[[LayerStatistics, LayerStatistics, Move], Columns]
-    pairs: Callable[[Tensor, Tensor, Tensor, Tensor], Columns]
+    look: Callable[[LayerStatistics, LayerStatistics, Move], ColumnPair]
+    pairs: Callable[[Tensor, Tensor, Tensor, Tensor], ColumnPair]
     commutes: bool
 
 
-def _parameters(before: LayerStatistics, after: LayerStatistics, move: Move) -> Columns:
+def _parameters(before: LayerStatistics, after: LayerStatistics, move: Move) -> ColumnPair:
     return move(), after.gradient - before.gradient
 
 
-def _preactivations(before: LayerStatistics, after: LayerStatistics, move: Move) -> Columns:
+def _preactivations(before: LayerStatistics, after: LayerStatistics, move: Move) -> ColumnPair:
     """mat(s_k − s_{k−1}), mat(Ds_k − Ds_{k−1}): a column for each example and place, of each example's own loss."""
     return (after.h - before.h).flatten(0, 1).mT, (after.g[0] - before.g[0]).flatten(0, 1).mT
 
@@ -298,7 +298,7 @@ class SkqnB(BlockDefaults):
         U, V = self.condition.look(before, after, move)  # Alg. 1, line 5
         self.U, self.V = self._sketched(U, V) if self.condition.commutes else (U, V)
 
-    def _sketched(self, U: Float[Tensor, "O m"], V: Float[Tensor, "O m"]) -> Columns:
+    def _sketched(self, U: Float[Tensor, "O m"], V: Float[Tensor, "O m"]) -> ColumnPair:
         """U Ξ, V Ξ (22), where they have more than k columns. Ξ is drawn on the CPU: the same on every device."""
         m = U.shape[1]
         if self.columns is None or m <= self.columns:

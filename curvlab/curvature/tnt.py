@@ -23,20 +23,20 @@ from curvlab.statistics import LayerStatistics
 
 def tnt(block: Block) -> Contracted:
     """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the batch-mean gradient: Alg. 15. Of N examples Ũ₁ ⊗ Ũ₂ estimates Fisher / N."""
-    return Contracted(block, batch_contractions, factors, forward=forward, theorem=lemma_10)
+    return Contracted(block, batch_contractions, tnt_factors, forward=tnt_forward, theorem=lemma_10)
 
 
 def tnt_per_sample(block: Block) -> Contracted:
     """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the per-sample gradients: ⊗ Ũ_i estimates Fisher itself, at any batch size."""
-    return Contracted(block, sample_contractions, factors, reads="factors", forward=forward, theorem=lemma_10)
+    return Contracted(block, sample_contractions, tnt_factors, reads="factors", forward=tnt_forward, theorem=lemma_10)
 
 
-def factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
+def tnt_factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
     """(Ũ_i + εI)⁻¹: Alg. 15, lines 15 and 16; ε is added to each factor undivided (practice)."""
     return tuple(damped_inverse(u, damping, "a TNT factor") for u in tensor_normal_factors(means))
 
 
-def forward(means: Contractions, damping: float) -> tuple[Tensor, ...]:
+def tnt_forward(means: Contractions, damping: float) -> tuple[Tensor, ...]:
     """Ũ_i + εI (thesis (4.10))."""
     return tuple(shifted(u, damping) for u in tensor_normal_factors(means))
 

@@ -35,10 +35,10 @@ from curvlab.linalg.direct_sum import ColumnSum, DirectSum
 from curvlab.linalg.eigenbasis import Rotated
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator
 from curvlab.linalg.products import Product
-from curvlab.probes.base import Frame, Values, Variable, probe
+from curvlab.probes.base import Frame, Numbers, Variable, probe
 
 FACTORS = ("a", "g", "product")
-LARGEST = 2000
+LARGEST_INVERSE = 2000
 """Order up to which an inverse that is no product of factors has its eigenvalues computed."""
 
 _NONE = (math.nan, math.nan)
@@ -73,7 +73,7 @@ def ends(matrix: Tensor | Operator) -> Ends:
         return _NONE
     if isinstance(matrix, Tensor):
         values = torch.linalg.eigvalsh(matrix)
-    elif len(matrix) <= LARGEST or isinstance(matrix.inside if isinstance(matrix, Rotated) else matrix, Diagonal):
+    elif len(matrix) <= LARGEST_INVERSE or isinstance(matrix.inside if isinstance(matrix, Rotated) else matrix, Diagonal):
         values = matrix.eigvalsh()
     else:
         return _NONE
@@ -161,7 +161,7 @@ _EACH = ("algorithm", "block", "factor")
     needs=frozenset({"data"}), moment="after", every=50, again=True, coordinates={"factor": FACTORS},
     begin=_clear, prepare=_prepare, fits=_fits, wants="a method with Kronecker factors",
 )  # fmt: skip
-def _bounds(frame: Frame) -> list[Values]:
+def _bounds(frame: Frame) -> list[Numbers]:
     names = frame.blocks
     phis = _measured(frame)
     before: Mapping[tuple[str, str], tuple[Ends, int]] = frame.shared["H_g before"]
