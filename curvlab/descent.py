@@ -283,7 +283,7 @@ class Descent:
 def of_method(curvature: Curvature, error: Exception, observation: Observation | None = None) -> Exception:
     """The error as Diverged, with the method's name, where numbers have raised it; else itself. One place for all methods."""
     name = with_defaults(curvature).name or type(curvature).__name__
-    whole = not hasattr(curvature, "blocks") and not getattr(error, "block", "")
+    whole = not with_defaults(curvature).by_block() and not getattr(error, "block", "")
     where = f"{name}, all blocks together" if whole else name
 
     def unsound() -> bool:

@@ -1,4 +1,5 @@
-"""Curvature, probes and algorithms: no long parameter list, no long file, and no public name that means two things."""
+"""Curvature, probes and algorithms: no long parameter list, no long file, and no public name that
+means two things."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("
 
 
 def parameters(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """(name, number of parameters without self) of functions, methods and constructors of dataclasses."""
+    """(name, number of parameters without self) of functions, methods and constructors of
+    dataclasses."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             a = node.args

@@ -120,7 +120,7 @@ class SkqnL(BlockDefaults):
         self.S: Tensor | None = None  # u and v of the pairs, the oldest first
         self.Y: Tensor | None = None
         self.last: Pair | None = None  # for the log
-        self.left_out = 0  # pairs so far, since they were not finite
+        self.left_out: int = 0  # pairs so far, since they were not finite
         self.secant: Secant | None = self._secant if pairs else None
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
@@ -266,7 +266,7 @@ class SkqnB(BlockDefaults):
         self.V: Tensor | None = None
         self.Lambda: Tensor | None = None  # in double precision
         self.last: BlockUpdate | None = None  # for the log
-        self.left_out = 0  # blocks of pairs so far, since they were not finite
+        self.left_out: int = 0  # blocks of pairs so far, since they were not finite
         self.secant: Secant | None = None if columns == 0 else self._secant
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:

@@ -153,12 +153,17 @@ class Structured(WholeVectorCurvature):
         self.ready = True
 
     @property
+    def refreshed(self) -> float | None:
+        """λ_k of the matrix of this minibatch, raised where it was not positive definite."""
+        return self.lam if self.ready else None
+
+    @property
     def wants_step(self) -> bool:
         return self.refinement.most > 0 and self.steps % self.cadence.update_every == 0
 
     def learn(self, transition: Transition) -> bool:
         """Line 5: the pair of this step, by two gradients on the same examples. The step stands."""
-        change = flat(self.layout, transition.after.gradients) - flat(self.objective.layout, transition.before.gradients)
+        change = flat(self.layout, transition.after.gradients) - flat(self.layout, transition.before.gradients)
         self.pending = flat(self.layout, transition.step), change
         return True
 

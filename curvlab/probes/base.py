@@ -1,8 +1,10 @@
-"""Frame and Probe: what is looked at, and the functions that look. They take values and know no loop.
+"""Frame and Probe: what is looked at, and the functions that look. They take values and know no
+loop.
 
-A record is ``{variable: (dims, values)}`` without the axis of steps; the table says each variable's dimensions, long name and
-unit, and which passes a probe reads, so that the loop runs the union and nobody runs a pass for itself. Numbers may be tensors
-on the device: who gathers them reads them when it likes.
+A record is ``{variable: (dims, values)}`` without the axis of steps; the table says each variable's
+dimensions, long name and unit, and which passes a probe reads, so that the loop runs the union and
+nobody runs a pass for itself. Values may be tensors on the device: who gathers them reads them when
+it likes.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ Command = Literal["compare", "train"]
 COMMANDS: tuple[Command, ...] = ("compare", "train")
 
 Moment = Literal["before", "after"]
-"""Before the parameters move, when every direction is known; after the move and what was learnt from it."""
+"""Before the parameters move, when every direction is known; after the move and what was learnt
+from it."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Variable:
 class Frame:
     """One step. In `compare` of all algorithms, in `train` of one, which is the reference.
 
-    `directions` holds {algorithm: {block: p}} with the reference among them; `seconds` each algorithm's own time;
-    `curvatures` {algorithm: its Curvature}. The model's weights are those of `now` before the move.
+    `directions` holds {algorithm: {block: p}} with the reference among them; `seconds` each
+    algorithm's own time; `curvatures` {algorithm: its Curvature}. The model's weights are those of
+    `now` before the move.
     """
 
     step: int
@@ -74,16 +78,19 @@ class Frame:
         return [b.name for b in self.objective.blocks]
 
     def curvature(self, algorithm: str) -> CurvatureDefaults:
-        """The algorithm's Curvature, completed by defaults; of nothing but defaults where the frame has none."""
+        """The algorithm's Curvature, completed by defaults; of nothing but defaults where the frame
+        has none."""
         return with_defaults(self.curvatures.get(algorithm))
 
     def of_blocks(self, algorithm: str) -> Mapping[str, BlockDefaults]:
-        """{block: its CurvatureBlock, completed} of an algorithm that is made of blocks; else empty."""
+        """{block: its CurvatureBlock, completed} of an algorithm that is made of blocks; else
+        empty."""
         return self.curvature(algorithm).by_block()
 
     @cached_property
     def gram(self) -> Numbers:
-        """⟨p_i, p_j⟩ by block, [algorithm, other, block], in float64: every norm and every cosine follows from it."""
+        """⟨p_i, p_j⟩ by block, [algorithm, other, block], in float64: every norm and every cosine
+        follows from it."""
         grams = []
         for block in self.blocks:
             rows = torch.stack([d[block].flatten() for d in self.directions.values()]).double()
@@ -112,7 +119,8 @@ class ByEpoch:
     """What a probe says of an epoch in `train`.
 
     Args:
-        epoch: the variables. reduce: {variable: its samples of the epoch, [sample, …]} → their values.
+        epoch: the variables. reduce: {variable: its samples of the epoch, [sample, …]} → their
+            values.
     """
 
     epoch: Mapping[str, Variable] = field(default_factory=dict)
@@ -217,10 +225,12 @@ _GROUPS: dict[str, type[ByEpoch | Ahead | Fit]] = {"by_epoch": ByEpoch, "ahead":
 def probe(
     name: str, summary: str, variables: dict[str, Variable], **declared: Any
 ) -> Callable[[Callable[[Frame], Sequence[Numbers | Tensor]]], Callable[[Frame], Sequence[Numbers | Tensor]]]:
-    """Enter a function of a frame into PROBES; it returns one array for each of `variables`, in their order.
+    """Enter a function of a frame into PROBES; it returns one array for each of `variables`, in
+    their order.
 
     Args:
-        declared: the further fields of `Probe`, those of `ByEpoch`, `Ahead` and `Fit` by their own names.
+        declared: the further fields of `Probe`, those of `ByEpoch`, `Ahead` and `Fit` by their own
+            names.
     """
     for group, kind in _GROUPS.items():
         flat = {f.name: declared.pop(f.name) for f in fields(kind) if f.name in declared}
@@ -250,7 +260,8 @@ def begin_step(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
 
 
 def sample(names: Sequence[str], frame: Frame, moment: Moment) -> dict[str, Sample]:
-    """{probe: what it measures} of those whose moment it is. Chance is left as it was; an error says which probe it was."""
+    """{probe: what it measures} of those whose moment it is. Chance is left as it was; an error
+    says which probe it was."""
     found: dict[str, Sample] = {}
     device = frame.now.loss.device
     devices = [device] if device.type == "cuda" else []
@@ -270,7 +281,8 @@ def sample(names: Sequence[str], frame: Frame, moment: Moment) -> dict[str, Samp
 
 
 def select_probes(names: Sequence[str], command: Command | None = None) -> dict[str, Probe]:
-    """The probes of these names. Raises CurvlabError for an unknown one, or one that `command` does not have."""
+    """The probes of these names. Raises CurvlabError for an unknown one, or one that `command` does
+    not have."""
     found = {name: lookup(PROBES, name, "probe") for name in several(names)}
     for name, one in found.items():
         if command is not None and command not in one.where:
@@ -283,7 +295,8 @@ def asked(words: Sequence[str], command: Command) -> dict[str, int | None]:
     """["name", "name:every"] → {name: every, None where it is left to the probe}.
 
     Raises:
-        CurvlabError: an unknown probe, one that `command` does not have, one given twice, a bad number of steps.
+        CurvlabError: an unknown probe, one that `command` does not have, one given twice, a bad
+            number of steps.
     """
     found: dict[str, int | None] = {}
     for word in several(words):
