@@ -1,7 +1,9 @@
-"""Algorithm: what one line of ALGORITHMS is, what it builds, from which labels, with its document's constants.
+"""Algorithm: what one line of ALGORITHMS is, what it builds, from which labels, with its document's
+constants.
 
-Options are flat names, on the command line and as keywords: the keyword-only arguments of what a line builds, and the fields of
-the rules among them (`LevenbergMarquardt`, `GradientNorm`) in the place of the rule.
+Options are flat names, on the command line and as keywords: the keyword-only arguments of what a
+line builds, and the fields of the rules among them (`LevenbergMarquardt`, `GradientNorm`) in the
+place of the rule.
 """
 
 from __future__ import annotations
@@ -26,15 +28,17 @@ from curvlab.layers import Block
 from curvlab.objective import Objective
 from curvlab.observation import Pass
 
-Rule = LevenbergMarquardt | GradientNorm
+AdaptiveDamping = LevenbergMarquardt | GradientNorm
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """A document's values for the MNIST autoencoder (thesis Table 4.3, 4.5), unless the entry's source says otherwise.
+    """A document's values for the MNIST autoencoder (thesis Table 4.3, 4.5), unless the entry's
+    source says otherwise.
 
     Args:
-        lr: learning rate α. damping: in the document's own place. momentum, momentum_kind: see `Descent`.
+        lr: learning rate α. damping: in the document's own place. momentum, momentum_kind: see
+            `Descent`.
         refresh_every: T₂.
     """
 
@@ -52,11 +56,13 @@ class ByBlock:
     Args:
         make: block → its CurvatureBlock; its keyword-only arguments are the method's own options.
         options: the table's values of options, where they are not the defaults of `make`.
-        averaging: how statistics are averaged; its decay is the document's, which a user may change.
+        averaging: how statistics are averaged; its decay is the document's, which a user may
+            change.
         fallback: the block of parameters without what `make`'s block reads.
-        look: observation → {block: what its `update` folds in}, where that is not the statistics of a pass.
-        damping_rule: how λ moves; None: it stands. The fields of a `GradientNorm` are options; of a `LevenbergMarquardt` there
-            is `adapt`, whether λ follows it.
+        look: observation → {block: what its `update` folds in}, where that is not the statistics of
+            a pass.
+        damping_rule: how λ moves; None: it stands. The fields of a `GradientNorm` are options; of a
+            `LevenbergMarquardt` there is `adapt`, whether λ follows it.
     """
 
     make: Callable[..., CurvatureBlock]
@@ -64,7 +70,7 @@ class ByBlock:
     averaging: Averaging = field(default=Averaging(), kw_only=True)
     fallback: Callable[[], CurvatureBlock] = field(default=IdentityBlock, kw_only=True)
     look: Look | None = field(default=None, kw_only=True)
-    damping_rule: Rule | None = field(default=None, kw_only=True)
+    damping_rule: AdaptiveDamping | None = field(default=None, kw_only=True)
 
     def defaults(self) -> dict[str, Any]:
         """{option: its value where a user gives none}."""
@@ -117,7 +123,8 @@ class WholeVector:
     """A method of the whole parameter vector.
 
     Args:
-        make: (objective, settings) → its Curvature; its keyword-only arguments are the method's own options.
+        make: (objective, settings) → its Curvature; its keyword-only arguments are the method's own
+            options.
         options: the table's values of options, where they are not the defaults of `make`.
     """
 
@@ -137,7 +144,8 @@ class WholeVector:
     def curvature(
         self, objective: Objective, settings: CurvatureSettings, decay: float | None, own: Mapping[str, Any]
     ) -> Curvature:
-        """The curvature of the whole vector, with a user's options; there is nothing that `decay` acts on."""
+        """The curvature of the whole vector, with a user's options; there is nothing that `decay`
+        acts on."""
         return self.make(objective, settings, **_arguments(self.make, {**self.options, **own}))
 
 
@@ -215,7 +223,8 @@ class Algorithm:
 
     @property
     def own(self) -> Mapping[str, Any]:
-        """The table's values of the method's own options, where they are not the defaults of what it builds."""
+        """The table's values of the method's own options, where they are not the defaults of what
+        it builds."""
         return self.builds.options
 
     @property
@@ -229,7 +238,8 @@ class Algorithm:
         return self.builds.defaults()
 
     def checked(self, own: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """A user's options. Raises CurvlabError for one that is not known, or not what its annotation says."""
+        """A user's options. Raises CurvlabError for one that is not known, or not what its
+        annotation says."""
         known = self.options
         for option in own:
             if option not in known:
@@ -243,7 +253,8 @@ class Algorithm:
         return {"adapt": False} if "adapt" in self.options else {}
 
     def block(self, block: Block, **own: Any) -> CurvatureBlock:
-        """A block of a method that is made of blocks, with the table's options, or a user's in their place."""
+        """A block of a method that is made of blocks, with the table's options, or a user's in
+        their place."""
         assert isinstance(self.builds, ByBlock)
         return self.builds.block(block, **own)
 
@@ -253,15 +264,16 @@ def _own(make: Callable[..., Any]) -> Iterator[inspect.Parameter]:
     return (p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
-def _values(rule: Rule) -> dict[str, Any]:
+def _values(rule: AdaptiveDamping) -> dict[str, Any]:
     return {f.name: getattr(rule, f.name) for f in fields(rule)}
 
 
 def _defaults(make: Callable[..., Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """{option: its default, or the table's value}, in the order of the signature, a rule's fields in its place."""
+    """{option: its default, or the table's value}, in the order of the signature, a rule's fields
+    in its place."""
     found: dict[str, Any] = {}
     for p in _own(make):
-        found |= _values(p.default) if isinstance(p.default, Rule) else {p.name: p.default}
+        found |= _values(p.default) if isinstance(p.default, AdaptiveDamping) else {p.name: p.default}
     return found | {name: value for name, value in table.items() if name in found}
 
 
@@ -269,12 +281,12 @@ def _hints(make: Callable[..., Any], table: Mapping[str, Any]) -> dict[str, Any]
     """{option: its annotation}, of a rule's fields those of the rule."""
     found = get_type_hints(make.__init__ if inspect.isclass(make) else make)
     for p in _own(make):
-        if isinstance(p.default, Rule):
+        if isinstance(p.default, AdaptiveDamping):
             found |= _rule_hints(p.default, table)
     return found
 
 
-def _rule_hints(rule: Rule, table: Mapping[str, Any]) -> dict[str, Any]:
+def _rule_hints(rule: AdaptiveDamping, table: Mapping[str, Any]) -> dict[str, Any]:
     """{field: its annotation}, without None where the method's own value is none."""
     hints, values = get_type_hints(type(rule)), {**_values(rule), **table}
     return {name: hint if values[name] is None else _not_none(hint) for name, hint in hints.items()}
@@ -291,7 +303,7 @@ def _arguments(make: Callable[..., Any], options: Mapping[str, Any]) -> dict[str
     """The keyword arguments of `make`: options as they are, but a rule's fields as the rule."""
     given = dict(options)
     for p in _own(make):
-        if isinstance(p.default, Rule):
+        if isinstance(p.default, AdaptiveDamping):
             changed = {name: given.pop(name) for name in _values(p.default) if name in given}
             if changed:
                 given[p.name] = replace(p.default, **changed)

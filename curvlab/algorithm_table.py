@@ -1,4 +1,5 @@
-"""ALGORITHMS: one entry per name, each an approximation of curvature and a full optimizer (`curvlab.algorithms`)."""
+"""ALGORITHMS: one entry per name, each an approximation of curvature and a full optimizer
+(`curvlab.algorithms`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Algorithms by name: their curvature alone (`approximation`), a `Descent` (`descent`), a torch optimizer (`optimizer`)."""
+"""Algorithms by name: their curvature alone (`approximation`), a `Descent` (`descent`), a torch
+optimizer (`optimizer`)."""
 
 from __future__ import annotations
 
@@ -41,19 +42,23 @@ def approximation(
     refresh_every: int = 1,
     **own: Any,
 ) -> Curvature:
-    """The curvature of algorithm `name`: no step, no model moved. A `BlockDiagonal`, or a `Curvature` of the whole vector.
+    """The curvature of algorithm `name`: no step, no model moved. A `BlockDiagonal`, or a
+    `Curvature` of the whole vector.
 
     Args:
         name: of `ALGORITHMS`.
         objective: whose blocks.
-        damping: the document's own parameter (λ of KFAC and the block methods, ε of TNT, Shampoo and Adam).
-        labels: "data" (empirical), "model" (sampled) or "exact", where it is not to be the algorithm's own.
+        damping: the document's own parameter (λ of KFAC and the block methods, ε of TNT, Shampoo
+            and Adam).
+        labels: "data" (empirical), "model" (sampled) or "exact", where it is not to be the
+            algorithm's own.
         decay: of the moving averages; the document's where None (0.9; Adam's β₂ 0.999).
         update_every: T₁. refresh_every: T₂.
         own: the method's own options (`ALGORITHMS[name].options`).
 
     Raises:
-        CurvlabError: unknown name or option (with the known ones and the closest), an argument out of range.
+        CurvlabError: unknown name or option (with the known ones and the closest), an argument out
+            of range.
     """
     a = lookup(ALGORITHMS, name, "algorithm")
     own = a.checked(own, name)
@@ -102,7 +107,8 @@ def descent(
     double_grad: bool = False,
     **options: Any,
 ) -> Descent:
-    """Algorithm `name` as a `Descent`: its document's momentum and T₂ where None; `options` are those of `approximation`."""
+    """Algorithm `name` as a `Descent`: its document's momentum and T₂ where None; `options` are
+    those of `approximation`."""
     a = lookup(ALGORITHMS, name, "algorithm")
     for every, value in (("update_every", 1), ("refresh_every", a.refresh_every)):
         options[every] = value if options.get(every) is None else options[every]
@@ -124,8 +130,9 @@ def optimizer(name: str, objective: Objective, lr: float | None = None, **option
         name: of `ALGORITHMS`.
         objective: what it steps on.
         lr: the document's where None.
-        options: momentum, momentum_kind, weight_decay, double_grad (see `Descent`), and those of `approximation`, T₂ the
-            document's where None (20 of KFAC, TNT and Shampoo on autoencoders: thesis 2.8.2, 4.7.2).
+        options: momentum, momentum_kind, weight_decay, double_grad (see `Descent`), and those of
+            `approximation`, T₂ the document's where None (20 of KFAC, TNT and Shampoo on
+            autoencoders: thesis 2.8.2, 4.7.2).
     """
     a = lookup(ALGORITHMS, name, "algorithm")
     check_rates(lr)
@@ -133,6 +140,7 @@ def optimizer(name: str, objective: Objective, lr: float | None = None, **option
 
 
 def damping_for(name: str, overall: float, size: int) -> float:
-    """The document's damping parameter of algorithm `name` at overall damping `overall` and batches of `size` examples."""
+    """The document's damping parameter of algorithm `name` at overall damping `overall` and batches
+    of `size` examples."""
     check_damping(overall)
     return lookup(ALGORITHMS, name, "algorithm").overall(overall, size)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvlab.curvature.base import Curvature, with_defaults
-from curvlab.curvature.states import REMEDY, check_dtype, check_names, check_shape
+from curvlab.curvature.states import REBUILD, check_dtype, check_names, check_shape
 from curvlab.divergence import broken, named
 from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_short, waits
@@ -263,7 +263,7 @@ class Descent:
             for name, tensor in tensors.items():
                 if name not in blocks:
                     raise CurvlabError(
-                        f"the checkpoint has a {kind} of block {name} but this model has no such block: {REMEDY}"
+                        f"the checkpoint has a {kind} of block {name} but this model has no such block: {REBUILD}"
                     )
                 check_shape(blocks[name], f"its {kind} is", tensor.shape)
                 check_dtype(blocks[name], tensor.dtype, dtype)
@@ -283,7 +283,7 @@ class Descent:
 def of_method(curvature: Curvature, error: Exception, observation: Observation | None = None) -> Exception:
     """The error as Diverged, with the method's name, where numbers have raised it; else itself. One place for all methods."""
     name = with_defaults(curvature).name or type(curvature).__name__
-    whole = not hasattr(curvature, "blocks") and not getattr(error, "block", "")
+    whole = not with_defaults(curvature).by_block() and not getattr(error, "block", "")
     where = f"{name}, all blocks together" if whole else name
 
     def unsound() -> bool:

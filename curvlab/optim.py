@@ -1,4 +1,5 @@
-"""Optimizer: a `torch.optim.Optimizer` around a `Descent`, only a shell that moves along its directions."""
+"""Optimizer: a `torch.optim.Optimizer` around a `Descent`, only a shell that moves along its
+directions."""
 
 from __future__ import annotations
 
@@ -49,11 +50,13 @@ Watch = Callable[[Observation, dict[str, Tensor]], None]
 
 
 class Optimizer(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` around a descent: param_groups, schedulers, state_dict and `copy.deepcopy` as in torch.
+    """A `torch.optim.Optimizer` around a descent: param_groups, schedulers, state_dict and
+    `copy.deepcopy` as in torch.
 
-    `lr` and `weight_decay` are read per group, `damping` and `momentum` from all of them, which must agree; a schedule may
-    change any of them. ``step`` takes ``objective.closure(x, y)``; nothing is read from or written to ``p.grad``. A curvature
-    that adapts its damping (a Levenberg–Marquardt rule) writes it back to the groups. Parameters that are in no group, or are
+    `lr` and `weight_decay` are read per group, `damping` and `momentum` from all of them, which
+    must agree; a schedule may change any of them. ``step`` takes ``objective.closure(x, y)``;
+    nothing is read from or written to ``p.grad``. A curvature that adapts its damping (a
+    Levenberg–Marquardt rule) writes it back to the groups. Parameters that are in no group, or are
     frozen, stand still.
     """
 
@@ -73,8 +76,8 @@ class Optimizer(torch.optim.Optimizer):
         """Torch's.
 
         Raises:
-            CurvlabError: a tensor that is not a parameter of the objective's blocks, an option that is not known, a damping or
-                momentum that is not that of the other groups.
+            CurvlabError: a tensor that is not a parameter of the objective's blocks, an option that
+                is not known, a damping or momentum that is not that of the other groups.
             ValueError: torch's, a parameter that is in a group already.
         """
         if isinstance(param_group, dict) and not isinstance(param_group.get("params", set()), set):
@@ -89,7 +92,8 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def warm_start(self, batches: Iterable[Batch]) -> int:
-        """One pass for the statistics, where the document has a warm start; otherwise nothing. Returns the batches seen."""
+        """One pass for the statistics, where the document has a warm start; otherwise nothing.
+        Returns the batches seen."""
         self._take_options()
         return warm_start(self.objective, [self.descent.curvature], batches)
 
@@ -132,11 +136,13 @@ class Optimizer(torch.optim.Optimizer):
         """Observe, direction, move. Returns the loss before the move.
 
         Raises:
-            CurvlabError: a closure that is not the objective's; a parameter that is trainable and in no block (thawed later);
-                an option of the groups out of range, or groups that differ in damping or momentum.
-            Diverged: a loss, gradient, statistic, direction or step that is not finite (nothing moves), a second look's loss
-                that is not. On a GPU a later step says so (see `Soundness`), or `soundness.check()`; the weights are then those
-                before the step all the same.
+            CurvlabError: a closure that is not the objective's; a parameter that is trainable and
+                in no block (thawed later); an option of the groups out of range, or groups that
+                differ in damping or momentum.
+            Diverged: a loss, gradient, statistic, direction or step that is not finite (nothing
+                moves), a second look's loss that is not. On a GPU a later step says so (see
+                `Soundness`), or `soundness.check()`; the weights are then those before the step all
+                the same.
         """
         if not self.soundness.late:
             return self._step(closure)
@@ -186,12 +192,14 @@ class Optimizer(torch.optim.Optimizer):
         return observation.loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's, and under "curvlab" all that a bit-for-bit continuation needs: no pickled code, loads with weights_only."""
+        """Torch's, and under "curvlab" all that a bit-for-bit continuation needs: no pickled code,
+        loads with weights_only."""
         own = {"descent": self.descent.state_dict(), "objective": self.objective.state_dict()}
         return super().state_dict() | {"curvlab": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where algorithm, model, dtype or groups are others."""
+        """Go on from there. Raises CurvlabError, and takes nothing, where algorithm, model, dtype
+        or groups are others."""
         if "curvlab" not in state_dict:
             raise CurvlabError("this state_dict is not of a curvlab optimizer: it has no 'curvlab' entry")
         own = cast(dict[str, Any], state_dict["curvlab"])
@@ -212,7 +220,8 @@ class Optimizer(torch.optim.Optimizer):
         complete(self.param_groups, self.defaults)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """An optimizer that steps its own copy of the model: `copy.objective`. Who watches this one does not watch the copy."""
+        """An optimizer that steps its own copy of the model: `copy.objective`. Who watches this one
+        does not watch the copy."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         Optimizer.__init__(new, copy.deepcopy(self.descent, memo), float(self.defaults["lr"]))

@@ -30,7 +30,20 @@ from curvlab.machine import clock_of
 from curvlab.objective import Objective, restore, weights
 from curvlab.observation import Pass, Transition
 from curvlab.optim import Batch, Descent, displacement, move, warm_start
-from curvlab.probes.base import PROBES, Frame, Record, Sample, asked, axis, begin, check_fit, labels, on_host, sample, taken
+from curvlab.probes.base import (
+    PROBES,
+    Frame,
+    ProbeRecord,
+    Sample,
+    asked,
+    axis,
+    begin_step,
+    check_probes,
+    labels,
+    on_host,
+    sample,
+    taken,
+)
 from curvlab.problem import Problem
 from curvlab.show import figures
 from curvlab.system import paths, random_state
@@ -276,7 +289,7 @@ def _compare_one(
     descents = settings.descents(objective, size)
     every = settings.every
     curvatures = {name: d.curvature for name, d in descents.items()}
-    check_fit(list(asked(settings.probes, "compare")), curvatures)
+    check_probes(list(asked(settings.probes, "compare")), curvatures)
     clock = clock_of(objective.device)
     reference = settings.reference
     alive, at = dict(descents), 0  # methods whose numbers are finite; the step
@@ -302,7 +315,7 @@ def _compare_one(
                 with shield:  # a signal waits until the step is in the log
                     at = step
                     due = [name for name, steps_between in every.items() if step % steps_between == 0]
-                    begin(due, curvatures)
+                    begin_step(due, curvatures)
                     needs = frozenset().union(*(d.needs for d in alive.values()), *(PROBES[name].needs for name in due))
                     closure = objective.closure(x, y)
                     now = closure.observe(needs)
@@ -375,7 +388,7 @@ def _tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) ->
 
 def _log(log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], log_every: int, seed: int) -> None:
     """What is taken as often as the log lies along its steps; the rest along axes of its own."""
-    record: Record = {}
+    record: ProbeRecord = {}
     for name, found in seen.items():
         values = {v: (PROBES[name].variables[v].dims, on_host(x)) for v, x in found.items()}
         if every[name] == log_every:
@@ -447,7 +460,7 @@ def prepare(named: NamedComparison) -> Prepared:
     with random_state.kept(first.device):
         Closure(first, train.x[:2], train.y[:2], 0).losses()  # on cloned buffers: the model is the run's own
     curvatures = {name: d.curvature for name, d in named.settings.descents(first, named.batch_size).items()}
-    check_fit(list(asked(named.settings.probes, "compare")), curvatures)
+    check_probes(list(asked(named.settings.probes, "compare")), curvatures)
     return Prepared(named, first, steps)
 
 

@@ -1,10 +1,12 @@
-"""The probe `bounds`: eigenvalues of dense inverses, bounds written out by hand, φ from activations and from data."""
+"""The probe `bounds`: eigenvalues of dense inverses, bounds written out by hand, φ from activations
+and from data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +87,8 @@ def test_bounds_hold_where_earlier_minibatches_had_greater_inputs(name: str, mod
 
 
 def test_bounds_by_hand(seen: xr.Dataset) -> None:
-    """Lemmas 1, 2, 6, (3.17) with the numbers of the problem written out: T = 1, λ = 0.2, three layers 5-4-4-3."""
+    """Lemmas 1, 2, 6, (3.17) with the numbers of the problem written out: T = 1, λ = 0.2, three
+    layers 5-4-4-3."""
     root = math.sqrt(0.2)
     phi = seen["phi"]
     assert (phi.sel(block=["2", "3"]) == 1).all()
@@ -245,10 +248,12 @@ def test_a_method_that_is_called_tnt_but_is_not_has_not_its_bounds(other: str) -
 
 @pytest.mark.parametrize("name", ["tnt", "tnt-per-sample"])
 def test_tnts_bounds_are_of_the_damping_of_the_last_refresh(name: str) -> None:
-    """The damping falls at every step and T₂ = 4: the matrix that was inverted has the ε of step 4 until step 8.
+    """The damping falls at every step and T₂ = 4: the matrix that was inverted has the ε of step 4
+    until step 8.
 
-    With the ε of now the bounds would be those of another matrix: at a falling ε the upper one would be too loose, and the
-    lower one, whose trace is read off H and ε, wrong; at a rising one H would stand outside of them.
+    With the ε of now the bounds would be those of another matrix: at a falling ε the upper one
+    would be too loose, and the lower one, whose trace is read off H and ε, wrong; at a rising one H
+    would stand outside of them.
     """
     p = problem()
     data = batches(p, 9)
@@ -262,6 +267,21 @@ def test_tnts_bounds_are_of_the_damping_of_the_last_refresh(name: str) -> None:
         np.testing.assert_allclose(at["bound_high"], 1 / used, rtol=1e-12)
         for end in ("low", "high"):
             assert (ds[f"tightness_{end}"] >= 1 - 1e-9).all()
+
+
+def test_bounds_of_a_run_that_goes_on_between_refreshes_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    """At a damping that stands; one that moves is not in the checkpoint, which holds the damping of
+    now alone."""
+    p = problem()
+    arguments = {"algorithm": "tnt", "lr": 0.05, "damping": 0.3, "refresh_every": 4, "probes": ["bounds:1"]}
+    for epochs in (1, 2):
+        cl.train(problem().objective(), batches(p, 5), **arguments, epochs=epochs, folder=tmp_path / "cut", resume=epochs == 2)
+    cl.train(problem().objective(), batches(p, 5), **arguments, epochs=2, folder=tmp_path / "whole")
+    cut, whole = (cl.open(tmp_path / name) for name in ("cut", "whole"))
+    assert whole.sizes["bounds_step"] == 10
+    assert np.isfinite(whole["bound_low"]).all()
+    for name in PROVEN:
+        np.testing.assert_array_equal(cut[name], whole[name])
 
 
 class Changed:

@@ -1,4 +1,5 @@
-"""What probes may ask of a method: by name and type, with defaults for a method of a user's own that lacks a member."""
+"""What probes may ask of a method: by name and type, with defaults for a method of a user's own
+that lacks a member."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class Minimal:
 
 
 class Further(Minimal):
-    """With members that it names itself and does not inherit: a shift, a matrix, a pair, factors and bounds."""
+    """With members that it names itself and does not inherit: a shift, a matrix, a pair, factors
+    and bounds."""
 
     factored, learns_pairs, shift = True, True, 0.25
     seen: list[LearntPair]
@@ -98,7 +100,8 @@ class Further(Minimal):
 
 
 class Whole:
-    """A curvature of a user's own, of the whole vector, with nothing but what a descent uses and an inverse."""
+    """A curvature of a user's own, of the whole vector, with nothing but what a descent uses and an
+    inverse."""
 
     def __init__(self, inverse: Operator) -> None:
         self.inverse = {"whole": inverse}
@@ -173,7 +176,8 @@ def test_a_curvature_of_a_users_own_and_none_at_all() -> None:
 
 
 def test_defaults_are_one_answer_for_each_member() -> None:
-    """Completed by what is missing alone, whether a member is an attribute, a method or a property."""
+    """Completed by what is missing alone, whether a member is an attribute, a method or a
+    property."""
     own = Minimal()
     block = block_with_defaults(own)
     assert block.held is None
@@ -186,3 +190,17 @@ def test_defaults_are_one_answer_for_each_member() -> None:
     assert block_with_defaults(Further()).estimates()
     members = {name for name in vars(BlockDefaults) | vars(CurvatureDefaults) if not name.startswith("_")}
     assert all(hasattr(with_defaults(None), name) or hasattr(block, name) for name in members)
+
+
+@pytest.mark.parametrize("name", ["kfac", "tnt", "k-bfgs", "smw-gn", "hf", "s4qn", "smw-ng-bd"])
+def test_the_damping_of_the_last_refresh_is_not_that_of_now(name: str) -> None:
+    """T₂ = 3 where the method has one: the damping of step 3 stands in the inverse at step 4."""
+    p = problem()
+    objective = p.objective()
+    curvature = cl.approximation(name, objective, damping=0.5, refresh_every=3)
+    assert with_defaults(curvature).refreshed is None
+    for step in range(1, 5):
+        curvature.damping = 0.5 + step
+        observation = objective.closure(p.x, p.y).observe(curvature.needs | {"gradient"})
+        curvature.update(observation)
+    assert with_defaults(curvature).refreshed == (4.5 if name == "s4qn" else 3.5)

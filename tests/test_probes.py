@@ -14,7 +14,7 @@ from torch import Tensor
 
 import curvlab as cl
 from curvlab.observation import PASSES
-from curvlab.probes import PROBES, Frame, asked, cosines, select
+from curvlab.probes import PROBES, Frame, asked, cosines_to, select_probes
 from curvlab.runs import ALWAYS
 from curvlab.training.records import VARIABLES as TRAINING
 
@@ -74,7 +74,7 @@ def test_any_cosine_follows_from_gram() -> None:
     gram = PROBES["gram"].record(f)["gram"][1]
     one, three = f.directions["one"]["2"].flatten(), f.directions["three"]["2"].flatten()
     assert gram[0, 2, 1] == pytest.approx(float(one @ three), abs=1e-13)
-    assert cosines(gram, 2)[0, 1] == pytest.approx(float(one @ three / one.norm() / three.norm()), abs=1e-14)
+    assert cosines_to(gram, 2)[0, 1] == pytest.approx(float(one @ three / one.norm() / three.norm()), abs=1e-14)
 
 
 def test_a_zero_direction_has_no_cosine() -> None:
@@ -187,4 +187,4 @@ def test_probes_are_asked_for_by_name_and_number_of_steps() -> None:
 
 def test_unknown_probe() -> None:
     with pytest.raises(cl.CurvlabError, match="unknown probe 'cosin'; did you mean 'cosine'"):
-        select(["cosin"])
+        select_probes(["cosin"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import curvlab as cl
 from curvlab.algorithms import approximation
-from curvlab.curvature.shampoo import ROOTS, factors, shampoo
+from curvlab.curvature.shampoo import ROOTS, shampoo, shampoo_factors
 from curvlab.layers import Block
 from curvlab.statistics import LayerStatistics
 
@@ -106,7 +106,7 @@ def test_ill_conditioned_statistics_give_the_root_that_the_precision_allows(dtyp
     q = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
     statistic = (q * 10.0 ** torch.arange(-4, 2, dtype=torch.float64)) @ q.T
     expected = power(statistic, -1 / (2 * ways), 1e-7)
-    for root in (r for way in ROOTS for r in factors([statistic.to(dtype)] * ways, 1e-7, way)):
+    for root in (r for way in ROOTS for r in shampoo_factors([statistic.to(dtype)] * ways, 1e-7, way)):
         assert root.dtype == dtype
         assert relative_error(root.double(), expected) < max(1e-6, 1e5 * torch.finfo(dtype).eps)
 
@@ -121,7 +121,7 @@ def test_statistics_beyond_single_precision_give_a_positive_definite_root(size: 
     gradient = size * torch.randn(8, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     statistic = gradient[:, :2] @ gradient[:, :2].T  # rank 2
     for way in ROOTS:
-        (root, *_) = factors([statistic] * ways, EPSILON, way)
+        (root, *_) = shampoo_factors([statistic] * ways, EPSILON, way)
         eigenvalues = torch.linalg.eigvalsh(root.double())
         assert float(eigenvalues[0]) > -torch.finfo(torch.float32).eps * float(eigenvalues[-1])
         assert float(eigenvalues[-1]) < 1.01 * EPSILON ** (-1 / (2 * ways))
@@ -129,4 +129,4 @@ def test_statistics_beyond_single_precision_give_a_positive_definite_root(size: 
 
 def test_statistics_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(cl.CurvlabError, match="Shampoo statistic contains NaN or Inf"):
-        factors([torch.full((2, 2), torch.inf)], EPSILON)
+        shampoo_factors([torch.full((2, 2), torch.inf)], EPSILON)

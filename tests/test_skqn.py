@@ -509,7 +509,12 @@ def test_r1_r2_and_the_sequence_alpha_are_options(name: str, monkeypatch: pytest
 def test_options_of_the_rule_are_known_checked_and_of_their_methods_alone(tmp_path: Path) -> None:
     for name in NAMES:
         assert {"r1", "r2", "shrink"} <= set(ALGORITHMS[name].options)
-        for own, message in (({"r1": 2.0}, "0 < r₁ < r₂"), ({"r2": 0.05}, "0 < r₁ < r₂"), ({"shrink": 0.0}, "shrink must be")):
+        for own, message in (
+            ({"r1": None}, "r1 of .* must be a"),
+            ({"r1": 2.0}, "0 < r₁ < r₂"),
+            ({"r2": 0.05}, "0 < r₁ < r₂"),
+            ({"shrink": 0.0}, "shrink must be"),
+        ):
             with pytest.raises(cl.CurvlabError, match=message):
                 cl.optimizer(name, problem("tanh").objective(), **own)
     assert {"r1", "r2", "shrink"} <= set(ALGORITHMS["s4qn"].options) & set(ALGORITHMS["ssn"].options)

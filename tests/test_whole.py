@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.curvature.settings import Cadence
-from curvlab.curvature.whole_vector import applied, flat, like, loss_at, part, subset, unflat
+from curvlab.curvature.whole_vector import applied, flat, loss_at, part, subset, unflat, unflat_like
 from curvlab.linalg.operators import Diagonal
 from curvlab.objective import Objective
 
@@ -28,7 +28,7 @@ def test_one_vector_by_block_or_by_parameter(model: str) -> None:
     assert torch.equal(vector, layout.flatten(by_parameter))
     assert torch.equal(vector, flat(layout, by_parameter))
     for tensors in (by_block, by_parameter, dict(reversed(by_parameter.items()))):
-        found = like(layout, vector, tensors)
+        found = unflat_like(layout, vector, tensors)
         assert list(found) == list(tensors)
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert all(torch.equal(t, by_block[name]) for name, t in unflat(layout, vector).items())

@@ -119,8 +119,8 @@ if options.write:
     lines = [f'    "{name}": ({", ".join(f"{tables[m][name]:.2g}" for m in MODELS)}),' for name in PROBES]
     head = f'''"""What probes cost, written by analyses/benchmarks/probes.py."""
 
-MODELS = {MODELS!r}
+COST_MODELS = {MODELS!r}
 COSTS: dict[str, tuple[float, float]] = {{'''.replace("'", '"')
     tail = '''}
-"""{probe: CPU time of one sample over plain forward and backward, for each of MODELS, minibatches of 1000}"""'''
+"""{probe: CPU time of one sample over plain forward and backward, for each of COST_MODELS, minibatches of 1000}"""'''
     target.write_text("\n".join([head, *lines, tail, ""]))

@@ -80,7 +80,7 @@ def _probes() -> Rows:
 def _costs_column() -> str:
     from curvlab.probes import costs
 
-    return f"cost × ({', '.join(costs.MODELS)})"
+    return f"cost × ({', '.join(costs.COST_MODELS)})"
 
 
 def _reproductions() -> Rows:

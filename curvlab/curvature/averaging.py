@@ -1,4 +1,5 @@
-"""How statistics are averaged over steps: warm start, running mean and moving average are one thing, a weight."""
+"""How statistics are averaged over steps: warm start, running mean and moving average are one
+thing, a weight."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from typing import Literal
 from curvlab.errors import check_values
 
 Average = Literal["moving", "corrected", "last", "data"]
-"""How observations are averaged, k counting them from 1: weight max(1/k, 1 − decay); (1 − decay)/(1 − decayᵏ), Adam's; 1.
+"""How observations are averaged, k counting them from 1: by the weight max(1/k, 1 − decay); by
+(1 − decay)/(1 − decayᵏ), Adam's; by 1.
 
-"data" is no average over steps: the mean over all minibatches that the warm start has shown, at the weights as they stand now
-(thesis Alg. 14, line 4: "true values"). They are kept, and gone through again at every update. Without a warm start: "last".
+"data" is no average over steps: the mean over all minibatches that the warm start has shown, at the
+weights as they stand now (thesis Alg. 14, line 4: "true values"). They are kept, and gone through
+again at every update. Without a warm start: "last".
 """
 
 
@@ -23,8 +26,8 @@ class Averaging:
         decay: of the moving average (thesis Alg. 12, 15, 16: 0.9).
         kind: see `Average`.
         warm: whether the document has a warm start (a running mean over one pass through the data).
-        skips_first: whether, after a warm start, the first minibatch is left out of the statistics, which have seen it
-            (practice: KFAC, TNT, Shampoo).
+        skips_first: whether, after a warm start, the first minibatch is left out of the statistics,
+            which have seen it (practice: KFAC, TNT, Shampoo).
 
     Raises:
         CurvlabError: a decay out of its range.

@@ -1,8 +1,10 @@
-"""What every curvature is: of a block (`CurvatureBlock`), of a model (`Curvature`), and what they share.
+"""What every curvature is: of a block (`CurvatureBlock`), of a model (`Curvature`), and what they
+share.
 
-`BlockDefaults` and `CurvatureDefaults` hold the members that a method may have besides, above all what probes ask of it, each
-with the answer of a method that has nothing to say. A method of the package inherits and overrides them; one of a user's own
-need not: `block_with_defaults` and `with_defaults` complete whatever lacks one, and are the only place that looks.
+`BlockDefaults` and `CurvatureDefaults` hold the members that a method may have besides, above all
+what probes ask of it, each with the answer of a method that has nothing to say. A method of the
+package inherits and overrides them; one of a user's own need not: `block_with_defaults` and
+`with_defaults` complete whatever lacks one, and are the only place that looks.
 """
 
 from __future__ import annotations
@@ -33,14 +35,17 @@ Secant = Callable[[LayerStatistics, LayerStatistics, Move], None]
 
 
 class CurvatureBlock(Protocol):
-    """Statistics of one block → operator. A plain final class; state is made from the first statistics."""
+    """Statistics of one block → operator. A plain final class; state is made from the first
+    statistics."""
 
     reads: Reads
     """What it needs of a layer; a layer that has no such thing falls back to the gradient."""
     memory: ClassVar[tuple[str, ...]]
-    """Names of the attributes that a checkpoint must hold, beside `inverse`: tensors, lists of tensors or None."""
+    """Names of the attributes that a checkpoint must hold, beside `inverse`: tensors, lists of
+    tensors or None."""
     inverse: Operator
-    """Approximates B⁻¹ on the row-major flattening of the block; there after the first `refresh`."""
+    """Approximates B⁻¹ on the row-major flattening of the block; there after the first
+    `refresh`."""
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         """Fold one observation in: old · (1 − weight) + new · weight. Cheap."""
@@ -50,26 +55,28 @@ class CurvatureBlock(Protocol):
 
     @property
     def secant(self) -> Secant | None:
-        """Learns from a step: statistics of one minibatch's "data" pass before and after it, and the change of the parameters.
+        """Learns from a step: statistics of one minibatch's "data" pass before and after it, and
+        the change of the parameters.
 
         None: learns from minibatches alone.
         """
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
-        """B, the statistics as they stand, damped where `refresh` damps; None where a method estimates no matrix.
+        """B, the statistics as they stand, damped where `refresh` damps; None where a method
+        estimates no matrix.
 
-        Scale: of the Fisher matrix (of the labels that were read); but of Fisher / N where `reads` is "gradient", since at
-        labels drawn from the model E[ḡ ḡᵀ] of the mean gradient ḡ of N examples is Fisher / N. `inverse` is B⁻¹; Shampoo's and
-        Adam's is B^{−1/2}.
+        Scale: of the Fisher matrix (of the labels that were read); but of Fisher / N where `reads`
+        is "gradient", since at labels drawn from the model E[ḡ ḡᵀ] of the mean gradient ḡ of N
+        examples is Fisher / N. `inverse` is B⁻¹; Shampoo's and Adam's is B^{−1/2}.
         """
 
 
 class Curvature(Protocol):
     """The curvature of a whole model, as a descent uses it.
 
-    A step: `update`, `precondition`, the parameters move; where `wants_step`, a second look at the minibatch with the passes of
-    `step_needs` (none: the loss alone), and `learn`, whose answer says whether the step stands; only a curvature that `rejects`
-    may say no.
+    A step: `update`, `precondition`, the parameters move; where `wants_step`, a second look at the
+    minibatch with the passes of `step_needs` (none: the loss alone), and `learn`, whose answer says
+    whether the step stands; only a curvature that `rejects` may say no.
     """
 
     damping: float
@@ -99,7 +106,8 @@ class Curvature(Protocol):
     def learn(self, transition: Transition) -> bool: ...
     @property
     def left_out(self) -> Mapping[str, int | Tensor]:
-        """{block, or "whole": pairs that were left out so far since they were not finite}; perhaps on the device."""
+        """{block, or "whole": pairs that were left out so far since they were not finite}; perhaps
+        on the device."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -123,7 +131,8 @@ class LearntPair:
 
 @dataclass(frozen=True, kw_only=True)
 class FactorBounds:
-    """What is proven of the eigenvalues of H_a, H_g and H = H_g ⊗ H_a; None: no theorem, or its premise does not hold."""
+    """What is proven of the eigenvalues of H_a, H_g and H = H_g ⊗ H_a; None: no theorem, or its
+    premise does not hold."""
 
     a: Bounds | None = None
     g: Bounds | None = None
@@ -131,14 +140,19 @@ class FactorBounds:
 
 
 class BlockDefaults:
-    """The members that a block may have beside those of `CurvatureBlock`, with the answer of one that has none."""
+    """The members that a block may have beside those of `CurvatureBlock`, with the answer of one
+    that has none."""
 
     factored: bool = False
-    """Whether the block is made of Kronecker factors, whose eigenvalues the probe `bounds` looks at."""
+    """Whether the block is made of Kronecker factors, whose eigenvalues the probe `bounds` looks
+    at."""
     learns_pairs: bool = False
     """Whether the block learns from pairs, which the probe `damping` looks at."""
     shift: float | None = None
-    """What the last `refresh` added to the diagonal beside the damping; None: the method shifts nothing."""
+    """What the last `refresh` added to the diagonal beside the damping; None: the method shifts
+    nothing."""
+    left_out: int | Tensor | None = None
+    """Pairs that were left out so far since they were not finite; None: the block learns from none."""
     reads: Reads = "gradient"
 
     @property
@@ -148,7 +162,8 @@ class BlockDefaults:
         return found
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
-        """{name: second moment} that `update` would fold in: they are looked at before anything is folded."""
+        """{name: second moment} that `update` would fold in: they are looked at before anything is
+        folded."""
         return {}
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
@@ -164,7 +179,8 @@ class BlockDefaults:
         return ()
 
     def forget_learnt(self) -> None:
-        """Drop the record of the last pairs (not what was learnt), so that what is found later is of a later step."""
+        """Drop the record of the last pairs (not what was learnt), so that what is found later is
+        of a later step."""
 
     def kronecker_factors(self) -> tuple[Matrix, Matrix] | None:
         """(H_g, H_a) where `inverse` is their product, or holds it; None where it does not."""
@@ -174,38 +190,47 @@ class BlockDefaults:
         return inverse.factors[0], inverse.factors[1]
 
     def input_norm(self) -> float | None:
-        """Root mean square of the inputs in the second moment that H_a inverts; None: H_a is no such inverse."""
+        """Root mean square of the inputs in the second moment that H_a inverts; None: H_a is no
+        such inverse."""
         return None
 
     def bounds(self, damping: float | None, phi: float) -> FactorBounds:
         """What is proven of the eigenvalues of `inverse`.
 
         Args:
-            damping: λ of the last refresh; None: it is not known, and nothing is proven that depends on it.
+            damping: λ of the last refresh; None: it is not known, and nothing is proven that
+                depends on it.
             phi: φ, the greatest magnitude of the layer's inputs; NaN: it is not known.
         """
         return FactorBounds()
 
     def pairs_held(self) -> int | None:
-        """Number of pairs in H_g (0 of BFGS, which keeps none); None: H_g is not learnt from pairs."""
+        """Number of pairs in H_g (0 of BFGS, which keeps none); None: H_g is not learnt from
+        pairs."""
         return None
 
     def update_bounds(self, norm_B: float, norm_H: float, held: int) -> tuple[float, float] | None:
-        """Bounds on (‖B⁺‖, ‖H⁺‖) of the last update of H_g; None: no theorem, or its premise does not hold.
+        """Bounds on (‖B⁺‖, ‖H⁺‖) of the last update of H_g; None: no theorem, or its premise does
+        not hold.
 
         Args:
-            norm_B: ‖H_g⁻¹‖ before the update. norm_H: ‖H_g‖ before it. held: `pairs_held` before it.
+            norm_B: ‖H_g⁻¹‖ before the update. norm_H: ‖H_g‖ before it. held: `pairs_held` before
+                it.
         """
         return None
 
 
 class CurvatureDefaults:
-    """The members that a curvature may have beside those of `Curvature`, with the answer of one that has none."""
+    """The members that a curvature may have beside those of `Curvature`, with the answer of one
+    that has none."""
 
     name: str = ""
     """Of the algorithm."""
-    refreshed: float | None = None
-    """λ of the last refresh, of the matrix that was inverted; None: it is not known."""
+
+    @property
+    def refreshed(self) -> float | None:
+        """λ of the last refresh, of the matrix that was inverted; None: it is not known."""
+        return None
 
     @property
     def left_out(self) -> Mapping[str, int | Tensor]:
@@ -223,7 +248,8 @@ class CurvatureDefaults:
         return {name: block_with_defaults(block) for name, block in found.items()}
 
     def undamped(self, p: Tensor) -> Tensor | None:
-        """B p of the quadratic model of the whole vector, with the L2 term; None: the method has none."""
+        """B p of the quadratic model of the whole vector, with the L2 term; None: the method has
+        none."""
         return None
 
     def learns_pairs(self) -> bool:
@@ -231,7 +257,8 @@ class CurvatureDefaults:
         return any(block.learns_pairs for block in self.by_block().values())
 
     def learnt(self) -> Sequence[tuple[str | None, LearntPair]]:
-        """(block, None for all; pair) of the last pairs that were learnt from since `forget_learnt`."""
+        """(block, None for all; pair) of the last pairs that were learnt from since
+        `forget_learnt`."""
         return [(name, pair) for name, block in self.by_block().items() for pair in block.learnt()]
 
     def forget_learnt(self) -> None:
@@ -273,12 +300,14 @@ _LACKING = object()
 
 
 def block_with_defaults(block: Any) -> BlockDefaults:
-    """The block itself where it has all of `BlockDefaults`; else its own members, completed by the defaults."""
+    """The block itself where it has all of `BlockDefaults`; else its own members, completed by the
+    defaults."""
     return block if isinstance(block, BlockDefaults) else _CompletedBlock(block)
 
 
 def with_defaults(curvature: Any) -> CurvatureDefaults:
-    """The curvature itself where it has all of `CurvatureDefaults`; else its own members, completed by the defaults.
+    """The curvature itself where it has all of `CurvatureDefaults`; else its own members, completed
+    by the defaults.
 
     None, of a frame that holds no curvature, has nothing but defaults.
     """
@@ -297,15 +326,17 @@ def check_algorithm(state: Mapping[str, Any], name: str) -> None:
 
 
 def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
-    """old · (1 − weight) + new · weight; the first is the new one itself. What is not finite would stay: `check_moments`."""
+    """old · (1 − weight) + new · weight; the first is the new one itself. What is not finite would
+    stay: `check_moments`."""
     return new.clone() if old is None else old.lerp(new, weight)
 
 
 def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
-    """Of (name of a block, name of a second moment, itself): raises Diverged for the first that is not finite.
+    """Of (name of a block, name of a second moment, itself): raises Diverged for the first that is
+    not finite.
 
-    So no average takes it up. Of a large one the diagonal is looked at, which no entry exceeds. On a GPU, which would have to
-    wait, `refresh` sees it.
+    So no average takes it up. Of a large one the diagonal is looked at, which no entry exceeds. On
+    a GPU, which would have to wait, `refresh` sees it.
     """
     found = list(moments)
     if not found or waits(found[0][2]):
@@ -321,7 +352,8 @@ def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
 
 
 def check_squared(gradients: Mapping[str, Tensor]) -> None:
-    """Of {block: what a second moment is made of}: raises Diverged for the first whose squares are not finite. As above."""
+    """Of {block: what a second moment is made of}: raises Diverged for the first whose squares are
+    not finite. As above."""
     if not gradients or waits(next(iter(gradients.values()))) or all_short(gradients.values()):
         return
     for block, g in gradients.items():
@@ -335,10 +367,12 @@ _LARGE = 1 << 18  # numbers
 
 
 class IdentityBlock(BlockDefaults):
-    """The gradient itself: SGD, and the fallback for parameters without structure (thesis 4.7.2: BatchNorm in KFAC).
+    """The gradient itself: SGD, and the fallback for parameters without structure (thesis 4.7.2:
+    BatchNorm in KFAC).
 
     Args:
-        over_damping: the gradient over λ, which moves at the rate α/λ (thesis 3.4.3: BatchNorm in K-BFGS).
+        over_damping: the gradient over λ, which moves at the rate α/λ (thesis 3.4.3: BatchNorm in
+            K-BFGS).
     """
 
     reads: Reads = "gradient"

@@ -60,6 +60,10 @@ class BlockDiagonal(CurvatureDefaults):
             together (thesis 5.2.3); None: it stands.
     """
 
+    refreshed: float | None = None
+    """λ of the last refresh. A state does not hold it: after `load_state_dict`, until the next refresh,
+    it is the damping as it was saved, which may have moved since."""
+
     def __init__(
         self,
         blocks: Sequence[Block],
@@ -89,7 +93,6 @@ class BlockDiagonal(CurvatureDefaults):
         self._look = look
         self._idle: dict[str, Operator] = {}  # of blocks that no minibatch has reached yet: the identity
         self.gradient_norm: float | None = None  # of the last minibatch
-        self.refreshed: float | None = None  # λ of the last refresh
         self.steps = self.updates = 0
         self.warmed = self.ready = False
         self.shown: list[list[Tensor]] = []  # (x, y) of the warm start, where they are averaged over "data"
@@ -205,7 +208,8 @@ class BlockDiagonal(CurvatureDefaults):
     @property
     def left_out(self) -> dict[str, int | Tensor]:
         """{block: its pairs that were left out so far since they were not finite}; perhaps on the device."""
-        return {name: block.left_out for name, block in self.blocks.items() if hasattr(block, "left_out")}
+        found = {name: block_with_defaults(block).left_out for name, block in self.blocks.items()}
+        return {name: count for name, count in found.items() if count is not None}
 
     @property
     def step_needs(self) -> frozenset[Pass]:
@@ -332,7 +336,7 @@ class BlockDiagonal(CurvatureDefaults):
         self._idle = {name: unpack_operator(_clone(packed)) for name, packed in state.get("idle", {}).items()}
         for key, value in counters.items():
             setattr(self, key, value)
-        self.refreshed = self.damping if self.ready else None  # the state has no other
+        self.refreshed = self.damping if self.ready else None
         for name, saved in state["blocks"].items():
             for key, value in saved["memory"].items():
                 setattr(self.blocks[name], key, _clone(value))

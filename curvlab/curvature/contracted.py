@@ -1,7 +1,9 @@
-"""What TNT and Shampoo share: E[G^(i)] for every variable of a block, and a Kronecker factor for every way.
+"""What TNT and Shampoo share: E[G^(i)] for every variable of a block, and a Kronecker factor for
+every way.
 
-A block per variable, W and b apart (thesis 4.3.1); inside a layer's block they are a direct sum, so that directions carry
-the same labels as everyone's. Filters have three ways, outputs, inputs and pixels (thesis 4.7.2).
+A block per variable, W and b apart (thesis 4.3.1); inside a layer's block they are a direct sum, so
+that directions carry the same labels as everyone's. Filters have three ways, outputs, inputs and
+pixels (thesis 4.7.2).
 
 Legend: k ways of a variable of shape [d_1, …, d_k]; O outputs, C channels, P pixels of a filter.
 """
@@ -39,7 +41,8 @@ def with_pixels(block: Block, weight: Float[Tensor, "*O CP"]) -> Float[Tensor, "
 def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:
     """G^(i) of the batch-mean gradient of every variable (Alg. 15, line 7; Alg. 16, line 9).
 
-    A parameter without a rule has a way for each axis, but those after the second that are of length one.
+    A parameter without a rule has a way for each axis, but those after the second that are of
+    length one.
     """
     variables = block.scatter(statistics.gradient).values()
     if block.layer is None:
@@ -59,7 +62,8 @@ class Contracted(BlockDefaults):
         factors: contractions of one variable, damping → inverse factors.
         reads: what `contractions` needs.
         forward: contractions of one variable, damping → the factors of `matrix`, where it has one.
-        theorem: inverses of the variables, weight first, damping → what is proven of them; None: nothing is.
+        theorem: inverses of the variables, weight first, damping → what is proven of them; None:
+            nothing is.
     """
 
     memory: ClassVar[tuple[str, ...]] = ("means",)

@@ -1,6 +1,7 @@
 """The gradient-norm rule of the damping: S2QN (Yang et al.), (8).
 
-α_k⁻¹ is what curvlab calls the damping of a method that has this rule; a schedule of it is a schedule of α_k.
+α_k⁻¹ is what curvlab calls the damping of a method that has this rule; a schedule of it is a
+schedule of α_k.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from curvlab.errors import CurvlabError
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNorm:
-    """λ_k of α_k⁻¹ and ‖g_{k−1}‖: α_k⁻¹ for norms from r₁ to r₂, up to 2 α_k⁻¹ for smaller and for larger ones, (8).
+    """λ_k of α_k⁻¹ and ‖g_{k−1}‖: α_k⁻¹ for norms from r₁ to r₂, up to 2 α_k⁻¹ for smaller and for
+    larger ones, (8).
 
-    Continuous, and never below α_k⁻¹. The document gives no values; r₁ = 0.1, r₂ = 1 and a constant α are curvlab's.
+    Continuous, and never below α_k⁻¹. The document gives no values; r₁ = 0.1, r₂ = 1 and a constant
+    α are curvlab's.
 
     Args:
         r1: r₁; None, together with r₂: λ_k = α_k⁻¹, whatever the norm.
@@ -46,7 +49,8 @@ class GradientNorm:
 
         Args:
             damping: α_k⁻¹.
-            norm: ‖g_{k−1}‖ of the last minibatch's mean gradient, all parameters together; None before there is one.
+            norm: ‖g_{k−1}‖ of the last minibatch's mean gradient, all parameters together; None
+                before there is one.
         """
         if norm is None or self.r1 is None or self.r2 is None or self.r1 <= norm <= self.r2:
             return damping

@@ -1,4 +1,5 @@
-"""Hessian-free optimisation: truncated conjugate gradients on products with the Gauss-Newton matrix (Martens 2010; thesis 5.8).
+"""Hessian-free optimisation: truncated conjugate gradients on products with the Gauss-Newton matrix
+(Martens 2010; thesis 5.8).
 
 Legend: N₁ examples of the minibatch, N₂ of them for the products; D parameters.
 """
@@ -21,11 +22,11 @@ from curvlab.curvature.whole_vector import (
     WholeVectorCurvature,
     check_curvature_size,
     flat,
-    like,
     loss_at,
     part,
     subset,
     unflat,
+    unflat_like,
 )
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind, alone
@@ -45,19 +46,24 @@ _KINDS: dict[Pass, Kind] = {"exact": "ggn", "data": "ef", "model": "fisher-mc"}
 class HessianFree(WholeVectorCurvature):
     """p = x ≈ (B + λI)⁻¹ g by conjugate gradients that stop early; B is never formed.
 
-    `inverse` is the inverse itself, by conjugate gradients to the end; `precondition` stops as Martens does and starts from the
-    direction of the step before. N₁, N₂, λ, its rule and the learning rate are those of all methods of thesis 5.8, which has
-    no line search; what the thesis leaves open (stopping, start, backtracking) is Martens 2010, section 4.
+    `inverse` is the inverse itself, by conjugate gradients to the end; `precondition` stops as
+    Martens does and starts from the direction of the step before. N₁, N₂, λ, its rule and the
+    learning rate are those of all methods of thesis 5.8, which has no line search; what the thesis
+    leaves open (stopping, start, backtracking) is Martens 2010, section 4.
 
     Args:
         objective: whose parameters; a model whose examples stand alone (BatchNorm in eval mode).
-        settings: labels, "exact" the Gauss-Newton matrix, "data" the empirical Fisher matrix, "model" that of drawn labels;
-            damping, λ = λ_LM + τ; T₁, steps between minibatches of the products, and T₂, between which λ stands.
-        curvature_size: N₂, drawn from the minibatch without replacement (`whole_vector.subset`); None takes all.
+        settings: labels, "exact" the Gauss-Newton matrix, "data" the empirical Fisher matrix,
+            "model" that of drawn labels; damping, λ = λ_LM + τ; T₁, steps between minibatches of
+            the products, and T₂, between which λ stands.
+        curvature_size: N₂, drawn from the minibatch without replacement (`whole_vector.subset`);
+            None takes all.
         iterations: at most so many products a direction.
         progress: ε of the stopping rule (`krylov.truncated_cg`).
-        reuse: the start is this much of the last direction (Martens and Sutskever 2012: 0.95; in 2010 all of it); 0: zero.
-        backtrack: from the last iterate back to earlier ones for as long as the minibatch's loss at θ − x falls.
+        reuse: the start is this much of the last direction (Martens and Sutskever 2012: 0.95; in
+            2010 all of it); 0: zero.
+        backtrack: from the last iterate back to earlier ones for as long as the minibatch's loss at
+            θ − x falls.
         adapt, ratio, levenberg: the LM rule, as of `Smw`.
     """
 
@@ -100,6 +106,11 @@ class HessianFree(WholeVectorCurvature):
     @property
     def ready(self) -> bool:
         return self.used is not None
+
+    @property
+    def refreshed(self) -> float | None:
+        """λ as it was last taken over."""
+        return self.used
 
     @property
     def inverse(self) -> dict[str, Operator]:
@@ -149,11 +160,12 @@ class HessianFree(WholeVectorCurvature):
         self.used = self.damping
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """x of truncated conjugate gradients on (B + λI) x = grad; the same keys and shapes, for all parameters."""
+        """x of truncated conjugate gradients on (B + λI) x = grad; the same keys and shapes, for
+        all parameters."""
         run = truncated_cg(self.matrix, flat(self.layout, grads), self.start, progress=self.progress, maximum=self.iterations)
         x = self._best(run.iterates) if self.backtrack and self.trial is not None else run.x
         self.solution = x if all_finite(x) else None  # the next run would start from it
-        return like(self.layout, x, grads)
+        return unflat_like(self.layout, x, grads)
 
     def _best(self, iterates: tuple[Float[Tensor, " D"], ...]) -> Float[Tensor, " D"]:
         """Back from the last for as long as the loss falls (Martens 2010, section 4.6)."""
@@ -190,7 +202,8 @@ class HessianFree(WholeVectorCurvature):
         return kept | minibatches | {"algorithm": self.name}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
+        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
+        algorithm, model or dtype."""
         check_algorithm(state, self.name)
         kept = {name: state[name] for name in ("steps", "damping", "used", "at", "solution", "start")}
         check_vectors(self.layout, {name: kept[name] for name in ("at", "solution", "start")}, self.objective.dtype)

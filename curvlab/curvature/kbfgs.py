@@ -1,14 +1,18 @@
-"""Kronecker-factored BFGS: H_g ⊗ H_a, both learnt by (L-)BFGS. Three documents, one class: a variant is its arguments.
+"""Kronecker-factored BFGS: H_g ⊗ H_a, both learnt by (L-)BFGS. Three documents, one class: a
+variant is its arguments.
 
-H_a follows A = E[Σ_t a aᵀ] by Hessian-action BFGS; H_g follows G by damped pairs s = change of the mean pre-activation,
-y = change of the mean derivative in it, over one step on one minibatch. The variants that the documents prove to converge
-invert A exactly, damp or skip pairs so that a lemma holds, and take the gradient without momentum.
+H_a follows A = E[Σ_t a aᵀ] by Hessian-action BFGS; H_g follows G by damped pairs s = change of the
+mean pre-activation, y = change of the mean derivative in it, over one step on one minibatch. The
+variants that the documents prove to converge invert A exactly, damp or skip pairs so that a lemma
+holds, and take the gradient without momentum.
 
-Documents: the thesis (chapter 2 is 2020; chapter 3) and 2021 (Ren, Goldfarb, whose algorithms are numbered apart). Misprints:
+Documents: the thesis (chapter 2 is 2020; chapter 3) and 2021 (Ren, Goldfarb, whose algorithms are
+numbered apart). Misprints:
 
-- 2021 Alg. 2, line 7 averages the gradient with β and 1 − β exchanged; 3.3 and every other average are right.
-- Section 2.3.1 of the thesis says yᵀHy ≤ 2 sᵀy/μ₁ of the test of DD-skip; Alg. 5, line 17, which is followed, has 1/μ₁.
-- Section 2.8.2 says that H_a starts as I; Alg. 4, line 3 and practice as (A + λ_A I)⁻¹.
+- 2021 Alg. 2, line 7 averages the gradient with β and 1 − β exchanged; 3.3 and every other average
+are right. - Section 2.3.1 of the thesis says yᵀHy ≤ 2 sᵀy/μ₁ of the test of DD-skip; Alg. 5, line
+17, which is followed, has 1/μ₁. - Section 2.8.2 says that H_a starts as I; Alg. 4, line 3 and
+practice as (A + λ_A I)⁻¹.
 
 Legend: N examples, T places, I inputs incl. the bias column, O outputs, p pairs.
 """
@@ -47,7 +51,8 @@ CHAPTER_2: Mapping[str, Any] = {"pair_damping": "dd", "minibatch": False, "rebal
 """Thesis Alg. 4 (2020, Alg. 4). With `CONVERGENT` and `skip`: Alg. 5."""
 
 CHAPTER_3: Mapping[str, Any] = {"pair_damping": "p-lm", "minibatch": True, "rebalance": True, "start": "damping"}
-"""Thesis Alg. 9. With `CONVERGENT` and `pi-lm`: Alg. 10. Table 3.8: #1 off is `dd`, #2 off is not `minibatch`."""
+"""Thesis Alg. 9. With `CONVERGENT` and `pi-lm`: Alg. 10. Table 3.8: #1 off is `dd`, #2 off is not
+`minibatch`."""
 
 ARTICLE_2021: Mapping[str, Any] = {"pair_damping": "p-lm", "minibatch": True, "rebalance": False, "start": "identity"}
 """2021 Alg. 2. With `CONVERGENT` and `pi-lm-2021`: 2021 Alg. 3."""
@@ -56,10 +61,12 @@ CONVERGENT: Mapping[str, Any] = {"pairs": 100, "exact": True}
 """L-BFGS and the exact inverse of A: thesis Alg. 5 and 10, 2021 Alg. 3."""
 
 STARTS: dict[str, Callable[[float], float]] = {"identity": lambda damping_g: 1.0, "damping": lambda damping_g: 1 / damping_g}
-"""λ_G → h, H_g = h I before the first pair, and at the bottom of L-BFGS: Alg. 4 and 2021 Alg. 2; Alg. 9, line 3."""
+"""λ_G → h, H_g = h I before the first pair, and at the bottom of L-BFGS: Alg. 4 and 2021 Alg. 2;
+Alg. 9, line 3."""
 
 LEMMA_STARTS: dict[str, float | None] = {"pi-lm": None, "pi-lm-2021": 1.0}
-"""h of D_P(I) D_LM, where H_g starts from h I too (None: 1/μ₂): thesis Alg. 10, 11; 2021 Alg. 3, 4."""
+"""h of D_P(I) D_LM, where H_g starts from h I too (None: 1/μ₂): thesis Alg. 10, 11; 2021 Alg. 3,
+4."""
 
 FACTOR_A = "the K-BFGS factor A"
 
@@ -68,16 +75,18 @@ class KBfgs(BlockDefaults):
     """H = H_g ⊗ H_a.
 
     Args:
-        pair_damping: of s and y of H_g, of `linalg.bfgs.DAMPINGS`: `dd` (Alg. 3), `p-lm` (Alg. 8; 2021 Alg. 1), `pi-lm`
-            (Alg. 11), `pi-lm-2021` (2021 Alg. 4).
+        pair_damping: of s and y of H_g, of `linalg.bfgs.DAMPINGS`: `dd` (Alg. 3), `p-lm` (Alg. 8;
+            2021 Alg. 1), `pi-lm` (Alg. 11), `pi-lm-2021` (2021 Alg. 4).
         minibatch: A of the minibatch alone and never formed (3.15), in place of a moving average.
-        rebalance: λ split over places, √T √λ for A and √λ/√T for G (Alg. 9, line 2), in place of √λ each.
+        rebalance: λ split over places, √T √λ for A and √λ/√T for G (Alg. 9, line 2), in place of √λ
+            each.
         start: of `STARTS`.
-        pairs: p of L-BFGS for H_g; 0 keeps H_g itself, by BFGS. H_g stays an operator where that takes fewer operations than a
-            matrix (`linalg.lbfgs.compact_is_cheaper`).
+        pairs: p of L-BFGS for H_g; 0 keeps H_g itself, by BFGS. H_g stays an operator where that
+            takes fewer operations than a matrix (`linalg.lbfgs.compact_is_cheaper`).
         exact: H_a is the inverse of A + λ_A I, in place of Hessian-action BFGS.
         skip: pairs with sᵀy < μ₁ yᵀHy after damping are not used (Alg. 5, line 17).
-        pair_decay: β of s and y: Alg. 4, line 16; Alg. 9, line 19. (`decay` is that of A; the documents have one β = 0.9.)
+        pair_decay: β of s and y: Alg. 4, line 16; Alg. 9, line 19. (`decay` is that of A; the
+            documents have one β = 0.9.)
     """
 
     reads: Reads = "factors"
@@ -152,7 +161,8 @@ class KBfgs(BlockDefaults):
                 self.seen = torch.stack([statistics.mean_a, s, statistics.second_moment_product(s)])
 
     def refresh(self, damping: float) -> None:
-        """H_a exactly at first (Alg. 4, line 3; Alg. 9, line 3), then one Hessian action for every minibatch seen."""
+        """H_a exactly at first (Alg. 4, line 3; Alg. 9, line 3), then one Hessian action for every
+        minibatch seen."""
         self.overall = damping
         damping_a, damping_g = self._split()
         if self.pair_damping == "dd" and not 0 < damping_g <= 1:
@@ -197,8 +207,8 @@ class KBfgs(BlockDefaults):
     def secant(self, before: LayerStatistics, after: LayerStatistics, move: Move | None = None) -> None:
         """Learn H_g from a step on one minibatch.
 
-        A pair that is not finite is left out, and the averages of s and y, which have taken it up, start again: it would stay
-        in them for good.
+        A pair that is not finite is left out, and the averages of s and y, which have taken it up,
+        start again: it would stay in them for good.
         """
         H_g, H_a = self.factors
         was = before.g[0].mean((0, 1))
@@ -249,7 +259,8 @@ class KBfgs(BlockDefaults):
         return 0 if self.S is None else len(self.S)
 
     def input_norm(self) -> float | None:
-        """Root mean square of the inputs in the A that H_a inverts, of whatever minibatches: φ is not below it."""
+        """Root mean square of the inputs in the A that H_a inverts, of whatever minibatches: φ is
+        not below it."""
         if not self.exact or self.held is None:
             return None
         H_a, biased = self.factors[1].double(), self.block.biased
@@ -257,9 +268,11 @@ class KBfgs(BlockDefaults):
         return math.sqrt(max(0.0, squares - biased) / max(1, len(H_a) - biased))
 
     def bounds(self, damping: float | None, phi: float) -> FactorBounds:
-        """Of H_a where it inverts A + λ_A I, of H_g by L-BFGS from the pairs that it holds, and of their product.
+        """Of H_a where it inverts A + λ_A I, of H_g by L-BFGS from the pairs that it holds, and of
+        their product.
 
-        The dampings are those of the last refresh, which the block keeps itself. Thesis Lemmas 1, 2, 3, 6, 7; 2021 Lemma 3.
+        The dampings are those of the last refresh, which the block keeps itself. Thesis Lemmas 1,
+        2, 3, 6, 7; 2021 Lemma 3.
         """
         a, g = self._input_bounds(phi), self._output_bounds()
         return FactorBounds(a=a, g=g, product=None if a is None or g is None else a * g)
@@ -285,7 +298,8 @@ class KBfgs(BlockDefaults):
         return None
 
     def update_bounds(self, norm_B: float, norm_H: float, held: int) -> tuple[float, float] | None:
-        """By thesis (2.8), (2.10) or Lemma 5, 2021 Lemma 2, where the pair was used and dropped none.
+        """By thesis (2.8), (2.10) or Lemma 5, 2021 Lemma 2, where the pair was used and dropped
+        none.
 
         The pair must satisfy the premise, sᵀs ≤ sᵀy/μ₂ and yᵀHy ≤ sᵀy/μ₁ or yᵀy ≤ sᵀy/μ₃.
         """

@@ -1,6 +1,7 @@
 """The Levenberg–Marquardt rule: λ from the reduction ratio ρ (thesis 5.2.3, (5.5)).
 
-The quadratic model is m(p) = f + gᵀp + ½ pᵀ B p with B undamped; f and g of the minibatch S₁, B of S₂ ⊂ S₁ (Alg. 23, line 6).
+The quadratic model is m(p) = f + gᵀp + ½ pᵀ B p with B undamped; f and g of the minibatch S₁, B of
+S₂ ⊂ S₁ (Alg. 23, line 6).
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from curvlab.layers import Layout
 from curvlab.observation import Transition
 
 Ratio = Literal["direction", "step"]
-"""Where ρ is taken: at p = −H g, whatever the learning rate (Alg. 23, lines 6 and 7); at the step that was taken."""
+"""Where ρ is taken: at p = −H g, whatever the learning rate (Alg. 23, lines 6 and 7); at the step
+that was taken."""
 
 _SMALLEST = 2.0**-26  # of λ_LM / τ: below, it would be lost in the rounding of λ_LM + τ, and no boost would raise it again
 
 
 @dataclass(frozen=True, kw_only=True)
 class LevenbergMarquardt:
-    """λ = λ_LM + τ; λ_LM · boost where ρ < ε, · drop where ρ > 1 − ε. Values: thesis 5.8, "same as in Kiros".
+    """λ = λ_LM + τ; λ_LM · boost where ρ < ε, · drop where ρ > 1 − ε. Values: thesis 5.8, "same as
+    in Kiros".
 
-    λ is never below τ: a smaller one that was given stands until the rule first changes it. Martens 2010 has boost 3/2,
-    drop 2/3 and τ = 0.
+    λ is never below τ: a smaller one that was given stands until the rule first changes it. Martens
+    2010 has boost 3/2, drop 2/3 and τ = 0.
 
     Args:
         boost: factor of λ_LM where the model foresaw too much. drop: factor where it foresaw well.
@@ -77,7 +80,8 @@ def predicted_reduction(g: Float[Tensor, " D"], p: Float[Tensor, " D"], Bp: Floa
 
 
 def ratio_at(transition: Transition, layout: Layout, p: Float[Tensor, " D"], Bp: Float[Tensor, " D"]) -> float:
-    """ρ of moving by p from where the transition started. One forward more where p is not the step that was taken."""
+    """ρ of moving by p from where the transition started. One forward more where p is not the step
+    that was taken."""
     before = transition.before
     ahead = p - flat(layout, transition.step)
     after = transition.after.loss if not bool(ahead.any()) else loss_at(before.closure, unflat(layout, ahead))

@@ -1,6 +1,8 @@
-"""The refinement Λ_k of S2QN (Yang et al. 2021): limited-memory BFGS of what a base matrix misses, by the pairs it keeps.
+"""The refinement Λ_k of S2QN (Yang et al. 2021): limited-memory BFGS of what a base matrix misses,
+by the pairs it keeps.
 
-Legend: D parameters; u change of the parameters, v change of the gradient less what the base says of it.
+Legend: D parameters; u change of the parameters, v change of the gradient less what the base says
+of it.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Refinement:
         return empty_memory(1, u) if self.memory is None else self.memory
 
     def metric(self, u: Float[Tensor, " D"], v: Float[Tensor, " D"]) -> Operator:
-        """(Λ⁰)⁻¹ of this pair, beside a base; I where uᵀv is 0 or u is: there is no γ, and the pair is refused for that."""
+        """(Λ⁰)⁻¹ of this pair, beside a base; I where uᵀv is 0 or u is: there is no γ, and the pair
+        is refused for that."""
         gamma = abs(float(u @ v / (u @ u))) if self._given is None else self._given
         return multiple_of_identity(1 / gamma if gamma > 0 else 1.0, u)
 

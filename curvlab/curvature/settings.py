@@ -1,4 +1,5 @@
-"""What every curvature is told: its labels, its damping, and when it looks at a minibatch and when it inverts."""
+"""What every curvature is told: its labels, its damping, and when it looks at a minibatch and when
+it inverts."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Cadence:
         return step == 1 or step % self.update_every == 0
 
     def refreshes(self, step: int) -> bool:
-        """Whether the inverse is refreshed at this step: each of the first T₂ (practice), and every T₂-th."""
+        """Whether the inverse is refreshed at this step: each of the first T₂ (practice), and every
+        T₂-th."""
         return step <= self.refresh_every or step % self.refresh_every == 0
 
 

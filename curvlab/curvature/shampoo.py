@@ -26,17 +26,17 @@ def shampoo(block: Block, *, root: str = "auto") -> Contracted:
             CPU; "auto": "eigh" there, "newton" on other devices.
     """
     lookup(ROOTS, root, "way to a root")
-    return Contracted(block, batch_contractions, partial(factors, root=root), forward=forward)
+    return Contracted(block, batch_contractions, partial(shampoo_factors, root=root), forward=shampoo_forward)
 
 
-def factors(means: Contractions, damping: float, root: str = "newton") -> tuple[Tensor, ...]:
+def shampoo_factors(means: Contractions, damping: float, root: str = "newton") -> tuple[Tensor, ...]:
     """(Ĝ^(i) + εI)^{−1/2k}, i = 1 … k."""
     if not all(all_finite(mean) for mean in means):
         raise Diverged("a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping")
     return tuple(ROOTS[root](shifted(mean, damping), 2 * len(means), damping) for mean in means)
 
 
-def forward(means: Contractions, damping: float) -> tuple[Tensor, ...]:
+def shampoo_forward(means: Contractions, damping: float) -> tuple[Tensor, ...]:
     """(Ĝ^(i) + εI)^{1/k}, i = 1 … k."""
     return tuple(root_eigh(shifted(mean, damping), len(means), floor=damping) for mean in means)
 

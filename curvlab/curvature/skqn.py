@@ -120,7 +120,7 @@ class SkqnL(BlockDefaults):
         self.S: Tensor | None = None  # u and v of the pairs, the oldest first
         self.Y: Tensor | None = None
         self.last: Pair | None = None  # for the log
-        self.left_out = 0  # pairs so far, since they were not finite
+        self.left_out: int = 0  # pairs so far, since they were not finite
         self.secant: Secant | None = self._secant if pairs else None
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ def _one_precision(operator: Operator) -> Operator:
     return replace(operator, core=operator.core.to(operator.rows.dtype))
 
 
-Columns = tuple[Float[Tensor, "O m"], Float[Tensor, "O m"]]
+ColumnPair = tuple[Float[Tensor, "O m"], Float[Tensor, "O m"]]
 
 
 @dataclass(frozen=True)
@@ -200,16 +200,16 @@ class Condition:
     `commutes`: whether the columns may be sketched before.
     """
 
-    look: Callable[[LayerStatistics, LayerStatistics, Move], Columns]
-    pairs: Callable[[Tensor, Tensor, Tensor, Tensor], Columns]
+    look: Callable[[LayerStatistics, LayerStatistics, Move], ColumnPair]
+    pairs: Callable[[Tensor, Tensor, Tensor, Tensor], ColumnPair]
     commutes: bool
 
 
-def _parameters(before: LayerStatistics, after: LayerStatistics, move: Move) -> Columns:
+def _parameters(before: LayerStatistics, after: LayerStatistics, move: Move) -> ColumnPair:
     return move(), after.gradient - before.gradient
 
 
-def _preactivations(before: LayerStatistics, after: LayerStatistics, move: Move) -> Columns:
+def _preactivations(before: LayerStatistics, after: LayerStatistics, move: Move) -> ColumnPair:
     """mat(s_k − s_{k−1}), mat(Ds_k − Ds_{k−1}): a column for each example and place, of each example's own loss."""
     return (after.h - before.h).flatten(0, 1).mT, (after.g[0] - before.g[0]).flatten(0, 1).mT
 
@@ -266,7 +266,7 @@ class SkqnB(BlockDefaults):
         self.V: Tensor | None = None
         self.Lambda: Tensor | None = None  # in double precision
         self.last: BlockUpdate | None = None  # for the log
-        self.left_out = 0  # blocks of pairs so far, since they were not finite
+        self.left_out: int = 0  # blocks of pairs so far, since they were not finite
         self.secant: Secant | None = None if columns == 0 else self._secant
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
@@ -298,7 +298,7 @@ class SkqnB(BlockDefaults):
         U, V = self.condition.look(before, after, move)  # Alg. 1, line 5
         self.U, self.V = self._sketched(U, V) if self.condition.commutes else (U, V)
 
-    def _sketched(self, U: Float[Tensor, "O m"], V: Float[Tensor, "O m"]) -> Columns:
+    def _sketched(self, U: Float[Tensor, "O m"], V: Float[Tensor, "O m"]) -> ColumnPair:
         """U Ξ, V Ξ (22), where they have more than k columns. Ξ is drawn on the CPU: the same on every device."""
         m = U.shape[1]
         if self.columns is None or m <= self.columns:

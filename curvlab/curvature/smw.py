@@ -1,7 +1,8 @@
-"""Gauss-Newton and natural gradient through Sherman–Morrison–Woodbury: the whole vector (thesis chapter 5), or by block.
+"""Gauss-Newton and natural gradient through Sherman–Morrison–Woodbury: the whole vector (thesis
+chapter 5), or by block.
 
-Legend: N₁ examples of the minibatch, N₂ of them for the curvature; V vectors sent back; T places, Γ groups, I inputs incl. the
-bias column, O outputs of a block; D parameters.
+Legend: N₁ examples of the minibatch, N₂ of them for the curvature; V vectors sent back; T places, Γ
+groups, I inputs incl. the bias column, O outputs of a block; D parameters.
 """
 
 from __future__ import annotations
@@ -40,12 +41,15 @@ from curvlab.statistics import LayerStatistics, Reads
 
 
 class SmwFisher(BlockDefaults):
-    """H = (λI + (1/N) Σₙ vec(D W) vec(D W)ᵀ)⁻¹ on one minibatch, no moving average: (5.6) with the D_t of one layer.
+    """H = (λI + (1/N) Σₙ vec(D W) vec(D W)ᵀ)⁻¹ on one minibatch, no moving average: (5.6) with the
+    D_t of one layer.
 
-    The same inverse as `DenseFisher` on the same minibatch, through an N×N Gram matrix and without forming a gradient.
+    The same inverse as `DenseFisher` on the same minibatch, through an N×N Gram matrix and without
+    forming a gradient.
 
     Args:
-        curvature_size: N₂, the first of the minibatch (a shuffled one is in random order); None takes all.
+        curvature_size: N₂, the first of the minibatch (a shuffled one is in random order); None
+            takes all.
     """
 
     reads: Reads = "rows"
@@ -79,25 +83,30 @@ class SmwFisher(BlockDefaults):
 
 
 class Smw(WholeVectorCurvature):
-    """H = (λI + (1/N₂) Σ_v Σₙ vec vecᵀ)⁻¹ on the whole parameter vector, from one minibatch: thesis Alg. 23.
+    """H = (λI + (1/N₂) Σ_v Σₙ vec vecᵀ)⁻¹ on the whole parameter vector, from one minibatch: thesis
+    Alg. 23.
 
-    Labels "exact": Gauss-Newton, whose rows are Jᵀ S with S Sᵀ the Hessian in the outputs. That is (5.6) and (5.7) at once: S
-    is there also where the Hessian has no inverse (softmax), and the system stays symmetric. Labels "data": natural gradient of
-    (5.3), the empirical Fisher matrix; "model": of drawn labels.
+    Labels "exact": Gauss-Newton, whose rows are Jᵀ S with S Sᵀ the Hessian in the outputs. That is
+    (5.6) and (5.7) at once: S is there also where the Hessian has no inverse (softmax), and the
+    system stays symmetric. Labels "data": natural gradient of (5.3), the empirical Fisher matrix;
+    "model": of drawn labels.
 
-    Rows that are outer products are never formed (5.4.6); the Gram matrix, of order V N₂, is the sum of the layers' (Alg. 22).
-    Parameters of layers without a rule bring their per-sample gradients, by `torch.func`.
+    Rows that are outer products are never formed (5.4.6); the Gram matrix, of order V N₂, is the
+    sum of the layers' (Alg. 22). Parameters of layers without a rule bring their per-sample
+    gradients, by `torch.func`.
 
     Args:
         objective: whose parameters.
-        settings: labels, see above; damping, λ = λ_LM + τ; T₁, steps between looks, and T₂, between Cholesky factors.
+        settings: labels, see above; damping, λ = λ_LM + τ; T₁, steps between looks, and T₂, between
+            Cholesky factors.
         curvature_size: N₂, drawn from the minibatch without replacement (`whole_vector.subset`);
             None takes all. The "exact" pass is then of these examples alone (BatchNorm in training
             mode normalises them among themselves).
         adapt: whether λ follows the LM rule (5.2.3); a comparison at one overall λ holds it fixed.
         ratio: where ρ is taken, see `Ratio`.
-        semi_stochastic: take a step back where ρ < η. With the whole data set as minibatch, learning rate 1 and N₂ of its
-            examples this is the method that Theorem 6 proves convergent.
+        semi_stochastic: take a step back where ρ < η. With the whole data set as minibatch,
+            learning rate 1 and N₂ of its examples this is the method that Theorem 6 proves
+            convergent.
         eta: η, between 0 and ε (Theorem 6; the thesis gives no value).
         levenberg: the LM rule.
     """
@@ -126,6 +135,11 @@ class Smw(WholeVectorCurvature):
         self._inverse: Woodbury | None = None
 
     @property
+    def refreshed(self) -> float | None:
+        """λ of the Cholesky factor."""
+        return None if self._inverse is None else self._inverse.damping
+
+    @property
     def inverse(self) -> dict[str, Operator]:
         """{"whole": H}."""
         if self._inverse is None:
@@ -139,7 +153,8 @@ class Smw(WholeVectorCurvature):
         return frozenset() if own_look or not self.cadence.updates(self.steps + 1) else frozenset({self.labels})
 
     def update(self, observation: Observation) -> None:
-        """Rows of the N₂ examples where the schedule says so, the factor of their Gram matrix where it says so."""
+        """Rows of the N₂ examples where the schedule says so, the factor of their Gram matrix where
+        it says so."""
         check_gradients(self.objective, observation)
         step = self.steps + 1
         if self.cadence.updates(step):
@@ -181,7 +196,8 @@ class Smw(WholeVectorCurvature):
         return LowRank(self._inverse.rows, 0.0) @ p + 2 * self.objective.l2 * p
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """H · grad, {block: tensor} or {parameter: tensor}, for all of them; the same keys and shapes."""
+        """H · grad, {block: tensor} or {parameter: tensor}, for all of them; the same keys and
+        shapes."""
         return applied(self.layout, self.inverse["whole"], grads)
 
     @property
@@ -190,7 +206,8 @@ class Smw(WholeVectorCurvature):
         return self.adapt or self.rejects
 
     def learn(self, transition: Transition) -> bool:
-        """λ by the LM rule (Alg. 23, line 6). False where the step is to be taken back (Theorem 6)."""
+        """λ by the LM rule (Alg. 23, line 6). False where the step is to be taken back (Theorem
+        6)."""
         if self._inverse is None:
             raise CurvlabError(NO_DATA)
         if self.ratio == "direction":
@@ -207,7 +224,8 @@ class Smw(WholeVectorCurvature):
         return packed | {"algorithm": self.name, "steps": self.steps, "ready": self.ready, "damping": self.damping}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
+        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
+        algorithm, model or dtype."""
         check_algorithm(state, self.name)
         rows, inverse = unpack(state["rows"]), unpack(state["inverse"])
         for held in (rows, None if inverse is None else inverse.rows):
@@ -220,7 +238,8 @@ class Smw(WholeVectorCurvature):
 def layer_rows(statistics: LayerStatistics) -> RowMatrix:
     """Row (v, n): the gradient of example n for vector v, divided by √N.
 
-    Formed only where a weight is used at so many places that a and g are more numbers than the rows themselves.
+    Formed only where a weight is used at so many places that a and g are more numbers than the rows
+    themselves.
     """
     block, scale = statistics.block, 1 / math.sqrt(statistics.size)
     if not statistics.used or any(p.swapped for p in statistics.parts):
@@ -235,7 +254,8 @@ def layer_rows(statistics: LayerStatistics) -> RowMatrix:
 
 
 def loose_rows(closure: Closure, blocks: tuple[Block, ...], labels: Pass, chosen: Tensor) -> dict[str, RowMatrix]:
-    """{block: the same rows} of blocks that go the general way, for the chosen examples of a minibatch."""
+    """{block: the same rows} of blocks that go the general way, for the chosen examples of a
+    minibatch."""
     alone(closure.objective)
     layout = Layout(blocks)
     chosen = chosen.to(closure.x.device)

@@ -24,9 +24,9 @@ from curvlab.linalg.eigenbasis import Rotated
 from curvlab.linalg.operators import Compact, Kronecker, Operator, placed
 from curvlab.linalg.woodbury import Beside, LayerRows, Rows
 
-REMEDY = "build the same model first"
+REBUILD = "build the same model first"
 
-AXES: dict[str, tuple[str, ...]] = {
+STATISTIC_AXES: dict[str, tuple[str, ...]] = {
     "A": ("II",), "G": ("OO",), "F": ("P*", "DD"), "M": ("DD",), "Lambda": ("OO",), "v": ("D",), "s": ("O",), "y": ("O",),
     "U": ("O*",), "V": ("O*",), "S": ("*O", "*D"), "Y": ("*O", "*D"), "seen": ("*I",), "g": ("*O", "*D"), "a": ("*I",),
 }  # fmt: skip
@@ -39,7 +39,7 @@ def check_names(blocks: Iterable[Block], saved: Iterable[str]) -> None:
     """Raises CurvlabError where the saved blocks are not these."""
     own, saved = [b.name for b in blocks], list(saved)
     if set(saved) != set(own):
-        raise CurvlabError(f"the checkpoint has blocks {', '.join(saved)} but this model has {', '.join(own)}: {REMEDY}")
+        raise CurvlabError(f"the checkpoint has blocks {', '.join(saved)} but this model has {', '.join(own)}: {REBUILD}")
 
 
 def check_shape(block: Block, what: str, found: Sequence[int]) -> None:
@@ -50,7 +50,7 @@ def check_shape(block: Block, what: str, found: Sequence[int]) -> None:
 
 def misfit(block: Block, what: str, found: Sequence[int]) -> CurvlabError:
     """The error for what is of a block of another shape."""
-    return CurvlabError(f"{block} has shape {list(block.shape)} but in the checkpoint {what} {list(found)}: {REMEDY}")
+    return CurvlabError(f"{block} has shape {list(block.shape)} but in the checkpoint {what} {list(found)}: {REBUILD}")
 
 
 def check_dtype(where: object, found: torch.dtype, wanted: torch.dtype) -> None:
@@ -77,15 +77,15 @@ def check_memory(block: Block, keys: Sequence[str], saved: Mapping[str, Any], dt
     """Raises CurvlabError where saved statistics are not those of such a block: other names, another shape, another dtype."""
     if set(saved) != set(keys):
         raise CurvlabError(
-            f"{block} keeps {', '.join(keys) or 'nothing'} but in the checkpoint {', '.join(saved) or 'nothing'}: {REMEDY}"
+            f"{block} keeps {', '.join(keys) or 'nothing'} but in the checkpoint {', '.join(saved) or 'nothing'}: {REBUILD}"
         )
     for key, value in saved.items():
         if key == "means" and value is not None:
             sizes = [[len(way) for way in ways] for ways in value]
             if sum(map(math.prod, sizes)) != block.numel:
                 raise misfit(block, "its means have ways of", [size for ways in sizes for size in ways])
-        if isinstance(value, Tensor) and key in AXES and len(block.shape) == 2:
-            if not any(_has(value.shape, axes, block) for axes in AXES[key]):
+        if isinstance(value, Tensor) and key in STATISTIC_AXES and len(block.shape) == 2:
+            if not any(_has(value.shape, axes, block) for axes in STATISTIC_AXES[key]):
                 raise misfit(block, f"its {key} is", value.shape)
             if dtype is not None and key != "Lambda":  # of double precision in any model
                 check_dtype(block, value.dtype, dtype)
@@ -104,7 +104,7 @@ def check_operator(block: Block, operator: Operator, dtype: torch.dtype | None) 
 def check_rows(layout: Layout, rows: Beside, dtype: torch.dtype) -> None:
     """Raises CurvlabError where rows side by side are not of these blocks."""
     if len(rows.parts) != len(layout.blocks):
-        raise CurvlabError(f"the checkpoint has {len(rows.parts)} blocks but this model has {len(layout.blocks)}: {REMEDY}")
+        raise CurvlabError(f"the checkpoint has {len(rows.parts)} blocks but this model has {len(layout.blocks)}: {REBUILD}")
     for block, part in zip(layout.blocks, rows.parts, strict=True):
         if isinstance(part, LayerRows):
             found: tuple[int, ...] = (part.g.shape[3] * part.g.shape[4], part.a.shape[3])
@@ -127,7 +127,7 @@ def check_vectors(layout: Layout, vectors: Mapping[str, Tensor | None], dtype: t
             more = f" and {len(layout.blocks) - 3} more" if len(layout.blocks) > 3 else ""
             raise CurvlabError(
                 f"the checkpoint's {name} has {vector.shape[-1]} parameters but this model has {len(layout)} "
-                f"({names}{more}): {REMEDY}"
+                f"({names}{more}): {REBUILD}"
             )
         check_dtype("the model", vector.dtype, dtype)
 

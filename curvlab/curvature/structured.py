@@ -37,7 +37,7 @@ from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.refinement import Refinement
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.states import check_vectors
-from curvlab.curvature.whole_vector import Search, WholeVectorCurvature, flat, like, part, searched, subset
+from curvlab.curvature.whole_vector import Search, WholeVectorCurvature, flat, part, searched, subset, unflat_like
 from curvlab.errors import CurvlabError, Diverged, check_values, unknown
 from curvlab.exact.batches import Kind
 from curvlab.exact.torch_func import Function
@@ -61,7 +61,7 @@ DIRECT = 256
 
 
 @dataclass(frozen=True)
-class Sample:
+class Subsample:
     """H_k: the mean over S_H of a kind of matrix, as products, or where it has few rows as those."""
 
     size: int
@@ -132,7 +132,7 @@ class Structured(WholeVectorCurvature):
         self.pending: tuple[Tensor, Tensor] | None = None  # u_{k−1}, v̂_{k−1}: v needs H_k, (10)
         self.work = {"products": 0, "trials": 0}
         self.lam = self.damping
-        self._sample: Sample | None = None
+        self._sample: Subsample | None = None
 
     # ------------------------------------------------------------------------------------------ Alg. 1
 
@@ -154,12 +154,17 @@ class Structured(WholeVectorCurvature):
         self.ready = True
 
     @property
+    def refreshed(self) -> float | None:
+        """λ_k of the matrix of this minibatch, raised where it was not positive definite."""
+        return self.lam if self.ready else None
+
+    @property
     def wants_step(self) -> bool:
         return self.refinement.most > 0 and self.steps % self.cadence.update_every == 0
 
     def learn(self, transition: Transition) -> bool:
         """Line 5: the pair of this step, by two gradients on the same examples. The step stands."""
-        change = flat(self.layout, transition.after.gradients) - flat(self.objective.layout, transition.before.gradients)
+        change = flat(self.layout, transition.after.gradients) - flat(self.layout, transition.before.gradients)
         self.pending = flat(self.layout, transition.step), change
         return True
 
@@ -193,11 +198,11 @@ class Structured(WholeVectorCurvature):
             far = searched(self._observation, g, d, self.search)
             self.work["trials"] += (far.trials - far.met) * self._observation.size
             d = d * far.step
-        return like(self.layout, d, grads)
+        return unflat_like(self.layout, d, grads)
 
     # ------------------------------------------------------------------------------------------ the base
 
-    def _take(self, closure: Closure) -> Sample:
+    def _take(self, closure: Closure) -> Subsample:
         """H_k of S_H, drawn from the minibatch by a generator that depends on the objective's seed and the closure alone."""
         size = len(closure.x)
         if self.sample is not None:
@@ -209,14 +214,14 @@ class Structured(WholeVectorCurvature):
         Q = self._rows(closure) if self.base == "fisher" and self.solver == "auto" else None
         if Q is not None:
             self.work["products"] += size
-            return Sample(size, lambda v: Q @ (Q.mT @ v), Q)
+            return Subsample(size, lambda v: Q @ (Q.mT @ v), Q)
         apply = Function(closure, layout).product(kind, 1)
 
         def product(v: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
             self.work["products"] += size * v.shape[1]
             return apply(v.mT.contiguous()).mT / size
 
-        return Sample(size, product)
+        return Subsample(size, product)
 
     def _rows(self, closure: Closure) -> Float[Tensor, "D r"] | None:
         """Q of H = Q Qᵀ, (14), where it is worth it."""

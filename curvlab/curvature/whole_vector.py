@@ -53,7 +53,7 @@ def unflat(layout: Layout, vector: Float[Tensor, " D"]) -> dict[str, Tensor]:
     return {b.name: vector[layout.slices[b.name]].view(b.shape) for b in layout.blocks}
 
 
-def like(layout: Layout, vector: Float[Tensor, " D"], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unflat_like(layout: Layout, vector: Float[Tensor, " D"], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One vector → the keys of `grads`: blocks or parameters."""
     found = layout.unflatten(vector) | unflat(layout, vector)
     return {name: found[name] for name in grads}
@@ -61,7 +61,7 @@ def like(layout: Layout, vector: Float[Tensor, " D"], grads: Mapping[str, Tensor
 
 def applied(layout: Layout, operator: Operator, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """operator @ grads, for a `precondition` that is a product: the same keys and shapes."""
-    return like(layout, operator @ flat(layout, grads), grads)
+    return unflat_like(layout, operator @ flat(layout, grads), grads)
 
 
 def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:

@@ -3,8 +3,20 @@
 from curvlab.probes import against_exact as _against  # noqa: F401  # these enter their probes
 from curvlab.probes import bounds as _bounds  # noqa: F401
 from curvlab.probes import noise as _noise  # noqa: F401
-from curvlab.probes.base import PROBES, Frame, Probe, Record, Variable, asked, check_fit, probe, select
+from curvlab.probes.base import PROBES, Frame, Probe, ProbeRecord, Variable, asked, check_probes, probe, select_probes
 from curvlab.probes.damping import fractions
-from curvlab.probes.directions import cosines
+from curvlab.probes.directions import cosines_to
 
-__all__ = ["PROBES", "Frame", "Probe", "Record", "Variable", "asked", "check_fit", "cosines", "fractions", "probe", "select"]
+__all__ = [
+    "PROBES",
+    "Frame",
+    "Probe",
+    "ProbeRecord",
+    "Variable",
+    "asked",
+    "check_probes",
+    "cosines_to",
+    "fractions",
+    "probe",
+    "select_probes",
+]

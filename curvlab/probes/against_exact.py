@@ -26,14 +26,14 @@ from curvlab.linalg.krylov import lanczos
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product
 from curvlab.objective import Objective
-from curvlab.probes.base import Frame, Values, Variable, probe
+from curvlab.probes.base import Frame, Numbers, Variable, probe
 from curvlab.probes.bounds import ends
 from curvlab.system import random_state
 from curvlab.system.memory import tensors
 
-KINDS: dict[str, Kind] = {"ggn": "ggn", "hessian": "hessian"}
-MODELS = ("own", *KINDS)
-LARGEST = 1000
+WHOLE_KINDS: dict[str, Kind] = {"ggn": "ggn", "hessian": "hessian"}
+QUADRATIC_MODELS = ("own", *WHOLE_KINDS)
+LARGEST_BLOCK = 1000
 """Order of a block up to which its matrices are formed."""
 STEPS, TOP = 30, 10
 """Steps of Lanczos, and the eigenvectors that a step is projected on."""
@@ -41,7 +41,7 @@ STEPS, TOP = 30, 10
 _ENDS = ("lowest", "highest")
 
 
-def flat(frame: Frame, algorithm: str) -> Float[Tensor, " D"]:
+def direction_vector(frame: Frame, algorithm: str) -> Float[Tensor, " D"]:
     """The direction as one vector."""
     return torch.cat([frame.directions[algorithm][b.name].flatten() for b in frame.objective.blocks])
 
@@ -62,7 +62,7 @@ def function(frame: Frame) -> Function:
     return made
 
 
-def matrix(frame: Frame, kind: Kind) -> Product:
+def exact_product(frame: Frame, kind: Kind) -> Product:
     """Products with the whole exact matrix, with that of the L2 term."""
 
     def make() -> Product:
@@ -82,7 +82,7 @@ def matrix(frame: Frame, kind: Kind) -> Product:
 
 def own_quadratic(frame: Frame, algorithm: str) -> float:
     """pᵀBp, B the matrix that a method estimates, undamped, by block or of the whole vector; NaN where it estimates none."""
-    p = flat(frame, algorithm)
+    p = direction_vector(frame, algorithm)
     of_whole = frame.curvature(algorithm).undamped(p)
     if of_whole is not None:
         return float(p.double() @ of_whole.double())
@@ -111,15 +111,15 @@ def estimate(frame: Frame, block: BlockDefaults) -> tuple[Operator, float] | Non
         "reduction_predicted": Variable(("algorithm", "model"), "−m(d) of the method's own B, exact GGN or Hessian", "nat"),
         "rho": Variable(("algorithm", "model"), "actual over predicted reduction; below 0: the model errs in sign", "1"),
     },
-    needs=frozenset({"data"}), every=100, again=True, coordinates={"model": MODELS},
+    needs=frozenset({"data"}), every=100, again=True, coordinates={"model": QUADRATIC_MODELS},
 )  # fmt: skip
-def _reduction(frame: Frame) -> list[Values]:
+def _reduction(frame: Frame) -> list[Numbers]:
     f = function(frame)
     closure, l2, start = frame.now.closure, frame.objective.l2, float(frame.now.loss)
     g = torch.cat([frame.now.gradients[b.name].flatten() for b in frame.objective.blocks]).double()
     actual, predicted = [], []
-    directions = torch.stack([flat(frame, name) for name in frame.directions], 1)
-    products = {kind: matrix(frame, kind) @ directions for kind in KINDS.values()}
+    directions = torch.stack([direction_vector(frame, name) for name in frame.directions], 1)
+    products = {kind: exact_product(frame, kind) @ directions for kind in WHOLE_KINDS.values()}
     for i, name in enumerate(frame.directions):
         p = directions[:, i]
         with torch.no_grad():
@@ -155,9 +155,9 @@ _EACH = ("algorithm", "block")
     },
     every=500, again=True, fits=_estimates, wants="a method that estimates a matrix by block",
 )  # fmt: skip
-def _error(frame: Frame) -> list[Values]:
+def _error(frame: Frame) -> list[Numbers]:
     objective, closure = frame.objective, frame.now.closure
-    names = [b.name for b in objective.blocks if b.layer is not None and b.numel <= LARGEST]
+    names = [b.name for b in objective.blocks if b.layer is not None and b.numel <= LARGEST_BLOCK]
     fresh = Objective(objective.model, objective.likelihood, objective.seed)  # whose counts of closures are its own
     fishers = exact.matrices(fresh, closure.x, closure.y, "fisher", names) if names else {}
     keys = ("error", "error_scaled", "cosine", "trace_ratio", "spectrum_error")
@@ -183,7 +183,7 @@ def ritz(frame: Frame, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     """Ritz values, ascending, lengths of their residuals, and Ritz vectors as columns, from the gradient of a fixed seed."""
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
-        operator = matrix(frame, kind)
+        operator = exact_product(frame, kind)
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(len(operator), generator=generator, dtype=torch.float64).to(frame.objective.device)
         found = lanczos(operator, start.to(frame.objective.dtype), STEPS, basis=True)
@@ -201,10 +201,10 @@ def ritz(frame: Frame, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
         "curvature_end": Variable(("matrix", "end"), "extreme eigenvalue of the minibatch's matrix, with the L2 term", "nat"),
         "curvature_end_error": Variable(("matrix", "end"), "an eigenvalue lies this near", "nat"),
     },
-    every=1000, again=True, coordinates={"matrix": tuple(KINDS), "end": _ENDS},
+    every=1000, again=True, coordinates={"matrix": tuple(WHOLE_KINDS), "end": _ENDS},
 )  # fmt: skip
 def _spectrum(frame: Frame) -> list[Tensor]:
-    found = [ritz(frame, kind) for kind in KINDS.values()]
+    found = [ritz(frame, kind) for kind in WHOLE_KINDS.values()]
     return [torch.stack([part[i][[0, -1]] for part in found]) for i in (0, 1)]
 
 
@@ -214,14 +214,14 @@ def _spectrum(frame: Frame) -> list[Tensor]:
         "alignment": Variable(("algorithm", "matrix"), "fraction of the squared length of the step", "1"),
         "gradient_alignment": Variable(("matrix",), "the same of the minibatch's gradient", "1"),
     },
-    needs=frozenset({"data"}), every=1000, again=True, coordinates={"matrix": tuple(KINDS)},
+    needs=frozenset({"data"}), every=1000, again=True, coordinates={"matrix": tuple(WHOLE_KINDS)},
 )  # fmt: skip
 def _alignment(frame: Frame) -> list[Tensor]:
     g = torch.cat([frame.now.gradients[b.name].flatten() for b in frame.objective.blocks])
-    steps = torch.stack([flat(frame, name) for name in frame.directions])
+    steps = torch.stack([direction_vector(frame, name) for name in frame.directions])
 
     def within(rows: Tensor) -> Tensor:
-        tops = [ritz(frame, kind)[2][:, -TOP:] for kind in KINDS.values()]
+        tops = [ritz(frame, kind)[2][:, -TOP:] for kind in WHOLE_KINDS.values()]
         return torch.stack([(rows @ top).square().sum(1) / rows.square().sum(1) for top in tops], 1)
 
     return [within(steps), within(g[None])[0]]
@@ -240,7 +240,7 @@ def _alignment(frame: Frame) -> list[Tensor]:
     },
     every=50,
 )  # fmt: skip
-def _condition(frame: Frame) -> list[Values]:
+def _condition(frame: Frame) -> list[Numbers]:
     found = np.full((len(frame.directions), len(frame.blocks)), np.nan)
     for i, algorithm in enumerate(frame.directions):
         inverses = frame.curvature(algorithm).inverses()
@@ -270,5 +270,5 @@ def held(curvature: Any) -> int:
     {"bytes_held": Variable(("algorithm",), "tensors of the curvature's state, momentum apart", "byte")},
     every=200,
 )  # fmt: skip
-def _memory(frame: Frame) -> list[Values]:
+def _memory(frame: Frame) -> list[Numbers]:
     return [np.asarray([float(held(frame.curvatures.get(name))) for name in frame.directions])]

@@ -1,15 +1,17 @@
-"""Frame and Probe: what is looked at, and the functions that look. They take values and know no loop.
+"""Frame and Probe: what is looked at, and the functions that look. They take values and know no
+loop.
 
-A record is ``{variable: (dims, values)}`` without the axis of steps; the table says each variable's dimensions, long name and
-unit, and which passes a probe reads, so that the loop runs the union and nobody runs a pass for itself. Values may be tensors
-on the device: who gathers them reads them when it likes.
+A record is ``{variable: (dims, values)}`` without the axis of steps; the table says each variable's
+dimensions, long name and unit, and which passes a probe reads, so that the loop runs the union and
+nobody runs a pass for itself. Values may be tensors on the device: who gathers them reads them when
+it likes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -23,16 +25,17 @@ from curvlab.errors import CurvlabError, lookup, several, whole
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass
 
-Values = NDArray[np.float64]
-Record = dict[str, tuple[tuple[str, ...], Values]]
-Sample = dict[str, Values | Tensor]
+Numbers = NDArray[np.float64]
+ProbeRecord = dict[str, tuple[tuple[str, ...], Numbers]]
+Sample = dict[str, Numbers | Tensor]
 """{variable: values}, perhaps on the device."""
 
 Command = Literal["compare", "train"]
 COMMANDS: tuple[Command, ...] = ("compare", "train")
 
 Moment = Literal["before", "after"]
-"""Before the parameters move, when every direction is known; after the move and what was learnt from it."""
+"""Before the parameters move, when every direction is known; after the move and what was learnt
+from it."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Variable:
 class Frame:
     """One step. In `compare` of all algorithms, in `train` of one, which is the reference.
 
-    `directions` holds {algorithm: {block: p}} with the reference among them; `seconds` each algorithm's own time;
-    `curvatures` {algorithm: its Curvature}. The model's weights are those of `now` before the move.
+    `directions` holds {algorithm: {block: p}} with the reference among them; `seconds` each
+    algorithm's own time; `curvatures` {algorithm: its Curvature}. The model's weights are those of
+    `now` before the move.
     """
 
     step: int
@@ -74,16 +78,19 @@ class Frame:
         return [b.name for b in self.objective.blocks]
 
     def curvature(self, algorithm: str) -> CurvatureDefaults:
-        """The algorithm's Curvature, completed by defaults; of nothing but defaults where the frame has none."""
+        """The algorithm's Curvature, completed by defaults; of nothing but defaults where the frame
+        has none."""
         return with_defaults(self.curvatures.get(algorithm))
 
     def of_blocks(self, algorithm: str) -> Mapping[str, BlockDefaults]:
-        """{block: its CurvatureBlock, completed} of an algorithm that is made of blocks; else empty."""
+        """{block: its CurvatureBlock, completed} of an algorithm that is made of blocks; else
+        empty."""
         return self.curvature(algorithm).by_block()
 
     @cached_property
-    def gram(self) -> Values:
-        """⟨p_i, p_j⟩ by block, [algorithm, other, block], in float64: every norm and every cosine follows from it."""
+    def gram(self) -> Numbers:
+        """⟨p_i, p_j⟩ by block, [algorithm, other, block], in float64: every norm and every cosine
+        follows from it."""
         grams = []
         for block in self.blocks:
             rows = torch.stack([d[block].flatten() for d in self.directions.values()]).double()
@@ -107,12 +114,60 @@ class Frame:
         return self.shared[key]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ByEpoch:
+    """What a probe says of an epoch in `train`.
+
+    Args:
+        epoch: the variables. reduce: {variable: its samples of the epoch, [sample, …]} → their
+            values.
+    """
+
+    epoch: Mapping[str, Variable] = field(default_factory=dict)
+    reduce: Callable[[Mapping[str, Numbers]], Mapping[str, Numbers]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """What a probe does before it measures.
+
+    Args:
+        begin: is shown every curvature before a step that is sampled.
+        prepare: is shown the frame before the move, where the moment is after it.
+    """
+
+    begin: Callable[[Any], None] | None = None
+    prepare: Callable[[Frame], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Of which methods a probe sees something.
+
+    Args:
+        fits: whether there is something to see in a curvature. wants: what that is, in words.
+    """
+
+    fits: Callable[[Any], bool] = lambda curvature: True
+    wants: str = ""
+
+
 @dataclass(frozen=True)
 class Probe:
-    """`epoch` variables follow from an epoch's samples by `reduce` in `train`; `fits` says of a curvature whether there is
-    something to see, and `wants` what that is; `every` is the number of steps between samples where none is asked for;
-    `coordinates` are the labels of the probe's own dimensions; `begin` is shown every curvature before a step that is sampled;
-    `prepare` the frame before the move, where the moment is after it; `again`: it runs the model again."""
+    """One entry of PROBES: variables, and the function of a frame that measures them.
+
+    Args:
+        summary: what it sees, in a line.
+        variables: {name: its dimensions, long name and unit}.
+        measure: frame → {variable: values}.
+        needs: passes that it reads.
+        where: the commands that have it.
+        moment: when it measures.
+        every: steps between samples where none is asked for.
+        again: whether it runs the model again.
+        coordinates: {dimension of its own: labels}.
+        by_epoch, ahead, fit: see there.
+    """
 
     summary: str
     variables: dict[str, Variable]
@@ -123,31 +178,65 @@ class Probe:
     every: int = 1
     again: bool = False
     coordinates: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    epoch: Mapping[str, Variable] = field(default_factory=dict)
-    reduce: Callable[[Mapping[str, Values]], Mapping[str, Values]] | None = None
-    begin: Callable[[Any], None] | None = None
-    prepare: Callable[[Frame], None] | None = None
-    fits: Callable[[Any], bool] = lambda curvature: True
-    wants: str = ""
+    by_epoch: ByEpoch = field(default_factory=ByEpoch)
+    ahead: Ahead = field(default_factory=Ahead)
+    fit: Fit = field(default_factory=Fit)
 
-    def record(self, frame: Frame) -> Record:
+    @property
+    def epoch(self) -> Mapping[str, Variable]:
+        """As of `ByEpoch`."""
+        return self.by_epoch.epoch
+
+    @property
+    def reduce(self) -> Callable[[Mapping[str, Numbers]], Mapping[str, Numbers]] | None:
+        """As of `ByEpoch`."""
+        return self.by_epoch.reduce
+
+    @property
+    def begin(self) -> Callable[[Any], None] | None:
+        """As of `Ahead`."""
+        return self.ahead.begin
+
+    @property
+    def prepare(self) -> Callable[[Frame], None] | None:
+        """As of `Ahead`."""
+        return self.ahead.prepare
+
+    @property
+    def fits(self) -> Callable[[Any], bool]:
+        """As of `Fit`."""
+        return self.fit.fits
+
+    @property
+    def wants(self) -> str:
+        """As of `Fit`."""
+        return self.fit.wants
+
+    def record(self, frame: Frame) -> ProbeRecord:
         """On the host, with dimensions."""
         return {name: (self.variables[name].dims, on_host(v)) for name, v in self.measure(frame).items()}
 
 
 PROBES: dict[str, Probe] = {}
 
+_GROUPS: dict[str, type[ByEpoch | Ahead | Fit]] = {"by_epoch": ByEpoch, "ahead": Ahead, "fit": Fit}
+
 
 def probe(
     name: str, summary: str, variables: dict[str, Variable], **declared: Any
-) -> Callable[[Callable[[Frame], Sequence[Values | Tensor]]], Callable[[Frame], Sequence[Values | Tensor]]]:
-    """Enter a function of a frame into PROBES; it returns one array for each of `variables`, in their order.
+) -> Callable[[Callable[[Frame], Sequence[Numbers | Tensor]]], Callable[[Frame], Sequence[Numbers | Tensor]]]:
+    """Enter a function of a frame into PROBES; it returns one array for each of `variables`, in
+    their order.
 
     Args:
-        declared: the further fields of `Probe`.
+        declared: the further fields of `Probe`, those of `ByEpoch`, `Ahead` and `Fit` by their own
+            names.
     """
+    for group, kind in _GROUPS.items():
+        flat = {f.name: declared.pop(f.name) for f in fields(kind) if f.name in declared}
+        declared.setdefault(group, kind(**flat))
 
-    def enter(function: Callable[[Frame], Sequence[Values | Tensor]]) -> Callable[[Frame], Sequence[Values | Tensor]]:
+    def enter(function: Callable[[Frame], Sequence[Numbers | Tensor]]) -> Callable[[Frame], Sequence[Numbers | Tensor]]:
         def measure(frame: Frame) -> Sample:
             return dict(zip(variables, function(frame), strict=True))
 
@@ -157,11 +246,11 @@ def probe(
     return enter
 
 
-def on_host(values: Values | Tensor) -> Values:
+def on_host(values: Numbers | Tensor) -> Numbers:
     return np.asarray(values.double().cpu().numpy() if isinstance(values, Tensor) else values)
 
 
-def begin(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
+def begin_step(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
     """Before a step in which these probes are taken."""
     for name in names:
         for curvature in curvatures.values():
@@ -171,7 +260,8 @@ def begin(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
 
 
 def sample(names: Sequence[str], frame: Frame, moment: Moment) -> dict[str, Sample]:
-    """{probe: what it measures} of those whose moment it is. Chance is left as it was; an error says which probe it was."""
+    """{probe: what it measures} of those whose moment it is. Chance is left as it was; an error
+    says which probe it was."""
     found: dict[str, Sample] = {}
     device = frame.now.loss.device
     devices = [device] if device.type == "cuda" else []
@@ -190,8 +280,9 @@ def sample(names: Sequence[str], frame: Frame, moment: Moment) -> dict[str, Samp
     return found
 
 
-def select(names: Sequence[str], command: Command | None = None) -> dict[str, Probe]:
-    """The probes of these names. Raises CurvlabError for an unknown one, or one that `command` does not have."""
+def select_probes(names: Sequence[str], command: Command | None = None) -> dict[str, Probe]:
+    """The probes of these names. Raises CurvlabError for an unknown one, or one that `command` does
+    not have."""
     found = {name: lookup(PROBES, name, "probe") for name in several(names)}
     for name, one in found.items():
         if command is not None and command not in one.where:
@@ -204,12 +295,13 @@ def asked(words: Sequence[str], command: Command) -> dict[str, int | None]:
     """["name", "name:every"] → {name: every, None where it is left to the probe}.
 
     Raises:
-        CurvlabError: an unknown probe, one that `command` does not have, one given twice, a bad number of steps.
+        CurvlabError: an unknown probe, one that `command` does not have, one given twice, a bad
+            number of steps.
     """
     found: dict[str, int | None] = {}
     for word in several(words):
         name, colon, every = word.partition(":")
-        select([name], command)
+        select_probes([name], command)
         if name in found:
             raise CurvlabError(f"probe '{name}' is given twice")
         if colon and not (every.isascii() and every.isdigit() and len(every) < 40 and int(every) > 0):
@@ -218,7 +310,7 @@ def asked(words: Sequence[str], command: Command) -> dict[str, int | None]:
     return found
 
 
-def check_fit(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
+def check_probes(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
     """Raises CurvlabError for a probe that has nothing to see in any of {algorithm: curvature}."""
     for name in names:
         one = PROBES[name]
@@ -242,7 +334,7 @@ def labels(names: Sequence[str]) -> dict[str, list[str]]:
     return {dim: list(found) for n in names for dim, found in PROBES[n].coordinates.items()}
 
 
-def empty(name: str, sizes: Mapping[str, int]) -> dict[str, Values]:
+def empty(name: str, sizes: Mapping[str, int]) -> dict[str, Numbers]:
     """The epoch's variables of a probe before there is a sample: NaN."""
     sizes = {**sizes, **{dim: len(found) for dim, found in PROBES[name].coordinates.items()}}
     return {v: np.full([sizes[d] for d in spec.dims], np.nan) for v, spec in PROBES[name].epoch.items()}

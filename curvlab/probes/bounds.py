@@ -10,10 +10,11 @@
 | H_g, H_a of TNT on a matrix of weights | `tensor_normal_factor` | thesis, proof of Lemma 10: (4.10) with Lemma 9 |
 | H of TNT | `tensor_normal` | thesis Lemma 10 |
 
-φ bounds a layer's inputs. It is 1 behind a tanh, sigmoid or softmax, also through pooling and reshaping (`phi_proven` 1); else
-it is measured: the greatest input of this minibatch, or the root mean square of those in A, which may be of earlier ones,
-where that is more. Lemma 10 is taken with the trace of the averaged E[vec G vec Gᵀ], which is
-that of every contraction, in place of its norm, which nobody keeps. NaN: no theorem, or its premise does not hold.
+φ bounds a layer's inputs. It is 1 behind a tanh, sigmoid or softmax, also through pooling and
+reshaping (`phi_proven` 1); else it is measured: the greatest input of this minibatch, or the root
+mean square of those in A, which may be of earlier ones, where that is more. Lemma 10 is taken with
+the trace of the averaged E[vec G vec Gᵀ], which is that of every contraction, in place of its norm,
+which nobody keeps. NaN: no theorem, or its premise does not hold.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from curvlab.linalg.direct_sum import ColumnSum, DirectSum
 from curvlab.linalg.eigenbasis import Rotated
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator
 from curvlab.linalg.products import Product
-from curvlab.probes.base import Frame, Values, Variable, probe
+from curvlab.probes.base import Frame, Numbers, Variable, probe
 
 FACTORS = ("a", "g", "product")
-LARGEST = 2000
+LARGEST_INVERSE = 2000
 """Order up to which an inverse that is no product of factors has its eigenvalues computed."""
 
 _NONE = (math.nan, math.nan)
@@ -62,7 +63,8 @@ Ends = tuple[float, float]
 
 
 def ends(matrix: Tensor | Operator) -> Ends:
-    """Least and greatest eigenvalue, through the factors if any; NaN where it would take long, or only products are known."""
+    """Least and greatest eigenvalue, through the factors if any; NaN where it would take long, or
+    only products are known."""
     if isinstance(matrix, Kronecker):
         corners = [math.prod(corner) for corner in product(*(ends(f) for f in matrix.factors))]
         return min(corners), max(corners)
@@ -73,7 +75,7 @@ def ends(matrix: Tensor | Operator) -> Ends:
         return _NONE
     if isinstance(matrix, Tensor):
         values = torch.linalg.eigvalsh(matrix)
-    elif len(matrix) <= LARGEST or isinstance(matrix.inside if isinstance(matrix, Rotated) else matrix, Diagonal):
+    elif len(matrix) <= LARGEST_INVERSE or isinstance(matrix.inside if isinstance(matrix, Rotated) else matrix, Diagonal):
         values = matrix.eigvalsh()
     else:
         return _NONE
@@ -97,7 +99,8 @@ def input_bounds(frame: Frame) -> dict[str, tuple[float, bool]]:
 
 
 def bounded_inputs(closure: Closure) -> set[str]:
-    """Blocks whose inputs are at most 1 for every input of the model, by what the graph of two examples says."""
+    """Blocks whose inputs are at most 1 for every input of the model, by what the graph of two
+    examples says."""
     found: set[str] = set()
     handles = []
     for block in closure.objective.blocks:
@@ -161,7 +164,7 @@ _EACH = ("algorithm", "block", "factor")
     needs=frozenset({"data"}), moment="after", every=50, again=True, coordinates={"factor": FACTORS},
     begin=_clear, prepare=_prepare, fits=_fits, wants="a method with Kronecker factors",
 )  # fmt: skip
-def _bounds(frame: Frame) -> list[Values]:
+def _bounds(frame: Frame) -> list[Numbers]:
     names = frame.blocks
     phis = _measured(frame)
     before: Mapping[tuple[str, str], tuple[Ends, int]] = frame.shared["H_g before"]
@@ -194,7 +197,8 @@ def _bounds(frame: Frame) -> list[Values]:
 
 
 def _measured(frame: Frame) -> dict[str, tuple[float, bool]]:
-    """`input_bounds`, raised where an inverted second moment has had greater inputs in earlier minibatches."""
+    """`input_bounds`, raised where an inverted second moment has had greater inputs in earlier
+    minibatches."""
     phis = dict(input_bounds(frame))
     for algorithm in frame.directions:
         for name, block in frame.of_blocks(algorithm).items():

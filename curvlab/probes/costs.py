@@ -1,6 +1,6 @@
 """What probes cost, written by analyses/benchmarks/probes.py."""
 
-MODELS = ("mlp-256-20", "mnist-ae")
+COST_MODELS = ("mlp-256-20", "mnist-ae")
 COSTS: dict[str, tuple[float, float]] = {
     "damping": (0.13, 0.001),
     "bounds": (1.9, 2.5),
@@ -18,4 +18,4 @@ COSTS: dict[str, tuple[float, float]] = {
     "time": (0.003, 0),
     "shift": (0.005, 0),
 }
-"""{probe: CPU time of one sample over plain forward and backward, for each of MODELS, minibatches of 1000}"""
+"""{probe: CPU time of one sample over plain forward and backward, for each of COST_MODELS, minibatches of 1000}"""

@@ -25,7 +25,7 @@ from curvlab.curvature.base import with_defaults
 from curvlab.linalg.bfgs import MU1, SKIPS, Pair, Products
 from curvlab.linalg.block_bfgs import BlockUpdate
 from curvlab.linalg.bounds import within as holds
-from curvlab.probes.base import Frame, Values, Variable, probe
+from curvlab.probes.base import Frame, Numbers, Variable, probe
 
 PAIRS = ("a", "g", "step")
 STAGES = ("before", "after")
@@ -75,7 +75,7 @@ def _together(rows: list[list[float | Tensor]]) -> Tensor:
     return found.view(len(rows), -1)
 
 
-def fractions(samples: Mapping[str, Values]) -> dict[str, Values]:
+def fractions(samples: Mapping[str, Numbers]) -> dict[str, Numbers]:
     """Thesis Figure 2.1 from the samples of an epoch, [sample, …]: NaN where there was no pair."""
     there = ~np.isnan(samples["pair_skipped"])
     count = there.sum(0).astype(float)

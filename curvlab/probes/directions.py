@@ -9,10 +9,10 @@ import torch
 
 from curvlab.curvature.base import with_defaults
 from curvlab.finite import lengths
-from curvlab.probes.base import Frame, Values, Variable, probe
+from curvlab.probes.base import Frame, Numbers, Variable, probe
 
 
-def cosines(gram: Values, place: int) -> Values:
+def cosines_to(gram: Numbers, place: int) -> Numbers:
     """Cosine of every algorithm to number `place` from inner products [algorithm, other, …]; NaN where a norm is zero."""
     norms = np.sqrt(np.einsum("kk...->k...", gram))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -27,8 +27,8 @@ def cosines(gram: Values, place: int) -> Values:
     },
     where=("compare",),
 )  # fmt: skip
-def _cosine(frame: Frame) -> list[Values]:
-    return [cosines(frame.gram, frame.place), cosines(frame.gram.sum(-1), frame.place)]
+def _cosine(frame: Frame) -> list[Numbers]:
+    return [cosines_to(frame.gram, frame.place), cosines_to(frame.gram.sum(-1), frame.place)]
 
 
 @probe(
@@ -36,7 +36,7 @@ def _cosine(frame: Frame) -> list[Values]:
     {"gram": Variable(("algorithm", "other", "block"), "inner product of two directions", "parameter²")},
     where=("compare",),
 )  # fmt: skip
-def _gram(frame: Frame) -> list[Values]:
+def _gram(frame: Frame) -> list[Numbers]:
     return [frame.gram]
 
 
@@ -72,7 +72,7 @@ def _lengths(tensors: list[torch.Tensor]) -> torch.Tensor:
     {"seconds": Variable(("algorithm",), "time of update and direction; shared statistics count for the first to ask", "s")},
     where=("compare",),
 )  # fmt: skip
-def _time(frame: Frame) -> list[Values]:
+def _time(frame: Frame) -> list[Numbers]:
     return [np.asarray(list(frame.seconds.values()))]
 
 
@@ -85,6 +85,6 @@ def _shifts(curvature: Any) -> bool:
     {"shift": Variable(("algorithm", "block"), "shift that makes the matrix positive semi-definite", "nat")},
     fits=_shifts, wants="a method that shifts its matrices (block-hessian)",
 )  # fmt: skip
-def _shift(frame: Frame) -> list[Values]:
+def _shift(frame: Frame) -> list[Numbers]:
     of = [{n: b.shift for n, b in frame.of_blocks(algorithm).items()} for algorithm in frame.directions]
     return [np.asarray([[shifts.get(name) or 0.0 for name in frame.blocks] for shifts in of])]

@@ -17,7 +17,7 @@ from curvlab.logs.log import Record as LogRecord
 from curvlab.objective import Objective
 from curvlab.observation import Observation
 from curvlab.optim import Optimizer
-from curvlab.probes.base import PROBES, Frame, Moment, Sample, axis, begin, check_fit, empty, on_host, sample
+from curvlab.probes.base import PROBES, Frame, Moment, Sample, axis, begin_step, check_probes, empty, on_host, sample
 
 ALWAYS = ("shift",)
 """Taken by every run in which there is something to see."""
@@ -44,7 +44,7 @@ class Sampler:
         clock: Callable[[], float],
     ) -> None:
         curvature = optimizer.descent.curvature
-        check_fit(list(wanted), {algorithm: curvature})
+        check_probes(list(wanted), {algorithm: curvature})
         always = {name: None for name in ALWAYS if PROBES[name].fits(curvature)}
         self.every = {n: every or PROBES[n].every for n, every in {**always, **wanted}.items()}
         self.objective, self.optimizer, self.algorithm, self.clock = objective, optimizer, algorithm, clock
@@ -58,7 +58,7 @@ class Sampler:
         """Step number `step` comes, from 0."""
         self._step, self._frame = step, None
         self.due = [name for name, every in self.every.items() if step % every == 0]
-        begin(self.due, {self.algorithm: self.optimizer.descent.curvature})
+        begin_step(self.due, {self.algorithm: self.optimizer.descent.curvature})
         self.optimizer.also = frozenset().union(*(PROBES[n].needs for n in self.due))
         self.optimizer.look = self._before if self.due else None
 
