@@ -10,7 +10,7 @@ from pathlib import Path
 
 import curvlab
 from curvlab.algorithms import ALGORITHMS, damping_for
-from curvlab.cli.app import LISTS
+from curvlab.cli.lists import made
 from curvlab.exact import ROUTES
 from curvlab.functions import FUNCTIONS
 from curvlab.layers import LAYERS
@@ -18,8 +18,8 @@ from curvlab.likelihoods import LIKELIHOODS
 from curvlab.linalg.bfgs import SKIPS
 from curvlab.models import MODELS
 from curvlab.probes import PROBES, Variable
+from curvlab.probes.costs import COST_MODELS as OF_COSTS
 from curvlab.probes.costs import COSTS
-from curvlab.probes.costs import MODELS as OF_COSTS
 from curvlab.reproduction import load, scripts
 from curvlab.spectra import VARIABLES as OF_SPECTRA
 from curvlab.training.records import VARIABLES as OF_TRAINING
@@ -58,8 +58,8 @@ class Table:
 
 def _of_list(what: str, *typed: int) -> Table:
     """As `curvlab list` prints it; the columns `typed` are set as code."""
-    columns, rows = LISTS[what]
-    return Table(columns, [[Code(c) if i in typed and c != "…" else c for i, c in enumerate(row)] for row in rows()])
+    columns, rows = made(what)
+    return Table(columns, [[Code(c) if i in typed and c != "…" else c for i, c in enumerate(row)] for row in rows])
 
 
 def _algorithms() -> Table:
