@@ -1,10 +1,12 @@
 """One thread: the tests' tensors are tiny, and results then do not depend on the machine's number of cores."""
 
 import ctypes
+import functools
 import gc
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it, and for the commands that tests start
@@ -16,6 +18,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import `problems`
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: the collector of garbage does not go through it again and again.
+
+    Modules and thousands of cases are a million objects. With it, the tests of curvatures took a quarter longer.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Regenerated data sets go to a folder of the tests' own, unless CURVLAB_CACHE names one."""
@@ -25,12 +37,40 @@ def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _mnist_is_unpacked_once() -> Iterator[None]:
+    """Of every command that runs inside this process it took a second, most of what many of them take."""
+    from curvlab.datasets import DATASETS, images
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_mnist_images", functools.cache(images._mnist_images))
+        patch.setitem(DATASETS, "mnist16", replace(DATASETS["mnist16"], load=functools.cache(images.mnist16)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _freed_memory_is_given_back() -> Iterator[None]:
+    """Commands tell glibc to keep it, for good: within one process of many commands it only grew, to 3 GB."""
+    from curvlab.cli import app, train
+    from curvlab.reproduction import script
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (app, train, script):
+            patch.setattr(module, "keep_freed_memory", lambda: None)
+        yield
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For commands whose pictures nobody looks at: they are drawn a second long, and here they are a word."""
+    from curvlab.show import drawable
+
+    monkeypatch.setattr(drawable, "picture", lambda figure, form, **options: b"drawn")
+
+
 @pytest.fixture(autouse=True)
 def _memory_of_one_test() -> Iterator[None]:
-    """What a test has freed goes back to the system where it was much.
-
-    Commands that run inside this process tell glibc to keep freed memory (`keep_freed_memory`), for good.
-    """
+    """What a test has freed goes back to the system where it was much."""
     yield
     if sys.platform == "linux" and _resident() > _MUCH:
         gc.collect()

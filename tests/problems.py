@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -36,8 +39,16 @@ def _seeded(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
         return net
 
 
-def _normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers from an explicit seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def spd(order: int, seed: int = 0) -> Tensor:
+    """A well-conditioned symmetric positive definite matrix."""
+    m = normal(order, order, seed=seed)
+    m = m @ m.T / order + 0.3 * torch.eye(order, dtype=m.dtype)
+    return (m + m.T) / 2
 
 
 def targets(likelihood: object, z: Tensor, seed: int = 2) -> Tensor:
@@ -177,7 +188,7 @@ def inputs(model: str, n: int, dtype: torch.dtype = torch.float64, seed: int = 1
     shape = MODELS[model][1]
     if model == "embedding":
         return torch.randint(6, (n, *shape), generator=torch.Generator().manual_seed(seed))
-    return _normal(n, *shape, seed=seed).to(dtype)
+    return normal(n, *shape, seed=seed).to(dtype)
 
 
 def problem(model: str = "tanh", likelihood: str = "categorical", n: int = 7, dtype: torch.dtype = torch.float64) -> Problem:
@@ -194,11 +205,20 @@ def batches(p: Problem, count: int, seed: int = 5) -> list[tuple[Tensor, Tensor]
     for i in range(count):
         dtype = next(p.model.parameters()).dtype
         if p.x.is_floating_point():
-            x = _normal(*p.x.shape, seed=seed + i).to(dtype)
+            x = normal(*p.x.shape, seed=seed + i).to(dtype)
         else:
             x = torch.randint(6, p.x.shape, generator=torch.Generator().manual_seed(seed + i))
         made.append((x, targets(p.likelihood, torch.zeros(len(x), 3, dtype=dtype), seed + i)))
     return made
+
+
+def in_turn(first: Iterable[str], second: Iterable[str], third: Sequence[object]) -> list[ParameterSet]:
+    """Every pair of the first two with one of `third` in turn; its other values are slow."""
+    found = []
+    for (i, a), (j, b), (k, c) in product(enumerate(first), enumerate(second), enumerate(third)):
+        slow = (i + j) % len(third) != k
+        found.append(pytest.param(a, b, c, marks=[pytest.mark.slow] if slow else []))
+    return found
 
 
 def laid_out(block: Block, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:

@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_model_is_refused() -> None:
 def test_a_checkpoint_of_another_algorithm_is_refused(other: str) -> None:
     objective, curvature, _ = ready()
     fresh = approximation(other, objective)
-    with pytest.raises(cl.CurvlabError):
+    with pytest.raises(cl.CurvlabError, match=f"the checkpoint is of 'kfac' but this is '{other}'"):
         fresh.load_state_dict(curvature.state_dict())
 
 

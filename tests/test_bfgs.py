@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from problems import assert_near
+from problems import assert_near, normal, spd
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -24,16 +24,6 @@ MU1 = st.floats(0.01, 0.95)
 MU2 = st.floats(0.01, 1.0)
 SCALES = st.sampled_from([1e-6, 1e-2, 1.0, 1e3])
 DOUBLE = torch.float64
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def spd(order: int, seed: int = 0) -> Tensor:
-    m = normal(order, order, seed=seed)
-    m = m @ m.T / order + 0.3 * torch.eye(order, dtype=m.dtype)
-    return (m + m.T) / 2
 
 
 def drawn(order: int, seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_near
+from problems import assert_near, normal, spd
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -27,16 +27,6 @@ SEEDS = st.integers(0, 9999)
 DOUBLE = torch.float64
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 choices = pytest.mark.parametrize("choice", CHOICES)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
-
-
-def spd(order: int, seed: int = 0) -> Tensor:
-    m = normal(order, order, seed=seed)
-    m = m @ m.T / order + 0.3 * torch.eye(order, dtype=m.dtype)
-    return (m + m.T) / 2
 
 
 def eye(order: int) -> Tensor:

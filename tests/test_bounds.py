@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import normal
 from torch import Tensor
 
 from curvlab.linalg import bfgs as qn
@@ -20,10 +21,6 @@ MANY = settings(deadline=None, max_examples=40)
 SEEDS = st.integers(0, 9999)
 MU1 = st.floats(0.02, 0.95)
 DOUBLE = torch.float64
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
 
 
 def ends(H: Operator) -> tuple[float, float]:

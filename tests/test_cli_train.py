@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +25,12 @@ from test_train import same_log
 from torch import nn
 
 import curvlab as cl
-from curvlab import datasets
 from curvlab.cli.train import _options
-from curvlab.datasets import CropAndFlip, Dataset, Entry
+from curvlab.datasets import DATASETS, CropAndFlip, Dataset, Entry
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
 
-SMALL = ["train", "--model", "mlp-256-20", "--batch-size", "6000", "--lr", "0.01", "--seed", "3"]
+SMALL = ["train", "--model", "mlp-256-20", "--batch-size", "600", "--lr", "0.01", "--seed", "3"]
 TWO = [
     *SMALL,
     "--algorithm",
@@ -47,6 +48,23 @@ TWO = [
     "--probe",
     "loss:4",
 ]
+
+
+blank = pytest.mark.usefixtures("blank_pictures")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_tenth_of_the_digits() -> Iterator[None]:
+    """In this process. Processes of their own have all of them."""
+    whole = DATASETS["mnist16"].load()
+
+    @functools.cache
+    def tenth() -> tuple[Dataset, ...]:
+        return tuple(replace(part, x=part.x[: len(part) // 10], y=part.y[: len(part) // 10]) for part in whole)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "mnist16", replace(DATASETS["mnist16"], load=tenth))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +96,7 @@ def test_it_is_what_the_function_does(folder: Path) -> None:
     model = cl.models.build("mlp-256-20", seed=3)
     objective = cl.Objective(model, cl.likelihoods.Categorical(), seed=3)
     run = cl.train(
-        objective, train.batches(6000, seed=3), test, algorithm="k-bfgs-20", lr=0.01, damping=0.3, epochs=2,
+        objective, train.batches(600, seed=3), test, algorithm="k-bfgs-20", lr=0.01, damping=0.3, epochs=2,
         schedule="step", schedule_options={"every": 1}, probes=["damping", "loss:4"],
     )  # fmt: skip
     same_log(run.dataset, cl.open(folder))
@@ -96,6 +114,7 @@ def test_it_is_what_the_function_does(folder: Path) -> None:
         np.testing.assert_allclose(ds["lr"], [0.01, 0.01, 0.001], rtol=1e-12)
 
 
+@blank
 def test_the_table_and_a_line_for_every_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*SMALL, "--epochs", "2", "--algorithm", "sgd-m", "--out", str(tmp_path)) == 0
     out, err = capsys.readouterr()
@@ -115,6 +134,7 @@ def test_plot_redraws_one_run_and_several(folder: Path, tmp_path: Path, capsys: 
     assert "figure 'loss' is of one run" in refused(capsys, "plot", str(tmp_path), str(folder), "--figure", "loss")
 
 
+@blank
 def test_options_of_the_algorithms_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL, "--algorithm", "k-bfgs-l", "--epochs", "1", "--set", "pairs=2"]
     assert call(*words, "--out", str(tmp_path)) == 0
@@ -123,6 +143,7 @@ def test_options_of_the_algorithms_own(tmp_path: Path, capsys: pytest.CaptureFix
     assert "unknown option of k-bfgs-l 'pears'; did you mean 'pairs'? (known: " in line
 
 
+@blank
 def test_augmentation_and_dropout_are_of_the_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And the evaluation sees neither."""
 
@@ -134,7 +155,7 @@ def test_augmentation_and_dropout_are_of_the_seed(monkeypatch: pytest.MonkeyPatc
     def build() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 3))
 
-    monkeypatch.setitem(datasets.DATASETS, "images", Entry("made", images))
+    monkeypatch.setitem(DATASETS, "images", Entry("made", images))
     monkeypatch.setitem(MODELS, "small", replace(MODELS["mlp-256-20"], build=build, data="images"))
     logs = []
     for i, more in enumerate(([], [], ["--no-augment"], ["--seed", "1"])):
@@ -172,7 +193,7 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120) -
         time.sleep(0.002)
 
 
-LONG = [*SMALL[:3], "--batch-size", "1000", "--lr", "0.01", "--algorithm", "kfac", "--damping", "0.1", "--epochs", "4"]
+LONG = [*SMALL[:3], "--batch-size", "1000", "--lr", "0.01", "--algorithm", "kfac", "--damping", "0.1", "--epochs", "3"]
 LONG += ["--checkpoint-seconds", "0.05", "--evaluate-samples", "5000"]
 LONG += ["--probe", "loss", "--probe", "norms:7"]
 
@@ -187,12 +208,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def killed_and_resumed(out: Path, moments: list[float], first: list[str] = LONG) -> int:
-    """SIGKILL so many seconds after the first checkpoint of each life; then on to the end. How many were training still."""
+def killed_and_resumed(out: Path, moments: list[float], first: list[str] = LONG, last: int = signal.SIGKILL) -> int:
+    """SIGKILL so many seconds after the first checkpoint of each life; then on to the end. How many were training still.
+
+    Another signal for the `last` of these lives: what is said then goes on with it.
+    """
     killed = 0
-    for moment in moments:
+    for life, moment in enumerate(moments, 1):
         again = (out / "checkpoint.pt").exists()
         words = ["train", "--resume"] if again else first
+        number = last if life == len(moments) else signal.SIGKILL
         with start(*words, "--out", str(out), cwd=out.parent) as process:
             if again:
                 stamp = (out / "checkpoint.pt").stat().st_mtime_ns
@@ -202,7 +227,15 @@ def killed_and_resumed(out: Path, moments: list[float], first: list[str] = LONG)
                 wait_for(out / "checkpoint.pt", process)
             time.sleep(moment)
             alive = process.poll() is None
-            process.kill()
+            process.send_signal(number)
+            begun = time.monotonic()
+            _, err = process.communicate(timeout=60)
+        assert time.monotonic() - begun < 20
+        if alive and number == signal.SIGINT and process.returncode:
+            assert process.returncode == 130, err
+            saved = f"interrupted; the log so far is saved in {out / 'run.h5'}"
+            assert f"{saved}; go on with: curvlab train --resume --out {out}" in err
+            assert "Traceback" not in err
         assert not (out / "run.h5").exists() or len(cl.open(out)["epoch"]) >= 1  # the first checkpoint comes before it
         state = torch.load(out / "checkpoint.pt", weights_only=True)
         assert state["checkpoint_seconds"] == 0.05  # said once, and kept
@@ -215,11 +248,18 @@ def killed_and_resumed(out: Path, moments: list[float], first: list[str] = LONG)
     return killed
 
 
-def test_killed_three_times_and_gone_on_with_it_is_the_same_run(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("moments", "last"),
+    [
+        pytest.param([0.1, 0.15], signal.SIGINT, id="once, then by Ctrl-C"),
+        pytest.param([0.1, 0.3, 0.25], signal.SIGKILL, id="three times", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_gone_on_with_it_is_the_same_run(moments: list[float], last: int, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert killed_and_resumed(out, [0.1, 0.4, 0.25]) >= 2
+    assert killed_and_resumed(out, moments, last=last) >= 2
     same_run(out, whole)
-    assert len(json.loads(cl.open(out).attrs["resumed"])) >= 3
+    assert len(json.loads(cl.open(out).attrs["resumed"])) >= 2
 
 
 OWN = """from torch import nn
@@ -269,23 +309,7 @@ def test_sigkill_at_fifty_random_moments_with_all_probes(tmp_path: Path) -> None
     assert resumed >= 50
 
 
-def test_ctrl_c_saves_says_where_and_the_run_goes_on(whole: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with start(*[w for w in LONG if w not in ("--checkpoint-seconds", "0.05")], "--out", str(out)) as process:
-        wait_for(out / "run.h5", process)
-        time.sleep(0.3)
-        os.kill(process.pid, signal.SIGINT)
-        begun = time.monotonic()
-        _, err = process.communicate(timeout=60)
-    assert time.monotonic() - begun < 20
-    assert process.returncode == 130, err
-    assert f"interrupted; the log so far is saved in {out / 'run.h5'}; go on with: curvlab train --resume --out {out}" in err
-    assert "Traceback" not in err
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["position"]["steps"] < 240
-    assert call("train", "--resume", "--out", str(out)) == 0
-    same_run(out, whole)
-
-
+@blank
 def test_a_longer_run_goes_on_and_other_settings_are_refused_by_name(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,7 +324,7 @@ def test_a_longer_run_goes_on_and_other_settings_are_refused_by_name(
     same_run(out, whole)
     for words, says in (
         (["--lr", "0.02"], "other settings (lr 0.01, not 0.02)"),
-        (["--seed", "4", "--batch-size", "100"], "batch_size 6000, not 100, seed 3, not 4"),
+        (["--seed", "4", "--batch-size", "100"], "batch_size 600, not 100, seed 3, not 4"),
         (["--algorithm", "kfac"], "algorithm k-bfgs-20, not kfac"),
         (["--model", "mlp-256-20-printed"], "model mlp-256-20, not mlp-256-20-printed"),
         (["--schedule-set", "every=2"], "schedule_options {'every': 1}, not {'every': 2}"),
@@ -321,6 +345,7 @@ def test_checkpoints_that_are_damaged_or_not_there(folder: Path, tmp_path: Path,
     assert "already holds a run.h5" in refused(capsys, *SMALL, "--out", str(folder))
 
 
+@blank
 def test_a_run_that_diverges_says_so_and_keeps_the_last_good_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*SMALL[:-2], "--algorithm", "sgd-m", "--lr", "1e37", "--epochs", "3", "--out", str(tmp_path)]
     assert call(*[w for w in words if w != "0.01"][:5], *words[7:]) == 1
@@ -382,6 +407,7 @@ def test_none_is_a_word_where_one_is_wanted(algorithm: str, own: dict[str, str])
     assert {name: getattr(found, name) for name in own} == own | ({"sample": None} if "sample" in own else {})
 
 
+@blank
 def test_what_cannot_take_a_first_step_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """√λ above 1 is found when H_g is first damped, after epoch 0; the same folder then takes the run with another value."""
     out = tmp_path / "run"
@@ -395,17 +421,18 @@ def test_what_cannot_take_a_first_step_leaves_nothing_behind(tmp_path: Path, cap
     assert float(cl.open(out)["steps"][-1]) == 2
 
 
+@blank
 def test_double_grad_and_the_l2_term_by_their_options(tmp_path: Path) -> None:
     """The same steps as `cl.train`'s; and a run goes on with them."""
     words = [*SMALL, "--algorithm", "k-bfgs-20", "--damping", "0.3", "--double-grad", "--l2", "0.01"]
     short = ["--evaluate-samples", "100", "--out", str(tmp_path)]
     assert call(*words, "--steps", "2", *short) == 0
     assert call("train", "--resume", "--steps", "4", "--out", str(tmp_path)) == 0
-    train, test = datasets.load("mnist16")
+    train, test = cl.datasets.load("mnist16")
     model = cl.models.build("mlp-256-20", seed=3)
     objective = cl.Objective(model, cl.likelihoods.Categorical(), seed=3, l2=0.01)
     run = cl.train(
-        objective, train.batches(6000, seed=3), test, algorithm="k-bfgs-20", lr=0.01, damping=0.3, double_grad=True, steps=4,
+        objective, train.batches(600, seed=3), test, algorithm="k-bfgs-20", lr=0.01, damping=0.3, double_grad=True, steps=4,
         evaluate_samples=100,
     )  # fmt: skip
     kept = model_of(tmp_path)
@@ -478,6 +505,7 @@ def test_cuda_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no device 'cuda' on this machine" in refused(capsys, *SMALL, "--device", "cuda")
 
 
+@blank
 def test_the_default_folder_is_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert call(*SMALL, "--steps", "1", "--evaluate-samples", "100") == 0

@@ -249,17 +249,26 @@ def saved_and_loaded(state: dict[str, object]) -> dict[str, object]:
     return torch.load(file, weights_only=True)
 
 
-@algorithms
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize(("update_every", "refresh_every"), SCHEDULES)
-@pytest.mark.parametrize("stop", [0, 4])
-@pytest.mark.parametrize("model", ["tanh", "conv-1d"])
-def test_a_checkpoint_continues_bit_for_bit(
-    name: str, warm: bool, update_every: int, refresh_every: int, stop: int, model: str
-) -> None:
-    """Into a model of other weights, an objective of another seed, an optimizer that has already moved elsewhere."""
+WAYS = [(warm, schedule, stop) for warm in (False, True) for schedule in SCHEDULES for stop in (0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "warm", "schedule", "stop"),
+    [
+        (name, model, *way)
+        for i, name in enumerate(NAMES)
+        for j, model in enumerate(["tanh", "conv-1d"])
+        for way in WAYS
+        if (way[0] + SCHEDULES.index(way[1]) + way[2] // 4 + i + j) % 2 == 0
+    ],
+)
+def test_a_checkpoint_continues_bit_for_bit(name: str, model: str, warm: bool, schedule: tuple[int, int], stop: int) -> None:
+    """Into a model of other weights, an objective of another seed, an optimizer that has already moved elsewhere.
+
+    Four of the eight ways with one model, in which any two of the three are met in all their values, the others with the other.
+    """
     p = problem(model)
-    options = {"update_every": update_every, "refresh_every": refresh_every, "weight_decay": 0.01}
+    options = {"update_every": schedule[0], "refresh_every": schedule[1], "weight_decay": 0.01}
     data = batches(p, stop + 5, seed=30)
     objective = p.objective()
     with fallback(name, model):
@@ -290,7 +299,7 @@ def trajectory(name: str, seed: int, model: str = "tanh") -> list[dict[str, Tens
         optimizer = make_optimizer(name, objective, p)
     optimizer.warm_start(batches(p, 2))
     found = []
-    for x, y in batches(p, 5, seed=30):
+    for x, y in batches(p, 3, seed=30):
         optimizer.step(objective.closure(x, y))
         found.append(weights(objective))
     return found
@@ -331,36 +340,66 @@ def compared(
 
 
 @algorithms
-@pytest.mark.parametrize("warm", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_compare_gives_the_same_bits_alone_and_in_company(name: str, schedule: tuple[int, int], warm: bool) -> None:
+@pytest.mark.parametrize("quarter", range(4))
+def test_compare_gives_the_same_bits_alone_and_in_company(name: str, quarter: int) -> None:
+    """In company of every fourth of the others: each of them, and each of four ways to run, comes in one of the quarters."""
+    others = [n for n in NAMES if n != name][quarter::4]
+    schedule, warm = SCHEDULES[(quarter + NAMES.index(name)) % 2], quarter // 2 == 1
     alone = compared(name, [], schedule, warm)
-    company = compared(name, [n for n in NAMES if n != name], schedule, warm)
+    company = compared(name, others, schedule, warm)
     np.testing.assert_allclose(alone[0], company[0], rtol=1e-13)  # one product of 1 or of all directions: other sums
     assert np.array_equal(alone[1], company[1])
     assert same(alone[2], company[2])
 
 
-@algorithms
-def test_directions_on_a_shared_observation_are_those_of_its_own(name: str) -> None:
-    """Company of every algorithm, before and after it, each with schedules of its own; plain descent moves the weights."""
+Directions = list[dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def together() -> dict[str, tuple[Directions, Directions, Directions]]:
+    """{name: directions of seven minibatches on observations of its own, and on shared ones in two orders}.
+
+    Every algorithm stands among all others, each of them there twice, once with schedules of its own: in one order
+    behind those before it in the table, in the other behind those after it. Plain descent moves the weights.
+    """
     p = problem("tanh")
     objective = p.objective()
-    own = make_descent(name, objective, p, update_every=2, refresh_every=3)
-    watched = make_descent(name, objective, p, update_every=2, refresh_every=3)
-    crowd = [make_descent(n, objective, p, update_every=1 + i % 3, refresh_every=1 + i % 2) for i, n in enumerate(NAMES)]
-    half = len(crowd) // 2
+
+    def crowd() -> list[tuple[str, Descent]]:
+        watched = [(n, make_descent(n, objective, p, update_every=2, refresh_every=3)) for n in NAMES]
+        others = [
+            ("", make_descent(n, objective, p, update_every=1 + i % 3, refresh_every=1 + i % 2)) for i, n in enumerate(NAMES)
+        ]
+        return [d for pair in zip(others, watched, strict=True) for d in pair]
+
+    own, forth, back = dict(d for d in crowd() if d[0]), crowd(), crowd()[::-1]
+    found: dict[str, tuple[Directions, Directions, Directions]] = {n: ([], [], []) for n in NAMES}
     for x, y in batches(p, 7):
         closure = objective.closure(x, y)
-        expected = own.direction(closure.observe(own.needs))
-        observation = closure.observe(frozenset().union(watched.needs, *(d.needs for d in crowd)))
-        for d in crowd[:half]:
-            d.direction(observation)
-        found = watched.direction(observation)
-        for d in crowd[half:]:
-            d.direction(observation)
-        assert same(found, expected)
+        for n, d in own.items():
+            found[n][0].append(cloned(d.direction(closure.observe(d.needs))))
+        for order, company in ((1, forth), (2, back)):
+            observation = closure.observe(frozenset().union(*(d.needs for _, d in company)))
+            for n, d in company:
+                direction = d.direction(observation)
+                if n:
+                    found[n][order].append(cloned(direction))
         move(objective, observation.gradients, lambda _: 0.05)
+    return found
+
+
+def cloned(direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {block: t.clone() for block, t in direction.items()}
+
+
+@algorithms
+def test_directions_on_a_shared_observation_are_those_of_its_own(
+    name: str, together: dict[str, tuple[Directions, Directions, Directions]]
+) -> None:
+    own, forth, back = together[name]
+    assert len(own) == 7
+    assert all(same(a, b) for a, b in zip(forth, own, strict=True))
+    assert all(same(a, b) for a, b in zip(back, own, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ data and models

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import LIKELIHOODS, MODELS, Problem, assert_near, problem
+from problems import LIKELIHOODS, MODELS, Problem, assert_near, in_turn, problem
 from torch import Tensor, nn
 
 import curvlab as cl
 
 curvlinops = pytest.importorskip("curvlinops", reason="pip install --no-deps curvlinops-for-pytorch, see the README")
 
-zoo = pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS])
 models = pytest.mark.parametrize("model", MODELS)
-streamed = pytest.mark.parametrize("streamed", [False, True], ids=["batch", "loader"])
 
 LOSSES = {"categorical": nn.CrossEntropyLoss, "bernoulli": nn.BCEWithLogitsLoss, "gaussian": nn.MSELoss}
 OPERATORS = {
@@ -66,18 +64,21 @@ def assert_same(p: Problem, ours: Tensor, operator: object, scale: float) -> Non
     assert_near(ours[order(p)][:, order(p)], held[:, None] * dense * held)
 
 
-@streamed
-@pytest.mark.parametrize("kind", ["ggn", "fisher", "ef"])
-@zoo
+WAYS = [("categorical", False), ("bernoulli", True), ("gaussian", False)]
+WAYS += [(likelihood, not streamed) for likelihood, streamed in WAYS]
+"""(likelihood, streamed): three that follow one another have all likelihoods, and both values of the other."""
+
+
+@pytest.mark.parametrize(("model", "kind", "way"), in_turn(MODELS, ["ggn", "fisher", "ef"], WAYS))
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
-def test_second_moments(model: str, likelihood: str, kind: str, streamed: bool) -> None:
+def test_second_moments(model: str, kind: str, way: tuple[str, bool]) -> None:
+    likelihood, streamed = way
     p = problem(model, likelihood)
     ours = cl.exact.matrix(p.objective(), data(p, streamed), kind=kind, block=None).dense()
     assert_same(p, ours, *theirs(p, likelihood, kind, streamed))
 
 
-@streamed
-@pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in TWICE for k in LIKELIHOODS])
+@pytest.mark.parametrize(("model", "likelihood", "streamed"), in_turn(TWICE, LIKELIHOODS, [False, True]))
 def test_hessian(model: str, likelihood: str, streamed: bool) -> None:
     p = problem(model, likelihood)
     ours = cl.exact.matrix(p.objective(), data(p, streamed), kind="hessian", block=None).dense()

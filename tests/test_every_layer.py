@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from _pytest.mark import ParameterSet
 from plain import Laid, Named, Plain, gaps
 from torch import Tensor, nn
 
@@ -484,9 +485,27 @@ def cases(only_first: bool = False) -> list[tuple[str, str, str]]:
 
 
 FAMILIES = ("sgd-m", "kfac", "k-bfgs", "tnt", "smw-ng", "block-fisher")
-"""One of each family of methods; the others, and the whole-vector ones that cost most, are slow."""
+"""One of each family of methods."""
 
-layers = pytest.mark.parametrize(("name", "variant", "places"), cases())
+
+def in_short(found: list[tuple[str, str, str]], every: bool = True) -> list[ParameterSet]:
+    """The first variant of every class in all its places (or where they are as many as examples), the others in one of them
+    in turn; the rest are slow.
+    """
+    first = {name: next(iter(variants)) for name, variants in EXAMPLES.items()}
+    turns = {each: i for i, each in enumerate(dict.fromkeys((name, variant) for name, variant, _ in found))}
+
+    def slow(name: str, variant: str, places: str) -> bool:
+        if len([c for c in found if c[:2] == (name, variant)]) == 1:
+            return False
+        if variant == first[name]:
+            return not every and places != "N=T"
+        return list(PLACES).index(places) != turns[name, variant] % len(PLACES)
+
+    return [pytest.param(*case, marks=[pytest.mark.slow] if slow(*case) else []) for case in found]
+
+
+layers = pytest.mark.parametrize(("name", "variant", "places"), in_short(cases()))
 modes = pytest.mark.parametrize("mode", ["train", "eval"])
 
 
@@ -540,7 +559,9 @@ def off(objective: cl.Objective, case: Case, plain: Plain, twin: Plain) -> list[
     return said + [f"hessian of block {gap}" for gap in gaps(found, expected)]
 
 
-@pytest.mark.parametrize(("name", "variant", "places"), [c for c in cases() if EXAMPLES[c[0]][c[1]].alone])
+@pytest.mark.parametrize(
+    ("name", "variant", "places"), in_short([c for c in cases() if EXAMPLES[c[0]][c[1]].alone], every=False)
+)
 def test_samples_and_matrices(name: str, variant: str, places: str) -> None:
     """Per-sample gradients; EF, GGN and Hessian of every block. Or one line where examples have no loss of their own."""
     plain = twin = None
@@ -584,10 +605,18 @@ def test_a_lazy_layer_that_has_not_run_is_refused_in_one_line(name: str) -> None
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "optimizer", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS]
-)
-@pytest.mark.parametrize("name", EXAMPLES)
+def stepped() -> list[ParameterSet]:
+    """Every class with sgd-m, whose step is known, and with one other family in turn; the rest are slow."""
+    others = FAMILIES[1:]
+    by_default = {(name, family) for i, name in enumerate(EXAMPLES) for family in ("sgd-m", others[i % len(others)])}
+    return [
+        pytest.param(name, optimizer, marks=[] if (name, optimizer) in by_default else [pytest.mark.slow])
+        for name in EXAMPLES
+        for optimizer in OPTIMIZERS
+    ]
+
+
+@pytest.mark.parametrize(("name", "optimizer"), stepped())
 def test_optimizers_step_along_autograds_gradient(name: str, optimizer: str) -> None:
     """In train mode. Those of the whole vector may refuse, in one line, a layer whose examples have no loss of their own."""
     variant = next(iter(EXAMPLES[name]))

@@ -445,7 +445,7 @@ def test_checkpointed_layers() -> None:
 
 def test_failure_leaves_no_hooks_and_nobody_who_listens() -> None:
     p = problem()
-    with pytest.raises(CurvlabError):
+    with pytest.raises(CurvlabError, match=r"does not take inputs of shape \(7, 4\)"):
         cl.exact.matrix(p.objective(), p.x[:, :4], p.y, "ggn", "1")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in p.model.modules())
     assert not _get_current_function_mode_stack()

@@ -6,20 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_near
+from problems import assert_near, normal, spd
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg.cholesky import damped_cholesky, damped_inverse, shifted, solve_cholesky
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def spd(order: int, seed: int = 0) -> Tensor:
-    m = normal(order, order, seed=seed)
-    return m @ m.T / order + torch.eye(order, dtype=m.dtype)
 
 
 class Damped:
@@ -99,7 +90,7 @@ def test_not_finite(bad: float, place: tuple[int, int]) -> None:
 def test_not_finite_beside_the_diagonal(bad: float) -> None:
     M = spd(3)
     M[2, 0] = M[0, 2] = bad
-    with pytest.raises(CurvlabError):
+    with pytest.raises(CurvlabError, match="the factor A is not positive definite"):
         damped_cholesky(Damped(M), 0.1, "the factor A")
 
 

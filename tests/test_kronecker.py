@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_near
+from problems import assert_near, normal, spd
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -27,15 +27,6 @@ from curvlab.linalg.kronecker import (
 FEW = settings(deadline=None, max_examples=25)
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
 SEEDS = st.integers(0, 999)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def spd(order: int, seed: int = 0) -> Tensor:
-    m = normal(order, order, seed=seed)
-    return m @ m.T / order + 0.1 * torch.eye(order, dtype=m.dtype)
 
 
 @FEW

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plain import Plain
-from problems import MODELS, assert_near, eval_norm, laid_out, own_inputs, problem
+from problems import MODELS, assert_near, eval_norm, laid_out, normal, own_inputs, problem
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -25,10 +25,6 @@ from curvlab.statistics import LayerStatistics
 
 FEW = settings(deadline=None, max_examples=60)
 models = pytest.mark.parametrize("model", MODELS)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def layout(model: nn.Module) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_near
+from problems import assert_near, normal, spd
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,16 +33,6 @@ from curvlab.linalg.woodbury import Rows
 MANY = settings(deadline=None, max_examples=50)
 SEEDS = st.integers(0, 9999)
 DOUBLE = torch.float64
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
-
-
-def spd(order: int, seed: int = 0) -> Tensor:
-    m = normal(order, order, seed=seed)
-    m = m @ m.T / order + 0.3 * torch.eye(order, dtype=m.dtype)
-    return (m + m.T) / 2
 
 
 BASES: dict[str, Callable[[], Operator]] = {  # of order 6

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from problems import LIKELIHOODS, assert_near, targets
+from problems import LIKELIHOODS, assert_near, normal, targets
 from torch import Tensor
 from torch.func import grad, hessian, vmap
 
@@ -18,10 +18,6 @@ from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, ro
 
 each = pytest.mark.parametrize("name", LIKELIHOODS)
 LOG_2PI = math.log(2 * math.pi)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def generator(seed: int = 0) -> torch.Generator:

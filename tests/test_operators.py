@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from problems import assert_near
+from problems import assert_near, normal, spd
 from scipy.sparse import linalg as scipy_linalg
 from torch import Tensor
 
@@ -38,16 +38,6 @@ from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows
 
 SMALL = st.integers(1, 4)
 FEW = settings(deadline=None, max_examples=25)
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def spd(order: int, seed: int = 0) -> Tensor:
-    """A well-conditioned symmetric positive definite matrix."""
-    m = normal(order, order, seed=seed)
-    return m @ m.T / order + torch.eye(order, dtype=m.dtype)
 
 
 def outer_rows(r: int, o: int, i: int, seed: int = 0) -> tuple[Rows, Tensor]:

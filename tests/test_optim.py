@@ -516,7 +516,7 @@ def test_the_state_dict_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize(("saved", "loaded"), [("kfac", "adam"), ("adam", "kfac"), ("sgd-m", "shampoo"), ("tnt", "shampoo")])
 def test_the_state_dict_of_another_algorithm_is_refused(saved: str, loaded: str) -> None:
     """TNT's and Shampoo's statistics have the same shapes: only the name can tell them apart."""
-    with pytest.raises(cl.CurvlabError):
+    with pytest.raises(cl.CurvlabError, match=f"the checkpoint is of '{saved}' but this is '{loaded}'"):
         stepped(loaded).load_state_dict(stepped(saved).state_dict())
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Poisson, assert_near
+from problems import Poisson, assert_near, normal
 from torch import Tensor, nn
 from torch.func import grad, hessian, vmap
 
@@ -24,10 +24,6 @@ W = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
 def classes(*shape: int, of: int = 3, seed: int = 3) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_near
+from problems import assert_near, normal
 from torch import Tensor
 
 from curvlab.linalg import packed as pk
@@ -14,10 +14,6 @@ from curvlab.linalg import packed as pk
 FEW = settings(deadline=None, max_examples=25)
 SIZE = st.integers(1, 4)
 SEEDS = st.integers(0, 999)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def dense(g: Tensor, a: Tensor) -> Tensor:

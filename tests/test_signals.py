@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,18 @@ RUN += ["--epochs", "2", "--probe", "loss:1"]
 COMPARE = ["compare", "--model", "small", "--reference", "kfac", "--algorithms", "sgd-m", "--batch-size", "10", "--steps", "6"]
 SPECTRUM = ["spectrum", "--model", "small", "--samples", "20", "--batch-size", "10", "--after", "0,2,4"]
 NUMBERS = [pytest.param(n, id=signal.Signals(n).name) for n in SIGNALS]
+
+
+def by_signal(what: str, values: Sequence[Any], ids: Sequence[str] | None = None) -> pytest.MarkDecorator:
+    """Each of `values` with SIGTERM and with one of the other signals in turn; with the rest when slow."""
+    others = [n for n in SIGNALS if n != signal.SIGTERM]
+    cases = []
+    for i, value in enumerate(values):
+        for n in SIGNALS:
+            slow = n not in (signal.SIGTERM, others[i % len(others)])
+            name = f"{ids[i] if ids else value}-{signal.Signals(n).name}"
+            cases.append(pytest.param(value, n, id=name, marks=[pytest.mark.slow] if slow else []))
+    return pytest.mark.parametrize((what, "number"), cases)
 
 
 @pytest.fixture(autouse=True)
@@ -168,8 +181,7 @@ EARLY: dict[str, tuple[object, str, int]] = {
 }
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("phase", EARLY)
+@by_signal("phase", list(EARLY))
 def test_a_signal_before_the_first_record_leaves_nothing(
     phase: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,8 +206,7 @@ LATER: dict[str, tuple[object, str, int, int]] = {
 """{phase: (owner, function, call, steps that must be in the checkpoint)}"""
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize("phase", LATER)
+@by_signal("phase", list(LATER))
 def test_a_signal_between_steps(
     phase: str, number: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,12 +365,12 @@ def test_signals_at_calls_all_over_a_run(whole: Path, tmp_path: Path, capsys: py
 # ---- the other commands
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-@pytest.mark.parametrize(("words", "at", "logged"), [(COMPARE, 3, 3), (SPECTRUM, 3, 2)], ids=["compare", "spectrum"])
+@by_signal("command", [(COMPARE, 3, 3), (SPECTRUM, 3, 2)], ids=["compare", "spectrum"])
 def test_the_others_save_what_is_logged(
-    words: list[str], at: int, logged: int, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: tuple[list[str], int, int], number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A step of a comparison is finished; of spectra those of all states that were reached."""
+    words, at, logged = command
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         sending(patch, cl.Objective, "closure", at, number, where=is_step)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, assert_near, batches, problem
+from problems import Problem, assert_near, batches, normal, problem
 from test_cli import call
 from torch import Tensor, nn
 
@@ -30,10 +30,6 @@ NAMES = ("skqn-l", "skqn-b1", "skqn-b2")
 names = pytest.mark.parametrize("name", NAMES)
 SEEDS = st.integers(0, 9999)
 GAMMA, DAMPING = 0.2, 0.4
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def eye(order: int) -> Tensor:

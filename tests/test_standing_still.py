@@ -36,6 +36,19 @@ MOVED = "the model's weights have moved since this product was made: make it aga
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
+def with_kinds(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Every name with labels that are drawn, which are by place, and with two of the other kinds in turn; the rest slow."""
+    others = [kind for kind in KINDS if kind != "fisher-mc"]
+
+    def slow(i: int, kind: str) -> bool:
+        return kind != "fisher-mc" and (others.index(kind) - i) % len(others) > 1
+
+    cases = [(i, name, kind) for i, name in enumerate(names) for kind in KINDS]
+    return pytest.mark.parametrize(
+        ("name", "kind"), [pytest.param(n, k, marks=[pytest.mark.slow] if slow(i, k) else []) for i, n, k in cases]
+    )
+
+
 @pytest.fixture(autouse=True)
 def _chance() -> Iterator[None]:
     """Every test from the same state of all generators."""
@@ -177,8 +190,7 @@ def mean(loader: Loader) -> tuple[Tensor, Tensor]:
     return torch.cat(x), torch.cat(y)
 
 
-@kinds
-@pytest.mark.parametrize("name", SAME)
+@with_kinds(SAME)
 def test_loaders_that_give_the_same(name: str, kind: str) -> None:
     o, loader = objective(), SAME[name]()
     found = cl.exact.product(o, loader, kind=kind)
@@ -190,8 +202,7 @@ def test_loaders_that_give_the_same(name: str, kind: str) -> None:
         near(first, cl.exact.product(objective(), *mean(loader), kind) @ v)
 
 
-@kinds
-@pytest.mark.parametrize("name", OTHER_ORDERS)
+@with_kinds(OTHER_ORDERS)
 def test_loaders_that_give_the_same_in_another_order(name: str, kind: str) -> None:
     o, loader = objective(), OTHER_ORDERS[name]()
     found = cl.exact.product(o, loader, kind=kind)
@@ -209,8 +220,7 @@ def test_loaders_that_give_the_same_in_another_order(name: str, kind: str) -> No
     near(found.diag(), cl.exact.diagonal(objective(), *data(), kind))
 
 
-@kinds
-@pytest.mark.parametrize("name", OTHERS)
+@with_kinds(OTHERS)
 def test_loaders_that_give_other_data(name: str, kind: str) -> None:
     o = objective()
     found = cl.exact.product(o, OTHERS[name](), kind=kind)
@@ -222,8 +232,7 @@ def test_loaders_that_give_other_data(name: str, kind: str) -> None:
         found.diag()
 
 
-@kinds
-@pytest.mark.parametrize("name", OTHERS | OTHER_ORDERS)
+@with_kinds(OTHERS | OTHER_ORDERS)
 def test_the_remedy_is_one(name: str, kind: str) -> None:
     o, v = objective(), vector(objective())
     kept = list((OTHERS | OTHER_ORDERS)[name]())
@@ -332,8 +341,7 @@ EDITS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@kinds
-@pytest.mark.parametrize("name", EDITS)
+@with_kinds(EDITS)
 def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: str) -> None:
     o = objective()
     v = vector(o)

@@ -9,7 +9,7 @@ from itertools import chain
 
 import pytest
 import torch
-from problems import MODELS, RULED, as_a_variable, batches, groupless, problem
+from problems import MODELS, RULED, as_a_variable, batches, groupless, normal, problem
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -29,10 +29,6 @@ EPSILON = 0.05
 
 def layer(inputs: int, outputs: int, bias: bool) -> Block:
     return blocks(nn.Linear(inputs, outputs, bias=bias, dtype=torch.float64))[0]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def inverse_by_hand(weights: Tensor, epsilon: float) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_near
+from problems import assert_near, normal
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -24,10 +24,6 @@ WIDE = 150
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=DOUBLE)
 
 
 def with_eigenvalues(values: Tensor, seed: int = 0) -> Tensor:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab as cl
 from curvlab import spectrum_run
 from curvlab.algorithms import ALGORITHMS
-from curvlab.datasets import Dataset
+from curvlab.datasets import DATASETS, Dataset, Entry
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
 from curvlab.problem import Problem
@@ -366,20 +366,22 @@ def test_a_model_by_name_trains_in_train_mode(built: str, monkeypatch: pytest.Mo
     seen: list[tuple[bool, bool]] = []
 
     def build() -> nn.Module:
-        model = nn.Sequential(nn.Linear(256, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 10))
+        model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
         model.train(built != "in eval mode")
         model[2].train(built == "in train mode")
         model[1].register_forward_hook(lambda module, x, z: seen.append((module.training, model[2].training)))
         return model
 
-    monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build))
+    part = Dataset("made", data(20).x.float(), data(20).y, "made")
+    monkeypatch.setitem(DATASETS, "made", Entry("made", lambda: (part, part)))
+    monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build, data="made"))
     wanted = (True, built != "one of them in eval mode")
     for steps in (2, 4):
         named = training_by_name.NamedTraining(
             settings=Settings("sgd-m", 0.01),
             budget=Budget(steps=steps),
             problem=Problem(model="normed"),
-            batch_size=30_000,
+            batch_size=10,
             warm=False,
         )
         state = None if steps == 2 else checkpoint.load(tmp_path / "checkpoint.pt")
@@ -391,7 +393,7 @@ def test_a_model_by_name_trains_in_train_mode(built: str, monkeypatch: pytest.Mo
         assert training.objective.model[1].num_batches_tracked == steps
     prepared = spectrum_run.prepare(
         spectrum_run.NamedSpectra(
-            problem=Problem(model="normed", dtype="float64"), plan=Plan(blocks=("1",)), after=(1,), samples=9
+            problem=Problem(model="normed", dtype="float64"), plan=Plan(blocks=("1",)), after=(1,), samples=9, batch_size=10
         )
     )
     seen.clear()
@@ -506,11 +508,26 @@ KINDS: dict[str, Callable[[], object]] = {
 }
 
 
+Cuts = list[tuple[int, float]]
+"""[(steps before the end, seconds between checkpoints)]: after every step, or at epochs' ends alone."""
+EVERYWHERE: Cuts = [(steps, seconds) for steps in (0, 3, 4, 9) for seconds in (1e-9, 60.0)]
+
+
 @pytest.mark.parametrize(
-    ("algorithm", "kind"), [("k-bfgs-20", "data set"), ("k-bfgs-20", "loader"), ("kfac", "data set"), ("adam", "list")]
+    ("algorithm", "kind", "cuts"),
+    [
+        pytest.param("k-bfgs-20", "loader", EVERYWHERE, id="k-bfgs-20-loader"),
+        pytest.param("k-bfgs-20", "data set", [(3, 60.0), (9, 1e-9)], id="k-bfgs-20-data set"),
+        pytest.param("kfac", "data set", [(0, 60.0), (4, 1e-9), (9, 60.0)], id="kfac-data set"),
+        pytest.param("adam", "list", [(3, 1e-9), (4, 60.0)], id="adam-list"),
+        *(
+            pytest.param(*case, EVERYWHERE, marks=pytest.mark.slow, id=f"{case[0]}-{case[1]}-everywhere")
+            for case in (("k-bfgs-20", "data set"), ("kfac", "data set"), ("adam", "list"))
+        ),
+    ],
 )
-def test_it_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, kind: str, tmp_path: Path) -> None:
-    """With dropout and batch norm, sampled labels, a schedule; checkpoints after every step, and at epochs' ends alone."""
+def test_it_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, kind: str, cuts: Cuts, tmp_path: Path) -> None:
+    """With dropout and batch norm, sampled labels, a schedule."""
 
     def build() -> nn.Module:
         torch.manual_seed(5)
@@ -524,21 +541,20 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, kind: str, t
         warnings.simplefilter("ignore", cl.CurvlabWarning)
         whole = build()
         expected = cl.train(objective_of(whole), KINDS[kind](), **more).dataset
-        for steps in (0, 3, 4, 9):
-            for seconds in (1e-9, 60.0):
-                folder = tmp_path / f"{steps} {seconds}"
-                arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
-                killed_after(steps, objective=objective_of(build()), batches=KINDS[kind](), **arguments)
-                assert torch.load(folder / "checkpoint.pt", weights_only=True)["position"]["steps"] == (
-                    steps if seconds < 1 else steps // 4 * 4
-                )
-                model = net(99, nn.BatchNorm1d(4), nn.Dropout(0.3))
-                torch.manual_seed(77)
-                run = cl.train(objective_of(model), KINDS[kind](), resume=True, **arguments)
-                same_weights(model, whole)
-                same_log(run.dataset, expected)
-                same_log(cl.open(folder), expected)
-                assert len(json.loads(run.dataset.attrs["resumed"])) == 1
+        for steps, seconds in cuts:
+            folder = tmp_path / f"{steps} {seconds}"
+            arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
+            killed_after(steps, objective=objective_of(build()), batches=KINDS[kind](), **arguments)
+            assert torch.load(folder / "checkpoint.pt", weights_only=True)["position"]["steps"] == (
+                steps if seconds < 1 else steps // 4 * 4
+            )
+            model = net(99, nn.BatchNorm1d(4), nn.Dropout(0.3))
+            torch.manual_seed(77)
+            run = cl.train(objective_of(model), KINDS[kind](), resume=True, **arguments)
+            same_weights(model, whole)
+            same_log(run.dataset, expected)
+            same_log(cl.open(folder), expected)
+            assert len(json.loads(run.dataset.attrs["resumed"])) == 1
 
 
 class Depth(nn.Module):
@@ -581,7 +597,7 @@ def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_pat
     with random_state.kept(torch.device("cpu")):
         whole = build()
         expected = cl.train(objective_of(whole), loader(), **more).dataset
-        for steps in (0, 2, 5, 7):
+        for steps in (2, 5):  # after an even and an odd number of draws
             folder = tmp_path / str(steps)
             arguments = more | {"folder": folder, "checkpoint_seconds": 1e-9}
             killed_after(steps, objective=objective_of(build()), batches=loader(), **arguments)
@@ -818,25 +834,41 @@ def test_the_shift_of_block_hessian_is_in_the_log_of_every_run() -> None:
     assert max(expected[-1]) > 0
 
 
-@pytest.mark.parametrize("algorithm", ["k-bfgs-20", "kfac", "lbfgs"])
-def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, tmp_path: Path) -> None:
-    curvature = objective_of(net())
-    fits = [n for n, p in PROBES.items() if "train" in p.where and p.fits(cl.optimizer(algorithm, curvature).descent.curvature)]
-    probes = [f"{n}:{1 + i % 3}" for i, n in enumerate(fits)]
+COSTLY = ("spectrum", "error")
+"""Probes of many products."""
+WITH_PROBES: Cuts = [(steps, seconds) for steps in (3, 4, 6) for seconds in (1e-9, 60.0)]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "cuts"),
+    [
+        pytest.param("k-bfgs-20", [(3, 1e-9), (4, 1e-9), (6, 60.0)], id="k-bfgs-20"),
+        pytest.param("kfac", [(6, 60.0)], id="kfac"),
+        pytest.param("lbfgs", [(3, 1e-9)], id="lbfgs"),
+        *(
+            pytest.param(name, WITH_PROBES, marks=pytest.mark.slow, id=f"{name}-everywhere")
+            for name in ("k-bfgs-20", "kfac", "lbfgs")
+        ),
+    ],
+)
+def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, cuts: Cuts, tmp_path: Path) -> None:
+    """Within an epoch, between two, and with steps to be done again, of which the probes were logged before."""
+    curvature = cl.optimizer(algorithm, objective_of(net())).descent.curvature
+    fits = [n for n, p in PROBES.items() if "train" in p.where and p.fits(curvature)]
+    probes = [f"{n}:{3 if n in COSTLY else 1 + i % 3}" for i, n in enumerate(fits)]
     more = {"algorithm": algorithm, "lr": 0.05, "damping": 0.3, "epochs": 2, "probes": probes}
     whole = net()
     expected = cl.train(objective_of(whole), data().batches(5, seed=1), **more).dataset
-    for steps in (3, 4, 6):
-        for seconds in (1e-9, 60.0):
-            folder = tmp_path / f"{steps} {seconds}"
-            arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
-            killed_after(steps, objective=objective_of(net()), batches=data().batches(5, seed=1), **arguments)
-            cl.open(folder)
-            model = net(99)
-            run = cl.train(objective_of(model), data().batches(5, seed=1), resume=True, **arguments)
-            same_weights(model, whole)
-            same_log(run.dataset, expected)
-            same_log(cl.open(folder), expected)
+    for steps, seconds in cuts:
+        folder = tmp_path / f"{steps} {seconds}"
+        arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
+        killed_after(steps, objective=objective_of(net()), batches=data().batches(5, seed=1), **arguments)
+        cl.open(folder)
+        model = net(99)
+        run = cl.train(objective_of(model), data().batches(5, seed=1), resume=True, **arguments)
+        same_weights(model, whole)
+        same_log(run.dataset, expected)
+        same_log(cl.open(folder), expected)
     with pytest.raises(cl.CurvlabError, match=r"other settings \(probes \{.*\}, not None\)"):
         cl.train(objective_of(net()), data().batches(5, seed=1), resume=True, **arguments | {"probes": ()})
 

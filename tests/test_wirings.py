@@ -90,10 +90,22 @@ def drawn(choose: Choose, T: int, names: list[tuple[str, str]] | None = None) ->
 # ------------------------------------------------------------------------------------------------ wirings
 
 
-@pytest.mark.parametrize("T", PLACES)
-@pytest.mark.parametrize(("name", "layout"), [(n, layout) for n, (_, layouts) in OPERATIONS.items() for layout in layouts])
+EACH = [(name, layout) for name, (_, layouts) in OPERATIONS.items() for layout in layouts]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "T"),
+    [
+        pytest.param(*each, T, marks=[pytest.mark.slow] if PLACES[1 + i % 2] == T else [])
+        for i, each in enumerate(EACH)
+        for T in PLACES
+    ],
+)
 def test_one_operation(name: str, layout: str, T: int) -> None:
-    """Each in each layout; what else there is to choose is drawn from a seed of its own."""
+    """Each in each layout; what else there is to choose is drawn from a seed of its own.
+
+    As many places as examples, and more in turn: as many again, or half as many again; the other of these two is slow.
+    """
     net, said = drawn(random.Random(f"{name} {layout} {T}").choice, T, [(name, layout)])
     assert not said, report(net, said)
 
@@ -117,11 +129,12 @@ def test_ends(first: str, end: str, T: int) -> None:
     assert not said, report(net, said)
 
 
-def test_several_operations() -> None:
+@pytest.mark.parametrize("seeds", [range(0, 80, 3), pytest.param(range(80), marks=pytest.mark.slow)], ids=["third", "all"])
+def test_several_operations(seeds: range) -> None:
     """As many as draw from one seed, so that every pair of neighbours has a chance; and no operation is left out."""
     met: set[str] = set()
     wrong: list[str] = []
-    for seed in range(80):
+    for seed in seeds:
         choose = random.Random(seed).choice
         net, said = drawn(choose, choose(PLACES))
         wrong += [f"seed {seed}, {report(net, said)}"] if said else []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_near
+from problems import assert_near, normal
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
@@ -18,10 +18,6 @@ from curvlab.linalg.woodbury import Beside, LayerRows, Rows, gram_cholesky
 FEW = settings(deadline=None, max_examples=25)
 SIZE = st.integers(1, 5)
 COLUMNS = st.sampled_from([None, 1, 3])
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def build(r: int, o: int, i: int | None, seed: int) -> tuple[Rows, Tensor]:
