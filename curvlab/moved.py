@@ -20,7 +20,6 @@ MOVED = {
     "curvlab.tables": "curvlab.show.tables",
     "curvlab.svg": "curvlab.show.svg",
     "curvlab.about": "curvlab.show.about",
-    "curvlab.report": "curvlab.show.page",
     "curvlab.drawable": "curvlab.show.drawable",
     "curvlab.pictures": "curvlab.show.pictures",
     "curvlab.log": "curvlab.logs.log",
@@ -47,7 +46,7 @@ MOVED = {
     "curvlab.exact.terms": "curvlab.exact.kronecker_sum",
     "curvlab.exact.general": "curvlab.exact.torch_func",
 }
-"""{old name: new name}"""
+"""{old name: new name}; not `curvlab.report`, which is the function of that name."""
 
 
 class _Finder(MetaPathFinder, Loader):

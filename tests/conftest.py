@@ -51,11 +51,11 @@ def _mnist_is_unpacked_once() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _freed_memory_is_given_back() -> Iterator[None]:
     """Commands tell glibc to keep it, for good: within one process of many commands it only grew, to 3 GB."""
-    from curvlab.cli import app, train
     from curvlab.reproduction import script
+    from curvlab.system import memory
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (app, train, script):
+        for module in (memory, script):
             patch.setattr(module, "keep_freed_memory", lambda: None)
         yield
 
