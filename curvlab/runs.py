@@ -21,9 +21,8 @@ from torch import Tensor
 
 from curvlab import datasets
 from curvlab.algorithms import ALGORITHMS, check_rates, damping_for, descent
-from curvlab.closure import Closure
 from curvlab.curvature.base import Curvature
-from curvlab.errors import MOST_STEPS, CurvlabError, Diverged, lookup, several, tell, warn, whole
+from curvlab.errors import MOST_STEPS, CurvlabError, Diverged, lookup, several, warn, whole
 from curvlab.logs.log import Log
 from curvlab.logs.reading import late_cosine
 from curvlab.machine import clock_of
@@ -44,9 +43,9 @@ from curvlab.probes.base import (
     sample,
     taken,
 )
-from curvlab.problem import Problem
 from curvlab.show import figures
-from curvlab.system import paths, random_state
+from curvlab.signatures import known_options, shows
+from curvlab.system import paths
 from curvlab.system.interrupt import shielded
 from curvlab.system.lock import alone
 from curvlab.system.progress import counted, length, progress_bar
@@ -87,8 +86,8 @@ class Run:
         return late_cosine(self.dataset)
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
     """What a comparison does, beside objective and batches. Defaults: the published picture (thesis Figure 4.1, practice).
 
     `probes` are further ones beside `ALWAYS`, each as "name" or "name:every".
@@ -179,6 +178,7 @@ class Settings:
         return Log(coordinates, taken(chosen), attributes | about, path, seeds)
 
 
+@shows(CompareSettings)
 def compare(
     objective: Objective,
     batches: Iterable[Batch],
@@ -187,16 +187,12 @@ def compare(
     algorithms: Sequence[str] = FIGURE_4_1,
     lr: float | None = None,
     damping: float = 1e-3,
-    momentum: float | None = 0.9,
-    decay: float | None = None,
-    update_every: int = 1,
-    refresh_every: int = 1,
     steps: int | None = None,
     warm: Iterable[Batch] | None = None,
-    log_every: int = 1,
     path: str | Path | None = None,
     progress: bool | None = None,
     probes: Sequence[str] = (),
+    **options: Any,
 ) -> Run:
     """Follow `reference` and compare with it, at every step, the directions of `algorithms`.
 
@@ -207,14 +203,13 @@ def compare(
         algorithms: the others.
         lr: of the reference; its document's where None.
         damping: overall λ; each method's own damping follows from it (`damping_for`).
-        momentum, decay: see `Settings`. update_every: T₁. refresh_every: T₂.
         warm: minibatches of the warm start. None takes the first epoch of `batches` where they are a data set's
             (`Dataset.batches`), and no warm start otherwise; pass ``()`` for none.
-        log_every: steps between records.
         path: of the log's file; None keeps it in memory.
         progress: show a progress bar; None shows one where standard error is a terminal.
         probes: further ones, of `PROBES`, each as "name" or "name:every"; one with a number of steps that is not the log's
             has an axis of its own.
+        options: the other fields of `CompareSettings`: momentum, decay, update_every (T₁), refresh_every (T₂), log_every.
 
     A method whose numbers leave the finite range is named in a warning, in `Run.diverged` and in the log's attribute
     `diverged`, and is NaN from there on; the others go on.
@@ -224,17 +219,13 @@ def compare(
         Diverged: the numbers of the reference left the finite range; likewise, and `stopped` in the log says why.
         KeyboardInterrupt: Ctrl-C, or a signal of `interrupt.SIGNALS`, once the running step is in the log, which is saved.
     """
-    settings = Settings(
-        reference,
-        tuple(several(algorithms)),
-        lr,
-        damping,
-        momentum,
-        decay,
-        update_every,
-        refresh_every,
-        log_every,
-        tuple(several(probes)),
+    settings = CompareSettings(
+        reference=reference,
+        algorithms=tuple(several(algorithms)),
+        lr=lr,
+        damping=damping,
+        probes=tuple(several(probes)),
+        **known_options(options, CompareSettings, "compare"),
     )
     settings.check()
     if steps is not None:
@@ -263,7 +254,7 @@ def compare(
     console = Console(stderr=True)
     shown = console.is_terminal if progress is None else progress
     with nullcontext() if log.path is None else alone(log.path), progress_bar(console, shown) as bar:
-        _compare_one(objective, itertools.chain([first], iterator), settings, steps, warm, size, log, objective.seed, bar)
+        compare_one(objective, itertools.chain([first], iterator), settings, steps, warm, size, log, objective.seed, bar)
     return Run(log)
 
 
@@ -273,10 +264,10 @@ def _describe(batches: object) -> str:
     return type(batches).__name__
 
 
-def _compare_one(
+def compare_one(
     objective: Objective,
     batches: Iterable[Batch],
-    settings: Settings,
+    settings: CompareSettings,
     steps: int | None,
     warm: Iterable[Batch],
     size: int,
@@ -397,91 +388,3 @@ def _log(log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], lo
             log.extend(axis(name), [step], {v: (dims, x[None]) for v, (dims, x) in values.items()}, seed)
     if record:
         log.append(step, record, seed)
-
-
-SEEDS = 10_000
-"""Of a comparison at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NamedComparison:
-    """A comparison on a problem of the tables: what the command line runs. `seeds`: the problem's own first."""
-
-    settings: Settings
-    problem: Problem
-    steps: int | None = 300
-    epochs: int | None = None
-    batch_size: int = 1000
-    seeds: tuple[int, ...] = (0,)
-    verbose: bool = False
-
-    def check(self) -> None:
-        """Raises CurvlabError for unknown names and values out of range, before anything is loaded."""
-        _ = self.problem.entry  # first: a module of the user's may enter algorithms and probes
-        self.settings.check()
-        self.problem.check()
-        for name in ("steps", "epochs"):
-            value = getattr(self, name)
-            if value is not None:
-                whole(name, value, 1, MOST_STEPS)
-        if self.steps is None and self.epochs is None:
-            raise CurvlabError("the comparison needs an end: give steps or epochs")
-        whole("seeds", len(self.seeds), 1, SEEDS)
-        for seed in self.seeds:
-            whole("the seed", seed, 0)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A comparison that was checked, loaded, and seen to fit; nothing is written or run yet."""
-
-    named: NamedComparison
-    first: Objective
-    steps: int
-
-    def objective(self, seed: int) -> Objective:
-        """The objective of a seed."""
-        return self.first if seed == self.first.seed else self.named.problem.objective(seed)
-
-
-def prepare(named: NamedComparison) -> Prepared:
-    """Check, load and build.
-
-    Raises:
-        CurvlabError: as `NamedComparison.check`, and for data that do not fit the model or the size of the minibatches, and
-            options that a method does not take.
-    """
-    named.check()
-    problem = named.problem
-    train, _ = problem.parts
-    per_epoch = train.batches(named.batch_size).per_epoch
-    steps = min(v for v in (named.steps, named.epochs and named.epochs * per_epoch) if v is not None)
-    first = problem.objective(named.seeds[0])
-    with random_state.kept(first.device):
-        Closure(first, train.x[:2], train.y[:2], 0).losses()  # on cloned buffers: the model is the run's own
-    curvatures = {name: d.curvature for name, d in named.settings.descents(first, named.batch_size).items()}
-    check_probes(list(asked(named.settings.probes, "compare")), curvatures)
-    return Prepared(named, first, steps)
-
-
-def compare_named(prepared: Prepared, path: Path, call: dict[str, Any], console: Console) -> Run:
-    """Compare what was prepared, one seed after another, into one log.
-
-    Raises:
-        CurvlabError: as `compare`.
-    """
-    named, steps = prepared.named, prepared.steps
-    settings, (train, _) = named.settings, named.problem.parts
-    per_epoch = train.batches(named.batch_size).per_epoch
-    log: Log | None = None
-    with progress_bar(console, console.is_terminal) as bar:
-        for i, seed in enumerate(named.seeds, 1):
-            objective = prepared.objective(seed)
-            objective.tell = tell if named.verbose and i == 1 else None
-            batches = train.batches(named.batch_size, -(-steps // per_epoch), seed)
-            if log is None:
-                log = settings.log(objective, named.batch_size, path, named.seeds, named.problem.about(call))
-            title = "compare" if len(named.seeds) == 1 else f"compare, seed {seed} ({i} of {len(named.seeds)})"
-            _compare_one(objective, batches, settings, steps, batches.one_pass(), named.batch_size, log, seed, bar, title)
-    assert log is not None
-    return Run(log)

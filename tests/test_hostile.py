@@ -20,7 +20,7 @@ import typer
 from hostile import Line, Places
 
 import curvlab as cl
-from curvlab import datasets, reproduction, runs, spectrum_run, training
+from curvlab import comparison_run, datasets, reproduction, spectrum_run, training
 from curvlab.cli import app as cli
 from curvlab.cli import logs
 from curvlab.datasets import Dataset, Entry
@@ -76,7 +76,12 @@ def sandbox(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(log, "git_commit", lambda: "none")
     command = typer.main.get_command(cli.app)  # to make it takes longer than most lines
     monkeypatch.setattr(typer.main, "get_command", lambda app: command)
-    for module, name in ((runs, "compare_named"), (spectrum_run, "run"), (training.run, "run_named"), (logs, "picture")):
+    for module, name in (
+        (comparison_run, "compare_named"),
+        (spectrum_run, "run"),
+        (training.run, "run_named"),
+        (logs, "picture"),
+    ):
         monkeypatch.setattr(module, name, accepted)
     monkeypatch.setattr(cl.report.__globals__["page"].__globals__["figures"], "draw_all", accepted)
     for kind in (reproduction.Comparison, reproduction.Scaling, reproduction.Script):

@@ -92,7 +92,7 @@ def arguments() -> Iterator[tuple[str, str]]:
 def _nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Training, "run", taken)
-    monkeypatch.setattr(runs, "_compare_one", taken)
+    monkeypatch.setattr(runs, "compare_one", taken)
     monkeypatch.setattr(Plan, "record", taken)
 
 

@@ -555,7 +555,9 @@ def test_compare_of_damping_zero_with_every_probe() -> None:
         )  # fmt: skip
         assert not run.diverged
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cl.runs.Settings, "dampings", lambda self, size: dict.fromkeys(self.names, 0.01) | {"adam": 0.0})
+            patch.setattr(
+                cl.runs.CompareSettings, "dampings", lambda self, size: dict.fromkeys(self.names, 0.01) | {"adam": 0.0}
+            )
             run = cl.compare(
                 case.objective, minibatches(case, 3), reference="k-bfgs-20", algorithms=["adam", "kfac", "block-hessian"],
                 damping=0.01, probes=probes,

@@ -352,7 +352,7 @@ def test_damping_of_the_blocks_follows_their_model_together() -> None:
 @pytest.mark.parametrize("name", ["smw-ng-bd", "smw-ng", "smw-gn", "hf"])
 def test_a_comparison_holds_the_damping(name: str) -> None:
     p = problem("tanh", n=9)
-    settings = cl.runs.Settings(reference=name, algorithms=(name,), damping=0.02)
+    settings = cl.runs.CompareSettings(reference=name, algorithms=(name,), damping=0.02)
     curvature = settings.descents(p.objective(), 9)[name].curvature
     assert not curvature.wants_step
     free, held = (cl.optimizer(name, problem().objective(), damping=0.02, adapt=adapt) for adapt in (True, False))

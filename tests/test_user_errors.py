@@ -14,7 +14,7 @@ from test_signals import RUN, small  # noqa: F401  # a fixture
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab import datasets, likelihoods, models, runs
+from curvlab import comparison_run, datasets, likelihoods, models
 from curvlab.datasets import Dataset, Entry
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
@@ -271,7 +271,7 @@ def test_an_error_of_the_machine(error: Exception, monkeypatch: pytest.MonkeyPat
     def fail(named: object) -> None:
         raise error
 
-    monkeypatch.setattr(runs, "prepare", fail)
+    monkeypatch.setattr(comparison_run, "prepare_comparison", fail)
     monkeypatch.setattr(blame, "_is_own", lambda file: False)
     assert call("compare", "--model", "small") == 2
     (line,) = capsys.readouterr().err.splitlines()

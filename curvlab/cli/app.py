@@ -53,7 +53,7 @@ for _command in (compare.compare, spectrum.spectrum, train.train, reproduce.repr
 app.command(name="list")(lists.list_)
 
 _HEAVY = {
-    "compare": "curvlab.runs",
+    "compare": "curvlab.comparison_run",
     "train": "curvlab.training.run",
     "spectrum": "curvlab.spectrum_run",
     "reproduce": "curvlab.reproduction",

@@ -77,19 +77,29 @@ def compare(
     """
     call = {k: v for k, v in ({"command": "compare"} | dict(locals())).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
-    from curvlab import runs
+    from curvlab import comparison_run
     from curvlab.problem import Problem
+    from curvlab.runs import CompareSettings
     from curvlab.system.memory import keep_freed_memory
 
-    settings = runs.Settings(
-        reference, listed(algorithms), lr, damping, momentum, decay, update_every, refresh_every, log_every, tuple(probe or ())
+    settings = CompareSettings(
+        reference=reference,
+        algorithms=listed(algorithms),
+        lr=lr,
+        damping=damping,
+        momentum=momentum,
+        decay=decay,
+        update_every=update_every,
+        refresh_every=refresh_every,
+        log_every=log_every,
+        probes=tuple(probe or ()),
     )
     if steps is None and epochs is None:
         steps = 300
     whole("the seed", seed, 0)
-    whole("seeds", seeds, 1, runs.SEEDS)
+    whole("seeds", seeds, 1, comparison_run.SEEDS)
     check_output(out_folder, "cosine")
-    named = runs.NamedComparison(
+    named = comparison_run.NamedComparison(
         settings=settings,
         problem=Problem(model=model, data=data, seed=seed, device=device, dtype=dtype),
         steps=steps,
@@ -98,7 +108,7 @@ def compare(
         seeds=tuple(range(seed, seed + seeds)),
         verbose=verbose,
     )
-    prepared = runs.prepare(named)
+    prepared = comparison_run.prepare_comparison(named)
     keep_freed_memory()
     with (
         paths.made(out_folder, lambda: folder_for(out_folder, f"compare-{model}")) as folder,
@@ -106,7 +116,7 @@ def compare(
         says_what_is_saved(folder / "run.h5"),
     ):
         try:
-            run = runs.compare_named(prepared, folder / "run.h5", call, err)
+            run = comparison_run.compare_named(prepared, folder / "run.h5", call, err)
         except Diverged as error:
             if not (folder / "run.h5").exists():
                 raise

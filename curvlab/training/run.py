@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell, warn
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
-from curvlab.observation import Pass
-from curvlab.optim import Batch, MomentumKind
+from curvlab.optim import Batch
 from curvlab.probes import asked
 from curvlab.problem import Problem
 from curvlab.show import figures
+from curvlab.signatures import shows
 from curvlab.system import paths, random_state
 from curvlab.system.escape import for_rich
 from curvlab.system.lock import alone
@@ -41,8 +41,7 @@ from curvlab.training.evaluation import (
     ready_to_train,
 )
 from curvlab.training.loop import Training
-from curvlab.training.schedules import Make
-from curvlab.training.settings import Budget, Every, Settings, check_same
+from curvlab.training.settings import Budget, Settings, check_same
 
 _IN_EVAL_MODE = (
     "the whole model is in eval mode and is trained so: dropout drops nothing, and batch norm keeps its statistics; call "
@@ -74,6 +73,36 @@ class TrainRun:
         return figures.draw(self.dataset, name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Around:
+    """What a training run has beside its settings and its end.
+
+    Args:
+        warm: minibatches of the warm start. None takes the first epoch of the minibatches where they are a data set's, and no
+            warm start otherwise; ``()`` is none.
+        error: the error of an example; None takes the likelihood's (`evaluation.measure_of`).
+        checkpoint_seconds: between checkpoints within an epoch; there is one after every epoch.
+        probes: of `PROBES`, each as "name" or "name:every", every so many steps, from the first on; or as they were `asked`.
+    """
+
+    warm: Iterable[Batch] | None = None
+    error: Measure | None = None
+    checkpoint_seconds: float = 60.0
+    probes: str | Sequence[str] | Mapping[str, int | None] = ()
+
+
+def _sorted(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(those of `Settings`, those of `Around`, the others: the algorithm's own)."""
+    parts: tuple[dict[str, Any], ...] = ({}, {}, {})
+    names = [{field.name for field in fields(kind)} - {"own"} for kind in (Settings, Around)]
+    for name, value in options.items():
+        parts[next((i for i, known in enumerate(names) if name in known), 2)][name] = value
+    if parts[0].get("schedule_options", 0) is None:
+        del parts[0]["schedule_options"]
+    return parts  # type: ignore[return-value]  # three
+
+
+@shows(Settings, Budget, Around)
 def train(
     objective: Objective,
     batches: Iterable[Batch],
@@ -82,30 +111,12 @@ def train(
     algorithm: str = "adam",
     lr: float | None = None,
     damping: float | None = None,
-    momentum: float | None = None,
-    momentum_kind: MomentumKind | None = None,
-    weight_decay: float = 0.0,
-    decay: float | None = None,
-    labels: Pass | None = None,
-    update_every: int = 1,
-    refresh_every: int | None = None,
-    double_grad: bool = False,
-    schedule: str | Make = "constant",
-    schedule_every: Every = "epoch",
-    schedule_options: Mapping[str, Any] | None = None,
     epochs: int | None = None,
     steps: int | None = None,
-    seconds: float | None = None,
-    warm: Iterable[Batch] | None = None,
-    error: Measure | None = None,
-    evaluate_every: int = 1,
-    evaluate_samples: int | None = None,
     folder: str | Path | None = None,
-    checkpoint_seconds: float = 60.0,
     resume: bool = False,
     progress: bool | None = None,
-    probes: str | Sequence[str] = (),
-    **own: Any,
+    **options: Any,
 ) -> TrainRun:
     """Train your model along one algorithm, and log loss, error, times and norms by epoch.
 
@@ -115,33 +126,22 @@ def train(
         batches: minibatches (x, y) that can be gone through again: a data set's (`Dataset.batches`, shuffled anew in every
             epoch), a list, a DataLoader. One pass is an epoch.
         validation: a data set, a pair (x, y) or minibatches of it.
-        algorithm: of `ALGORITHMS`; `own` are its own options. lr, damping, momentum, momentum_kind, decay, labels: its
-            document's where None. weight_decay: decoupled, W ← W − lr · γ W (thesis Alg. 15, line 19).
-        update_every: T₁, or K-BFGS's T. refresh_every: T₂, the document's where None.
-        double_grad: K-BFGS's gradient from two minibatches at almost no cost (thesis 2.8.3).
-        schedule: a name (`schedules.find`) with `schedule_options`, or a function optimizer → torch scheduler.
-        schedule_every: "epoch" or "step", after which the scheduler steps.
-        epochs, steps, seconds: the run ends with whichever comes first; None: the epochs of `batches`, or one.
-        warm: minibatches of the warm start. None takes the first epoch of `batches` where they are a data set's, and no warm
-            start otherwise; pass ``()`` for none.
-        error: the error of an example; None takes the likelihood's (`evaluation.measure_of`).
-        evaluate_every: epochs between evaluations; the last is always evaluated.
-        evaluate_samples: the training loss is of so many first examples; None: of all.
+        algorithm: of `ALGORITHMS`. lr, damping: its document's where None.
+        epochs, steps: the run ends with whichever comes first, or with `seconds`; None: the epochs of `batches`, or one.
         folder: gets run.h5 and checkpoint.pt; None keeps the log in memory, without checkpoints.
-        checkpoint_seconds: between checkpoints within an epoch; there is one after every epoch.
         resume: go on from the folder's checkpoint, bit for bit; with the same arguments, but for a longer run.
         progress: show a progress bar; None shows one where standard error is a terminal.
-        probes: of `PROBES`, each as "name" or "name:every", every so many steps, from the first on.
+        options: the other fields of `Settings` (momentum, schedule, update_every, …) and of `Around` (warm, error, probes, …),
+            `seconds` of training after which the run ends, and options of the algorithm's own. `help` shows them all.
 
     Raises:
         CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of other settings. A loss that is
             not finite is no error: the run ends with a warning, `stopped` says why, and the last good weights are put back.
     """
-    settings = Settings(
-        algorithm, lr, damping, momentum, momentum_kind, weight_decay, decay, labels, update_every, refresh_every, own,
-        schedule, schedule_every, {} if schedule_options is None else schedule_options, evaluate_every, evaluate_samples,
-        double_grad,
-    )  # fmt: skip
+    chosen, beside, own = _sorted(options)
+    settings = Settings(algorithm=algorithm, lr=lr, damping=damping, own=own, **chosen)
+    seconds = own.pop("seconds", None)
+    around = Around(**beside)
     fitting("resume", resume, bool)
     if epochs is None and steps is None and seconds is None:
         epochs = batches.epochs if isinstance(batches, datasets.Batches) else 1
@@ -162,9 +162,8 @@ def train(
     console = Console(stderr=True)
     with derivatives():
         training = _training(
-            objective, batches, validation, settings, Budget(epochs, steps, seconds), warm, error, about, must_match, place,
-            checkpoint_seconds, asked(probes, "train"),
-        )  # fmt: skip
+            objective, batches, validation, settings, Budget(epochs, steps, seconds), around, about, must_match, place
+        )
         if resume and place is None:
             raise CurvlabError("resume needs a folder")
         with nullcontext() if place is None else _claimed(place, resume):
@@ -182,19 +181,17 @@ def _training(
     validation: Data | None,
     settings: Settings,
     budget: Budget,
-    warm: Iterable[Batch] | None,
-    error: Measure | None,
+    around: Around,
     about: Mapping[str, Any],
     must_match: Mapping[str, Any],
     folder: Path | None,
-    checkpoint_seconds: float,
-    probes: Mapping[str, int | None],
 ) -> Training:
     """What is left open is filled in. Nothing is written."""
     if isinstance(batches, Iterator):
         raise CurvlabError("the minibatches can be gone through only once: give a list, a DataLoader or Dataset.batches(…)")
-    real("the seconds between checkpoints", checkpoint_seconds, "above 0, and finite", lambda v: v > 0)
+    real("the seconds between checkpoints", around.checkpoint_seconds, "above 0, and finite", lambda v: v > 0)
     examples: Data = batches.data if isinstance(batches, datasets.Batches) else batches
+    warm, error, probes = around.warm, around.error, around.probes
     if warm is None:
         warm = batches.one_pass() if isinstance(batches, datasets.Batches) else ()
     if validation is not None and isinstance(validation, datasets.Dataset) and not len(validation):
@@ -219,8 +216,8 @@ def _training(
         must_match=must_match,
         size=size,
         folder=folder,
-        checkpoint_seconds=checkpoint_seconds,
-        probes=probes,
+        checkpoint_seconds=around.checkpoint_seconds,
+        probes=probes if isinstance(probes, Mapping) else asked(probes, "train"),
     )
 
 
@@ -322,11 +319,12 @@ def prepare(named: NamedTraining, call: Mapping[str, Any], state: dict[str, Any]
     objective.tell = tell if named.verbose else None
     seen = train_part if named.augment or not train_part.augment else test_part
     about = problem.about(call, seen) | {"batch_size": named.batch_size}
-    warm = batches.one_pass() if named.warm else ()
-    training = _training(
-        objective, batches, test_part, named.settings, named.budget, warm, None, about, named.must_match(), None,
-        named.checkpoint_seconds, named.probes,
-    )  # fmt: skip
+    around = Around(
+        warm=batches.one_pass() if named.warm else (),
+        checkpoint_seconds=named.checkpoint_seconds,
+        probes=named.probes,
+    )
+    training = _training(objective, batches, test_part, named.settings, named.budget, around, about, named.must_match(), None)
     if state is not None:
         training.load_state_dict(state)
     return training
