@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from curvlab.reproduction.claims import MEASURES
 from curvlab.reproduction.results import AXES, Result, Results
 from curvlab.show.axes import plain_numbers
-from curvlab.show.style import Look, looks
+from curvlab.show.style import LineStyle, looks
 
 _APART = 5  # times the median run's end, beyond which the longest would squeeze all others on a linear axis of time
 
@@ -42,7 +42,7 @@ def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std
     return figure
 
 
-def panel(ax: Axes, results: dict[str, Result], measure: str, axis: str, seen_as: dict[str, Look], spread: str) -> None:
+def panel(ax: Axes, results: dict[str, Result], measure: str, axis: str, seen_as: dict[str, LineStyle], spread: str) -> None:
     """Means over seeds, a band of their standard deviation or of the mean's error."""
     drawn, ends = [], []
     for label, result in results.items():

@@ -25,7 +25,7 @@ from curvlab.likelihoods import Gaussian
 from curvlab.machine import clock_of
 from curvlab.objective import Objective
 from curvlab.reproduction.script import Options, Report, say_progress
-from curvlab.show.style import Look, looks
+from curvlab.show.style import LineStyle, looks
 from curvlab.system.memory import tensors
 
 Formula = Callable[[SimpleNamespace], float]
@@ -198,7 +198,7 @@ class Scaling:
         return figure
 
 
-def _line(ax: Axes, sizes: Sequence[int], curve: Curve, label: str, of: Look) -> None:
+def _line(ax: Axes, sizes: Sequence[int], curve: Curve, label: str, of: LineStyle) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xticks(sizes, [str(size) for size in sizes])

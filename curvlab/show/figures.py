@@ -23,7 +23,7 @@ from curvlab.logs import attributes
 from curvlab.logs.regular import regular, unique
 from curvlab.show.axes import SymmetricLog, plain_numbers, symmetric_log
 from curvlab.show.drawable import SHORT, drawable, heading
-from curvlab.show.style import MATRICES, Look, colours, look, looks
+from curvlab.show.style import MATRICES, LineStyle, colours, look, looks
 from curvlab.system.escape import for_matplotlib, for_terminal
 
 Runs = Sequence[tuple[str, xr.Dataset]]
@@ -217,7 +217,7 @@ _PARTS: dict[str, dict[str, Any]] = {"train": {"linewidth": 1.8}, "val": {"linew
 """Style of the lines of training and validation."""
 
 
-def _marker(of: Look, epochs: int) -> dict[str, Any]:
+def _marker(of: LineStyle, epochs: int) -> dict[str, Any]:
     """A marker on some of the epochs, a small one at each where they are few."""
     return {"marker": of.marker, "markersize": 4, "markevery": max(1, epochs // 12)}
 

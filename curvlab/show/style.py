@@ -51,7 +51,7 @@ MATRICES = {
 
 
 @dataclass(frozen=True)
-class Look:
+class LineStyle:
     """How a line is drawn."""
 
     colour: str
@@ -64,12 +64,12 @@ class Look:
         return {"color": self.colour, "linestyle": self.dashes}
 
 
-def look(algorithm: str) -> Look:
+def look(algorithm: str) -> LineStyle:
     """The look of an algorithm: a function of its name alone."""
     return next(_variations(algorithm))
 
 
-def looks(algorithms: Mapping[str, str]) -> dict[str, Look]:
+def looks(algorithms: Mapping[str, str]) -> dict[str, LineStyle]:
     """{label: look} of the lines of one figure, given as {label: algorithm}.
 
     Every algorithm has its own look. Of several lines of one algorithm the first has it, the others take shades of its family
@@ -92,12 +92,12 @@ def colours(count: int) -> list[str]:
     return list(itertools.islice(itertools.cycle(FAMILIES), count))
 
 
-def _variations(algorithm: str) -> Iterator[Look]:
+def _variations(algorithm: str) -> Iterator[LineStyle]:
     """Its own look, then further shades of its family."""
     hue, members = next(((h, m) for h, m in FAMILIES.items() if algorithm in m), (OTHERS, ()))
     first = members.index(algorithm) if members else crc32(algorithm.encode()) % 24
     for step in itertools.chain([first], range(first + 1, first + 1 + _SHADES)):
-        yield Look(_shade(hue, step), DASHES[step % len(DASHES)], MARKERS[step % len(MARKERS)])
+        yield LineStyle(_shade(hue, step), DASHES[step % len(DASHES)], MARKERS[step % len(MARKERS)])
 
 
 _SHADES = 60

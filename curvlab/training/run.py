@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,7 @@ def train(
     settings = Settings(algorithm=algorithm, lr=lr, damping=damping, own=own, **chosen)
     seconds = own.pop("seconds", None)
     around = Around(**beside)
+    around = replace(around, probes=asked(around.probes, "train"))  # type: ignore[arg-type]  # not asked yet
     fitting("resume", resume, bool)
     if epochs is None and steps is None and seconds is None:
         epochs = batches.epochs if isinstance(batches, datasets.Batches) else 1
@@ -192,6 +193,7 @@ def _training(
     real("the seconds between checkpoints", around.checkpoint_seconds, "above 0, and finite", lambda v: v > 0)
     examples: Data = batches.data if isinstance(batches, datasets.Batches) else batches
     warm, error, probes = around.warm, around.error, around.probes
+    assert isinstance(probes, Mapping)
     if warm is None:
         warm = batches.one_pass() if isinstance(batches, datasets.Batches) else ()
     if validation is not None and isinstance(validation, datasets.Dataset) and not len(validation):
@@ -217,7 +219,7 @@ def _training(
         size=size,
         folder=folder,
         checkpoint_seconds=around.checkpoint_seconds,
-        probes=probes if isinstance(probes, Mapping) else asked(probes, "train"),
+        probes=probes,
     )
 
 
