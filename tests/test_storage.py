@@ -31,9 +31,11 @@ from curvlab.system import atomic, lock
 from curvlab.system.lock import alone
 from curvlab.system.progress import progress_bar
 from curvlab.training import checkpoint
+from curvlab.training.folder import RunFolder
 from curvlab.training.loop import Training
-from curvlab.training.run import _training
+from curvlab.training.run import Around, _training
 from curvlab.training.settings import Budget, Settings
+from curvlab.training.showing import Showing
 
 COMPARE = [
     "compare",
@@ -237,8 +239,8 @@ def test_files_of_earlier_versions_are_read_and_later_ones_are_named(finished: P
 def training_of(algorithm: str, **more: Any) -> Training:
     return _training(
         objective_of(net(seed=9)), data().batches(5, seed=1), data(7, 1),
-        Settings(algorithm, 0.01, 0.3, schedule="StepLR", schedule_options={"step_size": 2}), Budget(3), (), None, {}, {}, None,
-        60.0, {"loss": 2},
+        Settings(algorithm, 0.01, 0.3, schedule="StepLR", schedule_options={"step_size": 2}), Budget(3),
+        Around(warm=(), probes={"loss": 2}), {}, {}, None,
     )  # fmt: skip
 
 
@@ -293,7 +295,7 @@ def written(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     saved: list[dict[str, Any]] = []
     monkeypatch.setattr(checkpoint, "save", lambda path, state: saved.append(copy.deepcopy(state)))
     training = training_of(algorithm)
-    training.folder, training.checkpoint_seconds = Path("nowhere"), 1e-9
+    training.place = RunFolder(Path("nowhere"), 1e-9)
     with progress_bar(Console(), False) as bar:
         training.run(bar)
     return {"format": checkpoint.FORMAT} | next(s for s in saved if s["position"]["steps"] == 8)
@@ -441,13 +443,13 @@ def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: py
 def stepless(folder: Path) -> None:
     """As an earlier version left a folder that was killed between its first log and its first checkpoint."""
     training = _training(
-        objective_of(net()), data().batches(5, seed=1), data(7, 1), Settings("k-bfgs"), Budget(3), (), None, {}, {}, folder,
-        60.0, {},
+        objective_of(net()), data().batches(5, seed=1), data(7, 1), Settings("k-bfgs"), Budget(3),
+        Around(warm=(), probes={}), {}, {}, folder,
     )  # fmt: skip
     folder.mkdir()
     training._keep = lambda sound=False: None  # type: ignore[method-assign]
     with progress_bar(Console(), False) as training.bar:
-        training.say = lambda line: None
+        training.showing = Showing(training.bar, lambda line: None, training.budget, training.per_epoch)
         training._begin()
     assert left(folder) == ["run.h5"]
 

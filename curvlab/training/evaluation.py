@@ -53,6 +53,23 @@ SQUARED_SIGMOID = Measure("mean squared error of sigmoid(output)", "1", lambda z
 SQUARED = Measure("mean squared error of the outputs", "1", _squared)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """On what loss and error are evaluated.
+
+    Args:
+        examples: of the training loss.
+        validation: likewise, or None.
+        error: of an example (`measure_of`); None: the loss alone.
+        size: examples at a time.
+    """
+
+    examples: Data
+    validation: Data | None
+    error: Measure | None
+    size: int
+
+
 def measure_of(likelihood: Likelihood, outputs: int) -> Measure | None:
     """The documents' error of a likelihood; None where they have none.
 

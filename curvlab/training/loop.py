@@ -7,12 +7,9 @@ the time of that is apart, as is the time of the warm start, of checkpoints and 
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +21,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from curvlab import datasets
-from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, warn
+from curvlab.errors import CurvlabError, Diverged, warn
 from curvlab.logs.log import Record
 from curvlab.machine import clock_of
 from curvlab.objective import Objective
@@ -34,12 +31,14 @@ from curvlab.system import random_state
 from curvlab.system.interrupt import Shield, shielded
 from curvlab.system.progress import counted, length
 from curvlab.system.random_state import Chance
-from curvlab.training import checkpoint, contents
-from curvlab.training.evaluation import Data, Measure, evaluate
+from curvlab.training import state
+from curvlab.training.evaluation import Evaluated, evaluate
+from curvlab.training.folder import RunFolder
 from curvlab.training.probing import Sampler
 from curvlab.training.records import Meter, open_log
 from curvlab.training.schedules import end
-from curvlab.training.settings import Budget, Position, Settings, check_same
+from curvlab.training.settings import Budget, Position, Settings
+from curvlab.training.showing import Showing
 
 
 class Training:
@@ -48,13 +47,10 @@ class Training:
     Args:
         objective: whose parameters are moved.
         batches: one pass over them is an epoch; a data set's (`Dataset.batches`) are shuffled anew in every epoch.
-        examples: on which the training loss is evaluated.
-        validation: likewise, or None.
+        evaluated: on what loss and error are evaluated.
         warm: minibatches of the warm start, where the algorithm has one.
-        error: see `evaluation.measure_of`.
         about: attributes of the log. must_match: what else must be the same where the run goes on.
-        size: examples at a time in evaluation.
-        folder: gets run.h5 and checkpoint.pt.
+        place: the folder that gets run.h5 and checkpoint.pt.
         probes: {name: steps between samples, None for the probe's own}.
     """
 
@@ -65,22 +61,19 @@ class Training:
         settings: Settings,
         budget: Budget,
         *,
-        examples: Data,
-        validation: Data | None,
+        evaluated: Evaluated,
         warm: Iterable[Batch],
-        error: Measure | None,
         about: Mapping[str, Any],
         must_match: Mapping[str, Any],
-        size: int,
-        folder: Path | None,
-        checkpoint_seconds: float = 60.0,
+        place: RunFolder,
         probes: Mapping[str, int | None] | None = None,
     ) -> None:
         settings.check()
         budget.check()
         self.objective, self.batches, self.settings, self.budget = objective, batches, settings, budget
-        self.examples, self.validation, self.warm, self.error, self.size = examples, validation, warm, error, size
-        self.folder, self.checkpoint_seconds = folder, checkpoint_seconds
+        self.examples, self.validation, self.error = evaluated.examples, evaluated.validation, evaluated.error
+        self.warm, self.size = warm, evaluated.size
+        self.place = place
         self.per_epoch = batches.per_epoch if isinstance(batches, datasets.Batches) else length(batches)
         self.optimizer = settings.optimizer(objective)
         self.scheduler = settings.scheduler(self.optimizer, budget, self.per_epoch)
@@ -100,20 +93,18 @@ class Training:
             "lr": float(group["lr"]),
             "damping": float(group["damping"]),
         }
-        path = None if folder is None else folder / "run.h5"
-        self.log = open_log(objective, error, attributes | dict(about), path, settings.algorithm, self.sampler.every)
+        self.log = open_log(objective, self.error, attributes | dict(about), place.log, settings.algorithm, self.sampler.every)
         self.stopped = ""
         self.good = (0, 0)  # epoch and step of the last good state
         self._good_model: dict[str, Tensor] = {}  # kept only where there is no folder
         self._since: tuple[float, float] | None = None
-        self._chance_of_epoch = random_state.states(objective.device)
-        self._chance_kept: Chance | None = None
-        self._kept, self._kept_at = False, time.monotonic()
-        self._shown = 0.0
+        self.chance_of_epoch = random_state.states(objective.device)
+        self.chance_kept: Chance | None = None  # of the state from which it goes on
 
     def into(self, folder: Path) -> None:
         """Write to this folder."""
-        self.folder, self.log.path = folder, folder / "run.h5"
+        self.place.folder = folder
+        self.log.path = self.place.log
 
     # ---- the loop
 
@@ -125,16 +116,16 @@ class Training:
             KeyboardInterrupt: Ctrl-C, or another of `interrupt.SIGNALS` (`Interrupted`), once the running step is whole; the
                 state is saved.
         """
-        self.bar, self.say = bar, say
-        if self._chance_kept is not None:
-            random_state.set_states(self._chance_kept, self.objective.device)
+        self.bar = bar
+        self.showing = Showing(bar, say, self.budget, self.per_epoch)
+        if self.chance_kept is not None:
+            random_state.set_states(self.chance_kept, self.objective.device)
         fresh, fruitless = not self.at.started, False
         with shielded() as self.shield:
             try:
                 if not self.at.started:
                     self._begin()
-                self.task = bar.add_task("training", total=self._total(), note="")
-                bar.update(self.task, completed=self._done())
+                self.showing.begin(self.at, self._gone)
                 whole = True
                 while whole and not (self.at.step == 0 and self._over()):
                     whole = self._epoch()
@@ -154,8 +145,8 @@ class Training:
             finally:
                 self._pause()
                 if fruitless:
-                    self._forget()
-                elif self._kept or self.folder is None:  # no log without a checkpoint
+                    self.place.forget()
+                elif self.place.kept or self.place.folder is None:  # no log without a checkpoint
                     try:
                         with self.shield:
                             self.sampler.flush(self.log)
@@ -174,7 +165,7 @@ class Training:
             self.at.started = True
         self._keep(sound=True)
         self.log.save()
-        self._say(0, scores)
+        self.showing.epoch(0, scores, self.at)
 
     def _epoch(self) -> bool:
         """What is left of an epoch, evaluation and record. False where the budget ended it before its last minibatch."""
@@ -194,7 +185,7 @@ class Training:
                 if self.settings.schedule_every == "epoch":
                     self._next_rate(scores)
         if evaluated:
-            self._say(number, scores)
+            self.showing.epoch(number, scores, self.at)
         if whole:
             self._keep(sound=True)
         return whole
@@ -218,10 +209,10 @@ class Training:
                     self.at.steps += 1
                     if self.settings.schedule_every == "step":
                         self._advance()
-                self._show(loss)
+                self.showing.step(self.at, lambda: self._gone, loss)
                 if self._spent():
                     return self.at.step == self.per_epoch
-                if self.folder is not None and time.monotonic() - self._kept_at > self.checkpoint_seconds:
+                if self.place.due:
                     self._pause()
                     self._keep()
                     self._resume()
@@ -254,12 +245,10 @@ class Training:
             yield from self.batches.epoch(at.epoch, at.step)
             return
         if at.step == 0:
-            self._chance_of_epoch = random_state.states(device)
+            self.chance_of_epoch = random_state.states(device)
             yield from self.batches
             return
-        with random_state.replayed(
-            self._chance_of_epoch, device
-        ):  # loaders shuffle by a global generator: let it shuffle as it did
+        with random_state.replayed(self.chance_of_epoch, device):  # loaders shuffle by a global generator: as it did
             rest = iter(self.batches)
             for _ in itertools.islice(rest, at.step):
                 pass
@@ -294,7 +283,7 @@ class Training:
         """Seconds of training so far."""
         return self.at.wall + (0.0 if self._since is None else time.perf_counter() - self._since[0] - self.sampler.wall)
 
-    # ---- time and progress
+    # ---- time
 
     def _resume(self) -> None:
         self._since = (self.clock(), time.process_time())
@@ -306,26 +295,6 @@ class Training:
             self.at.cpu += time.process_time() - self._since[1] - cpu
             self.at.probes += wall
             self._since = None
-
-    def _total(self) -> float | None:
-        return self.budget.seconds or self.budget.most_steps(self.per_epoch)
-
-    def _done(self) -> float:
-        """Of `_total`: steps, or seconds where those are limited (the steps too, whichever are further)."""
-        if self.budget.seconds is None:
-            return self.at.steps
-        steps = self.budget.most_steps(self.per_epoch)
-        return max(self._gone, self.budget.seconds * self.at.steps / steps if steps else 0.0)
-
-    def _show(self, loss: Tensor) -> None:
-        """A few times a second, and only where there is someone to see: reading the loss waits for the device."""
-        if not self.bar.disable and time.monotonic() - self._shown > 0.25:
-            self._shown = time.monotonic()
-            self.bar.update(self.task, completed=self._done(), note=f"epoch {self.at.epoch + 1}, loss {float(loss):.4g}")
-
-    def _say(self, number: float, scores: dict[str, float]) -> None:
-        parts = ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in scores.items())
-        self.say(f"epoch {number:g}: {parts}, {self.at.steps} steps in {self.at.wall:.4g} s")
 
     # ---- what is measured
 
@@ -372,83 +341,27 @@ class Training:
         """Everything: tensors, numbers, strings, lists and dictionaries only."""
         with self.shield:
             self.sampler.flush(self.log)
-        return {
-            "settings": self.must_match,
-            "budget": asdict(self.budget),
-            "checkpoint_seconds": self.checkpoint_seconds,
-            "model": self.objective.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "position": asdict(self.at),
-            "sums": self.meter.sums,
-            "chance": {
-                "now": random_state.states(self.objective.device).state_dict(),
-                "epoch": self._chance_of_epoch.state_dict(),
-            },
-            "log": self.log.state_dict(until=self.at.epoch),
-        }
+        return state.of(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from there.
 
         Raises:
             CurvlabError: it is of other settings, which are named, or does not hold what a run does; nothing of it is taken.
         """
-        contents.check(state)
-        check_same(state["settings"], self.must_match)
-        attributes = dict(self.log.attributes)
-        variables = [*self.meter.names(self.error, self.validation is not None), *self.sampler.names()]
-        contents.check_fit(
-            state, self.objective, self.optimizer, self.scheduler, self.must_match, attributes, variables, self.sampler.tracks()
-        )
-        log, before = copy.copy(self.log), (copy.deepcopy(self.scheduler.state_dict()), self.optimizer.state_dict())
-        try:
-            log.load_state_dict(state["log"])
-            log.dataset()
-            chances = [Chance.of(state["chance"][name]) for name in ("epoch", "now")]
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            self.objective.model.load_state_dict(state["model"])
-        except Exception as error:  # whatever a state may lead to that was made by hand
-            self.scheduler.load_state_dict(before[0])
-            self.optimizer.load_state_dict(before[1])
-            raise CurvlabError(f"the checkpoint does not fit this run: {' '.join(str(error).split())[:200]}") from error
-        self.log.load_state_dict(state["log"])
-        self.at, self.meter.sums = Position(**state["position"]), state["sums"]
-        self._chance_of_epoch, self._chance_kept = chances
-        self._kept = True
-        self.good = (self.at.epoch, self.at.step)
-        self.optimizer._opt_called = self.at.steps > 0  # type: ignore[attr-defined]  # torch's schedulers warn where none was taken
-        again = {k: attributes[k] for k in ("created", "versions", "git_commit", "call") if k in attributes}
-        before = json.loads(self.log.attributes.get("resumed", "[]"))
-        threads = self.log.attributes.get("threads")
-        if threads != attributes.get("threads"):
-            warnings.warn(
-                f"the run was begun by {threads} threads and goes on by {attributes.get('threads')}: sums may differ in their "
-                "last bits from what it would have been",
-                CurvlabWarning,
-                stacklevel=2,
-            )
-        self.log.attributes |= {"resumed": json.dumps([*before, again]), "budget": json.dumps(asdict(self.budget))}
+        state.restore(self, saved)
 
     def _keep(self, sound: bool = False) -> None:
         """A checkpoint of the state, if it is good: its loss is known to be finite, or is found to be."""
         if not sound and not self._sound():
             return
-        if self.folder is not None:
-            state = self.state_dict()
+        if self.place.folder is not None:
+            saved = self.state_dict()
             with self.shield:  # a signal need not break it off, to have it written again
-                checkpoint.save(self.folder / checkpoint.FILE, state)
-                self._kept = True
+                self.place.save(saved)
         else:
             self._good_model = {k: v.clone() for k, v in self.objective.model.state_dict().items()}
-        self.good, self._kept_at = (self.at.epoch, self.at.step), time.monotonic()
-
-    def _forget(self) -> None:
-        """No file of a run that cannot take its first step stands in the way of the next."""
-        if self.folder is not None:
-            for name in ("run.h5", checkpoint.FILE):
-                (self.folder / name).unlink(missing_ok=True)
+        self.good = (self.at.epoch, self.at.step)
 
     def _stop(self, reason: str) -> None:
         """The numbers left the finite range: back to the last good state, and the log says why."""
@@ -457,8 +370,6 @@ class Training:
         self.stopped = (
             f"diverged in epoch {at.epoch + 1} after {at.step} steps: {reason}; the last good state, kept, is {where}"
         )
-        kept = self._good_model
-        if self.folder is not None:
-            kept = checkpoint.load(self.folder / checkpoint.FILE, self.objective.device)["model"]
+        kept = self._good_model if self.place.folder is None else self.place.load(self.objective.device)["model"]
         self.objective.model.load_state_dict(kept)
         self.log.attributes["stopped"] = self.stopped

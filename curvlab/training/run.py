@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.console import Console
 from curvlab import datasets
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell, warn
+from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
 from curvlab.optim import Batch
@@ -26,12 +26,12 @@ from curvlab.show import figures
 from curvlab.signatures import shows
 from curvlab.system import paths, random_state
 from curvlab.system.escape import for_rich
-from curvlab.system.lock import alone
 from curvlab.system.progress import progress_bar
 from curvlab.training import checkpoint, contents
-from curvlab.training.begun import anew, stepless
+from curvlab.training.begun import stepless
 from curvlab.training.evaluation import (
     Data,
+    Evaluated,
     Measure,
     chunks,
     depends_on_mode,
@@ -40,6 +40,7 @@ from curvlab.training.evaluation import (
     measure_of,
     ready_to_train,
 )
+from curvlab.training.folder import RunFolder, claimed
 from curvlab.training.loop import Training
 from curvlab.training.settings import Budget, Settings, check_same
 
@@ -167,7 +168,7 @@ def train(
         )
         if resume and place is None:
             raise CurvlabError("resume needs a folder")
-        with nullcontext() if place is None else _claimed(place, resume):
+        with nullcontext() if place is None else claimed(place, resume):
             if resume and place is not None and not stepless(place):
                 training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
             run = _run(training, console, console.is_terminal if progress is None else progress, lambda line: None)
@@ -204,21 +205,18 @@ def _training(
         raise CurvlabError("there are no minibatches to train on")
     with evaluating(objective.model), random_state.kept(objective.device):
         z, _ = Closure(objective, *first, 0).outputs()  # what does not fit is found before anything is written
+    error = measure_of(objective.likelihood, z[0].numel()) if error is None else error
     size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
     return Training(
         objective,
         batches,
         settings,
         budget,
-        examples=examples,
-        validation=validation,
+        evaluated=Evaluated(examples=examples, validation=validation, error=error, size=size),
         warm=warm,
-        error=measure_of(objective.likelihood, z[0].numel()) if error is None else error,
         about=about,
         must_match=must_match,
-        size=size,
-        folder=folder,
-        checkpoint_seconds=around.checkpoint_seconds,
+        place=RunFolder(folder, around.checkpoint_seconds),
         probes=probes,
     )
 
@@ -226,34 +224,7 @@ def _training(
 def _run(training: Training, console: Console, shown: bool, say: Callable[[str], None]) -> TrainRun:
     with progress_bar(console, shown) as bar:
         training.run(bar, say)
-    return TrainRun(training.log, training.folder, training.stopped)
-
-
-@contextmanager
-def _claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """Inside the folder is there, and no other run writes to it.
-
-    Raises:
-        CurvlabError: it cannot be written, another run writes there, or it holds one and is not to go on.
-    """
-    if resume and not folder.is_dir():
-        checkpoint.load(folder / checkpoint.FILE)  # says that there is none
-
-    def make() -> Path:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CurvlabError(f"the folder {folder} cannot be written: {error.strerror}") from error
-        return folder
-
-    with paths.made(folder, make), alone(folder / "run.h5"):
-        if stepless(folder):
-            warn(anew(folder))
-        elif not resume:
-            for name in ("run.h5", checkpoint.FILE):
-                if (folder / name).exists():
-                    raise CurvlabError(f"{folder} already holds a {name}: choose another folder, or go on with resume")
-        yield
+    return TrainRun(training.log, training.place.folder, training.stopped)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,86 @@
+"""The folder of a training run: claimed, written to, and left without a part of a run that could not begin."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from curvlab.errors import CurvlabError, warn
+from curvlab.system import paths
+from curvlab.system.lock import alone
+from curvlab.training import checkpoint
+from curvlab.training.begun import anew, stepless
+
+
+class RunFolder:
+    """Where a run writes, and when its last checkpoint was.
+
+    Args:
+        folder: gets run.h5 and checkpoint.pt; None: nothing is written.
+        checkpoint_seconds: between checkpoints within an epoch.
+    """
+
+    def __init__(self, folder: Path | None, checkpoint_seconds: float = 60.0) -> None:
+        self.folder, self.checkpoint_seconds = folder, checkpoint_seconds
+        self.kept = False
+        """Whether there is a checkpoint of this run."""
+        self._at = time.monotonic()
+
+    @property
+    def log(self) -> Path | None:
+        """The log's file."""
+        return None if self.folder is None else self.folder / "run.h5"
+
+    @property
+    def due(self) -> bool:
+        """Whether the last checkpoint is long enough ago."""
+        return self.folder is not None and time.monotonic() - self._at > self.checkpoint_seconds
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint. Raises CurvlabError where that cannot be done; the old one is then whole."""
+        assert self.folder is not None
+        checkpoint.save(self.folder / checkpoint.FILE, state)
+        self.kept, self._at = True, time.monotonic()
+
+    def load(self, device: torch.device) -> dict[str, Any]:
+        """Read the checkpoint. Raises CurvlabError where it is not whole."""
+        assert self.folder is not None
+        return checkpoint.load(self.folder / checkpoint.FILE, device)
+
+    def forget(self) -> None:
+        """Leave no file of a run that cannot take its first step in the way of the next."""
+        if self.folder is not None:
+            for name in ("run.h5", checkpoint.FILE):
+                (self.folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path, resume: bool) -> Iterator[None]:
+    """Inside the folder is there, and no other run writes to it.
+
+    Raises:
+        CurvlabError: it cannot be written, another run writes there, or it holds one and is not to go on.
+    """
+    if resume and not folder.is_dir():
+        checkpoint.load(folder / checkpoint.FILE)  # says that there is none
+
+    def make() -> Path:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CurvlabError(f"the folder {folder} cannot be written: {error.strerror}") from error
+        return folder
+
+    with paths.made(folder, make), alone(folder / "run.h5"):
+        if stepless(folder):
+            warn(anew(folder))
+        elif not resume:
+            for name in ("run.h5", checkpoint.FILE):
+                if (folder / name).exists():
+                    raise CurvlabError(f"{folder} already holds a {name}: choose another folder, or go on with resume")
+        yield
