@@ -202,7 +202,8 @@ class BlockDefaults:
         return inverse.factors[0], inverse.factors[1]
 
     def input_norm(self) -> float | None:
-        """Root mean square of inputs in the second moment that H_a inverts; None: it inverts none."""
+        """Root mean square of the inputs in the second moment that H_a inverts; None: H_a is no
+        such inverse."""
         return None
 
     def bounds(self, damping: float | None, phi: float) -> FactorBounds:
@@ -328,7 +329,7 @@ def check_algorithm(state: Mapping[str, Any], name: str) -> None:
 
 
 def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
-    """Return old · (1 − weight) + new · weight; the first is a copy of the new one. What is not finite
+    """Return old · (1 − weight) + new · weight; a copy of the new one at first. What is not finite
     would stay: `check_moments`."""
     return new.clone() if old is None else old.lerp(new, weight)
 
@@ -388,7 +389,7 @@ class IdentityBlock(BlockDefaults):
             self.inverse = identity_like(statistics.like.new_empty(statistics.block.shape))
 
     def refresh(self, damping: float) -> None:
-        """With `over_damping`: make it I/λ. Raises CurvlabError where λ is not above 0."""
+        """Set `inverse` to I/λ with `over_damping`; CurvlabError where λ is not above 0."""
         if self.over_damping:
             if not damping > 0:
                 raise CurvlabError(f"the rate of the gradient is that of the method over its damping, not over {damping:g}")

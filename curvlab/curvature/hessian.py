@@ -64,8 +64,8 @@ class DenseHessian(BlockDefaults):
         self.shift: float = 0.0
 
     def update(self, statistics: Dense, weight: float) -> None:
-        """Fold a minibatch's exact Hessian block into M. Raises Diverged where it is not finite; on
-        a GPU, which would have to wait, `refresh` does."""
+        """Fold a minibatch's exact Hessian block into M. Raises Diverged where it is not finite;
+        not on a GPU, which would have to wait."""
         new = statistics.dense()
         if not waits(new) and not all_finite(new):  # M would keep it
             raise Diverged("the block Hessian matrix contains NaN or Inf: lower the learning rate or raise the damping")

@@ -128,8 +128,8 @@ class SkqnL(BlockDefaults):
         return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        """Fold A and G in, and add the last step's pair, v = v̂ − H_k u (10), damped by `mu`,
-        unless it is to be skipped."""
+        """Fold A and G in. Where a step has left a pair, v = v̂ − H_k u (10), add it, damped by
+        `mu`, unless it is to be skipped."""
         self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
         if self.S is None or self.Y is None:
             self.S = self.Y = self.A.new_empty(0, statistics.block.numel)
@@ -279,7 +279,7 @@ class SkqnB(BlockDefaults):
         return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        """Fold A and G in, and update Λ̃ with the last step's pairs, sketched (22)."""
+        """Fold A and G in. Where a step has left pairs, update Λ̃ by block BFGS with them (22)."""
         self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
         if self.Lambda is None:
             self.Lambda = self.gamma * torch.eye(len(self.G), dtype=torch.float64, device=self.G.device)

@@ -54,9 +54,8 @@ class Minibatch:
         return preactivation_hessians(capture, total, len(z), names)
 
     def function(self, layout: Layout) -> Function:
-        """Return the model and its losses as a `Function` of `layout`. A look at the minibatch
-        comes first, which raises CurvlabError for data, targets or a loss that are not as they
-        should be."""
+        """Return the model and its losses as a `Function` of `layout`. Raises CurvlabError, by a
+        look at the minibatch, for targets that do not fit or a loss that is not finite."""
         self.closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
         return Function(self.closure, layout)
 

@@ -185,8 +185,7 @@ class Function:
         return lambda z: (z * slope).sum()
 
     def drawn(self, draws: int) -> list[Tensor]:
-        """Return `draws` batches of labels, drawn from the model at its outputs at `at`; the same
-        ones at every call."""
+        """Return `draws` batches of labels, drawn from the model at its outputs at `at`."""
         return self.closure.labels(self.outputs(self.at, self.closure.x).detach(), draws)
 
     def gradients(self, label: Tensor, some: slice = slice(None)) -> Float[Tensor, "n D"]:

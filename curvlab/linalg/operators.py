@@ -291,8 +291,8 @@ class LowRank(Symmetric):
         return self.damping * torch.eye(len(self), dtype=r.dtype, device=r.device) + r.mT @ r
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
-        """Return λ plus the eigenvalues of R Rᵀ, not below 0, filled up with zeros, ascending:
-        D."""
+        """Return all D eigenvalues, ascending: λ plus those of R Rᵀ (at least 0), λ for the
+        rest."""
         nonzero = torch.linalg.eigvalsh(self.rows.gram()).clamp_min(0)[-len(self) :]
         return self.damping + torch.cat([nonzero.new_zeros(len(self) - len(nonzero)), nonzero])
 
