@@ -1,5 +1,4 @@
-"""What every curvature is: of a block (`CurvatureBlock`), of a model (`Curvature`), and what they
-share.
+"""What a curvature is: of a block (`CurvatureBlock`), of a model (`Curvature`), what they share.
 
 `BlockDefaults` and `CurvatureDefaults` hold the members that a method may have besides, above all
 what probes ask of it, each with the answer of a method that has nothing to say. A method of the
@@ -35,8 +34,7 @@ Secant = Callable[[LayerStatistics, LayerStatistics, Move], None]
 
 
 class CurvatureBlock(Protocol):
-    """Statistics of one block → operator. A plain final class; state is made from the first
-    statistics."""
+    """Statistics of a block → operator. A plain final class; first statistics make its state."""
 
     reads: Reads
     """What it needs of a layer; a layer that has no such thing falls back to the gradient."""
@@ -56,14 +54,10 @@ class CurvatureBlock(Protocol):
     @property
     def secant(self) -> Secant | None:
         """Learns from a step: statistics of one minibatch's "data" pass before and after it, and
-        the change of the parameters.
-
-        None: learns from minibatches alone.
-        """
+        the change of the parameters; None: learns from minibatches alone."""
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
-        """B, the statistics as they stand, damped where `refresh` damps; None where a method
-        estimates no matrix.
+        """B, the statistics as they stand, damped where `refresh` damps; None: it estimates none.
 
         Scale: of the Fisher matrix (of the labels that were read); but of Fisher / N where `reads`
         is "gradient", since at labels drawn from the model E[ḡ ḡᵀ] of the mean gradient ḡ of N
@@ -90,27 +84,49 @@ class Curvature(Protocol):
         """{block: operator}, or {"whole": operator} on the vector of all parameters (`Layout`)."""
 
     @property
-    def needs(self) -> frozenset[Pass]: ...
-    def update(self, observation: Observation) -> None: ...
+    def needs(self) -> frozenset[Pass]:
+        """The passes that the next `update` reads."""
+
+    def update(self, observation: Observation) -> None:
+        """Learn from one minibatch; refresh the inverse where the schedule says so."""
+
     @property
-    def warm_needs(self) -> frozenset[Pass]: ...
-    def absorb(self, observation: Observation) -> None: ...
-    def refresh(self) -> None: ...
-    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def warm_needs(self) -> frozenset[Pass]:
+        """The passes that `absorb` reads; empty without a warm start."""
+
+    def absorb(self, observation: Observation) -> None:
+        """Fold in a minibatch of the warm start; do nothing where there is none."""
+
+    def refresh(self) -> None:
+        """Make the inverse anew with the damping as it stands, where one is kept."""
+
+    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return H · grads of {block, or parameter: tensor}; the same keys and shapes."""
+
     @property
-    def wants_step(self) -> bool: ...
+    def wants_step(self) -> bool:
+        """Whether `learn` is to be shown the step that follows."""
+
     @property
-    def step_needs(self) -> frozenset[Pass]: ...
+    def step_needs(self) -> frozenset[Pass]:
+        """The passes of that second look; empty: the loss alone."""
+
     @property
-    def rejects(self) -> bool: ...
-    def learn(self, transition: Transition) -> bool: ...
+    def rejects(self) -> bool:
+        """Whether `learn` may answer that the step is to be taken back."""
+
+    def learn(self, transition: Transition) -> bool:
+        """Learn from a step; return whether it stands."""
+
     @property
     def left_out(self) -> Mapping[str, int | Tensor]:
-        """{block, or "whole": pairs that were left out so far since they were not finite}; perhaps
-        on the device."""
+        """{block, or "whole": pairs left out so far, as not finite}; perhaps on the device."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such a state. Raises CurvlabError where it does not fit."""
 
 
 PairName = Literal["a", "g", "step"]
@@ -131,8 +147,7 @@ class LearntPair:
 
 @dataclass(frozen=True, kw_only=True)
 class FactorBounds:
-    """What is proven of the eigenvalues of H_a, H_g and H = H_g ⊗ H_a; None: no theorem, or its
-    premise does not hold."""
+    """What is proven of the eigenvalues of H_a, H_g and H = H_g ⊗ H_a; None: nothing is."""
 
     a: Bounds | None = None
     g: Bounds | None = None
@@ -140,8 +155,7 @@ class FactorBounds:
 
 
 class BlockDefaults:
-    """The members that a block may have beside those of `CurvatureBlock`, with the answer of one
-    that has none."""
+    """What a block may have beside `CurvatureBlock`, with the answer of one that has none."""
 
     factored: bool = False
     """Whether the block is made of Kronecker factors, whose eigenvalues the probe `bounds` looks
@@ -162,8 +176,7 @@ class BlockDefaults:
         return found
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
-        """{name: second moment} that `update` would fold in: they are looked at before anything is
-        folded."""
+        """{name: second moment} that `update` would fold in, looked at before anything is."""
         return {}
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
@@ -179,8 +192,7 @@ class BlockDefaults:
         return ()
 
     def forget_learnt(self) -> None:
-        """Drop the record of the last pairs (not what was learnt), so that what is found later is
-        of a later step."""
+        """Drop the record of the last pairs, not what was learnt: the next is of a later step."""
 
     def kronecker_factors(self) -> tuple[Matrix, Matrix] | None:
         """(H_g, H_a) where `inverse` is their product, or holds it; None where it does not."""
@@ -198,31 +210,26 @@ class BlockDefaults:
         """What is proven of the eigenvalues of `inverse`.
 
         Args:
-            damping: λ of the last refresh; None: it is not known, and nothing is proven that
-                depends on it.
+            damping: λ of the last refresh; None: unknown, and nothing is proven that needs it.
             phi: φ, the greatest magnitude of the layer's inputs; NaN: it is not known.
         """
         return FactorBounds()
 
     def pairs_held(self) -> int | None:
-        """Number of pairs in H_g (0 of BFGS, which keeps none); None: H_g is not learnt from
-        pairs."""
+        """Number of pairs in H_g (0 of BFGS, which keeps none); None: H_g learns from none."""
         return None
 
     def update_bounds(self, norm_B: float, norm_H: float, held: int) -> tuple[float, float] | None:
-        """Bounds on (‖B⁺‖, ‖H⁺‖) of the last update of H_g; None: no theorem, or its premise does
-        not hold.
+        """Bounds on (‖B⁺‖, ‖H⁺‖) of the last update of H_g; None: nothing is proven.
 
         Args:
-            norm_B: ‖H_g⁻¹‖ before the update. norm_H: ‖H_g‖ before it. held: `pairs_held` before
-                it.
+            norm_B, norm_H, held: ‖H_g⁻¹‖, ‖H_g‖ and `pairs_held` before the update.
         """
         return None
 
 
 class CurvatureDefaults:
-    """The members that a curvature may have beside those of `Curvature`, with the answer of one
-    that has none."""
+    """What a curvature may have beside `Curvature`, with the answer of one that has none."""
 
     name: str = ""
     """Of the algorithm."""
@@ -248,8 +255,7 @@ class CurvatureDefaults:
         return {name: block_with_defaults(block) for name, block in found.items()}
 
     def undamped(self, p: Tensor) -> Tensor | None:
-        """B p of the quadratic model of the whole vector, with the L2 term; None: the method has
-        none."""
+        """B p of the quadratic model of the whole vector, with the L2 term; None: there is none."""
         return None
 
     def learns_pairs(self) -> bool:
@@ -257,8 +263,7 @@ class CurvatureDefaults:
         return any(block.learns_pairs for block in self.by_block().values())
 
     def learnt(self) -> Sequence[tuple[str | None, LearntPair]]:
-        """(block, None for all; pair) of the last pairs that were learnt from since
-        `forget_learnt`."""
+        """(block, or None for all; pair) of the last pairs learnt from since `forget_learnt`."""
         return [(name, pair) for name, block in self.by_block().items() for pair in block.learnt()]
 
     def forget_learnt(self) -> None:
@@ -300,14 +305,12 @@ _LACKING = object()
 
 
 def block_with_defaults(block: Any) -> BlockDefaults:
-    """The block itself where it has all of `BlockDefaults`; else its own members, completed by the
-    defaults."""
+    """The block itself where it has all of `BlockDefaults`; else completed by the defaults."""
     return block if isinstance(block, BlockDefaults) else _CompletedBlock(block)
 
 
 def with_defaults(curvature: Any) -> CurvatureDefaults:
-    """The curvature itself where it has all of `CurvatureDefaults`; else its own members, completed
-    by the defaults.
+    """The curvature itself where it has all of `CurvatureDefaults`; else completed by them.
 
     None, of a frame that holds no curvature, has nothing but defaults.
     """
@@ -326,14 +329,13 @@ def check_algorithm(state: Mapping[str, Any], name: str) -> None:
 
 
 def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
-    """old · (1 − weight) + new · weight; the first is the new one itself. What is not finite would
-    stay: `check_moments`."""
+    """Return old · (1 − weight) + new · weight; a copy of the new one at first. What is not finite
+    would stay: `check_moments`."""
     return new.clone() if old is None else old.lerp(new, weight)
 
 
 def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
-    """Of (name of a block, name of a second moment, itself): raises Diverged for the first that is
-    not finite.
+    """Of (block's name, second moment's name, itself): raises Diverged for the first not finite.
 
     So no average takes it up. Of a large one the diagonal is looked at, which no entry exceeds. On
     a GPU, which would have to wait, `refresh` sees it.
@@ -367,12 +369,10 @@ _LARGE = 1 << 18  # numbers
 
 
 class IdentityBlock(BlockDefaults):
-    """The gradient itself: SGD, and the fallback for parameters without structure (thesis 4.7.2:
-    BatchNorm in KFAC).
+    """The gradient itself: SGD, and where there is no structure (thesis 4.7.2: BatchNorm in KFAC).
 
     Args:
-        over_damping: the gradient over λ, which moves at the rate α/λ (thesis 3.4.3: BatchNorm in
-            K-BFGS).
+        over_damping: the gradient over λ: the rate α/λ (thesis 3.4.3: BatchNorm in K-BFGS).
     """
 
     reads: Reads = "gradient"
@@ -384,14 +384,17 @@ class IdentityBlock(BlockDefaults):
         self.over_damping = over_damping
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Make `inverse` the identity at the first statistics; nothing is folded in."""
         if not hasattr(self, "inverse"):
             self.inverse = identity_like(statistics.like.new_empty(statistics.block.shape))
 
     def refresh(self, damping: float) -> None:
+        """Set `inverse` to I/λ with `over_damping`; CurvlabError where λ is not above 0."""
         if self.over_damping:
             if not damping > 0:
                 raise CurvlabError(f"the rate of the gradient is that of the method over its damping, not over {damping:g}")
             self.inverse = Diagonal(torch.full_like(self.inverse.diag(), 1 / damping))
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
+        """Return None: no matrix is estimated."""
         return None

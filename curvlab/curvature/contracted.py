@@ -86,6 +86,8 @@ class Contracted(BlockDefaults):
         self.means: list[list[Tensor]] | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Fold the minibatch's contractions into `means`. Raises Diverged as `check_moments`,
+        unless gradients are read, which are looked at before."""
         new = self._contractions(self.block, statistics)
         if self.reads != "gradient":  # its squares are known to be finite, and so are its contractions
             check_moments((self.block.name, "a contraction of the gradients", c) for variable in new for c in variable)
@@ -95,6 +97,7 @@ class Contracted(BlockDefaults):
         self.means = [[blend(m, n, weight) for m, n in zip(*pair, strict=True)] for pair in zip(self.means, new, strict=True)]
 
     def refresh(self, damping: float) -> None:
+        """Set `inverse`, of each variable's `means`, by `factors` at this damping."""
         self.inverse = self._of_variables(self._factors, damping)
 
     def matrix(self, damping: float = 0.0) -> Operator | None:

@@ -29,6 +29,7 @@ class SecondMoment(BlockDefaults):
         self.v: Tensor | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Fold the squares of the minibatch's mean gradient into v, in place."""
         g = statistics.gradient  # its squares are finite: `soundness.check_gradients`, `base.check_squared`
         if self.v is None:
             self.v = g.square().flatten()
@@ -36,6 +37,7 @@ class SecondMoment(BlockDefaults):
             self.v.mul_(1 - weight).view(g.shape).addcmul_(g, g, value=weight)
 
     def refresh(self, damping: float) -> None:
+        """Set `inverse` to diag(1 / (√v + ε)), ε the damping."""
         assert self.v is not None
         self.inverse = Diagonal(self.v.sqrt().add_(damping).reciprocal_())
 

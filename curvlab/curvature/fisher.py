@@ -53,6 +53,9 @@ class DenseFisher(BlockDefaults):
         self.active: Tensor | None = None  # ascending input numbers; None where T > 1
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Fold a minibatch's block Fisher matrix into F: packed at one place, dense once there
+        are several. Raises Diverged as `check_outer`, CurvlabError where F is too large for the
+        memory."""
         shared = not statistics.provides("factors") or statistics.places > 1
         if shared or (self.F is not None and self.active is None):
             self._update_dense(statistics, weight)
@@ -76,6 +79,8 @@ class DenseFisher(BlockDefaults):
         self.F.addmm_(rows.mT, rows, beta=1 - weight, alpha=weight / statistics.size)
 
     def refresh(self, damping: float) -> None:
+        """Set `inverse` by Cholesky of F + λI; inputs that were always zero have 1/λ there. Raises
+        Diverged where there is no factor, or such inputs and no damping."""
         assert self.F is not None
         outputs, inputs = self.block.shape
         what = "the block Fisher matrix"

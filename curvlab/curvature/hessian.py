@@ -64,12 +64,16 @@ class DenseHessian(BlockDefaults):
         self.shift: float = 0.0
 
     def update(self, statistics: Dense, weight: float) -> None:
+        """Fold a minibatch's exact Hessian block into M. Raises Diverged where it is not finite;
+        not on a GPU, which would have to wait."""
         new = statistics.dense()
         if not waits(new) and not all_finite(new):  # M would keep it
             raise Diverged("the block Hessian matrix contains NaN or Inf: lower the learning rate or raise the damping")
         self.M = blend(self.M, new, weight)
 
     def refresh(self, damping: float) -> None:
+        """Take τ from M as it stands, and `inverse` by Cholesky of M + τI + λI. Raises Diverged
+        where it has no factor (`damped_cholesky`)."""
         assert self.M is not None
         matrix = self.M
         self.shift = max(0.0, -least_eigenvalue(matrix))

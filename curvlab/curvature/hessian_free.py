@@ -105,6 +105,7 @@ class HessianFree(WholeVectorCurvature):
 
     @property
     def ready(self) -> bool:
+        """Whether a damping has been taken over by `refresh`, so that B + λI is there."""
         return self.used is not None
 
     @property

@@ -148,6 +148,9 @@ class KBfgs(BlockDefaults):
         return {FACTOR_A: statistics.A} if self.exact or not (hasattr(self, "inverse") and self.minibatch) else {}
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Fold A in (Alg. 4, line 20); with `minibatch`, once there is an inverse, take the
+        minibatch's (`exact`: Alg. 10, line 12) or form none. Unless `exact`, keep ā for `refresh`,
+        and of a minibatch's A, which is not formed, H_a ā and A H_a ā (3.15)."""
         self.places = statistics.places
         started = hasattr(self, "inverse")
         if not (started and self.minibatch):  # of the minibatch alone: a mean in the warm start, and no more

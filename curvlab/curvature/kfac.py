@@ -48,13 +48,17 @@ class Kfac(BlockDefaults):
         self.G: Tensor | None = None
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
+        """Return {name: A and G of the minibatch}, which `update` folds in."""
         return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Fold the minibatch's A and G in (Alg. 12, line 14)."""
         self.A = blend(self.A, statistics.A, weight)  # Alg. 12, line 14: Ω
         self.G = blend(self.G, statistics.G, weight)  # Alg. 12, line 14: Γ
 
     def refresh(self, damping: float) -> None:
+        """Invert G and A, each with its part of the damping (Alg. 12, line 19; Alg. 7, line 11).
+        Raises Diverged where one has no Cholesky factor (`damped_cholesky`)."""
         assert self.A is not None
         assert self.G is not None
         damping_a, damping_g = self.split(self.A, self.G, damping)  # Alg. 12, line 19; Alg. 7, line 11

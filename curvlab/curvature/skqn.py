@@ -124,9 +124,12 @@ class SkqnL(BlockDefaults):
         self.secant: Secant | None = self._secant if pairs else None
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
+        """Return {name: A and G of the minibatch}, which `update` folds in."""
         return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Fold A and G in. Where a step has left a pair, v = v̂ − H_k u (10), add it, damped by
+        `mu`, unless it is to be skipped."""
         self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
         if self.S is None or self.Y is None:
             self.S = self.Y = self.A.new_empty(0, statistics.block.numel)
@@ -143,6 +146,8 @@ class SkqnL(BlockDefaults):
         self.U = self.V = None
 
     def refresh(self, damping: float) -> None:
+        """Set `inverse` by (13); without pairs it is that of G̃ ⊗ Â + (γ + λ) I, or of the factors
+        as `split` damps them. Raises Diverged where the matrix is not positive definite."""
         assert self.A is not None
         assert self.G is not None
         assert self.S is not None
@@ -270,9 +275,11 @@ class SkqnB(BlockDefaults):
         self.secant: Secant | None = None if columns == 0 else self._secant
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
+        """Return {name: A and G of the minibatch}, which `update` folds in."""
         return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Fold A and G in. Where a step has left pairs, update Λ̃ by block BFGS with them (22)."""
         self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
         if self.Lambda is None:
             self.Lambda = self.gamma * torch.eye(len(self.G), dtype=torch.float64, device=self.G.device)
@@ -285,6 +292,8 @@ class SkqnB(BlockDefaults):
         self.U = self.V = None
 
     def refresh(self, damping: float) -> None:
+        """Set `inverse` to that of (G̃ + Λ̃) ⊗ Â + λI (18), or of the factors as `split` damps
+        them."""
         assert self.A is not None
         self.inverse = _base_inverse(self._refined, self.A, damping, self.split)
 

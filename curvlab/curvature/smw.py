@@ -64,6 +64,7 @@ class SmwFisher(BlockDefaults):
         self.a: Tensor | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Keep the rows of the minibatch's first N₂ examples, over √N₂; `weight` is not read."""
         if self.curvature_size is not None and self.curvature_size < statistics.size:
             statistics = statistics.part(torch.arange(self.curvature_size, device=statistics.like.device))
         scale = 1 / math.sqrt(statistics.size)
@@ -73,6 +74,8 @@ class SmwFisher(BlockDefaults):
             self.g, self.a = statistics.rows.flatten(2).flatten(0, 1) * scale, None
 
     def refresh(self, damping: float) -> None:
+        """Set `inverse` by the Cholesky factor of the Gram matrix (5.6). Raises CurvlabError where
+        the damping is not above 0, Diverged where there is no factor."""
         assert self.g is not None
         self.inverse = self.matrix(damping).inv()
 
@@ -220,6 +223,7 @@ class Smw(WholeVectorCurvature):
         return not (self.rejects and rho < self.eta)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return λ, the counters, and the rows and the inverse as `pack` has them."""
         packed = {"rows": pack(self.rows), "inverse": pack(self._inverse)}
         return packed | {"algorithm": self.name, "steps": self.steps, "ready": self.ready, "damping": self.damping}
 

@@ -160,6 +160,7 @@ class Structured(WholeVectorCurvature):
 
     @property
     def wants_step(self) -> bool:
+        """Whether the step that follows makes a pair: pairs are kept, and the schedule says so."""
         return self.refinement.most > 0 and self.steps % self.cadence.update_every == 0
 
     def learn(self, transition: Transition) -> bool:

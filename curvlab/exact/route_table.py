@@ -54,6 +54,8 @@ class Minibatch:
         return preactivation_hessians(capture, total, len(z), names)
 
     def function(self, layout: Layout) -> Function:
+        """Return the model and its losses as a `Function` of `layout`. Raises CurvlabError, by a
+        look at the minibatch, for targets that do not fit or a loss that is not finite."""
         self.closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
         return Function(self.closure, layout)
 
@@ -61,7 +63,8 @@ class Minibatch:
 class Sum(Protocol):
     """A block's matrix as it grows, minibatch by minibatch."""
 
-    def dense(self) -> Float[Tensor, "D D"]: ...
+    def dense(self) -> Float[Tensor, "D D"]:
+        """Return the matrix summed so far, [D, D]. Ask once: the sum may be given up for it."""
 
 
 class _Packed:

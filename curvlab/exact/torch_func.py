@@ -100,6 +100,7 @@ class Function:
         self._plain = Plain(closure, layout)
 
     def outputs(self, w: Float[Tensor, " D"], x: Tensor) -> Float[Tensor, "N *C"]:
+        """Return the model's outputs on `x` at the parameters `w`, in the dtype of `at`."""
         return self._called(self._apart(w), x)
 
     def _apart(self, w: Float[Tensor, " D"]) -> Weights:
@@ -117,6 +118,7 @@ class Function:
         return z.to(self.at.dtype)
 
     def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:
+        """Return each example's loss on `x` and `y` at `w`, [N], without the L2 term."""
         return self.closure.objective.likelihood.loss(self.outputs(w, x), y)
 
     @cached_property
@@ -183,6 +185,7 @@ class Function:
         return lambda z: (z * slope).sum()
 
     def drawn(self, draws: int) -> list[Tensor]:
+        """Return `draws` batches of labels, drawn from the model at its outputs at `at`."""
         return self.closure.labels(self.outputs(self.at, self.closure.x).detach(), draws)
 
     def gradients(self, label: Tensor, some: slice = slice(None)) -> Float[Tensor, "n D"]:

@@ -31,22 +31,27 @@ class Damped(Symmetric):
         return torch.add(self.operator @ v, v, alpha=self.damping)
 
     def inv(self) -> Operator:
+        """Return (M + λ I)⁻¹, a `Solve`; nothing is computed before a product is asked for."""
         return Solve(self)
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return M + λ I, [D, D], with M made symmetric."""
         m = self.operator.dense()
         new = (m + m.mT) / 2
         new.diagonal().add_(self.damping)
         return new
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return all eigenvalues of `dense`, ascending."""
         eigenvalues: Tensor = torch.linalg.eigvalsh(self.dense())
         return eigenvalues
 
     def diag(self) -> Float[Tensor, " D"]:
+        """Return the diagonal of M plus λ, [D]."""
         return self.operator.diag() + self.damping
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return tr M + λ D."""
         return self.operator.trace() + len(self) * self.damping
 
 
@@ -77,16 +82,22 @@ class Solve(Symmetric):
         return found.x
 
     def inv(self) -> Operator:
+        """Return the damped matrix itself."""
         return self.matrix
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return the inverse, [D, D], by Cholesky of the dense matrix. Where that fails it is
+        damped, with a CurvlabWarning, or Diverged is raised (`damped_cholesky`)."""
         return damped_inverse(self.matrix.dense(), 0.0, "the damped matrix")
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return the reciprocals of the eigenvalues of the damped matrix, ascending."""
         return self.matrix.eigvalsh().reciprocal().flip(0)
 
     def diag(self) -> Float[Tensor, " D"]:
+        """Return the diagonal of `dense`, [D]."""
         return self.dense().diagonal()
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return the sum of the diagonal of `dense`."""
         return self.diag().sum()

@@ -32,9 +32,11 @@ class DirectSum(Symmetric):
         return out
 
     def inv(self) -> Operator:
+        """Return the direct sum of the parts' inverses; raises what theirs raise."""
         return DirectSum(self.indices, tuple(p.inv() for p in self.parts))
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return the matrix, [D, D]: each part's on its entries, zeros between parts."""
         blocks = [p.dense() for p in self.parts]
         out = blocks[0].new_zeros(len(self), len(self))
         for index, block in zip(self.indices, blocks, strict=True):
@@ -42,12 +44,15 @@ class DirectSum(Symmetric):
         return out
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return the eigenvalues of all parts together, ascending."""
         return torch.cat([p.eigvalsh() for p in self.parts]).sort().values
 
     def diag(self) -> Float[Tensor, " D"]:
+        """Return the parts' diagonals in the order of the entries, [D]."""
         return torch.cat([p.diag() for p in self.parts])[torch.cat(self.indices).argsort()]
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return the sum of the parts' traces."""
         return torch.stack([p.trace() for p in self.parts]).sum()
 
 
@@ -71,19 +76,24 @@ class ColumnSum(Symmetric):
         return torch.cat(found, 1).view(v.shape)
 
     def inv(self) -> Operator:
+        """Return the parts' inverses side by side; raises what theirs raise."""
         return ColumnSum(self.outputs, self.widths, tuple(p.inv() for p in self.parts))
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return the matrix, [D, D], on the row-major flattening of [outputs, Σ widths]."""
         return self._by_index.dense()
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return the eigenvalues of all parts together, ascending."""
         return self._by_index.eigvalsh()
 
     def diag(self) -> Float[Tensor, " D"]:
+        """Return the parts' diagonals side by side, [outputs, Σ widths], flattened to [D]."""
         parts = zip(self.parts, self.widths, strict=True)
         return torch.cat([p.diag().view(self.outputs, width) for p, width in parts], 1).flatten()
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return the sum of the parts' traces."""
         return self._by_index.trace()
 
     @property

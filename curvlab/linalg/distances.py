@@ -53,8 +53,10 @@ def distance(one: Float[Tensor, "D D"], other: Float[Tensor, "D D"], multiple: f
 
 
 def inner(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> float:
+    """Return the sum over all entries of one · other, the entries and the sum in float64."""
     return sum(float((a * b).sum()) for a, b in _rows(one, other))
 
 
 def norm(matrix: Float[Tensor, "R C"]) -> float:
+    """Return ‖matrix‖, summed in float64."""
     return math.sqrt(inner(matrix, matrix))

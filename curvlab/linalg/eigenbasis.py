@@ -43,15 +43,18 @@ class Rotated(Symmetric):
         return Rotated(self.bases, cast(Diagonal | Compact, self.inside.inv()))
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return the matrix, [D, D], with ⊗ᵢ Qᵢ formed."""
         basis: Tensor = reduce(torch.kron, [q.contiguous() for q in self.bases])
         if isinstance(self.inside, Diagonal):
             return (basis * self.inside.values) @ basis.mT
         return basis @ self.inside.dense() @ basis.mT
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return the eigenvalues of M, ascending: a rotation leaves them as they are."""
         return self.inside.eigvalsh()
 
     def diag(self) -> Float[Tensor, " D"]:
+        """Return the diagonal, [D]; no matrix of order D is formed."""
         if isinstance(self.inside, Diagonal):
             return kronecker_product([q.square() for q in self.bases], self.inside.values)
         rows = kronecker_product(self.bases, self.inside.rows.mT).mT
@@ -59,6 +62,7 @@ class Rotated(Symmetric):
         return Compact(base, rows, self.inside.core).diag()
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return the trace of M: a rotation leaves it as it is."""
         return self.inside.trace()
 
 

@@ -121,6 +121,7 @@ class NearestKronecker:
     error: float
 
     def dense(self) -> Float[Tensor, "OI OI"]:
+        """Return left ⊗ right as one matrix, [O I, O I]."""
         product: Tensor = torch.kron(self.left, self.right)
         return product
 

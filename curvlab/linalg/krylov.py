@@ -115,6 +115,7 @@ class Truncated:
 
     @property
     def x(self) -> Float[Tensor, " D"]:
+        """The last iterate, [D]."""
         return self.iterates[-1]
 
 
@@ -194,6 +195,7 @@ class Lanczos:
         return len(self.alpha)
 
     def matrix(self) -> Float[Tensor, "m m"]:
+        """Return the tridiagonal T, [m, m], dense."""
         beside = self.beta[:-1]
         return torch.diag(self.alpha) + torch.diag(beside, 1) + torch.diag(beside, -1)
 

@@ -51,13 +51,20 @@ class Operator(Protocol):
 
     def __len__(self) -> int: ...
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]: ...
-    def inv(self) -> Operator: ...
-    def dense(self) -> Float[Tensor, "D D"]: ...
+    def inv(self) -> Operator:
+        """Return the inverse, an operator again; each kind says when it raises Diverged."""
+
+    def dense(self) -> Float[Tensor, "D D"]:
+        """Return the matrix itself, [D, D]; it may share memory with the operator."""
+
     def eigvalsh(self) -> Float[Tensor, " D"]:
         """All eigenvalues, ascending."""
 
-    def diag(self) -> Float[Tensor, " D"]: ...
-    def trace(self) -> Float[Tensor, ""]: ...
+    def diag(self) -> Float[Tensor, " D"]:
+        """Return the diagonal, [D]; it may share memory with the operator."""
+
+    def trace(self) -> Float[Tensor, ""]:
+        """Return the sum of the diagonal, a scalar."""
 
 
 class Placed:
@@ -65,10 +72,12 @@ class Placed:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the first floating tensor or product held; float64 without one."""
         return (placed(self) or NOWHERE)[0]
 
     @property
     def device(self) -> torch.device:
+        """The device of the first floating tensor or product held; the CPU without one."""
         return (placed(self) or NOWHERE)[1]
 
 
@@ -128,16 +137,20 @@ class Dense(Symmetric):
         return Inverse(factor)
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return the matrix itself, not a copy."""
         return self.matrix
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return all eigenvalues, ascending, read from the lower triangle."""
         eigenvalues: Tensor = torch.linalg.eigvalsh(self.matrix)
         return eigenvalues
 
     def diag(self) -> Float[Tensor, " D"]:
+        """Return the diagonal, [D], a view of the matrix."""
         return self.matrix.diagonal()
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return the sum of the diagonal."""
         return self.diag().sum()
 
 
@@ -154,12 +167,15 @@ class Inverse(Symmetric):
         return solve_cholesky(self.factor, v)
 
     def inv(self) -> Operator:
+        """Return M = L Lᵀ as a new dense matrix."""
         return Dense(self.factor @ self.factor.mT)
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return M⁻¹ from the Cholesky factor, [D, D]."""
         return torch.cholesky_inverse(self.factor)
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return the reciprocals of the eigenvalues of M, ascending."""
         return self.inv().eigvalsh().reciprocal().flip(0)
 
     def diag(self) -> Float[Tensor, " D"]:
@@ -169,6 +185,7 @@ class Inverse(Symmetric):
         return root.square().sum(0)
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return the sum of the diagonal of M⁻¹: all squares of L⁻¹."""
         return self.diag().sum()
 
 
@@ -191,15 +208,19 @@ class Diagonal(Symmetric):
         return Diagonal(self.values.reciprocal())
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return the matrix with `values` on its diagonal, [D, D]."""
         return torch.diag(self.values)
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return `values`, sorted to ascend."""
         return self.values.sort().values
 
     def diag(self) -> Float[Tensor, " D"]:
+        """Return `values` itself, not a copy."""
         return self.values
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return the sum of `values`."""
         return self.values.sum()
 
 
@@ -220,16 +241,20 @@ class Kronecker(Symmetric):
         return Kronecker(tuple(Dense(u).inv().dense() if isinstance(u, Tensor) else u.inv() for u in self.factors))
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return ⊗ᵢ Uᵢ as one matrix, [D, D]."""
         product: Tensor = reduce(torch.kron, [u.dense().contiguous() for u in self._each])  # kron fails on mixed layouts
         return product
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return all products of one eigenvalue of each factor, ascending."""
         return _products_of_entries([u.eigvalsh() for u in self._each]).sort().values
 
     def diag(self) -> Float[Tensor, " D"]:
+        """Return the Kronecker product of the factors' diagonals, [D]."""
         return _products_of_entries([u.diag() for u in self._each])
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return the product of the factors' traces."""
         return torch.stack([u.trace() for u in self._each]).prod()
 
     @property
@@ -261,17 +286,22 @@ class LowRank(Symmetric):
         return Woodbury(self.rows, used, factor)
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return λ I + Rᵀ R, [D, D], from rows that are formed."""
         r = self.rows.dense()
         return self.damping * torch.eye(len(self), dtype=r.dtype, device=r.device) + r.mT @ r
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return all D eigenvalues, ascending: λ plus those of R Rᵀ (at least 0), λ for the
+        rest."""
         nonzero = torch.linalg.eigvalsh(self.rows.gram()).clamp_min(0)[-len(self) :]
         return self.damping + torch.cat([nonzero.new_zeros(len(self) - len(nonzero)), nonzero])
 
     def diag(self) -> Float[Tensor, " D"]:
+        """Return λ plus the squared lengths of the columns of R, [D]."""
         return self.damping + self.rows.squares()
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return λ D plus the squares of all entries of R."""
         return self.damping * len(self) + self.rows.total()
 
 
@@ -290,13 +320,16 @@ class Woodbury(Symmetric):
         return (v - self.rows.transposed(solve_cholesky(self.factor, self.rows.times(v)))) / self.damping
 
     def inv(self) -> Operator:
+        """Return λ I + Rᵀ R, a `LowRank` of the same rows; nothing is computed."""
         return LowRank(self.rows, self.damping)
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return the inverse, [D, D], as its product with the identity."""
         r = self.rows.dense()
         return self @ torch.eye(len(self), dtype=r.dtype, device=r.device)
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return the reciprocals of the eigenvalues of λ I + Rᵀ R, ascending."""
         return self.inv().eigvalsh().reciprocal().flip(0)
 
     def diag(self) -> Float[Tensor, " D"]:
@@ -342,6 +375,7 @@ class Compact(Symmetric):
         return Compact(base, through.mT.contiguous(), core)
 
     def dense(self) -> Float[Tensor, "D D"]:
+        """Return base + Rᵀ C⁻¹ R, [D, D], what is added made symmetric."""
         base = self.base.dense()
         added = self.rows.mT @ self._solve(self.rows)
         return base + (added + added.mT) / 2
@@ -357,9 +391,11 @@ class Compact(Symmetric):
         return Dense(self.dense()).eigvalsh()
 
     def diag(self) -> Float[Tensor, " D"]:
+        """Return the base's diagonal plus that of Rᵀ C⁻¹ R, [D]."""
         return self.base.diag() + (self.rows * self._solve(self.rows)).sum(0)
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return the base's trace plus that of Rᵀ C⁻¹ R."""
         return self.base.trace() + (self.rows * self._solve(self.rows)).sum()
 
     @cached_property
@@ -410,4 +446,5 @@ def unpack(packed: Any) -> Any:
 
 
 def unpack_operator(packed: Any) -> Operator:
+    """Return `unpack(packed)`, taken for an operator. Raises CurvlabError as `unpack` does."""
     return cast(Operator, unpack(packed))

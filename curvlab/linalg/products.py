@@ -48,6 +48,8 @@ class Product(Square):
         return self._from_both_sides().dense()
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
+        """Return all eigenvalues of `dense`, ascending. Raises CurvlabError where that is too
+        large."""
         return Dense(self.dense()).eigvalsh()
 
     def diag(self) -> Float[Tensor, " D"]:
@@ -58,6 +60,7 @@ class Product(Square):
         return torch.cat([part[start : start + part.shape[1]].diagonal() for start, part in parts])
 
     def trace(self) -> Float[Tensor, ""]:
+        """Return the sum of `diag`, a scalar."""
         return self.diag().sum()
 
     def _from_both_sides(self) -> RectangularProduct:
@@ -72,16 +75,19 @@ class Rectangular(Placed):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """The numbers of rows and columns, (R, C)."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
     @property
     def T(self) -> Rectangular:
+        """The transpose, [C, R], a view of the same numbers."""
         return Rectangular(self.matrix.mT)
 
     def __matmul__(self, v: Float[Tensor, "C *K"]) -> Float[Tensor, "R *K"]:
         return self.matrix @ v
 
     def dense(self) -> Float[Tensor, "R C"]:
+        """Return the matrix itself, not a copy."""
         return self.matrix
 
 
@@ -102,6 +108,7 @@ class RectangularProduct:
 
     @property
     def T(self) -> RectangularProduct:
+        """The transpose, C×R, with the two functions exchanged; no product is taken."""
         return replace(self, apply=self.apply_transposed, apply_transposed=self.apply, shape=self.shape[::-1])
 
     def __matmul__(self, v: Float[Tensor, "C *K"]) -> Float[Tensor, "R *K"]:

@@ -25,12 +25,22 @@ class RowMatrix(Protocol):
     """A matrix of few long rows."""
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """The length of the rows, D."""
+
     def __len__(self) -> int: ...
-    def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]: ...
-    def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]: ...
-    def gram(self) -> Float[Tensor, "R R"]: ...
-    def dense(self) -> Float[Tensor, "R D"]: ...
+    def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
+        """Return the inner products of the rows with v: [R], or [R, K] of K columns."""
+
+    def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]:
+        """Return the sum of the rows weighted by w: [D], or [D, K] of K columns."""
+
+    def gram(self) -> Float[Tensor, "R R"]:
+        """Return the inner products of the rows with each other, [R, R]."""
+
+    def dense(self) -> Float[Tensor, "R D"]:
+        """Return all rows formed, [R, D]."""
+
     def columns(self) -> Iterator[Float[Tensor, "R _"]]:
         """All columns in their order, some at a time."""
 
@@ -53,12 +63,14 @@ class Rows:
 
     @property
     def width(self) -> int:
+        """The length of the rows: O I, or that of `g` without `a`."""
         return self.g.shape[1] * (1 if self.a is None else self.a.shape[1])
 
     def __len__(self) -> int:
         return len(self.g)
 
     def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
+        """Return the rows times v, of outer products g_rᵀ V a_r: [R], or [R, K]."""
         if self.a is None:
             return self.g @ v
         matrix = v.reshape(self.g.shape[1], self.a.shape[1], -1)
@@ -67,6 +79,7 @@ class Rows:
         return torch.einsum("ro,oik,ri->rk", self.g, matrix, self.a)
 
     def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]:
+        """Return Σ_r w_r row_r, in the row-major order of [O, I]: [D], or [D, K]."""
         if self.a is None:
             return self.g.mT @ w
         if w.ndim == 1:
@@ -74,10 +87,12 @@ class Rows:
         return torch.einsum("ro,rk,ri->oik", self.g, w, self.a).reshape(-1, w.shape[1])
 
     def gram(self) -> Float[Tensor, "R R"]:
+        """Return (g_iᵀ g_j)(a_iᵀ a_j), [R, R]; without `a` g_iᵀ g_j."""
         inner = self.g @ self.g.mT
         return inner if self.a is None else inner * (self.a @ self.a.mT)
 
     def dense(self) -> Float[Tensor, "R D"]:
+        """Return all rows formed, [R, D]; without `a` that is `g` itself."""
         return self.g if self.a is None else (self.g[:, :, None] * self.a[:, None, :]).flatten(1)
 
     def columns(self) -> Iterator[Float[Tensor, "R _"]]:
@@ -86,10 +101,12 @@ class Rows:
         return iter([self.g]) if a is None else (of_output[:, None] * a for of_output in self.g.mT)
 
     def squares(self) -> Float[Tensor, " D"]:
+        """Return the squared lengths of the columns, [D]; no row is formed."""
         g = self.g.square()
         return g.sum(0) if self.a is None else (g.mT @ self.a.square()).flatten()
 
     def total(self) -> Float[Tensor, ""]:
+        """Return the sum of the squared lengths of the rows; no row is formed."""
         lengths = self.g.square().sum(1)
         return lengths.sum() if self.a is None else lengths @ self.a.square().sum(1)
 
@@ -107,20 +124,25 @@ class LayerRows:
 
     @property
     def width(self) -> int:
+        """The length of the rows, Γ O I."""
         return self.g.shape[3] * self.g.shape[4] * self.a.shape[3]
 
     def __len__(self) -> int:
         return self.g.shape[0] * self.g.shape[1]
 
     def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
+        """Return the rows times v: [V N], or [V N, K]; no row is formed."""
         through = torch.einsum("ntgi,goik->ntgok", self.a, v.reshape(*self.g.shape[3:], self.a.shape[3], -1))
         return torch.einsum("vntgo,ntgok->vnk", self.g, through).reshape(-1, *v.shape[1:])
 
     def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]:
+        """Return the sum of the rows weighted by w: [D], or [D, K]; no row is formed."""
         back = torch.einsum("vntgo,vnk->ntgok", self.g, w.reshape(*self.g.shape[:2], -1))
         return torch.einsum("ntgok,ntgi->goik", back, self.a).reshape(-1, *w.shape[1:])
 
     def gram(self) -> Float[Tensor, "R R"]:
+        """Return the rows' inner products, [V N, V N]; rows are formed only where T or Γ is above
+        1."""
         vectors, size, places, groups, _ = self.g.shape
         if places == groups == 1:
             g, a = self.g.flatten(0, 3), self.a.flatten(0, 2)
@@ -144,6 +166,7 @@ class LayerRows:
         return torch.einsum("vntgo,ntgi->vngoi", self.g[:, some], self.a[some]).flatten(2)
 
     def dense(self) -> Float[Tensor, "R D"]:
+        """Return all rows formed, [V N, D]."""
         return self._rows(slice(None)).flatten(0, 1)
 
     def columns(self) -> Iterator[Float[Tensor, "R _"]]:
@@ -153,11 +176,13 @@ class LayerRows:
                 yield torch.einsum("vnt,nti->vni", self.g[:, :, :, group, output], self.a[:, :, group]).flatten(0, 1)
 
     def squares(self) -> Float[Tensor, " D"]:
+        """Return the squared lengths of the columns, [D]; no row is formed at one place."""
         if self.g.shape[2] == 1:
             return torch.einsum("vntgo,ntgi->goi", self.g.square(), self.a.square()).flatten()
         return torch.cat([part.square().sum(0) for part in self.columns()])
 
     def total(self) -> Float[Tensor, ""]:
+        """Return the sum of `squares`, a scalar."""
         return self.squares().sum()
 
 
@@ -169,35 +194,43 @@ class Beside:
 
     @property
     def width(self) -> int:
+        """The sum of the parts' widths."""
         return sum(p.width for p in self.parts)
 
     def __len__(self) -> int:
         return len(self.parts[0])
 
     def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
+        """Return the sum of each part's product with its stretch of v: [R], or [R, K]."""
         each = torch.split(v, [p.width for p in self.parts])
         return reduce(torch.add, [p.times(some) for p, some in zip(self.parts, each, strict=True)])
 
     def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]:
+        """Return the parts' products with w, one after the other: [Σ D], or [Σ D, K]."""
         return torch.cat([p.transposed(w) for p in self.parts])
 
     def gram(self) -> Float[Tensor, "R R"]:
+        """Return the sum of the parts' Gram matrices, [R, R]."""
         out = self.parts[0].gram()
         for p in self.parts[1:]:
             out = out + p.gram()
         return out
 
     def dense(self) -> Float[Tensor, "R D"]:
+        """Return the parts' rows, formed, side by side, [R, Σ D]."""
         return torch.cat([p.dense() for p in self.parts], 1)
 
     def columns(self) -> Iterator[Float[Tensor, "R _"]]:
+        """Yield the columns of one part after the other, as each part gives them."""
         for p in self.parts:
             yield from p.columns()
 
     def squares(self) -> Float[Tensor, " D"]:
+        """Return the squared lengths of the parts' columns, one part after the other, [Σ D]."""
         return torch.cat([p.squares() for p in self.parts])
 
     def total(self) -> Float[Tensor, ""]:
+        """Return the sum of the parts' totals, a scalar."""
         return reduce(torch.add, [p.total() for p in self.parts])
 
 

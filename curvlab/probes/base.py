@@ -40,6 +40,8 @@ from it."""
 
 @dataclass(frozen=True)
 class Variable:
+    """A variable that a probe measures: dimensions without that of steps, long name, unit."""
+
     dims: tuple[str, ...]
     long_name: str
     units: str
@@ -70,6 +72,7 @@ class Frame:
 
     @property
     def objective(self) -> Objective:
+        """The objective that the minibatch was looked at with."""
         return self.now.closure.objective
 
     @property
@@ -247,6 +250,7 @@ def probe(
 
 
 def on_host(values: Numbers | Tensor) -> Numbers:
+    """Return the values as a NumPy array on the host; those of a tensor in float64."""
     return np.asarray(values.double().cpu().numpy() if isinstance(values, Tensor) else values)
 
 
