@@ -125,4 +125,5 @@ PROBLEMS: dict[str, PublishedProblem] = {
 
 
 def find(name: str) -> PublishedProblem:
+    """Return the problem that figures call so. Raises CurvlabError for an unknown name."""
     return lookup(PROBLEMS, name, "problem")
