@@ -48,7 +48,7 @@ class Law:
 
     @property
     def fisher_and_ggn_differ(self) -> bool:
-        """Whether they may be two matrices: labels were not found to follow the loss."""
+        """Whether Fisher and GGN may be two matrices: labels do not follow the loss, or may not."""
         return not self.follows
 
 

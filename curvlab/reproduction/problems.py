@@ -125,5 +125,5 @@ PROBLEMS: dict[str, PublishedProblem] = {
 
 
 def find(name: str) -> PublishedProblem:
-    """Return the problem that figures call so. Raises CurvlabError for an unknown name."""
+    """Return the entry of PROBLEMS by its name. Raises CurvlabError for an unknown one."""
     return lookup(PROBLEMS, name, "problem")

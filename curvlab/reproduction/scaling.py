@@ -88,7 +88,7 @@ class Curve:
     formula: list[float] = field(default_factory=list)
 
     def exponents(self, sizes: Sequence[int]) -> str:
-        """Return the exponent of the values and, in brackets, that of the formula, as text."""
+        """Return the fitted exponent of the values and, in brackets, that of the formula."""
         measured, told = (round(exponent(sizes, v), 2) + 0.0 for v in (self.values, self.formula))  # no −0.00
         return f"{measured:.2f} ({told:.2f})"
 
@@ -125,7 +125,7 @@ class Scaling:
 
     @property
     def problems(self) -> Sequence[str]:
-        """Nothing: there are no problems to choose from."""
+        """The problems to choose from, of which there are none: the data are random numbers."""
         return ()
 
     def run(self, report: Report) -> None:

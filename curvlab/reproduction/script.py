@@ -36,7 +36,7 @@ class Options:
     problems: tuple[str, ...] = ()
 
     def check(self, what: Reproduction) -> None:
-        """Raise CurvlabError for a choice that `what` or this machine does not have."""
+        """Raise CurvlabError for a choice that `what` or this machine cannot meet."""
         if self.budget not in BUDGETS:
             raise unknown("budget", self.budget, BUDGETS)
         for kind, chosen, known in (("method", self.methods, what.methods), ("problem", self.problems, what.problems)):
