@@ -211,6 +211,13 @@ class Estimate:
 
     @classmethod
     def of(cls, name: str, kind: Kind, labels: Labels, sizes: Sequence[int], chosen: Sequence[Block]) -> Estimate:
+        """Make the estimate of algorithm `name` for the chosen blocks, before any data.
+
+        `sizes` are the examples of each minibatch; `scale` follows from them for mean gradients.
+
+        Raises:
+            CurvlabError: an unknown algorithm; one of the whole vector, or that reads no pass.
+        """
         algorithm = lookup(ALGORITHMS, name, "algorithm")
         if algorithm.whole:
             raise CurvlabError(f"'{name}' estimates no matrix by block, so there is nothing to compare: leave it out")
@@ -224,6 +231,7 @@ class Estimate:
         return cls(name, wanted, of_means, sum(m * m for m in sizes) / sum(sizes) if of_means else 1.0, blocks)
 
     def fold(self, statistics: dict[str, LayerStatistics], weight: float) -> None:
+        """Fold one pass into every block, in place: old · (1 − weight) + new · weight."""
         for name, block in self.blocks.items():
             block.update(statistics[name], weight)
 

@@ -50,6 +50,8 @@ _ROOM = 100e6
 
 @dataclass(frozen=True)
 class Finding:
+    """One line of a page: what was looked at, what it says, and whether that is good or bad."""
+
     what: str
     says: str
     state: State = ""
@@ -63,6 +65,7 @@ class Page:
 
     @property
     def bad(self) -> list[Finding]:
+        """Findings in the way of something, of all sections in their order."""
         return [found for section in self.sections.values() for found in section if found.state == "bad"]
 
     def __str__(self) -> str:

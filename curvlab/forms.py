@@ -51,6 +51,7 @@ class Way:
 
     @property
     def proven(self) -> bool:
+        """Whether no use is `unseen`, its derivatives all zero."""
         return not self.unseen
 
 

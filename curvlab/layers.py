@@ -91,6 +91,7 @@ class Block:
 
     @cached_property
     def layer(self) -> Layer | None:
+        """The layout of the module's parameters (`layer_of`); None without one or a module."""
         return None if self.module is None else layer_of(self.module)
 
     @cached_property
@@ -100,6 +101,7 @@ class Block:
 
     @property
     def numel(self) -> int:
+        """The number of the block's elements, the product of its shape."""
         return math.prod(self.shape)
 
     def gather(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:

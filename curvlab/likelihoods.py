@@ -144,6 +144,7 @@ class Categorical:
         check_values(("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing <= 1, "between 0 and 1"))
 
     def check(self, z: Float[Tensor, "N C *P"], y: Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]) -> None:
+        """Raise CurvlabError unless y is classes [N, *P] or probabilities, for z [N, C, *P]."""
         if z.ndim < 2:
             raise CurvlabError(
                 f"categorical outputs must be [N, C] or [N, C, …], not {list(z.shape)}: of one number an example take Bernoulli"
@@ -182,6 +183,7 @@ class Categorical:
         return None
 
     def loss(self, z: Float[Tensor, "N C *P"], y: Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]) -> Float[Tensor, " N"]:
+        """Return the cross-entropy of each example, in nats, summed over its places."""
         if y.is_floating_point():
             losses = F.cross_entropy(z, y, reduction="none")
         else:
@@ -278,17 +280,25 @@ class Bernoulli:
     """Binary cross-entropy on logits, summed over units: ℓ = Σ_c softplus(z_c) − y_c z_c; targets in [0, 1], shaped as z."""
 
     def check(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> None:
+        """Raise CurvlabError unless y is floating, finite, shaped as z and within [0, 1]."""
         _same_shape(z, y, "Bernoulli")
         if bool((y < 0).any()) or bool((y > 1).any()):
             raise CurvlabError("Bernoulli targets must lie in [0, 1]: rescale the data")
 
     def loss(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> Float[Tensor, " N"]:
+        """Return the binary cross-entropy of each example, in nats, summed over its units."""
         return F.binary_cross_entropy_with_logits(z, y, reduction="none").reshape(len(z), -1).sum(1)
 
     def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor | None = None) -> Float[Tensor, "N *C"]:
+        """Draw targets 0 and 1, each 1 with probability sigmoid(z); y plays no part."""
         return torch.bernoulli(z.sigmoid(), generator=generator)
 
     def root(self, z: Float[Tensor, "N *C"], y: Tensor | None = None) -> Float[Tensor, "V N *C"]:
+        """Return C columns √(σ_c (1 − σ_c)) e_c, σ = sigmoid(z); y plays no part.
+
+        Raises:
+            CurvlabError: they would take more than 80 % of the memory.
+        """
         _guard_root(z)
         s = z.sigmoid()  # ∂²ℓ/∂z² = diag(σ(1 − σ)); the thesis's 1.2.2 misprints it as diag(σ)
         return _units(z) * (s * (1 - s)).sqrt()
@@ -298,15 +308,23 @@ class Gaussian:
     """Half squared error, summed over units: ℓ = ½ ‖z − y‖²; unit variance; targets shaped as z."""
 
     def check(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> None:
+        """Raise CurvlabError unless y is floating, finite and shaped as z."""
         _same_shape(z, y, "Gaussian")
 
     def loss(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> Float[Tensor, " N"]:
+        """Return half the squared error of each example, summed over its units."""
         return 0.5 * (z - y).square().reshape(len(z), -1).sum(1)
 
     def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor | None = None) -> Float[Tensor, "N *C"]:
+        """Draw targets of mean z and variance 1; y plays no part."""
         return z + torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
 
     def root(self, z: Float[Tensor, "N *C"], y: Tensor | None = None) -> Float[Tensor, "V N *C"]:
+        """Return C columns, the unit vectors e_c: ∂²ℓ/∂z² = I; y plays no part.
+
+        Raises:
+            CurvlabError: they would take more than 80 % of the memory.
+        """
         _guard_root(z)
         return _units(z)
 

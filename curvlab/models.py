@@ -63,6 +63,7 @@ class SparseLinear(nn.Linear):
     """
 
     def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
+        """Return x Wᵀ, plus the bias if there is one: a dense tensor, also of sparse rows."""
         if not x.is_sparse:
             return super().forward(x)
         x = x.coalesce()  # itself, where it is
@@ -146,6 +147,7 @@ class PaddedShortcut(nn.Module):
         self.channels, self.stride = channels, stride
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D h w"]:
+        """Take every `stride`-th pixel both ways and add zero channels up to D = `channels`."""
         x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, 0, self.channels - x.shape[1]))
 
@@ -162,6 +164,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D h w"]:
+        """Return ReLU(F(x) + shortcut(x)), F the two convolutions with a ReLU between."""
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(h)) + self.shortcut(x))
 
@@ -301,9 +304,12 @@ class Sized(Protocol):
     """What a model is built for: a `Dataset`, or anything else that says its shapes."""
 
     @property
-    def inputs(self) -> Shape: ...
+    def inputs(self) -> Shape:
+        """The shape of one input, without the axis of examples."""
+
     @property
-    def outputs(self) -> int: ...
+    def outputs(self) -> int:
+        """The number of outputs that a model needs."""
 
 
 def find(name: str, seed: int = 0) -> Entry:

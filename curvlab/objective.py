@@ -75,6 +75,7 @@ class Objective:
 
     @property
     def device(self) -> torch.device:
+        """The device of the first block's first parameter, on which labels are drawn."""
         _, owner, key = self._slots[0]
         return owner[key].device  # type: ignore[union-attr]  # none is None
 
@@ -159,9 +160,11 @@ class Objective:
         return torch.Generator(self.device).manual_seed(state >> 1)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what draws of labels go on from: the seed, and the closures of each stream."""
         return {"seed": self.seed, "closures": dict(self.closures)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the seed and the numbers of closures from what `state_dict` returned."""
         self.seed, self.closures = state["seed"], dict(state["closures"])
 
 

@@ -38,8 +38,7 @@ class Law:
     `root`: (z, y) → S [V, N, *C], S Sᵀ = ∂²ℓ/∂z²: the likelihood's own where it holds, else from the loss's own Hessian at each
     call; None where that is not positive semi-definite or too large. `follows`: labels drawn by `sample` follow the loss, so
     that Fisher and GGN are one matrix: mean score 0 and second moment of the score ∂²ℓ/∂z², within 6 standard errors of 2000
-    draws (2^20 over the outputs where these are over 524, at least 64, and none over 65 536). `why`: what was found, with a
-    figure; "" where all holds.
+    draws (2^20 over the outputs where these are over 524, at least 64, and none over 65 536). `why`: what was found, or "".
     """
 
     root: Root | None
@@ -49,6 +48,7 @@ class Law:
 
     @property
     def fisher_and_ggn_differ(self) -> bool:
+        """Whether Fisher and GGN may be two matrices: labels do not follow the loss, or may not."""
         return not self.follows
 
 

@@ -38,10 +38,16 @@ class OwnModel:
         return call_own(self.function, self.name)[0]
 
     def made(self, seed: int) -> nn.Module:
+        """Return the model of the first call, once and for its own seed, else of a new call."""
         return self.first.pop() if self.first and seed == self.seed else self()
 
 
 def import_own(name: str) -> Callable[[], Any]:
+    """Import what ``module:function`` names; the working directory is searched too.
+
+    Raises:
+        CurvlabError: there is no such module, importing it fails, or it has no such function.
+    """
     path, _, attribute = name.partition(":")
     here = str(Path.cwd())
     added = here not in sys.path

@@ -65,6 +65,7 @@ class Run:
 
     @property
     def dataset(self) -> xr.Dataset:
+        """All records of the log, with its attributes. Raises CurvlabError where there is none."""
         return self.log.dataset()
 
     @property
@@ -79,6 +80,7 @@ class Run:
         return found
 
     def figure(self, name: str = "cosine") -> Figure:
+        """Draw figure `name`. Raises CurvlabError if it is unknown or the log lacks its data."""
         return figures.draw(self.dataset, name)
 
     def table(self) -> xr.DataArray:
@@ -133,6 +135,7 @@ class CompareSettings:
 
     @property
     def rate(self) -> float:
+        """The reference's learning rate: `lr`, or its document's where that is None."""
         return ALGORITHMS[self.reference].lr if self.lr is None else self.lr
 
     def dampings(self, size: int) -> dict[str, float]:
@@ -140,6 +143,7 @@ class CompareSettings:
         return {name: damping_for(name, self.damping, size) for name in self.names}
 
     def descents(self, objective: Objective, size: int) -> dict[str, Descent]:
+        """Build {algorithm: its descent}, each damped for batches of `size` examples."""
         return {
             name: descent(
                 name,
@@ -155,6 +159,7 @@ class CompareSettings:
         }
 
     def log(self, objective: Objective, size: int, path: Path | None, seeds: Sequence[int], about: dict[str, Any]) -> Log:
+        """Make the empty log of a comparison; its attributes are the settings' and `about`."""
         chosen = list(self.every)
         coordinates: dict[str, Any] = {
             "algorithm": self.names,

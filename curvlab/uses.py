@@ -32,10 +32,12 @@ class Stored(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor) -> Stored:
+        """Keep a tensor without its graph, and the version that it has now."""
         return cls(value.detach(), value._version)
 
     @property
     def overwritten(self) -> bool:
+        """Whether the tensor was written in place since it was kept."""
         return self.value._version != self.version
 
 
@@ -112,6 +114,7 @@ class UseInput:
 
     @cached_property
     def A(self) -> Float[Tensor, "I I"]:
+        """Second moment Σ_t a aᵀ of the same inputs as `a`, mean over examples."""
         rows, n = self.bare.flatten(0, 1), len(self.bare)
         if not self.column:
             return second_moment(rows, 1 / n)
@@ -141,15 +144,18 @@ class Part:
 
     @cached_property
     def g(self) -> Float[Tensor, "V N T O"]:
+        """Derivatives in the outputs of the call, as they were sent back, by examples."""
         inputs = self.inputs
         return self.raw_g if isinstance(inputs, Slice) else ARRANGEMENTS[inputs.how](self.raw_g, 1, inputs.size)
 
     @property
     def a(self) -> Float[Tensor, "N T *G I"]:
+        """Inputs of the call by examples, with the bias column, if the use has one."""
         return self.inputs.a
 
     @property
     def own(self) -> tuple[Rule, Call, UseInput]:
+        """Rule, call and inputs of the use; only of a part that has all examples."""
         assert isinstance(self.inputs, UseInput)
         return self.inputs.use.rule, self.inputs.use.call, self.inputs
 
@@ -176,6 +182,7 @@ class Part:
         return second_moment((self.a.flatten(0, 1) if self.swapped else self.g.flatten(0, 2)), scale)
 
     def rows(self) -> Float[Tensor, "V N O I"]:
+        """Return Σ_t g aᵀ of each vector and example, in the block's own O and I."""
         block = self.block
         if block.groups > 1:
             return self._by_group("vntgo,ntgi->vngoi", self.g).flatten(2, 3)
@@ -235,10 +242,12 @@ class Part:
 
     @property
     def ones(self) -> Float[Tensor, "R P"]:
+        """A one for each of the call's own rows and places."""
         return self.raw_g.new_ones(self.raw_g.shape[1:3])
 
     @property
     def h(self) -> Float[Tensor, "N T O"]:
+        """Pre-activations by examples. Raises CurvlabError where they were overwritten in place."""
         rule, _, inputs = self.own
         output = inputs.use.output
         if output.overwritten:

@@ -95,6 +95,7 @@ def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
 
 
 def wrote(file: Path) -> None:
+    """Say on standard output that a file was written."""
     out.print(for_rich(f"wrote {file}"), soft_wrap=True)
 
 

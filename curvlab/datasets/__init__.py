@@ -41,6 +41,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Entry:
+    """A data set of the table: what it is, and what loads its parts (train, test)."""
+
     summary: str
     load: Callable[[], tuple[Dataset, Dataset]]
     comes: str = "with the package"

@@ -30,14 +30,17 @@ class SparseRows:
 
     @property
     def shape(self) -> torch.Size:
+        """The shape [N, F] of the matrix."""
         return torch.Size(self.matrix.shape)
 
     @property
     def ndim(self) -> int:
+        """The number of axes, 2."""
         return 2
 
     @property
     def dtype(self) -> torch.dtype:
+        """The torch dtype of what is stored, which the rows have too."""
         return torch.from_numpy(self.matrix.data[:0]).dtype
 
     def __len__(self) -> int:
@@ -134,6 +137,7 @@ class Batches:
 
     @property
     def per_epoch(self) -> int:
+        """The number of whole minibatches in one epoch."""
         return len(self.data) // self.size
 
     def one_pass(self) -> Batches:

@@ -32,6 +32,11 @@ def _mnist_images() -> dict[str, Tensor]:
 
 
 def mnist() -> tuple[Dataset, Dataset]:
+    """Load MNIST (train, test): inputs [N, 784] in [0, 1], class numbers 0 to 9.
+
+    Raises:
+        CurvlabError: a file is missing or damaged.
+    """
     raw = _mnist_images()
 
     def part(name: str) -> Dataset:
@@ -42,6 +47,11 @@ def mnist() -> tuple[Dataset, Dataset]:
 
 
 def mnist16() -> tuple[Dataset, Dataset]:
+    """Load MNIST at 16×16 (thesis 4.3.4): inputs [N, 256] in [0, 1], class numbers 0 to 9.
+
+    Raises:
+        CurvlabError: a file is missing or damaged.
+    """
     raw = _mnist_images()
 
     def part(name: str) -> Dataset:
@@ -137,14 +147,32 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def cifar10() -> tuple[Dataset, Dataset]:
+    """Load CIFAR-10 (train, test): inputs [N, 3, 32, 32], class numbers 0 to 9 (thesis 4.7.2).
+
+    Channels have mean 0 and variance 1 over the training images; minibatches of these are cropped
+    and mirrored at random (`CropAndFlip`).
+
+    Raises:
+        CurvlabError: a file is missing or damaged.
+    """
     return _cifar_dataset("cifar10", CIFAR10, _cifar_arrays(CIFAR10))
 
 
 def cifar100() -> tuple[Dataset, Dataset]:
+    """Load CIFAR-100 (train, test) as `cifar10` does, with its 100 fine classes.
+
+    Raises:
+        CurvlabError: a file is missing or damaged.
+    """
     return _cifar_dataset("cifar100", CIFAR100, _cifar_arrays(CIFAR100))
 
 
 def cifar10_subset() -> tuple[Dataset, Dataset]:
+    """Load the subset's own file as `cifar10` does; 8,068 training and 1,017 test images.
+
+    Raises:
+        CurvlabError: a file is missing or damaged.
+    """
     path = file("cifar10_subset.npz")
     return _cifar_dataset("cifar10-subset", replace(CIFAR10, title="8,068 images of CIFAR-10"), _npz(path))
 

@@ -45,6 +45,12 @@ def _untested(data: Dataset) -> Dataset:
 
 
 def a9a() -> tuple[Dataset, Dataset]:
+    """Load UCI Adult, 32,561 and 16,281 examples: x [N, 123], y [N, 1] of 0 and 1.
+
+    Raises:
+        CurvlabError: a file is missing or damaged.
+    """
+
     def part(name: str, rows: int) -> Dataset:
         x, y = _read(file(name), 123, rows)
         return Dataset("a9a", torch.from_numpy(x.toarray()), y, "UCI Adult as LIBSVM's a9a: 123 binary features")
@@ -53,6 +59,11 @@ def a9a() -> tuple[Dataset, Dataset]:
 
 
 def w8a() -> tuple[Dataset, Dataset]:
+    """Load w8a, 49,749 examples and no test part: x [N, 300], y [N, 1] of 0 and 1.
+
+    Raises:
+        CurvlabError: a file is missing or damaged.
+    """
     x, y = _read(file("w8a"), 300, 49_749)
     train = Dataset("w8a", torch.from_numpy(x.toarray()), y, "LIBSVM's w8a: 300 binary features of web pages")
     return train, _untested(train)

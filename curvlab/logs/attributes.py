@@ -60,14 +60,17 @@ _KINDS: dict[str, tuple[Callable[[Any], Any], str]] = (
 
 
 def text(ds: xr.Dataset, name: str, default: str = "") -> str:
+    """Return a text; `default` where it is absent, empty or no text."""
     return _text(ds.attrs.get(name)) or default
 
 
 def number(ds: xr.Dataset, name: str) -> float | None:
+    """Return a finite number; None where it is absent or is none."""
     return _number(ds.attrs.get(name))
 
 
 def mapping(ds: xr.Dataset, name: str) -> dict[str, Any]:
+    """Return a JSON object as a dictionary; empty where it is absent or is none."""
     return _mapping(ds.attrs.get(name)) or {}
 
 

@@ -157,6 +157,7 @@ class Log:
         return {"attributes": dict(self.attributes), "steps": steps, "records": records, "further": further}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take attributes and records from what `state_dict` returned, in place of its own."""
         self.attributes, self._steps = dict(state["attributes"]), {k: list(v) for k, v in state["steps"].items()}
         self._records = {
             s: [{k: (tuple(d), np.asarray(v)) for k, (d, v) in r.items()} for r in rs] for s, rs in state["records"].items()

@@ -30,6 +30,7 @@ class Claim:
     alike: bool = False
 
     def verdict(self, found: dict[str, Result]) -> str:
+        """Say whether it holds on one problem, with the numbers, or which runs are missing."""
         missing = [label for label in (*self.better, *self.than) if label not in found or not found[label].runs]
         if missing:
             return f"cannot be said: no run of {', '.join(missing)}"

@@ -50,6 +50,7 @@ class Method:
     epochs: int | None = None
 
     def on(self, problem: str) -> Values | None:
+        """Return the values for a problem; None where the table has none."""
         return self.values.get(problem) if isinstance(self.values, Mapping) else self.values
 
     def arguments(self, problem: str) -> dict[str, Any]:
@@ -78,9 +79,11 @@ class Extent:
     at_most: Mapping[str, int] = field(default_factory=dict)
 
     def seconds_on(self, problem: str) -> float | None:
+        """Return the seconds of training that a run of a problem has; None: no limit."""
         return self.seconds[problem] if isinstance(self.seconds, Mapping) else self.seconds
 
     def epochs_on(self, problem: str, algorithm: str = "") -> int | None:
+        """Return the lower of the problem's and the algorithm's epochs; None: no limit."""
         ends = (self.epochs[problem] if isinstance(self.epochs, Mapping) else self.epochs, self.at_most.get(algorithm))
         return min((n for n in ends if n is not None), default=None)
 
@@ -123,9 +126,11 @@ class Comparison:
 
     @property
     def extents(self) -> dict[str, str]:
+        """How far each budget goes: {budget: words}."""
         return {"smoke": SMOKE, "cpu": self.cpu.on(self.problems), "paper": self.paper.on(self.problems)}
 
     def run(self, report: Report) -> None:
+        """Train what is not there yet, say what came out, and draw the curves."""
         found = self.results(report)
         budget = report.options.budget
         report.draw(draw(found, self.measures, f"{self.shows}\n{budget}: {self.extents[budget]}", self.spread))
@@ -195,6 +200,7 @@ class Comparison:
 
     @property
     def decayed(self) -> bool:
+        """Whether a method's values include a weight decay on one of the problems."""
         return any(len(method.on(p) or ()) == 3 for method in self.methods.values() for p in self.problems)
 
     def _cells(self, label: str, r: Result, told: Mapping[str, float]) -> list[str]:

@@ -125,4 +125,5 @@ PROBLEMS: dict[str, PublishedProblem] = {
 
 
 def find(name: str) -> PublishedProblem:
+    """Return the entry of PROBLEMS by its name. Raises CurvlabError for an unknown one."""
     return lookup(PROBLEMS, name, "problem")

@@ -50,6 +50,7 @@ class Result:
         return np.asarray(ds["epoch"] if axis == "epoch" else ds[self.clock].mean("seed"), dtype=float)
 
     def mean(self, measure: str) -> Values:
+        """Return a measure's mean over the seeds, at each epoch that all of them have."""
         return np.asarray(self.together[measure].mean("seed"), dtype=float)
 
     def spread(self, measure: str) -> Values:
@@ -61,6 +62,7 @@ class Result:
         return float(self.together[measure].min("epoch").mean("seed"))
 
     def at(self, measure: str, axis: str, place: float) -> float:
+        """Return the mean at a place, epoch or seconds, by linear interpolation along the axis."""
         return float(np.interp(place, self.along(axis), self.mean(measure)))
 
 

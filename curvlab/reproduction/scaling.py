@@ -60,13 +60,16 @@ class Axis:
 
     @property
     def moved(self) -> Sequence[str]:
+        """Names of the sizes that change along the axis."""
         return self.sets or (self.name,)
 
     @property
     def heading(self) -> str:
+        """The names that move, with equals signs between."""
         return " = ".join(self.moved)
 
     def at(self, base: Mapping[str, int], size: int) -> SimpleNamespace:
+        """Return all sizes by name: those of `base`, with the moved ones at `size`."""
         return SimpleNamespace(**{**base, **dict.fromkeys(self.moved, size)})
 
     def until(self, budget: str) -> list[int]:
@@ -85,6 +88,7 @@ class Curve:
     formula: list[float] = field(default_factory=list)
 
     def exponents(self, sizes: Sequence[int]) -> str:
+        """Return the fitted exponent of the values and, in brackets, that of the formula."""
         measured, told = (round(exponent(sizes, v), 2) + 0.0 for v in (self.values, self.formula))  # no −0.00
         return f"{measured:.2f} ({told:.2f})"
 
@@ -116,13 +120,16 @@ class Scaling:
 
     @property
     def methods(self) -> Sequence[str]:
+        """Labels of the rows, of which a user may choose."""
         return list(self.rows)
 
     @property
     def problems(self) -> Sequence[str]:
+        """The problems to choose from, of which there are none: the data are random numbers."""
         return ()
 
     def run(self, report: Report) -> None:
+        """Measure the rows that the user chose, or all where none was chosen."""
         chosen = {label: row for label, row in self.rows.items() if label in report.options.methods}
         (replace(self, rows=chosen) if chosen else self).measure(report)
 

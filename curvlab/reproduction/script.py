@@ -36,6 +36,7 @@ class Options:
     problems: tuple[str, ...] = ()
 
     def check(self, what: Reproduction) -> None:
+        """Raise CurvlabError for a choice that `what` or this machine cannot meet."""
         if self.budget not in BUDGETS:
             raise unknown("budget", self.budget, BUDGETS)
         for kind, chosen, known in (("method", self.methods, what.methods), ("problem", self.problems, what.problems)):
@@ -48,10 +49,12 @@ class Options:
 
     @property
     def smoke(self) -> bool:
+        """Whether the budget is `smoke`."""
         return self.budget == "smoke"
 
     @property
     def where(self) -> torch.device:
+        """The device, `auto` resolved. Raises CurvlabError where this machine lacks it."""
         return device_of(self.device)
 
 
@@ -60,16 +63,27 @@ class Reproduction(Protocol):
     `problems` a user may choose."""
 
     @property
-    def shows(self) -> str: ...
+    def shows(self) -> str:
+        """What it shows, its document and number first."""
+
     @property
-    def claim(self) -> str: ...
+    def claim(self) -> str:
+        """What the document says of it, in its words."""
+
     @property
-    def extents(self) -> Mapping[str, str]: ...
+    def extents(self) -> Mapping[str, str]:
+        """How far each budget goes: {budget: words}."""
+
     @property
-    def methods(self) -> Iterable[str]: ...
+    def methods(self) -> Iterable[str]:
+        """Names of methods to choose from; none where there is no choice."""
+
     @property
-    def problems(self) -> Iterable[str]: ...
-    def run(self, report: Report) -> None: ...
+    def problems(self) -> Iterable[str]:
+        """Names of problems to choose from; none where there is no choice."""
+
+    def run(self, report: Report) -> None:
+        """Compute it within the report's options, and say and draw it there."""
 
 
 @dataclass
@@ -81,6 +95,7 @@ class Report:
     lines: list[str] = field(default_factory=list)
 
     def say(self, line: str = "") -> None:
+        """Print a line, at once, and keep it."""
         print(line, flush=True)
         self.lines.append(line)
 
@@ -95,6 +110,7 @@ class Report:
             self.say("  ".join([first, *others]).rstrip())
 
     def file(self, suffix: str) -> Path:
+        """Return the path of an output file, `out`/NAME-BUDGET.suffix."""
         return self.options.out / f"{self.name}-{self.options.budget}.{suffix}"
 
     def draw(self, figure: Figure) -> None:
@@ -102,6 +118,7 @@ class Report:
         self._write(self.file("png"), lambda path: figure.savefig(path, format="png", dpi=50 if self.options.smoke else 120))
 
     def close(self) -> None:
+        """Write the text file. Raises CurvlabError where that cannot be done."""
         text = "\n".join(self.lines) + "\n"
         self._write(self.file("txt"), lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -126,6 +143,7 @@ class Script:
     problems: Sequence[str] = ()
 
     def run(self, report: Report) -> None:
+        """Call `make` with the report."""
         self.make(report)
 
 
@@ -155,6 +173,7 @@ def say_progress(what: str, left: float | None = None) -> None:
 
 
 def described(device: torch.device) -> str:
+    """Return a device in words: a GPU's name, or the number of CPU threads in use."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{torch.get_num_threads()} CPU thread{'s' if torch.get_num_threads() > 1 else ''}"

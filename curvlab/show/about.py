@@ -25,6 +25,7 @@ _WIDTH = 92
 
 
 def title(ds: xr.Dataset) -> str:
+    """Return the title that the log has, else `curvlab` and the run's command."""
     return attributes.text(ds, "title") or f"curvlab {command(ds) or 'log'}"
 
 
@@ -112,6 +113,7 @@ def _time(ds: xr.Dataset) -> str:
 
 
 def date(created: object) -> str:
+    """Return an ISO 8601 time as it is shown: a blank for its T, UTC for +00:00."""
     return str(created).replace("T", " ").replace("+00:00", " UTC")
 
 

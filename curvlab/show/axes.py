@@ -26,6 +26,7 @@ class SymmetricLog:
     top: float
 
     def scale(self, ax: Axes) -> None:
+        """Give `ax` this horizontal axis: its scale, its limits ±`top`, its ticks."""
         low, high = round(math.log10(self.centre)), math.ceil(math.log10(self.top) - 0.01) - 1
         ax.set_xscale("symlog", linthresh=self.centre, linscale=0.5)
         ax.set_xlim(-self.top, self.top)

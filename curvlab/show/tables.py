@@ -172,6 +172,7 @@ def _order(value: float) -> str:
 
 
 def evaluated(ds: xr.Dataset) -> xr.Dataset:
+    """Return a training log without the epochs at which no training loss is known."""
     return ds.dropna("epoch", subset=["train_loss"])
 
 

@@ -59,6 +59,7 @@ class Sealing:
         self._stream, self._sum = stream, hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> int:
+        """Write and return the number of bytes. An OSError is kept in `error` and raised."""
         try:
             self._stream.write(data)
         except OSError as error:
@@ -71,6 +72,7 @@ class Sealing:
         """Nothing is held back here."""
 
     def seal(self) -> bytes:
+        """Return the seal of all that was written so far, `SEAL` bytes."""
         return _MARK + self._sum.hexdigest().encode() + b"\n"
 
 

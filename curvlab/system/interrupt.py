@@ -82,6 +82,7 @@ class Listener:
         self.begin(None)
 
     def begin(self, most: int | None) -> None:
+        """Start anew in this process: nothing raised, not deaf, this `most`; None: no limit."""
         self.most, self.raised, self.deaf, self.process = most, 0, False, os.getpid()
         self._first = -SAME
 

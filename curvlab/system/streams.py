@@ -23,15 +23,19 @@ class Output(io.RawIOBase):
         self.descriptor, self.error = descriptor, ""
 
     def writable(self) -> bool:
+        """Return True, also where what is written goes nowhere."""
         return True
 
     def fileno(self) -> int:
+        """Return the descriptor. Raises io.UnsupportedOperation where there is none any more."""
         return super().fileno() if self.descriptor is None else self.descriptor
 
     def isatty(self) -> bool:
+        """Whether there is a descriptor, and it is a terminal's."""
         return self.descriptor is not None and os.isatty(self.descriptor)
 
     def write(self, data: Buffer, /) -> int:
+        """Write, waiting where it is full; return the bytes taken, all where they are dropped."""
         size = memoryview(data).nbytes
         while self.descriptor is not None:
             try:

@@ -14,34 +14,42 @@ Test = Callable[[Any], bool]
 
 
 def whole(value: Any) -> bool:
+    """Whether it is an int, no bool, and from 0 to 2⁶³ − 1."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def number(value: Any) -> bool:
+    """Whether it is an int or a float, no bool; NaN and infinities are."""
     return type(value) in (int, float)
 
 
 def flag(value: Any) -> bool:
+    """Whether it is a bool."""
     return type(value) is bool
 
 
 def text(value: Any) -> bool:
+    """Whether it is a str, and of no subclass."""
     return type(value) is str
 
 
 def tensor(value: Any) -> bool:
+    """Whether it is a tensor, whatever its shape, dtype and device."""
     return isinstance(value, Tensor)
 
 
 def or_none(test: Test) -> Test:
+    """Return the test that passes None, and whatever passes `test`."""
     return lambda value: value is None or test(value)
 
 
 def list_of(test: Test, length: int | None = None) -> Test:
+    """Return the test of a list or tuple, of this length if one is given, by its items."""
     return lambda value: isinstance(value, list | tuple) and length in (None, len(value)) and all(map(test, value))
 
 
 def table_of(test: Test, key: Test = text) -> Test:
+    """Return the test of a mapping by its keys and its values."""
     return lambda value: isinstance(value, Mapping) and all(map(key, value)) and all(map(test, value.values()))
 
 
@@ -56,6 +64,7 @@ def count(value: Any) -> bool:
 
 
 def attribute(value: Any) -> bool:
+    """Whether it is what a log's attribute may be: text or a number."""
     return text(value) or number(value)
 
 
@@ -65,14 +74,17 @@ def plain(value: Any) -> bool:
 
 
 def numbers(depth: int) -> Test:
+    """Return the test of lists of numbers within each other `depth` deep; 0 is one number."""
     return list_of(numbers(depth - 1)) if depth else number
 
 
 def like(value: Any, own: Tensor) -> bool:
+    """Whether it is a tensor of the shape and dtype of `own`, on whatever device."""
     return isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
 
 
 def equal(one: Any, two: Any) -> bool:
+    """Whether two nested values are equal; numbers must be of one type, devices may differ."""
     if isinstance(one, Mapping):
         return isinstance(two, Mapping) and one.keys() == two.keys() and all(equal(v, two[k]) for k, v in one.items())
     if isinstance(one, list | tuple):
@@ -94,6 +106,7 @@ def keys(found: Mapping[Any, Any], wanted: Iterable[Any], where: str, more: Iter
 
 
 def must(value: Any, test: Test, where: str) -> None:
+    """Raise CurvlabError, which says `where`, unless `test` passes the value."""
     try:
         good = test(value)
     except (TypeError, ValueError, RuntimeError):
@@ -109,6 +122,7 @@ def _said(value: Any) -> str:
 
 
 def wrong(what: str) -> CurvlabError:
+    """Return the error for a checkpoint that holds something else; `what` says what."""
     return CurvlabError(f"the checkpoint does not hold what a run does: {what}; start again in another folder")
 
 

@@ -63,6 +63,7 @@ class TrainRun:
 
     @property
     def dataset(self) -> xr.Dataset:
+        """All records of the log, with its attributes. Raises CurvlabError where there is none."""
         return self.log.dataset()
 
     @property
@@ -71,6 +72,7 @@ class TrainRun:
         return self.log.path
 
     def figure(self, name: str = "training") -> Figure:
+        """Draw figure `name`. Raises CurvlabError if it is unknown or the log lacks its data."""
         return figures.draw(self.dataset, name)
 
 

@@ -35,6 +35,7 @@ class Schedule:
 
     @property
     def options(self) -> list[str]:
+        """Names of the options that `make` takes from the user, with a default or without."""
         return [p.name for p in self._parameters]
 
     @property

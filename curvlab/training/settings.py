@@ -70,6 +70,7 @@ class Settings:
         check_weight_decay(self.weight_decay)
 
     def optimizer(self, objective: Objective) -> Optimizer:
+        """Build the optimizer of `objective`. Raises CurvlabError where `own` does not fit."""
         names = ("damping", "momentum", "momentum_kind", "decay", "labels", "weight_decay", "update_every", "refresh_every",
                  "double_grad")  # fmt: skip
         shared = {name: getattr(self, name) for name in names}
