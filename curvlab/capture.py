@@ -142,8 +142,6 @@ class Capture:
         self.trace = hash((*self.calls, *[(name, len(uses)) for name, uses in self.uses.items()]))
         self.calls.clear()
 
-    # ------------------------------------------------------------------------------------------ in the forward pass
-
     def _hear(self, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = rule.bind(args, kwargs)
         weight = call.weight
@@ -355,9 +353,7 @@ class Capture:
             like = self.parameters[block.params[0]].detach() if common is None else common
             if name in parts:
                 frozen = [param for param in block.params if param in still] if still else ()
-                found[name] = LayerStatistics(
-                    block, size, mean, parts[name], like=like, vectors=count, frozen=frozen
-                )  # fmt: skip
+                found[name] = LayerStatistics(block, size, mean, parts[name], like=like, vectors=count, frozen=frozen)
             elif mean is not None:
                 found[name] = LayerStatistics(block, size, mean, like=like, why=self.general[name], used=used)
         return found

@@ -25,7 +25,7 @@ from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
 from curvlab.second_looks import QUIET
 from curvlab.statistics import LayerStatistics
-from curvlab.strangers import called, eager, mixes
+from curvlab.strangers import PICK, WRAP, called, eager, mixes
 
 if TYPE_CHECKING:
     from curvlab.objective import Objective
@@ -42,7 +42,7 @@ class Closure(Independence):
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             given = f"{type(x).__name__} and {type(y).__name__}"
             raise CurvlabError(f"a minibatch must be two tensors, not {given}: put the inputs side by side in one tensor, and "
-                               f"{_WRAP}")  # fmt: skip
+                               f"{WRAP}")  # fmt: skip
         if not x.ndim or not y.ndim:
             raise CurvlabError("a minibatch needs the examples as first axis; this one has no axis")
         if len(x) != len(y):
@@ -93,14 +93,14 @@ class Closure(Independence):
             if "argument" not in str(error) or "forward()" not in str(error):
                 raise
             line = str(error).splitlines()[0]
-            raise CurvlabError(f"the model does not take one tensor ({line}): {_WRAP}") from error
+            raise CurvlabError(f"the model does not take one tensor ({line}): {WRAP}") from error
         except (RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, CurvlabError) or not any(word in str(error) for word in _OF_THE_DATA):
                 raise
             line = str(error).splitlines()[0]
             raise CurvlabError(f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}") from error
         if not isinstance(z, Tensor):
-            raise CurvlabError(f"the model returned a {type(z).__name__}, not one tensor: {_PICK}")
+            raise CurvlabError(f"the model returned a {type(z).__name__}, not one tensor: {PICK}")
         if z.shape[:1] != x.shape[:1]:
             rows = f"{len(x)} rows, one for each example, not {list(z.shape)}"
             raise CurvlabError(f"the model must return one tensor with {rows}: "
@@ -391,13 +391,6 @@ class Closure(Independence):
 _MIXING = (
     "batch norm in training mode lets examples act on each other: the Gauss-Newton matrix is taken as if each stood alone, "
     "without the derivatives that pass from one to another"
-)
-_WRAP = (
-    "wrap it in a module that takes its one input apart, class Apart(nn.Module) with "
-    "def forward(self, x): return self.net(x[..., :k], x[..., k:])"
-)
-_PICK = (
-    "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return self.net(x)[0] (or .logits)"
 )
 _FORMS = 512  # that are remembered
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range in self")

@@ -50,6 +50,13 @@ def mixes(modules: Iterable[nn.Module]) -> bool:
     return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in modules)
 
 
+WRAP = (
+    "wrap it in a module that takes its one input apart, class Apart(nn.Module) with "
+    "def forward(self, x): return self.net(x[..., :k], x[..., k:])"
+)
+PICK = "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return self.net(x)[0] (or .logits)"
+"""Remedies for a model of several inputs, and for one that returns more than a tensor."""
+
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 

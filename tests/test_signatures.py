@@ -1,5 +1,5 @@
-"""Curvature, probes and algorithms: no long parameter list, no long file, and no public name that
-means two things."""
+"""The house: no long parameter list, no long file, a docstring for every public name, and none of
+curvature and probes that means two things."""
 
 from __future__ import annotations
 
@@ -31,15 +31,34 @@ def parameters(tree: ast.Module) -> Iterator[tuple[str, int]]:
             yield node.name, len(fields)
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.startswith(OURS)])
+MANY = ("cli/", "training/settings.py", "reproduction/comparison.py")
+"""A command has as many options as it has; and two values that hold a command's and a script's settings, by keyword."""
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if not f.startswith(MANY)])
 def test_no_function_has_more_parameters_than_one_reads(file: str) -> None:
     found = {name: count for name, count in parameters(ast.parse(FILES[file].read_text())) if count > MOST}
     assert not found
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.startswith(OURS)])
+@pytest.mark.parametrize("file", FILES)
 def test_no_file_is_longer_than_400_lines(file: str) -> None:
     assert len(FILES[file].read_text().splitlines()) <= 400
+
+
+def undocumented(node: ast.AST, name: str = "") -> Iterator[str]:
+    """Public functions, methods and classes without a docstring."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+            if ast.get_docstring(child) is None:
+                yield f"{name}{child.name}"
+            if isinstance(child, ast.ClassDef):
+                yield from undocumented(child, f"{name}{child.name}.")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_public_name_has_a_docstring(file: str) -> None:
+    assert not list(undocumented(ast.parse(FILES[file].read_text())))
 
 
 def defined(tree: ast.Module) -> Iterator[str]:

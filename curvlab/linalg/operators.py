@@ -12,10 +12,9 @@ Legend: D order, K columns, R rows and C columns of a rectangular matrix.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, reduce
-from typing import Any, Protocol, Self, TypeVar, cast, runtime_checkable
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -24,97 +23,15 @@ from torch import Tensor
 from curvlab.errors import Diverged, lookup
 from curvlab.linalg.cholesky import solve_cholesky
 from curvlab.linalg.kronecker import kronecker_product
+from curvlab.linalg.operator_base import NOWHERE as NOWHERE
+from curvlab.linalg.operator_base import Operator as Operator
+from curvlab.linalg.operator_base import Placed as Placed
+from curvlab.linalg.operator_base import Square as Square
+from curvlab.linalg.operator_base import Symmetric as Symmetric
+from curvlab.linalg.operator_base import placed as placed
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows, gram_cholesky
 
 T = TypeVar("T")
-
-
-@runtime_checkable
-class Operator(Protocol):
-    """A symmetric linear map of the vectors of length ``len(operator)``."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(D, D)"""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the vectors that it takes."""
-
-    @property
-    def device(self) -> torch.device:
-        """Of the vectors that it takes."""
-
-    @property
-    def T(self) -> Operator:
-        """Itself."""
-
-    def __len__(self) -> int: ...
-    def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]: ...
-    def inv(self) -> Operator:
-        """Return the inverse, an operator again; each kind says when it raises Diverged."""
-
-    def dense(self) -> Float[Tensor, "D D"]:
-        """Return the matrix itself, [D, D]; it may share memory with the operator."""
-
-    def eigvalsh(self) -> Float[Tensor, " D"]:
-        """All eigenvalues, ascending."""
-
-    def diag(self) -> Float[Tensor, " D"]:
-        """Return the diagonal, [D]; it may share memory with the operator."""
-
-    def trace(self) -> Float[Tensor, ""]:
-        """Return the sum of the diagonal, a scalar."""
-
-
-class Placed:
-    """Where a frozen value of tensors, numbers and other such values lies: where its first floating tensor does."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the first floating tensor or product held; float64 without one."""
-        return (placed(self) or NOWHERE)[0]
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first floating tensor or product held; the CPU without one."""
-        return (placed(self) or NOWHERE)[1]
-
-
-class Square(ABC):
-    """What a symmetric operator says of itself by its length."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(D, D)"""
-        return len(self), len(self)
-
-    @property
-    def T(self) -> Self:
-        """Itself."""
-        return self
-
-
-class Symmetric(Square, Placed):
-    """Base of the operators of the algebra: `shape`, `T`, `dtype` and `device`."""
-
-
-NOWHERE = torch.float64, torch.device("cpu")
-"""dtype and device of what holds no tensor."""
-
-
-def placed(value: Any) -> tuple[torch.dtype, torch.device] | None:
-    """dtype and device of a value's first floating tensor; of a product, which holds none, as it says; else None."""
-    dtype = None if isinstance(value, Placed) else getattr(value, "dtype", None)
-    if isinstance(dtype, torch.dtype):
-        return (dtype, value.device) if dtype.is_floating_point else None
-    inner = (
-        [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else value if isinstance(value, tuple) else []
-    )
-    return next((found for found in map(placed, inner) if found), None)
 
 
 @dataclass(frozen=True)
