@@ -15,6 +15,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `problems`
+if os.environ.get("CURVLAB_CHECK_SHAPES"):  # before anything imports curvlab
+    from jaxtyping import install_import_hook
+
+    install_import_hook("curvlab", "shapes.checked")
 torch.set_num_threads(1)
 
 
