@@ -59,7 +59,8 @@ def test_every_script_is_here() -> None:
 
 
 LONG = {
-    "damping_sweep.py", "assumptions.py", "refresh.py", "benchmarks/compare.py", "benchmarks/probes.py", "benchmarks/exact.py",
+    "damping_sweep.py", "assumptions.py", "which_curvature.py", "refresh.py",
+    "benchmarks/compare.py", "benchmarks/probes.py", "benchmarks/exact.py",
 }  # fmt: skip
 
 
@@ -113,7 +114,17 @@ def test_notebook_by_a_kernel(path: Path) -> None:
     assert len(pictures) == 3
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, id=p.name) for p in NOTEBOOKS if p.name not in BY_A_KERNEL])
+LENGTHY = {"comparing_two_runs.ipynb"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.name in LENGTHY else [])
+        for p in NOTEBOOKS
+        if p.name not in BY_A_KERNEL
+    ],
+)
 def test_notebook(path: Path) -> None:
     """Its cells in IPython's own shell, in a fork of this process, on a third of the digits; its pictures are drawn."""
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]

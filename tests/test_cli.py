@@ -57,6 +57,28 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return lines[0]
 
 
+def ends_at_once(words: list[str], out: Path) -> None:
+    """A process of its own that Ctrl-C ends after its first record: its code, its line, its log."""
+    command = [sys.executable, "-m", "curvlab", *words, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "run.h5").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - start < 10
+    assert process.returncode == 130
+    assert f"interrupted; the log so far is saved in {out / 'run.h5'}" in err
+    assert "Traceback" not in err
+    assert len(cl.open(out)["step"]) >= 1
+
+
+blank = pytest.mark.usefixtures("blank_pictures")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("small") / "run"
@@ -98,6 +120,7 @@ def test_the_log_has_the_promised_schema(folder: Path) -> None:
         assert {"versions", "git_commit", "created", "reference"} <= ds.attrs.keys()
 
 
+@blank
 def test_the_same_seed_gives_the_same_log(folder: Path, tmp_path: Path) -> None:
     assert call(*SMALL, "--algorithms", "tnt,sgd-m", "--seed", "4", "--out", str(tmp_path)) == 0
     one, two = cl.open(folder), cl.open(tmp_path)
@@ -105,6 +128,7 @@ def test_the_same_seed_gives_the_same_log(folder: Path, tmp_path: Path) -> None:
         xr.testing.assert_identical(one[name], two[name])
 
 
+@blank
 def test_seeds_repeat_and_the_table_shows_mean_and_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*SMALL, "--algorithms", "sgd-m", "--seeds", "2", "--out", str(tmp_path)) == 0
     out = capsys.readouterr().out
@@ -115,12 +139,14 @@ def test_seeds_repeat_and_the_table_shows_mean_and_spread(tmp_path: Path, capsys
     assert (ds["loss"].sel(seed=0) != ds["loss"].sel(seed=1)).all()
 
 
+@blank
 def test_log_every_and_epochs(tmp_path: Path) -> None:
     small = [w for w in SMALL if w not in ("--steps", "3")]
     assert call(*small, "--algorithms", "sgd-m", "--epochs", "2", "--log-every", "2", "--out", str(tmp_path)) == 0
     assert cl.open(tmp_path)["step"].values.tolist() == [0, 2, 4]  # three batches an epoch
 
 
+@blank
 def test_the_default_folder_is_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -287,25 +313,11 @@ def test_a_run_that_fails_half_way_keeps_its_log(
 
 
 def test_ctrl_c_ends_at_once_and_says_where_the_log_is(tmp_path: Path) -> None:
-    words = ["-m", "curvlab", "compare", "--model", "mlp-256-20", "--reference", "kfac", "--algorithms", "sgd-m"]
-    process = subprocess.Popen(
-        [sys.executable, *words, "--steps", "1000000", "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run.h5").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    start = time.monotonic()
-    _, err = process.communicate(timeout=30)
-    assert time.monotonic() - start < 10
-    assert process.returncode == 130
-    assert f"interrupted; the log so far is saved in {tmp_path / 'run.h5'}" in err
-    assert "Traceback" not in err
-    assert len(cl.open(tmp_path)["step"]) >= 1
+    words = ["compare", "--model", "mlp-256-20", "--reference", "kfac", "--algorithms", "sgd-m", "--steps", "1000000"]
+    ends_at_once(words, tmp_path)
 
 
+@blank
 @pytest.mark.filterwarnings("default::curvlab.errors.CurvlabWarning")
 def test_layers_that_have_no_factors_are_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

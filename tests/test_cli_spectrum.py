@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +11,7 @@ import pytest
 import torch
 import xarray as xr
 from matplotlib.image import imread
-from test_cli import call, refused
+from test_cli import blank, call, ends_at_once, refused
 from torch import nn
 
 import curvlab as cl
@@ -81,6 +76,7 @@ def test_it_is_what_the_function_computes_along_the_optimizers_own_steps(folder:
             assert ds["loss"].sel(step=step).item() == pytest.approx(objective.closure(x, y)().item(), rel=1e-12)
 
 
+@blank
 def test_the_same_seed_gives_the_same_log(folder: Path, tmp_path: Path) -> None:
     assert call(*TWO, "--out", str(tmp_path)) == 0
     one, two = cl.open(folder), cl.open(tmp_path)
@@ -88,6 +84,7 @@ def test_the_same_seed_gives_the_same_log(folder: Path, tmp_path: Path) -> None:
         xr.testing.assert_identical(one[name], two[name])
 
 
+@blank
 def test_whole_by_lanczos_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--blocks", "whole,6", "--method", "lanczos", "--draws", "2", "--steps", "5", "--after", "0"]
     assert call(*SMALL, *words, "--algorithm", "sgd-m", "--out", str(tmp_path)) == 0
@@ -178,6 +175,7 @@ def test_output_folder_that_cannot_be_written(folder: Path, tmp_path: Path, caps
     assert "already holds a run.h5" in refused(capsys, *SMALL, "--out", str(folder))
 
 
+@blank
 def test_the_default_folder_is_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert call(*SMALL, "--blocks", "6", "--after", "0") == 0
@@ -191,19 +189,6 @@ def test_training_that_fails_keeps_the_states_before(tmp_path: Path, capsys: pyt
     assert cl.open(tmp_path)["step"].values.tolist() == [0]
 
 
+@pytest.mark.slow  # by default of `compare`, in test_cli.py, and inside this process, in test_signals.py
 def test_ctrl_c_ends_at_once_and_says_where_the_log_is(tmp_path: Path) -> None:
-    words = ["-m", "curvlab", *SMALL, "--blocks", "6", "--after", "0,1,1000000", "--out", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run.h5").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    start = time.monotonic()
-    _, err = process.communicate(timeout=30)
-    assert time.monotonic() - start < 10
-    assert process.returncode == 130
-    assert f"interrupted; the log so far is saved in {tmp_path / 'run.h5'}" in err
-    assert "Traceback" not in err
-    assert len(cl.open(tmp_path)["step"]) >= 1
+    ends_at_once([*SMALL, "--blocks", "6", "--after", "0,1,1000000"], tmp_path)

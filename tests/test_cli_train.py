@@ -20,7 +20,7 @@ import pytest
 import torch
 import xarray as xr
 from matplotlib.image import imread
-from test_cli import call, refused
+from test_cli import blank, call, refused
 from test_train import same_log
 from torch import nn
 
@@ -48,9 +48,6 @@ TWO = [
     "--probe",
     "loss:4",
 ]
-
-
-blank = pytest.mark.usefixtures("blank_pictures")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -262,11 +259,6 @@ def test_killed_and_gone_on_with_it_is_the_same_run(moments: list[float], last: 
     assert len(json.loads(cl.open(out).attrs["resumed"])) >= 2
 
 
-OWN = """from torch import nn
-
-def build():
-    return nn.Sequential(nn.Linear(256, 16), nn.Tanh(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 10))
-"""
 OFTEN = {"damping": 1, "loss": 1, "norms": 2, "noise": 3, "condition": 5, "memory": 6, "bounds": 7, "reduction": 10,
          "error": 15, "spectrum": 20, "alignment": 30}  # fmt: skip
 """All probes that see anything of `k-bfgs-20`, more often than by default: kills fall into all of them."""
@@ -287,26 +279,9 @@ PROBED += ["--damping", "0.3", "--epochs", "2", "--checkpoint-seconds", "0.05", 
 PROBED += [word for name, every in OFTEN.items() for word in ("--probe", f"{name}:{every}")]
 
 
-@pytest.mark.slow
-def test_sigkill_at_fifty_random_moments_with_all_probes(tmp_path: Path) -> None:
-    """Log and checkpoint open after every kill, and each run, killed ten times, ends as if never stopped."""
-    assert OFTEN.keys() == {name for name, one in PROBES.items() if "train" in one.where} - {"shift"}  # of block-hessian alone
-    (tmp_path / "own.py").write_text(OWN)
-    whole = tmp_path / "whole"
-    with start(*PROBED, "--out", str(whole), cwd=tmp_path) as process:
-        _, err = process.communicate(timeout=600)
-        assert process.returncode == 0, err
-    times = cl.open(whole).isel(epoch=-1)
-    lasts = float(times["wall_seconds"] + times["probe_seconds"])
-    draw, killed, resumed, runs = np.random.default_rng(1), 0, 0, 0
-    while killed < 50:
-        assert runs < 20
-        out, moments = tmp_path / str(runs), draw.uniform(0.0, 0.08 * lasts, 10).tolist()
-        alive = killed_and_resumed(out, moments, PROBED)
-        same_run(out, whole)
-        killed, runs, resumed = killed + alive, runs + 1, resumed + len(json.loads(cl.open(out).attrs["resumed"]))
-        print(f"run {runs}: {alive} kills while it trained, {killed} so far, {resumed} times gone on with")
-    assert resumed >= 50
+def test_kills_fall_into_all_probes() -> None:
+    """Of the slow test of test_signals.py; but for the shift, which is of block-hessian alone."""
+    assert OFTEN.keys() == {name for name, one in PROBES.items() if "train" in one.where} - {"shift"}
 
 
 @blank
