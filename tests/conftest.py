@@ -74,14 +74,17 @@ def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _memory_of_one_test() -> Iterator[None]:
-    """What a test has freed goes back to the system where it was much."""
+    """What tests have freed goes back to the system wherever the process has grown by much."""
     yield
-    if sys.platform == "linux" and _resident() > _MUCH:
+    if sys.platform == "linux" and _resident() > _left[0] + _MUCH:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
+        _left[0] = _resident()
 
 
-_MUCH = 900 << 20  # bytes
+_MUCH = 128 << 20  # bytes
+_left = [0]
+"""Bytes of this process after the last time."""
 
 
 def _resident() -> int:
