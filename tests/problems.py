@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from _pytest.mark import ParameterSet
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -219,6 +222,19 @@ def in_turn(first: Iterable[str], second: Iterable[str], third: Sequence[object]
         slow = (i + j) % len(third) != k
         found.append(pytest.param(a, b, c, marks=[pytest.mark.slow] if slow else []))
     return found
+
+
+def assert_drawn(figure: Figure) -> list[Axes]:
+    """Its axes that hold something: there are some, both ways are named, and lines are of finite numbers, x with y."""
+    axes = [ax for ax in figure.axes if ax.lines or ax.collections or ax.patches or ax.images]
+    assert any(ax.get_xlabel() for ax in axes)
+    assert any(ax.get_ylabel() or ax.get_title() for ax in axes)
+    for ax in axes:
+        for line in ax.lines:
+            x, y = (np.asarray(values, dtype=float) for values in line.get_data())
+            assert len(x) == len(y) > 0
+            assert np.isfinite(y).any()
+    return axes
 
 
 def laid_out(block: Block, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:

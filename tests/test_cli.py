@@ -19,6 +19,7 @@ import pytest
 import torch
 import xarray as xr
 from matplotlib.image import imread
+from problems import assert_drawn
 from torch import nn
 
 import curvlab as cl
@@ -29,7 +30,7 @@ from curvlab.cli import terminal
 from curvlab.datasets import DATASETS, Dataset, Entry
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
-from curvlab.show.figures import FIGURES
+from curvlab.show.figures import FIGURES, draw
 from curvlab.show.tables import Table
 from curvlab.system.interrupt import listening
 
@@ -164,6 +165,11 @@ def test_plot_redraws_from_the_log_alone(folder: Path, tmp_path: Path, figure: s
     assert call("plot", str(tmp_path), "--figure", figure, "-o", str(tmp_path / "x.svg")) == 0
     assert min(imread(tmp_path / f"{figure}.png").shape[:2]) > 150
     assert (tmp_path / "x.svg").stat().st_size > 1000
+    ds = cl.open(folder)
+    axes = assert_drawn(draw(ds, figure))
+    if figure == "loss":
+        (line,) = (line for line in axes[0].lines if len(line.get_xdata()) == ds.sizes["step"])
+        np.testing.assert_array_equal(line.get_ydata(), ds["loss"])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
+from problems import assert_drawn
 from torch import nn
 
 from curvlab import datasets
@@ -93,7 +95,10 @@ def test_problems_are_of_networks_and_data_that_there_are() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    write = Report.draw
+    monkeypatch.setattr(Report, "draw", lambda self, figure: drawn.append(figure) or write(self, figure))
     reproduce(load(name), name, Options("smoke", tmp_path / "out", tmp_path / "runs", "cpu"))
     said = capsys.readouterr().out
     assert f"wrote {tmp_path / 'out' / name}-smoke.txt" in said
@@ -101,6 +106,7 @@ def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not (tmp_path / "runs").exists()
     if name not in ("table-2.3", "table-2.4", "table-3.6"):
         assert (tmp_path / "out" / f"{name}-smoke.png").stat().st_size > 5000
+        assert_drawn(drawn[-1])
     if name in COMPARISONS:
         assert said.count("claim:") == len(COMPARISONS[name].claims)
         for label in COMPARISONS[name].methods:
