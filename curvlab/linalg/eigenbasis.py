@@ -25,7 +25,7 @@ from curvlab.linalg.operators import Compact, Diagonal, Operator, Symmetric, pac
 class Rotated(Symmetric):
     """(⊗ᵢ Qᵢ) M (⊗ᵢ Qᵢ)ᵀ of orthogonal Qᵢ and an M that is diagonal, or diagonal with few rows added."""
 
-    bases: tuple[Float[Tensor, "d_i d_i"], ...]
+    bases: tuple[Float[Tensor, "_ _"], ...]
     inside: Diagonal | Compact
 
     def __len__(self) -> int:

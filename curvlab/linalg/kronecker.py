@@ -71,7 +71,7 @@ def accumulate_places_(
         target[o].addmm_(left.mT, right, alpha=new)
 
 
-def tensor_normal_factors(contractions: Sequence[Float[Tensor, "d_i d_i"]]) -> tuple[Float[Tensor, "d_i d_i"], ...]:
+def tensor_normal_factors(contractions: Sequence[Float[Tensor, "_ _"]]) -> tuple[Float[Tensor, "_ _"], ...]:
     """Ũ_i = E[G^(i)] / (c_0^{k−1} Π_{j≠i} d_j), c_0 = (tr E[G^(i)] / Π d_j)^{1/k}: thesis (4.10).
 
     All factors have the same mean eigenvalue c_0. Where the statistics are zero so is c_0, and the factors are zero
