@@ -299,7 +299,7 @@ class Capture:
         """The inputs of one block with a single use, no pass back."""
         block = next(b for b in self.blocks if b.name == name)
         use = self.only(block)
-        none = use.output.value.new_zeros(0)
+        none = use.output.value.new_zeros(0, 0, 0, 0)  # no vector was sent back
         return LayerStatistics(block, size, parts=[Part(block, self._input(use, size, "first"), none)], like=none)
 
     def backward(
