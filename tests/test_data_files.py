@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ import pytest
 
 import curvlab as cl
 from curvlab import datasets
-from curvlab.datasets import FILES, File, files
+from curvlab.datasets import FILES, File, files, images
 
 
 def test_damaged_file_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked = images._mnist_images
+    monkeypatch.setattr(images, "_mnist_images", getattr(unpacked, "__wrapped__", unpacked))
+    monkeypatch.setitem(datasets.DATASETS, "mnist16", replace(datasets.DATASETS["mnist16"], load=images.mnist16))
     good = datasets.file("mnist.npz").read_bytes()
     (tmp_path / "mnist.npz").write_bytes(good[:5000] + b"x" + good[5001:])
     monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))

@@ -23,6 +23,7 @@ import xarray as xr
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress
 from test_cli import call
@@ -491,7 +492,8 @@ def test_any_name_is_a_task(name: str) -> None:
     bar.add_task(name, total=2, note=name)
     console = Console(file=held, width=1000)
     console.print(bar.get_renderable())
-    assert held.getvalue().count(for_terminal(name).strip()) >= 2 or not for_terminal(name).strip()
+    shown = for_terminal(name).strip()
+    assert held.getvalue().count(shown) >= 2 or not cell_len(shown)  # a modifier alone has no width: rich leaves it out
 
 
 def test_a_hostile_folder_does_not_keep_a_run_from_its_pictures(small: dict[str, xr.Dataset], tmp_path: Path) -> None:

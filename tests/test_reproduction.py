@@ -28,11 +28,12 @@ from curvlab.models import MODELS
 from curvlab.reproduction import Axis, Claim, Comparison, Extent, Method, Options, Row, Scaling, load, reproduce, scripts
 from curvlab.reproduction.claims import verdicts
 from curvlab.reproduction.comparison import Runs
-from curvlab.reproduction.drawing import draw, styles
+from curvlab.reproduction.drawing import draw
 from curvlab.reproduction.problems import PROBLEMS, PublishedProblem
 from curvlab.reproduction.results import Result, cut
 from curvlab.reproduction.scaling import exponent
 from curvlab.reproduction.script import Report
+from curvlab.show.style import looks as looks_of
 from curvlab.system.memory import tensors
 
 ANALYSES = Path(__file__).resolve().parent.parent / "analyses"
@@ -370,8 +371,8 @@ def test_claims_by_hand() -> None:
 
 def test_curves_are_told_apart_without_colour() -> None:
     for figure in COMPARISONS.values():
-        looks = styles({label: method.algorithm for label, method in figure.methods.items()})
-        ways = [(look["color"], look["linestyle"], look["marker"]) for look in looks.values()]
+        looks = looks_of({label: method.algorithm for label, method in figure.methods.items()})
+        ways = [(look.dashes, look.marker) for look in looks.values()]
         assert len(set(ways)) == len(ways)
 
 

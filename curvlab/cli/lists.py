@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,7 +144,8 @@ def list_(
 ) -> None:
     """List what the tables hold."""
     lookup(LISTS, what, "list")
-    columns, rows = _kept().get("lists", {}).get(what) or made(what)
+    kept = {} if "torch" in sys.modules else _kept()  # what is imported already may have entries of a user's
+    columns, rows = kept.get("lists", {}).get(what) or made(what)
     table = Table(*columns)
     for row in rows:
         table.add_row(*row)

@@ -1,7 +1,8 @@
 """How an algorithm looks: one colour, dash pattern and marker in every figure of the package, reproductions included.
 
 A family of methods has a hue, of Okabe and Ito's palette as far as that goes, which colour-blind readers tell apart; its
-members differ in lightness, and in dashes and markers, for print. No two lines of one figure share a colour (`looks`).
+members differ in lightness. For print a family has a marker, and its members differ in dashes. No two lines of one figure
+share a colour (`looks`).
 """
 
 from __future__ import annotations
@@ -36,8 +37,14 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 OTHERS = "#666666"
 """Of algorithms that are in no family: a user's own."""
 
-DASHES = ((0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)), (0, (9, 1.5)), (0, (3, 3)))
-MARKERS = "os^vDPX*"
+DASHES = (
+    (0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)), (0, (9, 1.5)), (0, (3, 3)), (0, (4, 1, 1, 1, 1, 1)),
+    (0, (12, 2, 2, 2)),
+)  # fmt: skip
+"""Of the members of a family, in turn."""
+
+MARKERS = "os^vDPX*<>hp"
+"""Of the families, in their order; the last of the others."""
 
 MATRICES = {
     "ggn": ("GGN", "#56B4E9"),
@@ -94,10 +101,10 @@ def colours(count: int) -> list[str]:
 
 def _variations(algorithm: str) -> Iterator[LineStyle]:
     """Its own look, then further shades of its family."""
-    hue, members = next(((h, m) for h, m in FAMILIES.items() if algorithm in m), (OTHERS, ()))
+    place, hue, members = next(((i, h, m) for i, (h, m) in enumerate(FAMILIES.items()) if algorithm in m), (-1, OTHERS, ()))
     first = members.index(algorithm) if members else crc32(algorithm.encode()) % 24
     for step in itertools.chain([first], range(first + 1, first + 1 + _SHADES)):
-        yield LineStyle(_shade(hue, step), DASHES[step % len(DASHES)], MARKERS[step % len(MARKERS)])
+        yield LineStyle(_shade(hue, step), DASHES[step % len(DASHES)], MARKERS[place])
 
 
 _SHADES = 60
