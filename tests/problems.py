@@ -227,7 +227,7 @@ def in_turn(first: Iterable[str], second: Iterable[str], third: Sequence[object]
 def assert_drawn(figure: Figure) -> list[Axes]:
     """Its axes that hold something: there are some, both ways are named, and lines are of finite numbers, x with y."""
     axes = [ax for ax in figure.axes if ax.lines or ax.collections or ax.patches or ax.images]
-    assert any(ax.get_xlabel() for ax in axes)
+    assert figure.get_supxlabel() or any(ax.get_xlabel() for ax in axes)
     assert any(ax.get_ylabel() or ax.get_title() for ax in axes)
     for ax in axes:
         for line in ax.lines:
