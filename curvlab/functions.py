@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 Call = SimpleNamespace
@@ -72,14 +72,14 @@ def extent(outputs: Callable[[Tensor], Tensor], shape: torch.Size) -> tuple[int,
     return rows, places
 
 
-def _places_last(x: Float[Tensor, "R *P F"]) -> Float[Tensor, "R P F"]:
+def _places_last(x: Shaped[Tensor, "R *P F"]) -> Shaped[Tensor, "R P F"]:
     """Features last, every axis between the rows and the features a place: [R, F] has P = 1."""
     if x.ndim == 2:  # as most are, and at every look
         return x[:, None]
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
-def _channels_first(x: Float[Tensor, "R C *P"]) -> Float[Tensor, "R P C"]:
+def _channels_first(x: Shaped[Tensor, "R C *P"]) -> Shaped[Tensor, "R P C"]:
     """Channels second, every axis after them a place: [R, C] has P = 1."""
     return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:])).transpose(1, 2)
 
