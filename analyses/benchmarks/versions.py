@@ -36,7 +36,11 @@ def serve() -> None:
 
     import curvlab as cl
     from curvlab.algorithms import ALGORITHMS
-    from curvlab.system.memory import keep_freed_memory
+
+    try:
+        from curvlab.system.memory import keep_freed_memory
+    except ModuleNotFoundError:  # an older version
+        from curvlab.memory import keep_freed_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()
