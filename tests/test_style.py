@@ -49,6 +49,7 @@ def as_seen(colour: str, missing: str) -> np.ndarray:
 def test_the_methods_of_figure_4_1_are_told_apart_by_colour_blind_readers(missing: str) -> None:
     """And in print by their dashes or by their brightness."""
     names = (*FIGURE_4_1, "block-fisher")
+    assert len({look(name).dashes for name in FIGURE_4_1}) == len(FIGURE_4_1)
     for one, other in itertools.combinations(names, 2):
         apart = as_seen(look(one).colour, missing) - as_seen(look(other).colour, missing)
         assert np.linalg.norm(apart) > 0.08, (one, other)

@@ -41,7 +41,7 @@ DASHES = (
     (0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)), (0, (9, 1.5)), (0, (3, 3)), (0, (4, 1, 1, 1, 1, 1)),
     (0, (12, 2, 2, 2)),
 )  # fmt: skip
-"""Of the members of a family, in turn."""
+"""Of the members of a family in turn, each family from another one on."""
 
 MARKERS = "os^vDPX*<>hp"
 """Of the families, in their order; the last of the others."""
@@ -104,7 +104,7 @@ def _variations(algorithm: str) -> Iterator[LineStyle]:
     place, hue, members = next(((i, h, m) for i, (h, m) in enumerate(FAMILIES.items()) if algorithm in m), (-1, OTHERS, ()))
     first = members.index(algorithm) if members else crc32(algorithm.encode()) % 24
     for step in itertools.chain([first], range(first + 1, first + 1 + _SHADES)):
-        yield LineStyle(_shade(hue, step), DASHES[step % len(DASHES)], MARKERS[place])
+        yield LineStyle(_shade(hue, step), DASHES[(place + step) % len(DASHES)], MARKERS[place])
 
 
 _SHADES = 60
