@@ -43,6 +43,7 @@ from curvlab.probes.base import (
     sample,
     taken,
 )
+from curvlab.published import FIGURE_4_1 as FIGURE_4_1
 from curvlab.show import figures
 from curvlab.signatures import known_options, shows
 from curvlab.system import paths
@@ -52,9 +53,6 @@ from curvlab.system.progress import counted, length, progress_bar
 
 ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
 """The probes of every comparison."""
-
-FIGURE_4_1 = ("kfac", "tnt", "shampoo", "adam", "sgd-m")
-"""The methods of thesis Figure 4.1, compared with `block-fisher`."""
 
 
 @dataclass(frozen=True)

@@ -389,6 +389,13 @@ def test_an_update_that_overflows_is_skipped() -> None:
     assert told.skipped == "not finite"
 
 
+def test_an_update_without_curvature_is_skipped_though_nobody_judged_the_pair() -> None:
+    H = torch.eye(2, dtype=DOUBLE)
+    new, told = qn.updated_inverse(H, pair_of([1, 0], [0, 1]))
+    assert torch.equal(new, H)
+    assert told.skipped == "not finite"
+
+
 @MANY
 @given(st.integers(2, 6), SEEDS, MU1, MU2)
 def test_dd_skip_keeps_both_inequalities(order: int, seed: int, mu1: float, mu2: float) -> None:

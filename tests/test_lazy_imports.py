@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import curvlab as cl
-from curvlab.cli import lists
+from curvlab.cli import lists, reproduce
 from curvlab.moved import MOVED
+from curvlab.reproduction import Options
 
 HEAVY = ("torch", "numpy", "scipy", "pandas", "xarray", "matplotlib", "sklearn")
 
@@ -67,6 +69,15 @@ def test_a_kept_list_of_other_sources_is_not_shown(tmp_path: Path, monkeypatch: 
             old.write_text(text)
         monkeypatch.setattr(lists, "_KEPT", old)
         assert lists._kept() == {}
+
+
+def test_the_defaults_of_reproduce_are_those_of_its_options() -> None:
+    """Written twice, since the command's help imports nothing heavy."""
+    shown = {name: p.default for name, p in inspect.signature(reproduce.reproduce).parameters.items()}
+    wanted = Options()
+    assert (shown["budget"], shown["out_folder"], shown["runs"], shown["device"]) == (
+        wanted.budget, wanted.out, wanted.runs, wanted.device,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -9,13 +9,11 @@ import typer
 
 from curvlab.cli.terminal import DIVERGED, check_output, err, finish, folder_for, listed, says_what_is_saved, writing
 from curvlab.errors import Diverged, whole
+from curvlab.published import FIGURE_4_1
 from curvlab.system import paths
 from curvlab.system.escape import for_rich
 
 Option = typer.Option
-
-FIGURE_4_1 = ("kfac", "tnt", "shampoo", "adam", "sgd-m")
-"""`runs.FIGURE_4_1`, which takes seconds to import."""
 
 
 def compare(

@@ -25,7 +25,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _KEPT = Path(__file__).with_suffix(".json")
 _SOURCES = (
     "algorithm*.py", "curvature/*.py", "models.py", "datasets/__init__.py", "probes/*.py", "training/schedules.py",
-    "show/figures.py", "reproduction/*.py", "cli/lists.py", "analyses/*/*.py",
+    "show/figures.py", "reproduction/*.py", "cli/lists.py",
+    "analyses/thesis/*.py", "analyses/s2qn/*.py", "analyses/kfqn_cnn/*.py",
+    "analyses/all_methods/*.py",
 )  # fmt: skip
 """Of which the rows are; the scripts of `analyses` lie in the package, or, in a checkout, beside it."""
 

@@ -150,7 +150,7 @@ def bfgs_inverse(
 
 def _other_half(s: Float[Tensor, " D"], Hy: Float[Tensor, " D"], sy: Scalar, yHy: Scalar) -> Float[Tensor, " D"]:
     """w of H⁺ = H + s wᵀ + w sᵀ."""
-    rho = 1 / sy
+    rho = _ratio(1.0, sy)  # NaN where sᵀy is 0, which `updated_inverse` then refuses
     return (rho * (rho * yHy + 1) / 2) * s - rho * Hy
 
 
