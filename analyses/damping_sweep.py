@@ -34,19 +34,28 @@ NAMES = ["kfac", "tnt", "tnt-even", "tnt-per-sample", "shampoo", "adam", "sgd-m"
 
 def even(means: Contractions, damping: float) -> tuple[Tensor, ...]:
     """ε^{2/k} on each of k factors: the overall damping is ε² for weights (k = 2) and biases (k = 1) alike."""
-    return tuple(damped_inverse(u, damping ** (2 / len(means)), "a TNT factor") for u in tensor_normal_factors(means))
+    return tuple(
+        damped_inverse(u, damping ** (2 / len(means)), "a TNT factor")
+        for u in tensor_normal_factors(means)
+    )
 
 
 # Why TNT alone falls short at large λ: its one ε damps a bias, a variable of one way, by ε where weights are damped by ε².
-ALGORITHMS["tnt-even"] = replace(ALGORITHMS["tnt"], builds=ByBlock(lambda block: Contracted(block, batch_contractions, even)))
+ALGORITHMS["tnt-even"] = replace(
+    ALGORITHMS["tnt"], builds=ByBlock(lambda block: Contracted(block, batch_contractions, even))
+)
 train, _ = cl.datasets.load("mnist16")
 
 
 def late(damping: float, seed: int) -> xr.Dataset:
     """Mean cosine of the middle layers over the last three quarters, and the last loss."""
-    objective = cl.Objective(cl.models.build("mlp-256-20", seed), cl.likelihoods.Categorical(), seed)
+    objective = cl.Objective(
+        cl.models.build("mlp-256-20", seed), cl.likelihoods.Categorical(), seed
+    )
     batches = train.batches(options.batch_size, epochs=5, seed=seed)
-    log = cl.compare(objective, batches, algorithms=NAMES, lr=0.03, damping=damping, steps=options.steps).dataset
+    log = cl.compare(
+        objective, batches, algorithms=NAMES, lr=0.03, damping=damping, steps=options.steps
+    ).dataset
     cosine = cl.late_cosine(log).isel(block=slice(1, -1)).mean("block")
     return xr.Dataset({"cosine": cosine, "loss": log["loss"].isel(step=-1, drop=True)})
 
@@ -56,14 +65,22 @@ def over(dim: str, labels: list, parts: list[xr.Dataset]) -> xr.Dataset:
 
 
 seeds = list(range(options.seeds))
-sweep = over("damping", options.dampings, [over("seed", seeds, [late(d, s) for s in seeds]) for d in options.dampings])
+sweep = over(
+    "damping",
+    options.dampings,
+    [over("seed", seeds, [late(d, s) for s in seeds]) for d in options.dampings],
+)
 table = sweep["cosine"].mean("seed").sel(algorithm=NAMES).to_pandas()
 table["spread"] = table.max(axis=1) - table.min(axis=1)
 table["last loss"] = sweep["loss"].mean("seed").to_pandas()
 print(table.round(3).to_string())
 
 figure, ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-styles = zip(("#0072B2", "#D55E00", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000"), "osP^Dvx", strict=True)
+styles = zip(
+    ("#0072B2", "#D55E00", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000"),
+    "osP^Dvx",
+    strict=True,
+)
 for name, (colour, marker) in zip(NAMES, styles, strict=True):
     ax.semilogx(
         sweep["damping"],

@@ -60,7 +60,9 @@ class Double(TorchFunctionMode):
             self.casts += 1
             func = torch.Tensor.double if func is torch.Tensor.float else func
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-            kwargs = {name: torch.float64 if a is torch.float32 else a for name, a in kwargs.items()}
+            kwargs = {
+                name: torch.float64 if a is torch.float32 else a for name, a in kwargs.items()
+            }
         return func(*args, **kwargs)
 
 
@@ -114,7 +116,10 @@ def case(
         model = Wrapped(net(), run).double().train(train)
         with torch.no_grad():
             for p in model.parameters():
-                p.add_(torch.randn_like(p), alpha=max(0.3, math.prod(p.shape[1:]) ** -0.5) if p.ndim > 1 else 0.1)
+                p.add_(
+                    torch.randn_like(p),
+                    alpha=max(0.3, math.prod(p.shape[1:]) ** -0.5) if p.ndim > 1 else 0.1,
+                )
         inputs = x()
         with Double() as double, torch.no_grad():
             z = model.run(model.net, inputs)
@@ -122,7 +127,11 @@ def case(
         if likelihood == "categorical":
             y = torch.randint(z.shape[1], (len(z), *z.shape[2:]))
         else:
-            y = torch.rand(z.shape, dtype=z.dtype) if likelihood == "bernoulli" else torch.randn(z.shape, dtype=z.dtype)
+            y = (
+                torch.rand(z.shape, dtype=z.dtype)
+                if likelihood == "bernoulli"
+                else torch.randn(z.shape, dtype=z.dtype)
+            )
         return Case(model, inputs, y, likelihood)
 
     return build
@@ -184,26 +193,57 @@ T5 = {"vocab_size": 12, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "n
 
 
 def causal(
-    config: str, n: int = 3, t: int = 4, pick: Callable[[Any], Tensor] = last, train: bool = False, **settings: Any
+    config: str,
+    n: int = 3,
+    t: int = 4,
+    pick: Callable[[Any], Tensor] = last,
+    train: bool = False,
+    **settings: Any,
 ) -> Build:
     """A language model's next-token logits: at the last place, or [N, V, T]."""
-    settings = {**TEXT, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **settings}
+    settings = {
+        **TEXT,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **settings,
+    }
     net = made("AutoModelForCausalLM", config, settings)
-    return case(net, lambda net, x: pick(net(input_ids=x, use_cache=False)), tokens(n, t), train=train)
+    return case(
+        net, lambda net, x: pick(net(input_ids=x, use_cache=False)), tokens(n, t), train=train
+    )
 
 
 def masked(
-    config: str, n: int = 3, t: int = 4, pick: Callable[[Any], Tensor] = places, train: bool = False, **settings: Any
+    config: str,
+    n: int = 3,
+    t: int = 4,
+    pick: Callable[[Any], Tensor] = places,
+    train: bool = False,
+    **settings: Any,
 ) -> Build:
     """An encoder with its head of masked tokens; the padding token is among the inputs."""
-    net = made("AutoModelForMaskedLM", config, {**TEXT, "embedding_size": 8, "pad_token_id": 0, **settings})
-    return case(net, lambda net, x: pick(net(input_ids=x, attention_mask=torch.ones_like(x))), tokens(n, t), train=train)
+    net = made(
+        "AutoModelForMaskedLM", config, {**TEXT, "embedding_size": 8, "pad_token_id": 0, **settings}
+    )
+    return case(
+        net,
+        lambda net, x: pick(net(input_ids=x, attention_mask=torch.ones_like(x))),
+        tokens(n, t),
+        train=train,
+    )
 
 
-def translated(config: str, n: int = 3, t: int = 4, pick: Callable[[Any], Tensor] = last, **settings: Any) -> Build:
+def translated(
+    config: str, n: int = 3, t: int = 4, pick: Callable[[Any], Tensor] = last, **settings: Any
+) -> Build:
     """Sequence to sequence, the decoder's inputs being the encoder's."""
     net = made("AutoModelForSeq2SeqLM", config, settings)
-    return case(net, lambda net, x: pick(net(input_ids=x, decoder_input_ids=x, use_cache=False)), tokens(n, t, first=3))
+    return case(
+        net,
+        lambda net, x: pick(net(input_ids=x, decoder_input_ids=x, use_cache=False)),
+        tokens(n, t, first=3),
+    )
 
 
 def image(
@@ -215,13 +255,23 @@ def image(
     return case(net, lambda net, x: logits(net(pixel_values=x)), pixels, likelihood, train)
 
 
-def speech(config: str, n: int = 3, samples: int = 64, train: bool = False, **settings: Any) -> Build:
+def speech(
+    config: str, n: int = 3, samples: int = 64, train: bool = False, **settings: Any
+) -> Build:
     net = made("AutoModelForAudioClassification", config, {**SPEECH, **settings})
-    return case(net, lambda net, x: logits(net(x)), lambda: torch.randn(n, samples).double(), train=train)
+    return case(
+        net, lambda net, x: logits(net(x)), lambda: torch.randn(n, samples).double(), train=train
+    )
 
 
 def whisper(net: Any, x: Tensor) -> Tensor:
-    return places(net(input_features=x, decoder_input_ids=torch.arange(3, 6).expand(len(x), -1), use_cache=False))
+    return places(
+        net(
+            input_features=x,
+            decoder_input_ids=torch.arange(3, 6).expand(len(x), -1),
+            use_cache=False,
+        )
+    )
 
 
 ARCHITECTURES: dict[str, Build] = {
@@ -372,7 +422,9 @@ class Reference:
         self.named = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
         first = {id(p): name for name, p in self.named.items()}
         every = case.model.named_parameters(remove_duplicate=False)
-        self.known_as = {name: first[id(p)] for name, p in every if id(p) in first}  # of a tied one each of its names
+        self.known_as = {
+            name: first[id(p)] for name, p in every if id(p) in first
+        }  # of a tied one each of its names
         self.at: dict[str, Tensor] = {}
         self.size = 0
         for name, p in self.named.items():
@@ -391,8 +443,15 @@ class Reference:
         parameters = list(self.named.values())
         if not of.requires_grad:
             return torch.zeros(self.size, dtype=torch.float64)
-        found = torch.autograd.grad(of, parameters, v, retain_graph=True, create_graph=again, allow_unused=True)
-        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, parameters, strict=True)])
+        found = torch.autograd.grad(
+            of, parameters, v, retain_graph=True, create_graph=again, allow_unused=True
+        )
+        return torch.cat(
+            [
+                (torch.zeros_like(p) if g is None else g).flatten()
+                for g, p in zip(found, parameters, strict=True)
+            ]
+        )
 
     def _alone(self, n: int) -> tuple[Tensor, Tensor]:
         with sdpa_kernel(SDPBackend.MATH), Plain():  # fused attention has no second derivatives
@@ -412,7 +471,9 @@ class Reference:
     def jacobians(self) -> Tensor:
         """[N, C, D]"""
         each = [self._alone(n)[0].flatten() for n in self.examples]
-        return torch.stack([torch.stack([self._gradient(output, again=False) for output in z]) for z in each])
+        return torch.stack(
+            [torch.stack([self._gradient(output, again=False) for output in z]) for z in each]
+        )
 
     @cached_property
     def output_hessians(self) -> Tensor:
@@ -421,7 +482,11 @@ class Reference:
         for n in self.examples:
             z = self._alone(n)[0].detach().requires_grad_()
             (g,) = torch.autograd.grad(self.loss(z, self.case.y[n : n + 1]), z, create_graph=True)
-            found.append(torch.stack([torch.autograd.grad(d, z, retain_graph=True)[0].flatten() for d in g.flatten()]))
+            found.append(
+                torch.stack(
+                    [torch.autograd.grad(d, z, retain_graph=True)[0].flatten() for d in g.flatten()]
+                )
+            )
         return torch.stack(found)
 
     @cached_property
@@ -452,7 +517,12 @@ class Reference:
         names = [name for name, at in self.at.items() if bool(torch.isin(at, order).any())]
 
         def line(g: Tensor, i: int) -> Tensor:
-            found = torch.autograd.grad(g[i], [self.named[name] for name in names], retain_graph=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                g[i],
+                [self.named[name] for name in names],
+                retain_graph=True,
+                materialize_grads=True,
+            )
             return self.flat(dict(zip(names, found, strict=True)))[order]
 
         graphs = [g for g in self._graphs if g.requires_grad]
@@ -486,7 +556,9 @@ def largest_error(pairs: Iterable[tuple[Tensor, Tensor]], scale: float) -> float
 def mixing(reference: Reference) -> float:
     """The gradient of the whole minibatch against the mean of the examples alone: shows that they do not mix."""
     with sdpa_kernel(SDPBackend.MATH):
-        loss = reference.loss(reference.case.model(reference.case.x), reference.case.y) / len(reference.case.x)
+        loss = reference.loss(reference.case.model(reference.case.x), reference.case.y) / len(
+            reference.case.x
+        )
     return reference.error(reference._gradient(loss, again=False), reference.gradient)
 
 
@@ -494,7 +566,9 @@ def validate(reference: Reference) -> dict[str, float]:
     """The route of this file against finite differences (to about 1e-6) and the whole minibatch (1e-12)."""
     at, v, step = reference.weights, torch.randn(reference.size, dtype=torch.float64), 1e-6
     for name, module in reference.case.model.named_modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:  # autograd holds it fixed
+        if (
+            isinstance(module, nn.Embedding) and module.padding_idx is not None
+        ):  # autograd holds it fixed
             v[reference.at[reference.known_as[f"{name}.weight"]][module.padding_idx]] = 0
     either = []
     for sign in (1, -1):
@@ -599,15 +673,21 @@ class Comparison:
         self.orders = {b.name: self._order(b) for b in self.objective.blocks}
         self.order = torch.cat(list(self.orders.values()))
         self.ways = self._ways()
-        result.ways = {way: list(self.ways.values()).count(way) for way in ("structured", "general", "unused")}
+        result.ways = {
+            way: list(self.ways.values()).count(way) for way in ("structured", "general", "unused")
+        }
         result.attempt("gradient", "observe", self._mean_gradient)
         result.attempt("per-sample", "gradients", self._per_sample)
         self._blocks("EF", "ef", self.reference.ef)
         self._blocks("GGN", "ggn", self.reference.ggn)
         result.attempt("GGN", "product", lambda: self._product("ggn", self.reference.ggn_product))
-        result.attempt("Hessian", "product", lambda: self._product("hessian", self.reference.hessian_product))
+        result.attempt(
+            "Hessian", "product", lambda: self._product("hessian", self.reference.hessian_product)
+        )
         for name in self._hessian_blocks():
-            result.attempt("Hessian", f"block {self._of(name)}", lambda name=name: self._hessian_block(name))
+            result.attempt(
+                "Hessian", f"block {self._of(name)}", lambda name=name: self._hessian_block(name)
+            )
         for name in OPTIMIZERS:
             result.attempt("step", name, lambda name=name: self._step(name))
         return result
@@ -617,7 +697,9 @@ class Comparison:
 
     def _order(self, block: Any) -> Tensor:
         """Where the block's entries lie in the reference's vector."""
-        tensors = {name: self.reference.at[self.reference.known_as[name]].double() for name in block.params}
+        tensors = {
+            name: self.reference.at[self.reference.known_as[name]].double() for name in block.params
+        }
         gathered = block.gather(tensors)
         again = block.scatter(gathered)
         if any(not torch.equal(again[name], t) for name, t in tensors.items()):
@@ -630,10 +712,15 @@ class Comparison:
         blocks = self.objective.blocks
         if hasattr(self.objective, "check"):
             try:
-                return {name: str(way) for name, way in self.objective.check(self.case.x, self.case.y).ways.items()}
+                return {
+                    name: str(way)
+                    for name, way in self.objective.check(self.case.x, self.case.y).ways.items()
+                }
             except Exception as error:
                 self.result.refused["check"] = [in_one_line("check", error)]
-        return {b.name: "general" if getattr(b, "rule", None) is None else "structured" for b in blocks}
+        return {
+            b.name: "general" if getattr(b, "rule", None) is None else "structured" for b in blocks
+        }
 
     def _scattered(self, by_block: Mapping[str, Tensor]) -> Tensor:
         found: dict[str, Tensor] = {}
@@ -650,7 +737,9 @@ class Comparison:
         return self.reference.error(found, self.reference.gradient)
 
     def _per_sample(self) -> float:
-        found = self.reference.flat(self.cl.exact.gradients(self.objective, self.case.x, self.case.y), 1)
+        found = self.reference.flat(
+            self.cl.exact.gradients(self.objective, self.case.x, self.case.y), 1
+        )
         return max(map(self.reference.error, found, self.reference.rows))
 
     def _blocks(self, quantity: str, kind: str, true: Callable[[Tensor], Tensor]) -> None:
@@ -666,16 +755,24 @@ class Comparison:
         def all_at_once() -> float:
             each, scale = truth()
             found = self.cl.exact.matrices(*arguments, kind=kind)
-            dense = {name: found[name].dense() if name in found else torch.zeros_like(t) for name, t in each.items()}
+            dense = {
+                name: found[name].dense() if name in found else torch.zeros_like(t)
+                for name, t in each.items()
+            }
             return largest_error([(dense[name], t) for name, t in each.items()], scale)
 
         def one(name: str) -> float:
             each, scale = truth()
-            return largest_error([(self.cl.exact.matrix(*arguments, kind=kind, block=name).dense(), each[name])], scale)
+            return largest_error(
+                [(self.cl.exact.matrix(*arguments, kind=kind, block=name).dense(), each[name])],
+                scale,
+            )
 
         if not self.result.attempt(quantity, "matrices", all_at_once):
             for name in wanted:
-                self.result.attempt(quantity, f"matrix of {self._of(name)}", lambda name=name: one(name))
+                self.result.attempt(
+                    quantity, f"matrix of {self._of(name)}", lambda name=name: one(name)
+                )
 
     def _product(self, kind: str, true: Callable[[Tensor], Tensor]) -> float:
         product = self.cl.exact.product(self.objective, self.case.x, self.case.y, kind)
@@ -695,15 +792,24 @@ class Comparison:
             size = len(self.orders[name])
             return size < 30, size if size >= 30 else -size
 
-        few = sorted((name for name, order in self.orders.items() if len(order) <= LARGEST_HESSIAN), key=rank)
+        few = sorted(
+            (name for name, order in self.orders.items() if len(order) <= LARGEST_HESSIAN), key=rank
+        )
         if self.thorough:
             return few
-        first = [next((name for name in few if self.ways.get(name) == way), None) for way in ("structured", "general")]
+        first = [
+            next((name for name in few if self.ways.get(name) == way), None)
+            for way in ("structured", "general")
+        ]
         found = [name for name in first if name is not None]
-        return (found + [name for name in few if name not in found and self.ways.get(name) != "unused"])[:2]
+        return (
+            found + [name for name in few if name not in found and self.ways.get(name) != "unused"]
+        )[:2]
 
     def _hessian_block(self, name: str) -> float:
-        found = self.cl.exact.matrix(self.objective, self.case.x, self.case.y, kind="hessian", block=name).dense()
+        found = self.cl.exact.matrix(
+            self.objective, self.case.x, self.case.y, kind="hessian", block=name
+        ).dense()
         true = self.reference.hessian(self.orders[name])
         return largest_error([(found, true)], float(self.reference.gradient.norm()))
 
@@ -729,7 +835,11 @@ class Comparison:
         found = [reference.error(self._scattered(o.gradients), reference.gradient) for o in seen]
         if name == "sgd-m":
             found.append(reference.error(moved, -lr * reference.gradient))
-        return max(found) if bool(torch.isfinite(moved).all()) and float(moved.norm()) > 0 else math.inf
+        return (
+            max(found)
+            if bool(torch.isfinite(moved).all()) and float(moved.norm()) > 0
+            else math.inf
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -748,7 +858,15 @@ def compare(name: str, thorough: bool) -> Result:
     return result
 
 
-HEADINGS = ("architecture", "parameters", "blocks", "structured / general / unused", *QUANTITIES, "verdict", "CPU seconds")
+HEADINGS = (
+    "architecture",
+    "parameters",
+    "blocks",
+    "structured / general / unused",
+    *QUANTITIES,
+    "verdict",
+    "CPU seconds",
+)
 
 
 def row(result: Result) -> list[str]:
@@ -763,7 +881,10 @@ def versions() -> str:
 
 
 def summary(results: list[Result]) -> str:
-    wrong, refused = sum(r.wrong for r in results), sum(bool(r.refused) and not r.wrong for r in results)
+    wrong, refused = (
+        sum(r.wrong for r in results),
+        sum(bool(r.refused) and not r.wrong for r in results),
+    )
     return f"{len(results)} models: {wrong} wrong, {refused} with a refusal, {len(results) - wrong - refused} right."
 
 
@@ -775,9 +896,16 @@ def markdown(results: list[Result]) -> str:
         "# Models that others wrote",
         f"`python analyses/foreign_models.py`, {versions()}, float64. {summary(results)}",
         "Largest relative errors against plain autograd, one example at a time.",
-        "\n".join([line(HEADINGS), line(["---"] * len(HEADINGS)), *(line(row(r)) for r in results)]),
+        "\n".join(
+            [line(HEADINGS), line(["---"] * len(HEADINGS)), *(line(row(r)) for r in results)]
+        ),
     ]
-    refusals = [f"- {r.name}, {q}: {text}" for r in results for q, lines in r.refused.items() for text in lines]
+    refusals = [
+        f"- {r.name}, {q}: {text}"
+        for r in results
+        for q, lines in r.refused.items()
+        for text in lines
+    ]
     if refusals:
         parts += ["## Refused", "\n".join(refusals)]
     return "\n\n".join(parts) + "\n"
@@ -788,8 +916,16 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these architectures")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures")
-    parser.add_argument("--reference", action="store_true", help="only hold the other route against finite differences")
-    parser.add_argument("--thorough", action="store_true", help=f"every Hessian block of at most {LARGEST_HESSIAN} entries")
+    parser.add_argument(
+        "--reference",
+        action="store_true",
+        help="only hold the other route against finite differences",
+    )
+    parser.add_argument(
+        "--thorough",
+        action="store_true",
+        help=f"every Hessian block of at most {LARGEST_HESSIAN} entries",
+    )
     parser.add_argument("--warnings", action="store_true", help="print what curvlab warned of")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -804,8 +940,18 @@ def main() -> int:
         for name in names:
             torch.manual_seed(zlib.crc32(name.encode()))
             found = validate(Reference(ARCHITECTURES[name]()))
-            worst = max(worst, found["minibatch"] * 1e6, found["GGN"] * 1e6, found["Jacobian"], found["Hessian"])
-            print(f"{name:>24s}  " + "  ".join(f"{what} {error:.0e}" for what, error in found.items()), flush=True)
+            worst = max(
+                worst,
+                found["minibatch"] * 1e6,
+                found["GGN"] * 1e6,
+                found["Jacobian"],
+                found["Hessian"],
+            )
+            print(
+                f"{name:>24s}  "
+                + "  ".join(f"{what} {error:.0e}" for what, error in found.items()),
+                flush=True,
+            )
         return int(worst > 1e-5)
     results = []
     for name in names:
@@ -816,7 +962,9 @@ def main() -> int:
     table = Table(title=versions())
     for heading in HEADINGS:
         widest = 40 if heading == "verdict" else None
-        table.add_column(heading.replace(" / ", "/\n"), overflow="ellipsis", no_wrap=True, max_width=widest)
+        table.add_column(
+            heading.replace(" / ", "/\n"), overflow="ellipsis", no_wrap=True, max_width=widest
+        )
     for result in results:
         table.add_row(*row(result))
     console.print(table)

@@ -21,9 +21,17 @@ torch.set_num_threads(1)  # so that CPU seconds are a step's
 train, _ = cl.datasets.load("mnist16")
 rows = {}
 for every in options.every:
-    objective = cl.Objective(cl.models.build("mlp-256-20", seed=0), cl.likelihoods.Categorical(), seed=0)
+    objective = cl.Objective(
+        cl.models.build("mlp-256-20", seed=0), cl.likelihoods.Categorical(), seed=0
+    )
     start = time.process_time()
-    run = cl.compare(objective, train.batches(options.batch_size, epochs=5), lr=0.03, refresh_every=every, steps=options.steps)
+    run = cl.compare(
+        objective,
+        train.batches(options.batch_size, epochs=5),
+        lr=0.03,
+        refresh_every=every,
+        steps=options.steps,
+    )
     seconds = time.process_time() - start
     middle = run.table().isel(block=slice(1, -1)).mean("block").to_series().drop("block-fisher")
     rows[every] = {"CPU s": seconds, "last loss": float(run.dataset["loss"][-1])} | middle.to_dict()

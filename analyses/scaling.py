@@ -22,14 +22,21 @@ from curvlab.system.memory import keep_freed_memory
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--repeats", type=int, default=5)
-parser.add_argument("--largest", type=int, default=5, help="how many of the five sizes of each axis, from the smallest on")
+parser.add_argument(
+    "--largest",
+    type=int,
+    default=5,
+    help="how many of the five sizes of each axis, from the smallest on",
+)
 parser.add_argument("--out", type=Path, default=Path(__file__).parent / "figures")
 options = parser.parse_args()
 torch.set_num_threads(1)
 keep_freed_memory()
 
 
-def problem(examples: int = 500, width: int = 24, classes: int = 10) -> tuple[cl.Objective, torch.Tensor, torch.Tensor]:
+def problem(
+    examples: int = 500, width: int = 24, classes: int = 10
+) -> tuple[cl.Objective, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     net = cl.models.mlp([width, width, width, classes])
     x, y = torch.randn(examples, width), torch.randint(classes, (examples,))
@@ -53,8 +60,14 @@ QUANTITIES = {
 }
 AXES = {  # sizes, and the exponent of each quantity as the size grows (the fit is over the three largest)
     "examples": ([500, 1000, 2000, 4000, 8000], [1, 1, 1, 1, 1]),
-    "width": ([24, 36, 54, 81, 108], [4, 4, 2, 2, 2]),  # pairs of outputs × pairs of inputs; of the last block the inputs'
-    "classes": ([10, 20, 40, 80, 160], [1, 1, 2, 1, 2]),  # O vectors through a layer of C outputs; the last layer's C² pairs
+    "width": (
+        [24, 36, 54, 81, 108],
+        [4, 4, 2, 2, 2],
+    ),  # pairs of outputs × pairs of inputs; of the last block the inputs'
+    "classes": (
+        [10, 20, 40, 80, 160],
+        [1, 1, 2, 1, 2],
+    ),  # O vectors through a layer of C outputs; the last layer's C² pairs
 }
 
 LABELS = {"examples": "examples N", "width": "width of every layer", "classes": "classes C"}
@@ -76,14 +89,22 @@ print(f"{'':>24}" + "".join(f"{name:>22}" for name in AXES) + "   fitted exponen
 fitted: dict[str, list[str]] = {name: [] for name in QUANTITIES}
 for ax, (axis, (sizes, theory)) in zip(axes, AXES.items(), strict=True):
     sizes = sizes[: options.largest]
-    for (name, (work, marker)), expected, colour in zip(QUANTITIES.items(), theory, colours, strict=True):
+    for (name, (work, marker)), expected, colour in zip(
+        QUANTITIES.items(), theory, colours, strict=True
+    ):
         times = []
         for size in sizes:
             made = problem(**{axis: size})
             times.append(seconds(lambda made=made, work=work: work(*made)))
         slope = float(np.polyfit(np.log(sizes[-3:]), np.log(times[-3:]), 1)[0])
         fitted[name].append(f"{slope:.2f} ({expected})")
-        ax.loglog(sizes, np.array(times) * 1e3, marker=marker, color=colour, label=f"{name}: {slope:.1f} ({expected})")
+        ax.loglog(
+            sizes,
+            np.array(times) * 1e3,
+            marker=marker,
+            color=colour,
+            label=f"{name}: {slope:.1f} ({expected})",
+        )
     ax.set_xlabel(LABELS[axis])
     ax.set_xticks(sizes, [str(s) for s in sizes])
     ax.minorticks_off()

@@ -31,11 +31,16 @@ METHODS = (
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument(
-    "--refresh-every", type=int, default=2, help="T₂ of all: 2 changed no cosine of refresh.py by more than 0.01"
+    "--refresh-every",
+    type=int,
+    default=2,
+    help="T₂ of all: 2 changed no cosine of refresh.py by more than 0.01",
 )
 parser.add_argument("--warm", type=int, default=60, help="minibatches of the warm start")
 parser.add_argument("--batch-size", type=int, default=1000)
-parser.add_argument("--log", type=Path, help="read this log; where there is none, measure and write it there")
+parser.add_argument(
+    "--log", type=Path, help="read this log; where there is none, measure and write it there"
+)
 parser.add_argument("--out", type=Path, default=Path("analyses/figures"))
 options = parser.parse_args()
 
@@ -43,7 +48,9 @@ options = parser.parse_args()
 def measure() -> xr.Dataset:
     train, _ = cl.datasets.load("mnist16")
     batches = train.batches(options.batch_size, epochs=5, seed=0)
-    objective = cl.Objective(cl.models.build("mlp-256-20", seed=0), cl.likelihoods.Categorical(), seed=0)
+    objective = cl.Objective(
+        cl.models.build("mlp-256-20", seed=0), cl.likelihoods.Categorical(), seed=0
+    )
     return cl.compare(
         objective, batches, reference="block-fisher", algorithms=[*REFERENCES, *METHODS], lr=0.03, damping=1e-3,
         steps=options.steps, refresh_every=options.refresh_every, path=options.log,
@@ -57,12 +64,17 @@ cosine = xr.concat(
     xr.DataArray(list(REFERENCES), dims="to", name="to"),
 )
 late = cosine.isel(step=slice(cosine.sizes["step"] // 4, None)).mean("step")
-order = [*REFERENCES, *sorted(METHODS, key=lambda name: -float(late.sel(to="block-fisher", algorithm=name)))]
+order = [
+    *REFERENCES,
+    *sorted(METHODS, key=lambda name: -float(late.sel(to="block-fisher", algorithm=name))),
+]
 late = late.sel(algorithm=order).transpose("algorithm", "to")
 print(late.to_pandas().round(3))
 for name in METHODS:
     mine = late.sel(algorithm=name)
-    print(f"{name:>10s} is nearest to {list(REFERENCES)[int(mine.values.argmax())]}, {float(mine.max()):.3f}")
+    print(
+        f"{name:>10s} is nearest to {list(REFERENCES)[int(mine.values.argmax())]}, {float(mine.max()):.3f}"
+    )
 
 figure = plt.figure(figsize=(15, 7), layout="constrained")
 left, right = figure.subfigures(1, 2, width_ratios=[1, 2.3])
@@ -70,7 +82,15 @@ ax = left.subplots()
 image = ax.imshow(late, cmap="cividis", vmin=min(0.0, float(late.min())), vmax=1, aspect="auto")
 for i, j in itertools.product(range(late.sizes["algorithm"]), range(late.sizes["to"])):
     value = float(late[i, j])
-    ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9, color="black" if value > 0.55 else "white")
+    ax.text(
+        j,
+        i,
+        f"{value:.2f}",
+        ha="center",
+        va="center",
+        fontsize=9,
+        color="black" if value > 0.55 else "white",
+    )
 ax.axhline(len(REFERENCES) - 0.5, color="white", linewidth=3)
 ax.set_xticks(range(len(REFERENCES)), list(REFERENCES), rotation=30, ha="right")
 ax.set_yticks(range(len(order)), order)
@@ -93,9 +113,13 @@ for ax in panels.flat[len(METHODS) :]:
 for ax in panels.flat[len(METHODS) - 5 : len(METHODS)]:
     ax.tick_params(labelbottom=True)
     ax.set_xlabel("iteration")
-panels.flat[len(METHODS)].legend(*panels[0, 0].get_legend_handles_labels(), loc="center left", frameon=False, title="cosine to")
+panels.flat[len(METHODS)].legend(
+    *panels[0, 0].get_legend_handles_labels(), loc="center left", frameon=False, title="cosine to"
+)
 right.supylabel("cosine similarity, middle four layers", fontsize=10)
-figure.suptitle("Which curvature does each method follow? mlp-256-20 along block Fisher, λ = 1e-3, learning rate 0.03")
+figure.suptitle(
+    "Which curvature does each method follow? mlp-256-20 along block Fisher, λ = 1e-3, learning rate 0.03"
+)
 options.out.mkdir(parents=True, exist_ok=True)
 figure.savefig(options.out / "which_curvature.png", dpi=110)
 print("wrote", options.out / "which_curvature.png")

@@ -95,7 +95,11 @@ class ByBlock:
         return self.make(block, **_arguments(self.make, {**self.options, **own}))
 
     def curvature(
-        self, objective: Objective, settings: CurvatureSettings, decay: float | None, own: Mapping[str, Any]
+        self,
+        objective: Objective,
+        settings: CurvatureSettings,
+        decay: float | None,
+        own: Mapping[str, Any],
     ) -> Curvature:
         """The curvature of all blocks.
 
@@ -142,7 +146,11 @@ class WholeVector:
         return _hints(self.make, self.options)
 
     def curvature(
-        self, objective: Objective, settings: CurvatureSettings, decay: float | None, own: Mapping[str, Any]
+        self,
+        objective: Objective,
+        settings: CurvatureSettings,
+        decay: float | None,
+        own: Mapping[str, Any],
     ) -> Curvature:
         """The curvature of the whole vector, with a user's options; there is nothing that `decay`
         acts on."""
@@ -245,7 +253,10 @@ class Algorithm:
             if option not in known:
                 raise unknown(f"option of {name}", option, known or ["none"])
         hints = self.builds.hints() if own else {}
-        return {option: fitting(f"{option} of {name}", value, hints.get(option, Any)) for option, value in own.items()}
+        return {
+            option: fitting(f"{option} of {name}", value, hints.get(option, Any))
+            for option, value in own.items()
+        }
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -273,7 +284,9 @@ def _defaults(make: Callable[..., Any], table: Mapping[str, Any]) -> dict[str, A
     in its place."""
     found: dict[str, Any] = {}
     for p in _own(make):
-        found |= _values(p.default) if isinstance(p.default, AdaptiveDamping) else {p.name: p.default}
+        found |= (
+            _values(p.default) if isinstance(p.default, AdaptiveDamping) else {p.name: p.default}
+        )
     return found | {name: value for name, value in table.items() if name in found}
 
 

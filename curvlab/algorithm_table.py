@@ -154,7 +154,9 @@ ALGORITHMS: dict[str, Algorithm] = {
         summary="kf-bfgs-l-cnn with D_P(I) D_LM, A inverted, no momentum",
         source="2021 Alg. 3, 4; damping of Table 3, lr ours",
         builds=ByBlock(
-            KBfgs, options={**ARTICLE_2021, **CONVERGENT, "pair_damping": "pi-lm-2021"}, averaging=Averaging(skips_first=False)
+            KBfgs,
+            options={**ARTICLE_2021, **CONVERGENT, "pair_damping": "pi-lm-2021"},
+            averaging=Averaging(skips_first=False),
         ),
         labels="data",
         constants=Constants(lr=3.0, damping=30.0, momentum=0.0),
@@ -177,7 +179,10 @@ ALGORITHMS: dict[str, Algorithm] = {
         summary="the same with H_g by L-BFGS, 100 pairs",
         source="thesis Alg. 9, Table 3.5",
         builds=ByBlock(
-            KBfgs, options={**CHAPTER_3, "pairs": 100}, averaging=Averaging(skips_first=False), fallback=_OVER_DAMPING
+            KBfgs,
+            options={**CHAPTER_3, "pairs": 100},
+            averaging=Averaging(skips_first=False),
+            fallback=_OVER_DAMPING,
         ),
         labels="data",
         constants=Constants(lr=0.03, damping=0.3),
@@ -310,7 +315,10 @@ ALGORITHMS: dict[str, Algorithm] = {
         summary="the same, factor G refined by sketched block BFGS of steps",
         source="S2QN Alg. 1, (19), (22); curvlab",
         builds=ByBlock(
-            SkqnB, options={"condition": "parameters"}, averaging=Averaging(decay=0.0, warm=False), damping_rule=GradientNorm()
+            SkqnB,
+            options={"condition": "parameters"},
+            averaging=Averaging(decay=0.0, warm=False),
+            damping_rule=GradientNorm(),
         ),
         labels="data",
         constants=Constants(lr=1.0, damping=100.0, momentum=0.0, refresh_every=20),

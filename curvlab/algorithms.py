@@ -84,7 +84,10 @@ def check_labels(labels: Pass | None) -> None:
 
 
 def check_rates(
-    lr: float | None = None, damping: float | None = None, momentum: float | None = None, decay: float | None = None
+    lr: float | None = None,
+    damping: float | None = None,
+    momentum: float | None = None,
+    decay: float | None = None,
 ) -> None:
     """Raises CurvlabError where one is no number, or out of its range. None is the document's."""
     if lr is not None:
@@ -123,7 +126,9 @@ def descent(
     )
 
 
-def optimizer(name: str, objective: Objective, lr: float | None = None, **options: Any) -> Optimizer:
+def optimizer(
+    name: str, objective: Objective, lr: float | None = None, **options: Any
+) -> Optimizer:
     """Algorithm `name` as a `torch.optim.Optimizer`.
 
     Args:

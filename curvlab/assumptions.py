@@ -61,7 +61,11 @@ Columns = dict[str, list[float] | float]
 
 
 def errors(
-    objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher", blocks: Sequence[str] | None = None
+    objective: Objective,
+    x: Tensor,
+    y: Tensor,
+    kind: Kind = "fisher",
+    blocks: Sequence[str] | None = None,
 ) -> xr.Dataset:
     """What each assumption of a Kronecker approximation costs, against the exact block on the same minibatch.
 
@@ -103,7 +107,9 @@ def errors(
     }
     labels = {"assumption": list(ASSUMPTIONS)}
     ds = _dataset(found, chosen, table, labels, closure, {"kind": kind, "skipped": skipped})
-    return ds.assign_coords(equation=("assumption", [equation for equation, _ in ASSUMPTIONS.values()]))
+    return ds.assign_coords(
+        equation=("assumption", [equation for equation, _ in ASSUMPTIONS.values()])
+    )
 
 
 def quality(
@@ -177,9 +183,14 @@ def quality(
         exact = terms.dense()
         exact.diagonal().add_(damping)
         eigenvalues = torch.linalg.eigvalsh(exact).double() if spectra else None
-        each = [compare(m, e.scale, exact, eigenvalues) for m, e in zip(matrices, estimates.values(), strict=True)]
+        each = [
+            compare(m, e.scale, exact, eigenvalues)
+            for m, e in zip(matrices, estimates.values(), strict=True)
+        ]
         found[block.name] = {key: [values[key] for values in each] for key in each[0]}
-        found[block.name]["floor"] = nearest_kronecker(exact, *block.shape).error if bool(exact.any()) else np.nan
+        found[block.name]["floor"] = (
+            nearest_kronecker(exact, *block.shape).error if bool(exact.any()) else np.nan
+        )
         found[block.name]["between"] = ratio(_between(exact, block), norm(exact))
     table = {
         "error": "relative Frobenius error",
@@ -192,10 +203,18 @@ def quality(
         "floor": "relative Frobenius error of the nearest Kronecker product",
         "between": "relative Frobenius norm of the entries between weight and bias",
     }
-    attributes: dict[str, str | float] = {"kind": kind, "skipped": skipped, "damping": damping, "labels": labels}
+    attributes: dict[str, str | float] = {
+        "kind": kind,
+        "skipped": skipped,
+        "damping": damping,
+        "labels": labels,
+    }
     attributes |= {"minibatches": len(sizes), "passes": passes}
     ds = _dataset(found, chosen, table, {"algorithm": algorithms}, closure, attributes)
-    what = {"long_name": "factor on the method's own matrix: examples in a minibatch, for mean gradients", "units": "1"}
+    what = {
+        "long_name": "factor on the method's own matrix: examples in a minibatch, for mean gradients",
+        "units": "1",
+    }
     return ds.assign(scale=("algorithm", [e.scale for e in estimates.values()], what))
 
 
@@ -210,7 +229,9 @@ class Estimate:
     blocks: dict[str, CurvatureBlock]
 
     @classmethod
-    def of(cls, name: str, kind: Kind, labels: Labels, sizes: Sequence[int], chosen: Sequence[Block]) -> Estimate:
+    def of(
+        cls, name: str, kind: Kind, labels: Labels, sizes: Sequence[int], chosen: Sequence[Block]
+    ) -> Estimate:
         """Make the estimate of algorithm `name` for the chosen blocks, before any data.
 
         `sizes` are the examples of each minibatch; `scale` follows from them for mean gradients.
@@ -220,15 +241,25 @@ class Estimate:
         """
         algorithm = lookup(ALGORITHMS, name, "algorithm")
         if algorithm.whole:
-            raise CurvlabError(f"'{name}' estimates no matrix by block, so there is nothing to compare: leave it out")
+            raise CurvlabError(
+                f"'{name}' estimates no matrix by block, so there is nothing to compare: leave it out"
+            )
         if algorithm.look is not None:
-            raise CurvlabError(f"'{name}' reads no statistics of a pass, so there is nothing to compare: leave it out")
+            raise CurvlabError(
+                f"'{name}' reads no statistics of a pass, so there is nothing to compare: leave it out"
+            )
         blocks = {block.name: algorithm.block(block) for block in chosen}
         of_means = any(block.reads == "gradient" for block in blocks.values())
         wanted = algorithm.labels if labels == "own" else _LABELS[kind]
         if of_means and wanted == "exact":
             wanted = "model"  # a mean gradient has one label for each example
-        return cls(name, wanted, of_means, sum(m * m for m in sizes) / sum(sizes) if of_means else 1.0, blocks)
+        return cls(
+            name,
+            wanted,
+            of_means,
+            sum(m * m for m in sizes) / sum(sizes) if of_means else 1.0,
+            blocks,
+        )
 
     def fold(self, statistics: dict[str, LayerStatistics], weight: float) -> None:
         """Fold one pass into every block, in place: old · (1 − weight) + new · weight."""
@@ -240,11 +271,15 @@ class Estimate:
         own = damping_for(self.name, damping, round(self.scale)) if damping else 0.0
         found = self.blocks[block].matrix(own)
         if found is None:
-            raise CurvlabError(f"'{self.name}' estimates no matrix, so there is nothing to compare: leave it out")
+            raise CurvlabError(
+                f"'{self.name}' estimates no matrix, so there is nothing to compare: leave it out"
+            )
         return found
 
 
-def _fold(estimates: Iterable[Estimate], closure: Closure, sizes: Sequence[int], passes: int) -> None:
+def _fold(
+    estimates: Iterable[Estimate], closure: Closure, sizes: Sequence[int], passes: int
+) -> None:
     """The data into all statistics; every pass back is shared."""
     whole = [e for e in estimates if not e.of_means]
     of_means = [e for e in estimates if e.of_means]
@@ -272,19 +307,29 @@ def _minibatches(closure: Closure, sizes: Sequence[int], passes: int) -> Iterato
 
 def _between(matrix: Float[Tensor, "D D"], block: Block) -> float:
     """Norm of the entries between weight and bias."""
-    weight, *bias = (places.flatten().to(matrix.device) for places in Layout((block,)).places().values())
+    weight, *bias = (
+        places.flatten().to(matrix.device) for places in Layout((block,)).places().values()
+    )
     return math.sqrt(2) * norm(matrix[weight[:, None], bias[0]]) if bias else 0.0
 
 
-def _chosen(closure: Closure, kind: Kind, blocks: Sequence[str] | str | None) -> tuple[list[Block], str]:
+def _chosen(
+    closure: Closure, kind: Kind, blocks: Sequence[str] | str | None
+) -> tuple[list[Block], str]:
     """(the blocks that are Kronecker sums, the names of the others and why)."""
     known = {b.name: b for b in closure.objective.blocks}
-    asked = list(known.values()) if blocks is None else [lookup(known, name, "block") for name in several(blocks)]
+    asked = (
+        list(known.values())
+        if blocks is None
+        else [lookup(known, name, "block") for name in several(blocks)]
+    )
     faults = {b.name: unfit(b, closure.form, kind) for b in asked}
     fit = [b for b in asked if not faults[b.name]]
     skipped = "; ".join(f"{b} {faults[b.name]}" for b in asked if faults[b.name])
     if not fit:
-        raise CurvlabError(f"no block is a sum of Kronecker products: {skipped or 'none was named'}")
+        raise CurvlabError(
+            f"no block is a sum of Kronecker products: {skipped or 'none was named'}"
+        )
     return fit, skipped
 
 
@@ -321,9 +366,24 @@ def _dataset(
     coords = {
         other: (other, dimension[other], {"long_name": other}),
         "block": ("block", names, {"long_name": "block"}),
-        "parameters": ("block", [", ".join(b.params) for b in chosen], {"long_name": "parameters of the block"}),
-        "order": ("block", [b.numel for b in chosen], {"long_name": "order D = O I of the block's matrix", "units": "1"}),
-        "places": ("block", [places[b.name] for b in chosen], {"long_name": "places T of the shared weight", "units": "1"}),
+        "parameters": (
+            "block",
+            [", ".join(b.params) for b in chosen],
+            {"long_name": "parameters of the block"},
+        ),
+        "order": (
+            "block",
+            [b.numel for b in chosen],
+            {"long_name": "order D = O I of the block's matrix", "units": "1"},
+        ),
+        "places": (
+            "block",
+            [places[b.name] for b in chosen],
+            {"long_name": "places T of the shared weight", "units": "1"},
+        ),
     }
-    size = {"examples": len(closure.x), "dtype": str(closure.objective.dtype).removeprefix("torch.")}
+    size = {
+        "examples": len(closure.x),
+        "dtype": str(closure.objective.dtype).removeprefix("torch."),
+    }
     return xr.Dataset(data, coords, attributes | size)

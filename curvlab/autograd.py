@@ -47,27 +47,40 @@ def refused(error: Exception, what: str) -> CurvlabError:
     return CurvlabError(f"torch cannot take {what} of the model: {remedy(error) or first}")
 
 
-def sent_together(z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]) -> list[Tensor | None]:
+def sent_together(
+    z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]
+) -> list[Tensor | None]:
     """`send_back` with the vectors and the targets' first axis as one; of a single vector as autograd gives it."""
     if len(vectors) != 1:
         return [None if d is None else d.flatten(0, 1) for d in send_back(z, targets, vectors)]
     try:
-        return list(torch.autograd.grad(z, targets, vectors[0], retain_graph=True, allow_unused=True))
+        return list(
+            torch.autograd.grad(z, targets, vectors[0], retain_graph=True, allow_unused=True)
+        )
     except RuntimeError as error:
         raise refused(error, "the derivative") from error
 
 
-def send_back(z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]) -> list[Tensor | None]:
+def send_back(
+    z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]
+) -> list[Tensor | None]:
     """∂z/∂target applied to every vector, [V, *target], None where a target does not reach z; one by one where an operation has
     no batched derivative."""
     count = len(vectors)
     if count != 1:
         try:
-            return list(torch.autograd.grad(z, targets, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True))
+            return list(
+                torch.autograd.grad(
+                    z, targets, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
+                )
+            )
         except RuntimeError:
             pass
     try:
-        each = [torch.autograd.grad(z, targets, v, retain_graph=True, allow_unused=True) for v in vectors]
+        each = [
+            torch.autograd.grad(z, targets, v, retain_graph=True, allow_unused=True)
+            for v in vectors
+        ]
     except RuntimeError as error:
         raise refused(error, "the derivative") from error
     if count == 1:

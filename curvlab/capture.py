@@ -33,7 +33,9 @@ from curvlab.statistics import LayerStatistics
 from curvlab.uses import Part, Stored, Use, UseInput
 
 _NONE: dict[str, Any] = {}
-_NO_GRAPH = "the model's outputs do not depend on a trainable parameter: no graph leads from them to one"
+_NO_GRAPH = (
+    "the model's outputs do not depend on a trainable parameter: no graph leads from them to one"
+)
 _ALONE = "was looked at for its gradient alone"
 _SMALL = 1 << 14  # numbers, of which a copy costs less than two calls
 _MOST = 64  # arrangements of one block's uses that are tried
@@ -54,7 +56,11 @@ class _Listener(TorchFunctionMode):
             capture.calls += (func, output.shape)
             capture._hear(rule, args, kwargs, output)
             return output
-        opened = COMPOSITE.get(func) if func is not torch._weight_norm or not capture.differentiable else weight_norm
+        opened = (
+            COMPOSITE.get(func)
+            if func is not torch._weight_norm or not capture.differentiable
+            else weight_norm
+        )
         if opened is not None:
             with self:
                 return opened(*args, **kwargs)
@@ -112,9 +118,15 @@ class Capture:
         self.calls: list[Any] = []  # functions that ran, and their outputs' shapes
         self.trace = 0  # a hash of these
         self.reorders = False  # whether rows were taken by the numbers of a tensor
-        self._void: dict[Node, tuple[Node, ...]] = {}  # calls with no row: {their output: what lies beyond}
-        self.generators: dict[torch.Generator, Tensor] = {}  # of the model's own, with their states before it drew
-        self.unproven: dict[str, tuple[int, ...]] = {}  # {block: uses whose derivatives were all zero when it was examined}
+        self._void: dict[
+            Node, tuple[Node, ...]
+        ] = {}  # calls with no row: {their output: what lies beyond}
+        self.generators: dict[
+            torch.Generator, Tensor
+        ] = {}  # of the model's own, with their states before it drew
+        self.unproven: dict[
+            str, tuple[int, ...]
+        ] = {}  # {block: uses whose derivatives were all zero when it was examined}
         self.prove: Callable[[], object] | None = None  # examine again
         self._inputs: dict[int, UseInput] = {}
         self._size: int | None = None
@@ -134,7 +146,12 @@ class Capture:
         self._listener.__enter__()  # type: ignore[no-untyped-call]  # torch has no types there
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         assert self._listener is not None
         self._listener.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # likewise
         self._listener = None
@@ -162,7 +179,11 @@ class Capture:
         biased = bias is not None and call.bias is bias and not swapped
         x, own = call.input, bias if biased else weight
         given = (*args, *kwargs.values()) if kwargs else args
-        beyond = [t for t in given if t is not weight and t is not own and isinstance(t, Tensor) and t.requires_grad]
+        beyond = [
+            t
+            for t in given
+            if t is not weight and t is not own and isinstance(t, Tensor) and t.requires_grad
+        ]
         if x is weight:
             beyond.append(x)
         call.input, call.weight, call.bias = None, weight.detach(), None
@@ -172,7 +193,19 @@ class Capture:
         if not output.numel():
             self._void[edge.node] = behind
             return
-        use = Use(block, rule, call, Stored.of(x), Stored.of(output), edge, flat, biased, swapped, inputs, behind)
+        use = Use(
+            block,
+            rule,
+            call,
+            Stored.of(x),
+            Stored.of(output),
+            edge,
+            flat,
+            biased,
+            swapped,
+            inputs,
+            behind,
+        )
         found = self.uses.get(block.name)
         if found is None:
             self.uses[block.name] = [use]
@@ -182,7 +215,12 @@ class Capture:
     def _turned(self, args: tuple[Any, ...], output: Any) -> None:
         """A weight that is read in the other direction."""
         known = self._weights.get(id(args[0])) if args else None
-        if known is None or not isinstance(output, Tensor) or args[0].ndim != 2 or len({d % 2 for d in args[1:]}) == 1:
+        if (
+            known is None
+            or not isinstance(output, Tensor)
+            or args[0].ndim != 2
+            or len({d % 2 for d in args[1:]}) == 1
+        ):
             return
         self._kept.append(output)
         self._weights[id(output)] = known[0], not known[1]
@@ -220,17 +258,28 @@ class Capture:
                 if all(ways):
                     self.arranged[name] = tuple(way[0] for way in ways)
                 else:
-                    bad = next(use for use, way in zip(self.uses[name], ways, strict=True) if not way)
+                    bad = next(
+                        use for use, way in zip(self.uses[name], ways, strict=True) if not way
+                    )
                     self.general[name] = f"saw {bad.extent[0]} rows in a batch of {size}"
         for block in self.blocks:
             name = block.name
-            if name in self.silent and name not in self.uses and name not in missed and name not in self.frozen:
-                raise CurvlabError(f"{block} ran without gradients: remove torch.no_grad() around it, or freeze it{opaque}")
+            if (
+                name in self.silent
+                and name not in self.uses
+                and name not in missed
+                and name not in self.frozen
+            ):
+                raise CurvlabError(
+                    f"{block} ran without gradients: remove torch.no_grad() around it, or freeze it{opaque}"
+                )
 
     def _missed(self, z: Tensor) -> tuple[set[str], str]:
         """Blocks with a parameter to which a path from z runs through no call that was heard; and a hint where the graph hides
         some."""
-        heard = {use.edge.node: use.beyond for uses in self.uses.values() for use in uses} | self._void
+        heard = {
+            use.edge.node: use.beyond for uses in self.uses.values() for use in uses
+        } | self._void
         if z.grad_fn is None:
             raise CurvlabError(_NO_GRAPH)
         waiting: list[Node | None] = [z.grad_fn]
@@ -278,7 +327,10 @@ class Capture:
         for name in self.arranged:
             uses = self.uses.get(name, ())
             if uses:
-                found[name] = sum(rows * places for rows, places in (use.extent for use in uses)) // self._size
+                found[name] = (
+                    sum(rows * places for rows, places in (use.extent for use in uses))
+                    // self._size
+                )
         return found
 
     def _input(self, use: Use, size: int, how: str) -> UseInput:
@@ -292,7 +344,9 @@ class Capture:
         """The one use of a block whose examples are its rows. Raises CurvlabError where there is no such thing."""
         uses = self.uses.get(block.name, [])
         if self.arranged.get(block.name) != ("first",) or uses[0].swapped:
-            raise CurvlabError(f"{block} {self.general.get(block.name, 'is used more than once')}: no single pre-activation")
+            raise CurvlabError(
+                f"{block} {self.general.get(block.name, 'is used more than once')}: no single pre-activation"
+            )
         return uses[0]
 
     def statistics(self, name: str, size: int) -> LayerStatistics:
@@ -300,10 +354,16 @@ class Capture:
         block = next(b for b in self.blocks if b.name == name)
         use = self.only(block)
         none = use.output.value.new_zeros(0, 0, 0, 0)  # no vector was sent back
-        return LayerStatistics(block, size, parts=[Part(block, self._input(use, size, "first"), none)], like=none)
+        return LayerStatistics(
+            block, size, parts=[Part(block, self._input(use, size, "first"), none)], like=none
+        )
 
     def backward(
-        self, z: Tensor, vectors: Float[Tensor, "V N *C"], leaves: bool = False, gradients: bool = False
+        self,
+        z: Tensor,
+        vectors: Float[Tensor, "V N *C"],
+        leaves: bool = False,
+        gradients: bool = False,
     ) -> dict[str, LayerStatistics]:
         """Send `vectors` back from the outputs `z`; the graph is kept, so this can be called again.
 
@@ -320,27 +380,43 @@ class Capture:
         size, count = len(z), len(vectors)
         self.settle(z)
         heard = [
-            (use, how) for name, ways in self.arranged.items() for use, how in zip(self.uses.get(name, ()), ways, strict=True)
+            (use, how)
+            for name, ways in self.arranged.items()
+            for use, how in zip(self.uses.get(name, ()), ways, strict=True)
         ]
         own = [
             b for b in self.blocks
             if count == 1 and ((leaves and b.name in self.general) or (gradients and b.name in self.arranged and self.fine(b)))
         ]  # fmt: skip
         named = [name for b in own for name in b.params if self.parameters[name].requires_grad]
-        targets: list[Any] = [use.edge for use, _ in heard] + [self.parameters[name] for name in named]
+        targets: list[Any] = [use.edge for use, _ in heard] + [
+            self.parameters[name] for name in named
+        ]
         grads = sent_together(z, targets, vectors) if targets else []
         parts: dict[str, list[Part]] = {name: [] for name in self.arranged}
         for (use, how), d in zip(heard, grads, strict=False):
             if d is not None:
                 shape, dtype = use.output.value.shape, self.dtype or use.call.weight.dtype
-                g = use.rule.outputs(d if d.shape == shape else d.reshape(count * shape[0], *shape[1:]))
+                g = use.rule.outputs(
+                    d if d.shape == shape else d.reshape(count * shape[0], *shape[1:])
+                )
                 g = g if g.dtype == dtype else g.to(dtype)
                 g = g[None] if count == 1 else g.view(count, -1, *g.shape[1:])
-                parts[use.block.name].append(Part(use.block, self._input(use, size, how), g, use.swapped))
+                parts[use.block.name].append(
+                    Part(use.block, self._input(use, size, how), g, use.swapped)
+                )
         prove = self.prove
         if prove is not None:
-            unseen = {id(self.uses[n][i]) for n, some in self.unproven.items() for i in some if i < len(self.uses.get(n, ()))}
-            if any(d is not None and id(use) in unseen and bool(d.any()) for (use, _), d in zip(heard, grads, strict=False)):
+            unseen = {
+                id(self.uses[n][i])
+                for n, some in self.unproven.items()
+                for i in some
+                if i < len(self.uses.get(n, ()))
+            }
+            if any(
+                d is not None and id(use) in unseen and bool(d.any())
+                for (use, _), d in zip(heard, grads, strict=False)
+            ):
                 self.prove = None
                 prove()
                 return self.backward(z, vectors, leaves, gradients)
@@ -353,33 +429,48 @@ class Capture:
             like = self.parameters[block.params[0]].detach() if common is None else common
             if name in parts:
                 frozen = [param for param in block.params if param in still] if still else ()
-                found[name] = LayerStatistics(block, size, mean, parts[name], like=like, vectors=count, frozen=frozen)
+                found[name] = LayerStatistics(
+                    block, size, mean, parts[name], like=like, vectors=count, frozen=frozen
+                )
             elif mean is not None:
-                found[name] = LayerStatistics(block, size, mean, like=like, why=self.general[name], used=used)
+                found[name] = LayerStatistics(
+                    block, size, mean, like=like, why=self.general[name], used=used
+                )
         return found
 
     def fine(self, block: Block) -> bool:
         """Whether autograd's own derivatives are of the statistics' precision."""
-        return self.dtype is None or all(self.parameters[name].dtype == self.dtype for name in block.params)
+        return self.dtype is None or all(
+            self.parameters[name].dtype == self.dtype for name in block.params
+        )
 
     def gradients(self, z: Tensor, vectors: Float[Tensor, "1 N *C"]) -> dict[str, LayerStatistics]:
         """The mean gradient of every block, by autograd alone: no call need have been heard."""
-        named = [name for b in self.blocks for name in b.params if self.parameters[name].requires_grad]
+        named = [
+            name for b in self.blocks for name in b.params if self.parameters[name].requires_grad
+        ]
         if z.grad_fn is None:
             raise CurvlabError(_NO_GRAPH)
-        grads = sent_together(z, [self.parameters[name] for name in named], vectors) if named else []
+        grads = (
+            sent_together(z, [self.parameters[name] for name in named], vectors) if named else []
+        )
         means = self._means(self.blocks, dict(zip(named, grads, strict=True)), len(z))
         return {
             b.name: LayerStatistics(b, len(z), mean, like=mean, why=_ALONE, used=used)
             for b, (mean, used) in zip(self.blocks, means.values(), strict=True)
         }
 
-    def _means(self, blocks: Sequence[Block], sums: Mapping[str, Tensor | None], size: int) -> dict[str, tuple[Tensor, bool]]:
+    def _means(
+        self, blocks: Sequence[Block], sums: Mapping[str, Tensor | None], size: int
+    ) -> dict[str, tuple[Tensor, bool]]:
         """{block: (mean gradient, whether the pass reached it)} of parameters' own sums; zero where there is none."""
         found, scale = {}, 1 / size
         for block in blocks:
             each = {name: self._sum(sums.get(name), name) for name in block.params}
-            used = any(sums.get(name) is not None or not self.parameters[name].requires_grad for name in block.params)
+            used = any(
+                sums.get(name) is not None or not self.parameters[name].requires_grad
+                for name in block.params
+            )
             if block.layer is None or not block.biased:
                 mean = block.gather(each) * scale
             elif each[block.params[0]].numel() < _SMALL:

@@ -38,7 +38,15 @@ class Closure(Independence):
         CurvlabError: an empty batch, x and y of different lengths, NaN or Inf in x.
     """
 
-    def __init__(self, objective: Objective, x: Tensor, y: Tensor, number: int, stream: Stream = "step", part: int = 0) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        x: Tensor,
+        y: Tensor,
+        number: int,
+        stream: Stream = "step",
+        part: int = 0,
+    ) -> None:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             given = f"{type(x).__name__} and {type(y).__name__}"
             raise CurvlabError(f"a minibatch must be two tensors, not {given}: put the inputs side by side in one tensor, and "
@@ -46,14 +54,20 @@ class Closure(Independence):
         if not x.ndim or not y.ndim:
             raise CurvlabError("a minibatch needs the examples as first axis; this one has no axis")
         if len(x) != len(y):
-            raise CurvlabError(f"the minibatch has {len(x)} inputs but {len(y)} targets: they must be as many")
+            raise CurvlabError(
+                f"the minibatch has {len(x)} inputs but {len(y)} targets: they must be as many"
+            )
         if len(x) == 0:
             raise CurvlabError("the minibatch is empty")
         if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
             raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
         if x.is_floating_point() and not all_finite(x):
-            bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
-            raise CurvlabError(f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first")
+            bad = int(
+                (~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0]
+            )
+            raise CurvlabError(
+                f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first"
+            )
         super().__init__()
         objective.check_modules()
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
@@ -72,7 +86,9 @@ class Closure(Independence):
         if dtype is not None and t.is_floating_point():
             t = t.to(dtype=dtype)
         waits = t.device == device or device.type != "cuda" or t.layout != torch.strided
-        return t.to(device) if waits else t.pin_memory().to(device, non_blocking=True)  # from pinned memory nobody waits
+        return (
+            t.to(device) if waits else t.pin_memory().to(device, non_blocking=True)
+        )  # from pinned memory nobody waits
 
     def _loss(self, z: Tensor) -> Tensor:
         return self._losses(z).mean()
@@ -82,7 +98,10 @@ class Closure(Independence):
         return self.objective.likelihood.loss(z, self.y)
 
     def _forward(
-        self, x: Tensor, buffers: dict[str, Tensor] | None = None, heard: AbstractContextManager[Any] | None = None
+        self,
+        x: Tensor,
+        buffers: dict[str, Tensor] | None = None,
+        heard: AbstractContextManager[Any] | None = None,
     ) -> Tensor:
         model = self.objective.model
         way = differentiable(heard is not None) if self.stream == "exact" else nullcontext()
@@ -95,10 +114,14 @@ class Closure(Independence):
             line = str(error).splitlines()[0]
             raise CurvlabError(f"the model does not take one tensor ({line}): {WRAP}") from error
         except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, CurvlabError) or not any(word in str(error) for word in _OF_THE_DATA):
+            if isinstance(error, CurvlabError) or not any(
+                word in str(error) for word in _OF_THE_DATA
+            ):
                 raise
             line = str(error).splitlines()[0]
-            raise CurvlabError(f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}") from error
+            raise CurvlabError(
+                f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}"
+            ) from error
         if not isinstance(z, Tensor):
             raise CurvlabError(f"the model returned a {type(z).__name__}, not one tensor: {PICK}")
         if z.shape[:1] != x.shape[:1]:
@@ -128,7 +151,9 @@ class Closure(Independence):
         self.objective.model.zero_grad()
         loss = self._loss(self._forward(self.x))
         if self.objective.l2:
-            loss = loss + self.objective.l2 * sum(p.square().sum() for p in self.objective.parameters.values())
+            loss = loss + self.objective.l2 * sum(
+                p.square().sum() for p in self.objective.parameters.values()
+            )
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types there
         return loss
 
@@ -171,7 +196,9 @@ class Closure(Independence):
             known[key] = self._look_at(x, False)[2]
         return known[key]
 
-    def forward(self, x: Tensor | None = None, move_buffers: bool = False) -> tuple[Tensor, Capture]:
+    def forward(
+        self, x: Tensor | None = None, move_buffers: bool = False
+    ) -> tuple[Tensor, Capture]:
         """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the capture).
 
         A later look at the minibatch sees the random numbers of the first, and uses up none.
@@ -184,7 +211,9 @@ class Closure(Independence):
         z, capture, self._form = self._look_at(self.x, True, move_buffers)
         return z, capture
 
-    def _look_at(self, x: Tensor, own: bool, move_buffers: bool = False) -> tuple[Tensor, Capture, Form]:
+    def _look_at(
+        self, x: Tensor, own: bool, move_buffers: bool = False
+    ) -> tuple[Tensor, Capture, Form]:
         model, objective = self.objective.model, self.objective
         objective.check_modules()
         again = own and self._chance is not None
@@ -195,7 +224,13 @@ class Closure(Independence):
             self._own_buffers(own)  # kept for the second look
         buffers = None if move_buffers else self._own_buffers(own)
         quiet = objective.quiet.get(key)
-        capture = Capture(model, objective.blocks, objective.dtype, objective.parameters, differentiable=self.stream == "exact")
+        capture = Capture(
+            model,
+            objective.blocks,
+            objective.dtype,
+            objective.parameters,
+            differentiable=self.stream == "exact",
+        )
         with derivatives(), self._same_chance(own, quiet is not None):
             z = self._forward(x, buffers, capture)
             if quiet is None and own and not again and not capture.generators and not self._drew():
@@ -224,7 +259,12 @@ class Closure(Independence):
         """`forward` with nobody listening."""
         self.objective.check_modules()
         self._chance = QUIET
-        capture = Capture(self.objective.model, self.objective.blocks, self.objective.dtype, self.objective.parameters)
+        capture = Capture(
+            self.objective.model,
+            self.objective.blocks,
+            self.objective.dtype,
+            self.objective.parameters,
+        )
         with derivatives():
             z = self._forward(self.x, None if move_buffers else self._own_buffers(True))
         self._check_same(z)
@@ -238,12 +278,16 @@ class Closure(Independence):
         if x is self.x:
             self._trace = capture.trace
         known = objective.forms.get(key)
-        if known is None and not all_finite(z.detach()):  # nothing can be seen, and the loss will say so
+        if known is None and not all_finite(
+            z.detach()
+        ):  # nothing can be seen, and the loss will say so
             return unseen(capture, z)
         if known is None or capture.reorders or not known.apply(capture):
             known = self._prove(z, capture, key)
         if known.unproven:
-            capture.unproven = {name: uses for name, uses in known.unproven.items() if name in capture.arranged}
+            capture.unproven = {
+                name: uses for name, uses in known.unproven.items() if name in capture.arranged
+            }
             capture.prove = lambda: self._prove(z, capture, key)
         return known
 
@@ -262,7 +306,9 @@ class Closure(Independence):
         self.objective.likelihood.check(z, self._y)
         self._checked = True
         key = self._key(self.x)
-        if key not in self.objective.laws or (self.stream == "exact" and self.objective.laws[key].examined):
+        if key not in self.objective.laws or (
+            self.stream == "exact" and self.objective.laws[key].examined
+        ):
             with derivatives():
                 self.objective.laws[key] = law_of(self.objective.likelihood, z.detach(), self.y)
 
@@ -356,12 +402,17 @@ class Closure(Independence):
             else:
                 drawn = self.labels(outputs.detach(), draws)
                 with derivatives():
-                    each = [torch.autograd.grad(likelihood.loss(outputs, label).sum(), outputs)[0] for label in drawn]
+                    each = [
+                        torch.autograd.grad(likelihood.loss(outputs, label).sum(), outputs)[0]
+                        for label in drawn
+                    ]
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
             if name == "gradient" and all(map(capture.fine, self.objective.blocks)):
                 passes[name] = capture.gradients(z, vectors)
             else:
-                passes[name] = capture.backward(z, vectors, leaves=True, gradients=by_leaves and name in ("gradient", "data"))
+                passes[name] = capture.backward(
+                    z, vectors, leaves=True, gradients=by_leaves and name in ("gradient", "data")
+                )
             for statistics in passes[name].values():
                 if not statistics.used and statistics.block.name not in capture.frozen:
                     self.objective.say(f"{statistics.block} does not reach the model's outputs in a minibatch: its gradient is "
@@ -371,21 +422,29 @@ class Closure(Independence):
         value, pull = loss.detach(), dict[str, Tensor]()
         if self.objective.l2:
             weights = {name: p.detach() for name, p in self.objective.parameters.items()}
-            pull = {b.name: 2 * self.objective.l2 * b.gather(weights) for b in self.objective.blocks}
+            pull = {
+                b.name: 2 * self.objective.l2 * b.gather(weights) for b in self.objective.blocks
+            }
             value = value + self.objective.l2 * sum(w.square().sum() for w in weights.values())
         return Observation(value, len(z), passes, self, pull)
 
     def _finite(self, loss: Tensor, z: Tensor) -> None:
         if math.isfinite(float(loss)):
             return
-        weights = [name for name, p in self.objective.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        weights = [
+            name
+            for name, p in self.objective.model.named_parameters()
+            if not bool(torch.isfinite(p).all())
+        ]
         if weights:
             where = f"the weights '{weights[0]}' contain NaN or Inf"
         elif not bool(torch.isfinite(z).all()):
             where = "the model's outputs contain NaN or Inf"
         else:
             where = "the outputs are finite, so the likelihood overflows"
-        raise Diverged(f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping")
+        raise Diverged(
+            f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping"
+        )
 
 
 _MIXING = (

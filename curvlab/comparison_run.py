@@ -74,16 +74,24 @@ def prepare_comparison(named: NamedComparison) -> PreparedComparison:
     problem = named.problem
     train, _ = problem.parts
     per_epoch = train.batches(named.batch_size).per_epoch
-    steps = min(v for v in (named.steps, named.epochs and named.epochs * per_epoch) if v is not None)
+    steps = min(
+        v for v in (named.steps, named.epochs and named.epochs * per_epoch) if v is not None
+    )
     first = problem.objective(named.seeds[0])
     with random_state.kept(first.device):
-        Closure(first, train.x[:2], train.y[:2], 0).losses()  # on cloned buffers: the model is the run's own
-    curvatures = {name: d.curvature for name, d in named.settings.descents(first, named.batch_size).items()}
+        Closure(
+            first, train.x[:2], train.y[:2], 0
+        ).losses()  # on cloned buffers: the model is the run's own
+    curvatures = {
+        name: d.curvature for name, d in named.settings.descents(first, named.batch_size).items()
+    }
     check_probes(list(asked(named.settings.probes, "compare")), curvatures)
     return PreparedComparison(named, first, steps)
 
 
-def compare_named(prepared: PreparedComparison, path: Path, call: dict[str, Any], console: Console) -> Run:
+def compare_named(
+    prepared: PreparedComparison, path: Path, call: dict[str, Any], console: Console
+) -> Run:
     """Compare what was prepared, one seed after another, into one log.
 
     Raises:
@@ -99,8 +107,25 @@ def compare_named(prepared: PreparedComparison, path: Path, call: dict[str, Any]
             objective.tell = tell if named.verbose and i == 1 else None
             batches = train.batches(named.batch_size, -(-steps // per_epoch), seed)
             if log is None:
-                log = settings.log(objective, named.batch_size, path, named.seeds, named.problem.about(call))
-            title = "compare" if len(named.seeds) == 1 else f"compare, seed {seed} ({i} of {len(named.seeds)})"
-            compare_one(objective, batches, settings, steps, batches.one_pass(), named.batch_size, log, seed, bar, title)
+                log = settings.log(
+                    objective, named.batch_size, path, named.seeds, named.problem.about(call)
+                )
+            title = (
+                "compare"
+                if len(named.seeds) == 1
+                else f"compare, seed {seed} ({i} of {len(named.seeds)})"
+            )
+            compare_one(
+                objective,
+                batches,
+                settings,
+                steps,
+                batches.one_pass(),
+                named.batch_size,
+                log,
+                seed,
+                bar,
+                title,
+            )
     assert log is not None
     return Run(log)

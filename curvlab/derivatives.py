@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    ContextDecorator,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+)
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,13 +18,22 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-_around: ContextVar[tuple[str, torch.dtype] | None] = ContextVar("autocast around the call", default=None)
+_around: ContextVar[tuple[str, torch.dtype] | None] = ContextVar(
+    "autocast around the call", default=None
+)
 
 
 def _autocast() -> tuple[str, torch.dtype] | None:
     if not torch._C._is_any_autocast_enabled():
         return None
-    return next(((kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)), None)
+    return next(
+        (
+            (kind, torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
+            if torch.is_autocast_enabled(kind)
+        ),
+        None,
+    )
 
 
 def around() -> tuple[str, torch.dtype] | None:
@@ -66,7 +81,11 @@ class derivatives(ContextDecorator):
 
     def __enter__(self) -> None:
         self._opened: ExitStack | None = None
-        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _autocast() is not None:
+        if (
+            not torch.is_grad_enabled()
+            or torch.is_inference_mode_enabled()
+            or _autocast() is not None
+        ):
             self._opened = ExitStack()
             for opened in (torch.inference_mode(False), torch.enable_grad(), precise()):
                 self._opened.enter_context(opened)

@@ -101,13 +101,17 @@ class Descent:
     ) -> None:
         check_weight_decay(weight_decay)
         if double_grad and not (curvature.wants_step and "data" in curvature.step_needs):
-            raise CurvlabError("double_grad needs a method that looks at each minibatch a second time, such as k-bfgs-20")
+            raise CurvlabError(
+                "double_grad needs a method that looks at each minibatch a second time, such as k-bfgs-20"
+            )
         self.objective, self.curvature, self.weight_decay = objective, curvature, weight_decay
         self.momentum = Momentum(momentum, momentum_kind)
         self.learns_first, self.double_grad = learns_first, double_grad
         self.ownership = Ownership(objective)
         self.ownership.check()
-        self.further: dict[str, Tensor] = {}  # gradients of the last minibatch at these weights, of `double_grad`
+        self.further: dict[
+            str, Tensor
+        ] = {}  # gradients of the last minibatch at these weights, of `double_grad`
         self.further_left_out = 0  # of those, since they were not finite
 
     @property
@@ -145,7 +149,9 @@ class Descent:
             raise found from error
         return p
 
-    def _direction(self, observation: Observation, decay: Callable[[Tensor], float] | float | None) -> dict[str, Tensor]:
+    def _direction(
+        self, observation: Observation, decay: Callable[[Tensor], float] | float | None
+    ) -> dict[str, Tensor]:
         late = not self.learns_first and self.curvature.ready
         if not late:
             self.curvature.update(observation)
@@ -159,18 +165,25 @@ class Descent:
         rate = self.weight_decay if decay is None else decay
         return self._decayed(p, rate) if rate else p
 
-    def _decayed(self, p: dict[str, Tensor], decay: Callable[[Tensor], float] | float) -> dict[str, Tensor]:
+    def _decayed(
+        self, p: dict[str, Tensor], decay: Callable[[Tensor], float] | float
+    ) -> dict[str, Tensor]:
         """p + γ W, γ of each parameter or of all."""
         parameters, found = self.objective.parameters, dict(p)
         with torch.no_grad():
             for block in self.objective.blocks:
-                rates = {name: decay(parameters[name]) if callable(decay) else decay for name in block.params}
+                rates = {
+                    name: decay(parameters[name]) if callable(decay) else decay
+                    for name in block.params
+                }
                 first, *others = rates.values()
                 if all(rate == first for rate in others):
                     w = block.gather({name: parameters[name] for name in block.params})
                     found[block.name] = p[block.name].add(w, alpha=first)
                 else:
-                    found[block.name] = p[block.name] + block.gather({name: parameters[name] * r for name, r in rates.items()})
+                    found[block.name] = p[block.name] + block.gather(
+                        {name: parameters[name] * r for name, r in rates.items()}
+                    )
         return found
 
     @property
@@ -223,13 +236,18 @@ class Descent:
         name = with_defaults(self.curvature).name or type(self.curvature).__name__
         for block, count in self._left_out.items():
             if int(count):
-                where = next((str(b) for b in self.objective.blocks if b.name == block), "all blocks together")
+                where = next(
+                    (str(b) for b in self.objective.blocks if b.name == block),
+                    "all blocks together",
+                )
                 self.objective.say(
                     f"{name}: {where}: a pair contains NaN or Inf and is left out; the method goes on as if that minibatch had "
                     "given none, and averages of pairs start again (the log counts them: pairs_left_out)"
                 )
         if self.further_left_out:
-            self.objective.say(f"{name}: the second look's gradient contains NaN or Inf and is left out of double_grad")
+            self.objective.say(
+                f"{name}: the second look's gradient contains NaN or Inf and is left out of double_grad"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """With the shapes of the blocks and the dtype, by which a state of another model is known."""
@@ -245,8 +263,14 @@ class Descent:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
         self.check(state)
-        momentum, further = state["momentum"], {name: g.clone() for name, g in state["further"].items()}
-        buffers, steps = {name: b.clone() for name, b in momentum["buffers"].items()}, momentum["steps"]
+        momentum, further = (
+            state["momentum"],
+            {name: g.clone() for name, g in state["further"].items()},
+        )
+        buffers, steps = (
+            {name: b.clone() for name, b in momentum["buffers"].items()},
+            momentum["steps"],
+        )
         self.curvature.load_state_dict(state["curvature"])
         self.momentum.buffers, self.momentum.steps, self.further = buffers, steps, further
         self.further_left_out = state.get("further_left_out", 0)
@@ -259,7 +283,10 @@ class Descent:
             for name, shape in state["blocks"].items():
                 check_shape(blocks[name], "is", shape)
             check_dtype("the model", getattr(torch, state["dtype"]), dtype)
-        for kind, tensors in (("momentum", state["momentum"]["buffers"]), ("further gradient", state["further"])):
+        for kind, tensors in (
+            ("momentum", state["momentum"]["buffers"]),
+            ("further gradient", state["further"]),
+        ):
             for name, tensor in tensors.items():
                 if name not in blocks:
                     raise CurvlabError(
@@ -276,11 +303,15 @@ class Descent:
             if isinstance(value, Observation):
                 memo[id(value)] = value
         vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
-        new.load_state_dict(self.state_dict())  # products are functions, which no copy reaches: they are made again
+        new.load_state_dict(
+            self.state_dict()
+        )  # products are functions, which no copy reaches: they are made again
         return new
 
 
-def of_method(curvature: Curvature, error: Exception, observation: Observation | None = None) -> Exception:
+def of_method(
+    curvature: Curvature, error: Exception, observation: Observation | None = None
+) -> Exception:
     """The error as Diverged, with the method's name, where numbers have raised it; else itself. One place for all methods."""
     name = with_defaults(curvature).name or type(curvature).__name__
     whole = not with_defaults(curvature).by_block() and not getattr(error, "block", "")
@@ -288,8 +319,16 @@ def of_method(curvature: Curvature, error: Exception, observation: Observation |
 
     def unsound() -> bool:
         try:
-            weights = [] if observation is None else list(observation.closure.objective.parameters.values())
-            seen = [] if observation is None or not {"gradient", "data"} & observation.passes.keys() else observation.gradients
+            weights = (
+                []
+                if observation is None
+                else list(observation.closure.objective.parameters.values())
+            )
+            seen = (
+                []
+                if observation is None or not {"gradient", "data"} & observation.passes.keys()
+                else observation.gradients
+            )
             return broken([weights, seen, curvature.state_dict()])
         except Exception:  # a state that cannot be told says nothing
             return False
@@ -343,7 +382,10 @@ def _absorb(curvature: Curvature, observation: Observation) -> None:
 
 
 def move(
-    objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float], where: Tensor | None = None
+    objective: Objective,
+    direction: dict[str, Tensor],
+    lr: Callable[[Tensor], float],
+    where: Tensor | None = None,
 ) -> None:
     """W ← W − α p for every parameter, α = lr(parameter); nothing where the flag `where` is false.
 
@@ -352,21 +394,30 @@ def move(
     parameters = objective.parameters
     with torch.no_grad():
         for block in objective.blocks:
-            p = direction[block.name] if where is None else torch.where(where, direction[block.name], 0.0)
+            p = (
+                direction[block.name]
+                if where is None
+                else torch.where(where, direction[block.name], 0.0)
+            )
             for name, d in block.scatter(p).items():
                 rate = rate_of(parameters[name], lr)
                 if rate:
                     parameters[name].add_(d, alpha=-rate)
 
 
-def displacement(objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]) -> dict[str, Tensor]:
+def displacement(
+    objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]
+) -> dict[str, Tensor]:
     """{block: −α p}, what `move` adds to its parameters."""
     parameters, found = objective.parameters, {}
     for block in objective.blocks:
         rates = {name: rate_of(parameters[name], lr) for name in block.params}
         parts = block.scatter(direction[block.name])
         found[block.name] = block.gather(
-            {name: d * -rates[name] if rates[name] else torch.zeros_like(d) for name, d in parts.items()}
+            {
+                name: d * -rates[name] if rates[name] else torch.zeros_like(d)
+                for name, d in parts.items()
+            }
         )
     return found
 

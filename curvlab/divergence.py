@@ -36,7 +36,12 @@ def of_numbers(error: BaseException) -> bool:
 
 
 def named(
-    error: Exception, where: str, *, block: str = "", method: str = "", unsound: Callable[[], bool] = lambda: False
+    error: Exception,
+    where: str,
+    *,
+    block: str = "",
+    method: str = "",
+    unsound: Callable[[], bool] = lambda: False,
 ) -> Exception:
     """The error with `where` before its message, once: `Diverged` where numbers have raised it, itself if a stranger's.
 
@@ -52,12 +57,19 @@ def named(
     if not own and not numerical:
         return error
     line = (str(error).splitlines() or [""])[0]
-    line = line if own else f"{type(error).__name__.lstrip('_')}: {line}; lower the learning rate or raise the damping"
+    line = (
+        line
+        if own
+        else f"{type(error).__name__.lstrip('_')}: {line}; lower the learning rate or raise the damping"
+    )
     line = line if line.startswith(where) else f"{where}: {line}"
     if not numerical:
         return type(error)(line)
     found = type(error)(line) if isinstance(error, Diverged) else Diverged(line)
-    found.block, found.method = getattr(error, "block", "") or block, getattr(error, "method", "") or method
+    found.block, found.method = (
+        getattr(error, "block", "") or block,
+        getattr(error, "method", "") or method,
+    )
     return found
 
 
@@ -72,7 +84,12 @@ class Naming:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if isinstance(error, Exception):
             found = named(error, str(self.where), block=self.block)
             if found is not error:

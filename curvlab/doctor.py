@@ -66,7 +66,9 @@ class Page:
     @property
     def bad(self) -> list[Finding]:
         """Findings in the way of something, of all sections in their order."""
-        return [found for section in self.sections.values() for found in section if found.state == "bad"]
+        return [
+            found for section in self.sections.values() for found in section if found.state == "bad"
+        ]
 
     def __str__(self) -> str:
         marks = {"": " ", "good": "✓", "bad": "!"}
@@ -74,7 +76,10 @@ class Page:
         for title, findings in self.sections.items():
             width = max(len(found.what) for found in findings)
             lines += ["", title] if lines else [title]
-            lines += [f"{marks[found.state]} {found.what:<{width}}  {found.says}".rstrip() for found in findings]
+            lines += [
+                f"{marks[found.state]} {found.what:<{width}}  {found.says}".rstrip()
+                for found in findings
+            ]
         return "\n".join(lines)
 
 
@@ -108,7 +113,8 @@ def _folder(folder: str | os.PathLike[str]) -> Path:
 
 def _installation() -> Iterator[Finding]:
     yield Finding(
-        "curvlab", f"{metadata.version('curvlab')}, schema {SCHEMA} of logs, format {checkpoint.FORMAT} of checkpoints"
+        "curvlab",
+        f"{metadata.version('curvlab')}, schema {SCHEMA} of logs, format {checkpoint.FORMAT} of checkpoints",
     )
     yield Finding("from", str(Path(__file__).parent))
     yield Finding("git commit", git_commit())
@@ -149,14 +155,23 @@ def _outside(wanted: str, version: str) -> str:
 def _machine() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding("cores", f"{cores} for this process, of {os.cpu_count()}")
-    yield Finding("torch's threads", f"{torch.get_num_threads()}, {torch.get_num_interop_threads()} between operations")
+    yield Finding(
+        "torch's threads",
+        f"{torch.get_num_threads()}, {torch.get_num_interop_threads()} between operations",
+    )
     if hasattr(os, "sysconf"):
-        total, free = (os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages) for pages in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+        total, free = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
+            for pages in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
+        )
         yield Finding("memory", f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB of it free")
     yield Finding("device", f"{device_of('auto')} by --device auto")
     for i in range(torch.cuda.device_count()):
         of = torch.cuda.get_device_properties(i)
-        yield Finding(f"cuda:{i}", f"{of.name}, {of.total_memory / 1e9:.0f} GB, capability {of.major}.{of.minor}")
+        yield Finding(
+            f"cuda:{i}",
+            f"{of.name}, {of.total_memory / 1e9:.0f} GB, capability {of.major}.{of.minor}",
+        )
 
 
 def _surroundings() -> Iterator[Finding]:
@@ -190,7 +205,9 @@ def _data() -> Iterator[Finding]:
     except CurvlabError as error:
         yield Finding("folders", str(error), "bad")
         return
-    yield Finding("folders", ", ".join(f"{f}{'' if f.is_dir() else ' (not there)'}" for f in folders))
+    yield Finding(
+        "folders", ", ".join(f"{f}{'' if f.is_dir() else ' (not there)'}" for f in folders)
+    )
     yield _written("cache", files.cache)
     absent = []
     for name, known in files.FILES.items():
@@ -206,12 +223,21 @@ def _data() -> Iterator[Finding]:
         try:
             if known.sums:
                 files.verify(path, name, known.sums)
-            yield Finding(name, f"{path}{', whole' if known.sums else ', no checksum is known'}", "good" if known.sums else "")
+            yield Finding(
+                name,
+                f"{path}{', whole' if known.sums else ', no checksum is known'}",
+                "good" if known.sums else "",
+            )
         except CurvlabError as error:
             yield Finding(name, str(error), "bad")
     if absent:
-        short = dict.fromkeys(name.partition("/")[0] + ("/…" if "/" in name else "") for name in absent)
-        yield Finding("not here", f"{', '.join(short)}: each is for its own data sets alone (curvlab list datasets)")
+        short = dict.fromkeys(
+            name.partition("/")[0] + ("/…" if "/" in name else "") for name in absent
+        )
+        yield Finding(
+            "not here",
+            f"{', '.join(short)}: each is for its own data sets alone (curvlab list datasets)",
+        )
 
 
 # ---- a run
@@ -234,7 +260,10 @@ def _run(folder: Path) -> Iterator[Finding]:
         yield from findings
     left = sorted(str(p.name) for p in folder.glob(".*.part"))
     if left and not writer:
-        yield Finding("left over", f"{', '.join(left)}: of a run that was killed while it saved; the next one overwrites it")
+        yield Finding(
+            "left over",
+            f"{', '.join(left)}: of a run that was killed while it saved; the next one overwrites it",
+        )
     yield Finding("to go on", _going_on(folder, ds, held, state.exists(), writer))
 
 
@@ -249,7 +278,10 @@ def _log(folder: Path) -> tuple[xr.Dataset | None, list[Finding]]:
     found += [Finding("odd", str(one.message), "bad") for one in odd]
     found += [Finding(what, says) for what, says in about.facts(ds).items() if says]
     found += [Finding("note", line) for line in about.notes(ds)]
-    return ds, [*found, Finding("call", about.shell(attributes.mapping(ds, "call")).replace(" \\\n   ", ""))]
+    return ds, [
+        *found,
+        Finding("call", about.shell(attributes.mapping(ds, "call")).replace(" \\\n   ", "")),
+    ]
 
 
 def _checkpoint(path: Path, ds: xr.Dataset | None) -> tuple[dict[str, Any] | None, list[Finding]]:
@@ -263,7 +295,13 @@ def _checkpoint(path: Path, ds: xr.Dataset | None) -> tuple[dict[str, Any] | Non
     found = [Finding("checkpoint", f"{path}, whole: {where}", "good")]
     if ds is not None and not _same_run(ds, state):
         created = attributes.text(ds, "created", "unknown")
-        found.append(Finding("together", f"the log is of a run begun {created}, the checkpoint of one begun {begun}", "bad"))
+        found.append(
+            Finding(
+                "together",
+                f"the log is of a run begun {created}, the checkpoint of one begun {begun}",
+                "bad",
+            )
+        )
     elif ds is not None:
         found.append(Finding("together", "log and checkpoint are of one run", "good"))
     return state, found
@@ -275,7 +313,9 @@ def _same_run(ds: xr.Dataset, state: dict[str, Any]) -> bool:
     return all(kept.get(name) == attributes.text(ds, name) for name in ("created", "git_commit"))
 
 
-def _going_on(folder: Path, ds: xr.Dataset | None, state: dict[str, Any] | None, held: bool, writer: str) -> str:
+def _going_on(
+    folder: Path, ds: xr.Dataset | None, state: dict[str, Any] | None, held: bool, writer: str
+) -> str:
     place = shlex.quote(str(folder))
     if writer:
         return "wait for the run that writes here"
@@ -291,9 +331,17 @@ def _going_on(folder: Path, ds: xr.Dataset | None, state: dict[str, Any] | None,
     if stepless(folder):
         return f"{anew(folder)} by the same command"
     if ds is None:
-        return "start it" if not (folder / "run.h5").exists() else "restore the log, or start again in another folder"
+        return (
+            "start it"
+            if not (folder / "run.h5").exists()
+            else "restore the log, or start again in another folder"
+        )
     missing = about.unfinished(ds)
-    return f"start it again in another folder ({missing})" if missing else f"it has reached its end: curvlab report {place}"
+    return (
+        f"start it again in another folder ({missing})"
+        if missing
+        else f"it has reached its end: curvlab report {place}"
+    )
 
 
 def _call(state: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,11 @@ class CurvlabWarning(UserWarning):
 def warn(line: str) -> None:
     """A CurvlabWarning at the user's own line: the nearest frame outside of this package."""
     level, frame = 2, sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("curvlab", "contextlib", "torch"):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "curvlab",
+        "contextlib",
+        "torch",
+    ):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     warnings.warn(line, CurvlabWarning, stacklevel=level)
 
@@ -104,11 +108,18 @@ def fitting(what: str, value: Any, hint: Any) -> Any:
         return value
     if not all(kind in _KINDS for kind in wanted):
         return value
-    fits = any(isinstance(value, _KINDS[kind][0]) and isinstance(value, bool) is (kind is bool) for kind in wanted)
+    fits = any(
+        isinstance(value, _KINDS[kind][0]) and isinstance(value, bool) is (kind is bool)
+        for kind in wanted
+    )
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
-        raise CurvlabError(f"{what} must be {' or '.join(_KINDS[kind][1] for kind in wanted)}, not {shown(value)}")
+        raise CurvlabError(
+            f"{what} must be {' or '.join(_KINDS[kind][1] for kind in wanted)}, not {shown(value)}"
+        )
     if isinstance(value, Integral) and abs(int(value)) > LARGEST:
-        raise CurvlabError(f"{what} must be within 64 bits, from {-LARGEST} to {LARGEST}, not {shown(value)}")
+        raise CurvlabError(
+            f"{what} must be within 64 bits, from {-LARGEST} to {LARGEST}, not {shown(value)}"
+        )
     return value
 
 
@@ -121,17 +132,31 @@ def whole(what: str, value: Any, least: int = 1, most: int = LARGEST) -> int:
     if number is None:
         raise CurvlabError(f"{what} must be a whole number, not {shown(value)}")
     if number < least:
-        raise CurvlabError(f"{what} must be {'0 or positive' if least == 0 else f'{least} or more'}, not {shown(number)}")
+        raise CurvlabError(
+            f"{what} must be {'0 or positive' if least == 0 else f'{least} or more'}, not {shown(number)}"
+        )
     if number > most:
-        raise CurvlabError(f"{what} must be a whole number from {least} to {most}, not {shown(number)}")
+        raise CurvlabError(
+            f"{what} must be a whole number from {least} to {most}, not {shown(number)}"
+        )
     return number
 
 
-def real(what: str, value: Any, wanted: str = "0 or positive", good: Callable[[float], bool] = lambda v: v >= 0) -> float:
+def real(
+    what: str,
+    value: Any,
+    wanted: str = "0 or positive",
+    good: Callable[[float], bool] = lambda v: v >= 0,
+) -> float:
     """`value` as a finite number. Raises CurvlabError where it is none, or not `good`: `wanted` says what is."""
     try:
         number = math.nan if isinstance(value, bool | str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch's for a tensor of several numbers
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ):  # torch's for a tensor of several numbers
         number = math.nan
     if not (math.isfinite(number) and good(number)):
         raise CurvlabError(f"{what} must be {wanted}, not {shown(value)}")
@@ -142,7 +167,11 @@ def shown(value: object) -> str:
     """A value in an error's line: numbers as they are written, what is long shortened."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         number = int(value)
-        return str(number) if abs(number) < 10**40 else f"a number of some {int(math.log10(abs(number))) + 1} digits"
+        return (
+            str(number)
+            if abs(number) < 10**40
+            else f"a number of some {int(math.log10(abs(number))) + 1} digits"
+        )
     if isinstance(value, float):
         return f"{value:g}"
     text = repr(value)

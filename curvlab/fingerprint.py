@@ -20,10 +20,17 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError
 
-_GOLDEN, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # of splitmix64
+_GOLDEN, _FIRST, _SECOND = (
+    -0x61C8864680B583EB,
+    -0x40A7B892E31B1A47,
+    -0x6B2FB644ECCEEE15,
+)  # of splitmix64
 _WIDE = 1 << 12  # words of weights that are added up with multipliers of their own
 _SMALL = 1 << 16  # numbers in a tensor, below which it is put together with others
-_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 24}  # words in the one temporary: what fits the cache; what fits the memory
+_AT_ONCE = {
+    "cpu": 1 << 16,
+    "cuda": 1 << 24,
+}  # words in the one temporary: what fits the cache; what fits the memory
 
 
 def each(*data: Any) -> Int64[Tensor, " N"]:
@@ -32,7 +39,11 @@ def each(*data: Any) -> Int64[Tensor, " N"]:
     for place, t in _tensors(data):
         rows = _of_rows(t if t.ndim and (found is None or len(t) == len(found)) else t[None])
         salt = 2 * zlib.crc32(f"{place} {tuple(t.shape[1:])} {t.dtype}".encode()) + 1
-        found = rows + salt if found is None else torch.add(rows.to(found.device) + salt, found, alpha=salt)
+        found = (
+            rows + salt
+            if found is None
+            else torch.add(rows.to(found.device) + salt, found, alpha=salt)
+        )
     return torch.zeros(0, dtype=torch.int64) if found is None else mixed(found)
 
 
@@ -51,7 +62,11 @@ def numbers(tensors: Iterable[Tensor]) -> Int64[Tensor, " K"]:
         else:
             found.append(_in_place(t.detach().flatten()))
     found += [_in_place(torch.cat(some)) for some in small.values()]
-    return torch.stack([f.to(found[0].device) for f in found]) if found else torch.zeros(0, dtype=torch.int64)
+    return (
+        torch.stack([f.to(found[0].device) for f in found])
+        if found
+        else torch.zeros(0, dtype=torch.int64)
+    )
 
 
 def mixed(h: Int64[Tensor, " N"]) -> Int64[Tensor, " N"]:
@@ -82,7 +97,9 @@ def _of_rows(t: Tensor) -> Int64[Tensor, " N"]:
     """Of everything behind the first axis."""
     if t.layout == torch.strided:
         return _added(_words(t))
-    t = t.to_sparse().coalesce()  # the numbers that are there, whatever their order, and where each is
+    t = (
+        t.to_sparse().coalesce()
+    )  # the numbers that are there, whatever their order, and where each is
     row, *columns = t.indices()
     at = torch.zeros_like(row)
     for column, size in zip(columns, t.shape[1:], strict=False):
@@ -121,7 +138,11 @@ def _in_place(t: Tensor) -> Int64[Tensor, ""]:
     whole = t.element_size() * len(t) // 8 * 8 // t.element_size()  # what fills words
     words = _words(t[None, :whole])[0]
     cut = len(words) // _WIDE * _WIDE
-    parts = [_added(words[:cut].view(-1, _WIDE)), _added(words[None, cut:]), _added(_words(t[None, whole:]))]
+    parts = [
+        _added(words[:cut].view(-1, _WIDE)),
+        _added(words[None, cut:]),
+        _added(_words(t[None, whole:])),
+    ]
     return _in_order(mixed(torch.cat(parts)))
 
 
@@ -153,7 +174,11 @@ class Unchanging:
     @classmethod
     def of(cls, loader: Iterable[Any], *, in_order: bool = False) -> Unchanging:
         """The loader itself where it is one that is as strict."""
-        return loader if isinstance(loader, cls) and (loader.in_order or not in_order) else cls(loader, in_order=in_order)
+        return (
+            loader
+            if isinstance(loader, cls) and (loader.in_order or not in_order)
+            else cls(loader, in_order=in_order)
+        )
 
     def __iter__(self) -> Iterator[Any]:
         """One pass. Raises CurvlabError at its end where it was not as the first."""
@@ -165,7 +190,11 @@ class Unchanging:
         if not sums and self.first is None:
             return
         total = sum(int(s) for _, s, _ in sums) % 2**64
-        seen = Seen(sum(n for n, *_ in sums), total, tuple((n, int(s)) for n, _, s in sums) if self.in_order else ())
+        seen = Seen(
+            sum(n for n, *_ in sums),
+            total,
+            tuple((n, int(s)) for n, _, s in sums) if self.in_order else (),
+        )
         self.first = self.first or seen
         if seen != self.first:
             raise CurvlabError(self._fault(seen, self.first))

@@ -28,7 +28,9 @@ def lengths(tensors: Iterable[Tensor]) -> Tensor:
 def length(tensors: Iterable[Tensor]) -> float:
     """Of all together; NaN or Inf where an entry is, and where the squares of one of them overflow. Waits for the device."""
     each = torch._foreach_norm(list(tensors))
-    numbers = [n.item() for n in each] if each[0].device.type == "cpu" else torch.stack(each).tolist()  # reading is cheap there
+    numbers = (
+        [n.item() for n in each] if each[0].device.type == "cpu" else torch.stack(each).tolist()
+    )  # reading is cheap there
     return math.hypot(*numbers)
 
 

@@ -116,9 +116,14 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
     for use in (use for uses in capture.uses.values() for use in uses):
         if use.x.overwritten:
             raise CurvlabError(OVERWRITTEN.format(use.block))
-    found = [dict(zip(names, send_back(z, leaves, u[None]), strict=True)) for u in (v, v * s.view(-1, *[1] * (z.ndim - 1)))]
+    found = [
+        dict(zip(names, send_back(z, leaves, u[None]), strict=True))
+        for u in (v, v * s.view(-1, *[1] * (z.ndim - 1)))
+    ]
     true = [{b.name: _gathered(b, grads, capture) for b in capture.blocks} for grads in found]
-    reached = {b.name: any(found[0].get(name) is not None for name in b.params) for b in capture.blocks}
+    reached = {
+        b.name: any(found[0].get(name) is not None for name in b.params) for b in capture.blocks
+    }
     scale = [max((float(t[b.name].norm()) for b in capture.blocks), default=0.0) for t in true]
     statistics = capture.backward(z, v[None])
     ways: dict[str, Way] = {}
@@ -155,7 +160,9 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
                 )  # fmt: skip
                 best = Way("general", (), why, gap)
         assert best is not None
-        if not all(bool(torch.isfinite(w).all()) for w in wanted):  # nothing can be seen, and the numbers say so themselves
+        if not all(
+            bool(torch.isfinite(w).all()) for w in wanted
+        ):  # nothing can be seen, and the numbers say so themselves
             best = Way("structured", next(capture.candidates(name)))
             floors = [math.inf] * len(floors)
         count = len(capture.uses[name])
@@ -178,9 +185,15 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
         and not (use := capture.uses[name][0]).swapped
         and use.output.value.dtype == (capture.dtype or z.dtype)
     )  # fmt: skip
-    plain = frozenset(name for name in capture.arranged if not any(use.swapped for use in capture.uses.get(name, ())))
+    plain = frozenset(
+        name
+        for name in capture.arranged
+        if not any(use.swapped for use in capture.uses.get(name, ()))
+    )
     ordered = {b.name: ways[b.name] for b in capture.blocks}
-    return Form(z[0].numel(), ordered, capture.places(), frozenset(capture.arranged), plain, direct, eps)
+    return Form(
+        z[0].numel(), ordered, capture.places(), frozenset(capture.arranged), plain, direct, eps
+    )
 
 
 def unseen(capture: Capture, z: Tensor) -> Form:
@@ -220,13 +233,19 @@ def _gap(ours: Tensor, true: Tensor, largest: float, floor: float) -> float:
 
 def _precision(capture: Capture, z: Tensor) -> float:
     """The coarsest rounding on the way."""
-    seen = [z.dtype, *(p.dtype for p in capture.parameters.values()), *([found[1]] if (found := around()) else [])]
+    seen = [
+        z.dtype,
+        *(p.dtype for p in capture.parameters.values()),
+        *([found[1]] if (found := around()) else []),
+    ]
     for uses in capture.uses.values():
         seen += [t.value.dtype for use in uses for t in (use.x, use.output)]
     return max(torch.finfo(d).eps for d in seen if d.is_floating_point)
 
 
-def rearranged(capture: Capture, statistics: LayerStatistics, how: Sequence[str]) -> LayerStatistics:
+def rearranged(
+    capture: Capture, statistics: LayerStatistics, how: Sequence[str]
+) -> LayerStatistics:
     """The same pass with other arrangements of the uses."""
     parts = []
     known = dict(zip(map(id, capture.uses[statistics.block.name]), how, strict=True))
@@ -235,7 +254,9 @@ def rearranged(capture: Capture, statistics: LayerStatistics, how: Sequence[str]
         arranged = UseInput(inputs.use, inputs.size, known[id(inputs.use)], inputs.dtype)
         parts.append(Part(p.block, arranged, p.raw_g, p.swapped))
     s = statistics
-    return LayerStatistics(s.block, s.size, parts=parts, like=s.like, vectors=s.vectors, frozen=s.frozen)
+    return LayerStatistics(
+        s.block, s.size, parts=parts, like=s.like, vectors=s.vectors, frozen=s.frozen
+    )
 
 
 def weighted(statistics: LayerStatistics, s: Tensor) -> LayerStatistics:
@@ -248,9 +269,24 @@ def weighted(statistics: LayerStatistics, s: Tensor) -> LayerStatistics:
         numbers = torch.arange(rows * places, device=p.raw_g.device).view(rows, places)
         owner = torch.empty(rows * places, dtype=torch.long, device=p.raw_g.device)
         mine = ARRANGEMENTS[inputs.how](numbers, 0, inputs.size)  # [N, T]
-        owner[mine.flatten()] = torch.arange(len(mine), device=owner.device).repeat_interleave(mine.shape[1])
-        parts.append(Part(p.block, inputs, p.raw_g * s.to(p.raw_g.dtype)[owner].view(1, rows, places, 1), p.swapped))
-    return LayerStatistics(statistics.block, statistics.size, parts=parts, like=statistics.like, frozen=statistics.frozen)
+        owner[mine.flatten()] = torch.arange(len(mine), device=owner.device).repeat_interleave(
+            mine.shape[1]
+        )
+        parts.append(
+            Part(
+                p.block,
+                inputs,
+                p.raw_g * s.to(p.raw_g.dtype)[owner].view(1, rows, places, 1),
+                p.swapped,
+            )
+        )
+    return LayerStatistics(
+        statistics.block,
+        statistics.size,
+        parts=parts,
+        like=statistics.like,
+        frozen=statistics.frozen,
+    )
 
 
 @dataclass(frozen=True)
@@ -276,9 +312,7 @@ class Report:
         for block in self.blocks:
             way = self.form.ways[block.name]
             if way.how == "structured":
-                what = (
-                    f"T = {self.form.places.get(block.name, 0)}, {len(way.arrangement)} use{'s' * (len(way.arrangement) != 1)}"
-                )
+                what = f"T = {self.form.places.get(block.name, 0)}, {len(way.arrangement)} use{'s' * (len(way.arrangement) != 1)}"
                 told = "" if way.proven else "; all derivatives zero so far"
                 others = sorted({how for how in way.arrangement if how != "first"})
                 told += f"; examples {', '.join(others)}" if others else ""
@@ -286,7 +320,9 @@ class Report:
             elif way.how == "general":
                 lines.append((str(block), way.how, way.why))
             else:
-                lines.append((str(block), way.how, "does not reach the outputs: its gradient is zero"))
+                lines.append(
+                    (str(block), way.how, "does not reach the outputs: its gradient is zero")
+                )
         width = max(len(name) for name, _, _ in lines)
         told = "\n".join(f"{name:<{width}}  {how:<10}  {why}" for name, how, why in lines)
         return told + (f"\nlikelihood: {self.law}" if self.law else "")

@@ -87,7 +87,11 @@ def _channels_first(x: Shaped[Tensor, "R C *P"]) -> Shaped[Tensor, "R P C"]:
 def _each(call: Call, name: str) -> tuple[int, ...]:
     """A number for every axis of the filter."""
     value, spatial = getattr(call, name), call.weight.ndim - 2
-    return (value,) * spatial if isinstance(value, int) else tuple(value) * (spatial if len(value) == 1 else 1)
+    return (
+        (value,) * spatial
+        if isinstance(value, int)
+        else tuple(value) * (spatial if len(value) == 1 else 1)
+    )
 
 
 def _padding(call: Call) -> list[int]:
@@ -110,16 +114,22 @@ def _patches(call: Call, x: Float[Tensor, "R C *S"]) -> Float[Tensor, "R P *G I"
     """What every output pixel sees, in the order of the filter's own axes (thesis 3.2.2: a_t); groups apart."""
     x = _padded(call, x)
     kernel = call.weight.shape[2:]
-    for axis, (k, s, d) in enumerate(zip(kernel, _each(call, "stride"), _each(call, "dilation"), strict=True), 2):
+    for axis, (k, s, d) in enumerate(
+        zip(kernel, _each(call, "stride"), _each(call, "dilation"), strict=True), 2
+    ):
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
     spatial = len(kernel)
-    x = x.permute(0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))  # [R, *P, C, *K]
+    x = x.permute(
+        0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)
+    )  # [R, *P, C, *K]
     if call.groups == 1:
         return x.reshape(len(x), -1, call.weight[0].numel())
     return x.reshape(len(x), -1, call.groups, call.weight[0].numel())
 
 
-def _filter_gradient(call: Call, x: Float[Tensor, "R C *S"], dh: Float[Tensor, "R P O"]) -> Float[Tensor, "O I"]:
+def _filter_gradient(
+    call: Call, x: Float[Tensor, "R C *S"], dh: Float[Tensor, "R P O"]
+) -> Float[Tensor, "O I"]:
     """By torch's own kernel: patches are many times the images."""
     x = _padded(call, x)
     stride, dilation, kernel = _each(call, "stride"), _each(call, "dilation"), call.weight.shape[2:]
@@ -133,11 +143,21 @@ def _filter_gradient(call: Call, x: Float[Tensor, "R C *S"], dh: Float[Tensor, "
     return found.flatten(1)
 
 
-def _filter_response(call: Call, x: Float[Tensor, "R C *S"], v: Float[Tensor, " I"]) -> Float[Tensor, "R P"]:
+def _filter_response(
+    call: Call, x: Float[Tensor, "R C *S"], v: Float[Tensor, " I"]
+) -> Float[Tensor, "R P"]:
     """v is a filter."""
     none = [0] * (call.weight.ndim - 2)
     found: Tensor = torch.ops.aten.convolution(
-        _padded(call, x), v.view_as(call.weight[:1]), None, _each(call, "stride"), none, _each(call, "dilation"), False, none, 1
+        _padded(call, x),
+        v.view_as(call.weight[:1]),
+        None,
+        _each(call, "stride"),
+        none,
+        _each(call, "dilation"),
+        False,
+        none,
+        1,
     )
     return found.flatten(1)
 
@@ -161,7 +181,9 @@ def _tokens(call: Call, x: Tensor) -> Float[Tensor, "R P I"]:
 
 def _table_gradient(call: Call, x: Tensor, dh: Float[Tensor, "R P O"]) -> Float[Tensor, "O I"]:
     """Summed token by token: one-hot rows are as long as the table."""
-    found = dh.new_zeros(len(call.weight), dh.shape[-1]).index_add_(0, x.flatten().long(), dh.flatten(0, 1))
+    found = dh.new_zeros(len(call.weight), dh.shape[-1]).index_add_(
+        0, x.flatten().long(), dh.flatten(0, 1)
+    )
     if call.padding_idx is not None:
         found[call.padding_idx] = 0
     return found.mT
@@ -170,7 +192,9 @@ def _table_gradient(call: Call, x: Tensor, dh: Float[Tensor, "R P O"]) -> Float[
 def _table_response(call: Call, x: Tensor, v: Float[Tensor, " I"]) -> Float[Tensor, "R P"]:
     rows = _rows_of(call, x)
     found = v[rows]
-    return found if call.padding_idx is None else found * (rows != call.padding_idx % len(call.weight))
+    return (
+        found if call.padding_idx is None else found * (rows != call.padding_idx % len(call.weight))
+    )
 
 
 def _batch_norm(call: Call, x: Tensor) -> Float[Tensor, "R P *G I"]:
@@ -195,7 +219,9 @@ _LINEAR = Rule(
     ("input", "weight", "bias"),
     lambda call, x: _places_last(x),
     _places_last,
-    covers=lambda call: call.input.ndim >= 2 and call.weight.ndim == 2 and call.input.layout == torch.strided,
+    covers=lambda call: (
+        call.input.ndim >= 2 and call.weight.ndim == 2 and call.input.layout == torch.strided
+    ),
 )
 _CONVOLUTION = Rule(
     ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -203,7 +229,9 @@ _CONVOLUTION = Rule(
     _channels_first,
     defaults={"stride": 1, "padding": 0, "dilation": 1, "groups": 1},
     groups=lambda call: int(call.groups),
-    covers=lambda call: call.input.ndim == call.weight.ndim,  # an input without a batch has an axis less
+    covers=lambda call: (
+        call.input.ndim == call.weight.ndim
+    ),  # an input without a batch has an axis less
     gradient=_filter_gradient,
     response=_filter_response,
 )
@@ -212,7 +240,9 @@ _EMBEDDING = Rule(
     _tokens,
     _places_last,
     defaults={"padding_idx": None, "max_norm": None, "scale_grad_by_freq": False},
-    covers=lambda call: call.max_norm is None and not call.scale_grad_by_freq and call.input.ndim >= 1,
+    covers=lambda call: (
+        call.max_norm is None and not call.scale_grad_by_freq and call.input.ndim >= 1
+    ),
     transposed=True,
     gradient=_table_gradient,
     response=_table_response,
@@ -254,7 +284,12 @@ _ADDMM = Rule(
     _places_last,
     defaults={"beta": 1, "alpha": 1},
     aliases={"input": "bias", "mat1": "input", "mat2": "weight"},
-    covers=lambda call: call.beta == 1 and call.alpha == 1 and call.bias.ndim == 1 and call.input.layout == torch.strided,
+    covers=lambda call: (
+        call.beta == 1
+        and call.alpha == 1
+        and call.bias.ndim == 1
+        and call.input.layout == torch.strided
+    ),
     transposed=True,
 )
 _MATMUL = Rule(
@@ -262,7 +297,9 @@ _MATMUL = Rule(
     _LINEAR.inputs,
     _places_last,
     aliases={"other": "weight", "mat2": "weight"},
-    covers=lambda call: call.input.ndim >= 2 and call.weight.ndim == 2 and call.input.layout == torch.strided,
+    covers=lambda call: (
+        call.input.ndim >= 2 and call.weight.ndim == 2 and call.input.layout == torch.strided
+    ),
     transposed=True,
 )
 
@@ -287,7 +324,16 @@ FUNCTIONS: dict[Callable[..., Any], Rule] = {
 """{function as `__torch_function__` names it: its rule}"""
 
 TRANSPOSITIONS: frozenset[Any] = frozenset(
-    {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__, torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes}  # type: ignore[attr-defined]  # properties of C
+    {
+        torch.t,
+        Tensor.t,
+        Tensor.T.__get__,
+        Tensor.mT.__get__,
+        torch.transpose,
+        Tensor.transpose,
+        torch.swapaxes,
+        Tensor.swapaxes,
+    }  # type: ignore[attr-defined]  # properties of C
 )
 """What makes of a matrix the same matrix read in the other direction."""
 
@@ -315,7 +361,9 @@ def indexed(func: Any, args: tuple[Any, ...]) -> bool:
 def _opened(function: Any) -> Callable[..., Any]:
     """A composite function of Python, as torch has it, that goes on into its own calls where a mode is told of them."""
     own = {**function.__globals__, "has_torch_function": lambda tensors: False}
-    found = types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
+    found = types.FunctionType(
+        function.__code__, own, function.__name__, function.__defaults__, function.__closure__
+    )
     found.__kwdefaults__ = function.__kwdefaults__
     return found
 

@@ -97,7 +97,9 @@ class Ownership:
 
     def check(self) -> None:
         """Raises CurvlabError, with their names, where some belong to no block: thawed, or put into the model, later."""
-        held, children = self._look()  # a walk through the model takes ten times as long; what is new hangs on one of these
+        held, children = (
+            self._look()
+        )  # a walk through the model takes ten times as long; what is new hangs on one of these
         if children != self._children:
             self._modules = list(self.objective.model.modules())
             held, children = self._look()
@@ -106,7 +108,11 @@ class Ownership:
             return
         self.objective.check_modules()
         ids = frozenset(map(id, self.objective.parameters.values()))
-        loose = [n for n, p in self.objective.model.named_parameters() if p.requires_grad and id(p) not in ids and p.numel()]
+        loose = [
+            n
+            for n, p in self.objective.model.named_parameters()
+            if p.requires_grad and id(p) not in ids and p.numel()
+        ]
         if loose:
             more = f" and {len(loose) - 3} more" if len(loose) > 3 else ""
             raise CurvlabError(

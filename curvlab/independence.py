@@ -32,11 +32,15 @@ class Independence(SecondLooks):
 
     _trace = 0  # of the calls of the last look
 
-    def forward(self, x: Tensor | None = None, move_buffers: bool = False) -> tuple[Tensor, Capture]:
+    def forward(
+        self, x: Tensor | None = None, move_buffers: bool = False
+    ) -> tuple[Tensor, Capture]:
         """One forward; see `Closure.forward`."""
         raise NotImplementedError
 
-    def _look_at(self, x: Tensor, own: bool, move_buffers: bool = False) -> tuple[Tensor, Capture, Form]:
+    def _look_at(
+        self, x: Tensor, own: bool, move_buffers: bool = False
+    ) -> tuple[Tensor, Capture, Form]:
         raise NotImplementedError
 
     def _key(self, x: Tensor) -> Hashable:
@@ -63,7 +67,9 @@ class Independence(SecondLooks):
     def check_alone(self, z: Tensor) -> None:
         """Raises CurvlabError where outputs are not finite, or those of an example depend on the others or on chance."""
         if not all_finite(z):
-            raise CurvlabError("the model's outputs contain NaN or Inf: check its weights, and the range of the data")
+            raise CurvlabError(
+                "the model's outputs contain NaN or Inf: check its weights, and the range of the data"
+            )
         key = self._key(self.x), self._trace
         if key in self.objective.alone:
             return
@@ -72,7 +78,9 @@ class Independence(SecondLooks):
         self._check_apart()
         for n, which in ((0, "first"), (len(z) - 1, "last")):
             one, own = self._alone(n), z[n : n + 1]
-            if float((one - own).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(one.abs().max()):
+            if float((one - own).abs().max()) > torch.finfo(z.dtype).eps ** 0.25 * float(
+                one.abs().max()
+            ):
                 raise CurvlabError(_DEPENDS.format(which))
         self.objective.alone.add(key)
 
@@ -87,7 +95,11 @@ class Independence(SecondLooks):
             near = torch.finfo(z.dtype).eps ** 0.25
             numbers = sorted({int(i) for i in torch.linspace(0, size - 1, min(size, 64))})
             alone = ((n, self._alone(n), z[n : n + 1]) for n in numbers)
-            bad = [n for n, one, own in alone if float((one - own).abs().max()) > near * float(one.abs().max())]
+            bad = [
+                n
+                for n, one, own in alone
+                if float((one - own).abs().max()) > near * float(one.abs().max())
+            ]
         if bad:
             raise CurvlabError(_DEPENDS.format(_numbered(bad[0], size)))
 
@@ -102,14 +114,20 @@ class Independence(SecondLooks):
                 u = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
                 c = (1 + torch.rand(size, generator=generator, dtype=torch.float64)).to(z)
                 sent = (u, c.view(-1, *[1] * (z.ndim - 1)) * u)
-                plain, weighted = (torch.autograd.grad(z, x, v, retain_graph=True, allow_unused=True)[0] for v in sent)
+                plain, weighted = (
+                    torch.autograd.grad(z, x, v, retain_graph=True, allow_unused=True)[0]
+                    for v in sent
+                )
             except RuntimeError:
                 return None
         if plain is None or weighted is None:
             return None
         scaled = c.to(x.dtype).view(-1, *[1] * (x.ndim - 1)) * plain
         apart = (weighted - scaled).reshape(size, -1).norm(dim=1)
-        near = max(torch.finfo(x.dtype).eps, self.form_of_look.precision) ** 0.5 * plain.reshape(size, -1).norm(dim=1).max()
+        near = (
+            max(torch.finfo(x.dtype).eps, self.form_of_look.precision) ** 0.5
+            * plain.reshape(size, -1).norm(dim=1).max()
+        )
         return (apart > near).nonzero().flatten().tolist()  # type: ignore[no-any-return]  # torch has no types there
 
 

@@ -45,14 +45,20 @@ class Layer:
 
 _CONVOLUTION = Layer(groups=lambda module: int(module.groups))
 _BATCH_NORM = Layer(groups=lambda module: int(module.num_features))
-_LAST_AXIS = Layer(groups=lambda module: module.weight.numel(), covers=lambda module: len(module.normalized_shape) == 1)
+_LAST_AXIS = Layer(
+    groups=lambda module: module.weight.numel(),
+    covers=lambda module: len(module.normalized_shape) == 1,
+)
 
 LAYERS: dict[type[nn.Module] | str, Layer] = {
     nn.Linear: Layer(),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,
-    nn.Embedding: Layer(transposed=True, covers=lambda module: module.max_norm is None and not module.scale_grad_by_freq),
+    nn.Embedding: Layer(
+        transposed=True,
+        covers=lambda module: module.max_norm is None and not module.scale_grad_by_freq,
+    ),
     nn.BatchNorm1d: _BATCH_NORM,
     nn.BatchNorm2d: _BATCH_NORM,
     nn.BatchNorm3d: _BATCH_NORM,
@@ -70,7 +76,11 @@ def layer_of(module: nn.Module) -> Layer | None:
     for kind in type(module).__mro__:
         found = LAYERS.get(kind) or LAYERS.get(f"{kind.__module__}.{kind.__qualname__}")
         if found is not None:
-            return found if getattr(module, found.weight, None) is not None and found.covers(module) else None
+            return (
+                found
+                if getattr(module, found.weight, None) is not None and found.covers(module)
+                else None
+            )
     return None
 
 
@@ -109,7 +119,9 @@ class Block:
         weight = self.gather_weight(tensors, batch)
         if self.layer is None or not self.biased:
             return weight
-        return torch.cat([weight, tensors[self.params[1]].reshape(*weight.shape[:batch], -1, 1)], -1)
+        return torch.cat(
+            [weight, tensors[self.params[1]].reshape(*weight.shape[:batch], -1, 1)], -1
+        )
 
     def gather_weight(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
         """The same without the bias column: a view where possible."""
@@ -127,7 +139,9 @@ class Block:
         if self.layer is None:
             return {self.params[0]: value}
         weight = value[..., :-1] if self.biased else value
-        weight = weight.mT if self.layer.transposed else weight.reshape(*leading, *self.weight_shape)
+        weight = (
+            weight.mT if self.layer.transposed else weight.reshape(*leading, *self.weight_shape)
+        )
         return {self.params[0]: weight} | ({self.params[1]: value[..., -1]} if self.biased else {})
 
     def __str__(self) -> str:
@@ -141,7 +155,9 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
 
     Raises CurvlabError for a model without trainable parameters.
     """
-    found: list[tuple[tuple[str, ...], tuple[int, ...], nn.Module | None, bool, tuple[int, ...]]] = []
+    found: list[
+        tuple[tuple[str, ...], tuple[int, ...], nn.Module | None, bool, tuple[int, ...]]
+    ] = []
     taken: set[int] = set()
     for prefix, module in model.named_modules():
         own: dict[str, nn.Parameter] = {}
@@ -152,7 +168,10 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
                 taken.add(id(p))
         layer = layer_of(module)
         if layer is not None:
-            weight, bias = f"{prefix}.{layer.weight}".lstrip("."), f"{prefix}.{layer.bias}".lstrip(".")
+            weight, bias = (
+                f"{prefix}.{layer.weight}".lstrip("."),
+                f"{prefix}.{layer.bias}".lstrip("."),
+            )
             if weight in own and _matrix(own[weight], layer):
                 parameter = own.pop(weight)
                 matrix = parameter.T if layer.transposed else parameter.reshape(len(parameter), -1)
@@ -162,9 +181,13 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
                     own.pop(bias)
                 shape = (matrix.shape[0], matrix.shape[1] + biased)
                 found.append((names, shape, module, biased, tuple(parameter.shape)))
-        found.extend(((name,), tuple(p.shape), None, False, tuple(p.shape)) for name, p in own.items())
+        found.extend(
+            ((name,), tuple(p.shape), None, False, tuple(p.shape)) for name, p in own.items()
+        )
     if not found:
-        raise CurvlabError("the model has no trainable layer: every parameter is frozen, or there is none")
+        raise CurvlabError(
+            "the model has no trainable layer: every parameter is frozen, or there is none"
+        )
     return tuple(Block(str(i), *rest) for i, rest in enumerate(found, 1))
 
 

@@ -34,7 +34,9 @@ class Likelihood(Protocol):
     def loss(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, " N"]:
         """−log p(y | z) of each example, summed over outputs."""
 
-    def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator, *args: Any, **kwargs: Any) -> Tensor:
+    def sample(
+        self, z: Float[Tensor, "N *C"], generator: torch.Generator, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """`sample(z, generator)` or `sample(z, generator, y)`: labels that `loss` takes, drawn from the model's own law.
 
         Where the data's labels y say more than a draw does (a place that has no loss), the labels drawn say the same.
@@ -52,12 +54,18 @@ def root_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> Floa
     return likelihood.root(z, y) if way == "by place" else likelihood.root(z, y=y)
 
 
-def sample_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor) -> Tensor:
+def sample_of(
+    likelihood: Likelihood, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor
+) -> Tensor:
     """Labels drawn from the model's law, by the likelihood's `sample(z, generator)` or `sample(z, generator, y)`."""
     way = _labels_go(likelihood.sample, 2)
     if way is None:
         return likelihood.sample(z, generator)
-    return likelihood.sample(z, generator, y) if way == "by place" else likelihood.sample(z, generator, y=y)
+    return (
+        likelihood.sample(z, generator, y)
+        if way == "by place"
+        else likelihood.sample(z, generator, y=y)
+    )
 
 
 _Way = Literal["by place", "by name"]
@@ -82,7 +90,10 @@ def _read(function: Callable[..., Tensor], given: int) -> _Way | None:
     more = by_place[given:]
     if more and (more[0].name == "y" or more[0].default is inspect.Parameter.empty):
         return "by place"
-    kinds, named = {p.kind for p in parameters}, {p.name for p in parameters if p not in by_place[:given]}
+    kinds, named = (
+        {p.kind for p in parameters},
+        {p.name for p in parameters if p not in by_place[:given]},
+    )
     if not more and inspect.Parameter.VAR_POSITIONAL in kinds:
         return "by place"
     return "by name" if "y" in named or inspect.Parameter.VAR_KEYWORD in kinds else None
@@ -96,7 +107,9 @@ def _same_shape(z: Tensor, y: Tensor, name: str) -> None:
             f"{name} targets have shape {tuple(y.shape)} but the model's outputs have shape {tuple(z.shape)}: {remedy}"
         )
     if not y.is_floating_point():
-        raise CurvlabError(f"{name} targets must be floating point, not {y.dtype}: convert them with y.float()")
+        raise CurvlabError(
+            f"{name} targets must be floating point, not {y.dtype}: convert them with y.float()"
+        )
     if not all_finite(y):
         raise CurvlabError(f"{name} targets contain NaN or Inf: clean the data first")
 
@@ -141,9 +154,18 @@ class Categorical:
     def __post_init__(self) -> None:
         fitting("ignore_index", self.ignore_index, int)
         fitting("label_smoothing", self.label_smoothing, float)
-        check_values(("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing <= 1, "between 0 and 1"))
+        check_values(
+            (
+                "label_smoothing",
+                self.label_smoothing,
+                0 <= self.label_smoothing <= 1,
+                "between 0 and 1",
+            )
+        )
 
-    def check(self, z: Float[Tensor, "N C *P"], y: Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]) -> None:
+    def check(
+        self, z: Float[Tensor, "N C *P"], y: Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]
+    ) -> None:
         """Raise CurvlabError unless y is classes [N, *P] or probabilities, for z [N, C, *P]."""
         if z.ndim < 2:
             raise CurvlabError(
@@ -153,7 +175,9 @@ class Categorical:
         if wrong is None:
             return
         what, remedy = wrong
-        if z.shape[1] == 1 and y.numel() == z.numel():  # whatever is wrong with them: softmax of one output is 1
+        if (
+            z.shape[1] == 1 and y.numel() == z.numel()
+        ):  # whatever is wrong with them: softmax of one output is 1
             shaped = "" if y.shape == z.shape else f".reshape{tuple(z.shape)}"
             remedy = f"of one output take Bernoulli with y{'' if y.is_floating_point() else '.float()'}{shaped}"
         raise CurvlabError(f"{what}: {remedy}")
@@ -165,9 +189,14 @@ class Categorical:
         wanted = z.shape[:1] + z.shape[2:]
         if y.shape != wanted:
             what = f"{wanted.numel()} class numbers, shape {tuple(wanted)}, are needed"
-            return f"categorical targets have shape {tuple(y.shape)} but {what}", _other_shape(z, y, wanted)
+            return f"categorical targets have shape {tuple(y.shape)} but {what}", _other_shape(
+                z, y, wanted
+            )
         if y.dtype not in _INTEGERS:
-            return f"categorical targets must be integers, not {y.dtype}", "convert them with y.long()"
+            return (
+                f"categorical targets must be integers, not {y.dtype}",
+                "convert them with y.long()",
+            )
         classes = z.shape[1]
         low, high = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
         if not 0 <= low <= high < classes:  # seldom, or where places are ignored
@@ -182,13 +211,19 @@ class Categorical:
                 return f"{what}, so labels run from 0 to {classes - 1}", remedy
         return None
 
-    def loss(self, z: Float[Tensor, "N C *P"], y: Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]) -> Float[Tensor, " N"]:
+    def loss(
+        self, z: Float[Tensor, "N C *P"], y: Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]
+    ) -> Float[Tensor, " N"]:
         """Return the cross-entropy of each example, in nats, summed over its places."""
         if y.is_floating_point():
             losses = F.cross_entropy(z, y, reduction="none")
         else:
             losses = F.cross_entropy(
-                z, y.long(), reduction="none", ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
+                z,
+                y.long(),
+                reduction="none",
+                ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing,
             )
         return losses if z.ndim == 2 else losses.flatten(1).sum(1)
 
@@ -201,7 +236,9 @@ class Categorical:
         classes, so that the score is p − e_ŷ), and if the ignored number is a class. They are zero, without a loss, where y is
         ignored.
         """
-        p = z.softmax(1)  # the class that comes first in a race of exponential clocks: torch.multinomial, but without its waits
+        p = z.softmax(
+            1
+        )  # the class that comes first in a race of exponential clocks: torch.multinomial, but without its waits
         drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(1)
         ignored = self._ignored(y)
         if not self.label_smoothing and not 0 <= self.ignore_index < z.shape[1]:
@@ -209,7 +246,9 @@ class Categorical:
         hot = torch.zeros_like(z).scatter_(1, drawn.unsqueeze(1), 1.0)
         return hot if ignored is None else hot.masked_fill(ignored.unsqueeze(1), 0.0)
 
-    def root(self, z: Float[Tensor, "N C *P"], y: Tensor | None = None) -> Float[Tensor, "V N C *P"]:
+    def root(
+        self, z: Float[Tensor, "N C *P"], y: Tensor | None = None
+    ) -> Float[Tensor, "V N C *P"]:
         """Column (c, place), V = C · |P|: √p_c (p − e_c) at that place, the gradient at label c weighted by its probability."""
         _guard_root(z)
         p = z.softmax(1)
@@ -217,13 +256,19 @@ class Categorical:
         if ignored is not None:
             weight = weight.masked_fill(ignored.unsqueeze(1), 0.0)
         elif y is not None:
-            weight = weight * y.to(z.dtype).sum(1, keepdim=True).sqrt()  # 1, up to the rounding of the data
+            weight = (
+                weight * y.to(z.dtype).sum(1, keepdim=True).sqrt()
+            )  # 1, up to the rounding of the data
         if z.ndim == 2:
             return (p[None] - _units(z)) * weight.T[:, :, None]
         p, weight = p.flatten(2), weight.flatten(2)
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        columns = (p[None] - eye[:, None, :, None]) * weight.transpose(0, 1)[:, :, None]  # [C, N, C, P]
-        return torch.diag_embed(columns, dim1=1, dim2=4).reshape(-1, *z.shape)  # from column c of place q to (c, q)
+        columns = (p[None] - eye[:, None, :, None]) * weight.transpose(0, 1)[
+            :, :, None
+        ]  # [C, N, C, P]
+        return torch.diag_embed(columns, dim1=1, dim2=4).reshape(
+            -1, *z.shape
+        )  # from column c of place q to (c, q)
 
     def _ignored(self, y: Tensor | None) -> Shaped[Tensor, "N *P"] | None:
         """Where class numbers say that there is none; None where y is none or probabilities."""
@@ -252,7 +297,11 @@ def _other_shape(z: Tensor, y: Tensor, wanted: torch.Size) -> str:
     elif z.ndim > 2 and y.shape == z.shape[:-1]:
         return f"the classes are axis 1: return z.{turn} from the model"
     elif z.ndim > 2 and y.shape == z.shape[:1]:
-        return "return z.flatten(1) from the model" if wanted.numel() == len(z) else "pool the outputs of the model to [N, C]"
+        return (
+            "return z.flatten(1) from the model"
+            if wanted.numel() == len(z)
+            else "pool the outputs of the model to [N, C]"
+        )
     return f"or probabilities of the outputs' shape, {tuple(z.shape)}"
 
 
@@ -273,7 +322,10 @@ def _wrong_probabilities(y: Float[Tensor, "N C *P"]) -> tuple[str, str] | None:
         return what, f"the classes are axis 1: return z.{turn} from the model, and take y.{turn}"
     if bool((sums == 0).any()):
         return what, "leave examples without a label out, or take class numbers with ignore_index"
-    return what, "divide them by y.sum(1, keepdim=True), or take Bernoulli where several classes can be true"
+    return (
+        what,
+        "divide them by y.sum(1, keepdim=True), or take Bernoulli where several classes can be true",
+    )
 
 
 class Bernoulli:
@@ -289,7 +341,9 @@ class Bernoulli:
         """Return the binary cross-entropy of each example, in nats, summed over its units."""
         return F.binary_cross_entropy_with_logits(z, y, reduction="none").reshape(len(z), -1).sum(1)
 
-    def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor | None = None) -> Float[Tensor, "N *C"]:
+    def sample(
+        self, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor | None = None
+    ) -> Float[Tensor, "N *C"]:
         """Draw targets 0 and 1, each 1 with probability sigmoid(z); y plays no part."""
         return torch.bernoulli(z.sigmoid(), generator=generator)
 
@@ -315,7 +369,9 @@ class Gaussian:
         """Return half the squared error of each example, summed over its units."""
         return 0.5 * (z - y).square().reshape(len(z), -1).sum(1)
 
-    def sample(self, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor | None = None) -> Float[Tensor, "N *C"]:
+    def sample(
+        self, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor | None = None
+    ) -> Float[Tensor, "N *C"]:
         """Draw targets of mean z and variance 1; y plays no part."""
         return z + torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
 

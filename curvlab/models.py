@@ -28,7 +28,9 @@ def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) ->
     """Linear layers of the given widths, an activation between them, a linear output; torch's default initialisation."""
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
-        layers += [nn.Linear(fan_in, fan_out)] if i == 0 else [activation(), nn.Linear(fan_in, fan_out)]
+        layers += (
+            [nn.Linear(fan_in, fan_out)] if i == 0 else [activation(), nn.Linear(fan_in, fan_out)]
+        )
     return nn.Sequential(*layers)
 
 
@@ -68,7 +70,10 @@ class SparseLinear(nn.Linear):
             return super().forward(x)
         x = x.coalesce()  # itself, where it is
         rows, columns = x.indices()
-        each = [w.new_zeros(len(x)).index_add(0, rows, x.values() * w.index_select(0, columns)) for w in self.weight]
+        each = [
+            w.new_zeros(len(x)).index_add(0, rows, x.values() * w.index_select(0, columns))
+            for w in self.weight
+        ]
         return torch.stack(each, 1) if self.bias is None else torch.stack(each, 1) + self.bias
 
 
@@ -135,7 +140,13 @@ def vgg16_printed(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequenti
 
     Their widths for images of 32×32 are not published: 4096 as in model D, the first with the 512 inputs that are left.
     """
-    ends = nn.Linear(512, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, outputs)
+    ends = (
+        nn.Linear(512, 4096),
+        nn.ReLU(),
+        nn.Linear(4096, 4096),
+        nn.ReLU(),
+        nn.Linear(4096, outputs),
+    )
     return nn.Sequential(*_vgg(inputs[0], normalised=False), nn.Flatten(), *ends)
 
 
@@ -181,10 +192,18 @@ def _projected(fan_in: int, fan_out: int, stride: int) -> nn.Module:
 
 
 def residual_network(
-    inputs: Shape, outputs: int, widths: Sequence[int], depth: int, shortcut: Callable[[int, int, int], nn.Module]
+    inputs: Shape,
+    outputs: int,
+    widths: Sequence[int],
+    depth: int,
+    shortcut: Callable[[int, int, int], nn.Module],
 ) -> nn.Sequential:
     """A 3×3 convolution, `depth` blocks of each width (at stride 2 where a later stage begins), the mean, a linear layer."""
-    layers: list[nn.Module] = [nn.Conv2d(inputs[0], widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(inputs[0], widths[0], 3, 1, 1, bias=False),
+        nn.BatchNorm2d(widths[0]),
+        nn.ReLU(),
+    ]
     at = widths[0]
     for stage, width in enumerate(widths):
         for i in range(depth):
@@ -237,7 +256,11 @@ class Entry:
         with seeded(seed):
             if isinstance(self.build, OwnModel):
                 return self.build.made(seed)
-            return self.build(data.inputs, data.outputs) if self.sized and data is not None else self.build()
+            return (
+                self.build(data.inputs, data.outputs)
+                if self.sized and data is not None
+                else self.build()
+            )
 
     def data_name(self, chosen: str | None = None) -> str:
         """The data set to take: the one chosen, else the network's own.

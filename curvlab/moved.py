@@ -52,11 +52,15 @@ MOVED = {
 class _Finder(MetaPathFinder, Loader):
     """Is asked last, for what no file is there for."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        warn(f"{spec.name} is called {MOVED[spec.name]} now; the old name goes with the next version")
+        warn(
+            f"{spec.name} is called {MOVED[spec.name]} now; the old name goes with the next version"
+        )
         self._module = importlib.import_module(MOVED[spec.name])
         self._spec = self._module.__spec__
         return self._module

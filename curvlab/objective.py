@@ -35,9 +35,17 @@ class Objective:
             method, or an L2 term below 0.
     """
 
-    def __init__(self, model: nn.Module, likelihood: Likelihood, seed: int = 0, *, l2: float = 0.0) -> None:
-        if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):  # the class itself has the methods too
-            raise unknown("likelihood", likelihood, (f"curvlab.likelihoods.{c.__name__}()" for c in LIKELIHOODS.values()))
+    def __init__(
+        self, model: nn.Module, likelihood: Likelihood, seed: int = 0, *, l2: float = 0.0
+    ) -> None:
+        if isinstance(likelihood, type) or not isinstance(
+            likelihood, Likelihood
+        ):  # the class itself has the methods too
+            raise unknown(
+                "likelihood",
+                likelihood,
+                (f"curvlab.likelihoods.{c.__name__}()" for c in LIKELIHOODS.values()),
+            )
         seed, l2 = whole("the seed", seed, 0), real("the L2 term", l2)
         model = original(model)
         check_model(model)
@@ -45,23 +53,37 @@ class Objective:
         self.blocks: tuple[Block, ...] = blocks(model)
         self.modules: tuple[nn.Module, ...] = tuple(model.modules())
         places = [(name, *name.rpartition(".")[::2]) for b in self.blocks for name in b.params]
-        self._slots = [(name, _held(model.get_submodule(owner)), key) for name, owner, key in places]
+        self._slots = [
+            (name, _held(model.get_submodule(owner)), key) for name, owner, key in places
+        ]
         self._lineage = _lineage(model, {owner for _, owner, _ in places})
-        self._flags: list[bool] = []  # of all parameters, as `check_trained` last saw them to be right
+        self._flags: list[
+            bool
+        ] = []  # of all parameters, as `check_trained` last saw them to be right
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         self.l2 = l2
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
         self.forms: dict[Hashable, Form] = {}  # what first looks have shown
-        self.may_freeze = False  # whether the oracle goes on where a parameter was frozen: inside of a step
+        self.may_freeze = (
+            False  # whether the oracle goes on where a parameter was frozen: inside of a step
+        )
         self.functional: dict[Hashable, bool] = {}  # whether torch.func sees what autograd sees
         self.glimpses: dict[Hashable, Form] = {}  # of two examples, for sizes alone
         self.laws: dict[Hashable, Law] = {}
         self.quiet: dict[Hashable, int] = {}  # forms, and their traces, that draw no random number
-        self.steady: dict[Hashable, float] = {}  # how far two looks at one minibatch differ though nothing moved
-        self.alone: set[Hashable] = set()  # forms that the oracle has seen to be a mean over examples
-        self.sound: list[int] | None = None  # versions of the weights, and modes of the modules, that it has checked
+        self.steady: dict[
+            Hashable, float
+        ] = {}  # how far two looks at one minibatch differ though nothing moved
+        self.alone: set[Hashable] = (
+            set()
+        )  # forms that the oracle has seen to be a mean over examples
+        self.sound: list[int] | None = (
+            None  # versions of the weights, and modes of the modules, that it has checked
+        )
         self.said: set[str] = set()  # what is said once
-        self.tell: Callable[[str], None] | None = None  # is told of the first look, as `check` would report it
+        self.tell: Callable[[str], None] | None = (
+            None  # is told of the first look, as `check` would report it
+        )
 
     @property
     def layout(self) -> Layout:
@@ -96,7 +118,9 @@ class Objective:
     @property
     def input_dtype(self) -> torch.dtype | None:
         """That of all floating weights, to which floating inputs are brought; None where they differ: those stay."""
-        every = {w.dtype for module in self.modules for w in module._parameters.values() if w is not None}
+        every = {
+            w.dtype for module in self.modules for w in module._parameters.values() if w is not None
+        }
         found = [dtype for dtype in every if dtype.is_floating_point]
         return found[0] if len(found) == 1 else None
 
@@ -122,14 +146,20 @@ class Objective:
         """Raises CurvlabError where a layer was replaced, or lost a parameter, since the objective was made."""
         for name, owner, key in self._slots:
             if owner.get(key) is None:
-                raise CurvlabError(f"the model has no parameter '{name}' any more: make a new Objective")
+                raise CurvlabError(
+                    f"the model has no parameter '{name}' any more: make a new Objective"
+                )
         for children, name, module in self._lineage:
             if children.get(name) is not module:
-                raise CurvlabError(f"the layer '{name}' was replaced after the objective was made: make a new Objective")
+                raise CurvlabError(
+                    f"the layer '{name}' was replaced after the objective was made: make a new Objective"
+                )
 
     def check_trained(self) -> None:
         """Raises CurvlabError where other parameters are trained now than when the objective was made."""
-        flags = [p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None]
+        flags = [
+            p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None
+        ]
         if flags == self._flags:
             return
         for name, p in self.model.named_parameters():
@@ -187,7 +217,9 @@ def _held(module: nn.Module) -> dict[str, nn.Parameter | None] | _Attributes:
     return module._parameters if isinstance(module._parameters, dict) else _Attributes(module)
 
 
-def _lineage(model: nn.Module, owners: set[str]) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
+def _lineage(
+    model: nn.Module, owners: set[str]
+) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
     """(children of a module, a name, the child) on every way from the model down to these modules."""
     found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module | None]] = {}
     for owner in owners:

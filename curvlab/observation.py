@@ -46,7 +46,9 @@ class Observation:
         """{block: gradient of the mean loss at the data's labels, with that of the L2 term}, in the blocks' shapes."""
         seen = self.passes.get("gradient") or self.passes.get("data")
         if seen is None:
-            raise CurvlabError('this observation has no "gradient" pass: observe with needs={"gradient", …}')
+            raise CurvlabError(
+                'this observation has no "gradient" pass: observe with needs={"gradient", …}'
+            )
         found = {name: statistics.gradient for name, statistics in seen.items()}
         return found | {name: found[name] + pull for name, pull in self.pull.items()}
 

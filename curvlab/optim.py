@@ -67,10 +67,14 @@ class Optimizer(torch.optim.Optimizer):
         self.objective = descent.objective
         self.watch: Watch | None = None
         self.soundness = Soundness(self.objective.device)
-        self.look: Watch | None = None  # told of what was observed, and of the direction, before anything moves
+        self.look: Watch | None = (
+            None  # told of what was observed, and of the direction, before anything moves
+        )
         self.also: frozenset[Pass] = frozenset()  # passes to observe for others
         values = (lr, descent.curvature.damping, descent.momentum.beta, descent.weight_decay)
-        super().__init__(list(self.objective.parameters.values()), dict(zip(OPTIONS, values, strict=True)))
+        super().__init__(
+            list(self.objective.parameters.values()), dict(zip(OPTIONS, values, strict=True))
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Torch's.
@@ -85,7 +89,11 @@ class Optimizer(torch.optim.Optimizer):
             params = param_group["params"]
             param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
             check_owned(self.objective, param_group["params"])
-            shared = {option: self.param_groups[0][option] for option in SHARED} if self.param_groups else {}
+            shared = (
+                {option: self.param_groups[0][option] for option in SHARED}
+                if self.param_groups
+                else {}
+            )
             check_options([*self.param_groups, {**self.defaults, **shared, **param_group}])
             for option, value in shared.items():
                 param_group.setdefault(option, value)
@@ -117,7 +125,9 @@ class Optimizer(torch.optim.Optimizer):
             if not 0 <= lr <= 1:  # mostly; only then the dtype is looked up
                 most = torch.finfo(self.objective.dtype).max
                 if not 0 <= lr <= most:
-                    raise Diverged(f"the learning rate is {lr:g}: not between 0 and {most:.2g} ({self.objective.dtype})")
+                    raise Diverged(
+                        f"the learning rate is {lr:g}: not between 0 and {most:.2g} ({self.objective.dtype})"
+                    )
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         if not rates.keys() <= self.descent.ownership.ids:
             check_owned(self.objective, [p for group in self.param_groups for p in group["params"]])
@@ -128,7 +138,11 @@ class Optimizer(torch.optim.Optimizer):
         each = {float(group["weight_decay"]) for group in self.param_groups}
         if len(each) <= 1:
             return each.pop() if each else 0.0
-        decays = {id(p): float(group["weight_decay"]) for group in self.param_groups for p in group["params"]}
+        decays = {
+            id(p): float(group["weight_decay"])
+            for group in self.param_groups
+            for p in group["params"]
+        }
         return lambda p: decays.get(id(p), 0.0)
 
     @precise()
@@ -151,7 +165,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step(self, closure: Closure) -> Tensor:
         if not isinstance(closure, Closure) or closure.objective is not self.objective:
-            raise CurvlabError("step needs a closure of this optimizer's objective: optimizer.step(objective.closure(x, y))")
+            raise CurvlabError(
+                "step needs a closure of this optimizer's objective: optimizer.step(objective.closure(x, y))"
+            )
         self.descent.ownership.check()
         self._take_options()
         rates = self._rates()
@@ -161,7 +177,9 @@ class Optimizer(torch.optim.Optimizer):
         closure.twice = curvature.wants_step or bool(curvature.step_needs)
         observation = closure.observe(self.descent.needs | self.also, checked=at_once)
         highest = max(rates.values(), default=0.0)
-        direction = self.descent.direction(observation, self._decays(), rate=highest if at_once else None)
+        direction = self.descent.direction(
+            observation, self._decays(), rate=highest if at_once else None
+        )
         if not at_once:
             soundness.note_step(observation, direction, highest)
         if self.look is not None:
@@ -172,7 +190,9 @@ class Optimizer(torch.optim.Optimizer):
         step, stands = cache(partial(displacement, self.objective, direction, lr)), True
         if self.descent.wants_step:
             try:
-                after = closure.observe(self.descent.step_needs, move_buffers=False, checked=at_once)
+                after = closure.observe(
+                    self.descent.step_needs, move_buffers=False, checked=at_once
+                )
                 if not at_once:
                     soundness.note(after.loss)
                 stands = self.descent.learn(Transition(observation, after, step))
@@ -186,7 +206,10 @@ class Optimizer(torch.optim.Optimizer):
                 self.descent.say_left_out()
         if self.watch is not None:
             moved = step()
-            self.watch(observation, moved if stands else {name: torch.zeros_like(d) for name, d in moved.items()})
+            self.watch(
+                observation,
+                moved if stands else {name: torch.zeros_like(d) for name, d in moved.items()},
+            )
         for group in self.param_groups:
             group["damping"] = self.descent.curvature.damping
         return observation.loss
@@ -201,9 +224,14 @@ class Optimizer(torch.optim.Optimizer):
         """Go on from there. Raises CurvlabError, and takes nothing, where algorithm, model, dtype
         or groups are others."""
         if "curvlab" not in state_dict:
-            raise CurvlabError("this state_dict is not of a curvlab optimizer: it has no 'curvlab' entry")
+            raise CurvlabError(
+                "this state_dict is not of a curvlab optimizer: it has no 'curvlab' entry"
+            )
         own = cast(dict[str, Any], state_dict["curvlab"])
-        saved, here = ([len(g["params"]) for g in groups] for groups in (state_dict["param_groups"], self.param_groups))
+        saved, here = (
+            [len(g["params"]) for g in groups]
+            for groups in (state_dict["param_groups"], self.param_groups)
+        )
         descent, objective = own["descent"], own["objective"]
         self.descent.check(descent)
         if saved != here:

@@ -26,9 +26,14 @@ Root = Callable[[Tensor, Tensor], Tensor]
 """(outputs [N, *C], labels) → columns of S [V, N, *C]."""
 
 _EXACT = (Categorical, Bernoulli, Gaussian)
-_DRAWS, _ERRORS = 2000, 6.0  # labels drawn for one example, and how many standard errors may lie between
+_DRAWS, _ERRORS = (
+    2000,
+    6.0,
+)  # labels drawn for one example, and how many standard errors may lie between
 _UNSEEN = 18.0  # an event expected this often among all draws is not seen with probability e^-18, 6 standard errors
-_NUMBERS = 1 << 22  # looked at together: entries of roots, outputs of the labels drawn for one example
+_NUMBERS = (
+    1 << 22
+)  # looked at together: entries of roots, outputs of the labels drawn for one example
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,10 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "
         try:
             return _Examined(likelihood, _plain(z), _plain(y)).law()
         except RuntimeError as error:
-            if not any(words in str(error) for words in ("differentiate twice", "double backward", "is not implemented")):
+            if not any(
+                words in str(error)
+                for words in ("differentiate twice", "double backward", "is not implemented")
+            ):
                 raise
             found = f"the loss of {type(likelihood).__name__} cannot be differentiated twice: write it in functions of torch"
             return Law(None, False, found)
@@ -109,11 +117,17 @@ def _plain(t: Tensor) -> Tensor:
 class _Look:
     """The loss of some examples with its graph: `losses` [N], `score` ∂ℓ/∂z [N, *C], and products with ∂²ℓ/∂z²."""
 
-    def __init__(self, likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor, *, twice: bool = True) -> None:
+    def __init__(
+        self, likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor, *, twice: bool = True
+    ) -> None:
         name = type(likelihood).__name__
         self.z = z.detach().requires_grad_()
         self.losses = likelihood.loss(self.z, y)
-        shape = tuple(self.losses.shape) if isinstance(self.losses, Tensor) else type(self.losses).__name__
+        shape = (
+            tuple(self.losses.shape)
+            if isinstance(self.losses, Tensor)
+            else type(self.losses).__name__
+        )
         if shape != (len(z),):
             raise CurvlabError(
                 f"the loss of {name} for {len(z)} example{'s' if len(z) > 1 else ''} has shape {shape}, not ({len(z)},): "
@@ -125,7 +139,11 @@ class _Look:
 
     def back(self, of: Tensor, v: Tensor | None = None, **how: bool) -> Float[Tensor, "N *C"]:
         """Gradient in the outputs of a number, or along v; zero where there is no graph."""
-        found = torch.autograd.grad(of, self.z, v, allow_unused=True, **how)[0] if of.requires_grad else None
+        found = (
+            torch.autograd.grad(of, self.z, v, allow_unused=True, **how)[0]
+            if of.requires_grad
+            else None
+        )
         return torch.zeros_like(self.z) if found is None else found
 
     def times(self, v: Float[Tensor, "N *C"]) -> Float[Tensor, "N *C"]:
@@ -181,11 +199,16 @@ class _Examined:
         if self.look.once():
             raise RuntimeError("differentiate twice")
         self._check_alone()
-        self.directions = [torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=self.generator) for _ in range(3)]
+        self.directions = [
+            torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=self.generator)
+            for _ in range(3)
+        ]
         self.products = torch.stack([self.look.times(v) for v in self.directions])  # [3, N, *C]
         # Where probabilities round to 0 or 1 a Hessian is rounding alone, and a label may be too rare to be drawn: what is
         # usual for this loss is asked where no output is above 1.
-        self.calm = z / z.abs().reshape(len(z), -1).amax(1).clamp_min(1).reshape(-1, *[1] * (z.ndim - 1))
+        self.calm = z / z.abs().reshape(len(z), -1).amax(1).clamp_min(1).reshape(
+            -1, *[1] * (z.ndim - 1)
+        )
         self.floor = 64 * _precision(z) * max(_finite(_largest(self.products[0])), self._usual())
 
     def _check_alone(self) -> None:
@@ -207,7 +230,9 @@ class _Examined:
 
     def _usual(self) -> float:
         try:
-            return _finite(_largest(_Look(self.likelihood, self.calm, self.y).times(self.directions[0])))
+            return _finite(
+                _largest(_Look(self.likelihood, self.calm, self.y).times(self.directions[0]))
+            )
         except (ValueError, RuntimeError):  # outputs that this loss does not take
             return 0.0
 
@@ -232,7 +257,10 @@ class _Examined:
     def _off(self) -> str | None:
         """How S Sᵀ v differs from ∂²ℓ/∂z² v, or None. Of very many numbers, those of examples that lie evenly."""
         n, c, v = len(self.z), self.outputs, torch.stack(self.directions)
-        chosen, at_once = _evenly(n, max(1, 4 * _NUMBERS // c**2), self.z.device), max(1, _NUMBERS // c**2)
+        chosen, at_once = (
+            _evenly(n, max(1, 4 * _NUMBERS // c**2), self.z.device),
+            max(1, _NUMBERS // c**2),
+        )
         norms = []
         for start in range(0, len(chosen), at_once):
             some = chosen[start : start + at_once]
@@ -243,7 +271,9 @@ class _Examined:
             s, u = root.reshape(len(root), -1, c), v[:, some].reshape(3, -1, c).to(root.dtype)
             given = torch.einsum("vnc,kvn->knc", s, torch.einsum("vnc,knc->kvn", s, u)).to(z.dtype)
             wanted = self.products[:, some].reshape(given.shape)
-            norms.append(torch.stack([part.norm(dim=2).max() for part in (given - wanted, given, wanted)]))
+            norms.append(
+                torch.stack([part.norm(dim=2).max() for part in (given - wanted, given, wanted)])
+            )
         apart, *sizes = torch.stack(norms).amax(0).tolist()
         size = max(*sizes, self.floor)
         if apart <= _precision(self.z) ** 0.5 * size + self.floor:  # not so where there is a NaN
@@ -257,7 +287,9 @@ class _Examined:
             _check_convex(self.look.hessian(), self.floor, self.name, _precision(self.z))
         except CurvlabError as error:
             return None, f"{found}, and {error}"
-        return partial(_root_of_loss, self.likelihood, self.floor), f"{found}: it is taken from the loss itself"
+        return partial(
+            _root_of_loss, self.likelihood, self.floor
+        ), f"{found}: it is taken from the loss itself"
 
     def _labels(self) -> str:
         """How drawn labels fail to follow the loss, or ""."""
@@ -278,7 +310,9 @@ class _Examined:
         size = max(_largest(products.flatten(0, 1)), _largest(self.products.flatten(0, 1)))
         near = max(_precision(self.z) ** 0.5, 1e-6)
         if not apart <= near * size + self.floor:
-            found.append(f"∂²ℓ/∂z² of {self.name} at drawn labels is off that at the data's by a relative {_over(apart, size)}")
+            found.append(
+                f"∂²ℓ/∂z² of {self.name} at drawn labels is off that at the data's by a relative {_over(apart, size)}"
+            )
         moments = self._moments()
         if moments:
             found.append(f"labels drawn by {self.name}.sample have {moments}")
@@ -295,13 +329,17 @@ class _Examined:
         if c <= 8:
             directions = torch.eye(c, dtype=self.z.dtype, device=self.z.device)
         else:
-            coins = torch.rand(c, 8, dtype=self.z.dtype, device=self.z.device, generator=self.generator)
+            coins = torch.rand(
+                c, 8, dtype=self.z.dtype, device=self.z.device, generator=self.generator
+            )
             directions = (coins < 0.5).to(self.z.dtype) * 2 - 1
         largest = int(self.products[0].reshape(n, -1).norm(dim=1).argmax())
         ends, calm = sorted({0, n - 1}), self.calm[largest]
         there = [*self.z[ends], calm, calm / 100]
         try:
-            t, hessian = self._scores(torch.stack(there), self.y[[*ends, largest, largest]], directions)
+            t, hessian = self._scores(
+                torch.stack(there), self.y[[*ends, largest, largest]], directions
+            )
             usual = bool(t.isfinite().all()) and bool(hessian.isfinite().all())
         except (ValueError, RuntimeError):  # outputs that this loss does not take
             usual = False
@@ -315,7 +353,9 @@ class _Examined:
         square = t.square()
         errors = ((square.mT @ square / m - second.square()).clamp_min(0) / m).sqrt()
         error = ((second.diagonal(dim1=1, dim2=2) - mean.square()).clamp_min(0) / m).sqrt()
-        size = (square.square().sum((0, 1)) / square.sum((0, 1)).clamp_min(torch.finfo(dtype).tiny)).sqrt()  # of a rare score
+        size = (
+            square.square().sum((0, 1)) / square.sum((0, 1)).clamp_min(torch.finfo(dtype).tiny)
+        ).sqrt()  # of a rare score
         near = max(_precision(self.z) ** 0.5, 1e-6) * float(hessian.abs().max()) + self.floor
         far = mean.abs() - _UNSEEN / m * size - max(_precision(self.z) ** 0.5, 1e-6) * t.abs().max()
         if bool((far > _ERRORS * error).any()):
@@ -342,7 +382,9 @@ class _Examined:
             drawn = sample_of(self.likelihood, many, self.generator, labels)
         score = _Look(self.likelihood, many, drawn, twice=False).score.reshape(r, m, c)
         look = _Look(self.likelihood, z.repeat_interleave(k, 0), y.repeat_interleave(k, 0))
-        product = look.times(directions.T.repeat(r, 1).reshape(r * k, *z.shape[1:])).reshape(r, k, c)
+        product = look.times(directions.T.repeat(r, 1).reshape(r * k, *z.shape[1:])).reshape(
+            r, k, c
+        )
         return score @ directions, product @ directions
 
 
@@ -369,13 +411,23 @@ def _guard(z: Float[Tensor, "N *C"], name: str) -> None:
     )
 
 
-def _check_convex(hessian: Float[Tensor, "N C C"], floor: float, name: str, precision: float) -> None:
+def _check_convex(
+    hessian: Float[Tensor, "N C C"], floor: float, name: str, precision: float
+) -> None:
     """Raises CurvlabError where an eigenvalue lies further below 0 than rounding explains."""
     remedy = 'take route="func" or `product`'
     if not bool(hessian.isfinite().all()):
-        raise CurvlabError(f"∂²ℓ/∂z² of {name} contains NaN or Inf, so that there is no root: {remedy}")
-    least = -max(1e-6, precision**0.5) * _largest(hessian) - floor - float(torch.finfo(hessian.dtype).tiny)
-    shifted = hessian - least * torch.eye(hessian.shape[1], dtype=hessian.dtype, device=hessian.device)
+        raise CurvlabError(
+            f"∂²ℓ/∂z² of {name} contains NaN or Inf, so that there is no root: {remedy}"
+        )
+    least = (
+        -max(1e-6, precision**0.5) * _largest(hessian)
+        - floor
+        - float(torch.finfo(hessian.dtype).tiny)
+    )
+    shifted = hessian - least * torch.eye(
+        hessian.shape[1], dtype=hessian.dtype, device=hessian.device
+    )
     if bool(torch.linalg.cholesky_ex(shifted).info.any()):
         values = torch.linalg.eigvalsh(hessian)
         raise CurvlabError(
@@ -393,8 +445,12 @@ def _root_of_loss(
     with torch.inference_mode(False), torch.enable_grad():
         hessian = _Look(likelihood, _plain(z), _plain(y)).hessian()
     _check_convex(hessian, floor, name, _precision(z))
-    values, vectors = torch.linalg.eigh(hessian.double())  # in single precision NaN where entries are subnormal, on some CPUs
+    values, vectors = torch.linalg.eigh(
+        hessian.double()
+    )  # in single precision NaN where entries are subnormal, on some CPUs
     rounding = torch.finfo(hessian.dtype).eps * hessian.shape[1] ** 0.5 * values[:, -1:]
-    values = torch.where(values > rounding, values, 0)  # else its root, a half as many digits, stands where there is none
+    values = torch.where(
+        values > rounding, values, 0
+    )  # else its root, a half as many digits, stands where there is none
     root: Tensor = (vectors * values.sqrt()[:, None]) @ vectors.mT
     return root.transpose(0, 1).reshape(-1, *z.shape).to(z.dtype)

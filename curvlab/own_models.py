@@ -56,7 +56,11 @@ def import_own(name: str) -> Callable[[], Any]:
     try:
         module = importlib.import_module(path)
     except Exception as error:  # the user's module runs here, and may fail in any way
-        if isinstance(error, ModuleNotFoundError) and error.name and (path == error.name or path.startswith(f"{error.name}.")):
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and error.name
+            and (path == error.name or path.startswith(f"{error.name}."))
+        ):
             raise CurvlabError(
                 f"model '{name}': there is no module '{path}': run where it lies, install it or set PYTHONPATH"
             ) from error
@@ -65,10 +69,16 @@ def import_own(name: str) -> Callable[[], Any]:
         if added:
             sys.path.remove(here)
     if not hasattr(module, attribute):
-        raise unknown(f"function of {path}", attribute, (n for n, v in vars(module).items() if callable(v) and n[0] != "_"))
+        raise unknown(
+            f"function of {path}",
+            attribute,
+            (n for n, v in vars(module).items() if callable(v) and n[0] != "_"),
+        )
     function = getattr(module, attribute)
     if not callable(function):
-        raise CurvlabError(f"model '{name}': '{attribute}' is no function but {type(function).__name__}")
+        raise CurvlabError(
+            f"model '{name}': '{attribute}' is no function but {type(function).__name__}"
+        )
     return function  # type: ignore[no-any-return]  # found by name in a module of the user's
 
 
@@ -80,7 +90,11 @@ def call_own(function: Callable[[], Any], name: str) -> tuple[nn.Module, str, st
         raise CurvlabError(f"model '{name}' failed: {_said(error)}") from error
     if isinstance(found, nn.Module):
         return found, "categorical", None
-    if isinstance(found, tuple) and [type(v) for v in found[1:]] == [str, str] and isinstance(found[0], nn.Module):
+    if (
+        isinstance(found, tuple)
+        and [type(v) for v in found[1:]] == [str, str]
+        and isinstance(found[0], nn.Module)
+    ):
         lookup(LIKELIHOODS, found[1], "likelihood")
         return found[0], found[1], found[2]
     raise CurvlabError(

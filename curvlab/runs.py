@@ -74,7 +74,9 @@ class Run:
     @property
     def diverged(self) -> dict[str, list[dict[str, Any]]]:
         """{algorithm whose numbers left the finite range: [{seed, step, block, reason}, …]}: NaN from that step on."""
-        found: dict[str, list[dict[str, Any]]] = json.loads(self.log.attributes.get("diverged", "{}"))
+        found: dict[str, list[dict[str, Any]]] = json.loads(
+            self.log.attributes.get("diverged", "{}")
+        )
         return found
 
     def figure(self, name: str = "cosine") -> Figure:
@@ -118,7 +120,9 @@ class CompareSettings:
             lookup(ALGORITHMS, name, "algorithm")
         for name, every in asked(self.probes, "compare").items():
             if name in ALWAYS and every is not None:
-                raise CurvlabError(f"probe '{name}' is a part of every record of a comparison: say how often by log_every")
+                raise CurvlabError(
+                    f"probe '{name}' is a part of every record of a comparison: say how often by log_every"
+                )
         for name in ("update_every", "refresh_every", "log_every"):
             whole(name, getattr(self, name))
         check_rates(self.lr, self.damping, self.momentum, self.decay)
@@ -129,7 +133,10 @@ class CompareSettings:
         """{probe: steps between samples}: its own, but that of the log where that is 1."""
         wanted = dict.fromkeys(ALWAYS) | asked(self.probes, "compare")
         own = {name: every or PROBES[name].every for name, every in wanted.items()}
-        return {n: self.log_every if wanted[n] is None and every == 1 else every for n, every in own.items()}
+        return {
+            n: self.log_every if wanted[n] is None and every == 1 else every
+            for n, every in own.items()
+        }
 
     @property
     def rate(self) -> float:
@@ -156,7 +163,14 @@ class CompareSettings:
             for name, damping in self.dampings(size).items()
         }
 
-    def log(self, objective: Objective, size: int, path: Path | None, seeds: Sequence[int], about: dict[str, Any]) -> Log:
+    def log(
+        self,
+        objective: Objective,
+        size: int,
+        path: Path | None,
+        seeds: Sequence[int],
+        about: dict[str, Any],
+    ) -> Log:
         """Make the empty log of a comparison; its attributes are the settings' and `about`."""
         chosen = list(self.every)
         coordinates: dict[str, Any] = {
@@ -253,11 +267,26 @@ def compare(
     about = {"call": call, "model": type(objective.model).__name__, "data": call["batches"]}
     if isinstance(batches, datasets.Batches):
         about["data_description"] = batches.data.description
-    log = settings.log(objective, size, None if path is None else Path(path), [objective.seed], about)
+    log = settings.log(
+        objective, size, None if path is None else Path(path), [objective.seed], about
+    )
     console = Console(stderr=True)
     shown = console.is_terminal if progress is None else progress
-    with nullcontext() if log.path is None else alone(log.path), progress_bar(console, shown) as bar:
-        compare_one(objective, itertools.chain([first], iterator), settings, steps, warm, size, log, objective.seed, bar)
+    with (
+        nullcontext() if log.path is None else alone(log.path),
+        progress_bar(console, shown) as bar,
+    ):
+        compare_one(
+            objective,
+            itertools.chain([first], iterator),
+            settings,
+            steps,
+            warm,
+            size,
+            log,
+            objective.seed,
+            bar,
+        )
     return Run(log)
 
 
@@ -303,30 +332,42 @@ def compare_one(
         shown = counted(warm, bar, "warm start", length(warm))
         warm_start(objective, list(curvatures.values()), shown, lose_early)
         task = bar.add_task(title, total=steps, note="")
-        learning: dict[str, float] = {}  # seconds spent on learning from the last step, to be counted with the next
+        learning: dict[
+            str, float
+        ] = {}  # seconds spent on learning from the last step, to be counted with the next
         with shielded() as shield:
             for step, (x, y) in enumerate(itertools.islice(batches, steps)):
                 with shield:  # a signal waits until the step is in the log
                     at = step
-                    due = [name for name, steps_between in every.items() if step % steps_between == 0]
+                    due = [
+                        name for name, steps_between in every.items() if step % steps_between == 0
+                    ]
                     begin_step(due, curvatures)
-                    needs = frozenset().union(*(d.needs for d in alive.values()), *(PROBES[name].needs for name in due))
+                    needs = frozenset().union(
+                        *(d.needs for d in alive.values()), *(PROBES[name].needs for name in due)
+                    )
                     closure = objective.closure(x, y)
                     now = closure.observe(needs)
                     directions: dict[str, dict[str, Tensor]] = {}
                     seconds: dict[str, float] = {}
-                    nothing = nothing or {name: torch.full_like(g, torch.nan) for name, g in now.gradients.items()}
+                    nothing = nothing or {
+                        name: torch.full_like(g, torch.nan) for name, g in now.gradients.items()
+                    }
                     for name, d in descents.items():
                         directions[name], seconds[name] = nothing, math.nan
                         if name not in alive:
                             continue
                         start = clock()
                         try:
-                            directions[name] = d.direction(now, rate=settings.rate if name == reference else 1.0)
+                            directions[name] = d.direction(
+                                now, rate=settings.rate if name == reference else 1.0
+                            )
                             seconds[name] = clock() - start + learning.pop(name, 0.0)
                         except Diverged as error:
                             lose(name, error, step)
-                    frame = Frame(step, now, directions, reference, settings.rate, seconds, curvatures)
+                    frame = Frame(
+                        step, now, directions, reference, settings.rate, seconds, curvatures
+                    )
                     seen = sample(due, frame, "before")
                     if step % settings.log_every == 0:
                         bar.update(task, note=f"loss {float(now.loss):.4g}")
@@ -336,7 +377,9 @@ def compare_one(
                     if learners:  # all see the same step, the reference's
                         wanted = frozenset[Pass]().union(*(d.step_needs for d in learners.values()))
                         after = closure.observe(wanted, move_buffers=False)
-                        step_taken = partial(displacement, objective, directions[reference], lambda _: settings.rate)
+                        step_taken = partial(
+                            displacement, objective, directions[reference], lambda _: settings.rate
+                        )
                         transition = Transition(now, after, step_taken)
                         for name, d in learners.items():
                             start = clock()
@@ -350,7 +393,14 @@ def compare_one(
                             if name == reference and not stands:
                                 restore(objective, saved)
                     seen |= sample(due, frame, "after")
-                    _log(log, step, {name: seen[name] for name in due}, every, settings.log_every, seed)
+                    _log(
+                        log,
+                        step,
+                        {name: seen[name] for name in due},
+                        every,
+                        settings.log_every,
+                        seed,
+                    )
                     bar.advance(task)
         bar.remove_task(task)
     except Diverged as error:
@@ -368,7 +418,9 @@ def compare_one(
 def _note_loss(log: Log, name: str, seed: int, step: int, error: Diverged) -> None:
     """In the log: which method, of which block, from which step and why."""
     found = json.loads(log.attributes.get("diverged", "{}"))
-    found.setdefault(name, []).append({"seed": seed, "step": step, "block": error.block, "reason": str(error)})
+    found.setdefault(name, []).append(
+        {"seed": seed, "step": step, "block": error.block, "reason": str(error)}
+    )
     log.attributes["diverged"] = json.dumps(found, ensure_ascii=False)
 
 
@@ -377,10 +429,14 @@ def _tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) ->
     _note_loss(log, name, seed, step, error)
     where = f"{name} (seed {seed})" if len(log.seeds) > 1 else name
     why = str(error).removeprefix(f"{name}: ")
-    warn(f"{where} left the finite range and is NaN from step {step} on, while the others go on: {why}")
+    warn(
+        f"{where} left the finite range and is NaN from step {step} on, while the others go on: {why}"
+    )
 
 
-def _log(log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], log_every: int, seed: int) -> None:
+def _log(
+    log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], log_every: int, seed: int
+) -> None:
     """What is taken as often as the log lies along its steps; the rest along axes of its own."""
     record: ProbeRecord = {}
     for name, found in seen.items():
@@ -388,6 +444,8 @@ def _log(log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], lo
         if every[name] == log_every:
             record |= values
         else:
-            log.extend(axis(name), [step], {v: (dims, x[None]) for v, (dims, x) in values.items()}, seed)
+            log.extend(
+                axis(name), [step], {v: (dims, x[None]) for v, (dims, x) in values.items()}, seed
+            )
     if record:
         log.append(step, record, seed)

@@ -28,7 +28,9 @@ class SecondLooks:
         self._chance: Any = None  # what the generators were before the first look
         self._generators: dict[torch.Generator, Tensor] = {}  # likewise, the model's own
         self._buffers: dict[str, Tensor] | None = None  # likewise, its buffers
-        self._seen: tuple[Tensor, int] | None = None  # outputs of the last look, and how often weights were written to by then
+        self._seen: tuple[Tensor, int] | None = (
+            None  # outputs of the last look, and how often weights were written to by then
+        )
         self._restless = 0.0  # how far two looks differ though nothing moved
 
     def _forward(self, x: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
@@ -60,7 +62,9 @@ class SecondLooks:
                 again = self._forward(self.x, self._own_buffers(True))
             apart = float((again - z.detach()).norm()) if again.shape == z.shape else math.inf
             near = torch.finfo(z.dtype).eps ** 0.5 * float(z.detach().norm())
-            self.objective.steady[key] = 0.0 if apart <= near else apart / max(float(z.detach().norm()), 1e-300)
+            self.objective.steady[key] = (
+                0.0 if apart <= near else apart / max(float(z.detach().norm()), 1e-300)
+            )
         self._restless = self.objective.steady[key]
 
     def _check_same(self, z: Tensor) -> None:
@@ -72,7 +76,9 @@ class SecondLooks:
                 raise CurvlabError(_RESTLESS.format(apart / size if size else math.inf))
 
     def _drew(self) -> bool:
-        return isinstance(self._chance, random_state.Chance) and random_state.drawn_since(self._chance, self.x.device)
+        return isinstance(self._chance, random_state.Chance) and random_state.drawn_since(
+            self._chance, self.x.device
+        )
 
     @contextmanager
     def _same_chance(self, own: bool, quiet: bool = False) -> Iterator[None]:

@@ -41,7 +41,9 @@ def shows(*settings: type) -> Callable[[F], F]:
                     parameters[field.name] = inspect.Parameter(
                         field.name,
                         inspect.Parameter.KEYWORD_ONLY,
-                        default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
+                        default=inspect.Parameter.empty
+                        if default is dataclasses.MISSING
+                        else default,
                         annotation=field.type,
                     )
         every = [*parameters.values(), rest]

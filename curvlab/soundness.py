@@ -41,10 +41,14 @@ class Soundness:
         self.flag = self.flag & torch.isfinite(numbers).all()
         self._copy.copy_(self.flag, non_blocking=True)
 
-    def note_step(self, observation: Observation, direction: Mapping[str, Tensor], rate: float) -> None:
+    def note_step(
+        self, observation: Observation, direction: Mapping[str, Tensor], rate: float
+    ) -> None:
         """Of a loss, its gradient, and a direction that is followed at learning rates up to `rate`."""
         of_direction = lengths(direction.values())
-        step = (of_direction.norm() * rate).square()  # overflows where the step's length is beyond `_limit`
+        step = (
+            of_direction.norm() * rate
+        ).square()  # overflows where the step's length is beyond `_limit`
         numbers = [
             observation.loss[None].to(of_direction.dtype),
             lengths(observation.gradients.values()),
@@ -75,14 +79,20 @@ def check_gradients(objective: Objective, observation: Observation) -> None:
 
     So no average takes it up. On a GPU, which would have to wait, nothing is looked at: `Soundness.note_step` does it there.
     """
-    if waits(observation.loss) or not ("gradient" in observation.passes or "data" in observation.passes):
+    if waits(observation.loss) or not (
+        "gradient" in observation.passes or "data" in observation.passes
+    ):
         return
     gradients = observation.gradients
     if not all_short(gradients.values()):
-        raise _first(objective, gradients, "the gradient of {} is not finite; nothing was moved: " + REMEDY)
+        raise _first(
+            objective, gradients, "the gradient of {} is not finite; nothing was moved: " + REMEDY
+        )
 
 
-def check_direction(objective: Objective, direction: Mapping[str, Tensor], rate: float = 1.0) -> None:
+def check_direction(
+    objective: Objective, direction: Mapping[str, Tensor], rate: float = 1.0
+) -> None:
     """Raises Diverged, with the block's name, where a direction, or the step along it at learning rates up to `rate`, is not
     finite."""
     far = length(direction.values())
@@ -114,7 +124,9 @@ def _limit(objective: Objective) -> float:
 def _first(objective: Objective, tensors: Mapping[str, Tensor], line: str) -> Diverged:
     """The error of the first block whose numbers are not finite; of the longest where it is only the length of all."""
     each = {b: float(tensors[b.name].norm()) for b in objective.blocks}
-    block = next((b for b, far in each.items() if not math.isfinite(far)), max(each, key=lambda b: each[b]))
+    block = next(
+        (b for b, far in each.items() if not math.isfinite(far)), max(each, key=lambda b: each[b])
+    )
     found = Diverged(line.format(block))
     found.block = block.name
     return found

@@ -46,17 +46,49 @@ DRAWS = 1_000_000
 """Starting vectors of Lanczos at most."""
 
 VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "eigenvalue": (("matrix", "block", "index"), "eigenvalues, ascending; NaN beyond the block's order or by Lanczos", "nat"),
-    "density": (("matrix", "block", "bin"), "fraction of the block's eigenvalues with lower ≤ λ < upper; sums to 1", "1"),
+    "eigenvalue": (
+        ("matrix", "block", "index"),
+        "eigenvalues, ascending; NaN beyond the block's order or by Lanczos",
+        "nat",
+    ),
+    "density": (
+        ("matrix", "block", "bin"),
+        "fraction of the block's eigenvalues with lower ≤ λ < upper; sums to 1",
+        "1",
+    ),
     "lowest": (("matrix", "block"), "least eigenvalue", "nat"),
     "highest": (("matrix", "block"), "greatest eigenvalue", "nat"),
     "trace": (("matrix", "block"), "sum of the eigenvalues", "nat"),
-    "negative": (("matrix", "block"), "fraction of the eigenvalues below −tolerance · max |λ|", "1"),
-    "unresolved": (("matrix", "block"), "fraction that Lanczos cannot tell from 0; 0 where all are known", "1"),
-    "lowest_error": (("matrix", "block"), "an eigenvalue lies this near the lowest; 0 where all are known", "nat"),
-    "highest_error": (("matrix", "block"), "an eigenvalue lies this near the highest; 0 where all are known", "nat"),
-    "trace_error": (("matrix", "block"), "standard error of the trace over draws; 0 where all are known", "nat"),
-    "negative_error": (("matrix", "block"), "standard error over draws, and what is unresolved; 0 where all are known", "1"),
+    "negative": (
+        ("matrix", "block"),
+        "fraction of the eigenvalues below −tolerance · max |λ|",
+        "1",
+    ),
+    "unresolved": (
+        ("matrix", "block"),
+        "fraction that Lanczos cannot tell from 0; 0 where all are known",
+        "1",
+    ),
+    "lowest_error": (
+        ("matrix", "block"),
+        "an eigenvalue lies this near the lowest; 0 where all are known",
+        "nat",
+    ),
+    "highest_error": (
+        ("matrix", "block"),
+        "an eigenvalue lies this near the highest; 0 where all are known",
+        "nat",
+    ),
+    "trace_error": (
+        ("matrix", "block"),
+        "standard error of the trace over draws; 0 where all are known",
+        "nat",
+    ),
+    "negative_error": (
+        ("matrix", "block"),
+        "standard error over draws, and what is unresolved; 0 where all are known",
+        "1",
+    ),
     "loss": ((), "mean loss on the examples of the spectra", "nat"),
 }
 """{variable: (dimensions after the step, long_name, units)}. Eigenvalues: of the mean loss, the parameters having no unit."""
@@ -101,18 +133,32 @@ def of_matrix(matrix: Dense) -> Spectrum:
     """From every eigenvalue."""
     found: NDArray[np.float64] = eigenvalues(matrix).double().cpu().numpy()
     below = found < -tolerance(matrix.matrix.dtype) * np.abs(found).max()
-    lowest, highest, trace, negative = ((float(v), 0.0) for v in (found[0], found[-1], found.sum(), below.mean()))
-    return Spectrum(_binned(found, np.full(len(found), 1 / len(found))), lowest, highest, trace, negative, eigenvalues=found)
+    lowest, highest, trace, negative = (
+        (float(v), 0.0) for v in (found[0], found[-1], found.sum(), below.mean())
+    )
+    return Spectrum(
+        _binned(found, np.full(len(found), 1 / len(found))),
+        lowest,
+        highest,
+        trace,
+        negative,
+        eigenvalues=found,
+    )
 
 
-def of_products(operator: Operator, dtype: torch.dtype, draws: int, steps: int, generator: torch.Generator) -> Spectrum:
+def of_products(
+    operator: Operator, dtype: torch.dtype, draws: int, steps: int, generator: torch.Generator
+) -> Spectrum:
     """By stochastic Lanczos quadrature (`krylov.density`): `draws` runs of `steps` products each.
 
     A Ritz value whose residual is longer than its magnitude cannot be told from 0, and is counted there. The ends are the
     outermost Ritz values of all runs, each with its residual; the other errors are standard errors over the draws. What cannot
     be told from 0 may all be negative: `negative` may be too small by `unresolved`, which its error therefore contains.
     """
-    runs = [lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps).ritz() for _ in range(draws)]
+    runs = [
+        lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps).ritz()
+        for _ in range(draws)
+    ]
     lowest = min((float(theta[0]), float(residual[0])) for theta, residual, _ in runs)
     highest = max((float(theta[-1]), float(residual[-1])) for theta, residual, _ in runs)
     bound = -tolerance(dtype) * max(abs(lowest[0]), abs(highest[0]))
@@ -120,13 +166,20 @@ def of_products(operator: Operator, dtype: torch.dtype, draws: int, steps: int, 
     for theta, residual, s in runs:
         weight, near = s[0].square(), residual > theta.abs()
         below = (theta < bound) & ~near
-        samples.append(torch.stack([weight @ theta, weight @ below.to(dtype), weight @ near.to(dtype)]))
+        samples.append(
+            torch.stack([weight @ theta, weight @ below.to(dtype), weight @ near.to(dtype)])
+        )
         nodes = theta.where(~near, 0).double().cpu().numpy()
         histogram += _binned(nodes, weight.double().cpu().numpy()) / draws
     found = average(torch.stack(samples), draws * steps)
-    (trace, negative, unresolved), (trace_error, negative_error, _) = found.value.tolist(), found.error.tolist()
+    (trace, negative, unresolved), (trace_error, negative_error, _) = (
+        found.value.tolist(),
+        found.error.tolist(),
+    )
     total = len(operator) * trace, len(operator) * trace_error
-    return Spectrum(histogram, lowest, highest, total, (negative, negative_error + unresolved), unresolved)
+    return Spectrum(
+        histogram, lowest, highest, total, (negative, negative_error + unresolved), unresolved
+    )
 
 
 def _binned(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -154,7 +207,9 @@ class Plan:
         whole("the steps of Lanczos", self.steps, 1, MOST_STEPS)
         for block, route in self.routes(objective).items():
             if route == "exact":
-                size = 3 * self.orders(objective)[block] ** 2 * objective.dtype.itemsize  # itself, the copy for LAPACK, a mask
+                size = (
+                    3 * self.orders(objective)[block] ** 2 * objective.dtype.itemsize
+                )  # itself, the copy for LAPACK, a mask
                 guard_memory(size, f"every eigenvalue of block {block}", "take the method lanczos")
 
     def orders(self, objective: Objective) -> dict[str, int]:
@@ -166,14 +221,19 @@ class Plan:
                 raise unknown("block", name, (*known, ALL, WHOLE))
             found |= known if name == ALL else {name: known.get(name, len(objective.layout))}
         if not found:
-            raise CurvlabError(f"there is no block to compute (known: {', '.join((*known, ALL, WHOLE))})")
+            raise CurvlabError(
+                f"there is no block to compute (known: {', '.join((*known, ALL, WHOLE))})"
+            )
         return found
 
     def routes(self, objective: Objective) -> dict[str, str]:
         """{block: "exact" or "lanczos"}"""
         if self.method != "auto":
             return dict.fromkeys(self.orders(objective), self.method)
-        return {name: "exact" if order <= LARGEST else "lanczos" for name, order in self.orders(objective).items()}
+        return {
+            name: "exact" if order <= LARGEST else "lanczos"
+            for name, order in self.orders(objective).items()
+        }
 
     def log(self, objective: Objective, about: dict[str, Any], path: Any = None) -> Log:
         """An empty log of the schema."""
@@ -187,10 +247,21 @@ class Plan:
             "parameters": ("block", [params[name] for name in orders]),
             "order": _coordinate("block", list(orders.values()), "number of parameters", "1"),
             "route": ("block", list(routes.values())),
-            "bin": _coordinate("bin", centres, "geometric mean of the bin's edges, with their sign", "nat"),
-            "lower": _coordinate("bin", EDGES[:-1], "lower edge of the bin; the first bin has none", "nat"),
-            "upper": _coordinate("bin", EDGES[1:], "upper edge of the bin; the last bin has none", "nat"),
-            "index": _coordinate("index", range(max(exactly, default=0)), "number of the eigenvalue, from the lowest", "1"),
+            "bin": _coordinate(
+                "bin", centres, "geometric mean of the bin's edges, with their sign", "nat"
+            ),
+            "lower": _coordinate(
+                "bin", EDGES[:-1], "lower edge of the bin; the first bin has none", "nat"
+            ),
+            "upper": _coordinate(
+                "bin", EDGES[1:], "upper edge of the bin; the last bin has none", "nat"
+            ),
+            "index": _coordinate(
+                "index",
+                range(max(exactly, default=0)),
+                "number of the eigenvalue, from the lowest",
+                "1",
+            ),
         }
         attributes = {
             "matrices": coordinates["matrix"],
@@ -202,13 +273,21 @@ class Plan:
             "device": str(objective.device),
             "dtype": str(objective.dtype).removeprefix("torch."),
         }
-        variables = {name: {"long_name": text, "units": units} for name, (_, text, units) in VARIABLES.items()}
+        variables = {
+            name: {"long_name": text, "units": units}
+            for name, (_, text, units) in VARIABLES.items()
+        }
         variables["step"] = {"long_name": "number of training steps", "units": "1"}
         return Log(coordinates, variables, attributes | about, path, (objective.seed,))
 
     @derivatives()
     def record(
-        self, objective: Objective, x: Tensor | Loader, y: Tensor | None, say: Callable[[str], None], done: Callable[[], None]
+        self,
+        objective: Objective,
+        x: Tensor | Loader,
+        y: Tensor | None,
+        say: Callable[[str], None],
+        done: Callable[[], None],
     ) -> Record:
         """The spectra of the model as it is, all of the same data. `say`: what comes next, `done`: a matrix is finished."""
         if not isinstance(x, Tensor):
@@ -217,7 +296,9 @@ class Plan:
         kinds = list(dict.fromkeys(self.matrices))
         top = max((order for name, order in orders.items() if routes[name] == "exact"), default=0)
         size = {"matrix": len(kinds), "block": len(orders), "index": top, "bin": len(EDGES) - 1}
-        values = {name: np.full([size[d] for d in dims], np.nan) for name, (dims, *_) in VARIABLES.items()}
+        values = {
+            name: np.full([size[d] for d in dims], np.nan) for name, (dims, *_) in VARIABLES.items()
+        }
         values["loss"][...] = _loss(objective, x, y)
         for i, kind in enumerate(kinds):
             for j, (block, route) in enumerate(routes.items()):
@@ -235,9 +316,17 @@ class Plan:
         return {name: (VARIABLES[name][0], value) for name, value in values.items()}
 
     def _spectrum(
-        self, objective: Objective, x: Tensor | Loader, y: Tensor | None, kind: Any, block: str, route: str
+        self,
+        objective: Objective,
+        x: Tensor | Loader,
+        y: Tensor | None,
+        kind: Any,
+        block: str,
+        route: str,
     ) -> Spectrum:
-        fresh = Objective(objective.model, objective.likelihood, objective.seed)  # every block and route the same drawn labels
+        fresh = Objective(
+            objective.model, objective.likelihood, objective.seed
+        )  # every block and route the same drawn labels
         name = None if block == WHOLE else block
         if route == "exact":
             matrix = exact.matrix(fresh, x, y, kind, name)
@@ -306,10 +395,15 @@ def spectrum(
         name: getattr(plan, name) for name in ("matrices", "method", "draws", "steps")
     }
     title = f"curvlab spectrum: {', '.join(plan.matrices)}"
-    log = plan.log(objective, {"title": title, "call": call, "model": type(objective.model).__name__, "data": what})
+    log = plan.log(
+        objective,
+        {"title": title, "call": call, "model": type(objective.model).__name__, "data": what},
+    )
     console = Console(stderr=True)
     with progress_bar(console, console.is_terminal if progress is None else progress, 600) as bar:
         task = bar.add_task("spectra", total=len(set(plan.matrices)), note="")
-        record = plan.record(objective, x, y, lambda note: bar.update(task, note=note), lambda: bar.advance(task))
+        record = plan.record(
+            objective, x, y, lambda note: bar.update(task, note=note), lambda: bar.advance(task)
+        )
     log.append(after, record)
     return log.dataset()

@@ -59,7 +59,9 @@ def prepare(named: NamedSpectra) -> PreparedSpectra:
     problem.check()
     lookup(ALGORITHMS, named.algorithm, "algorithm")
     if not named.after:
-        raise CurvlabError("--after needs at least one number of training steps, 0 for the model as it is built")
+        raise CurvlabError(
+            "--after needs at least one number of training steps, 0 for the model as it is built"
+        )
     for steps in named.after:
         whole("the number of training steps", steps, 0, MOST_STEPS)
     check_rates(named.lr, named.damping)
@@ -80,7 +82,9 @@ def prepare(named: NamedSpectra) -> PreparedSpectra:
     return PreparedSpectra(named, objective, stepper, train, tuple(sorted(set(named.after))))
 
 
-def run(prepared: PreparedSpectra, path: Path, call: dict[str, Any], console: Console) -> xr.Dataset:
+def run(
+    prepared: PreparedSpectra, path: Path, call: dict[str, Any], console: Console
+) -> xr.Dataset:
     """Train and log. Whatever ends it, the log holds every state that was finished.
 
     Raises:
@@ -107,7 +111,9 @@ def run(prepared: PreparedSpectra, path: Path, call: dict[str, Any], console: Co
     try:
         with progress_bar(console, console.is_terminal, 600) as bar:
             if last:
-                prepared.optimizer.warm_start(counted(batches.one_pass(), bar, "warm start", per_epoch))
+                prepared.optimizer.warm_start(
+                    counted(batches.one_pass(), bar, "warm start", per_epoch)
+                )
             training = bar.add_task("training", total=last, note="", visible=last > 0)
             spectra = bar.add_task("spectra", total=len(prepared.after) * kinds, note="")
             done = 0
@@ -119,7 +125,11 @@ def run(prepared: PreparedSpectra, path: Path, call: dict[str, Any], console: Co
                 done = steps
                 with evaluating(objective.model):
                     record = named.plan.record(
-                        objective, x, y, lambda note: bar.update(spectra, note=note), lambda: bar.advance(spectra)
+                        objective,
+                        x,
+                        y,
+                        lambda note: bar.update(spectra, note=note),
+                        lambda: bar.advance(spectra),
                     )
                 with shielded() as shield, shield:
                     log.append(steps, record, save=True)

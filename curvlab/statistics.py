@@ -45,7 +45,9 @@ class LayerStatistics:
         frozen: Sequence[str] = (),
     ) -> None:
         self.block, self.size, self.why, self.frozen = block, size, why, frozen
-        self.used = used and (parts is None or len(parts) > 0)  # whether the block reached the outputs in this pass
+        self.used = used and (
+            parts is None or len(parts) > 0
+        )  # whether the block reached the outputs in this pass
         self._gradient, self._parts, self._like, self._vectors = gradient, parts, like, vectors
 
     @property
@@ -61,7 +63,9 @@ class LayerStatistics:
             return False
         if reads == "rows":
             return True
-        return self.block.groups == 1 and (reads == "moments" or not any(p.swapped for p in self.parts))
+        return self.block.groups == 1 and (
+            reads == "moments" or not any(p.swapped for p in self.parts)
+        )
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -81,13 +85,19 @@ class LayerStatistics:
     def grouped_a(self) -> Float[Tensor, "N T *G I"]:
         """The same with an axis Γ where the outputs lie in several groups."""
         return self._joined(
-            lambda p: p.wide(p.g[0]) if p.swapped else p.a, 1, lambda: (self.size, 0, *self._groups, self.block.shape[1])
+            lambda p: p.wide(p.g[0]) if p.swapped else p.a,
+            1,
+            lambda: (self.size, 0, *self._groups, self.block.shape[1]),
         )
 
     @property
     def bare_a(self) -> Float[Tensor, "N T *G I"]:
         """`grouped_a` without the bias column."""
-        if len(self.parts) == 1 and not self.parts[0].swapped and isinstance(self.parts[0].inputs, UseInput):
+        if (
+            len(self.parts) == 1
+            and not self.parts[0].swapped
+            and isinstance(self.parts[0].inputs, UseInput)
+        ):
             return self.parts[0].inputs.bare
         return self.grouped_a[..., :-1] if self.block.biased else self.grouped_a
 
@@ -97,9 +107,13 @@ class LayerStatistics:
 
     def _one_group(self, thing: str) -> None:
         if self.structured and self.block.groups > 1:
-            raise CurvlabError(f"{self.block} has {self.block.groups} groups of outputs, so there are no {thing}: use rows")
+            raise CurvlabError(
+                f"{self.block} has {self.block.groups} groups of outputs, so there are no {thing}: use rows"
+            )
 
-    def _joined(self, of: Callable[[Part], Tensor], axis: int, none: Callable[[], tuple[int, ...]]) -> Tensor:
+    def _joined(
+        self, of: Callable[[Part], Tensor], axis: int, none: Callable[[], tuple[int, ...]]
+    ) -> Tensor:
         """Of all uses, place after place."""
         parts = self.parts
         if any(p.swapped for p in parts) and self._vectors > 1:
@@ -118,7 +132,9 @@ class LayerStatistics:
     def g(self) -> Float[Tensor, "V N T O"]:
         """∂ℓₙ/∂h per example: of the sum, never of the mean."""
         return self._joined(
-            lambda p: p.a[None] if p.swapped else p.g, 2, lambda: (self._vectors, self.size, 0, self.block.shape[0])
+            lambda p: p.a[None] if p.swapped else p.g,
+            2,
+            lambda: (self._vectors, self.size, 0, self.block.shape[0]),
         )
 
     @property
@@ -161,12 +177,17 @@ class LayerStatistics:
     def mean_a(self) -> Float[Tensor, " I"]:
         """Of `a`, over examples and places."""
         self._one_group("inputs for all outputs")
-        return self._summed(lambda p: p.weighted(p.ones), lambda: (self.block.shape[1],)) / (self.size * max(1, self.places))
+        return self._summed(lambda p: p.weighted(p.ones), lambda: (self.block.shape[1],)) / (
+            self.size * max(1, self.places)
+        )
 
     def second_moment_product(self, v: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
         """A v = E_n Σ_t (aᵀv) a without A, and in a convolution without patches: thesis (3.15)."""
         self._one_group("inputs for all outputs")
-        return self._summed(lambda p: p.weighted(p.response(v)), lambda: (self.block.shape[1],)) / self.size
+        return (
+            self._summed(lambda p: p.weighted(p.response(v)), lambda: (self.block.shape[1],))
+            / self.size
+        )
 
     @cached_property
     def G(self) -> Float[Tensor, "O O"]:
@@ -180,17 +201,23 @@ class LayerStatistics:
         if self._gradient is not None:
             return self._gradient
         if self._parts is None or self._vectors != 1:
-            raise CurvlabError(f"{self.block}: a gradient needs a pass that sends one vector back, not the exact one")
+            raise CurvlabError(
+                f"{self.block}: a gradient needs a pass that sends one vector back, not the exact one"
+            )
         found = self._summed(lambda p: p.gradient(1 / self.size), lambda: self.block.shape)
         if not self.frozen:
             return found
         each = self.block.scatter(found)  # parameters that are not trained any more have none
-        return self.block.gather(each | {name: torch.zeros_like(each[name]) for name in self.frozen})
+        return self.block.gather(
+            each | {name: torch.zeros_like(each[name]) for name in self.frozen}
+        )
 
     @cached_property
     def rows(self) -> Float[Tensor, "V N *O I"]:
         """Per-sample gradients (of the sum over places and uses), one for every vector sent back."""
-        return self._summed(lambda p: p.rows(), lambda: (self._vectors, self.size, *self.block.shape))
+        return self._summed(
+            lambda p: p.rows(), lambda: (self._vectors, self.size, *self.block.shape)
+        )
 
     def some_rows(self, at_once: int) -> Iterator[Float[Tensor, "R D"]]:
         """The rows flattened, about `at_once` at a time: whole examples with all their vectors."""
@@ -204,5 +231,11 @@ class LayerStatistics:
 
     def _some(self, examples: slice | Tensor) -> LayerStatistics:
         parts = [p.some(examples) for p in self.parts]
-        count = len(range(*examples.indices(self.size))) if isinstance(examples, slice) else len(examples)
-        return LayerStatistics(self.block, count, parts=parts, like=self._like, vectors=self._vectors)
+        count = (
+            len(range(*examples.indices(self.size)))
+            if isinstance(examples, slice)
+            else len(examples)
+        )
+        return LayerStatistics(
+            self.block, count, parts=parts, like=self._like, vectors=self._vectors
+        )

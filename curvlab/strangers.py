@@ -18,7 +18,9 @@ from curvlab.errors import CurvlabError
 
 def original(model: nn.Module) -> nn.Module:
     """What `torch.compile` was given, whose parameters are the same tensors."""
-    while "torch._dynamo" in sys.modules and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+    while "torch._dynamo" in sys.modules and isinstance(
+        getattr(model, "_orig_mod", None), nn.Module
+    ):
         model = model._orig_mod  # type: ignore[assignment]
     return model
 
@@ -47,7 +49,9 @@ def called(model: nn.Module, tensors: Mapping[str, Tensor], x: Any) -> Any:
 
 def mixes(modules: Iterable[nn.Module]) -> bool:
     """Whether examples are known to act on each other: normalised over the batch."""
-    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in modules)
+    return any(
+        isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in modules
+    )
 
 
 WRAP = (
@@ -63,13 +67,23 @@ _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 def check_model(model: nn.Module) -> None:
     """Raises CurvlabError for a model that is spread over several processes, and for weights without real derivatives."""
     if not isinstance(model, nn.Module):
-        raise CurvlabError(f"the model must be a torch.nn.Module, not {type(model).__name__}: wrap it in one")
-    several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        raise CurvlabError(
+            f"the model must be a torch.nn.Module, not {type(model).__name__}: wrap it in one"
+        )
+    several = (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
     if isinstance(model, torch.jit.ScriptModule):
-        raise CurvlabError("the model is a torch.jit.ScriptModule, whose calls show nothing: give the module that was scripted")
+        raise CurvlabError(
+            "the model is a torch.jit.ScriptModule, whose calls show nothing: give the module that was scripted"
+        )
     for name, module in model.named_modules():
         where = f"'{name}'" if name else "the model"
-        if any(kind.__name__ in _SHARDED for kind in type(module).__mro__):  # one process too: its weights are elsewhere
+        if any(
+            kind.__name__ in _SHARDED for kind in type(module).__mro__
+        ):  # one process too: its weights are elsewhere
             raise CurvlabError(
                 f"{where} is a {type(module).__name__}, whose parameters are sharded (FSDP): give the model as it was before "
                 "it was wrapped or passed to fully_shard, and train it in one process"
@@ -81,13 +95,17 @@ def check_model(model: nn.Module) -> None:
             )
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedParameter):
-            raise CurvlabError(f"parameter '{name}' is lazy and has no shape yet: run the model on one minibatch first")
+            raise CurvlabError(
+                f"parameter '{name}' is lazy and has no shape yet: run the model on one minibatch first"
+            )
         if p.is_complex():
             raise CurvlabError(
                 f"parameter '{name}' is complex ({p.dtype}): keep it as its real and imaginary part, "
                 "nn.Parameter(torch.view_as_real(w)) and torch.view_as_complex(w) in forward"
             )
-        if type(p.data).__name__ == "DTensor":  # in one process too: its arithmetic takes no plain tensors beside it
+        if (
+            type(p.data).__name__ == "DTensor"
+        ):  # in one process too: its arithmetic takes no plain tensors beside it
             raise CurvlabError(
                 f"parameter '{name}' is a DTensor, spread over devices: give the model as it was before, in one process"
             )
@@ -96,4 +114,6 @@ def check_model(model: nn.Module) -> None:
                                "copy.deepcopy(model) outside of it")  # fmt: skip
     for name, b in model.named_buffers():
         if b.is_inference():
-            raise CurvlabError(f"buffer '{name}' was made under torch.inference_mode(): copy.deepcopy(model) outside of it")
+            raise CurvlabError(
+                f"buffer '{name}' was made under torch.inference_mode(): copy.deepcopy(model) outside of it"
+            )

@@ -21,7 +21,9 @@ from curvlab.lazy import cached_property
 from curvlab.linalg.padded_products import product, room, second_moment
 
 _SMALL = 1 << 16  # numbers, of which a copy costs less than a few calls
-OVERWRITTEN = "{}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
+OVERWRITTEN = (
+    "{}: its input was overwritten in place after it ran; write x = x + … instead of x += …"
+)
 
 
 class Stored(NamedTuple):
@@ -41,7 +43,9 @@ class Stored(NamedTuple):
         return self.value._version != self.version
 
 
-@dataclass(eq=False)  # not frozen: several are made at every look, and freezing costs more than the rest of it
+@dataclass(
+    eq=False
+)  # not frozen: several are made at every look, and freezing costs more than the rest of it
 class Use:
     """One call that takes a block's weight. Nothing in it is written again.
 
@@ -85,7 +89,11 @@ class UseInput:
         x = self.use.x
         if x.overwritten:
             raise CurvlabError(OVERWRITTEN.format(self.use.block))
-        return x.value if x.value.dtype == self.dtype or not x.value.is_floating_point() else x.value.to(self.dtype)
+        return (
+            x.value
+            if x.value.dtype == self.dtype or not x.value.is_floating_point()
+            else x.value.to(self.dtype)
+        )
 
     @cached_property
     def own(self) -> Float[Tensor, "R P *G I"]:
@@ -119,9 +127,13 @@ class UseInput:
         if not self.column:
             return second_moment(rows, 1 / n)
         if rows.numel() < _SMALL:
-            return second_moment(torch.cat([rows, rows.new_full((len(rows), 1), float(self.use.biased))], 1), 1 / n)
+            return second_moment(
+                torch.cat([rows, rows.new_full((len(rows), 1), float(self.use.biased))], 1), 1 / n
+            )
         last = rows.shape[1]
-        found = room(rows, last + 1, last + 1)  # the column of ones costs nothing, where a copy of patches would
+        found = room(
+            rows, last + 1, last + 1
+        )  # the column of ones costs nothing, where a copy of patches would
         second_moment(rows, 1 / n, out=found[:last, :last])
         found[last, :last] = found[:last, last] = rows.sum(0) * (self.use.biased / n)
         found[last, last] = self.use.biased * len(rows) / n
@@ -138,7 +150,13 @@ class Slice:
 class Part:
     """One use in one pass back: in its own letters, whichever way the block reads it."""
 
-    def __init__(self, block: Block, inputs: UseInput | Slice, g: Float[Tensor, "V R P O"], swapped: bool = False) -> None:
+    def __init__(
+        self,
+        block: Block,
+        inputs: UseInput | Slice,
+        g: Float[Tensor, "V R P O"],
+        swapped: bool = False,
+    ) -> None:
         self.block, self.inputs, self.swapped = block, inputs, swapped
         self.raw_g = g
 
@@ -146,7 +164,11 @@ class Part:
     def g(self) -> Float[Tensor, "V N T O"]:
         """Derivatives in the outputs of the call, as they were sent back, by examples."""
         inputs = self.inputs
-        return self.raw_g if isinstance(inputs, Slice) else ARRANGEMENTS[inputs.how](self.raw_g, 1, inputs.size)
+        return (
+            self.raw_g
+            if isinstance(inputs, Slice)
+            else ARRANGEMENTS[inputs.how](self.raw_g, 1, inputs.size)
+        )
 
     @property
     def a(self) -> Float[Tensor, "N T *G I"]:
@@ -179,7 +201,9 @@ class Part:
 
     def G(self, scale: float) -> Float[Tensor, "O O"]:
         """scale · Σ g gᵀ, as the block reads it."""
-        return second_moment((self.a.flatten(0, 1) if self.swapped else self.g.flatten(0, 2)), scale)
+        return second_moment(
+            (self.a.flatten(0, 1) if self.swapped else self.g.flatten(0, 2)), scale
+        )
 
     def rows(self) -> Float[Tensor, "V N O I"]:
         """Return Σ_t g aᵀ of each vector and example, in the block's own O and I."""

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it, and for the commands that tests start
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch reads it, and for the commands that tests start
 
 import pytest
 import torch
@@ -48,7 +50,9 @@ def _mnist_is_unpacked_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "_mnist_images", functools.cache(images._mnist_images))
-        patch.setitem(DATASETS, "mnist16", replace(DATASETS["mnist16"], load=functools.cache(images.mnist16)))
+        patch.setitem(
+            DATASETS, "mnist16", replace(DATASETS["mnist16"], load=functools.cache(images.mnist16))
+        )
         yield
 
 

@@ -20,7 +20,9 @@ def forked(work: Callable[[], object]) -> tuple[int, str]:
             try:
                 for number in (1, 2):
                     os.dup2(said.fileno(), number)
-                sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
+                sys.stdout = sys.stderr = os.fdopen(
+                    1, "w", buffering=1, encoding="utf-8", closefd=False
+                )
                 work()
                 code = 0
             except SystemExit as done:

@@ -17,12 +17,60 @@ from curvlab.cli import app as cli
 from curvlab.training import schedules
 
 LONG = "9" * 400
-HUGE = ("18446744073709551616", "9223372036854775808", "-9223372036854775809", LONG, f"-{LONG}", "9" * 5000)
-ODD = ("\x00", "a\x00b", "a\nb", "\x1b[2J", "\udcff", "\ud83d", "$\\frac{$", "[/b]", "🦆", "\u202eabc", "a\u2028b", "a" * 300)
+HUGE = (
+    "18446744073709551616",
+    "9223372036854775808",
+    "-9223372036854775809",
+    LONG,
+    f"-{LONG}",
+    "9" * 5000,
+)
+ODD = (
+    "\x00",
+    "a\x00b",
+    "a\nb",
+    "\x1b[2J",
+    "\udcff",
+    "\ud83d",
+    "$\\frac{$",
+    "[/b]",
+    "🦆",
+    "\u202eabc",
+    "a\u2028b",
+    "a" * 300,
+)
 """Texts that are no name of anything."""
 NO_WHOLE = (*HUGE, "", " ", "abc", "1.5", "0x10", "nan", "inf", "1e400", "½", "--", "1,2", *ODD)
-NO_REAL = ("", " ", "abc", "nan", "inf", "-inf", "1e400", "-1e400", "-1", "1,5", "0x1p3", LONG, "9" * 5000, "½", *ODD)
-PERHAPS = ("0", "-1", "1", " 3", "1_0", "१", "+5", "1e-400", "-0", "1000000000000", "999999999999999")
+NO_REAL = (
+    "",
+    " ",
+    "abc",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "-1e400",
+    "-1",
+    "1,5",
+    "0x1p3",
+    LONG,
+    "9" * 5000,
+    "½",
+    *ODD,
+)
+PERHAPS = (
+    "0",
+    "-1",
+    "1",
+    " 3",
+    "1_0",
+    "१",
+    "+5",
+    "1e-400",
+    "-0",
+    "1000000000000",
+    "999999999999999",
+)
 """Numbers that some options take and others do not."""
 OWN = ("here:broken", "here:exits", "unparsable:f", "failing:f", "exiting:f")
 """A user's code that fails: its own frames stand before the line."""
@@ -31,10 +79,40 @@ MODULES = (
     "os.path:join", "a:b:c", "'os':x", "os\x00:x", "\udcff:x", "bad name:x", "sys:exit", "torch.nn:Identity", "torch:zeros",
     "here:nothing", "here:three", "here:untrainable",
 )  # fmt: skip
-DEVICES = ("cuda:99999999999999999999", "cuda:-1", "meta", "cuda:1:2", "tpu", "cuda:", ":0", "cuda:x")
-PROBES = ("loss:0", "loss:-1", ":", "loss:", ":3", "loss:1.5", "loss:1:2", "los", "gram:9:9", *(f"loss:{n}" for n in HUGE[:4]))
+DEVICES = (
+    "cuda:99999999999999999999",
+    "cuda:-1",
+    "meta",
+    "cuda:1:2",
+    "tpu",
+    "cuda:",
+    ":0",
+    "cuda:x",
+)
+PROBES = (
+    "loss:0",
+    "loss:-1",
+    ":",
+    "loss:",
+    ":3",
+    "loss:1.5",
+    "loss:1:2",
+    "los",
+    "gram:9:9",
+    *(f"loss:{n}" for n in HUGE[:4]),
+)
 PAIRS = ("", "=", "x", "=1", "x=1", "x==", " = ", "\x00=1", "\udcff=\udcff")
-AFTER = ("0,18446744073709551616", "9" * 5000, "-1", "0,,x", "1.5", "nan", "1e3", "0;1", "9223372036854775808")
+AFTER = (
+    "0,18446744073709551616",
+    "9" * 5000,
+    "-1",
+    "0,,x",
+    "1.5",
+    "nan",
+    "1e3",
+    "0;1",
+    "9223372036854775808",
+)
 
 OF_OPTION = {
     "--model": MODULES, "--device": DEVICES, "--probe": PROBES, "--set": PAIRS, "--schedule-set": PAIRS, "--after": AFTER,
@@ -63,7 +141,10 @@ class Line:
     environment: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        return " ".join(word if len(word) < 60 else f"{word[:20]}…({len(word)})" for word in map(ascii, self.words))
+        return " ".join(
+            word if len(word) < 60 else f"{word[:20]}…({len(word)})"
+            for word in map(ascii, self.words)
+        )
 
 
 @dataclass
@@ -97,21 +178,61 @@ class Places:
         for command, name in taken.items():
             (root / f"taken-{command}" / name).mkdir(parents=True)
         (root / "taken-checkpoint" / "checkpoint.pt").mkdir(parents=True)
-        texts = ("a\x00b", "\ud83d", "a" * 256, "é" * 128, f"{root}/{'b' * 300}/c", "/".join("d" * 1000), "e/" * 2200)
-        nowhere = [str(root / name) for name in ("file", "file/sub", "dangling", "dangling/sub", "loop", "loop/sub")]
+        texts = (
+            "a\x00b",
+            "\ud83d",
+            "a" * 256,
+            "é" * 128,
+            f"{root}/{'b' * 300}/c",
+            "/".join("d" * 1000),
+            "e/" * 2200,
+        )
+        nowhere = [
+            str(root / name)
+            for name in ("file", "file/sub", "dangling", "dangling/sub", "loop", "loop/sub")
+        ]
         devices = ("/dev/null", "/dev/null/x", "/proc/nothing", "/proc/nothing/x")
         never = (*texts, *nowhere, *devices, str(root / "folder-for-log"), str(self.run))
         self.bad_out = {command: (*never, str(root / f"taken-{command}")) for command in taken}
         self.bad_out["train"] += (str(root / "taken-checkpoint"),)
         self.bad_out["reproduce"] = (*texts, *nowhere, *devices)
-        named = ("folder.svg", "pipe.svg", "dangling.svg", "loop.svg", "missing/x.svg", "file/x.svg", "loop/x.svg", "empty")
-        suffixes = ("x", "x.", "x.xyz", "x.pgf", "x.h5", "x.s\x00vg", "x.\udcff", f"{'a' * 252}.svg")
+        named = (
+            "folder.svg",
+            "pipe.svg",
+            "dangling.svg",
+            "loop.svg",
+            "missing/x.svg",
+            "file/x.svg",
+            "loop/x.svg",
+            "empty",
+        )
+        suffixes = (
+            "x",
+            "x.",
+            "x.xyz",
+            "x.pgf",
+            "x.h5",
+            "x.s\x00vg",
+            "x.\udcff",
+            f"{'a' * 252}.svg",
+        )
         self.bad_file = (*texts, *(str(root / name) for name in (*named, *suffixes)), "/dev/null")
         self.bad_run = (
             *texts, *nowhere, *devices, "/dev/zero",
             *(str(root / name) for name in ("empty", "folder-for-log", "empty-log", "absent", "pipe.svg", "empty-log/run.h5")),
         )  # fmt: skip
-        self.perhaps = ("~nosuch/x", "new", "new/er", "with space", "[/b]", "$", "\x1b[2J", "\udcff", "a\nb", ".")
+        self.perhaps = (
+            "~nosuch/x",
+            "new",
+            "new/er",
+            "with space",
+            "[/b]",
+            "$",
+            "\x1b[2J",
+            "\udcff",
+            "a\nb",
+            ".",
+        )
         return self
 
 
@@ -126,9 +247,20 @@ class Parameter:
 
 def parameters(command: str) -> list[Parameter]:
     """All but --help."""
-    function = next(c.callback for c in cli.app.registered_commands if command in (c.name, getattr(c.callback, "__name__", "")))
-    hints, known = get_type_hints(function), typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
-    return [Parameter(tuple(p.opts), _plain(hints[p.name]), p.param_type_name == "argument") for p in known if p.name in hints]
+    function = next(
+        c.callback
+        for c in cli.app.registered_commands
+        if command in (c.name, getattr(c.callback, "__name__", ""))
+    )
+    hints, known = (
+        get_type_hints(function),
+        typer.main.get_command(cli.app).commands[command].params,
+    )  # type: ignore[attr-defined]
+    return [
+        Parameter(tuple(p.opts), _plain(hints[p.name]), p.param_type_name == "argument")
+        for p in known
+        if p.name in hints
+    ]
 
 
 def _plain(hint: Any) -> type:
@@ -150,7 +282,17 @@ def lines(places: Places) -> Iterator[Line]:
         "report": ("report", run),
         "list": ("list", "models"),
     }
-    yield from (Line(words) for words in (("nosuch",), ("trian", *MODEL), ("--nosuch",), ("-z",), ("\udcff",), ("a\nb",)))
+    yield from (
+        Line(words)
+        for words in (
+            ("nosuch",),
+            ("trian", *MODEL),
+            ("--nosuch",),
+            ("-z",),
+            ("\udcff",),
+            ("a\nb",),
+        )
+    )
     for command, base in bases.items():
         yield from _of_command(command, base, places)
     yield from _of_algorithms(bases["train"])
@@ -161,11 +303,16 @@ def lines(places: Places) -> Iterator[Line]:
 
 def mixed(places: Places, count: int, seed: int = 0) -> Iterator[Line]:
     """Lines that differ from a good one in two or three things."""
-    draw, single = random.Random(seed), [line for line in lines(places) if line.words[:1] in (("compare",), ("train",))]
+    draw, single = (
+        random.Random(seed),
+        [line for line in lines(places) if line.words[:1] in (("compare",), ("train",))],
+    )
     for _ in range(count):
         first = draw.choice(single)
         others = [draw.choice(single) for _ in range(draw.randint(1, 2))]
-        words = first.words + tuple(w for other in others if other.words[:3] == first.words[:3] for w in other.words[3:])
+        words = first.words + tuple(
+            w for other in others if other.words[:3] == first.words[:3] for w in other.words[3:]
+        )
         yield Line(words, False, first.environment)
 
 
@@ -228,7 +375,10 @@ def _of_algorithms(base: tuple[str, ...]) -> Iterator[Line]:
         for option in algorithm.options:
             words = (*base, "--algorithm", name, "--set")
             yield from (Line((*words, f"{option}={value}")) for value in (LONG, HUGE[0]))
-            yield from (Line((*words, f"{option}={value}"), False) for value in ("abc", "nan", "1e400", "-1", "0", "", "1,2"))
+            yield from (
+                Line((*words, f"{option}={value}"), False)
+                for value in ("abc", "nan", "1e400", "-1", "0", "", "1,2")
+            )
 
 
 def _of_schedules(base: tuple[str, ...]) -> Iterator[Line]:
@@ -236,14 +386,28 @@ def _of_schedules(base: tuple[str, ...]) -> Iterator[Line]:
     for name in known:
         given = GOOD.get(name, {})
         for option in schedules.find(name).options:
-            others = tuple(w for o, v in given.items() if o != option for w in ("--schedule-set", f"{o}={v}"))
+            others = tuple(
+                w for o, v in given.items() if o != option for w in ("--schedule-set", f"{o}={v}")
+            )
             words = (*base, "--schedule", name, *others, "--schedule-set")
             yield from (Line((*words, f"{option}={value}")) for value in (LONG, "[]"))
-            yield from (Line((*words, f"{option}={v}"), False) for v in ("abc", "nan", "-1", "0", "", "1,2", "true", HUGE[0]))
+            yield from (
+                Line((*words, f"{option}={v}"), False)
+                for v in ("abc", "nan", "-1", "0", "", "1,2", "true", HUGE[0])
+            )
         for option in given:
-            words = tuple(w for o, v in given.items() if o != option for w in ("--schedule-set", f"{o}={v}"))
+            words = tuple(
+                w for o, v in given.items() if o != option for w in ("--schedule-set", f"{o}={v}")
+            )
             yield Line((*base, "--schedule", name, *words))
-    one = ("--schedule", "OneCycleLR", "--schedule-set", "max_lr=0.1", "--schedule-set", "total_steps=2")
+    one = (
+        "--schedule",
+        "OneCycleLR",
+        "--schedule-set",
+        "max_lr=0.1",
+        "--schedule-set",
+        "total_steps=2",
+    )
     yield Line((*base, *one, "--epochs", "3"))
     yield Line((*base, *one, "--steps", "3", "--schedule-every", "step"))
     yield Line((*base, *one, "--epochs", "2"), False)
@@ -258,7 +422,13 @@ def _resumed(places: Places) -> Iterator[Line]:
             yield Line((*resume, "--out", place))
     here = (*resume, "--out", str(places.run))
     yield Line(here, False)
-    for words in (("--seed", "4"), ("--lr", "nan"), ("--steps", HUGE[0]), ("--model", "nosuch"), ("--epochs", "0")):
+    for words in (
+        ("--seed", "4"),
+        ("--lr", "nan"),
+        ("--steps", HUGE[0]),
+        ("--model", "nosuch"),
+        ("--epochs", "0"),
+    ):
         yield Line((*here, *words))
 
 

@@ -134,8 +134,13 @@ class Reference:
             each: Sequence[Tensor | None] = [None] * len(self.parameters)
             if value.requires_grad:
                 ps = list(self.parameters.values())
-                each = torch.autograd.grad(value, ps, create_graph=again, retain_graph=True, allow_unused=True)
-            full = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters.values(), each, strict=True)]
+                each = torch.autograd.grad(
+                    value, ps, create_graph=again, retain_graph=True, allow_unused=True
+                )
+            full = [
+                torch.zeros_like(p) if g is None else g
+                for p, g in zip(self.parameters.values(), each, strict=True)
+            ]
             found.append(torch.cat([g.flatten() for g in full]))
         return torch.stack(found)
 
@@ -183,7 +188,9 @@ class Reference:
 
     @cached_property
     def ggn(self) -> Tensor:
-        return torch.einsum("nci,ncd,ndj->ij", self.jacobian, self.output_hessian, self.jacobian) / len(self.x)
+        return torch.einsum(
+            "nci,ncd,ndj->ij", self.jacobian, self.output_hessian, self.jacobian
+        ) / len(self.x)
 
     @cached_property
     def hessian(self) -> Tensor:
@@ -212,10 +219,16 @@ class Reference:
     def joined(self, found: Mapping[str, Tensor], model: nn.Module, batch: int = 0) -> Tensor:
         """{parameter: […, its own shape]}, under any of its names → […, D]; a parameter that is absent is NaN."""
         first, every = {id(p): name for name, p in names_of(model).items()}, names_of(model, True)
-        bare = {name.replace(WRAPPED, ""): t.detach().reshape(*t.shape[:batch], -1) for name, t in found.items()}
+        bare = {
+            name.replace(WRAPPED, ""): t.detach().reshape(*t.shape[:batch], -1)
+            for name, t in found.items()
+        }
         given = {first[id(every[name])]: t for name, t in bare.items() if name in every}
         leading = next(iter(found.values())).shape[:batch]
-        absent = {name: torch.full((*leading, p.numel()), torch.nan, dtype=p.dtype) for name, p in self.parameters.items()}
+        absent = {
+            name: torch.full((*leading, p.numel()), torch.nan, dtype=p.dtype)
+            for name, p in self.parameters.items()
+        }
         return torch.cat([(absent | given)[name] for name in self.parameters], -1)
 
 
@@ -246,7 +259,9 @@ def one_line(error: Exception, *words: str, without: tuple[str, ...] = ()) -> No
 class Net(nn.Module):
     """Modules and parameters by name, and as its forward a function of it and x."""
 
-    def __init__(self, run: Callable[[Net, Tensor], Tensor], **parts: nn.Module | nn.Parameter | Tensor) -> None:
+    def __init__(
+        self, run: Callable[[Net, Tensor], Tensor], **parts: nn.Module | nn.Parameter | Tensor
+    ) -> None:
         super().__init__()
         self.run = run
         for name, part in parts.items():

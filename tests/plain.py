@@ -47,7 +47,13 @@ def twice_differentiable() -> Iterator[None]:
 class Plain:
     """One model on one minibatch, `loss(z, y)` one number an example."""
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = summed) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        loss: Callable[[Tensor, Tensor], Tensor] = summed,
+    ) -> None:
         self.model, self.x, self.y, self.loss = model, x, y, loss
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -56,7 +62,11 @@ class Plain:
         if not value.requires_grad:
             return {name: torch.zeros_like(w) for name, w in self.weights.items()}
         found = torch.autograd.grad(
-            value, list(self.weights.values()), create_graph=again, retain_graph=True, allow_unused=True
+            value,
+            list(self.weights.values()),
+            create_graph=again,
+            retain_graph=True,
+            allow_unused=True,
         )
         return {
             name: torch.zeros_like(w) if d is None else d.to_dense() if d.is_sparse else d
@@ -86,7 +96,9 @@ class Plain:
     @cached_property
     def jacobians(self) -> Named:
         """Of each example's outputs: [N, C, …]."""
-        return _stacked([_stacked([self._derivatives(value) for value in z.flatten()]) for z in self.outputs])
+        return _stacked(
+            [_stacked([self._derivatives(value) for value in z.flatten()]) for z in self.outputs]
+        )
 
     @cached_property
     def output_hessians(self) -> Tensor:
@@ -95,7 +107,9 @@ class Plain:
         found = []
         for z, loss in zip(leaves, self._losses(leaves), strict=True):
             (slope,) = torch.autograd.grad(loss, z, create_graph=True)
-            rows = [torch.autograd.grad(s, z, retain_graph=True)[0].flatten() for s in slope.flatten()]
+            rows = [
+                torch.autograd.grad(s, z, retain_graph=True)[0].flatten() for s in slope.flatten()
+            ]
             found.append(torch.stack(rows))
         return torch.stack(found)
 
@@ -115,41 +129,55 @@ class Plain:
 
     def ggn_product(self, vector: Mapping[str, Tensor]) -> Named:
         """Mean over examples of Jₙᵀ (∂²ℓₙ/∂z²) Jₙ times one vector."""
-        moved = sum(torch.einsum("nc...,...->nc", self.jacobians[name], v) for name, v in vector.items())
+        moved = sum(
+            torch.einsum("nc...,...->nc", self.jacobians[name], v) for name, v in vector.items()
+        )
         back = torch.einsum("ncd,nd->nc", self.output_hessians, moved) / len(self.x)
         return {name: torch.einsum("nc...,nc->...", j, back) for name, j in self.jacobians.items()}
 
     def ef_product(self, vector: Mapping[str, Tensor]) -> Named:
         """Mean over examples of gₙ gₙᵀ times one vector."""
-        along = sum(torch.einsum("n...,...->n", self.gradients[name], v) for name, v in vector.items()) / len(self.x)
+        along = sum(
+            torch.einsum("n...,...->n", self.gradients[name], v) for name, v in vector.items()
+        ) / len(self.x)
         return {name: torch.einsum("n...,n->...", g, along) for name, g in self.gradients.items()}
 
     def product(self, kind: str, vector: Mapping[str, Tensor]) -> Named:
-        return {"ef": self.ef_product, "ggn": self.ggn_product, "hessian": self.hessian_product}[kind](vector)
+        return {"ef": self.ef_product, "ggn": self.ggn_product, "hessian": self.hessian_product}[
+            kind
+        ](vector)
 
     def matrix(self, kind: str, rows: Laid, columns: Laid | None = None) -> Tensor:
         """The block between two blocks, or of one with itself, dense, in their own layouts."""
         other = rows if columns is None else columns
         if kind == "hessian":
             weights = other.gather(self.weights).detach()
-            return self.columns(kind, rows, torch.eye(weights.numel(), dtype=weights.dtype), other).mT
+            return self.columns(
+                kind, rows, torch.eye(weights.numel(), dtype=weights.dtype), other
+            ).mT
         if kind == "ef":
             a, b = (block.gather(self.gradients, 1).flatten(1) for block in (rows, other))
             return a.mT @ b / len(a)
         a, b = (block.gather(self.jacobians, 2).flatten(2) for block in (rows, other))
         return torch.einsum("nci,ncd,ndj->ij", a, self.output_hessians, b) / len(a)
 
-    def columns(self, kind: str, rows: Laid, vectors: Iterable[Tensor], columns: Laid | None = None) -> Tensor:
+    def columns(
+        self, kind: str, rows: Laid, vectors: Iterable[Tensor], columns: Laid | None = None
+    ) -> Tensor:
         """The block times vectors, one a row of the result."""
         other = rows if columns is None else columns
-        return torch.stack([rows.gather(self.product(kind, other.scatter(v))).flatten() for v in vectors]).detach()
+        return torch.stack(
+            [rows.gather(self.product(kind, other.scatter(v))).flatten() for v in vectors]
+        ).detach()
 
 
 def _stacked(each: Sequence[Named]) -> Named:
     return {name: torch.stack([one[name] for one in each]).detach() for name in each[0]}
 
 
-def gaps(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-10) -> list[str]:
+def gaps(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-10
+) -> list[str]:
     """What differs, in words: by more than `tolerance` of its own norm and, for what rounds to zero, 1e-13 of the largest."""
     said = [f"{name}: missing" for name in expected if name not in found]
     said += [f"{name}: unasked" for name in found if name not in expected]

@@ -37,7 +37,9 @@ def _seeded(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
         net = build().to(dtype)
         with torch.no_grad():
             for weight in net.parameters():
-                if weight.ndim == 1 and bool((weight == weight[0]).all()):  # a norm's ones and zeros say nothing
+                if weight.ndim == 1 and bool(
+                    (weight == weight[0]).all()
+                ):  # a norm's ones and zeros say nothing
                     weight.add_(torch.randn_like(weight), alpha=0.3)
         return net
 
@@ -75,7 +77,10 @@ class OwnNorm(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(features)), nn.Parameter(torch.zeros(features))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(features)),
+            nn.Parameter(torch.zeros(features)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * nn.functional.layer_norm(x, self.weight.shape) + self.bias
@@ -140,9 +145,17 @@ def eval_norm(net: nn.Module) -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "tanh": (lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), (5,)),
+    "tanh": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)
+        ),
+        (5,),
+    ),
     "relu": (lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), (5,)),
-    "no-bias": (lambda: nn.Sequential(nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)), (5,)),
+    "no-bias": (
+        lambda: nn.Sequential(nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)),
+        (5,),
+    ),
     "linear": (lambda: nn.Linear(5, 3), (5,)),
     "tokens": (Tokens, (2, 3)),
     "norm": (lambda: WithNorm(OwnNorm), (5,)),
@@ -194,7 +207,12 @@ def inputs(model: str, n: int, dtype: torch.dtype = torch.float64, seed: int = 1
     return normal(n, *shape, seed=seed).to(dtype)
 
 
-def problem(model: str = "tanh", likelihood: str = "categorical", n: int = 7, dtype: torch.dtype = torch.float64) -> Problem:
+def problem(
+    model: str = "tanh",
+    likelihood: str = "categorical",
+    n: int = 7,
+    dtype: torch.dtype = torch.float64,
+) -> Problem:
     """Model and likelihood by name, n examples."""
     build = MODELS[model][0]
     net, chosen = _seeded(build, dtype), LIKELIHOODS[likelihood]()
@@ -215,7 +233,9 @@ def batches(p: Problem, count: int, seed: int = 5) -> list[tuple[Tensor, Tensor]
     return made
 
 
-def in_turn(first: Iterable[str], second: Iterable[str], third: Sequence[object]) -> list[ParameterSet]:
+def in_turn(
+    first: Iterable[str], second: Iterable[str], third: Sequence[object]
+) -> list[ParameterSet]:
     """Every pair of the first two with one of `third` in turn; its other values are slow."""
     found = []
     for (i, a), (j, b), (k, c) in product(enumerate(first), enumerate(second), enumerate(third)):
@@ -261,7 +281,9 @@ def groupless(p: Problem) -> list[Block]:
 def own_inputs(block: Block, a: Tensor) -> Tensor:
     """[N, T, Γ, I], or [N, T, I] where Γ is 1 → [N, T, O, I]: the inputs that each output sees."""
     outputs = block.shape[0]
-    each = [a if block.groups == 1 else a[:, :, o // (outputs // block.groups)] for o in range(outputs)]
+    each = [
+        a if block.groups == 1 else a[:, :, o // (outputs // block.groups)] for o in range(outputs)
+    ]
     return torch.stack(each, 2)
 
 
@@ -269,4 +291,6 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> N
     """Two routes to one number: same shape and dtype, difference in norm within `tolerance` of the expected norm."""
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     error, scale = float((actual - expected).norm()), float(expected.norm())
-    assert error <= tolerance * scale, f"relative error {error / scale if scale else error:.3g} above {tolerance:g}"
+    assert error <= tolerance * scale, (
+        f"relative error {error / scale if scale else error:.3g} above {tolerance:g}"
+    )

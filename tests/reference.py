@@ -25,12 +25,18 @@ class Reference:
         self.p = p
         blocks = p.objective().blocks
         weights = {name: p.model.get_parameter(name).detach() for b in blocks for name in b.params}
-        ids = torch.arange(sum(w.numel() for w in weights.values())).split([w.numel() for w in weights.values()])
-        self.order = self._flat(blocks, {name: i.view_as(w) for (name, w), i in zip(weights.items(), ids, strict=True)})
+        ids = torch.arange(sum(w.numel() for w in weights.values())).split(
+            [w.numel() for w in weights.values()]
+        )
+        self.order = self._flat(
+            blocks, {name: i.view_as(w) for (name, w), i in zip(weights.items(), ids, strict=True)}
+        )
         self.shapes = {name: w.shape for name, w in weights.items()}
         self.at = torch.cat([w.flatten() for w in weights.values()])
         ends = torch.tensor([b.numel for b in blocks]).cumsum(0).tolist()
-        self.slices = {b.name: slice(end - b.numel, end) for b, end in zip(blocks, ends, strict=True)}
+        self.slices = {
+            b.name: slice(end - b.numel, end) for b, end in zip(blocks, ends, strict=True)
+        }
         where = self.order.argsort()  # of each weight, in the matrix
         self.entries = {name: where[i] for name, i in zip(weights, ids, strict=True)}
         self._known: dict[str, Tensor] = {}
@@ -42,7 +48,10 @@ class Reference:
 
     def outputs(self, w: Tensor, x: Tensor) -> Tensor:
         parts = w.split([s.numel() for s in self.shapes.values()])
-        weights = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        weights = {
+            name: part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
         return functional_call(self.p.model, weights, (x,))
 
     @cached_property
@@ -57,13 +66,18 @@ class Reference:
 
     def gradients(self, y: Tensor) -> Tensor:
         """∂ℓₙ at labels y: [N, D]."""
-        each = vmap(grad(lambda w, x, y: self.p.likelihood.loss(self.outputs(w, x[None]), y[None])[0]), (None, 0, 0))
+        each = vmap(
+            grad(lambda w, x, y: self.p.likelihood.loss(self.outputs(w, x[None]), y[None])[0]),
+            (None, 0, 0),
+        )
         return each(self.at, self.p.x, y)[:, self.order]
 
     @cached_property
     def output_hessian(self) -> Tensor:
         """∂²ℓₙ/∂z²: [N, C, C]."""
-        found = vmap(hessian(lambda z, y: self.p.likelihood.loss(z[None], y[None])[0]))(self.z, self.p.y)
+        found = vmap(hessian(lambda z, y: self.p.likelihood.loss(z[None], y[None])[0]))(
+            self.z, self.p.y
+        )
         size = self.z[0].numel()
         return found.reshape(-1, size, size)
 
@@ -76,9 +90,13 @@ class Reference:
         for bits in product([0.0, 1.0], repeat=z[0].numel()):
             y = torch.tensor(bits, dtype=z.dtype).view(z.shape[1:]).expand_as(z)
             if isinstance(self.p.likelihood, cl.likelihoods.Bernoulli):
-                found.append((y, torch.where(y > 0, z.sigmoid(), (-z).sigmoid()).reshape(len(z), -1).prod(1)))
+                found.append(
+                    (y, torch.where(y > 0, z.sigmoid(), (-z).sigmoid()).reshape(len(z), -1).prod(1))
+                )
             else:
-                found.append((z + 2 * y - 1, torch.full((len(z),), 0.5 ** len(bits), dtype=z.dtype)))
+                found.append(
+                    (z + 2 * y - 1, torch.full((len(z),), 0.5 ** len(bits), dtype=z.dtype))
+                )
         return found
 
     def __getitem__(self, kind: str) -> Tensor:
@@ -95,7 +113,10 @@ class Reference:
             slope = grad(lambda z: p.likelihood.loss(z, p.y).mean())(self.z)
             return self._second(lambda w: (self.outputs(w, p.x) * slope).sum())
         if kind == "ggn":
-            return torch.einsum("nci,ncd,ndj->ij", self.jacobian, self.output_hessian, self.jacobian) / n
+            return (
+                torch.einsum("nci,ncd,ndj->ij", self.jacobian, self.output_hessian, self.jacobian)
+                / n
+            )
         if kind == "fisher":
             each = [(self.gradients(y), weight) for y, weight in self.labels()]
             return sum(torch.einsum("n,ni,nj->ij", weight, g, g) for g, weight in each) / n
@@ -103,7 +124,9 @@ class Reference:
         return self.drawn([p.y])
 
     def _second(self, f: object) -> Tensor:
-        return jacrev(grad(f))(self.at)[self.order][:, self.order]  # jacrev inside is wrong for layer norm (torch 2.13)
+        return jacrev(grad(f))(self.at)[self.order][
+            :, self.order
+        ]  # jacrev inside is wrong for layer norm (torch 2.13)
 
     def drawn(self, labels: Sequence[Tensor]) -> Tensor:
         """Second moment of the gradients at several labels of each example."""
@@ -117,7 +140,9 @@ def reference(model: str, likelihood: str = "categorical") -> Reference:
     return Reference(problem(model, likelihood))
 
 
-def sampled(p: Problem, objective: cl.Objective, draws: int = 1, number: int = 1, part: int = 0) -> list[Tensor]:
+def sampled(
+    p: Problem, objective: cl.Objective, draws: int = 1, number: int = 1, part: int = 0
+) -> list[Tensor]:
     """The labels that the oracle's call `number` draws at its chunk `part`, drawn again."""
     generator = objective.generator(number, "exact", part)
     z = p.model(p.x).detach()

@@ -13,7 +13,9 @@ from typing import Any
 
 from beartype import beartype
 
-_SHAPES = re.compile(r"\b(Shaped|Num|Inexact|Float|Float64|Complex|Integer|Int|Int64|UInt8|Bool|Real)\[")
+_SHAPES = re.compile(
+    r"\b(Shaped|Num|Inexact|Float|Float64|Complex|Integer|Int|Int64|UInt8|Bool|Real)\["
+)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

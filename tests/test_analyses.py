@@ -33,13 +33,34 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "scaling.py": (["--repeats", "1", "--largest", "2", "--out", "OUT"], "scaling.png"),
     "which_curvature.py": (["--steps", "1", "--warm", "1", "--out", "OUT"], "which_curvature.png"),
     "benchmarks/exact.py": (["--examples", "20", "--skip", "autoencoder", "memory"], "of the peak"),
-    "benchmarks/steps.py": (["--problems", "vgg", "--names", "adam", "k-bfgs", "--batch-size", "40"], "torch Adam"),
+    "benchmarks/steps.py": (
+        ["--problems", "vgg", "--names", "adam", "k-bfgs", "--batch-size", "40"],
+        "torch Adam",
+    ),
     "benchmarks/probes.py": (
-        ["--models", "mlp-256-20", "--names", "loss", "damping", "--batch-size", "40", "--repeats", "1", "--steps", "3"],
+        [
+            "--models",
+            "mlp-256-20",
+            "--names",
+            "loss",
+            "damping",
+            "--batch-size",
+            "40",
+            "--repeats",
+            "1",
+            "--steps",
+            "3",
+        ],
         "with all probes at their own steps",
     ),
-    "benchmarks/products.py": (["--models", "mlp-256-20", "--examples", "20", "--columns", "1", "3"], "curvlinops / ours"),
-    "benchmarks/log.py": (["--seconds", "0.5", "--models", "mlp-256-20", "--algorithms", "adam"], "records and writes"),
+    "benchmarks/products.py": (
+        ["--models", "mlp-256-20", "--examples", "20", "--columns", "1", "3"],
+        "curvlinops / ours",
+    ),
+    "benchmarks/log.py": (
+        ["--seconds", "0.5", "--models", "mlp-256-20", "--algorithms", "adam"],
+        "records and writes",
+    ),
     "benchmarks/compare.py": (
         ["--batch-size", "20000", "--steps", "2", "--repeats", "1", "--names", "kfac", "sgd-m"],
         "together / one by one",
@@ -72,7 +93,9 @@ def run(script: str, words: list[str], folder: Path) -> tuple[int, str]:
     """(exit code, what was said)."""
     path = str(ANALYSES / script)
     if script in APART:
-        done = subprocess.run([sys.executable, path, *words], capture_output=True, text=True, cwd=folder)
+        done = subprocess.run(
+            [sys.executable, path, *words], capture_output=True, text=True, cwd=folder
+        )
         return done.returncode, done.stdout + done.stderr
 
     def work() -> None:
@@ -84,10 +107,14 @@ def run(script: str, words: list[str], folder: Path) -> tuple[int, str]:
     return forked(work)
 
 
-@pytest.mark.parametrize("script", [pytest.param(s, marks=[pytest.mark.slow] if s in LONG else []) for s in SCRIPTS])
+@pytest.mark.parametrize(
+    "script", [pytest.param(s, marks=[pytest.mark.slow] if s in LONG else []) for s in SCRIPTS]
+)
 def test_script(script: str, tmp_path: Path) -> None:
     arguments, says = SCRIPTS[script]
-    code, said = run(script, [str(tmp_path) if word == "OUT" else word for word in arguments], tmp_path)
+    code, said = run(
+        script, [str(tmp_path) if word == "OUT" else word for word in arguments], tmp_path
+    )
     assert code == 0, said
     assert says in said
     for name in says.split():
@@ -105,12 +132,20 @@ BY_A_KERNEL = {"how_good_is_kfac.ipynb"}
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(p, id=p.name, marks=[] if p.name in BY_A_KERNEL else [pytest.mark.slow]) for p in NOTEBOOKS]
+    "path",
+    [
+        pytest.param(p, id=p.name, marks=[] if p.name in BY_A_KERNEL else [pytest.mark.slow])
+        for p in NOTEBOOKS
+    ],
 )
 def test_notebook_by_a_kernel(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
-    pictures = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    pictures = [
+        o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})
+    ]
     assert len(pictures) == 3
 
 
@@ -127,7 +162,9 @@ LENGTHY = {"comparing_two_runs.ipynb"}
 )
 def test_notebook(path: Path) -> None:
     """Its cells in IPython's own shell, in a fork of this process, on a third of the digits; its pictures are drawn."""
-    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    cells = [
+        cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
+    ]
     code, said = forked(partial(cell_by_cell, cells, path.parent))
     assert code == 0, said
     assert said.splitlines()[-1] == "3 pictures"
@@ -135,7 +172,9 @@ def test_notebook(path: Path) -> None:
 
 def cell_by_cell(cells: list[str], folder: Path) -> None:
     os.chdir(folder)
-    parts = tuple(replace(part, x=part.x[::3], y=part.y[::3]) for part in DATASETS["mnist16"].load())
+    parts = tuple(
+        replace(part, x=part.x[::3], y=part.y[::3]) for part in DATASETS["mnist16"].load()
+    )
     DATASETS["mnist16"] = replace(DATASETS["mnist16"], load=lambda: parts)
     matplotlib.use("Agg")
     shell, pictures = InteractiveShell.instance(), 0

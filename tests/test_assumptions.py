@@ -42,8 +42,12 @@ def deep_linear(bias: bool = True) -> Problem:
     """Gₙ is the same for every example: the mean of products is the product of means."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = nn.Sequential(*(nn.Linear(i, o, bias=bias) for i, o in [(5, 4), (4, 6), (6, 3)])).double()
-    return Problem(net, cl.likelihoods.Gaussian(), *(lambda p: (p.x, p.y))(problem("linear", "gaussian", n=9)))
+        net = nn.Sequential(
+            *(nn.Linear(i, o, bias=bias) for i, o in [(5, 4), (4, 6), (6, 3)])
+        ).double()
+    return Problem(
+        net, cl.likelihoods.Gaussian(), *(lambda p: (p.x, p.y))(problem("linear", "gaussian", n=9))
+    )
 
 
 # -------------------------------------------------------------------------------------- the matrices of the algorithms
@@ -64,7 +68,11 @@ def test_matrix_is_what_refresh_inverts(name: str, model: str) -> None:
             continue
         H = curvature.inverse[block_name].dense()
         power = H @ H if name in ("shampoo", "adam", "rmsprop") else H
-        assert_near(power @ found.dense(), torch.eye(len(H), dtype=H.dtype), 1e-5 if name == "shampoo" else 1e-10)
+        assert_near(
+            power @ found.dense(),
+            torch.eye(len(H), dtype=H.dtype),
+            1e-5 if name == "shampoo" else 1e-10,
+        )
         assert_near(found @ H, found.dense() @ H)
 
 
@@ -73,7 +81,10 @@ def test_undamped_matrices_by_their_formulas(model: str) -> None:
     """KFAC: Γ ⊗ Ω; TNT: contractions of the mean gradient over their trace; Shampoo: their square roots; Adam: v."""
     p = problem(model)
     objective = p.objective()
-    made = {name: cl.approximation(name, objective, labels="data") for name in ("kfac", "tnt", "shampoo", "adam")}
+    made = {
+        name: cl.approximation(name, objective, labels="data")
+        for name in ("kfac", "tnt", "shampoo", "adam")
+    }
     observation = objective.closure(p.x, p.y).observe()
     for curvature in made.values():
         curvature.update(observation)
@@ -88,8 +99,14 @@ def test_undamped_matrices_by_their_formulas(model: str) -> None:
         places = torch.arange(block.numel).view(block.shape)
         at_w, at_b = places[:, :-1].flatten(), places[:, -1]
         left, right = w @ w.T, w.T @ w
-        roots = [(lambda e, q: (q * e.clamp_min(0).sqrt()) @ q.T)(*torch.linalg.eigh(m)) for m in (left, right)]
-        for name, weight in (("tnt", torch.kron(left, right) / left.trace()), ("shampoo", torch.kron(*roots))):
+        roots = [
+            (lambda e, q: (q * e.clamp_min(0).sqrt()) @ q.T)(*torch.linalg.eigh(m))
+            for m in (left, right)
+        ]
+        for name, weight in (
+            ("tnt", torch.kron(left, right) / left.trace()),
+            ("shampoo", torch.kron(*roots)),
+        ):
             assert_near(found[name][at_w[:, None], at_w], weight, 1e-7)
             assert_near(found[name][at_b[:, None], at_b], torch.outer(b, b))
             assert not bool(found[name][at_w[:, None], at_b].any())
@@ -119,16 +136,26 @@ def test_errors_by_hand(model: str, kind: str) -> None:
         ]
         size = float(M.norm())
         if size == 0:
-            assert bool(here["error"].isnull().all() and here["step"].isnull().all() and here["floor"].isnull())
+            assert bool(
+                here["error"].isnull().all()
+                and here["step"].isnull().all()
+                and here["floor"].isnull()
+            )
             continue
         before = M
         for k, one in enumerate(matrices):
             matrix = one.reshape(M.shape)
-            assert float(here["error"][k]) == pytest.approx(float((matrix - M).norm()) / size, rel=1e-10, abs=1e-12)
-            assert float(here["step"][k]) == pytest.approx(float((matrix - before).norm()) / size, rel=1e-10, abs=1e-12)
+            assert float(here["error"][k]) == pytest.approx(
+                float((matrix - M).norm()) / size, rel=1e-10, abs=1e-12
+            )
+            assert float(here["step"][k]) == pytest.approx(
+                float((matrix - before).norm()) / size, rel=1e-10, abs=1e-12
+            )
             before = matrix
         assert float(here["total"]) == float(here["error"][-1])
-        assert float(here["floor"]) == pytest.approx(nearest_kronecker(M, *block.shape).error, rel=1e-10, abs=1e-12)
+        assert float(here["floor"]) == pytest.approx(
+            nearest_kronecker(M, *block.shape).error, rel=1e-10, abs=1e-12
+        )
         assert float(here["floor"]) <= float(here["total"]) + 1e-12
         if terms.places == 1:
             assert bool((here["error"][:2] == 0).all() and (here["step"][:2] == 0).all())
@@ -189,7 +216,9 @@ class Times:
         return math.sqrt(self.factor) * self.base.root(z)
 
 
-@pytest.mark.filterwarnings("ignore:labels drawn by:curvlab.errors.CurvlabWarning")  # they follow the loss in its own unit
+@pytest.mark.filterwarnings(
+    "ignore:labels drawn by:curvlab.errors.CurvlabWarning"
+)  # they follow the loss in its own unit
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef"])
 def test_relative_errors_do_not_change_with_the_unit_of_the_loss(kind: str) -> None:
     p = problem("tokens")
@@ -204,7 +233,9 @@ def test_relative_errors_do_not_change_with_the_unit_of_the_loss(kind: str) -> N
 
 def test_errors_do_not_change_with_copies_of_the_data() -> None:
     p = problem("conv")
-    one, other = (errors(p.objective(), torch.cat([p.x] * k), torch.cat([p.y] * k), "hessian") for k in (1, 3))
+    one, other = (
+        errors(p.objective(), torch.cat([p.x] * k), torch.cat([p.y] * k), "hessian") for k in (1, 3)
+    )
     xr.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
     assert (one.attrs["examples"], other.attrs["examples"]) == (7, 21)
 
@@ -240,8 +271,12 @@ def test_quality_by_hand(model: str, kind: str) -> None:
                 assert float(here[measure]) == pytest.approx(value, rel=1e-8, abs=1e-8), measure
             w = torch.arange(block.numel).view(block.shape)
             rest = M[w[:, :-1].flatten()[:, None], w[:, -1]]
-            assert float(here["between"]) == pytest.approx(float(torch.cat([rest, rest]).norm()) / size, rel=1e-10)
-            assert float(here["floor"]) == pytest.approx(nearest_kronecker(M, *block.shape).error, rel=1e-10, abs=1e-12)
+            assert float(here["between"]) == pytest.approx(
+                float(torch.cat([rest, rest]).norm()) / size, rel=1e-10
+            )
+            assert float(here["floor"]) == pytest.approx(
+                nearest_kronecker(M, *block.shape).error, rel=1e-10, abs=1e-12
+            )
     assert float(found["scale"].max()) == 1
 
 
@@ -276,10 +311,15 @@ def test_kfac_is_exact_in_a_deep_linear_network(kind: str) -> None:
         np.testing.assert_allclose(found[measure], 1, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("block-fisher", "fisher"), ("block-fisher", "fisher-mc"), ("smw-ng-bd", "ef")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("block-fisher", "fisher"), ("block-fisher", "fisher-mc"), ("smw-ng-bd", "ef")],
+)
 @pytest.mark.parametrize("model", SUMS)
 @pytest.mark.parametrize("damping", [0.0, 0.1])
-def test_the_dense_methods_are_the_block_itself(name: str, kind: str, model: str, damping: float) -> None:
+def test_the_dense_methods_are_the_block_itself(
+    name: str, kind: str, model: str, damping: float
+) -> None:
     p = problem(model)
     found = quality(p.objective(), p.x, p.y, [name], kind, damping=damping)
     assert float(found["error"].max()) < 1e-12
@@ -295,14 +335,21 @@ def test_spectra_are_no_further_apart_than_the_matrices(model: str, kind: str) -
     found = quality(p.objective(), p.x, p.y, NAMES, kind)
     assert bool((found["spectrum_error"] <= found["error"] + 1e-12).all())
     assert bool((found["cosine"] <= 1 + 1e-12).all())
-    np.testing.assert_allclose(found["error_scaled"], np.sqrt((1 - found["cosine"] ** 2).clip(0)), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        found["error_scaled"], np.sqrt((1 - found["cosine"] ** 2).clip(0)), rtol=1e-6, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("kind", ["fisher", "fisher-mc", "ef"])
 def test_the_floor_and_what_weight_and_bias_share_are_bounds(kind: str) -> None:
     """No product is nearer than the floor: KFAC; TNT too where there is no bias. With one, TNT leaves `between` out."""
     p = deep_linear(bias=False)
-    p = Problem(nn.Sequential(p.model[0], nn.Tanh(), p.model[1], nn.Tanh(), p.model[2]), p.likelihood, p.x, p.y)
+    p = Problem(
+        nn.Sequential(p.model[0], nn.Tanh(), p.model[1], nn.Tanh(), p.model[2]),
+        p.likelihood,
+        p.x,
+        p.y,
+    )
     found = quality(p.objective(), p.x, p.y, ["kfac", "tnt", "tnt-per-sample", "shampoo"], kind)
     assert bool((found["between"] == 0).all())
     assert bool((found["error_scaled"] >= found["floor"] - 1e-12).all())
@@ -315,8 +362,13 @@ def test_the_floor_and_what_weight_and_bias_share_are_bounds(kind: str) -> None:
 def test_tnt_of_single_examples_is_tnt_per_sample() -> None:
     """Minibatches of one example at the data's labels: the mean gradient is the example's."""
     p = problem("tanh")
-    found = quality(p.objective(), p.x, p.y, ["tnt", "tnt-per-sample"], "ef", minibatches=7, passes=2)
-    one, other = (found.sel(algorithm=name, drop=True).drop_vars("scale") for name in ("tnt", "tnt-per-sample"))
+    found = quality(
+        p.objective(), p.x, p.y, ["tnt", "tnt-per-sample"], "ef", minibatches=7, passes=2
+    )
+    one, other = (
+        found.sel(algorithm=name, drop=True).drop_vars("scale")
+        for name in ("tnt", "tnt-per-sample")
+    )
     xr.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(found["trace_ratio"], 1, rtol=1e-10)
 
@@ -326,7 +378,9 @@ def test_tnt_of_minibatches_has_no_bias() -> None:
     p = problem("tanh")
     traces = []
     for seed in range(60):
-        found = quality(p.objective(seed), p.x, p.y, ["tnt"], minibatches=3, passes=4, spectra=False)
+        found = quality(
+            p.objective(seed), p.x, p.y, ["tnt"], minibatches=3, passes=4, spectra=False
+        )
         traces.append(found["trace_ratio"].values[0])
     assert float(found["scale"][0]) == pytest.approx((9 + 4 + 4) / 7, rel=1e-14)
     mean, error = np.mean(traces, 0), np.std(traces, 0, ddof=1) / math.sqrt(60)
@@ -361,15 +415,28 @@ def test_labels_of_their_own() -> None:
         M = exact(p, "fisher", block.name)
         s = p.objective().closure(p.x, p.y).observe().passes["data"][block.name]
         B = torch.kron(s.G, s.A.contiguous())
-        assert float(own["error"].sel(block=block.name)[0]) == pytest.approx(float((B - M).norm() / M.norm()), rel=1e-10)
-    np.testing.assert_allclose(same["error"][0], errors(p.objective(), p.x, p.y)["total"], rtol=1e-10)
+        assert float(own["error"].sel(block=block.name)[0]) == pytest.approx(
+            float((B - M).norm() / M.norm()), rel=1e-10
+        )
+    np.testing.assert_allclose(
+        same["error"][0], errors(p.objective(), p.x, p.y)["total"], rtol=1e-10
+    )
 
 
 def test_zero_matrices_have_no_relative_error() -> None:
     """Π of a deep linear network."""
     p = deep_linear()
     found = quality(p.objective(), p.x, p.y, ["kfac"], "pi")
-    for measure in ("error", "error_scaled", "cosine", "trace_ratio", "spectrum_error", "largest_ratio", "floor", "between"):
+    for measure in (
+        "error",
+        "error_scaled",
+        "cosine",
+        "trace_ratio",
+        "spectrum_error",
+        "largest_ratio",
+        "floor",
+        "between",
+    ):
         assert bool(found[measure].isnull().all()), measure
     assert bool(errors(p.objective(), p.x, p.y, "pi")["error"].isnull().all())
 
@@ -382,7 +449,10 @@ def test_data_sets_are_labelled_and_say_what_they_leave_out(model: str, tmp_path
     p = problem(model)
     objective = p.objective()
     for found in (errors(objective, p.x, p.y), quality(objective, p.x, p.y)):
-        assert all(set(v.attrs) >= {"long_name", "units"} and v.attrs["units"] == "1" for v in found.data_vars.values())
+        assert all(
+            set(v.attrs) >= {"long_name", "units"} and v.attrs["units"] == "1"
+            for v in found.data_vars.values()
+        )
         blocks = {b.name: b for b in objective.blocks}
         used = [str(b) for b in found["block"].values]
         assert used == [b.name for b in fit(objective)]
@@ -446,9 +516,18 @@ def test_float32_agrees() -> None:
     [
         ({"algorithms": ["kfak"]}, r"unknown algorithm 'kfak'; did you mean 'kfac'\?"),
         ({"algorithms": []}, "there is no algorithm to compare"),
-        ({"algorithms": ["sgd-m"]}, "'sgd-m' estimates no matrix, so there is nothing to compare: leave it out"),
-        ({"algorithms": ["k-bfgs"]}, "'k-bfgs' estimates no matrix, so there is nothing to compare: leave it out"),
-        ({"algorithms": ["block-hessian"]}, "'block-hessian' reads no statistics of a pass, so there is nothing to compare"),
+        (
+            {"algorithms": ["sgd-m"]},
+            "'sgd-m' estimates no matrix, so there is nothing to compare: leave it out",
+        ),
+        (
+            {"algorithms": ["k-bfgs"]},
+            "'k-bfgs' estimates no matrix, so there is nothing to compare: leave it out",
+        ),
+        (
+            {"algorithms": ["block-hessian"]},
+            "'block-hessian' reads no statistics of a pass, so there is nothing to compare",
+        ),
         ({"kind": "hesian"}, "unknown kind of matrix 'hesian'"),
         ({"blocks": ["7"]}, "unknown block '7'"),
         ({"blocks": []}, "no block is a sum of Kronecker products: none was named"),
@@ -468,7 +547,10 @@ def test_a_model_without_a_block_that_fits() -> None:
     net = nn.Sequential(nn.LayerNorm(3)).double()
     x = torch.randn(4, 3).double()
     for measure in (errors, quality):
-        with pytest.raises(cl.CurvlabError, match=r"no block is a sum of Kronecker products: block 1 .* has 3 groups"):
+        with pytest.raises(
+            cl.CurvlabError,
+            match=r"no block is a sum of Kronecker products: block 1 .* has 3 groups",
+        ):
             measure(cl.Objective(net, cl.likelihoods.Gaussian()), x, x)
 
 
@@ -490,6 +572,9 @@ def test_blocks_larger_than_the_memory() -> None:
     objective = cl.Objective(net, cl.likelihoods.Gaussian())
     x, y = torch.zeros(2, 100_000), torch.zeros(2, 2)
     for measure in (errors, quality):
-        with pytest.raises(cl.CurvlabError, match=r'dense matrices of block 1 .* would need .*; leave it out: blocks=\["2"'):
+        with pytest.raises(
+            cl.CurvlabError,
+            match=r'dense matrices of block 1 .* would need .*; leave it out: blocks=\["2"',
+        ):
             measure(objective, x, y)
         assert list(measure(objective, x, y, blocks=["2"])["block"].values) == ["2"]

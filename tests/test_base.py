@@ -26,7 +26,9 @@ def second_moment(curvature: BlockDiagonal, block: str = "1") -> Tensor:
     return found.A
 
 
-def observations(objective: Objective, p: Problem, count: int, seed: int = 5, label: Pass = "model") -> list[Observation]:
+def observations(
+    objective: Objective, p: Problem, count: int, seed: int = 5, label: Pass = "model"
+) -> list[Observation]:
     return [objective.closure(x, y).observe({label, "data"}) for x, y in batches(p, count, seed)]
 
 
@@ -61,7 +63,11 @@ def test_warm_start_is_the_mean_over_the_whole_pass() -> None:
     data = batches(p, 25)
     for x, y in data:
         curvature.absorb(objective.closure(x, y).observe(curvature.warm_needs))
-    whole = objective.closure(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])).observe().passes["data"]
+    whole = (
+        objective.closure(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))
+        .observe()
+        .passes["data"]
+    )
     for block in objective.blocks:
         found = curvature.blocks[block.name]
         assert isinstance(found, Kfac)
@@ -104,7 +110,9 @@ def test_methods_without_a_warm_start_absorb_nothing(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ schedules
 
 
-def changes(curvature: BlockDiagonal, steps: list[Observation]) -> tuple[list[int], list[int], list[int]]:
+def changes(
+    curvature: BlockDiagonal, steps: list[Observation]
+) -> tuple[list[int], list[int], list[int]]:
     """The steps (from 1) before which `needs` was not empty, at which statistics changed, at which inverses were made anew."""
     needed, folded, refreshed = [], [], []
     for k, observation in enumerate(steps, 1):
@@ -113,16 +121,23 @@ def changes(curvature: BlockDiagonal, steps: list[Observation]) -> tuple[list[in
         before = block.A, getattr(block, "inverse", None)
         needed += [k] if curvature.needs else []
         curvature.update(observation)
-        folded += [] if before[0] is not None and torch.equal(before[0], second_moment(curvature)) else [k]
+        folded += (
+            []
+            if before[0] is not None and torch.equal(before[0], second_moment(curvature))
+            else [k]
+        )
         refreshed += [] if before[1] is block.inverse else [k]
     return needed, folded, refreshed
 
 
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize(
-    ("every", "expected"), [(1, list(range(1, 13))), (2, [1, 2, 4, 6, 8, 10, 12]), (5, [1, 5, 10]), (20, [1])]
+    ("every", "expected"),
+    [(1, list(range(1, 13))), (2, [1, 2, 4, 6, 8, 10, 12]), (5, [1, 5, 10]), (20, [1])],
 )
-def test_statistics_change_at_multiples_of_update_every(every: int, expected: list[int], warm: bool) -> None:
+def test_statistics_change_at_multiples_of_update_every(
+    every: int, expected: list[int], warm: bool
+) -> None:
     """k ≡ 0 mod T₁ (Alg. 12, line 11); at step 1 too where nothing has been seen yet, and never there after a warm start."""
     p = problem("tanh")
     objective = p.objective()
@@ -139,9 +154,16 @@ def test_statistics_change_at_multiples_of_update_every(every: int, expected: li
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize(
     ("every", "expected"),
-    [(1, list(range(1, 13))), (3, [1, 2, 3, 6, 9, 12]), (5, [1, 2, 3, 4, 5, 10]), (20, list(range(1, 13)))],
+    [
+        (1, list(range(1, 13))),
+        (3, [1, 2, 3, 6, 9, 12]),
+        (5, [1, 2, 3, 4, 5, 10]),
+        (20, list(range(1, 13))),
+    ],
 )
-def test_inverses_are_made_at_each_of_the_first_and_then_every(every: int, expected: list[int], warm: bool) -> None:
+def test_inverses_are_made_at_each_of_the_first_and_then_every(
+    every: int, expected: list[int], warm: bool
+) -> None:
     """Each of the first T₂ steps (practice), then k ≡ 0 mod T₂ (Alg. 12, line 17)."""
     p = problem("tanh")
     objective = p.objective()
@@ -168,7 +190,9 @@ def test_damping_is_used_from_the_next_refresh_on() -> None:
     by_hand.damping = 10.0
     by_hand.load_state_dict(curvature.state_dict())
     by_hand.refresh()
-    torch.testing.assert_close(curvature.inverse["1"].dense(), by_hand.inverse["1"].dense(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        curvature.inverse["1"].dense(), by_hand.inverse["1"].dense(), rtol=0, atol=0
+    )
 
 
 def test_an_update_that_fails_counts_for_nothing() -> None:
@@ -177,7 +201,9 @@ def test_an_update_that_fails_counts_for_nothing() -> None:
     objective = p.objective()
     curvature = kfac(objective)
     seen = observations(objective, p, 3)
-    with pytest.raises(cl.CurvlabError, match=r"unknown pass of this observation 'model' \(known: data\)"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"unknown pass of this observation 'model' \(known: data\)"
+    ):
         curvature.update(objective.closure(p.x, p.y).observe({"data"}))
     for observation in seen:
         curvature.update(observation)
@@ -188,7 +214,9 @@ def test_an_update_that_fails_counts_for_nothing() -> None:
 # ------------------------------------------------------------------------------------------------ precondition
 
 
-def ready(model: str = "tanh", name: str = "kfac") -> tuple[Objective, BlockDiagonal, dict[str, Tensor]]:
+def ready(
+    model: str = "tanh", name: str = "kfac"
+) -> tuple[Objective, BlockDiagonal, dict[str, Tensor]]:
     """An objective, an algorithm after one update, and {parameter: gradient} by autograd."""
     p = problem(model)
     objective = p.objective()
@@ -196,13 +224,23 @@ def ready(model: str = "tanh", name: str = "kfac") -> tuple[Objective, BlockDiag
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     names = list(objective.parameters)
     loss = objective.likelihood.loss(p.model(p.x), p.y).mean()
-    return objective, curvature, dict(zip(names, torch.autograd.grad(loss, list(objective.parameters.values())), strict=True))
+    return (
+        objective,
+        curvature,
+        dict(
+            zip(names, torch.autograd.grad(loss, list(objective.parameters.values())), strict=True)
+        ),
+    )
 
 
 @pytest.mark.parametrize(
     ("model", "name"),
     [(model, "kfac") for model in ("tanh", "no-bias", "tokens", "conv", "embedding")]
-    + [(model, name) for model in RULED for name in ("block-fisher", "smw-ng-bd", "tnt", "shampoo", "adam")],
+    + [
+        (model, name)
+        for model in RULED
+        for name in ("block-fisher", "smw-ng-bd", "tnt", "shampoo", "adam")
+    ],
 )
 def test_precondition_by_parameter_is_precondition_by_block(model: str, name: str) -> None:
     objective, curvature, gradients = ready(model, name)
@@ -233,9 +271,13 @@ def test_precondition_takes_some_blocks_and_keeps_the_order() -> None:
 
 def test_precondition_names_an_unknown_key_and_a_missing_partner() -> None:
     _, curvature, gradients = ready()
-    with pytest.raises(cl.CurvlabError, match=r"unknown block or parameter '0.wieght'; did you mean '0.weight'\?"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"unknown block or parameter '0.wieght'; did you mean '0.weight'\?"
+    ):
         curvature.precondition(gradients | {"0.wieght": gradients["0.weight"]})
-    with pytest.raises(cl.CurvlabError, match=r"block 1 \(0.weight, 0.bias\) needs the gradient of '0.bias' too"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"block 1 \(0.weight, 0.bias\) needs the gradient of '0.bias' too"
+    ):
         curvature.precondition({"0.weight": gradients["0.weight"]})
 
 
@@ -245,7 +287,11 @@ def test_precondition_names_an_unknown_key_and_a_missing_partner() -> None:
 def test_before_the_first_data_there_is_no_inverse() -> None:
     objective, _, gradients = ready()
     fresh = kfac(objective)
-    for use in (lambda: fresh.inverse, lambda: fresh.precondition(gradients), lambda: fresh.refresh()):
+    for use in (
+        lambda: fresh.inverse,
+        lambda: fresh.precondition(gradients),
+        lambda: fresh.refresh(),
+    ):
         with pytest.raises(cl.CurvlabError, match="has seen no data yet"):
             use()
 
@@ -275,13 +321,18 @@ def test_every_option_has_a_default_of_its_own_kind(name: str) -> None:
 
 
 def test_an_unknown_algorithm_names_the_closest() -> None:
-    with pytest.raises(cl.CurvlabError, match=r"unknown algorithm 'kfca'; did you mean 'kfac'\? \(known: block-fisher, .*tnt"):
+    with pytest.raises(
+        cl.CurvlabError,
+        match=r"unknown algorithm 'kfca'; did you mean 'kfac'\? \(known: block-fisher, .*tnt",
+    ):
         approximation("kfca", problem("tanh").objective())
 
 
 def test_a_checkpoint_of_another_model_is_refused() -> None:
     state = ready("tanh")[1].state_dict()
-    with pytest.raises(cl.CurvlabError, match=r"the checkpoint has blocks 1, 2, 3 but this model has 1, 2:"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"the checkpoint has blocks 1, 2, 3 but this model has 1, 2:"
+    ):
         ready("relu")[1].load_state_dict(state)
 
 
@@ -296,7 +347,10 @@ def test_a_checkpoint_of_another_algorithm_is_refused(other: str) -> None:
 def test_parameters_without_structure_are_named_once_and_follow_the_gradient() -> None:
     p = problem("norm")
     objective = p.objective()
-    with pytest.warns(cl.CurvlabWarning, match="layers without a rule.* follow the gradient.*: norm.weight, norm.bias") as said:
+    with pytest.warns(
+        cl.CurvlabWarning,
+        match="layers without a rule.* follow the gradient.*: norm.weight, norm.bias",
+    ) as said:
         curvature = kfac(objective)
     assert len(said) == 1
     observation = objective.closure(p.x, p.y).observe(curvature.needs | {"data"})
@@ -368,7 +422,9 @@ class Scaled(nn.Module):
         return self.scale * self.linear(x)
 
 
-@pytest.mark.parametrize(("name", "power"), [("tnt-ef", -1.0), ("shampoo", -0.5), ("adam", None), ("sgd-m", None)])
+@pytest.mark.parametrize(
+    ("name", "power"), [("tnt-ef", -1.0), ("shampoo", -0.5), ("adam", None), ("sgd-m", None)]
+)
 def test_a_parameter_without_dimensions(name: str, power: float | None) -> None:
     """One number is a variable of one way: H = g² + ε to the method's power."""
     p = problem("linear")
@@ -379,4 +435,6 @@ def test_a_parameter_without_dimensions(name: str, power: float | None) -> None:
     gradient, found = observation.gradients["1"], curvature.precondition(observation.gradients)["1"]
     assert found.shape == gradient.shape == ()
     if power is not None:
-        torch.testing.assert_close(found, gradient * (gradient**2 + 0.1) ** power, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            found, gradient * (gradient**2 + 0.1) ** power, rtol=1e-6, atol=0
+        )

@@ -58,7 +58,11 @@ def test_bfgs_inverse_is_the_product_form(order: int, seed: int) -> None:
 @given(ORDERS, SEEDS, st.floats(0, 1))
 def test_secant_equations(order: int, seed: int, phi: float) -> None:
     H, s, y = curved(order, seed)
-    for new in (qn.bfgs_inverse(H, s, y), qn.broyden_inverse(H, s, y, phi), qn.broyden_inverse(H, s, y, 0.0)):
+    for new in (
+        qn.bfgs_inverse(H, s, y),
+        qn.broyden_inverse(H, s, y, phi),
+        qn.broyden_inverse(H, s, y, 0.0),
+    ):
         assert float((new @ y - s).norm()) <= 1e-11 * float(new.norm() * y.norm())
     for new in (qn.bfgs(H, s, y), qn.bfgs_inverse(H, y, s)):  # BFGS and DFP of B
         assert float((new @ s - y).norm()) <= 1e-11 * float(new.norm() * s.norm())
@@ -94,7 +98,9 @@ def test_bfgs_stays_positive_definite_if_and_only_if_sy_is_positive(order: int, 
 
 @MANY
 @given(st.integers(2, 8), SEEDS, st.floats(0, 1))
-def test_the_broyden_family_between_dfp_and_bfgs_is_positive_definite(order: int, seed: int, phi: float) -> None:
+def test_the_broyden_family_between_dfp_and_bfgs_is_positive_definite(
+    order: int, seed: int, phi: float
+) -> None:
     H, s, y = curved(order, seed)
     assert float(torch.linalg.eigvalsh(qn.broyden_inverse(H, s, y, phi))[0]) > 0
 
@@ -153,7 +159,9 @@ def test_powell_on_h(order: int, seed: int, scale: float, mu: float) -> None:
     assert float(pair.s @ y) >= mu * q * (1 - 1e-10)
     if pair.damping.theta1 < 1:
         assert float(s @ y) < mu * q
-        assert float(pair.damping.theta1) == pytest.approx((1 - mu) * q / (q - float(s @ y)), rel=1e-12)
+        assert float(pair.damping.theta1) == pytest.approx(
+            (1 - mu) * q / (q - float(s @ y)), rel=1e-12
+        )
         assert_near(pair.s, pair.damping.theta1 * s + (1 - pair.damping.theta1) * (H @ y), 1e-12)
         assert float(pair.s @ y) == pytest.approx(mu * q, rel=1e-9)
     else:
@@ -177,7 +185,9 @@ def test_powell_on_b(order: int, seed: int, scale: float, mu: float) -> None:
 
 @MANY
 @given(ORDERS, SEEDS, SCALES, MU2)
-def test_identity_damping_is_powell_on_b_with_the_identity(order: int, seed: int, scale: float, mu: float) -> None:
+def test_identity_damping_is_powell_on_b_with_the_identity(
+    order: int, seed: int, scale: float, mu: float
+) -> None:
     H, s, y = drawn(order, seed, scale)
     pair = qn.identity_damping(s, y, H, mu)
     same = qn.powell_on_b(s, y, torch.eye(order, dtype=DOUBLE), H, mu)
@@ -240,7 +250,9 @@ def test_algorithm_8(order: int, seed: int, scale: float, mu1: float, mu2: float
 
 @MANY
 @given(ORDERS, SEEDS, SCALES, MU1, st.floats(0.01, 100), st.sampled_from([None, 1.0]))
-def test_algorithm_11_and_lemma_4(order: int, seed: int, scale: float, mu1: float, mu2: float, initial: float | None) -> None:
+def test_algorithm_11_and_lemma_4(
+    order: int, seed: int, scale: float, mu1: float, mu2: float, initial: float | None
+) -> None:
     """D_P(I) D_LM, of the thesis (H₀ = I/μ₂) and of 2021 (H₀ = I): sᵀs/sᵀy ≤ 1/μ₂ and yᵀy/sᵀy ≤ 1/μ₃."""
     H, s, y = drawn(order, seed, scale)
     pair = qn.scaled_identity_levenberg(s, y, H, mu1, mu2, initial)
@@ -266,13 +278,17 @@ def test_lemma_4_is_near_its_bound_somewhere() -> None:
 @pytest.mark.parametrize("name", qn.DAMPINGS)
 @MANY
 @given(order=st.integers(2, 8), seed=SEEDS, mu1=MU1, mu2=MU2)
-def test_every_damping_by_its_name(name: str, order: int, seed: int, mu1: float, mu2: float) -> None:
+def test_every_damping_by_its_name(
+    name: str, order: int, seed: int, mu1: float, mu2: float
+) -> None:
     """The record is of the pairs; a pair that needs no damping stays; what was damped keeps H⁺ positive definite."""
     H, s, y = drawn(order, seed)
     pair = qn.damp(name, s, y, H, mu1=mu1, mu2=mu2)
     for products, (u, v) in ((pair.damping.before, (s, y)), (pair.damping.after, (pair.s, pair.y))):
         expected = [float(u @ v), float(v @ H @ v), float(u @ u), float(v @ v)]
-        assert [products.sy, products.yHy, products.ss, products.yy] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert [products.sy, products.yHy, products.ss, products.yy] == pytest.approx(
+            expected, rel=1e-9, abs=1e-12
+        )
         assert products.curvature == pytest.approx(expected[1] / expected[0], rel=1e-6)
         assert products.step == pytest.approx(expected[2] / expected[0], rel=1e-6)
         assert products.change == pytest.approx(expected[3] / expected[0], rel=1e-6)
@@ -300,7 +316,10 @@ def test_operators_serve_as_h() -> None:
     factors = (spd(2), spd(3, 1))
     s, y = normal(6), normal(6, seed=1)
     dense = torch.kron(*factors)
-    found, expected = qn.double_damping(s, y, Kronecker(factors), 0.2, 0.3), qn.double_damping(s, y, dense, 0.2, 0.3)
+    found, expected = (
+        qn.double_damping(s, y, Kronecker(factors), 0.2, 0.3),
+        qn.double_damping(s, y, dense, 0.2, 0.3),
+    )
     assert_near(found.s, expected.s)
     assert_near(found.y, expected.y)
     other = qn.powell_on_b(s, y, Dense(dense), Inverse(torch.linalg.cholesky(dense)), 0.4)
@@ -324,7 +343,9 @@ def test_an_h_that_lost_its_definiteness_is_not_damped_with() -> None:
 
 @pytest.mark.parametrize("mu", [0.0, -1.0, 1.5, math.nan])
 def test_powell_says_what_mu_it_takes(mu: float) -> None:
-    with pytest.raises(CurvlabError, match=r"μ in \(0, 1\], not .*: a μ₂ above 1 needs Levenberg-Marquardt damping"):
+    with pytest.raises(
+        CurvlabError, match=r"μ in \(0, 1\], not .*: a μ₂ above 1 needs Levenberg-Marquardt damping"
+    ):
         qn.double_damping(normal(2), normal(2, seed=1), spd(2), 0.2, mu)
     with pytest.raises(CurvlabError, match=r"μ in \(0, 1\]"):
         qn.powell_levenberg(normal(2), normal(2, seed=1), spd(2), mu, 1.0)
@@ -346,7 +367,11 @@ def test_unknown_damping() -> None:
 
 
 def pair_of(s: list[float], y: list[float]) -> qn.Pair:
-    return qn.undamped(torch.tensor(s, dtype=DOUBLE), torch.tensor(y, dtype=DOUBLE), torch.eye(len(s), dtype=DOUBLE))
+    return qn.undamped(
+        torch.tensor(s, dtype=DOUBLE),
+        torch.tensor(y, dtype=DOUBLE),
+        torch.eye(len(s), dtype=DOUBLE),
+    )
 
 
 SKIPPED: dict[str, tuple[Callable[[], qn.Pair], qn.Skip]] = {
@@ -355,9 +380,15 @@ SKIPPED: dict[str, tuple[Callable[[], qn.Pair], qn.Skip]] = {
     "inf": (lambda: qn.accept(pair_of([1, 0], [math.inf, 0])), "not finite"),
     "against": (lambda: qn.accept(pair_of([1, 0], [-1, 0])), "curvature"),
     "across": (lambda: qn.accept(pair_of([1, 0], [0, 1])), "curvature"),
-    "short": (lambda: qn.accept(pair_of([1, 0], [1e-4, 5]), v=torch.tensor([0.6, 0.8])), "length"),  # equality is refused
+    "short": (
+        lambda: qn.accept(pair_of([1, 0], [1e-4, 5]), v=torch.tensor([0.6, 0.8])),
+        "length",
+    ),  # equality is refused
     "long": (lambda: qn.accept(pair_of([1, 0], [1.01e-4, 5]), v=torch.tensor([0.6, 0.8])), ""),
-    "dd": (lambda: qn.accept(pair_of([1, 0], [1, 2.01]), mu1=0.2), "double damping"),  # yᵀHy = 5.04, sᵀy = 1
+    "dd": (
+        lambda: qn.accept(pair_of([1, 0], [1, 2.01]), mu1=0.2),
+        "double damping",
+    ),  # yᵀHy = 5.04, sᵀy = 1
     "dd-equal": (lambda: qn.accept(pair_of([1, 0], [1, 2]), mu1=0.2), ""),
     "dd-of-the-text": (lambda: qn.accept(pair_of([1, 0], [1, 2.01]), mu1=0.2 / 2), ""),
     "cosine": (lambda: qn.accept(pair_of([1, 0], [1e-9, 1]), cosine=1e-8), "cosine"),

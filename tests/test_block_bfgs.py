@@ -50,11 +50,19 @@ def test_multi_secant_equation(order: int, m: int, seed: int) -> None:
 def test_symmetric_choice_as_it_is_written(order: int, seed: int, tau: float) -> None:
     """(21) with inverses written out."""
     m = order - 1
-    Lambda, U, V = spd(order, seed), normal(order, m, seed=seed + 1), normal(order, m, seed=seed + 2)
+    Lambda, U, V = (
+        spd(order, seed),
+        normal(order, m, seed=seed + 1),
+        normal(order, m, seed=seed + 2),
+    )
     V = V + 3 * Lambda @ U
     damped = tau * V + (1 - tau) * Lambda @ U
     P, W = (damped.T @ U + U.T @ damped) / 2, U.T @ Lambda @ U
-    expected = Lambda + damped @ torch.linalg.inv(P) @ damped.T - Lambda @ U @ torch.linalg.inv(W) @ U.T @ Lambda
+    expected = (
+        Lambda
+        + damped @ torch.linalg.inv(P) @ damped.T
+        - Lambda @ U @ torch.linalg.inv(W) @ U.T @ Lambda
+    )
     found = block_bfgs(Lambda, U, V, tau=tau)
     positive = float(torch.linalg.eigvalsh(P)[0]) > 0
     assert (found.skipped == "") == positive
@@ -67,9 +75,15 @@ def test_symmetric_choice_as_it_is_written(order: int, seed: int, tau: float) ->
 @choices
 @MANY
 @given(order=st.integers(2, 7), m=st.integers(1, 5), seed=SEEDS, mu=st.floats(0.05, 0.9))
-def test_tau_is_powells_rule_for_the_block(choice: Choice, order: int, m: int, seed: int, mu: float) -> None:
+def test_tau_is_powells_rule_for_the_block(
+    choice: Choice, order: int, m: int, seed: int, mu: float
+) -> None:
     """P, of the damped V, is at least μ times its value at V = ΛU, with equality where V was changed."""
-    Lambda, U, V = spd(order, seed), normal(order, m, seed=seed + 1), normal(order, m, seed=seed + 2)
+    Lambda, U, V = (
+        spd(order, seed),
+        normal(order, m, seed=seed + 1),
+        normal(order, m, seed=seed + 2),
+    )
     found = block_bfgs(Lambda, U, V, choice=choice, mu=mu)
     assert found.skipped == ""
     assert 0 <= found.tau <= 1
@@ -89,15 +103,21 @@ def test_tau_is_powells_rule_for_the_block(choice: Choice, order: int, m: int, s
     V_P_V = damped @ damped.T / P if choice == "trace" else damped @ torch.linalg.inv(P) @ damped.T
     projected = Lambda @ U @ torch.linalg.inv(U.T @ Lambda @ U) @ U.T @ Lambda
     expected = Lambda + V_P_V - projected
-    assert float((found.matrix - expected).norm()) <= 1e-6 * float(expected.norm() + projected.norm())
+    assert float((found.matrix - expected).norm()) <= 1e-6 * float(
+        expected.norm() + projected.norm()
+    )
     values = torch.linalg.eigvalsh(found.matrix)
-    assert float(values[0]) > (0 if choice == "symmetric" and m < order else -1e-9 * float(values[-1]))
+    assert float(values[0]) > (
+        0 if choice == "symmetric" and m < order else -1e-9 * float(values[-1])
+    )
 
 
 @choices
 @MANY
 @given(order=st.integers(1, 6), seed=SEEDS, mu=st.floats(0.05, 0.9))
-def test_one_pair_is_bfgs_with_powells_damping_on_b(choice: Choice, order: int, seed: int, mu: float) -> None:
+def test_one_pair_is_bfgs_with_powells_damping_on_b(
+    choice: Choice, order: int, seed: int, mu: float
+) -> None:
     B, s, y = spd(order, seed), normal(order, seed=seed + 1), normal(order, seed=seed + 2)
     found = block_bfgs(B, s[:, None], y[:, None], choice=choice, mu=mu)
     pair = qn.powell_on_b(s, y, B, torch.linalg.inv(B), mu)
@@ -130,7 +150,10 @@ def test_repeated_and_zero_columns_change_nothing_of_the_projection(choice: Choi
     """Steps of a rank below the number of pairs: UᵀΛU has no inverse, its range has."""
     Lambda, U, M = spd(6), normal(6, 2), spd(6, 1)
     more = torch.cat([U, U, torch.zeros(6, 1, dtype=DOUBLE)], 1)
-    few, many = block_bfgs(Lambda, U, M @ U, choice=choice), block_bfgs(Lambda, more, M @ more, choice=choice)
+    few, many = (
+        block_bfgs(Lambda, U, M @ U, choice=choice),
+        block_bfgs(Lambda, more, M @ more, choice=choice),
+    )
     assert (many.rank, many.skipped) == (2, "")
     assert many.tau == pytest.approx(few.tau, rel=1e-9)
     if choice == "diagonal":  # two columns of one direction count twice
@@ -187,12 +210,20 @@ def test_mu_outside_its_range() -> None:
 @choices
 @MANY
 @given(order=st.integers(2, 6), m=st.integers(4, 12), k=st.integers(1, 3), seed=SEEDS)
-def test_sketch_is_the_block_update_of_fewer_columns(choice: Choice, order: int, m: int, k: int, seed: int) -> None:
-    Lambda, U, V = spd(order, seed), normal(order, m, seed=seed + 1), normal(order, m, seed=seed + 2)
+def test_sketch_is_the_block_update_of_fewer_columns(
+    choice: Choice, order: int, m: int, k: int, seed: int
+) -> None:
+    Lambda, U, V = (
+        spd(order, seed),
+        normal(order, m, seed=seed + 1),
+        normal(order, m, seed=seed + 2),
+    )
     sketch = gaussian_sketch(m, k, torch.Generator().manual_seed(seed), DOUBLE, torch.device("cpu"))
     assert sketch.shape == (m, k)
     found = sketched_block_bfgs(Lambda, U, V, sketch, choice=choice)
-    assert torch.equal(found.matrix, block_bfgs(Lambda, U @ sketch, V @ sketch, choice=choice).matrix)
+    assert torch.equal(
+        found.matrix, block_bfgs(Lambda, U @ sketch, V @ sketch, choice=choice).matrix
+    )
     assert found.rank <= min(order, k)
 
 
@@ -224,7 +255,9 @@ def test_condition_19(o: int, i: int, seed: int) -> None:
     assert_near(whole @ U.flatten(), V.flatten(), 1e-6)
     printed = block_bfgs(eye(o), *parameter_secant(U, V, A, G, as_printed=True), mu=1e-9).matrix
     if i > 1:
-        assert float((torch.kron(G + printed, A) @ U.flatten() - V.flatten()).norm()) > 1e-4 * float(V.norm())
+        assert float(
+            (torch.kron(G + printed, A) @ U.flatten() - V.flatten()).norm()
+        ) > 1e-4 * float(V.norm())
 
 
 @MANY
@@ -248,7 +281,9 @@ def test_no_symmetric_matrix_satisfies_the_conditions_where_vu_is_not_symmetric(
 
 @choices
 def test_float32_stays_float32(choice: Choice) -> None:
-    found = block_bfgs(spd(4).float(), normal(4, 6).float(), normal(4, 6, seed=1).float(), choice=choice)
+    found = block_bfgs(
+        spd(4).float(), normal(4, 6).float(), normal(4, 6, seed=1).float(), choice=choice
+    )
     assert found.skipped == ""
     assert found.matrix.dtype == torch.float32
     assert float(torch.linalg.eigvalsh(found.matrix)[0]) > -1e-5

@@ -35,7 +35,14 @@ def norms(H: Tensor) -> tuple[float, float]:
 
 
 @MANY
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 5), st.floats(0.01, 3), st.floats(1e-3, 10), SEEDS)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.floats(0.01, 3),
+    st.floats(1e-3, 10),
+    SEEDS,
+)
 def test_inputs(n: int, places: int, inputs: int, phi: float, damping: float, seed: int) -> None:
     """Thesis Lemma 1 and (3.17), of a moving average of second moments with a bias column."""
     found = bounds.input_factor(inputs + 1, phi, damping, places)
@@ -44,7 +51,9 @@ def test_inputs(n: int, places: int, inputs: int, phi: float, damping: float, se
         a = phi * torch.tanh(5 * normal(n, places, inputs, seed=seed + k))
         a = torch.cat([a, torch.ones(n, places, 1, dtype=DOUBLE)], 2).flatten(0, 1)
         A = 0.9 * A + (0.1 if k else 1.0) * (a.T @ a / n)
-    values = torch.linalg.eigvalsh(torch.linalg.inv(A + damping * torch.eye(inputs + 1, dtype=DOUBLE)))
+    values = torch.linalg.eigvalsh(
+        torch.linalg.inv(A + damping * torch.eye(inputs + 1, dtype=DOUBLE))
+    )
     assert found.hold(float(values[0]), float(values[-1]))
 
 
@@ -53,7 +62,9 @@ def test_input_bound_is_reached() -> None:
     a[:, -1] = 1
     values = torch.linalg.eigvalsh(torch.linalg.inv(a.T @ a + 0.5 * torch.eye(4, dtype=DOUBLE)))
     found = bounds.input_factor(4, 2.0, 0.5)
-    assert (found.lower, found.upper) == pytest.approx((float(values[0]), float(values[-1])), rel=1e-12)
+    assert (found.lower, found.upper) == pytest.approx(
+        (float(values[0]), float(values[-1])), rel=1e-12
+    )
 
 
 @MANY
@@ -62,7 +73,10 @@ def test_one_step_of_double_damping(order: int, seed: int, mu1: float, mu2: floa
     """(2.8) and (2.10), where both inequalities hold."""
     H = normal(order, order, seed=seed)
     H = H @ H.T + 0.05 * torch.eye(order, dtype=DOUBLE)
-    pair = qn.accept(qn.double_damping(normal(order, seed=seed + 1), normal(order, seed=seed + 2), H, mu1, mu2), mu1=mu1)
+    pair = qn.accept(
+        qn.double_damping(normal(order, seed=seed + 1), normal(order, seed=seed + 2), H, mu1, mu2),
+        mu1=mu1,
+    )
     if not pair.skipped:
         largest = bounds.double_damping_step(*norms(H), mu1, mu2)
         found = norms(qn.bfgs_inverse(H, pair.s, pair.y))
@@ -72,7 +86,9 @@ def test_one_step_of_double_damping(order: int, seed: int, mu1: float, mu2: floa
 
 @MANY
 @given(st.integers(1, 6), st.integers(1, 5), SEEDS, MU1, st.floats(0.02, 1))
-def test_lemma_2_as_long_as_no_pair_was_dropped(order: int, p: int, seed: int, mu1: float, mu2: float) -> None:
+def test_lemma_2_as_long_as_no_pair_was_dropped(
+    order: int, p: int, seed: int, mu1: float, mu2: float
+) -> None:
     H0 = multiple_of_identity(1.0, normal(order))
     H: Operator = H0
     memory = empty_memory(p, normal(order))
@@ -110,7 +126,9 @@ def test_lemma_2_fails_once_pairs_are_dropped() -> None:
 def test_lemma_5(order: int, seed: int, mu1: float, mu2: float) -> None:
     H = normal(order, order, seed=seed)
     H = H @ H.T + 0.05 * torch.eye(order, dtype=DOUBLE)
-    pair = qn.scaled_identity_levenberg(normal(order, seed=seed + 1), normal(order, seed=seed + 2), H, mu1, mu2)
+    pair = qn.scaled_identity_levenberg(
+        normal(order, seed=seed + 1), normal(order, seed=seed + 2), H, mu1, mu2
+    )
     largest = bounds.damped_step(*norms(H), mu2, bounds.mu3(mu1, mu2))
     found = norms(qn.bfgs_inverse(H, pair.s, pair.y))
     assert found[0] <= largest[0] * (1 + 1e-7)
@@ -118,7 +136,15 @@ def test_lemma_5(order: int, seed: int, mu1: float, mu2: float) -> None:
 
 
 @MANY
-@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 6), SEEDS, MU1, st.floats(0.05, 10), st.sampled_from([None, 1.0]))
+@given(
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 6),
+    SEEDS,
+    MU1,
+    st.floats(0.05, 10),
+    st.sampled_from([None, 1.0]),
+)
 def test_lemma_6_also_where_pairs_were_dropped(
     order: int, p: int, more: int, seed: int, mu1: float, mu2: float, initial: float | None
 ) -> None:
@@ -128,7 +154,9 @@ def test_lemma_6_also_where_pairs_were_dropped(
         s, y = normal(order, seed=seed + 2 * k), normal(order, seed=seed + 2 * k + 1)
         pair = qn.scaled_identity_levenberg(s, y, H0, mu1, mu2, initial)
         memory = memory.append(pair.s, pair.y)
-        assert bounds.damped_lbfgs(p, mu1, mu2, initial).hold(*ends(lbfgs_inverse(memory, H0)), slack=1e-6)
+        assert bounds.damped_lbfgs(p, mu1, mu2, initial).hold(
+            *ends(lbfgs_inverse(memory, H0)), slack=1e-6
+        )
 
 
 def test_lemmas_as_they_are_printed() -> None:
@@ -137,7 +165,9 @@ def test_lemmas_as_they_are_printed() -> None:
     lower = (1 + 1 / mu1) ** -2
     mu_hat = (1 + 1 / math.sqrt(mu1 * mu2 * lower)) ** 2
     found = bounds.double_damping_lbfgs(2, mu1, mu2)
-    assert (found.lower, found.upper) == pytest.approx((lower, mu_hat**2 + (mu_hat**2 - 1) / (mu_hat - 1) / mu2), rel=1e-12)
+    assert (found.lower, found.upper) == pytest.approx(
+        (lower, mu_hat**2 + (mu_hat**2 - 1) / (mu_hat - 1) / mu2), rel=1e-12
+    )
     third = mu1 / (mu2 * (1 + 2 * mu1))
     mu_hat = (1 + 1 / math.sqrt(mu2 * third)) ** 2
     found = bounds.damped_lbfgs(2, mu1, mu2)
@@ -156,8 +186,15 @@ def test_a_hundred_pairs_have_a_bound_that_no_float_holds() -> None:
 
 
 @MANY
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 6), st.floats(1e-3, 2), SEEDS)
-def test_tensor_normal_factors_of_random_gradients(shape: list[int], n: int, damping: float, seed: int) -> None:
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    st.integers(1, 6),
+    st.floats(1e-3, 2),
+    SEEDS,
+)
+def test_tensor_normal_factors_of_random_gradients(
+    shape: list[int], n: int, damping: float, seed: int
+) -> None:
     """Thesis Lemmas 9 and 10, contractions by a loop over slices."""
     G = normal(n, *shape, seed=seed)
     F = sum(torch.outer(g.flatten(), g.flatten()) for g in G) / n
@@ -166,7 +203,9 @@ def test_tensor_normal_factors_of_random_gradients(shape: list[int], n: int, dam
     for i in range(len(shape)):
         each = [g.movedim(i, 0).reshape(shape[i], -1) for g in G]
         contractions.append(sum(m @ m.T for m in each) / n)
-        assert float(torch.linalg.eigvalsh(contractions[-1])[-1]) <= bounds.contraction(shape, i, norm) * (1 + 1e-9)
+        assert float(torch.linalg.eigvalsh(contractions[-1])[-1]) <= bounds.contraction(
+            shape, i, norm
+        ) * (1 + 1e-9)
     matrix = torch.ones(1, 1, dtype=DOUBLE)
     for u in tensor_normal_factors(contractions):
         matrix = torch.kron(matrix, u + damping * torch.eye(len(u), dtype=DOUBLE))
@@ -181,5 +220,7 @@ def test_lemma_9_and_10_are_reached() -> None:
     F = torch.eye(6, dtype=DOUBLE)
     G = F.view(6, 2, 3) * math.sqrt(6)
     contraction = sum(g @ g.T for g in G) / 6
-    assert float(torch.linalg.eigvalsh(contraction)[-1]) == pytest.approx(bounds.contraction([2, 3], 0, 1.0), rel=1e-12)
+    assert float(torch.linalg.eigvalsh(contraction)[-1]) == pytest.approx(
+        bounds.contraction([2, 3], 0, 1.0), rel=1e-12
+    )
     assert bounds.tensor_normal([6], 1.0, 0.5) == bounds.Bounds(0.5, pytest.approx(1.5))

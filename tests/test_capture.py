@@ -75,11 +75,15 @@ def perturbed(p: Problem, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor, Te
     return found
 
 
-def captured(p: Problem, count: int = 1, seed: int = 0) -> tuple[dict[str, LayerStatistics], Tensor]:
+def captured(
+    p: Problem, count: int = 1, seed: int = 0
+) -> tuple[dict[str, LayerStatistics], Tensor]:
     """Statistics of `count` random vectors sent back, and the vectors."""
     with Capture(p.model, p.objective().blocks) as capture:
         z = p.model(p.x)
-    vectors = torch.randn(count, *z.shape, generator=torch.Generator().manual_seed(seed), dtype=z.dtype)
+    vectors = torch.randn(
+        count, *z.shape, generator=torch.Generator().manual_seed(seed), dtype=z.dtype
+    )
     return capture.backward(z, vectors), vectors
 
 
@@ -113,13 +117,22 @@ def test_second_moments_by_their_definition(model: str, likelihood: str, label: 
         groups = () if block.groups == 1 else (block.groups,)
         assert s.grouped_a.shape == (n, t, *groups, block.shape[1])
         assert (n, o) == (len(p.x), block.shape[0])
-        G = sum(torch.outer(s.g[u, i, k], s.g[u, i, k]) for u in range(v) for i in range(n) for k in range(t)) / (n * t)
+        G = sum(
+            torch.outer(s.g[u, i, k], s.g[u, i, k])
+            for u in range(v)
+            for i in range(n)
+            for k in range(t)
+        ) / (n * t)
         assert_near(s.G, G)
         if not groups:
-            assert_near(s.A, sum(torch.outer(s.a[i, k], s.a[i, k]) for i in range(n) for k in range(t)) / n)
+            assert_near(
+                s.A, sum(torch.outer(s.a[i, k], s.a[i, k]) for i in range(n) for k in range(t)) / n
+            )
             continue
         for name in ("a", "A"):
-            with pytest.raises(CurvlabError, match=f"block {block.name} .* has {block.groups} groups of outputs"):
+            with pytest.raises(
+                CurvlabError, match=f"block {block.name} .* has {block.groups} groups of outputs"
+            ):
                 getattr(s, name)
 
 
@@ -134,7 +147,9 @@ def test_rows_are_gradients_of_one_example_each(model: str, count: int) -> None:
         weights = {name: p.model.get_parameter(name) for name in block.params}
         for v in range(count):
             for n in range(len(p.x)):
-                grads = torch.autograd.grad((p.model(p.x[n : n + 1])[0] * vectors[v, n]).sum(), list(weights.values()))
+                grads = torch.autograd.grad(
+                    (p.model(p.x[n : n + 1])[0] * vectors[v, n]).sum(), list(weights.values())
+                )
                 assert_near(rows[v, n], laid_out(block, dict(zip(weights, grads, strict=True))))
 
 
@@ -180,7 +195,10 @@ def test_relu_in_place_keeps_g_and_refuses_h() -> None:
     for name in ("1", "2"):
         assert torch.equal(ours[name].a, theirs[name].a)
         assert torch.equal(ours[name].g, theirs[name].g)
-    with pytest.raises(CurvlabError, match=r"block 1 \(0\.weight, 0\.bias\): its pre-activation was overwritten in place"):
+    with pytest.raises(
+        CurvlabError,
+        match=r"block 1 \(0\.weight, 0\.bias\): its pre-activation was overwritten in place",
+    ):
         _ = ours["1"].h
     assert torch.equal(ours["2"].h, theirs["2"].h)
     assert torch.equal(theirs["1"].h, perturbed(q, vectors)["1"][1])
@@ -202,7 +220,9 @@ def test_input_overwritten_after_the_layer_is_not_used() -> None:
     net = Residual().double()
     x, y = torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)
     closure = cl.Objective(net, cl.likelihoods.Gaussian()).closure(x, y)
-    with pytest.raises(CurvlabError, match=r"block 1 \(first\.weight, first\.bias\).* overwritten in place"):
+    with pytest.raises(
+        CurvlabError, match=r"block 1 \(first\.weight, first\.bias\).* overwritten in place"
+    ):
         _ = closure.observe({"data"}).gradients
 
 
@@ -244,10 +264,15 @@ def test_it_listens_only_inside_with_and_by_no_hook() -> None:
 def test_hooks_of_the_users_own_are_left_alone_and_their_calls_are_heard() -> None:
     """A hook may call the layer's function again: a second use."""
     p = problem("linear", "gaussian")
-    handle = p.model.register_forward_hook(lambda m, args, z: z + nn.functional.linear(args[0].square(), m.weight))
+    handle = p.model.register_forward_hook(
+        lambda m, args, z: z + nn.functional.linear(args[0].square(), m.weight)
+    )
     objective = p.objective()
     assert objective.check(p.x, p.y).ways == {"1": "structured"}
-    found, plain = objective.closure(p.x, p.y).observe(), Plain(p.model, p.x, p.y, p.likelihood.loss)
+    found, plain = (
+        objective.closure(p.x, p.y).observe(),
+        Plain(p.model, p.x, p.y, p.likelihood.loss),
+    )
     assert len(found.passes["data"]["1"].parts) == 2
     assert_near(found.gradients["1"], laid_out(objective.blocks[0], plain.mean_gradient))
     assert traces(p.model) == 1
@@ -326,7 +351,10 @@ def small(forward: Forward) -> tuple[Small, Tensor, Tensor]:
 def test_gradients_of_wirings_by_autograd_one_example_at_a_time(case: str) -> None:
     forward, way, places, why = WIRED[case]
     net, x, y = small(forward)
-    objective, plain = cl.Objective(net, cl.likelihoods.Gaussian()), Plain(net, x, y, cl.likelihoods.Gaussian().loss)
+    objective, plain = (
+        cl.Objective(net, cl.likelihoods.Gaussian()),
+        Plain(net, x, y, cl.likelihoods.Gaussian().loss),
+    )
     report = objective.check(x, y)
     assert report.ways == {"1": way, "2": "structured"}
     assert report.form.ways["1"].why == why
@@ -339,13 +367,18 @@ def test_gradients_of_wirings_by_autograd_one_example_at_a_time(case: str) -> No
         assert_near(laid_out(block, samples, 1), laid_out(block, plain.gradients, 1))
         if block.name in report.form.shaped:
             assert_near(s.rows[0], laid_out(block, plain.gradients, 1))
-            J = laid_out(block, plain.jacobians, 2).transpose(0, 1)  # a Gaussian's root is the identity
+            J = laid_out(block, plain.jacobians, 2).transpose(
+                0, 1
+            )  # a Gaussian's root is the identity
             assert_near(seen.passes["exact"][block.name].rows, J)
     first = seen.passes["data"]["1"]
     assert (first.used, first.structured) == (way != "unused", way != "general")
     if way == "general":
         assert "1" not in seen.passes["exact"]
-        with pytest.raises(CurvlabError, match=rf"^block 1 \(first\.weight, first\.bias\) {why}: it has a gradient but no a"):
+        with pytest.raises(
+            CurvlabError,
+            match=rf"^block 1 \(first\.weight, first\.bias\) {why}: it has a gradient but no a",
+        ):
             _ = first.rows
     else:
         assert first.places == places
@@ -357,16 +390,23 @@ def test_gradients_of_wirings_by_autograd_one_example_at_a_time(case: str) -> No
 @pytest.mark.filterwarnings("ignore:.*(does not reach|takes the general route)")
 def test_matrices_of_wirings_by_autograd_and_by_the_general_route(case: str, kind: str) -> None:
     net, x, y = small(WIRED[case][0])
-    objective, plain = cl.Objective(net, cl.likelihoods.Gaussian()), Plain(net, x, y, cl.likelihoods.Gaussian().loss)
+    objective, plain = (
+        cl.Objective(net, cl.likelihoods.Gaussian()),
+        Plain(net, x, y, cl.likelihoods.Gaussian().loss),
+    )
     one, two = objective.blocks
     whole = cl.exact.matrix(objective, x, y, kind, None).dense()
-    wanted = torch.cat([torch.cat([plain.matrix(kind, b, c) for c in (one, two)], 1) for b in (one, two)])
+    wanted = torch.cat(
+        [torch.cat([plain.matrix(kind, b, c) for c in (one, two)], 1) for b in (one, two)]
+    )
     assert_near(whole, wanted)
     assert_near(cl.exact.product(objective, x, y, kind).dense(), wanted)
     assert_near(cl.exact.diagonal(objective, x, y, kind), wanted.diagonal())
     for block, own in objective.layout.slices.items():
         for route in ("auto", "func"):
-            assert_near(cl.exact.matrix(objective, x, y, kind, block, route=route).dense(), wanted[own, own])
+            assert_near(
+                cl.exact.matrix(objective, x, y, kind, block, route=route).dense(), wanted[own, own]
+            )
 
 
 UNUSED = ["not run", "no way out"]
@@ -382,7 +422,9 @@ def test_what_does_not_reach_the_outputs_is_said_once_and_is_zero(case: str) -> 
         matrices = [cl.exact.matrix(objective, x, y, kind, "1").dense() for kind in cl.exact.KINDS]
     lines = [str(w.message) for w in said if issubclass(w.category, cl.CurvlabWarning)]
     assert len(lines) == 1
-    assert lines[0].startswith("block 1 (first.weight, first.bias) does not reach the model's outputs")
+    assert lines[0].startswith(
+        "block 1 (first.weight, first.bias) does not reach the model's outputs"
+    )
     for look in looks:
         assert not bool(look.gradients["1"].any())
         assert look.gradients["1"].shape == objective.blocks[0].shape
@@ -391,14 +433,18 @@ def test_what_does_not_reach_the_outputs_is_said_once_and_is_zero(case: str) -> 
             assert s.rows.shape == (s.vectors, 3, 2, 3)
     assert not any(bool(m.any()) for m in matrices)
     assert {m.shape for m in matrices} == {(6, 6)}
-    with pytest.warns(cl.CurvlabWarning, match="does not reach the model's outputs"):  # another objective says it again
+    with pytest.warns(
+        cl.CurvlabWarning, match="does not reach the model's outputs"
+    ):  # another objective says it again
         cl.Objective(net, cl.likelihoods.Gaussian()).closure(x, y).observe()
 
 
 def test_what_ran_without_gradients_says_so() -> None:
     net, x, y = small(without_gradients)
     objective = cl.Objective(net, cl.likelihoods.Gaussian())
-    with pytest.raises(CurvlabError, match=r"block 1 \(first\.weight, first\.bias\) ran without gradients") as caught:
+    with pytest.raises(
+        CurvlabError, match=r"block 1 \(first\.weight, first\.bias\) ran without gradients"
+    ) as caught:
         objective.closure(x, y).observe()
     assert "\n" not in str(caught.value)
     assert traces(net) == 0
@@ -413,7 +459,10 @@ def test_a_call_without_gradients_among_others_adds_nothing() -> None:
         return m.second(m.first(x) * fixed)
 
     net, x, y = small(forward)
-    objective, plain = cl.Objective(net, cl.likelihoods.Gaussian()), Plain(net, x, y, cl.likelihoods.Gaussian().loss)
+    objective, plain = (
+        cl.Objective(net, cl.likelihoods.Gaussian()),
+        Plain(net, x, y, cl.likelihoods.Gaussian().loss),
+    )
     assert objective.check(x, y).ways == {"1": "structured", "2": "structured"}
     seen = objective.closure(x, y).observe()
     for block in objective.blocks:
@@ -424,7 +473,9 @@ def test_parameter_without_a_rule_that_is_not_used() -> None:
     net, x, y = small(lambda m, x: m.second(m.first(x)))
     net.spare = nn.Parameter(torch.ones(2).double())
     objective = cl.Objective(net, cl.likelihoods.Gaussian())
-    with pytest.warns(cl.CurvlabWarning, match=r"^block 1 \(spare\) does not reach the model's outputs") as said:
+    with pytest.warns(
+        cl.CurvlabWarning, match=r"^block 1 \(spare\) does not reach the model's outputs"
+    ) as said:
         gradients = objective.closure(x, y).observe().gradients
     assert sum(issubclass(w.category, cl.CurvlabWarning) for w in said) == 1
     assert torch.equal(gradients["1"], torch.zeros(2).double())
@@ -433,13 +484,20 @@ def test_parameter_without_a_rule_that_is_not_used() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", cl.CurvlabWarning)
         for kind in cl.exact.KINDS:
-            assert torch.equal(cl.exact.matrix(objective, x, y, kind, "1").dense(), torch.zeros(2, 2).double())
+            assert torch.equal(
+                cl.exact.matrix(objective, x, y, kind, "1").dense(), torch.zeros(2, 2).double()
+            )
 
 
 def test_input_by_keyword() -> None:
     net = Small(lambda m, x: m.second(m.first(input=x)))
     x = torch.randn(3, 2)
-    s = cl.Objective(net, cl.likelihoods.Gaussian()).closure(x, torch.ones(3, 2)).observe().passes["data"]
+    s = (
+        cl.Objective(net, cl.likelihoods.Gaussian())
+        .closure(x, torch.ones(3, 2))
+        .observe()
+        .passes["data"]
+    )
     assert torch.equal(s["1"].a[:, 0, :2], x)
 
 
@@ -448,7 +506,9 @@ def test_layer_without_a_rule_has_a_gradient_and_nothing_else() -> None:
     s = p.objective().closure(p.x, p.y).observe().passes["data"]["2"]
     assert s.gradient.shape == (4,)
     for name in ("a", "h", "g", "A", "G", "rows"):
-        with pytest.raises(CurvlabError, match=r"block 2 \(norm\.weight\) belongs to a layer without a rule"):
+        with pytest.raises(
+            CurvlabError, match=r"block 2 \(norm\.weight\) belongs to a layer without a rule"
+        ):
             getattr(s, name)
 
 
@@ -456,7 +516,12 @@ def test_statistics_come_in_the_order_of_the_blocks() -> None:
     p = problem("norm")
     objective = p.objective()
     seen = objective.closure(p.x, p.y).observe({"data", "exact"})
-    assert list(seen.passes["data"]) == list(seen.gradients) == [b.name for b in objective.blocks] == ["1", "2", "3", "4"]
+    assert (
+        list(seen.passes["data"])
+        == list(seen.gradients)
+        == [b.name for b in objective.blocks]
+        == ["1", "2", "3", "4"]
+    )
     assert list(seen.passes["exact"]) == ["1", "4"]
 
 
@@ -495,8 +560,13 @@ def test_a_gradient_forms_neither_patches_nor_one_hot_rows(model: str) -> None:
         (part,) = statistics.parts
         rule = part.inputs.use.rule
         assert ("own" in vars(part.inputs)) == (rule.gradient is None)
-        a = own_inputs(statistics.block, statistics.grouped_a)  # the other route: a product with the rows
-        assert_near(found[statistics.block.name], torch.einsum("nto,ntoi->oi", statistics.g[0], a) / statistics.size)
+        a = own_inputs(
+            statistics.block, statistics.grouped_a
+        )  # the other route: a product with the rows
+        assert_near(
+            found[statistics.block.name],
+            torch.einsum("nto,ntoi->oi", statistics.g[0], a) / statistics.size,
+        )
 
 
 @pytest.mark.parametrize("model", ["tanh", "no-bias", "tokens", "conv", "conv-1d", "embedding"])
@@ -507,14 +577,19 @@ def test_products_with_the_second_moment_of_inputs_form_neither_it_nor_patches(m
         n, t, width = statistics.g.shape[1], statistics.g.shape[2], statistics.block.shape[1]
         v = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         if statistics.block.groups > 1:
-            with pytest.raises(CurvlabError, match="groups of outputs, so there are no inputs for all outputs"):
+            with pytest.raises(
+                CurvlabError, match="groups of outputs, so there are no inputs for all outputs"
+            ):
                 statistics.second_moment_product(v)
             continue
         found, mean = statistics.second_moment_product(v), statistics.mean_a
         (part,) = statistics.parts
         assert ("own" in vars(part.inputs)) == (part.inputs.use.rule.response is None)
         places = [a for example in statistics.a for a in example]
-        A = sum((torch.outer(a, a) for a in places), torch.zeros(width, width, dtype=torch.float64)) / n
+        A = (
+            sum((torch.outer(a, a) for a in places), torch.zeros(width, width, dtype=torch.float64))
+            / n
+        )
         assert_near(found, A @ v)
         assert_near(mean, sum(places, torch.zeros(width, dtype=torch.float64)) / (n * t))
         assert_near(statistics.A, A)

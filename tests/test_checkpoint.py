@@ -15,7 +15,10 @@ from curvlab.training import checkpoint
 
 def state() -> dict:
     tensor = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return {"a": {"b": [1, 2.5, None, True, "text"], 3: tensor, "empty": torch.zeros(0)}, "inf": float("inf")}
+    return {
+        "a": {"b": [1, 2.5, None, True, "text"], 3: tensor, "empty": torch.zeros(0)},
+        "inf": float("inf"),
+    }
 
 
 def test_round_trip_and_plain_torch_reads_it(tmp_path: Path) -> None:
@@ -36,7 +39,9 @@ def test_round_trip_and_plain_torch_reads_it(tmp_path: Path) -> None:
         ({"p": Path("a")}, r"state\['p'\] is of type PosixPath"),
     ],
 )
-def test_what_would_need_pickled_code_is_refused_and_the_old_file_stays(value: dict, where: str, tmp_path: Path) -> None:
+def test_what_would_need_pickled_code_is_refused_and_the_old_file_stays(
+    value: dict, where: str, tmp_path: Path
+) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, state())
     before = path.read_bytes()
@@ -64,8 +69,16 @@ def test_no_code_runs_and_damage_is_one_line(tmp_path: Path) -> None:
     checkpoint.save(path, state())
     whole = path.read_bytes()
     torch.save({"format": 1, "x": Code()}, tmp_path / "code.pt")
-    spoiled = {"short": whole[: len(whole) // 2], "empty": b"", "text": b"no checkpoint", "pickle": pickle.dumps(Code())}
-    spoiled |= {"code": (tmp_path / "code.pt").read_bytes(), "middle": whole[:200] + b"\xff" * 200 + whole[400:]}
+    spoiled = {
+        "short": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"no checkpoint",
+        "pickle": pickle.dumps(Code()),
+    }
+    spoiled |= {
+        "code": (tmp_path / "code.pt").read_bytes(),
+        "middle": whole[:200] + b"\xff" * 200 + whole[400:],
+    }
     for name, content in spoiled.items():
         path.write_bytes(content)
         with pytest.raises(cl.CurvlabError, match="is damaged") as caught:
@@ -75,7 +88,9 @@ def test_no_code_runs_and_damage_is_one_line(tmp_path: Path) -> None:
 
 
 def test_other_files(tmp_path: Path) -> None:
-    with pytest.raises(cl.CurvlabError, match=r"there is no checkpoint at .*start the run without --resume"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"there is no checkpoint at .*start the run without --resume"
+    ):
         checkpoint.load(tmp_path / "checkpoint.pt")
     torch.save({"weights": torch.zeros(2)}, tmp_path / "checkpoint.pt")
     with pytest.raises(cl.CurvlabError, match="no checkpoint of this version"):

@@ -34,7 +34,17 @@ from curvlab.show.figures import FIGURES, draw
 from curvlab.show.tables import Table
 from curvlab.system.interrupt import listening
 
-SMALL = ["compare", "--model", "mlp-256-20", "--reference", "kfac", "--batch-size", "20000", "--steps", "3"]
+SMALL = [
+    "compare",
+    "--model",
+    "mlp-256-20",
+    "--reference",
+    "kfac",
+    "--batch-size",
+    "20000",
+    "--steps",
+    "3",
+]
 
 
 def call(*words: str) -> int:
@@ -96,7 +106,11 @@ def test_compare_writes_log_and_figures(folder: Path) -> None:
 def test_the_log_has_the_promised_schema(folder: Path) -> None:
     with xr.open_dataset(folder / "run.h5", engine="h5netcdf") as ds:
         assert dict(ds.sizes) == {"step": 3, "algorithm": 3, "other": 3, "block": 6}
-        assert ds["algorithm"].values.tolist() == ds["other"].values.tolist() == ["kfac", "tnt", "sgd-m"]
+        assert (
+            ds["algorithm"].values.tolist()
+            == ds["other"].values.tolist()
+            == ["kfac", "tnt", "sgd-m"]
+        )
         assert ds["block"].values.tolist() == list("123456")
         assert ds["parameters"].values[0] == "0.weight 0.bias"
         dims = {name: v.dims for name, v in ds.data_vars.items()}
@@ -115,9 +129,17 @@ def test_the_log_has_the_promised_schema(folder: Path) -> None:
         assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
         assert all(np.isfinite(v).all() for v in ds.data_vars.values())
         given = json.loads(ds.attrs["call"])
-        assert (given["model"], given["steps"], given["algorithms"]) == ("mlp-256-20", 3, "tnt, sgd-m")
+        assert (given["model"], given["steps"], given["algorithms"]) == (
+            "mlp-256-20",
+            3,
+            "tnt, sgd-m",
+        )
         assert (ds.attrs["seed"], ds.attrs["device"], ds.attrs["dtype"]) == (4, "cpu", "float32")
-        assert json.loads(ds.attrs["dampings"]) == {"kfac": 1e-3, "tnt": (1e-3 / 20000) ** 0.5, "sgd-m": 0.0}
+        assert json.loads(ds.attrs["dampings"]) == {
+            "kfac": 1e-3,
+            "tnt": (1e-3 / 20000) ** 0.5,
+            "sgd-m": 0.0,
+        }
         assert {"versions", "git_commit", "created", "reference"} <= ds.attrs.keys()
 
 
@@ -130,7 +152,9 @@ def test_the_same_seed_gives_the_same_log(folder: Path, tmp_path: Path) -> None:
 
 
 @blank
-def test_seeds_repeat_and_the_table_shows_mean_and_spread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seeds_repeat_and_the_table_shows_mean_and_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert call(*SMALL, "--algorithms", "sgd-m", "--seeds", "2", "--out", str(tmp_path)) == 0
     out = capsys.readouterr().out
     assert "mean ± standard deviation of 2 seeds" in out
@@ -143,7 +167,20 @@ def test_seeds_repeat_and_the_table_shows_mean_and_spread(tmp_path: Path, capsys
 @blank
 def test_log_every_and_epochs(tmp_path: Path) -> None:
     small = [w for w in SMALL if w not in ("--steps", "3")]
-    assert call(*small, "--algorithms", "sgd-m", "--epochs", "2", "--log-every", "2", "--out", str(tmp_path)) == 0
+    assert (
+        call(
+            *small,
+            "--algorithms",
+            "sgd-m",
+            "--epochs",
+            "2",
+            "--log-every",
+            "2",
+            "--out",
+            str(tmp_path),
+        )
+        == 0
+    )
     assert cl.open(tmp_path)["step"].values.tolist() == [0, 2, 4]  # three batches an epoch
 
 
@@ -152,10 +189,17 @@ def test_the_default_folder_is_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert call(*SMALL[:-1], "1", "--algorithms", "sgd-m") == 0
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["compare-mlp-256-20-001", "compare-mlp-256-20-002"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "compare-mlp-256-20-001",
+        "compare-mlp-256-20-002",
+    ]
 
 
-OTHERS = ("spectrum", "training", "damping")  # test_spectra.py, test_train.py, test_probe_damping.py
+OTHERS = (
+    "spectrum",
+    "training",
+    "damping",
+)  # test_spectra.py, test_train.py, test_probe_damping.py
 
 
 @pytest.mark.parametrize("figure", [n for n in FIGURES if n not in OTHERS])
@@ -189,15 +233,23 @@ def test_list_names_every_entry(
     """Whole cells of the first column, in the tables' order; of options the second too."""
     monkeypatch.setattr(terminal.out, "_width", 400)  # no name is broken
     assert call("list", what) == 0
-    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    found = [[cell.strip() for cell in row] for row in rows]  # a cell that is long goes on in rows without a name
+    rows = [
+        line.split("│")[1:-1]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("│")
+    ]
+    found = [
+        [cell.strip() for cell in row] for row in rows
+    ]  # a cell that is long goes on in rows without a name
     assert [row[0] for row in found if row[0]] == table
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--version") == 0
     assert capsys.readouterr().out.strip() == f"curvlab {cl.__version__}"
-    done = subprocess.run([sys.executable, "-m", "curvlab", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "curvlab", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == f"curvlab {cl.__version__}"
 
 
@@ -205,11 +257,23 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "says"),
     [
         (["--model", "mlp-256-21"], "unknown model 'mlp-256-21'; did you mean 'mlp-256-20'"),
-        (["--model", "mlp-256-20", "--reference", "block-fischer"], "did you mean 'block-fisher'? (known: block-fisher,"),
-        (["--model", "mlp-256-20", "--algorithms", "kfac,kfca"], "unknown algorithm 'kfca'; did you mean 'kfac'"),
-        (["--model", "mlp-256-20", "--data", "mnist17"], "unknown data set 'mnist17'; did you mean 'mnist16'"),
+        (
+            ["--model", "mlp-256-20", "--reference", "block-fischer"],
+            "did you mean 'block-fisher'? (known: block-fisher,",
+        ),
+        (
+            ["--model", "mlp-256-20", "--algorithms", "kfac,kfca"],
+            "unknown algorithm 'kfca'; did you mean 'kfac'",
+        ),
+        (
+            ["--model", "mlp-256-20", "--data", "mnist17"],
+            "unknown data set 'mnist17'; did you mean 'mnist16'",
+        ),
         (["--model", "mlp-256-20", "--data", "mnist"], "does not take inputs of shape (2, 784)"),
-        (["--model", "mlp-256-20", "--batch-size", "60001"], "batch size 60001 does not fit 'mnist16'"),
+        (
+            ["--model", "mlp-256-20", "--batch-size", "60001"],
+            "batch size 60001 does not fit 'mnist16'",
+        ),
         (["--model", "mlp-256-20", "--damping", "-1"], "damping must be 0 or positive, not -1"),
         (["--model", "mlp-256-20", "--damping", "nan"], "damping must be 0 or positive"),
         (["--model", "mlp-256-20", "--lr", "-0.1"], "learning rate must be 0 or positive"),
@@ -219,21 +283,63 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "mlp-256-20", "--steps", "many"], "Invalid value for '--steps'"),
         (["--model", "mlp-256-20", "--seeds", "0"], "seeds must be 1 or more"),
         (["--model", "mlp-256-20", "--seed", "-1"], "seed must be 0 or positive"),
-        (["--model", "mlp-256-20", "--seed", str(2**64)], f"seed must be a whole number from 0 to {2**63 - 1}, not {2**64}"),
-        (["--model", "mlp-256-20", "--seed", str(2**63 - 1), "--seeds", "2"], "the seed must be a whole number from 0 to"),
-        (["--model", "mlp-256-20", "--seeds", "10001"], "seeds must be a whole number from 1 to 10000, not 10001"),
-        (["--model", "mlp-256-20", "--steps", str(2**63)], "steps must be a whole number from 1 to 1000000000000"),
-        (["--model", "mlp-256-20", "--epochs", str(2**63)], "epochs must be a whole number from 1 to 1000000000000"),
-        (["--model", "mlp-256-20", "--update-every", "-" + "9" * 30], "update_every must be 1 or more, not -9"),
-        (["--model", "mlp-256-20", "--refresh-every", "9" * 99], f"1 to {2**63 - 1}, not a number of some 100 digits"),
-        (["--model", "mlp-256-20", "--batch-size", "9" * 30], "the batch size must be a whole number"),
-        (["--model", "mlp-256-20", "--lr", "1e400"], "learning rate must be 0 or positive, not inf"),
-        (["--model", "mlp-256-20", "--momentum", "nan"], "momentum must be at least 0 and below 1, not nan"),
-        (["--model", "mlp-256-20", "--probe", "damping:" + "9" * 30], "steps of probe 'damping' must be a whole number"),
-        (["--model", "mlp-256-20", "--probe", "damping:" + "9" * 5000], "after the colon comes a number of steps"),
+        (
+            ["--model", "mlp-256-20", "--seed", str(2**64)],
+            f"seed must be a whole number from 0 to {2**63 - 1}, not {2**64}",
+        ),
+        (
+            ["--model", "mlp-256-20", "--seed", str(2**63 - 1), "--seeds", "2"],
+            "the seed must be a whole number from 0 to",
+        ),
+        (
+            ["--model", "mlp-256-20", "--seeds", "10001"],
+            "seeds must be a whole number from 1 to 10000, not 10001",
+        ),
+        (
+            ["--model", "mlp-256-20", "--steps", str(2**63)],
+            "steps must be a whole number from 1 to 1000000000000",
+        ),
+        (
+            ["--model", "mlp-256-20", "--epochs", str(2**63)],
+            "epochs must be a whole number from 1 to 1000000000000",
+        ),
+        (
+            ["--model", "mlp-256-20", "--update-every", "-" + "9" * 30],
+            "update_every must be 1 or more, not -9",
+        ),
+        (
+            ["--model", "mlp-256-20", "--refresh-every", "9" * 99],
+            f"1 to {2**63 - 1}, not a number of some 100 digits",
+        ),
+        (
+            ["--model", "mlp-256-20", "--batch-size", "9" * 30],
+            "the batch size must be a whole number",
+        ),
+        (
+            ["--model", "mlp-256-20", "--lr", "1e400"],
+            "learning rate must be 0 or positive, not inf",
+        ),
+        (
+            ["--model", "mlp-256-20", "--momentum", "nan"],
+            "momentum must be at least 0 and below 1, not nan",
+        ),
+        (
+            ["--model", "mlp-256-20", "--probe", "damping:" + "9" * 30],
+            "steps of probe 'damping' must be a whole number",
+        ),
+        (
+            ["--model", "mlp-256-20", "--probe", "damping:" + "9" * 5000],
+            "after the colon comes a number of steps",
+        ),
         (["--model", "mlp-256-20", "--log-every", "0"], "log_every must be"),
-        (["--model", "mlp-256-20", "--probe", "dampin"], "unknown probe 'dampin'; did you mean 'damping'"),
-        (["--model", "mlp-256-20", "--probe", "damping:0"], "after the colon comes a number of steps"),
+        (
+            ["--model", "mlp-256-20", "--probe", "dampin"],
+            "unknown probe 'dampin'; did you mean 'damping'",
+        ),
+        (
+            ["--model", "mlp-256-20", "--probe", "damping:0"],
+            "after the colon comes a number of steps",
+        ),
         (["--model", "mlp-256-20", "--probe", "gram:2"], "probe 'gram' is a part of every record"),
         (["--model", "mlp-256-20", "--refresh-every", "0"], "refresh_every must be"),
         (["--model", "mlp-256-20", "--dtype", "float16"], "unknown dtype 'float16'"),
@@ -242,7 +348,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "Missing option '--model'"),
     ],
 )
-def test_bad_input_is_one_line(words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = refused(capsys, "compare", *words, *(["--out", str(tmp_path / "out")] if words else []))
     assert says in line
     assert not (tmp_path / "out").exists()
@@ -254,8 +362,12 @@ def test_cuda_without_one(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unknown_list_command_and_figure(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown list 'algoritms'; did you mean 'algorithms'" in refused(capsys, "list", "algoritms")
-    assert "unknown figure 'cosin'; did you mean 'cosine'" in refused(capsys, "plot", str(folder), "--figure", "cosin")
+    assert "unknown list 'algoritms'; did you mean 'algorithms'" in refused(
+        capsys, "list", "algoritms"
+    )
+    assert "unknown figure 'cosin'; did you mean 'cosine'" in refused(
+        capsys, "plot", str(folder), "--figure", "cosin"
+    )
     assert "not written as '.xyz'" in refused(capsys, "plot", str(folder), "-o", "a.xyz")
     assert "cannot be written" in refused(capsys, "plot", str(folder), "-o", "/nowhere/a.png")
     assert "No such command" in refused(capsys, "compere")
@@ -267,7 +379,9 @@ def test_damaged_log(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no log at" in refused(capsys, "plot", str(tmp_path / "absent"))
 
 
-def test_nan_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_in_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def spoiled() -> tuple[Dataset, Dataset]:
         x = torch.rand(40, 256)
         x[17, 3] = torch.nan
@@ -275,18 +389,32 @@ def test_nan_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         return data, data
 
     monkeypatch.setitem(datasets.DATASETS, "spoiled", Entry("with a NaN", spoiled))
-    words = ["compare", "--model", "mlp-256-20", "--data", "spoiled", "--batch-size", "40", "--out", str(tmp_path)]
+    words = [
+        "compare",
+        "--model",
+        "mlp-256-20",
+        "--data",
+        "spoiled",
+        "--batch-size",
+        "40",
+        "--out",
+        str(tmp_path),
+    ]
     assert "inputs contain NaN or Inf" in refused(capsys, *words)
 
 
-def test_output_folder_that_cannot_be_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_folder_that_cannot_be_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(capsys, *SMALL, "--out", str(tmp_path / "file"))
     assert "cannot be written" in refused(capsys, *SMALL, "--out", "/proc/nothing")
     assert "already holds a run.h5" in refused(capsys, *SMALL, "--out", str(folder))
 
 
-def test_ctrl_c_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_that_python_drops_comes_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Python ignores exceptions where a weak reference is cleared: HDF5's files and torch's graphs are full of them."""
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
 
@@ -310,7 +438,17 @@ def test_ctrl_c_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPatch, c
 def test_a_run_that_fails_half_way_keeps_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["compare", "--model", "mlp-256-20", "--reference", "sgd-m", "--algorithms", "adam", "--lr", "1.5e20"]
+    words = [
+        "compare",
+        "--model",
+        "mlp-256-20",
+        "--reference",
+        "sgd-m",
+        "--algorithms",
+        "adam",
+        "--lr",
+        "1.5e20",
+    ]
     assert call(*words, "--batch-size", "20000", "--out", str(tmp_path)) == 1
     line = capsys.readouterr().err
     assert "the reference sgd-m left the finite range at step 1" in line
@@ -319,7 +457,17 @@ def test_a_run_that_fails_half_way_keeps_its_log(
 
 
 def test_ctrl_c_ends_at_once_and_says_where_the_log_is(tmp_path: Path) -> None:
-    words = ["compare", "--model", "mlp-256-20", "--reference", "kfac", "--algorithms", "sgd-m", "--steps", "1000000"]
+    words = [
+        "compare",
+        "--model",
+        "mlp-256-20",
+        "--reference",
+        "kfac",
+        "--algorithms",
+        "sgd-m",
+        "--steps",
+        "1000000",
+    ]
     ends_at_once(words, tmp_path)
 
 
@@ -332,7 +480,17 @@ def test_layers_that_have_no_factors_are_said_once(
         return nn.Sequential(nn.Linear(256, 8), nn.LayerNorm(8), nn.PReLU(), nn.Linear(8, 10))
 
     monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build))
-    words = ["compare", "--model", "normed", "--reference", "kfac", "--algorithms", "kfac-ef,tnt-per-sample", "--steps", "2"]
+    words = [
+        "compare",
+        "--model",
+        "normed",
+        "--reference",
+        "kfac",
+        "--algorithms",
+        "kfac-ef,tnt-per-sample",
+        "--steps",
+        "2",
+    ]
     assert call(*words, "--batch-size", "20000", "--seeds", "2", "--out", str(tmp_path)) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert said == [
@@ -347,8 +505,20 @@ def test_sigkill_of_the_main_job_at_twenty_random_moments(tmp_path: Path) -> Non
     opened = 0
     for i, moment in enumerate(np.random.default_rng(1).uniform(0.0, 9.0, 20)):
         out = tmp_path / str(i)
-        words = ["-m", "curvlab", "compare", "--model", "mlp-256-20", "--steps", "1000000", "--out", str(out)]
-        with subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        words = [
+            "-m",
+            "curvlab",
+            "compare",
+            "--model",
+            "mlp-256-20",
+            "--steps",
+            "1000000",
+            "--out",
+            str(out),
+        ]
+        with subprocess.Popen(
+            [sys.executable, *words], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        ) as process:
             while not (out / "run.h5").exists() and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(moment)
@@ -363,7 +533,11 @@ def test_device_auto_is_what_the_machine_has() -> None:
     assert machine.device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_names_that_look_like_markup_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.show(Table("[/caption]", ("[bold]name", "x"), (("[/a]", "1"), ("[red]b", "2"))), "model [/x]")
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    terminal.show(
+        Table("[/caption]", ("[bold]name", "x"), (("[/a]", "1"), ("[red]b", "2"))), "model [/x]"
+    )
     said = capsys.readouterr().out
     assert all(name in said for name in ("model [/x]", "[bold]name", "[/a]", "[red]b"))

@@ -60,10 +60,16 @@ def follows_the_gradient(name: str, block: Block) -> bool:
 @contextmanager
 def fallback(name: str, model: str) -> Iterator[None]:
     """Expects one warning that names all parameters which fall back to the gradient, and none where there are none."""
-    loose = [n for b in problem(model).objective().blocks if follows_the_gradient(name, b) for n in b.params]
+    loose = [
+        n
+        for b in problem(model).objective().blocks
+        if follows_the_gradient(name, b)
+        for n in b.params
+    ]
     if loose:
         with pytest.warns(
-            cl.CurvlabWarning, match=f"without a rule.* follow the gradient.*: {re.escape(', '.join(loose))}$"
+            cl.CurvlabWarning,
+            match=f"without a rule.* follow the gradient.*: {re.escape(', '.join(loose))}$",
         ) as s:
             yield
         assert len(s) == 1
@@ -88,7 +94,9 @@ def make_optimizer(name: str, objective: Objective, p: Problem, **options: objec
     return cl.optimizer(name, objective, **{"lr": 1e-3, "damping": damped(name, p), **options})
 
 
-def first_direction(name: str, p: Problem, **options: object) -> tuple[Observation, dict[str, Tensor]]:
+def first_direction(
+    name: str, p: Problem, **options: object
+) -> tuple[Observation, dict[str, Tensor]]:
     objective = p.objective()
     d = make_descent(name, objective, p, **{"momentum": 0.0, **options})
     observation = objective.closure(p.x, p.y).observe(d.needs)
@@ -100,7 +108,9 @@ def weights(objective: Objective) -> dict[str, Tensor]:
 
 
 def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[n], expected[n]) for n in expected
+    )
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -126,18 +136,26 @@ def test_every_block_is_a_positive_definite_operator(name: str, model: str) -> N
     whole = ALGORITHMS[name].whole
     assert list(curvature.inverse) == (["whole"] if whole else [b.name for b in objective.blocks])
     for part, H in curvature.inverse.items():
-        eye = torch.eye(len(objective.layout) if whole else objective.layout.blocks[int(part) - 1].numel, dtype=torch.float64)
+        eye = torch.eye(
+            len(objective.layout) if whole else objective.layout.blocks[int(part) - 1].numel,
+            dtype=torch.float64,
+        )
         dense = H.dense()
         assert len(H) == len(eye)
         torch.testing.assert_close(dense, dense.T, rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(H @ eye, dense, rtol=1e-10, atol=1e-11)
-        torch.testing.assert_close(H.eigvalsh(), torch.linalg.eigvalsh(dense), rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(
+            H.eigvalsh(), torch.linalg.eigvalsh(dense), rtol=1e-10, atol=1e-11
+        )
         assert float(H.eigvalsh()[0]) > 0
         torch.testing.assert_close(H.inv() @ dense, eye, rtol=0, atol=1e-10)
         torch.testing.assert_close(H.inv().inv().dense(), dense, rtol=1e-9, atol=1e-10)
         drawn = torch.Generator().manual_seed(0)
         shapes = {b.name: b.shape for b in objective.blocks if whole or b.name == part}
-        gradient = {n: torch.randn(shape, generator=drawn, dtype=torch.float64) for n, shape in shapes.items()}
+        gradient = {
+            n: torch.randn(shape, generator=drawn, dtype=torch.float64)
+            for n, shape in shapes.items()
+        }
         vector = torch.cat([g.flatten() for g in gradient.values()])
         torch.testing.assert_close(H @ vector, dense @ vector, rtol=1e-10, atol=1e-11)
         found = torch.cat([d.flatten() for d in curvature.precondition(gradient).values()])
@@ -163,12 +181,17 @@ def test_loss_falls_over_10_steps(name: str, model: str) -> None:
         direction = first_direction(name, p)[1]
     objective = p.objective()
     with fallback(name, model):
-        optimizer = make_optimizer(name, objective, p, lr=0.02 / math.sqrt(dot(direction, direction)))
+        optimizer = make_optimizer(
+            name, objective, p, lr=0.02 / math.sqrt(dot(direction, direction))
+        )
     losses = [float(optimizer.step(objective.closure(p.x, p.y))) for _ in range(11)]
     assert losses[10] < losses[5] < losses[0]
 
 
-@pytest.mark.parametrize(("name", "model"), [*((n, "tanh") for n in NAMES), *(("kfac", m) for m in MODELS if m != "tanh")])
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [*((n, "tanh") for n in NAMES), *(("kfac", m) for m in MODELS if m != "tanh")],
+)
 def test_weight_decay_is_decoupled(name: str, model: str) -> None:
     """p + γ W for every parameter (thesis Alg. 15, line 19; practice: for every variable)."""
     p = problem(model)
@@ -178,7 +201,9 @@ def test_weight_decay_is_decoupled(name: str, model: str) -> None:
         decayed = first_direction(name, p, weight_decay=0.3)[1]
     for block in p.objective().blocks:
         w = block.gather({n: t.detach() for n, t in p.model.named_parameters()})
-        torch.testing.assert_close(decayed[block.name], plain[block.name] + 0.3 * w, rtol=1e-14, atol=1e-15)
+        torch.testing.assert_close(
+            decayed[block.name], plain[block.name] + 0.3 * w, rtol=1e-14, atol=1e-15
+        )
 
 
 @algorithms
@@ -193,7 +218,11 @@ def test_there_is_no_direction_before_the_first_data(name: str) -> None:
 
 @algorithms
 def test_overall_damping_gives_a_damping_that_is_not_negative(name: str) -> None:
-    found = [damping_for(name, overall, size) for overall in (0.0, 1e-3, 1.0, 100.0) for size in (1, 1000)]
+    found = [
+        damping_for(name, overall, size)
+        for overall in (0.0, 1e-3, 1.0, 100.0)
+        for size in (1, 1000)
+    ]
     assert all(value >= 0 and math.isfinite(value) for value in found)
     with pytest.raises(cl.CurvlabError, match="damping must be 0 or positive, not -1"):
         damping_for(name, -1.0, 10)
@@ -249,7 +278,9 @@ def saved_and_loaded(state: dict[str, object]) -> dict[str, object]:
     return torch.load(file, weights_only=True)
 
 
-WAYS = [(warm, schedule, stop) for warm in (False, True) for schedule in SCHEDULES for stop in (0, 4)]
+WAYS = [
+    (warm, schedule, stop) for warm in (False, True) for schedule in SCHEDULES for stop in (0, 4)
+]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +293,9 @@ WAYS = [(warm, schedule, stop) for warm in (False, True) for schedule in SCHEDUL
         if (way[0] + SCHEDULES.index(way[1]) + way[2] // 4 + i + j) % 2 == 0
     ],
 )
-def test_a_checkpoint_continues_bit_for_bit(name: str, model: str, warm: bool, schedule: tuple[int, int], stop: int) -> None:
+def test_a_checkpoint_continues_bit_for_bit(
+    name: str, model: str, warm: bool, schedule: tuple[int, int], stop: int
+) -> None:
     """Into a model of other weights, an objective of another seed, an optimizer that has already moved elsewhere.
 
     Four of the eight ways with one model, in which any two of the three are met in all their values, the others with the other.
@@ -288,7 +321,9 @@ def test_a_checkpoint_continues_bit_for_bit(name: str, model: str, warm: bool, s
     q.model.load_state_dict(state["model"])
     resumed.load_state_dict(state["optimizer"])
     for x, y in data[stop:]:
-        assert torch.equal(resumed.step(other.closure(x, y)), optimizer.step(objective.closure(x, y)))
+        assert torch.equal(
+            resumed.step(other.closure(x, y)), optimizer.step(objective.closure(x, y))
+        )
         assert same(weights(other), weights(objective))
 
 
@@ -309,9 +344,15 @@ def trajectory(name: str, seed: int, model: str = "tanh") -> list[dict[str, Tens
 @pytest.mark.parametrize("model", REPRESENTATIVE)
 def test_the_seed_is_all_that_labels_depend_on(name: str, model: str) -> None:
     """The same seed: the same bits. Another: the same bits too, unless labels are drawn from the model."""
-    first, again, other = trajectory(name, 0, model), trajectory(name, 0, model), trajectory(name, 1, model)
+    first, again, other = (
+        trajectory(name, 0, model),
+        trajectory(name, 0, model),
+        trajectory(name, 1, model),
+    )
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
-    assert all(same(a, b) for a, b in zip(first, other, strict=True)) is (ALGORITHMS[name].labels != "model")
+    assert all(same(a, b) for a, b in zip(first, other, strict=True)) is (
+        ALGORITHMS[name].labels != "model"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ alone and in company
@@ -347,7 +388,9 @@ def test_compare_gives_the_same_bits_alone_and_in_company(name: str, quarter: in
     schedule, warm = SCHEDULES[(quarter + NAMES.index(name)) % 2], quarter // 2 == 1
     alone = compared(name, [], schedule, warm)
     company = compared(name, others, schedule, warm)
-    np.testing.assert_allclose(alone[0], company[0], rtol=1e-13)  # one product of 1 or of all directions: other sums
+    np.testing.assert_allclose(
+        alone[0], company[0], rtol=1e-13
+    )  # one product of 1 or of all directions: other sums
     assert np.array_equal(alone[1], company[1])
     assert same(alone[2], company[2])
 
@@ -366,9 +409,12 @@ def together() -> dict[str, tuple[Directions, Directions, Directions]]:
     objective = p.objective()
 
     def crowd() -> list[tuple[str, Descent]]:
-        watched = [(n, make_descent(n, objective, p, update_every=2, refresh_every=3)) for n in NAMES]
+        watched = [
+            (n, make_descent(n, objective, p, update_every=2, refresh_every=3)) for n in NAMES
+        ]
         others = [
-            ("", make_descent(n, objective, p, update_every=1 + i % 3, refresh_every=1 + i % 2)) for i, n in enumerate(NAMES)
+            ("", make_descent(n, objective, p, update_every=1 + i % 3, refresh_every=1 + i % 2))
+            for i, n in enumerate(NAMES)
         ]
         return [d for pair in zip(others, watched, strict=True) for d in pair]
 
@@ -419,7 +465,11 @@ def test_dtype_follows_the_model(name: str, dtype: torch.dtype) -> None:
     assert loss.dtype == dtype
     assert {w.dtype for w in p.model.parameters()} == {dtype}
     tensors = list(floating(optimizer.state_dict()["curvlab"]))
-    kept = {"ssn": set(), "skqn-b1": {dtype, torch.float64}, "skqn-b2": {dtype, torch.float64}}  # no tensor; Λ̃ is double
+    kept = {
+        "ssn": set(),
+        "skqn-b1": {dtype, torch.float64},
+        "skqn-b2": {dtype, torch.float64},
+    }  # no tensor; Λ̃ is double
     assert {t.dtype for t in tensors} == kept.get(name, {dtype})
     curvature = optimizer.descent.curvature
     gradients = objective.closure(p.x, p.y).observe().gradients
@@ -431,7 +481,11 @@ def floating(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield from [value] if value.is_floating_point() else []
     elif isinstance(value, dict | list | tuple):
-        core = value.get("core") if isinstance(value, dict) and value.get("kind") == "Compact" else None
+        core = (
+            value.get("core")
+            if isinstance(value, dict) and value.get("kind") == "Compact"
+            else None
+        )
         for v in value.values() if isinstance(value, dict) else value:
             yield from [] if v is core else floating(v)
 
@@ -463,7 +517,9 @@ def test_constant_inputs(name: str, model: str, value: float) -> None:
     """A batch of one image many times over: rank one, and with zeros a first layer without statistics."""
     p = problem(model)
     with fallback(name, model):
-        observation, direction = first_direction(name, Problem(p.model, p.likelihood, torch.full_like(p.x, value), p.y))
+        observation, direction = first_direction(
+            name, Problem(p.model, p.likelihood, torch.full_like(p.x, value), p.y)
+        )
     assert finite(direction)
     assert dot(direction, observation.gradients) > 0
 
@@ -479,7 +535,9 @@ def test_zero_gradients_give_zero_directions(name: str) -> None:
     before = weights(objective)
     for x, _ in batches(p, 3):
         observation = objective.closure(x, torch.zeros_like(p.y)).observe({"data", "model"})
-        assert not any(bool(s.g.any()) for label in observation.passes.values() for s in label.values())
+        assert not any(
+            bool(s.g.any()) for label in observation.passes.values() for s in label.values()
+        )
         optimizer.step(objective.closure(x, torch.zeros_like(p.y)))
     assert same(weights(objective), before)
 
@@ -487,20 +545,27 @@ def test_zero_gradients_give_zero_directions(name: str) -> None:
 @algorithms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1e15, 1e30])
-def test_enormous_gradients_give_a_finite_direction_or_a_clear_error(name: str, dtype: torch.dtype, size: float) -> None:
+def test_enormous_gradients_give_a_finite_direction_or_a_clear_error(
+    name: str, dtype: torch.dtype, size: float
+) -> None:
     p = problem("linear", dtype=dtype)
     objective = p.objective()
     d = make_descent(name, objective, p, momentum=0.0)
     observation = objective.closure(p.x * size, p.y).observe(d.needs)
     assert float(observation.gradients["1"].abs().max()) > size / 100
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", cl.CurvlabWarning)  # a damping that is raised is said, and tested elsewhere
+        warnings.simplefilter(
+            "ignore", cl.CurvlabWarning
+        )  # a damping that is raised is said, and tested elsewhere
         message = None
         try:
             direction = d.direction(observation)
         except cl.CurvlabError as error:
             message = str(error)
-    remedies = ("raise the damping", "an overflow")  # of statistics; of a matrix of second derivatives
+    remedies = (
+        "raise the damping",
+        "an overflow",
+    )  # of statistics; of a matrix of second derivatives
     named = message is not None and ("block 1" in message or ALGORITHMS[name].whole)
     assert finite(direction) if message is None else (named and any(r in message for r in remedies))
 
@@ -534,10 +599,14 @@ def test_a_layer_that_lacks_what_is_read(name: str, model: str) -> None:
         observation, direction = first_direction(name, p)
     assert finite(direction)
     for block in p.objective().blocks:
-        rate = 1 / damped(name, p) if ALGORITHMS[name].fallback is not IdentityBlock else 1.0  # thesis 3.4.3: α/λ
+        rate = (
+            1 / damped(name, p) if ALGORITHMS[name].fallback is not IdentityBlock else 1.0
+        )  # thesis 3.4.3: α/λ
         plain = torch.equal(direction[block.name], rate * observation.gradients[block.name])
         # without pairs L-BFGS is the gradient, divided by 1 + λ
-        identity = not ALGORITHMS[name].whole and isinstance(ALGORITHMS[name].block(block), IdentityBlock)
+        identity = not ALGORITHMS[name].whole and isinstance(
+            ALGORITHMS[name].block(block), IdentityBlock
+        )
         assert plain is (follows_the_gradient(name, block) or identity)
     objective = p.objective()
     before = weights(objective)
@@ -556,7 +625,9 @@ class Pixels(nn.Module):
 
     def __init__(self, net: nn.Sequential) -> None:
         super().__init__()
-        self.net = nn.Sequential(*(self.convolution(m) if isinstance(m, nn.Linear) else m for m in net))
+        self.net = nn.Sequential(
+            *(self.convolution(m) if isinstance(m, nn.Linear) else m for m in net)
+        )
 
     @staticmethod
     def convolution(linear: nn.Linear) -> nn.Conv2d:
@@ -584,7 +655,9 @@ def test_a_1x1_convolution_on_1x1_images_is_a_linear_layer(name: str) -> None:
         for x, y in batches(p, 5, seed=30):
             before = weights(objective)
             optimizer.step(objective.closure(x, y))
-            steps[-1].append(torch.cat([(w - before[n]).flatten() for n, w in weights(objective).items()]))
+            steps[-1].append(
+                torch.cat([(w - before[n]).flatten() for n, w in weights(objective).items()])
+            )
     for linear, convolution in zip(*steps, strict=True):
         assert float(linear.norm()) > 0
         assert_near(convolution, linear, 1e-10)
@@ -593,7 +666,9 @@ def test_a_1x1_convolution_on_1x1_images_is_a_linear_layer(name: str) -> None:
 # ------------------------------------------------------------------------------------------------ devices
 
 DEVICES = [
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    ),
 ]
 
 

@@ -12,11 +12,17 @@ from torch import Tensor, nn
 
 import curvlab as cl
 
-curvlinops = pytest.importorskip("curvlinops", reason="pip install --no-deps curvlinops-for-pytorch, see the README")
+curvlinops = pytest.importorskip(
+    "curvlinops", reason="pip install --no-deps curvlinops-for-pytorch, see the README"
+)
 
 models = pytest.mark.parametrize("model", MODELS)
 
-LOSSES = {"categorical": nn.CrossEntropyLoss, "bernoulli": nn.BCEWithLogitsLoss, "gaussian": nn.MSELoss}
+LOSSES = {
+    "categorical": nn.CrossEntropyLoss,
+    "bernoulli": nn.BCEWithLogitsLoss,
+    "gaussian": nn.MSELoss,
+}
 OPERATORS = {
     "hessian": curvlinops.HessianLinearOperator,
     "ggn": curvlinops.GGNLinearOperator,
@@ -30,14 +36,22 @@ wrong for layer norm (not symmetric between its weight and its input)."""
 
 
 def data(p: Problem, streamed: bool) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(p.x.split([3, 1, 3]), p.y.split([3, 1, 3]), strict=True)) if streamed else [(p.x, p.y)]
+    return (
+        list(zip(p.x.split([3, 1, 3]), p.y.split([3, 1, 3]), strict=True))
+        if streamed
+        else [(p.x, p.y)]
+    )
 
 
-def theirs(p: Problem, likelihood: str, kind: str, streamed: bool = False, **options: object) -> tuple[object, float]:
+def theirs(
+    p: Problem, likelihood: str, kind: str, streamed: bool = False, **options: object
+) -> tuple[object, float]:
     """(their operator, on the parameters one after the other; the scale that makes it our mean)."""
     loss = LOSSES[likelihood](reduction="sum")
     weights = list(p.objective().parameters.values())
-    operator = OPERATORS[kind](p.model, loss, weights, data(p, streamed), check_deterministic=False, **options)
+    operator = OPERATORS[kind](
+        p.model, loss, weights, data(p, streamed), check_deterministic=False, **options
+    )
     square = {"gaussian": 4 if kind == "ef" else 2}.get(likelihood, 1)
     return operator, 1 / (square * len(p.x))
 
@@ -78,7 +92,9 @@ def test_second_moments(model: str, kind: str, way: tuple[str, bool]) -> None:
     assert_same(p, ours, *theirs(p, likelihood, kind, streamed))
 
 
-@pytest.mark.parametrize(("model", "likelihood", "streamed"), in_turn(TWICE, LIKELIHOODS, [False, True]))
+@pytest.mark.parametrize(
+    ("model", "likelihood", "streamed"), in_turn(TWICE, LIKELIHOODS, [False, True])
+)
 def test_hessian(model: str, likelihood: str, streamed: bool) -> None:
     p = problem(model, likelihood)
     ours = cl.exact.matrix(p.objective(), data(p, streamed), kind="hessian", block=None).dense()
@@ -101,7 +117,9 @@ def test_blocks_and_products(model: str, kind: str) -> None:
     objective = p.objective()
     for block in objective.blocks:
         weights = [objective.parameters[name] for name in block.params]
-        operator = OPERATORS[kind](p.model, nn.CrossEntropyLoss(), weights, [(p.x, p.y)], check_deterministic=False)
+        operator = OPERATORS[kind](
+            p.model, nn.CrossEntropyLoss(), weights, [(p.x, p.y)], check_deterministic=False
+        )
         places = block.scatter(torch.arange(block.numel))
         own = torch.cat([places[name].flatten() for name in block.params])
         held = trained(p)[order(p).argsort()][objective.layout.slices[block.name]][own]
@@ -122,7 +140,12 @@ def test_drawn_labels_have_the_same_mean(likelihood: str) -> None:
     exact = cl.exact.matrix(objective, p.x, p.y, "fisher", None).dense()[at][:, at]
     seeds = [theirs(p, likelihood, "fisher-mc", seed=seed, mc_samples=25) for seed in range(40)]
     their = torch.stack([operator @ identity * scale for operator, scale in seeds])
-    ours = torch.stack([cl.exact.matrix(objective, p.x, p.y, "fisher-mc", None, draws=25).dense() for _ in range(40)])
+    ours = torch.stack(
+        [
+            cl.exact.matrix(objective, p.x, p.y, "fisher-mc", None, draws=25).dense()
+            for _ in range(40)
+        ]
+    )
     for found in (their, ours[:, at][:, :, at]):
         error = found.std(0) / 40**0.5
         assert bool(((found.mean(0) - exact).abs() <= 5 * error + 1e-15).all())
@@ -133,7 +156,9 @@ def test_drawn_labels_have_the_same_mean(likelihood: str) -> None:
 def test_jacobians(model: str) -> None:
     p = problem(model)
     weights = list(p.objective().parameters.values())
-    operator = curvlinops.JacobianLinearOperator(p.model, weights, [(p.x, p.y)], check_deterministic=False)
+    operator = curvlinops.JacobianLinearOperator(
+        p.model, weights, [(p.x, p.y)], check_deterministic=False
+    )
     dense = operator @ torch.eye(operator.shape[1]).double() * trained(p)
     found = cl.exact.jacobians(p.objective(), p.x)
     assert_near(torch.cat([j.flatten(2) for j in found.values()], 2).flatten(0, 1), dense)

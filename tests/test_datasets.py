@@ -83,12 +83,17 @@ def test_mnist_is_mnist() -> None:
     train, test = cl.datasets.load("mnist")
     assert train.y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert test.y[:5].tolist() == [7, 2, 1, 0, 4]
-    assert abs(train.x[:].mean().item() - 0.1307) < 1e-4  # the published mean and standard deviation
+    assert (
+        abs(train.x[:].mean().item() - 0.1307) < 1e-4
+    )  # the published mean and standard deviation
     assert abs(train.x[:].std().item() - 0.3081) < 1e-4
 
 
 def test_mnist16_is_the_mean_of_two_by_two_pixels_in_a_frame() -> None:
-    big, small = cl.datasets.load("mnist")[1].x[:50].numpy(), cl.datasets.load("mnist16")[1].x[:50].numpy()
+    big, small = (
+        cl.datasets.load("mnist")[1].x[:50].numpy(),
+        cl.datasets.load("mnist16")[1].x[:50].numpy(),
+    )
     framed = np.pad(big.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     expected = framed.reshape(-1, 16, 2, 16, 2).mean((2, 4)).reshape(-1, 256)
     np.testing.assert_allclose(small, expected, atol=1e-6)
@@ -146,13 +151,17 @@ def _noisy(x: Tensor, generator: torch.Generator) -> Tensor:
 def test_augmentation_is_new_in_every_batch_and_epoch_and_the_same_again(ten: Dataset) -> None:
     noisy = replace(ten, augment=_noisy)
     before = torch.get_rng_state()
-    one, same, other = ([x - y[:, None] for x, y in noisy.batches(5, 2, seed)] for seed in (3, 3, 4))
+    one, same, other = (
+        [x - y[:, None] for x, y in noisy.batches(5, 2, seed)] for seed in (3, 3, 4)
+    )
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     noise = torch.cat([*one, *other]).flatten()
     assert len(noise.unique()) == len(noise)
     assert noise.min() > 0
-    plain = torch.cat([y for _, y in ten.batches(5, 2, 3)])  # the order is that of the data without augmentation
+    plain = torch.cat(
+        [y for _, y in ten.batches(5, 2, 3)]
+    )  # the order is that of the data without augmentation
     assert torch.equal(plain, torch.cat([y for _, y in noisy.batches(5, 2, 3)]))
     assert all(torch.equal(x[:, 0], y.float()) for x, y in noisy.batches(5, 2, 3, augment=False))
 
@@ -165,7 +174,9 @@ def test_an_autoencoder_is_to_give_back_the_image_without_the_augmentation() -> 
 
 
 def test_sparse_rows_come_out_as_the_dense_rows() -> None:
-    dense = torch.rand(30, 7, generator=torch.Generator().manual_seed(0)) * (torch.arange(7) % 3 == 0)
+    dense = torch.rand(30, 7, generator=torch.Generator().manual_seed(0)) * (
+        torch.arange(7) % 3 == 0
+    )
     rows = SparseRows(scipy.sparse.csr_matrix(dense.numpy()))
     data, full = (Dataset("sparse", x, torch.arange(30), "") for x in (rows, dense))
     assert (rows.shape, rows.ndim, rows.dtype, len(rows)) == (dense.shape, 2, dense.dtype, 30)
@@ -179,14 +190,27 @@ def test_sparse_rows_come_out_as_the_dense_rows() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda d: replace(d, x=torch.where(d.x == 3, torch.nan, d.x)), r"inputs contain NaN or Inf \(first in example 3\)"),
-        (lambda d: replace(d, y=torch.where(d.y == 4, torch.inf, d.y.float())), r"targets contain NaN .* example 4"),
+        (
+            lambda d: replace(d, x=torch.where(d.x == 3, torch.nan, d.x)),
+            r"inputs contain NaN or Inf \(first in example 3\)",
+        ),
+        (
+            lambda d: replace(d, y=torch.where(d.y == 4, torch.inf, d.y.float())),
+            r"targets contain NaN .* example 4",
+        ),
         (lambda d: replace(d, y=d.y - 2), "has the label -2"),
         (lambda d: replace(d, y=d.y[:7]), "has 10 inputs but 7 targets"),
-        (lambda d: replace(d, x=SparseRows(scipy.sparse.csr_matrix(np.diag([*range(1, 10), np.nan])))), "inputs contain NaN"),
+        (
+            lambda d: replace(
+                d, x=SparseRows(scipy.sparse.csr_matrix(np.diag([*range(1, 10), np.nan])))
+            ),
+            "inputs contain NaN",
+        ),
     ],
 )
-def test_what_cannot_be_right_is_refused_at_load(ten: Dataset, change, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_right_is_refused_at_load(
+    ten: Dataset, change, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(DATASETS, "bad", Entry("bad", lambda: (ten, change(ten))))
     with pytest.raises(cl.CurvlabError, match=f"data set 'ten'.*{says}"):
         cl.datasets.load("bad")

@@ -27,7 +27,11 @@ def test_second_moment_is_the_bias_corrected_sum(model: str, decay: float) -> No
         for name, gradient in observation.gradients.items():
             seen[name].append(gradient.flatten())
             powers = decay ** torch.arange(k - 1, -1, -1, dtype=torch.float64)
-            v = (1 - decay) * (powers[:, None] * torch.stack(seen[name]).square()).sum(0) / (1 - decay**k)
+            v = (
+                (1 - decay)
+                * (powers[:, None] * torch.stack(seen[name]).square()).sum(0)
+                / (1 - decay**k)
+            )
             inverse, block = curvature.inverse[name], curvature.blocks[name]
             assert isinstance(inverse, Diagonal)
             assert isinstance(block, SecondMoment)
@@ -43,7 +47,9 @@ def test_first_direction_is_the_sign_of_the_gradient_without_damping() -> None:
     observation = objective.closure(p.x, p.y).observe(curvature.needs)
     curvature.update(observation)
     for name, direction in curvature.precondition(observation.gradients).items():
-        torch.testing.assert_close(direction, observation.gradients[name].sign(), rtol=1e-14, atol=0)
+        torch.testing.assert_close(
+            direction, observation.gradients[name].sign(), rtol=1e-14, atol=0
+        )
 
 
 def test_rmsprop_is_that_of_torch_from_the_same_second_moments() -> None:
@@ -56,7 +62,9 @@ def test_rmsprop_is_that_of_torch_from_the_same_second_moments() -> None:
     theirs = torch.optim.RMSprop(q.model.parameters(), lr=0.01, alpha=0.9, eps=1e-3)
     squares = [torch.zeros_like(w) for w in q.model.parameters()]
     for x, y in warm:
-        gradients = torch.autograd.grad(q.likelihood.loss(q.model(x), y).mean(), list(q.model.parameters()))
+        gradients = torch.autograd.grad(
+            q.likelihood.loss(q.model(x), y).mean(), list(q.model.parameters())
+        )
         squares = [s + g.square() / len(warm) for s, g in zip(squares, gradients, strict=True)]
     for w, v in zip(q.model.parameters(), squares, strict=True):
         theirs.state[w] = {"step": torch.tensor(0.0), "square_avg": v.clone()}
@@ -84,7 +92,9 @@ def test_rmsprop_is_adam_without_bias_correction() -> None:
         m, v = beta * m + (1 - beta) * g, beta * v + (1 - beta) * g.square()
         w = w - 0.01 * m / (v.sqrt() + 1e-3)
         optimizer.step(objective.closure(x, y))
-        assert_near(objective.layout.flatten({n: t.detach() for n, t in objective.parameters.items()}), w)
+        assert_near(
+            objective.layout.flatten({n: t.detach() for n, t in objective.parameters.items()}), w
+        )
 
 
 def gradient(objective: cl.Objective, x: Tensor, y: Tensor) -> Tensor:

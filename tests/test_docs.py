@@ -69,7 +69,13 @@ def test_a_table_has_every_entry_of_the_codes_own_in_its_order(name: str) -> Non
 
 
 def test_what_it_says_is_what_the_entries_say() -> None:
-    said = {"algorithms": ALGORITHMS, "models": MODELS, "datasets": DATASETS, "figures": FIGURES, "probes": PROBES}
+    said = {
+        "algorithms": ALGORITHMS,
+        "models": MODELS,
+        "datasets": DATASETS,
+        "figures": FIGURES,
+        "probes": PROBES,
+    }
     for name, entries in said.items():
         assert column(name, 1) == [entry.summary for entry in entries.values()]
     assert column("schedules", 1)[: len(SCHEDULES)] == [s.summary for s in SCHEDULES.values()]
@@ -85,15 +91,21 @@ def test_options_and_schedules_are_complete() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "axis", "of"), [("variables-step", "step", "variables"), ("variables-epoch", "epoch", "epoch")]
+    ("table", "axis", "of"),
+    [("variables-step", "step", "variables"), ("variables-epoch", "epoch", "epoch")],
 )
 def test_the_schema_of_the_log_is_complete_and_true(table: str, axis: str, of: str) -> None:
-    expected = [(name, ", ".join((axis, *v.dims))) for p in PROBES.values() for name, v in getattr(p, of).items()]
+    expected = [
+        (name, ", ".join((axis, *v.dims)))
+        for p in PROBES.values()
+        for name, v in getattr(p, of).items()
+    ]
     assert list(zip(column(table), column(table, 1), strict=True)) == expected
 
 
 @pytest.mark.parametrize(
-    ("table", "axis", "of"), [("variables-spectrum", "step", OF_SPECTRA), ("variables-training", "epoch", OF_TRAINING)]
+    ("table", "axis", "of"),
+    [("variables-spectrum", "step", OF_SPECTRA), ("variables-training", "epoch", OF_TRAINING)],
 )
 def test_the_schemas_of_spectra_and_training_are_true(
     table: str, axis: str, of: dict[str, tuple[tuple[str, ...], str, str]]
@@ -104,11 +116,15 @@ def test_the_schemas_of_spectra_and_training_are_true(
 def test_the_gallery_has_every_name_and_every_claim_of_a_run() -> None:
     rows = [row for name in tables.GALLERIES for row in tables.TABLES[name]().rows]
     assert sorted(row[0].removeprefix("curvlab reproduce ") for row in rows) == sorted(scripts())
-    assert all(len(row) == 5 and all(isinstance(cell, str) and cell for cell in row[:4]) for row in rows)
+    assert all(
+        len(row) == 5 and all(isinstance(cell, str) and cell for cell in row[:4]) for row in rows
+    )
     measured = tables.measured()
     assert measured.keys() <= scripts().keys()
     for name, found in measured.items():
-        assert all((ROOT / "analyses" / "figures" / picture).is_file() for picture in found["pictures"]), name
+        assert all(
+            (ROOT / "analyses" / "figures" / picture).is_file() for picture in found["pictures"]
+        ), name
 
 
 def test_the_table_of_modules_is_the_folder() -> None:
@@ -123,7 +139,11 @@ def test_the_table_of_modules_is_the_folder() -> None:
 
 
 def used() -> list[str]:
-    return [name for page in PAGES for name in re.findall(r"^```\{table-of\} (\S+)$", page.read_text(), re.MULTILINE)]
+    return [
+        name
+        for page in PAGES
+        for name in re.findall(r"^```\{table-of\} (\S+)$", page.read_text(), re.MULTILINE)
+    ]
 
 
 def test_every_table_is_on_one_page() -> None:
@@ -177,9 +197,9 @@ def test_every_source_begins_with_a_key_of_the_references() -> None:
             continue  # it cites in its summary
         assert source, entry
         for part in source.split(";"):
-            assert any(re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", part) for key in known) or IN_A_DOCUMENT.search(
-                part
-            ), (
+            assert any(
+                re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", part) for key in known
+            ) or IN_A_DOCUMENT.search(part), (
                 entry,
                 part,
             )
@@ -190,15 +210,22 @@ def test_every_source_begins_with_a_key_of_the_references() -> None:
 def test_what_probes_cite_is_listed() -> None:
     for name, p in PROBES.items():
         words = " ".join([p.summary, *(v.long_name for v in {**p.variables, **p.epoch}.values())])
-        assert all(year in keys() for year in re.findall(r"[A-Z][\w-]+(?: et al\.| and [A-Z]\w+)? (?:19|20)\d\d", words)), name
+        assert all(
+            year in keys()
+            for year in re.findall(r"[A-Z][\w-]+(?: et al\.| and [A-Z]\w+)? (?:19|20)\d\d", words)
+        ), name
         assert "002" not in words, name
 
 
-PAPER = re.compile(r"([A-Z][\w-]+)(?:(?:, | and |, and )[A-Z][\w-]+)*(?: et al\.)?,? \(?((?:19|20)\d\d)\b")
+PAPER = re.compile(
+    r"([A-Z][\w-]+)(?:(?:, | and |, and )[A-Z][\w-]+)*(?: et al\.)?,? \(?((?:19|20)\d\d)\b"
+)
 
 
 def test_every_paper_that_the_code_names_is_listed() -> None:
-    rows = [row for row in (DOCS / "references.md").read_text().splitlines() if row.startswith("| `")]
+    rows = [
+        row for row in (DOCS / "references.md").read_text().splitlines() if row.startswith("| `")
+    ]
     for path in (ROOT / "curvlab").rglob("*.py"):
         for name, year in PAPER.findall(path.read_text(encoding="utf-8")):
             assert any(name in row and year in row for row in rows), (path.name, name, year)
@@ -213,7 +240,11 @@ def test_no_key_is_a_number_of_a_file(word: str) -> None:
 
 # ---- examples
 
-WITH_EXAMPLES = sorted(p for p in (ROOT / "curvlab").rglob("*.py") if re.search(r"^\s+>>> ", p.read_text(), re.MULTILINE))
+WITH_EXAMPLES = sorted(
+    p
+    for p in (ROOT / "curvlab").rglob("*.py")
+    if re.search(r"^\s+>>> ", p.read_text(), re.MULTILINE)
+)
 
 
 def test_there_are_examples() -> None:
@@ -229,10 +260,14 @@ def test_the_examples_of_docstrings_run(path: Path) -> None:
     assert not done.failed
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if ">>> " in p.read_text()], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if ">>> " in p.read_text()], ids=lambda p: p.stem
+)
 def test_the_examples_of_pages_run(page: Path) -> None:
     text = page.read_text()
-    done = doctest.DocTestRunner().run(doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0))
+    done = doctest.DocTestRunner().run(
+        doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    )
     assert done.attempted
     assert not done.failed
 
@@ -298,7 +333,9 @@ def site(tmp_path: Path) -> Path:
     return there / "html"
 
 
-def test_the_site_is_built_without_a_warning_has_whole_cells_and_can_be_searched(site: Path) -> None:
+def test_the_site_is_built_without_a_warning_has_whole_cells_and_can_be_searched(
+    site: Path,
+) -> None:
     """One test, since the build takes half a minute."""
     has_every_entry_of_every_table_as_a_whole_cell(site)
     can_be_searched_and_needs_no_other(site)
@@ -323,4 +360,6 @@ def can_be_searched_and_needs_no_other(site: Path) -> None:
     index = (site / "searchindex.js").read_text(encoding="utf-8")
     assert all(f'"{page}"' in index for page in ("start", "choose", "references", "api/curvlab"))
     for page in site.rglob("*.html"):
-        assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://", page.read_text(encoding="utf-8")), page
+        assert not re.findall(
+            r"<(?:script|link|img)[^>]+(?:src|href)=\"https?://", page.read_text(encoding="utf-8")
+        ), page

@@ -55,10 +55,16 @@ def test_the_installation_on_one_page() -> None:
 
 def test_libraries_that_lack_or_are_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        metadata, "requires", lambda name: ["nosuch>=1", "torch>=99", "numpy>=1", 'pytest>=8 ; extra == "test"']
+        metadata,
+        "requires",
+        lambda name: ["nosuch>=1", "torch>=99", "numpy>=1", 'pytest>=8 ; extra == "test"'],
     )
     found = {f.what: f for f in doctor.examine().sections["libraries"]}
-    assert {name: f.state for name, f in found.items()} == {"nosuch": "bad", "torch": "bad", "numpy": ""}
+    assert {name: f.state for name, f in found.items()} == {
+        "nosuch": "bad",
+        "torch": "bad",
+        "numpy": "",
+    }
     assert "pip install 'nosuch>=1'" in found["nosuch"].says
     assert ">=99 is wanted" in found["torch"].says
     done = CliRunner().invoke(app, ["doctor"])
@@ -83,7 +89,9 @@ def test_data_that_are_damaged_or_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_a_run_that_is_whole(run: Path) -> None:
     found = of(run)
-    assert [found[what].state for what in ("folder", "log", "checkpoint", "together")] == ["good"] * 4
+    assert [found[what].state for what in ("folder", "log", "checkpoint", "together")] == [
+        "good"
+    ] * 4
     assert found["length"].says == "2 epochs, 2 steps"
     assert found["checkpoint"].says.endswith("after 2 steps, 0 of them in epoch 3")
     assert "curvlab.train(…" in found["to go on"].says  # no command line has begun it
@@ -107,7 +115,9 @@ def test_a_flipped_bit(run: Path, file: str, what: str) -> None:
     assert f"! {what}" in done.stdout
 
 
-def test_a_checkpoint_of_another_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_another_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("curvlab.logs.log.git_commit", lambda: "another")
     shutil.copy(train(tmp_path / "other", 1) / "checkpoint.pt", run / "checkpoint.pt")
     assert of(run)["together"].state == "bad"
@@ -132,7 +142,17 @@ def test_folders_in_use_empty_or_cut_short(run: Path, tmp_path: Path) -> None:
 
 def test_a_run_of_the_command_line(tmp_path: Path) -> None:
     folder = tmp_path / "o$o"
-    words = ["train", "--model", "mlp-256-20", "--steps", "2", "--batch-size", "100", "--evaluate-samples", "100"]
+    words = [
+        "train",
+        "--model",
+        "mlp-256-20",
+        "--steps",
+        "2",
+        "--batch-size",
+        "100",
+        "--evaluate-samples",
+        "100",
+    ]
     assert CliRunner().invoke(app, [*words, "--no-warm-start", "--out", str(folder)]).exit_code == 0
     found = of(folder)
     assert found["call"].says.startswith("curvlab train --model mlp-256-20 ")

@@ -24,7 +24,9 @@ from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Categorical
 from curvlab.observation import Observation
 
-pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::curvlab.errors.CurvlabWarning", "ignore::UserWarning"
+)
 
 N, CLASSES, SYMBOLS = 4, 3, 5
 PLACES = {"N=T": 4, "N≠T": 6}
@@ -51,17 +53,61 @@ OPTIMIZERS = {
 
 # ------------------------------------------------------------------------------------------------ the classes
 
-CONTAINERS = {"Container", "DataParallel", "Module", "ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Sequential"}
+CONTAINERS = {
+    "Container",
+    "DataParallel",
+    "Module",
+    "ModuleDict",
+    "ModuleList",
+    "ParameterDict",
+    "ParameterList",
+    "Sequential",
+}
 """Hold what they are given."""
 
 BASES = {"RNNBase": "RNN, LSTM, GRU", "RNNCellBase": "RNNCell, LSTMCell, GRUCell"}
 """Have no forward of their own; their subclasses are here."""
 
 ARGUMENTS: dict[str, object] = {
-    **dict.fromkeys(["in_features", "out_features", "in_channels", "out_channels", "num_channels", "num_features"], 4),
-    **dict.fromkeys(["embed_dim", "d_model", "num_embeddings", "normalized_shape", "n_classes", "num_classes"], 4),
-    **dict.fromkeys(["in1_features", "in2_features", "input_size", "hidden_size", "embedding_dim", "size", "output_size"], 2),
-    **dict.fromkeys(["num_heads", "nhead", "num_groups", "groups", "kernel_size", "upscale_factor", "downscale_factor"], 2),
+    **dict.fromkeys(
+        [
+            "in_features",
+            "out_features",
+            "in_channels",
+            "out_channels",
+            "num_channels",
+            "num_features",
+        ],
+        4,
+    ),
+    **dict.fromkeys(
+        ["embed_dim", "d_model", "num_embeddings", "normalized_shape", "n_classes", "num_classes"],
+        4,
+    ),
+    **dict.fromkeys(
+        [
+            "in1_features",
+            "in2_features",
+            "input_size",
+            "hidden_size",
+            "embedding_dim",
+            "size",
+            "output_size",
+        ],
+        2,
+    ),
+    **dict.fromkeys(
+        [
+            "num_heads",
+            "nhead",
+            "num_groups",
+            "groups",
+            "kernel_size",
+            "upscale_factor",
+            "downscale_factor",
+        ],
+        2,
+    ),
     **dict.fromkeys(["num_layers", "dim", "padding"], 1),
     **dict.fromkeys(["value", "threshold", "norm_type"], 1.0),
     "cutoffs": [2],
@@ -72,9 +118,17 @@ ARGUMENTS: dict[str, object] = {
 
 OTHERS: dict[str, Callable[[], dict[str, object]]] = {
     **dict.fromkeys(["RNN", "LSTM", "GRU"], lambda: {"input_size": 2, "hidden_size": 2}),
-    **dict.fromkeys(["FractionalMaxPool2d", "FractionalMaxPool3d"], lambda: {"kernel_size": 2, "output_size": 2}),
-    "TransformerEncoder": lambda: {"encoder_layer": nn.TransformerEncoderLayer(4, 2), "num_layers": 1},
-    "TransformerDecoder": lambda: {"decoder_layer": nn.TransformerDecoderLayer(4, 2), "num_layers": 1},
+    **dict.fromkeys(
+        ["FractionalMaxPool2d", "FractionalMaxPool3d"], lambda: {"kernel_size": 2, "output_size": 2}
+    ),
+    "TransformerEncoder": lambda: {
+        "encoder_layer": nn.TransformerEncoderLayer(4, 2),
+        "num_layers": 1,
+    },
+    "TransformerDecoder": lambda: {
+        "decoder_layer": nn.TransformerDecoderLayer(4, 2),
+        "num_layers": 1,
+    },
 }
 """{class whose signature does not tell: its arguments}."""
 
@@ -82,12 +136,18 @@ OTHERS: dict[str, Callable[[], dict[str, object]]] = {
 def _instances(layer: type[nn.Module]) -> Iterator[nn.Module]:
     """As it comes, and with each switch turned."""
     known = inspect.signature(layer).parameters.values()
-    given = {p.name: ARGUMENTS[p.name] for p in known if p.name in ARGUMENTS and p.default is p.empty}
+    given = {
+        p.name: ARGUMENTS[p.name] for p in known if p.name in ARGUMENTS and p.default is p.empty
+    }
     given = OTHERS.get(layer.__name__, lambda: given)()
     for turned in ({}, *({p.name: not p.default} for p in known if isinstance(p.default, bool))):
         try:
             yield layer(**given, **turned)
-        except (ValueError, AssertionError, RuntimeError):  # a switch that does not go with the rest
+        except (
+            ValueError,
+            AssertionError,
+            RuntimeError,
+        ):  # a switch that does not go with the rest
             if not turned:
                 raise
 
@@ -96,13 +156,20 @@ def layers_with_parameters() -> list[str]:
     """Names of the public classes of `torch.nn` some of whose instances hold parameters."""
     found = []
     for name, layer in vars(nn).items():
-        if not inspect.isclass(layer) or not issubclass(layer, nn.Module) or name in CONTAINERS or name in BASES:
+        if (
+            not inspect.isclass(layer)
+            or not issubclass(layer, nn.Module)
+            or name in CONTAINERS
+            or name in BASES
+        ):
             continue
         try:
             if any(len(list(instance.parameters())) for instance in _instances(layer)):
                 found.append(name)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise AssertionError(f"torch.nn.{name} cannot be made: give ARGUMENTS what it asks for ({error})") from error
+            raise AssertionError(
+                f"torch.nn.{name} cannot be made: give ARGUMENTS what it asks for ({error})"
+            ) from error
     return sorted(found)
 
 
@@ -141,14 +208,18 @@ class Example:
 class Around(nn.Module):
     """A linear layer before, one after, tanh between; `use` takes [N, …, into] and gives [N, …, out]."""
 
-    def __init__(self, layer: nn.Module, use: Use, into: int = 3, out: int = 3, before: bool = True) -> None:
+    def __init__(
+        self, layer: nn.Module, use: Use, into: int = 3, out: int = 3, before: bool = True
+    ) -> None:
         super().__init__()
         self.before = nn.Linear(2, into) if before else None
         self.layer, self.after = layer, nn.Linear(out, CLASSES)
         self.use = use
 
     def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.use(self.layer, x if self.before is None else torch.tanh(self.before(x))))
+        h = torch.tanh(
+            self.use(self.layer, x if self.before is None else torch.tanh(self.before(x)))
+        )
         return self.after(h if h.ndim == 2 else h.flatten(1, -2).mean(1))
 
 
@@ -231,7 +302,12 @@ def losses_of_classes(layer: nn.Module, h: Tensor) -> Tensor:
 
 
 def around(
-    make: Callable[..., nn.Module], use: Use = as_it_is, into: int = 3, out: int = 3, axes: int = 1, **expected: object
+    make: Callable[..., nn.Module],
+    use: Use = as_it_is,
+    into: int = 3,
+    out: int = 3,
+    axes: int = 1,
+    **expected: object,
 ) -> Example:
     """Of a layer on numbers; `make` may ask for T."""
     asks = "T" in inspect.signature(make).parameters
@@ -253,7 +329,9 @@ def convolutions(axes: int, kind: str) -> dict[str, Example]:
     found = {"padded": on(lambda: make(*ins, 2, 3, padding=1), out=2)}
     if not lazy:
         found["groups"] = on(lambda: make(4, 2, 3, padding=1, groups=2), into=4, out=2)
-        found["strided"] = on(lambda: make(3, 2, (1,) * (axes - 1) + (2,), stride=2, bias=False), out=2)
+        found["strided"] = on(
+            lambda: make(3, 2, (1,) * (axes - 1) + (2,), stride=2, bias=False), out=2
+        )
         if "Transpose" not in kind:
             found["reflected"] = on(lambda: make(3, 2, 3, padding=(0,) * (axes - 1) + (1,) if axes < 2 else "same",
                                                  padding_mode="circular" if axes == 3 else "reflect"), out=2)  # fmt: skip
@@ -261,7 +339,10 @@ def convolutions(axes: int, kind: str) -> dict[str, Example]:
 
 
 def batch_norms(axes: int, kind: str) -> dict[str, Example]:
-    make, on = getattr(nn, f"{kind}{axes}d"), partial(around, use=channels_first, axes=axes, train=NORMALISES)
+    make, on = (
+        getattr(nn, f"{kind}{axes}d"),
+        partial(around, use=channels_first, axes=axes, train=NORMALISES),
+    )
     ins = () if kind.startswith("Lazy") else (3,)
     found = {"channels": on(lambda: make(*ins))}
     if axes == 1:
@@ -287,8 +368,14 @@ def recurrent(make: Callable[..., nn.Module]) -> dict[str, Example]:
     return {
         "sequence first": around(lambda: make(3, 2), first(sequence_first), out=2),
         "batch first": around(lambda: make(3, 2, batch_first=True), first(as_it_is), out=2),
-        "two ways": around(lambda: make(3, 2, num_layers=2, bidirectional=True, bias=False), first(sequence_first), out=4),
-        "dropout": around(lambda: make(3, 2, num_layers=2, dropout=0.5), first(sequence_first), out=2, train=DROPS),
+        "two ways": around(
+            lambda: make(3, 2, num_layers=2, bidirectional=True, bias=False),
+            first(sequence_first),
+            out=4,
+        ),
+        "dropout": around(
+            lambda: make(3, 2, num_layers=2, dropout=0.5), first(sequence_first), out=2, train=DROPS
+        ),
     }
 
 
@@ -296,7 +383,10 @@ def transformers(make: Callable[..., nn.Module], use: Callable[..., Tensor]) -> 
     on = partial(around, into=4, out=4)
     return {
         "sequence first": on(lambda: make(4, 2, dropout=0.0), partial(use, order=1)),
-        "batch first": on(lambda: make(4, 2, dropout=0.0, batch_first=True, norm_first=True, activation=F.gelu), use),
+        "batch first": on(
+            lambda: make(4, 2, dropout=0.0, batch_first=True, norm_first=True, activation=F.gelu),
+            use,
+        ),
         "dropout": on(lambda: make(4, 1, batch_first=True), use, train=DROPS),
     }
 
@@ -306,7 +396,9 @@ def encoding(layer: nn.Module, h: Tensor, order: int = 0) -> Tensor:
 
 
 def encoder(width: int, heads: int, **options: object) -> nn.Module:
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(width, heads, 3, **options), 2, enable_nested_tensor=False)
+    return nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(width, heads, 3, **options), 2, enable_nested_tensor=False
+    )
 
 
 def decoder(width: int, heads: int, **options: object) -> nn.Module:
@@ -480,7 +572,9 @@ def cases(only_first: bool = False) -> list[tuple[str, str, str]]:
     found = []
     for name, variants in EXAMPLES.items():
         for variant, example in list(variants.items())[: 1 if only_first else None]:
-            found.extend((name, variant, places) for places in PLACES if example.places or places == "N≠T")
+            found.extend(
+                (name, variant, places) for places in PLACES if example.places or places == "N≠T"
+            )
     return found
 
 
@@ -493,7 +587,10 @@ def in_short(found: list[tuple[str, str, str]], every: bool = True) -> list[Para
     in turn; the rest are slow.
     """
     first = {name: next(iter(variants)) for name, variants in EXAMPLES.items()}
-    turns = {each: i for i, each in enumerate(dict.fromkeys((name, variant) for name, variant, _ in found))}
+    turns = {
+        each: i
+        for i, each in enumerate(dict.fromkeys((name, variant) for name, variant, _ in found))
+    }
 
     def slow(name: str, variant: str, places: str) -> bool:
         if len([c for c in found if c[:2] == (name, variant)]) == 1:
@@ -516,7 +613,9 @@ def mean_gradient(case: Case) -> Named:
 
 
 def scattered(objective: cl.Objective, observation: Observation) -> Named:
-    return {n: g for b in objective.blocks for n, g in b.scatter(observation.gradients[b.name]).items()}
+    return {
+        n: g for b in objective.blocks for n, g in b.scatter(observation.gradients[b.name]).items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------ tests
@@ -543,10 +642,18 @@ def vectors(block: Laid, weights: Named) -> Tensor:
 
 def off(objective: cl.Objective, case: Case, plain: Plain, twin: Plain) -> list[str]:
     """What `cl.exact` has wrong."""
-    said = [f"gradient of {gap}" for gap in gaps(cl.exact.gradients(objective, case.x, case.y), plain.gradients)]
+    said = [
+        f"gradient of {gap}"
+        for gap in gaps(cl.exact.gradients(objective, case.x, case.y), plain.gradients)
+    ]
     for kind in ("ef", "ggn"):
-        found = {n: m.dense() for n, m in cl.exact.matrices(objective, case.x, case.y, kind=kind).items()}
-        said += [f"{kind} of block {g}" for g in gaps(found, {b.name: plain.matrix(kind, b) for b in objective.blocks})]
+        found = {
+            n: m.dense() for n, m in cl.exact.matrices(objective, case.x, case.y, kind=kind).items()
+        }
+        said += [
+            f"{kind} of block {g}"
+            for g in gaps(found, {b.name: plain.matrix(kind, b) for b in objective.blocks})
+        ]
     chosen = {b.name: vectors(b, plain.weights) for b in objective.blocks}
     try:
         hessians = cl.exact.matrices(objective, case.x, case.y, kind="hessian")
@@ -560,7 +667,8 @@ def off(objective: cl.Objective, case: Case, plain: Plain, twin: Plain) -> list[
 
 
 @pytest.mark.parametrize(
-    ("name", "variant", "places"), in_short([c for c in cases() if EXAMPLES[c[0]][c[1]].alone], every=False)
+    ("name", "variant", "places"),
+    in_short([c for c in cases() if EXAMPLES[c[0]][c[1]].alone], every=False),
 )
 def test_samples_and_matrices(name: str, variant: str, places: str) -> None:
     """Per-sample gradients; EF, GGN and Hessian of every block. Or one line where examples have no loss of their own."""
@@ -588,7 +696,10 @@ def refused(objective: cl.Objective, case: Case, words: str) -> None:
     exact, x, y = cl.exact, case.x, case.y
     calls: list[Callable[[], object]] = [
         lambda: exact.gradients(objective, x, y),
-        lambda: exact.product(objective, x, y, "ggn") @ torch.ones(len(objective.layout), dtype=torch.float64),
+        lambda: (
+            exact.product(objective, x, y, "ggn")
+            @ torch.ones(len(objective.layout), dtype=torch.float64)
+        ),
         *(partial(exact.matrices, objective, x, y, kind=kind) for kind in ("ef", "ggn", "hessian")),
     ]
     for call in calls:
@@ -608,9 +719,15 @@ def test_a_lazy_layer_that_has_not_run_is_refused_in_one_line(name: str) -> None
 def stepped() -> list[ParameterSet]:
     """Every class with sgd-m, whose step is known, and with one other family in turn; the rest are slow."""
     others = FAMILIES[1:]
-    by_default = {(name, family) for i, name in enumerate(EXAMPLES) for family in ("sgd-m", others[i % len(others)])}
+    by_default = {
+        (name, family)
+        for i, name in enumerate(EXAMPLES)
+        for family in ("sgd-m", others[i % len(others)])
+    }
     return [
-        pytest.param(name, optimizer, marks=[] if (name, optimizer) in by_default else [pytest.mark.slow])
+        pytest.param(
+            name, optimizer, marks=[] if (name, optimizer) in by_default else [pytest.mark.slow]
+        )
         for name in EXAMPLES
         for optimizer in OPTIMIZERS
     ]
@@ -621,7 +738,10 @@ def test_optimizers_step_along_autograds_gradient(name: str, optimizer: str) -> 
     """In train mode. Those of the whole vector may refuse, in one line, a layer whose examples have no loss of their own."""
     variant = next(iter(EXAMPLES[name]))
     example, case = case_of(name, variant, "N≠T", "train")
-    expected, old = mean_gradient(case), {n: p.detach().clone() for n, p in case.model.named_parameters()}
+    expected, old = (
+        mean_gradient(case),
+        {n: p.detach().clone() for n, p in case.model.named_parameters()},
+    )
     objective = case.objective()
     stepping = cl.optimizer(optimizer, objective, **OPTIMIZERS[optimizer])
     closure, seen = objective.closure(case.x, case.y), []
@@ -649,6 +769,11 @@ def test_optimizers_step_along_autograds_gradient(name: str, optimizer: str) -> 
     new = {n: p.detach() for n, p in case.model.named_parameters()}
     assert all(bool(w.isfinite().all()) for w in new.values())
     if optimizer == "sgd-m":
-        assert gaps(new, {n: w - OPTIMIZERS["sgd-m"]["lr"] * expected[n] for n, w in old.items()}, 1e-12) == []
+        assert (
+            gaps(
+                new, {n: w - OPTIMIZERS["sgd-m"]["lr"] * expected[n] for n, w in old.items()}, 1e-12
+            )
+            == []
+        )
     else:
         assert any(not torch.equal(new[n], w) for n, w in old.items())

@@ -21,7 +21,9 @@ from curvlab.exact.batches import CHUNK, by_hessians
 from curvlab.likelihoods import Categorical, Gaussian
 from curvlab.observation import STREAMS
 
-zoo = pytest.mark.parametrize(("model", "kind", "likelihood"), in_turn(MODELS, KINDS, list(LIKELIHOODS)))
+zoo = pytest.mark.parametrize(
+    ("model", "kind", "likelihood"), in_turn(MODELS, KINDS, list(LIKELIHOODS))
+)
 models = pytest.mark.parametrize("model", MODELS)
 kinds = pytest.mark.parametrize("kind", KINDS)
 DRAWS = 3
@@ -31,7 +33,9 @@ DRAWS = 3
 def general(model: str, taken: bool = True) -> Iterator[None]:
     """Expects one warning where a layer without a rule is `taken`."""
     if model == "norm" and taken:
-        with pytest.warns(cl.CurvlabWarning, match="without a rule: .* takes the general route") as said:
+        with pytest.warns(
+            cl.CurvlabWarning, match="without a rule: .* takes the general route"
+        ) as said:
             yield
         assert sum(issubclass(w.category, cl.CurvlabWarning) for w in said) == 1
     else:
@@ -93,9 +97,13 @@ def test_parameters_and_pairs(model: str, kind: str) -> None:
             other = r.entries[block.name]
             with general(model, name in loose or block.name in loose):
                 if (i + names.index(name)) % 2:
-                    assert_block(found(r.p, kind, (block.name, name)), whole[other[:, None], one], whole)
+                    assert_block(
+                        found(r.p, kind, (block.name, name)), whole[other[:, None], one], whole
+                    )
                 else:
-                    assert_block(found(r.p, kind, (name, block.name)), whole[one[:, None], other], whole)
+                    assert_block(
+                        found(r.p, kind, (name, block.name)), whole[one[:, None], other], whole
+                    )
 
 
 def test_pi_is_hessian_minus_ggn() -> None:
@@ -105,10 +113,20 @@ def test_pi_is_hessian_minus_ggn() -> None:
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
-def test_layers_narrower_than_the_outputs_go_by_their_outputs_derivatives(activation: type[nn.Module], likelihood: str) -> None:
+def test_layers_narrower_than_the_outputs_go_by_their_outputs_derivatives(
+    activation: type[nn.Module], likelihood: str
+) -> None:
     """GGN blocks through JᵀHJ in the pre-activations: one at a time, and both, where the earlier goes through the later."""
     torch.manual_seed(0)
-    layers = [nn.Linear(5, 7), activation(), nn.Linear(7, 2), activation(), nn.Linear(2, 4), activation(), nn.Linear(4, 6)]
+    layers = [
+        nn.Linear(5, 7),
+        activation(),
+        nn.Linear(7, 2),
+        activation(),
+        nn.Linear(2, 4),
+        activation(),
+        nn.Linear(4, 6),
+    ]
     objective = cl.Objective(nn.Sequential(*layers).double(), LIKELIHOODS[likelihood]())
     x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y = targets(objective.likelihood, torch.zeros(9, 6, dtype=torch.float64))
@@ -126,7 +144,9 @@ def test_layers_narrower_than_the_outputs_go_by_their_outputs_derivatives(activa
 
 
 @zoo
-def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(model: str, likelihood: str, kind: str) -> None:
+def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(
+    model: str, likelihood: str, kind: str
+) -> None:
     r = reference(model, likelihood)
     p, whole = r.p, expected(r, kind)
     form = Closure(p.objective(), p.x, p.y, 1, "exact").form
@@ -140,7 +160,10 @@ def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(model: 
             if name in fitting:
                 assert_block(found(p, kind, block.name, name), own, whole)
             else:
-                with pytest.raises(CurvlabError, match=rf"route '{name}' does not fit block {block.name} .* for {kind}"):
+                with pytest.raises(
+                    CurvlabError,
+                    match=rf"route '{name}' does not fit block {block.name} .* for {kind}",
+                ):
                     found(p, kind, block.name, name)
 
 
@@ -172,7 +195,9 @@ def test_rows_between_blocks(model: str) -> None:
 
 
 def test_rows_are_refused_where_they_do_not_exist() -> None:
-    with pytest.raises(CurvlabError, match=r"route 'rows' is for second moments \(ggn, .*\), not for hessian"):
+    with pytest.raises(
+        CurvlabError, match=r"route 'rows' is for second moments \(ggn, .*\), not for hessian"
+    ):
         found(problem(), "hessian", None, "rows")
     with pytest.raises(CurvlabError, match=r"route 'rows' does not fit block 2 \(norm.weight\)"):
         found(problem("norm"), "ggn", None, "rows")
@@ -194,23 +219,36 @@ def test_a_loader_gives_the_mean_over_all_examples(model: str, likelihood: str, 
     """Minibatches of 3, 1 and 3 examples; the drawn labels are each chunk's own."""
     r = reference(model, likelihood)
     p, loader = r.p, cut(r.p, 3, 1, 3)
-    labels = [sampled(part(p, *ends), p.objective(), DRAWS, part=i) for i, ends in enumerate([(0, 3), (3, 4), (4, 7)])]
-    whole = r.drawn([torch.cat(one) for one in zip(*labels, strict=True)]) if kind == "fisher-mc" else r[kind]
+    labels = [
+        sampled(part(p, *ends), p.objective(), DRAWS, part=i)
+        for i, ends in enumerate([(0, 3), (3, 4), (4, 7)])
+    ]
+    whole = (
+        r.drawn([torch.cat(one) for one in zip(*labels, strict=True)])
+        if kind == "fisher-mc"
+        else r[kind]
+    )
     objective = p.objective()
     with general(model):
-        blocks = cl.exact.matrices(objective, iter(loader), kind=kind, draws=DRAWS)  # one pass is all it takes
+        blocks = cl.exact.matrices(
+            objective, iter(loader), kind=kind, draws=DRAWS
+        )  # one pass is all it takes
     for name, block in blocks.items():
         assert_block(block.dense(), whole[r.slices[name], r.slices[name]], whole)
     for route in ("auto", "func"):
         with general(model, route == "auto"):
-            full = cl.exact.matrix(p.objective(), loader, kind=kind, block=None, route=route, draws=DRAWS)
+            full = cl.exact.matrix(
+                p.objective(), loader, kind=kind, block=None, route=route, draws=DRAWS
+            )
         assert_near(full.dense(), whole)
 
 
 def test_a_data_loader() -> None:
     r = reference("conv")
     loader = DataLoader(TensorDataset(r.p.x, r.p.y), batch_size=2)
-    assert_near(cl.exact.matrix(r.p.objective(), loader, kind="hessian", block=None).dense(), r["hessian"])
+    assert_near(
+        cl.exact.matrix(r.p.objective(), loader, kind="hessian", block=None).dense(), r["hessian"]
+    )
 
 
 @kinds
@@ -218,17 +256,24 @@ def test_a_large_minibatch_is_cut_into_chunks(kind: str) -> None:
     """The same matrix as of the chunks in a loader, and as in closed form from all inputs."""
     n = CHUNK + 5
     net, generator = problem("linear", "gaussian").model, torch.Generator().manual_seed(0)
-    x, y = torch.randn(n, 5, generator=generator).double(), torch.randn(n, 3, generator=generator).double()
+    x, y = (
+        torch.randn(n, 5, generator=generator).double(),
+        torch.randn(n, 3, generator=generator).double(),
+    )
     found = cl.exact.matrix(cl.Objective(net, Gaussian()), x, y, kind, "1").dense()
     pairs = list(zip(x.split(CHUNK), y.split(CHUNK), strict=True))
-    assert_near(found, cl.exact.matrix(cl.Objective(net, Gaussian()), pairs, kind=kind, block="1").dense())
+    assert_near(
+        found, cl.exact.matrix(cl.Objective(net, Gaussian()), pairs, kind=kind, block="1").dense()
+    )
     a = torch.cat([x, torch.ones(n, 1).double()], 1)
     if kind in ("hessian", "ggn", "fisher"):
         assert_near(found, torch.kron(torch.eye(3).double(), a.mT @ a / n))
 
 
 @pytest.mark.parametrize("kind", ["hessian", "pi"])
-def test_second_derivatives_take_few_examples_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_derivatives_take_few_examples_at_a_time(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As many as let the pre-activation Hessians of the widest block, (9·4)² numbers for an example, fit: here two."""
     r = reference("conv")
     seen: list[int] = []
@@ -248,15 +293,27 @@ def test_places_that_change_from_minibatch_to_minibatch() -> None:
     p = problem("tokens", "gaussian", n=4)
     one, three = (p.x[:, :1], p.y), (torch.cat([p.x, p.x[:, :1]], 1)[:2], p.y[:2])
     for kind in ("hessian", "ggn", "pi", "fisher", "ef"):
-        wanted = sum(len(x) * Reference(Problem(p.model, p.likelihood, x, y))[kind] for x, y in (one, three)) / 6
+        wanted = (
+            sum(
+                len(x) * Reference(Problem(p.model, p.likelihood, x, y))[kind]
+                for x, y in (one, three)
+            )
+            / 6
+        )
         for loader in ([one, three], [three, one], [one, three, one, three]):
             objective = p.objective()
             assert_near(cl.exact.matrix(objective, loader, kind=kind, block=None).dense(), wanted)
             assert_near(cl.exact.diagonal(objective, loader, kind=kind), wanted.diagonal())
             for name, s in objective.layout.slices.items():
-                assert_block(cl.exact.matrix(objective, loader, kind=kind, block=name).dense(), wanted[s, s], wanted)
+                assert_block(
+                    cl.exact.matrix(objective, loader, kind=kind, block=name).dense(),
+                    wanted[s, s],
+                    wanted,
+                )
                 for route in ("rows", "func") if kind in ("ggn", "fisher", "ef") else ("func",):
-                    found = cl.exact.matrix(objective, loader, kind=kind, block=name, route=route).dense()
+                    found = cl.exact.matrix(
+                        objective, loader, kind=kind, block=name, route=route
+                    ).dense()
                     assert_block(found, wanted[s, s], wanted)
 
 
@@ -264,8 +321,13 @@ def test_places_that_change_against_the_mean_by_hand() -> None:
     """The blocks of each minibatch alone, weighted by their examples; the first goes by pairs, the second by rows."""
     p = problem("tokens", "gaussian", n=4)
     one, three = (p.x[:, :1], p.y), (torch.cat([p.x, p.x[:, :1]], 1), p.y)
-    assert [cl.exact.routes(p.objective(), *pair, "ggn")["1"] for pair in (one, three)] == ["pairs", "rows"]
-    wanted = sum(cl.exact.matrix(p.objective(), x, y, "ggn", "1").dense() for x, y in (one, three)) / 2
+    assert [cl.exact.routes(p.objective(), *pair, "ggn")["1"] for pair in (one, three)] == [
+        "pairs",
+        "rows",
+    ]
+    wanted = (
+        sum(cl.exact.matrix(p.objective(), x, y, "ggn", "1").dense() for x, y in (one, three)) / 2
+    )
     assert_near(cl.exact.matrix(p.objective(), [one, three], kind="ggn", block="1").dense(), wanted)
     assert_near(cl.exact.matrix(p.objective(), [three, one], kind="ggn", block="1").dense(), wanted)
 
@@ -279,8 +341,15 @@ def test_drawn_labels_are_unbiased(likelihood: str, draws: int) -> None:
     """The mean of 200 calls, each on new labels: every entry within 5 standard errors of the exact one, which 1/√k shrinks."""
     p = problem("tanh", likelihood)
     objective = p.objective()
-    calls = torch.stack([cl.exact.matrix(objective, p.x, p.y, "fisher-mc", "2", draws=draws).dense() for _ in range(200)])
-    exact = reference("tanh", likelihood)["fisher"][r := reference("tanh", likelihood).slices["2"], r]
+    calls = torch.stack(
+        [
+            cl.exact.matrix(objective, p.x, p.y, "fisher-mc", "2", draws=draws).dense()
+            for _ in range(200)
+        ]
+    )
+    exact = reference("tanh", likelihood)["fisher"][
+        r := reference("tanh", likelihood).slices["2"], r
+    ]
     error = calls.std(0) / len(calls) ** 0.5
     assert bool(((calls.mean(0) - exact).abs() <= 5 * error).all())
     assert 0 < float(error.norm() / exact.norm()) < 0.1 / draws**0.5
@@ -291,9 +360,17 @@ def test_one_draw_is_the_model_pass_of_one_closure() -> None:
     p = problem()
     objective = p.objective(seed=9)
     matrix = cl.exact.matrix(objective, p.x, p.y, "fisher-mc", "2").dense()
-    rows = Closure(p.objective(seed=9), p.x, p.y, 1, "exact").observe({"model"}).passes["model"]["2"].rows[0].flatten(1)
+    rows = (
+        Closure(p.objective(seed=9), p.x, p.y, 1, "exact")
+        .observe({"model"})
+        .passes["model"]["2"]
+        .rows[0]
+        .flatten(1)
+    )
     assert_near(matrix, rows.mT @ rows / len(rows))
-    state = int(np.random.SeedSequence([9, 1, STREAMS.index("exact")]).generate_state(1, np.uint64)[0])
+    state = int(
+        np.random.SeedSequence([9, 1, STREAMS.index("exact")]).generate_state(1, np.uint64)[0]
+    )
     without = torch.Generator().manual_seed(state >> 1)
     assert torch.equal(objective.generator(1, "exact").get_state(), without.get_state())
 
@@ -337,7 +414,9 @@ def test_names_of_blocks_come_before_names_of_parameters() -> None:
 
 @kinds
 @models
-def test_matrices_are_symmetric_of_the_models_dtype_and_leave_it_alone(model: str, kind: str) -> None:
+def test_matrices_are_symmetric_of_the_models_dtype_and_leave_it_alone(
+    model: str, kind: str
+) -> None:
     p = problem(model, dtype=torch.float32)
     before = {name: t.clone() for name, t in p.model.state_dict().items()}
     state = torch.get_rng_state()
@@ -357,9 +436,13 @@ def test_matrices_are_symmetric_of_the_models_dtype_and_leave_it_alone(model: st
 def peak(p: Problem, kind: str) -> tuple[int, int]:
     """(bytes that matrix() held at most beyond its arguments, bytes of its result), as torch's allocator counts them."""
     objective = p.objective()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as recorded:
         matrix = cl.exact.matrix(objective, p.x, p.y, kind, "1").dense()
-    held = torch.tensor([e.nbytes() for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"])
+    held = torch.tensor(
+        [e.nbytes() for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    )
     return int(held.cumsum(0).max()), matrix.numel() * matrix.element_size()
 
 
@@ -379,7 +462,9 @@ def test_memory_of_a_dense_block(kind: str) -> None:
 def test_memory_of_a_dense_block_of_a_convolution(kind: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(8, 24, 3), nn.Tanh(), nn.Flatten(), nn.Linear(24 * 9, 4)).double()
+        net = nn.Sequential(
+            nn.Conv2d(8, 24, 3), nn.Tanh(), nn.Flatten(), nn.Linear(24 * 9, 4)
+        ).double()
         p = Problem(net, Categorical(), torch.randn(64, 8, 5, 5).double(), torch.arange(64) % 4)
     top, result = peak(p, kind)
     assert result == (24 * 73) ** 2 * 8

@@ -31,7 +31,9 @@ def extended(x: Tensor) -> Tensor:
 def kron_mean(G: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
     """(1/N) Σₙ Gₙ ⊗ aₙ bₙᵀ."""
     b = a if b is None else b
-    return sum(torch.kron(g, torch.outer(one, other)) for g, one, other in zip(G, a, b, strict=True)) / len(a)
+    return sum(
+        torch.kron(g, torch.outer(one, other)) for g, one, other in zip(G, a, b, strict=True)
+    ) / len(a)
 
 
 # ------------------------------------------------------------------------------------------------ one linear layer
@@ -50,7 +52,9 @@ def test_logistic_regression(kind: str) -> None:
     """Of every unit Aᵀ diag(σ(1 − σ)) A/N; nothing between units."""
     p = problem("linear", "bernoulli", n=11)
     a, s = extended(p.x), p.model(p.x).detach().sigmoid()
-    assert_near(matrix(p, kind), torch.block_diag(*(a.mT @ torch.diag(c * (1 - c)) @ a / 11 for c in s.mT)))
+    assert_near(
+        matrix(p, kind), torch.block_diag(*(a.mT @ torch.diag(c * (1 - c)) @ a / 11 for c in s.mT))
+    )
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
@@ -58,7 +62,9 @@ def test_softmax_regression(kind: str) -> None:
     """(diag p − ppᵀ) ⊗ aaᵀ, on average."""
     p = problem("linear", "categorical", n=11)
     s = p.model(p.x).detach().softmax(1)
-    assert_near(matrix(p, kind), kron_mean(torch.diag_embed(s) - s[:, :, None] * s[:, None], extended(p.x)))
+    assert_near(
+        matrix(p, kind), kron_mean(torch.diag_embed(s) - s[:, :, None] * s[:, None], extended(p.x))
+    )
 
 
 def residuals(p: Problem) -> Tensor:
@@ -105,9 +111,13 @@ def test_the_last_block_of_the_hessian_is_its_ggn(model: str, likelihood: str) -
 def test_one_example_and_one_output() -> None:
     """V = N = C = 1: σ(1 − σ) j jᵀ."""
     net = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)).double()
-    p = Problem(net, cl.likelihoods.Bernoulli(), torch.ones(1, 2).double(), torch.ones(1, 1).double())
+    p = Problem(
+        net, cl.likelihoods.Bernoulli(), torch.ones(1, 2).double(), torch.ones(1, 1).double()
+    )
     s = net(p.x).detach().sigmoid()
-    j = torch.cat([t.flatten() for t in torch.autograd.grad(net(p.x).sum(), list(net[2].parameters()))])
+    j = torch.cat(
+        [t.flatten() for t in torch.autograd.grad(net(p.x).sum(), list(net[2].parameters()))]
+    )
     assert_near(matrix(p, "ggn", "2"), s * (1 - s) * torch.outer(j, j))
 
 
@@ -121,7 +131,9 @@ class Hidden:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
             net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-            self.p = Problem(net, Categorical(), torch.randn(6, 3).double(), torch.tensor([0, 1, 2, 2, 1, 0]))
+            self.p = Problem(
+                net, Categorical(), torch.randn(6, 3).double(), torch.tensor([0, 1, 2, 2, 1, 0])
+            )
         self.a = extended(self.p.x)
         self.t = torch.tanh(net[0](self.p.x)).detach()
         self.b = extended(self.t)
@@ -152,7 +164,10 @@ def test_curvature_of_one_hidden_layer() -> None:
     assert_near(matrix(n.p, "pi"), pi)
     assert_near(matrix(n.p, "hessian"), ggn + pi)
     assert_near(matrix(n.p, "ggn", ("2", "1")), kron_mean(n.Z @ n.J, n.b, n.a))
-    assert_near(matrix(n.p, "ef", ("2", "1")), kron_mean(n.last[:, :, None] * (n.back * (1 - n.t**2))[:, None], n.b, n.a))
+    assert_near(
+        matrix(n.p, "ef", ("2", "1")),
+        kron_mean(n.last[:, :, None] * (n.back * (1 - n.t**2))[:, None], n.b, n.a),
+    )
 
 
 def test_the_mixed_second_term_of_one_hidden_layer() -> None:
@@ -178,7 +193,10 @@ def test_jacobians_of_one_hidden_layer() -> None:
 def theorem_3(G: Tensor, a: Tensor) -> Tensor:
     """(1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, from G: [N, O, T, O, T] and a: [N, T, I], entry by entry."""
     size, outputs, inputs = len(a), G.shape[1], a.shape[2]
-    return torch.einsum("notpu,nti,nuj->oipj", G, a, a).reshape(outputs * inputs, outputs * inputs) / size
+    return (
+        torch.einsum("notpu,nti,nuj->oipj", G, a, a).reshape(outputs * inputs, outputs * inputs)
+        / size
+    )
 
 
 def of_the_convolution(p: Problem) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
@@ -189,12 +207,18 @@ def of_the_convolution(p: Problem) -> tuple[Tensor, Tensor, Callable[[Tensor], T
 
 def of_the_tokens(p: Problem) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     net = p.model
-    return extended(p.x), net.first(p.x).detach().mT, lambda h: net.second(torch.tanh(h.mT[None])).mean(1)
+    return (
+        extended(p.x),
+        net.first(p.x).detach().mT,
+        lambda h: net.second(torch.tanh(h.mT[None])).mean(1),
+    )
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize(("model", "of"), [("conv", of_the_convolution), ("tokens", of_the_tokens)])
-def test_theorem_3(model: str, of: Callable[..., tuple[Tensor, Tensor, Callable]], likelihood: str) -> None:
+def test_theorem_3(
+    model: str, of: Callable[..., tuple[Tensor, Tensor, Callable]], likelihood: str
+) -> None:
     """h is linear in the layer's weight, so that its blocks are those of h [N, O, *T] between the inputs: exactly."""
     p = problem(model, likelihood)
     a, h, tail = of(p)
@@ -233,7 +257,9 @@ def test_two_linear_layers_are_linear_in_one_at_a_time(kind: str) -> None:
         h = net[0](p.x).detach()
         assert_near(matrix(p, kind, "2"), torch.kron(torch.eye(4).double(), h.mT @ h / 5))
     if kind == "hessian":
-        assert_near(matrix(p, kind, ("2", "1")), matrix(p, "ggn", ("2", "1")) + matrix(p, "pi", ("2", "1")))
+        assert_near(
+            matrix(p, kind, ("2", "1")), matrix(p, "ggn", ("2", "1")) + matrix(p, "pi", ("2", "1"))
+        )
 
 
 def test_a_function_of_the_weights_is_what_is_differentiated() -> None:
@@ -241,11 +267,20 @@ def test_a_function_of_the_weights_is_what_is_differentiated() -> None:
     p = problem("conv-norm", "categorical")
     weights = {n: w.detach() for n, w in p.model.named_parameters()}
     layout = p.objective().layout
-    at, v = layout.flatten(weights), torch.randn(len(layout), generator=torch.Generator().manual_seed(0)).double()
+    at, v = (
+        layout.flatten(weights),
+        torch.randn(len(layout), generator=torch.Generator().manual_seed(0)).double(),
+    )
 
     def loss(t: float) -> float:
-        return float(p.likelihood.loss(functional_call(p.model, layout.unflatten(at + t * v), (p.x,)), p.y).mean())
+        return float(
+            p.likelihood.loss(
+                functional_call(p.model, layout.unflatten(at + t * v), (p.x,)), p.y
+            ).mean()
+        )
 
     e = 5e-3
-    second = (-loss(2 * e) + 16 * loss(e) - 30 * loss(0) + 16 * loss(-e) - loss(-2 * e)) / (12 * e * e)
+    second = (-loss(2 * e) + 16 * loss(e) - 30 * loss(0) + 16 * loss(-e) - loss(-2 * e)) / (
+        12 * e * e
+    )
     assert float(v @ matrix(p, "hessian", None) @ v) == pytest.approx(second, rel=1e-6)

@@ -21,11 +21,15 @@ from curvlab.likelihoods import Bernoulli, Categorical, Gaussian
 
 Call = Callable[[cl.Objective, Tensor, Tensor], object]
 
-MATRICES: dict[str, Call] = {kind: lambda o, x, y, kind=kind: cl.exact.matrix(o, x, y, kind, "1") for kind in KINDS} | {
+MATRICES: dict[str, Call] = {
+    kind: lambda o, x, y, kind=kind: cl.exact.matrix(o, x, y, kind, "1") for kind in KINDS
+} | {
     "whole": lambda o, x, y: cl.exact.matrix(o, x, y, "hessian", None),
     "pair": lambda o, x, y: cl.exact.matrix(o, x, y, "ggn", ("1", "1")),
     "func": lambda o, x, y: cl.exact.matrix(o, x, y, "ggn", "1", route="func"),
-    "product": lambda o, x, y: (p := cl.exact.product(o, x, y, "ef")) @ torch.ones(len(p), dtype=p.dtype),
+    "product": lambda o, x, y: (
+        (p := cl.exact.product(o, x, y, "ef")) @ torch.ones(len(p), dtype=p.dtype)
+    ),
     "diagonal": lambda o, x, y: cl.exact.diagonal(o, x, y, "hessian"),
     "loader": lambda o, x, y: cl.exact.matrix(o, [(x, y)], kind="ggn", block="1"),
 }
@@ -58,19 +62,74 @@ def bad_data() -> dict[str, tuple[str, Tensor, Tensor, str]]:
     nan, inf = hot.clone(), x.clone()
     nan[2, 0], inf[4, 1] = math.nan, math.inf
     return {
-        "label": ("categorical", x, torch.full_like(y, 5), "label 5 is out of range: the model has 3 outputs, so .* 0 to 2"),
+        "label": (
+            "categorical",
+            x,
+            torch.full_like(y, 5),
+            "label 5 is out of range: the model has 3 outputs, so .* 0 to 2",
+        ),
         "negative label": ("categorical", x, torch.full_like(y, -1), "label -1 is out of range"),
-        "float labels": ("categorical", x, y.double(), r"categorical targets must be integers, .*: convert them with y.long()"),
-        "one-hot labels": ("categorical", x, hot.long(), r"targets have shape \(7, 3\) but 7 class numbers, shape \(7,\)"),
-        "range": ("bernoulli", x, hot + 1.5, r"Bernoulli targets must lie in \[0, 1\]: rescale the data"),
-        "integers": ("bernoulli", x, hot.long(), r"Bernoulli targets must be floating point.*: convert them with y.float()"),
-        "shape": ("gaussian", x, hot[:, :2], r"targets have shape \(7, 2\) but the model's outputs have shape \(7, 3\)"),
-        "NaN target": ("gaussian", x, nan, "Gaussian targets contain NaN or Inf: clean the data first"),
-        "length": ("gaussian", x, hot[:5], "the minibatch has 7 inputs but 5 targets: they must be as many"),
+        "float labels": (
+            "categorical",
+            x,
+            y.double(),
+            r"categorical targets must be integers, .*: convert them with y.long()",
+        ),
+        "one-hot labels": (
+            "categorical",
+            x,
+            hot.long(),
+            r"targets have shape \(7, 3\) but 7 class numbers, shape \(7,\)",
+        ),
+        "range": (
+            "bernoulli",
+            x,
+            hot + 1.5,
+            r"Bernoulli targets must lie in \[0, 1\]: rescale the data",
+        ),
+        "integers": (
+            "bernoulli",
+            x,
+            hot.long(),
+            r"Bernoulli targets must be floating point.*: convert them with y.float()",
+        ),
+        "shape": (
+            "gaussian",
+            x,
+            hot[:, :2],
+            r"targets have shape \(7, 2\) but the model's outputs have shape \(7, 3\)",
+        ),
+        "NaN target": (
+            "gaussian",
+            x,
+            nan,
+            "Gaussian targets contain NaN or Inf: clean the data first",
+        ),
+        "length": (
+            "gaussian",
+            x,
+            hot[:5],
+            "the minibatch has 7 inputs but 5 targets: they must be as many",
+        ),
         "empty": ("gaussian", x[:0], hot[:0], "the minibatch is empty"),
-        "Inf input": ("gaussian", inf, hot, r"the inputs contain NaN or Inf \(first in example 4 of the minibatch\)"),
-        "width": ("gaussian", x[:, :4], hot, r"the model does not take inputs of shape \(7, 4\): mat1 and mat2 shapes"),
-        "whole numbers": ("gaussian", x.long(), hot, r"the model does not take inputs of shape \(7, 5\): .*same dtype"),
+        "Inf input": (
+            "gaussian",
+            inf,
+            hot,
+            r"the inputs contain NaN or Inf \(first in example 4 of the minibatch\)",
+        ),
+        "width": (
+            "gaussian",
+            x[:, :4],
+            hot,
+            r"the model does not take inputs of shape \(7, 4\): mat1 and mat2 shapes",
+        ),
+        "whole numbers": (
+            "gaussian",
+            x.long(),
+            hot,
+            r"the model does not take inputs of shape \(7, 5\): .*same dtype",
+        ),
     }
 
 
@@ -92,10 +151,26 @@ def test_inputs_of_jacobians_that_do_not_fit(what: str) -> None:
 @pytest.mark.parametrize(
     ("model", "x", "message"),
     [
-        ("embedding", torch.full((7, 3), 6), r"does not take inputs of shape \(7, 3\): index out of range"),
-        ("embedding", torch.zeros(7, 3).double(), r"does not take inputs of shape \(7, 3\): Expected tensor .* 'indices'"),
-        ("conv", torch.zeros(7, 3, 5, 5).double(), r"does not take inputs of shape \(7, 3, 5, 5\): .*2 channels"),
-        ("batch-norm", torch.zeros(7, 2, 2, 5).double(), r"does not take inputs of shape \(7, 2, 2, 5\): expected 2D or 3D"),
+        (
+            "embedding",
+            torch.full((7, 3), 6),
+            r"does not take inputs of shape \(7, 3\): index out of range",
+        ),
+        (
+            "embedding",
+            torch.zeros(7, 3).double(),
+            r"does not take inputs of shape \(7, 3\): Expected tensor .* 'indices'",
+        ),
+        (
+            "conv",
+            torch.zeros(7, 3, 5, 5).double(),
+            r"does not take inputs of shape \(7, 3, 5, 5\): .*2 channels",
+        ),
+        (
+            "batch-norm",
+            torch.zeros(7, 2, 2, 5).double(),
+            r"does not take inputs of shape \(7, 2, 2, 5\): expected 2D or 3D",
+        ),
         ("layer-norm", torch.zeros(7).double(), r"does not take inputs of shape \(7,\): "),
     ],
 )
@@ -109,14 +184,23 @@ def test_x_without_y_and_what_is_no_data(call: Call) -> None:
     o, p = problem().objective(), problem()
     if call is not MATRICES["loader"]:
         with pytest.raises(
-            CurvlabError, match=r"targets are missing: give x and y, or a loader of \(x, y\) pairs in place of x"
+            CurvlabError,
+            match=r"targets are missing: give x and y, or a loader of \(x, y\) pairs in place of x",
         ):
             call(o, p.x, None)
-        with pytest.raises(CurvlabError, match=r"x and y must be tensors, not ndarray and Tensor; a loader of .* comes alone"):
+        with pytest.raises(
+            CurvlabError,
+            match=r"x and y must be tensors, not ndarray and Tensor; a loader of .* comes alone",
+        ):
             call(o, p.x.numpy(), p.y)
-        with pytest.raises(CurvlabError, match=r"the data must be tensors x, y or a loader of \(x, y\) pairs, not int"):
+        with pytest.raises(
+            CurvlabError,
+            match=r"the data must be tensors x, y or a loader of \(x, y\) pairs, not int",
+        ):
             call(o, 3, None)
-    with pytest.raises(CurvlabError, match=r"must be two tensors, not ndarray and Tensor|x and y must be tensors"):
+    with pytest.raises(
+        CurvlabError, match=r"must be two tensors, not ndarray and Tensor|x and y must be tensors"
+    ):
         call(o, p.x.numpy(), p.y)
 
 
@@ -131,12 +215,18 @@ def test_loaders_that_are_empty_or_yield_something_else(kind: str) -> None:
         lambda data: cl.exact.diagonal(o, data, kind=kind),
     ]
     for call in calls:
-        with pytest.raises(CurvlabError, match="the loader is empty: there is no example to take a mean over"):
+        with pytest.raises(
+            CurvlabError, match="the loader is empty: there is no example to take a mean over"
+        ):
             call([])
         for data in ([p.x], [(p.x, p.y, p.y)], {"x": p.x}):
-            with pytest.raises(CurvlabError, match=r"the loader must yield \(x, y\) pairs of tensors"):
+            with pytest.raises(
+                CurvlabError, match=r"the loader must yield \(x, y\) pairs of tensors"
+            ):
                 call(data)
-        with pytest.raises(CurvlabError, match="a minibatch must be two tensors, not list and Tensor"):
+        with pytest.raises(
+            CurvlabError, match="a minibatch must be two tensors, not list and Tensor"
+        ):
             call([([1.0], p.y)])
         with pytest.raises(CurvlabError, match="label 9 is out of range"):
             call([(p.x, p.y), (p.x, torch.full_like(p.y, 9))])
@@ -145,7 +235,9 @@ def test_loaders_that_are_empty_or_yield_something_else(kind: str) -> None:
 def test_an_iterator_where_the_data_are_read_again() -> None:
     p = problem()
     for call in (cl.exact.product, cl.exact.diagonal):
-        with pytest.raises(CurvlabError, match="an iterator ends after one pass: give a list or a DataLoader"):
+        with pytest.raises(
+            CurvlabError, match="an iterator ends after one pass: give a list or a DataLoader"
+        ):
             call(p.objective(), iter([(p.x, p.y)]), kind="ggn")
 
 
@@ -156,7 +248,8 @@ def test_an_iterator_where_the_data_are_read_again() -> None:
 def test_unknown_names_come_with_the_known_ones(call: Callable[..., object]) -> None:
     p = problem()
     with pytest.raises(
-        CurvlabError, match=r"unknown kind of matrix 'hesian'; did you mean 'hessian'\? \(known: hessian, ggn, pi"
+        CurvlabError,
+        match=r"unknown kind of matrix 'hesian'; did you mean 'hessian'\? \(known: hessian, ggn, pi",
     ):
         call(p.objective(), p.x, p.y, "hesian", "1")
     known = r"\(known: 1, 2, 3, 0.weight, 0.bias, 2.weight, 2.bias, 4.weight, 4.bias\)"
@@ -169,7 +262,10 @@ def test_unknown_names_come_with_the_known_ones(call: Callable[..., object]) -> 
 
 def test_unknown_names_elsewhere() -> None:
     p = problem()
-    with pytest.raises(CurvlabError, match=r"unknown route 'row'; did you mean 'rows'\? \(known: pairs, places, rows, func\)"):
+    with pytest.raises(
+        CurvlabError,
+        match=r"unknown route 'row'; did you mean 'rows'\? \(known: pairs, places, rows, func\)",
+    ):
         cl.exact.matrix(p.objective(), p.x, p.y, "ggn", "1", route="row")
     with pytest.raises(CurvlabError, match=r"unknown route 'row'"):
         cl.exact.matrix(p.objective(), p.x, p.y, "ggn", None, route="row")
@@ -195,7 +291,10 @@ def test_a_matrix_larger_than_the_memory(block: object) -> None:
     message = r"would need 13\d\d\d\.\d GB and this machine has .* GB of memory; .*its product form: curvlab.exact.product"
     with pytest.raises(CurvlabError, match=message):
         cl.exact.matrix(o, x, y, "ggn", block)
-    with pytest.raises(CurvlabError, match=r"a dense 1600004×1600004 matrix would need .* GB .*; use products with vectors"):
+    with pytest.raises(
+        CurvlabError,
+        match=r"a dense 1600004×1600004 matrix would need .* GB .*; use products with vectors",
+    ):
         cl.exact.product(o, x, y, "ggn", None).dense()
 
 
@@ -229,15 +328,27 @@ def test_outputs_that_are_not_finite(call: Call) -> None:
     p = problem("tanh", "gaussian")
     with pytest.raises(CurvlabError, match="the model's outputs contain NaN or Inf"):
         call(objective(Bounded(lambda h: h / 0)), p.x, p.y)
-    o = objective(Bounded(lambda h: torch.cat([h[:, :2], h[:, 2:] * 0 - math.inf], 1)), Categorical())
-    with pytest.raises(CurvlabError, match="the model's outputs contain NaN or Inf"):  # although the loss is finite
+    o = objective(
+        Bounded(lambda h: torch.cat([h[:, :2], h[:, 2:] * 0 - math.inf], 1)), Categorical()
+    )
+    with pytest.raises(
+        CurvlabError, match="the model's outputs contain NaN or Inf"
+    ):  # although the loss is finite
         call(o, p.x, torch.zeros(7).long())
 
 
 def test_a_likelihood_that_overflows() -> None:
     p = problem()
-    with pytest.raises(CurvlabError, match="the loss is inf: the outputs are finite, so the likelihood overflows"):
-        cl.exact.matrix(objective(Bounded(lambda h: h + 1000), Poisson()), p.x, torch.ones(7, 3).double(), "ggn", "1")
+    with pytest.raises(
+        CurvlabError, match="the loss is inf: the outputs are finite, so the likelihood overflows"
+    ):
+        cl.exact.matrix(
+            objective(Bounded(lambda h: h + 1000), Poisson()),
+            p.x,
+            torch.ones(7, 3).double(),
+            "ggn",
+            "1",
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -247,7 +358,8 @@ def test_derivatives_that_are_not_finite(kind: str) -> None:
     o = objective(Bounded(lambda h: (h * 0).sqrt()))
     for block in ("1", None, ("1", "1")):
         with pytest.raises(
-            CurvlabError, match=rf"{kind} .*contains NaN or Inf although the loss is finite|{kind} contains NaN"
+            CurvlabError,
+            match=rf"{kind} .*contains NaN or Inf although the loss is finite|{kind} contains NaN",
         ):
             cl.exact.matrix(o, p.x, p.y, kind, block)
 
@@ -265,7 +377,9 @@ def test_batch_norm_in_training(call: Call) -> None:
     p = problem("tanh", "gaussian")
     net = normalised(nn.BatchNorm1d(3))
     before = {key: t.clone() for key, t in net.double().state_dict().items()}
-    with pytest.raises(CurvlabError, match=r"'1' normalises over the batch.* call model\.eval\(\) first"):
+    with pytest.raises(
+        CurvlabError, match=r"'1' normalises over the batch.* call model\.eval\(\) first"
+    ):
         call(objective(net), p.x, p.y)
     assert all(torch.equal(t, before[key]) for key, t in net.state_dict().items())
     call(objective(net.eval()), p.x, p.y)
@@ -294,21 +408,33 @@ def dropping(what: str) -> tuple[nn.Module, Tensor, str]:
         inner = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
         return Wrapped(inner, lambda m, x: m(x, x, x)[0].mean(1)), tokens, "inner"
     if what == "recurrent":
-        return Wrapped(nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True), lambda m, x: m(x)[0][:, -1]), tokens, "inner"
+        return (
+            Wrapped(nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True), lambda m, x: m(x)[0][:, -1]),
+            tokens,
+            "inner",
+        )
     if what == "transformer":
         inner = nn.TransformerEncoderLayer(4, 2, 3, 0.5, batch_first=True)
         return Wrapped(inner, lambda m, x: m(x).mean(1)), tokens, "inner.self_attn"
-    drops = {"dropout": nn.Dropout(0.5), "alpha": nn.AlphaDropout(0.5), "channels": nn.Dropout1d(0.5)}
+    drops = {
+        "dropout": nn.Dropout(0.5),
+        "alpha": nn.AlphaDropout(0.5),
+        "channels": nn.Dropout1d(0.5),
+    }
     return nn.Sequential(nn.Linear(5, 3), drops[what], nn.Linear(3, 3)), problem().x, "1"
 
 
 @everything
-@pytest.mark.parametrize("what", ["dropout", "alpha", "channels", "attention", "recurrent", "transformer"])
+@pytest.mark.parametrize(
+    "what", ["dropout", "alpha", "channels", "attention", "recurrent", "transformer"]
+)
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 def test_dropout_in_training(what: str, call: Call) -> None:
     net, x, name = dropping(what)
     y = problem("tanh", "gaussian").y
-    with pytest.raises(CurvlabError, match=rf"'{name}' drops units at random, .*: call model\.eval\(\) first"):
+    with pytest.raises(
+        CurvlabError, match=rf"'{name}' drops units at random, .*: call model\.eval\(\) first"
+    ):
         call(objective(net), x, y)
     call(objective(net.eval()), x, y)
 
@@ -322,12 +448,17 @@ def test_dropout_of_nothing_is_no_dropout() -> None:
 
 @everything
 @pytest.mark.parametrize(
-    "then", [lambda h: F.dropout(h, 0.1), lambda h: h + torch.randn(3).double() * 1e-9], ids=["dropout", "noise"]
+    "then",
+    [lambda h: F.dropout(h, 0.1), lambda h: h + torch.randn(3).double() * 1e-9],
+    ids=["dropout", "noise"],
 )
 def test_randomness_in_the_forward_pass(then: Callable[[Tensor], Tensor], call: Call) -> None:
     """Functional dropout shows in no module: the state of the generator does."""
     p = problem("tanh", "gaussian")
-    with pytest.raises(CurvlabError, match=r"the model draws random numbers in its forward pass.*training=self.training"):
+    with pytest.raises(
+        CurvlabError,
+        match=r"the model draws random numbers in its forward pass.*training=self.training",
+    ):
         call(objective(Bounded(then)), p.x, p.y)
 
 
@@ -338,7 +469,8 @@ def test_randomness_from_a_generator_of_its_own_and_examples_that_mix(call: Call
     noise = Bounded(lambda h: h + torch.randn(h.shape, generator=own, dtype=h.dtype))
     for net in (noise, Bounded(lambda h: h - h.mean(0)), Bounded(lambda h: h / h.norm())):
         with pytest.raises(
-            CurvlabError, match="outputs depend on the rest of the minibatch, or on chance: no example has a loss"
+            CurvlabError,
+            match="outputs depend on the rest of the minibatch, or on chance: no example has a loss",
         ):
             call(objective(net), p.x, p.y)
 
@@ -346,7 +478,9 @@ def test_randomness_from_a_generator_of_its_own_and_examples_that_mix(call: Call
 @everything
 def test_a_batch_that_is_squeezed_away(call: Call) -> None:
     p = problem("tanh", "gaussian")
-    with pytest.raises(CurvlabError, match=r"must return one tensor with 1 rows, .*squeeze\(-1\), not squeeze\(\)"):
+    with pytest.raises(
+        CurvlabError, match=r"must return one tensor with 1 rows, .*squeeze\(-1\), not squeeze\(\)"
+    ):
         call(objective(Bounded(lambda h: h[:, :1].squeeze())), p.x, p.y[:, 0])
 
 
@@ -370,7 +504,10 @@ def test_a_layer_that_is_not_used_is_said_at_most_once(call: Call) -> None:
             call(o, p.x, p.y)
     lines = [str(w.message) for w in said if issubclass(w.category, cl.CurvlabWarning)]
     assert len(lines) <= 1
-    assert all(line.startswith("block 2 (idle.weight, idle.bias) does not reach the model's outputs") for line in lines)
+    assert all(
+        line.startswith("block 2 (idle.weight, idle.bias) does not reach the model's outputs")
+        for line in lines
+    )
 
 
 @everything
@@ -386,7 +523,10 @@ def test_a_layer_that_ran_without_gradients(call: Call) -> None:
             return self.last(h)
 
     p = problem("tanh", "gaussian")
-    with pytest.raises(CurvlabError, match=r"block 1 \(layer.weight, layer.bias\) ran without gradients: remove torch.no_grad"):
+    with pytest.raises(
+        CurvlabError,
+        match=r"block 1 \(layer.weight, layer.bias\) ran without gradients: remove torch.no_grad",
+    ):
         call(objective(Fixed()), p.x, p.y)
 
 
@@ -407,7 +547,8 @@ def test_a_layer_without_a_rule_is_said_once(kind: str) -> None:
         assert [w.filename for w in said if issubclass(w.category, cl.CurvlabWarning)] == [__file__]
     for pair in ("2", ("1", "2"), ("norm.weight", "1")):
         with pytest.warns(
-            cl.CurvlabWarning, match=rf"^block 2 \(norm.weight\) belongs to a layer without a rule: {kind} "
+            cl.CurvlabWarning,
+            match=rf"^block 2 \(norm.weight\) belongs to a layer without a rule: {kind} ",
         ) as said:
             cl.exact.matrix(p.objective(), p.x, p.y, kind, pair)
         assert [w.filename for w in said if issubclass(w.category, cl.CurvlabWarning)] == [__file__]
@@ -419,7 +560,8 @@ def test_operations_without_a_second_derivative() -> None:
     net = Wrapped(nn.EmbeddingBag(6, 4), lambda m, x: m(x))
     o, x = objective(net, Categorical()), problem("embedding").x
     with pytest.raises(
-        CurvlabError, match=r"no second derivative of an operation in the model .*: replace it, or take ggn, fisher"
+        CurvlabError,
+        match=r"no second derivative of an operation in the model .*: replace it, or take ggn, fisher",
     ):
         cl.exact.matrix(o, x, problem().y, "hessian", "1", route="func")
 
@@ -439,7 +581,9 @@ def test_checkpointed_layers() -> None:
     q = Problem(Checkpointed(p.model), p.likelihood, p.x, p.y)
     for kind in KINDS:
         for block in ("1", "2", "3"):
-            plain, found = (cl.exact.matrix(r.objective(), p.x, p.y, kind, block).dense() for r in (p, q))
+            plain, found = (
+                cl.exact.matrix(r.objective(), p.x, p.y, kind, block).dense() for r in (p, q)
+            )
             assert_near(found, plain)
 
 

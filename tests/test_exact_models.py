@@ -34,7 +34,12 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.last, self.b, self.a, self.first = nn.Linear(7, 3), nn.Linear(4, 3), nn.Linear(4, 4), nn.Linear(5, 4)
+        self.last, self.b, self.a, self.first = (
+            nn.Linear(7, 3),
+            nn.Linear(4, 3),
+            nn.Linear(4, 4),
+            nn.Linear(5, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
@@ -47,7 +52,10 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.last = nn.TransformerEncoderLayer(4, 2, 3, batch_first=True), nn.Linear(4, 3)
+        self.layer, self.last = (
+            nn.TransformerEncoderLayer(4, 2, 3, batch_first=True),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.layer(x).mean(1))
@@ -99,10 +107,16 @@ class Autoencoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bias, self.encoder, self.last = nn.Parameter(torch.randn(5)), nn.Linear(5, 4), nn.Linear(5, 3)
+        self.bias, self.encoder, self.last = (
+            nn.Parameter(torch.randn(5)),
+            nn.Linear(5, 4),
+            nn.Linear(5, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.T, self.bias).sin())
+        return self.last(
+            F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.T, self.bias).sin()
+        )
 
 
 class Idle(nn.Module):
@@ -142,7 +156,9 @@ class Language(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = (x > 0).sum(1) % 3
-        return self.head(torch.tanh(self.words(tokens) + self.words((tokens + 1) % 3) * self.first(x)[:, :1]))
+        return self.head(
+            torch.tanh(self.words(tokens) + self.words((tokens + 1) % 3) * self.first(x)[:, :1])
+        )
 
 
 SEVERAL = {
@@ -163,7 +179,10 @@ OTHERS = {
     "bare": (Bare, (5,)),
     "frozen": (frozen, (5,)),
     "prelu": (lambda: nn.Sequential(nn.Linear(5, 4), nn.PReLU(4), nn.Linear(4, 3)), (5,)),
-    "weight-norm": (lambda: nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)), (5,)),
+    "weight-norm": (
+        lambda: nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)),
+        (5,),
+    ),
     **SEVERAL,
 }
 
@@ -172,7 +191,12 @@ def other(name: str) -> Problem:
     build, shape = OTHERS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        return Problem(build().double(), Categorical(), torch.randn(5, *shape).double(), torch.tensor([0, 2, 1, 1, 2]))
+        return Problem(
+            build().double(),
+            Categorical(),
+            torch.randn(5, *shape).double(),
+            torch.tensor([0, 2, 1, 1, 2]),
+        )
 
 
 def by_autograd(p: Problem, kind: str) -> Tensor:
@@ -183,8 +207,17 @@ def by_autograd(p: Problem, kind: str) -> Tensor:
     def rows(values: Tensor, again: bool = False) -> Tensor:
         found = []
         for value in values.flatten():
-            each = torch.autograd.grad(value, list(weights.values()), create_graph=again, retain_graph=True, allow_unused=True)
-            full = {n: torch.zeros_like(w) if d is None else d for (n, w), d in zip(weights.items(), each, strict=True)}
+            each = torch.autograd.grad(
+                value,
+                list(weights.values()),
+                create_graph=again,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            full = {
+                n: torch.zeros_like(w) if d is None else d
+                for (n, w), d in zip(weights.items(), each, strict=True)
+            }
             found.append(torch.cat([b.gather(full).flatten() for b in blocks]))
         return torch.stack(found)
 
@@ -210,12 +243,16 @@ def by_autograd(p: Problem, kind: str) -> Tensor:
 
 @kinds
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning", "ignore:There is a performance drop")
+@pytest.mark.filterwarnings(
+    "ignore::curvlab.errors.CurvlabWarning", "ignore:There is a performance drop"
+)
 def test_models_beyond_the_zoo(name: str, kind: str) -> None:
     """Against torch.autograd: by structure where layers have rules, else in general; as matrices, products and diagonals."""
     p = other(name)
     written = pytest.MonkeyPatch()
-    written.setattr(torch, "_weight_norm", lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim)))  # torch's is wrong
+    written.setattr(
+        torch, "_weight_norm", lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim))
+    )  # torch's is wrong
     whole = by_autograd(p, kind)
     written.undo()
     assert_near(cl.exact.matrix(p.objective(), p.x, p.y, kind, None).dense(), whole)
@@ -242,16 +279,22 @@ def test_weights_that_are_used_several_times_or_not_at_all(name: str, kind: str)
             return plain.matrix("hessian", rows, columns) - plain.matrix("ggn", rows, columns)
         return plain.matrix({"fisher": "ggn", "fisher-mc": "ef"}.get(kind, kind), rows, columns)
 
-    whole = torch.cat([torch.cat([wanted(b, c) for c in objective.blocks], 1) for b in objective.blocks])
+    whole = torch.cat(
+        [torch.cat([wanted(b, c) for c in objective.blocks], 1) for b in objective.blocks]
+    )
     for route in ("auto", "func"):
-        assert_near(cl.exact.matrix(p.objective(), p.x, p.y, kind, None, route=route).dense(), whole)
+        assert_near(
+            cl.exact.matrix(p.objective(), p.x, p.y, kind, None, route=route).dense(), whole
+        )
     slices = objective.layout.slices
     for b in objective.blocks:
         own = slices[b.name]
         for route in ("auto", "func"):
             found = cl.exact.matrix(p.objective(), p.x, p.y, kind, b.name, route=route).dense()
             assert_block(found, whole[own, own], whole)
-        assert_block(cl.exact.product(p.objective(), p.x, p.y, kind, b.name).dense(), whole[own, own], whole)
+        assert_block(
+            cl.exact.product(p.objective(), p.x, p.y, kind, b.name).dense(), whole[own, own], whole
+        )
         for c in objective.blocks:
             found = cl.exact.matrix(p.objective(), p.x, p.y, kind, (b.name, c.name)).dense()
             assert_block(found, whole[own, slices[c.name]], whole)
@@ -266,12 +309,17 @@ def test_weights_that_are_used_several_times_or_not_at_all(name: str, kind: str)
 
 @pytest.mark.parametrize("name", SEVERAL)
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
-def test_gradients_and_jacobians_of_weights_that_are_used_several_times_or_not_at_all(name: str) -> None:
+def test_gradients_and_jacobians_of_weights_that_are_used_several_times_or_not_at_all(
+    name: str,
+) -> None:
     p = other(name)
     objective, plain = p.objective(), Plain(p.model, p.x, p.y, p.likelihood.loss)
     gradients = objective.closure(p.x, p.y).observe().gradients
     for found, expected in (
-        ({n: g for b in objective.blocks for n, g in b.scatter(gradients[b.name]).items()}, plain.mean_gradient),
+        (
+            {n: g for b in objective.blocks for n, g in b.scatter(gradients[b.name]).items()},
+            plain.mean_gradient,
+        ),
         (cl.exact.gradients(objective, p.x, p.y), plain.gradients),
         (cl.exact.jacobians(objective, p.x), plain.jacobians),
     ):
@@ -303,9 +351,15 @@ def test_outputs_without_an_axis_or_with_several(make: type, axes: str, kind: st
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         if axes == "none":
-            net, shape = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1), nn.Flatten(0)).double(), (5, 3)
+            net, shape = (
+                nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1), nn.Flatten(0)).double(),
+                (5, 3),
+            )
         else:
-            net, shape = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double(), (5, 2, 3)
+            net, shape = (
+                nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double(),
+                (5, 2, 3),
+            )
     x = torch.randn(*shape, generator=generator).double()
     p = Problem(net, make(), x, torch.rand(net(x).shape, generator=generator).double())
     r = Reference(p)

@@ -18,7 +18,9 @@ from curvlab.linalg.operators import Dense
 from curvlab.linalg.products import Product, RectangularProduct
 from curvlab.linalg.scipy_operator import linear_operator
 
-zoo = pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS])
+zoo = pytest.mark.parametrize(
+    ("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS]
+)
 models = pytest.mark.parametrize("model", MODELS)
 kinds = pytest.mark.parametrize("kind", KINDS)
 DRAWS = 2
@@ -52,7 +54,9 @@ def test_products_diagonal_and_trace(model: str, likelihood: str, kind: str) -> 
     scale = float(whole.diagonal().norm())
     assert_near(found.diag(), whole.diagonal())
     assert float((found.trace() - whole.trace()).abs()) <= 1e-12 * scale
-    assert_near(cl.exact.diagonal(r.p.objective(), r.p.x, r.p.y, kind, draws=DRAWS), whole.diagonal())
+    assert_near(
+        cl.exact.diagonal(r.p.objective(), r.p.x, r.p.y, kind, draws=DRAWS), whole.diagonal()
+    )
 
 
 @kinds
@@ -93,13 +97,18 @@ def test_a_loader_is_read_again_and_again(model: str, kind: str) -> None:
     p, loader = problem(model), cut(reference(model).p, 3, 1, 3)
     found = cl.exact.product(p.objective(), loader, kind=kind, draws=DRAWS)
     route = "func" if model == "norm" else "auto"
-    whole = cl.exact.matrix(p.objective(), loader, kind=kind, block=None, route=route, draws=DRAWS).dense()
+    whole = cl.exact.matrix(
+        p.objective(), loader, kind=kind, block=None, route=route, draws=DRAWS
+    ).dense()
     v = normal(len(found), 2)
     for _ in range(2):
         assert_near(found @ v, whole @ v)
         assert_near(found.diag(), whole.diagonal())
     lazy = DataLoader(TensorDataset(p.x, p.y), batch_size=7)
-    assert_near(cl.exact.product(p.objective(), lazy, kind=kind) @ v, cl.exact.product(p.objective(), p.x, p.y, kind) @ v)
+    assert_near(
+        cl.exact.product(p.objective(), lazy, kind=kind) @ v,
+        cl.exact.product(p.objective(), p.x, p.y, kind) @ v,
+    )
 
 
 def test_the_same_product_draws_the_same_labels_and_the_next_one_new_ones() -> None:
@@ -122,7 +131,10 @@ def test_a_loader_that_shuffles_has_no_labels_of_its_own() -> None:
     loader = DataLoader(TensorDataset(p.x, p.y), batch_size=2, shuffle=True)
     v = normal(len(p.objective().layout))
     drawn = cl.exact.product(p.objective(), loader, kind="fisher-mc")
-    with pytest.raises(CurvlabError, match=r"in another order .*: give list\(loader\), or a loader with shuffle=False"):
+    with pytest.raises(
+        CurvlabError,
+        match=r"in another order .*: give list\(loader\), or a loader with shuffle=False",
+    ):
         [drawn @ v for _ in range(9)]
     assert_near(cl.exact.product(p.objective(), loader, kind="ef") @ v, product(p, "ef") @ v)
 
@@ -135,7 +147,10 @@ def test_weights_that_have_moved_are_refused(kind: str) -> None:
     found @ v
     with torch.no_grad():
         p.model[0].weight.add_(1)
-    with pytest.raises(CurvlabError, match=r"the model's weights have moved since this product was made: make it again"):
+    with pytest.raises(
+        CurvlabError,
+        match=r"the model's weights have moved since this product was made: make it again",
+    ):
         found @ v
 
 
@@ -153,7 +168,9 @@ def test_damped_inverses(likelihood: str, kind: str) -> None:
     v = normal(len(found), 2)
     solved = torch.linalg.solve(whole + damping * torch.eye(len(whole)).double(), v)
     assert_near(damped.inv() @ v, solved, 1e-11)
-    assert_near(Dense(found.dense() + damping * torch.eye(len(whole)).double()).inv() @ v, solved, 1e-11)
+    assert_near(
+        Dense(found.dense() + damping * torch.eye(len(whole)).double()).inv() @ v, solved, 1e-11
+    )
     by_cg, info = cg(linear_operator(damped), v[:, 0].numpy(), rtol=1e-14, maxiter=1000)
     assert info == 0
     assert_near(torch.from_numpy(by_cg), solved[:, 0], 1e-10)
@@ -169,7 +186,10 @@ def test_inverse_of_a_block_that_needs_no_damping() -> None:
 
 def test_inverse_of_what_is_singular() -> None:
     p = problem()
-    for operator in (product(p, "ef", "1"), cl.exact.matrix(p.objective(), p.x, p.y, "hessian", "1")):
+    for operator in (
+        product(p, "ef", "1"),
+        cl.exact.matrix(p.objective(), p.x, p.y, "hessian", "1"),
+    ):
         with pytest.raises(CurvlabError, match="not positive definite: damp it before inverting"):
             operator.inv()
 
@@ -203,10 +223,16 @@ def test_scipy_operator_of_a_pair(kind: str) -> None:
     whole = expected(r, kind)[own, other].numpy()
     operator = linear_operator(product(r.p, kind, ("2", "1")))
     u, v = normal(20).numpy(), normal(24).numpy()
-    np.testing.assert_allclose(operator @ v, whole @ v, rtol=0, atol=1e-12 * np.linalg.norm(whole @ v))
-    np.testing.assert_allclose(operator.rmatvec(u), whole.T @ u, rtol=0, atol=1e-12 * np.linalg.norm(whole.T @ u))
+    np.testing.assert_allclose(
+        operator @ v, whole @ v, rtol=0, atol=1e-12 * np.linalg.norm(whole @ v)
+    )
+    np.testing.assert_allclose(
+        operator.rmatvec(u), whole.T @ u, rtol=0, atol=1e-12 * np.linalg.norm(whole.T @ u)
+    )
     found = svds(operator, k=2, return_singular_vectors=False, v0=u, tol=1e-13, random_state=0)
-    np.testing.assert_allclose(np.sort(found), np.sort(np.linalg.svd(whole, compute_uv=False))[-2:], rtol=1e-11)
+    np.testing.assert_allclose(
+        np.sort(found), np.sort(np.linalg.svd(whole, compute_uv=False))[-2:], rtol=1e-11
+    )
 
 
 # ------------------------------------------------------------------------------------------------ manners
@@ -228,6 +254,7 @@ def test_vectors_that_do_not_fit() -> None:
     found = product(problem(), "ggn")
     for v in (normal(58), normal(59).float(), normal(59, 1, 1)):
         with pytest.raises(
-            CurvlabError, match=r"a 59×59 product got .*: pass a vector \[59\], or columns \[59, K\], of torch.float64"
+            CurvlabError,
+            match=r"a 59×59 product got .*: pass a vector \[59\], or columns \[59, K\], of torch.float64",
         ):
             found @ v

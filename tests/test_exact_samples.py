@@ -12,7 +12,9 @@ import curvlab as cl
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Categorical, Gaussian
 
-zoo = pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS])
+zoo = pytest.mark.parametrize(
+    ("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS]
+)
 models = pytest.mark.parametrize("model", MODELS)
 
 
@@ -22,7 +24,9 @@ def assert_each(found: dict[str, Tensor], rows: Tensor, r: Reference, leading: i
     for name, value in found.items():
         places = r.entries[name]
         expected = rows[..., places.flatten()].view(*rows.shape[:leading], *r.shapes[name])
-        assert_near(value, expected) if float(expected.norm()) else assert_near(value, torch.zeros_like(value))
+        assert_near(value, expected) if float(expected.norm()) else assert_near(
+            value, torch.zeros_like(value)
+        )
 
 
 @zoo
@@ -106,7 +110,9 @@ def test_float32_stays_float32() -> None:
     p = problem("conv-norm", dtype=torch.float32)
     double = problem("conv-norm")
     for name, g in cl.exact.gradients(p.objective(), p.x, p.y).items():
-        assert_near(g.double(), cl.exact.gradients(double.objective(), double.x, double.y)[name], 1e-5)
+        assert_near(
+            g.double(), cl.exact.gradients(double.objective(), double.x, double.y)[name], 1e-5
+        )
         assert g.dtype == torch.float32
     assert all(j.dtype == torch.float32 for j in cl.exact.jacobians(p.objective(), p.x).values())
 
@@ -129,7 +135,10 @@ def wrong(out: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     ("how", "message"),
     [
         ("shape", r"out\['2.weight'\] must be \[7, 4, 4\], torch.float64 on cpu, not \[6, 4, 4\]"),
-        ("examples", r"out\['0.weight'\] must be \[7, 4, 5\], torch.float64 on cpu, not \[3, 4, 5\]"),
+        (
+            "examples",
+            r"out\['0.weight'\] must be \[7, 4, 5\], torch.float64 on cpu, not \[3, 4, 5\]",
+        ),
         ("dtype", r"out\['2.weight'\] must be .* not \[7, 4, 4\], torch.float32 on cpu"),
         ("layout", r"out\['2.weight'\] must be contiguous: pass what an earlier call returned"),
         ("missing", r"out has no '2.weight': pass what an earlier call returned"),
@@ -154,9 +163,13 @@ def test_memory_that_does_not_fit_a_parameter_of_any_kind(model: str) -> None:
 def test_more_than_the_memory_holds() -> None:
     objective = cl.Objective(nn.Linear(1000, 1000), Gaussian())
     x = torch.zeros(1, 1000).expand(200_000, 1000)
-    with pytest.raises(CurvlabError, match=r"the per-sample gradients would need 800\.8 GB .*; take fewer examples at a time"):
+    with pytest.raises(
+        CurvlabError,
+        match=r"the per-sample gradients would need 800\.8 GB .*; take fewer examples at a time",
+    ):
         cl.exact.gradients(objective, x, x)
     with pytest.raises(
-        CurvlabError, match=r"the Jacobians would need 1001\.0 GB .*; take fewer examples at a time, or a product"
+        CurvlabError,
+        match=r"the Jacobians would need 1001\.0 GB .*; take fewer examples at a time, or a product",
     ):
         cl.exact.jacobians(objective, x[:250])

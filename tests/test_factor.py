@@ -28,9 +28,16 @@ class Damped:
 @given(st.integers(1, 6), st.sampled_from([None, 1, 4]), st.integers(0, 999))
 def test_solve_and_inverse(order: int, columns: int | None, seed: int) -> None:
     M = spd(order, seed)
-    factor, v = torch.linalg.cholesky(M), normal(order, *([] if columns is None else [columns]), seed=seed + 1)
+    factor, v = (
+        torch.linalg.cholesky(M),
+        normal(order, *([] if columns is None else [columns]), seed=seed + 1),
+    )
     assert_near(solve_cholesky(factor, v), torch.linalg.solve(M, v), 1e-11)
-    assert_near(damped_inverse(M, 0.5, "M"), torch.linalg.inv(M + 0.5 * torch.eye(order, dtype=M.dtype)), 1e-11)
+    assert_near(
+        damped_inverse(M, 0.5, "M"),
+        torch.linalg.inv(M + 0.5 * torch.eye(order, dtype=M.dtype)),
+        1e-11,
+    )
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.5])
@@ -46,13 +53,22 @@ def test_a_good_matrix_keeps_its_damping(damping: float) -> None:
 def test_only_the_lower_triangle_is_read() -> None:
     M = spd(4)
     garbage = M.tril() + torch.full((4, 4), float("nan"), dtype=M.dtype).triu(1)
-    assert_near(damped_cholesky(lambda _: garbage.clone(), 0.0, "M")[0].tril(), torch.linalg.cholesky(M))
+    assert_near(
+        damped_cholesky(lambda _: garbage.clone(), 0.0, "M")[0].tril(), torch.linalg.cholesky(M)
+    )
 
 
-@pytest.mark.parametrize(("lowest", "damping", "expected"), [(-0.5, 0.1, 1.0), (-0.5, 0.01, 1.0), (-30.0, 0.1, 100.0)])
-def test_damping_is_raised_tenfold_until_it_suffices(lowest: float, damping: float, expected: float) -> None:
+@pytest.mark.parametrize(
+    ("lowest", "damping", "expected"), [(-0.5, 0.1, 1.0), (-0.5, 0.01, 1.0), (-30.0, 0.1, 100.0)]
+)
+def test_damping_is_raised_tenfold_until_it_suffices(
+    lowest: float, damping: float, expected: float
+) -> None:
     build = Damped(torch.diag(torch.tensor([1.0, lowest, 2.0], dtype=torch.float64)))
-    with pytest.warns(CurvlabWarning, match=f"the matrix is not positive definite with damping {damping:g}: raised to") as said:
+    with pytest.warns(
+        CurvlabWarning,
+        match=f"the matrix is not positive definite with damping {damping:g}: raised to",
+    ) as said:
         factor, used = damped_cholesky(build, damping, "the matrix")
     assert len(said) == 1
     assert used == pytest.approx(expected, rel=1e-12)
@@ -60,7 +76,10 @@ def test_damping_is_raised_tenfold_until_it_suffices(lowest: float, damping: flo
 
 
 def test_zero_damping_is_raised_from_the_rounding_of_the_largest_entry() -> None:
-    build = Damped(1e6 * torch.ones(2, 2, dtype=torch.float64) - torch.diag(torch.tensor([0.0, 1e-9], dtype=torch.float64)))
+    build = Damped(
+        1e6 * torch.ones(2, 2, dtype=torch.float64)
+        - torch.diag(torch.tensor([0.0, 1e-9], dtype=torch.float64))
+    )
     with pytest.warns(CurvlabWarning, match="with damping 0: raised to"):
         factor, used = damped_cholesky(build, 0.0, "M")
     assert 1e-10 < used < 1e-5
@@ -70,7 +89,10 @@ def test_zero_damping_is_raised_from_the_rounding_of_the_largest_entry() -> None
 @pytest.mark.parametrize("tries", [1, 3, 6])
 def test_gives_up_after_its_tries_and_names_the_last_damping(tries: int) -> None:
     build = Damped(torch.diag(torch.tensor([1.0, -1e9], dtype=torch.float64)))
-    with pytest.raises(CurvlabError, match=f"M is not positive definite, even with damping {10.0 ** (tries - 1):g}: raise"):
+    with pytest.raises(
+        CurvlabError,
+        match=f"M is not positive definite, even with damping {10.0 ** (tries - 1):g}: raise",
+    ):
         damped_cholesky(build, 1.0, "M", tries=tries)
     assert len(build.asked) == tries
 
@@ -104,7 +126,9 @@ def test_damped_inverse_is_the_inverse_of_the_damped_matrix() -> None:
 
 def test_damped_inverse_says_that_it_raised_the_damping() -> None:
     indefinite = torch.diag(torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64))
-    with pytest.warns(CurvlabWarning, match="the factor G is not positive definite with damping 0.5: raised to 5"):
+    with pytest.warns(
+        CurvlabWarning, match="the factor G is not positive definite with damping 0.5: raised to 5"
+    ):
         found = damped_inverse(indefinite, 0.5, "the factor G")
     assert_near(found, torch.linalg.inv(indefinite + 5 * torch.eye(3, dtype=indefinite.dtype)))
 

@@ -31,7 +31,18 @@ WHAT = ("gradient", "rows", *KINDS, "steps")
 """What is asked of every model."""
 
 STEPPERS = ("sgd-m", "kfac", "k-bfgs")
-ALL_STEPPERS = (*STEPPERS, "adam", "hf", "tnt", "shampoo", "smw-ng", "lbfgs", "skqn-l", "block-ggn", "block-hessian")
+ALL_STEPPERS = (
+    *STEPPERS,
+    "adam",
+    "hf",
+    "tnt",
+    "shampoo",
+    "smw-ng",
+    "lbfgs",
+    "skqn-l",
+    "block-ggn",
+    "block-hessian",
+)
 TOLERANCE = 1e-10
 
 
@@ -47,7 +58,10 @@ def refusal(call: Callable[[], object], match: str | None = None) -> str:
 
 
 def right_or_refused(
-    call: Callable[[], Tensor], wanted: Tensor, tolerance: float = TOLERANCE, match: str | None = None
+    call: Callable[[], Tensor],
+    wanted: Tensor,
+    tolerance: float = TOLERANCE,
+    match: str | None = None,
 ) -> str | None:
     """The right number, or one line; which line."""
     try:
@@ -73,7 +87,9 @@ def reference(case: Case) -> Reference:
 
 def entries(objective: cl.Objective, r: Reference) -> dict[str, Tensor]:
     """{block: where its numbers stand in the reference's order}; each number in one block."""
-    ids = r.named(torch.arange(sum(p.numel() for p in r.parameters.values())).double(), objective.model)
+    ids = r.named(
+        torch.arange(sum(p.numel() for p in r.parameters.values())).double(), objective.model
+    )
     found = {b.name: b.gather(ids).flatten().long() for b in objective.blocks}
     assert torch.cat(list(found.values())).sort().values.equal(torch.arange(len(r.gradient)))
     assert list(found) == [str(i) for i in range(1, len(found) + 1)]
@@ -94,7 +110,11 @@ Asked = Iterator[tuple[str, Callable[[], list[Tensor]], list[Tensor]]]
 def asked(o: cl.Objective, x: Tensor, y: Tensor, r: Reference, what: str) -> Asked:
     """(label, what curvlab says, what is so)."""
     if what == "gradient":
-        yield what, lambda: [in_order(o, r, o.closure(x, y).observe({"data"}).gradients)], [r.gradient]
+        yield (
+            what,
+            lambda: [in_order(o, r, o.closure(x, y).observe({"data"}).gradients)],
+            [r.gradient],
+        )
         return
     if what == "rows":
         yield what, lambda: [r.joined(cl.exact.gradients(o, x, y), o.model, 1)], [r.rows]
@@ -114,8 +134,16 @@ def asked(o: cl.Objective, x: Tensor, y: Tensor, r: Reference, what: str) -> Ask
 
     yield f"matrices {what}", together, blocks
     yield f"func {what}", lambda: each("func"), blocks
-    yield f"matrix {what}", lambda: [cl.exact.matrix(o, x, y, what, None).dense()], [whole[order[:, None], order]]
-    yield f"product {what}", lambda: [cl.exact.product(o, x, y, what) @ v], [whole[order[:, None], order] @ v]
+    yield (
+        f"matrix {what}",
+        lambda: [cl.exact.matrix(o, x, y, what, None).dense()],
+        [whole[order[:, None], order]],
+    )
+    yield (
+        f"product {what}",
+        lambda: [cl.exact.product(o, x, y, what) @ v],
+        [whole[order[:, None], order] @ v],
+    )
     yield f"diagonal {what}", lambda: [cl.exact.diagonal(o, x, y, what)], [whole.diagonal()[order]]
 
 
@@ -124,7 +152,11 @@ def lenient(case: Case, label: str) -> bool:
 
 
 def verdict(
-    case: Case, label: str, call: Callable[[], list[Tensor]], wanted: list[Tensor], tolerance: float = TOLERANCE
+    case: Case,
+    label: str,
+    call: Callable[[], list[Tensor]],
+    wanted: list[Tensor],
+    tolerance: float = TOLERANCE,
 ) -> str:
     """What is wrong; nothing where nothing is."""
     scale = torch.cat([w.flatten() for w in wanted])
@@ -150,12 +182,15 @@ def wrong_numbers(case: Case, what: str) -> dict[str, str]:
             o = cl.Objective(model, likelihood(case))
         except CurvlabError as error:
             return {} if lenient(case, "objective") else {"objective": f"refused: {error}"}
-        each = {label: verdict(case, label, call, wanted) for label, call, wanted in asked(o, x, y, r, what)}
+        each = {
+            label: verdict(case, label, call, wanted)
+            for label, call, wanted in asked(o, x, y, r, what)
+        }
         if what == "gradient":
             each["report"] = verdict(case, "report", lambda: reported(o, x, y), [torch.zeros(1)])
-    if [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)] != before or any(
-        not isinstance(p, nn.Parameter) for p in model.parameters()
-    ):
+    if [
+        (name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)
+    ] != before or any(not isinstance(p, nn.Parameter) for p in model.parameters()):
         each["model"] = "its parameters are others than before"
     return {label: line for label, line in each.items() if line}
 
@@ -194,7 +229,9 @@ def wrong_steps(case: Case, algorithms: tuple[str, ...], steps: int = 2) -> dict
                     found[name] = f"refused: {error}"
                 continue
             except Exception as error:  # whatever it is, the others are asked too
-                found[name] = f"raw {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                found[name] = (
+                    f"raw {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                )
                 continue
             if name == "sgd-m":
                 seen.append(apart(after - before, other - before))
@@ -219,7 +256,9 @@ def flat(r: Reference) -> Tensor:
 
 
 @contextmanager
-def listening(o: cl.Objective, x: Tensor, y: Tensor, now: Callable[[], Reference]) -> Iterator[list[float]]:
+def listening(
+    o: cl.Objective, x: Tensor, y: Tensor, now: Callable[[], Reference]
+) -> Iterator[list[float]]:
     """How far each gradient that is observed is from the true one."""
     kind, seen = type(o.closure(x, y)), []
     true = kind.observe
@@ -257,7 +296,9 @@ def hooked() -> nn.Module:
 
 def replaced() -> nn.Module:
     net = two()
-    net[0].forward = types.MethodType(lambda layer, x: F.linear(x, layer.weight / 2, layer.bias), net[0])
+    net[0].forward = types.MethodType(
+        lambda layer, x: F.linear(x, layer.weight / 2, layer.bias), net[0]
+    )
     return net
 
 
@@ -293,7 +334,10 @@ class Transformer(nn.Module):
     def __init__(self, batch_first: bool) -> None:
         super().__init__()
         self.batch_first = batch_first
-        self.layer, self.head = nn.TransformerEncoderLayer(4, 2, 3, 0.0, batch_first=batch_first), nn.Linear(4, 3)
+        self.layer, self.head = (
+            nn.TransformerEncoderLayer(4, 2, 3, 0.0, batch_first=batch_first),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.layer(x) if self.batch_first else self.layer(x.transpose(0, 1)).transpose(0, 1)
@@ -370,8 +414,13 @@ def test_the_reference_itself() -> None:
     """Softmax regression in closed form; nothing of curvlab."""
     r = Case(lambda: nn.Linear(4, 3, bias=False)).reference()
     p = r.model(r.x).softmax(1).detach()
-    each = [torch.kron(torch.diag(q) - torch.outer(q, q), torch.outer(x, x)) for q, x in zip(p, r.x, strict=True)]
-    rows = [torch.outer(q - F.one_hot(y, 3), x).flatten() for q, x, y in zip(p, r.x, r.y, strict=True)]
+    each = [
+        torch.kron(torch.diag(q) - torch.outer(q, q), torch.outer(x, x))
+        for q, x in zip(p, r.x, strict=True)
+    ]
+    rows = [
+        torch.outer(q - F.one_hot(y, 3), x).flatten() for q, x, y in zip(p, r.x, r.y, strict=True)
+    ]
     assert apart(r.ggn, sum(each) / 5) < 1e-14
     assert apart(r.hessian, sum(each) / 5) < 1e-14
     assert apart(r.rows, torch.stack(rows)) < 1e-14

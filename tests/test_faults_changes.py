@@ -18,7 +18,19 @@ from curvlab.likelihoods import Categorical
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 
-MOVERS = ("sgd-m", "adam", "kfac", "k-bfgs", "tnt", "shampoo", "smw-ng", "hf", "lbfgs", "skqn-l", "block-ggn")
+MOVERS = (
+    "sgd-m",
+    "adam",
+    "kfac",
+    "k-bfgs",
+    "tnt",
+    "shampoo",
+    "smw-ng",
+    "hf",
+    "lbfgs",
+    "skqn-l",
+    "block-ggn",
+)
 
 
 @pytest.mark.parametrize("what", ["first layer", "middle layer", "weight alone", "bias alone"])
@@ -78,7 +90,9 @@ def test_the_oracle_of_what_was_frozen_or_thawed_since(kind: str, thaw: bool) ->
         return sum(m.dense().trace() for m in cl.exact.matrices(o, x, y, kind).values())[None]
 
     right_or_refused(trace, getattr(r, kind).trace()[None])
-    right_or_refused(lambda: cl.exact.diagonal(o, x, y, kind).sum()[None], getattr(r, kind).trace()[None])
+    right_or_refused(
+        lambda: cl.exact.diagonal(o, x, y, kind).sum()[None], getattr(r, kind).trace()[None]
+    )
     right_or_refused(lambda: r.joined(cl.exact.gradients(o, x, y), model, 1), r.rows)
     model[2].requires_grad_(not thaw)
     r = Reference(model, x, y)
@@ -93,10 +107,17 @@ def holds(o: cl.Objective, x: Tensor, y: Tensor) -> None:
     assert apart(in_order(o, r, o.closure(x, y).observe({"data"}).gradients), r.gradient) < 1e-10
     assert apart(r.joined(cl.exact.gradients(o, x, y), o.model, 1), r.rows) < 1e-10
     assert apart(cl.exact.diagonal(o, x, y, "ggn").sum()[None], r.ggn.trace()[None]) < 1e-10
-    assert apart(cl.exact.matrix(o, x, y, "hessian", None).dense().trace()[None], r.hessian.trace()[None]) < 1e-10
+    assert (
+        apart(
+            cl.exact.matrix(o, x, y, "hessian", None).dense().trace()[None], r.hessian.trace()[None]
+        )
+        < 1e-10
+    )
 
 
-@pytest.mark.parametrize("layer", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(4)], ids=["dropout", "norm"])
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(4)], ids=["dropout", "norm"]
+)
 def test_modes_that_change_between_looks(layer: Callable[[], nn.Module]) -> None:
     """Right in eval mode, refused in train mode, and right again."""
     with seeded():
@@ -107,7 +128,10 @@ def test_modes_that_change_between_looks(layer: Callable[[], nn.Module]) -> None
         model.eval()
         holds(o, x, y)
         model.train()
-        for call in (lambda: cl.exact.matrices(o, x, y, "ggn"), lambda: cl.exact.gradients(o, x, y)):
+        for call in (
+            lambda: cl.exact.matrices(o, x, y, "ggn"),
+            lambda: cl.exact.gradients(o, x, y),
+        ):
             with chances():
                 refusal(call)
 
@@ -115,7 +139,10 @@ def test_modes_that_change_between_looks(layer: Callable[[], nn.Module]) -> None
 def test_buffers_that_are_edited_between_looks() -> None:
     with seeded():
         model = Net(
-            lambda m, x: m.b(m.norm(m.a(x)).tanh() * m.s), s=numbers(4), norm=nn.BatchNorm1d(4), **layers(a=(4, 4), b=(4, 3))
+            lambda m, x: m.b(m.norm(m.a(x)).tanh() * m.s),
+            s=numbers(4),
+            norm=nn.BatchNorm1d(4),
+            **layers(a=(4, 4), b=(4, 3)),
         )
     x, y = data()
     o = cl.Objective(model.eval(), Categorical())
@@ -132,7 +159,17 @@ def test_buffers_that_are_edited_between_looks() -> None:
 
 
 @pytest.mark.parametrize(
-    "edit", ["add_", ".data.mul_", ".data =", "load_state_dict", "assign", "new Parameter", "new layer", "numpy"]
+    "edit",
+    [
+        "add_",
+        ".data.mul_",
+        ".data =",
+        "load_state_dict",
+        "assign",
+        "new Parameter",
+        "new layer",
+        "numpy",
+    ],
 )
 def test_weights_that_are_set_between_looks(edit: str) -> None:
     """Right at the weights of now, or a line; a product that was made before never says that all is as it was."""
@@ -160,10 +197,14 @@ def test_weights_that_are_set_between_looks(edit: str) -> None:
     else:
         model[2].weight.detach().numpy()[:] *= 2
     r = Reference(model, x, y)
-    right_or_refused(lambda: in_order(o, r, o.closure(x, y).observe({"data"}).gradients), r.gradient)
+    right_or_refused(
+        lambda: in_order(o, r, o.closure(x, y).observe({"data"}).gradients), r.gradient
+    )
     right_or_refused(lambda: r.joined(cl.exact.gradients(o, x, y), model, 1), r.rows)
     right_or_refused(lambda: cl.exact.diagonal(o, x, y, "ggn").sum()[None], r.ggn.trace()[None])
-    right_or_refused(lambda: product @ v, cl.exact.product(cl.Objective(model, Categorical()), x, y, "ggn") @ v)
+    right_or_refused(
+        lambda: product @ v, cl.exact.product(cl.Objective(model, Categorical()), x, y, "ggn") @ v
+    )
 
 
 @pytest.mark.parametrize("edit", ["assign", "new Parameter", "new layer"])
@@ -194,7 +235,13 @@ def test_steps_after_weights_are_replaced(edit: str) -> None:
 
 
 def test_a_norm_without_statistics_is_not_told_to_be_in_eval_mode() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 3)).double().eval()
+    model = (
+        nn.Sequential(
+            nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 3)
+        )
+        .double()
+        .eval()
+    )
     x, y = data()
     line = refusal(lambda: cl.exact.matrices(cl.Objective(model, Categorical()), x, y, "ggn"))
     assert "eval()" not in line
@@ -225,6 +272,14 @@ def test_a_norm_that_is_frozen_in_eval_mode_stays_so_while_training() -> None:
     model[1].eval().requires_grad_(False)
     before = model[1].running_mean.clone()
     batches = [(numbers(8, 4) + 3, tokens(8, high=3))]
-    cl.train(cl.Objective(model, Categorical()), batches, batches, algorithm="sgd-m", lr=0.01, epochs=1, progress=False)
+    cl.train(
+        cl.Objective(model, Categorical()),
+        batches,
+        batches,
+        algorithm="sgd-m",
+        lr=0.01,
+        epochs=1,
+        progress=False,
+    )
     assert torch.equal(model[1].running_mean, before)
     assert [m.training for m in model] == [True, False, True]

@@ -114,8 +114,13 @@ def test_another_way_by_the_data() -> None:
     o = cl.Objective(Net(run, **layers(a=(4, 4), b=(4, 3))).double(), Categorical())
     for data in (x, -x, x):
         r = Reference(o.model, data, y)
-        assert apart(in_order(o, r, o.closure(data, y).observe({"data"}).gradients), r.gradient) < 1e-10
-        right_or_refused(lambda r=r, data=data: r.joined(cl.exact.gradients(o, data, y), o.model, 1), r.rows)
+        assert (
+            apart(in_order(o, r, o.closure(data, y).observe({"data"}).gradients), r.gradient)
+            < 1e-10
+        )
+        right_or_refused(
+            lambda r=r, data=data: r.joined(cl.exact.gradients(o, data, y), o.model, 1), r.rows
+        )
 
 
 def test_another_way_by_a_flag() -> None:
@@ -141,7 +146,10 @@ def test_a_loader_whose_places_vary() -> None:
     wanted = (each[0] + each[1]).trace()[None] / 2
 
     def trace(**options: str) -> Tensor:
-        found = [cl.exact.matrix(o, loader, kind="hessian", block=b.name, **options).dense() for b in o.blocks]
+        found = [
+            cl.exact.matrix(o, loader, kind="hessian", block=b.name, **options).dense()
+            for b in o.blocks
+        ]
         return sum(m.trace() for m in found)[None]
 
     try:

@@ -6,7 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import Case, Loss, Net, Reference, apart, cross_entropy, numbers, one_line, seeded, tokens, weight
+from oracle import (
+    Case,
+    Loss,
+    Net,
+    Reference,
+    apart,
+    cross_entropy,
+    numbers,
+    one_line,
+    seeded,
+    tokens,
+    weight,
+)
 from test_faults import STEPPERS, WHAT, ask, entries, in_order, layers, refusal
 from test_faults_uses import Weighs
 from torch import Tensor, nn
@@ -17,9 +29,13 @@ import curvlab as cl
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Categorical, Gaussian
 
-pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning", "ignore:.*torch.jit")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::curvlab.errors.CurvlabWarning", "ignore:.*torch.jit"
+)
 
-FUNC = frozenset({"func *", "product *", "matri*", "rows", "jacobians", "diagonal *", "report", "hf"})
+FUNC = frozenset(
+    {"func *", "product *", "matri*", "rows", "jacobians", "diagonal *", "report", "hf"}
+)
 """What may refuse in a line where `vmap` and `jvp` do not go through."""
 
 
@@ -37,7 +53,9 @@ def scripted() -> nn.Module:
 
 
 def script_inside() -> nn.Module:
-    return Net(lambda m, x: m.b(torch.tanh(m.a(x)) + m.s(x)), s=torch.jit.script(nn.Linear(4, 4)), **two())
+    return Net(
+        lambda m, x: m.b(torch.tanh(m.a(x)) + m.s(x)), s=torch.jit.script(nn.Linear(4, 4)), **two()
+    )
 
 
 @torch.jit.script
@@ -53,7 +71,11 @@ def tangent(m: Net, x: Tensor) -> Tensor:
 def laplacian(m: Net, x: Tensor) -> Tensor:
     """As nets of physics have it: the trace of a Hessian in the inputs."""
     return torch.func.vmap(
-        lambda q: torch.func.jacfwd(torch.func.jacrev(lambda p: m.b(torch.tanh(m.a(p)))))(q).diagonal(0, 1, 2).sum(1)
+        lambda q: (
+            torch.func.jacfwd(torch.func.jacrev(lambda p: m.b(torch.tanh(m.a(p)))))(q)
+            .diagonal(0, 1, 2)
+            .sum(1)
+        )
     )(x)
 
 
@@ -120,7 +142,11 @@ class Halves(torch.overrides.TorchFunctionMode):
     """A mode of the user's: whatever is linear is taken twice."""
 
     def __torch_function__(
-        self, func: Callable[..., Tensor], types: object, args: tuple = (), kwargs: dict | None = None
+        self,
+        func: Callable[..., Tensor],
+        types: object,
+        args: tuple = (),
+        kwargs: dict | None = None,
     ) -> Tensor:
         found = func(*args, **(kwargs or {}))
         return found * 2 if func is F.linear else found
@@ -195,7 +221,10 @@ def holds(o: cl.Objective, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> 
     order = torch.cat(list(own.values()))
     for kind in ("ggn", "hessian", "ef"):
         whole, found = getattr(r, kind), cl.exact.matrices(o, x, y, kind)
-        assert max(apart(found[b].dense(), whole[i[:, None], i], whole) for b, i in own.items()) < 1e-10
+        assert (
+            max(apart(found[b].dense(), whole[i[:, None], i], whole) for b, i in own.items())
+            < 1e-10
+        )
         assert apart(cl.exact.diagonal(o, x, y, kind), whole.diagonal()[order]) < 1e-10
 
 
@@ -208,7 +237,9 @@ def gated(m: Net, x: Tensor) -> Tensor:
 def test_a_gate_that_opens_later() -> None:
     """At 0 every wrong gradient behind it is right."""
     with seeded():
-        net = Net(gated, gate=nn.Parameter(torch.zeros(())), **layers(inp=(3, 4), a=(3, 4), head=(4, 3)))
+        net = Net(
+            gated, gate=nn.Parameter(torch.zeros(())), **layers(inp=(3, 4), a=(3, 4), head=(4, 3))
+        )
     x, y = numbers(4, 4, 3), tokens(4, high=3)
     o = cl.Objective(net, Categorical())
     holds(o, x, y)
@@ -235,7 +266,10 @@ def test_a_second_use_whose_gate_opens_later() -> None:
 
 def test_a_head_that_starts_at_zero() -> None:
     with seeded():
-        net = Net(lambda m, x: m.head(torch.tanh(m.a(x.transpose(0, 1))).mean(0)), **layers(a=(3, 4), head=(4, 3)))
+        net = Net(
+            lambda m, x: m.head(torch.tanh(m.a(x.transpose(0, 1))).mean(0)),
+            **layers(a=(3, 4), head=(4, 3)),
+        )
         nn.init.zeros_(net.head.weight)
     x, y = numbers(4, 4, 3), tokens(4, high=3)
     o = cl.Objective(net, Categorical())
@@ -249,7 +283,9 @@ def test_a_head_that_starts_at_zero() -> None:
 def test_a_first_minibatch_of_zeros() -> None:
     with seeded():
         net = Net(
-            lambda m, x: m.head(torch.tanh(m.a(x.transpose(0, 1))).mean(0)), a=nn.Linear(3, 4, bias=False), head=nn.Linear(4, 3)
+            lambda m, x: m.head(torch.tanh(m.a(x.transpose(0, 1))).mean(0)),
+            a=nn.Linear(3, 4, bias=False),
+            head=nn.Linear(4, 3),
         )
     x, y = numbers(4, 4, 3), tokens(4, high=3)
     o = cl.Objective(net, Categorical())
@@ -269,7 +305,10 @@ def test_a_first_minibatch_whose_examples_are_one() -> None:
 
 def test_a_dead_layer_that_comes_to_life() -> None:
     with seeded():
-        net = Net(lambda m, x: m.head(torch.relu(m.a(x.transpose(0, 1))).mean(0)), **layers(a=(3, 4), head=(4, 3)))
+        net = Net(
+            lambda m, x: m.head(torch.relu(m.a(x.transpose(0, 1))).mean(0)),
+            **layers(a=(3, 4), head=(4, 3)),
+        )
         nn.init.constant_(net.a.bias, -100)
     x, y = numbers(4, 4, 3), tokens(4, high=3)
     o = cl.Objective(net, Categorical())
@@ -293,7 +332,10 @@ def test_first_and_last_examples_that_are_masked() -> None:
             return loss(z, y)
 
     with seeded():
-        net = Net(lambda m, x: m.head(torch.tanh(m.a(x.transpose(0, 1))).mean(0)), **layers(a=(3, 4), head=(4, 3)))
+        net = Net(
+            lambda m, x: m.head(torch.tanh(m.a(x.transpose(0, 1))).mean(0)),
+            **layers(a=(3, 4), head=(4, 3)),
+        )
     holds(cl.Objective(net, Masked()), numbers(4, 4, 3), torch.tensor([-1, 2, 0, -1]), loss)
 
 
@@ -319,7 +361,9 @@ def test_targets_that_show_later_what_the_loss_does_with_them(sort: str) -> None
         parent = Categorical
 
         def loss(z: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(z, y, reduction="none", weight=torch.tensor([1.0, 5.0, 0.2]).double())
+            return F.cross_entropy(
+                z, y, reduction="none", weight=torch.tensor([1.0, 5.0, 0.2]).double()
+            )
 
         y0, y1 = torch.zeros(5, dtype=torch.long), torch.tensor([0, 1, 2, 1, 0])
 

@@ -17,14 +17,18 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import curvlab as cl
 from curvlab.likelihoods import Categorical
 
-pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning", "ignore:.*weight_norm:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::curvlab.errors.CurvlabWarning", "ignore:.*weight_norm:FutureWarning"
+)
 
 
 def deep() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
 
 
-def hooked(change: Callable[[nn.Sequential], object], lenient: frozenset[str] = frozenset()) -> Case:
+def hooked(
+    change: Callable[[nn.Sequential], object], lenient: frozenset[str] = frozenset()
+) -> Case:
     """A plain net to which something is done."""
 
     def build() -> nn.Module:
@@ -130,13 +134,20 @@ class OldNorm(nn.Linear):
         super().__init__(inputs, outputs)
         w = self.weight.detach()
         del self.weight
-        self.weight_g, self.weight_v = nn.Parameter(w.norm(dim=1, keepdim=True)), nn.Parameter(w.clone())
+        self.weight_g, self.weight_v = (
+            nn.Parameter(w.norm(dim=1, keepdim=True)),
+            nn.Parameter(w.clone()),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True), self.bias)
+        return F.linear(
+            x, self.weight_g * self.weight_v / self.weight_v.norm(dim=1, keepdim=True), self.bias
+        )
 
 
-def with_parametrization(make: Callable[[nn.Module], object], evaluating: bool = False) -> nn.Module:
+def with_parametrization(
+    make: Callable[[nn.Module], object], evaluating: bool = False
+) -> nn.Module:
     net = deep()
     make(net[2])
     return net.eval() if evaluating else net
@@ -178,7 +189,10 @@ def shared_parametrization() -> nn.Module:
 def compiled(part: bool = False, run: bool = False) -> nn.Module:
     net = two()
     if part:
-        net = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), backend="eager"), nn.Linear(4, 3))
+        net = nn.Sequential(
+            torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), backend="eager"),
+            nn.Linear(4, 3),
+        )
     else:
         net = torch.compile(net, backend="eager")
     if run:
@@ -186,7 +200,9 @@ def compiled(part: bool = False, run: bool = False) -> nn.Module:
     return net
 
 
-WEIGHT_NORM = frozenset({"matri* hessian", "func hessian", "product hessian", "diagonal hessian", "block-hessian"})
+WEIGHT_NORM = frozenset(
+    {"matri* hessian", "func hessian", "product hessian", "diagonal hessian", "block-hessian"}
+)
 COMPILED = frozenset({"*"})
 
 CASES: dict[str, Case] = {
@@ -275,13 +291,17 @@ def test_a_hook_that_comes_and_goes_between_looks() -> None:
 
     def holds() -> None:
         r = truth(net, x, y)
-        assert apart(in_order(o, r, o.closure(x, y).observe({"data"}).gradients), r.gradient) < 1e-10
+        assert (
+            apart(in_order(o, r, o.closure(x, y).observe({"data"}).gradients), r.gradient) < 1e-10
+        )
         assert apart(r.joined(cl.exact.gradients(o, x, y), net, 1), r.rows) < 1e-10
         found = cl.exact.matrix(o, x, y, "ggn", None).dense()
         assert apart(found.diagonal().sum()[None], r.ggn.trace()[None]) < 1e-10
 
     holds()
-    handle = net[2].register_forward_hook(lambda module, args, out: out.sin() * module.weight.norm())
+    handle = net[2].register_forward_hook(
+        lambda module, args, out: out.sin() * module.weight.norm()
+    )
     holds()
     handle.remove()
     holds()
@@ -308,7 +328,9 @@ def test_hooks_of_the_backward_pass(sort: str) -> None:
     else:
         net[2].register_full_backward_pre_hook(lambda module, out: (out[0] * 3,))
     r, o = truth(net, x, y), cl.Objective(net, Categorical())
-    right_or_refused(lambda: in_order(o, r, o.closure(x, y).observe({"data"}).gradients), r.gradient)
+    right_or_refused(
+        lambda: in_order(o, r, o.closure(x, y).observe({"data"}).gradients), r.gradient
+    )
 
 
 def test_compiled_and_run_before_is_right_or_names_the_remedy() -> None:
@@ -322,7 +344,9 @@ def test_compiled_and_run_before_is_right_or_names_the_remedy() -> None:
     def of_the_compiled() -> Tensor:
         o = cl.Objective(model, Categorical())
         found = cl.exact.gradients(o, x, y)
-        return r.joined({name.removeprefix("_orig_mod."): g for name, g in found.items()}, model._orig_mod, 1)
+        return r.joined(
+            {name.removeprefix("_orig_mod."): g for name, g in found.items()}, model._orig_mod, 1
+        )
 
     right_or_refused(of_the_compiled, r.rows, match=r"_orig_mod")
     assert apart(rows(cl.Objective(model._orig_mod, Categorical())), r.rows) < 1e-10
@@ -330,13 +354,19 @@ def test_compiled_and_run_before_is_right_or_names_the_remedy() -> None:
 
 def test_a_compiled_models_hessian_is_no_raw_error() -> None:
     """By the back end of AOT autograd, which has no double backward."""
-    model, x, y = torch.compile(two().double(), backend="aot_eager"), numbers(6, 4), tokens(6, high=3)
+    model, x, y = (
+        torch.compile(two().double(), backend="aot_eager"),
+        numbers(6, 4),
+        tokens(6, high=3),
+    )
     o = cl.Objective(model, Categorical())
     for kind in ("ggn", "hessian"):
         r = truth(model._orig_mod, x, y)
         wanted = getattr(r, kind).trace()[None]
         right_or_refused(
-            lambda kind=kind: cl.exact.matrix(o, x, y, kind, None).dense().trace()[None], wanted, match=r"compile|_orig_mod"
+            lambda kind=kind: cl.exact.matrix(o, x, y, kind, None).dense().trace()[None],
+            wanted,
+            match=r"compile|_orig_mod",
         )
 
 

@@ -82,7 +82,11 @@ def angular(z: Tensor, y: Tensor) -> Tensor:
 
 
 def ordinal(z: Tensor, y: Tensor) -> Tensor:
-    return summed(F.binary_cross_entropy_with_logits(z, (torch.arange(3) < y[:, None]).to(z), reduction="none"))
+    return summed(
+        F.binary_cross_entropy_with_logits(
+            z, (torch.arange(3) < y[:, None]).to(z), reduction="none"
+        )
+    )
 
 
 def quantile(z: Tensor, y: Tensor) -> Tensor:
@@ -137,9 +141,17 @@ VALUES = lambda: numbers(6, 3, seed=2)  # noqa: E731
 HIDDEN = "weights that the first and the last do not show"
 
 LOSSES: dict[str, tuple[type, Loss, Callable[[], Tensor]]] = {
-    "class weights": (Categorical, lambda z, y: F.cross_entropy(z, y, weight=WEIGHTS, reduction="none"), CLASSES),
+    "class weights": (
+        Categorical,
+        lambda z, y: F.cross_entropy(z, y, weight=WEIGHTS, reduction="none"),
+        CLASSES,
+    ),
     "ignored class": (Categorical, ignored, CLASSES),
-    "weights of examples": (Categorical, sampled_weight, lambda: CLASSES() + 10 * torch.tensor([1, 3, 0, 2, 5, 1])),
+    "weights of examples": (
+        Categorical,
+        sampled_weight,
+        lambda: CLASSES() + 10 * torch.tensor([1, 3, 0, 2, 5, 1]),
+    ),
     HIDDEN: (Categorical, of_the_first, lambda: torch.tensor([0, 2, 1, 1, 2, 0])),
     "smoothed": (Categorical, smooth, CLASSES),
     "soft": (Categorical, soft, lambda: VALUES().softmax(1)),
@@ -154,7 +166,11 @@ LOSSES: dict[str, tuple[type, Loss, Callable[[], Tensor]]] = {
     "Student": (Gaussian, student, VALUES),
     "Huber": (Gaussian, huber, VALUES),
     "heteroscedastic": (Gaussian, heteroscedastic, VALUES),
-    "missing values": (Gaussian, missing, lambda: torch.where(VALUES() > 0.3, -5.0, VALUES().clamp(-0.9))),
+    "missing values": (
+        Gaussian,
+        missing,
+        lambda: torch.where(VALUES() > 0.3, -5.0, VALUES().clamp(-0.9)),
+    ),
     "weights of outputs": (Gaussian, weighted_outputs, VALUES),
     "whole squares": (Gaussian, lambda z, y: 2 * half_squares(z, y), VALUES),
     "quantile": (Gaussian, quantile, VALUES),
@@ -173,7 +189,10 @@ def problem(name: str, model: str = "one place") -> tuple[cl.Objective, Tensor, 
         if model == "one place":
             net, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), numbers(6, 4)
         else:
-            net, x = Net(lambda m, x: m.b(torch.tanh(m.a(x)).mean(1)), **layers(a=(3, 4), b=(4, 3))), numbers(6, 2, 3)
+            net, x = (
+                Net(lambda m, x: m.b(torch.tanh(m.a(x)).mean(1)), **layers(a=(3, 4), b=(4, 3))),
+                numbers(6, 2, 3),
+            )
     y = targets()
     return cl.Objective(net, of(parent, loss)), x, y, Reference(net, x, y, loss)
 
@@ -195,7 +214,14 @@ def agree(name: str, calls: dict[str, Callable[[], Tensor]], wanted: Tensor, all
 
 
 @pytest.mark.parametrize(
-    ("kind", "model"), [("ggn", "one place"), ("ggn", "places"), ("hessian", "places"), ("pi", "one place"), ("ef", "places")]
+    ("kind", "model"),
+    [
+        ("ggn", "one place"),
+        ("ggn", "places"),
+        ("hessian", "places"),
+        ("pi", "one place"),
+        ("ef", "places"),
+    ],
 )
 @pytest.mark.parametrize("name", LOSSES)
 def test_one_number_by_every_way(name: str, kind: str, model: str) -> None:
@@ -208,10 +234,16 @@ def test_one_number_by_every_way(name: str, kind: str, model: str) -> None:
     v = numbers(len(order), 2, seed=5)
 
     def each(**options: str) -> Tensor:
-        return torch.cat([cl.exact.matrix(o, x, y, kind, b, **options).dense().flatten() for b in own])
+        return torch.cat(
+            [cl.exact.matrix(o, x, y, kind, b, **options).dense().flatten() for b in own]
+        )
 
-    calls: dict[str, Callable[[], Tensor]] = {"whole": lambda: cl.exact.matrix(o, x, y, kind, None).dense()}
-    allow = (name in SHARP and kind == "ggn") or (name == "Huber" and kind != "ef")  # torch: no forward mode of its backward
+    calls: dict[str, Callable[[], Tensor]] = {
+        "whole": lambda: cl.exact.matrix(o, x, y, kind, None).dense()
+    }
+    allow = (name in SHARP and kind == "ggn") or (
+        name == "Huber" and kind != "ef"
+    )  # torch: no forward mode of its backward
     agree(name, calls, inside, allow)
     agree(name, {"matrix": each, "func": lambda: each(route="func")}, blocks, allow)
     agree(name, {"product": lambda: cl.exact.product(o, x, y, kind) @ v}, inside @ v, allow)
@@ -227,7 +259,13 @@ def test_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ["block-ggn", "full-ggn", "smw-gn", "hf", "kflr"])
 @pytest.mark.parametrize(
-    "name", ["class weights", "ignored class", "weights that the first and the last do not show", "missing values"]
+    "name",
+    [
+        "class weights",
+        "ignored class",
+        "weights that the first and the last do not show",
+        "missing values",
+    ],
 )
 def test_methods_by_the_gauss_newton_matrix(name: str, algorithm: str) -> None:
     """Directions (G + λI)⁻¹ ∇ of the true G; or a line. KFLR's factors, at least, exist."""
@@ -252,11 +290,20 @@ def test_methods_by_the_gauss_newton_matrix(name: str, algorithm: str) -> None:
     else:
         G = r.ggn
     wanted = torch.linalg.solve(G + 0.1 * eye, r.gradient)
-    assert apart(found, wanted) < {"block-ggn": 1e-10, "smw-gn": 1e-10, "full-ggn": 1e-5, "hf": 0.05}[algorithm]
+    assert (
+        apart(found, wanted)
+        < {"block-ggn": 1e-10, "smw-gn": 1e-10, "full-ggn": 1e-5, "hf": 0.05}[algorithm]
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["class weights", "weights that the first and the last do not show", "smoothed", "ignored class"]
+    "name",
+    [
+        "class weights",
+        "weights that the first and the last do not show",
+        "smoothed",
+        "ignored class",
+    ],
 )
 def test_a_fisher_that_is_not_the_gauss_newton_matrix_is_not_given_for_it(name: str) -> None:
     """Σ_y p(y) ∂ℓ(y) ∂ℓ(y)ᵀ by its definition, with the loss as it is; or a line."""
@@ -323,7 +370,11 @@ def test_masked_places_have_no_curvature(kind: str) -> None:
 
 def test_soft_labels_and_smoothing_are_those_of_cross_entropy() -> None:
     """The table's row 12: their Gauss-Newton matrix is that of the hard ones where they sum to 1."""
-    net, x, y = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double(), numbers(6, 4), VALUES().softmax(1)
+    net, x, y = (
+        nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double(),
+        numbers(6, 4),
+        VALUES().softmax(1),
+    )
     o, r = cl.Objective(net, Categorical()), Reference(net, x, y, soft)
     order = torch.cat(list(entries(o, r).values()))
     for kind in ("ggn", "hessian", "ef"):
@@ -337,7 +388,10 @@ def test_targets_of_another_shape_come_with_a_remedy_that_works() -> None:
     o = cl.Objective(net, Categorical())
     wanted = cl.exact.matrices(o, x, y, "ggn")["1"].dense()
     hot = F.one_hot(y, 3)
-    for given, remedy, cured in ((hot, "argmax(1)", hot.argmax(1)), (y[:, None], "squeeze(-1)", y[:, None].squeeze(-1))):
+    for given, remedy, cured in (
+        (hot, "argmax(1)", hot.argmax(1)),
+        (y[:, None], "squeeze(-1)", y[:, None].squeeze(-1)),
+    ):
         line = refusal(lambda given=given: cl.exact.matrices(o, x, given, "ggn"))
         assert remedy in line
         assert torch.equal(cl.exact.matrices(o, x, cured, "ggn")["1"].dense(), wanted)

@@ -47,9 +47,16 @@ def test_everything_under_another_mode_of_autograd(mode: str) -> None:
         allowed(lambda: in_order(o, r, o.closure(x, y).observe({"data"}).gradients), gradient)
         allowed(lambda: r.joined(cl.exact.gradients(o, x, y), net, 1), rows)
         for kind, trace in wanted.items():
-            allowed(lambda kind=kind: sum(m.dense().trace() for m in cl.exact.matrices(o, x, y, kind).values())[None], trace)
+            allowed(
+                lambda kind=kind: sum(
+                    m.dense().trace() for m in cl.exact.matrices(o, x, y, kind).values()
+                )[None],
+                trace,
+            )
             allowed(lambda kind=kind: cl.exact.diagonal(o, x, y, kind).sum()[None], trace)
-            allowed(lambda kind=kind: cl.exact.matrix(o, x, y, kind, None).dense().trace()[None], trace)
+            allowed(
+                lambda kind=kind: cl.exact.matrix(o, x, y, kind, None).dense().trace()[None], trace
+            )
             allowed(lambda kind=kind: cl.exact.product(o, x, y, kind).dense().trace()[None], trace)
         if mode not in ("saved on cpu", "anomaly"):
             cl.spectrum(o, x, y, progress=False)
@@ -74,8 +81,14 @@ def test_data_and_calls_of_inference_mode() -> None:
     ):
         right_or_refused(lambda call=call: call(frozen), wanted, match="clone")
         assert apart(call(frozen.clone()), wanted) < 1e-10
-    right_or_refused(lambda: r.joined(cl.exact.gradients(o, frozen, y), net, 1), r.rows, match="clone")
-    right_or_refused(lambda: in_order(o, r, o.closure(frozen, y).observe({"data"}).gradients), r.gradient, match="clone")
+    right_or_refused(
+        lambda: r.joined(cl.exact.gradients(o, frozen, y), net, 1), r.rows, match="clone"
+    )
+    right_or_refused(
+        lambda: in_order(o, r, o.closure(frozen, y).observe({"data"}).gradients),
+        r.gradient,
+        match="clone",
+    )
 
     def within() -> Tensor:
         with torch.inference_mode():
@@ -90,7 +103,11 @@ def test_weights_of_inference_mode_are_named() -> None:
     x, y = data()
 
     def trace() -> Tensor:
-        return cl.exact.matrix(cl.Objective(net, Categorical()), x, y, "ggn", None).dense().trace()[None]
+        return (
+            cl.exact.matrix(cl.Objective(net, Categorical()), x, y, "ggn", None)
+            .dense()
+            .trace()[None]
+        )
 
     right_or_refused(trace, trace_of(copy_of(net), x, y), match="inference")
 
@@ -131,13 +148,22 @@ def test_two_threads() -> None:
 
     def work(which: int) -> None:
         with torch.random.fork_rng(devices=[]):
-            net = nn.Sequential(nn.Linear(4, 3 + which), nn.Tanh(), nn.Linear(3 + which, 3)).double()
+            net = nn.Sequential(
+                nn.Linear(4, 3 + which), nn.Tanh(), nn.Linear(3 + which, 3)
+            ).double()
         x, y = data()
         o, r = cl.Objective(net, Categorical()), Reference(net, x, y)
         for _ in range(10):
             found[which].append(apart(r.joined(cl.exact.gradients(o, x, y), net, 1), r.rows))
-            found[which].append(apart(cl.exact.diagonal(o, x, y, "ggn").sum()[None], r.ggn.trace()[None]))
-            found[which].append(apart(cl.exact.matrix(o, x, y, "hessian", None).dense().trace()[None], r.hessian.trace()[None]))
+            found[which].append(
+                apart(cl.exact.diagonal(o, x, y, "ggn").sum()[None], r.ggn.trace()[None])
+            )
+            found[which].append(
+                apart(
+                    cl.exact.matrix(o, x, y, "hessian", None).dense().trace()[None],
+                    r.hessian.trace()[None],
+                )
+            )
 
     threads = [threading.Thread(target=work, args=(i,)) for i in found]
     for t in threads:
@@ -156,12 +182,17 @@ DISTRIBUTED = ("sgd-m", "kfac", "shampoo")
 def _sharded_rank(rank: int, size: int, folder: str) -> None:
     """What a process is told of a model that is sharded, in either way."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size
+    )
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     told: list[str] = []
     try:
-        inside, outside = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), nn.Linear(4, 3)
+        inside, outside = (
+            nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)),
+            nn.Linear(4, 3),
+        )
         fully_shard(inside[0])
         for model in (inside, FullyShardedDataParallel(outside, device_id=torch.device("cpu"))):
             try:
@@ -188,7 +219,9 @@ def test_sharded_models_are_refused(size: int, tmp_path: Path) -> None:
 def _rank(rank: int, size: int, folder: str) -> None:
     """One process: its own data, equal weights; what it ends with goes to a file."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size
+    )
     ends: dict[str, object] = {}
     try:
         for algorithm in DISTRIBUTED:
@@ -232,7 +265,9 @@ def test_two_processes_end_with_one_model_or_refuse(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("algorithm", DISTRIBUTED)
-def test_a_group_of_two_is_refused_or_reduced(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_of_two_is_refused_or_reduced(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without processes: torch's own make-believe of a second rank. What is not refused asks the other rank something."""
     store = pytest.importorskip("torch.testing._internal.distributed.fake_pg").FakeStore()
     asked: list[str] = []
@@ -257,7 +292,9 @@ def test_a_group_of_two_is_refused_or_reduced(algorithm: str, monkeypatch: pytes
 
 def test_one_process_of_a_group_is_right_or_refused(tmp_path: Path) -> None:
     """World size 1, in this process."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
     try:
         net, (x, y) = two(), data()
         model = nn.parallel.DistributedDataParallel(net)
@@ -279,6 +316,10 @@ def test_data_parallel_without_devices_is_the_module() -> None:
     o = cl.Objective(nn.DataParallel(net), Categorical())
 
     def rows() -> Tensor:
-        return r.joined({name.removeprefix("module."): g for name, g in cl.exact.gradients(o, x, y).items()}, net, 1)
+        return r.joined(
+            {name.removeprefix("module."): g for name, g in cl.exact.gradients(o, x, y).items()},
+            net,
+            1,
+        )
 
     right_or_refused(rows, r.rows)

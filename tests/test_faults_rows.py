@@ -133,7 +133,9 @@ def rolled(m: Net, x: Tensor) -> Tensor:
 def packed(m: Net, x: Tensor) -> Tensor:
     """Sequences of several lengths, packed: rows are the places of all of them, longest first."""
     lengths = 1 + (x[:, :, 0] > 0).sum(1)
-    found = nn.utils.rnn.pack_padded_sequence(m.a(x), lengths, batch_first=True, enforce_sorted=False)
+    found = nn.utils.rnn.pack_padded_sequence(
+        m.a(x), lengths, batch_first=True, enforce_sorted=False
+    )
     out, _ = m.cells(found)
     padded, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
     return m.b(padded.sum(1))
@@ -143,7 +145,9 @@ def packed_linear(m: Net, x: Tensor) -> Tensor:
     """Places that count, one behind the other; their number is that of no axis."""
     chosen = x[..., 0] > 0
     h = torch.tanh(m.a(x[chosen]))
-    return m.b(x.new_zeros(*x.shape[:2], 4).masked_scatter(chosen[..., None].expand(-1, -1, 4), h).sum(1))
+    return m.b(
+        x.new_zeros(*x.shape[:2], 4).masked_scatter(chosen[..., None].expand(-1, -1, 4), h).sum(1)
+    )
 
 
 def unfolded(m: Net, x: Tensor) -> Tensor:

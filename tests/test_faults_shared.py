@@ -47,13 +47,20 @@ def tied_embedding(bias: bool = True, padding: int | None = None) -> nn.Module:
 
 def tied_transposed() -> nn.Module:
     """A convolution and its transpose by one filter."""
-    net = Net(lambda m, x: m.t(torch.tanh(m.c(x))).mean((2, 3)), c=nn.Conv2d(3, 2, 2), t=nn.ConvTranspose2d(2, 3, 2))
+    net = Net(
+        lambda m, x: m.t(torch.tanh(m.c(x))).mean((2, 3)),
+        c=nn.Conv2d(3, 2, 2),
+        t=nn.ConvTranspose2d(2, 3, 2),
+    )
     net.t.weight = net.c.weight
     return net
 
 
 def one_bias() -> nn.Module:
-    net = Net(lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x))))), **layers(a=(4, 4), b=(4, 4), c=(4, 3)))
+    net = Net(
+        lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x))))),
+        **layers(a=(4, 4), b=(4, 4), c=(4, 3)),
+    )
     net.b.bias = net.a.bias
     return net
 
@@ -68,7 +75,11 @@ def in_two_parents() -> nn.Module:
 
 def twice_the_name() -> nn.Module:
     """One Parameter under two names of one module."""
-    net = Net(lambda m, x: F.linear(torch.tanh(F.linear(x, m.w)), m.v), w=weight(4, 4), **layers(head=(4, 3)))
+    net = Net(
+        lambda m, x: F.linear(torch.tanh(F.linear(x, m.w)), m.v),
+        w=weight(4, 4),
+        **layers(head=(4, 3)),
+    )
     net.v = net.w
     net.run = lambda m, x: m.head(F.linear(torch.tanh(F.linear(x, m.w)), m.v))
     return net
@@ -99,7 +110,9 @@ def cells(kind: type[nn.Module]) -> nn.Module:
 def recurrent(kind: type[nn.Module], **options: bool | int) -> nn.Module:
     width = 4 if options.get("bidirectional") else 2
     return Net(
-        lambda m, x: m.head(m.cells(x)[0].mean(1)), cells=kind(2, 2, batch_first=True, **options), head=nn.Linear(width, 3)
+        lambda m, x: m.head(m.cells(x)[0].mean(1)),
+        cells=kind(2, 2, batch_first=True, **options),
+        head=nn.Linear(width, 3),
     )
 
 
@@ -110,7 +123,9 @@ def attention(first: bool, cross: bool, **options: int | bool) -> nn.Module:
             q, k = q.transpose(0, 1), k.transpose(0, 1)
         return m.head(m.att(q, k, k.tanh())[0].mean(1 if first else 0))
 
-    return Net(run, att=nn.MultiheadAttention(4, 2, batch_first=first, **options), head=nn.Linear(4, 3))
+    return Net(
+        run, att=nn.MultiheadAttention(4, 2, batch_first=first, **options), head=nn.Linear(4, 3)
+    )
 
 
 def own_attention(m: Net, x: Tensor) -> Tensor:
@@ -149,7 +164,9 @@ def skipping(m: Net, x: Tensor) -> Tensor:
 
 
 def mixture(run: object) -> nn.Module:
-    return Net(run, experts=nn.ModuleList([nn.Linear(4, 3) for _ in range(3)]), gate=nn.Linear(4, 3))
+    return Net(
+        run, experts=nn.ModuleList([nn.Linear(4, 3) for _ in range(3)]), gate=nn.Linear(4, 3)
+    )
 
 
 BY_DATA = frozenset({"func *", "product *", "matri*", "rows", "jacobians", "diagonal *", "hf"})
@@ -232,7 +249,9 @@ def test_an_expert_that_is_skipped_is_said_and_has_gradient_zero() -> None:
     assert torch.equal(o.model.experts[2].weight, before)
     turned = -x  # now the others are chosen, and in another number
     r = Reference(o.model, turned, y)
-    assert apart(in_order(o, r, o.closure(turned, y).observe({"data"}).gradients), r.gradient) < 1e-10
+    assert (
+        apart(in_order(o, r, o.closure(turned, y).observe({"data"}).gradients), r.gradient) < 1e-10
+    )
 
 
 @pytest.mark.parametrize("name", ["captured alone", "soup", "hypernetwork of a code"])
@@ -273,7 +292,10 @@ def test_an_own_function_without_setup_context_is_right_or_named() -> None:
         for call in (
             lambda kind=kind: cl.exact.matrix(o, x, y, kind, None).dense().trace()[None],
             lambda kind=kind: cl.exact.product(o, x, y, kind).dense().trace()[None],
-            lambda kind=kind: sum(cl.exact.matrix(o, x, y, kind, b.name, route="func").dense().trace() for b in o.blocks)[None],
+            lambda kind=kind: sum(
+                cl.exact.matrix(o, x, y, kind, b.name, route="func").dense().trace()
+                for b in o.blocks
+            )[None],
             lambda kind=kind: cl.exact.diagonal(o, x, y, kind).sum()[None],
         ):
             right_or_refused(call, wanted, match="setup_context")

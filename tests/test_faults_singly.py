@@ -37,16 +37,29 @@ def test_checkpointing_is_right_or_named_with_a_remedy() -> None:
     """The table's 13: what does not go through it says so."""
     with seeded():
         net = Net(
-            lambda m, x: m.b(checkpoint(lambda q: torch.tanh(m.a(q)), x, use_reentrant=m.again)), **layers(a=(4, 4), b=(4, 3))
+            lambda m, x: m.b(checkpoint(lambda q: torch.tanh(m.a(q)), x, use_reentrant=m.again)),
+            **layers(a=(4, 4), b=(4, 3)),
         )
     net.again = False
     x, y = data()
     o, r = cl.Objective(net, Categorical()), Reference(net, x, y)
     right_or_refused(
-        lambda: cl.exact.matrix(o, x, y, "hessian", None).dense().trace()[None], r.hessian.trace()[None], match="checkpoint"
+        lambda: cl.exact.matrix(o, x, y, "hessian", None).dense().trace()[None],
+        r.hessian.trace()[None],
+        match="checkpoint",
     )
-    right_or_refused(lambda: cl.exact.product(o, x, y, "ggn").dense().trace()[None], r.ggn.trace()[None], match="checkpoint")
-    assert apart(sum(m.dense().trace() for m in cl.exact.matrices(o, x, y, "ggn").values())[None], r.ggn.trace()[None]) < 1e-10
+    right_or_refused(
+        lambda: cl.exact.product(o, x, y, "ggn").dense().trace()[None],
+        r.ggn.trace()[None],
+        match="checkpoint",
+    )
+    assert (
+        apart(
+            sum(m.dense().trace() for m in cl.exact.matrices(o, x, y, "ggn").values())[None],
+            r.ggn.trace()[None],
+        )
+        < 1e-10
+    )
     try:
         cl.optimizer("hf", o, lr=1.0, damping=1.0).step(o.closure(x, y))
     except CurvlabError as error:
@@ -133,7 +146,10 @@ def test_layers_that_have_no_weights_yet() -> None:
         one_line(error, "once", "lazy", "Lazy", "uninitialized")
     net(x)
     r = Reference(net, x, y)
-    assert apart(r.joined(cl.exact.gradients(cl.Objective(net, Categorical()), x, y), net, 1), r.rows) < 1e-10
+    assert (
+        apart(r.joined(cl.exact.gradients(cl.Objective(net, Categorical()), x, y), net, 1), r.rows)
+        < 1e-10
+    )
 
 
 # ------------------------------------------------------------------------------------------------ 22: data that differ
@@ -162,7 +178,10 @@ def loaders() -> dict[str, tuple[object, str]]:
         "drop_last": (DataLoader(them, 4, shuffle=True, drop_last=True), "hessian"),
         "weighted": (DataLoader(them, 4, sampler=weights), "ggn"),
         "own iterable": (Shuffling(), "ef"),
-        "subset, drawn labels": (DataLoader(them, 4, sampler=SubsetRandomSampler(range(11))), "fisher-mc"),
+        "subset, drawn labels": (
+            DataLoader(them, 4, sampler=SubsetRandomSampler(range(11))),
+            "fisher-mc",
+        ),
         "weighted, drawn labels": (DataLoader(them, 4, sampler=weights), "fisher-mc"),
         "batches, drawn labels": (DataLoader(them, batch_sampler=batches), "fisher-mc"),
     }
@@ -283,9 +302,14 @@ def test_the_error_of_the_negative_fraction_covers_what_is_unresolved() -> None:
     x, y = data(4)
     o = cl.Objective(net, Categorical())
     exact = cl.spectrum(o, x, y, ("hessian",), "exact", blocks=("whole",), progress=False)
-    found = cl.spectrum(o, x, y, ("hessian",), "lanczos", blocks=("whole",), steps=15, progress=False)
+    found = cl.spectrum(
+        o, x, y, ("hessian",), "lanczos", blocks=("whole",), steps=15, progress=False
+    )
     true, estimate = float(exact["negative"].squeeze()), float(found["negative"].squeeze())
-    error, unresolved = float(found["negative_error"].squeeze()), float(found["unresolved"].squeeze())
+    error, unresolved = (
+        float(found["negative_error"].squeeze()),
+        float(found["unresolved"].squeeze()),
+    )
     assert unresolved > 0.05  # else the test says nothing
     assert error >= unresolved
     assert abs(estimate - true) <= error

@@ -19,7 +19,19 @@ from curvlab.likelihoods import Categorical
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 
-STEPPERS = ("sgd-m", "adam", "kfac", "k-bfgs", "tnt", "shampoo", "smw-ng", "hf", "lbfgs", "skqn-l", "block-ggn")
+STEPPERS = (
+    "sgd-m",
+    "adam",
+    "kfac",
+    "k-bfgs",
+    "tnt",
+    "shampoo",
+    "smw-ng",
+    "hf",
+    "lbfgs",
+    "skqn-l",
+    "block-ggn",
+)
 
 
 def two(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -61,7 +73,10 @@ def test_half_types_step_or_name_the_remedy(algorithm: str, dtype: torch.dtype) 
 def test_half_types_by_the_oracle(kind: str, dtype: torch.dtype) -> None:
     """Numbers in their own dtype, or better; or a line with the remedy."""
     net, (x, y) = two(dtype), data(dtype)
-    o, exact = cl.Objective(net, Categorical()), Reference(copy.deepcopy(net).double(), x.double(), y)
+    o, exact = (
+        cl.Objective(net, Categorical()),
+        Reference(copy.deepcopy(net).double(), x.double(), y),
+    )
     order = torch.cat(list(entries(cl.Objective(exact.model, Categorical()), exact).values()))
     wanted = getattr(exact, kind)[order[:, None], order]
     for call in (
@@ -76,7 +91,13 @@ def test_half_types_by_the_oracle(kind: str, dtype: torch.dtype) -> None:
         one_line(error, ".float()")
     else:
         assert all(g.dtype == dtype for g in found.values())
-        assert apart(exact.joined({name: g.double() for name, g in found.items()}, exact.model, 1), exact.rows) < 0.1
+        assert (
+            apart(
+                exact.joined({name: g.double() for name, g in found.items()}, exact.model, 1),
+                exact.rows,
+            )
+            < 0.1
+        )
     try:
         cl.spectrum(o, x, y, progress=False)
     except CurvlabError as error:
@@ -166,13 +187,26 @@ def test_autocast_matrices(kind: str, where: str) -> None:
     o = cl.Objective(net, Categorical())
 
     def trace(**options: str) -> Tensor:
-        return sum(cl.exact.matrix(o, x, y, kind, b.name, **options).dense().double().trace() for b in o.blocks)[None]
+        return sum(
+            cl.exact.matrix(o, x, y, kind, b.name, **options).dense().double().trace()
+            for b in o.blocks
+        )[None]
 
     with outside():
         right_or_refused(trace, wanted, 0.1, match="autocast")
         right_or_refused(lambda: trace(route="func"), wanted, 0.1, match="autocast")
-        right_or_refused(lambda: cl.exact.diagonal(o, x, y, kind).double().sum()[None], wanted, 0.1, match="autocast")
-        right_or_refused(lambda: cl.exact.product(o, x, y, kind).dense().double().trace()[None], wanted, 0.1, match="autocast")
+        right_or_refused(
+            lambda: cl.exact.diagonal(o, x, y, kind).double().sum()[None],
+            wanted,
+            0.1,
+            match="autocast",
+        )
+        right_or_refused(
+            lambda: cl.exact.product(o, x, y, kind).dense().double().trace()[None],
+            wanted,
+            0.1,
+            match="autocast",
+        )
 
 
 # ------------------------------------------------------------------------------------------------ several dtypes
@@ -181,7 +215,9 @@ def test_autocast_matrices(kind: str, where: str) -> None:
 def test_a_half_backbone_gets_its_inputs_as_they_are() -> None:
     """Frozen in bfloat16 under a float32 head."""
     with seeded(dtype=torch.float32):
-        net = Net(lambda m, x: m.head(torch.tanh(m.base(x)).float()), **layers(base=(4, 5), head=(5, 3)))
+        net = Net(
+            lambda m, x: m.head(torch.tanh(m.base(x)).float()), **layers(base=(4, 5), head=(5, 3))
+        )
     net.base.bfloat16().requires_grad_(False)
     x, y = data(torch.bfloat16)
     o, r = cl.Objective(net, Categorical()), Reference(net, x, y)
@@ -196,7 +232,9 @@ def test_a_half_backbone_gets_its_inputs_as_they_are() -> None:
 
 def double_head() -> nn.Module:
     with seeded(dtype=torch.float32):
-        net = Net(lambda m, x: m.head(torch.tanh(m.base(x)).double()), **layers(base=(4, 5), head=(5, 3)))
+        net = Net(
+            lambda m, x: m.head(torch.tanh(m.base(x)).double()), **layers(base=(4, 5), head=(5, 3))
+        )
     net.head.double()
     return net
 
@@ -222,8 +260,13 @@ def test_a_double_head_by_the_oracle(kind: str) -> None:
     wanted = getattr(exact, kind).trace()[None]
     for call in (
         lambda: cl.exact.matrix(o, x, y, kind, None).dense().double().trace()[None],
-        lambda: sum(m.dense().double().trace() for m in cl.exact.matrices(o, x, y, kind).values())[None],
-        lambda: sum(cl.exact.matrix(o, x, y, kind, b.name, route="func").dense().double().trace() for b in o.blocks)[None],
+        lambda: sum(m.dense().double().trace() for m in cl.exact.matrices(o, x, y, kind).values())[
+            None
+        ],
+        lambda: sum(
+            cl.exact.matrix(o, x, y, kind, b.name, route="func").dense().double().trace()
+            for b in o.blocks
+        )[None],
         lambda: cl.exact.product(o, x, y, kind).dense().double().trace()[None],
         lambda: cl.exact.diagonal(o, x, y, kind).double().sum()[None],
     ):
@@ -235,21 +278,40 @@ def test_inputs_of_another_dtype(given: torch.dtype) -> None:
     """What a plain layer would not take is cast, or the line says what is wanted."""
     net, (x, y) = two(), data(given)
     o, r = cl.Objective(net, Categorical()), Reference(net, x.double(), y)
-    right_or_refused(lambda: in_order(o, r, o.closure(x, y).observe({"data"}).gradients), r.gradient, match="float|dtype")
-    right_or_refused(lambda: r.joined(cl.exact.gradients(o, x, y), net, 1), r.rows, match="float|dtype")
+    right_or_refused(
+        lambda: in_order(o, r, o.closure(x, y).observe({"data"}).gradients),
+        r.gradient,
+        match="float|dtype",
+    )
+    right_or_refused(
+        lambda: r.joined(cl.exact.gradients(o, x, y), net, 1), r.rows, match="float|dtype"
+    )
 
 
 def test_whole_numbers_and_truths_as_inputs() -> None:
     """Tokens as int32, masks as bool, both inside one model."""
     with seeded():
-        net = Net(lambda m, x: m.b(torch.tanh(m.e(x)).mean(1)), e=nn.Embedding(6, 4), b=nn.Linear(4, 3))
-        mask = Net(lambda m, x: m.b(torch.tanh(m.a(x.to(m.a.weight)))), **layers(a=(4, 4), b=(4, 3)))
+        net = Net(
+            lambda m, x: m.b(torch.tanh(m.e(x)).mean(1)), e=nn.Embedding(6, 4), b=nn.Linear(4, 3)
+        )
+        mask = Net(
+            lambda m, x: m.b(torch.tanh(m.a(x.to(m.a.weight)))), **layers(a=(4, 4), b=(4, 3))
+        )
     y = tokens(5, high=3)
-    for model, x in ((net, tokens(5, 3).int()), (mask, numbers(5, 4) > 0), (mask, tokens(5, 4).to(torch.uint8))):
+    for model, x in (
+        (net, tokens(5, 3).int()),
+        (mask, numbers(5, 4) > 0),
+        (mask, tokens(5, 4).to(torch.uint8)),
+    ):
         o, r = cl.Objective(model, Categorical()), Reference(model, x, y)
-        assert apart(in_order(o, r, o.closure(x, y).observe({"data"}).gradients), r.gradient) < 1e-10
+        assert (
+            apart(in_order(o, r, o.closure(x, y).observe({"data"}).gradients), r.gradient) < 1e-10
+        )
         assert apart(r.joined(cl.exact.gradients(o, x, y), model, 1), r.rows) < 1e-10
-        assert apart(cl.exact.diagonal(o, x, y, "hessian").sum()[None], r.hessian.trace()[None]) < 1e-10
+        assert (
+            apart(cl.exact.diagonal(o, x, y, "hessian").sum()[None], r.hessian.trace()[None])
+            < 1e-10
+        )
 
 
 # ------------------------------------------------------------------------------------------------ complex
@@ -282,11 +344,16 @@ def test_complex_weights_step_as_torch_has_them_or_are_refused(algorithm: str, f
     other = copy.deepcopy(net)
     try:
         o = cl.Objective(net, Categorical())
-        cl.optimizer(algorithm, o, lr=0.01, damping=1e-8 if algorithm == "adam" else 0.1).step(o.closure(x, y))
+        cl.optimizer(algorithm, o, lr=0.01, damping=1e-8 if algorithm == "adam" else 0.1).step(
+            o.closure(x, y)
+        )
     except CurvlabError as error:
         one_line(error, "complex")
         return
-    assert all(bool(torch.isfinite(torch.view_as_real(p) if p.is_complex() else p).all()) for p in net.parameters())
+    assert all(
+        bool(torch.isfinite(torch.view_as_real(p) if p.is_complex() else p).all())
+        for p in net.parameters()
+    )
     if algorithm in ("sgd-m", "adam"):
         torchs = torch.optim.SGD if algorithm == "sgd-m" else torch.optim.Adam
         made = torchs(other.parameters(), lr=0.01)

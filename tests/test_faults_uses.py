@@ -64,7 +64,9 @@ def standardised_conv(m: Net, x: Tensor) -> Tensor:
 
 def fused_qkv(m: Net, x: Tensor) -> Tensor:
     """One weight in three pieces, by chunk; its own bias by split."""
-    q, k, v = (F.linear(x, w, b) for w, b in zip(m.qkv.weight.chunk(3), m.qkv.bias.split(4), strict=True))
+    q, k, v = (
+        F.linear(x, w, b) for w, b in zip(m.qkv.weight.chunk(3), m.qkv.bias.split(4), strict=True)
+    )
     return m.head((torch.softmax(q @ k.mT / 2, -1) @ v).mean(1))
 
 
@@ -183,7 +185,11 @@ CONTRACTIONS = {
 """Ways of a Parameter [4, 3] to meet inputs [N, 4]."""
 
 PRODUCTS: dict[str, Case] = {
-    name: Case(lambda use=use: Net(lambda m, x: use(torch.tanh(m.a(x)), m.w), a=nn.Linear(4, 4), w=weight(4, 3)))
+    name: Case(
+        lambda use=use: Net(
+            lambda m, x: use(torch.tanh(m.a(x)), m.w), a=nn.Linear(4, 4), w=weight(4, 3)
+        )
+    )
     for name, use in CONTRACTIONS.items()
 }
 

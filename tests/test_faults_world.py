@@ -23,7 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 
 def net() -> nn.Sequential:
     with seeded():
-        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        return nn.Sequential(
+            nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)
+        )
 
 
 def data(n: int = 6, *shape: int) -> tuple[Tensor, Tensor]:
@@ -35,12 +37,16 @@ def noisy(noise: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def with_dropout(layer: nn.Module) -> nn.Module:
-    return Net(lambda m, x: m.b(torch.tanh(m.drop(m.a(x)))), drop=layer, **layers(a=(4, 8), b=(8, 3)))
+    return Net(
+        lambda m, x: m.b(torch.tanh(m.drop(m.a(x)))), drop=layer, **layers(a=(4, 8), b=(8, 3))
+    )
 
 
 def over_channels(layer: nn.Module) -> nn.Module:
     return Net(
-        lambda m, x: m.b(m.drop(torch.tanh(m.a(x)).view(len(x), 8, 1)).flatten(1)), drop=layer, **layers(a=(4, 8), b=(8, 3))
+        lambda m, x: m.b(m.drop(torch.tanh(m.a(x)).view(len(x), 8, 1)).flatten(1)),
+        drop=layer,
+        **layers(a=(4, 8), b=(8, 3)),
     )
 
 
@@ -176,7 +182,18 @@ def test_the_oracle_refuses_chance(name: str) -> None:
             refusal(lambda call=call, o=o: call(o))
 
 
-TWICE = ("k-bfgs", "k-bfgs-20", "skqn-l", "lbfgs", "smw-ng-bd", "smw-ng", "smw-gn", "hf", "ssn", "s4qn")
+TWICE = (
+    "k-bfgs",
+    "k-bfgs-20",
+    "skqn-l",
+    "lbfgs",
+    "smw-ng-bd",
+    "smw-ng",
+    "smw-gn",
+    "hf",
+    "ssn",
+    "s4qn",
+)
 
 
 @pytest.mark.parametrize("algorithm", TWICE)
@@ -204,7 +221,11 @@ def test_methods_that_look_twice_see_one_mask_or_refuse(algorithm: str) -> None:
     for closure in {own for own, _, _ in seen}:
         losses = [loss for own, loss, _ in seen if own == closure]
         assert max(losses) - min(losses) < 1e-10
-        gradients = [found.gradients for own, _, found in seen if own == closure and {"gradient", "data"} & set(found.passes)]
+        gradients = [
+            found.gradients
+            for own, _, found in seen
+            if own == closure and {"gradient", "data"} & set(found.passes)
+        ]
         for g in gradients[1:]:
             assert all(apart(g[b], gradients[0][b]) < 1e-10 for b in g)
 
@@ -217,11 +238,16 @@ def test_a_buffer_that_moves_is_where_it_is_for_the_oracle() -> None:
         model.scale.fill_(1)
     wanted = r.gradient
     for _ in range(2):
-        right_or_refused(lambda: r.joined({n: g.mean(0) for n, g in cl.exact.gradients(o, x, y).items()}, model), wanted)
+        right_or_refused(
+            lambda: r.joined({n: g.mean(0) for n, g in cl.exact.gradients(o, x, y).items()}, model),
+            wanted,
+        )
     assert float(model.scale) == 1
 
 
-@pytest.mark.parametrize("name", ["Dropout", "F.dropout", "stochastic depth", "LSTM", "attention", "random"])
+@pytest.mark.parametrize(
+    "name", ["Dropout", "F.dropout", "stochastic depth", "LSTM", "attention", "random"]
+)
 def test_first_order_methods_draw_as_a_loop_by_hand(name: str) -> None:
     """The masks of three steps are those of three plain steps from the same state: looking draws nothing of its own."""
     x, y = data()
@@ -252,7 +278,10 @@ def test_looking_draws_nothing_and_leaves_everything() -> None:
     for p in model.parameters():
         p.grad = torch.full_like(p, 7)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    hooks = len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks)
+    hooks = (
+        len(nn.modules.module._global_forward_hooks),
+        len(nn.modules.module._global_forward_pre_hooks),
+    )
     with chances() as same:
         for kind in cl.exact.KINDS:
             cl.exact.matrices(o, x, y, kind)
@@ -266,8 +295,13 @@ def test_looking_draws_nothing_and_leaves_everything() -> None:
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(bool((p.grad == 7).all()) and p.requires_grad for p in model.parameters())
     assert [m.training for m in model.modules()] == [True, True, True, True, False, True]
-    assert hooks == (len(nn.modules.module._global_forward_hooks), len(nn.modules.module._global_forward_pre_hooks))
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert hooks == (
+        len(nn.modules.module._global_forward_hooks),
+        len(nn.modules.module._global_forward_pre_hooks),
+    )
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
+    )
 
 
 def test_a_forward_that_fails_midway_leaves_no_trace() -> None:

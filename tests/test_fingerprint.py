@@ -21,7 +21,9 @@ def made(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     if dtype in WHOLE:
         return torch.randint(0, 2 if dtype == torch.bool else 100, shape, generator=draw).to(dtype)
-    return torch.randn(shape, generator=draw, dtype=torch.complex128 if dtype.is_complex else torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=draw, dtype=torch.complex128 if dtype.is_complex else torch.float64
+    ).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------ examples
@@ -29,7 +31,9 @@ def made(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
 
 @dtypes
 @pytest.mark.parametrize("width", WIDTHS)
-def test_neither_order_nor_where_minibatches_are_cut_matters(width: int, dtype: torch.dtype) -> None:
+def test_neither_order_nor_where_minibatches_are_cut_matters(
+    width: int, dtype: torch.dtype
+) -> None:
     x, y = made(dtype, 11, width), made(torch.int64, 11, seed=1)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(2))
     whole = examples(x, y)
@@ -98,7 +102,13 @@ def test_targets_belong_to_their_inputs_and_an_example_counts_as_often_as_it_is_
 
 
 def test_shapes_and_dtypes_show() -> None:
-    zeros = [torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2, 2, 2), torch.zeros(2, 4).double(), torch.zeros(2, 0)]
+    zeros = [
+        torch.zeros(2, 3),
+        torch.zeros(2, 4),
+        torch.zeros(2, 2, 2),
+        torch.zeros(2, 4).double(),
+        torch.zeros(2, 0),
+    ]
     assert len({int(examples(z)) for z in zeros}) == len(zeros)
 
 
@@ -115,16 +125,22 @@ def test_sparse_inputs(dtype: torch.dtype) -> None:
     dense[2] = 0
     x = dense.to_sparse()
     shuffled = torch.randperm(x._nnz(), generator=torch.Generator().manual_seed(0))
-    other = torch.sparse_coo_tensor(x.indices()[:, shuffled], x.values()[shuffled], x.shape, check_invariants=True)
+    other = torch.sparse_coo_tensor(
+        x.indices()[:, shuffled], x.values()[shuffled], x.shape, check_invariants=True
+    )
     assert not other.is_coalesced()
     order = torch.tensor([3, 1, 0, 2, 5, 4])
     assert torch.equal(each(x), each(other))
     assert torch.equal(each(x)[order], each(x.index_select(0, order)))
     assert examples(x) == sum(examples(x.index_select(0, torch.tensor([n]))) for n in range(6))
     moved = torch.sparse_coo_tensor(
-        (x.indices() + torch.tensor([[0], [0], [1]])) % torch.tensor([[6], [4], [3]]), x.values(), x.shape
+        (x.indices() + torch.tensor([[0], [0], [1]])) % torch.tensor([[6], [4], [3]]),
+        x.values(),
+        x.shape,
     )
-    assert [bool(a == b) for a, b in zip(each(x), each(moved), strict=True)] == [n == 2 for n in range(6)]
+    assert [bool(a == b) for a, b in zip(each(x), each(moved), strict=True)] == [
+        n == 2 for n in range(6)
+    ]
     assert examples(x) != examples((2 * dense).to_sparse())
     hybrid = dense.to_sparse(2)
     assert examples(hybrid) == examples(hybrid.index_select(0, order))
@@ -140,7 +156,9 @@ def test_nests() -> None:
     assert examples(nest, z) != examples({"more": x, "x": [z, (x,)]}, z)
     assert examples(nest, z) != examples(nest | {"more": [z, (z,)]}, z)
     assert len(each({}, ())) == 0
-    assert examples(x, torch.tensor(3.0)) != examples(x, torch.tensor(2.0))  # what belongs to none belongs to all
+    assert examples(x, torch.tensor(3.0)) != examples(
+        x, torch.tensor(2.0)
+    )  # what belongs to none belongs to all
 
 
 def test_under_any_mode() -> None:
@@ -166,7 +184,9 @@ def test_any_bit_shows(values: list[float], data: st.DataObject) -> None:
     x = torch.tensor([values], dtype=torch.float32)
     other = x.clone()
     flipped = data.draw(st.integers(0, 32 * len(values) - 1))
-    other.view(torch.int32)[0, flipped // 32] ^= -(2**31) if flipped % 32 == 31 else 1 << flipped % 32
+    other.view(torch.int32)[0, flipped // 32] ^= (
+        -(2**31) if flipped % 32 == 31 else 1 << flipped % 32
+    )
     assert each(x) != each(other)
     assert not torch.equal(numbers([x]), numbers([other]))
 
@@ -192,7 +212,9 @@ def test_the_same_weights_whoever_adds_them_up(dtype: torch.dtype) -> None:
     weights = [made(dtype, *size) for size in SIZES]
     found, threads = numbers(weights), torch.get_num_threads()
     assert torch.equal(found, numbers([w.clone() for w in weights]))
-    assert torch.equal(found, numbers([w.mT.contiguous().mT if w.ndim == 2 else w for w in weights]))
+    assert torch.equal(
+        found, numbers([w.mT.contiguous().mT if w.ndim == 2 else w for w in weights])
+    )
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
@@ -207,11 +229,29 @@ def test_every_edit_shows(size: tuple[int, ...], dtype: torch.dtype) -> None:
     """Signs, order, scale, one last bit; small tensors, and large ones that are added up in parts."""
     w = made(dtype, *size)
     last = w.clone()
-    last.view(torch.int64 if dtype == torch.float64 else torch.int32 if dtype == torch.float32 else torch.int16)[-1, -1] ^= 1
+    last.view(
+        torch.int64
+        if dtype == torch.float64
+        else torch.int32
+        if dtype == torch.float32
+        else torch.int16
+    )[-1, -1] ^= 1
     flat = w.flatten()
     apart = min(4096 * 64 // torch.finfo(dtype).bits, len(flat) // 2)  # the same place of two parts
     swapped = torch.cat([flat[apart : 2 * apart], flat[:apart], flat[2 * apart :]]).view(size)
-    edits = [w, -w, w * 2, w + 1, w.flip(0), w.flip(1), w.roll(1, 0), w[:, torch.arange(size[1]).roll(1)], last, swapped, w * 0]
+    edits = [
+        w,
+        -w,
+        w * 2,
+        w + 1,
+        w.flip(0),
+        w.flip(1),
+        w.roll(1, 0),
+        w[:, torch.arange(size[1]).roll(1)],
+        last,
+        swapped,
+        w * 0,
+    ]
     one, two = w.clone(), w.clone()
     one[0, 0] *= -1
     two[[0, -1], [0, -1]] *= -1

@@ -31,11 +31,15 @@ def outer_products(observation: Observation, label: Pass, block: str) -> Tensor:
     return total / len(inputs)
 
 
-def dense_fisher(objective: Objective, labels: Pass = "model", damping: float = DAMPING) -> BlockDiagonal:
+def dense_fisher(
+    objective: Objective, labels: Pass = "model", damping: float = DAMPING
+) -> BlockDiagonal:
     return approximation("block-fisher", objective, labels=labels, damping=damping)
 
 
-def assert_inverts(curvature: BlockDiagonal, block: str, undamped: Tensor, damping: float = DAMPING) -> None:
+def assert_inverts(
+    curvature: BlockDiagonal, block: str, undamped: Tensor, damping: float = DAMPING
+) -> None:
     """The operator and `matrix()` are those of `undamped` + λI."""
     damped = undamped + damping * torch.eye(len(undamped), dtype=undamped.dtype)
     fisher, inverse = curvature.blocks[block], curvature.inverse[block]
@@ -145,9 +149,15 @@ def test_inputs_that_are_always_zero_are_dropped_exactly(idle: list[int], labels
     assert fisher.F.shape == (10, active * (active + 1) // 2)  # 4 outputs: 10 pairs
     full = outer_products(observation, labels, "1")
     assert_inverts(curvature, "1", full)
-    vector = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # not zero where idle
-    solution = torch.linalg.solve(full + DAMPING * torch.eye(24, dtype=torch.float64), vector.flatten())
-    torch.testing.assert_close(curvature.precondition({"1": vector})["1"].flatten(), solution, rtol=1e-10, atol=1e-10)
+    vector = torch.randn(
+        4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )  # not zero where idle
+    solution = torch.linalg.solve(
+        full + DAMPING * torch.eye(24, dtype=torch.float64), vector.flatten()
+    )
+    torch.testing.assert_close(
+        curvature.precondition({"1": vector})["1"].flatten(), solution, rtol=1e-10, atol=1e-10
+    )
 
 
 def test_a_layer_without_any_active_input_is_the_damping_alone() -> None:
@@ -158,7 +168,9 @@ def test_a_layer_without_any_active_input_is_the_damping_alone() -> None:
     assert_inverts(curvature, "1", torch.zeros(20, 20, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("order", [([0, 3], [3], []), ([], [1], [0, 1]), ([0, 1, 2], [2, 3, 4], [0, 4])])
+@pytest.mark.parametrize(
+    "order", [([0, 3], [3], []), ([], [1], [0, 1]), ([0, 1, 2], [2, 3, 4], [0, 4])]
+)
 def test_inputs_may_become_active_later(order: tuple[list[int], ...]) -> None:
     """Each minibatch has other idle inputs; the packed matrix grows to their union and never shrinks."""
     p = problem("tanh")
@@ -191,7 +203,9 @@ def test_number_of_places_may_change_between_minibatches(places: tuple[int, int]
         curvature.update(observation)
         for block in objective.blocks:
             new = outer_products(observation, "model", block.name)
-            expected[block.name] = new if k == 1 else expected[block.name] + (new - expected[block.name]) / k
+            expected[block.name] = (
+                new if k == 1 else expected[block.name] + (new - expected[block.name]) / k
+            )
     for block in objective.blocks:
         assert_inverts(curvature, block.name, expected[block.name])
 
@@ -205,7 +219,10 @@ def test_statistics_of_others_are_left_alone() -> None:
     before = [s.rows.clone() for s in observation.passes["model"].values()]
     for _ in range(3):
         curvature.update(observation)
-    assert all(torch.equal(b, s.rows) for b, s in zip(before, observation.passes["model"].values(), strict=True))
+    assert all(
+        torch.equal(b, s.rows)
+        for b, s in zip(before, observation.passes["model"].values(), strict=True)
+    )
 
 
 def nonsingular() -> Problem:
@@ -236,7 +253,10 @@ def test_a_singular_matrix_raises_the_damping_and_says_so(idle: list[int]) -> No
     p = masked(problem("linear", n=2), idle)
     objective = p.objective()
     curvature = dense_fisher(objective, damping=0.0)
-    with pytest.warns(cl.CurvlabWarning, match="block Fisher matrix is not positive definite with damping 0: raised to"):
+    with pytest.warns(
+        cl.CurvlabWarning,
+        match="block Fisher matrix is not positive definite with damping 0: raised to",
+    ):
         curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     assert bool(torch.isfinite(curvature.inverse["1"].dense()).all())
 
@@ -246,7 +266,9 @@ def test_a_matrix_too_large_for_the_memory_is_refused() -> None:
     objective = cl.Objective(model, cl.likelihoods.Gaussian())
     curvature = dense_fisher(objective)
     closure = objective.closure(torch.ones(2, 3000), torch.zeros(2, 300))
-    with pytest.raises(cl.CurvlabError, match=r"a dense block 1 \(weight\) would need .* GB .* use smw-ng-bd"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"a dense block 1 \(weight\) would need .* GB .* use smw-ng-bd"
+    ):
         curvature.update(closure.observe(curvature.needs))
 
 
@@ -258,7 +280,9 @@ def test_block_ggn_is_the_block_fisher_of_all_labels(model: str) -> None:
     curvature = approximation("block-ggn", objective, damping=DAMPING)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     probability = p.model(p.x).detach().softmax(1)
-    expected = {b.name: torch.zeros(b.numel, b.numel, dtype=torch.float64) for b in objective.blocks}
+    expected = {
+        b.name: torch.zeros(b.numel, b.numel, dtype=torch.float64) for b in objective.blocks
+    }
     for label in range(3):
         gradients = cl.exact.gradients(objective, p.x, torch.full((len(p.x),), label))
         for block in objective.blocks:

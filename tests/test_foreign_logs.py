@@ -47,7 +47,10 @@ from curvlab.system.progress import progress_bar
 KINDS = ("train", "compare", "spectrum")
 Damage = Callable[[xr.Dataset], xr.Dataset]
 pytestmark = pytest.mark.filterwarnings(
-    "error", "default::curvlab.errors.CurvlabWarning", "ignore::DeprecationWarning", "ignore::ResourceWarning"
+    "error",
+    "default::curvlab.errors.CurvlabWarning",
+    "ignore::DeprecationWarning",
+    "ignore::ResourceWarning",
 )
 READ = {
     "cosine": ("cosine", "parameters", "step", "algorithm", "block", "seed"),
@@ -65,26 +68,46 @@ READ = {
 def logs() -> dict[str, xr.Dataset]:
     """One of every command, made once; with the attributes that the command line adds."""
     generator = torch.Generator().manual_seed(0)
-    data = Dataset("tiny", torch.rand(60, 6, generator=generator), torch.randint(3, (60,), generator=generator), "sixty")
+    data = Dataset(
+        "tiny",
+        torch.rand(60, 6, generator=generator),
+        torch.randint(3, (60,), generator=generator),
+        "sixty",
+    )
 
     def objective() -> cl.Objective:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
         return cl.Objective(model, cl.likelihoods.Categorical(), seed=0)
 
-    names = [f"{name}:2" for name, probe in probes.PROBES.items() if "train" in probe.where and name != "shift"]
+    names = [
+        f"{name}:2"
+        for name, probe in probes.PROBES.items()
+        if "train" in probe.where and name != "shift"
+    ]
     train = cl.train(
         objective(), data.batches(20, seed=0), data, algorithm="k-bfgs-20-convergent", damping=0.3, epochs=2, probes=names,
         progress=False,
     ).dataset  # fmt: skip
     one, two = (
         cl.compare(
-            objective(), data.batches(20, epochs=2, seed=seed), reference="kfac", algorithms=["tnt", "sgd-m"], progress=False
+            objective(),
+            data.batches(20, epochs=2, seed=seed),
+            reference="kfac",
+            algorithms=["tnt", "sgd-m"],
+            progress=False,
         )
         for seed in (0, 1)
     )
-    compare = xr.concat([one.dataset, two.dataset], xr.DataArray([0, 1], dims="seed", name="seed"), combine_attrs="override")
-    spectra = [cl.spectrum(objective(), data.x[:30], data.y[:30], after=after, progress=False) for after in (0, 2)]
+    compare = xr.concat(
+        [one.dataset, two.dataset],
+        xr.DataArray([0, 1], dims="seed", name="seed"),
+        combine_attrs="override",
+    )
+    spectra = [
+        cl.spectrum(objective(), data.x[:30], data.y[:30], after=after, progress=False)
+        for after in (0, 2)
+    ]
     spectrum = xr.concat(spectra, "step", data_vars="minimal", combine_attrs="override")
     again = {
         "created": "2026-01-01",
@@ -93,13 +116,28 @@ def logs() -> dict[str, xr.Dataset]:
         "call": json.dumps({"command": "train"}),
     }
     calls = {
-        "train": {"command": "train", "model": "m", "epochs": 2, "steps": None, "out": "o", "resume": False, "probe": names},
+        "train": {
+            "command": "train",
+            "model": "m",
+            "epochs": 2,
+            "steps": None,
+            "out": "o",
+            "resume": False,
+            "probe": names,
+        },
         "compare": {"command": "compare", "model": "m", "steps": 6, "epochs": None, "seeds": 2},
         "spectrum": {"command": "spectrum", "model": "m", "after": "0,2"},
     }
     found = {"train": train, "compare": compare, "spectrum": spectrum}
-    more = {"train": {"resumed": json.dumps([again])}, "compare": {"seed": "[0, 1]"}, "spectrum": {"algorithm": "adam"}}
-    return {kind: ds.assign_attrs({"call": json.dumps(calls[kind])} | more[kind]) for kind, ds in found.items()}
+    more = {
+        "train": {"resumed": json.dumps([again])},
+        "compare": {"seed": "[0, 1]"},
+        "spectrum": {"algorithm": "adam"},
+    }
+    return {
+        kind: ds.assign_attrs({"call": json.dumps(calls[kind])} | more[kind])
+        for kind, ds in found.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -125,24 +163,37 @@ def of_attributes(ds: xr.Dataset) -> Iterator[tuple[str, Damage]]:
     for name in map(str, ds.attrs):
         yield (
             f"{name} absent",
-            lambda d, n=name: d.drop_attrs(deep=False).assign_attrs({k: v for k, v in d.attrs.items() if k != n}),
+            lambda d, n=name: d.drop_attrs(deep=False).assign_attrs(
+                {k: v for k, v in d.attrs.items() if k != n}
+            ),
         )
         for what, value in ODD_VALUES.items():
             yield f"{name}: {what}", lambda d, n=name, v=value: d.assign_attrs({n: v})
         whole = attributes._parsed(ds.attrs[name])
-        entries = whole[0] if isinstance(whole, list) and whole and isinstance(whole[0], dict) else whole
+        entries = (
+            whole[0] if isinstance(whole, list) and whole and isinstance(whole[0], dict) else whole
+        )
         for key, value in itertools.product(entries, NESTED) if isinstance(entries, dict) else ():
-            text = json.dumps([entries | {key: value}] if isinstance(whole, list) else entries | {key: value})
-            yield f"{name}[{key}]: {str(value)[:20]}", lambda d, n=name, t=text: d.assign_attrs({n: t})
+            text = json.dumps(
+                [entries | {key: value}] if isinstance(whole, list) else entries | {key: value}
+            )
+            yield (
+                f"{name}[{key}]: {str(value)[:20]}",
+                lambda d, n=name, t=text: d.assign_attrs({n: t}),
+            )
 
 
 def filled(value: object) -> Callable[[xr.Variable], xr.Variable]:
-    return lambda v: xr.Variable(v.dims, np.full(v.shape, value, dtype=object if isinstance(value, str) else None), v.attrs)
+    return lambda v: xr.Variable(
+        v.dims, np.full(v.shape, value, dtype=object if isinstance(value, str) else None), v.attrs
+    )
 
 
 def random(v: xr.Variable) -> xr.Variable:
     rng = np.random.default_rng(0)
-    return xr.Variable(v.dims, rng.normal(size=v.shape) * 10.0 ** rng.integers(-300, 300, v.shape), v.attrs)
+    return xr.Variable(
+        v.dims, rng.normal(size=v.shape) * 10.0 ** rng.integers(-300, 300, v.shape), v.attrs
+    )
 
 
 def swinging(v: xr.Variable) -> xr.Variable:
@@ -150,7 +201,12 @@ def swinging(v: xr.Variable) -> xr.Variable:
 
 
 ODD_ATTRIBUTES = {"long_name": 3, "units": np.arange(2), "flag_values": "a b", "flag_meanings": "x"}
-HOSTILE_ATTRIBUTES = {"long_name": "$\\frac", "units": "<b>\x00$", "flag_values": "0 1", "flag_meanings": "$;]"}
+HOSTILE_ATTRIBUTES = {
+    "long_name": "$\\frac",
+    "units": "<b>\x00$",
+    "flag_values": "0 1",
+    "flag_meanings": "$;]",
+}
 OF_VARIABLES: dict[str, Callable[[xr.Variable], xr.Variable]] = {
     "words": filled("x"), "NaN": filled(np.nan), "Inf": filled(np.inf), "huge": filled(1e308), "tiny": filled(5e-324),
     "zero": filled(0.0), "negative": filled(-1.0), "complex": filled(1j), "true": filled(True), "whole": filled(1),
@@ -193,11 +249,15 @@ def of_contents(ds: xr.Dataset, names: object = None) -> Iterator[tuple[str, Dam
             yield f"{dim} {what}", lambda d, n=dim, f=cut: f(d, n)
 
 
-def some(cases: Iterator[tuple[str, Damage]], every: int, first: int = 0) -> list[tuple[str, Damage]]:
+def some(
+    cases: Iterator[tuple[str, Damage]], every: int, first: int = 0
+) -> list[tuple[str, Damage]]:
     return list(itertools.islice(cases, first, None, every))
 
 
-def through(ds: xr.Dataset, cases: list[tuple[str, Damage]], show: Callable[[xr.Dataset], object]) -> int:
+def through(
+    ds: xr.Dataset, cases: list[tuple[str, Damage]], show: Callable[[xr.Dataset], object]
+) -> int:
     """How many were refused in one line; fails with a list of all that ended in any other way."""
     wrong, refused = [], 0
     for what, damage in cases:
@@ -237,7 +297,16 @@ def drawing(name: str) -> Callable[[xr.Dataset], object]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_attribute_may_be_odd(small: dict[str, xr.Dataset], kind: str) -> None:
     """What is said of a run in words: more than 300 damages of each log, and no exception at all."""
-    names = ("train_loss", "val_loss", "steps", "wall_seconds", "cosine", "loss", "seconds", "density")
+    names = (
+        "train_loss",
+        "val_loss",
+        "steps",
+        "wall_seconds",
+        "cosine",
+        "loss",
+        "seconds",
+        "density",
+    )
     ds = small[kind][[name for name in names if name in small[kind]]]
     cases = list(of_attributes(ds))
     assert len(cases) > 300
@@ -280,7 +349,9 @@ def test_every_figure_of_every_odd_log(small: dict[str, xr.Dataset], name: str, 
     ds = small[kind].isel({d: [0] for d in ("block", "step") if kind == "spectrum"})
     cases = list(of_contents(ds, READ[name]))
     for key in ("reference", "algorithm", "model", "data", "error"):
-        cases += [(what, damage) for what, damage in of_attributes(ds) if what.startswith(f"{key}: ")]
+        cases += [
+            (what, damage) for what, damage in of_attributes(ds) if what.startswith(f"{key}: ")
+        ]
     through(ds, cases, drawing(name))
 
 
@@ -290,7 +361,10 @@ def test_the_damages_are_seen(small: dict[str, xr.Dataset]) -> None:
     assert sum(map(bool, said)) > 100
     assert all(regular(ds)[1] == [] for ds in small.values())
     log = small["compare"]
-    assert "variable 'cosine' holds no numbers" in regular(changed(log, "cosine", OF_VARIABLES["words"]))[1]
+    assert (
+        "variable 'cosine' holds no numbers"
+        in regular(changed(log, "cosine", OF_VARIABLES["words"]))[1]
+    )
     assert "coordinate 'block' is absent" in regular(log.drop_vars("block"))[1]
     assert "variable 'steps' is absent" in regular(small["train"].drop_vars("steps"))[1]
     assert regular(log.assign_attrs(settings="{"))[1] == ["attribute 'settings' is no JSON object"]
@@ -312,7 +386,9 @@ def test_report_and_plot_leave_nothing_beside(
     damages = {
         "absent": lambda d: d.drop_vars(main),
         "words": lambda d: changed(d, main, OF_VARIABLES["words"]),
-        "attributes": lambda d: d.assign_attrs(settings="{", call=3.0, error="", resumed=np.arange(3.0)),
+        "attributes": lambda d: d.assign_attrs(
+            settings="{", call=3.0, error="", resumed=np.arange(3.0)
+        ),
         "no version": lambda d: d.assign_attrs(versions="[]"),
     }
     for what in {"train": ["attributes"], "compare": list(damages), "spectrum": ["words"]}[kind]:
@@ -324,16 +400,26 @@ def test_report_and_plot_leave_nothing_beside(
             code = call(command, str(log.parent), *options)
             err = capsys.readouterr().err
             lines = err.splitlines()
-            assert code == (2 if what == "no version" or (command == "plot" and what != "attributes") else 0), err
-            assert len([line for line in lines if "curvlab: warning: in the log" not in line]) == (code != 0), err
+            assert code == (
+                2 if what == "no version" or (command == "plot" and what != "attributes") else 0
+            ), err
+            assert len([line for line in lines if "curvlab: warning: in the log" not in line]) == (
+                code != 0
+            ), err
             assert len(lines) <= 2
             assert all(str(log.parent) in line for line in lines)
             there |= {output} if code == 0 else set()
             assert {p.name for p in log.parent.iterdir()} == there
 
 
-def test_a_report_of_damaged_and_whole_logs_says_what_is_left_out(small: dict[str, xr.Dataset], tmp_path: Path) -> None:
-    train = small["train"].drop_vars(["wall_seconds", "pair_curvature_mean"]).assign_attrs(settings="{", budget=7)
+def test_a_report_of_damaged_and_whole_logs_says_what_is_left_out(
+    small: dict[str, xr.Dataset], tmp_path: Path
+) -> None:
+    train = (
+        small["train"]
+        .drop_vars(["wall_seconds", "pair_curvature_mean"])
+        .assign_attrs(settings="{", budget=7)
+    )
     given = [("a", train), ("b", small["train"]), ("c", small["spectrum"].drop_vars("lower"))]
     with progress_bar(Console(file=io.StringIO()), False) as bar:
         text = page(given, bar)
@@ -345,14 +431,19 @@ def test_a_report_of_damaged_and_whole_logs_says_what_is_left_out(small: dict[st
         assert part in said
     numbers = [int(n) for n in re.findall(r'id="figure-(\d+)"', text)]
     assert numbers == list(range(1, len(numbers) + 1))
-    assert len(numbers) == 1 + 2 + 3 + 1  # together; of a without its pairs, of b all, of c the loss
+    assert (
+        len(numbers) == 1 + 2 + 3 + 1
+    )  # together; of a without its pairs, of b all, of c the loss
 
 
 # ---- text
 
 
 ALPHABET = "$[]<>&\"'\\%{}_^/\n\r\t\x00\x07\x1b\x7f\x85\u2028\u202e\ud800\udfff\ufffe\uffff\U0001f600שΩ漢 ab1:"
-TEXTS = st.text(st.one_of(st.sampled_from(ALPHABET), st.characters(codec=None, exclude_categories=())), max_size=40)
+TEXTS = st.text(
+    st.one_of(st.sampled_from(ALPHABET), st.characters(codec=None, exclude_categories=())),
+    max_size=40,
+)
 FEW = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=200, deadline=None)
 
@@ -420,7 +511,9 @@ def test_text_of_matplotlib_has_no_mathtext_and_every_glyph(text: str) -> None:
     assert not said.startswith("_")
     if len(text) < 12:
         shown = said.replace(r"\$", "$").removeprefix(" " if text.startswith("_") else "")
-        assert shown.encode("ascii", "backslashreplace") == for_terminal(text).encode("ascii", "backslashreplace")
+        assert shown.encode("ascii", "backslashreplace") == for_terminal(text).encode(
+            "ascii", "backslashreplace"
+        )
 
 
 def test_mathtext_of_the_project_stays() -> None:
@@ -432,11 +525,21 @@ def test_mathtext_of_the_project_stays() -> None:
 
 def hostile(ds: xr.Dataset, name: str) -> xr.Dataset:
     """Every text that a log has is this one."""
-    said = {key: value if key in ("versions", "seed") else name for key, value in ds.attrs.items() if isinstance(value, str)}
-    labels = {dim: unique([f"{name}{i}" for i in range(size)]) for dim, size in ds.sizes.items() if ds[dim].dtype.kind in "OU"}
+    said = {
+        key: value if key in ("versions", "seed") else name
+        for key, value in ds.attrs.items()
+        if isinstance(value, str)
+    }
+    labels = {
+        dim: unique([f"{name}{i}" for i in range(size)])
+        for dim, size in ds.sizes.items()
+        if ds[dim].dtype.kind in "OU"
+    }
     labels |= {"matrix": ds["matrix"].values} if "matrix" in labels else {}
     labels |= {"stage": ds["stage"].values} if "stage" in labels else {}
-    found = ds.assign_attrs(said).assign_coords({dim: np.asarray(words, dtype=object) for dim, words in labels.items()})
+    found = ds.assign_attrs(said).assign_coords(
+        {dim: np.asarray(words, dtype=object) for dim, words in labels.items()}
+    )
     for values in found.variables.values():
         values.attrs = {"long_name": name, "units": name}
     return found
@@ -476,7 +579,9 @@ def test_any_name_is_drawn(small: dict[str, xr.Dataset], name: str) -> None:
 def test_any_name_is_printed(name: str) -> None:
     held = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(terminal, "out", Console(file=held, force_terminal=True, width=2000, no_color=True))
+        patch.setattr(
+            terminal, "out", Console(file=held, force_terminal=True, width=2000, no_color=True)
+        )
         terminal.show(tables.Table(name, (name, "x"), ((name, "1"), (name, "2"))), name)
         terminal.wrote(Path("a" + name.replace("\x00", "")))
     said = held.getvalue()
@@ -493,17 +598,23 @@ def test_any_name_is_a_task(name: str) -> None:
     console = Console(file=held, width=1000)
     console.print(bar.get_renderable())
     shown = for_terminal(name).strip()
-    assert held.getvalue().count(shown) >= 2 or not cell_len(shown)  # a modifier alone has no width: rich leaves it out
+    assert held.getvalue().count(shown) >= 2 or not cell_len(
+        shown
+    )  # a modifier alone has no width: rich leaves it out
 
 
-def test_a_hostile_folder_does_not_keep_a_run_from_its_pictures(small: dict[str, xr.Dataset], tmp_path: Path) -> None:
+def test_a_hostile_folder_does_not_keep_a_run_from_its_pictures(
+    small: dict[str, xr.Dataset], tmp_path: Path
+) -> None:
     folder = tmp_path / "a$b_{c}$ [/b] \x1b[31m%s\\"
     folder.mkdir(parents=True)
     terminal.finish(small["train"].assign_attrs(model=str(folder)), folder, "training")
     assert {p.name for p in folder.iterdir()} == {"training.png", "training.svg"}
     ET.parse(folder / "training.svg")
     log = written(small["train"], folder / "run.h5")
-    assert call("plot", str(log), str(folder), "-o", str(tmp_path / "x.png")) == 0  # two runs, told apart by their places
+    assert (
+        call("plot", str(log), str(folder), "-o", str(tmp_path / "x.png")) == 0
+    )  # two runs, told apart by their places
 
 
 # ---- what reaches outside of a file, and what is not as it was written
@@ -522,7 +633,9 @@ def external_link(file: h5py.File) -> None:
 
 def external_storage(file: h5py.File) -> None:
     (Path(file.filename).parent / "secret").write_bytes(b"0123456789" * 8)
-    file.create_dataset("secret", (10,), "f8", external=[(str(Path(file.filename).parent / "secret"), 0, 80)])
+    file.create_dataset(
+        "secret", (10,), "f8", external=[(str(Path(file.filename).parent / "secret"), 0, 80)]
+    )
 
 
 def virtual(file: h5py.File) -> None:
@@ -583,14 +696,19 @@ def sealed(path: Path, ds: xr.Dataset) -> Path:
 @pytest.mark.parametrize(
     ("schema", "says"),
     [
-        (SCHEMA + 1, f"is of schema {SCHEMA + 1}, which a later curvlab wrote; this one reads up to {SCHEMA}"),
+        (
+            SCHEMA + 1,
+            f"is of schema {SCHEMA + 1}, which a later curvlab wrote; this one reads up to {SCHEMA}",
+        ),
         ("one", "has a schema that is no positive number"),
         (0, "has a schema that is no positive number"),
         (1.5, "has a schema that is no positive number"),
         (np.arange(2), "has a schema that is no positive number"),
     ],
 )
-def test_a_schema_that_is_not_known(small: dict[str, xr.Dataset], tmp_path: Path, schema: object, says: str) -> None:
+def test_a_schema_that_is_not_known(
+    small: dict[str, xr.Dataset], tmp_path: Path, schema: object, says: str
+) -> None:
     path = sealed(tmp_path / "run.h5", small["compare"].assign_attrs(schema=schema))
     with pytest.raises(CurvlabError, match=re.escape(says)):
         cl.open(path)
@@ -635,11 +753,17 @@ def test_a_path_of_no_file_is_one_line(path: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("many", [1, pytest.param(3000, marks=pytest.mark.slow)])
 def test_very_few_and_very_many(small: dict[str, xr.Dataset], kind: str, many: int) -> None:
     """One step of everything; thousands of algorithms, layers and steps."""
-    ds = small[kind].isel({str(d): [0] for d in small[kind].sizes if d not in ("bin", "index", "stage", "pair")})
+    ds = small[kind].isel(
+        {str(d): [0] for d in small[kind].sizes if d not in ("bin", "index", "stage", "pair")}
+    )
     if many > 1:
         dim = {"train": "epoch", "compare": "algorithm", "spectrum": "block"}[kind]
         rows = np.zeros(many, int)
-        labels = np.arange(many) if dim == "epoch" else np.asarray([f"n{i}" for i in range(many)], dtype=object)
+        labels = (
+            np.arange(many)
+            if dim == "epoch"
+            else np.asarray([f"n{i}" for i in range(many)], dtype=object)
+        )
         ds = ds.isel({dim: rows}).assign_coords({dim: labels})
     words_of(ds)
     tables_of(ds)

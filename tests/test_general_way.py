@@ -18,7 +18,11 @@ class Positions(nn.Module):
 
     def __init__(self, places: int = 1024, width: int = 768) -> None:
         super().__init__()
-        self.word, self.place, self.head = nn.Embedding(11, width), nn.Embedding(places, width), nn.Linear(width, 3)
+        self.word, self.place, self.head = (
+            nn.Embedding(11, width),
+            nn.Embedding(places, width),
+            nn.Linear(width, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.word(x) + self.place(torch.arange(x.shape[1]))).mean(1))
@@ -26,7 +30,9 @@ class Positions(nn.Module):
 
 def data(size: int = 3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(11, (size, 4), generator=generator), torch.randint(3, (size,), generator=generator)
+    return torch.randint(11, (size, 4), generator=generator), torch.randint(
+        3, (size,), generator=generator
+    )
 
 
 def large() -> cl.Objective:
@@ -38,7 +44,8 @@ def large() -> cl.Objective:
 def test_a_dense_block_that_cannot_fit_is_refused_with_its_size_before_any_pass(kind: str) -> None:
     objective = large()
     with pytest.raises(
-        CurvlabError, match=r"the dense \w+ of block 2 \(place.weight\) would need \d+\.\d GB .*curvlab.exact.product"
+        CurvlabError,
+        match=r"the dense \w+ of block 2 \(place.weight\) would need \d+\.\d GB .*curvlab.exact.product",
     ):
         cl.exact.matrices(objective, *data(), kind=kind, blocks="2")
     assert not objective.forms

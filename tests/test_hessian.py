@@ -23,7 +23,9 @@ def hessian(p: Problem, block: cl.layers.Block, x: Tensor, y: Tensor) -> Tensor:
     def loss(free: dict[str, Tensor]) -> Tensor:
         return p.likelihood.loss(torch.func.functional_call(p.model, fixed | free, (x,)), y).mean()
 
-    found = torch.func.jacrev(torch.func.jacrev(loss))(held)  # forward mode knows nothing of a padding token's row
+    found = torch.func.jacrev(torch.func.jacrev(loss))(
+        held
+    )  # forward mode knows nothing of a padding token's row
     sizes = [held[n].numel() for n in block.params]
     whole = torch.cat(
         [torch.cat([found[r][c].reshape(i, j) for c, j in zip(held, sizes, strict=True)], 1)
@@ -118,7 +120,14 @@ def test_a_model_that_mixes_its_examples_has_no_such_matrix() -> None:
 
 def test_the_shift_is_logged() -> None:
     p = problem("tanh")
-    run = cl.compare(p.objective(), batches(p, 3), reference="block-hessian", algorithms=["kfac"], damping=0.1, lr=0.1)
+    run = cl.compare(
+        p.objective(),
+        batches(p, 3),
+        reference="block-hessian",
+        algorithms=["kfac"],
+        damping=0.1,
+        lr=0.1,
+    )
     q = problem("tanh")
     objective = q.objective()
     optimizer = cl.optimizer("block-hessian", objective, damping=0.1, lr=0.1)

@@ -32,7 +32,9 @@ def test_run_to_the_end_it_is_smw_gn(model: str, likelihood: str) -> None:
         curvature.update(observation)
     found, expected = (c.precondition(observation.gradients) for c in (hf, gn))
     assert_near(flat(objective, found), flat(objective, expected), 1e-10)
-    vector = torch.randn(len(objective.layout), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    vector = torch.randn(
+        len(objective.layout), generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     assert_near(hf.inverse["whole"] @ vector, gn.inverse["whole"] @ vector, 1e-10)
 
 
@@ -44,7 +46,8 @@ def test_labels_choose_the_matrix(model: str, labels: Pass) -> None:
     curvature = approximation("hf", objective, damping=0.1, labels=labels)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     assert_near(
-        curvature.inverse["whole"].inv().dense(), expected_matrix(p, labels, objective) + 0.1 * eye(len(objective.layout))
+        curvature.inverse["whole"].inv().dense(),
+        expected_matrix(p, labels, objective) + 0.1 * eye(len(objective.layout)),
     )
 
 
@@ -73,7 +76,9 @@ def test_starts_from_the_last_direction_and_can_be_asked_twice() -> None:
         curvature.update(observation)
         g = flat(objective, observation.gradients)
         dense = torch.linalg.inv(curvature.inverse["whole"].dense())
-        expected = by_hand(dense, g, torch.zeros_like(g) if last is None else 0.95 * last, 5e-4, 3)[-1]
+        expected = by_hand(dense, g, torch.zeros_like(g) if last is None else 0.95 * last, 5e-4, 3)[
+            -1
+        ]
         found = curvature.precondition(observation.gradients)
         assert_near(flat(objective, found), expected, 1e-9)
         again = curvature.precondition(observation.gradients)
@@ -104,20 +109,39 @@ def system(least: float) -> tuple[Tensor, Tensor, Tensor]:
     """A matrix with eigenvalues from `least` to 10, a right-hand side and a start."""
     m = torch.randn(150, 150, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     basis = torch.linalg.qr(m)[0]
-    return basis @ torch.diag(torch.logspace(math.log10(least), 1, 150, dtype=torch.float64)) @ basis.T, m[0], m[1]
+    return (
+        basis
+        @ torch.diag(torch.logspace(math.log10(least), 1, 150, dtype=torch.float64))
+        @ basis.T,
+        m[0],
+        m[1],
+    )
 
 
 @pytest.mark.parametrize("least", [0.1, 1.0])
 @pytest.mark.parametrize("started", [False, True])
-@pytest.mark.parametrize(("progress", "maximum"), [(5e-4, 120), (1e-2, 120), (1e-5, 120), (5e-4, 7)])
-def test_stops_and_keeps_as_martens_does(least: float, started: bool, progress: float, maximum: int) -> None:
+@pytest.mark.parametrize(
+    ("progress", "maximum"), [(5e-4, 120), (1e-2, 120), (1e-5, 120), (5e-4, 7)]
+)
+def test_stops_and_keeps_as_martens_does(
+    least: float, started: bool, progress: float, maximum: int
+) -> None:
     A, b, start = system(least)
     expected = by_hand(A, b, start if started else torch.zeros_like(b), progress, maximum)
-    run = truncated_cg(cl.linalg.operators.Dense(A), b, start if started else None, progress=progress, maximum=maximum)
+    run = truncated_cg(
+        cl.linalg.operators.Dense(A),
+        b,
+        start if started else None,
+        progress=progress,
+        maximum=maximum,
+    )
     assert run.iterations == len(expected) - 1
     assert run.stopped is (maximum == 120)
     assert_near(run.x, expected[-1], 1e-8)
-    kept = sorted({math.ceil(1.3**j) for j in range(1, 30) if math.ceil(1.3**j) <= run.iterations} | {run.iterations})
+    kept = sorted(
+        {math.ceil(1.3**j) for j in range(1, 30) if math.ceil(1.3**j) <= run.iterations}
+        | {run.iterations}
+    )
     assert len(run.iterates) == len(run.values) == len(kept)
     for i, x, value in zip(kept, run.iterates, run.values, strict=True):
         assert_near(x, expected[i], 1e-8)
@@ -128,7 +152,9 @@ def test_the_rule_looks_further_back_in_long_runs() -> None:
     """k = ⌈i / 10⌉ beyond 100 iterations, on the values of runs of every length (two recursions would drift apart)."""
     A, b, _ = system(1e-4)
     dense = cl.linalg.operators.Dense(A)
-    values = [0.0] + [truncated_cg(dense, b, progress=0.0, maximum=i).values[-1] for i in range(1, 400)]
+    values = [0.0] + [
+        truncated_cg(dense, b, progress=0.0, maximum=i).values[-1] for i in range(1, 400)
+    ]
     ends = []
     for progress in (3e-4, 1e-4, 1e-5):
         rule = [
@@ -142,16 +168,22 @@ def test_the_rule_looks_further_back_in_long_runs() -> None:
 
 def test_conjugate_gradients_refuse_what_is_not_definite() -> None:
     A = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
-    with pytest.raises(cl.CurvlabError, match=r"pᵀAp = .* at iteration 1: the matrix is not positive definite"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"pᵀAp = .* at iteration 1: the matrix is not positive definite"
+    ):
         truncated_cg(cl.linalg.operators.Dense(A), torch.tensor([0.1, 1.0], dtype=torch.float64))
     zero = truncated_cg(cl.linalg.operators.Dense(eye(2)), torch.zeros(2, dtype=torch.float64))
     assert (zero.iterations, zero.stopped, bool(zero.x.any())) == (0, True, False)
     with pytest.raises(cl.CurvlabError, match="a maximum of at least 1"):
-        truncated_cg(cl.linalg.operators.Dense(eye(2)), torch.ones(2, dtype=torch.float64), maximum=0)
+        truncated_cg(
+            cl.linalg.operators.Dense(eye(2)), torch.ones(2, dtype=torch.float64), maximum=0
+        )
 
 
 @pytest.mark.parametrize(("damping", "size", "back"), [(1e-4, 3, True), (1.0, None, False)])
-def test_goes_back_for_as_long_as_the_loss_falls(damping: float, size: int | None, back: bool) -> None:
+def test_goes_back_for_as_long_as_the_loss_falls(
+    damping: float, size: int | None, back: bool
+) -> None:
     """S₂ of three examples: the last iterates fit them, and not the minibatch."""
     p = problem("tanh", n=20)
     objective = p.objective()
@@ -174,7 +206,9 @@ def test_goes_back_for_as_long_as_the_loss_falls(damping: float, size: int | Non
 def test_damping_follows_the_reduction_ratio(damping: float, ratio: str) -> None:
     p = problem("tanh", n=9)
     objective = p.objective()
-    optimizer = cl.optimizer("hf", objective, lr=0.5, damping=damping, ratio=ratio, curvature_size=4)
+    optimizer = cl.optimizer(
+        "hf", objective, lr=0.5, damping=damping, ratio=ratio, curvature_size=4
+    )
     closure = objective.closure(p.x, p.y)
     chosen = subset(closure, 4)
     B = Reference(Problem(p.model, p.likelihood, p.x[chosen], p.y[chosen]))["ggn"]
@@ -188,7 +222,9 @@ def test_damping_follows_the_reduction_ratio(damping: float, ratio: str) -> None
     actual = loss - float(p.likelihood.loss(Reference(p).outputs(at, p.x), p.y).mean())
     rho = actual / -float(g @ step + step @ B @ step / 2)
     factor = 1.01 if rho < 0.25 else 0.99 if rho > 0.75 else 1.0
-    assert optimizer.param_groups[0]["damping"] == pytest.approx(0.001 + factor * (damping - 0.001), rel=1e-12)
+    assert optimizer.param_groups[0]["damping"] == pytest.approx(
+        0.001 + factor * (damping - 0.001), rel=1e-12
+    )
 
 
 def test_refuses_a_model_that_mixes_its_examples() -> None:

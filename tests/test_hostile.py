@@ -57,7 +57,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
     root = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(datasets.DATASETS, "mnist16", Entry("made", small))
-        patch.setattr(sys, "argv", ["curvlab", "train", *hostile.MODEL, "--steps", "1", "--out", str(root / "run")])
+        patch.setattr(
+            sys,
+            "argv",
+            ["curvlab", "train", *hostile.MODEL, "--steps", "1", "--out", str(root / "run")],
+        )
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert not ended.value.code
@@ -68,7 +72,12 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
 @pytest.fixture
 def sandbox(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with modules of a user's; what would take long is accepted instead."""
-    for name, text in (("here", HERE), ("unparsable", "def f(:"), ("failing", "1 / 0"), ("exiting", "raise SystemExit(0)")):
+    for name, text in (
+        ("here", HERE),
+        ("unparsable", "def f(:"),
+        ("failing", "1 / 0"),
+        ("exiting", "raise SystemExit(0)"),
+    ):
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -122,7 +131,9 @@ def run(line: Line) -> int:
     raise AssertionError("cli.main returns nothing")
 
 
-def wrong(line: Line, capsys: pytest.CaptureFixture[str], look: Callable[[], dict[str, tuple[int, int]]]) -> str:
+def wrong(
+    line: Line, capsys: pytest.CaptureFixture[str], look: Callable[[], dict[str, tuple[int, int]]]
+) -> str:
     """What the line did that it must not; empty where it did nothing wrong."""
     before = look()
     capsys.readouterr()
@@ -136,12 +147,19 @@ def wrong(line: Line, capsys: pytest.CaptureFixture[str], look: Callable[[], dic
         return f"exit {code}: {err[-600:]}"
     if code == 0:
         return "is accepted" if line.refused else ""
-    if (len(said) != 1 and not {*hostile.OWN} & {*line.words}) or not said[-1:] or not said[-1].startswith("curvlab: ") or out:
+    if (
+        (len(said) != 1 and not {*hostile.OWN} & {*line.words})
+        or not said[-1:]
+        or not said[-1].startswith("curvlab: ")
+        or out
+    ):
         return f"{len(said)} lines, {len(out)} letters of output: {err[-600:]}"
     return "" if said[-1].isprintable() else f"control characters: {said[-1]!r}"
 
 
-def check(chosen: list[Line], capsys: pytest.CaptureFixture[str], places: Places, sandbox: Path) -> None:
+def check(
+    chosen: list[Line], capsys: pytest.CaptureFixture[str], places: Places, sandbox: Path
+) -> None:
     modules = set(sys.modules)
     found = []
     for line in chosen:
@@ -153,7 +171,9 @@ def check(chosen: list[Line], capsys: pytest.CaptureFixture[str], places: Places
 
 
 @pytest.mark.filterwarnings("default::curvlab.errors.CurvlabWarning")
-def test_three_hundred_bad_command_lines(capsys: pytest.CaptureFixture[str], places: Places, sandbox: Path) -> None:
+def test_three_hundred_bad_command_lines(
+    capsys: pytest.CaptureFixture[str], places: Places, sandbox: Path
+) -> None:
     everything = list(hostile.lines(places))
     chosen = random.Random(0).sample(everything, 320) + list(hostile.mixed(places, 30))
     chosen += [line for line in everything if any("taken-" in word for word in line.words)]
@@ -162,7 +182,9 @@ def test_three_hundred_bad_command_lines(capsys: pytest.CaptureFixture[str], pla
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default::curvlab.errors.CurvlabWarning")
-def test_all_bad_command_lines(capsys: pytest.CaptureFixture[str], places: Places, sandbox: Path) -> None:
+def test_all_bad_command_lines(
+    capsys: pytest.CaptureFixture[str], places: Places, sandbox: Path
+) -> None:
     chosen = list(hostile.lines(places)) + list(hostile.mixed(places, 400))
     assert len(chosen) > 1000
     check(chosen, capsys, places, sandbox)
@@ -170,7 +192,14 @@ def test_all_bad_command_lines(capsys: pytest.CaptureFixture[str], places: Place
 
 def test_the_generator_knows_every_option_of_every_command(places: Places) -> None:
     """A new option is tried without a new test."""
-    made = {(line.words[0], word.partition("=")[0]) for line in hostile.lines(places) for word in line.words[1:]}
+    made = {
+        (line.words[0], word.partition("=")[0])
+        for line in hostile.lines(places)
+        for word in line.words[1:]
+    }
     for command in ("compare", "spectrum", "train", "reproduce", "plot", "report"):
         for parameter in hostile.parameters(command):
-            assert parameter.argument or any((command, name) in made for name in parameter.names), (command, parameter)
+            assert parameter.argument or any((command, name) in made for name in parameter.names), (
+                command,
+                parameter,
+            )

@@ -84,8 +84,14 @@ def arguments() -> Iterator[tuple[str, str]]:
         if name == "momentum":
             yield from ((name, "momentum"),)
             continue
-        known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        yield from ((name, argument) for argument in known if argument not in (*NOT_OURS, "self", "augment"))
+        known = [
+            p.name
+            for p in inspect.signature(function).parameters.values()
+            if p.kind is not p.VAR_KEYWORD
+        ]
+        yield from (
+            (name, argument) for argument in known if argument not in (*NOT_OURS, "self", "augment")
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +116,12 @@ def test_any_value_of_any_argument(name: str, argument: str, tmp_path: Path) -> 
             said = str(error)
             refused += 1
         except Exception as error:
-            raise AssertionError(f"{name}({argument}={value!r:.40}): {type(error).__name__}: {error}") from error
+            raise AssertionError(
+                f"{name}({argument}={value!r:.40}): {type(error).__name__}: {error}"
+            ) from error
         assert said.isprintable()
         assert len(said) < 2000
-    assert refused >= (10 if argument not in ("folder", "double_grad", "resume") else 0), "hardly anything is refused"
+    assert refused >= (10 if argument not in ("folder", "double_grad", "resume") else 0), (
+        "hardly anything is refused"
+    )
     assert not list(tmp_path.iterdir())

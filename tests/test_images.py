@@ -29,7 +29,16 @@ def python2_pickle(data: NDArray[np.uint8], labels: list[int], key: str = "label
     def number(i: int) -> bytes:
         return b"J" + struct.pack("<i", i)
 
-    dtype = b"cnumpy\ndtype\n" + text("u1") + b"K\x00K\x01\x87R" + b"(K\x03" + text("|") + b"NNN" + number(-1) * 2 + b"K\x00tb"
+    dtype = (
+        b"cnumpy\ndtype\n"
+        + text("u1")
+        + b"K\x00K\x01\x87R"
+        + b"(K\x03"
+        + text("|")
+        + b"NNN"
+        + number(-1) * 2
+        + b"K\x00tb"
+    )
     content = data.tobytes()
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
@@ -37,7 +46,16 @@ def python2_pickle(data: NDArray[np.uint8], labels: list[int], key: str = "label
         + b"T" + struct.pack("<i", len(content)) + content + b"tb"
     )  # fmt: skip
     numbers = b"](" + b"".join(map(number, labels)) + b"e"
-    return b"\x80\x02}(" + text("data") + array + text(key) + numbers + text("batch_label") + text("one of 5") + b"u."
+    return (
+        b"\x80\x02}("
+        + text("data")
+        + array
+        + text(key)
+        + numbers
+        + text("batch_label")
+        + text("one of 5")
+        + b"u."
+    )
 
 
 @pytest.fixture
@@ -51,13 +69,17 @@ def pickles(images: tuple[NDArray[np.uint8], NDArray[np.int64]]) -> dict[str, by
     x, y = images
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     return {
-        name: python2_pickle(x[10 * i : 10 * i + 10].reshape(10, -1), y[10 * i : 10 * i + 10].tolist())
+        name: python2_pickle(
+            x[10 * i : 10 * i + 10].reshape(10, -1), y[10 * i : 10 * i + 10].tolist()
+        )
         for i, name in enumerate(names)
     }
 
 
 @pytest.fixture(params=["npz", "npz, channels last", "pickles", "archive"])
-def kept(request: pytest.FixtureRequest, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def kept(
+    request: pytest.FixtureRequest, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CURVLAB_DATA with the small CIFAR-10 in one of its forms."""
     keep(request.param, images, tmp_path, monkeypatch)
 
@@ -68,20 +90,32 @@ def keep(form: str, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     if form.startswith("npz"):
         stored = x.transpose(0, 2, 3, 1) if "last" in form else x
         labels = y.astype(np.uint8)[:, None] if "last" in form else y
-        np.savez(tmp_path / "cifar10.npz", x_train=stored[:50], y_train=labels[:50], x_test=stored[50:], y_test=labels[50:])
+        np.savez(
+            tmp_path / "cifar10.npz",
+            x_train=stored[:50],
+            y_train=labels[:50],
+            x_test=stored[50:],
+            y_test=labels[50:],
+        )
     elif form == "pickles":
         (tmp_path / "cifar-10-batches-py").mkdir()
         for name, content in pickles(images).items():
             (tmp_path / "cifar-10-batches-py" / name).write_bytes(content)
-            monkeypatch.setitem(FILES, f"cifar-10-batches-py/{name}", File((hashlib.md5(content).hexdigest(),)))
+            monkeypatch.setitem(
+                FILES, f"cifar-10-batches-py/{name}", File((hashlib.md5(content).hexdigest(),))
+            )
     else:
         with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
-            for name, content in reversed(({"readme.html": b"not a pickle"} | pickles(images)).items()):
+            for name, content in reversed(
+                ({"readme.html": b"not a pickle"} | pickles(images)).items()
+            ):
                 info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
         content = (tmp_path / "cifar-10-python.tar.gz").read_bytes()
-        monkeypatch.setitem(FILES, "cifar-10-python.tar.gz", File((hashlib.sha256(content).hexdigest(),)))
+        monkeypatch.setitem(
+            FILES, "cifar-10-python.tar.gz", File((hashlib.sha256(content).hexdigest(),))
+        )
 
 
 @pytest.mark.usefixtures("kept")
@@ -109,7 +143,9 @@ def test_flattened_cifar_is_standardised_by_pixel() -> None:
     assert train.x[:].mean(0).abs().max() < 1e-5
 
 
-def test_cifar100_takes_the_fine_labels(images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar100_takes_the_fine_labels(
+    images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, _ = images
     (tmp_path / "cifar-100-python").mkdir()
     monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))
@@ -139,12 +175,17 @@ def test_a_damaged_batch_is_named(images, tmp_path: Path, monkeypatch: pytest.Mo
         (lambda d: d.pop("y_test"), "it must hold arrays x_train, y_train, x_test, y_test"),
         (lambda d: d.update(y_train=d["y_train"] + 5), "are not 50 numbers from 0 to 9"),
         (lambda d: d.update(y_train=d["y_train"][:9]), "are not 50 numbers from 0 to 9"),
-        (lambda d: d.update(x_train=d["x_train"] / 255.0), r"float64 of shape .*: bytes of shape \[N, 3, 32, 32\]"),
+        (
+            lambda d: d.update(x_train=d["x_train"] / 255.0),
+            r"float64 of shape .*: bytes of shape \[N, 3, 32, 32\]",
+        ),
         (lambda d: d.update(x_test=d["x_test"][:, :1]), r"uint8 of shape \(10, 1, 32, 32\)"),
         (lambda d: d.update(y_test=np.array([object()] * 10)), "cannot be read"),
     ],
 )
-def test_an_npz_that_is_not_cifar_is_refused(change, says: str, images, tmp_path: Path, monkeypatch) -> None:
+def test_an_npz_that_is_not_cifar_is_refused(
+    change, says: str, images, tmp_path: Path, monkeypatch
+) -> None:
     x, y = images
     arrays = {"x_train": x[:50], "y_train": y[:50], "x_test": x[50:], "y_test": y[50:]}
     change(arrays)
@@ -157,7 +198,9 @@ def test_an_npz_that_is_not_cifar_is_refused(change, says: str, images, tmp_path
 def test_pickles_of_python_3_are_read_too(images) -> None:
     x, y = images
     for protocol in (2, 4):
-        found = unpickled(pickle.dumps({b"data": x.reshape(60, -1), b"labels": y.tolist()}, protocol), "here")
+        found = unpickled(
+            pickle.dumps({b"data": x.reshape(60, -1), b"labels": y.tolist()}, protocol), "here"
+        )
         assert (found[b"data"] == x.reshape(60, -1)).all()
 
 
@@ -187,7 +230,18 @@ def test_pickles_that_are_not_data_are_refused(content: bytes) -> None:
 
 def test_the_subset_is_cifar() -> None:
     train, test = load_or_skip("cifar10-subset")
-    assert train.y[:10].tolist() == [6, 9, 9, 4, 1, 1, 2, 7, 8, 3]  # frog, truck, truck, deer, automobile …
+    assert train.y[:10].tolist() == [
+        6,
+        9,
+        9,
+        4,
+        1,
+        1,
+        2,
+        7,
+        8,
+        3,
+    ]  # frog, truck, truck, deer, automobile …
     assert test.y[:5].tolist() == [3, 8, 8, 0, 6]
     variance, mean = torch.var_mean(train.x[:].transpose(0, 1).flatten(1), 1)
     assert mean.abs().max() < 1e-4
@@ -207,7 +261,9 @@ def test_crop_and_flip_by_hand() -> None:
     top, left = torch.randint(0, 7, (2, 40, 1), generator=draws)
     mirrored = torch.rand(40, 1, generator=draws) < 0.5
     for i, image in enumerate(x.numpy()):
-        framed = np.stack([np.pad(c, 3, constant_values=f) for c, f in zip(image, fill, strict=True)])
+        framed = np.stack(
+            [np.pad(c, 3, constant_values=f) for c, f in zip(image, fill, strict=True)]
+        )
         cut = framed[:, int(top[i]) : int(top[i]) + 9, int(left[i]) : int(left[i]) + 7]
         np.testing.assert_array_equal(found[i], cut[:, :, ::-1] if mirrored[i] else cut)
 
@@ -224,7 +280,9 @@ def test_every_crop_and_both_directions_occur_equally_often() -> None:
 def test_crop_and_flip_follow_the_generator_alone() -> None:
     x = torch.rand(8, 3, 6, 6, dtype=torch.float64)
     before = torch.get_rng_state()
-    one, same, other = (CropAndFlip(2)(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    one, same, other = (
+        CropAndFlip(2)(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

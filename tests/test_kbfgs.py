@@ -33,7 +33,9 @@ class ByHand:
         self.y = [torch.zeros(len(w), dtype=w.dtype) for w in self.W]
         self.kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.W]
 
-    def look(self, x: Tensor, loss: object, y: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def look(
+        self, x: Tensor, loss: object, y: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         a, h, value = [], [], x
         for i, w in enumerate(self.W):
             a.append(torch.cat([value, torch.ones(len(value), 1, dtype=w.dtype)], 1))
@@ -50,7 +52,9 @@ class ByHand:
             now = [t.T @ t / len(t) for t in self.look(x, loss, y)[0]]
             sums = now if sums is None else [p + q for p, q in zip(sums, now, strict=True)]
         self.A = [t / len(data) for t in sums]
-        self.H_a = [torch.linalg.inv(t + self.root * torch.eye(len(t), dtype=t.dtype)) for t in self.A]
+        self.H_a = [
+            torch.linalg.inv(t + self.root * torch.eye(len(t), dtype=t.dtype)) for t in self.A
+        ]
 
     def step(self, x: Tensor, y: Tensor, loss: object, lr: float) -> None:
         a, h, g = self.look(x, loss, y)
@@ -58,7 +62,9 @@ class ByHand:
         for i in range(len(self.W)):
             grad = g[i].T @ a[i] / n
             if self.chapter == 2:
-                self.m[i] = (1 - BETA) * grad if self.m[i] is None else BETA * self.m[i] + (1 - BETA) * grad
+                self.m[i] = (
+                    (1 - BETA) * grad if self.m[i] is None else BETA * self.m[i] + (1 - BETA) * grad
+                )
             else:
                 self.m[i] = grad if self.m[i] is None else BETA * self.m[i] + grad
             self.W[i] = self.W[i] - lr * self.H_g[i] @ self.m[i] @ self.H_a[i]
@@ -83,7 +89,9 @@ class ByHand:
         theta = (1 - MU1) * yHy / (yHy - s @ y) if s @ y < MU1 * yHy else 1.0
         s = theta * s + (1 - theta) * H @ y
         if self.chapter == 2:
-            theta = (1 - self.root) * (s @ s) / (s @ s - s @ y) if s @ y < self.root * (s @ s) else 1.0
+            theta = (
+                (1 - self.root) * (s @ s) / (s @ s - s @ y) if s @ y < self.root * (s @ s) else 1.0
+            )
             y = theta * y + (1 - theta) * s
         else:
             y = y + self.root * s
@@ -101,7 +109,9 @@ class ByHand:
 
 def bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     rho, eye = 1 / (s @ y), torch.eye(len(s), dtype=s.dtype)
-    return (eye - rho * torch.outer(s, y)) @ H @ (eye - rho * torch.outer(y, s)) + rho * torch.outer(s, s)
+    return (eye - rho * torch.outer(s, y)) @ H @ (
+        eye - rho * torch.outer(y, s)
+    ) + rho * torch.outer(s, s)
 
 
 NAMES = {"k-bfgs-20": (2, 0), "k-bfgs-l-20": (2, 100), "k-bfgs": (3, 0), "k-bfgs-l": (3, 100)}
@@ -130,7 +140,9 @@ def test_trajectory_is_the_pseudo_codes(name: str, likelihood: str) -> None:
         assert_near(H_g, by_hand.H_g[i], 1e-9)
 
 
-@pytest.mark.parametrize(("full", "limited"), [("k-bfgs-20", "k-bfgs-l-20"), ("k-bfgs", "k-bfgs-l")])
+@pytest.mark.parametrize(
+    ("full", "limited"), [("k-bfgs-20", "k-bfgs-l-20"), ("k-bfgs", "k-bfgs-l")]
+)
 def test_limited_memory_is_the_same_while_pairs_are_few(full: str, limited: str) -> None:
     weights = []
     for name in (full, limited):
@@ -139,7 +151,9 @@ def test_limited_memory_is_the_same_while_pairs_are_few(full: str, limited: str)
         optimizer = cl.optimizer(name, objective, lr=0.03, damping=0.3)
         for x, y in batches(p, 10):
             optimizer.step(objective.closure(x, y))
-        weights.append(objective.layout.flatten({n: t.detach() for n, t in objective.parameters.items()}))
+        weights.append(
+            objective.layout.flatten({n: t.detach() for n, t in objective.parameters.items()})
+        )
     assert_near(weights[0], weights[1], 1e-10)
 
 
@@ -177,7 +191,9 @@ def test_weights_shared_over_places(name: str, model: str) -> None:
     places = objective.closure(p.x, p.y).form.places
     for key, block in optimizer.descent.curvature.blocks.items():
         expected = places[key] if NAMES[name][0] == 3 else 1
-        assert block._split() == pytest.approx((math.sqrt(0.3 * expected), math.sqrt(0.3 / expected)))
+        assert block._split() == pytest.approx(
+            (math.sqrt(0.3 * expected), math.sqrt(0.3 / expected))
+        )
 
 
 @pytest.mark.parametrize("damping", [0.0, 1.1])
@@ -185,7 +201,9 @@ def test_double_damping_needs_a_damping_between_0_and_1(damping: float) -> None:
     p = problem("tanh")
     objective = p.objective()
     curvature = cl.approximation("k-bfgs-20", objective, damping=damping)
-    with pytest.raises(cl.CurvlabError, match=r"block 1 .*: double damping takes μ₂ = √λ in \(0, 1\]"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"block 1 .*: double damping takes μ₂ = √λ in \(0, 1\]"
+    ):
         curvature.update(objective.closure(p.x, p.y).observe())
 
 

@@ -56,7 +56,9 @@ def pi_lm_2021(s: Tensor, y: Tensor, H: Tensor, mu2: float) -> Pair:
 
 def bfgs(H: Tensor, s: Tensor, y: Tensor) -> Tensor:
     rho, eye = 1 / (s @ y), torch.eye(len(s), dtype=s.dtype)
-    return (eye - rho * torch.outer(s, y)) @ H @ (eye - rho * torch.outer(y, s)) + rho * torch.outer(s, s)
+    return (eye - rho * torch.outer(s, y)) @ H @ (
+        eye - rho * torch.outer(y, s)
+    ) + rho * torch.outer(s, s)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class Document:
 
 
 def average(old: Tensor, new: Tensor) -> Tensor:
-    return BETA * old + (1 - BETA) * new  # thesis Alg. 4, line 8; 2021 3.3, where Alg. 2, line 7 misprints it
+    return (
+        BETA * old + (1 - BETA) * new
+    )  # thesis Alg. 4, line 8; 2021 3.3, where Alg. 2, line 7 misprints it
 
 
 def add(old: Tensor, new: Tensor) -> Tensor:
@@ -105,9 +109,21 @@ DOCUMENTS = {
     "k-bfgs-convergent": Document(none, True, over, pi_lm, True, 100, True),
 }
 OPTIONS = {
-    "k-bfgs, improvement 1 off": ("k-bfgs", {"pair_damping": "dd"}, Document(add, True, over, dd, True)),
-    "k-bfgs, improvement 2 off": ("k-bfgs", {"minibatch": False}, Document(add, True, over, p_lm, False)),
-    "both off": ("k-bfgs", {"pair_damping": "dd", "minibatch": False}, Document(add, True, over, dd, False)),
+    "k-bfgs, improvement 1 off": (
+        "k-bfgs",
+        {"pair_damping": "dd"},
+        Document(add, True, over, dd, True),
+    ),
+    "k-bfgs, improvement 2 off": (
+        "k-bfgs",
+        {"minibatch": False},
+        Document(add, True, over, p_lm, False),
+    ),
+    "both off": (
+        "k-bfgs",
+        {"pair_damping": "dd", "minibatch": False},
+        Document(add, True, over, dd, False),
+    ),
     "few pairs": ("kf-bfgs-l-cnn", {"pairs": 3}, Document(average, False, one, p_lm, True, 3)),
 }
 """Table 3.8, and a memory that is full."""
@@ -130,21 +146,28 @@ class ByHand:
         self.document, self.model = document, model
         self.layers = [m for m in model if isinstance(m, nn.Linear | nn.Conv2d)]
         self.W = [
-            torch.cat([m.weight.flatten(1), *([] if m.bias is None else [m.bias[:, None]])], 1).detach().clone()
+            torch.cat([m.weight.flatten(1), *([] if m.bias is None else [m.bias[:, None]])], 1)
+            .detach()
+            .clone()
             for m in self.layers
         ]
         places = [a.shape[1] if document.places else 1 for a in self.look(x, None, None)[0]]
         self.damping_a = [math.sqrt(t) * math.sqrt(damping) for t in places]
         self.damping_g = [math.sqrt(damping) / math.sqrt(t) for t in places]
         self.m = [torch.zeros_like(w) for w in self.W]
-        self.H_g = [document.start(d) * torch.eye(len(w), dtype=w.dtype) for d, w in zip(self.damping_g, self.W, strict=True)]
+        self.H_g = [
+            document.start(d) * torch.eye(len(w), dtype=w.dtype)
+            for d, w in zip(self.damping_g, self.W, strict=True)
+        ]
         self.s = [torch.zeros(len(w), dtype=w.dtype) for w in self.W]
         self.y = [torch.zeros(len(w), dtype=w.dtype) for w in self.W]
         self.kept: list[list[Pair]] = [[] for _ in self.W]
         self.A: list[Tensor] = []
         self.H_a: list[Tensor] = []
 
-    def look(self, x: Tensor, y: Tensor | None, likelihood: object) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def look(
+        self, x: Tensor, y: Tensor | None, likelihood: object
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """a [N, T, I], h and Dh [N, T, O] of every layer."""
         a, h, value, weights = [], [], x, iter(self.W)
         for module in self.model:
@@ -156,7 +179,14 @@ class ByHand:
             if isinstance(module, nn.Linear):
                 value = h[-1][:, 0]
             else:
-                axes = zip(value.shape[2:], module.kernel_size, module.dilation, module.padding, module.stride, strict=True)
+                axes = zip(
+                    value.shape[2:],
+                    module.kernel_size,
+                    module.dilation,
+                    module.padding,
+                    module.stride,
+                    strict=True,
+                )
                 size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, d, p, s in axes]
                 value = h[-1].mT.reshape(len(x), -1, *size)
         g = [] if y is None else torch.autograd.grad(likelihood.loss(value, y).sum(), h)
@@ -165,7 +195,9 @@ class ByHand:
     def warm(self, data: list[tuple[Tensor, Tensor]]) -> None:
         """A = E[Σ_t a aᵀ], H_A = (A + λ_A I)⁻¹."""
         looks = [self.look(x, None, None)[0] for x, _ in data]
-        self.A = [sum(self.moment(look[i]) for look in looks) / len(looks) for i in range(len(self.W))]
+        self.A = [
+            sum(self.moment(look[i]) for look in looks) / len(looks) for i in range(len(self.W))
+        ]
         self.H_a = [self.inverted(i, A) for i, A in enumerate(self.A)]
 
     @staticmethod
@@ -202,7 +234,9 @@ class ByHand:
         s, y = self.document.damp(self.s[i], self.y[i], H, self.damping_g[i])
         if not s @ y > 1e-4 * (s @ s) * mean.norm():  # practice
             return
-        if self.document.skip and not s @ y >= MU1 * (1 - 1e-8) * (y @ H @ y):  # Alg. 5, line 17; Powell makes them equal
+        if self.document.skip and not s @ y >= MU1 * (1 - 1e-8) * (
+            y @ H @ y
+        ):  # Alg. 5, line 17; Powell makes them equal
             return
         if not self.document.pairs:
             self.H_g[i] = bfgs(H, s, y)
@@ -256,12 +290,21 @@ def test_chapter_3_without_its_improvements_is_chapter_2(pairs: int) -> None:
     """Table 3.8, last line, on an MLP; with chapter 2's start of H_g. Its averaged momentum is a tenth of chapter 3's."""
     off = {"pair_damping": "dd", "minibatch": False, "start": "identity", "pairs": pairs}
     found = trained("k-bfgs", problem("tanh", n=20), 0.03, **off)
-    assert_near(found, trained("k-bfgs-l-20" if pairs else "k-bfgs-20", problem("tanh", n=20), 0.3), 1e-10)
+    assert_near(
+        found, trained("k-bfgs-l-20" if pairs else "k-bfgs-20", problem("tanh", n=20), 0.3), 1e-10
+    )
 
 
 def test_the_improvements_change_something() -> None:
     """Each switch alone gives another trajectory: none of them is idle."""
-    ways = [{}, {"pair_damping": "dd"}, {"minibatch": False}, {"rebalance": False}, {"start": "identity"}, {"exact": True}]
+    ways = [
+        {},
+        {"pair_damping": "dd"},
+        {"minibatch": False},
+        {"rebalance": False},
+        {"start": "identity"},
+        {"exact": True},
+    ]
     found = [trained("k-bfgs", problem("conv", n=20), 0.03, **way) for way in ways]
     for i, one_way in enumerate(found):
         assert all(float((one_way - other).norm() / other.norm()) > 1e-6 for other in found[:i])
@@ -277,15 +320,21 @@ def test_2021_and_chapter_3_agree_where_the_damping_is_one(model: str) -> None:
         optimizer = cl.optimizer(name, objective, lr=lr, damping=1.0)
         for x, y in batches(p, 8):
             optimizer.step(objective.closure(x, y))
-        runs.append(objective.layout.flatten({n: t.detach() for n, t in objective.parameters.items()}))
+        runs.append(
+            objective.layout.flatten({n: t.detach() for n, t in objective.parameters.items()})
+        )
     error = float((runs[0] - runs[1]).norm() / runs[1].norm())
     assert error < 1e-12 if model == "tanh" else error > 1e-6
 
 
 @pytest.mark.parametrize("damping", [0.05, 0.3])
 @pytest.mark.parametrize("model", ["tanh", "conv"])
-@pytest.mark.parametrize("name", ["k-bfgs-20-convergent", "kf-bfgs-cnn-convergent", "k-bfgs-convergent"])
-def test_convergent_variants_keep_the_bounds_of_their_lemmas(name: str, model: str, damping: float) -> None:
+@pytest.mark.parametrize(
+    "name", ["k-bfgs-20-convergent", "kf-bfgs-cnn-convergent", "k-bfgs-convergent"]
+)
+def test_convergent_variants_keep_the_bounds_of_their_lemmas(
+    name: str, model: str, damping: float
+) -> None:
     """Every pair that was used, and both factors, over 15 steps: thesis Lemmas 1, 2, 4, 6, 7; 2021 Lemmas 1, 3, 4."""
     p = problem(model, n=20)
     objective = p.objective()
@@ -303,7 +352,9 @@ def test_convergent_variants_keep_the_bounds_of_their_lemmas(name: str, model: s
                 if name == "k-bfgs-20-convergent":
                     assert found.curvature <= slack / MU1
                 else:
-                    assert found.change <= slack / mu3(MU1, mu2, 1.0 if name.startswith("kf") else None)
+                    assert found.change <= slack / mu3(
+                        MU1, mu2, 1.0 if name.startswith("kf") else None
+                    )
             H_g, H_a = block.factors
             if name == "k-bfgs-20-convergent":
                 bounds = double_damping_lbfgs(used[key], MU1, mu2)
@@ -314,7 +365,9 @@ def test_convergent_variants_keep_the_bounds_of_their_lemmas(name: str, model: s
             inputs = input_factor(H_a.shape[0], phi, damping_a, block.places)
             spectrum = torch.linalg.eigvalsh(H_a)
             assert inputs.hold(float(spectrum[0]), float(spectrum[-1]))
-    assert min(used.values()) >= (2 if name == "k-bfgs-20-convergent" else 15)  # it skips most pairs of a layer of "conv"
+    assert min(used.values()) >= (
+        2 if name == "k-bfgs-20-convergent" else 15
+    )  # it skips most pairs of a layer of "conv"
 
 
 def test_dd_skip_refuses_pairs_that_the_other_takes() -> None:
@@ -327,6 +380,8 @@ def test_dd_skip_refuses_pairs_that_the_other_takes() -> None:
         skipped[name] = []
         for x, y in batches(p, 15):
             optimizer.step(objective.closure(x, y))
-            skipped[name] += [block.last["g"].skipped for block in optimizer.descent.curvature.blocks.values()]
+            skipped[name] += [
+                block.last["g"].skipped for block in optimizer.descent.curvature.blocks.values()
+            ]
     assert "double damping" in skipped["k-bfgs-20-convergent"]
     assert "double damping" not in skipped["k-bfgs-l-20"]

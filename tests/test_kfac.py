@@ -49,7 +49,9 @@ def test_is_the_exact_ggn_of_a_deep_linear_network(bias: bool) -> None:
         A, G = factors(curvature, block.name)
         exact = cl.exact.matrix(objective, p.x, p.y, "ggn", block.name).dense()
         torch.testing.assert_close(torch.kron(G, A), exact, rtol=1e-10, atol=1e-12)
-        hessian = cl.exact.matrix(objective, p.x, p.y, "hessian", block.name).dense()  # the loss is quadratic in one W
+        hessian = cl.exact.matrix(
+            objective, p.x, p.y, "hessian", block.name
+        ).dense()  # the loss is quadratic in one W
         torch.testing.assert_close(torch.kron(G, A), hessian, rtol=1e-10, atol=1e-12)
 
 
@@ -82,9 +84,14 @@ def test_shared_weights_sum_inputs_over_places_and_average_derivatives(model: st
         s = observation.passes["model"][block.name]
         places = [(n, t) for n in range(7) for t in range(s.g.shape[2])]
         A, G = factors(curvature, block.name)
-        torch.testing.assert_close(A, sum(torch.outer(s.a[n, t], s.a[n, t]) for n, t in places) / 7, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(
-            G, sum(torch.outer(s.g[0, n, t], s.g[0, n, t]) for n, t in places) / len(places), rtol=1e-12, atol=1e-14
+            A, sum(torch.outer(s.a[n, t], s.a[n, t]) for n, t in places) / 7, rtol=1e-12, atol=1e-14
+        )
+        torch.testing.assert_close(
+            G,
+            sum(torch.outer(s.g[0, n, t], s.g[0, n, t]) for n, t in places) / len(places),
+            rtol=1e-12,
+            atol=1e-14,
         )
 
 
@@ -107,9 +114,15 @@ def test_inverse_factors_and_damping_by_the_formula(damping: float) -> None:
         )
         for found, wanted in zip(inverse.factors, expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-        gradient = torch.randn(block.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        direction = curvature.precondition({block.name: gradient})[block.name]  # Alg. 12, line 8: p = H_Γ DW H_Ω
-        torch.testing.assert_close(direction, expected[0] @ gradient @ expected[1], rtol=1e-10, atol=1e-12)
+        gradient = torch.randn(
+            block.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        direction = curvature.precondition({block.name: gradient})[
+            block.name
+        ]  # Alg. 12, line 8: p = H_Γ DW H_Ω
+        torch.testing.assert_close(
+            direction, expected[0] @ gradient @ expected[1], rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", ["kfac", "kfac-20", "kfac-ef", "kflr", "tnt", "shampoo"])
@@ -131,7 +144,9 @@ def test_zero_derivatives_split_the_damping_evenly() -> None:
     p = problem("tanh", "gaussian")
     objective = p.objective()
     curvature = approximation("kfac-ef", objective, damping=0.04)
-    curvature.update(objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs))  # targets are met: g = 0
+    curvature.update(
+        objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs)
+    )  # targets are met: g = 0
     A, G = factors(curvature, "1")
     assert not bool(G.any())
     eye_g, eye_a = (torch.eye(d, dtype=torch.float64) for d in (4, 6))
@@ -144,7 +159,10 @@ def enumerated(likelihood: str, z: Tensor) -> list[tuple[Tensor, Tensor]]:
     n, c = z.shape
     if likelihood == "categorical":
         return [(torch.full((n,), k), z.softmax(1)[:, k]) for k in range(c)]
-    labels = [torch.tensor(bits, dtype=z.dtype).expand(n, c) for bits in itertools.product((0.0, 1.0), repeat=c)]
+    labels = [
+        torch.tensor(bits, dtype=z.dtype).expand(n, c)
+        for bits in itertools.product((0.0, 1.0), repeat=c)
+    ]
     return [(y, (y * z.sigmoid() + (1 - y) * (1 - z.sigmoid())).prod(1)) for y in labels]
 
 
@@ -160,12 +178,16 @@ def test_kflr_is_kfac_averaged_over_all_labels(model: str, likelihood: str) -> N
     for y, probability in enumerated(likelihood, p.model(p.x).detach()):
         for key, s in objective.closure(p.x, y).observe({"data"}).passes["data"].items():
             g = s.g[0] * probability.sqrt()[:, None, None]
-            expected[key] = expected.get(key, 0) + torch.einsum("nto,ntp->op", g, g) / g.shape[:2].numel()
+            expected[key] = (
+                expected.get(key, 0) + torch.einsum("nto,ntp->op", g, g) / g.shape[:2].numel()
+            )
     for block in objective.blocks:
         A, G = factors(curvature, block.name)
         a = objective.closure(p.x, p.y).observe({"data"}).passes["data"][block.name].a
         torch.testing.assert_close(G, expected[block.name], rtol=1e-11, atol=1e-14)
-        torch.testing.assert_close(A, torch.einsum("nti,ntj->ij", a, a) / len(a), rtol=1e-11, atol=1e-14)
+        torch.testing.assert_close(
+            A, torch.einsum("nti,ntj->ij", a, a) / len(a), rtol=1e-11, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.3])
@@ -174,16 +196,26 @@ def test_chapter_2_splits_the_damping_evenly(model: str, damping: float) -> None
     """Alg. 7, line 11: √λ each; the same factors as KFAC, whose split is an option."""
     p = problem(model)
     objective = p.objective()
-    made = [approximation(*pair, damping=damping) for pair in (("kfac-20", objective), ("kfac", objective))]
+    made = [
+        approximation(*pair, damping=damping)
+        for pair in (("kfac-20", objective), ("kfac", objective))
+    ]
     option = approximation("kfac", objective, damping=damping, split="even")
     observation = objective.closure(p.x, p.y).observe({"model"})
     for curvature in (*made, option):
         curvature.update(observation)
     for block in objective.blocks:
         A, G = factors(made[0], block.name)
-        assert all(torch.equal(*pair) for pair in zip((A, G), factors(made[1], block.name), strict=True))
-        each = [torch.linalg.inv(m + math.sqrt(damping) * torch.eye(len(m), dtype=m.dtype)) for m in (G, A)]
-        torch.testing.assert_close(made[0].inverse[block.name].dense(), torch.kron(*each), rtol=1e-9, atol=1e-10)
+        assert all(
+            torch.equal(*pair) for pair in zip((A, G), factors(made[1], block.name), strict=True)
+        )
+        each = [
+            torch.linalg.inv(m + math.sqrt(damping) * torch.eye(len(m), dtype=m.dtype))
+            for m in (G, A)
+        ]
+        torch.testing.assert_close(
+            made[0].inverse[block.name].dense(), torch.kron(*each), rtol=1e-9, atol=1e-10
+        )
         assert torch.equal(option.inverse[block.name].dense(), made[0].inverse[block.name].dense())
 
 

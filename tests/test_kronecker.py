@@ -41,7 +41,12 @@ def test_proposition_1(shape: list[int], columns: int | None, seed: int) -> None
 
 def test_proposition_1_entry_by_entry() -> None:
     """vec(V ×_1 U_1 ×_2 U_2 ×_3 U_3) with the mode products written out."""
-    u1, u2, u3, v = normal(2, 2), normal(3, 3, seed=1), normal(4, 4, seed=2), normal(2, 3, 4, seed=3)
+    u1, u2, u3, v = (
+        normal(2, 2),
+        normal(3, 3, seed=1),
+        normal(4, 4, seed=2),
+        normal(2, 3, 4, seed=3),
+    )
     expected = torch.einsum("ai,bj,ck,ijk->abc", u1, u2, u3, v).flatten()
     assert_near(kronecker_product([u1, u2, u3], v.flatten()), expected)
 
@@ -63,9 +68,13 @@ def test_contraction_entry_by_entry(shape: list[int], seed: int) -> None:
     for i, d in enumerate(shape):
         others = shape[:i] + shape[i + 1 :]
         places = list(np.ndindex(*others))
-        unfolded = torch.tensor([[G[(*at[:i], p, *at[i:])] for at in places] for p in range(d)], dtype=G.dtype)
+        unfolded = torch.tensor(
+            [[G[(*at[:i], p, *at[i:])] for at in places] for p in range(d)], dtype=G.dtype
+        )
         assert torch.equal(matricize(G, i), unfolded)
-        expected = torch.stack([torch.stack([(unfolded[p] * unfolded[q]).sum() for q in range(d)]) for p in range(d)])
+        expected = torch.stack(
+            [torch.stack([(unfolded[p] * unfolded[q]).sum() for q in range(d)]) for p in range(d)]
+        )
         assert_near(contraction(G, i), expected)
 
 
@@ -90,18 +99,25 @@ def test_contraction_of_a_matrix_and_of_a_vector() -> None:
 def test_constant_trace_identity(shape: list[int], seed: int, samples: int) -> None:
     """All factors have the same mean eigenvalue c_0 = (E ‖G‖² / Π d_j)^{1/k}."""
     G = normal(samples, *shape, seed=seed)
-    found = tensor_normal_factors([torch.stack([contraction(one, i) for one in G]).mean(0) for i in range(len(shape))])
+    found = tensor_normal_factors(
+        [torch.stack([contraction(one, i) for one in G]).mean(0) for i in range(len(shape))]
+    )
     c0 = float(G.square().mean()) ** (1 / len(shape))
     for u, d in zip(found, shape, strict=True):
         assert float(u.trace()) / d == pytest.approx(c0, rel=1e-12)
 
 
 @FEW
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), SEEDS, st.sampled_from([1e-8, 1.0, 1e8]))
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=3), SEEDS, st.sampled_from([1e-8, 1.0, 1e8])
+)
 def test_factors_of_a_tensor_normal_are_exact(shape: list[int], seed: int, scale: float) -> None:
     """From the exact E[G^(i)] = U_i Π_{j≠i} tr U_j the product of the factors is ⊗ U_i itself, at any scale."""
     factors = [scale * spd(d, seed + i) for i, d in enumerate(shape)]
-    expectations = [u * math.prod(float(w.trace()) for j, w in enumerate(factors) if j != i) for i, u in enumerate(factors)]
+    expectations = [
+        u * math.prod(float(w.trace()) for j, w in enumerate(factors) if j != i)
+        for i, u in enumerate(factors)
+    ]
     found = tensor_normal_factors(expectations)
     assert_near(reduce(torch.kron, found), reduce(torch.kron, factors))
     for u, w in zip(found, factors, strict=True):
@@ -118,9 +134,16 @@ def test_factors_from_samples_of_a_matrix_normal() -> None:
     """Mean of 40 estimates within 5 of its standard errors of the truth; a standard error is below 1 %."""
     u1, u2 = spd(3), spd(4, seed=1)
     size = math.sqrt(float(u1.trace()) / 3 * float(u2.trace()) / 4)
-    truth = [u * size * len(u) / u.trace() for u in (u1, u2)]  # split so that both have the same mean eigenvalue
+    truth = [
+        u * size * len(u) / u.trace() for u in (u1, u2)
+    ]  # split so that both have the same mean eigenvalue
     G = torch.linalg.cholesky(u1) @ normal(40, 2000, 3, 4, seed=2) @ torch.linalg.cholesky(u2).T
-    estimates = [tensor_normal_factors([torch.stack([contraction(g, i) for g in part]).mean(0) for i in (0, 1)]) for part in G]
+    estimates = [
+        tensor_normal_factors(
+            [torch.stack([contraction(g, i) for g in part]).mean(0) for i in (0, 1)]
+        )
+        for part in G
+    ]
     for i, expected in enumerate(truth):
         found = torch.stack([e[i] for e in estimates])
         error = found.std(0) / math.sqrt(len(found))
@@ -151,7 +174,13 @@ def test_pi_is_one_where_a_trace_is_zero(a: float, g: float) -> None:
 
 def rearranged(matrix: Tensor, o: int, i: int) -> Tensor:
     """R[(o, o'), (i, i')] = M[(o, i), (o', i')], block by block (Van Loan and Pitsianis 1993)."""
-    return torch.stack([matrix[p * i : (p + 1) * i, q * i : (q + 1) * i].flatten() for p in range(o) for q in range(o)])
+    return torch.stack(
+        [
+            matrix[p * i : (p + 1) * i, q * i : (q + 1) * i].flatten()
+            for p in range(o)
+            for q in range(o)
+        ]
+    )
 
 
 def skew(order: int, seed: int = 0) -> Tensor:
@@ -160,7 +189,12 @@ def skew(order: int, seed: int = 0) -> Tensor:
 
 
 @FEW
-@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["definite", "symmetric", "skew", "any"]), SEEDS)
+@given(
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.sampled_from(["definite", "symmetric", "skew", "any"]),
+    SEEDS,
+)
 def test_nearest_recovers_a_product(o: int, i: int, what: str, seed: int) -> None:
     """To rounding, and so does its error, which √(1 − σ₁²/‖M‖²) would leave at 1e-8."""
     build = {
@@ -180,16 +214,26 @@ def test_nearest_recovers_a_product(o: int, i: int, what: str, seed: int) -> Non
 
 
 @FEW
-@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["definite", "symmetric", "any"]), SEEDS)
-def test_nearest_is_the_first_singular_pair_of_the_rearrangement(o: int, i: int, what: str, seed: int) -> None:
+@given(
+    st.integers(1, 6), st.integers(1, 6), st.sampled_from(["definite", "symmetric", "any"]), SEEDS
+)
+def test_nearest_is_the_first_singular_pair_of_the_rearrangement(
+    o: int, i: int, what: str, seed: int
+) -> None:
     """The error by a full SVD, all singular values but the first."""
     d = o * i
-    matrix = {"definite": spd(d, seed), "symmetric": spd(d, seed) - spd(d, seed + 1), "any": normal(d, d, seed=seed)}[what]
+    matrix = {
+        "definite": spd(d, seed),
+        "symmetric": spd(d, seed) - spd(d, seed + 1),
+        "any": normal(d, d, seed=seed),
+    }[what]
     found = nearest_kronecker(matrix, o, i)
     values = torch.linalg.svdvals(rearranged(matrix, o, i))
     size = float(matrix.norm())
     assert found.error == pytest.approx(float(values[1:].norm()) / size, rel=1e-11, abs=1e-14)
-    assert float((matrix - found.dense()).norm()) / size == pytest.approx(found.error, rel=1e-11, abs=1e-14)
+    assert float((matrix - found.dense()).norm()) / size == pytest.approx(
+        found.error, rel=1e-11, abs=1e-14
+    )
     assert float(found.dense().norm()) == pytest.approx(float(values[0]), rel=1e-12)
     if what != "any":
         assert_near(found.dense(), found.dense().T)
@@ -207,14 +251,19 @@ def test_no_other_product_is_nearer(o: int, i: int, seed: int, spread: float) ->
     found = nearest_kronecker(matrix, o, i)
     size = float(matrix.norm())
     for k in range(5):
-        near = torch.kron(found.left + spread * spd(o, seed + k), found.right + spread * normal(i, i, seed=seed + k))
+        near = torch.kron(
+            found.left + spread * spd(o, seed + k),
+            found.right + spread * normal(i, i, seed=seed + k),
+        )
         for other in (near, torch.kron(spd(o, seed + k), spd(i, seed - k))):
             best = (other * matrix).sum() / other.square().sum()
             assert found.error <= float((matrix - best * other).norm()) / size * (1 + 1e-12) + 1e-14
 
 
 @FEW
-@given(st.integers(1, 4), st.integers(1, 4), SEEDS, st.sampled_from([1e-200, 1e-8, -3.0, 1e8, 1e200]))
+@given(
+    st.integers(1, 4), st.integers(1, 4), SEEDS, st.sampled_from([1e-200, 1e-8, -3.0, 1e8, 1e200])
+)
 def test_nearest_of_a_multiple(o: int, i: int, seed: int, factor: float) -> None:
     matrix = spd(o * i, seed)
     one, other = nearest_kronecker(matrix, o, i), nearest_kronecker(factor * matrix, o, i)
@@ -235,10 +284,15 @@ def test_nearest_of_many_pairs_goes_by_products() -> None:
     """Above order 500 of the Gram matrix: 528 pairs here, by either side."""
     rows = normal(40, 32 * 33)
     matrix = rows.T @ rows + torch.kron(spd(32), spd(33, 1))
-    for turned, o, i in [(matrix, 32, 33), (matrix.view(32, 33, 32, 33).permute(1, 0, 3, 2).reshape(matrix.shape), 33, 32)]:
+    for turned, o, i in [
+        (matrix, 32, 33),
+        (matrix.view(32, 33, 32, 33).permute(1, 0, 3, 2).reshape(matrix.shape), 33, 32),
+    ]:
         found = nearest_kronecker(turned, o, i)
         first = float(torch.linalg.svdvals(rearranged(turned, o, i))[0])
-        assert found.error == pytest.approx(math.sqrt(1 - first**2 / float(matrix.square().sum())), rel=1e-11)
+        assert found.error == pytest.approx(
+            math.sqrt(1 - first**2 / float(matrix.square().sum())), rel=1e-11
+        )
 
 
 def test_nearest_in_single_precision() -> None:
@@ -265,7 +319,9 @@ def test_nearest_of_zero_is_zero() -> None:
 
 
 def test_nearest_refuses_what_has_none() -> None:
-    with pytest.raises(CurvlabError, match=r"the matrix is \[6, 6\], but 2 outputs of 4 inputs make 8×8"):
+    with pytest.raises(
+        CurvlabError, match=r"the matrix is \[6, 6\], but 2 outputs of 4 inputs make 8×8"
+    ):
         nearest_kronecker(torch.eye(6), 2, 4)
     with pytest.raises(CurvlabError, match="the matrix contains NaN or Inf"):
         nearest_kronecker(torch.full((6, 6), math.nan), 2, 3)

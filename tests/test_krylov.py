@@ -66,7 +66,10 @@ def test_conjugate_gradients_are_the_dense_solve_at_1e10() -> None:
 @pytest.mark.parametrize("scale", [1e-150, 1.0, 1e150])
 def test_conjugate_gradients_know_no_scale(scale: float) -> None:
     matrix, b = spd(10), normal(10, seed=1)
-    found, one = conjugate_gradients(Dense(matrix), scale * b), conjugate_gradients(Dense(matrix), b)
+    found, one = (
+        conjugate_gradients(Dense(matrix), scale * b),
+        conjugate_gradients(Dense(matrix), b),
+    )
     assert found.iterations == one.iterations
     assert_near(found.x / scale, one.x, 1e-10)
 
@@ -88,7 +91,9 @@ def test_a_preconditioner_saves_iterations_and_changes_no_solution() -> None:
     scale = torch.logspace(0, 3, 40, dtype=DOUBLE)
     matrix, b = scale[:, None] * spd(40, 5.0) * scale, normal(40, seed=1)
     plain = conjugate_gradients(Dense(matrix), b, tolerance=1e-8, maximum=4000)
-    jacobi = conjugate_gradients(Dense(matrix), b, tolerance=1e-8, precondition=Diagonal(matrix.diagonal().reciprocal()))
+    jacobi = conjugate_gradients(
+        Dense(matrix), b, tolerance=1e-8, precondition=Diagonal(matrix.diagonal().reciprocal())
+    )
     assert jacobi.converged
     assert 3 * jacobi.iterations < plain.iterations
     assert_near(matrix @ jacobi.x, b, 1e-8)
@@ -115,10 +120,16 @@ def test_a_tolerance_that_rounding_does_not_allow_ends_without_a_false_claim() -
 def test_a_residual_that_drifted_is_made_up_for() -> None:
     """At a condition of 1e8 the recursion claims 7e-9 of several of these where the true residual is above: not the result."""
     matrix = spd(60, 1e8)
-    found = [conjugate_gradients(Dense(matrix), normal(60, seed=seed), tolerance=7e-9, maximum=10**4) for seed in range(10)]
+    found = [
+        conjugate_gradients(Dense(matrix), normal(60, seed=seed), tolerance=7e-9, maximum=10**4)
+        for seed in range(10)
+    ]
     assert all(f.converged for f in found)
     for seed, f in enumerate(found):
-        assert float((normal(60, seed=seed) - matrix @ f.x).norm() / normal(60, seed=seed).norm()) <= 8e-9
+        assert (
+            float((normal(60, seed=seed) - matrix @ f.x).norm() / normal(60, seed=seed).norm())
+            <= 8e-9
+        )
 
 
 def test_conjugate_gradients_of_zero() -> None:
@@ -131,7 +142,8 @@ def test_conjugate_gradients_of_zero() -> None:
 def test_negative_curvature_is_named(values: list[float]) -> None:
     operator = Dense(with_eigenvalues(torch.tensor(values, dtype=DOUBLE)))
     with pytest.raises(
-        CurvlabError, match=r"met pᵀAp = (-|0).* pᵀp at iteration \d: .* not positive definite; raise the damping"
+        CurvlabError,
+        match=r"met pᵀAp = (-|0).* pᵀp at iteration \d: .* not positive definite; raise the damping",
     ):
         conjugate_gradients(operator, normal(3))
 
@@ -142,13 +154,19 @@ def test_negative_curvature_is_given_as_a_rayleigh_quotient() -> None:
 
 
 def test_a_preconditioner_that_is_not_positive_definite() -> None:
-    with pytest.raises(CurvlabError, match=r"rᵀMr = -.* the preconditioner is not positive definite"):
-        conjugate_gradients(Dense(spd(4)), normal(4), precondition=Diagonal(-torch.ones(4, dtype=DOUBLE)))
+    with pytest.raises(
+        CurvlabError, match=r"rᵀMr = -.* the preconditioner is not positive definite"
+    ):
+        conjugate_gradients(
+            Dense(spd(4)), normal(4), precondition=Diagonal(-torch.ones(4, dtype=DOUBLE))
+        )
 
 
 @pytest.mark.parametrize("b", [normal(4), normal(5, 1), normal(1, 5), torch.tensor(1.0)])
 def test_conjugate_gradients_of_a_wrong_shape(b: Tensor) -> None:
-    with pytest.raises(CurvlabError, match=r"the right-hand side has the shape .*: the operator takes \[5\]"):
+    with pytest.raises(
+        CurvlabError, match=r"the right-hand side has the shape .*: the operator takes \[5\]"
+    ):
         conjugate_gradients(Dense(spd(5)), b)
 
 
@@ -159,7 +177,9 @@ def test_conjugate_gradients_of_what_is_not_finite() -> None:
         conjugate_gradients(NOT_FINITE, normal(5))
 
 
-@pytest.mark.parametrize(("tolerance", "maximum"), [(0.0, None), (-1.0, None), (float("nan"), None), (1e-3, 0)])
+@pytest.mark.parametrize(
+    ("tolerance", "maximum"), [(0.0, None), (-1.0, None), (float("nan"), None), (1e-3, 0)]
+)
 def test_conjugate_gradients_without_an_end(tolerance: float, maximum: int | None) -> None:
     with pytest.raises(CurvlabError, match="a tolerance above 0 and a maximum of at least 1"):
         conjugate_gradients(Dense(spd(3)), normal(3), tolerance=tolerance, maximum=maximum)
@@ -203,9 +223,13 @@ def test_basis_stays_orthogonal_where_ritz_values_have_converged() -> None:
 
 @FEW
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
-def test_lanczos_stops_where_the_krylov_space_is_invariant(distinct: int, times: int, seed: int) -> None:
+def test_lanczos_stops_where_the_krylov_space_is_invariant(
+    distinct: int, times: int, seed: int
+) -> None:
     values = torch.arange(1, distinct + 1, dtype=DOUBLE)
-    run = lanczos(Dense(with_eigenvalues(values.repeat(times), seed)), normal(distinct * times, seed=seed), 20)
+    run = lanczos(
+        Dense(with_eigenvalues(values.repeat(times), seed)), normal(distinct * times, seed=seed), 20
+    )
     assert len(run) == distinct
     assert_near(run.ritz()[0], values, 1e-10)
     assert float(run.beta[-1]) <= 1e-12
@@ -222,11 +246,17 @@ def test_an_invariant_space_that_rounding_hides_does_no_harm() -> None:
     eigenvalues, vectors = torch.linalg.eigh(matrix)
     shares = (vectors.T @ start / start.norm()).square()
     for value in values:
-        found, expected = weights[nodes.round() == value].sum(), shares[eigenvalues.round() == value].sum()
+        found, expected = (
+            weights[nodes.round() == value].sum(),
+            shares[eigenvalues.round() == value].sum(),
+        )
         assert abs(float(found - expected)) <= 1e-10
 
 
-@pytest.mark.parametrize("operator", [Dense(torch.zeros(4, 4, dtype=DOUBLE)), Diagonal(torch.full((4,), 3.0, dtype=DOUBLE))])
+@pytest.mark.parametrize(
+    "operator",
+    [Dense(torch.zeros(4, 4, dtype=DOUBLE)), Diagonal(torch.full((4,), 3.0, dtype=DOUBLE))],
+)
 def test_lanczos_of_a_multiple_of_the_identity_is_one_step(operator: Operator) -> None:
     run = lanczos(operator, normal(4), 4)
     assert len(run) == 1
@@ -245,10 +275,15 @@ def test_lanczos_knows_no_scale_of_its_start() -> None:
 
 @FEW
 @given(st.integers(1, 8), st.integers(0, 99), st.data())
-def test_lanczos_quadrature_is_exact_up_to_the_degree_2m_minus_1(m: int, seed: int, data: st.DataObject) -> None:
+def test_lanczos_quadrature_is_exact_up_to_the_degree_2m_minus_1(
+    m: int, seed: int, data: st.DataObject
+) -> None:
     """vᵀ p(A) v by Horner's rule on vectors, of a random polynomial of every degree that the rule is exact for."""
     degree = data.draw(st.integers(0, 2 * m - 1))
-    matrix, start = with_eigenvalues(torch.linspace(-1, 1, 20, dtype=DOUBLE), seed), normal(20, seed=seed + 1)
+    matrix, start = (
+        with_eigenvalues(torch.linspace(-1, 1, 20, dtype=DOUBLE), seed),
+        normal(20, seed=seed + 1),
+    )
     coefficients = normal(degree + 1, seed=seed + 2)
     v = start / start.norm()
     nodes, weights = lanczos(Dense(matrix), start, m).quadrature()
@@ -269,7 +304,9 @@ def test_lanczos_quadrature_is_not_exact_beyond() -> None:
 def test_lanczos_float32_stays_float32() -> None:
     run = lanczos(Dense(symmetric(6).float()), normal(6).float(), 3, basis=True)
     assert run.basis is not None
-    assert {run.alpha.dtype, run.beta.dtype, run.basis.dtype, run.quadrature()[0].dtype} == {torch.float32}
+    assert {run.alpha.dtype, run.beta.dtype, run.basis.dtype, run.quadrature()[0].dtype} == {
+        torch.float32
+    }
 
 
 def test_lanczos_with_bad_input() -> None:
@@ -278,7 +315,9 @@ def test_lanczos_with_bad_input() -> None:
         lanczos(operator, normal(5), 0)
     with pytest.raises(CurvlabError, match="a starting vector that is not zero"):
         lanczos(operator, torch.zeros(5, dtype=DOUBLE), 3)
-    with pytest.raises(CurvlabError, match=r"the starting vector has the shape \[4\]: the operator takes \[5\]"):
+    with pytest.raises(
+        CurvlabError, match=r"the starting vector has the shape \[4\]: the operator takes \[5\]"
+    ):
         lanczos(operator, normal(4), 3)
     with pytest.raises(CurvlabError, match="the starting vector contains NaN or Inf"):
         lanczos(operator, normal(5) * float("nan"), 3)
@@ -289,7 +328,8 @@ def test_lanczos_with_bad_input() -> None:
 def test_a_basis_that_would_not_fit_into_memory() -> None:
     operator = Product(lambda v: v, 10**6, torch.float32, CPU)
     with pytest.raises(
-        CurvlabError, match=r"a Lanczos basis of 900000 vectors of 1000000 would need 3600.0 GB .* take fewer steps"
+        CurvlabError,
+        match=r"a Lanczos basis of 900000 vectors of 1000000 would need 3600.0 GB .* take fewer steps",
     ):
         lanczos(operator, torch.ones(10**6), 900_000)
 
@@ -314,15 +354,24 @@ def test_residuals_are_those_of_the_ritz_vectors(steps: int, seed: int) -> None:
     theta, errors, s = run.ritz()
     assert run.basis is not None
     vectors = run.basis @ s
-    assert float(((matrix @ vectors - vectors * theta).norm(dim=0) - errors).abs().max()) <= 1e-12 * float(matrix.norm())
+    assert float(
+        ((matrix @ vectors - vectors * theta).norm(dim=0) - errors).abs().max()
+    ) <= 1e-12 * float(matrix.norm())
 
 
 def test_extremes_converge_and_lie_inside() -> None:
-    matrix = with_eigenvalues(torch.cat([torch.tensor([-3.0, 50.0, 80.0]), torch.linspace(0, 1, 97)]).double())
+    matrix = with_eigenvalues(
+        torch.cat([torch.tensor([-3.0, 50.0, 80.0]), torch.linspace(0, 1, 97)]).double()
+    )
     eigenvalues = torch.linalg.eigvalsh(matrix)
     few, many = (extremes(Dense(matrix), steps=steps, generator=seeded()) for steps in (4, 25))
     for found in (few, many):
-        assert float(eigenvalues[0]) - 1e-10 <= found.lowest <= found.highest <= float(eigenvalues[-1]) + 1e-10
+        assert (
+            float(eigenvalues[0]) - 1e-10
+            <= found.lowest
+            <= found.highest
+            <= float(eigenvalues[-1]) + 1e-10
+        )
         assert float((eigenvalues - found.lowest).abs().min()) <= found.lowest_error + 1e-10
         assert float((eigenvalues - found.highest).abs().min()) <= found.highest_error + 1e-10
     assert (few.steps, many.steps) == (4, 25)
@@ -348,7 +397,9 @@ def test_extremes_of_order_1() -> None:
 
 # The spectral density.
 
-SPECTRUM = torch.cat([torch.tensor([-0.5, 20.0, 30.0], dtype=DOUBLE), torch.linspace(0, 1, 57, dtype=DOUBLE)])
+SPECTRUM = torch.cat(
+    [torch.tensor([-0.5, 20.0, 30.0], dtype=DOUBLE), torch.linspace(0, 1, 57, dtype=DOUBLE)]
+)
 
 
 def of_spectrum(draws: int = 20, steps: int = 15, seed: int = 0) -> tuple[Density, Tensor]:
@@ -377,7 +428,9 @@ def test_fraction_of_eigenvalues_below() -> None:
     inside = 0
     for seed in range(100):
         found = of_spectrum(draws=30, steps=10, seed=seed)[0]
-        pairs = [(found.count_below(x), float((x > SPECTRUM).double().mean())) for x in (10.0, 25.0)]
+        pairs = [
+            (found.count_below(x), float((x > SPECTRUM).double().mean())) for x in (10.0, 25.0)
+        ]
         inside += all(abs(float(f.value) - truth) <= 3 * float(f.error) for f, truth in pairs)
     assert inside >= 95
     assert float(found.count_below(-10.0).value) == 0
@@ -390,7 +443,9 @@ def test_smooth_density_integrates_to_one_and_has_the_moments() -> None:
     values = found.smooth(grid, 0.3)
     assert bool((values >= 0).all())
     assert float(torch.trapezoid(values, grid)) == pytest.approx(1, rel=1e-12)
-    assert float(torch.trapezoid(values * grid, grid)) == pytest.approx(float(found.moment(1).value), rel=1e-10)
+    assert float(torch.trapezoid(values * grid, grid)) == pytest.approx(
+        float(found.moment(1).value), rel=1e-10
+    )
     second = float(found.moment(2).value) + 0.3**2
     assert float(torch.trapezoid(values * grid**2, grid)) == pytest.approx(second, rel=1e-10)
 
@@ -399,7 +454,9 @@ def test_smooth_density_is_that_of_the_eigenvalues() -> None:
     """Many draws, a wide kernel: the kernel density of the exact spectrum within 0.01 in total variation."""
     found, _ = of_spectrum(draws=400, steps=20)
     grid = torch.linspace(-5, 36, 2001, dtype=DOUBLE)
-    exact = Density(SPECTRUM[None], torch.full((1, len(SPECTRUM)), 1 / len(SPECTRUM), dtype=DOUBLE)).smooth(grid, 0.5)
+    exact = Density(
+        SPECTRUM[None], torch.full((1, len(SPECTRUM)), 1 / len(SPECTRUM), dtype=DOUBLE)
+    ).smooth(grid, 0.5)
     assert float(torch.trapezoid((found.smooth(grid, 0.5) - exact).abs(), grid)) / 2 < 0.01
 
 
@@ -407,7 +464,9 @@ def test_rows_that_end_early_are_filled_up_with_weightless_nodes() -> None:
     values = torch.tensor([1.0, 4.0], dtype=DOUBLE).repeat(8)
     found = density(Dense(with_eigenvalues(values)), draws=3, steps=5, generator=seeded())
     assert found.nodes.shape == found.weights.shape == (3, 5)
-    assert_near(found.nodes, torch.tensor([1.0, 4.0, 4.0, 4.0, 4.0], dtype=DOUBLE).repeat(3, 1), 1e-10)
+    assert_near(
+        found.nodes, torch.tensor([1.0, 4.0, 4.0, 4.0, 4.0], dtype=DOUBLE).repeat(3, 1), 1e-10
+    )
     assert not found.weights[:, 2:].any()
     assert_near(found.weights.sum(1), torch.ones(3, dtype=DOUBLE))
 
@@ -419,7 +478,9 @@ def test_density_follows_from_the_generator_alone_and_in_the_operators_dtype() -
     assert not torch.equal(one.nodes, third.nodes)
     assert torch.equal(before, torch.get_rng_state())
     single = density(Dense(symmetric(6).float()), draws=2, steps=3, generator=seeded())
-    assert {single.nodes.dtype, single.weights.dtype, single.moment(1).value.dtype} == {torch.float32}
+    assert {single.nodes.dtype, single.weights.dtype, single.moment(1).value.dtype} == {
+        torch.float32
+    }
 
 
 def test_density_of_one_draw_has_no_standard_error() -> None:
@@ -438,10 +499,14 @@ def test_density_with_bad_input() -> None:
         density(NOT_FINITE, draws=2, steps=3, generator=seeded())
     for width in (0.0, -1.0, float("nan")):
         with pytest.raises(CurvlabError, match="a width above 0"):
-            density(operator, draws=2, steps=3, generator=seeded()).smooth(torch.zeros(1, dtype=DOUBLE), width)
+            density(operator, draws=2, steps=3, generator=seeded()).smooth(
+                torch.zeros(1, dtype=DOUBLE), width
+            )
 
 
 def test_tridiagonal_matrix() -> None:
     run = Lanczos(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.6, 0.7]))
-    assert torch.equal(run.matrix(), torch.tensor([[1.0, 0.5, 0.0], [0.5, 2.0, 0.6], [0.0, 0.6, 3.0]]))
+    assert torch.equal(
+        run.matrix(), torch.tensor([[1.0, 0.5, 0.0], [0.5, 2.0, 0.6], [0.0, 0.6, 3.0]])
+    )
     assert float(run.ritz()[1].max()) <= 0.7

@@ -69,14 +69,22 @@ def test_gather_and_scatter_are_inverse(model: str, batch: tuple[int, ...]) -> N
 def test_layout_flattens_block_after_block(model: str, batch: tuple[int, ...]) -> None:
     net = problem(model).model
     found = Layout(blocks(net))
-    values = {name: normal(*batch, *p.shape, seed=i) for i, (name, p) in enumerate(net.named_parameters())}
+    values = {
+        name: normal(*batch, *p.shape, seed=i) for i, (name, p) in enumerate(net.named_parameters())
+    }
     flat = found.flatten(values, len(batch))
     assert flat.shape == (*batch, len(found))
     assert len(found) == sum(p.numel() for p in net.parameters())
     assert list(found.slices) == [b.name for b in found.blocks]
-    assert [part.start for part in found.slices.values()] == [0, *(part.stop for part in found.slices.values())][:-1]
+    assert [part.start for part in found.slices.values()] == [
+        0,
+        *(part.stop for part in found.slices.values()),
+    ][:-1]
     for block in found.blocks:
-        assert torch.equal(flat[..., found.slices[block.name]], laid_out(block, values, len(batch)).flatten(len(batch)))
+        assert torch.equal(
+            flat[..., found.slices[block.name]],
+            laid_out(block, values, len(batch)).flatten(len(batch)),
+        )
     back = found.unflatten(flat, len(batch))
     assert sorted(back) == sorted(values)
     for name, value in back.items():
@@ -90,7 +98,9 @@ def test_places_tell_where_every_entry_lies(model: str) -> None:
     found = Layout(blocks(net))
     values = {name: normal(*p.shape) for name, p in net.named_parameters()}
     flat, places = found.flatten(values), found.places()
-    assert sorted(int(i) for place in places.values() for i in place.flatten()) == list(range(len(found)))
+    assert sorted(int(i) for place in places.values() for i in place.flatten()) == list(
+        range(len(found))
+    )
     for name, value in values.items():
         assert places[name].shape == value.shape
         assert torch.equal(flat[places[name]], value)
@@ -213,7 +223,10 @@ def test_parameters_of_the_model_itself() -> None:
             super().__init__()
             self.scale, self.inner = nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
 
-    assert layout(Scaled()) == [("1", ("scale",), (2,)), ("2", ("inner.weight", "inner.bias"), (2, 3))]
+    assert layout(Scaled()) == [
+        ("1", ("scale",), (2,)),
+        ("2", ("inner.weight", "inner.bias"), (2, 3)),
+    ]
 
 
 def test_frozen_bias() -> None:
@@ -236,7 +249,9 @@ def test_frozen_layer_is_no_block() -> None:
     assert layout(net) == [("1", ("1.weight", "1.bias"), (1, 4))]
 
 
-@pytest.mark.parametrize("net", [nn.Linear(2, 3).requires_grad_(False), nn.Tanh(), nn.ParameterList([torch.zeros(0)])])
+@pytest.mark.parametrize(
+    "net", [nn.Linear(2, 3).requires_grad_(False), nn.Tanh(), nn.ParameterList([torch.zeros(0)])]
+)
 def test_nothing_to_train(net: nn.Module) -> None:
     with pytest.raises(CurvlabError, match="no trainable layer"):
         blocks(net)
@@ -261,7 +276,10 @@ def test_tied_parameters_in_both_directions() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.T, self.bias)
 
-    assert layout(Tied()) == [("1", ("bias",), (3,)), ("2", ("encoder.weight", "encoder.bias"), (2, 4))]
+    assert layout(Tied()) == [
+        ("1", ("bias",), (3,)),
+        ("2", ("encoder.weight", "encoder.bias"), (2, 4)),
+    ]
 
 
 def test_a_module_under_two_names_is_one_block_of_the_first() -> None:
@@ -286,7 +304,10 @@ class Conv1D(nn.Module):
 
     def __init__(self, outputs: int, inputs: int) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(inputs, outputs)), nn.Parameter(torch.ones(outputs))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(inputs, outputs)),
+            nn.Parameter(torch.ones(outputs)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
@@ -314,7 +335,10 @@ EXAMPLES: dict[type[nn.Module] | str, dict[str, Example]] = {
         "depthwise": (lambda: nn.Conv1d(3, 6, 2, groups=3), lambda: normal(5, 3, 4)),
     },
     nn.Conv2d: {
-        "": (lambda: nn.Conv2d(2, 3, (3, 2), padding=(1, 0), stride=(1, 2)), lambda: normal(5, 2, 4, 5)),
+        "": (
+            lambda: nn.Conv2d(2, 3, (3, 2), padding=(1, 0), stride=(1, 2)),
+            lambda: normal(5, 2, 4, 5),
+        ),
         "one place": (lambda: nn.Conv2d(2, 3, 2, bias=False), lambda: normal(5, 2, 2, 2)),
         "groups": (lambda: nn.Conv2d(4, 2, 2, groups=2, dilation=2), lambda: normal(5, 4, 4, 3)),
     },
@@ -327,7 +351,10 @@ EXAMPLES: dict[type[nn.Module] | str, dict[str, Example]] = {
         "[N]": (lambda: nn.Embedding(6, 3), lambda: tokens(5)),
         "[N, S, T]": (lambda: nn.Embedding(6, 1), lambda: tokens(5, 2, 3)),
         "padding": (lambda: nn.Embedding(6, 3, padding_idx=2), lambda: tokens(5, 4)),
-        "padding counted from the end": (lambda: nn.Embedding(6, 3, padding_idx=-1), lambda: tokens(5, 4)),
+        "padding counted from the end": (
+            lambda: nn.Embedding(6, 3, padding_idx=-1),
+            lambda: tokens(5, 4),
+        ),
         "int32": (lambda: nn.Embedding(6, 3), lambda: tokens(5, 4, dtype=torch.int32)),
         "sparse": (lambda: nn.Embedding(6, 3, sparse=True), lambda: tokens(5, 4)),
     },
@@ -391,7 +418,12 @@ def called(kind: type[nn.Module] | str) -> str:
 
 
 examples = pytest.mark.parametrize(
-    ("make", "x"), [pytest.param(*e, id=f"{called(k)} {name}".strip()) for k, c in EXAMPLES.items() for name, e in c.items()]
+    ("make", "x"),
+    [
+        pytest.param(*e, id=f"{called(k)} {name}".strip())
+        for k, c in EXAMPLES.items()
+        for name, e in c.items()
+    ],
 )
 
 
@@ -410,10 +442,14 @@ def preactivation(net: nn.Module, x: Tensor, z: Tensor) -> Tensor:
     """What the block itself computes: the module's output z, but for attention."""
     if not isinstance(net, nn.MultiheadAttention):
         return z
-    return F.linear(x.transpose(0, 1), net.in_proj_weight, net.in_proj_bias).transpose(0, 1).detach()
+    return (
+        F.linear(x.transpose(0, 1), net.in_proj_weight, net.in_proj_bias).transpose(0, 1).detach()
+    )
 
 
-def passed(net: nn.Module, x: Tensor, count: int = 2, seed: int = 5) -> tuple[Block, LayerStatistics, Tensor, Tensor]:
+def passed(
+    net: nn.Module, x: Tensor, count: int = 2, seed: int = 5
+) -> tuple[Block, LayerStatistics, Tensor, Tensor]:
     """The block of a single layer, what `count` vectors sent back say of it, the vectors, and the output."""
     (block,) = blocks(net)
     with Capture(net, (block,)) as capture:
@@ -434,8 +470,16 @@ def assert_reads(net: nn.Module, x: Tensor) -> None:
     W = laid_out(block, parameters(net))
     assert W.shape == block.shape
     a, z = own_inputs(block, s.grouped_a), preactivation(net, x, z)
-    features_last = isinstance(net, nn.Linear | nn.Embedding | nn.LayerNorm | nn.RMSNorm | nn.MultiheadAttention | Conv1D)
-    h = z.reshape(len(x), -1, z.shape[-1]) if features_last else z.flatten(2).transpose(1, 2) if z.ndim > 2 else z[:, None]
+    features_last = isinstance(
+        net, nn.Linear | nn.Embedding | nn.LayerNorm | nn.RMSNorm | nn.MultiheadAttention | Conv1D
+    )
+    h = (
+        z.reshape(len(x), -1, z.shape[-1])
+        if features_last
+        else z.flatten(2).transpose(1, 2)
+        if z.ndim > 2
+        else z[:, None]
+    )
     assert torch.equal(s.h, h)
     assert a.shape == (*h.shape, block.shape[1])
     assert_near((a * W).sum(-1), h)
@@ -449,7 +493,9 @@ def assert_rows(net: nn.Module, x: Tensor) -> None:
         return (output(net, one[None], values)[0] * v).sum()
 
     for row, v in zip(s.rows, vectors, strict=True):
-        assert_near(row, laid_out(block, vmap(grad(product), (None, 0, 0))(parameters(net), x, v), 1))
+        assert_near(
+            row, laid_out(block, vmap(grad(product), (None, 0, 0))(parameters(net), x, v), 1)
+        )
     assert_gradient(net, x)
 
 
@@ -464,7 +510,9 @@ def assert_gradient(net: nn.Module, x: Tensor) -> None:
 
 
 @examples
-def test_rules_read_the_layer_as_one_matrix(make: Callable[[], nn.Module], x: Callable[[], Tensor]) -> None:
+def test_rules_read_the_layer_as_one_matrix(
+    make: Callable[[], nn.Module], x: Callable[[], Tensor]
+) -> None:
     net = seeded(make)
     block, s, _, _ = passed(net, x())
     assert s.grouped_a.ndim == (3 if block.groups == 1 else 4)
@@ -474,7 +522,9 @@ def test_rules_read_the_layer_as_one_matrix(make: Callable[[], nn.Module], x: Ca
 
 
 @examples
-def test_rows_are_per_sample_gradients(make: Callable[[], nn.Module], x: Callable[[], Tensor]) -> None:
+def test_rows_are_per_sample_gradients(
+    make: Callable[[], nn.Module], x: Callable[[], Tensor]
+) -> None:
     net = seeded(make)
     if getattr(net, "sparse", False):
         assert_gradient(net, x())
@@ -491,16 +541,22 @@ def test_statistics_of_one_input_are_refused_where_outputs_see_several(
         if block.groups == 1:
             assert getattr(s, name).shape[-1] == block.shape[1]
         else:
-            with pytest.raises(CurvlabError, match=rf"block 1 .* has {block.groups} groups of outputs, .* use rows"):
+            with pytest.raises(
+                CurvlabError, match=rf"block 1 .* has {block.groups} groups of outputs, .* use rows"
+            ):
                 getattr(s, name)
 
 
-BOTH = [c for case in EXAMPLES.values() for c in case.values() if len(parameters(seeded(c[0]))) == 2]
+BOTH = [
+    c for case in EXAMPLES.values() for c in case.values() if len(parameters(seeded(c[0]))) == 2
+]
 
 
 @pytest.mark.parametrize(("make", "x"), BOTH)
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
-def test_a_frozen_weight_or_bias_of_every_rule(make: Callable[[], nn.Module], x: Callable[[], Tensor], frozen: str) -> None:
+def test_a_frozen_weight_or_bias_of_every_rule(
+    make: Callable[[], nn.Module], x: Callable[[], Tensor], frozen: str
+) -> None:
     """The one that trains alone has the same gradient as before; a bias alone belongs to no rule."""
     net = seeded(make)
     everything, s, _, _ = passed(seeded(make), x(), 1)
@@ -510,7 +566,9 @@ def test_a_frozen_weight_or_bias_of_every_rule(make: Callable[[], nn.Module], x:
     (block,) = blocks(net)
     with Capture(net, (block,)) as capture:
         z = output(net, x())
-    found = block.scatter(capture.backward(z, normal(1, *z.shape, seed=5), leaves=True)["1"].gradient)
+    found = block.scatter(
+        capture.backward(z, normal(1, *z.shape, seed=5), leaves=True)["1"].gradient
+    )
     assert (list(found), block.layer is None) == ([other], frozen == "weight")
     assert_near(found[other], everything.scatter(s.gradient)[other])
 
@@ -525,7 +583,9 @@ def convolutions(draw: st.DrawFn) -> tuple[int, Hyper, tuple[int, ...]]:
     each = st.tuples(*[st.integers(1, 3)] * axes)
     kernel, dilation = draw(each), draw(st.tuples(*[st.integers(1, 2)] * axes))
     extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    padding = draw(st.sampled_from(["same", "valid"]) | st.tuples(*[st.integers(0, e - 1) for e in extent]))
+    padding = draw(
+        st.sampled_from(["same", "valid"]) | st.tuples(*[st.integers(0, e - 1) for e in extent])
+    )
     hyper = {
         "in_channels": groups * draw(st.integers(1, 2)),
         "out_channels": groups * draw(st.integers(1, 2)),
@@ -540,7 +600,14 @@ def convolutions(draw: st.DrawFn) -> tuple[int, Hyper, tuple[int, ...]]:
     return axes, hyper, (hyper["in_channels"], *(e + draw(st.integers(0, 2)) for e in extent))
 
 
-EVEN: Hyper = {"in_channels": 4, "out_channels": 2, "kernel_size": (4, 2), "dilation": (1, 2), "padding": "same", "groups": 2}
+EVEN: Hyper = {
+    "in_channels": 4,
+    "out_channels": 2,
+    "kernel_size": (4, 2),
+    "dilation": (1, 2),
+    "padding": "same",
+    "groups": 2,
+}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -570,7 +637,9 @@ class Unbatched(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: nn.Conv1d(2, 3, 2), lambda: nn.Conv2d(2, 3, 2), lambda: nn.Conv3d(2, 3, 2)], ids=["1d", "2d", "3d"]
+    "make",
+    [lambda: nn.Conv1d(2, 3, 2), lambda: nn.Conv2d(2, 3, 2), lambda: nn.Conv3d(2, 3, 2)],
+    ids=["1d", "2d", "3d"],
 )
 @pytest.mark.filterwarnings("ignore:.*takes the general route")
 def test_a_convolution_needs_the_batch_axis(make: Callable[[], nn.Module]) -> None:
@@ -586,9 +655,14 @@ def test_a_convolution_needs_the_batch_axis(make: Callable[[], nn.Module]) -> No
     assert objective.check(x, y).ways == {"1": "general"}
     s = objective.closure(x, y).observe().passes["data"]["1"]
     assert_near(s.gradient, laid_out(block, plain.mean_gradient))
-    with pytest.raises(CurvlabError, match=r"^block 1 \(layer\.weight, layer\.bias\) is used by a call without a rule"):
+    with pytest.raises(
+        CurvlabError,
+        match=r"^block 1 \(layer\.weight, layer\.bias\) is used by a call without a rule",
+    ):
         _ = s.rows
-    assert_near(laid_out(block, cl.exact.gradients(objective, x, y), 1), laid_out(block, plain.gradients, 1))
+    assert_near(
+        laid_out(block, cl.exact.gradients(objective, x, y), 1), laid_out(block, plain.gradients, 1)
+    )
     for kind in ("ef", "ggn", "hessian"):
         assert_near(cl.exact.matrix(objective, x, y, kind, "1").dense(), plain.matrix(kind, block))
 
@@ -598,8 +672,14 @@ NORMS: dict[str, Example] = {
     "1d, places": (lambda: nn.BatchNorm1d(3), lambda: normal(5, 3, 4)),
     "2d": (lambda: nn.BatchNorm2d(3), lambda: normal(5, 3, 2, 2)),
     "3d": (lambda: nn.BatchNorm3d(2), lambda: normal(5, 2, 2, 1, 2)),
-    "no running statistics": (lambda: nn.BatchNorm1d(3, track_running_stats=False), lambda: normal(5, 3)),
-    "none in eval either": (lambda: nn.BatchNorm1d(3, track_running_stats=False).eval(), lambda: normal(5, 3)),
+    "no running statistics": (
+        lambda: nn.BatchNorm1d(3, track_running_stats=False),
+        lambda: normal(5, 3),
+    ),
+    "none in eval either": (
+        lambda: nn.BatchNorm1d(3, track_running_stats=False).eval(),
+        lambda: normal(5, 3),
+    ),
 }
 
 
@@ -612,7 +692,9 @@ def test_batch_norm_in_training(case: str) -> None:
     assert_reads(net, x())
     assert_gradient(net, x())
     if before and net.training:
-        assert int(net.num_batches_tracked) == 3  # one for each forward pass of this test: reading `a` counts none
+        assert (
+            int(net.num_batches_tracked) == 3
+        )  # one for each forward pass of this test: reading `a` counts none
         assert not torch.equal(net.running_mean, before["running_mean"])
 
 
@@ -651,22 +733,36 @@ UNRULED: dict[str, Callable[[], nn.Module]] = {
 def test_what_no_rule_covers_is_a_block_for_each_parameter(case: str) -> None:
     net = UNRULED[case]()
     found = blocks(net)
-    assert [(b.params, b.shape) for b in found] == [((n,), tuple(p.shape)) for n, p in net.named_parameters()]
+    assert [(b.params, b.shape) for b in found] == [
+        ((n,), tuple(p.shape)) for n, p in net.named_parameters()
+    ]
     assert all(b.layer is None and b.module is None and b.groups == 1 for b in found)
 
 
 def test_the_gradient_of_what_no_rule_covers_is_autograds() -> None:
-    net = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(1, (2, 3)), nn.LayerNorm((2, 3)), nn.Flatten(), nn.Linear(6, 2)).double()
+    net = nn.Sequential(
+        nn.Linear(3, 6),
+        nn.Unflatten(1, (2, 3)),
+        nn.LayerNorm((2, 3)),
+        nn.Flatten(),
+        nn.Linear(6, 2),
+    ).double()
     objective = cl.Objective(net, cl.likelihoods.Gaussian())
     closure = objective.closure(normal(5, 3), normal(5, 2))
     gradients = closure.observe().gradients
     closure()
     assert [b.layer is None for b in objective.blocks] == [False, True, True, False]
     for block in objective.blocks:
-        assert_near(gradients[block.name], laid_out(block, {n: net.get_parameter(n).grad for n in block.params}))
+        assert_near(
+            gradients[block.name],
+            laid_out(block, {n: net.get_parameter(n).grad for n in block.params}),
+        )
 
 
-@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(3, elementwise_affine=False), lambda: nn.BatchNorm1d(3, affine=False)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.LayerNorm(3, elementwise_affine=False), lambda: nn.BatchNorm1d(3, affine=False)],
+)
 def test_a_norm_without_parameters_is_no_block(make: Callable[[], nn.Module]) -> None:
     assert layout(nn.Sequential(nn.Linear(2, 3), make())) == [("1", ("0.weight", "0.bias"), (3, 3))]
 

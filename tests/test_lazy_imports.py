@@ -17,7 +17,15 @@ from curvlab.reproduction import Options
 
 HEAVY = ("torch", "numpy", "scipy", "pandas", "xarray", "matplotlib", "sklearn")
 
-COMMANDS = ("--version", "-h", "compare -h", "train -h", "spectrum -h", "plot -h", *(f"list {what}" for what in lists.LISTS))
+COMMANDS = (
+    "--version",
+    "-h",
+    "compare -h",
+    "train -h",
+    "spectrum -h",
+    "plot -h",
+    *(f"list {what}" for what in lists.LISTS),
+)
 
 SEEN = """
 import sys
@@ -31,7 +39,13 @@ except SystemExit as ended:
 
 
 def said(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=100, check=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -60,9 +74,16 @@ def test_the_kept_list_is_that_of_the_tables(what: str) -> None:
     assert [tuple(row) for row in kept_rows] == rows
 
 
-def test_a_kept_list_of_other_sources_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_list_of_other_sources_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = tmp_path / "lists.json"
-    for text in ('{"checksum": "0", "lists": {"models": [["name"], [["old"]]]}}', "[]", "not json", None):
+    for text in (
+        '{"checksum": "0", "lists": {"models": [["name"], [["old"]]]}}',
+        "[]",
+        "not json",
+        None,
+    ):
         if text is None:
             old.unlink()
         else:
@@ -73,7 +94,9 @@ def test_a_kept_list_of_other_sources_is_not_shown(tmp_path: Path, monkeypatch: 
 
 def test_the_defaults_of_reproduce_are_those_of_its_options() -> None:
     """Written twice, since the command's help imports nothing heavy."""
-    shown = {name: p.default for name, p in inspect.signature(reproduce.reproduce).parameters.items()}
+    shown = {
+        name: p.default for name, p in inspect.signature(reproduce.reproduce).parameters.items()
+    }
     wanted = Options()
     assert (shown["budget"], shown["out_folder"], shown["runs"], shown["device"]) == (
         wanted.budget, wanted.out, wanted.runs, wanted.device,

@@ -74,7 +74,9 @@ def test_memory_keeps_the_last_pairs() -> None:
     assert (len(memory), memory.S.shape, memory.S.dtype) == (0, (0, 2), DOUBLE)
     for k in range(5):
         before = memory
-        memory = memory.append(torch.full((2,), float(k), dtype=DOUBLE), torch.full((2,), -float(k), dtype=DOUBLE))
+        memory = memory.append(
+            torch.full((2,), float(k), dtype=DOUBLE), torch.full((2,), -float(k), dtype=DOUBLE)
+        )
         assert len(before) == min(k, 3)  # a value
         assert len(memory) == min(k + 1, 3)
     assert memory.S[:, 0].tolist() == [2, 3, 4]
@@ -90,14 +92,20 @@ def test_memory_keeps_the_last_pairs() -> None:
     ],
 )
 def test_memory_says_what_it_takes(make: Callable[[], Memory]) -> None:
-    with pytest.raises(CurvlabError, match="it needs at least 1 pair of room, and as many s as y of one length"):
+    with pytest.raises(
+        CurvlabError, match="it needs at least 1 pair of room, and as many s as y of one length"
+    ):
         make()
 
 
 @pytest.mark.parametrize("make", [lbfgs, lbfgs_inverse])
-def test_pairs_without_positive_curvature_are_refused(make: Callable[[Memory, Operator], Operator]) -> None:
+def test_pairs_without_positive_curvature_are_refused(
+    make: Callable[[Memory, Operator], Operator],
+) -> None:
     memory = filled(3, 1, capacity=2).append(normal(3), -normal(3))
-    with pytest.raises(CurvlabError, match=r"pair 2 of 2 has sᵀy = .*, not above 0: damp or skip it"):
+    with pytest.raises(
+        CurvlabError, match=r"pair 2 of 2 has sᵀy = .*, not above 0: damp or skip it"
+    ):
         make(memory, Diagonal(torch.ones(3, dtype=DOUBLE)))
 
 
@@ -134,7 +142,9 @@ def test_compact_form_of_any_size(order: int, p: int, seed: int, scale: float) -
     memory, H0 = filled(order, p, seed), multiple_of_identity(scale, normal(order))
     expected = dense_inverse(memory, H0.dense())
     assert_near(lbfgs_inverse(memory, H0).dense(), expected, 1e-10)
-    assert_near(two_loop(memory, H0, normal(order, seed=1)), expected @ normal(order, seed=1), 1e-10)
+    assert_near(
+        two_loop(memory, H0, normal(order, seed=1)), expected @ normal(order, seed=1), 1e-10
+    )
     B = expected.new_tensor(1 / scale) * torch.eye(order, dtype=DOUBLE)
     for s, y in zip(memory.S, memory.Y, strict=True):
         B = qn.bfgs(B, s, y)
@@ -185,7 +195,10 @@ def test_a_hundred_pairs_of_moving_averages(order: int) -> None:
     G, s, y = G + G.T, torch.zeros(order, dtype=DOUBLE), torch.zeros(order, dtype=DOUBLE)
     for k in range(100):
         step = 1e-3 * normal(order, seed=2 * k)
-        s, y = 0.9 * s + 0.1 * step, 0.9 * y + 0.1 * (G @ step + 1e-4 * normal(order, seed=2 * k + 1))
+        s, y = (
+            0.9 * s + 0.1 * step,
+            0.9 * y + 0.1 * (G @ step + 1e-4 * normal(order, seed=2 * k + 1)),
+        )
         pair = qn.accept(qn.powell_levenberg(s, y, H, 0.2, 0.3))
         H, pair = qn.updated_inverse(H, pair)
         assert not pair.skipped
@@ -193,7 +206,11 @@ def test_a_hundred_pairs_of_moving_averages(order: int) -> None:
     assert_near(lbfgs_inverse(memory, H0).dense(), H, 1e-12)
     single = Memory(100, memory.S.float(), memory.Y.float())
     v = normal(order, 7)
-    assert_near(lbfgs_inverse(single, multiple_of_identity(1 / 0.3, single.S[0])) @ v.float(), (H @ v).float(), 2e-6)
+    assert_near(
+        lbfgs_inverse(single, multiple_of_identity(1 / 0.3, single.S[0])) @ v.float(),
+        (H @ v).float(),
+        2e-6,
+    )
 
 
 def test_float32_stays_float32() -> None:
@@ -201,7 +218,17 @@ def test_float32_stays_float32() -> None:
     single = Memory(3, memory.S.float(), memory.Y.float())
     H0, v = Diagonal(torch.ones(5)), normal(5).float()
     H, B = lbfgs_inverse(single, H0), refined_low_rank(normal(5, 2).float(), single, 0.4, 0.2)
-    results = (H @ v, H.inv() @ v, B @ v, B.inv() @ v, two_loop(single, H0, v), H.dense(), H.eigvalsh(), H.diag(), H.trace())
+    results = (
+        H @ v,
+        H.inv() @ v,
+        B @ v,
+        B.inv() @ v,
+        two_loop(single, H0, v),
+        H.dense(),
+        H.eigvalsh(),
+        H.diag(),
+        H.trace(),
+    )
     assert {r.dtype for r in results} == {torch.float32}
     assert placement(H) == placement(B.inv()) == (torch.float32, torch.device("cpu"))
 
@@ -210,7 +237,10 @@ def test_h_of_an_operator_damps_pairs_as_the_dense_h_does() -> None:
     memory, H0 = filled(5, 3), Diagonal(torch.ones(5, dtype=DOUBLE))
     s, y = normal(5, seed=80), normal(5, seed=81)
     operator, dense = lbfgs_inverse(memory, H0), dense_inverse(memory, H0.dense())
-    found, expected = qn.double_damping(s, y, operator, 0.2, 0.3), qn.double_damping(s, y, dense, 0.2, 0.3)
+    found, expected = (
+        qn.double_damping(s, y, operator, 0.2, 0.3),
+        qn.double_damping(s, y, dense, 0.2, 0.3),
+    )
     assert_near(found.s, expected.s)
     assert_near(found.y, expected.y)
 
@@ -238,7 +268,9 @@ def compact_12(U: Tensor, V: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
         for j in range(i):
             L[i, j] = U[:, i] @ V[:, j]
     D = torch.diag(torch.stack([U[:, i] @ V[:, i] for i in range(p)]))
-    return torch.cat([initial @ U, V], 1), torch.cat([torch.cat([U.T @ initial @ U, L], 1), torch.cat([L.T, -D], 1)])
+    return torch.cat([initial @ U, V], 1), torch.cat(
+        [torch.cat([U.T @ initial @ U, L], 1), torch.cat([L.T, -D], 1)]
+    )
 
 
 @bases
@@ -246,7 +278,9 @@ def compact_12(U: Tensor, V: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
 def test_equation_12_is_lbfgs(base: str, p: int) -> None:
     initial, memory = BASES[base](), filled(6, p)
     C, P = compact_12(memory.S.T, memory.Y.T, initial.dense())
-    assert_near(lbfgs(memory, initial).dense(), initial.dense() - C @ torch.linalg.inv(P) @ C.T, 1e-10)
+    assert_near(
+        lbfgs(memory, initial).dense(), initial.dense() - C @ torch.linalg.inv(P) @ C.T, 1e-10
+    )
 
 
 @bases
@@ -264,13 +298,17 @@ def test_equation_13(base: str, p: int) -> None:
     C, P = compact_12(memory.S.T, memory.Y.T, gamma * eye)
     inverse = torch.linalg.inv(H_tilde)
     T = P - C.T @ inverse @ C
-    assert_near(matrix.inv().dense(), inverse + inverse @ C @ torch.linalg.inv(T) @ C.T @ inverse, 1e-10)
+    assert_near(
+        matrix.inv().dense(), inverse + inverse @ C @ torch.linalg.inv(T) @ C.T @ inverse, 1e-10
+    )
 
 
 def test_equation_13_over_a_base_that_is_never_formed() -> None:
     """H_k of few outer products in a layer: LowRank of γ + λ is H̃, and its inverse is Woodbury's."""
     rows, memory, gamma, damping = Rows(normal(3, 2), normal(3, 4, seed=1)), filled(8, 2), 0.4, 0.2
-    found = refined(LowRank(rows, gamma + damping), memory, multiple_of_identity(gamma, normal(8))).inv()
+    found = refined(
+        LowRank(rows, gamma + damping), memory, multiple_of_identity(gamma, normal(8))
+    ).inv()
     Lambda = lbfgs(memory, multiple_of_identity(gamma, normal(8))).dense()
     matrix = rows.dense().T @ rows.dense() + Lambda + damping * torch.eye(8, dtype=DOUBLE)
     assert_near(found.dense(), torch.linalg.inv(matrix), 1e-11)
@@ -280,8 +318,12 @@ def test_refinement_satisfies_the_structured_secant_equation() -> None:
     """(10): (H_k + Λ) u = v̂ where Λ learned v = v̂ − H_k u."""
     H_k, u = spd(5), normal(5)
     v_hat = (H_k + spd(5, 1)) @ u
-    memory = empty_memory(2, u).append(normal(5, seed=3), normal(5, seed=3)).append(u, v_hat - H_k @ u)
-    found = refined(Dense(H_k + 0.3 * torch.eye(5, dtype=DOUBLE)), memory, multiple_of_identity(0.3, u))  # λ = 0
+    memory = (
+        empty_memory(2, u).append(normal(5, seed=3), normal(5, seed=3)).append(u, v_hat - H_k @ u)
+    )
+    found = refined(
+        Dense(H_k + 0.3 * torch.eye(5, dtype=DOUBLE)), memory, multiple_of_identity(0.3, u)
+    )  # λ = 0
     assert_near(found @ u, v_hat, 1e-11)
 
 
@@ -307,8 +349,18 @@ def test_equation_14(p: int, r: int) -> None:
     C_tilde, Lambda_tilde_inverse = torch.cat([C, Q], 1), eye / (gamma + damping)
 
     def equation_14(first: Tensor) -> Tensor:
-        T = torch.block_diag(first, -torch.eye(r, dtype=DOUBLE)) - C_tilde.T @ Lambda_tilde_inverse @ C_tilde
-        return Lambda_tilde_inverse + Lambda_tilde_inverse @ C_tilde @ torch.linalg.inv(T) @ C_tilde.T @ Lambda_tilde_inverse
+        T = (
+            torch.block_diag(first, -torch.eye(r, dtype=DOUBLE))
+            - C_tilde.T @ Lambda_tilde_inverse @ C_tilde
+        )
+        return (
+            Lambda_tilde_inverse
+            + Lambda_tilde_inverse
+            @ C_tilde
+            @ torch.linalg.inv(T)
+            @ C_tilde.T
+            @ Lambda_tilde_inverse
+        )
 
     assert_near(equation_14(P), expected, 1e-10)
     if p:
@@ -319,7 +371,9 @@ def test_equation_14(p: int, r: int) -> None:
 def test_equations_13_and_14_agree() -> None:
     Q, memory = normal(7, 3), filled(7, 2)
     one = refined_low_rank(Q, memory, 0.4, 0.2).inv()
-    other = refined(LowRank(Rows(Q.T.contiguous()), 0.6), memory, multiple_of_identity(0.4, Q[:, 0])).inv()
+    other = refined(
+        LowRank(Rows(Q.T.contiguous()), 0.6), memory, multiple_of_identity(0.4, Q[:, 0])
+    ).inv()
     assert_near(one.dense(), other.dense(), 1e-12)
     assert_near(one @ normal(7), other @ normal(7), 1e-12)
 
@@ -327,7 +381,9 @@ def test_equations_13_and_14_agree() -> None:
 @pytest.mark.parametrize("order", [4, 30, 200])
 @pytest.mark.parametrize("columns", [3, 50])
 @pytest.mark.parametrize("pairs", [1, 8, 40])
-def test_operations_of_the_compact_form_and_of_its_matrix(order: int, columns: int, pairs: int) -> None:
+def test_operations_of_the_compact_form_and_of_its_matrix(
+    order: int, columns: int, pairs: int
+) -> None:
     """Counted by PyTorch, but for the solves with the core: 2 R² for each column."""
     generator = torch.Generator().manual_seed(0)
     S = torch.randn(pairs, order, generator=generator, dtype=torch.float64)

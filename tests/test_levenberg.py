@@ -13,7 +13,12 @@ from problems import Problem, problem
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, predicted_reduction, ratio_at, reduction_ratio
+from curvlab.curvature.levenberg_marquardt import (
+    LevenbergMarquardt,
+    predicted_reduction,
+    ratio_at,
+    reduction_ratio,
+)
 from curvlab.observation import Observation, Transition
 
 RULE = LevenbergMarquardt()
@@ -51,7 +56,9 @@ def test_what_falls_for_ever_can_rise_again() -> None:
     for _ in range(3000):
         damping = RULE.adapted(damping, 0.0)
     assert damping > 1
-    assert LevenbergMarquardt(boost=1.5, drop=2 / 3, tau=0.0).adapted(0.3, 0.0) == pytest.approx(0.45)
+    assert LevenbergMarquardt(boost=1.5, drop=2 / 3, tau=0.0).adapted(0.3, 0.0) == pytest.approx(
+        0.45
+    )
     assert RULE.adapted(1e-5, 0.0) > RULE.tau  # a damping below τ that was given
     assert RULE.adapted(1e-5, 0.5) == 1e-5
 
@@ -87,7 +94,12 @@ def quadratic() -> tuple[Problem, cl.Objective, Observation, Tensor]:
     """Least squares in a linear layer: the Gauss-Newton model is the loss."""
     p = problem("linear", "gaussian")
     objective = p.objective()
-    return p, objective, objective.closure(p.x, p.y).observe(), cl.exact.matrix(objective, p.x, p.y, "ggn", None).dense()
+    return (
+        p,
+        objective,
+        objective.closure(p.x, p.y).observe(),
+        cl.exact.matrix(objective, p.x, p.y, "ggn", None).dense(),
+    )
 
 
 @pytest.mark.parametrize("taken", [0.0, 0.3, 1.0])
@@ -96,7 +108,9 @@ def test_ratio_of_a_quadratic_is_one_wherever_the_weights_are(taken: float) -> N
     p, objective, before, B = quadratic()
     g = before.gradients["1"].flatten()
     step = -torch.linalg.solve(B + 0.1 * torch.eye(18, dtype=torch.float64), g)
-    assert predicted_reduction(g, step, B @ step) == pytest.approx(-float(g @ step + 0.5 * step @ (B @ step)), rel=1e-14)
+    assert predicted_reduction(g, step, B @ step) == pytest.approx(
+        -float(g @ step + 0.5 * step @ (B @ step)), rel=1e-14
+    )
     with torch.no_grad():
         for name, d in objective.layout.unflatten(taken * step).items():
             p.model.get_parameter(name).add_(d)
@@ -116,7 +130,9 @@ def test_a_loss_that_overflows_is_no_reduction() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:parameters of layers without a rule")
-def test_ratio_of_a_method_of_blocks_where_a_layer_has_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratio_of_a_method_of_blocks_where_a_layer_has_no_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its parameters lie between those of the others. ρ at p = −H g by hand, block by block."""
     p = problem("norm")
     objective = p.objective()
@@ -125,7 +141,9 @@ def test_ratio_of_a_method_of_blocks_where_a_layer_has_no_rule(monkeypatch: pyte
     now = objective.closure(p.x, p.y).observe()
     start, found = copy.deepcopy(p.model), []
     told = LevenbergMarquardt.adapted
-    monkeypatch.setattr(LevenbergMarquardt, "adapted", lambda rule, d, rho: found.append(rho) or told(rule, d, rho))
+    monkeypatch.setattr(
+        LevenbergMarquardt, "adapted", lambda rule, d, rho: found.append(rho) or told(rule, d, rho)
+    )
     optimizer.step(objective.closure(p.x, p.y))
     predicted = 0.0
     for block in objective.blocks:
@@ -141,7 +159,9 @@ def test_ratio_of_a_method_of_blocks_where_a_layer_has_no_rule(monkeypatch: pyte
 def test_one_more_forward_only_where_the_step_is_another() -> None:
     p, objective, before, B = quadratic()
     calls = []
-    handle = next(m for m in p.model.modules() if isinstance(m, nn.Linear)).register_forward_hook(lambda *a: calls.append(1))
+    handle = next(m for m in p.model.modules() if isinstance(m, nn.Linear)).register_forward_hook(
+        lambda *a: calls.append(1)
+    )
     step = torch.ones(18, dtype=torch.float64)
     transition = Transition(before, before, lambda: {"1": step.view(3, 6)})
     ratio_at(transition, objective.layout, step, B @ step)

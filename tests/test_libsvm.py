@@ -44,7 +44,9 @@ def test_loss_on_news20_is_26_of_s2qn() -> None:
     loss = cl.Objective(model, cl.likelihoods.Bernoulli()).closure(x, y).observe().loss
     signs = 2 * y[:, 0] - 1
     assert isinstance(model, torch.nn.Linear)
-    assert loss == pytest.approx(float(torch.log1p(torch.exp(-signs * (x @ model.weight[0].detach()))).mean()), rel=1e-5)
+    assert loss == pytest.approx(
+        float(torch.log1p(torch.exp(-signs * (x @ model.weight[0].detach()))).mean()), rel=1e-5
+    )
 
 
 @pytest.fixture
@@ -98,6 +100,8 @@ def test_webspam_is_divided_and_standardised(small: Path, monkeypatch: pytest.Mo
 
 
 def test_a_feature_that_never_varies_is_only_shifted() -> None:
-    train, test = libsvm.standardised(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), torch.tensor([[2.0, 7.0]]))
+    train, test = libsvm.standardised(
+        torch.tensor([[1.0, 5.0], [3.0, 5.0]]), torch.tensor([[2.0, 7.0]])
+    )
     assert train.tolist() == [[-1.0, 0.0], [1.0, 0.0]]
     assert test.tolist() == [[0.0, 2.0]]

@@ -26,7 +26,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def per_example(likelihood: Likelihood, z: Tensor, y: Tensor) -> Tensor:
     """∂ℓₙ/∂z, flattened, by torch.func on one example at a time."""
-    return vmap(grad(lambda one, label: likelihood.loss(one[None], label[None])[0]))(z, y).flatten(1)
+    return vmap(grad(lambda one, label: likelihood.loss(one[None], label[None])[0]))(z, y).flatten(
+        1
+    )
 
 
 def outer(root: Tensor) -> Tensor:
@@ -101,7 +103,10 @@ def enumerated(likelihood: Likelihood, z: Tensor) -> Tensor:
     if isinstance(likelihood, Categorical):
         labels = [torch.full((n,), k) for k in range(c)]
     else:
-        labels = [torch.tensor(bits, dtype=z.dtype).expand(n, c) for bits in itertools.product([0.0, 1.0], repeat=c)]
+        labels = [
+            torch.tensor(bits, dtype=z.dtype).expand(n, c)
+            for bits in itertools.product([0.0, 1.0], repeat=c)
+        ]
     total = torch.zeros(n, c, c, dtype=z.dtype)
     for y in labels:
         g = per_example(likelihood, z, y)
@@ -171,16 +176,56 @@ def test_class_numbers_of_any_integer_type(dtype: torch.dtype) -> None:
 Z, MAP = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, 2, 2, dtype=torch.float64)
 HOT = torch.eye(4).long()[:3]
 BAD = {
-    "float labels": (Categorical(), Z, torch.zeros(3), r"must be integers, not torch\.float32: convert them with y\.long"),
-    "bool labels": (Categorical(), Z, torch.zeros(3).bool(), r"must be integers, not torch\.bool: convert them with y\.long"),
-    "one-hot": (Categorical(), Z, HOT, r"shape \(3, 4\) but 3 class numbers.*: of one-hot targets take y\.argmax\(1\)"),
-    "one-hot bool": (Categorical(), Z, HOT.bool(), r"of one-hot targets take y\.long\(\)\.argmax\(1\)"),
-    "several classes": (Categorical(), Z, torch.ones(3, 4).long(), r"take Bernoulli with y\.float\(\)"),
+    "float labels": (
+        Categorical(),
+        Z,
+        torch.zeros(3),
+        r"must be integers, not torch\.float32: convert them with y\.long",
+    ),
+    "bool labels": (
+        Categorical(),
+        Z,
+        torch.zeros(3).bool(),
+        r"must be integers, not torch\.bool: convert them with y\.long",
+    ),
+    "one-hot": (
+        Categorical(),
+        Z,
+        HOT,
+        r"shape \(3, 4\) but 3 class numbers.*: of one-hot targets take y\.argmax\(1\)",
+    ),
+    "one-hot bool": (
+        Categorical(),
+        Z,
+        HOT.bool(),
+        r"of one-hot targets take y\.long\(\)\.argmax\(1\)",
+    ),
+    "several classes": (
+        Categorical(),
+        Z,
+        torch.ones(3, 4).long(),
+        r"take Bernoulli with y\.float\(\)",
+    ),
     "counts": (Categorical(), Z, 2 * HOT + 1, r"of counts take y / y\.sum\(1, keepdim=True\)"),
-    "negative matrix": (Categorical(), Z, -HOT, r"or probabilities of the outputs' shape, \(3, 4\)"),
+    "negative matrix": (
+        Categorical(),
+        Z,
+        -HOT,
+        r"or probabilities of the outputs' shape, \(3, 4\)",
+    ),
     "a column": (Categorical(), Z, torch.zeros(3, 1).long(), r"take y\.squeeze\(-1\)$"),
-    "a column of floats": (Categorical(), Z, torch.zeros(3, 1), r"take y\.squeeze\(-1\)\.long\(\)$"),
-    "a channel of one": (Categorical(), MAP, torch.zeros(3, 1, 2, 2).long(), r"take y\.squeeze\(1\)$"),
+    "a column of floats": (
+        Categorical(),
+        Z,
+        torch.zeros(3, 1),
+        r"take y\.squeeze\(-1\)\.long\(\)$",
+    ),
+    "a channel of one": (
+        Categorical(),
+        MAP,
+        torch.zeros(3, 1, 2, 2).long(),
+        r"take y\.squeeze\(1\)$",
+    ),
     "classes last": (
         Categorical(),
         torch.zeros(3, 5, 4),
@@ -193,20 +238,60 @@ BAD = {
         torch.zeros(3, 5, 6).long(),
         r"return z\.movedim\(-1, 1\)",
     ),
-    "one-hot, classes last": (Categorical(), torch.zeros(3, 2, 4), HOT[:, None].expand(3, 2, 4), r"transpose.*y\.argmax\(-1\)"),
-    "one map": (Categorical(), torch.zeros(3, 4, 1, 1), torch.zeros(3).long(), r"return z\.flatten\(1\) from the model"),
-    "a class of a map": (Categorical(), MAP, torch.zeros(3).long(), r"12 class numbers, shape \(3, 2, 2\).*pool the outputs"),
-    "one output": (Categorical(), Z[:, :1], torch.tensor([0, 1, 0]), r"take Bernoulli with y\.float\(\)\.reshape\(3, 1\)"),
-    "one output, floats": (Categorical(), Z[:, :1], torch.tensor([[0.0], [1], [0]]), "take Bernoulli with y$"),
-    "one output, floats in a row": (Categorical(), Z[:, :1], torch.zeros(3), r"take Bernoulli with y\.reshape\(3, 1\)$"),
+    "one-hot, classes last": (
+        Categorical(),
+        torch.zeros(3, 2, 4),
+        HOT[:, None].expand(3, 2, 4),
+        r"transpose.*y\.argmax\(-1\)",
+    ),
+    "one map": (
+        Categorical(),
+        torch.zeros(3, 4, 1, 1),
+        torch.zeros(3).long(),
+        r"return z\.flatten\(1\) from the model",
+    ),
+    "a class of a map": (
+        Categorical(),
+        MAP,
+        torch.zeros(3).long(),
+        r"12 class numbers, shape \(3, 2, 2\).*pool the outputs",
+    ),
+    "one output": (
+        Categorical(),
+        Z[:, :1],
+        torch.tensor([0, 1, 0]),
+        r"take Bernoulli with y\.float\(\)\.reshape\(3, 1\)",
+    ),
+    "one output, floats": (
+        Categorical(),
+        Z[:, :1],
+        torch.tensor([[0.0], [1], [0]]),
+        "take Bernoulli with y$",
+    ),
+    "one output, floats in a row": (
+        Categorical(),
+        Z[:, :1],
+        torch.zeros(3),
+        r"take Bernoulli with y\.reshape\(3, 1\)$",
+    ),
     "outputs of one axis": (
         Categorical(),
         Z[:, 0],
         torch.zeros(3).long(),
         r"must be \[N, C\] or \[N, C, …\], not \[3\]: .* Bernoulli",
     ),
-    "negative probabilities": (Categorical(), Z, torch.full((3, 4), -0.1), r"not be negative: of logits take y\.softmax\(1\)"),
-    "probabilities of NaN": (Categorical(), Z, torch.full((3, 4), math.nan), "probabilities contain NaN or Inf: clean"),
+    "negative probabilities": (
+        Categorical(),
+        Z,
+        torch.full((3, 4), -0.1),
+        r"not be negative: of logits take y\.softmax\(1\)",
+    ),
+    "probabilities of NaN": (
+        Categorical(),
+        Z,
+        torch.full((3, 4), math.nan),
+        "probabilities contain NaN or Inf: clean",
+    ),
     "probabilities that sum to 2": (
         Categorical(),
         Z,
@@ -225,20 +310,70 @@ BAD = {
         torch.full((3, 2, 4), 0.25),
         r"take y\.transpose\(1, 2\)",
     ),
-    "all but one": (Categorical(), Z, torch.tensor([0, -1, -1]), r"label -1 is out of range.*ignore_index=-1\)$"),
-    "not what is ignored": (Categorical(-1), Z, torch.tensor([-1, -100, 3]), "label -100 is out of range"),
-    "not what is ignored, too large": (Categorical(), Z, torch.tensor([-100, 0, 9]), "label 9 is out of range: .* 0 to 3"),
-    "label too large": (Categorical(), Z, torch.tensor([0, 4, 1]), "label 4 is out of range: .* run from 0 to 3"),
+    "all but one": (
+        Categorical(),
+        Z,
+        torch.tensor([0, -1, -1]),
+        r"label -1 is out of range.*ignore_index=-1\)$",
+    ),
+    "not what is ignored": (
+        Categorical(-1),
+        Z,
+        torch.tensor([-1, -100, 3]),
+        "label -100 is out of range",
+    ),
+    "not what is ignored, too large": (
+        Categorical(),
+        Z,
+        torch.tensor([-100, 0, 9]),
+        "label 9 is out of range: .* 0 to 3",
+    ),
+    "label too large": (
+        Categorical(),
+        Z,
+        torch.tensor([0, 4, 1]),
+        "label 4 is out of range: .* run from 0 to 3",
+    ),
     "label negative": (Categorical(), Z, torch.tensor([0, -1, 1]), "label -1 is out of range"),
     "above one": (Bernoulli(), Z, torch.full((3, 4), 1.1), r"must lie in \[0, 1\]"),
     "below zero": (Bernoulli(), Z, torch.full((3, 4), -0.1), r"must lie in \[0, 1\]"),
-    "bernoulli integers": (Bernoulli(), Z, torch.zeros(3, 4).long(), "Bernoulli targets must be floating point"),
-    "bernoulli shape": (Bernoulli(), Z, torch.zeros(3), r"Bernoulli targets have shape \(3,\) but .* \(3, 4\)"),
-    "bernoulli row": (Bernoulli(), Z[:, :1], torch.zeros(3), r"Bernoulli targets have .*: take y\.reshape\(3, 1\)$"),
-    "bernoulli nan": (Bernoulli(), Z, torch.full((3, 4), math.nan), "Bernoulli targets contain NaN or Inf"),
+    "bernoulli integers": (
+        Bernoulli(),
+        Z,
+        torch.zeros(3, 4).long(),
+        "Bernoulli targets must be floating point",
+    ),
+    "bernoulli shape": (
+        Bernoulli(),
+        Z,
+        torch.zeros(3),
+        r"Bernoulli targets have shape \(3,\) but .* \(3, 4\)",
+    ),
+    "bernoulli row": (
+        Bernoulli(),
+        Z[:, :1],
+        torch.zeros(3),
+        r"Bernoulli targets have .*: take y\.reshape\(3, 1\)$",
+    ),
+    "bernoulli nan": (
+        Bernoulli(),
+        Z,
+        torch.full((3, 4), math.nan),
+        "Bernoulli targets contain NaN or Inf",
+    ),
     "gaussian shape": (Gaussian(), Z, torch.zeros(3, 1), r"Gaussian targets have shape \(3, 1\)"),
-    "gaussian integers": (Gaussian(), Z, torch.zeros(3, 4).long(), "Gaussian targets must be floating point"),
-    "gaussian inf": (Gaussian(), Z, torch.full((3, 4), math.inf), "Gaussian targets contain NaN or Inf"),
+    "gaussian integers": (
+        Gaussian(),
+        Z,
+        torch.zeros(3, 4).long(),
+        "Gaussian targets must be floating point",
+    ),
+    "gaussian inf": (
+        Gaussian(),
+        Z,
+        torch.full((3, 4), math.inf),
+        "Gaussian targets contain NaN or Inf",
+    ),
 }
 
 
@@ -301,11 +436,15 @@ def output_hessian(likelihood: Likelihood, z: Tensor, y: Tensor) -> Tensor:
 @everywhere
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("ignore", IGNORED)
-def test_categorical_losses_are_torchs_summed_over_places(places: tuple[int, ...], smoothing: float, ignore: int) -> None:
+def test_categorical_losses_are_torchs_summed_over_places(
+    places: tuple[int, ...], smoothing: float, ignore: int
+) -> None:
     z, y = masked(places, ignore)
     likelihood = Categorical(ignore, smoothing)
     likelihood.check(z, y)
-    each = torch.nn.functional.cross_entropy(z, y, reduction="none", ignore_index=ignore, label_smoothing=smoothing)
+    each = torch.nn.functional.cross_entropy(
+        z, y, reduction="none", ignore_index=ignore, label_smoothing=smoothing
+    )
     assert likelihood.loss(z, y).shape == (5,)
     assert_near(likelihood.loss(z, y), each.reshape(5, -1).sum(1))
     assert float(likelihood.loss(z, y)[1]) == 0
@@ -315,7 +454,11 @@ def test_categorical_losses_are_torchs_summed_over_places(places: tuple[int, ...
 def test_probabilities_are_taken_as_they_are(places: tuple[int, ...]) -> None:
     z, q = normal(5, 4, *places), probabilities(5, 4, *places)
     each = torch.nn.functional.cross_entropy(z, q, reduction="none").reshape(5, -1).sum(1)
-    for likelihood in (Categorical(), Categorical(label_smoothing=0.3), Categorical(ignore_index=0)):
+    for likelihood in (
+        Categorical(),
+        Categorical(label_smoothing=0.3),
+        Categorical(ignore_index=0),
+    ):
         likelihood.check(z, q)
         likelihood.check(z, q.float())
         assert_near(likelihood.loss(z, q), each)
@@ -330,7 +473,9 @@ def test_probabilities_are_taken_as_they_are(places: tuple[int, ...]) -> None:
 @everywhere
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ignore", IGNORED)
-def test_categorical_root_is_the_hessian_and_zero_where_ignored(places: tuple[int, ...], smoothing: float, ignore: int) -> None:
+def test_categorical_root_is_the_hessian_and_zero_where_ignored(
+    places: tuple[int, ...], smoothing: float, ignore: int
+) -> None:
     z, y = masked(places, ignore)
     likelihood = Categorical(ignore, smoothing)
     root = likelihood.root(z, y)
@@ -338,12 +483,18 @@ def test_categorical_root_is_the_hessian_and_zero_where_ignored(places: tuple[in
     assert_near(outer(root), output_hessian(likelihood, z, y))
     assert not root.movedim(2, -1)[:, y == ignore].any()
     p = z.softmax(1).reshape(5, 4, -1)
-    blocks = torch.einsum("ncp,cd->ncdp", p, torch.eye(4, dtype=z.dtype)) - torch.einsum("ncp,ndp->ncdp", p, p)
+    blocks = torch.einsum("ncp,cd->ncdp", p, torch.eye(4, dtype=z.dtype)) - torch.einsum(
+        "ncp,ndp->ncdp", p, p
+    )
     blocks = blocks * (y != ignore).reshape(5, 1, 1, -1)
-    expected = torch.diag_embed(blocks, dim1=2, dim2=4).flatten(3).flatten(1, 2)  # [N, (c, place), (d, place)]
+    expected = (
+        torch.diag_embed(blocks, dim1=2, dim2=4).flatten(3).flatten(1, 2)
+    )  # [N, (c, place), (d, place)]
     assert_near(outer(root), expected)
     unmasked = likelihood.root(z)
-    assert torch.equal(unmasked, likelihood.root(z, y.clamp(1, 1) if ignore != 1 else y.clamp(2, 2)))
+    assert torch.equal(
+        unmasked, likelihood.root(z, y.clamp(1, 1) if ignore != 1 else y.clamp(2, 2))
+    )
     assert_near(outer(unmasked), output_hessian(Categorical(), z, y.clamp(1, 1)))
 
 
@@ -355,7 +506,10 @@ def test_root_at_probabilities(places: tuple[int, ...]) -> None:
     rough = q.float().double() * (1 + 1e-5)
     Categorical().check(z, rough)
     assert_near(outer(Categorical().root(z, rough)), output_hessian(Categorical(), z, rough))
-    assert float((outer(Categorical().root(z)) - outer(Categorical().root(z, rough))).abs().max()) > 1e-7
+    assert (
+        float((outer(Categorical().root(z)) - outer(Categorical().root(z, rough))).abs().max())
+        > 1e-7
+    )
 
 
 def test_column_of_class_and_place() -> None:
@@ -378,14 +532,20 @@ def test_drawn_labels_and_roots_of_one_place_are_those_of_ever() -> None:
     for found in (Categorical().sample(z, generator(5)), Categorical().sample(z, generator(5), y)):
         assert torch.equal(found, expected)
     eye = torch.eye(7, dtype=z.dtype)[:, None, :].expand(7, 50, 7)
-    for found in (Categorical().root(z), Categorical().root(z, y), Categorical(label_smoothing=0.1).root(z, y)):
+    for found in (
+        Categorical().root(z),
+        Categorical().root(z, y),
+        Categorical(label_smoothing=0.1).root(z, y),
+    ):
         assert torch.equal(found, (p[None] - eye) * p.sqrt().T[:, :, None])
 
 
 @everywhere
 @pytest.mark.parametrize("ignore", IGNORED)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_drawn_labels_are_ignored_where_the_data_are(places: tuple[int, ...], smoothing: float, ignore: int) -> None:
+def test_drawn_labels_are_ignored_where_the_data_are(
+    places: tuple[int, ...], smoothing: float, ignore: int
+) -> None:
     z, y = masked(places, ignore)
     likelihood, there = Categorical(ignore, smoothing), y != ignore
     drawn, plain = (likelihood.sample(z, generator(1), label) for label in (y, None))
@@ -400,7 +560,9 @@ def test_drawn_labels_are_ignored_where_the_data_are(places: tuple[int, ...], sm
         likelihood.check(z, plain)
     score = grad(lambda z: likelihood.loss(z, drawn).sum())(z)
     hot = torch.nn.functional.one_hot(Categorical().sample(z, generator(1)), 4).movedim(-1, 1)
-    assert_near(score, (z.softmax(1) - hot) * there.unsqueeze(1))  # p − e_ŷ, whatever smooths the data's labels
+    assert_near(
+        score, (z.softmax(1) - hot) * there.unsqueeze(1)
+    )  # p − e_ŷ, whatever smooths the data's labels
     assert float(likelihood.loss(z, drawn)[1]) == 0
 
 
@@ -428,7 +590,12 @@ def test_labels_are_drawn_place_by_place(places: tuple[int, ...]) -> None:
     """Frequencies at every place, within 5 standard errors of 20 000 draws."""
     z = normal(1, 4, *places).expand(20_000, 4, *places)
     p = z[0].softmax(0)
-    often = torch.nn.functional.one_hot(Categorical().sample(z, generator(2)), 4).double().mean(0).movedim(-1, 0)
+    often = (
+        torch.nn.functional.one_hot(Categorical().sample(z, generator(2)), 4)
+        .double()
+        .mean(0)
+        .movedim(-1, 0)
+    )
     assert bool(((often - p).abs() <= 5 * (p * (1 - p) / 20_000).sqrt()).all())
 
 
@@ -447,7 +614,9 @@ def test_what_is_ignored_in_small_integers(dtype: torch.dtype) -> None:
     z, y = normal(3, 4), torch.tensor([0, likelihood.ignore_index, 3]).to(dtype)
     likelihood.check(z, y)
     assert torch.equal(likelihood.loss(z, y), likelihood.loss(z, y.long()))
-    assert torch.equal(likelihood.sample(z, generator(), y), likelihood.sample(z, generator(), y.long()))
+    assert torch.equal(
+        likelihood.sample(z, generator(), y), likelihood.sample(z, generator(), y.long())
+    )
     if dtype == torch.uint8:
         with pytest.raises(CurvlabError, match="label 156 is out of range"):
             Categorical().check(z, torch.tensor([0, 156, 3]).to(dtype))
@@ -484,7 +653,8 @@ def test_a_subclass_with_a_constructor_of_its_own_has_the_defaults() -> None:
 def test_a_root_too_large_is_one_line(likelihood: Likelihood) -> None:
     z = torch.zeros(1, 1, dtype=torch.float64).expand(2, 40_000_000)
     with pytest.raises(
-        CurvlabError, match=r"root of the output Hessian \(40000000 columns for each of 2 examples\) .* GB"
+        CurvlabError,
+        match=r"root of the output Hessian \(40000000 columns for each of 2 examples\) .* GB",
     ) as caught:
         likelihood.root(z)
     assert "\n" not in str(caught.value)
@@ -626,7 +796,9 @@ def test_labels_go_where_a_class_takes_them(own: type[Recorder]) -> None:
     for _ in range(2):  # read, and remembered
         root, sample = root_of(likelihood, "z", "y"), sample_of(likelihood, "z", "g", "y")
         assert {k: v for k, v in root.items() if k not in options} == {"z": "z"} | OWN[own]
-        assert {k: v for k, v in sample.items() if k not in options} == {"z": "z", "g": "g"} | OWN[own]
+        assert {k: v for k, v in sample.items() if k not in options} == {"z": "z", "g": "g"} | OWN[
+            own
+        ]
         assert root.get("jitter", 1e-6) == 1e-6
         assert (sample.get("temperature", 2.0), sample.get("scale", 1.0)) == (2.0, 1.0)
 
@@ -649,10 +821,14 @@ def test_a_subclass_of_a_built_in_that_is_blind_to_labels() -> None:
     z, y = masked(())
     assert torch.equal(root_of(Blind(), z, y), 2 * Categorical().root(z))
     assert torch.equal(root_of(Categorical(), z, y), Categorical().root(z, y))
-    assert torch.equal(sample_of(Blind(), z, generator(), y), Categorical().sample(z, generator(), y))
+    assert torch.equal(
+        sample_of(Blind(), z, generator(), y), Categorical().sample(z, generator(), y)
+    )
 
 
 def test_what_lacks_a_method_is_no_likelihood() -> None:
     for name in ("check", "loss", "sample", "root"):
-        methods = {key: lambda *args: None for key in ("check", "loss", "sample", "root") if key != name}
+        methods = {
+            key: lambda *args: None for key in ("check", "loss", "sample", "root") if key != name
+        }
         assert not isinstance(type("Own", (), methods)(), Likelihood)

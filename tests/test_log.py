@@ -22,13 +22,23 @@ from curvlab.logs.reading import open_log
 
 
 def log_of(path: Path | None, seeds: tuple[int, ...] = (0,), **more: object) -> Log:
-    coordinates = {"algorithm": ["a", "b"], "block": ["1", "2", "3"], "parameters": ("block", ["u", "v", "w"])}
-    variables = {"cosine": {"long_name": "cosine", "units": "1"}, "loss": {"long_name": "loss", "units": "nat"}}
+    coordinates = {
+        "algorithm": ["a", "b"],
+        "block": ["1", "2", "3"],
+        "parameters": ("block", ["u", "v", "w"]),
+    }
+    variables = {
+        "cosine": {"long_name": "cosine", "units": "1"},
+        "loss": {"long_name": "loss", "units": "nat"},
+    }
     return Log(coordinates, variables, {"reference": "a", "call": {"x": 1}} | more, path, seeds)
 
 
 def record(value: float) -> dict:
-    return {"cosine": (("algorithm", "block"), np.full((2, 3), value)), "loss": ((), np.asarray(value))}
+    return {
+        "cosine": (("algorithm", "block"), np.full((2, 3), value)),
+        "loss": ((), np.asarray(value)),
+    }
 
 
 def test_round_trip_keeps_labels_units_and_values(tmp_path: Path) -> None:
@@ -52,7 +62,9 @@ def test_every_log_says_where_it_comes_from(tmp_path: Path) -> None:
     log = log_of(None)
     log.append(0, record(1.0))
     attributes = log.dataset().attrs
-    assert {"curvlab", "torch", "numpy", "xarray", "python"} <= json.loads(attributes["versions"]).keys()
+    assert {"curvlab", "torch", "numpy", "xarray", "python"} <= json.loads(
+        attributes["versions"]
+    ).keys()
     assert attributes["git_commit"]
     assert np.datetime64(attributes["created"].removesuffix("+00:00")) <= np.datetime64("now")
 
@@ -69,7 +81,9 @@ def test_several_seeds_become_a_dimension_and_missing_steps_are_nan() -> None:
     assert ds.attrs["reference"] == "a"
 
 
-def test_saved_after_the_first_record_and_then_only_when_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saved_after_the_first_record_and_then_only_when_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log, saves, now = log_of(tmp_path / "run.h5"), [], [100.0]
     real = log.save
 
@@ -135,14 +149,25 @@ def test_late_cosine_is_the_mean_of_the_last_three_quarters() -> None:
     log = log_of(None)
     for step in range(8):
         log.append(step, record(step))
-    assert cl.late_cosine(log.dataset()).sel(algorithm="a", block="1").item() == np.mean([2, 3, 4, 5, 6, 7])
+    assert cl.late_cosine(log.dataset()).sel(algorithm="a", block="1").item() == np.mean(
+        [2, 3, 4, 5, 6, 7]
+    )
 
 
 def _write_for_ever(path: Path) -> None:
-    log_module.SAVE_EVERY, log_module.SAVE_SHARE = 0.0, 1e9  # save at every record: the kill falls into a save
+    log_module.SAVE_EVERY, log_module.SAVE_SHARE = (
+        0.0,
+        1e9,
+    )  # save at every record: the kill falls into a save
     log = Log({"algorithm": ["a"]}, {}, {}, path)
     for step in range(10**9):
-        log.append(step, {"x": (("algorithm",), np.full(1, float(step))), "y": (("algorithm", "n"), np.zeros((1, 20_000)))})
+        log.append(
+            step,
+            {
+                "x": (("algorithm",), np.full(1, float(step))),
+                "y": (("algorithm", "n"), np.zeros((1, 20_000))),
+            },
+        )
         if step > 60:
             log._records[0], log._steps[0] = log._records[0][-2:], log._steps[0][-2:]
 
@@ -173,7 +198,10 @@ def test_the_file_opens_after_sigkill_at_twenty_random_moments(tmp_path: Path) -
 def test_what_is_taken_more_rarely_has_an_axis_of_its_own(tmp_path: Path) -> None:
     """In chunks; through the file, and through a state without pickled code; along several seeds."""
     coordinates = {"algorithm": ["a", "b"]}
-    variables = {"rare": {"long_name": "rare", "units": "s"}, "rare_step": {"long_name": "steps done", "units": "1"}}
+    variables = {
+        "rare": {"long_name": "rare", "units": "s"},
+        "rare_step": {"long_name": "steps done", "units": "1"},
+    }
     log = Log(coordinates, variables, {}, tmp_path / "run.h5")
     for step in range(5):
         log.append(step, {"x": ((), np.asarray(float(step)))})
@@ -199,6 +227,8 @@ def test_what_is_taken_more_rarely_has_an_axis_of_its_own(tmp_path: Path) -> Non
     several = Log(coordinates, variables, {}, seeds=(3, 4))
     for seed in (3, 4):
         several.append(0, {"x": ((), np.asarray(0.0))}, seed)
-        several.extend("rare_step", [0, 5], {"rare": (("algorithm",), np.full((2, 2), float(seed)))}, seed)
+        several.extend(
+            "rare_step", [0, 5], {"rare": (("algorithm",), np.full((2, 2), float(seed)))}, seed
+        )
     assert several.dataset()["rare"].dims == ("seed", "rare_step", "algorithm")
     assert several.dataset()["rare"].sel(seed=4, rare_step=5, algorithm="a") == 4

@@ -65,7 +65,10 @@ def test_the_table_here_is_complete_and_every_entry_names_its_problem() -> None:
     for entry in MODELS.values():
         assert entry.data in DATASETS
         assert entry.likelihood in LIKELIHOODS
-        assert any(document in entry.source for document in ("thesis", "S2QN", "Ren and Goldfarb", "practice"))
+        assert any(
+            document in entry.source
+            for document in ("thesis", "S2QN", "Ren and Goldfarb", "practice")
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -78,13 +81,17 @@ def test_every_model_has_its_shape_and_size_and_fits_its_likelihood(name: str) -
         z = model(x)
     assert z.shape == (2, outputs)
     LIKELIHOODS[MODELS[name].likelihood]().check(z, y)
-    assert torch.isfinite(cl.Objective(model, LIKELIHOODS[MODELS[name].likelihood]()).closure(x, y)())
+    assert torch.isfinite(
+        cl.Objective(model, LIKELIHOODS[MODELS[name].likelihood]()).closure(x, y)()
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_takes_its_data(name: str) -> None:
     data = str(MODELS[name].data)
-    train, _ = load_or_skip(data.replace("cifar10", "cifar10-subset"))  # smaller, of the same shapes
+    train, _ = load_or_skip(
+        data.replace("cifar10", "cifar10-subset")
+    )  # smaller, of the same shapes
     assert (train.inputs, train.outputs) == KINDS[name][:2]
     objective = cl.Objective(cl.models.build(name), LIKELIHOODS[MODELS[name].likelihood]())
     assert torch.isfinite(objective.closure(train.x[:3], train.y[:3])())
@@ -103,7 +110,10 @@ def test_autoencoders_have_a_relu_after_every_layer_but_code_and_output(name: st
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if isinstance(layer, nn.Linear):
             bare = layer.out_features == code or following is None
-            assert isinstance(following, nn.Linear if layer.out_features == code else type(None) if bare else nn.ReLU)
+            assert isinstance(
+                following,
+                nn.Linear if layer.out_features == code else type(None) if bare else nn.ReLU,
+            )
 
 
 @pytest.mark.parametrize("name", ["mnist-500", "cifar-400", "webspam-400"])
@@ -113,11 +123,15 @@ def test_networks_of_5_8_are_logistic(name: str) -> None:
 
 def test_the_mnist_autoencoder_starts_where_it_is_known_to() -> None:
     train, _ = cl.datasets.load("mnist-ae")
-    loss = cl.Objective(cl.models.build("mnist-ae"), cl.likelihoods.Bernoulli()).closure(train.x[:2000], train.y[:2000])
+    loss = cl.Objective(cl.models.build("mnist-ae"), cl.likelihoods.Bernoulli()).closure(
+        train.x[:2000], train.y[:2000]
+    )
     assert float(loss.observe().loss) == pytest.approx(543.67, abs=1)  # practice
 
 
-@pytest.mark.parametrize("name", ["convnet", "all-cnn-c", "vgg16", "vgg16-printed", "resnet32", "resnet18"])
+@pytest.mark.parametrize(
+    "name", ["convnet", "all-cnn-c", "vgg16", "vgg16-printed", "resnet32", "resnet18"]
+)
 def test_convolutional_networks_are_as_described(name: str) -> None:
     modules = list(cl.models.build(name).modules())
 
@@ -140,8 +154,12 @@ def test_curvature_of_convolutional_networks(name: str) -> None:
     objective = cl.Objective(cl.models.build(name), cl.likelihoods.Categorical())
     x, y = batch(name)
     observed = objective.closure(x, y).observe(frozenset({"data", "model"}))
-    gradients = torch.autograd.grad(F.cross_entropy(objective.model(x), y), list(objective.parameters.values()))
-    scattered = {k: v for b in objective.blocks for k, v in b.scatter(observed.gradients[b.name]).items()}
+    gradients = torch.autograd.grad(
+        F.cross_entropy(objective.model(x), y), list(objective.parameters.values())
+    )
+    scattered = {
+        k: v for b in objective.blocks for k, v in b.scatter(observed.gradients[b.name]).items()
+    }
     for key, gradient in zip(objective.parameters, gradients, strict=True):
         torch.testing.assert_close(scattered[key], gradient, rtol=1e-3, atol=1e-6)
 
@@ -152,7 +170,9 @@ def test_padded_shortcut_has_no_parameter_and_keeps_every_other_pixel() -> None:
     assert torch.equal(out[:, :3], x[:, :, ::2, ::2])
     assert not out[:, 3:].any()
     for name, learned in (("resnet32", False), ("resnet32-4", False), ("resnet18", True)):
-        shortcuts = [m.shortcut for m in cl.models.build(name).modules() if isinstance(m, ResidualBlock)]
+        shortcuts = [
+            m.shortcut for m in cl.models.build(name).modules() if isinstance(m, ResidualBlock)
+        ]
         assert any(list(s.parameters()) for s in shortcuts) == learned
         assert sum(isinstance(s, nn.Identity) for s in shortcuts) == {"resnet18": 5}.get(name, 13)
 
@@ -185,11 +205,18 @@ def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone(nam
     one, same, other = (dict(cl.models.build(name, seed).named_parameters()) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(one[k], same[k]) for k in one)
-    assert not any(torch.equal(one[k], other[k]) for k in one if "norm" not in k and one[k].unique().numel() > 1)
+    assert not any(
+        torch.equal(one[k], other[k])
+        for k in one
+        if "norm" not in k and one[k].unique().numel() > 1
+    )
 
 
 def test_unknown_model() -> None:
-    with pytest.raises(cl.CurvlabError, match=r"unknown model 'mlp-256'; did you mean 'mlp-256-20'\? \(known: mlp-256-20, "):
+    with pytest.raises(
+        cl.CurvlabError,
+        match=r"unknown model 'mlp-256'; did you mean 'mlp-256-20'\? \(known: mlp-256-20, ",
+    ):
         cl.models.build("mlp-256")
 
 
@@ -242,10 +269,16 @@ def test_a_function_of_yours_is_a_model(yours: str) -> None:
     assert not torch.equal(one.weight, other.weight)
     entry = cl.models.find(f"{yours}:net")
     assert (entry.likelihood, entry.data_name("mnist16")) == ("categorical", "mnist16")
-    with pytest.raises(cl.CurvlabError, match=f"model '{yours}:net' names no data set: choose one with --data"):
+    with pytest.raises(
+        cl.CurvlabError, match=f"model '{yours}:net' names no data set: choose one with --data"
+    ):
         entry.data_name()
     whole = cl.models.find(f"{yours}:whole")
-    assert (whole.likelihood, whole.data_name(), whole.data_name("curves")) == ("bernoulli", "mnist-ae", "curves")
+    assert (whole.likelihood, whole.data_name(), whole.data_name("curves")) == (
+        "bernoulli",
+        "mnist-ae",
+        "curves",
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,7 +287,10 @@ def test_a_function_of_yours_is_a_model(yours: str) -> None:
         ("nowhere_at_all:net", "there is no module 'nowhere_at_all': run where it lies"),
         ("{}.part:net", "there is no module 'yours_of_the_test.part'"),
         (":net", "importing '' failed"),
-        ("broken_of_the_test:net", "importing 'broken_of_the_test' failed: ModuleNotFoundError: .*nothing_of_the_kind"),
+        (
+            "broken_of_the_test:net",
+            "importing 'broken_of_the_test' failed: ModuleNotFoundError: .*nothing_of_the_kind",
+        ),
         ("{}:nett", "unknown function of yours_of_the_test 'nett'; did you mean 'net'"),
         ("{}:", "unknown function of yours_of_the_test ''"),
         ("{}:WIDTH", "'WIDTH' is no function but int"),

@@ -47,7 +47,11 @@ LinAlgError = torch.linalg.LinAlgError
 
 def _learns(name: str) -> bool:
     found = descent(name, problem("tanh").objective())
-    return ALGORITHMS[name].own.get("pairs", 1) != 0 and found.wants_step and bool({"data", "gradient"} & found.step_needs)
+    return (
+        ALGORITHMS[name].own.get("pairs", 1) != 0
+        and found.wants_step
+        and bool({"data", "gradient"} & found.step_needs)
+    )
 
 
 TWICE = [name for name in NAMES if _learns(name)]
@@ -102,12 +106,16 @@ class Case:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.poison = Poison()
-            model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), self.poison, nn.Linear(5, 3)).to(self.dtype)
+            model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), self.poison, nn.Linear(5, 3)).to(
+                self.dtype
+            )
         draw = torch.Generator().manual_seed(1)
         self.x = torch.randn(12, 4, generator=draw).to(self.dtype)
         self.y = torch.randint(3, (12,), generator=draw)
         self.objective = cl.Objective(model, cl.likelihoods.Categorical())
-        self.optimizer = cl.optimizer(self.name, self.objective, **{"lr": 1e-3, "refresh_every": 1} | self.options)
+        self.optimizer = cl.optimizer(
+            self.name, self.objective, **{"lr": 1e-3, "refresh_every": 1} | self.options
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", cl.CurvlabWarning)
             self.optimizer.warm_start([(self.x, self.y)])
@@ -137,7 +145,9 @@ def poisoned(case: Case, look: str, value: float, armed: str = "every") -> Itera
         case.poison.armed = armed if "checked" in kwargs and second == (look == "second") else ""
         try:
             found = plain(self, *args, **kwargs)
-            for statistics in (s for one in found.passes.values() for s in one.values() if case.poison.armed):
+            for statistics in (
+                s for one in found.passes.values() for s in one.values() if case.poison.armed
+            ):
                 _ = statistics.structured  # captured here and now
             return found
         finally:
@@ -162,7 +172,9 @@ def failing(how: str, which: tuple[str, ...] = FACTORISATIONS) -> Iterator[None]
             found = function(*args, **kwargs)
             if isinstance(found, Tensor):
                 return torch.full_like(found, torch.nan)
-            return type(found)([torch.full_like(f, torch.nan) if f.is_floating_point() else f for f in found])
+            return type(found)(
+                [torch.full_like(f, torch.nan) if f.is_floating_point() else f for f in found]
+            )
 
         return spoilt
 
@@ -277,7 +289,9 @@ def test_the_second_look_and_the_loss(name: str) -> None:
     assert [line.startswith(f"{name}: ") for line in said] == [True] * (name in TWICE)
     for look in ("first", "second"):
         found = outcome(case, poisoned(case, look, math.nan, "loss"), unmoved=look == "first")
-        assert isinstance(found.error, Diverged) == (look == "first" or case.optimizer.descent.wants_step)
+        assert isinstance(found.error, Diverged) == (
+            look == "first" or case.optimizer.descent.wants_step
+        )
         assert found.after == [None] * 3
 
 
@@ -296,14 +310,23 @@ def test_train_stops_alike_whatever_the_method(name: str, tmp_path: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", cl.CurvlabWarning)
         run = cl.train(
-            case.objective, data.batches(12), algorithm=name, lr=1e30, refresh_every=1, steps=2, folder=folder, progress=False
+            case.objective,
+            data.batches(12),
+            algorithm=name,
+            lr=1e30,
+            refresh_every=1,
+            steps=2,
+            folder=folder,
+            progress=False,
         )
     assert all(map(torch.equal, case.weights, before))
     ds = cl.open(tmp_path) if folder else run.dataset
     assert ds.attrs["stopped"] == run.stopped
     assert run.stopped.startswith("diverged in epoch ")
     assert "block" in run.stopped
-    assert all(np.isfinite(ds[v].values[1:][~np.isnan(ds[v].values[1:])]).all() for v in ds.data_vars)
+    assert all(
+        np.isfinite(ds[v].values[1:][~np.isnan(ds[v].values[1:])]).all() for v in ds.data_vars
+    )
 
 
 @algorithms
@@ -329,7 +352,10 @@ def test_a_damping_of_zero(name: str) -> None:
 
 def test_a_pair_that_is_left_out_starts_the_averages_again() -> None:
     case = Case("k-bfgs", {"lr": 0.03})
-    with poisoned(case, "second", math.nan), pytest.warns(cl.CurvlabWarning, match="k-bfgs: block 1 .* is left out"):
+    with (
+        poisoned(case, "second", math.nan),
+        pytest.warns(cl.CurvlabWarning, match="k-bfgs: block 1 .* is left out"),
+    ):
         case.step()
     block, other = (case.optimizer.descent.curvature.blocks[name] for name in "12")
     H_g = block.factors[0].clone()
@@ -370,9 +396,18 @@ def test_double_grad_leaves_out_a_second_gradient() -> None:
 def test_the_pairs_left_out_are_in_the_log_of_training() -> None:
     case = Case("skqn-l", clean=0)
     data = Dataset("made", case.x, case.y, "made here")
-    with poisoned(case, "second", math.nan), pytest.warns(cl.CurvlabWarning, match="skqn-l: block 1 .* is left out"):
-        ds = cl.train(case.objective, data.batches(6), algorithm="skqn-l", epochs=2, progress=False).dataset
-    assert ds["pairs_left_out"].values.tolist() == [0, 1, 3]  # a pair is looked at with the next minibatch
+    with (
+        poisoned(case, "second", math.nan),
+        pytest.warns(cl.CurvlabWarning, match="skqn-l: block 1 .* is left out"),
+    ):
+        ds = cl.train(
+            case.objective, data.batches(6), algorithm="skqn-l", epochs=2, progress=False
+        ).dataset
+    assert ds["pairs_left_out"].values.tolist() == [
+        0,
+        1,
+        3,
+    ]  # a pair is looked at with the next minibatch
     assert "pairs_left_out" in ds
 
 
@@ -388,7 +423,12 @@ def test_no_pi_of_what_is_not_finite(bad: float, which: str) -> None:
 def test_pi_of_a_zero_factor_is_one() -> None:
     """A layer that no example reaches: its derivatives are zero, and the split is even."""
     zero, one = torch.zeros(2, 2), torch.eye(3)
-    for A, G in ((one, zero), (zero, one), (zero, zero), (1e300 * one.double(), 1e-300 * one.double())):
+    for A, G in (
+        (one, zero),
+        (zero, one),
+        (zero, zero),
+        (1e300 * one.double(), 1e-300 * one.double()),
+    ):
         assert pi_split(A, G, 0.25) == (0.5, 0.5)
     assert pi_split(1e-300 * one.double(), 1e300 * one.double(), 0.25) == (0.5, 0.5)
 
@@ -422,11 +462,16 @@ def test_a_step_that_the_weights_do_not_hold() -> None:
     direction = {b.name: torch.zeros(b.shape) for b in objective.blocks}
     direction["2"][0, 0] = 1e10
     check_direction(objective, direction, 1e5)
-    for rate, says in ((1e10, "the step of block 2 .* a learning rate of 1e.10"), (math.inf, "the step of block 2")):
+    for rate, says in (
+        (1e10, "the step of block 2 .* a learning rate of 1e.10"),
+        (math.inf, "the step of block 2"),
+    ):
         with pytest.raises(Diverged, match=says):
             check_direction(objective, direction, rate)
     direction["1"][0, 0] = math.nan
-    with pytest.raises(Diverged, match=r"the direction of block 1 .* is not finite; nothing was moved"):
+    with pytest.raises(
+        Diverged, match=r"the direction of block 1 .* is not finite; nothing was moved"
+    ):
         check_direction(objective, direction, 0.0)
 
 
@@ -468,7 +513,11 @@ def test_which_errors_are_divergence(error: Exception, numerical: bool) -> None:
 
 
 def test_an_error_is_named_once_and_keeps_its_kind() -> None:
-    with pytest.raises(Indefinite, match=r"^block 1: not definite$") as caught, Naming("block 1", "1"), Naming("block 1", "1"):
+    with (
+        pytest.raises(Indefinite, match=r"^block 1: not definite$") as caught,
+        Naming("block 1", "1"),
+        Naming("block 1", "1"),
+    ):
         raise Indefinite("not definite", -2.0)
     assert caught.value.block == "1"
     with pytest.raises(KeyError), Naming("block 1", "1"):
@@ -524,8 +573,15 @@ def test_compare_names_the_method_and_the_others_go_on(name: str, tmp_path: Path
     reference = "kfac" if name == "sgd-m" else "sgd-m"
     others = [name, "adam"] if name != "adam" else ["adam", "tnt"]
     path = tmp_path / "run.h5" if name in ON_DISK else None
-    with refreshing(name, 2), pytest.warns(cl.CurvlabWarning, match=f"{name} left the finite range and is NaN from step 2 on"):
-        run = cl.compare(case.objective, minibatches(case, 4), reference=reference, algorithms=others, path=path)
+    with (
+        refreshing(name, 2),
+        pytest.warns(
+            cl.CurvlabWarning, match=f"{name} left the finite range and is NaN from step 2 on"
+        ),
+    ):
+        run = cl.compare(
+            case.objective, minibatches(case, 4), reference=reference, algorithms=others, path=path
+        )
     assert list(run.diverged) == [name]
     [lost] = run.diverged[name]
     assert (lost["seed"], lost["step"]) == (0, 2)
@@ -538,7 +594,9 @@ def test_compare_names_the_method_and_the_others_go_on(name: str, tmp_path: Path
     rest = [n for n in ds["algorithm"].values if n != name]
     assert np.isfinite(norms.sel(algorithm=rest)).all()
     assert np.isnan(run.table().sel(algorithm=name)).all()
-    assert [row[0] for row in tables.cosines(ds).rows if row[0].startswith(name)] == [f"{name} (diverged at step 2)"]
+    assert [row[0] for row in tables.cosines(ds).rows if row[0].startswith(name)] == [
+        f"{name} (diverged at step 2)"
+    ]
 
 
 def test_compare_of_damping_zero_with_every_probe() -> None:
@@ -546,7 +604,9 @@ def test_compare_of_damping_zero_with_every_probe() -> None:
     case = Case("sgd-m", clean=0)
     with torch.no_grad():
         case.x[:, 0] = 0.0  # its weights have no gradient: 0 / 0
-    probes = [f"{n}:1" for n, p in PROBES.items() if "compare" in p.where and n not in cl.runs.ALWAYS]
+    probes = [
+        f"{n}:1" for n, p in PROBES.items() if "compare" in p.where and n not in cl.runs.ALWAYS
+    ]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = cl.compare(
@@ -556,13 +616,17 @@ def test_compare_of_damping_zero_with_every_probe() -> None:
         assert not run.diverged
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                cl.runs.CompareSettings, "dampings", lambda self, size: dict.fromkeys(self.names, 0.01) | {"adam": 0.0}
+                cl.runs.CompareSettings,
+                "dampings",
+                lambda self, size: dict.fromkeys(self.names, 0.01) | {"adam": 0.0},
             )
             run = cl.compare(
                 case.objective, minibatches(case, 3), reference="k-bfgs-20", algorithms=["adam", "kfac", "block-hessian"],
                 damping=0.01, probes=probes,
             )  # fmt: skip
-    assert {name: (one["step"], one["block"]) for name, [one] in run.diverged.items()} == {"adam": (0, "1")}
+    assert {name: (one["step"], one["block"]) for name, [one] in run.diverged.items()} == {
+        "adam": (0, "1")
+    }
     assert any("adam left the finite range" in str(w.message) for w in caught)
     assert np.isnan(run.dataset["cosine"].sel(algorithm="adam")).all()
     assert np.isfinite(run.dataset["cosine"].sel(algorithm=["kfac", "block-hessian"])).all()
@@ -570,8 +634,17 @@ def test_compare_of_damping_zero_with_every_probe() -> None:
 
 def test_the_reference_stops_the_comparison_and_the_log_is_saved(tmp_path: Path) -> None:
     case = Case("sgd-m", clean=0)
-    with refreshing("kfac", 2), pytest.raises(Diverged, match="the reference kfac left the finite range at step 2: "):
-        cl.compare(case.objective, minibatches(case, 4), reference="kfac", algorithms=["adam"], path=tmp_path / "run.h5")
+    with (
+        refreshing("kfac", 2),
+        pytest.raises(Diverged, match="the reference kfac left the finite range at step 2: "),
+    ):
+        cl.compare(
+            case.objective,
+            minibatches(case, 4),
+            reference="kfac",
+            algorithms=["adam"],
+            path=tmp_path / "run.h5",
+        )
     ds = cl.open(tmp_path)
     assert ds.sizes["step"] == 2
     assert ds.attrs["stopped"].startswith("the reference kfac left the finite range at step 2: ")
@@ -584,7 +657,9 @@ def test_learning_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "learn", lambda self, transition: 1 / 0)
         with pytest.warns(cl.CurvlabWarning, match="k-bfgs left the finite range .* step 1"):
-            run = cl.compare(case.objective, minibatches(case, 3), reference="sgd-m", algorithms=["k-bfgs"])
+            run = cl.compare(
+                case.objective, minibatches(case, 3), reference="sgd-m", algorithms=["k-bfgs"]
+            )
     assert [one["step"] for one in run.diverged["k-bfgs"]] == [1]
 
 
@@ -616,8 +691,21 @@ def test_a_warm_start_that_fails_is_named() -> None:
 def test_the_commands_exit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """1, with the method named in table, log and a line; of several seeds likewise."""
     out = tmp_path / "two"
-    words = ["compare", "--model", "mlp-256-20", "--batch-size", "20000", "--steps", "1", "--reference", "sgd-m"]
-    assert call(*words, "--algorithms", "adam", "--damping", "0", "--seeds", "2", "--out", str(out)) == 1
+    words = [
+        "compare",
+        "--model",
+        "mlp-256-20",
+        "--batch-size",
+        "20000",
+        "--steps",
+        "1",
+        "--reference",
+        "sgd-m",
+    ]
+    assert (
+        call(*words, "--algorithms", "adam", "--damping", "0", "--seeds", "2", "--out", str(out))
+        == 1
+    )
     stdout, stderr = capsys.readouterr()
     assert "adam (diverged" in stdout
     assert "adam (seed 0) left the finite range and is NaN from step 0 on" in stderr
@@ -633,10 +721,19 @@ def injections() -> dict[str, tuple[Callable[[Case], Any], bool]]:
     found: dict[str, tuple[Callable[[Case], Any], bool]] = {}
     for value in (math.nan, math.inf, -math.inf):
         for look in ("first", "second"):
-            found[f"{look} look, {value}"] = (lambda c, v=value, k=look: poisoned(c, k, v), look == "first")
-            found[f"{look} look's loss, {value}"] = (lambda c, v=value, k=look: poisoned(c, k, v, "loss"), look == "first")
+            found[f"{look} look, {value}"] = (
+                lambda c, v=value, k=look: poisoned(c, k, v),
+                look == "first",
+            )
+            found[f"{look} look's loss, {value}"] = (
+                lambda c, v=value, k=look: poisoned(c, k, v, "loss"),
+                look == "first",
+            )
         for number in ("1", "2"):
-            found[f"pass {number}, {value}"] = (lambda c, v=value, n=number: poisoned(c, "first", v, n), True)
+            found[f"pass {number}, {value}"] = (
+                lambda c, v=value, n=number: poisoned(c, "first", v, n),
+                True,
+            )
     for how in ("raise", "nan"):
         for which in (*((one,) for one in (*FACTORISATIONS, "inverse")), FACTORISATIONS):
             found[f"{'+'.join(which)} {how}"] = (lambda c, h=how, w=which: failing(h, w), False)
@@ -683,7 +780,9 @@ def test_sweep() -> None:
                     try:
                         check_error(case, error)
                     except AssertionError as wrong:
-                        failures.append(f"{name}, lr {rate:g}, {dtype}: {str(wrong).splitlines()[0]}")
+                        failures.append(
+                            f"{name}, lr {rate:g}, {dtype}: {str(wrong).splitlines()[0]}"
+                        )
                         break
         for every in (1, 3):
             for value in (math.nan, math.inf):
@@ -693,7 +792,9 @@ def test_sweep() -> None:
                     try:
                         outcome(case, poisoned(case, look, value), unmoved=look == "first")
                     except AssertionError as error:
-                        failures.append(f"{name}, T {every}, {look} {value}: {str(error).splitlines()[0]}")
+                        failures.append(
+                            f"{name}, T {every}, {look} {value}: {str(error).splitlines()[0]}"
+                        )
     print(f"{len(failures)} of {total} failed")
     assert total >= 1500
     assert not failures, "\n".join(failures)

@@ -16,7 +16,9 @@ from curvlab.capture import Capture
 from curvlab.errors import CurvlabError
 from curvlab.observation import PASSES
 
-zoo = pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS])
+zoo = pytest.mark.parametrize(
+    ("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS]
+)
 ALL = frozenset(PASSES)
 
 
@@ -43,7 +45,9 @@ def normbatch(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
 def test_one_forward_serves_all_passes(model: str, likelihood: str, needs: set[str]) -> None:
     p = problem(model, likelihood)
     objective = p.objective()
-    objective.check(p.x, p.y)  # the first look at a form is gone through again, to see that a second one is the same
+    objective.check(
+        p.x, p.y
+    )  # the first look at a form is gone through again, to see that a second one is the same
     counted = count_forwards(p.model)
     observation = objective.closure(p.x, p.y).observe(needs)
     assert counted == [1]
@@ -91,7 +95,9 @@ def test_a_look_for_the_gradient_alone(model: str, likelihood: str) -> None:
 
 def test_looks_for_the_gradient_of_a_model_that_draws_are_heard() -> None:
     """A later look must see their masks."""
-    objective = cl.Objective(nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)), cl.likelihoods.Categorical())
+    objective = cl.Objective(
+        nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)), cl.likelihoods.Categorical()
+    )
     x, y = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
     objective.closure(x, y).observe("gradient")
     closure = objective.closure(x, y)
@@ -118,15 +124,21 @@ def test_exact_pass_gives_the_gauss_newton_matrix(model: str, likelihood: str) -
     objective = p.objective()
     exact = objective.closure(p.x, p.y).observe({"exact"}).passes["exact"]
     values = {name: q.detach() for name, q in p.model.named_parameters()}
-    J = vmap(jacrev(lambda v, x: functional_call(p.model, v, (x[None],))[0]), (None, 0))(values, p.x)
-    H = vmap(hessian(lambda z, y: p.likelihood.loss(z[None], y[None])[0]))(p.model(p.x).detach(), p.y)
+    J = vmap(jacrev(lambda v, x: functional_call(p.model, v, (x[None],))[0]), (None, 0))(
+        values, p.x
+    )
+    H = vmap(hessian(lambda z, y: p.likelihood.loss(z[None], y[None])[0]))(
+        p.model(p.x).detach(), p.y
+    )
     for block in objective.blocks:
         if block.module is None:
             assert block.name not in exact
             continue
         j = laid_out(block, J, 2).flatten(2)
         rows = exact[block.name].rows.flatten(2)
-        assert_near(torch.einsum("vni,vnj->ij", rows, rows), torch.einsum("nci,ncd,ndj->ij", j, H, j))
+        assert_near(
+            torch.einsum("vni,vnj->ij", rows, rows), torch.einsum("nci,ncd,ndj->ij", j, H, j)
+        )
 
 
 @zoo
@@ -204,8 +216,12 @@ def test_labels_depend_only_on_the_seed_and_the_number_of_the_closure() -> None:
     p = problem()
     expected = drawn_by(lambda objective: None)
     others = {
-        "other passes before": drawn_by(lambda o: [o.closure(p.x, p.y).observe(ALL) for _ in range(2)]),
-        "observed twice before": drawn_by(lambda o: [o.closure(p.x, p.y).observe({"model"}) for _ in range(2)]),
+        "other passes before": drawn_by(
+            lambda o: [o.closure(p.x, p.y).observe(ALL) for _ in range(2)]
+        ),
+        "observed twice before": drawn_by(
+            lambda o: [o.closure(p.x, p.y).observe({"model"}) for _ in range(2)]
+        ),
         "plain closures before": drawn_by(lambda o: [o.closure(p.x, p.y)() for _ in range(2)]),
         "in company": observe_third(p.objective(seed=11), {"data", "model", "exact"}),
         "the oracle": drawn_by(lambda o: cl.exact.matrix(o, p.x, p.y, "fisher-mc")),
@@ -238,7 +254,9 @@ def test_state_of_an_objective_continues_its_labels() -> None:
     first.closure(p.x, p.y)
     second = p.objective(seed=99)
     second.load_state_dict(first.state_dict())
-    one, other = (o.closure(p.x, p.y).observe({"model"}).passes["model"]["1"].g for o in (first, second))
+    one, other = (
+        o.closure(p.x, p.y).observe({"model"}).passes["model"]["1"].g for o in (first, second)
+    )
     assert torch.equal(one, other)
 
 
@@ -275,7 +293,9 @@ def test_closure_fulfils_torchs_contract(build: Callable[..., torch.optim.Optimi
 
     objective = p.objective()
     for _ in range(3):
-        torch.testing.assert_close(ours.step(objective.closure(p.x, p.y)), theirs.step(by_hand), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            ours.step(objective.closure(p.x, p.y)), theirs.step(by_hand), rtol=1e-12, atol=0
+        )
     for one, other in zip(p.model.parameters(), q.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
@@ -313,7 +333,9 @@ def test_buffers_move_only_where_they_may(needs: set[str]) -> None:
     torch.testing.assert_close(net[1].running_var, 0.9 + 0.1 * h.var(0), rtol=1e-12, atol=0)
     assert int(net[1].num_batches_tracked) == 1
     assert torch.equal(still.loss, moved.loss)
-    assert needs == set() or all(torch.equal(still.gradients[name], g) for name, g in moved.gradients.items())
+    assert needs == set() or all(
+        torch.equal(still.gradients[name], g) for name, g in moved.gradients.items()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:batch norm in training mode:curvlab.errors.CurvlabWarning")
@@ -345,7 +367,9 @@ def test_gradients_with_batchnorm() -> None:
             if name == "0.bias":  # cancelled by the mean: rounding on both routes
                 assert max(float(value.norm()), float(net[0].bias.grad.norm())) < 1e-15
             else:
-                torch.testing.assert_close(value, net.get_parameter(name).grad, rtol=1e-12, atol=1e-15)
+                torch.testing.assert_close(
+                    value, net.get_parameter(name).grad, rtol=1e-12, atol=1e-15
+                )
 
 
 def test_tensors_follow_the_model() -> None:
@@ -365,15 +389,20 @@ def test_no_gradients_without_the_data_pass() -> None:
 def test_unknown_pass_names_the_known() -> None:
     p = problem()
     with pytest.raises(
-        CurvlabError, match=r"unknown pass 'modle'; did you mean 'model'\? \(known: gradient, data, model, exact\)"
+        CurvlabError,
+        match=r"unknown pass 'modle'; did you mean 'model'\? \(known: gradient, data, model, exact\)",
     ):
         p.objective().closure(p.x, p.y).observe({"data", "modle"})
 
 
-@pytest.mark.parametrize("likelihood", [object(), "categorical", None, cl.likelihoods.Categorical, nn.MSELoss()])
+@pytest.mark.parametrize(
+    "likelihood", [object(), "categorical", None, cl.likelihoods.Categorical, nn.MSELoss()]
+)
 def test_likelihood_must_be_one(likelihood: object) -> None:
     """A class in place of its instance is the mistake that is made most."""
-    with pytest.raises(CurvlabError, match=r"unknown likelihood .*curvlab\.likelihoods\.Categorical\(\)"):
+    with pytest.raises(
+        CurvlabError, match=r"unknown likelihood .*curvlab\.likelihoods\.Categorical\(\)"
+    ):
         cl.Objective(nn.Linear(2, 2), likelihood)
 
 
@@ -408,18 +437,44 @@ def minibatch(case: str) -> tuple[str, object, object, str]:
     return {
         "empty": ("categorical", x[:0], y[:0], "the minibatch is empty"),
         "lengths": ("categorical", x, y[:6], "7 inputs but 6 targets"),
-        "nan": ("categorical", nan, y, r"inputs contain NaN or Inf \(first in example 3 of the minibatch\)"),
+        "nan": (
+            "categorical",
+            nan,
+            y,
+            r"inputs contain NaN or Inf \(first in example 3 of the minibatch\)",
+        ),
         "inf": ("categorical", inf, y, r"first in example 5 of the minibatch"),
-        "no tensors": ("categorical", x.numpy(), y.numpy(), "must be two tensors, not ndarray and ndarray"),
+        "no tensors": (
+            "categorical",
+            x.numpy(),
+            y.numpy(),
+            "must be two tensors, not ndarray and ndarray",
+        ),
         "label": ("categorical", x, y + 3, "label 3 is out of range"),
         "float labels": ("categorical", x, y.double(), "categorical targets must be integers"),
         "bernoulli": ("bernoulli", x, x[:, :3] * 2, r"Bernoulli targets must lie in \[0, 1\]"),
         "gaussian": ("gaussian", x, x, r"Gaussian targets have shape \(7, 5\)"),
-        "shape": ("categorical", x[:, :4], y, r"the model does not take inputs of shape \(7, 4\): mat1 and mat2"),
+        "shape": (
+            "categorical",
+            x[:, :4],
+            y,
+            r"the model does not take inputs of shape \(7, 4\): mat1 and mat2",
+        ),
     }[case]
 
 
-CASES = ("empty", "lengths", "nan", "inf", "no tensors", "label", "float labels", "bernoulli", "gaussian", "shape")
+CASES = (
+    "empty",
+    "lengths",
+    "nan",
+    "inf",
+    "no tensors",
+    "label",
+    "float labels",
+    "bernoulli",
+    "gaussian",
+    "shape",
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -434,7 +489,9 @@ def test_minibatch_that_does_not_fit(case: str, call: Callable[[object], object]
 
 @pytest.mark.parametrize("outputs", ["tuple", "scalar", "fewer rows"])
 @pytest.mark.parametrize("call", [lambda c: c(), lambda c: c.observe()], ids=["call", "observe"])
-def test_model_must_return_one_tensor_with_a_row_for_each_example(outputs: str, call: Callable[[object], object]) -> None:
+def test_model_must_return_one_tensor_with_a_row_for_each_example(
+    outputs: str, call: Callable[[object], object]
+) -> None:
     class Odd(nn.Linear):
         def forward(self, x: Tensor) -> object:
             z = super().forward(x)
@@ -464,7 +521,10 @@ def test_errors_of_the_model_itself_pass_through() -> None:
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (math.nan, "the loss is nan: the weights 'weight' contain NaN or Inf; lower the learning rate or raise the damping"),
+        (
+            math.nan,
+            "the loss is nan: the weights 'weight' contain NaN or Inf; lower the learning rate or raise the damping",
+        ),
         (1e308, "the loss is inf: the model's outputs contain NaN or Inf"),
         (1e200, "the loss is inf: the outputs are finite, so the likelihood overflows"),
     ],
@@ -482,9 +542,12 @@ def test_per_sample_gradients_do_not_see_each_other(model: str, likelihood: str)
     """The data pass of a batch, row by row, is torch.func's gradient of each example."""
     p = problem(model, likelihood)
     values = {name: q.detach() for name, q in p.model.named_parameters()}
-    expected = vmap(grad(lambda v, x, y: p.likelihood.loss(functional_call(p.model, v, (x[None],)), y[None])[0]), (None, 0, 0))(
-        values, p.x, p.y
-    )
+    expected = vmap(
+        grad(
+            lambda v, x, y: p.likelihood.loss(functional_call(p.model, v, (x[None],)), y[None])[0]
+        ),
+        (None, 0, 0),
+    )(values, p.x, p.y)
     statistics = p.objective().closure(p.x, p.y).observe().passes["data"]
     for block in p.objective().blocks:
         if block.module is not None:

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from problems import assert_near
-from test_operators import EVERY, OPERATORS, compact, dense_rows, diagonal, normal, rectangular_product, spd
+from test_operators import (
+    EVERY,
+    OPERATORS,
+    compact,
+    dense_rows,
+    diagonal,
+    normal,
+    rectangular_product,
+    spd,
+)
 from torch import Tensor
 
 import curvlab
@@ -40,7 +49,11 @@ def operator_classes() -> set[type]:
         if module.name.endswith("__main__"):
             continue
         for value in vars(importlib.import_module(module.name)).values():
-            if isinstance(value, type) and value.__module__.startswith("curvlab.") and "__matmul__" in vars(value):
+            if (
+                isinstance(value, type)
+                and value.__module__.startswith("curvlab.")
+                and "__matmul__" in vars(value)
+            ):
                 found.add(value)
     return {kind for kind in found if not getattr(kind, "_is_protocol", False)}
 
@@ -86,7 +99,11 @@ def test_a_symmetric_operator_is_its_own_transpose(name: str) -> None:
 def test_the_inverse_has_them_too(name: str) -> None:
     operator, _ = EVERY[name]()
     inverse = operator.inv()
-    assert (inverse.shape, inverse.dtype, inverse.device) == (operator.shape, operator.dtype, operator.device)
+    assert (inverse.shape, inverse.dtype, inverse.device) == (
+        operator.shape,
+        operator.dtype,
+        operator.device,
+    )
     assert inverse.T is inverse
 
 
@@ -110,7 +127,10 @@ def test_dtype_and_device_are_those_of_its_tensors(name: str) -> None:
 
 def test_of_products_as_they_say() -> None:
     meta = torch.device("meta")
-    for operator in (Product(lambda v: v, 3, torch.float32, meta), RectangularProduct(abs, abs, (3, 3), torch.float32, meta)):
+    for operator in (
+        Product(lambda v: v, 3, torch.float32, meta),
+        RectangularProduct(abs, abs, (3, 3), torch.float32, meta),
+    ):
         assert (operator.shape, operator.dtype, operator.device) == ((3, 3), torch.float32, meta)
     around = Kronecker((Product(lambda v: v, 3, torch.float32, meta), spd(2)))
     assert (around.shape, around.dtype, around.device) == ((6, 6), torch.float32, meta)
@@ -118,7 +138,9 @@ def test_of_products_as_they_say() -> None:
 
 def test_a_core_of_higher_precision_does_not_count() -> None:
     operator, _ = compact(diagonal(5), 2)
-    mixed = ops.Compact(Diagonal(operator.base.values.float()), operator.rows.float(), operator.core)
+    mixed = ops.Compact(
+        Diagonal(operator.base.values.float()), operator.rows.float(), operator.core
+    )
     assert mixed.dtype == (mixed @ normal(5, dtype=torch.float32)).dtype == torch.float32
 
 
@@ -145,5 +167,7 @@ def test_what_holds_no_tensor_takes_float64_on_the_cpu() -> None:
 
 
 def test_an_unknown_kind_of_operator_in_a_file_is_named() -> None:
-    with pytest.raises(CurvlabError, match=r"unknown kind of operator 'Densely'; did you mean 'Dense'\?"):
+    with pytest.raises(
+        CurvlabError, match=r"unknown kind of operator 'Densely'; did you mean 'Dense'\?"
+    ):
         ops.unpack({"kind": "Densely", "matrix": spd(2)})

@@ -33,13 +33,17 @@ def weights(objective: Objective) -> dict[str, Tensor]:
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[n], expected[n]) for n in expected
+    )
 
 
 # ------------------------------------------------------------------------------------------------ against torch.optim
 
 
-def run_ours(name: str, model: str, schedule: Schedule | None, **options: float) -> tuple[list[float], dict[str, Tensor]]:
+def run_ours(
+    name: str, model: str, schedule: Schedule | None, **options: float
+) -> tuple[list[float], dict[str, Tensor]]:
     p = problem(model)
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=LR, **options)
@@ -53,7 +57,9 @@ def run_ours(name: str, model: str, schedule: Schedule | None, **options: float)
 
 
 def run_torch(
-    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], model: str, schedule: Schedule | None
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    model: str,
+    schedule: Schedule | None,
 ) -> tuple[list[float], dict[str, Tensor]]:
     p = problem(model)
     objective = p.objective()
@@ -61,13 +67,17 @@ def run_torch(
     scheduler = schedule(optimizer) if schedule else None
     losses = []
     for x, y in batches(p, 50):
-        losses.append(optimizer.step(objective.closure(x, y)).item())  # torch's contract: the closure is called
+        losses.append(
+            optimizer.step(objective.closure(x, y)).item()
+        )  # torch's contract: the closure is called
         if scheduler:
             scheduler.step()
     return losses, weights(objective)
 
 
-def assert_same_run(ours: tuple[list[float], dict[str, Tensor]], theirs: tuple[list[float], dict[str, Tensor]]) -> None:
+def assert_same_run(
+    ours: tuple[list[float], dict[str, Tensor]], theirs: tuple[list[float], dict[str, Tensor]]
+) -> None:
     torch.testing.assert_close(torch.tensor(ours[0]), torch.tensor(theirs[0]), rtol=1e-12, atol=0)
     for name, expected in theirs[1].items():
         torch.testing.assert_close(ours[1][name], expected, rtol=1e-12, atol=1e-12)
@@ -75,7 +85,8 @@ def assert_same_run(ours: tuple[list[float], dict[str, Tensor]], theirs: tuple[l
 
 everywhere = pytest.mark.parametrize(
     ("model", "schedule"),
-    [(m, "constant") for m in MODELS] + [(m, s) for m in REPRESENTATIVE for s in SCHEDULES if s != "constant"],
+    [(m, "constant") for m in MODELS]
+    + [(m, s) for m in REPRESENTATIVE for s in SCHEDULES if s != "constant"],
 )
 
 
@@ -87,7 +98,9 @@ def test_adam_is_torchs(model: str, weight_decay: float, schedule: str) -> None:
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if weight_decay:
-            return torch.optim.AdamW(parameters, LR, betas=(0.9, 0.999), eps=1e-4, weight_decay=weight_decay)
+            return torch.optim.AdamW(
+                parameters, LR, betas=(0.9, 0.999), eps=1e-4, weight_decay=weight_decay
+            )
         return torch.optim.Adam(parameters, LR, betas=(0.9, 0.999), eps=1e-4)
 
     assert_same_run(ours, run_torch(make, model, SCHEDULES[schedule]))
@@ -97,7 +110,9 @@ def test_adam_is_torchs(model: str, weight_decay: float, schedule: str) -> None:
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_torchs(model: str, momentum: float, schedule: str) -> None:
     ours = run_ours("sgd-m", model, SCHEDULES[schedule], momentum=momentum)
-    theirs = run_torch(lambda p: torch.optim.SGD(p, LR, momentum=momentum), model, SCHEDULES[schedule])
+    theirs = run_torch(
+        lambda p: torch.optim.SGD(p, LR, momentum=momentum), model, SCHEDULES[schedule]
+    )
     assert_same_run(ours, theirs)
 
 
@@ -111,7 +126,9 @@ def test_batch_norm_in_training_is_torchs(model: str, name: str) -> None:
         p.model.train()
         objective = p.objective()
         if ours:
-            optimizer = cl.optimizer(name, objective, lr=LR, damping=1e-4 if name == "adam" else 0.0)
+            optimizer = cl.optimizer(
+                name, objective, lr=LR, damping=1e-4 if name == "adam" else 0.0
+            )
         elif name == "adam":
             optimizer = torch.optim.Adam(p.model.parameters(), LR, betas=(0.9, 0.999), eps=1e-4)
         else:
@@ -148,8 +165,13 @@ def test_sgd_with_decoupled_weight_decay_by_hand(model: str) -> None:
         ("corrected", lambda g1, g2: (0.6 * 0.4 * g1 + 0.4 * g2) / (1 - 0.36)),
     ],
 )
-def test_kinds_of_momentum(kind: MomentumKind, expected: Callable[[Tensor, Tensor], Tensor]) -> None:
-    g1, g2 = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor([0.5, 3.0], dtype=torch.float64)
+def test_kinds_of_momentum(
+    kind: MomentumKind, expected: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    g1, g2 = (
+        torch.tensor([1.0, -2.0], dtype=torch.float64),
+        torch.tensor([0.5, 3.0], dtype=torch.float64),
+    )
     momentum = Momentum(0.6, kind)
     first = momentum({"1": g1})["1"]
     second = momentum({"1": g2})["1"]
@@ -187,7 +209,9 @@ def test_warm_start_counts_and_is_the_curvature_over_one_pass() -> None:
         curvature.absorb(twin.closure(x, y).observe(curvature.warm_needs))
     curvature.refresh()
     observation = objective.closure(p.x, p.y).observe()
-    found, expected = (c.precondition(observation.gradients) for c in (optimizer.descent.curvature, curvature))
+    found, expected = (
+        c.precondition(observation.gradients) for c in (optimizer.descent.curvature, curvature)
+    )
     assert same(found, expected)
 
 
@@ -238,7 +262,11 @@ def test_warm_start_uses_the_damping_of_the_first_group() -> None:
         optimizer = cl.optimizer("kfac", objective, damping=at_start)
         optimizer.param_groups[0]["damping"] = in_group
         optimizer.warm_start(batches(p, 3))
-        directions.append(optimizer.descent.curvature.precondition(objective.closure(p.x, p.y).observe().gradients))
+        directions.append(
+            optimizer.descent.curvature.precondition(
+                objective.closure(p.x, p.y).observe().gradients
+            )
+        )
     assert same(*directions)
 
 
@@ -261,7 +289,12 @@ def test_step_returns_the_loss_before_the_move_and_moves_along_the_direction(mod
         torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-14, atol=0)
         for block in objective.blocks:
             for name, d in block.scatter(direction[block.name]).items():
-                torch.testing.assert_close(objective.parameters[name].detach(), before[name] - 0.01 * d, rtol=1e-14, atol=1e-15)
+                torch.testing.assert_close(
+                    objective.parameters[name].detach(),
+                    before[name] - 0.01 * d,
+                    rtol=1e-14,
+                    atol=1e-15,
+                )
 
 
 @pytest.mark.parametrize("name", ["kfac", "shampoo", "adam", "smw-ng-bd"])
@@ -283,14 +316,23 @@ def test_a_scheduled_lr_and_a_group_of_its_own_take_effect() -> None:
     p = problem("tanh")
     objective = p.objective()
     optimizer = cl.optimizer("sgd-m", objective, lr=0.5, momentum=0.0)
-    gradients = {name: g for b in objective.blocks for name, g in b.scatter(observe(objective, p)[b.name]).items()}
+    gradients = {
+        name: g
+        for b in objective.blocks
+        for name, g in b.scatter(observe(objective, p)[b.name]).items()
+    }
     before = weights(objective)
     (group,) = optimizer.param_groups
     first, *rest = group["params"]
-    optimizer.param_groups[:] = [group | {"params": [first], "lr": 0.25}, group | {"params": rest, "lr": 0.0}]
+    optimizer.param_groups[:] = [
+        group | {"params": [first], "lr": 0.25},
+        group | {"params": rest, "lr": 0.0},
+    ]
     optimizer.step(objective.closure(p.x, p.y))
     after = weights(objective)
-    torch.testing.assert_close(after["0.weight"], before["0.weight"] - 0.25 * gradients["0.weight"], rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(
+        after["0.weight"], before["0.weight"] - 0.25 * gradients["0.weight"], rtol=1e-14, atol=1e-15
+    )
     assert all(torch.equal(after[n], before[n]) for n in before if n != "0.weight")
     optimizer.param_groups[1]["lr"] = torch.tensor(0.1)  # torch allows a tensor
     optimizer.step(objective.closure(p.x, p.y))
@@ -305,7 +347,10 @@ def observe(objective: Objective, p: object) -> dict[str, Tensor]:
 def test_damping_in_the_first_group_takes_effect_at_once(name: str) -> None:
     p, q = problem("tanh"), problem("tanh")
     changed, built = p.objective(), q.objective()
-    one, two = cl.optimizer(name, changed, lr=0.01, damping=0.1), cl.optimizer(name, built, lr=0.01, damping=3.0)
+    one, two = (
+        cl.optimizer(name, changed, lr=0.01, damping=0.1),
+        cl.optimizer(name, built, lr=0.01, damping=3.0),
+    )
     one.param_groups[0]["damping"] = 3.0
     for optimizer, objective in ((one, changed), (two, built)):
         optimizer.step(objective.closure(p.x, p.y))
@@ -334,7 +379,8 @@ def test_the_block_is_named_whose_direction_is_not_finite() -> None:
     direction = observe(objective, p)
     direction["2"][1, 2] = torch.nan
     with pytest.raises(
-        cl.CurvlabError, match=r"the direction of block 2 \(2.weight, 2.bias\) is not finite; nothing was moved"
+        cl.CurvlabError,
+        match=r"the direction of block 2 \(2.weight, 2.bias\) is not finite; nothing was moved",
     ):
         check_direction(objective, direction)
 
@@ -346,9 +392,19 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
 
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = operator.__name__.split(".")[0]
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "_unique2"):
+        if name in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "unique",
+            "equal",
+            "is_nonzero",
+            "_unique2",
+        ):
             self.found.append(name)
         return operator(*args, **(kwargs or {}))
 
@@ -393,7 +449,9 @@ def test_late_and_at_once_are_the_same_steps(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sgd-m", "adam", "k-bfgs"])
 @pytest.mark.parametrize("where", ["loss", "direction"])
-def test_on_a_gpu_weights_stay_from_the_first_number_that_is_not_finite(name: str, where: str) -> None:
+def test_on_a_gpu_weights_stay_from_the_first_number_that_is_not_finite(
+    name: str, where: str
+) -> None:
     p = problem("tanh")
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=1e-3)
@@ -427,7 +485,9 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_moves(name: str, value
         p.model[2].weight[0, 0] = value
         p.model[2].weight[1] = -value
     before = weights(objective)
-    with pytest.raises(cl.CurvlabError, match=r"the loss is nan: the weights '2.weight' contain NaN or Inf"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"the loss is nan: the weights '2.weight' contain NaN or Inf"
+    ):
         optimizer.step(objective.closure(p.x, p.y))
     after = weights(objective)
     assert all(torch.equal(after[n].nan_to_num(), before[n].nan_to_num()) for n in before)
@@ -509,14 +569,22 @@ def test_a_foreign_state_dict_is_refused() -> None:
 
 
 def test_the_state_dict_of_another_model_is_refused() -> None:
-    with pytest.raises((cl.CurvlabError, ValueError), match=r"doesn't match the size of optimizer's group|has blocks"):
+    with pytest.raises(
+        (cl.CurvlabError, ValueError),
+        match=r"doesn't match the size of optimizer's group|has blocks",
+    ):
         stepped("kfac", "relu").load_state_dict(stepped("kfac", "tanh").state_dict())
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [("kfac", "adam"), ("adam", "kfac"), ("sgd-m", "shampoo"), ("tnt", "shampoo")])
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("kfac", "adam"), ("adam", "kfac"), ("sgd-m", "shampoo"), ("tnt", "shampoo")],
+)
 def test_the_state_dict_of_another_algorithm_is_refused(saved: str, loaded: str) -> None:
     """TNT's and Shampoo's statistics have the same shapes: only the name can tell them apart."""
-    with pytest.raises(cl.CurvlabError, match=f"the checkpoint is of '{saved}' but this is '{loaded}'"):
+    with pytest.raises(
+        cl.CurvlabError, match=f"the checkpoint is of '{saved}' but this is '{loaded}'"
+    ):
         stepped(loaded).load_state_dict(stepped(saved).state_dict())
 
 
@@ -545,11 +613,15 @@ def test_double_grad_averages_over_the_last_minibatch_too(name: str, every: int)
     """Thesis 2.8.3: ∇f of both minibatches at the weights as they stand, where the last step has looked again (T)."""
     p = problem("tanh")
     objective = p.objective()
-    optimizer = cl.optimizer(name, objective, lr=0.05, damping=0.3, momentum=0.0, double_grad=True, update_every=every)
+    optimizer = cl.optimizer(
+        name, objective, lr=0.05, damping=0.3, momentum=0.0, double_grad=True, update_every=every
+    )
     data = batches(p, 6)
     optimizer.warm_start(data)
     for step, (x, y) in enumerate(data):
-        looked = step > 0 and step % every == 0  # steps count from 1: T divides the number of the last
+        looked = (
+            step > 0 and step % every == 0
+        )  # steps count from 1: T divides the number of the last
         both = [(x, y), data[step - 1]] if looked else [(x, y)]
         joint = [torch.cat(part) for part in zip(*both, strict=True)]
         expected = objective.closure(*joint).observe().gradients  # one minibatch of twice the size
@@ -564,7 +636,9 @@ def test_double_grad_averages_over_the_last_minibatch_too(name: str, every: int)
 def test_double_grad_continues_bit_for_bit() -> None:
     p, q = problem("tanh"), problem("tanh")
     one, two = (o.objective() for o in (p, q))
-    optimizer, resumed = (cl.optimizer("k-bfgs-20", o, lr=0.05, double_grad=True) for o in (one, two))
+    optimizer, resumed = (
+        cl.optimizer("k-bfgs-20", o, lr=0.05, double_grad=True) for o in (one, two)
+    )
     for x, y in batches(p, 3):
         optimizer.step(one.closure(x, y))
     q.model.load_state_dict(p.model.state_dict())
@@ -576,7 +650,10 @@ def test_double_grad_continues_bit_for_bit() -> None:
 
 
 def test_double_grad_needs_a_second_look() -> None:
-    with pytest.raises(cl.CurvlabError, match="double_grad needs a method that looks at each minibatch a second time"):
+    with pytest.raises(
+        cl.CurvlabError,
+        match="double_grad needs a method that looks at each minibatch a second time",
+    ):
         cl.optimizer("kfac", problem("tanh").objective(), double_grad=True)
 
 
@@ -587,6 +664,8 @@ def test_a_learning_rate_that_the_dtype_does_not_hold_moves_nothing(rate: float)
     optimizer = cl.optimizer("sgd-m", objective, lr=0.1)
     before = weights(objective)
     optimizer.param_groups[0]["lr"] = rate  # as a scheduler may set it
-    with pytest.raises(Diverged, match=r"the learning rate is .*: not between 0 and 3.4e\+38 \(torch.float32\)"):
+    with pytest.raises(
+        Diverged, match=r"the learning rate is .*: not between 0 and 3.4e\+38 \(torch.float32\)"
+    ):
         optimizer.step(objective.closure(p.x, p.y))
     assert same(weights(objective), before)

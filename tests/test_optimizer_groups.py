@@ -38,7 +38,9 @@ def weights(objective: Objective) -> dict[str, Tensor]:
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[n], expected[n]) for n in expected
+    )
 
 
 def refusal(call: Callable[[], object], match: str) -> str:
@@ -49,7 +51,9 @@ def refusal(call: Callable[[], object], match: str) -> str:
     return str(caught.value)
 
 
-def made(name: str, model: str = "tanh", lr: float = 1e-3, **options: Any) -> tuple[Problem, Objective, Optimizer]:
+def made(
+    name: str, model: str = "tanh", lr: float = 1e-3, **options: Any
+) -> tuple[Problem, Objective, Optimizer]:
     p = problem(model)
     objective = p.objective()
     with warnings.catch_warnings():
@@ -82,7 +86,11 @@ def test_weight_decay_of_a_group_is_that_of_its_parameters(name: str, model: str
     """p + γ W, γ of weight and bias apart, though they are one block."""
     _, plain, without = made(name, model)
     p, decayed, within = made(name, model)
-    regroup(within, (weight, {"lr": 1e-3, "weight_decay": 0.3}), (bias, {"lr": 1e-3, "weight_decay": 0.1}))
+    regroup(
+        within,
+        (weight, {"lr": 1e-3, "weight_decay": 0.3}),
+        (bias, {"lr": 1e-3, "weight_decay": 0.1}),
+    )
     before = weights(decayed)
     for objective, optimizer in ((plain, without), (decayed, within)):
         optimizer.step(objective.closure(p.x, p.y))
@@ -92,10 +100,15 @@ def test_weight_decay_of_a_group_is_that_of_its_parameters(name: str, model: str
 
 
 @pytest.mark.parametrize("schedule", [None, lambda o: StepLR(o, step_size=5, gamma=0.5)])
-def test_groups_are_those_of_adamw(schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None) -> None:
+def test_groups_are_those_of_adamw(
+    schedule: Callable[[torch.optim.Optimizer], LRScheduler] | None,
+) -> None:
     """Learning rate and weight decay by group, 20 steps, the decay changed on the way."""
     ends = []
-    groups = ((weight, {"lr": LR, "weight_decay": 0.2}), (bias, {"lr": 2 * LR, "weight_decay": 0.0}))
+    groups = (
+        (weight, {"lr": LR, "weight_decay": 0.2}),
+        (bias, {"lr": 2 * LR, "weight_decay": 0.0}),
+    )
     for ours in (True, False):
         p, objective, optimizer = made("adam", damping=1e-4)
         stepper: torch.optim.Optimizer = optimizer
@@ -103,7 +116,10 @@ def test_groups_are_those_of_adamw(schedule: Callable[[torch.optim.Optimizer], L
             regroup(optimizer, *groups)
         else:
             named = objective.parameters
-            listed = [{"params": [q for n, q in named.items() if choice(n)], **options} for choice, options in groups]
+            listed = [
+                {"params": [q for n, q in named.items() if choice(n)], **options}
+                for choice, options in groups
+            ]
             stepper = torch.optim.AdamW(listed, betas=(0.9, 0.999), eps=1e-4)
         scheduler = schedule(stepper) if schedule else None
         for step, (x, y) in enumerate(batches(p, 20)):
@@ -125,7 +141,9 @@ def test_weight_decay_of_the_descent_is_that_of_its_groups_and_of_a_comparison()
     optimizer.step(objective.closure(p.x, p.y))
     for block in objective.blocks:
         for n, d in block.scatter(direction[block.name]).items():
-            torch.testing.assert_close(weights(objective)[n], before[n] - 1e-3 * d, rtol=1e-14, atol=1e-16)
+            torch.testing.assert_close(
+                weights(objective)[n], before[n] - 1e-3 * d, rtol=1e-14, atol=1e-16
+            )
     optimizer.param_groups[0]["weight_decay"] = 0.0
     assert twin.weight_decay == optimizer.descent.weight_decay == 0.3
     before = weights(objective)
@@ -133,7 +151,9 @@ def test_weight_decay_of_the_descent_is_that_of_its_groups_and_of_a_comparison()
     optimizer.step(objective.closure(p.x, p.y))
     for block in objective.blocks:
         for n, d in block.scatter(gradients[block.name]).items():
-            torch.testing.assert_close(weights(objective)[n], before[n] - 1e-3 * d, rtol=1e-14, atol=1e-16)
+            torch.testing.assert_close(
+                weights(objective)[n], before[n] - 1e-3 * d, rtol=1e-14, atol=1e-16
+            )
 
 
 # ------------------------------------------------------------------------------------------------ momentum
@@ -176,7 +196,9 @@ def test_one_cycle_runs_with_every_algorithm(name: str) -> None:
     for x, y in batches(p, 3):
         optimizer.step(objective.closure(x, y))
         scheduler.step()
-    assert optimizer.descent.momentum.beta == pytest.approx(optimizer.param_groups[0]["momentum"], abs=0.2)
+    assert optimizer.descent.momentum.beta == pytest.approx(
+        optimizer.param_groups[0]["momentum"], abs=0.2
+    )
 
 
 def test_momentum_of_two_groups_that_differ_is_refused() -> None:
@@ -207,7 +229,9 @@ def test_momentum_of_two_groups_that_differ_is_refused() -> None:
         ({"damping": -1.0}, "damping must be 0 or positive, not -1"),
     ],
 )
-def test_an_option_of_a_group_that_is_out_of_range_moves_nothing(options: dict[str, float], message: str) -> None:
+def test_an_option_of_a_group_that_is_out_of_range_moves_nothing(
+    options: dict[str, float], message: str
+) -> None:
     p, objective, optimizer = made("sgd-m")
     before = weights(objective)
     optimizer.param_groups[0] |= options
@@ -239,12 +263,27 @@ def test_a_momentum_that_comes_back_goes_on_from_the_last_gradient(kind: Momentu
 def test_options_that_nothing_reads_are_refused() -> None:
     optimizer = made("kfac")[2]
     held = optimizer.param_groups[0]["params"].pop()
-    line = refusal(lambda: optimizer.add_param_group({"params": [held], "weight_decy": 0.1}), "unknown option of a parameter")
+    line = refusal(
+        lambda: optimizer.add_param_group({"params": [held], "weight_decy": 0.1}),
+        "unknown option of a parameter",
+    )
     assert "did you mean 'weight_decay'? (known: lr, damping, momentum, weight_decay" in line
-    refusal(lambda: optimizer.add_param_group({"params": [held], "nesterov": True}), "unknown option .* 'nesterov'")
-    refusal(lambda: optimizer.add_param_group({"params": [held], "momentum": 0.1}), "groups 0 and 1 have momentum 0.9 and 0.1")
-    refusal(lambda: optimizer.add_param_group({"params": [held], "damping": 9.0}), "groups 0 and 1 have damping 1 and 9")
-    refusal(lambda: optimizer.add_param_group({"params": [held], "weight_decay": -1.0}), "weight decay must be 0 or positive")
+    refusal(
+        lambda: optimizer.add_param_group({"params": [held], "nesterov": True}),
+        "unknown option .* 'nesterov'",
+    )
+    refusal(
+        lambda: optimizer.add_param_group({"params": [held], "momentum": 0.1}),
+        "groups 0 and 1 have momentum 0.9 and 0.1",
+    )
+    refusal(
+        lambda: optimizer.add_param_group({"params": [held], "damping": 9.0}),
+        "groups 0 and 1 have damping 1 and 9",
+    )
+    refusal(
+        lambda: optimizer.add_param_group({"params": [held], "weight_decay": -1.0}),
+        "weight decay must be 0 or positive",
+    )
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": held, "lr": 0.1, "initial_lr": 0.1})
     assert optimizer.param_groups[1] == {
@@ -255,14 +294,17 @@ def test_options_that_nothing_reads_are_refused() -> None:
 def test_tensors_that_are_not_the_objectives_are_refused() -> None:
     _, objective, optimizer = made("kfac")
     foreign = nn.Parameter(torch.zeros(3))
-    line = (
-        r"a tensor of shape \[3\] in a parameter group belongs to no block of this optimizer's objective: put it into the model"
-    )
+    line = r"a tensor of shape \[3\] in a parameter group belongs to no block of this optimizer's objective: put it into the model"
     for params in ([foreign], foreign, (p for p in [foreign])):
         refusal(lambda params=params: optimizer.add_param_group({"params": params}), line)
-    refusal(lambda: optimizer.add_param_group({"params": [("head.weight", foreign)]}), "parameter 'head.weight' in a parameter")
+    refusal(
+        lambda: optimizer.add_param_group({"params": [("head.weight", foreign)]}),
+        "parameter 'head.weight' in a parameter",
+    )
     own = next(iter(objective.parameters.values()))
-    with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):  # torch's
+    with pytest.raises(
+        ValueError, match="some parameters appear in more than one parameter group"
+    ):  # torch's
         optimizer.add_param_group({"params": [own]})
     with pytest.raises(TypeError):  # torch's
         optimizer.add_param_group([own])
@@ -274,7 +316,8 @@ def test_a_frozen_parameter_of_the_model_is_refused_by_name() -> None:
     p.model[0].requires_grad_(False)
     optimizer = cl.optimizer("kfac", p.objective())
     refusal(
-        lambda: optimizer.add_param_group({"params": [p.model[0].bias]}), r"parameter '0\.bias' in a parameter group belongs"
+        lambda: optimizer.add_param_group({"params": [p.model[0].bias]}),
+        r"parameter '0\.bias' in a parameter group belongs",
     )
 
 
@@ -282,7 +325,10 @@ def test_a_tensor_put_into_a_group_by_hand_is_refused_at_the_step() -> None:
     p, objective, optimizer = made("kfac")
     before = weights(objective)
     optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(3)))
-    refusal(lambda: optimizer.step(objective.closure(p.x, p.y)), r"a tensor of shape \[3\] in a parameter group")
+    refusal(
+        lambda: optimizer.step(objective.closure(p.x, p.y)),
+        r"a tensor of shape \[3\] in a parameter group",
+    )
     assert same(weights(objective), before)
 
 
@@ -298,7 +344,9 @@ def test_a_parameter_that_is_taken_out_is_left_alone(name: str) -> None:
     optimizer.step(objective.closure(p.x, p.y))
     unchanged.step(whole.closure(q.x, q.y))
     assert torch.equal(weights(objective)["4.bias"], before["4.bias"])
-    assert all(torch.equal(weights(objective)[n], w) for n, w in weights(whole).items() if n != "4.bias")
+    assert all(
+        torch.equal(weights(objective)[n], w) for n, w in weights(whole).items() if n != "4.bias"
+    )
     assert not seen[0]["3"][:, -1].any()
     assert seen[0]["3"][:, :-1].any()
     for x, y in batches(p, 3):
@@ -322,7 +370,12 @@ def test_groups_that_somebody_else_has_made_get_what_they_lack() -> None:
     optimizer.param_groups[:] = [{"params": list(objective.parameters.values()), "lr": 0.1}]
     optimizer.step(objective.closure(p.x, p.y))
     (group,) = optimizer.param_groups
-    assert (group["lr"], group["damping"], group["momentum"], group["weight_decay"]) == (0.1, 0.5, 0.3, 0.2)
+    assert (group["lr"], group["damping"], group["momentum"], group["weight_decay"]) == (
+        0.1,
+        0.5,
+        0.3,
+        0.2,
+    )
 
 
 @pytest.mark.parametrize("name", ADAPTS)
@@ -335,13 +388,17 @@ def test_a_damping_that_adapts_is_written_to_every_group(name: str) -> None:
     dampings = {g["damping"] for g in optimizer.param_groups}
     assert dampings == {optimizer.descent.curvature.damping} != {start}
     held = optimizer.param_groups[1]["params"].pop()
-    optimizer.add_param_group({"params": [held]})  # of the damping as it stands, not as it was at first
+    optimizer.add_param_group(
+        {"params": [held]}
+    )  # of the damping as it stands, not as it was at first
     optimizer.step(objective.closure(p.x, p.y))
 
 
 def test_learning_rates_of_tensors_and_of_a_schedule_by_group() -> None:
     p, objective, optimizer = made("sgd-m", momentum=0.0)
-    regroup(optimizer, (weight, {"lr": torch.tensor(0.1, dtype=torch.float64)}), (bias, {"lr": 0.2}))
+    regroup(
+        optimizer, (weight, {"lr": torch.tensor(0.1, dtype=torch.float64)}), (bias, {"lr": 0.2})
+    )
     scheduler = LambdaLR(optimizer, [lambda k: 1.0, lambda k: 0.5**k])
     for k, (x, y) in enumerate(batches(p, 3)):
         before, gradients = weights(objective), objective.closure(x, y).observe().gradients
@@ -383,7 +440,9 @@ def test_a_deep_copy_steps_its_own_copy_of_the_model(name: str, every: int, mode
         assert torch.equal(optimizer.step(objective.closure(x, y)), loss)
     assert same(weights(objective), weights(own))
     assert copied.param_groups[0]["damping"] == optimizer.param_groups[0]["damping"]
-    refusal(lambda: copied.step(objective.closure(p.x, p.y)), "a closure of this optimizer's objective")
+    refusal(
+        lambda: copied.step(objective.closure(p.x, p.y)), "a closure of this optimizer's objective"
+    )
 
 
 def test_a_deep_copy_before_the_first_step_and_of_a_copy() -> None:
@@ -431,7 +490,10 @@ def test_a_number_that_was_not_finite_is_known_to_the_copy() -> None:
 
 @pytest.mark.parametrize("use", [pickle.dumps, copy.copy, lambda o: torch.save(o, io.BytesIO())])
 def test_pickling_says_what_to_do(use: Callable[[Optimizer], object]) -> None:
-    refusal(lambda: use(made("kfac")[2]), r"cannot be pickled.*: save its state_dict\(\), .* copy.deepcopy copies it")
+    refusal(
+        lambda: use(made("kfac")[2]),
+        r"cannot be pickled.*: save its state_dict\(\), .* copy.deepcopy copies it",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ frozen, thawed
@@ -501,7 +563,9 @@ def test_thawed_later_is_refused_by_name(name: str) -> None:
     for _ in range(2):
         refusal(lambda: optimizer.step(objective.closure(p.x, p.y)), line)
     assert same(weights(objective), before)
-    refusal(lambda: cl.optimizer(name, objective), line)  # nor is another made, nor a comparison begun
+    refusal(
+        lambda: cl.optimizer(name, objective), line
+    )  # nor is another made, nor a comparison begun
     p.model[0].weight.requires_grad_(False)
     optimizer.step(objective.closure(p.x, p.y))
     p.model[0].requires_grad_(True)
@@ -513,10 +577,14 @@ def test_what_is_put_into_the_model_later_is_refused() -> None:
     p, objective, optimizer = made("sgd-m")
     optimizer.step(objective.closure(p.x, p.y))
     p.model.append(nn.Linear(3, 3).double())
-    refusal(lambda: optimizer.step(objective.closure(p.x, p.y)), r"parameters 5\.weight, 5\.bias are trainable")
+    refusal(
+        lambda: optimizer.step(objective.closure(p.x, p.y)),
+        r"parameters 5\.weight, 5\.bias are trainable",
+    )
     p.model[5] = nn.Sequential(*(nn.Linear(3, 3).double() for _ in range(3)))
     refusal(
-        lambda: optimizer.step(objective.closure(p.x, p.y)), r"parameters 5\.0\.weight, 5\.0\.bias, 5\.1\.weight and 3 more are"
+        lambda: optimizer.step(objective.closure(p.x, p.y)),
+        r"parameters 5\.0\.weight, 5\.0\.bias, 5\.1\.weight and 3 more are",
     )
     p.model.pop(5)
     optimizer.step(objective.closure(p.x, p.y))
@@ -526,11 +594,17 @@ def test_a_parameter_that_is_replaced_or_gone_is_refused() -> None:
     p, objective, optimizer = made("sgd-m")
     optimizer.step(objective.closure(p.x, p.y))
     old, p.model[4].bias = p.model[4].bias, nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    refusal(lambda: optimizer.step(objective.closure(p.x, p.y)), r"a tensor of shape \[3\] in a parameter group belongs to no")
+    refusal(
+        lambda: optimizer.step(objective.closure(p.x, p.y)),
+        r"a tensor of shape \[3\] in a parameter group belongs to no",
+    )
     p.model[4].bias = old
     optimizer.step(objective.closure(p.x, p.y))
     p.model[4].bias = None
-    refusal(optimizer.descent.ownership.check, r"the model has no parameter '4\.bias' any more: make a new Objective")
+    refusal(
+        optimizer.descent.ownership.check,
+        r"the model has no parameter '4\.bias' any more: make a new Objective",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ states of other models
@@ -539,11 +613,15 @@ def test_a_parameter_that_is_replaced_or_gone_is_refused() -> None:
 def net(*widths: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.Tanh())]
+        layers = [
+            layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.Tanh())
+        ]
         return nn.Sequential(*layers[:-1]).to(dtype)
 
 
-def stepped(name: str, *widths: int, dtype: torch.dtype = torch.float64, **options: Any) -> Optimizer:
+def stepped(
+    name: str, *widths: int, dtype: torch.dtype = torch.float64, **options: Any
+) -> Optimizer:
     objective = Objective(net(*widths, dtype=dtype), Categorical())
     optimizer = cl.optimizer(name, objective, lr=1e-3, **{"damping": 0.3, **options})
     drawn = torch.Generator().manual_seed(1)
@@ -608,7 +686,8 @@ def test_a_state_of_an_earlier_version_of_other_widths_is_refused(name: str) -> 
     if name != "ssn":
         line = refuses(stepped(name, 4, 7, 3), saved, "build the same model first")
         assert (
-            r"has shape [7, 5] but in the checkpoint its " in line or "has 43 parameters but this model has 59 (block 1" in line
+            r"has shape [7, 5] but in the checkpoint its " in line
+            or "has 43 parameters but this model has 59 (block 1" in line
         )
     if name not in WHOLE:
         refuses(stepped(name, 4, 5, 5, 3), saved, "but in the checkpoint its momentum is|groups of")
@@ -646,8 +725,12 @@ def test_a_state_without_an_inverse_of_other_widths_is_refused(name: str) -> Non
         objective = Objective(net(*widths), Categorical())
         curvature = approximation(name, objective, damping=0.3)
         curvature.averaging = replace(curvature.averaging, warm=True)
-        x = torch.randn(6, widths[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        curvature.absorb(objective.closure(x, torch.zeros(6, dtype=torch.long)).observe(curvature.warm_needs))
+        x = torch.randn(
+            6, widths[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
+        curvature.absorb(
+            objective.closure(x, torch.zeros(6, dtype=torch.long)).observe(curvature.warm_needs)
+        )
         return curvature
 
     saved, curvature = absorbed(4, 5, 3).state_dict(), absorbed(4, 7, 3)
@@ -686,15 +769,23 @@ def test_a_state_of_the_same_model_is_taken(name: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(
-    "broken", ["momentum of another shape", "momentum of no block", "further of another shape", "no counter"]
+    "broken",
+    ["momentum of another shape", "momentum of no block", "further of another shape", "no counter"],
 )
 def test_a_state_that_does_not_fit_in_one_place_is_not_half_loaded(broken: str) -> None:
     saved = stepped("k-bfgs-20", 4, 5, 3, double_grad=True).state_dict()
-    own, optimizer = copy.deepcopy(saved["curvlab"]["descent"]), stepped("k-bfgs-20", 4, 5, 3, double_grad=True)
+    own, optimizer = (
+        copy.deepcopy(saved["curvlab"]["descent"]),
+        stepped("k-bfgs-20", 4, 5, 3, double_grad=True),
+    )
     state = saved | {"curvlab": saved["curvlab"] | {"descent": own}}
     if broken == "momentum of another shape":
         own["momentum"]["buffers"]["2"] = torch.zeros(3, 7, dtype=torch.float64)
-        refuses(optimizer, state, r"block 2 .* has shape \[3, 6\] but in the checkpoint its momentum is \[3, 7\]")
+        refuses(
+            optimizer,
+            state,
+            r"block 2 .* has shape \[3, 6\] but in the checkpoint its momentum is \[3, 7\]",
+        )
     elif broken == "momentum of no block":
         own["momentum"]["buffers"]["9"] = torch.zeros(3, 7, dtype=torch.float64)
         refuses(optimizer, state, "the checkpoint has a momentum of a? ?block 9 but")
@@ -715,7 +806,9 @@ def test_a_state_of_other_groups_is_refused_with_nothing_taken() -> None:
     regroup(one, (weight, {"lr": 0.1}), (bias, {"lr": 0.2}))
     one.step(one.objective.closure(p.x, p.y))
     refuses(
-        other, one.state_dict(), r"the checkpoint has groups of \[3, 3\] parameters but this optimizer of \[6\]: make the same"
+        other,
+        one.state_dict(),
+        r"the checkpoint has groups of \[3, 3\] parameters but this optimizer of \[6\]: make the same",
     )
     regroup(other, (weight, {}), (bias, {}))
     other.load_state_dict(one.state_dict())

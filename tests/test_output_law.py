@@ -117,7 +117,9 @@ class Heads(Own):
         return z[:, :3], z[:, 3:]
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
-        return sum(F.cross_entropy(part, y[:, i], reduction="none") for i, part in enumerate(self._each(z)))
+        return sum(
+            F.cross_entropy(part, y[:, i], reduction="none") for i, part in enumerate(self._each(z))
+        )
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         return torch.stack([Categorical().sample(part, generator) for part in self._each(z)], 1)
@@ -172,10 +174,17 @@ class Learned(nn.Module, Own):
         self.log_precision = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
-        return 0.5 * self.log_precision.exp() * (z - y).square().sum(1) - 0.5 * z.shape[1] * self.log_precision
+        return (
+            0.5 * self.log_precision.exp() * (z - y).square().sum(1)
+            - 0.5 * z.shape[1] * self.log_precision
+        )
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        return z + torch.randn(z.shape, generator=generator, dtype=z.dtype) * (-self.log_precision / 2).exp()
+        return (
+            z
+            + torch.randn(z.shape, generator=generator, dtype=z.dtype)
+            * (-self.log_precision / 2).exp()
+        )
 
     def root(self, z: Tensor) -> Tensor:
         return (self.log_precision / 2).exp() * Gaussian().root(z)
@@ -197,7 +206,9 @@ class SlightlyWeighted(Categorical):
     """By so little that 2000 draws do not show it, but the Hessians at other labels do."""
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(z, y, weight=torch.tensor([1.0, 1.001, 0.999], dtype=z.dtype), reduction="none")
+        return F.cross_entropy(
+            z, y, weight=torch.tensor([1.0, 1.001, 0.999], dtype=z.dtype), reduction="none"
+        )
 
     def root(self, z: Tensor, y: Tensor) -> Tensor:
         return super().root(z) * torch.tensor([1.0, 1.001, 0.999], dtype=z.dtype)[y].sqrt()[:, None]
@@ -392,12 +403,21 @@ CASES: dict[str, Case] = {
     # right in everything
     "subclass": Case(Subclass, Z, Y, "own", True),
     "subclass, smoothed": Case(lambda: Subclass(label_smoothing=0.2), Z, Y, "own", True),
-    "subclass, a class ignored": Case(lambda: Subclass(ignore_index=0), TOKENS, MASK.clamp_min(0), "own", True),
+    "subclass, a class ignored": Case(
+        lambda: Subclass(ignore_index=0), TOKENS, MASK.clamp_min(0), "own", True
+    ),
     "subclass, places": Case(lambda: Subclass(ignore_index=-1), TOKENS, MASK, "own", True),
-    "subclass, probabilities": Case(Subclass, TOKENS, normal(5, 3, 4, seed=8).softmax(1).float().double(), "own", True),
+    "subclass, probabilities": Case(
+        Subclass, TOKENS, normal(5, 3, 4, seed=8).softmax(1).float().double(), "own", True
+    ),
     "poisson": Case(Counts, Z, Y.double()[:, None].expand(6, 3), "own", True),
     "poisson, places": Case(
-        Counts, TOKENS, classes(5, 3, 4).double(), "loss", True, r"root has shape \(3, 5, 4, 4\), not \(V, 5, 3, 4\)"
+        Counts,
+        TOKENS,
+        classes(5, 3, 4).double(),
+        "loss",
+        True,
+        r"root has shape \(3, 5, 4, 4\), not \(V, 5, 3, 4\)",
     ),
     "margin": Case(Margin, Z, SIGNS, "own", True),
     "scaled": Case(Scaled, Z, PACKED[:, 0], "own", True),
@@ -409,41 +429,114 @@ CASES: dict[str, Case] = {
     "global generator": Case(Global, Z, PACKED[:, 0], "own", True),
     "linear": Case(Linear, Z, torch.zeros_like(Z), "own", True),
     # a root that is not that of the loss
-    "no root": Case(Rootless, Z, PACKED[:, 0], "loss", True, "^Rootless has no root: it is taken from the loss itself$"),
-    "root of another shape": Case(SquareRoot, Z, PACKED[:, 0], "loss", True, r"root has shape \(6, 3, 3\), not \(V, 6, 3\)"),
+    "no root": Case(
+        Rootless,
+        Z,
+        PACKED[:, 0],
+        "loss",
+        True,
+        "^Rootless has no root: it is taken from the loss itself$",
+    ),
+    "root of another shape": Case(
+        SquareRoot, Z, PACKED[:, 0], "loss", True, r"root has shape \(6, 3, 3\), not \(V, 6, 3\)"
+    ),
     "root forgets the mask": Case(
-        RootForgetsTheMask, TOKENS, MASK, "loss", True, r"S Sᵀ of RootF.*root is off ∂²ℓ/∂z² by a rel"
+        RootForgetsTheMask,
+        TOKENS,
+        MASK,
+        "loss",
+        True,
+        r"S Sᵀ of RootF.*root is off ∂²ℓ/∂z² by a rel",
     ),
     # labels that are not those of the loss
     "sample forgets the mask": Case(
-        SampleForgetsTheMask, TOKENS, MASK, "own", False, "at drawn labels is off that at the data's"
+        SampleForgetsTheMask,
+        TOKENS,
+        MASK,
+        "own",
+        False,
+        "at drawn labels is off that at the data's",
     ),
-    "hot": Case(Hot, 3 * Z, Y, "own", False, r"^labels drawn by Hot\.sample have mean score .* standard errors from 0$"),
-    "wide": Case(Wide, Z, PACKED[:, 0], "own", False, r"^labels drawn by Wide\.sample have scores of second moment .* apart$"),
+    "hot": Case(
+        Hot,
+        3 * Z,
+        Y,
+        "own",
+        False,
+        r"^labels drawn by Hot\.sample have mean score .* standard errors from 0$",
+    ),
+    "wide": Case(
+        Wide,
+        Z,
+        PACKED[:, 0],
+        "own",
+        False,
+        r"^labels drawn by Wide\.sample have scores of second moment .* apart$",
+    ),
     "no sample": Case(Sampleless, Z, PACKED[:, 0], "own", False, "^Sampleless has no sample$"),
-    "knowingly weighted": Case(WeightedKnowingly, Z, Y, "own", False, "^∂²ℓ/∂z² of WeightedKnowingly at drawn labels is off"),
+    "knowingly weighted": Case(
+        WeightedKnowingly,
+        Z,
+        Y,
+        "own",
+        False,
+        "^∂²ℓ/∂z² of WeightedKnowingly at drawn labels is off",
+    ),
     "slightly weighted": Case(SlightlyWeighted, Z, Y, "own", False, r"by a relative 0\.00"),
     "misshapen": Case(
-        Misshapen, Z, PACKED[:, 0], "own", False, "the loss of Misshapen does not take labels drawn by its sample"
+        Misshapen,
+        Z,
+        PACKED[:, 0],
+        "own",
+        False,
+        "the loss of Misshapen does not take labels drawn by its sample",
     ),
-    "overflowing": Case(Overflowing, Z, PACKED[:, 0], "own", False, "not finite at labels drawn by its sample"),
+    "overflowing": Case(
+        Overflowing, Z, PACKED[:, 0], "own", False, "not finite at labels drawn by its sample"
+    ),
     # neither
     "weighted": Case(
-        Weighted, Z, Y, "loss", False, r"S Sᵀ of Weighted\.root is off ∂²ℓ/∂z² by a relative [0-9.]+: it is taken"
+        Weighted,
+        Z,
+        Y,
+        "loss",
+        False,
+        r"S Sᵀ of Weighted\.root is off ∂²ℓ/∂z² by a relative [0-9.]+: it is taken",
     ),
-    "no half": Case(NoHalf, Z, PACKED[:, 0], "loss", False, r"relative 0\.5: .*second moment [34]\.\d* where ∂²ℓ/∂z² has 2, "),
-    "waiting times": Case(RatesByExponent, Z, PACKED[:, 1], "loss", False, "at drawn labels is off"),
+    "no half": Case(
+        NoHalf,
+        Z,
+        PACKED[:, 0],
+        "loss",
+        False,
+        r"relative 0\.5: .*second moment [34]\.\d* where ∂²ℓ/∂z² has 2, ",
+    ),
+    "waiting times": Case(
+        RatesByExponent, Z, PACKED[:, 1], "loss", False, "at drawn labels is off"
+    ),
     "rates": Case(
-        Rates, Z.exp(), Y.double()[:, None].expand(6, 3), "loss", False, "Rates has no root.* at drawn labels is off"
+        Rates,
+        Z.exp(),
+        Y.double()[:, None].expand(6, 3),
+        "loss",
+        False,
+        "Rates has no root.* at drawn labels is off",
     ),
     "huber": Case(Huber, 2 * Z, PACKED[:, 0], "loss", False, "at drawn labels is off"),
     "hinge": Case(Hinge, Z, SIGNS, "loss", False, "mean score"),
     "ordinal": Case(Ordinal, Z[:, 0], classes(6, of=4), "loss", False, "Ordinal.root is off"),
     # no root at all
     "student": Case(
-        StudentT, 3 * Z, PACKED[:, 0], "none", False, r"StudentT is not convex in the outputs \(eigenvalues .* -0\.\d"
+        StudentT,
+        3 * Z,
+        PACKED[:, 0],
+        "none",
+        False,
+        r"StudentT is not convex in the outputs \(eigenvalues .* -0\.\d",
     ),
-    "focal": Case(Focal, 3 * Z, Y, "none", False, r"not convex .* no root: take route=\"func\" or `product`"),
+    "focal": Case(
+        Focal, 3 * Z, Y, "none", False, r"not convex .* no root: take route=\"func\" or `product`"
+    ),
 }
 each = pytest.mark.parametrize("name", CASES)
 
@@ -465,7 +558,9 @@ def test_what_is_found_of_a_likelihood(name: str) -> None:
     likelihood = case.likelihood()
     law = law_of(likelihood, case.z, case.y)
     assert law.why == "" or "\n" not in law.why
-    assert (whose(law, likelihood, case.z, case.y), law.follows) == (case.root, case.follows), law.why
+    assert (whose(law, likelihood, case.z, case.y), law.follows) == (case.root, case.follows), (
+        law.why
+    )
     assert law.fisher_and_ggn_differ is not law.follows
     assert re.search(case.why, law.why), law.why
 
@@ -489,7 +584,9 @@ def test_class_weights_have_the_closed_form() -> None:
     expected = W[Y][:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
     for likelihood in (Weighted(), WeightedKnowingly()):
         assert_near(outer(law_of(likelihood, Z, Y).root(Z, Y)), expected)
-    assert float((outer(Weighted().root(Z)) - expected).norm() / expected.norm()) > 0.5  # what was taken before
+    assert (
+        float((outer(Weighted().root(Z)) - expected).norm() / expected.norm()) > 0.5
+    )  # what was taken before
 
 
 def test_the_root_is_symmetric_and_follows_the_labels() -> None:
@@ -530,7 +627,9 @@ def test_enumerated_labels_of_what_follows() -> None:
 def test_single_precision_finds_the_same(name: str) -> None:
     case = CASES[name]
     if name in ("slightly weighted", "module", "correlated", "ordinal"):
-        pytest.skip("holds numbers of double precision, or lies within the tolerance of single precision")
+        pytest.skip(
+            "holds numbers of double precision, or lies within the tolerance of single precision"
+        )
     y = case.y.float() if case.y.is_floating_point() else case.y
     law = law_of(case.likelihood(), case.z.float(), y)
     assert (law.root is None, law.follows) == (case.root == "none", case.follows), law.why
@@ -543,26 +642,40 @@ def test_single_precision_finds_the_same(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 6.0, 50.0, 1000.0])
 @pytest.mark.parametrize("outputs", [2, 8, 30])
-def test_no_false_alarm_at_outputs_of_any_size(dtype: torch.dtype, scale: float, outputs: int) -> None:
+def test_no_false_alarm_at_outputs_of_any_size(
+    dtype: torch.dtype, scale: float, outputs: int
+) -> None:
     """Also where every probability rounds to 0 or 1, and where most labels are too rare to be drawn."""
     for seed in range(4):
         z = (scale * normal(5, outputs, seed=seed)).to(dtype)
-        cases: list[Likelihood] = [Subclass(), type("Two", (Bernoulli,), {})(), type("Real", (Gaussian,), {})(), Margin()]
+        cases: list[Likelihood] = [
+            Subclass(),
+            type("Two", (Bernoulli,), {})(),
+            type("Real", (Gaussian,), {})(),
+            Margin(),
+        ]
         if scale <= 1:
             cases.append(Counts())
         for likelihood in cases:
             law = law_of(likelihood, z, sample_of(likelihood, z, generator(seed), classes(5)))
             assert (law.follows, law.why) == (True, ""), type(likelihood).__name__
-        weighted = type("Weighted", (Categorical,), {"loss": lambda self, z, y: (1 + y) * Categorical().loss(z, y)})()
+        weighted = type(
+            "Weighted",
+            (Categorical,),
+            {"loss": lambda self, z, y: (1 + y) * Categorical().loss(z, y)},
+        )()
         law = law_of(weighted, z, classes(5, of=outputs, seed=seed))
         assert not law.follows
-        assert law.root is not None, law.why  # convex, though by rounding its Hessians have eigenvalues below 0
+        assert law.root is not None, (
+            law.why
+        )  # convex, though by rounding its Hessians have eigenvalues below 0
         assert bool(law.root(z, classes(5, of=outputs, seed=seed)).isfinite().all())
 
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 @pytest.mark.parametrize(
-    "name", ["subclass", "weighted", "student", "no half", "wide", "sample forgets the mask", "precisions"]
+    "name",
+    ["subclass", "weighted", "student", "no half", "wide", "sample forgets the mask", "precisions"],
 )
 def test_what_is_found_does_not_depend_on_the_unit_of_the_outputs(name: str, factor: float) -> None:
     """ℓ(z / c, y) at c z: Hessians are 1/c² as large."""
@@ -605,8 +718,12 @@ def test_one_bad_example_among_many_is_seen() -> None:
         assert law_of(forgets(), z, y.clamp_min(0)).why == ""
 
 
-@pytest.mark.parametrize("likelihood", [Categorical(), Categorical(-1, 0.1), Bernoulli(), Gaussian()])
-def test_built_in_likelihoods_are_taken_as_they_are(likelihood: Likelihood, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "likelihood", [Categorical(), Categorical(-1, 0.1), Bernoulli(), Gaussian()]
+)
+def test_built_in_likelihoods_are_taken_as_they_are(
+    likelihood: Likelihood, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No loss is evaluated; the root is their own, with the labels."""
     monkeypatch.setattr(type(likelihood), "loss", None)
     z, y = (TOKENS, MASK) if isinstance(likelihood, Categorical) else (Z, Z.sigmoid())
@@ -648,7 +765,9 @@ def test_no_state_moves(name: str) -> None:
 # ------------------------------------------------------------------------------------------------------- what is no likelihood
 
 
-def loss_of(loss: Callable[[Tensor, Tensor], Tensor], base: type[Likelihood] = Gaussian) -> Likelihood:
+def loss_of(
+    loss: Callable[[Tensor, Tensor], Tensor], base: type[Likelihood] = Gaussian
+) -> Likelihood:
     return type("Mine", (base,), {"loss": lambda self, z, y: loss(z, y)})()
 
 
@@ -657,35 +776,77 @@ def ce(z: Tensor, y: Tensor) -> Tensor:
 
 
 GAUSS = PACKED[:, 0]
-TOKENWISE = torch.tensor([[0, 1, 2, -1], [1, 2, -1, -1], [0, 0, 1, 2], [1, -1, -1, -1], [2, 2, 0, 1]])
+TOKENWISE = torch.tensor(
+    [[0, 1, 2, -1], [1, 2, -1, -1], [0, 0, 1, 2], [1, -1, -1, -1], [2, 2, 0, 1]]
+)
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, str]] = {
-    "mean": (lambda z, y: (z - y).square().mean(), Z, GAUSS, r"loss of Mine for 6 examples has shape \(\), not \(6,\): return"),
+    "mean": (
+        lambda z, y: (z - y).square().mean(),
+        Z,
+        GAUSS,
+        r"loss of Mine for 6 examples has shape \(\), not \(6,\): return",
+    ),
     "not summed over outputs": (
         lambda z, y: (z - y).square(),
         Z,
         GAUSS,
         r"has shape \(6, 3\), not \(6,\): .*\.flatten\(1\)\.sum\(1\)",
     ),
-    "not summed over places": (ce, TOKENS, TOKENWISE, r"has shape \(5, 4\), not \(5,\): return one number an example"),
+    "not summed over places": (
+        ce,
+        TOKENS,
+        TOKENWISE,
+        r"has shape \(5, 4\), not \(5,\): return one number an example",
+    ),
     "a number": (lambda z, y: 0.5, Z, GAUSS, r"has shape float, not \(6,\)"),
-    "squeezed": (lambda z, y: (z - y).square().sum(1).squeeze(), Z, GAUSS, r"for 1 example has shape \(\), not \(1,\)"),
-    "no graph": (lambda z, y: (z.detach() - y).square().sum(1), Z, GAUSS, "autograd finds no way from the loss of Mine"),
+    "squeezed": (
+        lambda z, y: (z - y).square().sum(1).squeeze(),
+        Z,
+        GAUSS,
+        r"for 1 example has shape \(\), not \(1,\)",
+    ),
+    "no graph": (
+        lambda z, y: (z.detach() - y).square().sum(1),
+        Z,
+        GAUSS,
+        "autograd finds no way from the loss of Mine",
+    ),
     "over the tokens of the minibatch": (
         lambda z, y: ce(z, y).sum(1) / (y != -1).sum(),
         TOKENS,
         TOKENWISE,
         "the loss that Mine gives an example depends on the rest of the minibatch, or on chance",
     ),
-    "over the examples": (lambda z, y: (z - y).square().sum(1) / len(z), Z, GAUSS, "depends on the rest of the minibatch"),
+    "over the examples": (
+        lambda z, y: (z - y).square().sum(1) / len(z),
+        Z,
+        GAUSS,
+        "depends on the rest of the minibatch",
+    ),
     "contrast": (
         lambda z, y: z.square().sum(1) - (z @ z.T).softmax(1).diagonal().log(),
         Z,
         GAUSS,
         "depends on the rest of the minibatch",
     ),
-    "outputs centred": (lambda z, y: (z - z.mean(0) - y).square().sum(1), Z, GAUSS, "depends on the rest of the minibatch"),
-    "ranked": (lambda z, y: z.sum(1) - z.sum(1).sort().values, Z, GAUSS, "depends on the rest of the minibatch"),
-    "dropout": (lambda z, y: F.dropout(z - y).square().sum(1), Z, GAUSS, "depends on the rest of the minibatch, or on chance"),
+    "outputs centred": (
+        lambda z, y: (z - z.mean(0) - y).square().sum(1),
+        Z,
+        GAUSS,
+        "depends on the rest of the minibatch",
+    ),
+    "ranked": (
+        lambda z, y: z.sum(1) - z.sum(1).sort().values,
+        Z,
+        GAUSS,
+        "depends on the rest of the minibatch",
+    ),
+    "dropout": (
+        lambda z, y: F.dropout(z - y).square().sum(1),
+        Z,
+        GAUSS,
+        "depends on the rest of the minibatch, or on chance",
+    ),
 }
 
 
@@ -709,7 +870,9 @@ def test_division_by_an_examples_own_tokens_is_its_own_business() -> None:
     law = law_of(PerSequence(), TOKENS, TOKENWISE)
     assert "PerSequence.root is off" in law.why
     assert not law.follows  # scores of labels drawn have second moment 1/t², and the Hessian 1/t
-    assert_near(outer(law.root(TOKENS, TOKENWISE)), output_hessian(PerSequence(), TOKENS, TOKENWISE))
+    assert_near(
+        outer(law.root(TOKENS, TOKENWISE)), output_hessian(PerSequence(), TOKENS, TOKENWISE)
+    )
 
 
 def test_one_example_and_one_output() -> None:
@@ -750,12 +913,21 @@ def test_a_loss_that_has_no_second_derivative() -> None:
     def ctc(z: Tensor, y: Tensor) -> Tensor:
         n, steps = len(z), torch.full((len(z),), 3)
         logits = torch.stack([z, -z, 0 * z], 2).movedim(1, 0)
-        return F.ctc_loss(logits.log_softmax(2), torch.ones(n, 1).long(), steps, torch.ones(n).long(), reduction="none")
+        return F.ctc_loss(
+            logits.log_softmax(2),
+            torch.ones(n, 1).long(),
+            steps,
+            torch.ones(n).long(),
+            reduction="none",
+        )
 
     for loss in (lambda z, y: Once.apply(z - y), ctc):
         law = law_of(loss_of(loss), Z, GAUSS)
         assert (law.root, law.follows) == (None, False)
-        assert law.why == "the loss of Mine cannot be differentiated twice: write it in functions of torch"
+        assert (
+            law.why
+            == "the loss of Mine cannot be differentiated twice: write it in functions of torch"
+        )
 
 
 def test_an_error_of_a_likelihoods_own_is_not_hidden() -> None:
@@ -780,7 +952,10 @@ def test_a_root_too_large_is_said_and_not_made(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
     root = law_of(Weighted(), Z, Y).root
     monkeypatch.setattr(errors, "_memory", lambda: 1500)
-    with pytest.raises(CurvlabError, match=r"the output Hessian of Weighted \(3 outputs in each of 6 examples\) would need"):
+    with pytest.raises(
+        CurvlabError,
+        match=r"the output Hessian of Weighted \(3 outputs in each of 6 examples\) would need",
+    ):
         root(Z, Y)
 
 

@@ -18,10 +18,16 @@ SEEDS = st.integers(0, 999)
 
 def dense(g: Tensor, a: Tensor) -> Tensor:
     """Σₙ (Σ_v g gᵀ) ⊗ a aᵀ, one term at a time."""
-    return sum(torch.kron(torch.outer(gv, gv), torch.outer(an, an)) for vector in g for gv, an in zip(vector, a, strict=True))
+    return sum(
+        torch.kron(torch.outer(gv, gv), torch.outer(an, an))
+        for vector in g
+        for gv, an in zip(vector, a, strict=True)
+    )
 
 
-def packing(g: Tensor, a: Tensor, old: float = 0.0, new: float = 1.0, packed: Tensor | None = None) -> Tensor:
+def packing(
+    g: Tensor, a: Tensor, old: float = 0.0, new: float = 1.0, packed: Tensor | None = None
+) -> Tensor:
     o, i = g.shape[2], a.shape[1]
     if packed is None:
         packed = a.new_full((o * (o + 1) // 2, i * (i + 1) // 2), 0.0)
@@ -43,7 +49,13 @@ def test_inputs_without_pairs_are_zero(active: list[int]) -> None:
     g, a = normal(2, 5, 3), torch.zeros(5, 4, dtype=torch.float64)
     a[:, active] = normal(5, len(active), seed=1)
     packed = (
-        pk.accumulate_(a.new_zeros(6, len(active) * (len(active) + 1) // 2), pk.output_pairs(g), a[:, active], old=0.0, new=1.0)
+        pk.accumulate_(
+            a.new_zeros(6, len(active) * (len(active) + 1) // 2),
+            pk.output_pairs(g),
+            a[:, active],
+            old=0.0,
+            new=1.0,
+        )
         if active
         else a.new_zeros(6, 0)
     )
@@ -66,14 +78,21 @@ def test_second_moments_by_panels(order: int, count: int) -> None:
 
 @FEW
 @given(st.integers(1, 3), SIZE, SIZE, SIZE, SIZE, SIZE, SEEDS)
-def test_products_between_two_layers(v: int, n: int, o: int, i: int, p: int, j: int, seed: int) -> None:
+def test_products_between_two_layers(
+    v: int, n: int, o: int, i: int, p: int, j: int, seed: int
+) -> None:
     """new · Σₙ (Σ_v g g'ᵀ) ⊗ (a a'ᵀ), added to what is there."""
-    g, a = (normal(v, n, o, seed=seed), normal(v, n, p, seed=seed + 1)), (normal(n, i, seed=seed + 2), normal(n, j, seed=7))
+    g, a = (
+        (normal(v, n, o, seed=seed), normal(v, n, p, seed=seed + 1)),
+        (normal(n, i, seed=seed + 2), normal(n, j, seed=7)),
+    )
     start = normal(o * i, p * j, seed=8)
     found = start.clone()
     pk.accumulate_between_(found, g, a, 0.3)
     products = [
-        torch.kron(torch.outer(g[0][u, m], g[1][u, m]), torch.outer(a[0][m], a[1][m])) for u in range(v) for m in range(n)
+        torch.kron(torch.outer(g[0][u, m], g[1][u, m]), torch.outer(a[0][m], a[1][m]))
+        for u in range(v)
+        for m in range(n)
     ]
     assert_near(found, start + 0.3 * sum(products))
 
@@ -97,7 +116,12 @@ def test_output_pairs_are_the_lower_triangle_row_by_row(v: int) -> None:
 @given(st.integers(1, 2), SIZE, SIZE, SIZE, st.floats(0, 2), st.floats(0, 2), SEEDS)
 def test_folding_in(v: int, n: int, o: int, i: int, old: float, new: float, seed: int) -> None:
     """old · packed + new · sum, in place."""
-    g, a, g2, a2 = normal(v, n, o, seed=seed), normal(n, i, seed=seed + 1), normal(v, n, o, seed=seed + 2), normal(n, i, seed=1)
+    g, a, g2, a2 = (
+        normal(v, n, o, seed=seed),
+        normal(n, i, seed=seed + 1),
+        normal(v, n, o, seed=seed + 2),
+        normal(n, i, seed=1),
+    )
     packed = packing(g, a)
     assert packing(g2, a2, old, new, packed) is packed
     expected = old * dense(g, a) + new * dense(g2, a2)
@@ -115,7 +139,12 @@ def test_nothing_of_the_old_remains_at_old_zero() -> None:
 @pytest.mark.parametrize("v", [1, 2])
 def test_chunk_boundaries(monkeypatch: pytest.MonkeyPatch, pairs: int, v: int) -> None:
     """7 inputs make 28 pairs, cut at every place that can go wrong; each chunk is blended once."""
-    g, a, g2, a2 = normal(v, 5, 2), normal(5, 7, seed=1), normal(v, 5, 2, seed=2), normal(5, 7, seed=3)
+    g, a, g2, a2 = (
+        normal(v, 5, 2),
+        normal(5, 7, seed=1),
+        normal(v, 5, 2, seed=2),
+        normal(5, 7, seed=3),
+    )
     monkeypatch.setattr(pk, "_CHUNK_BYTES", 8 * 5 * pairs)
     packed = packing(g2, a2, 0.25, 0.75, packing(g, a))
     assert_near(pk.unpack_full(packed, 2, 7), 0.25 * dense(g, a) + 0.75 * dense(g2, a2))
@@ -141,7 +170,10 @@ def test_grow_keeps_the_matrix(old: set[int], more: set[int], o: int, seed: int)
     assert_near(pk.unpack_full(grown, o, len(after)), dense(g, a[:, after]))
     assert_near(grown, packing(g, a[:, after]))
     a2, g2 = normal(4, len(after), seed=seed + 2), normal(2, 4, o, seed=seed + 3)
-    assert_near(pk.unpack_full(packing(g2, a2, 1.0, 1.0, grown), o, len(after)), dense(g, a[:, after]) + dense(g2, a2))
+    assert_near(
+        pk.unpack_full(packing(g2, a2, 1.0, 1.0, grown), o, len(after)),
+        dense(g, a[:, after]) + dense(g2, a2),
+    )
 
 
 def test_grow_to_the_same_inputs_changes_nothing() -> None:

@@ -66,7 +66,9 @@ def odd(tmp_path: Path) -> Path:
 )
 def test_where_no_file_can_be_written(odd: Path, name: str, says: str) -> None:
     before = sorted(odd.rglob("*"))
-    with pytest.raises(cl.CurvlabError, match=f"^the picture .* cannot be written: .*{says}.*; say another$"):
+    with pytest.raises(
+        cl.CurvlabError, match=f"^the picture .* cannot be written: .*{says}.*; say another$"
+    ):
         paths.check_file(odd / name, "picture", "say another")
     assert sorted(odd.rglob("*")) == before
 
@@ -74,7 +76,9 @@ def test_where_no_file_can_be_written(odd: Path, name: str, says: str) -> None:
 def test_where_a_file_can_be_written(odd: Path) -> None:
     assert paths.check_file(odd / "new", "x") == odd / "new"
     assert paths.check_file(odd / "file", "x") == odd / "file"
-    assert paths.check_file(odd / "link", "x") == odd / "file"  # what it leads to, which stays a link
+    assert (
+        paths.check_file(odd / "link", "x") == odd / "file"
+    )  # what it leads to, which stays a link
     assert not (odd / "new").exists()
 
 
@@ -99,7 +103,10 @@ def test_where_no_folder_can_be_written(odd: Path, name: str, says: str) -> None
 
 def test_what_stands_in_the_place_of_a_file(odd: Path) -> None:
     (odd / "folder" / "x.png").mkdir()
-    with pytest.raises(cl.CurvlabError, match=re.escape(f"{odd / 'folder' / 'x.png'} cannot be written: it is a folder")):
+    with pytest.raises(
+        cl.CurvlabError,
+        match=re.escape(f"{odd / 'folder' / 'x.png'} cannot be written: it is a folder"),
+    ):
         paths.check_folder(odd / "folder", ("x.svg", "x.png"))
     paths.check_folder(odd / "folder", ("x.svg",))
     paths.check_folder(odd / "/".join("d" * 100), ("x.svg",))
@@ -154,12 +161,18 @@ def test_folders_of_a_run_that_fails_go_again(tmp_path: Path) -> None:
 def test_users_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CURVLAB_DATA", "~nosuch-user/data")
     monkeypatch.setenv("CURVLAB_CACHE", "~nosuch-user")
-    with pytest.raises(cl.CurvlabError, match="CURVLAB_DATA is '~nosuch-user/data', and there is no such user"):
+    with pytest.raises(
+        cl.CurvlabError, match="CURVLAB_DATA is '~nosuch-user/data', and there is no such user"
+    ):
         files.folders()
-    with pytest.raises(cl.CurvlabError, match="CURVLAB_CACHE is '~nosuch-user', and there is no such user"):
+    with pytest.raises(
+        cl.CurvlabError, match="CURVLAB_CACHE is '~nosuch-user', and there is no such user"
+    ):
         files.cache()
     monkeypatch.setenv("CURVLAB_DATA", "x" * 300)
-    with pytest.raises(cl.CurvlabError, match=r"the CURVLAB_DATA 'xxx.*' cannot be: it has a name of 300 bytes"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"the CURVLAB_DATA 'xxx.*' cannot be: it has a name of 300 bytes"
+    ):
         files.file("a9a")
 
 

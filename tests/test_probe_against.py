@@ -23,13 +23,19 @@ def small() -> tuple[cl.Objective, Tensor, Tensor]:
         model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 3)).double()
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(20, 2, generator=draw, dtype=torch.float64)
-    return cl.Objective(model, cl.likelihoods.Categorical(), l2=0.01), x, torch.randint(3, (20,), generator=draw)
+    return (
+        cl.Objective(model, cl.likelihoods.Categorical(), l2=0.01),
+        x,
+        torch.randint(3, (20,), generator=draw),
+    )
 
 
 def by_hand(objective: cl.Objective, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights, gradient, GGN and Hessian of mean loss and L2 term in the layout's order: jacobians of the bare model."""
     W1, b1, W2, b2 = (p.detach() for p in objective.model.parameters())
-    w = torch.cat([torch.cat([W1, b1[:, None]], 1).flatten(), torch.cat([W2, b2[:, None]], 1).flatten()])
+    w = torch.cat(
+        [torch.cat([W1, b1[:, None]], 1).flatten(), torch.cat([W2, b2[:, None]], 1).flatten()]
+    )
 
     def outputs(w: Tensor) -> Tensor:
         one, two = w[:6].view(2, 3), w[6:].view(3, 3)
@@ -42,13 +48,19 @@ def by_hand(objective: cl.Objective, x: Tensor, y: Tensor) -> tuple[Tensor, Tens
     H = torch.autograd.functional.hessian(loss, w)
     J, q = torch.autograd.functional.jacobian(outputs, w), outputs(w).softmax(1)
     S = torch.diag_embed(q) - q[:, :, None] * q[:, None, :]
-    ggn = torch.einsum("nci,ncd,ndj->ij", J, S, J) / len(x) + 0.02 * torch.eye(len(w), dtype=torch.float64)
+    ggn = torch.einsum("nci,ncd,ndj->ij", J, S, J) / len(x) + 0.02 * torch.eye(
+        len(w), dtype=torch.float64
+    )
     return w, g, ggn, H
 
 
-def frame_of(algorithms: dict[str, dict], lr: float = 0.3) -> tuple[Frame, dict[str, object], Tensor, Tensor]:
+def frame_of(
+    algorithms: dict[str, dict], lr: float = 0.3
+) -> tuple[Frame, dict[str, object], Tensor, Tensor]:
     objective, x, y = small()
-    curvatures = {name: cl.approximation(name, objective, **options) for name, options in algorithms.items()}
+    curvatures = {
+        name: cl.approximation(name, objective, **options) for name, options in algorithms.items()
+    }
     now = objective.closure(x, y).observe({"data", "model", "exact"})
     for curvature in curvatures.values():
         curvature.update(now)
@@ -62,7 +74,12 @@ def measured(name: str, frame: Frame) -> dict[str, np.ndarray]:
 
 
 def test_reduction_against_the_dense_model() -> None:
-    names = {"kfac": {"damping": 0.1}, "tnt": {"damping": 0.1}, "sgd-m": {}, "block-ggn": {"damping": 0.1}}
+    names = {
+        "kfac": {"damping": 0.1},
+        "tnt": {"damping": 0.1},
+        "sgd-m": {},
+        "block-ggn": {"damping": 0.1},
+    }
     frame, curvatures, x, y = frame_of(names)
     objective = frame.objective
     w, g, ggn, H = by_hand(objective, x, y)
@@ -78,7 +95,9 @@ def test_reduction_against_the_dense_model() -> None:
         d = -0.3 * p
         assert found["reduction_actual"][i] == pytest.approx(loss(w) - loss(w + d), rel=1e-10)
         for j, B in ((1, ggn), (2, H)):
-            assert found["reduction_predicted"][i, j] == pytest.approx(-float(g @ d + d @ B @ d / 2), rel=1e-10)
+            assert found["reduction_predicted"][i, j] == pytest.approx(
+                -float(g @ d + d @ B @ d / 2), rel=1e-10
+            )
         if name == "sgd-m":
             assert np.isnan(found["rho"][i, 0])
             continue
@@ -110,7 +129,9 @@ def test_the_model_and_the_condition_of_a_method_of_the_whole_vector(name: str) 
         p = torch.cat([d.flatten() for d in direction.values()])
         H = curvature.inverse["whole"].dense()
         lam = curvature.lam if hasattr(curvature, "lam") else curvature.damping
-        B = torch.linalg.inv(H) - (lam - (0.02 if name in ("smw-ng", "smw-gn", "hf") else 0)) * torch.eye(15, dtype=H.dtype)
+        B = torch.linalg.inv(H) - (
+            lam - (0.02 if name in ("smw-ng", "smw-gn", "hf") else 0)
+        ) * torch.eye(15, dtype=H.dtype)
         assert float(seen[0][0]["reduction_predicted"][0, 0]) == pytest.approx(
             0.3 * float(g @ p) - 0.045 * float(p @ B @ p), rel=1e-8
         )
@@ -118,7 +139,9 @@ def test_the_model_and_the_condition_of_a_method_of_the_whole_vector(name: str) 
         if name == "hf":
             assert np.isnan(seen[0][1]["condition"]).all()
         else:
-            np.testing.assert_allclose(seen[0][1]["condition"], float(values[-1] / values[0]), rtol=1e-8)
+            np.testing.assert_allclose(
+                seen[0][1]["condition"], float(values[-1] / values[0]), rtol=1e-8
+            )
 
     optimizer.look = look
     optimizer.step(objective.closure(x, y))
@@ -139,7 +162,9 @@ def test_ends_of_the_spectra_and_alignment_against_eigh(monkeypatch: pytest.Monk
     spectrum, alignment = measured("spectrum", frame), measured("alignment", frame)
     for j, B in enumerate((ggn, H)):
         values, vectors = torch.linalg.eigh(B)
-        assert spectrum["curvature_end"][j] == pytest.approx([float(values[0]), float(values[-1])], rel=1e-9, abs=1e-12)
+        assert spectrum["curvature_end"][j] == pytest.approx(
+            [float(values[0]), float(values[-1])], rel=1e-9, abs=1e-12
+        )
         assert (spectrum["curvature_end_error"][j] < 1e-8).all()
         top = vectors[:, -5:]
         for i, name in enumerate(("kfac", "sgd-m")):
@@ -153,7 +178,12 @@ def test_ends_of_the_spectra_and_alignment_against_eigh(monkeypatch: pytest.Monk
 
 def test_error_is_that_of_the_dense_blocks() -> None:
     frame, curvatures, x, y = frame_of(
-        {"kfac": {"damping": 0.1}, "block-ggn": {"damping": 0.1}, "tnt": {"damping": 0.1}, "sgd-m": {}}
+        {
+            "kfac": {"damping": 0.1},
+            "block-ggn": {"damping": 0.1},
+            "tnt": {"damping": 0.1},
+            "sgd-m": {},
+        }
     )
     _, _, ggn, _ = by_hand(frame.objective, x, y)
     ggn = ggn - 0.02 * torch.eye(15, dtype=torch.float64)
@@ -164,13 +194,19 @@ def test_error_is_that_of_the_dense_blocks() -> None:
             if name == "sgd-m":
                 assert np.isnan(found["matrix_error"][i, j])
                 continue
-            B = list(curvatures[name].blocks.values())[j].matrix().dense() * (20 if name == "tnt" else 1)
-            assert found["matrix_error"][i, j] == pytest.approx(float((B - exact).norm() / exact.norm()), rel=1e-8, abs=1e-12)
+            B = list(curvatures[name].blocks.values())[j].matrix().dense() * (
+                20 if name == "tnt" else 1
+            )
+            assert found["matrix_error"][i, j] == pytest.approx(
+                float((B - exact).norm() / exact.norm()), rel=1e-8, abs=1e-12
+            )
             cosine = float((B * exact).sum() / B.norm() / exact.norm())
             assert found["matrix_cosine"][i, j] == pytest.approx(cosine, rel=1e-10)
             scaled = float((B * (cosine * exact.norm() / B.norm()) - exact).norm() / exact.norm())
             assert found["matrix_error_scaled"][i, j] == pytest.approx(scaled, rel=1e-6, abs=1e-7)
-            assert found["matrix_trace_ratio"][i, j] == pytest.approx(float(B.trace() / exact.trace()), rel=1e-10)
+            assert found["matrix_trace_ratio"][i, j] == pytest.approx(
+                float(B.trace() / exact.trace()), rel=1e-10
+            )
             distance = torch.linalg.eigvalsh(B) - torch.linalg.eigvalsh(exact)
             assert found["matrix_spectrum_error"][i, j] == pytest.approx(
                 float(distance.norm() / exact.norm()), rel=1e-8, abs=1e-12
@@ -178,12 +214,19 @@ def test_error_is_that_of_the_dense_blocks() -> None:
     assert (found["matrix_error"][1] < 1e-12).all()
 
 
-@pytest.mark.parametrize("model", ["tanh", "no-bias", "tokens", "conv", "groups", "conv-1d", "embedding", "norm", "conv-norm"])
+@pytest.mark.parametrize(
+    "model",
+    ["tanh", "no-bias", "tokens", "conv", "groups", "conv-1d", "embedding", "norm", "conv-norm"],
+)
 def test_noise_from_the_gradients_of_one_example_at_a_time(model: str) -> None:
     p = problem(model)
     objective = p.objective()
     frame = Frame(
-        0, objective.closure(p.x, p.y).observe(), {"x": {b.name: torch.zeros(b.shape) for b in objective.blocks}}, "x", 1.0
+        0,
+        objective.closure(p.x, p.y).observe(),
+        {"x": {b.name: torch.zeros(b.shape) for b in objective.blocks}},
+        "x",
+        1.0,
     )
     found = measured("noise", frame)
     each = []
@@ -207,8 +250,13 @@ def test_noise_from_the_gradients_of_one_example_at_a_time(model: str) -> None:
 
 
 def test_condition_and_memory() -> None:
-    frame, curvatures, *_ = frame_of({"kfac": {"damping": 0.1}, "block-fisher": {"damping": 0.1}, "adam": {}, "sgd-m": {}})
-    condition, held = measured("condition", frame)["condition"], measured("memory", frame)["bytes_held"]
+    frame, curvatures, *_ = frame_of(
+        {"kfac": {"damping": 0.1}, "block-fisher": {"damping": 0.1}, "adam": {}, "sgd-m": {}}
+    )
+    condition, held = (
+        measured("condition", frame)["condition"],
+        measured("memory", frame)["bytes_held"],
+    )
     for i, curvature in enumerate(curvatures.values()):
         for j, inverse in enumerate(curvature.inverse.values()):
             values = torch.linalg.eigvalsh(inverse.dense())
@@ -225,20 +273,33 @@ def test_probes_leave_chance_buffers_and_the_run_alone_and_refuse_dropout(tmp_pa
             model = nn.Sequential(nn.Linear(5, 4), layer, nn.Tanh(), nn.Linear(4, 3)).double()
             data = batches(problem(), 4)
             ds = cl.train(
-                cl.Objective(model, cl.likelihoods.Categorical()), data, algorithm="kfac", lr=0.05, damping=0.1, probes=probes
+                cl.Objective(model, cl.likelihoods.Categorical()),
+                data,
+                algorithm="kfac",
+                lr=0.05,
+                damping=0.1,
+                probes=probes,
             )
             return model, ds.dataset
 
     rerun = [f"{n}:1" for n in ("reduction", "spectrum", "alignment", "bounds", "noise")]
     bare, _ = run(layer=nn.BatchNorm1d(4))
     seen, ds = run(*rerun, layer=nn.BatchNorm1d(4))
-    assert all(torch.equal(p, q) for p, q in zip(bare.state_dict().values(), seen.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(bare.state_dict().values(), seen.state_dict().values(), strict=True)
+    )
     assert np.isfinite(ds["rho"].sel(model=["ggn", "hessian"])).all()
     bare, _ = run(layer=nn.Dropout(0.5))
     seen, _ = run("bounds:1", "noise:1", layer=nn.Dropout(0.5))
-    assert all(torch.equal(p, q) for p, q in zip(bare.state_dict().values(), seen.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(bare.state_dict().values(), seen.state_dict().values(), strict=True)
+    )
     for name in ("reduction", "spectrum", "alignment"):
-        with pytest.raises(cl.CurvlabError, match=f"probe '{name}': the model draws random numbers"):
+        with pytest.raises(
+            cl.CurvlabError, match=f"probe '{name}': the model draws random numbers"
+        ):
             run(name, layer=nn.Dropout(0.5))
     with pytest.raises(cl.CurvlabError, match=r"probe 'error': .* normalises over the batch"):
         run("error", layer=nn.BatchNorm1d(4))

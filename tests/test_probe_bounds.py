@@ -22,7 +22,14 @@ from curvlab.probes.bounds import bounded_inputs, ends
 from curvlab.show import tables
 
 MU1 = 0.2
-NAMES = ["k-bfgs-20-convergent", "k-bfgs-convergent", "kf-bfgs-cnn-convergent", "k-bfgs-20", "tnt", "kfac"]
+NAMES = [
+    "k-bfgs-20-convergent",
+    "k-bfgs-convergent",
+    "kf-bfgs-cnn-convergent",
+    "k-bfgs-20",
+    "tnt",
+    "kfac",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,13 @@ def seen() -> xr.Dataset:
     """From the second step on."""
     p = problem()
     ds = cl.compare(
-        p.objective(), batches(p, 5), reference="sgd-m", algorithms=NAMES, lr=0.5, damping=0.2, probes=["bounds:1", "damping"]
+        p.objective(),
+        batches(p, 5),
+        reference="sgd-m",
+        algorithms=NAMES,
+        lr=0.5,
+        damping=0.2,
+        probes=["bounds:1", "damping"],
     ).dataset
     return ds.isel(step=slice(1, None))
 
@@ -39,7 +52,9 @@ def test_eigenvalues_are_those_of_the_dense_inverse() -> None:
     p = problem()
     data = batches(p, 4)
     for name in ("k-bfgs-20", "k-bfgs-l-20", "tnt", "kfac", "shampoo", "skqn-l"):
-        ds = cl.train(problem().objective(), data, algorithm=name, lr=0.05, damping=0.2, probes=["bounds:3"]).dataset
+        ds = cl.train(
+            problem().objective(), data, algorithm=name, lr=0.05, damping=0.2, probes=["bounds:3"]
+        ).dataset
         objective = problem().objective()
         optimizer = cl.optimizer(name, objective, lr=0.05, damping=0.2)
         for x, y in data:
@@ -47,8 +62,12 @@ def test_eigenvalues_are_those_of_the_dense_inverse() -> None:
         last = ds.isel(bounds_step=-1, algorithm=0).sel(factor="product")
         for block, inverse in optimizer.descent.curvature.inverse.items():
             values = torch.linalg.eigvalsh(inverse.dense())
-            assert float(last["eigenvalue_low"].sel(block=block)) == pytest.approx(float(values[0]), rel=1e-9)
-            assert float(last["eigenvalue_high"].sel(block=block)) == pytest.approx(float(values[-1]), rel=1e-9)
+            assert float(last["eigenvalue_low"].sel(block=block)) == pytest.approx(
+                float(values[0]), rel=1e-9
+            )
+            assert float(last["eigenvalue_high"].sel(block=block)) == pytest.approx(
+                float(values[-1]), rel=1e-9
+            )
 
 
 def test_bounds_hold_and_say_how_tight_they_are(seen: xr.Dataset) -> None:
@@ -64,7 +83,10 @@ def test_bounds_hold_and_say_how_tight_they_are(seen: xr.Dataset) -> None:
     checked = np.isfinite(seen["update_bound_H"].values)
     assert checked[:, 1:5].any((0, 2)).all()
     for which in "BH":
-        norms, limits = seen[f"update_norm_{which}"].values[checked], seen[f"update_bound_{which}"].values[checked]
+        norms, limits = (
+            seen[f"update_norm_{which}"].values[checked],
+            seen[f"update_bound_{which}"].values[checked],
+        )
         assert (norms <= limits * (1 + 1e-9)).all()
 
 
@@ -99,7 +121,10 @@ def test_bounds_by_hand(seen: xr.Dataset) -> None:
         at = seen.sel(algorithm=name, factor="a")
         np.testing.assert_allclose(at["bound_low"], lower, rtol=1e-13)
         np.testing.assert_allclose(at["bound_high"], 1 / root, rtol=1e-13)
-    mu3 = {"k-bfgs-convergent": MU1 / (root * (1 + 2 * MU1)), "kf-bfgs-cnn-convergent": MU1 / (1 + 2 * MU1 * root)}
+    mu3 = {
+        "k-bfgs-convergent": MU1 / (root * (1 + 2 * MU1)),
+        "kf-bfgs-cnn-convergent": MU1 / (1 + 2 * MU1 * root),
+    }
     start = {"k-bfgs-convergent": 1 / root, "kf-bfgs-cnn-convergent": 1.0}
     for name, third in mu3.items():
         at = seen.sel(algorithm=name, factor="g", block="2")
@@ -111,9 +136,15 @@ def test_bounds_by_hand(seen: xr.Dataset) -> None:
             for _ in range(p):
                 high = growth * high + 1 / root
             assert bound == pytest.approx(high, rel=1e-12)
-            assert float(at["bound_low"][i]) == pytest.approx(1 / (1 / start[name] + p / third), rel=1e-12)
+            assert float(at["bound_low"][i]) == pytest.approx(
+                1 / (1 / start[name] + p / third), rel=1e-12
+            )
     assert seen.sel(algorithm=NAMES[0], factor="g")["bound_low"].values == pytest.approx(
-        (1 + 1 / MU1) ** -(1.0 + np.cumsum(seen["pair_skipped"].sel(algorithm=NAMES[0], pair="g").values == 0, 0)), rel=1e-12
+        (1 + 1 / MU1)
+        ** -(
+            1.0 + np.cumsum(seen["pair_skipped"].sel(algorithm=NAMES[0], pair="g").values == 0, 0)
+        ),
+        rel=1e-12,
     )
 
 
@@ -121,7 +152,9 @@ def test_tnts_bound_is_lemma_10_of_its_own_averages() -> None:
     p = problem()
     objective = p.objective()
     data = batches(p, 3)
-    ds = cl.train(problem().objective(), data, algorithm="tnt", lr=0.0, damping=0.1, probes=["bounds:2"]).dataset
+    ds = cl.train(
+        problem().objective(), data, algorithm="tnt", lr=0.0, damping=0.1, probes=["bounds:2"]
+    ).dataset
     optimizer = cl.optimizer("tnt", objective, lr=0.0, damping=0.1)
     for x, y in data:
         optimizer.step(objective.closure(x, y))
@@ -138,8 +171,12 @@ def test_tnts_bound_is_lemma_10_of_its_own_averages() -> None:
     parts = optimizer.descent.curvature.inverse["2"].parts
     for name, factor in zip("ga", parts[0].factors, strict=True):
         values = torch.linalg.eigvalsh(factor)
-        assert float(factors["eigenvalue_low"].sel(factor=name)) == pytest.approx(float(values[0]), rel=1e-9)
-        assert float(factors["eigenvalue_high"].sel(factor=name)) == pytest.approx(float(values[-1]), rel=1e-9)
+        assert float(factors["eigenvalue_low"].sel(factor=name)) == pytest.approx(
+            float(values[0]), rel=1e-9
+        )
+        assert float(factors["eigenvalue_high"].sel(factor=name)) == pytest.approx(
+            float(values[-1]), rel=1e-9
+        )
 
 
 def test_the_table_says_how_often_bounds_hold_and_how_loose_they_are(seen: xr.Dataset) -> None:
@@ -181,14 +218,22 @@ def test_ends_of_operators_by_their_factors() -> None:
     A, B = (torch.randn(d, d, generator=generator, dtype=torch.float64) for d in (3, 4))
     A, B = A + A.T, B + B.T
     values = torch.linalg.eigvalsh(torch.kron(A, B))
-    assert ends(Kronecker((A, B))) == pytest.approx((float(values[0]), float(values[-1])), rel=1e-12)
+    assert ends(Kronecker((A, B))) == pytest.approx(
+        (float(values[0]), float(values[-1])), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["tnt", "tnt-ideal"])
 def test_bounds_hold_where_inverses_are_older_than_statistics(name: str) -> None:
     p = problem()
     ds = cl.train(
-        p.objective(), batches(p, 13), algorithm=name, lr=0.1, damping=0.3, refresh_every=4, probes=["bounds:1"]
+        p.objective(),
+        batches(p, 13),
+        algorithm=name,
+        lr=0.1,
+        damping=0.3,
+        refresh_every=4,
+        probes=["bounds:1"],
     ).dataset
     for end in ("low", "high"):
         found = ds[f"tightness_{end}"].values
@@ -198,10 +243,14 @@ def test_bounds_hold_where_inverses_are_older_than_statistics(name: str) -> None
 
 def test_no_activation_bounds_what_a_norm_makes_of_its_inputs() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    model = nn.Sequential(
+        nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)
+    ).double()
     objective = cl.Objective(model, cl.likelihoods.Categorical())
     p = problem()
-    ds = cl.train(objective, [(p.x, p.y)], algorithm="tnt", lr=0.0, damping=0.2, probes=["bounds"]).dataset
+    ds = cl.train(
+        objective, [(p.x, p.y)], algorithm="tnt", lr=0.0, damping=0.2, probes=["bounds"]
+    ).dataset
     with torch.no_grad():
         normalised = nn.functional.layer_norm(torch.tanh(model[0](p.x)), (4,)).abs().max()
     assert float(normalised) > 1
@@ -218,7 +267,14 @@ def _own_names() -> Iterator[None]:
     ALGORITHMS.update(before)
 
 
-PROVEN = ("bound_low", "bound_high", "tightness_low", "tightness_high", "eigenvalue_low", "eigenvalue_high")
+PROVEN = (
+    "bound_low",
+    "bound_high",
+    "tightness_low",
+    "tightness_high",
+    "eigenvalue_low",
+    "eigenvalue_high",
+)
 
 
 @pytest.mark.usefixtures("_own_names")
@@ -227,7 +283,8 @@ def test_tnt_has_its_bounds_under_any_name() -> None:
     p = problem()
     arguments = {"lr": 0.1, "damping": 0.3, "probes": ["bounds:1"]}
     mine, tnt = (
-        cl.train(problem().objective(), batches(p, 3), algorithm=name, **arguments).dataset for name in ("mine", "tnt")
+        cl.train(problem().objective(), batches(p, 3), algorithm=name, **arguments).dataset
+        for name in ("mine", "tnt")
     )
     assert np.isfinite(mine["bound_low"]).all()
     for name in PROVEN:
@@ -240,7 +297,14 @@ def test_a_method_that_is_called_tnt_but_is_not_has_not_its_bounds(other: str) -
     """Lemma 10 is of (4.10), which the name does not make a method follow."""
     ALGORITHMS["tnt-mine"] = replace(ALGORITHMS[other], summary="no TNT, named by a user")
     p = problem()
-    ds = cl.train(p.objective(), batches(p, 3), algorithm="tnt-mine", lr=0.01, damping=0.3, probes=["bounds:1"]).dataset
+    ds = cl.train(
+        p.objective(),
+        batches(p, 3),
+        algorithm="tnt-mine",
+        lr=0.01,
+        damping=0.3,
+        probes=["bounds:1"],
+    ).dataset
     assert np.isfinite(ds["eigenvalue_low"].sel(factor="product")).all()
     for name in ("bound_low", "bound_high"):
         assert np.isnan(ds[name]).all()
@@ -269,13 +333,28 @@ def test_tnts_bounds_are_of_the_damping_of_the_last_refresh(name: str) -> None:
             assert (ds[f"tightness_{end}"] >= 1 - 1e-9).all()
 
 
-def test_bounds_of_a_run_that_goes_on_between_refreshes_are_those_of_the_whole_run(tmp_path: Path) -> None:
+def test_bounds_of_a_run_that_goes_on_between_refreshes_are_those_of_the_whole_run(
+    tmp_path: Path,
+) -> None:
     """At a damping that stands; one that moves is not in the checkpoint, which holds the damping of
     now alone."""
     p = problem()
-    arguments = {"algorithm": "tnt", "lr": 0.05, "damping": 0.3, "refresh_every": 4, "probes": ["bounds:1"]}
+    arguments = {
+        "algorithm": "tnt",
+        "lr": 0.05,
+        "damping": 0.3,
+        "refresh_every": 4,
+        "probes": ["bounds:1"],
+    }
     for epochs in (1, 2):
-        cl.train(problem().objective(), batches(p, 5), **arguments, epochs=epochs, folder=tmp_path / "cut", resume=epochs == 2)
+        cl.train(
+            problem().objective(),
+            batches(p, 5),
+            **arguments,
+            epochs=epochs,
+            folder=tmp_path / "cut",
+            resume=epochs == 2,
+        )
     cl.train(problem().objective(), batches(p, 5), **arguments, epochs=2, folder=tmp_path / "whole")
     cut, whole = (cl.open(tmp_path / name) for name in ("cut", "whole"))
     assert whole.sizes["bounds_step"] == 10

@@ -32,14 +32,26 @@ def looked(model: torch.nn.Module, x: Tensor, y: Tensor) -> tuple[list[Tensor], 
     return [h.detach().mean(0) for h in kept], [d.mean(0) for d in g]
 
 
-@pytest.mark.parametrize(("algorithm", "damp"), [("k-bfgs-20", double_damping), ("k-bfgs", powell_levenberg)])
-def test_pairs_of_k_bfgs_are_those_of_a_step_seen_from_outside(algorithm: str, damp: object) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "damp"), [("k-bfgs-20", double_damping), ("k-bfgs", powell_levenberg)]
+)
+def test_pairs_of_k_bfgs_are_those_of_a_step_seen_from_outside(
+    algorithm: str, damp: object
+) -> None:
     """s, y from two forwards and backwards of the bare model around each step; H_g as it stood before it; ratios by hand."""
     p, lam = problem(), 0.3
     data = batches(p, 6)
     objective = p.objective()
     optimizer = cl.optimizer(algorithm, objective, lr=0.5, damping=lam)
-    run = cl.train(problem().objective(), data, algorithm=algorithm, lr=0.5, damping=lam, probes=["damping"], warm=data[:2])
+    run = cl.train(
+        problem().objective(),
+        data,
+        algorithm=algorithm,
+        lr=0.5,
+        damping=lam,
+        probes=["damping"],
+        warm=data[:2],
+    )
     ds = run.dataset
     optimizer.warm_start(data[:2])
     blocks = optimizer.descent.curvature.blocks
@@ -53,13 +65,17 @@ def test_pairs_of_k_bfgs_are_those_of_a_step_seen_from_outside(algorithm: str, d
         s = [0.1 * d if s is None else 0.9 * s[i] + 0.1 * d for i, d in enumerate(ds_)]
         y = [0.1 * d if y is None else 0.9 * y[i] + 0.1 * d for i, d in enumerate(dy_)]
         for i in range(3):
-            H_g = torch.eye(len(s[i]), dtype=torch.float64) * (1 / math.sqrt(lam) if algorithm == "k-bfgs" else 1.0)
+            H_g = torch.eye(len(s[i]), dtype=torch.float64) * (
+                1 / math.sqrt(lam) if algorithm == "k-bfgs" else 1.0
+            )
             H_g = H_g if H[i] is None else H[i]
             at = ds.isel(damping_step=step, algorithm=0, block=i).sel(pair="g")
             expected = damp(s[i], y[i], H_g, MU1, math.sqrt(lam))
             for stage, (u, v) in (("before", (s[i], y[i])), ("after", (expected.s, expected.y))):
                 here = at.sel(stage=stage)
-                assert float(here["pair_curvature"]) == pytest.approx(float(v @ H_g @ v / (u @ v)), rel=1e-8)
+                assert float(here["pair_curvature"]) == pytest.approx(
+                    float(v @ H_g @ v / (u @ v)), rel=1e-8
+                )
                 assert float(here["pair_step"]) == pytest.approx(float(u @ u / (u @ v)), rel=1e-8)
                 assert float(here["pair_change"]) == pytest.approx(float(v @ v / (u @ v)), rel=1e-8)
             sy, yHy = float(s[i] @ y[i]), float(y[i] @ H_g @ y[i])
@@ -68,7 +84,9 @@ def test_pairs_of_k_bfgs_are_those_of_a_step_seen_from_outside(algorithm: str, d
             assert float(at["pair_mu2"]) == pytest.approx(math.sqrt(lam), rel=1e-14)
     assert np.isfinite(ds["pair_curvature"].sel(pair="a")[1:]).all()
     assert np.isnan(ds["pair_curvature"].sel(pair="step")).all()
-    assert (ds["pair_step"].sel(pair="a", stage="after")[1:] <= 1 / math.sqrt(lam) * (1 + 1e-12)).all()
+    assert (
+        ds["pair_step"].sel(pair="a", stage="after")[1:] <= 1 / math.sqrt(lam) * (1 + 1e-12)
+    ).all()
 
 
 def test_fractions_of_an_epoch_by_hand() -> None:
@@ -94,7 +112,15 @@ def test_fractions_of_an_epoch_by_hand() -> None:
 def test_the_epoch_holds_the_fractions_of_its_own_samples() -> None:
     p = problem()
     data = batches(p, 5)
-    ds = cl.train(p.objective(), data, algorithm="k-bfgs-l-20", lr=1.0, damping=0.05, epochs=2, probes=["damping:2"]).dataset
+    ds = cl.train(
+        p.objective(),
+        data,
+        algorithm="k-bfgs-l-20",
+        lr=1.0,
+        damping=0.05,
+        epochs=2,
+        probes=["damping:2"],
+    ).dataset
     assert ds["damping_step"].values.tolist() == [0, 2, 4, 6, 8]
     assert ds["pairs_within_mu1"].dims == ("epoch", "algorithm", "block", "pair", "stage")
     assert np.isnan(ds["pairs_within_mu1"].sel(epoch=0)).all()
@@ -110,14 +136,27 @@ def test_the_epoch_holds_the_fractions_of_its_own_samples() -> None:
 def test_only_pairs_of_the_step_itself() -> None:
     """T = 3: a pair of H_g every third step, and nothing between."""
     p = problem()
-    ds = cl.train(p.objective(), batches(p, 7), algorithm="k-bfgs", lr=0.1, update_every=3, probes=["damping"]).dataset
+    ds = cl.train(
+        p.objective(), batches(p, 7), algorithm="k-bfgs", lr=0.1, update_every=3, probes=["damping"]
+    ).dataset
     there = np.isfinite(ds["pair_skipped"].sel(pair="g"))[:, 0, 0].values.tolist()
     assert there == [k % 3 == 0 for k in range(1, 8)]
 
 
 def test_pairs_of_every_quasi_newton_method_in_one_comparison() -> None:
-    p, names = problem(), ["k-bfgs", "k-bfgs-20-convergent", "skqn-l", "skqn-b1", "skqn-b2", "lbfgs", "s4qn", "kfac"]
-    run = cl.compare(p.objective(), batches(p, 6), reference="sgd-m", algorithms=names, lr=0.5, damping=0.3, probes=["damping"])
+    p, names = (
+        problem(),
+        ["k-bfgs", "k-bfgs-20-convergent", "skqn-l", "skqn-b1", "skqn-b2", "lbfgs", "s4qn", "kfac"],
+    )
+    run = cl.compare(
+        p.objective(),
+        batches(p, 6),
+        reference="sgd-m",
+        algorithms=names,
+        lr=0.5,
+        damping=0.3,
+        probes=["damping"],
+    )
     ds = run.dataset.isel(step=slice(2, None))
     seen = {name: {str(q) for q in ds["pair"].values if np.isfinite(ds["pair_skipped"].sel(algorithm=name, pair=q)).all()}
             for name in ds["algorithm"].values}  # fmt: skip
@@ -142,12 +181,17 @@ def test_pairs_of_l_bfgs_by_two_gradients_and_a_dense_inverse() -> None:
     """u, v from the weights and gradients around a step, H dense as the direction was taken with."""
     p = problem()
     data = batches(p, 6)
-    ds = cl.train(problem().objective(), data, algorithm="lbfgs", lr=0.3, damping=0.01, probes=["damping"]).dataset
+    ds = cl.train(
+        problem().objective(), data, algorithm="lbfgs", lr=0.3, damping=0.01, probes=["damping"]
+    ).dataset
     objective = p.objective()
     optimizer = cl.optimizer("lbfgs", objective, lr=0.3, damping=0.01)
 
     def flat(of: str) -> Tensor:
-        tensors = {n: (q.grad if of == "grad" else q.detach()).clone() for n, q in objective.parameters.items()}
+        tensors = {
+            n: (q.grad if of == "grad" else q.detach()).clone()
+            for n, q in objective.parameters.items()
+        }
         return objective.layout.flatten(tensors)
 
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -156,7 +200,13 @@ def test_pairs_of_l_bfgs_by_two_gradients_and_a_dense_inverse() -> None:
         w, g = flat("weights"), flat("grad")
         optimizer.step(objective.closure(x, t))
         objective.closure(x, t)()
-        pairs.append((flat("weights") - w, flat("grad") - g, optimizer.descent.curvature.inverse["whole"].dense()))
+        pairs.append(
+            (
+                flat("weights") - w,
+                flat("grad") - g,
+                optimizer.descent.curvature.inverse["whole"].dense(),
+            )
+        )
     for step, (u, v, H) in enumerate(pairs[:-1], 1):
         at = ds.isel(damping_step=step, algorithm=0, block=1).sel(pair="step", stage="after")
         assert float(at["pair_curvature"]) == pytest.approx(float(v @ H @ v / (u @ v)), rel=1e-8)
@@ -178,13 +228,19 @@ def test_numbers_that_are_tensors_on_a_device_and_plain_ones_are_one() -> None:
 
     def tensors(products: object) -> object:
         return replace(
-            products, **{n: torch.tensor(float(getattr(products, n)), dtype=torch.float64) for n in ("sy", "yHy", "ss", "yy")}
+            products,
+            **{
+                n: torch.tensor(float(getattr(products, n)), dtype=torch.float64)
+                for n in ("sy", "yHy", "ss", "yy")
+            },
         )
 
     for block in curvature.blocks.values():
         for which, pair in block.last.items():
             d = pair.damping
-            block.last[which] = replace(pair, damping=replace(d, before=tensors(d.before), after=tensors(d.after)))
+            block.last[which] = replace(
+                pair, damping=replace(d, before=tensors(d.before), after=tensors(d.after))
+            )
     for name, (_, values) in PROBES["damping"].record(frame).items():
         np.testing.assert_array_equal(values, plain[name][1])
 
@@ -192,14 +248,23 @@ def test_numbers_that_are_tensors_on_a_device_and_plain_ones_are_one() -> None:
 def test_a_method_without_pairs_is_refused() -> None:
     p = problem()
     with pytest.raises(
-        cl.CurvlabError, match=r"probe 'damping' needs a quasi-Newton method.* there is kfac alone: leave it out"
+        cl.CurvlabError,
+        match=r"probe 'damping' needs a quasi-Newton method.* there is kfac alone: leave it out",
     ):
         cl.train(p.objective(), batches(p, 2), algorithm="kfac", probes=["damping"])
 
 
 def test_the_figure_shows_the_fractions_and_means_of_the_log() -> None:
     p = problem()
-    ds = cl.train(p.objective(), batches(p, 5), algorithm="k-bfgs", lr=0.3, damping=0.05, epochs=3, probes=["damping"]).dataset
+    ds = cl.train(
+        p.objective(),
+        batches(p, 5),
+        algorithm="k-bfgs",
+        lr=0.3,
+        damping=0.05,
+        epochs=3,
+        probes=["damping"],
+    ).dataset
     axes = draw(ds, "damping").axes
     assert [ax.get_title() for ax in axes[:2]] == ["pairs of H_a", "pairs of H_g"]
     at = ds.isel(algorithm=0).sel(stage="after")
@@ -209,6 +274,8 @@ def test_the_figure_shows_the_fractions_and_means_of_the_log() -> None:
             wide, narrow = axes[column].lines[2 * i : 2 * i + 2]
             np.testing.assert_array_equal(wide.get_ydata(), here["pairs_within_2mu1"])
             np.testing.assert_array_equal(narrow.get_ydata(), here["pairs_within_mu1"])
-            np.testing.assert_array_equal(axes[2 + column].lines[i].get_ydata(), here["pair_curvature_mean"])
+            np.testing.assert_array_equal(
+                axes[2 + column].lines[i].get_ydata(), here["pair_curvature_mean"]
+            )
     with pytest.raises(cl.CurvlabError, match="figure 'damping' needs"):
         draw(ds.drop_vars("pairs_within_mu1"), "damping")

@@ -155,7 +155,9 @@ def test_a_block_of_a_users_own_says_what_it_has_without_inheriting() -> None:
     assert (found["shift"] == 0.25).all()
     np.testing.assert_allclose(found["bound_high"][0, :, 2], 1 / 0.2)
     assert (found["tightness_high"][0, :, 2] >= 1).all()
-    np.testing.assert_allclose(found["eigenvalue_high"][0, 0, 2], float(curvature.blocks["1"].inverse.diag().max()))
+    np.testing.assert_allclose(
+        found["eigenvalue_high"][0, 0, 2], float(curvature.blocks["1"].inverse.diag().max())
+    )
     np.testing.assert_allclose(found["pair_step"][0, :, 2], 0.5)  # sᵀs / sᵀy of y = 2 s
     np.testing.assert_allclose(found["pair_mu2"][0, :, 2], 0.5)
     assert np.isfinite(found["rho"][0, 0])
@@ -171,7 +173,12 @@ def test_a_curvature_of_a_users_own_and_none_at_all() -> None:
     assert found["bytes_held"].tolist() == [0]
     assert np.isnan(found["rho"][0, 0])
     nothing = with_defaults(None)
-    assert (nothing.name, nothing.refreshed, nothing.inverses(), nothing.by_block()) == ("", None, {}, {})
+    assert (nothing.name, nothing.refreshed, nothing.inverses(), nothing.by_block()) == (
+        "",
+        None,
+        {},
+        {},
+    )
     assert nothing.undamped(values) is None
 
 
@@ -182,13 +189,20 @@ def test_defaults_are_one_answer_for_each_member() -> None:
     block = block_with_defaults(own)
     assert block.held is None
     assert block.reads == own.reads
-    assert (block.factored, block.learns_pairs, block.shift, block.estimates()) == (False, False, None, False)
+    assert (block.factored, block.learns_pairs, block.shift, block.estimates()) == (
+        False,
+        False,
+        None,
+        False,
+    )
     assert block.bounds(0.1, 1.0) == FactorBounds()
     own.inverse = Kronecker((torch.eye(2), torch.eye(3)))
     assert block.held is own.inverse
     assert [len(f) for f in block.kronecker_factors()] == [2, 3]
     assert block_with_defaults(Further()).estimates()
-    members = {name for name in vars(BlockDefaults) | vars(CurvatureDefaults) if not name.startswith("_")}
+    members = {
+        name for name in vars(BlockDefaults) | vars(CurvatureDefaults) if not name.startswith("_")
+    }
     assert all(hasattr(with_defaults(None), name) or hasattr(block, name) for name in members)
 
 

@@ -24,7 +24,10 @@ def frame(zero: bool = False) -> Frame:
     generator = torch.Generator().manual_seed(0)
 
     def direction() -> dict[str, Tensor]:
-        return {b.name: torch.randn(b.shape, generator=generator, dtype=torch.float64) for b in p.objective().blocks}
+        return {
+            b.name: torch.randn(b.shape, generator=generator, dtype=torch.float64)
+            for b in p.objective().blocks
+        }
 
     directions = {"one": direction(), "two": direction(), "three": direction()}
     if zero:
@@ -38,7 +41,9 @@ def test_cosines_are_those_of_torch() -> None:
     record = PROBES["cosine"].record(f)
     for i, d in enumerate(f.directions.values()):
         for j, block in enumerate(d):
-            expected = torch.nn.functional.cosine_similarity(d[block].flatten(), f.directions["two"][block].flatten(), dim=0)
+            expected = torch.nn.functional.cosine_similarity(
+                d[block].flatten(), f.directions["two"][block].flatten(), dim=0
+            )
             assert record["cosine"][1][i, j] == pytest.approx(float(expected), abs=1e-14)
         whole = [torch.cat([v.flatten() for v in x.values()]) for x in (d, f.directions["two"])]
         expected = torch.nn.functional.cosine_similarity(*whole, dim=0)
@@ -55,7 +60,10 @@ def test_numbers_stand_at_their_own_block_where_a_layer_has_no_rule() -> None:
     objective = p.objective()
     now = objective.closure(p.x, p.y).observe()
     scales = {b.name: 10.0**i for i, b in enumerate(objective.blocks)}
-    backwards = {b.name: torch.full(b.shape, scales[b.name], dtype=torch.float64) for b in reversed(objective.blocks)}
+    backwards = {
+        b.name: torch.full(b.shape, scales[b.name], dtype=torch.float64)
+        for b in reversed(objective.blocks)
+    }
     f = Frame(0, now, {"one": backwards, "two": backwards}, "one", 1.0)
     expected = [scales[b.name] ** 2 * b.numel for b in objective.blocks]
     np.testing.assert_allclose(PROBES["gram"].record(f)["gram"][1][0, 1], expected, rtol=1e-13)
@@ -64,8 +72,13 @@ def test_numbers_stand_at_their_own_block_where_a_layer_has_no_rule() -> None:
     torch.nn.functional.cross_entropy(p.model(p.x), p.y).backward()
     for i, b in enumerate(objective.blocks):
         of = [objective.parameters[name] for name in b.params]
-        lengths = [torch.cat([t.flatten() for t in each]).norm() for each in ([q.grad for q in of], [q.detach() for q in of])]
-        assert found["minibatch_gradient_norm"][i] == pytest.approx(float(lengths[0]), rel=1e-10, abs=1e-12)
+        lengths = [
+            torch.cat([t.flatten() for t in each]).norm()
+            for each in ([q.grad for q in of], [q.detach() for q in of])
+        ]
+        assert found["minibatch_gradient_norm"][i] == pytest.approx(
+            float(lengths[0]), rel=1e-10, abs=1e-12
+        )
         assert found["weight_norm"][i] == pytest.approx(float(lengths[1]), rel=1e-13)
 
 
@@ -74,7 +87,9 @@ def test_any_cosine_follows_from_gram() -> None:
     gram = PROBES["gram"].record(f)["gram"][1]
     one, three = f.directions["one"]["2"].flatten(), f.directions["three"]["2"].flatten()
     assert gram[0, 2, 1] == pytest.approx(float(one @ three), abs=1e-13)
-    assert cosines_to(gram, 2)[0, 1] == pytest.approx(float(one @ three / one.norm() / three.norm()), abs=1e-14)
+    assert cosines_to(gram, 2)[0, 1] == pytest.approx(
+        float(one @ three / one.norm() / three.norm()), abs=1e-14
+    )
 
 
 def test_a_zero_direction_has_no_cosine() -> None:
@@ -89,10 +104,15 @@ def test_loss_lengths_and_time() -> None:
     loss.backward()
     assert float(PROBES["loss"].record(f)["loss"][1]) == pytest.approx(loss.item(), rel=1e-14)
     found = {name: values for name, (_, values) in PROBES["norms"].record(f).items()}
-    flat = {name: torch.cat([d.flatten() for d in directions.values()]) for name, directions in f.directions.items()}
+    flat = {
+        name: torch.cat([d.flatten() for d in directions.values()])
+        for name, directions in f.directions.items()
+    }
     assert float(found["step_length"]) == pytest.approx(0.5 * float(flat["two"].norm()), rel=1e-14)
     np.testing.assert_allclose(
-        (found["direction_norm"] ** 2).sum(1), [float(d.square().sum()) for d in flat.values()], rtol=1e-13
+        (found["direction_norm"] ** 2).sum(1),
+        [float(d.square().sum()) for d in flat.values()],
+        rtol=1e-13,
     )
     layers = [m for m in p.model if hasattr(m, "weight")]
     for i, layer in enumerate(layers):
@@ -132,7 +152,11 @@ def fitting(command: str) -> tuple[list[str], list[str]]:
 
 
 def promised(ds: xr.Dataset, names: list[str], axis: Callable[[str], str]) -> None:
-    sizes = {"algorithm": ds.sizes.get("algorithm", 1), "other": ds.sizes.get("other", 1), "block": 3}
+    sizes = {
+        "algorithm": ds.sizes.get("algorithm", 1),
+        "other": ds.sizes.get("other", 1),
+        "block": 3,
+    }
     for name in names:
         entry = PROBES[name]
         for variable, spec in entry.variables.items():
@@ -170,7 +194,10 @@ def test_probes_are_asked_for_by_name_and_number_of_steps() -> None:
     assert asked(["norms", "loss:7"], "train") == {"norms": None, "loss": 7}
     for words, says in (
         (["norm"], "unknown probe 'norm'; did you mean 'norms'"),
-        (["norms:0"], "probe 'norms:0': after the colon comes a number of steps, 1 or more, as in norms:10"),
+        (
+            ["norms:0"],
+            "probe 'norms:0': after the colon comes a number of steps, 1 or more, as in norms:10",
+        ),
         (["norms:ten"], "after the colon comes a number of steps"),
         (["norms:"], "after the colon comes a number of steps"),
         (["norms", "norms:2"], "probe 'norms' is given twice"),
@@ -181,7 +208,9 @@ def test_probes_are_asked_for_by_name_and_number_of_steps() -> None:
     p = problem()
     with pytest.raises(cl.CurvlabError, match="'cosine' is a part of every record of a comparison"):
         cl.compare(p.objective(), batches(p, 2), probes=["cosine:3"])
-    with pytest.raises(cl.CurvlabError, match=r"probe 'shift' needs a method that shifts .* there is adam alone"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"probe 'shift' needs a method that shifts .* there is adam alone"
+    ):
         cl.train(p.objective(), batches(p, 2), probes=["shift"])
 
 

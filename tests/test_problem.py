@@ -58,17 +58,24 @@ def test_it_is_called_once_where_a_run_goes_on(counting: str) -> None:
     first = (*COMMANDS["train"], "--model", f"{counting}:net", "--seed", "3", "--out", "run")
     assert call(*first) == 0
     assert calls(counting) == 1
-    assert call("train", "--resume", "--model", f"{counting}:net", "--steps", "4", "--out", "run") == 0
+    assert (
+        call("train", "--resume", "--model", f"{counting}:net", "--steps", "4", "--out", "run") == 0
+    )
     assert calls(counting) == 1
     whole = (*COMMANDS["train"], "--model", f"{counting}:net", "--seed", "3", "--out", "at-once")
     assert call(*whole, "--steps", "4") == 0
-    one, other = (torch.load(f"{name}/checkpoint.pt", weights_only=False) for name in ("run", "at-once"))
+    one, other = (
+        torch.load(f"{name}/checkpoint.pt", weights_only=False) for name in ("run", "at-once")
+    )
     assert one["model"].keys() == other["model"].keys()
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
 
 
 def test_every_seed_of_a_comparison_has_a_model_of_its_own(counting: str) -> None:
-    assert call(*COMMANDS["compare"], "--model", f"{counting}:net", "--seeds", "3", "--out", "run") == 0
+    assert (
+        call(*COMMANDS["compare"], "--model", f"{counting}:net", "--seeds", "3", "--out", "run")
+        == 0
+    )
     assert calls(counting) == 3
 
 
@@ -78,7 +85,9 @@ def test_the_first_model_is_the_one_that_build_gives(seed: int, counting: str) -
     found = [problem.network(), problem.network(), problem.network(seed + 1)]
     wanted = [cl.models.build(f"{counting}:net", s) for s in (seed, seed, seed + 1)]
     for one, other in zip(found, wanted, strict=True):
-        assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+        assert all(
+            torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True)
+        )
     assert found[0] is not found[1]
 
 

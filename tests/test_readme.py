@@ -39,7 +39,10 @@ def test_the_twelve_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     script = block_after("<!-- executed by the tests -->")
     assert len([line for line in script.splitlines() if line]) <= 12
     exec(compile(script, "README.md", "exec"), {})
-    assert re.fullmatch(r"loss 2\.\d{3}, KFAC bounded by \d+, exact Fisher block has 420 rows\n", capsys.readouterr().out)
+    assert re.fullmatch(
+        r"loss 2\.\d{3}, KFAC bounded by \d+, exact Fisher block has 420 rows\n",
+        capsys.readouterr().out,
+    )
 
 
 def test_two_commands_set_everything_up() -> None:
@@ -50,7 +53,11 @@ def test_two_commands_set_everything_up() -> None:
 
 
 def test_one_command_builds_the_documentation() -> None:
-    assert block_after("<!-- documentation command -->").strip().endswith("sphinx-build -W -b html docs docs/_build/html")
+    assert (
+        block_after("<!-- documentation command -->")
+        .strip()
+        .endswith("sphinx-build -W -b html docs docs/_build/html")
+    )
 
 
 def test_ci_runs_the_commands_as_written() -> None:
@@ -60,7 +67,11 @@ def test_ci_runs_the_commands_as_written() -> None:
     for name in ("test command", "documentation command"):
         assert f'"{name}"' in ci
         found = subprocess.run(
-            ["bash", "-c", f'{function}; block "{name}"'], capture_output=True, text=True, cwd=ROOT, check=True
+            ["bash", "-c", f'{function}; block "{name}"'],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=True,
         )
         assert found.stdout == block_after(f"<!-- {name} -->")
 
@@ -68,7 +79,10 @@ def test_ci_runs_the_commands_as_written() -> None:
 def test_its_links_lead_somewhere() -> None:
     for name in ("README.md", "CONTRIBUTING.md", "analyses/README.md"):
         for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", (ROOT / name).read_text()):
-            assert target.startswith("https://") or ((ROOT / name).parent / target).exists(), (name, target)
+            assert target.startswith("https://") or ((ROOT / name).parent / target).exists(), (
+                name,
+                target,
+            )
 
 
 def test_every_page_of_the_guide_is_named_in_it() -> None:
@@ -88,14 +102,26 @@ def rows(text: str, header: str) -> list[list[str]]:
 
 
 def test_the_training_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(block_after("<!-- training, executed by the tests -->", page("training")), "training.md", "exec"), {})
+    exec(
+        compile(
+            block_after("<!-- training, executed by the tests -->", page("training")),
+            "training.md",
+            "exec",
+        ),
+        {},
+    )
     assert re.fullmatch(r"loss 0\.\d\d after 60 steps\n", capsys.readouterr().out)
 
 
 def test_your_own_model(capsys: pytest.CaptureFixture[str]) -> None:
     here: dict[str, object] = {}
     exec(
-        compile(block_after("<!-- your own model, executed by the tests -->", page("own_model")), "own_model.md", "exec"), here
+        compile(
+            block_after("<!-- your own model, executed by the tests -->", page("own_model")),
+            "own_model.md",
+            "exec",
+        ),
+        here,
     )
     assert "2 uses" in capsys.readouterr().out
     objective, x, y, F = (here[name] for name in ("objective", "x", "y", "F"))
@@ -110,20 +136,39 @@ def test_all_probes_together_at_most_double_a_training_step() -> None:
 
 
 def test_the_passes_are_complete() -> None:
-    assert tuple(row[0].strip('`"') for row in rows(page("fisher_scale_damping"), "| pass | vectors sent back |")) == PASSES
+    assert (
+        tuple(
+            row[0].strip('`"')
+            for row in rows(page("fisher_scale_damping"), "| pass | vectors sent back |")
+        )
+        == PASSES
+    )
 
 
 def test_the_kinds_and_calls_of_exact_curvature_are_complete() -> None:
     text = page("exact")
     assert tuple(row[0].strip("`") for row in rows(text, "| kind | matrix |")) == KINDS
-    calls = {name for row in rows(text, "| call | gives |") for name in re.findall(r"`(\w+)", row[0])}
-    assert calls == {n for n in cl.exact.__all__ if callable(getattr(cl.exact, n)) and n[0].islower()}
+    calls = {
+        name for row in rows(text, "| call | gives |") for name in re.findall(r"`(\w+)", row[0])
+    }
+    assert calls == {
+        n for n in cl.exact.__all__ if callable(getattr(cl.exact, n)) and n[0].islower()
+    }
     assert "`func`" in text
     assert "func" in ROUTES
 
 
 def test_the_damping_rule_is_as_written() -> None:
-    same = ("block-fisher", "block-ef", "block-ggn", "block-hessian", "kfac", "kfac-20", "kfac-ef", "kflr")
+    same = (
+        "block-fisher",
+        "block-ef",
+        "block-ggn",
+        "block-hessian",
+        "kfac",
+        "kfac-20",
+        "kfac-ef",
+        "kflr",
+    )
     for name in (*same, "smw-ng-bd", "smw-ng", "smw-gn", "hf"):
         assert damping_for(name, 0.04, 100) == 0.04
     for name in ("tnt-per-sample", "tnt-ideal"):
@@ -141,13 +186,19 @@ def test_what_each_method_damps_is_complete() -> None:
 
 def test_the_guide_to_methods_names_methods_that_there_are() -> None:
     text = page("choose")
-    named = {n for row in rows(text, "| your problem | begin with |") for n in re.findall(r"`([\w-]+)`", row[1])}
+    named = {
+        n
+        for row in rows(text, "| your problem | begin with |")
+        for n in re.findall(r"`([\w-]+)`", row[1])
+    }
     assert named <= ALGORITHMS.keys()
     assert len(named) >= 15
 
 
 def test_nothing_else_at_the_top() -> None:
     ignored = ("runs", "dist", "build")
-    tracked = {p.name for p in ROOT.iterdir() if not p.name.startswith(".") and p.name not in ignored}
+    tracked = {
+        p.name for p in ROOT.iterdir() if not p.name.startswith(".") and p.name not in ignored
+    }
     texts = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md"}
     assert tracked == texts | {"analyses", "curvlab", "data", "docs", "pyproject.toml", "tests"}

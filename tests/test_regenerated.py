@@ -13,7 +13,14 @@ from scipy.ndimage import map_coordinates
 
 import curvlab as cl
 from curvlab.datasets import FILES, File
-from curvlab.datasets.regenerated import curves, draw_curves, faces, natural_spline, olivetti, turned_patches
+from curvlab.datasets.regenerated import (
+    curves,
+    draw_curves,
+    faces,
+    natural_spline,
+    olivetti,
+    turned_patches,
+)
 
 
 def outside(components: int, train: NDArray[np.float64], test: NDArray[np.float64]) -> float:
@@ -68,7 +75,9 @@ def test_they_say_that_they_are_regenerated(name: str) -> None:
 def test_a_log_says_that_its_data_are_regenerated() -> None:
     data = curves(0, train=60, test=10)[0]
     objective = cl.Objective(cl.models.mlp([784, 2, 784]), cl.likelihoods.Bernoulli())
-    run = cl.compare(objective, data.batches(20), reference="sgd-m", algorithms=[], lr=0.01, progress=False)
+    run = cl.compare(
+        objective, data.batches(20), reference="sgd-m", algorithms=[], lr=0.01, progress=False
+    )
     assert "regenerated" in run.dataset.attrs["data_description"]
 
 
@@ -77,13 +86,23 @@ def test_patches_are_turned_enlarged_and_sampled() -> None:
     image = rng.integers(0, 256, (64, 64)).astype(np.uint8)
     angles, enlargements = np.array([0.0, np.pi / 2, -0.7]), np.array([1.5, 1.5, 1.8])
     offset = (np.arange(25) - 12) * 2.25
-    for patch, angle, enlargement in zip(turned_patches(image, angles, enlargements), angles, enlargements, strict=True):
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / enlargement
-        places = np.einsum("ij,jkl->ikl", turn, np.stack(np.meshgrid(offset, offset, indexing="ij"))) + 31.5
+    for patch, angle, enlargement in zip(
+        turned_patches(image, angles, enlargements), angles, enlargements, strict=True
+    ):
+        turn = (
+            np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+            / enlargement
+        )
+        places = (
+            np.einsum("ij,jkl->ikl", turn, np.stack(np.meshgrid(offset, offset, indexing="ij")))
+            + 31.5
+        )
         expected = map_coordinates(image.astype(float), places, order=1)
         assert np.abs(patch - expected).max() <= 0.5 + 1e-9
     upright, turned, _ = turned_patches(image, angles, enlargements)
-    assert (np.rot90(turned, 1) == upright).mean() > 0.99 or (np.rot90(turned, -1) == upright).mean() > 0.99
+    assert (np.rot90(turned, 1) == upright).mean() > 0.99 or (
+        np.rot90(turned, -1) == upright
+    ).mean() > 0.99
 
 
 def test_faces_have_the_published_error() -> None:
@@ -98,7 +117,9 @@ def test_faces_have_the_published_error() -> None:
 def test_olivetti_faces_that_are_not_are_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "olivettifaces.mat"
     path.write_bytes(b"nonsense")
-    with pytest.raises(cl.CurvlabError, match=r"olivettifaces\.mat cannot be read as the Olivetti faces"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"olivettifaces\.mat cannot be read as the Olivetti faces"
+    ):
         olivetti(path)
     savemat(path, {"faces": np.zeros((3, 4))})
     with pytest.raises(cl.CurvlabError, match=r"holds faces of shape \(3, 4\)"):

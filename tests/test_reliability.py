@@ -161,13 +161,19 @@ def answer(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize("row", COMMANDS, ids=lambda row: f"{row.kind} {' '.join(row.call)[:70]}")
-def test_commands(row: Row, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(
+    row: Row, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, value in row.environment:
         monkeypatch.setenv(name, value)
     there = {*here.rglob("*")}
     code = answer(row.call, monkeypatch)
     said = capsys.readouterr().err
-    assert (code, bool(re.search(row.says, said)), "Traceback" in said) == (row.code, True, False), said
+    assert (code, bool(re.search(row.says, said)), "Traceback" in said) == (
+        row.code,
+        True,
+        False,
+    ), said
     assert len(said.strip().splitlines()) <= 6
     if code == 2:
         assert {p for p in here.rglob("*") if "__pycache__" not in p.parts} == there

@@ -49,8 +49,30 @@ COMPARE = [
     "--steps",
     "8",
 ]
-SPECTRUM = ["spectrum", "--model", HOSTILE, "--samples", "30", "--after", "0,2", "--batch-size", "20"]
-TRAIN = ["train", "--model", HOSTILE, "--batch-size", "20", "--epochs", "2", "--schedule", "step", "--schedule-set", "every=1"]
+SPECTRUM = [
+    "spectrum",
+    "--model",
+    HOSTILE,
+    "--samples",
+    "30",
+    "--after",
+    "0,2",
+    "--batch-size",
+    "20",
+]
+TRAIN = [
+    "train",
+    "--model",
+    HOSTILE,
+    "--batch-size",
+    "20",
+    "--epochs",
+    "2",
+    "--schedule",
+    "step",
+    "--schedule-set",
+    "every=1",
+]
 RUNS = {
     "compare": [*COMPARE, "--seeds", "2"],
     "spectrum": SPECTRUM,
@@ -64,7 +86,11 @@ def _tiny() -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(60, 6, generator=generator), torch.randint(3, (60,), generator=generator)
     data = Dataset("tiny", x, y, "sixty <examples> & no more")
-    model = replace(MODELS["mlp-256-20"], data="tiny", build=lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)))
+    model = replace(
+        MODELS["mlp-256-20"],
+        data="tiny",
+        build=lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)),
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(datasets.DATASETS, "tiny", Entry("tiny", lambda: (data, data)))
         patch.setitem(MODELS, HOSTILE, model)
@@ -78,7 +104,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, _tiny: None) -> Path:
     for name, words in RUNS.items():
         assert call(*words, "--out", str(folder / name)) == 0
     assert call("train", "--resume", "--out", str(folder / "adam"), "--epochs", "3") == 0
-    assert call("report", *(str(folder / name) for name in RUNS), "-o", str(folder / "all.html")) == 0
+    assert (
+        call("report", *(str(folder / name) for name in RUNS), "-o", str(folder / "all.html")) == 0
+    )
     return folder
 
 
@@ -140,12 +168,24 @@ def page(text: str) -> Page:
     return Page(text)
 
 
-def test_every_figure_of_every_log_is_there_as_well_formed_svg(runs: Path, text: str, page: Page) -> None:
+def test_every_figure_of_every_log_is_there_as_well_formed_svg(
+    runs: Path, text: str, page: Page
+) -> None:
     found = [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
     logs = [cl.open(runs / name) for name in RUNS]
     single = [name for ds in logs for name, entry in figures.FIGURES.items() if entry.needs in ds]
-    assert sorted(single) == ["cosine", "loss", "loss", "seconds", "spectrum", "training", "training"]
-    assert len(found) == len(page.of("figure")) == len(single) + 1  # and the two training runs together
+    assert sorted(single) == [
+        "cosine",
+        "loss",
+        "loss",
+        "seconds",
+        "spectrum",
+        "training",
+        "training",
+    ]
+    assert (
+        len(found) == len(page.of("figure")) == len(single) + 1
+    )  # and the two training runs together
     assert all(len(list(svg.iter("{http://www.w3.org/2000/svg}path"))) > 10 for svg in found)
     labels = [svg.get("aria-label") for svg in found]
     assert len(set(labels)) == len(labels)
@@ -161,18 +201,44 @@ def test_ids_are_unique_and_every_reference_finds_one(text: str, page: Page) -> 
     urls = re.findall(r"url\(([^)]*)\)", text)
     assert urls
     assert {href[1:] for href in hrefs} | {url[1:] for url in urls} <= set(ids)
-    assert all(attrs[name] in ids for _, attrs, _ in page.elements for name in ("aria-labelledby",) if name in attrs)
+    assert all(
+        attrs[name] in ids
+        for _, attrs, _ in page.elements
+        for name in ("aria-labelledby",)
+        if name in attrs
+    )
 
 
 def test_nothing_is_fetched_from_anywhere(text: str, page: Page) -> None:
     used = {tag for tag, _, _ in page.elements}
-    assert not used & {"script", "link", "img", "image", "iframe", "object", "embed", "base", "form", "foreignobject"}
-    assert not {name for _, attrs, _ in page.elements for name in attrs} & {"src", "srcset", "style:url", "onload", "onclick"}
+    assert not used & {
+        "script",
+        "link",
+        "img",
+        "image",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "foreignobject",
+    }
+    assert not {name for _, attrs, _ in page.elements for name in attrs} & {
+        "src",
+        "srcset",
+        "style:url",
+        "onload",
+        "onclick",
+    }
     assert "@import" not in text
     assert "@font-face" not in text
     addresses = set(re.findall(r"https?://[^\s\"'<]*", text))
     assert addresses == {"http://www.w3.org/2000/svg"}  # the name of SVG, which nobody fetches
-    policy = [attrs["content"] for attrs, _ in page.of("meta") if attrs.get("http-equiv") == "Content-Security-Policy"]
+    policy = [
+        attrs["content"]
+        for attrs, _ in page.of("meta")
+        if attrs.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]  # and the browser is told so
 
 
@@ -205,16 +271,25 @@ def test_contrast_is_enough_in_light_and_dark(page: Page) -> None:
 
     def luminance(colour: str) -> float:
         parts = np.asarray([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        return float(np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+        return float(
+            np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+            @ [0.2126, 0.7152, 0.0722]
+        )
 
     themes = [
-        dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", page.of("style")[0][1], re.S)
+        dict(re.findall(r"--(\w+): (#\w{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", page.of("style")[0][1], re.S)
     ]
     assert len(themes) == 2
     for colours in themes:
-        pairs = [(front, "paper") for front in ("ink", "faint", "link", "warn")] + [("ink", "shade"), ("warn", "warned")]
+        pairs = [(front, "paper") for front in ("ink", "faint", "link", "warn")] + [
+            ("ink", "shade"),
+            ("warn", "warned"),
+        ]
         for front, back in pairs:
-            light, dark = sorted((luminance(colours[front]), luminance(colours[back])), reverse=True)
+            light, dark = sorted(
+                (luminance(colours[front]), luminance(colours[back])), reverse=True
+            )
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (front, back)
 
 
@@ -229,7 +304,12 @@ def test_the_same_logs_give_the_same_bytes(runs: Path, text: str, tmp_path: Path
         "-o",
         str(tmp_path / "again.html"),
     ]
-    environment = {**os.environ, "PYTHONHASHSEED": "12345", "SOURCE_DATE_EPOCH": "0", "TZ": "Asia/Tokyo"}
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "12345",
+        "SOURCE_DATE_EPOCH": "0",
+        "TZ": "Asia/Tokyo",
+    }
     subprocess.run(words, check=True, capture_output=True, env=environment)
     assert (tmp_path / "again.html").read_bytes() == text.encode()
 
@@ -239,7 +319,9 @@ def test_the_numbers_are_the_logs(runs: Path, page: Page) -> None:
     found = page.tables()
     ds = cl.open(runs / "compare")
     late = ds["cosine"].transpose("algorithm", "block", "seed", "step").values[..., 2:].mean(-1)
-    rows = found["Mean cosine to kfac over the last three quarters of the steps, mean ± standard deviation of 2 seeds"]
+    rows = found[
+        "Mean cosine to kfac over the last three quarters of the steps, mean ± standard deviation of 2 seeds"
+    ]
     assert rows[0] == ["algorithm", "layer 1", "layer 2"]
     for row, values in zip(rows[1:], late[1:], strict=True):
         assert row[1:] == [f"{v.mean():.3f} ± {v.std():.3f}" for v in values]
@@ -251,7 +333,9 @@ def test_the_numbers_are_the_logs(runs: Path, page: Page) -> None:
     for block, matrix, steps, lowest, highest, trace, negative in rows[1:]:
         values = ds["eigenvalue"].sel(block=block, matrix=matrix, step=int(steps)).values
         values = values[np.isfinite(values)]
-        assert [float(lowest), float(highest), float(trace)] == pytest.approx([values[0], values[-1], values.sum()], rel=1e-3)
+        assert [float(lowest), float(highest), float(trace)] == pytest.approx(
+            [values[0], values[-1], values.sum()], rel=1e-3
+        )
         share = (values < -1e-10 * np.abs(values).max()).mean()
         assert negative == (f"{share:.1%}" if share else "0")
 
@@ -292,7 +376,11 @@ def parsed(words: list[str]) -> dict[str, Any]:
     params = dict(command.make_context(words[1], words[2:]).params)
     assert not params.pop("verbose")  # what is printed is no part of a run
     out = params.pop("out_folder")
-    return {"command": words[1], **{k: None if v == () else v for k, v in params.items()}, "out": str(out or "")}
+    return {
+        "command": words[1],
+        **{k: None if v == () else v for k, v in params.items()},
+        "out": str(out or ""),
+    }
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -323,12 +411,18 @@ def test_a_call_from_python_reads_as_one(tmp_path: Path) -> None:
 
 
 def test_the_length_of_compare_is_the_command_lines() -> None:
-    (option,) = (p for p in typer.main.get_command(cli.app).commands["compare"].params if p.name == "steps")  # type: ignore[attr-defined]
+    (option,) = (
+        p for p in typer.main.get_command(cli.app).commands["compare"].params if p.name == "steps"
+    )  # type: ignore[attr-defined]
     assert str(option.help).startswith(f"Steps; {about.STEPS_OF_COMPARE} unless")
 
 
 def test_what_a_reader_should_know(runs: Path, page: Page) -> None:
-    said = [t for attrs, t in page.of("li") if "href" not in attrs and t.startswith(("Went on", "Stopped", "Not complete"))]
+    said = [
+        t
+        for attrs, t in page.of("li")
+        if "href" not in attrs and t.startswith(("Went on", "Stopped", "Not complete"))
+    ]
     assert len(said) == 1
     assert said[0].startswith("Went on at 20")
     ds = cl.open(runs / "adam")
@@ -336,10 +430,25 @@ def test_what_a_reader_should_know(runs: Path, page: Page) -> None:
     assert about.unfinished(ds.isel(epoch=slice(2))) == "1 of 3 epochs"
     asked = ds.assign_attrs(budget=json.dumps({"epochs": None, "steps": 9, "seconds": 100.0}))
     assert about.unfinished(asked) == ""
-    assert re.fullmatch(r"6 of 9 steps, [\d.e-]+ of 100 seconds", about.unfinished(asked.isel(epoch=slice(3))))
-    assert about.notes(ds.assign_attrs(stopped="diverged", git_commit="abc+changes"))[0] == "Stopped: diverged."
-    assert about.notes(ds.assign_attrs(git_commit="abc+changes"))[-1].startswith("Ran from a checkout with changes")
-    moved = json.dumps([{"created": "2030-01-01T00:00:00+00:00", "versions": '{"torch": "9"}', "git_commit": "f00"}])
+    assert re.fullmatch(
+        r"6 of 9 steps, [\d.e-]+ of 100 seconds", about.unfinished(asked.isel(epoch=slice(3)))
+    )
+    assert (
+        about.notes(ds.assign_attrs(stopped="diverged", git_commit="abc+changes"))[0]
+        == "Stopped: diverged."
+    )
+    assert about.notes(ds.assign_attrs(git_commit="abc+changes"))[-1].startswith(
+        "Ran from a checkout with changes"
+    )
+    moved = json.dumps(
+        [
+            {
+                "created": "2030-01-01T00:00:00+00:00",
+                "versions": '{"torch": "9"}',
+                "git_commit": "f00",
+            }
+        ]
+    )
     assert about.notes(ds.assign_attrs(resumed=moved, git_commit="abc")) == [
         "Went on at 2030-01-01 00:00:00 UTC, by torch 9, commit f00."
     ]
@@ -350,11 +459,17 @@ def test_comparisons_and_spectra_that_did_not_end(runs: Path) -> None:
     assert about.unfinished(ds) == ""
     assert about.unfinished(ds.isel(step=slice(5))) == "5 of 8 steps"
     assert about.unfinished(ds.isel(seed=[0])) == "no record of seed 1"
-    assert about.unfinished(ds.where((ds["seed"] == 0) | (ds["step"] < 4))) == "not every seed reached the last step"
+    assert (
+        about.unfinished(ds.where((ds["seed"] == 0) | (ds["step"] < 4)))
+        == "not every seed reached the last step"
+    )
     call_ = json.loads(ds.attrs["call"])
     default = ds.assign_attrs(call=json.dumps(call_ | {"steps": None}))
     assert about.unfinished(default) == "8 of 300 steps"
-    assert about.unfinished(ds.assign_attrs(call=json.dumps(call_ | {"steps": None, "epochs": 9}))) == ""  # the log cannot tell
+    assert (
+        about.unfinished(ds.assign_attrs(call=json.dumps(call_ | {"steps": None, "epochs": 9})))
+        == ""
+    )  # the log cannot tell
     rarely = json.loads(ds.attrs["settings"]) | {"log_every": 4}
     assert about.unfinished(ds.isel(step=[0, 4]).assign_attrs(settings=json.dumps(rarely))) == ""
     spectra = cl.open(runs / "spectrum")
@@ -373,20 +488,36 @@ def test_one_run_alone_and_in_another_order(runs: Path, tmp_path: Path) -> None:
     path = cl.report([runs / "adam", runs / "compare", runs / "adam"], tmp_path / "two.html")
     assert path == tmp_path / "two.html"
     titles = [t for _, t in Page(path.read_text()).of("h2")]
-    assert titles == ["Summary", "1. curvlab train: adam", "2. curvlab compare: directions against kfac"]
+    assert titles == [
+        "Summary",
+        "1. curvlab train: adam",
+        "2. curvlab compare: directions against kfac",
+    ]
 
 
 def test_runs_of_other_problems_are_not_drawn_together(runs: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.h5"
-    cl.open(runs / "adam").assign_attrs(data_description="other examples").to_netcdf(other, engine="h5netcdf")
-    titles = [t for _, t in Page(cl.report([runs / "adam", runs / "kfac", other], tmp_path / "a.html").read_text()).of("h2")]
-    assert [t for t in titles if t.startswith("Together")] == [f"Together: 2 runs of {HOSTILE} on tiny"]
+    cl.open(runs / "adam").assign_attrs(data_description="other examples").to_netcdf(
+        other, engine="h5netcdf"
+    )
+    titles = [
+        t
+        for _, t in Page(
+            cl.report([runs / "adam", runs / "kfac", other], tmp_path / "a.html").read_text()
+        ).of("h2")
+    ]
+    assert [t for t in titles if t.startswith("Together")] == [
+        f"Together: 2 runs of {HOSTILE} on tiny"
+    ]
 
 
 def probed() -> xr.Dataset:
     """What a probe may log: an axis of its own, labels of its own, flags, one number everywhere, no number anywhere."""
     rng = np.random.default_rng(0)
-    each, label = ("damping_step", "algorithm", "block", "pair"), {"long_name": "of a pair", "units": "1"}
+    each, label = (
+        ("damping_step", "algorithm", "block", "pair"),
+        {"long_name": "of a pair", "units": "1"},
+    )
     theta = rng.uniform(0.1, 1, (3, 2, 2, 2))
     theta[:, 1] = np.nan
     theta[2, :, 1] = np.nan
@@ -414,17 +545,24 @@ def test_what_probes_log_becomes_tables() -> None:
     ds = probed()
     found, left = tables.at_the_end(ds)
     by = {table.caption: table for table in found}
-    assert set(by) == {"By algorithm, block, pair, at damping_step 20", "By block, at step 3", "norm (parameter), at step 3"}
+    assert set(by) == {
+        "By algorithm, block, pair, at damping_step 20",
+        "By block, at step 3",
+        "norm (parameter), at step 3",
+    }
     pairs = by["By algorithm, block, pair, at damping_step 20"]
     assert pairs.columns == ("algorithm", "block", "pair", "theta", "skipped")
     at = ds["theta"].sel(damping_step=20, algorithm="k-bfgs", block="1")
-    assert pairs.rows == tuple(("k-bfgs", "1", p, f"{at.sel(pair=p).item():.4g}", "too <small>") for p in ("a", "g"))
+    assert pairs.rows == tuple(
+        ("k-bfgs", "1", p, f"{at.sel(pair=p).item():.4g}", "too <small>") for p in ("a", "g")
+    )
     assert pairs.heads == 3
     assert pairs.notes == (("theta", "of a pair"), ("skipped", "of a pair"))
     grid = by["norm (parameter), at step 3"]
     assert grid.columns == ("algorithm", "layer 1", "layer 2")
     assert grid.rows == tuple(
-        (a, *(f"{v:.4g}" for v in ds["norm"].sel(step=3, algorithm=a).values)) for a in ("k-bfgs", "adam")
+        (a, *(f"{v:.4g}" for v in ds["norm"].sel(step=3, algorithm=a).values))
+        for a in ("k-bfgs", "adam")
     )
     assert by["By block, at step 3"].columns == ("block", "phi (nat)")
     assert dict(left) == {
@@ -450,7 +588,10 @@ def test_many_blocks_go_down_and_tables_without_end_stay_in_the_log() -> None:
     ((table,), _) = tables.at_the_end(ds)
     assert table.columns == ("block", "a", "b")
     assert table.rows[7] == ("7", f"{values[0, 0, 7]:.4g}", f"{values[0, 1, 7]:.4g}")
-    long = xr.Dataset({"v": (("step", "block"), np.random.default_rng(2).normal(size=(1, 501)), label)}, {"step": [0]})
+    long = xr.Dataset(
+        {"v": (("step", "block"), np.random.default_rng(2).normal(size=(1, 501)), label)},
+        {"step": [0]},
+    )
     assert tables.at_the_end(long) == ([], [("v", "something: 501 rows, in the log alone")])
 
 
@@ -465,7 +606,12 @@ def test_an_svg_keeps_its_references_under_the_prefix(prefix: str) -> None:
     assert svg.get("aria-label") == 'x < y & "z"'
     ids = {e.get("id") for e in svg.iter() if e.get("id")}
     used = {e.get("href", "")[1:] for e in svg.iter() if e.get("href", "").startswith("#")}
-    used |= {name for e in svg.iter() for v in e.attrib.values() for name in re.findall(r"url\(#(.*?)\)", v)}
+    used |= {
+        name
+        for e in svg.iter()
+        for v in e.attrib.values()
+        for name in re.findall(r"url\(#(.*?)\)", v)
+    }
     assert used == ids
     assert all(str(name).startswith(prefix) for name in ids)
     assert not any(e.tag.endswith(("metadata", "style")) for e in svg.iter())
@@ -476,7 +622,9 @@ def test_an_svg_keeps_its_references_under_the_prefix(prefix: str) -> None:
 
 def test_the_legend_of_many_runs_stands_within_the_figure(runs: Path) -> None:
     ds = cl.open(runs / "adam")
-    many = [(str(i), ds.assign_attrs(lr=10.0**-i, damping=0.123 / (i + 1), seed=i)) for i in range(14)]
+    many = [
+        (str(i), ds.assign_attrs(lr=10.0**-i, damping=0.123 / (i + 1), seed=i)) for i in range(14)
+    ]
     many[1] = ("1", many[1][1].assign_attrs(lr=1.0))  # so that damping and seed are named too
     figure = figures.draw_all(many, "training")
     figure.canvas.draw()
@@ -490,12 +638,16 @@ def test_the_legend_of_many_runs_stands_within_the_figure(runs: Path) -> None:
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 14
 
 
-def test_a_report_that_cannot_be_written_is_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_that_cannot_be_written_is_one_line(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = str(runs / "adam")
     (tmp_path / "folder.html").mkdir()
     assert "it is a folder" in refused(capsys, "report", run, "-o", str(tmp_path / "folder.html"))
     assert "there is no folder /nowhere" in refused(capsys, "report", run, "-o", "/nowhere/a.html")
-    assert "reports are HTML, not '.png'; call it a.html" in refused(capsys, "report", run, "-o", str(tmp_path / "a.png"))
+    assert "reports are HTML, not '.png'; call it a.html" in refused(
+        capsys, "report", run, "-o", str(tmp_path / "a.png")
+    )
     log = tmp_path / "log.html"
     log.write_bytes((runs / "adam" / "run.h5").read_bytes())
     assert "it is one of the logs" in refused(capsys, "report", str(log), "-o", str(log))
@@ -505,9 +657,13 @@ def test_a_report_that_cannot_be_written_is_one_line(runs: Path, tmp_path: Path,
     assert "Missing argument" in refused(capsys, "report")
 
 
-def test_a_log_that_cannot_be_read_is_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_that_cannot_be_read_is_one_line(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = ["-o", str(tmp_path / "a.html")]
-    assert "no log at" in refused(capsys, "report", str(runs / "adam"), str(tmp_path / "absent"), *out)
+    assert "no log at" in refused(
+        capsys, "report", str(runs / "adam"), str(tmp_path / "absent"), *out
+    )
     (tmp_path / "run.h5").write_bytes((runs / "adam" / "run.h5").read_bytes()[:3000])
     assert "is damaged" in refused(capsys, "report", str(tmp_path), *out)
     xr.Dataset({"a": ("x", [1.0])}).to_netcdf(tmp_path / "other.h5", engine="h5netcdf")
@@ -515,7 +671,9 @@ def test_a_log_that_cannot_be_read_is_one_line(runs: Path, tmp_path: Path, capsy
     assert not (tmp_path / "a.html").exists()
 
 
-def test_a_disk_that_is_full_leaves_the_old_page(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_leaves_the_old_page(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "a.html"
     target.write_text("old")
 
@@ -524,12 +682,16 @@ def test_a_disk_that_is_full_leaves_the_old_page(runs: Path, tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(cl.CurvlabError, match=r"a\.html cannot be written: No space left on device"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"a\.html cannot be written: No space left on device"
+    ):
         cl.report(runs / "adam", target)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.html", b"old")]
 
 
-def test_it_shows_how_far_it_is(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_shows_how_far_it_is(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = cl.open(runs / "compare").assign_attrs(title="[/x] is no markup of the console's")
     log.to_netcdf(tmp_path / "run.h5", engine="h5netcdf")
     cl.report(tmp_path, tmp_path / "a.html", progress=True)
@@ -541,8 +703,19 @@ def test_it_shows_how_far_it_is(runs: Path, tmp_path: Path, capsys: pytest.Captu
 def test_a_log_from_python_and_one_that_says_little(tmp_path: Path) -> None:
     """The public functions' logs; attributes that are absent are dashes, not errors."""
     train, _ = cl.datasets.load("tiny")
-    objective = cl.Objective(nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)), cl.likelihoods.Categorical(), seed=0)
-    cl.compare(objective, train.batches(20), reference="sgd-m", algorithms=["adam"], path=tmp_path / "run.h5", progress=False)
+    objective = cl.Objective(
+        nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)),
+        cl.likelihoods.Categorical(),
+        seed=0,
+    )
+    cl.compare(
+        objective,
+        train.batches(20),
+        reference="sgd-m",
+        algorithms=["adam"],
+        path=tmp_path / "run.h5",
+        progress=False,
+    )
     text = cl.report(tmp_path, tmp_path / "a.html").read_text()
     assert "curvlab.compare(batches=&#39;tiny, batches of 20" in text
     ds = cl.open(tmp_path)
@@ -563,9 +736,26 @@ def odd(tmp_path_factory: pytest.TempPathFactory, _tiny: None) -> Path:
         if "train" in probes.PROBES[name].where and name != "shift"
         for word in ("--probe", f"{name}:2")
     ]
-    assert call(*TRAIN, "--algorithm", "k-bfgs-20-convergent", "--damping", "0.3", *every, "--out", str(folder / "every")) == 0
-    assert call(*TRAIN, "--algorithm", "kfac", "--probe", "bounds:1", "--out", str(folder / "kfac Ω")) == 0
-    assert call(*COMPARE, "--seeds", "3", "--probe", "noise:2", "--out", str(folder / "compare")) == 0
+    assert (
+        call(
+            *TRAIN,
+            "--algorithm",
+            "k-bfgs-20-convergent",
+            "--damping",
+            "0.3",
+            *every,
+            "--out",
+            str(folder / "every"),
+        )
+        == 0
+    )
+    assert (
+        call(*TRAIN, "--algorithm", "kfac", "--probe", "bounds:1", "--out", str(folder / "kfac Ω"))
+        == 0
+    )
+    assert (
+        call(*COMPARE, "--seeds", "3", "--probe", "noise:2", "--out", str(folder / "compare")) == 0
+    )
     first = cl.open(folder / "compare").isel(step=[0], noise_step=[0], seed=[0])
     (folder / "killed").mkdir()
     first.to_netcdf(folder / "killed" / "run.h5", engine="h5netcdf")
@@ -578,7 +768,9 @@ def test_odd_runs_are_reported(odd: Path) -> None:
         assert call("report", str(odd / name), "-o", str(odd / f"{name}.html")) == 0
     pages = {name: Page((odd / f"{name}.html").read_text(encoding="utf-8")) for name in names}
     words = {
-        name: " ".join(text for tag in ("h2", "caption", "td", "th", "dd") for _, text in page.of(tag))
+        name: " ".join(
+            text for tag in ("h2", "caption", "td", "th", "dd") for _, text in page.of(tag)
+        )
         for name, page in pages.items()
     }
     for said in words.values():
@@ -604,7 +796,12 @@ def test_what_was_seen_once_is_seen(odd: Path) -> None:
     for name, log in (("cosine", odd / "killed"), ("damping", odd / "every")):
         ds = cl.open(log)
         at = ds if name == "cosine" else ds.isel(epoch=slice(1, 2))
-        lines = [line for ax in figures.draw(at, name).axes for line in ax.lines if np.isfinite(line.get_ydata()).any()]
+        lines = [
+            line
+            for ax in figures.draw(at, name).axes
+            for line in ax.lines
+            if np.isfinite(line.get_ydata()).any()
+        ]
         assert lines
         assert all(line.get_marker() == "." for line in lines)
 

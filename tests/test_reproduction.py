@@ -25,7 +25,19 @@ from curvlab.cli import app as cli
 from curvlab.datasets import DATASETS, Dataset
 from curvlab.errors import CurvlabError
 from curvlab.models import MODELS
-from curvlab.reproduction import Axis, Claim, Comparison, Extent, Method, Options, Row, Scaling, load, reproduce, scripts
+from curvlab.reproduction import (
+    Axis,
+    Claim,
+    Comparison,
+    Extent,
+    Method,
+    Options,
+    Row,
+    Scaling,
+    load,
+    reproduce,
+    scripts,
+)
 from curvlab.reproduction.claims import verdicts
 from curvlab.reproduction.comparison import Runs
 from curvlab.reproduction.drawing import draw
@@ -80,7 +92,11 @@ def test_claims_and_reports_are_of_methods_and_problems_that_there_are(name: str
         for method in used:
             assert len(method.on(problem) or ()) in (2, 3)
             assert method.algorithm in ALGORITHMS
-        ends = figure.paper.seconds_on(problem) or figure.paper.epochs_on(problem) or all(method.epochs for method in used)
+        ends = (
+            figure.paper.seconds_on(problem)
+            or figure.paper.epochs_on(problem)
+            or all(method.epochs for method in used)
+        )
         assert ends
         assert figure.cpu.seconds_on(problem) or figure.cpu.epochs_on(problem)
 
@@ -96,10 +112,14 @@ def test_problems_are_of_networks_and_data_that_there_are() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoke(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[Figure] = []
     write = Report.draw
-    monkeypatch.setattr(Report, "draw", lambda self, figure: drawn.append(figure) or write(self, figure))
+    monkeypatch.setattr(
+        Report, "draw", lambda self, figure: drawn.append(figure) or write(self, figure)
+    )
     reproduce(load(name), name, Options("smoke", tmp_path / "out", tmp_path / "runs", "cpu"))
     said = capsys.readouterr().out
     assert f"wrote {tmp_path / 'out' / name}-smoke.txt" in said
@@ -167,7 +187,18 @@ def test_a_script_by_itself_takes_some_methods_of_some_problems(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = ANALYSES / "thesis" / "figure_4_2.py"
-    words = ["--budget", "smoke", "--out", str(tmp_path), "--method", "TNT", "--method", "Adam", "--problem", "CURVES"]
+    words = [
+        "--budget",
+        "smoke",
+        "--out",
+        str(tmp_path),
+        "--method",
+        "TNT",
+        "--method",
+        "Adam",
+        "--problem",
+        "CURVES",
+    ]
     monkeypatch.setattr(sys, "argv", [str(script), *words])
     runpy.run_path(str(script), run_name="__main__")
     said = capsys.readouterr().out
@@ -177,7 +208,9 @@ def test_a_script_by_itself_takes_some_methods_of_some_problems(
     assert "\nMNIST\n" not in said
 
 
-def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(self: Comparison, report: Report) -> None:
         raise KeyboardInterrupt
 
@@ -194,11 +227,20 @@ def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     [
         (["figure-2.9"], "unknown figure or table 'figure-2.9'; did you mean"),
         (["figure-3.1", "--budget", "gpu"], "unknown budget 'gpu'"),
-        (["figure-3.1", "--budget", "smoke", "--method", "KFACC"], "unknown method 'KFACC'; did you mean 'KFAC'?"),
+        (
+            ["figure-3.1", "--budget", "smoke", "--method", "KFACC"],
+            "unknown method 'KFACC'; did you mean 'KFAC'?",
+        ),
         (["figure-3.1", "--budget", "smoke", "--problem", "FACES"], "unknown problem 'FACES'"),
         (["figure-3.1", "--device", "tpu"], "tpu"),
-        (["table-2.1", "--budget", "smoke", "--method", "TNT"], "unknown method 'TNT' (known: K-BFGS, K-BFGS(L), KFAC, Adam)"),
-        (["figure-2.1", "--problem", "webspam"], "unknown problem 'webspam' (known: MNIST, FACES, CURVES)"),
+        (
+            ["table-2.1", "--budget", "smoke", "--method", "TNT"],
+            "unknown method 'TNT' (known: K-BFGS, K-BFGS(L), KFAC, Adam)",
+        ),
+        (
+            ["figure-2.1", "--problem", "webspam"],
+            "unknown problem 'webspam' (known: MNIST, FACES, CURVES)",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
@@ -213,7 +255,9 @@ def test_bad_input_is_one_line(
     assert says in err
 
 
-def test_without_a_name_all_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_name_all_are_listed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for words in (["reproduce"], ["list", "reproductions"]):
         monkeypatch.setattr(sys, "argv", ["curvlab", *words])
         with pytest.raises(SystemExit) as stop:
@@ -230,8 +274,13 @@ def test_without_a_name_all_are_listed(capsys: pytest.CaptureFixture[str], monke
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """MNIST is 40 digits of random numbers and the network of Figure 4.1."""
     chance = torch.Generator().manual_seed(0)
-    parts = [Dataset("mnist16", torch.rand(n, 256, generator=chance), torch.arange(n) % 10, "") for n in (60, 30)]
-    monkeypatch.setitem(PROBLEMS, "MNIST", PublishedProblem("mlp-256-20", "mnist16", PROBLEMS["MNIST"].small))
+    parts = [
+        Dataset("mnist16", torch.rand(n, 256, generator=chance), torch.arange(n) % 10, "")
+        for n in (60, 30)
+    ]
+    monkeypatch.setitem(
+        PROBLEMS, "MNIST", PublishedProblem("mlp-256-20", "mnist16", PROBLEMS["MNIST"].small)
+    )
     monkeypatch.setattr(datasets, "load", lambda name: tuple(parts))
 
 
@@ -239,7 +288,9 @@ def small(**changed: object) -> Comparison:
     """In earnest but small: 40 examples, two steps an epoch."""
     methods = {"Adam": Method("adam", (1e-4, 1e-4)), "SGD-m": Method("sgd-m", (0.003, 0))}
     extent = Extent(epochs=2, examples=40, tests=20)
-    figure = Comparison("figure", "claim", ["MNIST"], methods, 20, cpu=extent, paper=Extent(epochs=1))
+    figure = Comparison(
+        "figure", "claim", ["MNIST"], methods, 20, cpu=extent, paper=Extent(epochs=1)
+    )
     return replace(figure, **changed)  # type: ignore[arg-type]  # any field
 
 
@@ -269,7 +320,9 @@ def test_what_decides_the_numbers_decides_the_folder(tmp_path: Path) -> None:
     options = Options("cpu", tmp_path, tmp_path, "cpu")
 
     def folder(figure: Comparison, method: Method, seed: int = 0) -> Path:
-        return Runs(figure, "MNIST", options).folder(method.arguments("MNIST"), method.batch or figure.batch, seed)
+        return Runs(figure, "MNIST", options).folder(
+            method.arguments("MNIST"), method.batch or figure.batch, seed
+        )
 
     adam = Method("adam", (1e-4, 1e-4))
     others = [
@@ -285,9 +338,16 @@ def test_what_decides_the_numbers_decides_the_folder(tmp_path: Path) -> None:
     ]
     folders = {folder(*other) for other in others} | {folder(small(), adam)}
     assert len(folders) == len(others) + 1
-    usual = {"decay": 0.999, "momentum": 0.9, "weight_decay": 0.0, "refresh_every": 1}  # Adam's own anyway
+    usual = {
+        "decay": 0.999,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "refresh_every": 1,
+    }  # Adam's own anyway
     assert folder(small(), replace(adam, options=usual)) == folder(small(), adam)
-    assert folder(small(cpu=Extent(epochs=9, seconds=3, examples=40, tests=20)), adam) == folder(small(), adam)
+    assert folder(small(cpu=Extent(epochs=9, seconds=3, examples=40, tests=20)), adam) == folder(
+        small(), adam
+    )
 
 
 @pytest.mark.usefixtures("tiny")
@@ -322,8 +382,16 @@ def test_data_that_are_not_there_are_told(tmp_path: Path, monkeypatch: pytest.Mo
 def log(losses: list[float], seconds: float = 1.0) -> xr.Dataset:
     n = len(losses)
     time = np.arange(n) * seconds
-    columns = {"train_loss": losses, "val_error": [x / 100 for x in losses], "cpu_seconds": time, "wall_seconds": time}
-    return xr.Dataset({k: ("epoch", np.asarray(v)) for k, v in columns.items()}, {"epoch": np.arange(n, dtype=float)})
+    columns = {
+        "train_loss": losses,
+        "val_error": [x / 100 for x in losses],
+        "cpu_seconds": time,
+        "wall_seconds": time,
+    }
+    return xr.Dataset(
+        {k: ("epoch", np.asarray(v)) for k, v in columns.items()},
+        {"epoch": np.arange(n, dtype=float)},
+    )
 
 
 def result(*runs: xr.Dataset) -> Result:
@@ -356,17 +424,25 @@ def test_claims_by_hand() -> None:
         return Claim("", [better], [than], by, **more).verdict(found)  # type: ignore[arg-type]
 
     assert verdict("epoch") == "holds: A 1 against B 4 (training loss at 2 epochs)"
-    assert verdict("time") == "does not hold: A 3 against B 3 (training loss at 3 s)".replace("does not hold", "holds")
+    assert verdict("time") == "does not hold: A 3 against B 3 (training loss at 3 s)".replace(
+        "does not hold", "holds"
+    )
     found["B"] = result(log([9, 5, 4, 2]))
     assert verdict("time").startswith("does not hold: A 3 against B 2")
     assert verdict("time", within=0.5).startswith("holds")
     assert verdict("time", "B", "A", within=0.5).startswith("holds")
-    assert verdict("time", "B", "A", within=0.4, alike=True).startswith("does not hold: B 2 against A 3")
+    assert verdict("time", "B", "A", within=0.4, alike=True).startswith(
+        "does not hold: B 2 against A 3"
+    )
     assert verdict("time", "B", "A", within=0.5, alike=True).startswith("holds")
     assert verdict("lowest", "B", "A") == "does not hold: B 2 against A 1 (lowest training loss)"
     assert verdict("epoch", "A", "C") == "cannot be said: no run of C"
     lines = list(verdicts([Claim("it is", ["A"], ["B"], problems=["one", "two"])], {"one": found}))
-    assert lines == ["claim: it is", "  one: holds: A 1 against B 4 (training loss at 2 epochs)", "  two: not run"]
+    assert lines == [
+        "claim: it is",
+        "  one: holds: A 1 against B 4 (training loss at 2 epochs)",
+        "  two: not run",
+    ]
 
 
 def test_curves_are_told_apart_without_colour() -> None:
@@ -377,7 +453,10 @@ def test_curves_are_told_apart_without_colour() -> None:
 
 
 def test_a_figure_has_a_column_each_problem() -> None:
-    found = {"one": {"A": result(log([9, 3, 1]))}, "two": {"A": result(log([9, 3, 1]), log([9, 2, 1]))}}
+    found = {
+        "one": {"A": result(log([9, 3, 1]))},
+        "two": {"A": result(log([9, 3, 1]), log([9, 2, 1]))},
+    }
     figure = draw(found, ("train_loss", "val_error"), "title")
     assert len(figure.axes) == 8
     assert [ax.get_xlabel() for ax in figure.axes[::2]] == ["epoch", "process time (s)"] * 2
@@ -387,8 +466,13 @@ def test_a_figure_has_a_column_each_problem() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "scale"), [(9.0, "linear"), (11.0, "log")])
-def test_a_run_that_takes_much_longer_does_not_squeeze_the_others(seconds: float, scale: str) -> None:
-    found = {name: result(log([9, 3, 1], seconds)) for name, seconds in (("A", 2.0), ("B", 2.0), ("C", seconds))}
+def test_a_run_that_takes_much_longer_does_not_squeeze_the_others(
+    seconds: float, scale: str
+) -> None:
+    found = {
+        name: result(log([9, 3, 1], seconds))
+        for name, seconds in (("A", 2.0), ("B", 2.0), ("C", seconds))
+    }
     by_epoch, by_time = draw({"one": found}, ("train_loss",), "title").axes
     assert by_epoch.get_xscale() == "linear"
     assert by_time.get_xscale() == scale
@@ -406,7 +490,9 @@ def test_exponents_by_hand() -> None:
     assert math.isnan(exponent(sizes, [math.nan] * 4 + [1]))
 
 
-def test_what_is_held_is_the_table_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_held_is_the_table_of_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of Table 2.1, numbers of one layer counted: K-BFGS's H_a and H_g, A, s and y; 2 p d_o of L-BFGS."""
     scaling = load("table-2.2")
     assert isinstance(scaling, Scaling)
@@ -417,7 +503,9 @@ def test_what_is_held_is_the_table_of_memory(tmp_path: Path, capsys: pytest.Capt
     assert inputs * 2 + outputs <= held["K-BFGS"] <= inputs * 2 + outputs + 4 * (6 + 1 + 4)
     assert held["KFAC"] >= 2 * (inputs + outputs)
     assert 7 * 4 <= held["Adam"] <= 2 * 7 * 4 + 2
-    further = scaling._step(scaling.rows["K-BFGS(L)"], SimpleNamespace(**vars(sizes) | {"p": 5}), options)[1]
+    further = scaling._step(
+        scaling.rows["K-BFGS(L)"], SimpleNamespace(**vars(sizes) | {"p": 5}), options
+    )[1]
     assert further - held["K-BFGS(L)"] == 2 * 2 * 4  # two pairs more, s and y of d_o numbers each
 
 
@@ -432,5 +520,7 @@ def test_a_quantity_that_is_not_asked_for_is_not_drawn(tmp_path: Path) -> None:
     assert re.search(r"^Adam +1\.[5-9]\d \(2\.00\)$", "\n".join(report.lines), re.MULTILINE)
     other = replace(scaling, rows={"Adam": row, "SGD-m": replace(row, algorithm="sgd-m")})
     chosen = reproduce(other, "table", Options("smoke", tmp_path, device="cpu", methods=("Adam",)))
-    assert [line.split()[0] for line in chosen.lines if line.startswith(("Adam", "SGD"))] == ["Adam"]
+    assert [line.split()[0] for line in chosen.lines if line.startswith(("Adam", "SGD"))] == [
+        "Adam"
+    ]
     assert list(tensors({"a": [1, {"b": ()}]})) == []

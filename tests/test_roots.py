@@ -16,9 +16,15 @@ orders = pytest.mark.parametrize("p", [2, 4, 6])
 EPS32 = torch.finfo(torch.float32).eps
 
 
-def with_condition(condition: float, order: int = 6, scale: float = 3.0, dtype: torch.dtype = torch.float64) -> Tensor:
+def with_condition(
+    condition: float, order: int = 6, scale: float = 3.0, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """scale · Q diag(1 … 1/condition) Qᵀ, eigenvalues evenly spaced in the logarithm."""
-    q = torch.linalg.qr(torch.randn(order, order, generator=torch.Generator().manual_seed(order), dtype=torch.float64))[0]
+    q = torch.linalg.qr(
+        torch.randn(
+            order, order, generator=torch.Generator().manual_seed(order), dtype=torch.float64
+        )
+    )[0]
     e = scale * torch.logspace(0, -math.log10(condition), order, dtype=torch.float64)
     M = (q * e) @ q.T
     return ((M + M.T) / 2).to(dtype)
@@ -30,7 +36,11 @@ def test_eigh_root_to_the_minus_p_is_the_matrix(p: int, condition: float) -> Non
     M = with_condition(condition)
     root = inverse_root_eigh(M, p)
     assert_near(root, root.T)
-    assert_near(torch.linalg.matrix_power(root, p) @ M, torch.eye(6, dtype=M.dtype), 1e-14 * condition + 1e-13)
+    assert_near(
+        torch.linalg.matrix_power(root, p) @ M,
+        torch.eye(6, dtype=M.dtype),
+        1e-14 * condition + 1e-13,
+    )
 
 
 @orders
@@ -130,4 +140,6 @@ def test_root_to_its_power(p: int) -> None:
 def test_root_above_a_floor() -> None:
     """Eigenvalues that rounding put below the damping."""
     M = torch.diag(torch.tensor([-1e-9, 4.0], dtype=torch.float64))
-    assert_near(root_eigh(M, 2, floor=0.25), torch.diag(torch.tensor([0.5, 2.0], dtype=torch.float64)))
+    assert_near(
+        root_eigh(M, 2, floor=0.25), torch.diag(torch.tensor([0.5, 2.0], dtype=torch.float64))
+    )

@@ -25,11 +25,36 @@ def test_the_reference_moves_exactly_as_its_optimizer_does() -> None:
         one, two = problem(), problem()
         data = batches(one, 6)
         objective = one.objective(seed=3)
-        cl.compare(objective, data, reference=reference, algorithms=NAMES, lr=0.05, damping=0.1, warm=data[:2], momentum=None)
+        cl.compare(
+            objective,
+            data,
+            reference=reference,
+            algorithms=NAMES,
+            lr=0.05,
+            damping=0.1,
+            warm=data[:2],
+            momentum=None,
+        )
         alone = two.objective(seed=3)
-        damping = {"tnt": (0.1 / 7) ** 0.5, "tnt-ef": (0.1 / 7) ** 0.5, "tnt-per-sample": 0.1**0.5, "tnt-ideal": 0.1**0.5}
-        damping |= {"shampoo": 3e-4, "adam": (0.1 / 7) ** 0.5, "rmsprop": (0.1 / 7) ** 0.5, "sgd-m": 0.0}
-        optimizer = cl.optimizer(reference, alone, lr=0.05, damping=damping.get(reference, 0.1), **ALGORITHMS[reference].fixed)
+        damping = {
+            "tnt": (0.1 / 7) ** 0.5,
+            "tnt-ef": (0.1 / 7) ** 0.5,
+            "tnt-per-sample": 0.1**0.5,
+            "tnt-ideal": 0.1**0.5,
+        }
+        damping |= {
+            "shampoo": 3e-4,
+            "adam": (0.1 / 7) ** 0.5,
+            "rmsprop": (0.1 / 7) ** 0.5,
+            "sgd-m": 0.0,
+        }
+        optimizer = cl.optimizer(
+            reference,
+            alone,
+            lr=0.05,
+            damping=damping.get(reference, 0.1),
+            **ALGORITHMS[reference].fixed,
+        )
         optimizer.warm_start(data[:2])
         for x, y in data:
             optimizer.step(alone.closure(x, y))
@@ -41,12 +66,23 @@ def test_log_of_a_comparison(tmp_path: Path) -> None:
     p = problem("norm")
     with pytest.warns(cl.CurvlabWarning, match=r"norm\.weight, norm\.bias"):
         run = cl.compare(
-            p.objective(), batches(p, 5), algorithms=NAMES, damping=0.1, log_every=2, path=tmp_path / "x.h5", decay=0.5
+            p.objective(),
+            batches(p, 5),
+            algorithms=NAMES,
+            damping=0.1,
+            log_every=2,
+            path=tmp_path / "x.h5",
+            decay=0.5,
         )
     ds = cl.open(tmp_path / "x.h5")
     xr.testing.assert_identical(ds, run.dataset)
     assert ds["step"].values.tolist() == [0, 2, 4]
-    parameters = ["first.weight first.bias", "norm.weight", "norm.bias", "second.weight second.bias"]
+    parameters = [
+        "first.weight first.bias",
+        "norm.weight",
+        "norm.bias",
+        "second.weight second.bias",
+    ]
     assert ds["parameters"].values.tolist() == parameters
     np.testing.assert_allclose(ds["cosine"].sel(algorithm="block-fisher"), 1, atol=1e-12)
     assert json.loads(ds.attrs["settings"])["decay"] == 0.5
@@ -61,12 +97,16 @@ def test_every_algorithm_in_one_comparison_on_other_layers(model: str) -> None:
     grouped = [b.name for b in objective.blocks if b.groups > 1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if grouped else "error", cl.CurvlabWarning)
-        ds = cl.compare(objective, batches(p, 3), algorithms=list(ALGORITHMS), damping=0.1, momentum=0.0).dataset
+        ds = cl.compare(
+            objective, batches(p, 3), algorithms=list(ALGORITHMS), damping=0.1, momentum=0.0
+        ).dataset
     assert bool(np.isfinite(ds["cosine"]).all())
     np.testing.assert_allclose(ds["cosine"].sel(algorithm="block-fisher"), 1, atol=1e-12)
     for block in grouped:
         gram = ds["gram"].sel(block=block)
-        np.testing.assert_allclose(gram.sel(algorithm="kfac"), gram.sel(algorithm="sgd-m"), rtol=1e-12)
+        np.testing.assert_allclose(
+            gram.sel(algorithm="kfac"), gram.sel(algorithm="sgd-m"), rtol=1e-12
+        )
 
 
 def test_the_loss_logged_is_the_loss_before_the_step() -> None:
@@ -79,7 +119,11 @@ def test_the_loss_logged_is_the_loss_before_the_step() -> None:
     assert float(run.dataset["loss"][-1]) != expected
 
 
-OTHERS = ("spectrum", "training", "damping")  # test_spectra.py, test_train.py, test_probe_damping.py
+OTHERS = (
+    "spectrum",
+    "training",
+    "damping",
+)  # test_spectra.py, test_train.py, test_probe_damping.py
 
 
 @pytest.mark.parametrize("figure", [n for n in FIGURES if n not in OTHERS])
@@ -103,7 +147,9 @@ def test_the_cosine_panels_show_every_method_and_the_values_of_the_log() -> None
     p = problem()
     run = cl.compare(p.objective(), batches(p, 4), algorithms=NAMES, damping=0.1)
     axes = run.figure("cosine").axes
-    assert len(axes) == 3  # all layers where there are four or fewer, the inner ones where there are more
+    assert (
+        len(axes) == 3
+    )  # all layers where there are four or fewer, the inner ones where there are more
     for ax, block in zip(axes, ("1", "2", "3"), strict=True):
         assert [line.get_label() for line in ax.lines] == NAMES
         for line in ax.lines:
@@ -113,7 +159,9 @@ def test_the_cosine_panels_show_every_method_and_the_values_of_the_log() -> None
 
 def test_steps_end_a_run_and_an_iterator_will_do() -> None:
     p = problem()
-    run = cl.compare(p.objective(), iter(batches(p, 5)), reference="sgd-m", algorithms=["adam"], steps=3)
+    run = cl.compare(
+        p.objective(), iter(batches(p, 5)), reference="sgd-m", algorithms=["adam"], steps=3
+    )
     assert run.dataset.sizes["step"] == 3
 
 
@@ -144,7 +192,9 @@ def test_what_was_logged_before_an_error_is_saved(tmp_path: Path) -> None:
     data = batches(p, 4)
     data[2][0][1, 1] = torch.nan
     with pytest.raises(cl.CurvlabError, match=r"NaN or Inf \(first in example 1"):
-        cl.compare(p.objective(), data, reference="sgd-m", algorithms=["adam"], path=tmp_path / "run.h5")
+        cl.compare(
+            p.objective(), data, reference="sgd-m", algorithms=["adam"], path=tmp_path / "run.h5"
+        )
     assert cl.open(tmp_path / "run.h5")["step"].values.tolist() == [0, 1]
 
 
@@ -154,7 +204,12 @@ def test_on_a_gpu_as_on_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         p = problem()
         objective = cl.Objective(p.model.to(device), p.likelihood)
-        run = cl.compare(objective, batches(p, 4), reference="block-ef", algorithms=["kfac-ef", "tnt-ef", "shampoo", "adam"])
+        run = cl.compare(
+            objective,
+            batches(p, 4),
+            reference="block-ef",
+            algorithms=["kfac-ef", "tnt-ef", "shampoo", "adam"],
+        )
         tables.append(run.dataset["cosine"])
     np.testing.assert_allclose(tables[0], tables[1], atol=1e-8)
 
@@ -173,15 +228,26 @@ def test_cosines_to_any_method_and_to_the_full_gauss_newton_matrix() -> None:
     def solve(B: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         return torch.linalg.solve(B + lam * torch.eye(len(B), dtype=torch.float64), g)
 
-    shifted = [h + max(0.0, -float(torch.linalg.eigvalsh(h)[0])) * torch.eye(len(h), dtype=torch.float64) for h in hessians]
+    shifted = [
+        h + max(0.0, -float(torch.linalg.eigvalsh(h)[0])) * torch.eye(len(h), dtype=torch.float64)
+        for h in hessians
+    ]
     expected = {
         "full-ggn": solve(ggn, g),
         "block-ggn": torch.cat([solve(ggn[s, s], g[s]) for s in slices.values()]),
-        "block-hessian": torch.cat([solve(h, g[s]) for h, s in zip(shifted, slices.values(), strict=True)]),
+        "block-hessian": torch.cat(
+            [solve(h, g[s]) for h, s in zip(shifted, slices.values(), strict=True)]
+        ),
         "sgd-m": g,
     }
     ds = cl.compare(
-        p.objective(), data, reference="sgd-m", algorithms=list(expected), damping=lam, momentum=0.0, warm=()
+        p.objective(),
+        data,
+        reference="sgd-m",
+        algorithms=list(expected),
+        damping=lam,
+        momentum=0.0,
+        warm=(),
     ).dataset
     for other, q in expected.items():
         found = cl.cosine_to(ds, other)
@@ -189,7 +255,9 @@ def test_cosines_to_any_method_and_to_the_full_gauss_newton_matrix() -> None:
         for name, d in expected.items():
             for block, s in slices.items():
                 cosine = torch.nn.functional.cosine_similarity(d[s], q[s], dim=0)
-                assert float(found.sel(algorithm=name, block=block)[0]) == pytest.approx(float(cosine), abs=1e-6)
+                assert float(found.sel(algorithm=name, block=block)[0]) == pytest.approx(
+                    float(cosine), abs=1e-6
+                )
     xr.testing.assert_allclose(cl.cosine_to(ds, "sgd-m").drop_vars("other"), ds["cosine"])
     by_products = cl.approximation("full-ggn", objective, damping=lam, solver="cg")
     now = objective.closure(*data[0]).observe()

@@ -35,11 +35,15 @@ CLOSED: dict[str, tuple[dict, Callable[[int], float]]] = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_closed_forms_at_the_defaults(name: str) -> None:
     options, expected = CLOSED[name]
-    assert rates(name, 150, 150, **options) == pytest.approx([expected(e) for e in range(150)], rel=1e-12, abs=1e-15)
+    assert rates(name, 150, 150, **options) == pytest.approx(
+        [expected(e) for e in range(150)], rel=1e-12, abs=1e-15
+    )
 
 
 def test_options() -> None:
-    assert rates("step", 9, 5, every=2, factor=0.5) == pytest.approx([0.3, 0.3, 0.15, 0.15, 0.075], rel=1e-14)
+    assert rates("step", 9, 5, every=2, factor=0.5) == pytest.approx(
+        [0.3, 0.3, 0.15, 0.15, 0.075], rel=1e-14
+    )
     assert rates("cosine", 2, 3, least=0.1) == pytest.approx([0.3, 0.2, 0.1], rel=1e-14)
     assert rates("ExponentialLR", 9, 3, gamma=0.5) == pytest.approx([0.3, 0.15, 0.075], rel=1e-14)
     assert SCHEDULES["step"].options == ["every", "factor"]
@@ -49,33 +53,101 @@ def test_options() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("stepp", {}, "unknown schedule 'stepp'; did you mean 'step'.*known: constant, step, cosine, .*ExponentialLR"),
+        (
+            "stepp",
+            {},
+            "unknown schedule 'stepp'; did you mean 'step'.*known: constant, step, cosine, .*ExponentialLR",
+        ),
         ("step", {"evry": 1}, "unknown option of schedule step 'evry'; did you mean 'every'"),
         ("constant", {"every": 1}, "unknown option of schedule constant"),
-        ("step", {"every": 0}, "schedule 'step': every must be at least 1 and factor above 0, not 0 and 0.1"),
-        ("step", {"factor": -2}, "schedule 'step': every must be at least 1 and factor above 0, not 60 and -2"),
+        (
+            "step",
+            {"every": 0},
+            "schedule 'step': every must be at least 1 and factor above 0, not 0 and 0.1",
+        ),
+        (
+            "step",
+            {"factor": -2},
+            "schedule 'step': every must be at least 1 and factor above 0, not 60 and -2",
+        ),
         ("step", {"every": 2.5}, "every of schedule step must be a whole number, not 2.5"),
         ("step", {"factor": math.nan}, "factor of schedule step must be a finite number, not nan"),
         ("cosine", {"least": -1.0}, "schedule 'cosine': least must be 0 or positive, not -1"),
         ("ExponentialLR", {}, "schedule 'ExponentialLR': .*gamma"),
         ("step", {"every": "often"}, "every of schedule step must be a whole number, not 'often'"),
-        ("StepLR", {"step_size": 3, "gamma": "abc"}, "gamma of schedule StepLR must be 0 or positive, not 'abc'"),
-        ("StepLR", {"gamma": 0.5}, "schedule 'StepLR': step_size must be given: it has step_size, gamma"),
-        ("PolynomialLR", {"power": -1}, "power of schedule PolynomialLR must be 0 or positive, not -1"),
-        ("ReduceLROnPlateau", {"patience": "abc"}, "patience of schedule ReduceLROnPlateau must be a whole number, not 'abc'"),
-        ("ReduceLROnPlateau", {"mode": "up"}, "unknown mode of schedule ReduceLROnPlateau 'up'.*known: min, max"),
-        ("CyclicLR", {"base_lr": 0.1, "max_lr": 1, "scale_mode": "x"}, "unknown scale_mode of schedule CyclicLR 'x'"),
-        ("CyclicLR", {"base_lr": 0.1, "max_lr": 1, "scale_fn": abs}, "is made with objects .scale_fn., which have no name"),
-        ("LambdaLR", {"lr_lambda": abs}, "is made with objects .lr_lambda., which have no name: give a function"),
+        (
+            "StepLR",
+            {"step_size": 3, "gamma": "abc"},
+            "gamma of schedule StepLR must be 0 or positive, not 'abc'",
+        ),
+        (
+            "StepLR",
+            {"gamma": 0.5},
+            "schedule 'StepLR': step_size must be given: it has step_size, gamma",
+        ),
+        (
+            "PolynomialLR",
+            {"power": -1},
+            "power of schedule PolynomialLR must be 0 or positive, not -1",
+        ),
+        (
+            "ReduceLROnPlateau",
+            {"patience": "abc"},
+            "patience of schedule ReduceLROnPlateau must be a whole number, not 'abc'",
+        ),
+        (
+            "ReduceLROnPlateau",
+            {"mode": "up"},
+            "unknown mode of schedule ReduceLROnPlateau 'up'.*known: min, max",
+        ),
+        (
+            "CyclicLR",
+            {"base_lr": 0.1, "max_lr": 1, "scale_mode": "x"},
+            "unknown scale_mode of schedule CyclicLR 'x'",
+        ),
+        (
+            "CyclicLR",
+            {"base_lr": 0.1, "max_lr": 1, "scale_fn": abs},
+            "is made with objects .scale_fn., which have no name",
+        ),
+        (
+            "LambdaLR",
+            {"lr_lambda": abs},
+            "is made with objects .lr_lambda., which have no name: give a function",
+        ),
         ("SequentialLR", {}, "is made with objects .schedulers."),
         ("ChainedScheduler", {}, "is made with objects .schedulers."),
-        ("MultiStepLR", {"milestones": "30"}, "milestones of schedule MultiStepLR must be whole numbers, as 30,60, not '30'"),
-        ("MultiStepLR", {"milestones": [1, 2.5]}, "milestones of schedule MultiStepLR must be a whole number, not 2.5"),
-        ("OneCycleLR", {"max_lr": 1.0, "total_steps": 4}, "schedule 'OneCycleLR': it ends after 4 steps, and the run takes 5"),
-        ("OneCycleLR", {"max_lr": 1.0}, "schedule 'OneCycleLR': You must define either total_steps"),
-        ("ExponentialLR", {"gamma": 1e200}, "schedule 'ExponentialLR': it leads to the learning rate inf"),
+        (
+            "MultiStepLR",
+            {"milestones": "30"},
+            "milestones of schedule MultiStepLR must be whole numbers, as 30,60, not '30'",
+        ),
+        (
+            "MultiStepLR",
+            {"milestones": [1, 2.5]},
+            "milestones of schedule MultiStepLR must be a whole number, not 2.5",
+        ),
+        (
+            "OneCycleLR",
+            {"max_lr": 1.0, "total_steps": 4},
+            "schedule 'OneCycleLR': it ends after 4 steps, and the run takes 5",
+        ),
+        (
+            "OneCycleLR",
+            {"max_lr": 1.0},
+            "schedule 'OneCycleLR': You must define either total_steps",
+        ),
+        (
+            "ExponentialLR",
+            {"gamma": 1e200},
+            "schedule 'ExponentialLR': it leads to the learning rate inf",
+        ),
         ("step", {"every": 2**64}, "every of schedule step must be within 64 bits"),
-        ("StepLR", {"step_size": 2**63}, "step_size of schedule StepLR must be a whole number from 1 to 9223372036854775807"),
+        (
+            "StepLR",
+            {"step_size": 2**63},
+            "step_size of schedule StepLR must be a whole number from 1 to 9223372036854775807",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(name: str, options: dict, says: str) -> None:
@@ -84,11 +156,27 @@ def test_what_does_not_fit_is_one_line(name: str, options: dict, says: str) -> N
     assert "\n" not in str(caught.value)
 
 
-FITTING: dict[str, dict] = {name: {} for name in known() if name not in ("LambdaLR", "MultiplicativeLR")}
-FITTING |= {"StepLR": {"step_size": 1}, "MultiStepLR": {"milestones": [1, 3]}, "ExponentialLR": {"gamma": 0.9}}
-FITTING |= {"CosineAnnealingLR": {"T_max": 3}, "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 2}}
-FITTING |= {"CosineAnnealingWarmRestarts": {"T_0": 2}, "OneCycleLR": {"max_lr": 0.1, "total_steps": 4}}
-FITTING = {name: options for name, options in FITTING.items() if name not in ("SequentialLR", "ChainedScheduler")}
+FITTING: dict[str, dict] = {
+    name: {} for name in known() if name not in ("LambdaLR", "MultiplicativeLR")
+}
+FITTING |= {
+    "StepLR": {"step_size": 1},
+    "MultiStepLR": {"milestones": [1, 3]},
+    "ExponentialLR": {"gamma": 0.9},
+}
+FITTING |= {
+    "CosineAnnealingLR": {"T_max": 3},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 2},
+}
+FITTING |= {
+    "CosineAnnealingWarmRestarts": {"T_0": 2},
+    "OneCycleLR": {"max_lr": 0.1, "total_steps": 4},
+}
+FITTING = {
+    name: options
+    for name, options in FITTING.items()
+    if name not in ("SequentialLR", "ChainedScheduler")
+}
 BAD = ("abc", -1, 2**64, 10**400, math.nan, math.inf, True, None, [], {}, b"x", 1j, object())
 
 
@@ -117,7 +205,10 @@ def problem() -> tuple[cl.Objective, list]:
     x, y = torch.randn(32, 4, generator=draw), torch.randint(3, (32,), generator=draw)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return cl.Objective(torch.nn.Linear(4, 3), cl.likelihoods.Categorical()), [(x[:16], y[:16]), (x[16:], y[16:])]
+        return cl.Objective(torch.nn.Linear(4, 3), cl.likelihoods.Categorical()), [
+            (x[:16], y[:16]),
+            (x[16:], y[16:]),
+        ]
 
 
 @pytest.mark.parametrize("name", [name for name in FITTING if not find(name).spans])
@@ -129,7 +220,10 @@ def test_a_run_goes_on_in_the_middle_of_every_schedule(name: str, tmp_path: Path
     cl.train(halves, batches, epochs=2, folder=tmp_path, **given)
     run = cl.train(halves, batches, epochs=4, folder=tmp_path, resume=True, **given)
     assert run.dataset["lr"].values.tolist() == whole.dataset["lr"].values.tolist()
-    assert all(torch.equal(*pair) for pair in zip(objective.model.parameters(), halves.model.parameters(), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(objective.model.parameters(), halves.model.parameters(), strict=True)
+    )
 
 
 def test_one_cycle_moves_rate_and_momentum() -> None:
@@ -151,24 +245,43 @@ def test_one_cycle_moves_rate_and_momentum() -> None:
 
 
 @pytest.mark.parametrize(("every", "steps"), [("epoch", 8), ("step", 4)])
-def test_a_schedule_that_ends_ends_the_run_with_a_line(every: str, steps: int, tmp_path: Path) -> None:
+def test_a_schedule_that_ends_ends_the_run_with_a_line(
+    every: str, steps: int, tmp_path: Path
+) -> None:
     objective, batches = problem()
-    given: dict = {"algorithm": "sgd-m", "schedule": "OneCycleLR", "schedule_every": every, "evaluate_every": 3}
-    given |= {"schedule_options": {"max_lr": 0.1, "total_steps": 4}, "folder": tmp_path, "seconds": 60}
-    with pytest.warns(CurvlabWarning, match=f"the run ends with its schedule, which has 4 steps, after {steps} steps of"):
+    given: dict = {
+        "algorithm": "sgd-m",
+        "schedule": "OneCycleLR",
+        "schedule_every": every,
+        "evaluate_every": 3,
+    }
+    given |= {
+        "schedule_options": {"max_lr": 0.1, "total_steps": 4},
+        "folder": tmp_path,
+        "seconds": 60,
+    }
+    with pytest.warns(
+        CurvlabWarning,
+        match=f"the run ends with its schedule, which has 4 steps, after {steps} steps of",
+    ):
         run = cl.train(objective, batches, **given)
     assert run.dataset["steps"].values[-1] == steps
     assert math.isfinite(run.dataset["train_loss"].values[-1])
     with pytest.warns(CurvlabWarning, match="the run ends with its schedule"):
         again = cl.train(objective, batches, resume=True, **given)
     assert again.dataset["steps"].values.tolist() == run.dataset["steps"].values.tolist()
-    with pytest.raises(cl.CurvlabError, match=f"it ends after 4 steps, and the run takes {5 if every == 'epoch' else 9}"):
+    with pytest.raises(
+        cl.CurvlabError,
+        match=f"it ends after 4 steps, and the run takes {5 if every == 'epoch' else 9}",
+    ):
         cl.train(objective, batches, **given | {"folder": None, "epochs": 9, "steps": 9})
 
 
 def test_a_function_that_makes_no_scheduler() -> None:
     objective, batches = problem()
-    with pytest.raises(cl.CurvlabError, match="must return a scheduler of the optimizer, not NoneType"):
+    with pytest.raises(
+        cl.CurvlabError, match="must return a scheduler of the optimizer, not NoneType"
+    ):
         cl.train(objective, batches, schedule=lambda optimizer: None)
 
 

@@ -68,9 +68,14 @@ def test_every_parameter_is_a_variable_in_its_own_shape(model: str) -> None:
     objective = p.objective()
     curvature = approximation("shampoo", objective, damping=0.01)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
-    gradients = torch.autograd.grad(p.likelihood.loss(p.model(p.x), p.y).mean(), list(objective.parameters.values()))
+    gradients = torch.autograd.grad(
+        p.likelihood.loss(p.model(p.x), p.y).mean(), list(objective.parameters.values())
+    )
     generator = torch.Generator().manual_seed(0)
-    vectors = {n: torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in objective.parameters.items()}
+    vectors = {
+        n: torch.randn(w.shape, generator=generator, dtype=w.dtype)
+        for n, w in objective.parameters.items()
+    }
     found = curvature.precondition(vectors)
     for (parameter, vector), gradient in zip(vectors.items(), gradients, strict=True):
         expected = root_of_ways(as_a_variable(gradient), 0.01) @ vector.flatten()
@@ -93,32 +98,46 @@ def test_a_zero_gradient_leaves_the_damping_alone() -> None:
     p = problem("tanh", "gaussian")
     objective = p.objective()
     curvature = approximation("shampoo", objective, damping=0.01)
-    curvature.update(objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs))  # targets are met
+    curvature.update(
+        objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs)
+    )  # targets are met
     for block in objective.blocks:
         expected = 10 * torch.eye(block.numel, dtype=torch.float64)
-        torch.testing.assert_close(curvature.inverse[block.name].dense(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            curvature.inverse[block.name].dense(), expected, rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ways", [1, 2, 3])
-def test_ill_conditioned_statistics_give_the_root_that_the_precision_allows(dtype: torch.dtype, ways: int) -> None:
+def test_ill_conditioned_statistics_give_the_root_that_the_precision_allows(
+    dtype: torch.dtype, ways: int
+) -> None:
     """Condition 10⁵: a relative error of at most κ · eps, and of Newton's 1e-6."""
-    q = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    q = torch.linalg.qr(
+        torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).Q
     statistic = (q * 10.0 ** torch.arange(-4, 2, dtype=torch.float64)) @ q.T
     expected = power(statistic, -1 / (2 * ways), 1e-7)
-    for root in (r for way in ROOTS for r in shampoo_factors([statistic.to(dtype)] * ways, 1e-7, way)):
+    for root in (
+        r for way in ROOTS for r in shampoo_factors([statistic.to(dtype)] * ways, 1e-7, way)
+    ):
         assert root.dtype == dtype
         assert relative_error(root.double(), expected) < max(1e-6, 1e5 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("ways", [1, 2])
-def test_statistics_beyond_single_precision_give_a_positive_definite_root(size: float, ways: int) -> None:
+def test_statistics_beyond_single_precision_give_a_positive_definite_root(
+    size: float, ways: int
+) -> None:
     """Rounding puts eigenvalues of Ĝ + εI below ε, even below 0, where ‖g‖² eps > ε. They are at least ε: H ≤ ε^{−1/2k}.
 
     H is positive definite up to the rounding of its own entries: a root in single precision is no better than eps ‖H‖.
     """
-    gradient = size * torch.randn(8, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    gradient = size * torch.randn(
+        8, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
     statistic = gradient[:, :2] @ gradient[:, :2].T  # rank 2
     for way in ROOTS:
         (root, *_) = shampoo_factors([statistic] * ways, EPSILON, way)

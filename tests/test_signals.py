@@ -35,14 +35,50 @@ from curvlab.system import atomic, interrupt
 from curvlab.system.interrupt import LISTENER, SIGNALS, Interrupted
 from curvlab.training import checkpoint, loop
 
-RUN = ["train", "--model", "small", "--algorithm", "k-bfgs-20", "--lr", "0.1", "--damping", "0.3", "--batch-size", "10"]
+RUN = [
+    "train",
+    "--model",
+    "small",
+    "--algorithm",
+    "k-bfgs-20",
+    "--lr",
+    "0.1",
+    "--damping",
+    "0.3",
+    "--batch-size",
+    "10",
+]
 RUN += ["--epochs", "2", "--probe", "loss:1"]
-COMPARE = ["compare", "--model", "small", "--reference", "kfac", "--algorithms", "sgd-m", "--batch-size", "10", "--steps", "6"]
-SPECTRUM = ["spectrum", "--model", "small", "--samples", "20", "--batch-size", "10", "--after", "0,2,4"]
+COMPARE = [
+    "compare",
+    "--model",
+    "small",
+    "--reference",
+    "kfac",
+    "--algorithms",
+    "sgd-m",
+    "--batch-size",
+    "10",
+    "--steps",
+    "6",
+]
+SPECTRUM = [
+    "spectrum",
+    "--model",
+    "small",
+    "--samples",
+    "20",
+    "--batch-size",
+    "10",
+    "--after",
+    "0,2,4",
+]
 NUMBERS = [pytest.param(n, id=signal.Signals(n).name) for n in SIGNALS]
 
 
-def by_signal(what: str, values: Sequence[Any], ids: Sequence[str] | None = None) -> pytest.MarkDecorator:
+def by_signal(
+    what: str, values: Sequence[Any], ids: Sequence[str] | None = None
+) -> pytest.MarkDecorator:
     """Each of `values` with SIGTERM and with one of the other signals in turn; with the rest when slow."""
     others = [n for n in SIGNALS if n != signal.SIGTERM]
     cases = []
@@ -59,7 +95,9 @@ def heard() -> Iterator[None]:
     """Whoever starts the tests in the background has them ignore some signals."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in before:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -123,7 +161,11 @@ def ended(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
 
 def parts(folder: Path) -> list[str]:
     """What is left that is no whole file."""
-    return [p.name for p in folder.rglob("*") if p.name.endswith((".part", ".lock"))] if folder.exists() else []
+    return (
+        [p.name for p in folder.rglob("*") if p.name.endswith((".part", ".lock"))]
+        if folder.exists()
+        else []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +193,9 @@ def is_step(self: object, x: object, y: object, stream: str = "step") -> bool:
 # ---- train
 
 
-@pytest.mark.parametrize(("number", "step"), [*((n, 3) for n in SIGNALS), *((signal.SIGTERM, n) for n in (1, 4, 6, 8))])
+@pytest.mark.parametrize(
+    ("number", "step"), [*((n, 3) for n in SIGNALS), *((signal.SIGTERM, n) for n in (1, 4, 6, 8))]
+)
 def test_a_signal_in_a_step_loses_no_step(
     number: int, step: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,7 +266,12 @@ def test_a_signal_between_steps(
         same_end(out, whole)
 
 
-DRAWING = [(figures, "draw", 1), (drawable, "picture", 2), (os, "replace", "last"), (terminal, "show", 1)]
+DRAWING = [
+    (figures, "draw", 1),
+    (drawable, "picture", 2),
+    (os, "replace", "last"),
+    (terminal, "show", 1),
+]
 
 
 @pytest.mark.parametrize(
@@ -231,17 +280,26 @@ DRAWING = [(figures, "draw", 1), (drawable, "picture", 2), (os, "replace", "last
     ids=lambda p: p[1] if isinstance(p, tuple) else p.name,
 )
 def test_a_signal_while_the_pictures_are_drawn(
-    phase: tuple, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    phase: tuple,
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
     owner, name, at = phase
     if at == "last":
-        monkeypatch.setattr(terminal, "rewrite", lambda path, write: (os.kill(os.getpid(), number), write(path)))
+        monkeypatch.setattr(
+            terminal, "rewrite", lambda path, write: (os.kill(os.getpid(), number), write(path))
+        )
     else:
         sending(monkeypatch, owner, name, at, number)
     said = ended(capsys, 128 + number, *RUN, "--out", str(out))
     if name != "show":
-        assert f"the run is done and saved in {out / 'run.h5'}; draw it with: curvlab plot {out}" in said
+        assert (
+            f"the run is done and saved in {out / 'run.h5'}; draw it with: curvlab plot {out}"
+            in said
+        )
     assert not parts(out)
     assert cl.open(out)["epoch"].values.tolist() == [0, 1, 2]
 
@@ -300,11 +358,15 @@ def test_a_full_disk_after_a_signal_is_a_full_disk(tmp_path: Path) -> None:
         save()
 
 
-def test_signals_that_come_together_are_one(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_signals_that_come_together_are_one(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A scheduler and srun both send one; a key is held: the step is finished, and saved."""
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        sending(patch, cl.Objective, "closure", 3, *[signal.SIGTERM] * 3, signal.SIGINT, where=is_step)
+        sending(
+            patch, cl.Objective, "closure", 3, *[signal.SIGTERM] * 3, signal.SIGINT, where=is_step
+        )
         ended(capsys, 143, *RUN, "--out", str(out))
     assert checkpoint.load(out / "checkpoint.pt")["position"]["steps"] == 3
     same_end(out, whole)
@@ -324,7 +386,9 @@ def at_call(n: int, number: int, twice: int = 0) -> Callable[[FrameType, str, ob
     return seen
 
 
-def test_signals_at_calls_all_over_a_run(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_signals_at_calls_all_over_a_run(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Wherever Python is: parsing, building, stepping, writing, drawing; once, or twice in a row, each a request of its own."""
     same_end(tmp_path / "0", whole)
     count = at_call(0, 0)
@@ -343,7 +407,9 @@ def test_signals_at_calls_all_over_a_run(whole: Path, tmp_path: Path, capsys: py
             profile = at_call(int(n), number, twice)
             real = cli._ended
 
-            def profiled(words: list[str], real: Callable = real, profile: Callable = profile) -> int:
+            def profiled(
+                words: list[str], real: Callable = real, profile: Callable = profile
+            ) -> int:
                 sys.setprofile(profile)
                 try:
                     return real(words)
@@ -352,7 +418,9 @@ def test_signals_at_calls_all_over_a_run(whole: Path, tmp_path: Path, capsys: py
 
             patch.setattr(cli, "_ended", profiled)
             code = call(*RUN, "--out", str(out))
-        said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("epoch ")]
+        said = [
+            line for line in capsys.readouterr().err.splitlines() if not line.startswith("epoch ")
+        ]
         assert code in (0, 128 + number), (n, twice, said)
         assert len(said) == (code != 0), (n, twice, said)
         assert not [p for p in parts(out) if p.endswith(".part")], (n, twice)
@@ -367,7 +435,10 @@ def test_signals_at_calls_all_over_a_run(whole: Path, tmp_path: Path, capsys: py
 
 @by_signal("command", [(COMPARE, 3, 3), (SPECTRUM, 3, 2)], ids=["compare", "spectrum"])
 def test_the_others_save_what_is_logged(
-    command: tuple[list[str], int, int], number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: tuple[list[str], int, int],
+    number: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A step of a comparison is finished; of spectra those of all states that were reached."""
     words, at, logged = command
@@ -382,7 +453,16 @@ def test_the_others_save_what_is_logged(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGXCPU])
 def test_reproduce_goes_on(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["reproduce", "figure-2.2", "--budget", "smoke", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    words = [
+        "reproduce",
+        "figure-2.2",
+        "--budget",
+        "smoke",
+        "--out",
+        str(tmp_path / "out"),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         sending(patch, cl.Objective, "closure", 2, number, where=is_step)
         capsys.readouterr()
@@ -536,18 +616,29 @@ def script() -> list[str]:
     return [str(Path(sys.executable).with_name("curvlab"))]
 
 
-@pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, 0.15), (signal.SIGTERM, 0.5), (signal.SIGINT, 0.9)])
+@pytest.mark.parametrize(
+    ("number", "moment"), [(signal.SIGINT, 0.15), (signal.SIGTERM, 0.5), (signal.SIGINT, 0.9)]
+)
 def test_while_importing(number: int, moment: float) -> None:
     """From the console script and from ``-m``; twice within 20 ms."""
-    command = script() if moment == 0.5 and Path(*script()).exists() else [sys.executable, "-m", "curvlab"]
-    with subprocess.Popen([*command, "plot", "nowhere"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = (
+        script()
+        if moment == 0.5 and Path(*script()).exists()
+        else [sys.executable, "-m", "curvlab"]
+    )
+    with subprocess.Popen(
+        [*command, "plot", "nowhere"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         time.sleep(moment)
         process.send_signal(number)
         time.sleep(0.01)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert err.splitlines() in (["curvlab: interrupted; nothing has run yet"], ["curvlab: interrupted"])
+    assert err.splitlines() in (
+        ["curvlab: interrupted; nothing has run yet"],
+        ["curvlab: interrupted"],
+    )
 
 
 OWN = """import os, signal
@@ -570,7 +661,18 @@ def test_a_real_process_that_slurm_ends(tmp_path: Path, monkeypatch: pytest.Monk
     """SIGTERM, then what the line says: the same run as one that never stopped."""
     (tmp_path / "own_of_slurm.py").write_text(OWN)
     model = ["--model", "own_of_slurm:Net"]
-    words = ["train", *model, "--data", "mnist16", "--batch-size", "2000", "--algorithm", "sgd-m", "--epochs", "2"]
+    words = [
+        "train",
+        *model,
+        "--data",
+        "mnist16",
+        "--batch-size",
+        "2000",
+        "--algorithm",
+        "sgd-m",
+        "--epochs",
+        "2",
+    ]
     words += ["--evaluate-samples", "1000", "--out", "run"]
     with start(*words, cwd=tmp_path, NUMBER=str(int(signal.SIGTERM))) as process:
         out, err = process.communicate(timeout=120)
@@ -579,7 +681,10 @@ def test_a_real_process_that_slurm_ends(tmp_path: Path, monkeypatch: pytest.Monk
     resume = ["train", "--resume", *model, "--out", "run"]
     said = "curvlab: interrupted by SIGTERM; the log so far is saved in run/run.h5; go on with: curvlab "
     assert err.splitlines()[-1] == said + " ".join(resume)
-    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["position"]["steps"] in (24, 25)  # a look ahead is no step
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["position"]["steps"] in (
+        24,
+        25,
+    )  # a look ahead is no step
     monkeypatch.chdir(tmp_path)
     assert call(*resume) == 0
     assert call(*words[:-1], "whole") == 0
@@ -610,7 +715,12 @@ def test_sigkill_and_sigterm_at_a_hundred_random_moments_each(tmp_path: Path) ->
     wanted = int(os.environ.get("CURVLAB_KILLS", "100"))
     (tmp_path / "own.py").write_text(COUNTED)
     model = ["--model", "own:build"]
-    first = [*[word for word in PROBED if word not in ("--model", "own:build")], *model, "--probe", "counted:1"]
+    first = [
+        *[word for word in PROBED if word not in ("--model", "own:build")],
+        *model,
+        "--probe",
+        "counted:1",
+    ]
     whole = tmp_path / "whole"
     with start(*first, "--out", str(whole), cwd=tmp_path) as process:
         _, err = process.communicate(timeout=600)
@@ -623,7 +733,11 @@ def test_sigkill_and_sigterm_at_a_hundred_random_moments_each(tmp_path: Path) ->
         out = tmp_path / str(runs)
         runs += 1
         for life in range(20):
-            number = min(done, key=lambda n: done[n]) if life % 2 else (signal.SIGKILL, signal.SIGTERM)[runs % 2]
+            number = (
+                min(done, key=lambda n: done[n])
+                if life % 2
+                else (signal.SIGKILL, signal.SIGTERM)[runs % 2]
+            )
             there = (out / "checkpoint.pt").exists()
             words = ["train", "--resume", *model] if there else first
             with start(*words, "--out", str(out), cwd=tmp_path) as process:
@@ -636,7 +750,9 @@ def test_sigkill_and_sigterm_at_a_hundred_random_moments_each(tmp_path: Path) ->
                 _, err = process.communicate(timeout=120)
             if process.returncode == 0:
                 break
-            assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), err
+            assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), (
+                err
+            )
             assert "Traceback" not in err
             assert len(cl.open(out)["epoch"]) >= 1
             position = checkpoint.load(out / "checkpoint.pt")["position"]
@@ -656,7 +772,10 @@ def test_sigkill_and_sigterm_at_a_hundred_random_moments_each(tmp_path: Path) ->
         one, two = (checkpoint.load(folder / "checkpoint.pt")["model"] for folder in (out, whole))
         assert all(torch.equal(p, two[name]) for name, p in one.items())
         (tmp_path / "steps").unlink()
-        print(f"run {runs}: {done[signal.SIGKILL]} SIGKILLs and {done[signal.SIGTERM]} SIGTERMs so far", flush=True)
+        print(
+            f"run {runs}: {done[signal.SIGKILL]} SIGKILLs and {done[signal.SIGTERM]} SIGTERMs so far",
+            flush=True,
+        )
 
 
 def has_written(path: Path, stamp: int) -> bool:

@@ -24,10 +24,20 @@ def parameters(tree: ast.Module) -> Iterator[tuple[str, int]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             a = node.args
-            named = [p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if p is not None]
+            named = [
+                p.arg
+                for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg)
+                if p is not None
+            ]
             yield node.name, len([name for name in named if name not in ("self", "cls")])
-        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
-            fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)]
+        if isinstance(node, ast.ClassDef) and any(
+            "dataclass" in ast.unparse(d) for d in node.decorator_list
+        ):
+            fields = [
+                n
+                for n in node.body
+                if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n.annotation)
+            ]
             yield node.name, len(fields)
 
 
@@ -37,7 +47,11 @@ MANY = ("cli/", "training/settings.py", "reproduction/comparison.py")
 
 @pytest.mark.parametrize("file", [f for f in FILES if not f.startswith(MANY)])
 def test_no_function_has_more_parameters_than_one_reads(file: str) -> None:
-    found = {name: count for name, count in parameters(ast.parse(FILES[file].read_text())) if count > MOST}
+    found = {
+        name: count
+        for name, count in parameters(ast.parse(FILES[file].read_text()))
+        if count > MOST
+    }
     assert not found
 
 
@@ -78,5 +92,9 @@ def test_no_public_name_of_theirs_is_defined_twice_in_the_package() -> None:
         for name in set(defined(ast.parse(path.read_text()))):
             if not name.startswith("_"):
                 where[name].append(file)
-    twice = {name: files for name, files in where.items() if len(files) > 1 and any(f.startswith(OURS) for f in files)}
+    twice = {
+        name: files
+        for name, files in where.items()
+        if len(files) > 1 and any(f.startswith(OURS) for f in files)
+    }
     assert not twice

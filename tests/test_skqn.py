@@ -36,7 +36,9 @@ def eye(order: int) -> Tensor:
     return torch.eye(order, dtype=torch.float64)
 
 
-def fixed_sketch(m: int, k: int, generator: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+def fixed_sketch(
+    m: int, k: int, generator: object, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """One sketch for every draw, so that a second route can have the same."""
     return normal(m, k, seed=m)
 
@@ -47,11 +49,15 @@ def fixed_sketch(m: int, k: int, generator: object, dtype: torch.dtype, device: 
 class ByHand:
     """Alg. 1 of S2QN: dense blocks, autograd's gradients, changes of the parameters themselves."""
 
-    def __init__(self, name: str, p: Problem, choice: Choice = "symmetric", columns: int = 2, pairs: int = 3) -> None:
+    def __init__(
+        self, name: str, p: Problem, choice: Choice = "symmetric", columns: int = 2, pairs: int = 3
+    ) -> None:
         self.name, self.objective, self.choice = name, p.objective(), choice
         self.columns, self.pairs = columns, pairs
         self.norm: float | None = None
-        self.kept: dict[str, list[tuple[Tensor, Tensor]]] = {b.name: [] for b in self.objective.blocks}
+        self.kept: dict[str, list[tuple[Tensor, Tensor]]] = {
+            b.name: [] for b in self.objective.blocks
+        }
         self.Lambda = {b.name: GAMMA * eye(b.shape[0]) for b in self.objective.blocks}
         self.pending: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -62,12 +68,17 @@ class ByHand:
         return {b.name: b.gather(grads) for b in self.objective.blocks}, closure.observe()
 
     def weights(self) -> dict[str, Tensor]:
-        return {b.name: b.gather(self.objective.parameters).detach().clone() for b in self.objective.blocks}
+        return {
+            b.name: b.gather(self.objective.parameters).detach().clone()
+            for b in self.objective.blocks
+        }
 
     def base(self, s: LayerStatistics) -> tuple[Tensor, Tensor]:
         """(17): Â over examples of the sum over places, G̃ over examples and places."""
         n, places = s.a.shape[:2]
-        return torch.einsum("nti,ntj->ij", s.a, s.a) / n, torch.einsum("nto,ntp->op", s.g[0], s.g[0]) / (n * places)
+        return torch.einsum("nti,ntj->ij", s.a, s.a) / n, torch.einsum(
+            "nto,ntp->op", s.g[0], s.g[0]
+        ) / (n * places)
 
     def damping(self) -> float:
         """(8), with r₁ = 0.1 and r₂ = 1."""
@@ -141,20 +152,33 @@ class ByHand:
             one, two = before.passes["data"][block.name], after.passes["data"][block.name]
             if self.name == "skqn-b2":
                 s, ds = two.h - one.h, two.g[0] - one.g[0]
-                self.pending[block.name] = (s.reshape(-1, s.shape[-1]).T, ds.reshape(-1, s.shape[-1]).T)
+                self.pending[block.name] = (
+                    s.reshape(-1, s.shape[-1]).T,
+                    ds.reshape(-1, s.shape[-1]).T,
+                )
             else:
-                self.pending[block.name] = (new[block.name] - old[block.name], moved[block.name] - gradients[block.name])
+                self.pending[block.name] = (
+                    new[block.name] - old[block.name],
+                    moved[block.name] - gradients[block.name],
+                )
         return inverses
 
 
-VARIANTS = [("skqn-l", {}), *((name, {"choice": c}) for name in NAMES[1:] for c in ("symmetric", "trace", "diagonal"))]
+VARIANTS = [
+    ("skqn-l", {}),
+    *((name, {"choice": c}) for name in NAMES[1:] for c in ("symmetric", "trace", "diagonal")),
+]
 
 
 @pytest.mark.parametrize(("name", "choice"), VARIANTS)
 @pytest.mark.parametrize("model", ["tanh", "no-bias", "tokens", "conv"])
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
 def test_trajectory_is_algorithm_1(
-    name: str, choice: dict[str, Choice], model: str, likelihood: str, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    choice: dict[str, Choice],
+    model: str,
+    likelihood: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Eight steps: inverses, then weights. One place and several; more pairs than L keeps."""
     monkeypatch.setattr(skqn, "gaussian_sketch", fixed_sketch)
@@ -168,8 +192,12 @@ def test_trajectory_is_algorithm_1(
         expected = by_hand.step(x, y, 0.3)
         for block, H in optimizer.descent.curvature.inverse.items():
             assert_near(H.dense(), expected[block], 1e-9)
-    for block in objective.blocks:  # no nearer than the inverses that they have followed, whatever the machine's order of sums
-        assert_near(block.gather(objective.parameters).detach(), by_hand.weights()[block.name], 1e-9)
+    for block in (
+        objective.blocks
+    ):  # no nearer than the inverses that they have followed, whatever the machine's order of sums
+        assert_near(
+            block.gather(objective.parameters).detach(), by_hand.weights()[block.name], 1e-9
+        )
     if name == "skqn-l":
         assert all(1 <= len(kept) <= 3 for kept in by_hand.kept.values())
 
@@ -181,7 +209,11 @@ def quadratic(places: bool) -> Problem:
     """One layer under ½ ‖z − y‖²: the Hessian in the outputs is I, the residuals are small, so that Λ̃ = I − G̃ is positive."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten()) if places else nn.Sequential(nn.Linear(5, 3))
+        net = (
+            nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten())
+            if places
+            else nn.Sequential(nn.Linear(5, 3))
+        )
     net = net.double()
     x = normal(9, 2, 4, 4) if places else normal(9, 5)
     with torch.no_grad():
@@ -195,7 +227,9 @@ def test_conditions_19_and_20_hold_before_sketching(name: str, places: bool) -> 
     """(Â ⊗ (G̃ + Λ̃)) u = v̂ and (G̃ + Λ̃) Ũ = Ṽ of the last step, by autograd, the oracle's own pass and the moved weights."""
     p = quadratic(places)
     objective = p.objective()
-    optimizer = cl.optimizer(name, objective, lr=0.1, damping=DAMPING, choice="symmetric", columns=None, mu=1e-6)
+    optimizer = cl.optimizer(
+        name, objective, lr=0.1, damping=DAMPING, choice="symmetric", columns=None, mu=1e-6
+    )
     block = optimizer.descent.curvature.blocks["1"]
 
     def look() -> tuple[Tensor, Tensor, LayerStatistics]:
@@ -203,13 +237,19 @@ def test_conditions_19_and_20_hold_before_sketching(name: str, places: bool) -> 
         closure()
         grads = {n: q.grad.clone() for n, q in objective.parameters.items()}
         layer = objective.blocks[0]
-        return layer.gather(objective.parameters).detach().clone(), layer.gather(grads), closure.observe().passes["data"]["1"]
+        return (
+            layer.gather(objective.parameters).detach().clone(),
+            layer.gather(grads),
+            closure.observe().passes["data"]["1"],
+        )
 
     for _ in range(3):
         old, g, before = look()
         optimizer.step(objective.closure(p.x, p.y))
         new, h, after = look()
-    optimizer.descent.curvature.update(objective.closure(p.x, p.y).observe())  # the next minibatch: line 3
+    optimizer.descent.curvature.update(
+        objective.closure(p.x, p.y).observe()
+    )  # the next minibatch: line 3
     assert (block.last.skipped, block.last.tau) == ("", 1)
     B = block.matrix().dense()
     factor = block.G + block.Lambda
@@ -225,7 +265,9 @@ def test_conditions_19_and_20_hold_before_sketching(name: str, places: bool) -> 
 def test_a_sketch_keeps_the_conditions_on_its_own_columns_alone() -> None:
     p = quadratic(True)
     objective = p.objective()
-    optimizer = cl.optimizer("skqn-b2", objective, lr=0.1, damping=DAMPING, choice="symmetric", columns=2, mu=1e-6)
+    optimizer = cl.optimizer(
+        "skqn-b2", objective, lr=0.1, damping=DAMPING, choice="symmetric", columns=2, mu=1e-6
+    )
     optimizer.step(objective.closure(p.x, p.y))
     block = optimizer.descent.curvature.blocks["1"]
     U, V = block.U, block.V
@@ -240,11 +282,15 @@ def test_l_satisfies_the_secant_equation_of_the_newest_pair() -> None:
     """(10): (H_k + Λ_k) u_{k−1} = v̂_{k−1}, of every block whose pair was accepted as it was."""
     p = problem("tanh", n=20)
     objective = p.objective()
-    optimizer = cl.optimizer("skqn-l", objective, lr=0.3, damping=DAMPING, gamma=0.01, refresh_every=1)
+    optimizer = cl.optimizer(
+        "skqn-l", objective, lr=0.3, damping=DAMPING, gamma=0.01, refresh_every=1
+    )
     curvature, seen = optimizer.descent.curvature, 0
     for x, y in batches(p, 12):
         optimizer.step(objective.closure(x, y))
-        steps = {n: (b.U.flatten().clone(), b.V.flatten().clone()) for n, b in curvature.blocks.items()}
+        steps = {
+            n: (b.U.flatten().clone(), b.V.flatten().clone()) for n, b in curvature.blocks.items()
+        }
         damping = GradientNorm()(DAMPING, curvature.gradient_norm)
         curvature.update(objective.closure(x, y).observe())
         for name, block in curvature.blocks.items():
@@ -266,8 +312,16 @@ def small_layer(n: int = 6) -> tuple[Block, LayerStatistics]:
 
 
 @settings(deadline=None, max_examples=40)
-@given(SEEDS, st.floats(1e-3, 10), st.one_of(st.just(0.0), st.floats(1e-3, 1)), st.integers(1, 4), st.floats(-3, 3))
-def test_l_stays_positive_definite(seed: int, gamma: float, mu: float, pairs: int, lean: float) -> None:
+@given(
+    SEEDS,
+    st.floats(1e-3, 10),
+    st.one_of(st.just(0.0), st.floats(1e-3, 1)),
+    st.integers(1, 4),
+    st.floats(-3, 3),
+)
+def test_l_stays_positive_definite(
+    seed: int, gamma: float, mu: float, pairs: int, lean: float
+) -> None:
     """Whatever the pairs: those that are kept have positive curvature."""
     layer, statistics = small_layer()
     block = SkqnL(layer, pairs=pairs, gamma=gamma, mu=mu)
@@ -292,7 +346,9 @@ def test_l_stays_positive_definite(seed: int, gamma: float, mu: float, pairs: in
 @pytest.mark.parametrize("condition", ["parameters", "preactivations"])
 @settings(deadline=None, max_examples=25)
 @given(seed=SEEDS, gamma=st.floats(1e-3, 10), mu=st.floats(0.05, 0.9), lean=st.floats(-3, 3))
-def test_b_stays_positive(condition: str, choice: Choice, seed: int, gamma: float, mu: float, lean: float) -> None:
+def test_b_stays_positive(
+    condition: str, choice: Choice, seed: int, gamma: float, mu: float, lean: float
+) -> None:
     """Λ̃ positive definite with the symmetric P, up to the rounding of its largest eigenvalue; semi-definite with the others."""
     layer, statistics = small_layer()
     block = SkqnB(layer, condition=condition, columns=2, gamma=gamma, choice=choice, mu=mu)
@@ -322,7 +378,10 @@ def test_a_pair_of_negative_curvature_is_skipped_where_nothing_is_damped() -> No
 def test_the_refinement_of_a_model_in_single_precision_is_of_double_precision() -> None:
     """Where in single precision it is indefinite; by the update written out, with Powell's rule."""
     p = problem("linear", n=6, dtype=torch.float32)
-    layer, statistics = p.objective().blocks[0], p.objective().closure(p.x, p.y).observe().passes["data"]["1"]
+    layer, statistics = (
+        p.objective().blocks[0],
+        p.objective().closure(p.x, p.y).observe().passes["data"]["1"],
+    )
     block = SkqnB(layer, condition="preactivations", columns=None, gamma=GAMMA)
     block.update(statistics, 1.0)
     single, double = block.Lambda.float(), GAMMA * eye(3)
@@ -341,7 +400,9 @@ def test_the_refinement_of_a_model_in_single_precision_is_of_double_precision() 
         double = double - Lu @ Lu.T / (u.T @ Lu) + r @ r.T / (u.T @ r)
     assert block.Lambda.dtype == torch.float64
     assert_near(block.Lambda, double, 1e-9)
-    assert float(torch.linalg.eigvalsh(block.Lambda)[0]) > 0 > float(torch.linalg.eigvalsh(single)[0])
+    assert (
+        float(torch.linalg.eigvalsh(block.Lambda)[0]) > 0 > float(torch.linalg.eigvalsh(single)[0])
+    )
     block.refresh(0.1)
     assert block.inverse.dense().dtype == torch.float32
 
@@ -366,7 +427,9 @@ def test_only_a_base_of_the_minibatch_itself_bounds_the_step(name: str) -> None:
     p = problem("linear", n=1)
     objective = p.objective()
     off = {"gamma": 0.0} | ({"pairs": 0} if name == "skqn-l" else {"columns": 0})
-    curvature = cl.approximation(name, objective, damping=DAMPING, r1=1e-9, r2=1e9, refresh_every=2, **off)
+    curvature = cl.approximation(
+        name, objective, damping=DAMPING, r1=1e-9, r2=1e9, refresh_every=2, **off
+    )
     for k in range(4):
         observation = objective.closure(p.x * 4**k, p.y).observe()
         curvature.update(observation)  # steps 1, 2 and 4 refresh, step 3 keeps the base of step 2
@@ -376,7 +439,9 @@ def test_only_a_base_of_the_minibatch_itself_bounds_the_step(name: str) -> None:
         direction = curvature.precondition({"1": g})["1"]
         if k == 2:
             across = (held.flatten() @ g.flatten()) / held.norm() ** 2 * held
-            assert_near(direction, across / (held.norm() ** 2 + DAMPING) + (g - across) / DAMPING, 1e-9)
+            assert_near(
+                direction, across / (held.norm() ** 2 + DAMPING) + (g - across) / DAMPING, 1e-9
+            )
             assert float(direction.norm()) > 1 / (2 * math.sqrt(DAMPING))
         else:
             assert_near(direction, g / (g.norm() ** 2 + DAMPING), 1e-9)
@@ -389,7 +454,9 @@ def test_only_a_base_of_the_minibatch_itself_bounds_the_step(name: str) -> None:
 OFF: dict[str, Callable[[Block, bool], object]] = {
     "skqn-l": lambda b, split: SkqnL(b, pairs=0, gamma=0.0, split=split),
     "skqn-b1": lambda b, split: SkqnB(b, condition="parameters", columns=0, gamma=0.0, split=split),
-    "skqn-b2": lambda b, split: SkqnB(b, condition="preactivations", columns=0, gamma=0.0, split=split),
+    "skqn-b2": lambda b, split: SkqnB(
+        b, condition="preactivations", columns=0, gamma=0.0, split=split
+    ),
 }
 
 
@@ -432,7 +499,9 @@ def test_without_refinement_the_whole_is_damped_exactly(name: str) -> None:
 
 
 @given(st.floats(1e-6, 1e6), st.floats(0, 1e30), st.floats(1e-3, 1), st.floats(1.01, 100))
-def test_gradient_norm_rule_as_printed(damping: float, norm: float, r1: float, ratio: float) -> None:
+def test_gradient_norm_rule_as_printed(
+    damping: float, norm: float, r1: float, ratio: float
+) -> None:
     r2 = r1 * ratio
     if norm < r1:
         expected = 2 * r1 / (norm + r1) * damping
@@ -454,7 +523,9 @@ def test_gradient_norm_rule_at_its_ends() -> None:
 
 
 @names
-def test_the_damping_of_a_step_is_of_the_gradient_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_damping_of_a_step_is_of_the_gradient_before(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     p = problem("tanh")
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=0.1, damping=DAMPING)
@@ -476,7 +547,9 @@ def test_the_damping_of_a_step_is_of_the_gradient_before(name: str, monkeypatch:
 
 
 @names
-def test_r1_r2_and_the_sequence_alpha_are_options(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r1_r2_and_the_sequence_alpha_are_options(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """λ of every refresh is (8) with the given r₁, r₂ and α_k⁻¹ = damping · shrinkᵏ."""
     p = problem("tanh")
     objective = p.objective()
@@ -499,7 +572,9 @@ def test_r1_r2_and_the_sequence_alpha_are_options(name: str, monkeypatch: pytest
         optimizer.step(closure)
     assert seen == pytest.approx(expected, rel=1e-12)
     assert optimizer.param_groups[0]["damping"] == DAMPING / 32
-    assert len({e / (DAMPING * 0.5**k) == 1 for k, e in enumerate(expected)}) == 2  # inside of r₁, r₂ and outside
+    assert (
+        len({e / (DAMPING * 0.5**k) == 1 for k, e in enumerate(expected)}) == 2
+    )  # inside of r₁, r₂ and outside
 
 
 def test_options_of_the_rule_are_known_checked_and_of_their_methods_alone(tmp_path: Path) -> None:
@@ -513,10 +588,22 @@ def test_options_of_the_rule_are_known_checked_and_of_their_methods_alone(tmp_pa
         ):
             with pytest.raises(cl.CurvlabError, match=message):
                 cl.optimizer(name, problem("tanh").objective(), **own)
-    assert {"r1", "r2", "shrink"} <= set(ALGORITHMS["s4qn"].options) & set(ALGORITHMS["ssn"].options)
+    assert {"r1", "r2", "shrink"} <= set(ALGORITHMS["s4qn"].options) & set(
+        ALGORITHMS["ssn"].options
+    )
     with pytest.raises(cl.CurvlabError, match="unknown option of kfac 'r1'"):
         cl.optimizer("kfac", problem("tanh").objective(), r1=1.0)
-    words = ["train", "--model", "mlp-256-20", "--batch-size", "6000", "--epochs", "1", "--algorithm", "skqn-b2"]
+    words = [
+        "train",
+        "--model",
+        "mlp-256-20",
+        "--batch-size",
+        "6000",
+        "--epochs",
+        "1",
+        "--algorithm",
+        "skqn-b2",
+    ]
     assert call(*words, "--set", "r1=0.2", "--set", "r2=3", "--out", str(tmp_path)) == 0
     assert json.loads(cl.open(tmp_path).attrs["settings"])["own"] == {"r1": 0.2, "r2": 3}
 
@@ -524,7 +611,9 @@ def test_options_of_the_rule_are_known_checked_and_of_their_methods_alone(tmp_pa
 # ------------------------------------------------------------------------------------------------ what is asked for
 
 
-@pytest.mark.parametrize(("name", "asks"), [("k-bfgs", False), ("skqn-b2", False), ("skqn-b1", True), ("skqn-l", True)])
+@pytest.mark.parametrize(
+    ("name", "asks"), [("k-bfgs", False), ("skqn-b2", False), ("skqn-b1", True), ("skqn-l", True)]
+)
 def test_the_change_of_parameters_is_computed_for_those_who_read_it(name: str, asks: bool) -> None:
     p = problem("tanh")
     objective = p.objective()
@@ -555,7 +644,9 @@ def test_a_sketch_is_drawn_anew_at_every_step_and_by_its_seed() -> None:
     for seed in (0, 0, 1):
         p = problem("tanh", n=40)
         objective = p.objective()
-        optimizer = cl.optimizer("skqn-b2", objective, lr=0.1, damping=DAMPING, columns=2, seed=seed)
+        optimizer = cl.optimizer(
+            "skqn-b2", objective, lr=0.1, damping=DAMPING, columns=2, seed=seed
+        )
         for x, y in batches(p, 3):
             optimizer.step(objective.closure(x, y))
         block = optimizer.descent.curvature.blocks["1"]

@@ -40,8 +40,12 @@ def test_direction_is_the_dense_solve(model: str, labels: Pass, damping: float) 
         damped = rows.T @ rows / len(p.x) + damping * torch.eye(block.numel, dtype=torch.float64)
         vector = random_like(block.shape)
         found = curvature.precondition({block.name: vector})[block.name]
-        torch.testing.assert_close(found.flatten(), torch.linalg.solve(damped, vector.flatten()), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(curvature.inverse[block.name].inv().dense(), damped, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(
+            found.flatten(), torch.linalg.solve(damped, vector.flatten()), rtol=1e-10, atol=1e-10
+        )
+        torch.testing.assert_close(
+            curvature.inverse[block.name].inv().dense(), damped, rtol=1e-11, atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("labels", LABELS)
@@ -51,13 +55,20 @@ def test_is_the_block_fisher_of_one_minibatch(model: str, labels: Pass, n: int) 
     """Also where there are more rows than parameters (n = 40), and where the passes sum over V and T."""
     p = problem(model, n=n)
     objective = p.objective()
-    smw, dense = (approximation(name, objective, labels=labels, damping=0.01) for name in ("smw-ng-bd", "block-fisher"))
+    smw, dense = (
+        approximation(name, objective, labels=labels, damping=0.01)
+        for name in ("smw-ng-bd", "block-fisher")
+    )
     observation = objective.closure(p.x, p.y).observe(smw.needs)
     for curvature in (smw, dense):
         curvature.update(observation)
     for name, inverse in smw.inverse.items():
-        torch.testing.assert_close(inverse.dense(), dense.inverse[name].dense(), rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(inverse.eigvalsh(), dense.inverse[name].eigvalsh(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            inverse.dense(), dense.inverse[name].dense(), rtol=1e-10, atol=1e-10
+        )
+        torch.testing.assert_close(
+            inverse.eigvalsh(), dense.inverse[name].eigvalsh(), rtol=1e-10, atol=1e-10
+        )
 
 
 @pytest.mark.parametrize("labels", LABELS)
@@ -72,8 +83,12 @@ def test_blocks_of_some_examples_are_the_block_fisher_of_those(model: str, label
     for block in objective.blocks:
         rows = observation.passes[labels][block.name].rows[:, :3].reshape(-1, block.numel)
         damped = rows.T @ rows / 3 + 0.1 * torch.eye(block.numel, dtype=torch.float64)
-        torch.testing.assert_close(curvature.inverse[block.name].inv().dense(), damped, rtol=1e-11, atol=1e-13)
-    with pytest.raises(cl.CurvlabError, match="curvature_size must be a positive number of examples"):
+        torch.testing.assert_close(
+            curvature.inverse[block.name].inv().dense(), damped, rtol=1e-11, atol=1e-13
+        )
+    with pytest.raises(
+        cl.CurvlabError, match="curvature_size must be a positive number of examples"
+    ):
         approximation("smw-ng-bd", objective, curvature_size=0)
 
 
@@ -124,7 +139,9 @@ def eye(n: int) -> Tensor:
 @pytest.mark.parametrize("size", [None, 30])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("model", MODELS)
-def test_smw_gn_is_the_dense_solve_of_the_whole(model: str, likelihood: str, size: int | None) -> None:
+def test_smw_gn_is_the_dense_solve_of_the_whole(
+    model: str, likelihood: str, size: int | None
+) -> None:
     """Groups, tokens, convolutions, tokens with padding, parameters without a rule; all of N₂ > N examples too."""
     p = problem(model, likelihood)
     objective = p.objective()
@@ -134,7 +151,10 @@ def test_smw_gn_is_the_dense_solve_of_the_whole(model: str, likelihood: str, siz
     damped = Reference(p)["ggn"] + 0.1 * eye(len(objective.layout))
     found = flat(objective, curvature.precondition(observation.gradients))
     torch.testing.assert_close(
-        found, torch.linalg.solve(damped, flat(objective, observation.gradients)), rtol=1e-10, atol=1e-11
+        found,
+        torch.linalg.solve(damped, flat(objective, observation.gradients)),
+        rtol=1e-10,
+        atol=1e-11,
     )
     assert_near(curvature.inverse["whole"].inv().dense(), damped)
     assert_near(curvature.inverse["whole"].dense(), torch.linalg.inv(damped), 1e-10)
@@ -165,18 +185,28 @@ def test_is_the_thesis_by_either_formula(likelihood: str) -> None:
     r, n, lam = Reference(p), len(p.x), 0.2
     J, H = r.jacobian.flatten(0, 1), torch.block_diag(*r.output_hessian)
     D = lam * eye(len(J)) + J @ J.T @ H / n  # (5.7)
-    assert_near(curvature.inverse["whole"].dense(), (eye(J.shape[1]) - J.T @ H @ torch.linalg.solve(D, J) / n) / lam, 1e-10)
+    assert_near(
+        curvature.inverse["whole"].dense(),
+        (eye(J.shape[1]) - J.T @ H @ torch.linalg.solve(D, J) / n) / lam,
+        1e-10,
+    )
     singular = bool((torch.linalg.eigvalsh(r.output_hessian)[:, 0].abs() < 1e-12).all())
     assert singular is (likelihood == "categorical")
     if not singular:
         D = lam * torch.linalg.inv(H) + J @ J.T / n  # (5.6)
-        assert_near(curvature.inverse["whole"].dense(), (eye(J.shape[1]) - J.T @ torch.linalg.solve(D, J) / n) / lam, 1e-10)
+        assert_near(
+            curvature.inverse["whole"].dense(),
+            (eye(J.shape[1]) - J.T @ torch.linalg.solve(D, J) / n) / lam,
+            1e-10,
+        )
 
 
 @pytest.mark.parametrize("name", ["smw-ng", "smw-gn"])
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("model", ["tanh", "conv-1d", "norm", "embedding"])
-def test_curvature_of_some_examples_and_gradient_of_all(name: str, labels: Pass, model: str) -> None:
+def test_curvature_of_some_examples_and_gradient_of_all(
+    name: str, labels: Pass, model: str
+) -> None:
     """S₂ ⊂ S₁ drawn from the minibatch (Alg. 23, line 3); labels drawn for S₁ are those of S₂."""
     p = problem(model, n=9)
     objective = p.objective()
@@ -191,7 +221,11 @@ def test_curvature_of_some_examples_and_gradient_of_all(name: str, labels: Pass,
             expected = Reference(some).drawn([drawn])
         else:
             expected = expected_matrix(some, labels, objective)
-        assert_near(curvature.inverse["whole"].inv().dense(), expected + 0.1 * eye(len(objective.layout)), 1e-11)
+        assert_near(
+            curvature.inverse["whole"].inv().dense(),
+            expected + 0.1 * eye(len(objective.layout)),
+            1e-11,
+        )
 
 
 def test_one_place_forms_no_gradient_of_an_example(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,15 +245,25 @@ def test_one_place_forms_no_gradient_of_an_example(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("places", "formed"), [(2, False), (40, True)])
-def test_rows_of_many_places_are_formed_where_they_are_fewer_numbers(places: int, formed: bool) -> None:
+def test_rows_of_many_places_are_formed_where_they_are_fewer_numbers(
+    places: int, formed: bool
+) -> None:
     """Tokens: T (V O + I) against V O I, at V = 3, O = 3, I = 5 of the last layer; the first goes its own way."""
     p = problem("tokens")
-    p = Problem(p.model, p.likelihood, torch.randn(7, places, 3, generator=torch.Generator().manual_seed(2)).double(), p.y)
+    p = Problem(
+        p.model,
+        p.likelihood,
+        torch.randn(7, places, 3, generator=torch.Generator().manual_seed(2)).double(),
+        p.y,
+    )
     objective = p.objective()
     curvature = approximation("smw-gn", objective, damping=0.1)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     assert isinstance(curvature.inverse["whole"].inv().rows.parts[1], Rows if formed else LayerRows)
-    assert_near(curvature.inverse["whole"].inv().dense(), Reference(p)["ggn"] + 0.1 * eye(len(objective.layout)))
+    assert_near(
+        curvature.inverse["whole"].inv().dense(),
+        Reference(p)["ggn"] + 0.1 * eye(len(objective.layout)),
+    )
 
 
 @pytest.mark.parametrize("ratio", ["direction", "step"])
@@ -229,12 +273,16 @@ def test_damping_follows_the_reduction_ratio(name: str, damping: float, ratio: s
     """ρ of (5.5) by hand: dense B without λ on S₂, f and g on S₁, at p or at the step α p that was taken."""
     p = problem("tanh", n=9)
     objective = p.objective()
-    optimizer = cl.optimizer(name, objective, lr=0.5, damping=damping, ratio=ratio, curvature_size=4)
+    optimizer = cl.optimizer(
+        name, objective, lr=0.5, damping=damping, ratio=ratio, curvature_size=4
+    )
     closure = objective.closure(p.x, p.y)
     chosen = subset(closure, 4)
     some, whole = Reference(Problem(p.model, p.likelihood, p.x[chosen], p.y[chosen])), Reference(p)
     B, g = some["ef" if name == "smw-ng" else "ggn"], whole.gradients(p.y).mean(0)
-    step = -torch.linalg.solve(B + damping * eye(len(B)), g) * (1.0 if ratio == "direction" else 0.5)
+    step = -torch.linalg.solve(B + damping * eye(len(B)), g) * (
+        1.0 if ratio == "direction" else 0.5
+    )
 
     def f(d: Tensor) -> float:
         moved = whole.at.clone()
@@ -244,7 +292,9 @@ def test_damping_follows_the_reduction_ratio(name: str, damping: float, ratio: s
     rho = (f(torch.zeros_like(g)) - f(step)) / -float(g @ step + step @ B @ step / 2)
     factor = 1.01 if rho < 0.25 else 0.99 if rho > 0.75 else 1.0
     optimizer.step(closure)
-    assert optimizer.descent.curvature.damping == pytest.approx(0.001 + factor * (damping - 0.001), rel=1e-12)
+    assert optimizer.descent.curvature.damping == pytest.approx(
+        0.001 + factor * (damping - 0.001), rel=1e-12
+    )
     assert optimizer.param_groups[0]["damping"] == optimizer.descent.curvature.damping
 
 
@@ -268,7 +318,9 @@ def test_a_rejected_step_is_taken_back_bit_for_bit() -> None:
     assert float(objective.closure(p.x, p.y).observe().loss) > float(loss)
 
 
-def losses_and_slopes(steps: int, **options: object) -> tuple[list[float], list[float], int, cl.Objective]:
+def losses_and_slopes(
+    steps: int, **options: object
+) -> tuple[list[float], list[float], int, cl.Objective]:
     p, objective, optimizer = overshooting(boost=1.5, drop=0.8, **options)
     losses, slopes, rejected = [], [], 0
     for _ in range(steps):
@@ -276,7 +328,9 @@ def losses_and_slopes(steps: int, **options: object) -> tuple[list[float], list[
         slopes.append(float(flat(objective, observation.gradients).norm()))
         before = [w.detach().clone() for w in objective.parameters.values()]
         losses.append(float(optimizer.step(objective.closure(p.x, p.y))))
-        rejected += all(torch.equal(a, b) for a, b in zip(before, objective.parameters.values(), strict=True))
+        rejected += all(
+            torch.equal(a, b) for a, b in zip(before, objective.parameters.values(), strict=True)
+        )
         assert optimizer.descent.curvature.damping >= 0.001
     return losses, slopes, rejected, objective
 
@@ -338,11 +392,17 @@ def test_damping_of_the_blocks_follows_their_model_together() -> None:
     step = -torch.linalg.solve(B + 0.5 * eye(len(B)), g)
     moved = r.at.clone()
     moved[r.order] += step
-    actual = p.likelihood.loss(r.z, p.y).mean() - p.likelihood.loss(r.outputs(moved, p.x), p.y).mean()
+    actual = (
+        p.likelihood.loss(r.z, p.y).mean() - p.likelihood.loss(r.outputs(moved, p.x), p.y).mean()
+    )
     rho = float(actual / -(g @ step + step @ B @ step / 2))
     observation = objective.closure(p.x, p.y).observe()
     optimizer.descent.direction(observation)
-    transition = Transition(observation, observation, lambda: {b.name: torch.zeros(b.shape).double() for b in objective.blocks})
+    transition = Transition(
+        observation,
+        observation,
+        lambda: {b.name: torch.zeros(b.shape).double() for b in objective.blocks},
+    )
     assert optimizer.descent.curvature._ratio(transition) == pytest.approx(rho, rel=1e-10)
     factor = 1.01 if rho < 0.25 else 0.99 if rho > 0.75 else 1.0
     assert optimizer.descent.learn(transition)
@@ -355,7 +415,10 @@ def test_a_comparison_holds_the_damping(name: str) -> None:
     settings = cl.runs.CompareSettings(reference=name, algorithms=(name,), damping=0.02)
     curvature = settings.descents(p.objective(), 9)[name].curvature
     assert not curvature.wants_step
-    free, held = (cl.optimizer(name, problem().objective(), damping=0.02, adapt=adapt) for adapt in (True, False))
+    free, held = (
+        cl.optimizer(name, problem().objective(), damping=0.02, adapt=adapt)
+        for adapt in (True, False)
+    )
     for optimizer in (free, held):
         optimizer.step(optimizer.objective.closure(p.x, p.y))
     assert held.param_groups[0]["damping"] == 0.02

@@ -22,7 +22,9 @@ from curvlab.spectra import EDGES, VARIABLES, Plan, eigenvalues, tolerance
 
 
 def symmetric(order: int, seed: int = 0) -> torch.Tensor:
-    a = torch.randn(order, order, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    a = torch.randn(
+        order, order, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return a + a.mT
 
 
@@ -31,7 +33,12 @@ def middling(dtype: torch.dtype = torch.float64) -> Problem:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5)).to(dtype)
-        return Problem(net, cl.likelihoods.Categorical(), torch.randn(40, 20, dtype=dtype), torch.randint(5, (40,)))
+        return Problem(
+            net,
+            cl.likelihoods.Categorical(),
+            torch.randn(40, 20, dtype=dtype),
+            torch.randint(5, (40,)),
+        )
 
 
 def known(ds: xr.Dataset, matrix: str, block: str) -> np.ndarray:
@@ -51,7 +58,9 @@ def test_every_eigenvalue_of_every_block_and_of_the_whole(model: str) -> None:
     assert ds["block"].values.tolist() == [*blocks, "whole"]
     for kind in KINDS:
         for block in (*blocks, "whole"):
-            dense = cl.exact.matrix(p.objective(), p.x, p.y, kind, None if block == "whole" else block, route="func")
+            dense = cl.exact.matrix(
+                p.objective(), p.x, p.y, kind, None if block == "whole" else block, route="func"
+            )
             expected = np.linalg.eigvalsh(dense.matrix.numpy())
             scale = np.abs(expected).max()
             found, at = known(ds, kind, block), ds.isel(step=0).sel(matrix=kind, block=block)
@@ -59,10 +68,19 @@ def test_every_eigenvalue_of_every_block_and_of_the_whole(model: str) -> None:
             assert (np.diff(found) >= 0).all()
             assert float(at["lowest"]) == found[0]
             assert float(at["highest"]) == found[-1]
-            assert float(at["trace"]) == pytest.approx(float(dense.trace()), abs=1e-12 * scale * len(found))
+            assert float(at["trace"]) == pytest.approx(
+                float(dense.trace()), abs=1e-12 * scale * len(found)
+            )
             assert float(at["negative"]) == (expected < -1e-10 * scale).mean()
             assert not any(
-                at[name] for name in ("lowest_error", "highest_error", "trace_error", "negative_error", "unresolved")
+                at[name]
+                for name in (
+                    "lowest_error",
+                    "highest_error",
+                    "trace_error",
+                    "negative_error",
+                    "unresolved",
+                )
             )
 
 
@@ -82,7 +100,9 @@ def test_inputs_that_are_always_zero() -> None:
     for kind in ("hessian", "ggn"):
         assert (known(ds, kind, "1") == 0).sum() == 8  # two inputs of four units
         dense = cl.exact.matrix(p.objective(), p.x, p.y, kind, "1", route="func").matrix.numpy()
-        np.testing.assert_allclose(known(ds, kind, "1"), np.linalg.eigvalsh(dense), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            known(ds, kind, "1"), np.linalg.eigvalsh(dense), rtol=0, atol=1e-12
+        )
 
 
 def test_the_hessian_is_indefinite_and_gauss_newton_is_not() -> None:
@@ -119,16 +139,24 @@ def test_the_grid_is_fixed_and_counts_every_eigenvalue_once() -> None:
         np.testing.assert_allclose(ds["density"].sum("bin"), 1, rtol=1e-12)
         for kind in KINDS:
             found = known(ds.expand_dims("step"), kind, "whole").clip(-1e8, 1e8 * (1 - 1e-12))
-            expected = [((found >= low) & (found < high)).mean() for low, high in itertools.pairwise(EDGES)]
-            np.testing.assert_allclose(ds["density"].sel(matrix=kind, block="whole"), expected, rtol=0, atol=1e-14)
+            expected = [
+                ((found >= low) & (found < high)).mean() for low, high in itertools.pairwise(EDGES)
+            ]
+            np.testing.assert_allclose(
+                ds["density"].sel(matrix=kind, block="whole"), expected, rtol=0, atol=1e-14
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lanczos_against_every_eigenvalue(kind: str) -> None:
     p = middling()
     blocks = ["1", "whole"] if kind == "hessian" else ["1"]
-    exactly = cl.spectrum(p.objective(), p.x, p.y, [kind], "exact", blocks=blocks).isel(step=0, matrix=0)
-    run = cl.spectrum(p.objective(), p.x, p.y, [kind], "lanczos", blocks=blocks, draws=12, steps=40).isel(step=0, matrix=0)
+    exactly = cl.spectrum(p.objective(), p.x, p.y, [kind], "exact", blocks=blocks).isel(
+        step=0, matrix=0
+    )
+    run = cl.spectrum(
+        p.objective(), p.x, p.y, [kind], "lanczos", blocks=blocks, draws=12, steps=40
+    ).isel(step=0, matrix=0)
     assert "eigenvalue" not in run
     assert (run["route"] == "lanczos").all()
     scale = np.maximum(np.abs(exactly["lowest"]), exactly["highest"])
@@ -145,13 +173,17 @@ def test_lanczos_against_every_eigenvalue(kind: str) -> None:
     # what lies beyond a tenth of the greatest magnitude is few and resolved
     for block in run["block"].values:
         large = np.abs(run["bin"]) > 0.1 * float(scale.sel(block=block))
-        found, expected = (ds["density"].sel(block=block).where(large, 0).sum() for ds in (run, exactly))
+        found, expected = (
+            ds["density"].sel(block=block).where(large, 0).sum() for ds in (run, exactly)
+        )
         assert float(found) == pytest.approx(float(expected), rel=0.5, abs=2e-3)
 
 
 def test_lanczos_sees_a_small_matrix_whole() -> None:
     p = problem("tanh")
-    exactly, run = (cl.spectrum(p.objective(), p.x, p.y, ["hessian"], m, draws=8) for m in ("exact", "lanczos"))
+    exactly, run = (
+        cl.spectrum(p.objective(), p.x, p.y, ["hessian"], m, draws=8) for m in ("exact", "lanczos")
+    )
     for end in ("lowest", "highest"):
         np.testing.assert_allclose(run[end], exactly[end], rtol=0, atol=1e-12)
     assert (np.abs(run["negative"] - exactly["negative"]) <= 4 * run["negative_error"]).all()
@@ -160,7 +192,9 @@ def test_lanczos_sees_a_small_matrix_whole() -> None:
 def test_what_lanczos_cannot_tell_from_zero_is_said() -> None:
     """Gauss-Newton of 40 examples, 5 outputs: rank ≤ 200 of 630. Its kernel is near 0, none of it negative."""
     p = middling()
-    run = cl.spectrum(p.objective(), p.x, p.y, ["ggn"], "lanczos", blocks=["1"], draws=4, steps=60).squeeze()
+    run = cl.spectrum(
+        p.objective(), p.x, p.y, ["ggn"], "lanczos", blocks=["1"], draws=4, steps=60
+    ).squeeze()
     assert run["negative"].item() == 0
     assert run["unresolved"].item() > 0.6
     assert run["density"].sel(bin=0).item() == pytest.approx(run["unresolved"].item(), abs=1e-12)
@@ -171,7 +205,9 @@ def test_the_error_of_what_is_negative_reaches_the_truth() -> None:
     """Half of the eigenvalues of a Hessian are negative, and most of those too small for Lanczos: faults, row 34."""
     p = middling()
     exactly, run = (
-        cl.spectrum(p.objective(), p.x, p.y, ["hessian"], m, blocks=["1"], draws=4, steps=20).squeeze()
+        cl.spectrum(
+            p.objective(), p.x, p.y, ["hessian"], m, blocks=["1"], draws=4, steps=20
+        ).squeeze()
         for m in ("exact", "lanczos")
     )
     assert run["unresolved"].item() > 0.1
@@ -202,8 +238,13 @@ def test_nothing_of_the_objective_changes_and_the_same_comes_again() -> None:
     p = problem("batch-norm")
     objective = p.objective(seed=2)
     objective.closure(p.x, p.y)
-    state, counted = {k: v.clone() for k, v in p.model.state_dict().items()}, dict(objective.closures)
-    one, two = (cl.spectrum(objective, p.x, p.y, ["fisher-mc", "hessian"], m) for m in ("auto", "auto"))
+    state, counted = (
+        {k: v.clone() for k, v in p.model.state_dict().items()},
+        dict(objective.closures),
+    )
+    one, two = (
+        cl.spectrum(objective, p.x, p.y, ["fisher-mc", "hessian"], m) for m in ("auto", "auto")
+    )
     assert objective.closures == counted
     assert all(torch.equal(v, state[k]) for k, v in p.model.state_dict().items())
     xr.testing.assert_equal(one, two)
@@ -214,10 +255,16 @@ def test_nothing_of_the_objective_changes_and_the_same_comes_again() -> None:
 def test_labels_and_starting_vectors_do_not_depend_on_what_else_is_asked_for() -> None:
     p = middling()
     for method in ("exact", "lanczos"):
-        all_of_it = cl.spectrum(p.objective(), p.x, p.y, KINDS, method, blocks=["all", "whole"], draws=2, steps=8)
-        alone = cl.spectrum(p.objective(), p.x, p.y, ["fisher-mc"], method, blocks=["2"], draws=2, steps=8)
+        all_of_it = cl.spectrum(
+            p.objective(), p.x, p.y, KINDS, method, blocks=["all", "whole"], draws=2, steps=8
+        )
+        alone = cl.spectrum(
+            p.objective(), p.x, p.y, ["fisher-mc"], method, blocks=["2"], draws=2, steps=8
+        )
         for name in ("lowest", "highest", "trace", "density"):
-            np.testing.assert_array_equal(alone[name], all_of_it[name].sel(matrix=["fisher-mc"], block=["2"]))
+            np.testing.assert_array_equal(
+                alone[name], all_of_it[name].sel(matrix=["fisher-mc"], block=["2"])
+            )
 
 
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
@@ -235,7 +282,9 @@ def test_a_loader_gives_the_mean_over_all_of_it(method: str) -> None:
 def test_the_loss_is_the_mean_over_the_examples() -> None:
     p = middling()
     ds = cl.spectrum(p.objective(), p.x, p.y, ["ggn"], blocks=["2"])
-    assert ds["loss"].item() == pytest.approx(float(p.objective().closure(p.x, p.y)().detach()), rel=1e-14)
+    assert ds["loss"].item() == pytest.approx(
+        float(p.objective().closure(p.x, p.y)().detach()), rel=1e-14
+    )
 
 
 def test_float32() -> None:
@@ -244,11 +293,15 @@ def test_float32() -> None:
     double.model.load_state_dict(single.model.state_dict())
     x, y = single.x.double(), single.y
     one, two = cl.spectrum(single.objective(), single.x, y), cl.spectrum(double.objective(), x, y)
-    assert one.attrs["tolerance"] == tolerance(torch.float32) == 100 * torch.finfo(torch.float32).eps
+    assert (
+        one.attrs["tolerance"] == tolerance(torch.float32) == 100 * torch.finfo(torch.float32).eps
+    )
     assert two.attrs["tolerance"] == tolerance(torch.float64) == 1e-10
     assert (one["negative"].sel(matrix="ggn") == 0).all()
     np.testing.assert_allclose(one["highest"], two["highest"], rtol=1e-4)
-    assert (one["lowest"].sel(matrix="ggn", block="1") < 0).all()  # rounding, which the tolerance is above
+    assert (
+        one["lowest"].sel(matrix="ggn", block="1") < 0
+    ).all()  # rounding, which the tolerance is above
     draw(one, "spectrum")
 
 
@@ -260,7 +313,11 @@ def test_schema() -> None:
     }
     assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
     assert ds["step"].values.tolist() == [70]
-    assert ds["parameters"].values.tolist() == ["0.weight 0.bias", "2.weight 2.bias", "4.weight 4.bias"]
+    assert ds["parameters"].values.tolist() == [
+        "0.weight 0.bias",
+        "2.weight 2.bias",
+        "4.weight 4.bias",
+    ]
     assert json.loads(ds.attrs["call"])["matrices"] == ["hessian", "ggn"]
     assert (ds.attrs["seed"], ds.attrs["device"], ds.attrs["dtype"]) == (4, "cpu", "float64")
     assert {"versions", "git_commit", "created", "model", "data"} <= ds.attrs.keys()
@@ -304,7 +361,9 @@ def test_a_block_larger_than_the_memory_is_refused_before_anything_runs() -> Non
     with torch.device("meta"):
         net = nn.Linear(1000, 1000)
     objective = cl.Objective(net, cl.likelihoods.Categorical())
-    with pytest.raises(cl.CurvlabError, match=r"every eigenvalue of block 1 would need .* take the method lanczos"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"every eigenvalue of block 1 would need .* take the method lanczos"
+    ):
         Plan(method="exact").check(objective)
     Plan(method="auto").check(objective)
 
@@ -328,7 +387,10 @@ def test_the_figure_counts_every_eigenvalue() -> None:
         assert ("negative" in said[1]) == (block == "1")
 
 
-@pytest.mark.parametrize("options", [{"matrices": KINDS}, {"method": "lanczos", "blocks": ["whole"], "draws": 2, "steps": 9}])
+@pytest.mark.parametrize(
+    "options",
+    [{"matrices": KINDS}, {"method": "lanczos", "blocks": ["whole"], "draws": 2, "steps": 9}],
+)
 def test_the_figure_draws_what_can_be_asked_for(options: dict, tmp_path: Path) -> None:
     p = middling()
     for scale in (1e-9, 1.0, 1e6):

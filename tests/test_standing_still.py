@@ -45,7 +45,8 @@ def with_kinds(names: Iterable[str]) -> pytest.MarkDecorator:
 
     cases = [(i, name, kind) for i, name in enumerate(names) for kind in KINDS]
     return pytest.mark.parametrize(
-        ("name", "kind"), [pytest.param(n, k, marks=[pytest.mark.slow] if slow(i, k) else []) for i, n, k in cases]
+        ("name", "kind"),
+        [pytest.param(n, k, marks=[pytest.mark.slow] if slow(i, k) else []) for i, n, k in cases],
     )
 
 
@@ -163,7 +164,9 @@ OTHER_ORDERS: dict[str, Callable[[], Loader]] = {
     ),
     "RandomSampler": lambda: DataLoader(pairs(), 4, sampler=RandomSampler(range(N))),
     "SubsetRandomSampler": lambda: DataLoader(pairs(), 4, sampler=SubsetRandomSampler(range(N))),
-    "random batch sampler": lambda: DataLoader(pairs(), batch_sampler=BatchSampler(RandomSampler(range(N)), 4, False)),
+    "random batch sampler": lambda: DataLoader(
+        pairs(), batch_sampler=BatchSampler(RandomSampler(range(N)), 4, False)
+    ),
     "shuffled within minibatches": lambda: DataLoader(pairs(), batch_sampler=ManyOrders()),
     "own": lambda: Own(drop_last=False),
 }
@@ -171,9 +174,15 @@ OTHER_ORDERS: dict[str, Callable[[], Loader]] = {
 
 OTHERS: dict[str, Callable[[], Loader]] = {
     "shuffled, the last dropped": lambda: DataLoader(pairs(), 4, shuffle=True, drop_last=True),
-    "with replacement": lambda: DataLoader(pairs(), 4, sampler=RandomSampler(range(N), replacement=True)),
-    "fewer than all": lambda: DataLoader(pairs(), 4, sampler=RandomSampler(range(N), num_samples=7)),
-    "WeightedRandomSampler": lambda: DataLoader(pairs(), 4, sampler=WeightedRandomSampler([1.0] * 10 + [9.0], N)),
+    "with replacement": lambda: DataLoader(
+        pairs(), 4, sampler=RandomSampler(range(N), replacement=True)
+    ),
+    "fewer than all": lambda: DataLoader(
+        pairs(), 4, sampler=RandomSampler(range(N), num_samples=7)
+    ),
+    "WeightedRandomSampler": lambda: DataLoader(
+        pairs(), 4, sampler=WeightedRandomSampler([1.0] * 10 + [9.0], N)
+    ),
     "random batch sampler, the last dropped": lambda: DataLoader(
         pairs(), batch_sampler=BatchSampler(RandomSampler(range(N)), 4, True)
     ),
@@ -283,7 +292,12 @@ def test_data_that_are_changed_in_place(many: bool, kind: str) -> None:
     o, (x, y) = objective(), data()
     given = ([(x[:4], y[:4]), (x[4:], y[4:])],) if many else (x, y)
     v = vector(o)
-    for edit in (lambda: x.mul_(2), lambda: x.data.neg_(), lambda: y.numpy().sort(), lambda: x.copy_(x.flip(0).clone())):
+    for edit in (
+        lambda: x.mul_(2),
+        lambda: x.data.neg_(),
+        lambda: y.numpy().sort(),
+        lambda: x.copy_(x.flip(0).clone()),
+    ):
         found = cl.exact.product(o, *given, kind=kind)
         first = found @ v
         assert torch.equal(found @ v, first)
@@ -306,9 +320,21 @@ def test_the_diagonal_and_one_matrix_read_a_loader_once(kind: str) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_spectra_are_all_of_the_same_data(name: str, method: str) -> None:
     """Of several kinds, of several blocks, of one matrix and the loss."""
-    for matrices, blocks in ((("hessian", "ggn"), ("1",)), (("ggn",), ("all",)), (("ggn",), ("1",))):
+    for matrices, blocks in (
+        (("hessian", "ggn"), ("1",)),
+        (("ggn",), ("all",)),
+        (("ggn",), ("1",)),
+    ):
         with pytest.raises(CurvlabError, match=OTHER_DATA):
-            cl.spectrum(objective(), OTHERS[name](), matrices=matrices, blocks=blocks, method=method, draws=2, steps=3)
+            cl.spectrum(
+                objective(),
+                OTHERS[name](),
+                matrices=matrices,
+                blocks=blocks,
+                method=method,
+                draws=2,
+                steps=3,
+            )
     cl.spectrum(objective(), list(OTHERS[name]()), method=method, draws=2, steps=3)
 
 
@@ -316,12 +342,20 @@ def test_spectra_are_all_of_the_same_data(name: str, method: str) -> None:
 @pytest.mark.parametrize("name", OTHER_ORDERS)
 def test_spectra_of_another_order(name: str, method: str) -> None:
     found, wanted = (
-        cl.spectrum(objective(), *given, method=method, draws=2, steps=3) for given in ((OTHER_ORDERS[name](),), data())
+        cl.spectrum(objective(), *given, method=method, draws=2, steps=3)
+        for given in ((OTHER_ORDERS[name](),), data())
     )
     for variable in ("highest", "lowest", "trace", "loss"):
         np.testing.assert_allclose(found[variable], wanted[variable], rtol=1e-9, atol=1e-13)
     with pytest.raises(CurvlabError, match=OTHER_ORDER):
-        cl.spectrum(objective(), OTHER_ORDERS[name](), matrices=["fisher-mc"], method=method, draws=2, steps=3)
+        cl.spectrum(
+            objective(),
+            OTHER_ORDERS[name](),
+            matrices=["fisher-mc"],
+            method=method,
+            draws=2,
+            steps=3,
+        )
 
 
 # ------------------------------------------------------------------------------------------------ weights and modes
@@ -354,7 +388,12 @@ def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: s
                 use()
     if name not in ("another parameter", "taken away"):
         again = cl.exact.product(o, *data(), kind)
-        near(again @ v, cl.exact.matrix(o, *data(), kind, None).dense() @ v if kind != "fisher-mc" else again @ v)
+        near(
+            again @ v,
+            cl.exact.matrix(o, *data(), kind, None).dense() @ v
+            if kind != "fisher-mc"
+            else again @ v,
+        )
 
 
 @kinds
@@ -376,7 +415,10 @@ def test_another_mode_is_refused(kind: str) -> None:
         found = cl.exact.product(o, *given, kind=kind)
         first = found @ vector(o)
         o.model.train()
-        with pytest.raises(CurvlabError, match=r"modules have gone from train to eval mode, or back, since .*: make it again"):
+        with pytest.raises(
+            CurvlabError,
+            match=r"modules have gone from train to eval mode, or back, since .*: make it again",
+        ):
             found @ vector(o)
         o.model.eval()
         assert torch.equal(found @ vector(o), first)
@@ -391,7 +433,13 @@ def test_what_stands_still_is_not_said_to_move() -> None:
                 self.register_buffer("scale", torch.full((), 2.0))
             return x * self.scale
 
-    wide = nn.Linear(5, 300, bias=False), nn.Linear(300, 300), nn.Linear(300, 5), nn.BatchNorm1d(5, affine=False), Caching()
+    wide = (
+        nn.Linear(5, 300, bias=False),
+        nn.Linear(300, 300),
+        nn.Linear(300, 5),
+        nn.BatchNorm1d(5, affine=False),
+        Caching(),
+    )
     o = objective(*wide)
     o.model.eval()
     o.model[4].register_buffer("unused", torch.full((3,), torch.nan))
@@ -438,7 +486,13 @@ def test_products_under_any_mode(mode: Callable[[], torch.no_grad], kind: str) -
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_spectra_under_any_mode(mode: Callable[[], torch.no_grad], method: str) -> None:
-    arguments = {"matrices": KINDS, "blocks": ("all", "whole"), "method": method, "draws": 2, "steps": 3}
+    arguments = {
+        "matrices": KINDS,
+        "blocks": ("all", "whole"),
+        "method": method,
+        "draws": 2,
+        "steps": 3,
+    }
     wanted, other = cl.spectrum(objective(), *data(), **arguments), objective()
     with mode():
         found = cl.spectrum(other, *data(), **arguments)  # of data that are made inside
@@ -486,7 +540,9 @@ def test_a_pair_of_blocks(block: object) -> None:
 
 @pytest.mark.parametrize("block", [("1",), ("1", "2", "3"), (1, 2), 1, {"1", "3"}])
 def test_what_is_no_block(block: object) -> None:
-    with pytest.raises(CurvlabError, match=r"block must be a name, a pair of names .* or None for the whole, not"):
+    with pytest.raises(
+        CurvlabError, match=r"block must be a name, a pair of names .* or None for the whole, not"
+    ):
         cl.exact.product(objective(), *data(), "ggn", block)
 
 
@@ -541,11 +597,19 @@ def test_states_as_plain_values(tmp_path: object) -> None:
     states = random_state.states(CPU)
     torch.save(states.state_dict(), f"{tmp_path}/states.pt")
     numbers = [float(draw()) for draw in DRAWS.values()]
-    random_state.set_states(random_state.Chance.of(torch.load(f"{tmp_path}/states.pt", weights_only=True)), CPU)
+    random_state.set_states(
+        random_state.Chance.of(torch.load(f"{tmp_path}/states.pt", weights_only=True)), CPU
+    )
     assert not random_state.drawn_since(states, CPU)
     assert [float(draw()) for draw in DRAWS.values()] == numbers
     random_state.set_states(random_state.Chance.of(list(states.torch)), CPU)
-    assert [float(draw()) == n for draw, n in zip(DRAWS.values(), numbers, strict=True)] == [True, False, False, False, False]
+    assert [float(draw()) == n for draw, n in zip(DRAWS.values(), numbers, strict=True)] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_another_generator_of_numpys() -> None:

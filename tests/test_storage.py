@@ -51,7 +51,17 @@ COMPARE = [
     "2",
 ]
 SPECTRUM = ["spectrum", "--model", "mlp-256-20", "--samples", "20", "--blocks", "6", "--after", "0"]
-TRAIN = ["train", "--model", "mlp-256-20", "--batch-size", "20000", "--epochs", "1", "--evaluate-samples", "100"]
+TRAIN = [
+    "train",
+    "--model",
+    "mlp-256-20",
+    "--batch-size",
+    "20000",
+    "--epochs",
+    "1",
+    "--evaluate-samples",
+    "100",
+]
 
 
 @contextmanager
@@ -66,8 +76,16 @@ def full(room: int) -> Iterator[None]:
 
 
 def run(objective: cl.Objective, folder: Path | None, epochs: int = 3, **more: Any) -> Any:
-    more = {"algorithm": "k-bfgs", "lr": 0.01, "damping": 0.3, "probes": ["loss:2"], "checkpoint_seconds": 1e-9} | more
-    return cl.train(objective, data().batches(5, seed=1), data(7, 1), epochs=epochs, folder=folder, **more)
+    more = {
+        "algorithm": "k-bfgs",
+        "lr": 0.01,
+        "damping": 0.3,
+        "probes": ["loss:2"],
+        "checkpoint_seconds": 1e-9,
+    } | more
+    return cl.train(
+        objective, data().batches(5, seed=1), data(7, 1), epochs=epochs, folder=folder, **more
+    )
 
 
 def left(folder: Path) -> list[str]:
@@ -77,7 +95,9 @@ def left(folder: Path) -> list[str]:
 # ---- full disks
 
 
-def test_a_full_disk_ends_every_command_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_ends_every_command_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words in (COMPARE, SPECTRUM, TRAIN):
         out = tmp_path / words[0]
         with full(4096):
@@ -97,7 +117,12 @@ def refused_after_output(capsys: pytest.CaptureFixture[str], *words: str) -> str
 
 def test_a_full_disk_of_a_process_by_itself(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "curvlab", *COMPARE, "--out", str(tmp_path / "out")]
-    done = subprocess.run(["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", *words], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 2, done
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("curvlab: the log ")
@@ -106,9 +131,15 @@ def test_a_full_disk_of_a_process_by_itself(tmp_path: Path) -> None:
 
 def test_a_log_that_no_longer_fits_leaves_the_last_whole_one(tmp_path: Path) -> None:
     batches = data().batches(5, seed=1, epochs=40)
-    path, arguments = tmp_path / "run.h5", {"reference": "sgd-m", "algorithms": ["adam"], "lr": 0.01}
+    path, arguments = (
+        tmp_path / "run.h5",
+        {"reference": "sgd-m", "algorithms": ["adam"], "lr": 0.01},
+    )
     cl.compare(objective_of(net()), batches, steps=1, path=path, **arguments)
-    with full(len(path.read_bytes()) + 100), pytest.raises(cl.CurvlabError, match=r"run\.h5 cannot be written: File too large"):
+    with (
+        full(len(path.read_bytes()) + 100),
+        pytest.raises(cl.CurvlabError, match=r"run\.h5 cannot be written: File too large"),
+    ):
         cl.compare(objective_of(net()), batches, path=path, **arguments)
     assert cl.open(path)["step"].values.tolist() == [0]
     assert left(tmp_path) == ["run.h5"]
@@ -140,7 +171,9 @@ def test_a_run_that_meets_a_full_disk_goes_on_to_the_bit_once_there_is_room(
     same_weights(again.model, whole.model)
 
 
-def test_nothing_beside_whatever_ends_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_beside_whatever_ends_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "run.h5"
 
     def stops(error: BaseException) -> Callable[[Path], None]:
@@ -190,11 +223,17 @@ def test_other_readers_pass_over_the_seal(finished: Path) -> None:
 def taken(folder: Path, flips: int, tmp_path: Path, seed: int) -> list[tuple[str, int]]:
     """(file, bit) of single bits that were flipped unseen; half of the places are in the seal or near the ends."""
     draw, found = np.random.default_rng(seed), []
-    readers: dict[str, Callable[[Path], object]] = {"run.h5": cl.open, "checkpoint.pt": checkpoint.load}
+    readers: dict[str, Callable[[Path], object]] = {
+        "run.h5": cl.open,
+        "checkpoint.pt": checkpoint.load,
+    }
     for name, read in readers.items():
         content = (folder / name).read_bytes()
         bits = 8 * len(content)
-        some = [*draw.integers(bits, size=flips - 20), *draw.integers(bits - 8 * atomic.SEAL, bits, size=20)]
+        some = [
+            *draw.integers(bits, size=flips - 20),
+            *draw.integers(bits - 8 * atomic.SEAL, bits, size=20),
+        ]
         for bit in map(int, some):
             spoiled = bytearray(content)
             spoiled[bit // 8] ^= 1 << bit % 8
@@ -216,7 +255,9 @@ def test_no_flipped_bit_of_500_goes_unseen(finished: Path, tmp_path: Path) -> No
     assert taken(finished, 500, tmp_path, seed=1) == []
 
 
-def test_files_of_earlier_versions_are_read_and_later_ones_are_named(finished: Path, tmp_path: Path) -> None:
+def test_files_of_earlier_versions_are_read_and_later_ones_are_named(
+    finished: Path, tmp_path: Path
+) -> None:
     state = checkpoint.load(finished / "checkpoint.pt") | {"format": 1}
     (tmp_path / "old").mkdir()
     torch.save(state, tmp_path / "old" / "checkpoint.pt")  # as they were: without a seal
@@ -276,7 +317,9 @@ def other(old: Any, new: Any) -> bool:
         return not isinstance(new, list)
     if old is None:  # what may be open may be a number, or a statistic
         return isinstance(new, str | list)
-    if isinstance(old, torch.Tensor) and not old.dim() and isinstance(new, int):  # a counter, which may be on a device
+    if (
+        isinstance(old, torch.Tensor) and not old.dim() and isinstance(new, int)
+    ):  # a counter, which may be on a device
         return False
     both = isinstance(old, int | float) and not isinstance(old, bool) and isinstance(new, int)
     return (not both and type(old) is not type(new)) or isinstance(old, torch.Tensor)
@@ -287,7 +330,11 @@ def same(one: Any, two: Any) -> bool:
         return one.keys() == two.keys() and all(same(v, two[k]) for k, v in one.items())
     if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(same, one, two))
-    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two or (one != one and two != two)
+    return (
+        torch.equal(one, two)
+        if isinstance(one, torch.Tensor)
+        else one == two or (one != one and two != two)
+    )
 
 
 def written(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -301,7 +348,9 @@ def written(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"format": checkpoint.FORMAT} | next(s for s in saved if s["position"]["steps"] == 8)
 
 
-def all_refused(algorithm: str, state: dict[str, Any], cases: Iterator[tuple[Any, str, dict[str, Any]]]) -> None:
+def all_refused(
+    algorithm: str, state: dict[str, Any], cases: Iterator[tuple[Any, str, dict[str, Any]]]
+) -> None:
     """Each is one line. After all that were refused, the run is as it was, and the right state fits."""
     training, found, count = training_of(algorithm), [], 0
     before = copy.deepcopy(training.state_dict())
@@ -324,16 +373,22 @@ def all_refused(algorithm: str, state: dict[str, Any], cases: Iterator[tuple[Any
     assert training.at.steps == 8
 
 
-def test_contents_that_no_run_wrote_are_refused_and_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contents_that_no_run_wrote_are_refused_and_nothing_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     state = written("adam", monkeypatch)
-    cases = (case for case in spoiled(state) if case[0] != ("format",))  # that is seen by `checkpoint.load`
+    cases = (
+        case for case in spoiled(state) if case[0] != ("format",)
+    )  # that is seen by `checkpoint.load`
     all_refused("adam", state, cases)
 
 
 SOME = ("k-bfgs-l", "skqn-l", "smw-gn")
 
 
-@pytest.mark.parametrize("algorithm", [a if a in SOME else pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS])
+@pytest.mark.parametrize(
+    "algorithm", [a if a in SOME else pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS]
+)
 def test_statistics_that_no_method_keeps_are_refused_and_nothing_is_taken(
     algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -377,7 +432,13 @@ def test_a_folder_in_which_another_process_writes_is_refused_and_a_killed_one_is
             with pytest.raises(cl.CurvlabError, match=said):
                 run(objective_of(net()), out, epochs=4, resume=resume)
         with pytest.raises(cl.CurvlabError, match=said):
-            cl.compare(objective_of(net()), data().batches(5), reference="sgd-m", algorithms=["adam"], path=path)
+            cl.compare(
+                objective_of(net()),
+                data().batches(5),
+                reference="sgd-m",
+                algorithms=["adam"],
+                path=path,
+            )
         for words in (COMPARE, SPECTRUM, TRAIN, ["train", "--resume"]):
             assert re.search(said, refused(capsys, *words, "--out", str(out)))
     finally:
@@ -404,7 +465,9 @@ def start(folder: Path, seed: int, begun: Any, told: Any) -> None:
 def test_of_two_that_start_at_once_one_runs(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     begun, told = fork.Barrier(2), fork.Queue()
-    both = [fork.Process(target=start, args=(tmp_path / "run", seed, begun, told)) for seed in (3, 4)]
+    both = [
+        fork.Process(target=start, args=(tmp_path / "run", seed, begun, told)) for seed in (3, 4)
+    ]
     for process in both:
         process.start()
     said = sorted(told.get(timeout=120) for _ in both)
@@ -419,7 +482,10 @@ def test_a_lock_is_gone_afterwards_whatever_happened(tmp_path: Path) -> None:
     for error in (KeyboardInterrupt, cl.CurvlabError, None):
         with pytest.raises(error) if error else nullcontext(), alone(tmp_path / "run.h5"):
             assert left(tmp_path) == [".run.h5.lock"]
-            with pytest.raises(cl.CurvlabError, match=f"process {os.getpid()} "), alone(tmp_path / "run.h5"):
+            with (
+                pytest.raises(cl.CurvlabError, match=f"process {os.getpid()} "),
+                alone(tmp_path / "run.h5"),
+            ):
                 pass
             if error:
                 raise error
@@ -427,12 +493,17 @@ def test_a_lock_is_gone_afterwards_whatever_happened(tmp_path: Path) -> None:
         assert not lock._held
 
 
-def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unknown(descriptor: int, operation: int) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(lock.fcntl, "flock", unknown)
-    with pytest.warns(cl.CurvlabWarning, match="knows no locks: see to it that no two runs"), alone(tmp_path / "run.h5"):
+    with (
+        pytest.warns(cl.CurvlabWarning, match="knows no locks: see to it that no two runs"),
+        alone(tmp_path / "run.h5"),
+    ):
         pass
     assert left(tmp_path) == []
 
@@ -449,21 +520,28 @@ def stepless(folder: Path) -> None:
     folder.mkdir()
     training._keep = lambda sound=False: None  # type: ignore[method-assign]
     with progress_bar(Console(), False) as training.bar:
-        training.showing = Showing(training.bar, lambda line: None, training.budget, training.per_epoch)
+        training.showing = Showing(
+            training.bar, lambda line: None, training.budget, training.per_epoch
+        )
         training._begin()
     assert left(folder) == ["run.h5"]
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_says_so(
-    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    resume: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("curvlab.cli.train.finish", lambda *given: None)  # pictures
     straight = objective_of(net())
     logged = run(straight, None).dataset
     stepless(tmp_path / "run")
     again = objective_of(net())
-    with pytest.warns(cl.CurvlabWarning, match="holds a log without a step and no checkpoint, .* it starts anew"):
+    with pytest.warns(
+        cl.CurvlabWarning, match="holds a log without a step and no checkpoint, .* it starts anew"
+    ):
         same_log(run(again, tmp_path / "run", resume=resume).dataset, logged)
     same_weights(again.model, straight.model)
     if not resume:
@@ -474,20 +552,26 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew_and_says_so(
     assert cl.open(tmp_path / "named")["epoch"].values.tolist() == [0, 1]
 
 
-def test_what_is_no_beginning_is_not_overwritten(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_beginning_is_not_overwritten(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.h5").write_bytes((finished / "run.h5").read_bytes())
     with pytest.raises(cl.CurvlabError, match=r"already holds a run\.h5"):
         run(objective_of(net()), tmp_path / "run")
     with pytest.raises(cl.CurvlabError, match="there is no checkpoint"):
         run(objective_of(net()), tmp_path / "run", resume=True)
-    assert "there is no checkpoint" in refused(capsys, "train", "--resume", "--out", str(tmp_path / "run"))
+    assert "there is no checkpoint" in refused(
+        capsys, "train", "--resume", "--out", str(tmp_path / "run")
+    )
     stepless(tmp_path / "begun")
     assert "give --model" in refused(capsys, "train", "--resume", "--out", str(tmp_path / "begun"))
     assert "already holds a run.h5" in refused(capsys, *COMPARE, "--out", str(tmp_path / "begun"))
 
 
-def test_the_first_checkpoint_comes_before_the_first_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_checkpoint_comes_before_the_first_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def killed(self: object) -> None:
         raise KeyboardInterrupt
 
@@ -514,7 +598,10 @@ def test_a_file_does_not_decide_what_is_imported(
         "def build():\n    return mlp([256, 4, 10]), 'categorical', 'mnist16'\n"
     )
     words = ["--batch-size", "20000", "--evaluate-samples", "100"]
-    assert call("train", "--model", "yours_of_storage:build", *words, "--epochs", "1", "--out", "run") == 0
+    assert (
+        call("train", "--model", "yours_of_storage:build", *words, "--epochs", "1", "--out", "run")
+        == 0
+    )
     (tmp_path / "ran").unlink()
     sys.modules.pop("yours_of_storage")
     state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
@@ -528,6 +615,18 @@ def test_a_file_does_not_decide_what_is_imported(
     assert "other settings (model" in refused(
         capsys, "train", "--resume", "--model", "mlp-256-20", "--epochs", "2", "--out", "run"
     )
-    assert call("train", "--resume", "--model", "yours_of_storage:build", "--epochs", "2", "--out", "run") == 0
+    assert (
+        call(
+            "train",
+            "--resume",
+            "--model",
+            "yours_of_storage:build",
+            "--epochs",
+            "2",
+            "--out",
+            "run",
+        )
+        == 0
+    )
     assert (tmp_path / "ran").exists()
     sys.modules.pop("yours_of_storage")

@@ -54,16 +54,26 @@ def test_a_full_device_is_one_line_where_what_is_printed_is_the_result(
 ) -> None:
     with to(str(FULL)):
         assert call(*words) == 2
-    assert capsys.readouterr().err == "curvlab: standard output cannot be written: No space left on device\n"
+    assert (
+        capsys.readouterr().err
+        == "curvlab: standard output cannot be written: No space left on device\n"
+    )
 
 
 @needs_full
-def test_a_run_on_a_full_device_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_on_a_full_device_writes_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with to(str(FULL)):
         assert call(*RUN, "--out", str(tmp_path / "run")) == 0
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == "curvlab: standard output cannot be written: No space left on device"
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint.pt", "run.h5", "training.png", "training.svg"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "checkpoint.pt",
+        "run.h5",
+        "training.png",
+        "training.svg",
+    ]
     with to(str(FULL)):
         assert call("plot", str(tmp_path / "run")) == 2
 
@@ -95,7 +105,13 @@ def test_a_run_into_a_pipe_that_ends_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_other_encodings_get_replacements(encoding: str, tmp_path: Path) -> None:
-    for i, words in enumerate((*RESULTS, [*RUN, "--out", str(tmp_path / "é"), "--steps", "2"], ["plot", str(tmp_path / "é")])):
+    for i, words in enumerate(
+        (
+            *RESULTS,
+            [*RUN, "--out", str(tmp_path / "é"), "--steps", "2"],
+            ["plot", str(tmp_path / "é")],
+        )
+    ):
         out, err = tmp_path / f"{i}.out", tmp_path / f"{i}.err"
         with to(str(out), str(err), encoding):
             assert call(*words) == 0
@@ -124,10 +140,15 @@ def test_a_stream_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("term", "columns"), [("dumb", "1"), ("no-such-terminal", "7"), ("", "0"), ("xterm", "-3"), ("vt52", "x")]
+    ("term", "columns"),
+    [("dumb", "1"), ("no-such-terminal", "7"), ("", "0"), ("xterm", "-3"), ("vt52", "x")],
 )
 def test_odd_terminals_and_widths(
-    term: str, columns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    term: str,
+    columns: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("TERM", term)
     monkeypatch.setenv("COLUMNS", columns)
@@ -187,18 +208,25 @@ def test_streams_of_tests_and_notebooks_stay_as_they_are() -> None:
 
 def run(command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CURVLAB": f"{sys.executable} -m curvlab", **more}
-    return subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, cwd=cwd, timeout=120)
+    return subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, env=environment, cwd=cwd, timeout=120
+    )
 
 
 def test_a_process_with_head_closed_streams_and_a_backend_that_is_not_there(tmp_path: Path) -> None:
     """What no test within this process shows: the interpreter's own exit, and what it does at the start."""
     done = run(
-        "{ $CURVLAB list options; echo code $? >&2; } | head -1", tmp_path, MPLBACKEND="nosuch", PYTHONIOENCODING="ascii"
+        "{ $CURVLAB list options; echo code $? >&2; } | head -1",
+        tmp_path,
+        MPLBACKEND="nosuch",
+        PYTHONIOENCODING="ascii",
     )
     assert done.stderr == "code 0\n"
     assert len(done.stdout.splitlines()) == 1
     words = "train --model mlp-256-20 --batch-size 6000 --algorithm sgd-m --steps 2 --evaluate-samples 100 --out run"
-    done = run(f"$CURVLAB {words} >&- 2>&-", tmp_path, MPLBACKEND="nosuch", PYTHONUTF8="0", LC_ALL="C")
+    done = run(
+        f"$CURVLAB {words} >&- 2>&-", tmp_path, MPLBACKEND="nosuch", PYTHONUTF8="0", LC_ALL="C"
+    )
     assert done.returncode == 0
     assert (done.stdout, done.stderr) == ("", "")
     assert len(cl.open(tmp_path / "run")["epoch"]) == 2  # the log has not got what was said
@@ -206,13 +234,15 @@ def test_a_process_with_head_closed_streams_and_a_backend_that_is_not_there(tmp_
 
 
 def test_closed_descriptors_are_taken_before_files_get_them() -> None:
-    script = (
-        "import os; from curvlab import starting; starting.begin(); print(os.fstat(2).st_rdev == os.stat('/dev/null').st_rdev)"
-    )
+    script = "import os; from curvlab import starting; starting.begin(); print(os.fstat(2).st_rdev == os.stat('/dev/null').st_rdev)"
     source = Path(starting.__file__)
     script = f"import runpy; found = runpy.run_path({str(source)!r}); import os; found['begin']()\n"
     script += "print(os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev)"
-    done = subprocess.run(["sh", "-c", f'exec "$0" -c "{script}" 2>&-', sys.executable], capture_output=True, text=True)
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "{script}" 2>&-', sys.executable],
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "True\n"
 
 
@@ -227,7 +257,9 @@ def test_closed_descriptors_are_taken_before_files_get_them() -> None:
         (["-c"], False),
     ],
 )
-def test_only_the_command_is_begun_as_one(words: list[str], command: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_command_is_begun_as_one(
+    words: list[str], command: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = words[0].startswith("-m")
     rest = words[2 if words[0] == "-m" else 1 :]
     monkeypatch.setattr(sys, "orig_argv", ["python", *words])

@@ -21,10 +21,15 @@ NAMES = [name for name, a in ALGORITHMS.items() if a.make is Structured]
 N, D, MU = 60, 6, 0.01
 
 
-def logistic(seed: int = 0, n: int = N, d: int = D, mu: float = MU) -> tuple[cl.Objective, Tensor, Tensor]:
+def logistic(
+    seed: int = 0, n: int = N, d: int = D, mu: float = MU
+) -> tuple[cl.Objective, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    y = (torch.rand(n, 1, generator=generator, dtype=torch.float64) < (x[:, :1] + x[:, 1:2]).sigmoid()).double()
+    y = (
+        torch.rand(n, 1, generator=generator, dtype=torch.float64)
+        < (x[:, :1] + x[:, 1:2]).sigmoid()
+    ).double()
     model = nn.Linear(d, 1, bias=False, dtype=torch.float64)
     with torch.no_grad():
         model.weight.copy_(torch.randn(1, d, generator=generator, dtype=torch.float64) / 2)
@@ -34,7 +39,9 @@ def logistic(seed: int = 0, n: int = N, d: int = D, mu: float = MU) -> tuple[cl.
 def hessian(objective: cl.Objective, x: Tensor) -> Tensor:
     """Xᵀ diag(σ(1 − σ)) X / N + 2μ I."""
     s = objective.model(x).detach()[:, 0].sigmoid()
-    return x.T @ (s * (1 - s))[:, None].mul(x) / len(x) + 2 * objective.l2 * torch.eye(x.shape[1], dtype=x.dtype)
+    return x.T @ (s * (1 - s))[:, None].mul(x) / len(x) + 2 * objective.l2 * torch.eye(
+        x.shape[1], dtype=x.dtype
+    )
 
 
 def gradient(objective: cl.Objective, x: Tensor, y: Tensor) -> Tensor:
@@ -54,9 +61,14 @@ def refinement(U: list[Tensor], V: list[Tensor], gamma: float) -> Tensor:
 
 def step(optimizer: torch.optim.Optimizer, objective: cl.Objective, x: Tensor, y: Tensor) -> Tensor:
     """Change of the parameters."""
-    before = flat(objective.layout, {n: p.detach().clone() for n, p in objective.parameters.items()})
+    before = flat(
+        objective.layout, {n: p.detach().clone() for n, p in objective.parameters.items()}
+    )
     optimizer.step(objective.closure(x, y))
-    return flat(objective.layout, {n: p.detach().clone() for n, p in objective.parameters.items()}) - before
+    return (
+        flat(objective.layout, {n: p.detach().clone() for n, p in objective.parameters.items()})
+        - before
+    )
 
 
 # ------------------------------------------------------------------------------------------------ (26), its derivatives
@@ -92,7 +104,14 @@ def test_the_base_is_the_closed_form_hessian(base: str, solver: str) -> None:
     """GGN = Fisher = Hessian of a linear model; L2 included; by Cholesky and by conjugate gradients."""
     objective, x, y = logistic()
     curvature = cl.approximation(
-        "ssn", objective, damping=0.02, base=base, labels="exact", solver=solver, tolerance=1e-13, iterations=500
+        "ssn",
+        objective,
+        damping=0.02,
+        base=base,
+        labels="exact",
+        solver=solver,
+        tolerance=1e-13,
+        iterations=500,
     )
     curvature.update(objective.closure(x, y).observe(curvature.needs))
     expected = torch.linalg.inv(hessian(objective, x) + 0.02 * torch.eye(D, dtype=x.dtype))
@@ -118,7 +137,9 @@ def test_sampled_labels_are_the_same_by_rows_and_by_products() -> None:
     objective = p.objective()
     found = []
     for solver in ("auto", "direct"):
-        curvature = cl.approximation("ssn", objective, damping=0.1, base="fisher", labels="model", solver=solver)
+        curvature = cl.approximation(
+            "ssn", objective, damping=0.1, base="fisher", labels="model", solver=solver
+        )
         objective.closures["step"] = 5
         curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
         found.append(curvature.inverse["whole"].dense())
@@ -131,11 +152,21 @@ def test_sampled_labels_are_the_same_by_rows_and_by_products() -> None:
 @pytest.mark.parametrize("pairs", [1, 2, 5])
 @pytest.mark.parametrize(("base", "labels", "solver"), [("hessian", "data", "direct"), ("hessian", "data", "cg"),
                                                         ("fisher", "exact", "auto"), ("fisher", "data", "auto")])  # fmt: skip
-def test_inverse_is_that_of_base_plus_refinement(base: str, labels: str, solver: str, pairs: int) -> None:
+def test_inverse_is_that_of_base_plus_refinement(
+    base: str, labels: str, solver: str, pairs: int
+) -> None:
     """(12), (13), and (14) for the samples of few rows, against BFGS updates of a dense matrix; then secant equation (10)."""
     objective, x, y = logistic(d=12, n=40)
     curvature = cl.approximation(
-        "s4qn", objective, damping=0.05, base=base, labels=labels, solver=solver, pairs=pairs, tolerance=1e-12, iterations=100
+        "s4qn",
+        objective,
+        damping=0.05,
+        base=base,
+        labels=labels,
+        solver=solver,
+        pairs=pairs,
+        tolerance=1e-12,
+        iterations=100,
     )
     optimizer = cl.optimizer("s4qn", objective, lr=0.3, damping=0.05)
     optimizer.descent.curvature = curvature
@@ -244,12 +275,19 @@ def test_an_indefinite_hessian_raises_the_damping_of_the_step_alone() -> None:
 def test_one_newton_step_solves_a_quadratic() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(50, d, generator=generator, dtype=torch.float64) for d in (7, 2))
-    for own in ({}, {"solver": "cg", "tolerance": 1e-14}, {"search": "armijo"}, {"base": "fisher", "labels": "exact"}):
+    for own in (
+        {},
+        {"solver": "cg", "tolerance": 1e-14},
+        {"search": "armijo"},
+        {"base": "fisher", "labels": "exact"},
+    ):
         model = nn.Linear(7, 2, bias=False, dtype=torch.float64)
         objective = cl.Objective(model, cl.likelihoods.Gaussian(), l2=0.05)
         optimizer = cl.optimizer("ssn", objective, lr=1.0, damping=0.0, **own)
         optimizer.step(objective.closure(x, y))
-        exact = torch.linalg.solve(x.T @ x / 50 + 0.1 * torch.eye(7, dtype=torch.float64), x.T @ y / 50).T
+        exact = torch.linalg.solve(
+            x.T @ x / 50 + 0.1 * torch.eye(7, dtype=torch.float64), x.T @ y / 50
+        ).T
         assert_near(model.weight.detach(), exact, 1e-10)
 
 
@@ -258,9 +296,18 @@ def test_lbfgs_is_torchs() -> None:
     p, q = problem("tanh", n=40), problem("tanh", n=40)
     objective = p.objective()
     ours = cl.optimizer("lbfgs", objective, lr=0.2, pairs=4)
-    theirs = torch.optim.LBFGS(q.model.parameters(), lr=0.2, max_iter=1, history_size=4, tolerance_grad=0, tolerance_change=0)
+    theirs = torch.optim.LBFGS(
+        q.model.parameters(),
+        lr=0.2,
+        max_iter=1,
+        history_size=4,
+        tolerance_grad=0,
+        tolerance_change=0,
+    )
     other = q.objective().closure(q.x, q.y)
-    size = sum(float(g.abs().sum()) for g in objective.closure(p.x, p.y).observe().gradients.values())
+    size = sum(
+        float(g.abs().sum()) for g in objective.closure(p.x, p.y).observe().gradients.values()
+    )
     for k in range(25):
         ours.param_groups[0]["lr"] = 0.2 * min(1.0, 1 / size) if k == 0 else 0.2
         ours.step(objective.closure(p.x, p.y))
@@ -280,7 +327,9 @@ def test_lbfgs_with_damping_inverts_b_plus_lambda() -> None:
     optimizer.step(objective.closure(x, y))  # the pair of the step before comes in here
     memory = optimizer.descent.curvature.memory
     u, v = memory.S[-1], memory.Y[-1]
-    B = refinement(list(memory.S), list(memory.Y), float(v @ v / (u @ v))) + 0.2 * torch.eye(D, dtype=torch.float64)
+    B = refinement(list(memory.S), list(memory.Y), float(v @ v / (u @ v))) + 0.2 * torch.eye(
+        D, dtype=torch.float64
+    )
     assert_near(optimizer.descent.curvature.inverse["whole"].dense(), torch.linalg.inv(B), 1e-10)
 
 
@@ -328,7 +377,9 @@ def test_refinement_beats_the_base_alone() -> None:
         for seed in range(5):
             objective, x, y = logistic(seed=1, n=2000, d=40, mu=1e-4)
             objective.seed = seed
-            optimizer = cl.optimizer(name, objective, lr=1.0, damping=0.0, sample=60, search="armijo")
+            optimizer = cl.optimizer(
+                name, objective, lr=1.0, damping=0.0, sample=60, search="armijo"
+            )
             for _ in range(25):
                 optimizer.step(objective.closure(x, y))
             logs.append(float(gradient(objective, x, y).norm().log10()))
@@ -404,7 +455,16 @@ def test_sparse_rows_give_the_same_run() -> None:
         model = cl.models.logistic_sparse((20,)).double()
         nn.init.zeros_(model.weight)
         problem = cl.Objective(model, cl.likelihoods.Bernoulli(), l2=MU)
-        optimizer = cl.optimizer("s4qn", problem, lr=1.0, damping=0.0, sample=20, solver="cg", tolerance=1e-12, search="armijo")
+        optimizer = cl.optimizer(
+            "s4qn",
+            problem,
+            lr=1.0,
+            damping=0.0,
+            sample=20,
+            solver="cg",
+            tolerance=1e-12,
+            search="armijo",
+        )
         for _ in range(6):
             optimizer.step(problem.closure(x.to_sparse_coo() if sparse else x, y))
         ends.append(model.weight.detach())
@@ -420,7 +480,9 @@ def test_sparse_nan_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("own", [{}, {"solver": "cg", "search": "wolfe", "r1": 0.1, "r2": 0.2, "shrink": 0.9}])
+@pytest.mark.parametrize(
+    "own", [{}, {"solver": "cg", "search": "wolfe", "r1": 0.1, "r2": 0.2, "shrink": 0.9}]
+)
 def test_state_continues_bit_for_bit(name: str, own: dict[str, object]) -> None:
     sample = {} if name == "lbfgs" else {"sample": 3, "growth": 1.2}
 
@@ -441,8 +503,13 @@ def test_state_continues_bit_for_bit(name: str, own: dict[str, object]) -> None:
     other.model.load_state_dict(state["model"])
     resumed.load_state_dict(state["optimizer"])
     for x, y in data[4:]:
-        assert torch.equal(resumed.step(other.closure(x, y)), optimizer.step(objective.closure(x, y)))
-        assert all(torch.equal(a, b) for a, b in zip(objective.model.parameters(), other.model.parameters(), strict=True))
+        assert torch.equal(
+            resumed.step(other.closure(x, y)), optimizer.step(objective.closure(x, y))
+        )
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(objective.model.parameters(), other.model.parameters(), strict=True)
+        )
     assert resumed.descent.curvature.work == optimizer.descent.curvature.work
 
 

@@ -19,7 +19,9 @@ def test_every_algorithm_of_the_table_is_in_one_family_and_has_a_colour_of_its_o
     members = [name for family in FAMILIES.values() for name in family]
     assert sorted(members) == sorted(ALGORITHMS)
     assert len({look(name).colour for name in members}) == len(members)
-    assert len({(look(name).dashes, look(name).marker) for name in members}) == len(members), "in print"
+    assert len({(look(name).dashes, look(name).marker) for name in members}) == len(members), (
+        "in print"
+    )
     assert [look(family[0]).colour for family in FAMILIES.values()] == list(FAMILIES)
 
 

@@ -15,7 +15,9 @@ from curvlab.layers import Block
 from curvlab.likelihoods import Likelihood
 
 SUMS = [name for name in MODELS if name != "norm"]
-zoo = pytest.mark.parametrize(("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS])
+zoo = pytest.mark.parametrize(
+    ("model", "likelihood"), [(m, k) for m in MODELS for k in LIKELIHOODS]
+)
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -66,7 +68,10 @@ def test_every_sum_term_by_term(model: str, kind: str) -> None:
     for block in fit(p.objective()):
         s = terms(p, kind, block.name)
         whole, same, averaged = (torch.zeros(len(s), len(s), dtype=torch.float64) for _ in range(3))
-        A_mean, G_mean = torch.zeros(s.shape[1], s.shape[1]).double(), torch.zeros(s.shape[0], s.shape[0]).double()
+        A_mean, G_mean = (
+            torch.zeros(s.shape[1], s.shape[1]).double(),
+            torch.zeros(s.shape[0], s.shape[0]).double(),
+        )
         places = range(s.places)
         for n in range(s.size):
             A, G = s.terms(n)
@@ -74,7 +79,10 @@ def test_every_sum_term_by_term(model: str, kind: str) -> None:
             assert G.shape == (s.places, s.places, s.shape[0], s.shape[0])
             whole += sum(kron(G[t, u], A[t, u]) for t in places for u in places) / s.size
             same += sum(kron(G[t, t], A[t, t]) for t in places) / s.size
-            of_places, over_places = sum(A[t, t] for t in places), sum(G[t, t] for t in places) / s.places
+            of_places, over_places = (
+                sum(A[t, t] for t in places),
+                sum(G[t, t] for t in places) / s.places,
+            )
             averaged += kron(over_places, of_places) / s.size
             A_mean += of_places / s.size
             G_mean += over_places / s.size
@@ -112,7 +120,9 @@ class Moved:
     def __init__(self, p: Problem, block: Block, n: int) -> None:
         self.p, self.block, self.n = p, block, n
         seen: list[Tensor] = []
-        handle = block.module.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+        handle = block.module.register_forward_hook(
+            lambda module, args, output: seen.append(output.detach())
+        )
         with Capture(p.model, (block,)) as capture:
             p.model(p.x[n : n + 1])
         handle.remove()
@@ -121,7 +131,9 @@ class Moved:
 
     def outputs(self, delta: Tensor) -> Tensor:
         weights = {name: w.detach() for name, w in self.p.model.named_parameters()}
-        handle = self.block.module.register_forward_hook(lambda module, args, output: output + delta)
+        handle = self.block.module.register_forward_hook(
+            lambda module, args, output: output + delta
+        )
         try:
             return functional_call(self.p.model, weights, (self.p.x[self.n : self.n + 1],))
         finally:
@@ -134,23 +146,30 @@ class Moved:
         """[*out, *out] → [T, O, T, O] by the rule's own reading of an output."""
         count = self.zero.numel()
         order = self.use.rule.outputs(torch.arange(count).view(self.zero.shape))[0]
-        return matrix.reshape(count, count)[order.flatten()[:, None], order.flatten()].view(*order.shape, *order.shape)
+        return matrix.reshape(count, count)[order.flatten()[:, None], order.flatten()].view(
+            *order.shape, *order.shape
+        )
 
 
 @pytest.mark.parametrize("model", ["tanh", "tokens", "conv", "conv-1d", "embedding"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_preactivation_hessians_by_moving_the_output_of_the_layer(model: str, likelihood: str) -> None:
+def test_preactivation_hessians_by_moving_the_output_of_the_layer(
+    model: str, likelihood: str
+) -> None:
     p = problem(model, likelihood, n=3)
     for block in fit(p.objective()):
         found = {
-            kind: cl.exact.preactivation(p.objective(), p.x, p.y, kind, block.name) for kind in ("hessian", "ggn", "pi", "ef")
+            kind: cl.exact.preactivation(p.objective(), p.x, p.y, kind, block.name)
+            for kind in ("hessian", "ggn", "pi", "ef")
         }
         for n in range(3):
             at = Moved(p, block, n)
             second = at.by_place(hessian(at.loss)(at.zero))
             z = at.outputs(at.zero)
             label = p.y[n : n + 1]
-            inner = hessian(lambda z, label=label: p.likelihood.loss(z, label).sum())(z).reshape(z.numel(), z.numel())
+            inner = hessian(lambda z, label=label: p.likelihood.loss(z, label).sum())(z).reshape(
+                z.numel(), z.numel()
+            )
             J = jacrev(at.outputs)(at.zero).reshape(z.numel(), -1)
             ggn = at.by_place(J.T @ inner @ J)
             slope = jacrev(at.loss)(at.zero).flatten()
@@ -199,7 +218,9 @@ def test_places_with_outputs_of_their_own_are_apart(likelihood: str, kind: str) 
 
 def test_places_that_all_see_the_same_can_be_averaged() -> None:
     """(3.5) is exact where a_t is the same everywhere: Σ_t G_t ⊗ A = (mean G_t) ⊗ (T A)."""
-    x = torch.randn(5, 1, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).expand(5, 4, 3)
+    x = torch.randn(
+        5, 1, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).expand(5, 4, 3)
     p = per_token(cl.likelihoods.Gaussian(), x)
     for block in p.objective().blocks:
         s = terms(p, "hessian", block.name)
@@ -212,12 +233,17 @@ def test_a_deep_linear_network_with_squared_error_is_one_product(bias: bool) -> 
     """Linear in each layer: Hessian = GGN = Fisher = E[A] ⊗ G, with G the same for every example."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = nn.Sequential(*(nn.Linear(i, o, bias=bias) for i, o in [(5, 4), (4, 6), (6, 3)])).double()
+        net = nn.Sequential(
+            *(nn.Linear(i, o, bias=bias) for i, o in [(5, 4), (4, 6), (6, 3)])
+        ).double()
     p = problem("linear", "gaussian", n=9)
     objective = cl.Objective(net, cl.likelihoods.Gaussian())
     J = torch.eye(3, dtype=torch.float64)  # of the outputs in the layer's
     for block, layer in reversed(list(zip(objective.blocks, net, strict=True))):
-        found = {k: cl.exact.kronecker_terms(objective, p.x, p.y, k, block.name) for k in ("hessian", "ggn", "fisher")}
+        found = {
+            k: cl.exact.kronecker_terms(objective, p.x, p.y, k, block.name)
+            for k in ("hessian", "ggn", "fisher")
+        }
         for s in found.values():
             assert_near(s.dense(), found["ggn"].dense())
             assert_near(s.single().dense(), s.dense())
@@ -257,7 +283,13 @@ def test_labels_of_fisher_mc_are_those_of_the_matrix() -> None:
 def test_a_convolution_of_100_examples_at_64_places_fits() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(32, 5))
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Tanh(),
+            nn.AvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(32, 5),
+        )
         x, y = torch.randn(100, 3, 8, 8), torch.randint(5, (100,))
     objective = cl.Objective(net, cl.likelihoods.Categorical())
     s = cl.exact.kronecker_terms(objective, x, y, "hessian", "1")
@@ -271,10 +303,16 @@ def test_a_convolution_of_100_examples_at_64_places_fits() -> None:
 
 def test_blocks_that_are_no_sum() -> None:
     p = problem("norm")
-    with pytest.raises(cl.CurvlabError, match=r"block 2 \(norm\.weight\) belongs to a layer without a rule, so it is no sum"):
+    with pytest.raises(
+        cl.CurvlabError,
+        match=r"block 2 \(norm\.weight\) belongs to a layer without a rule, so it is no sum",
+    ):
         terms(p, "fisher", "2")
     p = problem("groups")
-    with pytest.raises(cl.CurvlabError, match=r"block 1 .* has 2 groups of outputs with inputs of their own, so it is no sum"):
+    with pytest.raises(
+        cl.CurvlabError,
+        match=r"block 1 .* has 2 groups of outputs with inputs of their own, so it is no sum",
+    ):
         terms(p, "hessian", "1")
 
 
@@ -282,7 +320,9 @@ def test_unknown_names_and_data_that_do_not_fit() -> None:
     p = problem("tanh")
     with pytest.raises(cl.CurvlabError, match=r"unknown block '9' \(known: 1, 2, 3\)"):
         terms(p, "fisher", "9")
-    with pytest.raises(cl.CurvlabError, match=r"unknown kind of matrix 'fischer'; did you mean 'fisher'\?"):
+    with pytest.raises(
+        cl.CurvlabError, match=r"unknown kind of matrix 'fischer'; did you mean 'fisher'\?"
+    ):
         terms(p, "fischer", "1")
     with pytest.raises(cl.CurvlabError, match="draws must be 1 or more"):
         cl.exact.kronecker_terms(p.objective(), p.x, p.y, "fisher-mc", "1", draws=0)
@@ -292,7 +332,9 @@ def test_unknown_names_and_data_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("n", [7, -8])
 def test_an_example_that_is_not_there(n: int) -> None:
-    with pytest.raises(cl.CurvlabError, match=rf"there is no example {n}: the sum has 7, counted from 0"):
+    with pytest.raises(
+        cl.CurvlabError, match=rf"there is no example {n}: the sum has 7, counted from 0"
+    ):
         terms(problem("tanh"), "fisher", "1").terms(n)
 
 
@@ -303,7 +345,8 @@ def test_a_sum_has_one_kind_of_derivatives() -> None:
     with pytest.raises(cl.CurvlabError, match="takes either hessians"):
         KroneckerSum(a, torch.zeros(3, 1, 4, 1, 4), g)
     with pytest.raises(
-        cl.CurvlabError, match=r"inputs \[3, 1, 2\] and derivatives \[1, 2, 1, 4\] differ in examples or places"
+        cl.CurvlabError,
+        match=r"inputs \[3, 1, 2\] and derivatives \[1, 2, 1, 4\] differ in examples or places",
     ):
         KroneckerSum(a, g=g[:, :2])
 
@@ -313,18 +356,23 @@ def test_what_does_not_fit_in_memory() -> None:
     zero = torch.zeros(1, 1, 1, 1)
     s = KroneckerSum(zero[0].expand(1000, 2000, 9), g=zero.expand(1, 1000, 2000, 50))
     with pytest.raises(
-        cl.CurvlabError, match=r"the pre-activation Hessians of 1000 examples, 2000 places, .* take fewer examples"
+        cl.CurvlabError,
+        match=r"the pre-activation Hessians of 1000 examples, 2000 places, .* take fewer examples",
     ):
         _ = s.G
     wide = KroneckerSum(zero[0].expand(2, 1, 100_000), g=zero.expand(1, 2, 1, 100))
     for method in (wide.dense, wide.same_place, wide.averaged):
         with pytest.raises(
-            cl.CurvlabError, match="a dense block of 2 examples, 1 places, 100 outputs and 100000 inputs would need"
+            cl.CurvlabError,
+            match="a dense block of 2 examples, 1 places, 100 outputs and 100000 inputs would need",
         ):
             method()
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     objective = cl.Objective(net, cl.likelihoods.Categorical())
     with pytest.raises(
-        cl.CurvlabError, match=r"the pre-activation Hessians of block 1 .*, 4 examples at 88804 places, would need"
+        cl.CurvlabError,
+        match=r"the pre-activation Hessians of block 1 .*, 4 examples at 88804 places, would need",
     ):
-        cl.exact.kronecker_terms(objective, torch.zeros(4, 1, 300, 300), torch.zeros(4).long(), "hessian", "1")
+        cl.exact.kronecker_terms(
+            objective, torch.zeros(4, 1, 300, 300), torch.zeros(4).long(), "hessian", "1"
+        )

@@ -38,7 +38,9 @@ def inverse_by_hand(weights: Tensor, epsilon: float) -> Tensor:
     G2 = sum(w.T @ w for w in weights) / len(weights)
     c0 = math.sqrt(G1.trace() / (d1 * d2))
     U1, U2 = G1 / (c0 * d2), G2 / (c0 * d1)
-    return torch.kron(*(torch.linalg.inv(u + epsilon * torch.eye(len(u), dtype=u.dtype)) for u in (U1, U2)))
+    return torch.kron(
+        *(torch.linalg.inv(u + epsilon * torch.eye(len(u), dtype=u.dtype)) for u in (U1, U2))
+    )
 
 
 def assert_direct_sum(found: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -57,12 +59,16 @@ def inverse_of_ways(gradients: Tensor, epsilon: float) -> Tensor:
     """⊗ᵢ (Ũᵢ + εI)⁻¹ of (4.10) from gradients [M, d₁, …, d_k] of any number of ways, with matricizations by hand."""
     shape = gradients.shape[1:]
     k, size = len(shape), math.prod(shape)
-    c0 = (float(gradients.square().sum()) / len(gradients) / size) ** (1 / k)  # every trace is the mean squared norm
+    c0 = (float(gradients.square().sum()) / len(gradients) / size) ** (
+        1 / k
+    )  # every trace is the mean squared norm
     letters = "abcde"[:k]
     expected = torch.ones(1, 1, dtype=torch.float64)
     for i, d in enumerate(shape):
         other = letters.replace(letters[i], "z")
-        mean = torch.einsum(f"n{letters},n{other}->{letters[i]}z", gradients, gradients) / len(gradients)
+        mean = torch.einsum(f"n{letters},n{other}->{letters[i]}z", gradients, gradients) / len(
+            gradients
+        )
         damped = mean / (c0 ** (k - 1) * size / d) + epsilon * torch.eye(d, dtype=torch.float64)
         expected = torch.kron(expected, torch.linalg.inv(damped))
     return expected
@@ -106,10 +112,14 @@ def test_factors_of_the_mean_gradient_by_hand(name: str, model: str) -> None:
     for block in objective.blocks:
         mean = observation.passes[curvature.labels][block.name].rows[0].mean(0)
         weight, bias = mean[:, :-1], mean[:, -1]
-        damped = torch.outer(bias, bias) + EPSILON * torch.eye(len(bias), dtype=torch.float64)  # k = 1: Ũ = E[g gᵀ]
+        damped = torch.outer(bias, bias) + EPSILON * torch.eye(
+            len(bias), dtype=torch.float64
+        )  # k = 1: Ũ = E[g gᵀ]
         inverse = curvature.inverse[block.name]
         assert isinstance(inverse, ColumnSum)
-        assert_direct_sum(inverse.dense(), inverse_by_hand(weight[None], EPSILON), torch.linalg.inv(damped))
+        assert_direct_sum(
+            inverse.dense(), inverse_by_hand(weight[None], EPSILON), torch.linalg.inv(damped)
+        )
 
 
 def test_a_layer_without_bias_is_one_kronecker_product() -> None:
@@ -121,7 +131,9 @@ def test_a_layer_without_bias_is_one_kronecker_product() -> None:
     inverse = curvature.inverse["1"]
     assert isinstance(inverse, Kronecker)
     mean = observation.passes["model"]["1"].rows[0].mean(0)
-    torch.testing.assert_close(inverse.dense(), inverse_by_hand(mean[None], EPSILON), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        inverse.dense(), inverse_by_hand(mean[None], EPSILON), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("model", RULED)
@@ -139,7 +151,9 @@ def test_factors_of_the_per_sample_gradients_by_hand(model: str) -> None:
         weight, bias = (rows[..., :-1], rows[..., -1]) if block.biased else (rows, rows[..., -1])
         expected = inverse_of_ways(variable_of(block, weight), EPSILON)
         if not block.biased:
-            torch.testing.assert_close(curvature.inverse[block.name].dense(), expected, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(
+                curvature.inverse[block.name].dense(), expected, rtol=1e-10, atol=1e-10
+            )
             continue
         damped = bias.T @ bias / 7 + EPSILON * torch.eye(bias.shape[1], dtype=torch.float64)
         assert_direct_sum(curvature.inverse[block.name].dense(), expected, torch.linalg.inv(damped))
@@ -150,8 +164,13 @@ def test_contractions_without_rows_are_those_of_explicit_rows(model: str) -> Non
     """At T = 1 no row is formed; a zero second place makes T = 2, where rows are, and changes no gradient."""
     p = problem(model)
     objective = p.objective()
-    for block, s in zip(objective.blocks, objective.closure(p.x, p.y).observe().passes["data"].values(), strict=True):
-        a, g = torch.cat([s.a, torch.zeros_like(s.a)], 1), torch.cat([s.g, torch.zeros_like(s.g)], 2)
+    for block, s in zip(
+        objective.blocks, objective.closure(p.x, p.y).observe().passes["data"].values(), strict=True
+    ):
+        a, g = (
+            torch.cat([s.a, torch.zeros_like(s.a)], 1),
+            torch.cat([s.g, torch.zeros_like(s.g)], 2),
+        )
         padded = LayerStatistics(block, s.size, parts=[Part(block, Slice(a), g)], like=s.like)
         short, long = sample_contractions(block, s), sample_contractions(block, padded)
         assert [len(v) for v in short] == ([2, 1] if block.biased else [2])
@@ -169,7 +188,12 @@ def test_a_filter_as_large_as_the_image_has_three_ways_and_needs_no_rows() -> No
     weights, biases = cl.exact.gradients(objective, x, y).values()
     found, (of_bias,) = sample_contractions(block, s)
     for G, letters in zip(found, ("nocp,nqcp->oq", "nocp,nodp->cd", "nocp,nocq->pq"), strict=True):
-        torch.testing.assert_close(G, torch.einsum(letters, weights.flatten(3), weights.flatten(3)) / 5, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            G,
+            torch.einsum(letters, weights.flatten(3), weights.flatten(3)) / 5,
+            rtol=1e-12,
+            atol=1e-14,
+        )
     torch.testing.assert_close(of_bias, biases.T @ biases / 5, rtol=1e-12, atol=1e-14)
 
 
@@ -187,7 +211,10 @@ def test_exact_labels_sum_over_the_vectors_sent_back(model: str) -> None:
         ways = variable_of(block, weights)
         assert len(found) == ways.ndim - 1
         for i, G in enumerate(found, 1):
-            by_hand = sum(w.movedim(i - 1, 0).flatten(1) @ w.movedim(i - 1, 0).flatten(1).T for w in ways) / 7
+            by_hand = (
+                sum(w.movedim(i - 1, 0).flatten(1) @ w.movedim(i - 1, 0).flatten(1).T for w in ways)
+                / 7
+            )
             torch.testing.assert_close(G, by_hand, rtol=1e-12, atol=1e-14)
         assert (biases is None) is (not bias)
         if biases is not None:
@@ -198,12 +225,16 @@ def test_exact_labels_sum_over_the_vectors_sent_back(model: str) -> None:
 def test_batch_and_per_sample_agree_on_one_example(model: str) -> None:
     p = problem(model, n=1)
     objective = p.objective()
-    mean, sample = (approximation(name, objective, damping=EPSILON) for name in ("tnt", "tnt-per-sample"))
+    mean, sample = (
+        approximation(name, objective, damping=EPSILON) for name in ("tnt", "tnt-per-sample")
+    )
     observation = objective.closure(p.x, p.y).observe(mean.needs)
     for curvature in (mean, sample):
         curvature.update(observation)
     for name, inverse in mean.inverse.items():
-        torch.testing.assert_close(inverse.dense(), sample.inverse[name].dense(), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(
+            inverse.dense(), sample.inverse[name].dense(), rtol=1e-11, atol=1e-11
+        )
 
 
 def test_batch_statistics_are_the_fisher_over_the_batch_size_on_average() -> None:
@@ -224,7 +255,9 @@ def test_batch_statistics_are_the_fisher_over_the_batch_size_on_average() -> Non
 
 def matrix_normal_roots(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
     """L₁, L₂ of G = L₁ Z L₂ᵀ: covariance (L₁L₁ᵀ) ⊗ (L₂L₂ᵀ) where Z has independent entries of variance 1."""
-    return normal(outputs, outputs, seed=1) + outputs * torch.eye(outputs), 0.3 * normal(inputs, inputs, seed=2)
+    return normal(outputs, outputs, seed=1) + outputs * torch.eye(outputs), 0.3 * normal(
+        inputs, inputs, seed=2
+    )
 
 
 def feed(block: Block, gradients: Tensor) -> Contracted:
@@ -243,11 +276,17 @@ def test_recovers_the_factors_of_a_matrix_normal_gradient_exactly() -> None:
     curvature = feed(block, L1 @ units @ L2.T)
     assert curvature.means is not None
     U1, U2 = tensor_normal_factors(curvature.means[0])
-    torch.testing.assert_close(torch.kron(U1, U2), torch.kron(L1 @ L1.T, L2 @ L2.T), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(U1.trace() / 3, U2.trace() / 4, rtol=1e-12, atol=0)  # constant trace per dimension
+    torch.testing.assert_close(
+        torch.kron(U1, U2), torch.kron(L1 @ L1.T, L2 @ L2.T), rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(
+        U1.trace() / 3, U2.trace() / 4, rtol=1e-12, atol=0
+    )  # constant trace per dimension
     curvature.refresh(0.0)
     fisher = torch.kron(L1 @ L1.T, L2 @ L2.T)
-    torch.testing.assert_close(curvature.inverse.dense() @ fisher, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        curvature.inverse.dense() @ fisher, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-8
+    )
 
 
 def test_recovers_the_factors_of_sampled_gradients_of_weight_and_bias() -> None:
@@ -257,7 +296,9 @@ def test_recovers_the_factors_of_sampled_gradients_of_weight_and_bias() -> None:
     weights, biases = L1 @ normal(count, 3, 4, seed=3) @ L2.T, normal(count, 3, seed=4) @ Lb.T
     curvature = feed(layer(4, 3, bias=True), torch.cat([weights, biases[..., None]], 2))
     assert curvature.means is not None
-    for means, expected in zip(curvature.means, (torch.kron(L1 @ L1.T, L2 @ L2.T), Lb @ Lb.T), strict=True):
+    for means, expected in zip(
+        curvature.means, (torch.kron(L1 @ L1.T, L2 @ L2.T), Lb @ Lb.T), strict=True
+    ):
         factors = tensor_normal_factors(means)
         found = torch.kron(*factors) if len(factors) == 2 else factors[0]
         error = torch.linalg.matrix_norm(found - expected) / torch.linalg.matrix_norm(expected)
@@ -270,11 +311,18 @@ def test_zero_gradients_leave_the_damping_alone(name: str) -> None:
     p = problem("tanh", "gaussian")
     objective = p.objective()
     curvature = approximation(name, objective, damping=EPSILON, labels="data")
-    curvature.update(objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs))  # targets are met
+    curvature.update(
+        objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs)
+    )  # targets are met
     for block in objective.blocks:
         expected = torch.full(block.shape, EPSILON**-2, dtype=torch.float64)
         expected[:, -1] = 1 / EPSILON
-        torch.testing.assert_close(curvature.inverse[block.name].dense(), torch.diag(expected.flatten()), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            curvature.inverse[block.name].dense(),
+            torch.diag(expected.flatten()),
+            rtol=1e-12,
+            atol=0,
+        )
 
 
 def test_a_zero_bias_gradient_beside_a_weight_is_guarded_alone() -> None:
@@ -282,7 +330,9 @@ def test_a_zero_bias_gradient_beside_a_weight_is_guarded_alone() -> None:
     curvature = feed(layer(4, 3, bias=True), gradient[None])
     curvature.refresh(EPSILON)
     expected_bias = torch.eye(3, dtype=torch.float64) / EPSILON
-    assert_direct_sum(curvature.inverse.dense(), inverse_by_hand(gradient[None, :, :-1], EPSILON), expected_bias)
+    assert_direct_sum(
+        curvature.inverse.dense(), inverse_by_hand(gradient[None, :, :-1], EPSILON), expected_bias
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 2, 2), (2, 1, 2, 3, 2)])
@@ -308,14 +358,20 @@ def test_idealised_tnt_is_the_expectation_over_all_data_and_labels(model: str, s
     with torch.no_grad():
         for w in p.model.parameters():
             w.mul_(1.1)
-    some = slice(2) if shown else slice(None)  # the minibatch at hand says nothing of the data, where they were shown
+    some = (
+        slice(2) if shown else slice(None)
+    )  # the minibatch at hand says nothing of the data, where they were shown
     for _ in range(2):  # no average over steps
-        curvature.update(objective.closure(p.x[some], p.y[some]).observe(curvature.needs | {"data"}))
+        curvature.update(
+            objective.closure(p.x[some], p.y[some]).observe(curvature.needs | {"data"})
+        )
     probability = p.model(p.x).detach().softmax(1)
     gradients = {n: [] for n in objective.parameters}
     for label in range(3):
         for n, g in cl.exact.gradients(objective, p.x, torch.full((7,), label)).items():
-            weight = (3 * probability[:, label]).sqrt()  # the mean over 3 · 7 squares is the expectation
+            weight = (
+                3 * probability[:, label]
+            ).sqrt()  # the mean over 3 · 7 squares is the expectation
             gradients[n].append(g * weight.view(-1, *[1] * (g.ndim - 1)))
     for block in objective.blocks:
         weight, *bias = (torch.cat(gradients[n]) for n in block.params)
@@ -340,4 +396,6 @@ def test_idealised_tnt_continues_with_the_data_it_was_shown() -> None:
     resumed.load_state_dict(optimizer.state_dict())
     for x, y in batches(p, 2, seed=40):
         assert torch.equal(optimizer.step(one.closure(x, y)), resumed.step(two.closure(x, y)))
-    assert all(torch.equal(*pair) for pair in zip(p.model.parameters(), q.model.parameters(), strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(p.model.parameters(), q.model.parameters(), strict=True)
+    )

@@ -57,7 +57,10 @@ def of_spectrum(name: str, order: int = ORDER, seed: int = 0) -> Tensor:
 
 
 trace_each = pytest.mark.parametrize("name", TRACES)
-ESTIMATORS: dict[str, Callable[[Operator, int, torch.Generator], Estimate]] = {**TRACES, "diagonal": diagonal}
+ESTIMATORS: dict[str, Callable[[Operator, int, torch.Generator], Estimate]] = {
+    **TRACES,
+    "diagonal": diagonal,
+}
 each = pytest.mark.parametrize("name", ESTIMATORS)
 
 
@@ -66,10 +69,14 @@ def rounding(matrix: Tensor) -> float:
     return 1e-13 * len(matrix) * float(matrix.norm())
 
 
-def off_and_errors(name: str, matrix: Tensor, products: int, seeds: int = 200) -> tuple[Tensor, Tensor]:
+def off_and_errors(
+    name: str, matrix: Tensor, products: int, seeds: int = 200
+) -> tuple[Tensor, Tensor]:
     """What each run is off by, and what it says its standard error is."""
     runs = [TRACES[name](Dense(matrix), products, seeded(seed)) for seed in range(seeds)]
-    return torch.stack([run.value for run in runs]) - matrix.trace(), torch.stack([run.error for run in runs])
+    return torch.stack([run.value for run in runs]) - matrix.trace(), torch.stack(
+        [run.error for run in runs]
+    )
 
 
 def ratio(off: Tensor, errors: Tensor) -> float:
@@ -94,7 +101,9 @@ def test_xtrace_understates_its_error_where_the_sketches_share_most_of_the_space
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_unbiased(name: str, spectrum: str) -> None:
     matrix = of_spectrum(spectrum)
-    values = torch.stack([TRACES[name](Dense(matrix), 8, seeded(seed)).value for seed in range(400)])
+    values = torch.stack(
+        [TRACES[name](Dense(matrix), 8, seeded(seed)).value for seed in range(400)]
+    )
     mean = average(values, 0)
     assert float((mean.value - matrix.trace()).abs()) <= 3.5 * float(mean.error) + rounding(matrix)
 
@@ -138,11 +147,18 @@ def test_scales_with_the_matrix(name: str, scale: float, seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_follows_the_operator(name: str, dtype: torch.dtype) -> None:
     matrix = of_spectrum("flat")
-    for operator in (Dense(matrix.to(dtype)), Kronecker((matrix[:3, :3].to(dtype), torch.eye(2, dtype=dtype)))):
+    for operator in (
+        Dense(matrix.to(dtype)),
+        Kronecker((matrix[:3, :3].to(dtype), torch.eye(2, dtype=dtype))),
+    ):
         found = ESTIMATORS[name](operator, 12, seeded(0))
         assert {found.value.dtype, found.error.dtype} == {dtype}
-    single, double = (ESTIMATORS[name](Dense(matrix.to(d)), 30, seeded(3)) for d in (torch.float32, torch.float64))
-    assert bool(((single.value - double.value).abs() <= 12 * (single.error + double.error) + 1e-5).all())
+    single, double = (
+        ESTIMATORS[name](Dense(matrix.to(d)), 30, seeded(3)) for d in (torch.float32, torch.float64)
+    )
+    assert bool(
+        ((single.value - double.value).abs() <= 12 * (single.error + double.error) + 1e-5).all()
+    )
 
 
 @each
@@ -174,7 +190,8 @@ def test_of_a_diagonal_matrix_signs_are_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "products"), [("hutch++", 18), ("hutch++", 24), ("xtrace", 14), ("xtrace", 15), ("xtrace", 24)]
+    ("name", "products"),
+    [("hutch++", 18), ("hutch++", 24), ("xtrace", 14), ("xtrace", 15), ("xtrace", 24)],
 )
 @FEW
 @given(rank=st.integers(0, 6), seed=st.integers(0, 999))
@@ -191,24 +208,33 @@ def test_exact_for_a_low_rank_of_a_small_order(name: str) -> None:
     """Two columns of four signs would be dependent in one of eight cases."""
     for seed in range(50):
         matrix = of_rank(2, order=4, seed=seed)
-        assert abs(float(TRACES[name](Dense(matrix), 6, seeded(seed)).value - matrix.trace())) <= 1e-10
+        assert (
+            abs(float(TRACES[name](Dense(matrix), 6, seeded(seed)).value - matrix.trace())) <= 1e-10
+        )
 
 
 @pytest.mark.parametrize("name", ["hutch++", "xtrace"])
 def test_low_rank_and_a_sketch_are_better_than_signs_alone(name: str) -> None:
     """Errors of 200 runs at equal products, on a matrix of quickly falling eigenvalues: at least ten times less."""
     matrix = of_spectrum("algebraic")
-    sketched, signs = (off_and_errors(n, matrix, products=30)[0].square().mean().sqrt() for n in (name, "hutchinson"))
+    sketched, signs = (
+        off_and_errors(n, matrix, products=30)[0].square().mean().sqrt()
+        for n in (name, "hutchinson")
+    )
     assert 10 * float(sketched) < float(signs)
 
 
 @FEW
 @given(shift=st.floats(-10, 10), seed=st.integers(0, 99))
-def test_a_multiple_of_the_identity_costs_hutchinson_and_xtrace_nothing(shift: float, seed: int) -> None:
+def test_a_multiple_of_the_identity_costs_hutchinson_and_xtrace_nothing(
+    shift: float, seed: int
+) -> None:
     """For signs and for vectors scaled to the length of the sphere, ωᵀω = D."""
     matrix = of_spectrum("flat")
     eye = torch.eye(ORDER, dtype=DOUBLE)
-    one, other = (TRACES["hutchinson"](Dense(matrix + c * eye), 6, seeded(seed)) for c in (0.0, shift))
+    one, other = (
+        TRACES["hutchinson"](Dense(matrix + c * eye), 6, seeded(seed)) for c in (0.0, shift)
+    )
     assert abs(float(other.value - one.value) - shift * ORDER) <= 1e-10
     alone = xtrace(Dense(shift * eye), 6, seeded(seed))
     assert abs(float(alone.value) - shift * ORDER) <= 1e-10
@@ -278,12 +304,17 @@ def test_diagonal_by_groups_of_columns_is_the_mean_and_standard_error_of_all(pro
     assert_near(found.error, samples.std(0) / products**0.5, 1e-11)
 
 
-@pytest.mark.parametrize(("name", "least"), [("hutchinson", 2), ("hutch++", 4), ("xtrace", 4), ("diagonal", 2)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("hutchinson", 2), ("hutch++", 4), ("xtrace", 4), ("diagonal", 2)]
+)
 def test_too_few_products(name: str, least: int) -> None:
     operator = Dense(of_spectrum("flat"))
     assert bool(torch.isfinite(ESTIMATORS[name](operator, least, seeded(0)).error).all())
     for products in (least - 1, 0, -3):
-        with pytest.raises(CurvlabError, match=rf"{name.replace('+', '.')} needs at least {least} products, not {products}"):
+        with pytest.raises(
+            CurvlabError,
+            match=rf"{name.replace('+', '.')} needs at least {least} products, not {products}",
+        ):
             ESTIMATORS[name](operator, products, seeded(0))
 
 

@@ -72,7 +72,9 @@ def same_log(one: xr.Dataset, two: xr.Dataset) -> None:
 
 
 def same_weights(one: nn.Module, two: nn.Module) -> None:
-    for (name, p), (other, q) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
+    for (name, p), (other, q) in zip(
+        one.state_dict().items(), two.state_dict().items(), strict=True
+    ):
         assert name == other
         assert torch.equal(p, q), name
 
@@ -81,10 +83,14 @@ BY_HAND: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd-m": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adam": lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.9, 0.999), eps=1e-4),
 }
-BY_HAND_SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]] = {
+BY_HAND_SCHEDULES: dict[
+    str, Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+] = {
     "constant": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 1.0),
     "step": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.5 ** (epoch // 2)),
-    "cosine": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: (1 + math.cos(math.pi * epoch / 5)) / 2),
+    "cosine": lambda o: torch.optim.lr_scheduler.LambdaLR(
+        o, lambda epoch: (1 + math.cos(math.pi * epoch / 5)) / 2
+    ),
     "ExponentialLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.8**epoch),
 }
 OPTIONS = {"step": {"every": 2, "factor": 0.5}, "ExponentialLR": {"gamma": 0.8}}
@@ -107,8 +113,12 @@ def test_the_same_as_a_loop_around_torchs_optimizer(algorithm: str, schedule: st
         with torch.no_grad():
             for part, name in ((train, "train"), (test, "val")):
                 z = other(part.x)
-                assert float(at[f"{name}_loss"]) == pytest.approx(F.cross_entropy(z, part.y).item(), rel=1e-12)
-                assert float(at[f"{name}_error"]) == pytest.approx((z.argmax(1) != part.y).double().mean().item(), abs=1e-14)
+                assert float(at[f"{name}_loss"]) == pytest.approx(
+                    F.cross_entropy(z, part.y).item(), rel=1e-12
+                )
+                assert float(at[f"{name}_error"]) == pytest.approx(
+                    (z.argmax(1) != part.y).double().mean().item(), abs=1e-14
+                )
         if epoch == 5:
             break
         losses, gradients, steps, of_layer = [], [], [], []
@@ -118,16 +128,26 @@ def test_the_same_as_a_loop_around_torchs_optimizer(algorithm: str, schedule: st
             loss = F.cross_entropy(other(x), y)
             loss.backward()
             before = torch.cat([p.detach().flatten().clone() for p in other.parameters()])
-            gradients.append(torch.cat([p.grad.flatten() for p in other.parameters()]).norm().item())
-            of_layer.append(torch.cat([p.grad.flatten() for p in other[-1].parameters()]).norm().item())
+            gradients.append(
+                torch.cat([p.grad.flatten() for p in other.parameters()]).norm().item()
+            )
+            of_layer.append(
+                torch.cat([p.grad.flatten() for p in other[-1].parameters()]).norm().item()
+            )
             stepper.step()
             losses.append(loss.item())
-            steps.append((torch.cat([p.detach().flatten() for p in other.parameters()]) - before).norm().item())
+            steps.append(
+                (torch.cat([p.detach().flatten() for p in other.parameters()]) - before)
+                .norm()
+                .item()
+            )
         at = found.sel(epoch=epoch + 1)
         assert float(at["batch_loss"]) == pytest.approx(np.mean(losses), rel=1e-11)
         assert float(at["gradient_norm"]) == pytest.approx(np.mean(gradients), rel=1e-11)
         assert float(at["step_norm"]) == pytest.approx(np.mean(steps), rel=1e-10)
-        assert float(at["gradient_norm_of_block"].sel(block="2")) == pytest.approx(np.mean(of_layer), rel=1e-11)
+        assert float(at["gradient_norm_of_block"].sel(block="2")) == pytest.approx(
+            np.mean(of_layer), rel=1e-11
+        )
         assert float(at["lr"]) == pytest.approx(stepper.param_groups[0]["lr"], rel=1e-12)
         scheduler.step()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -138,7 +158,15 @@ def test_momentum_of_both_kinds_and_decoupled_weight_decay_by_hand() -> None:
     for kind, new in (("add", 1.0), ("average", 0.1)):
         p, q = problem(), problem()
         minibatches = batches(p, 4)
-        cl.train(p.objective(), minibatches, algorithm="sgd-m", lr=0.1, momentum=0.9, momentum_kind=kind, weight_decay=0.01)
+        cl.train(
+            p.objective(),
+            minibatches,
+            algorithm="sgd-m",
+            lr=0.1,
+            momentum=0.9,
+            momentum_kind=kind,
+            weight_decay=0.01,
+        )
         buffers = [torch.zeros_like(w) for w in q.model.parameters()]
         for x, y in minibatches:
             q.objective().closure(x, y)()
@@ -151,16 +179,27 @@ def test_momentum_of_both_kinds_and_decoupled_weight_decay_by_hand() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_algorithm_moves_as_its_optimizer_does_alone_and_logs_finite_numbers(algorithm: str) -> None:
+def test_every_algorithm_moves_as_its_optimizer_does_alone_and_logs_finite_numbers(
+    algorithm: str,
+) -> None:
     model, other, train = net(), net(), data()
-    found = cl.train(objective_of(model), train.batches(8, epochs=2, seed=1), train, algorithm=algorithm, damping=0.1).dataset
+    found = cl.train(
+        objective_of(model),
+        train.batches(8, epochs=2, seed=1),
+        train,
+        algorithm=algorithm,
+        damping=0.1,
+    ).dataset
     alone = objective_of(other)
     stepper = cl.optimizer(algorithm, alone, damping=0.1)
     stepper.warm_start(train.batches(8, seed=1))
     for x, y in train.batches(8, epochs=2, seed=1):
         stepper.step(alone.closure(x, y))
     same_weights(model, other)
-    assert all(np.isfinite(found[name].isel(epoch=slice(1, None), missing_dims="ignore")).all() for name in found.data_vars)
+    assert all(
+        np.isfinite(found[name].isel(epoch=slice(1, None), missing_dims="ignore")).all()
+        for name in found.data_vars
+    )
 
 
 def test_the_log_has_the_promised_schema(tmp_path: Path) -> None:
@@ -168,16 +207,28 @@ def test_the_log_has_the_promised_schema(tmp_path: Path) -> None:
     ds = cl.open(tmp_path)
     xr.testing.assert_identical(ds, run.dataset)
     assert dict(ds.sizes) == {"epoch": 3, "block": 2}
-    assert {name: v.dims for name, v in ds.data_vars.items()} == {n: ("epoch", *v[0]) for n, v in VARIABLES.items()}
+    assert {name: v.dims for name, v in ds.data_vars.items()} == {
+        n: ("epoch", *v[0]) for n, v in VARIABLES.items()
+    }
     assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
-    assert ds["train_error"].attrs["long_name"] == "fraction of wrong classes over the training examples"
+    assert (
+        ds["train_error"].attrs["long_name"]
+        == "fraction of wrong classes over the training examples"
+    )
     assert ds["epoch"].values.tolist() == [0, 1, 2]
     assert ds["steps"].values.tolist() == [0, 4, 8]
     assert np.isnan(ds["gradient_norm"][0])
     for name in TIMES:
         assert (np.diff(ds[name]) >= 0).all()
     assert (ds["evaluation_seconds"] > 0).all()
-    expected = {"model": "Sequential", "algorithm": "adam", "lr": 1e-4, "damping": 1e-4, "seed": 0, "device": "cpu"}
+    expected = {
+        "model": "Sequential",
+        "algorithm": "adam",
+        "lr": 1e-4,
+        "damping": 1e-4,
+        "seed": 0,
+        "device": "cpu",
+    }
     assert {name: ds.attrs[name] for name in expected} == expected
     assert json.loads(ds.attrs["settings"])["decay"] == 0.999
     assert json.loads(ds.attrs["budget"]) == {"epochs": 2, "steps": None, "seconds": None}
@@ -193,8 +244,12 @@ def test_errors_of_the_documents() -> None:
     assert measure_of(cl.likelihoods.Bernoulli(), 1) is WRONG_SIGN
     assert measure_of(cl.likelihoods.Categorical(), 4) is WRONG
     assert measure_of(cl.likelihoods.Gaussian(), 4) is SQUARED
-    assert float(SQUARED_SIGMOID.each(z, y).mean()) == pytest.approx(float(((1 / (1 + (-z).exp()) - y) ** 2).mean()), rel=1e-13)
-    assert float(SQUARED.each(z, y).mean()) == pytest.approx(float(((z - y) ** 2).mean()), rel=1e-13)
+    assert float(SQUARED_SIGMOID.each(z, y).mean()) == pytest.approx(
+        float(((1 / (1 + (-z).exp()) - y) ** 2).mean()), rel=1e-13
+    )
+    assert float(SQUARED.each(z, y).mean()) == pytest.approx(
+        float(((z - y) ** 2).mean()), rel=1e-13
+    )
     wrong = sum(float(row.max()) > float(row[2]) for row in z) / 6
     assert float(WRONG.each(z, torch.full((6,), 2)).mean()) == wrong
     ones = torch.ones(6, 1).double()
@@ -207,9 +262,15 @@ def test_evaluation_in_chunks_is_the_whole_and_changes_nothing() -> None:
     model[1].running_mean.normal_(generator=torch.Generator().manual_seed(1))
     model[2].eval()
     objective, examples = objective_of(model), data()
-    before, state, drawn = {k: v.clone() for k, v in model.state_dict().items()}, objective.state_dict(), torch.get_rng_state()
+    before, state, drawn = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        objective.state_dict(),
+        torch.get_rng_state(),
+    )
     found = [
-        evaluate(objective, part, error=WRONG, size=size) for size in (5, 100) for part in (examples, (examples.x, examples.y))
+        evaluate(objective, part, error=WRONG, size=size)
+        for size in (5, 100)
+        for part in (examples, (examples.x, examples.y))
     ]
     found.append(evaluate(objective, list(examples.batches(23)), error=WRONG))
     assert [m.training for m in model] == [True, True, False, True, True]
@@ -244,12 +305,20 @@ def test_a_frozen_norm_stays_as_it_is_and_the_rest_trains(algorithm: str, tmp_pa
     loader = list(zip(part.x.split(6), part.y.split(6), strict=True))
 
     def build() -> nn.Module:
-        model = net(3, nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Dropout(0.5)))
+        model = net(
+            3, nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Dropout(0.5))
+        )
         model[1].eval().requires_grad_(False)
         return model
 
     model, before = build(), build()
-    arguments = {"algorithm": algorithm, "lr": 0.01, "damping": 0.1, "folder": tmp_path, "validation": part}
+    arguments = {
+        "algorithm": algorithm,
+        "lr": 0.01,
+        "damping": 0.1,
+        "folder": tmp_path,
+        "validation": part,
+    }
     cl.train(objective_of(model), loader, epochs=2, **arguments)
     again = build()
     cl.train(objective_of(again), loader, epochs=3, resume=True, **arguments)
@@ -274,19 +343,41 @@ def test_modes_that_are_set_on_the_way_stay() -> None:
     seen: list[tuple[bool, bool]] = []
 
     def freeze(optimizer: torch.optim.Optimizer) -> object:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: model[1].train(epoch < 1) and 1.0)
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda epoch: model[1].train(epoch < 1) and 1.0
+        )
 
-    model[1].register_forward_hook(lambda module, x, z: seen.append((module.training, model[2].training)))
-    cl.train(objective_of(model), data().batches(12), data(9), algorithm="sgd-m", lr=0.01, epochs=3, schedule=freeze)
+    model[1].register_forward_hook(
+        lambda module, x, z: seen.append((module.training, model[2].training))
+    )
+    cl.train(
+        objective_of(model),
+        data().batches(12),
+        data(9),
+        algorithm="sgd-m",
+        lr=0.01,
+        epochs=3,
+        schedule=freeze,
+    )
     steps, looks = [(True, True)] * 1, [(False, False)] * 2
-    assert seen == [(False, False), *looks, *steps, *looks, (False, True), *looks, (False, True), *looks]
+    assert seen == [
+        (False, False),
+        *looks,
+        *steps,
+        *looks,
+        (False, True),
+        *looks,
+        (False, True),
+        *looks,
+    ]
 
 
 def test_a_model_all_in_eval_mode_is_trained_so_and_that_is_said() -> None:
     for layer in (nn.BatchNorm1d(4), nn.Dropout(0.5), nn.RReLU()):
         model = net(3, layer).eval()
         with pytest.warns(
-            cl.CurvlabWarning, match=r"the whole model is in eval mode .*: .*; call model\.train\(\) first"
+            cl.CurvlabWarning,
+            match=r"the whole model is in eval mode .*: .*; call model\.train\(\) first",
         ) as said:
             cl.train(objective_of(model), data().batches(5), algorithm="sgd-m", lr=0.01)
         assert len(said) == 1
@@ -295,7 +386,9 @@ def test_a_model_all_in_eval_mode_is_trained_so_and_that_is_said() -> None:
         if isinstance(layer, nn.BatchNorm1d):
             assert layer.num_batches_tracked == 0
         model.train()
-        cl.train(objective_of(model), data().batches(5), algorithm="sgd-m", lr=0.01)  # the remedy: no warning
+        cl.train(
+            objective_of(model), data().batches(5), algorithm="sgd-m", lr=0.01
+        )  # the remedy: no warning
 
 
 def test_a_model_for_which_modes_are_the_same_is_trained_without_a_word() -> None:
@@ -312,14 +405,24 @@ def test_a_run_does_not_go_on_in_other_modes(tmp_path: Path) -> None:
     model = net(3, nn.BatchNorm1d(4), nn.Dropout(0.5))
     model[1].eval()
     cl.train(objective_of(model), data().batches(5, seed=1), **arguments)
-    with pytest.raises(cl.CurvlabError, match=r"modules in eval mode \['1'\], not None\): give the same"):
-        cl.train(objective_of(model.train()), data().batches(5, seed=1), epochs=2, resume=True, **arguments)
+    with pytest.raises(
+        cl.CurvlabError, match=r"modules in eval mode \['1'\], not None\): give the same"
+    ):
+        cl.train(
+            objective_of(model.train()),
+            data().batches(5, seed=1),
+            epochs=2,
+            resume=True,
+            **arguments,
+        )
     model[1].eval()
     cl.train(objective_of(model), data().batches(5, seed=1), epochs=2, resume=True, **arguments)
 
 
 def test_names_of_modules_in_eval_mode() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2))
+    model = nn.Sequential(
+        nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2)
+    )
     assert in_eval_mode(model) == []
     model[1].eval()
     assert in_eval_mode(model) == ["1"]
@@ -361,7 +464,9 @@ def test_what_a_module_does_when_its_mode_changes_is_undone() -> None:
 
 
 @pytest.mark.parametrize("built", ["in train mode", "in eval mode", "one of them in eval mode"])
-def test_a_model_by_name_trains_in_train_mode(built: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_by_name_trains_in_train_mode(
+    built: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Also where its function hands it over in eval mode, after an evaluation, and where the run goes on."""
     seen: list[tuple[bool, bool]] = []
 
@@ -369,7 +474,9 @@ def test_a_model_by_name_trains_in_train_mode(built: str, monkeypatch: pytest.Mo
         model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
         model.train(built != "in eval mode")
         model[2].train(built == "in train mode")
-        model[1].register_forward_hook(lambda module, x, z: seen.append((module.training, model[2].training)))
+        model[1].register_forward_hook(
+            lambda module, x, z: seen.append((module.training, model[2].training))
+        )
         return model
 
     part = Dataset("made", data(20).x.float(), data(20).y, "made")
@@ -393,7 +500,11 @@ def test_a_model_by_name_trains_in_train_mode(built: str, monkeypatch: pytest.Mo
         assert training.objective.model[1].num_batches_tracked == steps
     prepared = spectrum_run.prepare(
         spectrum_run.NamedSpectra(
-            problem=Problem(model="normed", dtype="float64"), plan=Plan(blocks=("1",)), after=(1,), samples=9, batch_size=10
+            problem=Problem(model="normed", dtype="float64"),
+            plan=Plan(blocks=("1",)),
+            after=(1,),
+            samples=9,
+            batch_size=10,
         )
     )
     seen.clear()
@@ -426,7 +537,9 @@ def test_no_validation_and_a_likelihood_of_ones_own() -> None:
     own = Measure("distance", "1", lambda z, y: (z.exp() - y).abs().mean(1))
     ds = cl.train(objective, counts.batches(5), error=own).dataset
     assert {"train_error"} == {n for n in ds.data_vars if n.endswith("_error")}
-    assert float(ds["train_error"][-1]) == pytest.approx((objective.model(x).exp() - 1).abs().mean().item(), rel=1e-12)
+    assert float(ds["train_error"][-1]) == pytest.approx(
+        (objective.model(x).exp() - 1).abs().mean().item(), rel=1e-12
+    )
 
 
 # ---- when a run ends
@@ -447,7 +560,9 @@ def test_whichever_budget_is_spent_first_and_what_an_epoch_cut_short_says() -> N
 
 
 def test_evaluated_now_and_then_and_at_the_end() -> None:
-    ds = cl.train(objective_of(net()), data().batches(5, epochs=5), data(4), evaluate_every=2).dataset
+    ds = cl.train(
+        objective_of(net()), data().batches(5, epochs=5), data(4), evaluate_every=2
+    ).dataset
     assert np.isfinite(ds["val_loss"]).values.tolist() == [True, False, True, False, True, True]
     assert np.isfinite(ds["batch_loss"]).values.tolist() == [False] + [True] * 5
     every = cl.train(objective_of(net()), data().batches(5, epochs=5), data(4)).dataset
@@ -457,14 +572,18 @@ def test_evaluated_now_and_then_and_at_the_end() -> None:
 def test_torch_schedulers_by_the_step_and_by_the_loss() -> None:
     def rates(schedule: Callable, **more: str) -> list[float]:
         return (
-            cl.train(objective_of(net()), data().batches(5, epochs=3), schedule=schedule, lr=1.0, **more)
+            cl.train(
+                objective_of(net()), data().batches(5, epochs=3), schedule=schedule, lr=1.0, **more
+            )
             .dataset["lr"]
             .values.tolist()
         )
 
     linear = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1 / (1 + k))  # noqa: E731
     assert rates(linear, schedule_every="step", algorithm="sgd-m") == [1.0, 1 / 5, 1 / 9, 1 / 13]
-    plateau = lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=1e9, threshold_mode="abs")  # noqa: E731
+    plateau = lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(
+        o, patience=0, threshold=1e9, threshold_mode="abs"
+    )  # noqa: E731
     assert rates(plateau, algorithm="sgd-m")[:3] == [1.0, 1.0, 1.0]
     with pytest.raises(cl.CurvlabError, match="ReduceLROnPlateau reads the loss"):
         rates(plateau, schedule_every="step")
@@ -521,12 +640,16 @@ EVERYWHERE: Cuts = [(steps, seconds) for steps in (0, 3, 4, 9) for seconds in (1
         pytest.param("kfac", "data set", [(0, 60.0), (4, 1e-9), (9, 60.0)], id="kfac-data set"),
         pytest.param("adam", "list", [(3, 1e-9), (4, 60.0)], id="adam-list"),
         *(
-            pytest.param(*case, EVERYWHERE, marks=pytest.mark.slow, id=f"{case[0]}-{case[1]}-everywhere")
+            pytest.param(
+                *case, EVERYWHERE, marks=pytest.mark.slow, id=f"{case[0]}-{case[1]}-everywhere"
+            )
             for case in (("k-bfgs-20", "data set"), ("kfac", "data set"), ("adam", "list"))
         ),
     ],
 )
-def test_it_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, kind: str, cuts: Cuts, tmp_path: Path) -> None:
+def test_it_goes_on_bit_for_bit_wherever_it_was_cut(
+    algorithm: str, kind: str, cuts: Cuts, tmp_path: Path
+) -> None:
     """With dropout and batch norm, sampled labels, a schedule."""
 
     def build() -> nn.Module:
@@ -579,7 +702,9 @@ class Shifted(TensorDataset):
 
 
 @pytest.mark.parametrize(
-    "draw", [random.random, np.random.randn, lambda: float(torch.rand(()))], ids=["random", "numpy", "torch"]
+    "draw",
+    [random.random, np.random.randn, lambda: float(torch.rand(()))],
+    ids=["random", "numpy", "torch"],
 )
 def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_path: Path) -> None:
     """In the model and in the loader: Python's generator, numpy's (the second of two normal numbers too), torch's."""
@@ -593,7 +718,14 @@ def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_pat
         random_state.seed(5)
         return net(3, Depth(draw).double())
 
-    more = {"algorithm": "k-bfgs-20", "epochs": 2, "lr": 0.05, "damping": 0.3, "warm": (), "evaluate_every": 2}
+    more = {
+        "algorithm": "k-bfgs-20",
+        "epochs": 2,
+        "lr": 0.05,
+        "damping": 0.3,
+        "warm": (),
+        "evaluate_every": 2,
+    }
     with random_state.kept(torch.device("cpu")):
         whole = build()
         expected = cl.train(objective_of(whole), loader(), **more).dataset
@@ -622,11 +754,15 @@ def test_checkpoints_that_hold_torchs_generators_alone(tmp_path: Path) -> None:
 def test_a_longer_run_drops_the_record_of_the_epoch_that_was_cut_short(tmp_path: Path) -> None:
     whole, model, again = net(), net(), net(8)
     expected = cl.train(objective_of(whole), data().batches(5, seed=1), epochs=3).dataset
-    cut = cl.train(objective_of(model), data().batches(5, seed=1), epochs=3, steps=6, folder=tmp_path)
+    cut = cl.train(
+        objective_of(model), data().batches(5, seed=1), epochs=3, steps=6, folder=tmp_path
+    )
     assert cut.dataset["epoch"].values.tolist() == [0, 1, 1.5]
     same_log(cl.train(objective_of(again), data().batches(5, seed=1), epochs=3, steps=6, folder=tmp_path, resume=True).dataset,
              cut.dataset)  # fmt: skip
-    run = cl.train(objective_of(again), data().batches(5, seed=1), epochs=3, folder=tmp_path, resume=True)
+    run = cl.train(
+        objective_of(again), data().batches(5, seed=1), epochs=3, folder=tmp_path, resume=True
+    )
     same_log(run.dataset, expected)
     same_weights(again, whole)
     assert len(json.loads(run.dataset.attrs["resumed"])) == 2
@@ -662,17 +798,27 @@ def fragile() -> nn.Module:
 
 @pytest.mark.parametrize("algorithm", ["sgd-m", "k-bfgs-20", "tnt"])
 @pytest.mark.parametrize("kept", [True, False])
-def test_divergence_ends_the_run_and_keeps_the_last_good_state(algorithm: str, kept: bool, tmp_path: Path) -> None:
+def test_divergence_ends_the_run_and_keeps_the_last_good_state(
+    algorithm: str, kept: bool, tmp_path: Path
+) -> None:
     """The schedule multiplies the rate by 1e300 after epoch 2: the weights go to infinity in epoch 3."""
     model, folder = fragile(), tmp_path if kept else None
-    blow = {"schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 1.0 if e < 2 else 1e300)}
+    blow = {
+        "schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(
+            o, lambda e: 1.0 if e < 2 else 1e300
+        )
+    }
     arguments = {"algorithm": algorithm, "lr": 1e-3, "damping": 0.3, "folder": folder}
     with pytest.warns(cl.CurvlabWarning, match="diverged in epoch 3") as caught:
-        run = cl.train(objective_of(model), data().batches(5, seed=1), epochs=5, **arguments, **blow)
+        run = cl.train(
+            objective_of(model), data().batches(5, seed=1), epochs=5, **arguments, **blow
+        )
     assert "the last good state, kept, is epoch 2" in run.stopped
     assert str(caught[-1].message) == run.stopped
     good = fragile()
-    cl.train(objective_of(good), data().batches(5, seed=1), epochs=2, **arguments | {"folder": None})
+    cl.train(
+        objective_of(good), data().batches(5, seed=1), epochs=2, **arguments | {"folder": None}
+    )
     same_weights(model, good)
     ds = run.dataset
     assert ds["epoch"].values.tolist() == [0, 1, 2]
@@ -694,7 +840,10 @@ def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch_is_no_good_state() -> 
     model = deep()
     blow = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 7 else 1e150)  # noqa: E731
     for every in (1, 4):
-        with pytest.warns(cl.CurvlabWarning, match=r"diverged in epoch 2 after 4 steps: the.* loss is (nan|not finite|inf)"):
+        with pytest.warns(
+            cl.CurvlabWarning,
+            match=r"diverged in epoch 2 after 4 steps: the.* loss is (nan|not finite|inf)",
+        ):
             run = cl.train(
                 objective_of(model), data().batches(5, seed=1), epochs=9, algorithm="sgd-m", schedule=blow, lr=1.0,
                 schedule_every="step", evaluate_every=every,
@@ -708,7 +857,11 @@ def test_bad_data_are_an_error_and_no_divergence(tmp_path: Path) -> None:
     p = problem()
     minibatches = batches(p, 4)
     with pytest.raises(cl.CurvlabError, match=r"out of range: the model has 3 outputs"):
-        cl.train(p.objective(), [*minibatches[:3], (minibatches[3][0], minibatches[3][1] + 5)], folder=tmp_path)
+        cl.train(
+            p.objective(),
+            [*minibatches[:3], (minibatches[3][0], minibatches[3][1] + 5)],
+            folder=tmp_path,
+        )
     broken = problem()
     with torch.no_grad():
         next(broken.model.parameters()).fill_(torch.nan)
@@ -720,13 +873,22 @@ def test_bad_data_are_an_error_and_no_divergence(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"algorithm": "adan"}, "unknown algorithm 'adan'; did you mean 'adam'"),
-        ({"pears": 3, "algorithm": "k-bfgs-l"}, "unknown option of k-bfgs-l 'pears'; did you mean 'pairs'"),
+        (
+            {"pears": 3, "algorithm": "k-bfgs-l"},
+            "unknown option of k-bfgs-l 'pears'; did you mean 'pairs'",
+        ),
         ({"pairs": 3}, "unknown option of adam 'pairs' .known: none"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
-        ({"schedule": "step", "schedule_options": {"evry": 3}}, "unknown option of schedule step 'evry'; did you mean 'every'"),
+        (
+            {"schedule": "step", "schedule_options": {"evry": 3}},
+            "unknown option of schedule step 'evry'; did you mean 'every'",
+        ),
         ({"schedule": "cosine", "steps": 3}, "schedule 'cosine' is laid out over all epochs"),
         ({"schedule_every": "minute"}, "unknown schedule_every"),
-        ({"momentum_kind": "nesterov"}, r"unknown kind of momentum 'nesterov'.*add, average, corrected"),
+        (
+            {"momentum_kind": "nesterov"},
+            r"unknown kind of momentum 'nesterov'.*add, average, corrected",
+        ),
         ({"epochs": 0}, "epochs must be 1 or more"),
         ({"seconds": -1.0}, "seconds must be above 0"),
         ({"evaluate_every": 0}, "evaluate_every must be 1 or more"),
@@ -736,7 +898,10 @@ def test_bad_data_are_an_error_and_no_divergence(tmp_path: Path) -> None:
         ({"update_every": 0}, "update_every must be"),
         ({"batches": iter([])}, "gone through only once"),
         ({"batches": []}, "no minibatches to train on"),
-        ({"validation": (torch.zeros(3, 7).double(), torch.zeros(3).long())}, "does not take inputs of shape"),
+        (
+            {"validation": (torch.zeros(3, 7).double(), torch.zeros(3).long())},
+            "does not take inputs of shape",
+        ),
     ],
 )
 def test_bad_arguments(change: dict, says: str, tmp_path: Path) -> None:
@@ -748,7 +913,9 @@ def test_bad_arguments(change: dict, says: str, tmp_path: Path) -> None:
 
 def test_the_figure_shows_the_values_of_the_log_for_one_run_and_for_several() -> None:
     runs = [
-        cl.train(objective_of(net()), data().batches(5, epochs=3), data(6), algorithm=name, lr=0.01).dataset
+        cl.train(
+            objective_of(net()), data().batches(5, epochs=3), data(6), algorithm=name, lr=0.01
+        ).dataset
         for name in ("adam", "sgd-m")
     ]
     axes = draw_all([("a", runs[0]), ("b", runs[1])], "training").axes
@@ -757,14 +924,21 @@ def test_the_figure_shows_the_values_of_the_log_for_one_run_and_for_several() ->
     ]  # fmt: skip
     for row, kind in ((0, "loss"), (2, "error")):
         for ax, x in ((axes[row], "epoch"), (axes[row + 1], "wall_seconds")):
-            for line, (ds, part) in zip(ax.lines, [(ds, part) for ds in runs for part in ("train", "val")], strict=True):
+            for line, (ds, part) in zip(
+                ax.lines, [(ds, part) for ds in runs for part in ("train", "val")], strict=True
+            ):
                 np.testing.assert_array_equal(line.get_xdata(), ds[x])
                 np.testing.assert_array_equal(line.get_ydata(), ds[f"{part}_{kind}"])
     colours = {line.get_color() for line in axes[0].lines}
     assert len(colours) == 2
     twice = draw_all([("a", runs[0]), ("b", runs[0])], "training").axes[0]
-    assert [line.get_label() for line in twice.lines][::2] == ["adam (a), training", "adam (b), training"]
-    with pytest.raises(cl.CurvlabError, match=r"figure 'loss' is of one run: give one \(of several: training\)"):
+    assert [line.get_label() for line in twice.lines][::2] == [
+        "adam (a), training",
+        "adam (b), training",
+    ]
+    with pytest.raises(
+        cl.CurvlabError, match=r"figure 'loss' is of one run: give one \(of several: training\)"
+    ):
         draw_all([("a", runs[0]), ("b", runs[1])], "loss")
 
 
@@ -773,7 +947,13 @@ def test_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
     logs = []
     for device in ("cpu", "cuda"):
         folder = tmp_path / device
-        cl.train(objective_of(net().to(device)), data().batches(5), algorithm="k-bfgs-20", lr=0.1, folder=folder)
+        cl.train(
+            objective_of(net().to(device)),
+            data().batches(5),
+            algorithm="k-bfgs-20",
+            lr=0.1,
+            folder=folder,
+        )
         run = cl.train(
             objective_of(net().to(device)),
             data().batches(5),
@@ -795,7 +975,13 @@ def test_probes_lie_along_axes_of_their_own_and_leave_the_run_as_it_is(tmp_path:
     model, other = net(), net()
     arguments = {"algorithm": "kfac", "lr": 0.05, "damping": 0.1, "epochs": 2}
     bare = cl.train(objective_of(other), data().batches(5, seed=1), **arguments).dataset
-    run = cl.train(objective_of(model), data().batches(5, seed=1), probes=["norms:3", "loss"], folder=tmp_path, **arguments)
+    run = cl.train(
+        objective_of(model),
+        data().batches(5, seed=1),
+        probes=["norms:3", "loss"],
+        folder=tmp_path,
+        **arguments,
+    )
     ds = cl.open(tmp_path)
     same_weights(model, other)
     xr.testing.assert_identical(ds, run.dataset)
@@ -813,14 +999,22 @@ def test_probes_lie_along_axes_of_their_own_and_leave_the_run_as_it_is(tmp_path:
 
 
 def test_one_probe_may_be_named_alone() -> None:
-    ds = cl.train(objective_of(net()), data().batches(5, seed=1), algorithm="sgd-m", probes="norms:3").dataset
+    ds = cl.train(
+        objective_of(net()), data().batches(5, seed=1), algorithm="sgd-m", probes="norms:3"
+    ).dataset
     assert json.loads(ds.attrs["probes"]) == {"norms": 3}
     with pytest.raises(cl.CurvlabError, match="unknown probe 'norm'"):
         cl.train(objective_of(net()), data().batches(5, seed=1), probes="norm")
 
 
 def test_the_shift_of_block_hessian_is_in_the_log_of_every_run() -> None:
-    ds = cl.train(objective_of(net()), data().batches(5, epochs=2), algorithm="block-hessian", damping=0.3, lr=0.1).dataset
+    ds = cl.train(
+        objective_of(net()),
+        data().batches(5, epochs=2),
+        algorithm="block-hessian",
+        damping=0.3,
+        lr=0.1,
+    ).dataset
     assert ds["shift"].dims == ("shift_step", "algorithm", "block")
     assert ds["shift_step"].values.tolist() == list(range(8))
     objective = objective_of(net())
@@ -851,7 +1045,9 @@ WITH_PROBES: Cuts = [(steps, seconds) for steps in (3, 4, 6) for seconds in (1e-
         ),
     ],
 )
-def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: str, cuts: Cuts, tmp_path: Path) -> None:
+def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(
+    algorithm: str, cuts: Cuts, tmp_path: Path
+) -> None:
     """Within an epoch, between two, and with steps to be done again, of which the probes were logged before."""
     curvature = cl.optimizer(algorithm, objective_of(net())).descent.curvature
     fits = [n for n, p in PROBES.items() if "train" in p.where and p.fits(curvature)]
@@ -862,7 +1058,9 @@ def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: st
     for steps, seconds in cuts:
         folder = tmp_path / f"{steps} {seconds}"
         arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
-        killed_after(steps, objective=objective_of(net()), batches=data().batches(5, seed=1), **arguments)
+        killed_after(
+            steps, objective=objective_of(net()), batches=data().batches(5, seed=1), **arguments
+        )
         cl.open(folder)
         model = net(99)
         run = cl.train(objective_of(model), data().batches(5, seed=1), resume=True, **arguments)
@@ -870,14 +1068,29 @@ def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(algorithm: st
         same_log(run.dataset, expected)
         same_log(cl.open(folder), expected)
     with pytest.raises(cl.CurvlabError, match=r"other settings \(probes \{.*\}, not None\)"):
-        cl.train(objective_of(net()), data().batches(5, seed=1), resume=True, **arguments | {"probes": ()})
+        cl.train(
+            objective_of(net()),
+            data().batches(5, seed=1),
+            resume=True,
+            **arguments | {"probes": ()},
+        )
 
 
 def test_probes_up_to_a_divergence_are_kept() -> None:
-    blow = {"schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 1.0 if e < 1 else 1e100)}
+    blow = {
+        "schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(
+            o, lambda e: 1.0 if e < 1 else 1e100
+        )
+    }
     with pytest.warns(cl.CurvlabWarning, match="diverged in epoch 2"):
         run = cl.train(
-            objective_of(fragile()), data().batches(5, seed=1), epochs=3, algorithm="sgd-m", lr=1e-3, probes=["loss"], **blow
+            objective_of(fragile()),
+            data().batches(5, seed=1),
+            epochs=3,
+            algorithm="sgd-m",
+            lr=1e-3,
+            probes=["loss"],
+            **blow,
         )
     assert run.dataset["epoch"].values.tolist() == [0, 1]
     assert run.dataset["loss_step"].values.tolist() == [0, 1, 2, 3, 4]
@@ -905,5 +1118,8 @@ def test_double_grad_is_the_optimizers_and_goes_on(tmp_path: Path) -> None:
     same_weights(whole, hand)
     run(plain, 3)
     assert not torch.equal(plain[0].weight, whole[0].weight)
-    with pytest.raises(cl.CurvlabError, match="double_grad needs a method that looks at each minibatch a second time"):
+    with pytest.raises(
+        cl.CurvlabError,
+        match="double_grad needs a method that looks at each minibatch a second time",
+    ):
         cl.train(objective_of(net()), train.batches(5), algorithm="adam", double_grad=True)

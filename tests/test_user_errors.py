@@ -81,7 +81,17 @@ KINDS = {
 }
 COMMANDS = {
     "train": RUN[:1] + RUN[3:],
-    "compare": ["compare", "--reference", "kfac", "--algorithms", "sgd-m", "--batch-size", "10", "--steps", "2"],
+    "compare": [
+        "compare",
+        "--reference",
+        "kfac",
+        "--algorithms",
+        "sgd-m",
+        "--batch-size",
+        "10",
+        "--steps",
+        "2",
+    ],
     "spectrum": ["spectrum", "--samples", "20", "--batch-size", "10", "--after", "0,2"],
 }
 
@@ -109,15 +119,21 @@ def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> list
     capsys.readouterr()
     assert call(*words) == code
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("epoch ")]
-    assert [i for i, line in enumerate(lines) if line.startswith("curvlab: ")] == [len(lines) - 1], lines
-    assert not any("Traceback" in line or "curvlab/" in line or "site-packages" in line for line in lines), lines
+    assert [i for i, line in enumerate(lines) if line.startswith("curvlab: ")] == [
+        len(lines) - 1
+    ], lines
+    assert not any(
+        "Traceback" in line or "curvlab/" in line or "site-packages" in line for line in lines
+    ), lines
     return lines
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_forward(kind: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = write(KINDS[kind])
-    lines = told(capsys, *COMMANDS["train"], "--model", f"{name}:Net", "--data", "made", "--out", "out")
+    lines = told(
+        capsys, *COMMANDS["train"], "--model", f"{name}:Net", "--data", "made", "--out", "out"
+    )
     assert lines[0] == f'  File "{tmp_path / name}.py", line 17, in forward'
     assert lines[1].strip() == "self.fail()"
     assert any(line.startswith(kind) for line in lines[:-1])
@@ -129,14 +145,20 @@ def test_in_forward(kind: str, write, tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("kind", ["KeyError", "SystemExit"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_at_load(kind: str, command: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_at_load(
+    kind: str, command: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = write(KINDS[kind])
-    lines = told(capsys, *COMMANDS[command], "--model", f"{name}:loading", "--data", "made", "--out", "out")
+    lines = told(
+        capsys, *COMMANDS[command], "--model", f"{name}:loading", "--data", "made", "--out", "out"
+    )
     assert f'  File "{tmp_path / name}.py", line 25, in loading' in lines
     assert not (tmp_path / "out").exists()
 
 
-def test_a_module_that_is_no_python(write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_module_that_is_no_python(
+    write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "own_no_python.py").write_text("def f(:\n")
     lines = told(capsys, "train", "--model", "own_no_python:f", "--data", "made")
     assert f'  File "{tmp_path}/own_no_python.py", line 1' in lines
@@ -145,14 +167,18 @@ def test_a_module_that_is_no_python(write, tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_in_the_first_steps_and_later(command: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_the_first_steps_and_later(
+    command: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Before the first step nothing is left; after it log and checkpoint are, and the line says where."""
     found = []
     for at in range(1, 20) if command == "compare" else (1, 6, 16, 36, 80):
         name = write(KINDS["KeyError"], at)
         out = tmp_path / str(at)
         capsys.readouterr()
-        code = call(*COMMANDS[command], "--model", f"{name}:Net", "--data", "made", "--out", str(out))
+        code = call(
+            *COMMANDS[command], "--model", f"{name}:Net", "--data", "made", "--out", str(out)
+        )
         lines = capsys.readouterr().err.splitlines()
         if code == 0:
             break
@@ -184,7 +210,9 @@ def test_only_a_run_without_a_step_is_taken_back(
 
     monkeypatch.setattr(cl.Objective, "closure", closure)
     told(capsys, *RUN, "--out", str(tmp_path / "out"))
-    found = sorted(p.name for p in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+    found = (
+        sorted(p.name for p in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else []
+    )
     assert found == ([] if step == 1 else ["checkpoint.pt", "run.h5"])
 
 
@@ -201,8 +229,18 @@ def test_only_a_run_without_a_step_is_taken_back(
     ],
 )
 @pytest.mark.parametrize("command", COMMANDS)
-def test_odd_outputs(command: str, raised: str, says: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*COMMANDS[command], "--model", f"{write(raised)}:outputs", "--data", "made", "--out", "out"]
+def test_odd_outputs(
+    command: str, raised: str, says: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        *COMMANDS[command],
+        "--model",
+        f"{write(raised)}:outputs",
+        "--data",
+        "made",
+        "--out",
+        "out",
+    ]
     lines = told(capsys, *words)
     assert says in lines[-1].lower() or says in lines[-1]
     assert len(lines) == 1
@@ -211,8 +249,18 @@ def test_odd_outputs(command: str, raised: str, says: str, write, tmp_path: Path
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("function", ["lazy", "misfit"])
-def test_layers_that_do_not_fit(command: str, function: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*COMMANDS[command], "--model", f"{write('')}:{function}", "--data", "made", "--out", "out"]
+def test_layers_that_do_not_fit(
+    command: str, function: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        *COMMANDS[command],
+        "--model",
+        f"{write('')}:{function}",
+        "--data",
+        "made",
+        "--out",
+        "out",
+    ]
     assert len(told(capsys, *words)) <= 3
     assert not (tmp_path / "out").exists()
 
@@ -257,17 +305,26 @@ def test_the_whole_traceback_with_v(write, capsys: pytest.CaptureFixture[str]) -
         assert f"{name}.py" in err
 
 
-def test_an_error_of_curvlabs_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_curvlabs_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(models, "find", lambda name, seed: {}["entry"])
     monkeypatch.setattr(blame, "_is_own", lambda file: False)  # this file is no user's here
     assert call("compare", "--model", "small") == blame.BUG == 70
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("curvlab: an error of curvlab's own, KeyError: 'entry' (curvlab/problem.py, line ")
+    assert line.startswith(
+        "curvlab: an error of curvlab's own, KeyError: 'entry' (curvlab/problem.py, line "
+    )
     assert line.endswith("please report it, with the whole traceback: curvlab -v compare …")
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left")])
-def test_an_error_of_the_machine(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left")],
+)
+def test_an_error_of_the_machine(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(named: object) -> None:
         raise error
 

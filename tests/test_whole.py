@@ -23,7 +23,9 @@ def test_one_vector_by_block_or_by_parameter(model: str) -> None:
     p = problem(model)
     objective = p.objective()
     layout, by_block = objective.layout, gradients(p.objective(), p)
-    by_parameter = {name: t for b in objective.blocks for name, t in b.scatter(by_block[b.name]).items()}
+    by_parameter = {
+        name: t for b in objective.blocks for name, t in b.scatter(by_block[b.name]).items()
+    }
     vector = flat(layout, by_block)
     assert torch.equal(vector, layout.flatten(by_parameter))
     assert torch.equal(vector, flat(layout, by_parameter))
@@ -44,7 +46,10 @@ def test_what_does_not_fit_is_said() -> None:
         ({}, "gradient of block 1 .* is missing"),
         ({"1": by_block["1"]}, "gradient of block 2 .* is missing"),
         (by_block | {"4": by_block["1"]}, "unknown block or parameter '4'"),
-        (by_block | {"2": by_block["1"]}, r"block 2 .* has shape \[4, 5\], but its gradient \[4, 6\]"),
+        (
+            by_block | {"2": by_block["1"]},
+            r"block 2 .* has shape \[4, 5\], but its gradient \[4, 6\]",
+        ),
         ({"0.weight": by_block["1"][:, :-1]}, "gradient of block 1 .* is missing"),
     ):
         with pytest.raises(cl.CurvlabError, match=message):
@@ -88,7 +93,10 @@ def test_loss_elsewhere_moves_nothing(model: str) -> None:
     p = problem(model)
     objective = p.objective()
     closure = objective.closure(p.x, p.y)
-    step = unflat(objective.layout, torch.randn(len(objective.layout), generator=torch.Generator().manual_seed(3)).double())
+    step = unflat(
+        objective.layout,
+        torch.randn(len(objective.layout), generator=torch.Generator().manual_seed(3)).double(),
+    )
     before = {n: t.clone() for n, t in p.model.state_dict().items()}
     found = loss_at(closure, step)
     assert not found.requires_grad

@@ -24,7 +24,9 @@ from curvlab.algorithms import ALGORITHMS
 from curvlab.layers import Block
 from curvlab.likelihoods import Categorical
 
-pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::curvlab.errors.CurvlabWarning", "ignore::UserWarning"
+)
 
 N = 4
 PLACES = [4, 6, 8]
@@ -35,16 +37,25 @@ Y = torch.tensor([0, 2, 1, 0])
 
 
 def off(
-    net: nn.Module, x: Tensor, y: Tensor, one: Callable[[list[Block]], Block], objective: cl.Objective | None = None
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    one: Callable[[list[Block]], Block],
+    objective: cl.Objective | None = None,
 ) -> list[str]:
     """Mean gradient, samples, EF, GGN, a Hessian block (that of `one`), products: what differs or is refused, in words."""
     objective, plain, said = objective or cl.Objective(net, Categorical()), Plain(net, x, y), []
     blocks, layout = objective.blocks, objective.layout
-    block, v = one(list(blocks)), torch.randn(len(layout), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    block, v = (
+        one(list(blocks)),
+        torch.randn(len(layout), generator=torch.Generator().manual_seed(7), dtype=torch.float64),
+    )
 
     def mean_gradient() -> tuple[Named, Named]:
         found = objective.closure(x, y).observe({"data"}).gradients
-        return {n: g for b in blocks for n, g in b.scatter(found[b.name]).items()}, plain.mean_gradient
+        return {
+            n: g for b in blocks for n, g in b.scatter(found[b.name]).items()
+        }, plain.mean_gradient
 
     def samples() -> tuple[Named, Named]:
         return cl.exact.gradients(objective, x, y), plain.gradients
@@ -59,7 +70,9 @@ def off(
 
     def product(kind: str) -> tuple[Named, Named]:
         found = cl.exact.product(objective, x, y, kind) @ v
-        return {"v": found}, {"v": layout.flatten(plain.product(kind, layout.unflatten(v))).detach()}
+        return {"v": found}, {
+            "v": layout.flatten(plain.product(kind, layout.unflatten(v))).detach()
+        }
 
     parts: dict[str, Callable[[], tuple[Named, Named]]] = {
         "mean gradient": mean_gradient,
@@ -82,7 +95,9 @@ def report(net: Wiring, said: list[str]) -> str:
     return "\n".join([f"T = {net.T}: {', '.join(net.words)}", *said])
 
 
-def drawn(choose: Choose, T: int, names: list[tuple[str, str]] | None = None) -> tuple[Wiring, list[str]]:
+def drawn(
+    choose: Choose, T: int, names: list[tuple[str, str]] | None = None
+) -> tuple[Wiring, list[str]]:
     net, takes_symbols = wiring(choose, T, names)
     return net, off(net, *minibatch(N, T, takes_symbols), choose)
 
@@ -119,7 +134,9 @@ def test_ends(first: str, end: str, T: int) -> None:
 
     def choose(options: list[object]) -> object:
         return (
-            first == "symbols" if options == [True, False] and not seen.append(0) and len(seen) == 1 else plain_choices(options)
+            first == "symbols"
+            if options == [True, False] and not seen.append(0) and len(seen) == 1
+            else plain_choices(options)
         )
 
     seen: list[int] = []
@@ -129,7 +146,9 @@ def test_ends(first: str, end: str, T: int) -> None:
     assert not said, report(net, said)
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["third", "all"])
+@pytest.mark.parametrize(
+    "every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["third", "all"]
+)
 def test_several_operations(every: bool) -> None:
     """As many as draw from one seed, so that every pair of neighbours has a chance; and no operation is left out.
 
@@ -151,7 +170,9 @@ def test_several_operations(every: bool) -> None:
 
 @pytest.mark.slow
 @given(data=st.data())
-@settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 def test_many_operations(data: st.DataObject) -> None:
     """The same, many more, and the shortest that fails."""
 
@@ -217,7 +238,9 @@ class Unpadded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, there = self.table(x), x > 0
-        seen = torch.zeros_like(h).masked_scatter(there[..., None], torch.tanh(self.inner(h[there])))
+        seen = torch.zeros_like(h).masked_scatter(
+            there[..., None], torch.tanh(self.inner(h[there]))
+        )
         return self.head(seen.sum(1))
 
 
@@ -259,7 +282,10 @@ DECIDED: dict[str, tuple[type[nn.Module], list[Tensor]]] = {
     ),
     "experts: one token of each, then not": (
         Experts,
-        [torch.tensor([[1, 2], [3, 4], [2, 5], [4, 1]]), torch.tensor([[1, 3], [3, 5], [2, 4], [4, 0]])],
+        [
+            torch.tensor([[1, 2], [3, 4], [2, 5], [4, 1]]),
+            torch.tensor([[1, 3], [3, 5], [2, 4], [4, 0]]),
+        ],
     ),
     "experts: one without work": (Experts, [torch.tensor([[1, 3], [3, 5], [1, 5], [3, 1]])]),
 }
@@ -308,8 +334,14 @@ def test_what_has_no_gradient_has_no_second_one(way: str) -> None:
         said = off(net, x, Y, lambda blocks, n=n: blocks[n])
         objective, plain = cl.Objective(net, Categorical()), Plain(net, x, Y)
         for kind in ("ggn", "hessian"):
-            found = {b.name: cl.exact.matrix(objective, x, Y, kind, b.name, route="func").dense() for b in objective.blocks}
-            said += [f"{kind} by func: {g}" for g in gaps(found, {b.name: plain.matrix(kind, b) for b in objective.blocks})]
+            found = {
+                b.name: cl.exact.matrix(objective, x, Y, kind, b.name, route="func").dense()
+                for b in objective.blocks
+            }
+            said += [
+                f"{kind} by func: {g}"
+                for g in gaps(found, {b.name: plain.matrix(kind, b) for b in objective.blocks})
+            ]
         assert not said, "\n".join(said)
 
 
@@ -379,21 +411,35 @@ class Language(nn.Module):
         return self.head(h) if self.head is not None else F.linear(h, self.table.weight)
 
 
-def between(objective: cl.Objective, x: Tensor, y: Tensor, kind: str, rows: str, columns: str) -> Tensor:
+def between(
+    objective: cl.Objective, x: Tensor, y: Tensor, kind: str, rows: str, columns: str
+) -> Tensor:
     """The matrix between two parameters, entries in the parameters' own order."""
-    a, b = (next(block for block in objective.blocks if block.params == (name,)) for name in (rows, columns))
-    places = [block.scatter(torch.arange(block.numel))[block.params[0]].flatten() for block in (a, b)]
+    a, b = (
+        next(block for block in objective.blocks if block.params == (name,))
+        for name in (rows, columns)
+    )
+    places = [
+        block.scatter(torch.arange(block.numel))[block.params[0]].flatten() for block in (a, b)
+    ]
     block = a.name if rows == columns else (a.name, b.name)
-    return cl.exact.matrix(objective, x, y, kind, block=block).dense()[places[0][:, None], places[1]]
+    return cl.exact.matrix(objective, x, y, kind, block=block).dense()[
+        places[0][:, None], places[1]
+    ]
 
 
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tied", ["by function", "one parameter"])
-def test_a_tied_weights_matrix_is_the_sum_of_four_blocks(tied: str, causal: bool, kind: str) -> None:
+def test_a_tied_weights_matrix_is_the_sum_of_four_blocks(
+    tied: str, causal: bool, kind: str
+) -> None:
     """B₁₁ + B₁₂ + B₂₁ + B₂₂ of the untied model at equal weights; half of it is in the cross blocks."""
     generator = torch.Generator().manual_seed(1)
-    x, y = torch.randint(7, (5, 3), generator=generator), torch.randint(7, (5,), generator=generator)
+    x, y = (
+        torch.randint(7, (5, 3), generator=generator),
+        torch.randint(7, (5,), generator=generator),
+    )
     one, two = (cl.Objective(Language(t, causal).double(), Categorical()) for t in (tied, "no"))
     found = between(one, x, y, kind, "table.weight", "table.weight")
     names = ["table.weight", "head.weight"]

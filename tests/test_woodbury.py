@@ -26,7 +26,9 @@ def build(r: int, o: int, i: int | None, seed: int) -> tuple[Rows, Tensor]:
     if i is None:
         return Rows(g), g
     a = normal(r, i, seed=seed + 1)
-    return Rows(g, a), torch.stack([torch.outer(gr, ar).flatten() for gr, ar in zip(g, a, strict=True)])
+    return Rows(g, a), torch.stack(
+        [torch.outer(gr, ar).flatten() for gr, ar in zip(g, a, strict=True)]
+    )
 
 
 def vectors(length: int, columns: int | None, seed: int) -> Tensor:
@@ -35,7 +37,9 @@ def vectors(length: int, columns: int | None, seed: int) -> Tensor:
 
 @FEW
 @given(SIZE, SIZE, st.none() | SIZE, COLUMNS, st.integers(0, 999))
-def test_rows_are_their_matrix(r: int, o: int, i: int | None, columns: int | None, seed: int) -> None:
+def test_rows_are_their_matrix(
+    r: int, o: int, i: int | None, columns: int | None, seed: int
+) -> None:
     rows, matrix = build(r, o, i, seed)
     assert rows.width == matrix.shape[1]
     assert torch.equal(rows.dense(), matrix)
@@ -46,8 +50,15 @@ def test_rows_are_their_matrix(r: int, o: int, i: int | None, columns: int | Non
 
 
 @FEW
-@given(st.lists(SIZE, min_size=6, max_size=6), COLUMNS, st.sampled_from([1, 1 << 24]), st.integers(0, 999))
-def test_layer_rows_are_their_matrix(sizes: list[int], columns: int | None, numbers: int, seed: int) -> None:
+@given(
+    st.lists(SIZE, min_size=6, max_size=6),
+    COLUMNS,
+    st.sampled_from([1, 1 << 24]),
+    st.integers(0, 999),
+)
+def test_layer_rows_are_their_matrix(
+    sizes: list[int], columns: int | None, numbers: int, seed: int
+) -> None:
     """V, N, T, Γ, O, I; also one row at a time."""
     v, n, t, groups, o, i = sizes
     g, a = normal(v, n, t, groups, o, seed=seed), normal(n, t, groups, i, seed=seed + 1)
@@ -76,7 +87,9 @@ def test_layer_rows_are_their_matrix(sizes: list[int], columns: int | None, numb
 
 @FEW
 @given(SIZE, SIZE, st.none() | SIZE, st.floats(0.1, 10), st.integers(0, 999))
-def test_solve_through_the_gram_matrix(r: int, o: int, i: int | None, damping: float, seed: int) -> None:
+def test_solve_through_the_gram_matrix(
+    r: int, o: int, i: int | None, damping: float, seed: int
+) -> None:
     rows, matrix = build(r, o, i, seed)
     factor = LowRank(rows, damping).inv().factor
     damped = damping * torch.eye(r, dtype=matrix.dtype) + matrix @ matrix.T
@@ -93,7 +106,9 @@ def test_gram_needs_positive_damping(damping: float) -> None:
 
 def test_gram_that_needs_more_damping_says_so_by_its_name() -> None:
     rows = Rows(torch.full((3, 4), 1e3, dtype=torch.float64))
-    with pytest.warns(CurvlabWarning, match="my Gram is not positive definite with damping 1e-12: raised to 1e-09"):
+    with pytest.warns(
+        CurvlabWarning, match="my Gram is not positive definite with damping 1e-12: raised to 1e-09"
+    ):
         gram_cholesky(rows, 1e-12, "my Gram")
 
 

@@ -82,30 +82,66 @@ def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_compare_knows_what_the_module_of_the_model_enters(tmp_path: Path) -> None:
-    words = ["--reference", "kfac", "--algorithms", "inputs,sgd-m", "--probe", "slope", "--steps", "2", "--damping", "0.5"]
+    words = [
+        "--reference",
+        "kfac",
+        "--algorithms",
+        "inputs,sgd-m",
+        "--probe",
+        "slope",
+        "--steps",
+        "2",
+        "--damping",
+        "0.5",
+    ]
     assert call("compare", *PROBLEM, *words, "--out", str(tmp_path / "run")) == 0
     ds = cl.open(tmp_path / "run")
     assert ds["slope"].dims == ("step", "algorithm")
-    assert ds["slope"].attrs == {"long_name": "slope of the loss along the direction", "units": "nat"}
+    assert ds["slope"].attrs == {
+        "long_name": "slope of the loss along the direction",
+        "units": "nat",
+    }
     gradient = ds["minibatch_gradient_norm"].isel(step=0)
-    np.testing.assert_allclose(ds["slope"].sel(algorithm="sgd-m").isel(step=0), float((gradient**2).sum()), rtol=1e-5)
+    np.testing.assert_allclose(
+        ds["slope"].sel(algorithm="sgd-m").isel(step=0), float((gradient**2).sum()), rtol=1e-5
+    )
     assert bool((ds["slope"].isel(step=0) > 0).all())
-    assert damping_for("inputs", 0.5, 20000) == 0.5  # the overall λ, where the line says nothing else
+    assert (
+        damping_for("inputs", 0.5, 20000) == 0.5
+    )  # the overall λ, where the line says nothing else
 
 
-def test_train_goes_on_and_other_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["train", *PROBLEM, "--algorithm", "inputs", "--set", "scale=2", "--probe", "slope:2", "--lr", "0.1"]
+def test_train_goes_on_and_other_commands_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "train",
+        *PROBLEM,
+        "--algorithm",
+        "inputs",
+        "--set",
+        "scale=2",
+        "--probe",
+        "slope:2",
+        "--lr",
+        "0.1",
+    ]
     assert call(*words, "--epochs", "2", "--out", str(tmp_path / "whole")) == 0
     assert call(*words, "--epochs", "1", "--out", str(tmp_path / "cut")) == 0
     sys.modules.pop("of_a_user")
     del ALGORITHMS["inputs"], PROBES["slope"]  # as a new process has them
-    assert call("train", "--resume", *PROBLEM[:2], "--epochs", "2", "--out", str(tmp_path / "cut")) == 0
+    assert (
+        call("train", "--resume", *PROBLEM[:2], "--epochs", "2", "--out", str(tmp_path / "cut"))
+        == 0
+    )
     whole, cut = (cl.open(tmp_path / name) for name in ("whole", "cut"))
     assert whole["slope_step"].values.tolist() == [0, 2, 4]
     for name in ("train_loss", "slope"):
         np.testing.assert_array_equal(whole[name], cut[name])
     assert float(whole["train_loss"][-1]) < float(whole["train_loss"][0])
-    assert "unknown option of inputs 'scail'; did you mean 'scale'" in refused(capsys, *words, "--set", "scail=1")
+    assert "unknown option of inputs 'scail'; did you mean 'scale'" in refused(
+        capsys, *words, "--set", "scail=1"
+    )
     assert call("spectrum", *PROBLEM[:4], "--algorithm", "inputs", "--after", "0,1", "--samples", "50", "--batch-size", "20000",
                 "--out", str(tmp_path / "spectrum")) == 0  # fmt: skip
     assert call("list", "probes") == 0

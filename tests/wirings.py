@@ -32,7 +32,10 @@ LAYOUTS: dict[str, tuple[Step, Callable[[Tensor, int], Tensor]]] = {
     "TNF": (lambda h: h.transpose(0, 1), lambda h, T: h.transpose(0, 1)),
     "NFT": (lambda h: h.transpose(1, 2), lambda h, T: h.transpose(1, 2)),
     "N·T,F": (lambda h: h.flatten(0, 1), lambda h, T: h.unflatten(0, (-1, T))),
-    "T·N,F": (lambda h: h.transpose(0, 1).flatten(0, 1), lambda h, T: h.unflatten(0, (T, -1)).transpose(0, 1)),
+    "T·N,F": (
+        lambda h: h.transpose(0, 1).flatten(0, 1),
+        lambda h, T: h.unflatten(0, (T, -1)).transpose(0, 1),
+    ),
 }
 """{name: (from [N, T, F], back to it)}."""
 
@@ -87,7 +90,9 @@ def _linear(choose: Choose, net: Wiring, width: int, out: int = 0) -> nn.Linear:
     return net.add(nn.Linear(width, out or choose([2, 4]), bias=choose([True, False])))
 
 
-def _earlier(choose: Choose, net: Wiring, into: int | None = None, out: int | None = None) -> tuple[nn.Linear, Step]:
+def _earlier(
+    choose: Choose, net: Wiring, into: int | None = None, out: int | None = None
+) -> tuple[nn.Linear, Step]:
     """A linear layer that has been used before, and what is done before it is used again."""
     known = net.linears(into, out)
     if known:
@@ -119,7 +124,9 @@ def functional(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
         "matmul": lambda h: torch.matmul(layer.weight, h.mT).mT,
         "einsum": lambda h: torch.einsum("...i,oi->...o", h, layer.weight),
         "forward": lambda h: layer.forward(h),
-        "called by name": lambda h: torch.func.functional_call(layer, {"weight": layer.weight * 2}, (h,)),
+        "called by name": lambda h: torch.func.functional_call(
+            layer, {"weight": layer.weight * 2}, (h,)
+        ),
     }
     way = ways[choose(list(ways))]
     return lambda h: way(before(h)), layer.out_features
@@ -235,7 +242,8 @@ def normalised_again(choose: Choose, net: Wiring, width: int, layout: str) -> Ma
     ways: dict[str, Step] = {
         "module": lambda h: layer(torch.sin(layer(h))),
         "function": lambda h: (
-            F.layer_norm(layer(h), (width,), layer.weight, other.bias) * F.rms_norm(h, (width,), other.weight)
+            F.layer_norm(layer(h), (width,), layer.weight, other.bias)
+            * F.rms_norm(h, (width,), other.weight)
         ),
         "itself": lambda h: layer(h) * other.weight + other.bias,
     }
@@ -270,14 +278,18 @@ def along_places(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
 
 def attention(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
     first, mask, weights = layout == "NTF", choose(["", "causal", "padding"]), choose([True, False])
-    layer = net.add(nn.MultiheadAttention(width, choose([1, 2]), batch_first=first, bias=choose([True, False])))
+    layer = net.add(
+        nn.MultiheadAttention(width, choose([1, 2]), batch_first=first, bias=choose([True, False]))
+    )
 
     def attend(h: Tensor) -> Tensor:
         given: dict[str, object] = {"need_weights": weights}
         if mask == "causal":
             given["attn_mask"] = torch.ones(net.T, net.T, dtype=torch.bool).triu(1)
         if mask == "padding":
-            given["key_padding_mask"] = (torch.arange(net.T) == net.T - 1).expand(len(net.tokens), -1)
+            given["key_padding_mask"] = (torch.arange(net.T) == net.T - 1).expand(
+                len(net.tokens), -1
+            )
         return layer(h, h, h, **given)[0]
 
     return attend, width
@@ -287,7 +299,9 @@ def attention_by_hand(choose: Choose, net: Wiring, width: int, layout: str) -> M
     """Queries, keys and values of one layer, of three, or of one used three times; heads as an axis."""
     way, fused, heads = choose(["one", "three", "same"]), choose([True, False]), choose([1, 2])
     count = {"one": 1, "three": 3, "same": 1}[way]
-    layers = [_linear(choose, net, width, 3 * width if way == "one" else width) for _ in range(count)]
+    layers = [
+        _linear(choose, net, width, 3 * width if way == "one" else width) for _ in range(count)
+    ]
 
     def split(h: Tensor) -> Tensor:
         return h.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -326,7 +340,9 @@ def hooked(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
     layer = _linear(choose, net, width)
     kind = choose(["after", "before", "replaced"])
     if kind == "after":
-        layer.register_forward_hook(choose([lambda m, x, h: torch.tanh(h), lambda m, x, h: 2 * h, lambda m, x, h: h + 1]))
+        layer.register_forward_hook(
+            choose([lambda m, x, h: torch.tanh(h), lambda m, x, h: 2 * h, lambda m, x, h: h + 1])
+        )
     elif kind == "before":
         layer.register_forward_pre_hook(lambda m, x: (torch.sin(x[0]),))
     else:
@@ -340,7 +356,9 @@ def doubled(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
 
     def apply(h: Tensor) -> Tensor:
         if side:
-            return layer(torch.stack([h, torch.sin(h)], 1).flatten(0, 1)).unflatten(0, (-1, 2)).sum(1)
+            return (
+                layer(torch.stack([h, torch.sin(h)], 1).flatten(0, 1)).unflatten(0, (-1, 2)).sum(1)
+            )
         a, b = layer(torch.cat([h, torch.sin(h)])).chunk(2)
         return a * b
 
@@ -349,7 +367,11 @@ def doubled(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
 
 def shuffled(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
     """Examples in another order inside: turned round, by the data (as packed sequences), or two of the middle exchanged."""
-    layer, way, axis = _linear(choose, net, width), choose(["turned", "sorted", "exchanged"]), 1 if layout == "TNF" else 0
+    layer, way, axis = (
+        _linear(choose, net, width),
+        choose(["turned", "sorted", "exchanged"]),
+        1 if layout == "TNF" else 0,
+    )
 
     def apply(h: Tensor) -> Tensor:
         order = torch.arange(h.shape[axis])
@@ -461,7 +483,10 @@ _ANYWHERE += [masked, hooked, doubled, bilinear, held, many_times]
 
 OPERATIONS: dict[str, tuple[Callable[[Choose, Wiring, int, str], Made], list[str]]] = {
     **{f.__name__: (f, LAST) for f in _ANYWHERE},
-    **{f.__name__: (f, ["NTF", "TNF"]) for f in (attention, recurrent, one_by_one, vmapped, shuffled, routed)},
+    **{
+        f.__name__: (f, ["NTF", "TNF"])
+        for f in (attention, recurrent, one_by_one, vmapped, shuffled, routed)
+    },
     **{f.__name__: (f, ["NTF"]) for f in (image, attention_by_hand, some_places)},
     **{f.__name__: (f, ["NFT"]) for f in (convolution, along_places)},
     "normalised": (normalised, list(LAYOUTS)),

@@ -9,11 +9,18 @@ from dataclasses import replace
 from curvlab.reproduction import DOCUMENT_SECONDS, Claim, Comparison, Extent, Method, load, main
 
 CHAPTER_2, CHAPTER_3, CHAPTER_4, EMPIRICAL, S2QN = (
-    load(name).methods for name in ("figure-2.2", "figure-3.1", "figure-4.2", "figure-4.4", "s2qn-figure-2")
+    load(name).methods
+    for name in ("figure-2.2", "figure-3.1", "figure-4.2", "figure-4.4", "s2qn-figure-2")
 )
 
 SLOW = ("skqn-l", "skqn-b1", "skqn-b2", "smw-ng", "smw-ng-bd", "hf", "lbfgs")
-ALIKE = ("k-bfgs-20", "k-bfgs-l-20", "kf-bfgs-cnn", "kfac-ef", "tnt-ef")  # others of their kind go all the way
+ALIKE = (
+    "k-bfgs-20",
+    "k-bfgs-l-20",
+    "kf-bfgs-cnn",
+    "kfac-ef",
+    "tnt-ef",
+)  # others of their kind go all the way
 AT_MOST = dict.fromkeys((*SLOW, *ALIKE), 10)
 
 FIGURE = Comparison(
@@ -32,7 +39,10 @@ FIGURE = Comparison(
         "TNT": CHAPTER_4["TNT"],
         "TNT-EF": EMPIRICAL["TNT-EF"],
         "Shampoo": CHAPTER_4["Shampoo"],
-        **{label: replace(S2QN[label], values=S2QN[label].values["MNIST"]) for label in ("SKQN-L", "SKQN-B1", "SKQN-B2")},
+        **{
+            label: replace(S2QN[label], values=S2QN[label].values["MNIST"])
+            for label in ("SKQN-L", "SKQN-B1", "SKQN-B2")
+        },
         "SMW-NG": Method("smw-ng", (0.1, 1.001)),  # thesis 5.8, as the next
         "SMW-NG-BD": Method("smw-ng-bd", (0.1, 1.001)),
         "HF": Method("hf", (0.1, 1.001)),
@@ -46,7 +56,11 @@ FIGURE = Comparison(
     paper=Extent(seconds=DOCUMENT_SECONDS),
     claims=[
         Claim("K-BFGS and K-BFGS(L) outperform KFAC in epochs", ["K-BFGS", "K-BFGS(L)"], ["KFAC"]),
-        Claim("and all of them the first-order methods", ["K-BFGS", "K-BFGS(L)", "KFAC"], ["SGD-m", "Adam", "RMSprop"]),
+        Claim(
+            "and all of them the first-order methods",
+            ["K-BFGS", "K-BFGS(L)", "KFAC"],
+            ["SGD-m", "Adam", "RMSprop"],
+        ),
     ],
 )
 

@@ -22,12 +22,18 @@ FIGURE: Comparison = replace(
             "k-bfgs", (0.1, 10), TWENTY
         ),  # Table 3.7, CIFAR-100, VGG16, as the next; values for CIFAR-10 belong to batch normalisation
         "K-BFGS(L)": Method("k-bfgs-l", (0.3, 100), TWENTY),
-        "KF-BFGS-CNN": Method("kf-bfgs-cnn", (1, 10), TWENTY),  # as K-BFGS: its momentum is an average, ten times smaller
+        "KF-BFGS-CNN": Method(
+            "kf-bfgs-cnn", (1, 10), TWENTY
+        ),  # as K-BFGS: its momentum is an average, ten times smaller
         "KF-BFGS(L)-CNN": Method("kf-bfgs-l-cnn", (3, 100), TWENTY),
     },
     cpu=Extent(epochs=2, evaluated=2000, tests=1000),
     claims=[
-        Claim("second-order methods are superior to Adam and SGD", ["KFAC", "TNT", "K-BFGS", "KF-BFGS-CNN"], ["Adam", "SGD"]),
+        Claim(
+            "second-order methods are superior to Adam and SGD",
+            ["KFAC", "TNT", "K-BFGS", "KF-BFGS-CNN"],
+            ["Adam", "SGD"],
+        ),
     ],
 )
 

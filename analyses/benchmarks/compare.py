@@ -21,14 +21,26 @@ import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.linalg.packed import accumulate_, output_pairs
 
-NINE = ["block-fisher", "kfac", "kfac-ef", "tnt", "tnt-ef", "tnt-per-sample", "shampoo", "adam", "sgd-m"]
+NINE = [
+    "block-fisher",
+    "kfac",
+    "kfac-ef",
+    "tnt",
+    "tnt-ef",
+    "tnt-per-sample",
+    "shampoo",
+    "adam",
+    "sgd-m",
+]
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=300)
 parser.add_argument("--repeats", type=int, default=30)
 parser.add_argument("--batch-size", type=int, default=1000)
 parser.add_argument("--names", nargs="+", help="only these algorithms, the first as the reference")
-parser.add_argument("--skip-processes", action="store_true", help="only what is measured inside this process")
+parser.add_argument(
+    "--skip-processes", action="store_true", help="only what is measured inside this process"
+)
 options = parser.parse_args()
 
 
@@ -37,7 +49,14 @@ def command(reference: str, others: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         words = ["-m", "curvlab", "compare", "--model", "mlp-256-20", "--reference", reference]
         words += ["--algorithms", ",".join(others)]
-        words += ["--steps", str(options.steps), "--batch-size", str(options.batch_size), "--out", str(Path(folder) / "run")]
+        words += [
+            "--steps",
+            str(options.steps),
+            "--batch-size",
+            str(options.batch_size),
+            "--out",
+            str(Path(folder) / "run"),
+        ]
         start = time.perf_counter()
         subprocess.run([sys.executable, *words], check=True, capture_output=True)
         return time.perf_counter() - start
@@ -54,7 +73,9 @@ def median(function: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-print(f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, {options.steps} steps")
+print(
+    f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, {options.steps} steps"
+)
 
 if not options.skip_processes:
     names = options.names or NINE
@@ -62,7 +83,9 @@ if not options.skip_processes:
     together = command(first, others)
     alone = sum(command(name, []) for name in names)
     print(f"\n{len(names)} algorithms together: {together:.1f} s")
-    print(f"  together / one by one, each following itself in a command of its own: {together / alone:.2f}")
+    print(
+        f"  together / one by one, each following itself in a command of its own: {together / alone:.2f}"
+    )
 
 train, _ = cl.datasets.load("mnist16")
 x, y = next(iter(train.batches(options.batch_size)))
@@ -111,4 +134,6 @@ print(f"\nmatrix-product peak of this run: {peak / 1e9:.0f} GFLOP/s in float32")
 print(f"first layer's block, {rows.shape[1]}²: packed moving average {fold * 1e3:.0f} ms")
 print(f"  packed / full symmetric product: {fold / full:.2f}")
 print(f"  packed / its floor: {fold * peak / (2 * len(a) * outputs * inputs):.2f}")
-print(f"  Cholesky {cholesky * 1e3:.0f} ms / its floor: {cholesky * peak / (rows.shape[1] ** 3 / 3):.2f}")
+print(
+    f"  Cholesky {cholesky * 1e3:.0f} ms / its floor: {cholesky * peak / (rows.shape[1] ** 3 / 3):.2f}"
+)

@@ -31,7 +31,9 @@ from curvlab.system.memory import keep_freed_memory
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
 parser.add_argument("--examples", type=int, default=1000)
-parser.add_argument("--skip", nargs="*", default=[], choices=["mlp", "gradients", "autoencoder", "blocks", "memory"])
+parser.add_argument(
+    "--skip", nargs="*", default=[], choices=["mlp", "gradients", "autoencoder", "blocks", "memory"]
+)
 parser.add_argument("--threads", type=int, default=1)
 parser.add_argument("--memory-of", help=argparse.SUPPRESS)
 options = parser.parse_args()
@@ -55,7 +57,9 @@ def seconds(function: Callable[[], object], repeats: int = 7) -> float:
 
 def mlp() -> tuple[cl.Objective, Tensor, Tensor]:
     train, _ = cl.datasets.load("mnist16")
-    objective = cl.Objective(cl.models.build("mlp-256-20", seed=0).to(DTYPE), cl.likelihoods.Categorical())
+    objective = cl.Objective(
+        cl.models.build("mlp-256-20", seed=0).to(DTYPE), cl.likelihoods.Categorical()
+    )
     x, y = next(iter(train.batches(options.examples, seed=0)))
     return objective, x.to(DTYPE), y
 
@@ -102,7 +106,9 @@ def passes(objective: cl.Objective, x: Tensor, name: str, kind: str) -> float:
     layers = [layer for layer in objective.model if isinstance(layer, nn.Linear)]
     outputs, following = layers[int(name) - 1].out_features, layers[int(name) :]
     one_way = 2 * outputs * sum(layer.weight.numel() for layer in following)
-    return len(x) * (one_way + 2 * following[-1].out_features * outputs**2 if kind == "ggn" else 2 * one_way)
+    return len(x) * (
+        one_way + 2 * following[-1].out_features * outputs**2 if kind == "ggn" else 2 * one_way
+    )
 
 
 def forward_backward(objective: cl.Objective, x: Tensor, y: Tensor) -> None:
@@ -149,18 +155,30 @@ def func_hessian(
 
             w = block.gather(values).flatten()
             some = torch.eye(len(w), dtype=DTYPE)[:columns]
-            found.append(vmap(lambda v, w=w, slope=slope: jvp(grad(slope), (w,), (v,))[1], chunk_size=COLUMNS)(some))
+            found.append(
+                vmap(
+                    lambda v, w=w, slope=slope: jvp(grad(slope), (w,), (v,))[1], chunk_size=COLUMNS
+                )(some)
+            )
     return found
 
 
-def curvlinops_dense(kind: str, objective: cl.Objective, x: Tensor, y: Tensor, name: str, columns: int | None = None) -> Tensor:
+def curvlinops_dense(
+    kind: str, objective: cl.Objective, x: Tensor, y: Tensor, name: str, columns: int | None = None
+) -> Tensor:
     import curvlinops
 
-    operator = {"ggn": curvlinops.GGNLinearOperator, "hessian": curvlinops.HessianLinearOperator}[kind]
+    operator = {"ggn": curvlinops.GGNLinearOperator, "hessian": curvlinops.HessianLinearOperator}[
+        kind
+    ]
     block = next(b for b in objective.blocks if b.name == name)
-    loss = {"Categorical": nn.CrossEntropyLoss(), "Bernoulli": nn.BCEWithLogitsLoss()}[type(objective.likelihood).__name__]
+    loss = {"Categorical": nn.CrossEntropyLoss(), "Bernoulli": nn.BCEWithLogitsLoss()}[
+        type(objective.likelihood).__name__
+    ]
     named = dict(objective.model.named_parameters())
-    op = operator(objective.model, loss, [named[p] for p in block.params], [(x, y)], check_deterministic=False)
+    op = operator(
+        objective.model, loss, [named[p] for p in block.params], [(x, y)], check_deterministic=False
+    )
     eye = torch.eye(block.numel, dtype=DTYPE)[:, :columns]
     return torch.cat([op @ part for part in eye.split(COLUMNS, 1)], 1)
 
@@ -172,13 +190,22 @@ def backpack_sqrt_ggn(objective: cl.Objective, x: Tensor, y: Tensor) -> list[Ten
     from backpack import backpack, extend
     from backpack.extensions import SqrtGGNExact
 
-    model, loss = extend(copy.deepcopy(objective.model)), extend(nn.CrossEntropyLoss(reduction="sum"))
+    model, loss = (
+        extend(copy.deepcopy(objective.model)),
+        extend(nn.CrossEntropyLoss(reduction="sum")),
+    )
     with backpack(SqrtGGNExact()):
         loss(model(x), y).backward()
     found = []
     for layer in model:
         if isinstance(layer, nn.Linear):
-            rows = torch.cat([layer.weight.sqrt_ggn_exact.flatten(2), layer.bias.sqrt_ggn_exact[..., None].flatten(2)], 2)
+            rows = torch.cat(
+                [
+                    layer.weight.sqrt_ggn_exact.flatten(2),
+                    layer.bias.sqrt_ggn_exact[..., None].flatten(2),
+                ],
+                2,
+            )
             rows = rows.flatten(0, 1)
             found.append(rows.T @ rows / len(x))
     return found
@@ -190,7 +217,10 @@ def backpack_gradients(objective: cl.Objective, x: Tensor, y: Tensor) -> list[Te
     from backpack import backpack, extend
     from backpack.extensions import BatchGrad
 
-    model, loss = extend(copy.deepcopy(objective.model)), extend(nn.CrossEntropyLoss(reduction="sum"))
+    model, loss = (
+        extend(copy.deepcopy(objective.model)),
+        extend(nn.CrossEntropyLoss(reduction="sum")),
+    )
     with backpack(BatchGrad()):
         loss(model(x), y).backward()
     return [p.grad_batch for p in model.parameters()]
@@ -198,7 +228,9 @@ def backpack_gradients(objective: cl.Objective, x: Tensor, y: Tensor) -> list[Te
 
 def func_gradients(objective: cl.Objective, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     def loss(v: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return objective.likelihood.loss(functional_call(objective.model, v, (x[None],)), y[None])[0]
+        return objective.likelihood.loss(functional_call(objective.model, v, (x[None],)), y[None])[
+            0
+        ]
 
     return vmap(grad(loss), (None, 0, 0))(parameters(objective), x, y)
 
@@ -216,18 +248,32 @@ def line(what: str, time_: float, ours: float, note: str = "") -> None:
 def matrices_of_the_mlp(flops: float) -> None:
     objective, x, y = mlp()
     names = [b.name for b in objective.blocks]
-    print(f"\nmlp-256-20, N = {len(x)}, all {len(names)} blocks ({', '.join(str(b.numel) for b in objective.blocks)})")
+    print(
+        f"\nmlp-256-20, N = {len(x)}, all {len(names)} blocks ({', '.join(str(b.numel) for b in objective.blocks)})"
+    )
     ggn = seconds(lambda: cl.exact.matrices(objective, x, y, "ggn"))
     second = seconds(lambda: cl.exact.matrices(objective, x, y, "hessian"))
     floor = operations(objective, x, names) / flops
-    print(f"  floor {floor:.3f} s ({operations(objective, x, names) / 1e9:.2f} GFLOP at {flops / 1e9:.0f} GFLOP/s)")
+    print(
+        f"  floor {floor:.3f} s ({operations(objective, x, names) / 1e9:.2f} GFLOP at {flops / 1e9:.0f} GFLOP/s)"
+    )
     print(f"  GGN     curvlab {ggn:.3f} s: {floor / ggn:.2f} of the peak")
-    print(f"  Hessian curvlab {second:.3f} s: {floor / second:.2f} of the peak; Hessian / GGN {second / ggn:.2f}")
+    print(
+        f"  Hessian curvlab {second:.3f} s: {floor / second:.2f} of the peak; Hessian / GGN {second / ggn:.2f}"
+    )
     line("GGN by torch.func", seconds(lambda: func_ggn(objective, x, y, names), 2), ggn)
     if has("backpack"):
-        line("GGN by BackPACK (SqrtGGNExact, then VᵀV)", seconds(lambda: backpack_sqrt_ggn(objective, x, y), 2), ggn)
+        line(
+            "GGN by BackPACK (SqrtGGNExact, then VᵀV)",
+            seconds(lambda: backpack_sqrt_ggn(objective, x, y), 2),
+            ggn,
+        )
     if has("curvlinops"):
-        line("GGN by curvlinops", seconds(lambda: [curvlinops_dense("ggn", objective, x, y, n) for n in names], 1), ggn)
+        line(
+            "GGN by curvlinops",
+            seconds(lambda: [curvlinops_dense("ggn", objective, x, y, n) for n in names], 1),
+            ggn,
+        )
     line("Hessian by torch.func", seconds(lambda: func_hessian(objective, x, y, names), 1), second)
     if has("curvlinops"):
         line(
@@ -242,7 +288,9 @@ def gradients(objective: cl.Objective, x: Tensor, y: Tensor, title: str) -> None
     print(f"\nper-sample gradients, {title}, N = {len(x)}: {megabytes:.0f} MB")
     plain = seconds(lambda: forward_backward(objective, x, y))
     fill = seconds(lambda: [g.fill_(1.0) for g in out.values()])
-    both = seconds(lambda: (forward_backward(objective, x, y), [g.fill_(1.0) for g in out.values()]))
+    both = seconds(
+        lambda: (forward_backward(objective, x, y), [g.fill_(1.0) for g in out.values()])
+    )
     ours = seconds(lambda: cl.exact.gradients(objective, x, y, out=out))
     fresh = seconds(lambda: cl.exact.gradients(objective, x, y))
     print(
@@ -251,7 +299,9 @@ def gradients(objective: cl.Objective, x: Tensor, y: Tensor, title: str) -> None
     )
     print(f"  curvlab, into memory that is there {ours * 1e3:.2f} ms: {ours / plain:.2f} × forward + backward, "
           f"{ours / fill:.2f} × the fill, {ours / both:.2f} × one after the other")  # fmt: skip
-    print(f"  curvlab, into fresh memory         {fresh * 1e3:.2f} ms: {fresh / plain:.2f} × forward + backward")
+    print(
+        f"  curvlab, into fresh memory         {fresh * 1e3:.2f} ms: {fresh / plain:.2f} × forward + backward"
+    )
     line("torch.func vmap(grad)", seconds(lambda: func_gradients(objective, x, y), 3), ours)
     if has("backpack") and isinstance(objective.likelihood, cl.likelihoods.Categorical):
         line("BackPACK BatchGrad", seconds(lambda: backpack_gradients(objective, x, y), 3), ours)
@@ -264,20 +314,35 @@ def blocks_of_the_autoencoder(flops: float) -> None:
         ours = seconds(lambda name=name: cl.exact.matrix(objective, x, y, "ggn", name), 3)
         second = seconds(lambda name=name: cl.exact.matrix(objective, x, y, "hessian", name), 3)
         product = operations(objective, x, [name]) / flops
-        print(f"\nMNIST autoencoder, N = {len(x)}, block {name} ({block.numel}): the product {product:.3f} s")
+        print(
+            f"\nMNIST autoencoder, N = {len(x)}, block {name} ({block.numel}): the product {product:.3f} s"
+        )
         for kind, taken in (("ggn", ours), ("hessian", second)):
             through = passes(objective, x, name, kind) / flops
             floor = product + through
-            print(f"  {kind:<8} floor with its passes {floor:.3f} s; curvlab {taken:.3f} s: {floor / taken:.2f} of the peak")
-        print(f"  Hessian / GGN {second / ours:.2f} (its derivatives go forward and back, the GGN's forward alone)")
-        line("GGN by torch.func", seconds(lambda name=name: func_ggn(objective, x, y, [name]), 1), ours)
+            print(
+                f"  {kind:<8} floor with its passes {floor:.3f} s; curvlab {taken:.3f} s: {floor / taken:.2f} of the peak"
+            )
+        print(
+            f"  Hessian / GGN {second / ours:.2f} (its derivatives go forward and back, the GGN's forward alone)"
+        )
+        line(
+            "GGN by torch.func",
+            seconds(lambda name=name: func_ggn(objective, x, y, [name]), 1),
+            ours,
+        )
         share = block.numel / COLUMNS
         note = f"(from {COLUMNS} columns)"
         hessian_time = seconds(lambda name=name: func_hessian(objective, x, y, [name], COLUMNS), 1)
         line("Hessian by torch.func", share * hessian_time, second, note)
         if has("curvlinops"):
             for kind, own in (("ggn", ours), ("hessian", second)):
-                taken = seconds(lambda name=name, kind=kind: curvlinops_dense(kind, objective, x, y, name, COLUMNS), 1)
+                taken = seconds(
+                    lambda name=name, kind=kind: curvlinops_dense(
+                        kind, objective, x, y, name, COLUMNS
+                    ),
+                    1,
+                )
                 line(f"{kind} by curvlinops", share * taken, own, note)
 
 
@@ -289,7 +354,10 @@ def memory(kind: str) -> None:
     before = resident("VmRSS")
     found = cl.exact.matrices(objective, x, y, kind)
     size = sum(m.matrix.numel() * m.matrix.element_size() for m in found.values())
-    print(f"  {kind:<8} {size / 1e6:.0f} MB: the process grew by {(resident('VmHWM') - before) / size:.2f} × that", flush=True)
+    print(
+        f"  {kind:<8} {size / 1e6:.0f} MB: the process grew by {(resident('VmHWM') - before) / size:.2f} × that",
+        flush=True,
+    )
 
 
 def resident(which: str) -> int:
@@ -303,7 +371,9 @@ if options.memory_of:
     memory(options.memory_of)
     sys.exit()
 keep_freed_memory()
-clock = "CPU time of one thread" if options.threads == 1 else f"wall time of {options.threads} threads"
+clock = (
+    "CPU time of one thread" if options.threads == 1 else f"wall time of {options.threads} threads"
+)
 print(f"{clock}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, {options.dtype}")
 flops = peak()
 if "gradients" not in options.skip:
@@ -313,7 +383,16 @@ if "gradients" not in options.skip:
 if "memory" not in options.skip:
     print("\npeak memory of all blocks of mlp-256-20, results included")
     for kind in ("ggn", "hessian"):
-        words = [sys.executable, __file__, "--memory-of", kind, "--dtype", options.dtype, "--examples", str(options.examples)]
+        words = [
+            sys.executable,
+            __file__,
+            "--memory-of",
+            kind,
+            "--dtype",
+            options.dtype,
+            "--examples",
+            str(options.examples),
+        ]
         subprocess.run(words, check=True)
 if "mlp" not in options.skip:
     matrices_of_the_mlp(flops)

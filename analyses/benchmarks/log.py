@@ -95,7 +95,9 @@ def measure(model: str, algorithm: str, lr: float, damping: float, probes: list[
     calls.clear()
     entry = cl.models.MODELS[model]
     train, _ = cl.datasets.load(entry.data)
-    objective = cl.Objective(cl.models.build(model, seed=0), cl.likelihoods.LIKELIHOODS[entry.likelihood](), seed=0)
+    objective = cl.Objective(
+        cl.models.build(model, seed=0), cl.likelihoods.LIKELIHOODS[entry.likelihood](), seed=0
+    )
     long = model == "mlp-256-20"
     batches: Any = train.batches(options.batch_size, seed=0)
     per_epoch = batches.per_epoch
@@ -109,7 +111,9 @@ def measure(model: str, algorithm: str, lr: float, damping: float, probes: list[
         ds, size = run.dataset, (Path(folder) / "run.h5").stat().st_size
     assert not run.stopped
     training, steps = float(ds["cpu_seconds"][-1]), int(ds["steps"][-1])
-    scaled = training if long else training * per_epoch / steps  # an epoch has one record, however few of its steps are run
+    scaled = (
+        training if long else training * per_epoch / steps
+    )  # an epoch has one record, however few of its steps are run
     share = (spent["records"] + spent["writes"]) / scaled
     print(
         f"{model:>10s}  {algorithm:<7s}{'with probes' if probes else '-':>12s}{steps:7d}{training:10.1f}"
@@ -123,7 +127,9 @@ print(
     f"1 thread, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}; a log is written every {SAVE_EVERY:g} s, "
     f"or so rarely that writes take {SAVE_SHARE:.1%} of the run"
 )
-print("     model  method       probes  steps  CPU s of  records   writes    n    both   ends, ms     sums  checkp.   log, kB")
+print(
+    "     model  method       probes  steps  CPU s of  records   writes    n    both   ends, ms     sums  checkp.   log, kB"
+)
 print("                                        training")
 for model, algorithm, lr, damping in (
     ("mlp-256-20", "adam", 1e-3, 1e-4),
@@ -133,4 +139,6 @@ for model, algorithm, lr, damping in (
     if model in options.models and algorithm in options.algorithms:
         for probes in ([], [p for p in PROBES if algorithm == "k-bfgs" or p != "damping"]):
             measure(model, algorithm, lr, damping, probes)
-print("both: records and writes, the cost of the log; ends: one write at the beginning or end; sums: norms of every step")
+print(
+    "both: records and writes, the cost of the log; ends: one write at the beginning or end; sums: norms of every step"
+)

@@ -27,7 +27,12 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--repeats", type=int, default=5)
 parser.add_argument("--batch-size", type=int, default=1000)
 parser.add_argument("--models", nargs="+", default=MODELS)
-parser.add_argument("--steps", type=int, default=1000, help="of the runs with all probes, as many as the rarest waits")
+parser.add_argument(
+    "--steps",
+    type=int,
+    default=1000,
+    help="of the runs with all probes, as many as the rarest waits",
+)
 parser.add_argument("--together", action="store_true", help="only these runs")
 parser.add_argument("--names", nargs="+", default=list(PROBES), help="only these probes")
 parser.add_argument("--write", action="store_true", help="write what is found into the package")
@@ -68,7 +73,15 @@ def costs(model: str) -> dict[str, float]:
         frame = frames[method]
 
         def take(name: str = name, frame: Frame = frame) -> None:
-            fresh = Frame(0, frame.now, frame.directions, frame.reference, frame.lr, frame.seconds, frame.curvatures)
+            fresh = Frame(
+                0,
+                frame.now,
+                frame.directions,
+                frame.reference,
+                frame.lr,
+                frame.seconds,
+                frame.curvatures,
+            )
             sample([name], fresh, "before")
             sample([name], fresh, "after")
 
@@ -104,10 +117,15 @@ print(
 if tables:
     print(f"{'probe':>12s}  every" + "".join(f"{m:>14s}" for m in tables))
 for name in options.names if tables else []:
-    print(f"{name:>12s}  {PROBES[name].every:5d}" + "".join(f"{t[name]:14.3f}" for t in tables.values()))
+    print(
+        f"{name:>12s}  {PROBES[name].every:5d}"
+        + "".join(f"{t[name]:14.3f}" for t in tables.values())
+    )
 for model, table in tables.items():
     of_train = [table[n] / PROBES[n].every for n in options.names if "train" in PROBES[n].where]
-    print(f"all probes of a training run at their own steps, {model}: {sum(of_train):.2f} × forward + backward a step")
+    print(
+        f"all probes of a training run at their own steps, {model}: {sum(of_train):.2f} × forward + backward a step"
+    )
 for algorithm in ("k-bfgs", "k-bfgs-l", "kfac"):
     ratio = together("mlp-256-20", algorithm, options.steps)
     print(
@@ -116,7 +134,9 @@ for algorithm in ("k-bfgs", "k-bfgs-l", "kfac"):
     )
 if options.write:
     target = Path(cl.__file__).parent / "probes" / "costs.py"
-    lines = [f'    "{name}": ({", ".join(f"{tables[m][name]:.2g}" for m in MODELS)}),' for name in PROBES]
+    lines = [
+        f'    "{name}": ({", ".join(f"{tables[m][name]:.2g}" for m in MODELS)}),' for name in PROBES
+    ]
     head = f'''"""What probes cost, written by analyses/benchmarks/probes.py."""
 
 COST_MODELS = {MODELS!r}

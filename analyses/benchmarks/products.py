@@ -23,7 +23,9 @@ import curvlab as cl
 from curvlab.system.memory import keep_freed_memory
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--models", nargs="+", default=["mlp-256-20", "mnist-ae"], choices=["mlp-256-20", "mnist-ae"])
+parser.add_argument(
+    "--models", nargs="+", default=["mlp-256-20", "mnist-ae"], choices=["mlp-256-20", "mnist-ae"]
+)
 parser.add_argument("--examples", type=int, default=1000)
 parser.add_argument("--columns", type=int, nargs="+", default=[1, 16])
 parser.add_argument("--threads", type=int, default=1)
@@ -48,12 +50,27 @@ def problem(name: str) -> tuple[cl.Objective, Tensor, Tensor, nn.Module]:
     model, generator = cl.models.build(name, seed=0), torch.Generator().manual_seed(0)
     if name == "mnist-ae":
         x = torch.rand(options.examples, 784, generator=generator).pow(4)
-        return cl.Objective(model, cl.likelihoods.Bernoulli()), x, x, nn.BCEWithLogitsLoss(reduction="sum")
-    x, y = torch.rand(options.examples, 256, generator=generator), torch.randint(10, (options.examples,), generator=generator)
-    return cl.Objective(model, cl.likelihoods.Categorical()), x, y, nn.CrossEntropyLoss(reduction="sum")
+        return (
+            cl.Objective(model, cl.likelihoods.Bernoulli()),
+            x,
+            x,
+            nn.BCEWithLogitsLoss(reduction="sum"),
+        )
+    x, y = (
+        torch.rand(options.examples, 256, generator=generator),
+        torch.randint(10, (options.examples,), generator=generator),
+    )
+    return (
+        cl.Objective(model, cl.likelihoods.Categorical()),
+        x,
+        y,
+        nn.CrossEntropyLoss(reduction="sum"),
+    )
 
 
-def theirs(kind: str, objective: cl.Objective, x: Tensor, y: Tensor, loss: nn.Module) -> Callable[[Tensor], Tensor]:
+def theirs(
+    kind: str, objective: cl.Objective, x: Tensor, y: Tensor, loss: nn.Module
+) -> Callable[[Tensor], Tensor]:
     """Columns in the order of the parameters one after the other → N times the product."""
     import curvlinops
 
@@ -87,12 +104,17 @@ def run(name: str) -> None:
                 error = float((found - expected).norm() / expected.norm())
                 assert error < 1e-4, f"{name}, {kind}: relative error {error:.2g}"
                 ratio = f"{seconds(lambda peer=peer, w=w: peer(w)) / taken:>19.2f}"
-            print(f"  {kind:<9}{columns:>8}{1e3 * taken:>10.1f}{taken / base / columns:>16.2f}{ratio}", flush=True)
+            print(
+                f"  {kind:<9}{columns:>8}{1e3 * taken:>10.1f}{taken / base / columns:>16.2f}{ratio}",
+                flush=True,
+            )
 
 
 torch.set_num_threads(options.threads)
 keep_freed_memory()
-what = "CPU time of one thread" if options.threads == 1 else f"wall time of {options.threads} threads"
+what = (
+    "CPU time of one thread" if options.threads == 1 else f"wall time of {options.threads} threads"
+)
 print(f"{what}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}")
 for model in options.models:
     run(model)

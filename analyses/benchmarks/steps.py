@@ -37,7 +37,9 @@ class Method:
 
     @property
     def label(self) -> str:
-        return self.name + "".join(f" {'T₂' if k == 'refresh_every' else 'T'}={v}" for k, v in self.options.items())
+        return self.name + "".join(
+            f" {'T₂' if k == 'refresh_every' else 'T'}={v}" for k, v in self.options.items()
+        )
 
     @property
     def period(self) -> int:
@@ -59,9 +61,18 @@ METHODS = [
 PAIRS = 100
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--problems", nargs="+", choices=("autoencoder", "vgg"), default=["autoencoder", "vgg"])
-parser.add_argument("--names", nargs="+", default=[m.name for m in METHODS], help="of methods; peers always run")
-parser.add_argument("--batch-size", type=int, default=1000, help="of the autoencoder; a twentieth of it for the convolutions")
+parser.add_argument(
+    "--problems", nargs="+", choices=("autoencoder", "vgg"), default=["autoencoder", "vgg"]
+)
+parser.add_argument(
+    "--names", nargs="+", default=[m.name for m in METHODS], help="of methods; peers always run"
+)
+parser.add_argument(
+    "--batch-size",
+    type=int,
+    default=1000,
+    help="of the autoencoder; a twentieth of it for the convolutions",
+)
 parser.add_argument("--threads", type=int, default=1)
 options = parser.parse_args()
 torch.set_num_threads(options.threads)
@@ -83,7 +94,10 @@ def vgg() -> tuple[cl.Objective, list[tuple[Tensor, Tensor]]]:
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 10))
     size = max(2, options.batch_size // 20)
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(4, size, 3, 32, 32, generator=generator), torch.randint(10, (4, size), generator=generator)
+    x, y = (
+        torch.randn(4, size, 3, 32, 32, generator=generator),
+        torch.randint(10, (4, size), generator=generator),
+    )
     return cl.Objective(model, cl.likelihoods.Categorical()), list(zip(x, y, strict=True))
 
 
@@ -139,7 +153,9 @@ def floor(method: Method, layers: list[Layer], plain: bool = False) -> float:
     every, refreshed = method.options.get("update_every", 1), method.options.get("refresh_every", 1)
     total = 0.0
     for layer in layers:
-        through = 2.0 * layer.rows * layer.inputs * layer.outputs  # forward; or the gradient; or back
+        through = (
+            2.0 * layer.rows * layer.inputs * layer.outputs
+        )  # forward; or the gradient; or back
         back = 0.0 if layer.first else through
         out, width = layer.ways
         total += through + back + through
@@ -181,7 +197,9 @@ def numbers(method: Method, layers: list[Layer]) -> int | None:
 class PlainKfac:
     """KFAC as one writes it first: hooks, A = aᵀa/N and G = gᵀg/N of drawn labels, inverses every T steps."""
 
-    def __init__(self, model: nn.Module, every: int = 20, decay: float = 0.9, damping: float = 1.0) -> None:
+    def __init__(
+        self, model: nn.Module, every: int = 20, decay: float = 0.9, damping: float = 1.0
+    ) -> None:
         self.layers = [m for m in model if isinstance(m, nn.Linear)]
         self.model, self.every, self.decay, self.root = model, every, decay, damping**0.5
         self.A: dict[nn.Linear, Tensor] = {}
@@ -194,7 +212,9 @@ class PlainKfac:
             layer.register_full_backward_hook(self._derivatives)
 
     def _average(self, into: dict[nn.Linear, Tensor], layer: nn.Linear, new: Tensor) -> None:
-        into[layer] = new if layer not in into else self.decay * into[layer] + (1 - self.decay) * new
+        into[layer] = (
+            new if layer not in into else self.decay * into[layer] + (1 - self.decay) * new
+        )
 
     def _inputs(self, layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
         a = torch.cat([args[0], args[0].new_ones(len(args[0]), 1)], 1)
@@ -209,7 +229,9 @@ class PlainKfac:
         z = self.model(x)
         drawn = torch.bernoulli(torch.sigmoid(z.detach()))
         self.recording = True
-        nn.functional.binary_cross_entropy_with_logits(z, drawn, reduction="sum").div(len(x)).backward(retain_graph=True)
+        nn.functional.binary_cross_entropy_with_logits(z, drawn, reduction="sum").div(
+            len(x)
+        ).backward(retain_graph=True)
         self.recording = False
         self.model.zero_grad()
         nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum").div(len(x)).backward()
@@ -220,7 +242,9 @@ class PlainKfac:
                     damped = (m + self.root * torch.eye(len(m)) for m in (A, G))
                     self.inverses[layer] = tuple(torch.linalg.inv(m) for m in damped)  # type: ignore[assignment]  # two
                 grad = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
-                self.momentum[layer] = grad if layer not in self.momentum else 0.9 * self.momentum[layer] + grad
+                self.momentum[layer] = (
+                    grad if layer not in self.momentum else 0.9 * self.momentum[layer] + grad
+                )
                 step = self.inverses[layer][1] @ self.momentum[layer] @ self.inverses[layer][0]
                 layer.weight -= lr * step[:, :-1]
                 layer.bias -= lr * step[:, -1]
@@ -231,29 +255,49 @@ def run(problem: str, flops: float) -> None:
     objective, batches = PROBLEMS[problem]()
     layers = layers_of(objective, *batches[0])
 
-    def plain(i: int, of: cl.Objective = objective, among: list[tuple[Tensor, Tensor]] = batches) -> None:
+    def plain(
+        i: int, of: cl.Objective = objective, among: list[tuple[Tensor, Tensor]] = batches
+    ) -> None:
         of.closure(*among[i % 4])()
 
-    bases = [timed(plain)]  # again after every method: neighbours of the machine make it slower and faster
+    bases = [
+        timed(plain)
+    ]  # again after every method: neighbours of the machine make it slower and faster
     least = floor(METHODS[0], layers, plain=True) / flops
     about = f"{problem}, batches of {len(batches[0][0])}"
     print(f"\n{about}: forward + backward {1e3 * bases[0]:.1f} ms (floor {1e3 * least:.1f} ms)")
-    print(f"  {'method':<20}{'ms':>9}{'× f+b':>8}{'floor':>8}{'goal':>7}{'memory MB':>12}{'tables':>9}")
+    print(
+        f"  {'method':<20}{'ms':>9}{'× f+b':>8}{'floor':>8}{'goal':>7}{'memory MB':>12}{'tables':>9}"
+    )
     taken: dict[str, float] = {}
 
-    def show(label: str, seconds: float, bound: float | None = None, goal: float | None = None, memory: str = "") -> None:
+    def show(
+        label: str,
+        seconds: float,
+        bound: float | None = None,
+        goal: float | None = None,
+        memory: str = "",
+    ) -> None:
         bases.append(timed(plain))
         base = (bases[-2] + bases[-1]) / 2
         taken[label] = seconds / base
         bounds = f"{bound / flops / base:>8.2f}" if bound else " " * 8
         goals = f"{goal:>7.1f}" if goal and problem == "autoencoder" else " " * 7
-        print(f"  {label:<20}{1e3 * seconds:>9.1f}{seconds / base:>8.2f}{bounds}{goals}{memory}", flush=True)
+        print(
+            f"  {label:<20}{1e3 * seconds:>9.1f}{seconds / base:>8.2f}{bounds}{goals}{memory}",
+            flush=True,
+        )
 
     for method in (m for m in METHODS if m.name in options.names):
         objective, batches = PROBLEMS[problem]()
         optimizer = cl.optimizer(method.name, objective, lr=1e-7, **method.options)
-        seconds = timed(lambda i, b=batches, o=objective, step=optimizer.step: step(o.closure(*b[i % 4])), method.period)
-        held = sum(t.numel() * t.element_size() for t in tensors(optimizer.descent.curvature.state_dict()))
+        seconds = timed(
+            lambda i, b=batches, o=objective, step=optimizer.step: step(o.closure(*b[i % 4])),
+            method.period,
+        )
+        held = sum(
+            t.numel() * t.element_size() for t in tensors(optimizer.descent.curvature.state_dict())
+        )
         told = numbers(method, layers)
         memory = f"{held / 1e6:>12.1f}" + ("" if told is None else f"{4 * told / 1e6:>9.1f}")
         show(method.label, seconds, floor(method, layers), method.goal, memory)
@@ -282,12 +326,18 @@ def run(problem: str, flops: float) -> None:
         show("pytorch_optimizer Shampoo T₂=20", timed(shampoo_step, 20))
         ours = taken.get("shampoo T₂=20")
         if ours:
-            print(f"  pytorch_optimizer's Shampoo / ours: {taken['pytorch_optimizer Shampoo T₂=20'] / ours:.2f}")
+            print(
+                f"  pytorch_optimizer's Shampoo / ours: {taken['pytorch_optimizer Shampoo T₂=20'] / ours:.2f}"
+            )
 
 
 keep_freed_memory()
-what = "CPU time of one thread" if options.threads == 1 else f"wall time of {options.threads} threads"
+what = (
+    "CPU time of one thread" if options.threads == 1 else f"wall time of {options.threads} threads"
+)
 flops = peak()
-print(f"{what}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, peak {flops / 1e9:.0f} GFLOP/s")
+print(
+    f"{what}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, peak {flops / 1e9:.0f} GFLOP/s"
+)
 for name in options.problems:
     run(name, flops)

@@ -20,7 +20,9 @@ from typing import IO, Any, cast
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--old", type=Path, help="a checkout of the other version")
 parser.add_argument("--models", nargs="+", default=["mlp-256-20", "mnist-ae"])
-parser.add_argument("--names", nargs="+", help="of methods, and of exact:KIND, gradients; all where none is given")
+parser.add_argument(
+    "--names", nargs="+", help="of methods, and of exact:KIND, gradients; all where none is given"
+)
 parser.add_argument("--rounds", type=int, default=12)
 parser.add_argument("--batch-size", type=int, default=1000)
 parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -52,8 +54,14 @@ def serve() -> None:
         likelihood = cl.likelihoods.Bernoulli() if autoencoder else cl.likelihoods.Categorical()
         objective = cl.Objective(cl.models.build(model, seed=0), likelihood)
         width = objective.blocks[0].shape[1] - 1
-        x = torch.rand(4, options.batch_size, width, generator=torch.Generator().manual_seed(0)).pow(4)
-        y = x if autoencoder else torch.randint(10, x.shape[:2], generator=torch.Generator().manual_seed(1))
+        x = torch.rand(
+            4, options.batch_size, width, generator=torch.Generator().manual_seed(0)
+        ).pow(4)
+        y = (
+            x
+            if autoencoder
+            else torch.randint(10, x.shape[:2], generator=torch.Generator().manual_seed(1))
+        )
         if name == "gradients":
             return lambda i: cl.exact.gradients(objective, x[i % 4], y[i % 4])
         if name.startswith("exact:"):
@@ -90,7 +98,12 @@ class Version:
         command = [sys.executable, __file__, "--serve", "--batch-size", str(options.batch_size)]
         here = os.environ | {"PYTHONPATH": str(checkout.resolve())}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=here, cwd=checkout
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=here,
+            cwd=checkout,
         )
 
     def ask(self, line: str) -> str:
@@ -106,10 +119,17 @@ def main() -> None:
     if options.old is None:
         parser.error("--old is needed: a checkout of the version to compare with")
     old, new = Version(options.old), Version(Path(__file__).parents[2])
-    names = options.names or [*old.ask("list").split(), "gradients", *(f"exact:{kind}" for kind in KINDS)]
+    names = options.names or [
+        *old.ask("list").split(),
+        "gradients",
+        *(f"exact:{kind}" for kind in KINDS),
+    ]
     new.ask("list")
     for model in options.models:
-        print(f"{model}, batches of {options.batch_size}: milliseconds of old and new, their ratio", flush=True)
+        print(
+            f"{model}, batches of {options.batch_size}: milliseconds of old and new, their ratio",
+            flush=True,
+        )
         for name in names:
             if name.startswith("exact:") and not model.startswith("mlp"):
                 continue  # the narrowest block of the autoencoder is minutes long, in products of matrices: see exact.py
@@ -119,7 +139,10 @@ def main() -> None:
                 for version in (old, new) if turn % 2 else (new, old):
                     times[version].append(float(version.ask(f"go {count}")))
             before, after = min(times[old]), min(times[new])
-            print(f"  {name:<22}{1e3 * before:>9.3f}{1e3 * after:>9.3f}{after / before:>8.3f}", flush=True)
+            print(
+                f"  {name:<22}{1e3 * before:>9.3f}{1e3 * after:>9.3f}{after / before:>8.3f}",
+                flush=True,
+            )
 
 
 if options.serve:

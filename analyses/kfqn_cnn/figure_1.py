@@ -41,7 +41,13 @@ FIGURE = Comparison(
     cpu=NETWORKS,
     paper=Extent(seconds=2000, seeds=5),
     claims=[
-        Claim("they are at least as good as the others in epochs, training", OURS, OTHERS, within=0.02, problems=PROBLEMS[:3]),
+        Claim(
+            "they are at least as good as the others in epochs, training",
+            OURS,
+            OTHERS,
+            within=0.02,
+            problems=PROBLEMS[:3],
+        ),
         Claim("they outperform the others in epochs, testing", OURS, OTHERS, measure="val_error"),
         Claim("they outperform KFAC in time", OURS, ["KFAC"], "time"),
     ],

@@ -14,7 +14,10 @@ DAMPINGS = (0.3, 1, 3, 10, 30, 100)
 
 
 def at(damping: float) -> Method:
-    return Method("kf-bfgs-cnn", {problem: (lr * damping / best, damping) for problem, (lr, best) in BEST.items()})
+    return Method(
+        "kf-bfgs-cnn",
+        {problem: (lr * damping / best, damping) for problem, (lr, best) in BEST.items()},
+    )
 
 
 METHODS = {f"λ = {damping:g}": at(damping) for damping in DAMPINGS}
@@ -28,7 +31,11 @@ FIGURE: Comparison = replace(
     methods={**METHODS, "SGD-m": TUNED.methods["SGD-m"]},
     claims=[
         Claim(
-            "every damping is at least as good as SGD-m in testing", list(METHODS), ["SGD-m"], measure="val_error", within=0.05
+            "every damping is at least as good as SGD-m in testing",
+            list(METHODS),
+            ["SGD-m"],
+            measure="val_error",
+            within=0.05,
         )
     ],
 )

@@ -42,7 +42,9 @@ def load(name: str) -> tuple[Tensor, Tensor]:
 
 def objective(x: Tensor) -> cl.Objective:
     """(26) with μ = 1/N, from θ = 0."""
-    model = (cl.models.logistic_sparse if x.is_sparse else cl.models.logistic)((x.shape[1],)).double()
+    model = (cl.models.logistic_sparse if x.is_sparse else cl.models.logistic)(
+        (x.shape[1],)
+    ).double()
     torch.nn.init.zeros_(model.weight)
     return cl.Objective(model, cl.likelihoods.Bernoulli(), l2=1 / len(x))
 
@@ -51,7 +53,9 @@ def optimum(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Ψ*, and the length of the gradient there: Newton's method on all data, Cholesky, or conjugate gradients to 1e-6."""
     problem = objective(x)
     closure, weight = problem.closure(x, y), problem.model.weight
-    newton = cl.optimizer("ssn", problem, **NEWTON | {"damping": 0.0, "tolerance": 1e-6, "iterations": 5000})
+    newton = cl.optimizer(
+        "ssn", problem, **NEWTON | {"damping": 0.0, "tolerance": 1e-6, "iterations": 5000}
+    )
     for _ in range(30):
         if x.is_sparse:
             newton.step(closure)
@@ -80,7 +84,14 @@ def batches(count: int, size: float, growth: float, seed: int) -> Iterator[Tenso
 
 
 def follow(
-    label: str, x: Tensor, y: Tensor, least: float, epochs: float, seed: int, rate: float = 1.0, damping: float = 0.0
+    label: str,
+    x: Tensor,
+    y: Tensor,
+    least: float,
+    epochs: float,
+    seed: int,
+    rate: float = 1.0,
+    damping: float = 0.0,
 ) -> Curve:
     """(epochs, relative error) after every step; of SGD after every fifth of an epoch."""
     name, own, *_ = METHODS[label]
@@ -99,10 +110,16 @@ def follow(
             if visits >= epochs * count or error < 1e-15:
                 return found
         # a new closure every step: S_H is drawn by its number
-        closure = problem.closure(x, y) if chosen is None else problem.closure(x.index_select(0, chosen), y[chosen])
+        closure = (
+            problem.closure(x, y)
+            if chosen is None
+            else problem.closure(x.index_select(0, chosen), y[chosen])
+        )
         optimizer.step(closure)
         seen = len(closure.x)
-        visits += seen * (not (full and chosen is None)) + seen * (not stochastic)  # here, and where the step led
+        visits += seen * (not (full and chosen is None)) + seen * (
+            not stochastic
+        )  # here, and where the step led
         full = chosen is None
         if not stochastic:
             work = sum(optimizer.descent.curvature.work.values())
@@ -118,7 +135,9 @@ def epochs_to(curve: Curve, error: float) -> float:
     return next((visited for visited, e in curve if e <= error), float("inf"))
 
 
-def curves(label: str, x: Tensor, y: Tensor, least: float, options: Options) -> dict[tuple[str, float], list[Curve]]:
+def curves(
+    label: str, x: Tensor, y: Tensor, least: float, options: Options
+) -> dict[tuple[str, float], list[Curve]]:
     """{(how the legend calls it, λ): a curve a seed}; of SGD the best of RATES."""
     epochs, seeds, dampings, _ = EXTENT[options.budget]
     if label == "SGD":
@@ -127,7 +146,10 @@ def curves(label: str, x: Tensor, y: Tensor, least: float, options: Options) -> 
         return {(f"SGD, lr {best:g}", 0.0): [tried[best]]}
     if label == "L-BFGS":
         return {(label, 0.0): [follow(label, x, y, least, epochs, seeds[0])]}
-    return {(label, d): [follow(label, x, y, least, epochs, seed, damping=d) for seed in seeds] for d in dampings}
+    return {
+        (label, d): [follow(label, x, y, least, epochs, seed, damping=d) for seed in seeds]
+        for d in dampings
+    }
 
 
 def make(report: Report) -> None:
@@ -140,23 +162,46 @@ def make(report: Report) -> None:
             report.say(f"{name}: not run: {error}")
             continue
         least, gradient = optimum(x, y)
-        report.say(f"{name}: {len(y)} × {x.shape[1]}, Ψ* = {least:.15f}, ‖∇Ψ‖ = {gradient:.1e} there")
+        report.say(
+            f"{name}: {len(y)} × {x.shape[1]}, Ψ* = {least:.15f}, ‖∇Ψ‖ = {gradient:.1e} there"
+        )
         ends: dict[str, float] = {}
         for label, (_, _, colour, marker) in METHODS.items():
             for (shown, damping), found in curves(label, x, y, least, report.options).items():
-                texts = [f"{at(c, epochs / 2):.1e} {at(c, epochs):.1e} {epochs_to(c, 1e-8):5.1f}" for c in found]
-                what = f"{shown}, λ = {damping:g}" if len(dampings) > 1 and label in ("S4QN", "SSN") else shown
-                report.say(f"{what:>16}: error at {epochs / 2:g} and {epochs:g} epochs, epochs to 1e-8: {' | '.join(texts)}")
+                texts = [
+                    f"{at(c, epochs / 2):.1e} {at(c, epochs):.1e} {epochs_to(c, 1e-8):5.1f}"
+                    for c in found
+                ]
+                what = (
+                    f"{shown}, λ = {damping:g}"
+                    if len(dampings) > 1 and label in ("S4QN", "SSN")
+                    else shown
+                )
+                report.say(
+                    f"{what:>16}: error at {epochs / 2:g} and {epochs:g} epochs, epochs to 1e-8: {' | '.join(texts)}"
+                )
                 if damping == dampings[0] or label not in ("S4QN", "SSN"):
                     ends[label] = max(at(c, epochs) for c in found)
                     for i, curve in enumerate(found):
                         visited, errors = zip(*curve, strict=True)
                         look = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1}
                         every, label_once = max(1, len(curve) // 15), shown if i == 0 else None
-                        ax.semilogy(visited, [max(e, 1e-16) for e in errors], markevery=every, label=label_once, **look)
+                        ax.semilogy(
+                            visited,
+                            [max(e, 1e-16) for e in errors],
+                            markevery=every,
+                            label=label_once,
+                            **look,
+                        )
         others = min(error for label, error in ends.items() if label != "S4QN")
-        report.say(f"claim: S4QN outperforms the other methods: {'holds' if ends['S4QN'] <= others else 'does not hold'}")
-        ax.set(title=f"{name} ({len(y):,} × {x.shape[1]:,})", xlabel="epochs (N visits of an example)", xlim=(0, epochs))
+        report.say(
+            f"claim: S4QN outperforms the other methods: {'holds' if ends['S4QN'] <= others else 'does not hold'}"
+        )
+        ax.set(
+            title=f"{name} ({len(y):,} × {x.shape[1]:,})",
+            xlabel="epochs (N visits of an example)",
+            xlim=(0, epochs),
+        )
         ax.set(ylim=(5e-17, 2), ylabel="relative error (Ψ − Ψ*) / max(1, Ψ*)")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8, frameon=False)

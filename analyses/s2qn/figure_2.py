@@ -24,13 +24,21 @@ FIGURE = Comparison(
     "testing loss (6.2)",
     problems=PROBLEMS,
     batch=1000,
-    methods={label: Method(name, dict(zip(PROBLEMS, each, strict=True))) for label, (name, each) in VALUES.items()},
+    methods={
+        label: Method(name, dict(zip(PROBLEMS, each, strict=True)))
+        for label, (name, each) in VALUES.items()
+    },
     measures=["train_loss", "val_loss"],
     cpu=AUTOENCODERS,
     paper=Extent(epochs=100),  # not published
     claims=[
         Claim("they are better than SGD and Adam in training", SKQN, ["SGD", "Adam"]),
-        Claim("they are better than SGD and Adam in testing", SKQN, ["SGD", "Adam"], measure="val_loss"),
+        Claim(
+            "they are better than SGD and Adam in testing",
+            SKQN,
+            ["SGD", "Adam"],
+            measure="val_loss",
+        ),
         Claim("they are better than KFAC in training", SKQN, ["KFAC"]),
         Claim("they are better than KFAC in testing", SKQN, ["KFAC"], measure="val_loss"),
     ],

@@ -25,9 +25,20 @@ FIGURE = Comparison(
     cpu=Extent(seconds=60, evaluated=2000, tests=1000),
     paper=Extent(epochs=100),  # not published
     claims=[
-        Claim("second-order methods are superior to Adam and SGD", [*SKQN, "KFAC"], ["Adam", "SGD"]),
-        Claim("the proposed methods have smaller training loss in the end", SKQN, ["KFAC", "Adam", "SGD"]),
-        Claim("the proposed methods have larger test accuracy in the end", SKQN, ["KFAC", "Adam", "SGD"], measure="val_error"),
+        Claim(
+            "second-order methods are superior to Adam and SGD", [*SKQN, "KFAC"], ["Adam", "SGD"]
+        ),
+        Claim(
+            "the proposed methods have smaller training loss in the end",
+            SKQN,
+            ["KFAC", "Adam", "SGD"],
+        ),
+        Claim(
+            "the proposed methods have larger test accuracy in the end",
+            SKQN,
+            ["KFAC", "Adam", "SGD"],
+            measure="val_error",
+        ),
     ],
 )
 

@@ -25,10 +25,20 @@ FIGURE = replace(
     },
     cpu=NETWORKS,
     claims=[
-        Claim("second-order methods outperform first-order methods in training", [*SKQN, "KFAC"], ["Adam", "SGD"]),
+        Claim(
+            "second-order methods outperform first-order methods in training",
+            [*SKQN, "KFAC"],
+            ["Adam", "SGD"],
+        ),
         Claim("and in testing", [*SKQN, "KFAC"], ["Adam", "SGD"], measure="val_error"),
         Claim("the proposed methods' training loss falls faster than KFAC's", SKQN, ["KFAC"]),
-        Claim("in testing they are at least comparable with KFAC", SKQN, ["KFAC"], measure="val_error", within=0.05),
+        Claim(
+            "in testing they are at least comparable with KFAC",
+            SKQN,
+            ["KFAC"],
+            measure="val_error",
+            within=0.05,
+        ),
     ],
 )
 

@@ -21,7 +21,9 @@ STAGES = ("before", "after")
 SKQN = ("SKQN-L", "SKQN-B1", "SKQN-B2")
 WITHIN = "pairs_within_2mu1"
 
-CHAPTER_2, CHAPTER_3, S2QN = (load(name).methods for name in ("figure-2.2", "figure-3.1", "s2qn-figure-2"))
+CHAPTER_2, CHAPTER_3, S2QN = (
+    load(name).methods for name in ("figure-2.2", "figure-3.1", "s2qn-figure-2")
+)
 
 
 def probed(method: Method) -> Method:
@@ -33,7 +35,9 @@ def on(values: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
 
 
 def without_faces(method: Method) -> Method:
-    return replace(method, values={name: values for name, values in method.values.items() if name != "FACES"})
+    return replace(
+        method, values={name: values for name, values in method.values.items() if name != "FACES"}
+    )
 
 
 RUNS = Comparison(
@@ -48,7 +52,10 @@ RUNS = Comparison(
         "K-BFGS": probed(without_faces(CHAPTER_3["K-BFGS"])),
         "KF-BFGS(L)-CNN": probed(Method("kf-bfgs-l-cnn", on((0.3, 0.3)))),  # no table's: as K-BFGS
         "KF-BFGS-CNN": probed(Method("kf-bfgs-cnn", on((0.3, 0.3)))),
-        **{name: probed(replace(S2QN[name], values=on(S2QN[name].values["MNIST"]))) for name in SKQN},
+        **{
+            name: probed(replace(S2QN[name], values=on(S2QN[name].values["MNIST"])))
+            for name in SKQN
+        },
         "L-BFGS": probed(Method("lbfgs", on((0.1, 0.0)))),
     },
     cpu=Extent(epochs={"MNIST": 3, "FACES": 2, "CURVES": 6}, tests=0, evaluated=1000),
@@ -67,7 +74,12 @@ def pairs(log: xr.Dataset) -> xr.Dataset:
 def by_layer(found: xr.Dataset, above: Axes, below: Axes) -> None:
     """The document's own two panels."""
     for i, layer in enumerate(found["block"].values):
-        look = {"color": f"C{i}", "marker": "os^vDPX*+x12"[i % 12], "markersize": 4, "linewidth": 1.2}
+        look = {
+            "color": f"C{i}",
+            "marker": "os^vDPX*+x12"[i % 12],
+            "markersize": 4,
+            "linewidth": 1.2,
+        }
         above.plot(found["epoch"], found[WITHIN].sel(block=layer), label=f"layer {i + 1}", **look)
         below.plot(found["epoch"], found["pair_curvature_mean"].sel(block=layer), **look)
     above.set(ylim=(-0.03, 1.05))
@@ -88,7 +100,12 @@ def by_method(logs: dict[str, xr.Dataset], axes: Axes) -> None:
     for i, log in enumerate(known.values()):
         for shift, (stage, look) in zip((-0.15, 0.15), looks.items(), strict=True):
             each = log[WITHIN].sel(stage=stage).mean("epoch")
-            axes.scatter([i + shift] * each.sizes["block"], each, label=f"{stage} damping" if i == 0 else None, **look)
+            axes.scatter(
+                [i + shift] * each.sizes["block"],
+                each,
+                label=f"{stage} damping" if i == 0 else None,
+                **look,
+            )
     axes.set_xticks(range(len(known)), list(known), rotation=60, ha="right", fontsize=8)
     axes.set(ylim=(-0.03, 1.05))
     axes.legend(fontsize=6, loc="lower left")
@@ -121,12 +138,22 @@ def make(report: Report) -> None:
     for column, (problem, of_methods) in zip(panels.T, results.items(), strict=True):
         logs = {label: pairs(r.runs[0]) for label, r in of_methods.items() if r.runs}
         report.say(f"{problem}: the worst layer and epoch (after the first) of each method")
-        headings = ["method", "≤ 2/μ₁ before", "after damping", "greatest mean", "least sᵀy/sᵀBs", "after", "refused"]
+        headings = [
+            "method",
+            "≤ 2/μ₁ before",
+            "after damping",
+            "greatest mean",
+            "least sᵀy/sᵀBs",
+            "after",
+            "refused",
+        ]
         report.table(headings, (row(label, log) for label, log in logs.items()))
         for label in (name for name in ("K-BFGS-20", OURS) if name in logs):
             least = float(after_the_first(logs[label])[WITHIN].sel(stage="after").min())
             verdict = "holds" if least >= 0.9 else "does not hold"
-            report.say(f"claim: {label}: at least 90 % in every layer and epoch after the first: {verdict}")
+            report.say(
+                f"claim: {label}: at least 90 % in every layer and epoch after the first: {verdict}"
+            )
         report.say()
         column[0].set_title(f"{problem}: {OURS}" if OURS in logs else problem)
         if OURS in logs:

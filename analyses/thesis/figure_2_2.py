@@ -3,12 +3,22 @@
 Minibatches of 1000, momentum averaged, η/2 ‖θ‖² with η = 1e-5 in the gradient (the losses drawn are without it).
 """
 
-from curvlab.reproduction import AUTOENCODERS, DOCUMENT_SECONDS, Claim, Comparison, Extent, Method, main
+from curvlab.reproduction import (
+    AUTOENCODERS,
+    DOCUMENT_SECONDS,
+    Claim,
+    Comparison,
+    Extent,
+    Method,
+    main,
+)
 
 OURS, FIRST = ["K-BFGS", "K-BFGS(L)"], ["Adam", "RMSprop", "SGD-m"]
 
 
-def values(mnist: tuple[float, float], faces: tuple[float, float], curves: tuple[float, float]) -> dict[str, tuple[float, ...]]:
+def values(
+    mnist: tuple[float, float], faces: tuple[float, float], curves: tuple[float, float]
+) -> dict[str, tuple[float, ...]]:
     return {"MNIST": mnist, "FACES": faces, "CURVES": curves}
 
 
@@ -24,15 +34,30 @@ FIGURE = Comparison(
         "KFAC": Method("kfac-20", values((1, 3), (0.1, 0.1), (0.3, 0.3))),
         "Adam": Method("adam", values((1e-4, 1e-4), (1e-4, 1e-4), (1e-3, 1e-3)), {"decay": 0.9}),
         "RMSprop": Method("rmsprop", values((1e-4, 1e-4), (1e-4, 1e-4), (1e-3, 1e-3))),
-        "SGD-m": Method("sgd-m", values((0.03, 0), (0.01, 0), (0.1, 0)), {"momentum_kind": "average"}),
+        "SGD-m": Method(
+            "sgd-m", values((0.03, 0), (0.01, 0), (0.1, 0)), {"momentum_kind": "average"}
+        ),
     },
     l2=0.5e-5,
     cpu=AUTOENCODERS,
     paper=Extent(seconds=DOCUMENT_SECONDS, seeds=20),
     claims=[
-        Claim("they outperform the first-order methods in time", OURS, FIRST, "time", problems=["MNIST", "FACES"]),
+        Claim(
+            "they outperform the first-order methods in time",
+            OURS,
+            FIRST,
+            "time",
+            problems=["MNIST", "FACES"],
+        ),
         Claim("they outperform SGD-m in time", OURS, ["SGD-m"], "time", problems=["CURVES"]),
-        Claim("they perform comparably to KFAC in time", OURS, ["KFAC"], "time", within=0.1, alike=True),
+        Claim(
+            "they perform comparably to KFAC in time",
+            OURS,
+            ["KFAC"],
+            "time",
+            within=0.1,
+            alike=True,
+        ),
         Claim("they perform comparably to KFAC in epochs", OURS, ["KFAC"], within=0.1, alike=True),
         Claim(
             "test errors of K-BFGS(L) and KFAC are below the first-order methods'",

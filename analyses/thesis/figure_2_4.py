@@ -31,8 +31,20 @@ FIGURE = replace(
     paper=Extent(seconds=THOUSAND.paper.seconds),  # "we did not experiment with 20 random seeds"
     claims=[
         Claim("they are below the first-order methods, loss against time", OURS, FIRST, "time"),
-        Claim("they are below the first-order methods, test error against time", OURS, FIRST, "time", "val_error"),
-        Claim("K-BFGS(L) clearly outperforms KFAC in training", ["K-BFGS(L)"], ["KFAC"], "time", problems=["CURVES"]),
+        Claim(
+            "they are below the first-order methods, test error against time",
+            OURS,
+            FIRST,
+            "time",
+            "val_error",
+        ),
+        Claim(
+            "K-BFGS(L) clearly outperforms KFAC in training",
+            ["K-BFGS(L)"],
+            ["KFAC"],
+            "time",
+            problems=["CURVES"],
+        ),
     ],
 )
 

@@ -3,7 +3,15 @@
 Minibatches of 1000, no L2, momentum added up (practice). Tables 3.3 and 3.5 are here, for Figures 3.2 and 3.3 too.
 """
 
-from curvlab.reproduction import AUTOENCODERS, DOCUMENT_SECONDS, Claim, Comparison, Extent, Method, main
+from curvlab.reproduction import (
+    AUTOENCODERS,
+    DOCUMENT_SECONDS,
+    Claim,
+    Comparison,
+    Extent,
+    Method,
+    main,
+)
 
 PROBLEMS = ["MNIST", "FACES", "CURVES"]
 OURS = ["K-BFGS", "K-BFGS(L)"]
@@ -49,18 +57,27 @@ FIGURE = Comparison(
         label: Method(algorithm, dict(zip(PROBLEMS, VALUES[label], strict=True)), options)
         for label, (algorithm, options) in ALGORITHMS.items()
     },
-    reported={p: {label: losses[i] for label, losses in LOSSES.items()} for i, p in enumerate(PROBLEMS)},
+    reported={
+        p: {label: losses[i] for label, losses in LOSSES.items()} for i, p in enumerate(PROBLEMS)
+    },
     measures=["train_loss"],
     spread="error of the mean",
     cpu=AUTOENCODERS,
     paper=Extent(seconds=DOCUMENT_SECONDS, seeds=5),
     claims=[
         Claim("K-BFGS outperforms K-BFGS-20, in time", ["K-BFGS"], ["K-BFGS-20"], "time"),
-        Claim("K-BFGS(L) outperforms K-BFGS(L)-20, in time", ["K-BFGS(L)"], ["K-BFGS(L)-20"], "time"),
+        Claim(
+            "K-BFGS(L) outperforms K-BFGS(L)-20, in time", ["K-BFGS(L)"], ["K-BFGS(L)-20"], "time"
+        ),
         Claim("both outperform SGD-m, in time", OURS, ["SGD-m"], "time"),
         Claim("both outperform Adam, in time", OURS, ["Adam"], "time", problems=["MNIST", "FACES"]),
         Claim(
-            "K-BFGS performs similarly to KFAC, in time", ["K-BFGS", "K-BFGS, T = 20"], ["KFAC"], "time", within=0.1, alike=True
+            "K-BFGS performs similarly to KFAC, in time",
+            ["K-BFGS", "K-BFGS, T = 20"],
+            ["KFAC"],
+            "time",
+            within=0.1,
+            alike=True,
         ),
     ],
 )

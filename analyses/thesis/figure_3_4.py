@@ -28,16 +28,34 @@ FIGURE = Comparison(
     "achieved the same accuracy on VGG16+CIFAR10; K-BFGS outperformed KFAC on the two ResNet32 problems (3.7.1)",
     problems=PROBLEMS[:1],
     batch=128,
-    methods=convolutional({label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}),
-    reported={p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)},
+    methods=convolutional(
+        {label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}
+    ),
+    reported={
+        p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)
+    },
     accuracies=True,
     spread="error of the mean",
     cpu=NETWORKS,
     paper=Extent(seeds=5),
     claims=[
         Claim("K-BFGS is more accurate than SGD-m", ["K-BFGS"], ["SGD-m"], "lowest", "val_error"),
-        Claim("K-BFGS is more accurate than Adam", ["K-BFGS"], ["Adam"], "lowest", "val_error", problems=PROBLEMS[1:]),
-        Claim("K-BFGS is more accurate than KFAC", ["K-BFGS"], ["KFAC"], "lowest", "val_error", problems=PROBLEMS[1::2]),
+        Claim(
+            "K-BFGS is more accurate than Adam",
+            ["K-BFGS"],
+            ["Adam"],
+            "lowest",
+            "val_error",
+            problems=PROBLEMS[1:],
+        ),
+        Claim(
+            "K-BFGS is more accurate than KFAC",
+            ["K-BFGS"],
+            ["KFAC"],
+            "lowest",
+            "val_error",
+            problems=PROBLEMS[1::2],
+        ),
     ],
 )
 

@@ -1,6 +1,14 @@
 """Thesis Figure 4.2: TNT, KFAC, Shampoo, Adam and SGD-m on three autoencoders, minibatches of 1000, no L2, T₁ = 1, T₂ = 20."""
 
-from curvlab.reproduction import AUTOENCODERS, DOCUMENT_SECONDS, Claim, Comparison, Extent, Method, main
+from curvlab.reproduction import (
+    AUTOENCODERS,
+    DOCUMENT_SECONDS,
+    Claim,
+    Comparison,
+    Extent,
+    Method,
+    main,
+)
 
 PROBLEMS = ["MNIST", "FACES", "CURVES"]
 VALUES = {  # Table 4.3: label: (algorithm, (learning rate, damping) in the order of PROBLEMS)
@@ -17,15 +25,36 @@ FIGURE = Comparison(
     "outperforms KFAC on CURVES, performs similarly as KFAC on FACES, and underperforms KFAC on MNIST (4.7.1)",
     problems=PROBLEMS,
     batch=1000,
-    methods={label: Method(name, dict(zip(PROBLEMS, each, strict=True))) for label, (name, each) in VALUES.items()},
+    methods={
+        label: Method(name, dict(zip(PROBLEMS, each, strict=True)))
+        for label, (name, each) in VALUES.items()
+    },
     measures=["train_loss"],
     cpu=AUTOENCODERS,
-    paper=Extent(seconds=DOCUMENT_SECONDS, seeds=5),  # the seconds of chapter 3: chapter 4 names none
+    paper=Extent(
+        seconds=DOCUMENT_SECONDS, seeds=5
+    ),  # the seconds of chapter 3: chapter 4 names none
     claims=[
-        Claim("TNT outperforms SGD-m, Adam and Shampoo in epochs", ["TNT"], ["SGD-m", "Adam", "Shampoo"]),
-        Claim("TNT outperforms SGD-m, Adam and Shampoo in time", ["TNT"], ["SGD-m", "Adam", "Shampoo"], "time"),
+        Claim(
+            "TNT outperforms SGD-m, Adam and Shampoo in epochs",
+            ["TNT"],
+            ["SGD-m", "Adam", "Shampoo"],
+        ),
+        Claim(
+            "TNT outperforms SGD-m, Adam and Shampoo in time",
+            ["TNT"],
+            ["SGD-m", "Adam", "Shampoo"],
+            "time",
+        ),
         Claim("TNT outperforms KFAC on CURVES", ["TNT"], ["KFAC"], problems=["CURVES"]),
-        Claim("TNT performs similarly as KFAC on FACES", ["TNT"], ["KFAC"], within=0.1, alike=True, problems=["FACES"]),
+        Claim(
+            "TNT performs similarly as KFAC on FACES",
+            ["TNT"],
+            ["KFAC"],
+            within=0.1,
+            alike=True,
+            problems=["FACES"],
+        ),
         Claim("TNT underperforms KFAC on MNIST", ["KFAC"], ["TNT"], problems=["MNIST"]),
     ],
 )

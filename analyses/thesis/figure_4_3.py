@@ -28,8 +28,12 @@ FIGURE = Comparison(
     "similar (and sometimes better) generalization performance than the other methods (4.7.1)",
     problems=PROBLEMS,
     batch=128,
-    methods=convolutional({label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}),
-    reported={p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)},
+    methods=convolutional(
+        {label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}
+    ),
+    reported={
+        p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)
+    },
     accuracies=True,
     cpu=NETWORKS,
     paper=Extent(seeds=5),

@@ -17,7 +17,10 @@ FIGURE: Comparison = replace(
     claim="TNT performed at least as well as TNT-EF, on the MNIST problem, and performed somewhat better on the FACES and "
     "CURVES problems … We can similarly observe the comparison between KFAC and KFAC-EF (4.7.3)",
     methods={label: FISHER.methods[label] for label in ("TNT", "KFAC")}
-    | {label: Method(name, dict(zip(FISHER.problems, each, strict=True))) for label, (name, each) in VALUES.items()},
+    | {
+        label: Method(name, dict(zip(FISHER.problems, each, strict=True)))
+        for label, (name, each) in VALUES.items()
+    },
     claims=[
         Claim("TNT is at least as good as TNT-EF", ["TNT"], ["TNT-EF"]),
         Claim("KFAC is at least as good as KFAC-EF", ["KFAC"], ["KFAC-EF"]),

@@ -14,7 +14,9 @@ def methods(rate: float, second: int) -> dict[str, Method]:
     return {
         "SMW-GN": Method("smw-gn", (rate, START), {"curvature_size": second}),
         "SMW-NG": Method("smw-ng", (rate, START), {"curvature_size": second}),
-        "SMW-NG-BD": Method("smw-ng-bd", (rate, START), {"labels": "data", "curvature_size": second}),  # (5.3)
+        "SMW-NG-BD": Method(
+            "smw-ng-bd", (rate, START), {"labels": "data", "curvature_size": second}
+        ),  # (5.3)
         "KFAC": Method("kfac", (rate, 1), {"momentum": 0.0, "refresh_every": 1}),
         "HF": Method("hf", (rate, START), {"curvature_size": second}),
         "SGD": Method("sgd-m", (rate, 0), {"momentum": 0.0}),
@@ -33,7 +35,12 @@ FIGURE = Comparison(
     claims=[
         Claim("SMW-GN is faster than HF in epochs", ["SMW-GN"], ["HF"]),
         Claim("SMW-GN is faster than HF in time", ["SMW-GN"], ["HF"], "time"),
-        Claim("SGD performs as well as the second-order methods", ["SGD"], [*OURS, "KFAC", "HF"], within=0.1),
+        Claim(
+            "SGD performs as well as the second-order methods",
+            ["SGD"],
+            [*OURS, "KFAC", "HF"],
+            within=0.1,
+        ),
     ],
 )
 

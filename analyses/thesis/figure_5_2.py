@@ -7,7 +7,9 @@ from curvlab.reproduction import Claim, Extent, load, main
 MNIST = load("figure-5.1")
 METHODS = {
     label: replace(
-        m, values=(0.01, m.values[1]), options=m.options | ({"curvature_size": 50} if "curvature_size" in m.options else {})
+        m,
+        values=(0.01, m.values[1]),
+        options=m.options | ({"curvature_size": 50} if "curvature_size" in m.options else {}),
     )
     for label, m in MNIST.methods.items()
 }
@@ -25,7 +27,11 @@ FIGURE = replace(
     claims=[
         Claim("SMW-GN is faster than HF in epochs", ["SMW-GN"], ["HF"]),
         Claim("SMW-GN is faster than HF in time", ["SMW-GN"], ["HF"], "time"),
-        Claim("SGD is slower than second-order methods", ["SMW-GN", "SMW-NG", "SMW-NG-BD", "KFAC"], ["SGD"]),
+        Claim(
+            "SGD is slower than second-order methods",
+            ["SMW-GN", "SMW-NG", "SMW-NG-BD", "KFAC"],
+            ["SGD"],
+        ),
     ],
 )
 

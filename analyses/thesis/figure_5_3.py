@@ -8,7 +8,14 @@ from dataclasses import replace
 from curvlab.reproduction import Claim, Extent, load, main
 
 MNIST = load("figure-5.1")
-RATES = {"SMW-GN": 0.05, "SMW-NG": 0.1, "SMW-NG-BD": 0.1, "KFAC": 0.1, "HF": 0.05, "SGD": 0.4}  # 5.8
+RATES = {
+    "SMW-GN": 0.05,
+    "SMW-NG": 0.1,
+    "SMW-NG-BD": 0.1,
+    "KFAC": 0.1,
+    "HF": 0.05,
+    "SGD": 0.4,
+}  # 5.8
 
 FIGURE = replace(
     MNIST,
@@ -16,7 +23,10 @@ FIGURE = replace(
     claim="SMW-GN is always faster than HF in terms of both epochs and clock-time … the relative ranking of the algorithms "
     "changes from one problem to another (5.8.1)",
     problems=["webspam"],
-    methods={label: replace(method, values=(RATES[label], method.values[1])) for label, method in MNIST.methods.items()},
+    methods={
+        label: replace(method, values=(RATES[label], method.values[1]))
+        for label, method in MNIST.methods.items()
+    },
     cpu=Extent(seconds=60, epochs=10, examples=6000, tests=10_000),
     paper=Extent(epochs=1),
     claims=[

@@ -7,7 +7,11 @@ that the document counts for testing are Hinton and Salakhutdinov's validation s
 import curvlab as cl
 from curvlab.reproduction import Report, Script, main
 
-TABLE = {"MNIST": ("mnist-ae", 60_000, 10_000), "FACES": ("faces", 103_500, 62_100), "CURVES": ("curves", 20_000, 10_000)}
+TABLE = {
+    "MNIST": ("mnist-ae", 60_000, 10_000),
+    "FACES": ("faces", 103_500, 62_100),
+    "CURVES": ("curves", 20_000, 10_000),
+}
 
 
 def make(report: Report) -> None:

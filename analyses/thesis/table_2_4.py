@@ -24,10 +24,24 @@ def make(report: Report) -> None:
             for layer, after in zip(layers, [*layers[1:], None], strict=True)
             if isinstance(layer, nn.Linear) and not isinstance(after, nn.ReLU)
         ]
-        same = built == widths and code == [min(widths), widths[-1]] and LOSSES[cl.models.find(name).likelihood] == loss
+        same = (
+            built == widths
+            and code == [min(widths), widths[-1]]
+            and LOSSES[cl.models.find(name).likelihood] == loss
+        )
         count = sum(p.numel() for layer in linear for p in layer.parameters())
-        rows.append([name, "-".join(map(str, built)), loss, f"{count:,}", "as printed" if same else "differs"])
-    report.table(["network", "widths; ReLU but after the code and the last", "loss", "parameters", ""], rows)
+        rows.append(
+            [
+                name,
+                "-".join(map(str, built)),
+                loss,
+                f"{count:,}",
+                "as printed" if same else "differs",
+            ]
+        )
+    report.table(
+        ["network", "widths; ReLU but after the code and the last", "loss", "parameters", ""], rows
+    )
     report.say("the sigmoid that is printed last belongs to the loss")
 
 

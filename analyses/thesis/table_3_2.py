@@ -36,7 +36,13 @@ def limited(s):
 
 def kfac(s):
     moments = s.m * (inputs(s) ** 2 + s.I**2) * places(s) / s.T
-    return through(s) + moments + (inputs(s) ** 3 + s.I**3) / (5 * s.T) + s.I * inputs(s) ** 2 + s.I**2 * inputs(s)
+    return (
+        through(s)
+        + moments
+        + (inputs(s) ** 3 + s.I**3) / (5 * s.T)
+        + s.I * inputs(s) ** 2
+        + s.I**2 * inputs(s)
+    )
 
 
 FIGURE = Scaling(

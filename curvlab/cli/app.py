@@ -37,9 +37,12 @@ Option = typer.Option
 
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, Option("--version", help="Show the version and exit.", is_eager=True)
+    ] = False,
     verbose: Annotated[
-        bool, Option("--verbose", "-v", help="Where an error is no bad input, show its whole traceback.")
+        bool,
+        Option("--verbose", "-v", help="Where an error is no bad input, show its whole traceback."),
     ] = False,
 ) -> None:
     """Curvature diagnostics of neural networks."""
@@ -48,7 +51,15 @@ def _version(
         raise typer.Exit
 
 
-for _command in (compare.compare, spectrum.spectrum, train.train, reproduce.reproduce, logs.plot, logs.report, logs.doctor):
+for _command in (
+    compare.compare,
+    spectrum.spectrum,
+    train.train,
+    reproduce.reproduce,
+    logs.plot,
+    logs.report,
+    logs.doctor,
+):
     app.command()(_command)
 app.command(name="list")(lists.list_)
 
@@ -81,7 +92,9 @@ def main() -> None:
     0: done. 1: a run's numbers left the finite range. 2: bad input, an error of the user's own code, output that cannot be
     written; one line, after the user's own frames. 70: an error of curvlab's own. 128 + n: ended by signal n, 130 by Ctrl-C.
     """
-    atexit.register(gc.freeze)  # what is left goes with the process: to collect it took longer than a second
+    atexit.register(
+        gc.freeze
+    )  # what is left goes with the process: to collect it took longer than a second
     _load(sys.argv[1:])
     with listening(most=2):
         code = _ended(sys.argv[1:])
@@ -146,7 +159,11 @@ class _Warn:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        text = f"curvlab: warning: {message}" if issubclass(category, CurvlabWarning) else f"{category.__name__}: {message}"
+        text = (
+            f"curvlab: warning: {message}"
+            if issubclass(category, CurvlabWarning)
+            else f"{category.__name__}: {message}"
+        )
         if text not in self.said:
             self.said.add(text)
             err.print(for_rich(text))
@@ -175,7 +192,9 @@ def _run(words: list[str]) -> int | None:
             LISTENER.deaf = True
             _say(words_of(signal))
             return 128 + number_of(signal)
-        parsing = getattr(error, "format_message", None)  # click's errors; recent versions of typer carry a click of their own
+        parsing = getattr(
+            error, "format_message", None
+        )  # click's errors; recent versions of typer carry a click of their own
         if parsing is None:
             return _failed(error, *verdict(error, words[0] if words else ""), words)
         if parsing():  # empty where help was shown instead
@@ -187,7 +206,11 @@ def _run(words: list[str]) -> int | None:
 def _failed(error: BaseException, line: str, code: int, words: list[str]) -> int:
     """The frames of the user's own code, if it is theirs, or all where they are asked for; then one line."""
     verbose = any(word in ("-v", "--verbose") for word in words)
-    own = blame.whole(error) if verbose and (code == blame.BUG or blame.told(error)) else blame.told(error)
+    own = (
+        blame.whole(error)
+        if verbose and (code == blame.BUG or blame.told(error))
+        else blame.told(error)
+    )
     if own:
         sys.stderr.write(for_terminal(own, lines=True))
     _say(line)

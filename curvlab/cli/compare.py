@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from curvlab.cli.terminal import DIVERGED, check_output, err, finish, folder_for, listed, says_what_is_saved, writing
+from curvlab.cli.terminal import (
+    DIVERGED,
+    check_output,
+    err,
+    finish,
+    folder_for,
+    listed,
+    says_what_is_saved,
+    writing,
+)
 from curvlab.errors import Diverged, whole
 from curvlab.published import FIGURE_4_1
 from curvlab.system import paths
@@ -118,7 +127,9 @@ def compare(
         except Diverged as error:
             if not (folder / "run.h5").exists():
                 raise
-            err.print(for_rich(f"curvlab: {error} (the log so far is saved in {folder / 'run.h5'})"))
+            err.print(
+                for_rich(f"curvlab: {error} (the log so far is saved in {folder / 'run.h5'})")
+            )
             raise typer.Exit(DIVERGED) from error
     finish(run.dataset, folder, "cosine")
     if run.diverged:

@@ -35,13 +35,20 @@ _SOURCES = (
 def _algorithms() -> Rows:
     from curvlab.algorithms import ALGORITHMS
 
-    return [(name, a.summary, a.labels, f"{a.lr:g}", f"{a.damping:g}", a.source) for name, a in ALGORITHMS.items()]
+    return [
+        (name, a.summary, a.labels, f"{a.lr:g}", f"{a.damping:g}", a.source)
+        for name, a in ALGORITHMS.items()
+    ]
 
 
 def _options() -> Rows:
     from curvlab.algorithms import ALGORITHMS
 
-    return [(name, option, str(value)) for name, a in ALGORITHMS.items() for option, value in a.defaults.items()]
+    return [
+        (name, option, str(value))
+        for name, a in ALGORITHMS.items()
+        for option, value in a.defaults.items()
+    ]
 
 
 def _models() -> Rows:
@@ -141,12 +148,16 @@ def _kept() -> dict[str, Any]:
 def list_(
     what: Annotated[
         str,
-        typer.Argument(help="algorithms, options (of --set), models, datasets, probes, schedules, figures or reproductions."),
+        typer.Argument(
+            help="algorithms, options (of --set), models, datasets, probes, schedules, figures or reproductions."
+        ),
     ],
 ) -> None:
     """List what the tables hold."""
     lookup(LISTS, what, "list")
-    kept = {} if "torch" in sys.modules else _kept()  # what is imported already may have entries of a user's
+    kept = (
+        {} if "torch" in sys.modules else _kept()
+    )  # what is imported already may have entries of a user's
     columns, rows = kept.get("lists", {}).get(what) or made(what)
     table = Table(*columns)
     for row in rows:

@@ -18,11 +18,22 @@ Option = typer.Option
 def plot(
     run: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN…", help="A run's folder or its run.h5; of training runs several, in one figure."),
+        typer.Argument(
+            metavar="RUN…",
+            help="A run's folder or its run.h5; of training runs several, in one figure.",
+        ),
     ],
-    figure: Annotated[str | None, Option(help="Of `curvlab list figures`; the command's own by default.")] = None,
+    figure: Annotated[
+        str | None, Option(help="Of `curvlab list figures`; the command's own by default.")
+    ] = None,
     output: Annotated[
-        Path | None, Option("-o", "--output", metavar="FILE", help="PNG, SVG or PDF; by default beside the log, as PNG.")
+        Path | None,
+        Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="PNG, SVG or PDF; by default beside the log, as PNG.",
+        ),
     ] = None,
 ) -> None:
     """Redraw a figure from the log alone."""
@@ -43,10 +54,16 @@ def plot(
 
 def report(
     run: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="A run's folder or its run.h5; several, in the order of the page.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN…", help="A run's folder or its run.h5; several, in the order of the page."
+        ),
     ],
     output: Annotated[
-        Path | None, Option("-o", "--output", metavar="FILE", help="By default report.html beside the (first) log.")
+        Path | None,
+        Option(
+            "-o", "--output", metavar="FILE", help="By default report.html beside the (first) log."
+        ),
     ] = None,
 ) -> None:
     """Write one page of HTML that stands alone: figures, tables, the exact call, versions, every attribute."""
@@ -59,7 +76,10 @@ def report(
 
 
 def doctor(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder, which is then looked at too.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="A run's folder, which is then looked at too."),
+    ] = None,
 ) -> None:
     """Say what a bug report asks for first: versions, threads, device, data, and of a run whether it is whole and how to go on.
 

@@ -16,23 +16,35 @@ Option = typer.Option
 
 def reproduce(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="As figure-2.2 or table-3.3; without it, all are listed.")
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="As figure-2.2 or table-3.3; without it, all are listed."
+        ),
     ] = None,
     budget: Annotated[
-        str, Option(help="smoke: seconds, without data; cpu: minutes on two cores; paper: the document's own, for a GPU.")
+        str,
+        Option(
+            help="smoke: seconds, without data; cpu: minutes on two cores; paper: the document's own, for a GPU."
+        ),
     ] = "cpu",
-    out_folder: Annotated[Path, Option("--out", metavar="FOLDER", help="Gets NAME-BUDGET.png and NAME-BUDGET.txt.")] = Path(
-        "runs/figures"
-    ),
+    out_folder: Annotated[
+        Path, Option("--out", metavar="FOLDER", help="Gets NAME-BUDGET.png and NAME-BUDGET.txt.")
+    ] = Path("runs/figures"),
     runs: Annotated[
-        Path, Option(metavar="FOLDER", help="Training runs, shared by figures; what is there goes on, or is taken as it is.")
+        Path,
+        Option(
+            metavar="FOLDER",
+            help="Training runs, shared by figures; what is there goes on, or is taken as it is.",
+        ),
     ] = Path("runs/reproduce"),
     device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.")] = "auto",
     methods: Annotated[
-        list[str] | None, Option("--method", help="Of the figure's legend; may be given again. All by default.")
+        list[str] | None,
+        Option("--method", help="Of the figure's legend; may be given again. All by default."),
     ] = None,
     problems: Annotated[
-        list[str] | None, Option("--problem", help="Of the figure's networks and data; may be given again.")
+        list[str] | None,
+        Option("--problem", help="Of the figure's networks and data; may be given again."),
     ] = None,
 ) -> None:
     """Make a figure or table of a document again: train, draw, print, and check what the document says of it.

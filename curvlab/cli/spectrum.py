@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from curvlab.cli.terminal import check_output, err, finish, folder_for, listed, says_what_is_saved, writing
+from curvlab.cli.terminal import (
+    check_output,
+    err,
+    finish,
+    folder_for,
+    listed,
+    says_what_is_saved,
+    writing,
+)
 from curvlab.errors import CurvlabError, shown
 from curvlab.system import paths
 
@@ -92,4 +100,6 @@ def _integer(text: str, option: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise CurvlabError(f"{option} takes whole numbers with commas between, not {shown(text)}") from error
+        raise CurvlabError(
+            f"{option} takes whole numbers with commas between, not {shown(text)}"
+        ) from error

@@ -57,14 +57,19 @@ def says_what_is_saved(path: Path, remedy: str = "") -> Iterator[None]:
 
 
 def _interrupted(error: KeyboardInterrupt, path: Path, remedy: str) -> typer.Exit:
-    saved = f"the log so far is saved in {path}{remedy}" if path.exists() else "nothing was logged yet"
+    saved = (
+        f"the log so far is saved in {path}{remedy}" if path.exists() else "nothing was logged yet"
+    )
     err.print(for_rich(f"curvlab: {words(error)}; {saved}"))
     return typer.Exit(128 + number_of(error))
 
 
 def show(table: Table, title: str = "") -> None:
     """A table of a log."""
-    heads = [Column(for_rich(name), justify="left" if i < table.heads else "right") for i, name in enumerate(table.columns)]
+    heads = [
+        Column(for_rich(name), justify="left" if i < table.heads else "right")
+        for i, name in enumerate(table.columns)
+    ]
     drawn = rich.table.Table(*heads, title=for_rich(title or table.caption))
     for rows in table.groups:
         for row in rows:
@@ -118,7 +123,12 @@ def listed(text: str) -> tuple[str, ...]:
 def check_output(chosen: Path | None, figure: str, *others: str) -> None:
     """Before a run is prepared. Raises CurvlabError where its log, its figure or others of its files cannot be written."""
     files = ("run.h5", *others, *pictures.names(figure)) if chosen is not None else ()
-    paths.check_folder(Path("runs") if chosen is None else chosen, files, "output folder", "choose another with --out")
+    paths.check_folder(
+        Path("runs") if chosen is None else chosen,
+        files,
+        "output folder",
+        "choose another with --out",
+    )
 
 
 def folder_for(chosen: Path | None, stem: str) -> Path:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curvlab.cli.terminal import DIVERGED, check_output, err, finish, folder_for, free, says_what_is_saved, writing
+from curvlab.cli.terminal import (
+    DIVERGED,
+    check_output,
+    err,
+    finish,
+    folder_for,
+    free,
+    says_what_is_saved,
+    writing,
+)
 from curvlab.errors import CurvlabError, shown
 from curvlab.system import paths
 from curvlab.system.escape import for_rich
@@ -163,8 +172,16 @@ def train(
 
     call = {k: v for k, v in ({"command": "train"} | given).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
-    said = {name for name in given if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"}
-    given |= {"own": _options(own, "--set"), "schedule_options": _options(schedule_own, "--schedule-set"), "warm": warm_start}
+    said = {
+        name
+        for name in given
+        if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"
+    }
+    given |= {
+        "own": _options(own, "--set"),
+        "schedule_options": _options(schedule_own, "--schedule-set"),
+        "warm": warm_start,
+    }
     if model is not None:
         models.imported(model)  # a module of the user's may enter probes
     given["probes"] = asked(probe or [], "train")
@@ -196,10 +213,18 @@ def train(
         training.into(folder)
         code = f" --model {given['model']}" if ":" in given["model"] else ""
         going_on = f"; go on with: curvlab train --resume{code} --out {shlex.quote(str(folder))}"
-        with nullcontext() if resume else writing(folder, _free), says_what_is_saved(folder / "run.h5", going_on):
+        with (
+            nullcontext() if resume else writing(folder, _free),
+            says_what_is_saved(folder / "run.h5", going_on),
+        ):
             run = run_named(training, err)
     ds = run.dataset
-    finish(ds, folder, "training", f"{ds.attrs['algorithm']} on {ds.attrs['model']}; error: {ds.attrs['error']}")
+    finish(
+        ds,
+        folder,
+        "training",
+        f"{ds.attrs['algorithm']} on {ds.attrs['model']}; error: {ds.attrs['error']}",
+    )
     if run.stopped:
         err.print(for_rich(f"curvlab: {run.stopped} ({folder / checkpoint.FILE})"))
         raise typer.Exit(DIVERGED)
@@ -220,7 +245,9 @@ def _say_anew(folder: Path, model: str | None) -> None:
     from curvlab.training.begun import anew
 
     if model is None:
-        raise CurvlabError(f"{anew(folder)} once the command says what to run: give --model and the options of the run")
+        raise CurvlabError(
+            f"{anew(folder)} once the command says what to run: give --model and the options of the run"
+        )
     err.print(for_rich(f"curvlab: {anew(folder)}"))
 
 

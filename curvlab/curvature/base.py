@@ -25,7 +25,9 @@ from curvlab.linalg.operators import Diagonal, Kronecker, Operator, identity_lik
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.statistics import LayerStatistics, Reads
 
-NO_DATA = "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
+NO_DATA = (
+    "this curvature has seen no data yet: call update(objective.closure(x, y).observe(needs)) first"
+)
 
 Move = Callable[[], Tensor]
 """Gives the change of a block's parameters when it is called; no work before."""
@@ -325,7 +327,9 @@ def check_damping(damping: float) -> None:
 def check_algorithm(state: Mapping[str, Any], name: str) -> None:
     """Raises CurvlabError for a checkpoint of another algorithm."""
     if state["algorithm"] != name:
-        raise CurvlabError(f"the checkpoint is of '{state['algorithm']}' but this is '{name}': build the same algorithm")
+        raise CurvlabError(
+            f"the checkpoint is of '{state['algorithm']}' but this is '{name}': build the same algorithm"
+        )
 
 
 def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
@@ -348,7 +352,9 @@ def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
         return
     for (block, name, _), m in zip(found, seen, strict=True):
         if not all_finite(m):  # a length overflows earlier
-            error = Diverged(f"{name} contains NaN or Inf: lower the learning rate or raise the damping")
+            error = Diverged(
+                f"{name} contains NaN or Inf: lower the learning rate or raise the damping"
+            )
             error.block = block
             raise error
 
@@ -360,7 +366,9 @@ def check_squared(gradients: Mapping[str, Tensor]) -> None:
         return
     for block, g in gradients.items():
         if not all_short([g]):
-            error = Diverged("the gradient that its statistics are made of contains NaN or Inf, or its squares overflow")
+            error = Diverged(
+                "the gradient that its statistics are made of contains NaN or Inf, or its squares overflow"
+            )
             error.block = block
             raise error
 
@@ -392,7 +400,9 @@ class IdentityBlock(BlockDefaults):
         """Set `inverse` to I/λ with `over_damping`; CurvlabError where λ is not above 0."""
         if self.over_damping:
             if not damping > 0:
-                raise CurvlabError(f"the rate of the gradient is that of the method over its damping, not over {damping:g}")
+                raise CurvlabError(
+                    f"the rate of the gradient is that of the method over its damping, not over {damping:g}"
+                )
             self.inverse = Diagonal(torch.full_like(self.inverse.diag(), 1 / damping))
 
     def matrix(self, damping: float = 0.0) -> Operator | None:

@@ -91,21 +91,33 @@ class BlockDiagonal(CurvatureDefaults):
         self.levenberg = damping_rule if isinstance(damping_rule, LevenbergMarquardt) else None
         self.norm_rule = damping_rule if isinstance(damping_rule, GradientNorm) else None
         self._look = look
-        self._idle: dict[str, Operator] = {}  # of blocks that no minibatch has reached yet: the identity
+        self._idle: dict[
+            str, Operator
+        ] = {}  # of blocks that no minibatch has reached yet: the identity
         self.gradient_norm: float | None = None  # of the last minibatch
         self.steps = self.updates = 0
         self.warmed = self.ready = False
-        self.shown: list[list[Tensor]] = []  # (x, y) of the warm start, where they are averaged over "data"
+        self.shown: list[
+            list[Tensor]
+        ] = []  # (x, y) of the warm start, where they are averaged over "data"
 
     @property
     def needs(self) -> frozenset[Pass]:
         """The passes that the next `update` will read."""
-        return frozenset({self._pass}) if self._folds(self.steps + 1) and not self.shown else frozenset()
+        return (
+            frozenset({self._pass})
+            if self._folds(self.steps + 1) and not self.shown
+            else frozenset()
+        )
 
     @property
     def _pass(self) -> Pass:
         """What `_fold` reads: the mean gradient alone, where that is all that the blocks read."""
-        alone = self.labels == "data" and self._look is None and all(b.reads == "gradient" for b in self.blocks.values())
+        alone = (
+            self.labels == "data"
+            and self._look is None
+            and all(b.reads == "gradient" for b in self.blocks.values())
+        )
         return "gradient" if alone else self.labels
 
     @property
@@ -141,9 +153,13 @@ class BlockDiagonal(CurvatureDefaults):
         self._check(statistics)
         for name, block in self.blocks.items():
             found = statistics.get(name)
-            if found is None or not getattr(found, "used", True):  # the exact pass has no gradient of a block without structure
+            if found is None or not getattr(
+                found, "used", True
+            ):  # the exact pass has no gradient of a block without structure
                 if name not in self._idle and not hasattr(block, "inverse"):
-                    self._idle[name] = identity_like(observation.loss.new_empty(self._partition[name].shape))
+                    self._idle[name] = identity_like(
+                        observation.loss.new_empty(self._partition[name].shape)
+                    )
             else:
                 with Naming(self._partition[name], name):
                     block.update(found, weight)
@@ -153,11 +169,17 @@ class BlockDiagonal(CurvatureDefaults):
     def _check(self, statistics: Mapping[str, Any]) -> None:
         """Raises Diverged, before anything is folded, where a second moment, or a gradient at other labels than the data's,
         is not finite."""
-        having = {n: b for n, b in self.blocks.items() if b.memory and getattr(statistics.get(n), "used", False)}
+        having = {
+            n: b
+            for n, b in self.blocks.items()
+            if b.memory and getattr(statistics.get(n), "used", False)
+        }
         moments = {n: block_with_defaults(b).moments(statistics[n]) for n, b in having.items()}
         squared = [n for n, b in having.items() if b.reads == "gradient" and self.labels != "data"]
         try:
-            check_moments((name, what, m) for name, each in moments.items() for what, m in each.items())
+            check_moments(
+                (name, what, m) for name, each in moments.items() for what, m in each.items()
+            )
             check_squared({name: statistics[name].gradient for name in squared})
         except Diverged as error:
             raise named(error, str(self._partition[error.block])) from error
@@ -169,18 +191,27 @@ class BlockDiagonal(CurvatureDefaults):
             found = statistics.get(name)
             if block.reads == "gradient" or (found is None and self._look is not None):
                 continue
-            if found is None or (isinstance(found, LayerStatistics) and not found.provides(block.reads)):
+            if found is None or (
+                isinstance(found, LayerStatistics) and not found.provides(block.reads)
+            ):
                 lost[name] = "" if found is None else found.why
         if lost:
-            told = "; ".join(f"{self._partition[name]} {why or 'has no such thing in this pass'}" for name, why in lost.items())
-            warn(f"the gradient is followed where {self.name or 'the method'} needs structure: {told}")
+            told = "; ".join(
+                f"{self._partition[name]} {why or 'has no such thing in this pass'}"
+                for name, why in lost.items()
+            )
+            warn(
+                f"the gradient is followed where {self.name or 'the method'} needs structure: {told}"
+            )
             self.blocks |= {name: self._fallback() for name in lost}
 
     def _fold_data(self, objective: Objective) -> None:
         seen = 0
         for x, y in self.shown:
             seen += len(x)
-            closure = Closure(objective, x, y, 0, "warm")  # of no stream's count: made again and again
+            closure = Closure(
+                objective, x, y, 0, "warm"
+            )  # of no stream's count: made again and again
             self._fold(closure.observe({self._pass}, move_buffers=False), len(x) / seen)
 
     @precise()
@@ -219,7 +250,9 @@ class BlockDiagonal(CurvatureDefaults):
     @property
     def wants_step(self) -> bool:
         """Whether it will learn from the step that follows this direction (Alg. 9, line 12: k ≡ 0 mod T)."""
-        learns = self.steps % self.cadence.update_every == 0 and any(b.secant for b in self.blocks.values())
+        learns = self.steps % self.cadence.update_every == 0 and any(
+            b.secant for b in self.blocks.values()
+        )
         return learns or self.levenberg is not None
 
     @precise()
@@ -246,7 +279,12 @@ class BlockDiagonal(CurvatureDefaults):
         p = {name: -(self.inverse[name] @ g) for name, g in gradients.items()}
         matrices = {name: None if name in self._idle else self.blocks[name].matrix() for name in p}
         Bp = [p[name] if B is None else B @ p[name] for name, B in matrices.items()]
-        return ratio_at(transition, Layout(tuple(self._partition.values())), torch.cat(list(p.values())), torch.cat(Bp))
+        return ratio_at(
+            transition,
+            Layout(tuple(self._partition.values())),
+            torch.cat(list(p.values())),
+            torch.cat(Bp),
+        )
 
     @precise()
     def absorb(self, observation: Observation) -> None:
@@ -264,7 +302,11 @@ class BlockDiagonal(CurvatureDefaults):
         if not self.updates:
             raise CurvlabError(NO_DATA)
         check_damping(self.damping)
-        damping = self.damping if self.norm_rule is None else self.norm_rule(self.damping, self.gradient_norm)
+        damping = (
+            self.damping
+            if self.norm_rule is None
+            else self.norm_rule(self.damping, self.gradient_norm)
+        )
         for name, block in self.blocks.items():
             if name in self._idle:
                 continue
@@ -288,7 +330,9 @@ class BlockDiagonal(CurvatureDefaults):
             for name, g in grads.items():
                 if tuple(g.shape) != self._partition[name].shape:
                     wanted = list(self._partition[name].shape)
-                    raise CurvlabError(f"{self._partition[name]} has shape {wanted}, but its gradient {list(g.shape)}")
+                    raise CurvlabError(
+                        f"{self._partition[name]} has shape {wanted}, but its gradient {list(g.shape)}"
+                    )
             found: dict[str, Tensor] = {}
             for name, g in grads.items():
                 with Naming(self._partition[name], name):
@@ -318,7 +362,12 @@ class BlockDiagonal(CurvatureDefaults):
         }
         counters = {key: getattr(self, key) for key in _COUNTERS}
         idle = {name: pack(operator) for name, operator in self._idle.items()}
-        return counters | {"algorithm": self.name, "blocks": blocks, "shown": self.shown, "idle": idle}
+        return counters | {
+            "algorithm": self.name,
+            "blocks": blocks,
+            "shown": self.shown,
+            "idle": idle,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
@@ -333,7 +382,9 @@ class BlockDiagonal(CurvatureDefaults):
             check_memory(self._partition[name], self.blocks[name].memory, saved["memory"], dtype)
         counters = {key: state[key] for key in _COUNTERS}
         self.shown = _clone(state["shown"])
-        self._idle = {name: unpack_operator(_clone(packed)) for name, packed in state.get("idle", {}).items()}
+        self._idle = {
+            name: unpack_operator(_clone(packed)) for name, packed in state.get("idle", {}).items()
+        }
         for key, value in counters.items():
             setattr(self, key, value)
         self.refreshed = self.damping if self.ready else None
@@ -362,4 +413,6 @@ def _clone(value: Any) -> Any:
 
 def _has(block: Block, reads: Reads) -> bool:
     """Whether a block can have what a method reads; whether it does is seen in the statistics."""
-    return reads == "gradient" or (block.layer is not None and (reads == "rows" or block.groups == 1))
+    return reads == "gradient" or (
+        block.layer is not None and (reads == "rows" or block.groups == 1)
+    )

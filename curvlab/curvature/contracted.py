@@ -50,7 +50,9 @@ def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[T
     else:
         ways = [with_pixels(block, v.flatten(1)) if v.ndim > 1 else v for v in variables]
     found = [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in ways]
-    return [each[::-1] for each in found] if block.layer and block.layer.transposed else found  # the ways as the block lies
+    return (
+        [each[::-1] for each in found] if block.layer and block.layer.transposed else found
+    )  # the ways as the block lies
 
 
 class Contracted(BlockDefaults):
@@ -89,12 +91,21 @@ class Contracted(BlockDefaults):
         """Fold the minibatch's contractions into `means`. Raises Diverged as `check_moments`,
         unless gradients are read, which are looked at before."""
         new = self._contractions(self.block, statistics)
-        if self.reads != "gradient":  # its squares are known to be finite, and so are its contractions
-            check_moments((self.block.name, "a contraction of the gradients", c) for variable in new for c in variable)
+        if (
+            self.reads != "gradient"
+        ):  # its squares are known to be finite, and so are its contractions
+            check_moments(
+                (self.block.name, "a contraction of the gradients", c)
+                for variable in new
+                for c in variable
+            )
         if self.means is None:
             self.means = new
             return
-        self.means = [[blend(m, n, weight) for m, n in zip(*pair, strict=True)] for pair in zip(self.means, new, strict=True)]
+        self.means = [
+            [blend(m, n, weight) for m, n in zip(*pair, strict=True)]
+            for pair in zip(self.means, new, strict=True)
+        ]
 
     def refresh(self, damping: float) -> None:
         """Set `inverse`, of each variable's `means`, by `factors` at this damping."""
@@ -123,7 +134,9 @@ class Contracted(BlockDefaults):
             return FactorBounds()
         return self._theorem(parts, damping)
 
-    def _of_variables(self, factors: Callable[[Contractions, float], tuple[Tensor, ...]], damping: float) -> Operator:
+    def _of_variables(
+        self, factors: Callable[[Contractions, float], tuple[Tensor, ...]], damping: float
+    ) -> Operator:
         assert self.means is not None
         parts = tuple(Kronecker(factors(means, damping)) for means in self.means)
         if len(parts) == 1:

@@ -31,7 +31,9 @@ def check_outer(*factors: Tensor) -> None:
         return
     largest = math.prod(float(f.abs().amax()) for f in factors if f.numel())
     if not largest < math.sqrt(torch.finfo(factors[0].dtype).max / len(factors[-1])):
-        raise Diverged("the block Fisher matrix contains NaN or Inf: lower the learning rate or raise the damping")
+        raise Diverged(
+            "the block Fisher matrix contains NaN or Inf: lower the learning rate or raise the damping"
+        )
 
 
 class DenseFisher(BlockDefaults):
@@ -64,8 +66,14 @@ class DenseFisher(BlockDefaults):
         check_outer(g, a)
         if self.F is None:
             size = self.block.numel**2 * a.element_size()
-            guard_memory(2 * size, f"a dense {self.block}", "use smw-ng-bd, whose system is N×N, or a Kronecker method")
-        self.F, self.active = fold(self.F, self.active, output_pairs(g[:, :, 0]), a[:, 0], 1 - weight, weight / len(a))
+            guard_memory(
+                2 * size,
+                f"a dense {self.block}",
+                "use smw-ng-bd, whose system is N×N, or a Kronecker method",
+            )
+        self.F, self.active = fold(
+            self.F, self.active, output_pairs(g[:, :, 0]), a[:, 0], 1 - weight, weight / len(a)
+        )
 
     def _update_dense(self, statistics: LayerStatistics, weight: float) -> None:
         rows = statistics.rows.flatten(2).flatten(0, 1)
@@ -89,17 +97,23 @@ class DenseFisher(BlockDefaults):
             self.inverse = Inverse(damped_cholesky(lambda d: shifted(dense, d), damping, what)[0])
             return
         packed, active = self.F, self.active
-        factor, used = damped_cholesky(lambda d: unpack_lower(packed, outputs, len(active), d), damping, what)
+        factor, used = damped_cholesky(
+            lambda d: unpack_lower(packed, outputs, len(active), d), damping, what
+        )
         if len(active) == inputs:
             self.inverse = Inverse(factor)
             return
         if not used > 0:
-            raise Diverged("some inputs are always zero, so the block Fisher matrix is singular: use a positive damping")
+            raise Diverged(
+                "some inputs are always zero, so the block Fisher matrix is singular: use a positive damping"
+            )
         idle = torch.ones(inputs, dtype=torch.bool, device=active.device)
         idle[active] = False
         first = torch.arange(outputs, device=active.device)[:, None] * inputs
         kept, dropped = (first + active).flatten(), (first + idle.nonzero()[:, 0]).flatten()
-        constant = Diagonal(torch.full((len(dropped),), 1 / used, dtype=packed.dtype, device=packed.device))
+        constant = Diagonal(
+            torch.full((len(dropped),), 1 / used, dtype=packed.dtype, device=packed.device)
+        )
         self.inverse = DirectSum((kept, dropped), (Inverse(factor), constant))
 
     def matrix(self, damping: float = 0.0) -> Operator:

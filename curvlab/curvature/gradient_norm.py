@@ -40,7 +40,9 @@ class GradientNorm:
         if (self.r1 is None) != (self.r2 is None):
             raise CurvlabError("the gradient-norm rule (8) needs both r1 and r2, or neither")
         if self.r1 is not None and self.r2 is not None and not 0 < self.r1 < self.r2:
-            raise CurvlabError(f"the gradient-norm rule needs 0 < r₁ < r₂, not {self.r1:g} and {self.r2:g}")
+            raise CurvlabError(
+                f"the gradient-norm rule needs 0 < r₁ < r₂, not {self.r1:g} and {self.r2:g}"
+            )
         if not 0 < self.shrink <= 1:
             raise CurvlabError(f"shrink must be above 0 and at most 1, not {self.shrink:g}")
 

@@ -41,7 +41,9 @@ def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:
     or else all eigenvalues are taken.
     """
     if len(matrix) > direct:
-        found = extremes(Dense(matrix), steps=200, generator=torch.Generator(matrix.device).manual_seed(0))
+        found = extremes(
+            Dense(matrix), steps=200, generator=torch.Generator(matrix.device).manual_seed(0)
+        )
         if found.lowest_error <= 1e-6 * max(abs(found.lowest), abs(found.highest)):
             return found.lowest - found.lowest_error
     return float(torch.linalg.eigvalsh(matrix)[0])
@@ -68,7 +70,9 @@ class DenseHessian(BlockDefaults):
         not on a GPU, which would have to wait."""
         new = statistics.dense()
         if not waits(new) and not all_finite(new):  # M would keep it
-            raise Diverged("the block Hessian matrix contains NaN or Inf: lower the learning rate or raise the damping")
+            raise Diverged(
+                "the block Hessian matrix contains NaN or Inf: lower the learning rate or raise the damping"
+            )
         self.M = blend(self.M, new, weight)
 
     def refresh(self, damping: float) -> None:
@@ -77,7 +81,9 @@ class DenseHessian(BlockDefaults):
         assert self.M is not None
         matrix = self.M
         self.shift = max(0.0, -least_eigenvalue(matrix))
-        factor, _ = damped_cholesky(lambda d: shifted(matrix, self.shift + d), damping, "the shifted block Hessian matrix")
+        factor, _ = damped_cholesky(
+            lambda d: shifted(matrix, self.shift + d), damping, "the shifted block Hessian matrix"
+        )
         self.inverse = Inverse(factor)
 
     def matrix(self, damping: float = 0.0) -> Operator:

@@ -93,7 +93,12 @@ class HessianFree(WholeVectorCurvature):
                 f"not {iterations:g}, {progress:g}, {reuse:g}"
             )
         self.levenberg = levenberg
-        self.curvature_size, self.adapt, self.ratio, self.backtrack = curvature_size, adapt, ratio, backtrack
+        self.curvature_size, self.adapt, self.ratio, self.backtrack = (
+            curvature_size,
+            adapt,
+            ratio,
+            backtrack,
+        )
         self.iterations, self.progress, self.reuse = iterations, progress, reuse
         self.trial: Closure | None = None  # the minibatch S₁, for the losses of backtracking
         self.minibatch: Closure | None = None  # S₂, of the products
@@ -137,13 +142,16 @@ class HessianFree(WholeVectorCurvature):
         if self.cadence.updates(step):
             alone(self.objective)
             self.minibatch = closure if size is None else part(closure, subset(closure, size))
-            self.at = self.layout.flatten({name: p.detach() for name, p in self.objective.parameters.items()}).to(
-                self.objective.dtype
-            )
+            self.at = self.layout.flatten(
+                {name: p.detach() for name, p in self.objective.parameters.items()}
+            ).to(self.objective.dtype)
             self.product = self._product(self.minibatch, self.at)
         if self.cadence.refreshes(step):
             self.refresh()
-        self.trial, self.start = closure, None if self.solution is None else self.reuse * self.solution
+        self.trial, self.start = (
+            closure,
+            None if self.solution is None else self.reuse * self.solution,
+        )
         self.steps = step
 
     def _product(self, closure: Closure, at: Float[Tensor, " D"]) -> Product:
@@ -163,7 +171,13 @@ class HessianFree(WholeVectorCurvature):
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """x of truncated conjugate gradients on (B + λI) x = grad; the same keys and shapes, for
         all parameters."""
-        run = truncated_cg(self.matrix, flat(self.layout, grads), self.start, progress=self.progress, maximum=self.iterations)
+        run = truncated_cg(
+            self.matrix,
+            flat(self.layout, grads),
+            self.start,
+            progress=self.progress,
+            maximum=self.iterations,
+        )
         x = self._best(run.iterates) if self.backtrack and self.trial is not None else run.x
         self.solution = x if all_finite(x) else None  # the next run would start from it
         return unflat_like(self.layout, x, grads)
@@ -198,7 +212,10 @@ class HessianFree(WholeVectorCurvature):
 
     def state_dict(self) -> dict[str, Any]:
         """With the minibatches, since a product is made of data and weights."""
-        kept = {name: getattr(self, name) for name in ("steps", "damping", "used", "at", "solution", "start")}
+        kept = {
+            name: getattr(self, name)
+            for name in ("steps", "damping", "used", "at", "solution", "start")
+        }
         minibatches = {name: _pack(getattr(self, name)) for name in ("trial", "minibatch")}
         return kept | minibatches | {"algorithm": self.name}
 
@@ -206,8 +223,14 @@ class HessianFree(WholeVectorCurvature):
         """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
         algorithm, model or dtype."""
         check_algorithm(state, self.name)
-        kept = {name: state[name] for name in ("steps", "damping", "used", "at", "solution", "start")}
-        check_vectors(self.layout, {name: kept[name] for name in ("at", "solution", "start")}, self.objective.dtype)
+        kept = {
+            name: state[name] for name in ("steps", "damping", "used", "at", "solution", "start")
+        }
+        check_vectors(
+            self.layout,
+            {name: kept[name] for name in ("at", "solution", "start")},
+            self.objective.dtype,
+        )
         trial, minibatch = (self._unpack(state[name]) for name in ("trial", "minibatch"))
         at = kept["at"]
         product = None if minibatch is None or at is None else self._product(minibatch, at)

@@ -30,7 +30,17 @@ from torch import Tensor
 from curvlab.curvature.base import BlockDefaults, FactorBounds, LearntPair, Move, PairName, blend
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
-from curvlab.linalg.bfgs import DAMPINGS, MU1, Flag, Pair, accept, action_pair, damp, hessian_action, updated_inverse
+from curvlab.linalg.bfgs import (
+    DAMPINGS,
+    MU1,
+    Flag,
+    Pair,
+    accept,
+    action_pair,
+    damp,
+    hessian_action,
+    updated_inverse,
+)
 from curvlab.linalg.bounds import (
     Bounds,
     damped_lbfgs,
@@ -43,24 +53,48 @@ from curvlab.linalg.bounds import (
 )
 from curvlab.linalg.cholesky import damped_inverse
 from curvlab.linalg.kronecker import places_split
-from curvlab.linalg.lbfgs import Memory, compact_is_cheaper, empty_memory, lbfgs_inverse, multiple_of_identity
+from curvlab.linalg.lbfgs import (
+    Memory,
+    compact_is_cheaper,
+    empty_memory,
+    lbfgs_inverse,
+    multiple_of_identity,
+)
 from curvlab.linalg.operators import Kronecker, Operator
 from curvlab.statistics import LayerStatistics, Reads
 
-CHAPTER_2: Mapping[str, Any] = {"pair_damping": "dd", "minibatch": False, "rebalance": False, "start": "identity"}
+CHAPTER_2: Mapping[str, Any] = {
+    "pair_damping": "dd",
+    "minibatch": False,
+    "rebalance": False,
+    "start": "identity",
+}
 """Thesis Alg. 4 (2020, Alg. 4). With `CONVERGENT` and `skip`: Alg. 5."""
 
-CHAPTER_3: Mapping[str, Any] = {"pair_damping": "p-lm", "minibatch": True, "rebalance": True, "start": "damping"}
+CHAPTER_3: Mapping[str, Any] = {
+    "pair_damping": "p-lm",
+    "minibatch": True,
+    "rebalance": True,
+    "start": "damping",
+}
 """Thesis Alg. 9. With `CONVERGENT` and `pi-lm`: Alg. 10. Table 3.8: #1 off is `dd`, #2 off is not
 `minibatch`."""
 
-ARTICLE_2021: Mapping[str, Any] = {"pair_damping": "p-lm", "minibatch": True, "rebalance": False, "start": "identity"}
+ARTICLE_2021: Mapping[str, Any] = {
+    "pair_damping": "p-lm",
+    "minibatch": True,
+    "rebalance": False,
+    "start": "identity",
+}
 """2021 Alg. 2. With `CONVERGENT` and `pi-lm-2021`: 2021 Alg. 3."""
 
 CONVERGENT: Mapping[str, Any] = {"pairs": 100, "exact": True}
 """L-BFGS and the exact inverse of A: thesis Alg. 5 and 10, 2021 Alg. 3."""
 
-STARTS: dict[str, Callable[[float], float]] = {"identity": lambda damping_g: 1.0, "damping": lambda damping_g: 1 / damping_g}
+STARTS: dict[str, Callable[[float], float]] = {
+    "identity": lambda damping_g: 1.0,
+    "damping": lambda damping_g: 1 / damping_g,
+}
 """λ_G → h, H_g = h I before the first pair, and at the bottom of L-BFGS: Alg. 4 and 2021 Alg. 2;
 Alg. 9, line 3."""
 
@@ -90,7 +124,17 @@ class KBfgs(BlockDefaults):
     """
 
     reads: Reads = "factors"
-    memory: ClassVar[tuple[str, ...]] = ("A", "s", "y", "S", "Y", "seen", "places", "overall", "left_out")
+    memory: ClassVar[tuple[str, ...]] = (
+        "A",
+        "s",
+        "y",
+        "S",
+        "Y",
+        "seen",
+        "places",
+        "overall",
+        "left_out",
+    )
     factored = learns_pairs = True
     inverse: Operator
 
@@ -109,7 +153,9 @@ class KBfgs(BlockDefaults):
     ) -> None:
         lookup(DAMPINGS, pair_damping, "damping of pairs")
         if pairs < 0:
-            raise CurvlabError(f"pairs must be 0 (BFGS) or the number that L-BFGS keeps, not {pairs}")
+            raise CurvlabError(
+                f"pairs must be 0 (BFGS) or the number that L-BFGS keeps, not {pairs}"
+            )
         if not 0 <= pair_decay < 1:
             raise CurvlabError(f"pair_decay must be at least 0 and below 1, not {pair_decay:g}")
         self.block, self.pairs, self.pair_decay = block, pairs, pair_decay
@@ -124,7 +170,9 @@ class KBfgs(BlockDefaults):
         self.places, self.overall = 1, 0.0
         self.left_out: int | Tensor = 0  # pairs so far, since they or their update were not finite
         self.last: dict[str, Pair] = {}  # the last pair of each factor, for the log
-        self.seen: Tensor | None = None  # ā (and s = H_a ā, A s) of a minibatch that H_a has not learnt from yet
+        self.seen: Tensor | None = (
+            None  # ā (and s = H_a ā, A s) of a minibatch that H_a has not learnt from yet
+        )
 
     def _split(self) -> tuple[float, float]:
         """(λ_A, λ_G): Alg. 4, line 2; Alg. 9, line 2; 2021 Alg. 2, line 1."""
@@ -145,7 +193,11 @@ class KBfgs(BlockDefaults):
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
         """None where A is of the minibatch and never formed: its pair is looked at."""
-        return {FACTOR_A: statistics.A} if self.exact or not (hasattr(self, "inverse") and self.minibatch) else {}
+        return (
+            {FACTOR_A: statistics.A}
+            if self.exact or not (hasattr(self, "inverse") and self.minibatch)
+            else {}
+        )
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         """Fold A in (Alg. 4, line 20); with `minibatch`, once there is an inverse, take the
@@ -153,7 +205,9 @@ class KBfgs(BlockDefaults):
         and of a minibatch's A, which is not formed, H_a ā and A H_a ā (3.15)."""
         self.places = statistics.places
         started = hasattr(self, "inverse")
-        if not (started and self.minibatch):  # of the minibatch alone: a mean in the warm start, and no more
+        if not (
+            started and self.minibatch
+        ):  # of the minibatch alone: a mean in the warm start, and no more
             self.A = blend(self.A, statistics.A, weight)  # Alg. 4, line 20
         elif self.exact:
             self.A = statistics.A  # Alg. 10, line 12
@@ -173,16 +227,22 @@ class KBfgs(BlockDefaults):
                 f"double damping takes μ₂ = √λ in (0, 1] (thesis 2.3.1), not √{damping:g}: use another λ, or k-bfgs"
             )
         if not damping > 0:
-            raise CurvlabError(f"K-BFGS needs a damping above 0, not {damping:g}: √λ is the μ₂ of its pairs")
+            raise CurvlabError(
+                f"K-BFGS needs a damping above 0, not {damping:g}: √λ is the μ₂ of its pairs"
+            )
         if not hasattr(self, "inverse") or self.exact:
             assert self.A is not None
             H_g = self.factors[0] if hasattr(self, "inverse") else self._initial(self.A)
-            self.inverse = Kronecker((H_g, damped_inverse(self.A, damping_a, FACTOR_A)))  # Alg. 5, line 23
+            self.inverse = Kronecker(
+                (H_g, damped_inverse(self.A, damping_a, FACTOR_A))
+            )  # Alg. 5, line 23
         elif self.seen is not None:
             H_g, H_a = self.factors
             mean = self.seen[0]
             if self.minibatch:
-                pair = action_pair(H_a, self.seen[1], self.seen[2], damping_a)  # Alg. 9, line 16; 2021 Alg. 2, line 13
+                pair = action_pair(
+                    H_a, self.seen[1], self.seen[2], damping_a
+                )  # Alg. 9, line 16; 2021 Alg. 2, line 13
             else:
                 assert self.A is not None
                 pair = hessian_action(H_a, mean, self.A, damping_a)  # Alg. 4, lines 21 and 22
@@ -207,7 +267,9 @@ class KBfgs(BlockDefaults):
         H_g = lbfgs_inverse(memory, base, trusted=True)
         return H_g if compact_is_cheaper(outputs, inputs, len(memory)) else H_g.dense()
 
-    def secant(self, before: LayerStatistics, after: LayerStatistics, move: Move | None = None) -> None:
+    def secant(
+        self, before: LayerStatistics, after: LayerStatistics, move: Move | None = None
+    ) -> None:
         """Learn H_g from a step on one minibatch.
 
         A pair that is not finite is left out, and the averages of s and y, which have taken it up,
@@ -217,15 +279,23 @@ class KBfgs(BlockDefaults):
         was = before.g[0].mean((0, 1))
         s, y = after.h.mean((0, 1)) - before.h.mean((0, 1)), after.g[0].mean((0, 1)) - was
         zero = torch.zeros_like(s)
-        mean_s = (zero if self.s is None else self.s).lerp(s, 1 - self.pair_decay)  # Alg. 4, line 16; from zero (practice)
+        mean_s = (zero if self.s is None else self.s).lerp(
+            s, 1 - self.pair_decay
+        )  # Alg. 4, line 16; from zero (practice)
         mean_y = (zero if self.y is None else self.y).lerp(y, 1 - self.pair_decay)
-        pair = damp(self.pair_damping, mean_s, mean_y, H_g, mu1=MU1, mu2=self._split()[1])  # Alg. 4, line 17; Alg. 9, line 20
+        pair = damp(
+            self.pair_damping, mean_s, mean_y, H_g, mu1=MU1, mu2=self._split()[1]
+        )  # Alg. 4, line 17; Alg. 9, line 20
         pair = accept(pair, v=was, mu1=MU1 if self.skip else None)
         if not self.pairs:
             assert isinstance(H_g, Tensor)
             H_g, pair = updated_inverse(H_g, pair)
         else:
-            old = empty_memory(self.pairs, s) if self.S is None or self.Y is None else Memory(self.pairs, self.S, self.Y)
+            old = (
+                empty_memory(self.pairs, s)
+                if self.S is None or self.Y is None
+                else Memory(self.pairs, self.S, self.Y)
+            )
             memory = old.append_where(pair.used, pair.s, pair.y)
             self.S, self.Y = memory.S, memory.Y
             H_g = self._limited(memory)
@@ -251,7 +321,10 @@ class KBfgs(BlockDefaults):
     def learnt(self) -> list[LearntPair]:
         """The last pair of each factor, with its μ₂."""
         mu2 = self.mu2
-        return [LearntPair(which=cast(PairName, which), pair=pair, mu2=mu2[which]) for which, pair in self.last.items()]
+        return [
+            LearntPair(which=cast(PairName, which), pair=pair, mu2=mu2[which])
+            for which, pair in self.last.items()
+        ]
 
     def forget_learnt(self) -> None:
         """Drop the record of the last pairs."""
@@ -311,7 +384,9 @@ class KBfgs(BlockDefaults):
         if pair is None or pair.skipped or dropped:
             return None
         mu2, after = self.mu2["g"], pair.damping.after
-        curvature, step, change = (np.asarray(float(x) / float(after.sy)) for x in (after.yHy, after.ss, after.yy))
+        curvature, step, change = (
+            np.asarray(float(x) / float(after.sy)) for x in (after.yHy, after.ss, after.yy)
+        )
         if not within(step, 1 / mu2):
             return None
         if self.pair_damping in LEMMA_STARTS:

@@ -22,7 +22,9 @@ Ratio = Literal["direction", "step"]
 """Where ρ is taken: at p = −H g, whatever the learning rate (Alg. 23, lines 6 and 7); at the step
 that was taken."""
 
-_SMALLEST = 2.0**-26  # of λ_LM / τ: below, it would be lost in the rounding of λ_LM + τ, and no boost would raise it again
+_SMALLEST = (
+    2.0**-26
+)  # of λ_LM / τ: below, it would be lost in the rounding of λ_LM + τ, and no boost would raise it again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,9 @@ class LevenbergMarquardt:
             ("tau", 0 <= self.tau < math.inf, "0 or positive"),
         ):
             if not good:
-                raise CurvlabError(f"{name} of the Levenberg-Marquardt rule must be {wanted}, not {getattr(self, name):g}")
+                raise CurvlabError(
+                    f"{name} of the Levenberg-Marquardt rule must be {wanted}, not {getattr(self, name):g}"
+                )
 
     def adapted(self, damping: float, rho: float) -> float:
         """The next λ; NaN (no step, so no ratio) changes nothing."""
@@ -74,17 +78,25 @@ def reduction_ratio(actual: float, predicted: float) -> float:
     return actual / predicted if predicted > 0 and not math.isnan(actual) else -math.inf
 
 
-def predicted_reduction(g: Float[Tensor, " D"], p: Float[Tensor, " D"], Bp: Float[Tensor, " D"]) -> float:
+def predicted_reduction(
+    g: Float[Tensor, " D"], p: Float[Tensor, " D"], Bp: Float[Tensor, " D"]
+) -> float:
     """m(0) − m(p) = −gᵀp − ½ pᵀ B p."""
     return -float(g @ p + (p @ Bp) / 2)
 
 
-def ratio_at(transition: Transition, layout: Layout, p: Float[Tensor, " D"], Bp: Float[Tensor, " D"]) -> float:
+def ratio_at(
+    transition: Transition, layout: Layout, p: Float[Tensor, " D"], Bp: Float[Tensor, " D"]
+) -> float:
     """ρ of moving by p from where the transition started. One forward more where p is not the step
     that was taken."""
     before = transition.before
     ahead = p - flat(layout, transition.step)
-    after = transition.after.loss if not bool(ahead.any()) else loss_at(before.closure, unflat(layout, ahead))
+    after = (
+        transition.after.loss
+        if not bool(ahead.any())
+        else loss_at(before.closure, unflat(layout, ahead))
+    )
     predicted = predicted_reduction(flat(layout, before.gradients), p, Bp)
     return reduction_ratio(float(before.loss) - float(after), predicted)
 

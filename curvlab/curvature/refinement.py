@@ -54,7 +54,9 @@ class Refinement:
         gamma = abs(float(u @ v / (u @ u))) if self._given is None else self._given
         return multiple_of_identity(1 / gamma if gamma > 0 else 1.0, u)
 
-    def add(self, u: Float[Tensor, " D"], v: Float[Tensor, " D"], metric: Operator, step: int) -> None:
+    def add(
+        self, u: Float[Tensor, " D"], v: Float[Tensor, " D"], metric: Operator, step: int
+    ) -> None:
         """Keep the pair where uᵀv is positive enough (3.2).
 
         Beside a base, what older samples missed goes: U_k is of the steps k − p to k − 1, (11).

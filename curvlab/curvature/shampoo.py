@@ -26,13 +26,19 @@ def shampoo(block: Block, *, root: str = "auto") -> Contracted:
             CPU; "auto": "eigh" there, "newton" on other devices.
     """
     lookup(ROOTS, root, "way to a root")
-    return Contracted(block, batch_contractions, partial(shampoo_factors, root=root), forward=shampoo_forward)
+    return Contracted(
+        block, batch_contractions, partial(shampoo_factors, root=root), forward=shampoo_forward
+    )
 
 
-def shampoo_factors(means: Contractions, damping: float, root: str = "newton") -> tuple[Tensor, ...]:
+def shampoo_factors(
+    means: Contractions, damping: float, root: str = "newton"
+) -> tuple[Tensor, ...]:
     """(Ĝ^(i) + εI)^{−1/2k}, i = 1 … k."""
     if not all(all_finite(mean) for mean in means):
-        raise Diverged("a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping")
+        raise Diverged(
+            "a Shampoo statistic contains NaN or Inf: lower the learning rate or raise the damping"
+        )
     return tuple(ROOTS[root](shifted(mean, damping), 2 * len(means), damping) for mean in means)
 
 
@@ -51,5 +57,9 @@ def _auto(damped: Tensor, p: int, floor: float) -> Tensor:
     return (inverse_root_eigh if damped.device.type == "cpu" else _newton)(damped, p, floor)
 
 
-ROOTS: dict[str, Callable[[Tensor, int, float], Tensor]] = {"auto": _auto, "newton": _newton, "eigh": inverse_root_eigh}
+ROOTS: dict[str, Callable[[Tensor, int, float], Tensor]] = {
+    "auto": _auto,
+    "newton": _newton,
+    "eigh": inverse_root_eigh,
+}
 """(M + εI, p, ε) → (M + εI)^{−1/p}."""

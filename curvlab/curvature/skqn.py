@@ -73,12 +73,16 @@ def _factored(G: Float[Tensor, "O O"], A: Float[Tensor, "I I"]) -> Kfac:
     return kfac
 
 
-def _base(G: Float[Tensor, "O O"], A: Float[Tensor, "I I"], damping: float, split: bool) -> Operator:
+def _base(
+    G: Float[Tensor, "O O"], A: Float[Tensor, "I I"], damping: float, split: bool
+) -> Operator:
     """G ⊗ A + λ I, or with λ split over the factors by π as in KFAC (thesis Alg. 12, line 19)."""
     return _factored(G, A).matrix(damping) if split else shifted_kronecker((G, A), damping)
 
 
-def _base_inverse(G: Float[Tensor, "O O"], A: Float[Tensor, "I I"], damping: float, split: bool) -> Operator:
+def _base_inverse(
+    G: Float[Tensor, "O O"], A: Float[Tensor, "I I"], damping: float, split: bool
+) -> Operator:
     if not split:
         return shifted_kronecker((G, A), damping).inv()
     kfac = _factored(G, A)
@@ -90,7 +94,9 @@ def _check(what: str, count: int | None, gamma: float) -> None:
     if count is not None and count < 0:
         raise CurvlabError(f"{what} must be 0 (no refinement) or more, not {count}")
     if not gamma >= 0 or (gamma == 0 and count != 0):
-        raise CurvlabError(f"the refinement starts from γ I with γ above 0, not {gamma:g}; γ = 0 needs {what}=0")
+        raise CurvlabError(
+            f"the refinement starts from γ I with γ above 0, not {gamma:g}; γ = 0 needs {what}=0"
+        )
 
 
 class SkqnL(BlockDefaults):
@@ -108,7 +114,15 @@ class SkqnL(BlockDefaults):
     factored = learns_pairs = True
     inverse: Operator
 
-    def __init__(self, block: Block, *, pairs: int = 3, gamma: float = 0.1, mu: float = 0.25, split: bool = False) -> None:
+    def __init__(
+        self,
+        block: Block,
+        *,
+        pairs: int = 3,
+        gamma: float = 0.1,
+        mu: float = 0.25,
+        split: bool = False,
+    ) -> None:
         _check("pairs", pairs, gamma)
         if not 0 <= mu <= 1:
             raise CurvlabError(f"mu must lie between 0 (no damping) and 1, not {mu:g}")
@@ -135,9 +149,16 @@ class SkqnL(BlockDefaults):
             self.S = self.Y = self.A.new_empty(0, statistics.block.numel)
         if self.U is None or self.V is None:
             return
-        u, v = self.U.flatten(), (self.V - self.G @ self.U @ self.A).flatten()  # (10): v = v̂ − H_k u
+        u, v = (
+            self.U.flatten(),
+            (self.V - self.G @ self.U @ self.A).flatten(),
+        )  # (10): v = v̂ − H_k u
         start = multiple_of_identity(self.gamma, u)
-        pair = powell_on_b(u, v, start, start.inv(), self.mu) if self.mu else undamped(u, v, start.inv())
+        pair = (
+            powell_on_b(u, v, start, start.inv(), self.mu)
+            if self.mu
+            else undamped(u, v, start.inv())
+        )
         self.last = accept(pair, cosine=COSINE)
         self.left_out += self.last.skipped == "not finite"
         if not self.last.skipped:
@@ -182,7 +203,10 @@ class SkqnL(BlockDefaults):
         start = multiple_of_identity(self.gamma, self.S[0])
         if not isinstance(base, Rotated):
             return refined(base, Memory(self.pairs, self.S, self.Y), start)
-        rows, count = base.rotated(torch.cat([self.S, self.Y]).mT).mT, len(self.S)  # γ I is the same in every basis
+        rows, count = (
+            base.rotated(torch.cat([self.S, self.Y]).mT).mT,
+            len(self.S),
+        )  # γ I is the same in every basis
         inside = refined(base.inside, Memory(self.pairs, rows[:count], rows[count:]), start)
         return Rotated(base.bases, cast(Compact, inside))
 
@@ -221,7 +245,9 @@ def _preactivations(before: LayerStatistics, after: LayerStatistics, move: Move)
 
 CONDITIONS: dict[str, Condition] = {
     "parameters": Condition(_parameters, parameter_secant, False),  # (19)
-    "preactivations": Condition(_preactivations, lambda U, V, A, G: preactivation_secant(U, V, G), True),  # (20)
+    "preactivations": Condition(
+        _preactivations, lambda U, V, A, G: preactivation_secant(U, V, G), True
+    ),  # (20)
 }
 
 
@@ -259,7 +285,12 @@ class SkqnB(BlockDefaults):
         _check("columns", columns, gamma)
         check_values(
             ("mu", mu, 0 < mu <= 1, "above 0 and at most 1"),
-            ("tau", 1.0 if tau is None else tau, tau is None or 0 <= tau <= 1, "between 0 and 1, or none for Powell's rule"),
+            (
+                "tau",
+                1.0 if tau is None else tau,
+                tau is None or 0 <= tau <= 1,
+                "between 0 and 1, or none for Powell's rule",
+            ),
             ("seed", seed, seed >= 0, "0 or positive"),
         )
         self.condition = lookup(CONDITIONS, condition, "condition")
@@ -282,11 +313,15 @@ class SkqnB(BlockDefaults):
         """Fold A and G in. Where a step has left pairs, update Λ̃ by block BFGS with them (22)."""
         self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
         if self.Lambda is None:
-            self.Lambda = self.gamma * torch.eye(len(self.G), dtype=torch.float64, device=self.G.device)
+            self.Lambda = self.gamma * torch.eye(
+                len(self.G), dtype=torch.float64, device=self.G.device
+            )
         if self.U is None or self.V is None:
             return
         U, V = self._sketched(*self.condition.pairs(self.U, self.V, self.A, self.G))
-        self.last = block_bfgs(self.Lambda, U, V, choice=self.choice, mu=self.mu, tau=self.tau)  # (22)
+        self.last = block_bfgs(
+            self.Lambda, U, V, choice=self.choice, mu=self.mu, tau=self.tau
+        )  # (22)
         self.left_out += self.last.skipped == "not finite"
         self.Lambda = self.last.matrix
         self.U = self.V = None
@@ -315,7 +350,9 @@ class SkqnB(BlockDefaults):
         self.draws += 1
         state = int(np.random.SeedSequence([self.seed, self.draws]).generate_state(1, np.uint64)[0])
         generator = torch.Generator().manual_seed(state >> 1)
-        sketch = gaussian_sketch(m, self.columns, generator, U.dtype, torch.device("cpu")).to(U.device)
+        sketch = gaussian_sketch(m, self.columns, generator, U.dtype, torch.device("cpu")).to(
+            U.device
+        )
         return U @ sketch, V @ sketch
 
     def learnt(self) -> list[LearntPair]:

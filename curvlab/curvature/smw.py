@@ -66,7 +66,9 @@ class SmwFisher(BlockDefaults):
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         """Keep the rows of the minibatch's first N₂ examples, over √N₂; `weight` is not read."""
         if self.curvature_size is not None and self.curvature_size < statistics.size:
-            statistics = statistics.part(torch.arange(self.curvature_size, device=statistics.like.device))
+            statistics = statistics.part(
+                torch.arange(self.curvature_size, device=statistics.like.device)
+            )
         scale = 1 / math.sqrt(statistics.size)
         if statistics.provides("factors") and statistics.vectors == 1 and statistics.places == 1:
             self.g, self.a = statistics.g[0, :, 0] * scale, statistics.a[:, 0]
@@ -130,7 +132,9 @@ class Smw(WholeVectorCurvature):
         check_ratio(ratio)
         check_curvature_size(curvature_size)
         if not 0 < eta < levenberg.epsilon:
-            raise CurvlabError(f"eta must lie between 0 and epsilon = {levenberg.epsilon:g} (Theorem 6), not {eta:g}")
+            raise CurvlabError(
+                f"eta must lie between 0 and epsilon = {levenberg.epsilon:g} (Theorem 6), not {eta:g}"
+            )
         self.curvature_size, self.adapt, self.ratio, self.eta = curvature_size, adapt, ratio, eta
         self.rejects, self.levenberg = semi_stochastic, levenberg
         self.ready = False
@@ -153,7 +157,11 @@ class Smw(WholeVectorCurvature):
     def needs(self) -> frozenset[Pass]:
         """The pass of the next `update`; none where it looks at the N₂ examples itself."""
         own_look = self.labels == "exact" and self.curvature_size is not None
-        return frozenset() if own_look or not self.cadence.updates(self.steps + 1) else frozenset({self.labels})
+        return (
+            frozenset()
+            if own_look or not self.cadence.updates(self.steps + 1)
+            else frozenset({self.labels})
+        )
 
     def update(self, observation: Observation) -> None:
         """Rows of the N₂ examples where the schedule says so, the factor of their Gram matrix where
@@ -170,14 +178,20 @@ class Smw(WholeVectorCurvature):
         closure, size = observation.closure, self.curvature_size
         chosen = torch.arange(observation.size) if size is None else subset(closure, size)
         if self.labels == "exact" and size is not None:
-            statistics = part(closure, chosen).observe({"exact"}, move_buffers=False).passes["exact"]
+            statistics = (
+                part(closure, chosen).observe({"exact"}, move_buffers=False).passes["exact"]
+            )
         elif self.labels not in observation.passes:
             raise unknown("pass of this observation", self.labels, observation.passes)
         else:
             statistics = observation.passes[self.labels]
             if len(chosen) < observation.size:
-                statistics = {name: s.part(chosen) for name, s in statistics.items() if s.structured}
-        found: dict[str, RowMatrix] = {name: layer_rows(s) for name, s in statistics.items() if s.structured}
+                statistics = {
+                    name: s.part(chosen) for name, s in statistics.items() if s.structured
+                }
+        found: dict[str, RowMatrix] = {
+            name: layer_rows(s) for name, s in statistics.items() if s.structured
+        }
         loose = tuple(b for b in self.layout.blocks if b.name not in found)
         if loose:
             found |= loose_rows(closure, loose, self.labels, chosen)
@@ -225,7 +239,12 @@ class Smw(WholeVectorCurvature):
     def state_dict(self) -> dict[str, Any]:
         """Return λ, the counters, and the rows and the inverse as `pack` has them."""
         packed = {"rows": pack(self.rows), "inverse": pack(self._inverse)}
-        return packed | {"algorithm": self.name, "steps": self.steps, "ready": self.ready, "damping": self.damping}
+        return packed | {
+            "algorithm": self.name,
+            "steps": self.steps,
+            "ready": self.ready,
+            "damping": self.damping,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
@@ -257,7 +276,9 @@ def layer_rows(statistics: LayerStatistics) -> RowMatrix:
     return LayerRows(g * scale, a if block.groups > 1 else a[:, :, None])
 
 
-def loose_rows(closure: Closure, blocks: tuple[Block, ...], labels: Pass, chosen: Tensor) -> dict[str, RowMatrix]:
+def loose_rows(
+    closure: Closure, blocks: tuple[Block, ...], labels: Pass, chosen: Tensor
+) -> dict[str, RowMatrix]:
     """{block: the same rows} of blocks that go the general way, for the chosen examples of a
     minibatch."""
     alone(closure.objective)
@@ -273,5 +294,7 @@ def loose_rows(closure: Closure, blocks: tuple[Block, ...], labels: Pass, chosen
         root = closure.root(z)[:, chosen].flatten(2)  # [V, n, C]
         rows = torch.einsum("vnc,ncd->vnd", root, function.jacobians()).flatten(0, 1)
     else:
-        rows = function.gradients(closure.y[chosen] if labels == "data" else closure.labels(z)[0][chosen])
+        rows = function.gradients(
+            closure.y[chosen] if labels == "data" else closure.labels(z)[0][chosen]
+        )
     return {b.name: Rows(rows[:, layout.slices[b.name]] / math.sqrt(count)) for b in blocks}

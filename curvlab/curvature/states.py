@@ -39,7 +39,9 @@ def check_names(blocks: Iterable[Block], saved: Iterable[str]) -> None:
     """Raises CurvlabError where the saved blocks are not these."""
     own, saved = [b.name for b in blocks], list(saved)
     if set(saved) != set(own):
-        raise CurvlabError(f"the checkpoint has blocks {', '.join(saved)} but this model has {', '.join(own)}: {REBUILD}")
+        raise CurvlabError(
+            f"the checkpoint has blocks {', '.join(saved)} but this model has {', '.join(own)}: {REBUILD}"
+        )
 
 
 def check_shape(block: Block, what: str, found: Sequence[int]) -> None:
@@ -50,7 +52,9 @@ def check_shape(block: Block, what: str, found: Sequence[int]) -> None:
 
 def misfit(block: Block, what: str, found: Sequence[int]) -> CurvlabError:
     """The error for what is of a block of another shape."""
-    return CurvlabError(f"{block} has shape {list(block.shape)} but in the checkpoint {what} {list(found)}: {REBUILD}")
+    return CurvlabError(
+        f"{block} has shape {list(block.shape)} but in the checkpoint {what} {list(found)}: {REBUILD}"
+    )
 
 
 def check_dtype(where: object, found: torch.dtype, wanted: torch.dtype) -> None:
@@ -59,7 +63,9 @@ def check_dtype(where: object, found: torch.dtype, wanted: torch.dtype) -> None:
     It is not cast: a state is what goes on bit for bit, and some of it is of double precision in any model.
     """
     if found != wanted and found in _FULL and wanted in _FULL:
-        raise CurvlabError(f"{where} is of {wanted} but of {found} in the checkpoint: build the model in the same dtype first")
+        raise CurvlabError(
+            f"{where} is of {wanted} but of {found} in the checkpoint: build the model in the same dtype first"
+        )
 
 
 def dtype_of(blocks: Iterable[Block]) -> torch.dtype | None:
@@ -73,7 +79,9 @@ def dtype_of(blocks: Iterable[Block]) -> torch.dtype | None:
     return found
 
 
-def check_memory(block: Block, keys: Sequence[str], saved: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+def check_memory(
+    block: Block, keys: Sequence[str], saved: Mapping[str, Any], dtype: torch.dtype | None
+) -> None:
     """Raises CurvlabError where saved statistics are not those of such a block: other names, another shape, another dtype."""
     if set(saved) != set(keys):
         raise CurvlabError(
@@ -83,7 +91,9 @@ def check_memory(block: Block, keys: Sequence[str], saved: Mapping[str, Any], dt
         if key == "means" and value is not None:
             sizes = [[len(way) for way in ways] for ways in value]
             if sum(map(math.prod, sizes)) != block.numel:
-                raise misfit(block, "its means have ways of", [size for ways in sizes for size in ways])
+                raise misfit(
+                    block, "its means have ways of", [size for ways in sizes for size in ways]
+                )
         if isinstance(value, Tensor) and key in STATISTIC_AXES and len(block.shape) == 2:
             if not any(_has(value.shape, axes, block) for axes in STATISTIC_AXES[key]):
                 raise misfit(block, f"its {key} is", value.shape)
@@ -104,12 +114,18 @@ def check_operator(block: Block, operator: Operator, dtype: torch.dtype | None) 
 def check_rows(layout: Layout, rows: Beside, dtype: torch.dtype) -> None:
     """Raises CurvlabError where rows side by side are not of these blocks."""
     if len(rows.parts) != len(layout.blocks):
-        raise CurvlabError(f"the checkpoint has {len(rows.parts)} blocks but this model has {len(layout.blocks)}: {REBUILD}")
+        raise CurvlabError(
+            f"the checkpoint has {len(rows.parts)} blocks but this model has {len(layout.blocks)}: {REBUILD}"
+        )
     for block, part in zip(layout.blocks, rows.parts, strict=True):
         if isinstance(part, LayerRows):
             found: tuple[int, ...] = (part.g.shape[3] * part.g.shape[4], part.a.shape[3])
         else:
-            found = (part.width,) if not isinstance(part, Rows) or part.a is None else (part.g.shape[1], part.a.shape[1])
+            found = (
+                (part.width,)
+                if not isinstance(part, Rows) or part.a is None
+                else (part.g.shape[1], part.a.shape[1])
+            )
         if math.prod(found) != block.numel or (len(found) == 2 and found != block.shape):
             raise misfit(block, "its rows are of", found)
         place = placed(part)
@@ -145,6 +161,11 @@ def _ways(operator: Operator) -> tuple[int, ...]:
 
 def _has(shape: Sequence[int], axes: str, block: Block) -> bool:
     outputs, inputs = block.shape
-    lengths: dict[str, int] = {"O": outputs, "I": inputs, "D": block.numel, "P": outputs * (outputs + 1) // 2}
+    lengths: dict[str, int] = {
+        "O": outputs,
+        "I": inputs,
+        "D": block.numel,
+        "P": outputs * (outputs + 1) // 2,
+    }
     fits: Callable[[str, int], bool] = lambda axis, n: axis == "*" or lengths[axis] == n  # noqa: E731
     return len(shape) == len(axes) and all(map(fits, axes, shape))

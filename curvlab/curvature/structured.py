@@ -37,13 +37,27 @@ from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.refinement import Refinement
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.states import check_vectors
-from curvlab.curvature.whole_vector import Search, WholeVectorCurvature, flat, part, searched, subset, unflat_like
+from curvlab.curvature.whole_vector import (
+    Search,
+    WholeVectorCurvature,
+    flat,
+    part,
+    searched,
+    subset,
+    unflat_like,
+)
 from curvlab.errors import CurvlabError, Diverged, check_values, unknown
 from curvlab.exact.batches import Kind
 from curvlab.exact.torch_func import Function
 from curvlab.finite import all_finite
 from curvlab.linalg.krylov import Indefinite, conjugate_gradients
-from curvlab.linalg.lbfgs import Memory, lbfgs_inverse, multiple_of_identity, refined, refined_low_rank
+from curvlab.linalg.lbfgs import (
+    Memory,
+    lbfgs_inverse,
+    multiple_of_identity,
+    refined,
+    refined_low_rank,
+)
 from curvlab.linalg.operators import Dense, Operator
 from curvlab.linalg.products import Product
 from curvlab.objective import Objective
@@ -113,19 +127,38 @@ class Structured(WholeVectorCurvature):
         search: Search = "none",
     ) -> None:
         super().__init__(objective, settings)
-        for what, value, known in (("base", base, Base), ("solver", solver, Solver), ("line search", search, Search)):
+        for what, value, known in (
+            ("base", base, Base),
+            ("solver", solver, Solver),
+            ("line search", search, Search),
+        ):
             if value not in get_args(known):
                 raise unknown(what, value, get_args(known))
         check_values(
-            ("pairs", pairs, pairs >= (base == "none"), "0 or more, or 1 or more where there is no base"),
-            ("sample", 1 if sample is None else sample, sample is None or sample >= 1, "a positive number of examples"),
+            (
+                "pairs",
+                pairs,
+                pairs >= (base == "none"),
+                "0 or more, or 1 or more where there is no base",
+            ),
+            (
+                "sample",
+                1 if sample is None else sample,
+                sample is None or sample >= 1,
+                "a positive number of examples",
+            ),
             ("growth", growth, growth >= 1, "1 or more"),
             ("gamma", 1.0 if gamma is None else gamma, gamma is None or gamma > 0, "above 0"),
             ("tolerance", tolerance, 0 < tolerance < 1, "above 0 and below 1"),
             ("iterations", iterations, iterations >= 1, "1 or more"),
         )
         self.base, self.sample, self.growth, self.damping_rule = base, sample, growth, damping_rule
-        self.tolerance, self.iterations, self.solver, self.search = tolerance, iterations, solver, search
+        self.tolerance, self.iterations, self.solver, self.search = (
+            tolerance,
+            iterations,
+            solver,
+            search,
+        )
         self.refinement = Refinement(pairs, gamma, alone=base == "none")
         self.ready = False
         self.gradient_norm: float | None = None  # ‖g_{k−1}‖
@@ -165,7 +198,9 @@ class Structured(WholeVectorCurvature):
 
     def learn(self, transition: Transition) -> bool:
         """Line 5: the pair of this step, by two gradients on the same examples. The step stands."""
-        change = flat(self.layout, transition.after.gradients) - flat(self.layout, transition.before.gradients)
+        change = flat(self.layout, transition.after.gradients) - flat(
+            self.layout, transition.before.gradients
+        )
         self.pending = flat(self.layout, transition.step), change
         return True
 
@@ -278,7 +313,10 @@ class Structured(WholeVectorCurvature):
             return
 
         def solve(b: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-            found = [conjugate_gradients(matrix, c, tolerance=self.tolerance, maximum=self.iterations) for c in b.mT]
+            found = [
+                conjugate_gradients(matrix, c, tolerance=self.tolerance, maximum=self.iterations)
+                for c in b.mT
+            ]
             return torch.stack([one.x for one in found], 1)
 
         self._inverse = Product(solve, size, dtype, device)
@@ -315,7 +353,9 @@ class Structured(WholeVectorCurvature):
         dense = matrix.dense()
         dense = (dense + dense.mT) / 2
         if not all_finite(dense):
-            raise Diverged(f"the matrix of {self._blocks} contains NaN or Inf: raise the damping, or scale the data")
+            raise Diverged(
+                f"the matrix of {self._blocks} contains NaN or Inf: raise the damping, or scale the data"
+            )
         if bool(torch.linalg.cholesky_ex(dense).info):
             ends = torch.linalg.eigvalsh(dense)
             floor = max(self.lam, float(ends.abs().amax()) * torch.finfo(dense.dtype).eps ** 0.5)
@@ -326,9 +366,13 @@ class Structured(WholeVectorCurvature):
 
     def _raise(self, curvature: float) -> None:
         """After pᵀ(B + λI)p / pᵀp = curvature ≤ 0."""
-        raised = self.lam + max(2 * abs(curvature), self.lam, torch.finfo(self.objective.dtype).tiny)
+        raised = self.lam + max(
+            2 * abs(curvature), self.lam, torch.finfo(self.objective.dtype).tiny
+        )
         if not math.isfinite(raised):
-            raise Diverged(f"the matrix of {self._blocks} is not positive definite at any damping: scale the data")
+            raise Diverged(
+                f"the matrix of {self._blocks} is not positive definite at any damping: scale the data"
+            )
         self.lam = raised
 
     @property
@@ -348,7 +392,11 @@ class Structured(WholeVectorCurvature):
     def state_dict(self) -> dict[str, Any]:
         """Counters and pairs. The base is of a minibatch: the next `update` takes its own."""
         state = {key: getattr(self, key) for key in _STATE}
-        pairs = {"pairs": self.refinement.packed(), "ages": self.refinement.ages, "pending": _listed(self.pending)}
+        pairs = {
+            "pairs": self.refinement.packed(),
+            "ages": self.refinement.ages,
+            "pending": _listed(self.pending),
+        }
         state |= pairs | {"pairs_left_out": self.refinement.left_out}
         return state | {"algorithm": self.name, "work": dict(self.work)}
 
@@ -356,7 +404,11 @@ class Structured(WholeVectorCurvature):
         """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
         check_algorithm(state, self.name)
         pairs, pending = state["pairs"], state["pending"]
-        held = {f"{name} {i}": t for name, both in (("pairs", pairs), ("pending", pending)) for i, t in enumerate(both or ())}
+        held = {
+            f"{name} {i}": t
+            for name, both in (("pairs", pairs), ("pending", pending))
+            for i, t in enumerate(both or ())
+        }
         check_vectors(self.objective.layout, held, self.objective.dtype)
         kept, ages = {key: state[key] for key in _STATE}, state["ages"]
         self.work = dict(state["work"])

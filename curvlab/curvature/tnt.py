@@ -32,7 +32,14 @@ def tnt(block: Block) -> Contracted:
 def tnt_per_sample(block: Block) -> Contracted:
     """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the per-sample gradients: ⊗ Ũ_i estimates Fisher itself, at any
     batch size."""
-    return Contracted(block, sample_contractions, tnt_factors, reads="factors", forward=tnt_forward, theorem=lemma_10)
+    return Contracted(
+        block,
+        sample_contractions,
+        tnt_factors,
+        reads="factors",
+        forward=tnt_forward,
+        theorem=lemma_10,
+    )
 
 
 def tnt_factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
@@ -58,8 +65,13 @@ def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[
     else:
         bias = statistics.g[:, :, 0].flatten(0, 1)
         a = statistics.a[:, 0, inputs].repeat(len(statistics.g), 1)
-        parts = [bias * a.norm(dim=1, keepdim=True), with_pixels(block, a * bias.norm(dim=1, keepdim=True))]
-    found = [[contraction(part, way) for part in parts for way in range(1, part.ndim)]]  # summed over the first axis
+        parts = [
+            bias * a.norm(dim=1, keepdim=True),
+            with_pixels(block, a * bias.norm(dim=1, keepdim=True)),
+        ]
+    found = [
+        [contraction(part, way) for part in parts for way in range(1, part.ndim)]
+    ]  # summed over the first axis
     if block.biased:
         found.append([contraction(bias, 1)])
     return [[c / statistics.size for c in variable] for variable in found]
@@ -87,7 +99,10 @@ def lemma_10(parts: Sequence[Kronecker], damping: float) -> FactorBounds:
     """
     shapes = [[len(f) for f in part.factors] for part in parts]
     norms = [gradient_norm_bound(part, damping) for part in parts]
-    each = [tensor_normal(shape, norm, damping).inverse for shape, norm in zip(shapes, norms, strict=True)]
+    each = [
+        tensor_normal(shape, norm, damping).inverse
+        for shape, norm in zip(shapes, norms, strict=True)
+    ]
     whole = Bounds(min(b.lower for b in each), max(b.upper for b in each))
     if len(shapes[0]) != 2:
         return FactorBounds(product=whole)

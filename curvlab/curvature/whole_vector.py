@@ -40,10 +40,14 @@ def flat(layout: Layout, tensors: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
     found = []
     for block in layout.blocks:
         if block.name not in tensors and not tensors.keys() >= set(block.params):
-            raise CurvlabError(f"the gradient of {block} is missing: a method of the whole vector needs every block's")
+            raise CurvlabError(
+                f"the gradient of {block} is missing: a method of the whole vector needs every block's"
+            )
         value = tensors[block.name] if block.name in tensors else block.gather(tensors)
         if tuple(value.shape) != block.shape:
-            raise CurvlabError(f"{block} has shape {list(block.shape)}, but its gradient {list(value.shape)}")
+            raise CurvlabError(
+                f"{block} has shape {list(block.shape)}, but its gradient {list(value.shape)}"
+            )
         found.append(value.flatten())
     return torch.cat(found)
 
@@ -53,7 +57,9 @@ def unflat(layout: Layout, vector: Float[Tensor, " D"]) -> dict[str, Tensor]:
     return {b.name: vector[layout.slices[b.name]].view(b.shape) for b in layout.blocks}
 
 
-def unflat_like(layout: Layout, vector: Float[Tensor, " D"], grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unflat_like(
+    layout: Layout, vector: Float[Tensor, " D"], grads: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """One vector → the keys of `grads`: blocks or parameters."""
     found = layout.unflatten(vector) | unflat(layout, vector)
     return {name: found[name] for name in grads}
@@ -68,7 +74,9 @@ def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:
     """Some examples of a minibatch, with the number, and so the generator of labels, of the whole."""
     x = closure.x.index_select(0, indices)
     x = x.coalesce() if x.is_sparse else x
-    return Closure(closure.objective, x, closure.y[indices], closure.number, closure.stream, closure.part)
+    return Closure(
+        closure.objective, x, closure.y[indices], closure.number, closure.stream, closure.part
+    )
 
 
 _OF_SUBSETS = 1 << 31  # beside the parts of the generators of labels
@@ -80,7 +88,9 @@ def subset(closure: Closure, size: int) -> Int[Tensor, " n"]:
     So it is the same alone and in company, continues from a checkpoint, and is the same on every device.
     """
     objective, count = closure.objective, len(closure.x)
-    seed = objective.generator(closure.number, closure.stream, _OF_SUBSETS + closure.part).initial_seed()
+    seed = objective.generator(
+        closure.number, closure.stream, _OF_SUBSETS + closure.part
+    ).initial_seed()
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[:size].sort().values.to(closure.x.device)
 
@@ -118,12 +128,16 @@ def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[N
         restore(objective, saved)
 
 
-def searched(observation: Observation, g: Float[Tensor, " D"], d: Float[Tensor, " D"], search: Search) -> Found:
+def searched(
+    observation: Observation, g: Float[Tensor, " D"], d: Float[Tensor, " D"], search: Search
+) -> Found:
     """How far along −d, on the minibatch of the observation, whose gradient is g; the parameters are back after it."""
     objective = observation.closure.objective
     slope, start = -float(g @ d), float(observation.loss)
     if not slope < 0:
-        return Found(1.0, 1, True)  # nothing to gain: a gradient of zeros, or momentum against this direction
+        return Found(
+            1.0, 1, True
+        )  # nothing to gain: a gradient of zeros, or momentum against this direction
     slack = 10 * torch.finfo(observation.loss.dtype).eps * abs(start)
 
     def loss(t: float) -> float:
@@ -165,4 +179,6 @@ class WholeVectorCurvature(CurvatureDefaults):
 def check_curvature_size(size: int | None) -> None:
     """Raises CurvlabError for N₂ < 1."""
     if size is not None and size < 1:
-        raise CurvlabError(f"curvature_size must be a positive number of examples, or None for all, not {size:g}")
+        raise CurvlabError(
+            f"curvature_size must be a positive number of examples, or None for all, not {size:g}"
+        )

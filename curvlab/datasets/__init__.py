@@ -55,22 +55,50 @@ _EITHER = "CURVLAB_DATA or download"
 DATASETS: dict[str, Entry] = {
     "mnist": Entry("handwritten digits, 28×28 in [0, 1]; 60,000 train, 10,000 test", mnist),
     "mnist16": Entry("MNIST resized to 16×16 (thesis 4.3.4; Martens and Grosse 2015)", mnist16),
-    "mnist-ae": Entry("MNIST for autoencoders: targets are the inputs (thesis Table 2.3)", mnist_ae),
-    "mnist-standard": Entry("MNIST, each pixel at mean 0 and variance 1 (thesis 5.8)", mnist_standard),
-    "curves": Entry("CURVES, regenerated: 20,000 train, 10,000 test (thesis Table 2.3)", curves, "made, cached"),
-    "faces": Entry("FACES, regenerated: 103,500 train, 41,400 test (thesis Table 2.3)", faces, f"made of {_EITHER}, cached"),
-    "cifar10": Entry("CIFAR-10, channels at mean 0 and variance 1, random crops and flips (thesis 4.7.2)", cifar10, _EITHER),
+    "mnist-ae": Entry(
+        "MNIST for autoencoders: targets are the inputs (thesis Table 2.3)", mnist_ae
+    ),
+    "mnist-standard": Entry(
+        "MNIST, each pixel at mean 0 and variance 1 (thesis 5.8)", mnist_standard
+    ),
+    "curves": Entry(
+        "CURVES, regenerated: 20,000 train, 10,000 test (thesis Table 2.3)", curves, "made, cached"
+    ),
+    "faces": Entry(
+        "FACES, regenerated: 103,500 train, 41,400 test (thesis Table 2.3)",
+        faces,
+        f"made of {_EITHER}, cached",
+    ),
+    "cifar10": Entry(
+        "CIFAR-10, channels at mean 0 and variance 1, random crops and flips (thesis 4.7.2)",
+        cifar10,
+        _EITHER,
+    ),
     "cifar100": Entry("CIFAR-100, likewise", cifar100, _EITHER),
-    "cifar10-subset": Entry("8,068 training and 1,017 test images of CIFAR-10, likewise", cifar10_subset, _OWN),
+    "cifar10-subset": Entry(
+        "8,068 training and 1,017 test images of CIFAR-10, likewise", cifar10_subset, _OWN
+    ),
     "cifar10-standard": Entry(
-        "CIFAR-10 flattened, each pixel at mean 0 and variance 1 (thesis 5.8)", cifar10_standard, _EITHER
+        "CIFAR-10 flattened, each pixel at mean 0 and variance 1 (thesis 5.8)",
+        cifar10_standard,
+        _EITHER,
     ),
     "cifar10-subset-standard": Entry("the subset, likewise", cifar10_subset_standard, _OWN),
-    "a9a": Entry("UCI Adult, 123 binary features; 32,561 train, 16,281 test; for S2QN (26)", a9a, _EITHER),
-    "w8a": Entry("web pages, 300 binary features; 49,749 train, no test; for S2QN (26)", w8a, _EITHER),
-    "news20": Entry("20 newsgroups in two classes, 62,061 sparse features; 15,935 train, no test; for S2QN (26)", news20, _OWN),
+    "a9a": Entry(
+        "UCI Adult, 123 binary features; 32,561 train, 16,281 test; for S2QN (26)", a9a, _EITHER
+    ),
+    "w8a": Entry(
+        "web pages, 300 binary features; 49,749 train, no test; for S2QN (26)", w8a, _EITHER
+    ),
+    "news20": Entry(
+        "20 newsgroups in two classes, 62,061 sparse features; 15,935 train, no test; for S2QN (26)",
+        news20,
+        _OWN,
+    ),
     "webspam": Entry(
-        "web pages, 254 features at mean 0 and variance 1; 300,000 train, 50,000 test (thesis 5.8)", webspam, _OWN
+        "web pages, 254 features at mean 0 and variance 1; 300,000 train, 50,000 test (thesis 5.8)",
+        webspam,
+        _OWN,
     ),
 }
 

@@ -53,7 +53,9 @@ class SparseRows:
         """The same as a sparse tensor, coalesced."""
         found = self._chosen(chosen).tocoo()
         places = torch.from_numpy(np.stack([found.row, found.col]).astype(np.int64))
-        return torch.sparse_coo_tensor(places, torch.from_numpy(found.data), found.shape, check_invariants=True).coalesce()
+        return torch.sparse_coo_tensor(
+            places, torch.from_numpy(found.data), found.shape, check_invariants=True
+        ).coalesce()
 
     def _chosen(self, chosen: Tensor | slice) -> Any:
         return self.matrix[chosen if isinstance(chosen, slice) else chosen.numpy()]
@@ -91,13 +93,19 @@ class Dataset:
     def check(self) -> None:
         """Raise CurvlabError where the data cannot be what they should: different lengths, NaN or Inf, negative labels."""
         if len(self.x) != len(self.y):
-            raise CurvlabError(f"data set '{self.name}' has {len(self.x)} inputs but {len(self.y)} targets: mend the data")
+            raise CurvlabError(
+                f"data set '{self.name}' has {len(self.x)} inputs but {len(self.y)} targets: mend the data"
+            )
         stored = torch.from_numpy(self.x.matrix.data) if isinstance(self.x, SparseRows) else self.x
         for what, values in (("inputs", stored), ("targets", self.y)):
             if values.is_floating_point() and not all_finite(values):
-                raise CurvlabError(f"data set '{self.name}': {what} contain NaN or Inf{_where(values, self.x)}: clean the data")
+                raise CurvlabError(
+                    f"data set '{self.name}': {what} contain NaN or Inf{_where(values, self.x)}: clean the data"
+                )
         if not self.y.is_floating_point() and len(self.y) and int(self.y.min()) < 0:
-            raise CurvlabError(f"data set '{self.name}' has the label {int(self.y.min())}: labels are class numbers from 0 on")
+            raise CurvlabError(
+                f"data set '{self.name}' has the label {int(self.y.min())}: labels are class numbers from 0 on"
+            )
 
     def batches(self, size: int, epochs: int = 1, seed: int = 0, augment: bool = True) -> Batches:
         """Minibatches (x, y) of exactly `size` examples, reshuffled every epoch; what is left of an epoch is dropped.
@@ -152,7 +160,10 @@ class Batches:
             chosen = order[i * self.size : (i + 1) * self.size]
             x = data.x[chosen]
             y = x if data.y is data.x else data.y[chosen]
-            yield (x if data.augment is None else data.augment(x, generator(self.seed, number, i))), y
+            yield (
+                (x if data.augment is None else data.augment(x, generator(self.seed, number, i))),
+                y,
+            )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(self.epochs):
@@ -161,4 +172,6 @@ class Batches:
 
 def generator(*entropy: int) -> torch.Generator:
     """A generator that is a function of these numbers alone."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(list(entropy)).generate_state(1)[0]))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(list(entropy)).generate_state(1)[0])
+    )

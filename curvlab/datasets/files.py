@@ -74,7 +74,11 @@ def folders() -> list[Path]:
     """Where files are looked for, the user's folder first."""
     here = Path(__file__).resolve().parents[1]
     chosen = os.environ.get("CURVLAB_DATA")
-    return [*([expanded(chosen, "CURVLAB_DATA")] if chosen else []), here / "_data", here.parent / "data"]
+    return [
+        *([expanded(chosen, "CURVLAB_DATA")] if chosen else []),
+        here / "_data",
+        here.parent / "data",
+    ]
 
 
 def cache() -> Path:
@@ -125,7 +129,11 @@ def verify(path: Path, name: str, sums: tuple[str, ...]) -> None:
     except OSError as error:
         raise CurvlabError(f"data file {path} cannot be read: {error.strerror}") from error
     if found not in sums:
-        remedy = "reinstall curvlab, or in a checkout run: git checkout -- data" if name == "mnist.npz" else "get it again"
+        remedy = (
+            "reinstall curvlab, or in a checkout run: git checkout -- data"
+            if name == "mnist.npz"
+            else "get it again"
+        )
         raise CurvlabError(
             f"data file {path} is damaged ({said} {found[:12]}…, expected {' or '.join(s[:12] for s in sums)}…): {remedy}"
         )
@@ -144,7 +152,10 @@ class _Announce:
     @total.setter
     def total(self, size: int) -> None:
         self._total = size
-        print(f"curvlab: downloading {self.name} ({size / 1e6:.1f} MB) from {self.url} to {cache()}", file=sys.stderr)
+        print(
+            f"curvlab: downloading {self.name} ({size / 1e6:.1f} MB) from {self.url} to {cache()}",
+            file=sys.stderr,
+        )
 
     def update(self, amount: int) -> None: ...
     def reset(self) -> None: ...
@@ -161,7 +172,11 @@ def _download(name: str, known: File, where: str) -> Path:
     try:
         return Path(pooch.retrieve(known.url, known.sums[0], name, cache(), downloader=downloader))
     except (OSError, ValueError) as error:  # no network, no room; another checksum
-        what = "what came has another checksum" if isinstance(error, ValueError) else type(error).__name__
+        what = (
+            "what came has another checksum"
+            if isinstance(error, ValueError)
+            else type(error).__name__
+        )
         raise CurvlabError(
             f"{where} and could not be downloaded from {known.url} to {cache()} ({what}): "
             "set CURVLAB_DATA to a folder that has it"
@@ -188,7 +203,9 @@ def cached(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{name}-", suffix=".npz", delete=False) as stream:
+        with NamedTemporaryFile(
+            dir=path.parent, prefix=f".{name}-", suffix=".npz", delete=False
+        ) as stream:
             temporary = Path(stream.name)
             np.savez(stream, images=images, sha256=np.array(_digest(images)))
         os.replace(temporary, path)
@@ -207,4 +224,6 @@ def cached(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8
 
 
 def _digest(images: NDArray[np.uint8]) -> str:
-    return hashlib.sha256(str((images.shape, images.dtype.str)).encode() + np.ascontiguousarray(images).tobytes()).hexdigest()
+    return hashlib.sha256(
+        str((images.shape, images.dtype.str)).encode() + np.ascontiguousarray(images).tobytes()
+    ).hexdigest()

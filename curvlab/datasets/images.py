@@ -56,9 +56,16 @@ def mnist16() -> tuple[Dataset, Dataset]:
 
     def part(name: str) -> Dataset:
         # Framed to 32×32, then the mean of 2×2 pixels: a box filter at exactly half the resolution, so nothing aliases.
-        x = F.avg_pool2d(F.pad(raw[f"x_{name}"][:, None].float(), (2, 2, 2, 2)), 2).flatten(1).div_(255)
+        x = (
+            F.avg_pool2d(F.pad(raw[f"x_{name}"][:, None].float(), (2, 2, 2, 2)), 2)
+            .flatten(1)
+            .div_(255)
+        )
         return Dataset(
-            "mnist16", x, raw[f"y_{name}"].long(), "MNIST resized to 16×16 (mean of 2×2 after a frame of 2), in [0, 1]"
+            "mnist16",
+            x,
+            raw[f"y_{name}"].long(),
+            "MNIST resized to 16×16 (mean of 2×2 after a frame of 2), in [0, 1]",
         )
 
     return part("train"), part("test")
@@ -70,7 +77,9 @@ def mnist_ae() -> tuple[Dataset, Dataset]:
 
     def part(name: str) -> Dataset:
         x = raw[f"x_{name}"].flatten(1).float().div_(255)
-        return Dataset("mnist-ae", x, x, "MNIST, 28×28 in [0, 1], flattened; targets are the inputs")
+        return Dataset(
+            "mnist-ae", x, x, "MNIST, 28×28 in [0, 1], flattened; targets are the inputs"
+        )
 
     return part("train"), part("test")
 
@@ -87,13 +96,17 @@ def cifar10_standard() -> tuple[Dataset, Dataset]:
 
 def cifar10_subset_standard() -> tuple[Dataset, Dataset]:
     """The same of the subset."""
-    return _standard(cifar10_subset(), "cifar10-subset-standard", "8,068 images of CIFAR-10, 3×32×32")
+    return _standard(
+        cifar10_subset(), "cifar10-subset-standard", "8,068 images of CIFAR-10, 3×32×32"
+    )
 
 
 def _standard(parts: tuple[Dataset, Dataset], name: str, what: str) -> tuple[Dataset, Dataset]:
     description = f"{what}, flattened, each pixel at mean 0 and variance 1 over the training images"
     x = standardised(*(part.x[:].flatten(1) for part in parts))
-    train, test = (Dataset(name, each, part.y, description) for each, part in zip(x, parts, strict=True))
+    train, test = (
+        Dataset(name, each, part.y, description) for each, part in zip(x, parts, strict=True)
+    )
     return train, test
 
 
@@ -108,13 +121,17 @@ class CropAndFlip:
     padding: int = 4
     fill: tuple[float, ...] = (0.0,)
 
-    def __call__(self, x: Float[Tensor, "N C H W"], generator: torch.Generator) -> Float[Tensor, "N C H W"]:
+    def __call__(
+        self, x: Float[Tensor, "N C H W"], generator: torch.Generator
+    ) -> Float[Tensor, "N C H W"]:
         n, c, h, w = x.shape
         p = self.padding
         top, left = torch.randint(0, 2 * p + 1, (2, n, 1), generator=generator)
         mirrored = torch.rand(n, 1, generator=generator) < 0.5
         framed = (
-            torch.tensor(self.fill, dtype=x.dtype).reshape(1, -1, 1, 1).repeat(n, c // len(self.fill), h + 2 * p, w + 2 * p)
+            torch.tensor(self.fill, dtype=x.dtype)
+            .reshape(1, -1, 1, 1)
+            .repeat(n, c // len(self.fill), h + 2 * p, w + 2 * p)
         )
         framed[:, :, p : p + h, p : p + w] = x
         rows, columns = top + torch.arange(h), left + torch.arange(w)
@@ -174,21 +191,36 @@ def cifar10_subset() -> tuple[Dataset, Dataset]:
         CurvlabError: a file is missing or damaged.
     """
     path = file("cifar10_subset.npz")
-    return _cifar_dataset("cifar10-subset", replace(CIFAR10, title="8,068 images of CIFAR-10"), _npz(path))
+    return _cifar_dataset(
+        "cifar10-subset", replace(CIFAR10, title="8,068 images of CIFAR-10"), _npz(path)
+    )
 
 
 def _cifar_dataset(name: str, kind: Cifar, arrays: Arrays) -> tuple[Dataset, Dataset]:
     """Channels at mean 0 and variance 1 over the training images; the frame of random crops is black."""
-    description = f"{kind.title}, 3×32×32, channels at mean 0 and variance 1 over the training images"
-    train, test = (torch.from_numpy(_images(arrays[f"x_{part}"], name)).float().div_(255) for part in ("train", "test"))
-    labels = [_labels(arrays[f"y_{part}"], len(x), kind, name) for part, x in (("train", train), ("test", test))]
+    description = (
+        f"{kind.title}, 3×32×32, channels at mean 0 and variance 1 over the training images"
+    )
+    train, test = (
+        torch.from_numpy(_images(arrays[f"x_{part}"], name)).float().div_(255)
+        for part in ("train", "test")
+    )
+    labels = [
+        _labels(arrays[f"y_{part}"], len(x), kind, name)
+        for part, x in (("train", train), ("test", test))
+    ]
     moments = [torch.var_mean(train[:, c].double(), correction=0) for c in range(3)]
-    mean, scale = torch.tensor([float(m) for _, m in moments]), torch.tensor([float(v) ** 0.5 for v, _ in moments])
+    mean, scale = (
+        torch.tensor([float(m) for _, m in moments]),
+        torch.tensor([float(v) ** 0.5 for v, _ in moments]),
+    )
     for x in (train, test):
         x.sub_(mean[:, None, None]).div_(scale[:, None, None])
     augment = CropAndFlip(4, tuple(float(v) for v in -mean / scale))
     augmented = f"{description}; minibatches are cropped at random (frame of 4) and mirrored"
-    return Dataset(name, train, labels[0], augmented, augment), Dataset(name, test, labels[1], description)
+    return Dataset(name, train, labels[0], augmented, augment), Dataset(
+        name, test, labels[1], description
+    )
 
 
 def _images(x: NDArray[Any], name: str) -> NDArray[np.uint8]:
@@ -199,13 +231,22 @@ def _images(x: NDArray[Any], name: str) -> NDArray[np.uint8]:
         return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
     if x.dtype == np.uint8 and x.shape[1:] == (3, 32, 32):
         return x
-    raise CurvlabError(f"the images of '{name}' are {x.dtype} of shape {x.shape}: bytes of shape [N, 3, 32, 32] are needed")
+    raise CurvlabError(
+        f"the images of '{name}' are {x.dtype} of shape {x.shape}: bytes of shape [N, 3, 32, 32] are needed"
+    )
 
 
 def _labels(y: NDArray[Any], size: int, kind: Cifar, name: str) -> Tensor:
     flat = np.asarray(y).reshape(-1)
-    if len(flat) != size or flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= kind.classes:
-        raise CurvlabError(f"the labels of '{name}' are not {size} numbers from 0 to {kind.classes - 1}: get the file again")
+    if (
+        len(flat) != size
+        or flat.dtype.kind not in "iu"
+        or flat.min() < 0
+        or flat.max() >= kind.classes
+    ):
+        raise CurvlabError(
+            f"the labels of '{name}' are not {size} numbers from 0 to {kind.classes - 1}: get the file again"
+        )
     return torch.from_numpy(flat.astype(np.int64))
 
 
@@ -227,12 +268,21 @@ def _cifar_arrays(kind: Cifar) -> Arrays:
     members = (*kind.train, kind.test)
     if find(f"{kind.folder}/{kind.test}") is not None:
         batches = [
-            unpickled(path.read_bytes(), str(path), kind.labels) for path in (file(f"{kind.folder}/{name}") for name in members)
+            unpickled(path.read_bytes(), str(path), kind.labels)
+            for path in (file(f"{kind.folder}/{name}") for name in members)
         ]
     else:
         batches = _from_archive(file(kind.archive), kind, members)
-    x, y = [batch[b"data"] for batch in batches], [np.array(batch[kind.labels]) for batch in batches]
-    return {"x_train": np.concatenate(x[:-1]), "y_train": np.concatenate(y[:-1]), "x_test": x[-1], "y_test": y[-1]}
+    x, y = (
+        [batch[b"data"] for batch in batches],
+        [np.array(batch[kind.labels]) for batch in batches],
+    )
+    return {
+        "x_train": np.concatenate(x[:-1]),
+        "y_train": np.concatenate(y[:-1]),
+        "x_test": x[-1],
+        "y_test": y[-1],
+    }
 
 
 def _from_archive(path: Path, kind: Cifar, members: tuple[str, ...]) -> list[dict[bytes, Any]]:
@@ -241,7 +291,9 @@ def _from_archive(path: Path, kind: Cifar, members: tuple[str, ...]) -> list[dic
         for member in archive:
             stream = archive.extractfile(member) if member.name.startswith(kind.folder) else None
             if stream is not None and Path(member.name).name in members:
-                found[Path(member.name).name] = unpickled(stream.read(), f"{path}:{member.name}", kind.labels)
+                found[Path(member.name).name] = unpickled(
+                    stream.read(), f"{path}:{member.name}", kind.labels
+                )
     return [found[name] for name in members]
 
 
@@ -272,7 +324,11 @@ def unpickled(content: bytes, where: str, labels: bytes = b"labels") -> dict[byt
     try:
         found = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # a damaged pickle can fail in any way
-        raise CurvlabError(f"data file {where} is no CIFAR pickle ({error}): get it again") from error
+        raise CurvlabError(
+            f"data file {where} is no CIFAR pickle ({error}): get it again"
+        ) from error
     if not isinstance(found, dict) or not {b"data", labels} <= found.keys():
-        raise CurvlabError(f"data file {where} is no CIFAR pickle (no b'data' and {labels!r} in it): get it again")
+        raise CurvlabError(
+            f"data file {where} is no CIFAR pickle (no b'data' and {labels!r} in it): get it again"
+        )
     return found

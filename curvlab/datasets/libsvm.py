@@ -27,7 +27,9 @@ def _read(path: Path, features: int, rows: int) -> tuple[Any, Tensor]:
     try:
         x, y = load_svmlight_file(str(path), n_features=features, dtype=np.float32)
     except (ValueError, OSError, OverflowError) as error:  # of an index beyond 2³¹
-        raise CurvlabError(f"data file {path} is no LIBSVM file of {features} features ({error}): get it again") from error
+        raise CurvlabError(
+            f"data file {path} is no LIBSVM file of {features} features ({error}): get it again"
+        ) from error
     if x.shape[0] != rows or set(np.unique(y)) != {-1.0, 1.0}:
         raise CurvlabError(
             f"data file {path} has {x.shape[0]} examples of classes {sorted(set(y))[:5]}, not {rows} of −1 and 1: get it again"
@@ -53,7 +55,12 @@ def a9a() -> tuple[Dataset, Dataset]:
 
     def part(name: str, rows: int) -> Dataset:
         x, y = _read(file(name), 123, rows)
-        return Dataset("a9a", torch.from_numpy(x.toarray()), y, "UCI Adult as LIBSVM's a9a: 123 binary features")
+        return Dataset(
+            "a9a",
+            torch.from_numpy(x.toarray()),
+            y,
+            "UCI Adult as LIBSVM's a9a: 123 binary features",
+        )
 
     return part("a9a", 32_561), part("a9a.t", 16_281)
 
@@ -65,7 +72,9 @@ def w8a() -> tuple[Dataset, Dataset]:
         CurvlabError: a file is missing or damaged.
     """
     x, y = _read(file("w8a"), 300, 49_749)
-    train = Dataset("w8a", torch.from_numpy(x.toarray()), y, "LIBSVM's w8a: 300 binary features of web pages")
+    train = Dataset(
+        "w8a", torch.from_numpy(x.toarray()), y, "LIBSVM's w8a: 300 binary features of web pages"
+    )
     return train, _untested(train)
 
 
@@ -77,7 +86,10 @@ def news20() -> tuple[Dataset, Dataset]:
     from scipy.sparse import csr_matrix, diags
 
     with np.load(file("news20.npz"), allow_pickle=False) as raw:
-        counts = csr_matrix((raw["data"].astype(np.float64), raw["indices"], raw["indptr"]), shape=tuple(raw["shape"]))
+        counts = csr_matrix(
+            (raw["data"].astype(np.float64), raw["indices"], raw["indptr"]),
+            shape=tuple(raw["shape"]),
+        )
         y = _targets(raw["y"] <= 10)
     counts.data = np.log1p(counts.data)
     norms = np.sqrt(np.asarray(counts.multiply(counts).sum(1))[:, 0])
@@ -102,7 +114,9 @@ def webspam() -> tuple[Dataset, Dataset]:
 
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Each feature at mean 0 and variance 1 over the training examples; one that never varies there is only shifted."""
-    moments = [torch.var_mean(some.double(), 0, correction=0) for some in torch.split(train, 256, 1)]  # no copy of it all
+    moments = [
+        torch.var_mean(some.double(), 0, correction=0) for some in torch.split(train, 256, 1)
+    ]  # no copy of it all
     variance, mean = (torch.cat(parts).to(train.dtype) for parts in zip(*moments, strict=True))
     scale = torch.where(variance > 0, variance.sqrt(), 1)
     return train.sub(mean).div_(scale), test.sub(mean).div_(scale)

@@ -71,7 +71,12 @@ def draw_curves(n: int, rng: np.random.Generator) -> UInt8[NDArray[np.uint8], "n
     length = np.pad(np.hypot(np.diff(fine), np.diff(height)).cumsum(1), ((0, 0), (1, 0)))
     even = np.linspace(0, 1, POINTS)
     x, y = (
-        np.stack([np.interp(even * along[-1], along, line) for along, line in zip(length, lines, strict=True)])
+        np.stack(
+            [
+                np.interp(even * along[-1], along, line)
+                for along, line in zip(length, lines, strict=True)
+            ]
+        )
         for lines in (fine, height)
     )
     column, row = (np.minimum(np.floor(v).astype(int), SIDE - 2) for v in (x, y))
@@ -81,7 +86,9 @@ def draw_curves(n: int, rng: np.random.Generator) -> UInt8[NDArray[np.uint8], "n
         share = (down if below else 1 - down) * (right if beside else 1 - right)
         np.add.at(image, (which, row + below, column + beside), INK * share)
     a = SPREAD
-    kernel = (1 + a) * np.array([[a / 12, a / 6, a / 12], [a / 6, 1 - a, a / 6], [a / 12, a / 6, a / 12]])
+    kernel = (1 + a) * np.array(
+        [[a / 12, a / 6, a / 12], [a / 6, 1 - a, a / 6], [a / 12, a / 6, a / 12]]
+    )
     image = convolve(image, kernel[None], mode="constant")
     return quantised(255 * image.clip(0, 1))
 
@@ -94,10 +101,10 @@ def curves(seed: int = 0, train: int = 20_000, test: int = 10_000) -> tuple[Data
         sizes = [1000] * ((train + test) // 1000) + [(train + test) % 1000]
         return np.concatenate([draw_curves(n, rng) for n in sizes if n])
 
-    images = torch.from_numpy(cached(f"curves-{RECIPE}-{train + test}-seed-{seed}", make)).flatten(1)
-    description = (
-        f"CURVES, regenerated (seed {seed}), not the original file: 28×28 in [0, 1], flattened; targets are the inputs"
+    images = torch.from_numpy(cached(f"curves-{RECIPE}-{train + test}-seed-{seed}", make)).flatten(
+        1
     )
+    description = f"CURVES, regenerated (seed {seed}), not the original file: 28×28 in [0, 1], flattened; targets are the inputs"
 
     def part(chosen: slice) -> Dataset:
         x = images[chosen].float().div_(255)
@@ -111,9 +118,13 @@ def olivetti(path: Path) -> UInt8[NDArray[np.uint8], "400 64 64"]:
     try:
         faces = loadmat(path)["faces"]
     except Exception as error:  # scipy names no class of its own for damaged files
-        raise CurvlabError(f"data file {path} cannot be read as the Olivetti faces ({error}): get it again") from error
+        raise CurvlabError(
+            f"data file {path} cannot be read as the Olivetti faces ({error}): get it again"
+        ) from error
     if faces.shape != (4096, 400) or faces.dtype != np.uint8:
-        raise CurvlabError(f"data file {path} holds faces of shape {faces.shape}, not (4096, 400) bytes: get it again")
+        raise CurvlabError(
+            f"data file {path} holds faces of shape {faces.shape}, not (4096, 400) bytes: get it again"
+        )
     return np.ascontiguousarray(faces.T.reshape(400, 64, 64).transpose(0, 2, 1))
 
 
@@ -151,7 +162,9 @@ def faces(seed: int = 0) -> tuple[Dataset, Dataset]:
         sources = olivetti(file("olivettifaces.mat"))
         angles = rng.uniform(-np.pi / 2, np.pi / 2, (len(sources), PATCHES))
         enlargements = rng.uniform(1.4, 1.8, (len(sources), PATCHES))
-        return np.concatenate([turned_patches(*each) for each in zip(sources, angles, enlargements, strict=True)])
+        return np.concatenate(
+            [turned_patches(*each) for each in zip(sources, angles, enlargements, strict=True)]
+        )
 
     images = torch.from_numpy(cached(f"faces-{RECIPE}-seed-{seed}", make)).flatten(1)
     person = len(images) // 40
@@ -166,7 +179,12 @@ def faces(seed: int = 0) -> tuple[Dataset, Dataset]:
     )
 
     def part(people: slice) -> Dataset:
-        x = images[people.start * person : people.stop * person].float().sub_(mean.float()).div_(scale.float())
+        x = (
+            images[people.start * person : people.stop * person]
+            .float()
+            .sub_(mean.float())
+            .div_(scale.float())
+        )
         return Dataset("faces", x, x, description)
 
     return part(slice(0, 25)), part(slice(30, 40))

@@ -80,13 +80,19 @@ class Batches:
         alone(objective)
         objective.check_trained()
         if isinstance(x, Tensor) and y is None:
-            raise CurvlabError("targets are missing: give x and y, or a loader of (x, y) pairs in place of x")
+            raise CurvlabError(
+                "targets are missing: give x and y, or a loader of (x, y) pairs in place of x"
+            )
         if not isinstance(x, Tensor):
             if y is not None:
                 given = f"{type(x).__name__} and {type(y).__name__}"
-                raise CurvlabError(f"x and y must be tensors, not {given}; a loader of (x, y) pairs comes alone")
+                raise CurvlabError(
+                    f"x and y must be tensors, not {given}; a loader of (x, y) pairs comes alone"
+                )
             if not isinstance(x, Iterable):
-                raise CurvlabError(f"the data must be tensors x, y or a loader of (x, y) pairs, not {type(x).__name__}")
+                raise CurvlabError(
+                    f"the data must be tensors x, y or a loader of (x, y) pairs, not {type(x).__name__}"
+                )
             if again and isinstance(x, Iterator):
                 raise CurvlabError(
                     "a product reads its data again and again, but an iterator ends after one pass: give a list or a DataLoader"
@@ -94,13 +100,19 @@ class Batches:
         objective.closures["exact"] += 1
         loader = [(x, cast(Tensor, y))] if isinstance(x, Tensor) else x
         loader = Unchanging.of(loader, in_order=in_order) if again else loader
-        return cls(objective, loader, objective.closures["exact"], *([sys.maxsize] if whole else []))
+        return cls(
+            objective, loader, objective.closures["exact"], *([sys.maxsize] if whole else [])
+        )
 
     @property
     def kept(self) -> Unchanging | None:
         """Where they are one minibatch that lies in memory: what can tell whether it is still the same."""
         loader = self.loader
-        if isinstance(loader, Unchanging) and isinstance(loader.loader, list) and len(loader.loader) == 1:
+        if (
+            isinstance(loader, Unchanging)
+            and isinstance(loader.loader, list)
+            and len(loader.loader) == 1
+        ):
             return loader
         return None
 
@@ -139,7 +151,9 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
     the GGN the derivatives of the outputs in them too, N C TO numbers."""
     for closure in closures:
         form = closure.glimpse
-        widths = [form.places.get(b.name, 0) * b.shape[0] for b in blocks if by_hessians(kind, b, form)]
+        widths = [
+            form.places.get(b.name, 0) * b.shape[0] for b in blocks if by_hessians(kind, b, form)
+        ]
         widest = max([1, *widths])
         at_once = max(1, _NUMBERS // (widest * max(widest, form.outputs if kind in PASSES else 0)))
         if len(closure.x) <= at_once:
@@ -147,7 +161,14 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
             continue
         for start in range(0, len(closure.x), at_once):
             some = slice(start, start + at_once)
-            yield Closure(closure.objective, closure.x[some], closure.y[some], closure.number, closure.stream, closure.part)
+            yield Closure(
+                closure.objective,
+                closure.x[some],
+                closure.y[some],
+                closure.number,
+                closure.stream,
+                closure.part,
+            )
 
 
 def alone(objective: Objective) -> None:
@@ -158,18 +179,26 @@ def alone(objective: Objective) -> None:
     if state == objective.sound:
         return
     weights = dict(model.named_parameters())
-    if not bool(torch.isfinite(get_total_norm([w.detach() for w in weights.values()]))):  # one reduction for all
+    if not bool(
+        torch.isfinite(get_total_norm([w.detach() for w in weights.values()]))
+    ):  # one reduction for all
         for name, weight in weights.items():
             if not bool(torch.isfinite(weight).all()):
-                raise CurvlabError(f"the weights '{name}' contain NaN or Inf: take them from before they did")
+                raise CurvlabError(
+                    f"the weights '{name}' contain NaN or Inf: take them from before they did"
+                )
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise CurvlabError(f"'{name}' normalises over the batch in every mode, since it keeps no running statistics, so "
                                "that no example has a loss of its own: track_running_stats=True, or GroupNorm")  # fmt: skip
         if isinstance(module, _BatchNorm) and module.training:
-            raise CurvlabError(f"'{name}' normalises over the batch, so that no example has a loss of its own: {_REMEDY}")
+            raise CurvlabError(
+                f"'{name}' normalises over the batch, so that no example has a loss of its own: {_REMEDY}"
+            )
         if module.training and (_drops(module) or _drops_inside(module)):
-            raise CurvlabError(f"'{name}' drops units at random, so that the loss is no function of the weights: {_REMEDY}")
+            raise CurvlabError(
+                f"'{name}' drops units at random, so that the loss is no function of the weights: {_REMEDY}"
+            )
     objective.sound = state
 
 
@@ -189,16 +218,24 @@ def say_general(blocks: Iterable[Block], kind: str, form: Form) -> None:
         return
     whys: dict[str, list[str]] = {}
     for b in loose:
-        whys.setdefault(form.ways[b.name].why or "belongs to a layer without a rule", []).append(str(b))
+        whys.setdefault(form.ways[b.name].why or "belongs to a layer without a rule", []).append(
+            str(b)
+        )
     told = "; ".join(f"{', '.join(some)} {_plural(why, len(some))}" for why, some in whys.items())
     numbers = max(b.numel for b in loose)
-    warn(f"{told}: {kind} takes the general route there (torch.func), which is slower: {_cost(kind, numbers)}")
+    warn(
+        f"{told}: {kind} takes the general route there (torch.func), which is slower: {_cost(kind, numbers)}"
+    )
 
 
 def _plural(why: str, count: int) -> str:
     if count == 1:
         return why
-    for one, several in (("belongs to a layer", "belong to layers"), ("is used", "are used"), ("has", "have")):
+    for one, several in (
+        ("belongs to a layer", "belong to layers"),
+        ("is used", "are used"),
+        ("has", "have"),
+    ):
         if why.startswith(one):
             return several + why.removeprefix(one)
     return why
@@ -207,6 +244,8 @@ def _plural(why: str, count: int) -> str:
 def _cost(kind: str, numbers: int) -> str:
     """Work and memory for a block of so many parameters, before they are spent."""
     what = (
-        f"{numbers} products with the Hessian" if kind not in PASSES else "a derivative of every example and vector sent back"
+        f"{numbers} products with the Hessian"
+        if kind not in PASSES
+        else "a derivative of every example and vector sent back"
     )
     return f"{what}, {numbers**2 * 8 / 1e9:.2g} GB in double precision for the largest block, of {numbers} parameters"

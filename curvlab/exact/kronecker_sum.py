@@ -25,7 +25,14 @@ from curvlab.forms import Form
 from curvlab.layers import Block
 from curvlab.linalg.kronecker import accumulate_places_
 from curvlab.linalg.operators import Kronecker
-from curvlab.linalg.packed import accumulate_second_moment_, fold, mirror_, output_pairs, pack_pairs, unpack_full
+from curvlab.linalg.packed import (
+    accumulate_second_moment_,
+    fold,
+    mirror_,
+    output_pairs,
+    pack_pairs,
+    unpack_full,
+)
 from curvlab.objective import Objective
 
 _NUMBERS = 1 << 23  # in the temporaries of some examples at a time
@@ -48,10 +55,14 @@ class KroneckerSum:
     def __post_init__(self) -> None:
         given = self.hessians if self.hessians is not None else self.g
         if given is None or (self.hessians is not None and self.g is not None):
-            raise CurvlabError("a Kronecker sum takes either hessians [N, T, O, T, O] or vectors g [V, N, T, O]")
+            raise CurvlabError(
+                "a Kronecker sum takes either hessians [N, T, O, T, O] or vectors g [V, N, T, O]"
+            )
         shape = given.shape[:2] if self.g is None else given.shape[1:3]
         if self.a.ndim != 3 or shape != self.a.shape[:2]:
-            raise CurvlabError(f"inputs {list(self.a.shape)} and derivatives {list(given.shape)} differ in examples or places")
+            raise CurvlabError(
+                f"inputs {list(self.a.shape)} and derivatives {list(given.shape)} differ in examples or places"
+            )
 
     @property
     def size(self) -> int:
@@ -76,7 +87,11 @@ class KroneckerSum:
     @property
     def G(self) -> Float[Tensor, "N T O T O"]:
         """Of each example's *sum*: the pre-activation Hessians (thesis (3.3)), or second moments of the vectors."""
-        self._guard(self.size * (self.places * self.shape[0]) ** 2, "the pre-activation Hessians", "take fewer examples")
+        self._guard(
+            self.size * (self.places * self.shape[0]) ** 2,
+            "the pre-activation Hessians",
+            "take fewer examples",
+        )
         return self._G(slice(None))
 
     def terms(self, n: int) -> tuple[Float[Tensor, "T T I I"], Float[Tensor, "T T O O"]]:
@@ -100,7 +115,11 @@ class KroneckerSum:
             accumulate_places_(matrix, self.hessians.permute(1, 2, 0, 3, 4), self.a, 1 / self.size)
         elif self.g is not None:
             for part in self._parts(len(self.g) * len(self)):
-                rows = torch.einsum("vnto,nti->vnoi", self.g[:, part], self.a[part]).flatten(2).flatten(0, 1)
+                rows = (
+                    torch.einsum("vnto,nti->vnoi", self.g[:, part], self.a[part])
+                    .flatten(2)
+                    .flatten(0, 1)
+                )
                 accumulate_second_moment_(matrix, rows, 1 / self.size)
         return mirror_(matrix)
 
@@ -111,7 +130,9 @@ class KroneckerSum:
         packed = active = None
         for part in self._parts(self._own_numbers() + self.places * inputs):
             a = self.a[part].flatten(0, 1)
-            packed, active = fold(packed, active, self._own_pairs(part).flatten(1), a, 1.0, 1 / self.size)
+            packed, active = fold(
+                packed, active, self._own_pairs(part).flatten(1), a, 1.0, 1 / self.size
+            )
         assert packed is not None
         return unpack_full(packed, outputs, inputs, active)
 
@@ -125,7 +146,9 @@ class KroneckerSum:
         packed = self.a.new_zeros(outputs * (outputs + 1) // 2, len(rows))
         for part in self._parts(self._own_numbers() + 2 * inputs**2):
             a = self.a[part]
-            packed.addmm_(self._own_pairs(part).mean(2), (a.mT @ a)[:, rows, cols], alpha=1 / self.size)
+            packed.addmm_(
+                self._own_pairs(part).mean(2), (a.mT @ a)[:, rows, cols], alpha=1 / self.size
+            )
         return unpack_full(packed, outputs, inputs)
 
     def single(self) -> Kronecker:
@@ -175,7 +198,13 @@ class KroneckerSum:
 
 @derivatives()
 def kronecker_terms(
-    objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher", block: str = "1", *, draws: int = 1
+    objective: Objective,
+    x: Tensor,
+    y: Tensor,
+    kind: Kind = "fisher",
+    block: str = "1",
+    *,
+    draws: int = 1,
 ) -> KroneckerSum:
     """The block of one layer as a sum of Kronecker products (thesis Theorem 3): `dense()` is `matrix` of the same arguments.
 
@@ -191,14 +220,22 @@ def kronecker_terms(
     closure = one_minibatch(objective, x, y)
     fault = unfit(chosen, closure.form, kind)
     if fault:
-        raise CurvlabError(f"{chosen} {fault}, so it is no sum of Kronecker products: use curvlab.exact.matrix")
+        raise CurvlabError(
+            f"{chosen} {fault}, so it is no sum of Kronecker products: use curvlab.exact.matrix"
+        )
     if kind not in PASSES:
         guard_hessians(chosen, len(x), closure.form.places[block], objective.dtype)
     return next(sums(Minibatch(closure, kind, draws), [chosen]))[1]
 
 
 def preactivation(
-    objective: Objective, x: Tensor, y: Tensor, kind: Kind = "hessian", block: str = "1", *, draws: int = 1
+    objective: Objective,
+    x: Tensor,
+    y: Tensor,
+    kind: Kind = "hessian",
+    block: str = "1",
+    *,
+    draws: int = 1,
 ) -> Float[Tensor, "N T O T O"]:
     """G_{n,tt'} of every example's summed loss (never divided by N): ∂²ℓₙ/∂h_t∂h_t' (thesis (2.2), (3.3)), or Σ_v g gᵀ.
 
@@ -210,7 +247,9 @@ def preactivation(
 def one_minibatch(objective: Objective, x: Tensor, y: Tensor) -> Closure:
     """All of x and y at once, however many. Raises CurvlabError for a loader."""
     if not isinstance(x, Tensor):
-        raise CurvlabError("the terms of a sum are those of one minibatch: give tensors x and y, not a loader")
+        raise CurvlabError(
+            "the terms of a sum are those of one minibatch: give tensors x and y, not a loader"
+        )
     (closure,) = Batches.of(objective, x, y, whole=True)
     return closure
 
@@ -219,9 +258,14 @@ def unfit(block: Block, form: Form, kind: Kind) -> str:
     """Why a block is no Kronecker sum of this kind; empty where it is one."""
     if block.name not in form.shaped:
         return form.ways[block.name].why or "belongs to a layer without a rule"
-    if block.name not in (form.plain if kind in PASSES else form.direct) or block.name not in form.places:
+    if (
+        block.name not in (form.plain if kind in PASSES else form.direct)
+        or block.name not in form.places
+    ):
         return "has no single pre-activation of each example"
-    return f"has {block.groups} groups of outputs with inputs of their own" if block.groups > 1 else ""
+    return (
+        f"has {block.groups} groups of outputs with inputs of their own" if block.groups > 1 else ""
+    )
 
 
 def guard_hessians(block: Block, size: int, places: int, dtype: torch.dtype) -> None:

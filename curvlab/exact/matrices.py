@@ -62,8 +62,16 @@ def matrices(
     if route != "auto":
         lookup(ROUTES, route, "route")
     known = {b.name: b for b in objective.blocks}
-    chosen = list(known.values()) if blocks is None else [lookup(known, name, "block") for name in several(blocks)]
-    _guard(objective, sum(b.numel**2 for b in chosen), f"the dense {kind} of {', '.join(map(str, chosen))}")
+    chosen = (
+        list(known.values())
+        if blocks is None
+        else [lookup(known, name, "block") for name in several(blocks)]
+    )
+    _guard(
+        objective,
+        sum(b.numel**2 for b in chosen),
+        f"the dense {kind} of {', '.join(map(str, chosen))}",
+    )
     sums: dict[str, Sum] = {}
     seen = 0
     for closure in few(Batches.of(objective, x, y), kind, chosen):
@@ -74,10 +82,15 @@ def matrices(
         for name, some in _assign(chosen, closure, kind, route, sums).items():
             ROUTES[name].fold(look, some, sums, seen / (seen + size), 1 / (seen + size))
         seen += size
-    return {block.name: Dense(_finite(sums.pop(block.name).dense(), f"{kind} of {block}")) for block in chosen}
+    return {
+        block.name: Dense(_finite(sums.pop(block.name).dense(), f"{kind} of {block}"))
+        for block in chosen
+    }
 
 
-def _assign(chosen: Sequence[Block], closure: Closure, kind: Kind, route: str, sums: dict[str, Sum]) -> dict[str, list[Block]]:
+def _assign(
+    chosen: Sequence[Block], closure: Closure, kind: Kind, route: str, sums: dict[str, Sum]
+) -> dict[str, list[Block]]:
     """{route: its blocks}."""
     form = closure.form
     found: dict[str, list[Block]] = {}
@@ -164,7 +177,9 @@ def _across(
         lookup(ROUTES, route, "route")
         raise CurvlabError(f"route '{route}' leads to diagonal blocks only: use auto, rows or func")
     if route == "rows" and kind not in PASSES:
-        raise CurvlabError(f"route 'rows' is for second moments ({', '.join(PASSES)}), not for {kind}: use auto or func")
+        raise CurvlabError(
+            f"route 'rows' is for second moments ({', '.join(PASSES)}), not for {kind}: use auto or func"
+        )
     if block is None:
         rows = columns = list(objective.blocks)
         places: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -184,7 +199,9 @@ def _across(
         loose = [b for b in layout.blocks if b.name not in closure.form.shaped]
         if route == "rows" and loose:
             why = closure.form.ways[loose[0].name].why
-            raise CurvlabError(f"route 'rows' does not fit {loose[0]} ({why or ROUTES['rows'].summary}): use auto or func")
+            raise CurvlabError(
+                f"route 'rows' does not fit {loose[0]} ({why or ROUTES['rows'].summary}): use auto or func"
+            )
         if route == "auto" and not seen:
             say_general(layout.blocks, kind, closure.form)
         found.mul_(seen / (seen + size))
@@ -203,15 +220,21 @@ def _across(
     return Rectangular(found)
 
 
-def _add_rows(matrix: Tensor, look: Minibatch, rows: Sequence[Block], columns: Sequence[Block], scale: float) -> None:
+def _add_rows(
+    matrix: Tensor, look: Minibatch, rows: Sequence[Block], columns: Sequence[Block], scale: float
+) -> None:
     """Second moments between blocks: where neither shares its weight, (Σ_v g g'ᵀ) ⊗ a a'ᵀ at 1/V of the work of rows."""
     top = Layout(tuple(rows)).slices
     left = Layout(tuple(columns)).slices
-    for j, i in combinations_with_replacement(range(len(rows)), 2) if len(rows) > 1 else [(0, 0)]:  # i ≥ j: the lower triangle
+    for j, i in (
+        combinations_with_replacement(range(len(rows)), 2) if len(rows) > 1 else [(0, 0)]
+    ):  # i ≥ j: the lower triangle
         one, other = look.statistics[rows[i].name], look.statistics[columns[j].name]
         target = matrix[top[rows[i].name], left[columns[j].name]]
         if _thin(one) and _thin(other):
-            accumulate_between_(target, (one.g[:, :, 0], other.g[:, :, 0]), (one.a[:, 0], other.a[:, 0]), scale)
+            accumulate_between_(
+                target, (one.g[:, :, 0], other.g[:, :, 0]), (one.a[:, 0], other.a[:, 0]), scale
+            )
             continue
         at_once = max(1, max(target.shape) // 8)
         for r, s in zip(one.some_rows(at_once), other.some_rows(at_once), strict=True):
@@ -224,12 +247,21 @@ def _thin(s: LayerStatistics) -> bool:
 
 
 def _add_general(
-    matrix: Tensor, look: Minibatch, layout: Layout, rows: Sequence[Block], columns: Sequence[Block], scale: float
+    matrix: Tensor,
+    look: Minibatch,
+    layout: Layout,
+    rows: Sequence[Block],
+    columns: Sequence[Block],
+    scale: float,
 ) -> None:
     function = look.function(layout)
-    top = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in rows]).to(matrix.device)
+    top = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in rows]).to(
+        matrix.device
+    )
     if look.kind in PASSES:
-        left = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in columns]).to(matrix.device)
+        left = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in columns]).to(
+            matrix.device
+        )
         for r, s in function.rows(look.kind, look.draws):
             matrix.addmm_(r[:, top].mT, s[:, left], alpha=scale)
         return
@@ -247,4 +279,6 @@ def _finite(matrix: Tensor, what: str) -> Tensor:
 
 def _guard(objective: Objective, numbers: int, what: str) -> None:
     size = numbers * torch.finfo(objective.dtype).bits // 8
-    guard_memory(int(1.3 * size), what, "take smaller blocks, or its product form: curvlab.exact.product")
+    guard_memory(
+        int(1.3 * size), what, "take smaller blocks, or its product form: curvlab.exact.product"
+    )

@@ -38,9 +38,16 @@ class Plain:
         self.closure, self.layout = closure, layout
         named = closure.objective.parameters
         self.names = [name for b in layout.blocks for name in b.params]
-        self.names = [name for name in self.names if named[name].requires_grad]  # not those that were frozen since
+        self.names = [
+            name for name in self.names if named[name].requires_grad
+        ]  # not those that were frozen since
         self.leaves = [named[name] for name in self.names]
-        self.still = {name: named[name] for b in layout.blocks for name in b.params if not named[name].requires_grad}
+        self.still = {
+            name: named[name]
+            for b in layout.blocks
+            for name in b.params
+            if not named[name].requires_grad
+        }
         self.why = ""  # why `torch.func` cannot
 
     def gradient(self, n: int, label: Tensor, at: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
@@ -61,19 +68,29 @@ class Plain:
 
         def apply(vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
             with self._graph(at, slice(None), twice=kind not in PASSES) as z:
-                one = self._second_moment(z, kind, labels) if kind in PASSES else self._second_derivative(z, kind)
+                one = (
+                    self._second_moment(z, kind, labels)
+                    if kind in PASSES
+                    else self._second_derivative(z, kind)
+                )
                 return torch.stack([one(v) for v in vectors])
 
         return apply
 
-    def _second_derivative(self, z: Tensor, kind: Kind) -> Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]:
+    def _second_derivative(
+        self, z: Tensor, kind: Kind
+    ) -> Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]:
         """Double backward: of ℓ, or of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed."""
         likelihood, y = self.closure.objective.likelihood, self.closure.y
         total = likelihood.loss(z, y).sum()
         if kind == "pi":
             (slope,) = torch.autograd.grad(total, z, retain_graph=True)
             total = (z * slope.detach()).sum()
-        grads = torch.autograd.grad(total, self.leaves, create_graph=True, allow_unused=True) if self.leaves else ()
+        grads = (
+            torch.autograd.grad(total, self.leaves, create_graph=True, allow_unused=True)
+            if self.leaves
+            else ()
+        )
         live = [g for g in grads if g is not None and g.requires_grad]
 
         def one(v: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
@@ -86,12 +103,20 @@ class Plain:
 
     def _check_symmetry(self, one: Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]) -> None:
         """Raises CurvlabError where double backward is no second derivative (weight norm in torch 2.13)."""
-        size, dtype, near = len(self.layout), self.closure.objective.dtype, self.closure.form.precision**0.5
+        size, dtype, near = (
+            len(self.layout),
+            self.closure.objective.dtype,
+            self.closure.form.precision**0.5,
+        )
         generator = torch.Generator().manual_seed(0)
         u, v = torch.randn(2, size, generator=generator, dtype=dtype).to(self.closure.x.device)
         Hu, Hv = one(u), one(v)
-        if float((v @ Hu - u @ Hv).abs()) > near * float(Hu.norm() * v.norm() + Hv.norm() * u.norm()):
-            raise CurvlabError(_NO_SECOND.format(self.why or "its double backward is not symmetric"))
+        if float((v @ Hu - u @ Hv).abs()) > near * float(
+            Hu.norm() * v.norm() + Hv.norm() * u.norm()
+        ):
+            raise CurvlabError(
+                _NO_SECOND.format(self.why or "its double backward is not symmetric")
+            )
 
     def _second_moment(
         self, z: Tensor, kind: Kind, labels: Sequence[Tensor]
@@ -99,29 +124,59 @@ class Plain:
         """Jᵀ (∂²ℓ/∂z²) J, or Σ over labels of the losses' own JᵀJ: J v as the derivative of Jᵀu in u, along v."""
         likelihood, y = self.closure.objective.likelihood, self.closure.y
         exact = PASSES[kind] == "exact"
-        out = z if exact else torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(len(labels))
+        out = (
+            z
+            if exact
+            else torch.stack([likelihood.loss(z, label) for label in labels])
+            / math.sqrt(len(labels))
+        )
         u = torch.zeros_like(out, requires_grad=True)
-        back = torch.autograd.grad(out, self.leaves, u, create_graph=True, allow_unused=True) if self.leaves else ()
+        back = (
+            torch.autograd.grad(out, self.leaves, u, create_graph=True, allow_unused=True)
+            if self.leaves
+            else ()
+        )
         fixed = z.detach().requires_grad_()
-        slope = torch.autograd.grad(likelihood.loss(fixed, y).sum(), fixed, create_graph=True)[0] if exact else None
+        slope = (
+            torch.autograd.grad(likelihood.loss(fixed, y).sum(), fixed, create_graph=True)[0]
+            if exact
+            else None
+        )
 
         def one(v: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-            pairs = [(b, s) for b, s in zip(back, self._apart(v), strict=True) if b is not None and b.requires_grad]
+            pairs = [
+                (b, s)
+                for b, s in zip(back, self._apart(v), strict=True)
+                if b is not None and b.requires_grad
+            ]
             if not pairs:
                 return torch.zeros_like(v)
-            (forward,) = torch.autograd.grad([b for b, _ in pairs], u, [s for _, s in pairs], retain_graph=True)
+            (forward,) = torch.autograd.grad(
+                [b for b, _ in pairs], u, [s for _, s in pairs], retain_graph=True
+            )
             if slope is not None:
                 forward = (
-                    torch.autograd.grad(slope, fixed, forward, retain_graph=True)[0] if slope.requires_grad else forward * 0
+                    torch.autograd.grad(slope, fixed, forward, retain_graph=True)[0]
+                    if slope.requires_grad
+                    else forward * 0
                 )
             return self.back(out, forward)
 
         return one
 
-    def back(self, out: Tensor | list[Tensor], vectors: Tensor | list[Tensor] | None) -> Float[Tensor, " D"]:
+    def back(
+        self, out: Tensor | list[Tensor], vectors: Tensor | list[Tensor] | None
+    ) -> Float[Tensor, " D"]:
         """Derivatives in the parameters, along vectors; zero in what they do not reach."""
-        found = torch.autograd.grad(out, self.leaves, vectors, retain_graph=True, allow_unused=True) if self.leaves else ()
-        each = {name: torch.zeros_like(p, dtype=self.closure.objective.dtype) for name, p in self.still.items()}
+        found = (
+            torch.autograd.grad(out, self.leaves, vectors, retain_graph=True, allow_unused=True)
+            if self.leaves
+            else ()
+        )
+        each = {
+            name: torch.zeros_like(p, dtype=self.closure.objective.dtype)
+            for name, p in self.still.items()
+        }
         for name, p, d in zip(self.names, self.leaves, found, strict=True):
             own = torch.zeros_like(p) if d is None else (d.to_dense() if d.is_sparse else d)
             each[name] = own.detach().to(self.closure.objective.dtype)
@@ -136,7 +191,9 @@ class Plain:
         """The outputs of some of the examples at these weights, with their graph; what torch cannot do is said in one line."""
         with derivatives(), differentiable(), self._moved(at):
             try:
-                yield self.closure.forward(self.closure.x if some == slice(None) else some_rows(self.closure.x, some))[0]
+                yield self.closure.forward(
+                    self.closure.x if some == slice(None) else some_rows(self.closure.x, some)
+                )[0]
             except CurvlabError:
                 raise
             except (RuntimeError, NotImplementedError) as error:

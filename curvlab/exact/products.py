@@ -86,7 +86,12 @@ def product(
 
 @derivatives()
 def diagonal(
-    objective: Objective, x: Tensor | Loader, y: Tensor | None = None, kind: Kind = "fisher", *, draws: int = 1
+    objective: Objective,
+    x: Tensor | Loader,
+    y: Tensor | None = None,
+    kind: Kind = "fisher",
+    *,
+    draws: int = 1,
 ) -> Float[Tensor, " D"]:
     """The diagonal of the whole matrix, block after block (`objective.layout`), without forming a block.
 
@@ -98,8 +103,14 @@ def diagonal(
 
 
 def _pair(block: object) -> tuple[str, str]:
-    if not isinstance(block, tuple | list) or len(block) != 2 or not all(isinstance(name, str) for name in block):
-        raise CurvlabError(f"block must be a name, a pair of names (rows, columns) or None for the whole, not {block!r}")
+    if (
+        not isinstance(block, tuple | list)
+        or len(block) != 2
+        or not all(isinstance(name, str) for name in block)
+    ):
+        raise CurvlabError(
+            f"block must be a name, a pair of names (rows, columns) or None for the whole, not {block!r}"
+        )
     return block[0], block[1]
 
 
@@ -152,9 +163,13 @@ class _Whole:
         """Raises CurvlabError where the model is not as it was."""
         versions, found = self._weights()
         if versions != self._versions or not torch.equal(found, self._numbers):
-            raise CurvlabError("the model's weights have moved since this product was made: make it again")
+            raise CurvlabError(
+                "the model's weights have moved since this product was made: make it again"
+            )
         if self._training() != self._modes:
-            raise CurvlabError("modules have gone from train to eval mode, or back, since this product was made: make it again")
+            raise CurvlabError(
+                "modules have gone from train to eval mode, or back, since this product was made: make it again"
+            )
 
     @derivatives()
     def __call__(self, v: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
@@ -192,7 +207,9 @@ def _diagonal(batches: Batches, layout: Layout, kind: Kind, draws: int) -> Float
     return total / size
 
 
-def _summed_diagonal(closure: Closure, layout: Layout, kind: Kind, draws: int) -> Float[Tensor, " D"]:
+def _summed_diagonal(
+    closure: Closure, layout: Layout, kind: Kind, draws: int
+) -> Float[Tensor, " D"]:
     """Of N · M on one minibatch."""
     look = Minibatch(closure, kind, draws)
     parts: dict[str, Tensor] = {}
@@ -202,14 +219,21 @@ def _summed_diagonal(closure: Closure, layout: Layout, kind: Kind, draws: int) -
     elif ruled:
         fits = [b.name for b in ruled if by_hessians(kind, b, closure.form)]
         if fits:
-            parts |= {s.block.name: _structured_diagonal(s, hessians) for s, hessians in look.hessians(fits)}
+            parts |= {
+                s.block.name: _structured_diagonal(s, hessians)
+                for s, hessians in look.hessians(fits)
+            }
     for block in layout.blocks:
         if block.name not in parts:
             function = look.function(Layout((block,)))
             if kind in PASSES:
-                parts[block.name] = sum((left * right).sum(0) for left, right in function.rows(kind, draws))  # type: ignore[assignment]  # never empty
+                parts[block.name] = sum(
+                    (left * right).sum(0) for left, right in function.rows(kind, draws)
+                )  # type: ignore[assignment]  # never empty
             else:
-                each = [value[columns].diagonal() for columns, value in function.columns(kind, draws)]
+                each = [
+                    value[columns].diagonal() for columns, value in function.columns(kind, draws)
+                ]
                 parts[block.name] = torch.cat(each)
     return torch.cat([parts[b.name].flatten() for b in layout.blocks])
 
@@ -221,7 +245,9 @@ def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "O I"]:
     return sum(rows.square().sum(0) for rows in s.some_rows(4096))  # type: ignore[return-value]  # never empty
 
 
-def _structured_diagonal(s: LayerStatistics, hessians: Float[Tensor, "T O N T O"]) -> Float[Tensor, "O I"]:
+def _structured_diagonal(
+    s: LayerStatistics, hessians: Float[Tensor, "T O N T O"]
+) -> Float[Tensor, "O I"]:
     """Σₙ Σ_tt' G_{n,tt'}[o, o] a_{n,t}[i] a_{n,t'}[i]."""
     own = hessians.diagonal(dim1=1, dim2=4).permute(3, 1, 0, 2)  # [O, N, T, T]
     return torch.stack([(s.a * (g @ s.a)).sum((0, 1)) for g in own])

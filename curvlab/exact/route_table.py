@@ -22,7 +22,14 @@ from curvlab.exact.torch_func import Function
 from curvlab.forms import Form
 from curvlab.layers import Block, Layout
 from curvlab.linalg.kronecker import accumulate_places_
-from curvlab.linalg.packed import accumulate_second_moment_, fold, mirror_, output_pairs, pack_pairs, unpack_full
+from curvlab.linalg.packed import (
+    accumulate_second_moment_,
+    fold,
+    mirror_,
+    output_pairs,
+    pack_pairs,
+    unpack_full,
+)
 from curvlab.statistics import LayerStatistics
 
 
@@ -39,7 +46,9 @@ class Minibatch:
         needs = PASSES[self.kind]
         return self.closure.observe({needs}, move_buffers=False, draws=self.draws).passes[needs]
 
-    def hessians(self, names: Sequence[str]) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
+    def hessians(
+        self, names: Sequence[str]
+    ) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
         """(inputs, pre-activation Hessians) of one block after the other: of ℓ; for Π of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed; for
         the GGN JᵀHJ."""
         z, losses, capture = self.closure.look()
@@ -56,7 +65,9 @@ class Minibatch:
     def function(self, layout: Layout) -> Function:
         """Return the model and its losses as a `Function` of `layout`. Raises CurvlabError, by a
         look at the minibatch, for targets that do not fit or a loss that is not finite."""
-        self.closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
+        self.closure.observe(
+            frozenset(), move_buffers=False
+        )  # the checks of data, targets and loss
         return Function(self.closure, layout)
 
 
@@ -75,7 +86,9 @@ class _Packed:
         self.packed: Tensor | None = None
         self.active: Tensor | None = None
 
-    def add(self, a: Float[Tensor, "N I"], pairs: Float[Tensor, "P N"], old: float, new: float) -> None:
+    def add(
+        self, a: Float[Tensor, "N I"], pairs: Float[Tensor, "P N"], old: float, new: float
+    ) -> None:
         self.packed, self.active = fold(self.packed, self.active, pairs, a, old, new)
 
     def dense(self) -> Tensor:
@@ -95,7 +108,9 @@ class _Whole:
         return mirror_(self.matrix)
 
 
-def _fold_pairs(look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+def _fold_pairs(
+    look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float
+) -> None:
     def into(block: Block) -> _Packed:
         found = sums.setdefault(block.name, _Packed(block))
         assert isinstance(found, _Packed)
@@ -122,13 +137,17 @@ def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Te
     return found.matrix
 
 
-def _fold_places(look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+def _fold_places(
+    look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float
+) -> None:
     for s, hessians in look.hessians([b.name for b in blocks]):
         matrix = _whole(sums, s.block.name, s.block.numel, s.a).mul_(old)
         accumulate_places_(matrix, hessians, s.a, new)
 
 
-def _fold_rows(look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+def _fold_rows(
+    look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float
+) -> None:
     for block in blocks:
         s = look.statistics[block.name]
         matrix = _whole(sums, block.name, block.numel, s.like).mul_(old)
@@ -136,7 +155,9 @@ def _fold_rows(look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], o
             accumulate_second_moment_(matrix, rows, new)
 
 
-def _fold_general(look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float) -> None:
+def _fold_general(
+    look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float
+) -> None:
     for block in blocks:
         function = look.function(Layout((block,)))
         matrix = _whole(sums, block.name, block.numel, function.at).mul_(old)
@@ -167,7 +188,11 @@ def _few_places(block: Block, form: Form, kind: Kind) -> bool:
 
 
 ROUTES: dict[str, Route] = {
-    "pairs": Route("T = 1: pairs of outputs times pairs of inputs, one packed symmetric product", _one_place, _fold_pairs),
+    "pairs": Route(
+        "T = 1: pairs of outputs times pairs of inputs, one packed symmetric product",
+        _one_place,
+        _fold_pairs,
+    ),
     "places": Route(
         "T > 1, Hessian and Π: pre-activation Hessians between inputs, Theorem 3, where they are fewer than the parameters",
         _few_places,
@@ -190,4 +215,6 @@ ROUTES: dict[str, Route] = {
 def route_of(block: Block, form: Form, kind: Kind, grown: Sum | None = None) -> str:
     """The first that fits, and that can add to what has grown of other minibatches."""
     fitting = (name for name, route in ROUTES.items() if route.fits(block, form, kind))
-    return next(name for name in fitting if name != "pairs" or grown is None or isinstance(grown, _Packed))
+    return next(
+        name for name in fitting if name != "pairs" or grown is None or isinstance(grown, _Packed)
+    )

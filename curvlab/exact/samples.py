@@ -49,7 +49,11 @@ def gradients(
     found: dict[str, Tensor] = {}
     parameters = objective.parameters
     for s in statistics.values():
-        found |= _outer(s, s.g[0, :, 0], out) if _narrow(s) else _into(_typed(s.block.scatter(s.rows[0], 1), parameters), out)
+        found |= (
+            _outer(s, s.g[0, :, 0], out)
+            if _narrow(s)
+            else _into(_typed(s.block.scatter(s.rows[0], 1), parameters), out)
+        )
     loose = _loose(objective, statistics)
     if loose.blocks:
         rows = Function(closure, loose).gradients(closure.y)
@@ -68,17 +72,28 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
     closure = Closure(objective, x, torch.zeros(len(x)), 0, "exact")
     z, capture = closure.forward()
     closure.check_alone(z.detach())
-    _guard(objective, len(x) * z[0].numel(), "the Jacobians", "take fewer examples at a time, or a product form")
+    _guard(
+        objective,
+        len(x) * z[0].numel(),
+        "the Jacobians",
+        "take fewer examples at a time, or a product form",
+    )
     found: dict[str, Tensor] = {}
     units = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
     vectors = units[:, None].expand(-1, len(z), -1).reshape(-1, *z.shape)
     statistics = capture.backward(z, vectors)
     for s in statistics.values():
-        rows = _outer(s, s.g[:, :, 0]) if _narrow(s) else _typed(s.block.scatter(s.rows, 2), objective.parameters)
+        rows = (
+            _outer(s, s.g[:, :, 0])
+            if _narrow(s)
+            else _typed(s.block.scatter(s.rows, 2), objective.parameters)
+        )
         found |= {name: t.transpose(0, 1) for name, t in rows.items()}
     loose = _loose(objective, statistics)
     if loose.blocks:
-        found |= _typed(loose.unflatten(Function(closure, loose).jacobians(), 2), objective.parameters)
+        found |= _typed(
+            loose.unflatten(Function(closure, loose).jacobians(), 2), objective.parameters
+        )
     return {name: found[name] for block in objective.blocks for name in block.params}
 
 
@@ -100,7 +115,13 @@ def _guard(objective: Objective, vectors: int, what: str, remedy: str) -> None:
 def _narrow(s: LayerStatistics) -> bool:
     """Whether each weight is used at one place, and lies in its own order and dtype: then a row is one outer product."""
     block = s.block
-    if not (s.used and s.provides("factors") and s.places == 1 and block.layer is not None and not block.layer.transposed):
+    if not (
+        s.used
+        and s.provides("factors")
+        and s.places == 1
+        and block.layer is not None
+        and not block.layer.transposed
+    ):
         return False
     use = s.parts[0].own[2].use
     return use.biased == block.biased and use.call.weight.dtype == s.like.dtype
@@ -129,7 +150,11 @@ def _given(name: str, shape: tuple[int, ...], like: Tensor, out: Mapping[str, Te
 
 def _into(found: dict[str, Tensor], out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Copied to where the caller wants them."""
-    return found if out is None else {name: _checked(out, name, t.shape, t).copy_(t) for name, t in found.items()}
+    return (
+        found
+        if out is None
+        else {name: _checked(out, name, t.shape, t).copy_(t) for name, t in found.items()}
+    )
 
 
 def _checked(out: Mapping[str, Tensor], name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

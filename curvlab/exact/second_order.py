@@ -64,7 +64,9 @@ def preactivation_hessians(
         if found is None:
             found = _direct(d, edge, size)
         elif known is not None:
-            found += _direct(torch.autograd.grad(known.edge, edge, known.like, create_graph=True)[0], edge, size)
+            found += _direct(
+                torch.autograd.grad(known.edge, edge, known.like, create_graph=True)[0], edge, size
+            )
         known = _Known(edge, d.detach(), found)
         yield capture.statistics(block.name, size), _by_place(capture.only(block), found)
 
@@ -89,7 +91,9 @@ def preactivation_gauss_newton(
 def _by_place(use: Use, hessians: Float[Tensor, "N M M"]) -> Float[Tensor, "T O N T O"]:
     """The raw order of the pre-activations → places and outputs."""
     count = hessians.shape[1]
-    numbers = use.rule.outputs(torch.arange(count, device=hessians.device).view(1, *use.output.value.shape[1:]))
+    numbers = use.rule.outputs(
+        torch.arange(count, device=hessians.device).view(1, *use.output.value.shape[1:])
+    )
     places, outputs = numbers.shape[1:]
     order = numbers.flatten()
     if places > 1:
@@ -112,7 +116,11 @@ def _direct(d: Float[Tensor, "*NM"], edge: GradientEdge, size: int) -> Float[Ten
 
 
 def _gauss_newton(
-    z: Float[Tensor, "N *C"], slope: Float[Tensor, "N *C"], edge: GradientEdge, like: Float[Tensor, "*NM"], block: Block
+    z: Float[Tensor, "N *C"],
+    slope: Float[Tensor, "N *C"],
+    edge: GradientEdge,
+    like: Float[Tensor, "*NM"],
+    block: Block,
 ) -> Float[Tensor, "N M M"]:
     """Jᵀ (∂²ℓ/∂z²) J. Forward derivatives through a graph that only goes back: Jᵀw is linear in w, its own derivative J."""
     size = len(z)
@@ -126,23 +134,35 @@ def _gauss_newton(
         forward = _send_back(back, w, units.view(-1, *like.shape))
         assert forward is not None
         curved = _send_back(slope, z, forward) if slope.requires_grad else None
-        for place, columns in enumerate((forward, torch.zeros_like(forward) if curved is None else curved)):
-            jacobian[place, :, start : start + len(units)] = columns.flatten(2).transpose(0, 1).to(like.dtype)
+        for place, columns in enumerate(
+            (forward, torch.zeros_like(forward) if curved is None else curved)
+        ):
+            jacobian[place, :, start : start + len(units)] = (
+                columns.flatten(2).transpose(0, 1).to(like.dtype)
+            )
     return jacobian[0] @ jacobian[1].mT
 
 
-def _through(root: Tensor, known: _Known, edge: GradientEdge, like: Float[Tensor, "*NM"]) -> Float[Tensor, "N M M"] | None:
+def _through(
+    root: Tensor, known: _Known, edge: GradientEdge, like: Float[Tensor, "*NM"]
+) -> Float[Tensor, "N M M"] | None:
     """JᵀG_m J from a later layer's Hessians; None where that layer does not cut this one off from the root of the graph, or has
     far more outputs."""
     size, others = len(known.hessians), known.hessians.shape[1]
     count = like.numel() // size
-    if others > 2 * count or size * others * count > _JACOBIAN or not _separates(root, known.edge, edge):
+    if (
+        others > 2 * count
+        or size * others * count > _JACOBIAN
+        or not _separates(root, known.edge, edge)
+    ):
         return None
     jacobian = like.new_empty(size, others, count)
     for start, units in _units(size, others, like):
         back = _send_back(known.edge, edge, units.view(-1, *known.like.shape))
         assert back is not None
-        jacobian[:, start : start + len(units)] = back.reshape(len(units), size, count).transpose(0, 1)
+        jacobian[:, start : start + len(units)] = back.reshape(len(units), size, count).transpose(
+            0, 1
+        )
     return jacobian.mT @ (known.hessians @ jacobian)
 
 
@@ -160,9 +180,14 @@ def _send_back(
 ) -> Float[Tensor, "K *S2"] | None:
     """Several vectors at once; one by one where an operation cannot (torch's double backward of GroupNorm)."""
     try:
-        return torch.autograd.grad(output, edge, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True)[0]
+        return torch.autograd.grad(
+            output, edge, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )[0]
     except RuntimeError:
-        found = [torch.autograd.grad(output, edge, v, retain_graph=True, allow_unused=True)[0] for v in vectors]
+        found = [
+            torch.autograd.grad(output, edge, v, retain_graph=True, allow_unused=True)[0]
+            for v in vectors
+        ]
         return None if found[0] is None else torch.stack(found)
 
 

@@ -80,7 +80,9 @@ class _Fixed(TorchFunctionMode):
         call = FUNCTIONS[func].bind(args, kwargs)
         if call.padding_idx is None or call.max_norm is not None:
             return func(*args, **kwargs)
-        row = torch.arange(len(call.weight), device=call.weight.device) == call.padding_idx % len(call.weight)
+        row = torch.arange(len(call.weight), device=call.weight.device) == call.padding_idx % len(
+            call.weight
+        )
         return F.embedding(call.input, torch.where(row[:, None], call.weight.detach(), call.weight))
 
 
@@ -93,7 +95,9 @@ class Function:
     def __init__(self, closure: Closure, layout: Layout) -> None:
         self.closure, self.layout = closure, layout
         model = closure.objective.model
-        state = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        state = {
+            name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]
+        }
         self._buffers = [name for name, _ in model.named_buffers()]
         self._state = state
         self.at: Float[Tensor, " D"] = layout.flatten(state).to(closure.objective.dtype)
@@ -108,11 +112,15 @@ class Function:
         parts = self.layout.unflatten(w)
         trained = self.closure.objective.parameters
         return {
-            name: part.to(self._state[name].dtype).contiguous() for name, part in parts.items() if trained[name].requires_grad
+            name: part.to(self._state[name].dtype).contiguous()
+            for name, part in parts.items()
+            if trained[name].requires_grad
         }
 
     def _called(self, weights: Weights, x: Tensor) -> Float[Tensor, "N *C"]:
-        fixed = {name: self._state[name].clone() for name in self._buffers}  # where BatchNorm may write on them
+        fixed = {
+            name: self._state[name].clone() for name in self._buffers
+        }  # where BatchNorm may write on them
         with differentiable(), eager(), surrounding(), _Fixed():
             z: Tensor = called(self.closure.objective.model, self._state | fixed | weights, x)
         return z.to(self.at.dtype)
@@ -140,21 +148,36 @@ class Function:
             known[key] = True
         if key not in known:
             one = Closure(
-                closure.objective, some_rows(closure.x, slice(1)), closure.y[:1], closure.number, closure.stream, closure.part
+                closure.objective,
+                some_rows(closure.x, slice(1)),
+                closure.y[:1],
+                closure.number,
+                closure.stream,
+                closure.part,
             )
             function = Function(one, self.layout)
-            u = torch.randn(1, len(function.at), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(self.at)
+            u = torch.randn(
+                1, len(function.at), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            ).to(self.at)
             try:
                 true = function._plain.product("hessian", [one.y], function.at)(u)
-                found = function._transformed("hessian", [one.y], lambda v: torch.full_like(v, math.nan))(u)
+                found = function._transformed(
+                    "hessian", [one.y], lambda v: torch.full_like(v, math.nan)
+                )(u)
                 near = closure.form.precision**0.5
-                known[key] = float((found - true).norm()) <= near * float(true.norm() + found.norm())
+                known[key] = float((found - true).norm()) <= near * float(
+                    true.norm() + found.norm()
+                )
             except (CurvlabError, RuntimeError, NotImplementedError):
                 known[key] = True
         return known[key]
 
     def _sees(self) -> bool:
-        x = self.closure.x if mixes(self.closure.objective.modules) else some_rows(self.closure.x, slice(1))
+        x = (
+            self.closure.x
+            if mixes(self.closure.objective.modules)
+            else some_rows(self.closure.x, slice(1))
+        )
         generator = torch.Generator().manual_seed(0)
         with derivatives():
             z, _ = self.closure.forward(x)
@@ -164,13 +187,17 @@ class Function:
             u = torch.randn(len(at), generator=generator, dtype=torch.float64).to(z)
             try:
                 found = grad(lambda w: (self.outputs(w, x) * v).sum())(at)
-                forth = along(lambda w: self.outputs(w, x), at, u)  # forward mode goes on under no_grad and into .data
+                forth = along(
+                    lambda w: self.outputs(w, x), at, u
+                )  # forward mode goes on under no_grad and into .data
             except (RuntimeError, NotImplementedError):
                 return False
         near = self.closure.form.precision**0.5
         apart = float((forth * v).sum() - true @ u)
         far = float(true.norm() * u.norm()) + float(forth.norm() * v.norm())
-        return bool(float((found - true).norm()) <= near * float(true.norm()) and abs(apart) <= near * far)
+        return bool(
+            float((found - true).norm()) <= near * float(true.norm()) and abs(apart) <= near * far
+        )
 
     def _total(self, kind: Kind) -> Callable[[Float[Tensor, "N *C"]], Tensor]:
         """z → Σₙ ℓₙ; for Π the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩, whose Hessian is Π alone (thesis (1.4))."""
@@ -198,7 +225,9 @@ class Function:
 
         return self._either(
             lambda: mapped(gradient)(x[some], y[some]),
-            lambda: torch.stack([self._plain.gradient(n, y, self.at) for n in range(*some.indices(len(x)))]),
+            lambda: torch.stack(
+                [self._plain.gradient(n, y, self.at) for n in range(*some.indices(len(x)))]
+            ),
         )
 
     def jacobians(self, some: slice = slice(None)) -> Float[Tensor, "n C D"]:
@@ -211,7 +240,9 @@ class Function:
 
         return self._either(
             lambda: mapped(jacobian)(x[some]),
-            lambda: torch.stack([self._plain.jacobian(n, self.at) for n in range(*some.indices(len(x)))]),
+            lambda: torch.stack(
+                [self._plain.jacobian(n, self.at) for n in range(*some.indices(len(x)))]
+            ),
         )
 
     def _either(self, transformed: Callable[[], Tensor], plain: Callable[[], Tensor]) -> Tensor:
@@ -223,26 +254,39 @@ class Function:
                     pass
             return plain()
 
-    def rows(self, kind: Kind, draws: int) -> Iterator[tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]]:
+    def rows(
+        self, kind: Kind, draws: int
+    ) -> Iterator[tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]]:
         """(left, right), some rows at a time, with Σ leftᵀ right = N · M for a kind that is a second moment."""
         x, y = self.closure.x, self.closure.y
         size, width = len(x), len(self.at)
         if PASSES[kind] == "exact":
             z = self.closure.outputs()[0]
-            roots = self.closure.root(z).reshape(-1, size, z[0].numel()) if kind == "fisher" else None  # [V, N, C]
+            roots = (
+                self.closure.root(z).reshape(-1, size, z[0].numel()) if kind == "fisher" else None
+            )  # [V, N, C]
             at_once = max(1, _NUMBERS // (z[0].numel() * width))
             began = perf_counter()
             for some in _slices(size, at_once):
                 j = self.jacobians(some)
                 if some.start == 0:
-                    self._foresee(perf_counter() - began, size / at_once, f"Jacobians of {size} examples")
+                    self._foresee(
+                        perf_counter() - began, size / at_once, f"Jacobians of {size} examples"
+                    )
                 if roots is not None:
                     found = torch.einsum("vnc,ncd->vnd", roots[:, some], j).flatten(0, 1)
                     yield found, found
                 else:  # ∂²ℓ/∂z² itself, not its root: a route of its own
-                    yield j.flatten(0, 1), (self._output_hessian(z[some], y[some]) @ j).flatten(0, 1)
+                    yield (
+                        j.flatten(0, 1),
+                        (self._output_hessian(z[some], y[some]) @ j).flatten(0, 1),
+                    )
             return
-        labels = self.closure.labels(self.closure.outputs()[0], draws) if PASSES[kind] == "model" else [y]
+        labels = (
+            self.closure.labels(self.closure.outputs()[0], draws)
+            if PASSES[kind] == "model"
+            else [y]
+        )
         at_once = max(1, _NUMBERS // width)
         for label in labels:
             for some in _slices(size, at_once):
@@ -260,7 +304,9 @@ class Function:
                 found[:, c] = torch.autograd.grad(each.sum(), z, retain_graph=True)[0]
         return found.reshape(len(z), z[0].numel(), -1)
 
-    def product(self, kind: Kind, draws: int) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
+    def product(
+        self, kind: Kind, draws: int
+    ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
         """v → N · M v for several v at once.
 
         Derivatives are by parameters: by slices of one vector, each would come back as long as the vector.
@@ -278,7 +324,10 @@ class Function:
             return plain
 
     def _transformed(
-        self, kind: Kind, labels: list[Tensor], plain: Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]
+        self,
+        kind: Kind,
+        labels: list[Tensor],
+        plain: Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]],
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
         """By `torch.func`; by `plain` where it turns out that an operation cannot."""
         x = self.closure.x
@@ -308,7 +357,9 @@ class Function:
 
             def losses(w: Weights) -> Tensor:
                 z = outputs(w)
-                return torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(len(labels))
+                return torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(
+                    len(labels)
+                )
 
             transposed = vjp(losses, at)[1]
 
@@ -319,7 +370,9 @@ class Function:
         def one(u: Tensor) -> Tensor:
             parts = self.layout.unflatten(u)
             back = apply({name: parts[name].to(w.dtype) for name, w in at.items()})
-            still = {name: torch.zeros_like(part) for name, part in parts.items() if name not in back}  # frozen since
+            still = {
+                name: torch.zeros_like(part) for name, part in parts.items() if name not in back
+            }  # frozen since
             return self.layout.flatten(back | still).to(u.dtype)
 
         several = mapped(one)
@@ -334,7 +387,9 @@ class Function:
 
         return every
 
-    def columns(self, kind: Kind, draws: int, part: slice | None = None) -> Iterator[tuple[slice, Float[Tensor, "D K"]]]:
+    def columns(
+        self, kind: Kind, draws: int, part: slice | None = None
+    ) -> Iterator[tuple[slice, Float[Tensor, "D K"]]]:
         """N · M, some columns at a time; `part`: only of these columns."""
         product = self.product(kind, draws)
         width = len(self.at)
@@ -348,7 +403,9 @@ class Function:
             value = product(units).mT
             if start == first:
                 self._foresee(
-                    perf_counter() - began, (last - first) / (stop - start), f"{last - first} products with the {kind}"
+                    perf_counter() - began,
+                    (last - first) / (stop - start),
+                    f"{last - first} products with the {kind}",
                 )
             yield slice(start - first, stop - first), value
 

@@ -131,14 +131,19 @@ def _not(flag: Flag) -> Flag:
 
 def _all_finite(*numbers: Scalar) -> Flag:
     tensors = [n for n in numbers if isinstance(n, Tensor)]
-    return torch.isfinite(torch.stack(tensors)).all() if tensors else all(map(math.isfinite, numbers))
+    return (
+        torch.isfinite(torch.stack(tensors)).all() if tensors else all(map(math.isfinite, numbers))
+    )
 
 
 # Updates.
 
 
 def bfgs_inverse(
-    H: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"] | None = None
+    H: Float[Tensor, "D D"],
+    s: Float[Tensor, " D"],
+    y: Float[Tensor, " D"],
+    Hy: Float[Tensor, " D"] | None = None,
 ) -> Float[Tensor, "D D"]:
     """H⁺ = (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ: thesis (2.6). Exactly symmetric where H is; H⁺ y = s.
 
@@ -148,13 +153,17 @@ def bfgs_inverse(
     return _plus_symmetric(H, s, _other_half(s, Hy, s @ y, y @ Hy))
 
 
-def _other_half(s: Float[Tensor, " D"], Hy: Float[Tensor, " D"], sy: Scalar, yHy: Scalar) -> Float[Tensor, " D"]:
+def _other_half(
+    s: Float[Tensor, " D"], Hy: Float[Tensor, " D"], sy: Scalar, yHy: Scalar
+) -> Float[Tensor, " D"]:
     """w of H⁺ = H + s wᵀ + w sᵀ."""
     rho = _ratio(1.0, sy)  # NaN where sᵀy is 0, which `updated_inverse` then refuses
     return (rho * (rho * yHy + 1) / 2) * s - rho * Hy
 
 
-def bfgs(B: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"]) -> Float[Tensor, "D D"]:
+def bfgs(
+    B: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"]
+) -> Float[Tensor, "D D"]:
     """B⁺ = B − B s sᵀ B / sᵀBs + ρ y yᵀ: thesis (2.6). B⁺ s = y."""
     Bs = B @ s
     return B - torch.outer(Bs, Bs) / (s @ Bs) + torch.outer(y, y) / (s @ y)
@@ -167,16 +176,25 @@ def broyden_inverse(
     Hy = H @ y
     rho, sigma = 1 / (s @ y), 1 / (y @ Hy)
     h = rho * s - sigma * Hy
-    return H - sigma * torch.outer(Hy, Hy) + rho * torch.outer(s, s) + (phi / sigma) * torch.outer(h, h)
+    return (
+        H
+        - sigma * torch.outer(Hy, Hy)
+        + rho * torch.outer(s, s)
+        + (phi / sigma) * torch.outer(h, h)
+    )
 
 
-def sherman_morrison(H: Float[Tensor, "D D"], a: Float[Tensor, " D"], c: float) -> Float[Tensor, "D D"]:
+def sherman_morrison(
+    H: Float[Tensor, "D D"], a: Float[Tensor, " D"], c: float
+) -> Float[Tensor, "D D"]:
     """(H⁻¹ + c a aᵀ)⁻¹ = H − H a (1/c + aᵀHa)⁻¹ aᵀ H: thesis 2.4, after Theorem 1."""
     Ha = H @ a
     return H - torch.outer(Ha, Ha) / (1 / c + a @ Ha)
 
 
-def _plus_symmetric(H: Float[Tensor, "D D"], s: Float[Tensor, " D"], w: Float[Tensor, " D"]) -> Float[Tensor, "D D"]:
+def _plus_symmetric(
+    H: Float[Tensor, "D D"], s: Float[Tensor, " D"], w: Float[Tensor, " D"]
+) -> Float[Tensor, "D D"]:
     """H + s wᵀ + w sᵀ; the two are added first, so that rounding is symmetric."""
     half = torch.outer(s, w)
     return (half + half.mT).add_(H)
@@ -205,14 +223,18 @@ def powell_factor(sy: Scalar, q: Scalar, mu: float) -> Scalar:
     q is yᵀHy, sᵀBs or sᵀs. Where rounding has cost H its definiteness (q ≤ 0) nothing is damped: the pair is to be refused.
     """
     if not 0 < mu <= 1:
-        raise CurvlabError(f"Powell's damping takes a μ in (0, 1], not {mu:g}: a μ₂ above 1 needs Levenberg-Marquardt damping")
+        raise CurvlabError(
+            f"Powell's damping takes a μ in (0, 1], not {mu:g}: a μ₂ above 1 needs Levenberg-Marquardt damping"
+        )
     damped = (q > 0) & (sy < mu * q)
     if isinstance(damped, Tensor):
         return torch.where(damped, (1 - mu) * q / (q - sy), 1.0)
     return (1 - mu) * q / (q - sy) if damped else 1.0
 
 
-def _between(theta: Scalar, here: Float[Tensor, " D"], there: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+def _between(
+    theta: Scalar, here: Float[Tensor, " D"], there: Float[Tensor, " D"]
+) -> Float[Tensor, " D"]:
     """θ here + (1 − θ) there; `here` itself where θ = 1, whatever `there` is."""
     if isinstance(theta, Tensor):
         return torch.where(theta < 1, theta * here + (1 - theta) * there, here)
@@ -234,7 +256,9 @@ def powell(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float
     return _with_s(pair, _between(theta1, s, pair.Hy), theta1)
 
 
-def powell_on_b(s: Float[Tensor, " D"], y: Float[Tensor, " D"], B: Matrix, H: Matrix, mu: float) -> Pair:
+def powell_on_b(
+    s: Float[Tensor, " D"], y: Float[Tensor, " D"], B: Matrix, H: Matrix, mu: float
+) -> Pair:
     """Powell's damping on B: ỹ = θ y + (1 − θ) B s (thesis 2.3.1; its θ is `theta2` here). sᵀỹ ≥ μ sᵀBs.
 
     Both matrices are taken, since the record is of yᵀHy.
@@ -249,23 +273,34 @@ def identity_damping(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, 
     return _identity_step(undamped(s, y, H), H, mu2)
 
 
-def levenberg_marquardt(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu2: float) -> Pair:
+def levenberg_marquardt(
+    s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu2: float
+) -> Pair:
     """D_LM: ỹ = y + μ₂ s (thesis Alg. 8, line 8). sᵀỹ = sᵀy + μ₂ sᵀs."""
     return _levenberg_step(undamped(s, y, H), H, mu2)
 
 
-def double_damping(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float) -> Pair:
+def double_damping(
+    s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float
+) -> Pair:
     """DD: D_P with μ₁, then D_I with μ₂, of s̃ (2020 and thesis, Alg. 3). s̃ᵀỹ ≥ μ₂ s̃ᵀs̃; s̃ᵀy ≥ μ₁ yᵀHy, not so with ỹ."""
     return _identity_step(powell(s, y, H, mu1), H, mu2)
 
 
-def powell_levenberg(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float) -> Pair:
+def powell_levenberg(
+    s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float
+) -> Pair:
     """D_P D_LM: D_P with μ₁, then D_LM with μ₂, of s̃ (thesis Alg. 8; 2021 Alg. 1). s̃ᵀy ≥ μ₁ yᵀHy and s̃ᵀỹ ≥ μ₂ s̃ᵀs̃."""
     return _levenberg_step(powell(s, y, H, mu1), H, mu2)
 
 
 def scaled_identity_levenberg(
-    s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float, initial: float | None = None
+    s: Float[Tensor, " D"],
+    y: Float[Tensor, " D"],
+    H: Matrix,
+    mu1: float,
+    mu2: float,
+    initial: float | None = None,
 ) -> Pair:
     """D_P(I) D_LM: as D_P D_LM, but Powell's damping with H₀ = h I in place of H: thesis Alg. 11, for the proofs of chapter 3.
 
@@ -293,12 +328,19 @@ def _levenberg_step(pair: Pair, H: Matrix, mu2: float) -> Pair:
 
 
 def _with_s(pair: Pair, s: Float[Tensor, " D"], theta1: Scalar) -> Pair:
-    return replace(pair, s=s, damping=replace(pair.damping, after=_products(s, pair.y, pair.Hy), theta1=theta1))
+    return replace(
+        pair, s=s, damping=replace(pair.damping, after=_products(s, pair.y, pair.Hy), theta1=theta1)
+    )
 
 
 def _with_y(pair: Pair, y: Float[Tensor, " D"], H: Matrix, theta2: Scalar) -> Pair:
     Hy = H @ y
-    return replace(pair, y=y, Hy=Hy, damping=replace(pair.damping, after=_products(pair.s, y, Hy), theta2=theta2))
+    return replace(
+        pair,
+        y=y,
+        Hy=Hy,
+        damping=replace(pair.damping, after=_products(pair.s, y, Hy), theta2=theta2),
+    )
 
 
 def _check_mu2(mu2: float) -> None:
@@ -317,11 +359,21 @@ DAMPINGS: dict[str, PairDamping] = {
     "dd": double_damping,  # 2020 and thesis Alg. 3
     "p-lm": powell_levenberg,  # thesis Alg. 8, 2021 Alg. 1
     "pi-lm": scaled_identity_levenberg,  # thesis Alg. 11
-    "pi-lm-2021": lambda s, y, H, mu1, mu2: scaled_identity_levenberg(s, y, H, mu1, mu2, initial=1.0),  # 2021 Alg. 4
+    "pi-lm-2021": lambda s, y, H, mu1, mu2: scaled_identity_levenberg(
+        s, y, H, mu1, mu2, initial=1.0
+    ),  # 2021 Alg. 4
 }
 
 
-def damp(name: str, s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, *, mu1: float = MU1, mu2: float) -> Pair:
+def damp(
+    name: str,
+    s: Float[Tensor, " D"],
+    y: Float[Tensor, " D"],
+    H: Matrix,
+    *,
+    mu1: float = MU1,
+    mu2: float,
+) -> Pair:
     """By the name in DAMPINGS."""
     return lookup(DAMPINGS, name, "damping of pairs")(s, y, H, mu1, mu2)
 
@@ -329,7 +381,13 @@ def damp(name: str, s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, *
 # Acceptance.
 
 
-def accept(pair: Pair, *, v: Float[Tensor, " D"] | None = None, mu1: float | None = None, cosine: float | None = None) -> Pair:
+def accept(
+    pair: Pair,
+    *,
+    v: Float[Tensor, " D"] | None = None,
+    mu1: float | None = None,
+    cosine: float | None = None,
+) -> Pair:
     """The pair, with what speaks against its use. Judged as it stands after damping.
 
     Always: every number finite, sᵀy > 0.
@@ -362,10 +420,18 @@ def updated_inverse(H: Float[Tensor, "D D"], pair: Pair) -> tuple[Float[Tensor, 
     if not isinstance(used, Tensor) and not used:
         return H, pair
     w = _other_half(pair.s, pair.Hy, found.sy, found.yHy)
-    extent = 2 * _number(_largest(pair.s)) * _number(_largest(w))  # no entry of s wᵀ + w sᵀ is larger
+    extent = (
+        2 * _number(_largest(pair.s)) * _number(_largest(w))
+    )  # no entry of s wᵀ + w sᵀ is larger
     fits = extent <= torch.finfo(w.dtype).max
     overflows = used & _not(fits)
-    pair = replace(pair, refused={**pair.refused, "not finite": pair.refused.get("not finite", overflows) | overflows})
+    pair = replace(
+        pair,
+        refused={
+            **pair.refused,
+            "not finite": pair.refused.get("not finite", overflows) | overflows,
+        },
+    )
     used = used & fits
     if isinstance(used, Tensor):
         return _plus_symmetric(H, torch.where(used, pair.s, 0.0), torch.where(used, w, 0.0)), pair

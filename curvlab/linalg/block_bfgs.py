@@ -75,11 +75,21 @@ def block_bfgs(
     if choice == "symmetric":
         V, LU, P, at_one = V @ R, whole, _symmetrised(R.mT @ M @ R), W.new_ones(rank)
     elif choice == "trace":
-        P, at_one = M.diagonal().sum() * torch.eye(m, dtype=M.dtype, device=M.device), W.diagonal().sum().expand(m)
+        P, at_one = (
+            M.diagonal().sum() * torch.eye(m, dtype=M.dtype, device=M.device),
+            W.diagonal().sum().expand(m),
+        )
     else:
         used = W.diagonal() > eps * W.diagonal().amax()
-        V, LU, P, at_one = V[:, used], LU[:, used], torch.diag(M.diagonal()[used]), W.diagonal()[used]
-    if not len(at_one) or not bool((at_one > 0).all()):  # rounding has cost a semi-definite Λ its sign across all of U
+        V, LU, P, at_one = (
+            V[:, used],
+            LU[:, used],
+            torch.diag(M.diagonal()[used]),
+            W.diagonal()[used],
+        )
+    if not len(at_one) or not bool(
+        (at_one > 0).all()
+    ):  # rounding has cost a semi-definite Λ its sign across all of U
         return BlockUpdate(Lambda, math.nan, 1.0, 0, "curvature")
     root = at_one.rsqrt()
     smallest = torch.linalg.eigvalsh(root[:, None] * P * root)[0].double()
@@ -88,7 +98,9 @@ def block_bfgs(
     if not tau * least + (1 - tau) > 0:
         return BlockUpdate(Lambda, least, tau, rank, "curvature")
     factor = torch.linalg.cholesky_ex(tau * P + (1 - tau) * torch.diag(at_one))[0]
-    columns = torch.linalg.solve_triangular(factor, (tau * V + (1 - tau) * LU).mT, upper=False).mT  # V P⁻¹ Vᵀ, halved
+    columns = torch.linalg.solve_triangular(
+        factor, (tau * V + (1 - tau) * LU).mT, upper=False
+    ).mT  # V P⁻¹ Vᵀ, halved
     new = _symmetrised(Lambda + columns @ columns.mT - whole @ whole.mT)
     if not all_finite(new):
         return BlockUpdate(Lambda, least, tau, rank, "not finite")

@@ -62,7 +62,9 @@ def input_factor(inputs: int, phi: float, damping: float, places: int = 1) -> Bo
     return Bounds(1 / (((inputs - 1) * phi**2 + 1) * places + damping), 1 / damping)
 
 
-def double_damping_step(norm_B: float, norm_H: float, mu1: float, mu2: float) -> tuple[float, float]:
+def double_damping_step(
+    norm_B: float, norm_H: float, mu1: float, mu2: float
+) -> tuple[float, float]:
     """(‖B⁺‖, ‖H⁺‖) of a BFGS update are at most these where yᵀHy ≤ sᵀy/μ₁, sᵀs ≤ sᵀy/μ₂: thesis (2.8), (2.10)."""
     return norm_B * (1 + 1 / mu1), (math.sqrt(norm_H) + 1 / math.sqrt(mu1 * mu2)) ** 2 + 1 / mu2
 
@@ -121,4 +123,7 @@ def tensor_normal_factor(shape: Sequence[int], way: int, norm: float, damping: f
 
 def tensor_normal(shape: Sequence[int], norm: float, damping: float) -> Bounds:
     """⊗ᵢ (Ũ_i + εI) of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 10. H is its `inverse`."""
-    return math.prod((tensor_normal_factor(shape, i, norm, damping) for i in range(len(shape))), start=Bounds(1, 1))
+    return math.prod(
+        (tensor_normal_factor(shape, i, norm, damping) for i in range(len(shape))),
+        start=Bounds(1, 1),
+    )

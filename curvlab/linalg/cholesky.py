@@ -39,15 +39,25 @@ def damped_cholesky(
     for _ in range(tries):
         matrix = build(used)
         if not bool(torch.isfinite(matrix.diagonal()).all()):
-            raise Diverged(f"{what} contains NaN or Inf: lower the learning rate or raise the damping")
+            raise Diverged(
+                f"{what} contains NaN or Inf: lower the learning rate or raise the damping"
+            )
         factor, info = torch.linalg.cholesky_ex(matrix)
         if not bool(info) and bool(torch.isfinite(factor.diagonal()).all()):
             if used != damping:
-                message = f"{what} is not positive definite with damping {damping:g}: raised to {used:g}"
+                message = (
+                    f"{what} is not positive definite with damping {damping:g}: raised to {used:g}"
+                )
                 warnings.warn(message, CurvlabWarning, stacklevel=2)
             return factor, used
-        used = 10 * used if used > 0 else torch.finfo(matrix.dtype).eps * max(1.0, float(build(0.0).diagonal().amax()))
-    raise Diverged(f"{what} is not positive definite, even with damping {used / 10:g}: raise the damping")
+        used = (
+            10 * used
+            if used > 0
+            else torch.finfo(matrix.dtype).eps * max(1.0, float(build(0.0).diagonal().amax()))
+        )
+    raise Diverged(
+        f"{what} is not positive definite, even with damping {used / 10:g}: raise the damping"
+    )
 
 
 def damped_inverse(matrix: Float[Tensor, "D D"], damping: float, what: str) -> Float[Tensor, "D D"]:

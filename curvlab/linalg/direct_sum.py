@@ -71,7 +71,9 @@ class ColumnSum(Symmetric):
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
         matrix = v.reshape(self.outputs, sum(self.widths), *v.shape[1:])
         found = []
-        for part, columns in zip(self.parts, torch.split(matrix, list(self.widths), 1), strict=True):
+        for part, columns in zip(
+            self.parts, torch.split(matrix, list(self.widths), 1), strict=True
+        ):
             found.append((part @ columns.reshape(-1, *v.shape[1:])).view(columns.shape))
         return torch.cat(found, 1).view(v.shape)
 
@@ -99,4 +101,6 @@ class ColumnSum(Symmetric):
     @property
     def _by_index(self) -> DirectSum:
         entries = torch.arange(len(self), device=self.device).view(self.outputs, -1)
-        return DirectSum(tuple(e.flatten() for e in torch.split(entries, list(self.widths), 1)), self.parts)
+        return DirectSum(
+            tuple(e.flatten() for e in torch.split(entries, list(self.widths), 1)), self.parts
+        )

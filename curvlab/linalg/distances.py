@@ -16,7 +16,10 @@ from curvlab.linalg.operators import Operator
 
 
 def compare(
-    matrix: Operator, scale: float, exact: Float[Tensor, "D D"], eigenvalues: Float[Tensor, " D"] | None
+    matrix: Operator,
+    scale: float,
+    exact: Float[Tensor, "D D"],
+    eigenvalues: Float[Tensor, " D"] | None,
 ) -> dict[str, float]:
     """An estimate, times `scale`, against the exact matrix."""
     dense = matrix.dense()
@@ -30,7 +33,9 @@ def compare(
     if eigenvalues is not None:
         spectrum = matrix.eigvalsh().double() * scale
         rounding = float(eigenvalues.abs().max()) * len(exact) * torch.finfo(exact.dtype).eps
-        found["spectrum_error"] = ratio(float((spectrum - eigenvalues).norm()), float(eigenvalues.norm()))
+        found["spectrum_error"] = ratio(
+            float((spectrum - eigenvalues).norm()), float(eigenvalues.norm())
+        )
         found["largest_ratio"] = ratio(float(spectrum[-1]), float(eigenvalues[-1]), rounding)
         found["smallest_ratio"] = ratio(float(spectrum[0]), float(eigenvalues[0]), rounding)
     return found
@@ -41,13 +46,17 @@ def ratio(above: float, below: float, least: float = 0.0) -> float:
     return above / below if abs(below) > least else float("nan")
 
 
-def _rows(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> Iterator[tuple[Tensor, Tensor]]:
+def _rows(
+    one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Some rows of each at a time, in float64."""
     for start in range(0, len(one), 256):
         yield one[start : start + 256].double(), other[start : start + 256].double()
 
 
-def distance(one: Float[Tensor, "D D"], other: Float[Tensor, "D D"], multiple: float = 1.0) -> float:
+def distance(
+    one: Float[Tensor, "D D"], other: Float[Tensor, "D D"], multiple: float = 1.0
+) -> float:
     """‖multiple · one − other‖."""
     return math.sqrt(sum(float((multiple * a - b).square().sum()) for a, b in _rows(one, other)))
 

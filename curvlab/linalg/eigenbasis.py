@@ -73,7 +73,9 @@ def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
         Diverged: NaN or Inf in a factor.
     """
     if not all(all_finite(u) for u in factors):
-        raise Diverged("a Kronecker factor contains NaN or Inf: lower the learning rate or raise the damping")
+        raise Diverged(
+            "a Kronecker factor contains NaN or Inf: lower the learning rate or raise the damping"
+        )
     found = [eigh((u + u.mT) / 2) for u in factors]
     values = reduce(lambda e, f: torch.outer(e, f).flatten(), [e.clamp_min(0) for e, _ in found])
     return Rotated(tuple(q for _, q in found), Diagonal(values + shift))

@@ -39,14 +39,18 @@ def contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:
     return second_moment(m.mT)
 
 
-def kronecker_product(factors: Sequence[Tensor | Factor], v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
+def kronecker_product(
+    factors: Sequence[Tensor | Factor], v: Float[Tensor, "D *K"]
+) -> Float[Tensor, "D *K"]:
     """(⊗ U_i) v = vec(V ×_1 U_1 ×_2 … ×_k U_k), row-major (thesis Proposition 1); columns of v one by one."""
     shape = v.shape
     if v.ndim == 1 and len(factors) == 2:
         left, right = factors
         V = v.view(len(left), len(right))
         V = product(left, V) if isinstance(left, Tensor) else left @ V
-        return (product(V, right.mT) if isinstance(right, Tensor) else (right @ V.mT).mT).reshape(-1)
+        return (product(V, right.mT) if isinstance(right, Tensor) else (right @ V.mT).mT).reshape(
+            -1
+        )
     out = v.reshape(*(len(u) for u in factors), -1)
     for i, u in enumerate(factors):
         if isinstance(u, Tensor):
@@ -58,7 +62,10 @@ def kronecker_product(factors: Sequence[Tensor | Factor], v: Float[Tensor, "D *K
 
 
 def accumulate_places_(
-    matrix: Float[Tensor, "D D"], G: Float[Tensor, "T O N T O"], a: Float[Tensor, "N T I"], new: float
+    matrix: Float[Tensor, "D D"],
+    G: Float[Tensor, "T O N T O"],
+    a: Float[Tensor, "N T I"],
+    new: float,
 ) -> None:
     """matrix += new · Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ (thesis Theorem 3, row-major), one row of outputs at a time."""
     places, outputs, size = G.shape[:3]
@@ -66,12 +73,16 @@ def accumulate_places_(
     left = a.flatten(0, 1)
     target = matrix.view(outputs, inputs, outputs * inputs)
     for o in range(outputs):
-        curvature = G[:, o].permute(1, 0, 3, 2).reshape(size, places * outputs, places)  # [N, T O', T']
+        curvature = (
+            G[:, o].permute(1, 0, 3, 2).reshape(size, places * outputs, places)
+        )  # [N, T O', T']
         right = (curvature @ a).reshape(size * places, outputs * inputs)
         target[o].addmm_(left.mT, right, alpha=new)
 
 
-def tensor_normal_factors(contractions: Sequence[Float[Tensor, "_ _"]]) -> tuple[Float[Tensor, "_ _"], ...]:
+def tensor_normal_factors(
+    contractions: Sequence[Float[Tensor, "_ _"]],
+) -> tuple[Float[Tensor, "_ _"], ...]:
     """Ũ_i = E[G^(i)] / (c_0^{k−1} Π_{j≠i} d_j), c_0 = (tr E[G^(i)] / Π d_j)^{1/k}: thesis (4.10).
 
     All factors have the same mean eigenvalue c_0. Where the statistics are zero so is c_0, and the factors are zero
@@ -84,7 +95,9 @@ def tensor_normal_factors(contractions: Sequence[Float[Tensor, "_ _"]]) -> tuple
     return tuple(c / (scale * (size / len(c))) for c in contractions)
 
 
-def pi_split(A: Float[Tensor, "I I"], G: Float[Tensor, "O O"], damping: float) -> tuple[float, float]:
+def pi_split(
+    A: Float[Tensor, "I I"], G: Float[Tensor, "O O"], damping: float
+) -> tuple[float, float]:
     """(π √λ for A, √λ / π for G), π = √(trace(A ⊗ I) / trace(I ⊗ G)): thesis Alg. 12, line 19.
 
     π is 1 where either trace is zero, or so small beside the other that π² is 0 or ∞ in double precision. The documents' π is 0
@@ -98,7 +111,9 @@ def pi_split(A: Float[Tensor, "I I"], G: Float[Tensor, "O O"], damping: float) -
     a, g = float(A.diagonal().mean()), float(G.diagonal().mean())
     for name, trace in (("A", a), ("G", g)):
         if not math.isfinite(trace):
-            raise Diverged(f"the factor {name} contains NaN or Inf: its trace is {trace}, so that there is no π")
+            raise Diverged(
+                f"the factor {name} contains NaN or Inf: its trace is {trace}, so that there is no π"
+            )
     squared = a / g if a > 0 and g > 0 else 1.0
     pi = math.sqrt(squared) if 0 < squared < math.inf else 1.0
     return pi * math.sqrt(damping), math.sqrt(damping) / pi
@@ -126,7 +141,9 @@ class NearestKronecker:
         return product
 
 
-def nearest_kronecker(matrix: Float[Tensor, "OI OI"], outputs: int, inputs: int) -> NearestKronecker:
+def nearest_kronecker(
+    matrix: Float[Tensor, "OI OI"], outputs: int, inputs: int
+) -> NearestKronecker:
     """The Kronecker product nearest to M in Frobenius norm (Van Loan and Pitsianis 1993), exactly, in float64.
 
     M rearranged as R[(o, o'), (i, i')] = M[(o, i), (o', i')] turns Kronecker products into matrices of rank one; the nearest of
@@ -147,12 +164,16 @@ def nearest_kronecker(matrix: Float[Tensor, "OI OI"], outputs: int, inputs: int)
     """
     order = outputs * inputs
     if matrix.shape != (order, order):
-        raise CurvlabError(f"the matrix is {list(matrix.shape)}, but {outputs} outputs of {inputs} inputs make {order}×{order}")
+        raise CurvlabError(
+            f"the matrix is {list(matrix.shape)}, but {outputs} outputs of {inputs} inputs make {order}×{order}"
+        )
     size = float(matrix.abs().amax()) if order else 0.0
     if not math.isfinite(size):
         raise CurvlabError("the matrix contains NaN or Inf: there is no nearest Kronecker product")
     if not size:
-        return NearestKronecker(matrix.new_zeros(outputs, outputs), matrix.new_zeros(inputs, inputs), 0.0)
+        return NearestKronecker(
+            matrix.new_zeros(outputs, outputs), matrix.new_zeros(inputs, inputs), 0.0
+        )
     blocks = matrix.reshape(outputs, inputs, outputs, inputs)
     if _symmetric(matrix, size):
         parts = [(_pairs(blocks, sign, size), sign) for sign in (1, -1)]
@@ -160,7 +181,9 @@ def nearest_kronecker(matrix: Float[Tensor, "OI OI"], outputs: int, inputs: int)
         parts = [(blocks.permute(0, 2, 1, 3).reshape(outputs**2, inputs**2).double() / size, 0)]
     squares = [float(part.square().sum()) for part, _ in parts]
     best, chosen = _first_pair(parts[0][0]), 0
-    if len(parts) == 2 and squares[1] > best[0] ** 2:  # σ₁ ≤ the norm: mostly there is no need to look
+    if (
+        len(parts) == 2 and squares[1] > best[0] ** 2
+    ):  # σ₁ ≤ the norm: mostly there is no need to look
         skew = _first_pair(parts[1][0])
         best, chosen = (skew, 1) if skew[0] > best[0] else (best, 0)
     sigma, u, v = best
@@ -170,14 +193,19 @@ def nearest_kronecker(matrix: Float[Tensor, "OI OI"], outputs: int, inputs: int)
     left, right = _unrolled(u, outputs, sign) * scale, _unrolled(v, inputs, sign) * scale
     if float(left.diagonal().sum()) < 0:
         left, right = -left, -right
-    return NearestKronecker(left.to(matrix.dtype), right.to(matrix.dtype), math.sqrt((residual + rest) / total))
+    return NearestKronecker(
+        left.to(matrix.dtype), right.to(matrix.dtype), math.sqrt((residual + rest) / total)
+    )
 
 
 def _symmetric(matrix: Float[Tensor, "D D"], size: float) -> bool:
     """Up to rounding; panel by panel, no copy of the matrix."""
     panel, tolerance = 512, 64 * torch.finfo(matrix.dtype).eps * size
     starts = range(0, len(matrix), panel)
-    return all(float((matrix[s : s + panel, s:] - matrix[s:, s : s + panel].mT).abs().amax()) <= tolerance for s in starts)
+    return all(
+        float((matrix[s : s + panel, s:] - matrix[s:, s : s + panel].mT).abs().amax()) <= tolerance
+        for s in starts
+    )
 
 
 def _basis(size: int, sign: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -83,7 +83,9 @@ def conjugate_gradients(
             z = r if precondition is None else finite_product(precondition, r)
             rho, old = float(r @ z), rho
             if not rho > 0:
-                raise Diverged(f"rᵀMr = {rho:.3g} at iteration {iterations + 1}: the preconditioner is not positive definite")
+                raise Diverged(
+                    f"rᵀMr = {rho:.3g} at iteration {iterations + 1}: the preconditioner is not positive definite"
+                )
             p = torch.add(z, p, alpha=rho / old)
             product = finite_product(operator, p)
             curvature = float(p @ product)
@@ -95,7 +97,11 @@ def conjugate_gradients(
                     curvature,
                 )
             alpha = rho / curvature
-            x, r, iterations = torch.add(x, p, alpha=alpha), torch.sub(r, product, alpha=alpha), iterations + 1
+            x, r, iterations = (
+                torch.add(x, p, alpha=alpha),
+                torch.sub(r, product, alpha=alpha),
+                iterations + 1,
+            )
         r = b - finite_product(operator, x)
         residual, before = float(torch.linalg.vector_norm(r)), residual
     return CgResult(x * length, residual, iterations, residual <= tolerance)
@@ -213,7 +219,9 @@ class Lanczos:
         return theta, s[0].square()
 
 
-def lanczos(operator: Operator, start: Float[Tensor, " D"], steps: int, *, basis: bool = False) -> Lanczos:
+def lanczos(
+    operator: Operator, start: Float[Tensor, " D"], steps: int, *, basis: bool = False
+) -> Lanczos:
     """Lanczos from v₁ = start / ‖start‖, every new vector made orthogonal to all before it, twice (Parlett 1998, section 6.9).
 
     Stops early where the Krylov space is invariant: at β_j ≤ 100 ε ‖T‖, or after D steps. Where rounding hides that, it goes on
@@ -229,7 +237,11 @@ def lanczos(operator: Operator, start: Float[Tensor, " D"], steps: int, *, basis
     if not bool(length > 0):
         raise CurvlabError("Lanczos needs a starting vector that is not zero")
     size, steps = len(start), min(steps, len(start))
-    guard_memory(steps * size * start.element_size(), f"a Lanczos basis of {steps} vectors of {size}", "take fewer steps")
+    guard_memory(
+        steps * size * start.element_size(),
+        f"a Lanczos basis of {steps} vectors of {size}",
+        "take fewer steps",
+    )
     eps = torch.finfo(start.dtype).eps
     rows, alpha, beta = start.new_empty(steps, size), start.new_zeros(steps), start.new_zeros(steps)
     v, done, largest = start / length, 0, 0.0
@@ -309,7 +321,10 @@ def density(operator: Operator, *, draws: int, steps: int, generator: torch.Gene
         raise CurvlabError(f"a spectral density needs at least 1 draw, not {draws}")
     if steps < 1:
         raise CurvlabError(f"a spectral density needs at least 1 step, not {steps}")
-    rules = [lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps).quadrature() for _ in range(draws)]
+    rules = [
+        lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps).quadrature()
+        for _ in range(draws)
+    ]
     nodes = [torch.cat([node, node[-1:].expand(steps - len(node))]) for node, _ in rules]
     weights = [torch.cat([weight, weight.new_zeros(steps - len(weight))]) for _, weight in rules]
     return Density(torch.stack(nodes), torch.stack(weights))
@@ -317,6 +332,8 @@ def density(operator: Operator, *, draws: int, steps: int, generator: torch.Gene
 
 def _check_vector(operator: Operator, v: Float[Tensor, " D"], what: str) -> None:
     if v.shape != (len(operator),):
-        raise CurvlabError(f"{what} has the shape {list(v.shape)}: the operator takes [{len(operator)}]")
+        raise CurvlabError(
+            f"{what} has the shape {list(v.shape)}: the operator takes [{len(operator)}]"
+        )
     if not all_finite(v):
         raise Diverged(f"{what} contains NaN or Inf")

@@ -44,9 +44,13 @@ class Memory:
     def append(self, s: Float[Tensor, " D"], y: Float[Tensor, " D"]) -> Memory:
         """One more pair; the oldest is dropped where there is no room."""
         first = max(0, len(self) + 1 - self.capacity)
-        return replace(self, S=torch.cat([self.S[first:], s[None]]), Y=torch.cat([self.Y[first:], y[None]]))
+        return replace(
+            self, S=torch.cat([self.S[first:], s[None]]), Y=torch.cat([self.Y[first:], y[None]])
+        )
 
-    def append_where(self, used: Bool[Tensor, ""] | bool, s: Float[Tensor, " D"], y: Float[Tensor, " D"]) -> Memory:
+    def append_where(
+        self, used: Bool[Tensor, ""] | bool, s: Float[Tensor, " D"], y: Float[Tensor, " D"]
+    ) -> Memory:
         """`append` where `used` is true, else this memory. Waits for the device only while there is room."""
         if len(self) < self.capacity or not isinstance(used, Tensor):
             return self.append(s, y) if bool(used) else self
@@ -84,7 +88,8 @@ def compact_is_cheaper(order: int, columns: int, pairs: int) -> bool:
     """
     rows = 2 * pairs
     return (
-        4 * rows * order * columns + 2 * rows**2 * columns < 2 * rows**2 * order + 2 * rows * order**2 + 2 * order**2 * columns
+        4 * rows * order * columns + 2 * rows**2 * columns
+        < 2 * rows**2 * order + 2 * rows * order**2 + 2 * order**2 * columns
     )
 
 
@@ -126,7 +131,9 @@ def refined(base: Operator, memory: Memory, initial: Operator) -> Operator:
     return Compact(base, *_correction(memory, initial))
 
 
-def refined_low_rank(Q: Float[Tensor, "D r"], memory: Memory, gamma: float, damping: float) -> Operator:
+def refined_low_rank(
+    Q: Float[Tensor, "D r"], memory: Memory, gamma: float, damping: float
+) -> Operator:
     """B + λI = Q Qᵀ + Λ + λI with Λ⁰ = γI as Λ̃ − C̃ P̃⁻¹ C̃ᵀ, Λ̃ = (γ + λ) I. Its inverse is S2QN (14), of order r + 2p inside.
 
     P̃ = diag(P, −I), where S2QN prints diag(P⁻¹, −I) (practice).
@@ -144,7 +151,9 @@ def multiple_of_identity(c: float, like: Float[Tensor, " D"]) -> Diagonal:
     return Diagonal(torch.full_like(like, c, memory_format=torch.contiguous_format))
 
 
-def _correction(memory: Memory, initial: Operator) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R R"]]:
+def _correction(
+    memory: Memory, initial: Operator
+) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R R"]]:
     """(Cᵀ, −P) of S2QN (12): C = [Λ⁰U, V], P = [[UᵀΛ⁰U, L], [Lᵀ, −D]], L strictly below the diagonal D of UᵀV."""
     S, Y, SY = _scaled(memory)
     start = (initial @ S.mT).mT
@@ -152,12 +161,16 @@ def _correction(memory: Memory, initial: Operator) -> tuple[Float[Tensor, "R D"]
     return torch.cat([start, Y]), -P
 
 
-def _scaled(memory: Memory, trusted: bool = False) -> tuple[Float[Tensor, "p D"], Float[Tensor, "p D"], Float[Tensor, "p p"]]:
+def _scaled(
+    memory: Memory, trusted: bool = False
+) -> tuple[Float[Tensor, "p D"], Float[Tensor, "p D"], Float[Tensor, "p p"]]:
     """S, Y with sᵀy = 1, and S Yᵀ."""
     sy = (memory.S * memory.Y).sum(1)
     if not (trusted or bool((sy > 0).all())):
         first = int((~(sy > 0)).nonzero()[0])
-        raise Diverged(f"pair {first + 1} of {len(sy)} has sᵀy = {float(sy[first]):.3g}, not above 0: damp or skip it")
+        raise Diverged(
+            f"pair {first + 1} of {len(sy)} has sᵀy = {float(sy[first]):.3g}, not above 0: damp or skip it"
+        )
     scale = sy.rsqrt()[:, None]
     S, Y = memory.S * scale, memory.Y * scale
     return S, Y, _gram(S, Y)
@@ -172,7 +185,9 @@ def _gram(S: Float[Tensor, "p D"], Y: Float[Tensor, "p D"]) -> Float[Tensor, "p 
     return found
 
 
-def _blocks(a: Float[Tensor, "m m"], b: Float[Tensor, "m n"], c: Float[Tensor, "n n"]) -> Float[Tensor, "R R"]:
+def _blocks(
+    a: Float[Tensor, "m m"], b: Float[Tensor, "m n"], c: Float[Tensor, "n n"]
+) -> Float[Tensor, "R R"]:
     """[[a, b], [bᵀ, c]]."""
     return torch.cat([torch.cat([a, b], 1), torch.cat([b.mT, c], 1)])
 

@@ -82,4 +82,6 @@ def wolfe(
 
 def _check(slope: float) -> None:
     if not slope < 0:
-        raise Diverged(f"the slope along the direction is {slope:.3g}, not below 0: raise the damping")
+        raise Diverged(
+            f"the slope along the direction is {slope:.3g}, not below 0: raise the damping"
+        )

@@ -97,6 +97,10 @@ def placed(value: Any) -> tuple[torch.dtype, torch.device] | None:
     if isinstance(dtype, torch.dtype):
         return (dtype, value.device) if dtype.is_floating_point else None
     inner = (
-        [getattr(value, f.name) for f in fields(value)] if is_dataclass(value) else value if isinstance(value, tuple) else []
+        [getattr(value, f.name) for f in fields(value)]
+        if is_dataclass(value)
+        else value
+        if isinstance(value, tuple)
+        else []
     )
     return next((found for found in map(placed, inner) if found), None)

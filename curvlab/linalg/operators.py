@@ -155,11 +155,17 @@ class Kronecker(Symmetric):
 
     def inv(self) -> Operator:
         """Factor by factor. Raises Diverged where one is not positive definite."""
-        return Kronecker(tuple(Dense(u).inv().dense() if isinstance(u, Tensor) else u.inv() for u in self.factors))
+        return Kronecker(
+            tuple(
+                Dense(u).inv().dense() if isinstance(u, Tensor) else u.inv() for u in self.factors
+            )
+        )
 
     def dense(self) -> Float[Tensor, "D D"]:
         """Return ⊗ᵢ Uᵢ as one matrix, [D, D]."""
-        product: Tensor = reduce(torch.kron, [u.dense().contiguous() for u in self._each])  # kron fails on mixed layouts
+        product: Tensor = reduce(
+            torch.kron, [u.dense().contiguous() for u in self._each]
+        )  # kron fails on mixed layouts
         return product
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
@@ -234,7 +240,9 @@ class Woodbury(Symmetric):
         return self.rows.width
 
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-        return (v - self.rows.transposed(solve_cholesky(self.factor, self.rows.times(v)))) / self.damping
+        return (
+            v - self.rows.transposed(solve_cholesky(self.factor, self.rows.times(v)))
+        ) / self.damping
 
     def inv(self) -> Operator:
         """Return λ I + Rᵀ R, a `LowRank` of the same rows; nothing is computed."""
@@ -252,7 +260,10 @@ class Woodbury(Symmetric):
     def diag(self) -> Float[Tensor, " D"]:
         """(1 − ‖L⁻¹ R e_d‖²) / λ; of outer products the rows of one output at a time."""
         parts = self.rows.columns()
-        squares = [torch.linalg.solve_triangular(self.factor, part, upper=False).square().sum(0) for part in parts]
+        squares = [
+            torch.linalg.solve_triangular(self.factor, part, upper=False).square().sum(0)
+            for part in parts
+        ]
         return (1 - torch.cat(squares)) / self.damping
 
     def trace(self) -> Float[Tensor, ""]:
@@ -299,7 +310,9 @@ class Compact(Symmetric):
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
         """Of the dense matrix; where the base is a multiple of I, of a matrix of the order of the core."""
-        if isinstance(self.base, Diagonal) and bool((self.base.values == self.base.values[0]).all()):
+        if isinstance(self.base, Diagonal) and bool(
+            (self.base.values == self.base.values[0]).all()
+        ):
             basis, triangle = torch.linalg.qr(self.rows.mT)
             small = triangle @ self._solve(triangle.mT)
             moved: Tensor = torch.linalg.eigvalsh((small + small.mT) / 2)
@@ -337,7 +350,19 @@ def identity_like(value: Tensor) -> Diagonal:
 
 
 _KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Dense, Inverse, Diagonal, Kronecker, LowRank, Woodbury, Compact, Rows, LayerRows, Beside)
+    kind.__name__: kind
+    for kind in (
+        Dense,
+        Inverse,
+        Diagonal,
+        Kronecker,
+        LowRank,
+        Woodbury,
+        Compact,
+        Rows,
+        LayerRows,
+        Beside,
+    )
 }
 
 
@@ -350,7 +375,9 @@ def packable(kind: type[T]) -> type[T]:
 def pack(value: Any) -> Any:
     """An operator as nested dictionaries, lists and tensors: what a checkpoint without pickled code can hold."""
     if is_dataclass(value):
-        return {"kind": type(value).__name__} | {f.name: pack(getattr(value, f.name)) for f in fields(value)}
+        return {"kind": type(value).__name__} | {
+            f.name: pack(getattr(value, f.name)) for f in fields(value)
+        }
     return [pack(v) for v in value] if isinstance(value, tuple) else value
 
 

@@ -16,18 +16,26 @@ from torch import Tensor
 
 from curvlab.system.memory import in_huge_pages
 
-_CHUNK_BYTES = 6 << 20  # of pairs of inputs at a time, so that they stay in the cache: 47 ms against 93 ms for all at once
+_CHUNK_BYTES = (
+    6 << 20
+)  # of pairs of inputs at a time, so that they stay in the cache: 47 ms against 93 ms for all at once
 
 _SMALL = 1 << 20  # numbers of a matrix, of which a copy costs less than many calls
 
 
 def output_pairs(g: Float[Tensor, "V N O"]) -> Float[Tensor, "P N"]:
     """Σ_v g_o g_o' of each example for o ≥ o', pairs row by row: the lower triangle of Gₙ."""
-    return pack_pairs(g.permute(1, 2, 0) @ g.permute(1, 0, 2))  # a contiguous copy first takes twice as long
+    return pack_pairs(
+        g.permute(1, 2, 0) @ g.permute(1, 0, 2)
+    )  # a contiguous copy first takes twice as long
 
 
 def accumulate_(
-    packed: Float[Tensor, "P Q"], pairs: Float[Tensor, "P N"], a: Float[Tensor, "N I"], old: float, new: float
+    packed: Float[Tensor, "P Q"],
+    pairs: Float[Tensor, "P N"],
+    a: Float[Tensor, "N I"],
+    old: float,
+    new: float,
 ) -> Float[Tensor, "P Q"]:
     """packed ← old · packed + new · Σₙ pairsₙ ⊗ lower(aₙ aₙᵀ), fused into the matrix products, in place."""
     columns = a.T.contiguous()  # [I, N]
@@ -51,7 +59,9 @@ def _places(inputs: int, device: torch.device) -> Int[Tensor, " II"]:
     return (high * (high + 1) // 2 + low).flatten()
 
 
-def unpack_lower(packed: Float[Tensor, "P Q"], outputs: int, inputs: int, damping: float = 0.0) -> Float[Tensor, "D D"]:
+def unpack_lower(
+    packed: Float[Tensor, "P Q"], outputs: int, inputs: int, damping: float = 0.0
+) -> Float[Tensor, "D D"]:
     """The dense [OI, OI] matrix plus damping·I. Blocks (o, o') with o < o' are **not written**: the lower triangle is whole."""
     matrix = packed.new_empty(outputs * inputs, outputs * inputs)
     blocks = matrix.view(outputs, inputs, outputs, inputs)
@@ -85,7 +95,9 @@ def unpack_full(
         row = packed[first : first + o + 1]
         if idle:
             row = torch.cat([row, row.new_zeros(o + 1, 1)], 1)
-        row = row.index_select(1, places).view(o + 1, inputs, inputs)  # block (o, o') is symmetric, and block (o', o) too
+        row = row.index_select(1, places).view(
+            o + 1, inputs, inputs
+        )  # block (o, o') is symmetric, and block (o', o) too
         blocks[o, :, : o + 1].copy_(row.transpose(0, 1))
         blocks[:o, :, o].copy_(row[:o])
     return matrix
@@ -94,11 +106,15 @@ def unpack_full(
 def _places_among(active: Int[Tensor, " J"], inputs: int, last: int) -> Int[Tensor, " II"]:
     """The same where only some inputs have pairs: the others' place is `last`."""
     places = torch.full((inputs, inputs), last, device=active.device)
-    places[active[:, None], active] = _places(len(active), active.device).view(len(active), len(active))
+    places[active[:, None], active] = _places(len(active), active.device).view(
+        len(active), len(active)
+    )
     return places.flatten()
 
 
-def accumulate_second_moment_(matrix: Float[Tensor, "D D"], rows: Float[Tensor, "R D"], new: float) -> None:
+def accumulate_second_moment_(
+    matrix: Float[Tensor, "D D"], rows: Float[Tensor, "R D"], new: float
+) -> None:
     """matrix += new · rowsᵀ rows, its lower triangle alone (`mirror_` fills the upper one), panel by panel: half the work."""
     order = len(matrix)
     panel = max(128, order // 16)
@@ -169,7 +185,9 @@ def fold(
     return accumulate_(packed, pairs, a[:, active], old, new), active
 
 
-def grow(packed: Float[Tensor, "P Q"], old: Int[Tensor, " J"], new: Int[Tensor, " I"]) -> Float[Tensor, "P Q2"]:
+def grow(
+    packed: Float[Tensor, "P Q"], old: Int[Tensor, " J"], new: Int[Tensor, " I"]
+) -> Float[Tensor, "P Q2"]:
     """The same matrix on more inputs: `old` and `new` are ascending input numbers, old within new; new pairs are zero."""
     place = torch.searchsorted(new, old)
     rows, cols = torch.tril_indices(len(old), len(old), device=packed.device)

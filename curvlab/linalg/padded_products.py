@@ -27,7 +27,10 @@ def room(like: Tensor, rows: int, columns: int) -> Float[Tensor, "R C"]:
 
 
 def product(
-    a: Float[Tensor, "R K"], b: Float[Tensor, "K C"], scale: float = 1.0, out: Float[Tensor, "R C"] | None = None
+    a: Float[Tensor, "R K"],
+    b: Float[Tensor, "K C"],
+    scale: float = 1.0,
+    out: Float[Tensor, "R C"] | None = None,
 ) -> Float[Tensor, "R C"]:
     """scale · a b, into `out` if it is given. Else the result need not be contiguous."""
     out = room(a, a.shape[0], b.shape[1]) if out is None else out

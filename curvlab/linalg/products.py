@@ -26,7 +26,9 @@ class Product(Square):
     size: int
     dtype: torch.dtype
     device: torch.device
-    diagonal: Callable[[], Float[Tensor, " D"]] | None = None  # exact, where there is a cheaper way than D products
+    diagonal: Callable[[], Float[Tensor, " D"]] | None = (
+        None  # exact, where there is a cheaper way than D products
+    )
     chunk: int = 64  # columns at once
 
     def __post_init__(self) -> None:
@@ -64,7 +66,9 @@ class Product(Square):
         return self.diag().sum()
 
     def _from_both_sides(self) -> RectangularProduct:
-        return RectangularProduct(self.apply, self.apply, (self.size, self.size), self.dtype, self.device, self.chunk)
+        return RectangularProduct(
+            self.apply, self.apply, (self.size, self.size), self.dtype, self.device, self.chunk
+        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,9 @@ class RectangularProduct:
     @property
     def T(self) -> RectangularProduct:
         """The transpose, C×R, with the two functions exchanged; no product is taken."""
-        return replace(self, apply=self.apply_transposed, apply_transposed=self.apply, shape=self.shape[::-1])
+        return replace(
+            self, apply=self.apply_transposed, apply_transposed=self.apply, shape=self.shape[::-1]
+        )
 
     def __matmul__(self, v: Float[Tensor, "C *K"]) -> Float[Tensor, "R *K"]:
         """Raises CurvlabError where `v` does not fit, or what `apply` returns does not."""
@@ -120,7 +126,10 @@ class RectangularProduct:
             )
         if v.ndim == 1:
             return self._apply(v[:, None])[:, 0]
-        parts = [self._apply(v[:, start : start + self.chunk]) for start in range(0, v.shape[1], self.chunk)]
+        parts = [
+            self._apply(v[:, start : start + self.chunk])
+            for start in range(0, v.shape[1], self.chunk)
+        ]
         return torch.cat([v.new_empty(self.shape[0], 0), *parts], dim=1)
 
     def dense(self) -> Float[Tensor, "R C"]:
@@ -128,7 +137,11 @@ class RectangularProduct:
         rows, columns = self.shape
         if rows < columns:
             return self.T.dense().mT
-        guard_memory(rows * columns * self.dtype.itemsize, f"a dense {rows}×{columns} matrix", "use products with vectors")
+        guard_memory(
+            rows * columns * self.dtype.itemsize,
+            f"a dense {rows}×{columns} matrix",
+            "use products with vectors",
+        )
         out = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
         for start, part in self.columns():
             out[:, start : start + part.shape[1]] = part
@@ -137,7 +150,12 @@ class RectangularProduct:
     def columns(self) -> Iterator[tuple[int, Float[Tensor, "R K"]]]:
         """The matrix `chunk` columns at a time, with the number of the first."""
         for start in range(0, self.shape[1], self.chunk):
-            unit = torch.zeros(self.shape[1], min(self.chunk, self.shape[1] - start), dtype=self.dtype, device=self.device)
+            unit = torch.zeros(
+                self.shape[1],
+                min(self.chunk, self.shape[1] - start),
+                dtype=self.dtype,
+                device=self.device,
+            )
             unit[start : start + unit.shape[1]].fill_diagonal_(1)
             yield start, self._apply(unit)
 
@@ -163,5 +181,7 @@ def finite_product(operator: Operator, v: Float[Tensor, "D *K"]) -> Float[Tensor
     """``operator @ v``. Raises Diverged where it contains NaN or Inf."""
     product = operator @ v
     if not all_finite(product):
-        raise Diverged("a product with the operator contains NaN or Inf: check the parameters and the batch it was made from")
+        raise Diverged(
+            "a product with the operator contains NaN or Inf: check the parameters and the batch it was made from"
+        )
     return product

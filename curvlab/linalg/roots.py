@@ -21,7 +21,9 @@ def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Fl
     e, q = eigh(M)
     e = e.clamp_min(floor)
     if not bool(e[0] > 0):
-        raise Diverged(f"no inverse {p}-th root: the smallest eigenvalue is {float(e[0]):.3g}; raise the damping")
+        raise Diverged(
+            f"no inverse {p}-th root: the smallest eigenvalue is {float(e[0]):.3g}; raise the damping"
+        )
     root: Tensor = (q * e ** (-1 / p)) @ q.mT
     return root
 

@@ -31,7 +31,9 @@ def linear_operator(
         dtype, device: of the tensors handed to the operator; by default its own (`placement`).
     """
     own = placement(operator)
-    like = torch.empty(0, dtype=own[0] if dtype is None else dtype, device=own[1] if device is None else device)
+    like = torch.empty(
+        0, dtype=own[0] if dtype is None else dtype, device=own[1] if device is None else device
+    )
     if like.dtype is torch.bfloat16:
         raise CurvlabError("NumPy has no bfloat16: make the operator of float32 or float64")
     if isinstance(operator, Rectangular | RectangularProduct):
@@ -39,14 +41,20 @@ def linear_operator(
     else:
         shape, forth = (len(operator), len(operator)), _numpy(operator, like)
         back = forth
-    return LinearOperator(shape, forth, rmatvec=back, matmat=forth, rmatmat=back, dtype=like.cpu().numpy().dtype)
+    return LinearOperator(
+        shape, forth, rmatvec=back, matmat=forth, rmatmat=back, dtype=like.cpu().numpy().dtype
+    )
 
 
-def _numpy(operator: Operator | Rectangular | RectangularProduct, like: torch.Tensor) -> Callable[[Array], Array]:
+def _numpy(
+    operator: Operator | Rectangular | RectangularProduct, like: torch.Tensor
+) -> Callable[[Array], Array]:
     def product(v: Array) -> Array:
         if np.iscomplexobj(v):
             return product(v.real) + 1j * product(v.imag)
-        columns = torch.from_numpy(np.array(v, order="C")).to(like)  # a copy: SciPy's arrays may be read-only or reversed
+        columns = torch.from_numpy(np.array(v, order="C")).to(
+            like
+        )  # a copy: SciPy's arrays may be read-only or reversed
         return (operator @ columns).detach().cpu().numpy()
 
     return product

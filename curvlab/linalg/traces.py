@@ -35,29 +35,41 @@ def average(samples: Float[Tensor, "n *S"], products: int) -> Estimate:
     """Mean over the samples and its standard error s/√n, which is NaN for a single one."""
     n = len(samples)
     mean = samples.mean(0)
-    spread = (samples - mean).square().sum(0) / (n - 1) if n > 1 else torch.full_like(mean, math.nan)
+    spread = (
+        (samples - mean).square().sum(0) / (n - 1) if n > 1 else torch.full_like(mean, math.nan)
+    )
     return Estimate(mean, (spread / n).sqrt(), products)
 
 
 def _require(products: int, least: int, name: str) -> None:
     if products < least:
-        raise CurvlabError(f"{name} needs at least {least} products, not {products}: raise `products`")
+        raise CurvlabError(
+            f"{name} needs at least {least} products, not {products}: raise `products`"
+        )
 
 
 def gaussian(operator: Operator, columns: int, generator: torch.Generator) -> Float[Tensor, "D k"]:
     """Standard normal test vectors of the operator's dtype on its device, drawn on the generator's."""
     dtype, device = placement(operator)
-    return torch.randn(len(operator), columns, generator=generator, dtype=dtype, device=generator.device).to(device)
+    return torch.randn(
+        len(operator), columns, generator=generator, dtype=dtype, device=generator.device
+    ).to(device)
 
 
-def rademacher(operator: Operator, columns: int, generator: torch.Generator) -> Float[Tensor, "D k"]:
+def rademacher(
+    operator: Operator, columns: int, generator: torch.Generator
+) -> Float[Tensor, "D k"]:
     """Test vectors of ±1, likewise."""
     dtype, device = placement(operator)
-    bits = torch.randint(0, 2, (len(operator), columns), generator=generator, device=generator.device)
+    bits = torch.randint(
+        0, 2, (len(operator), columns), generator=generator, device=generator.device
+    )
     return (2 * bits - 1).to(device=device, dtype=dtype)
 
 
-def _signs_times_products(operator: Operator, products: int, generator: torch.Generator) -> Iterator[Float[Tensor, "D n"]]:
+def _signs_times_products(
+    operator: Operator, products: int, generator: torch.Generator
+) -> Iterator[Float[Tensor, "D n"]]:
     """ω ∘ (A ω) of Rademacher vectors ω, some columns at a time."""
     for start in range(0, products, _COLUMNS):
         omega = rademacher(operator, min(_COLUMNS, products - start), generator)
@@ -122,7 +134,9 @@ def xtrace(operator: Operator, products: int, generator: torch.Generator) -> Est
     scale = (size - k + 1) / u.square().sum(0)
     samples = h.diagonal().sum() - (s * (h @ s)).sum(0) + scale * (u * product).sum(0)
     estimate = average(samples, 2 * k)
-    return estimate if k > 1 else Estimate(estimate.value, torch.zeros_like(estimate.value), 2 * k)  # k = 1 only where D = 1
+    return (
+        estimate if k > 1 else Estimate(estimate.value, torch.zeros_like(estimate.value), 2 * k)
+    )  # k = 1 only where D = 1
 
 
 TRACES: dict[str, Callable[[Operator, int, torch.Generator], Estimate]] = {

@@ -132,7 +132,9 @@ class LayerRows:
 
     def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
         """Return the rows times v: [V N], or [V N, K]; no row is formed."""
-        through = torch.einsum("ntgi,goik->ntgok", self.a, v.reshape(*self.g.shape[3:], self.a.shape[3], -1))
+        through = torch.einsum(
+            "ntgi,goik->ntgok", self.a, v.reshape(*self.g.shape[3:], self.a.shape[3], -1)
+        )
         return torch.einsum("vntgo,ntgok->vnk", self.g, through).reshape(-1, *v.shape[1:])
 
     def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]:
@@ -146,21 +148,27 @@ class LayerRows:
         vectors, size, places, groups, _ = self.g.shape
         if places == groups == 1:
             g, a = self.g.flatten(0, 3), self.a.flatten(0, 2)
-            return ((g @ g.mT).view(vectors, size, vectors, size) * (a @ a.mT)[:, None]).view(len(self), -1)
+            return ((g @ g.mT).view(vectors, size, vectors, size) * (a @ a.mT)[:, None]).view(
+                len(self), -1
+            )
         out = self.g.new_empty(vectors, size, vectors, size)
         for some in self._parts():
             for others in self._parts():
                 if others.start <= some.start:
                     left = self._rows(some)
                     right = left if others == some else self._rows(others)
-                    inner = (left.flatten(0, 1) @ right.flatten(0, 1).mT).view(*left.shape[:2], *right.shape[:2])
+                    inner = (left.flatten(0, 1) @ right.flatten(0, 1).mT).view(
+                        *left.shape[:2], *right.shape[:2]
+                    )
                     out[:, some, :, others] = inner
                     out[:, others, :, some] = inner.permute(2, 3, 0, 1)
         return out.view(len(self), -1)
 
     def _parts(self) -> list[slice]:
         step = max(1, _NUMBERS // (len(self.g) * self.width))
-        return [slice(start, min(start + step, len(self.a))) for start in range(0, len(self.a), step)]
+        return [
+            slice(start, min(start + step, len(self.a))) for start in range(0, len(self.a), step)
+        ]
 
     def _rows(self, some: slice) -> Float[Tensor, "V n D"]:
         return torch.einsum("vntgo,ntgi->vngoi", self.g[:, some], self.a[some]).flatten(2)
@@ -173,7 +181,9 @@ class LayerRows:
         """Of one output at a time."""
         for group in range(self.g.shape[3]):
             for output in range(self.g.shape[4]):
-                yield torch.einsum("vnt,nti->vni", self.g[:, :, :, group, output], self.a[:, :, group]).flatten(0, 1)
+                yield torch.einsum(
+                    "vnt,nti->vni", self.g[:, :, :, group, output], self.a[:, :, group]
+                ).flatten(0, 1)
 
     def squares(self) -> Float[Tensor, " D"]:
         """Return the squared lengths of the columns, [D]; no row is formed at one place."""
@@ -234,11 +244,17 @@ class Beside:
         return reduce(torch.add, [p.total() for p in self.parts])
 
 
-def gram_cholesky(rows: RowMatrix, damping: float, what: str = "the Gram matrix") -> tuple[Float[Tensor, "R R"], float]:
+def gram_cholesky(
+    rows: RowMatrix, damping: float, what: str = "the Gram matrix"
+) -> tuple[Float[Tensor, "R R"], float]:
     """Lower Cholesky factor of damping·I + R Rᵀ (thesis (5.6): D_t), and the damping used."""
     if not damping > 0:
         raise CurvlabError(f"the Woodbury formula needs a positive damping, not {damping:g}")
     size = len(rows)
-    guard_memory(3 * size**2 * 8, f"a {size}×{size} Gram matrix", "use smaller minibatches or a smaller curvature_size")
+    guard_memory(
+        3 * size**2 * 8,
+        f"a {size}×{size} Gram matrix",
+        "use smaller minibatches or a smaller curvature_size",
+    )
     gram = rows.gram()
     return damped_cholesky(lambda d: shifted(gram, d), damping, what)

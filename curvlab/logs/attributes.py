@@ -17,7 +17,9 @@ def _text(value: Any) -> str | None:
 
 def _number(value: Any) -> float | None:
     """Of an attribute, or of what stands in one: a real number that is finite."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+    if isinstance(value, bool | np.bool_) or not isinstance(
+        value, int | float | np.integer | np.floating
+    ):
         return None
     try:
         return value if math.isfinite(value) else None  # type: ignore[return-value]  # of numpy's kinds as it is
@@ -28,7 +30,10 @@ def _number(value: Any) -> float | None:
 def _parsed(value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else None
-    except (ValueError, RecursionError):  # also numbers of 5,000 digits; brackets nested 100,000 deep
+    except (
+        ValueError,
+        RecursionError,
+    ):  # also numbers of 5,000 digits; brackets nested 100,000 deep
         return None
 
 
@@ -39,22 +44,51 @@ def _mapping(value: Any) -> dict[str, Any] | None:
 
 def _records(value: Any) -> list[dict[str, Any]] | None:
     found = value if isinstance(value, list) else _parsed(value)
-    return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else None
+    return (
+        found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else None
+    )
 
 
 def _seeds(value: Any) -> list[int] | None:
     found = [value] if _number(value) is not None else _parsed(value)
-    whole = isinstance(found, list) and all(_number(one) is not None and one == int(one) for one in found)
+    whole = isinstance(found, list) and all(
+        _number(one) is not None and one == int(one) for one in found
+    )
     return [int(one) for one in found] if whole else None
 
 
-_TEXT, _NUMBER, _OBJECT = (_text, "no text"), (_number, "no finite number"), (_mapping, "no JSON object")
+_TEXT, _NUMBER, _OBJECT = (
+    (_text, "no text"),
+    (_number, "no finite number"),
+    (_mapping, "no JSON object"),
+)
 _KINDS: dict[str, tuple[Callable[[Any], Any], str]] = (
-    dict.fromkeys(("versions", "call", "settings", "budget", "dampings", "probes", "diverged"), _OBJECT)
-    | dict.fromkeys(("lr", "batch_size", "samples", "tolerance", "lanczos_draws", "lanczos_steps", "threads"), _NUMBER)
-    | dict.fromkeys(("title", "model", "data", "data_description", "algorithm", "reference", "error", "stopped"), _TEXT)
+    dict.fromkeys(
+        ("versions", "call", "settings", "budget", "dampings", "probes", "diverged"), _OBJECT
+    )
+    | dict.fromkeys(
+        ("lr", "batch_size", "samples", "tolerance", "lanczos_draws", "lanczos_steps", "threads"),
+        _NUMBER,
+    )
+    | dict.fromkeys(
+        (
+            "title",
+            "model",
+            "data",
+            "data_description",
+            "algorithm",
+            "reference",
+            "error",
+            "stopped",
+        ),
+        _TEXT,
+    )
     | dict.fromkeys(("git_commit", "created", "device", "dtype", "method"), _TEXT)
-    | {"damping": _NUMBER, "resumed": (_records, "no JSON list of objects"), "seed": (_seeds, "no seed, nor a list of them")}
+    | {
+        "damping": _NUMBER,
+        "resumed": (_records, "no JSON list of objects"),
+        "seed": (_seeds, "no seed, nor a list of them"),
+    }
 )
 """{attribute: (how it is read, what is said of one that cannot be)}"""
 
@@ -110,4 +144,8 @@ def shown(ds: xr.Dataset, name: str, default: str) -> str:
 
 def odd(ds: xr.Dataset) -> dict[str, str]:
     """{attribute that is there and cannot be read: what it is not}"""
-    return {name: what for name, (read, what) in _KINDS.items() if name in ds.attrs and read(ds.attrs[name]) is None}
+    return {
+        name: what
+        for name, (read, what) in _KINDS.items()
+        if name in ds.attrs and read(ds.attrs[name]) is None
+    }

@@ -64,9 +64,15 @@ class Log:
         dimension: str = "step",
     ) -> None:
         self.dimension = dimension
-        self.coordinates, self.variables, self.path, self.seeds = coordinates, variables, path, tuple(seeds)
+        self.coordinates, self.variables, self.path, self.seeds = (
+            coordinates,
+            variables,
+            path,
+            tuple(seeds),
+        )
         self.attributes: dict[str, Any] = provenance() | {
-            k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in attributes.items()
+            k: v if isinstance(v, str | int | float) else json.dumps(v)
+            for k, v in attributes.items()
         }
         self._steps: dict[int, list[float]] = {}
         self._records: dict[int, list[Record]] = {}
@@ -77,7 +83,9 @@ class Log:
     def __len__(self) -> int:
         return sum(map(len, self._steps.values()))
 
-    def append(self, step: float, record: Record, seed: int | None = None, *, save: bool | None = None) -> None:
+    def append(
+        self, step: float, record: Record, seed: int | None = None, *, save: bool | None = None
+    ) -> None:
         """Add one step's record, and save if that is asked for or, by default, if it is due: after the first record, then
         every few seconds."""
         seed = self.seeds[0] if seed is None else seed
@@ -112,8 +120,15 @@ class Log:
         if not parts:
             raise CurvlabError("the log has no record yet")
         if len(self.seeds) > 1:
-            index = xr.DataArray(list(self._steps), dims="seed", name="seed", attrs={"long_name": "seed", "units": "1"})
-            ds = xr.concat(parts, dim=index, join="outer", data_vars="all", coords="minimal", compat="override")
+            index = xr.DataArray(
+                list(self._steps),
+                dims="seed",
+                name="seed",
+                attrs={"long_name": "seed", "units": "1"},
+            )
+            ds = xr.concat(
+                parts, dim=index, join="outer", data_vars="all", coords="minimal", compat="override"
+            )
         else:
             ds = parts[0]
         ds.attrs = dict(self.attributes)
@@ -122,18 +137,31 @@ class Log:
     def _of(self, seed: int) -> xr.Dataset:
         records = self._records[seed]
         data = {
-            name: ((self.dimension, *dims), np.stack([r[name][1] for r in records]), dict(self.variables.get(name, {})))
+            name: (
+                (self.dimension, *dims),
+                np.stack([r[name][1] for r in records]),
+                dict(self.variables.get(name, {})),
+            )
             for name, (dims, _) in records[0].items()
         }
         places = {}
         for axis, chunks in self._further.get(seed, {}).items():
             places[axis], values = _whole(chunks)
-            data |= {n: ((axis, *dims), v, dict(self.variables.get(n, {}))) for n, (dims, v) in values.items()}
+            data |= {
+                n: ((axis, *dims), v, dict(self.variables.get(n, {})))
+                for n, (dims, v) in values.items()
+            }
         used = {d for dims, *_ in data.values() for d in dims}
         of_step = self.variables.get(self.dimension, {"long_name": "iteration", "units": "1"})
-        coords: dict[str, Any] = {self.dimension: (self.dimension, self._steps[seed], dict(of_step))}
+        coords: dict[str, Any] = {
+            self.dimension: (self.dimension, self._steps[seed], dict(of_step))
+        }
         for axis, steps in places.items():
-            coords[axis] = (axis, steps, dict(self.variables.get(axis, {"long_name": axis, "units": "1"})))
+            coords[axis] = (
+                axis,
+                steps,
+                dict(self.variables.get(axis, {"long_name": axis, "units": "1"})),
+            )
         for name, value in self.coordinates.items():
             if isinstance(value, xr.Variable):
                 if value.dims[0] in used:
@@ -141,26 +169,45 @@ class Log:
                 continue
             dim, labels = value if isinstance(value, tuple) else (name, value)
             if dim in used:
-                coords[name] = (dim, np.asarray(labels, dtype=object), {"long_name": name, "units": "1"})
+                coords[name] = (
+                    dim,
+                    np.asarray(labels, dtype=object),
+                    {"long_name": name, "units": "1"},
+                )
         return xr.Dataset(data, coords)
 
     def state_dict(self, until: float = math.inf) -> dict[str, Any]:
         """Attributes, records up to step `until`, and all along other axes: tensors, numbers, strings, lists, dictionaries."""
-        steps = {seed: [step for step in steps if step <= until] for seed, steps in self._steps.items()}
+        steps = {
+            seed: [step for step in steps if step <= until] for seed, steps in self._steps.items()
+        }
         records = {
-            seed: [{k: [list(d), v.tolist()] for k, (d, v) in r.items()} for r in self._records[seed][: len(kept)]]
+            seed: [
+                {k: [list(d), v.tolist()] for k, (d, v) in r.items()}
+                for r in self._records[seed][: len(kept)]
+            ]
             for seed, kept in steps.items()
         }
         further = {
-            seed: {axis: _packed(_whole(chunks)) for axis, chunks in tracks.items()} for seed, tracks in self._further.items()
+            seed: {axis: _packed(_whole(chunks)) for axis, chunks in tracks.items()}
+            for seed, tracks in self._further.items()
         }
-        return {"attributes": dict(self.attributes), "steps": steps, "records": records, "further": further}
+        return {
+            "attributes": dict(self.attributes),
+            "steps": steps,
+            "records": records,
+            "further": further,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take attributes and records from what `state_dict` returned, in place of its own."""
-        self.attributes, self._steps = dict(state["attributes"]), {k: list(v) for k, v in state["steps"].items()}
+        self.attributes, self._steps = (
+            dict(state["attributes"]),
+            {k: list(v) for k, v in state["steps"].items()},
+        )
         self._records = {
-            s: [{k: (tuple(d), np.asarray(v)) for k, (d, v) in r.items()} for r in rs] for s, rs in state["records"].items()
+            s: [{k: (tuple(d), np.asarray(v)) for k, (d, v) in r.items()} for r in rs]
+            for s, rs in state["records"].items()
         }
         self._further = {
             seed: {axis: [_unpacked(packed)] for axis, packed in tracks.items()}
@@ -176,7 +223,9 @@ class Log:
         try:
             rewrite_sealed(self.path, lambda stream: stream.write(contents))
         except OSError as error:
-            raise CurvlabError(f"the log {self.path} cannot be written: {error.strerror or error}") from error
+            raise CurvlabError(
+                f"the log {self.path} cannot be written: {error.strerror or error}"
+            ) from error
         self._saved = time.monotonic()
         self._cost = self._saved - start
 
@@ -193,18 +242,25 @@ def _whole(chunks: list[Chunk]) -> Chunk:
     """All chunks as one, which takes their place."""
     if len(chunks) > 1:
         dims = {name: d for name, (d, _) in chunks[0][1].items()}
-        values = {name: (d, np.concatenate([c[1][name][1] for c in chunks])) for name, d in dims.items()}
+        values = {
+            name: (d, np.concatenate([c[1][name][1] for c in chunks])) for name, d in dims.items()
+        }
         chunks[:] = [([place for c in chunks for place in c[0]], values)]
     return chunks[0] if chunks else ([], {})
 
 
 def _packed(chunk: Chunk) -> dict[str, Any]:
     places, values = chunk
-    return {"places": list(places), "values": {k: [list(dims), torch.from_numpy(v)] for k, (dims, v) in values.items()}}
+    return {
+        "places": list(places),
+        "values": {k: [list(dims), torch.from_numpy(v)] for k, (dims, v) in values.items()},
+    }
 
 
 def _unpacked(packed: dict[str, Any]) -> Chunk:
-    return list(packed["places"]), {k: (tuple(dims), v.cpu().numpy()) for k, (dims, v) in packed["values"].items()}
+    return list(packed["places"]), {
+        k: (tuple(dims), v.cpu().numpy()) for k, (dims, v) in packed["values"].items()
+    }
 
 
 def provenance() -> dict[str, str]:
@@ -225,10 +281,14 @@ def git_commit() -> str:
         return "unknown (an installed copy, not a checkout)"
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+        )
         return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown (git did not answer)"

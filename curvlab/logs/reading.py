@@ -35,7 +35,9 @@ def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
         with h5py.File(io.BytesIO(contents), "r") as file:
             _check_structure(file, place)
             schema = file.attrs.get("schema")
-        ds = xr.load_dataset(io.BytesIO(contents), engine="h5netcdf", decode_times=False, decode_timedelta=False)
+        ds = xr.load_dataset(
+            io.BytesIO(contents), engine="h5netcdf", decode_times=False, decode_timedelta=False
+        )
     except CurvlabError:
         raise
     except Exception as error:  # h5py, h5netcdf and xarray raise a dozen kinds for a damaged file
@@ -53,7 +55,9 @@ def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
     ds.attrs.pop("schema", None)
     _, odd = regular(ds)
     if odd:
-        warn(f"in the log {place} some is odd, which figures and tables leave out: {for_terminal(lines(odd))}")
+        warn(
+            f"in the log {place} some is odd, which figures and tables leave out: {for_terminal(lines(odd))}"
+        )
     return ds
 
 
@@ -71,7 +75,9 @@ def _file(path: str | os.PathLike[str]) -> Path:
 
 def _check_schema(schema: float | None, sealed: bool, place: str) -> None:
     if schema is None or schema != int(schema) or schema < 1:
-        raise CurvlabError(f"the log {place} has a schema that is no positive number: restore or rerun it")
+        raise CurvlabError(
+            f"the log {place} has a schema that is no positive number: restore or rerun it"
+        )
     if schema > SCHEMA:
         raise CurvlabError(
             f"the log {place} is of schema {schema:.0f}, which a later curvlab wrote; this one reads up to {SCHEMA}: update it"
@@ -97,11 +103,15 @@ def _check_structure(file: h5py.File, place: str) -> None:
         elif isinstance(what, h5py.Dataset):
             size += what.size * what.dtype.itemsize if what.size else 0
         if reason:
-            raise CurvlabError(f"the log {place} is refused: '{for_terminal(name)}' in it {reason}, which no curvlab log does")
+            raise CurvlabError(
+                f"the log {place} is refused: '{for_terminal(name)}' in it {reason}, which no curvlab log does"
+            )
     guard_memory(size, f"the log {place}", "it is damaged, or no log of a run")
 
 
-def _entries(group: h5py.Group, seen: frozenset[object] = frozenset()) -> Iterator[tuple[str, object]]:
+def _entries(
+    group: h5py.Group, seen: frozenset[object] = frozenset()
+) -> Iterator[tuple[str, object]]:
     """(name, what it is) of all that a file holds; links as they are, none is followed."""
     seen |= {group.id}
     for name in group:
@@ -134,8 +144,15 @@ def cosine_to(ds: xr.Dataset, other: str) -> xr.DataArray:
         known = ds["other"].values.tolist() if "gram" in ds else []
         raise unknown("algorithm of this log", other, known)
     gram = ds["gram"]
-    squares = [gram.sel(algorithm=a, other=a).drop_vars(["algorithm", "other"]) for a in gram["algorithm"].values]
+    squares = [
+        gram.sel(algorithm=a, other=a).drop_vars(["algorithm", "other"])
+        for a in gram["algorithm"].values
+    ]
     lengths = xr.concat(squares, gram["algorithm"]) ** 0.5
-    cosine: xr.DataArray = gram.sel(other=other) / (lengths * lengths.sel(algorithm=other).drop_vars("algorithm"))
+    cosine: xr.DataArray = gram.sel(other=other) / (
+        lengths * lengths.sel(algorithm=other).drop_vars("algorithm")
+    )
     cosine = cosine.transpose(*(d for d in gram.dims if d != "other")).rename("cosine")
-    return cosine.assign_attrs(long_name=f"cosine similarity to the direction of {other}", units="1")
+    return cosine.assign_attrs(
+        long_name=f"cosine similarity to the direction of {other}", units="1"
+    )

@@ -18,8 +18,15 @@ _PAIRS = ("epoch", "algorithm", "block", "pair", "stage")
 _SPECTRUM = ("step", "matrix", "block")
 _SEEN = ("step", "algorithm", "block")
 _DIMS: dict[str, tuple[str, ...]] = (
-    {"cosine": _SEEN, "gram": ("step", "algorithm", "other", "block"), "loss": ("step",), "seconds": ("step", "algorithm")}
-    | dict.fromkeys(("train_loss", "val_loss", "train_error", "val_error", "steps", "wall_seconds"), _EPOCH)
+    {
+        "cosine": _SEEN,
+        "gram": ("step", "algorithm", "other", "block"),
+        "loss": ("step",),
+        "seconds": ("step", "algorithm"),
+    }
+    | dict.fromkeys(
+        ("train_loss", "val_loss", "train_error", "val_error", "steps", "wall_seconds"), _EPOCH
+    )
     | dict.fromkeys(("evaluation_seconds", "warm_start_seconds", "probe_seconds"), _EPOCH)
     | dict.fromkeys(("pairs_within_mu1", "pairs_within_2mu1", "pair_curvature_mean"), _PAIRS)
     | dict.fromkeys(("tightness_low", "tightness_high"), (*_SEEN, "factor"))
@@ -35,7 +42,13 @@ _WITH: dict[str, tuple[str, ...]] = {
     "train_loss": ("steps", "wall_seconds"),
     "cosine": ("parameters",),
     "density": ("lowest", "highest", "trace", "negative", "order", "lower", "upper"),
-    "tightness_low": ("tightness_high", "update_norm_B", "update_bound_B", "update_norm_H", "update_bound_H"),
+    "tightness_low": (
+        "tightness_high",
+        "update_norm_B",
+        "update_bound_B",
+        "update_norm_H",
+        "update_bound_H",
+    ),
     "pairs_within_mu1": ("pairs_within_2mu1", "pair_curvature_mean"),
 }
 """{variable: those that stand beside it in every log}"""
@@ -44,7 +57,18 @@ _WORDS = ("parameters", "route")
 _BESIDE = ("order", "lower", "upper", *_WORDS)
 """Coordinates beside the labels."""
 _NUMBERED = ("step", "epoch", "seed", "index", "bin")
-_MUST = ("step", "epoch", "seed", "algorithm", "other", "block", "matrix", "pair", "stage", "factor")
+_MUST = (
+    "step",
+    "epoch",
+    "seed",
+    "algorithm",
+    "other",
+    "block",
+    "matrix",
+    "pair",
+    "stage",
+    "factor",
+)
 """Dimensions that a log has labels of."""
 _FURTHEST = 1e18
 """No step, epoch or seed lies beyond."""
@@ -62,12 +86,16 @@ def regular(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
         said += [fault] if fault else []
         coords |= {} if labels is None else {dim: labels}
     for name, values in ds.variables.items():
-        if name in ds.sizes or (name in _MUST and not values.ndim):  # of a log that was cut to one seed
+        if name in ds.sizes or (
+            name in _MUST and not values.ndim
+        ):  # of a log that was cut to one seed
             continue
         fault = _fault(values, str(name))
         said += [f"variable '{name}' {fault}"] if fault else []
         if not fault:
-            (coords if name in _BESIDE or name in ds.coords else data)[str(name)] = _plain(values, str(name))
+            (coords if name in _BESIDE or name in ds.coords else data)[str(name)] = _plain(
+                values, str(name)
+            )
     beside = [name for main, names in _WITH.items() if main in data for name in names]
     said += [f"variable '{name}' is absent" for name in beside if name not in ds.variables]
     return xr.Dataset(data, coords, {k: v for k, v in ds.attrs.items() if k not in odd}), said
@@ -99,8 +127,13 @@ def _labelled(ds: xr.Dataset, dim: str) -> tuple[xr.Variable | None, str]:
         return None, ""
     values = ds.variables[dim].values if there else np.arange(ds.sizes[dim])
     fault = "" if there or dim not in _MUST else f"coordinate '{dim}' is absent"
-    if numbered and not (values.dtype.kind in "iuf" and (np.abs(values.astype(float)) < _FURTHEST).all()):
-        fault, values = f"coordinate '{dim}' has values that are no numbers of it", np.arange(ds.sizes[dim])
+    if numbered and not (
+        values.dtype.kind in "iuf" and (np.abs(values.astype(float)) < _FURTHEST).all()
+    ):
+        fault, values = (
+            f"coordinate '{dim}' has values that are no numbers of it",
+            np.arange(ds.sizes[dim]),
+        )
     elif not numbered:
         words = unique(values.tolist())
         if there and (values.dtype.kind not in "UO" or words != values.tolist()):
@@ -129,9 +162,13 @@ def _plain(values: xr.Variable, name: str) -> xr.Variable:
     """Numbers in double precision, in the order of dimensions that the variable has."""
     if name in _DIMS:
         places = dict(zip(_dims(values), (d for d in values.dims if d != "seed"), strict=True))
-        values = values.transpose(*(d for d in values.dims if d == "seed"), *(places[d] for d in _DIMS[name]))
+        values = values.transpose(
+            *(d for d in values.dims if d == "seed"), *(places[d] for d in _DIMS[name])
+        )
     if name in _WORDS:
-        plain = np.array([str(word) for word in values.values.flat], dtype=object).reshape(values.shape)
+        plain = np.array([str(word) for word in values.values.flat], dtype=object).reshape(
+            values.shape
+        )
     else:
         plain = values.values.astype(float)
     return xr.Variable(values.dims, plain, _said(values))

@@ -43,7 +43,9 @@ _ENDS = ("lowest", "highest")
 
 def direction_vector(frame: Frame, algorithm: str) -> Float[Tensor, " D"]:
     """The direction as one vector."""
-    return torch.cat([frame.directions[algorithm][b.name].flatten() for b in frame.objective.blocks])
+    return torch.cat(
+        [frame.directions[algorithm][b.name].flatten() for b in frame.objective.blocks]
+    )
 
 
 def function(frame: Frame) -> Function:
@@ -55,7 +57,9 @@ def function(frame: Frame) -> Function:
         found = Function(closure, frame.objective.layout)
         found.outputs(found.at, closure.x)
         if random_state.drawn_since(before, closure.x.device):
-            raise CurvlabError("the model draws random numbers (dropout), so that a step has no loss of its own: leave it out")
+            raise CurvlabError(
+                "the model draws random numbers (dropout), so that a step has no loss of its own: leave it out"
+            )
         return found
 
     made: Function = frame.once("function", make)
@@ -124,9 +128,13 @@ def _reduction(frame: Frame) -> list[Numbers]:
         p = directions[:, i]
         with torch.no_grad():
             w = f.at - frame.lr * p
-            loss = f.losses(w, closure.x, closure.y).double().mean() + l2 * w.double().square().sum()
+            loss = (
+                f.losses(w, closure.x, closure.y).double().mean() + l2 * w.double().square().sum()
+            )
         actual.append(start - float(loss))
-        quadratic = [own_quadratic(frame, name)] + [float(p.double() @ Bp[:, i].double()) for Bp in products.values()]
+        quadratic = [own_quadratic(frame, name)] + [
+            float(p.double() @ Bp[:, i].double()) for Bp in products.values()
+        ]
         linear = float(g @ p.double())
         predicted.append([frame.lr * linear - frame.lr**2 / 2 * q for q in quadratic])
     there, foreseen = np.asarray(actual), np.asarray(predicted)
@@ -158,7 +166,9 @@ _EACH = ("algorithm", "block")
 def _error(frame: Frame) -> list[Numbers]:
     objective, closure = frame.objective, frame.now.closure
     names = [b.name for b in objective.blocks if b.layer is not None and b.numel <= LARGEST_BLOCK]
-    fresh = Objective(objective.model, objective.likelihood, objective.seed)  # whose counts of closures are its own
+    fresh = Objective(
+        objective.model, objective.likelihood, objective.seed
+    )  # whose counts of closures are its own
     fishers = exact.matrices(fresh, closure.x, closure.y, "fisher", names) if names else {}
     keys = ("error", "error_scaled", "cosine", "trace_ratio", "spectrum_error")
     found = np.full((len(keys), len(frame.directions), len(objective.blocks)), np.nan)
@@ -185,7 +195,9 @@ def ritz(frame: Frame, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
     def make() -> tuple[Tensor, Tensor, Tensor]:
         operator = exact_product(frame, kind)
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(len(operator), generator=generator, dtype=torch.float64).to(frame.objective.device)
+        start = torch.randn(len(operator), generator=generator, dtype=torch.float64).to(
+            frame.objective.device
+        )
         found = lanczos(operator, start.to(frame.objective.dtype), STEPS, basis=True)
         theta, residual, s = found.ritz()
         assert found.basis is not None
@@ -260,8 +272,13 @@ def _condition_of(inverse: Operator) -> float:
 
 def held(curvature: Any) -> int:
     """Bytes of the tensors in a curvature's state, each counted once."""
-    kept = with_defaults(curvature).state_dict()  # alive until all is counted, so that no address comes twice
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors(kept))}
+    kept = with_defaults(
+        curvature
+    ).state_dict()  # alive until all is counted, so that no address comes twice
+    sizes = {
+        storage.data_ptr(): storage.nbytes()
+        for storage in (t.untyped_storage() for t in tensors(kept))
+    }
     return sum(sizes.values())
 
 

@@ -217,7 +217,9 @@ class Probe:
 
     def record(self, frame: Frame) -> ProbeRecord:
         """On the host, with dimensions."""
-        return {name: (self.variables[name].dims, on_host(v)) for name, v in self.measure(frame).items()}
+        return {
+            name: (self.variables[name].dims, on_host(v)) for name, v in self.measure(frame).items()
+        }
 
 
 PROBES: dict[str, Probe] = {}
@@ -227,7 +229,9 @@ _GROUPS: dict[str, type[ByEpoch | Ahead | Fit]] = {"by_epoch": ByEpoch, "ahead":
 
 def probe(
     name: str, summary: str, variables: dict[str, Variable], **declared: Any
-) -> Callable[[Callable[[Frame], Sequence[Numbers | Tensor]]], Callable[[Frame], Sequence[Numbers | Tensor]]]:
+) -> Callable[
+    [Callable[[Frame], Sequence[Numbers | Tensor]]], Callable[[Frame], Sequence[Numbers | Tensor]]
+]:
     """Enter a function of a frame into PROBES; it returns one array for each of `variables`, in
     their order.
 
@@ -239,7 +243,9 @@ def probe(
         flat = {f.name: declared.pop(f.name) for f in fields(kind) if f.name in declared}
         declared.setdefault(group, kind(**flat))
 
-    def enter(function: Callable[[Frame], Sequence[Numbers | Tensor]]) -> Callable[[Frame], Sequence[Numbers | Tensor]]:
+    def enter(
+        function: Callable[[Frame], Sequence[Numbers | Tensor]],
+    ) -> Callable[[Frame], Sequence[Numbers | Tensor]]:
         def measure(frame: Frame) -> Sample:
             return dict(zip(variables, function(frame), strict=True))
 
@@ -291,7 +297,9 @@ def select_probes(names: Sequence[str], command: Command | None = None) -> dict[
     for name, one in found.items():
         if command is not None and command not in one.where:
             there = [n for n, p in PROBES.items() if command in p.where]
-            raise CurvlabError(f"probe '{name}' is of curvlab {one.where[0]} alone ({command} has {', '.join(there)})")
+            raise CurvlabError(
+                f"probe '{name}' is of curvlab {one.where[0]} alone ({command} has {', '.join(there)})"
+            )
     return found
 
 
@@ -308,8 +316,12 @@ def asked(words: Sequence[str], command: Command) -> dict[str, int | None]:
         select_probes([name], command)
         if name in found:
             raise CurvlabError(f"probe '{name}' is given twice")
-        if colon and not (every.isascii() and every.isdigit() and len(every) < 40 and int(every) > 0):
-            raise CurvlabError(f"probe '{word}': after the colon comes a number of steps, 1 or more, as in {name}:10")
+        if colon and not (
+            every.isascii() and every.isdigit() and len(every) < 40 and int(every) > 0
+        ):
+            raise CurvlabError(
+                f"probe '{word}': after the colon comes a number of steps, 1 or more, as in {name}:10"
+            )
         found[name] = whole(f"the number of steps of probe '{name}'", int(every)) if colon else None
     return found
 
@@ -319,7 +331,9 @@ def check_probes(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
     for name in names:
         one = PROBES[name]
         if not any(one.fits(c) for c in curvatures.values()):
-            raise CurvlabError(f"probe '{name}' needs {one.wants}, and there is {', '.join(curvatures)} alone: leave it out")
+            raise CurvlabError(
+                f"probe '{name}' needs {one.wants}, and there is {', '.join(curvatures)} alone: leave it out"
+            )
 
 
 def axis(name: str) -> str:
@@ -329,8 +343,14 @@ def axis(name: str) -> str:
 
 def taken(names: Sequence[str]) -> dict[str, dict[str, str]]:
     """{variable: attributes in the log} of these probes and their own axes."""
-    found = {v: spec.said for n in names for v, spec in {**PROBES[n].variables, **PROBES[n].epoch}.items()}
-    return found | {axis(n): {"long_name": f"steps done when probe {n} was taken", "units": "1"} for n in names}
+    found = {
+        v: spec.said
+        for n in names
+        for v, spec in {**PROBES[n].variables, **PROBES[n].epoch}.items()
+    }
+    return found | {
+        axis(n): {"long_name": f"steps done when probe {n} was taken", "units": "1"} for n in names
+    }
 
 
 def labels(names: Sequence[str]) -> dict[str, list[str]]:
@@ -341,4 +361,6 @@ def labels(names: Sequence[str]) -> dict[str, list[str]]:
 def empty(name: str, sizes: Mapping[str, int]) -> dict[str, Numbers]:
     """The epoch's variables of a probe before there is a sample: NaN."""
     sizes = {**sizes, **{dim: len(found) for dim, found in PROBES[name].coordinates.items()}}
-    return {v: np.full([sizes[d] for d in spec.dims], np.nan) for v, spec in PROBES[name].epoch.items()}
+    return {
+        v: np.full([sizes[d] for d in spec.dims], np.nan) for v, spec in PROBES[name].epoch.items()
+    }

@@ -75,7 +75,9 @@ def ends(matrix: Tensor | Operator) -> Ends:
         return _NONE
     if isinstance(matrix, Tensor):
         values = torch.linalg.eigvalsh(matrix)
-    elif len(matrix) <= LARGEST_INVERSE or isinstance(matrix.inside if isinstance(matrix, Rotated) else matrix, Diagonal):
+    elif len(matrix) <= LARGEST_INVERSE or isinstance(
+        matrix.inside if isinstance(matrix, Rotated) else matrix, Diagonal
+    ):
         values = matrix.eigvalsh()
     else:
         return _NONE
@@ -89,7 +91,9 @@ def input_bounds(frame: Frame) -> dict[str, tuple[float, bool]]:
         proven = bounded_inputs(frame.now.closure)
         statistics = frame.now.passes["data"]
         return {
-            b.name: (1.0, True) if b.name in proven else (float(statistics[b.name].bare_a.abs().max()), False)
+            b.name: (1.0, True)
+            if b.name in proven
+            else (float(statistics[b.name].bare_a.abs().max()), False)
             for b in frame.objective.blocks
             if statistics[b.name].structured and statistics[b.name].used
         }

@@ -53,7 +53,22 @@ def _row(pair: Pair | BlockUpdate, mu2: float) -> list[float | Tensor]:
     nan = float("nan")
     if isinstance(pair, BlockUpdate):
         after = pair.tau * pair.least + (1 - pair.tau)
-        return [nan, nan, nan, nan, pair.least, nan, nan, nan, nan, after, nan, pair.tau, mu2, _reason(pair)]
+        return [
+            nan,
+            nan,
+            nan,
+            nan,
+            pair.least,
+            nan,
+            nan,
+            nan,
+            nan,
+            after,
+            nan,
+            pair.tau,
+            mu2,
+            _reason(pair),
+        ]
     damping = pair.damping
     both = [_of(p) for p in (damping.before, damping.after)]
     return [*both[0], nan, *both[1], nan, damping.theta1, damping.theta2, mu2, _reason(pair)]
@@ -67,7 +82,9 @@ def _together(rows: list[list[float | Tensor]]) -> Tensor:
     """[pairs, numbers] in float64, where the numbers lie."""
     flat = [v for row in rows for v in row]
     tensors = {i: v for i, v in enumerate(flat) if isinstance(v, Tensor)}
-    found = torch.tensor([0.0 if i in tensors else float(v) for i, v in enumerate(flat)], dtype=torch.float64)
+    found = torch.tensor(
+        [0.0 if i in tensors else float(v) for i, v in enumerate(flat)], dtype=torch.float64
+    )
     if tensors:
         stacked = torch.stack([v.detach() for v in tensors.values()]).double()
         found = found.to(stacked.device)
@@ -81,7 +98,11 @@ def fractions(samples: Mapping[str, Numbers]) -> dict[str, Numbers]:
     count = there.sum(0).astype(float)
     with np.errstate(invalid="ignore", divide="ignore"):
         known = ~np.isnan(samples["pair_curvature"])
-        ratio, step, mu2 = samples["pair_curvature"], samples["pair_step"], samples["pair_mu2"][..., None]
+        ratio, step, mu2 = (
+            samples["pair_curvature"],
+            samples["pair_step"],
+            samples["pair_mu2"][..., None],
+        )
         every = np.where(known.any(0), count[..., None], np.nan)
         limited = np.where(np.isnan(mu2).all(0), np.nan, every)
         return {
@@ -94,7 +115,10 @@ def fractions(samples: Mapping[str, Numbers]) -> dict[str, Numbers]:
         }
 
 
-_SKIPPED = {"flag_values": " ".join(str(i) for i in range(len(SKIPS))), "flag_meanings": "; ".join(SKIPS.values())}
+_SKIPPED = {
+    "flag_values": " ".join(str(i) for i in range(len(SKIPS))),
+    "flag_meanings": "; ".join(SKIPS.values()),
+}
 
 
 @probe(
@@ -135,9 +159,13 @@ def _damping(frame: Frame) -> list[Tensor]:
         nan = torch.full((*shape, 2), torch.nan, dtype=torch.float64, device=device)
         return [nan] * 4 + [nan[..., 0]] * 4
     numbers = _together(rows).to(device)
-    full = torch.full((*shape, numbers.shape[1]), torch.nan, dtype=torch.float64, device=numbers.device)
+    full = torch.full(
+        (*shape, numbers.shape[1]), torch.nan, dtype=torch.float64, device=numbers.device
+    )
     full[tuple(torch.tensor(places, device=numbers.device).T)] = numbers
-    stages = torch.stack([full[..., :5], full[..., 5:10]], -2)  # [algorithm, block, pair, stage, number]
+    stages = torch.stack(
+        [full[..., :5], full[..., 5:10]], -2
+    )  # [algorithm, block, pair, stage, number]
     sy, yHy, ss, yy, definite = stages.unbind(-1)
     theta1, theta2, mu2s, reason, gamma = full[..., 10:].unbind(-1)
     definite = torch.where(definite.isnan(), sy / (gamma[..., None] * ss), definite)

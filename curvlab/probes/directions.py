@@ -40,7 +40,11 @@ def _gram(frame: Frame) -> list[Numbers]:
     return [frame.gram]
 
 
-@probe("loss", "loss of the minibatch before the step", {"loss": Variable((), "mean loss of the minibatch", "nat")})
+@probe(
+    "loss",
+    "loss of the minibatch before the step",
+    {"loss": Variable((), "mean loss of the minibatch", "nat")},
+)
 def _loss(frame: Frame) -> list[torch.Tensor]:
     return [frame.now.loss.double()]
 
@@ -58,7 +62,9 @@ def _loss(frame: Frame) -> list[torch.Tensor]:
 def _norms(frame: Frame) -> list[torch.Tensor]:
     parameters = {name: p.detach() for name, p in frame.objective.parameters.items()}
     of_weights = [b.gather(parameters) for b in frame.objective.blocks]
-    directions = torch.stack([_lengths([d[b] for b in frame.blocks]) for d in frame.directions.values()])
+    directions = torch.stack(
+        [_lengths([d[b] for b in frame.blocks]) for d in frame.directions.values()]
+    )
     gradients = _lengths([frame.now.gradients[b] for b in frame.blocks])
     return [frame.lr * directions[frame.place].norm(), directions, gradients, _lengths(of_weights)]
 
@@ -86,5 +92,8 @@ def _shifts(curvature: Any) -> bool:
     fits=_shifts, wants="a method that shifts its matrices (block-hessian)",
 )  # fmt: skip
 def _shift(frame: Frame) -> list[Numbers]:
-    of = [{n: b.shift for n, b in frame.of_blocks(algorithm).items()} for algorithm in frame.directions]
+    of = [
+        {n: b.shift for n, b in frame.of_blocks(algorithm).items()}
+        for algorithm in frame.directions
+    ]
     return [np.asarray([[shifts.get(name) or 0.0 for name in frame.blocks] for shifts in of])]

@@ -21,10 +21,17 @@ def squared_lengths(s: LayerStatistics) -> Float[Tensor, " N"]:
     if not s.used:
         return torch.zeros(s.size, dtype=torch.float64, device=s.like.device)
     if not s.provides("factors") or len(s.parts) > 1 or s.places**2 > s.block.numel:
-        return torch.cat([rows.double().square().sum(1) for rows in s.some_rows(max(1, (1 << 24) // s.block.numel))])
+        return torch.cat(
+            [
+                rows.double().square().sum(1)
+                for rows in s.some_rows(max(1, (1 << 24) // s.block.numel))
+            ]
+        )
     a, g, places = s.bare_a, s.g[0], s.places
     if places == 1:
-        return g[:, 0].double().square().sum(1) * (a[:, 0].double().square().sum(1) + s.block.biased)
+        return g[:, 0].double().square().sum(1) * (
+            a[:, 0].double().square().sum(1) + s.block.biased
+        )
     return ((g @ g.mT).double() * ((a @ a.mT).double() + s.block.biased)).sum((1, 2))
 
 

@@ -10,7 +10,13 @@ from curvlab.reproduction.comparison import Comparison, Extent, Method
 from curvlab.reproduction.index import load, scripts
 from curvlab.reproduction.scaling import Axis, Row, Scaling
 from curvlab.reproduction.script import Options, Report, Script, main, reproduce
-from curvlab.reproduction.settings import AUTOENCODERS, DOCUMENT_SECONDS, NETWORKS, WIDE, convolutional
+from curvlab.reproduction.settings import (
+    AUTOENCODERS,
+    DOCUMENT_SECONDS,
+    NETWORKS,
+    WIDE,
+    convolutional,
+)
 
 __all__ = [
     "AUTOENCODERS",

@@ -8,7 +8,12 @@ from typing import Literal
 
 from curvlab.reproduction.results import Result, Results
 
-MEASURES = {"train_loss": "training loss", "val_loss": "test loss", "train_error": "training error", "val_error": "test error"}
+MEASURES = {
+    "train_loss": "training loss",
+    "val_loss": "test loss",
+    "train_error": "training error",
+    "val_error": "test error",
+}
 
 
 @dataclass(frozen=True)
@@ -31,22 +36,33 @@ class Claim:
 
     def verdict(self, found: dict[str, Result]) -> str:
         """Say whether it holds on one problem, with the numbers, or which runs are missing."""
-        missing = [label for label in (*self.better, *self.than) if label not in found or not found[label].runs]
+        missing = [
+            label
+            for label in (*self.better, *self.than)
+            if label not in found or not found[label].runs
+        ]
         if missing:
             return f"cannot be said: no run of {', '.join(missing)}"
         value, where = self._reading({label: found[label] for label in (*self.better, *self.than)})
         worst, best = max(value[b] for b in self.better), min(value[t] for t in self.than)
         if self.alike:
             worst, best = max(value.values()), min(value.values())
-        numbers = (", ".join(f"{label} {value[label]:.4g}" for label in side) for side in (self.better, self.than))
+        numbers = (
+            ", ".join(f"{label} {value[label]:.4g}" for label in side)
+            for side in (self.better, self.than)
+        )
         return f"{'holds' if worst <= best * (1 + self.within) else 'does not hold'}: {' against '.join(numbers)} ({where})"
 
     def _reading(self, found: dict[str, Result]) -> tuple[dict[str, float], str]:
         if self.by == "lowest":
-            return {label: r.lowest(self.measure) for label, r in found.items()}, f"lowest {MEASURES[self.measure]}"
+            return {
+                label: r.lowest(self.measure) for label, r in found.items()
+            }, f"lowest {MEASURES[self.measure]}"
         last = min(float(r.along(self.by)[-1]) for r in found.values())
         where = f"{last:.3g} epochs" if self.by == "epoch" else f"{last:.3g} s"
-        return {label: r.at(self.measure, self.by, last) for label, r in found.items()}, f"{MEASURES[self.measure]} at {where}"
+        return {
+            label: r.at(self.measure, self.by, last) for label, r in found.items()
+        }, f"{MEASURES[self.measure]} at {where}"
 
 
 def verdicts(claims: Sequence[Claim], found: Results) -> Iterator[str]:

@@ -58,9 +58,20 @@ class Method:
         lr, *decay, damping = self.on(problem) or ()
         table = ALGORITHMS[self.algorithm]
         usual = {"weight_decay": 0.0, "update_every": 1, **table.own}
-        usual |= {name: getattr(table, name) for name in ("momentum", "momentum_kind", "decay", "refresh_every")}
-        given = dict(zip(("weight_decay",), decay, strict=False)) | dict(self.options) | dict(self.further.get(problem, {}))
-        told = {name: value for name, value in given.items() if name not in usual or usual[name] != value}
+        usual |= {
+            name: getattr(table, name)
+            for name in ("momentum", "momentum_kind", "decay", "refresh_every")
+        }
+        given = (
+            dict(zip(("weight_decay",), decay, strict=False))
+            | dict(self.options)
+            | dict(self.further.get(problem, {}))
+        )
+        told = {
+            name: value
+            for name, value in given.items()
+            if name not in usual or usual[name] != value
+        }
         return {"algorithm": self.algorithm, "lr": lr, "damping": damping} | told
 
 
@@ -84,7 +95,10 @@ class Extent:
 
     def epochs_on(self, problem: str, algorithm: str = "") -> int | None:
         """Return the lower of the problem's and the algorithm's epochs; None: no limit."""
-        ends = (self.epochs[problem] if isinstance(self.epochs, Mapping) else self.epochs, self.at_most.get(algorithm))
+        ends = (
+            self.epochs[problem] if isinstance(self.epochs, Mapping) else self.epochs,
+            self.at_most.get(algorithm),
+        )
         return min((n for n in ends if n is not None), default=None)
 
     def on(self, problems: Sequence[str]) -> str:
@@ -94,7 +108,11 @@ class Extent:
         words = [f"{' or '.join(seconds)} s of training a run"] if seconds else []
         words += [f"{' or '.join(epochs)} epoch{'s' * (epochs != ['1'])}"] if epochs else []
         words = words or ["the document's epochs"]
-        words += [f"of {len(self.at_most)} methods at most {max(self.at_most.values())}"] if self.at_most else []
+        words += (
+            [f"of {len(self.at_most)} methods at most {max(self.at_most.values())}"]
+            if self.at_most
+            else []
+        )
         words += [f"{self.seeds} seed{'s' * (self.seeds > 1)}"]
         words += [f"{self.examples:,} training examples"] if self.examples else []
         words += [f"training loss of {self.evaluated:,} examples"] if self.evaluated else []
@@ -127,20 +145,32 @@ class Comparison:
     @property
     def extents(self) -> dict[str, str]:
         """How far each budget goes: {budget: words}."""
-        return {"smoke": SMOKE, "cpu": self.cpu.on(self.problems), "paper": self.paper.on(self.problems)}
+        return {
+            "smoke": SMOKE,
+            "cpu": self.cpu.on(self.problems),
+            "paper": self.paper.on(self.problems),
+        }
 
     def run(self, report: Report) -> None:
         """Train what is not there yet, say what came out, and draw the curves."""
         found = self.results(report)
         budget = report.options.budget
-        report.draw(draw(found, self.measures, f"{self.shows}\n{budget}: {self.extents[budget]}", self.spread))
+        report.draw(
+            draw(
+                found, self.measures, f"{self.shows}\n{budget}: {self.extents[budget]}", self.spread
+            )
+        )
 
     def results(self, report: Report) -> Results:
         """Train what is not there yet; say what came out, and which claims hold."""
         options = report.options
-        chosen = [problem for problem in self.problems if problem in (options.problems or self.problems)]
+        chosen = [
+            problem for problem in self.problems if problem in (options.problems or self.problems)
+        ]
         labels = [label for label in self.methods if label in (options.methods or self.methods)]
-        plan = [(p, label) for p in chosen for label in labels if self.methods[label].on(p) is not None]
+        plan = [
+            (p, label) for p in chosen for label in labels if self.methods[label].on(p) is not None
+        ]
         found: Results = {}
         missing = ""
         done, started = 0, time.monotonic()
@@ -180,7 +210,10 @@ class Comparison:
             return value if told is None else f"{value} ({told:.2f})"
 
         kind = "highest test accuracy, per cent" if self.accuracies else "lowest training loss"
-        report.table([f"{kind} (document)", *found], ([label, *(cell(label, p) for p in found)] for label in self.methods))
+        report.table(
+            [f"{kind} (document)", *found],
+            ([label, *(cell(label, p) for p in found)] for label in self.methods),
+        )
         report.say()
 
     def _best(self, r: Result) -> float:
@@ -190,9 +223,13 @@ class Comparison:
         """A table of one problem."""
         report.say(problem)
         told = self.reported.get(problem, {})
-        columns = ["loss before", "last", "lowest", "test error", "epochs", "s/epoch"] + ["document"] * bool(told)
+        columns = ["loss before", "last", "lowest", "test error", "epochs", "s/epoch"] + [
+            "document"
+        ] * bool(told)
         rows = ([label, r.arguments, *self._cells(label, r, told)] for label, r in found.items())
-        report.table(["method", "lr, damping" if not self.decayed else "lr, decay, damping", *columns], rows)
+        report.table(
+            ["method", "lr, damping" if not self.decayed else "lr, decay, damping", *columns], rows
+        )
         for label, r in found.items():
             for failure in r.failures:
                 report.say(f"  {label}, {failure}")
@@ -201,10 +238,14 @@ class Comparison:
     @property
     def decayed(self) -> bool:
         """Whether a method's values include a weight decay on one of the problems."""
-        return any(len(method.on(p) or ()) == 3 for method in self.methods.values() for p in self.problems)
+        return any(
+            len(method.on(p) or ()) == 3 for method in self.methods.values() for p in self.problems
+        )
 
     def _cells(self, label: str, r: Result, told: Mapping[str, float]) -> list[str]:
-        document = [f"{told[label]:g}{' %' * self.accuracies}" if label in told else ""] if told else []
+        document = (
+            [f"{told[label]:g}{' %' * self.accuracies}" if label in told else ""] if told else []
+        )
         if not r.runs:
             return ["diverged", *[""] * 5, *document]
         loss, epochs = r.mean("train_loss"), float(r.along("epoch")[-1])
@@ -227,14 +268,18 @@ class Runs:
     def __init__(self, comparison: Comparison, problem: str, options: Options) -> None:
         self.of, self.name, self.options = comparison, problem, options
         self.problem = problems.find(problem)
-        self.extent = {"smoke": Extent(), "cpu": comparison.cpu, "paper": comparison.paper}[options.budget]
+        self.extent = {"smoke": Extent(), "cpu": comparison.cpu, "paper": comparison.paper}[
+            options.budget
+        ]
 
     @cached_property
     def data(self) -> tuple[Dataset, Dataset] | None:
         """Training and test examples; None in a smoke run. Raises CurvlabError where they are not there."""
         if self.options.smoke:
             return None
-        return self.problem.load(self.options.budget == "cpu", self.extent.examples, self.extent.tests)
+        return self.problem.load(
+            self.options.budget == "cpu", self.extent.examples, self.extent.tests
+        )
 
     def result(self, method: Method) -> Result:
         """As many seeds as the budget asks for; where one diverges the next is tried."""
@@ -242,8 +287,12 @@ class Runs:
         failures = []
         for seed in range(self.extent.seeds + (0 if self.options.smoke else FURTHER)):
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "diverged in epoch", CurvlabWarning)  # said below the table
-                warnings.filterwarnings("ignore", "parameters of layers without a rule", CurvlabWarning)  # thesis 3.4.3, 4.7.2
+                warnings.filterwarnings(
+                    "ignore", "diverged in epoch", CurvlabWarning
+                )  # said below the table
+                warnings.filterwarnings(
+                    "ignore", "parameters of layers without a rule", CurvlabWarning
+                )  # thesis 3.4.3, 4.7.2
                 run = self.trained(method, seed)
             if run.attrs.get("stopped"):
                 failures.append(f"seed {seed}: {run.attrs['stopped']}")
@@ -259,9 +308,19 @@ class Runs:
         arguments, batch = method.arguments(self.name), method.batch or self.of.batch
         if self.data is None:
             objective, random = self.problem.smoke(seed, self.of.l2)
-            return train(objective, random.batches(32, seed=seed), random, steps=2, progress=False, **arguments).dataset
+            return train(
+                objective,
+                random.batches(32, seed=seed),
+                random,
+                steps=2,
+                progress=False,
+                **arguments,
+            ).dataset
         examples, tests = self.data
-        seconds, epochs = self.extent.seconds_on(self.name), self.extent.epochs_on(self.name, method.algorithm)
+        seconds, epochs = (
+            self.extent.seconds_on(self.name),
+            self.extent.epochs_on(self.name, method.algorithm),
+        )
         if seconds is None and epochs is None:
             epochs = method.epochs
         folder = self.folder(arguments, batch, seed)
@@ -269,29 +328,48 @@ class Runs:
             ds = open_log(folder)
             last = ds.isel(epoch=-1)
             spent = any(
-                end is not None and float(last[of]) >= end for of, end in (("epoch", epochs), ("wall_seconds", seconds))
+                end is not None and float(last[of]) >= end
+                for of, end in (("epoch", epochs), ("wall_seconds", seconds))
             )
             if spent or ds.attrs.get("stopped"):
                 return cut(ds, epochs, seconds)
         objective = self.problem.objective(examples, seed, str(self.options.where), self.of.l2)
         batches = examples.batches(min(batch, len(examples)), seed=seed)
-        more: dict[str, Any] = {"epochs": epochs, "seconds": seconds, "evaluate_samples": self.extent.evaluated}
+        more: dict[str, Any] = {
+            "epochs": epochs,
+            "seconds": seconds,
+            "evaluate_samples": self.extent.evaluated,
+        }
         resume = (folder / checkpoint.FILE).exists()
         validation = tests if len(tests) else None
-        run = train(objective, batches, validation, folder=folder, resume=resume, **more, **arguments)
+        run = train(
+            objective, batches, validation, folder=folder, resume=resume, **more, **arguments
+        )
         return cut(run.dataset, epochs, seconds)
 
     def folder(self, arguments: Mapping[str, Any], batch: int, seed: int) -> Path:
         """Everything that decides the numbers is in its name."""
         extent = self.extent
-        about = {"batch": batch, "l2": self.of.l2, "of": extent.examples, "tests": extent.tests, "loss-of": extent.evaluated}
+        about = {
+            "batch": batch,
+            "l2": self.of.l2,
+            "of": extent.examples,
+            "tests": extent.tests,
+            "loss-of": extent.evaluated,
+        }
         told = {name: value for name, value in arguments.items() if name != "algorithm"}
-        problem = "-".join([_plain(self.name), *(f"{name}={value:g}" for name, value in about.items() if value)])
-        method = "-".join([arguments["algorithm"], *(f"{name}={_plain(value)}" for name, value in told.items())])
+        problem = "-".join(
+            [_plain(self.name), *(f"{name}={value:g}" for name, value in about.items() if value)]
+        )
+        method = "-".join(
+            [arguments["algorithm"], *(f"{name}={_plain(value)}" for name, value in told.items())]
+        )
         budget = f"{self.options.budget}-{self.options.where.type}"
         return self.options.runs / budget / problem / method / f"seed-{seed}"
 
 
 def _plain(value: object) -> str:
     """Letters, digits, dots: what a folder may be called."""
-    return re.sub(r"[^\w.=+]+", "-", f"{value:g}" if isinstance(value, float) else str(value).lower()).strip("-")
+    return re.sub(
+        r"[^\w.=+]+", "-", f"{value:g}" if isinstance(value, float) else str(value).lower()
+    ).strip("-")

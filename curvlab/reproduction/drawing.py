@@ -21,7 +21,9 @@ _APART = 5  # times the median run's end, beyond which the longest would squeeze
 
 def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std") -> Figure:
     """A column for each problem; of one problem a column each for epochs and time."""
-    seen_as = looks({label: r.algorithm for results in found.values() for label, r in results.items()})
+    seen_as = looks(
+        {label: r.algorithm for results in found.values() for label, r in results.items()}
+    )
     if len(found) == 1:
         (problem,) = found
         grid = [[(problem, m, axis) for axis in AXES] for m in measures]
@@ -34,15 +36,30 @@ def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std
             panel(axes[i, j], found[problem], measure, axis, seen_as, spread)
             if i == 0 and len(found) > 1:
                 axes[i, j].set_title(problem, fontsize=10)
-    handles = dict(pair for ax in axes.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    handles = dict(
+        pair
+        for ax in axes.flat
+        for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True)
+    )
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9
+        )
     width = int(11 * figure.get_figwidth())
-    figure.suptitle("\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=10)
+    figure.suptitle(
+        "\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=10
+    )
     return figure
 
 
-def panel(ax: Axes, results: dict[str, Result], measure: str, axis: str, seen_as: dict[str, LineStyle], spread: str) -> None:
+def panel(
+    ax: Axes,
+    results: dict[str, Result],
+    measure: str,
+    axis: str,
+    seen_as: dict[str, LineStyle],
+    spread: str,
+) -> None:
     """Means over seeds, a band of their standard deviation or of the mean's error."""
     drawn, ends = [], []
     for label, result in results.items():
@@ -53,12 +70,25 @@ def panel(ax: Axes, results: dict[str, Result], measure: str, axis: str, seen_as
         band = band if spread == "std" else band / math.sqrt(seeds)
         every = max(1, len(x) // 12)
         own = seen_as[label]
-        ax.plot(x, y, label=label, linewidth=1.4, marker=own.marker, markersize=4, markevery=every, **own.line)
+        ax.plot(
+            x,
+            y,
+            label=label,
+            linewidth=1.4,
+            marker=own.marker,
+            markersize=4,
+            markevery=every,
+            **own.line,
+        )
         if seeds > 1:
             ax.fill_between(x, y - band, y + band, color=own.colour, alpha=0.15, linewidth=0)
         drawn.append(y)
         ends.append(float(x[-1]))
-    time = "process time (s)" if all(r.clock == "cpu_seconds" for r in results.values() if r.runs) else "time (s)"
+    time = (
+        "process time (s)"
+        if all(r.clock == "cpu_seconds" for r in results.values() if r.runs)
+        else "time (s)"
+    )
     ax.set_xlabel("epoch" if axis == "epoch" else time)
     if axis == "epoch":
         ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))

@@ -18,7 +18,9 @@ def folder() -> Path:
     for place in (package / "analyses", package.parent / "analyses"):
         if (place / FOLDERS[0]).is_dir():
             return place
-    raise CurvlabError(f"there is no folder of analyses beside {package}: install curvlab again, or run it from its repository")
+    raise CurvlabError(
+        f"there is no folder of analyses beside {package}: install curvlab again, or run it from its repository"
+    )
 
 
 def scripts() -> dict[str, Path]:

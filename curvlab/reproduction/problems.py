@@ -29,12 +29,18 @@ def _vgg() -> nn.Module:
 
 def _resnet() -> nn.Module:
     return models.residual_network(
-        (3, 8, 8), 10, (4, 6), 1, lambda fan_in, fan_out, stride: models.PaddedShortcut(fan_out, stride)
+        (3, 8, 8),
+        10,
+        (4, 6),
+        1,
+        lambda fan_in, fan_out, stride: models.PaddedShortcut(fan_out, stride),
     )
 
 
 def _convnet() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(16, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(16, 10)
+    )
 
 
 AUTOENCODER: Small = lambda: models.autoencoder([12, 8, 3, 8, 12]), (12,), 12
@@ -62,7 +68,9 @@ class PublishedProblem:
     def load(self, part: bool, examples: int | None, tests: int | None) -> tuple[Dataset, Dataset]:
         """(training, test) examples: the first so many of them."""
         try:
-            found = Problem(model=self.model, data=self.part if part and self.part else self.data).parts
+            found = Problem(
+                model=self.model, data=self.part if part and self.part else self.data
+            ).parts
         except CurvlabError:
             if not (part and self.part):
                 raise
@@ -86,7 +94,9 @@ class PublishedProblem:
         }
         with models.seeded(seed):
             model = build()
-        return Objective(model, LIKELIHOODS[kind](), seed, l2=l2), Dataset("random", x, targets[kind](), "random numbers")
+        return Objective(model, LIKELIHOODS[kind](), seed, l2=l2), Dataset(
+            "random", x, targets[kind](), "random numbers"
+        )
 
 
 def _first(data: Dataset, count: int | None) -> Dataset:
@@ -106,7 +116,9 @@ PROBLEMS: dict[str, PublishedProblem] = {
     "CURVES, 1000": PublishedProblem("curves-ae-1000", "curves", AUTOENCODER),
     "FACES, 1000": PublishedProblem("faces-ae-1000", "faces", AUTOENCODER),
     "MNIST classes": PublishedProblem("mnist-500", "mnist-standard", _sigmoid(12, 8, 10)),
-    "CIFAR classes": PublishedProblem("cifar-400", "cifar10-standard", _sigmoid(12, 8, 8, 10), "cifar10-subset-standard"),
+    "CIFAR classes": PublishedProblem(
+        "cifar-400", "cifar10-standard", _sigmoid(12, 8, 8, 10), "cifar10-subset-standard"
+    ),
     "webspam": PublishedProblem("webspam-400", "webspam", _sigmoid(12, 8, 8, 1)),
     "VGG16, CIFAR-10": PublishedProblem("vgg16", "cifar10", VGG, "cifar10-subset"),
     "VGG16, CIFAR-100": PublishedProblem("vgg16", "cifar100", VGG),
@@ -116,7 +128,9 @@ PROBLEMS: dict[str, PublishedProblem] = {
     "ResNet32-4, CIFAR-100": PublishedProblem("resnet32-4", "cifar100", RESNET),
     "All-CNN-C, CIFAR-10": PublishedProblem("all-cnn-c", "cifar10", CONVNET, "cifar10-subset"),
     "All-CNN-C, CIFAR-100": PublishedProblem("all-cnn-c", "cifar100", CONVNET),
-    "VGG16 as printed, CIFAR-10": PublishedProblem("vgg16-printed", "cifar10", CONVNET, "cifar10-subset"),
+    "VGG16 as printed, CIFAR-10": PublishedProblem(
+        "vgg16-printed", "cifar10", CONVNET, "cifar10-subset"
+    ),
     "VGG16 as printed, CIFAR-100": PublishedProblem("vgg16-printed", "cifar100", CONVNET),
     "ConvNet, CIFAR-10": PublishedProblem("convnet", "cifar10", CONVNET, "cifar10-subset"),
     "ResNet-18, CIFAR-10": PublishedProblem("resnet18", "cifar10", RESNET, "cifar10-subset"),

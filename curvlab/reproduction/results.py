@@ -37,17 +37,25 @@ class Result:
     def together(self) -> xr.Dataset:
         """Over the seeds [seed, epoch], at the epochs that all of them have."""
         names = [name for name in self.runs[0] if self.runs[0][name].dims == ("epoch",)]
-        return xr.concat([run[names] for run in self.runs], "seed", join="inner", combine_attrs="override")
+        return xr.concat(
+            [run[names] for run in self.runs], "seed", join="inner", combine_attrs="override"
+        )
 
     @property
     def clock(self) -> str:
         """Process time; on a GPU, which works beside the process, wall time."""
-        return "wall_seconds" if str(self.runs[0].attrs.get("device", "cpu")).startswith("cuda") else "cpu_seconds"
+        return (
+            "wall_seconds"
+            if str(self.runs[0].attrs.get("device", "cpu")).startswith("cuda")
+            else "cpu_seconds"
+        )
 
     def along(self, axis: str) -> Values:
         """Epochs, or the mean time at which they ended."""
         ds = self.together
-        return np.asarray(ds["epoch"] if axis == "epoch" else ds[self.clock].mean("seed"), dtype=float)
+        return np.asarray(
+            ds["epoch"] if axis == "epoch" else ds[self.clock].mean("seed"), dtype=float
+        )
 
     def mean(self, measure: str) -> Values:
         """Return a measure's mean over the seeds, at each epoch that all of them have."""

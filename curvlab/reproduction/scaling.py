@@ -74,7 +74,13 @@ class Axis:
 
     def until(self, budget: str) -> list[int]:
         """All sizes but the largest; `paper`: all; `smoke`: the first two."""
-        return list(self.sizes[:2] if budget == "smoke" else self.sizes if budget == "paper" else self.sizes[:-1])
+        return list(
+            self.sizes[:2]
+            if budget == "smoke"
+            else self.sizes
+            if budget == "paper"
+            else self.sizes[:-1]
+        )
 
 
 QUANTITIES = {"time": "seconds a step beyond SGD-m", "memory": "numbers held between steps"}
@@ -89,7 +95,9 @@ class Curve:
 
     def exponents(self, sizes: Sequence[int]) -> str:
         """Return the fitted exponent of the values and, in brackets, that of the formula."""
-        measured, told = (round(exponent(sizes, v), 2) + 0.0 for v in (self.values, self.formula))  # no −0.00
+        measured, told = (
+            round(exponent(sizes, v), 2) + 0.0 for v in (self.values, self.formula)
+        )  # no −0.00
         return f"{measured:.2f} ({told:.2f})"
 
 
@@ -141,14 +149,22 @@ class Scaling:
             base |= {name: axis.sizes[0] for axis in self.axes for name in axis.moved}
         found: Curves = {}
         for number, axis in enumerate(self.axes, 1):
-            say_progress(f"{number} of {len(self.axes)}: {axis.heading} = {', '.join(map(str, axis.until(options.budget)))}")
+            say_progress(
+                f"{number} of {len(self.axes)}: {axis.heading} = {', '.join(map(str, axis.until(options.budget)))}"
+            )
             self._measure(axis, base, options, found)
         report.say("fitted exponents, measured (of the formula), over the three largest sizes")
         report.say("the axes keep " + ", ".join(f"{name} = {size}" for name, size in base.items()))
         for what in self.quantities:
             report.say()
             rows = (
-                [label, *(found[axis.name, label, what].exponents(axis.until(options.budget)) for axis in self.axes)]
+                [
+                    label,
+                    *(
+                        found[axis.name, label, what].exponents(axis.until(options.budget))
+                        for axis in self.axes
+                    ),
+                ]
                 for label in self.rows
             )
             report.table([QUANTITIES[what], *(axis.heading for axis in self.axes)], rows)
@@ -161,7 +177,10 @@ class Scaling:
             for label, row in self.rows.items():
                 seconds, numbers = self._step(row, sizes, options)
                 beyond = seconds - plain if seconds > plain else math.nan
-                for what, value, formula in (("time", beyond, row.time), ("memory", numbers, row.memory)):
+                for what, value, formula in (
+                    ("time", beyond, row.time),
+                    ("memory", numbers, row.memory),
+                ):
                     curve = into.setdefault((axis.name, label, what), Curve())
                     curve.values.append(value)
                     curve.formula.append(formula(sizes))
@@ -191,16 +210,31 @@ class Scaling:
 
     def _figure(self, found: Curves, options: Options) -> Figure:
         """A row for each quantity; dotted the formulas, through the largest size."""
-        figure = Figure(figsize=(1.8 + 2.9 * len(self.axes), 0.8 + 2.8 * len(self.quantities)), layout="constrained")
+        figure = Figure(
+            figsize=(1.8 + 2.9 * len(self.axes), 0.8 + 2.8 * len(self.quantities)),
+            layout="constrained",
+        )
         panels = figure.subplots(len(self.quantities), len(self.axes), sharey="row", squeeze=False)
         seen_as = looks({label: row.algorithm for label, row in self.rows.items()})
         for (i, what), (j, axis) in product(enumerate(self.quantities), enumerate(self.axes)):
             for label in self.rows:
-                _line(panels[i, j], axis.until(options.budget), found[axis.name, label, what], label, seen_as[label])
+                _line(
+                    panels[i, j],
+                    axis.until(options.budget),
+                    found[axis.name, label, what],
+                    label,
+                    seen_as[label],
+                )
             panels[i, 0].set_ylabel(QUANTITIES[what])
             panels[-1, j].set_xlabel(axis.heading)
-        handles = dict(pair for ax in panels.flat for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9)
+        handles = dict(
+            pair
+            for ax in panels.flat
+            for pair in zip(*reversed(ax.get_legend_handles_labels()), strict=True)
+        )
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9
+        )
         figure.suptitle(f"{self.shows}; {options.budget}; dotted: the formulas", fontsize=10)
         return figure
 
@@ -214,7 +248,9 @@ def _line(ax: Axes, sizes: Sequence[int], curve: Curve, label: str, of: LineStyl
     seen = [i for i, value in enumerate(curve.values) if value > 0]
     if not seen:
         return
-    ax.plot(sizes, curve.values, label=label, linewidth=1.3, marker=of.marker, markersize=4, **of.line)
+    ax.plot(
+        sizes, curve.values, label=label, linewidth=1.3, marker=of.marker, markersize=4, **of.line
+    )
     last = seen[-1]
     if curve.formula[last] > 0:
         through = np.array(curve.formula) * (curve.values[last] / curve.formula[last])

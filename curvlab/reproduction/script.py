@@ -39,7 +39,10 @@ class Options:
         """Raise CurvlabError for a choice that `what` or this machine cannot meet."""
         if self.budget not in BUDGETS:
             raise unknown("budget", self.budget, BUDGETS)
-        for kind, chosen, known in (("method", self.methods, what.methods), ("problem", self.problems, what.problems)):
+        for kind, chosen, known in (
+            ("method", self.methods, what.methods),
+            ("problem", self.problems, what.problems),
+        ):
             if chosen and not [*known]:
                 raise CurvlabError(f"there are no {kind}s to choose from: leave --{kind} out")
             for name in chosen:
@@ -105,7 +108,8 @@ class Report:
         widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
         for row in cells:
             first, *others = (
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             )
             self.say("  ".join([first, *others]).rstrip())
 
@@ -115,7 +119,10 @@ class Report:
 
     def draw(self, figure: Figure) -> None:
         """Write the picture; the coarse one of a smoke run is only to see that it can be drawn."""
-        self._write(self.file("png"), lambda path: figure.savefig(path, format="png", dpi=50 if self.options.smoke else 120))
+        self._write(
+            self.file("png"),
+            lambda path: figure.savefig(path, format="png", dpi=50 if self.options.smoke else 120),
+        )
 
     def close(self) -> None:
         """Write the text file. Raises CurvlabError where that cannot be done."""
@@ -127,7 +134,9 @@ class Report:
             path.parent.mkdir(parents=True, exist_ok=True)
             rewrite(path, write)
         except OSError as error:
-            raise CurvlabError(f"{path} cannot be written: {error.strerror}; choose another folder with --out") from error
+            raise CurvlabError(
+                f"{path} cannot be written: {error.strerror}; choose another folder with --out"
+            ) from error
         print(for_terminal(f"wrote {path}"), flush=True)
 
 
@@ -158,7 +167,9 @@ def reproduce(what: Reproduction, name: str, options: Options) -> Report:
     report = Report(name, options)
     files = [report.file(suffix).name for suffix in ("png", "txt")]
     paths.check_folder(options.out, files, remedy="choose another with --out")
-    report.say(f"{what.shows} ({options.budget}: {what.extents[options.budget]}; {described(options.where)})")
+    report.say(
+        f"{what.shows} ({options.budget}: {what.extents[options.budget]}; {described(options.where)})"
+    )
     report.say(f"The document: {what.claim}")
     report.say()
     what.run(report)
@@ -168,7 +179,13 @@ def reproduce(what: Reproduction, name: str, options: Options) -> Report:
 
 def say_progress(what: str, left: float | None = None) -> None:
     """On standard error, which is no part of the result; `left` are seconds."""
-    when = "" if left is None else f" (about {left:.0f} s left)" if left < 120 else f" (about {left / 60:.0f} min left)"
+    when = (
+        ""
+        if left is None
+        else f" (about {left:.0f} s left)"
+        if left < 120
+        else f" (about {left / 60:.0f} min left)"
+    )
     print(for_terminal(f"  {what}{when}"), file=sys.stderr, flush=True)
 
 
@@ -182,7 +199,9 @@ def described(device: torch.device) -> str:
 def main(what: Reproduction, file: str) -> None:
     """A script's own command line: the options of `curvlab reproduce`, and its exit codes."""
     default = Options()
-    parser = argparse.ArgumentParser(description=what.shows, exit_on_error=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=what.shows, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--budget", metavar=f"{{{','.join(BUDGETS)}}}", default=default.budget)
     parser.add_argument("--out", type=Path, default=default.out)
     parser.add_argument("--runs", type=Path, default=default.runs)

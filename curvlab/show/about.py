@@ -54,9 +54,14 @@ def facts(ds: xr.Dataset) -> dict[str, str]:
         "length": _length(ds),
         "loss": _loss(ds),
         "time": _time(ds),
-        "device": ", ".join(_shown(ds, name) for name in ("device", "dtype") if name in ds.attrs) or MISSING,
+        "device": ", ".join(_shown(ds, name) for name in ("device", "dtype") if name in ds.attrs)
+        or MISSING,
         "date": date(attributes.text(ds, "created", MISSING)),
-        "versions": ", ".join(f"{name} {versions[name]}" for name in ("curvlab", "torch", "python") if name in versions),
+        "versions": ", ".join(
+            f"{name} {versions[name]}"
+            for name in ("curvlab", "torch", "python")
+            if name in versions
+        ),
         "git commit": _shown(ds, "git_commit"),
     }
 
@@ -71,7 +76,11 @@ def _algorithms(ds: xr.Dataset) -> str:
         return _shown(ds, "algorithm")
     others = [str(name) for name in ds["algorithm"].values if name != reference]
     more = f", … {len(others)} in all" if len(others) > MOST_NAMES else ""
-    return f"{reference} leads; {', '.join(others[:MOST_NAMES])}{more}" if others else f"{reference} leads"
+    return (
+        f"{reference} leads; {', '.join(others[:MOST_NAMES])}{more}"
+        if others
+        else f"{reference} leads"
+    )
 
 
 def _length(ds: xr.Dataset) -> str:
@@ -80,7 +89,11 @@ def _length(ds: xr.Dataset) -> str:
         return f"{_count(float(ds['epoch'][-1]), 'epoch')}{steps}"
     if "density" in ds:
         return f"spectra after {', '.join(map(str, ds['step'].values))} steps"
-    return _count(float(ds["step"][-1]) + 1, "step") if ds.sizes.get("step") and "step" in ds.coords else MISSING
+    return (
+        _count(float(ds["step"][-1]) + 1, "step")
+        if ds.sizes.get("step") and "step" in ds.coords
+        else MISSING
+    )
 
 
 def _count(number: float, of: str) -> str:
@@ -89,7 +102,9 @@ def _count(number: float, of: str) -> str:
 
 def _loss(ds: xr.Dataset) -> str:
     """The last known; of a training run those of training and validation."""
-    known = {"training": "train_loss", "validation": "val_loss"} if "train_loss" in ds else {"": "loss"}
+    known = (
+        {"training": "train_loss", "validation": "val_loss"} if "train_loss" in ds else {"": "loss"}
+    )
     said = []
     for what, name in known.items():
         if name in ds:
@@ -128,7 +143,11 @@ def calls(ds: xr.Dataset) -> list[tuple[str, str]]:
     found = [("" if "command" in call else "from Python", shell(call))]
     for again in attributes.resumed(ds):
         own = attributes.nested(again, "call")
-        kept = {k: v for k, v in own.items() if k in ("command", *_BY_RESUME)} if "command" in own else own
+        kept = (
+            {k: v for k, v in own.items() if k in ("command", *_BY_RESUME)}
+            if "command" in own
+            else own
+        )
         found.append((f"and to go on, at {date(again.get('created', MISSING))}", shell(kept)))
     return found
 
@@ -155,7 +174,10 @@ def _words(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, bool):
         return [option] if value else [] if name == "resume" else [option.replace("--", "--no-", 1)]
-    return [f"{option} {shlex.quote(str(one))}" for one in (value if isinstance(value, list) else [value])]
+    return [
+        f"{option} {shlex.quote(str(one))}"
+        for one in (value if isinstance(value, list) else [value])
+    ]
 
 
 # ---- what a reader should know
@@ -170,8 +192,14 @@ def notes(ds: xr.Dataset) -> list[str]:
         found.append(f"Not complete: {missing}.")
     versions = attributes.mapping(ds, "versions")
     for again in attributes.resumed(ds):
-        changed = [f"{k} {v}" for k, v in attributes.nested(again, "versions").items() if versions.get(k) != v]
-        changed += [f"commit {again['git_commit']}"] if again.get("git_commit", commit) != commit else []
+        changed = [
+            f"{k} {v}"
+            for k, v in attributes.nested(again, "versions").items()
+            if versions.get(k) != v
+        ]
+        changed += (
+            [f"commit {again['git_commit']}"] if again.get("git_commit", commit) != commit else []
+        )
         by = f", by {', '.join(changed)}" if changed else ""
         found.append(f"Went on at {date(again.get('created', MISSING))}{by}.")
     if commit.endswith("+changes"):
@@ -189,7 +217,9 @@ def unfinished(ds: xr.Dataset) -> str:
         limits = {name: attributes.entry(budget, name) for name in reached}
         asked = {name: limit for name, limit in limits.items() if limit is not None}
         if asked and all(reached[name] < limit for name, limit in asked.items()):
-            return ", ".join(f"{reached[name]:.4g} of {limit:g} {name}" for name, limit in asked.items())
+            return ", ".join(
+                f"{reached[name]:.4g} of {limit:g} {name}" for name, limit in asked.items()
+            )
         return ""
     if "density" in ds:
         asked_after = {int(word) for word in str(call.get("after", "")).split(",") if _whole(word)}

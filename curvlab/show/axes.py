@@ -34,7 +34,9 @@ class SymmetricLog:
         names = ["1" if e == 0 else f"$10^{{{e}}}$" for e in labelled]
         ticks = [*(-(10.0**e) for e in reversed(labelled)), 0.0, *(10.0**e for e in labelled)]
         ax.set_xticks(ticks, [*(f"−{name}" for name in reversed(names)), "0", *names], fontsize=7.5)
-        ax.xaxis.set_minor_locator(FixedLocator([sign * 10.0**e for e in range(low, high + 1) for sign in (-1, 1)]))
+        ax.xaxis.set_minor_locator(
+            FixedLocator([sign * 10.0**e for e in range(low, high + 1) for sign in (-1, 1)])
+        )
 
 
 def symmetric_log(ds: xr.Dataset) -> SymmetricLog:
@@ -45,7 +47,9 @@ def symmetric_log(ds: xr.Dataset) -> SymmetricLog:
     largest = np.maximum(np.abs(ds["lowest"].values), np.abs(ds["highest"].values))
     largest = largest[np.isfinite(largest)]
     if not largest.size:
-        raise CurvlabError("no end of a spectrum in the log is a finite number, so there is no axis for eigenvalues")
+        raise CurvlabError(
+            "no end of a spectrum in the log is a finite number, so there is no axis for eigenvalues"
+        )
     top = math.ceil(math.log10(max(largest.max(), 1e-11)) * 2) / 2
     relative = min(max(1e-7, attributes.number(ds, "tolerance") or 0.0), 1.0)
     low = max(math.floor(math.log10(max(largest.min() * relative, 1e-12))), math.ceil(top) - 12)

@@ -37,12 +37,16 @@ def drawable(ds: xr.Dataset) -> xr.Dataset:
 
 def _plain(labels: xr.DataArray) -> xr.DataArray:
     words = [for_matplotlib(label, SHORT) for label in labels.values]
-    return labels.copy(data=np.asarray(unique(words) if labels.name in labels.dims else words, dtype=object))
+    return labels.copy(
+        data=np.asarray(unique(words) if labels.name in labels.dims else words, dtype=object)
+    )
 
 
 def _letters(said: Mapping[Any, Any], short: Container[Any]) -> dict[Any, Any]:
     return {
-        name: for_matplotlib(value, SHORT if name in short else LONGEST) if isinstance(value, str) else value
+        name: for_matplotlib(value, SHORT if name in short else LONGEST)
+        if isinstance(value, str)
+        else value
         for name, value in said.items()
     }
 
@@ -50,7 +54,9 @@ def _letters(said: Mapping[Any, Any], short: Container[Any]) -> dict[Any, Any]:
 def heading(figure: Figure, *lines: str) -> None:
     """Within the width of the figure."""
     across = int(10 * figure.get_figwidth())
-    figure.suptitle("\n".join(part for line in lines for part in textwrap.wrap(line, across)), fontsize=11)
+    figure.suptitle(
+        "\n".join(part for line in lines for part in textwrap.wrap(line, across)), fontsize=11
+    )
 
 
 def picture(figure: Figure, form: str, **options: Any) -> bytes:

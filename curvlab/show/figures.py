@@ -38,7 +38,9 @@ def _line(ax: Axes, values: xr.DataArray, style: dict[str, object], label: str) 
     steps = _axis(values)
     if "seed" in values.dims:
         mean, spread = values.mean("seed"), values.std("seed")
-        ax.fill_between(steps, mean - spread, mean + spread, color=str(style["color"]), alpha=0.18, linewidth=0)
+        ax.fill_between(
+            steps, mean - spread, mean + spread, color=str(style["color"]), alpha=0.18, linewidth=0
+        )
         values = mean
     ax.plot(steps, values, label=label, **{"marker": "." if steps.size == 1 else ""} | style)  # type: ignore[arg-type]  # styles are dictionaries
 
@@ -123,8 +125,12 @@ def loss(ds: xr.Dataset) -> Figure:
     steps = _axis(ds["loss"])
     style = look(leader).line | {"linestyle": "-", "marker": "." if steps.size < 25 else ""}
     _line(ax, ds["loss"], style, f"steps of {leader}" if leader else "loss")
-    ax.set_xlabel(str(steps.attrs.get("long_name", "iteration")) if steps.name == "step" else "iteration")
-    ax.set_ylabel(f"{ds['loss'].attrs.get('long_name', 'mean loss')} ({ds['loss'].attrs.get('units', 'nat')})")
+    ax.set_xlabel(
+        str(steps.attrs.get("long_name", "iteration")) if steps.name == "step" else "iteration"
+    )
+    ax.set_ylabel(
+        f"{ds['loss'].attrs.get('long_name', 'mean loss')} ({ds['loss'].attrs.get('units', 'nat')})"
+    )
     ax.set_title(_title(ds, _run(ds)), fontsize=11)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False)
@@ -169,11 +175,18 @@ def spectrum(ds: xr.Dataset) -> Figure:
         loss = f", loss {float(ds['loss'][i]):.3g} nat" if "loss" in ds else ""
         ax.set_title(f"after {ds['step'].values[i]} steps{loss}", fontsize=10)
     unresolved = ", or not told from 0" if "unresolved" in ds and ds["unresolved"].any() else ""
-    figure.supxlabel(f"eigenvalue (nat); grey: below 0; middle bar: within ±{axis.centre:.0e}{unresolved}", fontsize=10)
+    figure.supxlabel(
+        f"eigenvalue (nat); grey: below 0; middle bar: within ±{axis.centre:.0e}{unresolved}",
+        fontsize=10,
+    )
     figure.supylabel("eigenvalues in half a decade", fontsize=10)
     algorithm = attributes.text(ds, "algorithm")
     how = [f"trained by {algorithm}"] if algorithm else []
-    how += ["stochastic Lanczos quadrature"] if "route" in ds and (ds["route"] == "lanczos").any() else []
+    how += (
+        ["stochastic Lanczos quadrature"]
+        if "route" in ds and (ds["route"] == "lanczos").any()
+        else []
+    )
     heading(figure, f"Eigenvalues by block, {_run(ds)}", ", ".join(how))
     return figure
 
@@ -191,7 +204,9 @@ def _histogram(ax: Axes, at: xr.Dataset, axis: SymmetricLog) -> None:
         here, (name, colour) = at.sel(matrix=kind), MATRICES[kind]
         counts = float(at["order"]) * np.add.reduceat(here["density"].values, axis.first)
         style = {"linewidth": 1.2} if handles else {"fill": True, "alpha": 0.75, "linewidth": 0}
-        handles.append(ax.stairs(np.maximum(counts, 0.5), axis.edges, baseline=0.5, color=colour, **style))  # type: ignore[arg-type]  # likewise
+        handles.append(
+            ax.stairs(np.maximum(counts, 0.5), axis.edges, baseline=0.5, color=colour, **style)
+        )  # type: ignore[arg-type]  # likewise
         lowest = f"{float(here['lowest']):.2g}".replace("-", "−")
         labels.append(f"{name}: lowest {lowest}{_share(here)}")
     ax.axvspan(-axis.top, -axis.centre, color="#f0f0f0", zorder=0, linewidth=0)
@@ -200,7 +215,15 @@ def _histogram(ax: Axes, at: xr.Dataset, axis: SymmetricLog) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
     ax.tick_params(axis="y", labelsize=8)
     ax.grid(axis="y", alpha=0.25)
-    legend = ax.legend(handles, labels, loc="upper left", fontsize=7, handlelength=1.3, borderaxespad=0.1, labelspacing=0.2)
+    legend = ax.legend(
+        handles,
+        labels,
+        loc="upper left",
+        fontsize=7,
+        handlelength=1.3,
+        borderaxespad=0.1,
+        labelspacing=0.2,
+    )
     legend.set_frame_on(False)
     legend.set_in_layout(False)
 
@@ -213,7 +236,10 @@ def _share(here: xr.Dataset) -> str:
     return f", {least}{float(here['negative']):.0%} negative"
 
 
-_PARTS: dict[str, dict[str, Any]] = {"train": {"linewidth": 1.8}, "val": {"linewidth": 1.4, "alpha": 0.5}}
+_PARTS: dict[str, dict[str, Any]] = {
+    "train": {"linewidth": 1.8},
+    "val": {"linewidth": 1.4, "alpha": 0.5},
+}
 """Style of the lines of training and validation."""
 
 
@@ -236,14 +262,22 @@ def training(runs: Runs) -> Figure:
                 if f"{part}_{kind}" not in ds:
                     continue
                 seen = ds.dropna("epoch", subset=[f"{part}_{kind}"])
-                style = seen_as[label].line | _PARTS[part] | _marker(seen_as[label], seen.sizes["epoch"])
+                style = (
+                    seen_as[label].line
+                    | _PARTS[part]
+                    | _marker(seen_as[label], seen.sizes["epoch"])
+                )
                 name = f"{label}, {'training' if part == 'train' else 'validation'}"
                 for ax, x in zip(row, against, strict=True):
                     if x in seen:
                         ax.plot(seen[x], seen[f"{part}_{kind}"], label=name, **style)
     units = first["train_loss"].attrs.get("units", "nat")
     for row, kind in zip(axes, rows, strict=True):
-        row[0].set_ylabel(f"mean loss ({units})" if kind == "loss" else _wrapped(attributes.text(first, "error", "error")))
+        row[0].set_ylabel(
+            f"mean loss ({units})"
+            if kind == "loss"
+            else _wrapped(attributes.text(first, "error", "error"))
+        )
         if all(len(line.get_ydata()) and float(min(line.get_ydata())) > 0 for line in row[0].lines):
             row[0].set_yscale("log")
             plain_numbers(row[0].yaxis)
@@ -271,7 +305,11 @@ def damping(ds: xr.Dataset) -> Figure:
         raise CurvlabError("figure 'damping' needs pairs of the stage 'after' in the log")
     ds = ds.isel(algorithm=0).sel(stage="after")
     names = ("pairs_within_2mu1", "pair_curvature_mean")
-    kinds = [str(p) for p in ds["pair"].values if np.isfinite(ds["pair_curvature_mean"].sel(pair=p)).any()][:_MOST_PANELS]
+    kinds = [
+        str(p)
+        for p in ds["pair"].values
+        if np.isfinite(ds["pair_curvature_mean"].sel(pair=p)).any()
+    ][:_MOST_PANELS]
     shown = ds["block"].values[_some(ds.sizes["block"], _MOST_LINES)]
     figure = Figure(figsize=(4.6 * max(1, len(kinds)), 6.0), layout="constrained")
     axes = figure.subplots(2, max(1, len(kinds)), sharex=True, sharey="row", squeeze=False)
@@ -280,7 +318,11 @@ def damping(ds: xr.Dataset) -> Figure:
         shades = colours(len(shown))
         for i, block in enumerate(shown):
             at = ds.sel(pair=kind, block=block)
-            style = {"color": shades[i], "linewidth": 1.4, "marker": "." if ds.sizes["epoch"] < 25 else ""}
+            style = {
+                "color": shades[i],
+                "linewidth": 1.4,
+                "marker": "." if ds.sizes["epoch"] < 25 else "",
+            }
             for ax, name in zip(column, names, strict=True):
                 ax.plot(ds["epoch"], at[name], label=f"layer {block}", **style)
             column[0].plot(ds["epoch"], at["pairs_within_mu1"], linestyle=":", **style)
@@ -309,7 +351,9 @@ def named(runs: Runs) -> Runs:
     for key in ("lr", "damping", "seed"):
         if len(set(about)) == len(about):
             break
-        said = [ds.attrs.get(key) if attributes.number(ds, key) is not None else None for _, ds in runs]
+        said = [
+            ds.attrs.get(key) if attributes.number(ds, key) is not None else None for _, ds in runs
+        ]
         if len(set(said)) > 1:
             about = [f"{name}, {key} {value}" for name, value in zip(about, said, strict=True)]
     if len(set(about)) < len(about):
@@ -330,7 +374,11 @@ class Entry:
 
 
 FIGURES: dict[str, Entry] = {
-    "cosine": Entry("cosine to the reference by layer against the iteration (thesis Figure 4.1)", "cosine", cosine),
+    "cosine": Entry(
+        "cosine to the reference by layer against the iteration (thesis Figure 4.1)",
+        "cosine",
+        cosine,
+    ),
     "loss": Entry("loss along the trajectory", "loss", loss),
     "seconds": Entry("time of each algorithm's own work", "seconds", seconds),
     "spectrum": Entry(
@@ -340,7 +388,10 @@ FIGURES: dict[str, Entry] = {
         beside=("lowest", "highest", "order", "lower", "upper"),
     ),
     "training": Entry(
-        "loss and error of one or several training runs against epochs and time", "train_loss", training, several=True
+        "loss and error of one or several training runs against epochs and time",
+        "train_loss",
+        training,
+        several=True,
     ),
     "damping": Entry(
         "pairs of a training run by layer and epoch (thesis Figure 2.1)",
@@ -360,15 +411,21 @@ def draw_all(runs: Runs, name: str) -> Figure:
     """Figure `name` of one or several logs [(place, log)]. Raises CurvlabError likewise, or where it shows one run alone."""
     entry = lookup(FIGURES, name, "figure")
     if len(runs) > 1 and not entry.several:
-        raise CurvlabError(f"figure '{name}' is of one run: give one (of several: {', '.join(_of_several())})")
+        raise CurvlabError(
+            f"figure '{name}' is of one run: give one (of several: {', '.join(_of_several())})"
+        )
     places = unique(for_matplotlib(place, SHORT) for place, _ in runs)
     ready = [(place, drawable(ds)) for place, (_, ds) in zip(places, runs, strict=True)]
     for (place, _), (_, at) in zip(runs, ready, strict=True):
         for needed in (entry.needs, *entry.beside):
             if needed not in at:
-                known = for_terminal(", ".join(map(str, at.data_vars))) or "nothing that can be drawn"
+                known = (
+                    for_terminal(", ".join(map(str, at.data_vars))) or "nothing that can be drawn"
+                )
                 where = f"the log{' ' * bool(place)}{for_terminal(place)}"
-                raise CurvlabError(f"figure '{name}' needs '{needed}' in {where}, which has {known}")
+                raise CurvlabError(
+                    f"figure '{name}' needs '{needed}' in {where}, which has {known}"
+                )
     with np.errstate(all="ignore"):
         return entry.draw(named(ready) if entry.several else ready[0][1])
 

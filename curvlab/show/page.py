@@ -77,7 +77,9 @@ def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None 
     try:
         given = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
     except TypeError as error:
-        raise CurvlabError(f"a report is of folders or run.h5 files, not of {shown(runs)}") from error
+        raise CurvlabError(
+            f"a report is of folders or run.h5 files, not of {shown(runs)}"
+        ) from error
     if not given:
         raise CurvlabError("there is no run to report on: give folders or run.h5 files")
     target = paths.given(path, "report")
@@ -88,9 +90,14 @@ def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None 
     with progress_bar(console, console.is_terminal if progress is None else progress) as bar:
         text = page(logs, bar)
     try:
-        rewrite(target, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
+        rewrite(
+            target,
+            lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"),
+        )
     except OSError as error:
-        raise CurvlabError(f"the report {for_terminal(target)} cannot be written: {error.strerror or error}") from error
+        raise CurvlabError(
+            f"the report {for_terminal(target)} cannot be written: {error.strerror or error}"
+        ) from error
     return target
 
 
@@ -99,8 +106,12 @@ def _check(target: Path, places: Sequence[str]) -> None:
     paths.check_file(target, "report", "give a file, as report.html" if target.is_dir() else "")
     reason = ""
     if target.suffix not in (".html", ".htm"):
-        reason = f"reports are HTML, not '{target.suffix}'; call it {target.with_suffix('.html').name}"
-    elif target.exists() and any(Path(place).is_file() and target.samefile(place) for place in places):
+        reason = (
+            f"reports are HTML, not '{target.suffix}'; call it {target.with_suffix('.html').name}"
+        )
+    elif target.exists() and any(
+        Path(place).is_file() and target.samefile(place) for place in places
+    ):
         reason = "it is one of the logs"
     if reason:
         raise CurvlabError(f"the report {target} cannot be written: {reason}")
@@ -132,7 +143,19 @@ def page(given: figures.Runs, bar: Progress) -> str:
     facts = [about.facts(ds) for _, ds in logs]
     sections = [_joint(i, name, group, logs, drawn) for i, (name, group) in enumerate(joint, 1)]
     for i, ((place, ds), names) in enumerate(zip(logs, wanted, strict=True)):
-        sections.append(_section(i + 1, place, ds, facts[i], names, drawn, len(logs) > 1, seen[i][1], given[i][1].attrs))
+        sections.append(
+            _section(
+                i + 1,
+                place,
+                ds,
+                facts[i],
+                names,
+                drawn,
+                len(logs) > 1,
+                seen[i][1],
+                given[i][1].attrs,
+            )
+        )
     common, differing = _summary(logs, facts)
     model, data = (attributes.text(logs[0][1], name) for name in ("model", "data"))
     environment = jinja2.Environment(
@@ -178,7 +201,14 @@ def _joint(i: int, name: str, group: figures.Runs, logs: figures.Runs, drawn: An
         runs=tuple(f"run-{n}" for n in numbers),
         notes=(picture,) if isinstance(picture, str) else (),
         figures=() if isinstance(picture, str) else (picture,),
-        tables=(tables.last_epochs([(f"{n}. {run}", ds) for n, (run, ds) in zip(numbers, figures.named(group), strict=True)]),),
+        tables=(
+            tables.last_epochs(
+                [
+                    (f"{n}. {run}", ds)
+                    for n, (run, ds) in zip(numbers, figures.named(group), strict=True)
+                ]
+            ),
+        ),
     )
 
 
@@ -195,7 +225,9 @@ def _section(
 ) -> Section:
     title = about.title(ds)
     further, left = tables.at_the_end(ds)
-    pictures = [drawn([(place, ds)], name, f"{title} (run {i})" if several else title) for name in names]
+    pictures = [
+        drawn([(place, ds)], name, f"{title} (run {i})" if several else title) for name in names
+    ]
     notes = [*about.notes(ds), *(f"Odd in the log, and left out: {what}." for what in odd)]
     return Section(
         f"run-{i}",
@@ -207,13 +239,17 @@ def _section(
         tables=(*tables.own(ds), *further),
         left=tuple(left),
         calls=tuple(about.calls(ds)),
-        versions={name: str(version) for name, version in attributes.mapping(ds, "versions").items()}
+        versions={
+            name: str(version) for name, version in attributes.mapping(ds, "versions").items()
+        }
         | {"git commit": attributes.text(ds, "git_commit", MISSING)},
         attributes={str(name): str(value) for name, value in attrs.items()},
     )
 
 
-def _summary(logs: figures.Runs, facts: Sequence[dict[str, str]]) -> tuple[dict[str, str], Table | None]:
+def _summary(
+    logs: figures.Runs, facts: Sequence[dict[str, str]]
+) -> tuple[dict[str, str], Table | None]:
     """What all runs share, and what differs in brief, a row for each run."""
     names = list(dict.fromkeys(name for fact in facts for name in fact))
     rows = {name: [fact.get(name, MISSING) for fact in facts] for name in names}
@@ -225,7 +261,9 @@ def _summary(logs: figures.Runs, facts: Sequence[dict[str, str]]) -> tuple[dict[
         (f"{i + 1}. {about.command(ds)}", *(_BRIEF.get(name, str)(rows[name][i]) for name in apart))
         for i, (_, ds) in enumerate(logs)
     )
-    return common, Table("What differs between the runs" if common else "The runs", ("run", *apart), tuple(lines))
+    return common, Table(
+        "What differs between the runs" if common else "The runs", ("run", *apart), tuple(lines)
+    )
 
 
 def _before(mark: str) -> Callable[[str], str]:

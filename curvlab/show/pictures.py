@@ -27,9 +27,15 @@ def check(path: Place, remedy: str = "") -> Path:
 
     suffix = given(path, "picture").suffix[1:].lower()
     if suffix not in FigureCanvasBase.get_supported_filetypes():
-        said = f"figures are not written as '.{suffix}'" if suffix else f"the picture '{path}' has no suffix to say its format"
+        said = (
+            f"figures are not written as '.{suffix}'"
+            if suffix
+            else f"the picture '{path}' has no suffix to say its format"
+        )
         raise CurvlabError(f"{said} (known: .png, .svg, .pdf)")
     latex = str(mpl.rcParams["pgf.texsystem"])
     if suffix == "pgf" and shutil.which(latex) is None:
-        raise CurvlabError(f"figures are written as '.pgf' by {latex}, which is not there: take .png, .svg or .pdf")
+        raise CurvlabError(
+            f"figures are written as '.pgf' by {latex}, which is not there: take .png, .svg or .pdf"
+        )
     return check_file(path, "picture", remedy)

@@ -101,7 +101,9 @@ def colours(count: int) -> list[str]:
 
 def _variations(algorithm: str) -> Iterator[LineStyle]:
     """Its own look, then further shades of its family."""
-    place, hue, members = next(((i, h, m) for i, (h, m) in enumerate(FAMILIES.items()) if algorithm in m), (-1, OTHERS, ()))
+    place, hue, members = next(
+        ((i, h, m) for i, (h, m) in enumerate(FAMILIES.items()) if algorithm in m), (-1, OTHERS, ())
+    )
     first = members.index(algorithm) if members else crc32(algorithm.encode()) % 24
     for step in itertools.chain([first], range(first + 1, first + 1 + _SHADES)):
         yield LineStyle(_shade(hue, step), DASHES[(place + step) % len(DASHES)], MARKERS[place])

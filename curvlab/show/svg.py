@@ -23,7 +23,9 @@ def inline(figure: Figure, prefix: str, label: str) -> str:
 
     Raises CurvlabError where it cannot be drawn.
     """
-    with mpl.rc_context({"svg.hashsalt": "curvlab", "svg.fonttype": "path", "svg.image_inline": True}):
+    with mpl.rc_context(
+        {"svg.hashsalt": "curvlab", "svg.fonttype": "path", "svg.image_inline": True}
+    ):
         root = ET.fromstring(picture(figure, "svg", metadata={"Date": None}, dpi="figure"))
     _drop(root, ("metadata", "style"))
     used = set()

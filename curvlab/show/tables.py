@@ -67,10 +67,17 @@ def cosines(ds: xr.Dataset) -> Table:
     notes: tuple[tuple[str, str], ...] = ()
     if len(shown) < len(names):
         notes = ((f"{len(names) - len(shown)} more", "algorithms, in the log alone"),)
-    lost = {name: _lost(ds, places) for name, places in attributes.diverged(ds).items() if name in shown}
-    notes += tuple((name, f"{says}: {attributes.diverged(ds)[name][0].get('reason', '')}") for name, says in lost.items())
+    lost = {
+        name: _lost(ds, places) for name, places in attributes.diverged(ds).items() if name in shown
+    }
+    notes += tuple(
+        (name, f"{says}: {attributes.diverged(ds)[name][0].get('reason', '')}")
+        for name, says in lost.items()
+    )
     late = late.sel(algorithm=shown)
-    return _grid(caption, late.assign_coords(algorithm=[_with(name, lost) for name in shown]), ".3f", notes)
+    return _grid(
+        caption, late.assign_coords(algorithm=[_with(name, lost) for name in shown]), ".3f", notes
+    )
 
 
 def _lost(ds: xr.Dataset, places: Sequence[Mapping[str, Any]]) -> str:
@@ -89,14 +96,31 @@ def spectra(ds: xr.Dataset) -> Table:
     """Ends, trace and negative fraction of every spectrum, with errors where Lanczos estimates them."""
     rows = []
     names = [name for name in SPECTRUM if name in ds]
-    ds = ds[[name for name in (*names, *(f"{name}_error" for name in names), "unresolved", "density") if name in ds]]
+    ds = ds[
+        [
+            name
+            for name in (*names, *(f"{name}_error" for name in names), "unresolved", "density")
+            if name in ds
+        ]
+    ]
     places = list(itertools.product(*(range(ds.sizes[dim]) for dim in ("block", "matrix", "step"))))
     for block, matrix, step in places[:MOST_ROWS]:
         at = ds.isel(block=block, matrix=matrix, step=step)
-        rows.append((*(str(at[dim].values) for dim in ("block", "matrix", "step")), *(_estimate(at, name) for name in names)))
+        rows.append(
+            (
+                *(str(at[dim].values) for dim in ("block", "matrix", "step")),
+                *(_estimate(at, name) for name in names),
+            )
+        )
     columns = ("block", "matrix", "training steps", *names)
-    notes = ((f"{len(places) - len(rows)} more", "rows, in the log alone"),) if len(rows) < len(places) else ()
-    return Table("Eigenvalues (nat; ± error where Lanczos estimates them)", columns, tuple(rows), 3, notes)
+    notes = (
+        ((f"{len(places) - len(rows)} more", "rows, in the log alone"),)
+        if len(rows) < len(places)
+        else ()
+    )
+    return Table(
+        "Eigenvalues (nat; ± error where Lanczos estimates them)", columns, tuple(rows), 3, notes
+    )
 
 
 def _estimate(at: xr.Dataset, name: str) -> str:
@@ -104,7 +128,11 @@ def _estimate(at: xr.Dataset, name: str) -> str:
     value, error = float(at[name]), float(at.get(f"{name}_error", math.nan))
     near = float(at.get("unresolved", math.nan)) if name == "negative" else 0.0
     some = f", {near:.1%} near 0" if near > 0 else ""
-    return (number(value, form) if value else "0") + (f" ± {error:{of_error}}" if error > 0 else "") + some
+    return (
+        (number(value, form) if value else "0")
+        + (f" ± {error:{of_error}}" if error > 0 else "")
+        + some
+    )
 
 
 def epochs(ds: xr.Dataset) -> Table:
@@ -118,9 +146,13 @@ def epochs(ds: xr.Dataset) -> Table:
     rows = []
     for i in dict.fromkeys((0, best, last)):
         at = seen.isel(epoch=i)
-        what = ", ".join(word for word, place in (("first", 0), ("best", best), ("last", last)) if place == i)
+        what = ", ".join(
+            word for word, place in (("first", 0), ("best", best), ("last", last)) if place == i
+        )
         rows.append((what, *_of_epoch(at, scores)))
-    return Table("The first, the best and the last epoch", ("", *_epoch_columns(seen, scores)), tuple(rows))
+    return Table(
+        "The first, the best and the last epoch", ("", *_epoch_columns(seen, scores)), tuple(rows)
+    )
 
 
 def last_epochs(runs: Sequence[tuple[str, xr.Dataset]]) -> Table:
@@ -129,9 +161,15 @@ def last_epochs(runs: Sequence[tuple[str, xr.Dataset]]) -> Table:
     rows = []
     for name, ds in runs:
         seen = evaluated(ds)
-        cells = _of_epoch(seen.isel(epoch=-1), scores) if seen.sizes["epoch"] else (MISSING,) * (len(scores) + 3)
+        cells = (
+            _of_epoch(seen.isel(epoch=-1), scores)
+            if seen.sizes["epoch"]
+            else (MISSING,) * (len(scores) + 3)
+        )
         rows.append((name, *cells))
-    return Table("The last epoch of each run", ("run", *_epoch_columns(runs[0][1], scores)), tuple(rows))
+    return Table(
+        "The last epoch of each run", ("run", *_epoch_columns(runs[0][1], scores)), tuple(rows)
+    )
 
 
 def bounds(ds: xr.Dataset) -> Table:
@@ -154,7 +192,9 @@ def bounds(ds: xr.Dataset) -> Table:
             if known.size:
                 violated, orders = int((known < 1 - ROUNDING).sum()), np.log10(known)
                 loose = map(_order, (orders.min(), np.median(orders), orders.max()))
-                rows.append((str(algorithm), f"{factor}, {end}", str(known.size), str(violated), *loose))
+                rows.append(
+                    (str(algorithm), f"{factor}, {end}", str(known.size), str(violated), *loose)
+                )
     if not rows:
         return Table("No theorem bounds these eigenvalues", ("",), ())
     columns = ("algorithm", "bound", "times", "violated", "least loose", "median", "loosest")
@@ -162,7 +202,13 @@ def bounds(ds: xr.Dataset) -> Table:
         ("violated", f"by more than {ROUNDING:g} of itself; less is rounding"),
         ("∞", "the bound is beyond double precision"),
     )
-    return Table("Bounds of the theorems: looseness in orders of magnitude (0: tight)", columns, tuple(rows), 2, notes)
+    return Table(
+        "Bounds of the theorems: looseness in orders of magnitude (0: tight)",
+        columns,
+        tuple(rows),
+        2,
+        notes,
+    )
 
 
 def _order(value: float) -> str:
@@ -177,13 +223,20 @@ def evaluated(ds: xr.Dataset) -> xr.Dataset:
 
 
 def _epoch_columns(ds: xr.Dataset, scores: Sequence[str]) -> list[str]:
-    heads = [f"{score.replace('_', ' ')}{_unit(ds[score]) if score in ds else ''}" for score in scores]
+    heads = [
+        f"{score.replace('_', ' ')}{_unit(ds[score]) if score in ds else ''}" for score in scores
+    ]
     return ["epoch", "steps", *heads, "training time (s)"]
 
 
 def _of_epoch(at: xr.Dataset, scores: Sequence[str]) -> tuple[str, ...]:
     cells = (number(at.get(name), ".5g") for name in scores)
-    return (f"{float(at['epoch']):g}", number(at.get("steps"), ".0f"), *cells, number(at.get("wall_seconds")))
+    return (
+        f"{float(at['epoch']):g}",
+        number(at.get("steps"), ".0f"),
+        *cells,
+        number(at.get("wall_seconds")),
+    )
 
 
 TABLES: dict[str, Callable[[xr.Dataset], Table]] = {
@@ -215,16 +268,24 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
     tabulated = {"cosine"} | (set(ds.data_vars) if "density" in ds else set())
     for name in (str(name) for name in ds.data_vars if name not in tabulated):
         axis, *dims = [str(d) for d in ds[name].dims if d != "seed"] or [""]
-        if not {"long_name", "units"} <= ds[name].attrs.keys() or not {"block", "algorithm"} & set(dims):
+        if not {"long_name", "units"} <= ds[name].attrs.keys() or not {"block", "algorithm"} & set(
+            dims
+        ):
             continue
         values = ds[name].values[np.isfinite(ds[name].values)]
         if "other" in dims:
             left.append((name, f"{ds[name].attrs['long_name']}: in the log alone"))
         elif math.prod(ds.sizes[d] for d in dims) > MOST_CELLS:
-            left.append((name, f"{ds[name].attrs['long_name']}: {ds[name].size} numbers, in the log alone"))
+            left.append(
+                (name, f"{ds[name].attrs['long_name']}: {ds[name].size} numbers, in the log alone")
+            )
         elif not values.size or (values == values.flat[0]).all():
             unit = _unit(ds[name]).replace("(", "").replace(")", "")
-            everywhere = f"{number(values.flat[0])}{unit} everywhere" if values.size else "not a number anywhere"
+            everywhere = (
+                f"{number(values.flat[0])}{unit} everywhere"
+                if values.size
+                else "not a number anywhere"
+            )
             left.append((name, f"{ds[name].attrs['long_name']}: {everywhere}"))
         else:
             found.setdefault((axis, *dims), []).append(name)
@@ -234,7 +295,10 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
         if len(table.rows) <= MOST_ROWS:
             tables.append(table)
         else:
-            left += [(name, f"{what}: {len(table.rows)} rows, in the log alone") for name, what in table.notes]
+            left += [
+                (name, f"{what}: {len(table.rows)} rows, in the log alone")
+                for name, what in table.notes
+            ]
     return tables, left
 
 
@@ -246,14 +310,18 @@ def _last(ds: xr.Dataset, axis: str) -> Table:
     at = at.squeeze([d for d in at.dims if d == "algorithm" and at.sizes[d] == 1], drop=True)
     names = [str(name) for name in ds.data_vars]
     dims = [str(d) for d in at[names[0]].dims if d != "seed"]
-    several = f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
+    several = (
+        f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
+    )
     label = ds[axis].values[place]
     when = f"at {axis} {label if isinstance(label, str) else f'{label:g}'}{several}"
     notes = tuple((name, str(ds[name].attrs["long_name"])) for name in names)
     if len(names) == 1 and len(dims) == 2:
         return _grid(f"{names[0]}{_unit(ds[names[0]])}, {when}", at[names[0]], ".4g", notes)
     rows = []
-    for labels in itertools.product(*(at[d].values if d in at.coords else range(at.sizes[d]) for d in dims)):
+    for labels in itertools.product(
+        *(at[d].values if d in at.coords else range(at.sizes[d]) for d in dims)
+    ):
         here = at.sel(dict(zip(dims, labels, strict=True)))
         cells = [_cell(here[name], ".4g", _meanings(ds[name])) for name in names]
         if any(cell != MISSING for cell in cells):
@@ -263,7 +331,9 @@ def _last(ds: xr.Dataset, axis: str) -> Table:
     return Table(caption, columns, tuple(rows), max(1, len(dims)), notes)
 
 
-def _grid(caption: str, values: xr.DataArray, form: str, notes: tuple[tuple[str, str], ...] = ()) -> Table:
+def _grid(
+    caption: str, values: xr.DataArray, form: str, notes: tuple[tuple[str, str], ...] = ()
+) -> Table:
     """Two dimensions, blocks across unless they are many."""
     down, across = (str(d) for d in values.dims if d != "seed")
     if (across == "block") == (values.sizes["block"] > WIDEST) if "block" in values.dims else False:
@@ -271,10 +341,15 @@ def _grid(caption: str, values: xr.DataArray, form: str, notes: tuple[tuple[str,
 
     def lines() -> Iterator[tuple[str, ...]]:
         for row in values[down].values:
-            cells = (_cell(values.sel({down: row, across: column}), form) for column in values[across].values)
+            cells = (
+                _cell(values.sel({down: row, across: column}), form)
+                for column in values[across].values
+            )
             yield (str(row), *cells)
 
-    heads = (f"layer {column}" if across == "block" else str(column) for column in values[across].values)
+    heads = (
+        f"layer {column}" if across == "block" else str(column) for column in values[across].values
+    )
     return Table(caption, (down, *heads), tuple(lines()), notes=notes)
 
 

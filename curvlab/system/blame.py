@@ -16,7 +16,8 @@ OWN, BUG = 2, 70
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CURVLAB = (f"{_PACKAGE}{os.sep}", f"{_PACKAGE.parent / 'analyses'}{os.sep}")
 _INSTALLED = tuple(
-    f"{os.path.realpath(sysconfig.get_path(name))}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    f"{os.path.realpath(sysconfig.get_path(name))}{os.sep}"
+    for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 _SHOWN = 12
 """Frames at most."""
@@ -31,8 +32,13 @@ class Saved(str):
 def own_frames(error: BaseException) -> traceback.StackSummary:
     """Of the calls between curvlab and the error, those in files that are neither curvlab's nor installed."""
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    first = next((i for i, (frame, _) in enumerate(frames) if _is_in(frame.f_code.co_filename, _CURVLAB)), len(frames))
-    return traceback.StackSummary.extract(iter([f for f in frames[first:] if _is_own(f[0].f_code.co_filename)]))
+    first = next(
+        (i for i, (frame, _) in enumerate(frames) if _is_in(frame.f_code.co_filename, _CURVLAB)),
+        len(frames),
+    )
+    return traceback.StackSummary.extract(
+        iter([f for f in frames[first:] if _is_own(f[0].f_code.co_filename)])
+    )
 
 
 def _is_in(file: str, places: tuple[str, ...]) -> bool:
@@ -40,11 +46,15 @@ def _is_in(file: str, places: tuple[str, ...]) -> bool:
 
 
 def _is_own(file: str) -> bool:
-    return os.path.isfile(file) and not _is_in(file, _CURVLAB + _INSTALLED)  # no file: compiled, or "<string>"
+    return os.path.isfile(file) and not _is_in(
+        file, _CURVLAB + _INSTALLED
+    )  # no file: compiled, or "<string>"
 
 
 def _is_of_the_user(error: BaseException) -> bool:
-    syntax = isinstance(error, SyntaxError) and error.filename is not None and _is_own(error.filename)
+    syntax = (
+        isinstance(error, SyntaxError) and error.filename is not None and _is_own(error.filename)
+    )
     return syntax or bool(own_frames(error)) or _in_the_model(error)
 
 
@@ -68,30 +78,62 @@ def told(error: BaseException) -> str:
         half = _SHOWN // 2
         lines = [*lines[:half], f"  … {len(lines) - _SHOWN} more …\n", *lines[-half:]]
     last = traceback.TracebackException.from_exception(error, limit=0, compact=True)
-    last.__notes__ = [note for note in getattr(error, "__notes__", ()) if not isinstance(note, Saved)]
+    last.__notes__ = [
+        note for note in getattr(error, "__notes__", ()) if not isinstance(note, Saved)
+    ]
     return for_terminal("".join([*lines, *last.format_exception_only()]), lines=True)
 
 
 def verdict(error: BaseException, command: str) -> tuple[str, int]:
     """The line of an error that is no bad input, and the exit code."""
-    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()) if isinstance(note, Saved))
+    notes = "".join(
+        f"; {note}" for note in getattr(error, "__notes__", ()) if isinstance(note, Saved)
+    )
     all_of_it = f"the whole traceback: curvlab -v {command} …".replace("  ", " ")
-    name = " ".join("".join(traceback.TracebackException(type(error), error, None).format_exception_only()).split())
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "not enough memory" in name:
-        return f"there is not enough memory ({name}): take a smaller batch, model or method{notes}; {all_of_it}", OWN
+    name = " ".join(
+        "".join(
+            traceback.TracebackException(type(error), error, None).format_exception_only()
+        ).split()
+    )
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "not enough memory" in name
+    ):
+        return (
+            f"there is not enough memory ({name}): take a smaller batch, model or method{notes}; {all_of_it}",
+            OWN,
+        )
     if isinstance(error, SystemExit):
-        return f"your own code ended the program, as it stands above, and not curvlab{notes}; {all_of_it}", OWN
+        return (
+            f"your own code ended the program, as it stands above, and not curvlab{notes}; {all_of_it}",
+            OWN,
+        )
     if _is_of_the_user(error):
-        whose = "your own code failed" if own_frames(error) or isinstance(error, SyntaxError) else "the model failed"
+        whose = (
+            "your own code failed"
+            if own_frames(error) or isinstance(error, SyntaxError)
+            else "the model failed"
+        )
         return f"{whose}, as it stands above{notes}; {all_of_it}", OWN
     if isinstance(error, OSError):
         return f"{name}{notes}; {all_of_it}", OWN
-    return f"an error of curvlab's own, {name} ({_where(error)}){notes}: please report it, with {all_of_it}", BUG
+    return (
+        f"an error of curvlab's own, {name} ({_where(error)}){notes}: please report it, with {all_of_it}",
+        BUG,
+    )
 
 
 def _where(error: BaseException) -> str:
-    last = [(f, line) for f, line in traceback.walk_tb(error.__traceback__) if _is_in(f.f_code.co_filename, _CURVLAB)][-1:]
-    return ", ".join(_place(f.f_code.co_filename, line) for f, line in last) or "outside of its own files"
+    last = [
+        (f, line)
+        for f, line in traceback.walk_tb(error.__traceback__)
+        if _is_in(f.f_code.co_filename, _CURVLAB)
+    ][-1:]
+    return (
+        ", ".join(_place(f.f_code.co_filename, line) for f, line in last)
+        or "outside of its own files"
+    )
 
 
 def _place(file: str, line: int) -> str:

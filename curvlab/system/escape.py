@@ -55,7 +55,9 @@ def for_matplotlib(text: object, longest: int = LONGEST) -> str:
 
     families = tuple(rcParams["font.family"])
     line = _both_ends([_drawn(char, families) for char in str(text)], longest)
-    return f" {line}" if line.startswith("_") else line  # of legends matplotlib leaves out what begins so
+    return (
+        f" {line}" if line.startswith("_") else line
+    )  # of legends matplotlib leaves out what begins so
 
 
 def _both_ends(letters: list[str], longest: int) -> str:
@@ -70,7 +72,11 @@ def _both_ends(letters: list[str], longest: int) -> str:
 def _shown(char: str) -> str:
     if char.isascii():
         return char if char.isprintable() else repr(char)[1:-1]
-    return _code(char) if unicodedata.category(char) in _UNSEEN or char in _TURNING or _is_none(char) else char
+    return (
+        _code(char)
+        if unicodedata.category(char) in _UNSEEN or char in _TURNING or _is_none(char)
+        else char
+    )
 
 
 def _is_none(char: str) -> bool:
@@ -93,4 +99,7 @@ def _drawn(char: str, families: tuple[str, ...]) -> str:
 def _has(char: str, families: tuple[str, ...]) -> bool:
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return any(get_font(findfont(FontProperties(family=[family]))).get_char_index(ord(char)) for family in families)
+    return any(
+        get_font(findfont(FontProperties(family=[family]))).get_char_index(ord(char))
+        for family in families
+    )

@@ -64,7 +64,12 @@ class Shield:
     def __enter__(self) -> None:
         self.inside = self.broken = True
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.inside = False
         number, self.asked = self.asked, 0
         if kind is None:
@@ -111,7 +116,9 @@ class Listener:
         value = unraisable.exc_value
         number = number_of(value) if isinstance(value, KeyboardInterrupt) else int(signal.SIGINT)
         self.raised, self._first = max(self.raised - 1, 0), -SAME
-        again = threading.Timer(0.01, signal.pthread_kill, (main, number))  # wakes what waits, as a real one does
+        again = threading.Timer(
+            0.01, signal.pthread_kill, (main, number)
+        )  # wakes what waits, as a real one does
         again.daemon = True
         again.start()
         return True
@@ -120,7 +127,9 @@ class Listener:
 LISTENER = Listener()
 """Of this process, as handlers are."""
 
-_DEFAULT: dict[int, Any] = {n: signal.default_int_handler if n == signal.SIGINT else signal.SIG_DFL for n in SIGNALS}
+_DEFAULT: dict[int, Any] = {
+    n: signal.default_int_handler if n == signal.SIGINT else signal.SIG_DFL for n in SIGNALS
+}
 
 
 @contextmanager
@@ -131,7 +140,15 @@ def listening(most: int | None = None) -> Iterator[Listener]:
         most: exceptions at most; what comes after them is not heard.
     """
     main = threading.current_thread() is threading.main_thread()
-    before = {n: handler for n in SIGNALS if (handler := signal.getsignal(n)) in (_DEFAULT[n], starting.leave)} if main else {}
+    before = (
+        {
+            n: handler
+            for n in SIGNALS
+            if (handler := signal.getsignal(n)) in (_DEFAULT[n], starting.leave)
+        }
+        if main
+        else {}
+    )
     if not before:
         yield LISTENER
         return

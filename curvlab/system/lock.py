@@ -27,14 +27,18 @@ def alone(path: Path) -> Iterator[None]:
     try:
         held = _locked(place, path)
     except OSError as error:
-        raise CurvlabError(f"the folder {path.parent} cannot be written: {error.strerror or error}") from error
+        raise CurvlabError(
+            f"the folder {path.parent} cannot be written: {error.strerror or error}"
+        ) from error
     _held.add(held)
     try:
         yield
     finally:
         _held.discard(held)
         try:
-            place.unlink(missing_ok=True)  # before it is let go of: who waits for it looks whether it is still there
+            place.unlink(
+                missing_ok=True
+            )  # before it is let go of: who waits for it looks whether it is still there
         except OSError:
             pass  # of no one: the next run takes it
         finally:
@@ -49,12 +53,18 @@ def _locked(place: Path, path: Path) -> int:
         try:
             if not _taken(held, path):
                 owner = " ".join(os.pread(held, 500, 0).decode(errors="replace").split())
-                raise CurvlabError(f"another run{owner and f' ({owner})'} writes {path}: wait for it, or choose another folder")
+                raise CurvlabError(
+                    f"another run{owner and f' ({owner})'} writes {path}: wait for it, or choose another folder"
+                )
             ours = _same(place, held)
             if ours:  # else the run before has just removed it
                 since = datetime.now(UTC).isoformat(timespec="seconds")
                 os.truncate(held, 0)
-                os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+                os.pwrite(
+                    held,
+                    f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(),
+                    0,
+                )
                 return held
         except BaseException:
             if ours:
@@ -71,7 +81,9 @@ def _taken(held: int, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        warn(f"the file system of {path.parent} knows no locks: see to it that no two runs write {path}")
+        warn(
+            f"the file system of {path.parent} knows no locks: see to it that no two runs write {path}"
+        )
     return True
 
 

@@ -23,7 +23,9 @@ def given(path: Place, what: str = "path") -> Path:
     try:
         raw = os.fsencode(path)
     except UnicodeEncodeError as error:
-        raise CurvlabError(f"the {what} '{_short(path)}' has a character that no path can have: choose another") from error
+        raise CurvlabError(
+            f"the {what} '{_short(path)}' has a character that no path can have: choose another"
+        ) from error
     longest = max(map(len, raw.split(b"/")))
     reason = ""
     if not raw:
@@ -44,7 +46,9 @@ def expanded(path: Place, what: str) -> Path:
     try:
         return given(path, what).expanduser()
     except RuntimeError as error:
-        raise CurvlabError(f"{what} is '{_short(path)}', and there is no such user: write the folder out") from error
+        raise CurvlabError(
+            f"{what} is '{_short(path)}', and there is no such user: write the folder out"
+        ) from error
 
 
 def check_file(path: Place, what: str, remedy: str = "") -> Path:
@@ -60,7 +64,9 @@ def check_file(path: Place, what: str, remedy: str = "") -> Path:
     return found.resolve() if found.is_symlink() else found
 
 
-def check_folder(path: Place, files: Iterable[str] = (), what: str = "folder", remedy: str = "") -> Path:
+def check_folder(
+    path: Place, files: Iterable[str] = (), what: str = "folder", remedy: str = ""
+) -> Path:
     """Where `files` are to be written into a folder that is there or can be made. Nothing of it is left.
 
     Raises:
@@ -93,7 +99,9 @@ def absent(path: Path) -> list[Path]:
 
 
 @contextmanager
-def made(folder: Place | None, make: Callable[[], Path], fallback: Place = "runs") -> Iterator[Path]:
+def made(
+    folder: Place | None, make: Callable[[], Path], fallback: Place = "runs"
+) -> Iterator[Path]:
     """Around a run into the folder that `make` makes: if the run fails, what was made for it and is empty goes again.
 
     Args:
@@ -127,7 +135,11 @@ def _parent(folder: Path) -> str:
         mode = folder.stat().st_mode
     except FileNotFoundError:
         name = _short(folder)
-        return f"{name} is a symbolic link that leads nowhere" if folder.is_symlink() else f"there is no folder {name}"
+        return (
+            f"{name} is a symbolic link that leads nowhere"
+            if folder.is_symlink()
+            else f"there is no folder {name}"
+        )
     except NotADirectoryError:
         return f"{_short(_file_in(folder))} is a file, no folder"
     except OSError as error:
@@ -160,7 +172,9 @@ def _file_in(path: Path) -> Path:
 
 
 def _unwritable(what: str, path: Path, reason: str, remedy: str) -> CurvlabError:
-    return CurvlabError(f"the {what} {_short(path)} cannot be written: {reason}{f'; {remedy}' if remedy else ''}")
+    return CurvlabError(
+        f"the {what} {_short(path)} cannot be written: {reason}{f'; {remedy}' if remedy else ''}"
+    )
 
 
 def _short(path: Place) -> str:

@@ -6,7 +6,15 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import TimeRemainingColumn as Left
 from rich.text import Text
 
@@ -32,7 +40,15 @@ def progress_bar(console: Console, enabled: bool, period: float = 30.0) -> Progr
     Args:
         period: seconds over which the speed is averaged: several times what one unit of work takes.
     """
-    columns = (_Said(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), Left(), _Said("note"))
+    columns = (
+        _Said(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        Left(),
+        _Said("note"),
+    )
     return Progress(*columns, console=console, disable=not enabled, speed_estimate_period=period)
 
 

@@ -37,7 +37,9 @@ class Chance:
 
 def states(device: torch.device) -> Chance:
     """Of the CPU's generators, and of the device's where that is a GPU."""
-    found = (torch.get_rng_state(),) + ((torch.cuda.get_rng_state(device),) if device.type == "cuda" else ())
+    found = (torch.get_rng_state(),) + (
+        (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
+    )
     return Chance(found, random.getstate(), _numpy_state())
 
 
@@ -68,7 +70,9 @@ def _numpy_drawn(before: dict[str, Any]) -> bool:
     numbers, which are made at once, none was kept for later."""
     now = np.random.mtrand.get_bit_generator()
     if before["bit_generator"] == "MT19937" == type(now).__name__ and not before.get("has_gauss"):
-        words = np.asarray(before["state"]["key"], np.uint32).tobytes() + bytes(ctypes.c_int(before["state"]["pos"]))
+        words = np.asarray(before["state"]["key"], np.uint32).tobytes() + bytes(
+            ctypes.c_int(before["state"]["pos"])
+        )
         return words != ctypes.string_at(now.ctypes.state_address, len(words))
     return bool(_plain(before) != _plain(_numpy_state()))
 

@@ -52,7 +52,9 @@ def guarded(stream: TextIO | None) -> tuple[TextIO, Output] | None:
     """A stream to the same place that does not fail; None where there is no descriptor behind it (a test's, a notebook's)."""
     if stream is None:
         output = Output(None)
-        return io.TextIOWrapper(io.BufferedWriter(output), encoding="utf-8", errors="replace"), output
+        return io.TextIOWrapper(
+            io.BufferedWriter(output), encoding="utf-8", errors="replace"
+        ), output
     try:
         output = Output(stream.fileno())
     except (OSError, ValueError, AttributeError):
@@ -60,7 +62,13 @@ def guarded(stream: TextIO | None) -> tuple[TextIO, Output] | None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     line = getattr(stream, "line_buffering", False)
     through = getattr(stream, "write_through", False)
-    text = io.TextIOWrapper(io.BufferedWriter(output), encoding, errors="replace", line_buffering=line, write_through=through)
+    text = io.TextIOWrapper(
+        io.BufferedWriter(output),
+        encoding,
+        errors="replace",
+        line_buffering=line,
+        write_through=through,
+    )
     return text, output
 
 

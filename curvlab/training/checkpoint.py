@@ -31,12 +31,20 @@ def save(path: Path, state: dict[str, Any]) -> None:
         )
     outer = sys.exception()
     try:
-        rewrite_sealed(path, lambda stream: torch.save({"format": FORMAT} | state, cast(IO[bytes], stream)))
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError too, also in place of what broke it off
+        rewrite_sealed(
+            path, lambda stream: torch.save({"format": FORMAT} | state, cast(IO[bytes], stream))
+        )
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's writer raises RuntimeError too, also in place of what broke it off
         signal = behind(error, outer)
         if signal is not None:
             raise signal from None
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (
+            getattr(error, "strerror", None)
+            or (str(error).splitlines() or [type(error).__name__])[0]
+        )
         raise CurvlabError(f"the checkpoint {path} cannot be written: {reason}") from error
 
 
@@ -47,7 +55,11 @@ def _foreign(value: Any, at: str = "state") -> tuple[str, str] | None:
     elif isinstance(value, list | tuple):
         parts = [(f"{at}[{i}]", v) for i, v in enumerate(value)]
     else:
-        return None if type(value) in _PLAIN or isinstance(value, Tensor) else (at, type(value).__name__)
+        return (
+            None
+            if type(value) in _PLAIN or isinstance(value, Tensor)
+            else (at, type(value).__name__)
+        )
     return next((found for name, part in parts if (found := _foreign(part, name))), None)
 
 
@@ -68,7 +80,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             ) from error
     form = state.get("format") if isinstance(state, dict) else None
     if type(form) is not int or not 1 <= form <= FORMAT:
-        raise CurvlabError(f"{path} is no checkpoint of this version of curvlab: start again in another folder")
+        raise CurvlabError(
+            f"{path} is no checkpoint of this version of curvlab: start again in another folder"
+        )
     if form > 1 and not sealed:
         raise damaged(path)
     return dict(state)

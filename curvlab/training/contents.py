@@ -75,14 +75,33 @@ _KEPT = ("F", "G", "M", "v", "means")
 """Statistics that are None before the first data, and never after …"""
 _EARLY = (*_KEPT, "a", "active", "g", "s", "y", "Lambda", "U", "V")
 """… and others that are None before."""
-_TOGETHER = (("A", "G"), ("s", "y"), ("S", "Y"), ("U", "V"), ("U", "Lambda"), ("g", "a"), ("at", "minibatch"), ("at", "trial"))
+_TOGETHER = (
+    ("A", "G"),
+    ("s", "y"),
+    ("S", "Y"),
+    ("U", "V"),
+    ("U", "Lambda"),
+    ("g", "a"),
+    ("at", "minibatch"),
+    ("at", "trial"),
+)
 """Statistics that both are None, or neither."""
 
 
 def check(state: Mapping[str, Any]) -> None:
     """What can be said without the run. Raises CurvlabError, which says where, for what no run has written."""
     new = state.get("format", 1) > 1
-    parts = ("settings", "budget", "model", "optimizer", "scheduler", "position", "sums", "chance", "log")
+    parts = (
+        "settings",
+        "budget",
+        "model",
+        "optimizer",
+        "scheduler",
+        "position",
+        "sums",
+        "chance",
+        "log",
+    )
     late = ("format", "checkpoint_seconds")
     keys(state, (*parts, *(late if new else ())), "the checkpoint", late)
     for key in parts:
@@ -94,7 +113,11 @@ def check(state: Mapping[str, Any]) -> None:
     for name, value in budget.items():
         must(value, or_none(lambda v: v > 0), f"budget['{name}']")
     must(list(budget.values()), lambda values: any(v is not None for v in values), "budget")
-    must(state.get("checkpoint_seconds", 1.0), lambda value: number(value) and value > 0, "checkpoint_seconds")
+    must(
+        state.get("checkpoint_seconds", 1.0),
+        lambda value: number(value) and value > 0,
+        "checkpoint_seconds",
+    )
     check_named(position, (Position,), "position", whole_of=new)
     for name, value in position.items():
         must(value, lambda v: v >= 0, f"position['{name}']")
@@ -102,7 +125,12 @@ def check(state: Mapping[str, Any]) -> None:
     _check_log(state["log"], new)
 
 
-def check_named(values: Mapping[str, Any], kinds: Iterable[type], where: str = "settings", whole_of: bool = False) -> None:
+def check_named(
+    values: Mapping[str, Any],
+    kinds: Iterable[type],
+    where: str = "settings",
+    whole_of: bool = False,
+) -> None:
     """Raises CurvlabError where a value is not what the field of its name in one of these dataclasses must be."""
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for name, value in values.items():
@@ -142,7 +170,13 @@ def check_fit(
         alike(scheduler.state_dict(), state["scheduler"], "scheduler")
     sums, step = state["sums"], state["position"]["step"]
     shape = (3 + 2 * len(objective.blocks),)
-    must(sums, or_none(lambda value: tensor(value) and value.shape == shape and value.dtype == torch.float64), "sums")
+    must(
+        sums,
+        or_none(
+            lambda value: tensor(value) and value.shape == shape and value.dtype == torch.float64
+        ),
+        "sums",
+    )
     if (sums is None) != (step == 0):
         raise wrong(f"sums over {step} steps are {'absent' if sums is None else 'there'}")
     for name in ("now", "epoch"):
@@ -151,7 +185,11 @@ def check_fit(
     if new:
         keys(log["attributes"], attributes, "log['attributes']", more=tuple(log["attributes"]))
         for name, value in attributes.items():
-            must(log["attributes"][name], text if text(value) else number, f"log['attributes']['{name}']")
+            must(
+                log["attributes"][name],
+                text if text(value) else number,
+                f"log['attributes']['{name}']",
+            )
     for record in (r for records in log["records"].values() for r in records):
         keys(record, variables, "a record of the log", more=() if new else tuple(record))
     if new and state["position"]["steps"]:
@@ -174,16 +212,26 @@ def _check_model(saved: Mapping[str, Any], model: nn.Module) -> None:
 def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, new: bool) -> None:
     own = optimizer.state_dict()
     keys(saved, ("state", "param_groups", "curvlab"), "optimizer")
-    must(saved["state"], lambda value: isinstance(value, Mapping) and not value, "optimizer['state']")
+    must(
+        saved["state"], lambda value: isinstance(value, Mapping) and not value, "optimizer['state']"
+    )
     groups = saved["param_groups"]
-    must(groups, list_of(table_of(lambda value: True), len(own["param_groups"])), "optimizer['param_groups']")
+    must(
+        groups,
+        list_of(table_of(lambda value: True), len(own["param_groups"])),
+        "optimizer['param_groups']",
+    )
     for group, mine in zip(groups, own["param_groups"], strict=True):
         keys(group, mine if new else ("params", "lr"), "a parameter group", more=tuple(mine))
         if not equal(group["params"], mine["params"]):
             raise wrong("a group is of other parameters")
         for name, value in mine.items():
             if name in group and number(value):
-                must(group[name], lambda v: number(v) or (tensor(v) and not v.dim()), f"{name} of a parameter group")
+                must(
+                    group[name],
+                    lambda v: number(v) or (tensor(v) and not v.dim()),
+                    f"{name} of a parameter group",
+                )
         must(group["lr"], lambda v: 0 <= float(v) < math.inf, "lr of a parameter group")
     if new:
         check_options(list(groups))
@@ -192,9 +240,18 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, new: bool) 
     descent, objective = saved["curvlab"]["descent"], saved["curvlab"]["objective"]
     must(objective, table_of(lambda value: True), "the objective's state")
     keys(objective, ("seed", "closures"), "the objective's state")
-    must(objective["seed"], lambda value: equal(value, optimizer.objective.seed), "the objective's seed")
+    must(
+        objective["seed"],
+        lambda value: equal(value, optimizer.objective.seed),
+        "the objective's seed",
+    )
     must(objective["closures"], table_of(whole), "the objective's closures")
-    keys(objective["closures"], optimizer.objective.closures, "the objective's closures", more=tuple(objective["closures"]))
+    keys(
+        objective["closures"],
+        optimizer.objective.closures,
+        "the objective's closures",
+        more=tuple(objective["closures"]),
+    )
     _check_descent(descent, own["curvlab"]["descent"], optimizer.objective.blocks, new)
 
 
@@ -227,7 +284,9 @@ def _check_descent(saved: Any, own: Mapping[str, Any], blocks: Sequence[Block], 
     every = curvature.get("blocks")
     if isinstance(every, Mapping):
         _check_blocks(every, {b.name: b.numel for b in blocks}, bool(curvature.get("ready")))
-    packed = {f"idle['{name}']": p for name, p in curvature.get("idle", {}).items()} | {"inverse": curvature.get("inverse")}
+    packed = {f"idle['{name}']": p for name, p in curvature.get("idle", {}).items()} | {
+        "inverse": curvature.get("inverse")
+    }
     for name, operator in packed.items():
         if operator is not None:
             _try_operator(operator, name)
@@ -245,7 +304,11 @@ def _check_blocks(saved: Mapping[str, Any], numels: Mapping[str, int], ready: bo
         memory = block["memory"]
         if ready and any(memory.get(key, 0) is None for key in _KEPT):
             raise wrong(f"block {name} lacks a statistic")
-        if ready and {"F", "active"} <= set(memory) and not _on(memory["F"], memory["active"], numels[name]):
+        if (
+            ready
+            and {"F", "active"} <= set(memory)
+            and not _on(memory["F"], memory["active"], numels[name])
+        ):
             raise wrong(f"block {name} has a matrix that is not on its active inputs")
         if isinstance(memory.get("S"), Tensor) and len(memory["S"]) != len(memory.get("Y", ())):
             raise wrong(f"block {name} has s and y of different numbers")
@@ -257,7 +320,11 @@ def _on(F: Tensor, active: Tensor | None, numel: int) -> bool:
     """Whether a second moment is in full, or packed on the pairs of these inputs."""
     if active is None:
         return F.shape == (numel, numel)
-    return active.dim() == 1 and active.dtype == torch.int64 and len(active) * (len(active) + 1) // 2 == F.shape[1]
+    return (
+        active.dim() == 1
+        and active.dtype == torch.int64
+        and len(active) * (len(active) + 1) // 2 == F.shape[1]
+    )
 
 
 def _check_statistics(saved: Any, at: str) -> None:
@@ -287,7 +354,9 @@ def _try_operator(packed: Any, what: str) -> None:
     except CurvlabError:
         raise
     except Exception as error:  # whatever wrong shapes and kinds lead to
-        raise wrong(f"{what} does not act on a vector: {' '.join(str(error).split())[:120]}") from error
+        raise wrong(
+            f"{what} does not act on a vector: {' '.join(str(error).split())[:120]}"
+        ) from error
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -319,12 +388,20 @@ def _check_chance(states: Mapping[str, Any], name: str, device: torch.device) ->
 
 
 def _check_log(saved: Mapping[str, Any], new: bool) -> None:
-    keys(saved, ("attributes", "steps", "records", *(["further"] if new else [])), "log", ["further"])
+    keys(
+        saved, ("attributes", "steps", "records", *(["further"] if new else [])), "log", ["further"]
+    )
     must(saved["attributes"], table_of(attribute), "log['attributes']")
     must(saved["attributes"].get("resumed", "[]"), _listed, "log['attributes']['resumed']")
     must(saved["steps"], table_of(list_of(number), whole), "log['steps']")
-    must(saved["records"], table_of(list_of(table_of(list_of(lambda value: True, 2))), whole), "log['records']")
-    if {k: len(v) for k, v in saved["steps"].items()} != {k: len(v) for k, v in saved["records"].items()}:
+    must(
+        saved["records"],
+        table_of(list_of(table_of(list_of(lambda value: True, 2))), whole),
+        "log['records']",
+    )
+    if {k: len(v) for k, v in saved["steps"].items()} != {
+        k: len(v) for k, v in saved["records"].items()
+    }:
         raise wrong("the log has other numbers of steps and of records")
     if not saved["steps"] or not all(saved["steps"].values()):
         raise wrong("the log has no record")
@@ -341,7 +418,11 @@ def _listed(value: Any) -> bool:
 
 def _track(value: Any) -> bool:
     """Along an axis of its own: places, and values as long as they are many."""
-    if not (table_of(lambda part: True)(value) and set(value) == {"places", "values"} and list_of(number)(value["places"])):
+    if not (
+        table_of(lambda part: True)(value)
+        and set(value) == {"places", "values"}
+        and list_of(number)(value["places"])
+    ):
         return False
     size = len(value["places"])
 

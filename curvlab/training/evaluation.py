@@ -49,7 +49,9 @@ def _squared(z: Tensor, y: Tensor) -> Tensor:
 
 WRONG = Measure("fraction of wrong classes", "1", _wrong)
 WRONG_SIGN = Measure("fraction of wrong classes", "1", _wrong_sign)
-SQUARED_SIGMOID = Measure("mean squared error of sigmoid(output)", "1", lambda z, y: _squared(z.sigmoid(), y))
+SQUARED_SIGMOID = Measure(
+    "mean squared error of sigmoid(output)", "1", lambda z, y: _squared(z.sigmoid(), y)
+)
 SQUARED = Measure("mean squared error of the outputs", "1", _squared)
 
 
@@ -91,7 +93,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, was in before.items():  # by its own `train`, which may do more than set the flag
+        for (
+            module,
+            was,
+        ) in before.items():  # by its own `train`, which may do more than set the flag
             if module.training != was:
                 module.train(was)
         for module, was in before.items():
@@ -141,7 +146,12 @@ def chunks(data: Data, size: int, most: int | None = None) -> Iterator[tuple[Ten
 
 
 def evaluate(
-    objective: Objective, data: Data, *, error: Measure | None = None, size: int = 1000, most: int | None = None
+    objective: Objective,
+    data: Data,
+    *,
+    error: Measure | None = None,
+    size: int = 1000,
+    most: int | None = None,
 ) -> tuple[float, float]:
     """Mean loss and mean error (NaN without one) over the examples, added up in float64; read from the device once.
 
@@ -152,7 +162,9 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=objective.device)
     with evaluating(objective.model), random_state.kept(objective.device), torch.no_grad():
         for x, y in chunks(data, size, most):
-            closure = Closure(objective, x, y, 0)  # no closure of the objective's own: its labels stay as they are
+            closure = Closure(
+                objective, x, y, 0
+            )  # no closure of the objective's own: its labels stay as they are
             z, losses = closure.outputs()
             sums[0] += losses.double().sum()
             if error is not None:

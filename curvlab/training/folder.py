@@ -73,7 +73,9 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise CurvlabError(f"the folder {folder} cannot be written: {error.strerror}") from error
+            raise CurvlabError(
+                f"the folder {folder} cannot be written: {error.strerror}"
+            ) from error
         return folder
 
     with paths.made(folder, make), alone(folder / "run.h5"):
@@ -82,5 +84,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
         elif not resume:
             for name in ("run.h5", checkpoint.FILE):
                 if (folder / name).exists():
-                    raise CurvlabError(f"{folder} already holds a {name}: choose another folder, or go on with resume")
+                    raise CurvlabError(
+                        f"{folder} already holds a {name}: choose another folder, or go on with resume"
+                    )
         yield

@@ -45,12 +45,16 @@ def or_none(test: Test) -> Test:
 
 def list_of(test: Test, length: int | None = None) -> Test:
     """Return the test of a list or tuple, of this length if one is given, by its items."""
-    return lambda value: isinstance(value, list | tuple) and length in (None, len(value)) and all(map(test, value))
+    return lambda value: (
+        isinstance(value, list | tuple) and length in (None, len(value)) and all(map(test, value))
+    )
 
 
 def table_of(test: Test, key: Test = text) -> Test:
     """Return the test of a mapping by its keys and its values."""
-    return lambda value: isinstance(value, Mapping) and all(map(key, value)) and all(map(test, value.values()))
+    return lambda value: (
+        isinstance(value, Mapping) and all(map(key, value)) and all(map(test, value.values()))
+    )
 
 
 def nest(value: Any) -> bool:
@@ -70,7 +74,13 @@ def attribute(value: Any) -> bool:
 
 def plain(value: Any) -> bool:
     """What settings are made of."""
-    return value is None or attribute(value) or flag(value) or list_of(plain)(value) or table_of(plain)(value)
+    return (
+        value is None
+        or attribute(value)
+        or flag(value)
+        or list_of(plain)(value)
+        or table_of(plain)(value)
+    )
 
 
 def numbers(depth: int) -> Test:
@@ -86,7 +96,11 @@ def like(value: Any, own: Tensor) -> bool:
 def equal(one: Any, two: Any) -> bool:
     """Whether two nested values are equal; numbers must be of one type, devices may differ."""
     if isinstance(one, Mapping):
-        return isinstance(two, Mapping) and one.keys() == two.keys() and all(equal(v, two[k]) for k, v in one.items())
+        return (
+            isinstance(two, Mapping)
+            and one.keys() == two.keys()
+            and all(equal(v, two[k]) for k, v in one.items())
+        )
     if isinstance(one, list | tuple):
         return isinstance(two, list | tuple) and len(one) == len(two) and all(map(equal, one, two))
     if isinstance(one, Tensor):
@@ -94,7 +108,9 @@ def equal(one: Any, two: Any) -> bool:
     return type(one) is type(two) and one == two
 
 
-def keys(found: Mapping[Any, Any], wanted: Iterable[Any], where: str, more: Iterable[Any] = ()) -> None:
+def keys(
+    found: Mapping[Any, Any], wanted: Iterable[Any], where: str, more: Iterable[Any] = ()
+) -> None:
     """Raises CurvlabError where a key is missing, or is neither wanted nor one of `more`."""
     wanted, more = list(wanted), list(more)
     missing = [key for key in wanted if key not in found]
@@ -123,7 +139,9 @@ def _said(value: Any) -> str:
 
 def wrong(what: str) -> CurvlabError:
     """Return the error for a checkpoint that holds something else; `what` says what."""
-    return CurvlabError(f"the checkpoint does not hold what a run does: {what}; start again in another folder")
+    return CurvlabError(
+        f"the checkpoint does not hold what a run does: {what}; start again in another folder"
+    )
 
 
 def alike(own: Any, saved: Any, at: str) -> None:

@@ -70,19 +70,36 @@ class Training:
     ) -> None:
         settings.check()
         budget.check()
-        self.objective, self.batches, self.settings, self.budget = objective, batches, settings, budget
-        self.examples, self.validation, self.error = evaluated.examples, evaluated.validation, evaluated.error
+        self.objective, self.batches, self.settings, self.budget = (
+            objective,
+            batches,
+            settings,
+            budget,
+        )
+        self.examples, self.validation, self.error = (
+            evaluated.examples,
+            evaluated.validation,
+            evaluated.error,
+        )
         self.warm, self.size = warm, evaluated.size
         self.place = place
-        self.per_epoch = batches.per_epoch if isinstance(batches, datasets.Batches) else length(batches)
+        self.per_epoch = (
+            batches.per_epoch if isinstance(batches, datasets.Batches) else length(batches)
+        )
         self.optimizer = settings.optimizer(objective)
         self.scheduler = settings.scheduler(self.optimizer, budget, self.per_epoch)
         self.meter, self.clock = Meter(objective), clock_of(objective.device)
-        self.sampler = Sampler(objective, self.optimizer, settings.algorithm, probes or {}, self.clock)
+        self.sampler = Sampler(
+            objective, self.optimizer, settings.algorithm, probes or {}, self.clock
+        )
         self.optimizer.watch = self._watch
         self.at, self.shield = Position(), Shield()
         self.last: Batch | None = None
-        self.must_match = settings.plain() | dict(must_match) | ({"epochs": budget.epochs} if settings.spans() else {})
+        self.must_match = (
+            settings.plain()
+            | dict(must_match)
+            | ({"epochs": budget.epochs} if settings.spans() else {})
+        )
         self.must_match |= {"probes": dict(self.sampler.every)} if self.sampler.every else {}
         group = self.optimizer.param_groups[0]
         attributes = {
@@ -93,7 +110,14 @@ class Training:
             "lr": float(group["lr"]),
             "damping": float(group["damping"]),
         }
-        self.log = open_log(objective, self.error, attributes | dict(about), place.log, settings.algorithm, self.sampler.every)
+        self.log = open_log(
+            objective,
+            self.error,
+            attributes | dict(about),
+            place.log,
+            settings.algorithm,
+            self.sampler.every,
+        )
         self.stopped = ""
         self.good = (0, 0)  # epoch and step of the last good state
         self._good_model: dict[str, Tensor] = {}  # kept only where there is no folder
@@ -140,7 +164,9 @@ class Training:
                     self._keep()
                 raise
             except (Exception, SystemExit):  # also of the user's own code
-                fruitless = fresh and not self.at.steps  # what was asked for cannot be: no run to go on with
+                fruitless = (
+                    fresh and not self.at.steps
+                )  # what was asked for cannot be: no run to go on with
                 raise
             finally:
                 self._pause()
@@ -173,7 +199,12 @@ class Training:
         number: float = self.at.epoch + 1
         if not whole and self.per_epoch:
             number = self.at.epoch + self.at.step / self.per_epoch
-        evaluated = not whole or number % self.settings.evaluate_every == 0 or number == self.budget.epochs or self._spent()
+        evaluated = (
+            not whole
+            or number % self.settings.evaluate_every == 0
+            or number == self.budget.epochs
+            or self._spent()
+        )
         evaluated |= self.settings.schedule_every == "epoch" and self._scheduled(1)
         scores = self._evaluate() if evaluated else self._glance()
         if not whole:
@@ -236,7 +267,9 @@ class Training:
         try:
             self.scheduler.step(*([] if loss is None else [loss]))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise CurvlabError(f"the schedule failed after {self.at.steps} steps: {' '.join(str(error).split())}") from error
+            raise CurvlabError(
+                f"the schedule failed after {self.at.steps} steps: {' '.join(str(error).split())}"
+            ) from error
 
     def _minibatches(self) -> Iterator[Batch]:
         """Of this epoch, from where it stands."""
@@ -248,19 +281,25 @@ class Training:
             self.chance_of_epoch = random_state.states(device)
             yield from self.batches
             return
-        with random_state.replayed(self.chance_of_epoch, device):  # loaders shuffle by a global generator: as it did
+        with random_state.replayed(
+            self.chance_of_epoch, device
+        ):  # loaders shuffle by a global generator: as it did
             rest = iter(self.batches)
             for _ in itertools.islice(rest, at.step):
                 pass
         yield from rest
 
     def _over(self) -> bool:
-        return (self.budget.epochs is not None and self.at.epoch >= self.budget.epochs) or self._spent()
+        return (
+            self.budget.epochs is not None and self.at.epoch >= self.budget.epochs
+        ) or self._spent()
 
     def _spent(self) -> bool:
         """Whether the steps or the seconds are, or the schedule is at its end; read without waiting for the device."""
         steps, seconds = self.budget.steps, self.budget.seconds
-        spent = (steps is not None and self.at.steps >= steps) or (seconds is not None and self._gone >= seconds)
+        spent = (steps is not None and self.at.steps >= steps) or (
+            seconds is not None and self._gone >= seconds
+        )
         return spent or self._scheduled(0)
 
     def _scheduled(self, turns: int) -> bool:
@@ -271,7 +310,9 @@ class Training:
     def _say_end(self) -> None:
         """Where the schedule ended the run, and nothing else."""
         epochs, steps = self.budget.epochs, self.budget.steps
-        asked = (epochs is not None and self.at.epoch >= epochs) or (steps is not None and self.at.steps >= steps)
+        asked = (epochs is not None and self.at.epoch >= epochs) or (
+            steps is not None and self.at.steps >= steps
+        )
         if self._scheduled(0) and not asked:
             warn(
                 f"the run ends with its schedule, which has {end(self.scheduler)} steps, after {self.at.steps} steps of "
@@ -281,7 +322,9 @@ class Training:
     @property
     def _gone(self) -> float:
         """Seconds of training so far."""
-        return self.at.wall + (0.0 if self._since is None else time.perf_counter() - self._since[0] - self.sampler.wall)
+        return self.at.wall + (
+            0.0 if self._since is None else time.perf_counter() - self._since[0] - self.sampler.wall
+        )
 
     # ---- time
 
@@ -305,13 +348,23 @@ class Training:
         scores: dict[str, float] = {}
         for name, data in (("train", self.examples), ("val", self.validation)):
             if data is not None:
-                found = evaluate(self.objective, data, error=self.error, size=self.size, most=most if name == "train" else None)
+                found = evaluate(
+                    self.objective,
+                    data,
+                    error=self.error,
+                    size=self.size,
+                    most=most if name == "train" else None,
+                )
                 scores |= dict(zip((f"{name}_loss", f"{name}_error"), found, strict=True))
         self.at.evaluation += self.clock() - start
         if not math.isfinite(scores["train_loss"]):
-            raise Diverged(f"the training loss is {scores['train_loss']:g}: lower the learning rate or raise the damping")
+            raise Diverged(
+                f"the training loss is {scores['train_loss']:g}: lower the learning rate or raise the damping"
+            )
         if not math.isfinite(scores.get("val_loss", 0.0)):
-            self.objective.say(f"the validation loss is {scores['val_loss']:g}, while that of training is finite")
+            self.objective.say(
+                f"the validation loss is {scores['val_loss']:g}, while that of training is finite"
+            )
         return scores if self.error else {k: v for k, v in scores.items() if k.endswith("loss")}
 
     def _glance(self) -> dict[str, float]:
@@ -319,7 +372,11 @@ class Training:
         if not self._sound():
             raise Diverged("the loss is not finite: lower the learning rate or raise the damping")
         kinds = ("loss", "error") if self.error else ("loss",)
-        return {f"{part}_{k}": math.nan for part in ("train", "val")[: 1 + (self.validation is not None)] for k in kinds}
+        return {
+            f"{part}_{k}": math.nan
+            for part in ("train", "val")[: 1 + (self.validation is not None)]
+            for k in kinds
+        }
 
     def _sound(self) -> bool:
         """Whether every step's numbers were finite, and the last minibatch has a finite loss after the step too."""
@@ -331,7 +388,9 @@ class Training:
         group = self.optimizer.param_groups[0]
         descent = self.optimizer.descent
         descent.say_left_out()
-        record = self.meter.record(scores, float(group["lr"]), float(group["damping"]), self.at, descent.left_out)
+        record = self.meter.record(
+            scores, float(group["lr"]), float(group["damping"]), self.at, descent.left_out
+        )
         self.sampler.flush(self.log)
         return {**record, **self.sampler.of_epoch(self.log, self.at.steps - self.at.step)}
 
@@ -367,9 +426,11 @@ class Training:
         """The numbers left the finite range: back to the last good state, and the log says why."""
         at, (epoch, step) = self.at, self.good
         where = f"{step} steps into epoch {epoch + 1}" if step else f"epoch {epoch}"
-        self.stopped = (
-            f"diverged in epoch {at.epoch + 1} after {at.step} steps: {reason}; the last good state, kept, is {where}"
+        self.stopped = f"diverged in epoch {at.epoch + 1} after {at.step} steps: {reason}; the last good state, kept, is {where}"
+        kept = (
+            self._good_model
+            if self.place.folder is None
+            else self.place.load(self.objective.device)["model"]
         )
-        kept = self._good_model if self.place.folder is None else self.place.load(self.objective.device)["model"]
         self.objective.model.load_state_dict(kept)
         self.log.attributes["stopped"] = self.stopped

@@ -17,7 +17,18 @@ from curvlab.logs.log import Record as LogRecord
 from curvlab.objective import Objective
 from curvlab.observation import Observation
 from curvlab.optim import Optimizer
-from curvlab.probes.base import PROBES, Frame, Moment, Sample, axis, begin_step, check_probes, empty, on_host, sample
+from curvlab.probes.base import (
+    PROBES,
+    Frame,
+    Moment,
+    Sample,
+    axis,
+    begin_step,
+    check_probes,
+    empty,
+    on_host,
+    sample,
+)
 
 ALWAYS = ("shift",)
 """Taken by every run in which there is something to see."""
@@ -47,7 +58,12 @@ class Sampler:
         check_probes(list(wanted), {algorithm: curvature})
         always = {name: None for name in ALWAYS if PROBES[name].fits(curvature)}
         self.every = {n: every or PROBES[n].every for n, every in {**always, **wanted}.items()}
-        self.objective, self.optimizer, self.algorithm, self.clock = objective, optimizer, algorithm, clock
+        self.objective, self.optimizer, self.algorithm, self.clock = (
+            objective,
+            optimizer,
+            algorithm,
+            clock,
+        )
         self.wall = self.cpu = 0.0  # seconds spent since `spent` was last called
         self.due: list[str] = []
         self._step = 0
@@ -65,7 +81,14 @@ class Sampler:
     def _before(self, observation: Observation, direction: dict[str, Tensor]) -> None:
         lr = float(self.optimizer.param_groups[0]["lr"])
         curvatures = {self.algorithm: self.optimizer.descent.curvature}
-        self._frame = Frame(self._step, observation, {self.algorithm: direction}, self.algorithm, lr, curvatures=curvatures)
+        self._frame = Frame(
+            self._step,
+            observation,
+            {self.algorithm: direction},
+            self.algorithm,
+            lr,
+            curvatures=curvatures,
+        )
         self._take(self._frame, "before")
 
     def after(self) -> None:
@@ -90,12 +113,20 @@ class Sampler:
         """What is pending, from the device into the log."""
         pending, self._pending = self._pending, {}
         for name, taken in pending.items():
-            values = {v: (spec.dims, _stacked([found[v] for _, found in taken])) for v, spec in PROBES[name].variables.items()}
+            values = {
+                v: (spec.dims, _stacked([found[v] for _, found in taken]))
+                for v, spec in PROBES[name].variables.items()
+            }
             log.extend(axis(name), [step for step, _ in taken], values)
 
     def names(self) -> list[str]:
         """The variables of `of_epoch`."""
-        return [name for probe in self.every if PROBES[probe].reduce is not None for name in PROBES[probe].epoch]
+        return [
+            name
+            for probe in self.every
+            if PROBES[probe].reduce is not None
+            for name in PROBES[probe].epoch
+        ]
 
     def tracks(self) -> dict[str, list[str]]:
         """{axis: variables} of `flush`, from the first step on."""

@@ -55,7 +55,11 @@ def open_log(
     names = list(probes or {})
     variables = {"epoch": {"long_name": "epochs of training", "units": "1"}}
     for name, (_, long_name, units) in VARIABLES.items():
-        said = long_name.replace("error", error.name, 1) if error and name.endswith("_error") else long_name
+        said = (
+            long_name.replace("error", error.name, 1)
+            if error and name.endswith("_error")
+            else long_name
+        )
         variables[name] = {"long_name": said, "units": units}
     variables |= taken(names)
     own = {
@@ -85,20 +89,34 @@ class Meter:
         self.sums: Tensor | None = None
 
     def __call__(self, observation: Observation, moved: dict[str, Tensor]) -> None:
-        norms = [torch.stack(torch._foreach_norm([d[b] for b in self.blocks])) for d in (observation.gradients, moved)]
+        norms = [
+            torch.stack(torch._foreach_norm([d[b] for b in self.blocks]))
+            for d in (observation.gradients, moved)
+        ]
         row = torch.cat([observation.loss[None], *(n.norm()[None] for n in norms), *norms]).double()
         self.sums = row if self.sums is None else self.sums + row
 
     @staticmethod
     def names(error: Measure | None, validated: bool) -> list[str]:
         """The variables of `record`, in a run with such an error, and with validation examples or without."""
-        absent = ([] if validated else ["val_loss", "val_error"]) + ([] if error else ["train_error", "val_error"])
+        absent = ([] if validated else ["val_loss", "val_error"]) + (
+            [] if error else ["train_error", "val_error"]
+        )
         return [name for name in VARIABLES if name not in absent]
 
-    def record(self, scores: Mapping[str, float], lr: float, damping: float, at: Position, left_out: int = 0) -> Record:
+    def record(
+        self,
+        scores: Mapping[str, float],
+        lr: float,
+        damping: float,
+        at: Position,
+        left_out: int = 0,
+    ) -> Record:
         """Of the epoch that `at` stands in or at the end of; means are NaN before the first step."""
         n = len(self.blocks)
-        means = np.full(3 + 2 * n, np.nan) if self.sums is None else self.sums.cpu().numpy() / at.step
+        means = (
+            np.full(3 + 2 * n, np.nan) if self.sums is None else self.sums.cpu().numpy() / at.step
+        )
         values: dict[str, Any] = dict(scores) | {
             "batch_loss": means[0],
             "gradient_norm": means[1],
@@ -115,4 +133,8 @@ class Meter:
             "warm_start_seconds": at.warm,
             "probe_seconds": at.probes,
         }
-        return {name: (VARIABLES[name][0], np.asarray(values[name])) for name in VARIABLES if name in values}
+        return {
+            name: (VARIABLES[name][0], np.asarray(values[name]))
+            for name in VARIABLES
+            if name in values
+        }

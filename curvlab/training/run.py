@@ -149,13 +149,22 @@ def train(
     fitting("resume", resume, bool)
     if epochs is None and steps is None and seconds is None:
         epochs = batches.epochs if isinstance(batches, datasets.Batches) else 1
-    place = None if folder is None else paths.check_folder(folder, ("run.h5", checkpoint.FILE), remedy="choose another")
+    place = (
+        None
+        if folder is None
+        else paths.check_folder(folder, ("run.h5", checkpoint.FILE), remedy="choose another")
+    )
     model, data = type(objective.model).__name__, type(batches).__name__
     about: dict[str, Any] = {"model": model}
     if isinstance(batches, datasets.Batches):
         data = f"{batches.data.name}, batches of {batches.size}, seed {batches.seed}"
         about |= {"batch_size": batches.size, "data_description": batches.data.description}
-    call = {"function": "curvlab.train", "batches": data, "folder": folder and str(folder), "resume": resume}
+    call = {
+        "function": "curvlab.train",
+        "batches": data,
+        "folder": folder and str(folder),
+        "resume": resume,
+    }
     about |= {"data": data, "call": call}
     shapes = {name: list(p.shape) for name, p in objective.parameters.items()}
     must_match = {"model": model, "data": data, "parameters": shapes, "seed": objective.seed}
@@ -166,14 +175,27 @@ def train(
     console = Console(stderr=True)
     with derivatives():
         training = _training(
-            objective, batches, validation, settings, Budget(epochs, steps, seconds), around, about, must_match, place
+            objective,
+            batches,
+            validation,
+            settings,
+            Budget(epochs, steps, seconds),
+            around,
+            about,
+            must_match,
+            place,
         )
         if resume and place is None:
             raise CurvlabError("resume needs a folder")
         with nullcontext() if place is None else claimed(place, resume):
             if resume and place is not None and not stepless(place):
                 training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
-            run = _run(training, console, console.is_terminal if progress is None else progress, lambda line: None)
+            run = _run(
+                training,
+                console,
+                console.is_terminal if progress is None else progress,
+                lambda line: None,
+            )
     if run.stopped:
         warnings.warn(run.stopped, CurvlabWarning, stacklevel=2)
     return run
@@ -192,8 +214,15 @@ def _training(
 ) -> Training:
     """What is left open is filled in. Nothing is written."""
     if isinstance(batches, Iterator):
-        raise CurvlabError("the minibatches can be gone through only once: give a list, a DataLoader or Dataset.batches(…)")
-    real("the seconds between checkpoints", around.checkpoint_seconds, "above 0, and finite", lambda v: v > 0)
+        raise CurvlabError(
+            "the minibatches can be gone through only once: give a list, a DataLoader or Dataset.batches(…)"
+        )
+    real(
+        "the seconds between checkpoints",
+        around.checkpoint_seconds,
+        "above 0, and finite",
+        lambda v: v > 0,
+    )
     examples: Data = batches.data if isinstance(batches, datasets.Batches) else batches
     warm, error, probes = around.warm, around.error, around.probes
     assert isinstance(probes, Mapping)
@@ -206,7 +235,9 @@ def _training(
     if first is None:
         raise CurvlabError("there are no minibatches to train on")
     with evaluating(objective.model), random_state.kept(objective.device):
-        z, _ = Closure(objective, *first, 0).outputs()  # what does not fit is found before anything is written
+        z, _ = Closure(
+            objective, *first, 0
+        ).outputs()  # what does not fit is found before anything is written
     error = measure_of(objective.likelihood, z[0].numel()) if error is None else error
     size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
     return Training(
@@ -272,7 +303,9 @@ def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     return kept | dict(given)
 
 
-def prepare(named: NamedTraining, call: Mapping[str, Any], state: dict[str, Any] | None = None) -> Training:
+def prepare(
+    named: NamedTraining, call: Mapping[str, Any], state: dict[str, Any] | None = None
+) -> Training:
     """Checked, built and loaded, and set to the state of a checkpoint; nothing is written, and nothing will be
     before `Training.into`.
 
@@ -299,7 +332,17 @@ def prepare(named: NamedTraining, call: Mapping[str, Any], state: dict[str, Any]
         checkpoint_seconds=named.checkpoint_seconds,
         probes=named.probes,
     )
-    training = _training(objective, batches, test_part, named.settings, named.budget, around, about, named.must_match(), None)
+    training = _training(
+        objective,
+        batches,
+        test_part,
+        named.settings,
+        named.budget,
+        around,
+        about,
+        named.must_match(),
+        None,
+    )
     if state is not None:
         training.load_state_dict(state)
     return training

@@ -55,7 +55,9 @@ def _constant(optimizer: Optimizer) -> LRScheduler:
 
 def _step(optimizer: Optimizer, every: int = 60, factor: float = 0.1) -> LRScheduler:
     if every < 1 or factor <= 0:
-        raise CurvlabError(f"every must be at least 1 and factor above 0, not {every} and {factor:g}")
+        raise CurvlabError(
+            f"every must be at least 1 and factor above 0, not {every} and {factor:g}"
+        )
     return lr_scheduler.StepLR(optimizer, every, factor)
 
 
@@ -66,15 +68,29 @@ def _cosine(optimizer: Optimizer, epochs: int, least: float = 0.0) -> LRSchedule
 
 
 SCHEDULES: dict[str, Schedule] = {
-    "constant": Schedule("the learning rate as given", "thesis 2.8, 3.7.1, 4.7.1: autoencoders", _constant),
-    "step": Schedule("times `factor` every so many epochs", "thesis 3.7.1, 4.7.1: 0.1 every 60 epochs, second order 50", _step),
-    "cosine": Schedule("half a cosine down to `least` over all epochs", "Loshchilov and Hutter 2017", _cosine, spans=True),
+    "constant": Schedule(
+        "the learning rate as given", "thesis 2.8, 3.7.1, 4.7.1: autoencoders", _constant
+    ),
+    "step": Schedule(
+        "times `factor` every so many epochs",
+        "thesis 3.7.1, 4.7.1: 0.1 every 60 epochs, second order 50",
+        _step,
+    ),
+    "cosine": Schedule(
+        "half a cosine down to `least` over all epochs",
+        "Loshchilov and Hutter 2017",
+        _cosine,
+        spans=True,
+    ),
 }
 
 _OF_TORCH = {
     name: kind
     for name, kind in vars(lr_scheduler).items()
-    if inspect.isclass(kind) and issubclass(kind, LRScheduler) and kind is not LRScheduler and not name.startswith("_")
+    if inspect.isclass(kind)
+    and issubclass(kind, LRScheduler)
+    and kind is not LRScheduler
+    and not name.startswith("_")
 }
 
 
@@ -100,7 +116,18 @@ class _Still(Optimizer):
 
 
 _WHOLE = {"patience": 0, "cooldown": 0, "total_iters": 0} | dict.fromkeys(
-    ("step_size", "T_max", "T_0", "T_mult", "step_size_up", "step_size_down", "total_steps", "epochs", "steps_per_epoch"), 1
+    (
+        "step_size",
+        "T_max",
+        "T_0",
+        "T_mult",
+        "step_size_up",
+        "step_size_down",
+        "total_steps",
+        "epochs",
+        "steps_per_epoch",
+    ),
+    1,
 )
 """{option of torch's: the least whole number that it takes}"""
 
@@ -109,7 +136,10 @@ _POSITIVE: _Range = ("0 or positive", lambda v: v >= 0)
 _ABOVE: _Range = ("above 0", lambda v: v > 0)
 _BELOW_1: _Range = ("at least 0 and below 1", lambda v: 0 <= v < 1)
 _REAL: dict[str, _Range] = (
-    dict.fromkeys(("gamma", "factor", "power", "eta_min", "min_lr", "eps", "threshold", "base_lr", "max_lr"), _POSITIVE)
+    dict.fromkeys(
+        ("gamma", "factor", "power", "eta_min", "min_lr", "eps", "threshold", "base_lr", "max_lr"),
+        _POSITIVE,
+    )
     | dict.fromkeys(("start_factor", "end_factor", "div_factor", "final_div_factor"), _ABOVE)
     | dict.fromkeys(("base_momentum", "max_momentum"), _BELOW_1)
     | {"pct_start": ("between 0 and 1", lambda v: 0 <= v <= 1)}
@@ -126,7 +156,9 @@ TRIAL = 1000
 """Steps of the trial at most."""
 
 
-def maker(name: str, epochs: int | None, options: Mapping[str, Any], turns: int | None = None) -> Make:
+def maker(
+    name: str, epochs: int | None, options: Mapping[str, Any], turns: int | None = None
+) -> Make:
     """Optimizer → scheduler. The one place where a schedule is made of its options: they are checked, and it is tried out.
 
     Args:
@@ -153,7 +185,9 @@ def maker(name: str, epochs: int | None, options: Mapping[str, Any], turns: int 
         raise CurvlabError(f"schedule '{name}' is laid out over all epochs: say how many (epochs)")
     missing = [option for option in schedule.required if option not in options]
     if missing:
-        raise CurvlabError(f"schedule '{name}': {', '.join(missing)} must be given: it has {', '.join(schedule.options)}")
+        raise CurvlabError(
+            f"schedule '{name}': {', '.join(missing)} must be given: it has {', '.join(schedule.options)}"
+        )
     given = {option: _fitted(schedule, name, option, value) for option, value in options.items()}
     given |= {"epochs": epochs} if schedule.spans else {}
 
@@ -202,7 +236,9 @@ def _hint(make: Any, parameter: inspect.Parameter) -> Any:
             return get_type_hints(alone, vars(sys.modules[make.__module__]))["it"]
     except (NameError, TypeError):  # of a name that torch imports for type checkers alone
         pass
-    return type(parameter.default) if isinstance(parameter.default, bool | int | float | str) else Any
+    return (
+        type(parameter.default) if isinstance(parameter.default, bool | int | float | str) else Any
+    )
 
 
 def _try(make: Make, name: str, turns: int | None) -> None:
@@ -211,7 +247,9 @@ def _try(make: Make, name: str, turns: int | None) -> None:
     scheduler = make(trial)
     last = end(scheduler)
     if last is not None and turns is not None and turns > last:
-        raise CurvlabError(f"it ends after {last} steps, and the run takes {turns}: give a longer schedule or a shorter run")
+        raise CurvlabError(
+            f"it ends after {last} steps, and the run takes {turns}: give a longer schedule or a shorter run"
+        )
     trial.step()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -222,4 +260,6 @@ def _try(make: Make, name: str, turns: int | None) -> None:
                 scheduler.step()
             lr, momentum = (float(trial.param_groups[0][key]) for key in ("lr", "momentum"))
             if not (0 <= lr < math.inf and 0 <= momentum < 1):
-                raise CurvlabError(f"it leads to the learning rate {lr:g} at the momentum {momentum:g}: choose other options")
+                raise CurvlabError(
+                    f"it leads to the learning rate {lr:g} at the momentum {momentum:g}: choose other options"
+                )

@@ -24,7 +24,9 @@ def check_same(kept: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     differing = [k for k in {**kept, **mine} if kept.get(k) != mine.get(k)]
     if differing:
         said = ", ".join(f"{k} {kept.get(k)}, not {mine.get(k)}" for k in differing)
-        raise CurvlabError(f"the checkpoint is of other settings ({said}): give the same, or start again in another folder")
+        raise CurvlabError(
+            f"the checkpoint is of other settings ({said}): give the same, or start again in another folder"
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class Settings:
         check_labels(self.labels)
         fitting("double_grad", self.double_grad, bool)
         if not isinstance(self.schedule_options, Mapping):
-            raise CurvlabError(f"schedule_options must be {{name: value}}, not {shown(self.schedule_options)}")
+            raise CurvlabError(
+                f"schedule_options must be {{name: value}}, not {shown(self.schedule_options)}"
+            )
         if self.schedule_every not in get_args(Every):
             raise unknown("schedule_every", self.schedule_every, get_args(Every))
         for name in ("update_every", "refresh_every", "evaluate_every", "evaluate_samples"):
@@ -79,19 +83,35 @@ class Settings:
         except (TypeError, AttributeError) as error:
             if not self.own:
                 raise
-            raise CurvlabError(f"options of {self.algorithm} ({dict(self.own)}): {' '.join(str(error).split())}") from error
+            raise CurvlabError(
+                f"options of {self.algorithm} ({dict(self.own)}): {' '.join(str(error).split())}"
+            ) from error
 
-    def scheduler(self, stepper: Optimizer, budget: Budget, per_epoch: int | None = None) -> LRScheduler:
+    def scheduler(
+        self, stepper: Optimizer, budget: Budget, per_epoch: int | None = None
+    ) -> LRScheduler:
         """Raises CurvlabError for a schedule that does not fit, or that ends before the run of so many minibatches an epoch."""
         if isinstance(self.schedule, str):
-            turns = budget.most_steps(per_epoch) if self.schedule_every == "step" else budget.most_epochs(per_epoch)
-            made = schedules.maker(self.schedule, budget.epochs, self.schedule_options, turns)(stepper)
+            turns = (
+                budget.most_steps(per_epoch)
+                if self.schedule_every == "step"
+                else budget.most_epochs(per_epoch)
+            )
+            made = schedules.maker(self.schedule, budget.epochs, self.schedule_options, turns)(
+                stepper
+            )
         else:
             made = self.schedule(stepper)
-        if not (callable(getattr(made, "step", None)) and callable(getattr(made, "state_dict", None))):
-            raise CurvlabError(f"the schedule's function must return a scheduler of the optimizer, not {type(made).__name__}")
+        if not (
+            callable(getattr(made, "step", None)) and callable(getattr(made, "state_dict", None))
+        ):
+            raise CurvlabError(
+                f"the schedule's function must return a scheduler of the optimizer, not {type(made).__name__}"
+            )
         if self.schedule_every == "step" and isinstance(made, ReduceLROnPlateau):
-            raise CurvlabError("ReduceLROnPlateau reads the loss, which is evaluated once an epoch: use schedule_every='epoch'")
+            raise CurvlabError(
+                "ReduceLROnPlateau reads the loss, which is evaluated once an epoch: use schedule_every='epoch'"
+            )
         return made
 
     def spans(self) -> bool:
@@ -101,9 +121,24 @@ class Settings:
     def plain(self) -> dict[str, Any]:
         """As numbers, strings and dictionaries, the document's values in the place of None."""
         table = ALGORITHMS[self.algorithm]
-        known: dict[str, Any] = {"own": dict(self.own), "schedule_options": dict(self.schedule_options)}
-        known["schedule"] = self.schedule if isinstance(self.schedule, str) else getattr(self.schedule, "__qualname__", "own")
-        for name in ("lr", "damping", "momentum", "momentum_kind", "decay", "labels", "refresh_every"):
+        known: dict[str, Any] = {
+            "own": dict(self.own),
+            "schedule_options": dict(self.schedule_options),
+        }
+        known["schedule"] = (
+            self.schedule
+            if isinstance(self.schedule, str)
+            else getattr(self.schedule, "__qualname__", "own")
+        )
+        for name in (
+            "lr",
+            "damping",
+            "momentum",
+            "momentum_kind",
+            "decay",
+            "labels",
+            "refresh_every",
+        ):
             value = getattr(self, name)
             known[name] = getattr(table, name) if value is None else value
         return asdict(replace(self, **known))
@@ -130,12 +165,18 @@ class Budget:
 
     def most_steps(self, per_epoch: int | None) -> int | None:
         """Steps after which it ends at the latest; None where that is not known."""
-        known = (self.steps, self.epochs * per_epoch if self.epochs is not None and per_epoch is not None else None)
+        known = (
+            self.steps,
+            self.epochs * per_epoch if self.epochs is not None and per_epoch is not None else None,
+        )
         return min((n for n in known if n is not None), default=None)
 
     def most_epochs(self, per_epoch: int | None) -> int | None:
         """Epochs that are begun at most; None where that is not known."""
-        known = (self.epochs, -(-self.steps // per_epoch) if self.steps is not None and per_epoch else None)
+        known = (
+            self.epochs,
+            -(-self.steps // per_epoch) if self.steps is not None and per_epoch else None,
+        )
         return min((n for n in known if n is not None), default=None)
 
 

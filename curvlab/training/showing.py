@@ -19,7 +19,9 @@ class Showing:
         per_epoch: minibatches of an epoch, where that is known.
     """
 
-    def __init__(self, bar: Progress, say: Callable[[str], None], budget: Budget, per_epoch: int | None) -> None:
+    def __init__(
+        self, bar: Progress, say: Callable[[str], None], budget: Budget, per_epoch: int | None
+    ) -> None:
         self.bar, self._say, self.budget, self.per_epoch = bar, say, budget, per_epoch
         self._shown = 0.0
 

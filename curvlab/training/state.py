@@ -48,9 +48,19 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
     attributes = dict(run.log.attributes)
     variables = [*run.meter.names(run.error, run.validation is not None), *run.sampler.names()]
     contents.check_fit(
-        saved, run.objective, run.optimizer, run.scheduler, run.must_match, attributes, variables, run.sampler.tracks()
+        saved,
+        run.objective,
+        run.optimizer,
+        run.scheduler,
+        run.must_match,
+        attributes,
+        variables,
+        run.sampler.tracks(),
     )
-    log, before = copy.copy(run.log), (copy.deepcopy(run.scheduler.state_dict()), run.optimizer.state_dict())
+    log, before = (
+        copy.copy(run.log),
+        (copy.deepcopy(run.scheduler.state_dict()), run.optimizer.state_dict()),
+    )
     try:
         log.load_state_dict(saved["log"])
         log.dataset()
@@ -61,14 +71,18 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
     except Exception as error:  # whatever a state may lead to that was made by hand
         run.scheduler.load_state_dict(before[0])
         run.optimizer.load_state_dict(before[1])
-        raise CurvlabError(f"the checkpoint does not fit this run: {' '.join(str(error).split())[:200]}") from error
+        raise CurvlabError(
+            f"the checkpoint does not fit this run: {' '.join(str(error).split())[:200]}"
+        ) from error
     run.log.load_state_dict(saved["log"])
     run.at, run.meter.sums = Position(**saved["position"]), saved["sums"]
     run.chance_of_epoch, run.chance_kept = chances
     run.place.kept = True
     run.good = (run.at.epoch, run.at.step)
     run.optimizer._opt_called = run.at.steps > 0  # type: ignore[attr-defined]  # torch's schedulers warn where none was taken
-    again = {k: attributes[k] for k in ("created", "versions", "git_commit", "call") if k in attributes}
+    again = {
+        k: attributes[k] for k in ("created", "versions", "git_commit", "call") if k in attributes
+    }
     before = json.loads(run.log.attributes.get("resumed", "[]"))
     threads = run.log.attributes.get("threads")
     if threads != attributes.get("threads"):
@@ -78,4 +92,7 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
             CurvlabWarning,
             stacklevel=2,
         )
-    run.log.attributes |= {"resumed": json.dumps([*before, again]), "budget": json.dumps(asdict(run.budget))}
+    run.log.attributes |= {
+        "resumed": json.dumps([*before, again]),
+        "budget": json.dumps(asdict(run.budget)),
+    }

@@ -44,15 +44,22 @@ class TableOf(SphinxDirective):
             up = posixpath.relpath(".", posixpath.dirname(self.env.docname) or ".")
             return [
                 nodes.image(
-                    "", uri=posixpath.join(up, tables.PICTURES, file), width="180px", alt=f"The figure {Path(file).stem}"
+                    "",
+                    uri=posixpath.join(up, tables.PICTURES, file),
+                    width="180px",
+                    alt=f"The figure {Path(file).stem}",
                 )
                 for file in cell
             ]
         if isinstance(cell, tables.Markdown):
             parent = nodes.Element()
-            self.state.nested_parse(StringList([cell], self.env.docname), self.content_offset, parent)
+            self.state.nested_parse(
+                StringList([cell], self.env.docname), self.content_offset, parent
+            )
             return parent.children
-        inside = nodes.literal("", cell) if isinstance(cell, tables.Code) and cell else nodes.Text(cell)
+        inside = (
+            nodes.literal("", cell) if isinstance(cell, tables.Code) and cell else nodes.Text(cell)
+        )
         return [nodes.paragraph("", "", inside)]
 
 
@@ -66,7 +73,9 @@ def copy_notebooks(app: Sphinx, config: Config) -> None:
             copyfile(notebook, copy)
 
 
-def plain(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def plain(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
     """Docstrings are plain text with code in backticks and **strong** words: other marks of reStructuredText are letters."""
     lines[:] = escaped("\n".join(lines)).split("\n")
 
@@ -74,7 +83,9 @@ def plain(app: Sphinx, what: str, name: str, obj: object, options: object, lines
         _as_written[name] = list(lines)
 
 
-def restored(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def restored(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
     """Napoleon reads what stands before a colon as the type of an attribute; here it is a sentence, or {key: value}."""
     if name in _as_written:
         lines[:] = [*_as_written.pop(name), ""]
@@ -85,15 +96,25 @@ _as_written: dict[str, list[str]] = {}
 
 def escaped(text: str) -> str:
     """|a|, [*shape] and x_ outside of code and examples as they stand."""
-    parts = re.split(r"(^\s*(?:>>>|\.\.\.).*$|``.*?``|`[^`]*`|\*\*[^*\s][^*]*\*\*)", text, flags=re.MULTILINE)
-    return "".join(part if i % 2 else _LETTERS.sub(r"\\\g<0>", part) for i, part in enumerate(parts))
+    parts = re.split(
+        r"(^\s*(?:>>>|\.\.\.).*$|``.*?``|`[^`]*`|\*\*[^*\s][^*]*\*\*)", text, flags=re.MULTILINE
+    )
+    return "".join(
+        part if i % 2 else _LETTERS.sub(r"\\\g<0>", part) for i, part in enumerate(parts)
+    )
 
 
 _LETTERS = re.compile(r"\||\*|(?<=\w)_(?=[\s.,;:)\]]|$)")
 
 
 def readable(
-    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: object,
+    signature: str | None,
+    returns: str | None,
 ) -> tuple[str | None, str | None] | None:
     """Signatures of dataclasses: a default that is made anew has no text that Sphinx reads."""
     if signature is None:
@@ -104,7 +125,9 @@ def readable(
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("table-of", TableOf)
     app.connect("config-inited", copy_notebooks)
-    app.connect("autodoc-process-docstring", plain, priority=400)  # before napoleon, which adds marks
+    app.connect(
+        "autodoc-process-docstring", plain, priority=400
+    )  # before napoleon, which adds marks
     app.connect("autodoc-process-signature", readable)
     app.connect("autodoc-process-docstring", restored, priority=600)
     return {"parallel_read_safe": True}

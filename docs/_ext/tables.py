@@ -59,7 +59,10 @@ class Table:
 def _of_list(what: str, *typed: int) -> Table:
     """As `curvlab list` prints it; the columns `typed` are set as code."""
     columns, rows = made(what)
-    return Table(columns, [[Code(c) if i in typed and c != "…" else c for i, c in enumerate(row)] for row in rows])
+    return Table(
+        columns,
+        [[Code(c) if i in typed and c != "…" else c for i, c in enumerate(row)] for row in rows],
+    )
 
 
 def _algorithms() -> Table:
@@ -71,7 +74,11 @@ def _algorithms() -> Table:
 
 def overall(name: str) -> str:
     """What `damping_for` makes of an overall λ and minibatches of m examples, in words."""
-    rules = {"λ": lambda lam, m: lam, "ε = √λ": lambda lam, m: lam**0.5, "ε = √(λ/m)": lambda lam, m: (lam / m) ** 0.5}
+    rules = {
+        "λ": lambda lam, m: lam,
+        "ε = √λ": lambda lam, m: lam**0.5,
+        "ε = √(λ/m)": lambda lam, m: (lam / m) ** 0.5,
+    }
     trials = ((0.04, 100), (0.09, 400))
     given = [damping_for(name, *trial) for trial in trials]
     for words, rule in rules.items():
@@ -85,16 +92,27 @@ def overall(name: str) -> str:
 def _models() -> Table:
     """The list, and whether a network takes the shapes of another data set."""
     listed = _of_list("models", 0, 2, 3)
-    rows = [[*row[:-1], "of the data" if MODELS[str(row[0])].sized else "fixed", row[-1]] for row in listed.rows]
+    rows = [
+        [*row[:-1], "of the data" if MODELS[str(row[0])].sized else "fixed", row[-1]]
+        for row in listed.rows
+    ]
     return Table([*listed.columns[:-1], "shapes", listed.columns[-1]], rows)
 
 
 def _probes() -> Table:
     rows = [
-        [Code(name), p.summary, ", ".join(p.where), str(p.every), *(f"{c:g}" for c in COSTS.get(name, ("–",) * len(OF_COSTS)))]
+        [
+            Code(name),
+            p.summary,
+            ", ".join(p.where),
+            str(p.every),
+            *(f"{c:g}" for c in COSTS.get(name, ("–",) * len(OF_COSTS))),
+        ]
         for name, p in PROBES.items()
     ]
-    return Table(["probe", "what it measures", "of", "every", *(f"cost, {m}" for m in OF_COSTS)], rows)
+    return Table(
+        ["probe", "what it measures", "of", "every", *(f"cost, {m}" for m in OF_COSTS)], rows
+    )
 
 
 def _variables(step: str, of: Callable[[str], Mapping[str, Variable]]) -> Table:
@@ -107,7 +125,10 @@ def _variables(step: str, of: Callable[[str], Mapping[str, Variable]]) -> Table:
 
 
 def _logged(step: str, variables: Mapping[str, tuple[tuple[str, ...], str, str]]) -> Table:
-    rows = [[Code(name), ", ".join((step, *dims)), words, units] for name, (dims, words, units) in variables.items()]
+    rows = [
+        [Code(name), ", ".join((step, *dims)), words, units]
+        for name, (dims, words, units) in variables.items()
+    ]
     return Table(["variable", "dimensions", "what it is", "unit"], rows)
 
 
@@ -134,7 +155,16 @@ def _gallery(folder: str, chosen: Callable[[str], bool] = lambda name: True) -> 
                 Pictures(pictures),
             ]
         )
-    return Table(["command", "what it shows", "what the document claims", "what was measured here", "figure"], rows)
+    return Table(
+        [
+            "command",
+            "what it shows",
+            "what the document claims",
+            "what was measured here",
+            "figure",
+        ],
+        rows,
+    )
 
 
 def chapter(number: int) -> Callable[[str], bool]:
@@ -147,7 +177,12 @@ def _modules() -> Table:
     for path in sorted(PACKAGE.rglob("*.py"), key=_order):
         if "_data" in path.parts or "analyses" in path.relative_to(PACKAGE).parts:
             continue
-        rows.append([Code(module_name(path)), sentence(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))))])
+        rows.append(
+            [
+                Code(module_name(path)),
+                sentence(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))),
+            ]
+        )
     return Table(["module", "what it holds"], rows)
 
 
@@ -168,9 +203,15 @@ def sentence(docstring: str | None) -> str:
 
 def _classes(table: Iterable[object]) -> list[list[Cell]]:
     found = [
-        t if isinstance(t, str) else f"{getattr(t, '__module__', None) or 'torch'}.{getattr(t, '__name__', t)}" for t in table
+        t
+        if isinstance(t, str)
+        else f"{getattr(t, '__module__', None) or 'torch'}.{getattr(t, '__name__', t)}"
+        for t in table
     ]
-    return [[Code(name.replace("torch.nn.modules.", "torch.nn.").replace("None.", "torch."))] for name in found]
+    return [
+        [Code(name.replace("torch.nn.modules.", "torch.nn.").replace("None.", "torch."))]
+        for name in found
+    ]
 
 
 TABLES: dict[str, Callable[[], Table]] = {
@@ -181,15 +222,21 @@ TABLES: dict[str, Callable[[], Table]] = {
     "schedules": lambda: _of_list("schedules", 0, 2),
     "figures": lambda: _of_list("figures", 0),
     "likelihoods": lambda: Table(
-        ["likelihood", "what it is"], [[Code(name), sentence(kind.__doc__)] for name, kind in LIKELIHOODS.items()]
+        ["likelihood", "what it is"],
+        [[Code(name), sentence(kind.__doc__)] for name, kind in LIKELIHOODS.items()],
     ),
     "probes": _probes,
     "variables-step": lambda: _variables("step", lambda name: PROBES[name].variables),
     "variables-epoch": lambda: _variables("epoch", lambda name: PROBES[name].epoch),
     "variables-spectrum": lambda: _logged("step", OF_SPECTRA),
     "variables-training": lambda: _logged("epoch", OF_TRAINING),
-    "skips": lambda: Table(["rule", "when a pair is refused"], [[Code(rule or "0"), words] for rule, words in SKIPS.items()]),
-    "routes": lambda: Table(["route", "what it does"], [[Code(name), r.summary] for name, r in ROUTES.items()]),
+    "skips": lambda: Table(
+        ["rule", "when a pair is refused"],
+        [[Code(rule or "0"), words] for rule, words in SKIPS.items()],
+    ),
+    "routes": lambda: Table(
+        ["route", "what it does"], [[Code(name), r.summary] for name, r in ROUTES.items()]
+    ),
     "functions": lambda: Table(["function with a rule"], _functions()),
     "layers": lambda: Table(["module laid out as one block"], _classes(LAYERS)),
     "gallery-2": lambda: _gallery("thesis", chapter(2)),
@@ -212,5 +259,14 @@ def _functions() -> list[list[Cell]]:
 
 def citing() -> dict[str, str]:
     """{entry of a table in the code: its source}, of all tables that cite."""
-    tables: dict[str, Mapping[str, object]] = {"algorithm": ALGORITHMS, "model": MODELS, "schedule": SCHEDULES, "probe": PROBES}
-    return {f"{kind} {n}": str(getattr(entry, "source", "")) for kind, table in tables.items() for n, entry in table.items()}
+    tables: dict[str, Mapping[str, object]] = {
+        "algorithm": ALGORITHMS,
+        "model": MODELS,
+        "schedule": SCHEDULES,
+        "probe": PROBES,
+    }
+    return {
+        f"{kind} {n}": str(getattr(entry, "source", ""))
+        for kind, table in tables.items()
+        for n, entry in table.items()
+    }
