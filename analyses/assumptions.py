@@ -1,4 +1,5 @@
-"""How good are the assumptions behind KFAC, TNT and Shampoo? Block by block, at initialisation and after some Adam steps.
+"""How good are the assumptions behind KFAC, TNT and Shampoo? Block by block, at initialisation and
+after some Adam steps.
 
 python analyses/assumptions.py [--steps 200] [--examples 1000] [--seed 0] [--out FOLDER]
 """
@@ -66,7 +67,9 @@ def small_cnn(seed: int) -> nn.Module:
 
 
 def measure(net: nn.Module, examples: int) -> xr.Dataset:
-    """Both reports at initialisation and after the steps, along a dimension `steps`; the Hessian's total too."""
+    """Both reports at initialisation and after the steps, along a dimension `steps`; the Hessian's
+    total too.
+    """
     objective = cl.Objective(net, cl.likelihoods.Categorical(), options.seed)
     train, _ = cl.datasets.load("mnist16")
     x, y = next(iter(train.batches(examples, seed=options.seed + 1)))
@@ -121,13 +124,16 @@ for name, ds in runs.items():
     )
 damped = runs["mlp-256-20"]["damped"].stack(row=("steps", "damping")).transpose("row", "inner")
 print(
-    f"KFAC damped at the overall λ against the Fisher block of mlp-256-20 plus λI\n{damped.to_pandas().round(3).to_string()}\n"
+    "KFAC damped at the overall λ against the Fisher block of mlp-256-20 plus"
+    f" λI\n{damped.to_pandas().round(3).to_string()}\n"
 )
 print(
-    "step (…): ‖M_k − M_{k−1}‖ / ‖M‖ of the Fisher block M; total: ‖M_3 − M‖ / ‖M‖; floor: the nearest Kronecker product;"
+    "step (…): ‖M_k − M_{k−1}‖ / ‖M‖ of the Fisher block M; total: ‖M_3 − M‖ / ‖M‖; floor: the"
+    " nearest Kronecker product;"
 )
 print(
-    "*: the method's best multiple against the Fisher block; W–b: what TNT and Shampoo leave out between weight and bias"
+    "*: the method's best multiple against the Fisher block; W–b: what TNT and Shampoo leave out"
+    " between weight and bias"
 )
 
 figure, axes = plt.subplots(2, 2, figsize=(10, 8.4), layout="constrained")

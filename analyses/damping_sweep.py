@@ -1,4 +1,5 @@
-"""Agreement with the block Fisher direction against the overall damping λ, the same λ for every method by one rule.
+"""Agreement with the block Fisher direction against the overall damping λ, the same λ for every
+method by one rule.
 
 python analyses/damping_sweep.py [--steps 300] [--seeds 1] [--out FOLDER]
 """
@@ -33,14 +34,17 @@ NAMES = ["kfac", "tnt", "tnt-even", "tnt-per-sample", "shampoo", "adam", "sgd-m"
 
 
 def even(means: Contractions, damping: float) -> tuple[Tensor, ...]:
-    """ε^{2/k} on each of k factors: the overall damping is ε² for weights (k = 2) and biases (k = 1) alike."""
+    """ε^{2/k} on each of k factors: the overall damping is ε² for weights (k = 2) and biases (k =
+    1) alike.
+    """
     return tuple(
         damped_inverse(u, damping ** (2 / len(means)), "a TNT factor")
         for u in tensor_normal_factors(means)
     )
 
 
-# Why TNT alone falls short at large λ: its one ε damps a bias, a variable of one way, by ε where weights are damped by ε².
+# Why TNT alone falls short at large λ: its one ε damps a bias, a variable of one way, by ε where
+# weights are damped by ε².
 ALGORITHMS["tnt-even"] = replace(
     ALGORITHMS["tnt"], builds=ByBlock(lambda block: Contracted(block, batch_contractions, even))
 )

@@ -1,18 +1,22 @@
-"""Models that others wrote: curvlab on architectures of `transformers` against plain autograd, one example at a time.
+"""Models that others wrote: curvlab on architectures of `transformers` against plain autograd, one
+example at a time.
 
-Tiny configurations with random weights in float64, nothing is downloaded. The other route is in this file: the model on one
-example alone, `torch.autograd.grad` and double backward; no curvlab, no torch.func. Compared are the mean gradient, per-sample
-gradients, EF and GGN blocks, products with GGN and Hessian, two Hessian blocks, and a step of sgd-m, kfac and adam. Errors are
-relative, parameter by parameter and block by block (of one that is nearly zero: to 1e-4 of the largest). Exit code 1 where
-one is above 1e-8.
+Tiny configurations with random weights in float64, nothing is downloaded. The other route is in
+this file: the model on one example alone, `torch.autograd.grad` and double backward; no curvlab, no
+torch.func. Compared are the mean gradient, per-sample gradients, EF and GGN blocks, products with
+GGN and Hessian, two Hessian blocks, and a step of sgd-m, kfac and adam. Errors are relative,
+parameter by parameter and block by block (of one that is nearly zero: to 1e-4 of the largest). Exit
+code 1 where one is above 1e-8.
 
     pip install "curvlab[foreign]"
-    python analyses/foreign_models.py [--only NAME …] [--threads 1] [--out FOLDER] [--reference] [--thorough] [--warnings]
+    python analyses/foreign_models.py [--only NAME …] [--threads 1] [--out FOLDER] [--reference]
+    [--thorough] [--warnings]
 
-Writes foreign_models.md to FOLDER, but with --only. --reference does without curvlab and holds the other route against
-finite differences and the gradient of the whole minibatch. Some models compute norms, softmax or logits in float32 whatever
-their weights are; here these stay in float64, as no comparison to 1e-8 could be made. The other route takes weight_norm by
-plain operations, since the second derivatives of torch's own are wrong (2.13).
+Writes foreign_models.md to FOLDER, but with --only. --reference does without curvlab and holds the
+other route against finite differences and the gradient of the whole minibatch. Some models compute
+norms, softmax or logits in float32 whatever their weights are; here these stay in float64, as no
+comparison to 1e-8 could be made. The other route takes weight_norm by plain operations, since the
+second derivatives of torch's own are wrong (2.13).
 """
 
 from __future__ import annotations
@@ -46,7 +50,8 @@ LARGEST_BLOCK = 600  # entries of a block whose dense matrix is compared
 LARGEST_HESSIAN = 200
 OPTIMIZERS = ("sgd-m", "kfac", "adam")
 
-# ------------------------------------------------------------------------------------------------------------- the models
+# -------------------------------------------------------------------------------------------------------------
+# the models
 
 
 class Double(TorchFunctionMode):
@@ -67,7 +72,9 @@ class Double(TorchFunctionMode):
 
 
 class Plain(TorchFunctionMode):
-    """Second derivatives that are there, and right: of torch's own weight_norm they hold the norms fixed."""
+    """Second derivatives that are there, and right: of torch's own weight_norm they hold the norms
+    fixed.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:
@@ -251,7 +258,7 @@ def image(
     train: bool = False, **settings: Any,
 ) -> Build:  # fmt: skip
     net = made(auto, config, settings)
-    pixels = lambda: torch.randn(n, 3, size, size).double()  # noqa: E731
+    pixels = lambda: torch.randn(n, 3, size, size).double()
     return case(net, lambda net, x: logits(net(pixel_values=x)), pixels, likelihood, train)
 
 
@@ -405,7 +412,8 @@ ARCHITECTURES: dict[str, Build] = {
     ),
 }  # fmt: skip
 
-# ------------------------------------------------------------------------------------------------------- the other route
+# -------------------------------------------------------------------------------------------------------
+# the other route
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "categorical": lambda z, y: F.cross_entropy(z, y, reduction="sum"),
@@ -415,7 +423,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Reference:
-    """Derivatives of one example's summed loss, or outputs, in all parameters as one vector of length D."""
+    """Derivatives of one example's summed loss, or outputs, in all parameters as one vector of
+    length D.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case, self.loss = case, LOSSES[case.likelihood]
@@ -545,7 +555,9 @@ class Reference:
 
 
 def largest_error(pairs: Iterable[tuple[Tensor, Tensor]], scale: float) -> float:
-    """‖found − true‖ / ‖true‖, where ‖true‖ is at least SMALL · scale; infinite where a number is not finite."""
+    """‖found − true‖ / ‖true‖, where ‖true‖ is at least SMALL · scale; infinite where a number is
+    not finite.
+    """
     worst = 0.0
     for found, true in pairs:
         error = float((found - true).norm()) / max(float(true.norm()), SMALL * scale, 1e-300)
@@ -554,7 +566,9 @@ def largest_error(pairs: Iterable[tuple[Tensor, Tensor]], scale: float) -> float
 
 
 def mixing(reference: Reference) -> float:
-    """The gradient of the whole minibatch against the mean of the examples alone: shows that they do not mix."""
+    """The gradient of the whole minibatch against the mean of the examples alone: shows that they
+    do not mix.
+    """
     with sdpa_kernel(SDPBackend.MATH):
         loss = reference.loss(reference.case.model(reference.case.x), reference.case.y) / len(
             reference.case.x
@@ -563,7 +577,9 @@ def mixing(reference: Reference) -> float:
 
 
 def validate(reference: Reference) -> dict[str, float]:
-    """The route of this file against finite differences (to about 1e-6) and the whole minibatch (1e-12)."""
+    """The route of this file against finite differences (to about 1e-6) and the whole minibatch
+    (1e-12).
+    """
     at, v, step = reference.weights, torch.randn(reference.size, dtype=torch.float64), 1e-6
     for name, module in reference.case.model.named_modules():
         if (
@@ -588,7 +604,8 @@ def validate(reference: Reference) -> dict[str, float]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- curvlab
+# -------------------------------------------------------------------------------------------------------------
+# curvlab
 
 
 def in_one_line(what: str, error: Exception) -> str:
@@ -633,7 +650,10 @@ class Result:
     @property
     def verdict(self) -> str:
         if self.wrong:
-            return f"WRONG ({self.worst:.0e}: {', '.join(q for q, e in self.errors.items() if e > THRESHOLD)})"
+            return (
+                f"WRONG ({self.worst:.0e}:"
+                f" {', '.join(q for q, e in self.errors.items() if e > THRESHOLD)})"
+            )
         if self.refused:
             first = next(iter(self.refused.values()))[0]
             return f"refused: {first}"
@@ -708,7 +728,9 @@ class Comparison:
         return found
 
     def _ways(self) -> dict[str, str]:
-        """{block: structured, general, unused}: as the objective says, or else by what the blocks know."""
+        """{block: structured, general, unused}: as the objective says, or else by what the blocks
+        know.
+        """
         blocks = self.objective.blocks
         if hasattr(self.objective, "check"):
             try:
@@ -786,7 +808,9 @@ class Comparison:
         return worst
 
     def _hessian_blocks(self) -> list[str]:
-        """One structured and one general block, neither the smallest nor large; all but the large ones if thorough."""
+        """One structured and one general block, neither the smallest nor large; all but the large
+        ones if thorough.
+        """
 
         def rank(name: str) -> tuple[bool, int]:
             size = len(self.orders[name])
@@ -814,7 +838,9 @@ class Comparison:
         return largest_error([(found, true)], float(self.reference.gradient.norm()))
 
     def _step(self, name: str) -> float:
-        """The gradient that the descent is given; of sgd-m also the displacement, of the others that it is finite."""
+        """The gradient that the descent is given; of sgd-m also the displacement, of the others
+        that it is finite.
+        """
         reference, lr = self.reference, 1.0 if name == "sgd-m" else 1e-3
         before = reference.weights
         settings = {} if name == "sgd-m" else {"damping": 0.1}
@@ -842,7 +868,8 @@ class Comparison:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# ---------------------------------------------------------------------------------------------------------------
+# tables
 
 
 def compare(name: str, thorough: bool) -> Result:
@@ -885,7 +912,10 @@ def summary(results: list[Result]) -> str:
         sum(r.wrong for r in results),
         sum(bool(r.refused) and not r.wrong for r in results),
     )
-    return f"{len(results)} models: {wrong} wrong, {refused} with a refusal, {len(results) - wrong - refused} right."
+    return (
+        f"{len(results)} models: {wrong} wrong, {refused} with a refusal,"
+        f" {len(results) - wrong - refused} right."
+    )
 
 
 def markdown(results: list[Result]) -> str:

@@ -1,4 +1,6 @@
-"""Ten lines: your own module and data, in no table. Prints mean cosines to the block Fisher direction by method and block."""
+"""Ten lines: your own module and data, in no table. Prints mean cosines to the block Fisher
+direction by method and block.
+"""
 
 import torch
 

@@ -1,4 +1,5 @@
-"""What refreshing the inverses every T₂ steps costs in cosine and saves in time, against refreshing at every step.
+"""What refreshing the inverses every T₂ steps costs in cosine and saves in time, against refreshing
+at every step.
 
 python analyses/refresh.py [--every 1 2 5 10 20] [--steps 300]
 """

@@ -1,4 +1,5 @@
-"""How exact curvature scales: time against examples, width and classes, with fitted exponents beside the theory's.
+"""How exact curvature scales: time against examples, width and classes, with fitted exponents
+beside the theory's.
 
 CPU seconds of one thread; tanh networks of two hidden layers on random data.
 
@@ -58,7 +59,8 @@ QUANTITIES = {
     "per-sample gradients": (cl.exact.gradients, "D"),
     "Jacobians": (lambda o, x, y: cl.exact.jacobians(o, x), "v"),
 }
-AXES = {  # sizes, and the exponent of each quantity as the size grows (the fit is over the three largest)
+# sizes, and the exponent of each quantity as the size grows (the fit is over the three largest)
+AXES = {
     "examples": ([500, 1000, 2000, 4000, 8000], [1, 1, 1, 1, 1]),
     "width": (
         [24, 36, 54, 81, 108],

@@ -1,9 +1,11 @@
-"""Which curvature does each method follow? Thesis Figure 4.1 with five references and every family of methods, in one run.
+"""Which curvature does each method follow? Thesis Figure 4.1 with five references and every family
+of methods, in one run.
 
     python analyses/which_curvature.py [--steps 100] [--out FOLDER] [--log RUN.h5]
 
-The run is that of Figure 4.1 (mlp-256-20, batches of 1000, learning rate 0.03, overall damping 1e-3), which follows block
-Fisher; `gram` holds every inner product, hence the cosine of every direction to that of every reference. Middle four layers.
+The run is that of Figure 4.1 (mlp-256-20, batches of 1000, learning rate 0.03, overall damping
+1e-3), which follows block Fisher; `gram` holds every inner product, hence the cosine of every
+direction to that of every reference. Middle four layers.
 """
 
 import argparse
@@ -73,7 +75,8 @@ print(late.to_pandas().round(3))
 for name in METHODS:
     mine = late.sel(algorithm=name)
     print(
-        f"{name:>10s} is nearest to {list(REFERENCES)[int(mine.values.argmax())]}, {float(mine.max()):.3f}"
+        f"{name:>10s} is nearest to {list(REFERENCES)[int(mine.values.argmax())]},"
+        f" {float(mine.max()):.3f}"
     )
 
 figure = plt.figure(figsize=(15, 7), layout="constrained")
@@ -118,7 +121,8 @@ panels.flat[len(METHODS)].legend(
 )
 right.supylabel("cosine similarity, middle four layers", fontsize=10)
 figure.suptitle(
-    "Which curvature does each method follow? mlp-256-20 along block Fisher, λ = 1e-3, learning rate 0.03"
+    "Which curvature does each method follow? mlp-256-20 along block Fisher, λ = 1e-3, learning"
+    " rate 0.03"
 )
 options.out.mkdir(parents=True, exist_ok=True)
 figure.savefig(options.out / "which_curvature.png", dpi=110)

@@ -357,7 +357,10 @@ ALGORITHMS: dict[str, Algorithm] = {
         constants=Constants(lr=1.0, damping=1e-3, momentum=0.0),
     ),
     "full-ggn": Algorithm(
-        summary="exact Gauss-Newton matrix of the whole vector, conjugate gradients to 1e-6: a reference",
+        summary=(
+            "exact Gauss-Newton matrix of the whole vector, conjugate gradients to 1e-6: a"
+            " reference"
+        ),
         source="thesis 1.2.2; curvlab",
         builds=WholeVector(
             Structured,

@@ -1,16 +1,21 @@
-"""How good are the assumptions? The approximations' matrices, and each step that leads to them, against the exact block.
+"""How good are the assumptions? The approximations' matrices, and each step that leads to them,
+against the exact block.
 
-`errors` takes the way from the exact block M to one Kronecker product apart, step by step, on one minibatch:
+`errors` takes the way from the exact block M to one Kronecker product apart, step by step, on one
+minibatch:
 
     M  = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ            thesis Theorem 3
     M₁ = (1/N) Σₙ Σ_t G_{n,tt} ⊗ a_{n,t} a_{n,t}ᵀ                (3.4): G_tt' = 0 between places
-    M₂ = (1/N) Σₙ ((1/T) Σ_t G_{n,tt}) ⊗ (Σ_t a_{n,t} a_{n,t}ᵀ)  (3.5), (3.7): over places, mean of products = product of means
-    M₃ = E[(1/T) Σ_t G_tt] ⊗ E[Σ_t a_t a_tᵀ]                     (2.3), (3.8): over examples too
+    M₂ = (1/N) Σₙ ((1/T) Σ_t G_{n,tt}) ⊗ (Σ_t a_{n,t} a_{n,t}ᵀ)  (3.5), (3.7): over places, mean of
+    products = product of means M₃ = E[(1/T) Σ_t G_tt] ⊗ E[Σ_t a_t a_tᵀ]                     (2.3),
+    (3.8): over examples too
 
-`quality` compares what the algorithms estimate with M. Both report the **floor**, the error of the nearest Kronecker product.
-(No bound for TNT and Shampoo, which have a product for the weight and another for the bias.)
+`quality` compares what the algorithms estimate with M. Both report the **floor**, the error of the
+nearest Kronecker product. (No bound for TNT and Shampoo, which have a product for the weight and
+another for the bias.)
 
-Legend: N examples, T places, I inputs incl. the bias column, O outputs, D = O I; ‖·‖ is the Frobenius norm.
+Legend: N examples, T places, I inputs incl. the bias column, O outputs, D = O I; ‖·‖ is the
+    Frobenius norm.
 """
 
 from __future__ import annotations
@@ -42,7 +47,9 @@ from curvlab.observation import Pass
 from curvlab.statistics import LayerStatistics
 
 Labels = Literal["kind", "own"]
-"""At which labels the approximations are taken: those of the exact matrix, or each algorithm's own."""
+"""At which labels the approximations are taken: those of the exact matrix, or each algorithm's
+own.
+"""
 
 ASSUMPTIONS: dict[str, tuple[str, Callable[[KroneckerSum], Float[Tensor, "D D"]]]] = {
     "places apart": ("(3.4)", KroneckerSum.same_place),
@@ -54,7 +61,9 @@ ASSUMPTIONS: dict[str, tuple[str, Callable[[KroneckerSum], Float[Tensor, "D D"]]
 _LABELS: dict[Kind, Pass] = {
     "hessian": "exact", "ggn": "exact", "pi": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data",
 }  # fmt: skip
-"""The pass whose vectors' second moment is nearest to a kind of matrix: the matrix itself for all but Hessian and Π."""
+"""The pass whose vectors' second moment is nearest to a kind of matrix: the matrix itself for all
+but Hessian and Π.
+"""
 
 Columns = dict[str, list[float] | float]
 """{variable: its values in one block, with or without a further dimension}."""
@@ -67,19 +76,23 @@ def errors(
     kind: Kind = "fisher",
     blocks: Sequence[str] | None = None,
 ) -> xr.Dataset:
-    """What each assumption of a Kronecker approximation costs, against the exact block on the same minibatch.
+    """What each assumption of a Kronecker approximation costs, against the exact block on the same
+    minibatch.
 
     Args:
         objective, x, y, kind: as for `curvlab.exact.matrix`; one minibatch.
-        blocks: names; all where None. Layers without a rule and those with groups of outputs are skipped.
+        blocks: names; all where None. Layers without a rule and those with groups of outputs are
+            skipped.
 
     Returns:
-        Over (assumption, block), in the order in which they are made: `error` ‖M_k − M‖ / ‖M‖ of all assumptions so far and
-        `step` ‖M_k − M_{k−1}‖ / ‖M‖ of this one. Over block: `total`, the last error; `floor`, the error of the nearest
-        Kronecker product. The first two errors are 0 where T = 1; all are NaN where M is 0. Attribute `skipped` names blocks.
+        Over (assumption, block), in the order in which they are made: `error` ‖M_k − M‖ / ‖M‖ of
+        all assumptions so far and `step` ‖M_k − M_{k−1}‖ / ‖M‖ of this one. Over block: `total`,
+        the last error; `floor`, the error of the nearest Kronecker product. The first two errors
+        are 0 where T = 1; all are NaN where M is 0. Attribute `skipped` names blocks.
 
     Raises:
-        CurvlabError: as `curvlab.exact.matrix`; no block that fits; dense matrices larger than the memory.
+        CurvlabError: as `curvlab.exact.matrix`; no block that fits; dense matrices larger than the
+            memory.
     """
     check_kind(kind)
     closure = one_minibatch(objective, x, y)
@@ -126,40 +139,47 @@ def quality(
     passes: int = 10,
     spectra: bool = True,
 ) -> xr.Dataset:
-    """The matrices that algorithms estimate, against the exact block on the same data. Nothing is tuned, no model is moved.
+    """The matrices that algorithms estimate, against the exact block on the same data. Nothing is
+    tuned, no model is moved.
 
-    Methods that read each example (KFAC, TNT per sample, block Fisher) see the data as one batch. Methods that read the mean
-    gradient of a minibatch (TNT, Shampoo, Adam) see them in `passes` shuffled passes of `minibatches` each, with new labels
-    where labels are drawn. Mean gradients of m examples give Fisher / m, so their matrices are taken times m (variable
-    `scale`; Σ m² / N where parts differ in size, each counted m² times, which leaves no bias). Shampoo's matrix is the square
-    of what it preconditions by (`CurvatureBlock.matrix`); it bounds Fisher / m up to the gradient's rank, so that its size says
-    little, `error_scaled` and `cosine` much.
+    Methods that read each example (KFAC, TNT per sample, block Fisher) see the data as one batch.
+    Methods that read the mean gradient of a minibatch (TNT, Shampoo, Adam) see them in `passes`
+    shuffled passes of `minibatches` each, with new labels where labels are drawn. Mean gradients of
+    m examples give Fisher / m, so their matrices are taken times m (variable `scale`; Σ m² / N
+    where parts differ in size, each counted m² times, which leaves no bias). Shampoo's matrix is
+    the square of what it preconditions by (`CurvatureBlock.matrix`); it bounds Fisher / m up to the
+    gradient's rank, so that its size says little, `error_scaled` and `cosine` much.
 
-    Any kind may be asked for: against the Hessian it is reported how far an estimate of the Fisher is from it.
+    Any kind may be asked for: against the Hessian it is reported how far an estimate of the Fisher
+    is from it.
 
     Args:
         objective, x, y, kind: as for `curvlab.exact.matrix`; one minibatch.
         algorithms: of `ALGORITHMS`, those that estimate a matrix.
-        blocks: names; all where None. Layers without a rule and those with groups of outputs are skipped.
-        damping: overall λ. Above 0 the matrices are compared as they are inverted: M + λI, and each method's own with λ in its
-            document's own place by the one rule of `compare`.
-        labels: "kind": of the exact matrix, whatever the algorithm's own (hessian, ggn, pi, fisher: all labels, of a mean
-            gradient drawn ones; fisher-mc: drawn; ef: the data's); "own": the algorithm's.
+        blocks: names; all where None. Layers without a rule and those with groups of outputs are
+            skipped.
+        damping: overall λ. Above 0 the matrices are compared as they are inverted: M + λI, and each
+            method's own with λ in its document's own place by the one rule of `compare`.
+        labels: "kind": of the exact matrix, whatever the algorithm's own (hessian, ggn, pi, fisher:
+            all labels, of a mean gradient drawn ones; fisher-mc: drawn; ef: the data's); "own": the
+            algorithm's.
         minibatches: m = N / minibatches; at most N.
         passes: passes through the data, for mean gradients.
         spectra: whether to compute eigenvalues, O(D³).
 
     Returns:
-        Over (algorithm, block), B the algorithm's matrix in the units of M: `error` ‖B − M‖ / ‖M‖; `error_scaled`, the same for
-        the best multiple of B; `cosine` ⟨B, M⟩ / ‖B‖ ‖M‖; `trace_ratio` tr B / tr M; and of the spectra `spectrum_error`
-        ‖λ(B) − λ(M)‖ / ‖λ(M)‖ (sorted; at most `error`, by Hoffman and Wielandt), `largest_ratio` and `smallest_ratio` of the
-        extreme eigenvalues. Over block: `floor`, the error of the nearest Kronecker product; `between`, the relative norm of
-        what M has between weight and bias: the least error of methods that take them apart (TNT, Shampoo). Over algorithm:
-        `scale`. NaN where a ratio has no denominator (or one below rounding). Attribute `skipped` names blocks.
+        Over (algorithm, block), B the algorithm's matrix in the units of M: `error` ‖B − M‖ / ‖M‖;
+        `error_scaled`, the same for the best multiple of B; `cosine` ⟨B, M⟩ / ‖B‖ ‖M‖;
+        `trace_ratio` tr B / tr M; and of the spectra `spectrum_error` ‖λ(B) − λ(M)‖ / ‖λ(M)‖
+        (sorted; at most `error`, by Hoffman and Wielandt), `largest_ratio` and `smallest_ratio` of
+        the extreme eigenvalues. Over block: `floor`, the error of the nearest Kronecker product;
+        `between`, the relative norm of what M has between weight and bias: the least error of
+        methods that take them apart (TNT, Shampoo). Over algorithm: `scale`. NaN where a ratio has
+        no denominator (or one below rounding). Attribute `skipped` names blocks.
 
     Raises:
-        CurvlabError: as `curvlab.exact.matrix`; an algorithm that estimates no matrix; no block that fits; dense matrices
-            larger than the memory.
+        CurvlabError: as `curvlab.exact.matrix`; an algorithm that estimates no matrix; no block
+            that fits; dense matrices larger than the memory.
     """
     check_kind(kind)
     check_damping(damping)
@@ -212,7 +232,9 @@ def quality(
     attributes |= {"minibatches": len(sizes), "passes": passes}
     ds = _dataset(found, chosen, table, {"algorithm": algorithms}, closure, attributes)
     what = {
-        "long_name": "factor on the method's own matrix: examples in a minibatch, for mean gradients",
+        "long_name": (
+            "factor on the method's own matrix: examples in a minibatch, for mean gradients"
+        ),
         "units": "1",
     }
     return ds.assign(scale=("algorithm", [e.scale for e in estimates.values()], what))
@@ -220,7 +242,9 @@ def quality(
 
 @dataclass(frozen=True)
 class Estimate:
-    """An algorithm's statistics of the data, block by block; `scale` takes its matrix to the Fisher's units."""
+    """An algorithm's statistics of the data, block by block; `scale` takes its matrix to the
+    Fisher's units.
+    """
 
     name: str
     labels: Pass
@@ -242,11 +266,13 @@ class Estimate:
         algorithm = lookup(ALGORITHMS, name, "algorithm")
         if algorithm.whole:
             raise CurvlabError(
-                f"'{name}' estimates no matrix by block, so there is nothing to compare: leave it out"
+                f"'{name}' estimates no matrix by block, so there is nothing to compare: leave"
+                " it out"
             )
         if algorithm.look is not None:
             raise CurvlabError(
-                f"'{name}' reads no statistics of a pass, so there is nothing to compare: leave it out"
+                f"'{name}' reads no statistics of a pass, so there is nothing to compare: leave"
+                " it out"
             )
         blocks = {block.name: algorithm.block(block) for block in chosen}
         of_means = any(block.reads == "gradient" for block in blocks.values())

@@ -14,7 +14,9 @@ from curvlab.errors import CurvlabError
 
 
 def edge_of(output: Tensor) -> tuple[GradientEdge, tuple[int, ...]]:
-    """Where the derivative in an output arrives, and its shape there: in-place operations on a view start from its base."""
+    """Where the derivative in an output arrives, and its shape there: in-place operations on a view
+    start from its base.
+    """
     base = output._base if output._is_view() else None
     if (
         base is not None
@@ -29,9 +31,16 @@ def edge_of(output: Tensor) -> tuple[GradientEdge, tuple[int, ...]]:
 
 
 _REMEDIES = {
-    "use_reentrant=True": "activation checkpointing with use_reentrant=True has no such derivative: use use_reentrant=False",
-    "modified by an inplace operation": "a tensor that it needs was overwritten in place: write x = x + … instead of x += …",
-    "Inference tensors cannot be saved": "an inference tensor takes part: clone it outside torch.inference_mode()",
+    "use_reentrant=True": (
+        "activation checkpointing with use_reentrant=True has no such derivative: use"
+        " use_reentrant=False"
+    ),
+    "modified by an inplace operation": (
+        "a tensor that it needs was overwritten in place: write x = x + … instead of x += …"
+    ),
+    "Inference tensors cannot be saved": (
+        "an inference tensor takes part: clone it outside torch.inference_mode()"
+    ),
 }
 """{part of torch's message: what a user does about it}"""
 
@@ -50,7 +59,9 @@ def refused(error: Exception, what: str) -> CurvlabError:
 def sent_together(
     z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]
 ) -> list[Tensor | None]:
-    """`send_back` with the vectors and the targets' first axis as one; of a single vector as autograd gives it."""
+    """`send_back` with the vectors and the targets' first axis as one; of a single vector as
+    autograd gives it.
+    """
     if len(vectors) != 1:
         return [None if d is None else d.flatten(0, 1) for d in send_back(z, targets, vectors)]
     try:
@@ -64,8 +75,9 @@ def sent_together(
 def send_back(
     z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]
 ) -> list[Tensor | None]:
-    """∂z/∂target applied to every vector, [V, *target], None where a target does not reach z; one by one where an operation has
-    no batched derivative."""
+    """∂z/∂target applied to every vector, [V, *target], None where a target does not reach z; one
+    by one where an operation has no batched derivative.
+    """
     count = len(vectors)
     if count != 1:
         try:

@@ -1,12 +1,14 @@
-"""Capture: the one place that listens. One forward, then as many backward passes as are needed through the same graph.
+"""Capture: the one place that listens. One forward, then as many backward passes as are needed
+through the same graph.
 
-What is heard are *calls* of torch functions that take a block's weight (`functions`), wherever they stand: in its module, in a
-functional call, behind a hook, in a module that runs twice. What is not heard shows in the graph: after the forward pass every
-path from the outputs back to a parameter that runs through no call that was heard sends the parameter's block the general way
+What is heard are *calls* of torch functions that take a block's weight (`functions`), wherever they
+stand: in its module, in a functional call, behind a hook, in a module that runs twice. What is not
+heard shows in the graph: after the forward pass every path from the outputs back to a parameter
+that runs through no call that was heard sends the parameter's block the general way
 (`Capture.settle`). So nothing is missed, and nothing is written on modules or to ``p.grad``.
 
-Legend: V vectors sent back, N examples, T places where a weight is shared (of all its uses together), I inputs incl. the bias
-column, O outputs; R rows and P places as a call has them.
+Legend: V vectors sent back, N examples, T places where a weight is shared (of all its uses
+together), I inputs incl. the bias column, O outputs; R rows and P places as a call has them.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ class _Listener(TorchFunctionMode):
 
 
 class Capture:
-    """Hears every call of the blocks' weights during one forward pass; then goes back any number of times.
+    """Hears every call of the blocks' weights during one forward pass; then goes back any number of
+    times.
 
     >>> import torch
     >>> from curvlab.layers import blocks
@@ -91,7 +94,8 @@ class Capture:
     Args:
         dtype: of all statistics; the weights' own where None.
         parameters: {name: parameter} of the blocks; looked up in the model where None.
-        differentiable: whether second and forward derivatives will be taken (`derivatives.differentiable`).
+        differentiable: whether second and forward derivatives will be taken
+            (`derivatives.differentiable`).
     """
 
     def __init__(
@@ -229,10 +233,12 @@ class Capture:
         if isinstance(generator, torch.Generator) and generator not in self.generators:
             self.generators[generator] = generator.get_state()
 
-    # ------------------------------------------------------------------------------------------ after it
+    # ------------------------------------------------------------------------------------------
+    # after it
 
     def settle(self, z: Tensor, size: int | None = None) -> None:
-        """Which blocks go the general way, and which arrangement their shapes allow, once the outputs are there.
+        """Which blocks go the general way, and which arrangement their shapes allow, once the
+        outputs are there.
 
         Args:
             z: outputs, or losses, of N examples, with their graph.
@@ -271,12 +277,14 @@ class Capture:
                 and name not in self.frozen
             ):
                 raise CurvlabError(
-                    f"{block} ran without gradients: remove torch.no_grad() around it, or freeze it{opaque}"
+                    f"{block} ran without gradients: remove torch.no_grad() around it, or freeze"
+                    f" it{opaque}"
                 )
 
     def _missed(self, z: Tensor) -> tuple[set[str], str]:
-        """Blocks with a parameter to which a path from z runs through no call that was heard; and a hint where the graph hides
-        some."""
+        """Blocks with a parameter to which a path from z runs through no call that was heard; and a
+        hint where the graph hides some.
+        """
         heard = {
             use.edge.node: use.beyond for uses in self.uses.values() for use in uses
         } | self._void
@@ -312,7 +320,9 @@ class Capture:
         return found, opaque
 
     def candidates(self, name: str) -> Iterator[tuple[str, ...]]:
-        """Arrangements of a block's uses that their shapes allow, the usual one first; uses of one extent are alike."""
+        """Arrangements of a block's uses that their shapes allow, the usual one first; uses of one
+        extent are alike.
+        """
         assert self._size is not None
         extents = [use.extent for use in self.uses.get(name, ())]
         kinds = list(dict.fromkeys(extents))
@@ -341,11 +351,14 @@ class Capture:
         return self._inputs[key]
 
     def only(self, block: Block) -> Use:
-        """The one use of a block whose examples are its rows. Raises CurvlabError where there is no such thing."""
+        """The one use of a block whose examples are its rows. Raises CurvlabError where there is no
+        such thing.
+        """
         uses = self.uses.get(block.name, [])
         if self.arranged.get(block.name) != ("first",) or uses[0].swapped:
             raise CurvlabError(
-                f"{block} {self.general.get(block.name, 'is used more than once')}: no single pre-activation"
+                f"{block} {self.general.get(block.name, 'is used more than once')}: no single"
+                " pre-activation"
             )
         return uses[0]
 
@@ -371,11 +384,13 @@ class Capture:
             z: outputs of the forward pass, [N, *C].
             vectors: V vectors of the shape of z, for example ∂ℓₙ/∂z of the summed loss.
             leaves: also give the gradient of blocks that go the general way (only where V is 1).
-            gradients: let autograd take the mean gradient of every block in the same pass, while what it reads is at hand
-                (likewise, and where its precision is that of the statistics).
+            gradients: let autograd take the mean gradient of every block in the same pass, while
+                what it reads is at hand (likewise, and where its precision is that of the
+                statistics).
 
         Returns:
-            {block name: LayerStatistics} in the order of the blocks; those that go the general way only with `leaves`.
+            {block name: LayerStatistics} in the order of the blocks; those that go the general way
+            only with `leaves`.
         """
         size, count = len(z), len(vectors)
         self.settle(z)
@@ -463,7 +478,9 @@ class Capture:
     def _means(
         self, blocks: Sequence[Block], sums: Mapping[str, Tensor | None], size: int
     ) -> dict[str, tuple[Tensor, bool]]:
-        """{block: (mean gradient, whether the pass reached it)} of parameters' own sums; zero where there is none."""
+        """{block: (mean gradient, whether the pass reached it)} of parameters' own sums; zero where
+        there is none.
+        """
         found, scale = {}, 1 / size
         for block in blocks:
             each = {name: self._sum(sums.get(name), name) for name in block.params}

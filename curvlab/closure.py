@@ -1,7 +1,8 @@
 """Closure, Observation: one minibatch of an objective, and what looks at it show.
 
-The loss is the **mean over examples of a per-example sum**. Labels drawn from the model depend only on the objective's
-seed and on the number of the closure, never on who asks for them: an algorithm sees the same labels alone and in company.
+The loss is the **mean over examples of a per-example sum**. Labels drawn from the model depend only
+on the objective's seed and on the number of the closure, never on who asks for them: an algorithm
+sees the same labels alone and in company.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 
 class Closure(Independence):
-    """One minibatch of an objective. ``closure()`` is torch's contract; ``closure.observe(needs)`` is curvlab's.
+    """One minibatch of an objective. ``closure()`` is torch's contract; ``closure.observe(needs)``
+    is curvlab's.
 
     Raises:
         CurvlabError: an empty batch, x and y of different lengths, NaN or Inf in x.
@@ -66,7 +68,8 @@ class Closure(Independence):
                 (~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0]
             )
             raise CurvlabError(
-                f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean the data first"
+                f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean"
+                " the data first"
             )
         super().__init__()
         objective.check_modules()
@@ -75,7 +78,8 @@ class Closure(Independence):
         self._checked = False
         self._form: Form | None = None  # as the last look has shown it
         self._ahead: tuple[Tensor, Capture, int] | None = None  # a look that nobody has used yet
-        self.twice = False  # whether a second look will follow, so that the first is gone through again, once a form
+        # whether a second look will follow, so that the first is gone through again, once a form
+        self.twice = False
         with derivatives():
             self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
 
@@ -140,14 +144,18 @@ class Closure(Independence):
         return self._form
 
     def _key(self, x: Tensor) -> Hashable:
-        """What decides how the model runs, beside its weights: the form of the minibatch, modes, what is trained."""
+        """What decides how the model runs, beside its weights: the form of the minibatch, modes,
+        what is trained.
+        """
         objective = self.objective
         modes = tuple([module.training for module in objective.modules])
         trained = tuple([owner[key].requires_grad for _, owner, key in objective._slots])  # type: ignore[union-attr]  # none is None
         return x.shape, x.dtype, modes, trained, around()
 
     def __call__(self) -> Tensor:
-        """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad`` filled."""
+        """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad``
+        filled.
+        """
         self.objective.model.zero_grad()
         loss = self._loss(self._forward(self.x))
         if self.objective.l2:
@@ -158,19 +166,25 @@ class Closure(Independence):
         return loss
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """(outputs, loss of each example) of the model as it stands, without a graph: all that an evaluation needs."""
+        """(outputs, loss of each example) of the model as it stands, without a graph: all that an
+        evaluation needs.
+        """
         with torch.inference_mode(False), torch.no_grad():
             z = self._forward(self.x)
             return z, self._losses(z)
 
     def losses(self) -> Tensor:
-        """The loss of each example without a graph, on cloned buffers and with the first look's random numbers: a trial."""
+        """The loss of each example without a graph, on cloned buffers and with the first look's
+        random numbers: a trial.
+        """
         self._check_restless()
         with torch.inference_mode(False), torch.no_grad(), self._same_chance(True):
             return self._losses(self._forward(self.x, self._own_buffers(True)))
 
     def labels(self, z: Tensor, draws: int = 1) -> list[Tensor]:
-        """Labels drawn from the model's own distribution at outputs z: the same ones at every call."""
+        """Labels drawn from the model's own distribution at outputs z: the same ones at every
+        call.
+        """
         generator = self.objective.generator(self.number, self.stream, self.part)
         return [sample_of(self.objective.likelihood, z, generator, self.y) for _ in range(draws)]
 
@@ -187,7 +201,9 @@ class Closure(Independence):
 
     @property
     def glimpse(self) -> Form:
-        """The form of the first and the last example alone, for sizes: what a look at all of a large minibatch would cost."""
+        """The form of the first and the last example alone, for sizes: what a look at all of a
+        large minibatch would cost.
+        """
         if self._form is not None or len(self.x) <= 2:
             return self.form
         x = some_rows(self.x, slice(0, None, len(self.x) - 1))
@@ -199,7 +215,8 @@ class Closure(Independence):
     def forward(
         self, x: Tensor | None = None, move_buffers: bool = False
     ) -> tuple[Tensor, Capture]:
-        """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the capture).
+        """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the
+        capture).
 
         A later look at the minibatch sees the random numbers of the first, and uses up none.
         """
@@ -250,8 +267,9 @@ class Closure(Independence):
         return z, capture, form
 
     def _may_go_unheard(self) -> bool:
-        """Whether nothing but the mean gradient can be asked of a look: it is of a form that was heard once and draws nothing,
-        and no other look will follow."""
+        """Whether nothing but the mean gradient can be asked of a look: it is of a form that was
+        heard once and draws nothing, and no other look will follow.
+        """
         fresh = self._chance is None and self.stream == "step" and not self.twice
         return fresh and self.objective.fine and self._key(self.x) in self.objective.quiet
 
@@ -300,7 +318,9 @@ class Closure(Independence):
         return found
 
     def _check(self, z: Tensor) -> None:
-        """Of targets, and at the first look at a form of the likelihood, where that is the user's."""
+        """Of targets, and at the first look at a form of the likelihood, where that is the
+        user's.
+        """
         if self._checked:
             return
         self.objective.likelihood.check(z, self._y)
@@ -314,7 +334,9 @@ class Closure(Independence):
 
     @property
     def law(self) -> Law:
-        """What was found of the likelihood: its root, and whether labels drawn by it follow its loss."""
+        """What was found of the likelihood: its root, and whether labels drawn by it follow its
+        loss.
+        """
         key = self._key(self.x)
         if key not in self.objective.laws or not self._checked:
             _ = self.form  # a look, which the next one is
@@ -324,7 +346,9 @@ class Closure(Independence):
         return self.objective.laws[key]
 
     def look(self) -> tuple[Tensor, Tensor, Capture]:
-        """One forward on cloned buffers, checked: (outputs and loss of each example with their graphs, the capture)."""
+        """One forward on cloned buffers, checked: (outputs and loss of each example with their
+        graphs, the capture).
+        """
         z, capture = self.forward()
         with derivatives():
             losses = self._losses(z)
@@ -364,12 +388,16 @@ class Closure(Independence):
 
         Args:
             needs: of "gradient", "data", "model", "exact".
-            move_buffers: False runs on cloned buffers, so that a second look does not move BatchNorm's statistics.
-            draws: labels drawn for each example in the "model" pass; with k of them V = k, each vector times 1/√k.
-            checked: False leaves it to the caller to see that the loss is finite: nothing then waits for a GPU.
+            move_buffers: False runs on cloned buffers, so that a second look does not move
+                BatchNorm's statistics.
+            draws: labels drawn for each example in the "model" pass; with k of them V = k, each
+                vector times 1/√k.
+            checked: False leaves it to the caller to see that the loss is finite: nothing then
+                waits for a GPU.
 
         Raises:
-            CurvlabError: targets that do not fit, a loss that is not finite, a module that runs twice in the pass.
+            CurvlabError: targets that do not fit, a loss that is not finite, a module that runs
+                twice in the pass.
         """
         needs = {needs} if isinstance(needs, str) else set(needs)
         for name in needs - set(PASSES):
@@ -448,8 +476,8 @@ class Closure(Independence):
 
 
 _MIXING = (
-    "batch norm in training mode lets examples act on each other: the Gauss-Newton matrix is taken as if each stood alone, "
-    "without the derivatives that pass from one to another"
+    "batch norm in training mode lets examples act on each other: the Gauss-Newton matrix is taken"
+    " as if each stood alone, without the derivatives that pass from one to another"
 )
 _FORMS = 512  # that are remembered
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range in self")

@@ -1,4 +1,6 @@
-"""A comparison by the names of the tables: what `curvlab compare` runs. `runs.compare` is the one on a user's own objective."""
+"""A comparison by the names of the tables: what `curvlab compare` runs. `runs.compare` is the one
+on a user's own objective.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ SEEDS = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class NamedComparison:
-    """A comparison on a problem of the tables: what the command line runs. `seeds`: the problem's own first."""
+    """A comparison on a problem of the tables: what the command line runs. `seeds`: the problem's
+    own first.
+    """
 
     settings: CompareSettings
     problem: Problem
@@ -35,7 +39,9 @@ class NamedComparison:
     verbose: bool = False
 
     def check(self) -> None:
-        """Raises CurvlabError for unknown names and values out of range, before anything is loaded."""
+        """Raises CurvlabError for unknown names and values out of range, before anything is
+        loaded.
+        """
         _ = self.problem.entry  # first: a module of the user's may enter algorithms and probes
         self.settings.check()
         self.problem.check()
@@ -67,8 +73,8 @@ def prepare_comparison(named: NamedComparison) -> PreparedComparison:
     """Check, load and build.
 
     Raises:
-        CurvlabError: as `NamedComparison.check`, and for data that do not fit the model or the size of the minibatches, and
-            options that a method does not take.
+        CurvlabError: as `NamedComparison.check`, and for data that do not fit the model or the size
+            of the minibatches, and options that a method does not take.
     """
     named.check()
     problem = named.problem

@@ -37,12 +37,16 @@ def _autocast() -> tuple[str, torch.dtype] | None:
 
 
 def around() -> tuple[str, torch.dtype] | None:
-    """The autocast that the user has put around the call: (type of device, dtype), None where there is none."""
+    """The autocast that the user has put around the call: (type of device, dtype), None where there
+    is none.
+    """
     return _around.get() or _autocast()
 
 
 class precise(ContextDecorator):
-    """Arithmetic in the tensors' own precision inside, also under autocast; `surrounding` is what was around."""
+    """Arithmetic in the tensors' own precision inside, also under autocast; `surrounding` is what
+    was around.
+    """
 
     # Classes, not generators: several are opened at every look, where nothing mostly is to be done.
     __slots__ = ("_around", "_off")
@@ -65,14 +69,17 @@ class precise(ContextDecorator):
 
 
 def surrounding() -> AbstractContextManager[Any]:
-    """What the user has put around the call, for the forward pass: autocast, inside of `precise` too."""
+    """What the user has put around the call, for the forward pass: autocast, inside of `precise`
+    too.
+    """
     found = _around.get()
     return nullcontext() if found is None else torch.autocast(*found)
 
 
 class derivatives(ContextDecorator):
-    """Gradients are recorded inside, also under `torch.no_grad()` and `torch.inference_mode()`, and nothing of ours is
-    autocast; a decorator too."""
+    """Gradients are recorded inside, also under `torch.no_grad()` and `torch.inference_mode()`, and
+    nothing of ours is autocast; a decorator too.
+    """
 
     __slots__ = ("_opened",)
 
@@ -109,7 +116,8 @@ class _Written(TorchFunctionMode):
 
 @contextmanager
 def differentiable(heard: bool = False) -> Iterator[None]:
-    """Attention and weight norm by plain operations: the fused ones have no second and no forward derivatives.
+    """Attention and weight norm by plain operations: the fused ones have no second and no forward
+    derivatives.
 
     Args:
         heard: whether somebody who listens to every call sees to weight norm.

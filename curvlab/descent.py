@@ -1,4 +1,6 @@
-"""Descent: momentum → curvature → weight decay → direction, the warm start, and the move along a direction."""
+"""Descent: momentum → curvature → weight decay → direction, the warm start, and the move along a
+direction.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,17 @@ from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_direction
 
 MomentumKind = Literal["add", "average", "corrected"]
-"""m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1 − βᵏ (Adam)."""
+"""m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1
+− βᵏ (Adam).
+"""
 
 Batch = tuple[Tensor, Tensor]
 
 
 class Momentum:
-    """Momentum of the gradient, one buffer a block, starting at zero. β = 0 is the gradient itself."""
+    """Momentum of the gradient, one buffer a block, starting at zero. β = 0 is the gradient
+    itself.
+    """
 
     def __init__(self, beta: float, kind: MomentumKind = "add") -> None:
         check_momentum(beta)
@@ -78,14 +84,15 @@ class Descent:
         momentum: β of the gradient's momentum.
         momentum_kind: see `MomentumKind`.
         weight_decay: γ, decoupled: direction + γ W (thesis Alg. 15, line 19).
-        learns_first: True: statistics, then direction (Alg. 15, 16, and 12, see `curvature.kfac`); False: direction from the
-            statistics before this minibatch, then statistics (Alg. 4, 9).
-        double_grad: the gradient is averaged with that of the last minibatch at these same weights, which the second look at it
-            has given for nothing: a minibatch of twice the size, but for the first (2020 D.6; thesis 2.8.3).
+        learns_first: True: statistics, then direction (Alg. 15, 16, and 12, see `curvature.kfac`);
+            False: direction from the statistics before this minibatch, then statistics (Alg. 4, 9).
+        double_grad: the gradient is averaged with that of the last minibatch at these same weights,
+            which the second look at it has given for nothing: a minibatch of twice the size, but
+            for the first (2020 D.6; thesis 2.8.3).
 
     Raises:
-        CurvlabError: an argument out of range, `double_grad` of a method without a second look, a parameter that is trainable
-            and in no block.
+        CurvlabError: an argument out of range, `double_grad` of a method without a second look, a
+            parameter that is trainable and in no block.
     """
 
     def __init__(
@@ -102,7 +109,8 @@ class Descent:
         check_weight_decay(weight_decay)
         if double_grad and not (curvature.wants_step and "data" in curvature.step_needs):
             raise CurvlabError(
-                "double_grad needs a method that looks at each minibatch a second time, such as k-bfgs-20"
+                "double_grad needs a method that looks at each minibatch a second time, such as"
+                " k-bfgs-20"
             )
         self.objective, self.curvature, self.weight_decay = objective, curvature, weight_decay
         self.momentum = Momentum(momentum, momentum_kind)
@@ -130,11 +138,12 @@ class Descent:
 
         Args:
             decay: γ of a parameter, or of all, where it is not `weight_decay`.
-            rate: the largest α: the direction is looked at, and Diverged raised where it or the step is not finite. None looks
-                at nothing, and waits for no device.
+            rate: the largest α: the direction is looked at, and Diverged raised where it or the
+                step is not finite. None looks at nothing, and waits for no device.
 
         Raises:
-            Diverged: the numbers of the method left the finite range, whatever error that has led to. Momentum is as it was.
+            Diverged: the numbers of the method left the finite range, whatever error that has led
+                to. Momentum is as it was.
         """
         held = self.momentum.held
         try:
@@ -188,7 +197,9 @@ class Descent:
 
     @property
     def wants_step(self) -> bool:
-        """Whether it learns from the step that now follows, by a second look at the same minibatch."""
+        """Whether it learns from the step that now follows, by a second look at the same
+        minibatch.
+        """
         return self.curvature.wants_step
 
     @property
@@ -197,12 +208,15 @@ class Descent:
         return self.curvature.step_needs
 
     def learn(self, transition: Transition) -> bool:
-        """Learn from the step between two looks at one minibatch. False: the step is to be taken back.
+        """Learn from the step between two looks at one minibatch. False: the step is to be taken
+        back.
 
-        What the second look has that is not finite is left out (`left_out`): the method goes on as if it had not been there.
+        What the second look has that is not finite is left out (`left_out`): the method goes on as
+        if it had not been there.
 
         Raises:
-            Diverged: the numbers of the method left the finite range, whatever error that has led to.
+            Diverged: the numbers of the method left the finite range, whatever error that has led
+                to.
         """
         try:
             stands = self.curvature.learn(transition)
@@ -216,14 +230,18 @@ class Descent:
         return stands
 
     def _keep_further(self, gradients: Mapping[str, Tensor]) -> None:
-        """On a GPU without a look: if it is not finite, the next direction is not, which is noted."""
+        """On a GPU without a look: if it is not finite, the next direction is not, which is
+        noted.
+        """
         sound = any(map(waits, gradients.values())) or all_short(gradients.values())
         self.further = dict(gradients) if sound else {}
         self.further_left_out += not sound
 
     @property
     def left_out(self) -> int:
-        """Second looks' pairs and gradients that were left out so far since they were not finite. Waits for the device."""
+        """Second looks' pairs and gradients that were left out so far since they were not finite.
+        Waits for the device.
+        """
         return sum(map(int, self._left_out.values())) + self.further_left_out
 
     @property
@@ -241,16 +259,20 @@ class Descent:
                     "all blocks together",
                 )
                 self.objective.say(
-                    f"{name}: {where}: a pair contains NaN or Inf and is left out; the method goes on as if that minibatch had "
-                    "given none, and averages of pairs start again (the log counts them: pairs_left_out)"
+                    f"{name}: {where}: a pair contains NaN or Inf and is left out; the method goes"
+                    " on as if that minibatch had given none, and averages of pairs start again"
+                    " (the log counts them: pairs_left_out)"
                 )
         if self.further_left_out:
             self.objective.say(
-                f"{name}: the second look's gradient contains NaN or Inf and is left out of double_grad"
+                f"{name}: the second look's gradient contains NaN or Inf and is left out of"
+                " double_grad"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """With the shapes of the blocks and the dtype, by which a state of another model is known."""
+        """With the shapes of the blocks and the dtype, by which a state of another model is
+        known.
+        """
         return {
             "blocks": {b.name: list(b.shape) for b in self.objective.blocks},
             "dtype": str(self.objective.dtype).removeprefix("torch."),
@@ -261,7 +283,9 @@ class Descent:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
+        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
+        algorithm, model or dtype.
+        """
         self.check(state)
         momentum, further = (
             state["momentum"],
@@ -276,7 +300,9 @@ class Descent:
         self.further_left_out = state.get("further_left_out", 0)
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raises CurvlabError where saved blocks (earlier versions saved none) or buffers are of another shape or dtype."""
+        """Raises CurvlabError where saved blocks (earlier versions saved none) or buffers are of
+        another shape or dtype.
+        """
         blocks, dtype = {b.name: b for b in self.objective.blocks}, self.objective.dtype
         if "blocks" in state:
             check_names(blocks.values(), state["blocks"])
@@ -290,13 +316,16 @@ class Descent:
             for name, tensor in tensors.items():
                 if name not in blocks:
                     raise CurvlabError(
-                        f"the checkpoint has a {kind} of block {name} but this model has no such block: {REBUILD}"
+                        f"the checkpoint has a {kind} of block {name} but this model has no such"
+                        f" block: {REBUILD}"
                     )
                 check_shape(blocks[name], f"its {kind} is", tensor.shape)
                 check_dtype(blocks[name], tensor.dtype, dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Of a copy of the objective. What was observed last, with its graph, is not copied; the state, which goes on, is."""
+        """Of a copy of the objective. What was observed last, with its graph, is not copied; the
+        state, which goes on, is.
+        """
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         for value in vars(self.curvature).values():
@@ -312,7 +341,9 @@ class Descent:
 def of_method(
     curvature: Curvature, error: Exception, observation: Observation | None = None
 ) -> Exception:
-    """The error as Diverged, with the method's name, where numbers have raised it; else itself. One place for all methods."""
+    """The error as Diverged, with the method's name, where numbers have raised it; else itself. One
+    place for all methods.
+    """
     name = with_defaults(curvature).name or type(curvature).__name__
     whole = not with_defaults(curvature).by_block() and not getattr(error, "block", "")
     where = f"{name}, all blocks together" if whole else name
@@ -343,10 +374,12 @@ def warm_start(
     batches: Iterable[Batch],
     lost: Callable[[Curvature, Diverged], None] | None = None,
 ) -> int:
-    """Show one pass over `batches` to every curvature that has a warm start; one observation serves all. Returns how many.
+    """Show one pass over `batches` to every curvature that has a warm start; one observation serves
+    all. Returns how many.
 
     Args:
-        lost: told of a curvature whose numbers leave the finite range, and of the error; the others go on. None: raised.
+        lost: told of a curvature whose numbers leave the finite range, and of the error; the others
+            go on. None: raised.
     """
     wanting = [c for c in curvatures if c.warm_needs]
     needs = frozenset[Pass]().union(*(c.warm_needs for c in wanting))
@@ -389,7 +422,8 @@ def move(
 ) -> None:
     """W ← W − α p for every parameter, α = lr(parameter); nothing where the flag `where` is false.
 
-    As under torch's optimizers, a parameter stands still that has been frozen (`requires_grad` is off), and where α is 0.
+    As under torch's optimizers, a parameter stands still that has been frozen (`requires_grad` is
+    off), and where α is 0.
     """
     parameters = objective.parameters
     with torch.no_grad():

@@ -1,7 +1,9 @@
-"""Which errors are divergence, whatever raised them, and whose: with the name of the block and of the method.
+"""Which errors are divergence, whatever raised them, and whose: with the name of the block and of
+the method.
 
-Factorisations, roots and divisions of numbers that have left the finite range fail in a dozen ways: LinAlgErrors of torch and
-NumPy, ZeroDivisionError, OverflowError, errors of a conversion. Where a method works they all become `Diverged`, here.
+Factorisations, roots and divisions of numbers that have left the finite range fail in a dozen ways:
+LinAlgErrors of torch and NumPy, ZeroDivisionError, OverflowError, errors of a conversion. Where a
+method works they all become `Diverged`, here.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ from curvlab.errors import CurvlabError, Diverged
 from curvlab.finite import all_finite
 
 _OF_NUMBERS = re.compile(
-    "without overflow|math domain error|math range error|cannot convert float|infs or nans|nan or inf|converge"
-    "|positive[- ]definite|singular|ill-conditioned|cusolver|arpack error",
+    "without overflow|math domain error|math range error|cannot convert float|infs or nans|nan or"
+    " inf|converge|positive[- ]definite|singular|ill-conditioned|cusolver|arpack error",
     re.IGNORECASE,
 )
 """In messages of RuntimeErrors and ValueErrors that numbers have raised."""
 
 
 def of_numbers(error: BaseException) -> bool:
-    """Whether an error that is not curvlab's own says by its kind or message that numbers have raised it."""
+    """Whether an error that is not curvlab's own says by its kind or message that numbers have
+    raised it.
+    """
     if isinstance(error, ArithmeticError | LinAlgError | np.linalg.LinAlgError):
         return True
     foreign = isinstance(error, RuntimeError | ValueError) and not isinstance(error, CurvlabError)
@@ -43,12 +47,14 @@ def named(
     method: str = "",
     unsound: Callable[[], bool] = lambda: False,
 ) -> Exception:
-    """The error with `where` before its message, once: `Diverged` where numbers have raised it, itself if a stranger's.
+    """The error with `where` before its message, once: `Diverged` where numbers have raised it,
+    itself if a stranger's.
 
     Args:
         where: whose numbers.
         block, method: their names, kept on a `Diverged` that has none yet.
-        unsound: whether numbers that went in are not finite. Then they have raised whatever was raised of them.
+        unsound: whether numbers that went in are not finite. Then they have raised whatever was
+            raised of them.
     """
     own = isinstance(error, CurvlabError)
     numerical = isinstance(error, Diverged) or of_numbers(error)
@@ -60,7 +66,10 @@ def named(
     line = (
         line
         if own
-        else f"{type(error).__name__.lstrip('_')}: {line}; lower the learning rate or raise the damping"
+        else (
+            f"{type(error).__name__.lstrip('_')}: {line}; lower the learning rate or raise the"
+            " damping"
+        )
     )
     line = line if line.startswith(where) else f"{where}: {line}"
     if not numerical:
@@ -74,7 +83,9 @@ def named(
 
 
 class Naming:
-    """A block's name for what is raised inside, as `named` gives it. A context that costs a third of a microsecond."""
+    """A block's name for what is raised inside, as `named` gives it. A context that costs a third
+    of a microsecond.
+    """
 
     __slots__ = ("block", "where")
 
@@ -97,7 +108,9 @@ class Naming:
 
 
 def broken(state: Any) -> bool:
-    """Whether a tensor or a number anywhere in nested dictionaries, lists and tuples is not finite."""
+    """Whether a tensor or a number anywhere in nested dictionaries, lists and tuples is not
+    finite.
+    """
     return any(not all_finite(t) for t in _tensors(state))
 
 

@@ -1,4 +1,5 @@
-"""`curvlab doctor`: one page about an installation and, with a folder, about a run: the first thing that a bug report asks for.
+"""`curvlab doctor`: one page about an installation and, with a folder, about a run: the first thing
+that a bug report asks for.
 
 Nothing is run, written or downloaded.
 """
@@ -114,7 +115,8 @@ def _folder(folder: str | os.PathLike[str]) -> Path:
 def _installation() -> Iterator[Finding]:
     yield Finding(
         "curvlab",
-        f"{metadata.version('curvlab')}, schema {SCHEMA} of logs, format {checkpoint.FORMAT} of checkpoints",
+        f"{metadata.version('curvlab')}, schema {SCHEMA} of logs, format {checkpoint.FORMAT} of"
+        " checkpoints",
     )
     yield Finding("from", str(Path(__file__).parent))
     yield Finding("git commit", git_commit())
@@ -134,7 +136,10 @@ def _libraries() -> Iterator[Finding]:
             yield Finding(name, f"missing: pip install '{wanted}'", "bad")
             continue
         more = {
-            "torch": f", built for {'CUDA ' + str(torch.version.cuda) if torch.version.cuda else 'the CPU'}",
+            "torch": (
+                ", built for"
+                f" {'CUDA ' + str(torch.version.cuda) if torch.version.cuda else 'the CPU'}"
+            ),
             "h5py": f", HDF5 {h5py.version.hdf5_version}",
         }
         outside = _outside(wanted, version)
@@ -143,7 +148,9 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _outside(wanted: str, version: str) -> str:
-    """The range of a requirement that a version is not in; empty where it is, or where nothing here can tell."""
+    """The range of a requirement that a version is not in; empty where it is, or where nothing here
+    can tell.
+    """
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -185,7 +192,9 @@ def _surroundings() -> Iterator[Finding]:
 
 
 def _written(what: str, where: Callable[[], Path]) -> Finding:
-    """Whether a folder can be written to and how much room there is; where it is not there, of the one that it would be in."""
+    """Whether a folder can be written to and how much room there is; where it is not there, of the
+    one that it would be in.
+    """
     try:
         place = where()
         there = next(p for p in (place, *place.absolute().parents) if p.exists())
@@ -199,7 +208,9 @@ def _written(what: str, where: Callable[[], Path]) -> Finding:
 
 
 def _data() -> Iterator[Finding]:
-    """Where files are looked for; those that are there, and whether they are what they should be."""
+    """Where files are looked for; those that are there, and whether they are what they should
+    be.
+    """
     try:
         folders = files.folders()
     except CurvlabError as error:
@@ -262,7 +273,8 @@ def _run(folder: Path) -> Iterator[Finding]:
     if left and not writer:
         yield Finding(
             "left over",
-            f"{', '.join(left)}: of a run that was killed while it saved; the next one overwrites it",
+            f"{', '.join(left)}: of a run that was killed while it saved; the next one"
+            " overwrites it",
         )
     yield Finding("to go on", _going_on(folder, ds, held, state.exists(), writer))
 
@@ -323,9 +335,15 @@ def _going_on(
         return "restore the checkpoint, or start again in another folder"
     if state is not None:
         if "command" not in _call(state):
-            return f"by the script that began it: curvlab.train(…, folder={str(folder)!r}, resume=True)"
+            return (
+                f"by the script that began it: curvlab.train(…, folder={str(folder)!r},"
+                " resume=True)"
+            )
         model = str(state["settings"].get("model", ""))
-        words = f"curvlab train --resume{f' --model {shlex.quote(model)}' if ':' in model else ''} --out {place}"
+        words = (
+            f"curvlab train --resume{f' --model {shlex.quote(model)}' if ':' in model else ''}"
+            f" --out {place}"
+        )
         missing = about.unfinished(ds) if ds is not None else "some"
         return words if missing else f"it has reached its end; for a longer run: {words} --epochs N"
     if stepless(folder):

@@ -34,9 +34,11 @@ class CurvlabError(ValueError):
 
 
 class Diverged(CurvlabError):
-    """The numbers left the finite range on the way: a loss, direction or statistic is NaN or Inf, or a factorisation failed.
+    """The numbers left the finite range on the way: a loss, direction or statistic is NaN or Inf,
+    or a factorisation failed.
 
-    `block` and `method` are the names of whose numbers they were, where that is known ("": not one block's).
+    `block` and `method` are the names of whose numbers they were, where that is known ("": not one
+    block's).
     """
 
     block = ""
@@ -91,9 +93,11 @@ _KINDS: dict[Any, tuple[type, str]] = {
 
 
 def fitting(what: str, value: Any, hint: Any) -> Any:
-    """A value as its annotation wants it: one of `_KINDS`, a Literal, or a union of them; any other annotation takes anything.
+    """A value as its annotation wants it: one of `_KINDS`, a Literal, or a union of them; any other
+    annotation takes anything.
 
-    None stands for the word "none" where a word is wanted and None is not: the command line reads one as the other.
+    None stands for the word "none" where a word is wanted and None is not: the command line reads
+    one as the other.
 
     Raises:
         CurvlabError: the value does not fit.
@@ -124,7 +128,9 @@ def fitting(what: str, value: Any, hint: Any) -> Any:
 
 
 def whole(what: str, value: Any, least: int = 1, most: int = LARGEST) -> int:
-    """`value` as a whole number of a range. Raises CurvlabError for one outside of it, and for what is none."""
+    """`value` as a whole number of a range. Raises CurvlabError for one outside of it, and for what
+    is none.
+    """
     try:
         number = None if isinstance(value, bool) else index(value)
     except TypeError:
@@ -133,7 +139,8 @@ def whole(what: str, value: Any, least: int = 1, most: int = LARGEST) -> int:
         raise CurvlabError(f"{what} must be a whole number, not {shown(value)}")
     if number < least:
         raise CurvlabError(
-            f"{what} must be {'0 or positive' if least == 0 else f'{least} or more'}, not {shown(number)}"
+            f"{what} must be {'0 or positive' if least == 0 else f'{least} or more'}, not"
+            f" {shown(number)}"
         )
     if number > most:
         raise CurvlabError(
@@ -148,7 +155,9 @@ def real(
     wanted: str = "0 or positive",
     good: Callable[[float], bool] = lambda v: v >= 0,
 ) -> float:
-    """`value` as a finite number. Raises CurvlabError where it is none, or not `good`: `wanted` says what is."""
+    """`value` as a finite number. Raises CurvlabError where it is none, or not `good`: `wanted`
+    says what is.
+    """
     try:
         number = math.nan if isinstance(value, bool | str | bytes) else float(value)
     except (
@@ -179,7 +188,9 @@ def shown(value: object) -> str:
 
 
 def several(names: str | Iterable[str]) -> list[str]:
-    """A list of names; a single one stands for itself, not for its letters. Raises CurvlabError where it is no such thing."""
+    """A list of names; a single one stands for itself, not for its letters. Raises CurvlabError
+    where it is no such thing.
+    """
     try:
         found = [names] if isinstance(names, str) else list(names)
     except TypeError as error:
@@ -191,18 +202,23 @@ def several(names: str | Iterable[str]) -> list[str]:
 
 
 def check_values(*checks: tuple[str, float, bool, str]) -> None:
-    """Of (what, value, whether it is good, what is wanted): raises CurvlabError for the first that is not good."""
+    """Of (what, value, whether it is good, what is wanted): raises CurvlabError for the first that
+    is not good.
+    """
     for what, value, good, wanted in checks:
         if not good:
             raise CurvlabError(f"{what} must be {wanted}, not {shown(value)}")
 
 
 def guard_memory(needed: int, what: str, remedy: str) -> None:
-    """Refuse a dense object of `needed` bytes that would take more than 80 % of the machine's memory."""
+    """Refuse a dense object of `needed` bytes that would take more than 80 % of the machine's
+    memory.
+    """
     total = _memory()
     if needed > 0.8 * total:
         raise CurvlabError(
-            f"{what} would need {needed / 1e9:.1f} GB and this machine has {total / 1e9:.1f} GB of memory; {remedy}"
+            f"{what} would need {needed / 1e9:.1f} GB and this machine has {total / 1e9:.1f} GB of"
+            f" memory; {remedy}"
         )
 
 

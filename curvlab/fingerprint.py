@@ -1,7 +1,8 @@
 """Checksums: whether data, or weights, are still what they were.
 
-Numbers are read as the integers that their bytes are, and added up in 64 bits that wrap around: no rounding, no order of sums,
-NaN a number like any other, the same on every device. Equal means equal but for one chance in 2⁶⁴ or, of bad luck, 2³².
+Numbers are read as the integers that their bytes are, and added up in 64 bits that wrap around: no
+rounding, no order of sums, NaN a number like any other, the same on every device. Equal means equal
+but for one chance in 2⁶⁴ or, of bad luck, 2³².
 
 Legend: N examples, W words of 64 bits in one of them.
 """
@@ -34,7 +35,9 @@ _AT_ONCE = {
 
 
 def each(*data: Any) -> Int64[Tensor, " N"]:
-    """A checksum of each example of a minibatch: of x and y, tensors or nests (tuples, lists, dictionaries) of tensors."""
+    """A checksum of each example of a minibatch: of x and y, tensors or nests (tuples, lists,
+    dictionaries) of tensors.
+    """
     found: Tensor | None = None
     for place, t in _tensors(data):
         rows = _of_rows(t if t.ndim and (found is None or len(t) == len(found)) else t[None])
@@ -48,12 +51,16 @@ def each(*data: Any) -> Int64[Tensor, " N"]:
 
 
 def examples(*data: Any) -> Int64[Tensor, ""]:
-    """Of the examples of a minibatch, in whatever order: of those of two minibatches it is the sum."""
+    """Of the examples of a minibatch, in whatever order: of those of two minibatches it is the
+    sum.
+    """
     return each(*data).sum()
 
 
 def numbers(tensors: Iterable[Tensor]) -> Int64[Tensor, " K"]:
-    """Of tensors, the numbers in their places: other signs and another order show. Small ones are taken together."""
+    """Of tensors, the numbers in their places: other signs and another order show. Small ones are
+    taken together.
+    """
     found: list[Tensor] = []
     small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for t in tensors:
@@ -123,7 +130,9 @@ def _words(t: Tensor) -> Int64[Tensor, "N W"]:
 
 
 def _added(words: Int64[Tensor, "N W"]) -> Int64[Tensor, " N"]:
-    """Σ_j r_j (w_j + ⌊w_j / 2³¹⌋), r odd. By w_j alone a sign, the highest bit, would add 2⁶³ whatever r, and two of them 0."""
+    """Σ_j r_j (w_j + ⌊w_j / 2³¹⌋), r odd. By w_j alone a sign, the highest bit, would add 2⁶³
+    whatever r, and two of them 0.
+    """
     r = _multipliers(words.shape[1], words.device)
     at_once = max(1, _AT_ONCE.get(words.device.type, 1 << 16) // max(1, len(r)))
     temporary = words.new_empty(min(at_once, len(words)), len(r))
@@ -152,7 +161,9 @@ def _in_order(sums: Int64[Tensor, " N"]) -> Int64[Tensor, ""]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass over a loader gave: how many examples, which, and in what order and minibatches."""
+    """What a pass over a loader gave: how many examples, which, and in what order and
+    minibatches.
+    """
 
     count: int
     examples: int

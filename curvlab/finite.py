@@ -1,4 +1,6 @@
-"""Whether numbers are finite, at the speed of a sum; and whether they may be looked at without waiting."""
+"""Whether numbers are finite, at the speed of a sum; and whether they may be looked at without
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _LATE = ContextVar("late", default=False)
 
 
 def all_finite(values: Tensor) -> bool:
-    """No entry is NaN or Inf: the sum is finite, or, where that overflows, entry by entry (30 times slower)."""
+    """No entry is NaN or Inf: the sum is finite, or, where that overflows, entry by entry (30 times
+    slower).
+    """
     return cmath.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
@@ -26,7 +30,9 @@ def lengths(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def length(tensors: Iterable[Tensor]) -> float:
-    """Of all together; NaN or Inf where an entry is, and where the squares of one of them overflow. Waits for the device."""
+    """Of all together; NaN or Inf where an entry is, and where the squares of one of them overflow.
+    Waits for the device.
+    """
     each = torch._foreach_norm(list(tensors))
     numbers = (
         [n.item() for n in each] if each[0].device.type == "cpu" else torch.stack(each).tolist()
@@ -35,7 +41,9 @@ def length(tensors: Iterable[Tensor]) -> float:
 
 
 def all_short(tensors: Iterable[Tensor]) -> bool:
-    """No entry of any is NaN or Inf, and the square of the length of all together is within the dtype. Waits for the device."""
+    """No entry of any is NaN or Inf, and the square of the length of all together is within the
+    dtype. Waits for the device.
+    """
     found = list(tensors)
     return length(found) < longest(found[0].dtype)
 
@@ -47,7 +55,9 @@ def longest(dtype: torch.dtype) -> float:
 
 
 def waits(like: Tensor) -> bool:
-    """Whether to read a number would wait for a device, or is to be done as if it would (`late`)."""
+    """Whether to read a number would wait for a device, or is to be done as if it would
+    (`late`).
+    """
     return like.device.type != "cpu" or _LATE.get()
 
 

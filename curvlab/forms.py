@@ -1,10 +1,13 @@
-"""Forms: what the first look at a minibatch of one shape, dtype and set of modes has shown, and the proof of it.
+"""Forms: what the first look at a minibatch of one shape, dtype and set of modes has shown, and the
+proof of it.
 
-A random vector v is sent back from the outputs, and again with every example's part of it times a random weight sₙ. What a
-block's uses make of it, Σₙ rowₙ and Σₙ sₙ rowₙ, is held against autograd's own derivatives in the parameters: the second holds,
-but with probability 0, only where every row is its own example's. Which places are whose is found that way, not assumed: of the
-arrangements that the shapes allow, the first that agrees is taken, and where none does the block goes the general way. Three
-passes back, once a form; at every look where the data may decide whose a row is (`functions.REORDERING`).
+A random vector v is sent back from the outputs, and again with every example's part of it times a
+random weight sₙ. What a block's uses make of it, Σₙ rowₙ and Σₙ sₙ rowₙ, is held against autograd's
+own derivatives in the parameters: the second holds, but with probability 0, only where every row is
+its own example's. Which places are whose is found that way, not assumed: of the arrangements that
+the shapes allow, the first that agrees is taken, and where none does the block goes the general
+way. Three passes back, once a form; at every look where the data may decide whose a row is
+(`functions.REORDERING`).
 
 Legend: N examples, T places of an example, R rows and P places of a call, V vectors sent back.
 """
@@ -38,8 +41,8 @@ class Way:
     Args:
         arrangement: of each of its uses (`functions.ARRANGEMENTS`).
         why: it goes the general way; empty for a structured block.
-        gap: the largest relative difference from autograd that was found, of the way that was taken; of the best that was
-            refused where none was.
+        gap: the largest relative difference from autograd that was found, of the way that was
+            taken; of the best that was refused where none was.
         unseen: uses whose derivatives were all zero, so that nothing could be seen of them.
     """
 
@@ -66,7 +69,8 @@ class Form:
         shaped: blocks that have a, g and rows (none where such a block is unused).
         plain: of those, the blocks that no use reads in the other direction.
         direct: of those, the blocks with one use whose rows are the examples.
-        precision: the coarsest rounding on the way from the parameters to the outputs (that of autocast, or of half types).
+        precision: the coarsest rounding on the way from the parameters to the outputs (that of
+            autocast, or of half types).
     """
 
     outputs: int
@@ -83,7 +87,9 @@ class Form:
         return {name: way.unseen for name, way in self.ways.items() if way.unseen}
 
     def apply(self, capture: Capture) -> bool:
-        """Hand what is known to a new look of this form; False where the look has other uses than the first had."""
+        """Hand what is known to a new look of this form; False where the look has other uses than
+        the first had.
+        """
         for name in list(capture.arranged):
             way, uses = self.ways[name], capture.uses.get(name, [])
             if way.how == "general":
@@ -102,8 +108,8 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
     Args:
         capture: of the forward pass, settled.
         z: outputs [N, *C] with their graph.
-        mixing: whether examples are known to act on each other (batch norm in training mode): then no row is an example's own,
-            and of the arrangements the nearest is taken.
+        mixing: whether examples are known to act on each other (batch norm in training mode): then
+            no row is an example's own, and of the arrangements the nearest is taken.
     """
     size = len(z)
     generator = torch.Generator().manual_seed(0)
@@ -223,7 +229,9 @@ def _gathered(block: Block, grads: dict[str, Tensor | None], capture: Capture) -
 
 
 def _gap(ours: Tensor, true: Tensor, largest: float, floor: float) -> float:
-    """‖ours − true‖ / ‖true‖; over the largest block's norm where what is left is rounding of that."""
+    """‖ours − true‖ / ‖true‖; over the largest block's norm where what is left is rounding of
+    that.
+    """
     error = float((ours.reshape(true.shape) - true).norm())
     if error <= floor:
         return error / largest if error else 0.0
@@ -260,8 +268,9 @@ def rearranged(
 
 
 def weighted(statistics: LayerStatistics, s: Tensor) -> LayerStatistics:
-    """The same pass with every example's g times its own weight: its gradient is Σₙ sₙ rowₙ, no row and no input formed for it
-    that the gradient would not form."""
+    """The same pass with every example's g times its own weight: its gradient is Σₙ sₙ rowₙ, no row
+    and no input formed for it that the gradient would not form.
+    """
     parts = []
     for p in statistics.parts:
         _, _, inputs = p.own
@@ -304,7 +313,9 @@ class Report:
 
     @property
     def gaps(self) -> dict[str, float]:
-        """{block: largest relative difference from autograd}: of the way that was taken, or of the one that was refused."""
+        """{block: largest relative difference from autograd}: of the way that was taken, or of the
+        one that was refused.
+        """
         return {name: way.gap for name, way in self.form.ways.items()}
 
     def __str__(self) -> str:
@@ -312,7 +323,10 @@ class Report:
         for block in self.blocks:
             way = self.form.ways[block.name]
             if way.how == "structured":
-                what = f"T = {self.form.places.get(block.name, 0)}, {len(way.arrangement)} use{'s' * (len(way.arrangement) != 1)}"
+                what = (
+                    f"T = {self.form.places.get(block.name, 0)}, {len(way.arrangement)}"
+                    f" use{'s' * (len(way.arrangement) != 1)}"
+                )
                 told = "" if way.proven else "; all derivatives zero so far"
                 others = sorted({how for how in way.arrangement if how != "first"})
                 told += f"; examples {', '.join(others)}" if others else ""

@@ -1,10 +1,12 @@
-"""FUNCTIONS: how one call of a torch function reads as a layer. A rule belongs to a function, not to a module.
+"""FUNCTIONS: how one call of a torch function reads as a layer. A rule belongs to a function, not
+to a module.
 
-A **rule** says how a call reads as ``h[r, p, o] = Σᵢ W[o, i] a[r, p, γ(o), i]``: r counts the rows of its first axis and p the
-places behind it. Which rows and places belong to which example is not the rule's business (`ARRANGEMENTS`, and `check`).
+A **rule** says how a call reads as ``h[r, p, o] = Σᵢ W[o, i] a[r, p, γ(o), i]``: r counts the rows
+of its first axis and p the places behind it. Which rows and places belong to which example is not
+the rule's business (`ARRANGEMENTS`, and `check`).
 
-Legend: R rows, P places of a row, N examples, T places of an example, Γ groups of outputs, I inputs without the bias column,
-O outputs, V vectors sent back.
+Legend: R rows, P places of a row, N examples, T places of an example, Γ groups of outputs, I inputs
+without the bias column, O outputs, V vectors sent back.
 """
 
 from __future__ import annotations
@@ -31,16 +33,19 @@ class Rule:
     """How one function reads as ``h[r, p, o] = Σᵢ W[o, i] a[r, p, γ(o), i]``.
 
     Args:
-        names: of the arguments in order; the input is `input`, the parameters are `weight` and `bias`.
+        names: of the arguments in order; the input is `input`, the parameters are `weight` and
+            `bias`.
         inputs: (call, x) → [R, P, I] (one group) or [R, P, Γ, I], without the bias column.
         outputs: h or ∂ℓ/∂h → [R, P, O].
         defaults: of arguments that may be left out. aliases: other names by keyword.
         groups: Γ of a call.
-        covers: whether the rule holds for this call; one that it does not cover is a call without a rule.
+        covers: whether the rule holds for this call; one that it does not cover is a call without a
+            rule.
         transposed: whether the weight is taken as [I, O].
-        stateful: whether `inputs` reads what a later pass may change, and so has to be called in its own.
-        gradient: (call, x, ∂ℓ/∂h as `outputs` gives it) → that of the weight summed over rows, [O, I], where there is a way
-            that does not form `inputs`; any number of outputs.
+        stateful: whether `inputs` reads what a later pass may change, and so has to be called in
+            its own.
+        gradient: (call, x, ∂ℓ/∂h as `outputs` gives it) → that of the weight summed over rows, [O,
+            I], where there is a way that does not form `inputs`; any number of outputs.
         response: (call, x, v) → aᵀv, [R, P], likewise; of calls with one group.
     """
 
@@ -111,7 +116,9 @@ def _padded(call: Call, x: Float[Tensor, "R C *S"]) -> Float[Tensor, "R C *Q"]:
 
 
 def _patches(call: Call, x: Float[Tensor, "R C *S"]) -> Float[Tensor, "R P *G I"]:
-    """What every output pixel sees, in the order of the filter's own axes (thesis 3.2.2: a_t); groups apart."""
+    """What every output pixel sees, in the order of the filter's own axes (thesis 3.2.2: a_t);
+    groups apart.
+    """
     x = _padded(call, x)
     kernel = call.weight.shape[2:]
     for axis, (k, s, d) in enumerate(
@@ -347,7 +354,9 @@ REORDERING: frozenset[Any] = frozenset(
         torch.index_put, Tensor.index_put, Tensor.index_put_, torch.randperm,
     }
 )  # fmt: skip
-"""Calls by which the data may decide which rows are whose: what one minibatch has shown of them says nothing of the next."""
+"""Calls by which the data may decide which rows are whose: what one minibatch has shown of them
+says nothing of the next.
+"""
 
 
 def indexed(func: Any, args: tuple[Any, ...]) -> bool:
@@ -359,7 +368,9 @@ def indexed(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def _opened(function: Any) -> Callable[..., Any]:
-    """A composite function of Python, as torch has it, that goes on into its own calls where a mode is told of them."""
+    """A composite function of Python, as torch has it, that goes on into its own calls where a mode
+    is told of them.
+    """
     own = {**function.__globals__, "has_torch_function": lambda tensors: False}
     found = types.FunctionType(
         function.__code__, own, function.__name__, function.__defaults__, function.__closure__
@@ -371,7 +382,9 @@ def _opened(function: Any) -> Callable[..., Any]:
 COMPOSITE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.multi_head_attention_forward: _opened(F.multi_head_attention_forward),
 }
-"""{function that takes parameters as a whole: the same, taken apart into the calls it is made of}"""
+"""{function that takes parameters as a whole: the same, taken apart into the calls it is made
+of}
+"""
 
 
 def _cut(t: Tensor, axis: int, sizes: tuple[int, int]) -> Tensor:
@@ -402,8 +415,9 @@ ARRANGEMENTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "second": _second,
     "last": _last,
 }
-"""Where the examples are in [R, P], after `lead` axes, so that [N, T] comes of it: R = N; R = N k, examples outside or inside;
-P = N k or k N, sequence first."""
+"""Where the examples are in [R, P], after `lead` axes, so that [N, T] comes of it: R = N; R = N k,
+examples outside or inside; P = N k or k N, sequence first.
+"""
 
 
 @lru_cache(maxsize=4096)

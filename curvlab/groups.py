@@ -1,6 +1,8 @@
-"""Parameter groups: what they may say and hold, and whether an objective's blocks still are what its model trains.
+"""Parameter groups: what they may say and hold, and whether an objective's blocks still are what
+its model trains.
 
-Nothing here is left out without a word: an option or a tensor that an optimizer could not act on is refused by name.
+Nothing here is left out without a word: an option or a tensor that an optimizer could not act on is
+refused by name.
 """
 
 from __future__ import annotations
@@ -53,14 +55,17 @@ def check_weight_decay(rate: float) -> None:
 
 
 def check_options(groups: Sequence[Group]) -> None:
-    """Raises CurvlabError where damping, momentum or weight decay is out of range, or groups differ in what is one for all."""
+    """Raises CurvlabError where damping, momentum or weight decay is out of range, or groups differ
+    in what is one for all.
+    """
     for option in SHARED:
         first = float(groups[0][option]) if groups else 0.0
         for number, group in enumerate(groups[1:], 1):
             if float(group[option]) != first:
                 raise CurvlabError(
-                    f"parameter groups 0 and {number} have {option} {first:g} and {float(group[option]):g}: "
-                    "it is one for all, set it to the same value in every group"
+                    f"parameter groups 0 and {number} have {option} {first:g} and"
+                    f" {float(group[option]):g}: it is one for all, set it to the same value in"
+                    " every group"
                 )
     for group in groups:
         check_damping(float(group["damping"]))
@@ -69,7 +74,9 @@ def check_options(groups: Sequence[Group]) -> None:
 
 
 def check_owned(objective: Objective, params: Iterable[Any]) -> None:
-    """Raises CurvlabError for a tensor, or pair of a name and a tensor, that is no parameter of the objective's blocks."""
+    """Raises CurvlabError for a tensor, or pair of a name and a tensor, that is no parameter of the
+    objective's blocks.
+    """
     owned = frozenset(map(id, objective.parameters.values()))
     for entry in params:
         name, tensor = entry if isinstance(entry, tuple) else ("", entry)
@@ -84,7 +91,9 @@ def check_owned(objective: Objective, params: Iterable[Any]) -> None:
 
 
 class Ownership:
-    """Whether every parameter that is trainable now belongs to a block of the objective. Cheap where nothing has changed."""
+    """Whether every parameter that is trainable now belongs to a block of the objective. Cheap
+    where nothing has changed.
+    """
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -96,7 +105,9 @@ class Ownership:
         self._children: list[nn.Module | None] | None = None
 
     def check(self) -> None:
-        """Raises CurvlabError, with their names, where some belong to no block: thawed, or put into the model, later."""
+        """Raises CurvlabError, with their names, where some belong to no block: thawed, or put into
+        the model, later.
+        """
         held, children = (
             self._look()
         )  # a walk through the model takes ten times as long; what is new hangs on one of these
@@ -116,8 +127,9 @@ class Ownership:
         if loose:
             more = f" and {len(loose) - 3} more" if len(loose) > 3 else ""
             raise CurvlabError(
-                f"parameters {', '.join(loose[:3])}{more} are trainable but belong to no block of this objective, which was "
-                "made before they were: make a new Objective, and a new optimizer of it"
+                f"parameters {', '.join(loose[:3])}{more} are trainable but belong to no block of"
+                " this objective, which was made before they were: make a new Objective, and a new"
+                " optimizer of it"
             )
         self.ids, self._held, self._seen, self._children = ids, held, seen, children
 

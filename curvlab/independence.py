@@ -1,4 +1,6 @@
-"""Whether every example has a loss of its own: its outputs depend neither on the other examples nor on chance."""
+"""Whether every example has a loss of its own: its outputs depend neither on the other examples nor
+on chance.
+"""
 
 from __future__ import annotations
 
@@ -57,18 +59,22 @@ class Independence(SecondLooks):
         z, capture = self.forward(some_rows(self.x, slice(n, n + 1)))
         if random_state.drawn_since(before, self.x.device):
             raise CurvlabError(
-                "the model draws random numbers in its forward pass, so that the loss is no function of the weights: "
-                "call model.eval(), and give functional dropout training=self.training"
+                "the model draws random numbers in its forward pass, so that the loss is no"
+                " function of the weights: call model.eval(), and give functional dropout"
+                " training=self.training"
             )
         if capture.generators:
             raise CurvlabError(_DEPENDS.format("first"))
         return z.detach()
 
     def check_alone(self, z: Tensor) -> None:
-        """Raises CurvlabError where outputs are not finite, or those of an example depend on the others or on chance."""
+        """Raises CurvlabError where outputs are not finite, or those of an example depend on the
+        others or on chance.
+        """
         if not all_finite(z):
             raise CurvlabError(
-                "the model's outputs contain NaN or Inf: check its weights, and the range of the data"
+                "the model's outputs contain NaN or Inf: check its weights, and the range of the"
+                " data"
             )
         key = self._key(self.x), self._trace
         if key in self.objective.alone:
@@ -104,8 +110,9 @@ class Independence(SecondLooks):
             raise CurvlabError(_DEPENDS.format(_numbered(bad[0], size)))
 
     def _mixed_by_inputs(self) -> list[int] | None:
-        """Examples m on which others depend, one pass for all: where not ∂/∂xₘ Σₙ cₙ uₙ·zₙ = cₘ ∂/∂xₘ Σₙ uₙ·zₙ, c, u random.
-        None where no derivative leads back to the inputs."""
+        """Examples m on which others depend, one pass for all: where not ∂/∂xₘ Σₙ cₙ uₙ·zₙ = cₘ
+        ∂/∂xₘ Σₙ uₙ·zₙ, c, u random. None where no derivative leads back to the inputs.
+        """
         size, generator = len(self.x), torch.Generator().manual_seed(0)
         with derivatives():
             x = self.x.detach().clone().requires_grad_()

@@ -1,14 +1,16 @@
 """Blocks: which parameters are preconditioned together, and how they are laid out as one tensor.
 
-A **block** is the set of parameters of one layer, laid out as one matrix [O, I] with the bias as its last column; a parameter
-of anything else is a block of its own, in its own shape. The partition knows modules only to name it: what a block *does* in a
-pass is seen in the calls that take its parameters (`functions`, `capture`), and nothing here claims that it is used at all.
+A **block** is the set of parameters of one layer, laid out as one matrix [O, I] with the bias as
+its last column; a parameter of anything else is a block of its own, in its own shape. The partition
+knows modules only to name it: what a block *does* in a pass is seen in the calls that take its
+parameters (`functions`, `capture`), and nothing here claims that it is used at all.
 
-The outputs of a layer lie in equal groups γ, each with inputs of its own. Linear layers and plain convolutions have one group
-(and then ``a`` has no axis for it); grouped convolutions have several; normalisation layers, ``h = w ⊙ x̂ + b``, have one for
-every output.
+The outputs of a layer lie in equal groups γ, each with inputs of its own. Linear layers and plain
+convolutions have one group (and then ``a`` has no axis for it); grouped convolutions have several;
+normalisation layers, ``h = w ⊙ x̂ + b``, have one for every output.
 
-Legend: N examples, T places where the weight is shared, Γ groups of outputs, I inputs incl. the bias column, O outputs.
+Legend: N examples, T places where the weight is shared, Γ groups of outputs, I inputs incl. the
+    bias column, O outputs.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class Layer:
     Args:
         transposed: whether the weight is stored as [I, O].
         groups: Γ of a module.
-        covers: whether the layout holds for this module; the parameters of one that it does not cover are blocks of their own.
-        weight, bias: the names of its parameters.
+        covers: whether the layout holds for this module; the parameters of one that it does not
+        cover are blocks of their own. weight, bias: the names of its parameters.
     """
 
     transposed: bool = False
@@ -68,7 +70,9 @@ LAYERS: dict[type[nn.Module] | str, Layer] = {
     nn.MultiheadAttention: Layer(weight="in_proj_weight", bias="in_proj_bias"),
     "transformers.pytorch_utils.Conv1D": Layer(transposed=True),  # GPT-2's linear layer
 }
-"""{type of layer, or the full name of one that need not be installed: its layout}; a subclass has its parent's."""
+"""{type of layer, or the full name of one that need not be installed: its layout}; a subclass has
+its parent's.
+"""
 
 
 def layer_of(module: nn.Module) -> Layer | None:
@@ -88,8 +92,9 @@ def layer_of(module: nn.Module) -> Layer | None:
 class Block:
     """Parameters preconditioned together.
 
-    `params` are names in the model; with a layer they are its weight, then its bias (each only if it is trained). Without one
-    a block is one parameter in its own shape and `module` is None. `weight_shape` is the weight's own.
+    `params` are names in the model; with a layer they are its weight, then its bias (each only if
+    it is trained). Without one a block is one parameter in its own shape and `module` is None.
+    `weight_shape` is the weight's own.
     """
 
     name: str
@@ -133,7 +138,9 @@ class Block:
         return weight.reshape(*weight.shape[:batch], self.shape[0], -1)
 
     def scatter(self, value: Tensor, batch: int = 0) -> dict[str, Tensor]:
-        """One tensor of the block's shape → {parameter: tensor in the parameter's own shape}, views where possible."""
+        """One tensor of the block's shape → {parameter: tensor in the parameter's own shape}, views
+        where possible.
+        """
         leading = value.shape[:batch]
         value = value.reshape((*leading, *self.shape))
         if self.layer is None:
@@ -149,7 +156,8 @@ class Block:
 
 
 def blocks(model: nn.Module) -> tuple[Block, ...]:
-    """The partition of the trainable parameters into blocks, named "1", "2", … in the order of the model's modules.
+    """The partition of the trainable parameters into blocks, named "1", "2", … in the order of the
+    model's modules.
 
     A parameter that several modules share belongs to the first of them.
 
@@ -192,7 +200,9 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
 
 
 def _matrix(weight: Tensor, layer: Layer) -> bool:
-    """Whether a weight is what the layer's layout expects: a subclass may have put anything in its place."""
+    """Whether a weight is what the layer's layout expects: a subclass may have put anything in its
+    place.
+    """
     return weight.ndim == 2 if layer.transposed else weight.ndim >= 1
 
 

@@ -11,7 +11,9 @@ if TYPE_CHECKING or sys.version_info >= (3, 12):
 else:
 
     class cached_property(functools.cached_property):
-        """That of Python 3.12: the earlier ones take a lock, which costs more than many a value here."""
+        """That of Python 3.12: the earlier ones take a lock, which costs more than many a value
+        here.
+        """
 
         def __get__(self, instance: Any, owner: Any = None) -> Any:
             if instance is None:

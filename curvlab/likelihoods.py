@@ -1,10 +1,12 @@
 """Likelihoods: loss per example, sampling of labels, root of the Hessian in the outputs.
 
-A likelihood is one small class with four methods (write your own the same way). Every loss is the **negative log-likelihood
-of one example, summed over its outputs and places** and up to a constant; the objective takes the mean over examples. Where a
-class of yours needs the data's labels for `root` or `sample` (weights, a mask), it takes them as a last argument `y`.
+A likelihood is one small class with four methods (write your own the same way). Every loss is the
+**negative log-likelihood of one example, summed over its outputs and places** and up to a constant;
+the objective takes the mean over examples. Where a class of yours needs the data's labels for
+`root` or `sample` (weights, a mask), it takes them as a last argument `y`.
 
-Legend: N examples, C outputs or classes, P the axes of places where a class is told apart, V columns of the root.
+Legend: N examples, C outputs or classes, P the axes of places where a class is told apart, V
+    columns of the root.
 """
 
 from __future__ import annotations
@@ -37,17 +39,23 @@ class Likelihood(Protocol):
     def sample(
         self, z: Float[Tensor, "N *C"], generator: torch.Generator, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """`sample(z, generator)` or `sample(z, generator, y)`: labels that `loss` takes, drawn from the model's own law.
+        """`sample(z, generator)` or `sample(z, generator, y)`: labels that `loss` takes, drawn from
+        the model's own law.
 
-        Where the data's labels y say more than a draw does (a place that has no loss), the labels drawn say the same.
+        Where the data's labels y say more than a draw does (a place that has no loss), the labels
+        drawn say the same.
         """
 
     def root(self, z: Float[Tensor, "N *C"], *args: Any, **kwargs: Any) -> Float[Tensor, "V N *C"]:
-        """`root(z)` or `root(z, y)`: columns v of S, S Sᵀ = ∂²ℓ/∂z² for each example, one column a slice of the first axis."""
+        """`root(z)` or `root(z, y)`: columns v of S, S Sᵀ = ∂²ℓ/∂z² for each example, one column a
+        slice of the first axis.
+        """
 
 
 def root_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "V N *C"]:
-    """Columns of S, S Sᵀ = ∂²ℓ/∂z², by the likelihood's `root(z)` or `root(z, y)`, whichever it has."""
+    """Columns of S, S Sᵀ = ∂²ℓ/∂z², by the likelihood's `root(z)` or `root(z, y)`, whichever it
+    has.
+    """
     way = _labels_go(likelihood.root, 1)
     if way is None:
         return likelihood.root(z)
@@ -57,7 +65,9 @@ def root_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> Floa
 def sample_of(
     likelihood: Likelihood, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor
 ) -> Tensor:
-    """Labels drawn from the model's law, by the likelihood's `sample(z, generator)` or `sample(z, generator, y)`."""
+    """Labels drawn from the model's law, by the likelihood's `sample(z, generator)` or `sample(z,
+    generator, y)`.
+    """
     way = _labels_go(likelihood.sample, 2)
     if way is None:
         return likelihood.sample(z, generator)
@@ -72,7 +82,8 @@ _Way = Literal["by place", "by name"]
 
 
 def _labels_go(method: Callable[..., Tensor], given: int) -> _Way | None:
-    """How a method takes the data's labels after its `given` other arguments, or None where it does not.
+    """How a method takes the data's labels after its `given` other arguments, or None where it does
+    not.
 
     An argument called `y` is theirs, and one of any other name if it has no default.
     """
@@ -104,7 +115,8 @@ def _same_shape(z: Tensor, y: Tensor, name: str) -> None:
         same = [n for n in y.shape if n > 1] == [n for n in z.shape if n > 1]
         remedy = f"take y.reshape{tuple(z.shape)}" if same else "they must be the same"
         raise CurvlabError(
-            f"{name} targets have shape {tuple(y.shape)} but the model's outputs have shape {tuple(z.shape)}: {remedy}"
+            f"{name} targets have shape {tuple(y.shape)} but the model's outputs have shape"
+            f" {tuple(z.shape)}: {remedy}"
         )
     if not y.is_floating_point():
         raise CurvlabError(
@@ -135,14 +147,17 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 @dataclass(eq=False)
 class Categorical:
-    """Softmax cross-entropy, ℓ = −Σ_places log softmax(z)_y: outputs [N, C] or [N, C, *P], the classes on axis 1. Thesis (1.7).
+    """Softmax cross-entropy, ℓ = −Σ_places log softmax(z)_y: outputs [N, C] or [N, C, *P], the
+    classes on axis 1. Thesis (1.7).
 
-    Targets are class numbers [N, *P], or probabilities q shaped as the outputs: then ℓ = −Σ q_c log softmax(z)_c. Losses are
-    sums over the places P.
+    Targets are class numbers [N, *P], or probabilities q shaped as the outputs: then ℓ = −Σ q_c log
+    softmax(z)_c. Losses are sums over the places P.
 
     Args:
-        ignore_index: a place with this class number has no loss, no gradient, no curvature, and labels drawn there have none.
-        label_smoothing: ε in [0, 1]; class numbers stand for (1 − ε) e_y + ε/C. Probabilities are taken as they are.
+        ignore_index: a place with this class number has no loss, no gradient, no curvature, and
+            labels drawn there have none.
+        label_smoothing: ε in [0, 1]; class numbers stand for (1 − ε) e_y + ε/C. Probabilities are
+            taken as they are.
 
     Raises:
         CurvlabError: an argument out of range.
@@ -169,7 +184,8 @@ class Categorical:
         """Raise CurvlabError unless y is classes [N, *P] or probabilities, for z [N, C, *P]."""
         if z.ndim < 2:
             raise CurvlabError(
-                f"categorical outputs must be [N, C] or [N, C, …], not {list(z.shape)}: of one number an example take Bernoulli"
+                f"categorical outputs must be [N, C] or [N, C, …], not {list(z.shape)}: of one"
+                " number an example take Bernoulli"
             )
         wrong = self._wrong(z, y)
         if wrong is None:
@@ -179,7 +195,10 @@ class Categorical:
             z.shape[1] == 1 and y.numel() == z.numel()
         ):  # whatever is wrong with them: softmax of one output is 1
             shaped = "" if y.shape == z.shape else f".reshape{tuple(z.shape)}"
-            remedy = f"of one output take Bernoulli with y{'' if y.is_floating_point() else '.float()'}{shaped}"
+            remedy = (
+                "of one output take Bernoulli with"
+                f" y{'' if y.is_floating_point() else '.float()'}{shaped}"
+            )
         raise CurvlabError(f"{what}: {remedy}")
 
     def _wrong(self, z: Tensor, y: Tensor) -> tuple[str, str] | None:
@@ -206,7 +225,10 @@ class Categorical:
                 bad = int(found.max()) if int(found.max()) >= classes else int(found.min())
                 remedy = "count the classes from 0, or widen the outputs"
                 if bool((found == bad).all()):
-                    remedy += f"; where {bad} says that there is no label, Categorical(ignore_index={bad})"
+                    remedy += (
+                        f"; where {bad} says that there is no label,"
+                        f" Categorical(ignore_index={bad})"
+                    )
                 what = f"label {bad} is out of range: the model has {classes} outputs"
                 return f"{what}, so labels run from 0 to {classes - 1}", remedy
         return None
@@ -232,9 +254,9 @@ class Categorical:
     ) -> Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]:
         """Class numbers [N, *P] drawn at every place, ignored where y is.
 
-        One-hot probabilities [N, C, *P] where a class number would not say the same: with label smoothing (the law is over
-        classes, so that the score is p − e_ŷ), and if the ignored number is a class. They are zero, without a loss, where y is
-        ignored.
+        One-hot probabilities [N, C, *P] where a class number would not say the same: with label
+        smoothing (the law is over classes, so that the score is p − e_ŷ), and if the ignored number
+        is a class. They are zero, without a loss, where y is ignored.
         """
         p = z.softmax(
             1
@@ -249,7 +271,9 @@ class Categorical:
     def root(
         self, z: Float[Tensor, "N C *P"], y: Tensor | None = None
     ) -> Float[Tensor, "V N C *P"]:
-        """Column (c, place), V = C · |P|: √p_c (p − e_c) at that place, the gradient at label c weighted by its probability."""
+        """Column (c, place), V = C · |P|: √p_c (p − e_c) at that place, the gradient at label c
+        weighted by its probability.
+        """
         _guard_root(z)
         p = z.softmax(1)
         weight, ignored = p.sqrt(), self._ignored(y)
@@ -285,7 +309,10 @@ def _other_shape(z: Tensor, y: Tensor, wanted: torch.Size) -> str:
         if hot and bool((y.sum(1) == 1).all()):
             return f"of one-hot targets take y{number}.argmax(1)"
         if hot and z.ndim > 2 and bool((y.sum(-1) == 1).all()):
-            return f"the classes are axis 1: return z.{turn} from the model, and of one-hot targets take y{number}.argmax(-1)"
+            return (
+                f"the classes are axis 1: return z.{turn} from the model, and of one-hot targets"
+                f" take y{number}.argmax(-1)"
+            )
         if hot:
             return "where several classes or none are true, take Bernoulli with y.float()"
         if bool((y >= 0).all()) and bool((y.sum(1) > 0).all()):
@@ -316,7 +343,10 @@ def _wrong_probabilities(y: Float[Tensor, "N C *P"]) -> tuple[str, str] | None:
     if not bool(off.any()):
         return None
     first = tuple(off.nonzero()[0].tolist())
-    what = f"categorical probabilities must sum to 1 over axis 1, not to {float(sums[first]):g} (example {first[0]})"
+    what = (
+        f"categorical probabilities must sum to 1 over axis 1, not to {float(sums[first]):g}"
+        f" (example {first[0]})"
+    )
     if y.ndim > 2 and not bool(((y.sum(-1) - 1).abs() > near).any()):
         turn = "transpose(1, 2)" if y.ndim == 3 else "movedim(-1, 1)"
         return what, f"the classes are axis 1: return z.{turn} from the model, and take y.{turn}"
@@ -324,12 +354,17 @@ def _wrong_probabilities(y: Float[Tensor, "N C *P"]) -> tuple[str, str] | None:
         return what, "leave examples without a label out, or take class numbers with ignore_index"
     return (
         what,
-        "divide them by y.sum(1, keepdim=True), or take Bernoulli where several classes can be true",
+        (
+            "divide them by y.sum(1, keepdim=True), or take Bernoulli where several classes can be"
+            " true"
+        ),
     )
 
 
 class Bernoulli:
-    """Binary cross-entropy on logits, summed over units: ℓ = Σ_c softplus(z_c) − y_c z_c; targets in [0, 1], shaped as z."""
+    """Binary cross-entropy on logits, summed over units: ℓ = Σ_c softplus(z_c) − y_c z_c; targets
+    in [0, 1], shaped as z.
+    """
 
     def check(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> None:
         """Raise CurvlabError unless y is floating, finite, shaped as z and within [0, 1]."""

@@ -29,7 +29,8 @@ def device_of(name: str) -> torch.device:
         raise CurvlabError(f"device '{name}' is not supported (known: auto, cpu, cuda, cuda:N)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise CurvlabError(
-            f"there is no device '{name}' on this machine ({torch.cuda.device_count()} CUDA devices): use --device cpu"
+            f"there is no device '{name}' on this machine ({torch.cuda.device_count()} CUDA"
+            " devices): use --device cpu"
         )
     return device
 

@@ -1,7 +1,9 @@
-"""MODELS: the documents' networks by name, each with its data set, likelihood and source; and the user's own by import path.
+"""MODELS: the documents' networks by name, each with its data set, likelihood and source; and the
+user's own by import path.
 
-A network is built for its own data set, or, where it is `sized`, for the shape of another one's inputs and its number of
-outputs. Weights are torch's default initialisation (the documents name none).
+A network is built for its own data set, or, where it is `sized`, for the shape of another one's
+inputs and its number of outputs. Weights are torch's default initialisation (the documents name
+none).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ Shape = tuple[int, ...]
 
 
 def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
-    """Linear layers of the given widths, an activation between them, a linear output; torch's default initialisation."""
+    """Linear layers of the given widths, an activation between them, a linear output; torch's
+    default initialisation.
+    """
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
         layers += (
@@ -35,7 +39,8 @@ def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) ->
 
 
 def autoencoder(widths: Sequence[int]) -> nn.Sequential:
-    """ReLU between linear layers, none after the middle one (the code) and none after the last (thesis Table 2.4).
+    """ReLU between linear layers, none after the middle one (the code) and none after the last
+    (thesis Table 2.4).
 
     The sigmoid that Table 2.4 prints last belongs to the Bernoulli likelihood.
     """
@@ -48,7 +53,9 @@ def autoencoder(widths: Sequence[int]) -> nn.Sequential:
 
 
 def autoencoder_1000(inputs: Shape = (784,), outputs: int = 784) -> nn.Sequential:
-    """D-1000-500-250-30-250-500-1000-D (S2QN 6.2), which names no activation: ReLU as in the thesis."""
+    """D-1000-500-250-30-250-500-1000-D (S2QN 6.2), which names no activation: ReLU as in the
+    thesis.
+    """
     return autoencoder([math.prod(inputs), 1000, 500, 250, 30, 250, 500, 1000, outputs])
 
 
@@ -58,10 +65,12 @@ def logistic(inputs: Shape = (123,), outputs: int = 1) -> nn.Linear:
 
 
 class SparseLinear(nn.Linear):
-    """A linear layer on rows that are a sparse tensor (COO): one gather and one scatter-add an output.
+    """A linear layer on rows that are a sparse tensor (COO): one gather and one scatter-add an
+    output.
 
-    A product costs its nonzero entries, forward and back, and plain operations have all derivatives. It has no rule: a and h
-    are never formed, and its weight is a block without structure.
+    A product costs its nonzero entries, forward and back, and plain operations have all
+    derivatives. It has no rule: a and h are never formed, and its weight is a block without
+    structure.
     """
 
     def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
@@ -83,10 +92,12 @@ def logistic_sparse(inputs: Shape = (62_061,), outputs: int = 1) -> SparseLinear
 
 
 def convnet(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """Three convolutions of 5×5 (32, 32, 64 channels), each with ReLU and 2×2 max-pooling, then one linear layer.
+    """Three convolutions of 5×5 (32, 32, 64 channels), each with ReLU and 2×2 max-pooling, then one
+    linear layer.
 
-    S2QN (Yang et al. 2021), 6.3 says "three convolutional layers followed by a fully-connected layer" and no more. Chosen once:
-    the widths of cuda-convnet's small CIFAR-10 network, its pooling simplified.
+    S2QN (Yang et al. 2021), 6.3 says "three convolutional layers followed by a fully-connected
+    layer" and no more. Chosen once: the widths of cuda-convnet's small CIFAR-10 network, its
+    pooling simplified.
     """
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise((inputs[0], 32, 32, 64)):
@@ -95,10 +106,11 @@ def convnet(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
 
 
 def all_cnn_c(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """All-CNN-C (Springenberg et al. 2015, table 1): nine convolutions, ReLU after each, the mean over 6×6 places.
+    """All-CNN-C (Springenberg et al. 2015, table 1): nine convolutions, ReLU after each, the mean
+    over 6×6 places.
 
-    Without that document's dropout, which Ren and Goldfarb (2021, B.2) do not mention and under which no batch is seen twice
-    alike.
+    Without that document's dropout, which Ren and Goldfarb (2021, B.2) do not mention and under
+    which no batch is seen twice alike.
     """
     layers: list[nn.Module] = []
     at = inputs[0]
@@ -128,7 +140,8 @@ def _vgg(at: int, normalised: bool) -> Iterator[nn.Module]:
 
 
 def vgg16(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """Model D, batch normalisation after each convolution, one linear layer of 512 inputs at the end (thesis 3.7.2).
+    """Model D, batch normalisation after each convolution, one linear layer of 512 inputs at the
+    end (thesis 3.7.2).
 
     Convolutions keep their biases.
     """
@@ -136,9 +149,11 @@ def vgg16(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
 
 
 def vgg16_printed(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """Model D with its three linear layers, without batch normalisation (Ren and Goldfarb 2021, B.2), and without dropout.
+    """Model D with its three linear layers, without batch normalisation (Ren and Goldfarb 2021,
+    B.2), and without dropout.
 
-    Their widths for images of 32×32 are not published: 4096 as in model D, the first with the 512 inputs that are left.
+    Their widths for images of 32×32 are not published: 4096 as in model D, the first with the 512
+    inputs that are left.
     """
     ends = (
         nn.Linear(512, 4096),
@@ -151,7 +166,9 @@ def vgg16_printed(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequenti
 
 
 class PaddedShortcut(nn.Module):
-    """Option A of He et al. (2016): every `stride`-th pixel, further channels zero; no parameter."""
+    """Option A of He et al. (2016): every `stride`-th pixel, further channels zero; no
+    parameter.
+    """
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
@@ -164,7 +181,9 @@ class PaddedShortcut(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions with batch normalisation, and a shortcut around them (He et al. 2016, figure 2)."""
+    """Two 3×3 convolutions with batch normalisation, and a shortcut around them (He et al. 2016,
+    figure 2).
+    """
 
     def __init__(self, fan_in: int, fan_out: int, stride: int, shortcut: nn.Module) -> None:
         super().__init__()
@@ -198,7 +217,9 @@ def residual_network(
     depth: int,
     shortcut: Callable[[int, int, int], nn.Module],
 ) -> nn.Sequential:
-    """A 3×3 convolution, `depth` blocks of each width (at stride 2 where a later stage begins), the mean, a linear layer."""
+    """A 3×3 convolution, `depth` blocks of each width (at stride 2 where a later stage begins), the
+    mean, a linear layer.
+    """
     layers: list[nn.Module] = [
         nn.Conv2d(inputs[0], widths[0], 3, 1, 1, bias=False),
         nn.BatchNorm2d(widths[0]),
@@ -214,20 +235,24 @@ def residual_network(
 
 
 def resnet32(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """ResNet-32 of He et al. (2016), table 6: three stages of five blocks, 16, 32 and 64 channels, shortcuts of option A."""
+    """ResNet-32 of He et al. (2016), table 6: three stages of five blocks, 16, 32 and 64 channels,
+    shortcuts of option A.
+    """
     return residual_network(inputs, outputs, (16, 32, 64), 5, _padded)
 
 
 def resnet32_4(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """ResNet-32 with every width times 4 (thesis 3.7.3), the first convolution's too, as with Zhang et al. (2019)."""
+    """ResNet-32 with every width times 4 (thesis 3.7.3), the first convolution's too, as with Zhang
+    et al. (2019).
+    """
     return residual_network(inputs, outputs, (64, 128, 256), 5, _padded)
 
 
 def resnet18(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
     """ResNet-18 of He et al. (2016), table 1, shortcuts of option B.
 
-    S2QN 6.4 does not say how it is fitted to 32×32 images: as is usual, the first convolution is 3×3 at stride 1 and no pooling
-    follows it.
+    S2QN 6.4 does not say how it is fitted to 32×32 images: as is usual, the first convolution is
+    3×3 at stride 1 and no pooling follows it.
     """
     return residual_network(inputs, outputs, (64, 128, 256, 512), 2, _projected)
 
@@ -236,8 +261,8 @@ def resnet18(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
 class Entry:
     """A network, and the problem that it belongs to.
 
-    `build()` makes it for its own data set; where it is `sized`, `build(inputs, outputs)` makes it for inputs of that shape and
-    so many outputs.
+    `build()` makes it for its own data set; where it is `sized`, `build(inputs, outputs)` makes it
+    for inputs of that shape and so many outputs.
     """
 
     summary: str
@@ -248,10 +273,12 @@ class Entry:
     sized: bool = False
 
     def made(self, seed: int = 0, data: Sized | None = None) -> nn.Module:
-        """A model with weights drawn from `seed`, on the CPU in float32; the global generator is left as it was.
+        """A model with weights drawn from `seed`, on the CPU in float32; the global generator is
+        left as it was.
 
         Args:
-            data: a data set other than the model's own, to whose shapes a `sized` network is fitted.
+            data: a data set other than the model's own, to whose shapes a `sized` network is
+                fitted.
         """
         with seeded(seed):
             if isinstance(self.build, OwnModel):
@@ -271,7 +298,8 @@ class Entry:
         if chosen or self.data:
             return chosen or str(self.data)
         raise CurvlabError(
-            f"{self.summary} names no data set: choose one with --data, or return (module, likelihood, data set)"
+            f"{self.summary} names no data set: choose one with --data, or return (module,"
+            " likelihood, data set)"
         )
 
 
@@ -338,12 +366,14 @@ class Sized(Protocol):
 def find(name: str, seed: int = 0) -> Entry:
     """The entry of `name`: of the table, or `module:function` of your own.
 
-    Your function takes nothing and returns an `nn.Module`, or (module, likelihood name, data set name); a module alone is given
-    the categorical likelihood. The working directory is searched too. The function is called once here, under `seed`, to learn
-    the names; the first model of that seed (`Entry.made`) is the one that it returned then.
+    Your function takes nothing and returns an `nn.Module`, or (module, likelihood name, data set
+    name); a module alone is given the categorical likelihood. The working directory is searched
+    too. The function is called once here, under `seed`, to learn the names; the first model of that
+    seed (`Entry.made`) is the one that it returned then.
 
     Raises:
-        CurvlabError: an unknown name; a module or function that cannot be imported, fails, or returns something else.
+        CurvlabError: an unknown name; a module or function that cannot be imported, fails, or
+            returns something else.
     """
     if not isinstance(name, str) or ":" not in name:
         return lookup(MODELS, name, "model")
@@ -354,7 +384,8 @@ def find(name: str, seed: int = 0) -> Entry:
 
 
 def imported(name: str) -> None:
-    """Import the module of a model of your own, which may enter probes and algorithms of yours; nothing is called.
+    """Import the module of a model of your own, which may enter probes and algorithms of yours;
+    nothing is called.
 
     Raises:
         CurvlabError: an unknown name; a module that cannot be imported.
@@ -366,7 +397,8 @@ def imported(name: str) -> None:
 
 
 def build(name: str, seed: int = 0, data: Sized | None = None) -> nn.Module:
-    """Model `name` with weights drawn from `seed`, on the CPU in float32; the global generator is left as it was.
+    """Model `name` with weights drawn from `seed`, on the CPU in float32; the global generator is
+    left as it was.
 
     Args:
         name: of the table, or `module:function` of your own (`find`), which is called once.

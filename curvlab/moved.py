@@ -1,4 +1,6 @@
-"""Modules that were called otherwise up to version 0.1: the old name still imports, with a warning that says the new one."""
+"""Modules that were called otherwise up to version 0.1: the old name still imports, with a warning
+that says the new one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Objective: a model, the likelihood of its outputs, and the seed of the labels that are drawn from it."""
+"""Objective: a model, the likelihood of its outputs, and the seed of the labels that are drawn from
+it.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +25,19 @@ class Objective:
     """A model, the likelihood of its outputs, and the seed of the labels that are drawn from it.
 
     Args:
-        model: any `nn.Module` that maps [N, …] to [N, …] with the batch as first axis. A compiled one is run as it was before.
-        likelihood: one of `curvlab.likelihoods` or your own class with `check`, `loss`, `sample`, `root`.
+        model: any `nn.Module` that maps [N, …] to [N, …] with the batch as first axis. A compiled
+            one is run as it was before.
+        likelihood: one of `curvlab.likelihoods` or your own class with `check`, `loss`, `sample`,
+            `root`.
         seed: of the labels drawn from the model.
-        l2: μ of the term μ ‖θ‖² (S2QN (26)) in loss and gradient, and 2μ I in the Hessian of the methods of the whole vector.
-            Statistics of layers, and `curvlab.exact`, are of the likelihood alone (practice: "not the curvature passes").
-            Weight decay is another thing: it is added to the direction.
+        l2: μ of the term μ ‖θ‖² (S2QN (26)) in loss and gradient, and 2μ I in the Hessian of the
+            methods of the whole vector. Statistics of layers, and `curvlab.exact`, are of the
+            likelihood alone (practice: "not the curvature passes"). Weight decay is another thing:
+            it is added to the direction.
 
     Raises:
-        CurvlabError: no trainable parameter, complex ones, a model spread over several processes, a likelihood that lacks a
-            method, or an L2 term below 0.
+        CurvlabError: no trainable parameter, complex ones, a model spread over several processes, a
+            likelihood that lacks a method, or an L2 term below 0.
     """
 
     def __init__(
@@ -103,7 +108,9 @@ class Objective:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all statistics and matrices: the widest of the blocks' parameters, and at least single precision."""
+        """Of all statistics and matrices: the widest of the blocks' parameters, and at least single
+        precision.
+        """
         found = torch.float32
         for dtype in {owner[key].dtype for _, owner, key in self._slots}:  # type: ignore[union-attr]  # none is None
             found = torch.promote_types(found, dtype)
@@ -117,7 +124,9 @@ class Objective:
 
     @property
     def input_dtype(self) -> torch.dtype | None:
-        """That of all floating weights, to which floating inputs are brought; None where they differ: those stay."""
+        """That of all floating weights, to which floating inputs are brought; None where they
+        differ: those stay.
+        """
         every = {
             w.dtype for module in self.modules for w in module._parameters.values() if w is not None
         }
@@ -125,9 +134,11 @@ class Objective:
         return found[0] if len(found) == 1 else None
 
     def check(self, x: Tensor, y: Tensor) -> Report:
-        """What a look at a minibatch of this form shows: which block goes which way and why, how near to autograd.
+        """What a look at a minibatch of this form shows: which block goes which way and why, how
+        near to autograd.
 
-        `str` of it is a table, `ways` is {block: "structured" | "general" | "unused"}. Moves nothing.
+        `str` of it is a table, `ways` is {block: "structured" | "general" | "unused"}. Moves
+        nothing.
 
         Raises:
             CurvlabError: data that do not fit.
@@ -143,7 +154,9 @@ class Objective:
             warn(line)
 
     def check_modules(self) -> None:
-        """Raises CurvlabError where a layer was replaced, or lost a parameter, since the objective was made."""
+        """Raises CurvlabError where a layer was replaced, or lost a parameter, since the objective
+        was made.
+        """
         for name, owner, key in self._slots:
             if owner.get(key) is None:
                 raise CurvlabError(
@@ -152,11 +165,14 @@ class Objective:
         for children, name, module in self._lineage:
             if children.get(name) is not module:
                 raise CurvlabError(
-                    f"the layer '{name}' was replaced after the objective was made: make a new Objective"
+                    f"the layer '{name}' was replaced after the objective was made: make a new"
+                    " Objective"
                 )
 
     def check_trained(self) -> None:
-        """Raises CurvlabError where other parameters are trained now than when the objective was made."""
+        """Raises CurvlabError where other parameters are trained now than when the objective was
+        made.
+        """
         flags = [
             p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None
         ]
@@ -175,16 +191,19 @@ class Objective:
         self._flags = [] if self.may_freeze else flags
 
     def closure(self, x: Tensor, y: Tensor, stream: Stream = "step") -> Closure:
-        """The objective on one minibatch, moved to the model's device, and floating tensors to its dtype, if it has one.
+        """The objective on one minibatch, moved to the model's device, and floating tensors to its
+        dtype, if it has one.
 
-        The closures of a stream are numbered 1, 2, …; those of warm starts and of the oracle apart, so that the labels drawn at
-        a step depend on neither.
+        The closures of a stream are numbered 1, 2, …; those of warm starts and of the oracle apart,
+        so that the labels drawn at a step depend on neither.
         """
         self.closures[stream] += 1
         return Closure(self, x, y, self.closures[stream], stream)
 
     def generator(self, number: int, stream: Stream = "step", part: int = 0) -> torch.Generator:
-        """The generator of the labels of one closure: a function of (seed, number, stream, part) alone."""
+        """The generator of the labels of one closure: a function of (seed, number, stream, part)
+        alone.
+        """
         entropy = [self.seed, number, STREAMS.index(stream), part]
         state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
         return torch.Generator(self.device).manual_seed(state >> 1)
@@ -220,7 +239,9 @@ def _held(module: nn.Module) -> dict[str, nn.Parameter | None] | _Attributes:
 def _lineage(
     model: nn.Module, owners: set[str]
 ) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
-    """(children of a module, a name, the child) on every way from the model down to these modules."""
+    """(children of a module, a name, the child) on every way from the model down to these
+    modules.
+    """
     found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module | None]] = {}
     for owner in owners:
         parts = owner.split(".") if owner else []

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from curvlab.closure import Closure
 
 Pass = Literal["gradient", "data", "model", "exact"]
-"""What is sent back: ∂ℓ/∂z at the data's labels ("gradient": for the mean gradient alone), at labels drawn from the model, or
-the columns of S, S Sᵀ = ∂²ℓ/∂z²."""
+"""What is sent back: ∂ℓ/∂z at the data's labels ("gradient": for the mean gradient alone), at
+labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z².
+"""
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
 
@@ -31,8 +32,9 @@ STREAMS: tuple[Stream, ...] = get_args(Stream)
 class Observation:
     """One look at one minibatch.
 
-    `loss` is the mean loss (no graph), with the objective's L2 term; `passes` holds {pass: {block: LayerStatistics}} for the
-    passes asked for, `closure` the minibatch itself, for methods that go through it again (conjugate gradients, trial steps).
+    `loss` is the mean loss (no graph), with the objective's L2 term; `passes` holds {pass: {block:
+    LayerStatistics}} for the passes asked for, `closure` the minibatch itself, for methods that go
+    through it again (conjugate gradients, trial steps).
     """
 
     loss: Tensor
@@ -43,7 +45,9 @@ class Observation:
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
-        """{block: gradient of the mean loss at the data's labels, with that of the L2 term}, in the blocks' shapes."""
+        """{block: gradient of the mean loss at the data's labels, with that of the L2 term}, in the
+        blocks' shapes.
+        """
         seen = self.passes.get("gradient") or self.passes.get("data")
         if seen is None:
             raise CurvlabError(
@@ -55,7 +59,9 @@ class Observation:
 
 @dataclass(frozen=True)
 class Transition:
-    """Two looks at one minibatch, before and after a move; `displacement` gives the move when first asked for."""
+    """Two looks at one minibatch, before and after a move; `displacement` gives the move when first
+    asked for.
+    """
 
     before: Observation
     after: Observation

@@ -126,7 +126,8 @@ class Optimizer(torch.optim.Optimizer):
                 most = torch.finfo(self.objective.dtype).max
                 if not 0 <= lr <= most:
                     raise Diverged(
-                        f"the learning rate is {lr:g}: not between 0 and {most:.2g} ({self.objective.dtype})"
+                        f"the learning rate is {lr:g}: not between 0 and {most:.2g}"
+                        f" ({self.objective.dtype})"
                     )
         rates = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         if not rates.keys() <= self.descent.ownership.ids:
@@ -166,7 +167,8 @@ class Optimizer(torch.optim.Optimizer):
     def _step(self, closure: Closure) -> Tensor:
         if not isinstance(closure, Closure) or closure.objective is not self.objective:
             raise CurvlabError(
-                "step needs a closure of this optimizer's objective: optimizer.step(objective.closure(x, y))"
+                "step needs a closure of this optimizer's objective:"
+                " optimizer.step(objective.closure(x, y))"
             )
         self.descent.ownership.check()
         self._take_options()
@@ -184,7 +186,7 @@ class Optimizer(torch.optim.Optimizer):
             soundness.note_step(observation, direction, highest)
         if self.look is not None:
             self.look(observation, direction)
-        lr: Callable[[Tensor], float] = lambda p: rates.get(id(p), 0.0)  # noqa: E731
+        lr: Callable[[Tensor], float] = lambda p: rates.get(id(p), 0.0)
         saved = weights(self.objective) if self.descent.curvature.rejects else []
         move(self.objective, direction, lr, None if at_once else soundness.flag)
         step, stands = cache(partial(displacement, self.objective, direction, lr)), True
@@ -236,7 +238,8 @@ class Optimizer(torch.optim.Optimizer):
         self.descent.check(descent)
         if saved != here:
             raise CurvlabError(
-                f"the checkpoint has groups of {saved} parameters but this optimizer of {here}: make the same groups first"
+                f"the checkpoint has groups of {saved} parameters but this optimizer of {here}:"
+                " make the same groups first"
             )
         self.descent.load_state_dict(descent)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvlab"})
@@ -262,6 +265,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> NoReturn:
         raise CurvlabError(
-            "an optimizer of curvlab cannot be pickled, since a model's code would be too: save its state_dict(), and make it "
-            "again by cl.optimizer; copy.deepcopy copies it, with its model"
+            "an optimizer of curvlab cannot be pickled, since a model's code would be too: save its"
+            " state_dict(), and make it again by cl.optimizer; copy.deepcopy copies it, with its"
+            " model"
         )

@@ -1,10 +1,12 @@
 """S Sᵀ and the labels' law against the loss itself, where the likelihood is the user's.
 
-GGN, its root S and the Fisher are one matrix only where three functions of a likelihood fit each other: `loss`, `root` and
-`sample`. Those of `curvlab.likelihoods` do, and are taken as they are. Of any other class, a subclass too, S(Sᵀv) is held
-against ∂²ℓ/∂z² v by autograd, and the scores of drawn labels against both. All are of the sum over one example's outputs.
+GGN, its root S and the Fisher are one matrix only where three functions of a likelihood fit each
+other: `loss`, `root` and `sample`. Those of `curvlab.likelihoods` do, and are taken as they are. Of
+any other class, a subclass too, S(Sᵀv) is held against ∂²ℓ/∂z² v by autograd, and the scores of
+drawn labels against both. All are of the sum over one example's outputs.
 
-Legend: N examples, C outputs (flattened where the axis is one), V columns of S, K directions, M draws.
+Legend: N examples, C outputs (flattened where the axis is one), V columns of S, K directions, M
+    draws.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _DRAWS, _ERRORS = (
     2000,
     6.0,
 )  # labels drawn for one example, and how many standard errors may lie between
-_UNSEEN = 18.0  # an event expected this often among all draws is not seen with probability e^-18, 6 standard errors
+# an event expected this often among all draws is not seen with probability e^-18, 6 standard errors
+_UNSEEN = 18.0
 _NUMBERS = (
     1 << 22
 )  # looked at together: entries of roots, outputs of the labels drawn for one example
@@ -40,16 +43,20 @@ _NUMBERS = (
 class Law:
     """What was found of a likelihood at some outputs and labels.
 
-    `root`: (z, y) → S [V, N, *C], S Sᵀ = ∂²ℓ/∂z²: the likelihood's own where it holds, else from the loss's own Hessian at each
-    call; None where that is not positive semi-definite or too large. `follows`: labels drawn by `sample` follow the loss, so
-    that Fisher and GGN are one matrix: mean score 0 and second moment of the score ∂²ℓ/∂z², within 6 standard errors of 2000
-    draws (2^20 over the outputs where these are over 524, at least 64, and none over 65 536). `why`: what was found, or "".
+    `root`: (z, y) → S [V, N, *C], S Sᵀ = ∂²ℓ/∂z²: the likelihood's own where it holds, else from
+    the loss's own Hessian at each call; None where that is not positive semi-definite or too large.
+    `follows`: labels drawn by `sample` follow the loss, so that Fisher and GGN are one matrix: mean
+    score 0 and second moment of the score ∂²ℓ/∂z², within 6 standard errors of 2000 draws (2^20
+    over the outputs where these are over 524, at least 64, and none over 65 536). `why`: what was
+    found, or "".
     """
 
     root: Root | None
     follows: bool
     why: str
-    examined: bool = True  # whether the likelihood is the user's, so that all this holds for these outputs and labels alone
+    # whether the likelihood is the user's, so that all this holds for these outputs and labels
+    # alone
+    examined: bool = True
 
     @property
     def fisher_and_ggn_differ(self) -> bool:
@@ -58,13 +65,15 @@ class Law:
 
 
 def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]) -> Law:
-    """Hold a likelihood's `root` and `sample` against its `loss` at outputs z and labels y, by a seed of its own.
+    """Hold a likelihood's `root` and `sample` against its `loss` at outputs z and labels y, by a
+    seed of its own.
 
-    What holds here need not hold for labels of another kind (a mask, where there is none in y). All examples are looked at; of
-    over 2^24 outputs those of examples that lie evenly.
+    What holds here need not hold for labels of another kind (a mask, where there is none in y). All
+    examples are looked at; of over 2^24 outputs those of examples that lie evenly.
 
     Raises:
-        CurvlabError: losses that are not one number an example, or that depend on other examples or on chance.
+        CurvlabError: losses that are not one number an example, or that depend on other examples or
+            on chance.
     """
     if type(likelihood) in _EXACT and not {"loss", "root", "sample"} & vars(likelihood).keys():
         return Law(partial(root_of, likelihood), True, "", examined=False)
@@ -80,13 +89,19 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "
                 for words in ("differentiate twice", "double backward", "is not implemented")
             ):
                 raise
-            found = f"the loss of {type(likelihood).__name__} cannot be differentiated twice: write it in functions of torch"
+            found = (
+                f"the loss of {type(likelihood).__name__} cannot be differentiated twice: write it"
+                " in functions of torch"
+            )
             return Law(None, False, found)
 
 
 _REFUSALS = {
     "ggn": 'kind="ggn" has no S with S Sᵀ = ∂²ℓ/∂z² to be taken by: {}',
-    "fisher": 'kind="fisher" is taken over all labels by S, S Sᵀ = ∂²ℓ/∂z², where the two are one: {}; take "ggn" or "ef"',
+    "fisher": (
+        'kind="fisher" is taken over all labels by S, S Sᵀ = ∂²ℓ/∂z², where the two are one: {};'
+        ' take "ggn" or "ef"'
+    ),
     "fisher-mc": 'kind="fisher-mc" needs labels that follow the loss: {}; take "ggn" or "ef"',
 }
 
@@ -98,7 +113,9 @@ def refusal(law: Law, kind: str) -> str:
 
 @contextmanager
 def _apart(z: Tensor) -> Iterator[None]:
-    """With gradients, whatever the caller's mode, and global random states as they were in the end."""
+    """With gradients, whatever the caller's mode, and global random states as they were in the
+    end.
+    """
     devices = [z.device] if z.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
         yield
@@ -115,7 +132,9 @@ def _plain(t: Tensor) -> Tensor:
 
 
 class _Look:
-    """The loss of some examples with its graph: `losses` [N], `score` ∂ℓ/∂z [N, *C], and products with ∂²ℓ/∂z²."""
+    """The loss of some examples with its graph: `losses` [N], `score` ∂ℓ/∂z [N, *C], and products
+    with ∂²ℓ/∂z².
+    """
 
     def __init__(
         self, likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor, *, twice: bool = True
@@ -130,10 +149,12 @@ class _Look:
         )
         if shape != (len(z),):
             raise CurvlabError(
-                f"the loss of {name} for {len(z)} example{'s' if len(z) > 1 else ''} has shape {shape}, not ({len(z)},): "
-                'return one number an example, the sum over its outputs and places (reduction="none", then .flatten(1).sum(1))'
+                f"the loss of {name} for {len(z)} example{'s' if len(z) > 1 else ''} has shape"
+                f" {shape}, not ({len(z)},): return one number an example, the sum over its outputs"
+                ' and places (reduction="none", then .flatten(1).sum(1))'
             )
-        # Along ones that want a gradient: what can be differentiated only once then leaves a mark, see `once`.
+        # Along ones that want a gradient: what can be differentiated only once then leaves a mark,
+        # see `once`.
         ones = torch.ones(len(z), dtype=self.losses.dtype, device=z.device)
         self.score = self.back(self.losses, ones.requires_grad_(twice), create_graph=twice)
 
@@ -151,7 +172,9 @@ class _Look:
         return self.back(self.score, v, retain_graph=True)
 
     def once(self) -> bool:
-        """Whether some part of the loss can be differentiated only once: it would read as linear."""
+        """Whether some part of the loss can be differentiated only once: it would read as
+        linear.
+        """
         seen, ahead = set[Any](), [self.score.grad_fn]
         while ahead:
             node = ahead.pop()
@@ -193,8 +216,8 @@ class _Examined:
         self.look = _Look(likelihood, z, y)
         if not self.look.losses.requires_grad:
             raise CurvlabError(
-                f"autograd finds no way from the loss of {self.name} to the outputs: compute it from z by torch, without "
-                "detach(), no_grad() or numbers taken out"
+                f"autograd finds no way from the loss of {self.name} to the outputs: compute it"
+                " from z by torch, without detach(), no_grad() or numbers taken out"
             )
         if self.look.once():
             raise RuntimeError("differentiate twice")
@@ -204,15 +227,17 @@ class _Examined:
             for _ in range(3)
         ]
         self.products = torch.stack([self.look.times(v) for v in self.directions])  # [3, N, *C]
-        # Where probabilities round to 0 or 1 a Hessian is rounding alone, and a label may be too rare to be drawn: what is
-        # usual for this loss is asked where no output is above 1.
+        # Where probabilities round to 0 or 1 a Hessian is rounding alone, and a label may be too
+        # rare to be drawn: what is usual for this loss is asked where no output is above 1.
         self.calm = z / z.abs().reshape(len(z), -1).amax(1).clamp_min(1).reshape(
             -1, *[1] * (z.ndim - 1)
         )
         self.floor = 64 * _precision(z) * max(_finite(_largest(self.products[0])), self._usual())
 
     def _check_alone(self) -> None:
-        """Raises CurvlabError where an example's loss depends on the others: on their outputs, their labels or their number."""
+        """Raises CurvlabError where an example's loss depends on the others: on their outputs,
+        their labels or their number.
+        """
         n, losses = len(self.z), self.look.losses.detach()
         if n == 1:
             return
@@ -224,8 +249,9 @@ class _Examined:
             apart |= bool(((alone - losses[some]).abs() > near).any())
         if apart:
             raise CurvlabError(
-                f"the loss that {self.name} gives an example depends on the rest of the minibatch, or on chance: let it see "
-                "its own example alone (no mean over the minibatch, no division by what is counted in it)"
+                f"the loss that {self.name} gives an example depends on the rest of the minibatch,"
+                " or on chance: let it see its own example alone (no mean over the minibatch, no"
+                " division by what is counted in it)"
             )
 
     def _usual(self) -> float:
@@ -255,7 +281,9 @@ class _Examined:
         return self._derived(f"S Sᵀ of {self.name}.root {off}")
 
     def _off(self) -> str | None:
-        """How S Sᵀ v differs from ∂²ℓ/∂z² v, or None. Of very many numbers, those of examples that lie evenly."""
+        """How S Sᵀ v differs from ∂²ℓ/∂z² v, or None. Of very many numbers, those of examples that
+        lie evenly.
+        """
         n, c, v = len(self.z), self.outputs, torch.stack(self.directions)
         chosen, at_once = (
             _evenly(n, max(1, 4 * _NUMBERS // c**2), self.z.device),
@@ -287,9 +315,10 @@ class _Examined:
             _check_convex(self.look.hessian(), self.floor, self.name, _precision(self.z))
         except CurvlabError as error:
             return None, f"{found}, and {error}"
-        return partial(
-            _root_of_loss, self.likelihood, self.floor
-        ), f"{found}: it is taken from the loss itself"
+        return (
+            partial(_root_of_loss, self.likelihood, self.floor),
+            f"{found}: it is taken from the loss itself",
+        )
 
     def _labels(self) -> str:
         """How drawn labels fail to follow the loss, or ""."""
@@ -302,7 +331,10 @@ class _Examined:
         try:
             there = _Look(self.likelihood, self.z, drawn)
         except (ValueError, RuntimeError, IndexError) as error:
-            return f"the loss of {self.name} does not take labels drawn by its sample ({str(error).splitlines()[0]})"
+            return (
+                f"the loss of {self.name} does not take labels drawn by its sample"
+                f" ({str(error).splitlines()[0]})"
+            )
         products = torch.stack([there.times(v) for v in self.directions])
         if not bool(products.isfinite().all()):
             return f"the loss of {self.name} is not finite at labels drawn by its sample"
@@ -311,7 +343,8 @@ class _Examined:
         near = max(_precision(self.z) ** 0.5, 1e-6)
         if not apart <= near * size + self.floor:
             found.append(
-                f"∂²ℓ/∂z² of {self.name} at drawn labels is off that at the data's by a relative {_over(apart, size)}"
+                f"∂²ℓ/∂z² of {self.name} at drawn labels is off that at the data's by a relative"
+                f" {_over(apart, size)}"
             )
         moments = self._moments()
         if moments:
@@ -321,7 +354,8 @@ class _Examined:
     def _moments(self) -> str:
         """Which moment of the scores of many labels lies too far from what it should be, or "".
 
-        At the first example and the last, and at that of the largest Hessian where its outputs are calm.
+        At the first example and the last, and at that of the largest Hessian where its outputs are
+        calm.
         """
         n, c, dtype = len(self.z), self.outputs, torch.promote_types(self.z.dtype, torch.float32)
         if 64 * c > _NUMBERS:
@@ -360,7 +394,10 @@ class _Examined:
         far = mean.abs() - _UNSEEN / m * size - max(_precision(self.z) ** 0.5, 1e-6) * t.abs().max()
         if bool((far > _ERRORS * error).any()):
             at = int((far / error.clamp_min(torch.finfo(dtype).tiny)).argmax())
-            return f"mean score {float(mean.flatten()[at]):.2g}, {_errors(mean.flatten()[at], error.flatten()[at])} from 0"
+            return (
+                f"mean score {float(mean.flatten()[at]):.2g},"
+                f" {_errors(mean.flatten()[at], error.flatten()[at])} from 0"
+            )
         far = (second - hessian).abs() - _UNSEEN / m * size[:, None] * size - near
         if bool((far > _ERRORS * errors).any()):
             at = int((far / errors.clamp_min(torch.finfo(dtype).tiny)).argmax())
@@ -374,7 +411,9 @@ class _Examined:
     def _scores(
         self, z: Float[Tensor, "R *C"], y: Tensor, directions: Float[Tensor, "C K"]
     ) -> tuple[Float[Tensor, "R M K"], Float[Tensor, "R K K"]]:
-        """Scores of M labels drawn for each example, and ∂²ℓ/∂z² at the data's, along K directions."""
+        """Scores of M labels drawn for each example, and ∂²ℓ/∂z² at the data's, along K
+        directions.
+        """
         r, (c, k) = len(z), directions.shape
         m = max(64, min(_DRAWS, (1 << 20) // c))
         with torch.no_grad():
@@ -431,15 +470,18 @@ def _check_convex(
     if bool(torch.linalg.cholesky_ex(shifted).info.any()):
         values = torch.linalg.eigvalsh(hessian)
         raise CurvlabError(
-            f"the loss of {name} is not convex in the outputs (eigenvalues of ∂²ℓ/∂z² from {float(values.min()):.2g} to "
-            f"{float(values.max()):.2g}), so that there is no root: {remedy}"
+            f"the loss of {name} is not convex in the outputs (eigenvalues of ∂²ℓ/∂z² from"
+            f" {float(values.min()):.2g} to {float(values.max()):.2g}), so that there is no root:"
+            f" {remedy}"
         )
 
 
 def _root_of_loss(
     likelihood: Likelihood, floor: float, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]
 ) -> Float[Tensor, "V N *C"]:
-    """The symmetric root of ∂²ℓ/∂z² of each example, V = C. Raises CurvlabError where there is none, or not the memory."""
+    """The symmetric root of ∂²ℓ/∂z² of each example, V = C. Raises CurvlabError where there is
+    none, or not the memory.
+    """
     name = type(likelihood).__name__
     _guard(z, name)
     with torch.inference_mode(False), torch.enable_grad():

@@ -1,4 +1,6 @@
-"""Models by ``module:function`` of the user's own: imported, called once for each model that is needed, checked."""
+"""Models by ``module:function`` of the user's own: imported, called once for each model that is
+needed, checked.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass
 class OwnModel:
-    """A user's function: the model of its first call is handed out once, for the seed of that call; then it is called."""
+    """A user's function: the model of its first call is handed out once, for the seed of that call;
+    then it is called.
+    """
 
     function: Callable[[], Any]
     name: str
@@ -62,7 +66,8 @@ def import_own(name: str) -> Callable[[], Any]:
             and (path == error.name or path.startswith(f"{error.name}."))
         ):
             raise CurvlabError(
-                f"model '{name}': there is no module '{path}': run where it lies, install it or set PYTHONPATH"
+                f"model '{name}': there is no module '{path}': run where it lies, install it or set"
+                " PYTHONPATH"
             ) from error
         raise CurvlabError(f"model '{name}': importing '{path}' failed: {_said(error)}") from error
     finally:
@@ -98,7 +103,8 @@ def call_own(function: Callable[[], Any], name: str) -> tuple[nn.Module, str, st
         lookup(LIKELIHOODS, found[1], "likelihood")
         return found[0], found[1], found[2]
     raise CurvlabError(
-        f"model '{name}' returned {type(found).__name__}: return an nn.Module or (module, likelihood name, data set name)"
+        f"model '{name}' returned {type(found).__name__}: return an nn.Module or (module,"
+        " likelihood name, data set name)"
     )
 
 

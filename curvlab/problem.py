@@ -1,7 +1,8 @@
 """`Problem`: a model, its data and likelihood, a device and a number type, all by name.
 
-The command line's comparison, training and spectra, and the reproductions of the papers, all resolve these names here. A user's
-``module:function`` is called once for each model that is needed, and never only to learn its names.
+The command line's comparison, training and spectra, and the reproductions of the papers, all
+resolve these names here. A user's ``module:function`` is called once for each model that is needed,
+and never only to learn its names.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from curvlab.objective import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A model on its data, by the names of the tables. Nothing is loaded or built before it is asked for.
+    """A model on its data, by the names of the tables. Nothing is loaded or built before it is
+    asked for.
 
     Args:
         model: of `models.MODELS`, or ``module:function`` of your own.
@@ -49,7 +51,8 @@ class Problem:
         """What the tables, or the user's function, say of the model.
 
         Raises:
-            CurvlabError: an unknown model; a function of the user's that cannot be imported or fails.
+            CurvlabError: an unknown model; a function of the user's that cannot be imported or
+                fails.
         """
         return models.find(self.model, self.seed)
 
@@ -64,7 +67,9 @@ class Problem:
         return device_of(self.device)
 
     def check(self) -> None:
-        """Raises CurvlabError for an unknown name or a value out of range, before anything is loaded."""
+        """Raises CurvlabError for an unknown name or a value out of range, before anything is
+        loaded.
+        """
         lookup(datasets.DATASETS, self.data_name, "data set")
         lookup(DTYPES, self.dtype, "dtype")
         if self.likelihood is not None:
@@ -84,7 +89,9 @@ class Problem:
         return found
 
     def network(self, seed: int | None = None) -> nn.Module:
-        """A fresh model, its weights drawn from `seed` (the problem's own where None), on the device."""
+        """A fresh model, its weights drawn from `seed` (the problem's own where None), on the
+        device.
+        """
         seed = self.seed if seed is None else seed
         return self.entry.made(seed, self.parts[0]).to(self.place, DTYPES[self.dtype])
 

@@ -73,7 +73,9 @@ class Run:
 
     @property
     def diverged(self) -> dict[str, list[dict[str, Any]]]:
-        """{algorithm whose numbers left the finite range: [{seed, step, block, reason}, …]}: NaN from that step on."""
+        """{algorithm whose numbers left the finite range: [{seed, step, block, reason}, …]}: NaN
+        from that step on.
+        """
         found: dict[str, list[dict[str, Any]]] = json.loads(
             self.log.attributes.get("diverged", "{}")
         )
@@ -90,12 +92,14 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """What a comparison does, beside objective and batches. Defaults: the published picture (thesis Figure 4.1, practice).
+    """What a comparison does, beside objective and batches. Defaults: the published picture (thesis
+    Figure 4.1, practice).
 
     `probes` are further ones beside `ALWAYS`, each as "name" or "name:every".
 
-    `momentum` is every method's β; None gives each its document's. `decay` None gives each its document's (0.9; Adam's β₂
-    0.999). `damping` is the overall λ, from which each method's own follows by one rule (`algorithms.damping_for`).
+    `momentum` is every method's β; None gives each its document's. `decay` None gives each its
+    document's (0.9; Adam's β₂ 0.999). `damping` is the overall λ, from which each method's own
+    follows by one rule (`algorithms.damping_for`).
     """
 
     reference: str = "block-fisher"
@@ -121,7 +125,8 @@ class CompareSettings:
         for name, every in asked(self.probes, "compare").items():
             if name in ALWAYS and every is not None:
                 raise CurvlabError(
-                    f"probe '{name}' is a part of every record of a comparison: say how often by log_every"
+                    f"probe '{name}' is a part of every record of a comparison: say how often by"
+                    " log_every"
                 )
         for name in ("update_every", "refresh_every", "log_every"):
             whole(name, getattr(self, name))
@@ -220,21 +225,25 @@ def compare(
         algorithms: the others.
         lr: of the reference; its document's where None.
         damping: overall λ; each method's own damping follows from it (`damping_for`).
-        warm: minibatches of the warm start. None takes the first epoch of `batches` where they are a data set's
-            (`Dataset.batches`), and no warm start otherwise; pass ``()`` for none.
+        warm: minibatches of the warm start. None takes the first epoch of `batches` where they are
+            a data set's (`Dataset.batches`), and no warm start otherwise; pass ``()`` for none.
         path: of the log's file; None keeps it in memory.
         progress: show a progress bar; None shows one where standard error is a terminal.
-        probes: further ones, of `PROBES`, each as "name" or "name:every"; one with a number of steps that is not the log's
-            has an axis of its own.
-        options: the other fields of `CompareSettings`: momentum, decay, update_every (T₁), refresh_every (T₂), log_every.
+        probes: further ones, of `PROBES`, each as "name" or "name:every"; one with a number of
+            steps that is not the log's has an axis of its own.
+        options: the other fields of `CompareSettings`: momentum, decay, update_every (T₁),
+            refresh_every (T₂), log_every.
 
-    A method whose numbers leave the finite range is named in a warning, in `Run.diverged` and in the log's attribute
-    `diverged`, and is NaN from there on; the others go on.
+    A method whose numbers leave the finite range is named in a warning, in `Run.diverged` and in
+    the log's attribute `diverged`, and is NaN from there on; the others go on.
 
     Raises:
-        CurvlabError: unknown names, values out of range, data that do not fit. What was logged until then is saved.
-        Diverged: the numbers of the reference left the finite range; likewise, and `stopped` in the log says why.
-        KeyboardInterrupt: Ctrl-C, or a signal of `interrupt.SIGNALS`, once the running step is in the log, which is saved.
+        CurvlabError: unknown names, values out of range, data that do not fit. What was logged
+            until then is saved.
+        Diverged: the numbers of the reference left the finite range; likewise, and `stopped` in the
+            log says why.
+        KeyboardInterrupt: Ctrl-C, or a signal of `interrupt.SIGNALS`, once the running step is in
+            the log, which is saved.
     """
     settings = CompareSettings(
         reference=reference,
@@ -292,7 +301,10 @@ def compare(
 
 def _describe(batches: object) -> str:
     if isinstance(batches, datasets.Batches):
-        return f"{batches.data.name}, batches of {batches.size}, {batches.epochs} epochs, seed {batches.seed}"
+        return (
+            f"{batches.data.name}, batches of {batches.size}, {batches.epochs} epochs, seed"
+            f" {batches.seed}"
+        )
     return type(batches).__name__
 
 
@@ -430,7 +442,8 @@ def _tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) ->
     where = f"{name} (seed {seed})" if len(log.seeds) > 1 else name
     why = str(error).removeprefix(f"{name}: ")
     warn(
-        f"{where} left the finite range and is NaN from step {step} on, while the others go on: {why}"
+        f"{where} left the finite range and is NaN from step {step} on, while the others go on:"
+        f" {why}"
     )
 
 

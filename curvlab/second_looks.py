@@ -1,4 +1,6 @@
-"""A later look at a minibatch sees what the first saw: the random numbers it drew, and the buffers as they were before it."""
+"""A later look at a minibatch sees what the first saw: the random numbers it drew, and the buffers
+as they were before it.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class SecondLooks:
             raise CurvlabError(_RESTLESS.format(self._restless))
 
     def _own_buffers(self, own: bool) -> dict[str, Tensor] | None:
-        """Copies of the model's buffers for one look to write on: as they were before the first look at this minibatch."""
+        """Copies of the model's buffers for one look to write on: as they were before the first
+        look at this minibatch.
+        """
         if not any(module._buffers for module in self.objective.modules):
             return None
         if own and self._buffers is None:
@@ -56,7 +60,9 @@ class SecondLooks:
         return {name: b.clone() for name, b in held.items()}
 
     def _check_steady(self, z: Tensor, key: Hashable) -> None:
-        """Once a form: whether a second look, with all random numbers and buffers put back, is the first."""
+        """Once a form: whether a second look, with all random numbers and buffers put back, is the
+        first.
+        """
         if key not in self.objective.steady:
             with derivatives(), torch.no_grad(), self._same_chance(True):
                 again = self._forward(self.x, self._own_buffers(True))
@@ -68,7 +74,9 @@ class SecondLooks:
         self._restless = self.objective.steady[key]
 
     def _check_same(self, z: Tensor) -> None:
-        """Raises CurvlabError where a later look differs from the one before although no weight was written to."""
+        """Raises CurvlabError where a later look differs from the one before although no weight was
+        written to.
+        """
         seen, self._seen = self._seen, (z.detach(), self._versions())
         if seen is not None and seen[1] == self._seen[1] and seen[0].shape == z.shape:
             apart, size = float((z.detach() - seen[0]).norm()), float(seen[0].norm())
@@ -82,8 +90,9 @@ class SecondLooks:
 
     @contextmanager
     def _same_chance(self, own: bool, quiet: bool = False) -> Iterator[None]:
-        """The generators as they were at the first look, inside; at the first look they are remembered, but where the model is
-        known to draw nothing."""
+        """The generators as they were at the first look, inside; at the first look they are
+        remembered, but where the model is known to draw nothing.
+        """
         device = self.x.device
         if not own or self._chance is None:
             if own:
@@ -105,7 +114,8 @@ class SecondLooks:
 
 
 _RESTLESS = (
-    "two looks at one minibatch differ (by a relative {:.2g}) though nothing was moved: the model draws random numbers, or "
-    "counts, in a way that cannot be put back; let it draw by a global generator (torch, random, numpy) or a torch.Generator"
+    "two looks at one minibatch differ (by a relative {:.2g}) though nothing was moved: the model"
+    " draws random numbers, or counts, in a way that cannot be put back; let it draw by a global"
+    " generator (torch, random, numpy) or a torch.Generator"
 )
 QUIET = "no random number is drawn"

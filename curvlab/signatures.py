@@ -1,4 +1,6 @@
-"""Options that a function takes as keywords because a dataclass has them: checked, and shown by `help`."""
+"""Options that a function takes as keywords because a dataclass has them: checked, and shown by
+`help`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def known_options(options: Mapping[str, Any], settings: type, function: str) -> 
 
 
 def shows(*settings: type) -> Callable[[F], F]:
-    """Decorate a function with ``**options``: its signature shows the fields of these dataclasses in their place."""
+    """Decorate a function with ``**options``: its signature shows the fields of these dataclasses
+    in their place.
+    """
 
     def decorate(function: F) -> F:
         own = inspect.signature(function)
@@ -41,9 +45,9 @@ def shows(*settings: type) -> Callable[[F], F]:
                     parameters[field.name] = inspect.Parameter(
                         field.name,
                         inspect.Parameter.KEYWORD_ONLY,
-                        default=inspect.Parameter.empty
-                        if default is dataclasses.MISSING
-                        else default,
+                        default=(
+                            inspect.Parameter.empty if default is dataclasses.MISSING else default
+                        ),
                         annotation=field.type,
                     )
         every = [*parameters.values(), rest]

@@ -1,7 +1,9 @@
-"""Whether gradients, directions and steps are finite: at once where that waits for nothing, later on a GPU.
+"""Whether gradients, directions and steps are finite: at once where that waits for nothing, later
+on a GPU.
 
-The measure is length: it is not finite where a number is not, and where the squares of the numbers overflow, which the second
-moments of every method, and the lengths in a log, are made of. Beyond 1.8e19 in single precision nothing is trained any more.
+The measure is length: it is not finite where a number is not, and where the squares of the numbers
+overflow, which the second moments of every method, and the lengths in a log, are made of. Beyond
+1.8e19 in single precision nothing is trained any more.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ _SMALL = 100.0
 class Soundness:
     """Whether every loss, gradient, direction and step so far was finite.
 
-    Where reading a number waits for nothing (`late` is False: the CPU) each step looks, and raises before anything moves. On a
-    GPU the flag stays there and holds the weights still from the first number on that is not finite; a copy of it reaches the
-    host when it will, and a later step, or `check`, raises.
+    Where reading a number waits for nothing (`late` is False: the CPU) each step looks, and raises
+    before anything moves. On a GPU the flag stays there and holds the weights still from the first
+    number on that is not finite; a copy of it reaches the host when it will, and a later step, or
+    `check`, raises.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,7 +47,9 @@ class Soundness:
     def note_step(
         self, observation: Observation, direction: Mapping[str, Tensor], rate: float
     ) -> None:
-        """Of a loss, its gradient, and a direction that is followed at learning rates up to `rate`."""
+        """Of a loss, its gradient, and a direction that is followed at learning rates up to
+        `rate`.
+        """
         of_direction = lengths(direction.values())
         step = (
             of_direction.norm() * rate
@@ -69,15 +74,17 @@ class Soundness:
 
     def _say(self) -> None:
         raise Diverged(
-            "the loss, gradient, direction or length of an earlier step is not finite; the weights stayed as they were before "
-            "it: raise the damping or lower the learning rate"
+            "the loss, gradient, direction or length of an earlier step is not finite; the weights"
+            " stayed as they were before it: raise the damping or lower the learning rate"
         )
 
 
 def check_gradients(objective: Objective, observation: Observation) -> None:
-    """Raises Diverged, with the block's name, where the gradient of an observation is not finite; one without is passed over.
+    """Raises Diverged, with the block's name, where the gradient of an observation is not finite;
+    one without is passed over.
 
-    So no average takes it up. On a GPU, which would have to wait, nothing is looked at: `Soundness.note_step` does it there.
+    So no average takes it up. On a GPU, which would have to wait, nothing is looked at:
+    `Soundness.note_step` does it there.
     """
     if waits(observation.loss) or not (
         "gradient" in observation.passes or "data" in observation.passes
@@ -93,8 +100,9 @@ def check_gradients(objective: Objective, observation: Observation) -> None:
 def check_direction(
     objective: Objective, direction: Mapping[str, Tensor], rate: float = 1.0
 ) -> None:
-    """Raises Diverged, with the block's name, where a direction, or the step along it at learning rates up to `rate`, is not
-    finite."""
+    """Raises Diverged, with the block's name, where a direction, or the step along it at learning
+    rates up to `rate`, is not finite.
+    """
     far = length(direction.values())
     step = far * rate
     if step <= _SMALL:
@@ -103,26 +111,31 @@ def check_direction(
         raise _first(
             objective,
             direction,
-            "the direction of {} is not finite; nothing was moved: raise the damping or lower the learning rate",
+            "the direction of {} is not finite; nothing was moved: raise the damping or lower the"
+            " learning rate",
         )
     if not step < _limit(objective):
         block = max(objective.blocks, key=lambda b: float(direction[b.name].norm()))
         found = Diverged(
-            f"the step of {block} is not finite: a learning rate of {rate:g} times a direction of length {far:.3g} is "
-            f"beyond what the weights hold; nothing was moved: {REMEDY}"
+            f"the step of {block} is not finite: a learning rate of {rate:g} times a direction of"
+            f" length {far:.3g} is beyond what the weights hold; nothing was moved: {REMEDY}"
         )
         found.block = block.name
         raise found
 
 
 def _limit(objective: Objective) -> float:
-    """Of a step's length: its square is within the statistics' dtype, and it within a quarter of the narrowest weights'."""
+    """Of a step's length: its square is within the statistics' dtype, and it within a quarter of
+    the narrowest weights'.
+    """
     narrowest = min(torch.finfo(p.dtype).max for p in objective.parameters.values())
     return float(min(longest(objective.dtype), narrowest / 4))
 
 
 def _first(objective: Objective, tensors: Mapping[str, Tensor], line: str) -> Diverged:
-    """The error of the first block whose numbers are not finite; of the longest where it is only the length of all."""
+    """The error of the first block whose numbers are not finite; of the longest where it is only
+    the length of all.
+    """
     each = {b: float(tensors[b.name].norm()) for b in objective.blocks}
     block = next(
         (b for b, far in each.items() if not math.isfinite(far)), max(each, key=lambda b: each[b])

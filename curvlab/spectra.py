@@ -1,7 +1,9 @@
-"""Spectra of the Hessian and its kin, block by block: every eigenvalue, or a density and both ends by Lanczos.
+"""Spectra of the Hessian and its kin, block by block: every eigenvalue, or a density and both ends
+by Lanczos.
 
-The grid of `density` is the same in every log. Bins are tenths of a decade of |λ|, from 10⁻¹² to 10⁸, on either side of one bin
-for all of |λ| < 10⁻¹²; the outermost two also count what lies beyond them.
+The grid of `density` is the same in every log. Bins are tenths of a decade of |λ|, from 10⁻¹² to
+10⁸, on either side of one bin for all of |λ| < 10⁻¹²; the outermost two also count what lies beyond
+them.
 
 Legend: D order of a block, P bins.
 """
@@ -91,7 +93,9 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "loss": ((), "mean loss on the examples of the spectra", "nat"),
 }
-"""{variable: (dimensions after the step, long_name, units)}. Eigenvalues: of the mean loss, the parameters having no unit."""
+"""{variable: (dimensions after the step, long_name, units)}. Eigenvalues: of the mean loss, the
+parameters having no unit.
+"""
 
 METHODS: dict[str, str] = {
     "auto": f"exact up to order {LARGEST}, lanczos above it",
@@ -115,12 +119,16 @@ class Spectrum:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of −λ / max |λ|, above which an eigenvalue counts as negative: 1e-10, or 100 times the rounding error if that is more."""
+    """Of −λ / max |λ|, above which an eigenvalue counts as negative: 1e-10, or 100 times the
+    rounding error if that is more.
+    """
     return max(1e-10, 100 * torch.finfo(dtype).eps)
 
 
 def eigenvalues(matrix: Dense) -> Float[Tensor, " D"]:
-    """All eigenvalues, ascending. Rows (and columns) that are entirely zero are left out and their zeros put back: exact."""
+    """All eigenvalues, ascending. Rows (and columns) that are entirely zero are left out and their
+    zeros put back: exact.
+    """
     m = matrix.matrix
     active = (m != 0).any(1).nonzero()[:, 0]
     if len(active) == len(m):
@@ -151,9 +159,10 @@ def of_products(
 ) -> Spectrum:
     """By stochastic Lanczos quadrature (`krylov.density`): `draws` runs of `steps` products each.
 
-    A Ritz value whose residual is longer than its magnitude cannot be told from 0, and is counted there. The ends are the
-    outermost Ritz values of all runs, each with its residual; the other errors are standard errors over the draws. What cannot
-    be told from 0 may all be negative: `negative` may be too small by `unresolved`, which its error therefore contains.
+    A Ritz value whose residual is longer than its magnitude cannot be told from 0, and is counted
+    there. The ends are the outermost Ritz values of all runs, each with its residual; the other
+    errors are standard errors over the draws. What cannot be told from 0 may all be negative:
+    `negative` may be too small by `unresolved`, which its error therefore contains.
     """
     runs = [
         lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps).ritz()
@@ -197,7 +206,9 @@ class Plan:
     steps: int = 100
 
     def check(self, objective: Objective) -> None:
-        """Raises CurvlabError for an unknown name, a number out of range or a block too large, before anything runs."""
+        """Raises CurvlabError for an unknown name, a number out of range or a block too large,
+        before anything runs.
+        """
         for kind in self.matrices:
             check_kind(kind)
         if not self.matrices:
@@ -289,7 +300,9 @@ class Plan:
         say: Callable[[str], None],
         done: Callable[[], None],
     ) -> Record:
-        """The spectra of the model as it is, all of the same data. `say`: what comes next, `done`: a matrix is finished."""
+        """The spectra of the model as it is, all of the same data. `say`: what comes next, `done`:
+        a matrix is finished.
+        """
         if not isinstance(x, Tensor):
             x = Unchanging.of(x, in_order="fisher-mc" in self.matrices)
         orders, routes = self.orders(objective), self.routes(objective)
@@ -370,13 +383,14 @@ def spectrum(
 
     Args:
         objective: your model and likelihood; nothing of it changes.
-        x: inputs [N, …]; or a list or DataLoader of (x, y), over all of which the mean is taken, and which is read again for
-            every matrix.
+        x: inputs [N, …]; or a list or DataLoader of (x, y), over all of which the mean is taken,
+            and which is read again for every matrix.
         y: targets; None with a loader.
         matrices: of hessian, ggn, pi, fisher, fisher-mc, ef (`exact.matrix`); one name, or several.
-        method: exact (every eigenvalue), lanczos (density and both ends with errors), or auto: exact up to order 6000.
-        blocks: a name or names of blocks; "all" is every block, "whole" the matrix of all parameters.
-        draws, steps: of Lanczos.
+        method: exact (every eigenvalue), lanczos (density and both ends with errors), or auto:
+            exact up to order 6000.
+        blocks: a name or names of blocks; "all" is every block, "whole" the matrix of all
+        parameters. draws, steps: of Lanczos.
         after: the coordinate `step` of the result: how far training has come.
         progress: show a progress bar; None shows one where standard error is a terminal.
 
@@ -384,7 +398,8 @@ def spectrum(
         The data set that `curvlab spectrum` logs (documentation, "The log"), with one step.
 
     Raises:
-        CurvlabError: unknown names, numbers out of range, data that do not fit or change, a block too large for the method.
+        CurvlabError: unknown names, numbers out of range, data that do not fit or change, a block
+            too large for the method.
     """
     plan = Plan(tuple(several(matrices)), tuple(several(blocks)), method, draws, steps)
     plan.check(objective)

@@ -1,4 +1,6 @@
-"""Train, stop at the numbers of steps asked for, and log the spectra of the model there: what `curvlab spectrum` runs."""
+"""Train, stop at the numbers of steps asked for, and log the spectra of the model there: what
+`curvlab spectrum` runs.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from curvlab.training.evaluation import evaluating, ready_to_train
 
 @dataclass(frozen=True, kw_only=True)
 class NamedSpectra:
-    """Spectra of a problem of the tables. `lr` and `damping` are the algorithm's own; None: its document's."""
+    """Spectra of a problem of the tables. `lr` and `damping` are the algorithm's own; None: its
+    document's.
+    """
 
     problem: Problem
     plan: Plan
@@ -73,8 +77,8 @@ def prepare(named: NamedSpectra) -> PreparedSpectra:
     stepper = optimizer(named.algorithm, objective, named.lr, **options)
     if not 1 <= whole("samples", named.samples, -LARGEST) <= len(train):
         raise CurvlabError(
-            f"{named.samples} samples do not fit '{train.name}', which has {len(train)} training examples: "
-            f"choose 1 to {len(train)}"
+            f"{named.samples} samples do not fit '{train.name}', which has {len(train)} training"
+            f" examples: choose 1 to {len(train)}"
         )
     train.batches(named.batch_size)
     with evaluating(objective.model), random_state.kept(problem.place):

@@ -1,7 +1,8 @@
-"""The first moments of the command `curvlab`, before anything heavy is imported; any other program is left alone.
+"""The first moments of the command `curvlab`, before anything heavy is imported; any other program
+is left alone.
 
-`curvlab/__init__` imports this first: to import torch takes seconds, in which Ctrl-C would end in a traceback of whatever is
-being imported.
+`curvlab/__init__` imports this first: to import torch takes seconds, in which Ctrl-C would end in a
+traceback of whatever is being imported.
 """
 
 from __future__ import annotations
@@ -27,14 +28,18 @@ _code: int | None = None
 
 
 def is_command() -> bool:
-    """Whether this process is ``curvlab …`` or ``python -m curvlab …``, whose name Python has yet to look up."""
+    """Whether this process is ``curvlab …`` or ``python -m curvlab …``, whose name Python has yet
+    to look up.
+    """
     if not sys.argv or sys.argv[0] == "-m":
         return sys.orig_argv[-len(sys.argv) :][:1] in (["curvlab"], ["-mcurvlab"])
     return PurePath(sys.argv[0]).name.removesuffix(".exe") == "curvlab"
 
 
 def begin() -> None:
-    """Standard streams that are closed lead nowhere, so that no file of ours gets their numbers; a signal ends the process."""
+    """Standard streams that are closed lead nowhere, so that no file of ours gets their numbers; a
+    signal ends the process.
+    """
     global backend
     for number in range(3):
         try:

@@ -1,7 +1,7 @@
 """LayerStatistics: what one pass says of one block, the sum over its uses.
 
-Legend: V vectors sent back, N examples, T places where a weight is shared (of all its uses together), Γ groups of outputs, I
-inputs incl. the bias column, O outputs.
+Legend: V vectors sent back, N examples, T places where a weight is shared (of all its uses
+together), Γ groups of outputs, I inputs incl. the bias column, O outputs.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from curvlab.lazy import cached_property
 from curvlab.uses import Part, UseInput
 
 Reads = Literal["gradient", "rows", "moments", "factors"]
-"""Of the batch alone; of each example, which any layer with a rule has; A and G; a, g, h, where all outputs share their inputs
-and no use reads the weight in the other direction."""
+"""Of the batch alone; of each example, which any layer with a rule has; A and G; a, g, h, where all
+outputs share their inputs and no use reads the weight in the other direction.
+"""
 
 
 class LayerStatistics:
-    """What one pass says of one block: the sum over its uses. All properties are computed once and shared by all who ask.
+    """What one pass says of one block: the sum over its uses. All properties are computed once and
+    shared by all who ask.
 
-    A block has parts, one a use; or none where it did not reach the outputs in this pass (`used`); or it goes the general way
-    and has a gradient alone (`structured`).
+    A block has parts, one a use; or none where it did not reach the outputs in this pass (`used`);
+    or it goes the general way and has a gradient alone (`structured`).
 
-    Scales: `a`, `h`, `g` are per example of the *summed* loss; `A`, `G`, `gradient` carry 1/N (and `G` 1/T).
+    Scales: `a`, `h`, `g` are per example of the *summed* loss; `A`, `G`, `gradient` carry 1/N (and
+        `G` 1/T).
     """
 
     def __init__(
@@ -108,7 +111,8 @@ class LayerStatistics:
     def _one_group(self, thing: str) -> None:
         if self.structured and self.block.groups > 1:
             raise CurvlabError(
-                f"{self.block} has {self.block.groups} groups of outputs, so there are no {thing}: use rows"
+                f"{self.block} has {self.block.groups} groups of outputs, so there are no {thing}:"
+                " use rows"
             )
 
     def _joined(
@@ -118,7 +122,8 @@ class LayerStatistics:
         parts = self.parts
         if any(p.swapped for p in parts) and self._vectors > 1:
             raise CurvlabError(
-                f"{self.block} is read in both directions, so that its inputs differ from vector to vector: use rows"
+                f"{self.block} is read in both directions, so that its inputs differ from vector to"
+                " vector: use rows"
             )
         if len(parts) == 1:
             return of(parts[0])
@@ -155,12 +160,16 @@ class LayerStatistics:
 
     @property
     def h(self) -> Float[Tensor, "N T O"]:
-        """Pre-activation. Raises CurvlabError where a later in-place operation has overwritten it."""
+        """Pre-activation. Raises CurvlabError where a later in-place operation has overwritten
+        it.
+        """
         return self._joined(lambda p: p.h, 1, lambda: (self.size, 0, self.block.shape[0]))
 
     @cached_property
     def A(self) -> Float[Tensor, "I I"]:
-        """Σ_t a aᵀ, mean over examples (Alg. 12, line 14: Ω); over the union of places where the weight has several uses."""
+        """Σ_t a aᵀ, mean over examples (Alg. 12, line 14: Ω); over the union of places where the
+        weight has several uses.
+        """
         self._one_group("second moments of one input")
         return self._summed(lambda p: p.A, lambda: (self.block.shape[1],) * 2)
 
@@ -191,7 +200,9 @@ class LayerStatistics:
 
     @cached_property
     def G(self) -> Float[Tensor, "O O"]:
-        """Σ_v g gᵀ, mean over examples and places (Alg. 12, line 14: Γ, as a mean of outer products, see practice)."""
+        """Σ_v g gᵀ, mean over examples and places (Alg. 12, line 14: Γ, as a mean of outer
+        products, see practice).
+        """
         scale = 1 / (self.size * max(1, self.places))
         return self._summed(lambda p: p.G(scale), lambda: (self.block.shape[0],) * 2)
 
@@ -202,7 +213,8 @@ class LayerStatistics:
             return self._gradient
         if self._parts is None or self._vectors != 1:
             raise CurvlabError(
-                f"{self.block}: a gradient needs a pass that sends one vector back, not the exact one"
+                f"{self.block}: a gradient needs a pass that sends one vector back, not the"
+                " exact one"
             )
         found = self._summed(lambda p: p.gradient(1 / self.size), lambda: self.block.shape)
         if not self.frozen:
@@ -214,7 +226,9 @@ class LayerStatistics:
 
     @cached_property
     def rows(self) -> Float[Tensor, "V N *O I"]:
-        """Per-sample gradients (of the sum over places and uses), one for every vector sent back."""
+        """Per-sample gradients (of the sum over places and uses), one for every vector sent
+        back.
+        """
         return self._summed(
             lambda p: p.rows(), lambda: (self._vectors, self.size, *self.block.shape)
         )

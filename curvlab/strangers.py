@@ -1,4 +1,6 @@
-"""What a model may be that is not ours: compiled, spread over processes, complex, mixing its examples."""
+"""What a model may be that is not ours: compiled, spread over processes, complex, mixing its
+examples.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,10 @@ def eager() -> AbstractContextManager[Any]:
 
 
 def called(model: nn.Module, tensors: Mapping[str, Tensor], x: Any) -> Any:
-    """The model on x with some of its parameters and buffers replaced, every place of each, and once each: torch's own
-    `functional_call` does not put back what stands in a module that two parents share."""
+    """The model on x with some of its parameters and buffers replaced, every place of each, and
+    once each: torch's own `functional_call` does not put back what stands in a module that two
+    parents share.
+    """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     new = {id(state[name]): t for name, t in tensors.items()}
     places = {
@@ -58,14 +62,19 @@ WRAP = (
     "wrap it in a module that takes its one input apart, class Apart(nn.Module) with "
     "def forward(self, x): return self.net(x[..., :k], x[..., k:])"
 )
-PICK = "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return self.net(x)[0] (or .logits)"
+PICK = (
+    "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return"
+    " self.net(x)[0] (or .logits)"
+)
 """Remedies for a model of several inputs, and for one that returns more than a tensor."""
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises CurvlabError for a model that is spread over several processes, and for weights without real derivatives."""
+    """Raises CurvlabError for a model that is spread over several processes, and for weights
+    without real derivatives.
+    """
     if not isinstance(model, nn.Module):
         raise CurvlabError(
             f"the model must be a torch.nn.Module, not {type(model).__name__}: wrap it in one"
@@ -77,7 +86,8 @@ def check_model(model: nn.Module) -> None:
     )
     if isinstance(model, torch.jit.ScriptModule):
         raise CurvlabError(
-            "the model is a torch.jit.ScriptModule, whose calls show nothing: give the module that was scripted"
+            "the model is a torch.jit.ScriptModule, whose calls show nothing: give the module that"
+            " was scripted"
         )
     for name, module in model.named_modules():
         where = f"'{name}'" if name else "the model"
@@ -85,29 +95,34 @@ def check_model(model: nn.Module) -> None:
             kind.__name__ in _SHARDED for kind in type(module).__mro__
         ):  # one process too: its weights are elsewhere
             raise CurvlabError(
-                f"{where} is a {type(module).__name__}, whose parameters are sharded (FSDP): give the model as it was before "
-                "it was wrapped or passed to fully_shard, and train it in one process"
+                f"{where} is a {type(module).__name__}, whose parameters are sharded (FSDP): give"
+                " the model as it was before it was wrapped or passed to fully_shard, and train it"
+                " in one process"
             )
         if several and isinstance(module, nn.parallel.DistributedDataParallel):
             raise CurvlabError(
-                f"{where} is a {type(module).__name__} over {torch.distributed.get_world_size()} processes, and gradients "
-                "are not reduced here: give the module that it wraps (.module), and train it in one process"
+                f"{where} is a {type(module).__name__} over {torch.distributed.get_world_size()}"
+                " processes, and gradients are not reduced here: give the module that it wraps"
+                " (.module), and train it in one process"
             )
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedParameter):
             raise CurvlabError(
-                f"parameter '{name}' is lazy and has no shape yet: run the model on one minibatch first"
+                f"parameter '{name}' is lazy and has no shape yet: run the model on one minibatch"
+                " first"
             )
         if p.is_complex():
             raise CurvlabError(
-                f"parameter '{name}' is complex ({p.dtype}): keep it as its real and imaginary part, "
-                "nn.Parameter(torch.view_as_real(w)) and torch.view_as_complex(w) in forward"
+                f"parameter '{name}' is complex ({p.dtype}): keep it as its real and imaginary"
+                " part, nn.Parameter(torch.view_as_real(w)) and torch.view_as_complex(w) in"
+                " forward"
             )
         if (
             type(p.data).__name__ == "DTensor"
         ):  # in one process too: its arithmetic takes no plain tensors beside it
             raise CurvlabError(
-                f"parameter '{name}' is a DTensor, spread over devices: give the model as it was before, in one process"
+                f"parameter '{name}' is a DTensor, spread over devices: give the model as it was"
+                " before, in one process"
             )
         if p.is_inference():
             raise CurvlabError(f"parameter '{name}' was made under torch.inference_mode(), so that it has no derivatives: "
@@ -115,5 +130,6 @@ def check_model(model: nn.Module) -> None:
     for name, b in model.named_buffers():
         if b.is_inference():
             raise CurvlabError(
-                f"buffer '{name}' was made under torch.inference_mode(): copy.deepcopy(model) outside of it"
+                f"buffer '{name}' was made under torch.inference_mode(): copy.deepcopy(model)"
+                " outside of it"
             )

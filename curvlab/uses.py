@@ -1,7 +1,7 @@
 """Uses: one call that takes a block's weight, what went into it, and what comes back.
 
-Legend: V vectors sent back, N examples, T places of an example, Γ groups of outputs, I inputs incl. the bias column, O outputs;
-R rows and P places as the call has them.
+Legend: V vectors sent back, N examples, T places of an example, Γ groups of outputs, I inputs incl.
+the bias column, O outputs; R rows and P places as the call has them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ OVERWRITTEN = (
 
 
 class Stored(NamedTuple):
-    """A tensor as a call saw it, with the version that tells whether somebody has overwritten it since."""
+    """A tensor as a call saw it, with the version that tells whether somebody has overwritten it
+    since.
+    """
 
     value: Tensor
     version: int
@@ -51,12 +53,15 @@ class Use:
 
     Args:
         call: its arguments, without a graph.
-        edge: where the derivative in its outputs arrives, in the shape `flat`: of the tensor of which the output is a view, so
-            that what is written on the view later does not cut it off.
+        edge: where the derivative in its outputs arrives, in the shape `flat`: of the tensor of
+            which the output is a view, so that what is written on the view later does not cut it
+            off.
         biased: whether the block's bias is added here.
-        swapped: whether the weight is read in the other direction, so that its outputs are the block's inputs.
+        swapped: whether the weight is read in the other direction, so that its outputs are the
+            block's inputs.
         inputs: of a rule that has to be called in the pass itself.
-        beyond: where the graph goes on behind the call, but for the parameters that the rule accounts for.
+        beyond: where the graph goes on behind the call, but for the parameters that the rule
+            accounts for.
     """
 
     block: Block
@@ -78,14 +83,18 @@ class Use:
 
 
 class UseInput:
-    """The inputs of one use in one forward pass, read when first asked for and shared by every pass back."""
+    """The inputs of one use in one forward pass, read when first asked for and shared by every pass
+    back.
+    """
 
     def __init__(self, use: Use, size: int, how: str, dtype: torch.dtype) -> None:
         self.use, self.size, self.how, self.dtype = use, size, how, dtype
 
     @property
     def raw(self) -> Tensor:
-        """As the call saw them. Raises CurvlabError where a later in-place operation has overwritten them."""
+        """As the call saw them. Raises CurvlabError where a later in-place operation has
+        overwritten them.
+        """
         x = self.use.x
         if x.overwritten:
             raise CurvlabError(OVERWRITTEN.format(self.use.block))
@@ -97,7 +106,9 @@ class UseInput:
 
     @cached_property
     def own(self) -> Float[Tensor, "R P *G I"]:
-        """In the call's own rows and places, without the bias column; with an axis Γ where the block has several groups."""
+        """In the call's own rows and places, without the bias column; with an axis Γ where the
+        block has several groups.
+        """
         use = self.use
         found = use.rule.inputs(use.call, self.raw) if use.inputs is None else use.inputs
         return found if found.dtype == self.dtype else found.to(self.dtype)
@@ -276,8 +287,8 @@ class Part:
         output = inputs.use.output
         if output.overwritten:
             raise CurvlabError(
-                f"{self.block}: its pre-activation was overwritten in place (for example by ReLU(inplace=True)); "
-                "use inplace=False to read h"
+                f"{self.block}: its pre-activation was overwritten in place (for example by"
+                " ReLU(inplace=True)); use inplace=False to read h"
             )
         return ARRANGEMENTS[inputs.how](rule.outputs(output.value).to(inputs.dtype), 0, inputs.size)
 

@@ -1,4 +1,6 @@
-"""One thread: the tests' tensors are tiny, and results then do not depend on the machine's number of cores."""
+"""One thread: the tests' tensors are tiny, and results then do not depend on the machine's number
+of cores.
+"""
 
 import ctypes
 import functools
@@ -25,9 +27,11 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
-    """What is there before the first test stays: the collector of garbage does not go through it again and again.
+    """What is there before the first test stays: the collector of garbage does not go through it
+    again and again.
 
-    Modules and thousands of cases are a million objects. With it, the tests of curvatures took a quarter longer.
+    Modules and thousands of cases are a million objects. With it, the tests of curvatures took a
+    quarter longer.
     """
     gc.collect()
     gc.freeze()
@@ -45,7 +49,9 @@ def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture(scope="session", autouse=True)
 def _mnist_is_unpacked_once() -> Iterator[None]:
-    """Of every command that runs inside this process it took a second, most of what many of them take."""
+    """Of every command that runs inside this process it took a second, most of what many of them
+    take.
+    """
     from curvlab.datasets import DATASETS, images
 
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +64,9 @@ def _mnist_is_unpacked_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _freed_memory_is_given_back() -> Iterator[None]:
-    """Commands tell glibc to keep it, for good: within one process of many commands it only grew, to 3 GB."""
+    """Commands tell glibc to keep it, for good: within one process of many commands it only grew,
+    to 3 GB.
+    """
     from curvlab.reproduction import script
     from curvlab.system import memory
 
@@ -70,7 +78,9 @@ def _freed_memory_is_given_back() -> Iterator[None]:
 
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For commands whose pictures nobody looks at: they are drawn a second long, and here they are a word."""
+    """For commands whose pictures nobody looks at: they are drawn a second long, and here they are
+    a word.
+    """
     from curvlab.show import drawable
 
     monkeypatch.setattr(drawable, "picture", lambda figure, form, **options: b"drawn")

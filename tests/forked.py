@@ -1,4 +1,6 @@
-"""Work in a fork of this process: apart from it, as in a process of its own, but without importing everything again."""
+"""Work in a fork of this process: apart from it, as in a process of its own, but without importing
+everything again.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Bad command lines, made of the options' own types: every option of every command with what it cannot be, and places of every
-bad kind."""
+"""Bad command lines, made of the options' own types: every option of every command with what it
+cannot be, and places of every bad kind.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +150,9 @@ class Line:
 
 @dataclass
 class Places:
-    """A folder of odd places. `bad_out`: no run can go there; `bad_file`: nor a picture; `bad_run`: no log is there."""
+    """A folder of odd places. `bad_out`: no run can go there; `bad_file`: nor a picture; `bad_run`:
+    no log is there.
+    """
 
     root: Path
     run: Path

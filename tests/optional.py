@@ -1,4 +1,6 @@
-"""Data sets whose files the repository does not hold: loaded where CURVLAB_DATA has them, else the test is skipped."""
+"""Data sets whose files the repository does not hold: loaded where CURVLAB_DATA has them, else the
+test is skipped.
+"""
 
 from __future__ import annotations
 

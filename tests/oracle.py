@@ -1,8 +1,11 @@
-"""What a model's gradients and matrices are, by plain `torch.autograd`: one example at a time, reverse mode twice.
+"""What a model's gradients and matrices are, by plain `torch.autograd`: one example at a time,
+reverse mode twice.
 
-Nothing here knows of layers, hooks, functional calls or `vmap`, so that nothing of these can be wrong.
+Nothing here knows of layers, hooks, functional calls or `vmap`, so that nothing of these can be
+wrong.
 
-Legend: N examples, C outputs of an example, D numbers in all trainable parameters, each parameter once, in the model's order.
+Legend: N examples, C outputs of an example, D numbers in all trainable parameters, each parameter
+    once, in the model's order.
 """
 
 from __future__ import annotations
@@ -75,7 +78,8 @@ class Case:
         build: makes the model; seeded, in float64.
         x: shape of one example, or what makes all of them.
         y: None: three classes; "like": numbers as the outputs; or what makes classes.
-        twin: a model with the same parameters under the same names, whose derivatives torch gets right, where it does not here.
+        twin: a model with the same parameters under the same names, whose derivatives torch gets
+            right, where it does not here.
         around: what the world looks like while anybody looks at the model.
         lenient: quantities that may be refused in one line, where torch itself knows no way.
     """
@@ -174,9 +178,11 @@ class Reference:
             leaf = z.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.loss(leaf, y).sum(), leaf, create_graph=True)
             each = [
-                torch.autograd.grad(s, leaf, retain_graph=True)[0].flatten()
-                if s.requires_grad
-                else torch.zeros_like(leaf).flatten()
+                (
+                    torch.autograd.grad(s, leaf, retain_graph=True)[0].flatten()
+                    if s.requires_grad
+                    else torch.zeros_like(leaf).flatten()
+                )
                 for s in slope.flatten()
             ]
             found.append(torch.stack(each))
@@ -217,7 +223,9 @@ class Reference:
         return {name: found[first[id(p)]] for name, p in every.items() if first.get(id(p)) in found}
 
     def joined(self, found: Mapping[str, Tensor], model: nn.Module, batch: int = 0) -> Tensor:
-        """{parameter: […, its own shape]}, under any of its names → […, D]; a parameter that is absent is NaN."""
+        """{parameter: […, its own shape]}, under any of its names → […, D]; a parameter that is
+        absent is NaN.
+        """
         first, every = {id(p): name for name, p in names_of(model).items()}, names_of(model, True)
         bare = {
             name.replace(WRAPPED, ""): t.detach().reshape(*t.shape[:batch], -1)
@@ -233,13 +241,17 @@ class Reference:
 
 
 def names_of(model: nn.Module, duplicates: bool = False) -> dict[str, nn.Parameter]:
-    """{name: trainable parameter}, as a wrapper around a module does not change them; each once, or under each of its names."""
+    """{name: trainable parameter}, as a wrapper around a module does not change them; each once, or
+    under each of its names.
+    """
     every = model.named_parameters(remove_duplicate=not duplicates)
     return {name.replace(WRAPPED, ""): p for name, p in every if p.requires_grad}
 
 
 def apart(found: Tensor, wanted: Tensor, whole: Tensor | None = None) -> float:
-    """‖found − wanted‖ / ‖wanted‖; of a part that is zero but for rounding, beside the rounding of the whole."""
+    """‖found − wanted‖ / ‖wanted‖; of a part that is zero but for rounding, beside the rounding of
+    the whole.
+    """
     if found.shape != wanted.shape:
         return float("inf")
     scale = float(wanted.norm()) + 1e-4 * float((wanted if whole is None else whole).norm())
@@ -248,7 +260,9 @@ def apart(found: Tensor, wanted: Tensor, whole: Tensor | None = None) -> float:
 
 
 def one_line(error: Exception, *words: str, without: tuple[str, ...] = ()) -> None:
-    """A refusal: one line, with one of the words, and without those that would name another cause."""
+    """A refusal: one line, with one of the words, and without those that would name another
+    cause.
+    """
     line = str(error)
     assert line, "nothing is said"
     assert "\n" not in line, line

@@ -1,6 +1,8 @@
-"""The reference of the tests of layers and wirings: `torch.autograd` alone, one example at a time; no curvlab, no torch.func.
+"""The reference of the tests of layers and wirings: `torch.autograd` alone, one example at a time;
+no curvlab, no torch.func.
 
-Legend: N examples, C outputs of the model (flattened). Tensors of several examples or outputs have those axes first.
+Legend: N examples, C outputs of the model (flattened). Tensors of several examples or outputs have
+    those axes first.
 """
 
 from __future__ import annotations
@@ -119,7 +121,9 @@ class Plain:
         return [self._derivatives(loss, again=True) for loss in self._losses(self.outputs)]
 
     def hessian_product(self, vector: Mapping[str, Tensor]) -> Named:
-        """Mean over examples of ∂²ℓₙ times one vector; parameters that are not named have zero in it."""
+        """Mean over examples of ∂²ℓₙ times one vector; parameters that are not named have zero in
+        it.
+        """
         found = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         for slopes in self._slopes:
             along = sum((slopes[name] * v).sum() for name, v in vector.items())
@@ -178,7 +182,9 @@ def _stacked(each: Sequence[Named]) -> Named:
 def gaps(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-10
 ) -> list[str]:
-    """What differs, in words: by more than `tolerance` of its own norm and, for what rounds to zero, 1e-13 of the largest."""
+    """What differs, in words: by more than `tolerance` of its own norm and, for what rounds to
+    zero, 1e-13 of the largest.
+    """
     said = [f"{name}: missing" for name in expected if name not in found]
     said += [f"{name}: unasked" for name in found if name not in expected]
     largest = max((float(e.norm()) for e in expected.values()), default=0.0)

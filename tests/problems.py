@@ -1,4 +1,6 @@
-"""A zoo of small problems that the tests share: models, likelihoods, data, all from explicit seeds."""
+"""A zoo of small problems that the tests share: models, likelihoods, data, all from explicit
+seeds.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ class Tokens(nn.Module):
 
 
 class OwnNorm(nn.Module):
-    """A layer norm of one's own: its parameters enter by products and sums, for which there is no rule."""
+    """A layer norm of one's own: its parameters enter by products and sums, for which there is no
+    rule.
+    """
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -111,7 +115,9 @@ def convolutional(groups: int, *norm: nn.Module) -> nn.Sequential:
 
 
 class Signal(nn.Sequential):
-    """One-dimensional convolutions, the first of them depthwise and padded to the same length by reflection."""
+    """One-dimensional convolutions, the first of them depthwise and padded to the same length by
+    reflection.
+    """
 
     def __init__(self) -> None:
         super().__init__(
@@ -173,7 +179,9 @@ RULED = [name for name in MODELS if name != "norm"]
 """Models whose every parameter belongs to a layer with a rule."""
 
 REPRESENTATIVE = ["tanh", "tokens", "conv-norm", "conv-1d", "embedding"]
-"""For what takes long: one place and several, groups of outputs, a bias that is missing, a weight stored as [I, O]."""
+"""For what takes long: one place and several, groups of outputs, a bias that is missing, a weight
+stored as [I, O].
+"""
 
 LIKELIHOODS: dict[str, Callable[[], object]] = {
     "categorical": cl.likelihoods.Categorical,
@@ -183,7 +191,9 @@ LIKELIHOODS: dict[str, Callable[[], object]] = {
 
 
 class Poisson:
-    """A likelihood of one's own: counts, whose outputs are logarithms of their rates, ℓ = Σ_c exp(z_c) − y_c z_c."""
+    """A likelihood of one's own: counts, whose outputs are logarithms of their rates, ℓ = Σ_c
+    exp(z_c) − y_c z_c.
+    """
 
     def check(self, z: Tensor, y: Tensor) -> None:
         if y.shape != z.shape or bool((y < 0).any()):
@@ -245,7 +255,9 @@ def in_turn(
 
 
 def assert_drawn(figure: Figure) -> list[Axes]:
-    """Its axes that hold something: there are some, both ways are named, and lines are of finite numbers, x with y."""
+    """Its axes that hold something: there are some, both ways are named, and lines are of finite
+    numbers, x with y.
+    """
     axes = [ax for ax in figure.axes if ax.lines or ax.collections or ax.patches or ax.images]
     assert figure.get_supxlabel() or any(ax.get_xlabel() for ax in axes)
     assert any(ax.get_ylabel() or ax.get_title() for ax in axes)
@@ -258,7 +270,9 @@ def assert_drawn(figure: Figure) -> list[Axes]:
 
 
 def laid_out(block: Block, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
-    """{parameter: tensor} → [*batch, O, I], the bias last: `Block.gather` by another route, from the type of the layer."""
+    """{parameter: tensor} → [*batch, O, I], the bias last: `Block.gather` by another route, from
+    the type of the layer.
+    """
     weight, *bias = (tensors[name] for name in block.params)
     if block.module is None:
         return weight
@@ -269,7 +283,9 @@ def laid_out(block: Block, tensors: Mapping[str, Tensor], batch: int = 0) -> Ten
 
 
 def as_a_variable(weight: Tensor, batch: int = 0) -> Tensor:
-    """As TNT and Shampoo see a parameter: the pixels of a filter are one way (thesis 4.7.2), and none where there is one."""
+    """As TNT and Shampoo see a parameter: the pixels of a filter are one way (thesis 4.7.2), and
+    none where there is one.
+    """
     return weight.flatten(batch + 2).squeeze(-1) if weight.ndim > batch + 2 else weight
 
 
@@ -288,7 +304,9 @@ def own_inputs(block: Block, a: Tensor) -> Tensor:
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    """Two routes to one number: same shape and dtype, difference in norm within `tolerance` of the expected norm."""
+    """Two routes to one number: same shape and dtype, difference in norm within `tolerance` of the
+    expected norm.
+    """
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     error, scale = float((actual - expected).norm()), float(expected.norm())
     assert error <= tolerance * scale, (

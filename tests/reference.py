@@ -1,7 +1,8 @@
-"""Every matrix by hand: `torch.func` over one flat vector of all parameters, reverse mode twice, nothing of `curvlab.exact`.
+"""Every matrix by hand: `torch.func` over one flat vector of all parameters, reverse mode twice,
+nothing of `curvlab.exact`.
 
-The Fisher matrix is its definition, the mean over the model's own labels: all of them for categorical and Bernoulli; for
-Gaussian z ± 1 in every output, which has the moments that count.
+The Fisher matrix is its definition, the mean over the model's own labels: all of them for
+categorical and Bernoulli; for Gaussian z ± 1 in every output, which has the moments that count.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ def sampled(
 
 
 def assert_block(found: Tensor, expected: Tensor, whole: Tensor, tolerance: float = 1e-12) -> None:
-    """Within `tolerance` of the block's own norm, and 1e-15 of the whole's for blocks that are zero but for rounding."""
+    """Within `tolerance` of the block's own norm, and 1e-15 of the whole's for blocks that are zero
+    but for rounding.
+    """
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     error = float((found - expected).norm())
     allowed = tolerance * float(expected.norm()) + 1e-15 * float(whole.norm())

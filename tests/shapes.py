@@ -2,7 +2,8 @@
 
     CURVLAB_CHECK_SHAPES=1 pytest tests/test_operators.py
 
-Shapes alone: other types are mypy's. `tests/conftest.py` puts this in before anything imports curvlab.
+Shapes alone: other types are mypy's. `tests/conftest.py` puts this in before anything imports
+curvlab.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Every script and notebook of analyses/ runs, in small; figures and tables by name: test_reproduction.py."""
+"""Every script and notebook of analyses/ runs, in small; figures and tables by name:
+test_reproduction.py.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ LONG = {
 
 
 APART = {"own_model.py"}
-"""In a process of its own, as a user runs them; the others in a fork of this one, which has imported everything."""
+"""In a process of its own, as a user runs them; the others in a fork of this one, which has
+imported everything.
+"""
 
 
 def run(script: str, words: list[str], folder: Path) -> tuple[int, str]:
@@ -161,7 +165,9 @@ LENGTHY = {"comparing_two_runs.ipynb"}
     ],
 )
 def test_notebook(path: Path) -> None:
-    """Its cells in IPython's own shell, in a fork of this process, on a third of the digits; its pictures are drawn."""
+    """Its cells in IPython's own shell, in a fork of this process, on a third of the digits; its
+    pictures are drawn.
+    """
     cells = [
         cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
     ]

@@ -50,7 +50,8 @@ def deep_linear(bias: bool = True) -> Problem:
     )
 
 
-# -------------------------------------------------------------------------------------- the matrices of the algorithms
+# -------------------------------------------------------------------------------------- the
+# matrices of the algorithms
 
 
 @pytest.mark.parametrize("name", BY_BLOCK)
@@ -78,7 +79,9 @@ def test_matrix_is_what_refresh_inverts(name: str, model: str) -> None:
 
 @pytest.mark.parametrize("model", ["tanh", "conv"])
 def test_undamped_matrices_by_their_formulas(model: str) -> None:
-    """KFAC: Γ ⊗ Ω; TNT: contractions of the mean gradient over their trace; Shampoo: their square roots; Adam: v."""
+    """KFAC: Γ ⊗ Ω; TNT: contractions of the mean gradient over their trace; Shampoo: their square
+    roots; Adam: v.
+    """
     p = problem(model)
     objective = p.objective()
     made = {
@@ -112,7 +115,8 @@ def test_undamped_matrices_by_their_formulas(model: str) -> None:
             assert not bool(found[name][at_w[:, None], at_b].any())
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ---------------------------------------------------------------------------------------------------------------
+# errors
 
 
 @pytest.mark.parametrize("model", SUMS)
@@ -240,7 +244,8 @@ def test_errors_do_not_change_with_copies_of_the_data() -> None:
     assert (one.attrs["examples"], other.attrs["examples"]) == (7, 21)
 
 
-# -------------------------------------------------------------------------------------------------------------- quality
+# --------------------------------------------------------------------------------------------------------------
+# quality
 
 
 @pytest.mark.parametrize("model", ["tanh", "tokens"])
@@ -342,7 +347,9 @@ def test_spectra_are_no_further_apart_than_the_matrices(model: str, kind: str) -
 
 @pytest.mark.parametrize("kind", ["fisher", "fisher-mc", "ef"])
 def test_the_floor_and_what_weight_and_bias_share_are_bounds(kind: str) -> None:
-    """No product is nearer than the floor: KFAC; TNT too where there is no bias. With one, TNT leaves `between` out."""
+    """No product is nearer than the floor: KFAC; TNT too where there is no bias. With one, TNT
+    leaves `between` out.
+    """
     p = deep_linear(bias=False)
     p = Problem(
         nn.Sequential(p.model[0], nn.Tanh(), p.model[1], nn.Tanh(), p.model[2]),
@@ -374,7 +381,9 @@ def test_tnt_of_single_examples_is_tnt_per_sample() -> None:
 
 
 def test_tnt_of_minibatches_has_no_bias() -> None:
-    """E tr(B) = tr(Fisher), also where minibatches differ in size (7 = 3 + 2 + 2): within 5 standard errors over 60 seeds."""
+    """E tr(B) = tr(Fisher), also where minibatches differ in size (7 = 3 + 2 + 2): within 5
+    standard errors over 60 seeds.
+    """
     p = problem("tanh")
     traces = []
     for seed in range(60):
@@ -441,7 +450,8 @@ def test_zero_matrices_have_no_relative_error() -> None:
     assert bool(errors(p.objective(), p.x, p.y, "pi")["error"].isnull().all())
 
 
-# ------------------------------------------------------------------------------------------------------- the data sets
+# -------------------------------------------------------------------------------------------------------
+# the data sets
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -487,7 +497,9 @@ def test_without_spectra() -> None:
 
 
 def test_looking_again_gives_the_same_and_moves_nothing() -> None:
-    """Minibatches and labels come from the objective's seed; the labels of steps are not touched."""
+    """Minibatches and labels come from the objective's seed; the labels of steps are not
+    touched.
+    """
     p = problem("conv-norm")
     before = {name: t.clone() for name, t in p.model.state_dict().items()}
     objective = p.objective(3)
@@ -508,7 +520,8 @@ def test_float32_agrees() -> None:
     assert (one.attrs["dtype"], other.attrs["dtype"]) == ("float64", "float32")
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ------------------------------------------------------------------------------------------------------------
+# bad input
 
 
 @pytest.mark.parametrize(

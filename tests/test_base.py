@@ -1,4 +1,6 @@
-"""BlockDiagonal: when statistics are folded in and refreshed, with what weight, and what `precondition` takes."""
+"""BlockDiagonal: when statistics are folded in and refreshed, with what weight, and what
+`precondition` takes.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def moment(observation: Observation, block: str = "1") -> Tensor:
     return torch.einsum("ni,nj->ij", a, a) / len(a)
 
 
-# ------------------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------------------------------
+# weights
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.8, 0.9])
@@ -56,7 +59,9 @@ def test_average_is_a_running_mean_that_becomes_a_moving_average(decay: float) -
 
 
 def test_warm_start_is_the_mean_over_the_whole_pass() -> None:
-    """Longer than the moving average remembers; on minibatches of one size it is the statistic of all data at once."""
+    """Longer than the moving average remembers; on minibatches of one size it is the statistic of
+    all data at once.
+    """
     p = problem("tanh")
     objective = p.objective()
     curvature = kfac(objective, labels="data")
@@ -107,13 +112,16 @@ def test_methods_without_a_warm_start_absorb_nothing(name: str) -> None:
     assert curvature.needs == {"gradient" if name in ("adam", "sgd-m") else curvature.labels}
 
 
-# ------------------------------------------------------------------------------------------------ schedules
+# ------------------------------------------------------------------------------------------------
+# schedules
 
 
 def changes(
     curvature: BlockDiagonal, steps: list[Observation]
 ) -> tuple[list[int], list[int], list[int]]:
-    """The steps (from 1) before which `needs` was not empty, at which statistics changed, at which inverses were made anew."""
+    """The steps (from 1) before which `needs` was not empty, at which statistics changed, at which
+    inverses were made anew.
+    """
     needed, folded, refreshed = [], [], []
     for k, observation in enumerate(steps, 1):
         block = curvature.blocks["1"]
@@ -138,7 +146,9 @@ def changes(
 def test_statistics_change_at_multiples_of_update_every(
     every: int, expected: list[int], warm: bool
 ) -> None:
-    """k ≡ 0 mod T₁ (Alg. 12, line 11); at step 1 too where nothing has been seen yet, and never there after a warm start."""
+    """k ≡ 0 mod T₁ (Alg. 12, line 11); at step 1 too where nothing has been seen yet, and never
+    there after a warm start.
+    """
     p = problem("tanh")
     objective = p.objective()
     curvature = kfac(objective, update_every=every)
@@ -196,7 +206,9 @@ def test_damping_is_used_from_the_next_refresh_on() -> None:
 
 
 def test_an_update_that_fails_counts_for_nothing() -> None:
-    """An observation without the pass is refused, and the averages that follow are as if it had never come."""
+    """An observation without the pass is refused, and the averages that follow are as if it had
+    never come.
+    """
     p = problem("tanh")
     objective = p.objective()
     curvature = kfac(objective)
@@ -211,7 +223,8 @@ def test_an_update_that_fails_counts_for_nothing() -> None:
     torch.testing.assert_close(second_moment(curvature), expected, rtol=1e-12, atol=1e-13)
 
 
-# ------------------------------------------------------------------------------------------------ precondition
+# ------------------------------------------------------------------------------------------------
+# precondition
 
 
 def ready(
@@ -281,7 +294,8 @@ def test_precondition_names_an_unknown_key_and_a_missing_partner() -> None:
         curvature.precondition({"0.weight": gradients["0.weight"]})
 
 
-# ------------------------------------------------------------------------------------------------ errors and state
+# ------------------------------------------------------------------------------------------------
+# errors and state
 
 
 def test_before_the_first_data_there_is_no_inverse() -> None:
@@ -398,7 +412,9 @@ def test_exact_labels_where_no_layer_has_a_rule(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("model", ["norm", "conv-1d"])
 def test_exact_labels_with_a_layer_that_has_no_factors(model: str) -> None:
-    """V vectors have no gradient for it to follow: the data's gradient is preconditioned by I all the same."""
+    """V vectors have no gradient for it to follow: the data's gradient is preconditioned by I all
+    the same.
+    """
     p = problem(model)
     objective = p.objective()
     with pytest.warns(cl.CurvlabWarning, match="without a rule"):

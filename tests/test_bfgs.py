@@ -111,7 +111,9 @@ def test_the_broyden_family_between_dfp_and_bfgs_is_positive_definite(
 @MANY
 @given(ORDERS, SEEDS, st.floats(-2, 3), st.floats(0.01, 100))
 def test_theorem_1(order: int, seed: int, phi: float, c: float) -> None:
-    """With H = A⁻¹, s = H a and y = (A + c a aᵀ) s every member of the family is Sherman and Morrison's inverse."""
+    """With H = A⁻¹, s = H a and y = (A + c a aᵀ) s every member of the family is Sherman and
+    Morrison's inverse.
+    """
     A, a = spd(order, seed), normal(order, seed=seed + 1)
     H = torch.linalg.inv(A)
     grown = A + c * torch.outer(a, a)
@@ -226,7 +228,9 @@ def test_algorithm_3(order: int, seed: int, scale: float, mu1: float, mu2: float
 
 
 def test_algorithm_3_leaves_the_first_inequality_violated_in_some_pairs() -> None:
-    """Hence the ratio after both steps is logged, and the fraction that holds is a measurement (thesis Figure 2.1)."""
+    """Hence the ratio after both steps is logged, and the fraction that holds is a measurement
+    (thesis Figure 2.1).
+    """
     kept = []
     for seed in range(300):
         H, s, y = drawn(4, 3 * seed, 0.3)
@@ -253,7 +257,9 @@ def test_algorithm_8(order: int, seed: int, scale: float, mu1: float, mu2: float
 def test_algorithm_11_and_lemma_4(
     order: int, seed: int, scale: float, mu1: float, mu2: float, initial: float | None
 ) -> None:
-    """D_P(I) D_LM, of the thesis (H₀ = I/μ₂) and of 2021 (H₀ = I): sᵀs/sᵀy ≤ 1/μ₂ and yᵀy/sᵀy ≤ 1/μ₃."""
+    """D_P(I) D_LM, of the thesis (H₀ = I/μ₂) and of 2021 (H₀ = I): sᵀs/sᵀy ≤ 1/μ₂ and yᵀy/sᵀy ≤
+    1/μ₃.
+    """
     H, s, y = drawn(order, seed, scale)
     pair = qn.scaled_identity_levenberg(s, y, H, mu1, mu2, initial)
     h = 1 / mu2 if initial is None else initial
@@ -268,7 +274,9 @@ def test_algorithm_11_and_lemma_4(
 
 
 def test_lemma_4_is_near_its_bound_somewhere() -> None:
-    """s against y, so that s̃ = (μ₁/μ₂) y: yᵀy/sᵀy = (1 + μ₁)² μ₂ / (μ₁ (1 + μ₁)), of (1 + 2 μ₁) μ₂ / μ₁ allowed."""
+    """s against y, so that s̃ = (μ₁/μ₂) y: yᵀy/sᵀy = (1 + μ₁)² μ₂ / (μ₁ (1 + μ₁)), of (1 + 2 μ₁) μ₂
+    / μ₁ allowed.
+    """
     y = torch.tensor([1.0, 0.0], dtype=DOUBLE)
     pair = qn.scaled_identity_levenberg(-y, y, torch.eye(2, dtype=DOUBLE), 0.2, 0.5)
     assert_near(pair.s, 0.4 * y, 1e-12)
@@ -281,7 +289,9 @@ def test_lemma_4_is_near_its_bound_somewhere() -> None:
 def test_every_damping_by_its_name(
     name: str, order: int, seed: int, mu1: float, mu2: float
 ) -> None:
-    """The record is of the pairs; a pair that needs no damping stays; what was damped keeps H⁺ positive definite."""
+    """The record is of the pairs; a pair that needs no damping stays; what was damped keeps H⁺
+    positive definite.
+    """
     H, s, y = drawn(order, seed)
     pair = qn.damp(name, s, y, H, mu1=mu1, mu2=mu2)
     for products, (u, v) in ((pair.damping.before, (s, y)), (pair.damping.after, (pair.s, pair.y))):

@@ -1,4 +1,6 @@
-"""Block BFGS: multi-secant equations, the three choices of P, τ, sketches, the conditions (19) and (20) of S2QN."""
+"""Block BFGS: multi-secant equations, the three choices of P, τ, sketches, the conditions (19) and
+(20) of S2QN.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def eye(order: int) -> Tensor:
 @MANY
 @given(st.integers(1, 7), st.integers(1, 9), SEEDS)
 def test_multi_secant_equation(order: int, m: int, seed: int) -> None:
-    """Λ⁺U = V for V = MU with M positive definite; also with more columns than rows, where Λ⁺ = M."""
+    """Λ⁺U = V for V = MU with M positive definite; also with more columns than rows, where Λ⁺ =
+    M.
+    """
     U, M = normal(order, m, seed=seed), spd(order, seed + 1)
     found = block_bfgs(spd(order, seed + 2), U, M @ U, mu=1e-6)
     assert (found.skipped, found.tau, found.rank) == ("", 1, min(order, m))
@@ -78,7 +82,9 @@ def test_symmetric_choice_as_it_is_written(order: int, seed: int, tau: float) ->
 def test_tau_is_powells_rule_for_the_block(
     choice: Choice, order: int, m: int, seed: int, mu: float
 ) -> None:
-    """P, of the damped V, is at least μ times its value at V = ΛU, with equality where V was changed."""
+    """P, of the damped V, is at least μ times its value at V = ΛU, with equality where V was
+    changed.
+    """
     Lambda, U, V = (
         spd(order, seed),
         normal(order, m, seed=seed + 1),
@@ -247,7 +253,9 @@ def test_gaussian_sketch_is_a_tight_frame_in_the_mean() -> None:
 @MANY
 @given(st.integers(1, 5), st.integers(1, 5), SEEDS)
 def test_condition_19(o: int, i: int, seed: int) -> None:
-    """(A ⊗ (G + Λ)) vec U = vec V, before sketching, where some positive definite Λ does that; as printed it does not."""
+    """(A ⊗ (G + Λ)) vec U = vec V, before sketching, where some positive definite Λ does that; as
+    printed it does not.
+    """
     A, G, Lambda, U = spd(i, seed), spd(o, seed + 1), spd(o, seed + 2), normal(o, i, seed=seed + 3)
     V = (G + Lambda) @ U @ A
     found = block_bfgs(eye(o), *parameter_secant(U, V, A, G), mu=1e-9).matrix

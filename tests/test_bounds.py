@@ -102,9 +102,11 @@ def test_lemma_2_as_long_as_no_pair_was_dropped(
 
 
 def test_lemma_2_fails_once_pairs_are_dropped() -> None:
-    """y along the least eigenvalue of H, s = μ₁ (yᵀHy / yᵀy) y: neither damped nor skipped, and H shrinks without bound.
+    """y along the least eigenvalue of H, s = μ₁ (yᵀHy / yᵀy) y: neither damped nor skipped, and H
+    shrinks without bound.
 
-    The second pair alone already breaks the bound of p = 1: the test was made with an H that the dropped pair had shrunk.
+    The second pair alone already breaks the bound of p = 1: the test was made with an H that the
+    dropped pair had shrunk.
     """
     mu1, mu2 = 0.2, 0.5
     e = torch.tensor([1.0, 0.0], dtype=DOUBLE)

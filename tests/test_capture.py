@@ -1,4 +1,6 @@
-"""Capture against perturbation: g is the derivative of each loss in a zero added to the layer's output."""
+"""Capture against perturbation: g is the derivative of each loss in a zero added to the layer's
+output.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def places(module: nn.Module, t: Tensor) -> Tensor:
 
 
 def slopes(block: Block, x: Tensor) -> Tensor:
-    """∂h[n, t, o]/∂W[o, :] by torch.func: the inputs that output o sees, [N, T, O, I]; h is linear in W."""
+    """∂h[n, t, o]/∂W[o, :] by torch.func: the inputs that output o sees, [N, T, O, I]; h is linear
+    in W.
+    """
     module = block.module
     assert module is not None
     own = {name.rpartition(".")[2]: name for name in block.params}
@@ -50,7 +54,9 @@ def slopes(block: Block, x: Tensor) -> Tensor:
 
 
 def perturbed(p: Problem, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """{block: (∂h/∂W, h, g)} by adding a zero to every layer's output, its derivative taken in that zero, vector by vector."""
+    """{block: (∂h/∂W, h, g)} by adding a zero to every layer's output, its derivative taken in that
+    zero, vector by vector.
+    """
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     x, h, zeros = {}, {}, {}
 
@@ -90,7 +96,9 @@ def captured(
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_h_and_g_against_perturbation(model: str, count: int) -> None:
-    """`a` is the derivative of each pre-activation in its own weights, and that of the bias is one."""
+    """`a` is the derivative of each pre-activation in its own weights, and that of the bias is
+    one.
+    """
     p = problem(model)
     statistics, vectors = captured(p, count)
     expected = perturbed(p, vectors)
@@ -108,7 +116,9 @@ def test_a_h_and_g_against_perturbation(model: str, count: int) -> None:
 @zoo
 @pytest.mark.parametrize("label", ["data", "model", "exact"])
 def test_second_moments_by_their_definition(model: str, likelihood: str, label: str) -> None:
-    """A = (1/N) Σₙ Σₜ a aᵀ and G = (1/NT) Σᵥ Σₙ Σₜ g gᵀ, one outer product at a time. Groups have a G alone."""
+    """A = (1/N) Σₙ Σₜ a aᵀ and G = (1/NT) Σᵥ Σₙ Σₜ g gᵀ, one outer product at a time. Groups have a
+    G alone.
+    """
     p = problem(model, likelihood)
     statistics = p.objective().closure(p.x, p.y).observe({label}).passes[label]
     for block in ruled(p):
@@ -187,7 +197,9 @@ def test_each_property_is_computed_once_and_inputs_are_shared_by_the_passes(mode
 
 
 def test_relu_in_place_keeps_g_and_refuses_h() -> None:
-    """The same model with ReLU(inplace=False) gives the same numbers; only the overwritten h cannot be read."""
+    """The same model with ReLU(inplace=False) gives the same numbers; only the overwritten h cannot
+    be read.
+    """
     p, q = problem("relu"), problem("relu")
     assert p.model[1].inplace
     q.model[1].inplace = False
@@ -230,7 +242,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def traces(model: nn.Module) -> int:
-    """Hooks on modules, on all modules and on parameters, and function modes: what somebody who listens may have left."""
+    """Hooks on modules, on all modules and on parameters, and function modes: what somebody who
+    listens may have left.
+    """
     own = [getattr(m, name) for m in model.modules() for name in HOOKS]
     own += [getattr(global_hooks, f"_global{name}") for name in HOOKS]
     own += [p._backward_hooks or () for p in model.parameters()]
@@ -336,7 +350,9 @@ WIRED: dict[str, tuple[Forward, str, int, str]] = {
         lambda m, x: m.second(torch.stack([m.first(one) for one in x])), "general", 0, "is used by a call without a rule"
     ),
 }  # fmt: skip
-"""{what is done with the first layer: (forward, the way of its block, places of an example, why it goes the general way)}"""
+"""{what is done with the first layer: (forward, the way of its block, places of an example, why it
+goes the general way)}
+"""
 
 
 def small(forward: Forward) -> tuple[Small, Tensor, Tensor]:
@@ -552,7 +568,9 @@ def test_frozen_parameters_leave_the_other_gradients_as_they_are(frozen: str) ->
 
 @pytest.mark.parametrize("model", ["conv", "groups", "conv-1d", "embedding"])
 def test_a_gradient_forms_neither_patches_nor_one_hot_rows(model: str) -> None:
-    """Which are many times the inputs: a first-order method on a convolution costs what torch's own gradient does."""
+    """Which are many times the inputs: a first-order method on a convolution costs what torch's own
+    gradient does.
+    """
     p = problem(model)
     observation = p.objective().closure(p.x, p.y).observe()
     found = observation.gradients
@@ -571,7 +589,9 @@ def test_a_gradient_forms_neither_patches_nor_one_hot_rows(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["tanh", "no-bias", "tokens", "conv", "conv-1d", "embedding"])
 def test_products_with_the_second_moment_of_inputs_form_neither_it_nor_patches(model: str) -> None:
-    """(3.15) example by example and place by place: mean over examples of a sum over places; the mean is over both."""
+    """(3.15) example by example and place by place: mean over examples of a sum over places; the
+    mean is over both.
+    """
     p = problem(model)
     for statistics in p.objective().closure(p.x, p.y).observe().passes["data"].values():
         n, t, width = statistics.g.shape[1], statistics.g.shape[2], statistics.block.shape[1]

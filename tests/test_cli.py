@@ -57,7 +57,9 @@ def call(*words: str) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Run what must be refused: exit code 2, nothing on standard output, one line on standard error, which is returned."""
+    """Run what must be refused: exit code 2, nothing on standard output, one line on standard
+    error, which is returned.
+    """
     capsys.readouterr()
     assert call(*words) == 2
     out, err = capsys.readouterr()
@@ -415,7 +417,9 @@ def test_output_folder_that_cannot_be_written(
 def test_ctrl_c_that_python_drops_comes_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Python ignores exceptions where a weak reference is cleared: HDF5's files and torch's graphs are full of them."""
+    """Python ignores exceptions where a weak reference is cleared: HDF5's files and torch's graphs
+    are full of them.
+    """
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
 
     class Thing:
@@ -494,8 +498,9 @@ def test_layers_that_have_no_factors_are_said_once(
     assert call(*words, "--batch-size", "20000", "--seeds", "2", "--out", str(tmp_path)) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert said == [
-        "curvlab: warning: parameters of layers without a rule (or, for Kronecker factors, with groups of outputs) "
-        "follow the gradient where an algorithm needs structure: 1.weight, 1.bias, 2.weight"
+        "curvlab: warning: parameters of layers without a rule (or, for Kronecker factors, with"
+        " groups of outputs) follow the gradient where an algorithm needs structure: 1.weight,"
+        " 1.bias, 2.weight"
     ]
 
 

@@ -200,7 +200,10 @@ def test_batch_norm_and_dropout_train_and_are_looked_at_in_eval_mode(
         (["--steps", "0"], "steps of Lanczos must be 1 or more"),
         (
             ["--draws", str(2**64)],
-            "the draws of Lanczos must be a whole number from 1 to 1000000, not 18446744073709551616",
+            (
+                "the draws of Lanczos must be a whole number from 1 to 1000000, not"
+                " 18446744073709551616"
+            ),
         ),
         (
             ["--steps", str(2**63)],
@@ -283,6 +286,7 @@ def test_training_that_fails_keeps_the_states_before(
     assert cl.open(tmp_path)["step"].values.tolist() == [0]
 
 
-@pytest.mark.slow  # by default of `compare`, in test_cli.py, and inside this process, in test_signals.py
+# by default of `compare`, in test_cli.py, and inside this process, in test_signals.py
+@pytest.mark.slow
 def test_ctrl_c_ends_at_once_and_says_where_the_log_is(tmp_path: Path) -> None:
     ends_at_once([*SMALL, "--blocks", "6", "--after", "0,1,1000000"], tmp_path)

@@ -1,4 +1,6 @@
-"""`curvlab train`: the job in small, killed and interrupted and gone on with, and one clear line for bad input."""
+"""`curvlab train`: the job in small, killed and interrupted and gone on with, and one clear line
+for bad input.
+"""
 
 from __future__ import annotations
 
@@ -224,7 +226,9 @@ def test_augmentation_and_dropout_are_of_the_seed(
 
 
 def start(*words: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """One thread, as this process has, in which runs are gone on with: sums depend on the number."""
+    """One thread, as this process has, in which runs are gone on with: sums depend on the
+    number.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "curvlab", *words],
@@ -269,7 +273,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed_and_resumed(
     out: Path, moments: list[float], first: list[str] = LONG, last: int = signal.SIGKILL
 ) -> int:
-    """SIGKILL so many seconds after the first checkpoint of each life; then on to the end. How many were training still.
+    """SIGKILL so many seconds after the first checkpoint of each life; then on to the end. How many
+    were training still.
 
     Another signal for the `last` of these lives: what is said then goes on with it.
     """
@@ -330,7 +335,9 @@ def test_killed_and_gone_on_with_it_is_the_same_run(
 
 OFTEN = {"damping": 1, "loss": 1, "norms": 2, "noise": 3, "condition": 5, "memory": 6, "bounds": 7, "reduction": 10,
          "error": 15, "spectrum": 20, "alignment": 30}  # fmt: skip
-"""All probes that see anything of `k-bfgs-20`, more often than by default: kills fall into all of them."""
+"""All probes that see anything of `k-bfgs-20`, more often than by default: kills fall into all of
+them.
+"""
 PROBED = [
     "train",
     "--model",
@@ -428,7 +435,8 @@ def test_a_run_that_diverges_says_so_and_keeps_the_last_good_state(
     said = [line for line in err.splitlines() if line.startswith("curvlab: ")]
     assert len(said) == 1
     assert re.match(
-        r"curvlab: diverged in epoch 1 after \d+ steps: .*; the last good state, kept, is epoch 0 \(.*checkpoint\.pt\)",
+        r"curvlab: diverged in epoch 1 after \d+ steps: .*; the last good state, kept, is epoch 0"
+        r" \(.*checkpoint\.pt\)",
         said[0],
     )
     assert cl.open(tmp_path).attrs["stopped"] in said[0]
@@ -446,7 +454,10 @@ def test_a_run_that_diverges_says_so_and_keeps_the_last_good_state(
         (
             "skqn-b1",
             "choice=tracé",
-            "unknown choice of skqn-b1 'tracé'; did you mean 'trace'? (known: symmetric, trace, diagonal)",
+            (
+                "unknown choice of skqn-b1 'tracé'; did you mean 'trace'? (known: symmetric, trace,"
+                " diagonal)"
+            ),
         ),
         ("skqn-b1", "tau=5", "tau must be between 0 and 1, or none for Powell's rule, not 5"),
         ("skqn-b2", "mu=2", "mu must be above 0 and at most 1, not 2"),
@@ -502,7 +513,9 @@ def test_none_is_a_word_where_one_is_wanted(algorithm: str, own: dict[str, str])
 def test_what_cannot_take_a_first_step_leaves_nothing_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """√λ above 1 is found when H_g is first damped, after epoch 0; the same folder then takes the run with another value."""
+    """√λ above 1 is found when H_g is first damped, after epoch 0; the same folder then takes the
+    run with another value.
+    """
     out = tmp_path / "run"
     words = [
         *SMALL,
@@ -569,7 +582,10 @@ def test_double_grad_and_the_l2_term_by_their_options(tmp_path: Path) -> None:
         (["--l2", "-1"], "the L2 term must be 0 or positive, not -1"),
         (
             ["--double-grad"],
-            "double_grad needs a method that looks at each minibatch a second time, such as k-bfgs-20",
+            (
+                "double_grad needs a method that looks at each minibatch a second time, such as"
+                " k-bfgs-20"
+            ),
         ),
         (["--damping", "-1"], "damping must be 0 or positive"),
         (["--momentum", "1"], "momentum must be at least 0 and below 1"),
@@ -597,7 +613,10 @@ def test_double_grad_and_the_l2_term_by_their_options(tmp_path: Path) -> None:
         (["--probe", "gram"], "probe 'gram' is of curvlab compare alone"),
         (
             ["--probe", "damping"],
-            "probe 'damping' needs a quasi-Newton method, which learns from pairs, and there is adam",
+            (
+                "probe 'damping' needs a quasi-Newton method, which learns from pairs, and there is"
+                " adam"
+            ),
         ),
         (["--evaluate-samples", "0"], "evaluate_samples must be 1 or more"),
         (["--checkpoint-seconds", "0"], "seconds between checkpoints must be above 0"),

@@ -1,4 +1,6 @@
-"""What every entry of ALGORITHMS promises. A new line in the table is tested here without a new test."""
+"""What every entry of ALGORITHMS promises. A new line in the table is tested here without a new
+test.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ algorithms = pytest.mark.parametrize("name", NAMES)
 
 
 def pairs(models: Sequence[str], what: str, values: Sequence[Any]) -> pytest.MarkDecorator:
-    """Every algorithm with every model, `values` taken in turn: each meets every algorithm and every model."""
+    """Every algorithm with every model, `values` taken in turn: each meets every algorithm and
+    every model.
+    """
     cases = [
         (name, model, values[(i + j) % len(values)]) for i, name in enumerate(NAMES) for j, model in enumerate(models)
     ]  # fmt: skip
@@ -59,7 +63,9 @@ def follows_the_gradient(name: str, block: Block) -> bool:
 
 @contextmanager
 def fallback(name: str, model: str) -> Iterator[None]:
-    """Expects one warning that names all parameters which fall back to the gradient, and none where there are none."""
+    """Expects one warning that names all parameters which fall back to the gradient, and none where
+    there are none.
+    """
     loose = [
         n
         for b in problem(model).objective().blocks
@@ -78,7 +84,9 @@ def fallback(name: str, model: str) -> Iterator[None]:
 
 
 def to_the_end(name: str) -> dict[str, object]:
-    """Options of a method that stops an iteration early, by which it does not: where it stops is decided by rounding."""
+    """Options of a method that stops an iteration early, by which it does not: where it stops is
+    decided by rounding.
+    """
     return {"progress": 0.0, "backtrack": False} if name in TRUNCATED else {}
 
 
@@ -121,7 +129,8 @@ def finite(values: Mapping[str, Tensor]) -> bool:
     return all(bool(v.isfinite().all()) for v in values.values())
 
 
-# ------------------------------------------------------------------------------------------------ operator, direction
+# ------------------------------------------------------------------------------------------------
+# operator, direction
 
 
 @algorithms
@@ -268,7 +277,8 @@ def test_overall_damping_scales_as_documented(
     assert damping_for(name, overall, size) == pytest.approx(rule(overall, size), rel=1e-14, abs=0)
 
 
-# ------------------------------------------------------------------------------------------------ state
+# ------------------------------------------------------------------------------------------------
+# state
 
 
 def saved_and_loaded(state: dict[str, object]) -> dict[str, object]:
@@ -296,9 +306,11 @@ WAYS = [
 def test_a_checkpoint_continues_bit_for_bit(
     name: str, model: str, warm: bool, schedule: tuple[int, int], stop: int
 ) -> None:
-    """Into a model of other weights, an objective of another seed, an optimizer that has already moved elsewhere.
+    """Into a model of other weights, an objective of another seed, an optimizer that has already
+    moved elsewhere.
 
-    Four of the eight ways with one model, in which any two of the three are met in all their values, the others with the other.
+    Four of the eight ways with one model, in which any two of the three are met in all their
+    values, the others with the other.
     """
     p = problem(model)
     options = {"update_every": schedule[0], "refresh_every": schedule[1], "weight_decay": 0.01}
@@ -343,7 +355,9 @@ def trajectory(name: str, seed: int, model: str = "tanh") -> list[dict[str, Tens
 @algorithms
 @pytest.mark.parametrize("model", REPRESENTATIVE)
 def test_the_seed_is_all_that_labels_depend_on(name: str, model: str) -> None:
-    """The same seed: the same bits. Another: the same bits too, unless labels are drawn from the model."""
+    """The same seed: the same bits. Another: the same bits too, unless labels are drawn from the
+    model.
+    """
     first, again, other = (
         trajectory(name, 0, model),
         trajectory(name, 0, model),
@@ -355,7 +369,8 @@ def test_the_seed_is_all_that_labels_depend_on(name: str, model: str) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ alone and in company
+# ------------------------------------------------------------------------------------------------
+# alone and in company
 
 
 def compared(
@@ -383,7 +398,9 @@ def compared(
 @algorithms
 @pytest.mark.parametrize("quarter", range(4))
 def test_compare_gives_the_same_bits_alone_and_in_company(name: str, quarter: int) -> None:
-    """In company of every fourth of the others: each of them, and each of four ways to run, comes in one of the quarters."""
+    """In company of every fourth of the others: each of them, and each of four ways to run, comes
+    in one of the quarters.
+    """
     others = [n for n in NAMES if n != name][quarter::4]
     schedule, warm = SCHEDULES[(quarter + NAMES.index(name)) % 2], quarter // 2 == 1
     alone = compared(name, [], schedule, warm)
@@ -400,10 +417,12 @@ Directions = list[dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def together() -> dict[str, tuple[Directions, Directions, Directions]]:
-    """{name: directions of seven minibatches on observations of its own, and on shared ones in two orders}.
+    """{name: directions of seven minibatches on observations of its own, and on shared ones in two
+    orders}.
 
-    Every algorithm stands among all others, each of them there twice, once with schedules of its own: in one order
-    behind those before it in the table, in the other behind those after it. Plain descent moves the weights.
+    Every algorithm stands among all others, each of them there twice, once with schedules of its
+    own: in one order behind those before it in the table, in the other behind those after it. Plain
+    descent moves the weights.
     """
     p = problem("tanh")
     objective = p.objective()
@@ -448,7 +467,8 @@ def test_directions_on_a_shared_observation_are_those_of_its_own(
     assert all(same(a, b) for a, b in zip(back, own, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ data and models
+# ------------------------------------------------------------------------------------------------
+# data and models
 
 
 @algorithms
@@ -477,7 +497,9 @@ def test_dtype_follows_the_model(name: str, dtype: torch.dtype) -> None:
 
 
 def floating(value: object) -> Iterator[Tensor]:
-    """All floating tensors in nested containers, but for the core of a `Compact` operator, which is always double."""
+    """All floating tensors in nested containers, but for the core of a `Compact` operator, which is
+    always double.
+    """
     if isinstance(value, Tensor):
         yield from [value] if value.is_floating_point() else []
     elif isinstance(value, dict | list | tuple):
@@ -493,7 +515,9 @@ def floating(value: object) -> Iterator[Tensor]:
 @algorithms
 @pytest.mark.parametrize("model", REPRESENTATIVE)
 def test_single_precision_is_double_precision_rounded(name: str, model: str) -> None:
-    """The data's labels, and no stopping rule, since a draw or an iteration may fall on the other side of a rounding."""
+    """The data's labels, and no stopping rule, since a draw or an iteration may fall on the other
+    side of a rounding.
+    """
     options = {"labels": "data"} | to_the_end(name)
     found = []
     for dtype in (torch.float32, torch.float64):
@@ -514,7 +538,9 @@ def test_one_or_two_examples_are_enough(name: str, model: str, n: int) -> None:
 
 @pairs(RULED, "value", [0.0, 1.0])
 def test_constant_inputs(name: str, model: str, value: float) -> None:
-    """A batch of one image many times over: rank one, and with zeros a first layer without statistics."""
+    """A batch of one image many times over: rank one, and with zeros a first layer without
+    statistics.
+    """
     p = problem(model)
     with fallback(name, model):
         observation, direction = first_direction(
@@ -526,7 +552,9 @@ def test_constant_inputs(name: str, model: str, value: float) -> None:
 
 @algorithms
 def test_zero_gradients_give_zero_directions(name: str) -> None:
-    """A model that is certain, and right: softmax is 1 in floating point, so drawn labels have no gradient either."""
+    """A model that is certain, and right: softmax is 1 in floating point, so drawn labels have no
+    gradient either.
+    """
     p = problem("tanh")
     with torch.no_grad():
         p.model[4].bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
@@ -593,7 +621,9 @@ def test_frozen_parameters_stay_and_the_others_move(name: str, frozen: str) -> N
 @algorithms
 @pytest.mark.parametrize("model", ["norm", "layer-norm", "conv-1d"])
 def test_a_layer_that_lacks_what_is_read(name: str, model: str) -> None:
-    """Structural methods say that it follows the gradient; the others precondition it as anything else."""
+    """Structural methods say that it follows the gradient; the others precondition it as anything
+    else.
+    """
     p = problem(model)
     with fallback(name, model):
         observation, direction = first_direction(name, p)
@@ -663,7 +693,8 @@ def test_a_1x1_convolution_on_1x1_images_is_a_linear_layer(name: str) -> None:
         assert_near(convolution, linear, 1e-10)
 
 
-# ------------------------------------------------------------------------------------------------ devices
+# ------------------------------------------------------------------------------------------------
+# devices
 
 DEVICES = [
     pytest.param(
@@ -680,7 +711,9 @@ def on(p: Problem, device: str) -> Problem:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", REPRESENTATIVE)
 def test_device_follows_the_model(name: str, device: str, model: str) -> None:
-    """Data stay on the CPU. With the data's labels the run is the CPU's; drawn labels have a generator of the device."""
+    """Data stay on the CPU. With the data's labels the run is the CPU's; drawn labels have a
+    generator of the device.
+    """
     ends = []
     for where in ("cpu", device):
         p = on(problem(model), where)

@@ -1,6 +1,8 @@
-"""The oracle against curvlinops, a library of others: matrices, products, drawn labels, Jacobians, on one minibatch and many.
+"""The oracle against curvlinops, a library of others: matrices, products, drawn labels, Jacobians,
+on one minibatch and many.
 
-Its losses are torch's: for reduction "sum", Σ‖z − y‖² is 2N times our mean half square (4N in second moments of gradients).
+Its losses are torch's: for reduction "sum", Σ‖z − y‖² is 2N times our mean half square (4N in
+second moments of gradients).
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ OPERATORS = {
     "fisher-mc": curvlinops.FisherMCLinearOperator,
 }
 TWICE = [m for m in MODELS if m not in ("norm", "layer-norm", "conv-1d")]
-"""Their Hessians are forward derivatives of a batched backward pass, which torch 2.13 lacks for group norm (conv-1d) and gets
-wrong for layer norm (not symmetric between its weight and its input)."""
+"""Their Hessians are forward derivatives of a batched backward pass, which torch 2.13 lacks for
+group norm (conv-1d) and gets wrong for layer norm (not symmetric between its weight and its
+input).
+"""
 
 
 def data(p: Problem, streamed: bool) -> list[tuple[Tensor, Tensor]]:
@@ -62,7 +66,9 @@ def order(p: Problem) -> Tensor:
 
 
 def trained(p: Problem) -> Tensor:
-    """1 but for the row of a padding token: forward mode, which they use, does not hold it fixed as torch's gradients do."""
+    """1 but for the row of a padding token: forward mode, which they use, does not hold it fixed as
+    torch's gradients do.
+    """
     held = []
     for block in p.objective().blocks:
         own = torch.zeros(block.shape, dtype=torch.bool)
@@ -80,7 +86,9 @@ def assert_same(p: Problem, ours: Tensor, operator: object, scale: float) -> Non
 
 WAYS = [("categorical", False), ("bernoulli", True), ("gaussian", False)]
 WAYS += [(likelihood, not streamed) for likelihood, streamed in WAYS]
-"""(likelihood, streamed): three that follow one another have all likelihoods, and both values of the other."""
+"""(likelihood, streamed): three that follow one another have all likelihoods, and both values of
+the other.
+"""
 
 
 @pytest.mark.parametrize(("model", "kind", "way"), in_turn(MODELS, ["ggn", "fisher", "ef"], WAYS))
@@ -131,7 +139,9 @@ def test_blocks_and_products(model: str, kind: str) -> None:
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_drawn_labels_have_the_same_mean(likelihood: str) -> None:
-    """40 seeds of 25 labels each, theirs and ours: every entry of both within 5 standard errors of the exact one."""
+    """40 seeds of 25 labels each, theirs and ours: every entry of both within 5 standard errors of
+    the exact one.
+    """
     p = problem("tanh", likelihood)
     if likelihood == "bernoulli":  # they ask for binary targets
         p = Problem(p.model, p.likelihood, p.x, p.y.round())

@@ -1,4 +1,6 @@
-"""Where data files are looked for, checksums, downloads (from a server of the test's own), the cache."""
+"""Where data files are looked for, checksums, downloads (from a server of the test's own), the
+cache.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def test_either_kind_of_checksum(
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a file `a` that holds b"abc"; CURVLAB_CACHE is empty, CURVLAB_DATA has nothing."""
+    """The address of a file `a` that holds b"abc"; CURVLAB_CACHE is empty, CURVLAB_DATA has
+    nothing.
+    """
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "a").write_bytes(b"abc")
 

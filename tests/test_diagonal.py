@@ -1,4 +1,6 @@
-"""Second moments of Adam and RMSprop by hand. (The whole of Adam against `torch.optim.Adam` stands in test_optim.py.)"""
+"""Second moments of Adam and RMSprop by hand. (The whole of Adam against `torch.optim.Adam` stands
+in test_optim.py.)
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from curvlab.linalg.operators import Diagonal
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
 @pytest.mark.parametrize("model", MODELS)
 def test_second_moment_is_the_bias_corrected_sum(model: str, decay: float) -> None:
-    """v̂_k = Σ_i (1 − β) β^{k−i} g_i² / (1 − βᵏ), H = diag(1 / (√v̂ + ε)): the sum, not the recursion."""
+    """v̂_k = Σ_i (1 − β) β^{k−i} g_i² / (1 − βᵏ), H = diag(1 / (√v̂ + ε)): the sum, not the
+    recursion.
+    """
     p = problem(model)
     objective = p.objective()
     curvature = approximation("adam", objective, damping=1e-3, decay=decay)
@@ -53,7 +57,9 @@ def test_first_direction_is_the_sign_of_the_gradient_without_damping() -> None:
 
 
 def test_rmsprop_is_that_of_torch_from_the_same_second_moments() -> None:
-    """Without momentum. Torch's v starts from the warm start's mean of squares, since its own zero is not the thesis's."""
+    """Without momentum. Torch's v starts from the warm start's mean of squares, since its own zero
+    is not the thesis's.
+    """
     p, q = problem("tanh"), problem("tanh")
     objective = p.objective()
     warm = batches(p, 10)
@@ -78,7 +84,9 @@ def test_rmsprop_is_that_of_torch_from_the_same_second_moments() -> None:
 
 
 def test_rmsprop_is_adam_without_bias_correction() -> None:
-    """Thesis 2.8.2: m ← β m + (1 − β) g, v ← β v + (1 − β) g² from the warm start, W ← W − α m / (√v + ε), nothing divided."""
+    """Thesis 2.8.2: m ← β m + (1 − β) g, v ← β v + (1 − β) g² from the warm start, W ← W − α m /
+    (√v + ε), nothing divided.
+    """
     p, beta = problem("tanh"), 0.9
     objective = p.objective()
     warm = batches(p, 10)

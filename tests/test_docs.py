@@ -1,4 +1,6 @@
-"""The documentation keeps its word: tables are those of the code, cell by cell, examples run, sources are listed."""
+"""The documentation keeps its word: tables are those of the code, cell by cell, examples run,
+sources are listed.
+"""
 
 from __future__ import annotations
 

@@ -157,8 +157,10 @@ def test_a_run_of_the_command_line(tmp_path: Path) -> None:
     found = of(folder)
     assert found["call"].says.startswith("curvlab train --model mlp-256-20 ")
     assert "\\" not in found["call"].says
-    assert found["to go on"].says == (
-        f"it has reached its end; for a longer run: curvlab train --resume --out '{folder}' --epochs N"
+    assert (
+        found["to go on"].says
+        == f"it has reached its end; for a longer run: curvlab train --resume --out '{folder}'"
+        " --epochs N"
     )
 
 

@@ -1,7 +1,9 @@
-"""Every class of `torch.nn` that holds parameters, inside a small model, against plain autograd one example at a time.
+"""Every class of `torch.nn` that holds parameters, inside a small model, against plain autograd one
+example at a time.
 
-The classes are enumerated, so that one without an example fails by name. N examples, T places (tokens, pixels, steps) where a
-layer has places: as many as examples, which confuses one axis with the other, and not. Train and eval mode.
+The classes are enumerated, so that one without an example fails by name. N examples, T places
+(tokens, pixels, steps) where a layer has places: as many as examples, which confuses one axis with
+the other, and not. Train and eval mode.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ OPTIMIZERS = {
 """One of each family."""
 
 
-# ------------------------------------------------------------------------------------------------ the classes
+# ------------------------------------------------------------------------------------------------
+# the classes
 
 CONTAINERS = {
     "Container",
@@ -187,14 +190,17 @@ def test_bases_are_bases() -> None:
         assert "forward" not in vars(getattr(nn, name))
 
 
-# ------------------------------------------------------------------------------------------------ models around a layer
+# ------------------------------------------------------------------------------------------------
+# models around a layer
 
 Use = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A model of T places and its inputs [N, T, …]; what `cl.exact` says of it in either mode ("": nothing, it is right)."""
+    """A model of T places and its inputs [N, T, …]; what `cl.exact` says of it in either mode ("":
+    nothing, it is right).
+    """
 
     build: Callable[[int], nn.Module]
     inputs: Callable[[int], Tensor]
@@ -202,11 +208,15 @@ class Example:
     train: str = ""
     eval: str = ""
     twin: Use | None = None  # the same function, where torch has no second derivative of the layer
-    alone: bool = True  # False: its gradient is no sum over examples by torch's own intent, so that only the mean's counts
+    # False: its gradient is no sum over examples by torch's own intent, so that only the mean's
+    # counts
+    alone: bool = True
 
 
 class Around(nn.Module):
-    """A linear layer before, one after, tanh between; `use` takes [N, …, into] and gives [N, …, out]."""
+    """A linear layer before, one after, tanh between; `use` takes [N, …, into] and gives [N, …,
+    out].
+    """
 
     def __init__(
         self, layer: nn.Module, use: Use, into: int = 3, out: int = 3, before: bool = True
@@ -241,7 +251,9 @@ def as_it_is(layer: nn.Module, h: Tensor) -> Tensor:
 
 
 def channels_first(layer: nn.Module, h: Tensor) -> Tensor:
-    """Contiguous, the gradient too: of one example with channels last in memory, torch 2.13's instance norm is wrong."""
+    """Contiguous, the gradient too: of one example with channels last in memory, torch 2.13's
+    instance norm is wrong.
+    """
     return torch.tanh(layer(h.movedim(-1, 1).contiguous())).flatten(2).mean(2)
 
 
@@ -297,7 +309,9 @@ def decoding(layer: nn.Module, h: Tensor, order: int = 0) -> Tensor:
 
 
 def losses_of_classes(layer: nn.Module, h: Tensor) -> Tensor:
-    """The logarithms of the probabilities of all labels, from a layer that gives the loss at one."""
+    """The logarithms of the probabilities of all labels, from a layer that gives the loss at
+    one.
+    """
     return torch.stack([-layer(h, torch.full((len(h),), c)) for c in range(CLASSES)], 1)
 
 
@@ -323,7 +337,9 @@ def of_symbols(make: Callable[[], nn.Module], use: Use = as_it_is, **expected: o
 
 
 def convolutions(axes: int, kind: str) -> dict[str, Example]:
-    """Kernels of 3 along every axis, as many places after as before; and with what changes the reading of a filter."""
+    """Kernels of 3 along every axis, as many places after as before; and with what changes the
+    reading of a filter.
+    """
     make, on = getattr(nn, f"{kind}{axes}d"), partial(around, use=channels_first, axes=axes)
     lazy, ins = kind.startswith("Lazy"), () if kind.startswith("Lazy") else (3,)
     found = {"padded": on(lambda: make(*ins, 2, 3, padding=1), out=2)}
@@ -530,7 +546,8 @@ EXAMPLES: dict[str, dict[str, Example]] = {
 """{class of torch.nn: {variant: a model around it}}."""
 
 
-# ------------------------------------------------------------------------------------------------ cases
+# ------------------------------------------------------------------------------------------------
+# cases
 
 
 @dataclass(frozen=True)
@@ -544,7 +561,9 @@ class Case:
 
 
 def made(example: Example, T: int, mode: str) -> Case:
-    """Weights, statistics and data from one seed; nothing that a fresh layer has equal stays equal."""
+    """Weights, statistics and data from one seed; nothing that a fresh layer has equal stays
+    equal.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model, x = example.build(T).double(), example.inputs(T)
@@ -583,8 +602,8 @@ FAMILIES = ("sgd-m", "kfac", "k-bfgs", "tnt", "smw-ng", "block-fisher")
 
 
 def in_short(found: list[tuple[str, str, str]], every: bool = True) -> list[ParameterSet]:
-    """The first variant of every class in all its places (or where they are as many as examples), the others in one of them
-    in turn; the rest are slow.
+    """The first variant of every class in all its places (or where they are as many as examples),
+    the others in one of them in turn; the rest are slow.
     """
     first = {name: next(iter(variants)) for name, variants in EXAMPLES.items()}
     turns = {
@@ -618,7 +637,8 @@ def scattered(objective: cl.Objective, observation: Observation) -> Named:
     }
 
 
-# ------------------------------------------------------------------------------------------------ tests
+# ------------------------------------------------------------------------------------------------
+# tests
 
 
 @layers
@@ -671,7 +691,9 @@ def off(objective: cl.Objective, case: Case, plain: Plain, twin: Plain) -> list[
     in_short([c for c in cases() if EXAMPLES[c[0]][c[1]].alone], every=False),
 )
 def test_samples_and_matrices(name: str, variant: str, places: str) -> None:
-    """Per-sample gradients; EF, GGN and Hessian of every block. Or one line where examples have no loss of their own."""
+    """Per-sample gradients; EF, GGN and Hessian of every block. Or one line where examples have no
+    loss of their own.
+    """
     plain = twin = None
     for mode in ("eval", "train"):
         example, case = case_of(name, variant, places, mode)
@@ -717,7 +739,9 @@ def test_a_lazy_layer_that_has_not_run_is_refused_in_one_line(name: str) -> None
 
 
 def stepped() -> list[ParameterSet]:
-    """Every class with sgd-m, whose step is known, and with one other family in turn; the rest are slow."""
+    """Every class with sgd-m, whose step is known, and with one other family in turn; the rest are
+    slow.
+    """
     others = FAMILIES[1:]
     by_default = {
         (name, family)
@@ -735,7 +759,9 @@ def stepped() -> list[ParameterSet]:
 
 @pytest.mark.parametrize(("name", "optimizer"), stepped())
 def test_optimizers_step_along_autograds_gradient(name: str, optimizer: str) -> None:
-    """In train mode. Those of the whole vector may refuse, in one line, a layer whose examples have no loss of their own."""
+    """In train mode. Those of the whole vector may refuse, in one line, a layer whose examples have
+    no loss of their own.
+    """
     variant = next(iter(EXAMPLES[name]))
     example, case = case_of(name, variant, "N≠T", "train")
     expected, old = (

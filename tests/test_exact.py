@@ -1,4 +1,6 @@
-"""The oracle's dense matrices: every kind and block, by every route that fits, on one minibatch and many; see `reference`."""
+"""The oracle's dense matrices: every kind and block, by every route that fits, on one minibatch and
+many; see `reference`.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,8 @@ def found(p: Problem, kind: str, block: object, route: str = "auto") -> Tensor:
     return cl.exact.matrix(p.objective(), p.x, p.y, kind, block, route=route, draws=DRAWS).dense()
 
 
-# ------------------------------------------------------------------------------------------------ every matrix
+# ------------------------------------------------------------------------------------------------
+# every matrix
 
 
 @zoo
@@ -80,7 +83,8 @@ def test_blocks(model: str, likelihood: str, kind: str) -> None:
 @kinds
 @models
 def test_parameters_and_pairs(model: str, kind: str) -> None:
-    """By their own names, in their own order: diagonal blocks of every parameter, and every pair of a block and a parameter.
+    """By their own names, in their own order: diagonal blocks of every parameter, and every pair of
+    a block and a parameter.
 
     The block comes first and last in turn.
     """
@@ -116,7 +120,9 @@ def test_pi_is_hessian_minus_ggn() -> None:
 def test_layers_narrower_than_the_outputs_go_by_their_outputs_derivatives(
     activation: type[nn.Module], likelihood: str
 ) -> None:
-    """GGN blocks through JᵀHJ in the pre-activations: one at a time, and both, where the earlier goes through the later."""
+    """GGN blocks through JᵀHJ in the pre-activations: one at a time, and both, where the earlier
+    goes through the later.
+    """
     torch.manual_seed(0)
     layers = [
         nn.Linear(5, 7),
@@ -140,7 +146,8 @@ def test_layers_narrower_than_the_outputs_go_by_their_outputs_derivatives(
         assert_near(together[name].dense(), wanted)
 
 
-# ------------------------------------------------------------------------------------------------ routes
+# ------------------------------------------------------------------------------------------------
+# routes
 
 
 @zoo
@@ -203,7 +210,8 @@ def test_rows_are_refused_where_they_do_not_exist() -> None:
         found(problem("norm"), "ggn", None, "rows")
 
 
-# ------------------------------------------------------------------------------------------------ many minibatches
+# ------------------------------------------------------------------------------------------------
+# many minibatches
 
 
 def cut(p: Problem, *sizes: int) -> list[tuple[Tensor, Tensor]]:
@@ -274,7 +282,9 @@ def test_a_large_minibatch_is_cut_into_chunks(kind: str) -> None:
 def test_second_derivatives_take_few_examples_at_a_time(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as let the pre-activation Hessians of the widest block, (9·4)² numbers for an example, fit: here two."""
+    """As many as let the pre-activation Hessians of the widest block, (9·4)² numbers for an
+    example, fit: here two.
+    """
     r = reference("conv")
     seen: list[int] = []
     monkeypatch.setattr("curvlab.exact.batches._NUMBERS", 2 * 36**2)
@@ -289,7 +299,9 @@ def test_second_derivatives_take_few_examples_at_a_time(
 
 
 def test_places_that_change_from_minibatch_to_minibatch() -> None:
-    """One token and three, in either order: the mean over all examples, here of 4 and 2, whatever way each has gone."""
+    """One token and three, in either order: the mean over all examples, here of 4 and 2, whatever
+    way each has gone.
+    """
     p = problem("tokens", "gaussian", n=4)
     one, three = (p.x[:, :1], p.y), (torch.cat([p.x, p.x[:, :1]], 1)[:2], p.y[:2])
     for kind in ("hessian", "ggn", "pi", "fisher", "ef"):
@@ -318,7 +330,9 @@ def test_places_that_change_from_minibatch_to_minibatch() -> None:
 
 
 def test_places_that_change_against_the_mean_by_hand() -> None:
-    """The blocks of each minibatch alone, weighted by their examples; the first goes by pairs, the second by rows."""
+    """The blocks of each minibatch alone, weighted by their examples; the first goes by pairs, the
+    second by rows.
+    """
     p = problem("tokens", "gaussian", n=4)
     one, three = (p.x[:, :1], p.y), (torch.cat([p.x, p.x[:, :1]], 1), p.y)
     assert [cl.exact.routes(p.objective(), *pair, "ggn")["1"] for pair in (one, three)] == [
@@ -332,13 +346,16 @@ def test_places_that_change_against_the_mean_by_hand() -> None:
     assert_near(cl.exact.matrix(p.objective(), [three, one], kind="ggn", block="1").dense(), wanted)
 
 
-# ------------------------------------------------------------------------------------------------ drawn labels
+# ------------------------------------------------------------------------------------------------
+# drawn labels
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("draws", [1, 4])
 def test_drawn_labels_are_unbiased(likelihood: str, draws: int) -> None:
-    """The mean of 200 calls, each on new labels: every entry within 5 standard errors of the exact one, which 1/√k shrinks."""
+    """The mean of 200 calls, each on new labels: every entry within 5 standard errors of the exact
+    one, which 1/√k shrinks.
+    """
     p = problem("tanh", likelihood)
     objective = p.objective()
     calls = torch.stack(
@@ -409,7 +426,8 @@ def test_names_of_blocks_come_before_names_of_parameters() -> None:
         assert len(cl.exact.matrix(objective, torch.ones(2, 3), torch.ones(2, 3), "ggn", "1")) == 1
 
 
-# ------------------------------------------------------------------------------------------------ manners
+# ------------------------------------------------------------------------------------------------
+# manners
 
 
 @kinds
@@ -434,7 +452,9 @@ def test_matrices_are_symmetric_of_the_models_dtype_and_leave_it_alone(
 
 
 def peak(p: Problem, kind: str) -> tuple[int, int]:
-    """(bytes that matrix() held at most beyond its arguments, bytes of its result), as torch's allocator counts them."""
+    """(bytes that matrix() held at most beyond its arguments, bytes of its result), as torch's
+    allocator counts them.
+    """
     objective = p.objective()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -448,7 +468,9 @@ def peak(p: Problem, kind: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", ["ggn", "ef", "hessian"])
 def test_memory_of_a_dense_block(kind: str) -> None:
-    """At most 1.3 times the result, and the batch: C derivatives of every pre-activation, and the inputs."""
+    """At most 1.3 times the result, and the batch: C derivatives of every pre-activation, and the
+    inputs.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 4)).double()

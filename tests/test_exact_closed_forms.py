@@ -1,6 +1,8 @@
-"""The oracle where the answer is known on paper: generalised linear models, a network of one hidden layer, Theorem 3.
+"""The oracle where the answer is known on paper: generalised linear models, a network of one hidden
+layer, Theorem 3.
 
-Legend: N examples, T places, I inputs incl. the bias column, O outputs; `a` inputs with 1 appended, p probabilities.
+Legend: N examples, T places, I inputs incl. the bias column, O outputs; `a` inputs with 1 appended,
+    p probabilities.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def kron_mean(G: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
     ) / len(a)
 
 
-# ------------------------------------------------------------------------------------------------ one linear layer
+# ------------------------------------------------------------------------------------------------
+# one linear layer
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
@@ -121,7 +124,8 @@ def test_one_example_and_one_output() -> None:
     assert_near(matrix(p, "ggn", "2"), s * (1 - s) * torch.outer(j, j))
 
 
-# ------------------------------------------------------------------------------------------------ one hidden layer
+# ------------------------------------------------------------------------------------------------
+# one hidden layer
 
 
 class Hidden:
@@ -156,7 +160,9 @@ def test_gradients_of_one_hidden_layer() -> None:
 
 
 def test_curvature_of_one_hidden_layer() -> None:
-    """GGN: (∂z/∂h)ᵀ Z (∂z/∂h) ⊗ aaᵀ; Π: diag(∂ℓ/∂t · tanh″) ⊗ aaᵀ; the Hessian is their sum; thesis (1.4)."""
+    """GGN: (∂z/∂h)ᵀ Z (∂z/∂h) ⊗ aaᵀ; Π: diag(∂ℓ/∂t · tanh″) ⊗ aaᵀ; the Hessian is their sum; thesis
+    (1.4).
+    """
     n = Hidden()
     ggn = kron_mean(n.J.mT @ n.Z @ n.J, n.a)
     pi = kron_mean(torch.diag_embed(n.back * -2 * n.t * (1 - n.t**2)), n.a)
@@ -187,11 +193,14 @@ def test_jacobians_of_one_hidden_layer() -> None:
     assert_near(found["2.bias"], torch.eye(3).double().expand(6, 3, 3).contiguous())
 
 
-# ------------------------------------------------------------------------------------------------ Theorem 3
+# ------------------------------------------------------------------------------------------------
+# Theorem 3
 
 
 def theorem_3(G: Tensor, a: Tensor) -> Tensor:
-    """(1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, from G: [N, O, T, O, T] and a: [N, T, I], entry by entry."""
+    """(1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, from G: [N, O, T, O, T] and a: [N, T, I], entry
+    by entry.
+    """
     size, outputs, inputs = len(a), G.shape[1], a.shape[2]
     return (
         torch.einsum("notpu,nti,nuj->oipj", G, a, a).reshape(outputs * inputs, outputs * inputs)
@@ -219,7 +228,9 @@ def of_the_tokens(p: Problem) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor
 def test_theorem_3(
     model: str, of: Callable[..., tuple[Tensor, Tensor, Callable]], likelihood: str
 ) -> None:
-    """h is linear in the layer's weight, so that its blocks are those of h [N, O, *T] between the inputs: exactly."""
+    """h is linear in the layer's weight, so that its blocks are those of h [N, O, *T] between the
+    inputs: exactly.
+    """
     p = problem(model, likelihood)
     a, h, tail = of(p)
 
@@ -241,7 +252,9 @@ def test_theorem_3(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_linear_layers_are_linear_in_one_at_a_time(kind: str) -> None:
-    """z = W₂ W₁ x: no diagonal block has a second term, the blocks between the layers have one: ∂ℓ/∂z ⊗ x between W₂ and W₁."""
+    """z = W₂ W₁ x: no diagonal block has a second term, the blocks between the layers have one:
+    ∂ℓ/∂z ⊗ x between W₂ and W₁.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 4, bias=False)).double()
@@ -263,7 +276,9 @@ def test_two_linear_layers_are_linear_in_one_at_a_time(kind: str) -> None:
 
 
 def test_a_function_of_the_weights_is_what_is_differentiated() -> None:
-    """Finite differences of the loss along a line, of order ε⁴: the last word, for all routes share torch's derivatives."""
+    """Finite differences of the loss along a line, of order ε⁴: the last word, for all routes share
+    torch's derivatives.
+    """
     p = problem("conv-norm", "categorical")
     weights = {n: w.detach() for n, w in p.model.named_parameters()}
     layout = p.objective().layout

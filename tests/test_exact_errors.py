@@ -1,4 +1,6 @@
-"""Bad input to the oracle: one clear error that names the thing and the remedy, whatever is asked for, before any number."""
+"""Bad input to the oracle: one clear error that names the thing and the remedy, whatever is asked
+for, before any number.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def objective(net: nn.Module, likelihood: object = None) -> cl.Objective:
     return cl.Objective(net.double(), likelihood or Gaussian())
 
 
-# ------------------------------------------------------------------------------------------------ data
+# ------------------------------------------------------------------------------------------------
+# data
 
 
 def bad_data() -> dict[str, tuple[str, Tensor, Tensor, str]]:
@@ -241,7 +244,8 @@ def test_an_iterator_where_the_data_are_read_again() -> None:
             call(p.objective(), iter([(p.x, p.y)]), kind="ggn")
 
 
-# ------------------------------------------------------------------------------------------------ names, numbers
+# ------------------------------------------------------------------------------------------------
+# names, numbers
 
 
 @pytest.mark.parametrize("call", [cl.exact.matrix, cl.exact.product])
@@ -249,7 +253,9 @@ def test_unknown_names_come_with_the_known_ones(call: Callable[..., object]) -> 
     p = problem()
     with pytest.raises(
         CurvlabError,
-        match=r"unknown kind of matrix 'hesian'; did you mean 'hessian'\? \(known: hessian, ggn, pi",
+        match=(
+            r"unknown kind of matrix 'hesian'; did you mean 'hessian'\? \(known: hessian, ggn, pi"
+        ),
     ):
         call(p.objective(), p.x, p.y, "hesian", "1")
     known = r"\(known: 1, 2, 3, 0.weight, 0.bias, 2.weight, 2.bias, 4.weight, 4.bias\)"
@@ -288,7 +294,10 @@ def test_a_matrix_larger_than_the_memory(block: object) -> None:
     """With its size, and the form in which it fits."""
     o = cl.Objective(nn.Linear(400_000, 4), Gaussian())
     x, y = torch.zeros(1, 400_000), torch.zeros(1, 4)
-    message = r"would need 13\d\d\d\.\d GB and this machine has .* GB of memory; .*its product form: curvlab.exact.product"
+    message = (
+        r"would need 13\d\d\d\.\d GB and this machine has .* GB of memory; .*its product form:"
+        r" curvlab.exact.product"
+    )
     with pytest.raises(CurvlabError, match=message):
         cl.exact.matrix(o, x, y, "ggn", block)
     with pytest.raises(
@@ -298,7 +307,8 @@ def test_a_matrix_larger_than_the_memory(block: object) -> None:
         cl.exact.product(o, x, y, "ggn", None).dense()
 
 
-# ------------------------------------------------------------------------------------------------ the model's numbers
+# ------------------------------------------------------------------------------------------------
+# the model's numbers
 
 
 @everything
@@ -364,7 +374,8 @@ def test_derivatives_that_are_not_finite(kind: str) -> None:
             cl.exact.matrix(o, p.x, p.y, kind, block)
 
 
-# ------------------------------------------------------------------------------------------------ models without examples
+# ------------------------------------------------------------------------------------------------
+# models without examples
 
 
 def normalised(norm: nn.Module) -> nn.Module:
@@ -470,7 +481,9 @@ def test_randomness_from_a_generator_of_its_own_and_examples_that_mix(call: Call
     for net in (noise, Bounded(lambda h: h - h.mean(0)), Bounded(lambda h: h / h.norm())):
         with pytest.raises(
             CurvlabError,
-            match="outputs depend on the rest of the minibatch, or on chance: no example has a loss",
+            match=(
+                "outputs depend on the rest of the minibatch, or on chance: no example has a loss"
+            ),
         ):
             call(objective(net), p.x, p.y)
 
@@ -530,13 +543,17 @@ def test_a_layer_that_ran_without_gradients(call: Call) -> None:
         call(objective(Fixed()), p.x, p.y)
 
 
-# ------------------------------------------------------------------------------------------------ layers without a rule
+# ------------------------------------------------------------------------------------------------
+# layers without a rule
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_without_a_rule_is_said_once(kind: str) -> None:
     p = problem("norm")
-    named = rf"block 2 \(norm.weight\), block 3 \(norm.bias\) belong to layers without a rule: {kind} takes the general route"
+    named = (
+        rf"block 2 \(norm.weight\), block 3 \(norm.bias\) belong to layers without a rule: {kind}"
+        r" takes the general route"
+    )
     loader = [(p.x, p.y)] * 3
     for call in (
         lambda: cl.exact.matrices(p.objective(), loader, kind=kind),
@@ -561,7 +578,9 @@ def test_operations_without_a_second_derivative() -> None:
     o, x = objective(net, Categorical()), problem("embedding").x
     with pytest.raises(
         CurvlabError,
-        match=r"no second derivative of an operation in the model .*: replace it, or take ggn, fisher",
+        match=(
+            r"no second derivative of an operation in the model .*: replace it, or take ggn, fisher"
+        ),
     ):
         cl.exact.matrix(o, x, problem().y, "hessian", "1", route="func")
 

@@ -1,4 +1,6 @@
-"""The oracle beyond the zoo: skips, attention, recurrence, no rule at all; a likelihood of one's own; outputs of any shape."""
+"""The oracle beyond the zoo: skips, attention, recurrence, no rule at all; a likelihood of one's
+own; outputs of any shape.
+"""
 
 from __future__ import annotations
 
@@ -247,7 +249,9 @@ def by_autograd(p: Problem, kind: str) -> Tensor:
     "ignore::curvlab.errors.CurvlabWarning", "ignore:There is a performance drop"
 )
 def test_models_beyond_the_zoo(name: str, kind: str) -> None:
-    """Against torch.autograd: by structure where layers have rules, else in general; as matrices, products and diagonals."""
+    """Against torch.autograd: by structure where layers have rules, else in general; as matrices,
+    products and diagonals.
+    """
     p = other(name)
     written = pytest.MonkeyPatch()
     written.setattr(
@@ -268,7 +272,9 @@ def test_models_beyond_the_zoo(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", SEVERAL)
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 def test_weights_that_are_used_several_times_or_not_at_all(name: str, kind: str) -> None:
-    """By every call of the oracle, against autograd one example at a time: blocks, pairs, routes, loaders, products."""
+    """By every call of the oracle, against autograd one example at a time: blocks, pairs, routes,
+    loaders, products.
+    """
     p = other(name)
     objective, before = p.objective(), list(p.model.parameters())
     label = sampled(p, objective)[0] if kind == "fisher-mc" else p.y

@@ -1,4 +1,6 @@
-"""The same matrices as products: with vectors and columns, diagonal, trace, spectrum, inverse, and as SciPy sees them."""
+"""The same matrices as products: with vectors and columns, diagonal, trace, spectrum, inverse, and
+as SciPy sees them.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +156,8 @@ def test_weights_that_have_moved_are_refused(kind: str) -> None:
         found @ v
 
 
-# ------------------------------------------------------------------------------------------------ inverses
+# ------------------------------------------------------------------------------------------------
+# inverses
 
 
 @kinds
@@ -194,7 +197,8 @@ def test_inverse_of_what_is_singular() -> None:
             operator.inv()
 
 
-# ------------------------------------------------------------------------------------------------ SciPy
+# ------------------------------------------------------------------------------------------------
+# SciPy
 
 
 @kinds
@@ -235,7 +239,8 @@ def test_scipy_operator_of_a_pair(kind: str) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ manners
+# ------------------------------------------------------------------------------------------------
+# manners
 
 
 @kinds
@@ -255,6 +260,9 @@ def test_vectors_that_do_not_fit() -> None:
     for v in (normal(58), normal(59).float(), normal(59, 1, 1)):
         with pytest.raises(
             CurvlabError,
-            match=r"a 59×59 product got .*: pass a vector \[59\], or columns \[59, K\], of torch.float64",
+            match=(
+                r"a 59×59 product got .*: pass a vector \[59\], or columns \[59, K\], of"
+                r" torch.float64"
+            ),
         ):
             found @ v

@@ -1,4 +1,6 @@
-"""Per-sample gradients and Jacobians, by structure and in general, into new memory and into the caller's."""
+"""Per-sample gradients and Jacobians, by structure and in general, into new memory and into the
+caller's.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,10 @@ def assert_each(found: dict[str, Tensor], rows: Tensor, r: Reference, leading: i
     for name, value in found.items():
         places = r.entries[name]
         expected = rows[..., places.flatten()].view(*rows.shape[:leading], *r.shapes[name])
-        assert_near(value, expected) if float(expected.norm()) else assert_near(
-            value, torch.zeros_like(value)
+        (
+            assert_near(value, expected)
+            if float(expected.norm())
+            else assert_near(value, torch.zeros_like(value))
         )
 
 
@@ -37,7 +41,9 @@ def test_gradients(model: str, likelihood: str) -> None:
 
 @zoo
 def test_gradients_into_memory_of_ones_own(model: str, likelihood: str) -> None:
-    """What an earlier call returned is filled again: the same tensors, nothing left of the old numbers."""
+    """What an earlier call returned is filled again: the same tensors, nothing left of the old
+    numbers.
+    """
     r = reference(model, likelihood)
     objective = r.p.objective()
     out = cl.exact.gradients(objective, r.p.x.flip(0), r.p.y.flip(0))
@@ -117,7 +123,8 @@ def test_float32_stays_float32() -> None:
     assert all(j.dtype == torch.float32 for j in cl.exact.jacobians(p.objective(), p.x).values())
 
 
-# ------------------------------------------------------------------------------------------------ what does not fit
+# ------------------------------------------------------------------------------------------------
+# what does not fit
 
 
 def wrong(out: dict[str, Tensor], how: str) -> dict[str, Tensor]:
@@ -170,6 +177,8 @@ def test_more_than_the_memory_holds() -> None:
         cl.exact.gradients(objective, x, x)
     with pytest.raises(
         CurvlabError,
-        match=r"the Jacobians would need 1001\.0 GB .*; take fewer examples at a time, or a product",
+        match=(
+            r"the Jacobians would need 1001\.0 GB .*; take fewer examples at a time, or a product"
+        ),
     ):
         cl.exact.jacobians(objective, x[:250])

@@ -1,7 +1,8 @@
-"""Reports of this field put to curvlab: the right number, or one line whose remedy works. Models of the table, and the bodies.
+"""Reports of this field put to curvlab: the right number, or one line whose remedy works. Models of
+the table, and the bodies.
 
-Each model of a table is held against `torch.autograd` alone (`oracle`): the gradient that moves weights, rows of examples,
-every matrix by every way, and what the optimizers see while they step.
+Each model of a table is held against `torch.autograd` alone (`oracle`): the gradient that moves
+weights, rows of examples, every matrix by every way, and what the optimizers see while they step.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ ALL_STEPPERS = (
 TOLERANCE = 1e-10
 
 
-# ------------------------------------------------------------------------------------------------ the bodies
+# ------------------------------------------------------------------------------------------------
+# the bodies
 
 
 def refusal(call: Callable[[], object], match: str | None = None) -> str:
@@ -205,7 +207,9 @@ def reported(o: cl.Objective, x: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def wrong_steps(case: Case, algorithms: tuple[str, ...], steps: int = 2) -> dict[str, str]:
-    """Whatever an optimizer sees of the gradient is the gradient at the weights of that moment; sgd-m moves along it."""
+    """Whatever an optimizer sees of the gradient is the gradient at the weights of that moment;
+    sgd-m moves along it.
+    """
     found = {}
     for name in algorithms:
         model = case.model()
@@ -230,7 +234,8 @@ def wrong_steps(case: Case, algorithms: tuple[str, ...], steps: int = 2) -> dict
                 continue
             except Exception as error:  # whatever it is, the others are asked too
                 found[name] = (
-                    f"raw {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                    f"raw {type(error).__name__}:"
+                    f" {str(error).splitlines()[0] if str(error) else ''}"
                 )
                 continue
             if name == "sgd-m":
@@ -281,7 +286,8 @@ def ask(case: Case, what: str, algorithms: tuple[str, ...] = STEPPERS) -> None:
     assert not wrong, "; ".join(f"{label}: {line}" for label, line in wrong.items())
 
 
-# ------------------------------------------------------------------------------------------------ models of the table
+# ------------------------------------------------------------------------------------------------
+# models of the table
 
 
 def two(width: int = 5) -> nn.Sequential:

@@ -1,4 +1,6 @@
-"""The world between two looks does not stand still: layers frozen and thawed, modes, buffers, weights that are set anew."""
+"""The world between two looks does not stand still: layers frozen and thawed, modes, buffers,
+weights that are set anew.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,8 @@ def test_the_oracle_of_what_was_frozen_or_thawed_since(kind: str, thaw: bool) ->
     assert apart(trace(), getattr(r, kind).trace()[None]) < 1e-10
 
 
-# ------------------------------------------------------------------------------------------------ modes, buffers, weights
+# ------------------------------------------------------------------------------------------------
+# modes, buffers, weights
 
 
 def holds(o: cl.Objective, x: Tensor, y: Tensor) -> None:
@@ -172,7 +175,9 @@ def test_buffers_that_are_edited_between_looks() -> None:
     ],
 )
 def test_weights_that_are_set_between_looks(edit: str) -> None:
-    """Right at the weights of now, or a line; a product that was made before never says that all is as it was."""
+    """Right at the weights of now, or a line; a product that was made before never says that all is
+    as it was.
+    """
     model, (x, y) = net(), data()
     o = cl.Objective(model, Categorical())
     product, v = cl.exact.product(o, x, y, "ggn"), numbers(len(o.layout))
@@ -231,7 +236,8 @@ def test_steps_after_weights_are_replaced(edit: str) -> None:
         assert not torch.equal(model[2].weight, before)
 
 
-# ------------------------------------------------------------------------------------------------ norms, the table's 19 and 20
+# ------------------------------------------------------------------------------------------------
+# norms, the table's 19 and 20
 
 
 def test_a_norm_without_statistics_is_not_told_to_be_in_eval_mode() -> None:

@@ -1,4 +1,6 @@
-"""Examples that are coupled, and forms that come later: other sizes, other ways by the data or by a flag."""
+"""Examples that are coupled, and forms that come later: other sizes, other ways by the data or by a
+flag.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ COUPLED: dict[str, Case] = {
 
 @pytest.mark.parametrize("name", COUPLED)
 def test_examples_that_are_coupled(name: str) -> None:
-    """There is no loss of one example: refused in a line. The gradient of the mean loss is there all the same."""
+    """There is no loss of one example: refused in a line. The gradient of the mean loss is there
+    all the same.
+    """
     case = COUPLED[name]
     x, y = case.data()
     r = Reference(case.model(), x, y, case.loss)
@@ -71,13 +75,16 @@ def test_examples_that_are_coupled(name: str) -> None:
 
 
 def test_methods_of_all_examples_are_never_silently_wrong_where_they_are_coupled() -> None:
-    """What a layer on a mean has is no block of rows: each optimizer steps along the true gradient, or refuses."""
+    """What a layer on a mean has is no block of rows: each optimizer steps along the true gradient,
+    or refuses.
+    """
     wrong = wrong_steps(COUPLED["layer on the mean"], ALL_STEPPERS)
     assert not {name: line for name, line in wrong.items() if not line.startswith("refused")}
     assert not {"sgd-m", "adam"} & wrong.keys()
 
 
-# ------------------------------------------------------------------------------------------------ forms that come later
+# ------------------------------------------------------------------------------------------------
+# forms that come later
 
 
 def holds(o: cl.Objective, x: Tensor, y: Tensor) -> None:

@@ -209,7 +209,8 @@ def test_further_models(name: str, what: str) -> None:
     ask(CASES[name], what)
 
 
-# ------------------------------------------------------------------------------------------------ looks that show nothing
+# ------------------------------------------------------------------------------------------------
+# looks that show nothing
 
 
 def holds(o: cl.Objective, x: Tensor, y: Tensor, loss: Loss = cross_entropy) -> None:

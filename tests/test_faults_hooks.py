@@ -1,4 +1,6 @@
-"""Layers that are changed from outside: hooks of every sort, other forwards, parametrizations, pruning, compilation."""
+"""Layers that are changed from outside: hooks of every sort, other forwards, parametrizations,
+pruning, compilation.
+"""
 
 from __future__ import annotations
 
@@ -274,7 +276,8 @@ def test_layers_changed_from_outside(name: str, what: str) -> None:
     ask(CASES[name], what)
 
 
-# ------------------------------------------------------------------------------------------------ what comes in between
+# ------------------------------------------------------------------------------------------------
+# what comes in between
 
 
 def truth(net: nn.Module, x: Tensor, y: Tensor) -> Reference:

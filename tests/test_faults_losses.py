@@ -1,4 +1,6 @@
-"""Losses whose Hessian in the outputs depends on the targets, or is not positive, or is not where the outputs are."""
+"""Losses whose Hessian in the outputs depends on the targets, or is not positive, or is not where
+the outputs are.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def huber(z: Tensor, y: Tensor) -> Tensor:
 
 
 def heteroscedastic(z: Tensor, y: Tensor) -> Tensor:
-    """Mean and log-variance are outputs: [N, 2] for a target [N, 2], whose second column says nothing."""
+    """Mean and log-variance are outputs: [N, 2] for a target [N, 2], whose second column says
+    nothing.
+    """
     return (z[:, 0] - y[:, 0]).square() * (-z[:, 1]).exp() / 2 + z[:, 1] / 2
 
 
@@ -135,8 +139,8 @@ def soft(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y, reduction="none")
 
 
-CLASSES = lambda: tokens(6, high=3, seed=2)  # noqa: E731
-VALUES = lambda: numbers(6, 3, seed=2)  # noqa: E731
+CLASSES = lambda: tokens(6, high=3, seed=2)
+VALUES = lambda: numbers(6, 3, seed=2)
 
 HIDDEN = "weights that the first and the last do not show"
 
@@ -180,7 +184,9 @@ LOSSES: dict[str, tuple[type, Loss, Callable[[], Tensor]]] = {
 """{name: (class whose root and sample it inherits, loss, targets)}"""
 
 SHARP = {"focal", "angular", "Brier", "Student", "heteroscedastic", "mixture", "Huber", "quantile"}
-"""Where ∂²ℓ/∂z² has negative eigenvalues, or none: no S with S Sᵀ, so that a line will do for the kinds that need it."""
+"""Where ∂²ℓ/∂z² has negative eigenvalues, or none: no S with S Sᵀ, so that a line will do for the
+kinds that need it.
+"""
 
 
 def problem(name: str, model: str = "one place") -> tuple[cl.Objective, Tensor, Tensor, Reference]:
@@ -198,7 +204,9 @@ def problem(name: str, model: str = "one place") -> tuple[cl.Objective, Tensor, 
 
 
 def agree(name: str, calls: dict[str, Callable[[], Tensor]], wanted: Tensor, allow: bool) -> None:
-    """Every way gives the one number; or a line, where the loss has no root, and then never another number."""
+    """Every way gives the one number; or a line, where the loss has no root, and then never another
+    number.
+    """
     wrong = {}
     for label, call in calls.items():
         try:
@@ -323,7 +331,8 @@ def test_a_fisher_that_is_not_the_gauss_newton_matrix_is_not_given_for_it(name: 
     assert len({line is None for line in found}) == 1  # all, or none
 
 
-# ------------------------------------------------------------------------------------------------ losses at several places
+# ------------------------------------------------------------------------------------------------
+# losses at several places
 
 
 class TokenLoss(Categorical):
@@ -369,7 +378,9 @@ def test_masked_places_have_no_curvature(kind: str) -> None:
 
 
 def test_soft_labels_and_smoothing_are_those_of_cross_entropy() -> None:
-    """The table's row 12: their Gauss-Newton matrix is that of the hard ones where they sum to 1."""
+    """The table's row 12: their Gauss-Newton matrix is that of the hard ones where they sum to
+    1.
+    """
     net, x, y = (
         nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double(),
         numbers(6, 4),

@@ -174,7 +174,8 @@ def test_two_threads() -> None:
     assert max(max(errors) for errors in found.values()) < 1e-10
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# ------------------------------------------------------------------------------------------------
+# processes
 
 DISTRIBUTED = ("sgd-m", "kfac", "shampoo")
 
@@ -207,8 +208,9 @@ def _sharded_rank(rank: int, size: int, folder: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_sharded_models_are_refused(size: int, tmp_path: Path) -> None:
-    """By torch's own FSDP, both kinds. In one process too: DTensors take no plain tensor beside them, and the wrapper's hooks
-    end the process in a pass of one example."""
+    """By torch's own FSDP, both kinds. In one process too: DTensors take no plain tensor beside
+    them, and the wrapper's hooks end the process in a pass of one example.
+    """
     torch.multiprocessing.spawn(_sharded_rank, (size, str(tmp_path)), nprocs=size)
     for rank in range(size):
         inside, outside = torch.load(tmp_path / f"{rank}.pt")
@@ -243,7 +245,9 @@ def _rank(rank: int, size: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_end_with_one_model_or_refuse(tmp_path: Path) -> None:
-    """The table's 15: each rank its own data; the weights are one, those of both ranks' data together."""
+    """The table's 15: each rank its own data; the weights are one, those of both ranks' data
+    together.
+    """
     torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for algorithm in DISTRIBUTED:
@@ -268,7 +272,9 @@ def test_two_processes_end_with_one_model_or_refuse(tmp_path: Path) -> None:
 def test_a_group_of_two_is_refused_or_reduced(
     algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without processes: torch's own make-believe of a second rank. What is not refused asks the other rank something."""
+    """Without processes: torch's own make-believe of a second rank. What is not refused asks the
+    other rank something.
+    """
     store = pytest.importorskip("torch.testing._internal.distributed.fake_pg").FakeStore()
     asked: list[str] = []
     torch.distributed.init_process_group("fake", store=store, rank=0, world_size=2)
@@ -276,7 +282,7 @@ def test_a_group_of_two_is_refused_or_reduced(
         model = nn.parallel.DistributedDataParallel(two())
         for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter"):
             true = getattr(torch.distributed, name)
-            told = lambda *a, name=name, true=true, **k: (asked.append(name), true(*a, **k))[1]  # noqa: E731
+            told = lambda *a, name=name, true=true, **k: (asked.append(name), true(*a, **k))[1]
             monkeypatch.setattr(torch.distributed, name, told)
         x, y = data()
         try:

@@ -1,4 +1,6 @@
-"""Row n of a layer is not example n: other orders of axes, rows that are places, permuted, doubled, fewer, or of no example."""
+"""Row n of a layer is not example n: other orders of axes, rows that are places, permuted, doubled,
+fewer, or of no example.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def batch_last(m: Net, x: Tensor) -> Tensor:
 
 
 def channels(m: Net, x: Tensor) -> Tensor:
-    """A convolution of one channel over time with the batch among the channels would mix examples; with groups it does not."""
+    """A convolution of one channel over time with the batch among the channels would mix examples;
+    with groups it does not.
+    """
     h = F.conv1d(x[:, 0][None], m.filter.expand(len(x), -1, -1), groups=len(x), padding=1)[0]
     return m.b(torch.tanh(h))
 
@@ -185,7 +189,9 @@ def graph(m: Net, x: Tensor) -> Tensor:
 
 
 def block_graph(m: Net, x: Tensor) -> Tensor:
-    """The graphs of a batch as one graph of N·V nodes: messages along edges, nodes summed by graph."""
+    """The graphs of a batch as one graph of N·V nodes: messages along edges, nodes summed by
+    graph.
+    """
     n, v = x.shape[:2]
     nodes = m.a(x.reshape(n * v, -1))
     ends = (torch.arange(n)[:, None] * v + (torch.arange(v) + 1) % v).flatten()

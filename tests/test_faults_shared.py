@@ -1,4 +1,6 @@
-"""A weight that enters several times, or by some rows only: tied, shared, called again, in attention, recurrence, experts."""
+"""A weight that enters several times, or by some rows only: tied, shared, called again, in
+attention, recurrence, experts.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +151,9 @@ def dense_experts(m: Net, x: Tensor) -> Tensor:
 
 
 def some_rows(m: Net, x: Tensor) -> Tensor:
-    """A layer that sees every other example only; by place in the minibatch, so that nobody can say what a row alone is."""
+    """A layer that sees every other example only; by place in the minibatch, so that nobody can say
+    what a row alone is.
+    """
     return m.b(torch.where((x[:, :1] > 0), torch.tanh(m.a(x)), x))
 
 
@@ -224,7 +228,8 @@ def test_a_weight_that_enters_several_times(name: str, what: str) -> None:
     ask(CASES[name], what)
 
 
-# ------------------------------------------------------------------------------------------------ what is said of it
+# ------------------------------------------------------------------------------------------------
+# what is said of it
 
 
 def said(case: Case) -> object:

@@ -1,4 +1,6 @@
-"""What the table has beside models: batches and outputs of other sorts, loaders, groups, states, names, errors of estimates."""
+"""What the table has beside models: batches and outputs of other sorts, loaders, groups, states,
+names, errors of estimates.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def data(n: int = 6) -> tuple[Tensor, Tensor]:
     return numbers(n, 4), tokens(n, high=3, seed=2)
 
 
-# ------------------------------------------------------------------------------------------------ 13, 32: what models return
+# ------------------------------------------------------------------------------------------------
+# 13, 32: what models return
 
 
 def test_checkpointing_is_right_or_named_with_a_remedy() -> None:
@@ -152,7 +155,8 @@ def test_layers_that_have_no_weights_yet() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ 22: data that differ
+# ------------------------------------------------------------------------------------------------
+# 22: data that differ
 
 
 def loaders() -> dict[str, tuple[object, str]]:
@@ -205,7 +209,8 @@ def test_a_product_is_with_one_matrix_or_refuses(name: str) -> None:
             assert apart(second, first) < 1e-10
 
 
-# ------------------------------------------------------------------------------------------------ 27, 28: groups, states
+# ------------------------------------------------------------------------------------------------
+# 27, 28: groups, states
 
 
 def test_a_foreign_parameter_is_refused_by_the_group() -> None:
@@ -276,7 +281,8 @@ def test_a_state_of_other_widths_is_refused(algorithm: str) -> None:
     second.step(wide.closure(x, y))  # still sound
 
 
-# ------------------------------------------------------------------------------------------------ 34, and names
+# ------------------------------------------------------------------------------------------------
+# 34, and names
 
 
 def test_a_string_where_names_are_wanted_is_taken_whole() -> None:

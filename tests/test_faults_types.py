@@ -43,7 +43,8 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return numbers(6, 4).to(dtype), tokens(6, high=3, seed=2)
 
 
-# ------------------------------------------------------------------------------------------------ half types
+# ------------------------------------------------------------------------------------------------
+# half types
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -104,7 +105,8 @@ def test_half_types_by_the_oracle(kind: str, dtype: torch.dtype) -> None:
         one_line(error, ".float()")
 
 
-# ------------------------------------------------------------------------------------------------ autocast
+# ------------------------------------------------------------------------------------------------
+# autocast
 
 
 def auto(m: Net, x: Tensor) -> Tensor:
@@ -134,7 +136,9 @@ AUTOCASTS = {"inside": (inside, nothing), "around": (lambda: two(torch.float32),
 @pytest.mark.parametrize("where", AUTOCASTS)
 @pytest.mark.parametrize("algorithm", STEPPERS)
 def test_autocast_steps(algorithm: str, where: str) -> None:
-    """Weights are float32 and move as they do without autocast, to bfloat16's rounding; the others may refuse in a line."""
+    """Weights are float32 and move as they do without autocast, to bfloat16's rounding; the others
+    may refuse in a line.
+    """
     build, outside = AUTOCASTS[where]
     net, (x, y) = build(), data(torch.float32)
     plain = two(torch.float32)
@@ -209,7 +213,8 @@ def test_autocast_matrices(kind: str, where: str) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ several dtypes
+# ------------------------------------------------------------------------------------------------
+# several dtypes
 
 
 def test_a_half_backbone_gets_its_inputs_as_they_are() -> None:
@@ -314,7 +319,8 @@ def test_whole_numbers_and_truths_as_inputs() -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ complex
+# ------------------------------------------------------------------------------------------------
+# complex
 
 
 class Complex(nn.Module):

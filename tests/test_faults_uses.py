@@ -1,4 +1,6 @@
-"""A weight that enters otherwise than as h = W a of its layer: in functions, in products, in pieces, through other weights."""
+"""A weight that enters otherwise than as h = W a of its layer: in functions, in products, in
+pieces, through other weights.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def hyper(m: Net, x: Tensor) -> Tensor:
 
 
 def hyper_shared(m: Net, x: Tensor) -> Tensor:
-    """One weight for all examples, made by a layer from an embedding of its own: one row whatever N is."""
+    """One weight for all examples, made by a layer from an embedding of its own: one row whatever N
+    is.
+    """
     return F.linear(torch.tanh(x), m.make(torch.tanh(m.code)).view(3, 4))
 
 
@@ -102,7 +106,9 @@ class Weighs(torch.autograd.Function):
 
 
 class Force(nn.Module):
-    """Outputs that are derivatives of an energy in the inputs: every weight enters a backward pass of the model's own."""
+    """Outputs that are derivatives of an energy in the inputs: every weight enters a backward pass
+    of the model's own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +122,9 @@ class Force(nn.Module):
 
 
 class ForceByAutograd(Force):
-    """The same by `torch.autograd.grad` inside forward, which `vmap` and `torch.func.grad` do not go through."""
+    """The same by `torch.autograd.grad` inside forward, which `vmap` and `torch.func.grad` do not
+    go through.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():

@@ -1,4 +1,6 @@
-"""Chance in forward: two looks see one mask, the oracle refuses, a loop draws as by hand, and looking draws nothing."""
+"""Chance in forward: two looks see one mask, the oracle refuses, a loop draws as by hand, and
+looking draws nothing.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ def own_numpy() -> nn.Module:
 
 
 def global_numpy(h: Tensor) -> Tensor:
-    return h * float(np.random.rand())  # noqa: NPY002
+    return h * float(np.random.rand())
 
 
 def counting() -> nn.Module:
@@ -133,20 +135,20 @@ def noise(name: str) -> nn.Module:
 @contextmanager
 def chances() -> Iterator[Callable[[], bool]]:
     """All global generators as they were."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield (
             lambda: (
                 torch.equal(torch.get_rng_state(), states[0])
                 and random.getstate() == states[1]
-                and np.array_equal(np.random.get_state()[1], states[2][1])  # noqa: NPY002
-                and np.random.get_state()[2] == states[2][2]  # noqa: NPY002
+                and np.array_equal(np.random.get_state()[1], states[2][1])
+                and np.random.get_state()[2] == states[2][2]
             )
         )
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
+        np.random.set_state(states[2])
 
 
 @pytest.mark.parametrize("name", NOISE)
@@ -249,7 +251,9 @@ def test_a_buffer_that_moves_is_where_it_is_for_the_oracle() -> None:
     "name", ["Dropout", "F.dropout", "stochastic depth", "LSTM", "attention", "random"]
 )
 def test_first_order_methods_draw_as_a_loop_by_hand(name: str) -> None:
-    """The masks of three steps are those of three plain steps from the same state: looking draws nothing of its own."""
+    """The masks of three steps are those of three plain steps from the same state: looking draws
+    nothing of its own.
+    """
     x, y = data()
     by_hand, by_curvlab = noise(name), noise(name)
     sgd = torch.optim.SGD(by_hand.parameters(), lr=0.1, momentum=0.9)
@@ -271,7 +275,9 @@ def test_first_order_methods_draw_as_a_loop_by_hand(name: str) -> None:
 
 
 def test_looking_draws_nothing_and_leaves_everything() -> None:
-    """Generators, gradients, modes, hooks, buffers and weights are as they were; also after a refusal."""
+    """Generators, gradients, modes, hooks, buffers and weights are as they were; also after a
+    refusal.
+    """
     model, (x, y) = net(), data()
     model[3].eval()
     o = cl.Objective(model, Categorical())

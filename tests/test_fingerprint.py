@@ -1,4 +1,6 @@
-"""Checksums: the same for the same numbers however they lie in memory, another one for any other."""
+"""Checksums: the same for the same numbers however they lie in memory, another one for any
+other.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def made(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
     ).to(dtype)
 
 
-# ------------------------------------------------------------------------------------------------ examples
+# ------------------------------------------------------------------------------------------------
+# examples
 
 
 @dtypes
@@ -71,7 +74,9 @@ def test_any_entry_of_any_example_shows(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 def test_signs_and_exchanged_entries_show(dtype: torch.dtype) -> None:
-    """Two signs flip the highest bits of two words: by odd multipliers alone they would be 2⁶³ + 2⁶³ = 0."""
+    """Two signs flip the highest bits of two words: by odd multipliers alone they would be 2⁶³ +
+    2⁶³ = 0.
+    """
     x = made(dtype, 1, 24)
     seen = {int(each(x))}
     for i in range(24):
@@ -85,7 +90,9 @@ def test_signs_and_exchanged_entries_show(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 def test_all_signs_at_once_show(dtype: torch.dtype) -> None:
-    """Whatever the signs were: 2^width rows of ones, all different, and none is its own negative."""
+    """Whatever the signs were: 2^width rows of ones, all different, and none is its own
+    negative.
+    """
     for width in (1, 2, 4, 8):
         x = 1.0 - 2 * (torch.arange(2**width)[:, None] >> torch.arange(width) & 1)
         assert len(set(each(x.to(dtype)).tolist())) == 2**width
@@ -202,7 +209,8 @@ def test_on_a_gpu_as_on_the_cpu() -> None:
     assert torch.equal(numbers(w.cuda() for w in weights).cpu(), numbers(weights))
 
 
-# ------------------------------------------------------------------------------------------------ weights
+# ------------------------------------------------------------------------------------------------
+# weights
 
 SIZES = ((3,), (), (0,), (5, 7), (257, 257), (300, 301))
 
@@ -226,7 +234,9 @@ def test_the_same_weights_whoever_adds_them_up(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("size", [(4, 5), (257, 257), (300, 301)])
 def test_every_edit_shows(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Signs, order, scale, one last bit; small tensors, and large ones that are added up in parts."""
+    """Signs, order, scale, one last bit; small tensors, and large ones that are added up in
+    parts.
+    """
     w = made(dtype, *size)
     last = w.clone()
     last.view(
@@ -267,7 +277,8 @@ def test_numbers_that_change_tensors_show() -> None:
     assert len(numbers([])) == 0
 
 
-# ------------------------------------------------------------------------------------------------ loaders
+# ------------------------------------------------------------------------------------------------
+# loaders
 
 
 def test_a_pass_that_was_not_finished_is_none() -> None:

@@ -1,4 +1,6 @@
-"""The dense block Fisher against the dense matrix of `exact`, an explicit recursion and a dense solve."""
+"""The dense block Fisher against the dense matrix of `exact`, an explicit recursion and a dense
+solve.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ DAMPING = 0.01
 
 
 def outer_products(observation: Observation, label: Pass, block: str) -> Tensor:
-    """(1/N) Σ_v Σ_n vec(g aᵀ) vec(g aᵀ)ᵀ, each output with its own inputs, one outer product after another."""
+    """(1/N) Σ_v Σ_n vec(g aᵀ) vec(g aᵀ)ᵀ, each output with its own inputs, one outer product after
+    another.
+    """
     s = observation.passes[label][block]
     inputs = own_inputs(s.block, s.grouped_a)  # [N, T, O, I]
     total = inputs.new_zeros(s.block.numel, s.block.numel)
@@ -94,7 +98,9 @@ def test_moving_average_is_the_explicit_recursion(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["conv", "groups", "batch-norm", "conv-1d", "embedding"])
 def test_matrices_of_other_layers_are_those_of_autograd(model: str) -> None:
-    """(1/N) Σₙ of the outer products of each example's gradient by autograd, laid out apart from the library."""
+    """(1/N) Σₙ of the outer products of each example's gradient by autograd, laid out apart from
+    the library.
+    """
     p = problem(model)
     objective = p.objective()
     curvature = dense_fisher(objective, "data")
@@ -110,7 +116,9 @@ def test_matrices_of_other_layers_are_those_of_autograd(model: str) -> None:
 
 
 def test_tokens_one_at_a_time_keep_the_packed_matrix_of_those_seen() -> None:
-    """A one-hot input is a layer of one place: tokens that never came are the damping alone; later ones join."""
+    """A one-hot input is a layer of one place: tokens that never came are the damping alone; later
+    ones join.
+    """
     model = torch.nn.Sequential(torch.nn.Embedding(6, 2), torch.nn.Linear(2, 3)).double()
     objective = cl.Objective(model, cl.likelihoods.Categorical())
     curvature = dense_fisher(objective, "data")
@@ -172,7 +180,9 @@ def test_a_layer_without_any_active_input_is_the_damping_alone() -> None:
     "order", [([0, 3], [3], []), ([], [1], [0, 1]), ([0, 1, 2], [2, 3, 4], [0, 4])]
 )
 def test_inputs_may_become_active_later(order: tuple[list[int], ...]) -> None:
-    """Each minibatch has other idle inputs; the packed matrix grows to their union and never shrinks."""
+    """Each minibatch has other idle inputs; the packed matrix grows to their union and never
+    shrinks.
+    """
     p = problem("tanh")
     objective = p.objective()
     curvature = dense_fisher(objective)
@@ -274,7 +284,9 @@ def test_a_matrix_too_large_for_the_memory_is_refused() -> None:
 
 @pytest.mark.parametrize("model", ["tanh", "tokens", "conv"])
 def test_block_ggn_is_the_block_fisher_of_all_labels(model: str) -> None:
-    """Categorical: the outer products of every label's per-sample gradient, weighted with its probability."""
+    """Categorical: the outer products of every label's per-sample gradient, weighted with its
+    probability.
+    """
     p = problem(model)
     objective = p.objective()
     curvature = approximation("block-ggn", objective, damping=DAMPING)

@@ -1,6 +1,8 @@
-"""Logs that are not ours and text from outside: a full result or one line, nothing written beside it.
+"""Logs that are not ours and text from outside: a full result or one line, nothing written beside
+it.
 
-Real small logs of every command are damaged one thing at a time, every attribute, variable, coordinate and dimension.
+Real small logs of every command are damaged one thing at a time, every attribute, variable,
+coordinate and dimension.
 """
 
 from __future__ import annotations
@@ -237,7 +239,9 @@ def changed(ds: xr.Dataset, name: str, damage: Callable[[xr.Variable], xr.Variab
 
 
 def of_contents(ds: xr.Dataset, names: object = None) -> Iterator[tuple[str, Damage]]:
-    """Every variable and coordinate (of `names`): absent, other values, dimensions, types; every dimension."""
+    """Every variable and coordinate (of `names`): absent, other values, dimensions, types; every
+    dimension.
+    """
     for name in map(str, ds.variables if names is None else names):  # type: ignore[call-overload]
         if name in ds.variables:
             yield f"{name} absent", lambda d, n=name: d.drop_vars(n)
@@ -296,7 +300,9 @@ def drawing(name: str) -> Callable[[xr.Dataset], object]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_attribute_may_be_odd(small: dict[str, xr.Dataset], kind: str) -> None:
-    """What is said of a run in words: more than 300 damages of each log, and no exception at all."""
+    """What is said of a run in words: more than 300 damages of each log, and no exception at
+    all.
+    """
     names = (
         "train_loss",
         "val_loss",
@@ -315,7 +321,9 @@ def test_any_attribute_may_be_odd(small: dict[str, xr.Dataset], kind: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_variable_may_be_odd(small: dict[str, xr.Dataset], kind: str) -> None:
-    """Words and tables of a part of the damages that the slow tests have all of: no exception either."""
+    """Words and tables of a part of the damages that the slow tests have all of: no exception
+    either.
+    """
     cases = list(of_contents(small[kind]))
     assert len(cases) > 150
     assert through(small[kind], some(iter(cases), 3), words_of) == 0
@@ -380,7 +388,9 @@ def written(ds: xr.Dataset, path: Path) -> Path:
 def test_report_and_plot_leave_nothing_beside(
     small: dict[str, xr.Dataset], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Through files and the command line: one file and exit 0, or none and one line; what is odd is said in one more."""
+    """Through files and the command line: one file and exit 0, or none and one line; what is odd is
+    said in one more.
+    """
     name = figures.main(small[kind])
     main = figures.FIGURES[name].needs
     damages = {
@@ -439,7 +449,10 @@ def test_a_report_of_damaged_and_whole_logs_says_what_is_left_out(
 # ---- text
 
 
-ALPHABET = "$[]<>&\"'\\%{}_^/\n\r\t\x00\x07\x1b\x7f\x85\u2028\u202e\ud800\udfff\ufffe\uffff\U0001f600שΩ漢 ab1:"
+ALPHABET = (
+    "$[]<>&\"'\\%{}_^/\n\r\t\x00\x07\x1b\x7f\x85\u2028\u202e\ud800\udfff\ufffe\uffff\U0001f600שΩ漢"
+    " ab1:"
+)
 TEXTS = st.text(
     st.one_of(st.sampled_from(ALPHABET), st.characters(codec=None, exclude_categories=())),
     max_size=40,
@@ -698,7 +711,10 @@ def sealed(path: Path, ds: xr.Dataset) -> Path:
     [
         (
             SCHEMA + 1,
-            f"is of schema {SCHEMA + 1}, which a later curvlab wrote; this one reads up to {SCHEMA}",
+            (
+                f"is of schema {SCHEMA + 1}, which a later curvlab wrote; this one reads up to"
+                f" {SCHEMA}"
+            ),
         ),
         ("one", "has a schema that is no positive number"),
         (0, "has a schema that is no positive number"),

@@ -1,4 +1,6 @@
-"""The general way at the size of a language model's blocks: what it would cost is said before it is spent."""
+"""The general way at the size of a language model's blocks: what it would cost is said before it is
+spent.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from curvlab.exact import torch_func
 
 
 class Positions(nn.Module):
-    """A position table of GPT-2's size, [1024, 768], which no rule reads: its rows are no examples'."""
+    """A position table of GPT-2's size, [1024, 768], which no rule reads: its rows are no
+    examples'.
+    """
 
     def __init__(self, places: int = 1024, width: int = 768) -> None:
         super().__init__()
@@ -45,7 +49,10 @@ def test_a_dense_block_that_cannot_fit_is_refused_with_its_size_before_any_pass(
     objective = large()
     with pytest.raises(
         CurvlabError,
-        match=r"the dense \w+ of block 2 \(place.weight\) would need \d+\.\d GB .*curvlab.exact.product",
+        match=(
+            r"the dense \w+ of block 2 \(place.weight\) would need \d+\.\d GB"
+            r" .*curvlab.exact.product"
+        ),
     ):
         cl.exact.matrices(objective, *data(), kind=kind, blocks="2")
     assert not objective.forms

@@ -1,4 +1,6 @@
-"""The block Hessian against `torch.func`, its shift against all eigenvalues, the average against the recursion."""
+"""The block Hessian against `torch.func`, its shift against all eigenvalues, the average against
+the recursion.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ MODELS = ["tanh", "tokens", "conv", "batch-norm", "embedding"]
 
 
 def hessian(p: Problem, block: cl.layers.Block, x: Tensor, y: Tensor) -> Tensor:
-    """∂²(mean loss) on the row-major flattening of the block, by autograd, laid out apart from the library."""
+    """∂²(mean loss) on the row-major flattening of the block, by autograd, laid out apart from the
+    library.
+    """
     fixed = {n: t.detach() for n, t in [*p.model.named_parameters(), *p.model.named_buffers()]}
     held = {n: fixed[n] for n in block.params}
 

@@ -1,4 +1,6 @@
-"""Hessian-free: run to the end it is SMW-GN; stopping, start, backtracking and the LM rule against what is written out."""
+"""Hessian-free: run to the end it is SMW-GN; stopping, start, backtracking and the LM rule against
+what is written out.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_the_operator_stays_when_the_weights_move() -> None:
 
 
 def test_starts_from_the_last_direction_and_can_be_asked_twice() -> None:
-    """0.95 of it; a second product in the same step starts there too, and so gives the same bits."""
+    """0.95 of it; a second product in the same step starts there too, and so gives the same
+    bits.
+    """
     p = problem("tanh")
     objective = p.objective()
     curvature = approximation("hf", objective, damping=0.1, backtrack=False, iterations=3)
@@ -87,7 +91,9 @@ def test_starts_from_the_last_direction_and_can_be_asked_twice() -> None:
 
 
 def by_hand(A: Tensor, b: Tensor, x: Tensor, progress: float, maximum: int) -> list[Tensor]:
-    """Martens 2010, Alg. 2 (plain conjugate gradients) and section 4.4; φ by its definition, iterates from x₀."""
+    """Martens 2010, Alg. 2 (plain conjugate gradients) and section 4.4; φ by its definition,
+    iterates from x₀.
+    """
 
     def phi(x: Tensor) -> float:
         return float(0.5 * x @ A @ x - b @ x)
@@ -149,7 +155,9 @@ def test_stops_and_keeps_as_martens_does(
 
 
 def test_the_rule_looks_further_back_in_long_runs() -> None:
-    """k = ⌈i / 10⌉ beyond 100 iterations, on the values of runs of every length (two recursions would drift apart)."""
+    """k = ⌈i / 10⌉ beyond 100 iterations, on the values of runs of every length (two recursions
+    would drift apart).
+    """
     A, b, _ = system(1e-4)
     dense = cl.linalg.operators.Dense(A)
     values = [0.0] + [

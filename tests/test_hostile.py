@@ -1,4 +1,5 @@
-"""Bad command lines of `hostile`: each is one line on standard error and exit code 2, or is accepted, and none leaves a file.
+"""Bad command lines of `hostile`: each is one line on standard error and exit code 2, or is
+accepted, and none leaves a file.
 
 They run in this process up to the point where training, drawing or writing would begin.
 """

@@ -1,6 +1,7 @@
 """Bad calls in Python: every argument of the public functions with what it cannot be.
 
-Each is a `CurvlabError` of one line, or is taken, and none leaves a file. They run up to the point where training would begin.
+Each is a `CurvlabError` of one line, or is taken, and none leaves a file. They run up to the point
+where training would begin.
 """
 
 from __future__ import annotations

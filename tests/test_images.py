@@ -21,7 +21,9 @@ from curvlab.datasets.images import unpickled
 
 
 def python2_pickle(data: NDArray[np.uint8], labels: list[int], key: str = "labels") -> bytes:
-    """A CIFAR batch as Python 2 wrote it, opcode by opcode: str keys, an array rebuilt by numpy.core.multiarray."""
+    """A CIFAR batch as Python 2 wrote it, opcode by opcode: str keys, an array rebuilt by
+    numpy.core.multiarray.
+    """
 
     def text(s: str) -> bytes:
         return b"U" + bytes([len(s)]) + s.encode()

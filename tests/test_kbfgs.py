@@ -17,7 +17,9 @@ MU1, BETA = 0.2, 0.9
 
 
 class ByHand:
-    """Algorithm 4 (chapter 2) or 9 (chapter 3) for a chain of linear layers with tanh between, by explicit formulas."""
+    """Algorithm 4 (chapter 2) or 9 (chapter 3) for a chain of linear layers with tanh between, by
+    explicit formulas.
+    """
 
     def __init__(self, chapter: int, layers: list[nn.Linear], damping: float, pairs: int) -> None:
         self.chapter, self.layers, self.pairs = chapter, layers, pairs
@@ -182,7 +184,9 @@ def run(block: KBfgs, objective: Objective, data: list[tuple[Tensor, Tensor]]) -
 @pytest.mark.parametrize("model", ["conv", "tokens"])
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_shared_over_places(name: str, model: str) -> None:
-    """(3.9), (3.12)–(3.15): A sums over places, pairs average over them; λ is split by √T in chapter 3."""
+    """(3.9), (3.12)–(3.15): A sums over places, pairs average over them; λ is split by √T in
+    chapter 3.
+    """
     p = problem(model, "categorical", n=20)
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=0.01, damping=0.3)

@@ -1,7 +1,9 @@
-"""Every variant of K-BFGS against its document's pseudo-code on layers that share weights, written out in plain torch.
+"""Every variant of K-BFGS against its document's pseudo-code on layers that share weights, written
+out in plain torch.
 
-The hand-written version knows nothing of the library: patches by `F.unfold`, derivatives by autograd, every matrix dense and
-every BFGS matrix by its product form. 2021 is Ren and Goldfarb, whose algorithms are numbered apart.
+The hand-written version knows nothing of the library: patches by `F.unfold`, derivatives by
+autograd, every matrix dense and every BFGS matrix by its product form. 2021 is Ren and Goldfarb,
+whose algorithms are numbered apart.
 """
 
 from __future__ import annotations
@@ -255,7 +257,9 @@ def dense(factor: Tensor | Operator) -> Tensor:
 @pytest.mark.parametrize("model", ["tanh", "conv"])
 @pytest.mark.parametrize("case", CASES)
 def test_trajectory_is_the_pseudo_codes(case: str, model: str) -> None:
-    """Warm start and twelve steps: weights and both factors. Stride, padding, dilation, a filter without a bias."""
+    """Warm start and twelve steps: weights and both factors. Stride, padding, dilation, a filter
+    without a bias.
+    """
     name, options, document = CASES[case]
     p = problem(model, n=20)
     data = batches(p, 12)
@@ -287,7 +291,9 @@ def trained(name: str, p: Problem, lr: float, steps: int = 12, **options: object
 
 @pytest.mark.parametrize("pairs", [0, 100])
 def test_chapter_3_without_its_improvements_is_chapter_2(pairs: int) -> None:
-    """Table 3.8, last line, on an MLP; with chapter 2's start of H_g. Its averaged momentum is a tenth of chapter 3's."""
+    """Table 3.8, last line, on an MLP; with chapter 2's start of H_g. Its averaged momentum is a
+    tenth of chapter 3's.
+    """
     off = {"pair_damping": "dd", "minibatch": False, "start": "identity", "pairs": pairs}
     found = trained("k-bfgs", problem("tanh", n=20), 0.03, **off)
     assert_near(
@@ -312,7 +318,9 @@ def test_the_improvements_change_something() -> None:
 
 @pytest.mark.parametrize("model", ["tanh", "conv"])
 def test_2021_and_chapter_3_agree_where_the_damping_is_one(model: str) -> None:
-    """λ = 1 on an MLP: λ_G = 1, so that I/λ_G is I; only the momentum differs. On images the split over places does too."""
+    """λ = 1 on an MLP: λ_G = 1, so that I/λ_G is I; only the momentum differs. On images the split
+    over places does too.
+    """
     runs = []
     for name, lr in (("kf-bfgs-cnn", 0.3), ("k-bfgs", 0.03)):
         p = problem(model, n=20)
@@ -335,7 +343,9 @@ def test_2021_and_chapter_3_agree_where_the_damping_is_one(model: str) -> None:
 def test_convergent_variants_keep_the_bounds_of_their_lemmas(
     name: str, model: str, damping: float
 ) -> None:
-    """Every pair that was used, and both factors, over 15 steps: thesis Lemmas 1, 2, 4, 6, 7; 2021 Lemmas 1, 3, 4."""
+    """Every pair that was used, and both factors, over 15 steps: thesis Lemmas 1, 2, 4, 6, 7; 2021
+    Lemmas 1, 3, 4.
+    """
     p = problem(model, n=20)
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=0.05, damping=damping)

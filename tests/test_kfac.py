@@ -40,7 +40,9 @@ def deep_linear(bias: bool) -> cl.Objective:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_is_the_exact_ggn_of_a_deep_linear_network(bias: bool) -> None:
-    """h depends on nothing but W a, and the output Hessian is I: Gₙ is the same for all n, so the mean factorises."""
+    """h depends on nothing but W a, and the output Hessian is I: Gₙ is the same for all n, so the
+    mean factorises.
+    """
     objective = deep_linear(bias)
     p = problem("linear", "gaussian", n=9)
     curvature = approximation("kfac", objective, labels="exact")
@@ -72,7 +74,9 @@ def test_is_exact_for_one_example(model: str, likelihood: str, labels: Pass) -> 
 
 @pytest.mark.parametrize("model", RULED)
 def test_shared_weights_sum_inputs_over_places_and_average_derivatives(model: str) -> None:
-    """Ω sums over places and averages over examples, Γ averages over both (practice), one outer product after another."""
+    """Ω sums over places and averages over examples, Γ averages over both (practice), one outer
+    product after another.
+    """
     p = problem(model)
     objective = p.objective()
     with warnings.catch_warnings():

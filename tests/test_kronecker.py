@@ -1,4 +1,6 @@
-"""Kronecker products: Proposition 1, Lemma 8, contractions, tensor-normal factors (4.10), damping splits, the nearest one."""
+"""Kronecker products: Proposition 1, Lemma 8, contractions, tensor-normal factors (4.10), damping
+splits, the nearest one.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ SEEDS = st.integers(0, 999)
 @FEW
 @given(SHAPES, st.sampled_from([None, 1, 3]), SEEDS)
 def test_proposition_1(shape: list[int], columns: int | None, seed: int) -> None:
-    """(⊗ U_i) vec(V), by mode products, is the Kronecker matrix times the vector; no symmetry of U_i needed."""
+    """(⊗ U_i) vec(V), by mode products, is the Kronecker matrix times the vector; no symmetry of
+    U_i needed.
+    """
     factors = [normal(d, d, seed=seed + i) for i, d in enumerate(shape)]
     v = normal(math.prod(shape), *([] if columns is None else [columns]), seed=seed + 9)
     matrix = torch.from_numpy(reduce(np.kron, [u.numpy() for u in factors]))
@@ -63,7 +67,9 @@ def test_lemma_8_row_major(o: int, i: int, seed: int) -> None:
 @FEW
 @given(SHAPES, SEEDS)
 def test_contraction_entry_by_entry(shape: list[int], seed: int) -> None:
-    """G^(i)[p, q] = Σ over the other ways of G[…p…] G[…q…], with matricize's columns in row-major order."""
+    """G^(i)[p, q] = Σ over the other ways of G[…p…] G[…q…], with matricize's columns in row-major
+    order.
+    """
     G = normal(*shape, seed=seed)
     for i, d in enumerate(shape):
         others = shape[:i] + shape[i + 1 :]
@@ -112,7 +118,9 @@ def test_constant_trace_identity(shape: list[int], seed: int, samples: int) -> N
     st.lists(st.integers(1, 4), min_size=1, max_size=3), SEEDS, st.sampled_from([1e-8, 1.0, 1e8])
 )
 def test_factors_of_a_tensor_normal_are_exact(shape: list[int], seed: int, scale: float) -> None:
-    """From the exact E[G^(i)] = U_i Π_{j≠i} tr U_j the product of the factors is ⊗ U_i itself, at any scale."""
+    """From the exact E[G^(i)] = U_i Π_{j≠i} tr U_j the product of the factors is ⊗ U_i itself, at
+    any scale.
+    """
     factors = [scale * spd(d, seed + i) for i, d in enumerate(shape)]
     expectations = [
         u * math.prod(float(w.trace()) for j, w in enumerate(factors) if j != i)
@@ -131,7 +139,9 @@ def test_zero_statistics_give_zero_factors(shape: tuple[int, ...]) -> None:
 
 
 def test_factors_from_samples_of_a_matrix_normal() -> None:
-    """Mean of 40 estimates within 5 of its standard errors of the truth; a standard error is below 1 %."""
+    """Mean of 40 estimates within 5 of its standard errors of the truth; a standard error is below
+    1 %.
+    """
     u1, u2 = spd(3), spd(4, seed=1)
     size = math.sqrt(float(u1.trace()) / 3 * float(u2.trace()) / 4)
     truth = [
@@ -169,7 +179,8 @@ def test_pi_is_one_where_a_trace_is_zero(a: float, g: float) -> None:
     assert pi_split(a * torch.eye(2), g * torch.eye(3), 0.25) == (0.5, 0.5)
 
 
-# ------------------------------------------------------------------------------------- the nearest Kronecker product
+# ------------------------------------------------------------------------------------- the nearest
+# Kronecker product
 
 
 def rearranged(matrix: Tensor, o: int, i: int) -> Tensor:

@@ -118,7 +118,9 @@ def test_a_tolerance_that_rounding_does_not_allow_ends_without_a_false_claim() -
 
 
 def test_a_residual_that_drifted_is_made_up_for() -> None:
-    """At a condition of 1e8 the recursion claims 7e-9 of several of these where the true residual is above: not the result."""
+    """At a condition of 1e8 the recursion claims 7e-9 of several of these where the true residual
+    is above: not the result.
+    """
     matrix = spd(60, 1e8)
     found = [
         conjugate_gradients(Dense(matrix), normal(60, seed=seed), tolerance=7e-9, maximum=10**4)
@@ -143,7 +145,9 @@ def test_negative_curvature_is_named(values: list[float]) -> None:
     operator = Dense(with_eigenvalues(torch.tensor(values, dtype=DOUBLE)))
     with pytest.raises(
         CurvlabError,
-        match=r"met pᵀAp = (-|0).* pᵀp at iteration \d: .* not positive definite; raise the damping",
+        match=(
+            r"met pᵀAp = (-|0).* pᵀp at iteration \d: .* not positive definite; raise the damping"
+        ),
     ):
         conjugate_gradients(operator, normal(3))
 
@@ -191,7 +195,9 @@ def test_conjugate_gradients_without_an_end(tolerance: float, maximum: int | Non
 @FEW
 @given(st.integers(1, 25), st.integers(1, 30), st.integers(0, 99))
 def test_lanczos_relation(order: int, steps: int, seed: int) -> None:
-    """Vᵀ V = I, Vᵀ A V = T, and A V − V T is zero but for its last column, which has the length β_m."""
+    """Vᵀ V = I, Vᵀ A V = T, and A V − V T is zero but for its last column, which has the length
+    β_m.
+    """
     matrix, start = symmetric(order, seed), normal(order, seed=seed + 1)
     run = lanczos(Dense(matrix), start, steps, basis=True)
     v, t = run.basis, run.matrix()
@@ -214,7 +220,9 @@ def test_as_many_steps_as_the_order_give_all_eigenvalues(order: int) -> None:
 
 
 def test_basis_stays_orthogonal_where_ritz_values_have_converged() -> None:
-    """Eigenvalues over twelve orders of magnitude: without reorthogonalisation the outliers would come again as ghosts."""
+    """Eigenvalues over twelve orders of magnitude: without reorthogonalisation the outliers would
+    come again as ghosts.
+    """
     matrix = with_eigenvalues(torch.logspace(-8, 4, 60, dtype=DOUBLE))
     run = lanczos(Dense(matrix), normal(60, seed=1), 60, basis=True)
     assert run.basis is not None
@@ -236,7 +244,9 @@ def test_lanczos_stops_where_the_krylov_space_is_invariant(
 
 
 def test_an_invariant_space_that_rounding_hides_does_no_harm() -> None:
-    """Twelve distinct eigenvalues, and steps beyond: Ritz values with a weight are eigenvalues; those of one share its."""
+    """Twelve distinct eigenvalues, and steps beyond: Ritz values with a weight are eigenvalues;
+    those of one share its.
+    """
     values = torch.arange(1, 13, dtype=DOUBLE)
     matrix, start = with_eigenvalues(values.repeat(5)), normal(60, seed=1)
     run = lanczos(Dense(matrix), start, 40)
@@ -278,7 +288,9 @@ def test_lanczos_knows_no_scale_of_its_start() -> None:
 def test_lanczos_quadrature_is_exact_up_to_the_degree_2m_minus_1(
     m: int, seed: int, data: st.DataObject
 ) -> None:
-    """vᵀ p(A) v by Horner's rule on vectors, of a random polynomial of every degree that the rule is exact for."""
+    """vᵀ p(A) v by Horner's rule on vectors, of a random polynomial of every degree that the rule
+    is exact for.
+    """
     degree = data.draw(st.integers(0, 2 * m - 1))
     matrix, start = (
         with_eigenvalues(torch.linspace(-1, 1, 20, dtype=DOUBLE), seed),
@@ -329,7 +341,9 @@ def test_a_basis_that_would_not_fit_into_memory() -> None:
     operator = Product(lambda v: v, 10**6, torch.float32, CPU)
     with pytest.raises(
         CurvlabError,
-        match=r"a Lanczos basis of 900000 vectors of 1000000 would need 3600.0 GB .* take fewer steps",
+        match=(
+            r"a Lanczos basis of 900000 vectors of 1000000 would need 3600.0 GB .* take fewer steps"
+        ),
     ):
         lanczos(operator, torch.ones(10**6), 900_000)
 
@@ -451,7 +465,9 @@ def test_smooth_density_integrates_to_one_and_has_the_moments() -> None:
 
 
 def test_smooth_density_is_that_of_the_eigenvalues() -> None:
-    """Many draws, a wide kernel: the kernel density of the exact spectrum within 0.01 in total variation."""
+    """Many draws, a wide kernel: the kernel density of the exact spectrum within 0.01 in total
+    variation.
+    """
     found, _ = of_spectrum(draws=400, steps=20)
     grid = torch.linspace(-5, 36, 2001, dtype=DOUBLE)
     exact = Density(

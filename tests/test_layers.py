@@ -1,4 +1,6 @@
-"""Blocks: names, partition, layout; what cannot be partitioned says so. Rules: every entry of LAYERS on its EXAMPLES."""
+"""Blocks: names, partition, layout; what cannot be partitioned says so. Rules: every entry of
+LAYERS on its EXAMPLES.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ def test_gather_and_scatter_are_inverse(model: str, batch: tuple[int, ...]) -> N
                 assert torch.equal(part, values[name])
 
 
-# ------------------------------------------------------------------------------------------------ layouts
+# ------------------------------------------------------------------------------------------------
+# layouts
 
 
 @models
@@ -123,7 +126,8 @@ def test_an_embedding_is_laid_out_as_a_linear_layer_of_one_hot_tokens() -> None:
     assert Layout((block,)).places()["weight"].tolist() == [[0, 5], [1, 6], [2, 7], [3, 8], [4, 9]]
 
 
-# ------------------------------------------------------------------------------------------------ the partition
+# ------------------------------------------------------------------------------------------------
+# the partition
 
 
 def test_bias_is_the_last_column() -> None:
@@ -157,7 +161,9 @@ def test_layer_without_a_rule_is_a_block_for_each_parameter() -> None:
 
 
 def assert_right(net: nn.Module, x: Tensor, ways: dict[str, str]) -> None:
-    """Ways of the blocks; gradients, EF, GGN and Hessian by autograd one example at a time and by torch.func."""
+    """Ways of the blocks; gradients, EF, GGN and Hessian by autograd one example at a time and by
+    torch.func.
+    """
     objective, before = cl.Objective(net, Gaussian()), list(net.parameters())
     y = normal(*net(x).shape, seed=2)
     assert objective.check(x, y).ways == ways
@@ -194,7 +200,9 @@ def test_a_subclass_of_a_layer_has_its_parents_layout_and_what_it_does_is_seen()
 
 
 def test_a_subclass_that_has_something_else_in_place_of_a_parameter() -> None:
-    """Laid out only where the layout fits: a vector is no table, a bias of another length no last column."""
+    """Laid out only where the layout fits: a vector is no table, a bias of another length no last
+    column.
+    """
 
     class Vector(nn.Embedding):
         def __init__(self) -> None:
@@ -290,7 +298,8 @@ def test_a_module_under_two_names_is_one_block_of_the_first() -> None:
     assert_right(nn.Sequential(layer, layer), normal(5, 3), {"1": "structured"})
 
 
-# ------------------------------------------------------------------------------------------------ rules
+# ------------------------------------------------------------------------------------------------
+# rules
 
 Example = tuple[Callable[[], nn.Module], Callable[[], Tensor]]
 
@@ -450,7 +459,9 @@ def preactivation(net: nn.Module, x: Tensor, z: Tensor) -> Tensor:
 def passed(
     net: nn.Module, x: Tensor, count: int = 2, seed: int = 5
 ) -> tuple[Block, LayerStatistics, Tensor, Tensor]:
-    """The block of a single layer, what `count` vectors sent back say of it, the vectors, and the output."""
+    """The block of a single layer, what `count` vectors sent back say of it, the vectors, and the
+    output.
+    """
     (block,) = blocks(net)
     with Capture(net, (block,)) as capture:
         z = output(net, x)
@@ -465,7 +476,9 @@ def parameters(net: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_reads(net: nn.Module, x: Tensor) -> None:
-    """h[n, t, o] = Σᵢ W[o, i] a[n, t, γ(o), i], W as the module has it, is the module's own output."""
+    """h[n, t, o] = Σᵢ W[o, i] a[n, t, γ(o), i], W as the module has it, is the module's own
+    output.
+    """
     block, s, _, z = passed(net, x)
     W = laid_out(block, parameters(net))
     assert W.shape == block.shape
@@ -486,7 +499,9 @@ def assert_reads(net: nn.Module, x: Tensor) -> None:
 
 
 def assert_rows(net: nn.Module, x: Tensor) -> None:
-    """Per-sample gradients of ⟨v, h⟩ by torch.func, for every vector v sent back; and their mean by autograd."""
+    """Per-sample gradients of ⟨v, h⟩ by torch.func, for every vector v sent back; and their mean by
+    autograd.
+    """
     block, s, vectors, _ = passed(net, x)
 
     def product(values: dict[str, Tensor], one: Tensor, v: Tensor) -> Tensor:
@@ -557,7 +572,9 @@ BOTH = [
 def test_a_frozen_weight_or_bias_of_every_rule(
     make: Callable[[], nn.Module], x: Callable[[], Tensor], frozen: str
 ) -> None:
-    """The one that trains alone has the same gradient as before; a bias alone belongs to no rule."""
+    """The one that trains alone has the same gradient as before; a bias alone belongs to no
+    rule.
+    """
     net = seeded(make)
     everything, s, _, _ = passed(seeded(make), x(), 1)
     weight, bias = everything.params
@@ -643,7 +660,9 @@ class Unbatched(nn.Module):
 )
 @pytest.mark.filterwarnings("ignore:.*takes the general route")
 def test_a_convolution_needs_the_batch_axis(make: Callable[[], nn.Module]) -> None:
-    """Without one it has no rule: its block goes the general way, and has a gradient but no rows."""
+    """Without one it has no rule: its block goes the general way, and has a gradient but no
+    rows.
+    """
     net = seeded(lambda: Unbatched(make))
     axes = len(net.layer.kernel_size)
     x = normal(4, 2, *[3] * axes)
@@ -685,7 +704,9 @@ NORMS: dict[str, Example] = {
 
 @pytest.mark.parametrize("case", NORMS)
 def test_batch_norm_in_training(case: str) -> None:
-    """It normalises by the batch's own moments: the rows share the batch, their mean is autograd's gradient of it."""
+    """It normalises by the batch's own moments: the rows share the batch, their mean is autograd's
+    gradient of it.
+    """
     make, x = NORMS[case]
     net = seeded(make)
     before = {name: b.clone() for name, b in net.named_buffers()}
@@ -710,7 +731,9 @@ LATER: dict[str, Callable[[nn.Module], object]] = {"train": moved, "eval": lambd
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("later", LATER)
 def test_batch_norm_is_read_as_it_stood_in_the_pass(training: bool, later: str) -> None:
-    """Statistics are read when first asked for; what the module does after the pass must not matter."""
+    """Statistics are read when first asked for; what the module does after the pass must not
+    matter.
+    """
     nets = [seeded(lambda: eval_norm(nn.BatchNorm1d(3))).train(training) for _ in range(2)]
     (_, at_once, _, _), (_, late, _, _) = (passed(net, normal(5, 3)) for net in nets)
     expected = at_once.grouped_a
@@ -768,7 +791,9 @@ def test_a_norm_without_parameters_is_no_block(make: Callable[[], nn.Module]) ->
 
 
 def test_shapes_of_the_blocks_of_every_kind_of_layer() -> None:
-    """[O, I] with the bias as last column; one input for each output of a norm; the inputs of one group alone."""
+    """[O, I] with the bias as last column; one input for each output of a norm; the inputs of one
+    group alone.
+    """
     assert layout(problem("conv-1d").model) == [
         ("1", ("0.weight", "0.bias"), (4, 5)),
         ("2", ("2.weight", "2.bias"), (3, 13)),

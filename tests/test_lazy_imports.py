@@ -1,4 +1,6 @@
-"""What takes seconds to import is imported when it is needed; lists are kept beside the tables; old names still import."""
+"""What takes seconds to import is imported when it is needed; lists are kept beside the tables; old
+names still import.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""L-BFGS: compact forms, two loops and dense updates agree; base plus refinement and its inverses, S2QN (12) to (14)."""
+"""L-BFGS: compact forms, two loops and dense updates agree; base plus refinement and its inverses,
+S2QN (12) to (14).
+"""
 
 from __future__ import annotations
 
@@ -188,7 +190,9 @@ def test_the_scale_of_a_pair_does_not_matter(scale: float) -> None:
 
 @pytest.mark.parametrize("order", [30, 200])
 def test_a_hundred_pairs_of_moving_averages(order: int) -> None:
-    """K-BFGS(L): p = 100, s and y moving averages, D_P D_LM; with no pair dropped it is K-BFGS (practice), in float32 too."""
+    """K-BFGS(L): p = 100, s and y moving averages, D_P D_LM; with no pair dropped it is K-BFGS
+    (practice), in float32 too.
+    """
     H0 = multiple_of_identity(1 / 0.3, normal(order))
     H, memory = H0.dense(), empty_memory(100, normal(order))
     G = normal(order, order, seed=1) / order**0.5
@@ -304,7 +308,9 @@ def test_equation_13(base: str, p: int) -> None:
 
 
 def test_equation_13_over_a_base_that_is_never_formed() -> None:
-    """H_k of few outer products in a layer: LowRank of γ + λ is H̃, and its inverse is Woodbury's."""
+    """H_k of few outer products in a layer: LowRank of γ + λ is H̃, and its inverse is
+    Woodbury's.
+    """
     rows, memory, gamma, damping = Rows(normal(3, 2), normal(3, 4, seed=1)), filled(8, 2), 0.4, 0.2
     found = refined(
         LowRank(rows, gamma + damping), memory, multiple_of_identity(gamma, normal(8))

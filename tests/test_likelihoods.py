@@ -407,7 +407,8 @@ def test_a_remedy_is_not_forbidden_by_the_next_check() -> None:
     Bernoulli().check(Z[:, :1], torch.tensor([0, 1, 0]).float().reshape(3, 1))
 
 
-# ----------------------------------------------------------------------------------- categorical: places, masks, probabilities
+# ----------------------------------------------------------------------------------- categorical:
+# places, masks, probabilities
 
 PLACES: list[tuple[int, ...]] = [(), (3,), (2, 3)]
 IGNORED = [-100, 0, 2, 77]
@@ -415,7 +416,9 @@ everywhere = pytest.mark.parametrize("places", PLACES)
 
 
 def masked(places: tuple[int, ...], ignore: int = -100, n: int = 5) -> tuple[Tensor, Tensor]:
-    """Outputs of 4 classes, and class numbers some of which say that there is none; all of the second example's do."""
+    """Outputs of 4 classes, and class numbers some of which say that there is none; all of the
+    second example's do.
+    """
     z = 2 * normal(n, 4, *places)
     y = torch.randint(4, (n, *places), generator=generator(3))
     y = torch.where(torch.rand(y.shape, generator=generator(4)) < 0.3, ignore, y)
@@ -500,7 +503,9 @@ def test_categorical_root_is_the_hessian_and_zero_where_ignored(
 
 @everywhere
 def test_root_at_probabilities(places: tuple[int, ...]) -> None:
-    """Probabilities of another precision sum to 1 up to rounding, and the root is that of the loss all the same."""
+    """Probabilities of another precision sum to 1 up to rounding, and the root is that of the loss
+    all the same.
+    """
     z, q = normal(5, 4, *places), probabilities(5, 4, *places)
     assert_near(outer(Categorical().root(z, q)), output_hessian(Categorical(), z, q))
     rough = q.float().double() * (1 + 1e-5)
@@ -569,7 +574,9 @@ def test_drawn_labels_are_ignored_where_the_data_are(
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("ignore", IGNORED)
 def test_enumerated_labels_of_places_give_the_root(smoothing: float, ignore: int) -> None:
-    """Scores of 3 classes at 2 places, over all 9 labels, and what `sample` returns for each of them."""
+    """Scores of 3 classes at 2 places, over all 9 labels, and what `sample` returns for each of
+    them.
+    """
     z, y = normal(4, 3, 2), torch.tensor([[0, 1], [ignore, 2], [1, ignore], [ignore, ignore]])
     likelihood, p = Categorical(ignore, smoothing), z.softmax(1)
     total, seen = torch.zeros(4, 6, 6, dtype=z.dtype), torch.zeros(4, dtype=z.dtype)
@@ -668,7 +675,8 @@ def test_labels_change_nothing_where_the_hessian_has_none(name: str) -> None:
     assert torch.equal(likelihood.sample(z, generator(), y), likelihood.sample(z, generator()))
 
 
-# --------------------------------------------------------------------------------------------------- a likelihood of one's own
+# ---------------------------------------------------------------------------------------------------
+# a likelihood of one's own
 
 
 class Recorder:
@@ -804,7 +812,9 @@ def test_labels_go_where_a_class_takes_them(own: type[Recorder]) -> None:
 
 
 def test_a_method_that_an_instance_carries() -> None:
-    """Two instances of one type need not take the same arguments; nor need a method that was exchanged."""
+    """Two instances of one type need not take the same arguments; nor need a method that was
+    exchanged.
+    """
     bare, asking = (types.SimpleNamespace(check=None, loss=None) for _ in range(2))
     bare.root, bare.sample = (lambda z: "bare"), (lambda z, generator: "bare")
     asking.root, asking.sample = (lambda z, y: y), (lambda z, generator, y: y)

@@ -173,7 +173,9 @@ def _write_for_ever(path: Path) -> None:
 
 
 def test_the_file_opens_after_sigkill_at_twenty_random_moments(tmp_path: Path) -> None:
-    """Twenty kills; on a machine that is busy elsewhere more, and later ones, until they have fallen at four places."""
+    """Twenty kills; on a machine that is busy elsewhere more, and later ones, until they have
+    fallen at four places.
+    """
     path, seen = tmp_path / "run.h5", []
     moments = np.random.default_rng(0).uniform(0.02, 0.25, 100)
     for moment in moments * np.repeat([1, 2, 4, 8, 16], 20):
@@ -196,7 +198,9 @@ def test_the_file_opens_after_sigkill_at_twenty_random_moments(tmp_path: Path) -
 
 
 def test_what_is_taken_more_rarely_has_an_axis_of_its_own(tmp_path: Path) -> None:
-    """In chunks; through the file, and through a state without pickled code; along several seeds."""
+    """In chunks; through the file, and through a state without pickled code; along several
+    seeds.
+    """
     coordinates = {"algorithm": ["a", "b"]}
     variables = {
         "rare": {"long_name": "rare", "units": "s"},

@@ -29,7 +29,9 @@ def resident() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_is_kept_and_may_be_asked_for_more_than_once() -> None:
-    """In a fork, since it is for good: 64 MB that are freed go back to the system before, and stay after."""
+    """In a fork, since it is for good: 64 MB that are freed go back to the system before, and stay
+    after.
+    """
 
     def work() -> None:
         def stays() -> float:

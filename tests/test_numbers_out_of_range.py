@@ -1,8 +1,10 @@
-"""Numbers that leave the finite range: whatever method, whatever error they lead to, the method is named and nothing is moved.
+"""Numbers that leave the finite range: whatever method, whatever error they lead to, the method is
+named and nothing is moved.
 
-A contract over the whole of ALGORITHMS: a NaN or Inf is put into one derivative, a loss, a factorisation, and what follows is
-either `Diverged`, with the method's and the block's name and the weights as they were, or a skip that is said, after which the
-method learns again. A new line of the table is tested here without a new test.
+A contract over the whole of ALGORITHMS: a NaN or Inf is put into one derivative, a loss, a
+factorisation, and what follows is either `Diverged`, with the method's and the block's name and the
+weights as they were, or a skip that is said, after which the method learns again. A new line of the
+table is tested here without a new test.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def _no_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Poison(nn.Module):
-    """Passes numbers through; where it is armed one of them, or one derivative of one pass back, becomes `value`."""
+    """Passes numbers through; where it is armed one of them, or one derivative of one pass back,
+    becomes `value`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,14 +249,17 @@ def check_error(case: Case, error: Exception | None) -> None:
         assert "block" in line
 
 
-# ------------------------------------------------------------------------------------------------ the contract
+# ------------------------------------------------------------------------------------------------
+# the contract
 
 
 @algorithms
 def test_derivatives_of_the_first_look(name: str) -> None:
-    """Nothing moves, the block is named, and no statistic takes it up: the next steps are as if it had not come.
+    """Nothing moves, the block is named, and no statistic takes it up: the next steps are as if it
+    had not come.
 
-    Then of the last pass alone, of labels drawn or the exact one; of methods that read the data's labels it is the only one.
+    Then of the last pass alone, of labels drawn or the exact one; of methods that read the data's
+    labels it is the only one.
     """
     case, same = Case(name), Case(name)
     with poisoned(case, "first", value_for(name)):
@@ -278,7 +285,9 @@ def test_derivatives_of_the_first_look(name: str) -> None:
 
 @algorithms
 def test_the_second_look_and_the_loss(name: str) -> None:
-    """The pair is left out, counted and said, and the next pair is learnt from. A loss that is not finite ends the step."""
+    """The pair is left out, counted and said, and the next pair is learnt from. A loss that is not
+    finite ends the step.
+    """
     case = Case(name)
     found = outcome(case, poisoned(case, "second", value_for(name)))
     assert found.error is None
@@ -347,7 +356,8 @@ def test_a_damping_of_zero(name: str) -> None:
         assert name.startswith(("k-bfgs", "kf-bfgs", "smw", "hf"))
 
 
-# ------------------------------------------------------------------------------------------------ singly
+# ------------------------------------------------------------------------------------------------
+# singly
 
 
 def test_a_pair_that_is_left_out_starts_the_averages_again() -> None:
@@ -542,7 +552,8 @@ def test_bad_input_stays_bad_input() -> None:
     assert not isinstance(of_damping.value, Diverged)
 
 
-# ------------------------------------------------------------------------------------------------ compare
+# ------------------------------------------------------------------------------------------------
+# compare
 
 
 def minibatches(case: Case, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -713,7 +724,8 @@ def test_the_commands_exit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [one["seed"] for one in json.loads(cl.open(out).attrs["diverged"])["adam"]] == [0, 1]
 
 
-# ------------------------------------------------------------------------------------------------ the sweep
+# ------------------------------------------------------------------------------------------------
+# the sweep
 
 
 def injections() -> dict[str, tuple[Callable[[Case], Any], bool]]:
@@ -758,7 +770,9 @@ class _Rates:
 
 @pytest.mark.slow
 def test_sweep() -> None:
-    """At least 1,500 short runs: every method, every injection, both precisions where numbers overflow in one alone."""
+    """At least 1,500 short runs: every method, every injection, both precisions where numbers
+    overflow in one alone.
+    """
     failures, total = [], 0
     for name in NAMES:
         for what, (inject, unmoved) in injections().items():

@@ -1,4 +1,6 @@
-"""Objective, closure, observation: one forward, the right gradients, the same labels for everyone, clear errors."""
+"""Objective, closure, observation: one forward, the right gradients, the same labels for everyone,
+clear errors.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_one_forward_serves_all_passes(model: str, likelihood: str, needs: set[s
 
 @zoo
 def test_gradient_is_the_one_of_autograd(model: str, likelihood: str) -> None:
-    """Two routes: the data pass through the captured layers; `closure()` through torch's own backward."""
+    """Two routes: the data pass through the captured layers; `closure()` through torch's own
+    backward.
+    """
     p = problem(model, likelihood)
     objective = p.objective()
     closure = objective.closure(p.x, p.y)
@@ -73,7 +77,9 @@ def test_gradient_is_the_one_of_autograd(model: str, likelihood: str) -> None:
 
 @zoo
 def test_a_look_for_the_gradient_alone(model: str, likelihood: str) -> None:
-    """The first one listens, the next does not: the same bits, alone and in company, and autograd's; nothing else is there."""
+    """The first one listens, the next does not: the same bits, alone and in company, and
+    autograd's; nothing else is there.
+    """
     p = problem(model, likelihood)
     objective = p.objective()
     heard = objective.closure(p.x, p.y).observe("gradient")
@@ -154,7 +160,9 @@ def test_model_pass_is_the_gradient_at_the_labels_drawn(model: str, likelihood: 
 
 @zoo
 def test_several_draws_are_as_many_model_passes(model: str, likelihood: str) -> None:
-    """Each vector times 1/√k, so that the second moment of all is the mean over the draws; the first is the single one's."""
+    """Each vector times 1/√k, so that the second moment of all is the mean over the draws; the
+    first is the single one's.
+    """
     p = problem(model, likelihood)
     objective = p.objective(seed=4)
     closure = objective.closure(p.x, p.y)
@@ -198,7 +206,9 @@ def test_several_draws_differ_and_have_no_gradient() -> None:
 
 
 def drawn_by(observe: Callable[[cl.Objective], object]) -> Tensor:
-    """g of the model pass of closure 3, after `observe` has done something with closures 1 and 2."""
+    """g of the model pass of closure 3, after `observe` has done something with closures 1 and
+    2.
+    """
     p = problem()
     objective = p.objective(seed=11)
     observe(objective)
@@ -356,7 +366,9 @@ def test_buffers_of_a_module_under_two_names_move_only_where_they_may() -> None:
 
 
 def test_gradients_with_batchnorm() -> None:
-    """An example's loss depends on the whole batch; the gradient of the mean is right all the same."""
+    """An example's loss depends on the whole batch; the gradient of the mean is right all the
+    same.
+    """
     net, x, y = normbatch()
     objective = cl.Objective(net, cl.likelihoods.Gaussian())
     closure = objective.closure(x, y)
@@ -390,7 +402,9 @@ def test_unknown_pass_names_the_known() -> None:
     p = problem()
     with pytest.raises(
         CurvlabError,
-        match=r"unknown pass 'modle'; did you mean 'model'\? \(known: gradient, data, model, exact\)",
+        match=(
+            r"unknown pass 'modle'; did you mean 'model'\? \(known: gradient, data, model, exact\)"
+        ),
     ):
         p.objective().closure(p.x, p.y).observe({"data", "modle"})
 
@@ -499,9 +513,18 @@ def test_model_must_return_one_tensor_with_a_row_for_each_example(
 
     objective = cl.Objective(Odd(2, 2), cl.likelihoods.Gaussian())
     message = {
-        "tuple": r"the model returned a tuple, not one tensor: wrap it in a module that picks one, .*self\.net\(x\)\[0\]",
-        "scalar": r"the model must return one tensor with 4 rows, one for each example, not \[\]: keep the batch as its first",
-        "fewer rows": r"the model must return one tensor with 4 rows, one for each example, not \[2, 2\]: keep the batch",
+        "tuple": (
+            r"the model returned a tuple, not one tensor: wrap it in a module that picks one,"
+            r" .*self\.net\(x\)\[0\]"
+        ),
+        "scalar": (
+            r"the model must return one tensor with 4 rows, one for each example, not \[\]: keep"
+            r" the batch as its first"
+        ),
+        "fewer rows": (
+            r"the model must return one tensor with 4 rows, one for each example, not \[2, 2\]:"
+            r" keep the batch"
+        ),
     }[outputs]
     with pytest.raises(CurvlabError, match=message) as caught:
         call(objective.closure(torch.ones(4, 2), torch.ones(4, 2)))
@@ -523,7 +546,10 @@ def test_errors_of_the_model_itself_pass_through() -> None:
     [
         (
             math.nan,
-            "the loss is nan: the weights 'weight' contain NaN or Inf; lower the learning rate or raise the damping",
+            (
+                "the loss is nan: the weights 'weight' contain NaN or Inf; lower the learning rate"
+                " or raise the damping"
+            ),
         ),
         (1e308, "the loss is inf: the model's outputs contain NaN or Inf"),
         (1e200, "the loss is inf: the outputs are finite, so the likelihood overflows"),

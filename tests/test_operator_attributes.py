@@ -1,4 +1,6 @@
-"""Every class that is an operator has `shape`, `dtype`, `device` and `T`, and takes a vector or columns of them."""
+"""Every class that is an operator has `shape`, `dtype`, `device` and `T`, and takes a vector or
+columns of them.
+"""
 
 from __future__ import annotations
 

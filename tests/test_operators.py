@@ -65,7 +65,7 @@ def layer_rows(
     g, a = normal(v, n, t, groups, o, seed=seed), normal(n, t, groups, i, seed=seed + 1)
     row = lambda w, m: torch.cat(
         [sum(torch.kron(g[w, m, s, c], a[m, s, c]) for s in range(t)) for c in range(groups)]
-    )  # noqa: E731
+    )
     return LayerRows(g, a), torch.stack([row(w, m) for w in range(v) for m in range(n)])
 
 
@@ -145,7 +145,9 @@ def diagonal(order: int) -> tuple[Operator, Tensor]:
 
 
 def compact(base: tuple[Operator, Tensor], k: int = 4) -> tuple[Operator, Tensor]:
-    """A definite matrix with an indefinite core: half of what is added to M is positive, half is negative."""
+    """A definite matrix with an indefinite core: half of what is added to M is positive, half is
+    negative.
+    """
     operator, matrix = base
     rows = normal(k, len(matrix), seed=6)
     core = normal(k, k, seed=7)
@@ -536,7 +538,9 @@ def test_low_rank_needs_damping_to_be_inverted(damping: float) -> None:
 
 
 def test_woodbury_whose_damping_had_to_be_raised_uses_one_damping_everywhere() -> None:
-    """A Gram matrix of 4e6 everywhere swallows a damping of 1e-12: it is 1e-9 that holds, in the factor and outside."""
+    """A Gram matrix of 4e6 everywhere swallows a damping of 1e-12: it is 1e-9 that holds, in the
+    factor and outside.
+    """
     rows = Rows(torch.full((3, 4), 1e3, dtype=torch.float64))
     with pytest.warns(
         CurvlabWarning,

@@ -1,4 +1,6 @@
-"""Descent and optimizer: against `torch.optim` where they are the same, and what a torch user expects of an optimizer."""
+"""Descent and optimizer: against `torch.optim` where they are the same, and what a torch user
+expects of an optimizer.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------------ against torch.optim
+# ------------------------------------------------------------------------------------------------
+# against torch.optim
 
 
 def run_ours(
@@ -186,7 +189,8 @@ def test_constant_gradients_leave_the_corrected_average_where_it_is() -> None:
         torch.testing.assert_close(momentum({"1": g})["1"], g, rtol=1e-13, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------ warm start
+# ------------------------------------------------------------------------------------------------
+# warm start
 
 
 def count_forwards(model: nn.Module) -> list[int]:
@@ -254,7 +258,9 @@ def test_an_empty_warm_start_leaves_everything_as_it_was() -> None:
 
 
 def test_warm_start_uses_the_damping_of_the_first_group() -> None:
-    """For KFAC the first direction comes from the warm start's inverse: a damping set before it must count."""
+    """For KFAC the first direction comes from the warm start's inverse: a damping set before it
+    must count.
+    """
     p = problem("tanh")
     directions = []
     for at_start, in_group in ((0.1, 5.0), (5.0, 5.0)):
@@ -270,7 +276,8 @@ def test_warm_start_uses_the_damping_of_the_first_group() -> None:
     assert same(*directions)
 
 
-# ------------------------------------------------------------------------------------------------ step
+# ------------------------------------------------------------------------------------------------
+# step
 
 
 @pytest.mark.parametrize("model", REPRESENTATIVE)
@@ -357,7 +364,8 @@ def test_damping_in_the_first_group_takes_effect_at_once(name: str) -> None:
     assert same(weights(changed), weights(built))
 
 
-# ------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------------
+# errors
 
 
 @pytest.mark.parametrize("name", ["kfac-ef", "tnt-ef", "shampoo", "block-ef"])
@@ -416,7 +424,9 @@ WITHOUT_WAITING = ["sgd-m", "adam", "rmsprop", "kfac", "kfac-20", "kfac-ef", "kf
 
 @pytest.mark.parametrize("name", WITHOUT_WAITING)
 def test_a_step_on_a_gpu_reads_no_number(name: str) -> None:
-    """But where inverses are made (every T₂ steps; K-BFGS makes none after its first) and L-BFGS fills its memory."""
+    """But where inverses are made (every T₂ steps; K-BFGS makes none after its first) and L-BFGS
+    fills its memory.
+    """
     p = problem("tanh")
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=1e-3, **({"pairs": 3} if "-l" in name else {}))
@@ -535,7 +545,9 @@ def test_a_damping_out_of_range_in_the_group_is_an_error(name: str, damping: flo
 
 
 def test_a_failed_step_leaves_the_optimizer_usable() -> None:
-    """A minibatch that does not fit is refused; the next step is as if it had not come (labels aside: none are drawn)."""
+    """A minibatch that does not fit is refused; the next step is as if it had not come (labels
+    aside: none are drawn).
+    """
     p, q = problem("tanh"), problem("tanh")
     results = []
     for r, broken in ((p, True), (q, False)):
@@ -550,7 +562,8 @@ def test_a_failed_step_leaves_the_optimizer_usable() -> None:
     assert same(*results)
 
 
-# ------------------------------------------------------------------------------------------------ state_dict
+# ------------------------------------------------------------------------------------------------
+# state_dict
 
 
 def stepped(name: str, model: str = "tanh") -> Optimizer:
@@ -604,13 +617,16 @@ def test_loading_takes_lr_and_damping_of_the_groups() -> None:
     assert (loaded.param_groups[0]["lr"], loaded.param_groups[0]["damping"]) == (0.5, 7.0)
 
 
-# ------------------------------------------------------------------------------------------------ double-grad minibatches
+# ------------------------------------------------------------------------------------------------
+# double-grad minibatches
 
 
 @pytest.mark.parametrize("name", ["k-bfgs-20", "k-bfgs-l"])
 @pytest.mark.parametrize("every", [1, 2])
 def test_double_grad_averages_over_the_last_minibatch_too(name: str, every: int) -> None:
-    """Thesis 2.8.3: ∇f of both minibatches at the weights as they stand, where the last step has looked again (T)."""
+    """Thesis 2.8.3: ∇f of both minibatches at the weights as they stand, where the last step has
+    looked again (T).
+    """
     p = problem("tanh")
     objective = p.objective()
     optimizer = cl.optimizer(

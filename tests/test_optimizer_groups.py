@@ -1,4 +1,6 @@
-"""Parameter groups, copies, frozen and thawed parameters, and states of other models: what torch's users do to an optimizer."""
+"""Parameter groups, copies, frozen and thawed parameters, and states of other models: what torch's
+users do to an optimizer.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def made(
 
 
 def regroup(optimizer: Optimizer, *chosen: tuple[Callable[[str], bool], dict[str, float]]) -> None:
-    """Every group emptied, then one for each choice of names; whoever is chosen by none is in no group."""
+    """Every group emptied, then one for each choice of names; whoever is chosen by none is in no
+    group.
+    """
     named = optimizer.objective.parameters
     del optimizer.param_groups[:]
     for choice, options in chosen:
@@ -77,7 +81,8 @@ def bias(name: str) -> bool:
     return not weight(name)
 
 
-# ------------------------------------------------------------------------------------------------ weight decay of a group
+# ------------------------------------------------------------------------------------------------
+# weight decay of a group
 
 
 @algorithms
@@ -156,7 +161,8 @@ def test_weight_decay_of_the_descent_is_that_of_its_groups_and_of_a_comparison()
             )
 
 
-# ------------------------------------------------------------------------------------------------ momentum
+# ------------------------------------------------------------------------------------------------
+# momentum
 
 
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
@@ -207,7 +213,10 @@ def test_momentum_of_two_groups_that_differ_is_refused() -> None:
     before, state = weights(objective), list(flat(optimizer.state_dict()["curvlab"]["descent"]))
     for option, values in (("momentum", (0.9, 0.5)), ("damping", (1.0, 3.0))):
         optimizer.param_groups[1][option] = values[1]
-        line = rf"parameter groups 0 and 1 have {option} {values[0]:g} and {values[1]:g}: it is one for all"
+        line = (
+            rf"parameter groups 0 and 1 have {option} {values[0]:g} and {values[1]:g}: it is one"
+            r" for all"
+        )
         refusal(lambda: optimizer.step(objective.closure(p.x, p.y)), line)
         refusal(lambda: optimizer.warm_start([(p.x, p.y)]), line)
         optimizer.param_groups[1][option] = values[0]
@@ -257,7 +266,8 @@ def test_a_momentum_that_comes_back_goes_on_from_the_last_gradient(kind: Momentu
     assert not never.buffers
 
 
-# ------------------------------------------------------------------------------------------------ groups
+# ------------------------------------------------------------------------------------------------
+# groups
 
 
 def test_options_that_nothing_reads_are_refused() -> None:
@@ -294,7 +304,10 @@ def test_options_that_nothing_reads_are_refused() -> None:
 def test_tensors_that_are_not_the_objectives_are_refused() -> None:
     _, objective, optimizer = made("kfac")
     foreign = nn.Parameter(torch.zeros(3))
-    line = r"a tensor of shape \[3\] in a parameter group belongs to no block of this optimizer's objective: put it into the model"
+    line = (
+        r"a tensor of shape \[3\] in a parameter group belongs to no block of this optimizer's"
+        r" objective: put it into the model"
+    )
     for params in ([foreign], foreign, (p for p in [foreign])):
         refusal(lambda params=params: optimizer.add_param_group({"params": params}), line)
     refusal(
@@ -410,7 +423,8 @@ def test_learning_rates_of_tensors_and_of_a_schedule_by_group() -> None:
         scheduler.step()
 
 
-# ------------------------------------------------------------------------------------------------ copies
+# ------------------------------------------------------------------------------------------------
+# copies
 
 
 @algorithms
@@ -496,7 +510,8 @@ def test_pickling_says_what_to_do(use: Callable[[Optimizer], object]) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ frozen, thawed
+# ------------------------------------------------------------------------------------------------
+# frozen, thawed
 
 
 FREEZES: dict[str, Callable[[nn.Sequential], list[nn.Parameter]]] = {
@@ -534,7 +549,9 @@ def test_frozen_later_stands_still(name: str, what: str) -> None:
 
 
 def test_move_and_displacement_leave_alone_what_is_frozen() -> None:
-    """Also without an optimizer, as in a comparison; and a rate of 0 takes no part in what is not finite."""
+    """Also without an optimizer, as in a comparison; and a rate of 0 takes no part in what is not
+    finite.
+    """
     p = problem("tanh")
     objective = p.objective()
     direction = objective.closure(p.x, p.y).observe().gradients
@@ -559,7 +576,10 @@ def test_thawed_later_is_refused_by_name(name: str) -> None:
     optimizer.step(objective.closure(p.x, p.y))
     p.model[0].weight.requires_grad_(True)
     before = weights(objective)
-    line = r"parameters 0\.weight are trainable but belong to no block .*: make a new Objective, and a new optimizer of it"
+    line = (
+        r"parameters 0\.weight are trainable but belong to no block .*: make a new Objective, and a"
+        r" new optimizer of it"
+    )
     for _ in range(2):
         refusal(lambda: optimizer.step(objective.closure(p.x, p.y)), line)
     assert same(weights(objective), before)
@@ -607,7 +627,8 @@ def test_a_parameter_that_is_replaced_or_gone_is_refused() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ states of other models
+# ------------------------------------------------------------------------------------------------
+# states of other models
 
 
 def net(*widths: int, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -663,7 +684,10 @@ def refuses(optimizer: Optimizer, state: dict[str, Any], match: str) -> str:
 def test_a_state_of_other_widths_is_refused(name: str) -> None:
     """Faults, row 28: as many blocks, of other shapes. The block is named, and both shapes."""
     saved = stepped(name, 4, 5, 3).state_dict()
-    shapes = r"block 1 \(0\.weight, 0\.bias\) has shape \[7, 5\] but in the checkpoint is \[5, 5\]: build the same model first"
+    shapes = (
+        r"block 1 \(0\.weight, 0\.bias\) has shape \[7, 5\] but in the checkpoint is \[5, 5\]:"
+        r" build the same model first"
+    )
     refuses(stepped(name, 4, 7, 3), saved, shapes)
 
 
@@ -744,10 +768,15 @@ def test_a_state_without_an_inverse_of_other_widths_is_refused(name: str) -> Non
 @algorithms
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_state_of_another_dtype_is_refused(name: str, alone: bool) -> None:
-    """Not cast: some of it is of double precision in any model, and a state is what goes on bit for bit."""
+    """Not cast: some of it is of double precision in any model, and a state is what goes on bit for
+    bit.
+    """
     saved = stepped(name, 4, 5, 3).state_dict()
     optimizer = stepped(name, 4, 5, 3, dtype=torch.float32)
-    line = r"is of torch.float32 but of torch.float64 in the checkpoint: build the model in the same dtype first"
+    line = (
+        r"is of torch.float32 but of torch.float64 in the checkpoint: build the model in the same"
+        r" dtype first"
+    )
     if not alone:
         refuses(optimizer, saved, line)
         return
@@ -808,7 +837,8 @@ def test_a_state_of_other_groups_is_refused_with_nothing_taken() -> None:
     refuses(
         other,
         one.state_dict(),
-        r"the checkpoint has groups of \[3, 3\] parameters but this optimizer of \[6\]: make the same",
+        r"the checkpoint has groups of \[3, 3\] parameters but this optimizer of \[6\]: make the"
+        r" same",
     )
     regroup(other, (weight, {}), (bias, {}))
     other.load_state_dict(one.state_dict())

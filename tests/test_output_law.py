@@ -1,4 +1,6 @@
-"""`output_law` on likelihoods of one's own, right and wrong ones: against torch.func, closed forms and enumerated labels."""
+"""`output_law` on likelihoods of one's own, right and wrong ones: against torch.func, closed forms
+and enumerated labels.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def output_hessian(likelihood: Likelihood, z: Tensor, y: Tensor) -> Tensor:
     return found.reshape(len(z), z[0].numel(), -1)
 
 
-# --------------------------------------------------------------------------------------------------- likelihoods of one's own
+# ---------------------------------------------------------------------------------------------------
+# likelihoods of one's own
 
 
 class Own:
@@ -98,7 +101,9 @@ L = torch.tensor([[2.0, 0, 0], [1, 1, 0], [-1, 0.5, 0.5]], dtype=torch.float64)
 
 
 class Correlated(Own):
-    """A Gaussian of precision L Lᵀ, right, with a root that is no square: its columns come in halves."""
+    """A Gaussian of precision L Lᵀ, right, with a root that is no square: its columns come in
+    halves.
+    """
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
         return 0.5 * ((z - y) @ L).square().sum(1)
@@ -130,7 +135,9 @@ class Heads(Own):
 
 
 class Precisions(Own):
-    """A Gaussian whose precisions are data: y = (targets, precisions) [N, 2, C]. Right, since root and sample see them."""
+    """A Gaussian whose precisions are data: y = (targets, precisions) [N, 2, C]. Right, since root
+    and sample see them.
+    """
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
         return 0.5 * (y[:, 1] * (z - y[:, 0]).square()).sum(1)
@@ -222,7 +229,9 @@ class NoHalf(Gaussian):
 
 
 class RatesByExponent(Own):
-    """Exponential waiting times, z the logarithm of their mean: ℓ = z + y e^{−z}; the Hessian is y e^{−z}, the Fisher 1."""
+    """Exponential waiting times, z the logarithm of their mean: ℓ = z + y e^{−z}; the Hessian is y
+    e^{−z}, the Fisher 1.
+    """
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
         return (z + y * (-z).exp()).flatten(1).sum(1)
@@ -235,7 +244,9 @@ class RatesByExponent(Own):
 
 
 class Rates(Own):
-    """Poisson counts whose rates are the outputs themselves, which must be positive: ∂²ℓ/∂z² = y / z²."""
+    """Poisson counts whose rates are the outputs themselves, which must be positive: ∂²ℓ/∂z² = y /
+    z².
+    """
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
         if bool((z <= 0).any()):
@@ -294,7 +305,9 @@ class Linear(Own):
 
 
 class Ordinal(Own):
-    """One latent number [N] and four ordered classes between three thresholds (proportional odds): log-concave."""
+    """One latent number [N] and four ordered classes between three thresholds (proportional odds):
+    log-concave.
+    """
 
     edges = torch.tensor([-1e3, -1.0, 0.3, 1.2, 1e3], dtype=torch.float64)
 
@@ -558,9 +571,10 @@ def test_what_is_found_of_a_likelihood(name: str) -> None:
     likelihood = case.likelihood()
     law = law_of(likelihood, case.z, case.y)
     assert law.why == "" or "\n" not in law.why
-    assert (whose(law, likelihood, case.z, case.y), law.follows) == (case.root, case.follows), (
-        law.why
-    )
+    assert (whose(law, likelihood, case.z, case.y), law.follows) == (
+        case.root,
+        case.follows,
+    ), law.why
     assert law.fisher_and_ggn_differ is not law.follows
     assert re.search(case.why, law.why), law.why
 
@@ -606,7 +620,9 @@ def test_masked_places_have_no_curvature() -> None:
 
 
 def test_enumerated_labels_of_what_follows() -> None:
-    """E[score scoreᵀ] over all labels is S Sᵀ where the law says so, and is not where it says that it is not."""
+    """E[score scoreᵀ] over all labels is S Sᵀ where the law says so, and is not where it says that
+    it is not.
+    """
     p = Z.softmax(1)
 
     def enumerated(likelihood: Likelihood) -> Tensor:
@@ -645,7 +661,9 @@ def test_single_precision_finds_the_same(name: str) -> None:
 def test_no_false_alarm_at_outputs_of_any_size(
     dtype: torch.dtype, scale: float, outputs: int
 ) -> None:
-    """Also where every probability rounds to 0 or 1, and where most labels are too rare to be drawn."""
+    """Also where every probability rounds to 0 or 1, and where most labels are too rare to be
+    drawn.
+    """
     for seed in range(4):
         z = (scale * normal(5, outputs, seed=seed)).to(dtype)
         cases: list[Likelihood] = [
@@ -698,7 +716,9 @@ def test_what_is_found_does_not_depend_on_the_unit_of_the_outputs(name: str, fac
 
 
 def test_a_root_that_leaves_what_is_convex_is_refused() -> None:
-    """Student-t is convex near the targets: there it has a root, and farther off the same root says that there is none."""
+    """Student-t is convex near the targets: there it has a root, and farther off the same root says
+    that there is none.
+    """
     y = PACKED[:, 0]
     law = law_of(StudentT(), y + 0.1 * Z, y)
     assert law.root is not None
@@ -742,7 +762,9 @@ def test_a_built_in_that_carries_a_loss_of_its_own_is_looked_at() -> None:
 
 @each
 def test_no_state_moves(name: str) -> None:
-    """Global random numbers, the outputs and labels, gradients; and the answer is the same each time, in any mode."""
+    """Global random numbers, the outputs and labels, gradients; and the answer is the same each
+    time, in any mode.
+    """
     case = CASES[name]
     likelihood, z, y = case.likelihood(), case.z.clone().requires_grad_(), case.y.clone()
     before = torch.random.get_rng_state()
@@ -762,7 +784,8 @@ def test_no_state_moves(name: str) -> None:
         assert torch.equal(law.root(z, y), root)
 
 
-# ------------------------------------------------------------------------------------------------------- what is no likelihood
+# -------------------------------------------------------------------------------------------------------
+# what is no likelihood
 
 
 def loss_of(

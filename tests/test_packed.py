@@ -64,7 +64,9 @@ def test_inputs_without_pairs_are_zero(active: list[int]) -> None:
 
 @pytest.mark.parametrize(("order", "count"), [(1, 1), (5, 3), (129, 4), (700, 2)])
 def test_second_moments_by_panels(order: int, count: int) -> None:
-    """Lower triangle alone, then mirrored; 129 is one more than a panel of the product, 700 more than one of the mirror."""
+    """Lower triangle alone, then mirrored; 129 is one more than a panel of the product, 700 more
+    than one of the mirror.
+    """
     rows, more = normal(count, order), normal(count, order, seed=1)
     matrix = torch.zeros(order, order, dtype=torch.float64)
     pk.accumulate_second_moment_(matrix, rows, 0.5)
@@ -161,7 +163,9 @@ def test_lower_triangle_and_damping(o: int, i: int, damping: float, seed: int) -
 @FEW
 @given(st.sets(st.integers(0, 7), min_size=1), st.sets(st.integers(0, 7)), st.integers(1, 3), SEEDS)
 def test_grow_keeps_the_matrix(old: set[int], more: set[int], o: int, seed: int) -> None:
-    """Inputs that were zero so far: the matrix of the larger input is the small one with zeros between."""
+    """Inputs that were zero so far: the matrix of the larger input is the small one with zeros
+    between.
+    """
     before, after = torch.tensor(sorted(old)), torch.tensor(sorted(old | more))
     g = normal(2, 4, o, seed=seed)
     a = torch.zeros(4, 8, dtype=g.dtype)

@@ -1,4 +1,6 @@
-"""Probes against the exact matrices, the noise of gradients, what methods hold: by dense autograd and one example at a time."""
+"""Probes against the exact matrices, the noise of gradients, what methods hold: by dense autograd
+and one example at a time.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def small() -> tuple[cl.Objective, Tensor, Tensor]:
 
 
 def by_hand(objective: cl.Objective, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights, gradient, GGN and Hessian of mean loss and L2 term in the layout's order: jacobians of the bare model."""
+    """Weights, gradient, GGN and Hessian of mean loss and L2 term in the layout's order: jacobians
+    of the bare model.
+    """
     W1, b1, W2, b2 = (p.detach() for p in objective.model.parameters())
     w = torch.cat(
         [torch.cat([W1, b1[:, None]], 1).flatten(), torch.cat([W2, b2[:, None]], 1).flatten()]
@@ -111,7 +115,9 @@ def test_reduction_against_the_dense_model() -> None:
 
 @pytest.mark.parametrize("name", ["smw-ng", "smw-gn", "hf", "lbfgs", "ssn", "s4qn", "full-ggn"])
 def test_the_model_and_the_condition_of_a_method_of_the_whole_vector(name: str) -> None:
-    """B = H⁻¹ − λI, H dense, after steps that have given pairs; the L2 term is in H of all but SMW and HF."""
+    """B = H⁻¹ − λI, H dense, after steps that have given pairs; the L2 term is in H of all but SMW
+    and HF.
+    """
     objective, x, y = small()
     optimizer = cl.optimizer(name, objective, lr=0.3, damping=0.3)
     for _ in range(3):

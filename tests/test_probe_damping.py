@@ -1,4 +1,6 @@
-"""The probe `damping`: against pairs put together again from what a step shows, and hand-written numbers."""
+"""The probe `damping`: against pairs put together again from what a step shows, and hand-written
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ VARIABLES = list(PROBES["damping"].variables)
 
 
 def looked(model: torch.nn.Module, x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean pre-activation, and mean derivative of each example's loss in it, of every linear layer: by autograd."""
+    """Mean pre-activation, and mean derivative of each example's loss in it, of every linear layer:
+    by autograd.
+    """
     layers = [m for m in model if isinstance(m, torch.nn.Linear)]
     kept: list[Tensor] = []
     handles = [m.register_forward_hook(lambda m, a, h: kept.append(h)) for m in layers]
@@ -38,7 +42,9 @@ def looked(model: torch.nn.Module, x: Tensor, y: Tensor) -> tuple[list[Tensor], 
 def test_pairs_of_k_bfgs_are_those_of_a_step_seen_from_outside(
     algorithm: str, damp: object
 ) -> None:
-    """s, y from two forwards and backwards of the bare model around each step; H_g as it stood before it; ratios by hand."""
+    """s, y from two forwards and backwards of the bare model around each step; H_g as it stood
+    before it; ratios by hand.
+    """
     p, lam = problem(), 0.3
     data = batches(p, 6)
     objective = p.objective()
@@ -90,7 +96,9 @@ def test_pairs_of_k_bfgs_are_those_of_a_step_seen_from_outside(
 
 
 def test_fractions_of_an_epoch_by_hand() -> None:
-    """Two samples of one pair and one of another; ratios that hold, just hold, do not, and of the wrong sign."""
+    """Two samples of one pair and one of another; ratios that hold, just hold, do not, and of the
+    wrong sign.
+    """
     nan = math.nan
     curvature = np.array(
         [[[[[4.0, 5.0], [nan, nan]]]], [[[[9.0, -1.0], [12.0, 3.0]]]]]
@@ -178,7 +186,9 @@ def test_pairs_of_every_quasi_newton_method_in_one_comparison() -> None:
 
 
 def test_pairs_of_l_bfgs_by_two_gradients_and_a_dense_inverse() -> None:
-    """u, v from the weights and gradients around a step, H dense as the direction was taken with."""
+    """u, v from the weights and gradients around a step, H dense as the direction was taken
+    with.
+    """
     p = problem()
     data = batches(p, 6)
     ds = cl.train(

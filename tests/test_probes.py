@@ -52,7 +52,9 @@ def test_cosines_are_those_of_torch() -> None:
 
 
 def test_numbers_stand_at_their_own_block_where_a_layer_has_no_rule() -> None:
-    """Its parameters lie between those of the others. The shapes, and so the norms of directions of ones, tell all apart."""
+    """Its parameters lie between those of the others. The shapes, and so the norms of directions of
+    ones, tell all apart.
+    """
     p = problem("norm")
     with torch.no_grad():
         for i, q in enumerate(p.model.parameters()):

@@ -1,4 +1,6 @@
-"""A model and its data by name: resolved in one place, and a user's function called once for each model that is needed."""
+"""A model and its data by name: resolved in one place, and a user's function called once for each
+model that is needed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Models and data sets on the command line: sized models, models of the user's, data that are not there."""
+"""Models and data sets on the command line: sized models, models of the user's, data that are not
+there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The README and the guide keep their word: scripts run, tables by hand name what the code holds, commands are what CI runs."""
+"""The README and the guide keep their word: scripts run, tables by hand name what the code holds,
+commands are what CI runs.
+"""
 
 from __future__ import annotations
 

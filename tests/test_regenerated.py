@@ -24,7 +24,9 @@ from curvlab.datasets.regenerated import (
 
 
 def outside(components: int, train: NDArray[np.float64], test: NDArray[np.float64]) -> float:
-    """Mean squared error of the test examples, outside the first principal components of the training examples."""
+    """Mean squared error of the test examples, outside the first principal components of the
+    training examples.
+    """
     mean = train.mean(0)
     _, vectors = np.linalg.eigh((train - mean).T @ (train - mean))
     basis, rest = vectors[:, -components:], test - mean
@@ -49,7 +51,10 @@ def test_curves_have_the_published_variance_and_error() -> None:
 
 
 def test_curves_depend_on_the_seed_alone(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002  # it must be left alone
+    before, numpys = (
+        torch.get_rng_state(),
+        np.random.get_state()[1].copy(),
+    )  # it must be left alone
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         monkeypatch.setenv("CURVLAB_CACHE", str(tmp_path / folder))
         curves(seed, train=1100, test=50)
@@ -61,7 +66,7 @@ def test_curves_depend_on_the_seed_alone(tmp_path, monkeypatch: pytest.MonkeyPat
     assert not torch.equal(parts["a"][0].x, parts["c"][0].x)
     assert [len(p) for p in parts["a"]] == [1100, 50]
     assert torch.equal(before, torch.get_rng_state())
-    assert (numpys == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert (numpys == np.random.get_state()[1]).all()
 
 
 @pytest.mark.parametrize("name", ["curves", "faces"])

@@ -1,6 +1,8 @@
-"""Every call that hostile use once broke, by kind, with its answer now: exit code and what the one line says.
+"""Every call that hostile use once broke, by kind, with its answer now: exit code and what the one
+line says.
 
-What needs a process, a signal or a damaged file of its own stands in a test elsewhere, which the row names.
+What needs a process, a signal or a damaged file of its own stands in a test elsewhere, which the
+row names.
 """
 
 from __future__ import annotations

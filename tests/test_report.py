@@ -1,4 +1,6 @@
-"""`curvlab report`: the page read back by parsers, its numbers by another route, its calls by the command line itself."""
+"""`curvlab report`: the page read back by parsers, its numbers by another route, its calls by the
+command line itself.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,9 @@ def _tiny() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, _tiny: None) -> Path:
-    """Folders of every kind of run, of which adam's was gone on with, and the report on all of them."""
+    """Folders of every kind of run, of which adam's was gone on with, and the report on all of
+    them.
+    """
     folder = tmp_path_factory.mktemp("report")
     for name, words in RUNS.items():
         assert call(*words, "--out", str(folder / name)) == 0
@@ -320,7 +324,8 @@ def test_the_numbers_are_the_logs(runs: Path, page: Page) -> None:
     ds = cl.open(runs / "compare")
     late = ds["cosine"].transpose("algorithm", "block", "seed", "step").values[..., 2:].mean(-1)
     rows = found[
-        "Mean cosine to kfac over the last three quarters of the steps, mean ± standard deviation of 2 seeds"
+        "Mean cosine to kfac over the last three quarters of the steps, mean ± standard deviation"
+        " of 2 seeds"
     ]
     assert rows[0] == ["algorithm", "layer 1", "layer 2"]
     for row, values in zip(rows[1:], late[1:], strict=True):
@@ -512,7 +517,9 @@ def test_runs_of_other_problems_are_not_drawn_together(runs: Path, tmp_path: Pat
 
 
 def probed() -> xr.Dataset:
-    """What a probe may log: an axis of its own, labels of its own, flags, one number everywhere, no number anywhere."""
+    """What a probe may log: an axis of its own, labels of its own, flags, one number everywhere, no
+    number anywhere.
+    """
     rng = np.random.default_rng(0)
     each, label = (
         ("damping_step", "algorithm", "block", "pair"),
@@ -585,7 +592,7 @@ def test_many_blocks_go_down_and_tables_without_end_stay_in_the_log() -> None:
     label = {"long_name": "something", "units": "1"}
     coords = {"step": [0], "algorithm": ["a", "b"], "block": [str(i) for i in range(40)]}
     ds = xr.Dataset({"v": (("step", "algorithm", "block"), values, label)}, coords)
-    ((table,), _) = tables.at_the_end(ds)
+    (table,), _ = tables.at_the_end(ds)
     assert table.columns == ("block", "a", "b")
     assert table.rows[7] == ("7", f"{values[0, 0, 7]:.4g}", f"{values[0, 1, 7]:.4g}")
     long = xr.Dataset(
@@ -728,7 +735,9 @@ def test_a_log_from_python_and_one_that_says_little(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory, _tiny: None) -> Path:
-    """A training run with every probe, one whose method no theorem bounds, comparisons that were killed early."""
+    """A training run with every probe, one whose method no theorem bounds, comparisons that were
+    killed early.
+    """
     folder = tmp_path_factory.mktemp("odd")
     every = [
         word

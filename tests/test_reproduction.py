@@ -1,4 +1,6 @@
-"""Figures and tables by name: all are there, and run in small; runs are shared and go on; claims and exponents by hand."""
+"""Figures and tables by name: all are there, and run in small; runs are shared and go on; claims
+and exponents by hand.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ COMPARISONS = {name: made for name in NAMES if isinstance(made := load(name), Co
 FIGURES = ["2.1", "2.2", *(f"2.{i}" for i in range(4, 8)), *(f"3.{i}" for i in range(1, 10)), *(f"4.{i}" for i in range(1, 7)),
            "5.1", "5.2", "5.3"]  # fmt: skip
 TABLES = ["2.1", "2.2", "2.3", "2.4", "3.1", "3.2", "3.3", "3.4", "3.6", "3.8", "3.9", "4.1", "4.2"]
-"""Of the thesis. Figure 2.3 is a landscape over a grid; Tables 2.5, 2.6, 3.5, 3.7, 3.10, 4.3 to 4.7 are the scripts' values."""
+"""Of the thesis. Figure 2.3 is a landscape over a grid; Tables 2.5, 2.6, 3.5, 3.7, 3.10, 4.3 to 4.7
+are the scripts' values.
+"""
 
 
 # ---- what there is
@@ -493,7 +497,9 @@ def test_exponents_by_hand() -> None:
 def test_what_is_held_is_the_table_of_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of Table 2.1, numbers of one layer counted: K-BFGS's H_a and H_g, A, s and y; 2 p d_o of L-BFGS."""
+    """Of Table 2.1, numbers of one layer counted: K-BFGS's H_a and H_g, A, s and y; 2 p d_o of
+    L-BFGS.
+    """
     scaling = load("table-2.2")
     assert isinstance(scaling, Scaling)
     options = Options("smoke", tmp_path, device="cpu")

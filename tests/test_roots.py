@@ -99,7 +99,9 @@ def test_float32_loses_what_the_condition_costs(p: int, condition: float) -> Non
 
 @orders
 def test_float32_newton_ends_where_rounding_stops_it(p: int) -> None:
-    """An unreachable tolerance: the error stays finite and small instead of growing for 100 iterations."""
+    """An unreachable tolerance: the error stays finite and small instead of growing for 100
+    iterations.
+    """
     root, error = inverse_root_newton(with_condition(1e4, dtype=torch.float32), p, tolerance=0.0)
     assert 0 < error < 1e-5
     assert bool(root.isfinite().all())

@@ -91,7 +91,9 @@ def test_log_of_a_comparison(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["conv", "conv-norm", "embedding"])
 def test_every_algorithm_in_one_comparison_on_other_layers(model: str) -> None:
-    """Filters, tokens and norms in the same run; where Kronecker factors do not exist their direction is the gradient's."""
+    """Filters, tokens and norms in the same run; where Kronecker factors do not exist their
+    direction is the gradient's.
+    """
     p = problem(model)
     objective = p.objective()
     grouped = [b.name for b in objective.blocks if b.groups > 1]
@@ -215,7 +217,9 @@ def test_on_a_gpu_as_on_the_cpu() -> None:
 
 
 def test_cosines_to_any_method_and_to_the_full_gauss_newton_matrix() -> None:
-    """Directions of every reference by dense matrices of the whole or of blocks, at the first step."""
+    """Directions of every reference by dense matrices of the whole or of blocks, at the first
+    step.
+    """
     p, lam = problem(), 0.1
     data = batches(p, 3)
     objective = problem().objective()

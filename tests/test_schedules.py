@@ -56,7 +56,10 @@ def test_options() -> None:
         (
             "stepp",
             {},
-            "unknown schedule 'stepp'; did you mean 'step'.*known: constant, step, cosine, .*ExponentialLR",
+            (
+                "unknown schedule 'stepp'; did you mean 'step'.*known: constant, step, cosine,"
+                " .*ExponentialLR"
+            ),
         ),
         ("step", {"evry": 1}, "unknown option of schedule step 'evry'; did you mean 'every'"),
         ("constant", {"every": 1}, "unknown option of schedule constant"),
@@ -182,7 +185,9 @@ BAD = ("abc", -1, 2**64, 10**400, math.nan, math.inf, True, None, [], {}, b"x", 
 
 @pytest.mark.parametrize("name", FITTING)
 def test_any_value_of_any_option_is_taken_or_refused_in_one_line(name: str) -> None:
-    """Of every schedule that torch has, and of ours: no other exception, and what is taken steps."""
+    """Of every schedule that torch has, and of ours: no other exception, and what is taken
+    steps.
+    """
     refused = 0
     for option in find(name).options:
         for value in BAD:

@@ -29,7 +29,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("model", ["tanh", "tokens"])
 def test_weights_have_the_fourth_root_and_biases_the_second(model: str, steps: int) -> None:
-    """k = 2: −1/4 for each factor; k = 1: −1/2. Statistics are the running mean of mean gradients' contractions."""
+    """k = 2: −1/4 for each factor; k = 1: −1/2. Statistics are the running mean of mean gradients'
+    contractions.
+    """
     p = problem(model)
     objective = p.objective()
     curvature = approximation("shampoo", objective, damping=EPSILON)
@@ -63,7 +65,9 @@ def root_of_ways(gradient: Tensor, epsilon: float = EPSILON) -> Tensor:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_is_a_variable_in_its_own_shape(model: str) -> None:
-    """Filters have three ways, outputs, inputs and pixels (4.7.2), a norm's weight has one, an embedding two."""
+    """Filters have three ways, outputs, inputs and pixels (4.7.2), a norm's weight has one, an
+    embedding two.
+    """
     p = problem(model)
     objective = p.objective()
     curvature = approximation("shampoo", objective, damping=0.01)
@@ -131,16 +135,18 @@ def test_ill_conditioned_statistics_give_the_root_that_the_precision_allows(
 def test_statistics_beyond_single_precision_give_a_positive_definite_root(
     size: float, ways: int
 ) -> None:
-    """Rounding puts eigenvalues of Ĝ + εI below ε, even below 0, where ‖g‖² eps > ε. They are at least ε: H ≤ ε^{−1/2k}.
+    """Rounding puts eigenvalues of Ĝ + εI below ε, even below 0, where ‖g‖² eps > ε. They are at
+    least ε: H ≤ ε^{−1/2k}.
 
-    H is positive definite up to the rounding of its own entries: a root in single precision is no better than eps ‖H‖.
+    H is positive definite up to the rounding of its own entries: a root in single precision is no
+    better than eps ‖H‖.
     """
     gradient = size * torch.randn(
         8, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
     statistic = gradient[:, :2] @ gradient[:, :2].T  # rank 2
     for way in ROOTS:
-        (root, *_) = shampoo_factors([statistic] * ways, EPSILON, way)
+        root, *_ = shampoo_factors([statistic] * ways, EPSILON, way)
         eigenvalues = torch.linalg.eigvalsh(root.double())
         assert float(eigenvalues[0]) > -torch.finfo(torch.float32).eps * float(eigenvalues[-1])
         assert float(eigenvalues[-1]) < 1.01 * EPSILON ** (-1 / (2 * ways))

@@ -1,4 +1,6 @@
-"""Ctrl-C and a cluster's signals, in every phase of a short run: one line, exit code 128 + n, nothing lost or half written."""
+"""Ctrl-C and a cluster's signals, in every phase of a short run: one line, exit code 128 + n,
+nothing lost or half written.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ NUMBERS = [pytest.param(n, id=signal.Signals(n).name) for n in SIGNALS]
 def by_signal(
     what: str, values: Sequence[Any], ids: Sequence[str] | None = None
 ) -> pytest.MarkDecorator:
-    """Each of `values` with SIGTERM and with one of the other signals in turn; with the rest when slow."""
+    """Each of `values` with SIGTERM and with one of the other signals in turn; with the rest when
+    slow.
+    """
     others = [n for n in SIGNALS if n != signal.SIGTERM]
     cases = []
     for i, value in enumerate(values):
@@ -130,7 +134,9 @@ def sending(
     *numbers: int,
     where: Callable[..., bool] = lambda *_, **__: True,
 ) -> list[int]:
-    """Send these signals to this process at call number `at`, from 1, of a function. How often it was called."""
+    """Send these signals to this process at call number `at`, from 1, of a function. How often it
+    was called.
+    """
     real, calls = getattr(owner, name), [0]
 
     def called(*words: object, **more: object) -> object:
@@ -205,8 +211,8 @@ def test_a_signal_in_a_step_loses_no_step(
         sending(patch, cl.Objective, "closure", step, number, where=is_step)
         said = ended(capsys, 128 + number, *RUN, "--out", str(out))
     name = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-    assert said == (
-        f"curvlab: interrupted{name}; the log so far is saved in {out / 'run.h5'}; "
+    assert (
+        said == f"curvlab: interrupted{name}; the log so far is saved in {out / 'run.h5'}; "
         f"go on with: curvlab train --resume --out {out}"
     )
     assert not parts(out)
@@ -334,7 +340,9 @@ def test_a_second_signal_comes_at_once_and_leaves_nothing_half_written(
 
 
 def test_a_signal_at_any_write_of_a_checkpoint_is_one_still(tmp_path: Path) -> None:
-    """torch's writer raises an error of its own in its place, unless nothing of a record is written yet."""
+    """torch's writer raises an error of its own in its place, unless nothing of a record is written
+    yet.
+    """
     state = {"a": torch.randn(100), "b": [torch.randn(3)] * 2, "c": 1}
     for n in range(1, 25):
         with pytest.MonkeyPatch.context() as patch, interrupt.listening():
@@ -373,7 +381,9 @@ def test_signals_that_come_together_are_one(
 
 
 def at_call(n: int, number: int, twice: int = 0) -> Callable[[FrameType, str, object], None]:
-    """A profiler that sends the signal at Python's n-th call of a function, and once more so many calls later."""
+    """A profiler that sends the signal at Python's n-th call of a function, and once more so many
+    calls later.
+    """
     count = [0]
 
     def seen(frame: FrameType, event: str, argument: object) -> None:
@@ -389,7 +399,9 @@ def at_call(n: int, number: int, twice: int = 0) -> Callable[[FrameType, str, ob
 def test_signals_at_calls_all_over_a_run(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wherever Python is: parsing, building, stepping, writing, drawing; once, or twice in a row, each a request of its own."""
+    """Wherever Python is: parsing, building, stepping, writing, drawing; once, or twice in a row,
+    each a request of its own.
+    """
     same_end(tmp_path / "0", whole)
     count = at_call(0, 0)
     sys.setprofile(count)
@@ -544,7 +556,9 @@ def test_in_another_thread_nothing_is_touched() -> None:
 
 
 def test_a_forked_child_dies_of_a_signal_as_ever() -> None:
-    """Pools and loaders end their processes so; forked within a step, a child must not wait for its end."""
+    """Pools and loaders end their processes so; forked within a step, a child must not wait for its
+    end.
+    """
     with interrupt.shielded() as shield, shield:
         child = os.fork()
         if not child:
@@ -556,7 +570,9 @@ def test_a_forked_child_dies_of_a_signal_as_ever() -> None:
 
 
 def test_what_a_loader_draws_belongs_to_the_step(tmp_path: Path) -> None:
-    """A signal while a minibatch is loaded that takes random numbers: gone on with, the same bits."""
+    """A signal while a minibatch is loaded that takes random numbers: gone on with, the same
+    bits.
+    """
 
     class Noisy:
         def __init__(self, kill: bool) -> None:
@@ -679,7 +695,10 @@ def test_a_real_process_that_slurm_ends(tmp_path: Path, monkeypatch: pytest.Monk
     assert process.returncode == 143, err
     assert out == ""
     resume = ["train", "--resume", *model, "--out", "run"]
-    said = "curvlab: interrupted by SIGTERM; the log so far is saved in run/run.h5; go on with: curvlab "
+    said = (
+        "curvlab: interrupted by SIGTERM; the log so far is saved in run/run.h5; go on with:"
+        " curvlab "
+    )
     assert err.splitlines()[-1] == said + " ".join(resume)
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["position"]["steps"] in (
         24,
@@ -708,7 +727,8 @@ def build():
 
 @pytest.mark.slow
 def test_sigkill_and_sigterm_at_a_hundred_random_moments_each(tmp_path: Path) -> None:
-    """With all probes: log and checkpoint open after each, every run ends to the bit, and after SIGTERM no step is lost.
+    """With all probes: log and checkpoint open after each, every run ends to the bit, and after
+    SIGTERM no step is lost.
 
     So many of each as CURVLAB_KILLS says.
     """
@@ -773,7 +793,8 @@ def test_sigkill_and_sigterm_at_a_hundred_random_moments_each(tmp_path: Path) ->
         assert all(torch.equal(p, two[name]) for name, p in one.items())
         (tmp_path / "steps").unlink()
         print(
-            f"run {runs}: {done[signal.SIGKILL]} SIGKILLs and {done[signal.SIGTERM]} SIGTERMs so far",
+            f"run {runs}: {done[signal.SIGKILL]} SIGKILLs and {done[signal.SIGTERM]} SIGTERMs"
+            " so far",
             flush=True,
         )
 

@@ -42,7 +42,9 @@ def parameters(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 MANY = ("cli/", "training/settings.py", "reproduction/comparison.py")
-"""A command has as many options as it has; and two values that hold a command's and a script's settings, by keyword."""
+"""A command has as many options as it has; and two values that hold a command's and a script's
+settings, by keyword.
+"""
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if not f.startswith(MANY)])

@@ -1,4 +1,6 @@
-"""SKQN against Alg. 1 of S2QN written out with dense matrices, and against the conditions that define it."""
+"""SKQN against Alg. 1 of S2QN written out with dense matrices, and against the conditions that
+define it.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ def fixed_sketch(
     return normal(m, k, seed=m)
 
 
-# ------------------------------------------------------------------------------------------------ Alg. 1, written out
+# ------------------------------------------------------------------------------------------------
+# Alg. 1, written out
 
 
 class ByHand:
@@ -202,11 +205,14 @@ def test_trajectory_is_algorithm_1(
         assert all(1 <= len(kept) <= 3 for kept in by_hand.kept.values())
 
 
-# ------------------------------------------------------------------------------------------------ conditions
+# ------------------------------------------------------------------------------------------------
+# conditions
 
 
 def quadratic(places: bool) -> Problem:
-    """One layer under ½ ‖z − y‖²: the Hessian in the outputs is I, the residuals are small, so that Λ̃ = I − G̃ is positive."""
+    """One layer under ½ ‖z − y‖²: the Hessian in the outputs is I, the residuals are small, so that
+    Λ̃ = I − G̃ is positive.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = (
@@ -224,7 +230,9 @@ def quadratic(places: bool) -> Problem:
 @pytest.mark.parametrize("places", [False, True], ids=["one-place", "nine-places"])
 @pytest.mark.parametrize("name", ["skqn-b1", "skqn-b2"])
 def test_conditions_19_and_20_hold_before_sketching(name: str, places: bool) -> None:
-    """(Â ⊗ (G̃ + Λ̃)) u = v̂ and (G̃ + Λ̃) Ũ = Ṽ of the last step, by autograd, the oracle's own pass and the moved weights."""
+    """(Â ⊗ (G̃ + Λ̃)) u = v̂ and (G̃ + Λ̃) Ũ = Ṽ of the last step, by autograd, the oracle's own
+    pass and the moved weights.
+    """
     p = quadratic(places)
     objective = p.objective()
     optimizer = cl.optimizer(
@@ -302,7 +310,8 @@ def test_l_satisfies_the_secant_equation_of_the_newest_pair() -> None:
     assert seen >= 10
 
 
-# ------------------------------------------------------------------------------------------------ positive definite
+# ------------------------------------------------------------------------------------------------
+# positive definite
 
 
 def small_layer(n: int = 6) -> tuple[Block, LayerStatistics]:
@@ -349,7 +358,9 @@ def test_l_stays_positive_definite(
 def test_b_stays_positive(
     condition: str, choice: Choice, seed: int, gamma: float, mu: float, lean: float
 ) -> None:
-    """Λ̃ positive definite with the symmetric P, up to the rounding of its largest eigenvalue; semi-definite with the others."""
+    """Λ̃ positive definite with the symmetric P, up to the rounding of its largest eigenvalue;
+    semi-definite with the others.
+    """
     layer, statistics = small_layer()
     block = SkqnB(layer, condition=condition, columns=2, gamma=gamma, choice=choice, mu=mu)
     block.update(statistics, 1.0)
@@ -409,7 +420,9 @@ def test_the_refinement_of_a_model_in_single_precision_is_of_double_precision() 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_rounding_of_the_pairs_has_made_is_left_out(dtype: torch.dtype) -> None:
-    """A column that is another one but for its rounding adds no direction, whatever the precision of the update."""
+    """A column that is another one but for its rounding adds no direction, whatever the precision
+    of the update.
+    """
     U, V = normal(4, 2).to(dtype), normal(4, 2, seed=1).to(dtype) + 3 * normal(4, 2).to(dtype)
     again = U[:, :1] * (1 + 4 * torch.finfo(dtype).eps * normal(4, 1, seed=2).to(dtype))
     assert not torch.equal(again, U[:, :1])
@@ -418,12 +431,15 @@ def test_what_rounding_of_the_pairs_has_made_is_left_out(dtype: torch.dtype) -> 
     assert found.matrix.dtype == torch.float64
 
 
-# ------------------------------------------------------------------------------------------------ a base that is kept
+# ------------------------------------------------------------------------------------------------ a
+# base that is kept
 
 
 @names
 def test_only_a_base_of_the_minibatch_itself_bounds_the_step(name: str) -> None:
-    """Of one example the base is the empirical Fisher matrix g gᵀ, so p = g / (‖g‖² + λ); one that is kept is linear in g."""
+    """Of one example the base is the empirical Fisher matrix g gᵀ, so p = g / (‖g‖² + λ); one that
+    is kept is linear in g.
+    """
     p = problem("linear", n=1)
     objective = p.objective()
     off = {"gamma": 0.0} | ({"pairs": 0} if name == "skqn-l" else {"columns": 0})
@@ -448,7 +464,8 @@ def test_only_a_base_of_the_minibatch_itself_bounds_the_step(name: str) -> None:
             assert float(direction.norm()) <= 1 / (2 * math.sqrt(DAMPING))
 
 
-# ------------------------------------------------------------------------------------------------ no refinement
+# ------------------------------------------------------------------------------------------------
+# no refinement
 
 
 OFF: dict[str, Callable[[Block, bool], object]] = {
@@ -495,7 +512,8 @@ def test_without_refinement_the_whole_is_damped_exactly(name: str) -> None:
     assert_near(block.matrix(0.3).dense(), dense, 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------ the rule (8)
+# ------------------------------------------------------------------------------------------------
+# the rule (8)
 
 
 @given(st.floats(1e-6, 1e6), st.floats(0, 1e30), st.floats(1e-3, 1), st.floats(1.01, 100))
@@ -608,7 +626,8 @@ def test_options_of_the_rule_are_known_checked_and_of_their_methods_alone(tmp_pa
     assert json.loads(cl.open(tmp_path).attrs["settings"])["own"] == {"r1": 0.2, "r2": 3}
 
 
-# ------------------------------------------------------------------------------------------------ what is asked for
+# ------------------------------------------------------------------------------------------------
+# what is asked for
 
 
 @pytest.mark.parametrize(

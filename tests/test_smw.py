@@ -1,4 +1,6 @@
-"""SMW-NG by block, SMW-NG and SMW-GN of the whole: small systems that must be the dense solve, to rounding; the LM rule."""
+"""SMW-NG by block, SMW-NG and SMW-GN of the whole: small systems that must be the dense solve, to
+rounding; the LM rule.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def random_like(shape: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("model", RULED)
 @pytest.mark.parametrize("damping", [1e-3, 1.0])
 def test_direction_is_the_dense_solve(model: str, labels: Pass, damping: float) -> None:
-    """(λI + (1/N) Σ vec vecᵀ) p = v with the rows of the pass, stacked and solved as a dense system (thesis (5.6))."""
+    """(λI + (1/N) Σ vec vecᵀ) p = v with the rows of the pass, stacked and solved as a dense system
+    (thesis (5.6)).
+    """
     p = problem(model)
     objective = p.objective()
     curvature = approximation("smw-ng-bd", objective, labels=labels, damping=damping)
@@ -52,7 +56,9 @@ def test_direction_is_the_dense_solve(model: str, labels: Pass, damping: float) 
 @pytest.mark.parametrize("model", RULED)
 @pytest.mark.parametrize("n", [1, 7, 40])
 def test_is_the_block_fisher_of_one_minibatch(model: str, labels: Pass, n: int) -> None:
-    """Also where there are more rows than parameters (n = 40), and where the passes sum over V and T."""
+    """Also where there are more rows than parameters (n = 40), and where the passes sum over V and
+    T.
+    """
     p = problem(model, n=n)
     objective = p.objective()
     smw, dense = (
@@ -117,7 +123,8 @@ def test_one_place_forms_no_gradients() -> None:
     assert operator.rows.a.shape == (7, 6)
 
 
-# ------------------------------------------------------------------------------------------------ the whole vector
+# ------------------------------------------------------------------------------------------------
+# the whole vector
 
 
 def flat(objective: cl.Objective, tensors: dict[str, Tensor]) -> Tensor:
@@ -142,7 +149,9 @@ def eye(n: int) -> Tensor:
 def test_smw_gn_is_the_dense_solve_of_the_whole(
     model: str, likelihood: str, size: int | None
 ) -> None:
-    """Groups, tokens, convolutions, tokens with padding, parameters without a rule; all of N₂ > N examples too."""
+    """Groups, tokens, convolutions, tokens with padding, parameters without a rule; all of N₂ > N
+    examples too.
+    """
     p = problem(model, likelihood)
     objective = p.objective()
     curvature = approximation("smw-gn", objective, damping=0.1, curvature_size=size)
@@ -177,7 +186,9 @@ def test_smw_ng_is_the_dense_solve_of_the_whole(model: str, likelihood: str, lab
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_is_the_thesis_by_either_formula(likelihood: str) -> None:
-    """(5.6) where every H_i has an inverse, (5.7) always; softmax has none, and S takes its place."""
+    """(5.6) where every H_i has an inverse, (5.7) always; softmax has none, and S takes its
+    place.
+    """
     p = problem("tanh", likelihood)
     objective = p.objective()
     curvature = approximation("smw-gn", objective, damping=0.2)
@@ -248,7 +259,9 @@ def test_one_place_forms_no_gradient_of_an_example(monkeypatch: pytest.MonkeyPat
 def test_rows_of_many_places_are_formed_where_they_are_fewer_numbers(
     places: int, formed: bool
 ) -> None:
-    """Tokens: T (V O + I) against V O I, at V = 3, O = 3, I = 5 of the last layer; the first goes its own way."""
+    """Tokens: T (V O + I) against V O I, at V = 3, O = 3, I = 5 of the last layer; the first goes
+    its own way.
+    """
     p = problem("tokens")
     p = Problem(
         p.model,
@@ -270,7 +283,9 @@ def test_rows_of_many_places_are_formed_where_they_are_fewer_numbers(
 @pytest.mark.parametrize("damping", [0.002, 0.12, 1.001, 30.0])
 @pytest.mark.parametrize("name", ["smw-ng", "smw-gn"])
 def test_damping_follows_the_reduction_ratio(name: str, damping: float, ratio: str) -> None:
-    """ρ of (5.5) by hand: dense B without λ on S₂, f and g on S₁, at p or at the step α p that was taken."""
+    """ρ of (5.5) by hand: dense B without λ on S₂, f and g on S₁, at p or at the step α p that was
+    taken.
+    """
     p = problem("tanh", n=9)
     objective = p.objective()
     optimizer = cl.optimizer(
@@ -336,7 +351,8 @@ def losses_and_slopes(
 
 
 def test_theorem_6() -> None:
-    """Full gradient, subsampled B, α = 1, steps with ρ < η taken back: f never rises, the gradient goes to zero.
+    """Full gradient, subsampled B, α = 1, steps with ρ < η taken back: f never rises, the gradient
+    goes to zero.
 
     Without rejection, from the same start, f rises.
     """
@@ -378,7 +394,8 @@ def test_the_whole_vector_needs_every_block() -> None:
         assert torch.equal(block.gather(found), expected[block.name])
 
 
-# ------------------------------------------------------------------------------------------------ by block, with the rule
+# ------------------------------------------------------------------------------------------------
+# by block, with the rule
 
 
 def test_damping_of_the_blocks_follows_their_model_together() -> None:

@@ -1,4 +1,6 @@
-"""Spectra against NumPy's eigenvalues of blocks by another route, and the estimates of Lanczos against both."""
+"""Spectra against NumPy's eigenvalues of blocks by another route, and the estimates of Lanczos
+against both.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,9 @@ def test_the_hessian_is_indefinite_and_gauss_newton_is_not() -> None:
 
 
 def test_of_a_piecewise_linear_network_no_block_is_indefinite_but_the_whole_is() -> None:
-    """ReLU: the outputs are linear in each layer's weights, so that the diagonal blocks of Π are zero."""
+    """ReLU: the outputs are linear in each layer's weights, so that the diagonal blocks of Π are
+    zero.
+    """
     p = problem("relu", n=20)
     ds = cl.spectrum(p.objective(), p.x, p.y, ("hessian", "ggn", "pi"), blocks=["all", "whole"])
     for block in ("1", "2"):
@@ -190,7 +194,9 @@ def test_lanczos_sees_a_small_matrix_whole() -> None:
 
 
 def test_what_lanczos_cannot_tell_from_zero_is_said() -> None:
-    """Gauss-Newton of 40 examples, 5 outputs: rank ≤ 200 of 630. Its kernel is near 0, none of it negative."""
+    """Gauss-Newton of 40 examples, 5 outputs: rank ≤ 200 of 630. Its kernel is near 0, none of it
+    negative.
+    """
     p = middling()
     run = cl.spectrum(
         p.objective(), p.x, p.y, ["ggn"], "lanczos", blocks=["1"], draws=4, steps=60
@@ -202,7 +208,9 @@ def test_what_lanczos_cannot_tell_from_zero_is_said() -> None:
 
 
 def test_the_error_of_what_is_negative_reaches_the_truth() -> None:
-    """Half of the eigenvalues of a Hessian are negative, and most of those too small for Lanczos: faults, row 34."""
+    """Half of the eigenvalues of a Hessian are negative, and most of those too small for Lanczos:
+    faults, row 34.
+    """
     p = middling()
     exactly, run = (
         cl.spectrum(

@@ -1,4 +1,6 @@
-"""The world between two looks stands still, or that it does not is said: data, weights, modes. And chance, read and set."""
+"""The world between two looks stands still, or that it does not is said: data, weights, modes. And
+chance, read and set.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,23 @@ from curvlab.system import random_state
 
 CPU = torch.device("cpu")
 N = 11
-OTHER_DATA = r"the loader gave other data than at the first pass .*: give list\(loader\), or a loader with shuffle=False$"
-OTHER_ORDER = r"the loader gave its data in another order than .*: give list\(loader\), or a loader with shuffle=False$"
+OTHER_DATA = (
+    r"the loader gave other data than at the first pass .*: give list\(loader\), or a loader with"
+    r" shuffle=False$"
+)
+OTHER_ORDER = (
+    r"the loader gave its data in another order than .*: give list\(loader\), or a loader with"
+    r" shuffle=False$"
+)
 CHANGED = "the data have been changed in place since the first pass .*: make it again$"
 MOVED = "the model's weights have moved since this product was made: make it again"
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def with_kinds(names: Iterable[str]) -> pytest.MarkDecorator:
-    """Every name with labels that are drawn, which are by place, and with two of the other kinds in turn; the rest slow."""
+    """Every name with labels that are drawn, which are by place, and with two of the other kinds in
+    turn; the rest slow.
+    """
     others = [kind for kind in KINDS if kind != "fisher-mc"]
 
     def slow(i: int, kind: str) -> bool:
@@ -78,7 +88,8 @@ def near(found: Tensor, wanted: Tensor) -> None:
     assert float((found - wanted).norm()) <= 1e-12 * float(wanted.norm())
 
 
-# ------------------------------------------------------------------------------------------------ data: loaders
+# ------------------------------------------------------------------------------------------------
+# data: loaders
 
 
 def pairs() -> TensorDataset:
@@ -86,7 +97,9 @@ def pairs() -> TensorDataset:
 
 
 class Own:
-    """A loader of one's own: at every pass a new order, in minibatches of 4, the last dropped or not."""
+    """A loader of one's own: at every pass a new order, in minibatches of 4, the last dropped or
+    not.
+    """
 
     def __init__(self, drop_last: bool) -> None:
         self.drop_last = drop_last
@@ -170,7 +183,9 @@ OTHER_ORDERS: dict[str, Callable[[], Loader]] = {
     "shuffled within minibatches": lambda: DataLoader(pairs(), batch_sampler=ManyOrders()),
     "own": lambda: Own(drop_last=False),
 }
-"""The same examples in another order: one mean over examples, but for labels that are drawn by place."""
+"""The same examples in another order: one mean over examples, but for labels that are drawn by
+place.
+"""
 
 OTHERS: dict[str, Callable[[], Loader]] = {
     "shuffled, the last dropped": lambda: DataLoader(pairs(), 4, shuffle=True, drop_last=True),
@@ -288,7 +303,9 @@ def test_whatever_reads_a_loader_several_times(reads: str) -> None:
 @kinds
 @pytest.mark.parametrize("many", [False, True])
 def test_data_that_are_changed_in_place(many: bool, kind: str) -> None:
-    """One minibatch is linearised once, and products go on with what it held, or with what it holds: no one could say."""
+    """One minibatch is linearised once, and products go on with what it held, or with what it
+    holds: no one could say.
+    """
     o, (x, y) = objective(), data()
     given = ([(x[:4], y[:4]), (x[4:], y[4:])],) if many else (x, y)
     v = vector(o)
@@ -358,7 +375,8 @@ def test_spectra_of_another_order(name: str, method: str) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ weights and modes
+# ------------------------------------------------------------------------------------------------
+# weights and modes
 
 EDITS: dict[str, Callable[[nn.Module], object]] = {
     "scaled": lambda m: m[0].weight.data.mul_(2),
@@ -383,16 +401,18 @@ def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: s
         found = cl.exact.product(o := objective(), *given, kind=kind)
         assert torch.equal(found @ v, found @ v)
         EDITS[name](o.model)
-        for use in (lambda: found @ v, found.diag, found.trace):  # noqa: B023
+        for use in (lambda: found @ v, found.diag, found.trace):
             with pytest.raises(CurvlabError, match=MOVED):
                 use()
     if name not in ("another parameter", "taken away"):
         again = cl.exact.product(o, *data(), kind)
         near(
             again @ v,
-            cl.exact.matrix(o, *data(), kind, None).dense() @ v
-            if kind != "fisher-mc"
-            else again @ v,
+            (
+                cl.exact.matrix(o, *data(), kind, None).dense() @ v
+                if kind != "fisher-mc"
+                else again @ v
+            ),
         )
 
 
@@ -425,7 +445,9 @@ def test_another_mode_is_refused(kind: str) -> None:
 
 
 def test_what_stands_still_is_not_said_to_move() -> None:
-    """However many threads add up, whatever is done with the model; buffers that come with the first pass; NaN in a buffer."""
+    """However many threads add up, whatever is done with the model; buffers that come with the
+    first pass; NaN in a buffer.
+    """
 
     class Caching(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -458,7 +480,8 @@ def test_what_stands_still_is_not_said_to_move() -> None:
         torch.set_num_threads(threads)
 
 
-# ------------------------------------------------------------------------------------------------ no_grad, inference_mode
+# ------------------------------------------------------------------------------------------------
+# no_grad, inference_mode
 
 
 @kinds
@@ -512,7 +535,8 @@ def test_training_under_any_mode(mode: Callable[[], torch.no_grad]) -> None:
         assert torch.equal(a, b)
 
 
-# ------------------------------------------------------------------------------------------------ names
+# ------------------------------------------------------------------------------------------------
+# names
 
 
 def test_one_name_is_no_list_of_letters() -> None:
@@ -546,7 +570,8 @@ def test_what_is_no_block(block: object) -> None:
         cl.exact.product(objective(), *data(), "ggn", block)
 
 
-# ------------------------------------------------------------------------------------------------ chance
+# ------------------------------------------------------------------------------------------------
+# chance
 
 DRAWS: dict[str, Callable[[], object]] = {
     "torch": lambda: torch.rand(()),
@@ -582,7 +607,7 @@ def test_kept_and_replayed(name: str) -> None:
     with random_state.replayed(start, CPU):
         assert [float(draw()) for _ in range(3)] == first
     assert not random_state.drawn_since(now, CPU)
-    with pytest.raises(KeyError), random_state.kept(CPU):  # noqa: PT012
+    with pytest.raises(KeyError), random_state.kept(CPU):
         draw()
         raise KeyError
     assert not random_state.drawn_since(now, CPU)
@@ -618,11 +643,11 @@ def test_another_generator_of_numpys() -> None:
         np.random.mtrand.set_bit_generator(np.random.PCG64(3))
         states = random_state.states(CPU)
         assert not random_state.drawn_since(states, CPU)
-        first = np.random.rand()  # noqa: NPY002
+        first = np.random.rand()
         assert random_state.drawn_since(states, CPU)
         random_state.set_states(random_state.Chance.of(states.state_dict()), CPU)
         assert not random_state.drawn_since(states, CPU)
-        assert np.random.rand() == first  # noqa: NPY002
+        assert np.random.rand() == first
     finally:
         np.random.mtrand.set_bit_generator(kept)
 

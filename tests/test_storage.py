@@ -1,4 +1,6 @@
-"""What lies on the disk: full ones, flipped bits, contents that no run wrote, two runs in one folder, code named by a file."""
+"""What lies on the disk: full ones, flipped bits, contents that no run wrote, two runs in one
+folder, code named by a file.
+"""
 
 from __future__ import annotations
 
@@ -221,7 +223,9 @@ def test_other_readers_pass_over_the_seal(finished: Path) -> None:
 
 
 def taken(folder: Path, flips: int, tmp_path: Path, seed: int) -> list[tuple[str, int]]:
-    """(file, bit) of single bits that were flipped unseen; half of the places are in the seal or near the ends."""
+    """(file, bit) of single bits that were flipped unseen; half of the places are in the seal or
+    near the ends.
+    """
     draw, found = np.random.default_rng(seed), []
     readers: dict[str, Callable[[Path], object]] = {
         "run.h5": cl.open,
@@ -351,7 +355,9 @@ def written(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def all_refused(
     algorithm: str, state: dict[str, Any], cases: Iterator[tuple[Any, str, dict[str, Any]]]
 ) -> None:
-    """Each is one line. After all that were refused, the run is as it was, and the right state fits."""
+    """Each is one line. After all that were refused, the run is as it was, and the right state
+    fits.
+    """
     training, found, count = training_of(algorithm), [], 0
     before = copy.deepcopy(training.state_dict())
     for path, how, new in cases:
@@ -512,7 +518,9 @@ def test_a_file_system_without_locks_is_one_line(
 
 
 def stepless(folder: Path) -> None:
-    """As an earlier version left a folder that was killed between its first log and its first checkpoint."""
+    """As an earlier version left a folder that was killed between its first log and its first
+    checkpoint.
+    """
     training = _training(
         objective_of(net()), data().batches(5, seed=1), data(7, 1), Settings("k-bfgs"), Budget(3),
         Around(warm=(), probes={}), {}, {}, folder,

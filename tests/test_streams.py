@@ -1,4 +1,6 @@
-"""Standard output and error that are closed, full, end early, lack letters or are odd terminals: no traceback, no work lost."""
+"""Standard output and error that are closed, full, end early, lack letters or are odd terminals: no
+traceback, no work lost.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from test_cli import call
-from test_signals import RUN, small  # noqa: F401  # a fixture
+from test_signals import RUN, small  # a fixture
 
 import curvlab as cl
 from curvlab import starting
@@ -27,7 +29,7 @@ RESULTS = [["--version"], ["-h"], ["train", "-h"], LISTED]
 @contextmanager
 def to(out: str | int, err: str | int | None = None, encoding: str = "utf-8") -> Iterator[None]:
     """This process's standard output, and error, on other files."""
-    made = [None if where is None else open(where, "w", encoding=encoding) for where in (out, err)]  # noqa: SIM115
+    made = [None if where is None else open(where, "w", encoding=encoding) for where in (out, err)]
     before = sys.stdout, sys.stderr
     try:
         sys.stdout, sys.stderr = (new or old for new, old in zip(made, before, strict=True))
@@ -214,7 +216,9 @@ def run(command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str
 
 
 def test_a_process_with_head_closed_streams_and_a_backend_that_is_not_there(tmp_path: Path) -> None:
-    """What no test within this process shows: the interpreter's own exit, and what it does at the start."""
+    """What no test within this process shows: the interpreter's own exit, and what it does at the
+    start.
+    """
     done = run(
         "{ $CURVLAB list options; echo code $? >&2; } | head -1",
         tmp_path,
@@ -223,7 +227,10 @@ def test_a_process_with_head_closed_streams_and_a_backend_that_is_not_there(tmp_
     )
     assert done.stderr == "code 0\n"
     assert len(done.stdout.splitlines()) == 1
-    words = "train --model mlp-256-20 --batch-size 6000 --algorithm sgd-m --steps 2 --evaluate-samples 100 --out run"
+    words = (
+        "train --model mlp-256-20 --batch-size 6000 --algorithm sgd-m --steps 2 --evaluate-samples"
+        " 100 --out run"
+    )
     done = run(
         f"$CURVLAB {words} >&- 2>&-", tmp_path, MPLBACKEND="nosuch", PYTHONUTF8="0", LC_ALL="C"
     )
@@ -234,7 +241,10 @@ def test_a_process_with_head_closed_streams_and_a_backend_that_is_not_there(tmp_
 
 
 def test_closed_descriptors_are_taken_before_files_get_them() -> None:
-    script = "import os; from curvlab import starting; starting.begin(); print(os.fstat(2).st_rdev == os.stat('/dev/null').st_rdev)"
+    script = (
+        "import os; from curvlab import starting; starting.begin(); print(os.fstat(2).st_rdev =="
+        " os.stat('/dev/null').st_rdev)"
+    )
     source = Path(starting.__file__)
     script = f"import runpy; found = runpy.run_path({str(source)!r}); import os; found['begin']()\n"
     script += "print(os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev)"

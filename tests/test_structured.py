@@ -1,4 +1,6 @@
-"""L-BFGS, subsampled Newton and S4QN: (8), (9) to (14) of S2QN by dense algebra, and how fast they converge."""
+"""L-BFGS, subsampled Newton and S4QN: (8), (9) to (14) of S2QN by dense algebra, and how fast they
+converge.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def step(optimizer: torch.optim.Optimizer, objective: cl.Objective, x: Tensor, y
     )
 
 
-# ------------------------------------------------------------------------------------------------ (26), its derivatives
+# ------------------------------------------------------------------------------------------------
+# (26), its derivatives
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3])
@@ -101,7 +104,9 @@ def test_an_l2_term_below_zero_is_refused() -> None:
 @pytest.mark.parametrize("solver", ["direct", "cg"])
 @pytest.mark.parametrize("base", ["hessian", "fisher"])
 def test_the_base_is_the_closed_form_hessian(base: str, solver: str) -> None:
-    """GGN = Fisher = Hessian of a linear model; L2 included; by Cholesky and by conjugate gradients."""
+    """GGN = Fisher = Hessian of a linear model; L2 included; by Cholesky and by conjugate
+    gradients.
+    """
     objective, x, y = logistic()
     curvature = cl.approximation(
         "ssn",
@@ -121,7 +126,9 @@ def test_the_base_is_the_closed_form_hessian(base: str, solver: str) -> None:
 @pytest.mark.parametrize(("labels", "kind"), [("exact", "ggn"), ("data", "ef")])
 @pytest.mark.parametrize("few", [True, False])
 def test_a_base_of_few_rows_is_their_low_rank_form(labels: str, kind: str, few: bool) -> None:
-    """(14) without pairs on a network: rows of all layers together, against the exact matrix of the sample."""
+    """(14) without pairs on a network: rows of all layers together, against the exact matrix of the
+    sample.
+    """
     p = problem("tanh", n=7 if few else 70)
     objective = p.objective()
     curvature = cl.approximation("ssn", objective, damping=0.1, base="fisher", labels=labels)
@@ -146,7 +153,8 @@ def test_sampled_labels_are_the_same_by_rows_and_by_products() -> None:
     assert_near(found[0], found[1], 1e-10)
 
 
-# ------------------------------------------------------------------------------------------------ (9) to (14)
+# ------------------------------------------------------------------------------------------------
+# (9) to (14)
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 5])
@@ -155,7 +163,9 @@ def test_sampled_labels_are_the_same_by_rows_and_by_products() -> None:
 def test_inverse_is_that_of_base_plus_refinement(
     base: str, labels: str, solver: str, pairs: int
 ) -> None:
-    """(12), (13), and (14) for the samples of few rows, against BFGS updates of a dense matrix; then secant equation (10)."""
+    """(12), (13), and (14) for the samples of few rows, against BFGS updates of a dense matrix;
+    then secant equation (10).
+    """
     objective, x, y = logistic(d=12, n=40)
     curvature = cl.approximation(
         "s4qn",
@@ -254,7 +264,9 @@ def test_samples_grow_by_the_factor_up_to_the_minibatch() -> None:
 
 
 def test_an_indefinite_hessian_raises_the_damping_of_the_step_alone() -> None:
-    """By eigenvalues where the matrix is formed, by conjugate gradients that met the negative direction otherwise."""
+    """By eigenvalues where the matrix is formed, by conjugate gradients that met the negative
+    direction otherwise.
+    """
     p = problem("tanh", n=30)
     objective = p.objective()
     lowest = float(cl.exact.product(objective, p.x, p.y, "hessian").eigvalsh()[0])
@@ -269,7 +281,8 @@ def test_an_indefinite_hessian_raises_the_damping_of_the_step_alone() -> None:
         assert curvature.damping == 1e-4
 
 
-# ------------------------------------------------------------------------------------------------ convergence
+# ------------------------------------------------------------------------------------------------
+# convergence
 
 
 def test_one_newton_step_solves_a_quadratic() -> None:
@@ -292,7 +305,9 @@ def test_one_newton_step_solves_a_quadratic() -> None:
 
 
 def test_lbfgs_is_torchs() -> None:
-    """On a network, full batch, no line search: torch's first step is min(1, 1/‖g‖₁) lr long, then lr."""
+    """On a network, full batch, no line search: torch's first step is min(1, 1/‖g‖₁) lr long, then
+    lr.
+    """
     p, q = problem("tanh", n=40), problem("tanh", n=40)
     objective = p.objective()
     ours = cl.optimizer("lbfgs", objective, lr=0.2, pairs=4)
@@ -358,7 +373,9 @@ def errors(name: str, steps: int, growing: bool = False, **own: object) -> list[
     ],
 )
 def test_superlinear_convergence(name: str, own: dict[str, object]) -> None:
-    """Theorem 3: samples that grow superlinearly. Ratios of successive errors fall, until rounding; L-BFGS's by thirds."""
+    """Theorem 3: samples that grow superlinearly. Ratios of successive errors fall, until rounding;
+    L-BFGS's by thirds.
+    """
     found = [e for e in errors(name, 16, **own) if e > 1e-14]
     assert len(found) < 16
     ratios = [b / a for a, b in pairwise(found)]
@@ -370,7 +387,9 @@ def test_superlinear_convergence(name: str, own: dict[str, object]) -> None:
 
 
 def test_refinement_beats_the_base_alone() -> None:
-    """6.1: "all settings of S4QN are the same as SSN except an additional quasi-Newton matrix". Means over five samplings."""
+    """6.1: "all settings of S4QN are the same as SSN except an additional quasi-Newton matrix".
+    Means over five samplings.
+    """
     ends: dict[str, float] = {}
     for name in ("ssn", "s4qn"):
         logs = []
@@ -387,7 +406,8 @@ def test_refinement_beats_the_base_alone() -> None:
     assert ends["s4qn"] < ends["ssn"] - 0.5
 
 
-# ------------------------------------------------------------------------------------------------ line searches
+# ------------------------------------------------------------------------------------------------
+# line searches
 
 
 def test_armijo_and_wolfe_conditions_hold() -> None:
@@ -443,7 +463,8 @@ def test_a_trial_leaves_the_parameters_to_the_bit() -> None:
     assert torch.equal(objective.model.weight, before)
 
 
-# ------------------------------------------------------------------------------------------------ sparse rows, state, errors
+# ------------------------------------------------------------------------------------------------
+# sparse rows, state, errors
 
 
 def test_sparse_rows_give_the_same_run() -> None:

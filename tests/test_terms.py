@@ -1,4 +1,6 @@
-"""Theorem 3: a block is the sum of its Kronecker products, term by term; where its approximations are exact."""
+"""Theorem 3: a block is the sum of its Kronecker products, term by term; where its approximations
+are exact.
+"""
 
 from __future__ import annotations
 
@@ -203,7 +205,9 @@ def per_token(likelihood: Likelihood, x: Tensor) -> Problem:
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "pi", "fisher"])
 def test_places_with_outputs_of_their_own_are_apart(likelihood: str, kind: str) -> None:
-    """Nothing is pooled: G_tt' = 0, and (3.4) is exact. Not for gradients at one label, whose outer products mix places."""
+    """Nothing is pooled: G_tt' = 0, and (3.4) is exact. Not for gradients at one label, whose outer
+    products mix places.
+    """
     x = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     p = per_token(LIKELIHOODS[likelihood](), x)
     for block in p.objective().blocks:
@@ -230,7 +234,9 @@ def test_places_that_all_see_the_same_can_be_averaged() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_deep_linear_network_with_squared_error_is_one_product(bias: bool) -> None:
-    """Linear in each layer: Hessian = GGN = Fisher = E[A] ⊗ G, with G the same for every example."""
+    """Linear in each layer: Hessian = GGN = Fisher = E[A] ⊗ G, with G the same for every
+    example.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = nn.Sequential(
@@ -298,7 +304,8 @@ def test_a_convolution_of_100_examples_at_64_places_fits() -> None:
     assert_near(s.dense(), cl.exact.matrix(objective, x, y, "hessian", "1").dense(), 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# ----------------------------------------------------------------------------------------------------------
+# bad input
 
 
 def test_blocks_that_are_no_sum() -> None:

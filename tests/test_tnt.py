@@ -44,7 +44,9 @@ def inverse_by_hand(weights: Tensor, epsilon: float) -> Tensor:
 
 
 def assert_direct_sum(found: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """`found` acts on a row-major [O, I] block as `weight` on W and as `bias` on its last column, and mixes nothing."""
+    """`found` acts on a row-major [O, I] block as `weight` on W and as `bias` on its last column,
+    and mixes nothing.
+    """
     outputs = len(bias)
     inputs = len(found) // outputs
     places = torch.arange(len(found)).view(outputs, inputs)
@@ -56,7 +58,9 @@ def assert_direct_sum(found: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 
 def inverse_of_ways(gradients: Tensor, epsilon: float) -> Tensor:
-    """⊗ᵢ (Ũᵢ + εI)⁻¹ of (4.10) from gradients [M, d₁, …, d_k] of any number of ways, with matricizations by hand."""
+    """⊗ᵢ (Ũᵢ + εI)⁻¹ of (4.10) from gradients [M, d₁, …, d_k] of any number of ways, with
+    matricizations by hand.
+    """
     shape = gradients.shape[1:]
     k, size = len(shape), math.prod(shape)
     c0 = (float(gradients.square().sum()) / len(gradients) / size) ** (
@@ -84,7 +88,9 @@ def variable_of(block: Block, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["tnt", "tnt-ef"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_is_a_variable_in_its_own_shape(name: str, model: str) -> None:
-    """Filters have three ways, outputs, inputs and pixels (4.7.2), a norm's weight has one, an embedding two."""
+    """Filters have three ways, outputs, inputs and pixels (4.7.2), a norm's weight has one, an
+    embedding two.
+    """
     p = problem(model)
     objective = p.objective()
     curvature = approximation(name, objective, damping=EPSILON)
@@ -161,7 +167,9 @@ def test_factors_of_the_per_sample_gradients_by_hand(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["tanh", "no-bias"])
 def test_contractions_without_rows_are_those_of_explicit_rows(model: str) -> None:
-    """At T = 1 no row is formed; a zero second place makes T = 2, where rows are, and changes no gradient."""
+    """At T = 1 no row is formed; a zero second place makes T = 2, where rows are, and changes no
+    gradient.
+    """
     p = problem(model)
     objective = p.objective()
     for block, s in zip(
@@ -199,7 +207,9 @@ def test_a_filter_as_large_as_the_image_has_three_ways_and_needs_no_rows() -> No
 
 @pytest.mark.parametrize("model", RULED)
 def test_exact_labels_sum_over_the_vectors_sent_back(model: str) -> None:
-    """Σ_v with S Sᵀ = ∂²ℓ/∂z²: E[G^(i)] over the model's own labels, not of the first column of S alone."""
+    """Σ_v with S Sᵀ = ∂²ℓ/∂z²: E[G^(i)] over the model's own labels, not of the first column of S
+    alone.
+    """
     p = problem(model)
     objective = p.objective()
     observation = objective.closure(p.x, p.y).observe({"exact"})
@@ -238,7 +248,9 @@ def test_batch_and_per_sample_agree_on_one_example(model: str) -> None:
 
 
 def test_batch_statistics_are_the_fisher_over_the_batch_size_on_average() -> None:
-    """Over all labels, each with the model's own probability, m E[G^(i)] of the batch-mean gradient is the per-sample one's."""
+    """Over all labels, each with the model's own probability, m E[G^(i)] of the batch-mean gradient
+    is the per-sample one's.
+    """
     p = problem("linear", n=3)
     objective = p.objective()
     probabilities = p.model(p.x).detach().softmax(1)
@@ -254,7 +266,9 @@ def test_batch_statistics_are_the_fisher_over_the_batch_size_on_average() -> Non
 
 
 def matrix_normal_roots(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """L₁, L₂ of G = L₁ Z L₂ᵀ: covariance (L₁L₁ᵀ) ⊗ (L₂L₂ᵀ) where Z has independent entries of variance 1."""
+    """L₁, L₂ of G = L₁ Z L₂ᵀ: covariance (L₁L₁ᵀ) ⊗ (L₂L₂ᵀ) where Z has independent entries of
+    variance 1.
+    """
     return normal(outputs, outputs, seed=1) + outputs * torch.eye(outputs), 0.3 * normal(
         inputs, inputs, seed=2
     )
@@ -269,7 +283,9 @@ def feed(block: Block, gradients: Tensor) -> Contracted:
 
 
 def test_recovers_the_factors_of_a_matrix_normal_gradient_exactly() -> None:
-    """Z over √(d₁d₂) times all unit matrices has covariance I exactly, so E[G^(i)] has no sampling error."""
+    """Z over √(d₁d₂) times all unit matrices has covariance I exactly, so E[G^(i)] has no sampling
+    error.
+    """
     L1, L2 = matrix_normal_roots(3, 4)
     units = torch.eye(12, dtype=torch.float64).view(12, 3, 4) * math.sqrt(12)
     block = layer(4, 3, bias=False)
@@ -337,7 +353,9 @@ def test_a_zero_bias_gradient_beside_a_weight_is_guarded_alone() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 2, 2), (2, 1, 2, 3, 2)])
 def test_a_variable_of_k_ways(shape: tuple[int, ...]) -> None:
-    """A parameter without a rule: ⊗ of k damped factors, each (4.10) with matricizations by hand."""
+    """A parameter without a rule: ⊗ of k damped factors, each (4.10) with matricizations by
+    hand.
+    """
     block = Block("1", ("w",), shape, None)
     gradients = normal(30, *shape)
     curvature = feed(block, gradients)
@@ -349,7 +367,9 @@ def test_a_variable_of_k_ways(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize("model", ["tanh", "tokens", "no-bias", "conv"])
 def test_idealised_tnt_is_the_expectation_over_all_data_and_labels(model: str, shown: bool) -> None:
-    """Alg. 14, line 4, at weights that have moved since the data were shown: one gradient for each example and label."""
+    """Alg. 14, line 4, at weights that have moved since the data were shown: one gradient for each
+    example and label.
+    """
     p = problem(model)
     objective = p.objective()
     data = [(p.x[:3], p.y[:3]), (p.x[3:], p.y[3:])] if shown else []  # minibatches of 3 and 4

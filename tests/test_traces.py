@@ -1,4 +1,6 @@
-"""Estimates of traces and diagonals: exact where they are to be, honest about their error elsewhere."""
+"""Estimates of traces and diagonals: exact where they are to be, honest about their error
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def ratio(off: Tensor, errors: Tensor) -> float:
 @trace_each
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_the_error_is_honest(name: str, spectrum: str) -> None:
-    """Within three standard errors in 95 % of 200 runs; nor is the error exaggerated: its square is the mean square error."""
+    """Within three standard errors in 95 % of 200 runs; nor is the error exaggerated: its square is
+    the mean square error.
+    """
     matrix = of_spectrum(spectrum, WIDE)
     off, errors = off_and_errors(name, matrix, products=40)
     assert float((off.abs() <= 3 * errors + rounding(matrix)).double().mean()) >= 0.95
@@ -215,7 +219,9 @@ def test_exact_for_a_low_rank_of_a_small_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["hutch++", "xtrace"])
 def test_low_rank_and_a_sketch_are_better_than_signs_alone(name: str) -> None:
-    """Errors of 200 runs at equal products, on a matrix of quickly falling eigenvalues: at least ten times less."""
+    """Errors of 200 runs at equal products, on a matrix of quickly falling eigenvalues: at least
+    ten times less.
+    """
     matrix = of_spectrum("algebraic")
     sketched, signs = (
         off_and_errors(n, matrix, products=30)[0].square().mean().sqrt()
@@ -268,7 +274,9 @@ def test_xtrace_is_the_mean_of_what_it_leaves_out_one_by_one(spectrum: str, prod
 
 @pytest.mark.parametrize("name", TRACES)
 def test_singular_values_below_rounding_are_no_harm(name: str) -> None:
-    """Eigenvalues from 1 to 1e-29: the sketch's R has no inverse in float64, and yet no digit is lost."""
+    """Eigenvalues from 1 to 1e-29: the sketch's R has no inverse in float64, and yet no digit is
+    lost.
+    """
     matrix = with_eigenvalues(0.1 ** torch.arange(ORDER, dtype=DOUBLE))
     off, errors = off_and_errors(name, matrix, products=36)
     assert float((off.abs() <= 3 * errors + rounding(matrix)).double().mean()) >= 0.95

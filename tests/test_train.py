@@ -1,4 +1,6 @@
-"""The training loop through its public call: the same numbers by hand-written loops, budgets, going on, divergence."""
+"""The training loop through its public call: the same numbers by hand-written loops, budgets, going
+on, divergence.
+"""
 
 from __future__ import annotations
 
@@ -257,7 +259,9 @@ def test_errors_of_the_documents() -> None:
 
 
 def test_evaluation_in_chunks_is_the_whole_and_changes_nothing() -> None:
-    """BatchNorm by its running statistics, dropout off; modes, buffers, labels to be drawn and generators as they were."""
+    """BatchNorm by its running statistics, dropout off; modes, buffers, labels to be drawn and
+    generators as they were.
+    """
     model = net(3, nn.BatchNorm1d(4), nn.Dropout(0.5))
     model[1].running_mean.normal_(generator=torch.Generator().manual_seed(1))
     model[2].eval()
@@ -435,7 +439,9 @@ def test_names_of_modules_in_eval_mode() -> None:
 
 
 def test_what_a_module_does_when_its_mode_changes_is_undone() -> None:
-    """Adapters that are merged into the weights in eval mode; a norm that its parent holds in eval mode."""
+    """Adapters that are merged into the weights in eval mode; a norm that its parent holds in eval
+    mode.
+    """
 
     class Adapted(nn.Linear):
         def __init__(self) -> None:
@@ -467,7 +473,9 @@ def test_what_a_module_does_when_its_mode_changes_is_undone() -> None:
 def test_a_model_by_name_trains_in_train_mode(
     built: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also where its function hands it over in eval mode, after an evaluation, and where the run goes on."""
+    """Also where its function hands it over in eval mode, after an evaluation, and where the run
+    goes on.
+    """
     seen: list[tuple[bool, bool]] = []
 
     def build() -> nn.Module:
@@ -579,11 +587,11 @@ def test_torch_schedulers_by_the_step_and_by_the_loss() -> None:
             .values.tolist()
         )
 
-    linear = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1 / (1 + k))  # noqa: E731
+    linear = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1 / (1 + k))
     assert rates(linear, schedule_every="step", algorithm="sgd-m") == [1.0, 1 / 5, 1 / 9, 1 / 13]
     plateau = lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(
         o, patience=0, threshold=1e9, threshold_mode="abs"
-    )  # noqa: E731
+    )
     assert rates(plateau, algorithm="sgd-m")[:3] == [1.0, 1.0, 1.0]
     with pytest.raises(cl.CurvlabError, match="ReduceLROnPlateau reads the loss"):
         rates(plateau, schedule_every="step")
@@ -628,7 +636,9 @@ KINDS: dict[str, Callable[[], object]] = {
 
 
 Cuts = list[tuple[int, float]]
-"""[(steps before the end, seconds between checkpoints)]: after every step, or at epochs' ends alone."""
+"""[(steps before the end, seconds between checkpoints)]: after every step, or at epochs' ends
+alone.
+"""
 EVERYWHERE: Cuts = [(steps, seconds) for steps in (0, 3, 4, 9) for seconds in (1e-9, 60.0)]
 
 
@@ -707,7 +717,9 @@ class Shifted(TensorDataset):
     ids=["random", "numpy", "torch"],
 )
 def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_path: Path) -> None:
-    """In the model and in the loader: Python's generator, numpy's (the second of two normal numbers too), torch's."""
+    """In the model and in the loader: Python's generator, numpy's (the second of two normal numbers
+    too), torch's.
+    """
 
     def loader() -> DataLoader:
         made = Shifted(data().x, data().y)
@@ -791,7 +803,9 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def fragile() -> nn.Module:
-    """Two linear layers: weights of 1e300 make outputs of Inf, where a tanh between them would not."""
+    """Two linear layers: weights of 1e300 make outputs of Inf, where a tanh between them would
+    not.
+    """
     model = net()
     return nn.Sequential(model[0], model[2])
 
@@ -801,7 +815,9 @@ def fragile() -> nn.Module:
 def test_divergence_ends_the_run_and_keeps_the_last_good_state(
     algorithm: str, kept: bool, tmp_path: Path
 ) -> None:
-    """The schedule multiplies the rate by 1e300 after epoch 2: the weights go to infinity in epoch 3."""
+    """The schedule multiplies the rate by 1e300 after epoch 2: the weights go to infinity in epoch
+    3.
+    """
     model, folder = fragile(), tmp_path if kept else None
     blow = {
         "schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(
@@ -832,13 +848,15 @@ def test_divergence_ends_the_run_and_keeps_the_last_good_state(
 
 
 def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch_is_no_good_state() -> None:
-    """The last step of the epoch, finite itself, breaks the weights: no later minibatch says so, but the evaluation does."""
+    """The last step of the epoch, finite itself, breaks the weights: no later minibatch says so,
+    but the evaluation does.
+    """
 
     def deep() -> nn.Module:
         return nn.Sequential(fragile()[0], nn.Linear(4, 4).double(), fragile()[1])
 
     model = deep()
-    blow = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 7 else 1e150)  # noqa: E731
+    blow = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 7 else 1e150)
     for every in (1, 4):
         with pytest.warns(
             cl.CurvlabWarning,
@@ -1048,7 +1066,9 @@ WITH_PROBES: Cuts = [(steps, seconds) for steps in (3, 4, 6) for seconds in (1e-
 def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(
     algorithm: str, cuts: Cuts, tmp_path: Path
 ) -> None:
-    """Within an epoch, between two, and with steps to be done again, of which the probes were logged before."""
+    """Within an epoch, between two, and with steps to be done again, of which the probes were
+    logged before.
+    """
     curvature = cl.optimizer(algorithm, objective_of(net())).descent.curvature
     fits = [n for n, p in PROBES.items() if "train" in p.where and p.fits(curvature)]
     probes = [f"{n}:{3 if n in COSTLY else 1 + i % 3}" for i, n in enumerate(fits)]
@@ -1097,7 +1117,9 @@ def test_probes_up_to_a_divergence_are_kept() -> None:
 
 
 def test_double_grad_is_the_optimizers_and_goes_on(tmp_path: Path) -> None:
-    """Thesis 2.8.3, by hand; and over a checkpoint, where the last second look's gradient is kept."""
+    """Thesis 2.8.3, by hand; and over a checkpoint, where the last second look's gradient is
+    kept.
+    """
     train, settings = data(), {"algorithm": "k-bfgs-20", "lr": 0.1, "damping": 0.3}
     whole, halves, hand, plain = net(), net(), net(), net()
 

@@ -1,4 +1,6 @@
-"""Errors of a user's own code: exit code 2, their own frames, one line of curvlab's; no folder of a run that took no step."""
+"""Errors of a user's own code: exit code 2, their own frames, one line of curvlab's; no folder of a
+run that took no step.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import call
-from test_signals import RUN, small  # noqa: F401  # a fixture
+from test_signals import RUN, small  # a fixture
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -115,7 +117,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> list[str]:
-    """Run what fails for the user's own code; the lines on standard error, of which the last is curvlab's."""
+    """Run what fails for the user's own code; the lines on standard error, of which the last is
+    curvlab's.
+    """
     capsys.readouterr()
     assert call(*words) == code
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("epoch ")]
@@ -170,7 +174,9 @@ def test_a_module_that_is_no_python(
 def test_in_the_first_steps_and_later(
     command: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before the first step nothing is left; after it log and checkpoint are, and the line says where."""
+    """Before the first step nothing is left; after it log and checkpoint are, and the line says
+    where.
+    """
     found = []
     for at in range(1, 20) if command == "compare" else (1, 6, 16, 36, 80):
         name = write(KINDS["KeyError"], at)
@@ -268,7 +274,9 @@ def test_layers_that_do_not_fit(
 def test_in_a_likelihood_a_data_set_and_a_probe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each in turn, put into curvlab's tables as a user's module does it; this file stands for theirs."""
+    """Each in turn, put into curvlab's tables as a user's module does it; this file stands for
+    theirs.
+    """
 
     class Bad(likelihoods.Categorical):
         def loss(self, z: Tensor, y: Tensor) -> Tensor:

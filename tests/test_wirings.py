@@ -1,4 +1,5 @@
-"""Random wirings (see `wirings`) against plain autograd, one example at a time: nothing may be wrong, nothing refused.
+"""Random wirings (see `wirings`) against plain autograd, one example at a time: nothing may be
+wrong, nothing refused.
 
 N = T confuses the axis of examples with that of places, N ≠ T does not.
 """
@@ -33,7 +34,8 @@ PLACES = [4, 6, 8]
 Y = torch.tensor([0, 2, 1, 0])
 
 
-# ------------------------------------------------------------------------------------------------ what may be wrong
+# ------------------------------------------------------------------------------------------------
+# what may be wrong
 
 
 def off(
@@ -43,7 +45,9 @@ def off(
     one: Callable[[list[Block]], Block],
     objective: cl.Objective | None = None,
 ) -> list[str]:
-    """Mean gradient, samples, EF, GGN, a Hessian block (that of `one`), products: what differs or is refused, in words."""
+    """Mean gradient, samples, EF, GGN, a Hessian block (that of `one`), products: what differs or
+    is refused, in words.
+    """
     objective, plain, said = objective or cl.Objective(net, Categorical()), Plain(net, x, y), []
     blocks, layout = objective.blocks, objective.layout
     block, v = (
@@ -102,7 +106,8 @@ def drawn(
     return net, off(net, *minibatch(N, T, takes_symbols), choose)
 
 
-# ------------------------------------------------------------------------------------------------ wirings
+# ------------------------------------------------------------------------------------------------
+# wirings
 
 
 EACH = [(name, layout) for name, (_, layouts) in OPERATIONS.items() for layout in layouts]
@@ -119,7 +124,8 @@ EACH = [(name, layout) for name, (_, layouts) in OPERATIONS.items() for layout i
 def test_one_operation(name: str, layout: str, T: int) -> None:
     """Each in each layout; what else there is to choose is drawn from a seed of its own.
 
-    As many places as examples, and more in turn: as many again, or half as many again; the other of these two is slow.
+    As many places as examples, and more in turn: as many again, or half as many again; the other of
+    these two is slow.
     """
     net, said = drawn(random.Random(f"{name} {layout} {T}").choice, T, [(name, layout)])
     assert not said, report(net, said)
@@ -150,9 +156,11 @@ def test_ends(first: str, end: str, T: int) -> None:
     "every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["third", "all"]
 )
 def test_several_operations(every: bool) -> None:
-    """As many as draw from one seed, so that every pair of neighbours has a chance; and no operation is left out.
+    """As many as draw from one seed, so that every pair of neighbours has a chance; and no
+    operation is left out.
 
-    Every third seed, and of the others those that have an operation which none before had; all of them when slow.
+    Every third seed, and of the others those that have an operation which none before had; all of
+    them when slow.
     """
     met: set[str] = set()
     wrong: list[str] = []
@@ -214,11 +222,14 @@ def test_every_algorithm_goes_on_where_a_layer_does_not_run(name: str) -> None:
     assert torch.equal(net.idle.weight, idle)
 
 
-# ------------------------------------------------------------------------------------------------ where the data decide
+# ------------------------------------------------------------------------------------------------
+# where the data decide
 
 
 class Sorted(nn.Module):
-    """Examples in the order of their first number inside, as packed sequences are in that of their lengths."""
+    """Examples in the order of their first number inside, as packed sequences are in that of their
+    lengths.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +305,9 @@ DECIDED: dict[str, tuple[type[nn.Module], list[Tensor]]] = {
 
 @pytest.mark.parametrize("name", DECIDED)
 def test_rows_whose_examples_the_data_decide(name: str) -> None:
-    """Equal in shape, so that what one minibatch has shown says nothing of the next; right at both ends, and not between."""
+    """Equal in shape, so that what one minibatch has shown says nothing of the next; right at both
+    ends, and not between.
+    """
     torch.manual_seed(0)
     make, minibatches = DECIDED[name]
     net = make().double()
@@ -306,7 +319,9 @@ def test_rows_whose_examples_the_data_decide(name: str) -> None:
 
 @pytest.mark.parametrize("way", ["no_grad", "data", "weight.data", "detach", "inference_mode"])
 def test_what_has_no_gradient_has_no_second_one(way: str) -> None:
-    """A factor that the derivative takes for a constant, by every way that torch has; forward mode keeps to few of them."""
+    """A factor that the derivative takes for a constant, by every way that torch has; forward mode
+    keeps to few of them.
+    """
 
     class Gated(nn.Module):
         def __init__(self) -> None:
@@ -385,11 +400,14 @@ def test_one_layer_as_all_of_sixteen(layout: str) -> None:
     assert not said, "\n".join(said)
 
 
-# ------------------------------------------------------------------------------------------------ four blocks
+# ------------------------------------------------------------------------------------------------
+# four blocks
 
 
 class Language(nn.Module):
-    """Words [N, T] → scores of the next [N, V], of the same table or of one of its own, with equal weights."""
+    """Words [N, T] → scores of the next [N, V], of the same table or of one of its own, with equal
+    weights.
+    """
 
     def __init__(self, tied: str, causal: bool) -> None:
         super().__init__()
@@ -434,7 +452,9 @@ def between(
 def test_a_tied_weights_matrix_is_the_sum_of_four_blocks(
     tied: str, causal: bool, kind: str
 ) -> None:
-    """B₁₁ + B₁₂ + B₂₁ + B₂₂ of the untied model at equal weights; half of it is in the cross blocks."""
+    """B₁₁ + B₁₂ + B₂₁ + B₂₂ of the untied model at equal weights; half of it is in the cross
+    blocks.
+    """
     generator = torch.Generator().manual_seed(1)
     x, y = (
         torch.randint(7, (5, 3), generator=generator),

@@ -1,4 +1,6 @@
-"""What a user adds without touching the package: an algorithm and a probe in one module beside a model, by all commands."""
+"""What a user adds without touching the package: an algorithm and a probe in one module beside a
+model, by all commands.
+"""
 
 from __future__ import annotations
 

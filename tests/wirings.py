@@ -1,8 +1,10 @@
-"""Random models: operations one after the other, drawn by a small grammar; [N, T, …] in, [N, C] out.
+"""Random models: operations one after the other, drawn by a small grammar; [N, T, …] in, [N, C]
+out.
 
-Every operation keeps the examples apart, however it lays them out: [N, T, F], [T, N, F], [N, F, T], or rows of N·T in either
-order. An operation on a weight that is there already takes one that fits, or makes and uses one first, so that each is itself
-also when it stands alone. Models look weights up when they run, so that they may be replaced from outside.
+Every operation keeps the examples apart, however it lays them out: [N, T, F], [T, N, F], [N, F, T],
+or rows of N·T in either order. An operation on a weight that is there already takes one that fits,
+or makes and uses one first, so that each is itself also when it stands alone. Models look weights
+up when they run, so that they may be replaced from outside.
 
 Legend: N examples, T places, F features of a place.
 """
@@ -25,7 +27,8 @@ Choose = Callable[[Sequence[Any]], Any]
 Step = Callable[[Tensor], Tensor]
 
 
-# ------------------------------------------------------------------------------------------------ layouts
+# ------------------------------------------------------------------------------------------------
+# layouts
 
 LAYOUTS: dict[str, tuple[Step, Callable[[Tensor, int], Tensor]]] = {
     "NTF": (lambda h: h, lambda h, T: h),
@@ -101,7 +104,8 @@ def _earlier(
     return layer, lambda h: torch.tanh(layer(h))
 
 
-# ------------------------------------------------------------------------------------------------ operations
+# ------------------------------------------------------------------------------------------------
+# operations
 
 
 def linear(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
@@ -181,7 +185,9 @@ def _tokens(net: Wiring) -> Tensor:
 
 
 def learned(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
-    """Parameters of no layer: a shift of every place, or a scale of every feature, or one of all."""
+    """Parameters of no layer: a shift of every place, or a scale of every feature, or one of
+    all.
+    """
     into, _ = LAYOUTS[layout]
     weight = net.add_loose(*choose([(net.T, width), (width,), (1,)]))
     shifts = choose([True, False])
@@ -194,7 +200,9 @@ def learned(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
 
 
 def looked_up(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
-    """A linear layer's weight as a table of the tokens, one of them padding or none; and as a layer."""
+    """A linear layer's weight as a table of the tokens, one of them padding or none; and as a
+    layer.
+    """
     into, _ = LAYOUTS[layout]
     layer, padding = net.add(nn.Linear(width, SYMBOLS, bias=False)), choose([None, 0])
 
@@ -296,7 +304,9 @@ def attention(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
 
 
 def attention_by_hand(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
-    """Queries, keys and values of one layer, of three, or of one used three times; heads as an axis."""
+    """Queries, keys and values of one layer, of three, or of one used three times; heads as an
+    axis.
+    """
     way, fused, heads = choose(["one", "three", "same"]), choose([True, False]), choose([1, 2])
     count = {"one": 1, "three": 3, "same": 1}[way]
     layers = [
@@ -366,7 +376,9 @@ def doubled(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
 
 
 def shuffled(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
-    """Examples in another order inside: turned round, by the data (as packed sequences), or two of the middle exchanged."""
+    """Examples in another order inside: turned round, by the data (as packed sequences), or two of
+    the middle exchanged.
+    """
     layer, way, axis = (
         _linear(choose, net, width),
         choose(["turned", "sorted", "exchanged"]),
@@ -387,7 +399,9 @@ def shuffled(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
 
 
 def routed(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
-    """Places go to one of two layers, each of which sees those that are its own, one after the other."""
+    """Places go to one of two layers, each of which sees those that are its own, one after the
+    other.
+    """
     layers = [_linear(choose, net, width, width) for _ in range(2)]
 
     def apply(h: Tensor) -> Tensor:
@@ -426,7 +440,9 @@ def some_places(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
 
 
 def one_by_one(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
-    """A call for every example, or for every place: neither has an axis of examples that a layer could see."""
+    """A call for every example, or for every place: neither has an axis of examples that a layer
+    could see.
+    """
     layer, axis = _linear(choose, net, width), choose([0, 1])
     return lambda h: torch.stack([layer(part) for part in h.unbind(axis)], axis), layer.out_features
 
@@ -448,7 +464,9 @@ def bilinear(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
 
 
 def held(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
-    """A layer that runs, but not for the gradient; one that does both; one that does not run at all."""
+    """A layer that runs, but not for the gradient; one that does both; one that does not run at
+    all.
+    """
     layer, way = _linear(choose, net, width, width), choose(["detached", "no_grad", "data", "idle"])
 
     def apply(h: Tensor) -> Tensor:
@@ -494,10 +512,13 @@ OPERATIONS: dict[str, tuple[Callable[[Choose, Wiring, int, str], Made], list[str
 """{name: (what makes it, layouts that it can take)}."""
 
 ENDS = ["mean", "last", "flat", "each", "tied"]
-"""Outputs from the mean over places, the last one, all of them, as a mean of outputs, or by an embedding's weight."""
+"""Outputs from the mean over places, the last one, all of them, as a mean of outputs, or by an
+embedding's weight.
+"""
 
 
-# ------------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------------
+# models
 
 
 def _end(choose: Choose, net: Wiring, width: int, how: str) -> Step:
@@ -517,7 +538,9 @@ def _end(choose: Choose, net: Wiring, width: int, how: str) -> Step:
 def wiring(
     choose: Choose, T: int, names: Sequence[tuple[str, str]] | None = None, how: str | None = None
 ) -> tuple[Wiring, bool]:
-    """A model in eval mode, and whether it takes symbols. `names`: (operation, layout) of each; drawn where there are none."""
+    """A model in eval mode, and whether it takes symbols. `names`: (operation, layout) of each;
+    drawn where there are none.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         net = Wiring(T)

@@ -1,7 +1,8 @@
-"""Autoencoders of MNIST and CURVES by every applicable method, at the documents' values: minibatches of 1000, no L2.
+"""Autoencoders of MNIST and CURVES by every applicable method, at the documents' values:
+minibatches of 1000, no L2.
 
-Not applicable: block methods (dense blocks of 785,000²), kflr (784 passes back a minibatch), tnt-ideal (that over all data),
-smw-gn (784 N₂ rows).
+Not applicable: block methods (dense blocks of 785,000²), kflr (784 passes back a minibatch),
+tnt-ideal (that over all data), smw-gn (784 N₂ rows).
 """
 
 from dataclasses import replace
@@ -25,7 +26,10 @@ AT_MOST = dict.fromkeys((*SLOW, *ALIKE), 10)
 
 FIGURE = Comparison(
     shows="autoencoders of MNIST and CURVES by every applicable method, at the documents' values",
-    claim="K-BFGS and K-BFGS(L) outperform KFAC, and all of them the first-order methods (chapters 2 and 3)",
+    claim=(
+        "K-BFGS and K-BFGS(L) outperform KFAC, and all of them the first-order methods (chapters 2"
+        " and 3)"
+    ),
     problems=["MNIST", "CURVES"],
     batch=1000,
     methods={

@@ -1,5 +1,5 @@
-"""ConvNet (S2QN 6.3) on CIFAR-10 by every method that takes convolutions. Values are of the documents' nearest table; none
-was tuned.
+"""ConvNet (S2QN 6.3) on CIFAR-10 by every method that takes convolutions. Values are of the
+documents' nearest table; none was tuned.
 """
 
 from dataclasses import replace

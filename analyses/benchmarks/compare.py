@@ -1,4 +1,5 @@
-"""What comparing costs: together against one by one, every method's step against plain forward and backward.
+"""What comparing costs: together against one by one, every method's step against plain forward and
+backward.
 
 All figures are ratios of times taken in this run, side by side; run it on a quiet machine.
 
@@ -74,7 +75,8 @@ def median(function: Callable[[], object]) -> float:
 
 
 print(
-    f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, {options.steps} steps"
+    f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}, torch {torch.__version__},"
+    f" {options.steps} steps"
 )
 
 if not options.skip_processes:
@@ -84,7 +86,8 @@ if not options.skip_processes:
     alone = sum(command(name, []) for name in names)
     print(f"\n{len(names)} algorithms together: {together:.1f} s")
     print(
-        f"  together / one by one, each following itself in a command of its own: {together / alone:.2f}"
+        "  together / one by one, each following itself in a command of its own:"
+        f" {together / alone:.2f}"
     )
 
 train, _ = cl.datasets.load("mnist16")
@@ -116,7 +119,8 @@ for name in options.names or ALGORITHMS:
 if options.names and "block-fisher" not in options.names:
     raise SystemExit
 
-# The first layer's Fisher block against the floor: its floating-point operations over the matrix-product peak of this run.
+# The first layer's Fisher block against the floor: its floating-point operations over the
+# matrix-product peak of this run.
 square = torch.randn(2000, 2000)
 peak = 2 * 2000**3 / median(lambda: square @ square)
 a, g = x[:, (train.x != 0).any(0)], torch.randn(1, len(x), 20)
@@ -135,5 +139,6 @@ print(f"first layer's block, {rows.shape[1]}²: packed moving average {fold * 1e
 print(f"  packed / full symmetric product: {fold / full:.2f}")
 print(f"  packed / its floor: {fold * peak / (2 * len(a) * outputs * inputs):.2f}")
 print(
-    f"  Cholesky {cholesky * 1e3:.0f} ms / its floor: {cholesky * peak / (rows.shape[1] ** 3 / 3):.2f}"
+    f"  Cholesky {cholesky * 1e3:.0f} ms / its floor:"
+    f" {cholesky * peak / (rows.shape[1] ** 3 / 3):.2f}"
 )

@@ -1,9 +1,11 @@
-"""Exact curvature, side by side in one run: curvlab, torch.func, curvlinops, BackPACK, and the floor.
+"""Exact curvature, side by side in one run: curvlab, torch.func, curvlinops, BackPACK, and the
+floor.
 
-All times are CPU seconds of one thread, so that other work on the machine matters little; with --threads wall seconds, for
-a machine that does nothing else. Freed memory is kept (glibc's mallopt) for everyone alike. The floor of matrices is their
-floating-point operations (the packed symmetric product on the inputs that are not zero) over the matrix-product peak of
-this run (for the autoencoder's narrow layers with the passes that their pre-activation Hessians take); of per-sample
+All times are CPU seconds of one thread, so that other work on the machine matters little; with
+--threads wall seconds, for a machine that does nothing else. Freed memory is kept (glibc's mallopt)
+for everyone alike. The floor of matrices is their floating-point operations (the packed symmetric
+product on the inputs that are not zero) over the matrix-product peak of this run (for the
+autoencoder's narrow layers with the passes that their pre-activation Hessians take); of per-sample
 gradients, the time to fill that memory.
 
     python analyses/benchmarks/exact.py [--dtype float32] [--examples 1000] [--threads 1]
@@ -84,7 +86,9 @@ def peak() -> float:
 
 
 def operations(objective: cl.Objective, x: Tensor, names: Sequence[str]) -> float:
-    """Of the packed symmetric products: 2 N · pairs of outputs · pairs of inputs that are not always zero."""
+    """Of the packed symmetric products: 2 N · pairs of outputs · pairs of inputs that are not
+    always zero.
+    """
     total = 0.0
     with torch.no_grad():
         h = x.flatten(1)
@@ -101,8 +105,9 @@ def operations(objective: cl.Objective, x: Tensor, names: Sequence[str]) -> floa
 
 
 def passes(objective: cl.Objective, x: Tensor, name: str, kind: str) -> float:
-    """Of the pre-activation Hessians of a narrow layer: its O directions forward through the layers that follow (GGN: then
-    JᵀHJ), and for the Hessian back again."""
+    """Of the pre-activation Hessians of a narrow layer: its O directions forward through the layers
+    that follow (GGN: then JᵀHJ), and for the Hessian back again.
+    """
     layers = [layer for layer in objective.model if isinstance(layer, nn.Linear)]
     outputs, following = layers[int(name) - 1].out_features, layers[int(name) :]
     one_way = 2 * outputs * sum(layer.weight.numel() for layer in following)
@@ -249,17 +254,20 @@ def matrices_of_the_mlp(flops: float) -> None:
     objective, x, y = mlp()
     names = [b.name for b in objective.blocks]
     print(
-        f"\nmlp-256-20, N = {len(x)}, all {len(names)} blocks ({', '.join(str(b.numel) for b in objective.blocks)})"
+        f"\nmlp-256-20, N = {len(x)}, all {len(names)} blocks"
+        f" ({', '.join(str(b.numel) for b in objective.blocks)})"
     )
     ggn = seconds(lambda: cl.exact.matrices(objective, x, y, "ggn"))
     second = seconds(lambda: cl.exact.matrices(objective, x, y, "hessian"))
     floor = operations(objective, x, names) / flops
     print(
-        f"  floor {floor:.3f} s ({operations(objective, x, names) / 1e9:.2f} GFLOP at {flops / 1e9:.0f} GFLOP/s)"
+        f"  floor {floor:.3f} s ({operations(objective, x, names) / 1e9:.2f} GFLOP at"
+        f" {flops / 1e9:.0f} GFLOP/s)"
     )
     print(f"  GGN     curvlab {ggn:.3f} s: {floor / ggn:.2f} of the peak")
     print(
-        f"  Hessian curvlab {second:.3f} s: {floor / second:.2f} of the peak; Hessian / GGN {second / ggn:.2f}"
+        f"  Hessian curvlab {second:.3f} s: {floor / second:.2f} of the peak; Hessian / GGN"
+        f" {second / ggn:.2f}"
     )
     line("GGN by torch.func", seconds(lambda: func_ggn(objective, x, y, names), 2), ggn)
     if has("backpack"):
@@ -294,13 +302,15 @@ def gradients(objective: cl.Objective, x: Tensor, y: Tensor, title: str) -> None
     ours = seconds(lambda: cl.exact.gradients(objective, x, y, out=out))
     fresh = seconds(lambda: cl.exact.gradients(objective, x, y))
     print(
-        f"  forward + backward {plain * 1e3:.2f} ms; filling the same memory {fill * 1e3:.2f} ms; "
-        f"one after the other {both * 1e3:.2f} ms: {both / plain:.2f} × (with what the passes evicted from the cache)"
+        f"  forward + backward {plain * 1e3:.2f} ms; filling the same memory {fill * 1e3:.2f} ms;"
+        f" one after the other {both * 1e3:.2f} ms: {both / plain:.2f} × (with what the passes"
+        " evicted from the cache)"
     )
     print(f"  curvlab, into memory that is there {ours * 1e3:.2f} ms: {ours / plain:.2f} × forward + backward, "
           f"{ours / fill:.2f} × the fill, {ours / both:.2f} × one after the other")  # fmt: skip
     print(
-        f"  curvlab, into fresh memory         {fresh * 1e3:.2f} ms: {fresh / plain:.2f} × forward + backward"
+        f"  curvlab, into fresh memory         {fresh * 1e3:.2f} ms: {fresh / plain:.2f} × forward"
+        " + backward"
     )
     line("torch.func vmap(grad)", seconds(lambda: func_gradients(objective, x, y), 3), ours)
     if has("backpack") and isinstance(objective.likelihood, cl.likelihoods.Categorical):
@@ -315,16 +325,19 @@ def blocks_of_the_autoencoder(flops: float) -> None:
         second = seconds(lambda name=name: cl.exact.matrix(objective, x, y, "hessian", name), 3)
         product = operations(objective, x, [name]) / flops
         print(
-            f"\nMNIST autoencoder, N = {len(x)}, block {name} ({block.numel}): the product {product:.3f} s"
+            f"\nMNIST autoencoder, N = {len(x)}, block {name} ({block.numel}): the product"
+            f" {product:.3f} s"
         )
         for kind, taken in (("ggn", ours), ("hessian", second)):
             through = passes(objective, x, name, kind) / flops
             floor = product + through
             print(
-                f"  {kind:<8} floor with its passes {floor:.3f} s; curvlab {taken:.3f} s: {floor / taken:.2f} of the peak"
+                f"  {kind:<8} floor with its passes {floor:.3f} s; curvlab {taken:.3f} s:"
+                f" {floor / taken:.2f} of the peak"
             )
         print(
-            f"  Hessian / GGN {second / ours:.2f} (its derivatives go forward and back, the GGN's forward alone)"
+            f"  Hessian / GGN {second / ours:.2f} (its derivatives go forward and back, the GGN's"
+            " forward alone)"
         )
         line(
             "GGN by torch.func",
@@ -347,7 +360,9 @@ def blocks_of_the_autoencoder(flops: float) -> None:
 
 
 def memory(kind: str) -> None:
-    """Run in a process of its own: the most that the process grew by, over the size of the result."""
+    """Run in a process of its own: the most that the process grew by, over the size of the
+    result.
+    """
     objective, x, y = mlp()
     cl.exact.matrix(objective, x, y, kind, "3")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
@@ -355,7 +370,8 @@ def memory(kind: str) -> None:
     found = cl.exact.matrices(objective, x, y, kind)
     size = sum(m.matrix.numel() * m.matrix.element_size() for m in found.values())
     print(
-        f"  {kind:<8} {size / 1e6:.0f} MB: the process grew by {(resident('VmHWM') - before) / size:.2f} × that",
+        f"  {kind:<8} {size / 1e6:.0f} MB: the process grew by"
+        f" {(resident('VmHWM') - before) / size:.2f} × that",
         flush=True,
     )
 

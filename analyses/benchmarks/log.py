@@ -1,11 +1,13 @@
-"""What the log costs a training run: CPU time of records, flushes and writes over that of training, in one run.
+"""What the log costs a training run: CPU time of records, flushes and writes over that of training,
+in one run.
 
     python analyses/benchmarks/log.py [--seconds 60] [--steps 40]
 
-On one thread. `mlp-256-20` (adam, whose steps are the cheapest, and k-bfgs) for so many seconds, hundreds of epochs;
-the MNIST autoencoder (k-bfgs) for so many steps as one epoch, scaled to the 60 steps of one. Each without probes and with all
-that cost less than one forward and backward, at their own steps. Goal: records and writes within 1 % of training.
-Writes at the beginning and at the end of a run are apart, and so are checkpoints and the sums that every step adds to.
+On one thread. `mlp-256-20` (adam, whose steps are the cheapest, and k-bfgs) for so many seconds,
+hundreds of epochs; the MNIST autoencoder (k-bfgs) for so many steps as one epoch, scaled to the 60
+steps of one. Each without probes and with all that cost less than one forward and backward, at
+their own steps. Goal: records and writes within 1 % of training. Writes at the beginning and at the
+end of a run are apart, and so are checkpoints and the sums that every step adds to.
 """
 
 import argparse
@@ -41,7 +43,9 @@ torch.set_num_threads(1)
 spent: Counter[str] = Counter()
 calls: Counter[str] = Counter()
 inside = [0.0]
-"""CPU seconds that timed calls within the present one took: each is counted once, where it is spent."""
+"""CPU seconds that timed calls within the present one took: each is counted once, where it is
+spent.
+"""
 
 
 def timed(function: Callable[..., Any], kind: Callable[[Any], str]) -> Callable[..., Any]:
@@ -116,19 +120,22 @@ def measure(model: str, algorithm: str, lr: float, damping: float, probes: list[
     )  # an epoch has one record, however few of its steps are run
     share = (spent["records"] + spent["writes"]) / scaled
     print(
-        f"{model:>10s}  {algorithm:<7s}{'with probes' if probes else '-':>12s}{steps:7d}{training:10.1f}"
+        f"{model:>10s} "
+        f" {algorithm:<7s}{'with probes' if probes else '-':>12s}{steps:7d}{training:10.1f}"
         f"{spent['records'] / scaled:9.2%}{spent['writes'] / scaled:9.2%}{calls['writes']:5d}{share:8.2%}"
-        f"{1e3 * spent['ends'] / max(1, calls['ends']):9.0f} ×{calls['ends']:2d}{spent['sums'] / scaled:8.1%}"
+        f"{1e3 * spent['ends'] / max(1, calls['ends']):9.0f}"
+        f" ×{calls['ends']:2d}{spent['sums'] / scaled:8.1%}"
         f"{spent['checkpoints'] / scaled:9.1%}{size / 1e3:9.0f}"
     )
 
 
 print(
-    f"1 thread, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}; a log is written every {SAVE_EVERY:g} s, "
-    f"or so rarely that writes take {SAVE_SHARE:.1%} of the run"
+    f"1 thread, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}; a log is written every"
+    f" {SAVE_EVERY:g} s, or so rarely that writes take {SAVE_SHARE:.1%} of the run"
 )
 print(
-    "     model  method       probes  steps  CPU s of  records   writes    n    both   ends, ms     sums  checkp.   log, kB"
+    "     model  method       probes  steps  CPU s of  records   writes    n    both   ends, ms    "
+    " sums  checkp.   log, kB"
 )
 print("                                        training")
 for model, algorithm, lr, damping in (
@@ -140,5 +147,6 @@ for model, algorithm, lr, damping in (
         for probes in ([], [p for p in PROBES if algorithm == "k-bfgs" or p != "damping"]):
             measure(model, algorithm, lr, damping, probes)
 print(
-    "both: records and writes, the cost of the log; ends: one write at the beginning or end; sums: norms of every step"
+    "both: records and writes, the cost of the log; ends: one write at the beginning or end; sums:"
+    " norms of every step"
 )

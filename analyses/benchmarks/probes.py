@@ -1,10 +1,12 @@
-"""What a probe costs: CPU time of one sample over plain forward and backward, in one run; writes curvlab/probes/costs.py.
+"""What a probe costs: CPU time of one sample over plain forward and backward, in one run; writes
+curvlab/probes/costs.py.
 
     python analyses/benchmarks/probes.py [--repeats 5] [--steps 1000] [--together] [--write]
 
-On one thread, the least of several repeats: for mlp-256-20 and the MNIST autoencoder, at minibatches of 1000. Each probe is of
-the method below, on passes that the step has made already. Then all together, at their own steps: training runs of so many
-steps with all probes that fit the method, over the same without any (goal: at most 2).
+On one thread, the least of several repeats: for mlp-256-20 and the MNIST autoencoder, at
+minibatches of 1000. Each probe is of the method below, on passes that the step has made already.
+Then all together, at their own steps: training runs of so many steps with all probes that fit the
+method, over the same without any (goal: at most 2).
 """
 
 import argparse
@@ -90,7 +92,9 @@ def costs(model: str) -> dict[str, float]:
 
 
 def together(model: str, algorithm: str, steps: int) -> float:
-    """CPU time of training steps with all probes that fit, at their own steps, over those without."""
+    """CPU time of training steps with all probes that fit, at their own steps, over those
+    without.
+    """
     train, _ = cl.datasets.load(cl.models.MODELS[model].data)
     likelihood = cl.likelihoods.LIKELIHOODS[cl.models.MODELS[model].likelihood]()
     batches = train.batches(options.batch_size, seed=0)
@@ -112,7 +116,8 @@ def together(model: str, algorithm: str, steps: int) -> float:
 
 tables = {} if options.together else {model: costs(model) for model in options.models}
 print(
-    f"1 thread, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}; × forward + backward, batches of {options.batch_size}"
+    f"1 thread, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}; × forward + backward,"
+    f" batches of {options.batch_size}"
 )
 if tables:
     print(f"{'probe':>12s}  every" + "".join(f"{m:>14s}" for m in tables))
@@ -124,12 +129,14 @@ for name in options.names if tables else []:
 for model, table in tables.items():
     of_train = [table[n] / PROBES[n].every for n in options.names if "train" in PROBES[n].where]
     print(
-        f"all probes of a training run at their own steps, {model}: {sum(of_train):.2f} × forward + backward a step"
+        f"all probes of a training run at their own steps, {model}: {sum(of_train):.2f} × forward +"
+        " backward a step"
     )
 for algorithm in ("k-bfgs", "k-bfgs-l", "kfac"):
     ratio = together("mlp-256-20", algorithm, options.steps)
     print(
-        f"{options.steps} steps of {algorithm} with all probes at their own steps / without, mlp-256-20: {ratio:.2f}",
+        f"{options.steps} steps of {algorithm} with all probes at their own steps / without,"
+        f" mlp-256-20: {ratio:.2f}",
         flush=True,
     )
 if options.write:

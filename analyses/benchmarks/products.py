@@ -1,11 +1,13 @@
-"""Vectors times the whole Gauss-Newton, Hessian and empirical Fisher matrix: curvlab, curvlinops, forward + backward.
+"""Vectors times the whole Gauss-Newton, Hessian and empirical Fisher matrix: curvlab, curvlinops,
+forward + backward.
 
-    python analyses/benchmarks/products.py [--models mlp-256-20 mnist-ae] [--examples 1000] [--columns 1 16] [--threads 1]
+    python analyses/benchmarks/products.py [--models mlp-256-20 mnist-ae] [--examples 1000]
+    [--columns 1 16] [--threads 1]
 
-CPU seconds of one thread; with --threads wall seconds, for a quiet machine. Both libraries get the same minibatch, weights and
-vectors, and their results are compared. A product's least is what its multiplications take where the forward pass is kept:
-4/3 of forward + backward for the Gauss-Newton matrix (inputs and weights forth, inputs and weights back), as much for the
-empirical Fisher matrix.
+CPU seconds of one thread; with --threads wall seconds, for a quiet machine. Both libraries get the
+same minibatch, weights and vectors, and their results are compared. A product's least is what its
+multiplications take where the forward pass is kept: 4/3 of forward + backward for the Gauss-Newton
+matrix (inputs and weights forth, inputs and weights back), as much for the empirical Fisher matrix.
 
 curvlinops is optional: pip install --no-deps curvlinops-for-pytorch
 """
@@ -46,7 +48,9 @@ def seconds(function: Callable[[], object], repeats: int = 5) -> float:
 
 
 def problem(name: str) -> tuple[cl.Objective, Tensor, Tensor, nn.Module]:
-    """Random data of the model's shape, and the loss as torch has it: sums over outputs and examples."""
+    """Random data of the model's shape, and the loss as torch has it: sums over outputs and
+    examples.
+    """
     model, generator = cl.models.build(name, seed=0), torch.Generator().manual_seed(0)
     if name == "mnist-ae":
         x = torch.rand(options.examples, 784, generator=generator).pow(4)

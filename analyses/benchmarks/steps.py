@@ -1,15 +1,18 @@
-"""What a step costs: every method over plain forward and backward, beside the floating-point floor and peers, in one run.
+"""What a step costs: every method over plain forward and backward, beside the floating-point floor
+and peers, in one run.
 
-    python analyses/benchmarks/steps.py [--problems autoencoder vgg] [--names NAME …] [--batch-size 1000] [--threads 1]
+    python analyses/benchmarks/steps.py [--problems autoencoder vgg] [--names NAME …] [--batch-size
+    1000] [--threads 1]
 
-CPU seconds of one thread, so that other work on the machine matters little; with --threads wall seconds, for a quiet
-machine. Forward and backward are timed again before and after each method, which is divided by their mean. A step with a
-refresh every T₂ is the mean over T₂ steps in a row, after the first T₂ (in which every step refreshes). The floor counts
-products of matrices alone, symmetric ones by half, over the matrix-product peak of this run.
-Memory is what a curvature holds between steps, beside the numbers that the documents' tables (2.1, 3.1, 4.1) give it.
+CPU seconds of one thread, so that other work on the machine matters little; with --threads wall
+seconds, for a quiet machine. Forward and backward are timed again before and after each method,
+which is divided by their mean. A step with a refresh every T₂ is the mean over T₂ steps in a row,
+after the first T₂ (in which every step refreshes). The floor counts products of matrices alone,
+symmetric ones by half, over the matrix-product peak of this run. Memory is what a curvature holds
+between steps, beside the numbers that the documents' tables (2.1, 3.1, 4.1) give it.
 
-Peers: torch's Adam, a straightforward KFAC of forty lines (below), and, where it is installed, pytorch_optimizer's Shampoo:
-    pip install --no-deps pytorch_optimizer
+Peers: torch's Adam, a straightforward KFAC of forty lines (below), and, where it is installed,
+    pytorch_optimizer's Shampoo: pip install --no-deps pytorch_optimizer
 """
 
 import argparse
@@ -29,7 +32,9 @@ from curvlab.system.memory import keep_freed_memory, tensors
 
 @dataclass(frozen=True)
 class Method:
-    """Name, options, and the ratio that the project has set itself on the autoencoder at batches of 1000."""
+    """Name, options, and the ratio that the project has set itself on the autoencoder at batches of
+    1000.
+    """
 
     name: str
     options: dict[str, int]
@@ -105,7 +110,9 @@ PROBLEMS = {"autoencoder": autoencoder, "vgg": vgg}
 
 
 def timed(step: Callable[[int], object], period: int = 1) -> float:
-    """Mean seconds of `period` steps in a row, or the median of five where the period is 1; the first steps are not counted."""
+    """Mean seconds of `period` steps in a row, or the median of five where the period is 1; the
+    first steps are not counted.
+    """
     for i in range(max(2, period)):
         step(i)
     times = []
@@ -149,7 +156,9 @@ def layers_of(objective: cl.Objective, x: Tensor, y: Tensor) -> list[Layer]:
 
 
 def floor(method: Method, layers: list[Layer], plain: bool = False) -> float:
-    """Operations of a step's products: forward and backward, and what the documents' tables 2.2, 3.2 and 4.1 add."""
+    """Operations of a step's products: forward and backward, and what the documents' tables 2.2,
+    3.2 and 4.1 add.
+    """
     every, refreshed = method.options.get("update_every", 1), method.options.get("refresh_every", 1)
     total = 0.0
     for layer in layers:
@@ -195,7 +204,9 @@ def numbers(method: Method, layers: list[Layer]) -> int | None:
 
 
 class PlainKfac:
-    """KFAC as one writes it first: hooks, A = aᵀa/N and G = gᵀg/N of drawn labels, inverses every T steps."""
+    """KFAC as one writes it first: hooks, A = aᵀa/N and G = gᵀg/N of drawn labels, inverses every T
+    steps.
+    """
 
     def __init__(
         self, model: nn.Module, every: int = 20, decay: float = 0.9, damping: float = 1.0
@@ -327,7 +338,8 @@ def run(problem: str, flops: float) -> None:
         ours = taken.get("shampoo T₂=20")
         if ours:
             print(
-                f"  pytorch_optimizer's Shampoo / ours: {taken['pytorch_optimizer Shampoo T₂=20'] / ours:.2f}"
+                "  pytorch_optimizer's Shampoo / ours:"
+                f" {taken['pytorch_optimizer Shampoo T₂=20'] / ours:.2f}"
             )
 
 
@@ -337,7 +349,8 @@ what = (
 )
 flops = peak()
 print(
-    f"{what}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, peak {flops / 1e9:.0f} GFLOP/s"
+    f"{what}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}, peak {flops / 1e9:.0f}"
+    " GFLOP/s"
 )
 for name in options.problems:
     run(name, flops)

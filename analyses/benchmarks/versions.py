@@ -1,10 +1,13 @@
-"""Two versions of curvlab side by side: a step of every method, the exact blocks and per-sample gradients, as ratios new / old.
+"""Two versions of curvlab side by side: a step of every method, the exact blocks and per-sample
+gradients, as ratios new / old.
 
     git worktree add ../curvlab-old <commit>
-    python analyses/benchmarks/versions.py --old ../curvlab-old [--models mlp-256-20 mnist-ae] [--names NAME …] [--rounds 12]
+    python analyses/benchmarks/versions.py --old ../curvlab-old [--models mlp-256-20 mnist-ae]
+    [--names NAME …] [--rounds 12]
 
-One process a version, both alive through the whole run; they take turns, a few steps each, so that what else the machine does
-meets both alike. CPU seconds of one thread, and of each version the fastest turn.
+One process a version, both alive through the whole run; they take turns, a few steps each, so that
+what else the machine does meets both alike. CPU seconds of one thread, and of each version the
+fastest turn.
 """
 
 import argparse
@@ -33,7 +36,9 @@ TURN = 0.15  # seconds, about
 
 
 def serve() -> None:
-    """Answer lines: `list` → names; `make MODEL NAME` → steps of a turn; `go STEPS` → CPU seconds of a step."""
+    """Answer lines: `list` → names; `make MODEL NAME` → steps of a turn; `go STEPS` → CPU seconds
+    of a step.
+    """
     import torch
 
     import curvlab as cl
@@ -46,7 +51,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    step: Callable[[int], object] = lambda i: None  # noqa: E731
+    step: Callable[[int], object] = lambda i: None
 
     def make(model: str, name: str) -> Callable[[int], object]:
         torch.manual_seed(0)
@@ -132,7 +137,9 @@ def main() -> None:
         )
         for name in names:
             if name.startswith("exact:") and not model.startswith("mlp"):
-                continue  # the narrowest block of the autoencoder is minutes long, in products of matrices: see exact.py
+                # the narrowest block of the autoencoder is minutes long, in products of matrices:
+                # see exact.py
+                continue
             count = min(int(version.ask(f"make {model} {name}")) for version in (old, new))
             times: dict[Version, list[float]] = {old: [], new: []}
             for turn in range(options.rounds):

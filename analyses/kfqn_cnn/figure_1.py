@@ -1,7 +1,8 @@
-"""Ren and Goldfarb (2021) Figure 1: KF-BFGS-CNN, KF-BFGS(L)-CNN, KFAC, Adam and SGD-m on CIFAR-10 with All-CNN-C and VGG16.
+"""Ren and Goldfarb (2021) Figure 1: KF-BFGS-CNN, KF-BFGS(L)-CNN, KFAC, Adam and SGD-m on CIFAR-10
+with All-CNN-C and VGG16.
 
-Minibatches of 256, crops and flips, constant learning rates, momentum averaged, L2 of 5e-4 in the gradient and not in the
-loss. Table 3 is here, for Figures 2, 3 and 4 too.
+Minibatches of 256, crops and flips, constant learning rates, momentum averaged, L2 of 5e-4 in the
+gradient and not in the loss. Table 3 is here, for Figures 2, 3 and 4 too.
 """
 
 from curvlab.reproduction import NETWORKS, Claim, Comparison, Extent, Method, main
@@ -26,10 +27,16 @@ ALGORITHMS = {
 OURS, OTHERS = ["KF-BFGS-CNN", "KF-BFGS(L)-CNN"], ["KFAC", "Adam", "SGD-m"]
 
 FIGURE = Comparison(
-    shows="Ren and Goldfarb 2021, Figure 1, Table 3: KF-BFGS-CNN, KFAC, Adam and SGD-m on CIFAR-10 with All-CNN-C and VGG16",
-    claim="in terms of epochs, KF-BFGS-CNN and KF-BFGS(L)-CNN always performed better in our experiments than the other "
-    "algorithms (or at least as well as the best ones), except for minimizing the training loss in Figure 2 d) … both of "
-    "our Kronecker-factored QN methods outperformed KFAC in terms of CPU time (6)",
+    shows=(
+        "Ren and Goldfarb 2021, Figure 1, Table 3: KF-BFGS-CNN, KFAC, Adam and SGD-m on CIFAR-10"
+        " with All-CNN-C and VGG16"
+    ),
+    claim=(
+        "in terms of epochs, KF-BFGS-CNN and KF-BFGS(L)-CNN always performed better in our"
+        " experiments than the other algorithms (or at least as well as the best ones), except for"
+        " minimizing the training loss in Figure 2 d) … both of our Kronecker-factored QN methods"
+        " outperformed KFAC in terms of CPU time (6)"
+    ),
     problems=PROBLEMS[:2],
     batch=256,
     methods={

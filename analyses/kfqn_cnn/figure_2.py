@@ -1,4 +1,6 @@
-"""Ren and Goldfarb (2021) Figure 2: Figure 1 on CIFAR-100; hyper-parameters and claims are there."""
+"""Ren and Goldfarb (2021) Figure 2: Figure 1 on CIFAR-100; hyper-parameters and claims are
+there.
+"""
 
 from dataclasses import replace
 

@@ -1,7 +1,8 @@
-"""Ren and Goldfarb (2021) Figure 3: KF-BFGS-CNN at six dampings on the four problems of Figures 1 and 2, with SGD-m beside.
+"""Ren and Goldfarb (2021) Figure 3: KF-BFGS-CNN at six dampings on the four problems of Figures 1
+and 2, with SGD-m beside.
 
-"their corresponding best learning rates" are not published: here each damping keeps the ratio of learning rate to damping
-that Table 3 has on the problem.
+"their corresponding best learning rates" are not published: here each damping keeps the ratio of
+learning rate to damping that Table 3 has on the problem.
 """
 
 from dataclasses import replace
@@ -25,8 +26,10 @@ METHODS = {f"λ = {damping:g}": at(damping) for damping in DAMPINGS}
 FIGURE: Comparison = replace(
     TUNED,
     shows="Ren and Goldfarb 2021, Figure 3: KF-BFGS-CNN at six dampings",
-    claim="KF-BFGS-CNN is not very sensitive to the choice of the damping value when combined with the best learning rate for "
-    "that choice (B.3)",
+    claim=(
+        "KF-BFGS-CNN is not very sensitive to the choice of the damping value when combined with"
+        " the best learning rate for that choice (B.3)"
+    ),
     problems=list(BEST),
     methods={**METHODS, "SGD-m": TUNED.methods["SGD-m"]},
     claims=[

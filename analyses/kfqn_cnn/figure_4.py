@@ -1,7 +1,8 @@
-"""Ren and Goldfarb (2021) Figure 4: VGG16 on CIFAR-100 with hyper-parameters chosen by testing accuracy.
+"""Ren and Goldfarb (2021) Figure 4: VGG16 on CIFAR-100 with hyper-parameters chosen by testing
+accuracy.
 
-They are not published. "The comparison … in this case is similar to that of Fig 1 b)", whose values (Table 3, VGG16 on
-CIFAR-10) are taken here.
+They are not published. "The comparison … in this case is similar to that of Fig 1 b)", whose values
+(Table 3, VGG16 on CIFAR-10) are taken here.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
-"""S2QN (Yang et al. 2021) Figure 1: relative error of (26) against epochs for S4QN, SSN, L-BFGS and SGD.
+"""S2QN (Yang et al. 2021) Figure 1: relative error of (26) against epochs for S4QN, SSN, L-BFGS and
+SGD.
 
-An epoch is N visits of an example: at a new point (loss, gradient or both), or for a product with the Hessian. The document
-has rcv1 and news20 and settings of its own; here are a9a, w8a and news20.
+An epoch is N visits of an example: at a new point (loss, gradient or both), or for a product with
+the Hessian. The document has rcv1 and news20 and settings of its own; here are a9a, w8a and news20.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ EXTENT = {  # epochs, seeds, λ of S4QN and SSN (the first is drawn), data sets
     "cpu": (30, (0, 1), (0.0,), ("a9a", "w8a", "news20")),
     "paper": (30, (2, 3), (0.0, 1e-5, 1e-4), ("a9a", "w8a", "news20")),
 }
-FRACTION = 20  # S_H and the first S_g are N / 20 examples; S_g doubles every step until it is the full batch
+# S_H and the first S_g are N / 20 examples; S_g doubles every step until it is the full batch
+FRACTION = 20
 NEWTON = {"solver": "cg", "tolerance": 0.1, "search": "armijo"}
 METHODS = {  # label: (algorithm, its options, colour, marker)
     "S4QN": ("s4qn", NEWTON, "#0072B2", "o"),
@@ -50,7 +52,9 @@ def objective(x: Tensor) -> cl.Objective:
 
 
 def optimum(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Ψ*, and the length of the gradient there: Newton's method on all data, Cholesky, or conjugate gradients to 1e-6."""
+    """Ψ*, and the length of the gradient there: Newton's method on all data, Cholesky, or conjugate
+    gradients to 1e-6.
+    """
     problem = objective(x)
     closure, weight = problem.closure(x, y), problem.model.weight
     newton = cl.optimizer(
@@ -75,7 +79,9 @@ def optimum(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def batches(count: int, size: float, growth: float, seed: int) -> Iterator[Tensor | None]:
-    """Places of the examples of each minibatch, `growth` times as many every step; None is the full batch."""
+    """Places of the examples of each minibatch, `growth` times as many every step; None is the full
+    batch.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
         chosen = None if size >= count else torch.randperm(count, generator=generator)[: int(size)]
@@ -178,7 +184,8 @@ def make(report: Report) -> None:
                     else shown
                 )
                 report.say(
-                    f"{what:>16}: error at {epochs / 2:g} and {epochs:g} epochs, epochs to 1e-8: {' | '.join(texts)}"
+                    f"{what:>16}: error at {epochs / 2:g} and {epochs:g} epochs, epochs to 1e-8:"
+                    f" {' | '.join(texts)}"
                 )
                 if damping == dampings[0] or label not in ("S4QN", "SSN"):
                     ends[label] = max(at(c, epochs) for c in found)
@@ -195,7 +202,8 @@ def make(report: Report) -> None:
                         )
         others = min(error for label, error in ends.items() if label != "S4QN")
         report.say(
-            f"claim: S4QN outperforms the other methods: {'holds' if ends['S4QN'] <= others else 'does not hold'}"
+            "claim: S4QN outperforms the other methods:"
+            f" {'holds' if ends['S4QN'] <= others else 'does not hold'}"
         )
         ax.set(
             title=f"{name} ({len(y):,} × {x.shape[1]:,})",
@@ -210,10 +218,16 @@ def make(report: Report) -> None:
 
 FIGURE = Script(
     shows="S2QN Figure 1: S4QN, SSN, L-BFGS and SGD on logistic regression",
-    claim="S4QN outperforms other methods greatly … all settings of S4QN are the same as SSN except an additional quasi-Newton "
-    "matrix … S4QN exhibits a faster local convergence rate than other methods (6.1)",
+    claim=(
+        "S4QN outperforms other methods greatly … all settings of S4QN are the same as SSN except"
+        " an additional quasi-Newton matrix … S4QN exhibits a faster local convergence rate than"
+        " other methods (6.1)"
+    ),
     extents={
-        name: f"{epochs} epochs, seeds {seeds}, λ = {', '.join(f'{d:g}' for d in dampings)}, {', '.join(sets)}"
+        name: (
+            f"{epochs} epochs, seeds {seeds}, λ = {', '.join(f'{d:g}' for d in dampings)},"
+            f" {', '.join(sets)}"
+        )
         for name, (epochs, seeds, dampings, sets) in EXTENT.items()
     },
     make=make,

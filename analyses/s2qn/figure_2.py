@@ -1,7 +1,8 @@
-"""S2QN Figure 2: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD on three autoencoders D-1000-500-250-30-…-D.
+"""S2QN Figure 2: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD on three autoencoders
+D-1000-500-250-30-…-D.
 
-The appendix with its hyper-parameters is not available: SKQN's are ours (chosen on MNIST), the others' those of thesis
-Table 4.3, minibatches of 1000 as there.
+The appendix with its hyper-parameters is not available: SKQN's are ours (chosen on MNIST), the
+others' those of thesis Table 4.3, minibatches of 1000 as there.
 """
 
 from curvlab.reproduction import AUTOENCODERS, Claim, Comparison, Extent, Method, main
@@ -19,9 +20,11 @@ SKQN = ["SKQN-L", "SKQN-B1", "SKQN-B2"]
 
 FIGURE = Comparison(
     shows="S2QN Figure 2: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD on three autoencoders",
-    claim="Compared to the first-order methods SGD and Adam, our structured quasi-Newton methods are better and more stable on "
-    "all the three datasets. In comparison to KFAC, our proposed methods have improvements in both the training loss and "
-    "testing loss (6.2)",
+    claim=(
+        "Compared to the first-order methods SGD and Adam, our structured quasi-Newton methods are"
+        " better and more stable on all the three datasets. In comparison to KFAC, our proposed"
+        " methods have improvements in both the training loss and testing loss (6.2)"
+    ),
     problems=PROBLEMS,
     batch=1000,
     methods={

@@ -1,7 +1,8 @@
 """S2QN Figure 3: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD with ConvNet on CIFAR-10.
 
-Its appendix, with the network and the hyper-parameters, is not available: SKQN's are ours, the others' of thesis Table 3.7
-without weight decay (Adam and SGD of VGG16, KFAC of ResNet32), minibatches of 128 as there.
+Its appendix, with the network and the hyper-parameters, is not available: SKQN's are ours, the
+others' of thesis Table 3.7 without weight decay (Adam and SGD of VGG16, KFAC of ResNet32),
+minibatches of 128 as there.
 """
 
 from curvlab.reproduction import Claim, Comparison, Extent, Method, main
@@ -10,8 +11,10 @@ SKQN = ["SKQN-L", "SKQN-B1", "SKQN-B2"]
 
 FIGURE = Comparison(
     shows="S2QN Figure 3: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD with ConvNet on CIFAR-10",
-    claim="the second-order type method is superior to the Adam and SGD. Our proposed methods have smaller training loss and "
-    "larger testing accuracy in the end (6.3)",
+    claim=(
+        "the second-order type method is superior to the Adam and SGD. Our proposed methods have"
+        " smaller training loss and larger testing accuracy in the end (6.3)"
+    ),
     problems=["ConvNet, CIFAR-10"],
     batch=128,
     methods={  # (learning rate, damping)

@@ -1,6 +1,7 @@
 """S2QN Figure 4: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD with ResNet-18 on CIFAR-10.
 
-Its appendix is not available: SKQN's values are those of Figure 3, the others' of thesis Table 3.7 for ResNet32.
+Its appendix is not available: SKQN's values are those of Figure 3, the others' of thesis Table 3.7
+for ResNet32.
 """
 
 from dataclasses import replace
@@ -13,9 +14,11 @@ SKQN = ["SKQN-L", "SKQN-B1", "SKQN-B2"]
 FIGURE = replace(
     CONVNET,
     shows="S2QN Figure 4: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD with ResNet-18 on CIFAR-10",
-    claim="the second-order type methods outperform the first-order type methods in terms of both criteria. The training error "
-    "of our proposed quasi-Newton methods decreases faster than that of KFAC … at least comparable with KFAC in the end "
-    "(6.4)",
+    claim=(
+        "the second-order type methods outperform the first-order type methods in terms of both"
+        " criteria. The training error of our proposed quasi-Newton methods decreases faster than"
+        " that of KFAC … at least comparable with KFAC in the end (6.4)"
+    ),
     problems=["ResNet-18, CIFAR-10"],
     methods={label: CONVNET.methods[label] for label in SKQN}
     | {  # (learning rate, weight decay, damping)

@@ -1,8 +1,10 @@
-"""Thesis Figure 2.1: how often yᵀHy ≤ 2/μ₁ sᵀy after double damping, and the mean of yᵀHy / sᵀy, by epoch and layer.
+"""Thesis Figure 2.1: how often yᵀHy ≤ 2/μ₁ sᵀy after double damping, and the mean of yᵀHy / sᵀy, by
+epoch and layer.
 
-K-BFGS(L) of chapter 2 at Table 2.5's values, minibatches of 1000, no pair skipped; below it, what no document shows: the same
-fraction for every other quasi-Newton method, before and after its damping. The pairs are those of the derivatives (H_g), of
-SKQN-L and L-BFGS those of the parameters. A block of pairs (SKQN-B) has no single ratio: the least sᵀy / sᵀBs stands for it.
+K-BFGS(L) of chapter 2 at Table 2.5's values, minibatches of 1000, no pair skipped; below it, what
+no document shows: the same fraction for every other quasi-Newton method, before and after its
+damping. The pairs are those of the derivatives (H_g), of SKQN-L and L-BFGS those of the parameters.
+A block of pairs (SKQN-B) has no single ratio: the least sᵀy / sᵀBs stands for it.
 """
 
 from dataclasses import replace
@@ -167,7 +169,10 @@ def make(report: Report) -> None:
 
 
 FIGURE = Script(
-    shows="thesis Figure 2.1: the first inequality of double damping, for K-BFGS(L), and for other quasi-Newton methods",
+    shows=(
+        "thesis Figure 2.1: the first inequality of double damping, for K-BFGS(L), and for other"
+        " quasi-Newton methods"
+    ),
     claim="at least 90% of the iterations satisfy yᵀHy / sᵀy ≤ 2/μ₁, even if we don't skip (2.3.1)",
     extents=RUNS.extents,
     make=make,

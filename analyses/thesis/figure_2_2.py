@@ -1,6 +1,8 @@
-"""Thesis Figure 2.2 (2020, Figure 1): K-BFGS-20, K-BFGS(L)-20, KFAC, Adam, RMSprop and SGD-m on three autoencoders.
+"""Thesis Figure 2.2 (2020, Figure 1): K-BFGS-20, K-BFGS(L)-20, KFAC, Adam, RMSprop and SGD-m on
+three autoencoders.
 
-Minibatches of 1000, momentum averaged, η/2 ‖θ‖² with η = 1e-5 in the gradient (the losses drawn are without it).
+Minibatches of 1000, momentum averaged, η/2 ‖θ‖² with η = 1e-5 in the gradient (the losses drawn are
+without it).
 """
 
 from curvlab.reproduction import (
@@ -23,9 +25,15 @@ def values(
 
 
 FIGURE = Comparison(
-    shows="thesis Figure 2.2, Table 2.5: K-BFGS of chapter 2, KFAC and first-order methods on three autoencoders",
-    claim="our algorithms clearly outperformed the first-order methods, except for RMSprop/Adam on CURVES, with respect to CPU "
-    "time, and performed comparably to KFAC in terms of both CPU time and number of epochs (2.8.1)",
+    shows=(
+        "thesis Figure 2.2, Table 2.5: K-BFGS of chapter 2, KFAC and first-order methods on three"
+        " autoencoders"
+    ),
+    claim=(
+        "our algorithms clearly outperformed the first-order methods, except for RMSprop/Adam on"
+        " CURVES, with respect to CPU time, and performed comparably to KFAC in terms of both CPU"
+        " time and number of epochs (2.8.1)"
+    ),
     problems=["MNIST", "FACES", "CURVES"],
     batch=1000,
     methods={  # Table 2.5: (learning rate, damping)

@@ -1,5 +1,5 @@
-"""Thesis Figure 2.4: K-BFGS-20 and the others of Figure 2.2 on MNIST with minibatches of 100 (Table 2.6, which Figures 2.5
-and 2.6 share).
+"""Thesis Figure 2.4: K-BFGS-20 and the others of Figure 2.2 on MNIST with minibatches of 100 (Table
+2.6, which Figures 2.5 and 2.6 share).
 """
 
 from dataclasses import replace
@@ -24,7 +24,10 @@ METHODS: dict[str, Method] = {
 FIGURE = replace(
     THOUSAND,
     shows="thesis Figure 2.4, Table 2.6: Figure 2.2 on MNIST with minibatches of 100",
-    claim="Our proposed methods continue to demonstrate advantageous performance, both in training and testing (2.8.3)",
+    claim=(
+        "Our proposed methods continue to demonstrate advantageous performance, both in training"
+        " and testing (2.8.3)"
+    ),
     problems=["MNIST"],
     methods=METHODS,
     batch=100,

@@ -1,6 +1,8 @@
-"""Thesis Figure 2.7: K-BFGS-20 with minibatches of 1000, and with the second look's gradient averaged in, of 500 and of 1000.
+"""Thesis Figure 2.7: K-BFGS-20 with minibatches of 1000, and with the second look's gradient
+averaged in, of 500 and of 1000.
 
-The document shows "an earlier version" with another Hessian action, and no values: here Alg. 4 at those of Table 2.5.
+The document shows "an earlier version" with another Hessian action, and no values: here Alg. 4 at
+those of Table 2.5.
 """
 
 from dataclasses import replace

@@ -1,6 +1,8 @@
-"""Thesis Figure 3.1: K-BFGS, K-BFGS(L), their counterparts of chapter 2, KFAC, Adam and SGD-m on MNIST.
+"""Thesis Figure 3.1: K-BFGS, K-BFGS(L), their counterparts of chapter 2, KFAC, Adam and SGD-m on
+MNIST.
 
-Minibatches of 1000, no L2, momentum added up (practice). Tables 3.3 and 3.5 are here, for Figures 3.2 and 3.3 too.
+Minibatches of 1000, no L2, momentum added up (practice). Tables 3.3 and 3.5 are here, for Figures
+3.2 and 3.3 too.
 """
 
 from curvlab.reproduction import (
@@ -47,10 +49,15 @@ ALGORITHMS = {
 }
 
 FIGURE = Comparison(
-    shows="thesis Figure 3.1, Tables 3.3 and 3.5: K-BFGS of chapters 3 and 2, KFAC, Adam and SGD-m on MNIST",
-    claim="K-BFGS and K-BFGS(L) consistently outperformed their counterparts in Chapter 2 … also performed better than the "
-    "first-order methods in most cases except for Adam on CURVES … performed similarly to KFAC, particularly when "
-    "amortization was used (3.7.1)",
+    shows=(
+        "thesis Figure 3.1, Tables 3.3 and 3.5: K-BFGS of chapters 3 and 2, KFAC, Adam and SGD-m on"
+        " MNIST"
+    ),
+    claim=(
+        "K-BFGS and K-BFGS(L) consistently outperformed their counterparts in Chapter 2 … also"
+        " performed better than the first-order methods in most cases except for Adam on CURVES …"
+        " performed similarly to KFAC, particularly when amortization was used (3.7.1)"
+    ),
     problems=["MNIST"],
     batch=1000,
     methods={

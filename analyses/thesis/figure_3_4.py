@@ -1,5 +1,5 @@
-"""Thesis Figure 3.4: K-BFGS, K-BFGS(L), KFAC, Adam and SGD-m on VGG16 with CIFAR-10, random crops and flips, minibatches of
-128.
+"""Thesis Figure 3.4: K-BFGS, K-BFGS(L), KFAC, Adam and SGD-m on VGG16 with CIFAR-10, random crops
+and flips, minibatches of 128.
 
 Tables 3.4 and 3.7 are here, for Figures 3.5 to 3.7 too.
 """
@@ -23,9 +23,14 @@ ACCURACIES = {  # Table 3.4, likewise
 }
 
 FIGURE = Comparison(
-    shows="thesis Figure 3.4, Tables 3.4 and 3.7: K-BFGS, KFAC, Adam and SGD-m on VGG16 with CIFAR-10",
-    claim="K-BFGS clearly outperformed Adam and SGD-m in terms of generalization, with the exception that K-BFGS and Adam "
-    "achieved the same accuracy on VGG16+CIFAR10; K-BFGS outperformed KFAC on the two ResNet32 problems (3.7.1)",
+    shows=(
+        "thesis Figure 3.4, Tables 3.4 and 3.7: K-BFGS, KFAC, Adam and SGD-m on VGG16 with CIFAR-10"
+    ),
+    claim=(
+        "K-BFGS clearly outperformed Adam and SGD-m in terms of generalization, with the exception"
+        " that K-BFGS and Adam achieved the same accuracy on VGG16+CIFAR10; K-BFGS outperformed"
+        " KFAC on the two ResNet32 problems (3.7.1)"
+    ),
     problems=PROBLEMS[:1],
     batch=128,
     methods=convolutional(

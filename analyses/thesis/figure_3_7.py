@@ -1,4 +1,6 @@
-"""Thesis Figure 3.7: Figure 3.4 on ResNet32 with CIFAR-100; hyper-parameters and claims are there."""
+"""Thesis Figure 3.7: Figure 3.4 on ResNet32 with CIFAR-100; hyper-parameters and claims are
+there.
+"""
 
 from dataclasses import replace
 

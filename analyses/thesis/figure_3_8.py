@@ -1,5 +1,5 @@
-"""Thesis Figure 3.8: K-BFGS, K-BFGS(L), KFAC, Adam and SGD-m on ResNet32-4 with CIFAR-10. Tables 3.9 and 3.10 are here, for
-Figure 3.9 too.
+"""Thesis Figure 3.8: K-BFGS, K-BFGS(L), KFAC, Adam and SGD-m on ResNet32-4 with CIFAR-10. Tables
+3.9 and 3.10 are here, for Figure 3.9 too.
 """
 
 from curvlab.reproduction import WIDE, Claim, Comparison, Extent, convolutional, main

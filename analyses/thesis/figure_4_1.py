@@ -1,4 +1,5 @@
-"""Thesis Figure 4.1: cosine of every method's direction to the block Fisher direction; one line of verdict for each claim.
+"""Thesis Figure 4.1: cosine of every method's direction to the block Fisher direction; one line of
+verdict for each claim.
 
 `curvlab compare --model mlp-256-20 --seeds 5` is the same run.
 """
@@ -59,10 +60,11 @@ def make(report: Report) -> None:
     first_order = middle.sel(algorithm=["adam", "sgd-m"]).mean("seed")
     claims = {
         "TNT and KFAC between 0.6 and 0.9": (
-            (tnt > 0.6) & (tnt < 0.9) & (kfac > 0.6) & (kfac < 0.9)
-        ).all(),
-        "each above Shampoo by 0.1 in every seed": (tnt > shampoo + 0.1).all()
-        & (kfac > shampoo + 0.1).all(),
+            ((tnt > 0.6) & (tnt < 0.9) & (kfac > 0.6) & (kfac < 0.9)).all()
+        ),
+        "each above Shampoo by 0.1 in every seed": (
+            (tnt > shampoo + 0.1).all() & (kfac > shampoo + 0.1).all()
+        ),
         "Shampoo above Adam and SGD-m on average": (shampoo.mean("seed") > first_order).all(),
     }
     for words, holds in claims.items():
@@ -71,9 +73,15 @@ def make(report: Report) -> None:
 
 
 FIGURE = Script(
-    shows="thesis Figure 4.1: cosine of TNT, KFAC, Shampoo, Adam and SGD-m to the block Fisher direction",
-    claim="the cosine similarity for TNT is always around 0.6 to 0.8, which is similar to that of KFAC … always much better "
-    "than that of Shampoo … [Adam and SGD-m] usually lower than that of the second-order methods (4.3.4)",
+    shows=(
+        "thesis Figure 4.1: cosine of TNT, KFAC, Shampoo, Adam and SGD-m to the block Fisher"
+        " direction"
+    ),
+    claim=(
+        "the cosine similarity for TNT is always around 0.6 to 0.8, which is similar to that of"
+        " KFAC … always much better than that of Shampoo … [Adam and SGD-m] usually lower than that"
+        " of the second-order methods (4.3.4)"
+    ),
     extents={
         name: f"{s} steps, {n} seed{'s' * (n > 1)}, minibatches of {m:,}"
         for name, (s, n, m) in EXTENT.items()

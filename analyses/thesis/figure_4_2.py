@@ -1,4 +1,6 @@
-"""Thesis Figure 4.2: TNT, KFAC, Shampoo, Adam and SGD-m on three autoencoders, minibatches of 1000, no L2, T₁ = 1, T₂ = 20."""
+"""Thesis Figure 4.2: TNT, KFAC, Shampoo, Adam and SGD-m on three autoencoders, minibatches of 1000,
+no L2, T₁ = 1, T₂ = 20.
+"""
 
 from curvlab.reproduction import (
     AUTOENCODERS,
@@ -21,8 +23,11 @@ VALUES = {  # Table 4.3: label: (algorithm, (learning rate, damping) in the orde
 
 FIGURE = Comparison(
     shows="thesis Figure 4.2, Table 4.3: TNT, KFAC, Shampoo, Adam and SGD-m on three autoencoders",
-    claim="TNT outperformed SGD with momentum, Adam and Shampoo, both in terms of per-epoch progress and process time … TNT "
-    "outperforms KFAC on CURVES, performs similarly as KFAC on FACES, and underperforms KFAC on MNIST (4.7.1)",
+    claim=(
+        "TNT outperformed SGD with momentum, Adam and Shampoo, both in terms of per-epoch progress"
+        " and process time … TNT outperforms KFAC on CURVES, performs similarly as KFAC on FACES,"
+        " and underperforms KFAC on MNIST (4.7.1)"
+    ),
     problems=PROBLEMS,
     batch=1000,
     methods={

@@ -1,7 +1,8 @@
-"""Thesis Figure 4.3: TNT, KFAC, Shampoo, Adam and SGD-m on four CNNs, random crops and flips, minibatches of 128.
+"""Thesis Figure 4.3: TNT, KFAC, Shampoo, Adam and SGD-m on four CNNs, random crops and flips,
+minibatches of 128.
 
-Section 4.7.1 says that dampings were fixed (1e-8 of Adam, 0.03 of KFAC, 0.01 of TNT and Shampoo), Table 4.4 and 4.7.2 that
-they were searched for: the table is followed.
+Section 4.7.1 says that dampings were fixed (1e-8 of Adam, 0.03 of KFAC, 0.01 of TNT and Shampoo),
+Table 4.4 and 4.7.2 that they were searched for: the table is followed.
 """
 
 from curvlab.reproduction import NETWORKS, Claim, Comparison, Extent, convolutional, main
@@ -24,8 +25,11 @@ ACCURACIES = {  # Table 4.2, likewise
 
 FIGURE = Comparison(
     shows="thesis Figure 4.3, Tables 4.2 and 4.4: TNT, KFAC, Shampoo, Adam and SGD-m on four CNNs",
-    claim="second-order methods and Adam exhibit roughly the same generalization performance as SGD with momentum … TNT has a "
-    "similar (and sometimes better) generalization performance than the other methods (4.7.1)",
+    claim=(
+        "second-order methods and Adam exhibit roughly the same generalization performance as SGD"
+        " with momentum … TNT has a similar (and sometimes better) generalization performance than"
+        " the other methods (4.7.1)"
+    ),
     problems=PROBLEMS,
     batch=128,
     methods=convolutional(

@@ -1,4 +1,6 @@
-"""Thesis Figure 4.4: TNT and KFAC beside TNT-EF and KFAC-EF, from the empirical Fisher matrix, on three autoencoders."""
+"""Thesis Figure 4.4: TNT and KFAC beside TNT-EF and KFAC-EF, from the empirical Fisher matrix, on
+three autoencoders.
+"""
 
 from dataclasses import replace
 
@@ -12,10 +14,15 @@ VALUES = {  # Table 4.5: (learning rate, damping) on MNIST, FACES, CURVES
 
 FIGURE: Comparison = replace(
     FISHER,
-    shows="thesis Figure 4.4, Table 4.5: TNT, KFAC and their counterparts from the empirical Fisher matrix on three "
-    "autoencoders",
-    claim="TNT performed at least as well as TNT-EF, on the MNIST problem, and performed somewhat better on the FACES and "
-    "CURVES problems … We can similarly observe the comparison between KFAC and KFAC-EF (4.7.3)",
+    shows=(
+        "thesis Figure 4.4, Table 4.5: TNT, KFAC and their counterparts from the empirical Fisher"
+        " matrix on three autoencoders"
+    ),
+    claim=(
+        "TNT performed at least as well as TNT-EF, on the MNIST problem, and performed somewhat"
+        " better on the FACES and CURVES problems … We can similarly observe the comparison between"
+        " KFAC and KFAC-EF (4.7.3)"
+    ),
     methods={label: FISHER.methods[label] for label in ("TNT", "KFAC")}
     | {
         label: Method(name, dict(zip(FISHER.problems, each, strict=True)))

@@ -1,4 +1,6 @@
-"""Thesis Figure 4.6: Figure 4.2 on MNIST and FACES with momentum μ and moving averages' β tuned too."""
+"""Thesis Figure 4.6: Figure 4.2 on MNIST and FACES with momentum μ and moving averages' β tuned
+too.
+"""
 
 from dataclasses import replace
 

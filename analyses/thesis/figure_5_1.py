@@ -1,6 +1,8 @@
-"""Thesis Figure 5.1: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on MNIST classes, 784-500-10, N₁ = 60, N₂ = 30, 10 epochs.
+"""Thesis Figure 5.1: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on MNIST classes, 784-500-10, N₁ =
+60, N₂ = 30, 10 epochs.
 
-KFAC is without rescaling and momentum (5.8), inverted at every step, its λ fixed at 1. It learns from all N₁.
+KFAC is without rescaling and momentum (5.8), inverted at every step, its λ fixed at 1. It learns
+from all N₁.
 """
 
 from curvlab.reproduction import Claim, Comparison, Extent, Method, main
@@ -24,9 +26,15 @@ def methods(rate: float, second: int) -> dict[str, Method]:
 
 
 FIGURE = Comparison(
-    shows="thesis Figure 5.1: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on a MNIST classification problem",
-    claim="SMW-GN is always faster than HF in terms of both epochs and clock-time … After carefully tuning the learning rate, "
-    "SGD can perform as well as second-order methods as shown in Figure 5.1 (5.8.1)",
+    shows=(
+        "thesis Figure 5.1: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on a MNIST classification"
+        " problem"
+    ),
+    claim=(
+        "SMW-GN is always faster than HF in terms of both epochs and clock-time … After carefully"
+        " tuning the learning rate, SGD can perform as well as second-order methods as shown in"
+        " Figure 5.1 (5.8.1)"
+    ),
     problems=["MNIST classes"],
     batch=60,
     methods=methods(0.1, 30),

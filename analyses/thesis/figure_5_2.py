@@ -1,4 +1,6 @@
-"""Thesis Figure 5.2: Figure 5.1 on CIFAR-10 classes, 3072-400-400-10, N₁ = 100, N₂ = 50, learning rate 0.01."""
+"""Thesis Figure 5.2: Figure 5.1 on CIFAR-10 classes, 3072-400-400-10, N₁ = 100, N₂ = 50, learning
+rate 0.01.
+"""
 
 from dataclasses import replace
 
@@ -16,10 +18,15 @@ METHODS = {
 
 FIGURE = replace(
     MNIST,
-    shows="thesis Figure 5.2: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on a CIFAR classification problem",
-    claim="SMW-GN is always faster than HF … KFAC … slows down considerably when the NN has wide layers … if learning rate is "
-    "chosen to be more conservative or typical (e.g., 0.01), [SGD] may suffer from slow convergence compared with "
-    "second-order methods (5.8.1)",
+    shows=(
+        "thesis Figure 5.2: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on a CIFAR classification"
+        " problem"
+    ),
+    claim=(
+        "SMW-GN is always faster than HF … KFAC … slows down considerably when the NN has wide"
+        " layers … if learning rate is chosen to be more conservative or typical (e.g., 0.01),"
+        " [SGD] may suffer from slow convergence compared with second-order methods (5.8.1)"
+    ),
     problems=["CIFAR classes"],
     batch=100,
     methods=METHODS,

@@ -1,4 +1,5 @@
-"""Thesis Figure 5.3: Figure 5.1 on webspam, 254-400-400-1, N₁ = 60, N₂ = 30, each at its tuned learning rate, one epoch.
+"""Thesis Figure 5.3: Figure 5.1 on webspam, 254-400-400-1, N₁ = 60, N₂ = 30, each at its tuned
+learning rate, one epoch.
 
 Losses are those before and after the epoch: a training run is evaluated between epochs.
 """
@@ -19,9 +20,14 @@ RATES = {
 
 FIGURE = replace(
     MNIST,
-    shows="thesis Figure 5.3: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on a webspam classification problem",
-    claim="SMW-GN is always faster than HF in terms of both epochs and clock-time … the relative ranking of the algorithms "
-    "changes from one problem to another (5.8.1)",
+    shows=(
+        "thesis Figure 5.3: SMW-GN, SMW-NG, SMW-NG-BD, KFAC, HF and SGD on a webspam classification"
+        " problem"
+    ),
+    claim=(
+        "SMW-GN is always faster than HF in terms of both epochs and clock-time … the relative"
+        " ranking of the algorithms changes from one problem to another (5.8.1)"
+    ),
     problems=["webspam"],
     methods={
         label: replace(method, values=(RATES[label], method.values[1]))

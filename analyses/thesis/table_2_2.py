@@ -1,4 +1,5 @@
-"""Thesis Table 2.2 (2020, Table 2): computation per iteration of one layer with d_i inputs and d_o outputs, beyond SGD's.
+"""Thesis Table 2.2 (2020, Table 2): computation per iteration of one layer with d_i inputs and d_o
+outputs, beyond SGD's.
 
 Also measured: minibatches of m, p pairs of L-BFGS, inversions every T steps; memory (Table 2.1).
 """

@@ -1,7 +1,8 @@
 """Thesis Table 2.3: how many examples the three data sets have, beside those that curvlab loads.
 
-Three facts make the counts differ: CURVES and FACES are made again, not the documents' files, and of FACES, 20,700 examples
-that the document counts for testing are Hinton and Salakhutdinov's validation set.
+Three facts make the counts differ: CURVES and FACES are made again, not the documents' files, and
+of FACES, 20,700 examples that the document counts for testing are Hinton and Salakhutdinov's
+validation set.
 """
 
 import curvlab as cl

@@ -1,4 +1,6 @@
-"""Thesis Table 2.4 (and 3.6): widths, activations and losses of the autoencoders, beside the networks that curvlab builds."""
+"""Thesis Table 2.4 (and 3.6): widths, activations and losses of the autoencoders, beside the
+networks that curvlab builds.
+"""
 
 from torch import nn
 

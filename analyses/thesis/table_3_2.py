@@ -1,6 +1,6 @@
-"""Thesis Table 3.2 (2021, Table 2): computation per iteration of one convolution, beyond SGD's: J channels in, I out, kernels
-of k × k = |Δ|, images of side × side = |T| places, minibatches of m, p pairs, K-BFGS every T steps, KFAC's statistics every
-T and inverses every 5 T.
+"""Thesis Table 3.2 (2021, Table 2): computation per iteration of one convolution, beyond SGD's: J
+channels in, I out, kernels of k × k = |Δ|, images of side × side = |T| places, minibatches of m, p
+pairs, K-BFGS every T steps, KFAC's statistics every T and inverses every 5 T.
 
 The formulas' lower-order terms are the table's too; K-BFGS forms no second moment of its inputs.
 """

@@ -1,4 +1,6 @@
-"""Thesis Table 3.3: the lowest training losses of Figures 3.1, 3.2 and 3.3, whose runs it shares."""
+"""Thesis Table 3.3: the lowest training losses of Figures 3.1, 3.2 and 3.3, whose runs it
+shares.
+"""
 
 from dataclasses import replace
 

@@ -1,5 +1,5 @@
-"""Thesis Table 3.8: K-BFGS with its two improvements turned on and off: #1 is D_P D_LM in place of double damping, #2 the
-minibatch's Hessian action in place of a moving average of A.
+"""Thesis Table 3.8: K-BFGS with its two improvements turned on and off: #1 is D_P D_LM in place of
+double damping, #2 the minibatch's Hessian action in place of a moving average of A.
 
 The document's values with one of them off are not published: here K-BFGS's own of Table 3.5.
 """
@@ -25,8 +25,11 @@ LOSSES = {
 FIGURE: Comparison = replace(
     CHAPTER_3,
     shows="thesis Table 3.8: K-BFGS with its two improvements on or off",
-    claim="using each one of the improvements alone yields better results than the variant without improvements (i.e. "
-    "K-BFGS-20), and using the two together usually yields the best results (3.7.3)",
+    claim=(
+        "using each one of the improvements alone yields better results than the variant without"
+        " improvements (i.e. K-BFGS-20), and using the two together usually yields the best results"
+        " (3.7.3)"
+    ),
     problems=list(LOSSES),
     methods=METHODS,
     reported={

@@ -1,8 +1,8 @@
 """Thesis Table 4.1: memory and time per iteration of TNT, Shampoo and Adam beyond SGD's, for
 one matrix (k = 2) of d × d, minibatches of m, statistics every T1 and inverses every T2 steps.
 
-Shampoo's T1 is not in the table's formula and stays 1. The table's Newton-like methods, a dense matrix of d⁴ numbers, are
-left out.
+Shampoo's T1 is not in the table's formula and stays 1. The table's Newton-like methods, a dense
+matrix of d⁴ numbers, are left out.
 """
 
 from torch import nn

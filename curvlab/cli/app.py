@@ -1,4 +1,6 @@
-"""The command line put together: parse, call a command, exit. Bad input is one line on standard error and exit code 2."""
+"""The command line put together: parse, call a command, exit. Bad input is one line on standard
+error and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -72,8 +74,10 @@ _HEAVY = {
     "report": "curvlab.show.page",
     "doctor": "curvlab.doctor",
 }
-"""{command: what takes seconds to import}: imported while a signal still ends the process (`starting.leave`); an exception in
-the middle of torch's or numpy's own import would leave half of them behind."""
+"""{command: what takes seconds to import}: imported while a signal still ends the process
+(`starting.leave`); an exception in the middle of torch's or numpy's own import would leave half of
+them behind.
+"""
 
 
 def _load(words: list[str]) -> None:
@@ -89,8 +93,9 @@ RUNS = ("train", "compare", "spectrum", "reproduce")
 def main() -> None:
     """Run the command line and exit.
 
-    0: done. 1: a run's numbers left the finite range. 2: bad input, an error of the user's own code, output that cannot be
-    written; one line, after the user's own frames. 70: an error of curvlab's own. 128 + n: ended by signal n, 130 by Ctrl-C.
+    0: done. 1: a run's numbers left the finite range. 2: bad input, an error of the user's own
+    code, output that cannot be written; one line, after the user's own frames. 70: an error of
+    curvlab's own. 128 + n: ended by signal n, 130 by Ctrl-C.
     """
     atexit.register(
         gc.freeze
@@ -103,7 +108,9 @@ def main() -> None:
 
 
 def _ended(words: list[str]) -> int:
-    """The exit code, whatever a signal breaks off: two raise at most, and none once `LISTENER` is deaf."""
+    """The exit code, whatever a signal breaks off: two raise at most, and none once `LISTENER` is
+    deaf.
+    """
     try:
         try:
             with unfailing() as stdout, warnings.catch_warnings():
@@ -135,7 +142,9 @@ def _say(text: str) -> None:
 
 
 def _use_backend(name: str) -> None:
-    """The user's MPLBACKEND, for code of theirs that draws (figures need none). One that matplotlib lacks is left out."""
+    """The user's MPLBACKEND, for code of theirs that draws (figures need none). One that matplotlib
+    lacks is left out.
+    """
     if name:
         import matplotlib
 
@@ -170,7 +179,9 @@ class _Warn:
 
 
 def _run(words: list[str]) -> int | None:
-    """The exit code; None where a command came to its end, 0 where help was all that was asked for."""
+    """The exit code; None where a command came to its end, 0 where help was all that was asked
+    for.
+    """
     command = typer.main.get_command(app)
     try:
         with command.make_context("curvlab", list(words)) as context:
@@ -204,7 +215,9 @@ def _run(words: list[str]) -> int | None:
 
 
 def _failed(error: BaseException, line: str, code: int, words: list[str]) -> int:
-    """The frames of the user's own code, if it is theirs, or all where they are asked for; then one line."""
+    """The frames of the user's own code, if it is theirs, or all where they are asked for; then one
+    line.
+    """
     verbose = any(word in ("-v", "--verbose") for word in words)
     own = (
         blame.whole(error)

@@ -74,13 +74,14 @@ def compare(
                rich_help_panel="Output"),
     ] = None,
 ) -> None:  # fmt: skip
-    """Follow one algorithm and compare every other's direction with it: cosines by layer (thesis Figure 4.1).
+    """Follow one algorithm and compare every other's direction with it: cosines by layer (thesis
+    Figure 4.1).
 
-    The defaults are the published picture: the trajectory of block-fisher, batches of 1000, learning rate 0.03,
-    overall damping 1e-3, 300 steps, warm start over one pass, sampled labels.
+    The defaults are the published picture: the trajectory of block-fisher, batches of 1000,
+    learning rate 0.03, overall damping 1e-3, 300 steps, warm start over one pass, sampled labels.
 
-    A method whose numbers leave the finite range is named, and NaN from that step on, while the others go on to the end; if it
-    is the reference, the run ends there. Exit code 1 in both cases.
+    A method whose numbers leave the finite range is named, and NaN from that step on, while the
+    others go on to the end; if it is the reference, the run ends there. Exit code 1 in both cases.
     """
     call = {k: v for k, v in ({"command": "compare"} | dict(locals())).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")

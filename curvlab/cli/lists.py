@@ -1,7 +1,8 @@
 """``curvlab list``: what the tables hold.
 
-The tables stand beside the code that they name, which takes seconds to import. ``python -m curvlab.cli.lists`` writes
-their rows to `lists.json`, with a checksum over the files that they come from: a copy that is out of date is never shown.
+The tables stand beside the code that they name, which takes seconds to import. ``python -m
+curvlab.cli.lists`` writes their rows to `lists.json`, with a checksum over the files that they come
+from: a copy that is out of date is never shown.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _SOURCES = (
     "analyses/thesis/*.py", "analyses/s2qn/*.py", "analyses/kfqn_cnn/*.py",
     "analyses/all_methods/*.py",
 )  # fmt: skip
-"""Of which the rows are; the scripts of `analyses` lie in the package, or, in a checkout, beside it."""
+"""Of which the rows are; the scripts of `analyses` lie in the package, or, in a checkout, beside
+it.
+"""
 
 
 def _algorithms() -> Rows:
@@ -149,7 +152,10 @@ def list_(
     what: Annotated[
         str,
         typer.Argument(
-            help="algorithms, options (of --set), models, datasets, probes, schedules, figures or reproductions."
+            help=(
+                "algorithms, options (of --set), models, datasets, probes, schedules, figures or"
+                " reproductions."
+            )
         ),
     ],
 ) -> None:

@@ -66,7 +66,9 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write one page of HTML that stands alone: figures, tables, the exact call, versions, every attribute."""
+    """Write one page of HTML that stands alone: figures, tables, the exact call, versions, every
+    attribute.
+    """
     from curvlab.show import page
 
     first = paths.given(run[0], "run")
@@ -81,7 +83,8 @@ def doctor(
         typer.Argument(metavar="[RUN]", help="A run's folder, which is then looked at too."),
     ] = None,
 ) -> None:
-    """Say what a bug report asks for first: versions, threads, device, data, and of a run whether it is whole and how to go on.
+    """Say what a bug report asks for first: versions, threads, device, data, and of a run whether
+    it is whole and how to go on.
 
     What is in the way of something is marked with an exclamation mark, and the exit code is 1.
     """

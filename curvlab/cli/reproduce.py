@@ -24,7 +24,10 @@ def reproduce(
     budget: Annotated[
         str,
         Option(
-            help="smoke: seconds, without data; cpu: minutes on two cores; paper: the document's own, for a GPU."
+            help=(
+                "smoke: seconds, without data; cpu: minutes on two cores; paper: the document's"
+                " own, for a GPU."
+            )
         ),
     ] = "cpu",
     out_folder: Annotated[
@@ -47,7 +50,8 @@ def reproduce(
         Option("--problem", help="Of the figure's networks and data; may be given again."),
     ] = None,
 ) -> None:
-    """Make a figure or table of a document again: train, draw, print, and check what the document says of it.
+    """Make a figure or table of a document again: train, draw, print, and check what the document
+    says of it.
 
     After Ctrl-C the same command goes on. The scripts are short: analyses/ of the repository.
     """

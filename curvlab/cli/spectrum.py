@@ -64,7 +64,9 @@ def spectrum(
                rich_help_panel="Output"),
     ] = None,
 ) -> None:  # fmt: skip
-    """Train, and log the eigenvalues of each layer's Hessian and Gauss-Newton block along the way."""
+    """Train, and log the eigenvalues of each layer's Hessian and Gauss-Newton block along the
+    way.
+    """
     call = {k: v for k, v in ({"command": "spectrum"} | dict(locals())).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
     from curvlab import spectra, spectrum_run

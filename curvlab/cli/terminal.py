@@ -79,7 +79,9 @@ def show(table: Table, title: str = "") -> None:
 
 
 def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
-    """What every run ends with: figure files, tables (`title` of the first), and the names of what was written."""
+    """What every run ends with: figure files, tables (`title` of the first), and the names of what
+    was written.
+    """
     from curvlab.show import figures, tables
 
     written = [folder / "run.h5"]
@@ -90,7 +92,10 @@ def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
             written.append(folder / f"{figure}.{suffix}")
     except KeyboardInterrupt as error:
         LISTENER.deaf = True
-        done = f"the run is done and saved in {written[0]}; draw it with: curvlab plot {shlex.quote(str(folder))}"
+        done = (
+            f"the run is done and saved in {written[0]}; draw it with: curvlab plot"
+            f" {shlex.quote(str(folder))}"
+        )
         err.print(for_rich(f"curvlab: {words(error)}; {done}"))
         raise typer.Exit(128 + number_of(error)) from None
     for i, table in enumerate(tables.own(ds)):
@@ -105,7 +110,9 @@ def wrote(file: Path) -> None:
 
 
 def picture(drawn: Figure, path: Path) -> None:
-    """Write a figure; what is there is whole at any moment. Raises CurvlabError where that cannot be done."""
+    """Write a figure; what is there is whole at any moment. Raises CurvlabError where that cannot
+    be done.
+    """
     from curvlab.show import drawable
 
     held = drawable.picture(drawn, path.suffix[1:])
@@ -121,7 +128,9 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def check_output(chosen: Path | None, figure: str, *others: str) -> None:
-    """Before a run is prepared. Raises CurvlabError where its log, its figure or others of its files cannot be written."""
+    """Before a run is prepared. Raises CurvlabError where its log, its figure or others of its
+    files cannot be written.
+    """
     files = ("run.h5", *others, *pictures.names(figure)) if chosen is not None else ()
     paths.check_folder(
         Path("runs") if chosen is None else chosen,
@@ -132,7 +141,9 @@ def check_output(chosen: Path | None, figure: str, *others: str) -> None:
 
 
 def folder_for(chosen: Path | None, stem: str) -> Path:
-    """The output folder, made; a fresh one under runs/ where none was chosen. Whether it is free is seen by `writing`."""
+    """The output folder, made; a fresh one under runs/ where none was chosen. Whether it is free is
+    seen by `writing`.
+    """
     try:
         if chosen is None:
             for number in range(1, 100_000):
@@ -146,7 +157,8 @@ def folder_for(chosen: Path | None, stem: str) -> Path:
         chosen.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CurvlabError(
-            f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose another with --out"
+            f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose"
+            " another with --out"
         ) from error
     return chosen
 
@@ -160,7 +172,8 @@ def free(folder: Path) -> None:
 
 @contextmanager
 def writing(folder: Path, check: Callable[[Path], object] = free) -> Iterator[None]:
-    """Around a run: no other one writes to its folder meanwhile, and before it begins `check` looks at what is there.
+    """Around a run: no other one writes to its folder meanwhile, and before it begins `check` looks
+    at what is there.
 
     Raises:
         CurvlabError: another run writes there, the folder cannot be written; and as `check`.

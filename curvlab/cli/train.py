@@ -156,9 +156,10 @@ def train(
 ) -> None:  # fmt: skip
     """Train a network along one algorithm; log loss, error, times and norms by epoch.
 
-    Loss and error are of the whole training and test set at the end of an epoch (epoch 0: before training), in eval mode; error
-    is the fraction of wrong classes, for autoencoders the mean squared error of sigmoid(output), for FACES of the output.
-    Defaults are the algorithm's document's (`curvlab list algorithms`). Exit code 1: the loss left the finite range, and the
+    Loss and error are of the whole training and test set at the end of an epoch (epoch 0: before
+    training), in eval mode; error is the fraction of wrong classes, for autoencoders the mean
+    squared error of sigmoid(output), for FACES of the output. Defaults are the algorithm's
+    document's (`curvlab list algorithms`). Exit code 1: the loss left the finite range, and the
     last good state is kept.
     """
     given = {k: v for k, v in locals().items() if k != "context"}
@@ -246,13 +247,16 @@ def _say_anew(folder: Path, model: str | None) -> None:
 
     if model is None:
         raise CurvlabError(
-            f"{anew(folder)} once the command says what to run: give --model and the options of the run"
+            f"{anew(folder)} once the command says what to run: give --model and the options of"
+            " the run"
         )
     err.print(for_rich(f"curvlab: {anew(folder)}"))
 
 
 def _gone_on(state: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Arguments of a run that goes on. Raises CurvlabError where its checkpoint names code that the command line does not."""
+    """Arguments of a run that goes on. Raises CurvlabError where its checkpoint names code that the
+    command line does not.
+    """
     from curvlab.training.run import resumed
 
     found = resumed(state, given)
@@ -282,7 +286,9 @@ def _named(given: Mapping[str, Any]) -> NamedTraining:
 
 
 def _options(words: list[str] | None, option: str) -> dict[str, Any]:
-    """NAME=VALUE, each value a number, true, false or none where it reads as one, or several numbers with commas between."""
+    """NAME=VALUE, each value a number, true, false or none where it reads as one, or several
+    numbers with commas between.
+    """
     found = {}
     for word in words or []:
         name, equals, value = word.partition("=")

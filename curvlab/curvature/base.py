@@ -168,7 +168,9 @@ class BlockDefaults:
     """What the last `refresh` added to the diagonal beside the damping; None: the method shifts
     nothing."""
     left_out: int | Tensor | None = None
-    """Pairs that were left out so far since they were not finite; None: the block learns from none."""
+    """Pairs that were left out so far since they were not finite; None: the block learns from
+    none.
+    """
     reads: Reads = "gradient"
 
     @property
@@ -328,7 +330,8 @@ def check_algorithm(state: Mapping[str, Any], name: str) -> None:
     """Raises CurvlabError for a checkpoint of another algorithm."""
     if state["algorithm"] != name:
         raise CurvlabError(
-            f"the checkpoint is of '{state['algorithm']}' but this is '{name}': build the same algorithm"
+            f"the checkpoint is of '{state['algorithm']}' but this is '{name}': build the same"
+            " algorithm"
         )
 
 
@@ -367,7 +370,8 @@ def check_squared(gradients: Mapping[str, Tensor]) -> None:
     for block, g in gradients.items():
         if not all_short([g]):
             error = Diverged(
-                "the gradient that its statistics are made of contains NaN or Inf, or its squares overflow"
+                "the gradient that its statistics are made of contains NaN or Inf, or its squares"
+                " overflow"
             )
             error.block = block
             raise error
@@ -401,7 +405,8 @@ class IdentityBlock(BlockDefaults):
         if self.over_damping:
             if not damping > 0:
                 raise CurvlabError(
-                    f"the rate of the gradient is that of the method over its damping, not over {damping:g}"
+                    "the rate of the gradient is that of the method over its damping, not over"
+                    f" {damping:g}"
                 )
             self.inverse = Diagonal(torch.full_like(self.inverse.diag(), 1 / damping))
 

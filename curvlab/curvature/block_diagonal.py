@@ -1,4 +1,5 @@
-"""The curvature that is made of blocks: *when* each block's statistics are updated and refreshed, and nothing else.
+"""The curvature that is made of blocks: *when* each block's statistics are updated and refreshed,
+and nothing else.
 
 Warm start, running mean and moving average are one thing: a weight.
 """
@@ -51,18 +52,21 @@ class BlockDiagonal(CurvatureDefaults):
     Args:
         blocks: the partition.
         make: block → its CurvatureBlock.
-        settings: labels, the pass that `update` reads; damping, which may be changed at any time, used from the next refresh
-            on; T₁ of updates of the statistics, T₂ of refreshes of the inverse; the name.
+        settings: labels, the pass that `update` reads; damping, which may be changed at any time,
+            used from the next refresh on; T₁ of updates of the statistics, T₂ of refreshes of the
+            inverse; the name.
         averaging: how the statistics are averaged.
-        look: observation → {block: what its `update` folds in}, where that is not the statistics of the pass `labels`.
+        look: observation → {block: what its `update` folds in}, where that is not the statistics of
+            the pass `labels`.
         fallback: the block of parameters without what `make`'s block reads.
-        damping_rule: how the damping moves: with the gradient's norm (S2QN (8)), or with the reduction ratio of all blocks
-            together (thesis 5.2.3); None: it stands.
+        damping_rule: how the damping moves: with the gradient's norm (S2QN (8)), or with the
+            reduction ratio of all blocks together (thesis 5.2.3); None: it stands.
     """
 
     refreshed: float | None = None
-    """λ of the last refresh. A state does not hold it: after `load_state_dict`, until the next refresh,
-    it is the damping as it was saved, which may have moved since."""
+    """λ of the last refresh. A state does not hold it: after `load_state_dict`, until the next
+    refresh, it is the damping as it was saved, which may have moved since.
+    """
 
     def __init__(
         self,
@@ -81,8 +85,8 @@ class BlockDiagonal(CurvatureDefaults):
         if loose:
             names = ", ".join(p for b in loose for p in b.params)
             warn(
-                "parameters of layers without a rule (or, for Kronecker factors, with groups of outputs) "
-                f"follow the gradient where an algorithm needs structure: {names}"
+                "parameters of layers without a rule (or, for Kronecker factors, with groups of"
+                f" outputs) follow the gradient where an algorithm needs structure: {names}"
             )
             self.blocks |= {b.name: fallback() for b in loose}
         self._fallback = fallback
@@ -167,8 +171,9 @@ class BlockDiagonal(CurvatureDefaults):
         self.updates += 1
 
     def _check(self, statistics: Mapping[str, Any]) -> None:
-        """Raises Diverged, before anything is folded, where a second moment, or a gradient at other labels than the data's,
-        is not finite."""
+        """Raises Diverged, before anything is folded, where a second moment, or a gradient at other
+        labels than the data's, is not finite.
+        """
         having = {
             n: b
             for n, b in self.blocks.items()
@@ -185,7 +190,9 @@ class BlockDiagonal(CurvatureDefaults):
             raise named(error, str(self._partition[error.block])) from error
 
     def _follow(self, statistics: Mapping[str, Any]) -> None:
-        """Blocks whose statistics lack what their method reads follow the gradient from here on, and it is said."""
+        """Blocks whose statistics lack what their method reads follow the gradient from here on,
+        and it is said.
+        """
         lost = {}
         for name, block in self.blocks.items():
             found = statistics.get(name)
@@ -201,7 +208,8 @@ class BlockDiagonal(CurvatureDefaults):
                 for name, why in lost.items()
             )
             warn(
-                f"the gradient is followed where {self.name or 'the method'} needs structure: {told}"
+                f"the gradient is followed where {self.name or 'the method'} needs structure:"
+                f" {told}"
             )
             self.blocks |= {name: self._fallback() for name in lost}
 
@@ -216,10 +224,12 @@ class BlockDiagonal(CurvatureDefaults):
 
     @precise()
     def update(self, observation: Observation) -> None:
-        """One step: fold the observation in where the schedule says so, refresh the inverse where it says so.
+        """One step: fold the observation in where the schedule says so, refresh the inverse where
+        it says so.
 
         Raises:
-            Diverged: a gradient or statistic that is not finite, which nothing is made of; no inverse.
+            Diverged: a gradient or statistic that is not finite, which nothing is made of; no
+                inverse.
         """
         check_gradients(observation.closure.objective, observation)
         step = self.steps + 1
@@ -238,7 +248,9 @@ class BlockDiagonal(CurvatureDefaults):
 
     @property
     def left_out(self) -> dict[str, int | Tensor]:
-        """{block: its pairs that were left out so far since they were not finite}; perhaps on the device."""
+        """{block: its pairs that were left out so far since they were not finite}; perhaps on the
+        device.
+        """
         found = {name: block_with_defaults(block).left_out for name, block in self.blocks.items()}
         return {name: count for name, count in found.items() if count is not None}
 
@@ -249,7 +261,9 @@ class BlockDiagonal(CurvatureDefaults):
 
     @property
     def wants_step(self) -> bool:
-        """Whether it will learn from the step that follows this direction (Alg. 9, line 12: k ≡ 0 mod T)."""
+        """Whether it will learn from the step that follows this direction (Alg. 9, line 12: k ≡ 0
+        mod T).
+        """
         learns = self.steps % self.cadence.update_every == 0 and any(
             b.secant for b in self.blocks.values()
         )
@@ -257,7 +271,9 @@ class BlockDiagonal(CurvatureDefaults):
 
     @precise()
     def learn(self, transition: Transition) -> bool:
-        """Learn from a step: two looks at one minibatch, each with its "data" pass. The step stands."""
+        """Learn from a step: two looks at one minibatch, each with its "data" pass. The step
+        stands.
+        """
         before, after = transition.before, transition.after
         for name, block in self.blocks.items():
             if (
@@ -274,7 +290,9 @@ class BlockDiagonal(CurvatureDefaults):
         return True
 
     def _ratio(self, transition: Transition) -> float:
-        """ρ at p = −H g (thesis Alg. 23, line 6, by block); B = I for a block that estimates no matrix."""
+        """ρ at p = −H g (thesis Alg. 23, line 6, by block); B = I for a block that estimates no
+        matrix.
+        """
         gradients = {name: g.flatten() for name, g in transition.before.gradients.items()}
         p = {name: -(self.inverse[name] @ g) for name, g in gradients.items()}
         matrices = {name: None if name in self._idle else self.blocks[name].matrix() for name in p}
@@ -288,7 +306,9 @@ class BlockDiagonal(CurvatureDefaults):
 
     @precise()
     def absorb(self, observation: Observation) -> None:
-        """Warm start: fold into the plain mean over all observations so far. Call `refresh` after the last."""
+        """Warm start: fold into the plain mean over all observations so far. Call `refresh` after
+        the last.
+        """
         if self.averaging.warm:
             check_gradients(observation.closure.objective, observation)
             self._fold(observation, 1 / (self.updates + 1))
@@ -320,7 +340,8 @@ class BlockDiagonal(CurvatureDefaults):
         """H · grad for every block.
 
         Args:
-            grads: {block name: tensor of the block's shape} or {parameter name: tensor}, for all or some blocks.
+            grads: {block name: tensor of the block's shape} or {parameter name: tensor}, for all or
+                some blocks.
 
         Returns:
             The same keys and shapes.
@@ -331,7 +352,8 @@ class BlockDiagonal(CurvatureDefaults):
                 if tuple(g.shape) != self._partition[name].shape:
                     wanted = list(self._partition[name].shape)
                     raise CurvlabError(
-                        f"{self._partition[name]} has shape {wanted}, but its gradient {list(g.shape)}"
+                        f"{self._partition[name]} has shape {wanted}, but its gradient"
+                        f" {list(g.shape)}"
                     )
             found: dict[str, Tensor] = {}
             for name, g in grads.items():
@@ -347,17 +369,22 @@ class BlockDiagonal(CurvatureDefaults):
             missing = [p for p in block.params if p not in grads]
             if missing:
                 raise CurvlabError(
-                    f"{block} needs the gradient of '{missing[0]}' too: its parameters are preconditioned together"
+                    f"{block} needs the gradient of '{missing[0]}' too: its parameters are"
+                    " preconditioned together"
                 )
             if name not in out:
                 out |= block.scatter(inverse[block.name] @ block.gather(grads).flatten())
         return {name: out[name] for name in grads}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, statistics and the inverse as it stands: tensors, numbers, lists and dictionaries only."""
+        """Counters, statistics and the inverse as it stands: tensors, numbers, lists and
+        dictionaries only.
+        """
         blocks = {
-            name: {"memory": {key: _clone(getattr(b, key)) for key in b.memory}}
-            | ({"inverse": pack(b.inverse)} if hasattr(b, "inverse") else {})
+            name: (
+                {"memory": {key: _clone(getattr(b, key)) for key in b.memory}}
+                | ({"inverse": pack(b.inverse)} if hasattr(b, "inverse") else {})
+            )
             for name, b in self.blocks.items()
         }
         counters = {key: getattr(self, key) for key in _COUNTERS}
@@ -370,7 +397,9 @@ class BlockDiagonal(CurvatureDefaults):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
+        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
+        algorithm, model or dtype.
+        """
         check_algorithm(state, self.name)
         check_names(self._partition.values(), state["blocks"])
         inverses: dict[str, Operator] = {}

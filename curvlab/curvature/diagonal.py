@@ -1,4 +1,6 @@
-"""Diagonal curvature: Adam (thesis 4.7.2; Kingma and Ba 2015) and RMSprop (thesis 2.8.2; Hinton et al. 2012)."""
+"""Diagonal curvature: Adam (thesis 4.7.2; Kingma and Ba 2015) and RMSprop (thesis 2.8.2; Hinton et
+al. 2012).
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,14 @@ from curvlab.statistics import LayerStatistics, Reads
 
 
 class SecondMoment(BlockDefaults):
-    """v = average of g², H = diag(1 / (√v + ε)): textbook Adam with the damping as ε, outside the root.
+    """v = average of g², H = diag(1 / (√v + ε)): textbook Adam with the damping as ε, outside the
+    root.
 
-    RMSprop is the same with no bias correction of either moment (thesis 2.8.2) and v from a warm start. `torch.optim.RMSprop`
-    differs in three ways: its v starts at zero, where ours is a running mean until it is a moving average; its momentum is of
-    the preconditioned gradient, where ours is of the gradient, in the way of Adam, and an average; and its α is 0.99, where the
-    thesis has 0.9. Its ε is outside the root too.
+    RMSprop is the same with no bias correction of either moment (thesis 2.8.2) and v from a warm
+    start. `torch.optim.RMSprop` differs in three ways: its v starts at zero, where ours is a
+    running mean until it is a moving average; its momentum is of the preconditioned gradient, where
+    ours is of the gradient, in the way of Adam, and an average; and its α is 0.99, where the thesis
+    has 0.9. Its ε is outside the root too.
     """
 
     reads: Reads = "gradient"

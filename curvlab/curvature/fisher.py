@@ -1,6 +1,8 @@
-"""The block Fisher matrix itself: dense, per layer, bias included (thesis 4.3.4), damped as F + λI, solved by Cholesky.
+"""The block Fisher matrix itself: dense, per layer, bias included (thesis 4.3.4), damped as F + λI,
+solved by Cholesky.
 
-Legend: V vectors, N examples, T places, I inputs incl. the bias column, J of them ever non-zero, O outputs, D = O I.
+Legend: V vectors, N examples, T places, I inputs incl. the bias column, J of them ever non-zero, O
+    outputs, D = O I.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from curvlab.statistics import LayerStatistics, Reads
 
 
 def check_outer(*factors: Tensor) -> None:
-    """Raises Diverged where second moments of products of entries of these would overflow, or are not finite.
+    """Raises Diverged where second moments of products of entries of these would overflow, or are
+    not finite.
 
     F is added to in place, so that what is added is looked at before. On a GPU `refresh` sees it.
     """
@@ -32,16 +35,18 @@ def check_outer(*factors: Tensor) -> None:
     largest = math.prod(float(f.abs().amax()) for f in factors if f.numel())
     if not largest < math.sqrt(torch.finfo(factors[0].dtype).max / len(factors[-1])):
         raise Diverged(
-            "the block Fisher matrix contains NaN or Inf: lower the learning rate or raise the damping"
+            "the block Fisher matrix contains NaN or Inf: lower the learning rate or raise the"
+            " damping"
         )
 
 
 class DenseFisher(BlockDefaults):
     """Moving average of F = (1/N) Σ_v Σ_n vec(D W) vec(D W)ᵀ, one dense block.
 
-    Where a weight is used at one place (T = 1) F = Σₙ Gₙ ⊗ aₙaₙᵀ is kept packed (`linalg.packed`), on those inputs alone that
-    have ever been non-zero: the rows and columns of the others are zero in F, and λI in the damped matrix, exactly. On the
-    first layer of mlp-256-20 over MNIST that is 3780² in place of 5140².
+    Where a weight is used at one place (T = 1) F = Σₙ Gₙ ⊗ aₙaₙᵀ is kept packed (`linalg.packed`),
+    on those inputs alone that have ever been non-zero: the rows and columns of the others are zero
+    in F, and λI in the damped matrix, exactly. On the first layer of mlp-256-20 over MNIST that is
+    3780² in place of 5140².
     """
 
     reads: Reads = "rows"
@@ -105,7 +110,8 @@ class DenseFisher(BlockDefaults):
             return
         if not used > 0:
             raise Diverged(
-                "some inputs are always zero, so the block Fisher matrix is singular: use a positive damping"
+                "some inputs are always zero, so the block Fisher matrix is singular: use a"
+                " positive damping"
             )
         idle = torch.ones(inputs, dtype=torch.bool, device=active.device)
         idle[active] = False

@@ -1,4 +1,5 @@
-"""The block Hessian matrix itself: dense, per layer, bias included (thesis 4.3.4, with the Hessian in place of Fisher).
+"""The block Hessian matrix itself: dense, per layer, bias included (thesis 4.3.4, with the Hessian
+in place of Fisher).
 
 Legend: I inputs incl. the bias column, O outputs, D = O I.
 """
@@ -35,10 +36,11 @@ def hessians(observation: Observation) -> dict[str, Dense]:
 
 
 def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:
-    """λ_min(M), by all eigenvalues up to order `direct`, above it by Lanczos from a fixed random start.
+    """λ_min(M), by all eigenvalues up to order `direct`, above it by Lanczos from a fixed random
+    start.
 
-    There it is the least Ritz value, which is not below λ_min, less the length of its residual, where that is at most 1e-6 ‖M‖;
-    or else all eigenvalues are taken.
+    There it is the least Ritz value, which is not below λ_min, less the length of its residual,
+    where that is at most 1e-6 ‖M‖; or else all eigenvalues are taken.
     """
     if len(matrix) > direct:
         found = extremes(
@@ -50,10 +52,12 @@ def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:
 
 
 class DenseHessian(BlockDefaults):
-    """H = (M + τI + λI)⁻¹, M the moving average of the exact Hessian blocks, which may be indefinite.
+    """H = (M + τI + λI)⁻¹, M the moving average of the exact Hessian blocks, which may be
+    indefinite.
 
-    τ = max(0, −λ_min(M)), `shift`, is the least that makes M + τI positive semi-definite, so that the matrix that is inverted
-    is at least λI, as that of the block Fisher method is. Where M has no negative eigenvalue, nothing is shifted.
+    τ = max(0, −λ_min(M)), `shift`, is the least that makes M + τI positive semi-definite, so that
+    the matrix that is inverted is at least λI, as that of the block Fisher method is. Where M has
+    no negative eigenvalue, nothing is shifted.
     """
 
     reads: Reads = "rows"
@@ -71,7 +75,8 @@ class DenseHessian(BlockDefaults):
         new = statistics.dense()
         if not waits(new) and not all_finite(new):  # M would keep it
             raise Diverged(
-                "the block Hessian matrix contains NaN or Inf: lower the learning rate or raise the damping"
+                "the block Hessian matrix contains NaN or Inf: lower the learning rate or raise the"
+                " damping"
             )
         self.M = blend(self.M, new, weight)
 

@@ -89,8 +89,8 @@ class HessianFree(WholeVectorCurvature):
         check_curvature_size(curvature_size)
         if iterations < 1 or not progress >= 0 or not 0 <= reuse <= 1:
             raise CurvlabError(
-                "conjugate gradients need iterations of at least 1, progress of at least 0 and reuse between 0 and 1, "
-                f"not {iterations:g}, {progress:g}, {reuse:g}"
+                "conjugate gradients need iterations of at least 1, progress of at least 0 and"
+                f" reuse between 0 and 1, not {iterations:g}, {progress:g}, {reuse:g}"
             )
         self.levenberg = levenberg
         self.curvature_size, self.adapt, self.ratio, self.backtrack = (

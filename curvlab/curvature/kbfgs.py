@@ -224,7 +224,8 @@ class KBfgs(BlockDefaults):
         damping_a, damping_g = self._split()
         if self.pair_damping == "dd" and not 0 < damping_g <= 1:
             raise CurvlabError(
-                f"double damping takes μ₂ = √λ in (0, 1] (thesis 2.3.1), not √{damping:g}: use another λ, or k-bfgs"
+                f"double damping takes μ₂ = √λ in (0, 1] (thesis 2.3.1), not √{damping:g}: use"
+                " another λ, or k-bfgs"
             )
         if not damping > 0:
             raise CurvlabError(

@@ -1,9 +1,11 @@
-"""KFAC: Ω ⊗ Γ, a second moment of the inputs and one of the derivatives (thesis Alg. 12; Martens and Grosse 2015).
+"""KFAC: Ω ⊗ Γ, a second moment of the inputs and one of the derivatives (thesis Alg. 12; Martens
+and Grosse 2015).
 
-Alg. 12, line 12 passes over the last minibatch again after the weights have moved, so that every direction is from statistics
-at its own weights. Here they are of its own minibatch too, whose forward pass they share; losses agree with the printed order's
-to a percent. With statistics that are a step older the MNIST autoencoder diverges within 13 steps at Table 4.3's values, on
-each of three seeds.
+Alg. 12, line 12 passes over the last minibatch again after the weights have moved, so that every
+direction is from statistics at its own weights. Here they are of its own minibatch too, whose
+forward pass they share; losses agree with the printed order's to a percent. With statistics that
+are a step older the MNIST autoencoder diverges within 13 steps at Table 4.3's values, on each of
+three seeds.
 
 Legend: I inputs incl. the bias column, O outputs.
 """
@@ -27,14 +29,18 @@ SPLITS: dict[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = {
     "pi": pi_split,
     "even": lambda A, G, damping: (math.sqrt(damping), math.sqrt(damping)),
 }
-"""(A, G, λ) → the dampings of A and G: thesis Alg. 12, line 19; π = 1 of Alg. 7, line 11 and of 2021 Alg. 5, line 14."""
+"""(A, G, λ) → the dampings of A and G: thesis Alg. 12, line 19; π = 1 of Alg. 7, line 11 and of
+2021 Alg. 5, line 14.
+"""
 
 
 FACTOR_A, FACTOR_G = "the KFAC factor A (Ω)", "the KFAC factor G (Γ)"
 
 
 class Kfac(BlockDefaults):
-    """H = (Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹: Alg. 12, lines 14 and 19; with the split "even" Alg. 7, lines 9 and 11."""
+    """H = (Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹: Alg. 12, lines 14 and 19; with the split "even" Alg. 7,
+    lines 9 and 11.
+    """
 
     reads: Reads = "moments"
     memory: ClassVar[tuple[str, ...]] = ("A", "G")

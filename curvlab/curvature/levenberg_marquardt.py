@@ -57,7 +57,8 @@ class LevenbergMarquardt:
         ):
             if not good:
                 raise CurvlabError(
-                    f"{name} of the Levenberg-Marquardt rule must be {wanted}, not {getattr(self, name):g}"
+                    f"{name} of the Levenberg-Marquardt rule must be {wanted}, not"
+                    f" {getattr(self, name):g}"
                 )
 
     def adapted(self, damping: float, rho: float) -> float:

@@ -1,4 +1,6 @@
-"""One overall damping λ for all methods → the damping parameter of each one's document (practice)."""
+"""One overall damping λ for all methods → the damping parameter of each one's document
+(practice).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import math
 from collections.abc import Callable
 
 DampingRule = Callable[[float, int], float]
-"""Overall damping λ and batch size m → the document's own damping parameter, so that methods compare at one λ (practice)."""
+"""Overall damping λ and batch size m → the document's own damping parameter, so that methods
+compare at one λ (practice).
+"""
 
 
 def same(overall: float, size: int) -> float:
@@ -20,10 +24,14 @@ def per_factor(overall: float, size: int) -> float:
 
 
 def per_factor_of_mean(overall: float, size: int) -> float:
-    """ε² = λ / m: from batch-mean gradients of m examples come Fisher / m, and factors (and Adam's √v) of its root."""
+    """ε² = λ / m: from batch-mean gradients of m examples come Fisher / m, and factors (and Adam's
+    √v) of its root.
+    """
     return math.sqrt(overall / size)
 
 
 def fixed(epsilon: float) -> DampingRule:
-    """The same at every λ: the document's ε (Table 4.3) where no matrix is approximated whose damping λ could be."""
+    """The same at every λ: the document's ε (Table 4.3) where no matrix is approximated whose
+    damping λ could be.
+    """
     return lambda overall, size: epsilon

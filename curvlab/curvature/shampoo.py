@@ -1,4 +1,6 @@
-"""Shampoo as the thesis runs it: moving averages, inverse roots by coupled Newton, no grafting, no blocking (Alg. 16)."""
+"""Shampoo as the thesis runs it: moving averages, inverse roots by coupled Newton, no grafting, no
+blocking (Alg. 16).
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ from curvlab.linalg.roots import inverse_root_eigh, inverse_root_newton, root_ei
 
 
 def shampoo(block: Block, *, root: str = "auto") -> Contracted:
-    """H = ⊗ᵢ (Ĝ^(i) + εI)^{−1/2k} from the batch-mean gradient at the data's labels: Alg. 16, lines 9 and 12.
+    """H = ⊗ᵢ (Ĝ^(i) + εI)^{−1/2k} from the batch-mean gradient at the data's labels: Alg. 16, lines
+    9 and 12.
 
-    H⁻² = ⊗ᵢ (Ĝ^(i) + εI)^{1/k}, its `matrix`, bounds E[ḡ ḡᵀ] of the mean gradient ḡ up to the rank of ḡ (Gupta et al. 2018,
-    Lemma 8): its direction says how near it is, its size is too large (a rank-one ḡ ḡᵀ apart).
+    H⁻² = ⊗ᵢ (Ĝ^(i) + εI)^{1/k}, its `matrix`, bounds E[ḡ ḡᵀ] of the mean gradient ḡ up to the rank
+    of ḡ (Gupta et al. 2018, Lemma 8): its direction says how near it is, its size is too large (a
+    rank-one ḡ ḡᵀ apart).
 
     Args:
-        root: "newton", the document's coupled Newton iteration; "eigh", the same root by eigenvalues, seven times as fast on a
-            CPU; "auto": "eigh" there, "newton" on other devices.
+        root: "newton", the document's coupled Newton iteration; "eigh", the same root by
+            eigenvalues, seven times as fast on a CPU; "auto": "eigh" there, "newton" on other
+            devices.
     """
     lookup(ROOTS, root, "way to a root")
     return Contracted(

@@ -1,35 +1,43 @@
-"""SKQN: KFAC of the data's labels as the base matrix, refined by what steps teach: S2QN (Yang et al.), Alg. 1, 3.4 and 4.
+"""SKQN: KFAC of the data's labels as the base matrix, refined by what steps teach: S2QN (Yang et
+al.), Alg. 1, 3.4 and 4.
 
-The base is that of the minibatch at hand, (17), (18): G̃ ⊗ Â, row-major. A step on minibatch k − 1 becomes a pair once the
-base of minibatch k is there, (10), (19), (20). The direction is −(B_k + λ_k I)⁻¹ g_k, (7), λ_k by (8).
+The base is that of the minibatch at hand, (17), (18): G̃ ⊗ Â, row-major. A step on minibatch k − 1
+becomes a pair once the base of minibatch k is there, (10), (19), (20). The direction is −(B_k + λ_k
+I)⁻¹ g_k, (7), λ_k by (8).
 
-(17) prints G Gᵀ summed over places like A Aᵀ, which makes the product T times what (16), (20) and KFAC have, where G is of one
-place: here G is the mean over places, A the sum.
+(17) prints G Gᵀ summed over places like A Aᵀ, which makes the product T times what (16), (20) and
+KFAC have, where G is of one place: here G is the mean over places, A the sum.
 
-Of the three P, the symmetric one alone makes (19) and (20) hold before sketching and keeps Λ̃ definite; its τ serves the worst
-of all columns, so that of 16 noisy ones little is learnt at once (measured: τ near 0.03, with one column 0.8). The trace learns
-faster (mlp-256-20: τ 0.9, the lowest loss) but leaves Λ̃ singular, and on the autoencoder the loss rose; the diagonal diverged.
+Of the three P, the symmetric one alone makes (19) and (20) hold before sketching and keeps Λ̃
+definite; its τ serves the worst of all columns, so that of 16 noisy ones little is learnt at once
+(measured: τ near 0.03, with one column 0.8). The trace learns faster (mlp-256-20: τ 0.9, the lowest
+loss) but leaves Λ̃ singular, and on the autoencoder the loss rose; the diagonal diverged.
 
 The document's appendix is not available; what it leaves open is chosen here, once for all problems:
 
-    p = 3 pairs of L-BFGS (3.2: "1 ∼ 5"); pairs with uᵀv < 1e-8 ‖u‖ ‖v‖ are skipped (3.2), after the damping of its [39]
-    k = 16 columns of the sketch Ξ, normal entries; P = ½ (VᵀU + UᵀV); τ by Powell's rule, μ = 0.2
-    γ = 0.1: Λ⁰ = γ I, the start of the refinement (L: of the block; B: of the factor, Λ̃₀)
-    r₁, r₂: `GradientNorm`; α_k⁻¹ is the damping, a constant unless `shrink` is below 1
-    β = 1, α⁻¹ = 30 (B: 100; at 30 both diverged on the MNIST autoencoder at step 27 to 35, with each of 4 and of 3 seeds),
-    T₂ = 20 (line 2 of Alg. 1 computes H_k at every step: T₂ = 1, dear)
+    p = 3 pairs of L-BFGS (3.2: "1 ∼ 5"); pairs with uᵀv < 1e-8 ‖u‖ ‖v‖ are skipped (3.2), after the
+    damping of its [39] k = 16 columns of the sketch Ξ, normal entries; P = ½ (VᵀU + UᵀV); τ by
+    Powell's rule, μ = 0.2 γ = 0.1: Λ⁰ = γ I, the start of the refinement (L: of the block; B: of
+    the factor, Λ̃₀) r₁, r₂: `GradientNorm`; α_k⁻¹ is the damping, a constant unless `shrink` is
+    below 1 β = 1, α⁻¹ = 30 (B: 100; at 30 both diverged on the MNIST autoencoder at step 27 to 35,
+    with each of 4 and of 3 seeds), T₂ = 20 (line 2 of Alg. 1 computes H_k at every step: T₂ = 1,
+    dear)
 
-Why β / α⁻¹ is so small where a base is kept. The base of a minibatch's own labels contains that minibatch's gradient: if it is
-exact, ‖p‖ ≤ 1 / 2√λ, whatever ‖g‖. Measured at (3, 3), T₂ = 1, no refinement, 22 steps of a 784-100-50-10-… autoencoder: ‖p‖ is
-0.2 to 0.6 while ‖g‖ goes from 18 to 300, and β pᵀ∇²Ψp / gᵀp at most 3 (above 2 the quadratic model rises). The base of one step
-before does not know this gradient: ‖p‖ is 3 to 17, the ratio up to 110, that step would raise the loss by thousands. What the
-base does not cover moves as by SGD of rate β / λ, which must be one at which SGD is stable: 1/30 stands, 1/10 diverges, for
-the base of one minibatch and for a moving average. Theorem 1 asks for the same, (23).
+Why β / α⁻¹ is so small where a base is kept. The base of a minibatch's own labels contains that
+minibatch's gradient: if it is exact, ‖p‖ ≤ 1 / 2√λ, whatever ‖g‖. Measured at (3, 3), T₂ = 1, no
+refinement, 22 steps of a 784-100-50-10-… autoencoder: ‖p‖ is 0.2 to 0.6 while ‖g‖ goes from 18 to
+300, and β pᵀ∇²Ψp / gᵀp at most 3 (above 2 the quadratic model rises). The base of one step before
+does not know this gradient: ‖p‖ is 3 to 17, the ratio up to 110, that step would raise the loss by
+thousands. What the base does not cover moves as by SGD of rate β / λ, which must be one at which
+SGD is stable: 1/30 stands, 1/10 diverges, for the base of one minibatch and for a moving average.
+Theorem 1 asks for the same, (23).
 
-Λ̃ is held, and updated, in double precision: with Powell's rule its least eigenvalue shrinks at every update, while V P⁻¹ Vᵀ has
-no bound. In single precision it was indefinite there within 24 steps (−30 beside 6·10⁴), which cancels G̃ where the gradient is.
+Λ̃ is held, and updated, in double precision: with Powell's rule its least eigenvalue shrinks at
+every update, while V P⁻¹ Vᵀ has no bound. In single precision it was indefinite there within 24
+steps (−30 beside 6·10⁴), which cancels G̃ where the gradient is.
 
-Legend: N examples, T places, I inputs incl. the bias column, O outputs, p pairs, m columns, k columns after sketching.
+Legend: N examples, T places, I inputs incl. the bias column, O outputs, p pairs, m columns, k
+    columns after sketching.
 """
 
 from __future__ import annotations
@@ -100,13 +108,15 @@ def _check(what: str, count: int | None, gamma: float) -> None:
 
 
 class SkqnL(BlockDefaults):
-    """B + λI = G̃ ⊗ Â + Λ + λI, Λ by L-BFGS of the block's own pairs: S2QN 3.4 with (12), inverted by (13).
+    """B + λI = G̃ ⊗ Â + Λ + λI, Λ by L-BFGS of the block's own pairs: S2QN 3.4 with (12), inverted
+    by (13).
 
     Args:
         pairs: p; 0: no refinement but Λ⁰.
         gamma: γ of Λ⁰ = γ I.
         mu: of the damping of [39] (Powell's, with Λ⁰): uᵀv ≥ μ γ uᵀu. 0: pairs are only skipped.
-        split: λ + γ over the factors by π as in KFAC, in place of the exact inverse in the factors' eigenbases.
+        split: λ + γ over the factors by π as in KFAC, in place of the exact inverse in the factors'
+            eigenbases.
     """
 
     reads: Reads = "factors"
@@ -212,7 +222,9 @@ class SkqnL(BlockDefaults):
 
 
 def _one_precision(operator: Operator) -> Operator:
-    """With its core, computed in double precision, in that of its rows: a state has the model's dtype."""
+    """With its core, computed in double precision, in that of its rows: a state has the model's
+    dtype.
+    """
     if isinstance(operator, Rotated):
         return Rotated(operator.bases, cast(Compact, _one_precision(operator.inside)))
     assert isinstance(operator, Compact)
@@ -224,7 +236,8 @@ ColumnPair = tuple[Float[Tensor, "O m"], Float[Tensor, "O m"]]
 
 @dataclass(frozen=True)
 class Condition:
-    """What a step gives, and the pairs (𝕌, 𝕍) that Λ̃ is to satisfy, Λ̃ 𝕌 = 𝕍, once Â and G̃ are known.
+    """What a step gives, and the pairs (𝕌, 𝕍) that Λ̃ is to satisfy, Λ̃ 𝕌 = 𝕍, once Â and G̃ are
+    known.
 
     `commutes`: whether the columns may be sketched before.
     """
@@ -239,7 +252,9 @@ def _parameters(before: LayerStatistics, after: LayerStatistics, move: Move) -> 
 
 
 def _preactivations(before: LayerStatistics, after: LayerStatistics, move: Move) -> ColumnPair:
-    """mat(s_k − s_{k−1}), mat(Ds_k − Ds_{k−1}): a column for each example and place, of each example's own loss."""
+    """mat(s_k − s_{k−1}), mat(Ds_k − Ds_{k−1}): a column for each example and place, of each
+    example's own loss.
+    """
     return (after.h - before.h).flatten(0, 1).mT, (after.g[0] - before.g[0]).flatten(0, 1).mT
 
 
@@ -260,7 +275,8 @@ class SkqnB(BlockDefaults):
         gamma: γ of Λ̃₀ = γ I.
         choice: P of (21).
         mu: of Powell's rule for τ. tau: τ itself, in its place.
-        split: λ over the factors by π as in KFAC, in place of the exact inverse in the factors' eigenbases.
+        split: λ over the factors by π as in KFAC, in place of the exact inverse in the factors'
+            eigenbases.
         seed: of the sketches.
     """
 
@@ -343,7 +359,9 @@ class SkqnB(BlockDefaults):
         self.U, self.V = self._sketched(U, V) if self.condition.commutes else (U, V)
 
     def _sketched(self, U: Float[Tensor, "O m"], V: Float[Tensor, "O m"]) -> ColumnPair:
-        """U Ξ, V Ξ (22), where they have more than k columns. Ξ is drawn on the CPU: the same on every device."""
+        """U Ξ, V Ξ (22), where they have more than k columns. Ξ is drawn on the CPU: the same on
+        every device.
+        """
         m = U.shape[1]
         if self.columns is None or m <= self.columns:
             return U, V

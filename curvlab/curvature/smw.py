@@ -133,7 +133,8 @@ class Smw(WholeVectorCurvature):
         check_curvature_size(curvature_size)
         if not 0 < eta < levenberg.epsilon:
             raise CurvlabError(
-                f"eta must lie between 0 and epsilon = {levenberg.epsilon:g} (Theorem 6), not {eta:g}"
+                f"eta must lie between 0 and epsilon = {levenberg.epsilon:g} (Theorem 6), not"
+                f" {eta:g}"
             )
         self.curvature_size, self.adapt, self.ratio, self.eta = curvature_size, adapt, ratio, eta
         self.rejects, self.levenberg = semi_stochastic, levenberg

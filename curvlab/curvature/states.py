@@ -1,9 +1,11 @@
-"""What a saved state must fit, looked at before anything of it is taken: names, shapes and dtypes of the blocks.
+"""What a saved state must fit, looked at before anything of it is taken: names, shapes and dtypes
+of the blocks.
 
-A state of another model must not be half-loaded, and must not wait for the next step to fail: shapes are read off the saved
-statistics themselves, by the letters that all methods share.
+A state of another model must not be half-loaded, and must not wait for the next step to fail:
+shapes are read off the saved statistics themselves, by the letters that all methods share.
 
-Legend: O outputs, I inputs incl. the bias column of a block [O, I]; D its entries; P = O(O+1)/2 pairs of outputs.
+Legend: O outputs, I inputs incl. the bias column of a block [O, I]; D its entries; P = O(O+1)/2
+    pairs of outputs.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def check_names(blocks: Iterable[Block], saved: Iterable[str]) -> None:
     own, saved = [b.name for b in blocks], list(saved)
     if set(saved) != set(own):
         raise CurvlabError(
-            f"the checkpoint has blocks {', '.join(saved)} but this model has {', '.join(own)}: {REBUILD}"
+            f"the checkpoint has blocks {', '.join(saved)} but this model has {', '.join(own)}:"
+            f" {REBUILD}"
         )
 
 
@@ -53,23 +56,29 @@ def check_shape(block: Block, what: str, found: Sequence[int]) -> None:
 def misfit(block: Block, what: str, found: Sequence[int]) -> CurvlabError:
     """The error for what is of a block of another shape."""
     return CurvlabError(
-        f"{block} has shape {list(block.shape)} but in the checkpoint {what} {list(found)}: {REBUILD}"
+        f"{block} has shape {list(block.shape)} but in the checkpoint {what} {list(found)}:"
+        f" {REBUILD}"
     )
 
 
 def check_dtype(where: object, found: torch.dtype, wanted: torch.dtype) -> None:
-    """Raises CurvlabError for a state of single precision in a model of double precision, or the other way round.
+    """Raises CurvlabError for a state of single precision in a model of double precision, or the
+    other way round.
 
-    It is not cast: a state is what goes on bit for bit, and some of it is of double precision in any model.
+    It is not cast: a state is what goes on bit for bit, and some of it is of double precision in
+    any model.
     """
     if found != wanted and found in _FULL and wanted in _FULL:
         raise CurvlabError(
-            f"{where} is of {wanted} but of {found} in the checkpoint: build the model in the same dtype first"
+            f"{where} is of {wanted} but of {found} in the checkpoint: build the model in the same"
+            " dtype first"
         )
 
 
 def dtype_of(blocks: Iterable[Block]) -> torch.dtype | None:
-    """Of their statistics: the widest of their parameters'; None where some are in no layer, and so do not show."""
+    """Of their statistics: the widest of their parameters'; None where some are in no layer, and so
+    do not show.
+    """
     found = torch.float32
     for block in blocks:
         if block.module is None:
@@ -82,10 +91,13 @@ def dtype_of(blocks: Iterable[Block]) -> torch.dtype | None:
 def check_memory(
     block: Block, keys: Sequence[str], saved: Mapping[str, Any], dtype: torch.dtype | None
 ) -> None:
-    """Raises CurvlabError where saved statistics are not those of such a block: other names, another shape, another dtype."""
+    """Raises CurvlabError where saved statistics are not those of such a block: other names,
+    another shape, another dtype.
+    """
     if set(saved) != set(keys):
         raise CurvlabError(
-            f"{block} keeps {', '.join(keys) or 'nothing'} but in the checkpoint {', '.join(saved) or 'nothing'}: {REBUILD}"
+            f"{block} keeps {', '.join(keys) or 'nothing'} but in the checkpoint"
+            f" {', '.join(saved) or 'nothing'}: {REBUILD}"
         )
     for key, value in saved.items():
         if key == "means" and value is not None:
@@ -102,7 +114,9 @@ def check_memory(
 
 
 def check_operator(block: Block, operator: Operator, dtype: torch.dtype | None) -> None:
-    """Raises CurvlabError where an operator does not act on such a block, or is of another dtype."""
+    """Raises CurvlabError where an operator does not act on such a block, or is of another
+    dtype.
+    """
     ways = _ways(operator)
     apart = set(accumulate(block.shape, mul, initial=1)) - set(accumulate(ways, mul, initial=1))
     if math.prod(ways) != block.numel or (len(ways) > 1 and apart):
@@ -115,7 +129,8 @@ def check_rows(layout: Layout, rows: Beside, dtype: torch.dtype) -> None:
     """Raises CurvlabError where rows side by side are not of these blocks."""
     if len(rows.parts) != len(layout.blocks):
         raise CurvlabError(
-            f"the checkpoint has {len(rows.parts)} blocks but this model has {len(layout.blocks)}: {REBUILD}"
+            f"the checkpoint has {len(rows.parts)} blocks but this model has {len(layout.blocks)}:"
+            f" {REBUILD}"
         )
     for block, part in zip(layout.blocks, rows.parts, strict=True):
         if isinstance(part, LayerRows):
@@ -134,7 +149,9 @@ def check_rows(layout: Layout, rows: Beside, dtype: torch.dtype) -> None:
 
 
 def check_vectors(layout: Layout, vectors: Mapping[str, Tensor | None], dtype: torch.dtype) -> None:
-    """Raises CurvlabError where a vector of all parameters (its last axis) is of another model, or of another dtype."""
+    """Raises CurvlabError where a vector of all parameters (its last axis) is of another model, or
+    of another dtype.
+    """
     for name, vector in vectors.items():
         if vector is None:
             continue
@@ -142,8 +159,8 @@ def check_vectors(layout: Layout, vectors: Mapping[str, Tensor | None], dtype: t
             names = "; ".join(f"{b} {list(b.shape)}" for b in layout.blocks[:3])
             more = f" and {len(layout.blocks) - 3} more" if len(layout.blocks) > 3 else ""
             raise CurvlabError(
-                f"the checkpoint's {name} has {vector.shape[-1]} parameters but this model has {len(layout)} "
-                f"({names}{more}): {REBUILD}"
+                f"the checkpoint's {name} has {vector.shape[-1]} parameters but this model has"
+                f" {len(layout)} ({names}{more}): {REBUILD}"
             )
         check_dtype("the model", vector.dtype, dtype)
 
@@ -167,5 +184,5 @@ def _has(shape: Sequence[int], axes: str, block: Block) -> bool:
         "D": block.numel,
         "P": outputs * (outputs + 1) // 2,
     }
-    fits: Callable[[str, int], bool] = lambda axis, n: axis == "*" or lengths[axis] == n  # noqa: E731
+    fits: Callable[[str, int], bool] = lambda axis, n: axis == "*" or lengths[axis] == n
     return len(shape) == len(axes) and all(map(fits, axes, shape))

@@ -1,8 +1,9 @@
 """Structured quasi-Newton methods of the whole parameter vector: S2QN (Yang et al. 2021), Alg. 1.
 
-B_k = H_k + Λ_k, (9): the base matrix H_k of a sample, and the refinement Λ_k, limited-memory BFGS of what the base misses.
-S4QN is Hessian and refinement; subsampled Newton (SSN) the Hessian alone; L-BFGS the refinement alone. One class, three lines
-of the table: "all settings of S4QN are the same as SSN except an additional quasi-Newton matrix" (6.1).
+B_k = H_k + Λ_k, (9): the base matrix H_k of a sample, and the refinement Λ_k, limited-memory BFGS
+of what the base misses. S4QN is Hessian and refinement; subsampled Newton (SSN) the Hessian alone;
+L-BFGS the refinement alone. One class, three lines of the table: "all settings of S4QN are the same
+as SSN except an additional quasi-Newton matrix" (6.1).
 
 What the document leaves open, chosen once:
 
@@ -17,7 +18,8 @@ What the document leaves open, chosen once:
 | β_k | the learning rate, or a line search on the minibatch, whose step is then a part of the direction |
 | (B + λI)⁻¹ g | conjugate gradients on the sum: one solve where (13) has 1 + 2p of them; a low-rank base by (14) |
 
-Legend: D parameters, K columns, r rows of a low-rank base; u, v̂ change of parameters and of gradient, v = v̂ − H u.
+Legend: D parameters, K columns, r rows of a low-rank base; u, v̂ change of parameters and of
+    gradient, v = v̂ − H u.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
 
 Base = Literal["hessian", "fisher", "none"]
-"""Subsampled Hessian, (4); second moment of the gradients at `labels`: exact (GGN = Fisher, (5)), model, data (EFIM); none."""
+"""Subsampled Hessian, (4); second moment of the gradients at `labels`: exact (GGN = Fisher, (5)),
+model, data (EFIM); none.
+"""
 
 Solver = Literal["auto", "direct", "cg"]
 
@@ -76,7 +80,9 @@ DIRECT = 256
 
 @dataclass(frozen=True)
 class Subsample:
-    """H_k: the mean over S_H of a kind of matrix, as products, or where it has few rows as those."""
+    """H_k: the mean over S_H of a kind of matrix, as products, or where it has few rows as
+    those.
+    """
 
     size: int
     product: Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
@@ -88,8 +94,8 @@ class Structured(WholeVectorCurvature):
 
     Args:
         objective: whose parameters; its L2 term is a part of H_k.
-        settings: labels, of a base "fisher"; damping, α_k⁻¹; T₁, steps between pairs. Everything else is of the minibatch at
-            hand, so that T₂ has nothing to act on.
+        settings: labels, of a base "fisher"; damping, α_k⁻¹; T₁, steps between pairs. Everything
+            else is of the minibatch at hand, so that T₂ has nothing to act on.
         base: see `Base`.
         pairs: p; 0 is no refinement.
         sample: examples in S_H at the first step; None takes the minibatch.
@@ -97,13 +103,16 @@ class Structured(WholeVectorCurvature):
         damping_rule: λ_k of α_k⁻¹, and how that goes on: (8).
         gamma: γ; None for that of the newest pair.
         tolerance: on ‖g − (B + λI) d‖ / ‖g‖ of conjugate gradients. iterations: the most of them.
-        solver: auto forms the matrix of up to 256 parameters and takes conjugate gradients above; a base "fisher" of fewer
-            rows than parameters, in layers with rules, and not too many numbers, is solved by (14).
+        solver: auto forms the matrix of up to 256 parameters and takes conjugate gradients above; a
+            base "fisher" of fewer rows than parameters, in layers with rules, and not too many
+            numbers, is solved by (14).
         search: on the minibatch, from step 1; follow it with lr = 1 and no momentum.
 
-    Where B + λI is not positive definite λ is raised for this step ("λ_k can be adjusted suitably", 3.2).
+    Where B + λI is not positive definite λ is raised for this step ("λ_k can be adjusted suitably",
+    3.2).
 
-    `work` counts examples: those seen by products with the base, by trial steps that were not taken, and by the base's rows.
+    `work` counts examples: those seen by products with the base, by trial steps that were not
+    taken, and by the base's rows.
     """
 
     step_needs: frozenset[Pass] = frozenset({"gradient"})
@@ -167,7 +176,8 @@ class Structured(WholeVectorCurvature):
         self.lam = self.damping
         self._sample: Subsample | None = None
 
-    # ------------------------------------------------------------------------------------------ Alg. 1
+    # ------------------------------------------------------------------------------------------
+    # Alg. 1
 
     def update(self, observation: Observation) -> None:
         """Lines 2 to 4: the base of this minibatch, the newest pair with it, λ_k, the inverse."""
@@ -236,10 +246,13 @@ class Structured(WholeVectorCurvature):
             d = d * far.step
         return unflat_like(self.layout, d, grads)
 
-    # ------------------------------------------------------------------------------------------ the base
+    # ------------------------------------------------------------------------------------------ the
+    # base
 
     def _take(self, closure: Closure) -> Subsample:
-        """H_k of S_H, drawn from the minibatch by a generator that depends on the objective's seed and the closure alone."""
+        """H_k of S_H, drawn from the minibatch by a generator that depends on the objective's seed
+        and the closure alone.
+        """
         size = len(closure.x)
         if self.sample is not None:
             wanted = min(float(size), math.ceil(self.sample * self.growth**self.steps))
@@ -271,12 +284,14 @@ class Structured(WholeVectorCurvature):
         rows = [statistics[b.name].rows.flatten(2).flatten(0, 1) for b in blocks]
         return torch.cat(rows, 1).mT / math.sqrt(len(closure.x))
 
-    # ------------------------------------------------------------------------------------------ the refinement
+    # ------------------------------------------------------------------------------------------ the
+    # refinement
 
     def _add(self, u: Float[Tensor, " D"], change: Float[Tensor, " D"]) -> None:
         """v = v̂ − H_k u, (10), into the refinement.
 
-        H of the pair's record is, of L-BFGS, what the direction was taken with; else (Λ⁰)⁻¹ of this pair.
+        H of the pair's record is, of L-BFGS, what the direction was taken with; else (Λ⁰)⁻¹ of this
+        pair.
         """
         v = change
         if self._sample is not None:
@@ -289,7 +304,8 @@ class Structured(WholeVectorCurvature):
             metric = self._inverse
         self.refinement.add(u, v, metric, self.steps)
 
-    # ------------------------------------------------------------------------------------------ the inverse
+    # ------------------------------------------------------------------------------------------ the
+    # inverse
 
     def _invert(self, g: Float[Tensor, " D"]) -> None:
         gamma, sample = self.refinement.gamma, self._sample
@@ -349,12 +365,15 @@ class Structured(WholeVectorCurvature):
         self.refinement.last = None
 
     def _direct(self, matrix: Operator) -> Operator:
-        """By Cholesky; λ is raised so far that the lowest eigenvalue is λ, where it was not above 0."""
+        """By Cholesky; λ is raised so far that the lowest eigenvalue is λ, where it was not above
+        0.
+        """
         dense = matrix.dense()
         dense = (dense + dense.mT) / 2
         if not all_finite(dense):
             raise Diverged(
-                f"the matrix of {self._blocks} contains NaN or Inf: raise the damping, or scale the data"
+                f"the matrix of {self._blocks} contains NaN or Inf: raise the damping, or scale the"
+                " data"
             )
         if bool(torch.linalg.cholesky_ex(dense).info):
             ends = torch.linalg.eigvalsh(dense)
@@ -371,18 +390,22 @@ class Structured(WholeVectorCurvature):
         )
         if not math.isfinite(raised):
             raise Diverged(
-                f"the matrix of {self._blocks} is not positive definite at any damping: scale the data"
+                f"the matrix of {self._blocks} is not positive definite at any damping: scale the"
+                " data"
             )
         self.lam = raised
 
     @property
     def inverse(self) -> Mapping[str, Operator]:
-        """{"whole": (B_k + λ_k I)⁻¹}; as products by conjugate gradients it is as good as their tolerance."""
+        """{"whole": (B_k + λ_k I)⁻¹}; as products by conjugate gradients it is as good as their
+        tolerance.
+        """
         if not self.ready:
             raise CurvlabError(NO_DATA)
         return {"whole": self._inverse}
 
-    # ------------------------------------------------------------------------------------------ the rest
+    # ------------------------------------------------------------------------------------------ the
+    # rest
 
     def refresh(self) -> None:
         """Nothing is kept that could be refreshed."""
@@ -401,7 +424,9 @@ class Structured(WholeVectorCurvature):
         return state | {"algorithm": self.name, "work": dict(self.work)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype."""
+        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
+        algorithm, model or dtype.
+        """
         check_algorithm(state, self.name)
         pairs, pending = state["pairs"], state["pending"]
         held = {

@@ -1,4 +1,5 @@
-"""What methods of the whole parameter vector share: one vector of all, parts of a minibatch, the loss elsewhere, line search.
+"""What methods of the whole parameter vector share: one vector of all, parts of a minibatch, the
+loss elsewhere, line search.
 
 Legend: D parameters, block after block (`Layout`); N examples.
 """
@@ -31,7 +32,8 @@ def flat(layout: Layout, tensors: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
     """{block: tensor} or {parameter: tensor}, for all of them → one vector.
 
     Raises:
-        CurvlabError: a name that is neither, a block or parameter that is missing, a tensor of another shape.
+        CurvlabError: a name that is neither, a block or parameter that is missing, a tensor of
+            another shape.
     """
     known = [*(b.name for b in layout.blocks), *(p for b in layout.blocks for p in b.params)]
     for name in tensors:
@@ -41,7 +43,8 @@ def flat(layout: Layout, tensors: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
     for block in layout.blocks:
         if block.name not in tensors and not tensors.keys() >= set(block.params):
             raise CurvlabError(
-                f"the gradient of {block} is missing: a method of the whole vector needs every block's"
+                f"the gradient of {block} is missing: a method of the whole vector needs every"
+                " block's"
             )
         value = tensors[block.name] if block.name in tensors else block.gather(tensors)
         if tuple(value.shape) != block.shape:
@@ -71,7 +74,9 @@ def applied(layout: Layout, operator: Operator, grads: Mapping[str, Tensor]) -> 
 
 
 def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:
-    """Some examples of a minibatch, with the number, and so the generator of labels, of the whole."""
+    """Some examples of a minibatch, with the number, and so the generator of labels, of the
+    whole.
+    """
     x = closure.x.index_select(0, indices)
     x = x.coalesce() if x.is_sparse else x
     return Closure(
@@ -83,9 +88,11 @@ _OF_SUBSETS = 1 << 31  # beside the parts of the generators of labels
 
 
 def subset(closure: Closure, size: int) -> Int[Tensor, " n"]:
-    """`size` different examples (all where there are no more), ascending: a function of the closure's number alone.
+    """`size` different examples (all where there are no more), ascending: a function of the
+    closure's number alone.
 
-    So it is the same alone and in company, continues from a checkpoint, and is the same on every device.
+    So it is the same alone and in company, continues from a checkpoint, and is the same on every
+    device.
     """
     objective, count = closure.objective, len(closure.x)
     seed = objective.generator(
@@ -96,7 +103,8 @@ def subset(closure: Closure, size: int) -> Int[Tensor, " n"]:
 
 
 def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
-    """Mean loss of the minibatch at weights + step, {block: tensor}, no graph; nothing moves, not even BatchNorm's buffers.
+    """Mean loss of the minibatch at weights + step, {block: tensor}, no graph; nothing moves, not
+    even BatchNorm's buffers.
 
     Inf or NaN where the loss is not finite there: a trial point may be bad.
     """
@@ -131,7 +139,9 @@ def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[N
 def searched(
     observation: Observation, g: Float[Tensor, " D"], d: Float[Tensor, " D"], search: Search
 ) -> Found:
-    """How far along −d, on the minibatch of the observation, whose gradient is g; the parameters are back after it."""
+    """How far along −d, on the minibatch of the observation, whose gradient is g; the parameters
+    are back after it.
+    """
     objective = observation.closure.objective
     slope, start = -float(g @ d), float(observation.loss)
     if not slope < 0:

@@ -91,7 +91,8 @@ DATASETS: dict[str, Entry] = {
         "web pages, 300 binary features; 49,749 train, no test; for S2QN (26)", w8a, _EITHER
     ),
     "news20": Entry(
-        "20 newsgroups in two classes, 62,061 sparse features; 15,935 train, no test; for S2QN (26)",
+        "20 newsgroups in two classes, 62,061 sparse features; 15,935 train, no test; for S2QN"
+        " (26)",
         news20,
         _OWN,
     ),

@@ -15,15 +15,18 @@ from curvlab.errors import LARGEST, MOST_STEPS, CurvlabError, whole
 from curvlab.finite import all_finite
 
 Augmentation: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
-"""(inputs of a minibatch, generator) → inputs of the same shape; all that is random comes from the generator."""
+"""(inputs of a minibatch, generator) → inputs of the same shape; all that is random comes from the
+generator.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class SparseRows:
     """Inputs that are kept as a CSR matrix and come out dense: ``rows[chosen]`` is a tensor [n, F].
 
-    Layers and their statistics then need to know nothing of sparsity; what is dense is one minibatch, never the data set.
-    ``rows.coo(chosen)`` is a sparse tensor, for models that take one (`curvlab.models.SparseLinear`).
+    Layers and their statistics then need to know nothing of sparsity; what is dense is one
+    minibatch, never the data set. ``rows.coo(chosen)`` is a sparse tensor, for models that take one
+    (`curvlab.models.SparseLinear`).
     """
 
     matrix: Any  # scipy.sparse.csr_matrix [N, F], floating
@@ -65,8 +68,8 @@ class SparseRows:
 class Dataset:
     """Inputs x [N, …] (floating), targets y [N, …], and what they are.
 
-    An autoencoder's targets are its inputs: y is then x, the same tensor. `augment` changes the inputs of a minibatch and is
-    applied by `batches` alone; `x` is the data as they are.
+    An autoencoder's targets are its inputs: y is then x, the same tensor. `augment` changes the
+    inputs of a minibatch and is applied by `batches` alone; `x` is the data as they are.
     """
 
     name: str
@@ -91,33 +94,42 @@ class Dataset:
         return int(self.y.max()) + 1
 
     def check(self) -> None:
-        """Raise CurvlabError where the data cannot be what they should: different lengths, NaN or Inf, negative labels."""
+        """Raise CurvlabError where the data cannot be what they should: different lengths, NaN or
+        Inf, negative labels.
+        """
         if len(self.x) != len(self.y):
             raise CurvlabError(
-                f"data set '{self.name}' has {len(self.x)} inputs but {len(self.y)} targets: mend the data"
+                f"data set '{self.name}' has {len(self.x)} inputs but {len(self.y)} targets: mend"
+                " the data"
             )
         stored = torch.from_numpy(self.x.matrix.data) if isinstance(self.x, SparseRows) else self.x
         for what, values in (("inputs", stored), ("targets", self.y)):
             if values.is_floating_point() and not all_finite(values):
                 raise CurvlabError(
-                    f"data set '{self.name}': {what} contain NaN or Inf{_where(values, self.x)}: clean the data"
+                    f"data set '{self.name}': {what} contain NaN or Inf{_where(values, self.x)}:"
+                    " clean the data"
                 )
         if not self.y.is_floating_point() and len(self.y) and int(self.y.min()) < 0:
             raise CurvlabError(
-                f"data set '{self.name}' has the label {int(self.y.min())}: labels are class numbers from 0 on"
+                f"data set '{self.name}' has the label {int(self.y.min())}: labels are class"
+                " numbers from 0 on"
             )
 
     def batches(self, size: int, epochs: int = 1, seed: int = 0, augment: bool = True) -> Batches:
-        """Minibatches (x, y) of exactly `size` examples, reshuffled every epoch; what is left of an epoch is dropped.
+        """Minibatches (x, y) of exactly `size` examples, reshuffled every epoch; what is left of an
+        epoch is dropped.
 
-        Order and augmentation depend on `seed` alone. ``augment=False`` leaves the data as they are.
+        Order and augmentation depend on `seed` alone. ``augment=False`` leaves the data as they
+        are.
 
         Raises:
-            CurvlabError: `size` below 1 or above the number of examples, `epochs` below 1, a seed below 0.
+            CurvlabError: `size` below 1 or above the number of examples, `epochs` below 1, a seed
+                below 0.
         """
         if not 1 <= whole("the batch size", size, -LARGEST) <= len(self):
             raise CurvlabError(
-                f"batch size {size} does not fit '{self.name}', which has {len(self)} examples: choose 1 to {len(self)}"
+                f"batch size {size} does not fit '{self.name}', which has {len(self)} examples:"
+                f" choose 1 to {len(self)}"
             )
         whole("epochs", epochs, 1, MOST_STEPS)
         whole("the seed", seed, 0)
@@ -133,7 +145,9 @@ def _where(values: Tensor, x: Tensor | SparseRows) -> str:
 
 @dataclass(frozen=True)
 class Batches:
-    """An iterable over minibatches that can be gone through any number of times, always the same."""
+    """An iterable over minibatches that can be gone through any number of times, always the
+    same.
+    """
 
     data: Dataset
     size: int
@@ -153,7 +167,9 @@ class Batches:
         return replace(self, epochs=1)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The minibatches of epoch `number`, counted from 0, from minibatch `start` on: a function of (seed, number) alone."""
+        """The minibatches of epoch `number`, counted from 0, from minibatch `start` on: a function
+        of (seed, number) alone.
+        """
         data = self.data
         order = torch.randperm(len(data), generator=generator(self.seed, number))
         for i in range(start, self.per_epoch):

@@ -1,8 +1,9 @@
 """Where data files are, whether they are whole, and what is kept of what was made.
 
-A file is looked for in the folder that the environment variable CURVLAB_DATA names, beside the installed package and in the
-checkout's `data/`; one with an address is then downloaded, once, to the cache folder (CURVLAB_CACHE, or the user's own). Every
-file with a known checksum is verified before it is read.
+A file is looked for in the folder that the environment variable CURVLAB_DATA names, beside the
+installed package and in the checkout's `data/`; one with an address is then downloaded, once, to
+the cache folder (CURVLAB_CACHE, or the user's own). Every file with a known checksum is verified
+before it is read.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from curvlab.system.paths import expanded
 
 @dataclass(frozen=True)
 class File:
-    """A data file: its known checksums (SHA-256, or MD5 where that is what is published), and its address.
+    """A data file: its known checksums (SHA-256, or MD5 where that is what is published), and its
+    address.
 
-    `url` gives the copy of the first checksum. Without a checksum a file is checked by what it holds when it is read.
+    `url` gives the copy of the first checksum. Without a checksum a file is checked by what it
+    holds when it is read.
     """
 
     sums: tuple[str, ...] = ()
@@ -42,8 +45,10 @@ _CIFAR = "https://www.cs.toronto.edu/~kriz/"
 FILES: dict[str, File] = {
     "mnist.npz": File(("0bcdb57e889f1cebdb210edba449f5350a1f2078158b6257e613f4075c6712ff",)),
     "olivettifaces.mat": File(
-        ("b612fb967f2dc77c9c62d3e1266e0c73d5fca46a4b8906c18e454d41af987794",  # the copy that scikit-learn names
-         "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d"),  # the same faces, saved again
+        # the copy that scikit-learn names
+        ("b612fb967f2dc77c9c62d3e1266e0c73d5fca46a4b8906c18e454d41af987794",
+         # the same faces, saved again
+         "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d"),
         "https://ndownloader.figshare.com/files/5976027",
     ),
     "cifar-10-python.tar.gz": File(
@@ -95,10 +100,12 @@ def find(name: str) -> Path | None:
 
 
 def file(name: str) -> Path:
-    """The path of a data file whose checksum is right; downloaded where it is in no folder and has an address.
+    """The path of a data file whose checksum is right; downloaded where it is in no folder and has
+    an address.
 
     Raises:
-        CurvlabError: the file is missing or damaged; the message says where it was looked for and the remedy.
+        CurvlabError: the file is missing or damaged; the message says where it was looked for and
+            the remedy.
     """
     known = FILES[name]
     path = find(name)
@@ -121,7 +128,9 @@ def file(name: str) -> Path:
 
 
 def verify(path: Path, name: str, sums: tuple[str, ...]) -> None:
-    """Raises CurvlabError where a file is not to be read, or is none of those that these are the checksums of."""
+    """Raises CurvlabError where a file is not to be read, or is none of those that these are the
+    checksums of.
+    """
     algorithm, said = ("sha256", "SHA-256") if len(sums[0]) == 64 else ("md5", "MD5")
     try:
         with path.open("rb") as stream:
@@ -135,7 +144,8 @@ def verify(path: Path, name: str, sums: tuple[str, ...]) -> None:
             else "get it again"
         )
         raise CurvlabError(
-            f"data file {path} is damaged ({said} {found[:12]}…, expected {' or '.join(s[:12] for s in sums)}…): {remedy}"
+            f"data file {path} is damaged ({said} {found[:12]}…, expected"
+            f" {' or '.join(s[:12] for s in sums)}…): {remedy}"
         )
 
 
@@ -163,7 +173,9 @@ class _Announce:
 
 
 def _download(name: str, known: File, where: str) -> Path:
-    """From the address to the cache folder, whole and verified; a copy that is there and right is taken."""
+    """From the address to the cache folder, whole and verified; a copy that is there and right is
+    taken.
+    """
     import pooch
 
     assert known.url is not None
@@ -184,9 +196,11 @@ def _download(name: str, known: File, where: str) -> Path:
 
 
 def cached(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """What `make` returns, kept as `name`.npz in the cache folder with the SHA-256 of its content, written whole or not at all.
+    """What `make` returns, kept as `name`.npz in the cache folder with the SHA-256 of its content,
+    written whole or not at all.
 
-    A copy that is damaged is made again, and one that cannot be written is done without; each is said in a warning.
+    A copy that is damaged is made again, and one that cannot be written is done without; each is
+    said in a warning.
     """
     path = cache() / f"{name}.npz"
     try:
@@ -211,8 +225,8 @@ def cached(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8
         os.replace(temporary, path)
     except OSError as error:
         warnings.warn(
-            f"{path} cannot be written ({error.strerror}), so this data set is made anew every time: "
-            "set CURVLAB_CACHE to a folder that can be",
+            f"{path} cannot be written ({error.strerror}), so this data set is made anew every"
+            " time: set CURVLAB_CACHE to a folder that can be",
             CurvlabWarning,
             stacklevel=2,
         )

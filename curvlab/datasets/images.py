@@ -55,7 +55,8 @@ def mnist16() -> tuple[Dataset, Dataset]:
     raw = _mnist_images()
 
     def part(name: str) -> Dataset:
-        # Framed to 32×32, then the mean of 2×2 pixels: a box filter at exactly half the resolution, so nothing aliases.
+        # Framed to 32×32, then the mean of 2×2 pixels: a box filter at exactly half the resolution,
+        # so nothing aliases.
         x = (
             F.avg_pool2d(F.pad(raw[f"x_{name}"][:, None].float(), (2, 2, 2, 2)), 2)
             .flatten(1)
@@ -85,7 +86,9 @@ def mnist_ae() -> tuple[Dataset, Dataset]:
 
 
 def mnist_standard() -> tuple[Dataset, Dataset]:
-    """Each pixel at mean 0 and variance 1 (thesis 5.8: "scaled to have zero means and unit variances")."""
+    """Each pixel at mean 0 and variance 1 (thesis 5.8: "scaled to have zero means and unit
+    variances").
+    """
     return _standard(mnist(), "mnist-standard", "MNIST, 28×28")
 
 
@@ -112,10 +115,11 @@ def _standard(parts: tuple[Dataset, Dataset], name: str, what: str) -> tuple[Dat
 
 @dataclass(frozen=True)
 class CropAndFlip:
-    """Each image framed by `padding` pixels of colour `fill`, cropped at random to its size, and mirrored with probability ½.
+    """Each image framed by `padding` pixels of colour `fill`, cropped at random to its size, and
+    mirrored with probability ½.
 
-    Thesis 4.7.2 has random crops and horizontal flips, after Krizhevsky et al. (2012), as have Ren and Goldfarb (2021); the
-    frame of 4 pixels is that of He et al. (2016), 4.2.
+    Thesis 4.7.2 has random crops and horizontal flips, after Krizhevsky et al. (2012), as have Ren
+    and Goldfarb (2021); the frame of 4 pixels is that of He et al. (2016), 4.2.
     """
 
     padding: int = 4
@@ -142,7 +146,9 @@ class CropAndFlip:
 
 @dataclass(frozen=True)
 class Cifar:
-    """How one of the two CIFAR sets is kept: as pickles in a folder, in an archive of that folder, or as an npz file."""
+    """How one of the two CIFAR sets is kept: as pickles in a folder, in an archive of that folder,
+    or as an npz file.
+    """
 
     title: str
     classes: int
@@ -197,7 +203,9 @@ def cifar10_subset() -> tuple[Dataset, Dataset]:
 
 
 def _cifar_dataset(name: str, kind: Cifar, arrays: Arrays) -> tuple[Dataset, Dataset]:
-    """Channels at mean 0 and variance 1 over the training images; the frame of random crops is black."""
+    """Channels at mean 0 and variance 1 over the training images; the frame of random crops is
+    black.
+    """
     description = (
         f"{kind.title}, 3×32×32, channels at mean 0 and variance 1 over the training images"
     )
@@ -232,7 +240,8 @@ def _images(x: NDArray[Any], name: str) -> NDArray[np.uint8]:
     if x.dtype == np.uint8 and x.shape[1:] == (3, 32, 32):
         return x
     raise CurvlabError(
-        f"the images of '{name}' are {x.dtype} of shape {x.shape}: bytes of shape [N, 3, 32, 32] are needed"
+        f"the images of '{name}' are {x.dtype} of shape {x.shape}: bytes of shape [N, 3, 32, 32]"
+        " are needed"
     )
 
 
@@ -245,7 +254,8 @@ def _labels(y: NDArray[Any], size: int, kind: Cifar, name: str) -> Tensor:
         or flat.max() >= kind.classes
     ):
         raise CurvlabError(
-            f"the labels of '{name}' are not {size} numbers from 0 to {kind.classes - 1}: get the file again"
+            f"the labels of '{name}' are not {size} numbers from 0 to {kind.classes - 1}: get the"
+            " file again"
         )
     return torch.from_numpy(flat.astype(np.int64))
 
@@ -256,12 +266,15 @@ def _npz(path: Path) -> Arrays:
             return {key: archive[key] for key in ("x_train", "y_train", "x_test", "y_test")}
     except Exception as error:  # a zip file can be damaged in many ways
         raise CurvlabError(
-            f"data file {path} cannot be read ({error}): it must hold arrays x_train, y_train, x_test, y_test"
+            f"data file {path} cannot be read ({error}): it must hold arrays x_train, y_train,"
+            " x_test, y_test"
         ) from error
 
 
 def _cifar_arrays(kind: Cifar) -> Arrays:
-    """The npz file where the user has one, else the pickles of the folder, else those of the archive, downloaded if need be."""
+    """The npz file where the user has one, else the pickles of the folder, else those of the
+    archive, downloaded if need be.
+    """
     path = find(kind.npz)
     if path is not None:
         return _npz(path)
@@ -298,7 +311,9 @@ def _from_archive(path: Path, kind: Cifar, members: tuple[str, ...]) -> list[dic
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads containers, strings, numbers and numpy arrays; refuses everything else that a pickle can ask for."""
+    """Reads containers, strings, numbers and numpy arrays; refuses everything else that a pickle
+    can ask for.
+    """
 
     reconstruct: Callable[..., Any] = np.empty(0).__reduce__()[0]  # type: ignore[assignment]  # str | Callable
 

@@ -1,7 +1,8 @@
-"""Binary classification for logistic regression (S2QN: Yang et al. 2021, (26)): LIBSVM text files, and sparse text.
+"""Binary classification for logistic regression (S2QN: Yang et al. 2021, (26)): LIBSVM text files,
+and sparse text.
 
-Targets are 0 and 1 for the files' −1 and 1, floating and of shape [N, 1], as the Bernoulli likelihood takes them: its loss at
-the output ⟨x, θ⟩ is then (26)'s log(1 + exp(−y ⟨x, θ⟩)).
+Targets are 0 and 1 for the files' −1 and 1, floating and of shape [N, 1], as the Bernoulli
+likelihood takes them: its loss at the output ⟨x, θ⟩ is then (26)'s log(1 + exp(−y ⟨x, θ⟩)).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def _read(path: Path, features: int, rows: int) -> tuple[Any, Tensor]:
         ) from error
     if x.shape[0] != rows or set(np.unique(y)) != {-1.0, 1.0}:
         raise CurvlabError(
-            f"data file {path} has {x.shape[0]} examples of classes {sorted(set(y))[:5]}, not {rows} of −1 and 1: get it again"
+            f"data file {path} has {x.shape[0]} examples of classes {sorted(set(y))[:5]}, not"
+            f" {rows} of −1 and 1: get it again"
         )
     return x, _targets(y > 0)
 
@@ -79,9 +81,11 @@ def w8a() -> tuple[Dataset, Dataset]:
 
 
 def news20() -> tuple[Dataset, Dataset]:
-    """Newsgroups 1 to 10 against 11 to 20: computers, sciences and items for sale against recreation, politics and religion.
+    """Newsgroups 1 to 10 against 11 to 20: computers, sciences and items for sale against
+    recreation, politics and religion.
 
-    S2QN uses another file of the same messages, LIBSVM's `news20.binary`, which divides the groups likewise.
+    S2QN uses another file of the same messages, LIBSVM's `news20.binary`, which divides the groups
+    likewise.
     """
     from scipy.sparse import csr_matrix, diags
 
@@ -94,18 +98,26 @@ def news20() -> tuple[Dataset, Dataset]:
     counts.data = np.log1p(counts.data)
     norms = np.sqrt(np.asarray(counts.multiply(counts).sum(1))[:, 0])
     rows = csr_matrix(diags(1 / norms.clip(min=np.finfo(float).tiny)) @ counts, dtype=np.float32)
-    description = "20 newsgroups, 1 to 10 against 11 to 20: log(1 + count) of 62,061 words, rows of length 1, sparse"
+    description = (
+        "20 newsgroups, 1 to 10 against 11 to 20: log(1 + count) of 62,061 words, rows of length 1,"
+        " sparse"
+    )
     train = Dataset("news20", SparseRows(rows), y, description)
     return train, _untested(train)
 
 
 def webspam() -> tuple[Dataset, Dataset]:
-    """300,000 of the 350,000 examples to train on (thesis 5.8 gives the number alone): chosen by seed 0."""
+    """300,000 of the 350,000 examples to train on (thesis 5.8 gives the number alone): chosen by
+    seed 0.
+    """
     x, y = _read(file(WEBSPAM), 254, 350_000)
     dense = torch.from_numpy(x.toarray())
     order = torch.randperm(len(dense), generator=torch.Generator().manual_seed(0))
     train, test = standardised(dense[order[:300_000]], dense[order[300_000:]])
-    description = "webspam, normalised unigrams: 254 features at mean 0 and variance 1 over the training examples"
+    description = (
+        "webspam, normalised unigrams: 254 features at mean 0 and variance 1 over the training"
+        " examples"
+    )
     return (
         Dataset("webspam", train, y[order[:300_000]], description),
         Dataset("webspam", test, y[order[300_000:]], description),
@@ -113,7 +125,9 @@ def webspam() -> tuple[Dataset, Dataset]:
 
 
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Each feature at mean 0 and variance 1 over the training examples; one that never varies there is only shifted."""
+    """Each feature at mean 0 and variance 1 over the training examples; one that never varies there
+    is only shifted.
+    """
     moments = [
         torch.var_mean(some.double(), 0, correction=0) for some in torch.split(train, 256, 1)
     ]  # no copy of it all

@@ -1,8 +1,9 @@
 """CURVES and FACES, regenerated.
 
-Of the files that the thesis names (`digs3pts_1.mat`, `newfaces_rot_single.mat`) no public copy was found. These sets are made
-by the recipes of Hinton and Salakhutdinov (2006) as far as they are published; what is left open is set so that total variance
-and the error of principal components come out near the published ones. They are not the originals, and say so.
+Of the files that the thesis names (`digs3pts_1.mat`, `newfaces_rot_single.mat`) no public copy was
+found. These sets are made by the recipes of Hinton and Salakhutdinov (2006) as far as they are
+published; what is left open is set so that total variance and the error of principal components
+come out near the published ones. They are not the originals, and say so.
 
 Legend: n images, S side of an image, P points of ink.
 """
@@ -23,13 +24,17 @@ from curvlab.datasets.files import cached, file
 from curvlab.errors import CurvlabError
 
 SIDE, MARGIN, POINTS, INK, SPREAD = 28, 6, 60, 0.4, 0.5
-"""CURVES: pixels of a side, and around the three points; points of ink on a curve; ink of a point; a of the kernel."""
+"""CURVES: pixels of a side, and around the three points; points of ink on a curve; ink of a point;
+a of the kernel.
+"""
 
 RECIPE = 1
 """Counted up whenever what is drawn from a seed changes: part of the names in the cache."""
 
 PATCH, STEP, PATCHES = 25, 2.25, 414
-"""FACES: pixels of a side; distance of neighbouring samples in the enlarged image; patches of an image."""
+"""FACES: pixels of a side; distance of neighbouring samples in the enlarged image; patches of an
+image.
+"""
 
 
 def quantised(values: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -43,7 +48,8 @@ def natural_spline(
 ) -> Float[NDArray[np.float64], "n P"]:
     """y(x) on the natural cubic splines through three points each, their x ascending.
 
-    One number M, the second derivative at the middle point, decides each: h₀ + h₁ intervals, 2 (h₀ + h₁) M = 6 (d₁ − d₀).
+    One number M, the second derivative at the middle point, decides each: h₀ + h₁ intervals, 2 (h₀
+    + h₁) M = 6 (d₁ − d₀).
     """
     (x0, x1, x2), (y0, y1, y2) = (points[..., axis].T[..., None] for axis in (0, 1))
     h0, h1 = x1 - x0, x2 - x1
@@ -58,11 +64,13 @@ def natural_spline(
 def draw_curves(n: int, rng: np.random.Generator) -> UInt8[NDArray[np.uint8], "n S S"]:
     """Images of n random curves, in 256 steps of intensity.
 
-    Three points uniform in the square inside the margin, sorted by x, define a natural cubic spline. A curve that leaves the
-    image is held at its edge. 60 points evenly spaced by arc length ink it, each split bilinearly over its four nearest pixels;
-    a kernel spreads the ink, b (1 + a) [[a/12, a/6, a/12], [a/6, 1 − a, a/6], …] with b = 1, and ink above 1 is 1.
+    Three points uniform in the square inside the margin, sorted by x, define a natural cubic
+    spline. A curve that leaves the image is held at its edge. 60 points evenly spaced by arc length
+    ink it, each split bilinearly over its four nearest pixels; a kernel spreads the ink, b (1 + a)
+    [[a/12, a/6, a/12], [a/6, 1 − a, a/6], …] with b = 1, and ink above 1 is 1.
 
-    Of 8,000 images: total variance 17.0 (published about 16 to 18), 6.2 of it outside 18 principal components (published 5.90).
+    Of 8,000 images: total variance 17.0 (published about 16 to 18), 6.2 of it outside 18 principal
+    components (published 5.90).
     """
     points = rng.uniform(MARGIN, SIDE - 1 - MARGIN, (n, 3, 2))
     points = np.take_along_axis(points, points[..., :1].argsort(1), 1)
@@ -104,7 +112,10 @@ def curves(seed: int = 0, train: int = 20_000, test: int = 10_000) -> tuple[Data
     images = torch.from_numpy(cached(f"curves-{RECIPE}-{train + test}-seed-{seed}", make)).flatten(
         1
     )
-    description = f"CURVES, regenerated (seed {seed}), not the original file: 28×28 in [0, 1], flattened; targets are the inputs"
+    description = (
+        f"CURVES, regenerated (seed {seed}), not the original file: 28×28 in [0, 1], flattened;"
+        " targets are the inputs"
+    )
 
     def part(chosen: slice) -> Dataset:
         x = images[chosen].float().div_(255)
@@ -123,7 +134,8 @@ def olivetti(path: Path) -> UInt8[NDArray[np.uint8], "400 64 64"]:
         ) from error
     if faces.shape != (4096, 400) or faces.dtype != np.uint8:
         raise CurvlabError(
-            f"data file {path} holds faces of shape {faces.shape}, not (4096, 400) bytes: get it again"
+            f"data file {path} holds faces of shape {faces.shape}, not (4096, 400) bytes: get it"
+            " again"
         )
     return np.ascontiguousarray(faces.T.reshape(400, 64, 64).transpose(0, 2, 1))
 
@@ -133,7 +145,9 @@ def turned_patches(
     angles: Float[NDArray[np.float64], " n"],
     enlargements: Float[NDArray[np.float64], " n"],
 ) -> UInt8[NDArray[np.uint8], "n S S"]:
-    """Centred patches of the image turned by `angles` (radians) and enlarged, sampled every 2.25 pixels, bilinearly."""
+    """Centred patches of the image turned by `angles` (radians) and enlarged, sampled every 2.25
+    pixels, bilinearly.
+    """
     offset = (np.arange(PATCH) - PATCH // 2) * STEP
     down, right = np.meshgrid(offset, offset, indexing="ij")
     cos, sin, scale = (v[:, None, None] for v in (np.cos(angles), np.sin(angles), enlargements))
@@ -147,14 +161,16 @@ def turned_patches(
 
 
 def faces(seed: int = 0) -> tuple[Dataset, Dataset]:
-    """FACES, regenerated from the Olivetti faces: rotations of ±90° and enlargements of 1.4 to 1.8 from `seed`; kept in the
-    cache folder.
+    """FACES, regenerated from the Olivetti faces: rotations of ±90° and enlargements of 1.4 to 1.8
+    from `seed`; kept in the cache folder.
 
-    Training examples are those of people 1 to 25; test examples of people 31 to 40, as with Hinton and Salakhutdinov, who keep
-    people 26 to 30 for validation (thesis Table 2.3 counts these 20,700 among the test examples: 62,100). Each pixel is shifted
-    to mean 0 and everything is divided by one number, so that a pixel's average variance is 1: over the whole set of 165,600.
+    Training examples are those of people 1 to 25; test examples of people 31 to 40, as with Hinton
+    and Salakhutdinov, who keep people 26 to 30 for validation (thesis Table 2.3 counts these 20,700
+    among the test examples: 62,100). Each pixel is shifted to mean 0 and everything is divided by
+    one number, so that a pixel's average variance is 1: over the whole set of 165,600.
 
-    The error of 30 principal components of the training examples on the test examples is 136.0 (published 135).
+    The error of 30 principal components of the training examples on the test examples is 136.0
+    (published 135).
     """
 
     def make() -> NDArray[np.uint8]:
@@ -174,8 +190,8 @@ def faces(seed: int = 0) -> tuple[Dataset, Dataset]:
         square += chunk.double().square().sum(0) / len(images)
     scale = (square - mean.square()).mean().sqrt()
     description = (
-        f"FACES, regenerated (seed {seed}) from the Olivetti faces, not the original file: 25×25, pixels at mean 0, "
-        "average variance 1, flattened; targets are the inputs"
+        f"FACES, regenerated (seed {seed}) from the Olivetti faces, not the original file: 25×25,"
+        " pixels at mean 0, average variance 1, flattened; targets are the inputs"
     )
 
     def part(people: slice) -> Dataset:

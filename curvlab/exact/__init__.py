@@ -1,4 +1,6 @@
-"""The oracle: per-sample gradients and Jacobians; Hessian, Gauss-Newton, Π and Fisher, exactly, dense or as products."""
+"""The oracle: per-sample gradients and Jacobians; Hessian, Gauss-Newton, Π and Fisher, exactly,
+dense or as products.
+"""
 
 from curvlab.exact.batches import KINDS, Kind
 from curvlab.exact.kronecker_sum import KroneckerSum, kronecker_terms, preactivation

@@ -1,4 +1,6 @@
-"""What the oracle reads: one minibatch or a loader, in chunks of bounded size, and a model whose examples stand alone."""
+"""What the oracle reads: one minibatch or a loader, in chunks of bounded size, and a model whose
+examples stand alone.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,16 @@ from curvlab.objective import Objective
 from curvlab.observation import Pass
 
 Kind = Literal["hessian", "ggn", "pi", "fisher", "fisher-mc", "ef"]
-"""Hessian of the mean loss = GGN + Π (thesis (1.4); S2QN (5), (6)); Fisher over all labels, drawn ones, or the data's."""
+"""Hessian of the mean loss = GGN + Π (thesis (1.4); S2QN (5), (6)); Fisher over all labels, drawn
+ones, or the data's.
+"""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 PASSES: dict[str, Pass] = {"ggn": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data"}
-"""The kinds that are second moments, and the pass that sends their vectors back; the others need second derivatives."""
+"""The kinds that are second moments, and the pass that sends their vectors back; the others need
+second derivatives.
+"""
 
 CHUNK = 4096
 """Examples in one forward pass; a constant, since labels are drawn chunk by chunk."""
@@ -49,7 +55,8 @@ Loader = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Batches:
-    """Minibatches as closures. Drawn labels depend on the objective's seed, the number of the call and the chunk alone.
+    """Minibatches as closures. Drawn labels depend on the objective's seed, the number of the call
+    and the chunk alone.
 
     A loader that is read `again` must give the same data at every pass (`Unchanging`).
     """
@@ -91,11 +98,13 @@ class Batches:
                 )
             if not isinstance(x, Iterable):
                 raise CurvlabError(
-                    f"the data must be tensors x, y or a loader of (x, y) pairs, not {type(x).__name__}"
+                    "the data must be tensors x, y or a loader of (x, y) pairs, not"
+                    f" {type(x).__name__}"
                 )
             if again and isinstance(x, Iterator):
                 raise CurvlabError(
-                    "a product reads its data again and again, but an iterator ends after one pass: give a list or a DataLoader"
+                    "a product reads its data again and again, but an iterator ends after one pass:"
+                    " give a list or a DataLoader"
                 )
         objective.closures["exact"] += 1
         loader = [(x, cast(Tensor, y))] if isinstance(x, Tensor) else x
@@ -106,7 +115,9 @@ class Batches:
 
     @property
     def kept(self) -> Unchanging | None:
-        """Where they are one minibatch that lies in memory: what can tell whether it is still the same."""
+        """Where they are one minibatch that lies in memory: what can tell whether it is still the
+        same.
+        """
         loader = self.loader
         if (
             isinstance(loader, Unchanging)
@@ -136,8 +147,10 @@ class Batches:
 
 
 def by_hessians(kind: str, block: Block, form: Form) -> bool:
-    """Whether a block goes by its pre-activation Hessians: for second derivatives where they are fewer than the parameters, for
-    the GGN where the layer has fewer outputs than the model, so that fewer vectors go through it."""
+    """Whether a block goes by its pre-activation Hessians: for second derivatives where they are
+    fewer than the parameters, for the GGN where the layer has fewer outputs than the model, so that
+    fewer vectors go through it.
+    """
     if block.name not in form.direct or block.groups > 1:
         return False
     places = form.places[block.name]
@@ -147,8 +160,9 @@ def by_hessians(kind: str, block: Block, form: Form) -> bool:
 
 
 def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iterator[Closure]:
-    """For second derivatives so few examples at a time that the pre-activation Hessians of a block, N (TO)² numbers, fit; for
-    the GGN the derivatives of the outputs in them too, N C TO numbers."""
+    """For second derivatives so few examples at a time that the pre-activation Hessians of a block,
+    N (TO)² numbers, fit; for the GGN the derivatives of the outputs in them too, N C TO numbers.
+    """
     for closure in closures:
         form = closure.glimpse
         widths = [
@@ -172,7 +186,9 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
 
 
 def alone(objective: Objective) -> None:
-    """Refuse weights that are not finite, and a model that mixes the examples of a batch or draws random numbers by name."""
+    """Refuse weights that are not finite, and a model that mixes the examples of a batch or draws
+    random numbers by name.
+    """
     model, modules = objective.model, objective.modules
     state = [w._version for module in modules for w in module._parameters.values() if w is not None]
     state += [module.training for module in modules]
@@ -193,11 +209,13 @@ def alone(objective: Objective) -> None:
                                "that no example has a loss of its own: track_running_stats=True, or GroupNorm")  # fmt: skip
         if isinstance(module, _BatchNorm) and module.training:
             raise CurvlabError(
-                f"'{name}' normalises over the batch, so that no example has a loss of its own: {_REMEDY}"
+                f"'{name}' normalises over the batch, so that no example has a loss of its own:"
+                f" {_REMEDY}"
             )
         if module.training and (_drops(module) or _drops_inside(module)):
             raise CurvlabError(
-                f"'{name}' drops units at random, so that the loss is no function of the weights: {_REMEDY}"
+                f"'{name}' drops units at random, so that the loss is no function of the weights:"
+                f" {_REMEDY}"
             )
     objective.sound = state
 
@@ -224,7 +242,8 @@ def say_general(blocks: Iterable[Block], kind: str, form: Form) -> None:
     told = "; ".join(f"{', '.join(some)} {_plural(why, len(some))}" for why, some in whys.items())
     numbers = max(b.numel for b in loose)
     warn(
-        f"{told}: {kind} takes the general route there (torch.func), which is slower: {_cost(kind, numbers)}"
+        f"{told}: {kind} takes the general route there (torch.func), which is slower:"
+        f" {_cost(kind, numbers)}"
     )
 
 
@@ -248,4 +267,7 @@ def _cost(kind: str, numbers: int) -> str:
         if kind not in PASSES
         else "a derivative of every example and vector sent back"
     )
-    return f"{what}, {numbers**2 * 8 / 1e9:.2g} GB in double precision for the largest block, of {numbers} parameters"
+    return (
+        f"{what}, {numbers**2 * 8 / 1e9:.2g} GB in double precision for the largest block, of"
+        f" {numbers} parameters"
+    )

@@ -1,10 +1,12 @@
-"""A layer's block as the sum of Kronecker products that it is (thesis Theorem 3), and what its approximations make of it.
+"""A layer's block as the sum of Kronecker products that it is (thesis Theorem 3), and what its
+approximations make of it.
 
-M = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, row-major on [O, I], so that G comes first: the pre-activation Hessian for the
-Hessian and Π, Σ_v g gᵀ for second moments. Scale: mean over examples of a per-example sum.
+M = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, row-major on [O, I], so that G comes first: the
+pre-activation Hessian for the Hessian and Π, Σ_v g gᵀ for second moments. Scale: mean over examples
+of a per-example sum.
 
-Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D = O I; P = O(O+1)/2 pairs of
-outputs, Q = I(I+1)/2 pairs of inputs.
+Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D = O
+I; P = O(O+1)/2 pairs of outputs, Q = I(I+1)/2 pairs of inputs.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ _NUMBERS = 1 << 23  # in the temporaries of some examples at a time
 
 @dataclass(frozen=True)
 class KroneckerSum:
-    """(1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, in its terms. Give either the Hessians or the vectors whose moments G is.
+    """(1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, in its terms. Give either the Hessians or the
+    vectors whose moments G is.
 
     Args:
         a: inputs of the layer, 1 appended where the bias is trained.
@@ -61,7 +64,8 @@ class KroneckerSum:
         shape = given.shape[:2] if self.g is None else given.shape[1:3]
         if self.a.ndim != 3 or shape != self.a.shape[:2]:
             raise CurvlabError(
-                f"inputs {list(self.a.shape)} and derivatives {list(given.shape)} differ in examples or places"
+                f"inputs {list(self.a.shape)} and derivatives {list(given.shape)} differ in"
+                " examples or places"
             )
 
     @property
@@ -86,7 +90,9 @@ class KroneckerSum:
 
     @property
     def G(self) -> Float[Tensor, "N T O T O"]:
-        """Of each example's *sum*: the pre-activation Hessians (thesis (3.3)), or second moments of the vectors."""
+        """Of each example's *sum*: the pre-activation Hessians (thesis (3.3)), or second moments of
+        the vectors.
+        """
         self._guard(
             self.size * (self.places * self.shape[0]) ** 2,
             "the pre-activation Hessians",
@@ -95,7 +101,9 @@ class KroneckerSum:
         return self._G(slice(None))
 
     def terms(self, n: int) -> tuple[Float[Tensor, "T T I I"], Float[Tensor, "T T O O"]]:
-        """(A_tt' = a_t a_t'ᵀ, G_tt') of example n: Σ_tt' G_tt' ⊗ A_tt' is that example's own block (thesis Theorem 3)."""
+        """(A_tt' = a_t a_t'ᵀ, G_tt') of example n: Σ_tt' G_tt' ⊗ A_tt' is that example's own block
+        (thesis Theorem 3).
+        """
         if not -self.size <= n < self.size:
             raise CurvlabError(f"there is no example {n}: the sum has {self.size}, counted from 0")
         n %= self.size
@@ -124,7 +132,9 @@ class KroneckerSum:
         return mirror_(matrix)
 
     def same_place(self) -> Float[Tensor, "D D"]:
-        """(1/N) Σₙ Σ_t G_tt ⊗ a_t a_tᵀ: G_tt' = 0 between places (thesis (3.4)). With one place the block itself."""
+        """(1/N) Σₙ Σ_t G_tt ⊗ a_t a_tᵀ: G_tt' = 0 between places (thesis (3.4)). With one place the
+        block itself.
+        """
         self._guard_dense()
         outputs, inputs = self.shape
         packed = active = None
@@ -137,7 +147,9 @@ class KroneckerSum:
         return unpack_full(packed, outputs, inputs, active)
 
     def averaged(self) -> Float[Tensor, "D D"]:
-        """(1/N) Σₙ ((1/T) Σ_t G_tt) ⊗ (Σ_t a_t a_tᵀ): (3.5) on top (thesis (3.7)). With one place the block itself."""
+        """(1/N) Σₙ ((1/T) Σ_t G_tt) ⊗ (Σ_t a_t a_tᵀ): (3.5) on top (thesis (3.7)). With one place
+        the block itself.
+        """
         if self.places == 1:
             return self.same_place()
         self._guard_dense()
@@ -152,7 +164,9 @@ class KroneckerSum:
         return unpack_full(packed, outputs, inputs)
 
     def single(self) -> Kronecker:
-        """E[(1/T) Σ_t G_tt] ⊗ E[Σ_t a_t a_tᵀ]: one product (thesis (2.3), (3.8), (3.9)); of the exact Fisher, KFAC undamped."""
+        """E[(1/T) Σ_t G_tt] ⊗ E[Σ_t a_t a_tᵀ]: one product (thesis (2.3), (3.8), (3.9)); of the
+        exact Fisher, KFAC undamped.
+        """
         a = self.a.flatten(0, 1)
         outputs = self.shape[0]
         pairs = a.new_zeros(outputs * (outputs + 1) // 2, 1)
@@ -192,7 +206,10 @@ class KroneckerSum:
 
     def _guard(self, numbers: int, what: str, remedy: str) -> None:
         outputs, inputs = self.shape
-        of = f"{what} of {self.size} examples, {self.places} places, {outputs} outputs and {inputs} inputs"
+        of = (
+            f"{what} of {self.size} examples, {self.places} places, {outputs} outputs and {inputs}"
+            " inputs"
+        )
         guard_memory(int(1.3 * numbers * self.a.element_size()), of, remedy)
 
 
@@ -206,14 +223,16 @@ def kronecker_terms(
     *,
     draws: int = 1,
 ) -> KroneckerSum:
-    """The block of one layer as a sum of Kronecker products (thesis Theorem 3): `dense()` is `matrix` of the same arguments.
+    """The block of one layer as a sum of Kronecker products (thesis Theorem 3): `dense()` is
+    `matrix` of the same arguments.
 
     Args:
         objective, x, y, kind, draws: as for `matrix`; one minibatch, which is kept whole.
         block: name of a block, of a layer with a rule whose outputs share their inputs.
 
     Raises:
-        CurvlabError: as `matrix`; a layer without a rule or with groups of outputs; Hessians larger than the memory.
+        CurvlabError: as `matrix`; a layer without a rule or with groups of outputs; Hessians larger
+            than the memory.
     """
     check_kind(kind, draws)
     chosen = lookup({b.name: b for b in objective.blocks}, block, "block")
@@ -237,7 +256,8 @@ def preactivation(
     *,
     draws: int = 1,
 ) -> Float[Tensor, "N T O T O"]:
-    """G_{n,tt'} of every example's summed loss (never divided by N): ∂²ℓₙ/∂h_t∂h_t' (thesis (2.2), (3.3)), or Σ_v g gᵀ.
+    """G_{n,tt'} of every example's summed loss (never divided by N): ∂²ℓₙ/∂h_t∂h_t' (thesis (2.2),
+    (3.3)), or Σ_v g gᵀ.
 
     Arguments and errors as for `kronecker_terms`.
     """
@@ -276,7 +296,9 @@ def guard_hessians(block: Block, size: int, places: int, dtype: torch.dtype) -> 
 
 
 def sums(look: Minibatch, blocks: Sequence[Block]) -> Iterator[tuple[Block, KroneckerSum]]:
-    """One block after the other, in any order, with its Kronecker sum on one minibatch; every pass is shared."""
+    """One block after the other, in any order, with its Kronecker sum on one minibatch; every pass
+    is shared.
+    """
     if look.kind in PASSES:
         for block in blocks:
             s = look.statistics[block.name]

@@ -1,9 +1,12 @@
-"""Dense matrices: blocks of layers, parameters, pairs of blocks, the whole; by the route that fits (`ROUTES`).
+"""Dense matrices: blocks of layers, parameters, pairs of blocks, the whole; by the route that fits
+(`ROUTES`).
 
-Every layer's block is M = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ (thesis Theorem 3), with G = Σ_v g gᵀ for second
-moments and the pre-activation Hessian for the Hessian and Π. Scale: mean over examples of a per-example sum.
+Every layer's block is M = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ (thesis Theorem 3), with G =
+Σ_v g gᵀ for second moments and the pre-activation Hessian for the Hessian and Π. Scale: mean over
+examples of a per-example sum.
 
-Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D = O I.
+Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D = O
+    I.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from curvlab.statistics import LayerStatistics
 def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") -> dict[str, str]:
     """{block: the route that `matrix` takes to it}, on data of this shape."""
     check_kind(kind)
-    (first, *_) = Batches.of(objective, x, y)
+    first, *_ = Batches.of(objective, x, y)
     form = first.form
     return {block.name: route_of(block, form, kind) for block in objective.blocks}
 
@@ -115,7 +118,8 @@ def matrix(
     route: str = "auto",
     draws: int = 1,
 ) -> Dense | Rectangular:
-    """A dense matrix of second derivatives or second moments: mean over examples of a per-example sum.
+    """A dense matrix of second derivatives or second moments: mean over examples of a per-example
+    sum.
 
     >>> import torch
     >>> import curvlab as cl
@@ -126,22 +130,25 @@ def matrix(
 
     Args:
         objective: model and likelihood.
-        x: inputs [N, …]; or a loader of (x, y) pairs, over all of which the exact mean is taken at bounded memory.
+        x: inputs [N, …]; or a loader of (x, y) pairs, over all of which the exact mean is taken at
+            bounded memory.
         y: targets (of ggn, fisher and fisher-mc only checked); None with a loader.
-        kind: hessian | ggn | pi (hessian − ggn, thesis (1.4)) | fisher (all labels) | fisher-mc (`draws` sampled labels for
-            each example) | ef (the data's labels).
-        block: a block ("2": layer with its bias, on the row-major flattening of its [O, I]), a parameter ("2.weight", in its
-            own order), a pair of either (rows, columns), or None for the whole matrix, block after block
-            (`objective.layout`).
-        route: of `ROUTES`; by default the first that fits. Pairs and the whole matrix take "rows" or "func".
+        kind: hessian | ggn | pi (hessian − ggn, thesis (1.4)) | fisher (all labels) | fisher-mc
+            (`draws` sampled labels for each example) | ef (the data's labels).
+        block: a block ("2": layer with its bias, on the row-major flattening of its [O, I]), a
+            parameter ("2.weight", in its own order), a pair of either (rows, columns), or None for
+            the whole matrix, block after block (`objective.layout`).
+        route: of `ROUTES`; by default the first that fits. Pairs and the whole matrix take "rows"
+            or "func".
         draws: labels drawn for each example (fisher-mc).
 
     Returns:
         Dense [D, D], or for a pair Rectangular [D₁, D₂].
 
     Raises:
-        CurvlabError: unknown kind, block or route; data that do not fit, NaN, an empty loader; BatchNorm or dropout in training
-            mode; a matrix larger than the machine's memory (use `product`).
+        CurvlabError: unknown kind, block or route; data that do not fit, NaN, an empty loader;
+            BatchNorm or dropout in training mode; a matrix larger than the machine's memory (use
+            `product`).
     """
     check_kind(kind, draws)
     if isinstance(block, str):
@@ -152,7 +159,9 @@ def matrix(
 
 
 def select(objective: Objective, name: str) -> tuple[Block, Tensor | None]:
-    """A block by its name, or a parameter by its own: (its block, its entries in the block; None for all)."""
+    """A block by its name, or a parameter by its own: (its block, its entries in the block; None
+    for all).
+    """
     known = {b.name: b for b in objective.blocks}
     if name in known:
         return known[name], None
@@ -178,7 +187,8 @@ def _across(
         raise CurvlabError(f"route '{route}' leads to diagonal blocks only: use auto, rows or func")
     if route == "rows" and kind not in PASSES:
         raise CurvlabError(
-            f"route 'rows' is for second moments ({', '.join(PASSES)}), not for {kind}: use auto or func"
+            f"route 'rows' is for second moments ({', '.join(PASSES)}), not for {kind}: use auto or"
+            " func"
         )
     if block is None:
         rows = columns = list(objective.blocks)
@@ -200,7 +210,8 @@ def _across(
         if route == "rows" and loose:
             why = closure.form.ways[loose[0].name].why
             raise CurvlabError(
-                f"route 'rows' does not fit {loose[0]} ({why or ROUTES['rows'].summary}): use auto or func"
+                f"route 'rows' does not fit {loose[0]} ({why or ROUTES['rows'].summary}): use auto"
+                " or func"
             )
         if route == "auto" and not seen:
             say_general(layout.blocks, kind, closure.form)
@@ -223,7 +234,9 @@ def _across(
 def _add_rows(
     matrix: Tensor, look: Minibatch, rows: Sequence[Block], columns: Sequence[Block], scale: float
 ) -> None:
-    """Second moments between blocks: where neither shares its weight, (Σ_v g g'ᵀ) ⊗ a a'ᵀ at 1/V of the work of rows."""
+    """Second moments between blocks: where neither shares its weight, (Σ_v g g'ᵀ) ⊗ a a'ᵀ at 1/V of
+    the work of rows.
+    """
     top = Layout(tuple(rows)).slices
     left = Layout(tuple(columns)).slices
     for j, i in (

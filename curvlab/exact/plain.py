@@ -1,10 +1,12 @@
-"""The general route by plain autograd: for models that `torch.func` does not see through as autograd does.
+"""The general route by plain autograd: for models that `torch.func` does not see through as
+autograd does.
 
-That is: activation checkpointing, an `autograd.Function` without `setup_context`, parameters that a closure holds on to,
-`no_grad` or `.data` on the way, scripted parts. One example and one vector at a time, on the model's own parameters, in the
-graph that training uses.
+That is: activation checkpointing, an `autograd.Function` without `setup_context`, parameters that a
+closure holds on to, `no_grad` or `.data` on the way, scripted parts. One example and one vector at
+a time, on the model's own parameters, in the graph that training uses.
 
-Legend: N examples, C outputs of the model (flattened), D parameters in the layout's order, K vectors.
+Legend: N examples, C outputs of the model (flattened), D parameters in the layout's order, K
+    vectors.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from curvlab.independence import some_rows
 from curvlab.layers import Layout
 
 _NO_SECOND = (
-    "torch has no second derivative of an operation in the model ({}): replace it, or take ggn, fisher or ef, which need only "
-    "the first"
+    "torch has no second derivative of an operation in the model ({}): replace it, or take ggn,"
+    " fisher or ef, which need only the first"
 )
 
 
@@ -102,7 +104,9 @@ class Plain:
         return one
 
     def _check_symmetry(self, one: Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]) -> None:
-        """Raises CurvlabError where double backward is no second derivative (weight norm in torch 2.13)."""
+        """Raises CurvlabError where double backward is no second derivative (weight norm in torch
+        2.13).
+        """
         size, dtype, near = (
             len(self.layout),
             self.closure.objective.dtype,
@@ -121,7 +125,9 @@ class Plain:
     def _second_moment(
         self, z: Tensor, kind: Kind, labels: Sequence[Tensor]
     ) -> Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]:
-        """Jᵀ (∂²ℓ/∂z²) J, or Σ over labels of the losses' own JᵀJ: J v as the derivative of Jᵀu in u, along v."""
+        """Jᵀ (∂²ℓ/∂z²) J, or Σ over labels of the losses' own JᵀJ: J v as the derivative of Jᵀu in
+        u, along v.
+        """
         likelihood, y = self.closure.objective.likelihood, self.closure.y
         exact = PASSES[kind] == "exact"
         out = (
@@ -188,7 +194,9 @@ class Plain:
 
     @contextmanager
     def _graph(self, at: Float[Tensor, " D"], some: slice, twice: bool = False) -> Iterator[Tensor]:
-        """The outputs of some of the examples at these weights, with their graph; what torch cannot do is said in one line."""
+        """The outputs of some of the examples at these weights, with their graph; what torch cannot
+        do is said in one line.
+        """
         with derivatives(), differentiable(), self._moved(at):
             try:
                 yield self.closure.forward(

@@ -1,6 +1,8 @@
-"""The same matrices as products: nothing is formed but vectors, for models too large for dense blocks.
+"""The same matrices as products: nothing is formed but vectors, for models too large for dense
+blocks.
 
-Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D parameters, K columns.
+Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D
+    parameters, K columns.
 """
 
 from __future__ import annotations
@@ -38,18 +40,20 @@ def product(
     *,
     draws: int = 1,
 ) -> Product | RectangularProduct:
-    """What `matrix` would hold, as a product with vectors: one Jacobian or Hessian product a vector, by `torch.func`.
+    """What `matrix` would hold, as a product with vectors: one Jacobian or Hessian product a
+    vector, by `torch.func`.
 
-    Labels of fisher-mc are drawn once: every product is with the same matrix. A loader is read again at every product. What is
-    no longer as it was is refused: the data (for fisher-mc their order too), weights, train or eval mode.
+    Labels of fisher-mc are drawn once: every product is with the same matrix. A loader is read
+    again at every product. What is no longer as it was is refused: the data (for fisher-mc their
+    order too), weights, train or eval mode.
 
     Args:
         objective, x, y, kind, draws: as for `matrix`.
         block: as for `matrix`; by default the whole.
 
     Returns:
-        Product (symmetric; `diag` and `trace` are exact and structured where layers have rules), or for a pair
-        RectangularProduct.
+        Product (symmetric; `diag` and `trace` are exact and structured where layers have rules), or
+        for a pair RectangularProduct.
 
     Raises:
         CurvlabError: as `matrix`; an iterator in place of a loader.
@@ -93,10 +97,11 @@ def diagonal(
     *,
     draws: int = 1,
 ) -> Float[Tensor, " D"]:
-    """The diagonal of the whole matrix, block after block (`objective.layout`), without forming a block.
+    """The diagonal of the whole matrix, block after block (`objective.layout`), without forming a
+    block.
 
-    Second moments cost one pass; the Hessian and Π one for every pre-activation of a layer that is no convolution with more
-    places than inputs; blocks without structure D products.
+    Second moments cost one pass; the Hessian and Π one for every pre-activation of a layer that is
+    no convolution with more places than inputs; blocks without structure D products.
     """
     check_kind(kind, draws)
     return _diagonal(Batches.of(objective, x, y, again=True), objective.layout, kind, draws)
@@ -109,7 +114,8 @@ def _pair(block: object) -> tuple[str, str]:
         or not all(isinstance(name, str) for name in block)
     ):
         raise CurvlabError(
-            f"block must be a name, a pair of names (rows, columns) or None for the whole, not {block!r}"
+            "block must be a name, a pair of names (rows, columns) or None for the whole, not"
+            f" {block!r}"
         )
     return block[0], block[1]
 
@@ -153,8 +159,9 @@ class _Whole:
         yield from model.named_buffers()
 
     def _weights(self) -> tuple[list[tuple[int, int]], Tensor]:
-        """Of the weights and buffers that there were: which tensors, how often each has been written to, and, since `.data` is
-        written to without being counted, a checksum."""
+        """Of the weights and buffers that there were: which tensors, how often each has been
+        written to, and, since `.data` is written to without being counted, a checksum.
+        """
         now = dict(self._state())
         state = [now[name] for name in self._names if name in now]
         return [(t.data_ptr(), t._version) for t in state], numbers(state)
@@ -168,7 +175,8 @@ class _Whole:
             )
         if self._training() != self._modes:
             raise CurvlabError(
-                "modules have gone from train to eval mode, or back, since this product was made: make it again"
+                "modules have gone from train to eval mode, or back, since this product was made:"
+                " make it again"
             )
 
     @derivatives()

@@ -1,4 +1,5 @@
-"""ROUTES: the ways to a diagonal block, one line each; every way folds minibatches into a sum as they come.
+"""ROUTES: the ways to a diagonal block, one line each; every way folds minibatches into a sum as
+they come.
 
 Legend: N examples, T places, V vectors sent back, P pairs of outputs, O outputs, I inputs, D = O I.
 """
@@ -49,8 +50,9 @@ class Minibatch:
     def hessians(
         self, names: Sequence[str]
     ) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
-        """(inputs, pre-activation Hessians) of one block after the other: of ℓ; for Π of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed; for
-        the GGN JᵀHJ."""
+        """(inputs, pre-activation Hessians) of one block after the other: of ℓ; for Π of ⟨∂ℓ/∂z, z⟩
+        with ∂ℓ/∂z held fixed; for the GGN JᵀHJ.
+        """
         z, losses, capture = self.closure.look()
         with derivatives():
             total = losses.sum()
@@ -127,7 +129,9 @@ def _fold_pairs(
 
 
 def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Tensor, "D D"]:
-    """The sum as a dense matrix; one that was packed until now is unpacked: a minibatch with several places has come."""
+    """The sum as a dense matrix; one that was packed until now is unpacked: a minibatch with
+    several places has come.
+    """
     found = sums.get(name)
     if not isinstance(found, _Whole):
         sums[name] = whole = _Whole(size, like)
@@ -194,7 +198,8 @@ ROUTES: dict[str, Route] = {
         _fold_pairs,
     ),
     "places": Route(
-        "T > 1, Hessian and Π: pre-activation Hessians between inputs, Theorem 3, where they are fewer than the parameters",
+        "T > 1, Hessian and Π: pre-activation Hessians between inputs, Theorem 3, where they are"
+        " fewer than the parameters",
         _few_places,
         _fold_places,
     ),

@@ -1,6 +1,8 @@
-"""Per-sample gradients and Jacobians: of **one example's** summed loss, or outputs, never divided by N.
+"""Per-sample gradients and Jacobians: of **one example's** summed loss, or outputs, never divided
+by N.
 
-Layers with a rule go through their captured inputs and derivatives, all others through `torch.func`.
+Layers with a rule go through their captured inputs and derivatives, all others through
+`torch.func`.
 
 Legend: N examples, C outputs of the model (flattened), V vectors sent back.
 """
@@ -37,10 +39,12 @@ def gradients(
     torch.Size([3, 1, 2])
 
     Args:
-        out: tensors to write into, as an earlier call returned them: filling fresh memory costs more than the arithmetic.
+        out: tensors to write into, as an earlier call returned them: filling fresh memory costs
+            more than the arithmetic.
 
     Raises:
-        CurvlabError: data that do not fit the model or the likelihood; a model whose examples do not stand alone.
+        CurvlabError: data that do not fit the model or the likelihood; a model whose examples do
+            not stand alone.
     """
     (closure,) = Batches.of(objective, x, y, whole=True)
     _guard(objective, len(x), "the per-sample gradients", "take fewer examples at a time")
@@ -113,7 +117,9 @@ def _guard(objective: Objective, vectors: int, what: str, remedy: str) -> None:
 
 
 def _narrow(s: LayerStatistics) -> bool:
-    """Whether each weight is used at one place, and lies in its own order and dtype: then a row is one outer product."""
+    """Whether each weight is used at one place, and lies in its own order and dtype: then a row is
+    one outer product.
+    """
     block = s.block
     if not (
         s.used

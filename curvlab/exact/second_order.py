@@ -1,14 +1,18 @@
-"""Gₙ = ∂²ℓₙ/∂h∂h: the Hessian of each example in the pre-activations of a layer (thesis (2.2), (3.3)), for all layers.
+"""Gₙ = ∂²ℓₙ/∂h∂h: the Hessian of each example in the pre-activations of a layer (thesis (2.2),
+(3.3)), for all layers.
 
-Two ways. **Direct**: one double backward pass for every pre-activation of the layer, all of them batched. **Recursive**: where
-every path from layer l to the loss runs through a later layer m (read off the graph), with J = ∂h_m/∂h_l and g_m = ∂ℓ/∂h_m
+Two ways. **Direct**: one double backward pass for every pre-activation of the layer, all of them
+batched. **Recursive**: where every path from layer l to the loss runs through a later layer m (read
+off the graph), with J = ∂h_m/∂h_l and g_m = ∂ℓ/∂h_m
 
     G_l = Jᵀ G_m J + Σ_i g_{m,i} ∂²h_{m,i}/∂h_l²,
 
-so that no pass runs further than from m to l. The Gauss-Newton part alone is Jᵀ (∂²ℓ/∂z²) J with J = ∂z/∂h, one pass forward
-for every pre-activation in place of a double one back; recursively without the sum.
+so that no pass runs further than from m to l. The Gauss-Newton part alone is Jᵀ (∂²ℓ/∂z²) J with J
+= ∂z/∂h, one pass forward for every pre-activation in place of a double one back; recursively
+without the sum.
 
-Legend: N examples, T places, O outputs, M = T O pre-activations of a layer, in the layer's own (raw) order, C model outputs.
+Legend: N examples, T places, O outputs, M = T O pre-activations of a layer, in the layer's own
+    (raw) order, C model outputs.
 """
 
 from __future__ import annotations
@@ -74,7 +78,9 @@ def preactivation_hessians(
 def preactivation_gauss_newton(
     capture: Capture, z: Float[Tensor, "N *C"], total: Tensor, names: Sequence[str]
 ) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
-    """(∂zₙ/∂h_t)ᵀ ∂²ℓₙ/∂z² ∂zₙ/∂h_t' of each example, from the outputs z and Σₙ ℓₙ with their graphs: else as the Hessians."""
+    """(∂zₙ/∂h_t)ᵀ ∂²ℓₙ/∂z² ∂zₙ/∂h_t' of each example, from the outputs z and Σₙ ℓₙ with their
+    graphs: else as the Hessians.
+    """
     (slope,) = torch.autograd.grad(total, z, create_graph=True)
     known: _Known | None = None
     for block in (b for b in reversed(capture.blocks) if b.name in set(names)):
@@ -122,7 +128,9 @@ def _gauss_newton(
     like: Float[Tensor, "*NM"],
     block: Block,
 ) -> Float[Tensor, "N M M"]:
-    """Jᵀ (∂²ℓ/∂z²) J. Forward derivatives through a graph that only goes back: Jᵀw is linear in w, its own derivative J."""
+    """Jᵀ (∂²ℓ/∂z²) J. Forward derivatives through a graph that only goes back: Jᵀw is linear in w,
+    its own derivative J.
+    """
     size = len(z)
     count = like.numel() // size
     w = torch.zeros_like(z, requires_grad=True)
@@ -146,8 +154,9 @@ def _gauss_newton(
 def _through(
     root: Tensor, known: _Known, edge: GradientEdge, like: Float[Tensor, "*NM"]
 ) -> Float[Tensor, "N M M"] | None:
-    """JᵀG_m J from a later layer's Hessians; None where that layer does not cut this one off from the root of the graph, or has
-    far more outputs."""
+    """JᵀG_m J from a later layer's Hessians; None where that layer does not cut this one off from
+    the root of the graph, or has far more outputs.
+    """
     size, others = len(known.hessians), known.hessians.shape[1]
     count = like.numel() // size
     if (
@@ -178,7 +187,9 @@ def _units(size: int, count: int, like: Tensor) -> Iterator[tuple[int, Float[Ten
 def _send_back(
     output: Tensor | GradientEdge, edge: Tensor | GradientEdge, vectors: Float[Tensor, "K *S"]
 ) -> Float[Tensor, "K *S2"] | None:
-    """Several vectors at once; one by one where an operation cannot (torch's double backward of GroupNorm)."""
+    """Several vectors at once; one by one where an operation cannot (torch's double backward of
+    GroupNorm).
+    """
     try:
         return torch.autograd.grad(
             output, edge, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True

@@ -1,8 +1,11 @@
-"""The general route: `torch.func` over the parameters, for every model; slow, and the oracle of the structured routes.
+"""The general route: `torch.func` over the parameters, for every model; slow, and the oracle of the
+structured routes.
 
-It knows nothing of layers, captures or roots: only the model as a function of its parameters and the likelihood's loss.
+It knows nothing of layers, captures or roots: only the model as a function of its parameters and
+the likelihood's loss.
 
-Legend: N examples, C outputs of the model (flattened), D parameters in the layout's order, K vectors.
+Legend: N examples, C outputs of the model (flattened), D parameters in the layout's order, K
+    vectors.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ Of = TypeVar("Of", Tensor, Weights)
 
 
 def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`f` over the first axis of its arguments: `vmap`, or one by one where an operation has no rule for it (LSTM, PReLU)."""
+    """`f` over the first axis of its arguments: `vmap`, or one by one where an operation has no
+    rule for it (LSTM, PReLU).
+    """
 
     def over(*arguments: Tensor) -> Tensor:
         try:
@@ -53,7 +58,9 @@ def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def along(f: Callable[[Any], Tensor], at: Of, u: Of) -> Tensor:
-    """∂f(at) u: forward mode, or the transpose's transpose where an operation has no forward derivative (weight norm)."""
+    """∂f(at) u: forward mode, or the transpose's transpose where an operation has no forward
+    derivative (weight norm).
+    """
     try:
         with _FORWARD:
             found: Tensor = jvp(f, (at,), (u,))[1]
@@ -64,14 +71,18 @@ def along(f: Callable[[Any], Tensor], at: Of, u: Of) -> Tensor:
 
 
 def second_derivative(slope: Callable[[Any], Of], at: Of, u: Of) -> Of:
-    """The same of a gradient, by forward mode: reverse mode twice is wrong for weight norm (torch 2.13, unsymmetric)."""
+    """The same of a gradient, by forward mode: reverse mode twice is wrong for weight norm (torch
+    2.13, unsymmetric).
+    """
     with _FORWARD:
         found: Of = jvp(slope, (at,), (u,))[1]
     return found
 
 
 class _Fixed(TorchFunctionMode):
-    """What autograd holds fixed in a call, held fixed under every transform: the row of an embedding's padding token."""
+    """What autograd holds fixed in a call, held fixed under every transform: the row of an
+    embedding's padding token.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -87,9 +98,11 @@ class _Fixed(TorchFunctionMode):
 
 
 class Function:
-    """The model and its losses on one minibatch, as functions of the parameters of `layout` in one vector.
+    """The model and its losses on one minibatch, as functions of the parameters of `layout` in one
+    vector.
 
-    By `torch.func`, where that sees the parameters as autograd does (`sound`, looked at once a form); else by `Plain`.
+    By `torch.func`, where that sees the parameters as autograd does (`sound`, looked at once a
+    form); else by `Plain`.
     """
 
     def __init__(self, closure: Closure, layout: Layout) -> None:
@@ -108,7 +121,9 @@ class Function:
         return self._called(self._apart(w), x)
 
     def _apart(self, w: Float[Tensor, " D"]) -> Weights:
-        """By parameters. Contiguous: the way back through batch norm is wrong where its weight has strides (torch 2.13)."""
+        """By parameters. Contiguous: the way back through batch norm is wrong where its weight has
+        strides (torch 2.13).
+        """
         parts = self.layout.unflatten(w)
         trained = self.closure.objective.parameters
         return {
@@ -131,7 +146,9 @@ class Function:
 
     @cached_property
     def sound(self) -> bool:
-        """Whether `torch.func` gives autograd's derivatives of the first example, back and forth: ⟨v, Ju⟩ = ⟨Jᵀv, u⟩."""
+        """Whether `torch.func` gives autograd's derivatives of the first example, back and forth:
+        ⟨v, Ju⟩ = ⟨Jᵀv, u⟩.
+        """
         objective, names = self.closure.objective, tuple(b.name for b in self.layout.blocks)
         key = (self.closure._key(self.closure.x), names)
         if key not in objective.functional:
@@ -140,7 +157,9 @@ class Function:
 
     @cached_property
     def sound_twice(self) -> bool:
-        """Whether its Hessian of the first example's loss along a random vector is that of double backward, if any."""
+        """Whether its Hessian of the first example's loss along a random vector is that of double
+        backward, if any.
+        """
         closure, names = self.closure, tuple(b.name for b in self.layout.blocks)
         key = (closure._key(closure.x), names, "twice")
         known = closure.objective.functional
@@ -200,7 +219,9 @@ class Function:
         )
 
     def _total(self, kind: Kind) -> Callable[[Float[Tensor, "N *C"]], Tensor]:
-        """z → Σₙ ℓₙ; for Π the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩, whose Hessian is Π alone (thesis (1.4))."""
+        """z → Σₙ ℓₙ; for Π the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩, whose Hessian is Π alone
+        (thesis (1.4)).
+        """
         x, y = self.closure.x, self.closure.y
 
         def total(z: Tensor) -> Tensor:
@@ -257,7 +278,9 @@ class Function:
     def rows(
         self, kind: Kind, draws: int
     ) -> Iterator[tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]]:
-        """(left, right), some rows at a time, with Σ leftᵀ right = N · M for a kind that is a second moment."""
+        """(left, right), some rows at a time, with Σ leftᵀ right = N · M for a kind that is a
+        second moment.
+        """
         x, y = self.closure.x, self.closure.y
         size, width = len(x), len(self.at)
         if PASSES[kind] == "exact":
@@ -309,7 +332,8 @@ class Function:
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
         """v → N · M v for several v at once.
 
-        Derivatives are by parameters: by slices of one vector, each would come back as long as the vector.
+        Derivatives are by parameters: by slices of one vector, each would come back as long as the
+        vector.
         """
         self.closure.check_kind(kind)
         labels = self.drawn(draws) if PASSES.get(kind) == "model" else [self.closure.y]
@@ -410,7 +434,9 @@ class Function:
             yield slice(start - first, stop - first), value
 
     def _foresee(self, seconds: float, parts: float, what: str) -> None:
-        """Says how long the whole will take, once its first part has been timed, where that is long."""
+        """Says how long the whole will take, once its first part has been timed, where that is
+        long.
+        """
         if seconds * parts > _LONG:
             named = ", ".join(map(str, self.layout.blocks))
             warn(f"{what} of {named} by the general route will take about {seconds * parts:.0f} s; products with vectors "

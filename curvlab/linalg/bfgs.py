@@ -1,13 +1,15 @@
 """BFGS: the updates, the pairs they learn from, how pairs are damped and when they are refused.
 
-Documents: 2020 (Goldfarb, Ren, Bahamou), thesis (chapters 2 and 3), 2021 (Ren, Goldfarb: its algorithms are numbered apart),
-S2QN (Yang et al.). A function that damps takes a pair (s, y) and H, and returns a `Pair`, which holds what a log needs.
+Documents: 2020 (Goldfarb, Ren, Bahamou), thesis (chapters 2 and 3), 2021 (Ren, Goldfarb: its
+algorithms are numbered apart), S2QN (Yang et al.). A function that damps takes a pair (s, y) and H,
+and returns a `Pair`, which holds what a log needs.
 
-Numbers of a pair stay on its device, as float64 tensors without axes: nothing here waits for a GPU but `Pair.skipped`. Where
-to look is free (`finite.waits`), they are Python's own: a pair then takes half the time, all of which is calls of tiny tensors.
+Numbers of a pair stay on its device, as float64 tensors without axes: nothing here waits for a GPU
+but `Pair.skipped`. Where to look is free (`finite.waits`), they are Python's own: a pair then takes
+half the time, all of which is calls of tiny tensors.
 
-Legend: D order; s step, y change of the gradient [D]; B curvature, H its inverse [D, D]; ρ = 1/sᵀy; N examples, T places,
-I inputs.
+Legend: D order; s step, y change of the gradient [D]; B curvature, H its inverse [D, D]; ρ = 1/sᵀy;
+N examples, T places, I inputs.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ SKIPS: dict[Skip, str] = {
 
 @dataclass(frozen=True)
 class Products:
-    """Inner products of a pair. The documents bound three of their ratios: thesis (2.8), (2.10), Lemma 4."""
+    """Inner products of a pair. The documents bound three of their ratios: thesis (2.8), (2.10),
+    Lemma 4.
+    """
 
     sy: Scalar
     yHy: Scalar
@@ -79,7 +83,9 @@ def _ratio(numerator: Scalar, sy: Scalar) -> Scalar:
 
 @dataclass(frozen=True)
 class Damping:
-    """What a damping did: θ₁ of Powell's damping on H, which changes s; θ₂ of that on B or I, which changes y; 1: nothing."""
+    """What a damping did: θ₁ of Powell's damping on H, which changes s; θ₂ of that on B or I, which
+    changes y; 1: nothing.
+    """
 
     before: Products
     after: Products
@@ -89,7 +95,9 @@ class Damping:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair as it goes into an update, with the product Hy that damping and update share, and its record."""
+    """A pair as it goes into an update, with the product Hy that damping and update share, and its
+    record.
+    """
 
     s: Float[Tensor, " D"]
     y: Float[Tensor, " D"]
@@ -145,7 +153,8 @@ def bfgs_inverse(
     y: Float[Tensor, " D"],
     Hy: Float[Tensor, " D"] | None = None,
 ) -> Float[Tensor, "D D"]:
-    """H⁺ = (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ: thesis (2.6). Exactly symmetric where H is; H⁺ y = s.
+    """H⁺ = (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ: thesis (2.6). Exactly symmetric where H is; H⁺ y =
+    s.
 
     With s and y, H and B exchanged, ``bfgs_inverse(B, y, s)``, it is the DFP update of B.
     """
@@ -172,7 +181,9 @@ def bfgs(
 def broyden_inverse(
     H: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"], phi: float
 ) -> Float[Tensor, "D D"]:
-    """H⁺ = H − σ H y yᵀ H + ρ s sᵀ + φ (yᵀHy) h hᵀ, h = ρ s − σ H y: thesis (2.11). φ = 1 is BFGS, φ = 0 is DFP."""
+    """H⁺ = H − σ H y yᵀ H + ρ s sᵀ + φ (yᵀHy) h hᵀ, h = ρ s − σ H y: thesis (2.11). φ = 1 is BFGS,
+    φ = 0 is DFP.
+    """
     Hy = H @ y
     rho, sigma = 1 / (s @ y), 1 / (y @ Hy)
     h = rho * s - sigma * Hy
@@ -210,7 +221,9 @@ def hessian_action(H: Matrix, a: Float[Tensor, " D"], A: Matrix, damping: float 
 
 
 def action_pair(H: Matrix, s: Float[Tensor, " D"], As: Float[Tensor, " D"], damping: float) -> Pair:
-    """The same where s = H ā and A s are there, A of a minibatch not formed: (3.14); Alg. 9, line 16; 2021 (12), (13)."""
+    """The same where s = H ā and A s are there, A of a minibatch not formed: (3.14); Alg. 9, line
+    16; 2021 (12), (13).
+    """
     return undamped(s, As + damping * s, H)
 
 
@@ -218,13 +231,16 @@ def action_pair(H: Matrix, s: Float[Tensor, " D"], As: Float[Tensor, " D"], damp
 
 
 def powell_factor(sy: Scalar, q: Scalar, mu: float) -> Scalar:
-    """θ = (1 − μ) q / (q − sᵀy) where sᵀy < μ q, else 1: thesis 2.3.1. Then θ sᵀy + (1 − θ) q ≥ μ q.
+    """θ = (1 − μ) q / (q − sᵀy) where sᵀy < μ q, else 1: thesis 2.3.1. Then θ sᵀy + (1 − θ) q ≥ μ
+    q.
 
-    q is yᵀHy, sᵀBs or sᵀs. Where rounding has cost H its definiteness (q ≤ 0) nothing is damped: the pair is to be refused.
+    q is yᵀHy, sᵀBs or sᵀs. Where rounding has cost H its definiteness (q ≤ 0) nothing is damped:
+    the pair is to be refused.
     """
     if not 0 < mu <= 1:
         raise CurvlabError(
-            f"Powell's damping takes a μ in (0, 1], not {mu:g}: a μ₂ above 1 needs Levenberg-Marquardt damping"
+            f"Powell's damping takes a μ in (0, 1], not {mu:g}: a μ₂ above 1 needs"
+            " Levenberg-Marquardt damping"
         )
     damped = (q > 0) & (sy < mu * q)
     if isinstance(damped, Tensor):
@@ -250,7 +266,9 @@ def undamped(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix) -> Pair:
 
 
 def powell(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float) -> Pair:
-    """D_P, Powell's damping on H: s̃ = θ₁ s + (1 − θ₁) H y (thesis 2.3.1; Alg. 3, lines 2 and 3). s̃ᵀy ≥ μ₁ yᵀHy."""
+    """D_P, Powell's damping on H: s̃ = θ₁ s + (1 − θ₁) H y (thesis 2.3.1; Alg. 3, lines 2 and 3).
+    s̃ᵀy ≥ μ₁ yᵀHy.
+    """
     pair = undamped(s, y, H)
     theta1 = powell_factor(pair.damping.before.sy, pair.damping.before.yHy, mu1)
     return _with_s(pair, _between(theta1, s, pair.Hy), theta1)
@@ -259,7 +277,8 @@ def powell(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float
 def powell_on_b(
     s: Float[Tensor, " D"], y: Float[Tensor, " D"], B: Matrix, H: Matrix, mu: float
 ) -> Pair:
-    """Powell's damping on B: ỹ = θ y + (1 − θ) B s (thesis 2.3.1; its θ is `theta2` here). sᵀỹ ≥ μ sᵀBs.
+    """Powell's damping on B: ỹ = θ y + (1 − θ) B s (thesis 2.3.1; its θ is `theta2` here). sᵀỹ ≥ μ
+    sᵀBs.
 
     Both matrices are taken, since the record is of yᵀHy.
     """
@@ -269,7 +288,9 @@ def powell_on_b(
 
 
 def identity_damping(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu2: float) -> Pair:
-    """D_I, Powell's damping with B = I: ỹ = θ₂ y + (1 − θ₂) s (thesis 2.3.1; Alg. 3, lines 4 and 5). sᵀỹ ≥ μ₂ sᵀs."""
+    """D_I, Powell's damping with B = I: ỹ = θ₂ y + (1 − θ₂) s (thesis 2.3.1; Alg. 3, lines 4 and
+    5). sᵀỹ ≥ μ₂ sᵀs.
+    """
     return _identity_step(undamped(s, y, H), H, mu2)
 
 
@@ -283,14 +304,18 @@ def levenberg_marquardt(
 def double_damping(
     s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float
 ) -> Pair:
-    """DD: D_P with μ₁, then D_I with μ₂, of s̃ (2020 and thesis, Alg. 3). s̃ᵀỹ ≥ μ₂ s̃ᵀs̃; s̃ᵀy ≥ μ₁ yᵀHy, not so with ỹ."""
+    """DD: D_P with μ₁, then D_I with μ₂, of s̃ (2020 and thesis, Alg. 3). s̃ᵀỹ ≥ μ₂ s̃ᵀs̃; s̃ᵀy ≥
+    μ₁ yᵀHy, not so with ỹ.
+    """
     return _identity_step(powell(s, y, H, mu1), H, mu2)
 
 
 def powell_levenberg(
     s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float
 ) -> Pair:
-    """D_P D_LM: D_P with μ₁, then D_LM with μ₂, of s̃ (thesis Alg. 8; 2021 Alg. 1). s̃ᵀy ≥ μ₁ yᵀHy and s̃ᵀỹ ≥ μ₂ s̃ᵀs̃."""
+    """D_P D_LM: D_P with μ₁, then D_LM with μ₂, of s̃ (thesis Alg. 8; 2021 Alg. 1). s̃ᵀy ≥ μ₁ yᵀHy
+    and s̃ᵀỹ ≥ μ₂ s̃ᵀs̃.
+    """
     return _levenberg_step(powell(s, y, H, mu1), H, mu2)
 
 
@@ -302,9 +327,11 @@ def scaled_identity_levenberg(
     mu2: float,
     initial: float | None = None,
 ) -> Pair:
-    """D_P(I) D_LM: as D_P D_LM, but Powell's damping with H₀ = h I in place of H: thesis Alg. 11, for the proofs of chapter 3.
+    """D_P(I) D_LM: as D_P D_LM, but Powell's damping with H₀ = h I in place of H: thesis Alg. 11,
+    for the proofs of chapter 3.
 
-    s̃ᵀỹ ≥ μ₂ s̃ᵀs̃ and s̃ᵀỹ ≥ μ₃ ỹᵀỹ (thesis Lemma 4, 2021 Lemma 1: `curvlab.linalg.bounds.mu3`). H only serves the record.
+    s̃ᵀỹ ≥ μ₂ s̃ᵀs̃ and s̃ᵀỹ ≥ μ₃ ỹᵀỹ (thesis Lemma 4, 2021 Lemma 1: `curvlab.linalg.bounds.mu3`). H
+    only serves the record.
 
     Args:
         initial: h. By default 1/μ₂ (thesis Alg. 11); 2021 Alg. 4 has 1.
@@ -393,10 +420,12 @@ def accept(
     Always: every number finite, sᵀy > 0.
 
     Args:
-        v: sᵀy > 1e-4 sᵀs ‖v‖ too, v the mean pre-activation gradient (for H_g) or the mean input (for H_a): practice.
-        mu1: sᵀy ≥ μ₁ yᵀHy too: DD-skip of the variant with a proof, thesis Alg. 5, line 17. Powell's damping makes the two
-            equal, so that they are compared up to √ε: rounding shall not decide. (Section 2.3.1 of the thesis says 2/μ₁ of the
-            same test; that is ``mu1 / 2``.)
+        v: sᵀy > 1e-4 sᵀs ‖v‖ too, v the mean pre-activation gradient (for H_g) or the mean input
+            (for H_a): practice.
+        mu1: sᵀy ≥ μ₁ yᵀHy too: DD-skip of the variant with a proof, thesis Alg. 5, line 17.
+            Powell's damping makes the two equal, so that they are compared up to √ε: rounding shall
+            not decide. (Section 2.3.1 of the thesis says 2/μ₁ of the same test; that is ``mu1 /
+            2``.)
         cosine: sᵀy ≥ ε_B ‖s‖ ‖y‖ too; S2QN 3.2 has 1e-8.
     """
     found = pair.damping.after
@@ -415,7 +444,9 @@ def accept(
 
 
 def updated_inverse(H: Float[Tensor, "D D"], pair: Pair) -> tuple[Float[Tensor, "D D"], Pair]:
-    """(H⁺, pair) by BFGS; H where the pair is refused, or where what is added is not finite, which the pair then says."""
+    """(H⁺, pair) by BFGS; H where the pair is refused, or where what is added is not finite, which
+    the pair then says.
+    """
     found, used = pair.damping.after, pair.used
     if not isinstance(used, Tensor) and not used:
         return H, pair

@@ -1,7 +1,9 @@
-"""Block BFGS, which learns from several pairs at once, and the pairs of a Kronecker factor: S2QN (Yang et al.), section 4.
+"""Block BFGS, which learns from several pairs at once, and the pairs of a Kronecker factor: S2QN
+(Yang et al.), section 4.
 
-Legend: D order; U, V blocks of m pairs as columns [D, m], Λ the matrix that they refine; Ξ sketch [m, k]; r ≤ m a rank;
-O outputs, I inputs of a layer; A [I, I] and G [O, O] second moments of inputs and of derivatives.
+Legend: D order; U, V blocks of m pairs as columns [D, m], Λ the matrix that they refine; Ξ sketch
+[m, k]; r ≤ m a rank; O outputs, I inputs of a layer; A [I, I] and G [O, O] second moments of inputs
+and of derivatives.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ Choice = Literal["symmetric", "trace", "diagonal"]
 class BlockUpdate:
     """Λ⁺ and the record.
 
-    `least` is the least eigenvalue of P relative to P at V = ΛU, before damping: sᵀy / sᵀBs where there is one pair. `rank` is
-    that of U. "curvature" is why an update is skipped for which P is not positive definite.
+    `least` is the least eigenvalue of P relative to P at V = ΛU, before damping: sᵀy / sᵀBs where
+    there is one pair. `rank` is that of U. "curvature" is why an update is skipped for which P is
+    not positive definite.
     """
 
     matrix: Float[Tensor, "D D"]
@@ -46,18 +49,22 @@ def block_bfgs(
     mu: float = 0.2,
     tau: float | None = None,
 ) -> BlockUpdate:
-    """Λ⁺ = Λ + V P⁻¹ Vᵀ − Λ U (UᵀΛU)⁻¹ UᵀΛ: S2QN (21), with V ← τ V + (1 − τ) Λ U so that P is positive definite.
+    """Λ⁺ = Λ + V P⁻¹ Vᵀ − Λ U (UᵀΛU)⁻¹ UᵀΛ: S2QN (21), with V ← τ V + (1 − τ) Λ U so that P is
+    positive definite.
 
-    Λ⁺ U = V where VᵀU is symmetric and P is "symmetric". No symmetric Λ⁺ does that where VᵀU is not, and for several pairs
-    the other two choices do not. Λ⁺ is positive definite with "symmetric", positive semi-definite with the others, since a
-    positive P leaves VᵀU free to be singular. One pair: BFGS with Powell's damping on B, whatever the choice.
+    Λ⁺ U = V where VᵀU is symmetric and P is "symmetric". No symmetric Λ⁺ does that where VᵀU is
+    not, and for several pairs the other two choices do not. Λ⁺ is positive definite with
+    "symmetric", positive semi-definite with the others, since a positive P leaves VᵀU free to be
+    singular. One pair: BFGS with Powell's damping on B, whatever the choice.
 
-    Directions of U that hardly add to its span are left out, so that there may be more columns than rows.
+    Directions of U that hardly add to its span are left out, so that there may be more columns than
+    rows.
 
     Args:
-        Lambda: positive definite; in the precision that the update is to have. What only the rounding of U makes is left out.
-        mu: without `tau`, the largest τ ≤ 1 for which P is at least μ times its value at V = ΛU: Powell's rule
-            (thesis 2.3.1) for a block. S2QN says "proper τ_k".
+        Lambda: positive definite; in the precision that the update is to have. What only the
+            rounding of U makes is left out.
+        mu: without `tau`, the largest τ ≤ 1 for which P is at least μ times its value at V = ΛU:
+            Powell's rule (thesis 2.3.1) for a block. S2QN says "proper τ_k".
         tau: τ itself. The update is skipped where it leaves P indefinite.
     """
     m = U.shape[1]
@@ -117,7 +124,9 @@ def sketched_block_bfgs(
     mu: float = 0.2,
     tau: float | None = None,
 ) -> BlockUpdate:
-    """S2QN (22): `block_bfgs` of U Ξ and V Ξ. Ξ compresses columns, where (22) prints Ξ U and Ξ V (practice)."""
+    """S2QN (22): `block_bfgs` of U Ξ and V Ξ. Ξ compresses columns, where (22) prints Ξ U and Ξ V
+    (practice).
+    """
     return block_bfgs(Lambda, U @ sketch, V @ sketch, choice=choice, mu=mu, tau=tau)
 
 
@@ -129,7 +138,9 @@ def gaussian_sketch(
 
 
 def _whitening(W: Float[Tensor, "m m"], eps: float) -> Float[Tensor, "m r"]:
-    """R with Rᵀ W R = I, of the eigenvectors of W whose eigenvalues are not lost in rounding to `eps`."""
+    """R with Rᵀ W R = I, of the eigenvectors of W whose eigenvalues are not lost in rounding to
+    `eps`.
+    """
     values, vectors = torch.linalg.eigh(_symmetrised(W))
     used = values > len(W) * eps * values[-1].clamp_min(0)
     kept: Tensor = vectors[:, used] * values[used].rsqrt()
@@ -148,12 +159,14 @@ def parameter_secant(
     *,
     as_printed: bool = False,
 ) -> tuple[Float[Tensor, "O I"], Float[Tensor, "O I"]]:
-    """(U A, V − G U A), so that Λ U A = V − G U A: the condition that (A ⊗ (G + Λ)) vec U = vec V, S2QN (19).
+    """(U A, V − G U A), so that Λ U A = V − G U A: the condition that (A ⊗ (G + Λ)) vec U = vec V,
+    S2QN (19).
 
     Args:
         U, V: change of the weights and of their gradient.
         A, G: second moments of inputs and of derivatives (S2QN (17), (18)).
-        as_printed: U in place of U A. (19) prints Λ U = V − G U A, but drops an A from what it is said to be equivalent to.
+        as_printed: U in place of U A. (19) prints Λ U = V − G U A, but drops an A from what it is
+            said to be equivalent to.
     """
     UA = U @ A
     return (U if as_printed else UA), V - G @ UA
@@ -162,5 +175,7 @@ def parameter_secant(
 def preactivation_secant(
     U: Float[Tensor, "O m"], V: Float[Tensor, "O m"], G: Float[Tensor, "O O"]
 ) -> tuple[Float[Tensor, "O m"], Float[Tensor, "O m"]]:
-    """(U, V − G U), so that (G + Λ) U = V: S2QN (20). A column for each example and place: changes of h and of ∂ℓ/∂h."""
+    """(U, V − G U), so that (G + Λ) U = V: S2QN (20). A column for each example and place: changes
+    of h and of ∂ℓ/∂h.
+    """
     return U, V - G @ U

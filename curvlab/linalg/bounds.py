@@ -3,8 +3,8 @@
 Documents: thesis (chapters 2 and 3); 2021 (Ren, Goldfarb), whose lemmas are numbered apart.
 
 Legend: [d_1, …, d_k] shape of a variable with k ways, ε damping of TNT;
-μ₁, μ₂ of the damping; p pairs in an L-BFGS matrix; φ bound of a layer's inputs, I their number with the bias column,
-T places; λ_A, λ_G the dampings of the factors.
+μ₁, μ₂ of the damping; p pairs in an L-BFGS matrix; φ bound of a layer's inputs, I their number with
+the bias column, T places; λ_A, λ_G the dampings of the factors.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def within(ratio: NDArray[np.float64], most: float | NDArray[np.float64]) -> NDA
 
 
 def input_factor(inputs: int, phi: float, damping: float, places: int = 1) -> Bounds:
-    """H_A = (A + λ_A I)⁻¹ with |a| ≤ φ: thesis Lemma 1 (T = 1) and (3.17) in Lemma 7; 2021 (15). ((I − 1) φ² + 1) T ≥ ‖A‖.
+    """H_A = (A + λ_A I)⁻¹ with |a| ≤ φ: thesis Lemma 1 (T = 1) and (3.17) in Lemma 7; 2021 (15).
+    ((I − 1) φ² + 1) T ≥ ‖A‖.
 
     The moving average of such A, and the mean over examples, are bounded alike.
 
@@ -65,37 +66,47 @@ def input_factor(inputs: int, phi: float, damping: float, places: int = 1) -> Bo
 def double_damping_step(
     norm_B: float, norm_H: float, mu1: float, mu2: float
 ) -> tuple[float, float]:
-    """(‖B⁺‖, ‖H⁺‖) of a BFGS update are at most these where yᵀHy ≤ sᵀy/μ₁, sᵀs ≤ sᵀy/μ₂: thesis (2.8), (2.10)."""
+    """(‖B⁺‖, ‖H⁺‖) of a BFGS update are at most these where yᵀHy ≤ sᵀy/μ₁, sᵀs ≤ sᵀy/μ₂: thesis
+    (2.8), (2.10).
+    """
     return norm_B * (1 + 1 / mu1), (math.sqrt(norm_H) + 1 / math.sqrt(mu1 * mu2)) ** 2 + 1 / mu2
 
 
 def double_damping_lbfgs(p: int, mu1: float, mu2: float) -> Bounds:
-    """L-BFGS from H₀ = I by p pairs of DD, skipped where yᵀHy > sᵀy/μ₁: thesis Lemma 2, **as long as no pair was dropped**.
+    """L-BFGS from H₀ = I by p pairs of DD, skipped where yᵀHy > sᵀy/μ₁: thesis Lemma 2, **as long
+    as no pair was dropped**.
 
-    The proof takes ‖B_i‖ ≤ ‖B_{i−1}‖ (1 + 1/μ₁) from (2.8), which asks for yᵀH_{i−1}y ≤ sᵀy/μ₁. The test was made with the H of
-    its time. That is H_{i−1} until the memory is full; then there is no such bound: with p = 1, y = e and s = μ₁ (eᵀHe) e,
-    accepted at every step, multiply an eigenvalue of H by μ₁ each time. D_P(I) D_LM of chapter 3 is free of this.
+    The proof takes ‖B_i‖ ≤ ‖B_{i−1}‖ (1 + 1/μ₁) from (2.8), which asks for yᵀH_{i−1}y ≤ sᵀy/μ₁. The
+    test was made with the H of its time. That is H_{i−1} until the memory is full; then there is no
+    such bound: with p = 1, y = e and s = μ₁ (eᵀHe) e, accepted at every step, multiply an
+    eigenvalue of H by μ₁ each time. D_P(I) D_LM of chapter 3 is free of this.
     """
     lower = (1 + 1 / mu1) ** -p
     return Bounds(lower, _grown(1.0, p, (1 + 1 / math.sqrt(mu1 * mu2 * lower)) ** 2, mu2))
 
 
 def mu3(mu1: float, mu2: float, initial: float | None = None) -> float:
-    """μ₃ of ỹᵀỹ ≤ s̃ᵀỹ/μ₃, which holds after D_P(I) D_LM with H₀ = h I: thesis Lemma 4 (h = 1/μ₂), 2021 Lemma 1 (h = 1).
+    """μ₃ of ỹᵀỹ ≤ s̃ᵀỹ/μ₃, which holds after D_P(I) D_LM with H₀ = h I: thesis Lemma 4 (h = 1/μ₂),
+    2021 Lemma 1 (h = 1).
 
-    ỹᵀỹ ≤ yᵀy + 2 μ₂ s̃ᵀỹ and s̃ᵀy ≥ μ₁ h yᵀy give 1/μ₃ = 1/(μ₁ h) + 2 μ₂; h = 1/μ₂ by default: μ₃ = μ₁ / (μ₂ (1 + 2 μ₁)).
+    ỹᵀỹ ≤ yᵀy + 2 μ₂ s̃ᵀỹ and s̃ᵀy ≥ μ₁ h yᵀy give 1/μ₃ = 1/(μ₁ h) + 2 μ₂; h = 1/μ₂ by default: μ₃ =
+    μ₁ / (μ₂ (1 + 2 μ₁)).
     """
     h = 1 / mu2 if initial is None else initial
     return 1 / (1 / (mu1 * h) + 2 * mu2)
 
 
 def damped_step(norm_B: float, norm_H: float, mu2: float, mu3: float) -> tuple[float, float]:
-    """(‖B⁺‖, ‖H⁺‖) of a BFGS update are at most these where sᵀs ≤ sᵀy/μ₂, yᵀy ≤ sᵀy/μ₃: thesis Lemma 5, 2021 Lemma 2."""
+    """(‖B⁺‖, ‖H⁺‖) of a BFGS update are at most these where sᵀs ≤ sᵀy/μ₂, yᵀy ≤ sᵀy/μ₃: thesis
+    Lemma 5, 2021 Lemma 2.
+    """
     return norm_B + 1 / mu3, (1 + 1 / math.sqrt(mu2 * mu3)) ** 2 * norm_H + 1 / mu2
 
 
 def damped_lbfgs(p: int, mu1: float, mu2: float, initial: float | None = None) -> Bounds:
-    """L-BFGS from H₀ = h I by any p pairs of D_P(I) D_LM: thesis Lemma 6 (h = 1/μ₂, the default), 2021 Lemma 3 (h = 1)."""
+    """L-BFGS from H₀ = h I by any p pairs of D_P(I) D_LM: thesis Lemma 6 (h = 1/μ₂, the default),
+    2021 Lemma 3 (h = 1).
+    """
     h = 1 / mu2 if initial is None else initial
     third = mu3(mu1, mu2, initial)
     return Bounds(1 / (1 / h + p / third), _grown(h, p, (1 + 1 / math.sqrt(mu2 * third)) ** 2, mu2))
@@ -111,18 +122,24 @@ def _grown(start: float, p: int, factor: float, mu2: float) -> float:
 
 
 def contraction(shape: Sequence[int], way: int, norm: float) -> float:
-    """‖E[G^(i)]‖ is at most this where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 9. `way`: i, from 0."""
+    """‖E[G^(i)]‖ is at most this where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 9. `way`:
+    i, from 0.
+    """
     return math.prod(shape) / shape[way] * norm
 
 
 def tensor_normal_factor(shape: Sequence[int], way: int, norm: float, damping: float) -> Bounds:
-    """Ũ_i + εI of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis, proof of Lemma 10, by (4.10) and Lemma 9."""
+    """Ũ_i + εI of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis, proof of Lemma 10, by
+    (4.10) and Lemma 9.
+    """
     d, k = shape[way], len(shape)
     return Bounds(damping, d ** (1 - 1 / k) * norm ** (1 / k) + damping)
 
 
 def tensor_normal(shape: Sequence[int], norm: float, damping: float) -> Bounds:
-    """⊗ᵢ (Ũ_i + εI) of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 10. H is its `inverse`."""
+    """⊗ᵢ (Ũ_i + εI) of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 10. H is its
+    `inverse`.
+    """
     return math.prod(
         (tensor_normal_factor(shape, i, norm, damping) for i in range(len(shape))),
         start=Bounds(1, 1),

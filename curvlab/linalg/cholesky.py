@@ -1,4 +1,5 @@
-"""Cholesky factors with damping that is raised, and said to be raised, where the factorisation fails.
+"""Cholesky factors with damping that is raised, and said to be raised, where the factorisation
+fails.
 
 Legend: D order of a symmetric matrix.
 """
@@ -25,7 +26,8 @@ def shifted(matrix: Float[Tensor, "D D"], damping: float) -> Float[Tensor, "D D"
 def damped_cholesky(
     build: Callable[[float], Float[Tensor, "D D"]], damping: float, what: str, tries: int = 6
 ) -> tuple[Float[Tensor, "D D"], float]:
-    """Lower Cholesky factor of ``build(damping)`` and the damping used: ten times more, up to `tries` times, where it fails.
+    """Lower Cholesky factor of ``build(damping)`` and the damping used: ten times more, up to
+    `tries` times, where it fails.
 
     Args:
         build: damping → a new symmetric matrix (the lower triangle is read).
@@ -66,7 +68,9 @@ def damped_inverse(matrix: Float[Tensor, "D D"], damping: float, what: str) -> F
 
 
 def solve_cholesky(factor: Float[Tensor, "D D"], v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-    """M⁻¹ v for one or several v. Two triangular solves: `torch.cholesky_solve` copies the factor, 14 times as slow here."""
+    """M⁻¹ v for one or several v. Two triangular solves: `torch.cholesky_solve` copies the factor,
+    14 times as slow here.
+    """
     columns = v[:, None] if v.ndim == 1 else v
     half = torch.linalg.solve_triangular(factor, columns, upper=False)
     solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
@@ -76,8 +80,9 @@ def solve_cholesky(factor: Float[Tensor, "D D"], v: Float[Tensor, "D *K"]) -> Fl
 def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
     """Of a positive semi-definite matrix, shifted by its mean eigenvalue meanwhile.
 
-    In float32 LAPACK failed to converge on singular second moments of order 1000 (squares of what is rounded from 0 underflow);
-    shifted they are no trouble. Double precision where it fails still.
+    In float32 LAPACK failed to converge on singular second moments of order 1000 (squares of what
+    is rounded from 0 underflow); shifted they are no trouble. Double precision where it fails
+    still.
     """
     mean = matrix.diagonal().mean()
     moved = matrix + mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

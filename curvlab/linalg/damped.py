@@ -1,4 +1,5 @@
-"""A damped matrix known by its products, and its inverse by conjugate gradients: nothing is formed but vectors.
+"""A damped matrix known by its products, and its inverse by conjugate gradients: nothing is formed
+but vectors.
 
 Legend: D order, K columns.
 """
@@ -57,7 +58,8 @@ class Damped(Symmetric):
 
 @dataclass(frozen=True)
 class Solve(Symmetric):
-    """M⁻¹ of a `Damped` M, each product a run of conjugate gradients to a residual of ε^¾ (2e-12 in double precision).
+    """M⁻¹ of a `Damped` M, each product a run of conjugate gradients to a residual of ε^¾ (2e-12 in
+    double precision).
 
     As many columns as M has, or more, take the dense matrix, which costs fewer products.
     """

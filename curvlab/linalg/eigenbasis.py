@@ -1,4 +1,5 @@
-"""Kronecker products plus a multiple of the identity: diagonal in the eigenbases of the factors, where few rows may be added.
+"""Kronecker products plus a multiple of the identity: diagonal in the eigenbases of the factors,
+where few rows may be added.
 
 Legend: D order, K columns; k factors of orders d_i, D = Π d_i.
 """
@@ -23,7 +24,9 @@ from curvlab.linalg.operators import Compact, Diagonal, Operator, Symmetric, pac
 @packable
 @dataclass(frozen=True)
 class Rotated(Symmetric):
-    """(⊗ᵢ Qᵢ) M (⊗ᵢ Qᵢ)ᵀ of orthogonal Qᵢ and an M that is diagonal, or diagonal with few rows added."""
+    """(⊗ᵢ Qᵢ) M (⊗ᵢ Qᵢ)ᵀ of orthogonal Qᵢ and an M that is diagonal, or diagonal with few rows
+    added.
+    """
 
     bases: tuple[Float[Tensor, "_ _"], ...]
     inside: Diagonal | Compact
@@ -67,7 +70,8 @@ class Rotated(Symmetric):
 
 
 def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
-    """⊗ᵢ Uᵢ + shift I, Uᵢ positive semi-definite: what rounding leaves below 0 of their eigenvalues is taken as 0.
+    """⊗ᵢ Uᵢ + shift I, Uᵢ positive semi-definite: what rounding leaves below 0 of their eigenvalues
+    is taken as 0.
 
     Raises:
         Diverged: NaN or Inf in a factor.

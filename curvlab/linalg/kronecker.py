@@ -1,7 +1,9 @@
-"""Kronecker products: mode products, contractions, tensor-normal factors, damping splits, the nearest one to a matrix.
+"""Kronecker products: mode products, contractions, tensor-normal factors, damping splits, the
+nearest one to a matrix.
 
-Legend: k ways of a tensor G of shape [d_1, …, d_k]; U_i [d_i, d_i]; D = Π d_i; A [I, I] and G [O, O] second moments;
-P pairs of outputs and Q pairs of inputs, rows and columns of a rearranged matrix.
+Legend: k ways of a tensor G of shape [d_1, …, d_k]; U_i [d_i, d_i]; D = Π d_i; A [I, I] and G [O,
+O] second moments; P pairs of outputs and Q pairs of inputs, rows and columns of a rearranged
+matrix.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:
 def kronecker_product(
     factors: Sequence[Tensor | Factor], v: Float[Tensor, "D *K"]
 ) -> Float[Tensor, "D *K"]:
-    """(⊗ U_i) v = vec(V ×_1 U_1 ×_2 … ×_k U_k), row-major (thesis Proposition 1); columns of v one by one."""
+    """(⊗ U_i) v = vec(V ×_1 U_1 ×_2 … ×_k U_k), row-major (thesis Proposition 1); columns of v one
+    by one.
+    """
     shape = v.shape
     if v.ndim == 1 and len(factors) == 2:
         left, right = factors
@@ -67,7 +71,9 @@ def accumulate_places_(
     a: Float[Tensor, "N T I"],
     new: float,
 ) -> None:
-    """matrix += new · Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ (thesis Theorem 3, row-major), one row of outputs at a time."""
+    """matrix += new · Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ (thesis Theorem 3, row-major), one row
+    of outputs at a time.
+    """
     places, outputs, size = G.shape[:3]
     inputs = a.shape[2]
     left = a.flatten(0, 1)
@@ -85,8 +91,8 @@ def tensor_normal_factors(
 ) -> tuple[Float[Tensor, "_ _"], ...]:
     """Ũ_i = E[G^(i)] / (c_0^{k−1} Π_{j≠i} d_j), c_0 = (tr E[G^(i)] / Π d_j)^{1/k}: thesis (4.10).
 
-    All factors have the same mean eigenvalue c_0. Where the statistics are zero so is c_0, and the factors are zero
-    (practice: a bias before BatchNorm), not 0/0.
+    All factors have the same mean eigenvalue c_0. Where the statistics are zero so is c_0, and the
+    factors are zero (practice: a bias before BatchNorm), not 0/0.
     """
     k = len(contractions)
     size = math.prod(len(c) for c in contractions)
@@ -100,10 +106,11 @@ def pi_split(
 ) -> tuple[float, float]:
     """(π √λ for A, √λ / π for G), π = √(trace(A ⊗ I) / trace(I ⊗ G)): thesis Alg. 12, line 19.
 
-    π is 1 where either trace is zero, or so small beside the other that π² is 0 or ∞ in double precision. The documents' π is 0
-    or ∞ there (0/0 where both are zero) and leaves √λ / π or π √λ without a value. A zero factor is legitimate, though: of a
-    layer that no example reaches all derivatives are zero. Then A ⊗ G is zero whatever π is, and an even split is as good as
-    any: both factors stay positive definite, and √λ √λ is the λ of the damped matrix.
+    π is 1 where either trace is zero, or so small beside the other that π² is 0 or ∞ in double
+    precision. The documents' π is 0 or ∞ there (0/0 where both are zero) and leaves √λ / π or π √λ
+    without a value. A zero factor is legitimate, though: of a layer that no example reaches all
+    derivatives are zero. Then A ⊗ G is zero whatever π is, and an even split is as good as any:
+    both factors stay positive definite, and √λ √λ is the λ of the damped matrix.
 
     Raises:
         Diverged: a trace that is not finite.
@@ -112,7 +119,8 @@ def pi_split(
     for name, trace in (("A", a), ("G", g)):
         if not math.isfinite(trace):
             raise Diverged(
-                f"the factor {name} contains NaN or Inf: its trace is {trace}, so that there is no π"
+                f"the factor {name} contains NaN or Inf: its trace is {trace}, so that there is"
+                " no π"
             )
     squared = a / g if a > 0 and g > 0 else 1.0
     pi = math.sqrt(squared) if 0 < squared < math.inf else 1.0
@@ -120,9 +128,11 @@ def pi_split(
 
 
 def places_split(damping: float, places: int) -> tuple[float, float]:
-    """(λ_A, λ_G) = (√T √λ, √λ / √T), of an A summed and a G averaged over T places: thesis 3.3.2; Alg. 9, line 2.
+    """(λ_A, λ_G) = (√T √λ, √λ / √T), of an A summed and a G averaged over T places: thesis 3.3.2;
+    Alg. 9, line 2.
 
-    With one place √λ each, which chapter 2 has, and Ren and Goldfarb (2021, Alg. 2, line 1) for convolutions too.
+    With one place √λ each, which chapter 2 has, and Ren and Goldfarb (2021, Alg. 2, line 1) for
+    convolutions too.
     """
     return math.sqrt(places * damping), math.sqrt(damping / places)
 
@@ -144,20 +154,23 @@ class NearestKronecker:
 def nearest_kronecker(
     matrix: Float[Tensor, "OI OI"], outputs: int, inputs: int
 ) -> NearestKronecker:
-    """The Kronecker product nearest to M in Frobenius norm (Van Loan and Pitsianis 1993), exactly, in float64.
+    """The Kronecker product nearest to M in Frobenius norm (Van Loan and Pitsianis 1993), exactly,
+    in float64.
 
-    M rearranged as R[(o, o'), (i, i')] = M[(o, i), (o', i')] turns Kronecker products into matrices of rank one; the nearest of
-    those is R's first singular pair, here from the Gram matrix of R's smaller side. The relative error √(1 − σ₁² / ‖M‖²) is
-    taken from the residual, and so is right near 0. For a symmetric M, R falls into two parts of a quarter of its numbers each,
-    between symmetric and between skew matrices.
+    M rearranged as R[(o, o'), (i, i')] = M[(o, i), (o', i')] turns Kronecker products into matrices
+    of rank one; the nearest of those is R's first singular pair, here from the Gram matrix of R's
+    smaller side. The relative error √(1 − σ₁² / ‖M‖²) is taken from the residual, and so is right
+    near 0. For a symmetric M, R falls into two parts of a quarter of its numbers each, between
+    symmetric and between skew matrices.
 
     Args:
         matrix: M on the row-major flattening of [O, I].
         outputs, inputs: O and I.
 
     Returns:
-        For a symmetric M both factors are symmetric; or both skew where that is nearer, which no positive semi-definite M
-        has (its factors are positive semi-definite). The trace of `left` is not negative.
+        For a symmetric M both factors are symmetric; or both skew where that is nearer, which no
+        positive semi-definite M has (its factors are positive semi-definite). The trace of `left`
+        is not negative.
 
     Raises:
         CurvlabError: an order other than O I, NaN or Inf.
@@ -165,7 +178,8 @@ def nearest_kronecker(
     order = outputs * inputs
     if matrix.shape != (order, order):
         raise CurvlabError(
-            f"the matrix is {list(matrix.shape)}, but {outputs} outputs of {inputs} inputs make {order}×{order}"
+            f"the matrix is {list(matrix.shape)}, but {outputs} outputs of {inputs} inputs make"
+            f" {order}×{order}"
         )
     size = float(matrix.abs().amax()) if order else 0.0
     if not math.isfinite(size):
@@ -209,14 +223,18 @@ def _symmetric(matrix: Float[Tensor, "D D"], size: float) -> bool:
 
 
 def _basis(size: int, sign: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, columns, weights) of the symmetric (sign 1) or skew (−1) unit matrices: weights 1 on the diagonal, √½ off it."""
+    """(rows, columns, weights) of the symmetric (sign 1) or skew (−1) unit matrices: weights 1 on
+    the diagonal, √½ off it.
+    """
     rows, cols = torch.tril_indices(size, size, 0 if sign > 0 else -1, device=device)
     weights = torch.full((len(rows),), math.sqrt(0.5), dtype=torch.float64, device=device)
     return rows, cols, weights.masked_fill_(rows == cols, 1.0)
 
 
 def _pairs(blocks: Float[Tensor, "O I O I"], sign: int, size: float) -> Float[Tensor, "P Q"]:
-    """A symmetric M / size, rearranged, between symmetric (sign 1) or skew (−1) unit matrices; one row of outputs at a time."""
+    """A symmetric M / size, rearranged, between symmetric (sign 1) or skew (−1) unit matrices; one
+    row of outputs at a time.
+    """
     outputs, inputs = blocks.shape[:2]
     rows, cols, weights = _basis(inputs, sign, blocks.device)
     _, _, heights = _basis(outputs, sign, blocks.device)
@@ -228,7 +246,8 @@ def _pairs(blocks: Float[Tensor, "O I O I"], sign: int, size: float) -> Float[Te
         some = slice(first, first + upto)
         torch.add(row[:, rows, cols], row[:, cols, rows], alpha=sign, out=out[some])
         first += upto
-    # M[(o,i),(o',i')] ± M[(o,i'),(o',i)] is the entry itself off both diagonals, √2 of it on one, 2 on both
+    # M[(o,i),(o',i')] ± M[(o,i'),(o',i)] is the entry itself off both diagonals, √2 of it on one, 2
+    # on both
     return out.mul_((0.5 / size) / heights[:, None]).div_(weights)
 
 
@@ -248,7 +267,9 @@ def _first_pair(R: Float[Tensor, "P Q"]) -> tuple[float, Float[Tensor, " P"], Fl
 
 
 def _last_eigenvector(gram: Float[Tensor, "P P"]) -> Float[Tensor, " P"]:
-    """Above order 500 by ARPACK to full precision: a few products in place of all eigenvectors (100 s at order 5000)."""
+    """Above order 500 by ARPACK to full precision: a few products in place of all eigenvectors (100
+    s at order 5000).
+    """
     if len(gram) <= 500:
         vectors: Tensor = torch.linalg.eigh(gram)[1]
         return vectors[:, -1]

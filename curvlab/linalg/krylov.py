@@ -1,7 +1,8 @@
-"""Krylov methods, which take products only: conjugate gradients, Lanczos, the ends of the spectrum, its density.
+"""Krylov methods, which take products only: conjugate gradients, Lanczos, the ends of the spectrum,
+its density.
 
-Legend: D order of the matrix A; m Lanczos steps, V [D, m] their basis, T = Vᵀ A V [m, m] tridiagonal, θ its eigenvalues (Ritz
-values); n draws of a starting vector; P points of a grid.
+Legend: D order of the matrix A; m Lanczos steps, V [D, m] their basis, T = Vᵀ A V [m, m]
+tridiagonal, θ its eigenvalues (Ritz values); n draws of a starting vector; P points of a grid.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Indefinite(Diverged):
 
 @dataclass(frozen=True)
 class CgResult:
-    """`residual` is ‖b − A x‖ / ‖b‖, computed from x and not by the recursion; `converged`: at or below the tolerance."""
+    """`residual` is ‖b − A x‖ / ‖b‖, computed from x and not by the recursion; `converged`: at or
+    below the tolerance.
+    """
 
     x: Float[Tensor, " D"]
     residual: float
@@ -46,10 +49,12 @@ def conjugate_gradients(
     maximum: int | None = None,
     precondition: Operator | None = None,
 ) -> CgResult:
-    """A x = b for a positive definite A: preconditioned conjugate gradients (Saad 2003, Alg. 9.1), from x = 0.
+    """A x = b for a positive definite A: preconditioned conjugate gradients (Saad 2003, Alg. 9.1),
+    from x = 0.
 
-    The residual of the recursion drifts from the true one. Where it reaches the tolerance the true one is computed; if that
-    does not, the iteration starts again from there, for as long as this halves it.
+    The residual of the recursion drifts from the true one. Where it reaches the tolerance the true
+    one is computed; if that does not, the iteration starts again from there, for as long as this
+    halves it.
 
     >>> from curvlab.linalg.operators import Diagonal
     >>> found = conjugate_gradients(Diagonal(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 1.0]), tolerance=1e-6)
@@ -63,13 +68,15 @@ def conjugate_gradients(
 
     Raises:
         Indefinite: pᵀ A p ≤ 0.
-        Diverged: rᵀ M r ≤ 0: the preconditioner is not positive definite; NaN or Inf in b or in a product.
+        Diverged: rᵀ M r ≤ 0: the preconditioner is not positive definite; NaN or Inf in b or in a
+            product.
     """
     _check_vector(operator, b, "the right-hand side")
     maximum = 10 * len(b) if maximum is None else maximum
     if not tolerance > 0 or maximum < 1:
         raise CurvlabError(
-            f"conjugate gradients need a tolerance above 0 and a maximum of at least 1, not {tolerance:g}, {maximum}"
+            "conjugate gradients need a tolerance above 0 and a maximum of at least 1, not"
+            f" {tolerance:g}, {maximum}"
         )
     length = torch.linalg.vector_norm(b)
     x, iterations = torch.zeros_like(b), 0
@@ -84,7 +91,8 @@ def conjugate_gradients(
             rho, old = float(r @ z), rho
             if not rho > 0:
                 raise Diverged(
-                    f"rᵀMr = {rho:.3g} at iteration {iterations + 1}: the preconditioner is not positive definite"
+                    f"rᵀMr = {rho:.3g} at iteration {iterations + 1}: the preconditioner is not"
+                    " positive definite"
                 )
             p = torch.add(z, p, alpha=rho / old)
             product = finite_product(operator, p)
@@ -92,8 +100,9 @@ def conjugate_gradients(
             if not curvature > 0:
                 curvature /= float(p @ p)
                 raise Indefinite(
-                    f"conjugate gradients met pᵀAp = {curvature:.3g} pᵀp at iteration {iterations + 1}: "
-                    "the matrix is not positive definite; raise the damping, or take the Gauss-Newton matrix",
+                    f"conjugate gradients met pᵀAp = {curvature:.3g} pᵀp at iteration"
+                    f" {iterations + 1}: the matrix is not positive definite; raise the damping, or"
+                    " take the Gauss-Newton matrix",
                     curvature,
                 )
             alpha = rho / curvature
@@ -134,10 +143,11 @@ def truncated_cg(
     maximum: int = 250,
     growth: float = 1.3,
 ) -> Truncated:
-    """A x ≈ b by conjugate gradients that stop where φ hardly falls any more (Martens 2010, section 4.4).
+    """A x ≈ b by conjugate gradients that stop where φ hardly falls any more (Martens 2010, section
+    4.4).
 
-    After iteration i > k, where φ(xᵢ) < 0 and (φ(xᵢ) − φ(xᵢ₋ₖ)) / φ(xᵢ) < k · progress, k = max(10, ⌈i / 10⌉). Kept are the
-    iterates ⌈growthʲ⌉ (section 4.6), each once, and the last.
+    After iteration i > k, where φ(xᵢ) < 0 and (φ(xᵢ) − φ(xᵢ₋ₖ)) / φ(xᵢ) < k · progress, k = max(10,
+    ⌈i / 10⌉). Kept are the iterates ⌈growthʲ⌉ (section 4.6), each once, and the last.
 
     Args:
         start: x₀; zero where None.
@@ -149,8 +159,8 @@ def truncated_cg(
     _check_vector(operator, b, "the right-hand side")
     if not progress >= 0 or maximum < 1 or not growth > 1:
         raise CurvlabError(
-            "truncated conjugate gradients need progress of at least 0, a maximum of at least 1 and growth above 1, "
-            f"not {progress:g}, {maximum}, {growth:g}"
+            "truncated conjugate gradients need progress of at least 0, a maximum of at least 1"
+            f" and growth above 1, not {progress:g}, {maximum}, {growth:g}"
         )
     x = torch.zeros_like(b) if start is None else start
     r = b if start is None else b - finite_product(operator, x)
@@ -164,8 +174,8 @@ def truncated_cg(
         curvature = float(p @ product)
         if not curvature > 0:
             raise Diverged(
-                f"conjugate gradients met pᵀAp = {curvature / float(p @ p):.3g} pᵀp at iteration {i + 1}: "
-                "the matrix is not positive definite; raise the damping"
+                f"conjugate gradients met pᵀAp = {curvature / float(p @ p):.3g} pᵀp at iteration"
+                f" {i + 1}: the matrix is not positive definite; raise the damping"
             )
         alpha = rho / curvature
         x, r, i = torch.add(x, p, alpha=alpha), torch.sub(r, product, alpha=alpha), i + 1
@@ -191,7 +201,9 @@ def _quadratic(x: Float[Tensor, " D"], b: Float[Tensor, " D"], r: Float[Tensor, 
 
 @dataclass(frozen=True)
 class Lanczos:
-    """A V = V T + β_m v_{m+1} e_mᵀ. T has the diagonal `alpha`, beside it all of `beta` but the last, which is β_m ≥ 0."""
+    """A V = V T + β_m v_{m+1} e_mᵀ. T has the diagonal `alpha`, beside it all of `beta` but the
+    last, which is β_m ≥ 0.
+    """
 
     alpha: Float[Tensor, " m"]
     beta: Float[Tensor, " m"]
@@ -206,15 +218,19 @@ class Lanczos:
         return torch.diag(self.alpha) + torch.diag(beside, 1) + torch.diag(beside, -1)
 
     def ritz(self) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, "m m"]]:
-        """Ritz values θ, ascending; the length of the residual of each, |β_m s_m|; eigenvectors s of T as columns.
+        """Ritz values θ, ascending; the length of the residual of each, |β_m s_m|; eigenvectors s
+        of T as columns.
 
-        Within that length of θ there is an eigenvalue of A (Parlett 1998, Theorem 4.5.1 and section 13.2).
+        Within that length of θ there is an eigenvalue of A (Parlett 1998, Theorem 4.5.1 and section
+        13.2).
         """
         theta, s = torch.linalg.eigh(self.matrix())
         return theta, (self.beta[-1] * s[-1]).abs(), s
 
     def quadrature(self) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
-        """Nodes θ and weights of Gauss's rule for v₁ᵀ f(A) v₁: exact for polynomials of degree < 2m (Golub, Meurant 1994)."""
+        """Nodes θ and weights of Gauss's rule for v₁ᵀ f(A) v₁: exact for polynomials of degree < 2m
+        (Golub, Meurant 1994).
+        """
         theta, _, s = self.ritz()
         return theta, s[0].square()
 
@@ -222,10 +238,12 @@ class Lanczos:
 def lanczos(
     operator: Operator, start: Float[Tensor, " D"], steps: int, *, basis: bool = False
 ) -> Lanczos:
-    """Lanczos from v₁ = start / ‖start‖, every new vector made orthogonal to all before it, twice (Parlett 1998, section 6.9).
+    """Lanczos from v₁ = start / ‖start‖, every new vector made orthogonal to all before it, twice
+    (Parlett 1998, section 6.9).
 
-    Stops early where the Krylov space is invariant: at β_j ≤ 100 ε ‖T‖, or after D steps. Where rounding hides that, it goes on
-    from what is left, a vector of noise: Ritz values may then come twice, weights do not. Holds [D, m].
+    Stops early where the Krylov space is invariant: at β_j ≤ 100 ε ‖T‖, or after D steps. Where
+    rounding hides that, it goes on from what is left, a vector of noise: Ritz values may then come
+    twice, weights do not. Holds [D, m].
 
     Args:
         basis: keep V in the result.
@@ -261,10 +279,12 @@ def lanczos(
 
 @dataclass(frozen=True)
 class Extremes:
-    """Least and greatest Ritz value, which lie within the spectrum, and the length of the residual of each.
+    """Least and greatest Ritz value, which lie within the spectrum, and the length of the residual
+    of each.
 
-    An eigenvalue lies within `lowest_error` of `lowest`, another within `highest_error` of `highest` (Parlett 1998, section
-    13.2): the extreme ones, unless the starting vector has next to nothing of their eigenvectors.
+    An eigenvalue lies within `lowest_error` of `lowest`, another within `highest_error` of
+    `highest` (Parlett 1998, section 13.2): the extreme ones, unless the starting vector has next to
+    nothing of their eigenvectors.
     """
 
     lowest: float
@@ -275,7 +295,9 @@ class Extremes:
 
 
 def extremes(operator: Operator, *, steps: int = 50, generator: torch.Generator) -> Extremes:
-    """Both ends of the spectrum by Lanczos from a normal random vector; at most D steps are taken."""
+    """Both ends of the spectrum by Lanczos from a normal random vector; at most D steps are
+    taken.
+    """
     run = lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps)
     theta, error, _ = run.ritz()
     return Extremes(float(theta[0]), float(theta[-1]), float(error[0]), float(error[-1]), len(run))
@@ -283,17 +305,21 @@ def extremes(operator: Operator, *, steps: int = 50, generator: torch.Generator)
 
 @dataclass(frozen=True)
 class Density:
-    """The spectral density (1/D) Σ_d δ(x − λ_d) as weighted nodes, one row for each draw of a starting vector; rows sum to 1.
+    """The spectral density (1/D) Σ_d δ(x − λ_d) as weighted nodes, one row for each draw of a
+    starting vector; rows sum to 1.
 
-    A row that ended early repeats its last node with the weight 0. Standard errors are over the draws: of sampling only, not of
-    what the quadrature leaves out between two nodes; NaN for one draw.
+    A row that ended early repeats its last node with the weight 0. Standard errors are over the
+    draws: of sampling only, not of what the quadrature leaves out between two nodes; NaN for one
+    draw.
     """
 
     nodes: Float[Tensor, "n m"]
     weights: Float[Tensor, "n m"]
 
     def smooth(self, grid: Float[Tensor, " P"], width: float) -> Float[Tensor, " P"]:
-        """Every node a normal density of standard deviation `width`: integrates to 1 (Ghorbani et al. 2019, section 2)."""
+        """Every node a normal density of standard deviation `width`: integrates to 1 (Ghorbani et
+        al. 2019, section 2).
+        """
         if not width > 0:
             raise CurvlabError(f"a smooth density needs a width above 0, not {width:g}")
         distance = (grid[:, None, None] - self.nodes) / width
@@ -313,9 +339,11 @@ class Density:
 
 
 def density(operator: Operator, *, draws: int, steps: int, generator: torch.Generator) -> Density:
-    """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017, Alg. 1; Ghorbani, Krishnan, Xiao 2019), from points of the sphere.
+    """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017, Alg. 1; Ghorbani, Krishnan, Xiao
+    2019), from points of the sphere.
 
-    E v vᵀ = I / D for v uniform on the sphere, so that the mean of vᵀ f(A) v over draws is an estimate of tr f(A) / D.
+    E v vᵀ = I / D for v uniform on the sphere, so that the mean of vᵀ f(A) v over draws is an
+    estimate of tr f(A) / D.
     """
     if draws < 1:
         raise CurvlabError(f"a spectral density needs at least 1 draw, not {draws}")

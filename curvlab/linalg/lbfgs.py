@@ -1,11 +1,13 @@
-"""L-BFGS: the memory of pairs as a value, its matrices over any base operator, base plus refinement (S2QN, Yang et al.).
+"""L-BFGS: the memory of pairs as a value, its matrices over any base operator, base plus refinement
+(S2QN, Yang et al.).
 
-The pairs given to a matrix need sᵀy > 0. An update by (s, y) is the same as one by (c s, c y): pairs are scaled to sᵀy = 1, so
-that no tiny or huge inner product meets another. Inner products and what is solved with them are of double precision: with
-100 pairs in float32 this makes the matrix as good as dense updates, where in single precision it lost two digits.
+The pairs given to a matrix need sᵀy > 0. An update by (s, y) is the same as one by (c s, c y):
+pairs are scaled to sᵀy = 1, so that no tiny or huge inner product meets another. Inner products and
+what is solved with them are of double precision: with 100 pairs in float32 this makes the matrix as
+good as dense updates, where in single precision it lost two digits.
 
-Legend: D order; p pairs as rows S, Y [p, D], the oldest first; H₀ = B₀⁻¹ base; Λ refinement, Λ⁰ its start;
-r rank of a base QQᵀ; R rows of a compact form.
+Legend: D order; p pairs as rows S, Y [p, D], the oldest first; H₀ = B₀⁻¹ base; Λ refinement, Λ⁰ its
+start; r rank of a base QQᵀ; R rows of a compact form.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ class Memory:
     def __post_init__(self) -> None:
         if self.capacity < 1 or self.S.shape != self.Y.shape or len(self.S) > self.capacity:
             raise CurvlabError(
-                f"a memory of {self.capacity} pairs got {list(self.S.shape)} and {list(self.Y.shape)}: "
-                "it needs at least 1 pair of room, and as many s as y of one length"
+                f"a memory of {self.capacity} pairs got {list(self.S.shape)} and"
+                f" {list(self.Y.shape)}: it needs at least 1 pair of room, and as many s as y of"
+                " one length"
             )
 
     def __len__(self) -> int:
@@ -51,7 +54,9 @@ class Memory:
     def append_where(
         self, used: Bool[Tensor, ""] | bool, s: Float[Tensor, " D"], y: Float[Tensor, " D"]
     ) -> Memory:
-        """`append` where `used` is true, else this memory. Waits for the device only while there is room."""
+        """`append` where `used` is true, else this memory. Waits for the device only while there is
+        room.
+        """
         if len(self) < self.capacity or not isinstance(used, Tensor):
             return self.append(s, y) if bool(used) else self
         new = self.append(s, y)
@@ -64,10 +69,12 @@ def empty_memory(capacity: int, like: Float[Tensor, " D"]) -> Memory:
 
 
 def lbfgs_inverse(memory: Memory, base: Operator, *, trusted: bool = False) -> Operator:
-    """H: the updates (2.6) of H₀ by all pairs, the oldest first, as H₀ + Rᵀ C⁻¹ R (Byrd, Nocedal, Schnabel 1994, (2.6)).
+    """H: the updates (2.6) of H₀ by all pairs, the oldest first, as H₀ + Rᵀ C⁻¹ R (Byrd, Nocedal,
+    Schnabel 1994, (2.6)).
 
-    R = [S; Y H₀], C = −[[0, T], [Tᵀ, D + Y H₀ Yᵀ]]; T is the upper triangle of S Yᵀ with its diagonal D. This is the
-    "non-loop" form of thesis 2.3: products with a matrix of K columns are matrix products. H₀ itself where there is no pair.
+    R = [S; Y H₀], C = −[[0, T], [Tᵀ, D + Y H₀ Yᵀ]]; T is the upper triangle of S Yᵀ with its
+    diagonal D. This is the "non-loop" form of thesis 2.3: products with a matrix of K columns are
+    matrix products. H₀ itself where there is no pair.
 
     Args:
         trusted: whether every sᵀy is known to be above 0: nothing then waits for the device.
@@ -81,10 +88,12 @@ def lbfgs_inverse(memory: Memory, base: Operator, *, trusted: bool = False) -> O
 
 
 def compact_is_cheaper(order: int, columns: int, pairs: int) -> bool:
-    """Whether H of `pairs` pairs is applied to `columns` vectors with fewer operations as it is than as a dense matrix.
+    """Whether H of `pairs` pairs is applied to `columns` vectors with fewer operations as it is
+    than as a dense matrix.
 
-    Counted with R = 2p rows, D = `order`, K = `columns`: as it is 4 R D K + 2 R² K; as a matrix 2 R² D + 2 R D² to form it and
-    2 D² K to apply it. For many columns the matrix is cheaper where D < 2R = 4p or so, for D = K where D < 2p.
+    Counted with R = 2p rows, D = `order`, K = `columns`: as it is 4 R D K + 2 R² K; as a matrix 2
+    R² D + 2 R D² to form it and 2 D² K to apply it. For many columns the matrix is cheaper where D
+    < 2R = 4p or so, for D = K where D < 2p.
     """
     rows = 2 * pairs
     return (
@@ -94,7 +103,8 @@ def compact_is_cheaper(order: int, columns: int, pairs: int) -> bool:
 
 
 def lbfgs(memory: Memory, base: Operator) -> Operator:
-    """B: the updates (2.6) of B₀ by all pairs, as B₀ + Rᵀ C⁻¹ R: S2QN (12) with C = −P (Byrd, Nocedal, Schnabel, (2.17)).
+    """B: the updates (2.6) of B₀ by all pairs, as B₀ + Rᵀ C⁻¹ R: S2QN (12) with C = −P (Byrd,
+    Nocedal, Schnabel, (2.17)).
 
     ``lbfgs(memory, base).inv()`` is ``lbfgs_inverse(memory, base.inv())`` but for rounding.
     """
@@ -104,7 +114,9 @@ def lbfgs(memory: Memory, base: Operator) -> Operator:
 
 
 def two_loop(memory: Memory, base: Operator, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-    """H v by the two-loop recursion (Nocedal and Wright, Alg. 7.4): the other route to ``lbfgs_inverse(memory, base) @ v``."""
+    """H v by the two-loop recursion (Nocedal and Wright, Alg. 7.4): the other route to
+    ``lbfgs_inverse(memory, base) @ v``.
+    """
     S, Y, SY = _scaled(memory)
     rho = SY.diagonal().reciprocal().to(v.dtype)
     alpha: list[Tensor] = []
@@ -118,12 +130,14 @@ def two_loop(memory: Memory, base: Operator, v: Float[Tensor, "D *K"]) -> Float[
 
 
 def refined(base: Operator, memory: Memory, initial: Operator) -> Operator:
-    """B + λI = H̃ − C P⁻¹ Cᵀ, a base matrix refined by L-BFGS of what it misses: S2QN (9), (12). Its inverse is (13).
+    """B + λI = H̃ − C P⁻¹ Cᵀ, a base matrix refined by L-BFGS of what it misses: S2QN (9), (12).
+    Its inverse is (13).
 
     The pairs are those of the refinement: u and v = v̂ − H_k u, S2QN (10).
 
     Args:
-        base: H̃ = H_k + Λ⁰ + λI. A low-rank one of outer products, say `LowRank`, need not be formed.
+        base: H̃ = H_k + Λ⁰ + λI. A low-rank one of outer products, say `LowRank`, need not be
+            formed.
         initial: Λ⁰, mostly γI (`multiple_of_identity`).
     """
     if not len(memory):
@@ -134,7 +148,8 @@ def refined(base: Operator, memory: Memory, initial: Operator) -> Operator:
 def refined_low_rank(
     Q: Float[Tensor, "D r"], memory: Memory, gamma: float, damping: float
 ) -> Operator:
-    """B + λI = Q Qᵀ + Λ + λI with Λ⁰ = γI as Λ̃ − C̃ P̃⁻¹ C̃ᵀ, Λ̃ = (γ + λ) I. Its inverse is S2QN (14), of order r + 2p inside.
+    """B + λI = Q Qᵀ + Λ + λI with Λ⁰ = γI as Λ̃ − C̃ P̃⁻¹ C̃ᵀ, Λ̃ = (γ + λ) I. Its inverse is S2QN
+    (14), of order r + 2p inside.
 
     P̃ = diag(P, −I), where S2QN prints diag(P⁻¹, −I) (practice).
     """
@@ -154,7 +169,9 @@ def multiple_of_identity(c: float, like: Float[Tensor, " D"]) -> Diagonal:
 def _correction(
     memory: Memory, initial: Operator
 ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R R"]]:
-    """(Cᵀ, −P) of S2QN (12): C = [Λ⁰U, V], P = [[UᵀΛ⁰U, L], [Lᵀ, −D]], L strictly below the diagonal D of UᵀV."""
+    """(Cᵀ, −P) of S2QN (12): C = [Λ⁰U, V], P = [[UᵀΛ⁰U, L], [Lᵀ, −D]], L strictly below the
+    diagonal D of UᵀV.
+    """
     S, Y, SY = _scaled(memory)
     start = (initial @ S.mT).mT
     P = _blocks(_symmetrised(_gram(S, start)), SY.tril(-1), -torch.diag(SY.diagonal()))
@@ -169,7 +186,8 @@ def _scaled(
     if not (trusted or bool((sy > 0).all())):
         first = int((~(sy > 0)).nonzero()[0])
         raise Diverged(
-            f"pair {first + 1} of {len(sy)} has sᵀy = {float(sy[first]):.3g}, not above 0: damp or skip it"
+            f"pair {first + 1} of {len(sy)} has sᵀy = {float(sy[first]):.3g}, not above 0: damp or"
+            " skip it"
         )
     scale = sy.rsqrt()[:, None]
     S, Y = memory.S * scale, memory.Y * scale
@@ -177,7 +195,9 @@ def _scaled(
 
 
 def _gram(S: Float[Tensor, "p D"], Y: Float[Tensor, "p D"]) -> Float[Tensor, "p p"]:
-    """S Yᵀ in float64, some columns at a time: copies of the whole in that precision would leave the cache."""
+    """S Yᵀ in float64, some columns at a time: copies of the whole in that precision would leave
+    the cache.
+    """
     found = torch.zeros(len(S), len(Y), dtype=torch.float64, device=S.device)
     at_once = max(1024, _NUMBERS // max(1, len(S)))
     for s, y in zip(torch.split(S, at_once, 1), torch.split(Y, at_once, 1), strict=True):

@@ -1,7 +1,8 @@
 """Line searches: how far along a direction. φ(t) is the loss at θ + t d, φ(0) known.
 
-A loss of size f is known to a few ε f only, ε the machine's; decreases below that are not asked for, as by Hager and Zhang's
-approximate conditions (2005, section 4), so that searches do not fail where a method has converged.
+A loss of size f is known to a few ε f only, ε the machine's; decreases below that are not asked
+for, as by Hager and Zhang's approximate conditions (2005, section 4), so that searches do not fail
+where a method has converged.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from curvlab.errors import Diverged
 
 @dataclass(frozen=True)
 class Found:
-    """A step, and how many were tried; `met`: it satisfies the conditions, and is not merely the last tried."""
+    """A step, and how many were tried; `met`: it satisfies the conditions, and is not merely the
+    last tried.
+    """
 
     step: float
     trials: int
@@ -59,7 +62,8 @@ def wolfe(
     c2: float = 0.9,
     maximum: int = 30,
 ) -> Found:
-    """A step of φ(t) ≤ φ(0) + c₁ t φ′(0) and φ′(t) ≥ c₂ φ′(0), from t = 1, by bisection (Lewis and Overton 2013, Alg. 2.6).
+    """A step of φ(t) ≤ φ(0) + c₁ t φ′(0) and φ′(t) ≥ c₂ φ′(0), from t = 1, by bisection (Lewis and
+    Overton 2013, Alg. 2.6).
 
     The second, the weak Wolfe condition, makes sᵀy > 0 for the pair of the step.
 

@@ -1,4 +1,5 @@
-"""What all operators have: the protocol, and the classes that give `shape`, `dtype`, `device` and `T`.
+"""What all operators have: the protocol, and the classes that give `shape`, `dtype`, `device` and
+`T`.
 
 Legend: D order, K columns.
 """
@@ -53,7 +54,9 @@ class Operator(Protocol):
 
 
 class Placed:
-    """Where a frozen value of tensors, numbers and other such values lies: where its first floating tensor does."""
+    """Where a frozen value of tensors, numbers and other such values lies: where its first floating
+    tensor does.
+    """
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +95,9 @@ NOWHERE = torch.float64, torch.device("cpu")
 
 
 def placed(value: Any) -> tuple[torch.dtype, torch.device] | None:
-    """dtype and device of a value's first floating tensor; of a product, which holds none, as it says; else None."""
+    """dtype and device of a value's first floating tensor; of a product, which holds none, as it
+    says; else None.
+    """
     dtype = None if isinstance(value, Placed) else getattr(value, "dtype", None)
     if isinstance(dtype, torch.dtype):
         return (dtype, value.device) if dtype.is_floating_point else None

@@ -1,11 +1,13 @@
-"""A small closed algebra of symmetric operators, and matrices known by their products. Values: frozen, no method changes one.
+"""A small closed algebra of symmetric operators, and matrices known by their products. Values:
+frozen, no method changes one.
 
-Every operator acts on vectors of length D (or on the columns of [D, K]); `inv` returns an operator of the algebra again, and
-``H.inv().inv()`` is H. Where a block is an [O, I] matrix, the vector is its row-major flattening, so that
-``Kronecker((H_g, H_a)).dense() == kron(H_g, H_a)``.
+Every operator acts on vectors of length D (or on the columns of [D, K]); `inv` returns an operator
+of the algebra again, and ``H.inv().inv()`` is H. Where a block is an [O, I] matrix, the vector is
+its row-major flattening, so that ``Kronecker((H_g, H_a)).dense() == kron(H_g, H_a)``.
 
-`Product` stands for a symmetric matrix of which only products are known, `Rectangular` and `RectangularProduct` for matrices
-that are not symmetric. All of them have `shape`, `dtype`, `device` and `T`: `Square` and `Placed` give them.
+`Product` stands for a symmetric matrix of which only products are known, `Rectangular` and
+`RectangularProduct` for matrices that are not symmetric. All of them have `shape`, `dtype`,
+`device` and `T`: `Square` and `Placed` give them.
 
 Legend: D order, K columns, R rows and C columns of a rectangular matrix.
 """
@@ -143,7 +145,9 @@ class Diagonal(Symmetric):
 
 @dataclass(frozen=True)
 class Kronecker(Symmetric):
-    """⊗ᵢ Uᵢ of symmetric factors, matrices or operators, applied by mode products (thesis Proposition 1)."""
+    """⊗ᵢ Uᵢ of symmetric factors, matrices or operators, applied by mode products (thesis
+    Proposition 1).
+    """
 
     factors: tuple[Tensor | Operator, ...]
 
@@ -230,7 +234,9 @@ class LowRank(Symmetric):
 
 @dataclass(frozen=True)
 class Woodbury(Symmetric):
-    """(λ I + Rᵀ R)⁻¹ = (I − Rᵀ (λ I + R Rᵀ)⁻¹ R) / λ: thesis (5.6); `factor` is the lower Cholesky factor of λ I + R Rᵀ."""
+    """(λ I + Rᵀ R)⁻¹ = (I − Rᵀ (λ I + R Rᵀ)⁻¹ R) / λ: thesis (5.6); `factor` is the lower Cholesky
+    factor of λ I + R Rᵀ.
+    """
 
     rows: RowMatrix
     damping: float
@@ -273,12 +279,14 @@ class Woodbury(Symmetric):
 
 @dataclass(frozen=True)
 class Compact(Symmetric):
-    """base + Rᵀ C⁻¹ R with few rows R: the compact form of quasi-Newton matrices (Byrd, Nocedal, Schnabel 1994; `lbfgs`).
+    """base + Rᵀ C⁻¹ R with few rows R: the compact form of quasi-Newton matrices (Byrd, Nocedal,
+    Schnabel 1994; `lbfgs`).
 
     Closed under inversion by the Sherman–Morrison–Woodbury formula, with no inverse of C:
     (M + Rᵀ C⁻¹ R)⁻¹ = M⁻¹ − (R M⁻¹)ᵀ (C + R M⁻¹ Rᵀ)⁻¹ (R M⁻¹).
 
-    C may be of a higher precision than the rest: it is small, and mostly worse conditioned than the matrix.
+    C may be of a higher precision than the rest: it is small, and mostly worse conditioned than the
+    matrix.
     """
 
     base: Operator
@@ -297,7 +305,8 @@ class Compact(Symmetric):
         through = base @ self.rows.mT  # M⁻¹ Rᵀ
         core = self.core + self.rows.to(self.core.dtype) @ through.to(self.core.dtype)
         core = -(core + core.mT) / 2
-        # the inertia of [[M, Rᵀ], [R, −C]] by either Schur complement: the matrix is definite where these two numbers agree
+        # the inertia of [[M, Rᵀ], [R, −C]] by either Schur complement: the matrix is definite where
+        # these two numbers agree
         if _positive_eigenvalues(core) != _positive_eigenvalues(-self.core):
             raise Diverged("the matrix is not positive definite: damp it before inverting")
         return Compact(base, through.mT.contiguous(), core)
@@ -309,7 +318,9 @@ class Compact(Symmetric):
         return base + (added + added.mT) / 2
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
-        """Of the dense matrix; where the base is a multiple of I, of a matrix of the order of the core."""
+        """Of the dense matrix; where the base is a multiple of I, of a matrix of the order of the
+        core.
+        """
         if isinstance(self.base, Diagonal) and bool(
             (self.base.values == self.base.values[0]).all()
         ):
@@ -367,13 +378,17 @@ _KINDS: dict[str, type[Any]] = {
 
 
 def packable(kind: type[T]) -> type[T]:
-    """Class decorator: a frozen value of tensors, numbers and other such values that `unpack` is to know too."""
+    """Class decorator: a frozen value of tensors, numbers and other such values that `unpack` is to
+    know too.
+    """
     _KINDS[kind.__name__] = kind
     return kind
 
 
 def pack(value: Any) -> Any:
-    """An operator as nested dictionaries, lists and tensors: what a checkpoint without pickled code can hold."""
+    """An operator as nested dictionaries, lists and tensors: what a checkpoint without pickled code
+    can hold.
+    """
     if is_dataclass(value):
         return {"kind": type(value).__name__} | {
             f.name: pack(getattr(value, f.name)) for f in fields(value)

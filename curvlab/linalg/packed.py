@@ -1,9 +1,12 @@
-"""Σₙ Gₙ ⊗ aₙ aₙᵀ as one packed symmetric product: the exact second moment of outer products, at a quarter of the work.
+"""Σₙ Gₙ ⊗ aₙ aₙᵀ as one packed symmetric product: the exact second moment of outer products, at a
+quarter of the work.
 
-The matrix is symmetric in the pair of outputs and, separately, in the pair of inputs, so that P · Q numbers hold all of it,
-and they are **one** matrix product of pairs: 2 N P Q floating-point operations against 2 N (OI)² in full.
+The matrix is symmetric in the pair of outputs and, separately, in the pair of inputs, so that P · Q
+numbers hold all of it, and they are **one** matrix product of pairs: 2 N P Q floating-point
+operations against 2 N (OI)² in full.
 
-Legend: N examples, O outputs, I inputs, P = O(O+1)/2 pairs of outputs, Q = I(I+1)/2 pairs of inputs.
+Legend: N examples, O outputs, I inputs, P = O(O+1)/2 pairs of outputs, Q = I(I+1)/2 pairs of
+    inputs.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ def accumulate_(
     old: float,
     new: float,
 ) -> Float[Tensor, "P Q"]:
-    """packed ← old · packed + new · Σₙ pairsₙ ⊗ lower(aₙ aₙᵀ), fused into the matrix products, in place."""
+    """packed ← old · packed + new · Σₙ pairsₙ ⊗ lower(aₙ aₙᵀ), fused into the matrix products, in
+    place.
+    """
     columns = a.T.contiguous()  # [I, N]
     inputs, size = columns.shape
     buffer = columns.new_empty(max(inputs, _CHUNK_BYTES // (columns.element_size() * size)), size)
@@ -62,7 +67,9 @@ def _places(inputs: int, device: torch.device) -> Int[Tensor, " II"]:
 def unpack_lower(
     packed: Float[Tensor, "P Q"], outputs: int, inputs: int, damping: float = 0.0
 ) -> Float[Tensor, "D D"]:
-    """The dense [OI, OI] matrix plus damping·I. Blocks (o, o') with o < o' are **not written**: the lower triangle is whole."""
+    """The dense [OI, OI] matrix plus damping·I. Blocks (o, o') with o < o' are **not written**: the
+    lower triangle is whole.
+    """
     matrix = packed.new_empty(outputs * inputs, outputs * inputs)
     blocks = matrix.view(outputs, inputs, outputs, inputs)
     places = _places(inputs, packed.device)
@@ -77,7 +84,9 @@ def unpack_lower(
 def unpack_full(
     packed: Float[Tensor, "P Q"], outputs: int, inputs: int, active: Int[Tensor, " J"] | None = None
 ) -> Float[Tensor, "D D"]:
-    """The dense symmetric [OI, OI] matrix; `active`: the inputs that `packed` is on, the rest being zero."""
+    """The dense symmetric [OI, OI] matrix; `active`: the inputs that `packed` is on, the rest being
+    zero.
+    """
     matrix = in_huge_pages(packed.new_empty(outputs * inputs, outputs * inputs))
     blocks = matrix.view(outputs, inputs, outputs, inputs)
     places = _places(inputs, packed.device)
@@ -115,7 +124,9 @@ def _places_among(active: Int[Tensor, " J"], inputs: int, last: int) -> Int[Tens
 def accumulate_second_moment_(
     matrix: Float[Tensor, "D D"], rows: Float[Tensor, "R D"], new: float
 ) -> None:
-    """matrix += new · rowsᵀ rows, its lower triangle alone (`mirror_` fills the upper one), panel by panel: half the work."""
+    """matrix += new · rowsᵀ rows, its lower triangle alone (`mirror_` fills the upper one), panel
+    by panel: half the work.
+    """
     order = len(matrix)
     panel = max(128, order // 16)
     for start in range(0, order, panel):
@@ -140,7 +151,9 @@ def accumulate_between_(
     a: tuple[Float[Tensor, "N I"], Float[Tensor, "N I2"]],
     new: float,
 ) -> None:
-    """matrix += new · Σₙ (Σ_v g g'ᵀ) ⊗ (a a'ᵀ) between two layers, at 1/V of the work of the rows."""
+    """matrix += new · Σₙ (Σ_v g g'ᵀ) ⊗ (a a'ᵀ) between two layers, at 1/V of the work of the
+    rows.
+    """
     outputs, others = g[0].shape[2], g[1].shape[2]
     pairs = torch.einsum("vno,vnp->opn", *g).reshape(outputs * others, -1)
     size, inputs = a[0].shape
@@ -168,7 +181,8 @@ def fold(
     old: float,
     new: float,
 ) -> tuple[Float[Tensor, "P Q2"], Int[Tensor, " K"]]:
-    """`accumulate_` on those inputs alone that have ever been non-zero (the others' rows and columns are zero, exactly).
+    """`accumulate_` on those inputs alone that have ever been non-zero (the others' rows and
+    columns are zero, exactly).
 
     Returns:
         (packed, active): the sum, and the numbers of its inputs, ascending.
@@ -188,7 +202,9 @@ def fold(
 def grow(
     packed: Float[Tensor, "P Q"], old: Int[Tensor, " J"], new: Int[Tensor, " I"]
 ) -> Float[Tensor, "P Q2"]:
-    """The same matrix on more inputs: `old` and `new` are ascending input numbers, old within new; new pairs are zero."""
+    """The same matrix on more inputs: `old` and `new` are ascending input numbers, old within new;
+    new pairs are zero.
+    """
     place = torch.searchsorted(new, old)
     rows, cols = torch.tril_indices(len(old), len(old), device=packed.device)
     high, low = place[rows], place[cols]  # ascending, so high ≥ low

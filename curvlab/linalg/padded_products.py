@@ -1,7 +1,9 @@
-"""Products of matrices whose rows start on cache lines, and half the work where the product is symmetric.
+"""Products of matrices whose rows start on cache lines, and half the work where the product is
+symmetric.
 
-MKL writes a product into rows of 1001 numbers 1.6 times as slowly as into rows of 1000, and the bias column makes every layer's
-width odd; so large results get room for rows of whole cache lines. On devices other than the CPU these are plain products.
+MKL writes a product into rows of 1001 numbers 1.6 times as slowly as into rows of 1000, and the
+bias column makes every layer's width odd; so large results get room for rows of whole cache lines.
+On devices other than the CPU these are plain products.
 
 Legend: R rows, C columns, K summed over, D order.
 """
@@ -40,7 +42,9 @@ def product(
 def second_moment(
     rows: Float[Tensor, "R D"], scale: float = 1.0, out: Float[Tensor, "D D"] | None = None
 ) -> Float[Tensor, "D D"]:
-    """scale · rowsᵀ rows, of which only one triangle is computed where it is large, into `out` as `product` does."""
+    """scale · rowsᵀ rows, of which only one triangle is computed where it is large, into `out` as
+    `product` does.
+    """
     order = rows.shape[1]
     if rows.device.type != "cpu" or order < 2 * _LARGE:
         return product(rows.mT, rows, scale, out)

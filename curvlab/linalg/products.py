@@ -42,11 +42,15 @@ class Product(Square):
         return self._from_both_sides() @ v
 
     def inv(self) -> Operator:
-        """Of the dense matrix. Raises CurvlabError where that is not positive definite, or too large."""
+        """Of the dense matrix. Raises CurvlabError where that is not positive definite, or too
+        large.
+        """
         return Dense(self.dense()).inv()
 
     def dense(self) -> Float[Tensor, "D D"]:
-        """By D products, as they come: symmetric only as far as `apply` is. Raises CurvlabError where it is too large."""
+        """By D products, as they come: symmetric only as far as `apply` is. Raises CurvlabError
+        where it is too large.
+        """
         return self._from_both_sides().dense()
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
@@ -97,7 +101,9 @@ class Rectangular(Placed):
 
 @dataclass(frozen=True)
 class RectangularProduct:
-    """A matrix, symmetric or not, of which only products with columns are known, its own and its transpose's."""
+    """A matrix, symmetric or not, of which only products with columns are known, its own and its
+    transpose's.
+    """
 
     apply: Callable[[Float[Tensor, "C K"]], Float[Tensor, "R K"]]
     apply_transposed: Callable[[Float[Tensor, "R K"]], Float[Tensor, "C K"]]
@@ -133,7 +139,9 @@ class RectangularProduct:
         return torch.cat([v.new_empty(self.shape[0], 0), *parts], dim=1)
 
     def dense(self) -> Float[Tensor, "R C"]:
-        """By products with the identity, from the side that needs fewer. Raises CurvlabError where it is too large."""
+        """By products with the identity, from the side that needs fewer. Raises CurvlabError where
+        it is too large.
+        """
         rows, columns = self.shape
         if rows < columns:
             return self.T.dense().mT
@@ -163,14 +171,16 @@ class RectangularProduct:
         out = self.apply(v)
         if out.shape != (self.shape[0], v.shape[1]) or out.dtype != self.dtype:
             raise CurvlabError(
-                f"the function behind a product returned {list(out.shape)} of {out.dtype}: "
-                f"from {v.shape[1]} columns it is to make [{self.shape[0]}, {v.shape[1]}] of {self.dtype}"
+                f"the function behind a product returned {list(out.shape)} of {out.dtype}: from"
+                f" {v.shape[1]} columns it is to make [{self.shape[0]}, {v.shape[1]}] of"
+                f" {self.dtype}"
             )
         return out
 
 
 def placement(operator: Any) -> tuple[torch.dtype, torch.device]:
-    """dtype and device of the vectors that an operator takes: its own, or those of its first floating tensor.
+    """dtype and device of the vectors that an operator takes: its own, or those of its first
+    floating tensor.
 
     float64 on the CPU where it has neither.
     """
@@ -182,6 +192,7 @@ def finite_product(operator: Operator, v: Float[Tensor, "D *K"]) -> Float[Tensor
     product = operator @ v
     if not all_finite(product):
         raise Diverged(
-            "a product with the operator contains NaN or Inf: check the parameters and the batch it was made from"
+            "a product with the operator contains NaN or Inf: check the parameters and the batch it"
+            " was made from"
         )
     return product

@@ -14,7 +14,8 @@ from curvlab.linalg.cholesky import eigh
 
 
 def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tensor, "D D"]:
-    """M^{−1/p} through the eigendecomposition; eigenvalues that rounding put below `floor`, a known bound, are set to it.
+    """M^{−1/p} through the eigendecomposition; eigenvalues that rounding put below `floor`, a known
+    bound, are set to it.
 
     Raises Diverged where M is not positive definite.
     """
@@ -22,14 +23,17 @@ def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Fl
     e = e.clamp_min(floor)
     if not bool(e[0] > 0):
         raise Diverged(
-            f"no inverse {p}-th root: the smallest eigenvalue is {float(e[0]):.3g}; raise the damping"
+            f"no inverse {p}-th root: the smallest eigenvalue is {float(e[0]):.3g}; raise the"
+            " damping"
         )
     root: Tensor = (q * e ** (-1 / p)) @ q.mT
     return root
 
 
 def root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tensor, "D D"]:
-    """M^{1/p}; eigenvalues that rounding put below `floor`, a known bound of at least 0, are set to it."""
+    """M^{1/p}; eigenvalues that rounding put below `floor`, a known bound of at least 0, are set to
+    it.
+    """
     if p == 1:
         return M
     e, q = torch.linalg.eigh(M)
@@ -40,11 +44,12 @@ def root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tens
 def inverse_root_newton(
     M: Float[Tensor, "D D"], p: int, iterations: int = 100, tolerance: float = 1e-6
 ) -> tuple[Float[Tensor, "D D"], float]:
-    """M^{−1/p} by the coupled Newton iteration, and the largest entry of |X^p M − I| as the iteration sees it.
+    """M^{−1/p} by the coupled Newton iteration, and the largest entry of |X^p M − I| as the
+    iteration sees it.
 
-    X ← X T, M ← T^p M with T = ((p + 1) I − M) / p, from M scaled by (p + 1) / (2 ‖M‖_F) (Guo and Higham 2006, as used for
-    Shampoo by Anil et al., thesis 4.7.2: at most 100 iterations, tolerance 1e-6). Stops at the tolerance, or where
-    rounding keeps the error from falling any further.
+    X ← X T, M ← T^p M with T = ((p + 1) I − M) / p, from M scaled by (p + 1) / (2 ‖M‖_F) (Guo and
+    Higham 2006, as used for Shampoo by Anil et al., thesis 4.7.2: at most 100 iterations, tolerance
+    1e-6). Stops at the tolerance, or where rounding keeps the error from falling any further.
     """
     eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
     z = (1 + p) / (2 * torch.linalg.matrix_norm(M))

@@ -1,8 +1,10 @@
 """Stochastic estimates of the trace and the diagonal of a matrix of which only products are known.
 
-An estimate carries its standard error, itself known to about 1/√(2n) of it: that of few samples is to be read as Student's t.
+An estimate carries its standard error, itself known to about 1/√(2n) of it: that of few samples is
+to be read as Student's t.
 
-Legend: D order; m products; k test vectors of the sketch; n samples; Ω, S [D, k] test vectors, Q [D, k] an orthonormal basis.
+Legend: D order; m products; k test vectors of the sketch; n samples; Ω, S [D, k] test vectors, Q
+    [D, k] an orthonormal basis.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _COLUMNS = 64  # test vectors held at once where they are not all needed togethe
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number (or one per entry), its standard error, and the products with vectors that it took."""
+    """A number (or one per entry), its standard error, and the products with vectors that it
+    took.
+    """
 
     value: Float[Tensor, "*S"]
     error: Float[Tensor, "*S"]
@@ -49,7 +53,9 @@ def _require(products: int, least: int, name: str) -> None:
 
 
 def gaussian(operator: Operator, columns: int, generator: torch.Generator) -> Float[Tensor, "D k"]:
-    """Standard normal test vectors of the operator's dtype on its device, drawn on the generator's."""
+    """Standard normal test vectors of the operator's dtype on its device, drawn on the
+    generator's.
+    """
     dtype, device = placement(operator)
     return torch.randn(
         len(operator), columns, generator=generator, dtype=dtype, device=generator.device
@@ -77,7 +83,8 @@ def _signs_times_products(
 
 
 def hutchinson(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
-    """Mean of ωᵀ A ω over `products` ≥ 2 Rademacher vectors (Girard 1989; Hutchinson 1990). Exact for a diagonal matrix.
+    """Mean of ωᵀ A ω over `products` ≥ 2 Rademacher vectors (Girard 1989; Hutchinson 1990). Exact
+    for a diagonal matrix.
 
     Unbiased; `error` is the standard error of the mean of independent samples.
     """
@@ -87,11 +94,13 @@ def hutchinson(operator: Operator, products: int, generator: torch.Generator) ->
 
 
 def hutchpp(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
-    """tr(Qᵀ A Q) + Hutchinson's estimate of tr((I − QQᵀ) A (I − QQᵀ)), Q = orth(A S) (Meyer et al. 2021, Alg. 1).
+    """tr(Qᵀ A Q) + Hutchinson's estimate of tr((I − QQᵀ) A (I − QQᵀ)), Q = orth(A S) (Meyer et al.
+    2021, Alg. 1).
 
-    A third of the `products` ≥ 4 each for A S, A Q and the remainder, which gets what does not divide. Unbiased, and exact for
-    a matrix of rank ≤ ⌊products / 3⌋: S is normal, where Alg. 1 draws signs, which can be linearly dependent. `error` is the
-    standard error of the mean over the remainder's samples, given Q: nothing else is random then.
+    A third of the `products` ≥ 4 each for A S, A Q and the remainder, which gets what does not
+    divide. Unbiased, and exact for a matrix of rank ≤ ⌊products / 3⌋: S is normal, where Alg. 1
+    draws signs, which can be linearly dependent. `error` is the standard error of the mean over the
+    remainder's samples, given Q: nothing else is random then.
     """
     _require(products, 4, "hutch++")
     k = min(products // 3, len(operator))
@@ -104,13 +113,15 @@ def hutchpp(operator: Operator, products: int, generator: torch.Generator) -> Es
 
 
 def xtrace(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
-    """Every test vector in turn is the sample, all others the sketch (Epperly, Tropp, Webber 2024, XTrace: Alg. 1.2).
+    """Every test vector in turn is the sample, all others the sketch (Epperly, Tropp, Webber 2024,
+    XTrace: Alg. 1.2).
 
-    With k = ⌊products / 2⌋ ≥ 2 vectors Ω, Y = A Ω and Qᵢ a basis of the range of Y without column i, the mean t over i of
-    tᵢ = tr(Qᵢᵀ A Qᵢ) + uᵢᵀ A uᵢ, with uᵢ = (I − QᵢQᵢᵀ) ωᵢ scaled to the length √(D − k + 1) (their normalisation). Unbiased,
-    and exact for a matrix of rank < k. `error` is theirs, √(Σᵢ (tᵢ − t)² / (k (k − 1))): the standard error if the tᵢ were
-    uncorrelated. They share sketches: measured, the root mean square error is 1 to 1.4 times this for k ≤ D / 5, twice for a
-    flat spectrum and k = 3D / 4.
+    With k = ⌊products / 2⌋ ≥ 2 vectors Ω, Y = A Ω and Qᵢ a basis of the range of Y without column
+    i, the mean t over i of tᵢ = tr(Qᵢᵀ A Qᵢ) + uᵢᵀ A uᵢ, with uᵢ = (I − QᵢQᵢᵀ) ωᵢ scaled to the
+    length √(D − k + 1) (their normalisation). Unbiased, and exact for a matrix of rank < k. `error`
+    is theirs, √(Σᵢ (tᵢ − t)² / (k (k − 1))): the standard error if the tᵢ were uncorrelated. They
+    share sketches: measured, the root mean square error is 1 to 1.4 times this for k ≤ D / 5, twice
+    for a flat spectrum and k = 3D / 4.
     """
     _require(products, 4, "xtrace")
     size = len(operator)
@@ -121,8 +132,9 @@ def xtrace(operator: Operator, products: int, generator: torch.Generator) -> Est
     z = finite_product(operator, q)
     h, w = q.mT @ z, q.mT @ omega
 
-    # QᵢQᵢᵀ = QQᵀ − (Q sᵢ)(Q sᵢ)ᵀ with sᵢ the unit vector along column i of R⁻ᵀ. Where A has a rank below k there is no inverse:
-    # singular values are cut at the rounding level, and sᵢ is then a direction on which A is zero.
+    # QᵢQᵢᵀ = QQᵀ − (Q sᵢ)(Q sᵢ)ᵀ with sᵢ the unit vector along column i of R⁻ᵀ. Where A has a rank
+    # below k there is no inverse: singular values are cut at the rounding level, and sᵢ is then a
+    # direction on which A is zero.
     left, sigma, right = torch.linalg.svd(r)
     eps, tiny = torch.finfo(r.dtype).eps, torch.finfo(r.dtype).tiny
     floor = (eps * sigma[0]).clamp_min(tiny)
@@ -150,8 +162,8 @@ TRACES: dict[str, Callable[[Operator, int, torch.Generator], Estimate]] = {
 def diagonal(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
     """Mean of ω ∘ (A ω) over `products` ≥ 2 Rademacher vectors (Bekas, Kokiopoulou, Saad 2007).
 
-    Unbiased, and exact for a diagonal matrix. `error` is the standard error of each entry's mean; one sample of entry d has the
-    variance Σ_{e≠d} A_de².
+    Unbiased, and exact for a diagonal matrix. `error` is the standard error of each entry's mean;
+    one sample of entry d has the variance Σ_{e≠d} A_de².
     """
     _require(products, 2, "diagonal")
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())

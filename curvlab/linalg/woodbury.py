@@ -1,7 +1,9 @@
-"""Solves through Gram matrices: R Rᵀ of few long rows, which for one layer are outer products and need never be formed.
+"""Solves through Gram matrices: R Rᵀ of few long rows, which for one layer are outer products and
+need never be formed.
 
-Legend: R rows, D their length, O and I the block's outputs and inputs (D = O I), K columns; V vectors sent back, N examples,
-T places, Γ groups of outputs with inputs of their own (then O outputs in each, D = Γ O I).
+Legend: R rows, D their length, O and I the block's outputs and inputs (D = O I), K columns; V
+vectors sent back, N examples, T places, Γ groups of outputs with inputs of their own (then O
+outputs in each, D = Γ O I).
 """
 
 from __future__ import annotations
@@ -53,9 +55,11 @@ class RowMatrix(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """The matrix with rows vec(g_r a_rᵀ), [R, O I]. Thesis 5.3.3: ⟨row_i, row_j⟩ = (g_iᵀ g_j)(a_iᵀ a_j).
+    """The matrix with rows vec(g_r a_rᵀ), [R, O I]. Thesis 5.3.3: ⟨row_i, row_j⟩ = (g_iᵀ g_j)(a_iᵀ
+    a_j).
 
-    With ``a = None`` the rows are `g` itself, [R, D] (weights shared over several places: no outer products).
+    With ``a = None`` the rows are `g` itself, [R, D] (weights shared over several places: no outer
+    products).
     """
 
     g: Float[Tensor, "R O"]
@@ -113,10 +117,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class LayerRows:
-    """The matrix with rows (v, n) = vec(Σ_t g_vnt a_ntᵀ), group after group: [V N, Γ O I], never formed as a whole.
+    """The matrix with rows (v, n) = vec(Σ_t g_vnt a_ntᵀ), group after group: [V N, Γ O I], never
+    formed as a whole.
 
-    At one place and one group the Gram matrix is (thesis 5.4.7, Alg. 22, line 16) (G Gᵀ) ∘ (1 ⊗ A Aᵀ); otherwise it comes
-    from rows that are formed a bounded number at a time.
+    At one place and one group the Gram matrix is (thesis 5.4.7, Alg. 22, line 16) (G Gᵀ) ∘ (1 ⊗ A
+    Aᵀ); otherwise it comes from rows that are formed a bounded number at a time.
     """
 
     g: Float[Tensor, "V N T G O"]
@@ -198,7 +203,9 @@ class LayerRows:
 
 @dataclass(frozen=True)
 class Beside:
-    """Matrices of as many rows side by side, one for each block: [R, Σ D]. Its Gram matrix is the sum of theirs."""
+    """Matrices of as many rows side by side, one for each block: [R, Σ D]. Its Gram matrix is the
+    sum of theirs.
+    """
 
     parts: tuple[RowMatrix, ...]
 

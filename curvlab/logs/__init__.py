@@ -1,1 +1,3 @@
-"""Logs: written in memory and rewritten whole, read back, described in one line where they are not ours."""
+"""Logs: written in memory and rewritten whole, read back, described in one line where they are not
+ours.
+"""

@@ -1,4 +1,6 @@
-"""Attributes of a log by their types: the one place that reads them. What is empty or of another type reads as absent."""
+"""Attributes of a log by their types: the one place that reads them. What is empty or of another
+type reads as absent.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def mapping(ds: xr.Dataset, name: str) -> dict[str, Any]:
 
 
 def diverged(ds: xr.Dataset) -> dict[str, list[dict[str, Any]]]:
-    """{algorithm of a comparison: [{seed, step, block, reason}, …]} where its numbers left the finite range."""
+    """{algorithm of a comparison: [{seed, step, block, reason}, …]} where its numbers left the
+    finite range.
+    """
     found = {name: _records(places) or [] for name, places in mapping(ds, "diverged").items()}
     kept = {name: [p for p in places if _number(p.get("seed")) is not None and _number(p.get("step")) is not None]
             for name, places in found.items()}  # fmt: skip
@@ -122,7 +126,9 @@ def seeds(ds: xr.Dataset) -> list[int]:
 
 
 def resumed(ds: xr.Dataset) -> list[dict[str, Any]]:
-    """When, by which versions, commit and call the run went on; each time's attributes are text as the log's own."""
+    """When, by which versions, commit and call the run went on; each time's attributes are text as
+    the log's own.
+    """
     return _records(ds.attrs.get("resumed")) or []
 
 

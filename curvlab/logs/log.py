@@ -1,7 +1,7 @@
 """Records ⇄ xarray ⇄ netCDF-4/HDF5. What is on disk is always whole, and sealed (`atomic`).
 
-A file is made in memory and reaches the disk as bytes, so that the HDF5 library never meets a full one. The schema (dimensions,
-variables, attributes) stands in the documentation, "The log".
+A file is made in memory and reaches the disk as bytes, so that the HDF5 library never meets a full
+one. The schema (dimensions, variables, attributes) stands in the documentation, "The log".
 """
 
 from __future__ import annotations
@@ -30,24 +30,32 @@ from curvlab.system.atomic import rewrite_sealed
 Record = Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]]
 
 SCHEMA = 1
-"""Attribute `schema` of what is written: it grows where something is no longer there, or means another thing."""
+"""Attribute `schema` of what is written: it grows where something is no longer there, or means
+another thing.
+"""
 
 SAVE_EVERY = 5.0
 """Seconds between saves …"""
 SAVE_SHARE = 0.005
-"""… unless saving would cost more than this share of the run: with records, whose cost is apart, the log is within 1 %."""
+"""… unless saving would cost more than this share of the run: with records, whose cost is apart,
+the log is within 1 %.
+"""
 
 Chunk = tuple[list[float], dict[str, tuple[tuple[str, ...], NDArray[np.float64]]]]
-"""Places along an axis of its own, and {variable: (dimensions beside the axis, values [place, …])}."""
+"""Places along an axis of its own, and {variable: (dimensions beside the axis, values [place,
+…])}.
+"""
 
 
 class Log:
-    """Gathers records in memory and rewrites one file. What is taken more rarely has an axis of its own (`extend`).
+    """Gathers records in memory and rewrites one file. What is taken more rarely has an axis of its
+    own (`extend`).
 
     Args:
-        coordinates: {dimension: labels} of every dimension but `dimension`, with further coordinates as {name: (dim, labels)};
-            what is no text as an `xr.Variable`.
-        variables: {variable: attributes} (long_name, units); the step's own are iterations unless they stand here.
+        coordinates: {dimension: labels} of every dimension but `dimension`, with further
+            coordinates as {name: (dim, labels)}; what is no text as an `xr.Variable`.
+        variables: {variable: attributes} (long_name, units); the step's own are iterations unless
+            they stand here.
         attributes: of the file; values that are not strings or numbers are stored as JSON.
         path: of the file, or None to keep the log in memory.
         seeds: the seeds that will come; with several the data set gets a dimension `seed`.
@@ -86,8 +94,9 @@ class Log:
     def append(
         self, step: float, record: Record, seed: int | None = None, *, save: bool | None = None
     ) -> None:
-        """Add one step's record, and save if that is asked for or, by default, if it is due: after the first record, then
-        every few seconds."""
+        """Add one step's record, and save if that is asked for or, by default, if it is due: after
+        the first record, then every few seconds.
+        """
         seed = self.seeds[0] if seed is None else seed
         self._steps.setdefault(seed, []).append(step)
         self._records.setdefault(seed, []).append(record)
@@ -104,12 +113,16 @@ class Log:
         values: Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]],
         seed: int | None = None,
     ) -> None:
-        """Add to variables that lie along an axis of their own: values are [place, …]. Nothing is saved."""
+        """Add to variables that lie along an axis of their own: values are [place, …]. Nothing is
+        saved.
+        """
         tracks = self._further.setdefault(self.seeds[0] if seed is None else seed, {})
         tracks.setdefault(axis, []).append((list(places), dict(values)))
 
     def since(self, axis: str, place: float) -> dict[str, NDArray[np.float64]]:
-        """{variable: values along an axis of its own, from `place` on}, of the first seed; empty where there are none."""
+        """{variable: values along an axis of its own, from `place` on}, of the first seed; empty
+        where there are none.
+        """
         places, values = _whole(self._further.get(self.seeds[0], {}).get(axis, []))
         first = sum(p < place for p in places)
         return {name: v[first:] for name, (_, v) in values.items()}
@@ -177,7 +190,9 @@ class Log:
         return xr.Dataset(data, coords)
 
     def state_dict(self, until: float = math.inf) -> dict[str, Any]:
-        """Attributes, records up to step `until`, and all along other axes: tensors, numbers, strings, lists, dictionaries."""
+        """Attributes, records up to step `until`, and all along other axes: tensors, numbers,
+        strings, lists, dictionaries.
+        """
         steps = {
             seed: [step for step in steps if step <= until] for seed, steps in self._steps.items()
         }
@@ -215,7 +230,9 @@ class Log:
         }
 
     def save(self) -> None:
-        """Rewrite the file: aside, fsync, `os.replace`. Raises CurvlabError where that cannot be done; the old file stays."""
+        """Rewrite the file: aside, fsync, `os.replace`. Raises CurvlabError where that cannot be
+        done; the old file stays.
+        """
         if self.path is None or not self._steps:
             return
         start = time.monotonic()
@@ -275,7 +292,9 @@ def provenance() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the checkout, "+changes" where files differ from it; says so where curvlab is an installed copy."""
+    """Commit of the checkout, "+changes" where files differ from it; says so where curvlab is an
+    installed copy.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown (an installed copy, not a checkout)"

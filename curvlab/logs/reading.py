@@ -1,4 +1,6 @@
-"""A run's file → xarray: whole, of a schema that is known, with nothing in it that reaches outside of it."""
+"""A run's file → xarray: whole, of a schema that is known, with nothing in it that reaches outside
+of it.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,16 @@ from curvlab.system.paths import given
 
 
 def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
-    """The data set of a run: `path` is its `run.h5` or the folder that holds it. Loaded whole; no file stays open.
+    """The data set of a run: `path` is its `run.h5` or the folder that holds it. Loaded whole; no
+    file stays open.
 
-    What of it figures and tables cannot use is named in a CurvlabWarning. The file's attribute `schema` stays with the file:
-    what is changed and written elsewhere is no longer as curvlab wrote it.
+    What of it figures and tables cannot use is named in a CurvlabWarning. The file's attribute
+    `schema` stays with the file: what is changed and written elsewhere is no longer as curvlab
+    wrote it.
 
     Raises:
-        CurvlabError: no such file, or one that is damaged, no curvlab log, of a later schema, or that links to other files.
+        CurvlabError: no such file, or one that is damaged, no curvlab log, of a later schema, or
+            that links to other files.
     """
     found = _file(path)
     place = for_terminal(found)
@@ -43,12 +48,13 @@ def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
     except Exception as error:  # h5py, h5netcdf and xarray raise a dozen kinds for a damaged file
         reason = for_terminal(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise CurvlabError(
-            f"the log {place} cannot be read, it is damaged or no HDF5 file ({reason}): restore or rerun it"
+            f"the log {place} cannot be read, it is damaged or no HDF5 file ({reason}): restore or"
+            " rerun it"
         ) from error
     if "curvlab" not in attributes.mapping(ds, "versions"):
         raise CurvlabError(
-            f"{place} is an HDF5 file but no curvlab log, whose attribute 'versions' names curvlab's: "
-            "give a run's folder or its run.h5"
+            f"{place} is an HDF5 file but no curvlab log, whose attribute 'versions' names"
+            " curvlab's: give a run's folder or its run.h5"
         )
     if schema is not None:
         _check_schema(attributes.number(ds, "schema"), sealed, place)
@@ -56,7 +62,8 @@ def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
     _, odd = regular(ds)
     if odd:
         warn(
-            f"in the log {place} some is odd, which figures and tables leave out: {for_terminal(lines(odd))}"
+            f"in the log {place} some is odd, which figures and tables leave out:"
+            f" {for_terminal(lines(odd))}"
         )
     return ds
 
@@ -80,12 +87,13 @@ def _check_schema(schema: float | None, sealed: bool, place: str) -> None:
         )
     if schema > SCHEMA:
         raise CurvlabError(
-            f"the log {place} is of schema {schema:.0f}, which a later curvlab wrote; this one reads up to {SCHEMA}: update it"
+            f"the log {place} is of schema {schema:.0f}, which a later curvlab wrote; this one"
+            f" reads up to {SCHEMA}: update it"
         )
     if not sealed:
         raise CurvlabError(
-            f"the log {place} is not as curvlab wrote it, its checksum is absent: restore or rerun it "
-            "(or, if another program changed it as you meant, take its attribute 'schema' out)"
+            f"the log {place} is not as curvlab wrote it, its checksum is absent: restore or rerun"
+            " it (or, if another program changed it as you meant, take its attribute 'schema' out)"
         )
 
 
@@ -104,7 +112,8 @@ def _check_structure(file: h5py.File, place: str) -> None:
             size += what.size * what.dtype.itemsize if what.size else 0
         if reason:
             raise CurvlabError(
-                f"the log {place} is refused: '{for_terminal(name)}' in it {reason}, which no curvlab log does"
+                f"the log {place} is refused: '{for_terminal(name)}' in it {reason}, which no"
+                " curvlab log does"
             )
     guard_memory(size, f"the log {place}", "it is damaged, or no log of a run")
 
@@ -125,7 +134,8 @@ def _entries(
 def late_cosine(ds: xr.Dataset) -> xr.DataArray:
     """Mean cosine (algorithm, block[, seed]) over the last three quarters of the logged steps.
 
-    Steps where a direction is zero have none. NaN of a method whose numbers left the finite range on the way (`diverged`).
+    Steps where a direction is zero have none. NaN of a method whose numbers left the finite range
+    on the way (`diverged`).
     """
     late = ds["cosine"].isel(step=slice(ds.sizes["step"] // 4, None))
     mean = late.mean("step", keep_attrs=True)
@@ -139,7 +149,9 @@ def late_cosine(ds: xr.Dataset) -> xr.DataArray:
 
 
 def cosine_to(ds: xr.Dataset, other: str) -> xr.DataArray:
-    """Cosine (step, algorithm, block[, seed]) of every direction of a comparison to that of `other`, whichever moved."""
+    """Cosine (step, algorithm, block[, seed]) of every direction of a comparison to that of
+    `other`, whichever moved.
+    """
     if "gram" not in ds or other not in ds["other"].values:
         known = ds["other"].values.tolist() if "gram" in ds else []
         raise unknown("algorithm of this log", other, known)

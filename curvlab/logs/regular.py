@@ -1,7 +1,8 @@
 """A log as figures and tables take it: what is odd is left out, and named.
 
-A log may come from anyone. Here it is decided once what a coordinate and a variable must be; whoever shows a log reads it from
-`regular` and meets numbers along known dimensions, labels that are text and differ, steps that are finite.
+A log may come from anyone. Here it is decided once what a coordinate and a variable must be;
+whoever shows a log reads it from `regular` and meets numbers along known dimensions, labels that
+are text and differ, steps that are finite.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _DIMS: dict[str, tuple[str, ...]] = (
     | {"density": (*_SPECTRUM, "bin"), "order": ("block",), "lower": ("bin",), "upper": ("bin",)}
     | {"parameters": ("block",), "route": ("block",)}
 )
-"""{variable that a figure or a table asks for by name: its dimensions}; `step` stands for any axis of steps."""
+"""{variable that a figure or a table asks for by name: its dimensions}; `step` stands for any axis
+of steps.
+"""
 
 _WITH: dict[str, tuple[str, ...]] = {
     "train_loss": ("steps", "wall_seconds"),
@@ -120,7 +123,9 @@ def lines(said: list[str], most: int = 4) -> str:
 
 
 def _labelled(ds: xr.Dataset, dim: str) -> tuple[xr.Variable | None, str]:
-    """Labels along `dim` that can be used, and what those were that could not; None where it needs none."""
+    """Labels along `dim` that can be used, and what those were that could not; None where it needs
+    none.
+    """
     numbered = dim in _NUMBERED or dim.endswith("_step")
     there = dim in ds.variables and ds.variables[dim].dims == (dim,)
     if not there and dim not in _MUST and not numbered:

@@ -1,8 +1,10 @@
-"""Methods against the exact matrices of the minibatch: of their blocks, and of the quadratic model of a step.
+"""Methods against the exact matrices of the minibatch: of their blocks, and of the quadratic model
+of a step.
 
-All are of the mean loss at the weights before the move. The model runs again, as it stands: with BatchNorm in train mode the
-loss is a function of the whole minibatch, and so are Hessian and Gauss-Newton products; dense blocks exist only where examples
-stand alone, and nothing where the model draws random numbers (dropout): both are refused.
+All are of the mean loss at the weights before the move. The model runs again, as it stands: with
+BatchNorm in train mode the loss is a function of the whole minibatch, and so are Hessian and
+Gauss-Newton products; dense blocks exist only where examples stand alone, and nothing where the
+model draws random numbers (dropout): both are refused.
 
 Legend: D parameters, p direction, α learning rate, d = −α p; m(d) = gᵀd + ½ dᵀBd.
 """
@@ -58,7 +60,8 @@ def function(frame: Frame) -> Function:
         found.outputs(found.at, closure.x)
         if random_state.drawn_since(before, closure.x.device):
             raise CurvlabError(
-                "the model draws random numbers (dropout), so that a step has no loss of its own: leave it out"
+                "the model draws random numbers (dropout), so that a step has no loss of its own:"
+                " leave it out"
             )
         return found
 
@@ -85,7 +88,9 @@ def exact_product(frame: Frame, kind: Kind) -> Product:
 
 
 def own_quadratic(frame: Frame, algorithm: str) -> float:
-    """pᵀBp, B the matrix that a method estimates, undamped, by block or of the whole vector; NaN where it estimates none."""
+    """pᵀBp, B the matrix that a method estimates, undamped, by block or of the whole vector; NaN
+    where it estimates none.
+    """
     p = direction_vector(frame, algorithm)
     of_whole = frame.curvature(algorithm).undamped(p)
     if of_whole is not None:
@@ -102,7 +107,9 @@ def own_quadratic(frame: Frame, algorithm: str) -> float:
 
 
 def estimate(frame: Frame, block: BlockDefaults) -> tuple[Operator, float] | None:
-    """(B, what takes it to the Fisher's scale); `CurvatureBlock.matrix`: N where it reads the mean gradient of N examples."""
+    """(B, what takes it to the Fisher's scale); `CurvatureBlock.matrix`: N where it reads the mean
+    gradient of N examples.
+    """
     found = None if block.held is None else block.matrix()
     mean = block.reads == "gradient"
     return None if found is None else (found, float(frame.now.size) if mean else 1.0)
@@ -190,7 +197,9 @@ def _error(frame: Frame) -> list[Numbers]:
 
 
 def ritz(frame: Frame, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values, ascending, lengths of their residuals, and Ritz vectors as columns, from the gradient of a fixed seed."""
+    """Ritz values, ascending, lengths of their residuals, and Ritz vectors as columns, from the
+    gradient of a fixed seed.
+    """
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         operator = exact_product(frame, kind)

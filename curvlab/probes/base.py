@@ -298,7 +298,8 @@ def select_probes(names: Sequence[str], command: Command | None = None) -> dict[
         if command is not None and command not in one.where:
             there = [n for n, p in PROBES.items() if command in p.where]
             raise CurvlabError(
-                f"probe '{name}' is of curvlab {one.where[0]} alone ({command} has {', '.join(there)})"
+                f"probe '{name}' is of curvlab {one.where[0]} alone ({command} has"
+                f" {', '.join(there)})"
             )
     return found
 
@@ -320,7 +321,8 @@ def asked(words: Sequence[str], command: Command) -> dict[str, int | None]:
             every.isascii() and every.isdigit() and len(every) < 40 and int(every) > 0
         ):
             raise CurvlabError(
-                f"probe '{word}': after the colon comes a number of steps, 1 or more, as in {name}:10"
+                f"probe '{word}': after the colon comes a number of steps, 1 or more, as in"
+                f" {name}:10"
             )
         found[name] = whole(f"the number of steps of probe '{name}'", int(every)) if colon else None
     return found
@@ -332,7 +334,8 @@ def check_probes(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
         one = PROBES[name]
         if not any(one.fits(c) for c in curvatures.values()):
             raise CurvlabError(
-                f"probe '{name}' needs {one.wants}, and there is {', '.join(curvatures)} alone: leave it out"
+                f"probe '{name}' needs {one.wants}, and there is {', '.join(curvatures)} alone:"
+                " leave it out"
             )
 
 

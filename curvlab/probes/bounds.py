@@ -91,9 +91,11 @@ def input_bounds(frame: Frame) -> dict[str, tuple[float, bool]]:
         proven = bounded_inputs(frame.now.closure)
         statistics = frame.now.passes["data"]
         return {
-            b.name: (1.0, True)
-            if b.name in proven
-            else (float(statistics[b.name].bare_a.abs().max()), False)
+            b.name: (
+                (1.0, True)
+                if b.name in proven
+                else (float(statistics[b.name].bare_a.abs().max()), False)
+            )
             for b in frame.objective.blocks
             if statistics[b.name].structured and statistics[b.name].used
         }

@@ -18,4 +18,6 @@ COSTS: dict[str, tuple[float, float]] = {
     "time": (0.003, 0),
     "shift": (0.005, 0),
 }
-"""{probe: CPU time of one sample over plain forward and backward, for each of COST_MODELS, minibatches of 1000}"""
+"""{probe: CPU time of one sample over plain forward and backward, for each of COST_MODELS,
+minibatches of 1000}
+"""

@@ -1,4 +1,5 @@
-"""The pairs that quasi-Newton methods learn from: their ratios before and after damping, how they were damped, why refused.
+"""The pairs that quasi-Newton methods learn from: their ratios before and after damping, how they
+were damped, why refused.
 
 A method shows its pairs by `learnt` (`curvature.base`) after the step in which they were learnt:
 
@@ -8,8 +9,8 @@ A method shows its pairs by `learnt` (`curvature.base`) after the step in which 
 | g | K-BFGS: change of the mean pre-activation and of its derivative; SKQN-B: the block of pairs of Λ̃ | H_g; Λ̃ |
 | step | SKQN-L: of a block, parameters and what the base misses; L-BFGS and S4QN: of all together | Λ⁰; H, Λ⁰ |
 
-A pair of the whole vector stands at every block. An SKQN-B update is of a block of pairs and has no single yᵀHy or sᵀs: its
-record is `pair_definiteness`, and τ as θ₂.
+A pair of the whole vector stands at every block. An SKQN-B update is of a block of pairs and has no
+single yᵀHy or sᵀs: its record is `pair_definiteness`, and τ as θ₂.
 """
 
 from __future__ import annotations

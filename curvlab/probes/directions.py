@@ -13,7 +13,9 @@ from curvlab.probes.base import Frame, Numbers, Variable, probe
 
 
 def cosines_to(gram: Numbers, place: int) -> Numbers:
-    """Cosine of every algorithm to number `place` from inner products [algorithm, other, …]; NaN where a norm is zero."""
+    """Cosine of every algorithm to number `place` from inner products [algorithm, other, …]; NaN
+    where a norm is zero.
+    """
     norms = np.sqrt(np.einsum("kk...->k...", gram))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(gram[:, place] / (norms * norms[place]))

@@ -1,9 +1,11 @@
-"""Gradient noise, from the gradients of the examples: their squared lengths by layer, without forming one where T is small.
+"""Gradient noise, from the gradients of the examples: their squared lengths by layer, without
+forming one where T is small.
 
-Of the likelihood alone, without the L2 term. NaN for parameters of layers without a rule, which have none of one example.
+Of the likelihood alone, without the L2 term. NaN for parameters of layers without a rule, which
+have none of one example.
 
-Legend: N examples, T places, I inputs incl. the bias column, O outputs; g_n gradient of one example, ḡ their mean; Σ the
-covariance of g_n, with N − 1.
+Legend: N examples, T places, I inputs incl. the bias column, O outputs; g_n gradient of one
+example, ḡ their mean; Σ the covariance of g_n, with N − 1.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from curvlab.statistics import LayerStatistics
 
 
 def squared_lengths(s: LayerStatistics) -> Float[Tensor, " N"]:
-    """‖g_n‖² of one layer: ‖g‖²‖a‖² at one place; Σ_tt' (g_t·g_t')(a_t·a_t') where that is less work than the gradients."""
+    """‖g_n‖² of one layer: ‖g‖²‖a‖² at one place; Σ_tt' (g_t·g_t')(a_t·a_t') where that is less
+    work than the gradients.
+    """
     if not s.used:
         return torch.zeros(s.size, dtype=torch.float64, device=s.like.device)
     if not s.provides("factors") or len(s.parts) > 1 or s.places**2 > s.block.numel:

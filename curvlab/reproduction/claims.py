@@ -18,11 +18,11 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """Every one of `better` ends below every one of `than`, or at most `within` times as much above it; where they are said to
-    be `alike`, none of all is further above another.
+    """Every one of `better` ends below every one of `than`, or at most `within` times as much above
+    it; where they are said to be `alike`, none of all is further above another.
 
-    `by`: where the curves are read: at the last epoch that all of them reach, at the last time that all reach, or each at its
-    lowest. `problems`: of which it is said; of all where it is empty.
+    `by`: where the curves are read: at the last epoch that all of them reach, at the last time that
+    all reach, or each at its lowest. `problems`: of which it is said; of all where it is empty.
     """
 
     words: str
@@ -51,7 +51,10 @@ class Claim:
             ", ".join(f"{label} {value[label]:.4g}" for label in side)
             for side in (self.better, self.than)
         )
-        return f"{'holds' if worst <= best * (1 + self.within) else 'does not hold'}: {' against '.join(numbers)} ({where})"
+        return (
+            f"{'holds' if worst <= best * (1 + self.within) else 'does not hold'}:"
+            f" {' against '.join(numbers)} ({where})"
+        )
 
     def _reading(self, found: dict[str, Result]) -> tuple[dict[str, float], str]:
         if self.by == "lowest":

@@ -1,4 +1,6 @@
-"""Comparison: every method on every problem at the document's values, trained once for all figures that share the run."""
+"""Comparison: every method on every problem at the document's values, trained once for all figures
+that share the run.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from curvlab.training import checkpoint
 from curvlab.training.run import train
 
 Values = tuple[float, ...]
-"""(learning rate, damping) or (learning rate, weight decay, damping), as the documents' tables have them; 0 for their dash."""
+"""(learning rate, damping) or (learning rate, weight decay, damping), as the documents' tables have
+them; 0 for their dash.
+"""
 
 FURTHER = 3
 """Seeds that are tried beyond those asked for, where some diverge."""
@@ -38,8 +42,9 @@ SMOKE = "two steps of narrow networks on random numbers, which say nothing"
 class Method:
     """A line of a document's table.
 
-    `values` are those of one problem, or of each by its name; `options` what else `curvlab.train` takes, `further` that of one
-    problem alone; `batch` the size of minibatches and `epochs` the length, where they are not the comparison's.
+    `values` are those of one problem, or of each by its name; `options` what else `curvlab.train`
+    takes, `further` that of one problem alone; `batch` the size of minibatches and `epochs` the
+    length, where they are not the comparison's.
     """
 
     algorithm: str
@@ -54,7 +59,9 @@ class Method:
         return self.values.get(problem) if isinstance(self.values, Mapping) else self.values
 
     def arguments(self, problem: str) -> dict[str, Any]:
-        """Of `curvlab.train`, without what is the algorithm's own anyway, so that equal runs have equal names."""
+        """Of `curvlab.train`, without what is the algorithm's own anyway, so that equal runs have
+        equal names.
+        """
         lr, *decay, damping = self.on(problem) or ()
         table = ALGORITHMS[self.algorithm]
         usual = {"weight_decay": 0.0, "update_every": 1, **table.own}
@@ -77,9 +84,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Extent:
-    """How far a budget goes: seconds of training or epochs, whichever come first (None: the methods' own epochs), seeds, and
-    how many of the training and test examples; the training loss is of the first `evaluated`. `at_most`: epochs of
-    algorithms that are to stop earlier."""
+    """How far a budget goes: seconds of training or epochs, whichever come first (None: the
+    methods' own epochs), seeds, and how many of the training and test examples; the training loss
+    is of the first `evaluated`. `at_most`: epochs of algorithms that are to stop earlier.
+    """
 
     seconds: float | Mapping[str, float] | None = None
     epochs: int | Mapping[str, int] | None = None
@@ -123,9 +131,9 @@ class Extent:
 class Comparison:
     """A figure of training curves.
 
-    `measures` are variables of a training log, a row of panels each; `spread` says what is shaded; `reported` are the
-    document's numbers, {problem: {label: number}}, losses or `accuracies` in per cent. `l2` is μ of μ ‖θ‖², in the gradients
-    and not in the loss that is drawn.
+    `measures` are variables of a training log, a row of panels each; `spread` says what is shaded;
+    `reported` are the document's numbers, {problem: {label: number}}, losses or `accuracies` in per
+    cent. `l2` is μ of μ ‖θ‖², in the gradients and not in the loss that is drawn.
     """
 
     shows: str
@@ -274,7 +282,9 @@ class Runs:
 
     @cached_property
     def data(self) -> tuple[Dataset, Dataset] | None:
-        """Training and test examples; None in a smoke run. Raises CurvlabError where they are not there."""
+        """Training and test examples; None in a smoke run. Raises CurvlabError where they are not
+        there.
+        """
         if self.options.smoke:
             return None
         return self.problem.load(

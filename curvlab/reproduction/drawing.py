@@ -1,4 +1,6 @@
-"""Training curves as the documents draw them: against epochs and against time, in the looks of `curvlab.show.style`."""
+"""Training curves as the documents draw them: against epochs and against time, in the looks of
+`curvlab.show.style`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from curvlab.reproduction.results import AXES, Result, Results
 from curvlab.show.axes import plain_numbers
 from curvlab.show.style import LineStyle, looks
 
-_APART = 5  # times the median run's end, beyond which the longest would squeeze all others on a linear axis of time
+# times the median run's end, beyond which the longest would squeeze all others on a linear axis of
+# time
+_APART = 5
 
 
 def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std") -> Figure:
@@ -101,7 +105,9 @@ def panel(
 
 
 def logarithmic(ax: Axes, drawn: Iterable[object]) -> None:
-    """A log axis where everything is positive, with plain numbers where it spans less than two decades."""
+    """A log axis where everything is positive, with plain numbers where it spans less than two
+    decades.
+    """
     values = np.concatenate([np.asarray(y, dtype=float).ravel() for y in drawn] or [np.ones(1)])
     if not (np.isfinite(values).all() and values.min() > 0):
         return

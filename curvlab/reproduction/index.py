@@ -13,13 +13,16 @@ FOLDERS = ("thesis", "s2qn", "kfqn_cnn", "all_methods")
 
 
 def folder() -> Path:
-    """`analyses/`: of the installed package, else of the repository. Raises CurvlabError where there is neither."""
+    """`analyses/`: of the installed package, else of the repository. Raises CurvlabError where
+    there is neither.
+    """
     package = Path(__file__).resolve().parent.parent
     for place in (package / "analyses", package.parent / "analyses"):
         if (place / FOLDERS[0]).is_dir():
             return place
     raise CurvlabError(
-        f"there is no folder of analyses beside {package}: install curvlab again, or run it from its repository"
+        f"there is no folder of analyses beside {package}: install curvlab again, or run it from"
+        " its repository"
     )
 
 

@@ -1,5 +1,5 @@
-"""PROBLEMS: the documents' networks on their data, and, for a smoke run, a narrow network of the same kind on random
-numbers.
+"""PROBLEMS: the documents' networks on their data, and, for a smoke run, a narrow network of the
+same kind on random numbers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def _sigmoid(*widths: int) -> Small:
 class PublishedProblem:
     """A network of MODELS, its data, and its stand-in for a smoke run.
 
-    `part` is a data set with fewer examples, which a budget below the document's takes where it is there.
+    `part` is a data set with fewer examples, which a budget below the document's takes where it is
+    there.
     """
 
     model: str

@@ -26,7 +26,9 @@ def cut(ds: xr.Dataset, epochs: int | None, seconds: float | None) -> xr.Dataset
 
 @dataclass(frozen=True)
 class Result:
-    """`runs` are the logs of the seeds that stayed finite; `failures` says what became of the others."""
+    """`runs` are the logs of the seeds that stayed finite; `failures` says what became of the
+    others.
+    """
 
     algorithm: str
     arguments: str
@@ -66,7 +68,9 @@ class Result:
         return np.asarray(self.together[measure].std("seed"), dtype=float)
 
     def lowest(self, measure: str) -> float:
-        """The lowest of each seed's epochs, on average (2.8.2: "choosing the lowest of these values")."""
+        """The lowest of each seed's epochs, on average (2.8.2: "choosing the lowest of these
+        values").
+        """
         return float(self.together[measure].min("epoch").mean("seed"))
 
     def at(self, measure: str, axis: str, place: float) -> float:

@@ -1,7 +1,8 @@
-"""Scaling: time and memory of one layer beyond SGD's, against the formulas of a document's table of complexity.
+"""Scaling: time and memory of one layer beyond SGD's, against the formulas of a document's table of
+complexity.
 
-One layer on random numbers. Every axis varies one size and keeps the others. A formula's exponent is fitted to the
-formula's own values at the sizes that were measured: sums of terms have no other.
+One layer on random numbers. Every axis varies one size and keeps the others. A formula's exponent
+is fitted to the formula's own values at the sizes that were measured: sums of terms have no other.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ Formula = Callable[[SimpleNamespace], float]
 class Row:
     """A line of the table: an algorithm and its formulas.
 
-    At given sizes: its `options`; the `period` of steps after which its work comes round; steps until its memory is `filled`.
+    At given sizes: its `options`; the `period` of steps after which its work comes round; steps
+    until its memory is `filled`.
     """
 
     algorithm: str
@@ -52,7 +54,9 @@ PLAIN = Row("sgd-m", lambda s: 0, lambda s: 0)
 
 @dataclass(frozen=True)
 class Axis:
-    """A size, from small to large; `sets` are the names that move with it, where it is not itself one."""
+    """A size, from small to large; `sets` are the names that move with it, where it is not itself
+    one.
+    """
 
     name: str
     sizes: Sequence[int]
@@ -107,8 +111,9 @@ Curves = dict[tuple[str, str, str], Curve]
 
 @dataclass(frozen=True)
 class Scaling:
-    """A table of complexity. `layer(sizes)` gives the layer and the shape of one input; `base` the sizes that an axis keeps;
-    `quantities` are what the table is of."""
+    """A table of complexity. `layer(sizes)` gives the layer and the shape of one input; `base` the
+    sizes that an axis keeps; `quantities` are what the table is of.
+    """
 
     shows: str
     claim: str
@@ -150,7 +155,8 @@ class Scaling:
         found: Curves = {}
         for number, axis in enumerate(self.axes, 1):
             say_progress(
-                f"{number} of {len(self.axes)}: {axis.heading} = {', '.join(map(str, axis.until(options.budget)))}"
+                f"{number} of {len(self.axes)}: {axis.heading} ="
+                f" {', '.join(map(str, axis.until(options.budget)))}"
             )
             self._measure(axis, base, options, found)
         report.say("fitted exponents, measured (of the formula), over the three largest sizes")
@@ -186,7 +192,9 @@ class Scaling:
                     curve.formula.append(formula(sizes))
 
     def _step(self, row: Row, sizes: SimpleNamespace, options: Options) -> tuple[float, float]:
-        """Least mean seconds of a step over `period` steps, and numbers that the curvature holds."""
+        """Least mean seconds of a step over `period` steps, and numbers that the curvature
+        holds.
+        """
         device = options.where
         clock = time.process_time if device.type == "cpu" else clock_of(device)
         chance = torch.Generator().manual_seed(0)
@@ -258,7 +266,9 @@ def _line(ax: Axes, sizes: Sequence[int], curve: Curve, label: str, of: LineStyl
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float], last: int = 3) -> float:
-    """Slope of log(value) over log(size) through the `last` largest sizes; NaN where fewer than two values are positive."""
+    """Slope of log(value) over log(size) through the `last` largest sizes; NaN where fewer than two
+    values are positive.
+    """
     pairs = [(s, v) for s, v in zip(sizes, values, strict=True) if v > 0][-last:]
     if len(pairs) < 2:
         return math.nan

@@ -1,4 +1,6 @@
-"""What a script of `analyses/` gives: a value that says what it shows and how far each budget goes, and runs."""
+"""What a script of `analyses/` gives: a value that says what it shows and how far each budget goes,
+and runs.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,16 @@ from curvlab.system.interrupt import number_of, words
 from curvlab.system.memory import keep_freed_memory
 
 BUDGETS = ("smoke", "cpu", "paper")
-"""Seconds, on whatever is there; minutes on two cores; the document's own, on a GPU where there is one."""
+"""Seconds, on whatever is there; minutes on two cores; the document's own, on a GPU where there is
+one.
+"""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose. `out` gets picture and text, `runs` the training runs that figures of one budget share."""
+    """What a user may choose. `out` gets picture and text, `runs` the training runs that figures of
+    one budget share.
+    """
 
     budget: str = "cpu"
     out: Path = Path("runs/figures")
@@ -62,8 +68,9 @@ class Options:
 
 
 class Reproduction(Protocol):
-    """A figure or table. `shows` begins with its document and number; `claim` is in the document's words; of `methods` and
-    `problems` a user may choose."""
+    """A figure or table. `shows` begins with its document and number; `claim` is in the document's
+    words; of `methods` and `problems` a user may choose.
+    """
 
     @property
     def shows(self) -> str:
@@ -168,7 +175,8 @@ def reproduce(what: Reproduction, name: str, options: Options) -> Report:
     files = [report.file(suffix).name for suffix in ("png", "txt")]
     paths.check_folder(options.out, files, remedy="choose another with --out")
     report.say(
-        f"{what.shows} ({options.budget}: {what.extents[options.budget]}; {described(options.where)})"
+        f"{what.shows} ({options.budget}: {what.extents[options.budget]};"
+        f" {described(options.where)})"
     )
     report.say(f"The document: {what.claim}")
     report.say()
@@ -227,7 +235,9 @@ def main(what: Reproduction, file: str) -> None:
 
 
 def name_of(path: Path) -> str:
-    """figure_2_2.py of the thesis is figure-2.2, that of another document has its folder's name before it."""
+    """figure_2_2.py of the thesis is figure-2.2, that of another document has its folder's name
+    before it.
+    """
     kind, *numbers = path.stem.split("_")
     if kind not in ("figure", "table") or not numbers:
         return path.stem.replace("_", "-")

@@ -1,4 +1,6 @@
-"""What several figures share: how far a CPU goes, and how the thesis trains convolutional networks."""
+"""What several figures share: how far a CPU goes, and how the thesis trains convolutional
+networks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from curvlab.reproduction.comparison import Extent, Method, Values
 AUTOENCODERS = Extent(seconds=120, tests=10_000, evaluated=10_000)
 NETWORKS = Extent(seconds=60, examples=2048, tests=512, evaluated=512)
 WIDE = Extent(seconds=60, examples=512, tests=256, evaluated=256)
-"""Of the `cpu` budget. A step of VGG16 takes two cores some two seconds, one of ResNet32-4 eight."""
+"""Of the `cpu` budget. A step of VGG16 takes two cores some two seconds, one of ResNet32-4
+eight.
+"""
 
 DOCUMENT_SECONDS = {"MNIST": 500.0, "FACES": 2000.0, "CURVES": 500.0}
 """Of training on the documents' machines (thesis 2.8.2, 3.7.1)."""
@@ -30,8 +34,10 @@ OF_THE_THESIS: dict[str, tuple[str, dict[str, Any], int]] = {
     "Adam": ("adam", _FIRST, 200),
     "SGD-m": ("sgd-m", _FIRST, 200),
 }
-"""{label: (algorithm, options, epochs)} on convolutional networks: thesis 3.7.1, 4.7.1. T = 20, T₁ = 10, T₂ = 100; the learning
-rate falls to a tenth every 60 epochs, with second-order methods every 50."""
+"""{label: (algorithm, options, epochs)} on convolutional networks: thesis 3.7.1, 4.7.1. T = 20, T₁
+= 10, T₂ = 100; the learning rate falls to a tenth every 60 epochs, with second-order methods every
+50.
+"""
 
 
 def convolutional(values: Mapping[str, Mapping[str, Values]]) -> dict[str, Method]:

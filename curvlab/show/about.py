@@ -1,4 +1,6 @@
-"""What a log says of its run in words: facts, the calls as they are typed, what a reader should know."""
+"""What a log says of its run in words: facts, the calls as they are typed, what a reader should
+know.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ MOST_NAMES = 40
 
 _SPELLED = {"own": "--set", "schedule_own": "--schedule-set"}
 _BY_RESUME = ("resume", "out", "epochs", "steps", "seconds", "checkpoint_seconds")
-"""What a run may go on with: any other option of that call said again what the run was, or was left out."""
+"""What a run may go on with: any other option of that call said again what the run was, or was left
+out.
+"""
 _WIDTH = 92
 
 
@@ -54,8 +58,10 @@ def facts(ds: xr.Dataset) -> dict[str, str]:
         "length": _length(ds),
         "loss": _loss(ds),
         "time": _time(ds),
-        "device": ", ".join(_shown(ds, name) for name in ("device", "dtype") if name in ds.attrs)
-        or MISSING,
+        "device": (
+            ", ".join(_shown(ds, name) for name in ("device", "dtype") if name in ds.attrs)
+            or MISSING
+        ),
         "date": date(attributes.text(ds, "created", MISSING)),
         "versions": ", ".join(
             f"{name} {versions[name]}"
@@ -153,7 +159,9 @@ def calls(ds: xr.Dataset) -> list[tuple[str, str]]:
 
 
 def shell(call: Mapping[str, Any]) -> str:
-    """A call as the log holds it → what a shell takes, or, of a Python function, how it reads there. Every option is named."""
+    """A call as the log holds it → what a shell takes, or, of a Python function, how it reads
+    there. Every option is named.
+    """
     if "command" not in call:
         said = ", ".join(f"{name}={value!r}" for name, value in call.items() if name != "function")
         return f"{call.get('function', 'unknown')}({said})"
@@ -168,7 +176,9 @@ def shell(call: Mapping[str, Any]) -> str:
 
 
 def _words(name: str, value: Any) -> list[str]:
-    """An option as it is typed; none where it was not given. `out` is empty where the folder was a fresh one."""
+    """An option as it is typed; none where it was not given. `out` is empty where the folder was a
+    fresh one.
+    """
     option = shlex.quote(_SPELLED.get(name, "--" + name.replace("_", "-")))
     if name == "command" or value is None or (name == "out" and value == ""):
         return []
@@ -184,7 +194,9 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def notes(ds: xr.Dataset) -> list[str]:
-    """Where the run was stopped, went on, did not reach its end or ran from files that no commit holds."""
+    """Where the run was stopped, went on, did not reach its end or ran from files that no commit
+    holds.
+    """
     stopped, commit = attributes.text(ds, "stopped"), attributes.text(ds, "git_commit")
     found = [f"Stopped: {stopped}."] if stopped else []
     missing = "" if found else unfinished(ds)

@@ -1,4 +1,6 @@
-"""Axes that matplotlib does not have: a logarithm on either side of 0, and ticks of a narrow range."""
+"""Axes that matplotlib does not have: a logarithm on either side of 0, and ticks of a narrow
+range.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from curvlab.logs import attributes
 
 @dataclass(frozen=True)
 class SymmetricLog:
-    """A logarithmic axis on either side of 0: edges of the bars, the log's first bin in each, |λ| where the middle bar ends."""
+    """A logarithmic axis on either side of 0: edges of the bars, the log's first bin in each, |λ|
+    where the middle bar ends.
+    """
 
     edges: NDArray[np.float64]
     first: NDArray[np.intp]
@@ -40,7 +44,8 @@ class SymmetricLog:
 
 
 def symmetric_log(ds: xr.Dataset) -> SymmetricLog:
-    """From the greatest |λ| of all panels down to 10⁻⁷ of the least, or to where rounding begins; at most 12 decades.
+    """From the greatest |λ| of all panels down to 10⁻⁷ of the least, or to where rounding begins;
+    at most 12 decades.
 
     Raises CurvlabError where the bins of the log do not hold its eigenvalues.
     """
@@ -48,7 +53,8 @@ def symmetric_log(ds: xr.Dataset) -> SymmetricLog:
     largest = largest[np.isfinite(largest)]
     if not largest.size:
         raise CurvlabError(
-            "no end of a spectrum in the log is a finite number, so there is no axis for eigenvalues"
+            "no end of a spectrum in the log is a finite number, so there is no axis for"
+            " eigenvalues"
         )
     top = math.ceil(math.log10(max(largest.max(), 1e-11)) * 2) / 2
     relative = min(max(1e-7, attributes.number(ds, "tolerance") or 0.0), 1.0)
@@ -61,7 +67,8 @@ def symmetric_log(ds: xr.Dataset) -> SymmetricLog:
     shown = np.flatnonzero(half_decades & (exponent > low - 0.01) & (exponent < top + 0.01))
     if len(shown) < 2:
         raise CurvlabError(
-            f"the bins of the spectra in the log do not reach their eigenvalues, which end at {largest.max():.3g}"
+            "the bins of the spectra in the log do not reach their eigenvalues, which end at"
+            f" {largest.max():.3g}"
         )
     return SymmetricLog(edges[shown], shown[:-1], 10.0**low, 10.0**top)
 

@@ -1,4 +1,6 @@
-"""What matplotlib is given: a log whose numbers have a place on an axis, its texts as plain letters; and the file it makes."""
+"""What matplotlib is given: a log whose numbers have a place on an axis, its texts as plain
+letters; and the file it makes.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ _LARGEST = 1e150
 
 
 def drawable(ds: xr.Dataset) -> xr.Dataset:
-    """What matplotlib is given: without what is odd, a seed that is alone or numbers that have no place on an axis, and every
-    text that came with the log as plain letters."""
+    """What matplotlib is given: without what is odd, a seed that is alone or numbers that have no
+    place on an axis, and every text that came with the log as plain letters.
+    """
     ds, _ = regular(ds)
     ds = ds.squeeze("seed", drop=True) if ds.sizes.get("seed") == 1 else ds  # no spread
     numbers = [name for name in ds.variables if name not in ds.sizes and ds[name].dtype == float]
@@ -44,9 +47,11 @@ def _plain(labels: xr.DataArray) -> xr.DataArray:
 
 def _letters(said: Mapping[Any, Any], short: Container[Any]) -> dict[Any, Any]:
     return {
-        name: for_matplotlib(value, SHORT if name in short else LONGEST)
-        if isinstance(value, str)
-        else value
+        name: (
+            for_matplotlib(value, SHORT if name in short else LONGEST)
+            if isinstance(value, str)
+            else value
+        )
         for name, value in said.items()
     }
 
@@ -60,7 +65,9 @@ def heading(figure: Figure, *lines: str) -> None:
 
 
 def picture(figure: Figure, form: str, **options: Any) -> bytes:
-    """The file of a figure, so that nothing is written where it cannot be drawn. Raises CurvlabError for that."""
+    """The file of a figure, so that nothing is written where it cannot be drawn. Raises
+    CurvlabError for that.
+    """
     held = io.BytesIO()
     try:
         with np.errstate(all="ignore"):  # axes of numbers that are nearly beyond all

@@ -30,11 +30,15 @@ Runs = Sequence[tuple[str, xr.Dataset]]
 """[(name, log)]"""
 
 _MOST_PANELS, _MOST_LINES, _MOST_BARS = 64, 48, 400
-"""Layers, algorithms of a panel and bars at most; of more so many are drawn, evenly, and it is said."""
+"""Layers, algorithms of a panel and bars at most; of more so many are drawn, evenly, and it is
+said.
+"""
 
 
 def _line(ax: Axes, values: xr.DataArray, style: dict[str, object], label: str) -> None:
-    """Against the step, on whatever axis of steps; with several seeds the mean and a band of one standard deviation."""
+    """Against the step, on whatever axis of steps; with several seeds the mean and a band of one
+    standard deviation.
+    """
     steps = _axis(values)
     if "seed" in values.dims:
         mean, spread = values.mean("seed"), values.std("seed")
@@ -83,7 +87,9 @@ def _of(shown: int, there: int, what: str) -> str:
 
 
 def cosine(ds: xr.Dataset) -> Figure:
-    """Cosine of every method's direction to the reference's, one panel for each inner layer (thesis Figure 4.1)."""
+    """Cosine of every method's direction to the reference's, one panel for each inner layer (thesis
+    Figure 4.1).
+    """
     blocks = [str(b) for b in ds["block"].values]
     inner = blocks[1:-1] if len(blocks) > 4 else blocks
     shown = [inner[i] for i in _some(len(inner), _MOST_PANELS)]
@@ -159,7 +165,9 @@ def seconds(ds: xr.Dataset) -> Figure:
 
 
 def spectrum(ds: xr.Dataset) -> Figure:
-    """Histogram of every block's eigenvalues, a row for each block and a column for each number of training steps."""
+    """Histogram of every block's eigenvalues, a row for each block and a column for each number of
+    training steps.
+    """
     ds = ds.isel(block=_some(ds.sizes["block"], 8), step=_some(ds.sizes["step"], 4))
     rows, columns = ds.sizes["block"], ds.sizes["step"]
     figure = Figure(figsize=(max(5.4, 3.3 * columns + 0.4), 1.6 * rows + 1.4), layout="constrained")
@@ -197,7 +205,9 @@ def _some(size: int, most: int) -> list[int]:
 
 
 def _histogram(ax: Axes, at: xr.Dataset, axis: SymmetricLog) -> None:
-    """One panel: the first matrix filled, the others as lines; the legend says the lowest eigenvalue of each."""
+    """One panel: the first matrix filled, the others as lines; the legend says the lowest
+    eigenvalue of each.
+    """
     handles: list[StepPatch] = []
     labels: list[str] = []
     for kind in (k for k in MATRICES if k in at["matrix"].values):
@@ -249,7 +259,9 @@ def _marker(of: LineStyle, epochs: int) -> dict[str, Any]:
 
 
 def training(runs: Runs) -> Figure:
-    """Loss and error of training runs, against epochs and against training time (thesis Figures 2.2, 4.2, 4.3)."""
+    """Loss and error of training runs, against epochs and against training time (thesis Figures
+    2.2, 4.2, 4.3).
+    """
     first = runs[0][1]
     rows = [kind for kind in ("loss", "error") if f"train_{kind}" in first]
     against = [name for name in ("epoch", "wall_seconds") if any(name in ds for _, ds in runs)]
@@ -300,7 +312,9 @@ def training(runs: Runs) -> Figure:
 
 
 def damping(ds: xr.Dataset) -> Figure:
-    """Thesis Figure 2.1: by layer, the fraction of an epoch's pairs with yᵀHy ≤ 2 sᵀy/μ₁ (dotted: 1/μ₁), and the mean ratio."""
+    """Thesis Figure 2.1: by layer, the fraction of an epoch's pairs with yᵀHy ≤ 2 sᵀy/μ₁ (dotted:
+    1/μ₁), and the mean ratio.
+    """
     if "after" not in ds["stage"].values:
         raise CurvlabError("figure 'damping' needs pairs of the stage 'after' in the log")
     ds = ds.isel(algorithm=0).sel(stage="after")
@@ -346,7 +360,9 @@ def _wrapped(text: str) -> str:
 
 
 def named(runs: Runs) -> Runs:
-    """By their algorithms; where two runs share one, by what differs: seed, learning rate, damping, or else their place."""
+    """By their algorithms; where two runs share one, by what differs: seed, learning rate, damping,
+    or else their place.
+    """
     about = [attributes.text(ds, "algorithm", "run") for _, ds in runs]
     for key in ("lr", "damping", "seed"):
         if len(set(about)) == len(about):
@@ -363,8 +379,9 @@ def named(runs: Runs) -> Runs:
 
 @dataclass(frozen=True)
 class Entry:
-    """`needs`: the variable of the log that is drawn, `beside` what it is not drawn without; `several`: it takes [(name, log)]
-    of several runs."""
+    """`needs`: the variable of the log that is drawn, `beside` what it is not drawn without;
+    `several`: it takes [(name, log)] of several runs.
+    """
 
     summary: str
     needs: str
@@ -403,12 +420,16 @@ FIGURES: dict[str, Entry] = {
 
 
 def draw(ds: xr.Dataset, name: str) -> Figure:
-    """Figure `name` of a log. Raises CurvlabError for an unknown name or a log that lacks what it needs."""
+    """Figure `name` of a log. Raises CurvlabError for an unknown name or a log that lacks what it
+    needs.
+    """
     return draw_all([("", ds)], name)
 
 
 def draw_all(runs: Runs, name: str) -> Figure:
-    """Figure `name` of one or several logs [(place, log)]. Raises CurvlabError likewise, or where it shows one run alone."""
+    """Figure `name` of one or several logs [(place, log)]. Raises CurvlabError likewise, or where
+    it shows one run alone.
+    """
     entry = lookup(FIGURES, name, "figure")
     if len(runs) > 1 and not entry.several:
         raise CurvlabError(
@@ -435,7 +456,9 @@ def _of_several() -> list[str]:
 
 
 def main(ds: xr.Dataset) -> str:
-    """The figure that stands for a log: the first that it has what it needs for, but for the loss."""
+    """The figure that stands for a log: the first that it has what it needs for, but for the
+    loss.
+    """
     return next((name for name in applying(ds) if name != "loss"), "loss")
 
 

@@ -1,6 +1,8 @@
-"""Runs → one page of HTML that stands alone: figures, tables, calls, versions, attributes. It reads only the logs.
+"""Runs → one page of HTML that stands alone: figures, tables, calls, versions, attributes. It reads
+only the logs.
 
-The same logs give the same bytes: nothing of the page is of the moment or the machine that writes it.
+The same logs give the same bytes: nothing of the page is of the moment or the machine that writes
+it.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class Section:
 
 
 def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None = None) -> Path:
-    """Write one page about `runs`: every figure and table of each log, and what training runs of one problem show together.
+    """Write one page about `runs`: every figure and table of each log, and what training runs of
+    one problem show together.
 
     Args:
         runs: folders or `run.h5` files, in the order of the page.
@@ -118,7 +121,9 @@ def _check(target: Path, places: Sequence[str]) -> None:
 
 
 def page(given: figures.Runs, bar: Progress) -> str:
-    """The page about [(place, log)] as text. What of a log cannot be shown is named in its place."""
+    """The page about [(place, log)] as text. What of a log cannot be shown is named in its
+    place.
+    """
     seen = [regular(ds) for _, ds in given]
     logs = [(place, ds) for (place, _), (ds, _) in zip(given, seen, strict=True)]
     joint = [(name, group) for name, group in _together(logs) if len(group) > 1]
@@ -180,7 +185,9 @@ def _applying(ds: xr.Dataset) -> list[str]:
 
 
 def _together(logs: figures.Runs) -> list[tuple[str, list[tuple[str, xr.Dataset]]]]:
-    """[(figure of several runs, its logs)]: runs of one model on the same data whose errors mean the same."""
+    """[(figure of several runs, its logs)]: runs of one model on the same data whose errors mean
+    the same.
+    """
     found: dict[tuple[str, ...], list[tuple[str, xr.Dataset]]] = {}
     for place, ds in logs:
         problem = [attributes.text(ds, name) for name in ("model", "data_description", "error")]

@@ -20,7 +20,8 @@ def check(path: Place, remedy: str = "") -> Path:
     """Where the picture goes. Nothing is touched.
 
     Raises:
-        CurvlabError: a suffix that names no format, or one that needs a LaTeX which is not there; and as `paths.check_file`.
+        CurvlabError: a suffix that names no format, or one that needs a LaTeX which is not there;
+            and as `paths.check_file`.
     """
     import matplotlib as mpl
     from matplotlib.backend_bases import FigureCanvasBase

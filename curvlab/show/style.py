@@ -1,8 +1,9 @@
-"""How an algorithm looks: one colour, dash pattern and marker in every figure of the package, reproductions included.
+"""How an algorithm looks: one colour, dash pattern and marker in every figure of the package,
+reproductions included.
 
-A family of methods has a hue, of Okabe and Ito's palette as far as that goes, which colour-blind readers tell apart; its
-members differ in lightness. For print a family has a marker, and its members differ in dashes. No two lines of one figure
-share a colour (`looks`).
+A family of methods has a hue, of Okabe and Ito's palette as far as that goes, which colour-blind
+readers tell apart; its members differ in lightness. For print a family has a marker, and its
+members differ in dashes. No two lines of one figure share a colour (`looks`).
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def look(algorithm: str) -> LineStyle:
 def looks(algorithms: Mapping[str, str]) -> dict[str, LineStyle]:
     """{label: look} of the lines of one figure, given as {label: algorithm}.
 
-    Every algorithm has its own look. Of several lines of one algorithm the first has it, the others take shades of its family
-    that are free.
+    Every algorithm has its own look. Of several lines of one algorithm the first has it, the others
+    take shades of its family that are free.
     """
     names = set(algorithms.values())
     own = {name: look(name).colour for name in sorted(names)}
@@ -114,7 +115,9 @@ _GOLDEN = 0.6180339887498949
 
 
 def _shade(hue: str, step: int) -> str:
-    """The hue itself at 0; then lightnesses between dark and light, each far from the ones before it."""
+    """The hue itself at 0; then lightnesses between dark and light, each far from the ones before
+    it.
+    """
     if step == 0:
         return hue
     h, own, saturation = colorsys.rgb_to_hls(*to_rgb(hue))

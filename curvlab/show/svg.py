@@ -1,4 +1,6 @@
-"""Figure → SVG that stands within a page: its names its own, nothing that reaches outside, the same bytes every time."""
+"""Figure → SVG that stands within a page: its names its own, nothing that reaches outside, the same
+bytes every time.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 def inline(figure: Figure, prefix: str, label: str) -> str:
     """The figure as an `<svg>` element of HTML, every id under `prefix`, read aloud as `label`.
 
-    Letters are outlines, so that the page needs no font. Comments, metadata and the style sheet go, which would hold for the
-    whole page (`*{stroke-linejoin: round; stroke-linecap: butt}`: the page's own has it for figures).
+    Letters are outlines, so that the page needs no font. Comments, metadata and the style sheet go,
+    which would hold for the whole page (`*{stroke-linejoin: round; stroke-linecap: butt}`: the
+    page's own has it for figures).
 
     Raises CurvlabError where it cannot be drawn.
     """

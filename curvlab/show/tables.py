@@ -57,12 +57,17 @@ def _of_seeds(ds: xr.Dataset) -> xr.Dataset:
 
 
 def cosines(ds: xr.Dataset) -> Table:
-    """Mean cosine to the reference over the last three quarters of the steps, by layer; of several seeds mean and spread."""
+    """Mean cosine to the reference over the last three quarters of the steps, by layer; of several
+    seeds mean and spread.
+    """
     ds = _of_seeds(ds)
     late, reference = late_cosine(ds), attributes.text(ds, "reference")
     names = [str(name) for name in ds["algorithm"].values if name != reference]
     over = f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
-    caption = f"Mean cosine to {reference or 'the reference'} over the last three quarters of the steps{over}"
+    caption = (
+        f"Mean cosine to {reference or 'the reference'} over the last three quarters of the"
+        f" steps{over}"
+    )
     shown = names[: max(1, MOST_CELLS // ds.sizes["block"])]
     notes: tuple[tuple[str, str], ...] = ()
     if len(shown) < len(names):
@@ -81,7 +86,9 @@ def cosines(ds: xr.Dataset) -> Table:
 
 
 def _lost(ds: xr.Dataset, places: Sequence[Mapping[str, Any]]) -> str:
-    """That, and from which step on, an algorithm's numbers were not finite; of several seeds in how many."""
+    """That, and from which step on, an algorithm's numbers were not finite; of several seeds in how
+    many.
+    """
     first = min(int(place["step"]) for place in places)
     if ds.sizes.get("seed", 1) == 1:
         return f"diverged at step {first}"
@@ -93,7 +100,9 @@ def _with(name: str, lost: Mapping[str, str]) -> str:
 
 
 def spectra(ds: xr.Dataset) -> Table:
-    """Ends, trace and negative fraction of every spectrum, with errors where Lanczos estimates them."""
+    """Ends, trace and negative fraction of every spectrum, with errors where Lanczos estimates
+    them.
+    """
     rows = []
     names = [name for name in SPECTRUM if name in ds]
     ds = ds[
@@ -173,7 +182,9 @@ def last_epochs(runs: Sequence[tuple[str, xr.Dataset]]) -> Table:
 
 
 def bounds(ds: xr.Dataset) -> Table:
-    """Whether the theorems' bounds held at every step and layer that was probed, and by how many orders of magnitude."""
+    """Whether the theorems' bounds held at every step and layer that was probed, and by how many
+    orders of magnitude.
+    """
     rows = []
     for algorithm in ds["algorithm"].values[:MOST_ROWS]:
         at = ds.sel(algorithm=algorithm)
@@ -257,10 +268,11 @@ def own(ds: xr.Dataset) -> list[Table]:
 
 @np.errstate(all="ignore")
 def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
-    """What is known of each algorithm or block at the end: tables, and (variable, why it is in none).
+    """What is known of each algorithm or block at the end: tables, and (variable, why it is in
+    none).
 
-    Variables of the same dimensions share a table, its rows their labels; one that is alone on two is a grid. `cosine` and
-    spectra have tables of their own.
+    Variables of the same dimensions share a table, its rows their labels; one that is alone on two
+    is a grid. `cosine` and spectra have tables of their own.
     """
     ds = _of_seeds(regular(ds)[0])
     found: dict[tuple[str, ...], list[str]] = {}

@@ -1,1 +1,3 @@
-"""What lies between curvlab and the system: files, locks, signals, streams, memory, random state."""
+"""What lies between curvlab and the system: files, locks, signals, streams, memory, random
+state.
+"""

@@ -1,6 +1,8 @@
-"""Files that are whole at any moment: written aside, fsynced, then moved into place; and sealed ones, which show that they are.
+"""Files that are whole at any moment: written aside, fsynced, then moved into place; and sealed
+ones, which show that they are.
 
-A seal is the last line of a file, the SHA-256 of all that lies before it. Readers of HDF5 and of zip archives pass over it.
+A seal is the last line of a file, the SHA-256 of all that lies before it. Readers of HDF5 and of
+zip archives pass over it.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ _CHUNK = 1 << 20
 
 
 def rewrite(path: Path, write: Callable[[Path], object]) -> None:
-    """``write(aside)``, fsync, `os.replace`; until then the old file stays, and whatever ends it leaves nothing beside.
+    """``write(aside)``, fsync, `os.replace`; until then the old file stays, and whatever ends it
+    leaves nothing beside.
 
     Raises OSError where that cannot be done.
     """
@@ -52,7 +55,9 @@ def _discard(aside: Path) -> None:
 
 
 class Sealing:
-    """A binary stream to write to, which adds up what goes through it. `error` is what the disk said, whoever hid it since."""
+    """A binary stream to write to, which adds up what goes through it. `error` is what the disk
+    said, whoever hid it since.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self.error: OSError | None = None

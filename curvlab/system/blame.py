@@ -1,4 +1,6 @@
-"""What a user reads where an error is no bad input: the frames of their own code, if it is theirs, and one line."""
+"""What a user reads where an error is no bad input: the frames of their own code, if it is theirs,
+and one line.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from curvlab.errors import CurvlabError
 from curvlab.system.escape import for_terminal
 
 OWN, BUG = 2, 70
-"""Exit codes: an error of the user's own code or machine, and one of curvlab's own (EX_SOFTWARE)."""
+"""Exit codes: an error of the user's own code or machine, and one of curvlab's own
+(EX_SOFTWARE).
+"""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CURVLAB = (f"{_PACKAGE}{os.sep}", f"{_PACKAGE.parent / 'analyses'}{os.sep}")
@@ -30,7 +34,9 @@ class Saved(str):
 
 
 def own_frames(error: BaseException) -> traceback.StackSummary:
-    """Of the calls between curvlab and the error, those in files that are neither curvlab's nor installed."""
+    """Of the calls between curvlab and the error, those in files that are neither curvlab's nor
+    installed.
+    """
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     first = next(
         (i for i, (frame, _) in enumerate(frames) if _is_in(frame.f_code.co_filename, _CURVLAB)),
@@ -65,7 +71,9 @@ def _in_the_model(error: BaseException) -> bool:
 
 
 def told(error: BaseException) -> str:
-    """The user's own frames as Python shows them, and what the error says; of bad input what is behind it. Else empty."""
+    """The user's own frames as Python shows them, and what the error says; of bad input what is
+    behind it. Else empty.
+    """
     said = isinstance(error, CurvlabError)
     while isinstance(error, CurvlabError) and error.__cause__ is not None:
         error = error.__cause__
@@ -101,12 +109,18 @@ def verdict(error: BaseException, command: str) -> tuple[str, int]:
         or "not enough memory" in name
     ):
         return (
-            f"there is not enough memory ({name}): take a smaller batch, model or method{notes}; {all_of_it}",
+            (
+                f"there is not enough memory ({name}): take a smaller batch, model or"
+                f" method{notes}; {all_of_it}"
+            ),
             OWN,
         )
     if isinstance(error, SystemExit):
         return (
-            f"your own code ended the program, as it stands above, and not curvlab{notes}; {all_of_it}",
+            (
+                f"your own code ended the program, as it stands above, and not curvlab{notes};"
+                f" {all_of_it}"
+            ),
             OWN,
         )
     if _is_of_the_user(error):
@@ -119,7 +133,10 @@ def verdict(error: BaseException, command: str) -> tuple[str, int]:
     if isinstance(error, OSError):
         return f"{name}{notes}; {all_of_it}", OWN
     return (
-        f"an error of curvlab's own, {name} ({_where(error)}){notes}: please report it, with {all_of_it}",
+        (
+            f"an error of curvlab's own, {name} ({_where(error)}){notes}: please report it, with"
+            f" {all_of_it}"
+        ),
         BUG,
     )
 

@@ -1,8 +1,9 @@
-"""Text from outside, made fit for where it is shown: one function for each of terminal, rich, XML, HTML, matplotlib.
+"""Text from outside, made fit for where it is shown: one function for each of terminal, rich, XML,
+HTML, matplotlib.
 
-Names of folders, models, data sets, algorithms, whatever a log holds: any string. What a place cannot show stands as Python
-would write it, ``\\x1b``, ``\\n``, ``\\udcff``, so that two names that differ still do. (rich and matplotlib are imported where
-they are asked for: errors need neither.)
+Names of folders, models, data sets, algorithms, whatever a log holds: any string. What a place
+cannot show stands as Python would write it, ``\\x1b``, ``\\n``, ``\\udcff``, so that two names that
+differ still do. (rich and matplotlib are imported where they are asked for: errors need neither.)
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def for_terminal(text: object, *, lines: bool = False) -> str:
 
 
 def for_rich(text: object, *, lines: bool = False) -> Text:
-    """The same for a rich console: nothing in it is markup, an emoji's name or a number to be coloured."""
+    """The same for a rich console: nothing in it is markup, an emoji's name or a number to be
+    coloured.
+    """
     from rich.text import Text
 
     return Text(for_terminal(text, lines=lines))
@@ -42,14 +45,18 @@ def for_xml(text: object) -> str:
 
 
 def for_html(text: object) -> str:
-    """What a page can hold, with its line ends and tabs. The template escapes ``&``, ``<`` and quotes."""
+    """What a page can hold, with its line ends and tabs. The template escapes ``&``, ``<`` and
+    quotes.
+    """
     return for_terminal(text, lines=True)
 
 
 def for_matplotlib(text: object, longest: int = LONGEST) -> str:
-    """One line of letters that the font has, no mathtext, nothing that a legend leaves out, both ends of what is too long.
+    """One line of letters that the font has, no mathtext, nothing that a legend leaves out, both
+    ends of what is too long.
 
-    Of all functions here the one whose result must not be given to it again: matplotlib takes its escapes away.
+    Of all functions here the one whose result must not be given to it again: matplotlib takes its
+    escapes away.
     """
     from matplotlib import rcParams
 

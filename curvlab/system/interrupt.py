@@ -1,4 +1,6 @@
-"""Ctrl-C and a cluster's signals: they wait until a step is whole, and end a run as `KeyboardInterrupt`."""
+"""Ctrl-C and a cluster's signals: they wait until a step is whole, and end a run as
+`KeyboardInterrupt`.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,14 @@ from typing import Any
 from curvlab import starting
 
 SIGNALS = starting.SIGNALS
-"""Ctrl-C; what ends a job, closes a terminal, says that its time runs out (Slurm where it is asked to; limits of CPU time)."""
+"""Ctrl-C; what ends a job, closes a terminal, says that its time runs out (Slurm where it is asked
+to; limits of CPU time).
+"""
 
 SAME = 0.2
-"""Seconds within which further signals are the same request: terminals, make, srun and schedulers send one twice."""
+"""Seconds within which further signals are the same request: terminals, make, srun and schedulers
+send one twice.
+"""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,7 +51,9 @@ def words(error: KeyboardInterrupt) -> str:
 
 
 def behind(error: BaseException, outer: BaseException | None = None) -> KeyboardInterrupt | None:
-    """The signal that broke something off which raised `error` in its place, as writers do; none from before `outer`."""
+    """The signal that broke something off which raised `error` in its place, as writers do; none
+    from before `outer`.
+    """
     found: BaseException | None = error
     while found is not None and found is not outer:
         if isinstance(found, KeyboardInterrupt):
@@ -55,7 +63,9 @@ def behind(error: BaseException, outer: BaseException | None = None) -> Keyboard
 
 
 class Shield:
-    """``with shield:`` lets a signal come when the block is done; a second one comes at once and leaves the block `broken`."""
+    """``with shield:`` lets a signal come when the block is done; a second one comes at once and
+    leaves the block `broken`.
+    """
 
     def __init__(self) -> None:
         self.inside = self.broken = False
@@ -80,7 +90,9 @@ class Shield:
 
 
 class Listener:
-    """The handler of all signals: it raises, `most` times at most, and no more once it is `deaf`."""
+    """The handler of all signals: it raises, `most` times at most, and no more once it is
+    `deaf`.
+    """
 
     def __init__(self) -> None:
         self.shield: Shield | None = None
@@ -106,7 +118,8 @@ class Listener:
             raise exception(number)
 
     def dropped(self, unraisable: sys.UnraisableHookArgs) -> bool:
-        """Python drops what is raised while a weak reference is cleared: send such a signal once more, a moment later.
+        """Python drops what is raised while a weak reference is cleared: send such a signal once
+        more, a moment later.
 
         Whether it was one.
         """
@@ -134,7 +147,8 @@ _DEFAULT: dict[int, Any] = {
 
 @contextmanager
 def listening(most: int | None = None) -> Iterator[Listener]:
-    """Signals raise inside, in the main thread: those that nobody else has a handler for, or has told to be ignored.
+    """Signals raise inside, in the main thread: those that nobody else has a handler for, or has
+    told to be ignored.
 
     Args:
         most: exceptions at most; what comes after them is not heard.

@@ -1,4 +1,6 @@
-"""One run at a time writes to a place: a lock that the system takes back from whatever process has died."""
+"""One run at a time writes to a place: a lock that the system takes back from whatever process has
+died.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from pathlib import Path
 from curvlab.errors import CurvlabError, warn
 
 _held: set[int] = set()
-"""Descriptors of this process's locks. A process that it forks gets copies, which would outlive it."""
+"""Descriptors of this process's locks. A process that it forks gets copies, which would outlive
+it.
+"""
 
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Inside no other run that asks for it writes `path`. The lock is a file beside it, which is gone afterwards.
+    """Inside no other run that asks for it writes `path`. The lock is a file beside it, which is
+    gone afterwards.
 
     Raises:
         CurvlabError: another run writes there; the folder cannot be written.
@@ -54,7 +59,8 @@ def _locked(place: Path, path: Path) -> int:
             if not _taken(held, path):
                 owner = " ".join(os.pread(held, 500, 0).decode(errors="replace").split())
                 raise CurvlabError(
-                    f"another run{owner and f' ({owner})'} writes {path}: wait for it, or choose another folder"
+                    f"another run{owner and f' ({owner})'} writes {path}: wait for it, or choose"
+                    " another folder"
                 )
             ours = _same(place, held)
             if ours:  # else the run before has just removed it
@@ -75,14 +81,17 @@ def _locked(place: Path, path: Path) -> int:
 
 
 def _taken(held: int, path: Path) -> bool:
-    """Whether the lock is ours now. A file system without locks is one line, and no more than that."""
+    """Whether the lock is ours now. A file system without locks is one line, and no more than
+    that.
+    """
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
         warn(
-            f"the file system of {path.parent} knows no locks: see to it that no two runs write {path}"
+            f"the file system of {path.parent} knows no locks: see to it that no two runs write"
+            f" {path}"
         )
     return True
 

@@ -15,10 +15,11 @@ _MADV_HUGEPAGE = 14
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, so that large matrices reuse the same pages; for scripts that make many of them.
+    """Let glibc keep what is freed, so that large matrices reuse the same pages; for scripts that
+    make many of them.
 
-    Fresh pages cost more than most arithmetic on them: a third of a dense 5140² block, 12 % of the default `curvlab compare`.
-    The command line does it; does nothing where there is no glibc.
+    Fresh pages cost more than most arithmetic on them: a third of a dense 5140² block, 12 % of the
+    default `curvlab compare`. The command line does it; does nothing where there is no glibc.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -28,7 +29,8 @@ def keep_freed_memory() -> None:
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
-    """The same tensor; where it is large and fresh, Linux is asked to back it with huge pages, which are cheaper to fill.
+    """The same tensor; where it is large and fresh, Linux is asked to back it with huge pages,
+    which are cheaper to fill.
 
     Only advice: nothing happens where the kernel has none to give, or on other systems and devices.
     """

@@ -1,4 +1,6 @@
-"""Paths that a user gives: whether they can be, be read or be written, said in one line before anything is done."""
+"""Paths that a user gives: whether they can be, be read or be written, said in one line before
+anything is done.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ NAME, WHOLE, DEEP = 255, 4000, 100
 
 
 def given(path: Place, what: str = "path") -> Path:
-    """The path, if a system can have such a one. Raises CurvlabError for NUL characters, names and paths that are too long."""
+    """The path, if a system can have such a one. Raises CurvlabError for NUL characters, names and
+    paths that are too long.
+    """
     if not isinstance(path, str | os.PathLike):
         raise CurvlabError(f"the {what} must be a path, not {type(path).__name__}")
     try:
@@ -42,7 +46,9 @@ def given(path: Place, what: str = "path") -> Path:
 
 
 def expanded(path: Place, what: str) -> Path:
-    """With the home folder for ``~``. Raises CurvlabError where there is no such user, and as `given`."""
+    """With the home folder for ``~``. Raises CurvlabError where there is no such user, and as
+    `given`.
+    """
     try:
         return given(path, what).expanduser()
     except RuntimeError as error:
@@ -55,7 +61,8 @@ def check_file(path: Place, what: str, remedy: str = "") -> Path:
     """Where a file is to be written; of a symbolic link what it leads to. Nothing is touched.
 
     Raises:
-        CurvlabError: no such folder, one that is not to be written to, or something else than a file in the file's place.
+        CurvlabError: no such folder, one that is not to be written to, or something else than a
+            file in the file's place.
     """
     found = given(path, what)
     reason = _in_place(found) or _parent(found.parent)
@@ -67,10 +74,12 @@ def check_file(path: Place, what: str, remedy: str = "") -> Path:
 def check_folder(
     path: Place, files: Iterable[str] = (), what: str = "folder", remedy: str = ""
 ) -> Path:
-    """Where `files` are to be written into a folder that is there or can be made. Nothing of it is left.
+    """Where `files` are to be written into a folder that is there or can be made. Nothing of it is
+    left.
 
     Raises:
-        CurvlabError: a file in the way, a folder that is not to be written to, something else than a file in a file's place.
+        CurvlabError: a file in the way, a folder that is not to be written to, something else than
+            a file in a file's place.
     """
     found = given(path, what)
     missing = absent(found)
@@ -102,7 +111,8 @@ def absent(path: Path) -> list[Path]:
 def made(
     folder: Place | None, make: Callable[[], Path], fallback: Place = "runs"
 ) -> Iterator[Path]:
-    """Around a run into the folder that `make` makes: if the run fails, what was made for it and is empty goes again.
+    """Around a run into the folder that `make` makes: if the run fails, what was made for it and is
+    empty goes again.
 
     Args:
         folder: the one that is asked for; where None, `make` makes one in the folder `fallback`.

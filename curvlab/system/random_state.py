@@ -16,7 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chance:
-    """The states of the global generators: torch's of the CPU, and of a device that is a GPU; Python's; numpy's legacy one."""
+    """The states of the global generators: torch's of the CPU, and of a device that is a GPU;
+    Python's; numpy's legacy one.
+    """
 
     torch: tuple[Tensor, ...]
     python: tuple[Any, ...]
@@ -28,7 +30,9 @@ class Chance:
 
     @classmethod
     def of(cls, state: Mapping[str, Any] | list[Tensor]) -> Chance:
-        """From `state_dict`, or from torch's states alone, as checkpoints once held them: the others as they are now."""
+        """From `state_dict`, or from torch's states alone, as checkpoints once held them: the
+        others as they are now.
+        """
         if isinstance(state, list):
             state = {"torch": state, "python": random.getstate(), "numpy": _numpy_state()}
         version, numbers, normal = state["python"]
@@ -49,7 +53,7 @@ def set_states(found: Chance, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_rng_state(found.torch[1].cpu(), device)
     random.setstate(found.python)
-    np.random.set_state(found.numpy)  # noqa: NPY002
+    np.random.set_state(found.numpy)
 
 
 def drawn_since(before: Chance, device: torch.device) -> bool:
@@ -62,12 +66,13 @@ def drawn_since(before: Chance, device: torch.device) -> bool:
 
 
 def _numpy_state() -> dict[str, Any]:
-    return np.random.get_state(legacy=False)  # noqa: NPY002
+    return np.random.get_state(legacy=False)
 
 
 def _numpy_drawn(before: dict[str, Any]) -> bool:
-    """Reading the state takes 23 µs. It is left out where the words of the Mersenne Twister say all: where of two normal
-    numbers, which are made at once, none was kept for later."""
+    """Reading the state takes 23 µs. It is left out where the words of the Mersenne Twister say
+    all: where of two normal numbers, which are made at once, none was kept for later.
+    """
     now = np.random.mtrand.get_bit_generator()
     if before["bit_generator"] == "MT19937" == type(now).__name__ and not before.get("has_gauss"):
         words = np.asarray(before["state"]["key"], np.uint32).tobytes() + bytes(
@@ -106,4 +111,4 @@ def seed(number: int) -> None:
     """All of them, from one number."""
     torch.manual_seed(number)
     random.seed(number)
-    np.random.seed(number % 2**32)  # noqa: NPY002
+    np.random.seed(number % 2**32)

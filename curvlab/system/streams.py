@@ -1,4 +1,6 @@
-"""Standard output and error that never fail: closed, full, a pipe that ends, or of an encoding that lacks a letter."""
+"""Standard output and error that never fail: closed, full, a pipe that ends, or of an encoding that
+lacks a letter.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +51,15 @@ class Output(io.RawIOBase):
 
 
 def guarded(stream: TextIO | None) -> tuple[TextIO, Output] | None:
-    """A stream to the same place that does not fail; None where there is no descriptor behind it (a test's, a notebook's)."""
+    """A stream to the same place that does not fail; None where there is no descriptor behind it (a
+    test's, a notebook's).
+    """
     if stream is None:
         output = Output(None)
-        return io.TextIOWrapper(
-            io.BufferedWriter(output), encoding="utf-8", errors="replace"
-        ), output
+        return (
+            io.TextIOWrapper(io.BufferedWriter(output), encoding="utf-8", errors="replace"),
+            output,
+        )
     try:
         output = Output(stream.fileno())
     except (OSError, ValueError, AttributeError):

@@ -1,4 +1,5 @@
-"""Checkpoints: one file, whole and sealed, of tensors, numbers, strings, lists and dictionaries; it loads as nothing else.
+"""Checkpoints: one file, whole and sealed, of tensors, numbers, strings, lists and dictionaries; it
+loads as nothing else.
 
 `torch.load(…, weights_only=True)` reads it, so that no file can run code.
 """
@@ -23,11 +24,14 @@ _PLAIN = (Tensor, int, float, str, bool, type(None))
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Rewrite the file. Raises CurvlabError where that cannot be done, or the state holds what would need pickled code."""
+    """Rewrite the file. Raises CurvlabError where that cannot be done, or the state holds what
+    would need pickled code.
+    """
     where = _foreign(state)
     if where is not None:
         raise CurvlabError(
-            f"a checkpoint holds tensors, numbers, strings, lists and dictionaries only, but {where[0]} is of type {where[1]}"
+            "a checkpoint holds tensors, numbers, strings, lists and dictionaries only, but"
+            f" {where[0]} is of type {where[1]}"
         )
     outer = sys.exception()
     try:
@@ -49,7 +53,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def _foreign(value: Any, at: str = "state") -> tuple[str, str] | None:
-    """Where something lies that is not plain, and of what type it is; None where there is no such thing."""
+    """Where something lies that is not plain, and of what type it is; None where there is no such
+    thing.
+    """
     if isinstance(value, dict):
         parts = [(f"{at}[{k!r}]", v) for k, v in value.items()]
     elif isinstance(value, list | tuple):
@@ -76,7 +82,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             state = torch.load(stream, map_location=device, weights_only=True)
         except Exception as error:  # torch, its zip reader and its unpickler raise a dozen kinds
             raise CurvlabError(
-                f"the checkpoint {path} is damaged or no checkpoint of curvlab: restore it or start again"
+                f"the checkpoint {path} is damaged or no checkpoint of curvlab: restore it or start"
+                " again"
             ) from error
     form = state.get("format") if isinstance(state, dict) else None
     if type(form) is not int or not 1 <= form <= FORMAT:

@@ -1,7 +1,9 @@
-"""What a checkpoint must hold, looked at before anything of it is taken: which keys, of which kinds, in which shapes.
+"""What a checkpoint must hold, looked at before anything of it is taken: which keys, of which
+kinds, in which shapes.
 
-The seal says that a file is what was written; this says that what was written is a run's. Statistics are read off their names,
-which all methods share (`curvature.states` has their shapes); operators are tried on a vector.
+The seal says that a file is what was written; this says that what was written is a run's.
+Statistics are read off their names, which all methods share (`curvature.states` has their shapes);
+operators are tried on a vector.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ _TOGETHER = (
 
 
 def check(state: Mapping[str, Any]) -> None:
-    """What can be said without the run. Raises CurvlabError, which says where, for what no run has written."""
+    """What can be said without the run. Raises CurvlabError, which says where, for what no run has
+    written.
+    """
     new = state.get("format", 1) > 1
     parts = (
         "settings",
@@ -131,7 +135,9 @@ def check_named(
     where: str = "settings",
     whole_of: bool = False,
 ) -> None:
-    """Raises CurvlabError where a value is not what the field of its name in one of these dataclasses must be."""
+    """Raises CurvlabError where a value is not what the field of its name in one of these
+    dataclasses must be.
+    """
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for name, value in values.items():
         hint = hints.get(name, Any)
@@ -155,10 +161,12 @@ def check_fit(
     variables: Sequence[str],
     tracks: Mapping[str, Sequence[str]],
 ) -> None:
-    """What the run must have itself. Raises CurvlabError where a state is not one of these; nothing of them is changed.
+    """What the run must have itself. Raises CurvlabError where a state is not one of these; nothing
+    of them is changed.
 
     Args:
-        settings: that must be the same. attributes: of the run's log. variables: that its records have.
+        settings: that must be the same. attributes: of the run's log. variables: that its records
+            have.
         tracks: {axis of the log's own: variables along it}.
     """
     new = state.get("format", 1) > 1
@@ -328,7 +336,9 @@ def _on(F: Tensor, active: Tensor | None, numel: int) -> bool:
 
 
 def _check_statistics(saved: Any, at: str) -> None:
-    """Of a curvature's state, at every depth, by the keys' names. Before the first data a statistic is None."""
+    """Of a curvature's state, at every depth, by the keys' names. Before the first data a statistic
+    is None.
+    """
     if isinstance(saved, Mapping):
         for one, two in _TOGETHER:
             if one in saved and two in saved and (saved[one] is None) != (saved[two] is None):
@@ -371,7 +381,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _check_chance(states: Mapping[str, Any], name: str, device: torch.device) -> None:
-    """Raises CurvlabError for what the random generators do not take, or take for something else."""
+    """Raises CurvlabError for what the random generators do not take, or take for something
+    else.
+    """
     keys(states, ("now", "epoch"), "chance")
     saved = states[name]
     if isinstance(saved, Mapping):

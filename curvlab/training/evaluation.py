@@ -1,6 +1,8 @@
-"""Loss and error of a model on whole data sets: in eval mode, without a graph, in chunks, its state and all chance as before.
+"""Loss and error of a model on whole data sets: in eval mode, without a graph, in chunks, its state
+and all chance as before.
 
-The loss is the objective's, the mean over examples of a per-example sum; an error is a mean over examples too (ERRORS).
+The loss is the objective's, the mean over examples of a per-example sum; an error is a mean over
+examples too (ERRORS).
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ Data = Dataset | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Measure:
-    """An error of each example at outputs z [N, …] and targets y; `name` is what a log calls its mean."""
+    """An error of each example at outputs z [N, …] and targets y; `name` is what a log calls its
+    mean.
+    """
 
     name: str
     units: str
@@ -75,8 +79,9 @@ class Evaluated:
 def measure_of(likelihood: Likelihood, outputs: int) -> Measure | None:
     """The documents' error of a likelihood; None where they have none.
 
-    Classes: the fraction wrong. Autoencoders (Bernoulli, several outputs): mean squared error of sigmoid(output) over pixels
-    (practice). FACES (Gaussian): mean squared error of the outputs. Bernoulli with one output is a choice of two classes.
+    Classes: the fraction wrong. Autoencoders (Bernoulli, several outputs): mean squared error of
+    sigmoid(output) over pixels (practice). FACES (Gaussian): mean squared error of the outputs.
+    Bernoulli with one output is a choice of two classes.
     """
     if isinstance(likelihood, Categorical):
         return WRONG
@@ -87,7 +92,9 @@ def measure_of(likelihood: Likelihood, outputs: int) -> Measure | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode (where no example's loss depends on the others or on chance), then each in its own again."""
+    """All modules in eval mode (where no example's loss depends on the others or on chance), then
+    each in its own again.
+    """
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -104,7 +111,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def in_eval_mode(model: nn.Module) -> list[str]:
-    """Names of the modules in eval mode, without those inside of one that is so with all inside it; "all" where that is all."""
+    """Names of the modules in eval mode, without those inside of one that is so with all inside it;
+    "all" where that is all.
+    """
     found: list[str] = []
     whole: list[str] = []
     for name, module in model.named_modules():
@@ -119,12 +128,16 @@ def in_eval_mode(model: nn.Module) -> list[str]:
 
 
 def ready_to_train(model: nn.Module) -> nn.Module:
-    """The model, put into train mode where nothing in it is: for models that are built for a run."""
+    """The model, put into train mode where nothing in it is: for models that are built for a
+    run.
+    """
     return model if any(module.training for module in model.modules()) else model.train()
 
 
 def depends_on_mode(module: nn.Module) -> bool:
-    """Whether its outputs are others in train mode: dropout, also within recurrent and attention layers; batch norm; RReLU."""
+    """Whether its outputs are others in train mode: dropout, also within recurrent and attention
+    layers; batch norm; RReLU.
+    """
     if isinstance(module, _NormBase):
         return module.track_running_stats
     if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
@@ -133,7 +146,9 @@ def depends_on_mode(module: nn.Module) -> bool:
 
 
 def chunks(data: Data, size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The examples in order, `size` at a time (minibatches: as they come); of a data set the first `most`."""
+    """The examples in order, `size` at a time (minibatches: as they come); of a data set the first
+    `most`.
+    """
     if isinstance(data, tuple):
         data = Dataset("data", data[0], data[1], "")
     if not isinstance(data, Dataset):
@@ -153,7 +168,8 @@ def evaluate(
     size: int = 1000,
     most: int | None = None,
 ) -> tuple[float, float]:
-    """Mean loss and mean error (NaN without one) over the examples, added up in float64; read from the device once.
+    """Mean loss and mean error (NaN without one) over the examples, added up in float64; read from
+    the device once.
 
     Raises:
         CurvlabError: no examples, targets that do not fit the outputs.

@@ -1,4 +1,6 @@
-"""The folder of a training run: claimed, written to, and left without a part of a run that could not begin."""
+"""The folder of a training run: claimed, written to, and left without a part of a run that could
+not begin.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class RunFolder:
         return self.folder is not None and time.monotonic() - self._at > self.checkpoint_seconds
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint. Raises CurvlabError where that cannot be done; the old one is then whole."""
+        """Write a checkpoint. Raises CurvlabError where that cannot be done; the old one is then
+        whole.
+        """
         assert self.folder is not None
         checkpoint.save(self.folder / checkpoint.FILE, state)
         self.kept, self._at = True, time.monotonic()
@@ -64,7 +68,8 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
     """Inside the folder is there, and no other run writes to it.
 
     Raises:
-        CurvlabError: it cannot be written, another run writes there, or it holds one and is not to go on.
+        CurvlabError: it cannot be written, another run writes there, or it holds one and is not to
+            go on.
     """
     if resume and not folder.is_dir():
         checkpoint.load(folder / checkpoint.FILE)  # says that there is none
@@ -85,6 +90,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
             for name in ("run.h5", checkpoint.FILE):
                 if (folder / name).exists():
                     raise CurvlabError(
-                        f"{folder} already holds a {name}: choose another folder, or go on with resume"
+                        f"{folder} already holds a {name}: choose another folder, or go on with"
+                        " resume"
                     )
         yield

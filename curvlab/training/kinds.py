@@ -145,7 +145,9 @@ def wrong(what: str) -> CurvlabError:
 
 
 def alike(own: Any, saved: Any, at: str) -> None:
-    """Raises CurvlabError where a state has other keys, lengths or kinds of values than one's own."""
+    """Raises CurvlabError where a state has other keys, lengths or kinds of values than one's
+    own.
+    """
     if isinstance(own, Mapping):
         must(saved, table_of(lambda value: True, lambda key: True), at)
         keys(saved, own, at)

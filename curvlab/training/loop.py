@@ -1,8 +1,10 @@
-"""The training loop: steps, evaluation, log, checkpoints. All of its state is in a checkpoint, so it goes on bit for bit.
+"""The training loop: steps, evaluation, log, checkpoints. All of its state is in a checkpoint, so
+it goes on bit for bit.
 
-The order of writing is checkpoint, then log, and the checkpoint holds the log's records: whenever the process dies, the log is
-made again from the checkpoint. Loss and error are of the whole training and validation sets at an epoch's end, in eval mode;
-the time of that is apart, as is the time of the warm start, of checkpoints and of the log (thesis 2.8.1).
+The order of writing is checkpoint, then log, and the checkpoint holds the log's records: whenever
+the process dies, the log is made again from the checkpoint. Loss and error are of the whole
+training and validation sets at an epoch's end, in eval mode; the time of that is apart, as is the
+time of the warm start, of checkpoints and of the log (thesis 2.8.1).
 """
 
 from __future__ import annotations
@@ -42,11 +44,13 @@ from curvlab.training.showing import Showing
 
 
 class Training:
-    """One run and its state. `run` trains until the budget is spent; nothing is written where there is no `folder`.
+    """One run and its state. `run` trains until the budget is spent; nothing is written where there
+    is no `folder`.
 
     Args:
         objective: whose parameters are moved.
-        batches: one pass over them is an epoch; a data set's (`Dataset.batches`) are shuffled anew in every epoch.
+        batches: one pass over them is an epoch; a data set's (`Dataset.batches`) are shuffled anew
+            in every epoch.
         evaluated: on what loss and error are evaluated.
         warm: minibatches of the warm start, where the algorithm has one.
         about: attributes of the log. must_match: what else must be the same where the run goes on.
@@ -133,12 +137,13 @@ class Training:
     # ---- the loop
 
     def run(self, bar: Progress, say: Callable[[str], None] = lambda line: None) -> None:
-        """Until the budget is spent or the numbers leave the finite range (`stopped` then says why).
+        """Until the budget is spent or the numbers leave the finite range (`stopped` then says
+        why).
 
         Raises:
             CurvlabError: bad data, or a folder that cannot be written.
-            KeyboardInterrupt: Ctrl-C, or another of `interrupt.SIGNALS` (`Interrupted`), once the running step is whole; the
-                state is saved.
+            KeyboardInterrupt: Ctrl-C, or another of `interrupt.SIGNALS` (`Interrupted`), once the
+                running step is whole; the state is saved.
         """
         self.bar = bar
         self.showing = Showing(bar, say, self.budget, self.per_epoch)
@@ -194,7 +199,9 @@ class Training:
         self.showing.epoch(0, scores, self.at)
 
     def _epoch(self) -> bool:
-        """What is left of an epoch, evaluation and record. False where the budget ended it before its last minibatch."""
+        """What is left of an epoch, evaluation and record. False where the budget ended it before
+        its last minibatch.
+        """
         whole = self._steps()
         number: float = self.at.epoch + 1
         if not whole and self.per_epoch:
@@ -295,7 +302,9 @@ class Training:
         ) or self._spent()
 
     def _spent(self) -> bool:
-        """Whether the steps or the seconds are, or the schedule is at its end; read without waiting for the device."""
+        """Whether the steps or the seconds are, or the schedule is at its end; read without waiting
+        for the device.
+        """
         steps, seconds = self.budget.steps, self.budget.seconds
         spent = (steps is not None and self.at.steps >= steps) or (
             seconds is not None and self._gone >= seconds
@@ -315,8 +324,8 @@ class Training:
         )
         if self._scheduled(0) and not asked:
             warn(
-                f"the run ends with its schedule, which has {end(self.scheduler)} steps, after {self.at.steps} steps of "
-                "training: give a longer schedule to train on"
+                f"the run ends with its schedule, which has {end(self.scheduler)} steps, after"
+                f" {self.at.steps} steps of training: give a longer schedule to train on"
             )
 
     @property
@@ -359,7 +368,8 @@ class Training:
         self.at.evaluation += self.clock() - start
         if not math.isfinite(scores["train_loss"]):
             raise Diverged(
-                f"the training loss is {scores['train_loss']:g}: lower the learning rate or raise the damping"
+                f"the training loss is {scores['train_loss']:g}: lower the learning rate or raise"
+                " the damping"
             )
         if not math.isfinite(scores.get("val_loss", 0.0)):
             self.objective.say(
@@ -368,7 +378,9 @@ class Training:
         return scores if self.error else {k: v for k, v in scores.items() if k.endswith("loss")}
 
     def _glance(self) -> dict[str, float]:
-        """At the end of an epoch that is not evaluated. Raises Diverged where the last minibatch's loss is not finite."""
+        """At the end of an epoch that is not evaluated. Raises Diverged where the last minibatch's
+        loss is not finite.
+        """
         if not self._sound():
             raise Diverged("the loss is not finite: lower the learning rate or raise the damping")
         kinds = ("loss", "error") if self.error else ("loss",)
@@ -379,7 +391,9 @@ class Training:
         }
 
     def _sound(self) -> bool:
-        """Whether every step's numbers were finite, and the last minibatch has a finite loss after the step too."""
+        """Whether every step's numbers were finite, and the last minibatch has a finite loss after
+        the step too.
+        """
         if not bool(self.optimizer.soundness.flag):
             return False
         return self.last is None or math.isfinite(evaluate(self.objective, [self.last])[0])
@@ -406,12 +420,15 @@ class Training:
         """Go on from there.
 
         Raises:
-            CurvlabError: it is of other settings, which are named, or does not hold what a run does; nothing of it is taken.
+            CurvlabError: it is of other settings, which are named, or does not hold what a run
+                does; nothing of it is taken.
         """
         state.restore(self, saved)
 
     def _keep(self, sound: bool = False) -> None:
-        """A checkpoint of the state, if it is good: its loss is known to be finite, or is found to be."""
+        """A checkpoint of the state, if it is good: its loss is known to be finite, or is found to
+        be.
+        """
         if not sound and not self._sound():
             return
         if self.place.folder is not None:
@@ -426,7 +443,10 @@ class Training:
         """The numbers left the finite range: back to the last good state, and the log says why."""
         at, (epoch, step) = self.at, self.good
         where = f"{step} steps into epoch {epoch + 1}" if step else f"epoch {epoch}"
-        self.stopped = f"diverged in epoch {at.epoch + 1} after {at.step} steps: {reason}; the last good state, kept, is {where}"
+        self.stopped = (
+            f"diverged in epoch {at.epoch + 1} after {at.step} steps: {reason}; the last good"
+            f" state, kept, is {where}"
+        )
         kept = (
             self._good_model
             if self.place.folder is None

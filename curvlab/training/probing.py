@@ -1,6 +1,8 @@
-"""Probes along a training run: each every so many steps, on an axis of its own; over an epoch what follows from its samples.
+"""Probes along a training run: each every so many steps, on an axis of its own; over an epoch what
+follows from its samples.
 
-Samples stay on the device until the end of the epoch, or the next checkpoint. What probes cost is timed apart from training.
+Samples stay on the device until the end of the epoch, or the next checkpoint. What probes cost is
+timed apart from training.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ ALWAYS = ("shift",)
 
 
 class Sampler:
-    """Takes the probes that are due. `start` is told of every step before it begins, `after` when it is done.
+    """Takes the probes that are due. `start` is told of every step before it begins, `after` when
+    it is done.
 
     Args:
-        optimizer: is asked for the passes that probes read, and shows its directions before it moves.
+        optimizer: is asked for the passes that probes read, and shows its directions before it
+            moves.
         wanted: {probe: steps between samples, None for the probe's own}.
         clock: seconds.
 

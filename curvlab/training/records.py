@@ -1,4 +1,6 @@
-"""What a training run logs: VARIABLES, and the meter that adds up on the device what every step has to say."""
+"""What a training run logs: VARIABLES, and the meter that adds up on the device what every step has
+to say.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ def open_log(
 
 
 class Meter:
-    """Sums over the steps of an epoch: loss, norms of gradient and step, the same of every block. Told by `Optimizer.watch`.
+    """Sums over the steps of an epoch: loss, norms of gradient and step, the same of every block.
+    Told by `Optimizer.watch`.
 
     They stay on the device, in float64, until `record` reads them.
     """
@@ -98,7 +101,9 @@ class Meter:
 
     @staticmethod
     def names(error: Measure | None, validated: bool) -> list[str]:
-        """The variables of `record`, in a run with such an error, and with validation examples or without."""
+        """The variables of `record`, in a run with such an error, and with validation examples or
+        without.
+        """
         absent = ([] if validated else ["val_loss", "val_error"]) + (
             [] if error else ["train_error", "val_error"]
         )
@@ -112,7 +117,9 @@ class Meter:
         at: Position,
         left_out: int = 0,
     ) -> Record:
-        """Of the epoch that `at` stands in or at the end of; means are NaN before the first step."""
+        """Of the epoch that `at` stands in or at the end of; means are NaN before the first
+        step.
+        """
         n = len(self.blocks)
         means = (
             np.full(3 + 2 * n, np.nan) if self.sums is None else self.sums.cpu().numpy() / at.step

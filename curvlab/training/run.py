@@ -1,4 +1,6 @@
-"""`train`: any model along any algorithm; `prepare` and `run_named`: by the names of the tables, as the command line does."""
+"""`train`: any model along any algorithm; `prepare` and `run_named`: by the names of the tables, as
+the command line does.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,8 @@ from curvlab.training.loop import Training
 from curvlab.training.settings import Budget, Settings, check_same
 
 _IN_EVAL_MODE = (
-    "the whole model is in eval mode and is trained so: dropout drops nothing, and batch norm keeps its statistics; call "
-    "model.train() first if that is not meant"
+    "the whole model is in eval mode and is trained so: dropout drops nothing, and batch norm keeps"
+    " its statistics; call model.train() first if that is not meant"
 )
 
 LEAST = 256
@@ -55,7 +57,9 @@ LEAST = 256
 
 @dataclass(frozen=True)
 class TrainRun:
-    """A training run that has ended. `stopped` says why, where the numbers left the finite range; else it is empty."""
+    """A training run that has ended. `stopped` says why, where the numbers left the finite range;
+    else it is empty.
+    """
 
     log: Log
     folder: Path | None
@@ -81,11 +85,12 @@ class Around:
     """What a training run has beside its settings and its end.
 
     Args:
-        warm: minibatches of the warm start. None takes the first epoch of the minibatches where they are a data set's, and no
-            warm start otherwise; ``()`` is none.
+        warm: minibatches of the warm start. None takes the first epoch of the minibatches where
+            they are a data set's, and no warm start otherwise; ``()`` is none.
         error: the error of an example; None takes the likelihood's (`evaluation.measure_of`).
         checkpoint_seconds: between checkpoints within an epoch; there is one after every epoch.
-        probes: of `PROBES`, each as "name" or "name:every", every so many steps, from the first on; or as they were `asked`.
+        probes: of `PROBES`, each as "name" or "name:every", every so many steps, from the first on;
+            or as they were `asked`.
     """
 
     warm: Iterable[Batch] | None = None
@@ -124,22 +129,26 @@ def train(
     """Train your model along one algorithm, and log loss, error, times and norms by epoch.
 
     Args:
-        objective: your model and likelihood; its parameters are moved. While it steps every module is in the mode that you set
-            (`model.train()`; `eval()` for a frozen norm), while it is evaluated all are in eval mode.
-        batches: minibatches (x, y) that can be gone through again: a data set's (`Dataset.batches`, shuffled anew in every
-            epoch), a list, a DataLoader. One pass is an epoch.
+        objective: your model and likelihood; its parameters are moved. While it steps every module
+            is in the mode that you set (`model.train()`; `eval()` for a frozen norm), while it is
+            evaluated all are in eval mode.
+        batches: minibatches (x, y) that can be gone through again: a data set's (`Dataset.batches`,
+            shuffled anew in every epoch), a list, a DataLoader. One pass is an epoch.
         validation: a data set, a pair (x, y) or minibatches of it.
         algorithm: of `ALGORITHMS`. lr, damping: its document's where None.
-        epochs, steps: the run ends with whichever comes first, or with `seconds`; None: the epochs of `batches`, or one.
-        folder: gets run.h5 and checkpoint.pt; None keeps the log in memory, without checkpoints.
-        resume: go on from the folder's checkpoint, bit for bit; with the same arguments, but for a longer run.
-        progress: show a progress bar; None shows one where standard error is a terminal.
-        options: the other fields of `Settings` (momentum, schedule, update_every, …) and of `Around` (warm, error, probes, …),
-            `seconds` of training after which the run ends, and options of the algorithm's own. `help` shows them all.
+        epochs, steps: the run ends with whichever comes first, or with `seconds`; None: the epochs
+        of `batches`, or one. folder: gets run.h5 and checkpoint.pt; None keeps the log in memory,
+        without checkpoints. resume: go on from the folder's checkpoint, bit for bit; with the same
+        arguments, but for a longer run. progress: show a progress bar; None shows one where
+        standard error is a terminal. options: the other fields of `Settings` (momentum, schedule,
+        update_every, …) and of `Around` (warm, error, probes, …),
+            `seconds` of training after which the run ends, and options of the algorithm's own.
+            `help` shows them all.
 
     Raises:
-        CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of other settings. A loss that is
-            not finite is no error: the run ends with a warning, `stopped` says why, and the last good weights are put back.
+        CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of
+            other settings. A loss that is not finite is no error: the run ends with a warning,
+            `stopped` says why, and the last good weights are put back.
     """
     chosen, beside, own = _sorted(options)
     settings = Settings(algorithm=algorithm, lr=lr, damping=damping, own=own, **chosen)
@@ -215,7 +224,8 @@ def _training(
     """What is left open is filled in. Nothing is written."""
     if isinstance(batches, Iterator):
         raise CurvlabError(
-            "the minibatches can be gone through only once: give a list, a DataLoader or Dataset.batches(…)"
+            "the minibatches can be gone through only once: give a list, a DataLoader or"
+            " Dataset.batches(…)"
         )
     real(
         "the seconds between checkpoints",
@@ -291,7 +301,8 @@ class NamedTraining:
 
 
 def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a run that goes on: those of its checkpoint, with the ones that were `given` in their place.
+    """Arguments of a run that goes on: those of its checkpoint, with the ones that were `given` in
+    their place.
 
     Raises:
         CurvlabError: a checkpoint that does not hold what a run by name keeps.
@@ -306,11 +317,12 @@ def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 def prepare(
     named: NamedTraining, call: Mapping[str, Any], state: dict[str, Any] | None = None
 ) -> Training:
-    """Checked, built and loaded, and set to the state of a checkpoint; nothing is written, and nothing will be
-    before `Training.into`.
+    """Checked, built and loaded, and set to the state of a checkpoint; nothing is written, and
+    nothing will be before `Training.into`.
 
     Raises:
-        CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of other settings.
+        CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of
+            other settings.
     """
     problem = named.problem
     _ = problem.entry  # first: a module of the user's may enter algorithms and probes
@@ -349,7 +361,9 @@ def prepare(
 
 
 def run_named(training: Training, console: Console) -> TrainRun:
-    """Run what was prepared, the global generators seeded for it (dropout). A line an epoch goes to the console."""
+    """Run what was prepared, the global generators seeded for it (dropout). A line an epoch goes to
+    the console.
+    """
 
     def say(line: str) -> None:
         console.print(for_rich(line))

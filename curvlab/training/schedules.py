@@ -1,4 +1,5 @@
-"""SCHEDULES: learning rate against the epoch. Each is a torch scheduler; any other of torch's goes by its own name.
+"""SCHEDULES: learning rate against the epoch. Each is a torch scheduler; any other of torch's goes
+by its own name.
 
 The optimizer is a `torch.optim.Optimizer`, so in scripts whatever takes one will do.
 """
@@ -26,7 +27,9 @@ Make = Callable[[Optimizer], LRScheduler]
 
 @dataclass(frozen=True)
 class Schedule:
-    """`make(optimizer, **options)`; `spans`: it is laid out over the epochs of the run, which are its argument `epochs`."""
+    """`make(optimizer, **options)`; `spans`: it is laid out over the epochs of the run, which are
+    its argument `epochs`.
+    """
 
     summary: str
     source: str
@@ -159,7 +162,8 @@ TRIAL = 1000
 def maker(
     name: str, epochs: int | None, options: Mapping[str, Any], turns: int | None = None
 ) -> Make:
-    """Optimizer → scheduler. The one place where a schedule is made of its options: they are checked, and it is tried out.
+    """Optimizer → scheduler. The one place where a schedule is made of its options: they are
+    checked, and it is tried out.
 
     Args:
         name: of `find`.
@@ -168,8 +172,9 @@ def maker(
         turns: how often the run steps the scheduler; None where that is open.
 
     Raises:
-        CurvlabError: unknown name or option, a value that does not fit, a schedule over all epochs where their number is open,
-            one that ends before the run does, or that leads to a rate or a momentum that is none.
+        CurvlabError: unknown name or option, a value that does not fit, a schedule over all epochs
+            where their number is open, one that ends before the run does, or that leads to a rate
+            or a momentum that is none.
     """
     schedule = find(name)
     for option in options:
@@ -178,15 +183,16 @@ def maker(
     needed = [option for option in _OBJECTS if option in schedule.required or option in options]
     if needed:
         raise CurvlabError(
-            f"schedule '{name}' is made with objects ({needed[0]}), which have no name: give a function optimizer → scheduler "
-            "as `schedule` of curvlab.train"
+            f"schedule '{name}' is made with objects ({needed[0]}), which have no name: give a"
+            " function optimizer → scheduler as `schedule` of curvlab.train"
         )
     if schedule.spans and epochs is None:
         raise CurvlabError(f"schedule '{name}' is laid out over all epochs: say how many (epochs)")
     missing = [option for option in schedule.required if option not in options]
     if missing:
         raise CurvlabError(
-            f"schedule '{name}': {', '.join(missing)} must be given: it has {', '.join(schedule.options)}"
+            f"schedule '{name}': {', '.join(missing)} must be given: it has"
+            f" {', '.join(schedule.options)}"
         )
     given = {option: _fitted(schedule, name, option, value) for option, value in options.items()}
     given |= {"epochs": epochs} if schedule.spans else {}
@@ -242,13 +248,16 @@ def _hint(make: Any, parameter: inspect.Parameter) -> Any:
 
 
 def _try(make: Make, name: str, turns: int | None) -> None:
-    """Steps it on an optimizer that has what ours have. Raises CurvlabError where a rate or momentum leaves its range."""
+    """Steps it on an optimizer that has what ours have. Raises CurvlabError where a rate or
+    momentum leaves its range.
+    """
     trial = _Still([torch.nn.Parameter(torch.zeros(1))], dict.fromkeys(OPTIONS, 0.5))
     scheduler = make(trial)
     last = end(scheduler)
     if last is not None and turns is not None and turns > last:
         raise CurvlabError(
-            f"it ends after {last} steps, and the run takes {turns}: give a longer schedule or a shorter run"
+            f"it ends after {last} steps, and the run takes {turns}: give a longer schedule or a"
+            " shorter run"
         )
     trial.step()
     with warnings.catch_warnings():
@@ -261,5 +270,6 @@ def _try(make: Make, name: str, turns: int | None) -> None:
             lr, momentum = (float(trial.param_groups[0][key]) for key in ("lr", "momentum"))
             if not (0 <= lr < math.inf and 0 <= momentum < 1):
                 raise CurvlabError(
-                    f"it leads to the learning rate {lr:g} at the momentum {momentum:g}: choose other options"
+                    f"it leads to the learning rate {lr:g} at the momentum {momentum:g}: choose"
+                    " other options"
                 )

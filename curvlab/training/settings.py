@@ -25,16 +25,19 @@ def check_same(kept: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     if differing:
         said = ", ".join(f"{k} {kept.get(k)}, not {mine.get(k)}" for k in differing)
         raise CurvlabError(
-            f"the checkpoint is of other settings ({said}): give the same, or start again in another folder"
+            f"the checkpoint is of other settings ({said}): give the same, or start again in"
+            " another folder"
         )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights; where it is None, the algorithm's document does. A run goes on with the same settings only.
+    """What decides the weights; where it is None, the algorithm's document does. A run goes on with
+    the same settings only.
 
-    `own` are the method's own options (`ALGORITHMS[name].options`); `schedule` a name (`schedules.find`) with its options, or a
-    function optimizer → torch scheduler, stepped after every epoch or step. `double_grad`: see `optim.Descent`.
+    `own` are the method's own options (`ALGORITHMS[name].options`); `schedule` a name
+    (`schedules.find`) with its options, or a function optimizer → torch scheduler, stepped after
+    every epoch or step. `double_grad`: see `optim.Descent`.
     """
 
     algorithm: str = "adam"
@@ -56,7 +59,9 @@ class Settings:
     double_grad: bool = False
 
     def check(self) -> None:
-        """Raises CurvlabError for an unknown name or a value out of range, before anything is built."""
+        """Raises CurvlabError for an unknown name or a value out of range, before anything is
+        built.
+        """
         lookup(ALGORITHMS, self.algorithm, "algorithm").checked(self.own, self.algorithm)
         check_labels(self.labels)
         fitting("double_grad", self.double_grad, bool)
@@ -90,7 +95,9 @@ class Settings:
     def scheduler(
         self, stepper: Optimizer, budget: Budget, per_epoch: int | None = None
     ) -> LRScheduler:
-        """Raises CurvlabError for a schedule that does not fit, or that ends before the run of so many minibatches an epoch."""
+        """Raises CurvlabError for a schedule that does not fit, or that ends before the run of so
+        many minibatches an epoch.
+        """
         if isinstance(self.schedule, str):
             turns = (
                 budget.most_steps(per_epoch)
@@ -106,16 +113,20 @@ class Settings:
             callable(getattr(made, "step", None)) and callable(getattr(made, "state_dict", None))
         ):
             raise CurvlabError(
-                f"the schedule's function must return a scheduler of the optimizer, not {type(made).__name__}"
+                "the schedule's function must return a scheduler of the optimizer, not"
+                f" {type(made).__name__}"
             )
         if self.schedule_every == "step" and isinstance(made, ReduceLROnPlateau):
             raise CurvlabError(
-                "ReduceLROnPlateau reads the loss, which is evaluated once an epoch: use schedule_every='epoch'"
+                "ReduceLROnPlateau reads the loss, which is evaluated once an epoch: use"
+                " schedule_every='epoch'"
             )
         return made
 
     def spans(self) -> bool:
-        """Whether the number of epochs decides the learning rates, so that it cannot change later."""
+        """Whether the number of epochs decides the learning rates, so that it cannot change
+        later.
+        """
         return isinstance(self.schedule, str) and schedules.find(self.schedule).spans
 
     def plain(self) -> dict[str, Any]:
@@ -146,14 +157,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: whichever comes first. `seconds` are of training, without evaluation and warm start."""
+    """When a run ends: whichever comes first. `seconds` are of training, without evaluation and
+    warm start.
+    """
 
     epochs: int | None = None
     steps: int | None = None
     seconds: float | None = None
 
     def check(self) -> None:
-        """Raises CurvlabError for a number that is out of range, or where there is no end at all."""
+        """Raises CurvlabError for a number that is out of range, or where there is no end at
+        all.
+        """
         for name in ("epochs", "steps"):
             value = getattr(self, name)
             if value is not None:
@@ -182,7 +197,9 @@ class Budget:
 
 @dataclass
 class Position:
-    """How far a run is: `epoch` epochs are finished, and `step` steps of the next one; `steps` in all. Times in seconds."""
+    """How far a run is: `epoch` epochs are finished, and `step` steps of the next one; `steps` in
+    all. Times in seconds.
+    """
 
     started: bool = False
     epoch: int = 0

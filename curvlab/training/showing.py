@@ -32,7 +32,9 @@ class Showing:
         self.bar.update(self.task, completed=self._done(at, gone))
 
     def step(self, at: Position, gone: Callable[[], float], loss: Tensor) -> None:
-        """A few times a second, and only where there is someone to see: reading the loss waits for the device."""
+        """A few times a second, and only where there is someone to see: reading the loss waits for
+        the device.
+        """
         if not self.bar.disable and time.monotonic() - self._shown > 0.25:
             self._shown = time.monotonic()
             note = f"epoch {at.epoch + 1}, loss {float(loss):.4g}"
@@ -44,7 +46,9 @@ class Showing:
         self._say(f"epoch {number:g}: {parts}, {at.steps} steps in {at.wall:.4g} s")
 
     def _done(self, at: Position, gone: float) -> float:
-        """Of the total: steps, or seconds where those are limited (the steps too, whichever are further)."""
+        """Of the total: steps, or seconds where those are limited (the steps too, whichever are
+        further).
+        """
         if self.budget.seconds is None:
             return at.steps
         steps = self.budget.most_steps(self.per_epoch)

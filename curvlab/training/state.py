@@ -41,7 +41,8 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
     """Bring a run to a state.
 
     Raises:
-        CurvlabError: it is of other settings, which are named, or does not hold what a run does; nothing of it is taken.
+        CurvlabError: it is of other settings, which are named, or does not hold what a run does;
+            nothing of it is taken.
     """
     contents.check(saved)
     check_same(saved["settings"], run.must_match)
@@ -87,8 +88,8 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
     threads = run.log.attributes.get("threads")
     if threads != attributes.get("threads"):
         warnings.warn(
-            f"the run was begun by {threads} threads and goes on by {attributes.get('threads')}: sums may differ in their "
-            "last bits from what it would have been",
+            f"the run was begun by {threads} threads and goes on by {attributes.get('threads')}:"
+            " sums may differ in their last bits from what it would have been",
             CurvlabWarning,
             stacklevel=2,
         )

@@ -16,7 +16,9 @@ from sphinx.config import Config
 from sphinx.util.docutils import SphinxDirective
 
 NOTEBOOKS = "tutorials"
-"""Folder of `docs/` that gets copies of the notebooks of `analyses/`, where they are kept and tested."""
+"""Folder of `docs/` that gets copies of the notebooks of `analyses/`, where they are kept and
+tested.
+"""
 
 
 class TableOf(SphinxDirective):
@@ -76,7 +78,9 @@ def copy_notebooks(app: Sphinx, config: Config) -> None:
 def plain(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Docstrings are plain text with code in backticks and **strong** words: other marks of reStructuredText are letters."""
+    """Docstrings are plain text with code in backticks and **strong** words: other marks of
+    reStructuredText are letters.
+    """
     lines[:] = escaped("\n".join(lines)).split("\n")
 
     if what in ("attribute", "data", "property"):
@@ -86,7 +90,9 @@ def plain(
 def restored(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Napoleon reads what stands before a colon as the type of an attribute; here it is a sentence, or {key: value}."""
+    """Napoleon reads what stands before a colon as the type of an attribute; here it is a sentence,
+    or {key: value}.
+    """
     if name in _as_written:
         lines[:] = [*_as_written.pop(name), ""]
 

@@ -1,4 +1,6 @@
-"""The tables of the documentation, made of the tables in the code. Nothing here is written by hand but the headings."""
+"""The tables of the documentation, made of the tables in the code. Nothing here is written by hand
+but the headings.
+"""
 
 from __future__ import annotations
 
@@ -203,9 +205,11 @@ def sentence(docstring: str | None) -> str:
 
 def _classes(table: Iterable[object]) -> list[list[Cell]]:
     found = [
-        t
-        if isinstance(t, str)
-        else f"{getattr(t, '__module__', None) or 'torch'}.{getattr(t, '__name__', t)}"
+        (
+            t
+            if isinstance(t, str)
+            else f"{getattr(t, '__module__', None) or 'torch'}.{getattr(t, '__name__', t)}"
+        )
         for t in table
     ]
     return [
