@@ -50,7 +50,7 @@ LARGEST_BLOCK = 600  # entries of a block whose dense matrix is compared
 LARGEST_HESSIAN = 200
 OPTIMIZERS = ("sgd-m", "kfac", "adam")
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # the models
 
 
@@ -175,28 +175,75 @@ def logits(out: Any) -> Tensor:
 
 
 TEXT = {
-    "vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
+    "vocab_size": 12,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
     "max_position_embeddings": 8,
-}  # fmt: skip
+}
 ATTENTION = {"num_key_value_heads": 1, "head_dim": 4}
-EXPERTS = {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 5,
-           "shared_expert_intermediate_size": 5, "experts_implementation": "eager"}  # fmt: skip
-IMAGE = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "image_size": 8,
-         "patch_size": 4, "num_labels": 3}  # fmt: skip
+EXPERTS = {
+    "num_experts": 3,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 5,
+    "shared_expert_intermediate_size": 5,
+    "experts_implementation": "eager",
+}
+IMAGE = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 3,
+}
 STAGES = {"depths": [1, 1], "num_labels": 3}
 SPEECH = {
-    "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
-    "conv_dim": [6, 6], "conv_stride": [4, 2], "conv_kernel": [5, 3], "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 6, "num_labels": 3,
-    "mask_time_prob": 0.0, "mask_feature_prob": 0.0,
-}  # fmt: skip
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "conv_dim": [6, 6],
+    "conv_stride": [4, 2],
+    "conv_kernel": [5, 3],
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "classifier_proj_size": 6,
+    "num_labels": 3,
+    "mask_time_prob": 0.0,
+    "mask_feature_prob": 0.0,
+}
 SEQUENCES = {
-    "vocab_size": 12, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "max_position_embeddings": 8,
-    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None,
-}  # fmt: skip
-T5 = {"vocab_size": 12, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2,
-      "relative_attention_num_buckets": 4, "relative_attention_max_distance": 8}  # fmt: skip
+    "vocab_size": 12,
+    "d_model": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 12,
+    "decoder_ffn_dim": 12,
+    "max_position_embeddings": 8,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+T5 = {
+    "vocab_size": 12,
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 12,
+    "num_layers": 1,
+    "num_heads": 2,
+    "relative_attention_num_buckets": 4,
+    "relative_attention_max_distance": 8,
+}
 
 
 def causal(
@@ -254,11 +301,16 @@ def translated(
 
 
 def image(
-    config: str, n: int = 3, size: int = 8, auto: str = "AutoModelForImageClassification", likelihood: str = "categorical",
-    train: bool = False, **settings: Any,
-) -> Build:  # fmt: skip
+    config: str,
+    n: int = 3,
+    size: int = 8,
+    auto: str = "AutoModelForImageClassification",
+    likelihood: str = "categorical",
+    train: bool = False,
+    **settings: Any,
+) -> Build:
     net = made(auto, config, settings)
-    pixels = lambda: torch.randn(n, 3, size, size).double()
+    pixels = lambda: torch.randn(n, 3, size, size).double()  # noqa: E731
     return case(net, lambda net, x: logits(net(pixel_values=x)), pixels, likelihood, train)
 
 
@@ -285,7 +337,9 @@ ARCHITECTURES: dict[str, Build] = {
     # decoders, tied heads first
     "GPT-2": causal("GPT2", n=4, t=4),
     "GPT-2, all places": causal("GPT2", n=3, t=5, pick=places, num_hidden_layers=2),
-    "GPT-Neo": causal("GPTNeo", attention_types=[[["global"], 1]], num_layers=1, window_size=4, embed_dropout=0.0),
+    "GPT-Neo": causal(
+        "GPTNeo", attention_types=[[["global"], 1]], num_layers=1, window_size=4, embed_dropout=0.0
+    ),
     "OPT": causal("OPT", ffn_dim=12, word_embed_proj_dim=8),
     "BLOOM": causal("Bloom", n=4, t=4),
     "Falcon": causal("Falcon"),
@@ -293,7 +347,9 @@ ARCHITECTURES: dict[str, Build] = {
     "Gemma 2": causal("Gemma2", n=4, t=4, query_pre_attn_scalar=4, **ATTENTION),
     "Cohere": causal("Cohere", n=4, t=3),
     "Gemma 3": causal("Gemma3Text", query_pre_attn_scalar=4, sliding_window=2, **ATTENTION),
-    "MPT": causal("Mpt", n=4, t=4, d_model=8, n_heads=2, n_layers=1, expansion_ratio=2, max_seq_len=8),
+    "MPT": causal(
+        "Mpt", n=4, t=4, d_model=8, n_heads=2, n_layers=1, expansion_ratio=2, max_seq_len=8
+    ),
     "GPT-2, untied": causal("GPT2", n=4, t=4, tie_word_embeddings=False),
     "GPT-NeoX": causal("GPTNeoX"),
     "GPT-J": causal("GPTJ", rotary_dim=2),
@@ -306,9 +362,13 @@ ARCHITECTURES: dict[str, Build] = {
     "Qwen 3": causal("Qwen3", pick=places, **ATTENTION),
     "Nemotron": causal("Nemotron", n=4, t=4, num_key_value_heads=1),
     "XLNet": case(
-        made("XLNetLMHeadModel", "XLNet",
-             {"vocab_size": 12, "d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 12, "d_head": 4}),
-        lambda net, x: last(net(input_ids=x)), tokens(3, 4),
+        made(
+            "XLNetLMHeadModel",
+            "XLNet",
+            {"vocab_size": 12, "d_model": 8, "n_layer": 1, "n_head": 2, "d_inner": 12, "d_head": 4},
+        ),
+        lambda net, x: last(net(input_ids=x)),
+        tokens(3, 4),
     ),
     # mixtures of experts
     "Mixtral": causal("Mixtral", **ATTENTION, **EXPERTS),
@@ -317,44 +377,108 @@ ARCHITECTURES: dict[str, Build] = {
     "Qwen 3 MoE": causal("Qwen3Moe", n=4, t=3, **ATTENTION, **EXPERTS),
     "GPT-OSS": causal("GptOss", layer_types=["full_attention"], **ATTENTION, **EXPERTS),
     "DeepSeek-V2": causal(
-        "DeepseekV2", kv_lora_rank=4, q_lora_rank=4, qk_rope_head_dim=2, qk_nope_head_dim=2, v_head_dim=4, n_routed_experts=3,
-        num_experts_per_tok=2, moe_intermediate_size=4, n_shared_experts=1, topk_method="greedy", n_group=1, topk_group=1,
-        num_key_value_heads=2, experts_implementation="eager", first_k_dense_replace=0,
+        "DeepseekV2",
+        kv_lora_rank=4,
+        q_lora_rank=4,
+        qk_rope_head_dim=2,
+        qk_nope_head_dim=2,
+        v_head_dim=4,
+        n_routed_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=4,
+        n_shared_experts=1,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        num_key_value_heads=2,
+        experts_implementation="eager",
+        first_k_dense_replace=0,
     ),
     # state spaces
     "Mamba": causal("Mamba", n=4, t=4, state_size=3, time_step_rank=2, conv_kernel=2),
-    "Mamba 2": causal("Mamba2", num_heads=4, head_dim=4, state_size=3, n_groups=1, chunk_size=4, conv_kernel=2),
-    "RecurrentGemma": causal("RecurrentGemma", num_key_value_heads=1, lru_width=8, block_types=["recurrent", "attention"],
-                             num_hidden_layers=2, attention_window_size=4, conv1d_width=2),
-    "Jamba": causal("Jamba", **ATTENTION, **EXPERTS, num_hidden_layers=2, mamba_d_state=3, mamba_expand=1, mamba_d_conv=2,
-                    mamba_dt_rank=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
-                    use_mamba_kernels=False),
+    "Mamba 2": causal(
+        "Mamba2", num_heads=4, head_dim=4, state_size=3, n_groups=1, chunk_size=4, conv_kernel=2
+    ),
+    "RecurrentGemma": causal(
+        "RecurrentGemma",
+        num_key_value_heads=1,
+        lru_width=8,
+        block_types=["recurrent", "attention"],
+        num_hidden_layers=2,
+        attention_window_size=4,
+        conv1d_width=2,
+    ),
+    "Jamba": causal(
+        "Jamba",
+        **ATTENTION,
+        **EXPERTS,
+        num_hidden_layers=2,
+        mamba_d_state=3,
+        mamba_expand=1,
+        mamba_d_conv=2,
+        mamba_dt_rank=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        use_mamba_kernels=False,
+    ),
     # encoders
     "BERT": masked("Bert", n=4, t=4),
-    "BERT, train mode": masked("Bert", pick=last, train=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "BERT, train mode": masked(
+        "Bert", pick=last, train=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ),
     "BERT, untied": masked("Bert", n=4, t=4, pick=last, tie_word_embeddings=False),
     "RoBERTa": masked("Roberta", max_position_embeddings=10, pad_token_id=1),
     "DistilBERT": masked("DistilBert", pick=last, dim=8, n_layers=1, n_heads=2, hidden_dim=12),
     "ALBERT": masked("Albert", n=4, t=4, num_hidden_layers=2),
     "ELECTRA": masked("Electra"),
-    "DeBERTa-v2": masked("DebertaV2", relative_attention=True, pos_att_type=["p2c", "c2p"], max_relative_positions=4,
-                         position_buckets=-1, pooler_hidden_size=8),
-    "SqueezeBERT": masked("SqueezeBert", q_groups=2, k_groups=2, v_groups=2, intermediate_groups=2, output_groups=2),
-    "ModernBERT": masked("ModernBert", global_attn_every_n_layers=1, bos_token_id=1, eos_token_id=2, cls_token_id=1,
-                         sep_token_id=2),
+    "DeBERTa-v2": masked(
+        "DebertaV2",
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        max_relative_positions=4,
+        position_buckets=-1,
+        pooler_hidden_size=8,
+    ),
+    "SqueezeBERT": masked(
+        "SqueezeBert", q_groups=2, k_groups=2, v_groups=2, intermediate_groups=2, output_groups=2
+    ),
+    "ModernBERT": masked(
+        "ModernBert",
+        global_attn_every_n_layers=1,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    ),
     "ConvBERT": masked("ConvBert", head_ratio=1, conv_kernel_size=3),
     "RoFormer": masked("RoFormer"),
     "RemBERT": masked("RemBert", n=4, t=4, input_embedding_size=6, output_embedding_size=6),
     "XLM": masked("XLM", emb_dim=8, n_layers=1, n_heads=2),
-    "MobileBERT": masked("MobileBert", intra_bottleneck_size=4, true_hidden_size=4, num_feedforward_networks=1),
+    "MobileBERT": masked(
+        "MobileBert", intra_bottleneck_size=4, true_hidden_size=4, num_feedforward_networks=1
+    ),
     "FNet": masked("FNet", pick=last, tpu_short_seq_length=4),
     "CLIP, text": case(
-        made("CLIPTextModelWithProjection", "CLIPText", {**TEXT, "projection_dim": 4, "eos_token_id": 2, "bos_token_id": 1}),
-        lambda net, x: net(x).text_embeds, tokens(4, 4, first=3), "gaussian",
+        made(
+            "CLIPTextModelWithProjection",
+            "CLIPText",
+            {**TEXT, "projection_dim": 4, "eos_token_id": 2, "bos_token_id": 1},
+        ),
+        lambda net, x: net(x).text_embeds,
+        tokens(4, 4, first=3),
+        "gaussian",
     ),
     "SigLIP, text": case(
-        made("SiglipTextModel", "SiglipText", {**TEXT, "max_position_embeddings": 4, "projection_size": 4}),
-        lambda net, x: net(x).pooler_output, tokens(4, 4), "gaussian",
+        made(
+            "SiglipTextModel",
+            "SiglipText",
+            {**TEXT, "max_position_embeddings": 4, "projection_size": 4},
+        ),
+        lambda net, x: net(x).pooler_output,
+        tokens(4, 4),
+        "gaussian",
     ),
     # sequence to sequence
     "T5": translated("T5", n=4, t=4, **T5),
@@ -369,50 +493,140 @@ ARCHITECTURES: dict[str, Build] = {
     "DeiT": image("DeiT", auto="DeiTForImageClassification", **IMAGE),
     "BEiT": image("Beit", likelihood="bernoulli", **IMAGE),
     "DINOv2": image("Dinov2", **{**IMAGE, "num_labels": 2}),
-    "Swin": image("Swin", image_size=8, patch_size=2, embed_dim=4, num_heads=[1, 2], window_size=2, mlp_ratio=2.0, **STAGES),
-    "ConvNeXt": image("ConvNext", size=16, num_stages=2, hidden_sizes=[4, 6], patch_size=2, **STAGES),
-    "ConvNeXt V2": image("ConvNextV2", size=16, num_stages=2, hidden_sizes=[4, 6], patch_size=2, **STAGES),
-    "FocalNet": image("FocalNet", image_size=8, patch_size=2, embed_dim=4, focal_levels=[1, 1], focal_windows=[3, 3],
-                      mlp_ratio=2.0, **STAGES),
-    "ResNet": image("ResNet", size=16, likelihood="gaussian", embedding_size=4, hidden_sizes=[4, 6], layer_type="basic",
-                    **STAGES),
-    "RegNet": image("RegNet", size=16, embedding_size=4, hidden_sizes=[4, 8], groups_width=4, **STAGES),
+    "Swin": image(
+        "Swin",
+        image_size=8,
+        patch_size=2,
+        embed_dim=4,
+        num_heads=[1, 2],
+        window_size=2,
+        mlp_ratio=2.0,
+        **STAGES,
+    ),
+    "ConvNeXt": image(
+        "ConvNext", size=16, num_stages=2, hidden_sizes=[4, 6], patch_size=2, **STAGES
+    ),
+    "ConvNeXt V2": image(
+        "ConvNextV2", size=16, num_stages=2, hidden_sizes=[4, 6], patch_size=2, **STAGES
+    ),
+    "FocalNet": image(
+        "FocalNet",
+        image_size=8,
+        patch_size=2,
+        embed_dim=4,
+        focal_levels=[1, 1],
+        focal_windows=[3, 3],
+        mlp_ratio=2.0,
+        **STAGES,
+    ),
+    "ResNet": image(
+        "ResNet",
+        size=16,
+        likelihood="gaussian",
+        embedding_size=4,
+        hidden_sizes=[4, 6],
+        layer_type="basic",
+        **STAGES,
+    ),
+    "RegNet": image(
+        "RegNet", size=16, embedding_size=4, hidden_sizes=[4, 8], groups_width=4, **STAGES
+    ),
     "MobileNet V1": image("MobileNetV1", size=32, depth_multiplier=0.01, min_depth=4, num_labels=3),
-    "PoolFormer": image("PoolFormer", hidden_sizes=[4, 6], num_encoder_blocks=2, patch_sizes=[3, 3], strides=[2, 2],
-                        padding=[1, 1], **STAGES),
-    "PVT v2": image("PvtV2", size=16, image_size=16, num_encoder_blocks=2, sr_ratios=[2, 1], hidden_sizes=[4, 8],
-                    patch_sizes=[3, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], **STAGES),
-    "SegFormer": image("Segformer", n=2, auto="SegformerForSemanticSegmentation", num_encoder_blocks=2, sr_ratios=[2, 1],
-                       hidden_sizes=[4, 8], patch_sizes=[3, 3], strides=[2, 2], num_attention_heads=[1, 2],
-                       mlp_ratios=[2, 2], decoder_hidden_size=6, **STAGES),
+    "PoolFormer": image(
+        "PoolFormer",
+        hidden_sizes=[4, 6],
+        num_encoder_blocks=2,
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        padding=[1, 1],
+        **STAGES,
+    ),
+    "PVT v2": image(
+        "PvtV2",
+        size=16,
+        image_size=16,
+        num_encoder_blocks=2,
+        sr_ratios=[2, 1],
+        hidden_sizes=[4, 8],
+        patch_sizes=[3, 3],
+        strides=[4, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        **STAGES,
+    ),
+    "SegFormer": image(
+        "Segformer",
+        n=2,
+        auto="SegformerForSemanticSegmentation",
+        num_encoder_blocks=2,
+        sr_ratios=[2, 1],
+        hidden_sizes=[4, 8],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=6,
+        **STAGES,
+    ),
     # time series, sound
     "PatchTST": case(
-        made("PatchTSTForPrediction", "PatchTST",
-             {"num_input_channels": 2, "context_length": 8, "patch_length": 4, "patch_stride": 4, "num_hidden_layers": 1,
-              "d_model": 8, "num_attention_heads": 2, "ffn_dim": 12, "prediction_length": 2, "scaling": None,
-              "norm_type": "layernorm"}),
-        lambda net, x: net(past_values=x).prediction_outputs, lambda: torch.randn(3, 8, 2).double(), "gaussian",
+        made(
+            "PatchTSTForPrediction",
+            "PatchTST",
+            {
+                "num_input_channels": 2,
+                "context_length": 8,
+                "patch_length": 4,
+                "patch_stride": 4,
+                "num_hidden_layers": 1,
+                "d_model": 8,
+                "num_attention_heads": 2,
+                "ffn_dim": 12,
+                "prediction_length": 2,
+                "scaling": None,
+                "norm_type": "layernorm",
+            },
+        ),
+        lambda net, x: net(past_values=x).prediction_outputs,
+        lambda: torch.randn(3, 8, 2).double(),
+        "gaussian",
     ),
     "AST": case(
-        made("AutoModelForAudioClassification", "AST",
-             {**IMAGE, "frequency_stride": 4, "time_stride": 4, "max_length": 8, "num_mel_bins": 4}),
-        lambda net, x: logits(net(x)), lambda: torch.randn(3, 8, 4).double(),
+        made(
+            "AutoModelForAudioClassification",
+            "AST",
+            {**IMAGE, "frequency_stride": 4, "time_stride": 4, "max_length": 8, "num_mel_bins": 4},
+        ),
+        lambda net, x: logits(net(x)),
+        lambda: torch.randn(3, 8, 4).double(),
     ),
     "Wav2Vec2": speech("Wav2Vec2"),
-    "Wav2Vec2, train mode": speech("Wav2Vec2", train=True, apply_spec_augment=False, layerdrop=0.0, hidden_dropout=0.0,
-                                   activation_dropout=0.0, attention_dropout=0.0, feat_proj_dropout=0.0),
+    "Wav2Vec2, train mode": speech(
+        "Wav2Vec2",
+        train=True,
+        apply_spec_augment=False,
+        layerdrop=0.0,
+        hidden_dropout=0.0,
+        activation_dropout=0.0,
+        attention_dropout=0.0,
+        feat_proj_dropout=0.0,
+    ),
     "HuBERT": speech("Hubert", n=4),
     "WavLM": speech("WavLM"),
     "SEW": speech("SEW"),
     "Data2Vec, audio": speech("Data2VecAudio", num_conv_pos_embeddings=1, conv_pos_kernel_size=3),
     "Whisper": case(
-        made("WhisperForConditionalGeneration", "Whisper",
-             {**SEQUENCES, "num_mel_bins": 4, "max_source_positions": 6, "max_target_positions": 8}),
-        whisper, lambda: torch.randn(3, 4, 12).double(),
+        made(
+            "WhisperForConditionalGeneration",
+            "Whisper",
+            {**SEQUENCES, "num_mel_bins": 4, "max_source_positions": 6, "max_target_positions": 8},
+        ),
+        whisper,
+        lambda: torch.randn(3, 4, 12).double(),
     ),
-}  # fmt: skip
+}
 
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # the other route
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -432,9 +646,8 @@ class Reference:
         self.named = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
         first = {id(p): name for name, p in self.named.items()}
         every = case.model.named_parameters(remove_duplicate=False)
-        self.known_as = {
-            name: first[id(p)] for name, p in every if id(p) in first
-        }  # of a tied one each of its names
+        # of a tied one each of its names
+        self.known_as = {name: first[id(p)] for name, p in every if id(p) in first}
         self.at: dict[str, Tensor] = {}
         self.size = 0
         for name, p in self.named.items():
@@ -604,7 +817,7 @@ def validate(reference: Reference) -> dict[str, float]:
     }
 
 
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # curvlab
 
 
@@ -868,7 +1081,7 @@ class Comparison:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # tables
 
 

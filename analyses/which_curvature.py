@@ -26,9 +26,20 @@ REFERENCES = {
 }
 """{reference: colour (Okabe and Ito's), dashes}"""
 METHODS = (
-    "kfac", "kflr", "tnt", "shampoo", "adam", "sgd-m", "k-bfgs", "k-bfgs-l", "skqn-l", "skqn-b1", "skqn-b2", "smw-ng-bd",
+    "kfac",
+    "kflr",
+    "tnt",
+    "shampoo",
+    "adam",
+    "sgd-m",
+    "k-bfgs",
+    "k-bfgs-l",
+    "skqn-l",
+    "skqn-b1",
+    "skqn-b2",
+    "smw-ng-bd",
     "smw-ng",
-)  # fmt: skip
+)
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=100)
@@ -54,10 +65,17 @@ def measure() -> xr.Dataset:
         cl.models.build("mlp-256-20", seed=0), cl.likelihoods.Categorical(), seed=0
     )
     return cl.compare(
-        objective, batches, reference="block-fisher", algorithms=[*REFERENCES, *METHODS], lr=0.03, damping=1e-3,
-        steps=options.steps, refresh_every=options.refresh_every, path=options.log,
+        objective,
+        batches,
+        reference="block-fisher",
+        algorithms=[*REFERENCES, *METHODS],
+        lr=0.03,
+        damping=1e-3,
+        steps=options.steps,
+        refresh_every=options.refresh_every,
+        path=options.log,
         warm=list(itertools.islice(batches.one_pass(), options.warm)),
-    ).dataset  # fmt: skip
+    ).dataset
 
 
 log = cl.open(options.log) if options.log and options.log.exists() else measure()
@@ -105,9 +123,13 @@ for ax, name in zip(panels.flat, order[len(REFERENCES) :], strict=False):
     for reference, (colour, dashes) in REFERENCES.items():
         width = 2.2 if reference == "block-ggn" else 1.4
         ax.plot(
-            cosine["step"], cosine.sel(to=reference, algorithm=name), color=colour, linestyle=dashes, linewidth=width,
+            cosine["step"],
+            cosine.sel(to=reference, algorithm=name),
+            color=colour,
+            linestyle=dashes,
+            linewidth=width,
             label=reference,
-        )  # fmt: skip
+        )
     ax.set_title(name, fontsize=10)
     ax.grid(alpha=0.3)
 panels[0, 0].set_ylim(min(0.0, float(cosine.min())), 1.02)

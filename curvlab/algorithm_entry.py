@@ -309,7 +309,7 @@ def _not_none(hint: Any) -> Any:
     if get_origin(hint) not in (Union, UnionType):
         return hint
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    return Union[tuple(kinds)]  # of kinds that are found
+    return Union[tuple(kinds)]  # of kinds that are found  # noqa: UP007
 
 
 def _arguments(make: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

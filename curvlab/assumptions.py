@@ -59,8 +59,13 @@ ASSUMPTIONS: dict[str, tuple[str, Callable[[KroneckerSum], Float[Tensor, "D D"]]
 """{assumption: (thesis, the matrix that it and those before it leave)}."""
 
 _LABELS: dict[Kind, Pass] = {
-    "hessian": "exact", "ggn": "exact", "pi": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data",
-}  # fmt: skip
+    "hessian": "exact",
+    "ggn": "exact",
+    "pi": "exact",
+    "fisher": "exact",
+    "fisher-mc": "model",
+    "ef": "data",
+}
 """The pass whose vectors' second moment is nearest to a kind of matrix: the matrix itself for all
 but Hessian and Π.
 """

@@ -400,9 +400,14 @@ class Capture:
             for use, how in zip(self.uses.get(name, ()), ways, strict=True)
         ]
         own = [
-            b for b in self.blocks
-            if count == 1 and ((leaves and b.name in self.general) or (gradients and b.name in self.arranged and self.fine(b)))
-        ]  # fmt: skip
+            b
+            for b in self.blocks
+            if count == 1
+            and (
+                (leaves and b.name in self.general)
+                or (gradients and b.name in self.arranged and self.fine(b))
+            )
+        ]
         named = [name for b in own for name in b.params if self.parameters[name].requires_grad]
         targets: list[Any] = [use.edge for use, _ in heard] + [
             self.parameters[name] for name in named

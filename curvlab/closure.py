@@ -51,8 +51,10 @@ class Closure(Independence):
     ) -> None:
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             given = f"{type(x).__name__} and {type(y).__name__}"
-            raise CurvlabError(f"a minibatch must be two tensors, not {given}: put the inputs side by side in one tensor, and "
-                               f"{WRAP}")  # fmt: skip
+            raise CurvlabError(
+                f"a minibatch must be two tensors, not {given}: put the inputs side by side in one"
+                f" tensor, and {WRAP}"
+            )
         if not x.ndim or not y.ndim:
             raise CurvlabError("a minibatch needs the examples as first axis; this one has no axis")
         if len(x) != len(y):
@@ -90,9 +92,8 @@ class Closure(Independence):
         if dtype is not None and t.is_floating_point():
             t = t.to(dtype=dtype)
         waits = t.device == device or device.type != "cuda" or t.layout != torch.strided
-        return (
-            t.to(device) if waits else t.pin_memory().to(device, non_blocking=True)
-        )  # from pinned memory nobody waits
+        # from pinned memory nobody waits
+        return t.to(device) if waits else t.pin_memory().to(device, non_blocking=True)
 
     def _loss(self, z: Tensor) -> Tensor:
         return self._losses(z).mean()
@@ -130,11 +131,15 @@ class Closure(Independence):
             raise CurvlabError(f"the model returned a {type(z).__name__}, not one tensor: {PICK}")
         if z.shape[:1] != x.shape[:1]:
             rows = f"{len(x)} rows, one for each example, not {list(z.shape)}"
-            raise CurvlabError(f"the model must return one tensor with {rows}: "
-                               "keep the batch as its first axis (squeeze(-1), not squeeze())")  # fmt: skip
+            raise CurvlabError(
+                f"the model must return one tensor with {rows}: "
+                "keep the batch as its first axis (squeeze(-1), not squeeze())"
+            )
         if not z.is_floating_point():
-            raise CurvlabError(f"the model's outputs are {z.dtype}, which have no real derivatives: return real numbers "
-                               "(logits rather than classes; torch.view_as_real of complex ones)")  # fmt: skip
+            raise CurvlabError(
+                f"the model's outputs are {z.dtype}, which have no real derivatives: return real"
+                " numbers (logits rather than classes; torch.view_as_real of complex ones)"
+            )
         return z.to(self.objective.dtype)
 
     @property
@@ -443,8 +448,10 @@ class Closure(Independence):
                 )
             for statistics in passes[name].values():
                 if not statistics.used and statistics.block.name not in capture.frozen:
-                    self.objective.say(f"{statistics.block} does not reach the model's outputs in a minibatch: its gradient is "
-                                       "zero there (freeze it if it is never used)")  # fmt: skip
+                    self.objective.say(
+                        f"{statistics.block} does not reach the model's outputs in a minibatch: its"
+                        " gradient is zero there (freeze it if it is never used)"
+                    )
         if by_leaves and "data" in needs:
             passes["gradient"] = passes["data"]
         value, pull = loss.detach(), dict[str, Tensor]()

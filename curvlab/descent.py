@@ -332,9 +332,8 @@ class Descent:
             if isinstance(value, Observation):
                 memo[id(value)] = value
         vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
-        new.load_state_dict(
-            self.state_dict()
-        )  # products are functions, which no copy reaches: they are made again
+        # products are functions, which no copy reaches: they are made again
+        new.load_state_dict(self.state_dict())
         return new
 
 

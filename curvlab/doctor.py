@@ -41,9 +41,20 @@ State = Literal["", "good", "bad"]
 """Of a finding: a fact, as it should be, or in the way of something."""
 
 _SPEAK = (
-    "CURVLAB_DATA", "CURVLAB_CACHE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS",
-    "MPLBACKEND", "PYTHONUTF8", "PYTHONIOENCODING", "LC_ALL", "LANG", "TERM", "SLURM_JOB_ID",
-)  # fmt: skip
+    "CURVLAB_DATA",
+    "CURVLAB_CACHE",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MPLBACKEND",
+    "PYTHONUTF8",
+    "PYTHONIOENCODING",
+    "LC_ALL",
+    "LANG",
+    "TERM",
+    "SLURM_JOB_ID",
+)
 """Variables of the environment that change what curvlab does."""
 _ROOM = 100e6
 """Bytes on a disk, below which it counts as full."""
@@ -143,8 +154,11 @@ def _libraries() -> Iterator[Finding]:
             "h5py": f", HDF5 {h5py.version.hdf5_version}",
         }
         outside = _outside(wanted, version)
-        yield Finding(name, version + more.get(name, "") + (f", but {outside} is wanted" if outside else ""),
-                      "bad" if outside else "")  # fmt: skip
+        yield Finding(
+            name,
+            version + more.get(name, "") + (f", but {outside} is wanted" if outside else ""),
+            "bad" if outside else "",
+        )
 
 
 def _outside(wanted: str, version: str) -> str:
@@ -183,8 +197,11 @@ def _machine() -> Iterator[Finding]:
 
 def _surroundings() -> Iterator[Finding]:
     encoding = getattr(sys.stdout, "encoding", None) or "none"
-    yield Finding("output", f"{encoding}, {'a terminal' if sys.stdout and sys.stdout.isatty() else 'no terminal'}; "
-                            f"the system's encoding is {locale.getpreferredencoding(False)}")  # fmt: skip
+    yield Finding(
+        "output",
+        f"{encoding}, {'a terminal' if sys.stdout and sys.stdout.isatty() else 'no terminal'}; "
+        f"the system's encoding is {locale.getpreferredencoding(False)}",
+    )
     yield _written("this folder", Path.cwd)
     for name in _SPEAK:
         if name in os.environ:

@@ -28,10 +28,11 @@ _GOLDEN, _FIRST, _SECOND = (
 )  # of splitmix64
 _WIDE = 1 << 12  # words of weights that are added up with multipliers of their own
 _SMALL = 1 << 16  # numbers in a tensor, below which it is put together with others
+# words in the one temporary: what fits the cache; what fits the memory
 _AT_ONCE = {
     "cpu": 1 << 16,
     "cuda": 1 << 24,
-}  # words in the one temporary: what fits the cache; what fits the memory
+}
 
 
 def each(*data: Any) -> Int64[Tensor, " N"]:
@@ -104,9 +105,8 @@ def _of_rows(t: Tensor) -> Int64[Tensor, " N"]:
     """Of everything behind the first axis."""
     if t.layout == torch.strided:
         return _added(_words(t))
-    t = (
-        t.to_sparse().coalesce()
-    )  # the numbers that are there, whatever their order, and where each is
+    # the numbers that are there, whatever their order, and where each is
+    t = t.to_sparse().coalesce()
     row, *columns = t.indices()
     at = torch.zeros_like(row)
     for column, size in zip(columns, t.shape[1:], strict=False):
@@ -212,13 +212,21 @@ class Unchanging:
 
     def _fault(self, seen: Seen, first: Seen) -> str:
         if isinstance(self.loader, list | tuple):
-            return ("the data have been changed in place since the first pass over them, so that there is no one matrix: "
-                    "make it again")  # fmt: skip
+            return (
+                "the data have been changed in place since the first pass over them, so that there"
+                " is no one matrix: make it again"
+            )
         if (seen.count, seen.examples) == (first.count, first.examples):
-            return ("the loader gave its data in another order than at the first pass, so that labels would be drawn for other "
-                    "examples: give list(loader), or a loader with shuffle=False")  # fmt: skip
-        return ("the loader gave other data than at the first pass (shuffle with drop_last, a random sampler, augmentation …), "
-                "so that there is no one matrix: give list(loader), or a loader with shuffle=False")  # fmt: skip
+            return (
+                "the loader gave its data in another order than at the first pass, so that labels"
+                " would be drawn for other examples: give list(loader), or a loader with"
+                " shuffle=False"
+            )
+        return (
+            "the loader gave other data than at the first pass (shuffle with drop_last, a random"
+            " sampler, augmentation …), so that there is no one matrix: give list(loader), or a"
+            " loader with shuffle=False"
+        )
 
     def check(self) -> None:
         """One pass, for its own sake."""

@@ -34,9 +34,10 @@ def length(tensors: Iterable[Tensor]) -> float:
     Waits for the device.
     """
     each = torch._foreach_norm(list(tensors))
+    # reading is cheap there
     numbers = (
         [n.item() for n in each] if each[0].device.type == "cpu" else torch.stack(each).tolist()
-    )  # reading is cheap there
+    )
     return math.hypot(*numbers)
 
 

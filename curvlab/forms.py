@@ -142,9 +142,8 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
                 ways[name] = Way("unused")
     for block in chosen:
         name = block.name
-        places = sum(
-            math.prod(use.extent) for use in capture.uses[name]
-        )  # of all examples; sums are as inexact as they are long
+        # of all examples; sums are as inexact as they are long
+        places = sum(math.prod(use.extent) for use in capture.uses[name])
         near = max(eps**0.5, min(0.02, eps * places))
         wanted = [t[name] for t in true]
         floors = [min(1e3 * eps, eps**0.5) * s for s in scale]
@@ -204,8 +203,14 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
 
 def unseen(capture: Capture, z: Tensor) -> Form:
     """The form of a look that shows nothing, for itself alone."""
-    ways = {b.name: Way("general", why=capture.general[b.name]) if b.name in capture.general
-            else Way("structured", capture.arranged[b.name], unseen=(0,)) for b in capture.blocks}  # fmt: skip
+    ways = {
+        b.name: (
+            Way("general", why=capture.general[b.name])
+            if b.name in capture.general
+            else Way("structured", capture.arranged[b.name], unseen=(0,))
+        )
+        for b in capture.blocks
+    }
     none: frozenset[str] = frozenset()
     return Form(
         z[0].numel(),

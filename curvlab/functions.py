@@ -126,9 +126,8 @@ def _patches(call: Call, x: Float[Tensor, "R C *S"]) -> Float[Tensor, "R P *G I"
     ):
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
     spatial = len(kernel)
-    x = x.permute(
-        0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)
-    )  # [R, *P, C, *K]
+    # [R, *P, C, *K]
+    x = x.permute(0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
     if call.groups == 1:
         return x.reshape(len(x), -1, call.weight[0].numel())
     return x.reshape(len(x), -1, call.groups, call.weight[0].numel())
@@ -334,26 +333,52 @@ TRANSPOSITIONS: frozenset[Any] = frozenset(
     {
         torch.t,
         Tensor.t,
-        Tensor.T.__get__,
-        Tensor.mT.__get__,
+        Tensor.T.__get__,  # type: ignore[attr-defined]  # a property of C
+        Tensor.mT.__get__,  # type: ignore[attr-defined]  # likewise
         torch.transpose,
         Tensor.transpose,
         torch.swapaxes,
         Tensor.swapaxes,
-    }  # type: ignore[attr-defined]  # properties of C
+    }
 )
 """What makes of a matrix the same matrix read in the other direction."""
 
 
 REORDERING: frozenset[Any] = frozenset(
     {
-        torch.masked_select, Tensor.masked_select, torch.index_select, Tensor.index_select, torch.gather, Tensor.gather,
-        torch.take, Tensor.take, torch.take_along_dim, Tensor.take_along_dim, torch.nonzero, Tensor.nonzero, torch.argsort,
-        Tensor.argsort, torch.sort, Tensor.sort, torch.topk, Tensor.topk, torch.index_add, Tensor.index_add, Tensor.index_add_,
-        torch.scatter, Tensor.scatter, Tensor.scatter_, torch.scatter_add, Tensor.scatter_add, Tensor.scatter_add_,
-        torch.index_put, Tensor.index_put, Tensor.index_put_, torch.randperm,
+        torch.masked_select,
+        Tensor.masked_select,
+        torch.index_select,
+        Tensor.index_select,
+        torch.gather,
+        Tensor.gather,
+        torch.take,
+        Tensor.take,
+        torch.take_along_dim,
+        Tensor.take_along_dim,
+        torch.nonzero,
+        Tensor.nonzero,
+        torch.argsort,
+        Tensor.argsort,
+        torch.sort,
+        Tensor.sort,
+        torch.topk,
+        Tensor.topk,
+        torch.index_add,
+        Tensor.index_add,
+        Tensor.index_add_,
+        torch.scatter,
+        Tensor.scatter,
+        Tensor.scatter_,
+        torch.scatter_add,
+        Tensor.scatter_add,
+        Tensor.scatter_add_,
+        torch.index_put,
+        Tensor.index_put,
+        Tensor.index_put_,
+        torch.randperm,
     }
-)  # fmt: skip
+)
 """Calls by which the data may decide which rows are whose: what one minibatch has shown of them
 says nothing of the next.
 """

@@ -108,9 +108,8 @@ class Ownership:
         """Raises CurvlabError, with their names, where some belong to no block: thawed, or put into
         the model, later.
         """
-        held, children = (
-            self._look()
-        )  # a walk through the model takes ten times as long; what is new hangs on one of these
+        # a walk through the model takes ten times as long; what is new hangs on one of these
+        held, children = self._look()
         if children != self._children:
             self._modules = list(self.objective.model.modules())
             held, children = self._look()

@@ -258,9 +258,9 @@ class Categorical:
         smoothing (the law is over classes, so that the score is p − e_ŷ), and if the ignored number
         is a class. They are zero, without a loss, where y is ignored.
         """
-        p = z.softmax(
-            1
-        )  # the class that comes first in a race of exponential clocks: torch.multinomial, but without its waits
+        # the class that comes first in a race of exponential clocks: torch.multinomial, but without
+        # its waits
+        p = z.softmax(1)
         drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(1)
         ignored = self._ignored(y)
         if not self.label_smoothing and not 0 <= self.ignore_index < z.shape[1]:
@@ -280,19 +280,16 @@ class Categorical:
         if ignored is not None:
             weight = weight.masked_fill(ignored.unsqueeze(1), 0.0)
         elif y is not None:
-            weight = (
-                weight * y.to(z.dtype).sum(1, keepdim=True).sqrt()
-            )  # 1, up to the rounding of the data
+            # 1, up to the rounding of the data
+            weight = weight * y.to(z.dtype).sum(1, keepdim=True).sqrt()
         if z.ndim == 2:
             return (p[None] - _units(z)) * weight.T[:, :, None]
         p, weight = p.flatten(2), weight.flatten(2)
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        columns = (p[None] - eye[:, None, :, None]) * weight.transpose(0, 1)[
-            :, :, None
-        ]  # [C, N, C, P]
-        return torch.diag_embed(columns, dim1=1, dim2=4).reshape(
-            -1, *z.shape
-        )  # from column c of place q to (c, q)
+        # [C, N, C, P]
+        columns = (p[None] - eye[:, None, :, None]) * weight.transpose(0, 1)[:, :, None]
+        # from column c of place q to (c, q)
+        return torch.diag_embed(columns, dim1=1, dim2=4).reshape(-1, *z.shape)
 
     def _ignored(self, y: Tensor | None) -> Shaped[Tensor, "N *P"] | None:
         """Where class numbers say that there is none; None where y is none or probabilities."""

@@ -79,9 +79,8 @@ class Objective:
         self.steady: dict[
             Hashable, float
         ] = {}  # how far two looks at one minibatch differ though nothing moved
-        self.alone: set[Hashable] = (
-            set()
-        )  # forms that the oracle has seen to be a mean over examples
+        # forms that the oracle has seen to be a mean over examples
+        self.alone: set[Hashable] = set()
         self.sound: list[int] | None = (
             None  # versions of the weights, and modes of the modules, that it has checked
         )

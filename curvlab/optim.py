@@ -186,7 +186,7 @@ class Optimizer(torch.optim.Optimizer):
             soundness.note_step(observation, direction, highest)
         if self.look is not None:
             self.look(observation, direction)
-        lr: Callable[[Tensor], float] = lambda p: rates.get(id(p), 0.0)
+        lr: Callable[[Tensor], float] = lambda p: rates.get(id(p), 0.0)  # noqa: E731
         saved = weights(self.objective) if self.descent.curvature.rejects else []
         move(self.objective, direction, lr, None if at_once else soundness.flag)
         step, stands = cache(partial(displacement, self.objective, direction, lr)), True

@@ -28,15 +28,15 @@ Root = Callable[[Tensor, Tensor], Tensor]
 """(outputs [N, *C], labels) → columns of S [V, N, *C]."""
 
 _EXACT = (Categorical, Bernoulli, Gaussian)
+# labels drawn for one example, and how many standard errors may lie between
 _DRAWS, _ERRORS = (
     2000,
     6.0,
-)  # labels drawn for one example, and how many standard errors may lie between
+)
 # an event expected this often among all draws is not seen with probability e^-18, 6 standard errors
 _UNSEEN = 18.0
-_NUMBERS = (
-    1 << 22
-)  # looked at together: entries of roots, outputs of the labels drawn for one example
+# looked at together: entries of roots, outputs of the labels drawn for one example
+_NUMBERS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -487,12 +487,10 @@ def _root_of_loss(
     with torch.inference_mode(False), torch.enable_grad():
         hessian = _Look(likelihood, _plain(z), _plain(y)).hessian()
     _check_convex(hessian, floor, name, _precision(z))
-    values, vectors = torch.linalg.eigh(
-        hessian.double()
-    )  # in single precision NaN where entries are subnormal, on some CPUs
+    # in single precision NaN where entries are subnormal, on some CPUs
+    values, vectors = torch.linalg.eigh(hessian.double())
     rounding = torch.finfo(hessian.dtype).eps * hessian.shape[1] ** 0.5 * values[:, -1:]
-    values = torch.where(
-        values > rounding, values, 0
-    )  # else its root, a half as many digits, stands where there is none
+    # else its root, a half as many digits, stands where there is none
+    values = torch.where(values > rounding, values, 0)
     root: Tensor = (vectors * values.sqrt()[:, None]) @ vectors.mT
     return root.transpose(0, 1).reshape(-1, *z.shape).to(z.dtype)

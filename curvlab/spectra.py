@@ -218,9 +218,8 @@ class Plan:
         whole("the steps of Lanczos", self.steps, 1, MOST_STEPS)
         for block, route in self.routes(objective).items():
             if route == "exact":
-                size = (
-                    3 * self.orders(objective)[block] ** 2 * objective.dtype.itemsize
-                )  # itself, the copy for LAPACK, a mask
+                # itself, the copy for LAPACK, a mask
+                size = 3 * self.orders(objective)[block] ** 2 * objective.dtype.itemsize
                 guard_memory(size, f"every eigenvalue of block {block}", "take the method lanczos")
 
     def orders(self, objective: Objective) -> dict[str, int]:
@@ -337,9 +336,8 @@ class Plan:
         block: str,
         route: str,
     ) -> Spectrum:
-        fresh = Objective(
-            objective.model, objective.likelihood, objective.seed
-        )  # every block and route the same drawn labels
+        # every block and route the same drawn labels
+        fresh = Objective(objective.model, objective.likelihood, objective.seed)
         name = None if block == WHOLE else block
         if route == "exact":
             matrix = exact.matrix(fresh, x, y, kind, name)

@@ -48,9 +48,8 @@ class LayerStatistics:
         frozen: Sequence[str] = (),
     ) -> None:
         self.block, self.size, self.why, self.frozen = block, size, why, frozen
-        self.used = used and (
-            parts is None or len(parts) > 0
-        )  # whether the block reached the outputs in this pass
+        # whether the block reached the outputs in this pass
+        self.used = used and (parts is None or len(parts) > 0)
         self._gradient, self._parts, self._like, self._vectors = gradient, parts, like, vectors
 
     @property

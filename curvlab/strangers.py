@@ -125,8 +125,10 @@ def check_model(model: nn.Module) -> None:
                 " before, in one process"
             )
         if p.is_inference():
-            raise CurvlabError(f"parameter '{name}' was made under torch.inference_mode(), so that it has no derivatives: "
-                               "copy.deepcopy(model) outside of it")  # fmt: skip
+            raise CurvlabError(
+                f"parameter '{name}' was made under torch.inference_mode(), so that it has no"
+                " derivatives: copy.deepcopy(model) outside of it"
+            )
     for name, b in model.named_buffers():
         if b.is_inference():
             raise CurvlabError(

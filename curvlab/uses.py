@@ -142,9 +142,8 @@ class UseInput:
                 torch.cat([rows, rows.new_full((len(rows), 1), float(self.use.biased))], 1), 1 / n
             )
         last = rows.shape[1]
-        found = room(
-            rows, last + 1, last + 1
-        )  # the column of ones costs nothing, where a copy of patches would
+        # the column of ones costs nothing, where a copy of patches would
+        found = room(rows, last + 1, last + 1)
         second_moment(rows, 1 / n, out=found[:last, :last])
         found[last, :last] = found[:last, last] = rows.sum(0) * (self.use.biased / n)
         found[last, last] = self.use.biased * len(rows) / n

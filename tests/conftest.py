@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch reads it, and for the commands that tests start
+# before torch reads it, and for the commands that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -76,10 +76,32 @@ PERHAPS = (
 OWN = ("here:broken", "here:exits", "unparsable:f", "failing:f", "exiting:f")
 """A user's code that fails: its own frames stand before the line."""
 MODULES = (
-    *OWN, ":", "a:", ":b", "nosuch:f", "os:", "os:nosuch", "os:getcwd", "json:dumps", "math:pi", "curvlab:", "a.b.c:d", "..:x",
-    "os.path:join", "a:b:c", "'os':x", "os\x00:x", "\udcff:x", "bad name:x", "sys:exit", "torch.nn:Identity", "torch:zeros",
-    "here:nothing", "here:three", "here:untrainable",
-)  # fmt: skip
+    *OWN,
+    ":",
+    "a:",
+    ":b",
+    "nosuch:f",
+    "os:",
+    "os:nosuch",
+    "os:getcwd",
+    "json:dumps",
+    "math:pi",
+    "curvlab:",
+    "a.b.c:d",
+    "..:x",
+    "os.path:join",
+    "a:b:c",
+    "'os':x",
+    "os\x00:x",
+    "\udcff:x",
+    "bad name:x",
+    "sys:exit",
+    "torch.nn:Identity",
+    "torch:zeros",
+    "here:nothing",
+    "here:three",
+    "here:untrainable",
+)
 DEVICES = (
     "cuda:99999999999999999999",
     "cuda:-1",
@@ -116,8 +138,13 @@ AFTER = (
 )
 
 OF_OPTION = {
-    "--model": MODULES, "--device": DEVICES, "--probe": PROBES, "--set": PAIRS, "--schedule-set": PAIRS, "--after": AFTER,
-}  # fmt: skip
+    "--model": MODULES,
+    "--device": DEVICES,
+    "--probe": PROBES,
+    "--set": PAIRS,
+    "--schedule-set": PAIRS,
+    "--after": AFTER,
+}
 
 GOOD: dict[str, dict[str, str]] = {
     "StepLR": {"step_size": "2"},
@@ -221,9 +248,22 @@ class Places:
         )
         self.bad_file = (*texts, *(str(root / name) for name in (*named, *suffixes)), "/dev/null")
         self.bad_run = (
-            *texts, *nowhere, *devices, "/dev/zero",
-            *(str(root / name) for name in ("empty", "folder-for-log", "empty-log", "absent", "pipe.svg", "empty-log/run.h5")),
-        )  # fmt: skip
+            *texts,
+            *nowhere,
+            *devices,
+            "/dev/zero",
+            *(
+                str(root / name)
+                for name in (
+                    "empty",
+                    "folder-for-log",
+                    "empty-log",
+                    "absent",
+                    "pipe.svg",
+                    "empty-log/run.h5",
+                )
+            ),
+        )
         self.perhaps = (
             "~nosuch/x",
             "new",

@@ -125,9 +125,8 @@ class Reference:
         return self.drawn([p.y])
 
     def _second(self, f: object) -> Tensor:
-        return jacrev(grad(f))(self.at)[self.order][
-            :, self.order
-        ]  # jacrev inside is wrong for layer norm (torch 2.13)
+        # jacrev inside is wrong for layer norm (torch 2.13)
+        return jacrev(grad(f))(self.at)[self.order][:, self.order]
 
     def drawn(self, labels: Sequence[Tensor]) -> Tensor:
         """Second moment of the gradients at several labels of each example."""

@@ -335,21 +335,48 @@ WIRED: dict[str, tuple[Forward, str, int, str]] = {
     "reused": (lambda m, x: m.second(m.first(torch.tanh(m.first(x)))), "structured", 2, ""),
     "not run": (lambda m, x: m.second(x), "unused", 0, ""),
     "no way out": (lambda m, x: (m.first(x), m.second(x))[1], "unused", 0, ""),
-    "one of two ways out": (lambda m, x: (m.first(x), m.second(m.first(2 * x)))[1], "structured", 1, ""),
-    "batch not first": (lambda m, x: m.second(m.first(x.repeat(2, 1)))[: len(x)], "structured", 2, ""),
-    "rows of nobody": (lambda m, x: m.second(m.first(torch.cat([x, x[:1]]))[:-1]), "general", 0, "saw 4 rows in a batch of 3"),
+    "one of two ways out": (
+        lambda m, x: (m.first(x), m.second(m.first(2 * x)))[1],
+        "structured",
+        1,
+        "",
+    ),
+    "batch not first": (
+        lambda m, x: m.second(m.first(x.repeat(2, 1)))[: len(x)],
+        "structured",
+        2,
+        "",
+    ),
+    "rows of nobody": (
+        lambda m, x: m.second(m.first(torch.cat([x, x[:1]]))[:-1]),
+        "general",
+        0,
+        "saw 4 rows in a batch of 3",
+    ),
     "batch second": (lambda m, x: m.second(m.first(x[None])[0]), "structured", 1, ""),
-    "sequence first": (lambda m, x: m.second(m.first(torch.stack([x, x.sin()]))).sin().sum(0), "structured", 2, ""),
+    "sequence first": (
+        lambda m, x: m.second(m.first(torch.stack([x, x.sin()]))).sin().sum(0),
+        "structured",
+        2,
+        "",
+    ),
     "flattened": (
-        lambda m, x: m.second(m.first(torch.stack([x, x.sin()], 1).flatten(0, 1)).view(-1, 2, 2)).sin().sum(1),
+        lambda m, x: (
+            m.second(m.first(torch.stack([x, x.sin()], 1).flatten(0, 1)).view(-1, 2, 2))
+            .sin()
+            .sum(1)
+        ),
         "structured",
         2,
         "",
     ),
     "no batch": (
-        lambda m, x: m.second(torch.stack([m.first(one) for one in x])), "general", 0, "is used by a call without a rule"
+        lambda m, x: m.second(torch.stack([m.first(one) for one in x])),
+        "general",
+        0,
+        "is used by a call without a rule",
     ),
-}  # fmt: skip
+}
 """{what is done with the first layer: (forward, the way of its block, places of an example, why it
 goes the general way)}
 """
@@ -383,9 +410,8 @@ def test_gradients_of_wirings_by_autograd_one_example_at_a_time(case: str) -> No
         assert_near(laid_out(block, samples, 1), laid_out(block, plain.gradients, 1))
         if block.name in report.form.shaped:
             assert_near(s.rows[0], laid_out(block, plain.gradients, 1))
-            J = laid_out(block, plain.jacobians, 2).transpose(
-                0, 1
-            )  # a Gaussian's root is the identity
+            # a Gaussian's root is the identity
+            J = laid_out(block, plain.jacobians, 2).transpose(0, 1)
             assert_near(seen.passes["exact"][block.name].rows, J)
     first = seen.passes["data"]["1"]
     assert (first.used, first.structured) == (way != "unused", way != "general")
@@ -578,9 +604,8 @@ def test_a_gradient_forms_neither_patches_nor_one_hot_rows(model: str) -> None:
         (part,) = statistics.parts
         rule = part.inputs.use.rule
         assert ("own" in vars(part.inputs)) == (rule.gradient is None)
-        a = own_inputs(
-            statistics.block, statistics.grouped_a
-        )  # the other route: a product with the rows
+        # the other route: a product with the rows
+        a = own_inputs(statistics.block, statistics.grouped_a)
         assert_near(
             found[statistics.block.name],
             torch.einsum("nto,ntoi->oi", statistics.g[0], a) / statistics.size,

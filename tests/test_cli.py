@@ -240,9 +240,8 @@ def test_list_names_every_entry(
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("│")
     ]
-    found = [
-        [cell.strip() for cell in row] for row in rows
-    ]  # a cell that is long goes on in rows without a name
+    # a cell that is long goes on in rows without a name
+    found = [[cell.strip() for cell in row] for row in rows]
     assert [row[0] for row in found if row[0]] == table
 
 

@@ -103,9 +103,17 @@ def test_it_is_what_the_function_does(folder: Path) -> None:
     model = cl.models.build("mlp-256-20", seed=3)
     objective = cl.Objective(model, cl.likelihoods.Categorical(), seed=3)
     run = cl.train(
-        objective, train.batches(600, seed=3), test, algorithm="k-bfgs-20", lr=0.01, damping=0.3, epochs=2,
-        schedule="step", schedule_options={"every": 1}, probes=["damping", "loss:4"],
-    )  # fmt: skip
+        objective,
+        train.batches(600, seed=3),
+        test,
+        algorithm="k-bfgs-20",
+        lr=0.01,
+        damping=0.3,
+        epochs=2,
+        schedule="step",
+        schedule_options={"every": 1},
+        probes=["damping", "loss:4"],
+    )
     same_log(run.dataset, cl.open(folder))
     assert all(
         torch.equal(p, q)
@@ -213,9 +221,8 @@ def test_augmentation_and_dropout_are_of_the_seed(
     assert logs[0]["train_loss"][0] == logs[2]["train_loss"][0]
     assert logs[0]["train_loss"][2] != logs[2]["train_loss"][2]
     assert logs[0]["train_loss"][2] != logs[3]["train_loss"][2]
-    np.testing.assert_array_equal(
-        logs[0]["train_loss"], logs[0]["val_loss"]
-    )  # the same images there
+    # the same images there
+    np.testing.assert_array_equal(logs[0]["train_loss"], logs[0]["val_loss"])
     assert (logs[0].attrs["data_description"], logs[2].attrs["data_description"]) == (
         "cropped",
         "plain",
@@ -303,9 +310,8 @@ def killed_and_resumed(
             saved = f"interrupted; the log so far is saved in {out / 'run.h5'}"
             assert f"{saved}; go on with: curvlab train --resume --out {out}" in err
             assert "Traceback" not in err
-        assert (
-            not (out / "run.h5").exists() or len(cl.open(out)["epoch"]) >= 1
-        )  # the first checkpoint comes before it
+        # the first checkpoint comes before it
+        assert not (out / "run.h5").exists() or len(cl.open(out)["epoch"]) >= 1
         state = torch.load(out / "checkpoint.pt", weights_only=True)
         assert state["checkpoint_seconds"] == 0.05  # said once, and kept
         if state["position"]["epoch"] == state["budget"]["epochs"]:
@@ -333,8 +339,19 @@ def test_killed_and_gone_on_with_it_is_the_same_run(
     assert len(json.loads(cl.open(out).attrs["resumed"])) >= 2
 
 
-OFTEN = {"damping": 1, "loss": 1, "norms": 2, "noise": 3, "condition": 5, "memory": 6, "bounds": 7, "reduction": 10,
-         "error": 15, "spectrum": 20, "alignment": 30}  # fmt: skip
+OFTEN = {
+    "damping": 1,
+    "loss": 1,
+    "norms": 2,
+    "noise": 3,
+    "condition": 5,
+    "memory": 6,
+    "bounds": 7,
+    "reduction": 10,
+    "error": 15,
+    "spectrum": 20,
+    "alignment": 30,
+}
 """All probes that see anything of `k-bfgs-20`, more often than by default: kills fall into all of
 them.
 """
@@ -382,9 +399,8 @@ def test_a_longer_run_goes_on_and_other_settings_are_refused_by_name(
     whole = tmp_path / "whole"
     assert call(*[w if w != "2" else "3" for w in TWO], "--out", str(whole)) == 0
     same_run(out, whole)
-    assert (
-        call(*TWO, "--resume", "--out", str(out)) == 0
-    )  # the same call again: nothing is left to do
+    # the same call again: nothing is left to do
+    assert call(*TWO, "--resume", "--out", str(out)) == 0
     same_run(out, whole)
     for words, says in (
         (["--lr", "0.02"], "other settings (lr 0.01, not 0.02)"),
@@ -557,9 +573,16 @@ def test_double_grad_and_the_l2_term_by_their_options(tmp_path: Path) -> None:
     model = cl.models.build("mlp-256-20", seed=3)
     objective = cl.Objective(model, cl.likelihoods.Categorical(), seed=3, l2=0.01)
     run = cl.train(
-        objective, train.batches(600, seed=3), test, algorithm="k-bfgs-20", lr=0.01, damping=0.3, double_grad=True, steps=4,
+        objective,
+        train.batches(600, seed=3),
+        test,
+        algorithm="k-bfgs-20",
+        lr=0.01,
+        damping=0.3,
+        double_grad=True,
+        steps=4,
         evaluate_samples=100,
-    )  # fmt: skip
+    )
     kept = model_of(tmp_path)
     assert all(torch.equal(kept[name], p) for name, p in model.state_dict().items())
     found = cl.open(tmp_path)

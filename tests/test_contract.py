@@ -43,8 +43,10 @@ def pairs(models: Sequence[str], what: str, values: Sequence[Any]) -> pytest.Mar
     every model.
     """
     cases = [
-        (name, model, values[(i + j) % len(values)]) for i, name in enumerate(NAMES) for j, model in enumerate(models)
-    ]  # fmt: skip
+        (name, model, values[(i + j) % len(values)])
+        for i, name in enumerate(NAMES)
+        for j, model in enumerate(models)
+    ]
     return pytest.mark.parametrize(("name", "model", what), cases)
 
 
@@ -405,9 +407,8 @@ def test_compare_gives_the_same_bits_alone_and_in_company(name: str, quarter: in
     schedule, warm = SCHEDULES[(quarter + NAMES.index(name)) % 2], quarter // 2 == 1
     alone = compared(name, [], schedule, warm)
     company = compared(name, others, schedule, warm)
-    np.testing.assert_allclose(
-        alone[0], company[0], rtol=1e-13
-    )  # one product of 1 or of all directions: other sums
+    # one product of 1 or of all directions: other sums
+    np.testing.assert_allclose(alone[0], company[0], rtol=1e-13)
     assert np.array_equal(alone[1], company[1])
     assert same(alone[2], company[2])
 
@@ -582,18 +583,18 @@ def test_enormous_gradients_give_a_finite_direction_or_a_clear_error(
     observation = objective.closure(p.x * size, p.y).observe(d.needs)
     assert float(observation.gradients["1"].abs().max()) > size / 100
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", cl.CurvlabWarning
-        )  # a damping that is raised is said, and tested elsewhere
+        # a damping that is raised is said, and tested elsewhere
+        warnings.simplefilter("ignore", cl.CurvlabWarning)
         message = None
         try:
             direction = d.direction(observation)
         except cl.CurvlabError as error:
             message = str(error)
+    # of statistics; of a matrix of second derivatives
     remedies = (
         "raise the damping",
         "an overflow",
-    )  # of statistics; of a matrix of second derivatives
+    )
     named = message is not None and ("block 1" in message or ALGORITHMS[name].whole)
     assert finite(direction) if message is None else (named and any(r in message for r in remedies))
 
@@ -629,9 +630,8 @@ def test_a_layer_that_lacks_what_is_read(name: str, model: str) -> None:
         observation, direction = first_direction(name, p)
     assert finite(direction)
     for block in p.objective().blocks:
-        rate = (
-            1 / damped(name, p) if ALGORITHMS[name].fallback is not IdentityBlock else 1.0
-        )  # thesis 3.4.3: α/λ
+        # thesis 3.4.3: α/λ
+        rate = 1 / damped(name, p) if ALGORITHMS[name].fallback is not IdentityBlock else 1.0
         plain = torch.equal(direction[block.name], rate * observation.gradients[block.name])
         # without pairs L-BFGS is the gradient, divided by 1 + λ
         identity = not ALGORITHMS[name].whole and isinstance(

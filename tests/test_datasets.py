@@ -83,9 +83,8 @@ def test_mnist_is_mnist() -> None:
     train, test = cl.datasets.load("mnist")
     assert train.y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert test.y[:5].tolist() == [7, 2, 1, 0, 4]
-    assert (
-        abs(train.x[:].mean().item() - 0.1307) < 1e-4
-    )  # the published mean and standard deviation
+    # the published mean and standard deviation
+    assert abs(train.x[:].mean().item() - 0.1307) < 1e-4
     assert abs(train.x[:].std().item() - 0.3081) < 1e-4
 
 
@@ -159,9 +158,8 @@ def test_augmentation_is_new_in_every_batch_and_epoch_and_the_same_again(ten: Da
     noise = torch.cat([*one, *other]).flatten()
     assert len(noise.unique()) == len(noise)
     assert noise.min() > 0
-    plain = torch.cat(
-        [y for _, y in ten.batches(5, 2, 3)]
-    )  # the order is that of the data without augmentation
+    # the order is that of the data without augmentation
+    plain = torch.cat([y for _, y in ten.batches(5, 2, 3)])
     assert torch.equal(plain, torch.cat([y for _, y in noisy.batches(5, 2, 3)]))
     assert all(torch.equal(x[:, 0], y.float()) for x, y in noisy.batches(5, 2, 3, augment=False))
 

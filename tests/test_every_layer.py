@@ -349,8 +349,16 @@ def convolutions(axes: int, kind: str) -> dict[str, Example]:
             lambda: make(3, 2, (1,) * (axes - 1) + (2,), stride=2, bias=False), out=2
         )
         if "Transpose" not in kind:
-            found["reflected"] = on(lambda: make(3, 2, 3, padding=(0,) * (axes - 1) + (1,) if axes < 2 else "same",
-                                                 padding_mode="circular" if axes == 3 else "reflect"), out=2)  # fmt: skip
+            found["reflected"] = on(
+                lambda: make(
+                    3,
+                    2,
+                    3,
+                    padding=(0,) * (axes - 1) + (1,) if axes < 2 else "same",
+                    padding_mode="circular" if axes == 3 else "reflect",
+                ),
+                out=2,
+            )
     return found
 
 
@@ -434,8 +442,12 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "along places": around(lambda T: nn.Linear(T, 2), lambda layer, h: layer(h.mT).mT),
     },
     "Bilinear": {
-        "features": around(lambda: nn.Bilinear(3, 3, 2), lambda layer, h: layer(h, torch.sin(h)), out=2, axes=0),
-        "tokens": around(lambda: nn.Bilinear(3, 3, 2), lambda layer, h: layer(h, torch.sin(h)), out=2),
+        "features": around(
+            lambda: nn.Bilinear(3, 3, 2), lambda layer, h: layer(h, torch.sin(h)), out=2, axes=0
+        ),
+        "tokens": around(
+            lambda: nn.Bilinear(3, 3, 2), lambda layer, h: layer(h, torch.sin(h)), out=2
+        ),
     },
     **{f"Conv{d}d": convolutions(d, "Conv") for d in (1, 2, 3)},
     **{f"ConvTranspose{d}d": convolutions(d, "ConvTranspose") for d in (1, 2, 3)},
@@ -446,7 +458,9 @@ EXAMPLES: dict[str, dict[str, Example]] = {
     **{f"LazyBatchNorm{d}d": batch_norms(d, "LazyBatchNorm") for d in (1, 2, 3)},
     **{f"LazyInstanceNorm{d}d": instance_norms(d, "LazyInstanceNorm") for d in (1, 2, 3)},
     "LazyLinear": {"tokens": around(lambda: nn.LazyLinear(3))},
-    "SyncBatchNorm": {"channels": around(lambda: nn.SyncBatchNorm(3), channels_first, train=NORMALISES)},
+    "SyncBatchNorm": {
+        "channels": around(lambda: nn.SyncBatchNorm(3), channels_first, train=NORMALISES)
+    },
     "LayerNorm": {
         "tokens": around(lambda: nn.LayerNorm(3)),
         "sequence first": around(lambda: nn.LayerNorm(3), sequence_first),
@@ -469,18 +483,29 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "sequence first": of_symbols(lambda: nn.Embedding(SYMBOLS, 3), sequence_first),
         "rows of places": of_symbols(lambda: nn.Embedding(SYMBOLS, 3), rows_of_places),
         "padding": of_symbols(lambda: nn.Embedding(SYMBOLS, 3, padding_idx=2)),
-        "positions": around(lambda: nn.Embedding(7, 3), lambda layer, h: h * layer(torch.arange(h.shape[1]))),
+        "positions": around(
+            lambda: nn.Embedding(7, 3), lambda layer, h: h * layer(torch.arange(h.shape[1]))
+        ),
         "sparse": of_symbols(lambda: nn.Embedding(SYMBOLS, 3, sparse=True)),
-        "by frequency": of_symbols(lambda: nn.Embedding(SYMBOLS, 3, scale_grad_by_freq=True), alone=False),
-        "of a greatest norm": of_symbols(lambda: nn.Embedding(SYMBOLS, 3, max_norm=0.5), alone=False),
+        "by frequency": of_symbols(
+            lambda: nn.Embedding(SYMBOLS, 3, scale_grad_by_freq=True), alone=False
+        ),
+        "of a greatest norm": of_symbols(
+            lambda: nn.Embedding(SYMBOLS, 3, max_norm=0.5), alone=False
+        ),
     },
     "EmbeddingBag": {
-        "mean": of_symbols(lambda: nn.EmbeddingBag(SYMBOLS, 3), twin=lambda layer, x: layer.weight[x].mean(1)),
+        "mean": of_symbols(
+            lambda: nn.EmbeddingBag(SYMBOLS, 3), twin=lambda layer, x: layer.weight[x].mean(1)
+        ),
         "sum": of_symbols(
             lambda: nn.EmbeddingBag(SYMBOLS, 3, mode="sum", padding_idx=1),
             twin=lambda layer, x: (layer.weight[x] * (x != 1)[..., None]).sum(1),
         ),
-        "max": of_symbols(lambda: nn.EmbeddingBag(SYMBOLS, 3, mode="max"), twin=lambda layer, x: layer.weight[x].amax(1)),
+        "max": of_symbols(
+            lambda: nn.EmbeddingBag(SYMBOLS, 3, mode="max"),
+            twin=lambda layer, x: layer.weight[x].amax(1),
+        ),
         "weighted": of_symbols(
             lambda: nn.EmbeddingBag(SYMBOLS, 3, mode="sum"),
             lambda layer, x: layer(x, per_sample_weights=torch.cos(x.double())),
@@ -502,24 +527,48 @@ EXAMPLES: dict[str, dict[str, Example]] = {
     "GRUCell": {"steps": around(lambda: nn.GRUCell(3, 2), steps, out=2)},
     "LSTMCell": {"steps": around(lambda: nn.LSTMCell(3, 2), steps, out=2)},
     "MultiheadAttention": {
-        "sequence first": _HEAD(lambda: nn.MultiheadAttention(4, 2), partial(attending, order=1), out=4),
-        "batch first": _HEAD(lambda: nn.MultiheadAttention(4, 2, batch_first=True), attending, out=4),
-        "causal": _HEAD(lambda: nn.MultiheadAttention(4, 2), partial(attending, order=1, mask="causal"), out=4),
-        "padding": _HEAD(lambda: nn.MultiheadAttention(4, 1, bias=False), partial(attending, order=1, mask="padding"), out=4),
+        "sequence first": _HEAD(
+            lambda: nn.MultiheadAttention(4, 2), partial(attending, order=1), out=4
+        ),
+        "batch first": _HEAD(
+            lambda: nn.MultiheadAttention(4, 2, batch_first=True), attending, out=4
+        ),
+        "causal": _HEAD(
+            lambda: nn.MultiheadAttention(4, 2), partial(attending, order=1, mask="causal"), out=4
+        ),
+        "padding": _HEAD(
+            lambda: nn.MultiheadAttention(4, 1, bias=False),
+            partial(attending, order=1, mask="padding"),
+            out=4,
+        ),
         "keys of their own": _HEAD(
-            lambda: nn.MultiheadAttention(4, 2, kdim=2, vdim=1, batch_first=True), attending_to_another, out=4
+            lambda: nn.MultiheadAttention(4, 2, kdim=2, vdim=1, batch_first=True),
+            attending_to_another,
+            out=4,
         ),
         "further keys": _HEAD(
-            lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True, add_zero_attn=True), partial(attending, order=1), out=4
+            lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True, add_zero_attn=True),
+            partial(attending, order=1),
+            out=4,
         ),
-        "dropout": _HEAD(lambda: nn.MultiheadAttention(4, 2, dropout=0.3), partial(attending, order=1), out=4, train=DROPS),
+        "dropout": _HEAD(
+            lambda: nn.MultiheadAttention(4, 2, dropout=0.3),
+            partial(attending, order=1),
+            out=4,
+            train=DROPS,
+        ),
     },
-    "TransformerEncoderLayer": transformers(partial(nn.TransformerEncoderLayer, dim_feedforward=3), encoding),
-    "TransformerDecoderLayer": transformers(partial(nn.TransformerDecoderLayer, dim_feedforward=3), decoding),
+    "TransformerEncoderLayer": transformers(
+        partial(nn.TransformerEncoderLayer, dim_feedforward=3), encoding
+    ),
+    "TransformerDecoderLayer": transformers(
+        partial(nn.TransformerDecoderLayer, dim_feedforward=3), decoding
+    ),
     "TransformerEncoder": transformers(encoder, encoding),
     "TransformerDecoder": transformers(decoder, decoding),
     "Transformer": transformers(
-        partial(nn.Transformer, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=3), decoding
+        partial(nn.Transformer, num_encoder_layers=1, num_decoder_layers=1, dim_feedforward=3),
+        decoding,
     ),
     "PReLU": {
         "one": around(lambda: nn.PReLU()),
@@ -530,19 +579,26 @@ EXAMPLES: dict[str, dict[str, Example]] = {
     "AdaptiveLogSoftmaxWithLoss": {
         "features": around(
             lambda: nn.AdaptiveLogSoftmaxWithLoss(4, 5, [2, 3], div_value=2.0, head_bias=True),
-            lambda layer, h: layer.log_prob(h), into=4, out=5, axes=0,
+            lambda layer, h: layer.log_prob(h),
+            into=4,
+            out=5,
+            axes=0,
         ),
         "tokens": around(
             lambda: nn.AdaptiveLogSoftmaxWithLoss(4, 4, [2]),
-            lambda layer, h: rows(layer.log_prob, h), into=4, out=4,
+            lambda layer, h: rows(layer.log_prob, h),
+            into=4,
+            out=4,
         ),
     },
     "LinearCrossEntropyLoss": {
         "features": around(
-            lambda: nn.LinearCrossEntropyLoss(3, CLASSES, bias=True, reduction="none"), losses_of_classes, axes=0
+            lambda: nn.LinearCrossEntropyLoss(3, CLASSES, bias=True, reduction="none"),
+            losses_of_classes,
+            axes=0,
         ),
     },
-}  # fmt: skip
+}
 """{class of torch.nn: {variant: a model around it}}."""
 
 

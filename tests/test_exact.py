@@ -238,9 +238,8 @@ def test_a_loader_gives_the_mean_over_all_examples(model: str, likelihood: str, 
     )
     objective = p.objective()
     with general(model):
-        blocks = cl.exact.matrices(
-            objective, iter(loader), kind=kind, draws=DRAWS
-        )  # one pass is all it takes
+        # one pass is all it takes
+        blocks = cl.exact.matrices(objective, iter(loader), kind=kind, draws=DRAWS)
     for name, block in blocks.items():
         assert_block(block.dense(), whole[r.slices[name], r.slices[name]], whole)
     for route in ("auto", "func"):

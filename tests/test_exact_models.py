@@ -254,9 +254,10 @@ def test_models_beyond_the_zoo(name: str, kind: str) -> None:
     """
     p = other(name)
     written = pytest.MonkeyPatch()
+    # torch's is wrong
     written.setattr(
         torch, "_weight_norm", lambda v, g, dim=0: v * (g / torch.norm_except_dim(v, 2, dim))
-    )  # torch's is wrong
+    )
     whole = by_autograd(p, kind)
     written.undo()
     assert_near(cl.exact.matrix(p.objective(), p.x, p.y, kind, None).dense(), whole)

@@ -356,44 +356,80 @@ def lm(m: Net, x: Tensor) -> Tensor:
 
 CASES: dict[str, Case] = {
     "plain": Case(two),
-    "1 head": Case(lambda: Net(lm, emb=nn.Embedding(6, 4), lin=nn.Linear(4, 4)), lambda: tokens(5, 3)),
-    "1 decoder": Case(
-        lambda: Net(lambda m, x: F.linear(torch.tanh(m.enc(x)), m.enc.weight.t()), enc=nn.Linear(4, 3)), y="like"
+    "1 head": Case(
+        lambda: Net(lm, emb=nn.Embedding(6, 4), lin=nn.Linear(4, 4)), lambda: tokens(5, 3)
     ),
-    "1 norm": Case(lambda: Net(lambda m, x: m.b(m.a(x)) * m.a.weight.norm(), **layers(a=(4, 4), b=(4, 3)))),
+    "1 decoder": Case(
+        lambda: Net(
+            lambda m, x: F.linear(torch.tanh(m.enc(x)), m.enc.weight.t()), enc=nn.Linear(4, 3)
+        ),
+        y="like",
+    ),
+    "1 norm": Case(
+        lambda: Net(lambda m, x: m.b(m.a(x)) * m.a.weight.norm(), **layers(a=(4, 4), b=(4, 3)))
+    ),
     "1 cosine": Case(
         lambda: Net(
-            lambda m, x: 4 * m.cls(F.normalize(torch.tanh(m.a(x)), dim=1)) / m.cls.weight.norm(dim=1),
-            a=nn.Linear(4, 4), cls=nn.Linear(4, 3, bias=False),
+            lambda m, x: (
+                4 * m.cls(F.normalize(torch.tanh(m.a(x)), dim=1)) / m.cls.weight.norm(dim=1)
+            ),
+            a=nn.Linear(4, 4),
+            cls=nn.Linear(4, 3, bias=False),
         )
     ),
-    "2 twice": Case(lambda: Net(lambda m, x: m.net(x[:, :2]) * m.net(x[:, 2:]), net=nn.Linear(2, 3)), n=6),
+    "2 twice": Case(
+        lambda: Net(lambda m, x: m.net(x[:, :2]) * m.net(x[:, 2:]), net=nn.Linear(2, 3)), n=6
+    ),
     "2 one parameter in two modules": Case(shared_weight),
     "4 hook": Case(hooked),
     "4 replaced forward": Case(replaced),
-    "4 masked": Case(lambda: Net(masked, net=nn.Linear(4, 3), mask=(torch.rand(3, 4) > 0.5).double())),
-    "4 called by forward": Case(lambda: Net(lambda m, x: m.b(torch.tanh(m.a.forward(x))), **layers(a=(4, 4), b=(4, 3)))),
-    "4 hook and forward": Case(lambda: Net(lambda m, x: m.b(m.a(x)) + m.b.forward(x), **layers(a=(4, 4), b=(4, 3)))),
-    "4 functional": Case(lambda: Net(lambda m, x: F.linear(torch.tanh(x), m.a.weight, m.a.bias), **layers(a=(4, 3)))),
+    "4 masked": Case(
+        lambda: Net(masked, net=nn.Linear(4, 3), mask=(torch.rand(3, 4) > 0.5).double())
+    ),
+    "4 called by forward": Case(
+        lambda: Net(lambda m, x: m.b(torch.tanh(m.a.forward(x))), **layers(a=(4, 4), b=(4, 3)))
+    ),
+    "4 hook and forward": Case(
+        lambda: Net(lambda m, x: m.b(m.a(x)) + m.b.forward(x), **layers(a=(4, 4), b=(4, 3)))
+    ),
+    "4 functional": Case(
+        lambda: Net(lambda m, x: F.linear(torch.tanh(x), m.a.weight, m.a.bias), **layers(a=(4, 3)))
+    ),
     "5 N = T": Case(lambda: Net(sequence_first, **layers(inp=(3, 4), head=(4, 3))), (4, 3), 4),
     "5 N ≠ T": Case(lambda: Net(sequence_first, **layers(inp=(3, 4), head=(4, 3))), (4, 3), 5),
     "6 N = T": Case(with_positions, lambda: tokens(3, 3)),
     "6 N ≠ T": Case(with_positions, lambda: tokens(5, 3)),
     "6 constant": Case(
         lambda: Net(
-            lambda m, x: m.b(torch.tanh(m.a(x) + m.c(m.one))), one=torch.ones(1, 2), **layers(a=(4, 4), b=(4, 3), c=(2, 4))
+            lambda m, x: m.b(torch.tanh(m.a(x) + m.c(m.one))),
+            one=torch.ones(1, 2),
+            **layers(a=(4, 4), b=(4, 3), c=(2, 4)),
         )
     ),
     "9 pixels": Case(lambda: nn.Conv2d(2, 4, 1), (2, 3, 3), 2, y=lambda: tokens(2, 3, 3, high=4)),
     "9 places last": Case(lambda: nn.Conv1d(2, 3, 1), (2, 3), 2, y=lambda: tokens(2, 3, high=3)),
     "13 checkpoint": Case(
         lambda: Net(
-            lambda m, x: m.b(checkpoint(lambda q: torch.tanh(m.a(q)), x, use_reentrant=False)), **layers(a=(4, 4), b=(4, 3))
+            lambda m, x: m.b(checkpoint(lambda q: torch.tanh(m.a(q)), x, use_reentrant=False)),
+            **layers(a=(4, 4), b=(4, 3)),
         ),
-        lenient=frozenset({"func *", "matrix *", "product *", "diagonal hessian", "matrices hessian", "hf", "block-hessian"}),
+        lenient=frozenset(
+            {
+                "func *",
+                "matrix *",
+                "product *",
+                "diagonal hessian",
+                "matrices hessian",
+                "hf",
+                "block-hessian",
+            }
+        ),
     ),
     "14 lstm": Case(
-        lambda: Net(lambda m, x: m.b(m.a(x)[0][:, -1]), a=nn.LSTM(2, 2, batch_first=True), b=nn.Linear(2, 3)), (3, 2)
+        lambda: Net(
+            lambda m, x: m.b(m.a(x)[0][:, -1]), a=nn.LSTM(2, 2, batch_first=True), b=nn.Linear(2, 3)
+        ),
+        (3, 2),
     ),
     "18 attention": Case(lambda: Transformer(True), (3, 4)),
     "18 attention, places first": Case(lambda: Transformer(False), (3, 4)),
@@ -403,11 +439,12 @@ CASES: dict[str, Case] = {
     ),
     "31 flat places": Case(
         lambda: Net(
-            lambda m, x: m.b(torch.tanh(m.a(x.reshape(-1, 3))).view(len(x), -1, 4).mean(1)), **layers(a=(3, 4), b=(4, 3))
+            lambda m, x: m.b(torch.tanh(m.a(x.reshape(-1, 3))).view(len(x), -1, 4).mean(1)),
+            **layers(a=(3, 4), b=(4, 3)),
         ),
         (2, 3),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WHAT)

@@ -35,19 +35,35 @@ def middle_two(m: Net, x: Tensor) -> Tensor:
 COUPLED: dict[str, Case] = {
     "layer on the mean": Case(lambda: Net(minus_the_mean, **layers(a=(4, 4), c=(4, 4), b=(4, 3)))),
     "layer on the mean, expanded": Case(
-        lambda: Net(lambda m, x: m.b(m.a(x).tanh() * m.c(x.mean(0).expand_as(x))), **layers(a=(4, 4), c=(4, 4), b=(4, 3)))
+        lambda: Net(
+            lambda m, x: m.b(m.a(x).tanh() * m.c(x.mean(0).expand_as(x))),
+            **layers(a=(4, 4), c=(4, 4), b=(4, 3)),
+        )
     ),
-    "centred": Case(lambda: Net(lambda m, x: m.b(torch.tanh((h := m.a(x)) - h.mean(0))), **layers(a=(4, 4), b=(4, 3)))),
-    "batch norm": Case(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3))),
+    "centred": Case(
+        lambda: Net(
+            lambda m, x: m.b(torch.tanh((h := m.a(x)) - h.mean(0))), **layers(a=(4, 4), b=(4, 3))
+        )
+    ),
+    "batch norm": Case(
+        lambda: nn.Sequential(
+            nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3)
+        )
+    ),
     "attention over the batch": Case(
-        lambda: Net(lambda m, x: m.b(torch.softmax(x @ x.mT, 1) @ m.a(x)), **layers(a=(4, 4), b=(4, 3)))
+        lambda: Net(
+            lambda m, x: m.b(torch.softmax(x @ x.mT, 1) @ m.a(x)), **layers(a=(4, 4), b=(4, 3))
+        )
     ),
     "all but the first": Case(
-        lambda: Net(lambda m, x: m.b(m.a(x).tanh() + torch.cat([x[:1] * 0, x[:-1]])), **layers(a=(4, 4), b=(4, 3)))
+        lambda: Net(
+            lambda m, x: m.b(m.a(x).tanh() + torch.cat([x[:1] * 0, x[:-1]])),
+            **layers(a=(4, 4), b=(4, 3)),
+        )
     ),
     "the last by the second": Case(lambda: Net(last_by_second, **layers(a=(4, 4), b=(4, 3)))),
     "the middle two": Case(lambda: Net(middle_two, **layers(a=(4, 4), b=(4, 3)))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COUPLED)

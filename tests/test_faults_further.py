@@ -178,7 +178,9 @@ CASES: dict[str, Case] = {
     "small second use": Case(lambda: Net(small, **two())),
     "scripted": Case(scripted, lenient=frozenset({"*"})),
     "scripted part": Case(script_inside, lenient=FUNC),
-    "scripted function": Case(lambda: Net(lambda m, x: m.b(by_script(m.a(x), m.a.weight)), **two())),
+    "scripted function": Case(
+        lambda: Net(lambda m, x: m.b(by_script(m.a(x), m.a.weight)), **two())
+    ),
     "tangent": Case(lambda: Net(tangent, **two())),
     "laplacian": Case(lambda: Net(laplacian, **two())),
     "guarded": Case(lambda: Net(guarded, **two()), lenient=FUNC),
@@ -186,21 +188,30 @@ CASES: dict[str, Case] = {
     "lazy table": Case(lambda: Net(lazily, **two())),
     "fixed point": Case(lambda: Net(deep_equilibrium, r=nn.Linear(4, 4), **two())),
     "not contiguous": Case(not_contiguous),
-    "channels last": Case(channels_last, lambda: numbers(4, 2, 3, 3).to(memory_format=torch.channels_last)),
-    "inputs of a stride": Case(lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x))), **two()), lambda: numbers(4, 5).t()),
-    "inputs expanded": Case(lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x))), **two()), lambda: numbers(1, 4).expand(5, 4)),
+    "channels last": Case(
+        channels_last, lambda: numbers(4, 2, 3, 3).to(memory_format=torch.channels_last)
+    ),
+    "inputs of a stride": Case(
+        lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x))), **two()), lambda: numbers(4, 5).t()
+    ),
+    "inputs expanded": Case(
+        lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x))), **two()),
+        lambda: numbers(1, 4).expand(5, 4),
+    ),
     "piece cut at init": Case(views_of_init),
     "fx": Case(traced),
     "modes inside": Case(lambda: Net(own_mode, **two()), lenient=FUNC),
     "a mode that doubles": Case(lambda: Net(under_a_mode, **two())),
     "renormed": Case(lambda: Net(renormed, **two())),
     "inputs of a subclass": Case(
-        lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x))), **two()), lambda: numbers(5, 4).as_subclass(Tagged)
+        lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x))), **two()),
+        lambda: numbers(5, 4).as_subclass(Tagged),
     ),
     "inputs that require gradients": Case(
-        lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x))), **two()), lambda: numbers(5, 4).requires_grad_()
+        lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x))), **two()),
+        lambda: numbers(5, 4).requires_grad_(),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WHAT)

@@ -220,46 +220,79 @@ CASES: dict[str, Case] = {
     "two, one prepended": hooked(ordered),
     "with keywords": forward(lambda module, args, words, out: out.sin(), with_kwargs=True),
     "always called": forward(lambda module, args, out: out.sin(), always_call=True),
-    "on the net": hooked(lambda net: net.register_forward_hook(lambda module, args, out: out * net[4].bias)),
+    "on the net": hooked(
+        lambda net: net.register_forward_hook(lambda module, args, out: out * net[4].bias)
+    ),
     "on a parent": Case(on_a_parent),
     "removed": Case(removed),
     "that detaches": forward(lambda module, args, out: out.detach() + 0.5 * out),
     "pre": before(lambda module, args: args[0] * 2),
     "pre, in a tuple": before(lambda module, args: (args[0].sin(),)),
     "pre, in place": before(lambda module, args: (args[0].clone().mul_(3),), where=0),
-    "pre, by keywords": before(lambda module, args, words: ((args[0].sin(),), words), with_kwargs=True),
+    "pre, by keywords": before(
+        lambda module, args, words: ((args[0].sin(),), words), with_kwargs=True
+    ),
     "pre, by its weight": before(lambda module, args: (args[0] @ module.weight,)),
     "global": Case(deep, around=everywhere),
     "global pre": Case(deep, around=before_everywhere),
     "other forward": hooked(
-        lambda net: setattr(net[2], "forward", types.MethodType(lambda m, x: F.linear(x, m.weight.sin(), m.bias), net[2]))
+        lambda net: setattr(
+            net[2],
+            "forward",
+            types.MethodType(lambda m, x: F.linear(x, m.weight.sin(), m.bias), net[2]),
+        )
     ),
-    "other function": hooked(lambda net: setattr(net[2], "forward", lambda x: (x @ net[2].weight).sin())),
+    "other function": hooked(
+        lambda net: setattr(net[2], "forward", lambda x: (x @ net[2].weight).sin())
+    ),
     "other forward around the old": hooked(
-        lambda net: setattr(net[2], "forward", (lambda old: lambda x: old(x.sin()) + old(x))(net[2].forward))
+        lambda net: setattr(
+            net[2], "forward", (lambda old: lambda x: old(x.sin()) + old(x))(net[2].forward)
+        )
     ),
     "subclass": Case(lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Scaled(4, 3))),
     "own parametrization": Case(
-        lambda: with_parametrization(lambda m: parametrize.register_parametrization(m, "weight", Symmetric()))
+        lambda: with_parametrization(
+            lambda m: parametrize.register_parametrization(m, "weight", Symmetric())
+        )
     ),
     "two parametrizations": Case(
         lambda: with_parametrization(
-            lambda m: [parametrize.register_parametrization(m, "weight", part) for part in (Symmetric(), Root())]
+            lambda m: [
+                parametrize.register_parametrization(m, "weight", part)
+                for part in (Symmetric(), Root())
+            ]
         )
     ),
-    "parametrized bias": Case(lambda: with_parametrization(lambda m: parametrize.register_parametrization(m, "bias", Root()))),
+    "parametrized bias": Case(
+        lambda: with_parametrization(
+            lambda m: parametrize.register_parametrization(m, "bias", Root())
+        )
+    ),
     "parametrizations that share": Case(shared_parametrization),
     "weight norm": Case(
         lambda: with_parametrization(parametrizations.weight_norm),
-        twin=lambda: with_parametrization(lambda m: parametrize.register_parametrization(m, "weight", Norm())),
+        twin=lambda: with_parametrization(
+            lambda m: parametrize.register_parametrization(m, "weight", Norm())
+        ),
         lenient=WEIGHT_NORM,
     ),
-    "old weight norm": Case(lambda: with_parametrization(torch.nn.utils.weight_norm), twin=with_old_norm, lenient=WEIGHT_NORM),
+    "old weight norm": Case(
+        lambda: with_parametrization(torch.nn.utils.weight_norm),
+        twin=with_old_norm,
+        lenient=WEIGHT_NORM,
+    ),
     "spectral norm": Case(lambda: with_parametrization(parametrizations.spectral_norm, True)),
     "old spectral norm": Case(lambda: with_parametrization(torch.nn.utils.spectral_norm, True)),
-    "orthogonal": Case(lambda: with_parametrization(lambda m: parametrizations.orthogonal(m, orthogonal_map="cayley"))),
+    "orthogonal": Case(
+        lambda: with_parametrization(
+            lambda m: parametrizations.orthogonal(m, orthogonal_map="cayley")
+        )
+    ),
     "orthogonal by exponential": Case(
-        lambda: with_parametrization(lambda m: parametrizations.orthogonal(m, orthogonal_map="matrix_exp"))
+        lambda: with_parametrization(
+            lambda m: parametrizations.orthogonal(m, orthogonal_map="matrix_exp")
+        )
     ),
     "pruned": Case(lambda: with_parametrization(cut)),
     "pruned twice": Case(lambda: with_parametrization(cut_twice)),
@@ -267,7 +300,7 @@ CASES: dict[str, Case] = {
     "compiled and run": Case(lambda: compiled(run=True), lenient=COMPILED),
     "compiled part": Case(lambda: compiled(part=True), lenient=frozenset({"func *"})),
     "compiled part, run": Case(lambda: compiled(part=True, run=True), lenient=COMPILED),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WHAT)

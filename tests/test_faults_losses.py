@@ -139,8 +139,8 @@ def soft(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y, reduction="none")
 
 
-CLASSES = lambda: tokens(6, high=3, seed=2)
-VALUES = lambda: numbers(6, 3, seed=2)
+CLASSES = lambda: tokens(6, high=3, seed=2)  # noqa: E731
+VALUES = lambda: numbers(6, 3, seed=2)  # noqa: E731
 
 HIDDEN = "weights that the first and the last do not show"
 
@@ -249,9 +249,8 @@ def test_one_number_by_every_way(name: str, kind: str, model: str) -> None:
     calls: dict[str, Callable[[], Tensor]] = {
         "whole": lambda: cl.exact.matrix(o, x, y, kind, None).dense()
     }
-    allow = (name in SHARP and kind == "ggn") or (
-        name == "Huber" and kind != "ef"
-    )  # torch: no forward mode of its backward
+    # torch: no forward mode of its backward
+    allow = (name in SHARP and kind == "ggn") or (name == "Huber" and kind != "ef")
     agree(name, calls, inside, allow)
     agree(name, {"matrix": each, "func": lambda: each(route="func")}, blocks, allow)
     agree(name, {"product": lambda: cl.exact.product(o, x, y, kind) @ v}, inside @ v, allow)

@@ -18,8 +18,9 @@ def axes(*order: int) -> nn.Module:
     """A layer that sees the axes of [N, A, B, F] in another order."""
     back = [order.index(i) for i in range(4)]
     return Net(
-        lambda m, x: m.b(torch.tanh(m.a(x.permute(*order))).permute(*back).mean((1, 2))), **layers(a=(3, 4), b=(4, 3))
-    )  # fmt: skip
+        lambda m, x: m.b(torch.tanh(m.a(x.permute(*order))).permute(*back).mean((1, 2))),
+        **layers(a=(3, 4), b=(4, 3)),
+    )
 
 
 def batch_last(m: Net, x: Tensor) -> Tensor:
@@ -221,87 +222,185 @@ def seq(run: object, **more: nn.Module) -> nn.Module:
     return Net(run, **layers(a=(3, 4), b=(4, 3)), **more)
 
 
-CASES: dict[str, Case] = {
-    f"axes {''.join(map(str, order))}, N = {n}": Case(lambda order=order: axes(*order), (4, 2, 3), n)
-    for order in ((1, 0, 2, 3), (2, 1, 0, 3), (1, 2, 0, 3), (2, 0, 1, 3)) for n in (4, 5)
-} | {
-    f"positions {shape}, N = {n}": Case(lambda shape=shape: positions(shape), lambda n=n: tokens(n, 3))
-    for shape in ("T", "1T", "T1", "NT") for n in (1, 3, 4)
-} | {
-    "batch last": Case(lambda: Net(batch_last, w=weight(4, 4), **layers(a=(4, 4), b=(4, 3)))),
-    "batch last, N = F": Case(lambda: Net(batch_last, w=weight(4, 4), **layers(a=(4, 4), b=(4, 3))), n=4),
-    "batch among the channels": Case(lambda: Net(channels, filter=weight(1, 1, 3), b=nn.Linear(4, 3)), (1, 4)),
-    "flat": Case(lambda: seq(flat), (2, 3)),
-    "flat, N = T": Case(lambda: seq(flat), (4, 3), 4),
-    "flat, T = 1": Case(lambda: seq(flat), (1, 3)),
-    "flat, places first": Case(lambda: seq(flat_places_first), (2, 3)),
-    "flat, places first, N = T": Case(lambda: seq(flat_places_first), (4, 3), 4),
-    "flat, places first, T = 1": Case(lambda: seq(flat_places_first), (1, 3)),
-    "flat with a norm": Case(lambda: seq(flat_with_norm, norm=nn.LayerNorm(4)), (2, 3)),
-    "both orders": Case(lambda: seq(both), (3, 3)),
-    "both orders, N = T": Case(lambda: seq(both), (4, 3), 4),
-    "constant": Case(lambda: constant(False)),
-    "constant, one axis": Case(lambda: constant(False, 1)),
-    "constant, N = 1": Case(lambda: constant(False), n=1),
-    "constant, expanded": Case(lambda: constant(True)),
-    "relative positions": Case(
-        lambda: Net(relative, table=nn.Embedding(7, 1), v=nn.Linear(3, 3), head=nn.Linear(3, 3)), (4, 3), 5
-    ),
-    "relative positions, N = T": Case(
-        lambda: Net(relative, table=nn.Embedding(7, 1), v=nn.Linear(3, 3), head=nn.Linear(3, 3)), (4, 3), 4
-    ),
-    "class token": Case(
-        lambda: Net(class_token, cls=weight(1, 1, 4), a=nn.Linear(3, 4), head=nn.Linear(4, 3),
-                    layer=nn.TransformerEncoderLayer(4, 2, 3, 0.0, batch_first=True)), (2, 3), 4,
-    ),
-    "learned queries": Case(
-        lambda: Net(queries, codes=weight(2, 3), head=nn.Linear(3, 3), **layers(q=(3, 3), k=(3, 3), v=(3, 3))), (4, 3)
-    ),
-    "learned queries, as many as examples": Case(
-        lambda: Net(queries, codes=weight(4, 3), head=nn.Linear(3, 3), **layers(q=(3, 3), k=(3, 3), v=(3, 3))), (2, 3), 4
-    ),
-    "repeated": Case(lambda: Net(repeated, s=weight(3), **layers(a=(4, 4), b=(4, 3)))),
-    "interleaved": Case(lambda: Net(interleaved, **layers(a=(4, 4), b=(4, 3)))),
-    "doubled": Case(lambda: Net(doubled, **layers(a=(4, 4), b=(4, 3)))),
-    "crops": Case(lambda: Net(crops, **layers(a=(2, 4), b=(8, 3)))),
-    "sorted": Case(lambda: Net(permuted, **layers(a=(4, 4), b=(4, 3)))),
-    "sorted but for the first and the last": Case(lambda: Net(permuted, **layers(a=(4, 4), b=(4, 3))), middle_permuted),
-    "reversed": Case(lambda: Net(reversed_rows, **layers(a=(4, 4), b=(4, 3)))),
-    "rolled": Case(lambda: Net(rolled, **layers(a=(4, 4), b=(4, 3)))),
-    "packed": Case(
-        lambda: seq(packed, cells=nn.LSTM(4, 4, batch_first=True)), (3, 3),
-        lenient=frozenset({"rows", "jacobians", "func *", "matri*", "product *", "diagonal *", "report", "hf", "block-*"}),
-    ),
-    "packed places": Case(
-        lambda: seq(packed_linear), (3, 3),
-        lenient=frozenset({"rows", "jacobians", "func *", "matri*", "product *", "diagonal *", "report", "hf", "block-*"}),
-    ),
-    "unfolded": Case(lambda: Net(unfolded, **layers(a=(8, 4), b=(4, 3))), (2, 3, 3)),
-    "windows": Case(lambda: Net(windows, **layers(q=(3, 3), k=(3, 3), v=(3, 3), b=(3, 3))), (4, 3)),
-    "windows of one example, N = 1": Case(lambda: Net(windows, **layers(q=(3, 3), k=(3, 3), v=(3, 3), b=(3, 3))), (4, 3), 1),
-    "frames": Case(lambda: Net(frames, c=nn.Conv2d(2, 3, 2), b=nn.Linear(3, 3)), (2, 2, 3, 3)),
-    "frames first": Case(lambda: Net(frames_first, c=nn.Conv2d(2, 3, 2), b=nn.Linear(3, 3)), (2, 2, 3, 3)),
-    "frames first, N = T": Case(lambda: Net(frames_first, c=nn.Conv2d(2, 3, 2), b=nn.Linear(3, 3)), (3, 2, 3, 3), 3),
-    "spatial transformer": Case(lambda: Net(transformer_of_space, where=nn.Linear(9, 6), b=nn.Linear(9, 3)), (1, 3, 3), 4),
-    "graph": Case(lambda: seq(graph), (4, 7)),
-    "graph, N = V": Case(lambda: seq(graph), (4, 7), 4),
-    "graph of graphs": Case(lambda: seq(block_graph, edge=nn.Linear(4, 4)), (3, 3)),
-    "attention, places first": Case(
-        lambda: Net(places_first_attention, att=nn.MultiheadAttention(4, 2), head=nn.Linear(4, 3)), (3, 4)
-    ),
-    "attention, places first, N = T": Case(
-        lambda: Net(places_first_attention, att=nn.MultiheadAttention(4, 2), head=nn.Linear(4, 3)), (4, 4), 4
-    ),
-    "lstm, places first": Case(
-        lambda: Net(places_first_lstm, cells=nn.LSTM(2, 2), pre=nn.Linear(2, 2), head=nn.Linear(2, 3)), (3, 2)
-    ),
-    "lstm, places first, N = T": Case(
-        lambda: Net(places_first_lstm, cells=nn.LSTM(2, 2), pre=nn.Linear(2, 2), head=nn.Linear(2, 3)), (4, 2), 4
-    ),
-    "one after the other": Case(lambda: Net(no_batch_axis, **layers(a=(4, 4), b=(4, 3)))),
-    "one after the other, N = 1": Case(lambda: Net(no_batch_axis, **layers(a=(4, 4), b=(4, 3))), n=1),
-    "by vmap": Case(lambda: Net(by_vmap, **layers(a=(4, 4), b=(4, 3)))),
-}  # fmt: skip
+CASES: dict[str, Case] = (
+    {
+        f"axes {''.join(map(str, order))}, N = {n}": Case(
+            lambda order=order: axes(*order), (4, 2, 3), n
+        )
+        for order in ((1, 0, 2, 3), (2, 1, 0, 3), (1, 2, 0, 3), (2, 0, 1, 3))
+        for n in (4, 5)
+    }
+    | {
+        f"positions {shape}, N = {n}": Case(
+            lambda shape=shape: positions(shape), lambda n=n: tokens(n, 3)
+        )
+        for shape in ("T", "1T", "T1", "NT")
+        for n in (1, 3, 4)
+    }
+    | {
+        "batch last": Case(lambda: Net(batch_last, w=weight(4, 4), **layers(a=(4, 4), b=(4, 3)))),
+        "batch last, N = F": Case(
+            lambda: Net(batch_last, w=weight(4, 4), **layers(a=(4, 4), b=(4, 3))), n=4
+        ),
+        "batch among the channels": Case(
+            lambda: Net(channels, filter=weight(1, 1, 3), b=nn.Linear(4, 3)), (1, 4)
+        ),
+        "flat": Case(lambda: seq(flat), (2, 3)),
+        "flat, N = T": Case(lambda: seq(flat), (4, 3), 4),
+        "flat, T = 1": Case(lambda: seq(flat), (1, 3)),
+        "flat, places first": Case(lambda: seq(flat_places_first), (2, 3)),
+        "flat, places first, N = T": Case(lambda: seq(flat_places_first), (4, 3), 4),
+        "flat, places first, T = 1": Case(lambda: seq(flat_places_first), (1, 3)),
+        "flat with a norm": Case(lambda: seq(flat_with_norm, norm=nn.LayerNorm(4)), (2, 3)),
+        "both orders": Case(lambda: seq(both), (3, 3)),
+        "both orders, N = T": Case(lambda: seq(both), (4, 3), 4),
+        "constant": Case(lambda: constant(False)),
+        "constant, one axis": Case(lambda: constant(False, 1)),
+        "constant, N = 1": Case(lambda: constant(False), n=1),
+        "constant, expanded": Case(lambda: constant(True)),
+        "relative positions": Case(
+            lambda: Net(
+                relative, table=nn.Embedding(7, 1), v=nn.Linear(3, 3), head=nn.Linear(3, 3)
+            ),
+            (4, 3),
+            5,
+        ),
+        "relative positions, N = T": Case(
+            lambda: Net(
+                relative, table=nn.Embedding(7, 1), v=nn.Linear(3, 3), head=nn.Linear(3, 3)
+            ),
+            (4, 3),
+            4,
+        ),
+        "class token": Case(
+            lambda: Net(
+                class_token,
+                cls=weight(1, 1, 4),
+                a=nn.Linear(3, 4),
+                head=nn.Linear(4, 3),
+                layer=nn.TransformerEncoderLayer(4, 2, 3, 0.0, batch_first=True),
+            ),
+            (2, 3),
+            4,
+        ),
+        "learned queries": Case(
+            lambda: Net(
+                queries,
+                codes=weight(2, 3),
+                head=nn.Linear(3, 3),
+                **layers(q=(3, 3), k=(3, 3), v=(3, 3)),
+            ),
+            (4, 3),
+        ),
+        "learned queries, as many as examples": Case(
+            lambda: Net(
+                queries,
+                codes=weight(4, 3),
+                head=nn.Linear(3, 3),
+                **layers(q=(3, 3), k=(3, 3), v=(3, 3)),
+            ),
+            (2, 3),
+            4,
+        ),
+        "repeated": Case(lambda: Net(repeated, s=weight(3), **layers(a=(4, 4), b=(4, 3)))),
+        "interleaved": Case(lambda: Net(interleaved, **layers(a=(4, 4), b=(4, 3)))),
+        "doubled": Case(lambda: Net(doubled, **layers(a=(4, 4), b=(4, 3)))),
+        "crops": Case(lambda: Net(crops, **layers(a=(2, 4), b=(8, 3)))),
+        "sorted": Case(lambda: Net(permuted, **layers(a=(4, 4), b=(4, 3)))),
+        "sorted but for the first and the last": Case(
+            lambda: Net(permuted, **layers(a=(4, 4), b=(4, 3))), middle_permuted
+        ),
+        "reversed": Case(lambda: Net(reversed_rows, **layers(a=(4, 4), b=(4, 3)))),
+        "rolled": Case(lambda: Net(rolled, **layers(a=(4, 4), b=(4, 3)))),
+        "packed": Case(
+            lambda: seq(packed, cells=nn.LSTM(4, 4, batch_first=True)),
+            (3, 3),
+            lenient=frozenset(
+                {
+                    "rows",
+                    "jacobians",
+                    "func *",
+                    "matri*",
+                    "product *",
+                    "diagonal *",
+                    "report",
+                    "hf",
+                    "block-*",
+                }
+            ),
+        ),
+        "packed places": Case(
+            lambda: seq(packed_linear),
+            (3, 3),
+            lenient=frozenset(
+                {
+                    "rows",
+                    "jacobians",
+                    "func *",
+                    "matri*",
+                    "product *",
+                    "diagonal *",
+                    "report",
+                    "hf",
+                    "block-*",
+                }
+            ),
+        ),
+        "unfolded": Case(lambda: Net(unfolded, **layers(a=(8, 4), b=(4, 3))), (2, 3, 3)),
+        "windows": Case(
+            lambda: Net(windows, **layers(q=(3, 3), k=(3, 3), v=(3, 3), b=(3, 3))), (4, 3)
+        ),
+        "windows of one example, N = 1": Case(
+            lambda: Net(windows, **layers(q=(3, 3), k=(3, 3), v=(3, 3), b=(3, 3))), (4, 3), 1
+        ),
+        "frames": Case(lambda: Net(frames, c=nn.Conv2d(2, 3, 2), b=nn.Linear(3, 3)), (2, 2, 3, 3)),
+        "frames first": Case(
+            lambda: Net(frames_first, c=nn.Conv2d(2, 3, 2), b=nn.Linear(3, 3)), (2, 2, 3, 3)
+        ),
+        "frames first, N = T": Case(
+            lambda: Net(frames_first, c=nn.Conv2d(2, 3, 2), b=nn.Linear(3, 3)), (3, 2, 3, 3), 3
+        ),
+        "spatial transformer": Case(
+            lambda: Net(transformer_of_space, where=nn.Linear(9, 6), b=nn.Linear(9, 3)),
+            (1, 3, 3),
+            4,
+        ),
+        "graph": Case(lambda: seq(graph), (4, 7)),
+        "graph, N = V": Case(lambda: seq(graph), (4, 7), 4),
+        "graph of graphs": Case(lambda: seq(block_graph, edge=nn.Linear(4, 4)), (3, 3)),
+        "attention, places first": Case(
+            lambda: Net(
+                places_first_attention, att=nn.MultiheadAttention(4, 2), head=nn.Linear(4, 3)
+            ),
+            (3, 4),
+        ),
+        "attention, places first, N = T": Case(
+            lambda: Net(
+                places_first_attention, att=nn.MultiheadAttention(4, 2), head=nn.Linear(4, 3)
+            ),
+            (4, 4),
+            4,
+        ),
+        "lstm, places first": Case(
+            lambda: Net(
+                places_first_lstm, cells=nn.LSTM(2, 2), pre=nn.Linear(2, 2), head=nn.Linear(2, 3)
+            ),
+            (3, 2),
+        ),
+        "lstm, places first, N = T": Case(
+            lambda: Net(
+                places_first_lstm, cells=nn.LSTM(2, 2), pre=nn.Linear(2, 2), head=nn.Linear(2, 3)
+            ),
+            (4, 2),
+            4,
+        ),
+        "one after the other": Case(lambda: Net(no_batch_axis, **layers(a=(4, 4), b=(4, 3)))),
+        "one after the other, N = 1": Case(
+            lambda: Net(no_batch_axis, **layers(a=(4, 4), b=(4, 3))), n=1
+        ),
+        "by vmap": Case(lambda: Net(by_vmap, **layers(a=(4, 4), b=(4, 3)))),
+    }
+)
 
 
 @pytest.mark.parametrize("what", WHAT)

@@ -41,8 +41,10 @@ def tied_by_storage() -> nn.Module:
 def tied_embedding(bias: bool = True, padding: int | None = None) -> nn.Module:
     net = Net(
         lambda m, x: m.head(torch.tanh(m.lin(m.emb(x))).mean(1)),
-        emb=nn.Embedding(6, 4, padding_idx=padding), lin=nn.Linear(4, 4), head=nn.Linear(4, 6, bias=bias),
-    )  # fmt: skip
+        emb=nn.Embedding(6, 4, padding_idx=padding),
+        lin=nn.Linear(4, 4),
+        head=nn.Linear(4, 6, bias=bias),
+    )
     net.head.weight = net.emb.weight
     return net
 
@@ -71,8 +73,10 @@ def in_two_parents() -> nn.Module:
     inner = nn.Linear(4, 4)
     return Net(
         lambda m, x: m.head(m.left(x) * m.right(x.flip(1))),
-        left=nn.Sequential(inner, nn.Tanh()), right=nn.Sequential(nn.Tanh(), inner), head=nn.Linear(4, 3),
-    )  # fmt: skip
+        left=nn.Sequential(inner, nn.Tanh()),
+        right=nn.Sequential(nn.Tanh(), inner),
+        head=nn.Linear(4, 3),
+    )
 
 
 def twice_the_name() -> nn.Module:
@@ -177,10 +181,16 @@ BY_DATA = frozenset({"func *", "product *", "matri*", "rows", "jacobians", "diag
 """What `vmap` does not go through, where shapes follow from numbers."""
 
 CASES: dict[str, Case] = {
-    "three times": Case(lambda: Net(lambda m, x: m.b(recursive(m.a, x, 3)), **layers(a=(4, 4), b=(4, 3)))),
-    "twice on the same": Case(lambda: Net(lambda m, x: m.b(m.a(x) * m.a(x)), **layers(a=(4, 4), b=(4, 3)))),
+    "three times": Case(
+        lambda: Net(lambda m, x: m.b(recursive(m.a, x, 3)), **layers(a=(4, 4), b=(4, 3)))
+    ),
+    "twice on the same": Case(
+        lambda: Net(lambda m, x: m.b(m.a(x) * m.a(x)), **layers(a=(4, 4), b=(4, 3)))
+    ),
     "twice, once unused": Case(
-        lambda: Net(lambda m, x: m.b(m.a(x) + 0 * m.a(x.flip(1)).detach()), **layers(a=(4, 4), b=(4, 3)))
+        lambda: Net(
+            lambda m, x: m.b(m.a(x) + 0 * m.a(x.flip(1)).detach()), **layers(a=(4, 4), b=(4, 3))
+        )
     ),
     "unrolled": Case(lambda: Net(unrolled, **layers(inp=(2, 3), rec=(3, 3), head=(3, 3))), (3, 2)),
     "two parents": Case(in_two_parents),
@@ -193,7 +203,10 @@ CASES: dict[str, Case] = {
     "tied convolution": Case(tied_transposed, (3, 3, 3)),
     "one by one as linear": Case(
         lambda: Net(
-            lambda m, x: m.c(x).mean((2, 3)) + F.linear(x.mean((2, 3)).tanh(), m.c.weight.flatten(1)), c=nn.Conv2d(2, 3, 1)
+            lambda m, x: (
+                m.c(x).mean((2, 3)) + F.linear(x.mean((2, 3)).tanh(), m.c.weight.flatten(1))
+            ),
+            c=nn.Conv2d(2, 3, 1),
         ),
         (2, 2, 2),
     ),
@@ -208,18 +221,30 @@ CASES: dict[str, Case] = {
     "self-attention, places first, N = T": Case(lambda: attention(False, False), (3, 4), 3),
     "cross-attention": Case(lambda: attention(True, True), (3, 4)),
     "cross-attention, places first": Case(lambda: attention(False, True), (3, 4)),
-    "cross-attention, other widths": Case(lambda: attention(True, True, kdim=4, vdim=4, bias=False), (3, 4)),
-    "attention with bias_kv": Case(lambda: attention(True, False, add_bias_kv=True, add_zero_attn=True), (3, 4)),
-    "attention by hand": Case(lambda: Net(own_attention, **layers(q=(4, 4), k=(4, 4), v=(4, 4), head=(4, 3))), (3, 4)),
-    "prototypes, as many as examples": Case(lambda: Net(prototypes, seeds=numbers(3, 4), a=nn.Linear(4, 3)), n=3),
+    "cross-attention, other widths": Case(
+        lambda: attention(True, True, kdim=4, vdim=4, bias=False), (3, 4)
+    ),
+    "attention with bias_kv": Case(
+        lambda: attention(True, False, add_bias_kv=True, add_zero_attn=True), (3, 4)
+    ),
+    "attention by hand": Case(
+        lambda: Net(own_attention, **layers(q=(4, 4), k=(4, 4), v=(4, 4), head=(4, 3))), (3, 4)
+    ),
+    "prototypes, as many as examples": Case(
+        lambda: Net(prototypes, seeds=numbers(3, 4), a=nn.Linear(4, 3)), n=3
+    ),
     "prototypes": Case(lambda: Net(prototypes, seeds=numbers(3, 4), a=nn.Linear(4, 3))),
     "under no_grad too": Case(lambda: Net(momentum_target, **layers(a=(4, 4), b=(4, 3)))),
     "experts, one idle": Case(lambda: mixture(experts), lenient=BY_DATA),
     "experts, one skipped": Case(lambda: mixture(skipping), lenient=BY_DATA),
     "experts, all on all": Case(lambda: mixture(dense_experts)),
     "where": Case(lambda: Net(some_rows, **layers(a=(4, 4), b=(4, 3)))),
-    "layer and functional": Case(lambda: Net(lambda m, x: m.a(x) + F.linear(x.flip(1).tanh(), m.a.weight), **layers(a=(4, 3)))),
-}  # fmt: skip
+    "layer and functional": Case(
+        lambda: Net(
+            lambda m, x: m.a(x) + F.linear(x.flip(1).tanh(), m.a.weight), **layers(a=(4, 3))
+        )
+    ),
+}
 
 
 @pytest.mark.parametrize("what", WHAT)

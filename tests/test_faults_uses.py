@@ -167,7 +167,9 @@ CONTRACTIONS = {
     "tensordot": lambda x, w: torch.tensordot(x, w, 1),
     "addmm": lambda x, w: torch.addmm(w[0], x, w),
     "bmm": lambda x, w: torch.bmm(x[:, None], w.expand(len(x), -1, -1))[:, 0],
-    "baddbmm": lambda x, w: torch.baddbmm(w[:1, None].expand(len(x), 1, -1), x[:, None], w.expand(len(x), -1, -1))[:, 0],
+    "baddbmm": lambda x, w: torch.baddbmm(
+        w[:1, None].expand(len(x), 1, -1), x[:, None], w.expand(len(x), -1, -1)
+    )[:, 0],
     "mv": lambda x, w: torch.stack([torch.mv(w.mT, row) for row in x]),
     "addmv": lambda x, w: torch.stack([torch.addmv(w[0], w.mT, row) for row in x]),
     "aten.linear": lambda x, w: torch.ops.aten.linear(x, w.mT),
@@ -202,44 +204,96 @@ PRODUCTS: dict[str, Case] = {
 }
 
 CASES: dict[str, Case] = {
-    "layer and its bias": Case(lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x)) * m.a.bias), **layers(a=(4, 4), b=(4, 3)))),
+    "layer and its bias": Case(
+        lambda: Net(lambda m, x: m.b(torch.tanh(m.a(x)) * m.a.bias), **layers(a=(4, 4), b=(4, 3)))
+    ),
     "in a penalty": Case(
-        lambda: Net(lambda m, x: m.a(x) + m.a.weight.square().sum() * m.c, c=numbers(3), **layers(a=(4, 3)))
+        lambda: Net(
+            lambda m, x: m.a(x) + m.a.weight.square().sum() * m.c, c=numbers(3), **layers(a=(4, 3))
+        )
     ),
     "captured": Case(captured),
     "captured alone": Case(captured_bare),
     "lora": Case(lambda: lora(True)),
     "lora, base trained": Case(lambda: lora(False)),
-    "lora, merged": Case(lambda: Net(merged, base=nn.Linear(4, 4), a=weight(2, 4), b=weight(4, 2), head=nn.Linear(4, 3))),
+    "lora, merged": Case(
+        lambda: Net(
+            merged, base=nn.Linear(4, 4), a=weight(2, 4), b=weight(4, 2), head=nn.Linear(4, 3)
+        )
+    ),
     "hypernetwork": Case(lambda: Net(hyper, make=nn.Linear(2, 6))),
-    "hypernetwork of a code": Case(lambda: Net(hyper_shared, make=nn.Linear(2, 12), code=weight(2))),
-    "hypernetwork of a code, N = 1": Case(lambda: Net(hyper_shared, make=nn.Linear(2, 12), code=weight(1, 2)), n=1),
+    "hypernetwork of a code": Case(
+        lambda: Net(hyper_shared, make=nn.Linear(2, 12), code=weight(2))
+    ),
+    "hypernetwork of a code, N = 1": Case(
+        lambda: Net(hyper_shared, make=nn.Linear(2, 12), code=weight(1, 2)), n=1
+    ),
     "standardised": Case(lambda: Net(standardised, **layers(a=(4, 4), b=(4, 3)))),
-    "standardised convolution": Case(lambda: Net(standardised_conv, a=nn.Conv2d(2, 3, 3), b=nn.Linear(3, 3)), (2, 3, 3)),
-    "fused weight in pieces": Case(lambda: Net(fused_qkv, **layers(qkv=(4, 12), head=(4, 3))), (3, 4)),
-    "fused output in pieces": Case(lambda: Net(split_output, **layers(qkv=(4, 12), head=(4, 3))), (3, 4)),
+    "standardised convolution": Case(
+        lambda: Net(standardised_conv, a=nn.Conv2d(2, 3, 3), b=nn.Linear(3, 3)), (2, 3, 3)
+    ),
+    "fused weight in pieces": Case(
+        lambda: Net(fused_qkv, **layers(qkv=(4, 12), head=(4, 3))), (3, 4)
+    ),
+    "fused output in pieces": Case(
+        lambda: Net(split_output, **layers(qkv=(4, 12), head=(4, 3))), (3, 4)
+    ),
     "slices": Case(lambda: Net(slices, **layers(a=(4, 4), b=(4, 3)))),
-    "own function": Case(lambda: Net(lambda m, x: Weighs.apply(torch.tanh(m.a(x)), m.w), a=nn.Linear(4, 4), w=weight(3, 4))),
+    "own function": Case(
+        lambda: Net(
+            lambda m, x: Weighs.apply(torch.tanh(m.a(x)), m.w), a=nn.Linear(4, 4), w=weight(3, 4)
+        )
+    ),
     "force": Case(Force, (3,), y="like"),
     "force by autograd": Case(
-        ForceByAutograd, (3,), y="like",
-        lenient=frozenset({"rows", "func *", "matri*", "product *", "diagonal *", "jacobians", "report", "hf", "block-*"}),
+        ForceByAutograd,
+        (3,),
+        y="like",
+        lenient=frozenset(
+            {
+                "rows",
+                "func *",
+                "matri*",
+                "product *",
+                "diagonal *",
+                "jacobians",
+                "report",
+                "hf",
+                "block-*",
+            }
+        ),
     ),
-    "soup": Case(lambda: Net(soup, mix=weight(1), a=nn.Linear(4, 3), b=nn.Linear(4, 3, bias=False))),
+    "soup": Case(
+        lambda: Net(soup, mix=weight(1), a=nn.Linear(4, 3), b=nn.Linear(4, 3, bias=False))
+    ),
     "straight through": Case(lambda: Net(straight_through, **layers(a=(4, 4), b=(4, 3)))),
     "scaled weight": Case(
-        lambda: Net(lambda m, x: m.b(torch.tanh(F.linear(x, m.a.weight * 0.5, m.a.bias))), **layers(a=(4, 4), b=(4, 3)))
+        lambda: Net(
+            lambda m, x: m.b(torch.tanh(F.linear(x, m.a.weight * 0.5, m.a.bias))),
+            **layers(a=(4, 4), b=(4, 3)),
+        )
     ),
     "cat of two weights": Case(
-        lambda: Net(lambda m, x: F.linear(x.tanh(), torch.cat([m.a.weight, m.b.weight])), **layers(a=(4, 2), b=(4, 1)))
+        lambda: Net(
+            lambda m, x: F.linear(x.tanh(), torch.cat([m.a.weight, m.b.weight])),
+            **layers(a=(4, 2), b=(4, 1)),
+        )
     ),
-    "detached second use": Case(lambda: Net(lambda m, x: F.linear(m.a(x), m.a.weight.detach()), **layers(a=(4, 4))), y="like"),
+    "detached second use": Case(
+        lambda: Net(lambda m, x: F.linear(m.a(x), m.a.weight.detach()), **layers(a=(4, 4))),
+        y="like",
+    ),
     "norm without a graph": Case(
-        lambda: Net(lambda m, x: m.b(m.a(x).tanh() / m.a.weight.detach().norm()), **layers(a=(4, 4), b=(4, 3)))
+        lambda: Net(
+            lambda m, x: m.b(m.a(x).tanh() / m.a.weight.detach().norm()),
+            **layers(a=(4, 4), b=(4, 3)),
+        )
     ),
     "ensemble": Case(lambda: Net(ensemble, w=weight(2, 3, 4), b=weight(2, 3))),
-    "in place": Case(lambda: Net(in_place, **layers(a=(4, 4), b=(4, 3))), lenient=frozenset({"k-bfgs", "skqn-l"})),
-}  # fmt: skip
+    "in place": Case(
+        lambda: Net(in_place, **layers(a=(4, 4), b=(4, 3))), lenient=frozenset({"k-bfgs", "skqn-l"})
+    ),
+}
 
 
 @pytest.mark.parametrize("what", ["gradient", "hessian"])

@@ -63,7 +63,7 @@ def own_numpy() -> nn.Module:
 
 
 def global_numpy(h: Tensor) -> Tensor:
-    return h * float(np.random.rand())
+    return h * float(np.random.rand())  # noqa: NPY002
 
 
 def counting() -> nn.Module:
@@ -93,13 +93,19 @@ def path(h: Tensor) -> Tensor:
 
 
 def transformer() -> nn.Module:
-    return Net(lambda m, x: m.b(m.layer(m.a(x)[:, None].expand(-1, 2, -1)).mean(1)),
-               layer=nn.TransformerEncoderLayer(8, 2, 8, 0.5, batch_first=True), **layers(a=(4, 8), b=(8, 3)))  # fmt: skip
+    return Net(
+        lambda m, x: m.b(m.layer(m.a(x)[:, None].expand(-1, 2, -1)).mean(1)),
+        layer=nn.TransformerEncoderLayer(8, 2, 8, 0.5, batch_first=True),
+        **layers(a=(4, 8), b=(8, 3)),
+    )
 
 
 def lstm() -> nn.Module:
-    return Net(lambda m, x: m.b(m.cells(m.a(x)[:, None].expand(-1, 2, -1))[0].sum(1)),
-               cells=nn.LSTM(8, 8, 2, batch_first=True, dropout=0.5), **layers(a=(4, 8), b=(8, 3)))  # fmt: skip
+    return Net(
+        lambda m, x: m.b(m.cells(m.a(x)[:, None].expand(-1, 2, -1))[0].sum(1)),
+        cells=nn.LSTM(8, 8, 2, batch_first=True, dropout=0.5),
+        **layers(a=(4, 8), b=(8, 3)),
+    )
 
 
 NOISE: dict[str, Callable[[], nn.Module]] = {
@@ -135,20 +141,20 @@ def noise(name: str) -> nn.Module:
 @contextmanager
 def chances() -> Iterator[Callable[[], bool]]:
     """All global generators as they were."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield (
             lambda: (
                 torch.equal(torch.get_rng_state(), states[0])
                 and random.getstate() == states[1]
-                and np.array_equal(np.random.get_state()[1], states[2][1])
-                and np.random.get_state()[2] == states[2][2]
+                and np.array_equal(np.random.get_state()[1], states[2][1])  # noqa: NPY002
+                and np.random.get_state()[2] == states[2][2]  # noqa: NPY002
             )
         )
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_state(states[2])
+        np.random.set_state(states[2])  # noqa: NPY002
 
 
 @pytest.mark.parametrize("name", NOISE)

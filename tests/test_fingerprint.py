@@ -163,9 +163,8 @@ def test_nests() -> None:
     assert examples(nest, z) != examples({"more": x, "x": [z, (x,)]}, z)
     assert examples(nest, z) != examples(nest | {"more": [z, (z,)]}, z)
     assert len(each({}, ())) == 0
-    assert examples(x, torch.tensor(3.0)) != examples(
-        x, torch.tensor(2.0)
-    )  # what belongs to none belongs to all
+    # what belongs to none belongs to all
+    assert examples(x, torch.tensor(3.0)) != examples(x, torch.tensor(2.0))
 
 
 def test_under_any_mode() -> None:

@@ -157,9 +157,8 @@ def test_inputs_that_are_always_zero_are_dropped_exactly(idle: list[int], labels
     assert fisher.F.shape == (10, active * (active + 1) // 2)  # 4 outputs: 10 pairs
     full = outer_products(observation, labels, "1")
     assert_inverts(curvature, "1", full)
-    vector = torch.randn(
-        4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )  # not zero where idle
+    # not zero where idle
+    vector = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     solution = torch.linalg.solve(
         full + DAMPING * torch.eye(24, dtype=torch.float64), vector.flatten()
     )

@@ -58,11 +58,31 @@ READ = {
     "cosine": ("cosine", "parameters", "step", "algorithm", "block", "seed"),
     "loss": ("loss", "loss_step"),
     "seconds": ("seconds", "algorithm"),
-    "spectrum": ("lowest", "highest", "density", "order", "lower", "upper", "unresolved", "negative", "route", "loss", "step",
-                 "matrix", "block"),
+    "spectrum": (
+        "lowest",
+        "highest",
+        "density",
+        "order",
+        "lower",
+        "upper",
+        "unresolved",
+        "negative",
+        "route",
+        "loss",
+        "step",
+        "matrix",
+        "block",
+    ),
     "training": ("train_loss", "val_loss", "train_error", "wall_seconds", "epoch"),
-    "damping": ("pairs_within_mu1", "pairs_within_2mu1", "pair_curvature_mean", "pair", "stage", "block"),
-}  # fmt: skip
+    "damping": (
+        "pairs_within_mu1",
+        "pairs_within_2mu1",
+        "pair_curvature_mean",
+        "pair",
+        "stage",
+        "block",
+    ),
+}
 """{figure: what it reads}"""
 
 
@@ -88,9 +108,15 @@ def logs() -> dict[str, xr.Dataset]:
         if "train" in probe.where and name != "shift"
     ]
     train = cl.train(
-        objective(), data.batches(20, seed=0), data, algorithm="k-bfgs-20-convergent", damping=0.3, epochs=2, probes=names,
+        objective(),
+        data.batches(20, seed=0),
+        data,
+        algorithm="k-bfgs-20-convergent",
+        damping=0.3,
+        epochs=2,
+        probes=names,
         progress=False,
-    ).dataset  # fmt: skip
+    ).dataset
     one, two = (
         cl.compare(
             objective(),
@@ -153,10 +179,22 @@ def small(logs: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
 
 
 ODD_VALUES: dict[str, object] = {
-    "empty": "", "no JSON": "{", "JSON of another type": "[1", "null": "null", "a list": "[]", "an object": "{}",
-    "hostile": "$x\x00\x1b[31m\ud800[/b]<i>\u202e%s\\", "a number": 3, "NaN": float("nan"), "an array": np.arange(3.0),
-    "words": np.array(["a", "b"]), "huge": "x" * 100_000, "deep": "[" * 200_000, "bytes": b"abc", "beyond floats": 10**400,
-}  # fmt: skip
+    "empty": "",
+    "no JSON": "{",
+    "JSON of another type": "[1",
+    "null": "null",
+    "a list": "[]",
+    "an object": "{}",
+    "hostile": "$x\x00\x1b[31m\ud800[/b]<i>\u202e%s\\",
+    "a number": 3,
+    "NaN": float("nan"),
+    "an array": np.arange(3.0),
+    "words": np.array(["a", "b"]),
+    "huge": "x" * 100_000,
+    "deep": "[" * 200_000,
+    "bytes": b"abc",
+    "beyond floats": 10**400,
+}
 NESTED = (None, "x", [1], {"a": 1}, 1.5, -1, 1e308, float("nan"), True, 10**400)
 
 
@@ -210,9 +248,18 @@ HOSTILE_ATTRIBUTES = {
     "flag_meanings": "$;]",
 }
 OF_VARIABLES: dict[str, Callable[[xr.Variable], xr.Variable]] = {
-    "words": filled("x"), "NaN": filled(np.nan), "Inf": filled(np.inf), "huge": filled(1e308), "tiny": filled(5e-324),
-    "zero": filled(0.0), "negative": filled(-1.0), "complex": filled(1j), "true": filled(True), "whole": filled(1),
-    "random": random, "swinging": swinging,
+    "words": filled("x"),
+    "NaN": filled(np.nan),
+    "Inf": filled(np.inf),
+    "huge": filled(1e308),
+    "tiny": filled(5e-324),
+    "zero": filled(0.0),
+    "negative": filled(-1.0),
+    "complex": filled(1j),
+    "true": filled(True),
+    "whole": filled(1),
+    "random": random,
+    "swinging": swinging,
     "scalar": lambda v: xr.Variable((), 1.0),
     "elsewhere": lambda v: xr.Variable(("zz",), np.arange(3.0)),
     "wider": lambda v: xr.Variable((*v.dims, "zz"), np.zeros((*v.shape, 2))),
@@ -220,7 +267,7 @@ OF_VARIABLES: dict[str, Callable[[xr.Variable], xr.Variable]] = {
     "of no size": lambda v: xr.Variable(("nil",), np.zeros(0)),
     "odd attributes": lambda v: xr.Variable(v.dims, v.values, ODD_ATTRIBUTES),
     "hostile attributes": lambda v: xr.Variable(v.dims, v.values, HOSTILE_ATTRIBUTES),
-}  # fmt: skip
+}
 OF_DIMENSIONS: dict[str, Callable[[xr.Dataset, str], xr.Dataset]] = {
     "of size 0": lambda d, n: d.isel({n: []}),
     "of size 1": lambda d, n: d.isel({n: [0]}),
@@ -441,9 +488,8 @@ def test_a_report_of_damaged_and_whole_logs_says_what_is_left_out(
         assert part in said
     numbers = [int(n) for n in re.findall(r'id="figure-(\d+)"', text)]
     assert numbers == list(range(1, len(numbers) + 1))
-    assert (
-        len(numbers) == 1 + 2 + 3 + 1
-    )  # together; of a without its pairs, of b all, of c the loss
+    # together; of a without its pairs, of b all, of c the loss
+    assert len(numbers) == 1 + 2 + 3 + 1
 
 
 # ---- text
@@ -611,9 +657,8 @@ def test_any_name_is_a_task(name: str) -> None:
     console = Console(file=held, width=1000)
     console.print(bar.get_renderable())
     shown = for_terminal(name).strip()
-    assert held.getvalue().count(shown) >= 2 or not cell_len(
-        shown
-    )  # a modifier alone has no width: rich leaves it out
+    # a modifier alone has no width: rich leaves it out
+    assert held.getvalue().count(shown) >= 2 or not cell_len(shown)
 
 
 def test_a_hostile_folder_does_not_keep_a_run_from_its_pictures(
@@ -625,9 +670,8 @@ def test_a_hostile_folder_does_not_keep_a_run_from_its_pictures(
     assert {p.name for p in folder.iterdir()} == {"training.png", "training.svg"}
     ET.parse(folder / "training.svg")
     log = written(small["train"], folder / "run.h5")
-    assert (
-        call("plot", str(log), str(folder), "-o", str(tmp_path / "x.png")) == 0
-    )  # two runs, told apart by their places
+    # two runs, told apart by their places
+    assert call("plot", str(log), str(folder), "-o", str(tmp_path / "x.png")) == 0
 
 
 # ---- what reaches outside of a file, and what is not as it was written

@@ -27,9 +27,8 @@ def hessian(p: Problem, block: cl.layers.Block, x: Tensor, y: Tensor) -> Tensor:
     def loss(free: dict[str, Tensor]) -> Tensor:
         return p.likelihood.loss(torch.func.functional_call(p.model, fixed | free, (x,)), y).mean()
 
-    found = torch.func.jacrev(torch.func.jacrev(loss))(
-        held
-    )  # forward mode knows nothing of a padding token's row
+    # forward mode knows nothing of a padding token's row
+    found = torch.func.jacrev(torch.func.jacrev(loss))(held)
     sizes = [held[n].numel() for n in block.params]
     whole = torch.cat(
         [torch.cat([found[r][c].reshape(i, j) for c, j in zip(held, sizes, strict=True)], 1)

@@ -21,10 +21,39 @@ from curvlab.spectra import Plan
 from curvlab.training.loop import Training
 
 BAD: tuple[Any, ...] = (
-    "abc", "", "\x00", "a\nb", "\udcff", -1, 0, 2**63, 2**64, -(2**64), 10**400, 10**5000,
-    1.5, -0.5, math.nan, math.inf, -math.inf, 1e300, True, None, [], {}, (), b"x", 1j, object(), int,
-    torch.zeros(3), torch.tensor(math.nan), ["abc"], {"abc": 1}, Path("/dev/null/x"),
-)  # fmt: skip
+    "abc",
+    "",
+    "\x00",
+    "a\nb",
+    "\udcff",
+    -1,
+    0,
+    2**63,
+    2**64,
+    -(2**64),
+    10**400,
+    10**5000,
+    1.5,
+    -0.5,
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e300,
+    True,
+    None,
+    [],
+    {},
+    (),
+    b"x",
+    1j,
+    object(),
+    int,
+    torch.zeros(3),
+    torch.tensor(math.nan),
+    ["abc"],
+    {"abc": 1},
+    Path("/dev/null/x"),
+)
 NOT_OURS = (
     "objective",
     "batches",
@@ -63,16 +92,25 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "train": (cl.train, lambda **k: cl.train(objective(), batches(), **k)),
     "compare": (cl.compare, lambda **k: cl.compare(objective(), batches(), **k)),
     "spectrum": (cl.spectrum, lambda **k: cl.spectrum(objective(), *batches()[0], **k)),
-    "Objective": (cl.Objective.__init__, lambda **k: cl.Objective(torch.nn.Linear(4, 3), cl.likelihoods.Categorical(), **k)),
+    "Objective": (
+        cl.Objective.__init__,
+        lambda **k: cl.Objective(torch.nn.Linear(4, 3), cl.likelihoods.Categorical(), **k),
+    ),
     "optimizer": (cl.optimizer, lambda name="kfac", **k: cl.optimizer(name, objective(), **k)),
-    "approximation": (cl.approximation, lambda name="kfac", **k: cl.approximation(name, objective(), **k)),
+    "approximation": (
+        cl.approximation,
+        lambda name="kfac", **k: cl.approximation(name, objective(), **k),
+    ),
     "lbfgs": (cl.approximation, lambda name="lbfgs", **k: cl.approximation(name, objective(), **k)),
     "batches": (cl.datasets.Dataset.batches, lambda size=2, **k: data().batches(size, **k)),
     "build": (cl.models.build, lambda name="mlp-256-20", **k: cl.models.build(name, **k)),
     "report": (cl.report, lambda runs="nothing", path="x.html", **k: cl.report(runs, path)),
     "open": (cl.open, lambda path="nothing": cl.open(path)),
-    "momentum": (Plan.__init__, lambda momentum=0.5: cl.optimizer("adam", objective(), momentum=momentum)),
-}  # fmt: skip
+    "momentum": (
+        Plan.__init__,
+        lambda momentum=0.5: cl.optimizer("adam", objective(), momentum=momentum),
+    ),
+}
 """{name: (the function whose arguments are tried, a call of it with some of them)}"""
 
 

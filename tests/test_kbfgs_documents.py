@@ -78,9 +78,8 @@ class Document:
 
 
 def average(old: Tensor, new: Tensor) -> Tensor:
-    return (
-        BETA * old + (1 - BETA) * new
-    )  # thesis Alg. 4, line 8; 2021 3.3, where Alg. 2, line 7 misprints it
+    # thesis Alg. 4, line 8; 2021 3.3, where Alg. 2, line 7 misprints it
+    return BETA * old + (1 - BETA) * new
 
 
 def add(old: Tensor, new: Tensor) -> Tensor:
@@ -375,9 +374,8 @@ def test_convergent_variants_keep_the_bounds_of_their_lemmas(
             inputs = input_factor(H_a.shape[0], phi, damping_a, block.places)
             spectrum = torch.linalg.eigvalsh(H_a)
             assert inputs.hold(float(spectrum[0]), float(spectrum[-1]))
-    assert min(used.values()) >= (
-        2 if name == "k-bfgs-20-convergent" else 15
-    )  # it skips most pairs of a layer of "conv"
+    # it skips most pairs of a layer of "conv"
+    assert min(used.values()) >= (2 if name == "k-bfgs-20-convergent" else 15)
 
 
 def test_dd_skip_refuses_pairs_that_the_other_takes() -> None:

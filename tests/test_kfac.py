@@ -121,9 +121,8 @@ def test_inverse_factors_and_damping_by_the_formula(damping: float) -> None:
         gradient = torch.randn(
             block.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
         )
-        direction = curvature.precondition({block.name: gradient})[
-            block.name
-        ]  # Alg. 12, line 8: p = H_Γ DW H_Ω
+        # Alg. 12, line 8: p = H_Γ DW H_Ω
+        direction = curvature.precondition({block.name: gradient})[block.name]
         torch.testing.assert_close(
             direction, expected[0] @ gradient @ expected[1], rtol=1e-10, atol=1e-12
         )
@@ -148,9 +147,8 @@ def test_zero_derivatives_split_the_damping_evenly() -> None:
     p = problem("tanh", "gaussian")
     objective = p.objective()
     curvature = approximation("kfac-ef", objective, damping=0.04)
-    curvature.update(
-        objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs)
-    )  # targets are met: g = 0
+    # targets are met: g = 0
+    curvature.update(objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs))
     A, G = factors(curvature, "1")
     assert not bool(G.any())
     eye_g, eye_a = (torch.eye(d, dtype=torch.float64) for d in (4, 6))

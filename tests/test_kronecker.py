@@ -144,9 +144,8 @@ def test_factors_from_samples_of_a_matrix_normal() -> None:
     """
     u1, u2 = spd(3), spd(4, seed=1)
     size = math.sqrt(float(u1.trace()) / 3 * float(u2.trace()) / 4)
-    truth = [
-        u * size * len(u) / u.trace() for u in (u1, u2)
-    ]  # split so that both have the same mean eigenvalue
+    # split so that both have the same mean eigenvalue
+    truth = [u * size * len(u) / u.trace() for u in (u1, u2)]
     G = torch.linalg.cholesky(u1) @ normal(40, 2000, 3, 4, seed=2) @ torch.linalg.cholesky(u2).T
     estimates = [
         tensor_normal_factors(

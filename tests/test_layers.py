@@ -713,9 +713,8 @@ def test_batch_norm_in_training(case: str) -> None:
     assert_reads(net, x())
     assert_gradient(net, x())
     if before and net.training:
-        assert (
-            int(net.num_batches_tracked) == 3
-        )  # one for each forward pass of this test: reading `a` counts none
+        # one for each forward pass of this test: reading `a` counts none
+        assert int(net.num_batches_tracked) == 3
         assert not torch.equal(net.running_mean, before["running_mean"])
 
 

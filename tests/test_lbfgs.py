@@ -327,9 +327,10 @@ def test_refinement_satisfies_the_structured_secant_equation() -> None:
     memory = (
         empty_memory(2, u).append(normal(5, seed=3), normal(5, seed=3)).append(u, v_hat - H_k @ u)
     )
+    # λ = 0
     found = refined(
         Dense(H_k + 0.3 * torch.eye(5, dtype=DOUBLE)), memory, multiple_of_identity(0.3, u)
-    )  # λ = 0
+    )
     assert_near(found @ u, v_hat, 1e-11)
 
 

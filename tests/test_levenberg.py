@@ -79,9 +79,17 @@ def test_arguments_out_of_range(arguments: dict[str, float], message: str) -> No
 
 @pytest.mark.parametrize(
     ("actual", "predicted", "rho"),
-    [(1.0, 2.0, 0.5), (-1.0, 2.0, -0.5), (1.0, -2.0, -math.inf), (1.0, 0.0, -math.inf), (-math.inf, 1.0, -math.inf),
-     (math.nan, 1.0, -math.inf), (1.0, math.nan, -math.inf), (1.0, math.inf, 0.0)],
-)  # fmt: skip
+    [
+        (1.0, 2.0, 0.5),
+        (-1.0, 2.0, -0.5),
+        (1.0, -2.0, -math.inf),
+        (1.0, 0.0, -math.inf),
+        (-math.inf, 1.0, -math.inf),
+        (math.nan, 1.0, -math.inf),
+        (1.0, math.nan, -math.inf),
+        (1.0, math.inf, 0.0),
+    ],
+)
 def test_reduction_ratio(actual: float, predicted: float, rho: float) -> None:
     assert reduction_ratio(actual, predicted) == rho
 

@@ -490,9 +490,8 @@ def test_categorical_root_is_the_hessian_and_zero_where_ignored(
         "ncp,ndp->ncdp", p, p
     )
     blocks = blocks * (y != ignore).reshape(5, 1, 1, -1)
-    expected = (
-        torch.diag_embed(blocks, dim1=2, dim2=4).flatten(3).flatten(1, 2)
-    )  # [N, (c, place), (d, place)]
+    # [N, (c, place), (d, place)]
+    expected = torch.diag_embed(blocks, dim1=2, dim2=4).flatten(3).flatten(1, 2)
     assert_near(outer(root), expected)
     unmasked = likelihood.root(z)
     assert torch.equal(
@@ -565,9 +564,8 @@ def test_drawn_labels_are_ignored_where_the_data_are(
         likelihood.check(z, plain)
     score = grad(lambda z: likelihood.loss(z, drawn).sum())(z)
     hot = torch.nn.functional.one_hot(Categorical().sample(z, generator(1)), 4).movedim(-1, 1)
-    assert_near(
-        score, (z.softmax(1) - hot) * there.unsqueeze(1)
-    )  # p − e_ŷ, whatever smooths the data's labels
+    # p − e_ŷ, whatever smooths the data's labels
+    assert_near(score, (z.softmax(1) - hot) * there.unsqueeze(1))
     assert float(likelihood.loss(z, drawn)[1]) == 0
 
 
@@ -675,7 +673,7 @@ def test_labels_change_nothing_where_the_hessian_has_none(name: str) -> None:
     assert torch.equal(likelihood.sample(z, generator(), y), likelihood.sample(z, generator()))
 
 
-# ---------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # a likelihood of one's own
 
 

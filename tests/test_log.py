@@ -155,10 +155,11 @@ def test_late_cosine_is_the_mean_of_the_last_three_quarters() -> None:
 
 
 def _write_for_ever(path: Path) -> None:
+    # save at every record: the kill falls into a save
     log_module.SAVE_EVERY, log_module.SAVE_SHARE = (
         0.0,
         1e9,
-    )  # save at every record: the kill falls into a save
+    )
     log = Log({"algorithm": ["a"]}, {}, {}, path)
     for step in range(10**9):
         log.append(

@@ -89,9 +89,8 @@ def test_every_model_has_its_shape_and_size_and_fits_its_likelihood(name: str) -
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_takes_its_data(name: str) -> None:
     data = str(MODELS[name].data)
-    train, _ = load_or_skip(
-        data.replace("cifar10", "cifar10-subset")
-    )  # smaller, of the same shapes
+    # smaller, of the same shapes
+    train, _ = load_or_skip(data.replace("cifar10", "cifar10-subset"))
     assert (train.inputs, train.outputs) == KINDS[name][:2]
     objective = cl.Objective(cl.models.build(name), LIKELIHOODS[MODELS[name].likelihood]())
     assert torch.isfinite(objective.closure(train.x[:3], train.y[:3])())

@@ -621,9 +621,13 @@ def test_compare_of_damping_zero_with_every_probe() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = cl.compare(
-            case.objective, minibatches(case, 3), reference="k-bfgs-20", algorithms=["adam", "kfac", "block-hessian"],
-            damping=0.01, probes=probes,
-        )  # fmt: skip
+            case.objective,
+            minibatches(case, 3),
+            reference="k-bfgs-20",
+            algorithms=["adam", "kfac", "block-hessian"],
+            damping=0.01,
+            probes=probes,
+        )
         assert not run.diverged
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
@@ -632,9 +636,13 @@ def test_compare_of_damping_zero_with_every_probe() -> None:
                 lambda self, size: dict.fromkeys(self.names, 0.01) | {"adam": 0.0},
             )
             run = cl.compare(
-                case.objective, minibatches(case, 3), reference="k-bfgs-20", algorithms=["adam", "kfac", "block-hessian"],
-                damping=0.01, probes=probes,
-            )  # fmt: skip
+                case.objective,
+                minibatches(case, 3),
+                reference="k-bfgs-20",
+                algorithms=["adam", "kfac", "block-hessian"],
+                damping=0.01,
+                probes=probes,
+            )
     assert {name: (one["step"], one["block"]) for name, [one] in run.diverged.items()} == {
         "adam": (0, "1")
     }

@@ -47,9 +47,8 @@ def normbatch(seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
 def test_one_forward_serves_all_passes(model: str, likelihood: str, needs: set[str]) -> None:
     p = problem(model, likelihood)
     objective = p.objective()
-    objective.check(
-        p.x, p.y
-    )  # the first look at a form is gone through again, to see that a second one is the same
+    # the first look at a form is gone through again, to see that a second one is the same
+    objective.check(p.x, p.y)
     counted = count_forwards(p.model)
     observation = objective.closure(p.x, p.y).observe(needs)
     assert counted == [1]

@@ -63,7 +63,7 @@ def layer_rows(
 ) -> tuple[LayerRows, Tensor]:
     """Rows Σ_t vec(g aᵀ), group after group, and the same matrix row by row."""
     g, a = normal(v, n, t, groups, o, seed=seed), normal(n, t, groups, i, seed=seed + 1)
-    row = lambda w, m: torch.cat(
+    row = lambda w, m: torch.cat(  # noqa: E731
         [sum(torch.kron(g[w, m, s, c], a[m, s, c]) for s in range(t)) for c in range(groups)]
     )
     return LayerRows(g, a), torch.stack([row(w, m) for w in range(v) for m in range(n)])
@@ -553,9 +553,8 @@ def test_woodbury_whose_damping_had_to_be_raised_uses_one_damping_everywhere() -
         3, dtype=torch.float64
     )
     assert torch.equal(inverse.factor, torch.linalg.cholesky(gram))
-    across = torch.tensor(
-        [1.0, -1.0, 0.0, 0.0], dtype=torch.float64
-    )  # at right angles to every row
+    # at right angles to every row
+    across = torch.tensor([1.0, -1.0, 0.0, 0.0], dtype=torch.float64)
     assert_near(inverse @ across, across / 1e-9)
     assert_near(inverse.inv() @ across, across * 1e-9)
 

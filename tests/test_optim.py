@@ -70,9 +70,8 @@ def run_torch(
     scheduler = schedule(optimizer) if schedule else None
     losses = []
     for x, y in batches(p, 50):
-        losses.append(
-            optimizer.step(objective.closure(x, y)).item()
-        )  # torch's contract: the closure is called
+        # torch's contract: the closure is called
+        losses.append(optimizer.step(objective.closure(x, y)).item())
         if scheduler:
             scheduler.step()
     return losses, weights(objective)
@@ -417,9 +416,25 @@ class Reads(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-WITHOUT_WAITING = ["sgd-m", "adam", "rmsprop", "kfac", "kfac-20", "kfac-ef", "kflr",
-                   "tnt", "tnt-ef", "tnt-per-sample", "shampoo",
-                   "k-bfgs", "k-bfgs-l", "k-bfgs-20", "k-bfgs-l-20", "kf-bfgs-cnn", "kf-bfgs-l-cnn"]  # fmt: skip
+WITHOUT_WAITING = [
+    "sgd-m",
+    "adam",
+    "rmsprop",
+    "kfac",
+    "kfac-20",
+    "kfac-ef",
+    "kflr",
+    "tnt",
+    "tnt-ef",
+    "tnt-per-sample",
+    "shampoo",
+    "k-bfgs",
+    "k-bfgs-l",
+    "k-bfgs-20",
+    "k-bfgs-l-20",
+    "kf-bfgs-cnn",
+    "kf-bfgs-l-cnn",
+]
 
 
 @pytest.mark.parametrize("name", WITHOUT_WAITING)
@@ -635,9 +650,8 @@ def test_double_grad_averages_over_the_last_minibatch_too(name: str, every: int)
     data = batches(p, 6)
     optimizer.warm_start(data)
     for step, (x, y) in enumerate(data):
-        looked = (
-            step > 0 and step % every == 0
-        )  # steps count from 1: T divides the number of the last
+        # steps count from 1: T divides the number of the last
+        looked = step > 0 and step % every == 0
         both = [(x, y), data[step - 1]] if looked else [(x, y)]
         joint = [torch.cat(part) for part in zip(*both, strict=True)]
         expected = objective.closure(*joint).observe().gradients  # one minibatch of twice the size

@@ -297,8 +297,13 @@ def test_options_that_nothing_reads_are_refused() -> None:
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": held, "lr": 0.1, "initial_lr": 0.1})
     assert optimizer.param_groups[1] == {
-        "params": [held], "lr": 0.1, "initial_lr": 0.1, "damping": 1.0, "momentum": 0.9, "weight_decay": 0.0,
-    }  # fmt: skip
+        "params": [held],
+        "lr": 0.1,
+        "initial_lr": 0.1,
+        "damping": 1.0,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+    }
 
 
 def test_tensors_that_are_not_the_objectives_are_refused() -> None:
@@ -401,9 +406,8 @@ def test_a_damping_that_adapts_is_written_to_every_group(name: str) -> None:
     dampings = {g["damping"] for g in optimizer.param_groups}
     assert dampings == {optimizer.descent.curvature.damping} != {start}
     held = optimizer.param_groups[1]["params"].pop()
-    optimizer.add_param_group(
-        {"params": [held]}
-    )  # of the damping as it stands, not as it was at first
+    # of the damping as it stands, not as it was at first
+    optimizer.add_param_group({"params": [held]})
     optimizer.step(objective.closure(p.x, p.y))
 
 
@@ -583,9 +587,8 @@ def test_thawed_later_is_refused_by_name(name: str) -> None:
     for _ in range(2):
         refusal(lambda: optimizer.step(objective.closure(p.x, p.y)), line)
     assert same(weights(objective), before)
-    refusal(
-        lambda: cl.optimizer(name, objective), line
-    )  # nor is another made, nor a comparison begun
+    # nor is another made, nor a comparison begun
+    refusal(lambda: cl.optimizer(name, objective), line)
     p.model[0].weight.requires_grad_(False)
     optimizer.step(objective.closure(p.x, p.y))
     p.model[0].requires_grad_(True)

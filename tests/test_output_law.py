@@ -50,7 +50,7 @@ def output_hessian(likelihood: Likelihood, z: Tensor, y: Tensor) -> Tensor:
     return found.reshape(len(z), z[0].numel(), -1)
 
 
-# ---------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # likelihoods of one's own
 
 
@@ -312,10 +312,11 @@ class Ordinal(Own):
     edges = torch.tensor([-1e3, -1.0, 0.3, 1.2, 1e3], dtype=torch.float64)
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
+        # log(σ(b − z) − σ(a − z)) = log σ(b − z) + log σ(z − a) + log(1 − e^{a−b})
         low, high = (
             self.edges[y],
             self.edges[y + 1],
-        )  # log(σ(b − z) − σ(a − z)) = log σ(b − z) + log σ(z − a) + log(1 − e^{a−b})
+        )
         return -(F.logsigmoid(high - z) + F.logsigmoid(z - low) + torch.log1p(-(low - high).exp()))
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
@@ -598,9 +599,8 @@ def test_class_weights_have_the_closed_form() -> None:
     expected = W[Y][:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
     for likelihood in (Weighted(), WeightedKnowingly()):
         assert_near(outer(law_of(likelihood, Z, Y).root(Z, Y)), expected)
-    assert (
-        float((outer(Weighted().root(Z)) - expected).norm() / expected.norm()) > 0.5
-    )  # what was taken before
+    # what was taken before
+    assert float((outer(Weighted().root(Z)) - expected).norm() / expected.norm()) > 0.5
 
 
 def test_the_root_is_symmetric_and_follows_the_labels() -> None:
@@ -684,9 +684,8 @@ def test_no_false_alarm_at_outputs_of_any_size(
         )()
         law = law_of(weighted, z, classes(5, of=outputs, seed=seed))
         assert not law.follows
-        assert law.root is not None, (
-            law.why
-        )  # convex, though by rounding its Hessians have eigenvalues below 0
+        # convex, though by rounding its Hessians have eigenvalues below 0
+        assert law.root is not None, law.why
         assert bool(law.root(z, classes(5, of=outputs, seed=seed)).isfinite().all())
 
 
@@ -784,7 +783,7 @@ def test_no_state_moves(name: str) -> None:
         assert torch.equal(law.root(z, y), root)
 
 
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # what is no likelihood
 
 

@@ -76,9 +76,8 @@ def test_where_no_file_can_be_written(odd: Path, name: str, says: str) -> None:
 def test_where_a_file_can_be_written(odd: Path) -> None:
     assert paths.check_file(odd / "new", "x") == odd / "new"
     assert paths.check_file(odd / "file", "x") == odd / "file"
-    assert (
-        paths.check_file(odd / "link", "x") == odd / "file"
-    )  # what it leads to, which stays a link
+    # what it leads to, which stays a link
+    assert paths.check_file(odd / "link", "x") == odd / "file"
     assert not (odd / "new").exists()
 
 

@@ -97,9 +97,14 @@ def test_bounds_hold_where_earlier_minibatches_had_greater_inputs(name: str, mod
     p = problem(model)
     data = [(x * (30 if i < 3 else 1e-3), y) for i, (x, y) in enumerate(batches(p, 5))]
     ds = cl.train(
-        p.objective(), data, algorithm=name, lr=1e-3, damping=0.2, update_every=3 if name == "k-bfgs-convergent" else 1,
+        p.objective(),
+        data,
+        algorithm=name,
+        lr=1e-3,
+        damping=0.2,
+        update_every=3 if name == "k-bfgs-convergent" else 1,
         probes=["bounds:1"],
-    ).dataset.isel(algorithm=0)  # fmt: skip
+    ).dataset.isel(algorithm=0)
     at = ds.sel(factor="a", block="1")
     assert np.isfinite(at["bound_low"]).all()
     assert (at["tightness_low"] >= 1 - 1e-9).all()
@@ -202,9 +207,21 @@ def test_the_table_says_how_often_bounds_hold_and_how_loose_they_are(seen: xr.Da
 
 def test_phi_is_proven_through_pooling_and_reshaping_and_not_behind_a_relu_or_dropout() -> None:
     model = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4),
-        nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 3),
-    ).double()  # fmt: skip
+        nn.Conv2d(1, 2, 3),
+        nn.Sigmoid(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(2, 2, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+        nn.Tanh(),
+        nn.Linear(4, 4),
+        nn.Tanh(),
+        nn.Dropout(0.5),
+        nn.Linear(4, 3),
+        nn.Softmax(1),
+        nn.Linear(3, 3),
+    ).double()
     objective = cl.Objective(model, cl.likelihoods.Categorical())
     x = torch.randn(4, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = bounded_inputs(objective.closure(x, torch.zeros(4).long()))
@@ -323,9 +340,16 @@ def test_tnts_bounds_are_of_the_damping_of_the_last_refresh(name: str) -> None:
     data = batches(p, 9)
     for factor in (0.5, 2.0):
         ds = cl.train(
-            problem().objective(), data, algorithm=name, lr=0.0, damping=0.3, refresh_every=4, probes=["bounds:1"],
-            schedule=lambda optimizer, factor=factor: Changed(optimizer, factor), schedule_every="step",
-        ).dataset.isel(algorithm=0)  # fmt: skip
+            problem().objective(),
+            data,
+            algorithm=name,
+            lr=0.0,
+            damping=0.3,
+            refresh_every=4,
+            probes=["bounds:1"],
+            schedule=lambda optimizer, factor=factor: Changed(optimizer, factor),
+            schedule_every="step",
+        ).dataset.isel(algorithm=0)
         used = np.array([0.3 * factor**k for k in (0, 1, 2, 3, 3, 3, 3, 7, 7)])
         at = ds.sel(factor="a", block="2")
         np.testing.assert_allclose(at["bound_high"], 1 / used, rtol=1e-12)

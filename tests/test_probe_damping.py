@@ -100,14 +100,15 @@ def test_fractions_of_an_epoch_by_hand() -> None:
     wrong sign.
     """
     nan = math.nan
-    curvature = np.array(
-        [[[[[4.0, 5.0], [nan, nan]]]], [[[[9.0, -1.0], [12.0, 3.0]]]]]
-    )  # [sample, algorithm, block, pair, stage]
+    # [sample, algorithm, block, pair, stage]
+    curvature = np.array([[[[[4.0, 5.0], [nan, nan]]]], [[[[9.0, -1.0], [12.0, 3.0]]]]])
     step = np.array([[[[[1.0, 2.0], [nan, nan]]]], [[[[4.0, -3.0], [1.0, 1.9]]]]])
     samples = {
-        "pair_curvature": curvature, "pair_step": step, "pair_mu2": np.array([[[[0.5, nan]]], [[[0.5, 0.5]]]]),
+        "pair_curvature": curvature,
+        "pair_step": step,
+        "pair_mu2": np.array([[[[0.5, nan]]], [[[0.5, 0.5]]]]),
         "pair_skipped": np.array([[[[0.0, nan]]], [[[2.0, 0.0]]]]),
-    }  # fmt: skip
+    }
     found = {name: values[0, 0].tolist() for name, values in fractions(samples).items()}
     assert found["pairs_seen"] == [2, 1]
     assert found["pairs_skipped"] == [0.5, 0]
@@ -166,8 +167,14 @@ def test_pairs_of_every_quasi_newton_method_in_one_comparison() -> None:
         probes=["damping"],
     )
     ds = run.dataset.isel(step=slice(2, None))
-    seen = {name: {str(q) for q in ds["pair"].values if np.isfinite(ds["pair_skipped"].sel(algorithm=name, pair=q)).all()}
-            for name in ds["algorithm"].values}  # fmt: skip
+    seen = {
+        name: {
+            str(q)
+            for q in ds["pair"].values
+            if np.isfinite(ds["pair_skipped"].sel(algorithm=name, pair=q)).all()
+        }
+        for name in ds["algorithm"].values
+    }
     assert seen["k-bfgs"] == {"a", "g"}
     assert seen["k-bfgs-20-convergent"] == {"g"}
     assert seen["skqn-b1"] == seen["skqn-b2"] == {"g"}

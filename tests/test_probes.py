@@ -176,18 +176,28 @@ def test_every_probe_of_a_comparison_gives_what_it_declares(tmp_path: Path) -> N
     names, algorithms = fitting("compare")
     wanted = [n for n in names if n not in ALWAYS]
     run = cl.compare(
-        p.objective(), batches(p, 5), reference="block-hessian", algorithms=algorithms, damping=0.1, path=tmp_path / "run.h5",
+        p.objective(),
+        batches(p, 5),
+        reference="block-hessian",
+        algorithms=algorithms,
+        damping=0.1,
+        path=tmp_path / "run.h5",
         probes=[f"{n}:{2 + i % 2}" for i, n in enumerate(wanted)],
-    )  # fmt: skip
+    )
     ds = cl.open(tmp_path / "run.h5")
     xr.testing.assert_identical(ds, run.dataset)
     promised(ds, names, lambda name: "step" if name in ALWAYS else f"{name}_step")
     for i, name in enumerate(wanted):
         assert ds[f"{name}_step"].values.tolist() == ([0, 2, 4], [0, 3])[i % 2]
     on_steps = cl.compare(
-        p.objective(), batches(p, 4), reference="sgd-m", algorithms=algorithms, damping=0.1, log_every=2,
+        p.objective(),
+        batches(p, 4),
+        reference="sgd-m",
+        algorithms=algorithms,
+        damping=0.1,
+        log_every=2,
         probes=[f"{n}:2" for n in wanted],
-    ).dataset  # fmt: skip
+    ).dataset
     promised(on_steps, [n for n in names if n != "shift"], lambda name: "step")
     assert on_steps["step"].values.tolist() == [0, 2]
 

@@ -51,10 +51,11 @@ def test_curves_have_the_published_variance_and_error() -> None:
 
 
 def test_curves_depend_on_the_seed_alone(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # it must be left alone
     before, numpys = (
         torch.get_rng_state(),
-        np.random.get_state()[1].copy(),
-    )  # it must be left alone
+        np.random.get_state()[1].copy(),  # noqa: NPY002
+    )
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         monkeypatch.setenv("CURVLAB_CACHE", str(tmp_path / folder))
         curves(seed, train=1100, test=50)
@@ -66,7 +67,7 @@ def test_curves_depend_on_the_seed_alone(tmp_path, monkeypatch: pytest.MonkeyPat
     assert not torch.equal(parts["a"][0].x, parts["c"][0].x)
     assert [len(p) for p in parts["a"]] == [1100, 50]
     assert torch.equal(before, torch.get_rng_state())
-    assert (numpys == np.random.get_state()[1]).all()
+    assert (numpys == np.random.get_state()[1]).all()  # noqa: NPY002
 
 
 @pytest.mark.parametrize("name", ["curves", "faces"])

@@ -187,9 +187,8 @@ def test_every_figure_of_every_log_is_there_as_well_formed_svg(
         "training",
         "training",
     ]
-    assert (
-        len(found) == len(page.of("figure")) == len(single) + 1
-    )  # and the two training runs together
+    # and the two training runs together
+    assert len(found) == len(page.of("figure")) == len(single) + 1
     assert all(len(list(svg.iter("{http://www.w3.org/2000/svg}path"))) > 10 for svg in found)
     labels = [svg.get("aria-label") for svg in found]
     assert len(set(labels)) == len(labels)
@@ -471,10 +470,11 @@ def test_comparisons_and_spectra_that_did_not_end(runs: Path) -> None:
     call_ = json.loads(ds.attrs["call"])
     default = ds.assign_attrs(call=json.dumps(call_ | {"steps": None}))
     assert about.unfinished(default) == "8 of 300 steps"
+    # the log cannot tell
     assert (
         about.unfinished(ds.assign_attrs(call=json.dumps(call_ | {"steps": None, "epochs": 9})))
         == ""
-    )  # the log cannot tell
+    )
     rarely = json.loads(ds.attrs["settings"]) | {"log_every": 4}
     assert about.unfinished(ds.isel(step=[0, 4]).assign_attrs(settings=json.dumps(rarely))) == ""
     spectra = cl.open(runs / "spectrum")
@@ -534,18 +534,48 @@ def probed() -> xr.Dataset:
     return xr.Dataset(
         {
             "theta": (each, theta, label),
-            "skipped": (each, skipped, label | {"flag_values": "0 1", "flag_meanings": "used; too <small>"}),
-            "phi": (("step", "block"), rng.uniform(1, 2, (4, 2)), {"long_name": "bound", "units": "nat"}),
-            "flat": (("step", "block"), np.full((4, 2), 3.0), {"long_name": "level", "units": "nat"}),
-            "none": (("step", "block"), np.full((4, 2), np.nan), {"long_name": "void", "units": "1"}),
-            "norm": (("step", "algorithm", "block"), norm, {"long_name": "norm of something", "units": "parameter"}),
-            "gram": (("step", "algorithm", "other", "block"), np.ones((4, 2, 2, 2)), {"long_name": "product", "units": "1"}),
+            "skipped": (
+                each,
+                skipped,
+                label | {"flag_values": "0 1", "flag_meanings": "used; too <small>"},
+            ),
+            "phi": (
+                ("step", "block"),
+                rng.uniform(1, 2, (4, 2)),
+                {"long_name": "bound", "units": "nat"},
+            ),
+            "flat": (
+                ("step", "block"),
+                np.full((4, 2), 3.0),
+                {"long_name": "level", "units": "nat"},
+            ),
+            "none": (
+                ("step", "block"),
+                np.full((4, 2), np.nan),
+                {"long_name": "void", "units": "1"},
+            ),
+            "norm": (
+                ("step", "algorithm", "block"),
+                norm,
+                {"long_name": "norm of something", "units": "parameter"},
+            ),
+            "gram": (
+                ("step", "algorithm", "other", "block"),
+                np.ones((4, 2, 2, 2)),
+                {"long_name": "product", "units": "1"},
+            ),
             "loss": ("step", np.arange(4.0), {"long_name": "loss", "units": "nat"}),
             "bare": (("step", "block"), norm[..., 0]),
         },
-        {"algorithm": ["k-bfgs", "adam"], "other": ["k-bfgs", "adam"], "block": ["1", "2"], "pair": ["a", "g"],
-         "step": [0, 1, 2, 3], "damping_step": [0, 10, 20]},
-    )  # fmt: skip
+        {
+            "algorithm": ["k-bfgs", "adam"],
+            "other": ["k-bfgs", "adam"],
+            "block": ["1", "2"],
+            "pair": ["a", "g"],
+            "step": [0, 1, 2, 3],
+            "damping_step": [0, 10, 20],
+        },
+    )
 
 
 def test_what_probes_log_becomes_tables() -> None:

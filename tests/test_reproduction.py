@@ -54,8 +54,16 @@ ANALYSES = Path(__file__).resolve().parent.parent / "analyses"
 NAMES = list(scripts())
 COMPARISONS = {name: made for name in NAMES if isinstance(made := load(name), Comparison)}
 
-FIGURES = ["2.1", "2.2", *(f"2.{i}" for i in range(4, 8)), *(f"3.{i}" for i in range(1, 10)), *(f"4.{i}" for i in range(1, 7)),
-           "5.1", "5.2", "5.3"]  # fmt: skip
+FIGURES = [
+    "2.1",
+    "2.2",
+    *(f"2.{i}" for i in range(4, 8)),
+    *(f"3.{i}" for i in range(1, 10)),
+    *(f"4.{i}" for i in range(1, 7)),
+    "5.1",
+    "5.2",
+    "5.3",
+]
 TABLES = ["2.1", "2.2", "2.3", "2.4", "3.1", "3.2", "3.3", "3.4", "3.6", "3.8", "3.9", "4.1", "4.2"]
 """Of the thesis. Figure 2.3 is a landscape over a grid; Tables 2.5, 2.6, 3.5, 3.7, 3.10, 4.3 to 4.7
 are the scripts' values.
@@ -356,8 +364,10 @@ def test_what_decides_the_numbers_decides_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_a_seed_that_diverges_is_told_and_the_next_is_tried(tmp_path: Path) -> None:
-    figure = small(methods={"SGD-m": Method("sgd-m", (3e38, 0)), "Adam": Method("adam", (1e-4, 1e-4))},
-                   claims=[Claim("Adam is better", ["Adam"], ["SGD-m"])])  # fmt: skip
+    figure = small(
+        methods={"SGD-m": Method("sgd-m", (3e38, 0)), "Adam": Method("adam", (1e-4, 1e-4))},
+        claims=[Claim("Adam is better", ["Adam"], ["SGD-m"])],
+    )
     found, said = results(figure, tmp_path)
     assert not found["SGD-m"].runs
     assert len(found["SGD-m"].failures) == 4
@@ -518,9 +528,15 @@ def test_what_is_held_is_the_table_of_memory(
 def test_a_quantity_that_is_not_asked_for_is_not_drawn(tmp_path: Path) -> None:
     row = Row("adam", lambda s: s.d**2, lambda s: s.d**2)
     scaling = Scaling(
-        "table", "claim", lambda s: (nn.Linear(s.d, s.d), (s.d,)), {"m": 4}, [Axis("d", [4, 8, 16])], {"Adam": row},
-        quantities=["memory"], repeats=1,
-    )  # fmt: skip
+        "table",
+        "claim",
+        lambda s: (nn.Linear(s.d, s.d), (s.d,)),
+        {"m": 4},
+        [Axis("d", [4, 8, 16])],
+        {"Adam": row},
+        quantities=["memory"],
+        repeats=1,
+    )
     report = reproduce(scaling, "table", Options("cpu", tmp_path, device="cpu"))
     assert "seconds a step" not in "\n".join(report.lines)
     assert re.search(r"^Adam +1\.[5-9]\d \(2\.00\)$", "\n".join(report.lines), re.MULTILINE)

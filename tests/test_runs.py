@@ -149,9 +149,8 @@ def test_the_cosine_panels_show_every_method_and_the_values_of_the_log() -> None
     p = problem()
     run = cl.compare(p.objective(), batches(p, 4), algorithms=NAMES, damping=0.1)
     axes = run.figure("cosine").axes
-    assert (
-        len(axes) == 3
-    )  # all layers where there are four or fewer, the inner ones where there are more
+    # all layers where there are four or fewer, the inner ones where there are more
+    assert len(axes) == 3
     for ax, block in zip(axes, ("1", "2", "3"), strict=True):
         assert [line.get_label() for line in ax.lines] == NAMES
         for line in ax.lines:

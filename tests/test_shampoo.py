@@ -102,9 +102,8 @@ def test_a_zero_gradient_leaves_the_damping_alone() -> None:
     p = problem("tanh", "gaussian")
     objective = p.objective()
     curvature = approximation("shampoo", objective, damping=0.01)
-    curvature.update(
-        objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs)
-    )  # targets are met
+    # targets are met
+    curvature.update(objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs))
     for block in objective.blocks:
         expected = 10 * torch.eye(block.numel, dtype=torch.float64)
         torch.testing.assert_close(

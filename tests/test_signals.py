@@ -700,10 +700,11 @@ def test_a_real_process_that_slurm_ends(tmp_path: Path, monkeypatch: pytest.Monk
         " curvlab "
     )
     assert err.splitlines()[-1] == said + " ".join(resume)
+    # a look ahead is no step
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["position"]["steps"] in (
         24,
         25,
-    )  # a look ahead is no step
+    )
     monkeypatch.chdir(tmp_path)
     assert call(*resume) == 0
     assert call(*words[:-1], "whole") == 0
@@ -714,14 +715,18 @@ COUNTED = """import os
 from curvlab.probes.base import Variable, probe
 from torch import nn
 
-@probe("counted", "writes down every step", {"counted": Variable((), "step", "1")}, where=("train",), moment="after")
+VARIABLES = {"counted": Variable((), "step", "1")}
+
+@probe("counted", "writes down every step", VARIABLES, where=("train",), moment="after")
 def counted(frame):
     with open("steps", "a") as file:
         file.write(f"{frame.step}\\n")
     return [float(frame.step)]
 
 def build():
-    return nn.Sequential(nn.Linear(256, 16), nn.Tanh(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 10))
+    return nn.Sequential(
+        nn.Linear(256, 16), nn.Tanh(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 10)
+    )
 """
 
 

@@ -255,9 +255,8 @@ def test_conditions_19_and_20_hold_before_sketching(name: str, places: bool) -> 
         old, g, before = look()
         optimizer.step(objective.closure(p.x, p.y))
         new, h, after = look()
-    optimizer.descent.curvature.update(
-        objective.closure(p.x, p.y).observe()
-    )  # the next minibatch: line 3
+    # the next minibatch: line 3
+    optimizer.descent.curvature.update(objective.closure(p.x, p.y).observe())
     assert (block.last.skipped, block.last.tau) == ("", 1)
     B = block.matrix().dense()
     factor = block.G + block.Lambda
@@ -590,9 +589,8 @@ def test_r1_r2_and_the_sequence_alpha_are_options(
         optimizer.step(closure)
     assert seen == pytest.approx(expected, rel=1e-12)
     assert optimizer.param_groups[0]["damping"] == DAMPING / 32
-    assert (
-        len({e / (DAMPING * 0.5**k) == 1 for k, e in enumerate(expected)}) == 2
-    )  # inside of r₁, r₂ and outside
+    # inside of r₁, r₂ and outside
+    assert len({e / (DAMPING * 0.5**k) == 1 for k, e in enumerate(expected)}) == 2
 
 
 def test_options_of_the_rule_are_known_checked_and_of_their_methods_alone(tmp_path: Path) -> None:

@@ -401,7 +401,7 @@ def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: s
         found = cl.exact.product(o := objective(), *given, kind=kind)
         assert torch.equal(found @ v, found @ v)
         EDITS[name](o.model)
-        for use in (lambda: found @ v, found.diag, found.trace):
+        for use in (lambda: found @ v, found.diag, found.trace):  # noqa: B023
             with pytest.raises(CurvlabError, match=MOVED):
                 use()
     if name not in ("another parameter", "taken away"):
@@ -607,7 +607,7 @@ def test_kept_and_replayed(name: str) -> None:
     with random_state.replayed(start, CPU):
         assert [float(draw()) for _ in range(3)] == first
     assert not random_state.drawn_since(now, CPU)
-    with pytest.raises(KeyError), random_state.kept(CPU):
+    with pytest.raises(KeyError), random_state.kept(CPU):  # noqa: PT012
         draw()
         raise KeyError
     assert not random_state.drawn_since(now, CPU)
@@ -643,11 +643,11 @@ def test_another_generator_of_numpys() -> None:
         np.random.mtrand.set_bit_generator(np.random.PCG64(3))
         states = random_state.states(CPU)
         assert not random_state.drawn_since(states, CPU)
-        first = np.random.rand()
+        first = np.random.rand()  # noqa: NPY002
         assert random_state.drawn_since(states, CPU)
         random_state.set_states(random_state.Chance.of(states.state_dict()), CPU)
         assert not random_state.drawn_since(states, CPU)
-        assert np.random.rand() == first
+        assert np.random.rand() == first  # noqa: NPY002
     finally:
         np.random.mtrand.set_bit_generator(kept)
 

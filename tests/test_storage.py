@@ -283,10 +283,16 @@ def test_files_of_earlier_versions_are_read_and_later_ones_are_named(
 
 def training_of(algorithm: str, **more: Any) -> Training:
     return _training(
-        objective_of(net(seed=9)), data().batches(5, seed=1), data(7, 1),
-        Settings(algorithm, 0.01, 0.3, schedule="StepLR", schedule_options={"step_size": 2}), Budget(3),
-        Around(warm=(), probes={"loss": 2}), {}, {}, None,
-    )  # fmt: skip
+        objective_of(net(seed=9)),
+        data().batches(5, seed=1),
+        data(7, 1),
+        Settings(algorithm, 0.01, 0.3, schedule="StepLR", schedule_options={"step_size": 2}),
+        Budget(3),
+        Around(warm=(), probes={"loss": 2}),
+        {},
+        {},
+        None,
+    )
 
 
 ODD = (None, 7, "x", [1, "a"], torch.zeros(7, 11, 13))
@@ -383,9 +389,8 @@ def test_contents_that_no_run_wrote_are_refused_and_nothing_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = written("adam", monkeypatch)
-    cases = (
-        case for case in spoiled(state) if case[0] != ("format",)
-    )  # that is seen by `checkpoint.load`
+    # that is seen by `checkpoint.load`
+    cases = (case for case in spoiled(state) if case[0] != ("format",))
     all_refused("adam", state, cases)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from test_cli import call
-from test_signals import RUN, small  # a fixture
+from test_signals import RUN, small  # a fixture  # noqa: F401
 
 import curvlab as cl
 from curvlab import starting
@@ -29,7 +29,7 @@ RESULTS = [["--version"], ["-h"], ["train", "-h"], LISTED]
 @contextmanager
 def to(out: str | int, err: str | int | None = None, encoding: str = "utf-8") -> Iterator[None]:
     """This process's standard output, and error, on other files."""
-    made = [None if where is None else open(where, "w", encoding=encoding) for where in (out, err)]
+    made = [None if where is None else open(where, "w", encoding=encoding) for where in (out, err)]  # noqa: SIM115
     before = sys.stdout, sys.stderr
     try:
         sys.stdout, sys.stderr = (new or old for new, old in zip(made, before, strict=True))

@@ -158,8 +158,15 @@ def test_sampled_labels_are_the_same_by_rows_and_by_products() -> None:
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 5])
-@pytest.mark.parametrize(("base", "labels", "solver"), [("hessian", "data", "direct"), ("hessian", "data", "cg"),
-                                                        ("fisher", "exact", "auto"), ("fisher", "data", "auto")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("base", "labels", "solver"),
+    [
+        ("hessian", "data", "direct"),
+        ("hessian", "data", "cg"),
+        ("fisher", "exact", "auto"),
+        ("fisher", "data", "auto"),
+    ],
+)
 def test_inverse_is_that_of_base_plus_refinement(
     base: str, labels: str, solver: str, pairs: int
 ) -> None:

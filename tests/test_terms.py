@@ -304,7 +304,7 @@ def test_a_convolution_of_100_examples_at_64_places_fits() -> None:
     assert_near(s.dense(), cl.exact.matrix(objective, x, y, "hessian", "1").dense(), 1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # bad input
 
 

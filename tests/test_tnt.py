@@ -63,9 +63,8 @@ def inverse_of_ways(gradients: Tensor, epsilon: float) -> Tensor:
     """
     shape = gradients.shape[1:]
     k, size = len(shape), math.prod(shape)
-    c0 = (float(gradients.square().sum()) / len(gradients) / size) ** (
-        1 / k
-    )  # every trace is the mean squared norm
+    # every trace is the mean squared norm
+    c0 = (float(gradients.square().sum()) / len(gradients) / size) ** (1 / k)
     letters = "abcde"[:k]
     expected = torch.ones(1, 1, dtype=torch.float64)
     for i, d in enumerate(shape):
@@ -118,9 +117,8 @@ def test_factors_of_the_mean_gradient_by_hand(name: str, model: str) -> None:
     for block in objective.blocks:
         mean = observation.passes[curvature.labels][block.name].rows[0].mean(0)
         weight, bias = mean[:, :-1], mean[:, -1]
-        damped = torch.outer(bias, bias) + EPSILON * torch.eye(
-            len(bias), dtype=torch.float64
-        )  # k = 1: Ũ = E[g gᵀ]
+        # k = 1: Ũ = E[g gᵀ]
+        damped = torch.outer(bias, bias) + EPSILON * torch.eye(len(bias), dtype=torch.float64)
         inverse = curvature.inverse[block.name]
         assert isinstance(inverse, ColumnSum)
         assert_direct_sum(
@@ -295,9 +293,8 @@ def test_recovers_the_factors_of_a_matrix_normal_gradient_exactly() -> None:
     torch.testing.assert_close(
         torch.kron(U1, U2), torch.kron(L1 @ L1.T, L2 @ L2.T), rtol=1e-12, atol=1e-12
     )
-    torch.testing.assert_close(
-        U1.trace() / 3, U2.trace() / 4, rtol=1e-12, atol=0
-    )  # constant trace per dimension
+    # constant trace per dimension
+    torch.testing.assert_close(U1.trace() / 3, U2.trace() / 4, rtol=1e-12, atol=0)
     curvature.refresh(0.0)
     fisher = torch.kron(L1 @ L1.T, L2 @ L2.T)
     torch.testing.assert_close(
@@ -327,9 +324,8 @@ def test_zero_gradients_leave_the_damping_alone(name: str) -> None:
     p = problem("tanh", "gaussian")
     objective = p.objective()
     curvature = approximation(name, objective, damping=EPSILON, labels="data")
-    curvature.update(
-        objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs)
-    )  # targets are met
+    # targets are met
+    curvature.update(objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs))
     for block in objective.blocks:
         expected = torch.full(block.shape, EPSILON**-2, dtype=torch.float64)
         expected[:, -1] = 1 / EPSILON
@@ -378,9 +374,8 @@ def test_idealised_tnt_is_the_expectation_over_all_data_and_labels(model: str, s
     with torch.no_grad():
         for w in p.model.parameters():
             w.mul_(1.1)
-    some = (
-        slice(2) if shown else slice(None)
-    )  # the minibatch at hand says nothing of the data, where they were shown
+    # the minibatch at hand says nothing of the data, where they were shown
+    some = slice(2) if shown else slice(None)
     for _ in range(2):  # no average over steps
         curvature.update(
             objective.closure(p.x[some], p.y[some]).observe(curvature.needs | {"data"})

@@ -104,9 +104,15 @@ def test_the_same_as_a_loop_around_torchs_optimizer(algorithm: str, schedule: st
     """Two routes to weights, rates, losses, errors and norms."""
     model, other, train, test = net(), net(), data(), data(9, 1)
     found = cl.train(
-        objective_of(model), train.batches(5, epochs=5, seed=2), test,
-        algorithm=algorithm, lr=0.1, damping=1e-4, schedule=schedule, schedule_options=OPTIONS.get(schedule),
-    ).dataset  # fmt: skip
+        objective_of(model),
+        train.batches(5, epochs=5, seed=2),
+        test,
+        algorithm=algorithm,
+        lr=0.1,
+        damping=1e-4,
+        schedule=schedule,
+        schedule_options=OPTIONS.get(schedule),
+    ).dataset
     stepper = BY_HAND[algorithm](list(other.parameters()))
     scheduler = BY_HAND_SCHEDULES[schedule](stepper)
     stream = iter(train.batches(5, epochs=5, seed=2))
@@ -390,9 +396,8 @@ def test_a_model_all_in_eval_mode_is_trained_so_and_that_is_said() -> None:
         if isinstance(layer, nn.BatchNorm1d):
             assert layer.num_batches_tracked == 0
         model.train()
-        cl.train(
-            objective_of(model), data().batches(5), algorithm="sgd-m", lr=0.01
-        )  # the remedy: no warning
+        # the remedy: no warning
+        cl.train(objective_of(model), data().batches(5), algorithm="sgd-m", lr=0.01)
 
 
 def test_a_model_for_which_modes_are_the_same_is_trained_without_a_word() -> None:
@@ -587,9 +592,9 @@ def test_torch_schedulers_by_the_step_and_by_the_loss() -> None:
             .values.tolist()
         )
 
-    linear = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1 / (1 + k))
+    linear = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1 / (1 + k))  # noqa: E731
     assert rates(linear, schedule_every="step", algorithm="sgd-m") == [1.0, 1 / 5, 1 / 9, 1 / 13]
-    plateau = lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(
+    plateau = lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(  # noqa: E731
         o, patience=0, threshold=1e9, threshold_mode="abs"
     )
     assert rates(plateau, algorithm="sgd-m")[:3] == [1.0, 1.0, 1.0]
@@ -667,9 +672,16 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_cut(
         return net(3, nn.BatchNorm1d(4), nn.Dropout(0.3))
 
     more = {
-        "validation": data(6), "algorithm": algorithm, "epochs": 3, "lr": 0.05, "damping": 0.3, "refresh_every": 3,
-        "schedule": "step", "schedule_options": {"every": 1, "factor": 0.7}, "evaluate_every": 2,
-    }  # fmt: skip
+        "validation": data(6),
+        "algorithm": algorithm,
+        "epochs": 3,
+        "lr": 0.05,
+        "damping": 0.3,
+        "refresh_every": 3,
+        "schedule": "step",
+        "schedule_options": {"every": 1, "factor": 0.7},
+        "evaluate_every": 2,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", cl.CurvlabWarning)
         whole = build()
@@ -770,8 +782,17 @@ def test_a_longer_run_drops_the_record_of_the_epoch_that_was_cut_short(tmp_path:
         objective_of(model), data().batches(5, seed=1), epochs=3, steps=6, folder=tmp_path
     )
     assert cut.dataset["epoch"].values.tolist() == [0, 1, 1.5]
-    same_log(cl.train(objective_of(again), data().batches(5, seed=1), epochs=3, steps=6, folder=tmp_path, resume=True).dataset,
-             cut.dataset)  # fmt: skip
+    same_log(
+        cl.train(
+            objective_of(again),
+            data().batches(5, seed=1),
+            epochs=3,
+            steps=6,
+            folder=tmp_path,
+            resume=True,
+        ).dataset,
+        cut.dataset,
+    )
     run = cl.train(
         objective_of(again), data().batches(5, seed=1), epochs=3, folder=tmp_path, resume=True
     )
@@ -856,16 +877,22 @@ def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch_is_no_good_state() -> 
         return nn.Sequential(fragile()[0], nn.Linear(4, 4).double(), fragile()[1])
 
     model = deep()
-    blow = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 7 else 1e150)
+    blow = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1.0 if k < 7 else 1e150)  # noqa: E731
     for every in (1, 4):
         with pytest.warns(
             cl.CurvlabWarning,
             match=r"diverged in epoch 2 after 4 steps: the.* loss is (nan|not finite|inf)",
         ):
             run = cl.train(
-                objective_of(model), data().batches(5, seed=1), epochs=9, algorithm="sgd-m", schedule=blow, lr=1.0,
-                schedule_every="step", evaluate_every=every,
-            )  # fmt: skip
+                objective_of(model),
+                data().batches(5, seed=1),
+                epochs=9,
+                algorithm="sgd-m",
+                schedule=blow,
+                lr=1.0,
+                schedule_every="step",
+                evaluate_every=every,
+            )
         assert run.dataset["epoch"].values.tolist() == [0, 1]
         assert all(torch.isfinite(p).all() for p in model.parameters())
         model = deep()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_cli import call
-from test_signals import RUN, small  # a fixture
+from test_signals import RUN, small  # a fixture  # noqa: F401
 from torch import Tensor, nn
 
 import curvlab as cl

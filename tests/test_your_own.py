@@ -58,7 +58,9 @@ ALGORITHMS["inputs"] = Algorithm(
 )
 
 
-@probe("slope", "gᵀp", {"slope": Variable(("algorithm",), "slope of the loss along the direction", "nat")})
+SLOPE = Variable(("algorithm",), "slope of the loss along the direction", "nat")
+
+@probe("slope", "gᵀp", {"slope": SLOPE})
 def slope(frame):
     g = frame.now.gradients
     return [torch.stack([sum((p[b] * g[b]).sum() for b in g) for p in frame.directions.values()])]
@@ -108,9 +110,8 @@ def test_compare_knows_what_the_module_of_the_model_enters(tmp_path: Path) -> No
         ds["slope"].sel(algorithm="sgd-m").isel(step=0), float((gradient**2).sum()), rtol=1e-5
     )
     assert bool((ds["slope"].isel(step=0) > 0).all())
-    assert (
-        damping_for("inputs", 0.5, 20000) == 0.5
-    )  # the overall λ, where the line says nothing else
+    # the overall λ, where the line says nothing else
+    assert damping_for("inputs", 0.5, 20000) == 0.5
 
 
 def test_train_goes_on_and_other_commands_run(
@@ -144,8 +145,23 @@ def test_train_goes_on_and_other_commands_run(
     assert "unknown option of inputs 'scail'; did you mean 'scale'" in refused(
         capsys, *words, "--set", "scail=1"
     )
-    assert call("spectrum", *PROBLEM[:4], "--algorithm", "inputs", "--after", "0,1", "--samples", "50", "--batch-size", "20000",
-                "--out", str(tmp_path / "spectrum")) == 0  # fmt: skip
+    assert (
+        call(
+            "spectrum",
+            *PROBLEM[:4],
+            "--algorithm",
+            "inputs",
+            "--after",
+            "0,1",
+            "--samples",
+            "50",
+            "--batch-size",
+            "20000",
+            "--out",
+            str(tmp_path / "spectrum"),
+        )
+        == 0
+    )
     assert call("list", "probes") == 0
     assert "slope" in capsys.readouterr().out
     assert call("list", "algorithms") == 0

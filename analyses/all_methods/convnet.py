@@ -18,9 +18,8 @@ FIGURE: Comparison = replace(
         **S2QN.methods,
         "Shampoo": Method("shampoo", (0.001, 0.1), OFTEN),  # thesis Table 4.4, VGG16, as the next
         "TNT": Method("tnt", (1e-4, 0.1), OFTEN),
-        "K-BFGS": Method(
-            "k-bfgs", (0.1, 10), TWENTY
-        ),  # Table 3.7, CIFAR-100, VGG16, as the next; values for CIFAR-10 belong to batch normalisation
+        # Table 3.7, CIFAR-100, VGG16, as the next; for CIFAR-10 it has batch normalisation
+        "K-BFGS": Method("k-bfgs", (0.1, 10), TWENTY),
         "K-BFGS(L)": Method("k-bfgs-l", (0.3, 100), TWENTY),
         "KF-BFGS-CNN": Method(
             "kf-bfgs-cnn", (1, 10), TWENTY

@@ -9,7 +9,7 @@ autoencoder's narrow layers with the passes that their pre-activation Hessians t
 gradients, the time to fill that memory.
 
     python analyses/benchmarks/exact.py [--dtype float32] [--examples 1000] [--threads 1]
-        [--skip mlp gradients autoencoder blocks memory]   blocks: those of the autoencoder, minutes long
+        [--skip mlp gradients autoencoder blocks memory]   blocks: of the autoencoder, minutes
 
 curvlinops and BackPACK are optional, beside the extra "test":
     pip install --no-deps curvlinops-for-pytorch backpack-for-pytorch unfoldNd
@@ -136,9 +136,14 @@ def func_ggn(objective: cl.Objective, x: Tensor, y: Tensor, names: Sequence[str]
             own = {name: values[name] for name in block.params}
             rest = {name: v for name, v in values.items() if name not in own}
             J = vmap(
-                jacrev(lambda v, x, rest=rest: functional_call(objective.model, v | rest, (x[None],))[0]),
-                (None, 0), chunk_size=128,
-            )(own, x)  # fmt: skip
+                jacrev(
+                    lambda v, x, rest=rest: functional_call(objective.model, v | rest, (x[None],))[
+                        0
+                    ]
+                ),
+                (None, 0),
+                chunk_size=128,
+            )(own, x)
             rows = torch.cat([j.flatten(2) for j in J.values()], 2)
             found.append((rows.flatten(0, 1).T @ (H @ rows).flatten(0, 1)) / len(x))
     return found
@@ -286,8 +291,9 @@ def matrices_of_the_mlp(flops: float) -> None:
     if has("curvlinops"):
         line(
             "Hessian by curvlinops",
-            seconds(lambda: [curvlinops_dense("hessian", objective, x, y, n) for n in names], 1), second,
-        )  # fmt: skip
+            seconds(lambda: [curvlinops_dense("hessian", objective, x, y, n) for n in names], 1),
+            second,
+        )
 
 
 def gradients(objective: cl.Objective, x: Tensor, y: Tensor, title: str) -> None:
@@ -306,8 +312,10 @@ def gradients(objective: cl.Objective, x: Tensor, y: Tensor, title: str) -> None
         f" one after the other {both * 1e3:.2f} ms: {both / plain:.2f} × (with what the passes"
         " evicted from the cache)"
     )
-    print(f"  curvlab, into memory that is there {ours * 1e3:.2f} ms: {ours / plain:.2f} × forward + backward, "
-          f"{ours / fill:.2f} × the fill, {ours / both:.2f} × one after the other")  # fmt: skip
+    print(
+        f"  curvlab, into memory that is there {ours * 1e3:.2f} ms: {ours / plain:.2f} × forward +"
+        f" backward, {ours / fill:.2f} × the fill, {ours / both:.2f} × one after the other"
+    )
     print(
         f"  curvlab, into fresh memory         {fresh * 1e3:.2f} ms: {fresh / plain:.2f} × forward"
         " + backward"

@@ -109,20 +109,29 @@ def measure(model: str, algorithm: str, lr: float, damping: float, probes: list[
         batches = list(itertools.islice(batches, options.steps))
     with TemporaryDirectory() as folder:
         run = cl.train(
-            objective, batches, algorithm=algorithm, lr=lr, damping=damping, probes=probes, folder=folder, warm=(),
-            evaluate_samples=1000, progress=False, **({"seconds": options.seconds} if long else {"epochs": 1}),
-        )  # fmt: skip
+            objective,
+            batches,
+            algorithm=algorithm,
+            lr=lr,
+            damping=damping,
+            probes=probes,
+            folder=folder,
+            warm=(),
+            evaluate_samples=1000,
+            progress=False,
+            **({"seconds": options.seconds} if long else {"epochs": 1}),
+        )
         ds, size = run.dataset, (Path(folder) / "run.h5").stat().st_size
     assert not run.stopped
     training, steps = float(ds["cpu_seconds"][-1]), int(ds["steps"][-1])
-    scaled = (
-        training if long else training * per_epoch / steps
-    )  # an epoch has one record, however few of its steps are run
+    # an epoch has one record, however few of its steps are run
+    scaled = training if long else training * per_epoch / steps
     share = (spent["records"] + spent["writes"]) / scaled
     print(
         f"{model:>10s} "
         f" {algorithm:<7s}{'with probes' if probes else '-':>12s}{steps:7d}{training:10.1f}"
-        f"{spent['records'] / scaled:9.2%}{spent['writes'] / scaled:9.2%}{calls['writes']:5d}{share:8.2%}"
+        f"{spent['records'] / scaled:9.2%}{spent['writes'] / scaled:9.2%}"
+        f"{calls['writes']:5d}{share:8.2%}"
         f"{1e3 * spent['ends'] / max(1, calls['ends']):9.0f}"
         f" ×{calls['ends']:2d}{spent['sums'] / scaled:8.1%}"
         f"{spent['checkpoints'] / scaled:9.1%}{size / 1e3:9.0f}"

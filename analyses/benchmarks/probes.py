@@ -106,9 +106,16 @@ def together(model: str, algorithm: str, steps: int) -> float:
         objective = cl.Objective(cl.models.build(model, seed=0), likelihood, seed=0)
         start = time.process_time()
         cl.train(
-            objective, batches, algorithm=algorithm, lr=1e-3, steps=steps, warm=(), evaluate_samples=1, probes=probes,
+            objective,
+            batches,
+            algorithm=algorithm,
+            lr=1e-3,
+            steps=steps,
+            warm=(),
+            evaluate_samples=1,
+            probes=probes,
             progress=False,
-        )  # fmt: skip
+        )
         return time.process_time() - start
 
     return seconds(fitting) / seconds([])
@@ -149,5 +156,8 @@ if options.write:
 COST_MODELS = {MODELS!r}
 COSTS: dict[str, tuple[float, float]] = {{'''.replace("'", '"')
     tail = '''}
-"""{probe: CPU time of one sample over plain forward and backward, for each of COST_MODELS, minibatches of 1000}"""'''
+"""{probe: CPU time of one sample over plain forward and backward, of each of COST_MODELS}
+
+Minibatches of 1000.
+"""'''
     target.write_text("\n".join([head, *lines, tail, ""]))

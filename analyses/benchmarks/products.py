@@ -109,7 +109,8 @@ def run(name: str) -> None:
                 assert error < 1e-4, f"{name}, {kind}: relative error {error:.2g}"
                 ratio = f"{seconds(lambda peer=peer, w=w: peer(w)) / taken:>19.2f}"
             print(
-                f"  {kind:<9}{columns:>8}{1e3 * taken:>10.1f}{taken / base / columns:>16.2f}{ratio}",
+                f"  {kind:<9}{columns:>8}{1e3 * taken:>10.1f}"
+                f"{taken / base / columns:>16.2f}{ratio}",
                 flush=True,
             )
 

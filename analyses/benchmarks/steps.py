@@ -162,9 +162,8 @@ def floor(method: Method, layers: list[Layer], plain: bool = False) -> float:
     every, refreshed = method.options.get("update_every", 1), method.options.get("refresh_every", 1)
     total = 0.0
     for layer in layers:
-        through = (
-            2.0 * layer.rows * layer.inputs * layer.outputs
-        )  # forward; or the gradient; or back
+        # forward; or the gradient; or back
+        through = 2.0 * layer.rows * layer.inputs * layer.outputs
         back = 0.0 if layer.first else through
         out, width = layer.ways
         total += through + back + through
@@ -271,14 +270,14 @@ def run(problem: str, flops: float) -> None:
     ) -> None:
         of.closure(*among[i % 4])()
 
-    bases = [
-        timed(plain)
-    ]  # again after every method: neighbours of the machine make it slower and faster
+    # again after every method: neighbours of the machine make it slower and faster
+    bases = [timed(plain)]
     least = floor(METHODS[0], layers, plain=True) / flops
     about = f"{problem}, batches of {len(batches[0][0])}"
     print(f"\n{about}: forward + backward {1e3 * bases[0]:.1f} ms (floor {1e3 * least:.1f} ms)")
     print(
-        f"  {'method':<20}{'ms':>9}{'× f+b':>8}{'floor':>8}{'goal':>7}{'memory MB':>12}{'tables':>9}"
+        f"  {'method':<20}{'ms':>9}{'× f+b':>8}{'floor':>8}"
+        f"{'goal':>7}{'memory MB':>12}{'tables':>9}"
     )
     taken: dict[str, float] = {}
 

@@ -51,7 +51,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    step: Callable[[int], object] = lambda i: None
+    step: Callable[[int], object] = lambda i: None  # noqa: E731
 
     def make(model: str, name: str) -> Callable[[int], object]:
         torch.manual_seed(0)

@@ -8,8 +8,11 @@ gradient and not in the loss. Table 3 is here, for Figures 2, 3 and 4 too.
 from curvlab.reproduction import NETWORKS, Claim, Comparison, Extent, Method, main
 
 PROBLEMS = [
-    "All-CNN-C, CIFAR-10", "VGG16 as printed, CIFAR-10", "All-CNN-C, CIFAR-100", "VGG16 as printed, CIFAR-100",
-]  # fmt: skip
+    "All-CNN-C, CIFAR-10",
+    "VGG16 as printed, CIFAR-10",
+    "All-CNN-C, CIFAR-100",
+    "VGG16 as printed, CIFAR-100",
+]
 VALUES = {  # Table 3: (learning rate, damping), in the order of PROBLEMS
     "KF-BFGS-CNN": ((30, 30), (30, 100), (100, 100), (30, 100)),
     "KF-BFGS(L)-CNN": ((30, 30), (3, 3), (100, 100), (10, 100)),

@@ -123,9 +123,8 @@ def follow(
         )
         optimizer.step(closure)
         seen = len(closure.x)
-        visits += seen * (not (full and chosen is None)) + seen * (
-            not stochastic
-        )  # here, and where the step led
+        # here, and where the step led
+        visits += seen * (not (full and chosen is None)) + seen * (not stochastic)
         full = chosen is None
         if not stochastic:
             work = sum(optimizer.descent.curvature.work.values())

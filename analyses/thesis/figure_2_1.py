@@ -161,8 +161,15 @@ def make(report: Report) -> None:
         if OURS in logs:
             by_layer(logs[OURS].sel(stage="after"), *column[:2])
         by_method(logs, column[2])
-    for axes, words in zip(panels[:, 0], ("fraction with yᵀHy ≤ 2/μ₁ sᵀy", "mean of yᵀHy / sᵀy (dotted: 2/μ₁)",
-                                          "fraction of all epochs, a point a layer"), strict=True):  # fmt: skip
+    for axes, words in zip(
+        panels[:, 0],
+        (
+            "fraction with yᵀHy ≤ 2/μ₁ sᵀy",
+            "mean of yᵀHy / sᵀy (dotted: 2/μ₁)",
+            "fraction of all epochs, a point a layer",
+        ),
+        strict=True,
+    ):
         axes.set_ylabel(words)
     figure.suptitle(f"{FIGURE.shows} ({report.options.budget})", fontsize=10)
     report.draw(figure)

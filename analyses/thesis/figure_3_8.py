@@ -21,29 +21,47 @@ ACCURACIES = {  # Table 3.9, likewise
 }
 
 FIGURE = Comparison(
-    shows="thesis Figure 3.8, Tables 3.9 and 3.10: K-BFGS, KFAC, Adam and SGD-m on ResNet32-4 with CIFAR-10",
-    claim="the performance of K-BFGS and K-BFGS(L) remains competitive, in particular for CIFAR-100 … K-BFGS and K-BFGS(L) are "
-    "able to scale up as well as the first-order methods in terms of per-iteration time complexity (3.7.3; the text has "
-    "them best on CIFAR-100, where Table 3.9 has KFAC)",
+    shows=(
+        "thesis Figure 3.8, Tables 3.9 and 3.10: K-BFGS, KFAC, Adam and SGD-m on ResNet32-4 with"
+        " CIFAR-10"
+    ),
+    claim=(
+        "the performance of K-BFGS and K-BFGS(L) remains competitive, in particular for CIFAR-100 …"
+        " K-BFGS and K-BFGS(L) are able to scale up as well as the first-order methods in terms of"
+        " per-iteration time complexity (3.7.3; the text has them best on CIFAR-100, where Table"
+        " 3.9 has KFAC)"
+    ),
     problems=PROBLEMS[:1],
     batch=128,
-    methods=convolutional({label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}),
-    reported={p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)},
+    methods=convolutional(
+        {label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}
+    ),
+    reported={
+        p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)
+    },
     accuracies=True,
     spread="error of the mean",
     cpu=WIDE,
     paper=Extent(seeds=5),
     claims=[
         Claim(
-            "K-BFGS and K-BFGS(L) are as accurate as the others", ["K-BFGS", "K-BFGS(L)"], ["KFAC", "Adam", "SGD-m"],
-            "lowest", "val_error", within=0.05,
+            "K-BFGS and K-BFGS(L) are as accurate as the others",
+            ["K-BFGS", "K-BFGS(L)"],
+            ["KFAC", "Adam", "SGD-m"],
+            "lowest",
+            "val_error",
+            within=0.05,
         ),
         Claim(
-            "they are more accurate than the first-order methods", ["K-BFGS", "K-BFGS(L)"], ["Adam", "SGD-m"],
-            "lowest", "val_error", problems=PROBLEMS[1:],
+            "they are more accurate than the first-order methods",
+            ["K-BFGS", "K-BFGS(L)"],
+            ["Adam", "SGD-m"],
+            "lowest",
+            "val_error",
+            problems=PROBLEMS[1:],
         ),
     ],
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     main(FIGURE, __file__)

@@ -12,10 +12,11 @@ VALUES = {
     "TNT-EF": ((1e-4, 10, 0.1), (1e-4, 10, 0.01), (3e-5, 10, 0.1), (1e-4, 10, 0.01)),
     "KFAC-EF": ((3e-4, 1, 0.001), (0.01, 0.1, 0.1), (3e-4, 1, 0.1), (0.01, 0.1, 0.001)),
 }
+# Table 4.6, likewise
 ACCURACIES = {
     "TNT-EF": (94.50, 93.24, 75.27, 71.58),
     "KFAC-EF": (94.29, 93.16, 75.55, 71.61),
-}  # Table 4.6, likewise
+}
 
 FIGURE: Comparison = replace(
     FISHER,

@@ -19,19 +19,32 @@ SECOND, FIRST = ["TNT", "KFAC", "Shampoo"], ["Adam", "SGD-m"]
 FIGURE: Comparison = replace(
     load("figure-4.2"),
     shows="thesis Figure 4.6, Table 4.7: Figure 4.2 on MNIST and FACES with more extensive tuning",
-    claim="with extensive tuning, second-order methods seem to perform similarly with each other, and are usually better than "
-    "well-tuned first order methods on these problems (4.7.3)",
+    claim=(
+        "with extensive tuning, second-order methods seem to perform similarly with each other, and"
+        " are usually better than well-tuned first order methods on these problems (4.7.3)"
+    ),
     problems=PROBLEMS,
     methods={
-        label: Method(label.lower(), {p: e[:2] for p, e in zip(PROBLEMS, each, strict=True)},
-                      further={p: {"momentum": e[2], "decay": e[3]} for p, e in zip(PROBLEMS, each, strict=True)})
+        label: Method(
+            label.lower(),
+            {p: e[:2] for p, e in zip(PROBLEMS, each, strict=True)},
+            further={
+                p: {"momentum": e[2], "decay": e[3]} for p, e in zip(PROBLEMS, each, strict=True)
+            },
+        )
         for label, each in VALUES.items()
     },
     claims=[
         Claim("second-order methods are better than first-order ones", SECOND, FIRST),
-        Claim("second-order methods perform similarly with each other", ["TNT"], ["KFAC", "Shampoo"], within=0.1, alike=True),
+        Claim(
+            "second-order methods perform similarly with each other",
+            ["TNT"],
+            ["KFAC", "Shampoo"],
+            within=0.1,
+            alike=True,
+        ),
     ],
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     main(FIGURE, __file__)

@@ -18,9 +18,15 @@ def pairs(s):
 
 
 FIGURE = Scaling(
-    shows="thesis Table 2.2: computation per iteration of K-BFGS(-20), K-BFGS(L)(-20), KFAC and Adam beyond SGD's",
-    claim="K-BFGS and K-BFGS(L) require less computation per iteration than KFAC, since they only involve matrix "
-    "multiplications, whereas KFAC requires matrix inversions which depend cubically on both d_i and d_o (2.6)",
+    shows=(
+        "thesis Table 2.2: computation per iteration of K-BFGS(-20), K-BFGS(L)(-20), KFAC and Adam"
+        " beyond SGD's"
+    ),
+    claim=(
+        "K-BFGS and K-BFGS(L) require less computation per iteration than KFAC, since they only"
+        " involve matrix multiplications, whereas KFAC requires matrix inversions which depend"
+        " cubically on both d_i and d_o (2.6)"
+    ),
     layer=lambda s: (nn.Linear(s.d_i, s.d_o), (s.d_i,)),
     base={"d_i": 256, "d_o": 256, "m": 500, "p": 20, "T": 20},
     axes=[
@@ -34,27 +40,45 @@ FIGURE = Scaling(
     rows={  # additional pass + curvature + step
         "K-BFGS": Row(
             "k-bfgs-20",
-            time=lambda s: s.m * s.d_i * s.d_o + s.m * s.d_i**2 + s.m * s.d_o + s.d_o**2 + s.d_i**2 * s.d_o + s.d_o**2 * s.d_i,
+            time=lambda s: (
+                s.m * s.d_i * s.d_o
+                + s.m * s.d_i**2
+                + s.m * s.d_o
+                + s.d_o**2
+                + s.d_i**2 * s.d_o
+                + s.d_o**2 * s.d_i
+            ),
             memory=lambda s: s.d_i**2 + s.d_o**2,
         ),
         "K-BFGS(L)": Row(
             "k-bfgs-l-20",
-            time=lambda s: s.m * s.d_i * s.d_o + s.m * s.d_i**2 + s.m * s.d_o + s.d_i**2 * s.d_o + s.p * s.d_i * s.d_o,
+            time=lambda s: (
+                s.m * s.d_i * s.d_o
+                + s.m * s.d_i**2
+                + s.m * s.d_o
+                + s.d_i**2 * s.d_o
+                + s.p * s.d_i * s.d_o
+            ),
             memory=lambda s: s.d_i**2 + s.p * s.d_o,
             options=pairs,
             filled=lambda s: s.p,
         ),
         "KFAC": Row(
             "kfac-20",
-            time=lambda s: s.m * s.d_i * s.d_o + s.m * (s.d_i**2 + s.d_o**2) + (s.d_i**3 + s.d_o**3) / s.T
-            + s.d_i**2 * s.d_o + s.d_o**2 * s.d_i,
+            time=lambda s: (
+                s.m * s.d_i * s.d_o
+                + s.m * (s.d_i**2 + s.d_o**2)
+                + (s.d_i**3 + s.d_o**3) / s.T
+                + s.d_i**2 * s.d_o
+                + s.d_o**2 * s.d_i
+            ),
             memory=lambda s: s.d_i**2 + s.d_o**2,
             options=every,
             period=lambda s: s.T,
         ),
         "Adam": Row("adam", time=lambda s: s.d_i * s.d_o, memory=lambda s: s.d_i * s.d_o),
     },
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     main(FIGURE, __file__)

@@ -46,9 +46,15 @@ def kfac(s):
 
 
 FIGURE = Scaling(
-    shows="thesis Table 3.2: computation per iteration of K-BFGS, K-BFGS(L), KFAC and Adam on a convolution beyond SGD's",
-    claim="K-BFGS requires considerably less time to compute curvature information than KFAC. First, K-BFGS avoids matrix "
-    "inversion … Second, K-BFGS avoids computing the Ω and Γ matrices of KFAC from minibatch data (3.5)",
+    shows=(
+        "thesis Table 3.2: computation per iteration of K-BFGS, K-BFGS(L), KFAC and Adam on a"
+        " convolution beyond SGD's"
+    ),
+    claim=(
+        "K-BFGS requires considerably less time to compute curvature information than KFAC. First,"
+        " K-BFGS avoids matrix inversion … Second, K-BFGS avoids computing the Ω and Γ matrices of"
+        " KFAC from minibatch data (3.5)"
+    ),
     layer=lambda s: (nn.Conv2d(s.J, s.I, s.k, padding=s.k // 2), (s.J, s.side, s.side)),
     base={"J": 32, "I": 32, "k": 3, "side": 8, "m": 32, "p": 20, "T": 1},
     axes=[
@@ -61,19 +67,32 @@ FIGURE = Scaling(
         Axis("T", [1, 2, 5, 10, 20]),
     ],
     rows={
-        "K-BFGS": Row("k-bfgs", kbfgs, lambda s: inputs(s) ** 2 + s.I**2, lambda s: {"update_every": s.T}, lambda s: s.T),
+        "K-BFGS": Row(
+            "k-bfgs",
+            kbfgs,
+            lambda s: inputs(s) ** 2 + s.I**2,
+            lambda s: {"update_every": s.T},
+            lambda s: s.T,
+        ),
         "K-BFGS(L)": Row(
-            "k-bfgs-l", limited, lambda s: inputs(s) ** 2 + s.p * s.I, lambda s: {"update_every": s.T, "pairs": s.p},
-            lambda s: s.T, lambda s: s.p * s.T,
+            "k-bfgs-l",
+            limited,
+            lambda s: inputs(s) ** 2 + s.p * s.I,
+            lambda s: {"update_every": s.T, "pairs": s.p},
+            lambda s: s.T,
+            lambda s: s.p * s.T,
         ),
         "KFAC": Row(
-            "kfac", kfac, lambda s: inputs(s) ** 2 + s.I**2, lambda s: {"update_every": s.T, "refresh_every": 5 * s.T},
+            "kfac",
+            kfac,
+            lambda s: inputs(s) ** 2 + s.I**2,
+            lambda s: {"update_every": s.T, "refresh_every": 5 * s.T},
             lambda s: 5 * s.T,
         ),
         "Adam": Row("adam", lambda s: s.I * inputs(s), lambda s: s.I * inputs(s)),
     },
     repeats=3,
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     main(FIGURE, __file__)

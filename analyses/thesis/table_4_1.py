@@ -20,8 +20,10 @@ def shampoo(s):
 
 FIGURE = Scaling(
     shows="thesis Table 4.1: memory and time per iteration of TNT, Shampoo and Adam beyond SGD's",
-    claim="TNT (as well as Shampoo) reduces the memory requirement from O(∏ d_i²) to O(Σ d_i²), which is comparable to that of "
-    "Adam-like methods … only introduces a mild overhead (4.6)",
+    claim=(
+        "TNT (as well as Shampoo) reduces the memory requirement from O(∏ d_i²) to O(Σ d_i²), which"
+        " is comparable to that of Adam-like methods … only introduces a mild overhead (4.6)"
+    ),
     layer=lambda s: (nn.Linear(s.d, s.d, bias=False), (s.d,)),
     base={"d": 256, "m": 500, "T1": 1, "T2": 20},
     axes=[
@@ -32,14 +34,23 @@ FIGURE = Scaling(
     ],
     rows={
         "TNT": Row(
-            "tnt", tnt, lambda s: 2 * s.d**2, lambda s: {"update_every": s.T1, "refresh_every": s.T2},
+            "tnt",
+            tnt,
+            lambda s: 2 * s.d**2,
+            lambda s: {"update_every": s.T1, "refresh_every": s.T2},
             lambda s: max(s.T1, s.T2),
         ),
-        "Shampoo": Row("shampoo", shampoo, lambda s: 2 * s.d**2, lambda s: {"refresh_every": s.T2}, lambda s: s.T2),
+        "Shampoo": Row(
+            "shampoo",
+            shampoo,
+            lambda s: 2 * s.d**2,
+            lambda s: {"refresh_every": s.T2},
+            lambda s: s.T2,
+        ),
         "Adam": Row("adam", lambda s: s.d**2, lambda s: s.d**2),
     },
     repeats=3,
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     main(FIGURE, __file__)

@@ -5,8 +5,9 @@ together.
 
 def main() -> None:
     """Run the command line and exit: the entry point of the program `curvlab`."""
+    # what takes long to import, once the program is known to be this one
     from curvlab.cli.app import (
         main as run,
-    )  # what takes long to import, once the program is known to be this one
+    )
 
     run()

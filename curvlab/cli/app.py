@@ -97,9 +97,8 @@ def main() -> None:
     code, output that cannot be written; one line, after the user's own frames. 70: an error of
     curvlab's own. 128 + n: ended by signal n, 130 by Ctrl-C.
     """
-    atexit.register(
-        gc.freeze
-    )  # what is left goes with the process: to collect it took longer than a second
+    # what is left goes with the process: to collect it took longer than a second
+    atexit.register(gc.freeze)
     _load(sys.argv[1:])
     with listening(most=2):
         code = _ended(sys.argv[1:])
@@ -203,9 +202,8 @@ def _run(words: list[str]) -> int | None:
             LISTENER.deaf = True
             _say(words_of(signal))
             return 128 + number_of(signal)
-        parsing = getattr(
-            error, "format_message", None
-        )  # click's errors; recent versions of typer carry a click of their own
+        # click's errors; recent versions of typer carry a click of their own
+        parsing = getattr(error, "format_message", None)
         if parsing is None:
             return _failed(error, *verdict(error, words[0] if words else ""), words)
         if parsing():  # empty where help was shown instead

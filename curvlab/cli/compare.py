@@ -27,53 +27,107 @@ Option = typer.Option
 
 def compare(
     model: Annotated[
-        str, Option(help="Network, of `curvlab list models`, or module:function of yours.", rich_help_panel="Problem")
+        str,
+        Option(
+            help="Network, of `curvlab list models`, or module:function of yours.",
+            rich_help_panel="Problem",
+        ),
     ],
-    data: Annotated[str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")] = None,
+    data: Annotated[
+        str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")
+    ] = None,
     reference: Annotated[
-        str, Option(help="Algorithm that moves the parameters and to which cosines are taken.", rich_help_panel="Methods")
+        str,
+        Option(
+            help="Algorithm that moves the parameters and to which cosines are taken.",
+            rich_help_panel="Methods",
+        ),
     ] = "block-fisher",
     algorithms: Annotated[
         str, Option(help="The others, with commas between.", rich_help_panel="Methods")
     ] = ",".join(FIGURE_4_1),
     lr: Annotated[
-        float | None, Option(help="Learning rate of the reference; its document's by default.", rich_help_panel="Methods")
+        float | None,
+        Option(
+            help="Learning rate of the reference; its document's by default.",
+            rich_help_panel="Methods",
+        ),
     ] = None,
     damping: Annotated[
-        float, Option(help="Overall damping λ, given to every method by one rule (see docs).", rich_help_panel="Methods")
+        float,
+        Option(
+            help="Overall damping λ, given to every method by one rule (see docs).",
+            rich_help_panel="Methods",
+        ),
     ] = 1e-3,
-    momentum: Annotated[float, Option(help="β of every method (thesis 4.7.2).", rich_help_panel="Methods")] = 0.9,
+    momentum: Annotated[
+        float, Option(help="β of every method (thesis 4.7.2).", rich_help_panel="Methods")
+    ] = 0.9,
     decay: Annotated[
         float | None,
-        Option(help="Of every moving average; by default each document's: 0.9, Adam's β₂ 0.999.", rich_help_panel="Methods"),
+        Option(
+            help="Of every moving average; by default each document's: 0.9, Adam's β₂ 0.999.",
+            rich_help_panel="Methods",
+        ),
     ] = None,
-    update_every: Annotated[int, Option(help="T₁, steps between updates of statistics.", rich_help_panel="Methods")] = 1,
-    refresh_every: Annotated[int, Option(help="T₂, steps between inversions.", rich_help_panel="Methods")] = 1,
+    update_every: Annotated[
+        int, Option(help="T₁, steps between updates of statistics.", rich_help_panel="Methods")
+    ] = 1,
+    refresh_every: Annotated[
+        int, Option(help="T₂, steps between inversions.", rich_help_panel="Methods")
+    ] = 1,
     steps: Annotated[
-        int | None, Option(help="Steps; 300 unless --epochs says otherwise.", rich_help_panel="Length")
+        int | None,
+        Option(help="Steps; 300 unless --epochs says otherwise.", rich_help_panel="Length"),
     ] = None,
-    epochs: Annotated[int | None, Option(help="Epochs; with --steps, whichever ends first.", rich_help_panel="Length")] = None,
-    batch_size: Annotated[int, Option(help="Examples in a minibatch.", rich_help_panel="Length")] = 1000,
-    seed: Annotated[int, Option(help="Of weights, batches and sampled labels.", rich_help_panel="Length")] = 0,
-    seeds: Annotated[int, Option(help="Repeat with so many seeds, from --seed on.", rich_help_panel="Length")] = 1,
-    device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine")] = "auto",
-    dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel="Machine")] = "float32",
+    epochs: Annotated[
+        int | None,
+        Option(help="Epochs; with --steps, whichever ends first.", rich_help_panel="Length"),
+    ] = None,
+    batch_size: Annotated[
+        int, Option(help="Examples in a minibatch.", rich_help_panel="Length")
+    ] = 1000,
+    seed: Annotated[
+        int, Option(help="Of weights, batches and sampled labels.", rich_help_panel="Length")
+    ] = 0,
+    seeds: Annotated[
+        int, Option(help="Repeat with so many seeds, from --seed on.", rich_help_panel="Length")
+    ] = 1,
+    device: Annotated[
+        str,
+        Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine"),
+    ] = "auto",
+    dtype: Annotated[
+        str, Option(help="float32 or float64.", rich_help_panel="Machine")
+    ] = "float32",
     log_every: Annotated[int, Option(help="Steps between records.", rich_help_panel="Output")] = 1,
     probe: Annotated[
         list[str] | None,
-        Option(metavar="NAME[:EVERY]", help="A further one of `curvlab list probes`, every so many steps; may be given again.",
-               rich_help_panel="Output"),
+        Option(
+            metavar="NAME[:EVERY]",
+            help="A further one of `curvlab list probes`, every so many steps; may be given again.",
+            rich_help_panel="Output",
+        ),
     ] = None,
     verbose: Annotated[
-        bool, Option("--verbose", "-v", help="Print which way each block goes, and why (`objective.check`).",
-                     rich_help_panel="Output"),
+        bool,
+        Option(
+            "--verbose",
+            "-v",
+            help="Print which way each block goes, and why (`objective.check`).",
+            rich_help_panel="Output",
+        ),
     ] = False,
     out_folder: Annotated[
         Path | None,
-        Option("--out", metavar="FOLDER", help="Gets run.h5, cosine.png, cosine.svg; a fresh one under runs/ by default.",
-               rich_help_panel="Output"),
+        Option(
+            "--out",
+            metavar="FOLDER",
+            help="Gets run.h5, cosine.png, cosine.svg; a fresh one under runs/ by default.",
+            rich_help_panel="Output",
+        ),
     ] = None,
-) -> None:  # fmt: skip
+) -> None:
     """Follow one algorithm and compare every other's direction with it: cosines by layer (thesis
     Figure 4.1).
 

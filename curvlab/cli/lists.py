@@ -25,11 +25,20 @@ Rows = list[tuple[str, ...]]
 _PACKAGE = Path(__file__).resolve().parents[1]
 _KEPT = Path(__file__).with_suffix(".json")
 _SOURCES = (
-    "algorithm*.py", "curvature/*.py", "models.py", "datasets/__init__.py", "probes/*.py", "training/schedules.py",
-    "show/figures.py", "reproduction/*.py", "cli/lists.py",
-    "analyses/thesis/*.py", "analyses/s2qn/*.py", "analyses/kfqn_cnn/*.py",
+    "algorithm*.py",
+    "curvature/*.py",
+    "models.py",
+    "datasets/__init__.py",
+    "probes/*.py",
+    "training/schedules.py",
+    "show/figures.py",
+    "reproduction/*.py",
+    "cli/lists.py",
+    "analyses/thesis/*.py",
+    "analyses/s2qn/*.py",
+    "analyses/kfqn_cnn/*.py",
     "analyses/all_methods/*.py",
-)  # fmt: skip
+)
 """Of which the rows are; the scripts of `analyses` lie in the package, or, in a checkout, beside
 it.
 """
@@ -161,9 +170,8 @@ def list_(
 ) -> None:
     """List what the tables hold."""
     lookup(LISTS, what, "list")
-    kept = (
-        {} if "torch" in sys.modules else _kept()
-    )  # what is imported already may have entries of a user's
+    # what is imported already may have entries of a user's
+    kept = {} if "torch" in sys.modules else _kept()
     columns, rows = kept.get("lists", {}).get(what) or made(what)
     table = Table(*columns)
     for row in rows:

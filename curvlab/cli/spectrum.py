@@ -24,46 +24,103 @@ Option = typer.Option
 
 def spectrum(
     model: Annotated[
-        str, Option(help="Network, of `curvlab list models`, or module:function of yours.", rich_help_panel="Problem")
+        str,
+        Option(
+            help="Network, of `curvlab list models`, or module:function of yours.",
+            rich_help_panel="Problem",
+        ),
     ],
-    data: Annotated[str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")] = None,
+    data: Annotated[
+        str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")
+    ] = None,
     samples: Annotated[
-        int, Option(help="The spectra are of the mean loss over so many first training examples.", rich_help_panel="Problem")
+        int,
+        Option(
+            help="The spectra are of the mean loss over so many first training examples.",
+            rich_help_panel="Problem",
+        ),
     ] = 1000,
     matrix: Annotated[
-        str, Option(help="Of hessian, ggn, pi, fisher, fisher-mc, ef, with commas between.", rich_help_panel="Spectra")
+        str,
+        Option(
+            help="Of hessian, ggn, pi, fisher, fisher-mc, ef, with commas between.",
+            rich_help_panel="Spectra",
+        ),
     ] = "hessian,ggn",
     blocks: Annotated[
-        str, Option(help="all, names, or whole (the matrix of all parameters), with commas between.", rich_help_panel="Spectra")
+        str,
+        Option(
+            help="all, names, or whole (the matrix of all parameters), with commas between.",
+            rich_help_panel="Spectra",
+        ),
     ] = "all",
     method: Annotated[
-        str, Option(help="exact: every eigenvalue; lanczos: density and ends; auto: exact up to order 6000.",
-                    rich_help_panel="Spectra"),
+        str,
+        Option(
+            help=(
+                "exact: every eigenvalue; lanczos: density and ends; auto: exact up to order 6000."
+            ),
+            rich_help_panel="Spectra",
+        ),
     ] = "auto",
-    draws: Annotated[int, Option(help="Starting vectors of Lanczos.", rich_help_panel="Spectra")] = 10,
+    draws: Annotated[
+        int, Option(help="Starting vectors of Lanczos.", rich_help_panel="Spectra")
+    ] = 10,
     steps: Annotated[int, Option(help="Steps of Lanczos.", rich_help_panel="Spectra")] = 100,
     after: Annotated[
-        str, Option(help="Numbers of training steps to stop at, with commas between.", rich_help_panel="Training")
+        str,
+        Option(
+            help="Numbers of training steps to stop at, with commas between.",
+            rich_help_panel="Training",
+        ),
     ] = "0,100,1000",
-    algorithm: Annotated[str, Option(help="Trains the model.", rich_help_panel="Training")] = "adam",
-    lr: Annotated[float | None, Option(help="Learning rate; its document's by default.", rich_help_panel="Training")] = None,
-    damping: Annotated[
-        float | None, Option(help="The algorithm's own damping; its document's by default.", rich_help_panel="Training")
+    algorithm: Annotated[
+        str, Option(help="Trains the model.", rich_help_panel="Training")
+    ] = "adam",
+    lr: Annotated[
+        float | None,
+        Option(help="Learning rate; its document's by default.", rich_help_panel="Training"),
     ] = None,
-    batch_size: Annotated[int, Option(help="Examples in a minibatch of training.", rich_help_panel="Training")] = 1000,
-    seed: Annotated[int, Option(help="Of weights, batches, sampled labels and Lanczos.", rich_help_panel="Training")] = 0,
-    device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine")] = "auto",
-    dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel="Machine")] = "float64",
+    damping: Annotated[
+        float | None,
+        Option(
+            help="The algorithm's own damping; its document's by default.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, Option(help="Examples in a minibatch of training.", rich_help_panel="Training")
+    ] = 1000,
+    seed: Annotated[
+        int,
+        Option(help="Of weights, batches, sampled labels and Lanczos.", rich_help_panel="Training"),
+    ] = 0,
+    device: Annotated[
+        str,
+        Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine"),
+    ] = "auto",
+    dtype: Annotated[
+        str, Option(help="float32 or float64.", rich_help_panel="Machine")
+    ] = "float64",
     verbose: Annotated[
-        bool, Option("--verbose", "-v", help="Print which way each block goes, and why (`objective.check`).",
-                     rich_help_panel="Output"),
+        bool,
+        Option(
+            "--verbose",
+            "-v",
+            help="Print which way each block goes, and why (`objective.check`).",
+            rich_help_panel="Output",
+        ),
     ] = False,
     out_folder: Annotated[
         Path | None,
-        Option("--out", metavar="FOLDER", help="Gets run.h5, spectrum.png, spectrum.svg; a fresh one under runs/ by default.",
-               rich_help_panel="Output"),
+        Option(
+            "--out",
+            metavar="FOLDER",
+            help="Gets run.h5, spectrum.png, spectrum.svg; a fresh one under runs/ by default.",
+            rich_help_panel="Output",
+        ),
     ] = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train, and log the eigenvalues of each layer's Hessian and Gauss-Newton block along the
     way.
     """

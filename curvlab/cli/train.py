@@ -37,123 +37,252 @@ def train(
     context: typer.Context,
     model: Annotated[
         str | None,
-        Option(help="Network, of `curvlab list models`, or module:function of yours. Required, unless --resume.",
-               rich_help_panel=_PROBLEM),
+        Option(
+            help=(
+                "Network, of `curvlab list models`, or module:function of yours. Required, unless"
+                " --resume."
+            ),
+            rich_help_panel=_PROBLEM,
+        ),
     ] = None,
-    data: Annotated[str | None, Option(help="Data set; the model's own by default.", rich_help_panel=_PROBLEM)] = None,
+    data: Annotated[
+        str | None, Option(help="Data set; the model's own by default.", rich_help_panel=_PROBLEM)
+    ] = None,
     batch_size: Annotated[
-        int, Option(help="Examples in a minibatch (thesis: 1000 for autoencoders, 128 for CNNs).", rich_help_panel=_PROBLEM)
+        int,
+        Option(
+            help="Examples in a minibatch (thesis: 1000 for autoencoders, 128 for CNNs).",
+            rich_help_panel=_PROBLEM,
+        ),
     ] = 1000,
     augment: Annotated[
-        bool, Option("--augment/--no-augment", help="Random crops and flips, where the data set has them (thesis 4.7.2).",
-                     rich_help_panel=_PROBLEM),
+        bool,
+        Option(
+            "--augment/--no-augment",
+            help="Random crops and flips, where the data set has them (thesis 4.7.2).",
+            rich_help_panel=_PROBLEM,
+        ),
     ] = True,
-    seed: Annotated[int, Option(help="Of weights, batches, sampled labels, dropout.", rich_help_panel=_PROBLEM)] = 0,
-    algorithm: Annotated[str, Option(help="Of `curvlab list algorithms`.", rich_help_panel=_METHOD)] = "adam",
+    seed: Annotated[
+        int, Option(help="Of weights, batches, sampled labels, dropout.", rich_help_panel=_PROBLEM)
+    ] = 0,
+    algorithm: Annotated[
+        str, Option(help="Of `curvlab list algorithms`.", rich_help_panel=_METHOD)
+    ] = "adam",
     damping: Annotated[
         float | None,
-        Option(help="The algorithm's own: λ, or ε of TNT, Shampoo, Adam; its document's by default.", rich_help_panel=_METHOD),
+        Option(
+            help="The algorithm's own: λ, or ε of TNT, Shampoo, Adam; its document's by default.",
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     momentum: Annotated[
-        float | None, Option(help="β; its document's by default (0.9: thesis 2.8.2, 3.7.2, 4.7.2).", rich_help_panel=_METHOD)
+        float | None,
+        Option(
+            help="β; its document's by default (0.9: thesis 2.8.2, 3.7.2, 4.7.2).",
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     momentum_kind: Annotated[
         str | None,
-        Option(help="add: β m + g (thesis ch. 3, 4). average: β m + (1 − β) g (ch. 2). corrected: Adam's. Its document's by "
-                    "default.", rich_help_panel=_METHOD),
+        Option(
+            help=(
+                "add: β m + g (thesis ch. 3, 4). average: β m + (1 − β) g (ch. 2). corrected:"
+                " Adam's. Its document's by "
+                "default."
+            ),
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     weight_decay: Annotated[
-        float, Option(help="γ, decoupled: W ← W − lr (p + γ W) (thesis Alg. 15, line 19).", rich_help_panel=_METHOD)
+        float,
+        Option(
+            help="γ, decoupled: W ← W − lr (p + γ W) (thesis Alg. 15, line 19).",
+            rich_help_panel=_METHOD,
+        ),
     ] = 0.0,
     l2: Annotated[
-        float, Option(help="μ of a term μ ‖θ‖² in loss and gradient (S2QN (26); thesis 2.8.2: 5e-6).", rich_help_panel=_METHOD)
+        float,
+        Option(
+            help="μ of a term μ ‖θ‖² in loss and gradient (S2QN (26); thesis 2.8.2: 5e-6).",
+            rich_help_panel=_METHOD,
+        ),
     ] = 0.0,
     double_grad: Annotated[
-        bool, Option(help="Of K-BFGS: the gradient from two minibatches at almost no cost (thesis 2.8.3).",
-                     rich_help_panel=_METHOD),
+        bool,
+        Option(
+            help="Of K-BFGS: the gradient from two minibatches at almost no cost (thesis 2.8.3).",
+            rich_help_panel=_METHOD,
+        ),
     ] = False,
     decay: Annotated[
         float | None,
-        Option(help="Of moving averages; its document's by default: 0.9, Adam's β₂ 0.999.", rich_help_panel=_METHOD),
+        Option(
+            help="Of moving averages; its document's by default: 0.9, Adam's β₂ 0.999.",
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     labels: Annotated[
-        str | None, Option(help="data, model or exact, where they are not to be the algorithm's own.", rich_help_panel=_METHOD)
+        str | None,
+        Option(
+            help="data, model or exact, where they are not to be the algorithm's own.",
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     update_every: Annotated[
-        int, Option(help="T₁ (T of K-BFGS), steps between updates of statistics (thesis: 1; CNNs 10, K-BFGS 20).",
-                    rich_help_panel=_METHOD),
+        int,
+        Option(
+            help=(
+                "T₁ (T of K-BFGS), steps between updates of statistics (thesis: 1; CNNs 10, K-BFGS"
+                " 20)."
+            ),
+            rich_help_panel=_METHOD,
+        ),
     ] = 1,
     refresh_every: Annotated[
         int | None,
-        Option(help="T₂, steps between inversions; by default the documents' for autoencoders: 20 of KFAC, TNT, Shampoo "
-               "(thesis 2.8.2, 4.7.2; 100 for CNNs), else 1.", rich_help_panel=_METHOD),
+        Option(
+            help=(
+                "T₂, steps between inversions; by default the documents' for autoencoders: 20 of"
+                " KFAC, TNT, Shampoo "
+                "(thesis 2.8.2, 4.7.2; 100 for CNNs), else 1."
+            ),
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
     warm_start: Annotated[
-        bool, Option("--warm-start/--no-warm-start", help="One pass for the statistics, where the document has it (2.8.2).",
-                     rich_help_panel=_METHOD),
+        bool,
+        Option(
+            "--warm-start/--no-warm-start",
+            help="One pass for the statistics, where the document has it (2.8.2).",
+            rich_help_panel=_METHOD,
+        ),
     ] = True,
     own: Annotated[
         list[str] | None,
-        Option("--set", metavar="NAME=VALUE", help="One of the algorithm's own (`curvlab list options`); may be given again.",
-               rich_help_panel=_METHOD),
+        Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="One of the algorithm's own (`curvlab list options`); may be given again.",
+            rich_help_panel=_METHOD,
+        ),
     ] = None,
-    lr: Annotated[float | None, Option(help="Learning rate α; its document's by default.", rich_help_panel=_RATE)] = None,
+    lr: Annotated[
+        float | None,
+        Option(help="Learning rate α; its document's by default.", rich_help_panel=_RATE),
+    ] = None,
     schedule: Annotated[
         str,
-        Option(help="constant, step (thesis 3.7.1: 0.1 every 60 epochs), cosine, or torch's by name, as ExponentialLR.",
-               rich_help_panel=_RATE),
+        Option(
+            help=(
+                "constant, step (thesis 3.7.1: 0.1 every 60 epochs), cosine, or torch's by name, as"
+                " ExponentialLR."
+            ),
+            rich_help_panel=_RATE,
+        ),
     ] = "constant",
     schedule_own: Annotated[
         list[str] | None,
-        Option("--schedule-set", metavar="NAME=VALUE", help="An option of the schedule: step has every, factor; cosine least.",
-               rich_help_panel=_RATE),
+        Option(
+            "--schedule-set",
+            metavar="NAME=VALUE",
+            help="An option of the schedule: step has every, factor; cosine least.",
+            rich_help_panel=_RATE,
+        ),
     ] = None,
     schedule_every: Annotated[
         str, Option(help="epoch or step: what the schedule counts.", rich_help_panel=_RATE)
     ] = "epoch",
     epochs: Annotated[
-        int | None, Option(help="Epochs; 20 where neither --steps nor --seconds is given.", rich_help_panel=_LENGTH)
+        int | None,
+        Option(
+            help="Epochs; 20 where neither --steps nor --seconds is given.", rich_help_panel=_LENGTH
+        ),
     ] = None,
-    steps: Annotated[int | None, Option(help="Steps; whichever comes first.", rich_help_panel=_LENGTH)] = None,
+    steps: Annotated[
+        int | None, Option(help="Steps; whichever comes first.", rich_help_panel=_LENGTH)
+    ] = None,
     seconds: Annotated[
         float | None,
-        Option(help="Wall time of training, evaluation and warm start apart (thesis 2.8.1: 500 for MNIST).",
-               rich_help_panel=_LENGTH),
+        Option(
+            help=(
+                "Wall time of training, evaluation and warm start apart (thesis 2.8.1: 500 for"
+                " MNIST)."
+            ),
+            rich_help_panel=_LENGTH,
+        ),
     ] = None,
     evaluate_every: Annotated[
-        int, Option(help="Epochs between evaluations (thesis 2.8.1: 1); the last is always evaluated.",
-                    rich_help_panel=_EVALUATION),
+        int,
+        Option(
+            help="Epochs between evaluations (thesis 2.8.1: 1); the last is always evaluated.",
+            rich_help_panel=_EVALUATION,
+        ),
     ] = 1,
     evaluate_samples: Annotated[
         int | None,
-        Option(help="The training loss is of so many first examples; of all by default (thesis 2.8.1).",
-               rich_help_panel=_EVALUATION),
+        Option(
+            help=(
+                "The training loss is of so many first examples; of all by default (thesis 2.8.1)."
+            ),
+            rich_help_panel=_EVALUATION,
+        ),
     ] = None,
     probe: Annotated[
         list[str] | None,
-        Option(metavar="NAME[:EVERY]", help="Of `curvlab list probes`, every so many steps, the first among them; may be given "
-               "again.", rich_help_panel=_EVALUATION),
+        Option(
+            metavar="NAME[:EVERY]",
+            help=(
+                "Of `curvlab list probes`, every so many steps, the first among them; may be given "
+                "again."
+            ),
+            rich_help_panel=_EVALUATION,
+        ),
     ] = None,
-    device: Annotated[str, Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel=_MACHINE)] = "auto",
+    device: Annotated[
+        str,
+        Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel=_MACHINE),
+    ] = "auto",
     dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel=_MACHINE)] = "float32",
     verbose: Annotated[
-        bool, Option("--verbose", "-v", help="Print which way each block goes, and why (`objective.check`).",
-                     rich_help_panel=_OUTPUT),
+        bool,
+        Option(
+            "--verbose",
+            "-v",
+            help="Print which way each block goes, and why (`objective.check`).",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = False,
     out_folder: Annotated[
         Path | None,
-        Option("--out", metavar="FOLDER", help="Gets run.h5, checkpoint.pt, training.png, training.svg; a fresh one under "
-               "runs/ by default.", rich_help_panel=_OUTPUT),
+        Option(
+            "--out",
+            metavar="FOLDER",
+            help="Gets run.h5, checkpoint.pt, training.png, training.svg; a fresh one under "
+            "runs/ by default.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = None,
     resume: Annotated[
         bool,
-        Option("--resume", help="Go on from the checkpoint in --out, bit for bit, with its settings; a longer run may be asked "
-               "for.", rich_help_panel=_OUTPUT),
+        Option(
+            "--resume",
+            help=(
+                "Go on from the checkpoint in --out, bit for bit, with its settings; a longer run"
+                " may be asked "
+                "for."
+            ),
+            rich_help_panel=_OUTPUT,
+        ),
     ] = False,
     checkpoint_seconds: Annotated[
-        float, Option(help="Between checkpoints within an epoch; there is one after every epoch.", rich_help_panel=_OUTPUT)
+        float,
+        Option(
+            help="Between checkpoints within an epoch; there is one after every epoch.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = 60.0,
-) -> None:  # fmt: skip
+) -> None:
     """Train a network along one algorithm; log loss, error, times and norms by epoch.
 
     Loss and error are of the whole training and test set at the end of an epoch (epoch 0: before

@@ -217,9 +217,8 @@ class BlockDiagonal(CurvatureDefaults):
         seen = 0
         for x, y in self.shown:
             seen += len(x)
-            closure = Closure(
-                objective, x, y, 0, "warm"
-            )  # of no stream's count: made again and again
+            # of no stream's count: made again and again
+            closure = Closure(objective, x, y, 0, "warm")
             self._fold(closure.observe({self._pass}, move_buffers=False), len(x) / seen)
 
     @precise()

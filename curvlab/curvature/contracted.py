@@ -50,9 +50,8 @@ def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[T
     else:
         ways = [with_pixels(block, v.flatten(1)) if v.ndim > 1 else v for v in variables]
     found = [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in ways]
-    return (
-        [each[::-1] for each in found] if block.layer and block.layer.transposed else found
-    )  # the ways as the block lies
+    # the ways as the block lies
+    return [each[::-1] for each in found] if block.layer and block.layer.transposed else found
 
 
 class Contracted(BlockDefaults):

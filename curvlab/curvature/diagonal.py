@@ -34,9 +34,8 @@ class SecondMoment(BlockDefaults):
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         """Fold the squares of the minibatch's mean gradient into v, in place."""
-        g = (
-            statistics.gradient
-        )  # its squares are finite: `soundness.check_gradients`, `base.check_squared`
+        # its squares are finite: `soundness.check_gradients`, `base.check_squared`
+        g = statistics.gradient
         if self.v is None:
             self.v = g.square().flatten()
         else:

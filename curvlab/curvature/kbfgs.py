@@ -234,16 +234,14 @@ class KBfgs(BlockDefaults):
         if not hasattr(self, "inverse") or self.exact:
             assert self.A is not None
             H_g = self.factors[0] if hasattr(self, "inverse") else self._initial(self.A)
-            self.inverse = Kronecker(
-                (H_g, damped_inverse(self.A, damping_a, FACTOR_A))
-            )  # Alg. 5, line 23
+            # Alg. 5, line 23
+            self.inverse = Kronecker((H_g, damped_inverse(self.A, damping_a, FACTOR_A)))
         elif self.seen is not None:
             H_g, H_a = self.factors
             mean = self.seen[0]
             if self.minibatch:
-                pair = action_pair(
-                    H_a, self.seen[1], self.seen[2], damping_a
-                )  # Alg. 9, line 16; 2021 Alg. 2, line 13
+                # Alg. 9, line 16; 2021 Alg. 2, line 13
+                pair = action_pair(H_a, self.seen[1], self.seen[2], damping_a)
             else:
                 assert self.A is not None
                 pair = hessian_action(H_a, mean, self.A, damping_a)  # Alg. 4, lines 21 and 22
@@ -280,13 +278,11 @@ class KBfgs(BlockDefaults):
         was = before.g[0].mean((0, 1))
         s, y = after.h.mean((0, 1)) - before.h.mean((0, 1)), after.g[0].mean((0, 1)) - was
         zero = torch.zeros_like(s)
-        mean_s = (zero if self.s is None else self.s).lerp(
-            s, 1 - self.pair_decay
-        )  # Alg. 4, line 16; from zero (practice)
+        # Alg. 4, line 16; from zero (practice)
+        mean_s = (zero if self.s is None else self.s).lerp(s, 1 - self.pair_decay)
         mean_y = (zero if self.y is None else self.y).lerp(y, 1 - self.pair_decay)
-        pair = damp(
-            self.pair_damping, mean_s, mean_y, H_g, mu1=MU1, mu2=self._split()[1]
-        )  # Alg. 4, line 17; Alg. 9, line 20
+        # Alg. 4, line 17; Alg. 9, line 20
+        pair = damp(self.pair_damping, mean_s, mean_y, H_g, mu1=MU1, mu2=self._split()[1])
         pair = accept(pair, v=was, mu1=MU1 if self.skip else None)
         if not self.pairs:
             assert isinstance(H_g, Tensor)

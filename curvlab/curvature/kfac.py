@@ -67,9 +67,8 @@ class Kfac(BlockDefaults):
         Raises Diverged where one has no Cholesky factor (`damped_cholesky`)."""
         assert self.A is not None
         assert self.G is not None
-        damping_a, damping_g = self.split(
-            self.A, self.G, damping
-        )  # Alg. 12, line 19; Alg. 7, line 11
+        # Alg. 12, line 19; Alg. 7, line 11
+        damping_a, damping_g = self.split(self.A, self.G, damping)
         self.inverse = Kronecker(
             (
                 damped_inverse(self.G, damping_g, FACTOR_G),

@@ -22,9 +22,9 @@ Ratio = Literal["direction", "step"]
 """Where ρ is taken: at p = −H g, whatever the learning rate (Alg. 23, lines 6 and 7); at the step
 that was taken."""
 
-_SMALLEST = (
-    2.0**-26
-)  # of λ_LM / τ: below, it would be lost in the rounding of λ_LM + τ, and no boost would raise it again
+# of λ_LM / τ: below, it would be lost in the rounding of λ_LM + τ, and no boost would raise it
+# again
+_SMALLEST = 2.0**-26
 
 
 @dataclass(frozen=True, kw_only=True)

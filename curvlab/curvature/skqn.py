@@ -159,10 +159,11 @@ class SkqnL(BlockDefaults):
             self.S = self.Y = self.A.new_empty(0, statistics.block.numel)
         if self.U is None or self.V is None:
             return
+        # (10): v = v̂ − H_k u
         u, v = (
             self.U.flatten(),
             (self.V - self.G @ self.U @ self.A).flatten(),
-        )  # (10): v = v̂ − H_k u
+        )
         start = multiple_of_identity(self.gamma, u)
         pair = (
             powell_on_b(u, v, start, start.inv(), self.mu)
@@ -213,10 +214,11 @@ class SkqnL(BlockDefaults):
         start = multiple_of_identity(self.gamma, self.S[0])
         if not isinstance(base, Rotated):
             return refined(base, Memory(self.pairs, self.S, self.Y), start)
+        # γ I is the same in every basis
         rows, count = (
             base.rotated(torch.cat([self.S, self.Y]).mT).mT,
             len(self.S),
-        )  # γ I is the same in every basis
+        )
         inside = refined(base.inside, Memory(self.pairs, rows[:count], rows[count:]), start)
         return Rotated(base.bases, cast(Compact, inside))
 
@@ -335,9 +337,8 @@ class SkqnB(BlockDefaults):
         if self.U is None or self.V is None:
             return
         U, V = self._sketched(*self.condition.pairs(self.U, self.V, self.A, self.G))
-        self.last = block_bfgs(
-            self.Lambda, U, V, choice=self.choice, mu=self.mu, tau=self.tau
-        )  # (22)
+        # (22)
+        self.last = block_bfgs(self.Lambda, U, V, choice=self.choice, mu=self.mu, tau=self.tau)
         self.left_out += self.last.skipped == "not finite"
         self.Lambda = self.last.matrix
         self.U = self.V = None

@@ -29,9 +29,22 @@ from curvlab.linalg.woodbury import Beside, LayerRows, Rows
 REBUILD = "build the same model first"
 
 STATISTIC_AXES: dict[str, tuple[str, ...]] = {
-    "A": ("II",), "G": ("OO",), "F": ("P*", "DD"), "M": ("DD",), "Lambda": ("OO",), "v": ("D",), "s": ("O",), "y": ("O",),
-    "U": ("O*",), "V": ("O*",), "S": ("*O", "*D"), "Y": ("*O", "*D"), "seen": ("*I",), "g": ("*O", "*D"), "a": ("*I",),
-}  # fmt: skip
+    "A": ("II",),
+    "G": ("OO",),
+    "F": ("P*", "DD"),
+    "M": ("DD",),
+    "Lambda": ("OO",),
+    "v": ("D",),
+    "s": ("O",),
+    "y": ("O",),
+    "U": ("O*",),
+    "V": ("O*",),
+    "S": ("*O", "*D"),
+    "Y": ("*O", "*D"),
+    "seen": ("*I",),
+    "g": ("*O", "*D"),
+    "a": ("*I",),
+}
 """{statistic of a block: its axes, in one of these ways}; ``*`` is any length."""
 
 _FULL = (torch.float32, torch.float64)
@@ -184,5 +197,5 @@ def _has(shape: Sequence[int], axes: str, block: Block) -> bool:
         "D": block.numel,
         "P": outputs * (outputs + 1) // 2,
     }
-    fits: Callable[[str, int], bool] = lambda axis, n: axis == "*" or lengths[axis] == n
+    fits: Callable[[str, int], bool] = lambda axis, n: axis == "*" or lengths[axis] == n  # noqa: E731
     return len(shape) == len(axes) and all(map(fits, axes, shape))

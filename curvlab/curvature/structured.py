@@ -10,13 +10,17 @@ What the document leaves open, chosen once:
 | what | here |
 |---|---|
 | S_g | the caller's minibatch; it grows as the caller's minibatches do |
-| S_H | `sample` examples of the minibatch (all of them by default), `growth` times as many at every step |
-| p | 1 pair for S4QN: v is what *this* step's sample misses, an older v what an older one did; 10 for L-BFGS |
-| Λ⁰ | γ I of the newest pair, γ = uᵀv / uᵀu, with γ u nearest to v; L-BFGS the usual vᵀv / uᵀv (Nocedal, Wright (7.20)) |
-| pairs | kept where uᵀv ≥ ε_B ‖u‖ ‖v‖, ε_B = 1e-8 (3.2); of the last p *steps*, (11): Λ goes where the base is exact |
-| α_k⁻¹ | the damping, `shrink` times as large after every step; λ_k = α_k⁻¹, or by the rule (8) where r₁, r₂ are given |
-| β_k | the learning rate, or a line search on the minibatch, whose step is then a part of the direction |
-| (B + λI)⁻¹ g | conjugate gradients on the sum: one solve where (13) has 1 + 2p of them; a low-rank base by (14) |
+| S_H | `sample` examples of the minibatch (by default all), `growth` times as many at every step |
+| p | 1 pair for S4QN: v is what *this* step's sample misses, not an older one's; 10 for L-BFGS |
+| Λ⁰ | γ I of the newest pair, γ = uᵀv / uᵀu, with γ u nearest to v |
+| Λ⁰ of L-BFGS | the usual γ = vᵀv / uᵀv (Nocedal, Wright (7.20)) |
+| pairs | kept where uᵀv ≥ ε_B ‖u‖ ‖v‖, ε_B = 1e-8 (3.2) |
+| age of pairs | those of the last p *steps*, (11): Λ goes where the base is exact |
+| α_k⁻¹ | the damping, `shrink` times as large after every step |
+| λ_k | α_k⁻¹, or by the rule (8) where r₁, r₂ are given |
+| β_k | the learning rate, or a line search on the minibatch, then a part of the direction |
+| (B + λI)⁻¹ g | conjugate gradients on the sum: one solve where (13) has 1 + 2p of them |
+| of a low-rank base | (14) |
 
 Legend: D parameters, K columns, r rows of a low-rank base; u, v̂ change of parameters and of
     gradient, v = v̂ − H u.

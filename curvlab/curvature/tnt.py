@@ -69,9 +69,8 @@ def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[
             bias * a.norm(dim=1, keepdim=True),
             with_pixels(block, a * bias.norm(dim=1, keepdim=True)),
         ]
-    found = [
-        [contraction(part, way) for part in parts for way in range(1, part.ndim)]
-    ]  # summed over the first axis
+    # summed over the first axis
+    found = [[contraction(part, way) for part in parts for way in range(1, part.ndim)]]
     if block.biased:
         found.append([contraction(bias, 1)])
     return [[c / statistics.size for c in variable] for variable in found]

@@ -145,9 +145,8 @@ def searched(
     objective = observation.closure.objective
     slope, start = -float(g @ d), float(observation.loss)
     if not slope < 0:
-        return Found(
-            1.0, 1, True
-        )  # nothing to gain: a gradient of zeros, or momentum against this direction
+        # nothing to gain: a gradient of zeros, or momentum against this direction
+        return Found(1.0, 1, True)
     slack = 10 * torch.finfo(observation.loss.dtype).eps * abs(start)
 
     def loss(t: float) -> float:

@@ -46,13 +46,16 @@ FILES: dict[str, File] = {
     "mnist.npz": File(("0bcdb57e889f1cebdb210edba449f5350a1f2078158b6257e613f4075c6712ff",)),
     "olivettifaces.mat": File(
         # the copy that scikit-learn names
-        ("b612fb967f2dc77c9c62d3e1266e0c73d5fca46a4b8906c18e454d41af987794",
-         # the same faces, saved again
-         "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d"),
+        (
+            "b612fb967f2dc77c9c62d3e1266e0c73d5fca46a4b8906c18e454d41af987794",
+            # the same faces, saved again
+            "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d",
+        ),
         "https://ndownloader.figshare.com/files/5976027",
     ),
     "cifar-10-python.tar.gz": File(
-        ("6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",), _CIFAR + "cifar-10-python.tar.gz"
+        ("6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",),
+        _CIFAR + "cifar-10-python.tar.gz",
     ),
     "cifar-10-batches-py/data_batch_1": File(("c99cafc152244af753f735de768cd75f",)),
     "cifar-10-batches-py/data_batch_2": File(("d4bba439e000b95fd0a9bffe97cbabec",)),
@@ -61,17 +64,26 @@ FILES: dict[str, File] = {
     "cifar-10-batches-py/data_batch_5": File(("482c414d41f54cd18b22e5b47cb7c3cb",)),
     "cifar-10-batches-py/test_batch": File(("40351d587109b95175f43aff81a1287e",)),
     "cifar-100-python.tar.gz": File(
-        ("85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",), _CIFAR + "cifar-100-python.tar.gz"
+        ("85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",),
+        _CIFAR + "cifar-100-python.tar.gz",
     ),
     "cifar-100-python/train": File(("16019d7e3df5f24257cddd939b257f8d",)),
     "cifar-100-python/test": File(("f0ef6b0ae62326f3e7ffdfab6717acfc",)),
-    "cifar10_subset.npz": File(("47592817d3e00343c7826dd2849e8bbe017c9c438d27d140c92bc19921a8b41e",)),
-    "a9a": File(("35b6bafa772838b1eb3000a6550ff48505ad79aaa381cfd28960e68679f4453b",), _LIBSVM + "a9a"),
-    "a9a.t": File(("1f448a153f0320399a7e40836eb207655b0bde0f21fc941cc472193daa9f5de9",), _LIBSVM + "a9a.t"),
-    "w8a": File(("b464b4f6ce6a5d9e181ffc793e19a04751036273722312398ef7673705014902",), _LIBSVM + "w8a"),
+    "cifar10_subset.npz": File(
+        ("47592817d3e00343c7826dd2849e8bbe017c9c438d27d140c92bc19921a8b41e",)
+    ),
+    "a9a": File(
+        ("35b6bafa772838b1eb3000a6550ff48505ad79aaa381cfd28960e68679f4453b",), _LIBSVM + "a9a"
+    ),
+    "a9a.t": File(
+        ("1f448a153f0320399a7e40836eb207655b0bde0f21fc941cc472193daa9f5de9",), _LIBSVM + "a9a.t"
+    ),
+    "w8a": File(
+        ("b464b4f6ce6a5d9e181ffc793e19a04751036273722312398ef7673705014902",), _LIBSVM + "w8a"
+    ),
     "news20.npz": File(("eb08db0450b7b7a5d82bcf3880bc48707bac57239aaaefed003bfdfb92ddedba",)),
     "webspam_wc_normalized_unigram.svm": File(),
-}  # fmt: skip
+}
 """{file: checksums and address}; origin and licence of each are in data/README.md."""
 
 

@@ -160,10 +160,26 @@ class Cifar:
     npz: str
 
 
-CIFAR10 = Cifar("CIFAR-10", 10, "cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", b"labels",
-                "cifar-10-python.tar.gz", "cifar10.npz")  # fmt: skip
-CIFAR100 = Cifar("CIFAR-100", 100, "cifar-100-python", ("train",), "test", b"fine_labels", "cifar-100-python.tar.gz",
-                 "cifar100.npz")  # fmt: skip
+CIFAR10 = Cifar(
+    "CIFAR-10",
+    10,
+    "cifar-10-batches-py",
+    tuple(f"data_batch_{i}" for i in range(1, 6)),
+    "test_batch",
+    b"labels",
+    "cifar-10-python.tar.gz",
+    "cifar10.npz",
+)
+CIFAR100 = Cifar(
+    "CIFAR-100",
+    100,
+    "cifar-100-python",
+    ("train",),
+    "test",
+    b"fine_labels",
+    "cifar-100-python.tar.gz",
+    "cifar100.npz",
+)
 
 Arrays = dict[str, NDArray[Any]]
 """x_train, y_train, x_test, y_test."""

@@ -128,9 +128,10 @@ def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Each feature at mean 0 and variance 1 over the training examples; one that never varies there
     is only shifted.
     """
+    # no copy of it all
     moments = [
         torch.var_mean(some.double(), 0, correction=0) for some in torch.split(train, 256, 1)
-    ]  # no copy of it all
+    ]
     variance, mean = (torch.cat(parts).to(train.dtype) for parts in zip(*moments, strict=True))
     scale = torch.where(variance > 0, variance.sqrt(), 1)
     return train.sub(mean).div_(scale), test.sub(mean).div_(scale)

@@ -205,8 +205,11 @@ def alone(objective: Objective) -> None:
                 )
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise CurvlabError(f"'{name}' normalises over the batch in every mode, since it keeps no running statistics, so "
-                               "that no example has a loss of its own: track_running_stats=True, or GroupNorm")  # fmt: skip
+            raise CurvlabError(
+                f"'{name}' normalises over the batch in every mode, since it keeps no running"
+                " statistics, so that no example has a loss of its own: track_running_stats=True,"
+                " or GroupNorm"
+            )
         if isinstance(module, _BatchNorm) and module.training:
             raise CurvlabError(
                 f"'{name}' normalises over the batch, so that no example has a loss of its own:"

@@ -101,8 +101,10 @@ def _assign(
         name = route_of(block, form, kind, sums.get(block.name)) if route == "auto" else route
         if not ROUTES[name].fits(block, form, kind):
             why = form.ways[block.name].why
-            raise CurvlabError(f"route '{route}' does not fit {block} for {kind} ({why or ROUTES[name].summary}); "
-                               'use route="auto"')  # fmt: skip
+            raise CurvlabError(
+                f"route '{route}' does not fit {block} for {kind} ({why or ROUTES[name].summary}); "
+                'use route="auto"'
+            )
         found.setdefault(name, []).append(block)
     return found
 
@@ -124,7 +126,8 @@ def matrix(
     >>> import torch
     >>> import curvlab as cl
     >>> objective = cl.Objective(torch.nn.Linear(2, 1, bias=False), cl.likelihoods.Gaussian())
-    >>> cl.exact.matrix(objective, torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.zeros(2, 1), kind="ggn", block=None).dense()
+    >>> x, y = torch.tensor([[2.0, 0.0], [0.0, 4.0]]), torch.zeros(2, 1)
+    >>> cl.exact.matrix(objective, x, y, kind="ggn", block=None).dense()
     tensor([[2., 0.],
             [0., 8.]])
 
@@ -285,8 +288,10 @@ def _add_general(
 
 def _finite(matrix: Tensor, what: str) -> Tensor:
     if not bool(torch.isfinite(matrix.diagonal()).all()):
-        raise CurvlabError(f"{what} contains NaN or Inf although the loss is finite: an operation of the model has no finite "
-                           "derivative at these weights (a root or a norm at 0, an overflow)")  # fmt: skip
+        raise CurvlabError(
+            f"{what} contains NaN or Inf although the loss is finite: an operation of the model has"
+            " no finite derivative at these weights (a root or a norm at 0, an overflow)"
+        )
     return matrix
 
 

@@ -40,9 +40,8 @@ class Plain:
         self.closure, self.layout = closure, layout
         named = closure.objective.parameters
         self.names = [name for b in layout.blocks for name in b.params]
-        self.names = [
-            name for name in self.names if named[name].requires_grad
-        ]  # not those that were frozen since
+        # not those that were frozen since
+        self.names = [name for name in self.names if named[name].requires_grad]
         self.leaves = [named[name] for name in self.names]
         self.still = {
             name: named[name]

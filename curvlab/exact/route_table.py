@@ -67,9 +67,8 @@ class Minibatch:
     def function(self, layout: Layout) -> Function:
         """Return the model and its losses as a `Function` of `layout`. Raises CurvlabError, by a
         look at the minibatch, for targets that do not fit or a loss that is not finite."""
-        self.closure.observe(
-            frozenset(), move_buffers=False
-        )  # the checks of data, targets and loss
+        # the checks of data, targets and loss
+        self.closure.observe(frozenset(), move_buffers=False)
         return Function(self.closure, layout)
 
 

@@ -133,9 +133,8 @@ class Function:
         }
 
     def _called(self, weights: Weights, x: Tensor) -> Float[Tensor, "N *C"]:
-        fixed = {
-            name: self._state[name].clone() for name in self._buffers
-        }  # where BatchNorm may write on them
+        # where BatchNorm may write on them
+        fixed = {name: self._state[name].clone() for name in self._buffers}
         with differentiable(), eager(), surrounding(), _Fixed():
             z: Tensor = called(self.closure.objective.model, self._state | fixed | weights, x)
         return z.to(self.at.dtype)
@@ -206,9 +205,8 @@ class Function:
             u = torch.randn(len(at), generator=generator, dtype=torch.float64).to(z)
             try:
                 found = grad(lambda w: (self.outputs(w, x) * v).sum())(at)
-                forth = along(
-                    lambda w: self.outputs(w, x), at, u
-                )  # forward mode goes on under no_grad and into .data
+                # forward mode goes on under no_grad and into .data
+                forth = along(lambda w: self.outputs(w, x), at, u)
             except (RuntimeError, NotImplementedError):
                 return False
         near = self.closure.form.precision**0.5
@@ -285,9 +283,10 @@ class Function:
         size, width = len(x), len(self.at)
         if PASSES[kind] == "exact":
             z = self.closure.outputs()[0]
+            # [V, N, C]
             roots = (
                 self.closure.root(z).reshape(-1, size, z[0].numel()) if kind == "fisher" else None
-            )  # [V, N, C]
+            )
             at_once = max(1, _NUMBERS // (z[0].numel() * width))
             began = perf_counter()
             for some in _slices(size, at_once):
@@ -394,9 +393,10 @@ class Function:
         def one(u: Tensor) -> Tensor:
             parts = self.layout.unflatten(u)
             back = apply({name: parts[name].to(w.dtype) for name, w in at.items()})
+            # frozen since
             still = {
                 name: torch.zeros_like(part) for name, part in parts.items() if name not in back
-            }  # frozen since
+            }
             return self.layout.flatten(back | still).to(u.dtype)
 
         several = mapped(one)
@@ -439,8 +439,10 @@ class Function:
         """
         if seconds * parts > _LONG:
             named = ", ".join(map(str, self.layout.blocks))
-            warn(f"{what} of {named} by the general route will take about {seconds * parts:.0f} s; products with vectors "
-                 "(curvlab.exact.product) take one each")  # fmt: skip
+            warn(
+                f"{what} of {named} by the general route will take about {seconds * parts:.0f} s;"
+                " products with vectors (curvlab.exact.product) take one each"
+            )
 
 
 def _slices(size: int, at_once: int) -> Iterator[slice]:

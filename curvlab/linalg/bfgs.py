@@ -451,9 +451,8 @@ def updated_inverse(H: Float[Tensor, "D D"], pair: Pair) -> tuple[Float[Tensor, 
     if not isinstance(used, Tensor) and not used:
         return H, pair
     w = _other_half(pair.s, pair.Hy, found.sy, found.yHy)
-    extent = (
-        2 * _number(_largest(pair.s)) * _number(_largest(w))
-    )  # no entry of s wᵀ + w sᵀ is larger
+    # no entry of s wᵀ + w sᵀ is larger
+    extent = 2 * _number(_largest(pair.s)) * _number(_largest(w))
     fits = extent <= torch.finfo(w.dtype).max
     overflows = used & _not(fits)
     pair = replace(

@@ -79,9 +79,8 @@ def accumulate_places_(
     left = a.flatten(0, 1)
     target = matrix.view(outputs, inputs, outputs * inputs)
     for o in range(outputs):
-        curvature = (
-            G[:, o].permute(1, 0, 3, 2).reshape(size, places * outputs, places)
-        )  # [N, T O', T']
+        # [N, T O', T']
+        curvature = G[:, o].permute(1, 0, 3, 2).reshape(size, places * outputs, places)
         right = (curvature @ a).reshape(size * places, outputs * inputs)
         target[o].addmm_(left.mT, right, alpha=new)
 

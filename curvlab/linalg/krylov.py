@@ -57,7 +57,8 @@ def conjugate_gradients(
     halves it.
 
     >>> from curvlab.linalg.operators import Diagonal
-    >>> found = conjugate_gradients(Diagonal(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 1.0]), tolerance=1e-6)
+    >>> A, b = Diagonal(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 1.0])
+    >>> found = conjugate_gradients(A, b, tolerance=1e-6)
     >>> found.iterations, found.converged
     (2, True)
 

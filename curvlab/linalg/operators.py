@@ -167,9 +167,8 @@ class Kronecker(Symmetric):
 
     def dense(self) -> Float[Tensor, "D D"]:
         """Return ⊗ᵢ Uᵢ as one matrix, [D, D]."""
-        product: Tensor = reduce(
-            torch.kron, [u.dense().contiguous() for u in self._each]
-        )  # kron fails on mixed layouts
+        # kron fails on mixed layouts
+        product: Tensor = reduce(torch.kron, [u.dense().contiguous() for u in self._each])
         return product
 
     def eigvalsh(self) -> Float[Tensor, " D"]:

@@ -19,18 +19,16 @@ from torch import Tensor
 
 from curvlab.system.memory import in_huge_pages
 
-_CHUNK_BYTES = (
-    6 << 20
-)  # of pairs of inputs at a time, so that they stay in the cache: 47 ms against 93 ms for all at once
+# of pairs of inputs at a time, so that they stay in the cache: 47 ms against 93 ms for all at once
+_CHUNK_BYTES = 6 << 20
 
 _SMALL = 1 << 20  # numbers of a matrix, of which a copy costs less than many calls
 
 
 def output_pairs(g: Float[Tensor, "V N O"]) -> Float[Tensor, "P N"]:
     """Σ_v g_o g_o' of each example for o ≥ o', pairs row by row: the lower triangle of Gₙ."""
-    return pack_pairs(
-        g.permute(1, 2, 0) @ g.permute(1, 0, 2)
-    )  # a contiguous copy first takes twice as long
+    # a contiguous copy first takes twice as long
+    return pack_pairs(g.permute(1, 2, 0) @ g.permute(1, 0, 2))
 
 
 def accumulate_(
@@ -104,9 +102,8 @@ def unpack_full(
         row = packed[first : first + o + 1]
         if idle:
             row = torch.cat([row, row.new_zeros(o + 1, 1)], 1)
-        row = row.index_select(1, places).view(
-            o + 1, inputs, inputs
-        )  # block (o, o') is symmetric, and block (o', o) too
+        # block (o, o') is symmetric, and block (o', o) too
+        row = row.index_select(1, places).view(o + 1, inputs, inputs)
         blocks[o, :, : o + 1].copy_(row.transpose(0, 1))
         blocks[:o, :, o].copy_(row[:o])
     return matrix

@@ -52,9 +52,8 @@ def _numpy(
     def product(v: Array) -> Array:
         if np.iscomplexobj(v):
             return product(v.real) + 1j * product(v.imag)
-        columns = torch.from_numpy(np.array(v, order="C")).to(
-            like
-        )  # a copy: SciPy's arrays may be read-only or reversed
+        # a copy: SciPy's arrays may be read-only or reversed
+        columns = torch.from_numpy(np.array(v, order="C")).to(like)
         return (operator @ columns).detach().cpu().numpy()
 
     return product

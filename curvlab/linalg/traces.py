@@ -146,9 +146,8 @@ def xtrace(operator: Operator, products: int, generator: torch.Generator) -> Est
     scale = (size - k + 1) / u.square().sum(0)
     samples = h.diagonal().sum() - (s * (h @ s)).sum(0) + scale * (u * product).sum(0)
     estimate = average(samples, 2 * k)
-    return (
-        estimate if k > 1 else Estimate(estimate.value, torch.zeros_like(estimate.value), 2 * k)
-    )  # k = 1 only where D = 1
+    # k = 1 only where D = 1
+    return estimate if k > 1 else Estimate(estimate.value, torch.zeros_like(estimate.value), 2 * k)
 
 
 TRACES: dict[str, Callable[[Operator, int, torch.Generator], Estimate]] = {

@@ -115,8 +115,14 @@ def diverged(ds: xr.Dataset) -> dict[str, list[dict[str, Any]]]:
     finite range.
     """
     found = {name: _records(places) or [] for name, places in mapping(ds, "diverged").items()}
-    kept = {name: [p for p in places if _number(p.get("seed")) is not None and _number(p.get("step")) is not None]
-            for name, places in found.items()}  # fmt: skip
+    kept = {
+        name: [
+            p
+            for p in places
+            if _number(p.get("seed")) is not None and _number(p.get("step")) is not None
+        ]
+        for name, places in found.items()
+    }
     return {name: places for name, places in kept.items() if places}
 
 

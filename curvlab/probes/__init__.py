@@ -3,9 +3,9 @@
 # The order in which these enter their probes is that of PROBES.
 # isort: off
 from curvlab.probes.damping import fractions
-from curvlab.probes import bounds as _bounds
-from curvlab.probes import against_exact as _against
-from curvlab.probes import noise as _noise
+from curvlab.probes import bounds as _bounds  # noqa: F401
+from curvlab.probes import against_exact as _against  # noqa: F401
+from curvlab.probes import noise as _noise  # noqa: F401
 from curvlab.probes.directions import cosines_to
 
 # isort: on

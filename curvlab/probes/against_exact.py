@@ -76,9 +76,11 @@ def exact_product(frame: Frame, kind: Kind) -> Product:
         apply = function(frame).product(kind, 1)
         size, l2 = frame.now.size, frame.objective.l2
         return Product(
-            lambda v: apply(v.mT.contiguous()).mT / size + 2 * l2 * v, len(frame.objective.layout), frame.objective.dtype,
+            lambda v: apply(v.mT.contiguous()).mT / size + 2 * l2 * v,
+            len(frame.objective.layout),
+            frame.objective.dtype,
             frame.objective.device,
-        )  # fmt: skip
+        )
 
     made: Product = frame.once(f"product {kind}", make)
     return made
@@ -116,14 +118,27 @@ def estimate(frame: Frame, block: BlockDefaults) -> tuple[Operator, float] | Non
 
 
 @probe(
-    "reduction", "reduction of the minibatch's loss by the step: actual, predicted, and their ratio ρ (thesis (5.5))",
+    "reduction",
+    "reduction of the minibatch's loss by the step: actual, predicted, and their ratio ρ (thesis"
+    " (5.5))",
     {
-        "reduction_actual": Variable(("algorithm",), "f(θ) − f(θ − α p), the α of the reference", "nat"),
-        "reduction_predicted": Variable(("algorithm", "model"), "−m(d) of the method's own B, exact GGN or Hessian", "nat"),
-        "rho": Variable(("algorithm", "model"), "actual over predicted reduction; below 0: the model errs in sign", "1"),
+        "reduction_actual": Variable(
+            ("algorithm",), "f(θ) − f(θ − α p), the α of the reference", "nat"
+        ),
+        "reduction_predicted": Variable(
+            ("algorithm", "model"), "−m(d) of the method's own B, exact GGN or Hessian", "nat"
+        ),
+        "rho": Variable(
+            ("algorithm", "model"),
+            "actual over predicted reduction; below 0: the model errs in sign",
+            "1",
+        ),
     },
-    needs=frozenset({"data"}), every=100, again=True, coordinates={"model": QUADRATIC_MODELS},
-)  # fmt: skip
+    needs=frozenset({"data"}),
+    every=100,
+    again=True,
+    coordinates={"model": QUADRATIC_MODELS},
+)
 def _reduction(frame: Frame) -> list[Numbers]:
     f = function(frame)
     closure, l2, start = frame.now.closure, frame.objective.l2, float(frame.now.loss)
@@ -160,22 +175,28 @@ _EACH = ("algorithm", "block")
 
 
 @probe(
-    "error", "what methods estimate against the exact Fisher block: Frobenius, trace, eigenvalues (order at most 1000)",
+    "error",
+    "what methods estimate against the exact Fisher block: Frobenius, trace, eigenvalues (order at"
+    " most 1000)",
     {
         "matrix_error": Variable(_EACH, "‖B − F‖ / ‖F‖ in Frobenius norm", "1"),
         "matrix_error_scaled": Variable(_EACH, "the same of the best multiple of B", "1"),
         "matrix_cosine": Variable(_EACH, "cosine between B and F", "1"),
         "matrix_trace_ratio": Variable(_EACH, "tr B / tr F", "1"),
-        "matrix_spectrum_error": Variable(_EACH, "relative distance of the sorted eigenvalues", "1"),
+        "matrix_spectrum_error": Variable(
+            _EACH, "relative distance of the sorted eigenvalues", "1"
+        ),
     },
-    every=500, again=True, fits=_estimates, wants="a method that estimates a matrix by block",
-)  # fmt: skip
+    every=500,
+    again=True,
+    fits=_estimates,
+    wants="a method that estimates a matrix by block",
+)
 def _error(frame: Frame) -> list[Numbers]:
     objective, closure = frame.objective, frame.now.closure
     names = [b.name for b in objective.blocks if b.layer is not None and b.numel <= LARGEST_BLOCK]
-    fresh = Objective(
-        objective.model, objective.likelihood, objective.seed
-    )  # whose counts of closures are its own
+    # whose counts of closures are its own
+    fresh = Objective(objective.model, objective.likelihood, objective.seed)
     fishers = exact.matrices(fresh, closure.x, closure.y, "fisher", names) if names else {}
     keys = ("error", "error_scaled", "cosine", "trace_ratio", "spectrum_error")
     found = np.full((len(keys), len(frame.directions), len(objective.blocks)), np.nan)
@@ -217,26 +238,39 @@ def ritz(frame: Frame, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @probe(
-    "spectrum", "ends of the spectra of the whole exact GGN and Hessian, by 30 steps of Lanczos",
+    "spectrum",
+    "ends of the spectra of the whole exact GGN and Hessian, by 30 steps of Lanczos",
     {
-        "curvature_end": Variable(("matrix", "end"), "extreme eigenvalue of the minibatch's matrix, with the L2 term", "nat"),
+        "curvature_end": Variable(
+            ("matrix", "end"),
+            "extreme eigenvalue of the minibatch's matrix, with the L2 term",
+            "nat",
+        ),
         "curvature_end_error": Variable(("matrix", "end"), "an eigenvalue lies this near", "nat"),
     },
-    every=1000, again=True, coordinates={"matrix": tuple(WHOLE_KINDS), "end": _ENDS},
-)  # fmt: skip
+    every=1000,
+    again=True,
+    coordinates={"matrix": tuple(WHOLE_KINDS), "end": _ENDS},
+)
 def _spectrum(frame: Frame) -> list[Tensor]:
     found = [ritz(frame, kind) for kind in WHOLE_KINDS.values()]
     return [torch.stack([part[i][[0, -1]] for part in found]) for i in (0, 1)]
 
 
 @probe(
-    "alignment", "how much of the step lies in the span of the exact matrices' top 10 eigenvectors (Lanczos)",
+    "alignment",
+    "how much of the step lies in the span of the exact matrices' top 10 eigenvectors (Lanczos)",
     {
-        "alignment": Variable(("algorithm", "matrix"), "fraction of the squared length of the step", "1"),
+        "alignment": Variable(
+            ("algorithm", "matrix"), "fraction of the squared length of the step", "1"
+        ),
         "gradient_alignment": Variable(("matrix",), "the same of the minibatch's gradient", "1"),
     },
-    needs=frozenset({"data"}), every=1000, again=True, coordinates={"matrix": tuple(WHOLE_KINDS)},
-)  # fmt: skip
+    needs=frozenset({"data"}),
+    every=1000,
+    again=True,
+    coordinates={"matrix": tuple(WHOLE_KINDS)},
+)
 def _alignment(frame: Frame) -> list[Tensor]:
     g = torch.cat([frame.now.gradients[b.name].flatten() for b in frame.objective.blocks])
     steps = torch.stack([direction_vector(frame, name) for name in frame.directions])
@@ -252,15 +286,18 @@ def _alignment(frame: Frame) -> list[Tensor]:
 
 
 @probe(
-    "condition", "condition number of every method's inverse",
+    "condition",
+    "condition number of every method's inverse",
     {
         "condition": Variable(
-            _EACH, "greatest over least eigenvalue of the inverse, of the whole vector's at every block; "
-            "NaN above order 2000 without factors, or where it is known by products alone", "1",
+            _EACH,
+            "greatest over least eigenvalue of the inverse, of the whole vector's at every block; "
+            "NaN above order 2000 without factors, or where it is known by products alone",
+            "1",
         ),
     },
     every=50,
-)  # fmt: skip
+)
 def _condition(frame: Frame) -> list[Numbers]:
     found = np.full((len(frame.directions), len(frame.blocks)), np.nan)
     for i, algorithm in enumerate(frame.directions):
@@ -292,9 +329,14 @@ def held(curvature: Any) -> int:
 
 
 @probe(
-    "memory", "what every method keeps from step to step",
-    {"bytes_held": Variable(("algorithm",), "tensors of the curvature's state, momentum apart", "byte")},
+    "memory",
+    "what every method keeps from step to step",
+    {
+        "bytes_held": Variable(
+            ("algorithm",), "tensors of the curvature's state, momentum apart", "byte"
+        )
+    },
     every=200,
-)  # fmt: skip
+)
 def _memory(frame: Frame) -> list[Numbers]:
     return [np.asarray([float(held(frame.curvatures.get(name))) for name in frame.directions])]

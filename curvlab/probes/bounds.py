@@ -2,12 +2,12 @@
 
 | of which | bound | from |
 |---|---|---|
-| H_a of K-BFGS where A is inverted (the convergent variants) | `input_factor` | thesis Lemma 1, (3.17) in Lemma 7 |
-| H_g of K-BFGS with DD-skip, as long as no pair was dropped | `double_damping_lbfgs` | thesis Lemma 2 |
+| H_a of K-BFGS-convergent, which inverts A | `input_factor` | thesis Lemma 1, (3.17) in Lemma 7 |
+| H_g of DD-skip, while no pair was dropped | `double_damping_lbfgs` | thesis Lemma 2 |
 | H_g of K-BFGS with D_P(I) D_LM | `damped_lbfgs` | thesis Lemma 6, 2021 Lemma 3 |
 | H = H_g ⊗ H_a of these | the product | thesis Lemmas 3, 7 |
 | one update of H_g | `double_damping_step`, `damped_step` | thesis (2.8), (2.10); Lemma 5 |
-| H_g, H_a of TNT on a matrix of weights | `tensor_normal_factor` | thesis, proof of Lemma 10: (4.10) with Lemma 9 |
+| H_g, H_a of TNT on a matrix | `tensor_normal_factor` | thesis Lemma 10's proof: (4.10), Lemma 9 |
 | H of TNT | `tensor_normal` | thesis Lemma 10 |
 
 φ bounds a layer's inputs. It is 1 behind a tanh, sigmoid or softmax, also through pooling and
@@ -152,24 +152,46 @@ _EACH = ("algorithm", "block", "factor")
 
 
 @probe(
-    "bounds", "extreme eigenvalues of H_a, H_g and H after the step, beside the theorems' bounds",
+    "bounds",
+    "extreme eigenvalues of H_a, H_g and H after the step, beside the theorems' bounds",
     {
-        "eigenvalue_low": Variable(_EACH, "least eigenvalue of the factor, or of the whole inverse", "1"),
-        "eigenvalue_high": Variable(_EACH, "greatest eigenvalue of the factor, or of the whole inverse", "1"),
+        "eigenvalue_low": Variable(
+            _EACH, "least eigenvalue of the factor, or of the whole inverse", "1"
+        ),
+        "eigenvalue_high": Variable(
+            _EACH, "greatest eigenvalue of the factor, or of the whole inverse", "1"
+        ),
         "bound_low": Variable(_EACH, "lower bound of the eigenvalues; NaN: none is proven", "1"),
         "bound_high": Variable(_EACH, "upper bound of the eigenvalues; NaN: none is proven", "1"),
-        "tightness_low": Variable(_EACH, "least eigenvalue over its bound: 1 is tight, below 1 is a violation", "1"),
-        "tightness_high": Variable(_EACH, "bound over the greatest eigenvalue: 1 is tight, below 1 is a violation", "1"),
-        "update_norm_B": Variable(("algorithm", "block"), "norm of the inverse of H_g after its update", "1"),
-        "update_bound_B": Variable(("algorithm", "block"), "its bound by (2.8) or Lemma 5; NaN: the premise fails", "1"),
+        "tightness_low": Variable(
+            _EACH, "least eigenvalue over its bound: 1 is tight, below 1 is a violation", "1"
+        ),
+        "tightness_high": Variable(
+            _EACH, "bound over the greatest eigenvalue: 1 is tight, below 1 is a violation", "1"
+        ),
+        "update_norm_B": Variable(
+            ("algorithm", "block"), "norm of the inverse of H_g after its update", "1"
+        ),
+        "update_bound_B": Variable(
+            ("algorithm", "block"), "its bound by (2.8) or Lemma 5; NaN: the premise fails", "1"
+        ),
         "update_norm_H": Variable(("algorithm", "block"), "norm of H_g after its update", "1"),
-        "update_bound_H": Variable(("algorithm", "block"), "its bound by (2.10) or Lemma 5; NaN: the premise fails", "1"),
+        "update_bound_H": Variable(
+            ("algorithm", "block"), "its bound by (2.10) or Lemma 5; NaN: the premise fails", "1"
+        ),
         "phi": Variable(("block",), "bound φ of the layer's inputs", "1"),
         "phi_proven": Variable(("block",), "1: the activation proves φ; 0: it is measured", "1"),
     },
-    needs=frozenset({"data"}), moment="after", every=50, again=True, coordinates={"factor": FACTORS},
-    begin=_clear, prepare=_prepare, fits=_fits, wants="a method with Kronecker factors",
-)  # fmt: skip
+    needs=frozenset({"data"}),
+    moment="after",
+    every=50,
+    again=True,
+    coordinates={"factor": FACTORS},
+    begin=_clear,
+    prepare=_prepare,
+    fits=_fits,
+    wants="a method with Kronecker factors",
+)
 def _bounds(frame: Frame) -> list[Numbers]:
     names = frame.blocks
     phis = _measured(frame)

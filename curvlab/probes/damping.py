@@ -6,8 +6,10 @@ A method shows its pairs by `learnt` (`curvature.base`) after the step in which 
 | pair | of which methods | H, B of the ratios |
 |---|---|---|
 | a | K-BFGS: Hessian action on the second moment of the inputs | H_a |
-| g | K-BFGS: change of the mean pre-activation and of its derivative; SKQN-B: the block of pairs of Λ̃ | H_g; Λ̃ |
-| step | SKQN-L: of a block, parameters and what the base misses; L-BFGS and S4QN: of all together | Λ⁰; H, Λ⁰ |
+| g | K-BFGS: change of the mean pre-activation and of its derivative | H_g |
+| g | SKQN-B: the block of pairs of Λ̃ | Λ̃ |
+| step | SKQN-L: of a block, parameters and what the base misses | Λ⁰ |
+| step | L-BFGS and S4QN: of all parameters together | H, Λ⁰ |
 
 A pair of the whole vector stands at every block. An SKQN-B update is of a block of pairs and has no
 single yᵀHy or sᵀs: its record is `pair_definiteness`, and τ as θ₂.
@@ -123,29 +125,44 @@ _SKIPPED = {
 
 
 @probe(
-    "damping", "pairs of quasi-Newton methods before and after damping, and why they were refused (thesis 2.3.1, Figure 2.1)",
+    "damping",
+    "pairs of quasi-Newton methods before and after damping, and why they were refused (thesis"
+    " 2.3.1, Figure 2.1)",
     {
         "pair_curvature": Variable(_BOTH, "yᵀHy / sᵀy, to be at most 1/μ₁", "1"),
         "pair_step": Variable(_BOTH, "sᵀs / sᵀy, to be at most 1/μ₂", "1"),
         "pair_change": Variable(_BOTH, "yᵀy / sᵀy, to be at most 1/μ₃", "1"),
-        "pair_definiteness": Variable(_BOTH, "SKQN: least sᵀy / sᵀBs over the span of the pairs, to be at least μ", "1"),
+        "pair_definiteness": Variable(
+            _BOTH, "SKQN: least sᵀy / sᵀBs over the span of the pairs, to be at least μ", "1"
+        ),
         "theta1": Variable(_EACH, "θ₁ of Powell's damping on H, which changes s; 1: nothing", "1"),
-        "theta2": Variable(_EACH, "θ₂ of Powell's damping on B or I, which changes y (SKQN-B: τ); 1: nothing", "1"),
+        "theta2": Variable(
+            _EACH, "θ₂ of Powell's damping on B or I, which changes y (SKQN-B: τ); 1: nothing", "1"
+        ),
         "pair_mu2": Variable(_EACH, "μ₂ of the pair", "1"),
-        "pair_skipped": Variable(_EACH, "rule by which the pair was refused; 0: it was used", "1", _SKIPPED),
+        "pair_skipped": Variable(
+            _EACH, "rule by which the pair was refused; 0: it was used", "1", _SKIPPED
+        ),
     },
     moment="after",
     coordinates={"pair": PAIRS, "stage": STAGES},
     epoch={
         "pairs_seen": Variable(_EACH, "pairs of the epoch that were sampled", "1"),
         "pairs_skipped": Variable(_EACH, "fraction of the epoch's pairs that were refused", "1"),
-        "pairs_within_mu1": Variable(_BOTH, "fraction of the epoch's pairs with yᵀHy ≤ sᵀy/μ₁", "1"),
-        "pairs_within_2mu1": Variable(_BOTH, "fraction of the epoch's pairs with yᵀHy ≤ 2 sᵀy/μ₁", "1"),
+        "pairs_within_mu1": Variable(
+            _BOTH, "fraction of the epoch's pairs with yᵀHy ≤ sᵀy/μ₁", "1"
+        ),
+        "pairs_within_2mu1": Variable(
+            _BOTH, "fraction of the epoch's pairs with yᵀHy ≤ 2 sᵀy/μ₁", "1"
+        ),
         "pairs_within_mu2": Variable(_BOTH, "fraction of the epoch's pairs with sᵀs ≤ sᵀy/μ₂", "1"),
         "pair_curvature_mean": Variable(_BOTH, "mean of yᵀHy / sᵀy over the epoch", "1"),
     },
-    reduce=fractions, begin=_clear, fits=_fits, wants="a quasi-Newton method, which learns from pairs",
-)  # fmt: skip
+    reduce=fractions,
+    begin=_clear,
+    fits=_fits,
+    wants="a quasi-Newton method, which learns from pairs",
+)
 def _damping(frame: Frame) -> list[Tensor]:
     places, rows = [], []
     blocks = {name: i for i, name in enumerate(frame.blocks)}
@@ -164,9 +181,8 @@ def _damping(frame: Frame) -> list[Tensor]:
         (*shape, numbers.shape[1]), torch.nan, dtype=torch.float64, device=numbers.device
     )
     full[tuple(torch.tensor(places, device=numbers.device).T)] = numbers
-    stages = torch.stack(
-        [full[..., :5], full[..., 5:10]], -2
-    )  # [algorithm, block, pair, stage, number]
+    # [algorithm, block, pair, stage, number]
+    stages = torch.stack([full[..., :5], full[..., 5:10]], -2)
     sy, yHy, ss, yy, definite = stages.unbind(-1)
     theta1, theta2, mu2s, reason, gamma = full[..., 10:].unbind(-1)
     definite = torch.where(definite.isnan(), sy / (gamma[..., None] * ss), definite)

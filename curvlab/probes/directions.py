@@ -22,22 +22,34 @@ def cosines_to(gram: Numbers, place: int) -> Numbers:
 
 
 @probe(
-    "cosine", "cosine of every direction to the reference's, by block and over all blocks",
+    "cosine",
+    "cosine of every direction to the reference's, by block and over all blocks",
     {
-        "cosine": Variable(("algorithm", "block"), "cosine similarity to the reference's direction", "1"),
-        "cosine_all": Variable(("algorithm",), "cosine similarity to the reference's direction, all blocks together", "1"),
+        "cosine": Variable(
+            ("algorithm", "block"), "cosine similarity to the reference's direction", "1"
+        ),
+        "cosine_all": Variable(
+            ("algorithm",),
+            "cosine similarity to the reference's direction, all blocks together",
+            "1",
+        ),
     },
     where=("compare",),
-)  # fmt: skip
+)
 def _cosine(frame: Frame) -> list[Numbers]:
     return [cosines_to(frame.gram, frame.place), cosines_to(frame.gram.sum(-1), frame.place)]
 
 
 @probe(
-    "gram", "inner products of all directions: any cosine to any of them follows",
-    {"gram": Variable(("algorithm", "other", "block"), "inner product of two directions", "parameter²")},
+    "gram",
+    "inner products of all directions: any cosine to any of them follows",
+    {
+        "gram": Variable(
+            ("algorithm", "other", "block"), "inner product of two directions", "parameter²"
+        )
+    },
     where=("compare",),
-)  # fmt: skip
+)
 def _gram(frame: Frame) -> list[Numbers]:
     return [frame.gram]
 
@@ -52,15 +64,22 @@ def _loss(frame: Frame) -> list[torch.Tensor]:
 
 
 @probe(
-    "norms", "lengths of step, directions, gradient and weights",
+    "norms",
+    "lengths of step, directions, gradient and weights",
     {
-        "step_length": Variable((), "learning rate times the norm of the reference's direction", "parameter"),
-        "direction_norm": Variable(("algorithm", "block"), "norm of the direction, before the learning rate", "parameter"),
-        "minibatch_gradient_norm": Variable(("block",), "norm of the minibatch's gradient, L2 term included", "nat/parameter"),
+        "step_length": Variable(
+            (), "learning rate times the norm of the reference's direction", "parameter"
+        ),
+        "direction_norm": Variable(
+            ("algorithm", "block"), "norm of the direction, before the learning rate", "parameter"
+        ),
+        "minibatch_gradient_norm": Variable(
+            ("block",), "norm of the minibatch's gradient, L2 term included", "nat/parameter"
+        ),
         "weight_norm": Variable(("block",), "norm of the parameters before the step", "parameter"),
     },
     needs=frozenset({"data"}),
-)  # fmt: skip
+)
 def _norms(frame: Frame) -> list[torch.Tensor]:
     parameters = {name: p.detach() for name, p in frame.objective.parameters.items()}
     of_weights = [b.gather(parameters) for b in frame.objective.blocks]
@@ -76,10 +95,17 @@ def _lengths(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 @probe(
-    "time", "time of every algorithm's own update and direction",
-    {"seconds": Variable(("algorithm",), "time of update and direction; shared statistics count for the first to ask", "s")},
+    "time",
+    "time of every algorithm's own update and direction",
+    {
+        "seconds": Variable(
+            ("algorithm",),
+            "time of update and direction; shared statistics count for the first to ask",
+            "s",
+        )
+    },
     where=("compare",),
-)  # fmt: skip
+)
 def _time(frame: Frame) -> list[Numbers]:
     return [np.asarray(list(frame.seconds.values()))]
 
@@ -89,10 +115,16 @@ def _shifts(curvature: Any) -> bool:
 
 
 @probe(
-    "shift", "what was added to an indefinite matrix's diagonal, beside the damping",
-    {"shift": Variable(("algorithm", "block"), "shift that makes the matrix positive semi-definite", "nat")},
-    fits=_shifts, wants="a method that shifts its matrices (block-hessian)",
-)  # fmt: skip
+    "shift",
+    "what was added to an indefinite matrix's diagonal, beside the damping",
+    {
+        "shift": Variable(
+            ("algorithm", "block"), "shift that makes the matrix positive semi-definite", "nat"
+        )
+    },
+    fits=_shifts,
+    wants="a method that shifts its matrices (block-hessian)",
+)
 def _shift(frame: Frame) -> list[Numbers]:
     of = [
         {n: b.shift for n, b in frame.of_blocks(algorithm).items()}

@@ -40,16 +40,27 @@ def squared_lengths(s: LayerStatistics) -> Float[Tensor, " N"]:
 
 
 @probe(
-    "noise", "gradient noise and signal to noise of every block",
+    "noise",
+    "gradient noise and signal to noise of every block",
     {
-        "gradient_variance": Variable(("block",), "tr Σ, variance of the gradient of one example", "nat²/parameter²"),
-        "gradient_signal": Variable(("block",), "‖ḡ‖² − tr Σ / N, unbiased for the squared norm of the true gradient",
-                                    "nat²/parameter²"),
-        "signal_to_noise": Variable(("block",), "‖ḡ‖² N / tr Σ, about 1 where the minibatch's gradient is all noise", "1"),
-        "noise_scale": Variable((), "tr Σ over the signal, all blocks: the batch size at which noise equals signal", "1"),
+        "gradient_variance": Variable(
+            ("block",), "tr Σ, variance of the gradient of one example", "nat²/parameter²"
+        ),
+        "gradient_signal": Variable(
+            ("block",),
+            "‖ḡ‖² − tr Σ / N, unbiased for the squared norm of the true gradient",
+            "nat²/parameter²",
+        ),
+        "signal_to_noise": Variable(
+            ("block",), "‖ḡ‖² N / tr Σ, about 1 where the minibatch's gradient is all noise", "1"
+        ),
+        "noise_scale": Variable(
+            (), "tr Σ over the signal, all blocks: the batch size at which noise equals signal", "1"
+        ),
     },
-    needs=frozenset({"data"}), every=10,
-)  # fmt: skip
+    needs=frozenset({"data"}),
+    every=10,
+)
 def _noise(frame: Frame) -> list[Tensor]:
     size = frame.now.size
     statistics = frame.now.passes["data"]

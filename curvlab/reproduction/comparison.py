@@ -297,12 +297,12 @@ class Runs:
         failures = []
         for seed in range(self.extent.seeds + (0 if self.options.smoke else FURTHER)):
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "diverged in epoch", CurvlabWarning
-                )  # said below the table
+                # said below the table
+                warnings.filterwarnings("ignore", "diverged in epoch", CurvlabWarning)
+                # thesis 3.4.3, 4.7.2
                 warnings.filterwarnings(
                     "ignore", "parameters of layers without a rule", CurvlabWarning
-                )  # thesis 3.4.3, 4.7.2
+                )
                 run = self.trained(method, seed)
             if run.attrs.get("stopped"):
                 failures.append(f"seed {seed}: {run.attrs['stopped']}")

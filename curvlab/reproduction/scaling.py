@@ -99,9 +99,8 @@ class Curve:
 
     def exponents(self, sizes: Sequence[int]) -> str:
         """Return the fitted exponent of the values and, in brackets, that of the formula."""
-        measured, told = (
-            round(exponent(sizes, v), 2) + 0.0 for v in (self.values, self.formula)
-        )  # no −0.00
+        # no −0.00
+        measured, told = (round(exponent(sizes, v), 2) + 0.0 for v in (self.values, self.formula))
         return f"{measured:.2f} ({told:.2f})"
 
 

@@ -125,8 +125,11 @@ def _loss(ds: xr.Dataset) -> str:
 
 def _time(ds: xr.Dataset) -> str:
     if "wall_seconds" in ds:
-        apart = [f"{float(ds[f'{name}_seconds'][-1]):.3g} s {name.replace('_', ' ')}"
-                 for name in ("evaluation", "warm_start", "probe") if f"{name}_seconds" in ds]  # fmt: skip
+        apart = [
+            f"{float(ds[f'{name}_seconds'][-1]):.3g} s {name.replace('_', ' ')}"
+            for name in ("evaluation", "warm_start", "probe")
+            if f"{name}_seconds" in ds
+        ]
         return ", ".join([f"{float(ds['wall_seconds'][-1]):.4g} s training", *apart])
     if "seconds" in ds:
         return f"{float(ds['seconds'].sum()):.4g} s in the algorithms, over the steps logged"

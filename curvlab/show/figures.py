@@ -213,10 +213,12 @@ def _histogram(ax: Axes, at: xr.Dataset, axis: SymmetricLog) -> None:
     for kind in (k for k in MATRICES if k in at["matrix"].values):
         here, (name, colour) = at.sel(matrix=kind), MATRICES[kind]
         counts = float(at["order"]) * np.add.reduceat(here["density"].values, axis.first)
-        style = {"linewidth": 1.2} if handles else {"fill": True, "alpha": 0.75, "linewidth": 0}
+        style: dict[str, Any] = (
+            {"linewidth": 1.2} if handles else {"fill": True, "alpha": 0.75, "linewidth": 0}
+        )
         handles.append(
             ax.stairs(np.maximum(counts, 0.5), axis.edges, baseline=0.5, color=colour, **style)
-        )  # type: ignore[arg-type]  # likewise
+        )
         lowest = f"{float(here['lowest']):.2g}".replace("-", "−")
         labels.append(f"{name}: lowest {lowest}{_share(here)}")
     ax.axvspan(-axis.top, -axis.centre, color="#f0f0f0", zorder=0, linewidth=0)

@@ -164,9 +164,13 @@ def page(given: figures.Runs, bar: Progress) -> str:
     common, differing = _summary(logs, facts)
     model, data = (attributes.text(logs[0][1], name) for name in ("model", "data"))
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("curvlab"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, finalize=lambda value: value if isinstance(value, Markup) else for_html(value),
-    )  # fmt: skip
+        loader=jinja2.PackageLoader("curvlab"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else for_html(value),
+    )
     return environment.get_template("report.html").render(
         title=about.title(logs[0][1]) if len(logs) == 1 else f"curvlab report: {len(logs)} runs",
         about=f"{model} on {data}" if len(logs) == 1 and model and data else "",

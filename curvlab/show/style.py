@@ -24,24 +24,38 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "#CC79A7": ("adam", "rmsprop"),
     "#E69F00": ("sgd-m",),
     "#7F3C8D": (
-        "k-bfgs", "k-bfgs-l", "k-bfgs-convergent", "k-bfgs-20", "k-bfgs-l-20", "k-bfgs-20-convergent", "kf-bfgs-cnn",
-        "kf-bfgs-l-cnn", "kf-bfgs-cnn-convergent",
+        "k-bfgs",
+        "k-bfgs-l",
+        "k-bfgs-convergent",
+        "k-bfgs-20",
+        "k-bfgs-l-20",
+        "k-bfgs-20-convergent",
+        "kf-bfgs-cnn",
+        "kf-bfgs-l-cnn",
+        "kf-bfgs-cnn-convergent",
     ),
     "#56B4E9": ("skqn-l", "skqn-b1", "skqn-b2"),
     "#8C6D31": ("s4qn", "ssn", "lbfgs"),
     "#AA0000": ("smw-ng", "smw-gn", "smw-ng-bd"),
     "#117733": ("hf", "full-ggn"),
     "#000000": ("block-fisher", "block-ef", "block-ggn", "block-hessian"),
-}  # fmt: skip
+}
 """{hue: its algorithms, the one that has the hue itself first}"""
 
 OTHERS = "#666666"
 """Of algorithms that are in no family: a user's own."""
 
 DASHES = (
-    (0, ()), (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)), (0, (9, 1.5)), (0, (3, 3)), (0, (4, 1, 1, 1, 1, 1)),
+    (0, ()),
+    (0, (6, 2)),
+    (0, (2, 1.5)),
+    (0, (6, 2, 1, 2)),
+    (0, (1, 1)),
+    (0, (9, 1.5)),
+    (0, (3, 3)),
+    (0, (4, 1, 1, 1, 1, 1)),
     (0, (12, 2, 2, 2)),
-)  # fmt: skip
+)
 """Of the members of a family in turn, each family from another one on."""
 
 MARKERS = "os^vDPX*<>hp"

@@ -47,8 +47,11 @@ def inline(figure: Figure, prefix: str, label: str) -> str:
             else:
                 element.set(key, _REFERENCE.sub(rf"url(#{prefix}\1)", value))
     root.attrib = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": root.attrib["viewBox"]} | {
-        "role": "img", "aria-label": for_xml(label), "width": root.attrib["width"], "height": root.attrib["height"],
-    }  # fmt: skip
+        "role": "img",
+        "aria-label": for_xml(label),
+        "width": root.attrib["width"],
+        "height": root.attrib["height"],
+    }
     return ET.tostring(root, encoding="unicode")
 
 

@@ -52,9 +52,8 @@ def _is_in(file: str, places: tuple[str, ...]) -> bool:
 
 
 def _is_own(file: str) -> bool:
-    return os.path.isfile(file) and not _is_in(
-        file, _CURVLAB + _INSTALLED
-    )  # no file: compiled, or "<string>"
+    # no file: compiled, or "<string>"
+    return os.path.isfile(file) and not _is_in(file, _CURVLAB + _INSTALLED)
 
 
 def _is_of_the_user(error: BaseException) -> bool:

@@ -62,9 +62,8 @@ def for_matplotlib(text: object, longest: int = LONGEST) -> str:
 
     families = tuple(rcParams["font.family"])
     line = _both_ends([_drawn(char, families) for char in str(text)], longest)
-    return (
-        f" {line}" if line.startswith("_") else line
-    )  # of legends matplotlib leaves out what begins so
+    # of legends matplotlib leaves out what begins so
+    return f" {line}" if line.startswith("_") else line
 
 
 def _both_ends(letters: list[str], longest: int) -> str:

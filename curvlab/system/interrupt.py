@@ -129,9 +129,8 @@ class Listener:
         value = unraisable.exc_value
         number = number_of(value) if isinstance(value, KeyboardInterrupt) else int(signal.SIGINT)
         self.raised, self._first = max(self.raised - 1, 0), -SAME
-        again = threading.Timer(
-            0.01, signal.pthread_kill, (main, number)
-        )  # wakes what waits, as a real one does
+        # wakes what waits, as a real one does
+        again = threading.Timer(0.01, signal.pthread_kill, (main, number))
         again.daemon = True
         again.start()
         return True

@@ -41,9 +41,8 @@ def alone(path: Path) -> Iterator[None]:
     finally:
         _held.discard(held)
         try:
-            place.unlink(
-                missing_ok=True
-            )  # before it is let go of: who waits for it looks whether it is still there
+            # before it is let go of: who waits for it looks whether it is still there
+            place.unlink(missing_ok=True)
         except OSError:
             pass  # of no one: the next run takes it
         finally:

@@ -53,7 +53,7 @@ def set_states(found: Chance, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_rng_state(found.torch[1].cpu(), device)
     random.setstate(found.python)
-    np.random.set_state(found.numpy)
+    np.random.set_state(found.numpy)  # noqa: NPY002
 
 
 def drawn_since(before: Chance, device: torch.device) -> bool:
@@ -66,7 +66,7 @@ def drawn_since(before: Chance, device: torch.device) -> bool:
 
 
 def _numpy_state() -> dict[str, Any]:
-    return np.random.get_state(legacy=False)
+    return np.random.get_state(legacy=False)  # noqa: NPY002
 
 
 def _numpy_drawn(before: dict[str, Any]) -> bool:
@@ -111,4 +111,4 @@ def seed(number: int) -> None:
     """All of them, from one number."""
     torch.manual_seed(number)
     random.seed(number)
-    np.random.seed(number % 2**32)
+    np.random.seed(number % 2**32)  # noqa: NPY002

@@ -50,14 +50,17 @@ from curvlab.training.kinds import (
 from curvlab.training.settings import Budget, Position
 
 _STATISTICS: dict[str, Test] = {
-    **dict.fromkeys(("steps", "updates", "draws", "places", "number", "part", "outputs", "products", "trials"), whole),
+    **dict.fromkeys(("steps", "updates", "draws", "places", "number", "part"), whole),
+    **dict.fromkeys(("outputs", "products", "trials"), whole),
     **dict.fromkeys(("damping", "lam", "used", "overall", "shift"), number),
     **dict.fromkeys(("warmed", "ready"), flag),
     **dict.fromkeys(("algorithm", "kind", "stream"), text),
-    **dict.fromkeys(("F", "G", "Lambda", "M", "U", "V", "a", "active", "g", "s", "v", "core", "factor", "values"), tensor),
+    **dict.fromkeys(("F", "G", "Lambda", "M", "U", "V", "a", "g", "s", "v"), tensor),
+    **dict.fromkeys(("active", "core", "factor", "values"), tensor),
     **dict.fromkeys(("A", "S", "Y", "seen", "at", "solution", "start"), or_none(tensor)),
     **dict.fromkeys(("bases", "factors"), list_of(or_none(tensor))),
-    **dict.fromkeys(("blocks", "memory", "idle", "work", "base", "inside"), table_of(lambda value: True)),
+    **dict.fromkeys(("blocks", "memory", "idle"), table_of(lambda value: True)),
+    **dict.fromkeys(("work", "base", "inside"), table_of(lambda value: True)),
     **dict.fromkeys(("trial", "minibatch"), or_none(table_of(lambda value: True))),
     "gradient_norm": or_none(number),
     **dict.fromkeys(("left_out", "pairs_left_out"), count),

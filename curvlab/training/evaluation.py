@@ -178,9 +178,8 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=objective.device)
     with evaluating(objective.model), random_state.kept(objective.device), torch.no_grad():
         for x, y in chunks(data, size, most):
-            closure = Closure(
-                objective, x, y, 0
-            )  # no closure of the objective's own: its labels stay as they are
+            # no closure of the objective's own: its labels stay as they are
+            closure = Closure(objective, x, y, 0)
             z, losses = closure.outputs()
             sums[0] += losses.double().sum()
             if error is not None:

@@ -169,9 +169,8 @@ class Training:
                     self._keep()
                 raise
             except (Exception, SystemExit):  # also of the user's own code
-                fruitless = (
-                    fresh and not self.at.steps
-                )  # what was asked for cannot be: no run to go on with
+                # what was asked for cannot be: no run to go on with
+                fruitless = fresh and not self.at.steps
                 raise
             finally:
                 self._pause()

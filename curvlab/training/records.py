@@ -25,21 +25,40 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "train_error": ((), "error over the training examples", "1"),
     "val_error": ((), "error over the validation examples", "1"),
     "batch_loss": ((), "minibatch loss before the step, mean over the epoch's steps", "nat"),
-    "gradient_norm": ((), "norm of the minibatch gradient, mean over the epoch's steps", "nat/parameter"),
+    "gradient_norm": (
+        (),
+        "norm of the minibatch gradient, mean over the epoch's steps",
+        "nat/parameter",
+    ),
     "step_norm": ((), "length of the step, mean over the epoch's steps", "parameter"),
-    "gradient_norm_of_block": (("block",), "norm of the minibatch gradient of a block, mean over the epoch's steps",
-                               "nat/parameter"),
-    "step_norm_of_block": (("block",), "length of the step of a block, mean over the epoch's steps", "parameter"),
+    "gradient_norm_of_block": (
+        ("block",),
+        "norm of the minibatch gradient of a block, mean over the epoch's steps",
+        "nat/parameter",
+    ),
+    "step_norm_of_block": (
+        ("block",),
+        "length of the step of a block, mean over the epoch's steps",
+        "parameter",
+    ),
     "lr": ((), "learning rate at the end of the epoch", "1"),
     "damping": ((), "damping at the end of the epoch", "1"),
     "steps": ((), "steps since the beginning", "1"),
-    "pairs_left_out": ((), "second looks' pairs left out since they were not finite, since the beginning", "1"),
+    "pairs_left_out": (
+        (),
+        "second looks' pairs left out since they were not finite, since the beginning",
+        "1",
+    ),
     "wall_seconds": ((), "wall time of training since the beginning", "s"),
     "cpu_seconds": ((), "CPU time of training, all threads, since the beginning", "s"),
-    "evaluation_seconds": ((), "wall time of evaluation since the beginning, apart from training", "s"),
+    "evaluation_seconds": (
+        (),
+        "wall time of evaluation since the beginning, apart from training",
+        "s",
+    ),
     "warm_start_seconds": ((), "wall time of the warm start, apart from training", "s"),
     "probe_seconds": ((), "wall time of the probes since the beginning, apart from training", "s"),
-}  # fmt: skip
+}
 """{variable: (dimensions beside the epoch, long name, units)}"""
 
 TIMES = tuple(name for name in VARIABLES if name.endswith("_seconds"))

@@ -80,8 +80,17 @@ class Settings:
 
     def optimizer(self, objective: Objective) -> Optimizer:
         """Build the optimizer of `objective`. Raises CurvlabError where `own` does not fit."""
-        names = ("damping", "momentum", "momentum_kind", "decay", "labels", "weight_decay", "update_every", "refresh_every",
-                 "double_grad")  # fmt: skip
+        names = (
+            "damping",
+            "momentum",
+            "momentum_kind",
+            "decay",
+            "labels",
+            "weight_decay",
+            "update_every",
+            "refresh_every",
+            "double_grad",
+        )
         shared = {name: getattr(self, name) for name in names}
         try:
             return optimizer(self.algorithm, objective, self.lr, **shared, **self.own)

@@ -131,9 +131,8 @@ def readable(
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("table-of", TableOf)
     app.connect("config-inited", copy_notebooks)
-    app.connect(
-        "autodoc-process-docstring", plain, priority=400
-    )  # before napoleon, which adds marks
+    # before napoleon, which adds marks
+    app.connect("autodoc-process-docstring", plain, priority=400)
     app.connect("autodoc-process-signature", readable)
     app.connect("autodoc-process-docstring", restored, priority=600)
     return {"parallel_read_safe": True}
