@@ -1,4 +1,4 @@
-"""What probes cost, written by analyses/benchmarks/probes.py."""
+"""Costs of probes, written by analyses/benchmarks/probes.py."""
 
 COST_MODELS = ("mlp-256-20", "mnist-ae")
 COSTS: dict[str, tuple[float, float]] = {
