@@ -28,7 +28,7 @@ from curvlab.statistics import LayerStatistics, Reads
 def check_outer(*factors: Tensor) -> None:
     """Raise Diverged where second moments of products of entries of these would not be finite.
 
-    Because they would overflow, or are not finite. F is added to in place, so that what is added is
+    They overflow, or an entry is not finite. F is added to in place, so that what is added is
     looked at before. On a GPU `refresh` sees it.
     """
     if any(map(waits, factors)):

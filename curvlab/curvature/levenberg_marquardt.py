@@ -106,6 +106,6 @@ def ratio_at(
 
 
 def check_ratio(ratio: str) -> None:
-    """Raise CurvlabError for an unknown place."""
+    """Raise CurvlabError for an unknown place at which ρ is to be taken."""
     if ratio not in get_args(Ratio):
         raise unknown("ratio", ratio, get_args(Ratio))

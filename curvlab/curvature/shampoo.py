@@ -1,6 +1,6 @@
-"""Shampoo as the thesis runs it (Alg. 16).
+"""Shampoo as the thesis runs it: moving averages, inverse roots by coupled Newton (Alg. 16).
 
-Moving averages, inverse roots by coupled Newton, no grafting, no blocking.
+No grafting, no blocking.
 """
 
 from __future__ import annotations

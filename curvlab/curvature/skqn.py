@@ -185,7 +185,7 @@ class SkqnL(BlockDefaults):
         self.U = self.V = None
 
     def refresh(self, damping: float) -> None:
-        """Set `inverse` by (13).
+        """Set `inverse` by S2QN (13).
 
         Without pairs it is that of G̃ ⊗ Â + (γ + λ) I, or of the factors as `split` damps them.
         Raises Diverged where the matrix is not positive definite.
@@ -358,9 +358,9 @@ class SkqnB(BlockDefaults):
         self.U = self.V = None
 
     def refresh(self, damping: float) -> None:
-        """Set `inverse` to that of (G̃ + Λ̃) ⊗ Â + λI (18), or of the factors as split.
+        """Set `inverse` to that of (G̃ + Λ̃) ⊗ Â + λI: S2QN (18).
 
-        With `split` they are damped as in KFAC.
+        With `split` λ is split over the factors as in KFAC.
         """
         assert self.A is not None
         self.inverse = _base_inverse(self._refined, self.A, damping, self.split)

@@ -170,7 +170,7 @@ class Smw(WholeVectorCurvature):
     def update(self, observation: Observation) -> None:
         """Take the rows of the N₂ examples, and factor their Gram matrix.
 
-        Each where the schedule says so.
+        Both happen where the schedule says so.
         """
         check_gradients(self.objective, observation)
         step = self.steps + 1
