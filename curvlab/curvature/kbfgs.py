@@ -1,11 +1,10 @@
 """Kronecker-factored BFGS: H_g ⊗ H_a, both learnt by (L-)BFGS.
 
-Three documents, one class: a variant is its arguments.
-
-H_a follows A = E[Σ_t a aᵀ] by Hessian-action BFGS; H_g follows G by damped pairs s = change of the
-mean pre-activation, y = change of the mean derivative in it, over one step on one minibatch. The
-variants that the documents prove to converge invert A exactly, damp or skip pairs so that a lemma
-holds, and take the gradient without momentum.
+Three documents, one class: a variant is its arguments. H_a follows A = E[Σ_t a aᵀ] by
+Hessian-action BFGS; H_g follows G by damped pairs s = change of the mean pre-activation, y = change
+of the mean derivative in it, over one step on one minibatch. The variants that the documents prove
+to converge invert A exactly, damp or skip pairs so that a lemma holds, and take the gradient
+without momentum.
 
 Documents: the thesis (chapter 2 is 2020; chapter 3) and 2021 (Ren, Goldfarb, whose algorithms are
 numbered apart). Misprints:
@@ -79,10 +78,8 @@ CHAPTER_3: Mapping[str, Any] = {
     "rebalance": True,
     "start": "damping",
 }
-"""Arguments of thesis Alg. 9; with `CONVERGENT` and `pi-lm`: Alg. 10.
-
-Table 3.8: #1 off is `dd`, #2 off is not `minibatch`.
-"""
+"""Arguments of thesis Alg. 9; with `CONVERGENT` and `pi-lm`: Alg. 10. Table 3.8: #1 off is `dd`, #2
+off is not `minibatch`."""
 
 ARTICLE_2021: Mapping[str, Any] = {
     "pair_damping": "p-lm",
@@ -196,10 +193,7 @@ class KBfgs(BlockDefaults):
         return H_g, H_a
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
-        """Return {name: A} to be checked; {} where A is of the minibatch and never formed.
-
-        Its pair is looked at then.
-        """
+        """Return {name: A} to be checked; {} where A is of the minibatch and never formed."""
         return (
             {FACTOR_A: statistics.A}
             if self.exact or not (hasattr(self, "inverse") and self.minibatch)
@@ -210,8 +204,8 @@ class KBfgs(BlockDefaults):
         """Fold A in (Alg. 4, line 20), and keep what `refresh` learns H_a from.
 
         With `minibatch`, once there is an inverse, take the minibatch's A (`exact`: Alg. 10, line
-        12) or form none. Unless `exact`, keep ā for `refresh`, and of a minibatch's A, which is not
-        formed, H_a ā and A H_a ā (3.15).
+        12) or form none. Unless `exact`, keep ā, and of an A that is not formed H_a ā and A H_a ā
+        (3.15).
         """
         self.places = statistics.places
         started = hasattr(self, "inverse")
@@ -228,10 +222,7 @@ class KBfgs(BlockDefaults):
                 self.seen = torch.stack([statistics.mean_a, s, statistics.second_moment_product(s)])
 
     def refresh(self, damping: float) -> None:
-        """Make H_a exactly at first, then by one Hessian action for every minibatch seen.
-
-        Alg. 4, line 3; Alg. 9, line 3. Raises CurvlabError for a damping that is no μ₂.
-        """
+        """Make H_a exactly at first (Alg. 4, line 3; Alg. 9, line 3), then by Hessian actions."""
         self.overall = damping
         damping_a, damping_g = self._split()
         if self.pair_damping == "dd" and not 0 < damping_g <= 1:
@@ -345,9 +336,9 @@ class KBfgs(BlockDefaults):
         return 0 if self.S is None else len(self.S)
 
     def input_norm(self) -> float | None:
-        """Return the root mean square of the inputs in the A that H_a inverts.
+        """Return the r.m.s. of the inputs in the A that H_a inverts, None where it inverts none.
 
-        They are of whatever minibatches: φ is not below it. None where H_a inverts no A.
+        They are of whatever minibatches: φ is not below it.
         """
         if not self.exact or self.held is None:
             return None
@@ -358,25 +349,21 @@ class KBfgs(BlockDefaults):
     def bounds(self, damping: float | None, phi: float) -> FactorBounds:
         """Return what is proven of H_a, of H_g by L-BFGS, and of their product.
 
-        Of H_a where it inverts A + λ_A I, of H_g from the pairs that it holds. The dampings are
-        those of the last refresh, which the block keeps itself. Thesis Lemmas 1, 2, 3, 6, 7; 2021
-        Lemma 3.
+        Of H_a where it inverts A + λ_A I, of H_g from its pairs, at the dampings of the last
+        refresh, which the block keeps. Thesis Lemmas 1, 2, 3, 6, 7; 2021 Lemma 3.
         """
         a, g = self._input_bounds(phi), self._output_bounds()
         return FactorBounds(a=a, g=g, product=None if a is None or g is None else a * g)
 
     def _input_bounds(self, phi: float) -> Bounds | None:
-        """Return the bounds of H_a: thesis Lemma 1, (3.17) in Lemma 7."""
+        """Bound H_a: thesis Lemma 1, (3.17) in Lemma 7."""
         if not self.exact:
             return None
         inputs = self.block.shape[1] + (not self.block.biased)
         return input_factor(inputs, phi, self.mu2["a"], self.places)
 
     def _output_bounds(self) -> Bounds | None:
-        """Return the bounds of H_g by L-BFGS, where a lemma has any.
-
-        Thesis Lemma 2 as long as no pair was dropped; Lemma 6, 2021 Lemma 3.
-        """
+        """Bound H_g: thesis Lemma 2 as long as no pair was dropped; Lemma 6, 2021 Lemma 3."""
         if not self.pairs:
             return None
         count, mu2 = self.pairs_held(), self.mu2["g"]
@@ -391,13 +378,9 @@ class KBfgs(BlockDefaults):
     def update_bounds(self, norm_B: float, norm_H: float, held: int) -> tuple[float, float] | None:
         """Return the bounds (‖B⁺‖, ‖H⁺‖) of H_g's last update; None where nothing is proven of it.
 
-        By thesis (2.8), (2.10) or Lemma 5, 2021 Lemma 2, where the pair was used and dropped none.
-        It must satisfy the premise, sᵀs ≤ sᵀy/μ₂ and yᵀHy ≤ sᵀy/μ₁ or yᵀy ≤ sᵀy/μ₃.
-
-        Args:
-            norm_B: ‖B‖ before the update.
-            norm_H: ‖H‖ before the update.
-            held: pairs that H_g held before.
+        From the norms and the pairs `held` before it, by thesis (2.8), (2.10) or Lemma 5, 2021
+        Lemma 2, where the pair was used and dropped none. It must satisfy the premise, sᵀs ≤ sᵀy/μ₂
+        and yᵀHy ≤ sᵀy/μ₁ or yᵀy ≤ sᵀy/μ₃.
         """
         pair = self.last.get("g")
         dropped = self.pairs and held == self.pairs

@@ -85,10 +85,7 @@ def _factored(G: Float[Tensor, "O O"], A: Float[Tensor, "I I"]) -> Kfac:
 def _base(
     G: Float[Tensor, "O O"], A: Float[Tensor, "I I"], damping: float, split: bool
 ) -> Operator:
-    """Return G ⊗ A + λ I, or with λ split over the factors by π as in KFAC.
-
-    Thesis Alg. 12, line 19.
-    """
+    """Return G ⊗ A + λ I, or λ split over the factors by π as in KFAC (thesis Alg. 12, line 19)."""
     return _factored(G, A).matrix(damping) if split else shifted_kronecker((G, A), damping)
 
 
@@ -112,9 +109,7 @@ def _check(what: str, count: int | None, gamma: float) -> None:
 
 
 class SkqnL(BlockDefaults):
-    """Sum B + λI = G̃ ⊗ Â + Λ + λI, Λ by L-BFGS of the block's own pairs, inverted by (13).
-
-    S2QN 3.4 with (12).
+    """Sum B + λI = G̃ ⊗ Â + Λ + λI, Λ by L-BFGS of the block's own pairs: S2QN 3.4, (12), (13).
 
     Args:
         pairs: p; 0: no refinement but Λ⁰.
@@ -358,10 +353,7 @@ class SkqnB(BlockDefaults):
         self.U = self.V = None
 
     def refresh(self, damping: float) -> None:
-        """Set `inverse` to that of (G̃ + Λ̃) ⊗ Â + λI: S2QN (18).
-
-        With `split` λ is split over the factors as in KFAC.
-        """
+        """Set `inverse` to that of (G̃ + Λ̃) ⊗ Â + λI, S2QN (18), λ split where `split` says so."""
         assert self.A is not None
         self.inverse = _base_inverse(self._refined, self.A, damping, self.split)
 
