@@ -25,7 +25,7 @@ from curvlab.linalg.operators import Kronecker, Operator
 from curvlab.statistics import LayerStatistics, Reads
 
 Contractions = Sequence[Tensor]
-"""[d_i, d_i] for the ways of one variable."""
+"""Contractions [d_i, d_i] for the ways of one variable."""
 
 
 def with_pixels(block: Block, weight: Float[Tensor, "*O CP"]) -> Float[Tensor, "*O C *P"]:

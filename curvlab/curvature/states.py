@@ -45,7 +45,7 @@ STATISTIC_AXES: dict[str, tuple[str, ...]] = {
     "g": ("*O", "*D"),
     "a": ("*I",),
 }
-"""{statistic of a block: its axes, in one of these ways}; ``*`` is any length."""
+"""Axes of a block's statistics, in one of these ways each; ``*`` is any length."""
 
 _FULL = (torch.float32, torch.float64)
 

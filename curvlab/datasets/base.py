@@ -15,8 +15,9 @@ from curvlab.errors import LARGEST, MOST_STEPS, CurvlabError, whole
 from curvlab.finite import all_finite
 
 Augmentation: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
-"""(inputs of a minibatch, generator) → inputs of the same shape; all that is random comes from the
-generator.
+"""Augmentation of a minibatch, (inputs, generator) → inputs of the same shape.
+
+All that is random comes from the generator.
 """
 
 

@@ -187,7 +187,7 @@ CIFAR100 = Cifar(
 )
 
 Arrays = dict[str, NDArray[Any]]
-"""x_train, y_train, x_test, y_test."""
+"""Arrays x_train, y_train, x_test, y_test of a CIFAR set."""
 
 
 def cifar10() -> tuple[Dataset, Dataset]:

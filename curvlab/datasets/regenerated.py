@@ -29,7 +29,7 @@ a of the kernel.
 """
 
 RECIPE = 1
-"""Counted up whenever what is drawn from a seed changes: part of the names in the cache."""
+"""Number of the recipe, in the names in the cache: raised whenever a seed draws other images."""
 
 PATCH, STEP, PATCHES = 25, 2.25, 414
 """FACES: pixels of a side; distance of neighbouring samples in the enlarged image; patches of an

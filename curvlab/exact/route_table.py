@@ -222,7 +222,7 @@ ROUTES: dict[str, Route] = {
         _fold_general,
     ),
 }
-"""In order of preference: a block goes by the first that fits. All agree."""
+"""Routes in order of preference: a block goes by the first that fits. All agree."""
 
 
 def route_of(block: Block, form: Form, kind: Kind, grown: Sum | None = None) -> str:

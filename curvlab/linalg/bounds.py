@@ -39,7 +39,7 @@ class Bounds:
 
 
 _SLACK = float(np.finfo(np.float32).eps) ** 0.5
-"""Powell's damping makes both sides equal: rounding shall not decide."""
+"""Slack of comparisons: Powell's damping makes both sides equal, and rounding shall not decide."""
 
 
 def within(ratio: NDArray[np.float64], most: float | NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -160,7 +160,7 @@ TRACES: dict[str, Callable[[Operator, int, torch.Generator], Estimate]] = {
     "hutch++": hutchpp,
     "xtrace": xtrace,
 }
-"""{name: (operator, products at most, generator) → Estimate}."""
+"""Estimators of a trace, {name: (operator, products at most, generator) → Estimate}."""
 
 
 def diagonal(operator: Operator, products: int, generator: torch.Generator) -> Estimate:

@@ -27,14 +27,17 @@ from curvlab.observation import Observation, Pass
 Numbers = NDArray[np.float64]
 ProbeRecord = dict[str, tuple[tuple[str, ...], Numbers]]
 Sample = dict[str, Numbers | Tensor]
-"""{variable: values}, perhaps on the device."""
+"""Values {variable: values} that a probe measures, perhaps on the device."""
 
 Command = Literal["compare", "train"]
 COMMANDS: tuple[Command, ...] = ("compare", "train")
 
 Moment = Literal["before", "after"]
-"""Before the parameters move, when every direction is known; after the move and what was learnt
-from it."""
+"""Moment at which a probe measures.
+
+Before the parameters move, when every direction is known; or after the move and what was learnt
+from it.
+"""
 
 
 @dataclass(frozen=True)

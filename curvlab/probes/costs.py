@@ -1,4 +1,4 @@
-"""Costs of probes, written by analyses/benchmarks/probes.py."""
+"""What probes cost, written by analyses/benchmarks/probes.py."""
 
 COST_MODELS = ("mlp-256-20", "mnist-ae")
 COSTS: dict[str, tuple[float, float]] = {
