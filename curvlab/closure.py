@@ -296,16 +296,17 @@ class Closure(Independence):
     def _settle(self, z: Tensor, capture: Capture, x: Tensor, known_key: Hashable) -> Form:
         """The ways of all blocks: as known of this form, or as a first look shows them."""
         objective = self.objective
-        capture.settle(z)
         key = known_key, capture.trace
         if x is self.x:
             self._trace = capture.trace
         known = objective.forms.get(key)
+        proven = known is not None and not capture.reorders
+        same = capture.settle(z, known=known.settled if known is not None and proven else None)
         if known is None and not all_finite(
             z.detach()
         ):  # nothing can be seen, and the loss will say so
             return unseen(capture, z)
-        if known is None or capture.reorders or not known.apply(capture):
+        if known is None or not (same or (proven and known.apply(capture))):
             known = self._prove(z, capture, key)
         if known.unproven:
             capture.unproven = {
