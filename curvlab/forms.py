@@ -22,11 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvlab.arrangements import ARRANGEMENTS
 from curvlab.autograd import send_back
 from curvlab.capture import Capture, Settled
 from curvlab.derivatives import around
 from curvlab.errors import CurvlabError
-from curvlab.functions import ARRANGEMENTS
 from curvlab.layers import Block
 from curvlab.statistics import LayerStatistics
 from curvlab.uses import OVERWRITTEN, Part, UseInput
