@@ -69,8 +69,9 @@ def damped_inverse(matrix: Float[Tensor, "D D"], damping: float, what: str) -> F
 
 
 def shift_to_definite(matrix: Float[Tensor, "D D"], least: float) -> float:
-    """What to add to the diagonal so that the lowest eigenvalue is `least`, or as far above 0 as
-    rounding needs; 0 where there is a Cholesky factor.
+    """Return what to add to the diagonal so that the lowest eigenvalue is `least`.
+
+    Or as far above 0 as rounding needs; 0 where there is a Cholesky factor.
     """
     if not bool(torch.linalg.cholesky_ex(matrix).info):
         return 0.0

@@ -125,7 +125,7 @@ def conjugate_gradients(
 def solve_columns(
     operator: Operator, b: Float[Tensor, "D K"], *, tolerance: float, maximum: int
 ) -> Float[Tensor, "D K"]:
-    """A⁻¹ b, every column by `conjugate_gradients`. Raises as that does."""
+    """Return A⁻¹ b, every column by `conjugate_gradients`. Raises as that does."""
     each = [conjugate_gradients(operator, c, tolerance=tolerance, maximum=maximum) for c in b.mT]
     return torch.stack([one.x for one in each], 1)
 
