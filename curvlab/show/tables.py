@@ -327,7 +327,7 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
 
 
 def _last(ds: xr.Dataset, axis: str) -> Table:
-    """Tabulate variables of the same dimensions at the last place on `axis` that one of them has."""
+    """Tabulate variables of the same dimensions at the last place on `axis` known of any."""
     known = ds.to_array().notnull().any([d for d in ("variable", *ds.dims) if d != axis])
     place = int(np.flatnonzero(known.values)[-1])
     at = ds.isel({axis: place})
