@@ -1,4 +1,4 @@
-"""Of what kind a value of a checkpoint is: tests, and errors that say where one fails."""
+"""Tests of what kind a value of a checkpoint is, and errors that say where one fails."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def table_of(test: Test, key: Test = text) -> Test:
 
 
 def nest(value: Any) -> bool:
-    """A minibatch's inputs: a tensor, or lists and dictionaries of such."""
+    """Whether it is a minibatch's inputs: a tensor, or lists and dictionaries of such."""
     return tensor(value) or list_of(nest)(value) or table_of(nest)(value)
 
 
 def count(value: Any) -> bool:
-    """That may be on the device."""
+    """Whether it is a whole number, which may be a tensor on the device."""
     return whole(value) or (tensor(value) and not value.dim())
 
 
@@ -73,7 +73,7 @@ def attribute(value: Any) -> bool:
 
 
 def plain(value: Any) -> bool:
-    """What settings are made of."""
+    """Whether it is what settings are made of."""
     return (
         value is None
         or attribute(value)
@@ -111,7 +111,7 @@ def equal(one: Any, two: Any) -> bool:
 def keys(
     found: Mapping[Any, Any], wanted: Iterable[Any], where: str, more: Iterable[Any] = ()
 ) -> None:
-    """Raises CurvlabError where a key is missing, or is neither wanted nor one of `more`."""
+    """Raise CurvlabError where a key is missing, or is neither wanted nor one of `more`."""
     wanted, more = list(wanted), list(more)
     missing = [key for key in wanted if key not in found]
     if missing:
@@ -145,9 +145,7 @@ def wrong(what: str) -> CurvlabError:
 
 
 def alike(own: Any, saved: Any, at: str) -> None:
-    """Raises CurvlabError where a state has other keys, lengths or kinds of values than one's
-    own.
-    """
+    """Raise CurvlabError where a state has other keys, lengths or kinds of values than `own`."""
     if isinstance(own, Mapping):
         must(saved, table_of(lambda value: True, lambda key: True), at)
         keys(saved, own, at)
