@@ -1,4 +1,4 @@
-"""Blocks: which parameters are preconditioned together, and how they are laid out as one tensor.
+"""Blocks: which parameters are preconditioned together, and how they lie in one tensor.
 
 A **block** is the set of parameters of one layer, laid out as one matrix [O, I] with the bias as
 its last column; a parameter of anything else is a block of its own, in its own shape. The partition
@@ -29,13 +29,15 @@ from curvlab.errors import CurvlabError
 
 @dataclass(frozen=True)
 class Layer:
-    """How the parameters of one type of layer are laid out as one matrix.
+    """The layout of the parameters of one type of layer as one matrix.
 
     Args:
         transposed: whether the weight is stored as [I, O].
         groups: Γ of a module.
         covers: whether the layout holds for this module; the parameters of one that it does not
-        cover are blocks of their own. weight, bias: the names of its parameters.
+            cover are blocks of their own.
+        weight: the name of its weight.
+        bias: the name of its bias.
     """
 
     transposed: bool = False
@@ -70,13 +72,13 @@ LAYERS: dict[type[nn.Module] | str, Layer] = {
     nn.MultiheadAttention: Layer(weight="in_proj_weight", bias="in_proj_bias"),
     "transformers.pytorch_utils.Conv1D": Layer(transposed=True),  # GPT-2's linear layer
 }
-"""{type of layer, or the full name of one that need not be installed: its layout}; a subclass has
-its parent's.
+"""The layouts of types of layers, {type, or full name of one that need not be installed: layout}; a
+subclass has its parent's.
 """
 
 
 def layer_of(module: nn.Module) -> Layer | None:
-    """The layout of a module's own parameters, None where each stands for itself."""
+    """Return the layout of a module's own parameters, None where each stands for itself."""
     for kind in type(module).__mro__:
         found = LAYERS.get(kind) or LAYERS.get(f"{kind.__module__}.{kind.__qualname__}")
         if found is not None:
@@ -90,7 +92,7 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters preconditioned together.
+    """Parameters that are preconditioned together.
 
     `params` are names in the model; with a layer they are its weight, then its bias (each only if
     it is trained). Without one a block is one parameter in its own shape and `module` is None.
@@ -120,7 +122,12 @@ class Block:
         return math.prod(self.shape)
 
     def gather(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
-        """{parameter: tensor} → one tensor of the block's shape, after `batch` leading axes."""
+        """Return one tensor of the block's shape, of {parameter: tensor}.
+
+        Args:
+            tensors: by the parameters' names.
+            batch: leading axes of them, which stay.
+        """
         weight = self.gather_weight(tensors, batch)
         if self.layer is None or not self.biased:
             return weight
@@ -129,7 +136,7 @@ class Block:
         )
 
     def gather_weight(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
-        """The same without the bias column: a view where possible."""
+        """Return what `gather` does without the bias column: a view where possible."""
         weight = tensors[self.params[0]]
         if self.layer is None:
             return weight
@@ -138,8 +145,13 @@ class Block:
         return weight.reshape(*weight.shape[:batch], self.shape[0], -1)
 
     def scatter(self, value: Tensor, batch: int = 0) -> dict[str, Tensor]:
-        """One tensor of the block's shape → {parameter: tensor in the parameter's own shape}, views
-        where possible.
+        """Return {parameter: tensor in its own shape} of one tensor of the block's shape.
+
+        The tensors are views where possible.
+
+        Args:
+            value: the tensor.
+            batch: leading axes of it.
         """
         leading = value.shape[:batch]
         value = value.reshape((*leading, *self.shape))
@@ -156,12 +168,13 @@ class Block:
 
 
 def blocks(model: nn.Module) -> tuple[Block, ...]:
-    """The partition of the trainable parameters into blocks, named "1", "2", … in the order of the
-    model's modules.
+    """Return the partition of the trainable parameters into blocks.
 
-    A parameter that several modules share belongs to the first of them.
+    They are named "1", "2", … in the order of the model's modules. A parameter that several modules
+    share belongs to the first of them.
 
-    Raises CurvlabError for a model without trainable parameters.
+    Raises:
+        CurvlabError: a model without trainable parameters.
     """
     found: list[
         tuple[tuple[str, ...], tuple[int, ...], nn.Module | None, bool, tuple[int, ...]]
@@ -200,15 +213,16 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
 
 
 def _matrix(weight: Tensor, layer: Layer) -> bool:
-    """Whether a weight is what the layer's layout expects: a subclass may have put anything in its
-    place.
+    """Return whether a weight is what the layer's layout expects.
+
+    A subclass may have put anything in its place.
     """
     return weight.ndim == 2 if layer.transposed else weight.ndim >= 1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where blocks lie in one vector: block after block, each row-major in its own shape."""
+    """The places of blocks in one vector: block after block, each row-major in its own shape."""
 
     blocks: tuple[Block, ...]
 
@@ -217,7 +231,7 @@ class Layout:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """{block name: its entries}."""
+        """The entries of each block, {block name: slice}."""
         found, start = {}, 0
         for block in self.blocks:
             found[block.name] = slice(start, start + block.numel)
@@ -225,16 +239,16 @@ class Layout:
         return found
 
     def flatten(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
-        """{parameter: tensor} → one vector, after `batch` leading axes."""
+        """Return one vector, after `batch` leading axes, of {parameter: tensor}."""
         return torch.cat([b.gather(tensors, batch).flatten(batch) for b in self.blocks], -1)
 
     def unflatten(self, vector: Tensor, batch: int = 0) -> dict[str, Tensor]:
-        """One vector → {parameter: tensor in its own shape}."""
+        """Return {parameter: tensor in its own shape} of one vector, after `batch` leading axes."""
         found: dict[str, Tensor] = {}
         for block in self.blocks:
             found |= block.scatter(vector[..., self.slices[block.name]], batch)
         return found
 
     def places(self) -> dict[str, Tensor]:
-        """{parameter: where its entries lie in the vector, in the parameter's own shape}."""
+        """Return {parameter: where its entries lie in the vector, in the parameter's own shape}."""
         return self.unflatten(torch.arange(len(self)))

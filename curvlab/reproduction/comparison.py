@@ -86,7 +86,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Extent:
-    """How far a budget goes.
+    """The extent of a budget: how far its runs go.
 
     It is seconds of training or epochs, whichever come first (None: the methods' own epochs),
     seeds, and how many of the training and test examples; the training loss is of the first
@@ -232,7 +232,7 @@ class Comparison:
         return 100 * (1 - r.lowest("val_error")) if self.accuracies else r.lowest("train_loss")
 
     def _say(self, report: Report, problem: str, found: Mapping[str, Result]) -> None:
-        """A table of one problem."""
+        """Say the table of one problem."""
         report.say(problem)
         told = self.reported.get(problem, {})
         columns = ["loss before", "last", "lowest", "test error", "epochs", "s/epoch"] + [

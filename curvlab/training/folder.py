@@ -36,7 +36,7 @@ class RunFolder:
 
     @property
     def log(self) -> Path | None:
-        """The log's file."""
+        """The log's file; None where nothing is written."""
         return None if self.folder is None else self.folder / "run.h5"
 
     @property
