@@ -1,6 +1,6 @@
 """The page of `curvlab doctor` about an installation and, with a folder, about a run.
 
-It is the first thing that a bug report asks for. Nothing is run, written or downloaded.
+It is what a bug report asks for first. Nothing is run, written or downloaded.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Page:
 
 
 def examine(folder: str | os.PathLike[str] | None = None) -> Page:
-    """Return what there is to say of this installation, and of a run's folder.
+    """Return what there is to say of this installation, and of a run's folder where one is given.
 
     Args:
         folder: of the run, or a file in it; None: of no run.
@@ -164,10 +164,7 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _outside(wanted: str, version: str) -> str:
-    """Return the range of a requirement that a version is not in.
-
-    Empty where it is in it, or where nothing here can tell.
-    """
+    """Return the range of a requirement that a version is not in; empty: none that is known."""
     try:
         from packaging.requirements import Requirement
     except ImportError:

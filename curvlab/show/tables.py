@@ -30,15 +30,7 @@ SCORES = ("train_loss", "val_loss", "train_error", "val_error")
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
-
-    Args:
-        caption: above it.
-        columns: their headings.
-        rows: of cells.
-        heads: how many of a row's first cells name it.
-        notes: (name, what it is), below it.
-    """
+    """A table of text; the first `heads` cells of a row name it; `notes`: (name, what it is)."""
 
     caption: str
     columns: tuple[str, ...]
@@ -65,10 +57,7 @@ def _of_seeds(ds: xr.Dataset) -> xr.Dataset:
 
 
 def cosines(ds: xr.Dataset) -> Table:
-    """Tabulate the mean cosine to the reference, by layer.
-
-    It is over the last three quarters of the steps; of several seeds mean and spread.
-    """
+    """Tabulate the mean cosine to the reference by layer; of several seeds mean and spread."""
     ds = _of_seeds(ds)
     late, reference = late_cosine(ds), attributes.text(ds, "reference")
     names = [str(name) for name in ds["algorithm"].values if name != reference]
@@ -95,10 +84,7 @@ def cosines(ds: xr.Dataset) -> Table:
 
 
 def _lost(ds: xr.Dataset, places: Sequence[Mapping[str, Any]]) -> str:
-    """Return that, and from which step on, an algorithm's numbers were not finite.
-
-    Of several seeds it says in how many.
-    """
+    """Return that an algorithm diverged, from which step on, and in how many of several seeds."""
     first = min(int(place["step"]) for place in places)
     if ds.sizes.get("seed", 1) == 1:
         return f"diverged at step {first}"
@@ -391,10 +377,7 @@ def _cell(values: xr.DataArray, form: str, meanings: dict[float, str] | None = N
 
 
 def _meanings(values: xr.DataArray) -> dict[float, str]:
-    """Return {value: meaning} of flags, as netCDF's conventions have them.
-
-    Their attributes are `flag_values` and `flag_meanings`.
-    """
+    """Return {value: meaning} of netCDF's flags (`flag_values`, `flag_meanings`)."""
     numbers = str(values.attrs.get("flag_values", "")).split()
     words = [word.strip() for word in str(values.attrs.get("flag_meanings", "")).split(";")]
     try:
