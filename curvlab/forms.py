@@ -83,7 +83,7 @@ class Form:
 
     @property
     def unproven(self) -> dict[str, tuple[int, ...]]:
-        """Uses of which nothing could be seen, {block: their numbers}."""
+        """Uses of which nothing could be seen, ``{block: their numbers}``."""
         return {name: way.unseen for name, way in self.ways.items() if way.unseen}
 
     def apply(self, capture: Capture) -> bool:
@@ -325,12 +325,12 @@ class Report:
 
     @property
     def ways(self) -> dict[str, How]:
-        """The ways of the blocks, {block: "structured" | "general" | "unused"}."""
+        """Ways of the blocks, ``{block: "structured" | "general" | "unused"}``."""
         return {name: way.how for name, way in self.form.ways.items()}
 
     @property
     def gaps(self) -> dict[str, float]:
-        """The largest relative differences from autograd, {block: difference}.
+        """Largest relative differences from autograd, ``{block: difference}``.
 
         A difference is of the way that was taken, or of the one that was refused.
         """

@@ -231,7 +231,7 @@ class Layout:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """The entries of each block, {block name: slice}."""
+        """Entries of the blocks in the vector, ``{block name: slice}``."""
         found, start = {}, 0
         for block in self.blocks:
             found[block.name] = slice(start, start + block.numel)

@@ -96,7 +96,7 @@ class Objective:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The blocks' parameters as they stand in their modules now, {name: parameter}."""
+        """Parameters of the blocks, as they stand in the model now, ``{name: parameter}``."""
         return {name: p for name, owner, key in self._slots if (p := owner.get(key)) is not None}
 
     @property

@@ -45,9 +45,9 @@ class Observation:
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients of the mean loss at the data's labels, {block: gradient in its shape}.
+        """Gradients of the mean loss at the data's labels, ``{block: gradient}``.
 
-        That of the L2 term is in them.
+        They have the blocks' shapes, and that of the L2 term is in them.
 
         Raises:
             CurvlabError: no pass gave gradients.
@@ -74,5 +74,5 @@ class Transition:
 
     @cached_property
     def step(self) -> dict[str, Tensor]:
-        """Changes of the parameters, {block: change}, in the blocks' shapes."""
+        """Changes of the parameters, ``{block: change}``, in the blocks' shapes."""
         return self.displacement()

@@ -156,7 +156,7 @@ class Comparison:
 
     @property
     def extents(self) -> dict[str, str]:
-        """How far each budget goes: {budget: words}."""
+        """Lengths of the budgets in words, ``{budget: words}``."""
         return {
             "smoke": SMOKE,
             "cpu": self.cpu.on(self.problems),

@@ -46,7 +46,7 @@ class Result:
 
     @property
     def clock(self) -> str:
-        """The variable of time: process time; on a GPU, which works beside it, wall time."""
+        """The variable of time: that of the process; on a GPU, which works beside it, wall time."""
         return (
             "wall_seconds"
             if str(self.runs[0].attrs.get("device", "cpu")).startswith("cuda")

@@ -139,7 +139,7 @@ class Scaling:
 
     @property
     def problems(self) -> Sequence[str]:
-        """The problems to choose from, of which there are none: the data are random numbers."""
+        """The problems to choose from, of which there are none, as the data are random numbers."""
         return ()
 
     def run(self, report: Report) -> None:

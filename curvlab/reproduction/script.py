@@ -90,7 +90,7 @@ class Reproduction(Protocol):
 
     @property
     def extents(self) -> Mapping[str, str]:
-        """How far each budget goes: {budget: words}."""
+        """Lengths of the budgets in words, ``{budget: words}``."""
 
     @property
     def methods(self) -> Iterable[str]:

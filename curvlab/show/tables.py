@@ -40,7 +40,7 @@ class Table:
 
     @property
     def groups(self) -> list[list[tuple[str, ...]]]:
-        """Rows that belong together: where several cells name a row, those of the same first."""
+        """Rows that belong together; where several cells name a row, those of the same first."""
         if self.heads == 1:
             return [list(self.rows)]
         return [list(rows) for _, rows in itertools.groupby(self.rows, lambda row: row[0])]
