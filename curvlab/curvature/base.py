@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, Diverged, real
-from curvlab.finite import all_finite, all_short, length, waits
+from curvlab.finite import all_finite, all_short, waits
 from curvlab.linalg.bfgs import Matrix, Pair
 from curvlab.linalg.block_bfgs import BlockUpdate
 from curvlab.linalg.bounds import Bounds
@@ -344,17 +344,16 @@ def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
 def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
     """Of (block's name, second moment's name, itself): raises Diverged for the first not finite.
 
-    So no average takes it up. Of a large one the diagonal is looked at, which no entry exceeds. On
-    a GPU, which would have to wait, `refresh` sees it.
+    So no average takes it up. The trace is looked at: no entry of a second moment exceeds its
+    diagonal, which is positive. On a GPU, which would have to wait, `refresh` sees it.
     """
     found = list(moments)
     if not found or waits(found[0][2]):
         return
-    seen = [m if m.numel() < _LARGE else m.diagonal() for _, _, m in found]
-    if math.isfinite(length(seen)):
+    if math.isfinite(sum([m.trace().item() for _, _, m in found])):
         return
-    for (block, name, _), m in zip(found, seen, strict=True):
-        if not all_finite(m):  # a length overflows earlier
+    for block, name, m in found:
+        if not all_finite(m.diagonal()):  # the trace overflows earlier
             error = Diverged(
                 f"{name} contains NaN or Inf: lower the learning rate or raise the damping"
             )
@@ -375,9 +374,6 @@ def check_squared(gradients: Mapping[str, Tensor]) -> None:
             )
             error.block = block
             raise error
-
-
-_LARGE = 1 << 18  # numbers
 
 
 class IdentityBlock(BlockDefaults):

@@ -94,14 +94,16 @@ def block_bfgs(
             torch.diag(M.diagonal()[used]),
             W.diagonal()[used],
         )
-    if not len(at_one) or not bool(
-        (at_one > 0).all()
-    ):  # rounding has cost a semi-definite Λ its sign across all of U
+    # rounding may have cost a semi-definite Λ its sign across all of U
+    if choice != "symmetric" and not (len(at_one) and bool((at_one > 0).all())):
         return BlockUpdate(Lambda, math.nan, 1.0, 0, "curvature")
-    root = at_one.rsqrt()
-    smallest = torch.linalg.eigvalsh(root[:, None] * P * root)[0].double()
-    least = float(smallest)
-    tau = float(powell_factor(smallest, torch.ones_like(smallest), mu)) if tau is None else tau
+    if choice != "symmetric":  # whose P at V = ΛU is I
+        root = at_one.rsqrt()
+        relative = root[:, None] * P * root
+    else:
+        relative = P
+    least = float(torch.linalg.eigvalsh(relative)[0])
+    tau = float(powell_factor(least, 1.0, mu)) if tau is None else tau
     if not tau * least + (1 - tau) > 0:
         return BlockUpdate(Lambda, least, tau, rank, "curvature")
     factor = torch.linalg.cholesky_ex(tau * P + (1 - tau) * torch.diag(at_one))[0]
