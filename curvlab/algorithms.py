@@ -81,7 +81,7 @@ def approximation(
 
 
 def check_labels(labels: Pass | None) -> None:
-    """Raise CurvlabError for what are no labels. None is the document's."""
+    """Raise CurvlabError for what are no labels; None stands for the document's."""
     known = [name for name in PASSES if name != "gradient"]
     if labels is not None and labels not in known:
         raise unknown("labels", labels, known)
@@ -93,7 +93,7 @@ def check_rates(
     momentum: float | None = None,
     decay: float | None = None,
 ) -> None:
-    """Raise CurvlabError where a rate is no number, or out of its range. None is the document's."""
+    """Raise CurvlabError where a rate is no number or out of range; None is the document's."""
     if lr is not None:
         real("the learning rate", lr)
     if damping is not None:

@@ -157,7 +157,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @precise()
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # torch allows a closure that returns a float
-        """Observe, direction, move. Returns the loss before the move.
+        """Observe, take the direction, move, and return the loss before the move.
 
         Args:
             closure: the objective on a minibatch.

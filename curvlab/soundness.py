@@ -75,7 +75,7 @@ class Soundness:
             self._say()
 
     def check(self) -> None:
-        """Raise Diverged where a number was not finite. Waits for the device."""
+        """Raise Diverged where a number was not finite; wait for the device."""
         if not bool(self.flag):
             self._say()
 

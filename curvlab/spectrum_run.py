@@ -91,7 +91,7 @@ def prepare(named: NamedSpectra) -> PreparedSpectra:
 def run(
     prepared: PreparedSpectra, path: Path, call: dict[str, Any], console: Console
 ) -> xr.Dataset:
-    """Train and log spectra. Whatever ends it, the log holds every state that was finished.
+    """Train and log spectra; whatever ends it, the log holds every state that was finished.
 
     Raises:
         CurvlabError: data that do not fit the model, NaN.

@@ -1,4 +1,4 @@
-"""Records ⇄ xarray ⇄ netCDF-4/HDF5. What is on disk is always whole, and sealed (`atomic`).
+"""Records ⇄ xarray ⇄ netCDF-4/HDF5, whole on disk at any moment, and sealed (`atomic`).
 
 A file is made in memory and reaches the disk as bytes, so that the HDF5 library never meets a full
 one. The schema (dimensions, variables, attributes) stands in the documentation, "The log".
@@ -121,7 +121,7 @@ class Log:
         values: Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]],
         seed: int | None = None,
     ) -> None:
-        """Add to variables that lie along an axis of their own. Nothing is saved.
+        """Add to variables that lie along an axis of their own, and save nothing.
 
         Args:
             axis: the axis.

@@ -163,7 +163,7 @@ def calls(ds: xr.Dataset) -> list[tuple[str, str]]:
 
 
 def shell(call: Mapping[str, Any]) -> str:
-    """Return a call, as the log holds it, as a shell takes it. Every option is named.
+    """Return a call, as the log holds it, as a shell takes it; every option is named.
 
     A Python function's call is returned as it reads there.
     """

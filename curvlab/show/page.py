@@ -1,4 +1,4 @@
-"""Write one page of HTML about runs, which stands alone. It reads only the logs.
+"""Write one page of HTML about runs, which stands alone, from the logs only.
 
 It has figures, tables, calls, versions and attributes. The same logs give the same bytes: nothing
 of the page is of the moment or the machine that writes it.

@@ -17,7 +17,7 @@ def names(figure: str) -> tuple[str, ...]:
 
 
 def check(path: Place, remedy: str = "") -> Path:
-    """Return where a picture goes. Nothing is touched.
+    """Return where a picture goes; nothing is touched.
 
     Args:
         path: what the user gave.

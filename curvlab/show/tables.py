@@ -1,4 +1,4 @@
-"""Tables of a log: its numbers as text, one function a table. They read only the log."""
+"""Tables of a log alone: its numbers as text, one function a table."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def _training(
     must_match: Mapping[str, Any],
     folder: Path | None,
 ) -> Training:
-    """Build a run, and fill in what is left open. Nothing is written."""
+    """Build a run and fill in what is left open; nothing is written."""
     if isinstance(batches, Iterator):
         raise CurvlabError(
             "the minibatches can be gone through only once: give a list, a DataLoader or"

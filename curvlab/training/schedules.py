@@ -1,4 +1,4 @@
-"""SCHEDULES: learning rate against the epoch. Each is a torch scheduler.
+"""SCHEDULES: learning rate against the epoch, each a torch scheduler.
 
 Any other of torch's goes by its own name. The optimizer is a `torch.optim.Optimizer`, so in scripts
 whatever takes one will do.
