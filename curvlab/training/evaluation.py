@@ -2,7 +2,7 @@
 
 The model is in eval mode, without a graph; the data go through it in chunks; its state and all
 chance are as before. The loss is the objective's, the mean over examples of a per-example sum; an
-error is a mean over examples too (ERRORS).
+error is a mean over examples too (`measure_of`).
 """
 
 from __future__ import annotations

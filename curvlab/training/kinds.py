@@ -58,7 +58,7 @@ def table_of(test: Test, key: Test = text) -> Test:
 
 
 def nest(value: Any) -> bool:
-    """Return whether a value is a minibatch's inputs: a tensor, or lists and dictionaries of such."""
+    """Return whether a value is a minibatch's inputs: a tensor, or lists, dictionaries of such."""
     return tensor(value) or list_of(nest)(value) or table_of(nest)(value)
 
 
@@ -94,7 +94,7 @@ def like(value: Any, own: Tensor) -> bool:
 
 
 def equal(one: Any, two: Any) -> bool:
-    """Return whether two nested values are equal; types must be the same, devices may differ."""
+    """Return whether two nested values are equal, numbers of one type; devices may differ."""
     if isinstance(one, Mapping):
         return (
             isinstance(two, Mapping)
