@@ -21,9 +21,9 @@ from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt
 from curvlab.curvature.overall_damping import DampingRule, same
 from curvlab.curvature.settings import CurvatureSettings
-from curvlab.descent import MomentumKind
 from curvlab.errors import fitting, unknown
 from curvlab.layers import Block
+from curvlab.momentum import MomentumKind
 from curvlab.objective import Objective
 from curvlab.observation import Pass
 

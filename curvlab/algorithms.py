@@ -11,9 +11,10 @@ from curvlab.algorithm_entry import Algorithm, ByBlock, Constants, WholeVector
 from curvlab.algorithm_table import ALGORITHMS
 from curvlab.curvature.base import Curvature, check_damping
 from curvlab.curvature.settings import Cadence, CurvatureSettings
-from curvlab.descent import Descent, MomentumKind
+from curvlab.descent import Descent
 from curvlab.errors import CurvlabError, lookup, real, unknown
 from curvlab.groups import check_momentum
+from curvlab.momentum import MomentumKind
 from curvlab.objective import Objective
 from curvlab.observation import PASSES, Pass
 from curvlab.optim import Optimizer

@@ -21,9 +21,8 @@ Legend: N examples, T places, I inputs incl. the bias column, O outputs, D = O I
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 import torch
@@ -31,25 +30,19 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.closure import Closure
-from curvlab.curvature.base import CurvatureBlock, check_damping
+from curvlab.curvature.base import check_damping
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
-from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
+from curvlab.estimates import Estimate, Labels, fold_data
+from curvlab.exact.batches import PASSES, Kind, check_kind
 from curvlab.exact.kronecker_sum import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
 from curvlab.exact.route_table import Minibatch
 from curvlab.layers import Block, Layout
 from curvlab.linalg.distances import compare, distance, norm, ratio
 from curvlab.linalg.kronecker import nearest_kronecker
-from curvlab.linalg.operators import Operator
 from curvlab.objective import Objective
-from curvlab.observation import Pass
-from curvlab.statistics import LayerStatistics
 
-Labels = Literal["kind", "own"]
-"""At which labels the approximations are taken: those of the exact matrix, or each algorithm's
-own.
-"""
+__all__ = ["ASSUMPTIONS", "Columns", "Estimate", "Labels", "errors", "quality"]
 
 ASSUMPTIONS: dict[str, tuple[str, Callable[[KroneckerSum], Float[Tensor, "D D"]]]] = {
     "places apart": ("(3.4)", KroneckerSum.same_place),
@@ -58,17 +51,6 @@ ASSUMPTIONS: dict[str, tuple[str, Callable[[KroneckerSum], Float[Tensor, "D D"]]
 }
 """{assumption: (thesis, the matrix that it and those before it leave)}."""
 
-_LABELS: dict[Kind, Pass] = {
-    "hessian": "exact",
-    "ggn": "exact",
-    "pi": "exact",
-    "fisher": "exact",
-    "fisher-mc": "model",
-    "ef": "data",
-}
-"""The pass whose vectors' second moment is nearest to a kind of matrix: the matrix itself for all
-but Hessian and Π.
-"""
 
 Columns = dict[str, list[float] | float]
 """{variable: its values in one block, with or without a further dimension}."""
@@ -201,7 +183,7 @@ def quality(
     _guard(chosen, closure, kind, 6)
     sizes = [len(part) for part in torch.arange(len(x)).tensor_split(min(minibatches, len(x)))]
     estimates = {name: Estimate.of(name, kind, labels, sizes, chosen) for name in algorithms}
-    _fold(estimates.values(), closure, sizes, passes)
+    fold_data(estimates.values(), closure, sizes, passes)
     found: dict[str, Columns] = {}
     for block, terms in sums(Minibatch(closure, kind, 1), chosen):
         matrices = [estimate.matrix(block.name, damping) for estimate in estimates.values()]
@@ -243,97 +225,6 @@ def quality(
         "units": "1",
     }
     return ds.assign(scale=("algorithm", [e.scale for e in estimates.values()], what))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An algorithm's statistics of the data, block by block; `scale` takes its matrix to the
-    Fisher's units.
-    """
-
-    name: str
-    labels: Pass
-    of_means: bool
-    scale: float
-    blocks: dict[str, CurvatureBlock]
-
-    @classmethod
-    def of(
-        cls, name: str, kind: Kind, labels: Labels, sizes: Sequence[int], chosen: Sequence[Block]
-    ) -> Estimate:
-        """Make the estimate of algorithm `name` for the chosen blocks, before any data.
-
-        `sizes` are the examples of each minibatch; `scale` follows from them for mean gradients.
-
-        Raises:
-            CurvlabError: an unknown algorithm; one of the whole vector, or that reads no pass.
-        """
-        algorithm = lookup(ALGORITHMS, name, "algorithm")
-        if algorithm.whole:
-            raise CurvlabError(
-                f"'{name}' estimates no matrix by block, so there is nothing to compare: leave"
-                " it out"
-            )
-        if algorithm.look is not None:
-            raise CurvlabError(
-                f"'{name}' reads no statistics of a pass, so there is nothing to compare: leave"
-                " it out"
-            )
-        blocks = {block.name: algorithm.block(block) for block in chosen}
-        of_means = any(block.reads == "gradient" for block in blocks.values())
-        wanted = algorithm.labels if labels == "own" else _LABELS[kind]
-        if of_means and wanted == "exact":
-            wanted = "model"  # a mean gradient has one label for each example
-        return cls(
-            name,
-            wanted,
-            of_means,
-            sum(m * m for m in sizes) / sum(sizes) if of_means else 1.0,
-            blocks,
-        )
-
-    def fold(self, statistics: dict[str, LayerStatistics], weight: float) -> None:
-        """Fold one pass into every block, in place: old · (1 − weight) + new · weight."""
-        for name, block in self.blocks.items():
-            block.update(statistics[name], weight)
-
-    def matrix(self, block: str, damping: float) -> Operator:
-        """In the method's own units; `damping` is the overall one."""
-        own = damping_for(self.name, damping, round(self.scale)) if damping else 0.0
-        found = self.blocks[block].matrix(own)
-        if found is None:
-            raise CurvlabError(
-                f"'{self.name}' estimates no matrix, so there is nothing to compare: leave it out"
-            )
-        return found
-
-
-def _fold(
-    estimates: Iterable[Estimate], closure: Closure, sizes: Sequence[int], passes: int
-) -> None:
-    """The data into all statistics; every pass back is shared."""
-    whole = [e for e in estimates if not e.of_means]
-    of_means = [e for e in estimates if e.of_means]
-    if whole:
-        seen = closure.observe({e.labels for e in whole}, move_buffers=False).passes
-        for estimate in whole:
-            estimate.fold(seen[estimate.labels], 1.0)
-    total = 0
-    for part in _minibatches(closure, sizes, passes) if of_means else ():
-        square = len(part.x) ** 2
-        total += square
-        seen = part.observe({e.labels for e in of_means}, move_buffers=False).passes
-        for estimate in of_means:
-            estimate.fold(seen[estimate.labels], square / total)
-
-
-def _minibatches(closure: Closure, sizes: Sequence[int], passes: int) -> Iterator[Closure]:
-    """Shuffled from the objective's seed; labels are drawn anew in every pass."""
-    generator = torch.Generator().manual_seed(closure.objective.seed)
-    for _ in range(passes):
-        order = torch.randperm(len(closure.x), generator=generator).to(closure.x.device)
-        loader = [(closure.x[some], closure.y[some]) for some in torch.split(order, list(sizes))]
-        yield from Batches.of(closure.objective, loader, None, whole=True)
 
 
 def _between(matrix: Float[Tensor, "D D"], block: Block) -> float:

@@ -1,11 +1,10 @@
-"""Capture: the one place that listens. One forward, then as many backward passes as are needed
-through the same graph.
+"""Capture: one forward pass that is heard, then as many backward passes as are needed through its
+graph.
 
-What is heard are *calls* of torch functions that take a block's weight (`functions`), wherever they
-stand: in its module, in a functional call, behind a hook, in a module that runs twice. What is not
-heard shows in the graph: after the forward pass every path from the outputs back to a parameter
-that runs through no call that was heard sends the parameter's block the general way
-(`Capture.settle`). So nothing is missed, and nothing is written on modules or to ``p.grad``.
+What was not heard (`hearing`) shows in the graph: after the forward pass every path from the
+outputs back to a parameter that runs through no call that was heard sends the parameter's block the
+general way (`Capture.settle`). So nothing is missed, and nothing is written on modules or to
+``p.grad``.
 
 Legend: V vectors sent back, N examples, T places where a weight is shared (of all its uses
 together), I inputs incl. the bias column, O outputs; R rows and P places as a call has them.
@@ -13,28 +12,26 @@ together), I inputs incl. the bias column, O outputs; R rows and P places as a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from itertools import product as every
-from types import TracebackType
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
-from torch.overrides import TorchFunctionMode
+from torch.autograd.graph import Node
 
-from curvlab.autograd import edge_of, sent_together
-from curvlab.derivatives import weight_norm
+from curvlab.autograd import sent_together
 from curvlab.errors import CurvlabError
-from curvlab.functions import COMPOSITE, FUNCTIONS, TRANSPOSITIONS, Rule, arrangements, indexed
+from curvlab.functions import arrangements
+from curvlab.hearing import Hearing
 from curvlab.layers import Block
 from curvlab.linalg.padded_products import room
 from curvlab.statistics import LayerStatistics
-from curvlab.uses import Part, Stored, Use, UseInput
+from curvlab.uses import Part, Use, UseInput
 
-_NONE: dict[str, Any] = {}
 _NO_GRAPH = (
     "the model's outputs do not depend on a trainable parameter: no graph leads from them to one"
 )
@@ -43,42 +40,26 @@ _SMALL = 1 << 14  # numbers, of which a copy costs less than two calls
 _MOST = 64  # arrangements of one block's uses that are tried
 
 
-class _Listener(TorchFunctionMode):
-    """Tells a capture of every call that the tables know."""
+@dataclass(frozen=True)
+class Settled:
+    """What a look has shown of its blocks, for the next look of the same form.
 
-    def __init__(self, capture: Capture) -> None:
-        super().__init__()
-        self.capture = capture
+    Args:
+        missed: blocks that a call without a rule uses.
+        counts: {block: number of its uses}.
+        general: {block: why it goes the general way}.
+        arranged: {block: the arrangement of each use}.
+        frozen: blocks that are not trained any more.
+    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, capture = kwargs or _NONE, self.capture
-        rule = FUNCTIONS.get(func)
-        if rule is not None:
-            output = func(*args, **kwargs)
-            capture.calls += (func, output.shape)
-            capture._hear(rule, args, kwargs, output)
-            return output
-        opened = (
-            COMPOSITE.get(func)
-            if func is not torch._weight_norm or not capture.differentiable
-            else weight_norm
-        )
-        if opened is not None:
-            with self:
-                return opened(*args, **kwargs)
-        if "generator" in kwargs:
-            capture._draws(kwargs["generator"])
-        output = func(*args, **kwargs)
-        if isinstance(output, Tensor):
-            capture.calls += (func, output.shape, *[a for a in args[1:] if type(a) is int])
-        if func in TRANSPOSITIONS:
-            capture._turned(args, output)
-        elif not capture.reorders and indexed(func, args):
-            capture.reorders = True
-        return output
+    missed: frozenset[str]
+    counts: Mapping[str, int]
+    general: Mapping[str, str]
+    arranged: Mapping[str, tuple[str, ...]]
+    frozen: frozenset[str]
 
 
-class Capture:
+class Capture(Hearing):
     """Hears every call of the blocks' weights during one forward pass; then goes back any number of
     times.
 
@@ -107,147 +88,35 @@ class Capture:
         *,
         differentiable: bool = False,
     ) -> None:
-        self.differentiable = differentiable
-        self.model, self.blocks, self.dtype, self._given = model, tuple(blocks), dtype, parameters
-        self.parameters: Mapping[str, nn.Parameter] = {} if parameters is None else parameters
-        self._listener: _Listener | None = None
-        self._clear()
-
-    def _clear(self) -> None:
-        self.uses: dict[str, list[Use]] = {}
-        self.general: dict[str, str] = {}  # {block: why it goes the general way}
-        self.arranged: dict[str, tuple[str, ...]] = {}  # {block: the arrangement of each use}
-        self.silent: set[str] = set()  # blocks with a call without gradients
-        self.frozen: set[str] = set()  # blocks that are not trained any more
-        self.calls: list[Any] = []  # functions that ran, and their outputs' shapes
-        self.trace = 0  # a hash of these
-        self.reorders = False  # whether rows were taken by the numbers of a tensor
-        self._void: dict[
-            Node, tuple[Node, ...]
-        ] = {}  # calls with no row: {their output: what lies beyond}
-        self.generators: dict[
-            torch.Generator, Tensor
-        ] = {}  # of the model's own, with their states before it drew
-        self.unproven: dict[
-            str, tuple[int, ...]
-        ] = {}  # {block: uses whose derivatives were all zero when it was examined}
-        self.prove: Callable[[], object] | None = None  # examine again
-        self._inputs: dict[int, UseInput] = {}
-        self._size: int | None = None
-
-    def __enter__(self) -> Capture:
-        self._clear()
-        found = (
-            {name: self.model.get_parameter(name) for b in self.blocks for name in b.params}
-            if self._given is None
-            else self._given
-        )
-        self.parameters = found
-        self._owner = {id(self.parameters[name]): b for b in self.blocks for name in b.params}
-        self._weights = {id(self.parameters[b.params[0]]): (b, False) for b in self.blocks}
-        self._kept: list[Tensor] = []  # transposed weights, so that their ids stay theirs
-        self._listener = _Listener(self)
-        self._listener.__enter__()  # type: ignore[no-untyped-call]  # torch has no types there
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._listener is not None
-        self._listener.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # likewise
-        self._listener = None
-        self._kept.clear()
-        self.trace = hash((*self.calls, *[(name, len(uses)) for name, uses in self.uses.items()]))
-        self.calls.clear()
-
-    def _hear(self, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        call = rule.bind(args, kwargs)
-        weight = call.weight
-        known = self._weights.get(id(weight))
-        if known is None:
-            return
-        block, turned = known
-        if not output.requires_grad:
-            self.silent.add(block.name)
-            return
-        layer = block.layer
-        if layer is None or not rule.covers(call) or rule.groups(call) != block.groups:
-            return
-        swapped = (rule.transposed != turned) != layer.transposed
-        if (swapped or turned) and (block.groups > 1 or weight.ndim != 2):
-            return
-        bias = self.parameters[block.params[1]] if block.biased else None
-        biased = bias is not None and call.bias is bias and not swapped
-        x, own = call.input, bias if biased else weight
-        given = (*args, *kwargs.values()) if kwargs else args
-        beyond = [
-            t
-            for t in given
-            if t is not weight and t is not own and isinstance(t, Tensor) and t.requires_grad
-        ]
-        if x is weight:
-            beyond.append(x)
-        call.input, call.weight, call.bias = None, weight.detach(), None
-        inputs = rule.inputs(call, x.detach()) if rule.stateful else None
-        edge, flat = edge_of(output)
-        behind = tuple([t.grad_fn or get_gradient_edge(t).node for t in beyond])
-        if not output.numel():
-            self._void[edge.node] = behind
-            return
-        use = Use(
-            block,
-            rule,
-            call,
-            Stored.of(x),
-            Stored.of(output),
-            edge,
-            flat,
-            biased,
-            swapped,
-            inputs,
-            behind,
-        )
-        found = self.uses.get(block.name)
-        if found is None:
-            self.uses[block.name] = [use]
-        else:
-            found.append(use)
-
-    def _turned(self, args: tuple[Any, ...], output: Any) -> None:
-        """A weight that is read in the other direction."""
-        known = self._weights.get(id(args[0])) if args else None
-        if (
-            known is None
-            or not isinstance(output, Tensor)
-            or args[0].ndim != 2
-            or len({d % 2 for d in args[1:]}) == 1
-        ):
-            return
-        self._kept.append(output)
-        self._weights[id(output)] = known[0], not known[1]
-
-    def _draws(self, generator: Any) -> None:
-        if isinstance(generator, torch.Generator) and generator not in self.generators:
-            self.generators[generator] = generator.get_state()
+        self.dtype = dtype
+        super().__init__(model, blocks, parameters, differentiable=differentiable)
 
     # ------------------------------------------------------------------------------------------
     # after it
 
-    def settle(self, z: Tensor, size: int | None = None) -> None:
-        """Which blocks go the general way, and which arrangement their shapes allow, once the
-        outputs are there.
+    def settle(self, z: Tensor, size: int | None = None, known: Settled | None = None) -> bool:
+        """Say which blocks go the general way, and which arrangement the others' shapes allow.
 
         Args:
             z: outputs, or losses, of N examples, with their graph.
+            known: of an earlier look of the same form.
+
+        Returns:
+            Whether this look has the same uses as the known one, and so takes over what it showed.
         """
         size = len(z) if size is None else size
         if self._size == size:
-            return
+            return False
         self._size = size
         missed, opaque = self._missed(z)
+        self.missed = missed
+        if known is not None and known.missed == missed:
+            for name in known.frozen:
+                self.uses.pop(name, None)
+            if known.counts == {name: len(uses) for name, uses in self.uses.items()}:
+                self.general, self.arranged = dict(known.general), dict(known.arranged)
+                self.frozen = set(known.frozen)
+                return True
         for name, block in ((b.name, b) for b in self.blocks):
             trained = [self.parameters[param].requires_grad for param in block.params]
             if not any(trained):
@@ -280,6 +149,17 @@ class Capture:
                     f"{block} ran without gradients: remove torch.no_grad() around it, or freeze"
                     f" it{opaque}"
                 )
+        return False
+
+    def settled(self) -> Settled:
+        """Return what this look has shown, as it now stands."""
+        return Settled(
+            frozenset(self.missed),
+            {name: len(uses) for name, uses in self.uses.items()},
+            dict(self.general),
+            dict(self.arranged),
+            frozenset(self.frozen),
+        )
 
     def _missed(self, z: Tensor) -> tuple[set[str], str]:
         """Blocks with a parameter to which a path from z runs through no call that was heard; and a

@@ -8,31 +8,28 @@ sees the same labels alone and in company.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from curvlab.capture import Capture
-from curvlab.derivatives import around, derivatives, differentiable, precise, surrounding
+from curvlab.derivatives import derivatives, precise
 from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_finite
-from curvlab.forms import Form, Report, examine, unseen
-from curvlab.independence import Independence, some_rows
 from curvlab.likelihoods import sample_of
+from curvlab.looks import Looks
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
-from curvlab.second_looks import QUIET
 from curvlab.statistics import LayerStatistics
-from curvlab.strangers import PICK, WRAP, called, eager, mixes
+from curvlab.strangers import WRAP, mixes
 
 if TYPE_CHECKING:
     from curvlab.objective import Objective
 
 
-class Closure(Independence):
+class Closure(Looks):
     """One minibatch of an objective. ``closure()`` is torch's contract; ``closure.observe(needs)``
     is curvlab's.
 
@@ -78,10 +75,6 @@ class Closure(Independence):
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
         self._y = y  # checked where it lies, before it moves
         self._checked = False
-        self._form: Form | None = None  # as the last look has shown it
-        self._ahead: tuple[Tensor, Capture, int] | None = None  # a look that nobody has used yet
-        # whether a second look will follow, so that the first is gone through again, once a form
-        self.twice = False
         with derivatives():
             self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
 
@@ -101,61 +94,6 @@ class Closure(Independence):
     def _losses(self, z: Tensor) -> Tensor:
         self._check(z)
         return self.objective.likelihood.loss(z, self.y)
-
-    def _forward(
-        self,
-        x: Tensor,
-        buffers: dict[str, Tensor] | None = None,
-        heard: AbstractContextManager[Any] | None = None,
-    ) -> Tensor:
-        model = self.objective.model
-        way = differentiable(heard is not None) if self.stream == "exact" else nullcontext()
-        try:
-            with eager(), surrounding(), way, nullcontext() if heard is None else heard:
-                z: Any = model(x) if buffers is None else called(model, buffers, x)
-        except TypeError as error:
-            if "argument" not in str(error) or "forward()" not in str(error):
-                raise
-            line = str(error).splitlines()[0]
-            raise CurvlabError(f"the model does not take one tensor ({line}): {WRAP}") from error
-        except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, CurvlabError) or not any(
-                word in str(error) for word in _OF_THE_DATA
-            ):
-                raise
-            line = str(error).splitlines()[0]
-            raise CurvlabError(
-                f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}"
-            ) from error
-        if not isinstance(z, Tensor):
-            raise CurvlabError(f"the model returned a {type(z).__name__}, not one tensor: {PICK}")
-        if z.shape[:1] != x.shape[:1]:
-            rows = f"{len(x)} rows, one for each example, not {list(z.shape)}"
-            raise CurvlabError(
-                f"the model must return one tensor with {rows}: "
-                "keep the batch as its first axis (squeeze(-1), not squeeze())"
-            )
-        if not z.is_floating_point():
-            raise CurvlabError(
-                f"the model's outputs are {z.dtype}, which have no real derivatives: return real"
-                " numbers (logits rather than classes; torch.view_as_real of complex ones)"
-            )
-        return z.to(self.objective.dtype)
-
-    @property
-    def form_of_look(self) -> Form:
-        """Of the look that was taken last. A look must have been taken."""
-        assert self._form is not None
-        return self._form
-
-    def _key(self, x: Tensor) -> Hashable:
-        """What decides how the model runs, beside its weights: the form of the minibatch, modes,
-        what is trained.
-        """
-        objective = self.objective
-        modes = tuple([module.training for module in objective.modules])
-        trained = tuple([owner[key].requires_grad for _, owner, key in objective._slots])  # type: ignore[union-attr]  # none is None
-        return x.shape, x.dtype, modes, trained, around()
 
     def __call__(self) -> Tensor:
         """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad``
@@ -192,135 +130,6 @@ class Closure(Independence):
         """
         generator = self.objective.generator(self.number, self.stream, self.part)
         return [sample_of(self.objective.likelihood, z, generator, self.y) for _ in range(draws)]
-
-    @property
-    def form(self) -> Form:
-        """What a look at this minibatch shows of its blocks; the next look is that one."""
-        if self._form is None:
-            z, capture = self.forward()
-            if self.stream == "exact":
-                self.check_alone(z.detach())
-            self._ahead = z, capture, self._versions()
-        assert self._form is not None
-        return self._form
-
-    @property
-    def glimpse(self) -> Form:
-        """The form of the first and the last example alone, for sizes: what a look at all of a
-        large minibatch would cost.
-        """
-        if self._form is not None or len(self.x) <= 2:
-            return self.form
-        x = some_rows(self.x, slice(0, None, len(self.x) - 1))
-        known, key = self.objective.glimpses, self._key(x)
-        if key not in known:
-            known[key] = self._look_at(x, False)[2]
-        return known[key]
-
-    def forward(
-        self, x: Tensor | None = None, move_buffers: bool = False
-    ) -> tuple[Tensor, Capture]:
-        """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the
-        capture).
-
-        A later look at the minibatch sees the random numbers of the first, and uses up none.
-        """
-        if x is not None and x is not self.x:
-            return self._look_at(x, False)[:2]
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and not move_buffers and ahead[2] == self._versions():
-            return ahead[:2]
-        z, capture, self._form = self._look_at(self.x, True, move_buffers)
-        return z, capture
-
-    def _look_at(
-        self, x: Tensor, own: bool, move_buffers: bool = False
-    ) -> tuple[Tensor, Capture, Form]:
-        model, objective = self.objective.model, self.objective
-        objective.check_modules()
-        again = own and self._chance is not None
-        if again:
-            self._check_restless()
-        key = self._key(x)
-        if move_buffers and self.twice and not again:
-            self._own_buffers(own)  # kept for the second look
-        buffers = None if move_buffers else self._own_buffers(own)
-        quiet = objective.quiet.get(key)
-        capture = Capture(
-            model,
-            objective.blocks,
-            objective.dtype,
-            objective.parameters,
-            differentiable=self.stream == "exact",
-        )
-        with derivatives(), self._same_chance(own, quiet is not None):
-            z = self._forward(x, buffers, capture)
-            if quiet is None and own and not again and not capture.generators and not self._drew():
-                objective.quiet[key] = capture.trace
-            elif quiet != capture.trace:
-                objective.quiet.pop(key, None)
-        if own and not again:
-            self._generators = dict(capture.generators)
-        form = self._settle(z, capture, x, key)
-        if own:
-            self._check_same(z)
-        if own and self.objective.tell is not None:
-            told, self.objective.tell = self.objective.tell, None
-            told(str(Report(self.objective.blocks, form)))
-        if own and not again and self.twice:
-            self._check_steady(z, (key, capture.trace))
-        return z, capture, form
-
-    def _may_go_unheard(self) -> bool:
-        """Whether nothing but the mean gradient can be asked of a look: it is of a form that was
-        heard once and draws nothing, and no other look will follow.
-        """
-        fresh = self._chance is None and self.stream == "step" and not self.twice
-        return fresh and self.objective.fine and self._key(self.x) in self.objective.quiet
-
-    def _unheard(self, move_buffers: bool) -> tuple[Tensor, Capture]:
-        """`forward` with nobody listening."""
-        self.objective.check_modules()
-        self._chance = QUIET
-        capture = Capture(
-            self.objective.model,
-            self.objective.blocks,
-            self.objective.dtype,
-            self.objective.parameters,
-        )
-        with derivatives():
-            z = self._forward(self.x, None if move_buffers else self._own_buffers(True))
-        self._check_same(z)
-        return z, capture
-
-    def _settle(self, z: Tensor, capture: Capture, x: Tensor, known_key: Hashable) -> Form:
-        """The ways of all blocks: as known of this form, or as a first look shows them."""
-        objective = self.objective
-        capture.settle(z)
-        key = known_key, capture.trace
-        if x is self.x:
-            self._trace = capture.trace
-        known = objective.forms.get(key)
-        if known is None and not all_finite(
-            z.detach()
-        ):  # nothing can be seen, and the loss will say so
-            return unseen(capture, z)
-        if known is None or capture.reorders or not known.apply(capture):
-            known = self._prove(z, capture, key)
-        if known.unproven:
-            capture.unproven = {
-                name: uses for name, uses in known.unproven.items() if name in capture.arranged
-            }
-            capture.prove = lambda: self._prove(z, capture, key)
-        return known
-
-    def _prove(self, z: Tensor, capture: Capture, key: Hashable) -> Form:
-        with derivatives():
-            found = examine(capture, z, mixes(self.objective.modules))
-        if len(self.objective.forms) > _FORMS:  # shapes that never come again
-            self.objective.forms.clear()
-        self.objective.forms[key] = found
-        return found
 
     def _check(self, z: Tensor) -> None:
         """Of targets, and at the first look at a form of the likelihood, where that is the
@@ -486,6 +295,3 @@ _MIXING = (
     "batch norm in training mode lets examples act on each other: the Gauss-Newton matrix is taken"
     " as if each stood alone, without the derivatives that pass from one to another"
 )
-_FORMS = 512  # that are remembered
-_OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range in self")
-"""In torch's messages about data that do not fit a layer."""

@@ -12,12 +12,14 @@ from typing import Any
 from rich.console import Console
 
 from curvlab.closure import Closure
+from curvlab.comparison_loop import compare_one
+from curvlab.comparison_settings import CompareSettings
 from curvlab.errors import MOST_STEPS, CurvlabError, tell, whole
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
 from curvlab.probes.base import asked, check_probes
 from curvlab.problem import Problem
-from curvlab.runs import CompareSettings, Run, compare_one
+from curvlab.runs import Run
 from curvlab.system import random_state
 from curvlab.system.progress import progress_bar
 

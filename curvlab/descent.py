@@ -1,13 +1,11 @@
-"""Descent: momentum → curvature → weight decay → direction, the warm start, and the move along a
-direction.
-"""
+"""Descent: momentum → curvature → weight decay → direction, and the warm start."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,64 +13,15 @@ from torch import Tensor
 from curvlab.curvature.base import Curvature, with_defaults
 from curvlab.curvature.states import REBUILD, check_dtype, check_names, check_shape
 from curvlab.divergence import broken, named
-from curvlab.errors import CurvlabError, Diverged, unknown
+from curvlab.errors import CurvlabError, Diverged
 from curvlab.finite import all_short, waits
-from curvlab.groups import (
-    Ownership,
-    check_momentum,
-    check_weight_decay,
-)
+from curvlab.groups import Ownership, check_weight_decay
+from curvlab.momentum import Momentum, MomentumKind
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_direction
 
-MomentumKind = Literal["add", "average", "corrected"]
-"""m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1
-− βᵏ (Adam).
-"""
-
 Batch = tuple[Tensor, Tensor]
-
-
-class Momentum:
-    """Momentum of the gradient, one buffer a block, starting at zero. β = 0 is the gradient
-    itself.
-    """
-
-    def __init__(self, beta: float, kind: MomentumKind = "add") -> None:
-        check_momentum(beta)
-        if kind not in get_args(MomentumKind):
-            raise unknown("kind of momentum", kind, get_args(MomentumKind))
-        self.beta, self.kind = beta, kind
-        self.buffers: dict[str, Tensor] = {}
-        self.steps = 0
-
-    @property
-    def held(self) -> tuple[dict[str, Tensor], int]:
-        """What `put_back` takes: no number is copied, since none is written over."""
-        return dict(self.buffers), self.steps
-
-    def put_back(self, held: tuple[dict[str, Tensor], int]) -> None:
-        """As it was: a step that came to nothing leaves no trace."""
-        self.buffers, self.steps = dict(held[0]), held[1]
-
-    def __call__(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.steps += 1
-        if self.beta == 0:
-            self.buffers = dict(gradients) if self.buffers else {}  # β may come back: a schedule's
-            return gradients
-        new = 1.0 if self.kind == "add" else 1 - self.beta
-        for name, g in gradients.items():
-            old = self.buffers.get(name)
-            if old is None:
-                self.buffers[name] = g * new
-            elif self.kind == "add":
-                self.buffers[name] = torch.add(g, old, alpha=self.beta)
-            else:
-                self.buffers[name] = old.lerp(g, new)
-        if self.kind != "corrected":
-            return dict(self.buffers)
-        return {name: b / (1 - self.beta**self.steps) for name, b in self.buffers.items()}
 
 
 class Descent:
@@ -411,50 +360,3 @@ def warm_start(
 
 def _absorb(curvature: Curvature, observation: Observation) -> None:
     curvature.absorb(observation)
-
-
-def move(
-    objective: Objective,
-    direction: dict[str, Tensor],
-    lr: Callable[[Tensor], float],
-    where: Tensor | None = None,
-) -> None:
-    """W ← W − α p for every parameter, α = lr(parameter); nothing where the flag `where` is false.
-
-    As under torch's optimizers, a parameter stands still that has been frozen (`requires_grad` is
-    off), and where α is 0.
-    """
-    parameters = objective.parameters
-    with torch.no_grad():
-        for block in objective.blocks:
-            p = (
-                direction[block.name]
-                if where is None
-                else torch.where(where, direction[block.name], 0.0)
-            )
-            for name, d in block.scatter(p).items():
-                rate = rate_of(parameters[name], lr)
-                if rate:
-                    parameters[name].add_(d, alpha=-rate)
-
-
-def displacement(
-    objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]
-) -> dict[str, Tensor]:
-    """{block: −α p}, what `move` adds to its parameters."""
-    parameters, found = objective.parameters, {}
-    for block in objective.blocks:
-        rates = {name: rate_of(parameters[name], lr) for name in block.params}
-        parts = block.scatter(direction[block.name])
-        found[block.name] = block.gather(
-            {
-                name: d * -rates[name] if rates[name] else torch.zeros_like(d)
-                for name, d in parts.items()
-            }
-        )
-    return found
-
-
-def rate_of(parameter: Tensor, lr: Callable[[Tensor], float]) -> float:
-    """α; 0 of what has been frozen."""
-    return lr(parameter) if parameter.requires_grad else 0.0

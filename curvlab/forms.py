@@ -21,11 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvlab.arrangements import ARRANGEMENTS
 from curvlab.autograd import send_back
-from curvlab.capture import Capture
+from curvlab.capture import Capture, Settled
 from curvlab.derivatives import around
 from curvlab.errors import CurvlabError
-from curvlab.functions import ARRANGEMENTS
 from curvlab.layers import Block
 from curvlab.statistics import LayerStatistics
 from curvlab.uses import OVERWRITTEN, Part, UseInput
@@ -71,6 +71,7 @@ class Form:
         direct: of those, the blocks with one use whose rows are the examples.
         precision: the coarsest rounding on the way from the parameters to the outputs (that of
             autocast, or of half types).
+        settled: for `Capture.settle` of the next look.
     """
 
     outputs: int
@@ -80,6 +81,7 @@ class Form:
     plain: frozenset[str]
     direct: frozenset[str]
     precision: float
+    settled: Settled
 
     @property
     def unproven(self) -> dict[str, tuple[int, ...]]:
@@ -204,7 +206,14 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
     )
     ordered = {b.name: ways[b.name] for b in capture.blocks}
     return Form(
-        z[0].numel(), ordered, capture.places(), frozenset(capture.arranged), plain, direct, eps
+        z[0].numel(),
+        ordered,
+        capture.places(),
+        frozenset(capture.arranged),
+        plain,
+        direct,
+        eps,
+        capture.settled(),
     )
 
 
@@ -227,6 +236,7 @@ def unseen(capture: Capture, z: Tensor) -> Form:
         frozenset(capture.arranged),
         none,
         _precision(capture, z),
+        capture.settled(),
     )
 
 

@@ -24,6 +24,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from curvlab.arrangements import ARRANGEMENTS as ARRANGEMENTS
+from curvlab.arrangements import arrangements as arrangements
+from curvlab.reorderings import REORDERING as REORDERING
+from curvlab.reorderings import indexed as indexed
+
 Call = SimpleNamespace
 """The arguments of one call by name: `input`, `weight`, `bias`, and the function's own."""
 
@@ -344,54 +349,6 @@ TRANSPOSITIONS: frozenset[Any] = frozenset(
 """What makes of a matrix the same matrix read in the other direction."""
 
 
-REORDERING: frozenset[Any] = frozenset(
-    {
-        torch.masked_select,
-        Tensor.masked_select,
-        torch.index_select,
-        Tensor.index_select,
-        torch.gather,
-        Tensor.gather,
-        torch.take,
-        Tensor.take,
-        torch.take_along_dim,
-        Tensor.take_along_dim,
-        torch.nonzero,
-        Tensor.nonzero,
-        torch.argsort,
-        Tensor.argsort,
-        torch.sort,
-        Tensor.sort,
-        torch.topk,
-        Tensor.topk,
-        torch.index_add,
-        Tensor.index_add,
-        Tensor.index_add_,
-        torch.scatter,
-        Tensor.scatter,
-        Tensor.scatter_,
-        torch.scatter_add,
-        Tensor.scatter_add,
-        Tensor.scatter_add_,
-        torch.index_put,
-        Tensor.index_put,
-        Tensor.index_put_,
-        torch.randperm,
-    }
-)
-"""Calls by which the data may decide which rows are whose: what one minibatch has shown of them
-says nothing of the next.
-"""
-
-
-def indexed(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call is of `REORDERING`, or takes rows by a tensor's numbers."""
-    if func is not Tensor.__getitem__ and func is not Tensor.__setitem__:
-        return func in REORDERING
-    index = args[1] if isinstance(args[1], tuple | list) else (args[1],)
-    return any(isinstance(i, Tensor | list) for i in index)
-
-
 def _opened(function: Any) -> Callable[..., Any]:
     """A composite function of Python, as torch has it, that goes on into its own calls where a mode
     is told of them.
@@ -410,48 +367,3 @@ COMPOSITE: dict[Callable[..., Any], Callable[..., Any]] = {
 """{function that takes parameters as a whole: the same, taken apart into the calls it is made
 of}
 """
-
-
-def _cut(t: Tensor, axis: int, sizes: tuple[int, int]) -> Tensor:
-    found: Tensor = t.unflatten(axis, sizes)  # type: ignore[no-untyped-call]  # torch has no types there
-    return found
-
-
-def _second(t: Tensor, lead: int, size: int) -> Tensor:
-    return _cut(t, lead + 1, (size, -1)).transpose(lead, lead + 1).flatten(lead + 1, lead + 2)
-
-
-def _last(t: Tensor, lead: int, size: int) -> Tensor:
-    return _cut(t, lead + 1, (-1, size)).movedim(lead + 2, lead).flatten(lead + 1, lead + 2)
-
-
-def _major(t: Tensor, lead: int, size: int) -> Tensor:
-    return _cut(t, lead, (size, -1)).flatten(lead + 1, lead + 2)
-
-
-def _minor(t: Tensor, lead: int, size: int) -> Tensor:
-    return _cut(t, lead, (-1, size)).transpose(lead, lead + 1).flatten(lead + 1, lead + 2)
-
-
-ARRANGEMENTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
-    "first": lambda t, lead, size: t,
-    "major": _major,
-    "minor": _minor,
-    "second": _second,
-    "last": _last,
-}
-"""Where the examples are in [R, P], after `lead` axes, so that [N, T] comes of it: R = N; R = N k,
-examples outside or inside; P = N k or k N, sequence first.
-"""
-
-
-@lru_cache(maxsize=4096)
-def arrangements(rows: int, places: int, size: int) -> tuple[str, ...]:
-    """Those that shapes allow, the usual one first."""
-    if size == 1:
-        return ("first" if rows == 1 else "major",)
-    found = ["first"] if rows == size else []
-    found += ["major", "minor"] if rows % size == 0 and rows > size else []
-    if places and places % size == 0:
-        found += ["second"] + (["last"] if places > size else [])
-    return tuple(found)

@@ -16,22 +16,15 @@ from torch import Tensor
 
 from curvlab.closure import Closure
 from curvlab.derivatives import precise
-from curvlab.descent import (
-    Batch,
-    Descent,
-    Momentum,
-    MomentumKind,
-    displacement,
-    move,
-    of_method,
-    warm_start,
-)
+from curvlab.descent import Batch, Descent, of_method, warm_start
 from curvlab.errors import CurvlabError, Diverged
 from curvlab.finite import late
 from curvlab.groups import OPTIONS, SHARED, check_known, check_options, check_owned, complete
+from curvlab.momentum import Momentum, MomentumKind
 from curvlab.objective import restore, weights
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import Soundness, check_direction
+from curvlab.steps import displacement, move
 
 __all__ = [
     "Batch",

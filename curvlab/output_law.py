@@ -15,14 +15,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, guard_memory, lookup
+from curvlab.errors import CurvlabError, lookup
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, root_of, sample_of
+from curvlab.output_hessian import (
+    OutputLoss,
+    check_convex,
+    guard_hessians,
+    largest_norm,
+    plain,
+    precision_of,
+    root_of_loss,
+)
 
 Root = Callable[[Tensor, Tensor], Tensor]
 """(outputs [N, *C], labels) → columns of S [V, N, *C]."""
@@ -82,7 +90,7 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "
             some = _evenly(len(z), max(2, 4 * _NUMBERS // z[0].numel()), z.device)
             z, y = z[some], y[some]
         try:
-            return _Examined(likelihood, _plain(z), _plain(y)).law()
+            return _Examined(likelihood, plain(z), plain(y)).law()
         except RuntimeError as error:
             if not any(
                 words in str(error)
@@ -126,86 +134,6 @@ def _evenly(n: int, count: int, device: torch.device) -> Tensor:
     return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).round().long().to(device)
 
 
-def _plain(t: Tensor) -> Tensor:
-    """Without a graph, and no inference tensor."""
-    return t.clone() if t.is_inference() else t.detach()
-
-
-class _Look:
-    """The loss of some examples with its graph: `losses` [N], `score` ∂ℓ/∂z [N, *C], and products
-    with ∂²ℓ/∂z².
-    """
-
-    def __init__(
-        self, likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor, *, twice: bool = True
-    ) -> None:
-        name = type(likelihood).__name__
-        self.z = z.detach().requires_grad_()
-        self.losses = likelihood.loss(self.z, y)
-        shape = (
-            tuple(self.losses.shape)
-            if isinstance(self.losses, Tensor)
-            else type(self.losses).__name__
-        )
-        if shape != (len(z),):
-            raise CurvlabError(
-                f"the loss of {name} for {len(z)} example{'s' if len(z) > 1 else ''} has shape"
-                f" {shape}, not ({len(z)},): return one number an example, the sum over its outputs"
-                ' and places (reduction="none", then .flatten(1).sum(1))'
-            )
-        # Along ones that want a gradient: what can be differentiated only once then leaves a mark,
-        # see `once`.
-        ones = torch.ones(len(z), dtype=self.losses.dtype, device=z.device)
-        self.score = self.back(self.losses, ones.requires_grad_(twice), create_graph=twice)
-
-    def back(self, of: Tensor, v: Tensor | None = None, **how: bool) -> Float[Tensor, "N *C"]:
-        """Gradient in the outputs of a number, or along v; zero where there is no graph."""
-        found = (
-            torch.autograd.grad(of, self.z, v, allow_unused=True, **how)[0]
-            if of.requires_grad
-            else None
-        )
-        return torch.zeros_like(self.z) if found is None else found
-
-    def times(self, v: Float[Tensor, "N *C"]) -> Float[Tensor, "N *C"]:
-        """∂²ℓ/∂z² v of each example; zero where the loss is linear."""
-        return self.back(self.score, v, retain_graph=True)
-
-    def once(self) -> bool:
-        """Whether some part of the loss can be differentiated only once: it would read as
-        linear.
-        """
-        seen, ahead = set[Any](), [self.score.grad_fn]
-        while ahead:
-            node = ahead.pop()
-            if node is not None and node not in seen:
-                if node.name() == "torch::autograd::Error":
-                    return True
-                seen.add(node)
-                ahead += [following for following, _ in node.next_functions]
-        return False
-
-    def hessian(self) -> Float[Tensor, "N C C"]:
-        """∂²ℓ/∂z², in float32 at least; one unit vector after another, all examples together."""
-        n, c = len(self.z), self.z[0].numel()
-        rows = []
-        for i in range(c):
-            unit = torch.zeros(n, c, dtype=self.z.dtype, device=self.z.device)
-            unit[:, i] = 1
-            rows.append(self.times(unit.reshape(self.z.shape)).reshape(n, c))
-        found = torch.stack(rows, 1)
-        return (found + found.mT).to(torch.promote_types(found.dtype, torch.float32)) / 2
-
-
-def _largest(each: Float[Tensor, "N *C"]) -> float:
-    """The largest norm of one example."""
-    return float(each.reshape(len(each), -1).norm(dim=1).max())
-
-
-def _precision(z: Tensor) -> float:
-    return float(torch.finfo(z.dtype).eps)
-
-
 class _Examined:
     """One likelihood at some outputs and labels, and what its loss says there."""
 
@@ -213,7 +141,7 @@ class _Examined:
         self.likelihood, self.z, self.y = likelihood, z, y
         self.name, self.outputs = type(likelihood).__name__, z[0].numel()
         self.generator = torch.Generator(z.device).manual_seed(0)
-        self.look = _Look(likelihood, z, y)
+        self.look = OutputLoss(likelihood, z, y)
         if not self.look.losses.requires_grad:
             raise CurvlabError(
                 f"autograd finds no way from the loss of {self.name} to the outputs: compute it"
@@ -232,7 +160,9 @@ class _Examined:
         self.calm = z / z.abs().reshape(len(z), -1).amax(1).clamp_min(1).reshape(
             -1, *[1] * (z.ndim - 1)
         )
-        self.floor = 64 * _precision(z) * max(_finite(_largest(self.products[0])), self._usual())
+        self.floor = (
+            64 * precision_of(z) * max(_finite(largest_norm(self.products[0])), self._usual())
+        )
 
     def _check_alone(self) -> None:
         """Raises CurvlabError where an example's loss depends on the others: on their outputs,
@@ -242,10 +172,12 @@ class _Examined:
         if n == 1:
             return
         slope = self.look.back(self.look.losses[0], retain_graph=True)[1:]
-        near = _precision(self.z) ** 0.5 * float(losses.abs().max())
+        near = precision_of(self.z) ** 0.5 * float(losses.abs().max())
         apart = bool((slope != 0).any() & slope.isfinite().all())
         for some in (slice(0, 1), slice(n - 1, n), slice(0, n // 2)):
-            alone = _Look(self.likelihood, self.z[some], self.y[some], twice=False).losses.detach()
+            alone = OutputLoss(
+                self.likelihood, self.z[some], self.y[some], twice=False
+            ).losses.detach()
             apart |= bool(((alone - losses[some]).abs() > near).any())
         if apart:
             raise CurvlabError(
@@ -257,7 +189,9 @@ class _Examined:
     def _usual(self) -> float:
         try:
             return _finite(
-                _largest(_Look(self.likelihood, self.calm, self.y).times(self.directions[0]))
+                largest_norm(
+                    OutputLoss(self.likelihood, self.calm, self.y).times(self.directions[0])
+                )
             )
         except (ValueError, RuntimeError):  # outputs that this loss does not take
             return 0.0
@@ -270,7 +204,7 @@ class _Examined:
     def _root(self) -> tuple[Root | None, str]:
         """(S, what was found of the likelihood's own)."""
         try:
-            _guard(self.z[:1], self.name)
+            guard_hessians(self.z[:1], self.name)
             off = self._off()
         except NotImplementedError:
             return self._derived(f"{self.name} has no root")
@@ -304,19 +238,19 @@ class _Examined:
             )
         apart, *sizes = torch.stack(norms).amax(0).tolist()
         size = max(*sizes, self.floor)
-        if apart <= _precision(self.z) ** 0.5 * size + self.floor:  # not so where there is a NaN
+        if apart <= precision_of(self.z) ** 0.5 * size + self.floor:  # not so where there is a NaN
             return None
         return f"is off ∂²ℓ/∂z² by a relative {_over(apart, size)}"
 
     def _derived(self, found: str) -> tuple[Root | None, str]:
         """S of the loss's own Hessian, where that has one."""
         try:
-            _guard(self.z, self.name)
-            _check_convex(self.look.hessian(), self.floor, self.name, _precision(self.z))
+            guard_hessians(self.z, self.name)
+            check_convex(self.look.hessian(), self.floor, self.name, precision_of(self.z))
         except CurvlabError as error:
             return None, f"{found}, and {error}"
         return (
-            partial(_root_of_loss, self.likelihood, self.floor),
+            partial(root_of_loss, self.likelihood, self.floor),
             f"{found}: it is taken from the loss itself",
         )
 
@@ -329,7 +263,7 @@ class _Examined:
             return f"{self.name} has no sample"
         found = []
         try:
-            there = _Look(self.likelihood, self.z, drawn)
+            there = OutputLoss(self.likelihood, self.z, drawn)
         except (ValueError, RuntimeError, IndexError) as error:
             return (
                 f"the loss of {self.name} does not take labels drawn by its sample"
@@ -338,9 +272,9 @@ class _Examined:
         products = torch.stack([there.times(v) for v in self.directions])
         if not bool(products.isfinite().all()):
             return f"the loss of {self.name} is not finite at labels drawn by its sample"
-        apart = _largest((products - self.products).flatten(0, 1))
-        size = max(_largest(products.flatten(0, 1)), _largest(self.products.flatten(0, 1)))
-        near = max(_precision(self.z) ** 0.5, 1e-6)
+        apart = largest_norm((products - self.products).flatten(0, 1))
+        size = max(largest_norm(products.flatten(0, 1)), largest_norm(self.products.flatten(0, 1)))
+        near = max(precision_of(self.z) ** 0.5, 1e-6)
         if not apart <= near * size + self.floor:
             found.append(
                 f"∂²ℓ/∂z² of {self.name} at drawn labels is off that at the data's by a relative"
@@ -390,8 +324,10 @@ class _Examined:
         size = (
             square.square().sum((0, 1)) / square.sum((0, 1)).clamp_min(torch.finfo(dtype).tiny)
         ).sqrt()  # of a rare score
-        near = max(_precision(self.z) ** 0.5, 1e-6) * float(hessian.abs().max()) + self.floor
-        far = mean.abs() - _UNSEEN / m * size - max(_precision(self.z) ** 0.5, 1e-6) * t.abs().max()
+        near = max(precision_of(self.z) ** 0.5, 1e-6) * float(hessian.abs().max()) + self.floor
+        far = (
+            mean.abs() - _UNSEEN / m * size - max(precision_of(self.z) ** 0.5, 1e-6) * t.abs().max()
+        )
         if bool((far > _ERRORS * error).any()):
             at = int((far / error.clamp_min(torch.finfo(dtype).tiny)).argmax())
             return (
@@ -419,8 +355,8 @@ class _Examined:
         with torch.no_grad():
             many, labels = z.repeat_interleave(m, 0), y.repeat_interleave(m, 0)
             drawn = sample_of(self.likelihood, many, self.generator, labels)
-        score = _Look(self.likelihood, many, drawn, twice=False).score.reshape(r, m, c)
-        look = _Look(self.likelihood, z.repeat_interleave(k, 0), y.repeat_interleave(k, 0))
+        score = OutputLoss(self.likelihood, many, drawn, twice=False).score.reshape(r, m, c)
+        look = OutputLoss(self.likelihood, z.repeat_interleave(k, 0), y.repeat_interleave(k, 0))
         product = look.times(directions.T.repeat(r, 1).reshape(r * k, *z.shape[1:])).reshape(
             r, k, c
         )
@@ -438,59 +374,3 @@ def _finite(value: float) -> float:
 def _errors(apart: Tensor, error: Tensor) -> str:
     count = float(apart.abs() / error) if float(error) else float("inf")
     return f"{count:.0f} standard errors" if count < 1e4 else "over 10000 standard errors"
-
-
-def _guard(z: Float[Tensor, "N *C"], name: str) -> None:
-    """Of the Hessians in these outputs, their eigenvectors and their roots."""
-    outputs = z[0].numel()
-    guard_memory(
-        3 * outputs * z.numel() * max(4, z.element_size()),
-        f"the output Hessian of {name} ({outputs} outputs in each of {len(z)} examples)",
-        'take route="func" or `product`',
-    )
-
-
-def _check_convex(
-    hessian: Float[Tensor, "N C C"], floor: float, name: str, precision: float
-) -> None:
-    """Raises CurvlabError where an eigenvalue lies further below 0 than rounding explains."""
-    remedy = 'take route="func" or `product`'
-    if not bool(hessian.isfinite().all()):
-        raise CurvlabError(
-            f"∂²ℓ/∂z² of {name} contains NaN or Inf, so that there is no root: {remedy}"
-        )
-    least = (
-        -max(1e-6, precision**0.5) * _largest(hessian)
-        - floor
-        - float(torch.finfo(hessian.dtype).tiny)
-    )
-    shifted = hessian - least * torch.eye(
-        hessian.shape[1], dtype=hessian.dtype, device=hessian.device
-    )
-    if bool(torch.linalg.cholesky_ex(shifted).info.any()):
-        values = torch.linalg.eigvalsh(hessian)
-        raise CurvlabError(
-            f"the loss of {name} is not convex in the outputs (eigenvalues of ∂²ℓ/∂z² from"
-            f" {float(values.min()):.2g} to {float(values.max()):.2g}), so that there is no root:"
-            f" {remedy}"
-        )
-
-
-def _root_of_loss(
-    likelihood: Likelihood, floor: float, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]
-) -> Float[Tensor, "V N *C"]:
-    """The symmetric root of ∂²ℓ/∂z² of each example, V = C. Raises CurvlabError where there is
-    none, or not the memory.
-    """
-    name = type(likelihood).__name__
-    _guard(z, name)
-    with torch.inference_mode(False), torch.enable_grad():
-        hessian = _Look(likelihood, _plain(z), _plain(y)).hessian()
-    _check_convex(hessian, floor, name, _precision(z))
-    # in single precision NaN where entries are subnormal, on some CPUs
-    values, vectors = torch.linalg.eigh(hessian.double())
-    rounding = torch.finfo(hessian.dtype).eps * hessian.shape[1] ** 0.5 * values[:, -1:]
-    # else its root, a half as many digits, stands where there is none
-    values = torch.where(values > rounding, values, 0)
-    root: Tensor = (vectors * values.sqrt()[:, None]) @ vectors.mT
-    return root.transpose(0, 1).reshape(-1, *z.shape).to(z.dtype)

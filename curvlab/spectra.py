@@ -1,11 +1,9 @@
 """Spectra of the Hessian and its kin, block by block: every eigenvalue, or a density and both ends
 by Lanczos.
 
-The grid of `density` is the same in every log. Bins are tenths of a decade of |λ|, from 10⁻¹² to
-10⁸, on either side of one bin for all of |λ| < 10⁻¹²; the outermost two also count what lies beyond
-them.
+The spectrum of one matrix, and the grid of `density`, are of `curvlab.densities`.
 
-Legend: D order of a block, P bins.
+Legend: D order of a block.
 """
 
 from __future__ import annotations
@@ -17,26 +15,24 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
-from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
 from curvlab import exact
+from curvlab.densities import EDGES as EDGES
+from curvlab.densities import Spectrum as Spectrum
+from curvlab.densities import eigenvalues as eigenvalues
+from curvlab.densities import of_matrix as of_matrix
+from curvlab.densities import of_products as of_products
+from curvlab.densities import tolerance as tolerance
 from curvlab.derivatives import derivatives
 from curvlab.errors import MOST_STEPS, CurvlabError, guard_memory, lookup, several, unknown, whole
 from curvlab.exact.batches import Batches, Loader, check_kind
 from curvlab.fingerprint import Unchanging
-from curvlab.linalg.krylov import lanczos
-from curvlab.linalg.operators import Dense, Operator
-from curvlab.linalg.traces import average, gaussian
+from curvlab.linalg.operators import Dense
 from curvlab.logs.log import Log, Record
 from curvlab.objective import Objective
 from curvlab.system.progress import progress_bar
-
-_MAGNITUDES = 10.0 ** (np.arange(-120, 81) / 10)
-EDGES: NDArray[np.float64] = np.concatenate([-_MAGNITUDES[::-1], _MAGNITUDES])
-"""[P + 1] edges of the bins, ascending: bin p counts EDGES[p] ≤ λ < EDGES[p + 1]."""
 
 ALL, WHOLE = "all", "whole"
 """In place of the names of blocks: every block; the matrix of all parameters."""
@@ -103,96 +99,6 @@ METHODS: dict[str, str] = {
     "lanczos": "density by stochastic Lanczos quadrature, ends by Lanczos",
 }
 """{method: what it is}"""
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """What the log holds of one matrix; pairs are (value, error)."""
-
-    density: Float[NDArray[np.float64], " P"]
-    lowest: tuple[float, float]
-    highest: tuple[float, float]
-    trace: tuple[float, float]
-    negative: tuple[float, float]
-    unresolved: float = 0.0
-    eigenvalues: Float[NDArray[np.float64], " D"] | None = None
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Of −λ / max |λ|, above which an eigenvalue counts as negative: 1e-10, or 100 times the
-    rounding error if that is more.
-    """
-    return max(1e-10, 100 * torch.finfo(dtype).eps)
-
-
-def eigenvalues(matrix: Dense) -> Float[Tensor, " D"]:
-    """All eigenvalues, ascending. Rows (and columns) that are entirely zero are left out and their
-    zeros put back: exact.
-    """
-    m = matrix.matrix
-    active = (m != 0).any(1).nonzero()[:, 0]
-    if len(active) == len(m):
-        return matrix.eigvalsh()
-    found = Dense(m[active[:, None], active]).eigvalsh()
-    return torch.cat([found, found.new_zeros(len(m) - len(active))]).sort().values
-
-
-def of_matrix(matrix: Dense) -> Spectrum:
-    """From every eigenvalue."""
-    found: NDArray[np.float64] = eigenvalues(matrix).double().cpu().numpy()
-    below = found < -tolerance(matrix.matrix.dtype) * np.abs(found).max()
-    lowest, highest, trace, negative = (
-        (float(v), 0.0) for v in (found[0], found[-1], found.sum(), below.mean())
-    )
-    return Spectrum(
-        _binned(found, np.full(len(found), 1 / len(found))),
-        lowest,
-        highest,
-        trace,
-        negative,
-        eigenvalues=found,
-    )
-
-
-def of_products(
-    operator: Operator, dtype: torch.dtype, draws: int, steps: int, generator: torch.Generator
-) -> Spectrum:
-    """By stochastic Lanczos quadrature (`krylov.density`): `draws` runs of `steps` products each.
-
-    A Ritz value whose residual is longer than its magnitude cannot be told from 0, and is counted
-    there. The ends are the outermost Ritz values of all runs, each with its residual; the other
-    errors are standard errors over the draws. What cannot be told from 0 may all be negative:
-    `negative` may be too small by `unresolved`, which its error therefore contains.
-    """
-    runs = [
-        lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps).ritz()
-        for _ in range(draws)
-    ]
-    lowest = min((float(theta[0]), float(residual[0])) for theta, residual, _ in runs)
-    highest = max((float(theta[-1]), float(residual[-1])) for theta, residual, _ in runs)
-    bound = -tolerance(dtype) * max(abs(lowest[0]), abs(highest[0]))
-    histogram, samples = np.zeros(len(EDGES) - 1), []
-    for theta, residual, s in runs:
-        weight, near = s[0].square(), residual > theta.abs()
-        below = (theta < bound) & ~near
-        samples.append(
-            torch.stack([weight @ theta, weight @ below.to(dtype), weight @ near.to(dtype)])
-        )
-        nodes = theta.where(~near, 0).double().cpu().numpy()
-        histogram += _binned(nodes, weight.double().cpu().numpy()) / draws
-    found = average(torch.stack(samples), draws * steps)
-    (trace, negative, unresolved), (trace_error, negative_error, _) = (
-        found.value.tolist(),
-        found.error.tolist(),
-    )
-    total = len(operator) * trace, len(operator) * trace_error
-    return Spectrum(
-        histogram, lowest, highest, total, (negative, negative_error + unresolved), unresolved
-    )
-
-
-def _binned(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.bincount(np.digitize(values, EDGES[1:-1]), weights, len(EDGES) - 1).astype(np.float64)
 
 
 @dataclass(frozen=True)

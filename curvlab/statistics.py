@@ -119,6 +119,8 @@ class LayerStatistics:
     ) -> Tensor:
         """Of all uses, place after place."""
         parts = self.parts
+        if len(parts) == 1 and not parts[0].swapped:
+            return of(parts[0])
         if any(p.swapped for p in parts) and self._vectors > 1:
             raise CurvlabError(
                 f"{self.block} is read in both directions, so that its inputs differ from vector to"

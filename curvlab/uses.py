@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from curvlab.arrangements import ARRANGEMENTS
 from curvlab.errors import CurvlabError
-from curvlab.functions import ARRANGEMENTS, Call, Rule, extent
+from curvlab.functions import Call, Rule, extent
 from curvlab.layers import Block
 from curvlab.lazy import cached_property
 from curvlab.linalg.padded_products import product, room, second_moment

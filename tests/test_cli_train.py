@@ -27,7 +27,7 @@ from test_train import same_log
 from torch import nn
 
 import curvlab as cl
-from curvlab.cli.train import _options
+from curvlab.cli.assignments import assigned
 from curvlab.datasets import DATASETS, CropAndFlip, Dataset, Entry
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
@@ -517,7 +517,7 @@ def test_none_is_a_word_where_one_is_wanted(algorithm: str, own: dict[str, str])
     """What the command line reads as None: a choice of that name, or no number."""
     objective = cl.Objective(nn.Linear(3, 2), cl.likelihoods.Categorical())
     made = cl.approximation(
-        algorithm, objective, **_options([f"{k}={v}" for k, v in own.items()], "--set")
+        algorithm, objective, **assigned([f"{k}={v}" for k, v in own.items()], "--set")
     )
     found = made.blocks["1"] if algorithm == "k-bfgs" else made
     assert {name: getattr(found, name) for name in own} == own | (

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS, descent
 from curvlab.closure import Closure
-from curvlab.curvature.base import check_moments
 from curvlab.curvature.hessian_free import HessianFree
+from curvlab.curvature.moments import check_moments
 from curvlab.datasets import Dataset
 from curvlab.divergence import Naming, broken, named, of_numbers
 from curvlab.errors import CurvlabError, Diverged

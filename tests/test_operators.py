@@ -18,6 +18,7 @@ from scipy.sparse import linalg as scipy_linalg
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.linalg import operator_states
 from curvlab.linalg import operators as ops
 from curvlab.linalg.damped import Damped
 from curvlab.linalg.direct_sum import ColumnSum, DirectSum
@@ -254,7 +255,7 @@ def leaves(value: Any) -> list[Any]:
 
 def test_table_has_every_kind() -> None:
     found = {type(build()[0]).__name__ for build in OPERATORS.values()}
-    assert found == set(ops._KINDS) - {"Rows", "LayerRows", "Beside", "Memory"}
+    assert found == set(operator_states._KINDS) - {"Rows", "LayerRows", "Beside", "Memory"}
 
 
 @every

@@ -35,7 +35,7 @@ from curvlab.models import MODELS
 from curvlab.show import drawable, figures
 from curvlab.system import atomic, interrupt
 from curvlab.system.interrupt import LISTENER, SIGNALS, Interrupted
-from curvlab.training import checkpoint, loop
+from curvlab.training import checkpoint, evaluation, loop
 
 RUN = [
     "train",
@@ -224,8 +224,8 @@ EARLY: dict[str, tuple[object, str, int]] = {
     "model and data, first of all": (models, "find", 1),
     "data": (datasets, "load", 1),
     "model": (models.Entry, "made", 1),
-    "epoch 0, training examples": (loop, "evaluate", 1),
-    "epoch 0, test examples": (loop, "evaluate", 2),
+    "epoch 0, training examples": (evaluation, "evaluate", 1),
+    "epoch 0, test examples": (evaluation, "evaluate", 2),
     "warm start": (loop.Training, "_begin", 1),
     "warm start, its second minibatch": (cl.Objective, "closure", 2),
 }
@@ -245,8 +245,8 @@ def test_a_signal_before_the_first_record_leaves_nothing(
 
 
 LATER: dict[str, tuple[object, str, int, int]] = {
-    "evaluation, epoch 1": (loop, "evaluate", 3, 4),
-    "evaluation, epoch 2, test examples": (loop, "evaluate", 6, 8),
+    "evaluation, epoch 1": (evaluation, "evaluate", 3, 4),
+    "evaluation, epoch 2, test examples": (evaluation, "evaluate", 6, 8),
     "the record of an epoch": (loop.Training, "_record", 2, 4),
     "a checkpoint": (checkpoint.torch, "save", 2, 4),
     "a checkpoint, before it is in place": (os, "replace", 3, 4),

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from curvlab.linalg.bfgs import MU1
+from curvlab.linalg.pair_damping import MU1
 from curvlab.reproduction import Comparison, Extent, Method, Report, Script, load, main
 
 PROBLEMS = ["MNIST", "FACES", "CURVES"]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from curvlab.cli.options import Data, Device, Dtype, Model, Verbose, out
 from curvlab.cli.terminal import (
     DIVERGED,
     check_output,
@@ -26,16 +27,8 @@ Option = typer.Option
 
 
 def compare(
-    model: Annotated[
-        str,
-        Option(
-            help="Network, of `curvlab list models`, or module:function of yours.",
-            rich_help_panel="Problem",
-        ),
-    ],
-    data: Annotated[
-        str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")
-    ] = None,
+    model: Model,
+    data: Data = None,
     reference: Annotated[
         str,
         Option(
@@ -93,13 +86,8 @@ def compare(
     seeds: Annotated[
         int, Option(help="Repeat with so many seeds, from --seed on.", rich_help_panel="Length")
     ] = 1,
-    device: Annotated[
-        str,
-        Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine"),
-    ] = "auto",
-    dtype: Annotated[
-        str, Option(help="float32 or float64.", rich_help_panel="Machine")
-    ] = "float32",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     log_every: Annotated[int, Option(help="Steps between records.", rich_help_panel="Output")] = 1,
     probe: Annotated[
         list[str] | None,
@@ -109,24 +97,8 @@ def compare(
             rich_help_panel="Output",
         ),
     ] = None,
-    verbose: Annotated[
-        bool,
-        Option(
-            "--verbose",
-            "-v",
-            help="Print which way each block goes, and why (`objective.check`).",
-            rich_help_panel="Output",
-        ),
-    ] = False,
-    out_folder: Annotated[
-        Path | None,
-        Option(
-            "--out",
-            metavar="FOLDER",
-            help="Gets run.h5, cosine.png, cosine.svg; a fresh one under runs/ by default.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
+    verbose: Verbose = False,
+    out_folder: Annotated[Path | None, out("run.h5, cosine.png, cosine.svg")] = None,
 ) -> None:
     """Follow one algorithm and compare every other's direction with it: cosines by layer (thesis
     Figure 4.1).
@@ -140,8 +112,8 @@ def compare(
     call = {k: v for k, v in ({"command": "compare"} | dict(locals())).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
     from curvlab import comparison_run
+    from curvlab.comparison_settings import CompareSettings
     from curvlab.problem import Problem
-    from curvlab.runs import CompareSettings
     from curvlab.system.memory import keep_freed_memory
 
     settings = CompareSettings(

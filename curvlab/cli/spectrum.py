@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from curvlab.cli.options import Data, Device, Dtype, Model, Verbose, out
 from curvlab.cli.terminal import (
     check_output,
     err,
@@ -23,16 +24,8 @@ Option = typer.Option
 
 
 def spectrum(
-    model: Annotated[
-        str,
-        Option(
-            help="Network, of `curvlab list models`, or module:function of yours.",
-            rich_help_panel="Problem",
-        ),
-    ],
-    data: Annotated[
-        str | None, Option(help="Data set; the model's own by default.", rich_help_panel="Problem")
-    ] = None,
+    model: Model,
+    data: Data = None,
     samples: Annotated[
         int,
         Option(
@@ -95,31 +88,10 @@ def spectrum(
         int,
         Option(help="Of weights, batches, sampled labels and Lanczos.", rich_help_panel="Training"),
     ] = 0,
-    device: Annotated[
-        str,
-        Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel="Machine"),
-    ] = "auto",
-    dtype: Annotated[
-        str, Option(help="float32 or float64.", rich_help_panel="Machine")
-    ] = "float64",
-    verbose: Annotated[
-        bool,
-        Option(
-            "--verbose",
-            "-v",
-            help="Print which way each block goes, and why (`objective.check`).",
-            rich_help_panel="Output",
-        ),
-    ] = False,
-    out_folder: Annotated[
-        Path | None,
-        Option(
-            "--out",
-            metavar="FOLDER",
-            help="Gets run.h5, spectrum.png, spectrum.svg; a fresh one under runs/ by default.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float64",
+    verbose: Verbose = False,
+    out_folder: Annotated[Path | None, out("run.h5, spectrum.png, spectrum.svg")] = None,
 ) -> None:
     """Train, and log the eigenvalues of each layer's Hessian and Gauss-Newton block along the
     way.

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from curvlab.cli.assignments import assigned
+from curvlab.cli.going_on import free_for_training, gone_on, say_anew
+from curvlab.cli.options import OUTPUT, PROBLEM, Data, Device, Dtype, Verbose, out
 from curvlab.cli.terminal import (
     DIVERGED,
     check_output,
     err,
     finish,
     folder_for,
-    free,
     says_what_is_saved,
     writing,
 )
-from curvlab.errors import CurvlabError, shown
+from curvlab.errors import CurvlabError
 from curvlab.system import paths
 from curvlab.system.escape import for_rich
 
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
 
 Option = typer.Option
 
-_PROBLEM, _METHOD, _RATE, _LENGTH = "Problem", "Method", "Learning rate", "Length"
-_EVALUATION, _MACHINE, _OUTPUT = "Evaluation", "Machine", "Output"
+_METHOD, _RATE, _LENGTH, _EVALUATION = "Method", "Learning rate", "Length", "Evaluation"
 
 
 def train(
@@ -42,17 +43,15 @@ def train(
                 "Network, of `curvlab list models`, or module:function of yours. Required, unless"
                 " --resume."
             ),
-            rich_help_panel=_PROBLEM,
+            rich_help_panel=PROBLEM,
         ),
     ] = None,
-    data: Annotated[
-        str | None, Option(help="Data set; the model's own by default.", rich_help_panel=_PROBLEM)
-    ] = None,
+    data: Data = None,
     batch_size: Annotated[
         int,
         Option(
             help="Examples in a minibatch (thesis: 1000 for autoencoders, 128 for CNNs).",
-            rich_help_panel=_PROBLEM,
+            rich_help_panel=PROBLEM,
         ),
     ] = 1000,
     augment: Annotated[
@@ -60,11 +59,11 @@ def train(
         Option(
             "--augment/--no-augment",
             help="Random crops and flips, where the data set has them (thesis 4.7.2).",
-            rich_help_panel=_PROBLEM,
+            rich_help_panel=PROBLEM,
         ),
     ] = True,
     seed: Annotated[
-        int, Option(help="Of weights, batches, sampled labels, dropout.", rich_help_panel=_PROBLEM)
+        int, Option(help="Of weights, batches, sampled labels, dropout.", rich_help_panel=PROBLEM)
     ] = 0,
     algorithm: Annotated[
         str, Option(help="Of `curvlab list algorithms`.", rich_help_panel=_METHOD)
@@ -239,29 +238,11 @@ def train(
             rich_help_panel=_EVALUATION,
         ),
     ] = None,
-    device: Annotated[
-        str,
-        Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel=_MACHINE),
-    ] = "auto",
-    dtype: Annotated[str, Option(help="float32 or float64.", rich_help_panel=_MACHINE)] = "float32",
-    verbose: Annotated[
-        bool,
-        Option(
-            "--verbose",
-            "-v",
-            help="Print which way each block goes, and why (`objective.check`).",
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    verbose: Verbose = False,
     out_folder: Annotated[
-        Path | None,
-        Option(
-            "--out",
-            metavar="FOLDER",
-            help="Gets run.h5, checkpoint.pt, training.png, training.svg; a fresh one under "
-            "runs/ by default.",
-            rich_help_panel=_OUTPUT,
-        ),
+        Path | None, out("run.h5, checkpoint.pt, training.png, training.svg")
     ] = None,
     resume: Annotated[
         bool,
@@ -272,14 +253,14 @@ def train(
                 " may be asked "
                 "for."
             ),
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     checkpoint_seconds: Annotated[
         float,
         Option(
             help="Between checkpoints within an epoch; there is one after every epoch.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = 60.0,
 ) -> None:
@@ -308,8 +289,8 @@ def train(
         if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"
     }
     given |= {
-        "own": _options(own, "--set"),
-        "schedule_options": _options(schedule_own, "--schedule-set"),
+        "own": assigned(own, "--set"),
+        "schedule_options": assigned(schedule_own, "--schedule-set"),
         "warm": warm_start,
     }
     if model is not None:
@@ -325,10 +306,10 @@ def train(
         if out_folder.is_dir():
             context.with_resource(writing(out_folder, lambda folder: None))
         if stepless(out_folder):
-            _say_anew(out_folder, model)
+            say_anew(out_folder, model)
         else:
             state = checkpoint.load(out_folder / checkpoint.FILE)
-            given |= _gone_on(state, {k: given[k] for k in said}, out_folder)
+            given |= gone_on(state, {k: given[k] for k in said}, out_folder)
             where = device_of(given["device"])
             if where.type != "cpu":
                 state = checkpoint.load(out_folder / checkpoint.FILE, where)
@@ -344,7 +325,7 @@ def train(
         code = f" --model {given['model']}" if ":" in given["model"] else ""
         going_on = f"; go on with: curvlab train --resume{code} --out {shlex.quote(str(folder))}"
         with (
-            nullcontext() if resume else writing(folder, _free),
+            nullcontext() if resume else writing(folder, free_for_training),
             says_what_is_saved(folder / "run.h5", going_on),
         ):
             run = run_named(training, err)
@@ -358,44 +339,6 @@ def train(
     if run.stopped:
         err.print(for_rich(f"curvlab: {run.stopped} ({folder / checkpoint.FILE})"))
         raise typer.Exit(DIVERGED)
-
-
-def _free(folder: Path) -> None:
-    """As `free`, and free too where a run was killed before it had anything to go on with."""
-    from curvlab.training.begun import stepless
-
-    if stepless(folder):
-        _say_anew(folder, "")
-    else:
-        free(folder)
-
-
-def _say_anew(folder: Path, model: str | None) -> None:
-    """Raises CurvlabError where the command line does not say what to run."""
-    from curvlab.training.begun import anew
-
-    if model is None:
-        raise CurvlabError(
-            f"{anew(folder)} once the command says what to run: give --model and the options of"
-            " the run"
-        )
-    err.print(for_rich(f"curvlab: {anew(folder)}"))
-
-
-def _gone_on(state: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Arguments of a run that goes on. Raises CurvlabError where its checkpoint names code that the
-    command line does not.
-    """
-    from curvlab.training.run import resumed
-
-    found = resumed(state, given)
-    name = found.get("model", "")
-    if ":" in name and "model" not in given:
-        raise CurvlabError(
-            f"the model '{name}' is code, and no file decides what code runs: say it too, as in "
-            f"curvlab train --resume --model {name} --out {folder}"
-        )
-    return found
 
 
 def _named(given: Mapping[str, Any]) -> NamedTraining:
@@ -412,31 +355,3 @@ def _named(given: Mapping[str, Any]) -> NamedTraining:
         "problem": Problem(**those(Problem)),
     }
     return NamedTraining(**those(NamedTraining) | parts)
-
-
-def _options(words: list[str] | None, option: str) -> dict[str, Any]:
-    """NAME=VALUE, each value a number, true, false or none where it reads as one, or several
-    numbers with commas between.
-    """
-    found = {}
-    for word in words or []:
-        name, equals, value = word.partition("=")
-        if not name or not equals:
-            raise CurvlabError(f"{option} takes NAME=VALUE, not {shown(word)}")
-        found[name.strip().replace("-", "_")] = _value(value.strip())
-    return found
-
-
-def _value(text: str) -> Any:
-    if "," in text:
-        several = [_value(part.strip()) for part in text.split(",") if part.strip()]
-        return text if any(isinstance(part, str | None) for part in several) else several
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -9,19 +9,18 @@ package inherits and overrides them; one of a user's own need not: `block_with_d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, Diverged, real
-from curvlab.finite import all_finite, all_short, waits
-from curvlab.linalg.bfgs import Matrix, Pair
+from curvlab.errors import CurvlabError, real
 from curvlab.linalg.block_bfgs import BlockUpdate
 from curvlab.linalg.bounds import Bounds
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator, identity_like
+from curvlab.linalg.pairs import Matrix, Pair
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.statistics import LayerStatistics, Reads
 
@@ -337,43 +336,8 @@ def check_algorithm(state: Mapping[str, Any], name: str) -> None:
 
 def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
     """Return old · (1 − weight) + new · weight; a copy of the new one at first. What is not finite
-    would stay: `check_moments`."""
+    would stay: `moments.check_moments`."""
     return new.clone() if old is None else old.lerp(new, weight)
-
-
-def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
-    """Of (block's name, second moment's name, itself): raises Diverged for the first not finite.
-
-    So no average takes it up. The trace is looked at: no entry of a second moment exceeds its
-    diagonal, which is positive. On a GPU, which would have to wait, `refresh` sees it.
-    """
-    found = list(moments)
-    if not found or waits(found[0][2]):
-        return
-    if math.isfinite(sum([m.trace().item() for _, _, m in found])):
-        return
-    for block, name, m in found:
-        if not all_finite(m.diagonal()):  # the trace overflows earlier
-            error = Diverged(
-                f"{name} contains NaN or Inf: lower the learning rate or raise the damping"
-            )
-            error.block = block
-            raise error
-
-
-def check_squared(gradients: Mapping[str, Tensor]) -> None:
-    """Of {block: what a second moment is made of}: raises Diverged for the first whose squares are
-    not finite. As above."""
-    if not gradients or waits(next(iter(gradients.values()))) or all_short(gradients.values()):
-        return
-    for block, g in gradients.items():
-        if not all_short([g]):
-            error = Diverged(
-                "the gradient that its statistics are made of contains NaN or Inf, or its squares"
-                " overflow"
-            )
-            error.block = block
-            raise error
 
 
 class IdentityBlock(BlockDefaults):

@@ -23,13 +23,13 @@ from curvlab.curvature.base import (
     block_with_defaults,
     check_algorithm,
     check_damping,
-    check_moments,
-    check_squared,
 )
+from curvlab.curvature.block_states import checked, cloned, put_back, states_of
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_at
+from curvlab.curvature.moments import check_moments, check_squared
+from curvlab.curvature.preconditioning import preconditioned
 from curvlab.curvature.settings import CurvatureSettings
-from curvlab.curvature.states import check_memory, check_names, check_operator, dtype_of
 from curvlab.derivatives import precise
 from curvlab.divergence import Naming, named
 from curvlab.errors import CurvlabError, Diverged, unknown, warn
@@ -345,52 +345,17 @@ class BlockDiagonal(CurvatureDefaults):
         Returns:
             The same keys and shapes.
         """
-        inverse = self.inverse
-        if all(name in inverse for name in grads):
-            for name, g in grads.items():
-                if tuple(g.shape) != self._partition[name].shape:
-                    wanted = list(self._partition[name].shape)
-                    raise CurvlabError(
-                        f"{self._partition[name]} has shape {wanted}, but its gradient"
-                        f" {list(g.shape)}"
-                    )
-            found: dict[str, Tensor] = {}
-            for name, g in grads.items():
-                with Naming(self._partition[name], name):
-                    found[name] = (inverse[name] @ g.flatten()).view(g.shape)
-            return found
-        out: dict[str, Tensor] = {}
-        known = {p: b for b in self._partition.values() for p in b.params}
-        for name in grads:
-            if name not in known:
-                raise unknown("block or parameter", name, [*inverse, *known])
-            block = known[name]
-            missing = [p for p in block.params if p not in grads]
-            if missing:
-                raise CurvlabError(
-                    f"{block} needs the gradient of '{missing[0]}' too: its parameters are"
-                    " preconditioned together"
-                )
-            if name not in out:
-                out |= block.scatter(inverse[block.name] @ block.gather(grads).flatten())
-        return {name: out[name] for name in grads}
+        return preconditioned(self.inverse, self._partition, grads)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, statistics and the inverse as it stands: tensors, numbers, lists and
         dictionaries only.
         """
-        blocks = {
-            name: (
-                {"memory": {key: _clone(getattr(b, key)) for key in b.memory}}
-                | ({"inverse": pack(b.inverse)} if hasattr(b, "inverse") else {})
-            )
-            for name, b in self.blocks.items()
-        }
         counters = {key: getattr(self, key) for key in _COUNTERS}
         idle = {name: pack(operator) for name, operator in self._idle.items()}
         return counters | {
             "algorithm": self.name,
-            "blocks": blocks,
+            "blocks": states_of(self.blocks),
             "shown": self.shown,
             "idle": idle,
         }
@@ -400,43 +365,20 @@ class BlockDiagonal(CurvatureDefaults):
         algorithm, model or dtype.
         """
         check_algorithm(state, self.name)
-        check_names(self._partition.values(), state["blocks"])
-        inverses: dict[str, Operator] = {}
-        dtype = dtype_of(self._partition.values())
-        for name, saved in state["blocks"].items():
-            if "inverse" in saved:
-                inverses[name] = unpack_operator(_clone(saved["inverse"]))
-                check_operator(self._partition[name], inverses[name], dtype)
-            check_memory(self._partition[name], self.blocks[name].memory, saved["memory"], dtype)
+        inverses = checked(self._partition, self.blocks, state["blocks"])
         counters = {key: state[key] for key in _COUNTERS}
-        self.shown = _clone(state["shown"])
+        self.shown = cloned(state["shown"])
         self._idle = {
-            name: unpack_operator(_clone(packed)) for name, packed in state.get("idle", {}).items()
+            name: unpack_operator(cloned(packed)) for name, packed in state.get("idle", {}).items()
         }
         for key, value in counters.items():
             setattr(self, key, value)
         self.refreshed = self.damping if self.ready else None
-        for name, saved in state["blocks"].items():
-            for key, value in saved["memory"].items():
-                setattr(self.blocks[name], key, _clone(value))
-            if name in inverses:
-                self.blocks[name].inverse = inverses[name]
-            elif hasattr(self.blocks[name], "inverse"):  # saved before the first data
-                del self.blocks[name].inverse
+        put_back(self.blocks, state["blocks"], inverses)
 
 
 def _step_of(transition: Transition, name: str) -> Tensor:
     return transition.step[name]
-
-
-def _clone(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {k: _clone(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clone(v) for v in value]
-    return value
 
 
 def _has(block: Block, reads: Reads) -> bool:

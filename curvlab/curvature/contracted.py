@@ -17,12 +17,13 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.base import BlockDefaults, FactorBounds, Secant, blend, check_moments
+from curvlab.curvature.base import BlockDefaults, FactorBounds, Secant, blend
+from curvlab.curvature.moments import check_moments
 from curvlab.layers import Block
-from curvlab.linalg.bfgs import Matrix
 from curvlab.linalg.direct_sum import ColumnSum
 from curvlab.linalg.kronecker import contraction
 from curvlab.linalg.operators import Kronecker, Operator
+from curvlab.linalg.pairs import Matrix
 from curvlab.statistics import LayerStatistics, Reads
 
 Contractions = Sequence[Tensor]

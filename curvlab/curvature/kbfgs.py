@@ -30,17 +30,7 @@ from torch import Tensor
 from curvlab.curvature.base import BlockDefaults, FactorBounds, LearntPair, Move, PairName, blend
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
-from curvlab.linalg.bfgs import (
-    DAMPINGS,
-    MU1,
-    Flag,
-    Pair,
-    accept,
-    action_pair,
-    damp,
-    hessian_action,
-    updated_inverse,
-)
+from curvlab.linalg.bfgs import updated_inverse
 from curvlab.linalg.bounds import (
     Bounds,
     damped_lbfgs,
@@ -61,6 +51,8 @@ from curvlab.linalg.lbfgs import (
     multiple_of_identity,
 )
 from curvlab.linalg.operators import Kronecker, Operator
+from curvlab.linalg.pair_damping import DAMPINGS, MU1, damp
+from curvlab.linalg.pairs import Flag, Pair, accept, action_pair, hessian_action
 from curvlab.statistics import LayerStatistics, Reads
 
 CHAPTER_2: Mapping[str, Any] = {

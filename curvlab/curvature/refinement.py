@@ -10,9 +10,9 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.linalg.bfgs import Pair, accept, undamped
 from curvlab.linalg.lbfgs import Memory, empty_memory, multiple_of_identity
 from curvlab.linalg.operators import Operator
+from curvlab.linalg.pairs import Pair, accept, undamped
 
 EPSILON_B = 1e-8
 """ε_B: pairs with uᵀv < ε_B ‖u‖ ‖v‖ are refused (S2QN 3.2)."""

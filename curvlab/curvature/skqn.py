@@ -56,7 +56,6 @@ from curvlab.curvature.base import BlockDefaults, LearntPair, Move, Secant, blen
 from curvlab.curvature.kfac import FACTOR_A, FACTOR_G, Kfac
 from curvlab.errors import CurvlabError, check_values, lookup
 from curvlab.layers import Block
-from curvlab.linalg.bfgs import Pair, accept, powell_on_b, undamped
 from curvlab.linalg.block_bfgs import (
     BlockUpdate,
     Choice,
@@ -68,6 +67,8 @@ from curvlab.linalg.block_bfgs import (
 from curvlab.linalg.eigenbasis import Rotated, shifted_kronecker
 from curvlab.linalg.lbfgs import Memory, multiple_of_identity, refined
 from curvlab.linalg.operators import Compact, Operator
+from curvlab.linalg.pair_damping import powell_on_b
+from curvlab.linalg.pairs import Pair, accept, undamped
 from curvlab.statistics import LayerStatistics, Reads
 
 COSINE = 1e-8

@@ -29,8 +29,8 @@ Legend: D parameters, K columns, r rows of a low-rank base; u, v̂ change of par
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -43,20 +43,19 @@ from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.refinement import Refinement
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.states import check_vectors
+from curvlab.curvature.subsample import Base as Base
+from curvlab.curvature.subsample import Subsample, sampled, subsampled
 from curvlab.curvature.whole_vector import (
     Search,
     WholeVectorCurvature,
     flat,
-    part,
     searched,
-    subset,
     unflat_like,
 )
 from curvlab.errors import CurvlabError, Diverged, check_values, unknown
-from curvlab.exact.batches import Kind
-from curvlab.exact.torch_func import Function
 from curvlab.finite import all_finite
-from curvlab.linalg.krylov import Indefinite, conjugate_gradients
+from curvlab.linalg.cholesky import shift_to_definite, shifted
+from curvlab.linalg.krylov import Indefinite, solve_columns
 from curvlab.linalg.lbfgs import (
     Memory,
     lbfgs_inverse,
@@ -70,27 +69,10 @@ from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
 
-Base = Literal["hessian", "fisher", "none"]
-"""Subsampled Hessian, (4); second moment of the gradients at `labels`: exact (GGN = Fisher, (5)),
-model, data (EFIM); none.
-"""
-
 Solver = Literal["auto", "direct", "cg"]
 
-_KINDS: dict[Pass, Kind] = {"exact": "fisher", "model": "fisher-mc", "data": "ef"}
 DIRECT = 256
 """Parameters up to which `auto` forms the matrix."""
-
-
-@dataclass(frozen=True)
-class Subsample:
-    """H_k: the mean over S_H of a kind of matrix, as products, or where it has few rows as
-    those.
-    """
-
-    size: int
-    product: Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
-    Q: Float[Tensor, "D r"] | None = None
 
 
 class Structured(WholeVectorCurvature):
@@ -154,12 +136,7 @@ class Structured(WholeVectorCurvature):
                 pairs >= (base == "none"),
                 "0 or more, or 1 or more where there is no base",
             ),
-            (
-                "sample",
-                1 if sample is None else sample,
-                sample is None or sample >= 1,
-                "a positive number of examples",
-            ),
+            ("sample", sample or 0, sample is None or sample >= 1, "a positive number of examples"),
             ("growth", growth, growth >= 1, "1 or more"),
             ("gamma", 1.0 if gamma is None else gamma, gamma is None or gamma > 0, "above 0"),
             ("tolerance", tolerance, 0 < tolerance < 1, "above 0 and below 1"),
@@ -180,8 +157,7 @@ class Structured(WholeVectorCurvature):
         self.lam = self.damping
         self._sample: Subsample | None = None
 
-    # ------------------------------------------------------------------------------------------
-    # Alg. 1
+    # ---- Alg. 1
 
     def update(self, observation: Observation) -> None:
         """Lines 2 to 4: the base of this minibatch, the newest pair with it, λ_k, the inverse."""
@@ -250,46 +226,19 @@ class Structured(WholeVectorCurvature):
             d = d * far.step
         return unflat_like(self.layout, d, grads)
 
-    # ------------------------------------------------------------------------------------------ the
-    # base
+    # ---- the base
 
     def _take(self, closure: Closure) -> Subsample:
-        """H_k of S_H, drawn from the minibatch by a generator that depends on the objective's seed
-        and the closure alone.
-        """
-        size = len(closure.x)
+        """H_k of S_H."""
+        rows = self.base == "fisher" and self.solver == "auto"
         if self.sample is not None:
-            wanted = min(float(size), math.ceil(self.sample * self.growth**self.steps))
-            if wanted < size:
-                closure, size = part(closure, subset(closure, int(wanted))), int(wanted)
-        layout = self.objective.layout
-        kind: Kind = "hessian" if self.base == "hessian" else _KINDS[self.labels]
-        Q = self._rows(closure) if self.base == "fisher" and self.solver == "auto" else None
-        if Q is not None:
-            self.work["products"] += size
-            return Subsample(size, lambda v: Q @ (Q.mT @ v), Q)
-        apply = Function(closure, layout).product(kind, 1)
+            closure = sampled(closure, math.ceil(self.sample * self.growth**self.steps))
+        return subsampled(closure, self.base, self.labels, rows, self._count)
 
-        def product(v: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-            self.work["products"] += size * v.shape[1]
-            return apply(v.mT.contiguous()).mT / size
+    def _count(self, examples: int) -> None:
+        self.work["products"] += examples
 
-        return Subsample(size, product)
-
-    def _rows(self, closure: Closure) -> Float[Tensor, "D r"] | None:
-        """Q of H = Q Qᵀ, (14), where it is worth it."""
-        blocks = self.objective.blocks
-        statistics = closure.observe({self.labels}, move_buffers=False).passes[self.labels]
-        if not all(b.name in statistics and statistics[b.name].structured for b in blocks):
-            return None
-        count = statistics[blocks[0].name].vectors * len(closure.x)
-        if count >= len(self.objective.layout) or count * len(self.objective.layout) > _ROWS:
-            return None
-        rows = [statistics[b.name].rows.flatten(2).flatten(0, 1) for b in blocks]
-        return torch.cat(rows, 1).mT / math.sqrt(len(closure.x))
-
-    # ------------------------------------------------------------------------------------------ the
-    # refinement
+    # ---- the refinement
 
     def _add(self, u: Float[Tensor, " D"], change: Float[Tensor, " D"]) -> None:
         """v = v̂ − H_k u, (10), into the refinement.
@@ -308,8 +257,7 @@ class Structured(WholeVectorCurvature):
             metric = self._inverse
         self.refinement.add(u, v, metric, self.steps)
 
-    # ------------------------------------------------------------------------------------------ the
-    # inverse
+    # ---- the inverse
 
     def _invert(self, g: Float[Tensor, " D"]) -> None:
         gamma, sample = self.refinement.gamma, self._sample
@@ -331,14 +279,7 @@ class Structured(WholeVectorCurvature):
         if self.solver == "direct" or (self.solver == "auto" and size <= DIRECT):
             self._inverse = self._direct(matrix)
             return
-
-        def solve(b: Float[Tensor, "D K"]) -> Float[Tensor, "D K"]:
-            found = [
-                conjugate_gradients(matrix, c, tolerance=self.tolerance, maximum=self.iterations)
-                for c in b.mT
-            ]
-            return torch.stack([one.x for one in found], 1)
-
+        solve = partial(solve_columns, matrix, tolerance=self.tolerance, maximum=self.iterations)
         self._inverse = Product(solve, size, dtype, device)
 
     def undamped(self, p: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
@@ -379,13 +320,9 @@ class Structured(WholeVectorCurvature):
                 f"the matrix of {self._blocks} contains NaN or Inf: raise the damping, or scale the"
                 " data"
             )
-        if bool(torch.linalg.cholesky_ex(dense).info):
-            ends = torch.linalg.eigvalsh(dense)
-            floor = max(self.lam, float(ends.abs().amax()) * torch.finfo(dense.dtype).eps ** 0.5)
-            raised = floor - float(ends[0])
-            dense.diagonal().add_(raised)
-            self.lam += raised
-        return Dense(dense).inv()
+        raised = shift_to_definite(dense, self.lam)
+        self.lam += raised
+        return Dense(shifted(dense, raised) if raised else dense).inv()
 
     def _raise(self, curvature: float) -> None:
         """After pᵀ(B + λI)p / pᵀp = curvature ≤ 0."""
@@ -408,8 +345,7 @@ class Structured(WholeVectorCurvature):
             raise CurvlabError(NO_DATA)
         return {"whole": self._inverse}
 
-    # ------------------------------------------------------------------------------------------ the
-    # rest
+    # ---- the rest
 
     def refresh(self) -> None:
         """Nothing is kept that could be refreshed."""
@@ -452,7 +388,6 @@ class Structured(WholeVectorCurvature):
         return ", ".join(f"block {b.name}" for b in self.objective.blocks)
 
 
-_ROWS = 1 << 26  # numbers in Q: beyond, products with the base take less time and room
 _STATE = ("steps", "damping", "lam", "gradient_norm")
 
 

@@ -13,88 +13,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from threading import RLock
 from time import perf_counter
-from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jacrev, jvp, vjp, vmap
-from torch.overrides import TorchFunctionMode
+from torch.func import grad, jacrev, vjp
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable, surrounding
 from curvlab.errors import CurvlabError, warn
 from curvlab.exact.batches import PASSES, Kind
 from curvlab.exact.plain import Plain
-from curvlab.functions import FUNCTIONS
+from curvlab.exact.transforms import FixedRows, Weights, along, mapped, second_derivative
 from curvlab.independence import some_rows
 from curvlab.layers import Layout
 from curvlab.strangers import called, eager, mixes
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
 _LONG = 10.0  # seconds, from which on a time is said
-_FORWARD = RLock()  # levels of forward mode are the process's, not the thread's
-
-Weights = dict[str, Tensor]
-Of = TypeVar("Of", Tensor, Weights)
-
-
-def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`f` over the first axis of its arguments: `vmap`, or one by one where an operation has no
-    rule for it (LSTM, PReLU).
-    """
-
-    def over(*arguments: Tensor) -> Tensor:
-        try:
-            found: Tensor = vmap(f)(*arguments)
-        except RuntimeError:
-            found = torch.stack([f(*one) for one in zip(*arguments, strict=True)])
-        return found
-
-    return over
-
-
-def along(f: Callable[[Any], Tensor], at: Of, u: Of) -> Tensor:
-    """∂f(at) u: forward mode, or the transpose's transpose where an operation has no forward
-    derivative (weight norm).
-    """
-    try:
-        with _FORWARD:
-            found: Tensor = jvp(f, (at,), (u,))[1]
-    except NotImplementedError:
-        value, back, *_ = vjp(f, at)
-        (found,) = vjp(lambda c: back(c)[0], torch.zeros_like(value))[1](u)
-    return found
-
-
-def second_derivative(slope: Callable[[Any], Of], at: Of, u: Of) -> Of:
-    """The same of a gradient, by forward mode: reverse mode twice is wrong for weight norm (torch
-    2.13, unsymmetric).
-    """
-    with _FORWARD:
-        found: Of = jvp(slope, (at,), (u,))[1]
-    return found
-
-
-class _Fixed(TorchFunctionMode):
-    """What autograd holds fixed in a call, held fixed under every transform: the row of an
-    embedding's padding token.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.embedding:
-            return func(*args, **kwargs)
-        call = FUNCTIONS[func].bind(args, kwargs)
-        if call.padding_idx is None or call.max_norm is not None:
-            return func(*args, **kwargs)
-        row = torch.arange(len(call.weight), device=call.weight.device) == call.padding_idx % len(
-            call.weight
-        )
-        return F.embedding(call.input, torch.where(row[:, None], call.weight.detach(), call.weight))
 
 
 class Function:
@@ -135,7 +72,7 @@ class Function:
     def _called(self, weights: Weights, x: Tensor) -> Float[Tensor, "N *C"]:
         # where BatchNorm may write on them
         fixed = {name: self._state[name].clone() for name in self._buffers}
-        with differentiable(), eager(), surrounding(), _Fixed():
+        with differentiable(), eager(), surrounding(), FixedRows():
             z: Tensor = called(self.closure.objective.model, self._state | fixed | weights, x)
         return z.to(self.at.dtype)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from curvlab.errors import guard_memory
 from curvlab.finite import all_finite
-from curvlab.linalg.bfgs import Skip, powell_factor
+from curvlab.linalg.pair_damping import powell_factor
+from curvlab.linalg.pairs import Skip
 
 Choice = Literal["symmetric", "trace", "diagonal"]
 """P of S2QN (21): ½ (VᵀU + UᵀV), Tr(VᵀU) or diag(VᵀU)."""

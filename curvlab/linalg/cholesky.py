@@ -67,6 +67,17 @@ def damped_inverse(matrix: Float[Tensor, "D D"], damping: float, what: str) -> F
     return torch.cholesky_inverse(damped_cholesky(lambda d: shifted(matrix, d), damping, what)[0])
 
 
+def shift_to_definite(matrix: Float[Tensor, "D D"], least: float) -> float:
+    """What to add to the diagonal so that the lowest eigenvalue is `least`, or as far above 0 as
+    rounding needs; 0 where there is a Cholesky factor.
+    """
+    if not bool(torch.linalg.cholesky_ex(matrix).info):
+        return 0.0
+    ends = torch.linalg.eigvalsh(matrix)
+    rounding = float(ends.abs().amax()) * torch.finfo(matrix.dtype).eps ** 0.5
+    return max(least, float(rounding)) - float(ends[0])
+
+
 def solve_cholesky(factor: Float[Tensor, "D D"], v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
     """M⁻¹ v for one or several v. Two triangular solves: `torch.cholesky_solve` copies the factor,
     14 times as slow here.

@@ -117,6 +117,14 @@ def conjugate_gradients(
     return CgResult(x * length, residual, iterations, residual <= tolerance)
 
 
+def solve_columns(
+    operator: Operator, b: Float[Tensor, "D K"], *, tolerance: float, maximum: int
+) -> Float[Tensor, "D K"]:
+    """A⁻¹ b, every column by `conjugate_gradients`. Raises as that does."""
+    each = [conjugate_gradients(operator, c, tolerance=tolerance, maximum=maximum) for c in b.mT]
+    return torch.stack([one.x for one in each], 1)
+
+
 @dataclass(frozen=True)
 class Truncated:
     """Some iterates of conjugate gradients, the last one last, and φ(x) = ½ xᵀ A x − bᵀ x at each.

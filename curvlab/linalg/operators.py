@@ -14,15 +14,14 @@ Legend: D order, K columns, R rows and C columns of a rectangular matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import Diverged, lookup
+from curvlab.errors import Diverged
 from curvlab.linalg.cholesky import solve_cholesky
 from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.operator_base import NOWHERE as NOWHERE
@@ -31,9 +30,11 @@ from curvlab.linalg.operator_base import Placed as Placed
 from curvlab.linalg.operator_base import Square as Square
 from curvlab.linalg.operator_base import Symmetric as Symmetric
 from curvlab.linalg.operator_base import placed as placed
+from curvlab.linalg.operator_states import pack as pack
+from curvlab.linalg.operator_states import packable as packable
+from curvlab.linalg.operator_states import unpack as unpack
+from curvlab.linalg.operator_states import unpack_operator as unpack_operator
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows, gram_cholesky
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -359,50 +360,16 @@ def identity_like(value: Tensor) -> Diagonal:
     return Diagonal(torch.ones_like(value).flatten())
 
 
-_KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind
-    for kind in (
-        Dense,
-        Inverse,
-        Diagonal,
-        Kronecker,
-        LowRank,
-        Woodbury,
-        Compact,
-        Rows,
-        LayerRows,
-        Beside,
-    )
-}
-
-
-def packable(kind: type[T]) -> type[T]:
-    """Class decorator: a frozen value of tensors, numbers and other such values that `unpack` is to
-    know too.
-    """
-    _KINDS[kind.__name__] = kind
-    return kind
-
-
-def pack(value: Any) -> Any:
-    """An operator as nested dictionaries, lists and tensors: what a checkpoint without pickled code
-    can hold.
-    """
-    if is_dataclass(value):
-        return {"kind": type(value).__name__} | {
-            f.name: pack(getattr(value, f.name)) for f in fields(value)
-        }
-    return [pack(v) for v in value] if isinstance(value, tuple) else value
-
-
-def unpack(packed: Any) -> Any:
-    """The inverse of `pack`. Raises CurvlabError for a kind of operator that is not known."""
-    if isinstance(packed, dict):
-        kind = lookup(_KINDS, packed["kind"], "kind of operator")
-        return kind(**{name: unpack(v) for name, v in packed.items() if name != "kind"})
-    return tuple(unpack(v) for v in packed) if isinstance(packed, list) else packed
-
-
-def unpack_operator(packed: Any) -> Operator:
-    """Return `unpack(packed)`, taken for an operator. Raises CurvlabError as `unpack` does."""
-    return cast(Operator, unpack(packed))
+for kind in (
+    Dense,
+    Inverse,
+    Diagonal,
+    Kronecker,
+    LowRank,
+    Woodbury,
+    Compact,
+    Rows,
+    LayerRows,
+    Beside,
+):
+    packable(kind)

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from curvlab.curvature.base import with_defaults
-from curvlab.linalg.bfgs import MU1, SKIPS, Pair, Products
 from curvlab.linalg.block_bfgs import BlockUpdate
 from curvlab.linalg.bounds import within as holds
+from curvlab.linalg.pair_damping import MU1
+from curvlab.linalg.pairs import SKIPS, Pair, Products
 from curvlab.probes.base import Frame, Numbers, Variable, probe
 
 PAIRS = ("a", "g", "step")

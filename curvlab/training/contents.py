@@ -2,15 +2,13 @@
 kinds, in which shapes.
 
 The seal says that a file is what was written; this says that what was written is a run's.
-Statistics are read off their names, which all methods share (`curvature.states` has their shapes);
-operators are tried on a vector.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -19,24 +17,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from curvlab.errors import CurvlabError, fitting
 from curvlab.groups import check_options
-from curvlab.layers import Block
-from curvlab.linalg.operators import unpack_operator
 from curvlab.objective import Objective
 from curvlab.optim import Optimizer
 from curvlab.system import random_state
 from curvlab.system.random_state import Chance
+from curvlab.training.descent_contents import check_descent
 from curvlab.training.kinds import (
-    Test,
     alike,
     attribute,
-    count,
     equal,
-    flag,
     keys,
     like,
     list_of,
     must,
-    nest,
     number,
     numbers,
     or_none,
@@ -48,49 +41,6 @@ from curvlab.training.kinds import (
     wrong,
 )
 from curvlab.training.settings import Budget, Position
-
-_STATISTICS: dict[str, Test] = {
-    **dict.fromkeys(("steps", "updates", "draws", "places", "number", "part"), whole),
-    **dict.fromkeys(("outputs", "products", "trials"), whole),
-    **dict.fromkeys(("damping", "lam", "used", "overall", "shift"), number),
-    **dict.fromkeys(("warmed", "ready"), flag),
-    **dict.fromkeys(("algorithm", "kind", "stream"), text),
-    **dict.fromkeys(("F", "G", "Lambda", "M", "U", "V", "a", "g", "s", "v"), tensor),
-    **dict.fromkeys(("active", "core", "factor", "values"), tensor),
-    **dict.fromkeys(("A", "S", "Y", "seen", "at", "solution", "start"), or_none(tensor)),
-    **dict.fromkeys(("bases", "factors"), list_of(or_none(tensor))),
-    **dict.fromkeys(("blocks", "memory", "idle"), table_of(lambda value: True)),
-    **dict.fromkeys(("work", "base", "inside"), table_of(lambda value: True)),
-    **dict.fromkeys(("trial", "minibatch"), or_none(table_of(lambda value: True))),
-    "gradient_norm": or_none(number),
-    **dict.fromkeys(("left_out", "pairs_left_out"), count),
-    "ages": list_of(whole),
-    "widths": list_of(whole),
-    "means": or_none(list_of(list_of(tensor))),
-    "pairs": or_none(list_of(tensor, 2)),
-    "pending": or_none(list_of(tensor, 2)),
-    "parts": list_of(table_of(lambda value: True)),
-    "x": nest,
-    "y": nest,
-    "shown": list_of(list_of(lambda value: True)),
-}  # fmt: skip
-"""{key in a curvature's state: what its value must be}"""
-
-_KEPT = ("F", "G", "M", "v", "means")
-"""Statistics that are None before the first data, and never after …"""
-_EARLY = (*_KEPT, "a", "active", "g", "s", "y", "Lambda", "U", "V")
-"""… and others that are None before."""
-_TOGETHER = (
-    ("A", "G"),
-    ("s", "y"),
-    ("S", "Y"),
-    ("U", "V"),
-    ("U", "Lambda"),
-    ("g", "a"),
-    ("at", "minibatch"),
-    ("at", "trial"),
-)
-"""Statistics that both are None, or neither."""
 
 
 def check(state: Mapping[str, Any]) -> None:
@@ -263,124 +213,7 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, new: bool) 
         "the objective's closures",
         more=tuple(objective["closures"]),
     )
-    _check_descent(descent, own["curvlab"]["descent"], optimizer.objective.blocks, new)
-
-
-def _check_descent(saved: Any, own: Mapping[str, Any], blocks: Sequence[Block], new: bool) -> None:
-    must(saved, table_of(lambda value: True), "descent")
-    keys(saved, own if new else ("curvature", "momentum", "further"), "descent", more=tuple(own))
-    momentum, curvature = saved["momentum"], saved["curvature"]
-    must(momentum, table_of(lambda value: True), "momentum")
-    keys(momentum, ("buffers", "steps"), "momentum")
-    must(momentum["steps"], whole, "momentum['steps']")
-    for name, found in (("buffers", momentum["buffers"]), ("further", saved["further"])):
-        must(found, table_of(tensor), name)
-        if found and set(found) != {b.name for b in blocks}:
-            raise wrong(f"{name} are of {', '.join(found)}")
-    if new:
-        must(saved["blocks"], table_of(list_of(whole)), "blocks")
-        must(saved["dtype"], text, "dtype")
-    must(curvature, table_of(lambda value: True), "curvature")
-    must(saved.get("further_left_out", 0), count, "further_left_out")
-    if new:
-        keys(curvature, own["curvature"], "curvature")
-    _check_statistics(curvature, "curvature")
-    if curvature.get("ready") and any(curvature.get(key, 0) is None for key in ("rows", "inverse")):
-        raise wrong("the curvature lacks its inverse")
-    for name in ("trial", "minibatch"):
-        if isinstance(curvature.get(name), Mapping):
-            keys(curvature[name], ("x", "y", "number", "stream", "part"), name)
-    if new and "work" in curvature:
-        keys(curvature["work"], own["curvature"]["work"], "work")
-    every = curvature.get("blocks")
-    if isinstance(every, Mapping):
-        _check_blocks(every, {b.name: b.numel for b in blocks}, bool(curvature.get("ready")))
-    packed = {f"idle['{name}']": p for name, p in curvature.get("idle", {}).items()} | {
-        "inverse": curvature.get("inverse")
-    }
-    for name, operator in packed.items():
-        if operator is not None:
-            _try_operator(operator, name)
-
-
-def _check_blocks(saved: Mapping[str, Any], numels: Mapping[str, int], ready: bool) -> None:
-    if saved.keys() != numels.keys():
-        return  # said by the curvature, with both
-    inverses = [isinstance(b, Mapping) and "inverse" in b for b in saved.values()]
-    if any(inverses) and not all(inverses):
-        raise wrong("some blocks have an inverse and some have none")
-    for name, block in saved.items():
-        must(block, table_of(lambda value: True), f"block {name}")
-        keys(block, ("memory",), f"block {name}", more=("inverse",))
-        memory = block["memory"]
-        if ready and any(memory.get(key, 0) is None for key in _KEPT):
-            raise wrong(f"block {name} lacks a statistic")
-        if (
-            ready
-            and {"F", "active"} <= set(memory)
-            and not _on(memory["F"], memory["active"], numels[name])
-        ):
-            raise wrong(f"block {name} has a matrix that is not on its active inputs")
-        if isinstance(memory.get("S"), Tensor) and len(memory["S"]) != len(memory.get("Y", ())):
-            raise wrong(f"block {name} has s and y of different numbers")
-        if "inverse" in block:
-            _try_operator(block["inverse"], f"the inverse of block {name}")
-
-
-def _on(F: Tensor, active: Tensor | None, numel: int) -> bool:
-    """Whether a second moment is in full, or packed on the pairs of these inputs."""
-    if active is None:
-        return F.shape == (numel, numel)
-    return (
-        active.dim() == 1
-        and active.dtype == torch.int64
-        and len(active) * (len(active) + 1) // 2 == F.shape[1]
-    )
-
-
-def _check_statistics(saved: Any, at: str) -> None:
-    """Of a curvature's state, at every depth, by the keys' names. Before the first data a statistic
-    is None.
-    """
-    if isinstance(saved, Mapping):
-        for one, two in _TOGETHER:
-            if one in saved and two in saved and (saved[one] is None) != (saved[two] is None):
-                raise wrong(f"{at} has {one} or {two}, and not both")
-        for key, value in saved.items():
-            test = _STATISTICS.get(key) if isinstance(key, str) else None
-            if test is not None and not (value is None and key in _EARLY):
-                must(value, test, f"{at}['{key}']")
-            _check_statistics(value, f"{at}['{key}']")
-    elif isinstance(saved, list | tuple):
-        for i, value in enumerate(saved):
-            _check_statistics(value, f"{at}[{i}]")
-
-
-def _try_operator(packed: Any, what: str) -> None:
-    """Raises CurvlabError where what was packed does not act on a vector."""
-    try:
-        operator = unpack_operator(packed)
-        like = next(_tensors(packed), torch.zeros(0))
-        v = torch.zeros(len(operator), dtype=like.dtype, device=like.device)
-        if (operator @ v).shape != v.shape:
-            raise wrong(f"{what} is of another size than it says")
-    except CurvlabError:
-        raise
-    except Exception as error:  # whatever wrong shapes and kinds lead to
-        raise wrong(
-            f"{what} does not act on a vector: {' '.join(str(error).split())[:120]}"
-        ) from error
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
+    check_descent(descent, own["curvlab"]["descent"], optimizer.objective.blocks, new)
 
 
 def _check_chance(states: Mapping[str, Any], name: str, device: torch.device) -> None:

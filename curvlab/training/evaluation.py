@@ -203,3 +203,26 @@ def evaluate(
         raise CurvlabError("there are no examples to evaluate on")
     loss, wrong = (sums / count).tolist()
     return loss, wrong if error is not None else float("nan")
+
+
+def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> dict[str, float]:
+    """{train_loss, train_error, and where there is validation val_loss, val_error}; an error is NaN
+    where none is measured.
+
+    Args:
+        most: examples of the training set; all where None.
+    """
+    scores: dict[str, float] = {}
+    for name, data in (("train", on.examples), ("val", on.validation)):
+        if data is not None:
+            first = most if name == "train" else None
+            found = evaluate(objective, data, error=on.error, size=on.size, most=first)
+            scores |= dict(zip((f"{name}_loss", f"{name}_error"), found, strict=True))
+    return scores
+
+
+def score_names(on: Evaluated) -> tuple[str, ...]:
+    """Of `scores_of`, those that a log holds."""
+    parts = ("train",) if on.validation is None else ("train", "val")
+    kinds = ("loss", "error") if on.error else ("loss",)
+    return tuple(f"{part}_{kind}" for part in parts for kind in kinds)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from curvlab import datasets
-from curvlab.errors import CurvlabError, Diverged, warn
+from curvlab.errors import CurvlabError, Diverged
 from curvlab.logs.log import Record
 from curvlab.machine import clock_of
 from curvlab.objective import Objective
@@ -34,13 +33,14 @@ from curvlab.system.interrupt import Shield, shielded
 from curvlab.system.progress import counted, length
 from curvlab.system.random_state import Chance
 from curvlab.training import state
-from curvlab.training.evaluation import Evaluated, evaluate
+from curvlab.training.ending import Ending
+from curvlab.training.evaluation import Evaluated, evaluate, score_names, scores_of
 from curvlab.training.folder import RunFolder
 from curvlab.training.probing import Sampler
 from curvlab.training.records import Meter, open_log
-from curvlab.training.schedules import end
 from curvlab.training.settings import Budget, Position, Settings
 from curvlab.training.showing import Showing
+from curvlab.training.stopwatch import Stopwatch
 
 
 class Training:
@@ -80,13 +80,7 @@ class Training:
             settings,
             budget,
         )
-        self.examples, self.validation, self.error = (
-            evaluated.examples,
-            evaluated.validation,
-            evaluated.error,
-        )
-        self.warm, self.size = warm, evaluated.size
-        self.place = place
+        self.evaluated, self.warm, self.place = evaluated, warm, place
         self.per_epoch = (
             batches.per_epoch if isinstance(batches, datasets.Batches) else length(batches)
         )
@@ -96,6 +90,8 @@ class Training:
         self.sampler = Sampler(
             objective, self.optimizer, settings.algorithm, probes or {}, self.clock
         )
+        self.stopwatch = Stopwatch(self.clock, self.sampler)
+        self.ending = Ending(budget, self.scheduler, self._gone)
         self.optimizer.watch = self._watch
         self.at, self.shield = Position(), Shield()
         self.last: Batch | None = None
@@ -116,7 +112,7 @@ class Training:
         }
         self.log = open_log(
             objective,
-            self.error,
+            evaluated.error,
             attributes | dict(about),
             place.log,
             settings.algorithm,
@@ -125,7 +121,6 @@ class Training:
         self.stopped = ""
         self.good = (0, 0)  # epoch and step of the last good state
         self._good_model: dict[str, Tensor] = {}  # kept only where there is no folder
-        self._since: tuple[float, float] | None = None
         self.chance_of_epoch = random_state.states(objective.device)
         self.chance_kept: Chance | None = None  # of the state from which it goes on
 
@@ -154,17 +149,17 @@ class Training:
             try:
                 if not self.at.started:
                     self._begin()
-                self.showing.begin(self.at, self._gone)
+                self.showing.begin(self.at, self._gone())
                 whole = True
-                while whole and not (self.at.step == 0 and self._over()):
+                while whole and not (self.at.step == 0 and self.ending.over(self.at)):
                     whole = self._epoch()
-                self._say_end()
+                self.ending.say(self.at)
             except (Diverged, LinAlgError) as error:
                 if not self.at.started:
                     raise CurvlabError(f"before the first step: {error}") from error
                 self._stop(str(error).splitlines()[0])
             except KeyboardInterrupt:
-                self._pause()
+                self.stopwatch.pause(self.at)
                 if self.at.started and not self.shield.broken:
                     self._keep()
                 raise
@@ -173,7 +168,7 @@ class Training:
                 fruitless = fresh and not self.at.steps
                 raise
             finally:
-                self._pause()
+                self.stopwatch.pause(self.at)
                 if fruitless:
                     self.place.forget()
                 elif self.place.kept or self.place.folder is None:  # no log without a checkpoint
@@ -211,7 +206,7 @@ class Training:
             or number == self.budget.epochs
             or self._spent()
         )
-        evaluated |= self.settings.schedule_every == "epoch" and self._scheduled(1)
+        evaluated |= self.settings.schedule_every == "epoch" and self.ending.scheduled(1)
         scores = self._evaluate() if evaluated else self._glance()
         if not whole:
             self._keep(sound=True)  # without this record: a longer run would not have it
@@ -231,7 +226,7 @@ class Training:
         """Steps to the end of the epoch or of the budget. Whether it was the epoch's."""
         if self._spent():  # a run that goes on where it was ended
             return self.at.step == self.per_epoch
-        self._resume()
+        self.stopwatch.resume()
         try:
             minibatches = self._minibatches()
             while True:
@@ -246,15 +241,15 @@ class Training:
                     self.at.steps += 1
                     if self.settings.schedule_every == "step":
                         self._advance()
-                self.showing.step(self.at, lambda: self._gone, loss)
+                self.showing.step(self.at, self._gone, loss)
                 if self._spent():
                     return self.at.step == self.per_epoch
                 if self.place.due:
-                    self._pause()
+                    self.stopwatch.pause(self.at)
                     self._keep()
-                    self._resume()
+                    self.stopwatch.resume()
         finally:
-            self._pause()
+            self.stopwatch.pause(self.at)
 
     def _watch(self, observation: Observation, moved: dict[str, Tensor]) -> None:
         self.meter(observation, moved)
@@ -295,75 +290,21 @@ class Training:
                 pass
         yield from rest
 
-    def _over(self) -> bool:
-        return (
-            self.budget.epochs is not None and self.at.epoch >= self.budget.epochs
-        ) or self._spent()
-
     def _spent(self) -> bool:
-        """Whether the steps or the seconds are, or the schedule is at its end; read without waiting
-        for the device.
-        """
-        steps, seconds = self.budget.steps, self.budget.seconds
-        spent = (steps is not None and self.at.steps >= steps) or (
-            seconds is not None and self._gone >= seconds
-        )
-        return spent or self._scheduled(0)
+        """Whether the steps or the seconds are, or the schedule is at its end."""
+        return self.ending.spent(self.at)
 
-    def _scheduled(self, turns: int) -> bool:
-        """Whether the schedule ends with so many further steps of its own."""
-        last = end(self.scheduler)
-        return last is not None and self.scheduler.last_epoch + turns >= last
-
-    def _say_end(self) -> None:
-        """Where the schedule ended the run, and nothing else."""
-        epochs, steps = self.budget.epochs, self.budget.steps
-        asked = (epochs is not None and self.at.epoch >= epochs) or (
-            steps is not None and self.at.steps >= steps
-        )
-        if self._scheduled(0) and not asked:
-            warn(
-                f"the run ends with its schedule, which has {end(self.scheduler)} steps, after"
-                f" {self.at.steps} steps of training: give a longer schedule to train on"
-            )
-
-    @property
     def _gone(self) -> float:
         """Seconds of training so far."""
-        return self.at.wall + (
-            0.0 if self._since is None else time.perf_counter() - self._since[0] - self.sampler.wall
-        )
-
-    # ---- time
-
-    def _resume(self) -> None:
-        self._since = (self.clock(), time.process_time())
-
-    def _pause(self) -> None:
-        if self._since is not None:
-            wall, cpu = self.sampler.spent()
-            self.at.wall += self.clock() - self._since[0] - wall
-            self.at.cpu += time.process_time() - self._since[1] - cpu
-            self.at.probes += wall
-            self._since = None
+        return self.stopwatch.gone(self.at)
 
     # ---- what is measured
 
     def _evaluate(self) -> dict[str, float]:
         """Raises Diverged where a step's numbers or the training loss are not finite."""
         self.optimizer.soundness.check()
-        start, most = self.clock(), self.settings.evaluate_samples
-        scores: dict[str, float] = {}
-        for name, data in (("train", self.examples), ("val", self.validation)):
-            if data is not None:
-                found = evaluate(
-                    self.objective,
-                    data,
-                    error=self.error,
-                    size=self.size,
-                    most=most if name == "train" else None,
-                )
-                scores |= dict(zip((f"{name}_loss", f"{name}_error"), found, strict=True))
+        start = self.clock()
+        scores = scores_of(self.objective, self.evaluated, self.settings.evaluate_samples)
         self.at.evaluation += self.clock() - start
         if not math.isfinite(scores["train_loss"]):
             raise Diverged(
@@ -374,7 +315,7 @@ class Training:
             self.objective.say(
                 f"the validation loss is {scores['val_loss']:g}, while that of training is finite"
             )
-        return scores if self.error else {k: v for k, v in scores.items() if k.endswith("loss")}
+        return {name: scores[name] for name in score_names(self.evaluated)}
 
     def _glance(self) -> dict[str, float]:
         """At the end of an epoch that is not evaluated. Raises Diverged where the last minibatch's
@@ -382,12 +323,7 @@ class Training:
         """
         if not self._sound():
             raise Diverged("the loss is not finite: lower the learning rate or raise the damping")
-        kinds = ("loss", "error") if self.error else ("loss",)
-        return {
-            f"{part}_{k}": math.nan
-            for part in ("train", "val")[: 1 + (self.validation is not None)]
-            for k in kinds
-        }
+        return dict.fromkeys(score_names(self.evaluated), math.nan)
 
     def _sound(self) -> bool:
         """Whether every step's numbers were finite, and the last minibatch has a finite loss after

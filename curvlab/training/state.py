@@ -51,7 +51,10 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
     contents.check(saved)
     check_same(saved["settings"], run.must_match)
     attributes = dict(run.log.attributes)
-    variables = [*run.meter.names(run.error, run.validation is not None), *run.sampler.names()]
+    variables = [
+        *run.meter.names(run.evaluated.error, run.evaluated.validation is not None),
+        *run.sampler.names(),
+    ]
     contents.check_fit(
         saved,
         run.objective,

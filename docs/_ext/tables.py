@@ -17,7 +17,7 @@ from curvlab.exact import ROUTES
 from curvlab.functions import FUNCTIONS
 from curvlab.layers import LAYERS
 from curvlab.likelihoods import LIKELIHOODS
-from curvlab.linalg.bfgs import SKIPS
+from curvlab.linalg.pairs import SKIPS
 from curvlab.models import MODELS
 from curvlab.probes import PROBES, Variable
 from curvlab.probes.costs import COST_MODELS as OF_COSTS

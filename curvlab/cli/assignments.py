@@ -1,0 +1,35 @@
+"""NAME=VALUE words of a command line, read as the values that they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from curvlab.errors import CurvlabError, shown
+
+
+def assigned(words: list[str] | None, option: str) -> dict[str, Any]:
+    """NAME=VALUE, each value a number, true, false or none where it reads as one, or several
+    numbers with commas between.
+    """
+    found = {}
+    for word in words or []:
+        name, equals, value = word.partition("=")
+        if not name or not equals:
+            raise CurvlabError(f"{option} takes NAME=VALUE, not {shown(word)}")
+        found[name.strip().replace("-", "_")] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    if "," in text:
+        several = [_value(part.strip()) for part in text.split(",") if part.strip()]
+        return text if any(isinstance(part, str | None) for part in several) else several
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

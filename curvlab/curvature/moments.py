@@ -1,0 +1,46 @@
+"""Second moments that are not finite are seen before an average takes them up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from curvlab.errors import Diverged
+from curvlab.finite import all_finite, all_short, waits
+
+
+def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
+    """Of (block's name, second moment's name, itself): raises Diverged for the first not finite.
+
+    The trace is looked at: no entry of a second moment exceeds its diagonal, which is positive. On
+    a GPU, which would have to wait, `refresh` sees it.
+    """
+    found = list(moments)
+    if not found or waits(found[0][2]):
+        return
+    if math.isfinite(sum([m.trace().item() for _, _, m in found])):
+        return
+    for block, name, m in found:
+        if not all_finite(m.diagonal()):  # the trace overflows earlier
+            error = Diverged(
+                f"{name} contains NaN or Inf: lower the learning rate or raise the damping"
+            )
+            error.block = block
+            raise error
+
+
+def check_squared(gradients: Mapping[str, Tensor]) -> None:
+    """Of {block: what a second moment is made of}: raises Diverged for the first whose squares are
+    not finite. On a GPU it is seen later, as above."""
+    if not gradients or waits(next(iter(gradients.values()))) or all_short(gradients.values()):
+        return
+    for block, g in gradients.items():
+        if not all_short([g]):
+            error = Diverged(
+                "the gradient that its statistics are made of contains NaN or Inf, or its squares"
+                " overflow"
+            )
+            error.block = block
+            raise error

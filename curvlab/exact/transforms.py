@@ -1,0 +1,74 @@
+"""Transforms of `torch.func`, with another way where an operation has no rule for one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import RLock
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+from torch.overrides import TorchFunctionMode
+
+from curvlab.functions import FUNCTIONS
+
+_FORWARD = RLock()  # levels of forward mode are the process's, not the thread's
+Weights = dict[str, Tensor]
+Of = TypeVar("Of", Tensor, Weights)
+
+
+def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`f` over the first axis of its arguments: `vmap`, or one by one where an operation has no
+    rule for it (LSTM, PReLU).
+    """
+
+    def over(*arguments: Tensor) -> Tensor:
+        try:
+            found: Tensor = vmap(f)(*arguments)
+        except RuntimeError:
+            found = torch.stack([f(*one) for one in zip(*arguments, strict=True)])
+        return found
+
+    return over
+
+
+def along(f: Callable[[Any], Tensor], at: Of, u: Of) -> Tensor:
+    """∂f(at) u: forward mode, or the transpose's transpose where an operation has no forward
+    derivative (weight norm).
+    """
+    try:
+        with _FORWARD:
+            found: Tensor = jvp(f, (at,), (u,))[1]
+    except NotImplementedError:
+        value, back, *_ = vjp(f, at)
+        (found,) = vjp(lambda c: back(c)[0], torch.zeros_like(value))[1](u)
+    return found
+
+
+def second_derivative(slope: Callable[[Any], Of], at: Of, u: Of) -> Of:
+    """The same of a gradient, by forward mode: reverse mode twice is wrong for weight norm (torch
+    2.13, unsymmetric).
+    """
+    with _FORWARD:
+        found: Of = jvp(slope, (at,), (u,))[1]
+    return found
+
+
+class FixedRows(TorchFunctionMode):
+    """What autograd holds fixed in a call, held fixed under every transform: the row of an
+    embedding's padding token.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.embedding:
+            return func(*args, **kwargs)
+        call = FUNCTIONS[func].bind(args, kwargs)
+        if call.padding_idx is None or call.max_norm is not None:
+            return func(*args, **kwargs)
+        row = torch.arange(len(call.weight), device=call.weight.device) == call.padding_idx % len(
+            call.weight
+        )
+        return F.embedding(call.input, torch.where(row[:, None], call.weight.detach(), call.weight))

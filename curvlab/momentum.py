@@ -1,0 +1,57 @@
+"""Momentum of the gradient, of the kinds that the documents have."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from curvlab.errors import unknown
+from curvlab.groups import check_momentum
+
+MomentumKind = Literal["add", "average", "corrected"]
+"""m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1
+− βᵏ (Adam).
+"""
+
+
+class Momentum:
+    """Momentum of the gradient, one buffer a block, starting at zero. β = 0 is the gradient
+    itself.
+    """
+
+    def __init__(self, beta: float, kind: MomentumKind = "add") -> None:
+        check_momentum(beta)
+        if kind not in get_args(MomentumKind):
+            raise unknown("kind of momentum", kind, get_args(MomentumKind))
+        self.beta, self.kind = beta, kind
+        self.buffers: dict[str, Tensor] = {}
+        self.steps = 0
+
+    @property
+    def held(self) -> tuple[dict[str, Tensor], int]:
+        """What `put_back` takes: no number is copied, since none is written over."""
+        return dict(self.buffers), self.steps
+
+    def put_back(self, held: tuple[dict[str, Tensor], int]) -> None:
+        """As it was: a step that came to nothing leaves no trace."""
+        self.buffers, self.steps = dict(held[0]), held[1]
+
+    def __call__(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.steps += 1
+        if self.beta == 0:
+            self.buffers = dict(gradients) if self.buffers else {}  # β may come back: a schedule's
+            return gradients
+        new = 1.0 if self.kind == "add" else 1 - self.beta
+        for name, g in gradients.items():
+            old = self.buffers.get(name)
+            if old is None:
+                self.buffers[name] = g * new
+            elif self.kind == "add":
+                self.buffers[name] = torch.add(g, old, alpha=self.beta)
+            else:
+                self.buffers[name] = old.lerp(g, new)
+        if self.kind != "corrected":
+            return dict(self.buffers)
+        return {name: b / (1 - self.beta**self.steps) for name, b in self.buffers.items()}

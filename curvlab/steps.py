@@ -1,0 +1,57 @@
+"""The step along a direction: how far each block goes, and the move itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from curvlab.objective import Objective
+
+
+def move(
+    objective: Objective,
+    direction: dict[str, Tensor],
+    lr: Callable[[Tensor], float],
+    where: Tensor | None = None,
+) -> None:
+    """W ← W − α p for every parameter, α = lr(parameter); nothing where the flag `where` is false.
+
+    As under torch's optimizers, a parameter stands still that has been frozen (`requires_grad` is
+    off), and where α is 0.
+    """
+    parameters = objective.parameters
+    with torch.no_grad():
+        for block in objective.blocks:
+            p = (
+                direction[block.name]
+                if where is None
+                else torch.where(where, direction[block.name], 0.0)
+            )
+            for name, d in block.scatter(p).items():
+                rate = rate_of(parameters[name], lr)
+                if rate:
+                    parameters[name].add_(d, alpha=-rate)
+
+
+def displacement(
+    objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]
+) -> dict[str, Tensor]:
+    """{block: −α p}, what `move` adds to its parameters."""
+    parameters, found = objective.parameters, {}
+    for block in objective.blocks:
+        rates = {name: rate_of(parameters[name], lr) for name in block.params}
+        parts = block.scatter(direction[block.name])
+        found[block.name] = block.gather(
+            {
+                name: d * -rates[name] if rates[name] else torch.zeros_like(d)
+                for name, d in parts.items()
+            }
+        )
+    return found
+
+
+def rate_of(parameter: Tensor, lr: Callable[[Tensor], float]) -> float:
+    """α; 0 of what has been frozen."""
+    return lr(parameter) if parameter.requires_grad else 0.0
