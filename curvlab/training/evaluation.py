@@ -206,10 +206,13 @@ def evaluate(
 
 
 def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> dict[str, float]:
-    """{train_loss, train_error, and where there is validation val_loss, val_error}; an error is NaN
-    where none is measured.
+    """Return {train_loss, train_error, and where there is validation val_loss, val_error}.
+
+    An error is NaN where none is measured.
 
     Args:
+        objective: whose model and likelihood.
+        on: the data, and the error.
         most: examples of the training set; all where None.
     """
     scores: dict[str, float] = {}
@@ -222,7 +225,7 @@ def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> d
 
 
 def score_names(on: Evaluated) -> tuple[str, ...]:
-    """Of `scores_of`, those that a log holds."""
+    """Return the names of `scores_of` that a log holds."""
     parts = ("train",) if on.validation is None else ("train", "val")
     kinds = ("loss", "error") if on.error else ("loss",)
     return tuple(f"{part}_{kind}" for part in parts for kind in kinds)
