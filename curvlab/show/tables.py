@@ -22,7 +22,7 @@ WIDEST = 12
 """Columns of blocks at most; where there are more, blocks go down."""
 
 ROUNDING = 1e-4
-"""By which an eigenvalue in single precision may lie outside its bound."""
+"""Part of itself by which an eigenvalue in single precision may lie outside its bound."""
 
 SPECTRUM = ("lowest", "highest", "trace", "negative")
 SCORES = ("train_loss", "val_loss", "train_error", "val_error")
