@@ -1,7 +1,7 @@
 """How good are the assumptions? Approximations, and the steps to them, against the exact block.
 
 `errors` takes the way from the exact block M to one Kronecker product apart, step by step, on one
-minibatch:
+minibatch::
 
     M  = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ            thesis Theorem 3
     M₁ = (1/N) Σₙ Σ_t G_{n,tt} ⊗ a_{n,t} a_{n,t}ᵀ                (3.4): G_tt' = 0 between places
