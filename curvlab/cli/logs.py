@@ -86,8 +86,8 @@ def doctor(
 ) -> None:
     """Say what a bug report asks for first: of the installation, and of a run.
 
-    It is versions, threads, device, data, and of a run whether it is whole and how to go on. What
-    is in the way of something is marked with an exclamation mark, and the exit code is 1.
+    It says versions, threads, device and data, and of a run whether it is whole and how to go on.
+    What is in the way of something is marked with an exclamation mark, and the exit code is 1.
     """
     from curvlab.doctor import examine
 
