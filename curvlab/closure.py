@@ -1,4 +1,4 @@
-"""Closure, Observation: one minibatch of an objective, and what looks at it show.
+"""Closure: one minibatch of an objective, and the looks at it.
 
 The loss is the **mean over examples of a per-example sum**. Labels drawn from the model depend only
 on the objective's seed and on the number of the closure, never on who asks for them: an algorithm
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 
 class Closure(Looks):
-    """One minibatch of an objective. ``closure()`` is torch's contract; ``closure.observe(needs)``
-    is curvlab's.
+    """A minibatch of an objective.
+
+    ``closure()`` is torch's contract; ``closure.observe(needs)`` is curvlab's.
 
     Raises:
         CurvlabError: an empty batch, x and y of different lengths, NaN or Inf in x.
@@ -96,8 +97,9 @@ class Closure(Looks):
         return self.objective.likelihood.loss(z, self.y)
 
     def __call__(self) -> Tensor:
-        """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad``
-        filled.
+        """Zero the gradients, go forward and backward, return the loss with ``p.grad`` filled.
+
+        That is torch's contract.
         """
         self.objective.model.zero_grad()
         loss = self._loss(self._forward(self.x))
@@ -109,32 +111,30 @@ class Closure(Looks):
         return loss
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """(outputs, loss of each example) of the model as it stands, without a graph: all that an
-        evaluation needs.
+        """Return (outputs, loss of each example) of the model as it stands, without a graph.
+
+        It is all that an evaluation needs.
         """
         with torch.inference_mode(False), torch.no_grad():
             z = self._forward(self.x)
             return z, self._losses(z)
 
     def losses(self) -> Tensor:
-        """The loss of each example without a graph, on cloned buffers and with the first look's
-        random numbers: a trial.
+        """Return the loss of each example of a trial: without a graph, on cloned buffers.
+
+        The random numbers are those of the first look.
         """
         self._check_restless()
         with torch.inference_mode(False), torch.no_grad(), self._same_chance(True):
             return self._losses(self._forward(self.x, self._own_buffers(True)))
 
     def labels(self, z: Tensor, draws: int = 1) -> list[Tensor]:
-        """Labels drawn from the model's own distribution at outputs z: the same ones at every
-        call.
-        """
+        """Draw labels from the model's own distribution at outputs z: the same at every call."""
         generator = self.objective.generator(self.number, self.stream, self.part)
         return [sample_of(self.objective.likelihood, z, generator, self.y) for _ in range(draws)]
 
     def _check(self, z: Tensor) -> None:
-        """Of targets, and at the first look at a form of the likelihood, where that is the
-        user's.
-        """
+        """Check targets, and at the first look at a form the user's own likelihood."""
         if self._checked:
             return
         self.objective.likelihood.check(z, self._y)
@@ -148,9 +148,7 @@ class Closure(Looks):
 
     @property
     def law(self) -> Law:
-        """What was found of the likelihood: its root, and whether labels drawn by it follow its
-        loss.
-        """
+        """What was found of the likelihood, its root and whether labels follow its loss."""
         key = self._key(self.x)
         if key not in self.objective.laws or not self._checked:
             _ = self.form  # a look, which the next one is
@@ -160,8 +158,9 @@ class Closure(Looks):
         return self.objective.laws[key]
 
     def look(self) -> tuple[Tensor, Tensor, Capture]:
-        """One forward on cloned buffers, checked: (outputs and loss of each example with their
-        graphs, the capture).
+        """Return (outputs, loss of each example, the capture) of one forward, which is checked.
+
+        It runs on cloned buffers; outputs and losses have their graphs.
         """
         z, capture = self.forward()
         with derivatives():
@@ -172,7 +171,7 @@ class Closure(Looks):
         return z, losses, capture
 
     def root(self, z: Tensor) -> Tensor:
-        """S of each example, S Sᵀ = ∂²ℓ/∂z², one column a slice of the first axis: [V, N, *C].
+        """Return S of each example, S Sᵀ = ∂²ℓ/∂z², a column a slice of the first axis: [V, N, *C].
 
         Raises:
             CurvlabError: the likelihood has none, and its loss is not convex in the outputs.
@@ -185,7 +184,7 @@ class Closure(Looks):
         return law.root(z, self.y)
 
     def check_kind(self, kind: str) -> None:
-        """Raises CurvlabError where the likelihood leaves a kind of matrix without one meaning."""
+        """Raise CurvlabError where the likelihood leaves a kind of matrix without one meaning."""
         if kind == "fisher" and not self.law.follows:
             raise CurvlabError(refusal(self.law, kind))
 
@@ -198,7 +197,7 @@ class Closure(Looks):
         *,
         checked: bool = True,
     ) -> Observation:
-        """One forward, then one backward for each pass in `needs`.
+        """Go forward once, then backward once for each pass in `needs`.
 
         Args:
             needs: of "gradient", "data", "model", "exact".

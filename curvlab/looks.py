@@ -73,13 +73,14 @@ class Looks(Independence):
 
     @property
     def form_of_look(self) -> Form:
-        """Of the look that was taken last. A look must have been taken."""
+        """The form of the look that was taken last, where one was."""
         assert self._form is not None
         return self._form
 
     def _key(self, x: Tensor) -> Hashable:
-        """What decides how the model runs, beside its weights: the form of the minibatch, modes,
-        what is trained.
+        """Return what decides how the model runs, beside its weights.
+
+        It is the form of the minibatch, modes, and what is trained.
         """
         objective = self.objective
         modes = tuple([module.training for module in objective.modules])
@@ -99,8 +100,9 @@ class Looks(Independence):
 
     @property
     def glimpse(self) -> Form:
-        """The form of the first and the last example alone, for sizes: what a look at all of a
-        large minibatch would cost.
+        """The form of the first and the last example alone, for sizes.
+
+        It says what a look at all of a large minibatch would cost.
         """
         if self._form is not None or len(self.x) <= 2:
             return self.form
@@ -113,10 +115,13 @@ class Looks(Independence):
     def forward(
         self, x: Tensor | None = None, move_buffers: bool = False
     ) -> tuple[Tensor, Capture]:
-        """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the
-        capture).
+        """Return (outputs with their graph, the capture) of one forward on cloned buffers.
 
         A later look at the minibatch sees the random numbers of the first, and uses up none.
+
+        Args:
+            x: inputs; the minibatch's own where None.
+            move_buffers: True runs on the model's own buffers.
         """
         if x is not None and x is not self.x:
             return self._look_at(x, False)[:2]
@@ -165,14 +170,15 @@ class Looks(Independence):
         return z, capture, form
 
     def _may_go_unheard(self) -> bool:
-        """Whether nothing but the mean gradient can be asked of a look: it is of a form that was
-        heard once and draws nothing, and no other look will follow.
+        """Return whether nothing but the mean gradient can be asked of a look.
+
+        It is of a form that was heard once and draws nothing, and no other look will follow.
         """
         fresh = self._chance is None and self.stream == "step" and not self.twice
         return fresh and self.objective.fine and self._key(self.x) in self.objective.quiet
 
     def _unheard(self, move_buffers: bool) -> tuple[Tensor, Capture]:
-        """`forward` with nobody listening."""
+        """Return what `forward` does with nobody listening."""
         self.objective.check_modules()
         self._chance = QUIET
         capture = Capture(
@@ -187,7 +193,7 @@ class Looks(Independence):
         return z, capture
 
     def _settle(self, z: Tensor, capture: Capture, x: Tensor, known_key: Hashable) -> Form:
-        """The ways of all blocks: as known of this form, or as a first look shows them."""
+        """Return the ways of all blocks: as known of this form, or as a first look shows them."""
         objective = self.objective
         key = known_key, capture.trace
         if x is self.x:
@@ -219,4 +225,4 @@ class Looks(Independence):
 
 _FORMS = 512  # that are remembered
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range in self")
-"""In torch's messages about data that do not fit a layer."""
+"""Words of torch's messages about data that do not fit a layer."""

@@ -1,6 +1,4 @@
-"""Objective: a model, the likelihood of its outputs, and the seed of the labels that are drawn from
-it.
-"""
+"""Objective: a model, the likelihood of its outputs, and the seed of labels drawn from it."""
 
 from __future__ import annotations
 
@@ -23,6 +21,8 @@ from curvlab.strangers import check_model, original
 
 class Objective:
     """A model, the likelihood of its outputs, and the seed of the labels that are drawn from it.
+
+    The loss is the mean over examples of a per-example sum.
 
     Args:
         model: any `nn.Module` that maps [N, …] to [N, …] with the batch as first axis. A compiled
@@ -96,7 +96,7 @@ class Objective:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """{name: trainable parameter}, those of the blocks, as they stand in their modules now."""
+        """Parameters of the blocks, as they stand in the model now, ``{name: parameter}``."""
         return {name: p for name, owner, key in self._slots if (p := owner.get(key)) is not None}
 
     @property
@@ -107,8 +107,9 @@ class Objective:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all statistics and matrices: the widest of the blocks' parameters, and at least single
-        precision.
+        """The dtype of all statistics and matrices.
+
+        It is the widest of the blocks' parameters, and at least single precision.
         """
         found = torch.float32
         for dtype in {owner[key].dtype for _, owner, key in self._slots}:  # type: ignore[union-attr]  # none is None
@@ -123,8 +124,9 @@ class Objective:
 
     @property
     def input_dtype(self) -> torch.dtype | None:
-        """That of all floating weights, to which floating inputs are brought; None where they
-        differ: those stay.
+        """The dtype of all floating weights, to which floating inputs are brought.
+
+        None where they differ: those inputs stay.
         """
         every = {
             w.dtype for module in self.modules for w in module._parameters.values() if w is not None
@@ -133,11 +135,14 @@ class Objective:
         return found[0] if len(found) == 1 else None
 
     def check(self, x: Tensor, y: Tensor) -> Report:
-        """What a look at a minibatch of this form shows: which block goes which way and why, how
-        near to autograd.
+        """Return what a look at a minibatch of this form shows.
 
-        `str` of it is a table, `ways` is {block: "structured" | "general" | "unused"}. Moves
-        nothing.
+        It is which block goes which way and why, and how near to autograd. `str` of it is a table,
+        `ways` is {block: "structured" | "general" | "unused"}. Moves nothing.
+
+        Args:
+            x: inputs [N, …].
+            y: targets, as the likelihood wants them.
 
         Raises:
             CurvlabError: data that do not fit.
@@ -147,14 +152,15 @@ class Objective:
         return Report(self.blocks, closure.form, closure.law.why)
 
     def say(self, line: str) -> None:
-        """A warning, once."""
+        """Warn by a line, once."""
         if line not in self.said:
             self.said.add(line)
             warn(line)
 
     def check_modules(self) -> None:
-        """Raises CurvlabError where a layer was replaced, or lost a parameter, since the objective
-        was made.
+        """Raise CurvlabError where a layer was replaced, or lost a parameter.
+
+        It is seen against what the objective was made with.
         """
         for name, owner, key in self._slots:
             if owner.get(key) is None:
@@ -169,8 +175,9 @@ class Objective:
                 )
 
     def check_trained(self) -> None:
-        """Raises CurvlabError where other parameters are trained now than when the objective was
-        made.
+        """Raise CurvlabError where other parameters are trained than at the beginning.
+
+        It is seen against what the objective was made with.
         """
         flags = [
             p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None
@@ -190,18 +197,27 @@ class Objective:
         self._flags = [] if self.may_freeze else flags
 
     def closure(self, x: Tensor, y: Tensor, stream: Stream = "step") -> Closure:
-        """The objective on one minibatch, moved to the model's device, and floating tensors to its
-        dtype, if it has one.
+        """Return the objective on one minibatch, moved to the model's device.
 
-        The closures of a stream are numbered 1, 2, …; those of warm starts and of the oracle apart,
-        so that the labels drawn at a step depend on neither.
+        Floating tensors are brought to the model's dtype, if it has one. The closures of a stream
+        are numbered 1, 2, …; those of warm starts and of the oracle apart, so that the labels drawn
+        at a step depend on neither.
+
+        Args:
+            x: inputs [N, …].
+            y: targets, as the likelihood wants them.
+            stream: who makes it.
+
+        Raises:
+            CurvlabError: data that do not fit.
         """
         self.closures[stream] += 1
         return Closure(self, x, y, self.closures[stream], stream)
 
     def generator(self, number: int, stream: Stream = "step", part: int = 0) -> torch.Generator:
-        """The generator of the labels of one closure: a function of (seed, number, stream, part)
-        alone.
+        """Return the generator of the labels of one closure.
+
+        It is a function of (seed, number, stream, part) alone.
         """
         entropy = [self.seed, number, STREAMS.index(stream), part]
         state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
@@ -231,15 +247,16 @@ class _Attributes:
 
 
 def _held(module: nn.Module) -> dict[str, nn.Parameter | None] | _Attributes:
-    """A module's own parameters, as they stand."""
+    """Return a module's own parameters, as they stand."""
     return module._parameters if isinstance(module._parameters, dict) else _Attributes(module)
 
 
 def _lineage(
     model: nn.Module, owners: set[str]
 ) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
-    """(children of a module, a name, the child) on every way from the model down to these
-    modules.
+    """Return (children of a module, a name, the child) on every way from the model to its owners.
+
+    Those are the modules that have parameters of blocks.
     """
     found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module | None]] = {}
     for owner in owners:
@@ -252,7 +269,7 @@ def _lineage(
 
 
 def weights(objective: Objective) -> list[Tensor]:
-    """A copy of every parameter, for `restore`."""
+    """Return a copy of every parameter, for `restore`."""
     return [p.detach().clone() for p in objective.parameters.values()]
 
 

@@ -1,8 +1,8 @@
-"""Loss and error of a model on whole data sets: in eval mode, without a graph, in chunks, its state
-and all chance as before.
+"""Loss and error of a model on whole data sets.
 
-The loss is the objective's, the mean over examples of a per-example sum; an error is a mean over
-examples too (ERRORS).
+The model is in eval mode, without a graph; the data go through it in chunks; its state and all
+chance are as before. The loss is the objective's, the mean over examples of a per-example sum; an
+error is a mean over examples too (`measure_of`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ Data = Dataset | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Measure:
-    """An error of each example at outputs z [N, …] and targets y; `name` is what a log calls its
-    mean.
+    """An error of each example at outputs z [N, …] and targets y.
+
+    Args:
+        name: what a log calls its mean.
+        units: of the error.
+        each: (z, y) → the errors [N].
     """
 
     name: str
@@ -61,7 +65,7 @@ SQUARED = Measure("mean squared error of the outputs", "1", _squared)
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """On what loss and error are evaluated.
+    """The data that loss and error are evaluated on.
 
     Args:
         examples: of the training loss.
@@ -77,7 +81,7 @@ class Evaluated:
 
 
 def measure_of(likelihood: Likelihood, outputs: int) -> Measure | None:
-    """The documents' error of a likelihood; None where they have none.
+    """Return the documents' error of a likelihood; None where they have none.
 
     Classes: the fraction wrong. Autoencoders (Bernoulli, several outputs): mean squared error of
     sigmoid(output) over pixels (practice). FACES (Gaussian): mean squared error of the outputs.
@@ -92,8 +96,9 @@ def measure_of(likelihood: Likelihood, outputs: int) -> Measure | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode (where no example's loss depends on the others or on chance), then
-    each in its own again.
+    """Put all modules in eval mode inside; each is in its own mode again afterwards.
+
+    In eval mode no example's loss depends on the others or on chance.
     """
     before = {module: module.training for module in model.modules()}
     model.eval()
@@ -111,8 +116,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def in_eval_mode(model: nn.Module) -> list[str]:
-    """Names of the modules in eval mode, without those inside of one that is so with all inside it;
-    "all" where that is all.
+    """Return the names of the modules in eval mode; "all" where that is all.
+
+    Those are left out that lie inside of one that is so with all inside it.
     """
     found: list[str] = []
     whole: list[str] = []
@@ -128,15 +134,14 @@ def in_eval_mode(model: nn.Module) -> list[str]:
 
 
 def ready_to_train(model: nn.Module) -> nn.Module:
-    """The model, put into train mode where nothing in it is: for models that are built for a
-    run.
-    """
+    """Return the model, put into train mode where nothing in it is: for models built for a run."""
     return model if any(module.training for module in model.modules()) else model.train()
 
 
 def depends_on_mode(module: nn.Module) -> bool:
-    """Whether its outputs are others in train mode: dropout, also within recurrent and attention
-    layers; batch norm; RReLU.
+    """Return whether a module's outputs are others in train mode.
+
+    They are of dropout, also within recurrent and attention layers; batch norm; RReLU.
     """
     if isinstance(module, _NormBase):
         return module.track_running_stats
@@ -146,8 +151,9 @@ def depends_on_mode(module: nn.Module) -> bool:
 
 
 def chunks(data: Data, size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The examples in order, `size` at a time (minibatches: as they come); of a data set the first
-    `most`.
+    """Yield the examples in order, `size` at a time (minibatches: as they come).
+
+    Of a data set it is the first `most`.
     """
     if isinstance(data, tuple):
         data = Dataset("data", data[0], data[1], "")
@@ -168,8 +174,16 @@ def evaluate(
     size: int = 1000,
     most: int | None = None,
 ) -> tuple[float, float]:
-    """Mean loss and mean error (NaN without one) over the examples, added up in float64; read from
-    the device once.
+    """Compute the mean loss and mean error (NaN without one) over the examples.
+
+    They are added up in float64, and read from the device once.
+
+    Args:
+        objective: whose model and likelihood.
+        data: the examples.
+        error: of an example; None: the loss alone.
+        size: examples at a time.
+        most: of a data set the first so many examples; all where None.
 
     Raises:
         CurvlabError: no examples, targets that do not fit the outputs.
@@ -192,10 +206,13 @@ def evaluate(
 
 
 def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> dict[str, float]:
-    """{train_loss, train_error, and where there is validation val_loss, val_error}; an error is NaN
-    where none is measured.
+    """Return {train_loss, train_error, and where there is validation val_loss, val_error}.
+
+    An error is NaN where none is measured.
 
     Args:
+        objective: whose model and likelihood.
+        on: the data, and the error.
         most: examples of the training set; all where None.
     """
     scores: dict[str, float] = {}
@@ -208,7 +225,7 @@ def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> d
 
 
 def score_names(on: Evaluated) -> tuple[str, ...]:
-    """Of `scores_of`, those that a log holds."""
+    """Return the names of `scores_of` that a log holds."""
     parts = ("train",) if on.validation is None else ("train", "val")
     kinds = ("loss", "error") if on.error else ("loss",)
     return tuple(f"{part}_{kind}" for part in parts for kind in kinds)
