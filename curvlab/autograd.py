@@ -75,7 +75,7 @@ def sent_together(
 
 
 def send_back(
-    z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]
+    z: Tensor | GradientEdge, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]
 ) -> list[Tensor | None]:
     """Return ∂z/∂target applied to every vector, [V, *target]; None where z does not depend on it.
 

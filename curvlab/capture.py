@@ -251,6 +251,44 @@ class Capture(Hearing):
             block, size, parts=[Part(block, self._input(use, size, "first"), none)], like=none
         )
 
+    def heard(self) -> list[tuple[Use, str]]:
+        """Every use of a structured block, with its arrangement."""
+        return [
+            (use, how)
+            for name, ways in self.arranged.items()
+            for use, how in zip(self.uses.get(name, ()), ways, strict=True)
+        ]
+
+    def part(self, use: Use, how: str, d: Tensor, count: int) -> Part:
+        """A use in a pass back of `count` vectors, of what arrived at its edge: [V, *output]."""
+        shape, dtype = use.output.value.shape, self.dtype or use.call.weight.dtype
+        g = use.rule.outputs(d if d.shape == shape else d.reshape(count * shape[0], *shape[1:]))
+        g = g if g.dtype == dtype else g.to(dtype)
+        g = g[None] if count == 1 else g.view(count, -1, *g.shape[1:])
+        return Part(use.block, self._input(use, self._size or 0, how), g, use.swapped)
+
+    def shows(
+        self, heard: Sequence[tuple[Use, str]], grads: Sequence[Tensor | None]
+    ) -> bool:
+        """Examine again, and say so, where a use of which nothing could be seen has derivatives."""
+        prove = self.prove
+        if prove is None:
+            return False
+        unseen = {
+            id(self.uses[n][i])
+            for n, some in self.unproven.items()
+            for i in some
+            if i < len(self.uses.get(n, ()))
+        }
+        if not any(
+            d is not None and id(use) in unseen and bool(d.any())
+            for (use, _), d in zip(heard, grads, strict=False)
+        ):
+            return False
+        self.prove = None
+        prove()
+        return True
+
     def backward(
         self,
         z: Tensor,
@@ -274,11 +312,7 @@ class Capture(Hearing):
         """
         size, count = len(z), len(vectors)
         self.settle(z)
-        heard = [
-            (use, how)
-            for name, ways in self.arranged.items()
-            for use, how in zip(self.uses.get(name, ()), ways, strict=True)
-        ]
+        heard = self.heard()
         own = [
             b
             for b in self.blocks
@@ -296,30 +330,9 @@ class Capture(Hearing):
         parts: dict[str, list[Part]] = {name: [] for name in self.arranged}
         for (use, how), d in zip(heard, grads, strict=False):
             if d is not None:
-                shape, dtype = use.output.value.shape, self.dtype or use.call.weight.dtype
-                g = use.rule.outputs(
-                    d if d.shape == shape else d.reshape(count * shape[0], *shape[1:])
-                )
-                g = g if g.dtype == dtype else g.to(dtype)
-                g = g[None] if count == 1 else g.view(count, -1, *g.shape[1:])
-                parts[use.block.name].append(
-                    Part(use.block, self._input(use, size, how), g, use.swapped)
-                )
-        prove = self.prove
-        if prove is not None:
-            unseen = {
-                id(self.uses[n][i])
-                for n, some in self.unproven.items()
-                for i in some
-                if i < len(self.uses.get(n, ()))
-            }
-            if any(
-                d is not None and id(use) in unseen and bool(d.any())
-                for (use, _), d in zip(heard, grads, strict=False)
-            ):
-                self.prove = None
-                prove()
-                return self.backward(z, vectors, leaves, gradients)
+                parts[use.block.name].append(self.part(use, how, d, count))
+        if self.shows(heard, grads):
+            return self.backward(z, vectors, leaves, gradients)
         means = self._means(own, dict(zip(named, grads[len(heard) :], strict=True)), size)
         found = dict[str, LayerStatistics]()
         still = [name for name, p in self.parameters.items() if not p.requires_grad]

@@ -8,7 +8,7 @@ sees the same labels alone and in company.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -254,12 +254,7 @@ class Closure(Looks):
                 passes[name] = capture.backward(
                     z, vectors, leaves=True, gradients=by_leaves and name in ("gradient", "data")
                 )
-            for statistics in passes[name].values():
-                if not statistics.used and statistics.block.name not in capture.frozen:
-                    self.objective.say(
-                        f"{statistics.block} does not reach the model's outputs in a minibatch: its"
-                        " gradient is zero there (freeze it if it is never used)"
-                    )
+            self.say_unreached(passes[name], capture)
         if by_leaves and "data" in needs:
             passes["gradient"] = passes["data"]
         value, pull = loss.detach(), dict[str, Tensor]()
@@ -270,6 +265,15 @@ class Closure(Looks):
             }
             value = value + self.objective.l2 * sum(w.square().sum() for w in weights.values())
         return Observation(value, len(z), passes, self, pull)
+
+    def say_unreached(self, found: Mapping[str, LayerStatistics], capture: Capture) -> None:
+        """Warn, once, of trained blocks that a pass back from the outputs has not reached."""
+        for statistics in found.values():
+            if not statistics.used and statistics.block.name not in capture.frozen:
+                self.objective.say(
+                    f"{statistics.block} does not reach the model's outputs in a minibatch: its"
+                    " gradient is zero there (freeze it if it is never used)"
+                )
 
     def _finite(self, loss: Tensor, z: Tensor) -> None:
         if math.isfinite(float(loss)):

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvlab.autograd import edge_of
@@ -180,6 +180,7 @@ class Hearing:
             swapped,
             inputs,
             behind,
+            None if x.grad_fn is None else GradientEdge(x.grad_fn, x.output_nr),
         )
         found = self.uses.get(block.name)
         if found is None:

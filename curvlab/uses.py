@@ -63,6 +63,8 @@ class Use:
         inputs: of a rule that has to be called in the pass itself.
         beyond: where the graph goes on behind the call, but for the parameters that the rule
             accounts for.
+        source: where the derivative in its inputs arrives, in their own shape; None where they
+            have none.
     """
 
     block: Block
@@ -76,6 +78,7 @@ class Use:
     swapped: bool
     inputs: Tensor | None
     beyond: tuple[Node, ...]
+    source: GradientEdge | None
 
     @property
     def extent(self) -> tuple[int, int]:

@@ -42,6 +42,7 @@ CHUNK = 4096
 
 _REMEDY = "call model.eval() first, or train by a method without exact products"
 _NUMBERS = 1 << 24  # in the pre-activation Hessians of one block at a time
+_SENT = 1 << 25  # in the derivatives of the exact pass where places share weights
 
 
 def check_kind(kind: str, draws: int = 1) -> None:
@@ -171,11 +172,13 @@ def by_hessians(kind: str, block: Block, form: Form) -> bool:
 
 
 def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iterator[Closure]:
-    """Yield closures of so few examples that what the pre-activation Hessians need fits.
+    """Yield closures of so few examples that what the kind needs of them fits.
 
-    For second derivatives those of a block, N (TO)² numbers; for the GGN the derivatives of the
-    outputs in them too, N C TO numbers.
+    Of pre-activation Hessians for second derivatives those of a block, N (TO)² numbers; for the GGN
+    the derivatives of the outputs in them too, N C TO numbers. Of the exact pass through weights
+    that places share, the root and the derivatives of all blocks, N C (C + Σ TO).
     """
+    blocks = list(blocks)
     for closure in closures:
         form = closure.glimpse
         widths = [
@@ -183,10 +186,16 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
         ]
         widest = max([1, *widths])
         at_once = max(1, _NUMBERS // (widest * max(widest, form.outputs if kind in PASSES else 0)))
-        if len(closure.x) <= at_once:
+        places = [form.places.get(b.name, 0) for b in blocks]
+        if PASSES.get(cast(Kind, kind)) == "exact" and max(places, default=0) > 1:
+            sent = sum(t * b.shape[0] for t, b in zip(places, blocks, strict=True))
+            at_once = min(at_once, max(1, _SENT // (form.outputs * (form.outputs + sent))))
+        size = len(closure.x)
+        if size <= at_once:
             yield closure
             continue
-        for start in range(0, len(closure.x), at_once):
+        at_once = -(-size // -(-size // at_once))  # as many in every part
+        for start in range(0, size, at_once):
             some = slice(start, start + at_once)
             yield Closure(
                 closure.objective,

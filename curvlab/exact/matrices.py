@@ -20,7 +20,7 @@ from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few, say_general
-from curvlab.exact.route_table import ROUTES, Minibatch, Sum, route_of
+from curvlab.exact.route_table import ROUTES, Fold, Minibatch, Sum, fold_by_best, route_of
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Dense
 from curvlab.linalg.packed import (
@@ -36,9 +36,11 @@ from curvlab.statistics import LayerStatistics
 def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") -> dict[str, str]:
     """Return {block: the route that `matrix` takes to it}, on data of this shape."""
     check_kind(kind)
-    first, *_ = Batches.of(objective, x, y)
-    form = first.form
-    return {block.name: route_of(block, form, kind) for block in objective.blocks}
+    first = next(few(Batches.of(objective, x, y), kind, objective.blocks))
+    look = Minibatch(first, kind, 1, objective.blocks)
+    return {
+        block.name: route_of(block, first.form, kind, look=look) for block in objective.blocks
+    }
 
 
 @derivatives()
@@ -86,12 +88,12 @@ def matrices(
     sums: dict[str, Sum] = {}
     seen = 0
     for closure in few(Batches.of(objective, x, y), kind, chosen):
-        look = Minibatch(closure, kind, draws)
+        look = Minibatch(closure, kind, draws, chosen)
         size = len(closure.x)
         if route == "auto" and not seen:
             say_general(chosen, kind, closure.form)
-        for name, some in _assign(chosen, closure, kind, route, sums).items():
-            ROUTES[name].fold(look, some, sums, seen / (seen + size), 1 / (seen + size))
+        fold = fold_by_best if route == "auto" else _by(route, chosen, closure, kind)
+        fold(look, chosen, sums, seen / (seen + size), 1 / (seen + size))
         seen += size
     return {
         block.name: Dense(_finite(sums.pop(block.name).dense(), f"{kind} of {block}"))
@@ -99,22 +101,17 @@ def matrices(
     }
 
 
-def _assign(
-    chosen: Sequence[Block], closure: Closure, kind: Kind, route: str, sums: dict[str, Sum]
-) -> dict[str, list[Block]]:
-    """Return {route: its blocks}; raises CurvlabError where a given route does not fit."""
+def _by(route: str, chosen: Sequence[Block], closure: Closure, kind: Kind) -> Fold:
+    """Return a route's fold; raises CurvlabError where it does not fit a block."""
     form = closure.form
-    found: dict[str, list[Block]] = {}
     for block in chosen:
-        name = route_of(block, form, kind, sums.get(block.name)) if route == "auto" else route
-        if not ROUTES[name].fits(block, form, kind):
+        if not ROUTES[route].fits(block, form, kind):
             why = form.ways[block.name].why
             raise CurvlabError(
-                f"route '{route}' does not fit {block} for {kind} ({why or ROUTES[name].summary}); "
-                'use route="auto"'
+                f"route '{route}' does not fit {block} for {kind} ({why or ROUTES[route].summary});"
+                ' use route="auto"'
             )
-        found.setdefault(name, []).append(block)
-    return found
+    return ROUTES[route].fold
 
 
 @derivatives()

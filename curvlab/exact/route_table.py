@@ -20,6 +20,7 @@ from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.exact.batches import PASSES, Kind, by_hessians
 from curvlab.exact.second_order import preactivation_gauss_newton, preactivation_hessians
+from curvlab.exact.sequences import exact_statistics, fitting
 from curvlab.exact.torch_func import Function
 from curvlab.forms import Form
 from curvlab.layers import Block, Layout
@@ -32,15 +33,47 @@ from curvlab.linalg.packed import (
     pack_pairs,
     unpack_full,
 )
+from curvlab.linalg.places import (
+    accumulate_pairs_,
+    reach_of,
+    symmetrize_,
+    work_of_pairs,
+    work_of_rows,
+)
 from curvlab.statistics import LayerStatistics
+from curvlab.system.memory import in_huge_pages
 
 
 class Minibatch:
     """Minibatch as the structured routes read it; every pass is run once, whoever asks."""
 
-    def __init__(self, closure: Closure, kind: Kind, draws: int) -> None:
-        self.closure, self.kind, self.draws = closure, kind, draws
+    def __init__(
+        self, closure: Closure, kind: Kind, draws: int, blocks: Sequence[Block] = ()
+    ) -> None:
+        self.closure, self.kind, self.draws, self.blocks = closure, kind, draws, blocks
+        self._exact: dict[str, LayerStatistics] = {}
         closure.check_kind(kind)
+
+    def each(self, blocks: Sequence[Block]) -> Iterator[LayerStatistics]:
+        """Yield statistics of some blocks, in any order, for sums over all vectors and no less.
+
+        Where places share a weight, the vectors of the exact pass are as few as they can be
+        (`sequences`), and each is sent once for all blocks (`blocks`) that fit into memory.
+        """
+        form = self.closure.form
+        shared = PASSES[self.kind] == "exact" and max(form.places.values(), default=1) > 1
+        if not shared:
+            yield from (self.statistics[block.name] for block in blocks)
+            return
+        missing = [b for b in blocks if b.name not in self._exact]
+        if missing:
+            every = [b for b in self.blocks if b.name in form.shaped and b not in blocks]
+            some, *more = fitting([*blocks, *every], form, len(self.closure.x))
+            for group in [some] if not more else fitting(blocks, form, len(self.closure.x)):
+                self._exact = exact_statistics(self.closure, [b.name for b in group])
+                yield from (self._exact[b.name] for b in group if b in blocks)
+            return
+        yield from (self._exact[b.name] for b in blocks)
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
@@ -107,14 +140,14 @@ class _Packed:
 class _Whole:
     """Sum of any block as the dense matrix, of which the lower triangle alone counts.
 
-    It is mirrored when the sum is asked for.
+    It is mirrored when the sum is asked for, unless it is `whole`.
     """
 
-    def __init__(self, size: int, like: Tensor) -> None:
-        self.matrix = like.new_zeros(size, size)
+    def __init__(self, matrix: Float[Tensor, "D D"]) -> None:
+        self.matrix, self.whole = matrix, False
 
     def dense(self) -> Tensor:
-        return mirror_(self.matrix)
+        return self.matrix if self.whole else mirror_(self.matrix)
 
 
 def _fold_pairs(
@@ -127,44 +160,93 @@ def _fold_pairs(
 
     form = look.closure.form
     twice = [b.name for b in blocks if by_hessians(look.kind, b, form)]
-    for block in blocks:
-        if block.name not in twice:
-            s = look.statistics[block.name]
-            into(block).add(s.a[:, 0], output_pairs(s.g[:, :, 0]), old, new)
+    for s in look.each([b for b in blocks if b.name not in twice]):
+        into(s.block).add(s.a[:, 0], output_pairs(s.g[:, :, 0]), old, new)
     for s, hessians in look.hessians(twice) if twice else ():
         into(s.block).add(s.a[:, 0], pack_pairs(hessians[0, :, :, 0].permute(1, 0, 2)), old, new)
 
 
-def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Tensor, "D D"]:
-    """Return the sum of a block as a dense matrix, to be added to.
+def _whole(
+    sums: dict[str, Sum], name: str, size: int, like: Tensor, old: float
+) -> Float[Tensor, "D D"]:
+    """Return old · the sum of a block as a dense matrix, whose lower triangle is to be added to.
 
     One that was packed until now is unpacked: a minibatch with several places has come.
     """
     found = sums.get(name)
     if not isinstance(found, _Whole):
-        sums[name] = whole = _Whole(size, like)
-        if found is not None:
-            whole.matrix.copy_(found.dense())
-        return whole.matrix
-    return found.matrix
+        matrix = like.new_zeros(size, size) if found is None else found.dense()
+        sums[name] = found = _Whole(matrix)
+    found.whole = False
+    return found.matrix.mul_(old) if old else found.matrix
 
 
 def _fold_places(
     look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float
 ) -> None:
+    if look.kind in PASSES:
+        for s in look.each(blocks):
+            _add_pairs(s, sums, old, new)
+        return
     for s, hessians in look.hessians([b.name for b in blocks]):
-        matrix = _whole(sums, s.block.name, s.block.numel, s.a).mul_(old)
+        matrix = _whole(sums, s.block.name, s.block.numel, s.a, old)
         accumulate_places_(matrix, hessians, s.a, new)
+
+
+def _add_pairs(s: LayerStatistics, sums: dict[str, Sum], old: float, new: float) -> None:
+    """Add second moments by pairs of places; the first are written where none has been."""
+    name, size = s.block.name, s.block.numel
+    found = sums.get(name)
+    if found is None:
+        matrix = in_huge_pages(s.like.new_empty(size, size))
+        sums[name] = found = _Whole(matrix)
+        accumulate_pairs_(matrix, s.g, s.a, reach_of(s.g), 0.0, new)
+        symmetrize_(matrix)
+        found.whole = True
+        return
+    whole = isinstance(found, _Packed) or (isinstance(found, _Whole) and found.whole)
+    matrix = _whole(sums, name, size, s.like, old)
+    more = accumulate_pairs_(torch.empty_like(matrix), s.g, s.a, reach_of(s.g), 0.0, new)
+    matrix += symmetrize_(more)
+    sums[name].whole = whole  # type: ignore[attr-defined]  # `_whole` has made it one
 
 
 def _fold_rows(
     look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float
 ) -> None:
-    for block in blocks:
-        s = look.statistics[block.name]
-        matrix = _whole(sums, block.name, block.numel, s.like).mul_(old)
-        for rows in s.some_rows(max(1, block.numel // 16)):
-            accumulate_second_moment_(matrix, rows, new)
+    for s in look.each(blocks):
+        _add_rows(s, sums, old, new)
+
+
+def _add_rows(s: LayerStatistics, sums: dict[str, Sum], old: float, new: float) -> None:
+    matrix = _whole(sums, s.block.name, s.block.numel, s.like, old)
+    for rows in s.some_rows(max(1, s.block.numel // 16)):
+        accumulate_second_moment_(matrix, rows, new)
+
+
+def _fold_shared(
+    look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float
+) -> None:
+    """Add second moments of weights that places share, each by the cheaper route."""
+    for s in look.each(blocks):
+        (_add_pairs if by_pairs(s) else _add_rows)(s, sums, old, new)
+
+
+def by_pairs(s: LayerStatistics) -> bool:
+    """Return whether pairs of places have fewer floating-point operations than rows.
+
+    A product of `_PACE` more is as fast by rows.
+    """
+    if not s.used:
+        return False
+    (outputs, inputs), places = s.block.shape, s.places
+    rows = work_of_rows(s.vectors, places, outputs, inputs) / _PACE
+    if work_of_pairs([(0, 0)] * places, outputs, inputs) > rows:  # without the pairs themselves
+        return False
+    return work_of_pairs(reach_of(s.g), outputs, inputs) < rows
+
+
+_PACE = 1.4  # of the large products of rows, over those of pairs of places
 
 
 def _fold_general(
@@ -172,7 +254,7 @@ def _fold_general(
 ) -> None:
     for block in blocks:
         function = look.function(Layout((block,)))
-        matrix = _whole(sums, block.name, block.numel, function.at).mul_(old)
+        matrix = _whole(sums, block.name, block.numel, function.at, old)
         if look.kind in PASSES:
             for left, right in function.rows(look.kind, look.draws):
                 matrix.addmm_(left.mT, right, alpha=new)
@@ -181,13 +263,17 @@ def _fold_general(
                 matrix[:, columns].add_(value, alpha=new)
 
 
+Fold = Callable[[Minibatch, Sequence[Block], dict[str, Sum], float, float], None]
+"""Adds a minibatch to the sums of some blocks, which are scaled first: old · sum + new · it."""
+
+
 @dataclass(frozen=True)
 class Route:
     """One way to a diagonal block: what it does, which blocks it fits, and how it adds."""
 
     summary: str
     fits: Callable[[Block, Form, Kind], bool]
-    fold: Callable[[Minibatch, Sequence[Block], dict[str, Sum], float, float], None]
+    fold: Fold
 
 
 def _one_place(block: Block, form: Form, kind: Kind) -> bool:
@@ -195,8 +281,11 @@ def _one_place(block: Block, form: Form, kind: Kind) -> bool:
     return block.name in names and block.groups == 1 and form.places.get(block.name) == 1
 
 
-def _few_places(block: Block, form: Form, kind: Kind) -> bool:
-    return kind not in PASSES and by_hessians(kind, block, form)
+def _several_places(block: Block, form: Form, kind: Kind) -> bool:
+    if kind in PASSES:
+        shared = form.places.get(block.name, 1) > 1
+        return shared and block.name in form.plain and block.groups == 1
+    return by_hessians(kind, block, form)
 
 
 ROUTES: dict[str, Route] = {
@@ -206,9 +295,9 @@ ROUTES: dict[str, Route] = {
         _fold_pairs,
     ),
     "places": Route(
-        "T > 1, Hessian and Π: pre-activation Hessians between inputs, Theorem 3, where they are"
-        " fewer than the parameters",
-        _few_places,
+        "T > 1: pairs of places (Theorem 3), two products; of second moments where these have fewer"
+        " operations than rows, of Hessian and Π where pre-activations are fewer than parameters",
+        _several_places,
         _fold_places,
     ),
     "rows": Route(
@@ -225,9 +314,34 @@ ROUTES: dict[str, Route] = {
 """Routes in order of preference: a block goes by the first that fits. All agree."""
 
 
-def route_of(block: Block, form: Form, kind: Kind, grown: Sum | None = None) -> str:
-    """Return the first route that fits, and that can add to what has grown of other minibatches."""
-    fitting = (name for name, route in ROUTES.items() if route.fits(block, form, kind))
-    return next(
+def route_of(
+    block: Block,
+    form: Form,
+    kind: Kind,
+    grown: Sum | None = None,
+    look: Minibatch | None = None,
+) -> str:
+    """Return the first route that fits, and that can add to what has grown of other minibatches.
+
+    Of second moments at several places the cheaper one, which `look` shows; "places" without.
+    """
+    fitting = [name for name, route in ROUTES.items() if route.fits(block, form, kind)]
+    found = next(
         name for name in fitting if name != "pairs" or grown is None or isinstance(grown, _Packed)
     )
+    if found == "places" and kind in PASSES and look is not None:
+        return "places" if by_pairs(next(look.each([block]))) else "rows"
+    return found
+
+
+def fold_by_best(
+    look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float
+) -> None:
+    """Add a minibatch to the sums of all blocks, each by its own best route."""
+    found: dict[str, list[Block]] = {}
+    for block in blocks:
+        name = route_of(block, look.closure.form, look.kind, sums.get(block.name))
+        shared = name == "places" and look.kind in PASSES
+        found.setdefault("shared" if shared else name, []).append(block)
+    for name, some in found.items():
+        (_fold_shared if name == "shared" else ROUTES[name].fold)(look, some, sums, old, new)
