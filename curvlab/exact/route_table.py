@@ -140,14 +140,24 @@ class _Packed:
 class _Whole:
     """Sum of any block as the dense matrix, of which the lower triangle alone counts.
 
-    It is mirrored when the sum is asked for, unless it is `whole`.
+    It is mirrored when the sum is asked for.
     """
 
     def __init__(self, matrix: Float[Tensor, "D D"]) -> None:
-        self.matrix, self.whole = matrix, False
+        self.matrix = matrix
 
     def dense(self) -> Tensor:
-        return self.matrix if self.whole else mirror_(self.matrix)
+        return mirror_(self.matrix)
+
+
+class _Half:
+    """Sum M of a block as pairs of places give it, the matrix being M + Mᵀ."""
+
+    def __init__(self, matrix: Float[Tensor, "D D"]) -> None:
+        self.matrix = matrix
+
+    def dense(self) -> Tensor:
+        return symmetrize_(self.matrix)
 
 
 def _fold_pairs(
@@ -177,7 +187,6 @@ def _whole(
     if not isinstance(found, _Whole):
         matrix = like.new_zeros(size, size) if found is None else found.dense()
         sums[name] = found = _Whole(matrix)
-    found.whole = False
     return found.matrix.mul_(old) if old else found.matrix
 
 
@@ -194,21 +203,15 @@ def _fold_places(
 
 
 def _add_pairs(s: LayerStatistics, sums: dict[str, Sum], old: float, new: float) -> None:
-    """Add second moments by pairs of places; the first are written where none has been."""
+    """Add second moments by pairs of places."""
     name, size = s.block.name, s.block.numel
     found = sums.get(name)
-    if found is None:
-        matrix = in_huge_pages(s.like.new_empty(size, size))
-        sums[name] = found = _Whole(matrix)
-        accumulate_pairs_(matrix, s.g, s.a, reach_of(s.g), 0.0, new)
-        symmetrize_(matrix)
-        found.whole = True
-        return
-    whole = isinstance(found, _Packed) or (isinstance(found, _Whole) and found.whole)
-    matrix = _whole(sums, name, size, s.like, old)
-    more = accumulate_pairs_(torch.empty_like(matrix), s.g, s.a, reach_of(s.g), 0.0, new)
-    matrix += symmetrize_(more)
-    sums[name].whole = whole  # type: ignore[attr-defined]  # `_whole` has made it one
+    if not isinstance(found, _Half):
+        matrix = (
+            in_huge_pages(s.like.new_empty(size, size)) if found is None else found.dense() * 0.5
+        )
+        sums[name] = found = _Half(matrix)
+    accumulate_pairs_(found.matrix, s.g, s.a, reach_of(s.g), old, new)
 
 
 def _fold_rows(
