@@ -19,7 +19,7 @@ import curvlab as cl
 from curvlab.closure import Closure
 from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS, ROUTES
-from curvlab.exact.batches import CHUNK, by_hessians
+from curvlab.exact.batches import CHUNK, PASSES, by_hessians
 from curvlab.likelihoods import Categorical, Gaussian
 from curvlab.observation import STREAMS
 
@@ -161,7 +161,9 @@ def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(
     for block in p.objective().blocks:
         own = whole[r.slices[block.name], r.slices[block.name]]
         fitting = [name for name, route in ROUTES.items() if route.fits(block, form, kind)]
-        assert taken[block.name] == fitting[0]
+        # of second moments at several places, the one with fewer operations
+        either = kind in PASSES and fitting[0] == "places"
+        assert taken[block.name] in fitting[: 1 + either]
         assert fitting[-1] == "func"
         for name in ROUTES:
             if name in fitting:

@@ -61,7 +61,7 @@ class Minibatch:
         (`sequences`), and each is sent once for all blocks (`blocks`) that fit into memory.
         """
         form = self.closure.form
-        shared = PASSES[self.kind] == "exact" and max(form.places.values(), default=1) > 1
+        shared = PASSES.get(self.kind) == "exact" and max(form.places.values(), default=1) > 1
         if not shared:
             yield from (self.statistics[block.name] for block in blocks)
             return

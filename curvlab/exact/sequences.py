@@ -64,7 +64,7 @@ class _Vectors:
         own = some[order].any(2).unflatten(0, (groups, -1)).any(1)  # [J, N]
         left = int(own.sum(0).amax())
         if left < groups:
-            chosen = (~own).to(torch.uint8).argsort(0, stable=True)[:left]
+            chosen = (~own).to(torch.uint8).argsort(dim=0, stable=True)[:left]
             cut = values.unflatten(0, (groups, -1))
             index = chosen.view(left, 1, -1, *[1] * (root.ndim - 2)).expand(-1, *cut.shape[1:])
             values, groups = cut.gather(0, index).flatten(0, 1), left
@@ -210,7 +210,7 @@ def _fewer(
             kept.append(group)
             width = count
         else:
-            columns = (~there).to(torch.uint8).argsort(1, stable=True)[:, :width]
+            columns = (~there).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
             index = columns.expand(count, -1, -1)
             few = group.gather(2, index).transpose(0, 1)  # [N, K, E]
             q, r = torch.linalg.qr(few, mode="r" if mine is None else "complete")
@@ -237,7 +237,7 @@ def _head(z: Tensor, heard: Sequence[Heard]) -> Use | None:
     if head.source is None:
         return None
     for met, output in _nodes(z, head.source, edges):
-        if met in edges or (met is head.source.node and output != head.source.output_nr):
+        if output != head.source.output_nr if met is head.source.node else met in edges:
             return None
     return head
 
