@@ -267,27 +267,19 @@ class Capture(Hearing):
         g = g[None] if count == 1 else g.view(count, -1, *g.shape[1:])
         return Part(use.block, self._input(use, self._size or 0, how), g, use.swapped)
 
-    def shows(
-        self, heard: Sequence[tuple[Use, str]], grads: Sequence[Tensor | None]
-    ) -> bool:
+    def shows(self, heard: Sequence[tuple[Use, str]], grads: Sequence[Tensor | None]) -> bool:
         """Examine again, and say so, where a use of which nothing could be seen has derivatives."""
-        prove = self.prove
+        prove, known = self.prove, self.uses
         if prove is None:
             return False
-        unseen = {
-            id(self.uses[n][i])
-            for n, some in self.unproven.items()
-            for i in some
-            if i < len(self.uses.get(n, ()))
-        }
-        if not any(
-            d is not None and id(use) in unseen and bool(d.any())
-            for (use, _), d in zip(heard, grads, strict=False)
-        ):
-            return False
-        self.prove = None
-        prove()
-        return True
+        unseen = [(known.get(name, ()), some) for name, some in self.unproven.items()]
+        ids = {id(uses[i]) for uses, some in unseen for i in some if i < len(uses)}
+        pairs = zip(heard, grads, strict=False)
+        if any(d is not None and id(use) in ids and bool(d.any()) for (use, _), d in pairs):
+            self.prove = None
+            prove()
+            return True
+        return False
 
     def backward(
         self,

@@ -114,7 +114,7 @@ def expected(objective: cl.Objective, x: Tensor, y: Tensor, kind: str, key: tupl
                 def total(w: Tensor) -> Tensor:
                     given = weights | block.scatter(w.view(block.shape))
                     out = functional_call(objective.model, given, (x,), tie_weights=True)
-                    return sum(loss(one.flatten(), label) for one, label in zip(out, y, strict=True))
+                    return vmap(loss)(out.flatten(1), y).sum()
 
                 return grad(total)(w)
 
@@ -176,7 +176,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return calls
 
 
-@pytest.mark.parametrize(("symbols", "tied", "causal"), [(11, True, True), (11, False, True), (50, True, False)])
+@pytest.mark.parametrize(
+    ("symbols", "tied", "causal"), [(11, True, True), (11, False, True), (50, True, False)]
+)
 def test_vectors_are_sent_once_and_no_more_than_needed(
     symbols: int, tied: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,9 +38,7 @@ def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") ->
     check_kind(kind)
     first = next(few(Batches.of(objective, x, y), kind, objective.blocks))
     look = Minibatch(first, kind, 1, objective.blocks)
-    return {
-        block.name: route_of(block, first.form, kind, look=look) for block in objective.blocks
-    }
+    return {block.name: route_of(block, first.form, kind, look=look) for block in objective.blocks}
 
 
 @derivatives()

@@ -61,11 +61,11 @@ class _Vectors:
             return cls(values, 0)
         groups = len(sizes)
         # places that some of the examples leave out: the others' move up
-        own = some[order].any(2).unflatten(0, (groups, -1)).any(1)  # [J, N]
+        own = some[order].any(2).view(groups, -1, root.shape[1]).any(1)  # [J, N]
         left = int(own.sum(0).amax())
         if left < groups:
             chosen = (~own).to(torch.uint8).argsort(dim=0, stable=True)[:left]
-            cut = values.unflatten(0, (groups, -1))
+            cut = values.view(groups, -1, *root.shape[1:])
             index = chosen.view(left, 1, -1, *[1] * (root.ndim - 2)).expand(-1, *cut.shape[1:])
             values, groups = cut.gather(0, index).flatten(0, 1), left
         return cls(values, groups)
@@ -198,7 +198,7 @@ def _fewer(
     With `turned`, derivatives of the same vectors, these come back by the same rotation: behind the
     vectors that go on there are then some that are zero at the source.
     """
-    apart = rows.unflatten(0, (groups, -1)).flatten(3)  # [J, K, N, M]
+    apart = rows.reshape(groups, len(rows) // groups, rows.shape[1], -1)  # [J, K, N, M]
     count = apart.shape[1]
     kept, places, rotated = [], [], []
     for j, group in enumerate(apart.unbind(0)):
