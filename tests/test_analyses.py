@@ -59,6 +59,10 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
         ["--models", "mlp-256-20", "--examples", "20", "--columns", "1", "3"],
         "curvlinops / ours",
     ),
+    "benchmarks/language.py": (
+        ["--quick", "--skip", "func", "curvlinops", "memory"],
+        "of the peak",
+    ),
     "benchmarks/log.py": (
         ["--seconds", "0.5", "--models", "mlp-256-20", "--algorithms", "adam"],
         "records and writes",

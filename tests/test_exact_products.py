@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
-from curvlab.exact import KINDS
+from curvlab.exact import KINDS, torch_func
 from curvlab.linalg.operators import Dense
 from curvlab.linalg.products import Product, RectangularProduct
 from curvlab.linalg.scipy_operator import linear_operator
@@ -153,6 +153,23 @@ def test_weights_that_have_moved_are_refused(kind: str) -> None:
         CurvlabError,
         match=r"the model's weights have moved since this product was made: make it again",
     ):
+        found @ v
+
+
+@kinds
+@pytest.mark.parametrize("model", ["tanh", "conv-norm"])
+def test_one_vector_after_the_other(model: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second product on a map that was prepared is taken; it is the same matrix's, and
+    weights that move are noticed all the same.
+    """
+    monkeypatch.setattr(torch_func, "_TRACED", 0.0)
+    r = reference(model)
+    whole, found = expected(r, kind), product(r.p, kind)
+    for v in normal(len(whole), 4).T:
+        assert_near(found @ v, whole @ v)
+    with torch.no_grad():
+        next(r.p.model.parameters()).add_(0)
+    with pytest.raises(CurvlabError, match="weights have moved"):
         found @ v
 
 

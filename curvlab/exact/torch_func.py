@@ -17,20 +17,28 @@ from time import perf_counter
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import grad, jacrev, vjp
+from torch.func import grad, jacrev, linearize, vjp
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable, surrounding
 from curvlab.errors import CurvlabError, warn
 from curvlab.exact.batches import PASSES, Kind
 from curvlab.exact.plain import Plain
-from curvlab.exact.transforms import FixedRows, Weights, along, mapped, second_derivative
+from curvlab.exact.transforms import (
+    FixedRows,
+    Repeated,
+    Weights,
+    along,
+    mapped,
+    second_derivative,
+)
 from curvlab.independence import some_rows
 from curvlab.layers import Layout
 from curvlab.strangers import called, eager, mixes
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
 _LONG = 10.0  # seconds, from which on a time is said
+_TRACED = 2.0  # of products with second derivatives, from which on one trace of them pays
 
 
 class Function:
@@ -299,27 +307,19 @@ class Function:
         x = self.closure.x
         likelihood = self.closure.objective.likelihood
         at = self._apart(self.at)
-        apply: Callable[[Weights], Weights]
+        apply: Callable[[Weights], Weights]  # of several vectors at once
+        single: Callable[[Weights], Weights]  # of one after the other
 
         def outputs(w: Weights) -> Tensor:
             return self._called(w, x)
 
         if kind not in PASSES:
             total = self._total(kind)
-
-            def scalar(w: Weights) -> Tensor:
-                return total(outputs(w))
-
-            apply = partial(second_derivative, grad(scalar), at)
-        elif PASSES[kind] == "exact":
-            z, back, *_ = vjp(outputs, at)
-            slope = grad(self._total("hessian"))
-
-            def apply(u: Weights) -> Weights:
-                found: Weights = back(along(slope, z, along(outputs, at, u)))[0]
-                return found
-
+            slope_of = grad(lambda w: total(outputs(w)))
+            apply = partial(second_derivative, slope_of, at)
+            single = Repeated(apply, lambda: linearize(slope_of, at)[1], _TRACED)
         else:
+            exact = PASSES[kind] == "exact"
 
             def losses(w: Weights) -> Tensor:
                 z = outputs(w)
@@ -327,13 +327,23 @@ class Function:
                     len(labels)
                 )
 
-            transposed = vjp(losses, at)[1]
+            function = outputs if exact else losses
+            value, back, *_ = vjp(function, at)
+            curved = grad(self._total("hessian"))
 
-            def apply(u: Weights) -> Weights:
-                found: Weights = transposed(along(losses, at, u))[0]
+            def through(forth: Callable[[Weights], Tensor], u: Weights) -> Weights:
+                found: Weights = back(along(curved, value, forth(u)) if exact else forth(u))[0]
                 return found
 
-        def one(u: Tensor) -> Tensor:
+            def transposed() -> Callable[[Weights], Tensor]:
+                forth = vjp(lambda c: back(c)[0], torch.zeros_like(value))[1]
+                return lambda u: forth(u)[0]
+
+            direct = partial(along, function, at)
+            apply = partial(through, direct)
+            single = partial(through, Repeated(direct, transposed, 0.0))
+
+        def one(u: Tensor, apply: Callable[[Weights], Weights] = apply) -> Tensor:
             parts = self.layout.unflatten(u)
             back = apply({name: parts[name].to(w.dtype) for name, w in at.items()})
             # frozen since
@@ -347,7 +357,7 @@ class Function:
         def every(v: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
             with derivatives():
                 try:
-                    return one(v[0])[None] if len(v) == 1 else several(v)
+                    return one(v[0], single)[None] if len(v) == 1 else several(v)
                 except (RuntimeError, NotImplementedError) as error:
                     self._plain.why = str(error).splitlines()[0]
                     return plain(v)

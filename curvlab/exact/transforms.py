@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from threading import RLock
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
@@ -57,6 +60,56 @@ def second_derivative(slope: Callable[[Any], Of], at: Of, u: Of) -> Of:
     with _FORWARD:
         found: Of = jvp(slope, (at,), (u,))[1]
     return found
+
+
+class Repeated:
+    """A linear map of one vector at a time, prepared for many once it has been asked for again.
+
+    Args:
+        direct: the map itself.
+        prepare: makes the same map, without the forward pass of each product. It is taken where its
+            first product is that of `direct` to half of the digits, and not where it fails.
+        after: seconds of products, from which on it is worth to prepare.
+    """
+
+    def __init__(
+        self, direct: Callable[[Any], Of], prepare: Callable[[], Callable[[Any], Of]], after: float
+    ) -> None:
+        self._direct, self._prepare, self._left = direct, prepare, after
+        self._kept: Callable[[Any], Any] | None = None
+        self._again = False
+
+    def __call__(self, u: Any) -> Any:
+        """Return the map of u."""
+        if self._kept is not None:
+            return self._kept(u)
+        began = perf_counter()
+        found = self._direct(u)
+        self._left -= perf_counter() - began
+        if self._again and self._left < 0:
+            self._left = math.inf  # tried once
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")
+                    kept = self._prepare()
+                self._kept = kept if _same(kept(u), found) else None
+            except Exception:  # whatever tracing meets: the direct way stays
+                self._kept = None
+        self._again = True
+        return found
+
+
+def _same(one: Tensor | Weights, other: Tensor | Weights) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = [(one[name], other[name]) for name in other]
+    else:
+        assert isinstance(one, Tensor)
+        assert isinstance(other, Tensor)
+        pairs = [(one, other)]
+    apart = sum(float((a - b).norm()) for a, b in pairs)
+    size = sum(float(b.norm()) for _, b in pairs)
+    near = max((torch.finfo(b.dtype).eps ** 0.5 for _, b in pairs), default=0.0)
+    return apart <= near * size
 
 
 class FixedRows(TorchFunctionMode):
