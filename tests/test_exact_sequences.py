@@ -49,8 +49,10 @@ class Transformer(nn.Module):
         tied: bool = True,
         causal: bool = True,
         norm: type[nn.Module] = nn.LayerNorm,
+        sequence_first: bool = False,
     ) -> None:
         super().__init__()
+        self.sequence_first = sequence_first
         self.tokens, self.positions = nn.Embedding(symbols, WIDTH), nn.Embedding(T, WIDTH)
         self.layers = nn.Sequential(*[Layer(causal, norm) for _ in range(2)])
         self.norm, self.head = norm(WIDTH), nn.Linear(WIDTH, symbols, bias=False)
@@ -59,7 +61,12 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.tokens(x) + self.positions(torch.arange(x.shape[1]).expand(x.shape))
-        return self.head(self.norm(self.layers(h))).mT
+        h = self.norm(self.layers(h))
+        return self.head(h).mT if not self.sequence_first else self._turned(h)
+
+    def _turned(self, h: Tensor) -> Tensor:
+        """The head sees rows that mix the examples, as nothing says."""
+        return self.head((h + h.mean(1, keepdim=True)).transpose(0, 1)).permute(1, 2, 0)
 
 
 def made(symbols: int = C, **options: object) -> tuple[cl.Objective, Tensor, Tensor]:
@@ -224,6 +231,15 @@ def test_many_minibatches_and_few_blocks_at_once(monkeypatch: pytest.MonkeyPatch
         for name, matrix in cl.exact.matrices(objective, loader, None, "ggn").items():
             assert_near(matrix.dense(), whole[name].dense())
         next(turns)
+
+
+def test_a_head_whose_rows_are_no_examples() -> None:
+    """Its vectors are not rotated: each of its rows has all examples."""
+    objective, x, y = made(50, sequence_first=True)
+    found = cl.exact.matrices(objective, x, y, "ggn")
+    wanted = cl.exact.matrices(objective, x, y, "ggn", ["5", "7"], route="func")
+    for name, matrix in wanted.items():
+        assert_near(found[name].dense(), matrix.dense())
 
 
 def test_all_places_ignored() -> None:

@@ -227,14 +227,19 @@ def _fewer(
 
 
 def _head(z: Tensor, heard: Sequence[Heard]) -> Use | None:
-    """Return the use through whose inputs all paths from z to the other uses run, if there is."""
+    """Return the use through whose inputs all paths from z to the other uses run, if there is.
+
+    Rows of its inputs and outputs must be the examples, each of which has a rotation of its own.
+    """
+    ways = {id(use): how for use, how in heard}
     edges = {use.edge.node: use for use, _ in heard}
     first = {node for node, _ in _nodes(z, None, edges)} & edges.keys()
     if len(first) != 1:
         return None
     (node,) = first
     head = edges.pop(node)
-    if head.source is None:
+    rows = head.x.value.shape[0], head.flat[0]
+    if head.source is None or ways[id(head)] != "first" or rows != (len(z), len(z)):
         return None
     for met, output in _nodes(z, head.source, edges):
         if output != head.source.output_nr if met is head.source.node else met in edges:
