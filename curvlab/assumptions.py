@@ -34,8 +34,14 @@ from curvlab.closure import Closure
 from curvlab.curvature.base import check_damping
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.estimates import Estimate, Labels, fold_data
-from curvlab.exact.batches import PASSES, Kind, check_kind
-from curvlab.exact.kronecker_sum import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
+from curvlab.exact.batches import PASS_OF_KIND, Kind, check_kind
+from curvlab.exact.kronecker_sum import (
+    KroneckerSum,
+    guard_preactivation_hessians,
+    one_minibatch,
+    sums,
+    unfit,
+)
 from curvlab.exact.route_table import Minibatch
 from curvlab.layers import Block, Layout
 from curvlab.linalg.distances import compare, distance, norm, ratio
@@ -263,8 +269,8 @@ def _guard(chosen: Sequence[Block], closure: Closure, kind: Kind, matrices: int)
     for block in chosen:
         needed = matrices * block.numel**2 * objective.dtype.itemsize
         guard_memory(needed, f"comparing dense matrices of {block}", remedy)
-        if kind not in PASSES:
-            guard_hessians(block, len(closure.x), places[block.name], objective.dtype)
+        if kind not in PASS_OF_KIND:
+            guard_preactivation_hessians(block, len(closure.x), places[block.name], objective.dtype)
 
 
 def _dataset(

@@ -16,7 +16,7 @@ from curvlab.errors import CurvlabError, guard_memory
 from curvlab.likelihoods import Likelihood
 
 
-def plain(t: Tensor) -> Tensor:
+def detached(t: Tensor) -> Tensor:
     """Without a graph, and no inference tensor."""
     return t.clone() if t.is_inference() else t.detach()
 
@@ -97,7 +97,7 @@ def precision_of(z: Tensor) -> float:
     return float(torch.finfo(z.dtype).eps)
 
 
-def guard_hessians(z: Float[Tensor, "N *C"], name: str) -> None:
+def guard_output_hessians(z: Float[Tensor, "N *C"], name: str) -> None:
     """Of the Hessians in these outputs, their eigenvectors and their roots."""
     outputs = z[0].numel()
     guard_memory(
@@ -140,9 +140,9 @@ def root_of_loss(
     none, or not the memory.
     """
     name = type(likelihood).__name__
-    guard_hessians(z, name)
+    guard_output_hessians(z, name)
     with torch.inference_mode(False), torch.enable_grad():
-        hessian = OutputLoss(likelihood, plain(z), plain(y)).hessian()
+        hessian = OutputLoss(likelihood, detached(z), detached(y)).hessian()
     check_convex(hessian, floor, name, precision_of(z))
     # in single precision NaN where entries are subnormal, on some CPUs
     values, vectors = torch.linalg.eigh(hessian.double())

@@ -25,9 +25,9 @@ from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, ro
 from curvlab.output_hessian import (
     OutputLoss,
     check_convex,
-    guard_hessians,
+    detached,
+    guard_output_hessians,
     largest_norm,
-    plain,
     precision_of,
     root_of_loss,
 )
@@ -90,7 +90,7 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "
             some = _evenly(len(z), max(2, 4 * _NUMBERS // z[0].numel()), z.device)
             z, y = z[some], y[some]
         try:
-            return _Examined(likelihood, plain(z), plain(y)).law()
+            return _Examined(likelihood, detached(z), detached(y)).law()
         except RuntimeError as error:
             if not any(
                 words in str(error)
@@ -204,7 +204,7 @@ class _Examined:
     def _root(self) -> tuple[Root | None, str]:
         """(S, what was found of the likelihood's own)."""
         try:
-            guard_hessians(self.z[:1], self.name)
+            guard_output_hessians(self.z[:1], self.name)
             off = self._off()
         except NotImplementedError:
             return self._derived(f"{self.name} has no root")
@@ -245,7 +245,7 @@ class _Examined:
     def _derived(self, found: str) -> tuple[Root | None, str]:
         """S of the loss's own Hessian, where that has one."""
         try:
-            guard_hessians(self.z, self.name)
+            guard_output_hessians(self.z, self.name)
             check_convex(self.look.hessian(), self.floor, self.name, precision_of(self.z))
         except CurvlabError as error:
             return None, f"{found}, and {error}"

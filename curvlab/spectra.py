@@ -27,7 +27,7 @@ from curvlab.densities import of_products as of_products
 from curvlab.densities import tolerance as tolerance
 from curvlab.derivatives import derivatives
 from curvlab.errors import MOST_STEPS, CurvlabError, guard_memory, lookup, several, unknown, whole
-from curvlab.exact.batches import Batches, Loader, check_kind
+from curvlab.exact.batches import Loader, Minibatches, check_kind
 from curvlab.fingerprint import Unchanging
 from curvlab.linalg.operators import Dense
 from curvlab.logs.log import Log, Record
@@ -264,7 +264,7 @@ def _loss(objective: Objective, x: Tensor | Loader, y: Tensor | None) -> float:
     """Mean over the examples."""
     fresh = Objective(objective.model, objective.likelihood, objective.seed)
     total, size = 0.0, 0
-    for closure in Batches.of(fresh, x, y, again=True):
+    for closure in Minibatches.of(fresh, x, y, again=True):
         total += float(closure.observe(frozenset(), move_buffers=False).loss) * len(closure.x)
         size += len(closure.x)
     return total / size

@@ -19,7 +19,7 @@ from curvlab.errors import CurvlabError
 from curvlab.functions import Call, Rule, extent
 from curvlab.layers import Block
 from curvlab.lazy import cached_property
-from curvlab.linalg.padded_products import product, room, second_moment
+from curvlab.linalg.padded_products import padded_product, room, second_moment
 
 _SMALL = 1 << 16  # numbers, of which a copy costs less than a few calls
 OVERWRITTEN = (
@@ -241,13 +241,13 @@ class Part:
         if block.groups > 1:
             return self._by_group("ntgo,ntgi->goi", self.g[0]).flatten(0, 1) * scale
         if self.swapped:
-            return self.wide(product(self.a.flatten(0, 1).T, self.g[0].flatten(0, 1), scale))
+            return self.wide(padded_product(self.a.flatten(0, 1).T, self.g[0].flatten(0, 1), scale))
         inputs = self.inputs
         if isinstance(inputs, Slice):
-            return product(self.g[0].flatten(0, 1).T, self.a.flatten(0, 1), scale)
+            return padded_product(self.g[0].flatten(0, 1).T, self.a.flatten(0, 1), scale)
         g, a = self.raw_g[0].flatten(0, 1), inputs.own.flatten(0, 1)  # a sum knows no order
         if not block.biased:
-            return product(g.T, a, scale)
+            return padded_product(g.T, a, scale)
         found = room(g, *block.shape)
         weight, bias = found[:, :-1], found[:, -1]
         torch.addmm(weight, g.T, a, beta=0, alpha=scale, out=weight)

@@ -29,7 +29,7 @@ from curvlab.curvature.whole_vector import (
     unflat_like,
 )
 from curvlab.errors import CurvlabError
-from curvlab.exact.batches import Kind, alone
+from curvlab.exact.batches import Kind, check_independence
 from curvlab.exact.torch_func import Function
 from curvlab.finite import all_finite
 from curvlab.linalg.damped import Damped
@@ -140,7 +140,7 @@ class HessianFree(WholeVectorCurvature):
         step = self.steps + 1
         closure, size = observation.closure, self.curvature_size
         if self.cadence.updates(step):
-            alone(self.objective)
+            check_independence(self.objective)
             self.minibatch = closure if size is None else part(closure, subset(closure, size))
             self.at = self.layout.flatten(
                 {name: p.detach() for name, p in self.objective.parameters.items()}

@@ -29,7 +29,7 @@ from curvlab.curvature.whole_vector import (
     subset,
 )
 from curvlab.errors import CurvlabError, guard_memory, unknown
-from curvlab.exact.batches import alone
+from curvlab.exact.batches import check_independence
 from curvlab.exact.torch_func import Function
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import LowRank, Operator, Woodbury, pack, unpack
@@ -282,7 +282,7 @@ def loose_rows(
 ) -> dict[str, RowMatrix]:
     """{block: the same rows} of blocks that go the general way, for the chosen examples of a
     minibatch."""
-    alone(closure.objective)
+    check_independence(closure.objective)
     layout = Layout(blocks)
     chosen = chosen.to(closure.x.device)
     z = closure.forward()[0].detach()

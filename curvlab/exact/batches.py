@@ -30,7 +30,12 @@ ones, or the data's.
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-PASSES: dict[str, Pass] = {"ggn": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data"}
+PASS_OF_KIND: dict[str, Pass] = {
+    "ggn": "exact",
+    "fisher": "exact",
+    "fisher-mc": "model",
+    "ef": "data",
+}
 """The kinds that are second moments, and the pass that sends their vectors back; the others need
 second derivatives.
 """
@@ -54,7 +59,7 @@ Loader = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Batches:
+class Minibatches:
     """Minibatches as closures. Drawn labels depend on the objective's seed, the number of the call
     and the chunk alone.
 
@@ -76,7 +81,7 @@ class Batches:
         again: bool = False,
         whole: bool = False,
         in_order: bool = False,
-    ) -> Batches:
+    ) -> Minibatches:
         """From one minibatch (x, y), or from a loader of such pairs in place of x.
 
         Args:
@@ -84,7 +89,7 @@ class Batches:
             whole: never cut a minibatch.
             in_order: whether they must come in the same order `again`.
         """
-        alone(objective)
+        check_independence(objective)
         objective.check_trained()
         if isinstance(x, Tensor) and y is None:
             raise CurvlabError(
@@ -154,7 +159,7 @@ def by_hessians(kind: str, block: Block, form: Form) -> bool:
     if block.name not in form.direct or block.groups > 1:
         return False
     places = form.places[block.name]
-    if kind in PASSES:
+    if kind in PASS_OF_KIND:
         return kind == "ggn" and places == 1 and block.shape[0] < form.outputs
     return places <= block.shape[1]
 
@@ -169,7 +174,9 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
             form.places.get(b.name, 0) * b.shape[0] for b in blocks if by_hessians(kind, b, form)
         ]
         widest = max([1, *widths])
-        at_once = max(1, _NUMBERS // (widest * max(widest, form.outputs if kind in PASSES else 0)))
+        at_once = max(
+            1, _NUMBERS // (widest * max(widest, form.outputs if kind in PASS_OF_KIND else 0))
+        )
         if len(closure.x) <= at_once:
             yield closure
             continue
@@ -185,7 +192,7 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
             )
 
 
-def alone(objective: Objective) -> None:
+def check_independence(objective: Objective) -> None:
     """Refuse weights that are not finite, and a model that mixes the examples of a batch or draws
     random numbers by name.
     """
@@ -267,7 +274,7 @@ def _cost(kind: str, numbers: int) -> str:
     """Work and memory for a block of so many parameters, before they are spent."""
     what = (
         f"{numbers} products with the Hessian"
-        if kind not in PASSES
+        if kind not in PASS_OF_KIND
         else "a derivative of every example and vector sent back"
     )
     return (

@@ -21,7 +21,7 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup
-from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
+from curvlab.exact.batches import PASS_OF_KIND, Kind, Minibatches, check_kind
 from curvlab.exact.route_table import Minibatch
 from curvlab.forms import Form
 from curvlab.layers import Block
@@ -242,8 +242,8 @@ def kronecker_terms(
         raise CurvlabError(
             f"{chosen} {fault}, so it is no sum of Kronecker products: use curvlab.exact.matrix"
         )
-    if kind not in PASSES:
-        guard_hessians(chosen, len(x), closure.form.places[block], objective.dtype)
+    if kind not in PASS_OF_KIND:
+        guard_preactivation_hessians(chosen, len(x), closure.form.places[block], objective.dtype)
     return next(sums(Minibatch(closure, kind, draws), [chosen]))[1]
 
 
@@ -270,7 +270,7 @@ def one_minibatch(objective: Objective, x: Tensor, y: Tensor) -> Closure:
         raise CurvlabError(
             "the terms of a sum are those of one minibatch: give tensors x and y, not a loader"
         )
-    (closure,) = Batches.of(objective, x, y, whole=True)
+    (closure,) = Minibatches.of(objective, x, y, whole=True)
     return closure
 
 
@@ -279,7 +279,7 @@ def unfit(block: Block, form: Form, kind: Kind) -> str:
     if block.name not in form.shaped:
         return form.ways[block.name].why or "belongs to a layer without a rule"
     if (
-        block.name not in (form.plain if kind in PASSES else form.direct)
+        block.name not in (form.plain if kind in PASS_OF_KIND else form.direct)
         or block.name not in form.places
     ):
         return "has no single pre-activation of each example"
@@ -288,7 +288,7 @@ def unfit(block: Block, form: Form, kind: Kind) -> str:
     )
 
 
-def guard_hessians(block: Block, size: int, places: int, dtype: torch.dtype) -> None:
+def guard_preactivation_hessians(block: Block, size: int, places: int, dtype: torch.dtype) -> None:
     """Refuse pre-activation Hessians of `size` examples that do not fit in memory."""
     numbers = size * (places * block.shape[0]) ** 2
     what = f"the pre-activation Hessians of {block}, {size} examples at {places} places,"
@@ -299,7 +299,7 @@ def sums(look: Minibatch, blocks: Sequence[Block]) -> Iterator[tuple[Block, Kron
     """One block after the other, in any order, with its Kronecker sum on one minibatch; every pass
     is shared.
     """
-    if look.kind in PASSES:
+    if look.kind in PASS_OF_KIND:
         for block in blocks:
             s = look.statistics[block.name]
             yield block, KroneckerSum(s.a, g=s.g)

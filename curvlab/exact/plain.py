@@ -23,7 +23,7 @@ from curvlab.autograd import refused, remedy
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable
 from curvlab.errors import CurvlabError
-from curvlab.exact.batches import PASSES, Kind
+from curvlab.exact.batches import PASS_OF_KIND, Kind
 from curvlab.independence import some_rows
 from curvlab.layers import Layout
 
@@ -68,10 +68,10 @@ class Plain:
         """v → N · M v for several v."""
 
         def apply(vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
-            with self._graph(at, slice(None), twice=kind not in PASSES) as z:
+            with self._graph(at, slice(None), twice=kind not in PASS_OF_KIND) as z:
                 one = (
                     self._second_moment(z, kind, labels)
-                    if kind in PASSES
+                    if kind in PASS_OF_KIND
                     else self._second_derivative(z, kind)
                 )
                 return torch.stack([one(v) for v in vectors])
@@ -128,7 +128,7 @@ class Plain:
         u, along v.
         """
         likelihood, y = self.closure.objective.likelihood, self.closure.y
-        exact = PASSES[kind] == "exact"
+        exact = PASS_OF_KIND[kind] == "exact"
         out = (
             z
             if exact

@@ -17,7 +17,15 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError
-from curvlab.exact.batches import PASSES, Batches, Kind, Loader, by_hessians, check_kind, few
+from curvlab.exact.batches import (
+    PASS_OF_KIND,
+    Kind,
+    Loader,
+    Minibatches,
+    by_hessians,
+    check_kind,
+    few,
+)
 from curvlab.exact.matrices import select
 from curvlab.exact.route_table import Minibatch
 from curvlab.exact.torch_func import Function
@@ -61,7 +69,7 @@ def product(
     check_kind(kind, draws)
     if not (block is None or isinstance(block, str)):
         block = _pair(block)
-    batches = Batches.of(objective, x, y, again=True, in_order=kind == "fisher-mc")
+    batches = Minibatches.of(objective, x, y, again=True, in_order=kind == "fisher-mc")
     if block is None:
         layout = objective.layout
         left = right = None
@@ -104,7 +112,7 @@ def diagonal(
     no convolution with more places than inputs; blocks without structure D products.
     """
     check_kind(kind, draws)
-    return _diagonal(Batches.of(objective, x, y, again=True), objective.layout, kind, draws)
+    return _diagonal(Minibatches.of(objective, x, y, again=True), objective.layout, kind, draws)
 
 
 def _pair(block: object) -> tuple[str, str]:
@@ -127,10 +135,10 @@ def _entries(layout: Layout, block: Block, some: Tensor | None) -> Tensor:
     return entries if some is None else entries.to(some.device)[some]
 
 
-Columns = Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
+_Columns = Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
 
 
-def _between(whole: _Whole, left: Tensor, right: Tensor) -> Columns:
+def _between(whole: _Whole, left: Tensor, right: Tensor) -> _Columns:
     """Columns on the entries `right` → columns on the entries `left`."""
 
     def apply(v: Tensor) -> Tensor:
@@ -144,7 +152,7 @@ def _between(whole: _Whole, left: Tensor, right: Tensor) -> Columns:
 class _Whole:
     """The mean over all batches of N · M v; one minibatch is linearised once and kept."""
 
-    def __init__(self, batches: Batches, layout: Layout, kind: Kind, draws: int) -> None:
+    def __init__(self, batches: Minibatches, layout: Layout, kind: Kind, draws: int) -> None:
         self.batches, self.layout, self.kind, self.draws = batches, layout, kind, draws
         self._modes = self._training()
         self._names = [name for name, _ in self._state()]
@@ -190,21 +198,21 @@ class _Whole:
         return total / size
 
     @cached_property
-    def _linear(self) -> list[tuple[Columns, int]]:
+    def _linear(self) -> list[tuple[_Columns, int]]:
         return list(self._fresh())
 
-    def _kept(self) -> list[tuple[Columns, int]]:
+    def _kept(self) -> list[tuple[_Columns, int]]:
         if "_linear" in self.__dict__ and self.batches.kept is not None:
             self.batches.kept.check()
         return self._linear
 
-    def _fresh(self) -> Iterator[tuple[Columns, int]]:
+    def _fresh(self) -> Iterator[tuple[_Columns, int]]:
         for closure in self.batches:
             closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
             yield Function(closure, self.layout).product(self.kind, self.draws), len(closure.x)
 
 
-def _diagonal(batches: Batches, layout: Layout, kind: Kind, draws: int) -> Float[Tensor, " D"]:
+def _diagonal(batches: Minibatches, layout: Layout, kind: Kind, draws: int) -> Float[Tensor, " D"]:
     total: Tensor | None = None
     size = 0
     for closure in few(batches, kind, layout.blocks):
@@ -222,7 +230,7 @@ def _summed_diagonal(
     look = Minibatch(closure, kind, draws)
     parts: dict[str, Tensor] = {}
     ruled = [b for b in layout.blocks if b.name in closure.form.shaped]
-    if kind in PASSES:
+    if kind in PASS_OF_KIND:
         parts |= {b.name: _second_moment_diagonal(look.statistics[b.name]) for b in ruled}
     elif ruled:
         fits = [b.name for b in ruled if by_hessians(kind, b, closure.form)]
@@ -234,7 +242,7 @@ def _summed_diagonal(
     for block in layout.blocks:
         if block.name not in parts:
             function = look.function(Layout((block,)))
-            if kind in PASSES:
+            if kind in PASS_OF_KIND:
                 parts[block.name] = sum(
                     (left * right).sum(0) for left, right in function.rows(kind, draws)
                 )  # type: ignore[assignment]  # never empty

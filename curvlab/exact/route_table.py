@@ -17,7 +17,7 @@ from torch import Tensor
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
-from curvlab.exact.batches import PASSES, Kind, by_hessians
+from curvlab.exact.batches import PASS_OF_KIND, Kind, by_hessians
 from curvlab.exact.second_order import preactivation_gauss_newton, preactivation_hessians
 from curvlab.exact.torch_func import Function
 from curvlab.forms import Form
@@ -44,7 +44,7 @@ class Minibatch:
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
         """The vectors of a second moment, sent back."""
-        needs = PASSES[self.kind]
+        needs = PASS_OF_KIND[self.kind]
         return self.closure.observe({needs}, move_buffers=False, draws=self.draws).passes[needs]
 
     def hessians(
@@ -164,7 +164,7 @@ def _fold_general(
     for block in blocks:
         function = look.function(Layout((block,)))
         matrix = _whole(sums, block.name, block.numel, function.at).mul_(old)
-        if look.kind in PASSES:
+        if look.kind in PASS_OF_KIND:
             for left, right in function.rows(look.kind, look.draws):
                 matrix.addmm_(left.mT, right, alpha=new)
         else:
@@ -182,12 +182,12 @@ class Route:
 
 
 def _one_place(block: Block, form: Form, kind: Kind) -> bool:
-    names = form.plain if kind in PASSES else form.direct
+    names = form.plain if kind in PASS_OF_KIND else form.direct
     return block.name in names and block.groups == 1 and form.places.get(block.name) == 1
 
 
 def _few_places(block: Block, form: Form, kind: Kind) -> bool:
-    return kind not in PASSES and by_hessians(kind, block, form)
+    return kind not in PASS_OF_KIND and by_hessians(kind, block, form)
 
 
 ROUTES: dict[str, Route] = {
@@ -204,7 +204,7 @@ ROUTES: dict[str, Route] = {
     ),
     "rows": Route(
         "second moments: per-sample gradients of every vector, one symmetric product",
-        lambda block, form, kind: block.name in form.shaped and kind in PASSES,
+        lambda block, form, kind: block.name in form.shaped and kind in PASS_OF_KIND,
         _fold_rows,
     ),
     "func": Route(

@@ -18,7 +18,7 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory
-from curvlab.exact.batches import Batches, alone
+from curvlab.exact.batches import Minibatches, check_independence
 from curvlab.exact.torch_func import Function
 from curvlab.layers import Layout
 from curvlab.objective import Objective
@@ -46,7 +46,7 @@ def gradients(
         CurvlabError: data that do not fit the model or the likelihood; a model whose examples do
             not stand alone.
     """
-    (closure,) = Batches.of(objective, x, y, whole=True)
+    (closure,) = Minibatches.of(objective, x, y, whole=True)
     _guard(objective, len(x), "the per-sample gradients", "take fewer examples at a time")
     _, losses, capture = closure.look()
     statistics = capture.backward(losses, torch.ones_like(losses)[None])
@@ -72,7 +72,7 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
     Raises:
         CurvlabError: inputs that do not fit the model; a model whose examples do not stand alone.
     """
-    alone(objective)
+    check_independence(objective)
     closure = Closure(objective, x, torch.zeros(len(x)), 0, "exact")
     z, capture = closure.forward()
     closure.check_alone(z.detach())

@@ -23,7 +23,7 @@ from torch.func import grad, jacrev, vjp
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable, surrounding
 from curvlab.errors import CurvlabError, warn
-from curvlab.exact.batches import PASSES, Kind
+from curvlab.exact.batches import PASS_OF_KIND, Kind
 from curvlab.exact.plain import Plain
 from curvlab.exact.transforms import FixedRows, Weights, along, mapped, second_derivative
 from curvlab.independence import some_rows
@@ -218,7 +218,7 @@ class Function:
         """
         x, y = self.closure.x, self.closure.y
         size, width = len(x), len(self.at)
-        if PASSES[kind] == "exact":
+        if PASS_OF_KIND[kind] == "exact":
             z = self.closure.outputs()[0]
             # [V, N, C]
             roots = (
@@ -243,7 +243,7 @@ class Function:
             return
         labels = (
             self.closure.labels(self.closure.outputs()[0], draws)
-            if PASSES[kind] == "model"
+            if PASS_OF_KIND[kind] == "model"
             else [y]
         )
         at_once = max(1, _NUMBERS // width)
@@ -272,9 +272,9 @@ class Function:
         vector.
         """
         self.closure.check_kind(kind)
-        labels = self.drawn(draws) if PASSES.get(kind) == "model" else [self.closure.y]
+        labels = self.drawn(draws) if PASS_OF_KIND.get(kind) == "model" else [self.closure.y]
         plain = self._plain.product(kind, labels, self.at)
-        if not self.sound or (kind not in PASSES and not self.sound_twice):
+        if not self.sound or (kind not in PASS_OF_KIND and not self.sound_twice):
             return plain
         try:
             with derivatives():
@@ -298,14 +298,14 @@ class Function:
         def outputs(w: Weights) -> Tensor:
             return self._called(w, x)
 
-        if kind not in PASSES:
+        if kind not in PASS_OF_KIND:
             total = self._total(kind)
 
             def scalar(w: Weights) -> Tensor:
                 return total(outputs(w))
 
             apply = partial(second_derivative, grad(scalar), at)
-        elif PASSES[kind] == "exact":
+        elif PASS_OF_KIND[kind] == "exact":
             z, back, *_ = vjp(outputs, at)
             slope = grad(self._total("hessian"))
 

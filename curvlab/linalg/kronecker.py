@@ -20,7 +20,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, Diverged
-from curvlab.linalg.padded_products import product, second_moment
+from curvlab.linalg.padded_products import padded_product, second_moment
 
 
 class Factor(Protocol):
@@ -51,10 +51,10 @@ def kronecker_product(
     if v.ndim == 1 and len(factors) == 2:
         left, right = factors
         V = v.view(len(left), len(right))
-        V = product(left, V) if isinstance(left, Tensor) else left @ V
-        return (product(V, right.mT) if isinstance(right, Tensor) else (right @ V.mT).mT).reshape(
-            -1
-        )
+        V = padded_product(left, V) if isinstance(left, Tensor) else left @ V
+        return (
+            padded_product(V, right.mT) if isinstance(right, Tensor) else (right @ V.mT).mT
+        ).reshape(-1)
     out = v.reshape(*(len(u) for u in factors), -1)
     for i, u in enumerate(factors):
         if isinstance(u, Tensor):

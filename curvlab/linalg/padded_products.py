@@ -28,7 +28,7 @@ def room(like: Tensor, rows: int, columns: int) -> Float[Tensor, "R C"]:
     return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
 
 
-def product(
+def padded_product(
     a: Float[Tensor, "R K"],
     b: Float[Tensor, "K C"],
     scale: float = 1.0,
@@ -43,11 +43,11 @@ def second_moment(
     rows: Float[Tensor, "R D"], scale: float = 1.0, out: Float[Tensor, "D D"] | None = None
 ) -> Float[Tensor, "D D"]:
     """scale · rowsᵀ rows, of which only one triangle is computed where it is large, into `out` as
-    `product` does.
+    `padded_product` does.
     """
     order = rows.shape[1]
     if rows.device.type != "cpu" or order < 2 * _LARGE:
-        return product(rows.mT, rows, scale, out)
+        return padded_product(rows.mT, rows, scale, out)
     matrix = (room(rows, order, order) if out is None else out).zero_()
     accumulate_second_moment_(matrix, rows, scale)
     return mirror_(matrix)
