@@ -44,7 +44,7 @@ from curvlab.exact.kronecker_sum import (
 )
 from curvlab.exact.route_table import Minibatch
 from curvlab.layers import Block, Layout
-from curvlab.linalg.distances import compare, distance, norm, ratio
+from curvlab.linalg.distances import compare, distance, norm, quotient
 from curvlab.linalg.kronecker import nearest_kronecker
 from curvlab.objective import Objective
 
@@ -100,8 +100,8 @@ def errors(
         for name, (_, reduce) in ASSUMPTIONS.items():
             same = terms.places == 1 and name != "averaged over examples"
             after = exact if same else reduce(terms)
-            error.append(ratio(0.0 if same else distance(after, exact), size))
-            step.append(ratio(0.0 if same else distance(after, before), size))
+            error.append(quotient(0.0 if same else distance(after, exact), size))
+            step.append(quotient(0.0 if same else distance(after, before), size))
             before = after
         floor = nearest_kronecker(exact, *block.shape).error if size else np.nan
         found[block.name] = {"error": error, "step": step, "total": error[-1], "floor": floor}
@@ -204,7 +204,7 @@ def quality(
         found[block.name]["floor"] = (
             nearest_kronecker(exact, *block.shape).error if bool(exact.any()) else np.nan
         )
-        found[block.name]["between"] = ratio(_between(exact, block), norm(exact))
+        found[block.name]["between"] = quotient(_between(exact, block), norm(exact))
     table = {
         "error": "relative Frobenius error",
         "error_scaled": "relative Frobenius error of the best multiple",

@@ -29,7 +29,7 @@ def lengths(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors)))
 
 
-def length(tensors: Iterable[Tensor]) -> float:
+def joint_norm(tensors: Iterable[Tensor]) -> float:
     """Of all together; NaN or Inf where an entry is, and where the squares of one of them overflow.
     Waits for the device.
     """
@@ -46,7 +46,7 @@ def all_short(tensors: Iterable[Tensor]) -> bool:
     dtype. Waits for the device.
     """
     found = list(tensors)
-    return length(found) < longest(found[0].dtype)
+    return joint_norm(found) < longest(found[0].dtype)
 
 
 @cache

@@ -218,7 +218,7 @@ def _failed(error: BaseException, line: str, code: int, words: list[str]) -> int
     """
     verbose = any(word in ("-v", "--verbose") for word in words)
     own = (
-        blame.whole(error)
+        blame.full_traceback(error)
         if verbose and (code == blame.BUG or blame.told(error))
         else blame.told(error)
     )

@@ -18,7 +18,7 @@ from curvlab.curvature.contracted import Contracted, Contractions, batch_contrac
 from curvlab.layers import Block
 from curvlab.linalg.bounds import Bounds, tensor_normal, tensor_normal_factor
 from curvlab.linalg.cholesky import damped_inverse, shifted
-from curvlab.linalg.kronecker import contraction, tensor_normal_factors
+from curvlab.linalg.kronecker import mode_contraction, tensor_normal_factors
 from curvlab.linalg.operators import Kronecker
 from curvlab.statistics import LayerStatistics
 
@@ -70,9 +70,9 @@ def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[
             with_pixels(block, a * bias.norm(dim=1, keepdim=True)),
         ]
     # summed over the first axis
-    found = [[contraction(part, way) for part in parts for way in range(1, part.ndim)]]
+    found = [[mode_contraction(part, way) for part in parts for way in range(1, part.ndim)]]
     if block.biased:
-        found.append([contraction(bias, 1)])
+        found.append([mode_contraction(bias, 1)])
     return [[c / statistics.size for c in variable] for variable in found]
 
 

@@ -25,23 +25,25 @@ def compare(
     dense = matrix.dense()
     size, own, both = norm(exact), norm(dense), inner(dense, exact)
     found = {
-        "error": ratio(distance(dense, exact, scale), size),
-        "error_scaled": ratio(distance(dense, exact, both / own**2 if own else 0.0), size),
-        "cosine": ratio(both, own * size),
-        "trace_ratio": ratio(scale * float(dense.diagonal().sum()), float(exact.diagonal().sum())),
+        "error": quotient(distance(dense, exact, scale), size),
+        "error_scaled": quotient(distance(dense, exact, both / own**2 if own else 0.0), size),
+        "cosine": quotient(both, own * size),
+        "trace_ratio": quotient(
+            scale * float(dense.diagonal().sum()), float(exact.diagonal().sum())
+        ),
     }
     if eigenvalues is not None:
         spectrum = matrix.eigvalsh().double() * scale
         rounding = float(eigenvalues.abs().max()) * len(exact) * torch.finfo(exact.dtype).eps
-        found["spectrum_error"] = ratio(
+        found["spectrum_error"] = quotient(
             float((spectrum - eigenvalues).norm()), float(eigenvalues.norm())
         )
-        found["largest_ratio"] = ratio(float(spectrum[-1]), float(eigenvalues[-1]), rounding)
-        found["smallest_ratio"] = ratio(float(spectrum[0]), float(eigenvalues[0]), rounding)
+        found["largest_ratio"] = quotient(float(spectrum[-1]), float(eigenvalues[-1]), rounding)
+        found["smallest_ratio"] = quotient(float(spectrum[0]), float(eigenvalues[0]), rounding)
     return found
 
 
-def ratio(above: float, below: float, least: float = 0.0) -> float:
+def quotient(above: float, below: float, least: float = 0.0) -> float:
     """NaN where the denominator is not above `least` in size."""
     return above / below if abs(below) > least else float("nan")
 

@@ -35,7 +35,7 @@ def matricize(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i _"]:
     return G.movedim(i, 0).flatten(1) if G.ndim > 1 else G.reshape(-1, 1)
 
 
-def contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:
+def mode_contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:
     """G^(i) = mat_i(G) mat_i(G)ᵀ (thesis 4.2.1)."""
     m = matricize(G, i)
     return second_moment(m.mT)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, lookup
-from curvlab.linalg.pairs import Matrix, Pair, Scalar, measured, number, undamped
+from curvlab.linalg.pairs import Matrix, Pair, Scalar, as_scalar, measured, undamped
 
 MU1 = 0.2
 """μ₁ of every document."""
@@ -68,7 +68,7 @@ def powell_on_b(
     Both matrices are taken, since the record is of yᵀHy.
     """
     pair, Bs = undamped(s, y, H), B @ s
-    theta2 = powell_factor(pair.damping.before.sy, number(s @ Bs), mu)
+    theta2 = powell_factor(pair.damping.before.sy, as_scalar(s @ Bs), mu)
     return _with_y(pair, _between(theta2, y, Bs), H, theta2)
 
 

@@ -59,20 +59,20 @@ class Products:
     @property
     def curvature(self) -> Scalar:
         """yᵀHy / sᵀy, to be at most 1/μ₁."""
-        return ratio(self.yHy, self.sy)
+        return _ratio(self.yHy, self.sy)
 
     @property
     def step(self) -> Scalar:
         """sᵀs / sᵀy, to be at most 1/μ₂."""
-        return ratio(self.ss, self.sy)
+        return _ratio(self.ss, self.sy)
 
     @property
     def change(self) -> Scalar:
         """yᵀy / sᵀy, to be at most 1/μ₃."""
-        return ratio(self.yy, self.sy)
+        return _ratio(self.yy, self.sy)
 
 
-def ratio(numerator: Scalar, sy: Scalar) -> Scalar:
+def _ratio(numerator: Scalar, sy: Scalar) -> Scalar:
     """Of a number to sᵀy; NaN where that is 0."""
     if isinstance(sy, Tensor):
         return torch.where(sy == 0, math.nan, numerator / sy)
@@ -123,7 +123,7 @@ def measured(s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, "
     return Products((s @ y).item(), (y @ Hy).item(), (s @ s).item(), (y @ y).item())
 
 
-def number(value: Float[Tensor, ""]) -> Scalar:
+def as_scalar(value: Float[Tensor, ""]) -> Scalar:
     """As a pair keeps a number: on its device in double precision, or as Python's own."""
     return value.double() if waits(value) else float(value)
 
@@ -187,7 +187,7 @@ def accept(
         "curvature": found.sy <= 0,
     }
     if v is not None:
-        refused["length"] = negated(found.sy > 1e-4 * found.ss * number(v.norm()))
+        refused["length"] = negated(found.sy > 1e-4 * found.ss * as_scalar(v.norm()))
     if mu1 is not None:
         slack = 1 - torch.finfo(pair.s.dtype).eps ** 0.5
         refused["double damping"] = found.sy < mu1 * slack * found.yHy

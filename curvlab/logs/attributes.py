@@ -148,7 +148,7 @@ def nested(of: dict[str, Any], name: str) -> dict[str, Any]:
     return _mapping(of.get(name)) or {}
 
 
-def shown(ds: xr.Dataset, name: str, default: str) -> str:
+def text_or_number(ds: xr.Dataset, name: str, default: str) -> str:
     """A text, or a number in few digits."""
     value = number(ds, name)
     return text(ds, name, default) if value is None else f"{value:g}"

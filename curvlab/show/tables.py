@@ -46,7 +46,7 @@ class Table:
         return [list(rows) for _, rows in itertools.groupby(self.rows, lambda row: row[0])]
 
 
-def number(value: Any, form: str = ".4g") -> str:
+def formatted(value: Any, form: str = ".4g") -> str:
     """NaN and what is absent is a dash."""
     return MISSING if value is None or math.isnan(value) else f"{float(value):{form}}"
 
@@ -138,7 +138,7 @@ def _estimate(at: xr.Dataset, name: str) -> str:
     near = float(at.get("unresolved", math.nan)) if name == "negative" else 0.0
     some = f", {near:.1%} near 0" if near > 0 else ""
     return (
-        (number(value, form) if value else "0")
+        (formatted(value, form) if value else "0")
         + (f" ± {error:{of_error}}" if error > 0 else "")
         + some
     )
@@ -241,12 +241,12 @@ def _epoch_columns(ds: xr.Dataset, scores: Sequence[str]) -> list[str]:
 
 
 def _of_epoch(at: xr.Dataset, scores: Sequence[str]) -> tuple[str, ...]:
-    cells = (number(at.get(name), ".5g") for name in scores)
+    cells = (formatted(at.get(name), ".5g") for name in scores)
     return (
         f"{float(at['epoch']):g}",
-        number(at.get("steps"), ".0f"),
+        formatted(at.get("steps"), ".0f"),
         *cells,
-        number(at.get("wall_seconds")),
+        formatted(at.get("wall_seconds")),
     )
 
 
@@ -294,7 +294,7 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
         elif not values.size or (values == values.flat[0]).all():
             unit = _unit(ds[name]).replace("(", "").replace(")", "")
             everywhere = (
-                f"{number(values.flat[0])}{unit} everywhere"
+                f"{formatted(values.flat[0])}{unit} everywhere"
                 if values.size
                 else "not a number anywhere"
             )
@@ -369,13 +369,13 @@ def _cell(values: xr.DataArray, form: str, meanings: dict[float, str] | None = N
     """One number; of several seeds their mean ± standard deviation; of a flag its meaning."""
     mean = float(values.mean())
     if meanings and mean in meanings:
-        return meanings[mean] or number(mean, form)
+        return meanings[mean] or formatted(mean, form)
     spread = (
-        f" ± {number(values.std(), form if form.endswith('f') else '.2g')}"
+        f" ± {formatted(values.std(), form if form.endswith('f') else '.2g')}"
         if "seed" in values.dims and not math.isnan(mean)
         else ""
     )
-    return f"{number(mean, form)}{spread}"
+    return f"{formatted(mean, form)}{spread}"
 
 
 def _meanings(values: xr.DataArray) -> dict[float, str]:

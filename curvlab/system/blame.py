@@ -158,6 +158,6 @@ def _place(file: str, line: int) -> str:
     return f"{inside}, line {line}"
 
 
-def whole(error: BaseException) -> str:
+def full_traceback(error: BaseException) -> str:
     """The whole traceback."""
     return for_terminal("".join(traceback.format_exception(error)), lines=True)
