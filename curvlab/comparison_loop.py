@@ -19,7 +19,7 @@ from curvlab.curvature.base import Curvature
 from curvlab.errors import Diverged, warn
 from curvlab.logs.log import Log
 from curvlab.machine import clock_of
-from curvlab.objective import Objective, restore, weights
+from curvlab.objective import Objective, restore_weights, weights
 from curvlab.observation import Pass, Transition
 from curvlab.optim import Batch, displacement, move, warm_start
 from curvlab.probes.base import (
@@ -133,7 +133,7 @@ def compare_one(
                             learning[name] = clock() - start
                             d.say_left_out()
                             if name == reference and not stands:
-                                restore(objective, saved)
+                                restore_weights(objective, saved)
                     seen |= sample(due, frame, "after")
                     _log(
                         log,

@@ -252,11 +252,11 @@ def _lineage(
 
 
 def weights(objective: Objective) -> list[Tensor]:
-    """A copy of every parameter, for `restore`."""
+    """A copy of every parameter, for `restore_weights`."""
     return [p.detach().clone() for p in objective.parameters.values()]
 
 
-def restore(objective: Objective, saved: list[Tensor]) -> None:
+def restore_weights(objective: Objective, saved: list[Tensor]) -> None:
     """Take a step back, to the bit."""
     with torch.no_grad():
         for p, old in zip(objective.parameters.values(), saved, strict=True):

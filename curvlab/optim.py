@@ -19,7 +19,7 @@ from curvlab.errors import CurvlabError, Diverged
 from curvlab.finite import late
 from curvlab.groups import OPTIONS, SHARED, check_known, check_options, check_owned, complete
 from curvlab.momentum import Momentum, MomentumKind
-from curvlab.objective import restore, weights
+from curvlab.objective import restore_weights, weights
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import Soundness, check_direction
 from curvlab.steps import displacement, move
@@ -193,10 +193,10 @@ class Optimizer(torch.optim.Optimizer):
                 stands = self.descent.learn(Transition(observation, after, step))
             except Diverged:
                 if saved:
-                    restore(self.objective, saved)
+                    restore_weights(self.objective, saved)
                 raise
             if not stands:
-                restore(self.objective, saved)
+                restore_weights(self.objective, saved)
             if at_once:
                 self.descent.say_left_out()
         if self.watch is not None:

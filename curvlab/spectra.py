@@ -37,13 +37,13 @@ from curvlab.system.progress import progress_bar
 ALL, WHOLE = "all", "whole"
 """In place of the names of blocks: every block; the matrix of all parameters."""
 
-LARGEST = 6000
+LARGEST_EXACT = 6000
 """The method "auto" computes every eigenvalue up to this order."""
 
 DRAWS = 1_000_000
 """Starting vectors of Lanczos at most."""
 
-VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+SPECTRUM_VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "eigenvalue": (
         ("matrix", "block", "index"),
         "eigenvalues, ascending; NaN beyond the block's order or by Lanczos",
@@ -94,7 +94,7 @@ parameters having no unit.
 """
 
 METHODS: dict[str, str] = {
-    "auto": f"exact up to order {LARGEST}, lanczos above it",
+    "auto": f"exact up to order {LARGEST_EXACT}, lanczos above it",
     "exact": "every eigenvalue of the dense block",
     "lanczos": "density by stochastic Lanczos quadrature, ends by Lanczos",
 }
@@ -147,7 +147,7 @@ class Plan:
         if self.method != "auto":
             return dict.fromkeys(self.orders(objective), self.method)
         return {
-            name: "exact" if order <= LARGEST else "lanczos"
+            name: "exact" if order <= LARGEST_EXACT else "lanczos"
             for name, order in self.orders(objective).items()
         }
 
@@ -191,7 +191,7 @@ class Plan:
         }
         variables = {
             name: {"long_name": text, "units": units}
-            for name, (_, text, units) in VARIABLES.items()
+            for name, (_, text, units) in SPECTRUM_VARIABLES.items()
         }
         variables["step"] = {"long_name": "number of training steps", "units": "1"}
         return Log(coordinates, variables, attributes | about, path, (objective.seed,))
@@ -215,7 +215,8 @@ class Plan:
         top = max((order for name, order in orders.items() if routes[name] == "exact"), default=0)
         size = {"matrix": len(kinds), "block": len(orders), "index": top, "bin": len(EDGES) - 1}
         values = {
-            name: np.full([size[d] for d in dims], np.nan) for name, (dims, *_) in VARIABLES.items()
+            name: np.full([size[d] for d in dims], np.nan)
+            for name, (dims, *_) in SPECTRUM_VARIABLES.items()
         }
         values["loss"][...] = _loss(objective, x, y)
         for i, kind in enumerate(kinds):
@@ -231,7 +232,7 @@ class Plan:
             done()
         if not top:
             del values["eigenvalue"]
-        return {name: (VARIABLES[name][0], value) for name, value in values.items()}
+        return {name: (SPECTRUM_VARIABLES[name][0], value) for name, value in values.items()}
 
     def _spectrum(
         self,

@@ -53,7 +53,7 @@ class PreparedSpectra:
     after: tuple[int, ...]
 
 
-def prepare(named: NamedSpectra) -> PreparedSpectra:
+def prepare_spectra(named: NamedSpectra) -> PreparedSpectra:
     """Check, load and build.
 
     Raises:

@@ -25,8 +25,8 @@ from curvlab.probes import PROBES
 from curvlab.reproduction import scripts
 from curvlab.reproduction.index import FOLDERS
 from curvlab.show.figures import FIGURES
-from curvlab.spectra import VARIABLES as OF_SPECTRA
-from curvlab.training.records import VARIABLES as OF_TRAINING
+from curvlab.spectra import SPECTRUM_VARIABLES as OF_SPECTRA
+from curvlab.training.records import TRAINING_VARIABLES as OF_TRAINING
 from curvlab.training.schedules import SCHEDULES
 
 ROOT = Path(__file__).resolve().parent.parent

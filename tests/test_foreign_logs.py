@@ -438,7 +438,7 @@ def test_report_and_plot_leave_nothing_beside(
     """Through files and the command line: one file and exit 0, or none and one line; what is odd is
     said in one more.
     """
-    name = figures.main(small[kind])
+    name = figures.main_figure(small[kind])
     main = figures.FIGURES[name].needs
     damages = {
         "absent": lambda d: d.drop_vars(main),

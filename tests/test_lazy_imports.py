@@ -70,7 +70,7 @@ def test_the_package_imports_nothing_heavy_and_finds_every_public_name() -> None
 @pytest.mark.parametrize("what", lists.LISTS)
 def test_the_kept_list_is_that_of_the_tables(what: str) -> None:
     """`python -m curvlab.cli.lists` makes it again."""
-    columns, rows = lists.made(what)
+    columns, rows = lists.columns_and_rows(what)
     kept_columns, kept_rows = lists._kept()["lists"][what]
     assert kept_columns == columns
     assert [tuple(row) for row in kept_rows] == rows

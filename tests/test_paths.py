@@ -184,9 +184,9 @@ def test_pictures(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("nowhere/x.png", "there is no folder"),
     ):
         with pytest.raises(cl.CurvlabError, match=says):
-            pictures.check(odd / name)
+            pictures.check_picture(odd / name)
     monkeypatch.setenv("PATH", str(odd))
     with pytest.raises(cl.CurvlabError, match=r"'\.pgf' by .*tex, which is not there"):
-        pictures.check(odd / "x.pgf")
+        pictures.check_picture(odd / "x.pgf")
     for name in ("x.png", "x.PNG", "x.svg", "x.pdf"):
-        assert pictures.check(odd / name) == odd / name
+        assert pictures.check_picture(odd / name) == odd / name

@@ -16,7 +16,7 @@ import curvlab as cl
 from curvlab.observation import PASSES
 from curvlab.probes import PROBES, Frame, asked, cosines_to, select_probes
 from curvlab.runs import ALWAYS
-from curvlab.training.records import VARIABLES as TRAINING
+from curvlab.training.records import TRAINING_VARIABLES as TRAINING
 
 
 def frame(zero: bool = False) -> Frame:

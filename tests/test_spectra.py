@@ -20,7 +20,7 @@ import curvlab as cl
 from curvlab.exact import KINDS
 from curvlab.linalg.operators import Dense
 from curvlab.show.figures import draw
-from curvlab.spectra import EDGES, VARIABLES, Plan, eigenvalues, tolerance
+from curvlab.spectra import EDGES, SPECTRUM_VARIABLES, Plan, eigenvalues, tolerance
 
 
 def symmetric(order: int, seed: int = 0) -> torch.Tensor:
@@ -225,7 +225,7 @@ def test_the_error_of_what_is_negative_reaches_the_truth() -> None:
 
 
 def test_auto_is_exact_up_to_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvlab.spectra.LARGEST", 200)
+    monkeypatch.setattr("curvlab.spectra.LARGEST_EXACT", 200)
     p = middling()
     ds = cl.spectrum(p.objective(), p.x, p.y, draws=2, steps=5, blocks=["all", "whole"])
     assert ds["route"].values.tolist() == ["lanczos", "exact", "lanczos"]
@@ -317,7 +317,7 @@ def test_schema() -> None:
     p = problem("tanh")
     ds = cl.spectrum(p.objective(seed=4), p.x, p.y, after=70)
     assert {name: v.dims for name, v in ds.data_vars.items()} == {
-        name: ("step", *dims) for name, (dims, *_) in VARIABLES.items()
+        name: ("step", *dims) for name, (dims, *_) in SPECTRUM_VARIABLES.items()
     }
     assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
     assert ds["step"].values.tolist() == [70]

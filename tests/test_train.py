@@ -46,7 +46,7 @@ from curvlab.training.evaluation import (
     in_eval_mode,
     measure_of,
 )
-from curvlab.training.records import TIMES, VARIABLES
+from curvlab.training.records import TIMES, TRAINING_VARIABLES
 from curvlab.training.settings import Budget, Settings
 
 
@@ -216,7 +216,7 @@ def test_the_log_has_the_promised_schema(tmp_path: Path) -> None:
     xr.testing.assert_identical(ds, run.dataset)
     assert dict(ds.sizes) == {"epoch": 3, "block": 2}
     assert {name: v.dims for name, v in ds.data_vars.items()} == {
-        n: ("epoch", *v[0]) for n, v in VARIABLES.items()
+        n: ("epoch", *v[0]) for n, v in TRAINING_VARIABLES.items()
     }
     assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
     assert (
@@ -505,13 +505,13 @@ def test_a_model_by_name_trains_in_train_mode(
             warm=False,
         )
         state = None if steps == 2 else checkpoint.load(tmp_path / "checkpoint.pt")
-        training = training_by_name.prepare(named, {}, state)
+        training = training_by_name.prepare_training(named, {}, state)
         training.into(tmp_path)
         seen.clear()
         training_by_name.run_named(training, Console(stderr=True))
         assert [modes for modes in seen if modes != (False, False)] == [wanted] * 2
         assert training.objective.model[1].num_batches_tracked == steps
-    prepared = spectrum_run.prepare(
+    prepared = spectrum_run.prepare_spectra(
         spectrum_run.NamedSpectra(
             problem=Problem(model="normed", dtype="float64"),
             plan=Plan(blocks=("1",)),

@@ -37,9 +37,9 @@ def gone_on(state: Mapping[str, Any], given: Mapping[str, Any], folder: Path) ->
     """Arguments of a run that goes on. Raises CurvlabError where its checkpoint names code that the
     command line does not.
     """
-    from curvlab.training.run import resumed
+    from curvlab.training.run import resumed_arguments
 
-    found = resumed(state, given)
+    found = resumed_arguments(state, given)
     name = found.get("model", "")
     if ":" in name and "model" not in given:
         raise CurvlabError(

@@ -88,7 +88,7 @@ def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
     try:
         drawn = figures.draw(ds, figure)
         for suffix in ("png", "svg"):
-            picture(drawn, folder / f"{figure}.{suffix}")
+            write_picture(drawn, folder / f"{figure}.{suffix}")
             written.append(folder / f"{figure}.{suffix}")
     except KeyboardInterrupt as error:
         LISTENER.deaf = True
@@ -109,7 +109,7 @@ def wrote(file: Path) -> None:
     out.print(for_rich(f"wrote {file}"), soft_wrap=True)
 
 
-def picture(drawn: Figure, path: Path) -> None:
+def write_picture(drawn: Figure, path: Path) -> None:
     """Write a figure; what is there is whole at any moment. Raises CurvlabError where that cannot
     be done.
     """

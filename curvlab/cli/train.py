@@ -12,7 +12,15 @@ import typer
 
 from curvlab.cli.assignments import assigned
 from curvlab.cli.going_on import free_for_training, gone_on, say_anew
-from curvlab.cli.options import OUTPUT, PROBLEM, Data, Device, Dtype, Verbose, out
+from curvlab.cli.options import (
+    OUTPUT,
+    PROBLEM,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    VerboseOption,
+    out_option,
+)
 from curvlab.cli.terminal import (
     DIVERGED,
     check_output,
@@ -46,7 +54,7 @@ def train(
             rich_help_panel=PROBLEM,
         ),
     ] = None,
-    data: Data = None,
+    data: DataOption = None,
     batch_size: Annotated[
         int,
         Option(
@@ -238,11 +246,11 @@ def train(
             rich_help_panel=_EVALUATION,
         ),
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    verbose: Verbose = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    verbose: VerboseOption = False,
     out_folder: Annotated[
-        Path | None, out("run.h5, checkpoint.pt, training.png, training.svg")
+        Path | None, out_option("run.h5, checkpoint.pt, training.png, training.svg")
     ] = None,
     resume: Annotated[
         bool,
@@ -279,7 +287,7 @@ def train(
     from curvlab.system.memory import keep_freed_memory
     from curvlab.training import checkpoint
     from curvlab.training.begun import stepless
-    from curvlab.training.run import prepare, run_named
+    from curvlab.training.run import prepare_training, run_named
 
     call = {k: v for k, v in ({"command": "train"} | given).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
@@ -317,7 +325,7 @@ def train(
         given["epochs"] = 20
     if given["model"] is None:
         raise CurvlabError("Missing option '--model'.")
-    training = prepare(_named(given), call, state)
+    training = prepare_training(_named(given), call, state)
     keep_freed_memory()
     stem = f"train-{given['model'].replace(':', '-')}"
     with paths.made(out_folder, lambda: folder_for(out_folder, stem)) as folder:

@@ -22,7 +22,7 @@ from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.layers import Layout
 from curvlab.linalg.line_search import Found, armijo, wolfe
 from curvlab.linalg.operators import Operator
-from curvlab.objective import Objective, restore, weights
+from curvlab.objective import Objective, restore_weights, weights
 from curvlab.observation import Observation, Pass
 
 Search = Literal["none", "armijo", "wolfe"]
@@ -119,7 +119,7 @@ def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
             if objective.l2:
                 loss += objective.l2 * sum(p.square().sum() for p in parameters.values())
     finally:
-        restore(objective, saved)
+        restore_weights(objective, saved)
     return loss
 
 
@@ -133,7 +133,7 @@ def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[N
                 parameters[name].add_(change, alpha=by)
         yield
     finally:
-        restore(objective, saved)
+        restore_weights(objective, saved)
 
 
 def searched(

@@ -38,7 +38,7 @@ from curvlab.linalg.pairs import (
     Products,
     Scalar,
     Skip,
-    _ratio,
+    ratio_to_sy,
     accept,
     action_pair,
     as_scalar,
@@ -104,7 +104,7 @@ def _other_half(
     s: Float[Tensor, " D"], Hy: Float[Tensor, " D"], sy: Scalar, yHy: Scalar
 ) -> Float[Tensor, " D"]:
     """w of H⁺ = H + s wᵀ + w sᵀ."""
-    rho = _ratio(1.0, sy)  # NaN where sᵀy is 0, which `updated_inverse` then refuses
+    rho = ratio_to_sy(1.0, sy)  # NaN where sᵀy is 0, which `updated_inverse` then refuses
     return (rho * (rho * yHy + 1) / 2) * s - rho * Hy
 
 

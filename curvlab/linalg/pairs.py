@@ -59,20 +59,20 @@ class Products:
     @property
     def curvature(self) -> Scalar:
         """yᵀHy / sᵀy, to be at most 1/μ₁."""
-        return _ratio(self.yHy, self.sy)
+        return ratio_to_sy(self.yHy, self.sy)
 
     @property
     def step(self) -> Scalar:
         """sᵀs / sᵀy, to be at most 1/μ₂."""
-        return _ratio(self.ss, self.sy)
+        return ratio_to_sy(self.ss, self.sy)
 
     @property
     def change(self) -> Scalar:
         """yᵀy / sᵀy, to be at most 1/μ₃."""
-        return _ratio(self.yy, self.sy)
+        return ratio_to_sy(self.yy, self.sy)
 
 
-def _ratio(numerator: Scalar, sy: Scalar) -> Scalar:
+def ratio_to_sy(numerator: Scalar, sy: Scalar) -> Scalar:
     """Of a number to sᵀy; NaN where that is 0."""
     if isinstance(sy, Tensor):
         return torch.where(sy == 0, math.nan, numerator / sy)

@@ -184,7 +184,7 @@ def page(given: figures.Runs, bar: Progress) -> str:
 
 def _applying(ds: xr.Dataset) -> list[str]:
     """The figures of a log, the one that stands for it first."""
-    first = figures.main(ds)
+    first = figures.main_figure(ds)
     return sorted(figures.applying(ds), key=lambda name: name != first)
 
 
@@ -216,7 +216,7 @@ def _joint(i: int, name: str, group: figures.Runs, logs: figures.Runs, drawn: An
             tables.last_epochs(
                 [
                     (f"{n}. {run}", ds)
-                    for n, (run, ds) in zip(numbers, figures.named(group), strict=True)
+                    for n, (run, ds) in zip(numbers, figures.labelled(group), strict=True)
                 ]
             ),
         ),

@@ -21,7 +21,7 @@ from curvlab.show.drawable import heading
 from curvlab.show.style import MATRICES
 
 
-def spectrum(ds: xr.Dataset) -> Figure:
+def spectrum_histograms(ds: xr.Dataset) -> Figure:
     """Histogram of every block's eigenvalues, a row for each block and a column for each number of
     training steps.
     """

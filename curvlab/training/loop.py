@@ -37,7 +37,7 @@ from curvlab.training.ending import Ending
 from curvlab.training.evaluation import Evaluated, evaluate, score_names, scores_of
 from curvlab.training.folder import RunFolder
 from curvlab.training.probing import Sampler
-from curvlab.training.records import Meter, open_log
+from curvlab.training.records import Meter, training_log
 from curvlab.training.settings import Budget, Position, Settings
 from curvlab.training.showing import Showing
 from curvlab.training.stopwatch import Stopwatch
@@ -110,7 +110,7 @@ class Training:
             "lr": float(group["lr"]),
             "damping": float(group["damping"]),
         }
-        self.log = open_log(
+        self.log = training_log(
             objective,
             evaluated.error,
             attributes | dict(about),

@@ -19,7 +19,7 @@ from curvlab.probes.base import labels, taken
 from curvlab.training.evaluation import Measure
 from curvlab.training.settings import Position
 
-VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+TRAINING_VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "train_loss": ((), "mean loss over the training examples, in eval mode", "nat"),
     "val_loss": ((), "mean loss over the validation examples, in eval mode", "nat"),
     "train_error": ((), "error over the training examples", "1"),
@@ -61,10 +61,10 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
 }
 """{variable: (dimensions beside the epoch, long name, units)}"""
 
-TIMES = tuple(name for name in VARIABLES if name.endswith("_seconds"))
+TIMES = tuple(name for name in TRAINING_VARIABLES if name.endswith("_seconds"))
 
 
-def open_log(
+def training_log(
     objective: Objective,
     error: Measure | None,
     attributes: Mapping[str, Any],
@@ -75,7 +75,7 @@ def open_log(
     """An empty log of epochs, and of these probes with their steps between samples."""
     names = list(probes or {})
     variables = {"epoch": {"long_name": "epochs of training", "units": "1"}}
-    for name, (_, long_name, units) in VARIABLES.items():
+    for name, (_, long_name, units) in TRAINING_VARIABLES.items():
         said = (
             long_name.replace("error", error.name, 1)
             if error and name.endswith("_error")
@@ -126,7 +126,7 @@ class Meter:
         absent = ([] if validated else ["val_loss", "val_error"]) + (
             [] if error else ["train_error", "val_error"]
         )
-        return [name for name in VARIABLES if name not in absent]
+        return [name for name in TRAINING_VARIABLES if name not in absent]
 
     def record(
         self,
@@ -160,7 +160,7 @@ class Meter:
             "probe_seconds": at.probes,
         }
         return {
-            name: (VARIABLES[name][0], np.asarray(values[name]))
-            for name in VARIABLES
+            name: (TRAINING_VARIABLES[name][0], np.asarray(values[name]))
+            for name in TRAINING_VARIABLES
             if name in values
         }

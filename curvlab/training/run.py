@@ -1,5 +1,5 @@
-"""`train`: any model along any algorithm; `prepare` and `run_named`: by the names of the tables, as
-the command line does.
+"""`train`: any model along any algorithm; `prepare_training` and `run_named`: by the names of the
+tables, as the command line does.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ class NamedTraining:
         return found | ({"l2": problem.l2} if problem.l2 else {})
 
 
-def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def resumed_arguments(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a run that goes on: those of its checkpoint, with the ones that were `given` in
     their place.
 
@@ -314,7 +314,7 @@ def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     return kept | dict(given)
 
 
-def prepare(
+def prepare_training(
     named: NamedTraining, call: Mapping[str, Any], state: dict[str, Any] | None = None
 ) -> Training:
     """Checked, built and loaded, and set to the state of a checkpoint; nothing is written, and

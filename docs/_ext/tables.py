@@ -12,7 +12,7 @@ from pathlib import Path
 
 import curvlab
 from curvlab.algorithms import ALGORITHMS, damping_for
-from curvlab.cli.lists import made
+from curvlab.cli.lists import columns_and_rows
 from curvlab.exact import ROUTES
 from curvlab.functions import FUNCTIONS
 from curvlab.layers import LAYERS
@@ -23,8 +23,8 @@ from curvlab.probes import PROBES, Variable
 from curvlab.probes.costs import COST_MODELS as OF_COSTS
 from curvlab.probes.costs import COSTS
 from curvlab.reproduction import load, scripts
-from curvlab.spectra import VARIABLES as OF_SPECTRA
-from curvlab.training.records import VARIABLES as OF_TRAINING
+from curvlab.spectra import SPECTRUM_VARIABLES as OF_SPECTRA
+from curvlab.training.records import TRAINING_VARIABLES as OF_TRAINING
 from curvlab.training.schedules import SCHEDULES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -60,7 +60,7 @@ class Table:
 
 def _of_list(what: str, *typed: int) -> Table:
     """As `curvlab list` prints it; the columns `typed` are set as code."""
-    columns, rows = made(what)
+    columns, rows = columns_and_rows(what)
     return Table(
         columns,
         [[Code(c) if i in typed and c != "…" else c for i, c in enumerate(row)] for row in rows],
