@@ -239,7 +239,7 @@ def _data() -> Iterator[Finding]:
     yield _written("cache", files.cache)
     absent = []
     for name, known in files.FILES.items():
-        path = files.find(name)
+        path = files.find_file(name)
         try:
             kept = files.cache() / name
         except CurvlabError:
@@ -315,7 +315,7 @@ def _log(folder: Path) -> tuple[xr.Dataset | None, list[Finding]]:
 
 def _checkpoint(path: Path, ds: xr.Dataset | None) -> tuple[dict[str, Any] | None, list[Finding]]:
     try:
-        state = checkpoint.load(path)
+        state = checkpoint.load_state(path)
         contents.check(state)
     except CurvlabError as error:
         return None, [Finding("checkpoint", str(error), "bad")]

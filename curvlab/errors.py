@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from curvlab.system.escape import for_terminal
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 LARGEST = 2**63 - 1
@@ -66,7 +66,7 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
+def lookup(table: Mapping[str, _T], name: str, kind: str) -> _T:
     """``table[name]``, or an error that names the closest and the known entries."""
     if isinstance(name, Hashable) and name in table:
         return table[name]

@@ -104,7 +104,7 @@ class Form:
         return set(capture.arranged) == self.shaped
 
 
-def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
+def prove_form(capture: Capture, z: Tensor, mixing: bool) -> Form:
     """The form of a look, whose arrangements are set as they were proven.
 
     Args:

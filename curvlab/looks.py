@@ -12,7 +12,7 @@ from curvlab.capture import Capture
 from curvlab.derivatives import around, derivatives, differentiable, surrounding
 from curvlab.errors import CurvlabError
 from curvlab.finite import all_finite
-from curvlab.forms import Form, Report, examine, unseen
+from curvlab.forms import Form, Report, prove_form, unseen
 from curvlab.independence import Independence, some_rows
 from curvlab.observation import Stream
 from curvlab.second_looks import QUIET
@@ -210,7 +210,7 @@ class Looks(Independence):
 
     def _prove(self, z: Tensor, capture: Capture, key: Hashable) -> Form:
         with derivatives():
-            found = examine(capture, z, mixes(self.objective.modules))
+            found = prove_form(capture, z, mixes(self.objective.modules))
         if len(self.objective.forms) > _FORMS:  # shapes that never come again
             self.objective.forms.clear()
         self.objective.forms[key] = found

@@ -428,7 +428,7 @@ def _of_schedules(base: tuple[str, ...]) -> Iterator[Line]:
     known = [name for name in schedules.known() if name != "constant"]
     for name in known:
         given = GOOD.get(name, {})
-        for option in schedules.find(name).options:
+        for option in schedules.find_schedule(name).options:
             others = tuple(
                 w for o, v in given.items() if o != option for w in ("--schedule-set", f"{o}={v}")
             )

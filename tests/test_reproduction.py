@@ -41,8 +41,8 @@ from curvlab.reproduction import (
     scripts,
 )
 from curvlab.reproduction.claims import verdicts
-from curvlab.reproduction.comparison import Runs
-from curvlab.reproduction.drawing import draw
+from curvlab.reproduction.comparison import ProblemRuns
+from curvlab.reproduction.drawing import training_curves
 from curvlab.reproduction.problems import PROBLEMS, PublishedProblem
 from curvlab.reproduction.results import Result, cut
 from curvlab.reproduction.scaling import exponent
@@ -332,7 +332,7 @@ def test_what_decides_the_numbers_decides_the_folder(tmp_path: Path) -> None:
     options = Options("cpu", tmp_path, tmp_path, "cpu")
 
     def folder(figure: Comparison, method: Method, seed: int = 0) -> Path:
-        return Runs(figure, "MNIST", options).folder(
+        return ProblemRuns(figure, "MNIST", options).folder(
             method.arguments("MNIST"), method.batch or figure.batch, seed
         )
 
@@ -471,12 +471,12 @@ def test_a_figure_has_a_column_each_problem() -> None:
         "one": {"A": result(log([9, 3, 1]))},
         "two": {"A": result(log([9, 3, 1]), log([9, 2, 1]))},
     }
-    figure = draw(found, ("train_loss", "val_error"), "title")
+    figure = training_curves(found, ("train_loss", "val_error"), "title")
     assert len(figure.axes) == 8
     assert [ax.get_xlabel() for ax in figure.axes[::2]] == ["epoch", "process time (s)"] * 2
     assert figure.axes[0].get_yscale() == "log"
     assert figure.axes[4].get_yscale() == "log"
-    assert len(draw({"one": found["one"]}, ("train_loss",), "title").axes) == 2
+    assert len(training_curves({"one": found["one"]}, ("train_loss",), "title").axes) == 2
 
 
 @pytest.mark.parametrize(("seconds", "scale"), [(9.0, "linear"), (11.0, "log")])
@@ -487,7 +487,7 @@ def test_a_run_that_takes_much_longer_does_not_squeeze_the_others(
         name: result(log([9, 3, 1], seconds))
         for name, seconds in (("A", 2.0), ("B", 2.0), ("C", seconds))
     }
-    by_epoch, by_time = draw({"one": found}, ("train_loss",), "title").axes
+    by_epoch, by_time = training_curves({"one": found}, ("train_loss",), "title").axes
     assert by_epoch.get_xscale() == "linear"
     assert by_time.get_xscale() == scale
     if scale == "log":

@@ -11,7 +11,7 @@ import torch
 
 import curvlab as cl
 from curvlab.errors import CurvlabWarning
-from curvlab.training.schedules import SCHEDULES, find, known, maker
+from curvlab.training.schedules import SCHEDULES, find_schedule, known, maker
 
 
 def rates(name: str, epochs: int, count: int, **options: object) -> list[float]:
@@ -189,7 +189,7 @@ def test_any_value_of_any_option_is_taken_or_refused_in_one_line(name: str) -> N
     steps.
     """
     refused = 0
-    for option in find(name).options:
+    for option in find_schedule(name).options:
         for value in BAD:
             try:
                 make = maker(name, 4, FITTING[name] | {option: value}, 4)
@@ -202,7 +202,7 @@ def test_any_value_of_any_option_is_taken_or_refused_in_one_line(name: str) -> N
                 optimizer.step()
                 scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
                 assert 0 <= optimizer.param_groups[0]["lr"] < math.inf
-    assert refused >= 8 * len(find(name).options)
+    assert refused >= 8 * len(find_schedule(name).options)
 
 
 def problem() -> tuple[cl.Objective, list]:
@@ -216,7 +216,7 @@ def problem() -> tuple[cl.Objective, list]:
         ]
 
 
-@pytest.mark.parametrize("name", [name for name in FITTING if not find(name).spans])
+@pytest.mark.parametrize("name", [name for name in FITTING if not find_schedule(name).spans])
 def test_a_run_goes_on_in_the_middle_of_every_schedule(name: str, tmp_path: Path) -> None:
     objective, batches = problem()
     given: dict = {"algorithm": "sgd-m", "schedule": name, "schedule_options": FITTING[name]}
@@ -293,5 +293,5 @@ def test_a_function_that_makes_no_scheduler() -> None:
 def test_cosine_needs_to_know_how_many_epochs() -> None:
     with pytest.raises(cl.CurvlabError, match="laid out over all epochs: say how many"):
         maker("cosine", None, {})
-    assert find("cosine").spans
-    assert not find("step").spans
+    assert find_schedule("cosine").spans
+    assert not find_schedule("step").spans

@@ -187,7 +187,7 @@ def same_end(out: Path, whole: Path) -> None:
     resume = ["train", "--resume"] if (out / "checkpoint.pt").exists() else RUN
     assert call(*resume, "--out", str(out)) == 0
     same_log(cl.open(out), cl.open(whole))
-    one, two = (checkpoint.load(folder / "checkpoint.pt")["model"] for folder in (out, whole))
+    one, two = (checkpoint.load_state(folder / "checkpoint.pt")["model"] for folder in (out, whole))
     assert all(torch.equal(p, two[name]) for name, p in one.items())
     assert not parts(out)
 
@@ -216,7 +216,7 @@ def test_a_signal_in_a_step_loses_no_step(
         f"go on with: curvlab train --resume --out {out}"
     )
     assert not parts(out)
-    assert checkpoint.load(out / "checkpoint.pt")["position"]["steps"] == step
+    assert checkpoint.load_state(out / "checkpoint.pt")["position"]["steps"] == step
     same_end(out, whole)
 
 
@@ -267,7 +267,7 @@ def test_a_signal_between_steps(
         ended(capsys, 128 + number, *RUN, "--out", str(out))
     assert not parts(out)
     assert len(cl.open(out)["epoch"]) >= 1
-    assert checkpoint.load(out / "checkpoint.pt")["position"]["steps"] == steps
+    assert checkpoint.load_state(out / "checkpoint.pt")["position"]["steps"] == steps
     if number == signal.SIGTERM:
         same_end(out, whole)
 
@@ -335,7 +335,7 @@ def test_a_second_signal_comes_at_once_and_leaves_nothing_half_written(
         code = 128 + (first if phase == "the line" else second)
         ended(capsys, code, *RUN, "--out", str(out))
     assert not parts(out)
-    assert checkpoint.load(out / "checkpoint.pt")["position"]["steps"] in (0, 3)
+    assert checkpoint.load_state(out / "checkpoint.pt")["position"]["steps"] in (0, 3)
     same_end(out, whole)
 
 
@@ -376,7 +376,7 @@ def test_signals_that_come_together_are_one(
             patch, cl.Objective, "closure", 3, *[signal.SIGTERM] * 3, signal.SIGINT, where=is_step
         )
         ended(capsys, 143, *RUN, "--out", str(out))
-    assert checkpoint.load(out / "checkpoint.pt")["position"]["steps"] == 3
+    assert checkpoint.load_state(out / "checkpoint.pt")["position"]["steps"] == 3
     same_end(out, whole)
 
 
@@ -511,7 +511,7 @@ def test_in_python_it_is_an_exception_and_the_run_goes_on(number: int, tmp_path:
     assert isinstance(caught.value, Interrupted) is (number != signal.SIGINT)
     assert interrupt.number_of(caught.value) == number
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["position"]["steps"] == 3
+    assert checkpoint.load_state(tmp_path / "checkpoint.pt")["position"]["steps"] == 3
     again = objective()
     run = cl.train(again, data().batches(10, seed=1), folder=tmp_path, resume=True, **more)
     same_log(run.dataset, with_nothing)
@@ -597,7 +597,7 @@ def test_what_a_loader_draws_belongs_to_the_step(tmp_path: Path) -> None:
     expected = run(False)
     with pytest.raises(Interrupted):
         run(True, folder=tmp_path)
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["position"]["steps"] == 3
+    assert checkpoint.load_state(tmp_path / "checkpoint.pt")["position"]["steps"] == 3
     same_weights(run(False, folder=tmp_path, resume=True).model, expected.model)
 
 
@@ -701,7 +701,7 @@ def test_a_real_process_that_slurm_ends(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert err.splitlines()[-1] == said + " ".join(resume)
     # a look ahead is no step
-    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["position"]["steps"] in (
+    assert checkpoint.load_state(tmp_path / "run" / "checkpoint.pt")["position"]["steps"] in (
         24,
         25,
     )
@@ -780,7 +780,7 @@ def test_sigkill_and_sigterm_at_a_hundred_random_moments_each(tmp_path: Path) ->
                 err
             )
             assert "Traceback" not in err
-            position = checkpoint.load(out / "checkpoint.pt")["position"]
+            position = checkpoint.load_state(out / "checkpoint.pt")["position"]
             if (out / "run.h5").exists():
                 assert len(cl.open(out)["epoch"]) >= 1
             else:  # killed between the run's first checkpoint and its first log
@@ -800,7 +800,9 @@ def test_sigkill_and_sigterm_at_a_hundred_random_moments_each(tmp_path: Path) ->
             assert process.returncode == 0, err
         assert not parts(out)
         same_log(cl.open(out), cl.open(whole))
-        one, two = (checkpoint.load(folder / "checkpoint.pt")["model"] for folder in (out, whole))
+        one, two = (
+            checkpoint.load_state(folder / "checkpoint.pt")["model"] for folder in (out, whole)
+        )
         assert all(torch.equal(p, two[name]) for name, p in one.items())
         print(
             f"run {runs}: {done[signal.SIGKILL]} SIGKILLs and {done[signal.SIGTERM]} SIGTERMs"

@@ -30,7 +30,7 @@ import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.logs.log import SCHEMA
 from curvlab.system import atomic, lock
-from curvlab.system.lock import alone
+from curvlab.system.lock import exclusive_lock
 from curvlab.system.progress import progress_bar
 from curvlab.training import checkpoint
 from curvlab.training.folder import RunFolder
@@ -229,7 +229,7 @@ def taken(folder: Path, flips: int, tmp_path: Path, seed: int) -> list[tuple[str
     draw, found = np.random.default_rng(seed), []
     readers: dict[str, Callable[[Path], object]] = {
         "run.h5": cl.open,
-        "checkpoint.pt": checkpoint.load,
+        "checkpoint.pt": checkpoint.load_state,
     }
     for name, read in readers.items():
         content = (folder / name).read_bytes()
@@ -262,7 +262,7 @@ def test_no_flipped_bit_of_500_goes_unseen(finished: Path, tmp_path: Path) -> No
 def test_files_of_earlier_versions_are_read_and_later_ones_are_named(
     finished: Path, tmp_path: Path
 ) -> None:
-    state = checkpoint.load(finished / "checkpoint.pt") | {"format": 1}
+    state = checkpoint.load_state(finished / "checkpoint.pt") | {"format": 1}
     (tmp_path / "old").mkdir()
     torch.save(state, tmp_path / "old" / "checkpoint.pt")  # as they were: without a seal
     again = objective_of(net(seed=9))
@@ -272,10 +272,10 @@ def test_files_of_earlier_versions_are_read_and_later_ones_are_named(
     same_weights(again.model, straight.model)
     torch.save(state | {"format": checkpoint.FORMAT}, tmp_path / "unsealed.pt")
     with pytest.raises(cl.CurvlabError, match="is damaged, its checksum"):
-        checkpoint.load(tmp_path / "unsealed.pt")
+        checkpoint.load_state(tmp_path / "unsealed.pt")
     torch.save(state | {"format": checkpoint.FORMAT + 1}, tmp_path / "later.pt")
     with pytest.raises(cl.CurvlabError, match="no checkpoint of this version"):
-        checkpoint.load(tmp_path / "later.pt")
+        checkpoint.load_state(tmp_path / "later.pt")
 
 
 # ---- contents
@@ -389,7 +389,7 @@ def test_contents_that_no_run_wrote_are_refused_and_nothing_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = written("adam", monkeypatch)
-    # that is seen by `checkpoint.load`
+    # that is seen by `checkpoint.load_state`
     cases = (case for case in spoiled(state) if case[0] != ("format",))
     all_refused("adam", state, cases)
 
@@ -419,7 +419,7 @@ def test_statistics_that_no_method_keeps_are_refused_and_nothing_is_taken(
 
 def hold(path: Path, told: Any) -> None:
     """A run that has forked, as a DataLoader does; its child outlives it."""
-    with alone(path):
+    with exclusive_lock(path):
         child = os.fork()
         if child:
             told.put(child)
@@ -491,11 +491,11 @@ def test_of_two_that_start_at_once_one_runs(tmp_path: Path) -> None:
 
 def test_a_lock_is_gone_afterwards_whatever_happened(tmp_path: Path) -> None:
     for error in (KeyboardInterrupt, cl.CurvlabError, None):
-        with pytest.raises(error) if error else nullcontext(), alone(tmp_path / "run.h5"):
+        with pytest.raises(error) if error else nullcontext(), exclusive_lock(tmp_path / "run.h5"):
             assert left(tmp_path) == [".run.h5.lock"]
             with (
                 pytest.raises(cl.CurvlabError, match=f"process {os.getpid()} "),
-                alone(tmp_path / "run.h5"),
+                exclusive_lock(tmp_path / "run.h5"),
             ):
                 pass
             if error:
@@ -513,7 +513,7 @@ def test_a_file_system_without_locks_is_one_line(
     monkeypatch.setattr(lock.fcntl, "flock", unknown)
     with (
         pytest.warns(cl.CurvlabWarning, match="knows no locks: see to it that no two runs"),
-        alone(tmp_path / "run.h5"),
+        exclusive_lock(tmp_path / "run.h5"),
     ):
         pass
     assert left(tmp_path) == []
@@ -617,7 +617,7 @@ def test_a_file_does_not_decide_what_is_imported(
     )
     (tmp_path / "ran").unlink()
     sys.modules.pop("yours_of_storage")
-    state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    state = checkpoint.load_state(tmp_path / "run" / "checkpoint.pt")
     for name in ("os:abort", "yours_of_storage:build"):
         state["settings"]["model"] = name
         checkpoint.save(tmp_path / "run" / "checkpoint.pt", state)

@@ -504,7 +504,7 @@ def test_a_model_by_name_trains_in_train_mode(
             batch_size=10,
             warm=False,
         )
-        state = None if steps == 2 else checkpoint.load(tmp_path / "checkpoint.pt")
+        state = None if steps == 2 else checkpoint.load_state(tmp_path / "checkpoint.pt")
         training = training_by_name.prepare_training(named, {}, state)
         training.into(tmp_path)
         seen.clear()
@@ -768,7 +768,7 @@ def test_checkpoints_that_hold_torchs_generators_alone(tmp_path: Path) -> None:
     arguments = {"algorithm": "sgd-m", "folder": tmp_path}
     model, again = net(3, nn.Dropout(0.5)), net(3, nn.Dropout(0.5))
     cl.train(objective_of(model), data().batches(5, seed=1), epochs=1, **arguments)
-    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    state = checkpoint.load_state(tmp_path / "checkpoint.pt")
     state["chance"] = {when: found["torch"] for when, found in state["chance"].items()}
     del state["format"]
     checkpoint.save(tmp_path / "checkpoint.pt", state)
@@ -863,7 +863,7 @@ def test_divergence_ends_the_run_and_keeps_the_last_good_state(
     assert np.isfinite(ds["train_loss"]).all()
     if folder:
         assert cl.open(folder).attrs["stopped"] == run.stopped
-        state = checkpoint.load(folder / "checkpoint.pt")
+        state = checkpoint.load_state(folder / "checkpoint.pt")
         assert state["position"]["epoch"] == 2
         assert "stopped" not in state["log"]["attributes"]
 

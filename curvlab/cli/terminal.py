@@ -21,7 +21,7 @@ from curvlab.system.atomic import rewrite
 from curvlab.system.blame import Saved
 from curvlab.system.escape import for_rich
 from curvlab.system.interrupt import LISTENER, behind, number_of, words
-from curvlab.system.lock import alone
+from curvlab.system.lock import exclusive_lock
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,6 +178,6 @@ def writing(folder: Path, check: Callable[[Path], object] = free) -> Iterator[No
     Raises:
         CurvlabError: another run writes there, the folder cannot be written; and as `check`.
     """
-    with alone(folder / "run.h5"):
+    with exclusive_lock(folder / "run.h5"):
         check(folder)
         yield

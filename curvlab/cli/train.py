@@ -316,11 +316,11 @@ def train(
         if stepless(out_folder):
             say_anew(out_folder, model)
         else:
-            state = checkpoint.load(out_folder / checkpoint.FILE)
+            state = checkpoint.load_state(out_folder / checkpoint.FILE)
             given |= gone_on(state, {k: given[k] for k in said}, out_folder)
             where = device_of(given["device"])
             if where.type != "cpu":
-                state = checkpoint.load(out_folder / checkpoint.FILE, where)
+                state = checkpoint.load_state(out_folder / checkpoint.FILE, where)
     if state is None and epochs is None and steps is None and seconds is None:
         given["epochs"] = 20
     if given["model"] is None:

@@ -106,7 +106,7 @@ def cache() -> Path:
     return expanded(chosen, "CURVLAB_CACHE") if chosen else Path(pooch.os_cache("curvlab"))
 
 
-def find(name: str) -> Path | None:
+def find_file(name: str) -> Path | None:
     """The path of a file in the first folder that has it, unverified."""
     return next((path for path in (folder / name for folder in folders()) if path.is_file()), None)
 
@@ -120,7 +120,7 @@ def file(name: str) -> Path:
             the remedy.
     """
     known = FILES[name]
-    path = find(name)
+    path = find_file(name)
     if path is not None:
         if known.sums:
             verify(path, name, known.sums)

@@ -38,12 +38,12 @@ from curvlab.linalg.pairs import (
     Products,
     Scalar,
     Skip,
-    ratio_to_sy,
     accept,
     action_pair,
     as_scalar,
     hessian_action,
     negated,
+    ratio_to_sy,
     undamped,
 )
 

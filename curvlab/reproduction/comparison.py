@@ -21,13 +21,13 @@ from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.logs.reading import open_log
 from curvlab.reproduction import problems
 from curvlab.reproduction.claims import Claim, verdicts
-from curvlab.reproduction.drawing import draw
+from curvlab.reproduction.drawing import training_curves
 from curvlab.reproduction.results import Result, Results, cut
 from curvlab.reproduction.script import Options, Report, say_progress
 from curvlab.training import checkpoint
 from curvlab.training.run import train
 
-Values = tuple[float, ...]
+TableValues = tuple[float, ...]
 """(learning rate, damping) or (learning rate, weight decay, damping), as the documents' tables have
 them; 0 for their dash.
 """
@@ -48,13 +48,13 @@ class Method:
     """
 
     algorithm: str
-    values: Values | Mapping[str, Values]
+    values: TableValues | Mapping[str, TableValues]
     options: Mapping[str, Any] = field(default_factory=dict)
     further: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     batch: int | None = None
     epochs: int | None = None
 
-    def on(self, problem: str) -> Values | None:
+    def on(self, problem: str) -> TableValues | None:
         """Return the values for a problem; None where the table has none."""
         return self.values.get(problem) if isinstance(self.values, Mapping) else self.values
 
@@ -164,7 +164,7 @@ class Comparison:
         found = self.results(report)
         budget = report.options.budget
         report.draw(
-            draw(
+            training_curves(
                 found, self.measures, f"{self.shows}\n{budget}: {self.extents[budget]}", self.spread
             )
         )
@@ -185,7 +185,7 @@ class Comparison:
         for problem in chosen:
             mine = [label for p, label in plan if p == problem]
             try:
-                runs = Runs(self, problem, options)
+                runs = ProblemRuns(self, problem, options)
                 _ = runs.data
             except CurvlabError as error:
                 missing = str(error)
@@ -270,12 +270,12 @@ class Comparison:
         ]
 
 
-class Runs:
+class ProblemRuns:
     """The runs of one problem in one budget, each in a folder of its own."""
 
     def __init__(self, comparison: Comparison, problem: str, options: Options) -> None:
         self.of, self.name, self.options = comparison, problem, options
-        self.problem = problems.find(problem)
+        self.problem = problems.find_problem(problem)
         self.extent = {"smoke": Extent(), "cpu": comparison.cpu, "paper": comparison.paper}[
             options.budget
         ]

@@ -23,7 +23,9 @@ from curvlab.show.style import LineStyle, looks
 _APART = 5
 
 
-def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std") -> Figure:
+def training_curves(
+    found: Results, measures: Sequence[str], title: str, spread: str = "std"
+) -> Figure:
     """A column for each problem; of one problem a column each for epochs and time."""
     seen_as = looks(
         {label: r.algorithm for results in found.values() for label, r in results.items()}

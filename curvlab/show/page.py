@@ -30,9 +30,8 @@ from curvlab.show.tables import MISSING, Table
 from curvlab.system import paths
 from curvlab.system.atomic import rewrite
 from curvlab.system.escape import for_html, for_terminal
+from curvlab.system.paths import Place
 from curvlab.system.progress import progress_bar
-
-Place = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)

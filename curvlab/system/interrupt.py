@@ -15,11 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from curvlab import starting
-
-SIGNALS = starting.SIGNALS
-"""Ctrl-C; what ends a job, closes a terminal, says that its time runs out (Slurm where it is asked
-to; limits of CPU time).
-"""
+from curvlab.starting import SIGNALS as SIGNALS
 
 SAME = 0.2
 """Seconds within which further signals are the same request: terminals, make, srun and schedulers

@@ -21,7 +21,7 @@ it.
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path) -> Iterator[None]:
     """Inside no other run that asks for it writes `path`. The lock is a file beside it, which is
     gone afterwards.
 

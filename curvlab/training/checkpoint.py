@@ -69,7 +69,7 @@ def _foreign(value: Any, at: str = "state") -> tuple[str, str] | None:
     return next((found for name, part in parts if (found := _foreign(part, name))), None)
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What was saved, its tensors on `device`.
 
     Raises:

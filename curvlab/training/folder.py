@@ -14,7 +14,7 @@ import torch
 
 from curvlab.errors import CurvlabError, warn
 from curvlab.system import paths
-from curvlab.system.lock import alone
+from curvlab.system.lock import exclusive_lock
 from curvlab.training import checkpoint
 from curvlab.training.begun import anew, stepless
 
@@ -54,7 +54,7 @@ class RunFolder:
     def load(self, device: torch.device) -> dict[str, Any]:
         """Read the checkpoint. Raises CurvlabError where it is not whole."""
         assert self.folder is not None
-        return checkpoint.load(self.folder / checkpoint.FILE, device)
+        return checkpoint.load_state(self.folder / checkpoint.FILE, device)
 
     def forget(self) -> None:
         """Leave no file of a run that cannot take its first step in the way of the next."""
@@ -72,7 +72,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
             go on.
     """
     if resume and not folder.is_dir():
-        checkpoint.load(folder / checkpoint.FILE)  # says that there is none
+        checkpoint.load_state(folder / checkpoint.FILE)  # says that there is none
 
     def make() -> Path:
         try:
@@ -83,7 +83,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
             ) from error
         return folder
 
-    with paths.made(folder, make), alone(folder / "run.h5"):
+    with paths.made(folder, make), exclusive_lock(folder / "run.h5"):
         if stepless(folder):
             warn(anew(folder))
         elif not resume:

@@ -198,7 +198,9 @@ def train(
             raise CurvlabError("resume needs a folder")
         with nullcontext() if place is None else claimed(place, resume):
             if resume and place is not None and not stepless(place):
-                training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
+                training.load_state_dict(
+                    checkpoint.load_state(place / checkpoint.FILE, objective.device)
+                )
             run = _run(
                 training,
                 console,

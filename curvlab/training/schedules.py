@@ -97,7 +97,7 @@ _OF_TORCH = {
 }
 
 
-def find(name: str) -> Schedule:
+def find_schedule(name: str) -> Schedule:
     """Of SCHEDULES, or of `torch.optim.lr_scheduler`. Raises CurvlabError for an unknown name."""
     if isinstance(name, str) and name in SCHEDULES:
         return SCHEDULES[name]
@@ -166,7 +166,7 @@ def maker(
     checked, and it is tried out.
 
     Args:
-        name: of `find`.
+        name: of `find_schedule`.
         epochs: of the run; None where their number is open.
         options: the schedule's own.
         turns: how often the run steps the scheduler; None where that is open.
@@ -176,7 +176,7 @@ def maker(
             where their number is open, one that ends before the run does, or that leads to a rate
             or a momentum that is none.
     """
-    schedule = find(name)
+    schedule = find_schedule(name)
     for option in options:
         if option not in schedule.options:
             raise unknown(f"option of schedule {name}", option, schedule.options or ["none"])

@@ -36,8 +36,8 @@ class Settings:
     the same settings only.
 
     `own` are the method's own options (`ALGORITHMS[name].options`); `schedule` a name
-    (`schedules.find`) with its options, or a function optimizer → torch scheduler, stepped after
-    every epoch or step. `double_grad`: see `optim.Descent`.
+    (`schedules.find_schedule`) with its options, or a function optimizer → torch scheduler, stepped
+    after every epoch or step. `double_grad`: see `optim.Descent`.
     """
 
     algorithm: str = "adam"
@@ -136,7 +136,7 @@ class Settings:
         """Whether the number of epochs decides the learning rates, so that it cannot change
         later.
         """
-        return isinstance(self.schedule, str) and schedules.find(self.schedule).spans
+        return isinstance(self.schedule, str) and schedules.find_schedule(self.schedule).spans
 
     def plain(self) -> dict[str, Any]:
         """As numbers, strings and dictionaries, the document's values in the place of None."""
