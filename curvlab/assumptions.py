@@ -44,7 +44,7 @@ from curvlab.exact.kronecker_sum import (
 )
 from curvlab.exact.route_table import Minibatch
 from curvlab.layers import Block, Layout
-from curvlab.linalg.distances import compare, distance, norm, quotient
+from curvlab.linalg.distances import compare_to_exact, distance, norm, quotient
 from curvlab.linalg.kronecker import nearest_kronecker
 from curvlab.objective import Objective
 
@@ -197,7 +197,7 @@ def quality(
         exact.diagonal().add_(damping)
         eigenvalues = torch.linalg.eigvalsh(exact).double() if spectra else None
         each = [
-            compare(m, e.scale, exact, eigenvalues)
+            compare_to_exact(m, e.scale, exact, eigenvalues)
             for m, e in zip(matrices, estimates.values(), strict=True)
         ]
         found[block.name] = {key: [values[key] for values in each] for key in each[0]}

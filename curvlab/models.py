@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
+from curvlab import moved
 from curvlab.errors import CurvlabError, lookup, whole
 from curvlab.networks import (
     VGG16,
@@ -43,7 +44,7 @@ __all__ = [
     "MNIST_AE",
     "MODELS",
     "VGG16",
-    "Entry",
+    "ModelEntry",
     "PaddedShortcut",
     "ResidualBlock",
     "Shape",
@@ -69,7 +70,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Entry:
+class ModelEntry:
     """A network, and the problem that it belongs to.
 
     `build()` makes it for its own data set; where it is `sized`, `build(inputs, outputs)` makes it
@@ -119,43 +120,43 @@ FACES_AE = (625, 2000, 1000, 500, 30, 500, 1000, 2000, 625)
 CURVES_AE = (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)
 """Widths of thesis Table 2.4."""
 
-MODELS: dict[str, Entry] = {
-    "mlp-256-20": Entry(
+MODELS: dict[str, ModelEntry] = {
+    "mlp-256-20": ModelEntry(
         "256-20-20-20-20-20-10 tanh, the six layers that Figure 4.1 was run on",
         lambda: mlp([256, 20, 20, 20, 20, 20, 10]),
         "mnist16",
         "categorical",
         "practice",
     ),
-    "mlp-256-20-printed": Entry(
+    "mlp-256-20-printed": ModelEntry(
         "256-20-20-20-20-10 tanh, the five layers that thesis 4.3.4 prints",
         lambda: mlp([256, 20, 20, 20, 20, 10]),
         "mnist16",
         "categorical",
         "thesis 4.3.4",
     ),
-    "mnist-ae": Entry(
+    "mnist-ae": ModelEntry(
         "784-1000-500-250-30-… ReLU autoencoder",
         lambda: autoencoder(MNIST_AE),
         "mnist-ae",
         "bernoulli",
         "thesis Table 2.4; S2QN 6.2",
     ),
-    "curves-ae": Entry(
+    "curves-ae": ModelEntry(
         "784-400-200-100-50-25-6-… ReLU autoencoder",
         lambda: autoencoder(CURVES_AE),
         "curves",
         "bernoulli",
         "thesis Table 2.4",
     ),
-    "faces-ae": Entry(
+    "faces-ae": ModelEntry(
         "625-2000-1000-500-30-… ReLU autoencoder",
         lambda: autoencoder(FACES_AE),
         "faces",
         "gaussian",
         "thesis Table 2.4",
     ),
-    "curves-ae-1000": Entry(
+    "curves-ae-1000": ModelEntry(
         "D-1000-500-250-30-… ReLU autoencoder",
         autoencoder_1000,
         "curves",
@@ -163,7 +164,7 @@ MODELS: dict[str, Entry] = {
         "S2QN 6.2",
         sized=True,
     ),
-    "faces-ae-1000": Entry(
+    "faces-ae-1000": ModelEntry(
         "D-1000-500-250-30-… ReLU autoencoder",
         lambda inputs=(625,), outputs=625: autoencoder_1000(inputs, outputs),
         "faces",
@@ -171,10 +172,10 @@ MODELS: dict[str, Entry] = {
         "S2QN 6.2",
         sized=True,
     ),
-    "logistic": Entry(
+    "logistic": ModelEntry(
         "logistic regression without a bias", logistic, "a9a", "bernoulli", "S2QN (26)", sized=True
     ),
-    "logistic-sparse": Entry(
+    "logistic-sparse": ModelEntry(
         "the same on rows that may be sparse tensors",
         logistic_sparse,
         "news20",
@@ -182,28 +183,28 @@ MODELS: dict[str, Entry] = {
         "S2QN (26)",
         sized=True,
     ),
-    "mnist-500": Entry(
+    "mnist-500": ModelEntry(
         "784-500-10 sigmoid",
         lambda: mlp([784, 500, 10], nn.Sigmoid),
         "mnist-standard",
         "categorical",
         "thesis 5.8",
     ),
-    "cifar-400": Entry(
+    "cifar-400": ModelEntry(
         "3072-400-400-10 sigmoid",
         lambda: mlp([3072, 400, 400, 10], nn.Sigmoid),
         "cifar10-standard",
         "categorical",
         "thesis 5.8",
     ),
-    "webspam-400": Entry(
+    "webspam-400": ModelEntry(
         "254-400-400-1 sigmoid",
         lambda: mlp([254, 400, 400, 1], nn.Sigmoid),
         "webspam",
         "bernoulli",
         "thesis 5.8",
     ),
-    "convnet": Entry(
+    "convnet": ModelEntry(
         "three convolutions and a linear layer; widths not published",
         convnet,
         "cifar10",
@@ -211,7 +212,7 @@ MODELS: dict[str, Entry] = {
         "S2QN 6.3",
         sized=True,
     ),
-    "all-cnn-c": Entry(
+    "all-cnn-c": ModelEntry(
         "nine convolutions, no pooling",
         all_cnn_c,
         "cifar10",
@@ -219,7 +220,7 @@ MODELS: dict[str, Entry] = {
         "Ren and Goldfarb 2021, B.2",
         sized=True,
     ),
-    "vgg16": Entry(
+    "vgg16": ModelEntry(
         "model D with batch normalisation and one linear layer",
         vgg16,
         "cifar10",
@@ -227,7 +228,7 @@ MODELS: dict[str, Entry] = {
         "thesis 3.7.2",
         sized=True,
     ),
-    "vgg16-printed": Entry(
+    "vgg16-printed": ModelEntry(
         "model D as printed: three linear layers, no batch normalisation",
         vgg16_printed,
         "cifar10",
@@ -235,7 +236,7 @@ MODELS: dict[str, Entry] = {
         "Ren and Goldfarb 2021, B.2",
         sized=True,
     ),
-    "resnet32": Entry(
+    "resnet32": ModelEntry(
         "ResNet-32 of 16, 32, 64 channels",
         resnet32,
         "cifar10",
@@ -243,7 +244,7 @@ MODELS: dict[str, Entry] = {
         "thesis 3.7.2",
         sized=True,
     ),
-    "resnet32-4": Entry(
+    "resnet32-4": ModelEntry(
         "ResNet-32 four times as wide",
         resnet32_4,
         "cifar10",
@@ -251,7 +252,7 @@ MODELS: dict[str, Entry] = {
         "thesis 3.7.3",
         sized=True,
     ),
-    "resnet18": Entry(
+    "resnet18": ModelEntry(
         "ResNet-18 for 32×32 images", resnet18, "cifar10", "categorical", "S2QN 6.4", sized=True
     ),
 }
@@ -269,13 +270,13 @@ class Sized(Protocol):
         """The number of outputs that a model needs."""
 
 
-def find(name: str, seed: int = 0) -> Entry:
+def find(name: str, seed: int = 0) -> ModelEntry:
     """The entry of `name`: of the table, or `module:function` of your own.
 
     Your function takes nothing and returns an `nn.Module`, or (module, likelihood name, data set
     name); a module alone is given the categorical likelihood. The working directory is searched
     too. The function is called once here, under `seed`, to learn the names; the first model of that
-    seed (`Entry.made`) is the one that it returned then.
+    seed (`ModelEntry.made`) is the one that it returned then.
 
     Raises:
         CurvlabError: an unknown name; a module or function that cannot be imported, fails, or
@@ -286,7 +287,7 @@ def find(name: str, seed: int = 0) -> Entry:
     function = import_own(name)
     with seeded(whole("the seed", seed, 0)):
         first, likelihood, data = call_own(function, name)
-    return Entry(f"model '{name}'", OwnModel(function, name, seed, [first]), data, likelihood)
+    return ModelEntry(f"model '{name}'", OwnModel(function, name, seed, [first]), data, likelihood)
 
 
 def imported(name: str) -> None:
@@ -314,3 +315,7 @@ def build(name: str, seed: int = 0, data: Sized | None = None) -> nn.Module:
         CurvlabError: an unknown name, or a function of yours that does not work.
     """
     return find(name, seed).made(whole("the seed", seed, 0), data)
+
+
+if not TYPE_CHECKING:  # to a type checker the old names are gone
+    __getattr__ = moved.old_names(__name__)

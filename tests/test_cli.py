@@ -27,7 +27,7 @@ from curvlab import datasets, machine
 from curvlab.algorithms import ALGORITHMS
 from curvlab.cli import app as cli
 from curvlab.cli import terminal
-from curvlab.datasets import DATASETS, Dataset, Entry
+from curvlab.datasets import DATASETS, DataEntry, Dataset
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
 from curvlab.show.figures import FIGURES, draw
@@ -389,7 +389,7 @@ def test_nan_in_the_data(
         data = Dataset("spoiled", x, torch.zeros(40, dtype=torch.long), "with a NaN")
         return data, data
 
-    monkeypatch.setitem(datasets.DATASETS, "spoiled", Entry("with a NaN", spoiled))
+    monkeypatch.setitem(datasets.DATASETS, "spoiled", DataEntry("with a NaN", spoiled))
     words = [
         "compare",
         "--model",

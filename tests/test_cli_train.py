@@ -28,7 +28,7 @@ from torch import nn
 
 import curvlab as cl
 from curvlab.cli.assignments import assigned
-from curvlab.datasets import DATASETS, CropAndFlip, Dataset, Entry
+from curvlab.datasets import DATASETS, CropAndFlip, DataEntry, Dataset
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
 
@@ -193,7 +193,7 @@ def test_augmentation_and_dropout_are_of_the_seed(
     def build() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 3))
 
-    monkeypatch.setitem(DATASETS, "images", Entry("made", images))
+    monkeypatch.setitem(DATASETS, "images", DataEntry("made", images))
     monkeypatch.setitem(MODELS, "small", replace(MODELS["mlp-256-20"], build=build, data="images"))
     logs = []
     for i, more in enumerate(([], [], ["--no-augment"], ["--seed", "1"])):

@@ -12,7 +12,7 @@ from optional import load_or_skip
 from torch import Tensor
 
 import curvlab as cl
-from curvlab.datasets import DATASETS, Dataset, Entry, SparseRows
+from curvlab.datasets import DATASETS, DataEntry, Dataset, SparseRows
 
 KINDS = {  # {name: (train, test, inputs, outputs)}
     "mnist": (60_000, 10_000, (784,), 10),
@@ -209,7 +209,7 @@ def test_sparse_rows_come_out_as_the_dense_rows() -> None:
 def test_what_cannot_be_right_is_refused_at_load(
     ten: Dataset, change, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(DATASETS, "bad", Entry("bad", lambda: (ten, change(ten))))
+    monkeypatch.setitem(DATASETS, "bad", DataEntry("bad", lambda: (ten, change(ten))))
     with pytest.raises(cl.CurvlabError, match=f"data set 'ten'.*{says}"):
         cl.datasets.load("bad")
 

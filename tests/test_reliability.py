@@ -24,7 +24,7 @@ from torch import nn
 import curvlab as cl
 from curvlab import datasets
 from curvlab.cli import app as cli
-from curvlab.datasets import Dataset, Entry
+from curvlab.datasets import DataEntry, Dataset
 
 pytestmark = pytest.mark.filterwarnings("default::curvlab.errors.CurvlabWarning")
 
@@ -311,7 +311,7 @@ def dark() -> tuple[Dataset, Dataset]:
 def here(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder with a module of the user's, folders where pictures would go, and a run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(datasets.DATASETS, "mnist16", Entry("made", dark))
+    monkeypatch.setitem(datasets.DATASETS, "mnist16", DataEntry("made", dark))
     (tmp_path / "own.py").write_text(OWN)
     for name in ("training.png", "cosine.png"):
         (tmp_path / "taken" / name).mkdir(parents=True)

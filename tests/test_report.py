@@ -30,7 +30,7 @@ from torch import nn
 import curvlab as cl
 from curvlab import datasets, probes
 from curvlab.cli import app as cli
-from curvlab.datasets import Dataset, Entry
+from curvlab.datasets import DataEntry, Dataset
 from curvlab.models import MODELS
 from curvlab.show import about, figures, tables
 from curvlab.show.svg import inline
@@ -94,7 +94,7 @@ def _tiny() -> Iterator[None]:
         build=lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(datasets.DATASETS, "tiny", Entry("tiny", lambda: (data, data)))
+        patch.setitem(datasets.DATASETS, "tiny", DataEntry("tiny", lambda: (data, data)))
         patch.setitem(MODELS, HOSTILE, model)
         yield
 

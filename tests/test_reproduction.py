@@ -36,7 +36,7 @@ from curvlab.reproduction import (
     Options,
     Row,
     Scaling,
-    load,
+    load_script,
     reproduce,
     scripts,
 )
@@ -46,13 +46,13 @@ from curvlab.reproduction.drawing import training_curves
 from curvlab.reproduction.problems import PROBLEMS, PublishedProblem
 from curvlab.reproduction.results import Result, cut
 from curvlab.reproduction.scaling import exponent
-from curvlab.reproduction.script import Report
+from curvlab.reproduction.script import ReproductionReport
 from curvlab.show.style import looks as looks_of
 from curvlab.system.memory import tensors
 
 ANALYSES = Path(__file__).resolve().parent.parent / "analyses"
 NAMES = list(scripts())
-COMPARISONS = {name: made for name in NAMES if isinstance(made := load(name), Comparison)}
+COMPARISONS = {name: made for name in NAMES if isinstance(made := load_script(name), Comparison)}
 
 FIGURES = [
     "2.1",
@@ -81,7 +81,7 @@ def test_every_figure_and_table_has_a_name() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_what_it_shows_and_what_is_claimed(name: str) -> None:
-    what = load(name)
+    what = load_script(name)
     assert what.shows
     assert what.claim
     assert what.extents.keys() == {"smoke", "cpu", "paper"}
@@ -128,14 +128,14 @@ def test_smoke(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
-    write = Report.draw
+    write = ReproductionReport.draw
     monkeypatch.setattr(
-        Report, "draw", lambda self, figure: drawn.append(figure) or write(self, figure)
+        ReproductionReport, "draw", lambda self, figure: drawn.append(figure) or write(self, figure)
     )
-    reproduce(load(name), name, Options("smoke", tmp_path / "out", tmp_path / "runs", "cpu"))
+    reproduce(load_script(name), name, Options("smoke", tmp_path / "out", tmp_path / "runs", "cpu"))
     said = capsys.readouterr().out
     assert f"wrote {tmp_path / 'out' / name}-smoke.txt" in said
-    assert (tmp_path / "out" / f"{name}-smoke.txt").read_text().startswith(load(name).shows)
+    assert (tmp_path / "out" / f"{name}-smoke.txt").read_text().startswith(load_script(name).shows)
     assert not (tmp_path / "runs").exists()
     if name not in ("table-2.3", "table-2.4", "table-3.6"):
         assert (tmp_path / "out" / f"{name}-smoke.png").stat().st_size > 5000
@@ -223,7 +223,7 @@ def test_a_script_by_itself_takes_some_methods_of_some_problems(
 def test_ctrl_c_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Comparison, report: Report) -> None:
+    def interrupted(self: Comparison, report: ReproductionReport) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Comparison, "run", interrupted)
@@ -307,7 +307,9 @@ def small(**changed: object) -> Comparison:
 
 
 def results(figure: Comparison, tmp_path: Path, **options: object) -> tuple[dict[str, Result], str]:
-    report = Report("figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu", **options))  # type: ignore[arg-type]
+    report = ReproductionReport(
+        "figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu", **options)
+    )  # type: ignore[arg-type]
     return figure.results(report)["MNIST"], "\n".join(report.lines)
 
 
@@ -374,7 +376,9 @@ def test_a_seed_that_diverges_is_told_and_the_next_is_tried(tmp_path: Path) -> N
     assert "SGD-m, seed 3: diverged in epoch" in said
     assert "MNIST: cannot be said: no run of SGD-m" in said
     assert results(figure, tmp_path)[0]["SGD-m"].failures == found["SGD-m"].failures
-    report = Report("figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu"))
+    report = ReproductionReport(
+        "figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu")
+    )
     figure.run(report)
     assert report.file("png").stat().st_size > 5000
 
@@ -510,7 +514,7 @@ def test_what_is_held_is_the_table_of_memory(
     """Of Table 2.1, numbers of one layer counted: K-BFGS's H_a and H_g, A, s and y; 2 p d_o of
     L-BFGS.
     """
-    scaling = load("table-2.2")
+    scaling = load_script("table-2.2")
     assert isinstance(scaling, Scaling)
     options = Options("smoke", tmp_path, device="cpu")
     sizes = SimpleNamespace(d_i=6, d_o=4, m=8, p=3, T=1)

@@ -29,7 +29,7 @@ import curvlab as cl
 from curvlab import datasets, models
 from curvlab.cli import app as cli
 from curvlab.cli import terminal
-from curvlab.datasets import Dataset, Entry
+from curvlab.datasets import DataEntry, Dataset
 from curvlab.logs import log
 from curvlab.models import MODELS
 from curvlab.show import drawable, figures
@@ -119,7 +119,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 3))
 
-    monkeypatch.setitem(datasets.DATASETS, "made", Entry("made", load))
+    monkeypatch.setitem(datasets.DATASETS, "made", DataEntry("made", load))
     monkeypatch.setitem(MODELS, "small", replace(MODELS["mlp-256-20"], build=build, data="made"))
     monkeypatch.setattr(figures, "draw", lambda ds, name: Figure())
     monkeypatch.setattr(drawable, "picture", lambda figure, form, **options: b"drawn")
@@ -223,7 +223,7 @@ def test_a_signal_in_a_step_loses_no_step(
 EARLY: dict[str, tuple[object, str, int]] = {
     "model and data, first of all": (models, "find", 1),
     "data": (datasets, "load", 1),
-    "model": (models.Entry, "made", 1),
+    "model": (models.ModelEntry, "made", 1),
     "epoch 0, training examples": (evaluation, "evaluate", 1),
     "epoch 0, test examples": (evaluation, "evaluate", 2),
     "warm start": (loop.Training, "_begin", 1),

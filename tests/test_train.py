@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab as cl
 from curvlab import spectrum_run
 from curvlab.algorithms import ALGORITHMS
-from curvlab.datasets import DATASETS, Dataset, Entry
+from curvlab.datasets import DATASETS, DataEntry, Dataset
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
 from curvlab.problem import Problem
@@ -493,7 +493,7 @@ def test_a_model_by_name_trains_in_train_mode(
         return model
 
     part = Dataset("made", data(20).x.float(), data(20).y, "made")
-    monkeypatch.setitem(DATASETS, "made", Entry("made", lambda: (part, part)))
+    monkeypatch.setitem(DATASETS, "made", DataEntry("made", lambda: (part, part)))
     monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build, data="made"))
     wanted = (True, built != "one of them in eval mode")
     for steps in (2, 4):

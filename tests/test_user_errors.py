@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab import comparison_run, datasets, likelihoods, models
-from curvlab.datasets import Dataset, Entry
+from curvlab.datasets import DataEntry, Dataset
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
 from curvlab.system import blame
@@ -294,7 +294,7 @@ def test_in_a_likelihood_a_data_set_and_a_probe(
         patch.setitem(MODELS, "small", replace(MODELS["small"], likelihood="bad"))
         assert "KeyError: 'likelihood'" in told(capsys, *words)
     with monkeypatch.context() as patch:
-        patch.setitem(datasets.DATASETS, "made", Entry("made", bad))
+        patch.setitem(datasets.DATASETS, "made", DataEntry("made", bad))
         assert "KeyError: 'data set'" in told(capsys, *words)
     with monkeypatch.context() as patch:
         patch.setitem(PROBES, "loss", replace(PROBES["loss"], measure=take))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import curvlab as cl
-from curvlab.reproduction import Options, Report, Script, main
+from curvlab.reproduction import Options, ReproductionReport, Script, main
 
 EXTENT = {  # epochs, seeds, λ of S4QN and SSN (the first is drawn), data sets
     "smoke": (4, (0,), (0.0,), ("random numbers",)),
@@ -157,7 +157,7 @@ def curves(
     }
 
 
-def make(report: Report) -> None:
+def make(report: ReproductionReport) -> None:
     epochs, _, dampings, names = EXTENT[report.options.budget]
     figure = Figure(figsize=(1 + 3.7 * len(names), 3.8), layout="constrained")
     for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):

@@ -15,7 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from curvlab.linalg.pair_damping import MU1
-from curvlab.reproduction import Comparison, Extent, Method, Report, Script, load, main
+from curvlab.reproduction import (
+    Comparison,
+    Extent,
+    Method,
+    ReproductionReport,
+    Script,
+    load_script,
+    main,
+)
 
 PROBLEMS = ["MNIST", "FACES", "CURVES"]
 OURS = "K-BFGS(L)-20"
@@ -24,7 +32,7 @@ SKQN = ("SKQN-L", "SKQN-B1", "SKQN-B2")
 WITHIN = "pairs_within_2mu1"
 
 CHAPTER_2, CHAPTER_3, S2QN = (
-    load(name).methods for name in ("figure-2.2", "figure-3.1", "s2qn-figure-2")
+    load_script(name).methods for name in ("figure-2.2", "figure-3.1", "s2qn-figure-2")
 )
 
 
@@ -133,7 +141,7 @@ def said(value: xr.DataArray, form: str) -> str:
     return "" if bool(value.isnull()) else f"{float(value):{form}}"
 
 
-def make(report: Report) -> None:
+def make(report: ReproductionReport) -> None:
     results = RUNS.results(report)
     figure = Figure(figsize=(1 + 3.6 * len(results), 9.6), layout="constrained")
     panels = figure.subplots(3, len(results), squeeze=False)

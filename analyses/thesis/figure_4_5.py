@@ -4,9 +4,9 @@ four CNNs.
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, convolutional, load, main
+from curvlab.reproduction import Claim, Comparison, convolutional, load_script, main
 
-FISHER = load("figure-4.3")
+FISHER = load_script("figure-4.3")
 # Table 4.6: (initial learning rate, weight decay, damping), in the order of Figure 4.3's problems
 VALUES = {
     "TNT-EF": ((1e-4, 10, 0.1), (1e-4, 10, 0.01), (3e-5, 10, 0.1), (1e-4, 10, 0.01)),

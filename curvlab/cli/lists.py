@@ -107,9 +107,9 @@ def _costs_column() -> str:
 
 def _reproductions() -> _Rows:
     """All names, what they show, and how far the budgets go."""
-    from curvlab.reproduction import load, scripts
+    from curvlab.reproduction import load_script, scripts
 
-    found = ((name, load(name)) for name in scripts())
+    found = ((name, load_script(name)) for name in scripts())
     return [(name, what.shows, what.extents["cpu"], what.extents["paper"]) for name, what in found]
 
 

@@ -55,7 +55,7 @@ def reproduce(
 
     After Ctrl-C the same command goes on. The scripts are short: analyses/ of the repository.
     """
-    from curvlab.reproduction import Options, load
+    from curvlab.reproduction import Options, load_script
     from curvlab.reproduction import reproduce as reproduce_it
 
     if name is None:
@@ -63,7 +63,7 @@ def reproduce(
         raise typer.Exit
     options = Options(budget, out_folder, runs, device, tuple(methods or ()), tuple(problems or ()))
     try:
-        reproduce_it(load(name), name, options)
+        reproduce_it(load_script(name), name, options)
     except KeyboardInterrupt as error:
         LISTENER.deaf = True
         err.print(f"curvlab: {words(error)}; the same command goes on", markup=False)

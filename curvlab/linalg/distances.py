@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlab import moved
 from curvlab.linalg.operators import Operator
 
 
-def compare(
+def compare_to_exact(
     matrix: Operator,
     scale: float,
     exact: Float[Tensor, "D D"],
@@ -71,3 +73,7 @@ def inner(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> float:
 def norm(matrix: Float[Tensor, "R C"]) -> float:
     """Return ‖matrix‖, summed in float64."""
     return math.sqrt(inner(matrix, matrix))
+
+
+if not TYPE_CHECKING:  # to a type checker the old names are gone
+    __getattr__ = moved.old_names(__name__)

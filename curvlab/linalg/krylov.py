@@ -18,7 +18,7 @@ from curvlab.errors import CurvlabError, Diverged, guard_memory
 from curvlab.finite import all_finite
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import finite_product
-from curvlab.linalg.traces import Estimate, average, gaussian
+from curvlab.linalg.traces import StochasticEstimate, average, gaussian
 
 
 class Indefinite(Diverged):
@@ -335,15 +335,15 @@ class Density:
         kernel = torch.exp(-distance.square() / 2) / (width * math.sqrt(2 * math.pi))
         return (kernel * self.weights).sum(2).mean(1)
 
-    def moment(self, k: int) -> Estimate:
+    def moment(self, k: int) -> StochasticEstimate:
         """tr(Aᵏ) / D; unbiased for k < 2m."""
         return self._average((self.weights * self.nodes**k).sum(1))
 
-    def count_below(self, x: float) -> Estimate:
+    def count_below(self, x: float) -> StochasticEstimate:
         """The fraction of the eigenvalues that are less than x."""
         return self._average((self.weights * (self.nodes < x)).sum(1))
 
-    def _average(self, of_draws: Float[Tensor, " n"]) -> Estimate:
+    def _average(self, of_draws: Float[Tensor, " n"]) -> StochasticEstimate:
         return average(of_draws, self.nodes.numel())
 
 

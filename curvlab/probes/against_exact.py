@@ -23,7 +23,7 @@ from curvlab.curvature.base import BlockDefaults, with_defaults
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind
 from curvlab.exact.torch_func import Function
-from curvlab.linalg.distances import compare
+from curvlab.linalg.distances import compare_to_exact
 from curvlab.linalg.krylov import lanczos
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product
@@ -209,7 +209,7 @@ def _error(frame: Frame) -> list[Numbers]:
             block = frame.of_blocks(algorithm).get(name)
             B = None if block is None else estimate(frame, block)
             if B is not None:
-                seen = compare(B[0], B[1], F, values)
+                seen = compare_to_exact(B[0], B[1], F, values)
                 found[:, i, j] = [seen[key] for key in keys]
     return list(found)
 

@@ -23,7 +23,7 @@ from curvlab.reproduction import problems
 from curvlab.reproduction.claims import Claim, verdicts
 from curvlab.reproduction.drawing import training_curves
 from curvlab.reproduction.results import Result, Results, cut
-from curvlab.reproduction.script import Options, Report, say_progress
+from curvlab.reproduction.script import Options, ReproductionReport, say_progress
 from curvlab.training import checkpoint
 from curvlab.training.run import train
 
@@ -159,7 +159,7 @@ class Comparison:
             "paper": self.paper.on(self.problems),
         }
 
-    def run(self, report: Report) -> None:
+    def run(self, report: ReproductionReport) -> None:
         """Train what is not there yet, say what came out, and draw the curves."""
         found = self.results(report)
         budget = report.options.budget
@@ -169,7 +169,7 @@ class Comparison:
             )
         )
 
-    def results(self, report: Report) -> Results:
+    def results(self, report: ReproductionReport) -> Results:
         """Train what is not there yet; say what came out, and which claims hold."""
         options = report.options
         chosen = [
@@ -207,7 +207,7 @@ class Comparison:
             report.say(line)
         return found
 
-    def _averages(self, report: Report, found: Results) -> None:
+    def _averages(self, report: ReproductionReport, found: Results) -> None:
         """The document's own table, its numbers in brackets."""
 
         def cell(label: str, problem: str) -> str:
@@ -227,7 +227,7 @@ class Comparison:
     def _best(self, r: Result) -> float:
         return 100 * (1 - r.lowest("val_error")) if self.accuracies else r.lowest("train_loss")
 
-    def _say(self, report: Report, problem: str, found: Mapping[str, Result]) -> None:
+    def _say(self, report: ReproductionReport, problem: str, found: Mapping[str, Result]) -> None:
         """A table of one problem."""
         report.say(problem)
         told = self.reported.get(problem, {})

@@ -37,7 +37,7 @@ def scripts() -> dict[str, Path]:
     return {name_of(path): path for path in sorted(found, key=order)}
 
 
-def load(name: str) -> Reproduction:
+def load_script(name: str) -> Reproduction:
     """The FIGURE of script `name`. Raises CurvlabError for an unknown name."""
     path = lookup(scripts(), name, "figure or table")
     made: Reproduction = runpy.run_path(str(path), run_name=path.stem)["FIGURE"]

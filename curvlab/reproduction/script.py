@@ -92,12 +92,12 @@ class Reproduction(Protocol):
     def problems(self) -> Iterable[str]:
         """Names of problems to choose from; none where there is no choice."""
 
-    def run(self, report: Report) -> None:
+    def run(self, report: ReproductionReport) -> None:
         """Compute it within the report's options, and say and draw it there."""
 
 
 @dataclass
-class Report:
+class ReproductionReport:
     """Says its lines, and keeps them for the text file beside the picture."""
 
     name: str
@@ -154,16 +154,16 @@ class Script:
     shows: str
     claim: str
     extents: Mapping[str, str]
-    make: Callable[[Report], None]
+    make: Callable[[ReproductionReport], None]
     methods: Sequence[str] = ()
     problems: Sequence[str] = ()
 
-    def run(self, report: Report) -> None:
+    def run(self, report: ReproductionReport) -> None:
         """Call `make` with the report."""
         self.make(report)
 
 
-def reproduce(what: Reproduction, name: str, options: Options) -> Report:
+def reproduce(what: Reproduction, name: str, options: Options) -> ReproductionReport:
     """Run it and write `out`/NAME-BUDGET.txt, and the picture where there is one.
 
     Raises:
@@ -171,7 +171,7 @@ def reproduce(what: Reproduction, name: str, options: Options) -> Report:
     """
     options.check(what)
     keep_freed_memory()
-    report = Report(name, options)
+    report = ReproductionReport(name, options)
     files = [report.file(suffix).name for suffix in ("png", "txt")]
     paths.check_folder(options.out, files, remedy="choose another with --out")
     report.say(

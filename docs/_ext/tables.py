@@ -22,7 +22,7 @@ from curvlab.models import MODELS
 from curvlab.probes import PROBES, Variable
 from curvlab.probes.costs import COST_MODELS as OF_COSTS
 from curvlab.probes.costs import COSTS
-from curvlab.reproduction import load, scripts
+from curvlab.reproduction import load_script, scripts
 from curvlab.spectra import SPECTRUM_VARIABLES as OF_SPECTRA
 from curvlab.training.records import TRAINING_VARIABLES as OF_TRAINING
 from curvlab.training.schedules import SCHEDULES
@@ -145,7 +145,7 @@ def _gallery(folder: str, chosen: Callable[[str], bool] = lambda name: True) -> 
     for name, path in scripts().items():
         if path.parent.name != folder or not chosen(name):
             continue
-        what, found = load(name), results.get(name, {})
+        what, found = load_script(name), results.get(name, {})
         pictures = found.get("pictures", [])
         assert isinstance(pictures, list)
         rows.append(
