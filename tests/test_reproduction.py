@@ -98,7 +98,7 @@ def test_claims_and_reports_are_of_methods_and_problems_that_there_are(name: str
     for claim in figure.claims:
         assert {*claim.better, *claim.than} <= figure.methods.keys()
     for problem in figure.problems:
-        assert figure.reported.get(problem, {}).keys() <= figure.methods.keys()
+        assert figure.reported.numbers.get(problem, {}).keys() <= figure.methods.keys()
         used = [method for method in figure.methods.values() if method.on(problem) is not None]
         assert used
         for method in used:

@@ -286,7 +286,13 @@ def training_of(algorithm: str, **more: Any) -> Training:
         objective_of(net(seed=9)),
         data().batches(5, seed=1),
         data(7, 1),
-        Settings(algorithm, 0.01, 0.3, schedule="StepLR", schedule_options={"step_size": 2}),
+        Settings.of(
+            algorithm=algorithm,
+            lr=0.01,
+            damping=0.3,
+            schedule="StepLR",
+            schedule_options={"step_size": 2},
+        ),
         Budget(3),
         Around(warm=(), probes={"loss": 2}),
         {},
@@ -527,8 +533,8 @@ def stepless(folder: Path) -> None:
     checkpoint.
     """
     training = _training(
-        objective_of(net()), data().batches(5, seed=1), data(7, 1), Settings("k-bfgs"), Budget(3),
-        Around(warm=(), probes={}), {}, {}, folder,
+        objective_of(net()), data().batches(5, seed=1), data(7, 1),
+        Settings.of(algorithm="k-bfgs"), Budget(3), Around(warm=(), probes={}), {}, {}, folder,
     )  # fmt: skip
     folder.mkdir()
     training._keep = lambda sound=False: None  # type: ignore[method-assign]

@@ -498,7 +498,7 @@ def test_a_model_by_name_trains_in_train_mode(
     wanted = (True, built != "one of them in eval mode")
     for steps in (2, 4):
         named = training_by_name.NamedTraining(
-            settings=Settings("sgd-m", 0.01),
+            settings=Settings.of(algorithm="sgd-m", lr=0.01),
             budget=Budget(steps=steps),
             problem=Problem(model="normed"),
             batch_size=10,
@@ -799,6 +799,19 @@ def test_a_longer_run_drops_the_record_of_the_epoch_that_was_cut_short(tmp_path:
     same_log(run.dataset, expected)
     same_weights(again, whole)
     assert len(json.loads(run.dataset.attrs["resumed"])) == 2
+
+
+def test_settings_are_kept_as_one_mapping_of_the_names_that_they_always_had() -> None:
+    kept = Settings.of(schedule="step", schedule_options={"every": 3}, evaluate_samples=7).plain()
+    assert list(kept) == [
+        "algorithm", "lr", "damping", "momentum", "momentum_kind", "weight_decay", "decay",
+        "labels", "update_every", "refresh_every", "own", "schedule", "schedule_every",
+        "schedule_options", "evaluate_every", "evaluate_samples", "double_grad",
+    ]  # fmt: skip
+    assert sorted(kept) == sorted(Settings.names())
+    assert Settings.of(**kept).plain() == kept
+    with pytest.raises(TypeError, match="'epochs' is no setting of a run"):
+        Settings.of(epochs=3)
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:

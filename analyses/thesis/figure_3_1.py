@@ -12,6 +12,7 @@ from curvlab.reproduction import (
     Comparison,
     Extent,
     Method,
+    Reported,
     main,
 )
 
@@ -64,9 +65,9 @@ FIGURE = Comparison(
         label: Method(algorithm, dict(zip(PROBLEMS, VALUES[label], strict=True)), options)
         for label, (algorithm, options) in ALGORITHMS.items()
     },
-    reported={
-        p: {label: losses[i] for label, losses in LOSSES.items()} for i, p in enumerate(PROBLEMS)
-    },
+    reported=Reported(
+        {p: {label: losses[i] for label, losses in LOSSES.items()} for i, p in enumerate(PROBLEMS)}
+    ),
     measures=["train_loss"],
     spread="error of the mean",
     cpu=AUTOENCODERS,

@@ -4,7 +4,7 @@ four CNNs.
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, convolutional, load_script, main
+from curvlab.reproduction import Claim, Comparison, Reported, convolutional, load_script, main
 
 FISHER = load_script("figure-4.3")
 # Table 4.6: (initial learning rate, weight decay, damping), in the order of Figure 4.3's problems
@@ -33,13 +33,16 @@ FIGURE: Comparison = replace(
     | convolutional(
         {label: dict(zip(FISHER.problems, each, strict=True)) for label, each in VALUES.items()}
     ),
-    reported={
-        p: (
-            {label: FISHER.reported[p][label] for label in ("TNT", "KFAC")}
-            | {label: a[i] for label, a in ACCURACIES.items()}
-        )
-        for i, p in enumerate(FISHER.problems)
-    },
+    reported=Reported(
+        {
+            p: (
+                {label: FISHER.reported.numbers[p][label] for label in ("TNT", "KFAC")}
+                | {label: a[i] for label, a in ACCURACIES.items()}
+            )
+            for i, p in enumerate(FISHER.problems)
+        },
+        accuracies=FISHER.reported.accuracies,
+    ),
     claims=[
         Claim(
             "TNT is more accurate than TNT-EF",

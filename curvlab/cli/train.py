@@ -352,13 +352,14 @@ def train(
 def _named(given: Mapping[str, Any]) -> NamedTraining:
     from curvlab.problem import Problem
     from curvlab.training.run import NamedTraining
-    from curvlab.training.settings import Budget, Settings
+    from curvlab.training.settings import PARTS, Budget, Settings
 
-    def those(kind: type) -> dict[str, Any]:
-        return {name: given[name] for name in kind.__dataclass_fields__ if name in given}  # type: ignore[attr-defined]  # a dataclass
+    def those(*kinds: type) -> dict[str, Any]:
+        names = [name for kind in kinds for name in kind.__dataclass_fields__]  # type: ignore[attr-defined]  # a dataclass
+        return {name: given[name] for name in names if name in given}
 
     parts = {
-        "settings": Settings(**those(Settings)),
+        "settings": Settings.of(**those(*PARTS)),
         "budget": Budget(**those(Budget)),
         "problem": Problem(**those(Problem)),
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from curvlab import moved
 from curvlab.reproduction import problems
-from curvlab.reproduction.claims import Claim
+from curvlab.reproduction.claims import Claim, Reported
 from curvlab.reproduction.comparison import Comparison, Extent, Method
 from curvlab.reproduction.index import load_script, scripts
 from curvlab.reproduction.scaling import Axis, Row, Scaling
@@ -34,6 +34,7 @@ __all__ = [
     "Extent",
     "Method",
     "Options",
+    "Reported",
     "ReproductionReport",
     "Row",
     "Scaling",

@@ -20,7 +20,7 @@ from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.logs.reading import open_log
 from curvlab.reproduction import problems
-from curvlab.reproduction.claims import Claim, verdicts
+from curvlab.reproduction.claims import Claim, Reported, verdicts
 from curvlab.reproduction.drawing import training_curves
 from curvlab.reproduction.results import Result, Results, cut
 from curvlab.reproduction.script import Options, ReproductionReport, say_progress
@@ -132,8 +132,8 @@ class Comparison:
     """A figure of training curves.
 
     `measures` are variables of a training log, a row of panels each; `spread` says what is shaded;
-    `reported` are the document's numbers, {problem: {label: number}}, losses or `accuracies` in per
-    cent. `l2` is μ of μ ‖θ‖², in the gradients and not in the loss that is drawn.
+    `reported` are the document's numbers. `l2` is μ of μ ‖θ‖², in the gradients and not in the loss
+    that is drawn.
     """
 
     shows: str
@@ -146,8 +146,7 @@ class Comparison:
     claims: Sequence[Claim] = ()
     measures: Sequence[str] = ("train_loss", "val_error")
     spread: Literal["std", "error of the mean"] = "std"
-    reported: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    accuracies: bool = False
+    reported: Reported = field(default_factory=Reported)
     l2: float = 0.0
 
     @property
@@ -201,7 +200,7 @@ class Comparison:
             self._say(report, problem, found[problem])
         if not found:
             raise CurvlabError(f"{report.name}: {missing}")
-        if len(found) > 1 and self.reported:
+        if len(found) > 1 and self.reported.numbers:
             self._averages(report, found)
         for line in verdicts(self.claims, found):
             report.say(line)
@@ -211,26 +210,22 @@ class Comparison:
         """The document's own table, its numbers in brackets."""
 
         def cell(label: str, problem: str) -> str:
-            r, told = found[problem].get(label), self.reported.get(problem, {}).get(label)
+            r, told = found[problem].get(label), self.reported.numbers.get(problem, {}).get(label)
             if r is None:
                 return ""
-            value = "diverged" if not r.runs else f"{self._best(r):.2f}"
+            value = "diverged" if not r.runs else f"{self.reported.best(r):.2f}"
             return value if told is None else f"{value} ({told:.2f})"
 
-        kind = "highest test accuracy, per cent" if self.accuracies else "lowest training loss"
         report.table(
-            [f"{kind} (document)", *found],
+            [f"{self.reported.what} (document)", *found],
             ([label, *(cell(label, p) for p in found)] for label in self.methods),
         )
         report.say()
 
-    def _best(self, r: Result) -> float:
-        return 100 * (1 - r.lowest("val_error")) if self.accuracies else r.lowest("train_loss")
-
     def _say(self, report: ReproductionReport, problem: str, found: Mapping[str, Result]) -> None:
         """A table of one problem."""
         report.say(problem)
-        told = self.reported.get(problem, {})
+        told = self.reported.numbers.get(problem, {})
         columns = ["loss before", "last", "lowest", "test error", "epochs", "s/epoch"] + [
             "document"
         ] * bool(told)
@@ -251,9 +246,8 @@ class Comparison:
         )
 
     def _cells(self, label: str, r: Result, told: Mapping[str, float]) -> list[str]:
-        document = (
-            [f"{told[label]:g}{' %' * self.accuracies}" if label in told else ""] if told else []
-        )
+        unit = " %" * self.reported.accuracies
+        document = ([f"{told[label]:g}{unit}"] if label in told else [""]) if told else []
         if not r.runs:
             return ["diverged", *[""] * 5, *document]
         loss, epochs = r.mean("train_loss"), float(r.along("epoch")[-1])

@@ -84,11 +84,11 @@ class Training:
         self.per_epoch = (
             batches.per_epoch if isinstance(batches, datasets.Batches) else length(batches)
         )
-        self.optimizer = settings.optimizer(objective)
-        self.scheduler = settings.scheduler(self.optimizer, budget, self.per_epoch)
+        self.optimizer = settings.method.optimizer(objective)
+        self.scheduler = settings.scheduling.scheduler(self.optimizer, budget, self.per_epoch)
         self.meter, self.clock = Meter(objective), clock_of(objective.device)
         self.sampler = Sampler(
-            objective, self.optimizer, settings.algorithm, probes or {}, self.clock
+            objective, self.optimizer, settings.method.algorithm, probes or {}, self.clock
         )
         self.stopwatch = Stopwatch(self.clock, self.sampler)
         self.ending = Ending(budget, self.scheduler, self._gone)
@@ -98,13 +98,13 @@ class Training:
         self.must_match = (
             settings.plain()
             | dict(must_match)
-            | ({"epochs": budget.epochs} if settings.spans() else {})
+            | ({"epochs": budget.epochs} if settings.scheduling.spans() else {})
         )
         self.must_match |= {"probes": dict(self.sampler.every)} if self.sampler.every else {}
         group = self.optimizer.param_groups[0]
         attributes = {
-            "title": f"curvlab train: {settings.algorithm}",
-            "algorithm": settings.algorithm,
+            "title": f"curvlab train: {settings.method.algorithm}",
+            "algorithm": settings.method.algorithm,
             "settings": settings.plain(),
             "budget": asdict(budget),
             "lr": float(group["lr"]),
@@ -115,7 +115,7 @@ class Training:
             evaluated.error,
             attributes | dict(about),
             place.log,
-            settings.algorithm,
+            settings.method.algorithm,
             self.sampler.every,
         )
         self.stopped = ""
@@ -202,11 +202,11 @@ class Training:
             number = self.at.epoch + self.at.step / self.per_epoch
         evaluated = (
             not whole
-            or number % self.settings.evaluate_every == 0
+            or number % self.settings.evaluation.evaluate_every == 0
             or number == self.budget.epochs
             or self._spent()
         )
-        evaluated |= self.settings.schedule_every == "epoch" and self.ending.scheduled(1)
+        evaluated |= self.settings.scheduling.schedule_every == "epoch" and self.ending.scheduled(1)
         scores = self._evaluate() if evaluated else self._glance()
         if not whole:
             self._keep(sound=True)  # without this record: a longer run would not have it
@@ -214,7 +214,7 @@ class Training:
             self.log.append(number, self._record(scores))
             if whole:
                 self.at.epoch, self.at.step, self.meter.sums = self.at.epoch + 1, 0, None
-                if self.settings.schedule_every == "epoch":
+                if self.settings.scheduling.schedule_every == "epoch":
                     self._next_rate(scores)
         if evaluated:
             self.showing.epoch(number, scores, self.at)
@@ -239,7 +239,7 @@ class Training:
                     loss = self.optimizer.step(self.objective.closure(*batch))
                     self.at.step += 1
                     self.at.steps += 1
-                    if self.settings.schedule_every == "step":
+                    if self.settings.scheduling.schedule_every == "step":
                         self._advance()
                 self.showing.step(self.at, self._gone, loss)
                 if self._spent():
@@ -304,7 +304,9 @@ class Training:
         """Raises Diverged where a step's numbers or the training loss are not finite."""
         self.optimizer.soundness.check()
         start = self.clock()
-        scores = scores_of(self.objective, self.evaluated, self.settings.evaluate_samples)
+        scores = scores_of(
+            self.objective, self.evaluated, self.settings.evaluation.evaluate_samples
+        )
         self.at.evaluation += self.clock() - start
         if not math.isfinite(scores["train_loss"]):
             raise Diverged(

@@ -44,7 +44,7 @@ from curvlab.training.evaluation import (
 )
 from curvlab.training.folder import RunFolder, claimed
 from curvlab.training.loop import Training
-from curvlab.training.settings import Budget, Settings, check_same
+from curvlab.training.settings import PARTS, Budget, Settings, check_same
 
 _IN_EVAL_MODE = (
     "the whole model is in eval mode and is trained so: dropout drops nothing, and batch norm keeps"
@@ -102,7 +102,7 @@ class Around:
 def _sorted(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """(those of `Settings`, those of `Around`, the others: the algorithm's own)."""
     parts: tuple[dict[str, Any], ...] = ({}, {}, {})
-    names = [{field.name for field in fields(kind)} - {"own"} for kind in (Settings, Around)]
+    names = [{*Settings.names()} - {"own"}, {field.name for field in fields(Around)}]
     for name, value in options.items():
         parts[next((i for i, known in enumerate(names) if name in known), 2)][name] = value
     if parts[0].get("schedule_options", 0) is None:
@@ -110,7 +110,7 @@ def _sorted(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     return parts  # type: ignore[return-value]  # three
 
 
-@shows(Settings, Budget, Around)
+@shows(*PARTS, Budget, Around)
 def train(
     objective: Objective,
     batches: Iterable[Batch],
@@ -151,7 +151,7 @@ def train(
             `stopped` says why, and the last good weights are put back.
     """
     chosen, beside, own = _sorted(options)
-    settings = Settings(algorithm=algorithm, lr=lr, damping=damping, own=own, **chosen)
+    settings = Settings.of(algorithm=algorithm, lr=lr, damping=damping, own=own, **chosen)
     seconds = own.pop("seconds", None)
     around = Around(**beside)
     around = replace(around, probes=asked(around.probes, "train"))  # type: ignore[arg-type]  # not asked yet
@@ -310,7 +310,7 @@ def resumed_arguments(state: Mapping[str, Any], given: Mapping[str, Any]) -> dic
         CurvlabError: a checkpoint that does not hold what a run by name keeps.
     """
     contents.check(state)
-    contents.check_named(state["settings"], (NamedTraining, Problem, Settings))
+    contents.check_named(state["settings"], (NamedTraining, Problem, *PARTS))
     kept = {k: v for k, v in state["settings"].items() if k != "parameters"} | dict(state["budget"])
     kept["checkpoint_seconds"] = state.get("checkpoint_seconds", NamedTraining.checkpoint_seconds)
     return kept | dict(given)
