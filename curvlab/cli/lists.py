@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from curvlab.cli.terminal import out
 from curvlab.errors import lookup
+from curvlab.show.text_table import Table, draw_table
 
 _Rows = list[tuple[str, ...]]
 
@@ -173,10 +173,8 @@ def list_(
     # what is imported already may have entries of a user's
     kept = {} if "torch" in sys.modules else _kept()
     columns, rows = kept.get("lists", {}).get(what) or columns_and_rows(what)
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    table = Table("", tuple(columns), tuple(map(tuple, rows)))
+    out.print(draw_table(table, left=len(columns)))
 
 
 def keep() -> None:

@@ -6,16 +6,16 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import rich.table
 import typer
 from rich.console import Console
-from rich.table import Column
 
 from curvlab.errors import CurvlabError
 from curvlab.show import pictures
+from curvlab.show.text_table import draw_table
 from curvlab.system import paths
 from curvlab.system.atomic import rewrite
 from curvlab.system.blame import Saved
@@ -26,7 +26,8 @@ from curvlab.system.lock import exclusive_lock
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from curvlab.show.tables import Table
+    from curvlab.show.text_table import Table
+
 
 DIVERGED = 1
 """Exit code of a run whose numbers left the finite range: a result, and no bad input."""
@@ -66,16 +67,7 @@ def _interrupted(error: KeyboardInterrupt, path: Path, remedy: str) -> typer.Exi
 
 def show(table: Table, title: str = "") -> None:
     """A table of a log."""
-    heads = [
-        Column(for_rich(name), justify="left" if i < table.heads else "right")
-        for i, name in enumerate(table.columns)
-    ]
-    drawn = rich.table.Table(*heads, title=for_rich(title or table.caption))
-    for rows in table.groups:
-        for row in rows:
-            drawn.add_row(*map(for_rich, row))
-        drawn.add_section()
-    out.print(drawn)
+    out.print(draw_table(replace(table, caption=title or table.caption)))
 
 
 def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:

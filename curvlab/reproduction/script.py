@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from curvlab.errors import CurvlabError, lookup, unknown
 from curvlab.machine import device_of
+from curvlab.show.text_table import Table, text_lines
 from curvlab.system import paths
 from curvlab.system.atomic import rewrite
 from curvlab.system.escape import for_terminal
@@ -111,14 +112,8 @@ class ReproductionReport:
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Columns as wide as their words; the first to the left, the others to the right."""
-        cells = [list(headings), *map(list, rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
-        for row in cells:
-            first, *others = (
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            self.say("  ".join([first, *others]).rstrip())
+        for line in text_lines(Table("", tuple(headings), tuple(map(tuple, rows)))):
+            self.say(line)
 
     def file(self, suffix: str) -> Path:
         """Return the path of an output file, `out`/NAME-BUDGET.suffix."""

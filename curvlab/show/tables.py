@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import xarray as xr
 from curvlab.logs import attributes
 from curvlab.logs.reading import late_cosine
 from curvlab.logs.regular import regular
+from curvlab.show.text_table import Table as Table
 
 MISSING = "–"
 MOST_ROWS, MOST_CELLS = 500, 6000
@@ -26,24 +26,6 @@ ROUNDING = 1e-4
 
 SPECTRUM = ("lowest", "highest", "trace", "negative")
 SCORES = ("train_loss", "val_loss", "train_error", "val_error")
-
-
-@dataclass(frozen=True)
-class Table:
-    """The first `heads` cells of a row name it; `notes`: (name, what it is)."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    heads: int = 1
-    notes: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def groups(self) -> list[list[tuple[str, ...]]]:
-        """Rows that belong together: where several cells name a row, those of the same first."""
-        if self.heads == 1:
-            return [list(self.rows)]
-        return [list(rows) for _, rows in itertools.groupby(self.rows, lambda row: row[0])]
 
 
 def formatted(value: Any, form: str = ".4g") -> str:
