@@ -357,11 +357,12 @@ def test_tnts_bounds_are_of_the_damping_of_the_last_refresh(name: str) -> None:
             assert (ds[f"tightness_{end}"] >= 1 - 1e-9).all()
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5, 2.0])
 def test_bounds_of_a_run_that_goes_on_between_refreshes_are_those_of_the_whole_run(
-    tmp_path: Path,
+    factor: float, tmp_path: Path
 ) -> None:
-    """At a damping that stands; one that moves is not in the checkpoint, which holds the damping of
-    now alone."""
+    """The damping moves at every step, and the checkpoint of step 5 is of a matrix that was
+    inverted at step 4."""
     p = problem()
     arguments = {
         "algorithm": "tnt",
@@ -369,6 +370,8 @@ def test_bounds_of_a_run_that_goes_on_between_refreshes_are_those_of_the_whole_r
         "damping": 0.3,
         "refresh_every": 4,
         "probes": ["bounds:1"],
+        "schedule": lambda optimizer: Changed(optimizer, factor),
+        "schedule_every": "step",
     }
     for epochs in (1, 2):
         cl.train(
@@ -385,6 +388,21 @@ def test_bounds_of_a_run_that_goes_on_between_refreshes_are_those_of_the_whole_r
     assert np.isfinite(whole["bound_low"]).all()
     for name in PROVEN:
         np.testing.assert_array_equal(cut[name], whole[name])
+
+
+def test_a_state_of_an_earlier_version_has_no_damping_of_the_last_refresh() -> None:
+    """It loads, and the damping as it was saved stands for it until the next refresh."""
+    p = problem()
+    curvature = cl.approximation("tnt", p.objective(), damping=0.5, refresh_every=3)
+    curvature.update(p.objective().closure(p.x, p.y).observe(curvature.needs | {"gradient"}))
+    curvature.damping = 0.25
+    state = curvature.state_dict()
+    assert state["refreshed"] == 0.5
+    again = cl.approximation("tnt", p.objective(), damping=0.5, refresh_every=3)
+    again.load_state_dict(state)
+    assert again.refreshed == 0.5
+    again.load_state_dict({k: v for k, v in state.items() if k != "refreshed"})
+    assert again.refreshed == 0.25
 
 
 class Changed:

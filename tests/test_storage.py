@@ -307,12 +307,16 @@ ODD = (None, 7, "x", [1, "a"], torch.zeros(7, 11, 13))
 OPEN = ("gradient_norm", "solution", "start", "pairs", "pending", "A")
 """What may be None at any time."""
 
+LATER = ("refreshed",)
+"""What earlier versions did not write, and may be absent."""
+
 
 def spoiled(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str, Any]]:
     """(where, how, the value with one part dropped, or with one part that is of another kind)."""
     if isinstance(value, dict):
         for key, part in value.items():
-            yield (*path, key), "dropped", {k: v for k, v in value.items() if k != key}
+            if key not in LATER:
+                yield (*path, key), "dropped", {k: v for k, v in value.items() if k != key}
             for at, how, new in spoiled(part, (*path, key)):
                 yield at, how, value | {key: new}
     elif isinstance(value, list | tuple):

@@ -64,8 +64,8 @@ class BlockDiagonal(CurvatureDefaults):
     """
 
     refreshed: float | None = None
-    """λ of the last refresh. A state does not hold it: after `load_state_dict`, until the next
-    refresh, it is the damping as it was saved, which may have moved since.
+    """λ of the last refresh. A state of an earlier version does not hold it: then it is the damping
+    as it was saved, until the next refresh.
     """
 
     def __init__(
@@ -355,6 +355,7 @@ class BlockDiagonal(CurvatureDefaults):
         idle = {name: pack(operator) for name, operator in self._idle.items()}
         return counters | {
             "algorithm": self.name,
+            "refreshed": self.refreshed,
             "blocks": states_of(self.blocks),
             "shown": self.shown,
             "idle": idle,
@@ -373,7 +374,7 @@ class BlockDiagonal(CurvatureDefaults):
         }
         for key, value in counters.items():
             setattr(self, key, value)
-        self.refreshed = self.damping if self.ready else None
+        self.refreshed = state.get("refreshed", self.damping if self.ready else None)
         put_back(self.blocks, state["blocks"], inverses)
 
 

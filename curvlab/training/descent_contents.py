@@ -45,7 +45,7 @@ _STATISTICS: dict[str, Test] = {
     **dict.fromkeys(("blocks", "memory", "idle"), table_of(lambda value: True)),
     **dict.fromkeys(("work", "base", "inside"), table_of(lambda value: True)),
     **dict.fromkeys(("trial", "minibatch"), or_none(table_of(lambda value: True))),
-    "gradient_norm": or_none(is_number),
+    **dict.fromkeys(("gradient_norm", "refreshed"), or_none(is_number)),
     **dict.fromkeys(("left_out", "pairs_left_out"), is_count),
     "ages": list_of(is_whole),
     "widths": list_of(is_whole),
@@ -64,6 +64,9 @@ _KEPT = ("F", "G", "M", "v", "means")
 
 _EARLY = (*_KEPT, "a", "active", "g", "s", "y", "Lambda", "U", "V")
 """… and others that are None before."""
+
+_LATER = ("refreshed",)
+"""What a curvature's state has that earlier versions of the format did not."""
 
 _TOGETHER = (
     ("A", "G"),
@@ -96,10 +99,14 @@ def check_descent(saved: Any, own: Mapping[str, Any], blocks: Sequence[Block], n
     must(curvature, table_of(lambda value: True), "curvature")
     must(saved.get("further_left_out", 0), is_count, "further_left_out")
     if new:
-        keys(curvature, own["curvature"], "curvature")
+        late = [key for key in _LATER if key in own["curvature"]]
+        wanted = [key for key in own["curvature"] if key not in late]
+        keys(curvature, wanted, "curvature", more=late)
     _check_statistics(curvature, "curvature")
     if curvature.get("ready") and any(curvature.get(key, 0) is None for key in ("rows", "inverse")):
         raise wrong("the curvature lacks its inverse")
+    if curvature.get("ready") and curvature.get("refreshed", 0) is None:
+        raise wrong("the curvature lacks the damping of its inverse")
     for name in ("trial", "minibatch"):
         if isinstance(curvature.get(name), Mapping):
             keys(curvature[name], ("x", "y", "number", "stream", "part"), name)
