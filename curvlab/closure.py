@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_finite
 from curvlab.likelihoods import sample_of
 from curvlab.looks import Looks
+from curvlab.nests import Batched, Nest
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
 from curvlab.statistics import LayerStatistics
-from curvlab.strangers import WRAP, mixes
+from curvlab.strangers import mixes
 
 if TYPE_CHECKING:
     from curvlab.objective import Objective
@@ -41,19 +42,15 @@ class Closure(Looks):
     def __init__(
         self,
         objective: Objective,
-        x: Tensor,
-        y: Tensor,
+        x: Any,
+        y: Any,
         number: int,
         stream: Stream = "step",
         part: int = 0,
     ) -> None:
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            given = f"{type(x).__name__} and {type(y).__name__}"
-            raise CurvlabError(
-                f"a minibatch must be two tensors, not {given}: put the inputs side by side in one"
-                f" tensor, and {WRAP}"
-            )
-        if not x.ndim or not y.ndim:
+        if not isinstance(x, Tensor | Nest) or not isinstance(y, Tensor | Nest):
+            x, y = objective.batch(x, y)
+        if any(isinstance(t, Tensor) and not t.ndim for t in (x, y)):
             raise CurvlabError("a minibatch needs the examples as first axis; this one has no axis")
         if len(x) != len(y):
             raise CurvlabError(
@@ -61,16 +58,7 @@ class Closure(Looks):
             )
         if len(x) == 0:
             raise CurvlabError("the minibatch is empty")
-        if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
-            raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
-        if x.is_floating_point() and not all_finite(x):
-            bad = int(
-                (~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0]
-            )
-            raise CurvlabError(
-                f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean"
-                " the data first"
-            )
+        _check_inputs(x)
         super().__init__()
         objective.check_modules()
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
@@ -79,7 +67,15 @@ class Closure(Looks):
         with derivatives():
             self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
 
-    def _moved(self, t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    @overload
+    def _moved(self, t: Tensor, dtype: torch.dtype | None) -> Tensor: ...
+
+    @overload
+    def _moved(self, t: Nest, dtype: torch.dtype | None) -> Nest: ...
+
+    def _moved(self, t: Batched, dtype: torch.dtype | None) -> Batched:
+        if isinstance(t, Nest):
+            return t.map(lambda t: self._moved(t, dtype), others=True)
         device = self.objective.device
         if t.is_inference():
             t = t.clone()
@@ -287,6 +283,20 @@ class Closure(Looks):
             where = "the outputs are finite, so the likelihood overflows"
         raise Diverged(
             f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping"
+        )
+
+
+def _check_inputs(x: Batched) -> None:
+    if isinstance(x, Nest):
+        x.check_finite()
+        return
+    if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
+        raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
+    if x.is_floating_point() and not all_finite(x):
+        bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
+        raise CurvlabError(
+            f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean"
+            " the data first"
         )
 
 

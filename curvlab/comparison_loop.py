@@ -79,7 +79,7 @@ def compare_one(
             str, float
         ] = {}  # seconds spent on learning from the last step, to be counted with the next
         with shielded() as shield:
-            for step, (x, y) in enumerate(itertools.islice(batches, steps)):
+            for step, batch in enumerate(itertools.islice(batches, steps)):
                 with shield:  # a signal waits until the step is in the log
                     at = step
                     due = [
@@ -89,7 +89,7 @@ def compare_one(
                     needs = frozenset().union(
                         *(d.needs for d in alive.values()), *(PROBES[name].needs for name in due)
                     )
-                    closure = objective.closure(x, y)
+                    closure = objective.closure(batch)
                     now = closure.observe(needs)
                     directions: dict[str, dict[str, Tensor]] = {}
                     seconds: dict[str, float] = {}

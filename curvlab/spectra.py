@@ -31,6 +31,7 @@ from curvlab.exact.batches import Batches, Loader, check_kind
 from curvlab.fingerprint import Unchanging
 from curvlab.linalg.operators import Dense
 from curvlab.logs.log import Log, Record
+from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
 from curvlab.system.progress import progress_bar
 
@@ -216,7 +217,7 @@ class Plan:
             say: told what comes next.
             done: called when a matrix is finished.
         """
-        if not isinstance(x, Tensor):
+        if not is_minibatch(x, y):
             x = Unchanging.of(x, in_order="fisher-mc" in self.matrices)
         orders, routes = self.orders(objective), self.routes(objective)
         kinds = list(dict.fromkeys(self.matrices))
@@ -319,7 +320,7 @@ def spectrum(
     plan.check(objective)
     whole("after", after, 0)
     x = list(x) if isinstance(x, Iterator) else x
-    what = f"{len(x)} examples" if isinstance(x, Tensor) else type(x).__name__
+    what = f"{len(objective.batch(x, y)[0])} examples" if is_minibatch(x, y) else type(x).__name__
     call = {"function": "curvlab.spectrum", "data": what, "blocks": plan.blocks, "after": after} | {
         name: getattr(plan, name) for name in ("matrices", "method", "draws", "steps")
     }

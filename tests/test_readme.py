@@ -42,7 +42,7 @@ def test_the_twelve_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert len([line for line in script.splitlines() if line]) <= 12
     exec(compile(script, "README.md", "exec"), {})
     assert re.fullmatch(
-        r"loss 2\.\d{3}, KFAC bounded by \d+, exact Fisher block has 420 rows\n",
+        r"loss 2\.\d{3}, KFAC at most \d+, exact Fisher block of 420 rows\n",
         capsys.readouterr().out,
     )
 

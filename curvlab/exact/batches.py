@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.fingerprint import Unchanging
 from curvlab.forms import Form
 from curvlab.layers import Block
+from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
 from curvlab.observation import Pass
 
@@ -52,7 +53,8 @@ def check_kind(kind: str, draws: int = 1) -> None:
         raise CurvlabError(f"draws must be 1 or more, not {draws}")
 
 
-Loader = Iterable[tuple[Tensor, Tensor]]
+Loader = Iterable[Any]
+"""Of minibatches: pairs (x, y), or mappings with the labels in them."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class Batches:
     def of(
         cls,
         objective: Objective,
-        x: Tensor | Loader,
-        y: Tensor | None,
+        x: Any,
+        y: Any,
         *,
         again: bool = False,
         whole: bool = False,
@@ -83,7 +85,7 @@ class Batches:
 
         Args:
             objective: the model, whose examples must stand alone (`alone`).
-            x: inputs [N, …], or the loader.
+            x: inputs [N, …], or the loader; or a mapping with the labels in it.
             y: targets; None with a loader.
             again: whether the data will be read several times, so that an iterator will not do.
             whole: never cut a minibatch.
@@ -99,12 +101,8 @@ class Batches:
             raise CurvlabError(
                 "targets are missing: give x and y, or a loader of (x, y) pairs in place of x"
             )
-        if not isinstance(x, Tensor):
-            if y is not None:
-                given = f"{type(x).__name__} and {type(y).__name__}"
-                raise CurvlabError(
-                    f"x and y must be tensors, not {given}; a loader of (x, y) pairs comes alone"
-                )
+        single = is_minibatch(x, y)
+        if not single:
             if not isinstance(x, Iterable):
                 raise CurvlabError(
                     "the data must be tensors x, y or a loader of (x, y) pairs, not"
@@ -116,7 +114,7 @@ class Batches:
                     " give a list or a DataLoader"
                 )
         objective.closures["exact"] += 1
-        loader = [(x, cast(Tensor, y))] if isinstance(x, Tensor) else x
+        loader: Loader = [objective.batch(x, y)] if single else x
         loader = Unchanging.of(loader, in_order=in_order) if again else loader
         return cls(
             objective, loader, objective.closures["exact"], *([sys.maxsize] if whole else [])
@@ -139,10 +137,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Closure]:
         part = 0
-        for pair in self.loader:
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise CurvlabError("the loader must yield (x, y) pairs of tensors")
-            x, y = pair
+        for item in self.loader:
+            x, y = self.objective.batch(item)
             whole = Closure(self.objective, x, y, self.number, "exact", part)
             if len(x) <= self.chunk:
                 yield whole

@@ -72,7 +72,8 @@ class Function:
         # where BatchNorm may write on them
         fixed = {name: self._state[name].clone() for name in self._buffers}
         with differentiable(), eager(), surrounding(), FixedRows():
-            z: Tensor = called(self.closure.objective.model, self._state | fixed | weights, x)
+            out = called(self.closure.objective.model, self._state | fixed | weights, x)
+            z: Tensor = self.closure.objective.picked(out)
         return z.to(self.at.dtype)
 
     def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:

@@ -7,9 +7,10 @@ error is a mean over examples too (`measure_of`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,13 +20,17 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from curvlab.closure import Closure
 from curvlab.datasets import Dataset
+from curvlab.datasets.base import SparseRows
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from curvlab.objective import Objective
 from curvlab.system import random_state
 
-Data = Dataset | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-"""A data set, the pair (x, y) of one, or minibatches of it that can be gone through again."""
+Data = Dataset | tuple[Any, Any] | Mapping[str, Any] | Iterable[Any]
+"""A data set, the pair (x, y) of one, or minibatches that can be gone through again.
+
+Minibatches are pairs, or mappings with the labels in them.
+"""
 
 
 @dataclass(frozen=True)
@@ -150,13 +155,16 @@ def depends_on_mode(module: nn.Module) -> bool:
     return isinstance(module, nn.RReLU) or (isinstance(module, _DropoutNd) and module.p > 0)
 
 
-def chunks(data: Data, size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(data: Data, size: int, most: int | None = None) -> Iterator[Any]:
     """Yield the examples in order, `size` at a time (minibatches: as they come).
 
     Of a data set it is the first `most`.
     """
-    if isinstance(data, tuple):
+    if isinstance(data, tuple) and all(isinstance(part, Tensor | SparseRows) for part in data):
         data = Dataset("data", data[0], data[1], "")
+    elif isinstance(data, tuple | Mapping):  # nests: one minibatch
+        yield data
+        return
     if not isinstance(data, Dataset):
         yield from data
         return
@@ -191,14 +199,14 @@ def evaluate(
     count = 0
     sums = torch.zeros(2, dtype=torch.float64, device=objective.device)
     with evaluating(objective.model), random_state.kept(objective.device), torch.no_grad():
-        for x, y in chunks(data, size, most):
+        for batch in chunks(data, size, most):
             # no closure of the objective's own: its labels stay as they are
-            closure = Closure(objective, x, y, 0)
+            closure = Closure(objective, *objective.batch(batch), 0)
             z, losses = closure.outputs()
             sums[0] += losses.double().sum()
             if error is not None:
                 sums[1] += error.each(z, closure.y).double().sum()
-            count += len(x)
+            count += len(closure.x)
     if not count:
         raise CurvlabError("there are no examples to evaluate on")
     loss, wrong = (sums / count).tolist()

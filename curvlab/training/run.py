@@ -259,11 +259,11 @@ def _training(
     if first is None:
         raise CurvlabError("there are no minibatches to train on")
     with evaluating(objective.model), random_state.kept(objective.device):
-        z, _ = Closure(
-            objective, *first, 0
-        ).outputs()  # what does not fit is found before anything is written
+        # what does not fit is found before anything is written
+        closure = Closure(objective, *objective.batch(first), 0)
+        z, _ = closure.outputs()
     error = measure_of(objective.likelihood, z[0].numel()) if error is None else error
-    size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
+    size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(closure.x))
     return Training(
         objective,
         batches,
