@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,8 @@ class Case:
     around: Callable[[nn.Module], AbstractContextManager[object]] = lambda model: nullcontext()
     lenient: frozenset[str] = frozenset()
 
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
+        """An `nn.Module`, of whose parts mypy knows nothing."""
         with seeded():
             return self.build()
 
@@ -272,6 +274,11 @@ def one_line(error: Exception, *words: str, without: tuple[str, ...] = ()) -> No
 
 class Net(nn.Module):
     """Modules and parameters by name, and as its forward a function of it and x."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """A part."""
 
     def __init__(
         self, run: Callable[[Net, Tensor], Tensor], **parts: nn.Module | nn.Parameter | Tensor

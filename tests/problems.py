@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +19,15 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.layers import Block
+from curvlab.likelihoods import Likelihood
 
 
 @dataclass(frozen=True)
 class Problem:
     """A model, a likelihood and one minibatch."""
 
-    model: nn.Module
-    likelihood: object
+    model: Any  # an `nn.Module`, of whose parts mypy knows nothing
+    likelihood: Likelihood
     x: Tensor
     y: Tensor
 
@@ -58,7 +60,7 @@ def spd(order: int, seed: int = 0) -> Tensor:
     return (m + m.T) / 2
 
 
-def targets(likelihood: object, z: Tensor, seed: int = 2) -> Tensor:
+def targets(likelihood: Likelihood, z: Tensor, seed: int = 2) -> Tensor:
     """Targets that fit the outputs, drawn from a fixed seed."""
     return likelihood.sample(torch.zeros_like(z), torch.Generator().manual_seed(seed))
 
@@ -183,7 +185,7 @@ REPRESENTATIVE = ["tanh", "tokens", "conv-norm", "conv-1d", "embedding"]
 stored as [I, O].
 """
 
-LIKELIHOODS: dict[str, Callable[[], object]] = {
+LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     "categorical": cl.likelihoods.Categorical,
     "bernoulli": cl.likelihoods.Bernoulli,
     "gaussian": cl.likelihoods.Gaussian,

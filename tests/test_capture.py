@@ -19,6 +19,7 @@ from torch.overrides import _get_current_function_mode_stack
 import curvlab as cl
 from curvlab.capture import Capture
 from curvlab.errors import CurvlabError
+from curvlab.exact import Kind
 from curvlab.layers import Block
 from curvlab.statistics import LayerStatistics
 
@@ -430,7 +431,7 @@ def test_gradients_of_wirings_by_autograd_one_example_at_a_time(case: str) -> No
 @pytest.mark.parametrize("case", WIRED)
 @pytest.mark.parametrize("kind", ["ef", "ggn", "hessian"])
 @pytest.mark.filterwarnings("ignore:.*(does not reach|takes the general route)")
-def test_matrices_of_wirings_by_autograd_and_by_the_general_route(case: str, kind: str) -> None:
+def test_matrices_of_wirings_by_autograd_and_by_the_general_route(case: str, kind: Kind) -> None:
     net, x, y = small(WIRED[case][0])
     objective, plain = (
         cl.Objective(net, cl.likelihoods.Gaussian()),

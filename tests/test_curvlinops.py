@@ -13,6 +13,7 @@ from problems import LIKELIHOODS, MODELS, Problem, assert_near, in_turn, problem
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab.exact import Kind
 
 curvlinops = pytest.importorskip(
     "curvlinops", reason="pip install --no-deps curvlinops-for-pytorch, see the README"
@@ -48,7 +49,7 @@ def data(p: Problem, streamed: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def theirs(
-    p: Problem, likelihood: str, kind: str, streamed: bool = False, **options: object
+    p: Problem, likelihood: str, kind: Kind, streamed: bool = False, **options: object
 ) -> tuple[object, float]:
     """(their operator, on the parameters one after the other; the scale that makes it our mean)."""
     loss = LOSSES[likelihood](reduction="sum")
@@ -93,7 +94,7 @@ the other.
 
 @pytest.mark.parametrize(("model", "kind", "way"), in_turn(MODELS, ["ggn", "fisher", "ef"], WAYS))
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
-def test_second_moments(model: str, kind: str, way: tuple[str, bool]) -> None:
+def test_second_moments(model: str, kind: Kind, way: tuple[str, bool]) -> None:
     likelihood, streamed = way
     p = problem(model, likelihood)
     ours = cl.exact.matrix(p.objective(), data(p, streamed), kind=kind, block=None).dense()
@@ -119,7 +120,7 @@ def test_pi_is_their_hessian_minus_their_ggn(model: str, likelihood: str) -> Non
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef"])
 @pytest.mark.parametrize("model", TWICE)
-def test_blocks_and_products(model: str, kind: str) -> None:
+def test_blocks_and_products(model: str, kind: Kind) -> None:
     """Their operators on the parameters of one block; ours as a dense block and as a product."""
     p = problem(model)
     objective = p.objective()

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, vmap
 
 import curvlab as cl
-from curvlab.exact import KINDS
+from curvlab.exact import KINDS, Kind
 from curvlab.likelihoods import Categorical, Gaussian
 
 
-def matrix(p: Problem, kind: str, block: object = "1") -> Tensor:
+def matrix(p: Problem, kind: Kind, block: object = "1") -> Tensor:
     return cl.exact.matrix(p.objective(), p.x, p.y, kind, block).dense()
 
 
@@ -43,7 +43,7 @@ def kron_mean(G: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
-def test_linear_regression(kind: str) -> None:
+def test_linear_regression(kind: Kind) -> None:
     """I_C ⊗ AᵀA/N, whatever the targets and the weights."""
     p = problem("linear", "gaussian", n=11)
     a = extended(p.x)
@@ -51,7 +51,7 @@ def test_linear_regression(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
-def test_logistic_regression(kind: str) -> None:
+def test_logistic_regression(kind: Kind) -> None:
     """Of every unit Aᵀ diag(σ(1 − σ)) A/N; nothing between units."""
     p = problem("linear", "bernoulli", n=11)
     a, s = extended(p.x), p.model(p.x).detach().sigmoid()
@@ -61,7 +61,7 @@ def test_logistic_regression(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
-def test_softmax_regression(kind: str) -> None:
+def test_softmax_regression(kind: Kind) -> None:
     """(diag p − ppᵀ) ⊗ aaᵀ, on average."""
     p = problem("linear", "categorical", n=11)
     s = p.model(p.x).detach().softmax(1)
@@ -234,7 +234,7 @@ def test_theorem_3(
     p = problem(model, likelihood)
     a, h, tail = of(p)
 
-    def total(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    def total(kind: Kind) -> Callable[[Tensor, Tensor], Tensor]:
         if kind == "hessian":
             return lambda h, y: p.likelihood.loss(tail(h), y[None])[0]
         return lambda h, slope: (tail(h)[0] * slope).sum()
@@ -251,7 +251,7 @@ def test_theorem_3(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_linear_layers_are_linear_in_one_at_a_time(kind: str) -> None:
+def test_two_linear_layers_are_linear_in_one_at_a_time(kind: Kind) -> None:
     """z = W₂ W₁ x: no diagonal block has a second term, the blocks between the layers have one:
     ∂ℓ/∂z ⊗ x between W₂ and W₁.
     """

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
-from curvlab.exact import KINDS
+from curvlab.exact import KINDS, Kind
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian
 
 Call = Callable[[cl.Objective, Tensor, Tensor], object]
@@ -208,7 +208,7 @@ def test_x_without_y_and_what_is_no_data(call: Call) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loaders_that_are_empty_or_yield_something_else(kind: str) -> None:
+def test_loaders_that_are_empty_or_yield_something_else(kind: Kind) -> None:
     o, p = problem().objective(), problem()
     calls = [
         lambda data: cl.exact.matrix(o, data, kind=kind, block="1"),
@@ -362,7 +362,7 @@ def test_a_likelihood_that_overflows() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_derivatives_that_are_not_finite(kind: str) -> None:
+def test_derivatives_that_are_not_finite(kind: Kind) -> None:
     """A root at 0: the loss is finite, nothing else is."""
     p = problem("linear", "gaussian")
     o = objective(Bounded(lambda h: (h * 0).sqrt()))
@@ -548,7 +548,7 @@ def test_a_layer_that_ran_without_gradients(call: Call) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_without_a_rule_is_said_once(kind: str) -> None:
+def test_a_layer_without_a_rule_is_said_once(kind: Kind) -> None:
     p = problem("norm")
     named = (
         rf"block 2 \(norm.weight\), block 3 \(norm.bias\) belong to layers without a rule: {kind}"

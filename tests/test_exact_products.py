@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
-from curvlab.exact import KINDS
+from curvlab.exact import KINDS, Kind
 from curvlab.linalg.operators import Dense
 from curvlab.linalg.products import Product, RectangularProduct
 from curvlab.linalg.scipy_operator import linear_operator
@@ -32,11 +32,11 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double()
 
 
-def expected(r: Reference, kind: str) -> Tensor:
+def expected(r: Reference, kind: Kind) -> Tensor:
     return r.drawn(sampled(r.p, r.p.objective(), DRAWS)) if kind == "fisher-mc" else r[kind]
 
 
-def product(p: Problem, kind: str, block: object = None) -> Product | RectangularProduct:
+def product(p: Problem, kind: Kind, block: object = None) -> Product | RectangularProduct:
     return cl.exact.product(p.objective(), p.x, p.y, kind, block, draws=DRAWS)
 
 
@@ -46,7 +46,7 @@ def cut(p: Problem, *sizes: int) -> list[tuple[Tensor, Tensor]]:
 
 @kinds
 @zoo
-def test_products_diagonal_and_trace(model: str, likelihood: str, kind: str) -> None:
+def test_products_diagonal_and_trace(model: str, likelihood: str, kind: Kind) -> None:
     r = reference(model, likelihood)
     whole, found = expected(r, kind), product(r.p, kind)
     assert len(found) == len(whole)
@@ -63,7 +63,7 @@ def test_products_diagonal_and_trace(model: str, likelihood: str, kind: str) -> 
 
 @kinds
 @models
-def test_dense_and_spectrum(model: str, kind: str) -> None:
+def test_dense_and_spectrum(model: str, kind: Kind) -> None:
     """More columns than go through the model at once."""
     r = reference(model)
     whole, found = expected(r, kind), product(r.p, kind)
@@ -73,7 +73,7 @@ def test_dense_and_spectrum(model: str, kind: str) -> None:
 
 @kinds
 @models
-def test_blocks_parameters_and_pairs(model: str, kind: str) -> None:
+def test_blocks_parameters_and_pairs(model: str, kind: Kind) -> None:
     r = reference(model)
     whole = expected(r, kind)
     names = [n for b in r.p.objective().blocks for n in (b.name, *b.params)]
@@ -94,7 +94,7 @@ def test_blocks_parameters_and_pairs(model: str, kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("model", [*REPRESENTATIVE, "norm"])
-def test_a_loader_is_read_again_and_again(model: str, kind: str) -> None:
+def test_a_loader_is_read_again_and_again(model: str, kind: Kind) -> None:
     """Labels are drawn for each chunk, and again the same at every product."""
     p, loader = problem(model), cut(reference(model).p, 3, 1, 3)
     found = cl.exact.product(p.objective(), loader, kind=kind, draws=DRAWS)
@@ -142,7 +142,7 @@ def test_a_loader_that_shuffles_has_no_labels_of_its_own() -> None:
 
 
 @kinds
-def test_weights_that_have_moved_are_refused(kind: str) -> None:
+def test_weights_that_have_moved_are_refused(kind: Kind) -> None:
     p = problem()
     found = product(p, kind, "2")
     v = normal(len(found))
@@ -162,7 +162,7 @@ def test_weights_that_have_moved_are_refused(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_damped_inverses(likelihood: str, kind: str) -> None:
+def test_damped_inverses(likelihood: str, kind: Kind) -> None:
     """M + λI with λ above −λ_min: (M + λI)⁻¹ v three ways."""
     r = reference("tanh", likelihood)
     whole, found = expected(r, kind), product(r.p, kind)
@@ -203,7 +203,7 @@ def test_inverse_of_what_is_singular() -> None:
 
 @kinds
 @pytest.mark.parametrize("model", REPRESENTATIVE)
-def test_scipy_operator(model: str, kind: str) -> None:
+def test_scipy_operator(model: str, kind: Kind) -> None:
     r = reference(model)
     whole = expected(r, kind).numpy()
     operator = linear_operator(product(r.p, kind))
@@ -221,7 +221,7 @@ def test_scipy_operator(model: str, kind: str) -> None:
 
 
 @kinds
-def test_scipy_operator_of_a_pair(kind: str) -> None:
+def test_scipy_operator_of_a_pair(kind: Kind) -> None:
     r = reference("tanh")
     own, other = r.slices["2"], r.slices["1"]
     whole = expected(r, kind)[own, other].numpy()
@@ -244,7 +244,7 @@ def test_scipy_operator_of_a_pair(kind: str) -> None:
 
 
 @kinds
-def test_float32_stays_float32_and_the_model_is_left_alone(kind: str) -> None:
+def test_float32_stays_float32_and_the_model_is_left_alone(kind: Kind) -> None:
     p = problem("conv-norm", dtype=torch.float32)
     before = {name: t.clone() for name, t in p.model.state_dict().items()}
     found = product(p, kind)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
+from curvlab.exact import Kind
 from curvlab.likelihoods import Categorical
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
@@ -79,7 +80,7 @@ def test_what_is_thawed_between_two_steps_moves_or_is_refused(algorithm: str) ->
 
 @pytest.mark.parametrize("thaw", [False, True])
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_the_oracle_of_what_was_frozen_or_thawed_since(kind: str, thaw: bool) -> None:
+def test_the_oracle_of_what_was_frozen_or_thawed_since(kind: Kind, thaw: bool) -> None:
     """The blocks of the weights that are trained now, or a line."""
     model, (x, y) = net(), data()
     model[2].requires_grad_(not thaw)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
+from curvlab.exact import Kind
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
@@ -232,7 +233,7 @@ def agree(name: str, calls: dict[str, Callable[[], Tensor]], wanted: Tensor, all
     ],
 )
 @pytest.mark.parametrize("name", LOSSES)
-def test_one_number_by_every_way(name: str, kind: str, model: str) -> None:
+def test_one_number_by_every_way(name: str, kind: Kind, model: str) -> None:
     o, x, y, r = problem(name, model)
     whole = getattr(r, kind)
     own = entries(o, r)
@@ -364,7 +365,7 @@ def masked_tokens() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_masked_places_have_no_curvature(kind: str) -> None:
+def test_masked_places_have_no_curvature(kind: Kind) -> None:
     net, x, y = masked_tokens()
     likelihood = TokenLoss()
     o, r = cl.Objective(net, likelihood), Reference(net, x, y, likelihood.loss)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
+from curvlab.exact import Kind
 from curvlab.likelihoods import Categorical
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
@@ -71,7 +72,7 @@ def test_half_types_step_or_name_the_remedy(algorithm: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_half_types_by_the_oracle(kind: str, dtype: torch.dtype) -> None:
+def test_half_types_by_the_oracle(kind: Kind, dtype: torch.dtype) -> None:
     """Numbers in their own dtype, or better; or a line with the remedy."""
     net, (x, y) = two(dtype), data(dtype)
     o, exact = (
@@ -180,7 +181,7 @@ def test_autocast_gradients_have_the_parameters_dtype(where: str) -> None:
 
 @pytest.mark.parametrize("where", AUTOCASTS)
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_autocast_matrices(kind: str, where: str) -> None:
+def test_autocast_matrices(kind: Kind, where: str) -> None:
     """Those of float32 to bfloat16's rounding, or a line that names autocast."""
     build, outside = AUTOCASTS[where]
     net, (x, y) = build(), data(torch.float32)
@@ -258,7 +259,7 @@ def test_a_double_head_steps_or_is_refused(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_a_double_head_by_the_oracle(kind: str) -> None:
+def test_a_double_head_by_the_oracle(kind: Kind) -> None:
     net, (x, y) = double_head(), data(torch.float32)
     o = cl.Objective(net, Categorical())
     exact = Reference(copy.deepcopy(net).double(), x.double(), y)

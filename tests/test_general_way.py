@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
-from curvlab.exact import torch_func
+from curvlab.exact import Kind, torch_func
 
 
 class Positions(nn.Module):
@@ -45,7 +45,7 @@ def large() -> cl.Objective:
 
 
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_a_dense_block_that_cannot_fit_is_refused_with_its_size_before_any_pass(kind: str) -> None:
+def test_a_dense_block_that_cannot_fit_is_refused_with_its_size_before_any_pass(kind: Kind) -> None:
     objective = large()
     with pytest.raises(
         CurvlabError,

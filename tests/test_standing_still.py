@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
-from curvlab.exact import KINDS
+from curvlab.exact import KINDS, Kind
 from curvlab.system import random_state
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def with_kinds(names: Iterable[str]) -> pytest.MarkDecorator:
     """
     others = [kind for kind in KINDS if kind != "fisher-mc"]
 
-    def slow(i: int, kind: str) -> bool:
+    def slow(i: int, kind: Kind) -> bool:
         return kind != "fisher-mc" and (others.index(kind) - i) % len(others) > 1
 
     cases = [(i, name, kind) for i, name in enumerate(names) for kind in KINDS]
@@ -215,7 +215,7 @@ def mean(loader: Loader) -> tuple[Tensor, Tensor]:
 
 
 @with_kinds(SAME)
-def test_loaders_that_give_the_same(name: str, kind: str) -> None:
+def test_loaders_that_give_the_same(name: str, kind: Kind) -> None:
     o, loader = objective(), SAME[name]()
     found = cl.exact.product(o, loader, kind=kind)
     v = vector(o, 2)
@@ -227,7 +227,7 @@ def test_loaders_that_give_the_same(name: str, kind: str) -> None:
 
 
 @with_kinds(OTHER_ORDERS)
-def test_loaders_that_give_the_same_in_another_order(name: str, kind: str) -> None:
+def test_loaders_that_give_the_same_in_another_order(name: str, kind: Kind) -> None:
     o, loader = objective(), OTHER_ORDERS[name]()
     found = cl.exact.product(o, loader, kind=kind)
     v = vector(o)
@@ -245,7 +245,7 @@ def test_loaders_that_give_the_same_in_another_order(name: str, kind: str) -> No
 
 
 @with_kinds(OTHERS)
-def test_loaders_that_give_other_data(name: str, kind: str) -> None:
+def test_loaders_that_give_other_data(name: str, kind: Kind) -> None:
     o = objective()
     found = cl.exact.product(o, OTHERS[name](), kind=kind)
     v = vector(o)
@@ -257,7 +257,7 @@ def test_loaders_that_give_other_data(name: str, kind: str) -> None:
 
 
 @with_kinds(OTHERS | OTHER_ORDERS)
-def test_the_remedy_is_one(name: str, kind: str) -> None:
+def test_the_remedy_is_one(name: str, kind: Kind) -> None:
     o, v = objective(), vector(objective())
     kept = list((OTHERS | OTHER_ORDERS)[name]())
     found = cl.exact.product(o, kept, kind=kind)
@@ -268,7 +268,7 @@ def test_the_remedy_is_one(name: str, kind: str) -> None:
 
 
 @kinds
-def test_an_iterable_that_ends_after_one_pass(kind: str) -> None:
+def test_an_iterable_that_ends_after_one_pass(kind: Kind) -> None:
     class Once:
         def __init__(self) -> None:
             self.rest = iter(DataLoader(pairs(), 4))
@@ -302,7 +302,7 @@ def test_whatever_reads_a_loader_several_times(reads: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("many", [False, True])
-def test_data_that_are_changed_in_place(many: bool, kind: str) -> None:
+def test_data_that_are_changed_in_place(many: bool, kind: Kind) -> None:
     """One minibatch is linearised once, and products go on with what it held, or with what it
     holds: no one could say.
     """
@@ -326,7 +326,7 @@ def test_data_that_are_changed_in_place(many: bool, kind: str) -> None:
 
 
 @kinds
-def test_the_diagonal_and_one_matrix_read_a_loader_once(kind: str) -> None:
+def test_the_diagonal_and_one_matrix_read_a_loader_once(kind: Kind) -> None:
     loader = OTHERS["shuffled, the last dropped"]
     cl.exact.diagonal(objective(), loader(), kind=kind)
     cl.exact.matrices(objective(), loader(), kind=kind)
@@ -394,7 +394,7 @@ EDITS: dict[str, Callable[[nn.Module], object]] = {
 
 
 @with_kinds(EDITS)
-def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: str) -> None:
+def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: Kind) -> None:
     o = objective()
     v = vector(o)
     for given in (data(), (DataLoader(pairs(), 4),)):
@@ -417,7 +417,7 @@ def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: s
 
 
 @kinds
-def test_buffers_that_move_are_refused(kind: str) -> None:
+def test_buffers_that_move_are_refused(kind: Kind) -> None:
     o = objective(nn.BatchNorm1d(5).double())
     o.model.eval()
     found = cl.exact.product(o, *data(), kind)
@@ -428,7 +428,7 @@ def test_buffers_that_move_are_refused(kind: str) -> None:
 
 
 @kinds
-def test_another_mode_is_refused(kind: str) -> None:
+def test_another_mode_is_refused(kind: Kind) -> None:
     o = objective(nn.Dropout(0.5))
     o.model.eval()
     for given in (data(), (DataLoader(pairs(), 4),)):
@@ -486,7 +486,7 @@ def test_what_stands_still_is_not_said_to_move() -> None:
 
 @kinds
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_products_under_any_mode(mode: Callable[[], torch.no_grad], kind: str) -> None:
+def test_products_under_any_mode(mode: Callable[[], torch.no_grad], kind: Kind) -> None:
     """Made inside and used inside; made here and used there; vectors made there."""
     for given in (data(), (DataLoader(pairs(), 4),)):
         o, other = objective(), objective()

@@ -17,6 +17,7 @@ import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.curvature.structured import Structured
 from curvlab.curvature.whole_vector import flat, moved
+from curvlab.exact import Kind
 from curvlab.linalg.line_search import armijo, wolfe
 
 NAMES = [name for name, a in ALGORITHMS.items() if a.make is Structured]
@@ -125,7 +126,7 @@ def test_the_base_is_the_closed_form_hessian(base: str, solver: str) -> None:
 
 @pytest.mark.parametrize(("labels", "kind"), [("exact", "ggn"), ("data", "ef")])
 @pytest.mark.parametrize("few", [True, False])
-def test_a_base_of_few_rows_is_their_low_rank_form(labels: str, kind: str, few: bool) -> None:
+def test_a_base_of_few_rows_is_their_low_rank_form(labels: str, kind: Kind, few: bool) -> None:
     """(14) without pairs on a network: rows of all layers together, against the exact matrix of the
     sample.
     """

@@ -12,7 +12,7 @@ from torch.func import functional_call, hessian, jacrev
 
 import curvlab as cl
 from curvlab.capture import Capture
-from curvlab.exact import KINDS, KroneckerSum
+from curvlab.exact import KINDS, Kind, KroneckerSum
 from curvlab.layers import Block
 from curvlab.likelihoods import Likelihood
 
@@ -27,7 +27,7 @@ def fit(objective: cl.Objective) -> list[Block]:
     return [b for b in objective.blocks if b.layer is not None and b.groups == 1]
 
 
-def terms(p: Problem, kind: str, block: str) -> KroneckerSum:
+def terms(p: Problem, kind: Kind, block: str) -> KroneckerSum:
     return cl.exact.kronecker_terms(p.objective(), p.x, p.y, kind, block)
 
 
@@ -43,7 +43,7 @@ def kron(G: Tensor, A: Tensor) -> Tensor:
 
 @zoo
 @kinds
-def test_dense_is_the_matrix(model: str, likelihood: str, kind: str) -> None:
+def test_dense_is_the_matrix(model: str, likelihood: str, kind: Kind) -> None:
     p = problem(model, likelihood)
     for block in fit(p.objective()):
         scale = cl.exact.matrix(p.objective(), p.x, p.y, "ggn", block.name).dense()
@@ -54,7 +54,7 @@ def test_dense_is_the_matrix(model: str, likelihood: str, kind: str) -> None:
 
 @pytest.mark.parametrize("model", [m for m in REPRESENTATIVE if m in MODELS])
 @kinds
-def test_dense_is_the_matrix_by_the_general_route(model: str, kind: str) -> None:
+def test_dense_is_the_matrix_by_the_general_route(model: str, kind: Kind) -> None:
     p = problem(model)
     for block in fit(p.objective()):
         scale = cl.exact.matrix(p.objective(), p.x, p.y, "ggn", block.name).dense()
@@ -64,7 +64,7 @@ def test_dense_is_the_matrix_by_the_general_route(model: str, kind: str) -> None
 
 @pytest.mark.parametrize("model", SUMS)
 @kinds
-def test_every_sum_term_by_term(model: str, kind: str) -> None:
+def test_every_sum_term_by_term(model: str, kind: Kind) -> None:
     """Theorem 3, (3.4), (3.7), (3.8) and (3.9), each written out over examples and places."""
     p = problem(model)
     for block in fit(p.objective()):
@@ -183,7 +183,7 @@ def test_preactivation_hessians_by_moving_the_output_of_the_layer(
 
 @pytest.mark.parametrize("model", MODELS)
 @kinds
-def test_one_place_is_the_same_place_and_its_average(model: str, kind: str) -> None:
+def test_one_place_is_the_same_place_and_its_average(model: str, kind: Kind) -> None:
     """T = 1: (3.4) and (3.7) change nothing, to the bit."""
     p = problem(model)
     for block in fit(p.objective()):
@@ -204,7 +204,7 @@ def per_token(likelihood: Likelihood, x: Tensor) -> Problem:
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "pi", "fisher"])
-def test_places_with_outputs_of_their_own_are_apart(likelihood: str, kind: str) -> None:
+def test_places_with_outputs_of_their_own_are_apart(likelihood: str, kind: Kind) -> None:
     """Nothing is pooled: G_tt' = 0, and (3.4) is exact. Not for gradients at one label, whose outer
     products mix places.
     """
@@ -269,7 +269,7 @@ def test_one_example_of_one_place_is_one_product() -> None:
 
 
 @kinds
-def test_float32_stays_float32(kind: str) -> None:
+def test_float32_stays_float32(kind: Kind) -> None:
     p = problem("conv", dtype=torch.float32)
     s = terms(p, kind, "1")
     found = [s.dense(), s.same_place(), s.averaged(), s.single().dense(), s.G, *s.terms(0)]

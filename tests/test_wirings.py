@@ -22,6 +22,7 @@ from wirings import ENDS, LAYOUTS, OPERATIONS, Choose, Wiring, minibatch, wiring
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
+from curvlab.exact import Kind
 from curvlab.layers import Block
 from curvlab.likelihoods import Categorical
 
@@ -64,7 +65,7 @@ def off(
     def samples() -> tuple[Named, Named]:
         return cl.exact.gradients(objective, x, y), plain.gradients
 
-    def matrices(kind: str) -> tuple[Named, Named]:
+    def matrices(kind: Kind) -> tuple[Named, Named]:
         found = {n: m.dense() for n, m in cl.exact.matrices(objective, x, y, kind=kind).items()}
         return found, {b.name: plain.matrix(kind, b) for b in blocks}
 
@@ -72,7 +73,7 @@ def off(
         found = cl.exact.matrix(objective, x, y, "hessian", block.name).dense()
         return {block.name: found}, {block.name: plain.matrix("hessian", block)}
 
-    def product(kind: str) -> tuple[Named, Named]:
+    def product(kind: Kind) -> tuple[Named, Named]:
         found = cl.exact.product(objective, x, y, kind) @ v
         return {"v": found}, {
             "v": layout.flatten(plain.product(kind, layout.unflatten(v))).detach()
@@ -430,7 +431,7 @@ class Language(nn.Module):
 
 
 def between(
-    objective: cl.Objective, x: Tensor, y: Tensor, kind: str, rows: str, columns: str
+    objective: cl.Objective, x: Tensor, y: Tensor, kind: Kind, rows: str, columns: str
 ) -> Tensor:
     """The matrix between two parameters, entries in the parameters' own order."""
     a, b = (
@@ -450,7 +451,7 @@ def between(
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tied", ["by function", "one parameter"])
 def test_a_tied_weights_matrix_is_the_sum_of_four_blocks(
-    tied: str, causal: bool, kind: str
+    tied: str, causal: bool, kind: Kind
 ) -> None:
     """B₁₁ + B₁₂ + B₂₁ + B₂₂ of the untied model at equal weights; half of it is in the cross
     blocks.
