@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -550,7 +551,7 @@ def test_float32_agrees() -> None:
         ({"passes": 0}, "passes must be 1 or more, not 0"),
     ],
 )
-def test_bad_arguments(options: dict[str, object], says: str) -> None:
+def test_bad_arguments(options: dict[str, Any], says: str) -> None:
     p = problem("tanh")
     with pytest.raises(cl.CurvlabError, match=says):
         quality(p.objective(), p.x, p.y, **options)

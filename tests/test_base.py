@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from problems import RULED, Problem, batches, problem
@@ -17,7 +19,7 @@ from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass
 
 
-def kfac(objective: Objective, **options: object) -> BlockDiagonal:
+def kfac(objective: Objective, **options: Any) -> BlockDiagonal:
     return approximation("kfac", objective, damping=0.1, **options)
 
 
@@ -321,7 +323,7 @@ def test_before_the_first_data_there_is_no_inverse() -> None:
         ({"refresh_every": -3}, "refresh_every must be 1 or more, not -3"),
     ],
 )
-def test_arguments_out_of_range(options: dict[str, float], message: str) -> None:
+def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(cl.CurvlabError, match=message):
         approximation("kfac", problem("tanh").objective(), **options)
 

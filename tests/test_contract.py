@@ -96,17 +96,15 @@ def damped(name: str, p: Problem) -> float:
     return damping_for(name, OVERALL, len(p.x))
 
 
-def make_descent(name: str, objective: Objective, p: Problem, **options: object) -> Descent:
+def make_descent(name: str, objective: Objective, p: Problem, **options: Any) -> Descent:
     return descent(name, objective, **{"damping": damped(name, p), **options})
 
 
-def make_optimizer(name: str, objective: Objective, p: Problem, **options: object) -> Optimizer:
+def make_optimizer(name: str, objective: Objective, p: Problem, **options: Any) -> Optimizer:
     return cl.optimizer(name, objective, **{"lr": 1e-3, "damping": damped(name, p), **options})
 
 
-def first_direction(
-    name: str, p: Problem, **options: object
-) -> tuple[Observation, dict[str, Tensor]]:
+def first_direction(name: str, p: Problem, **options: Any) -> tuple[Observation, dict[str, Tensor]]:
     objective = p.objective()
     d = make_descent(name, objective, p, **{"momentum": 0.0, **options})
     observation = objective.closure(p.x, p.y).observe(d.needs)

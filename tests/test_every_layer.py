@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ CONTAINERS = {
 BASES = {"RNNBase": "RNN, LSTM, GRU", "RNNCellBase": "RNNCell, LSTMCell, GRUCell"}
 """Have no forward of their own; their subclasses are here."""
 
-ARGUMENTS: dict[str, object] = {
+ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(
         [
             "in_features",
@@ -119,7 +120,7 @@ ARGUMENTS: dict[str, object] = {
 """{argument that a class must be given: a value}."""
 
 
-OTHERS: dict[str, Callable[[], dict[str, object]]] = {
+OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
     **dict.fromkeys(["RNN", "LSTM", "GRU"], lambda: {"input_size": 2, "hidden_size": 2}),
     **dict.fromkeys(
         ["FractionalMaxPool2d", "FractionalMaxPool3d"], lambda: {"kernel_size": 2, "output_size": 2}
@@ -289,7 +290,7 @@ def attending(layer: nn.Module, h: Tensor, order: int = 0, mask: str = "") -> Te
     """h attends to itself; `order` is the batch's axis."""
     h = h.transpose(0, order)
     T = h.shape[1 - order]
-    given: dict[str, object] = {"need_weights": mask != "causal"}
+    given: dict[str, Any] = {"need_weights": mask != "causal"}
     if mask == "causal":
         given["attn_mask"] = torch.ones(T, T, dtype=torch.bool).triu(1)
     if mask == "padding":
@@ -321,7 +322,7 @@ def around(
     into: int = 3,
     out: int = 3,
     axes: int = 1,
-    **expected: object,
+    **expected: Any,
 ) -> Example:
     """Of a layer on numbers; `make` may ask for T."""
     asks = "T" in inspect.signature(make).parameters
@@ -332,7 +333,7 @@ def around(
     return Example(build, partial(numbers, axes=axes), **{"places": axes > 0, **expected})
 
 
-def of_symbols(make: Callable[[], nn.Module], use: Use = as_it_is, **expected: object) -> Example:
+def of_symbols(make: Callable[[], nn.Module], use: Use = as_it_is, **expected: Any) -> Example:
     return Example(lambda T: Around(make(), use, out=3, before=False), symbols, **expected)
 
 
@@ -419,13 +420,13 @@ def encoding(layer: nn.Module, h: Tensor, order: int = 0) -> Tensor:
     return layer(h.transpose(0, order)).transpose(0, order)
 
 
-def encoder(width: int, heads: int, **options: object) -> nn.Module:
+def encoder(width: int, heads: int, **options: Any) -> nn.Module:
     return nn.TransformerEncoder(
         nn.TransformerEncoderLayer(width, heads, 3, **options), 2, enable_nested_tensor=False
     )
 
 
-def decoder(width: int, heads: int, **options: object) -> nn.Module:
+def decoder(width: int, heads: int, **options: Any) -> nn.Module:
     return nn.TransformerDecoder(nn.TransformerDecoderLayer(width, heads, 3, **options), 1)
 
 
@@ -829,7 +830,7 @@ def test_optimizers_step_along_autograds_gradient(name: str, optimizer: str) -> 
     closure, seen = objective.closure(case.x, case.y), []
     observe = closure.observe
 
-    def watched(needs: object, *args: object, **options: object) -> Observation:
+    def watched(needs: object, *args: object, **options: Any) -> Observation:
         seen.append(observe(needs, *args, **options))
         if {"gradient", "data"} & set(needs) and len(seen) == 1:  # before anything has moved
             assert gaps(scattered(objective, seen[0]), expected) == []

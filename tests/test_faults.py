@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -268,7 +269,7 @@ def listening(
     kind, seen = type(o.closure(x, y)), []
     true = kind.observe
 
-    def observe(self: object, *args: object, **options: object) -> object:
+    def observe(self: object, *args: object, **options: Any) -> object:
         observation = true(self, *args, **options)
         if {"gradient", "data"} & set(observation.passes):
             r = now()

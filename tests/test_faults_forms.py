@@ -4,6 +4,8 @@ flag.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import Case, Net, Reference, apart, numbers, tokens
@@ -168,7 +170,7 @@ def test_a_loader_whose_places_vary() -> None:
     each = [Reference(net, *data).hessian for data in loader]
     wanted = (each[0] + each[1]).trace()[None] / 2
 
-    def trace(**options: str) -> Tensor:
+    def trace(**options: Any) -> Tensor:
         found = [
             cl.exact.matrix(o, loader, kind="hessian", block=b.name, **options).dense()
             for b in o.blocks

@@ -5,6 +5,7 @@ the outputs are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -242,7 +243,7 @@ def test_one_number_by_every_way(name: str, kind: Kind, model: str) -> None:
     blocks = torch.cat([whole[i[:, None], i].flatten() for i in own.values()])
     v = numbers(len(order), 2, seed=5)
 
-    def each(**options: str) -> Tensor:
+    def each(**options: Any) -> Tensor:
         return torch.cat(
             [cl.exact.matrix(o, x, y, kind, b, **options).dense().flatten() for b in own]
         )
@@ -278,7 +279,7 @@ def test_gradients(name: str) -> None:
 def test_methods_by_the_gauss_newton_matrix(name: str, algorithm: str) -> None:
     """Directions (G + λI)⁻¹ ∇ of the true G; or a line. KFLR's factors, at least, exist."""
     o, x, y, r = problem(name)
-    options = {"adapt": False} if algorithm in ("smw-gn", "hf") else {}
+    options: dict[str, Any] = {"adapt": False} if algorithm in ("smw-gn", "hf") else {}
     if algorithm == "smw-gn":
         options["curvature_size"] = 6
     try:

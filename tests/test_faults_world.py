@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,7 +213,7 @@ def test_methods_that_look_twice_see_one_mask_or_refuse(algorithm: str) -> None:
     kind, seen = type(o.closure(x, y)), []
     true = kind.observe
 
-    def observe(self: object, *args: object, **options: object) -> object:
+    def observe(self: object, *args: object, **options: Any) -> object:
         found = true(self, *args, **options)
         seen.append((id(self), float(found.loss), found))
         return found

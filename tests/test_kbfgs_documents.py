@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -278,7 +279,7 @@ def test_trajectory_is_the_pseudo_codes(case: str, model: str) -> None:
         assert_near(dense(H_g), by_hand.H_g[i], 1e-9)
 
 
-def trained(name: str, p: Problem, lr: float, steps: int = 12, **options: object) -> Tensor:
+def trained(name: str, p: Problem, lr: float, steps: int = 12, **options: Any) -> Tensor:
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=lr, damping=0.3, **options)
     data = batches(p, steps)
@@ -293,7 +294,12 @@ def test_chapter_3_without_its_improvements_is_chapter_2(pairs: int) -> None:
     """Table 3.8, last line, on an MLP; with chapter 2's start of H_g. Its averaged momentum is a
     tenth of chapter 3's.
     """
-    off = {"pair_damping": "dd", "minibatch": False, "start": "identity", "pairs": pairs}
+    off: dict[str, Any] = {
+        "pair_damping": "dd",
+        "minibatch": False,
+        "start": "identity",
+        "pairs": pairs,
+    }
     found = trained("k-bfgs", problem("tanh", n=20), 0.03, **off)
     assert_near(
         found, trained("k-bfgs-l-20" if pairs else "k-bfgs-20", problem("tanh", n=20), 0.3), 1e-10

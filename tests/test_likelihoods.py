@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -637,7 +638,7 @@ def test_what_is_ignored_in_small_integers(dtype: torch.dtype) -> None:
         ({"ignore_index": True}, "ignore_index must be a whole number, not True"),
     ],
 )
-def test_arguments_that_do_not_fit(arguments: dict[str, float], message: str) -> None:
+def test_arguments_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(CurvlabError, match=message):
         Categorical(**arguments)
 

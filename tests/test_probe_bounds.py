@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,7 +299,7 @@ PROVEN = (
 def test_tnt_has_its_bounds_under_any_name() -> None:
     ALGORITHMS["mine"] = replace(ALGORITHMS["tnt"], summary="TNT, named by a user")
     p = problem()
-    arguments = {"lr": 0.1, "damping": 0.3, "probes": ["bounds:1"]}
+    arguments: dict[str, Any] = {"lr": 0.1, "damping": 0.3, "probes": ["bounds:1"]}
     mine, tnt = (
         cl.train(problem().objective(), batches(p, 3), algorithm=name, **arguments).dataset
         for name in ("mine", "tnt")
@@ -363,7 +364,7 @@ def test_bounds_of_a_run_that_goes_on_between_refreshes_are_those_of_the_whole_r
     """At a damping that stands; one that moves is not in the checkpoint, which holds the damping of
     now alone."""
     p = problem()
-    arguments = {
+    arguments: dict[str, Any] = {
         "algorithm": "tnt",
         "lr": 0.05,
         "damping": 0.3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,7 +235,12 @@ def test_a_run_goes_on_in_the_middle_of_every_schedule(name: str, tmp_path: Path
 def test_one_cycle_moves_rate_and_momentum() -> None:
     """Of our own optimizer, whose groups have both, as of torch's."""
     objective, batches = problem()
-    options = {"max_lr": 0.1, "total_steps": 4, "base_momentum": 0.5, "max_momentum": 0.8}
+    options: dict[str, Any] = {
+        "max_lr": 0.1,
+        "total_steps": 4,
+        "base_momentum": 0.5,
+        "max_momentum": 0.8,
+    }
     reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3, momentum=0.9)
     expected = torch.optim.lr_scheduler.OneCycleLR(reference, **options)
     optimizer = cl.optimizer("sgd-m", objective)

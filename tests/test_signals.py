@@ -139,7 +139,7 @@ def sending(
     """
     real, calls = getattr(owner, name), [0]
 
-    def called(*words: object, **more: object) -> object:
+    def called(*words: object, **more: Any) -> object:
         if where(*words, **more):
             calls[0] += 1
             if calls[0] == at:
@@ -499,7 +499,7 @@ def objective() -> cl.Objective:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_in_python_it_is_an_exception_and_the_run_goes_on(number: int, tmp_path: Path) -> None:
-    more = {"epochs": 2, "algorithm": "adam"}
+    more: dict[str, Any] = {"epochs": 2, "algorithm": "adam"}
     expected = objective()
     with_nothing = cl.train(expected, data().batches(10, seed=1), **more).dataset
     before = {n: signal.getsignal(n) for n in SIGNALS}
@@ -589,7 +589,7 @@ def test_what_a_loader_draws_belongs_to_the_step(tmp_path: Path) -> None:
         def __len__(self) -> int:
             return 4
 
-    def run(kill: bool, **more: object) -> cl.Objective:
+    def run(kill: bool, **more: Any) -> cl.Objective:
         one = objective()
         cl.train(one, Noisy(kill), epochs=2, algorithm="adam", **more)
         return one

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ VARIANTS = [
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
 def test_trajectory_is_algorithm_1(
     name: str,
-    choice: dict[str, Choice],
+    choice: dict[str, Any],
     model: str,
     likelihood: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -441,7 +442,7 @@ def test_only_a_base_of_the_minibatch_itself_bounds_the_step(name: str) -> None:
     """
     p = problem("linear", n=1)
     objective = p.objective()
-    off = {"gamma": 0.0} | ({"pairs": 0} if name == "skqn-l" else {"columns": 0})
+    off: dict[str, Any] = {"gamma": 0.0} | ({"pairs": 0} if name == "skqn-l" else {"columns": 0})
     curvature = cl.approximation(
         name, objective, damping=DAMPING, r1=1e-9, r2=1e9, refresh_every=2, **off
     )
@@ -685,7 +686,7 @@ def test_a_sketch_is_drawn_anew_at_every_step_and_by_its_seed() -> None:
         ("skqn-b1", {"condition": "21"}, "unknown condition of skqn-b1 '21'.*preactivations"),
     ],
 )
-def test_options_out_of_range(name: str, own: dict[str, object], message: str) -> None:
+def test_options_out_of_range(name: str, own: dict[str, Any], message: str) -> None:
     with pytest.raises(cl.CurvlabError, match=message):
         cl.approximation(name, problem("tanh").objective(), **own)
 

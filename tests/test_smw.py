@@ -5,6 +5,7 @@ rounding; the LM rule.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -313,7 +314,7 @@ def test_damping_follows_the_reduction_ratio(name: str, damping: float, ratio: s
     assert optimizer.param_groups[0]["damping"] == optimizer.descent.curvature.damping
 
 
-def overshooting(**options: object) -> tuple[Problem, cl.Objective, torch.optim.Optimizer]:
+def overshooting(**options: Any) -> tuple[Problem, cl.Objective, torch.optim.Optimizer]:
     """Natural gradient of few examples, barely damped: far too long a step."""
     p = problem("tanh", n=9)
     objective = p.objective()
@@ -334,7 +335,7 @@ def test_a_rejected_step_is_taken_back_bit_for_bit() -> None:
 
 
 def losses_and_slopes(
-    steps: int, **options: object
+    steps: int, **options: Any
 ) -> tuple[list[float], list[float], int, cl.Objective]:
     p, objective, optimizer = overshooting(boost=1.5, drop=0.8, **options)
     losses, slopes, rejected = [], [], 0
@@ -375,7 +376,7 @@ def test_theorem_6() -> None:
         ({"pairs": 3}, "unknown option of smw-gn 'pairs'"),
     ],
 )
-def test_arguments_out_of_range(options: dict[str, object], message: str) -> None:
+def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(cl.CurvlabError, match=message):
         approximation("smw-gn", problem().objective(), **options)
 

@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -279,7 +280,7 @@ def test_labels_and_starting_vectors_do_not_depend_on_what_else_is_asked_for() -
 def test_a_loader_gives_the_mean_over_all_of_it(method: str) -> None:
     p = middling()
     parts = [(p.x[:10], p.y[:10]), (p.x[10:], p.y[10:])]
-    options = {"draws": 2, "steps": 10}
+    options: dict[str, Any] = {"draws": 2, "steps": 10}
     expected = cl.spectrum(p.objective(), p.x, p.y, method=method, **options)
     for loader in (parts, iter(parts)):
         found = cl.spectrum(p.objective(), loader, method=method, **options)

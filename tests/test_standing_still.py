@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -509,7 +510,7 @@ def test_products_under_any_mode(mode: Callable[[], torch.no_grad], kind: Kind) 
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_spectra_under_any_mode(mode: Callable[[], torch.no_grad], method: str) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "matrices": KINDS,
         "blocks": ("all", "whole"),
         "method": method,
@@ -527,7 +528,13 @@ def test_spectra_under_any_mode(mode: Callable[[], torch.no_grad], method: str) 
 def test_training_under_any_mode(mode: Callable[[], torch.no_grad]) -> None:
     one, two = objective(), objective()
     loader = list(DataLoader(pairs(), 4))
-    arguments = {"algorithm": "kfac", "lr": 0.1, "damping": 0.1, "epochs": 2, "progress": False}
+    arguments: dict[str, Any] = {
+        "algorithm": "kfac",
+        "lr": 0.1,
+        "damping": 0.1,
+        "epochs": 2,
+        "progress": False,
+    }
     cl.train(one, loader, **arguments)
     with mode():
         cl.train(two, loader, **arguments)

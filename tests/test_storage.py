@@ -78,7 +78,7 @@ def full(room: int) -> Iterator[None]:
 
 
 def run(objective: cl.Objective, folder: Path | None, epochs: int = 3, **more: Any) -> Any:
-    more = {
+    more: dict[str, Any] = {
         "algorithm": "k-bfgs",
         "lr": 0.01,
         "damping": 0.3,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -356,7 +357,7 @@ def test_lbfgs_with_damping_inverts_b_plus_lambda() -> None:
     assert_near(optimizer.descent.curvature.inverse["whole"].dense(), torch.linalg.inv(B), 1e-10)
 
 
-def errors(name: str, steps: int, growing: bool = False, **own: object) -> list[float]:
+def errors(name: str, steps: int, growing: bool = False, **own: Any) -> list[float]:
     """Ψ − Ψ* after each step on a logistic problem of 2000 examples."""
     objective, x, y = logistic(n=2000, d=8)
     best, *_ = logistic(n=2000, d=8)
@@ -380,7 +381,7 @@ def errors(name: str, steps: int, growing: bool = False, **own: object) -> list[
         ("lbfgs", {"pairs": 20, "search": "wolfe"}),
     ],
 )
-def test_superlinear_convergence(name: str, own: dict[str, object]) -> None:
+def test_superlinear_convergence(name: str, own: dict[str, Any]) -> None:
     """Theorem 3: samples that grow superlinearly. Ratios of successive errors fall, until rounding;
     L-BFGS's by thirds.
     """
@@ -512,7 +513,7 @@ def test_sparse_nan_is_refused() -> None:
 @pytest.mark.parametrize(
     "own", [{}, {"solver": "cg", "search": "wolfe", "r1": 0.1, "r2": 0.2, "shrink": 0.9}]
 )
-def test_state_continues_bit_for_bit(name: str, own: dict[str, object]) -> None:
+def test_state_continues_bit_for_bit(name: str, own: dict[str, Any]) -> None:
     sample = {} if name == "lbfgs" else {"sample": 3, "growth": 1.2}
 
     def made() -> tuple[cl.Objective, torch.optim.Optimizer, list[tuple[Tensor, Tensor]]]:
@@ -559,7 +560,7 @@ def test_state_continues_bit_for_bit(name: str, own: dict[str, object]) -> None:
         ({"pair": 3}, "unknown option of s4qn 'pair'; did you mean 'pairs'"),
     ],
 )
-def test_bad_options_are_one_clear_line(own: dict[str, object], message: str) -> None:
+def test_bad_options_are_one_clear_line(own: dict[str, Any], message: str) -> None:
     objective, *_ = logistic()
     with pytest.raises(cl.CurvlabError, match=message):
         cl.approximation("s4qn", objective, **own)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -322,7 +323,7 @@ def test_a_frozen_norm_stays_as_it_is_and_the_rest_trains(algorithm: str, tmp_pa
         return model
 
     model, before = build(), build()
-    arguments = {
+    arguments: dict[str, Any] = {
         "algorithm": algorithm,
         "lr": 0.01,
         "damping": 0.1,
@@ -410,7 +411,7 @@ def test_a_model_for_which_modes_are_the_same_is_trained_without_a_word() -> Non
 
 
 def test_a_run_does_not_go_on_in_other_modes(tmp_path: Path) -> None:
-    arguments = {"folder": tmp_path, "algorithm": "sgd-m"}
+    arguments: dict[str, Any] = {"folder": tmp_path, "algorithm": "sgd-m"}
     model = net(3, nn.BatchNorm1d(4), nn.Dropout(0.5))
     model[1].eval()
     cl.train(objective_of(model), data().batches(5, seed=1), **arguments)
@@ -559,7 +560,7 @@ def test_no_validation_and_a_likelihood_of_ones_own() -> None:
 
 
 def test_whichever_budget_is_spent_first_and_what_an_epoch_cut_short_says() -> None:
-    def run(**budget: float) -> xr.Dataset:
+    def run(**budget: Any) -> xr.Dataset:
         return cl.train(objective_of(net()), data().batches(5, seed=1), **budget).dataset
 
     assert run(epochs=3)["steps"].values.tolist() == [0, 4, 8, 12]
@@ -583,7 +584,7 @@ def test_evaluated_now_and_then_and_at_the_end() -> None:
 
 
 def test_torch_schedulers_by_the_step_and_by_the_loss() -> None:
-    def rates(schedule: Callable, **more: str) -> list[float]:
+    def rates(schedule: Callable, **more: Any) -> list[float]:
         return (
             cl.train(
                 objective_of(net()), data().batches(5, epochs=3), schedule=schedule, lr=1.0, **more
@@ -609,7 +610,7 @@ class Killed(BaseException):
     """In place of SIGKILL: nothing of the loop may catch it."""
 
 
-def killed_after(steps: int, **arguments: object) -> None:
+def killed_after(steps: int, **arguments: Any) -> None:
     """Train until so many steps are done, then die without a word."""
     objective, count = arguments.pop("objective"), [0]
     real = cl.Objective.closure
@@ -671,7 +672,7 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_cut(
         torch.manual_seed(5)
         return net(3, nn.BatchNorm1d(4), nn.Dropout(0.3))
 
-    more = {
+    more: dict[str, Any] = {
         "validation": data(6),
         "algorithm": algorithm,
         "epochs": 3,
@@ -688,7 +689,7 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_cut(
         expected = cl.train(objective_of(whole), KINDS[kind](), **more).dataset
         for steps, seconds in cuts:
             folder = tmp_path / f"{steps} {seconds}"
-            arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
+            arguments: dict[str, Any] = more | {"folder": folder, "checkpoint_seconds": seconds}
             killed_after(steps, objective=objective_of(build()), batches=KINDS[kind](), **arguments)
             assert torch.load(folder / "checkpoint.pt", weights_only=True)["position"]["steps"] == (
                 steps if seconds < 1 else steps // 4 * 4
@@ -742,7 +743,7 @@ def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_pat
         random_state.seed(5)
         return net(3, Depth(draw).double())
 
-    more = {
+    more: dict[str, Any] = {
         "algorithm": "k-bfgs-20",
         "epochs": 2,
         "lr": 0.05,
@@ -755,7 +756,7 @@ def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_pat
         expected = cl.train(objective_of(whole), loader(), **more).dataset
         for steps in (2, 5):  # after an even and an odd number of draws
             folder = tmp_path / str(steps)
-            arguments = more | {"folder": folder, "checkpoint_seconds": 1e-9}
+            arguments: dict[str, Any] = more | {"folder": folder, "checkpoint_seconds": 1e-9}
             killed_after(steps, objective=objective_of(build()), batches=loader(), **arguments)
             model = build()
             random_state.seed(77)
@@ -765,7 +766,7 @@ def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_pat
 
 
 def test_checkpoints_that_hold_torchs_generators_alone(tmp_path: Path) -> None:
-    arguments = {"algorithm": "sgd-m", "folder": tmp_path}
+    arguments: dict[str, Any] = {"algorithm": "sgd-m", "folder": tmp_path}
     model, again = net(3, nn.Dropout(0.5)), net(3, nn.Dropout(0.5))
     cl.train(objective_of(model), data().batches(5, seed=1), epochs=1, **arguments)
     state = checkpoint.load(tmp_path / "checkpoint.pt")
@@ -804,8 +805,8 @@ def test_a_longer_run_drops_the_record_of_the_epoch_that_was_cut_short(tmp_path:
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     cl.train(objective_of(net()), data().batches(5, seed=1), lr=0.1, folder=tmp_path)
 
-    def refused(says: str, size: int = 5, model: nn.Module | None = None, **change: object) -> None:
-        arguments = {"lr": 0.1, "folder": tmp_path, "resume": True} | change
+    def refused(says: str, size: int = 5, model: nn.Module | None = None, **change: Any) -> None:
+        arguments: dict[str, Any] = {"lr": 0.1, "folder": tmp_path, "resume": True} | change
         with pytest.raises(cl.CurvlabError, match=says):
             cl.train(objective_of(model or net()), data().batches(size, seed=1), **arguments)
 
@@ -840,12 +841,17 @@ def test_divergence_ends_the_run_and_keeps_the_last_good_state(
     3.
     """
     model, folder = fragile(), tmp_path if kept else None
-    blow = {
+    blow: dict[str, Any] = {
         "schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(
             o, lambda e: 1.0 if e < 2 else 1e300
         )
     }
-    arguments = {"algorithm": algorithm, "lr": 1e-3, "damping": 0.3, "folder": folder}
+    arguments: dict[str, Any] = {
+        "algorithm": algorithm,
+        "lr": 1e-3,
+        "damping": 0.3,
+        "folder": folder,
+    }
     with pytest.warns(cl.CurvlabWarning, match="diverged in epoch 3") as caught:
         run = cl.train(
             objective_of(model), data().batches(5, seed=1), epochs=5, **arguments, **blow
@@ -1018,7 +1024,7 @@ def test_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
 def test_probes_lie_along_axes_of_their_own_and_leave_the_run_as_it_is(tmp_path: Path) -> None:
     """Seven steps in two epochs; every name without a number as its own table line says."""
     model, other = net(), net()
-    arguments = {"algorithm": "kfac", "lr": 0.05, "damping": 0.1, "epochs": 2}
+    arguments: dict[str, Any] = {"algorithm": "kfac", "lr": 0.05, "damping": 0.1, "epochs": 2}
     bare = cl.train(objective_of(other), data().batches(5, seed=1), **arguments).dataset
     run = cl.train(
         objective_of(model),
@@ -1099,12 +1105,18 @@ def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(
     curvature = cl.optimizer(algorithm, objective_of(net())).descent.curvature
     fits = [n for n, p in PROBES.items() if "train" in p.where and p.fits(curvature)]
     probes = [f"{n}:{3 if n in COSTLY else 1 + i % 3}" for i, n in enumerate(fits)]
-    more = {"algorithm": algorithm, "lr": 0.05, "damping": 0.3, "epochs": 2, "probes": probes}
+    more: dict[str, Any] = {
+        "algorithm": algorithm,
+        "lr": 0.05,
+        "damping": 0.3,
+        "epochs": 2,
+        "probes": probes,
+    }
     whole = net()
     expected = cl.train(objective_of(whole), data().batches(5, seed=1), **more).dataset
     for steps, seconds in cuts:
         folder = tmp_path / f"{steps} {seconds}"
-        arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
+        arguments: dict[str, Any] = more | {"folder": folder, "checkpoint_seconds": seconds}
         killed_after(
             steps, objective=objective_of(net()), batches=data().batches(5, seed=1), **arguments
         )
@@ -1124,7 +1136,7 @@ def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(
 
 
 def test_probes_up_to_a_divergence_are_kept() -> None:
-    blow = {
+    blow: dict[str, Any] = {
         "schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(
             o, lambda e: 1.0 if e < 1 else 1e100
         )
@@ -1150,7 +1162,7 @@ def test_double_grad_is_the_optimizers_and_goes_on(tmp_path: Path) -> None:
     train, settings = data(), {"algorithm": "k-bfgs-20", "lr": 0.1, "damping": 0.3}
     whole, halves, hand, plain = net(), net(), net(), net()
 
-    def run(model: nn.Module, epochs: int, **more: object) -> xr.Dataset:
+    def run(model: nn.Module, epochs: int, **more: Any) -> xr.Dataset:
         batches = train.batches(5, seed=2)
         return cl.train(objective_of(model), batches, epochs=epochs, **settings, **more).dataset  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ A block of pairs (SKQN-B) has no single ratio: the least sᵀy / sᵀBs stands f
 """
 
 from dataclasses import replace
+from typing import Any
 
 import xarray as xr
 from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def pairs(log: xr.Dataset) -> xr.Dataset:
 def by_layer(found: xr.Dataset, above: Axes, below: Axes) -> None:
     """The document's own two panels."""
     for i, layer in enumerate(found["block"].values):
-        look = {
+        look: dict[str, Any] = {
             "color": f"C{i}",
             "marker": "os^vDPX*+x12"[i % 12],
             "markersize": 4,
