@@ -18,8 +18,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab.datasets import Dataset
 from curvlab.layers import Block
 from curvlab.likelihoods import Likelihood
+from curvlab.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,18 @@ def as_a_variable(weight: Tensor, batch: int = 0) -> Tensor:
     none where there is one.
     """
     return weight.flatten(batch + 2).squeeze(-1) if weight.ndim > batch + 2 else weight
+
+
+def dense(part: Dataset) -> Tensor:
+    """The inputs of a data set that is not sparse."""
+    assert isinstance(part.x, Tensor)
+    return part.x
+
+
+def curvature_of(optimizer: torch.optim.Optimizer) -> Any:
+    """With what its method has of its own, of which `Curvature` says nothing."""
+    assert isinstance(optimizer, Optimizer)
+    return optimizer.descent.curvature
 
 
 def groupless(p: Problem) -> list[Block]:

@@ -61,7 +61,7 @@ def test_matrix_is_what_refresh_inverts(name: str, model: str) -> None:
     """inverse = B⁻¹, or B^{−1/2} of Shampoo and Adam, at the damping of `refresh`."""
     p = problem(model)
     objective = p.objective()
-    curvature = cl.approximation(name, objective, damping=0.3)
+    curvature: Any = cl.approximation(name, objective, damping=0.3)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     for block_name, block in curvature.blocks.items():
         found = block.matrix(0.3)
@@ -258,7 +258,7 @@ def test_quality_by_hand(model: str, kind: Kind) -> None:
     labels = {"hessian": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data"}[kind]
     for name in ("kfac", "tnt-per-sample"):
         objective = p.objective()
-        curvature = cl.approximation(name, objective, labels=labels)
+        curvature: Any = cl.approximation(name, objective, labels=labels)
         curvature.update(objective.closure(p.x, p.y, "exact").observe(curvature.needs))
         for block in objective.blocks:
             here = found.sel(algorithm=name, block=block.name)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from curvlab.observation import Observation, Pass
 
 
 def kfac(objective: Objective, **options: Any) -> BlockDiagonal:
-    return approximation("kfac", objective, damping=0.1, **options)
+    return cast(BlockDiagonal, approximation("kfac", objective, damping=0.1, **options))
 
 
 def second_moment(curvature: BlockDiagonal, block: str = "1") -> Tensor:
@@ -106,7 +106,7 @@ def test_first_minibatch_after_a_warm_start_is_not_folded_in_again() -> None:
 def test_methods_without_a_warm_start_absorb_nothing(name: str) -> None:
     p = problem("tanh")
     objective = p.objective()
-    curvature = approximation(name, objective)
+    curvature: Any = approximation(name, objective)
     assert curvature.warm_needs == frozenset()
     curvature.absorb(observations(objective, p, 1)[0])
     assert curvature.updates == 0

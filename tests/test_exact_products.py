@@ -4,6 +4,8 @@ as SciPy sees them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ import curvlab as cl
 from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS, Kind
 from curvlab.linalg.operators import Dense
-from curvlab.linalg.products import Product, RectangularProduct
+from curvlab.linalg.products import Product
 from curvlab.linalg.scipy_operator import linear_operator
 
 zoo = pytest.mark.parametrize(
@@ -36,7 +38,8 @@ def expected(r: Reference, kind: Kind) -> Tensor:
     return r.drawn(sampled(r.p, r.p.objective(), DRAWS)) if kind == "fisher-mc" else r[kind]
 
 
-def product(p: Problem, kind: Kind, block: object = None) -> Product | RectangularProduct:
+def product(p: Problem, kind: Kind, block: Any = None) -> Any:
+    """A `Product`, of a pair a `RectangularProduct`."""
     return cl.exact.product(p.objective(), p.x, p.y, kind, block, draws=DRAWS)
 
 
@@ -117,7 +120,8 @@ def test_the_same_product_draws_the_same_labels_and_the_next_one_new_ones() -> N
     p = problem()
     objective = p.objective()
     v = normal(len(objective.layout))
-    one, other = (cl.exact.product(objective, p.x, p.y, "fisher-mc") for _ in range(2))
+    made: list[Any] = [cl.exact.product(objective, p.x, p.y, "fisher-mc") for _ in range(2)]
+    one, other = made
     first = one @ v
     objective.closure(p.x, p.y).observe({"model"})
     cl.exact.matrix(objective, p.x, p.y, "fisher-mc", "1")
@@ -181,18 +185,17 @@ def test_damped_inverses(likelihood: str, kind: Kind) -> None:
 
 def test_inverse_of_a_block_that_needs_no_damping() -> None:
     p = problem("linear", "gaussian", n=12)
-    found = cl.exact.product(p.objective(), p.x, p.y, "hessian", "1")
+    found: Any = cl.exact.product(p.objective(), p.x, p.y, "hessian", "1")
     v = normal(len(found))
     assert_near(found @ (found.inv() @ v), v)
-    assert_near(found.inv() @ v, cl.exact.matrix(p.objective(), p.x, p.y, "hessian", "1").inv() @ v)
+    dense: Any = cl.exact.matrix(p.objective(), p.x, p.y, "hessian", "1")
+    assert_near(found.inv() @ v, dense.inv() @ v)
 
 
 def test_inverse_of_what_is_singular() -> None:
     p = problem()
-    for operator in (
-        product(p, "ef", "1"),
-        cl.exact.matrix(p.objective(), p.x, p.y, "hessian", "1"),
-    ):
+    dense: Any = cl.exact.matrix(p.objective(), p.x, p.y, "hessian", "1")
+    for operator in (product(p, "ef", "1"), dense):
         with pytest.raises(CurvlabError, match="not positive definite: damp it before inverting"):
             operator.inv()
 
@@ -215,7 +218,9 @@ def test_scipy_operator(model: str, kind: Kind) -> None:
         (operator @ v, whole @ v),
         (operator.rmatvec(v[:, 0]), whole @ v[:, 0]),
     ):
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 * np.linalg.norm(wanted))
+        np.testing.assert_allclose(
+            found, wanted, rtol=0, atol=1e-12 * float(np.linalg.norm(wanted))
+        )
     largest = eigsh(operator, k=2, which="LA", return_eigenvectors=False, v0=v[:, 0], tol=1e-13)
     np.testing.assert_allclose(np.sort(largest), np.linalg.eigvalsh(whole)[-2:], rtol=1e-11)
 
@@ -228,10 +233,10 @@ def test_scipy_operator_of_a_pair(kind: Kind) -> None:
     operator = linear_operator(product(r.p, kind, ("2", "1")))
     u, v = normal(20).numpy(), normal(24).numpy()
     np.testing.assert_allclose(
-        operator @ v, whole @ v, rtol=0, atol=1e-12 * np.linalg.norm(whole @ v)
+        operator @ v, whole @ v, rtol=0, atol=1e-12 * float(np.linalg.norm(whole @ v))
     )
     np.testing.assert_allclose(
-        operator.rmatvec(u), whole.T @ u, rtol=0, atol=1e-12 * np.linalg.norm(whole.T @ u)
+        operator.rmatvec(u), whole.T @ u, rtol=0, atol=1e-12 * float(np.linalg.norm(whole.T @ u))
     )
     found = svds(operator, k=2, return_singular_vectors=False, v0=u, tol=1e-13, random_state=0)
     np.testing.assert_allclose(

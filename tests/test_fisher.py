@@ -4,6 +4,8 @@ solve.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from problems import REPRESENTATIVE, RULED, Problem, batches, laid_out, own_inputs, problem
@@ -38,7 +40,8 @@ def outer_products(observation: Observation, label: Pass, block: str) -> Tensor:
 def dense_fisher(
     objective: Objective, labels: Pass = "model", damping: float = DAMPING
 ) -> BlockDiagonal:
-    return approximation("block-fisher", objective, labels=labels, damping=damping)
+    made = approximation("block-fisher", objective, labels=labels, damping=damping)
+    return cast(BlockDiagonal, made)
 
 
 def assert_inverts(
@@ -83,7 +86,7 @@ def test_one_observation_is_the_mean_of_outer_products(labels: Pass, model: str)
 def test_moving_average_is_the_explicit_recursion(model: str) -> None:
     p = problem(model)
     objective = p.objective()
-    curvature = approximation("block-fisher", objective, damping=DAMPING, decay=0.7)
+    curvature: Any = approximation("block-fisher", objective, damping=DAMPING, decay=0.7)
     expected: dict[str, Tensor] = {}
     for k, (x, y) in enumerate(batches(p, 6), 1):
         observation = objective.closure(x, y).observe(curvature.needs)
@@ -288,7 +291,7 @@ def test_block_ggn_is_the_block_fisher_of_all_labels(model: str) -> None:
     """
     p = problem(model)
     objective = p.objective()
-    curvature = approximation("block-ggn", objective, damping=DAMPING)
+    curvature: Any = approximation("block-ggn", objective, damping=DAMPING)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     probability = p.model(p.x).detach().softmax(1)
     expected = {

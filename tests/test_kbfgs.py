@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from problems import assert_near, batches, problem
+from problems import assert_near, batches, curvature_of, problem
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -193,7 +193,7 @@ def test_weights_shared_over_places(name: str, model: str) -> None:
     losses = [float(optimizer.step(objective.closure(p.x, p.y))) for _ in range(30)]
     assert losses[-1] < losses[0]
     places = objective.closure(p.x, p.y).form.places
-    for key, block in optimizer.descent.curvature.blocks.items():
+    for key, block in curvature_of(optimizer).blocks.items():
         expected = places[key] if NAMES[name][0] == 3 else 1
         assert block._split() == pytest.approx(
             (math.sqrt(0.3 * expected), math.sqrt(0.3 / expected))

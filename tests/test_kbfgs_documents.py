@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Problem, assert_near, batches, problem
+from problems import Problem, assert_near, batches, curvature_of, problem
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -357,7 +357,7 @@ def test_convergent_variants_keep_the_bounds_of_their_lemmas(
     used, phi = dict.fromkeys([b.name for b in objective.blocks], 0), 5.0
     for x, y in batches(p, 15):
         optimizer.step(objective.closure(x, y))
-        for key, block in optimizer.descent.curvature.blocks.items():
+        for key, block in curvature_of(optimizer).blocks.items():
             damping_a, mu2 = block._split()
             pair, found = block.last["g"], block.last["g"].damping.after
             used[key] += not pair.skipped
@@ -395,7 +395,7 @@ def test_dd_skip_refuses_pairs_that_the_other_takes() -> None:
         for x, y in batches(p, 15):
             optimizer.step(objective.closure(x, y))
             skipped[name] += [
-                block.last["g"].skipped for block in optimizer.descent.curvature.blocks.values()
+                block.last["g"].skipped for block in curvature_of(optimizer).blocks.values()
             ]
     assert "double damping" in skipped["k-bfgs-20-convergent"]
     assert "double damping" not in skipped["k-bfgs-l-20"]

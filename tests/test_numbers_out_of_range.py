@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import problem
+from problems import curvature_of, problem
 from test_cli import call
 from torch import Tensor, nn
 
@@ -367,7 +367,7 @@ def test_a_pair_that_is_left_out_starts_the_averages_again() -> None:
         pytest.warns(cl.CurvlabWarning, match="k-bfgs: block 1 .* is left out"),
     ):
         case.step()
-    block, other = (case.optimizer.descent.curvature.blocks[name] for name in "12")
+    block, other = (curvature_of(case.optimizer).blocks[name] for name in "12")
     H_g = block.factors[0].clone()
     assert block.last["g"].skipped == "not finite"
     assert not block.s.any()

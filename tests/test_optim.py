@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import MODELS, REPRESENTATIVE, batches, problem
+from problems import MODELS, REPRESENTATIVE, batches, curvature_of, problem
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -447,7 +447,7 @@ def test_a_step_on_a_gpu_reads_no_number(name: str) -> None:
     optimizer = cl.optimizer(name, objective, lr=1e-3, **({"pairs": 3} if "-l" in name else {}))
     optimizer.soundness.late = True  # as on a GPU
     assert not optimizer.warm_start([(p.x, p.y)]) or optimizer.descent.curvature.ready
-    period = 2 * optimizer.descent.curvature.cadence.refresh_every
+    period = 2 * curvature_of(optimizer).cadence.refresh_every
     for _ in range(max(period, 8)):
         optimizer.step(objective.closure(p.x, p.y))
     closure = objective.closure(p.x, p.y)

@@ -750,7 +750,7 @@ def test_a_state_without_an_inverse_of_other_widths_is_refused(name: str) -> Non
 
     def absorbed(*widths: int) -> Any:
         objective = Objective(net(*widths), Categorical())
-        curvature = approximation(name, objective, damping=0.3)
+        curvature: Any = approximation(name, objective, damping=0.3)
         curvature.averaging = replace(curvature.averaging, warm=True)
         x = torch.randn(
             6, widths[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from problems import batches, problem
+from problems import batches, curvature_of, problem
 from torch import nn
 
 import curvlab as cl
@@ -164,7 +164,7 @@ def test_tnts_bound_is_lemma_10_of_its_own_averages() -> None:
     optimizer = cl.optimizer("tnt", objective, lr=0.0, damping=0.1)
     for x, y in data:
         optimizer.step(objective.closure(x, y))
-    means = optimizer.descent.curvature.blocks["2"].means
+    means = curvature_of(optimizer).blocks["2"].means
     weight, bias = (float(m[0].trace()) for m in means)
     of_weight = (2 * math.sqrt(weight) + 0.1) ** 2  # d = 4, 4: d^(1/2) ‖F‖^(1/2) + ε of each
     low = min(1 / of_weight, 1 / (bias + 0.1))

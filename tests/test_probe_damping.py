@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from problems import batches, problem
+from problems import batches, curvature_of, problem
 from torch import Tensor
 
 import curvlab as cl
@@ -60,7 +61,7 @@ def test_pairs_of_k_bfgs_are_those_of_a_step_seen_from_outside(
     )
     ds = run.dataset
     optimizer.warm_start(data[:2])
-    blocks = optimizer.descent.curvature.blocks
+    blocks = curvature_of(optimizer).blocks
     s = y = None
     for step, (x, t) in enumerate(data):
         H = [b.factors[0].clone() if step else None for b in blocks.values()]
@@ -237,7 +238,7 @@ def test_numbers_that_are_tensors_on_a_device_and_plain_ones_are_one() -> None:
     optimizer = cl.optimizer("k-bfgs-20", objective, lr=0.5, damping=0.3)
     for x, y in batches(p, 3):
         optimizer.step(objective.closure(x, y))
-    curvature = optimizer.descent.curvature
+    curvature: Any = optimizer.descent.curvature
     observation = objective.closure(p.x, p.y).observe()
     directions = {"k": {b.name: torch.ones(b.shape, dtype=torch.float64) for b in objective.blocks}}
     frame = Frame(0, observation, directions, "k", 1.0, curvatures={"k": curvature})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_no_probe_looks_for_members_or_reads_private_ones(path: Path) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_method_of_the_package_has_all_members(name: str) -> None:
     """So that none of them is completed: what it does not say is what it inherits."""
-    curvature = cl.approximation(name, problem().objective())
+    curvature: Any = cl.approximation(name, problem().objective())
     assert with_defaults(curvature) is curvature
     for block in getattr(curvature, "blocks", {}).values():
         assert block_with_defaults(block) is block

@@ -130,7 +130,9 @@ def test_smoke(
     drawn: list[Figure] = []
     write = Report.draw
     monkeypatch.setattr(
-        Report, "draw", lambda self, figure: drawn.append(figure) or write(self, figure)
+        Report,
+        "draw",
+        lambda self, figure: drawn.append(figure) or write(self, figure),  # type: ignore[func-returns-value]  # for its effect
     )
     reproduce(load(name), name, Options("smoke", tmp_path / "out", tmp_path / "runs", "cpu"))
     said = capsys.readouterr().out

@@ -296,7 +296,9 @@ def test_a_signal_while_the_pictures_are_drawn(
     owner, name, at = phase
     if at == "last":
         monkeypatch.setattr(
-            terminal, "rewrite", lambda path, write: (os.kill(os.getpid(), number), write(path))
+            terminal,
+            "rewrite",
+            lambda path, write: (os.kill(os.getpid(), number), write(path)),  # type: ignore[func-returns-value]  # for its effect
         )
     else:
         sending(monkeypatch, owner, name, at, number)

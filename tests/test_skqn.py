@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, assert_near, batches, normal, problem
+from problems import Problem, assert_near, batches, curvature_of, normal, problem
 from test_cli import call
 from torch import Tensor, nn
 
@@ -239,7 +239,7 @@ def test_conditions_19_and_20_hold_before_sketching(name: str, places: bool) -> 
     optimizer = cl.optimizer(
         name, objective, lr=0.1, damping=DAMPING, choice="symmetric", columns=None, mu=1e-6
     )
-    block = optimizer.descent.curvature.blocks["1"]
+    block = curvature_of(optimizer).blocks["1"]
 
     def look() -> tuple[Tensor, Tensor, LayerStatistics]:
         closure = objective.closure(p.x, p.y)
@@ -277,7 +277,7 @@ def test_a_sketch_keeps_the_conditions_on_its_own_columns_alone() -> None:
         "skqn-b2", objective, lr=0.1, damping=DAMPING, choice="symmetric", columns=2, mu=1e-6
     )
     optimizer.step(objective.closure(p.x, p.y))
-    block = optimizer.descent.curvature.blocks["1"]
+    block = curvature_of(optimizer).blocks["1"]
     U, V = block.U, block.V
     assert U.shape == V.shape == (3, 2)
     optimizer.descent.curvature.update(objective.closure(p.x, p.y).observe())
@@ -547,10 +547,10 @@ def test_the_damping_of_a_step_is_of_the_gradient_before(
     p = problem("tanh")
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=0.1, damping=DAMPING)
-    block = optimizer.descent.curvature.blocks["2"]
+    block = curvature_of(optimizer).blocks["2"]
     seen: list[float] = []
     refresh = block.refresh
-    monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))
+    monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))  # type: ignore[func-returns-value]  # for its effect
     expected, norm = [], None
     for x, y in batches(p, 4):
         x = x * 10 ** (-len(expected))  # gradients of several sizes
@@ -561,7 +561,7 @@ def test_the_damping_of_a_step_is_of_the_gradient_before(
         optimizer.step(objective.closure(x, y))
     assert seen == pytest.approx(expected, rel=1e-12)
     assert optimizer.param_groups[0]["damping"] == DAMPING  # α⁻¹, which a schedule may change
-    assert optimizer.descent.curvature.gradient_norm == pytest.approx(norm, rel=1e-12)
+    assert curvature_of(optimizer).gradient_norm == pytest.approx(norm, rel=1e-12)
 
 
 @names
@@ -572,10 +572,10 @@ def test_r1_r2_and_the_sequence_alpha_are_options(
     p = problem("tanh")
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=0.1, damping=DAMPING, r1=0.02, r2=0.05, shrink=0.5)
-    block = optimizer.descent.curvature.blocks["2"]
+    block = curvature_of(optimizer).blocks["2"]
     seen: list[float] = []
     refresh = block.refresh
-    monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))
+    monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))  # type: ignore[func-returns-value]  # for its effect
     expected, norm = [], None
     for k, (x, y) in enumerate(batches(p, 5)):
         alpha, closure = DAMPING * 0.5**k, objective.closure(x * 10 ** (1 - k), y)
@@ -654,7 +654,7 @@ def test_the_memory_of_pairs_forgets_the_oldest() -> None:
     optimizer = cl.optimizer("skqn-l", objective, lr=0.1, damping=DAMPING, pairs=2)
     for x, y in batches(p, 5):
         optimizer.step(objective.closure(x, y))
-    assert optimizer.descent.curvature.blocks["1"].S.shape == (2, 24)
+    assert curvature_of(optimizer).blocks["1"].S.shape == (2, 24)
 
 
 def test_a_sketch_is_drawn_anew_at_every_step_and_by_its_seed() -> None:
@@ -667,7 +667,7 @@ def test_a_sketch_is_drawn_anew_at_every_step_and_by_its_seed() -> None:
         )
         for x, y in batches(p, 3):
             optimizer.step(objective.closure(x, y))
-        block = optimizer.descent.curvature.blocks["1"]
+        block = curvature_of(optimizer).blocks["1"]
         assert block.draws == 3
         found.append(block.Lambda)
     assert torch.equal(found[0], found[1])

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from problems import LIKELIHOODS, MODELS, RULED, Problem, assert_near, batches, problem
+from problems import (
+    LIKELIHOODS,
+    MODELS,
+    RULED,
+    Problem,
+    assert_near,
+    batches,
+    curvature_of,
+    problem,
+)
 from reference import Reference
 from torch import Tensor
 
@@ -19,6 +28,7 @@ from curvlab.curvature.whole_vector import subset
 from curvlab.linalg.operators import LowRank
 from curvlab.linalg.woodbury import LayerRows, Rows
 from curvlab.observation import Pass, Transition
+from curvlab.optim import Optimizer
 from curvlab.statistics import LayerStatistics
 
 LABELS: list[Pass] = ["data", "model", "exact"]
@@ -314,7 +324,7 @@ def test_damping_follows_the_reduction_ratio(name: str, damping: float, ratio: s
     assert optimizer.param_groups[0]["damping"] == optimizer.descent.curvature.damping
 
 
-def overshooting(**options: Any) -> tuple[Problem, cl.Objective, torch.optim.Optimizer]:
+def overshooting(**options: Any) -> tuple[Problem, cl.Objective, Optimizer]:
     """Natural gradient of few examples, barely damped: far too long a step."""
     p = problem("tanh", n=9)
     objective = p.objective()
@@ -421,7 +431,7 @@ def test_damping_of_the_blocks_follows_their_model_together() -> None:
         observation,
         lambda: {b.name: torch.zeros(b.shape).double() for b in objective.blocks},
     )
-    assert optimizer.descent.curvature._ratio(transition) == pytest.approx(rho, rel=1e-10)
+    assert curvature_of(optimizer)._ratio(transition) == pytest.approx(rho, rel=1e-10)
     factor = 1.01 if rho < 0.25 else 0.99 if rho > 0.75 else 1.0
     assert optimizer.descent.learn(transition)
     assert optimizer.descent.curvature.damping == pytest.approx(0.001 + factor * 0.499, rel=1e-12)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from problems import curvature_of
 from torch import Tensor
 
 import curvlab as cl
@@ -128,7 +129,7 @@ def follow(
         visits += seen * (not (full and chosen is None)) + seen * (not stochastic)
         full = chosen is None
         if not stochastic:
-            work = sum(optimizer.descent.curvature.work.values())
+            work = sum(curvature_of(optimizer).work.values())
             visits, last = visits + int(work - last), work
     raise AssertionError
 
