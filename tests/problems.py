@@ -299,6 +299,11 @@ def dense(part: Dataset) -> Tensor:
     return part.x
 
 
+def grad_of(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
 def curvature_of(optimizer: torch.optim.Optimizer) -> Any:
     """With what its method has of its own, of which `Curvature` says nothing."""
     assert isinstance(optimizer, Optimizer)

@@ -100,7 +100,7 @@ def test_blocks_parameters_and_pairs(model: str, kind: Kind) -> None:
 def test_a_loader_is_read_again_and_again(model: str, kind: Kind) -> None:
     """Labels are drawn for each chunk, and again the same at every product."""
     p, loader = problem(model), cut(reference(model).p, 3, 1, 3)
-    found = cl.exact.product(p.objective(), loader, kind=kind, draws=DRAWS)
+    found: Any = cl.exact.product(p.objective(), loader, kind=kind, draws=DRAWS)
     route = "func" if model == "norm" else "auto"
     whole = cl.exact.matrix(
         p.objective(), loader, kind=kind, block=None, route=route, draws=DRAWS

@@ -248,7 +248,7 @@ LATER: dict[str, tuple[object, str, int, int]] = {
     "evaluation, epoch 1": (loop, "evaluate", 3, 4),
     "evaluation, epoch 2, test examples": (loop, "evaluate", 6, 8),
     "the record of an epoch": (loop.Training, "_record", 2, 4),
-    "a checkpoint": (checkpoint.torch, "save", 2, 4),
+    "a checkpoint": (torch, "save", 2, 4),
     "a checkpoint, before it is in place": (os, "replace", 3, 4),
     "a checkpoint, half-written": (atomic.Sealing, "write", 137, 4),
     "a log, before it is in place": (os, "replace", 1, 0),
@@ -261,9 +261,9 @@ def test_a_signal_between_steps(
     phase: str, number: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    *where, steps = LATER[phase]
+    owner, name, at, steps = LATER[phase]
     with pytest.MonkeyPatch.context() as patch:
-        sending(patch, *where, number)
+        sending(patch, owner, name, at, number)
         ended(capsys, 128 + number, *RUN, "--out", str(out))
     assert not parts(out)
     assert len(cl.open(out)["epoch"]) >= 1
@@ -286,7 +286,7 @@ DRAWING = [
     ids=lambda p: p[1] if isinstance(p, tuple) else p.name,
 )
 def test_a_signal_while_the_pictures_are_drawn(
-    phase: tuple,
+    phase: tuple[Any, ...],
     number: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -314,7 +314,7 @@ def test_a_signal_while_the_pictures_are_drawn(
 
 SECOND: dict[str, tuple[object, str, int]] = {
     "the same step": (loop.Training, "_watch", 3),
-    "the checkpoint": (checkpoint.torch, "save", 2),
+    "the checkpoint": (torch, "save", 2),
     "the checkpoint, half-written": (atomic.Sealing, "write", 137),
     "before the checkpoint is on the disk": (os, "fsync", 5),
     "before the checkpoint is in place": (os, "replace", 3),
@@ -422,7 +422,7 @@ def test_signals_at_calls_all_over_a_run(
             real = cli._ended
 
             def profiled(
-                words: list[str], real: Callable = real, profile: Callable = profile
+                words: list[str], real: Callable[..., int] = real, profile: Any = profile
             ) -> int:
                 sys.setprofile(profile)
                 try:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, assert_near, batches, curvature_of, normal, problem
+from problems import Problem, assert_near, batches, curvature_of, grad_of, normal, problem
 from test_cli import call
 from torch import Tensor, nn
 
@@ -68,7 +68,7 @@ class ByHand:
     def look(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Observation]:
         closure = self.objective.closure(x, y)
         closure()
-        grads = {n: q.grad.clone() for n, q in self.objective.parameters.items()}
+        grads = {n: grad_of(q).clone() for n, q in self.objective.parameters.items()}
         return {b.name: b.gather(grads) for b in self.objective.blocks}, closure.observe()
 
     def weights(self) -> dict[str, Tensor]:
@@ -196,12 +196,9 @@ def test_trajectory_is_algorithm_1(
         expected = by_hand.step(x, y, 0.3)
         for block, H in optimizer.descent.curvature.inverse.items():
             assert_near(H.dense(), expected[block], 1e-9)
-    for block in (
-        objective.blocks
-    ):  # no nearer than the inverses that they have followed, whatever the machine's order of sums
-        assert_near(
-            block.gather(objective.parameters).detach(), by_hand.weights()[block.name], 1e-9
-        )
+    # no nearer than the inverses that they have followed, whatever the machine's order of sums
+    for b in objective.blocks:
+        assert_near(b.gather(objective.parameters).detach(), by_hand.weights()[b.name], 1e-9)
     if name == "skqn-l":
         assert all(1 <= len(kept) <= 3 for kept in by_hand.kept.values())
 
@@ -244,7 +241,7 @@ def test_conditions_19_and_20_hold_before_sketching(name: str, places: bool) -> 
     def look() -> tuple[Tensor, Tensor, LayerStatistics]:
         closure = objective.closure(p.x, p.y)
         closure()
-        grads = {n: q.grad.clone() for n, q in objective.parameters.items()}
+        grads = {n: grad_of(q).clone() for n, q in objective.parameters.items()}
         layer = objective.blocks[0]
         return (
             layer.gather(objective.parameters).detach().clone(),
@@ -293,7 +290,7 @@ def test_l_satisfies_the_secant_equation_of_the_newest_pair() -> None:
     optimizer = cl.optimizer(
         "skqn-l", objective, lr=0.3, damping=DAMPING, gamma=0.01, refresh_every=1
     )
-    curvature, seen = optimizer.descent.curvature, 0
+    curvature, seen = curvature_of(optimizer), 0
     for x, y in batches(p, 12):
         optimizer.step(objective.closure(x, y))
         steps = {
@@ -333,7 +330,7 @@ def test_l_stays_positive_definite(
 ) -> None:
     """Whatever the pairs: those that are kept have positive curvature."""
     layer, statistics = small_layer()
-    block = SkqnL(layer, pairs=pairs, gamma=gamma, mu=mu)
+    block: Any = SkqnL(layer, pairs=pairs, gamma=gamma, mu=mu)
     block.update(statistics, 1.0)
     for k in range(6):
         U = normal(3, 6, seed=seed + k)
@@ -356,13 +353,13 @@ def test_l_stays_positive_definite(
 @settings(deadline=None, max_examples=25)
 @given(seed=SEEDS, gamma=st.floats(1e-3, 10), mu=st.floats(0.05, 0.9), lean=st.floats(-3, 3))
 def test_b_stays_positive(
-    condition: str, choice: Choice, seed: int, gamma: float, mu: float, lean: float
+    condition: Any, choice: Choice, seed: int, gamma: float, mu: float, lean: float
 ) -> None:
     """Λ̃ positive definite with the symmetric P, up to the rounding of its largest eigenvalue;
     semi-definite with the others.
     """
     layer, statistics = small_layer()
-    block = SkqnB(layer, condition=condition, columns=2, gamma=gamma, choice=choice, mu=mu)
+    block: Any = SkqnB(layer, condition=condition, columns=2, gamma=gamma, choice=choice, mu=mu)
     block.update(statistics, 1.0)
     for k in range(5):
         U = normal(3, 6, seed=seed + k)
@@ -377,7 +374,7 @@ def test_b_stays_positive(
 
 def test_a_pair_of_negative_curvature_is_skipped_where_nothing_is_damped() -> None:
     layer, statistics = small_layer()
-    block = SkqnL(layer, mu=0)
+    block: Any = SkqnL(layer, mu=0)
     block.update(statistics, 1.0)
     block.U, block.V = normal(3, 6), -10 * normal(3, 6)
     block.update(statistics, 1.0)
@@ -393,7 +390,7 @@ def test_the_refinement_of_a_model_in_single_precision_is_of_double_precision() 
         p.objective().blocks[0],
         p.objective().closure(p.x, p.y).observe().passes["data"]["1"],
     )
-    block = SkqnB(layer, condition="preactivations", columns=None, gamma=GAMMA)
+    block: Any = SkqnB(layer, condition="preactivations", columns=None, gamma=GAMMA)
     block.update(statistics, 1.0)
     single, double = block.Lambda.float(), GAMMA * eye(3)
     for k in range(400, 408):
@@ -504,7 +501,7 @@ def test_without_refinement_it_is_kfac_to_the_bit(name: str, model: str) -> None
 @names
 def test_without_refinement_the_whole_is_damped_exactly(name: str) -> None:
     layer, statistics = small_layer()
-    block = OFF[name](layer, False)
+    block: Any = OFF[name](layer, False)
     block.update(statistics, 1.0)
     block.refresh(0.3)
     dense = torch.kron(statistics.G, statistics.A.contiguous()) + 0.3 * eye(layer.numel)
@@ -551,13 +548,16 @@ def test_the_damping_of_a_step_is_of_the_gradient_before(
     seen: list[float] = []
     refresh = block.refresh
     monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))  # type: ignore[func-returns-value]  # for its effect
-    expected, norm = [], None
+    expected: list[float] = []
+    norm: float | None = None
     for x, y in batches(p, 4):
         x = x * 10 ** (-len(expected))  # gradients of several sizes
         expected.append(GradientNorm()(DAMPING, norm))
         closure = objective.closure(x, y)
         closure()
-        norm = math.sqrt(sum(float(q.grad.square().sum()) for q in objective.parameters.values()))
+        norm = math.sqrt(
+            sum(float(grad_of(q).square().sum()) for q in objective.parameters.values())
+        )
         optimizer.step(objective.closure(x, y))
     assert seen == pytest.approx(expected, rel=1e-12)
     assert optimizer.param_groups[0]["damping"] == DAMPING  # α⁻¹, which a schedule may change
@@ -576,7 +576,8 @@ def test_r1_r2_and_the_sequence_alpha_are_options(
     seen: list[float] = []
     refresh = block.refresh
     monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))  # type: ignore[func-returns-value]  # for its effect
-    expected, norm = [], None
+    expected: list[float] = []
+    norm: float | None = None
     for k, (x, y) in enumerate(batches(p, 5)):
         alpha, closure = DAMPING * 0.5**k, objective.closure(x * 10 ** (1 - k), y)
         if norm is None:
@@ -586,7 +587,9 @@ def test_r1_r2_and_the_sequence_alpha_are_options(
         else:
             expected.append(2 * norm / (norm + 0.05) * alpha if norm > 0.05 else alpha)
         closure()
-        norm = math.sqrt(sum(float(q.grad.square().sum()) for q in objective.parameters.values()))
+        norm = math.sqrt(
+            sum(float(grad_of(q).square().sum()) for q in objective.parameters.values())
+        )
         optimizer.step(closure)
     assert seen == pytest.approx(expected, rel=1e-12)
     assert optimizer.param_groups[0]["damping"] == DAMPING / 32

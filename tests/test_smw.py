@@ -129,9 +129,10 @@ def test_one_place_forms_no_gradients() -> None:
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     operator = curvature.inverse["1"].inv()
     assert isinstance(operator, LowRank)
-    assert operator.rows.g.shape == (7, 4)
-    assert operator.rows.a is not None
-    assert operator.rows.a.shape == (7, 6)
+    rows: Any = operator.rows
+    assert rows.g.shape == (7, 4)
+    assert rows.a is not None
+    assert rows.a.shape == (7, 6)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def test_one_place_forms_no_gradient_of_an_example(monkeypatch: pytest.MonkeyPat
     objective = p.objective()
     optimizer = cl.optimizer("smw-gn", objective)
     optimizer.step(objective.closure(p.x, p.y))
-    first = optimizer.descent.curvature.inverse["whole"].inv().rows.parts[0]
+    first = curvature_of(optimizer).inverse["whole"].inv().rows.parts[0]
     assert (first.g.shape, first.a.shape) == ((3, 7, 1, 1, 4), (7, 1, 1, 6))
 
 
@@ -283,7 +284,8 @@ def test_rows_of_many_places_are_formed_where_they_are_fewer_numbers(
     objective = p.objective()
     curvature = approximation("smw-gn", objective, damping=0.1)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
-    assert isinstance(curvature.inverse["whole"].inv().rows.parts[1], Rows if formed else LayerRows)
+    whole: Any = curvature.inverse["whole"].inv()
+    assert isinstance(whole.rows.parts[1], Rows if formed else LayerRows)
     assert_near(
         curvature.inverse["whole"].inv().dense(),
         Reference(p)["ggn"] + 0.1 * eye(len(objective.layout)),

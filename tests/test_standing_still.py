@@ -210,6 +210,11 @@ OTHERS: dict[str, Callable[[], Loader]] = {
 }
 
 
+# with a minibatch or a loader
+product: Callable[..., Any] = cl.exact.product
+spectrum: Callable[..., Any] = cl.spectrum
+
+
 def given_both_ways() -> list[tuple[Any, ...]]:
     """The data, and a loader of them."""
     return [data(), (DataLoader(pairs(), 4),)]
@@ -321,13 +326,13 @@ def test_data_that_are_changed_in_place(many: bool, kind: Kind) -> None:
         lambda: y.numpy().sort(),
         lambda: x.copy_(x.flip(0).clone()),
     ):
-        found: Any = cl.exact.product(o, *given, kind=kind)
+        found = product(o, *given, kind=kind)
         first = found @ v
         assert torch.equal(found @ v, first)
         edit()
         with pytest.raises(CurvlabError, match=CHANGED):
             found @ v
-    again = cl.exact.product(o, *given, kind=kind)
+    again = product(o, *given, kind=kind)
     assert torch.equal(again @ v, again @ v)
 
 
@@ -366,7 +371,7 @@ def test_spectra_are_all_of_the_same_data(name: str, method: str) -> None:
 def test_spectra_of_another_order(name: str, method: str) -> None:
     ways: list[tuple[Any, ...]] = [(OTHER_ORDERS[name](),), data()]
     found, wanted = (
-        cl.spectrum(objective(), *given, method=method, draws=2, steps=3) for given in ways
+        spectrum(objective(), *given, method=method, draws=2, steps=3) for given in ways
     )
     for variable in ("highest", "lowest", "trace", "loss"):
         np.testing.assert_allclose(found[variable], wanted[variable], rtol=1e-9, atol=1e-13)
@@ -404,7 +409,7 @@ def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: K
     o = objective()
     v = vector(o)
     for given in given_both_ways():
-        found: Any = cl.exact.product(o := objective(), *given, kind=kind)
+        found = product(o := objective(), *given, kind=kind)
         assert torch.equal(found @ v, found @ v)
         EDITS[name](o.model)
         for use in (lambda: found @ v, found.diag, found.trace):  # noqa: B023
@@ -439,7 +444,7 @@ def test_another_mode_is_refused(kind: Kind) -> None:
     o = objective(nn.Dropout(0.5))
     o.model.eval()
     for given in given_both_ways():
-        found: Any = cl.exact.product(o, *given, kind=kind)
+        found = product(o, *given, kind=kind)
         first = found @ vector(o)
         o.model.train()
         with pytest.raises(
@@ -499,10 +504,10 @@ def test_products_under_any_mode(mode: Callable[[], torch.no_grad], kind: Kind) 
     for given in given_both_ways():
         o, other = objective(), objective()
         v = vector(o, 2)
-        outside: Any = cl.exact.product(o, *given, kind=kind)
+        outside = product(o, *given, kind=kind)
         wanted, diagonal = outside @ v, outside.diag()
         with mode():
-            inside: Any = cl.exact.product(other, *given, kind=kind)
+            inside = product(other, *given, kind=kind)
             for found in (inside, outside):
                 for u in (v, v.clone()):
                     value = found @ u
@@ -511,7 +516,7 @@ def test_products_under_any_mode(mode: Callable[[], torch.no_grad], kind: Kind) 
                 assert torch.equal(found.diag(), diagonal)
             near(inside.dense().diagonal(), diagonal)
         assert torch.equal(inside @ v, wanted)
-        assert torch.equal(cl.exact.product(objective(), *given, kind=kind) @ v, wanted)
+        assert torch.equal(product(objective(), *given, kind=kind) @ v, wanted)
 
 
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
