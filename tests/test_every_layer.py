@@ -9,7 +9,7 @@ the other, and not. Train and eval mode.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -194,7 +194,8 @@ def test_bases_are_bases() -> None:
 # ------------------------------------------------------------------------------------------------
 # models around a layer
 
-Use = Callable[[nn.Module, Tensor], Tensor]
+Use = Callable[[Any, Tensor], Tensor]
+"""Of a layer, of whose parts mypy knows nothing."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def sequence_first(layer: nn.Module, h: Tensor) -> Tensor:
     return layer(h.transpose(0, 1)).transpose(0, 1)
 
 
-def rows(layer: nn.Module, h: Tensor) -> Tensor:
+def rows(layer: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
     """[N·T, F]."""
     return layer(h.flatten(0, 1)).unflatten(0, h.shape[:2])
 
@@ -645,7 +646,7 @@ def case_of(name: str, variant: str, places: str, mode: str) -> tuple[Example, C
 
 def cases(only_first: bool = False) -> list[tuple[str, str, str]]:
     """(class, variant, places); what has no places once."""
-    found = []
+    found: list[tuple[str, str, str]] = []
     for name, variants in EXAMPLES.items():
         for variant, example in list(variants.items())[: 1 if only_first else None]:
             found.extend(
@@ -709,7 +710,7 @@ def test_the_mean_gradient_is_autograds(name: str, variant: str, places: str, mo
     assert gaps(found, expected) == []
 
 
-def vectors(block: Laid, weights: Named) -> Tensor:
+def vectors(block: Laid, weights: Mapping[str, Tensor]) -> Tensor:
     """Two random ones, which no wrong matrix passes; all unit vectors of a small block."""
     size = block.gather(weights).numel()
     if size <= 4:
@@ -763,7 +764,7 @@ def test_samples_and_matrices(name: str, variant: str, places: str) -> None:
         ):  # a mode is nothing without statistics
             plain = twin = Plain(case.model, case.x, case.y)
             if example.twin is not None:
-                other = made(example, PLACES[places], mode)
+                other: Any = made(example, PLACES[places], mode)
                 other.model.use = example.twin
                 twin = Plain(other.model, case.x, case.y)
         said = off(objective, case, plain, twin)
@@ -827,10 +828,11 @@ def test_optimizers_step_along_autograds_gradient(name: str, optimizer: str) -> 
     )
     objective = case.objective()
     stepping = cl.optimizer(optimizer, objective, **OPTIMIZERS[optimizer])
-    closure, seen = objective.closure(case.x, case.y), []
+    closure: Any = objective.closure(case.x, case.y)
+    seen: list[Observation] = []
     observe = closure.observe
 
-    def watched(needs: object, *args: object, **options: Any) -> Observation:
+    def watched(needs: Iterable[str], *args: Any, **options: Any) -> Observation:
         seen.append(observe(needs, *args, **options))
         if {"gradient", "data"} & set(needs) and len(seen) == 1:  # before anything has moved
             assert gaps(scattered(objective, seen[0]), expected) == []

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import curvlab as cl
 from curvlab.errors import CurvlabError
 from curvlab.exact import Kind
-from curvlab.likelihoods import Bernoulli, Categorical, Gaussian
+from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 
@@ -26,17 +26,18 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2]).double()
 
 
-def of(parent: type, loss: Loss) -> object:
+def of(parent: Any, loss: Loss) -> Likelihood:
     """A likelihood of one's own, as users write them: another loss, and all else of its parent."""
 
-    class Own(parent):
+    class Own(parent):  # type: ignore[misc]  # whichever it is
         def check(self, z: Tensor, y: Tensor) -> None:
             """Any target."""
 
         def loss(self, z: Tensor, y: Tensor) -> Tensor:
             return loss(z, y)
 
-    return Own()
+    made: Likelihood = Own()
+    return made
 
 
 def summed(each: Tensor) -> Tensor:
@@ -193,6 +194,7 @@ kinds that need it.
 
 def problem(name: str, model: str = "one place") -> tuple[cl.Objective, Tensor, Tensor, Reference]:
     parent, loss, targets = LOSSES[name]
+    net: nn.Module
     with seeded(2):
         if model == "one place":
             net, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), numbers(6, 4)
@@ -345,10 +347,10 @@ class TokenLoss(Categorical):
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(z.transpose(1, 2), y, reduction="none", ignore_index=-100).sum(1)
 
-    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]  # as users write them
         return super().sample(z.flatten(0, 1), generator).view(z.shape[:2])
 
-    def root(self, z: Tensor) -> Tensor:
+    def root(self, z: Tensor) -> Tensor:  # type: ignore[override]  # as users write them
         n, t, c = z.shape
         found = z.new_zeros(t * c, n, t, c)
         each = super().root(z.reshape(-1, c)).view(c, n, t, c)

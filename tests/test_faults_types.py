@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Net, Reference, apart, numbers, one_line, seeded, tokens
+from oracle import Net, Reference, apart, numbers, one_line, seeded, tokens, total
 from test_faults import entries, in_order, layers, refusal, right_or_refused
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -193,7 +193,7 @@ def test_autocast_matrices(kind: Kind, where: str) -> None:
     o = cl.Objective(net, Categorical())
 
     def trace(**options: Any) -> Tensor:
-        return sum(
+        return total(
             cl.exact.matrix(o, x, y, kind, b.name, **options).dense().double().trace()
             for b in o.blocks
         )[None]
@@ -237,7 +237,7 @@ def test_a_half_backbone_gets_its_inputs_as_they_are() -> None:
     cl.optimizer("kfac", o, lr=0.1, damping=0.1).step(o.closure(x, y))
 
 
-def double_head() -> nn.Module:
+def double_head() -> Any:
     with seeded(dtype=torch.float32):
         net = Net(
             lambda m, x: m.head(torch.tanh(m.base(x)).double()), **layers(base=(4, 5), head=(5, 3))
@@ -267,10 +267,10 @@ def test_a_double_head_by_the_oracle(kind: Kind) -> None:
     wanted = getattr(exact, kind).trace()[None]
     for call in (
         lambda: cl.exact.matrix(o, x, y, kind, None).dense().double().trace()[None],
-        lambda: sum(m.dense().double().trace() for m in cl.exact.matrices(o, x, y, kind).values())[
-            None
-        ],
-        lambda: sum(
+        lambda: total(
+            m.dense().double().trace() for m in cl.exact.matrices(o, x, y, kind).values()
+        )[None],
+        lambda: total(
             cl.exact.matrix(o, x, y, kind, b.name, route="func").dense().double().trace()
             for b in o.blocks
         )[None],
@@ -340,7 +340,7 @@ class Complex(nn.Module):
         return self.head((x * self.w).abs())
 
 
-def complex_model(first: bool) -> nn.Module:
+def complex_model(first: bool) -> Any:
     with seeded():
         return Complex(first)
 
