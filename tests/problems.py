@@ -149,6 +149,8 @@ def eval_norm(net: nn.Module) -> nn.Module:
     """In eval mode, with statistics that are not the initial ones."""
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     return net.eval()
@@ -313,6 +315,11 @@ def curvature_of(optimizer: torch.optim.Optimizer) -> Any:
 def groupless(p: Problem) -> list[Block]:
     """Blocks whose outputs share their inputs: a, A and Kronecker factors exist."""
     return [b for b in p.objective().blocks if b.module is not None and b.groups == 1]
+
+
+def module_of(block: Block) -> nn.Module:
+    assert block.module is not None
+    return block.module
 
 
 def own_inputs(block: Block, a: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from curvlab.exact import KINDS, Kind
 from curvlab.layers import Block
 from curvlab.likelihoods import Likelihood
 from curvlab.linalg.kronecker import nearest_kronecker
+from curvlab.observation import Pass
 
 KBFGS = [name for name, a in ALGORITHMS.items() if a.make is KBfgs]
 NONE = ("sgd-m", *KBFGS)  # estimate no matrix: K-BFGS's is damped as it is learnt
@@ -85,7 +87,7 @@ def test_undamped_matrices_by_their_formulas(model: str) -> None:
     """
     p = problem(model)
     objective = p.objective()
-    made = {
+    made: dict[str, Any] = {
         name: cl.approximation(name, objective, labels="data")
         for name in ("kfac", "tnt", "shampoo", "adam")
     }
@@ -255,7 +257,13 @@ def test_quality_by_hand(model: str, kind: Kind) -> None:
     """Every measure from the dense matrices; KFAC's labels are those of the exact matrix."""
     p = problem(model)
     found = quality(p.objective(), p.x, p.y, ["tnt-per-sample", "kfac"], kind)
-    labels = {"hessian": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data"}[kind]
+    passes: dict[Kind, Pass] = {
+        "hessian": "exact",
+        "fisher": "exact",
+        "fisher-mc": "model",
+        "ef": "data",
+    }
+    labels = passes[kind]
     for name in ("kfac", "tnt-per-sample"):
         objective = p.objective()
         curvature: Any = cl.approximation(name, objective, labels=labels)
@@ -570,7 +578,8 @@ def test_a_model_without_a_block_that_fits() -> None:
 
 def test_data_that_do_not_fit() -> None:
     p = problem("tanh")
-    for measure in (errors, quality):
+    measures: tuple[Callable[..., object], ...] = (errors, quality)
+    for measure in measures:
         with pytest.raises(cl.CurvlabError, match="label 5 is out of range"):
             measure(p.objective(), p.x, torch.full_like(p.y, 5))
         with pytest.raises(cl.CurvlabError, match="the inputs contain NaN"):

@@ -52,6 +52,7 @@ def test_average_is_a_running_mean_that_becomes_a_moving_average(decay: float) -
     objective = p.objective()
     curvature = kfac(objective, decay=decay)
     seen: list[Tensor] = []
+    expected = torch.zeros(())  # of no update
     for k, observation in enumerate(observations(objective, p, 14), 1):
         curvature.update(observation)
         seen.append(moment(observation))
@@ -235,7 +236,7 @@ def ready(
     """An objective, an algorithm after one update, and {parameter: gradient} by autograd."""
     p = problem(model)
     objective = p.objective()
-    curvature = approximation(name, objective, damping=0.1)
+    curvature = cast(BlockDiagonal, approximation(name, objective, damping=0.1))
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     names = list(objective.parameters)
     loss = objective.likelihood.loss(p.model(p.x), p.y).mean()

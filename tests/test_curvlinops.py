@@ -7,6 +7,8 @@ second moments of gradients).
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from problems import LIKELIHOODS, MODELS, Problem, assert_near, in_turn, problem
@@ -50,7 +52,7 @@ def data(p: Problem, streamed: bool) -> list[tuple[Tensor, Tensor]]:
 
 def theirs(
     p: Problem, likelihood: str, kind: Kind, streamed: bool = False, **options: object
-) -> tuple[object, float]:
+) -> tuple[Any, float]:
     """(their operator, on the parameters one after the other; the scale that makes it our mean)."""
     loss = LOSSES[likelihood](reduction="sum")
     weights = list(p.objective().parameters.values())
@@ -79,7 +81,7 @@ def trained(p: Problem) -> Tensor:
     return (~torch.cat(held)).double()[order(p)]
 
 
-def assert_same(p: Problem, ours: Tensor, operator: object, scale: float) -> None:
+def assert_same(p: Problem, ours: Tensor, operator: Any, scale: float) -> None:
     held = trained(p)
     dense = operator @ torch.eye(len(ours), dtype=ours.dtype) * scale
     assert_near(ours[order(p)][:, order(p)], held[:, None] * dense * held)

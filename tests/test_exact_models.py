@@ -4,6 +4,8 @@ own; outputs of any shape.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def expected(r: Reference, kind: Kind) -> Tensor:
     return r.drawn(sampled(r.p, r.p.objective(), DRAWS)) if kind == "fisher-mc" else r[kind]
 
 
-def found(p: Problem, kind: Kind, block: object, route: str = "auto") -> Tensor:
+def found(p: Problem, kind: Kind, block: Any, route: str = "auto") -> Tensor:
     return cl.exact.matrix(p.objective(), p.x, p.y, kind, block, route=route, draws=DRAWS).dense()
 
 
@@ -264,7 +266,7 @@ def test_models_beyond_the_zoo(name: str, kind: Kind) -> None:
     for name, block in cl.exact.matrices(p.objective(), p.x, p.y, kind).items():
         own = p.objective().layout.slices[name]
         assert_block(block.dense(), whole[own, own], whole)
-    product = cl.exact.product(p.objective(), p.x, p.y, kind)
+    product: Any = cl.exact.product(p.objective(), p.x, p.y, kind)
     assert_near(product.dense(), whole)
     assert_near(product.diag(), whole.diagonal())
 
@@ -357,6 +359,7 @@ def test_outputs_without_an_axis_or_with_several(make: type, axes: str, kind: Ki
     generator = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
+        shape: tuple[int, ...]
         if axes == "none":
             net, shape = (
                 nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1), nn.Flatten(0)).double(),

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from oracle import total
 from problems import REPRESENTATIVE, RULED, Problem, batches, laid_out, own_inputs, problem
 from torch import Tensor
 
@@ -15,10 +16,11 @@ import curvlab as cl
 from curvlab.algorithms import approximation
 from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.fisher import DenseFisher
+from curvlab.exact import Kind
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass
 
-KIND: dict[Pass, str] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
+KIND: dict[Pass, Kind] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
 LABELS = list(KIND)
 DAMPING = 0.01
 
@@ -115,7 +117,7 @@ def test_matrices_of_other_layers_are_those_of_autograd(model: str) -> None:
             loss = p.likelihood.loss(p.model(p.x[n : n + 1]), p.y[n : n + 1]).sum()
             gradients = torch.autograd.grad(loss, list(weights.values()))
             rows.append(laid_out(block, dict(zip(weights, gradients, strict=True))).flatten())
-        assert_inverts(curvature, block.name, sum(torch.outer(r, r) for r in rows) / len(p.x))
+        assert_inverts(curvature, block.name, total(torch.outer(r, r) for r in rows) / len(p.x))
 
 
 def test_tokens_one_at_a_time_keep_the_packed_matrix_of_those_seen() -> None:

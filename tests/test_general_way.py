@@ -64,7 +64,7 @@ def test_the_remedy_that_it_names_works() -> None:
     x, y = data()
     v = torch.randn(1024 * 768, generator=torch.Generator().manual_seed(1))
     found = cl.exact.product(objective, x, y, "hessian", "2") @ v
-    weight = objective.model.place.weight
+    weight = objective.parameters["place.weight"]
     loss = objective.likelihood.loss(objective.model(x), y).mean()
     (slope,) = torch.autograd.grad(loss, weight, create_graph=True)
     (true,) = torch.autograd.grad(slope, weight, v.view(768, 1024).T)

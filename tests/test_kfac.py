@@ -16,10 +16,11 @@ import curvlab as cl
 from curvlab.algorithms import approximation, descent
 from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.kfac import Kfac
+from curvlab.exact import Kind
 from curvlab.linalg.operators import Kronecker
 from curvlab.observation import Pass
 
-KIND: dict[Pass, str] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
+KIND: dict[Pass, Kind] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
 
 
 def factors(curvature: BlockDiagonal, block: str) -> tuple[Tensor, Tensor]:
@@ -199,7 +200,7 @@ def test_chapter_2_splits_the_damping_evenly(model: str, damping: float) -> None
     """Alg. 7, line 11: √λ each; the same factors as KFAC, whose split is an option."""
     p = problem(model)
     objective = p.objective()
-    made = [
+    made: list[Any] = [
         approximation(*pair, damping=damping)
         for pair in (("kfac-20", objective), ("kfac", objective))
     ]

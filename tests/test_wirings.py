@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from oracle import total
 from plain import Named, Plain, gaps
 from torch import Tensor, nn
 from wirings import ENDS, LAYOUTS, OPERATIONS, Choose, Wiring, minibatch, wiring
@@ -43,7 +45,7 @@ def off(
     net: nn.Module,
     x: Tensor,
     y: Tensor,
-    one: Callable[[list[Block]], Block],
+    one: Callable[..., Block],
     objective: cl.Objective | None = None,
 ) -> list[str]:
     """Mean gradient, samples, EF, GGN, a Hessian block (that of `one`), products: what differs or
@@ -139,7 +141,7 @@ def test_ends(first: str, end: str, T: int) -> None:
     """Nothing but a linear layer between."""
     plain_choices = random.Random(f"{first} {end} {T}").choice
 
-    def choose(options: list[object]) -> object:
+    def choose(options: Sequence[Any]) -> Any:
         return (
             first == "symbols"
             if options == [True, False] and not seen.append(0) and len(seen) == 1  # type: ignore[func-returns-value]  # for its effect
@@ -185,7 +187,7 @@ def test_several_operations(every: bool) -> None:
 def test_many_operations(data: st.DataObject) -> None:
     """The same, many more, and the shortest that fails."""
 
-    def choose(options: list[object]) -> object:
+    def choose(options: Sequence[Any]) -> Any:
         return options[data.draw(st.integers(0, len(options) - 1))]
 
     net, said = drawn(choose, choose(PLACES))
@@ -415,7 +417,7 @@ class Language(nn.Module):
         torch.manual_seed(0)
         self.table, self.inner = nn.Embedding(7, 4), nn.Linear(4, 4)
         self.attend = nn.MultiheadAttention(4, 2, batch_first=True) if causal else None
-        self.head = None if tied == "by function" else nn.Linear(4, 7, bias=False)
+        self.head: Any = None if tied == "by function" else nn.Linear(4, 7, bias=False)
         if tied == "one parameter":
             self.head.weight = self.table.weight
         if tied == "no":
@@ -465,7 +467,7 @@ def test_a_tied_weights_matrix_is_the_sum_of_four_blocks(
     found = between(one, x, y, kind, "table.weight", "table.weight")
     names = ["table.weight", "head.weight"]
     blocks = {(a, b): between(two, x, y, kind, a, b) for a in names for b in names}
-    expected = sum(blocks.values())
+    expected = total(blocks.values())
     assert float((found - expected).norm()) <= 1e-12 * float(expected.norm())
     crossed = blocks[names[0], names[1]] + blocks[names[1], names[0]]
     assert float(crossed.norm()) > 0.1 * float(expected.norm())
