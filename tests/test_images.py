@@ -200,7 +200,12 @@ def test_an_npz_that_is_not_cifar_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, y = images
-    arrays = {"x_train": x[:50], "y_train": y[:50], "x_test": x[50:], "y_test": y[50:]}
+    arrays: dict[str, Any] = {
+        "x_train": x[:50],
+        "y_train": y[:50],
+        "x_test": x[50:],
+        "y_test": y[50:],
+    }
     change(arrays)
     np.savez(tmp_path / "cifar10.npz", **arrays)
     monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))

@@ -176,7 +176,7 @@ def test_class_numbers_of_any_integer_type(dtype: torch.dtype) -> None:
 
 Z, MAP = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, 2, 2, dtype=torch.float64)
 HOT = torch.eye(4).long()[:3]
-BAD = {
+BAD: dict[str, tuple[Likelihood, Tensor, Tensor, str]] = {
     "float labels": (
         Categorical(),
         Z,
@@ -831,7 +831,7 @@ def test_a_method_that_an_instance_carries() -> None:
 
 def test_a_subclass_of_a_built_in_that_is_blind_to_labels() -> None:
     class Blind(Categorical):
-        def root(self, z: Tensor) -> Tensor:
+        def root(self, z: Tensor) -> Tensor:  # type: ignore[override]  # takes no labels
             return 2 * super().root(z)
 
     z, y = masked(())

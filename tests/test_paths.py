@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def _fill(folder: Path, file: str) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_folders_of_others(odd: Path) -> None:
     (odd / "folder").chmod(0o500)
-    for check in (paths.check_file, paths.check_folder):
+    for check in (partial(paths.check_file, what="file"), paths.check_folder):
         with pytest.raises(cl.CurvlabError, match=r"is not yours to write to|Permission denied"):
             check(odd / "folder" / "x")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_the_training_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_your_own_model(capsys: pytest.CaptureFixture[str]) -> None:
-    here: dict[str, object] = {}
+    here: dict[str, Any] = {}
     exec(
         compile(
             block_after("<!-- your own model, executed by the tests -->", page("own_model")),

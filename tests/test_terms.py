@@ -4,9 +4,12 @@ are exact.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
-from problems import LIKELIHOODS, MODELS, REPRESENTATIVE, Problem, assert_near, problem
+from oracle import total
+from problems import LIKELIHOODS, MODELS, REPRESENTATIVE, Problem, assert_near, module_of, problem
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
@@ -82,8 +85,8 @@ def test_every_sum_term_by_term(model: str, kind: Kind) -> None:
             whole += sum(kron(G[t, u], A[t, u]) for t in places for u in places) / s.size
             same += sum(kron(G[t, t], A[t, t]) for t in places) / s.size
             of_places, over_places = (
-                sum(A[t, t] for t in places),
-                sum(G[t, t] for t in places) / s.places,
+                total(A[t, t] for t in places),
+                total(G[t, t] for t in places) / s.places,
             )
             averaged += kron(over_places, of_places) / s.size
             A_mean += of_places / s.size
@@ -122,7 +125,7 @@ class Moved:
     def __init__(self, p: Problem, block: Block, n: int) -> None:
         self.p, self.block, self.n = p, block, n
         seen: list[Tensor] = []
-        handle = block.module.register_forward_hook(
+        handle = module_of(block).register_forward_hook(
             lambda module, args, output: seen.append(output.detach())
         )
         with Capture(p.model, (block,)) as capture:
@@ -133,7 +136,7 @@ class Moved:
 
     def outputs(self, delta: Tensor) -> Tensor:
         weights = {name: w.detach() for name, w in self.p.model.named_parameters()}
-        handle = self.block.module.register_forward_hook(
+        handle = module_of(self.block).register_forward_hook(
             lambda module, args, output: output + delta
         )
         try:
@@ -254,7 +257,8 @@ def test_a_deep_linear_network_with_squared_error_is_one_product(bias: bool) -> 
             assert_near(s.dense(), found["ggn"].dense())
             assert_near(s.single().dense(), s.dense())
             assert_near(s.G[:, 0, :, 0], (J.T @ J).expand(9, -1, -1))
-        J = J @ layer.weight.detach()
+        weight: Any = layer.weight
+        J = J @ weight.detach()
         assert not bool(cl.exact.preactivation(objective, p.x, p.y, "pi", block.name).any())
 
 
@@ -330,7 +334,7 @@ def test_unknown_names_and_data_that_do_not_fit() -> None:
     with pytest.raises(
         cl.CurvlabError, match=r"unknown kind of matrix 'fischer'; did you mean 'fisher'\?"
     ):
-        terms(p, "fischer", "1")
+        terms(p, cast(Kind, "fischer"), "1")
     with pytest.raises(cl.CurvlabError, match="draws must be 1 or more"):
         cl.exact.kronecker_terms(p.objective(), p.x, p.y, "fisher-mc", "1", draws=0)
     with pytest.raises(cl.CurvlabError, match="label 5 is out of range"):

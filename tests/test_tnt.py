@@ -382,7 +382,7 @@ def test_idealised_tnt_is_the_expectation_over_all_data_and_labels(model: str, s
             objective.closure(p.x[some], p.y[some]).observe(curvature.needs | {"data"})
         )
     probability = p.model(p.x).detach().softmax(1)
-    gradients = {n: [] for n in objective.parameters}
+    gradients: dict[str, list[Tensor]] = {n: [] for n in objective.parameters}
     for label in range(3):
         for n, g in cl.exact.gradients(objective, p.x, torch.full((7,), label)).items():
             weight = (

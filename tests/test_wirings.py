@@ -417,10 +417,12 @@ class Language(nn.Module):
         torch.manual_seed(0)
         self.table, self.inner = nn.Embedding(7, 4), nn.Linear(4, 4)
         self.attend = nn.MultiheadAttention(4, 2, batch_first=True) if causal else None
-        self.head: Any = None if tied == "by function" else nn.Linear(4, 7, bias=False)
+        self.head = None if tied == "by function" else nn.Linear(4, 7, bias=False)
         if tied == "one parameter":
+            assert self.head is not None
             self.head.weight = self.table.weight
         if tied == "no":
+            assert self.head is not None
             self.head.weight.data.copy_(self.table.weight)
 
     def forward(self, x: Tensor) -> Tensor:
