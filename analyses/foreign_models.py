@@ -727,7 +727,8 @@ class Reference:
 
     def ggn_product(self, v: Tensor) -> Tensor:
         each = zip(self.jacobians, self.output_hessians, strict=True)
-        return sum(j.T @ (h @ (j @ v)) for j, h in each) / len(self.jacobians)  # type: ignore[return-value]  # never empty
+        along: Any = sum(j.T @ (h @ (j @ v)) for j, h in each)
+        return along / len(self.jacobians)
 
     def ef(self, order: Tensor) -> Tensor:
         rows = self.rows[:, order]
@@ -841,7 +842,7 @@ class Result:
     def note(self, quantity: str, error: float) -> None:
         self.errors[quantity] = max(self.errors.get(quantity, 0.0), error)
 
-    def attempt(self, quantity: str, what: str, measure: Callable[[], float]) -> bool:
+    def attempt(self, quantity: str, what: str, measure: Callable[..., float]) -> bool:
         """Notes the error, or what was raised in its place."""
         try:
             self.note(quantity, measure())

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ from curvlab.algorithms import ALGORITHMS, Algorithm, ByBlock, Constants
 from curvlab.curvature.base import blend
 from curvlab.linalg.operators import Kronecker
 from curvlab.probes import Variable, probe
-from typing import Any
 
 
 class Inputs:

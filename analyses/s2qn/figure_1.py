@@ -58,7 +58,7 @@ def optimum(x: Tensor, y: Tensor) -> tuple[float, float]:
     gradients to 1e-6.
     """
     problem = objective(x)
-    closure, weight = problem.closure(x, y), problem.model.weight
+    closure, weight = problem.closure(x, y), problem.parameters["weight"]
     newton = cl.optimizer(
         "ssn", problem, **NEWTON | {"damping": 0.0, "tolerance": 1e-6, "iterations": 5000}
     )
