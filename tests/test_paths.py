@@ -30,7 +30,7 @@ from curvlab.system import paths
 )
 def test_what_no_path_can_be(path: object, says: str) -> None:
     with pytest.raises(cl.CurvlabError, match=says) as caught:
-        paths.given(path)  # type: ignore[arg-type]
+        paths.given(path)  # type: ignore[arg-type]  # wrong on purpose
     assert len(str(caught.value)) < 400
     assert str(caught.value).isprintable()
 

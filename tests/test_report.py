@@ -376,7 +376,7 @@ def rows_of(page: Page) -> list[list[str]]:
 def parsed(words: list[str]) -> dict[str, Any]:
     """What the command line understands, in a log's words."""
     assert words[0] == "curvlab"
-    command = typer.main.get_command(cli.app).commands[words[1]]  # type: ignore[attr-defined]
+    command = typer.main.get_command(cli.app).commands[words[1]]  # type: ignore[attr-defined]  # a group
     params = dict(command.make_context(words[1], words[2:]).params)
     assert not params.pop("verbose")  # what is printed is no part of a run
     out = params.pop("out_folder")

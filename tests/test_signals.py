@@ -411,7 +411,7 @@ def test_signals_at_calls_all_over_a_run(
         assert call(*RUN, "--out", str(tmp_path / "counted")) == 0
     finally:
         sys.setprofile(None)
-    calls, draw, codes = count.count[0], np.random.default_rng(3), set()  # type: ignore[attr-defined]
+    calls, draw, codes = count.count[0], np.random.default_rng(3), set()  # type: ignore[attr-defined]  # see `seen`
     for i, n in enumerate(np.linspace(20, calls, 9).astype(int)):
         number, twice = SIGNALS[i % len(SIGNALS)], int(10 ** draw.uniform(0, 3.5)) if i % 2 else 0
         out = tmp_path / f"{i + 1}"

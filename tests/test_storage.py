@@ -530,7 +530,7 @@ def stepless(folder: Path) -> None:
         Around(warm=(), probes={}), {}, {}, folder,
     )  # fmt: skip
     folder.mkdir()
-    training._keep = lambda sound=False: None  # type: ignore[method-assign]
+    training._keep = lambda sound=False: None  # type: ignore[method-assign]  # nothing is kept
     with progress_bar(Console(), False) as training.bar:
         training.showing = Showing(
             training.bar, lambda line: None, training.budget, training.per_epoch

@@ -1166,12 +1166,13 @@ def test_double_grad_is_the_optimizers_and_goes_on(tmp_path: Path) -> None:
     """Thesis 2.8.3, by hand; and over a checkpoint, where the last second look's gradient is
     kept.
     """
-    train, settings = data(), {"algorithm": "k-bfgs-20", "lr": 0.1, "damping": 0.3}
+    train = data()
+    settings: dict[str, Any] = {"algorithm": "k-bfgs-20", "lr": 0.1, "damping": 0.3}
     whole, halves, hand, plain = net(), net(), net(), net()
 
     def run(model: nn.Module, epochs: int, **more: Any) -> xr.Dataset:
         batches = train.batches(5, seed=2)
-        return cl.train(objective_of(model), batches, epochs=epochs, **settings, **more).dataset  # type: ignore[arg-type]
+        return cl.train(objective_of(model), batches, epochs=epochs, **settings, **more).dataset
 
     log = run(whole, 3, double_grad=True)
     run(halves, 1, double_grad=True, folder=tmp_path)

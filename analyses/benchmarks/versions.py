@@ -47,7 +47,7 @@ def serve() -> None:
     try:
         from curvlab.system.memory import keep_freed_memory
     except ModuleNotFoundError:  # an older version
-        from curvlab.memory import keep_freed_memory  # type: ignore[import-untyped, no-redef]
+        from curvlab.memory import keep_freed_memory  # type: ignore[import-untyped, no-redef]  # its place then
 
     torch.set_num_threads(1)
     keep_freed_memory()
