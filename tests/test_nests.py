@@ -92,7 +92,7 @@ def problem(**options: Any) -> SimpleNamespace:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [None, "1", "3"])
 def test_every_kind_is_that_of_one_tensor(kind: str, block: str | None) -> None:
-    p, kind = problem(), kind  # type: ignore[assignment]
+    p = problem()
     found = cl.exact.matrix(p.objective, p.x, p.y, kind, block).dense()  # type: ignore[arg-type]
     # labels are drawn by the number of the call: the first of each
     wanted = cl.exact.matrix(p.flat, p.whole, p.y, kind, block).dense()  # type: ignore[arg-type]

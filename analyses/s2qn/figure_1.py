@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from problems import curvature_of
 from torch import Tensor
 
 import curvlab as cl
@@ -129,7 +128,8 @@ def follow(
         visits += seen * (not (full and chosen is None)) + seen * (not stochastic)
         full = chosen is None
         if not stochastic:
-            work = sum(curvature_of(optimizer).work.values())
+            curvature: Any = optimizer.descent.curvature  # with the counters of its own method
+            work = sum(curvature.work.values())
             visits, last = visits + int(work - last), work
     raise AssertionError
 
