@@ -34,6 +34,7 @@ from curvlab.derivatives import precise
 from curvlab.divergence import Naming, named
 from curvlab.errors import CurvlabError, Diverged, unknown, warn
 from curvlab.layers import Block, Layout
+from curvlab.likelihoods.base import factor_over
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
@@ -214,11 +215,11 @@ class BlockDiagonal(CurvatureDefaults):
             self.blocks |= {name: self._fallback() for name in lost}
 
     def _fold_data(self, objective: Objective) -> None:
-        seen = 0
+        seen, factor = 0, factor_over(objective.likelihood, (y for _, y in self.shown))
         for x, y in self.shown:
             seen += len(x)
             # of no stream's count: made again and again
-            closure = Closure(objective, x, y, 0, "warm")
+            closure = Closure(objective, x, y, 0, "warm", factor=factor)
             self._fold(closure.observe({self._pass}, move_buffers=False), len(x) / seen)
 
     @precise()

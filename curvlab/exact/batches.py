@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, cast, get_args
 
 import torch
@@ -20,6 +21,7 @@ from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.fingerprint import Unchanging
 from curvlab.forms import Form
 from curvlab.layers import Block
+from curvlab.likelihoods.base import factor_over, scaled
 from curvlab.objective import Objective
 from curvlab.observation import Pass
 
@@ -58,13 +60,16 @@ class Batches:
     """Minibatches as closures. Drawn labels depend on the objective's seed, the number of the call
     and the chunk alone.
 
-    A loader that is read `again` must give the same data at every pass (`Unchanging`).
+    A loader that is read `again` must give the same data at every pass (`Unchanging`): so must one
+    whose labels are counted first, for the factor N/M of all of it.
     """
 
     objective: Objective
     loader: Loader
     number: int
     chunk: int = CHUNK
+    # N/M of all minibatches together; None where each chunk's is that of its minibatch
+    factor: float | None = None
 
     @classmethod
     def of(
@@ -107,10 +112,17 @@ class Batches:
                     " give a list or a DataLoader"
                 )
         objective.closures["exact"] += 1
+        counts = scaled(objective.likelihood) and not isinstance(x, Tensor)
         loader = [(x, cast(Tensor, y))] if isinstance(x, Tensor) else x
-        loader = Unchanging.of(loader, in_order=in_order) if again else loader
+        if counts and isinstance(loader, Iterator):
+            loader = _one(loader)
+        loader = Unchanging.of(loader, in_order=in_order) if again or counts else loader
         return cls(
-            objective, loader, objective.closures["exact"], *([sys.maxsize] if whole else [])
+            objective,
+            loader,
+            objective.closures["exact"],
+            sys.maxsize if whole else CHUNK,
+            factor_over(objective.likelihood, _labels(loader)) if counts else None,
         )
 
     @property
@@ -129,21 +141,46 @@ class Batches:
 
     def __iter__(self) -> Iterator[Closure]:
         part = 0
-        for pair in self.loader:
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise CurvlabError("the loader must yield (x, y) pairs of tensors")
-            x, y = pair
-            whole = Closure(self.objective, x, y, self.number, "exact", part)
+        for x, y in _pairs(self.loader):
+            whole = Closure(self.objective, x, y, self.number, "exact", part, self.factor)
             if len(x) <= self.chunk:
                 yield whole
                 part += 1
                 continue
             for start in range(0, len(x), self.chunk):
                 some = slice(start, start + self.chunk)
-                yield Closure(self.objective, x[some], y[some], self.number, "exact", part)
+                yield Closure(
+                    self.objective, x[some], y[some], self.number, "exact", part, whole.factor
+                )
                 part += 1
-        if not part:
-            raise CurvlabError("the loader is empty: there is no example to take a mean over")
+
+
+def _pairs(loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The minibatches of a loader. Raises CurvlabError where there is none, or one is no pair."""
+    empty = True
+    for pair in loader:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise CurvlabError("the loader must yield (x, y) pairs of tensors")
+        yield pair[0], pair[1]
+        empty = False
+    if empty:
+        raise CurvlabError("the loader is empty: there is no example to take a mean over")
+
+
+def _labels(loader: Loader) -> Iterator[Tensor]:
+    """The targets of all minibatches; what is no tensor is for a closure to refuse."""
+    return (y for _, y in _pairs(loader) if isinstance(y, Tensor) and y.ndim)
+
+
+def _one(loader: Iterator[tuple[Tensor, Tensor]]) -> Loader:
+    """The only minibatch of an iterator. Raises CurvlabError where there are more."""
+    found = list(islice(loader, 2))
+    if len(found) > 1:
+        raise CurvlabError(
+            "a mean per token is over the counted places of all minibatches, and an iterator shows"
+            " their labels but once: give a list or a DataLoader"
+        )
+    return found
 
 
 def by_hessians(kind: str, block: Block, form: Form) -> bool:
@@ -182,6 +219,7 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
                 closure.number,
                 closure.stream,
                 closure.part,
+                closure.factor,
             )
 
 

@@ -76,9 +76,13 @@ class Function:
             z: Tensor = called(self.closure.objective.model, self._state | fixed | weights, x)
         return z.to(self.at.dtype)
 
-    def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:
-        """Return each example's loss on `x` and `y` at `w`, [N], without the L2 term."""
-        return self.closure.objective.likelihood.loss(self.outputs(w, x), y)
+    def losses(
+        self, w: Float[Tensor, " D"], x: Tensor, y: Tensor, *, drawn: bool = False
+    ) -> Float[Tensor, " N"]:
+        """Return each example's loss on `x` and `y` at `w`, [N], without the L2 term
+        (`Closure.loss_of`).
+        """
+        return self.closure.loss_of(self.outputs(w, x), y, drawn=drawn)
 
     @cached_property
     def sound(self) -> bool:
@@ -109,6 +113,7 @@ class Function:
                 closure.number,
                 closure.stream,
                 closure.part,
+                closure.factor,
             )
             function = Function(one, self.layout)
             u = torch.randn(
@@ -160,7 +165,7 @@ class Function:
         x, y = self.closure.x, self.closure.y
 
         def total(z: Tensor) -> Tensor:
-            return self.closure.objective.likelihood.loss(z, y).sum()
+            return self.closure.loss_of(z, y).sum()
 
         if kind == "hessian":
             return total
@@ -171,18 +176,23 @@ class Function:
         """Return `draws` batches of labels, drawn from the model at its outputs at `at`."""
         return self.closure.labels(self.outputs(self.at, self.closure.x).detach(), draws)
 
-    def gradients(self, label: Tensor, some: slice = slice(None)) -> Float[Tensor, "n D"]:
-        """Of each of some examples' losses at its label."""
+    def gradients(
+        self, label: Tensor, some: slice = slice(None), *, drawn: bool = False
+    ) -> Float[Tensor, "n D"]:
+        """Of each of some examples' losses at its label, which the data have or which was drawn."""
         x, y = self.closure.x, label
 
         def gradient(x: Tensor, y: Tensor) -> Tensor:
-            g: Tensor = grad(lambda w: self.losses(w, x[None], y[None])[0])(self.at)
+            g: Tensor = grad(lambda w: self.losses(w, x[None], y[None], drawn=drawn)[0])(self.at)
             return g
 
         return self._either(
             lambda: mapped(gradient)(x[some], y[some]),
             lambda: torch.stack(
-                [self._plain.gradient(n, y, self.at) for n in range(*some.indices(len(x)))]
+                [
+                    self._plain.gradient(n, y, self.at, drawn=drawn)
+                    for n in range(*some.indices(len(x)))
+                ]
             ),
         )
 
@@ -249,14 +259,14 @@ class Function:
         at_once = max(1, _NUMBERS // width)
         for label in labels:
             for some in _slices(size, at_once):
-                g = self.gradients(label, some) / math.sqrt(len(labels))
+                g = self.gradients(label, some, drawn=PASSES[kind] == "model")
+                g = g / math.sqrt(len(labels))
                 yield g, g
 
     def _output_hessian(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "N C C"]:
-        likelihood = self.closure.objective.likelihood
         z = z.detach().requires_grad_()
         with derivatives():
-            (slope,) = torch.autograd.grad(likelihood.loss(z, y).sum(), z, create_graph=True)
+            (slope,) = torch.autograd.grad(self.closure.loss_of(z, y).sum(), z, create_graph=True)
         found = z.new_zeros(len(z), z[0].numel(), *z.shape[1:])
         if slope.requires_grad:
             for c, each in enumerate(slope.reshape(len(z), -1).unbind(1)):
@@ -291,7 +301,7 @@ class Function:
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
         """By `torch.func`; by `plain` where it turns out that an operation cannot."""
         x = self.closure.x
-        likelihood = self.closure.objective.likelihood
+        loss_of = self.closure.loss_of
         at = self._apart(self.at)
         apply: Callable[[Weights], Weights]
 
@@ -317,9 +327,8 @@ class Function:
 
             def losses(w: Weights) -> Tensor:
                 z = outputs(w)
-                return torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(
-                    len(labels)
-                )
+                each = [loss_of(z, label, drawn=PASSES[kind] == "model") for label in labels]
+                return torch.stack(each) / math.sqrt(len(labels))
 
             transposed = vjp(losses, at)[1]
 

@@ -246,7 +246,7 @@ def _training(
         raise CurvlabError("there are no minibatches to train on")
     with evaluating(objective.model), random_state.kept(objective.device):
         z, _ = Closure(
-            objective, *first, 0
+            objective, *first, 0, factor=1.0
         ).outputs()  # what does not fit is found before anything is written
     error = measure_of(objective.likelihood, z[0].numel()) if error is None else error
     size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
