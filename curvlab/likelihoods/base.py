@@ -106,6 +106,13 @@ def scaled(likelihood: Likelihood) -> bool:
     return hasattr(likelihood, "factor") and getattr(likelihood, "per", "token") != "sequence"
 
 
+def mean_per(likelihood: Likelihood) -> str:
+    """What a log calls the mean: per "sequence" (example), "token", or by a "factor" of one's
+    own.
+    """
+    return str(getattr(likelihood, "per", "factor" if scaled(likelihood) else "sequence"))
+
+
 def factor_of(likelihood: Likelihood, y: Tensor) -> float:
     """N/M of a minibatch's labels, by the likelihood's `factor(y)`; 1 where it has none.
 
