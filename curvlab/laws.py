@@ -1,4 +1,4 @@
-"""Law: what was found of a likelihood, and the line that refuses a kind of matrix for it.
+"""Law: the things found of a likelihood, and the line that refuses a kind of matrix for it.
 
 Legend: N examples, C outputs (flattened where the axis is one), V columns of S.
 """
@@ -21,7 +21,7 @@ Root = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Law:
-    """What was found of a likelihood at some outputs and labels.
+    """The things that were found of a likelihood at some outputs and labels.
 
     `root`: (z, y) → S [V, N, *C], S Sᵀ = ∂²ℓ/∂z²: the likelihood's own where it holds, else from
     the loss's own Hessian at each call; None where that is not positive semi-definite or too large.
@@ -40,12 +40,15 @@ class Law:
 
     @property
     def fisher_and_ggn_differ(self) -> bool:
-        """Whether Fisher and GGN may be two matrices: labels do not follow the loss, or may not."""
+        """Whether Fisher and GGN may be two matrices: labels may not follow the loss."""
         return not self.follows
 
 
 def law_of_heads(heads: Heads, laws: Mapping[str, Law]) -> Law:
-    """Head by head: S lies in blocks, and labels follow the loss where those of every head do."""
+    """Return the law of a sum of heads: S lies in blocks.
+
+    Labels follow the loss where those of every head do.
+    """
     roots = {name: law.root for name, law in laws.items() if law.root is not None}
 
     def root(z: Tensor, y: Any) -> Tensor:
@@ -71,5 +74,5 @@ _REFUSALS = {
 
 
 def refusal(law: Law, kind: str) -> str:
-    """The line that refuses a kind, "fisher", "fisher-mc" or "ggn", for what was found."""
+    """Return the line that refuses a kind, "fisher", "fisher-mc" or "ggn", for what was found."""
     return lookup(_REFUSALS, kind, "kind").format(law.why)

@@ -1,4 +1,4 @@
-"""What a likelihood is, and how its methods are called: with the data's labels where it takes them.
+"""Likelihood, and how its methods are called: with the data's labels where it takes them.
 
 Legend: N examples, C outputs or classes, M counted places, V columns of the root.
 """
@@ -19,33 +19,34 @@ from curvlab.errors import CurvlabError
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """What an objective needs to know of the outputs' distribution p(y | z)."""
+    """The law p(y | z) of labels at outputs, as far as an objective needs to know it."""
 
     def check(self, z: Float[Tensor, "N *C"], y: Tensor) -> None:
         """Raise CurvlabError where the targets do not fit the outputs (shape, dtype, range)."""
 
     def loss(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, " N"]:
-        """−log p(y | z) of each example, summed over outputs."""
+        """Return −log p(y | z) of each example, summed over outputs."""
 
     def sample(
         self, z: Float[Tensor, "N *C"], generator: torch.Generator, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """`sample(z, generator)` or `sample(z, generator, y)`: labels that `loss` takes, drawn from
-        the model's own law.
+        """Draw labels that `loss` takes from the model's own law.
 
-        Where the data's labels y say more than a draw does (a place that has no loss), the labels
-        drawn say the same.
+        The method is `sample(z, generator)` or `sample(z, generator, y)`. Where the data's labels y
+        say more than a draw does (a place that has no loss), the labels drawn say the same.
         """
 
     def root(self, z: Float[Tensor, "N *C"], *args: Any, **kwargs: Any) -> Float[Tensor, "V N *C"]:
-        """`root(z)` or `root(z, y)`: columns v of S, S Sᵀ = ∂²ℓ/∂z² for each example, one column a
-        slice of the first axis.
+        """Return columns v of S, S Sᵀ = ∂²ℓ/∂z² of each example, a slice of the first axis each.
+
+        The method is `root(z)` or `root(z, y)`.
         """
 
 
 def root_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "V N *C"]:
-    """Columns of S, S Sᵀ = ∂²ℓ/∂z², by the likelihood's `root(z)` or `root(z, y)`, whichever it
-    has.
+    """Return columns of S, S Sᵀ = ∂²ℓ/∂z², by the likelihood's own `root`.
+
+    It is `root(z)` or `root(z, y)`, whichever the likelihood has.
     """
     way = _labels_go(likelihood.root, 1)
     if way is None:
@@ -56,8 +57,9 @@ def root_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> Floa
 def sample_of(
     likelihood: Likelihood, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor
 ) -> Tensor:
-    """Labels drawn from the model's law, by the likelihood's `sample(z, generator)` or `sample(z,
-    generator, y)`.
+    """Draw labels from the model's law by the likelihood's own `sample`.
+
+    It is `sample(z, generator)` or `sample(z, generator, y)`, whichever the likelihood has.
     """
     way = _labels_go(likelihood.sample, 2)
     if way is None:
@@ -73,8 +75,7 @@ _Way = Literal["by place", "by name"]
 
 
 def _labels_go(method: Callable[..., Tensor], given: int) -> _Way | None:
-    """How a method takes the data's labels after its `given` other arguments, or None where it does
-    not.
+    """Return how a method takes the data's labels behind its `given` other arguments, if it does.
 
     An argument called `y` is theirs, and one of any other name if it has no default.
     """
@@ -102,19 +103,17 @@ def _read(function: Callable[..., Tensor], given: int) -> _Way | None:
 
 
 def scaled(likelihood: Likelihood) -> bool:
-    """Whether the likelihood's mean is not over examples, so that `factor_of` may differ from 1."""
+    """Return whether the mean is not over examples, so that `factor_of` may differ from 1."""
     return hasattr(likelihood, "factor") and getattr(likelihood, "per", "token") != "sequence"
 
 
 def mean_per(likelihood: Likelihood) -> str:
-    """What a log calls the mean: per "sequence" (example), "token", or by a "factor" of one's
-    own.
-    """
+    """Return what a log calls the mean: per "sequence" (example), "token", or by a "factor"."""
     return str(getattr(likelihood, "per", "factor" if scaled(likelihood) else "sequence"))
 
 
-def factor_of(likelihood: Likelihood, y: Tensor) -> float:
-    """N/M of a minibatch's labels, by the likelihood's `factor(y)`; 1 where it has none.
+def factor_of(likelihood: Likelihood, y: Any) -> float:
+    """Return N/M of a minibatch's labels, by the likelihood's `factor(y)`; 1 where it has none.
 
     Raises:
         CurvlabError: the likelihood's own, where no place is counted.
@@ -122,9 +121,10 @@ def factor_of(likelihood: Likelihood, y: Tensor) -> float:
     return float(likelihood.factor(y)) if scaled(likelihood) else 1.0  # type: ignore[attr-defined]  # `scaled`
 
 
-def counted_of(likelihood: Likelihood, y: Tensor) -> float:
-    """M of a minibatch's labels: what the mean is over, `count(y)` or N by its factor; N itself for
-    a mean over examples.
+def counted_of(likelihood: Likelihood, y: Any) -> float:
+    """Return M of a minibatch's labels: what the mean is over.
+
+    It is the likelihood's `count(y)`, or N over its factor; N itself for a mean over examples.
     """
     if not scaled(likelihood):
         return float(len(y))
@@ -132,8 +132,8 @@ def counted_of(likelihood: Likelihood, y: Tensor) -> float:
     return float(len(y) / factor_of(likelihood, y) if count is None else count(y))
 
 
-def factor_over(likelihood: Likelihood, labels: Iterable[Tensor]) -> float:
-    """N/M of the labels of several minibatches together.
+def factor_over(likelihood: Likelihood, labels: Iterable[Any]) -> float:
+    """Return N/M of the labels of several minibatches together.
 
     Raises:
         CurvlabError: no place is counted in any of them.
@@ -145,7 +145,7 @@ def factor_over(likelihood: Likelihood, labels: Iterable[Tensor]) -> float:
 
 
 def ratio(examples: float, counted: float) -> float:
-    """N/M. Raises CurvlabError where M is 0."""
+    """Return N/M. Raises CurvlabError where M is 0."""
     if not counted > 0:
         raise CurvlabError(
             f"no place of the {examples:.0f} examples is counted (all are ignored, or of weight 0),"

@@ -25,12 +25,12 @@ Per = Literal["sequence", "token"]
 
 @dataclass(eq=False)
 class Categorical:
-    """Softmax cross-entropy, ℓ = −Σ_places log softmax(z)_y: outputs [N, C], [N, C, *P] or [N, *P,
-    C]. Thesis (1.7).
+    """Softmax cross-entropy, ℓ = −Σ_places log softmax(z)_y (thesis (1.7)).
 
-    Targets are class numbers [N, *P], or probabilities q shaped as the outputs: then ℓ = −Σ q_c log
-    softmax(z)_c. Losses are sums over the places P; with `weight` those of
-    `torch.nn.CrossEntropyLoss(weight=…, reduction="none")`, added up.
+    Outputs are [N, C], [N, C, *P] or [N, *P, C]. Targets are class numbers [N, *P], or
+    probabilities q shaped as the outputs: then ℓ = −Σ q_c log softmax(z)_c. Losses are sums over
+    the places P; with `weight` those of `torch.nn.CrossEntropyLoss(weight=…, reduction="none")`,
+    added up.
 
     Args:
         ignore_index: a place with this class number has no loss, no gradient, no curvature, and
@@ -83,7 +83,7 @@ class Categorical:
 
     @property
     def unlike(self) -> str:
-        """Why labels drawn do not follow the loss, so that Fisher and GGN are two; or ""."""
+        """Reason why labels drawn do not follow the loss, so that Fisher and GGN are two; or ""."""
         if self._weights is None or bool((self._weights == 1).all()):
             return ""
         return "a cross-entropy with class weights is no −log of a law that labels are drawn from"
@@ -91,8 +91,9 @@ class Categorical:
     def check(
         self, z: Float[Tensor, "N *CP"], y: Shaped[Tensor, "N *P"] | Float[Tensor, "N *CP"]
     ) -> None:
-        """Raise CurvlabError unless y is classes [N, *P] or probabilities shaped as z, at one axis
-        of classes.
+        """Raise CurvlabError unless y is classes [N, *P], or probabilities shaped as z.
+
+        Also where they fit at both axes, or the class weights are not as many as the classes.
         """
         if z.ndim < 2:
             raise CurvlabError(
@@ -121,7 +122,7 @@ class Categorical:
         raise CurvlabError(f"{what}: {remedy}")
 
     def axis_of(self, z: Float[Tensor, "N *CP"], y: Tensor | None = None) -> Axis:
-        """The axis of the classes in outputs z with targets y, 1 or −1.
+        """Return the axis of the classes in outputs z with targets y, 1 or −1.
 
         Raises:
             CurvlabError: class numbers fit at both.
@@ -157,8 +158,10 @@ class Categorical:
         return losses if losses.shape == (n,) else losses.reshape(n, -1).sum(1)
 
     def count(self, y: Shaped[Tensor, "N *P"] | Float[Tensor, "N *CP"]) -> float:
-        """M: the places whose loss is counted; with class weights the sum of w_y over them, and of
-        probabilities the places, as in torch's mean.
+        """Return M, the number of places whose loss is counted.
+
+        With class weights it is the sum of w_y over them, and of probabilities the number of
+        places, as in torch's mean.
         """
         if y.is_floating_point():
             return y.numel() / (y.shape[self.axis or 1] if y.ndim > 1 else 1)
@@ -170,7 +173,7 @@ class Categorical:
         return float((weights[y.long().clamp(0, len(weights) - 1)] * counted).sum())
 
     def factor(self, y: Shaped[Tensor, "N *P"] | Float[Tensor, "N *CP"]) -> float:
-        """N/M, by which the mean over examples is the mean over counted places; 1 per sequence.
+        """Return N/M: times it, a mean over examples is one over counted places. 1 per sequence.
 
         Raises:
             CurvlabError: per="token", and no place is counted.
@@ -180,7 +183,7 @@ class Categorical:
     def sample(
         self, z: Float[Tensor, "N *CP"], generator: torch.Generator, y: Tensor | None = None
     ) -> Shaped[Tensor, "N *P"] | Float[Tensor, "N *CP"]:
-        """Class numbers [N, *P] drawn at every place, ignored where y is.
+        """Draw class numbers [N, *P] at every place, ignored where y is.
 
         One-hot probabilities shaped as z where a class number would not say the same: with label
         smoothing (the law is over classes, so that the score is p − e_ŷ), and if the ignored number
@@ -199,10 +202,10 @@ class Categorical:
         return hot if ignored is None else hot.masked_fill(ignored.unsqueeze(axis), 0.0)
 
     def root(self, z: Float[Tensor, "N *CP"], y: Tensor | None = None) -> Float[Tensor, "V N *CP"]:
-        """Column (c, place), V = C · |P|: √(m p_c) (p − e_c) at that place, m = 1, or 0 where y is
-        ignored; with class weights m = w_y.
+        """Return column (c, place) of V = C · |P|: √(m p_c) (p − e_c) at that place.
 
-        Without weights that is the gradient at label c weighted by its probability.
+        m is 1, or 0 where y is ignored; with class weights it is w_y. With m = 1 that is the
+        gradient at label c weighted by its probability.
 
         Raises:
             CurvlabError: they would take more than 80 % of the memory; class weights without y.
@@ -232,7 +235,7 @@ class Categorical:
         return torch.diag_embed(columns, dim1=1, dim2=4).reshape(-1, *z.shape)
 
     def _mass(self, z: Float[Tensor, "N C *P"], y: Tensor | None) -> Float[Tensor, "N *P"] | None:
-        """Σ_c w_c q_c of every place, q what y stands for; None where that is 1."""
+        """Return Σ_c w_c q_c of every place, q what y stands for; None where that is 1."""
         weights = None if self._weights is None else self._weights.to(z)
         if y is not None and y.is_floating_point():
             # 1, up to the rounding of the data
@@ -247,15 +250,15 @@ class Categorical:
         return (1 - smooth) * own + smooth * weights.mean() if smooth else own
 
     def _ignored(self, y: Tensor | None) -> Bool[Tensor, "N *P"] | None:
-        """Where class numbers say that there is none; None where y is none or probabilities."""
+        """Return where class numbers are ignored; None where y is none or probabilities."""
         return None if y is None or y.is_floating_point() else y.long() == self.ignore_index
 
     def _draws_probabilities(self, classes: int) -> bool:
-        """Whether a class number would not say what was drawn."""
+        """Return whether a class number would not say what was drawn."""
         return bool(self.label_smoothing) or 0 <= self.ignore_index < classes
 
     def _check_draws(self, z: Float[Tensor, "N *CP"], axis: Axis) -> None:
-        """Raises CurvlabError where the axis was inferred, and drawn labels would not show it."""
+        """Raise CurvlabError where the axis was inferred, and drawn labels would not show it."""
         if self.axis is None and axis == -1 and self._draws_probabilities(z.shape[-1]):
             raise CurvlabError(
                 "labels drawn with label_smoothing, or where ignore_index is a class, are"

@@ -18,11 +18,10 @@ from curvlab.likelihoods.outputs import check_targets, guard_root, numbers, over
 
 
 class Bernoulli:
-    """Binary cross-entropy on logits, summed over units: ℓ = Σ_c softplus(z_c) − y_c z_c; targets
-    in [0, 1], shaped as z.
+    """Binary cross-entropy on logits, summed over units: ℓ = Σ_c softplus(z_c) − y_c z_c.
 
-    With weights ℓ = Σ_c w_c (p_c y_c softplus(−z_c) + (1 − y_c) softplus(z_c)), as
-    `torch.nn.BCEWithLogitsLoss` with reduction="sum".
+    Targets are in [0, 1], shaped as z. With weights ℓ = Σ_c w_c (p_c y_c softplus(−z_c) +
+    (1 − y_c) softplus(z_c)), as `torch.nn.BCEWithLogitsLoss` with reduction="sum".
 
     Args:
         weight: w ≥ 0, of one number or as many as broadcast to the outputs of one example [*C].
@@ -56,15 +55,16 @@ class Bernoulli:
 
     @property
     def unlike(self) -> str:
-        """Why labels drawn do not follow the loss, so that Fisher and GGN are two; or ""."""
+        """Reason why labels drawn do not follow the loss, so that Fisher and GGN are two; or ""."""
         w, p = self._weight, self._pos_weight
         if (w is None or bool(((w == 0) | (w == 1)).all())) and (p is None or bool((p == 1).all())):
             return ""
         return "a weighted Bernoulli loss is no −log of a law that labels are drawn from"
 
     def check(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> None:
-        """Raise CurvlabError unless y is floating, finite, shaped as z and within [0, 1], or
-        ignored, and the weights fit.
+        """Raise CurvlabError unless y is floating, finite, shaped as z and within [0, 1].
+
+        What is ignored may be anything; the weights must fit.
         """
         masked = self._masked(y) if y.is_floating_point() else None
         check_targets(z, y, "Bernoulli", masked)
@@ -96,8 +96,9 @@ class Bernoulli:
         return drawn.masked_fill(masked, self.ignore_value)
 
     def root(self, z: Float[Tensor, "N *C"], y: Tensor | None = None) -> Float[Tensor, "V N *C"]:
-        """Return C columns √(w_c (p_c y_c + 1 − y_c) σ_c (1 − σ_c)) e_c, σ = sigmoid(z), zero where
-        y is ignored; without arguments y plays no part.
+        """Return C columns √(w_c (p_c y_c + 1 − y_c) σ_c (1 − σ_c)) e_c, σ = sigmoid(z).
+
+        They are zero where y is ignored; without weights and a mask y plays no part.
 
         Raises:
             CurvlabError: they would take more than 80 % of the memory; `pos_weight` without y.
@@ -119,7 +120,7 @@ class Bernoulli:
         return units(z) * curved.sqrt()
 
     def _factors(self, z: Float[Tensor, "N *C"]) -> tuple[Tensor | None, Tensor | None]:
-        """(weight, pos_weight), beside the outputs of one example."""
+        """Return (weight, pos_weight), to stand beside the outputs of one example."""
         w, p = self._weight, self._pos_weight
         return (
             None if w is None else over_outputs(w, z, "weight"),
@@ -127,16 +128,17 @@ class Bernoulli:
         )
 
     def _masked(self, y: Float[Tensor, "N *C"]) -> Bool[Tensor, "N *C"] | None:
-        """Where targets are ignored; None where none can be."""
+        """Return where targets are ignored; None where none can be."""
         if self.ignore_value is None:
             return None
         return y.isnan() if math.isnan(self.ignore_value) else y == self.ignore_value
 
 
 class Gaussian:
-    """Half squared error, summed over units: ℓ = ½ Σ_c (z_c − y_c)² / σ_c²; targets shaped as z.
+    """Half squared error, summed over units: ℓ = ½ Σ_c (z_c − y_c)² / σ_c².
 
-    It is −log of a normal density up to the constant Σ_c log(σ_c √(2π)), which is left out.
+    Targets are shaped as z. It is −log of a normal density up to the constant
+    Σ_c log(σ_c √(2π)), which is left out.
 
     Args:
         variance: σ² > 0, one number or as many as broadcast to the outputs of one example [*C].
@@ -154,16 +156,12 @@ class Gaussian:
             self._variance = found
 
     def check(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> None:
-        """Raise CurvlabError unless y is floating, finite and shaped as z, and the variance
-        fits.
-        """
+        """Raise CurvlabError unless y is floating, finite, shaped as z, and the variance fits."""
         check_targets(z, y, "Gaussian")
         self._spread(z)
 
     def loss(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> Float[Tensor, " N"]:
-        """Return half the squared error of each example over the variance, summed over its
-        units.
-        """
+        """Return half the squared error over the variance of each example, summed over units."""
         variance = self._spread(z)
         squares = (z - y).square()
         squares = squares if variance is None else squares / variance

@@ -1,4 +1,4 @@
-"""Several outputs by name, each with a likelihood of its own: their sum.
+"""Heads: the sum of likelihoods of several outputs by name.
 
 Legend: N examples, C outputs of a head (flattened), V columns of the root.
 """
@@ -17,11 +17,11 @@ from curvlab.likelihoods.outputs import guard_root
 
 
 class Heads:
-    """The sum of likelihoods over named outputs, ℓ = Σ_h ℓ_h(z_h, y_h): heads are independent given
-    the input.
+    """Sum of likelihoods over named outputs, ℓ = Σ_h ℓ_h(z_h, y_h).
 
-    Outputs are {name: [N, *C_h]}, which `join` lays side by side in one tensor [N, ΣC]; all other
-    methods take that tensor. Targets are {name: what that head's likelihood takes}.
+    Heads are independent given the input. Outputs are {name: [N, *C_h]}, which `join` lays side by
+    side in one tensor [N, ΣC]; all other methods take that tensor. Targets are {name: what that
+    head's likelihood takes}.
 
     Args:
         heads: {name: likelihood}, in the order in which outputs are laid side by side.
@@ -50,8 +50,9 @@ class Heads:
         self.shapes: dict[str, torch.Size] = {}  # of one example's outputs, as last joined
 
     def join(self, outputs: Mapping[str, Float[Tensor, "N *C"]]) -> Float[Tensor, "N C"]:
-        """Lay the outputs of all heads side by side, [N, ΣC], in the heads' order; their shapes are
-        remembered.
+        """Lay the outputs of all heads side by side, [N, ΣC], and remember their shapes.
+
+        The order is that of the heads.
 
         Raises:
             CurvlabError: a name that is missing or unknown, what is no tensor, other counts of
@@ -94,7 +95,7 @@ class Heads:
 
     def check(self, z: Float[Tensor, "N C"], y: Mapping[str, Tensor]) -> None:
         """Raise CurvlabError unless y has every head's targets and no others, and each fits."""
-        if not isinstance(y, Mapping):
+        if not hasattr(y, "keys"):
             raise CurvlabError(f"targets of heads must be {{name: tensor}}, not {shown(y)}")
         self._check_names("the targets", y)
         for name, part in self.split(z).items():
@@ -129,13 +130,14 @@ class Heads:
         return block_diagonal(z, roots)
 
     def _check_names(self, what: str, given: Mapping[str, Tensor]) -> None:
-        missing = [name for name in self.heads if name not in given]
+        names = list(given.keys())  # a nest of tensors has them, and is not gone through
+        missing = [name for name in self.heads if name not in names]
         if missing:
             raise CurvlabError(
                 f"{what} lack the head{'s' if len(missing) > 1 else ''} '{', '.join(missing)}'"
-                f" (given: {', '.join(map(str, given)) or 'none'})"
+                f" (given: {', '.join(map(str, names)) or 'none'})"
             )
-        for name in given:
+        for name in names:
             if name not in self.heads:
                 raise unknown("head", name, self.heads)
 
@@ -143,7 +145,7 @@ class Heads:
 def block_diagonal(
     z: Float[Tensor, "N C"], roots: Iterable[Float[Tensor, "V N *C"]]
 ) -> Float[Tensor, "V N C"]:
-    """Columns of heads that lie side by side in z, each with zeros at the others."""
+    """Return columns of heads that lie side by side in z, each with zeros at the others."""
     found, start = [], 0
     for root in roots:
         own = root.flatten(2) if root.ndim > 2 else root[:, :, None]

@@ -1,4 +1,4 @@
-"""What likelihoods share: checks of targets shaped as the outputs, unit vectors, numbers by class.
+"""Parts that likelihoods share: checks of targets, unit vectors, arguments that are numbers.
 
 Legend: N examples, C outputs, V columns of the root.
 """
@@ -45,14 +45,14 @@ def guard_root(z: Shaped[Tensor, "N *C"]) -> None:
 
 
 def units(z: Shaped[Tensor, "N *C"]) -> Float[Tensor, "V N *C"]:
-    """The unit vectors of the outputs of every example: V = C."""
+    """Return the unit vectors of the outputs of every example: V = C."""
     n, c = z.shape[0], z[0].numel()
     eye = torch.eye(c, dtype=z.dtype, device=z.device)
     return eye[:, None, :].expand(c, n, c).reshape(c, *z.shape)
 
 
 def numbers(what: str, value: Any, *, positive: bool = False) -> Tensor:
-    """An argument as a tensor of numbers, in double precision where it was none; a copy.
+    """Return an argument as a tensor of numbers, a copy, in double precision where it was none.
 
     Raises:
         CurvlabError: it is none, or a number of it not finite, negative, or 0 where `positive`.
@@ -73,7 +73,7 @@ def numbers(what: str, value: Any, *, positive: bool = False) -> Tensor:
 
 
 def over_outputs(t: Tensor, z: Float[Tensor, "N *C"], what: str) -> Tensor:
-    """An argument for the outputs of one example, brought to the dtype and device of z.
+    """Return an argument for the outputs of one example in the dtype and on the device of z.
 
     Raises:
         CurvlabError: it cannot be broadcast to them.

@@ -1,5 +1,6 @@
-"""What is wrong with the targets of a categorical likelihood, and what to do about it that the next
-check allows.
+"""Faults in the targets of a categorical likelihood, and their remedies.
+
+A remedy is one that the next check allows.
 
 Legend: N examples, C classes, P the axes of places where a class is told apart.
 """
@@ -18,7 +19,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def both_fit(z: Tensor, what: str) -> str:
-    """The line for targets that fit whether the classes are axis 1 or the last."""
+    """Return the line for targets that fit whether the classes are axis 1 or the last."""
     places = [list(z.shape[2:]), list(z.shape[1:-1])]
     return (
         f"{what} fit outputs of shape {tuple(z.shape)} in two readings: {z.shape[1]} classes on"
@@ -30,7 +31,7 @@ def both_fit(z: Tensor, what: str) -> str:
 def wrong_targets(
     z: Tensor, y: Tensor, ignore_index: int, axis: int | None
 ) -> tuple[str, str] | None:
-    """(what is wrong with targets y of outputs z, the remedy); None where nothing is.
+    """Return (what is wrong with targets y of outputs z, the remedy); None where nothing is.
 
     `axis` is that of the classes, 1 or −1, or None where the shape of class numbers tells it.
     """
@@ -68,12 +69,12 @@ def wrong_targets(
 
 
 def _places(z: Tensor, axis: int) -> torch.Size:
-    """The shape of class numbers, [N, *P]."""
+    """Return the shape of class numbers, [N, *P]."""
     return z.shape[:-1] if axis == -1 else z.shape[:1] + z.shape[2:]
 
 
 def _other_shape(z: Tensor, y: Tensor, axes: Sequence[int]) -> str:
-    """The remedy where class numbers have not the shape that they have at any of these axes."""
+    """Return the remedy where class numbers have not the shape that goes with any of the axes."""
     number = "" if y.dtype in _INTEGERS else ".long()"
     if y.shape == z.shape:
         y = y.long()
