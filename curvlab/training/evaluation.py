@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from curvlab.datasets import Dataset
 from curvlab.datasets.base import SparseRows
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from curvlab.likelihoods.base import counted_of, ratio
 from curvlab.objective import Objective
 from curvlab.system import random_state
 
@@ -48,8 +50,21 @@ class Measure:
     each: Callable[[Tensor, Tensor], Float[Tensor, " N"]]
 
 
-def _wrong(z: Tensor, y: Tensor) -> Tensor:
-    return (z.argmax(1) != y).double()
+def _wrong(likelihood: Categorical, z: Tensor, y: Tensor) -> Tensor:
+    """Return the fraction wrong of each example's counted places; 0 where none is counted."""
+    axis = likelihood.axis_of(z, y)
+    soft = y.is_floating_point()
+    wrong = (z.argmax(axis) != (y.argmax(axis) if soft else y)).double()
+    if soft:
+        return wrong.reshape(len(z), -1).mean(1)
+    return _over(wrong, y.long() != likelihood.ignore_index)
+
+
+def _over(each: Tensor, counted: Tensor) -> Tensor:
+    """Return the mean of each example over what is counted; 0 where nothing is."""
+    n = len(each)
+    number = counted.reshape(n, -1).sum(1)
+    return each.masked_fill(~counted, 0.0).reshape(n, -1).sum(1) / number.clamp_min(1)
 
 
 def _wrong_sign(z: Tensor, y: Tensor) -> Tensor:
@@ -60,7 +75,7 @@ def _squared(z: Tensor, y: Tensor) -> Tensor:
     return (z - y).square().flatten(1).mean(1)
 
 
-WRONG = Measure("fraction of wrong classes", "1", _wrong)
+WRONG = Measure("fraction of wrong classes", "1", partial(_wrong, Categorical()))
 WRONG_SIGN = Measure("fraction of wrong classes", "1", _wrong_sign)
 SQUARED_SIGMOID = Measure(
     "mean squared error of sigmoid(output)", "1", lambda z, y: _squared(z.sigmoid(), y)
@@ -88,13 +103,17 @@ class Evaluated:
 def measure_of(likelihood: Likelihood, outputs: int) -> Measure | None:
     """Return the documents' error of a likelihood; None where they have none.
 
-    Classes: the fraction wrong. Autoencoders (Bernoulli, several outputs): mean squared error of
-    sigmoid(output) over pixels (practice). FACES (Gaussian): mean squared error of the outputs.
-    Bernoulli with one output is a choice of two classes.
+    Classes: the fraction wrong, of each example over its counted places. Autoencoders (Bernoulli,
+    several outputs): mean squared error of sigmoid(output) over pixels (practice). FACES
+    (Gaussian): mean squared error of the outputs. Bernoulli with one output is a choice of two
+    classes.
     """
     if isinstance(likelihood, Categorical):
-        return WRONG
+        plain = likelihood.ignore_index == Categorical.ignore_index and likelihood.axis is None
+        return WRONG if plain else replace(WRONG, each=partial(_wrong, likelihood))
     if isinstance(likelihood, Bernoulli):
+        if likelihood.ignore_value is not None:
+            return None  # a mean over the outputs that are not ignored has no name here
         return WRONG_SIGN if outputs == 1 else SQUARED_SIGMOID
     return SQUARED if isinstance(likelihood, Gaussian) else None
 
@@ -196,21 +215,22 @@ def evaluate(
     Raises:
         CurvlabError: no examples, targets that do not fit the outputs.
     """
-    count = 0
+    count, counted = 0, 0.0
     sums = torch.zeros(2, dtype=torch.float64, device=objective.device)
     with evaluating(objective.model), random_state.kept(objective.device), torch.no_grad():
         for batch in chunks(data, size, most):
             # no closure of the objective's own: its labels stay as they are
-            closure = Closure(objective, *objective.batch(batch), 0)
+            closure = Closure(objective, *objective.batch(batch), 0, factor=1.0)
             z, losses = closure.outputs()
             sums[0] += losses.double().sum()
             if error is not None:
                 sums[1] += error.each(z, closure.y).double().sum()
             count += len(closure.x)
+            counted += counted_of(objective.likelihood, closure.y)
     if not count:
         raise CurvlabError("there are no examples to evaluate on")
     loss, wrong = (sums / count).tolist()
-    return loss, wrong if error is not None else float("nan")
+    return loss * ratio(count, counted), wrong if error is not None else float("nan")
 
 
 def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> dict[str, float]:
