@@ -767,3 +767,44 @@ def test_streams() -> None:
     found = cl.exact.matrix(o, pairs, kind="ggn", block=None).dense()
     expected = cl.exact.matrix(plain, pairs, kind="ggn", block=None).dense()
     assert_near(found, 8 / total * expected, TIGHT)
+
+
+class TwoHeaded(nn.Module):
+    """Outputs by name over one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under, self.kind, self.sign = nn.Linear(4, 3), nn.Linear(3, 6), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.under(x))
+        return {"sign": self.sign(h), "kind": self.kind(h).reshape(-1, C, 2)}
+
+
+@pytest.mark.parametrize("route", ["auto", "func"])
+def test_a_model_of_two_heads(route: str) -> None:
+    """By the objective, against autograd of the sum of torch's losses."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = TwoHeaded().double()
+    o = cl.Objective(model, Heads({"kind": Categorical(axis=1), "sign": Bernoulli()}))
+    layout = o.layout
+
+    def loss(w: Tensor) -> Tensor:
+        out = functional_call(model, layout.unflatten(w), (UNDER,))
+        return (
+            F.cross_entropy(out["kind"], BOTH["kind"], reduction="sum")
+            + F.binary_cross_entropy_with_logits(out["sign"], BOTH["sign"], reduction="sum")
+        ) / 5
+
+    at = layout.flatten({name: p.detach() for name, p in model.named_parameters()})
+    found = {
+        kind: cl.exact.matrix(o, UNDER, BOTH, kind, None, route=route).dense()
+        for kind in ("hessian", "ggn", "pi", "fisher", "ef")
+    }
+    assert_near(found["hessian"], hessian(loss)(at), TIGHT)
+    assert_near(found["ggn"] + found["pi"], found["hessian"], TIGHT)
+    assert_near(found["fisher"], found["ggn"], TIGHT)
+    assert_near(flat(o.closure(UNDER, BOTH).observe().gradients), grad(loss)(at), TIGHT)
+    drawn = cl.exact.matrix(o, UNDER, BOTH, "fisher-mc", None, route=route, draws=400).dense()
+    assert float((drawn - found["fisher"]).norm() / found["fisher"].norm()) < 0.2
