@@ -1,4 +1,6 @@
-"""Modules and public names that were called otherwise up to version 0.1: the old name still works,
+"""Modules and public names that were called otherwise up to version 0.1.
+
+The old name still works,
 with a warning that says the new one.
 """
 
@@ -39,6 +41,7 @@ MOVED = {
     "curvlab.chance": "curvlab.system.random_state",
     "curvlab.escape": "curvlab.system.escape",
     "curvlab.progress": "curvlab.system.progress",
+    "curvlab.categorical_targets": "curvlab.likelihoods.targets",
     "curvlab.probes.against": "curvlab.probes.against_exact",
     "curvlab.curvature.whole": "curvlab.curvature.whole_vector",
     "curvlab.curvature.overall": "curvlab.curvature.overall_damping",
@@ -62,7 +65,7 @@ RENAMED = {
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Is asked last, for what no file is there for."""
+    """A finder that is asked last, for what no file is there for."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -82,7 +85,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def follow() -> None:
-    """From here on old names import."""
+    """Let old names import from here on."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 

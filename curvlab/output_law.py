@@ -1,4 +1,4 @@
-"""S Sᵀ and the labels' law against the loss itself, where the likelihood is the user's.
+"""The law of the labels, and S Sᵀ, against the loss itself, where the likelihood is the user's.
 
 GGN, its root S and the Fisher are one matrix only where three functions of a likelihood fit each
 other: `loss`, `root` and `sample`. Those of `curvlab.likelihoods` do, and are taken as they are. Of
@@ -11,17 +11,26 @@ Legend: N examples, C outputs (flattened where the axis is one), V columns of S,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, lookup
-from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, root_of, sample_of
+from curvlab.errors import CurvlabError
+from curvlab.laws import Law, Root, law_of_heads, refusal
+from curvlab.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Heads,
+    Likelihood,
+    root_of,
+    sample_of,
+)
 from curvlab.output_hessian import (
     OutputLoss,
     check_convex,
@@ -32,8 +41,7 @@ from curvlab.output_hessian import (
     root_of_loss,
 )
 
-Root = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [N, *C], labels) → columns of S [V, N, *C]."""
+__all__ = ["Law", "Root", "law_of", "refusal"]
 
 _EXACT = (Categorical, Bernoulli, Gaussian)
 # labels drawn for one example, and how many standard errors may lie between
@@ -47,44 +55,25 @@ _UNSEEN = 18.0
 _NUMBERS = 1 << 22
 
 
-@dataclass(frozen=True)
-class Law:
-    """What was found of a likelihood at some outputs and labels.
+def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Any) -> Law:
+    """Hold a likelihood's `root` and `sample` against its `loss` at outputs z and labels y.
 
-    `root`: (z, y) → S [V, N, *C], S Sᵀ = ∂²ℓ/∂z²: the likelihood's own where it holds, else from
-    the loss's own Hessian at each call; None where that is not positive semi-definite or too large.
-    `follows`: labels drawn by `sample` follow the loss, so that Fisher and GGN are one matrix: mean
-    score 0 and second moment of the score ∂²ℓ/∂z², within 6 standard errors of 2000 draws (2^20
-    over the outputs where these are over 524, at least 64, and none over 65 536). `why`: what was
-    found, or "".
-    """
-
-    root: Root | None
-    follows: bool
-    why: str
-    # whether the likelihood is the user's, so that all this holds for these outputs and labels
-    # alone
-    examined: bool = True
-
-    @property
-    def fisher_and_ggn_differ(self) -> bool:
-        """Whether Fisher and GGN may be two matrices: labels do not follow the loss, or may not."""
-        return not self.follows
-
-
-def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]) -> Law:
-    """Hold a likelihood's `root` and `sample` against its `loss` at outputs z and labels y, by a
-    seed of its own.
-
-    What holds here need not hold for labels of another kind (a mask, where there is none in y). All
-    examples are looked at; of over 2^24 outputs those of examples that lie evenly.
+    It draws by a seed of its own. What holds here need not hold for labels of another kind (a mask,
+    where there is none in y). All examples are looked at; of over 2^24 outputs those of examples
+    that lie evenly.
 
     Raises:
         CurvlabError: losses that are not one number an example, or that depend on other examples or
             on chance.
     """
-    if type(likelihood) in _EXACT and not {"loss", "root", "sample"} & vars(likelihood).keys():
-        return Law(partial(root_of, likelihood), True, "", examined=False)
+    if isinstance(likelihood, Heads):
+        parts = likelihood.split(z).items()
+        laws = {name: law_of(likelihood.heads[name], part, y[name]) for name, part in parts}
+        return law_of_heads(likelihood, laws)
+    own = {"loss", "root", "sample"} & vars(likelihood).keys()
+    if isinstance(likelihood, _EXACT) and type(likelihood) in _EXACT and not own:
+        unlike = likelihood.unlike
+        return Law(partial(root_of, likelihood), not unlike, unlike, examined=False)
     with _apart(z):
         if z.numel() > 4 * _NUMBERS:
             some = _evenly(len(z), max(2, 4 * _NUMBERS // z[0].numel()), z.device)
@@ -104,25 +93,11 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "
             return Law(None, False, found)
 
 
-_REFUSALS = {
-    "ggn": 'kind="ggn" has no S with S Sᵀ = ∂²ℓ/∂z² to be taken by: {}',
-    "fisher": (
-        'kind="fisher" is taken over all labels by S, S Sᵀ = ∂²ℓ/∂z², where the two are one: {};'
-        ' take "ggn" or "ef"'
-    ),
-    "fisher-mc": 'kind="fisher-mc" needs labels that follow the loss: {}; take "ggn" or "ef"',
-}
-
-
-def refusal(law: Law, kind: str) -> str:
-    """The line that refuses a kind, "fisher", "fisher-mc" or "ggn", for what was found."""
-    return lookup(_REFUSALS, kind, "kind").format(law.why)
-
-
 @contextmanager
 def _apart(z: Tensor) -> Iterator[None]:
-    """With gradients, whatever the caller's mode, and global random states as they were in the
-    end.
+    """Record gradients inside, whatever the caller's mode.
+
+    Global random states are as they were in the end.
     """
     devices = [z.device] if z.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
@@ -130,12 +105,12 @@ def _apart(z: Tensor) -> Iterator[None]:
 
 
 def _evenly(n: int, count: int, device: torch.device) -> Tensor:
-    """At most `count` of n examples that lie evenly, the first and the last among them."""
+    """Return at most `count` of n examples that lie evenly, the first and the last among them."""
     return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).round().long().to(device)
 
 
 class _Examined:
-    """One likelihood at some outputs and labels, and what its loss says there."""
+    """A likelihood at some outputs and labels, and what its loss says there."""
 
     def __init__(self, likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> None:
         self.likelihood, self.z, self.y = likelihood, z, y
@@ -165,8 +140,9 @@ class _Examined:
         )
 
     def _check_alone(self) -> None:
-        """Raises CurvlabError where an example's loss depends on the others: on their outputs,
-        their labels or their number.
+        """Raise CurvlabError where an example's loss depends on the others.
+
+        It may on their outputs, their labels or their number.
         """
         n, losses = len(self.z), self.look.losses.detach()
         if n == 1:
@@ -202,7 +178,7 @@ class _Examined:
         return Law(root, not apart, "; ".join(part for part in (found, apart) if part))
 
     def _root(self) -> tuple[Root | None, str]:
-        """(S, what was found of the likelihood's own)."""
+        """Return (S, what was found of the likelihood's own)."""
         try:
             guard_output_hessians(self.z[:1], self.name)
             off = self._off()
@@ -215,8 +191,9 @@ class _Examined:
         return self._derived(f"S Sᵀ of {self.name}.root {off}")
 
     def _off(self) -> str | None:
-        """How S Sᵀ v differs from ∂²ℓ/∂z² v, or None. Of very many numbers, those of examples that
-        lie evenly.
+        """Return how S Sᵀ v differs from ∂²ℓ/∂z² v, or None.
+
+        Of very many numbers it is looked at those of examples that lie evenly.
         """
         n, c, v = len(self.z), self.outputs, torch.stack(self.directions)
         chosen, at_once = (
@@ -243,7 +220,7 @@ class _Examined:
         return f"is off ∂²ℓ/∂z² by a relative {_over(apart, size)}"
 
     def _derived(self, found: str) -> tuple[Root | None, str]:
-        """S of the loss's own Hessian, where that has one."""
+        """Return S of the loss's own Hessian, where that has one."""
         try:
             guard_output_hessians(self.z, self.name)
             check_convex(self.look.hessian(), self.floor, self.name, precision_of(self.z))
@@ -255,7 +232,7 @@ class _Examined:
         )
 
     def _labels(self) -> str:
-        """How drawn labels fail to follow the loss, or ""."""
+        """Return how drawn labels fail to follow the loss, or ""."""
         try:
             with torch.no_grad():
                 drawn = sample_of(self.likelihood, self.z, self.generator, self.y)
@@ -286,14 +263,17 @@ class _Examined:
         return ", and ".join(found)
 
     def _moments(self) -> str:
-        """Which moment of the scores of many labels lies too far from what it should be, or "".
+        """Return which moment of the scores of many labels is too far from its own, or "".
 
-        At the first example and the last, and at that of the largest Hessian where its outputs are
-        calm.
+        It should be 0 for the mean, and for the second moment ∂²ℓ/∂z².
+
+        It is taken at the first example and the last, and at that of the largest Hessian where its
+        outputs are calm.
         """
         n, c, dtype = len(self.z), self.outputs, torch.promote_types(self.z.dtype, torch.float32)
         if 64 * c > _NUMBERS:
             return ""
+        # every output by itself; of many, eight sums with random signs, which any of them may move
         if c <= 8:
             directions = torch.eye(c, dtype=self.z.dtype, device=self.z.device)
         else:
@@ -316,6 +296,9 @@ class _Examined:
         t, hessian = t.to(dtype), hessian.to(dtype)
         if not bool(t.isfinite().all()):
             return "a score that is not finite"
+        # What differs by sampling alone lies within 6 standard errors, but those are of the scores
+        # that were drawn: of labels too rare for that, up to _UNSEEN / m of all, each may be as far
+        # off as a rare score is long. Both are allowed for before anything is called an error.
         m = t.shape[1]
         mean, second = t.mean(1), t.mT @ t / m
         square = t.square()
@@ -347,8 +330,9 @@ class _Examined:
     def _scores(
         self, z: Float[Tensor, "R *C"], y: Tensor, directions: Float[Tensor, "C K"]
     ) -> tuple[Float[Tensor, "R M K"], Float[Tensor, "R K K"]]:
-        """Scores of M labels drawn for each example, and ∂²ℓ/∂z² at the data's, along K
-        directions.
+        """Return scores of M labels drawn for each example, and ∂²ℓ/∂z² at the data's.
+
+        Both are along K directions.
         """
         r, (c, k) = len(z), directions.shape
         m = max(64, min(_DRAWS, (1 << 20) // c))

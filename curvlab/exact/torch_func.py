@@ -1,11 +1,10 @@
-"""The general route: `torch.func` over the parameters, for every model; slow, and the oracle of the
-structured routes.
+"""General route: `torch.func` over the parameters, for every model.
 
-It knows nothing of layers, captures or roots: only the model as a function of its parameters and
-the likelihood's loss.
+It is slow, and the oracle of the structured routes. It knows nothing of layers, captures or roots:
+only the model as a function of its parameters and the likelihood's loss.
 
 Legend: N examples, C outputs of the model (flattened), D parameters in the layout's order, K
-    vectors.
+vectors.
 """
 
 from __future__ import annotations
@@ -35,11 +34,10 @@ _LONG = 10.0  # seconds, from which on a time is said
 
 
 class Function:
-    """The model and its losses on one minibatch, as functions of the parameters of `layout` in one
-    vector.
+    """Model and its losses on one minibatch, as functions of the parameters in one vector.
 
-    By `torch.func`, where that sees the parameters as autograd does (`sound`, looked at once a
-    form); else by `Plain`.
+    The vector is that of `layout`. By `torch.func`, where that sees the parameters as autograd does
+    (`sound`, looked at once a form); else by `Plain`.
     """
 
     def __init__(self, closure: Closure, layout: Layout) -> None:
@@ -58,8 +56,9 @@ class Function:
         return self._called(self._apart(w), x)
 
     def _apart(self, w: Float[Tensor, " D"]) -> Weights:
-        """By parameters. Contiguous: the way back through batch norm is wrong where its weight has
-        strides (torch 2.13).
+        """Return a vector by parameters, contiguous.
+
+        The way back through batch norm is wrong where its weight has strides (torch 2.13).
         """
         parts = self.layout.unflatten(w)
         trained = self.closure.objective.parameters
@@ -73,17 +72,24 @@ class Function:
         # where BatchNorm may write on them
         fixed = {name: self._state[name].clone() for name in self._buffers}
         with differentiable(), eager(), surrounding(), FixedRows():
-            z: Tensor = called(self.closure.objective.model, self._state | fixed | weights, x)
+            out = called(self.closure.objective.model, self._state | fixed | weights, x)
+            z: Tensor = self.closure.objective.picked(out)
         return z.to(self.at.dtype)
 
-    def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:
-        """Return each example's loss on `x` and `y` at `w`, [N], without the L2 term."""
-        return self.closure.objective.likelihood.loss(self.outputs(w, x), y)
+    def losses(
+        self, w: Float[Tensor, " D"], x: Tensor, y: Tensor, *, drawn: bool = False
+    ) -> Float[Tensor, " N"]:
+        """Return each example's loss on `x` and `y` at `w`, [N], without the L2 term.
+
+        It is `Closure.loss_of`, of labels that the data have or that were `drawn`.
+        """
+        return self.closure.loss_of(self.outputs(w, x), y, drawn=drawn)
 
     @cached_property
     def sound(self) -> bool:
-        """Whether `torch.func` gives autograd's derivatives of the first example, back and forth:
-        ⟨v, Ju⟩ = ⟨Jᵀv, u⟩.
+        """Whether `torch.func` gives autograd's derivatives of the first example, back and forth.
+
+        ⟨v, Ju⟩ = ⟨Jᵀv, u⟩ for random u and v.
         """
         objective, names = self.closure.objective, tuple(b.name for b in self.layout.blocks)
         key = (self.closure._key(self.closure.x), names)
@@ -93,8 +99,9 @@ class Function:
 
     @cached_property
     def sound_twice(self) -> bool:
-        """Whether its Hessian of the first example's loss along a random vector is that of double
-        backward, if any.
+        """Whether its Hessian of the first example's loss is that of double backward, if any.
+
+        Along a random vector.
         """
         closure, names = self.closure, tuple(b.name for b in self.layout.blocks)
         key = (closure._key(closure.x), names, "twice")
@@ -102,14 +109,7 @@ class Function:
         if key not in known and mixes(closure.objective.modules):
             known[key] = True
         if key not in known:
-            one = Closure(
-                closure.objective,
-                some_rows(closure.x, slice(1)),
-                closure.y[:1],
-                closure.number,
-                closure.stream,
-                closure.part,
-            )
+            one = closure.some(slice(1))
             function = Function(one, self.layout)
             u = torch.randn(
                 1, len(function.at), generator=torch.Generator().manual_seed(0), dtype=torch.float64
@@ -154,13 +154,14 @@ class Function:
         )
 
     def _total(self, kind: Kind) -> Callable[[Float[Tensor, "N *C"]], Tensor]:
-        """z → Σₙ ℓₙ; for Π the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩, whose Hessian is Π alone
-        (thesis (1.4)).
+        """Return z → Σₙ ℓₙ, or for Π a function of z whose Hessian is Π alone (thesis (1.4)).
+
+        That is the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩.
         """
         x, y = self.closure.x, self.closure.y
 
         def total(z: Tensor) -> Tensor:
-            return self.closure.objective.likelihood.loss(z, y).sum()
+            return self.closure.loss_of(z, y).sum()
 
         if kind == "hessian":
             return total
@@ -171,23 +172,31 @@ class Function:
         """Return `draws` batches of labels, drawn from the model at its outputs at `at`."""
         return self.closure.labels(self.outputs(self.at, self.closure.x).detach(), draws)
 
-    def gradients(self, label: Tensor, some: slice = slice(None)) -> Float[Tensor, "n D"]:
-        """Of each of some examples' losses at its label."""
+    def gradients(
+        self, label: Tensor, some: slice = slice(None), *, drawn: bool = False
+    ) -> Float[Tensor, "n D"]:
+        """Return the gradient of each of some examples' losses at its label, [n, D].
+
+        The label is the data's, or was `drawn`.
+        """
         x, y = self.closure.x, label
 
         def gradient(x: Tensor, y: Tensor) -> Tensor:
-            g: Tensor = grad(lambda w: self.losses(w, x[None], y[None])[0])(self.at)
+            g: Tensor = grad(lambda w: self.losses(w, x[None], y[None], drawn=drawn)[0])(self.at)
             return g
 
         return self._either(
             lambda: mapped(gradient)(x[some], y[some]),
             lambda: torch.stack(
-                [self._plain.gradient(n, y, self.at) for n in range(*some.indices(len(x)))]
+                [
+                    self._plain.gradient(n, y, self.at, drawn=drawn)
+                    for n in range(*some.indices(len(x)))
+                ]
             ),
         )
 
     def jacobians(self, some: slice = slice(None)) -> Float[Tensor, "n C D"]:
-        """Of each of some examples' outputs."""
+        """Return the Jacobian of each of some examples' outputs, [n, C, D]."""
         x = self.closure.x
 
         def jacobian(x: Tensor) -> Tensor:
@@ -213,8 +222,9 @@ class Function:
     def rows(
         self, kind: Kind, draws: int
     ) -> Iterator[tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]]:
-        """(left, right), some rows at a time, with Σ leftᵀ right = N · M for a kind that is a
-        second moment.
+        """Yield (left, right), some rows at a time, with Σ leftᵀ right = N · M.
+
+        For a kind that is a second moment.
         """
         x, y = self.closure.x, self.closure.y
         size, width = len(x), len(self.at)
@@ -249,14 +259,14 @@ class Function:
         at_once = max(1, _NUMBERS // width)
         for label in labels:
             for some in _slices(size, at_once):
-                g = self.gradients(label, some) / math.sqrt(len(labels))
+                g = self.gradients(label, some, drawn=PASS_OF_KIND[kind] == "model")
+                g = g / math.sqrt(len(labels))
                 yield g, g
 
     def _output_hessian(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "N C C"]:
-        likelihood = self.closure.objective.likelihood
         z = z.detach().requires_grad_()
         with derivatives():
-            (slope,) = torch.autograd.grad(likelihood.loss(z, y).sum(), z, create_graph=True)
+            (slope,) = torch.autograd.grad(self.closure.loss_of(z, y).sum(), z, create_graph=True)
         found = z.new_zeros(len(z), z[0].numel(), *z.shape[1:])
         if slope.requires_grad:
             for c, each in enumerate(slope.reshape(len(z), -1).unbind(1)):
@@ -266,7 +276,7 @@ class Function:
     def product(
         self, kind: Kind, draws: int
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
-        """v → N · M v for several v at once.
+        """Return v → N · M v for several v at once.
 
         Derivatives are by parameters: by slices of one vector, each would come back as long as the
         vector.
@@ -289,9 +299,12 @@ class Function:
         labels: list[Tensor],
         plain: Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]],
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
-        """By `torch.func`; by `plain` where it turns out that an operation cannot."""
+        """Return the product by `torch.func`.
+
+        By `plain` where it turns out that an operation cannot.
+        """
         x = self.closure.x
-        likelihood = self.closure.objective.likelihood
+        loss_of = self.closure.loss_of
         at = self._apart(self.at)
         apply: Callable[[Weights], Weights]
 
@@ -317,9 +330,8 @@ class Function:
 
             def losses(w: Weights) -> Tensor:
                 z = outputs(w)
-                return torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(
-                    len(labels)
-                )
+                each = [loss_of(z, label, drawn=PASS_OF_KIND[kind] == "model") for label in labels]
+                return torch.stack(each) / math.sqrt(len(labels))
 
             transposed = vjp(losses, at)[1]
 
@@ -351,7 +363,7 @@ class Function:
     def columns(
         self, kind: Kind, draws: int, part: slice | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "D K"]]]:
-        """N · M, some columns at a time; `part`: only of these columns."""
+        """Yield N · M, some columns at a time; `part`: only of these columns."""
         product = self.product(kind, draws)
         width = len(self.at)
         first, last = (0, width) if part is None else (part.start, part.stop)
@@ -371,9 +383,7 @@ class Function:
             yield slice(start - first, stop - first), value
 
     def _foresee(self, seconds: float, parts: float, what: str) -> None:
-        """Says how long the whole will take, once its first part has been timed, where that is
-        long.
-        """
+        """Warn how long the whole will take, where that is long, once its first part is timed."""
         if seconds * parts > _LONG:
             named = ", ".join(map(str, self.layout.blocks))
             warn(

@@ -28,8 +28,9 @@ _COLUMNS = 64  # test vectors held at once where they are not all needed togethe
 
 @dataclass(frozen=True)
 class StochasticEstimate:
-    """A number (or one per entry), its standard error, and the products with vectors that it
-    took.
+    """Estimate of a number, or of one per entry, with its standard error.
+
+    `products` is how many products with vectors it took.
     """
 
     value: Float[Tensor, "*S"]
@@ -38,7 +39,7 @@ class StochasticEstimate:
 
 
 def average(samples: Float[Tensor, "n *S"], products: int) -> StochasticEstimate:
-    """Mean over the samples and its standard error s/√n, which is NaN for a single one."""
+    """Return the mean over the samples and its standard error s/√n, NaN for a single one."""
     n = len(samples)
     mean = samples.mean(0)
     spread = (
@@ -55,8 +56,9 @@ def _require(products: int, least: int, name: str) -> None:
 
 
 def gaussian(operator: Operator, columns: int, generator: torch.Generator) -> Float[Tensor, "D k"]:
-    """Standard normal test vectors of the operator's dtype on its device, drawn on the
-    generator's.
+    """Draw standard normal test vectors of the operator's dtype, on its device.
+
+    They are drawn on the generator's device and moved.
     """
     dtype, device = placement(operator)
     return torch.randn(
@@ -67,7 +69,7 @@ def gaussian(operator: Operator, columns: int, generator: torch.Generator) -> Fl
 def rademacher(
     operator: Operator, columns: int, generator: torch.Generator
 ) -> Float[Tensor, "D k"]:
-    """Test vectors of ±1, likewise."""
+    """Draw test vectors of ±1 of the operator's dtype, on its device."""
     dtype, device = placement(operator)
     bits = torch.randint(
         0, 2, (len(operator), columns), generator=generator, device=generator.device
@@ -78,17 +80,17 @@ def rademacher(
 def _signs_times_products(
     operator: Operator, products: int, generator: torch.Generator
 ) -> Iterator[Float[Tensor, "D n"]]:
-    """ω ∘ (A ω) of Rademacher vectors ω, some columns at a time."""
+    """Yield ω ∘ (A ω) of Rademacher vectors ω, some columns at a time."""
     for start in range(0, products, _COLUMNS):
         omega = rademacher(operator, min(_COLUMNS, products - start), generator)
         yield omega * finite_product(operator, omega)
 
 
 def hutchinson(operator: Operator, products: int, generator: torch.Generator) -> StochasticEstimate:
-    """Mean of ωᵀ A ω over `products` ≥ 2 Rademacher vectors (Girard 1989; Hutchinson 1990). Exact
-    for a diagonal matrix.
+    """Estimate tr A by the mean of ωᵀ A ω over `products` ≥ 2 Rademacher vectors.
 
-    Unbiased; `error` is the standard error of the mean of independent samples.
+    Girard 1989; Hutchinson 1990. Unbiased, and exact for a diagonal matrix; `error` is the standard
+    error of the mean of independent samples.
     """
     _require(products, 2, "hutchinson")
     samples = [part.sum(0) for part in _signs_times_products(operator, products, generator)]
@@ -96,7 +98,9 @@ def hutchinson(operator: Operator, products: int, generator: torch.Generator) ->
 
 
 def hutchpp(operator: Operator, products: int, generator: torch.Generator) -> StochasticEstimate:
-    """tr(Qᵀ A Q) + Hutchinson's estimate of tr((I − QQᵀ) A (I − QQᵀ)), Q = orth(A S) (Meyer et al.
+    """Estimate tr A by Hutch++, exactly on a sketched range and by Hutchinson on the rest.
+
+    tr(Qᵀ A Q) + Hutchinson's estimate of tr((I − QQᵀ) A (I − QQᵀ)), Q = orth(A S) (Meyer et al.
     2021, Alg. 1).
 
     A third of the `products` ≥ 4 each for A S, A Q and the remainder, which gets what does not
@@ -115,8 +119,9 @@ def hutchpp(operator: Operator, products: int, generator: torch.Generator) -> St
 
 
 def xtrace(operator: Operator, products: int, generator: torch.Generator) -> StochasticEstimate:
-    """Every test vector in turn is the sample, all others the sketch (Epperly, Tropp, Webber 2024,
-    XTrace: Alg. 1.2).
+    """Estimate tr A by XTrace: every test vector in turn is the sample, all others the sketch.
+
+    Epperly, Tropp, Webber 2024, Alg. 1.2.
 
     With k = ⌊products / 2⌋ ≥ 2 vectors Ω, Y = A Ω and Qᵢ a basis of the range of Y without column
     i, the mean t over i of tᵢ = tr(Qᵢᵀ A Qᵢ) + uᵢᵀ A uᵢ, with uᵢ = (I − QᵢQᵢᵀ) ωᵢ scaled to the
@@ -161,13 +166,15 @@ TRACES: dict[str, Callable[[Operator, int, torch.Generator], StochasticEstimate]
     "hutch++": hutchpp,
     "xtrace": xtrace,
 }
-"""{name: (operator, products at most, generator) → Estimate}."""
+"""Estimators of a trace, {name: (operator, products at most, generator) → Estimate}."""
 
 
 def hutchinson_diagonal(
     operator: Operator, products: int, generator: torch.Generator
 ) -> StochasticEstimate:
-    """Mean of ω ∘ (A ω) over `products` ≥ 2 Rademacher vectors (Bekas, Kokiopoulou, Saad 2007).
+    """Estimate the diagonal by the mean of ω ∘ (A ω) over `products` ≥ 2 Rademacher vectors.
+
+    Bekas, Kokiopoulou, Saad 2007.
 
     Unbiased, and exact for a diagonal matrix. `error` is the standard error of each entry's mean;
     one sample of entry d has the variance Σ_{e≠d} A_de².

@@ -19,7 +19,7 @@ from curvlab.training.kinds import (
     Test,
     is_count,
     is_flag,
-    is_nest,
+    is_nested_tensors,
     is_number,
     is_tensor,
     is_text,
@@ -45,7 +45,7 @@ _STATISTICS: dict[str, Test] = {
     **dict.fromkeys(("blocks", "memory", "idle"), table_of(lambda value: True)),
     **dict.fromkeys(("work", "base", "inside"), table_of(lambda value: True)),
     **dict.fromkeys(("trial", "minibatch"), or_none(table_of(lambda value: True))),
-    **dict.fromkeys(("gradient_norm", "refreshed"), or_none(is_number)),
+    **dict.fromkeys(("gradient_norm", "ratio", "refreshed"), or_none(is_number)),
     **dict.fromkeys(("left_out", "pairs_left_out"), is_count),
     "ages": list_of(is_whole),
     "widths": list_of(is_whole),
@@ -53,11 +53,11 @@ _STATISTICS: dict[str, Test] = {
     "pairs": or_none(list_of(is_tensor, 2)),
     "pending": or_none(list_of(is_tensor, 2)),
     "parts": list_of(table_of(lambda value: True)),
-    "x": is_nest,
-    "y": is_nest,
+    "x": is_nested_tensors,
+    "y": is_nested_tensors,
     "shown": list_of(list_of(lambda value: True)),
 }  # fmt: skip
-"""{key in a curvature's state: what its value must be}"""
+"""Tests of a curvature's state, {key: what its value must be}."""
 
 _KEPT = ("F", "G", "M", "v", "means")
 """Statistics that are None before the first data, and never after …"""
@@ -82,7 +82,7 @@ _TOGETHER = (
 
 
 def check_descent(saved: Any, own: Mapping[str, Any], blocks: Sequence[Block], new: bool) -> None:
-    """Raises CurvlabError where a state is no descent's; `new`: not of an earlier version."""
+    """Raise CurvlabError where a state is no descent's; `new`: not of an earlier version."""
     must(saved, table_of(lambda value: True), "descent")
     keys(saved, own if new else ("curvature", "momentum", "further"), "descent", more=tuple(own))
     momentum, curvature = saved["momentum"], saved["curvature"]
@@ -109,7 +109,7 @@ def check_descent(saved: Any, own: Mapping[str, Any], blocks: Sequence[Block], n
         raise wrong("the curvature lacks the damping of its inverse")
     for name in ("trial", "minibatch"):
         if isinstance(curvature.get(name), Mapping):
-            keys(curvature[name], ("x", "y", "number", "stream", "part"), name)
+            keys(curvature[name], ("x", "y", "number", "stream", "part"), name, more=("ratio",))
     if new and "work" in curvature:
         keys(curvature["work"], own["curvature"]["work"], "work")
     every = curvature.get("blocks")
@@ -148,7 +148,7 @@ def _check_blocks(saved: Mapping[str, Any], numels: Mapping[str, int], ready: bo
 
 
 def _on(F: Tensor, active: Tensor | None, numel: int) -> bool:
-    """Whether a second moment is in full, or packed on the pairs of these inputs."""
+    """Return whether a second moment is in full, or packed on the pairs of these inputs."""
     if active is None:
         return F.shape == (numel, numel)
     return (
@@ -159,8 +159,9 @@ def _on(F: Tensor, active: Tensor | None, numel: int) -> bool:
 
 
 def _check_statistics(saved: Any, at: str) -> None:
-    """Of a curvature's state, at every depth, by the keys' names. Before the first data a statistic
-    is None.
+    """Check a curvature's state, at every depth, by the keys' names.
+
+    Before the first data a statistic is None.
     """
     if isinstance(saved, Mapping):
         for one, two in _TOGETHER:
@@ -177,7 +178,7 @@ def _check_statistics(saved: Any, at: str) -> None:
 
 
 def _try_operator(packed: Any, what: str) -> None:
-    """Raises CurvlabError where what was packed does not act on a vector."""
+    """Raise CurvlabError where what was packed does not act on a vector."""
     try:
         operator = unpack_operator(packed)
         like = next(_tensors(packed), torch.zeros(0))

@@ -1,15 +1,17 @@
-"""Loss and error of a model on whole data sets: in eval mode, without a graph, in chunks, its state
-and all chance as before.
+"""Loss and error of a model on whole data sets.
 
-The loss is the objective's, the mean over examples of a per-example sum; an error is a mean over
-examples too (ERRORS).
+The model is in eval mode, without a graph; the data go through it in chunks; its state and all
+chance are as before. The loss is the objective's, the mean over examples of a per-example sum; an
+error is a mean over examples too (`measure_of`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,19 +21,28 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from curvlab.closure import Closure
 from curvlab.datasets import Dataset
+from curvlab.datasets.base import SparseRows
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from curvlab.likelihoods.base import counted_of, ratio
 from curvlab.objective import Objective
 from curvlab.system import random_state
 
-Data = Dataset | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-"""A data set, the pair (x, y) of one, or minibatches of it that can be gone through again."""
+Data = Dataset | tuple[Any, Any] | Mapping[str, Any] | Iterable[Any]
+"""A data set, the pair (x, y) of one, or minibatches that can be gone through again.
+
+Minibatches are pairs, or mappings with the labels in them.
+"""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """An error of each example at outputs z [N, …] and targets y; `name` is what a log calls its
-    mean.
+    """An error of each example at outputs z [N, …] and targets y.
+
+    Args:
+        name: what a log calls its mean.
+        units: of the error.
+        each: (z, y) → the errors [N].
     """
 
     name: str
@@ -39,8 +50,21 @@ class Measure:
     each: Callable[[Tensor, Tensor], Float[Tensor, " N"]]
 
 
-def _wrong(z: Tensor, y: Tensor) -> Tensor:
-    return (z.argmax(1) != y).double()
+def _wrong(likelihood: Categorical, z: Tensor, y: Tensor) -> Tensor:
+    """Return the fraction wrong of each example's counted places; 0 where none is counted."""
+    axis = likelihood.axis_of(z, y)
+    soft = y.is_floating_point()
+    wrong = (z.argmax(axis) != (y.argmax(axis) if soft else y)).double()
+    if soft:
+        return wrong.reshape(len(z), -1).mean(1)
+    return _over(wrong, y.long() != likelihood.ignore_index)
+
+
+def _over(each: Tensor, counted: Tensor) -> Tensor:
+    """Return the mean of each example over what is counted; 0 where nothing is."""
+    n = len(each)
+    number = counted.reshape(n, -1).sum(1)
+    return each.masked_fill(~counted, 0.0).reshape(n, -1).sum(1) / number.clamp_min(1)
 
 
 def _wrong_sign(z: Tensor, y: Tensor) -> Tensor:
@@ -51,7 +75,7 @@ def _squared(z: Tensor, y: Tensor) -> Tensor:
     return (z - y).square().flatten(1).mean(1)
 
 
-WRONG = Measure("fraction of wrong classes", "1", _wrong)
+WRONG = Measure("fraction of wrong classes", "1", partial(_wrong, Categorical()))
 WRONG_SIGN = Measure("fraction of wrong classes", "1", _wrong_sign)
 SQUARED_SIGMOID = Measure(
     "mean squared error of sigmoid(output)", "1", lambda z, y: _squared(z.sigmoid(), y)
@@ -61,7 +85,7 @@ SQUARED = Measure("mean squared error of the outputs", "1", _squared)
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """On what loss and error are evaluated.
+    """The data that loss and error are evaluated on.
 
     Args:
         examples: of the training loss.
@@ -77,23 +101,28 @@ class Evaluated:
 
 
 def measure_of(likelihood: Likelihood, outputs: int) -> Measure | None:
-    """The documents' error of a likelihood; None where they have none.
+    """Return the documents' error of a likelihood; None where they have none.
 
-    Classes: the fraction wrong. Autoencoders (Bernoulli, several outputs): mean squared error of
-    sigmoid(output) over pixels (practice). FACES (Gaussian): mean squared error of the outputs.
-    Bernoulli with one output is a choice of two classes.
+    Classes: the fraction wrong, of each example over its counted places. Autoencoders (Bernoulli,
+    several outputs): mean squared error of sigmoid(output) over pixels (practice). FACES
+    (Gaussian): mean squared error of the outputs. Bernoulli with one output is a choice of two
+    classes.
     """
     if isinstance(likelihood, Categorical):
-        return WRONG
+        plain = likelihood.ignore_index == Categorical.ignore_index and likelihood.axis is None
+        return WRONG if plain else replace(WRONG, each=partial(_wrong, likelihood))
     if isinstance(likelihood, Bernoulli):
+        if likelihood.ignore_value is not None:
+            return None  # a mean over the outputs that are not ignored has no name here
         return WRONG_SIGN if outputs == 1 else SQUARED_SIGMOID
     return SQUARED if isinstance(likelihood, Gaussian) else None
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode (where no example's loss depends on the others or on chance), then
-    each in its own again.
+    """Put all modules in eval mode inside; each is in its own mode again afterwards.
+
+    In eval mode no example's loss depends on the others or on chance.
     """
     before = {module: module.training for module in model.modules()}
     model.eval()
@@ -111,8 +140,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def in_eval_mode(model: nn.Module) -> list[str]:
-    """Names of the modules in eval mode, without those inside of one that is so with all inside it;
-    "all" where that is all.
+    """Return the names of the modules in eval mode; "all" where that is all.
+
+    Those are left out that lie inside of one that is so with all inside it.
     """
     found: list[str] = []
     whole: list[str] = []
@@ -128,15 +158,14 @@ def in_eval_mode(model: nn.Module) -> list[str]:
 
 
 def ready_to_train(model: nn.Module) -> nn.Module:
-    """The model, put into train mode where nothing in it is: for models that are built for a
-    run.
-    """
+    """Return the model, put into train mode where nothing in it is: for models built for a run."""
     return model if any(module.training for module in model.modules()) else model.train()
 
 
 def depends_on_mode(module: nn.Module) -> bool:
-    """Whether its outputs are others in train mode: dropout, also within recurrent and attention
-    layers; batch norm; RReLU.
+    """Return whether a module's outputs are others in train mode.
+
+    They are of dropout, also within recurrent and attention layers; batch norm; RReLU.
     """
     if isinstance(module, _NormBase):
         return module.track_running_stats
@@ -145,12 +174,16 @@ def depends_on_mode(module: nn.Module) -> bool:
     return isinstance(module, nn.RReLU) or (isinstance(module, _DropoutNd) and module.p > 0)
 
 
-def chunks(data: Data, size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The examples in order, `size` at a time (minibatches: as they come); of a data set the first
-    `most`.
+def chunks(data: Data, size: int, most: int | None = None) -> Iterator[Any]:
+    """Yield the examples in order, `size` at a time (minibatches: as they come).
+
+    Of a data set it is the first `most`.
     """
-    if isinstance(data, tuple):
+    if isinstance(data, tuple) and all(isinstance(part, Tensor | SparseRows) for part in data):
         data = Dataset("data", data[0], data[1], "")
+    elif isinstance(data, tuple | Mapping):  # nests: one minibatch
+        yield data
+        return
     if not isinstance(data, Dataset):
         yield from data
         return
@@ -168,34 +201,46 @@ def evaluate(
     size: int = 1000,
     most: int | None = None,
 ) -> tuple[float, float]:
-    """Mean loss and mean error (NaN without one) over the examples, added up in float64; read from
-    the device once.
+    """Compute the mean loss and mean error (NaN without one) over the examples.
+
+    They are added up in float64, and read from the device once.
+
+    Args:
+        objective: whose model and likelihood.
+        data: the examples.
+        error: of an example; None: the loss alone.
+        size: examples at a time.
+        most: of a data set the first so many examples; all where None.
 
     Raises:
         CurvlabError: no examples, targets that do not fit the outputs.
     """
-    count = 0
+    count, counted = 0, 0.0
     sums = torch.zeros(2, dtype=torch.float64, device=objective.device)
     with evaluating(objective.model), random_state.kept(objective.device), torch.no_grad():
-        for x, y in chunks(data, size, most):
+        for batch in chunks(data, size, most):
             # no closure of the objective's own: its labels stay as they are
-            closure = Closure(objective, x, y, 0)
+            closure = Closure(objective, *objective.batch(batch), 0, factor=1.0)
             z, losses = closure.outputs()
             sums[0] += losses.double().sum()
             if error is not None:
                 sums[1] += error.each(z, closure.y).double().sum()
-            count += len(x)
+            count += len(closure.x)
+            counted += counted_of(objective.likelihood, closure.y)
     if not count:
         raise CurvlabError("there are no examples to evaluate on")
     loss, wrong = (sums / count).tolist()
-    return loss, wrong if error is not None else float("nan")
+    return loss * ratio(count, counted), wrong if error is not None else float("nan")
 
 
 def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> dict[str, float]:
-    """{train_loss, train_error, and where there is validation val_loss, val_error}; an error is NaN
-    where none is measured.
+    """Return {train_loss, train_error, and where there is validation val_loss, val_error}.
+
+    An error is NaN where none is measured.
 
     Args:
+        objective: whose model and likelihood.
+        on: the data, and the error.
         most: examples of the training set; all where None.
     """
     scores: dict[str, float] = {}
@@ -208,7 +253,7 @@ def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> d
 
 
 def score_names(on: Evaluated) -> tuple[str, ...]:
-    """Of `scores_of`, those that a log holds."""
+    """Return the names of `scores_of` that a log holds."""
     parts = ("train",) if on.validation is None else ("train", "val")
     kinds = ("loss", "error") if on.error else ("loss",)
     return tuple(f"{part}_{kind}" for part in parts for kind in kinds)

@@ -1,4 +1,4 @@
-"""Of what kind a value of a checkpoint is: tests, and errors that say where one fails."""
+"""Tests of what kind a value of a checkpoint is, and errors that say where one fails."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ Test = Callable[[Any], bool]
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is an int, no bool, and from 0 to 2⁶³ − 1."""
+    """Return whether a value is an int, no bool, and from 0 to 2⁶³ − 1."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an int or a float, no bool; NaN and infinities are."""
+    """Return whether a value is an int or a float, no bool; NaN and infinities are."""
     return type(value) in (int, float)
 
 
 def is_flag(value: Any) -> bool:
-    """Whether it is a bool."""
+    """Return whether a value is a bool."""
     return type(value) is bool
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a str, and of no subclass."""
+    """Return whether a value is a str, and of no subclass."""
     return type(value) is str
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether it is a tensor, whatever its shape, dtype and device."""
+    """Return whether a value is a tensor, whatever its shape, dtype and device."""
     return isinstance(value, Tensor)
 
 
@@ -57,23 +57,25 @@ def table_of(test: Test, key: Test = is_text) -> Test:
     )
 
 
-def is_nest(value: Any) -> bool:
-    """A minibatch's inputs: a tensor, or lists and dictionaries of such."""
-    return is_tensor(value) or list_of(is_nest)(value) or table_of(is_nest)(value)
+def is_nested_tensors(value: Any) -> bool:
+    """Return whether a value is a minibatch's inputs: a tensor, or lists, dictionaries of such."""
+    return (
+        is_tensor(value) or list_of(is_nested_tensors)(value) or table_of(is_nested_tensors)(value)
+    )
 
 
 def is_count(value: Any) -> bool:
-    """That may be on the device."""
+    """Return whether a value is a whole number, which may be a tensor on the device."""
     return is_whole(value) or (is_tensor(value) and not value.dim())
 
 
 def is_attribute(value: Any) -> bool:
-    """Whether it is what a log's attribute may be: text or a number."""
+    """Return whether a value is what a log's attribute may be: text or a number."""
     return is_text(value) or is_number(value)
 
 
 def is_plain(value: Any) -> bool:
-    """What settings are made of."""
+    """Return whether a value is what settings are made of."""
     return (
         value is None
         or is_attribute(value)
@@ -89,12 +91,12 @@ def nested_numbers(depth: int) -> Test:
 
 
 def is_like(value: Any, own: Tensor) -> bool:
-    """Whether it is a tensor of the shape and dtype of `own`, on whatever device."""
+    """Return whether a value is a tensor of the shape and dtype of `own`, on whatever device."""
     return isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
 
 
 def equal(one: Any, two: Any) -> bool:
-    """Whether two nested values are equal; numbers must be of one type, devices may differ."""
+    """Return whether two nested values are equal, numbers of one type; devices may differ."""
     if isinstance(one, Mapping):
         return (
             isinstance(two, Mapping)
@@ -111,7 +113,7 @@ def equal(one: Any, two: Any) -> bool:
 def keys(
     found: Mapping[Any, Any], wanted: Iterable[Any], where: str, more: Iterable[Any] = ()
 ) -> None:
-    """Raises CurvlabError where a key is missing, or is neither wanted nor one of `more`."""
+    """Raise CurvlabError where a key is missing, or is neither wanted nor one of `more`."""
     wanted, more = list(wanted), list(more)
     missing = [key for key in wanted if key not in found]
     if missing:
@@ -145,9 +147,7 @@ def wrong(what: str) -> CurvlabError:
 
 
 def alike(own: Any, saved: Any, at: str) -> None:
-    """Raises CurvlabError where a state has other keys, lengths or kinds of values than one's
-    own.
-    """
+    """Raise CurvlabError where a state has other keys, lengths or kinds of values than `own`."""
     if isinstance(own, Mapping):
         must(saved, table_of(lambda value: True, lambda key: True), at)
         keys(saved, own, at)

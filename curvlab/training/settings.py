@@ -1,4 +1,4 @@
-"""What a training run is asked to do, when it ends, and how far it is."""
+"""Settings of a training run: what it is asked to do, when it ends, and how far it is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Every = Literal["epoch", "step"]
 
 
 def check_same(kept: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raises CurvlabError, which names them, where settings of a checkpoint are not `mine`."""
+    """Raise CurvlabError, which names them, where settings of a checkpoint are not `mine`."""
     differing = [k for k in {**kept, **mine} if kept.get(k) != mine.get(k)]
     if differing:
         said = ", ".join(f"{k} {kept.get(k)}, not {mine.get(k)}" for k in differing)
@@ -33,7 +33,7 @@ def check_same(kept: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """The algorithm and its constants; where one is None, the algorithm's document decides.
+    """The algorithm and its constants; where one is None, the algorithm's document decides it.
 
     `own` are the method's own options (`ALGORITHMS[name].options`). `double_grad`: see
     `optim.Descent`.
@@ -53,8 +53,10 @@ class MethodSettings:
     double_grad: bool = False
 
     def check(self) -> None:
-        """Raises CurvlabError for an unknown name or a value out of range, before anything is
-        built.
+        """Check names and ranges, before anything is built.
+
+        Raises:
+            CurvlabError: an unknown name or a value out of range.
         """
         lookup(ALGORITHMS, self.algorithm, "algorithm").checked(self.own, self.algorithm)
         check_labels(self.labels)
@@ -67,7 +69,11 @@ class MethodSettings:
         check_weight_decay(self.weight_decay)
 
     def optimizer(self, objective: Objective) -> Optimizer:
-        """Build the optimizer of `objective`. Raises CurvlabError where `own` does not fit."""
+        """Build the optimizer of `objective`.
+
+        Raises:
+            CurvlabError: `own` does not fit.
+        """
         names = (
             "damping",
             "momentum",
@@ -90,7 +96,7 @@ class MethodSettings:
             ) from error
 
     def plain(self) -> dict[str, Any]:
-        """As numbers, strings and dictionaries, the document's values in the place of None."""
+        """Return the settings as plain values, the document's in the place of None."""
         table = ALGORITHMS[self.algorithm]
         known: dict[str, Any] = {"own": dict(self.own)}
         for name in (
@@ -109,8 +115,10 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """How the learning rate moves: `schedule` is a name (`schedules.find_schedule`) with its
-    options, or a function optimizer → torch scheduler, stepped after every epoch or step.
+    """The schedule of the learning rate.
+
+    `schedule` is a name (`schedules.find_schedule`) with its options, or a function optimizer →
+    torch scheduler, stepped after every epoch or step.
     """
 
     schedule: str | schedules.Make = "constant"
@@ -118,7 +126,11 @@ class ScheduleSettings:
     schedule_options: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises CurvlabError for options that are no mapping, or an unknown `schedule_every`."""
+        """Check the options' kind, and what the schedule counts.
+
+        Raises:
+            CurvlabError: options that are no mapping, or an unknown `schedule_every`.
+        """
         if not isinstance(self.schedule_options, Mapping):
             raise CurvlabError(
                 f"schedule_options must be {{name: value}}, not {shown(self.schedule_options)}"
@@ -129,8 +141,15 @@ class ScheduleSettings:
     def scheduler(
         self, stepper: Optimizer, budget: Budget, per_epoch: int | None = None
     ) -> LRScheduler:
-        """Raises CurvlabError for a schedule that does not fit, or that ends before the run of so
-        many minibatches an epoch.
+        """Build the scheduler of an optimizer.
+
+        Args:
+            stepper: the optimizer.
+            budget: of the run.
+            per_epoch: minibatches of an epoch, where that is known.
+
+        Raises:
+            CurvlabError: the schedule does not fit, or ends before the run does.
         """
         if isinstance(self.schedule, str):
             turns = (
@@ -158,13 +177,14 @@ class ScheduleSettings:
         return made
 
     def spans(self) -> bool:
-        """Whether the number of epochs decides the learning rates, so that it cannot change
-        later.
+        """Return whether the number of epochs decides the learning rates.
+
+        Then it cannot change later.
         """
         return isinstance(self.schedule, str) and schedules.find_schedule(self.schedule).spans
 
     def plain(self) -> dict[str, Any]:
-        """As strings and dictionaries; a function by its name."""
+        """Return the settings as plain values; a function by its name."""
         return {
             "schedule": (
                 self.schedule
@@ -178,13 +198,17 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """When a run is evaluated, in epochs, and over how many of the training examples; None: all."""
+    """The epochs between evaluations, and the training examples that one is over; None: all."""
 
     evaluate_every: int = 1
     evaluate_samples: int | None = None
 
     def check(self) -> None:
-        """Raises CurvlabError for a number that is out of range."""
+        """Check the numbers.
+
+        Raises:
+            CurvlabError: one is out of range.
+        """
         for name in ("evaluate_every", "evaluate_samples"):
             value = getattr(self, name)
             if value is not None:
@@ -192,14 +216,15 @@ class EvaluationSettings:
 
 
 PARTS = (MethodSettings, ScheduleSettings, EvaluationSettings)
-"""What `Settings` are made of. An option of a run is a field of one of these; names are unique."""
+"""The parts of `Settings`. An option of a run is a field of one of these, and names are unique."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights, and what is evaluated. A run goes on with the same settings only.
+    """The settings that decide the weights, and what is evaluated.
 
-    Checkpoints and logs keep them as one mapping (`plain`), by the names of the parts' fields.
+    A run goes on with the same settings only. Checkpoints and logs keep them as one mapping
+    (`plain`), by the names of the parts' fields.
     """
 
     method: MethodSettings = MethodSettings()
@@ -208,7 +233,7 @@ class Settings:
 
     @staticmethod
     def names() -> list[str]:
-        """The options of a run: the fields of all parts."""
+        """Return the options of a run: the fields of all parts."""
         return [field.name for kind in PARTS for field in fields(kind)]
 
     @classmethod
@@ -229,16 +254,19 @@ class Settings:
         )
 
     def check(self) -> None:
-        """Raises CurvlabError for an unknown name or a value out of range, before anything is
-        built.
+        """Check names and ranges, before anything is built.
+
+        Raises:
+            CurvlabError: an unknown name or a value out of range.
         """
         self.method.check()
         self.scheduling.check()
         self.evaluation.check()
 
     def plain(self) -> dict[str, Any]:
-        """As numbers, strings and dictionaries, the document's values in the place of None; in the
-        order in which logs have them.
+        """Return the settings of all parts as one mapping of plain values.
+
+        The document's values stand in the place of None; the order is that of logs.
         """
         found = self.method.plain() | self.scheduling.plain() | asdict(self.evaluation)
         last = {"double_grad": found.pop("double_grad")}
@@ -254,8 +282,9 @@ def _part_of(name: str) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: whichever comes first. `seconds` are of training, without evaluation and
-    warm start.
+    """The end of a run: whichever of its limits comes first.
+
+    `seconds` are of training, without evaluation and warm start.
     """
 
     epochs: int | None = None
@@ -263,8 +292,10 @@ class Budget:
     seconds: float | None = None
 
     def check(self) -> None:
-        """Raises CurvlabError for a number that is out of range, or where there is no end at
-        all.
+        """Check the limits.
+
+        Raises:
+            CurvlabError: a number is out of range, or there is no end at all.
         """
         for name in ("epochs", "steps"):
             value = getattr(self, name)
@@ -276,7 +307,7 @@ class Budget:
             raise CurvlabError("the run needs an end: give epochs, steps or seconds")
 
     def most_steps(self, per_epoch: int | None) -> int | None:
-        """Steps after which it ends at the latest; None where that is not known."""
+        """Return the steps after which the run ends at the latest; None where that is not known."""
         known = (
             self.steps,
             self.epochs * per_epoch if self.epochs is not None and per_epoch is not None else None,
@@ -284,7 +315,7 @@ class Budget:
         return min((n for n in known if n is not None), default=None)
 
     def most_epochs(self, per_epoch: int | None) -> int | None:
-        """Epochs that are begun at most; None where that is not known."""
+        """Return the epochs that are begun at most; None where that is not known."""
         known = (
             self.epochs,
             -(-self.steps // per_epoch) if self.steps is not None and per_epoch else None,
@@ -294,8 +325,10 @@ class Budget:
 
 @dataclass
 class Position:
-    """How far a run is: `epoch` epochs are finished, and `step` steps of the next one; `steps` in
-    all. Times in seconds.
+    """The place that a run has reached.
+
+    `epoch` epochs are finished, and `step` steps of the next one; `steps` in all. Times are in
+    seconds.
     """
 
     started: bool = False
