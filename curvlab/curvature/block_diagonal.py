@@ -65,9 +65,7 @@ class BlockDiagonal(CurvatureDefaults):
     """
 
     refreshed: float | None = None
-    """λ of the last refresh. A state of an earlier version does not hold it: then it is the damping
-    as it was saved, until the next refresh.
-    """
+    """λ of the last refresh; after an earlier version's state, until the next, λ of that state."""
 
     def __init__(
         self,
