@@ -2,23 +2,27 @@
 and all chance as before.
 
 The loss is the objective's, the mean over examples of a per-example sum; an error is a mean over
-examples too (ERRORS).
+examples too, or, of sequences of symbols, over symbols.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from curvlab.closure import Closure
 from curvlab.datasets import Dataset
+from curvlab.datasets.base import IGNORED
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from curvlab.objective import Objective
@@ -32,11 +36,15 @@ Data = Dataset | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 class Measure:
     """An error of each example at outputs z [N, …] and targets y; `name` is what a log calls its
     mean.
+
+    Where `count` says that an example has several, `each` is their sum, and the mean is over all of
+    them.
     """
 
     name: str
     units: str
     each: Callable[[Tensor, Tensor], Float[Tensor, " N"]]
+    count: Callable[[Tensor], Int[Tensor, " N"]] | None = None
 
 
 def _wrong(z: Tensor, y: Tensor) -> Tensor:
@@ -59,6 +67,46 @@ SQUARED_SIGMOID = Measure(
 SQUARED = Measure("mean squared error of the outputs", "1", _squared)
 
 
+# Of symbols: class numbers y [N, T], classes on the last axis of the outputs or on axis 1.
+
+
+def _symbols(z: Tensor, y: Int[Tensor, "N *T"], ignored: int) -> tuple[Tensor, Bool[Tensor, "M"]]:
+    """(outputs [M, C], whether each of the M places has a symbol), M = N · |T|."""
+    z = z if z.shape[:-1] == y.shape else z.movedim(1, -1)
+    return z.reshape(-1, z.shape[-1]), (y != ignored).flatten()
+
+
+def _wrong_symbols(ignored: int, z: Tensor, y: Tensor) -> Tensor:
+    logits, there = _symbols(z, y, ignored)
+    return ((logits.argmax(1) != y.flatten()) & there).reshape(len(y), -1).double().sum(1)
+
+
+def _nats(ignored: int, z: Tensor, y: Tensor) -> Tensor:
+    logits, _ = _symbols(z, y, ignored)
+    losses = F.cross_entropy(logits, y.flatten().long(), reduction="none", ignore_index=ignored)
+    return losses.reshape(len(y), -1).double().sum(1)
+
+
+def _bits(ignored: int, z: Tensor, y: Tensor) -> Tensor:
+    return _nats(ignored, z, y) / math.log(2)
+
+
+def _count(ignored: int, y: Tensor) -> Tensor:
+    return (y != ignored).flatten(1).sum(1)
+
+
+def symbol_measures(ignored: int = IGNORED) -> tuple[Measure, dict[str, Measure]]:
+    """(the fraction of wrong symbols, {what a log adds to "train_" and "val_": cross-entropy per
+    symbol}), places whose target is `ignored` left out.
+    """
+    count = partial(_count, ignored)
+    wrong = Measure("fraction of wrong symbols", "1", partial(_wrong_symbols, ignored), count)
+    return wrong, {
+        "nats_per_symbol": Measure("nats per symbol", "nat", partial(_nats, ignored), count),
+        "bits_per_symbol": Measure("bits per symbol", "bit", partial(_bits, ignored), count),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """On what loss and error are evaluated.
@@ -68,26 +116,41 @@ class Evaluated:
         validation: likewise, or None.
         error: of an example (`measure_of`); None: the loss alone.
         size: examples at a time.
+        further: {what a log adds to "train_" and "val_": a measure} (`further_of`).
     """
 
     examples: Data
     validation: Data | None
     error: Measure | None
     size: int
+    further: Mapping[str, Measure] = field(default_factory=dict)
 
 
-def measure_of(likelihood: Likelihood, outputs: int) -> Measure | None:
+def measure_of(likelihood: Likelihood, outputs: int, y: Tensor | None = None) -> Measure | None:
     """The documents' error of a likelihood; None where they have none.
 
-    Classes: the fraction wrong. Autoencoders (Bernoulli, several outputs): mean squared error of
+    Classes: the fraction wrong, of all symbols where the targets y are sequences. Autoencoders (Bernoulli, several outputs): mean squared error of
     sigmoid(output) over pixels (practice). FACES (Gaussian): mean squared error of the outputs.
     Bernoulli with one output is a choice of two classes.
     """
     if isinstance(likelihood, Categorical):
-        return WRONG
+        return WRONG if not _sequences(y) else symbol_measures(likelihood.ignore_index)[0]
     if isinstance(likelihood, Bernoulli):
         return WRONG_SIGN if outputs == 1 else SQUARED_SIGMOID
     return SQUARED if isinstance(likelihood, Gaussian) else None
+
+
+def further_of(likelihood: Likelihood, y: Tensor) -> dict[str, Measure]:
+    """What is measured beside loss and error: of sequences of symbols the cross-entropy per symbol,
+    in nat and in bit, without what label smoothing adds.
+    """
+    if isinstance(likelihood, Categorical) and _sequences(y):
+        return symbol_measures(likelihood.ignore_index)[1]
+    return {}
+
+
+def _sequences(y: Tensor | None) -> bool:
+    return y is not None and y.ndim > 1 and not y.is_floating_point()
 
 
 @contextmanager
@@ -174,26 +237,39 @@ def evaluate(
     Raises:
         CurvlabError: no examples, targets that do not fit the outputs.
     """
+    loss, *wrong = measured(objective, data, () if error is None else (error,), size, most)
+    return loss, wrong[0] if wrong else float("nan")
+
+
+def measured(
+    objective: Objective,
+    data: Data,
+    measures: Sequence[Measure],
+    size: int = 1000,
+    most: int | None = None,
+) -> list[float]:
+    """The mean loss, then the mean of each measure; as `evaluate`."""
     count = 0
-    sums = torch.zeros(2, dtype=torch.float64, device=objective.device)
+    sums, of = torch.zeros(2, 1 + len(measures), dtype=torch.float64, device=objective.device)
     with evaluating(objective.model), random_state.kept(objective.device), torch.no_grad():
         for x, y in chunks(data, size, most):
             # no closure of the objective's own: its labels stay as they are
             closure = Closure(objective, x, y, 0)
             z, losses = closure.outputs()
             sums[0] += losses.double().sum()
-            if error is not None:
-                sums[1] += error.each(z, closure.y).double().sum()
+            for i, measure in enumerate(measures, 1):
+                sums[i] += measure.each(z, closure.y).double().sum()
+                of[i] += len(x) if measure.count is None else measure.count(closure.y).sum()
             count += len(x)
     if not count:
         raise CurvlabError("there are no examples to evaluate on")
-    loss, wrong = (sums / count).tolist()
-    return loss, wrong if error is not None else float("nan")
+    of[0] = count
+    return (sums / of).tolist()
 
 
 def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> dict[str, float]:
-    """{train_loss, train_error, and where there is validation val_loss, val_error}; an error is NaN
-    where none is measured.
+    """{train_loss, train_error, and where there is validation val_loss, val_error; likewise what is
+    measured further}; an error is NaN where none is measured.
 
     Args:
         most: examples of the training set; all where None.
@@ -202,13 +278,16 @@ def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> d
     for name, data in (("train", on.examples), ("val", on.validation)):
         if data is not None:
             first = most if name == "train" else None
-            found = evaluate(objective, data, error=on.error, size=on.size, most=first)
-            scores |= dict(zip((f"{name}_loss", f"{name}_error"), found, strict=True))
+            measures = ([on.error] if on.error else []) + list(on.further.values())
+            loss, *means = measured(objective, data, measures, on.size, first)
+            error = means.pop(0) if on.error else math.nan
+            scores |= {f"{name}_loss": loss, f"{name}_error": error}
+            scores |= dict(zip((f"{name}_{kind}" for kind in on.further), means, strict=True))
     return scores
 
 
 def score_names(on: Evaluated) -> tuple[str, ...]:
     """Of `scores_of`, those that a log holds."""
     parts = ("train",) if on.validation is None else ("train", "val")
-    kinds = ("loss", "error") if on.error else ("loss",)
+    kinds = ("loss", *(("error",) if on.error else ()), *on.further)
     return tuple(f"{part}_{kind}" for part in parts for kind in kinds)

@@ -38,6 +38,7 @@ from curvlab.training.evaluation import (
     chunks,
     depends_on_mode,
     evaluating,
+    further_of,
     in_eval_mode,
     measure_of,
     ready_to_train,
@@ -248,14 +249,18 @@ def _training(
         z, _ = Closure(
             objective, *first, 0
         ).outputs()  # what does not fit is found before anything is written
-    error = measure_of(objective.likelihood, z[0].numel()) if error is None else error
+    likelihood, y = objective.likelihood, first[1]
+    error = measure_of(likelihood, z[0].numel(), y) if error is None else error
+    further = further_of(likelihood, y)
     size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
     return Training(
         objective,
         batches,
         settings,
         budget,
-        evaluated=Evaluated(examples=examples, validation=validation, error=error, size=size),
+        evaluated=Evaluated(
+            examples=examples, validation=validation, error=error, size=size, further=further
+        ),
         warm=warm,
         about=about,
         must_match=must_match,
