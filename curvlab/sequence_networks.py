@@ -108,9 +108,7 @@ class ViT(nn.Module):
     come flattened.
     """
 
-    def __init__(
-        self, inputs: Shape, classes: int, *, layers: int, width: int, heads: int
-    ) -> None:
+    def __init__(self, inputs: Shape, classes: int, *, layers: int, width: int, heads: int) -> None:
         super().__init__()
         side = math.isqrt(inputs[0])
         self.image = inputs if len(inputs) == 3 else (1, side, side)

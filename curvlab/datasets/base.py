@@ -72,8 +72,9 @@ class SparseRows:
 class Dataset:
     """Inputs x [N, …] (floating, or class numbers), targets y [N, …], and what they are.
 
-    Where both are class numbers [N, T] they are of the same symbols (`symbolic`). An autoencoder's targets are its inputs: y is then x, the same tensor. `augment` changes the
-    inputs of a minibatch and is applied by `batches` alone; `x` is the data as they are.
+    Where both are class numbers [N, T] they are of the same symbols (`symbolic`). An autoencoder's
+    targets are its inputs: y is then x, the same tensor. `augment` changes the inputs of a
+    minibatch and is applied by `batches` alone; `x` is the data as they are.
     """
 
     name: str

@@ -129,9 +129,10 @@ class Evaluated:
 def measure_of(likelihood: Likelihood, outputs: int, y: Tensor | None = None) -> Measure | None:
     """The documents' error of a likelihood; None where they have none.
 
-    Classes: the fraction wrong, of all symbols where the targets y are sequences. Autoencoders (Bernoulli, several outputs): mean squared error of
-    sigmoid(output) over pixels (practice). FACES (Gaussian): mean squared error of the outputs.
-    Bernoulli with one output is a choice of two classes.
+    Classes: the fraction wrong, of all symbols where the targets y are sequences. Autoencoders
+    (Bernoulli, several outputs): mean squared error of sigmoid(output) over pixels (practice).
+    FACES (Gaussian): mean squared error of the outputs. Bernoulli with one output is a choice of
+    two classes.
     """
     if isinstance(likelihood, Categorical):
         return WRONG if not _sequences(y) else symbol_measures(likelihood.ignore_index)[0]
