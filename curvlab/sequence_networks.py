@@ -38,8 +38,9 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "N T E"]) -> Float[Tensor, "N T E"]:
         """Return what every place gathers from all, or, where `causal`, from those up to itself."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(found.transpose(1, 2).flatten(2))
+        gathered = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        found: Tensor = self.out(gathered.transpose(1, 2).flatten(2))
+        return found
 
 
 class TransformerLayer(nn.Module):
@@ -65,7 +66,8 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Float[Tensor, "N T E"]) -> Float[Tensor, "N T E"]:
         """Return x + attention(norm(x)), and the perceptron added to that likewise."""
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        found: Tensor = x + self.mlp(self.norm2(x))
+        return found
 
 
 class GPT(nn.Module):
@@ -134,7 +136,8 @@ class ViT(nn.Module):
         h = h + self.positions(_places(h, self.positions.num_embeddings))
         for layer in self.layers:
             h = layer(h)
-        return self.head(self.norm(h).mean(1))
+        z: Tensor = self.head(self.norm(h).mean(1))
+        return z
 
 
 class LSTM(nn.Module):
@@ -150,7 +153,8 @@ class LSTM(nn.Module):
 
     def forward(self, x: Int[Tensor, "N T"]) -> Float[Tensor, "N T V"]:
         """Return the logits of the symbol that follows each place."""
-        return self.head(self.lstm(self.embedding(x))[0])
+        z: Tensor = self.head(self.lstm(self.embedding(x))[0])
+        return z
 
 
 def _places(x: Tensor, known: int) -> Int[Tensor, "N T"]:

@@ -265,7 +265,8 @@ def measured(
     if not count:
         raise CurvlabError("there are no examples to evaluate on")
     of[0] = count
-    return (sums / of).tolist()
+    means: list[float] = (sums / of).tolist()
+    return means
 
 
 def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> dict[str, float]:
