@@ -1,8 +1,7 @@
-"""curvlab: curvature diagnostics of neural networks in PyTorch. The public names; nothing is
-computed here.
+"""curvlab: curvature diagnostics of neural networks in PyTorch.
 
-What a name stands for is imported when it is first asked for (PEP 562): the command's `--version`,
-`-h` and `list` need no torch.
+These are the public names; nothing is computed here. What a name stands for is imported when it is
+first asked for (PEP 562): the command's `--version`, `-h` and `list` need no torch.
 """
 
 from curvlab import starting as starting  # before what takes seconds to import

@@ -1,4 +1,4 @@
-"""``python -m curvlab``."""
+"""The command line as ``python -m curvlab``."""
 
 from curvlab.cli import main
 

@@ -1,9 +1,8 @@
-"""Algorithm: what one line of ALGORITHMS is, what it builds, from which labels, with its document's
-constants.
+"""Algorithm: what one line of ALGORITHMS is.
 
-Options are flat names, on the command line and as keywords: the keyword-only arguments of what a
-line builds, and the fields of the rules among them (`LevenbergMarquardt`, `GradientNorm`) in the
-place of the rule.
+It is what the line builds, from which labels, with its document's constants. Options are flat
+names, on the command line and as keywords: the keyword-only arguments of what a line builds, and
+the fields of the rules among them (`LevenbergMarquardt`, `GradientNorm`) in the place of the rule.
 """
 
 from __future__ import annotations
@@ -33,12 +32,16 @@ AdaptiveDamping = LevenbergMarquardt | GradientNorm
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """A document's values for the MNIST autoencoder (thesis Table 4.3, 4.5), unless the entry's
-    source says otherwise.
+    """A document's values of what every method has.
+
+    They are for the MNIST autoencoder (thesis Table 4.3, 4.5), unless the entry's source says
+    otherwise.
 
     Args:
-        lr: learning rate α. damping: in the document's own place. momentum, momentum_kind: see
-            `Descent`.
+        lr: learning rate α.
+        damping: in the document's own place.
+        momentum: see `Descent`.
+        momentum_kind: likewise.
         refresh_every: T₂.
     """
 
@@ -73,14 +76,14 @@ class ByBlock:
     damping_rule: AdaptiveDamping | None = field(default=None, kw_only=True)
 
     def defaults(self) -> dict[str, Any]:
-        """{option: its value where a user gives none}."""
+        """Return {option: its value where a user gives none}."""
         found = _defaults(self.make, self.options)
         if isinstance(self.damping_rule, GradientNorm):
             found |= _values(self.damping_rule)
         return found | ({"adapt": True} if self._adapts else {})
 
     def hints(self) -> dict[str, Any]:
-        """{option: what its annotation says}."""
+        """Return {option: what its annotation says}."""
         found = _hints(self.make, self.options)
         if isinstance(self.damping_rule, GradientNorm):
             found |= _rule_hints(self.damping_rule, {})
@@ -91,7 +94,7 @@ class ByBlock:
         return isinstance(self.damping_rule, LevenbergMarquardt)
 
     def block(self, block: Block, **own: Any) -> CurvatureBlock:
-        """The block with the table's options, or a user's in their place."""
+        """Make the curvature of a block with the table's options, or a user's in their place."""
         return self.make(block, **_arguments(self.make, {**self.options, **own}))
 
     def curvature(
@@ -101,9 +104,11 @@ class ByBlock:
         decay: float | None,
         own: Mapping[str, Any],
     ) -> Curvature:
-        """The curvature of all blocks.
+        """Make the curvature of all blocks.
 
         Args:
+            objective: whose blocks.
+            settings: labels, damping and cadence.
             decay: of moving averages; the document's where None.
             own: a user's options.
         """
@@ -135,14 +140,14 @@ class WholeVector:
     make: Callable[..., Curvature]
     options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     averaging: ClassVar[Averaging] = Averaging()
-    """Of no use: nothing is averaged."""
+    """As of `ByBlock`, but of no use: nothing is averaged."""
 
     def defaults(self) -> dict[str, Any]:
-        """{option: its value where a user gives none}."""
+        """Return {option: its value where a user gives none}."""
         return _defaults(self.make, self.options)
 
     def hints(self) -> dict[str, Any]:
-        """{option: what its annotation says}."""
+        """Return {option: what its annotation says}."""
         return _hints(self.make, self.options)
 
     def curvature(
@@ -152,14 +157,20 @@ class WholeVector:
         decay: float | None,
         own: Mapping[str, Any],
     ) -> Curvature:
-        """The curvature of the whole vector, with a user's options; there is nothing that `decay`
-        acts on."""
+        """Make the curvature of the whole vector.
+
+        Args:
+            objective: whose parameters.
+            settings: labels, damping and cadence.
+            decay: acts on nothing.
+            own: a user's options.
+        """
         return self.make(objective, settings, **_arguments(self.make, {**self.options, **own}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """One method.
+    """A method: its curvature, its labels and its document's constants.
 
     Args:
         summary: what it is, in a line.
@@ -221,18 +232,20 @@ class Algorithm:
 
     @property
     def look(self) -> Look | None:
-        """As of `ByBlock`; None of a method of the whole vector."""
+        """What a method by block looks at, as of `ByBlock`; None of the whole vector's."""
         return self.builds.look if isinstance(self.builds, ByBlock) else None
 
     @property
     def fallback(self) -> Callable[[], CurvatureBlock]:
-        """As of `ByBlock`."""
+        """The block of parameters that the method's own cannot have, as of `ByBlock`."""
         return self.builds.fallback if isinstance(self.builds, ByBlock) else IdentityBlock
 
     @property
     def own(self) -> Mapping[str, Any]:
-        """The table's values of the method's own options, where they are not the defaults of what
-        it builds."""
+        """The table's values of the method's own options.
+
+        They are those that are not the defaults of what it builds.
+        """
         return self.builds.options
 
     @property
@@ -242,12 +255,16 @@ class Algorithm:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """{option: its value where a user gives none}."""
+        """The values of the method's own options where a user gives none, by their names."""
         return self.builds.defaults()
 
     def checked(self, own: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """A user's options. Raises CurvlabError for one that is not known, or not what its
-        annotation says."""
+        """Return a user's options, which are checked.
+
+        Raises:
+            CurvlabError: an option that is not known, or a value that is not what its annotation
+                says.
+        """
         known = self.options
         for option in own:
             if option not in known:
@@ -264,14 +281,13 @@ class Algorithm:
         return {"adapt": False} if "adapt" in self.options else {}
 
     def block(self, block: Block, **own: Any) -> CurvatureBlock:
-        """A block of a method that is made of blocks, with the table's options, or a user's in
-        their place."""
+        """Make a block of a method by block, with the table's options, or a user's instead."""
         assert isinstance(self.builds, ByBlock)
         return self.builds.block(block, **own)
 
 
 def _own(make: Callable[..., Any]) -> Iterator[inspect.Parameter]:
-    """The keyword-only parameters."""
+    """Return the keyword-only parameters of what makes a method."""
     return (p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
@@ -280,8 +296,10 @@ def _values(rule: AdaptiveDamping) -> dict[str, Any]:
 
 
 def _defaults(make: Callable[..., Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """{option: its default, or the table's value}, in the order of the signature, a rule's fields
-    in its place."""
+    """Return {option: its default, or the table's value}.
+
+    They are in the order of the signature, a rule's fields in its place.
+    """
     found: dict[str, Any] = {}
     for p in _own(make):
         found |= (
@@ -291,7 +309,7 @@ def _defaults(make: Callable[..., Any], table: Mapping[str, Any]) -> dict[str, A
 
 
 def _hints(make: Callable[..., Any], table: Mapping[str, Any]) -> dict[str, Any]:
-    """{option: its annotation}, of a rule's fields those of the rule."""
+    """Return {option: its annotation}, of a rule's fields those of the rule."""
     found = get_type_hints(make.__init__ if inspect.isclass(make) else make)
     for p in _own(make):
         if isinstance(p.default, AdaptiveDamping):
@@ -300,7 +318,7 @@ def _hints(make: Callable[..., Any], table: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _rule_hints(rule: AdaptiveDamping, table: Mapping[str, Any]) -> dict[str, Any]:
-    """{field: its annotation}, without None where the method's own value is none."""
+    """Return {field: its annotation}, without None where the method's own value is none."""
     hints, values = get_type_hints(type(rule)), {**_values(rule), **table}
     return {name: hint if values[name] is None else _not_none(hint) for name, hint in hints.items()}
 
@@ -313,7 +331,7 @@ def _not_none(hint: Any) -> Any:
 
 
 def _arguments(make: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of `make`: options as they are, but a rule's fields as the rule."""
+    """Return the keyword arguments of `make`: options as given, but a rule's fields as the rule."""
     given = dict(options)
     for p in _own(make):
         if isinstance(p.default, AdaptiveDamping):

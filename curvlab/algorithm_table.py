@@ -1,5 +1,7 @@
-"""ALGORITHMS: one entry per name, each an approximation of curvature and a full optimizer
-(`curvlab.algorithms`)."""
+"""ALGORITHMS: one entry per name, each an approximation of curvature and a full optimizer.
+
+What is made of them is in `curvlab.algorithms`.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Algorithms by name: their curvature alone (`approximation`), a `Descent` (`descent`), a torch
-optimizer (`optimizer`)."""
+"""Algorithms by name: as their curvature alone, a `Descent`, or a torch optimizer.
+
+They are made by `approximation`, `descent` and `optimizer`.
+"""
 
 from __future__ import annotations
 
@@ -43,18 +45,20 @@ def approximation(
     refresh_every: int = 1,
     **own: Any,
 ) -> Curvature:
-    """The curvature of algorithm `name`: no step, no model moved. A `BlockDiagonal`, or a
-    `Curvature` of the whole vector.
+    """Make the curvature of algorithm `name`: it takes no step and moves no model.
+
+    It is a `BlockDiagonal`, or a `Curvature` of the whole vector.
 
     Args:
         name: of `ALGORITHMS`.
         objective: whose blocks.
         damping: the document's own parameter (λ of KFAC and the block methods, ε of TNT, Shampoo
-            and Adam).
+            and Adam); the document's value where None.
         labels: "data" (empirical), "model" (sampled) or "exact", where it is not to be the
             algorithm's own.
         decay: of the moving averages; the document's where None (0.9; Adam's β₂ 0.999).
-        update_every: T₁. refresh_every: T₂.
+        update_every: T₁.
+        refresh_every: T₂.
         own: the method's own options (`ALGORITHMS[name].options`).
 
     Raises:
@@ -78,7 +82,7 @@ def approximation(
 
 
 def check_labels(labels: Pass | None) -> None:
-    """Raises CurvlabError for what are no labels. None is the document's."""
+    """Raise CurvlabError for what are no labels; None stands for the document's."""
     known = [name for name in PASSES if name != "gradient"]
     if labels is not None and labels not in known:
         raise unknown("labels", labels, known)
@@ -90,7 +94,7 @@ def check_rates(
     momentum: float | None = None,
     decay: float | None = None,
 ) -> None:
-    """Raises CurvlabError where one is no number, or out of its range. None is the document's."""
+    """Raise CurvlabError where a rate is no number or out of range; None is the document's."""
     if lr is not None:
         real("the learning rate", lr)
     if damping is not None:
@@ -111,8 +115,20 @@ def descent(
     double_grad: bool = False,
     **options: Any,
 ) -> Descent:
-    """Algorithm `name` as a `Descent`: its document's momentum and T₂ where None; `options` are
-    those of `approximation`."""
+    """Make algorithm `name` as a `Descent`.
+
+    Args:
+        name: of `ALGORITHMS`.
+        objective: what it steps on.
+        momentum: β; the document's where None.
+        momentum_kind: see `Descent`; the document's where None.
+        weight_decay: γ, added to the direction.
+        double_grad: see `Descent`.
+        options: those of `approximation`, T₂ the document's where None.
+
+    Raises:
+        CurvlabError: as `approximation` and `Descent`.
+    """
     a = lookup(ALGORITHMS, name, "algorithm")
     for every, value in (("update_every", 1), ("refresh_every", a.refresh_every)):
         options[every] = value if options.get(every) is None else options[every]
@@ -130,7 +146,7 @@ def descent(
 def optimizer(
     name: str, objective: Objective, lr: float | None = None, **options: Any
 ) -> Optimizer:
-    """Algorithm `name` as a `torch.optim.Optimizer`.
+    """Make algorithm `name` as a `torch.optim.Optimizer`.
 
     Args:
         name: of `ALGORITHMS`.
@@ -139,6 +155,9 @@ def optimizer(
         options: momentum, momentum_kind, weight_decay, double_grad (see `Descent`), and those of
             `approximation`, T₂ the document's where None (20 of KFAC, TNT and Shampoo on
             autoencoders: thesis 2.8.2, 4.7.2).
+
+    Raises:
+        CurvlabError: as `descent`, and a learning rate out of range.
     """
     a = lookup(ALGORITHMS, name, "algorithm")
     check_rates(lr)
@@ -146,7 +165,15 @@ def optimizer(
 
 
 def damping_for(name: str, overall: float, size: int) -> float:
-    """The document's damping parameter of algorithm `name` at overall damping `overall` and batches
-    of `size` examples."""
+    """Return the document's damping parameter of algorithm `name` at one overall damping.
+
+    Args:
+        name: of `ALGORITHMS`.
+        overall: λ.
+        size: examples of a minibatch.
+
+    Raises:
+        CurvlabError: an unknown name, or a damping out of range.
+    """
     check_damping(overall)
     return lookup(ALGORITHMS, name, "algorithm").overall(overall, size)

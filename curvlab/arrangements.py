@@ -39,14 +39,14 @@ ARRANGEMENTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "second": _second,
     "last": _last,
 }
-"""Where the examples are in [R, P], after `lead` axes, so that [N, T] comes of it: R = N; R = N k,
-examples outside or inside; P = N k or k N, sequence first.
+"""Ways in which the examples may lie in [R, P], after `lead` axes, so that [N, T] comes of it:
+R = N; R = N k, examples outside or inside; P = N k or k N, sequence first.
 """
 
 
 @lru_cache(maxsize=4096)
 def arrangements(rows: int, places: int, size: int) -> tuple[str, ...]:
-    """Those that shapes allow, the usual one first."""
+    """Return the arrangements that shapes allow, the usual one first."""
     if size == 1:
         return ("first" if rows == 1 else "major",)
     found = ["first"] if rows == size else []

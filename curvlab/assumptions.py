@@ -1,21 +1,20 @@
-"""How good are the assumptions? The approximations' matrices, and each step that leads to them,
-against the exact block.
+"""How good are the assumptions? Approximations, and the steps to them, against the exact block.
 
 `errors` takes the way from the exact block M to one Kronecker product apart, step by step, on one
-minibatch:
+minibatch::
 
     M  = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ            thesis Theorem 3
     M₁ = (1/N) Σₙ Σ_t G_{n,tt} ⊗ a_{n,t} a_{n,t}ᵀ                (3.4): G_tt' = 0 between places
     M₂ = (1/N) Σₙ ((1/T) Σ_t G_{n,tt}) ⊗ (Σ_t a_{n,t} a_{n,t}ᵀ)  (3.5), (3.7): over places, mean of
-    products = product of means M₃ = E[(1/T) Σ_t G_tt] ⊗ E[Σ_t a_t a_tᵀ]                     (2.3),
-    (3.8): over examples too
+                                                                 products = product of means
+    M₃ = E[(1/T) Σ_t G_tt] ⊗ E[Σ_t a_t a_tᵀ]                     (2.3), (3.8): over examples too
 
 `quality` compares what the algorithms estimate with M. Both report the **floor**, the error of the
 nearest Kronecker product. (No bound for TNT and Shampoo, which have a product for the weight and
 another for the bias.)
 
 Legend: N examples, T places, I inputs incl. the bias column, O outputs, D = O I; ‖·‖ is the
-    Frobenius norm.
+Frobenius norm.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ ASSUMPTIONS: dict[str, tuple[str, Callable[[KroneckerSum], Float[Tensor, "D D"]]
     "averaged over places": ("(3.5), (3.7)", KroneckerSum.averaged),
     "averaged over examples": ("(2.3), (3.8)", lambda terms: terms.single().dense()),
 }
-"""{assumption: (thesis, the matrix that it and those before it leave)}."""
+"""Assumptions in their order, each with (thesis, the matrix that it and those before it leave)."""
 
 
 Columns = dict[str, list[float] | float]
-"""{variable: its values in one block, with or without a further dimension}."""
+"""Values of variables in one block, with or without a further dimension."""
 
 
 def errors(
@@ -63,11 +62,15 @@ def errors(
     kind: Kind = "fisher",
     blocks: Sequence[str] | None = None,
 ) -> xr.Dataset:
-    """What each assumption of a Kronecker approximation costs, against the exact block on the same
-    minibatch.
+    """Compute what each assumption of a Kronecker approximation costs, against the exact block.
+
+    Both are of the same minibatch.
 
     Args:
-        objective, x, y, kind: as for `curvlab.exact.matrix`; one minibatch.
+        objective: as for `curvlab.exact.matrix`.
+        x: inputs of one minibatch [N, …].
+        y: its targets.
+        kind: of matrix.
         blocks: names; all where None. Layers without a rule and those with groups of outputs are
             skipped.
 
@@ -126,8 +129,9 @@ def quality(
     passes: int = 10,
     spectra: bool = True,
 ) -> xr.Dataset:
-    """The matrices that algorithms estimate, against the exact block on the same data. Nothing is
-    tuned, no model is moved.
+    """Compare the matrices that algorithms estimate with the exact block on the same data.
+
+    Nothing is tuned, no model is moved.
 
     Methods that read each example (KFAC, TNT per sample, block Fisher) see the data as one batch.
     Methods that read the mean gradient of a minibatch (TNT, Shampoo, Adam) see them in `passes`
@@ -141,8 +145,11 @@ def quality(
     is from it.
 
     Args:
-        objective, x, y, kind: as for `curvlab.exact.matrix`; one minibatch.
+        objective: as for `curvlab.exact.matrix`.
+        x: inputs of one minibatch [N, …].
+        y: its targets.
         algorithms: of `ALGORITHMS`, those that estimate a matrix.
+        kind: of matrix.
         blocks: names; all where None. Layers without a rule and those with groups of outputs are
             skipped.
         damping: overall λ. Above 0 the matrices are compared as they are inverted: M + λI, and each
@@ -228,7 +235,7 @@ def quality(
 
 
 def _between(matrix: Float[Tensor, "D D"], block: Block) -> float:
-    """Norm of the entries between weight and bias."""
+    """Return the norm of the entries between weight and bias."""
     weight, *bias = (
         places.flatten().to(matrix.device) for places in Layout((block,)).places().values()
     )
@@ -238,7 +245,7 @@ def _between(matrix: Float[Tensor, "D D"], block: Block) -> float:
 def _chosen(
     closure: Closure, kind: Kind, blocks: Sequence[str] | str | None
 ) -> tuple[list[Block], str]:
-    """(the blocks that are Kronecker sums, the names of the others and why)."""
+    """Return (the blocks that are Kronecker sums, the names of the others and why)."""
     known = {b.name: b for b in closure.objective.blocks}
     asked = (
         list(known.values())

@@ -14,8 +14,9 @@ from curvlab.errors import CurvlabError
 
 
 def edge_of(output: Tensor) -> tuple[GradientEdge, tuple[int, ...]]:
-    """Where the derivative in an output arrives, and its shape there: in-place operations on a view
-    start from its base.
+    """Return where the derivative in an output arrives, and its shape there.
+
+    In-place operations on a view start from its base.
     """
     base = output._base if output._is_view() else None
     if (
@@ -46,12 +47,12 @@ _REMEDIES = {
 
 
 def remedy(error: Exception) -> str | None:
-    """What a user does about torch's refusal of a derivative, where we know."""
+    """Return what a user does about torch's refusal of a derivative, where we know."""
     return next((told for part, told in _REMEDIES.items() if part in str(error)), None)
 
 
 def refused(error: Exception, what: str) -> CurvlabError:
-    """Torch's refusal of a derivative in one line."""
+    """Return torch's refusal of a derivative in one line."""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CurvlabError(f"torch cannot take {what} of the model: {remedy(error) or first}")
 
@@ -59,8 +60,9 @@ def refused(error: Exception, what: str) -> CurvlabError:
 def sent_together(
     z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]
 ) -> list[Tensor | None]:
-    """`send_back` with the vectors and the targets' first axis as one; of a single vector as
-    autograd gives it.
+    """Return `send_back` with the vectors and the targets' first axis as one.
+
+    Of a single vector it is as autograd gives it.
     """
     if len(vectors) != 1:
         return [None if d is None else d.flatten(0, 1) for d in send_back(z, targets, vectors)]
@@ -75,8 +77,17 @@ def sent_together(
 def send_back(
     z: Tensor, targets: Sequence[Any], vectors: Float[Tensor, "V N *C"]
 ) -> list[Tensor | None]:
-    """∂z/∂target applied to every vector, [V, *target], None where a target does not reach z; one
-    by one where an operation has no batched derivative.
+    """Return ∂z/∂target applied to every vector, [V, *target]; None where z does not depend on it.
+
+    The vectors go back one by one where an operation has no batched derivative.
+
+    Args:
+        z: outputs, with their graph, which is kept.
+        targets: what the derivative is taken in.
+        vectors: sent back from the outputs.
+
+    Raises:
+        CurvlabError: torch cannot take the derivative.
     """
     count = len(vectors)
     if count != 1:

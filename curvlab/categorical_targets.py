@@ -1,5 +1,6 @@
-"""What is wrong with the targets of a categorical likelihood, and what to do about it that the next
-check allows.
+"""Faults in the targets of a categorical likelihood, and their remedies.
+
+A remedy is one that the next check allows.
 
 Legend: N examples, C classes, P the axes of places where a class is told apart.
 """
@@ -16,7 +17,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def wrong_targets(z: Tensor, y: Tensor, ignore_index: int) -> tuple[str, str] | None:
-    """(what is wrong with targets y of outputs z, the remedy); None where nothing is."""
+    """Return (what is wrong with targets y of outputs z, the remedy); None where nothing is."""
     if y.is_floating_point() and y.shape == z.shape:
         return _wrong_probabilities(y)
     wanted = z.shape[:1] + z.shape[2:]
@@ -48,7 +49,7 @@ def wrong_targets(z: Tensor, y: Tensor, ignore_index: int) -> tuple[str, str] | 
 
 
 def _other_shape(z: Tensor, y: Tensor, wanted: torch.Size) -> str:
-    """The remedy where class numbers have not the shape `wanted`."""
+    """Return the remedy where class numbers have not the shape `wanted`."""
     number = "" if y.dtype in _INTEGERS else ".long()"
     turn = "transpose(1, 2)" if z.ndim == 3 else "movedim(-1, 1)"
     if y.shape == z.shape:

@@ -1,4 +1,4 @@
-"""Closure, Observation: one minibatch of an objective, and what looks at it show.
+"""Closure: one minibatch of an objective, and the looks at it.
 
 The loss is the **mean over examples of a per-example sum**. Labels drawn from the model depend only
 on the objective's seed and on the number of the closure, never on who asks for them: an algorithm
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -20,18 +20,20 @@ from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_finite
 from curvlab.likelihoods import sample_of
 from curvlab.looks import Looks
+from curvlab.nests import Batched, Nest
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
 from curvlab.statistics import LayerStatistics
-from curvlab.strangers import WRAP, mixes
+from curvlab.strangers import mixes
 
 if TYPE_CHECKING:
     from curvlab.objective import Objective
 
 
 class Closure(Looks):
-    """One minibatch of an objective. ``closure()`` is torch's contract; ``closure.observe(needs)``
-    is curvlab's.
+    """A minibatch of an objective.
+
+    ``closure()`` is torch's contract; ``closure.observe(needs)`` is curvlab's.
 
     Raises:
         CurvlabError: an empty batch, x and y of different lengths, NaN or Inf in x.
@@ -40,19 +42,15 @@ class Closure(Looks):
     def __init__(
         self,
         objective: Objective,
-        x: Tensor,
-        y: Tensor,
+        x: Any,
+        y: Any,
         number: int,
         stream: Stream = "step",
         part: int = 0,
     ) -> None:
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            given = f"{type(x).__name__} and {type(y).__name__}"
-            raise CurvlabError(
-                f"a minibatch must be two tensors, not {given}: put the inputs side by side in one"
-                f" tensor, and {WRAP}"
-            )
-        if not x.ndim or not y.ndim:
+        if not isinstance(x, Tensor | Nest) or not isinstance(y, Tensor | Nest):
+            x, y = objective.batch(x, y)
+        if any(isinstance(t, Tensor) and not t.ndim for t in (x, y)):
             raise CurvlabError("a minibatch needs the examples as first axis; this one has no axis")
         if len(x) != len(y):
             raise CurvlabError(
@@ -60,16 +58,7 @@ class Closure(Looks):
             )
         if len(x) == 0:
             raise CurvlabError("the minibatch is empty")
-        if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
-            raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
-        if x.is_floating_point() and not all_finite(x):
-            bad = int(
-                (~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0]
-            )
-            raise CurvlabError(
-                f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean"
-                " the data first"
-            )
+        _check_inputs(x)
         super().__init__()
         objective.check_modules()
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
@@ -78,7 +67,15 @@ class Closure(Looks):
         with derivatives():
             self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
 
-    def _moved(self, t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    @overload
+    def _moved(self, t: Tensor, dtype: torch.dtype | None) -> Tensor: ...
+
+    @overload
+    def _moved(self, t: Nest, dtype: torch.dtype | None) -> Nest: ...
+
+    def _moved(self, t: Batched, dtype: torch.dtype | None) -> Batched:
+        if isinstance(t, Nest):
+            return t.map(lambda t: self._moved(t, dtype), others=True)
         device = self.objective.device
         if t.is_inference():
             t = t.clone()
@@ -96,8 +93,9 @@ class Closure(Looks):
         return self.objective.likelihood.loss(z, self.y)
 
     def __call__(self) -> Tensor:
-        """Torch's contract: zero the gradients, forward, backward, return the loss with ``p.grad``
-        filled.
+        """Zero the gradients, go forward and backward, return the loss with ``p.grad`` filled.
+
+        That is torch's contract.
         """
         self.objective.model.zero_grad()
         loss = self._loss(self._forward(self.x))
@@ -109,32 +107,30 @@ class Closure(Looks):
         return loss
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """(outputs, loss of each example) of the model as it stands, without a graph: all that an
-        evaluation needs.
+        """Return (outputs, loss of each example) of the model as it stands, without a graph.
+
+        It is all that an evaluation needs.
         """
         with torch.inference_mode(False), torch.no_grad():
             z = self._forward(self.x)
             return z, self._losses(z)
 
     def losses(self) -> Tensor:
-        """The loss of each example without a graph, on cloned buffers and with the first look's
-        random numbers: a trial.
+        """Return the loss of each example of a trial: without a graph, on cloned buffers.
+
+        The random numbers are those of the first look.
         """
         self._check_restless()
         with torch.inference_mode(False), torch.no_grad(), self._same_chance(True):
             return self._losses(self._forward(self.x, self._own_buffers(True)))
 
     def labels(self, z: Tensor, draws: int = 1) -> list[Tensor]:
-        """Labels drawn from the model's own distribution at outputs z: the same ones at every
-        call.
-        """
+        """Draw labels from the model's own distribution at outputs z: the same at every call."""
         generator = self.objective.generator(self.number, self.stream, self.part)
         return [sample_of(self.objective.likelihood, z, generator, self.y) for _ in range(draws)]
 
     def _check(self, z: Tensor) -> None:
-        """Of targets, and at the first look at a form of the likelihood, where that is the
-        user's.
-        """
+        """Check targets, and at the first look at a form the user's own likelihood."""
         if self._checked:
             return
         self.objective.likelihood.check(z, self._y)
@@ -148,9 +144,7 @@ class Closure(Looks):
 
     @property
     def law(self) -> Law:
-        """What was found of the likelihood: its root, and whether labels drawn by it follow its
-        loss.
-        """
+        """What was found of the likelihood, its root and whether labels follow its loss."""
         key = self._key(self.x)
         if key not in self.objective.laws or not self._checked:
             _ = self.form  # a look, which the next one is
@@ -160,8 +154,9 @@ class Closure(Looks):
         return self.objective.laws[key]
 
     def look(self) -> tuple[Tensor, Tensor, Capture]:
-        """One forward on cloned buffers, checked: (outputs and loss of each example with their
-        graphs, the capture).
+        """Return (outputs, loss of each example, the capture) of one forward, which is checked.
+
+        It runs on cloned buffers; outputs and losses have their graphs.
         """
         z, capture = self.forward()
         with derivatives():
@@ -172,7 +167,7 @@ class Closure(Looks):
         return z, losses, capture
 
     def root(self, z: Tensor) -> Tensor:
-        """S of each example, S Sᵀ = ∂²ℓ/∂z², one column a slice of the first axis: [V, N, *C].
+        """Return S of each example, S Sᵀ = ∂²ℓ/∂z², a column a slice of the first axis: [V, N, *C].
 
         Raises:
             CurvlabError: the likelihood has none, and its loss is not convex in the outputs.
@@ -185,7 +180,7 @@ class Closure(Looks):
         return law.root(z, self.y)
 
     def check_kind(self, kind: str) -> None:
-        """Raises CurvlabError where the likelihood leaves a kind of matrix without one meaning."""
+        """Raise CurvlabError where the likelihood leaves a kind of matrix without one meaning."""
         if kind == "fisher" and not self.law.follows:
             raise CurvlabError(refusal(self.law, kind))
 
@@ -198,7 +193,7 @@ class Closure(Looks):
         *,
         checked: bool = True,
     ) -> Observation:
-        """One forward, then one backward for each pass in `needs`.
+        """Go forward once, then backward once for each pass in `needs`.
 
         Args:
             needs: of "gradient", "data", "model", "exact".
@@ -288,6 +283,20 @@ class Closure(Looks):
             where = "the outputs are finite, so the likelihood overflows"
         raise Diverged(
             f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping"
+        )
+
+
+def _check_inputs(x: Batched) -> None:
+    if isinstance(x, Nest):
+        x.check_finite()
+        return
+    if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
+        raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
+    if x.is_floating_point() and not all_finite(x):
+        bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
+        raise CurvlabError(
+            f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean"
+            " the data first"
         )
 
 

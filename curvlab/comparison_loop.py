@@ -1,5 +1,6 @@
-"""The loop of a comparison: every descent sees the same observation, one of them moves the
-parameters, and all see the same step.
+"""The loop of a comparison: every descent sees the same observation and the same step.
+
+One of them moves the parameters.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def compare_one(
     bar: Progress,
     title: str = "compare",
 ) -> None:
-    """One seed. Whatever ends it, what was logged is saved."""
+    """Compare along one seed; whatever ends it, what was logged is saved."""
     descents = settings.descents(objective, size)
     every = settings.every
     curvatures = {name: d.curvature for name, d in descents.items()}
@@ -61,7 +62,7 @@ def compare_one(
     nothing: dict[str, Tensor] = {}
 
     def lose(name: str, error: Diverged, first: int) -> None:
-        """A method leaves the comparison, from step `first` on."""
+        """Take a method out of the comparison, from step `first` on."""
         if name == reference:
             raise error
         del alive[name], curvatures[name]
@@ -78,7 +79,7 @@ def compare_one(
             str, float
         ] = {}  # seconds spent on learning from the last step, to be counted with the next
         with shielded() as shield:
-            for step, (x, y) in enumerate(itertools.islice(batches, steps)):
+            for step, batch in enumerate(itertools.islice(batches, steps)):
                 with shield:  # a signal waits until the step is in the log
                     at = step
                     due = [
@@ -88,7 +89,7 @@ def compare_one(
                     needs = frozenset().union(
                         *(d.needs for d in alive.values()), *(PROBES[name].needs for name in due)
                     )
-                    closure = objective.closure(x, y)
+                    closure = objective.closure(batch)
                     now = closure.observe(needs)
                     directions: dict[str, dict[str, Tensor]] = {}
                     seconds: dict[str, float] = {}
@@ -158,7 +159,7 @@ def compare_one(
 
 
 def _note_loss(log: Log, name: str, seed: int, step: int, error: Diverged) -> None:
-    """In the log: which method, of which block, from which step and why."""
+    """Note in the log which method, of which block, left the finite range at which step and why."""
     found = json.loads(log.attributes.get("diverged", "{}"))
     found.setdefault(name, []).append(
         {"seed": seed, "step": step, "block": error.block, "reason": str(error)}
@@ -167,7 +168,7 @@ def _note_loss(log: Log, name: str, seed: int, step: int, error: Diverged) -> No
 
 
 def _tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) -> None:
-    """In the log and in a warning."""
+    """Say in the log and in a warning that a method left the finite range."""
     _note_loss(log, name, seed, step, error)
     where = f"{name} (seed {seed})" if len(log.seeds) > 1 else name
     why = str(error).removeprefix(f"{name}: ")
@@ -180,7 +181,7 @@ def _tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) ->
 def _log(
     log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], log_every: int, seed: int
 ) -> None:
-    """What is taken as often as the log lies along its steps; the rest along axes of its own."""
+    """Log what is taken as often as the log lies along its steps; the rest along its own axes."""
     record: ProbeRecord = {}
     for name, found in seen.items():
         values = {v: (PROBES[name].variables[v].dims, on_host(x)) for v, x in found.items()}

@@ -1,5 +1,6 @@
-"""A comparison by the names of the tables: what `curvlab compare` runs. `runs.compare` is the one
-on a user's own objective.
+"""A comparison by the names of the tables: what `curvlab compare` runs.
+
+`runs.compare` is the one on a user's own objective.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from curvlab.system import random_state
 from curvlab.system.progress import progress_bar
 
 SEEDS = 10_000
-"""Of a comparison at most."""
+"""Seeds of a comparison at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedComparison:
-    """A comparison on a problem of the tables: what the command line runs. `seeds`: the problem's
-    own first.
+    """A comparison on a problem of the tables: what the command line runs.
+
+    `seeds`: the problem's own first.
     """
 
     settings: CompareSettings
@@ -41,8 +43,10 @@ class NamedComparison:
     verbose: bool = False
 
     def check(self) -> None:
-        """Raises CurvlabError for unknown names and values out of range, before anything is
-        loaded.
+        """Check names and ranges, before anything is loaded.
+
+        Raises:
+            CurvlabError: an unknown name or a value out of range.
         """
         _ = self.problem.entry  # first: a module of the user's may enter algorithms and probes
         self.settings.check()
@@ -67,12 +71,12 @@ class PreparedComparison:
     steps: int
 
     def objective(self, seed: int) -> Objective:
-        """The objective of a seed."""
+        """Return the objective of a seed."""
         return self.first if seed == self.first.seed else self.named.problem.objective(seed)
 
 
 def prepare_comparison(named: NamedComparison) -> PreparedComparison:
-    """Check, load and build.
+    """Check, load and build a comparison.
 
     Raises:
         CurvlabError: as `NamedComparison.check`, and for data that do not fit the model or the size

@@ -1,5 +1,6 @@
-"""What a comparison does, beside objective and batches: its settings, and what follows from them,
-the descents and the empty log.
+"""What a comparison does: its settings, the descents, and the empty log.
+
+Objective and batches are beside them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """What a comparison does, beside objective and batches. Defaults: the published picture (thesis
-    Figure 4.1, practice).
+    """The settings of a comparison, beside objective and batches.
+
+    Defaults: the published picture (thesis Figure 4.1, practice).
 
     `probes` are further ones beside `ALWAYS`, each as "name" or "name:every".
 
@@ -50,7 +52,11 @@ class CompareSettings:
         return tuple(dict.fromkeys((self.reference, *self.algorithms)))
 
     def check(self) -> None:
-        """Raises CurvlabError for an unknown name or a value out of range, before anything runs."""
+        """Check names and ranges, before anything runs.
+
+        Raises:
+            CurvlabError: an unknown name or a value out of range.
+        """
         for name in (self.reference, *self.algorithms):
             lookup(ALGORITHMS, name, "algorithm")
         for name, every in asked(self.probes, "compare").items():
@@ -66,7 +72,7 @@ class CompareSettings:
 
     @property
     def every(self) -> dict[str, int]:
-        """{probe: steps between samples}: its own, but that of the log where that is 1."""
+        """Steps between samples of each probe, its own, but the log's where that is 1."""
         wanted = dict.fromkeys(ALWAYS) | asked(self.probes, "compare")
         own = {name: every or PROBES[name].every for name, every in wanted.items()}
         return {
@@ -76,11 +82,11 @@ class CompareSettings:
 
     @property
     def rate(self) -> float:
-        """The reference's learning rate: `lr`, or its document's where that is None."""
+        """The reference's learning rate, `lr`, or its document's where that is None."""
         return ALGORITHMS[self.reference].lr if self.lr is None else self.lr
 
     def dampings(self, size: int) -> dict[str, float]:
-        """{algorithm: its document's own damping parameter} at batches of `size` examples."""
+        """Return {algorithm: its document's own damping} at batches of `size` examples."""
         return {name: damping_for(name, self.damping, size) for name in self.names}
 
     def descents(self, objective: Objective, size: int) -> dict[str, Descent]:

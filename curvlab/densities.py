@@ -29,7 +29,7 @@ EDGES: NDArray[np.float64] = np.concatenate([-_MAGNITUDES[::-1], _MAGNITUDES])
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What the log holds of one matrix; pairs are (value, error)."""
+    """The things that the log holds of one matrix; pairs are (value, error)."""
 
     density: Float[NDArray[np.float64], " P"]
     lowest: tuple[float, float]
@@ -41,15 +41,17 @@ class Spectrum:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of −λ / max |λ|, above which an eigenvalue counts as negative: 1e-10, or 100 times the
-    rounding error if that is more.
+    """Return the value of −λ / max |λ| above which an eigenvalue counts as negative.
+
+    It is 1e-10, or 100 times the rounding error if that is more.
     """
     return max(1e-10, 100 * torch.finfo(dtype).eps)
 
 
 def eigenvalues(matrix: Dense) -> Float[Tensor, " D"]:
-    """All eigenvalues, ascending. Rows (and columns) that are entirely zero are left out and their
-    zeros put back: exact.
+    """Return all eigenvalues, ascending.
+
+    Rows (and columns) that are entirely zero are left out and their zeros put back: exact.
     """
     m = matrix.matrix
     active = (m != 0).any(1).nonzero()[:, 0]
@@ -60,7 +62,7 @@ def eigenvalues(matrix: Dense) -> Float[Tensor, " D"]:
 
 
 def of_matrix(matrix: Dense) -> Spectrum:
-    """From every eigenvalue."""
+    """Return the spectrum from every eigenvalue."""
     found: NDArray[np.float64] = eigenvalues(matrix).double().cpu().numpy()
     below = found < -tolerance(matrix.matrix.dtype) * np.abs(found).max()
     lowest, highest, trace, negative = (
@@ -79,7 +81,7 @@ def of_matrix(matrix: Dense) -> Spectrum:
 def of_products(
     operator: Operator, dtype: torch.dtype, draws: int, steps: int, generator: torch.Generator
 ) -> Spectrum:
-    """By stochastic Lanczos quadrature (`krylov.density`): `draws` runs of `steps` products each.
+    """Return the spectrum by stochastic Lanczos quadrature (`krylov.density`).
 
     A Ritz value whose residual is longer than its magnitude cannot be told from 0, and is counted
     there. The ends are the outermost Ritz values of all runs, each with its residual; the other

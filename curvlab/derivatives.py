@@ -37,15 +37,17 @@ def _autocast() -> tuple[str, torch.dtype] | None:
 
 
 def around() -> tuple[str, torch.dtype] | None:
-    """The autocast that the user has put around the call: (type of device, dtype), None where there
-    is none.
+    """Return the autocast that the user has put around the call, None where there is none.
+
+    It is (type of device, dtype).
     """
     return _around.get() or _autocast()
 
 
 class precise(ContextDecorator):
-    """Arithmetic in the tensors' own precision inside, also under autocast; `surrounding` is what
-    was around.
+    """Arithmetic in the tensors' own precision inside, also under autocast.
+
+    `surrounding` is what was around.
     """
 
     # Classes, not generators: several are opened at every look, where nothing mostly is to be done.
@@ -69,16 +71,18 @@ class precise(ContextDecorator):
 
 
 def surrounding() -> AbstractContextManager[Any]:
-    """What the user has put around the call, for the forward pass: autocast, inside of `precise`
-    too.
+    """Return what the user has put around the call, for the forward pass.
+
+    It is autocast, inside of `precise` too.
     """
     found = _around.get()
     return nullcontext() if found is None else torch.autocast(*found)
 
 
 class derivatives(ContextDecorator):
-    """Gradients are recorded inside, also under `torch.no_grad()` and `torch.inference_mode()`, and
-    nothing of ours is autocast; a decorator too.
+    """A context in which gradients are recorded, and nothing of ours is autocast; a decorator too.
+
+    They are also under `torch.no_grad()` and `torch.inference_mode()`.
     """
 
     __slots__ = ("_opened",)
@@ -103,12 +107,15 @@ class derivatives(ContextDecorator):
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """By plain operations: torch's own (2.13) has no forward derivative, and a wrong second one."""
+    """Compute weight normalisation by plain operations.
+
+    Torch's own (2.13) has no forward derivative, and a wrong second one.
+    """
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 class _Written(TorchFunctionMode):
-    """Calls `weight_norm` in the place of torch's own."""
+    """A mode that calls `weight_norm` in the place of torch's own."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
@@ -116,8 +123,9 @@ class _Written(TorchFunctionMode):
 
 @contextmanager
 def differentiable(heard: bool = False) -> Iterator[None]:
-    """Attention and weight norm by plain operations: the fused ones have no second and no forward
-    derivatives.
+    """Compute attention and weight norm by plain operations inside.
+
+    The fused ones have no second and no forward derivatives.
 
     Args:
         heard: whether somebody who listens to every call sees to weight norm.

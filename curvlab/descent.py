@@ -21,11 +21,12 @@ from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_direction
 
-Batch = tuple[Tensor, Tensor]
+Batch = Any
+"""A minibatch: a pair (x, y), or a mapping with the labels in it (`Objective.closure`)."""
 
 
 class Descent:
-    """How one algorithm turns an observation into a direction; it moves nothing.
+    """The way in which an algorithm turns an observation into a direction; it moves nothing.
 
     Args:
         objective: whose blocks.
@@ -83,9 +84,10 @@ class Descent:
         *,
         rate: float | None = None,
     ) -> dict[str, Tensor]:
-        """{block: p}, to be followed as W ← W − α p. Updates momentum and curvature.
+        """Return {block: p}, to be followed as W ← W − α p, and update momentum and curvature.
 
         Args:
+            observation: of the minibatch.
             decay: γ of a parameter, or of all, where it is not `weight_decay`.
             rate: the largest α: the direction is looked at, and Diverged raised where it or the
                 step is not finite. None looks at nothing, and waits for no device.
@@ -110,6 +112,8 @@ class Descent:
     def _direction(
         self, observation: Observation, decay: Callable[[Tensor], float] | float | None
     ) -> dict[str, Tensor]:
+        # Alg. 4 and 9 precondition by the statistics before this minibatch, Alg. 12, 15 and 16 by
+        # those that it has entered. Until there is an inverse each has to learn first.
         late = not self.learns_first and self.curvature.ready
         if not late:
             self.curvature.update(observation)
@@ -126,7 +130,7 @@ class Descent:
     def _decayed(
         self, p: dict[str, Tensor], decay: Callable[[Tensor], float] | float
     ) -> dict[str, Tensor]:
-        """p + γ W, γ of each parameter or of all."""
+        """Return p + γ W, γ of each parameter or of all."""
         parameters, found = self.objective.parameters, dict(p)
         with torch.no_grad():
             for block in self.objective.blocks:
@@ -146,22 +150,20 @@ class Descent:
 
     @property
     def wants_step(self) -> bool:
-        """Whether it learns from the step that now follows, by a second look at the same
-        minibatch.
-        """
+        """Whether it learns from the step that follows, by a second look at the same minibatch."""
         return self.curvature.wants_step
 
     @property
     def step_needs(self) -> frozenset[Pass]:
         """The passes of that second look."""
-        return self.curvature.step_needs
+        more: frozenset[Pass] = frozenset({"gradient"}) if self.double_grad else frozenset()
+        return self.curvature.step_needs | more
 
     def learn(self, transition: Transition) -> bool:
-        """Learn from the step between two looks at one minibatch. False: the step is to be taken
-        back.
+        """Learn from the step between two looks at one minibatch.
 
-        What the second look has that is not finite is left out (`left_out`): the method goes on as
-        if it had not been there.
+        Returns False where the step is to be taken back. What the second look has that is not
+        finite is left out (`left_out`): the method goes on as if it had not been there.
 
         Raises:
             Diverged: the numbers of the method left the finite range, whatever error that has led
@@ -179,7 +181,9 @@ class Descent:
         return stands
 
     def _keep_further(self, gradients: Mapping[str, Tensor]) -> None:
-        """On a GPU without a look: if it is not finite, the next direction is not, which is
+        """Keep the second look's gradient for the next direction, where it is finite.
+
+        On a GPU it is not looked at: if it is not finite, the next direction is not, which is
         noted.
         """
         sound = any(map(waits, gradients.values())) or all_short(gradients.values())
@@ -188,18 +192,19 @@ class Descent:
 
     @property
     def left_out(self) -> int:
-        """Second looks' pairs and gradients that were left out so far since they were not finite.
-        Waits for the device.
+        """Second looks' pairs and gradients that were left out since they were not finite.
+
+        To read the number waits for the device.
         """
         return sum(map(int, self._left_out.values())) + self.further_left_out
 
     @property
     def _left_out(self) -> Mapping[str, int | Tensor]:
-        """{block: count}; a curvature of one's own need not count."""
+        """Pairs left out by block; a curvature of one's own need not count."""
         return with_defaults(self.curvature).left_out
 
     def say_left_out(self) -> None:
-        """Warns of each block's first pair that was left out, once. Waits for the device."""
+        """Warn of each block's first pair that was left out, once; wait for the device."""
         name = with_defaults(self.curvature).name or type(self.curvature).__name__
         for block, count in self._left_out.items():
             if int(count):
@@ -219,9 +224,7 @@ class Descent:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """With the shapes of the blocks and the dtype, by which a state of another model is
-        known.
-        """
+        """Return the state, with shapes and dtype by which one of another model is known."""
         return {
             "blocks": {b.name: list(b.shape) for b in self.objective.blocks},
             "dtype": str(self.objective.dtype).removeprefix("torch."),
@@ -232,8 +235,10 @@ class Descent:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
-        algorithm, model or dtype.
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            CurvlabError: it is of another algorithm, model or dtype; nothing is taken.
         """
         self.check(state)
         momentum, further = (
@@ -249,8 +254,9 @@ class Descent:
         self.further_left_out = state.get("further_left_out", 0)
 
     def check(self, state: dict[str, Any]) -> None:
-        """Raises CurvlabError where saved blocks (earlier versions saved none) or buffers are of
-        another shape or dtype.
+        """Raise CurvlabError where saved blocks or buffers are of another shape or dtype.
+
+        Earlier versions saved no blocks.
         """
         blocks, dtype = {b.name: b for b in self.objective.blocks}, self.objective.dtype
         if "blocks" in state:
@@ -272,8 +278,9 @@ class Descent:
                 check_dtype(blocks[name], tensor.dtype, dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Of a copy of the objective. What was observed last, with its graph, is not copied; the
-        state, which goes on, is.
+        """Return the descent of a copy of the objective.
+
+        What was observed last, with its graph, is not copied; the state, which goes on, is.
         """
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -289,8 +296,9 @@ class Descent:
 def of_method(
     curvature: Curvature, error: Exception, observation: Observation | None = None
 ) -> Exception:
-    """The error as Diverged, with the method's name, where numbers have raised it; else itself. One
-    place for all methods.
+    """Return the error as Diverged, with the method's name, where numbers have raised it.
+
+    Else it is the error itself. This is the one place for all methods.
     """
     name = with_defaults(curvature).name or type(curvature).__name__
     whole = not with_defaults(curvature).by_block() and not getattr(error, "block", "")
@@ -322,10 +330,14 @@ def warm_start(
     batches: Iterable[Batch],
     lost: Callable[[Curvature, Diverged], None] | None = None,
 ) -> int:
-    """Show one pass over `batches` to every curvature that has a warm start; one observation serves
-    all. Returns how many.
+    """Show one pass over `batches` to every curvature that has a warm start.
+
+    One observation serves all. Returns the number of batches.
 
     Args:
+        objective: whose minibatches.
+        curvatures: some of which may have no warm start.
+        batches: of the pass.
         lost: told of a curvature whose numbers leave the finite range, and of the error; the others
             go on. None: raised.
     """
@@ -349,8 +361,8 @@ def warm_start(
                     raise found from error
 
     count = 0
-    for x, y in batches:
-        observation = objective.closure(x, y, "warm").observe(needs)
+    for batch in batches:
+        observation = objective.closure(batch, stream="warm").observe(needs)
         each(partial(_absorb, observation=observation), observation)
         count += 1
     if count:

@@ -1,9 +1,9 @@
-"""Which errors are divergence, whatever raised them, and whose: with the name of the block and of
-the method.
+"""Which errors are divergence, whatever raised them, and whose.
 
-Factorisations, roots and divisions of numbers that have left the finite range fail in a dozen ways:
-LinAlgErrors of torch and NumPy, ZeroDivisionError, OverflowError, errors of a conversion. Where a
-method works they all become `Diverged`, here.
+They get the name of the block and of the method. Factorisations, roots and divisions of numbers
+that have left the finite range fail in a dozen ways: LinAlgErrors of torch and NumPy,
+ZeroDivisionError, OverflowError, errors of a conversion. Where a method works they all become
+`Diverged`, here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ _OF_NUMBERS = re.compile(
     " inf|converge|positive[- ]definite|singular|ill-conditioned|cusolver|arpack error",
     re.IGNORECASE,
 )
-"""In messages of RuntimeErrors and ValueErrors that numbers have raised."""
+"""Words in the messages of RuntimeErrors and ValueErrors that numbers have raised."""
 
 
 def of_numbers(error: BaseException) -> bool:
-    """Whether an error that is not curvlab's own says by its kind or message that numbers have
-    raised it.
+    """Return whether an error that is not curvlab's own was raised by numbers.
+
+    Its kind or message says so.
     """
     if isinstance(error, ArithmeticError | LinAlgError | np.linalg.LinAlgError):
         return True
@@ -47,17 +48,22 @@ def named(
     method: str = "",
     unsound: Callable[[], bool] = lambda: False,
 ) -> Exception:
-    """The error with `where` before its message, once: `Diverged` where numbers have raised it,
-    itself if a stranger's.
+    """Return the error with `where` before its message, once.
+
+    It is `Diverged` where numbers have raised it, and itself if a stranger's.
 
     Args:
+        error: what was raised.
         where: whose numbers.
-        block, method: their names, kept on a `Diverged` that has none yet.
+        block: its name, kept on a `Diverged` that has none yet.
+        method: likewise.
         unsound: whether numbers that went in are not finite. Then they have raised whatever was
             raised of them.
     """
     own = isinstance(error, CurvlabError)
     numerical = isinstance(error, Diverged) or of_numbers(error)
+    # asked last, since `unsound` looks through all that went in, and only of errors that a check or
+    # torch may have raised of such numbers: a TypeError is a mistake whatever the numbers are
     if not numerical and isinstance(error, CurvlabError | RuntimeError | ValueError):
         numerical = unsound()
     if not own and not numerical:
@@ -83,14 +89,15 @@ def named(
 
 
 class Naming:
-    """A block's name for what is raised inside, as `named` gives it. A context that costs a third
-    of a microsecond.
+    """A context that gives a block's name to what is raised inside, as `named` does.
+
+    It costs a third of a microsecond.
     """
 
     __slots__ = ("block", "where")
 
     def __init__(self, where: object, block: str) -> None:
-        self.where, self.block = where, block
+        self.where, self.block = where, block  # made a text only where something is raised
 
     def __enter__(self) -> None:
         pass
@@ -108,8 +115,9 @@ class Naming:
 
 
 def broken(state: Any) -> bool:
-    """Whether a tensor or a number anywhere in nested dictionaries, lists and tuples is not
-    finite.
+    """Return whether a tensor or number anywhere in a nested state is not finite.
+
+    It is nested by dictionaries, lists and tuples.
     """
     return any(not all_finite(t) for t in _tensors(state))
 

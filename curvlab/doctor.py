@@ -1,7 +1,6 @@
-"""`curvlab doctor`: one page about an installation and, with a folder, about a run: the first thing
-that a bug report asks for.
+"""The page of `curvlab doctor` about an installation and, with a folder, about a run.
 
-Nothing is run, written or downloaded.
+It is what a bug report asks for first. Nothing is run, written or downloaded.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from curvlab.training import checkpoint, contents
 from curvlab.training.begun import anew, stepless
 
 State = Literal["", "good", "bad"]
-"""Of a finding: a fact, as it should be, or in the way of something."""
+"""The state of a finding: a fact, as it should be, or in the way of something."""
 
 _SPEAK = (
     "CURVLAB_DATA",
@@ -57,12 +56,12 @@ _SPEAK = (
 )
 """Variables of the environment that change what curvlab does."""
 _ROOM = 100e6
-"""Bytes on a disk, below which it counts as full."""
+"""Free bytes on a disk, below which it counts as full."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a page: what was looked at, what it says, and whether that is good or bad."""
+    """A line of a page: what was looked at, what it says, and whether that is good or bad."""
 
     what: str
     says: str
@@ -71,7 +70,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Page:
-    """Findings under their headings."""
+    """A page of findings under their headings."""
 
     sections: dict[str, list[Finding]]
 
@@ -96,7 +95,10 @@ class Page:
 
 
 def examine(folder: str | os.PathLike[str] | None = None) -> Page:
-    """What there is to say of this installation, and of a run's folder.
+    """Return what there is to say of this installation, and of a run's folder where one is given.
+
+    Args:
+        folder: of the run, or a file in it; None: of no run.
 
     Raises:
         CurvlabError: no such folder.
@@ -136,7 +138,7 @@ def _installation() -> Iterator[Finding]:
 
 
 def _libraries() -> Iterator[Finding]:
-    """What the package asks for, as installed."""
+    """Yield what the package asks for, as installed."""
     for wanted in metadata.requires("curvlab") or []:
         if "extra ==" in wanted:
             continue
@@ -162,9 +164,7 @@ def _libraries() -> Iterator[Finding]:
 
 
 def _outside(wanted: str, version: str) -> str:
-    """The range of a requirement that a version is not in; empty where it is, or where nothing here
-    can tell.
-    """
+    """Return the range of a requirement that a version is not in; empty: none that is known."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -209,8 +209,9 @@ def _surroundings() -> Iterator[Finding]:
 
 
 def _written(what: str, where: Callable[[], Path]) -> Finding:
-    """Whether a folder can be written to and how much room there is; where it is not there, of the
-    one that it would be in.
+    """Return whether a folder can be written to and how much room there is.
+
+    Where it is not there, this is of the one that it would be in.
     """
     try:
         place = where()
@@ -225,9 +226,7 @@ def _written(what: str, where: Callable[[], Path]) -> Finding:
 
 
 def _data() -> Iterator[Finding]:
-    """Where files are looked for; those that are there, and whether they are what they should
-    be.
-    """
+    """Yield where files are looked for; those that are there, and whether they are whole."""
     try:
         folders = files.folders()
     except CurvlabError as error:
@@ -337,7 +336,7 @@ def _checkpoint(path: Path, ds: xr.Dataset | None) -> tuple[dict[str, Any] | Non
 
 
 def _same_run(ds: xr.Dataset, state: dict[str, Any]) -> bool:
-    """Begun together: a run that goes on keeps what its first log said."""
+    """Return whether two were begun together: a run that goes on keeps what its first log said."""
     kept = state["log"]["attributes"]
     return all(kept.get(name) == attributes.text(ds, name) for name in ("created", "git_commit"))
 
@@ -388,7 +387,7 @@ def _call(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _writer(folder: Path) -> str:
-    """Who writes to a folder now; empty where nobody does."""
+    """Return who writes to a folder now; empty where nobody does."""
     try:
         with (folder / ".run.h5.lock").open("rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)

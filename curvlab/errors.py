@@ -20,25 +20,27 @@ T = TypeVar("T")
 
 
 LARGEST = 2**63 - 1
-"""Of whole numbers: what logs, checkpoints and generators of random numbers hold."""
+"""The largest whole number: what logs, checkpoints and generators of random numbers hold."""
 
 MOST_STEPS = 10**12
-"""Of steps, epochs, repetitions: at 30 µs each they take a year."""
+"""Steps, epochs or repetitions at most: at 30 µs each they take a year."""
 
 
 class CurvlabError(ValueError):
-    """Bad input. The message is one line; the command line prints it and exits with code 2."""
+    """An error of bad input.
+
+    The message is one line; the command line prints it and exits with code 2.
+    """
 
     def __str__(self) -> str:
         return for_terminal(super().__str__())
 
 
 class Diverged(CurvlabError):
-    """The numbers left the finite range on the way: a loss, direction or statistic is NaN or Inf,
-    or a factorisation failed.
+    """An error of numbers that left the finite range on the way.
 
-    `block` and `method` are the names of whose numbers they were, where that is known ("": not one
-    block's).
+    A loss, direction or statistic is NaN or Inf, or a factorisation failed. `block` and `method`
+    are the names of whose numbers they were, where that is known ("": not one block's).
     """
 
     block = ""
@@ -50,7 +52,7 @@ class CurvlabWarning(UserWarning):
 
 
 def warn(line: str) -> None:
-    """A CurvlabWarning at the user's own line: the nearest frame outside of this package."""
+    """Warn by a CurvlabWarning at the user's own line: the nearest frame outside this package."""
     level, frame = 2, sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "curvlab",
@@ -62,19 +64,23 @@ def warn(line: str) -> None:
 
 
 def tell(text: str) -> None:
-    """On standard error, as it is."""
+    """Print a text on standard error, as it is."""
     print(text, file=sys.stderr)
 
 
 def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
-    """``table[name]``, or an error that names the closest and the known entries."""
+    """Return ``table[name]``.
+
+    Raises:
+        CurvlabError: no such entry; it names the closest and the known ones.
+    """
     if isinstance(name, Hashable) and name in table:
         return table[name]
     raise unknown(kind, name, table)
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> CurvlabError:
-    """The error for a name that no table holds."""
+    """Return the error for a name that no table holds."""
     names, text = list(known), shown(name) if isinstance(name, int) else str(name)
     text = text if len(text) <= 80 else f"{text[:60]}…"
     close = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
@@ -93,11 +99,16 @@ _KINDS: dict[Any, tuple[type, str]] = {
 
 
 def fitting(what: str, value: Any, hint: Any) -> Any:
-    """A value as its annotation wants it: one of `_KINDS`, a Literal, or a union of them; any other
-    annotation takes anything.
+    """Return a value as its annotation wants it.
 
+    It wants one of `_KINDS`, a Literal, or a union of them; any other annotation takes anything.
     None stands for the word "none" where a word is wanted and None is not: the command line reads
     one as the other.
+
+    Args:
+        what: the value's name in an error's line.
+        value: what a user gave.
+        hint: the annotation.
 
     Raises:
         CurvlabError: the value does not fit.
@@ -128,8 +139,16 @@ def fitting(what: str, value: Any, hint: Any) -> Any:
 
 
 def whole(what: str, value: Any, least: int = 1, most: int = LARGEST) -> int:
-    """`value` as a whole number of a range. Raises CurvlabError for one outside of it, and for what
-    is none.
+    """Return `value` as a whole number of a range.
+
+    Args:
+        what: the value's name in an error's line.
+        value: what a user gave.
+        least: of the range.
+        most: of the range.
+
+    Raises:
+        CurvlabError: it is outside of the range, or no whole number.
     """
     try:
         number = None if isinstance(value, bool) else index(value)
@@ -155,8 +174,16 @@ def real(
     wanted: str = "0 or positive",
     good: Callable[[float], bool] = lambda v: v >= 0,
 ) -> float:
-    """`value` as a finite number. Raises CurvlabError where it is none, or not `good`: `wanted`
-    says what is.
+    """Return `value` as a finite number.
+
+    Args:
+        what: the value's name in an error's line.
+        value: what a user gave.
+        wanted: the range in words.
+        good: whether a number is in it.
+
+    Raises:
+        CurvlabError: it is no finite number, or not `good`.
     """
     try:
         number = math.nan if isinstance(value, bool | str | bytes) else float(value)
@@ -173,7 +200,7 @@ def real(
 
 
 def shown(value: object) -> str:
-    """A value in an error's line: numbers as they are written, what is long shortened."""
+    """Return a value in an error's line: numbers as they are written, what is long shortened."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         number = int(value)
         return (
@@ -188,8 +215,10 @@ def shown(value: object) -> str:
 
 
 def several(names: str | Iterable[str]) -> list[str]:
-    """A list of names; a single one stands for itself, not for its letters. Raises CurvlabError
-    where it is no such thing.
+    """Return a list of names; a single one stands for itself, not for its letters.
+
+    Raises:
+        CurvlabError: it is no such thing.
     """
     try:
         found = [names] if isinstance(names, str) else list(names)
@@ -202,8 +231,10 @@ def several(names: str | Iterable[str]) -> list[str]:
 
 
 def check_values(*checks: tuple[str, float, bool, str]) -> None:
-    """Of (what, value, whether it is good, what is wanted): raises CurvlabError for the first that
-    is not good.
+    """Raise CurvlabError for the first of several values that is not good.
+
+    Args:
+        checks: (what, value, whether it is good, what is wanted).
     """
     for what, value, good, wanted in checks:
         if not good:
@@ -211,8 +242,15 @@ def check_values(*checks: tuple[str, float, bool, str]) -> None:
 
 
 def guard_memory(needed: int, what: str, remedy: str) -> None:
-    """Refuse a dense object of `needed` bytes that would take more than 80 % of the machine's
-    memory.
+    """Refuse a dense object that would take more than 80 % of the machine's memory.
+
+    Args:
+        needed: bytes of the object.
+        what: its name in an error's line.
+        remedy: the end of that line.
+
+    Raises:
+        CurvlabError: it would.
     """
     total = _memory()
     if needed > 0.8 * total:
@@ -224,5 +262,5 @@ def guard_memory(needed: int, what: str, remedy: str) -> None:
 
 @cache
 def _memory() -> int:
-    """Bytes of memory of this machine."""
+    """Return the bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,5 +1,6 @@
-"""The matrices that algorithms estimate, block by block, from data that they are shown in one batch
-or in passes of minibatches.
+"""The matrices that algorithms estimate, block by block.
+
+Data are shown to them in one batch or in passes of minibatches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from curvlab.observation import Pass
 from curvlab.statistics import LayerStatistics
 
 Labels = Literal["kind", "own"]
-"""At which labels the approximations are taken: those of the exact matrix, or each algorithm's
+"""The labels at which the approximations are taken, those of the exact matrix or each algorithm's
 own.
 """
 
@@ -40,8 +41,9 @@ but Hessian and Π.
 
 @dataclass(frozen=True)
 class Estimate:
-    """An algorithm's statistics of the data, block by block; `scale` takes its matrix to the
-    Fisher's units.
+    """An algorithm's statistics of the data, block by block.
+
+    `scale` takes its matrix to the Fisher's units.
     """
 
     name: str
@@ -54,9 +56,14 @@ class Estimate:
     def of(
         cls, name: str, kind: Kind, labels: Labels, sizes: Sequence[int], chosen: Sequence[Block]
     ) -> Estimate:
-        """Make the estimate of algorithm `name` for the chosen blocks, before any data.
+        """Make the estimate of an algorithm for the chosen blocks, before any data.
 
-        `sizes` are the examples of each minibatch; `scale` follows from them for mean gradients.
+        Args:
+            name: of the algorithm.
+            kind: of the exact matrix.
+            labels: "kind" or "own".
+            sizes: examples of each minibatch; `scale` follows from them for mean gradients.
+            chosen: the blocks.
 
         Raises:
             CurvlabError: an unknown algorithm; one of the whole vector, or that reads no pass.
@@ -91,7 +98,7 @@ class Estimate:
             block.update(statistics[name], weight)
 
     def matrix(self, block: str, damping: float) -> Operator:
-        """In the method's own units; `damping` is the overall one."""
+        """Return the matrix of a block in the method's own units; `damping` is the overall one."""
         own = damping_for(self.name, damping, round(self.scale)) if damping else 0.0
         found = self.blocks[block].matrix(own)
         if found is None:
@@ -112,6 +119,8 @@ def fold_data(
         for estimate in whole:
             estimate.fold(seen[estimate.labels], 1.0)
     total = 0
+    # E[ḡ ḡᵀ] = F / m: weighted by m², and times Σ m² / N (`scale`), the mean of unequal minibatches
+    # is F as well
     for part in _minibatches(closure, sizes, passes) if of_means else ():
         square = len(part.x) ** 2
         total += square
@@ -121,7 +130,7 @@ def fold_data(
 
 
 def _minibatches(closure: Closure, sizes: Sequence[int], passes: int) -> Iterator[Closure]:
-    """Shuffled from the objective's seed; labels are drawn anew in every pass."""
+    """Yield minibatches shuffled from the objective's seed; every pass draws its labels anew."""
     generator = torch.Generator().manual_seed(closure.objective.seed)
     for _ in range(passes):
         order = torch.randperm(len(closure.x), generator=generator).to(closure.x.device)

@@ -20,6 +20,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.nests import parts
 
 _GOLDEN, _FIRST, _SECOND = (
     -0x61C8864680B583EB,
@@ -36,12 +37,14 @@ _AT_ONCE = {
 
 
 def each(*data: Any) -> Int64[Tensor, " N"]:
-    """A checksum of each example of a minibatch: of x and y, tensors or nests (tuples, lists,
-    dictionaries) of tensors.
+    """Return a checksum of each example of a minibatch.
+
+    It is of x and y, tensors or nests (tuples, lists, dictionaries) of tensors.
     """
     found: Tensor | None = None
     for place, t in _tensors(data):
         rows = _of_rows(t if t.ndim and (found is None or len(t) == len(found)) else t[None])
+        # x and y, or two parts of a nest, must not change places unseen, nor [2, 3] pass for [3, 2]
         salt = 2 * zlib.crc32(f"{place} {tuple(t.shape[1:])} {t.dtype}".encode()) + 1
         found = (
             rows + salt
@@ -52,15 +55,17 @@ def each(*data: Any) -> Int64[Tensor, " N"]:
 
 
 def examples(*data: Any) -> Int64[Tensor, ""]:
-    """Of the examples of a minibatch, in whatever order: of those of two minibatches it is the
-    sum.
+    """Return a checksum of the examples of a minibatch, in whatever order.
+
+    Of the examples of two minibatches it is the sum.
     """
     return each(*data).sum()
 
 
 def numbers(tensors: Iterable[Tensor]) -> Int64[Tensor, " K"]:
-    """Of tensors, the numbers in their places: other signs and another order show. Small ones are
-    taken together.
+    """Return a checksum of each tensor, its numbers in their places: signs and their order show.
+
+    Small ones are taken together.
     """
     found: list[Tensor] = []
     small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -78,7 +83,7 @@ def numbers(tensors: Iterable[Tensor]) -> Int64[Tensor, " K"]:
 
 
 def mixed(h: Int64[Tensor, " N"]) -> Int64[Tensor, " N"]:
-    """One to one, and every bit of the result hangs on all bits (splitmix64)."""
+    """Mix numbers one to one: every bit of the result hangs on all bits (splitmix64)."""
     for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
         h = (h ^ ((h >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return h
@@ -86,23 +91,19 @@ def mixed(h: Int64[Tensor, " N"]) -> Int64[Tensor, " N"]:
 
 @lru_cache(maxsize=16)
 def _multipliers(count: int, device: torch.device) -> Int64[Tensor, " W"]:
-    """Odd, as if drawn at random."""
+    """Return odd numbers as if drawn at random."""
     return mixed(torch.arange(1, count + 1, device=device) * _GOLDEN) | 1
 
 
 def _tensors(data: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(data, Tensor):
         yield place, data
-    elif isinstance(data, dict):
-        for name, part in data.items():
-            yield from _tensors(part, f"{place}/{name}")
-    elif isinstance(data, tuple | list):
-        for i, part in enumerate(data):
-            yield from _tensors(part, f"{place}/{i}")
+    for name, part in parts(data):
+        yield from _tensors(part, f"{place}/{name}")
 
 
 def _of_rows(t: Tensor) -> Int64[Tensor, " N"]:
-    """Of everything behind the first axis."""
+    """Return the checksum of everything behind the first axis."""
     if t.layout == torch.strided:
         return _added(_words(t))
     # the numbers that are there, whatever their order, and where each is
@@ -116,7 +117,7 @@ def _of_rows(t: Tensor) -> Int64[Tensor, " N"]:
 
 
 def _words(t: Tensor) -> Int64[Tensor, "N W"]:
-    """The bytes of every row, with zeros behind where they fill no word."""
+    """Return the bytes of every row as words, with zeros behind where they fill no word."""
     t = t.detach().resolve_conj().resolve_neg()
     if not t.numel():
         return torch.zeros(len(t), 0, dtype=torch.int64, device=t.device)
@@ -130,9 +131,11 @@ def _words(t: Tensor) -> Int64[Tensor, "N W"]:
 
 
 def _added(words: Int64[Tensor, "N W"]) -> Int64[Tensor, " N"]:
-    """Σ_j r_j (w_j + ⌊w_j / 2³¹⌋), r odd. By w_j alone a sign, the highest bit, would add 2⁶³
-    whatever r, and two of them 0.
+    """Return Σ_j r_j (w_j + ⌊w_j / 2³¹⌋), r odd.
+
+    By w_j alone a sign, the highest bit, would add 2⁶³ whatever r, and two of them 0.
     """
+    # odd: times an even number a change of the highest bits would be lost modulo 2⁶⁴
     r = _multipliers(words.shape[1], words.device)
     at_once = max(1, _AT_ONCE.get(words.device.type, 1 << 16) // max(1, len(r)))
     temporary = words.new_empty(min(at_once, len(words)), len(r))
@@ -161,8 +164,9 @@ def _in_order(sums: Int64[Tensor, " N"]) -> Int64[Tensor, ""]:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass over a loader gave: how many examples, which, and in what order and
-    minibatches.
+    """The examples that a pass over a loader gave: how many and which.
+
+    And, where that counts, in what order and minibatches.
     """
 
     count: int
@@ -184,7 +188,7 @@ class Unchanging:
 
     @classmethod
     def of(cls, loader: Iterable[Any], *, in_order: bool = False) -> Unchanging:
-        """The loader itself where it is one that is as strict."""
+        """Return the loader itself where it is one that is as strict, else one of it."""
         return (
             loader
             if isinstance(loader, cls) and (loader.in_order or not in_order)
@@ -192,7 +196,11 @@ class Unchanging:
         )
 
     def __iter__(self) -> Iterator[Any]:
-        """One pass. Raises CurvlabError at its end where it was not as the first."""
+        """Yield the minibatches of one pass.
+
+        Raises:
+            CurvlabError: at the end, where the pass was not as the first.
+        """
         sums: list[tuple[int, Tensor, Tensor]] = []
         for minibatch in self.loader:
             yield minibatch
@@ -229,6 +237,10 @@ class Unchanging:
         )
 
     def check(self) -> None:
-        """One pass, for its own sake."""
+        """Go through the loader once, to see whether it gives what it gave.
+
+        Raises:
+            CurvlabError: it does not.
+        """
         for _ in self:
             pass

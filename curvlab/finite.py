@@ -1,5 +1,6 @@
-"""Whether numbers are finite, at the speed of a sum; and whether they may be looked at without
-waiting.
+"""Whether numbers are finite, at the speed of a sum.
+
+And whether they may be looked at without waiting.
 """
 
 from __future__ import annotations
@@ -18,20 +19,25 @@ _LATE = ContextVar("late", default=False)
 
 
 def all_finite(values: Tensor) -> bool:
-    """No entry is NaN or Inf: the sum is finite, or, where that overflows, entry by entry (30 times
-    slower).
+    """Return whether no entry is NaN or Inf.
+
+    The sum is finite, or, where that overflows, it is seen entry by entry (30 times slower).
     """
     return cmath.isfinite(values.sum().item()) or bool(torch.isfinite(values).all())
 
 
 def lengths(tensors: Iterable[Tensor]) -> Tensor:
-    """Of each, [n]: NaN or Inf where an entry is, and where its squares overflow."""
+    """Return the length of each tensor, [n].
+
+    NaN or Inf where an entry is, and where its squares overflow.
+    """
     return torch.stack(torch._foreach_norm(list(tensors)))
 
 
 def length(tensors: Iterable[Tensor]) -> float:
-    """Of all together; NaN or Inf where an entry is, and where the squares of one of them overflow.
-    Waits for the device.
+    """Return the length of all tensors together, which waits for the device.
+
+    NaN or Inf where an entry is, and where the squares of one of them overflow.
     """
     each = torch._foreach_norm(list(tensors))
     # reading is cheap there
@@ -42,8 +48,9 @@ def length(tensors: Iterable[Tensor]) -> float:
 
 
 def all_short(tensors: Iterable[Tensor]) -> bool:
-    """No entry of any is NaN or Inf, and the square of the length of all together is within the
-    dtype. Waits for the device.
+    """Return whether no entry is NaN or Inf, and the squared length is within the dtype.
+
+    It is the length of all together, which waits for the device.
     """
     found = list(tensors)
     return length(found) < longest(found[0].dtype)
@@ -51,20 +58,18 @@ def all_short(tensors: Iterable[Tensor]) -> bool:
 
 @cache
 def longest(dtype: torch.dtype) -> float:
-    """The length whose square is the largest number of the dtype."""
+    """Return the length whose square is the largest number of the dtype."""
     return math.sqrt(torch.finfo(dtype).max)
 
 
 def waits(like: Tensor) -> bool:
-    """Whether to read a number would wait for a device, or is to be done as if it would
-    (`late`).
-    """
+    """Return whether reading a number would wait for a device, or is to be done as if (`late`)."""
     return like.device.type != "cpu" or _LATE.get()
 
 
 @contextmanager
 def late() -> Iterator[None]:
-    """Inside, numbers are left where they lie."""
+    """Leave numbers where they lie inside."""
     token = _LATE.set(True)
     try:
         yield

@@ -1,13 +1,12 @@
-"""Forms: what the first look at a minibatch of one shape, dtype and set of modes has shown, and the
-proof of it.
+"""Forms: what the first look at a minibatch of one kind has shown, and the proof of it.
 
-A random vector v is sent back from the outputs, and again with every example's part of it times a
-random weight sₙ. What a block's uses make of it, Σₙ rowₙ and Σₙ sₙ rowₙ, is held against autograd's
-own derivatives in the parameters: the second holds, but with probability 0, only where every row is
-its own example's. Which places are whose is found that way, not assumed: of the arrangements that
-the shapes allow, the first that agrees is taken, and where none does the block goes the general
-way. Three passes back, once a form; at every look where the data may decide whose a row is
-(`functions.REORDERING`).
+The kind is a shape, a dtype and a set of modes. A random vector v is sent back from the outputs,
+and again with every example's part of it times a random weight sₙ. What a block's uses make of it,
+Σₙ rowₙ and Σₙ sₙ rowₙ, is held against autograd's own derivatives in the parameters: the second
+holds, but with probability 0, only where every row is its own example's. Which places are whose is
+found that way, not assumed: of the arrangements that the shapes allow, the first that agrees is
+taken, and where none does the block goes the general way. Three passes back, once a form; at every
+look where the data may decide whose a row is (`functions.REORDERING`).
 
 Legend: N examples, T places of an example, R rows and P places of a call, V vectors sent back.
 """
@@ -36,9 +35,10 @@ How = Literal["structured", "general", "unused"]
 
 @dataclass(frozen=True)
 class Way:
-    """Which way a block goes, and why.
+    """The way that a block goes, and why.
 
     Args:
+        how: "structured", "general" or "unused".
         arrangement: of each of its uses (`functions.ARRANGEMENTS`).
         why: it goes the general way; empty for a structured block.
         gap: the largest relative difference from autograd that was found, of the way that was
@@ -60,7 +60,7 @@ class Way:
 
 @dataclass
 class Form:
-    """What a look has shown.
+    """The things that a look has shown.
 
     Args:
         outputs: C, of an example.
@@ -85,12 +85,13 @@ class Form:
 
     @property
     def unproven(self) -> dict[str, tuple[int, ...]]:
-        """{block: uses of which nothing could be seen}."""
+        """Uses of which nothing could be seen, ``{block: their numbers}``."""
         return {name: way.unseen for name, way in self.ways.items() if way.unseen}
 
     def apply(self, capture: Capture) -> bool:
-        """Hand what is known to a new look of this form; False where the look has other uses than
-        the first had.
+        """Hand what is known to a new look of this form.
+
+        Returns False where the look has other uses than the first had.
         """
         for name in list(capture.arranged):
             way, uses = self.ways[name], capture.uses.get(name, [])
@@ -105,7 +106,7 @@ class Form:
 
 
 def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
-    """The form of a look, whose arrangements are set as they were proven.
+    """Return the form of a look, whose arrangements are set as they were proven.
 
     Args:
         capture: of the forward pass, settled.
@@ -114,6 +115,9 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
             no row is an example's own, and of the arrangements the nearest is taken.
     """
     size = len(z)
+    # of its own, on the CPU and in double precision: the run's random numbers stay as they are, and
+    # every device and dtype is tried by the same v. Weights lie within 1 and 2, so that no example
+    # is lost beside the others.
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
     s = 1 + torch.rand(size, generator=generator, dtype=torch.float64).to(z)  # of each example
@@ -148,6 +152,8 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
         places = sum(math.prod(use.extent) for use in capture.uses[name])
         near = max(eps**0.5, min(0.02, eps * places))
         wanted = [t[name] for t in true]
+        # below them a difference is rounding of the largest block's derivatives (`_gap`), and a
+        # derivative as good as zero, which says nothing of whose its rows are
         floors = [min(1e3 * eps, eps**0.5) * s for s in scale]
         best: Way | None = None
         for how in capture.candidates(name):
@@ -155,6 +161,7 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
             whole = _gap(arranged.gradient * size, wanted[0], scale[0], floors[0])
             rows = _gap(weighted(arranged, s).gradient * size, wanted[1], scale[1], floors[1])
             gap, own = max(whole, rows), rows <= near
+            # where examples mix no row is an example's own, and none can agree: the nearest is kept
             nearer = best is None or gap < best.gap
             if whole <= near and (own or (mixing and nearer)):
                 best = Way("structured", how, gap=gap)
@@ -211,7 +218,7 @@ def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
 
 
 def unseen(capture: Capture, z: Tensor) -> Form:
-    """The form of a look that shows nothing, for itself alone."""
+    """Return the form of a look that shows nothing, for itself alone."""
     ways = {
         b.name: (
             Way("general", why=capture.general[b.name])
@@ -234,7 +241,10 @@ def unseen(capture: Capture, z: Tensor) -> Form:
 
 
 def _gathered(block: Block, grads: dict[str, Tensor | None], capture: Capture) -> Tensor:
-    """Autograd's own derivative of one vector, as the block lies; zero where it is not reached."""
+    """Return autograd's own derivative of one vector, as the block lies.
+
+    Zero where the block is not reached.
+    """
     each = {}
     for name in block.params:
         p, d = capture.parameters[name], grads.get(name)
@@ -244,8 +254,9 @@ def _gathered(block: Block, grads: dict[str, Tensor | None], capture: Capture) -
 
 
 def _gap(ours: Tensor, true: Tensor, largest: float, floor: float) -> float:
-    """‖ours − true‖ / ‖true‖; over the largest block's norm where what is left is rounding of
-    that.
+    """Return ‖ours − true‖ / ‖true‖.
+
+    It is over the largest block's norm where what is left is rounding of that.
     """
     error = float((ours.reshape(true.shape) - true).norm())
     if error <= floor:
@@ -255,7 +266,7 @@ def _gap(ours: Tensor, true: Tensor, largest: float, floor: float) -> float:
 
 
 def _precision(capture: Capture, z: Tensor) -> float:
-    """The coarsest rounding on the way."""
+    """Return the coarsest rounding on the way from the parameters to the outputs."""
     seen = [
         z.dtype,
         *(p.dtype for p in capture.parameters.values()),
@@ -269,7 +280,7 @@ def _precision(capture: Capture, z: Tensor) -> float:
 def rearranged(
     capture: Capture, statistics: LayerStatistics, how: Sequence[str]
 ) -> LayerStatistics:
-    """The same pass with other arrangements of the uses."""
+    """Return the same pass with other arrangements of the uses."""
     parts = []
     known = dict(zip(map(id, capture.uses[statistics.block.name]), how, strict=True))
     for p in statistics.parts:
@@ -283,8 +294,9 @@ def rearranged(
 
 
 def weighted(statistics: LayerStatistics, s: Tensor) -> LayerStatistics:
-    """The same pass with every example's g times its own weight: its gradient is Σₙ sₙ rowₙ, no row
-    and no input formed for it that the gradient would not form.
+    """Return the same pass with every example's g times its own weight.
+
+    Its gradient is Σₙ sₙ rowₙ, no row and no input formed for it that the gradient would not form.
     """
     parts = []
     for p in statistics.parts:
@@ -315,7 +327,7 @@ def weighted(statistics: LayerStatistics, s: Tensor) -> LayerStatistics:
 
 @dataclass(frozen=True)
 class Report:
-    """Which block goes which way, for a reader."""
+    """A table for a reader of which block goes which way."""
 
     blocks: tuple[Block, ...]
     form: Form
@@ -323,13 +335,14 @@ class Report:
 
     @property
     def ways(self) -> dict[str, How]:
-        """{block: "structured" | "general" | "unused"}."""
+        """Ways of the blocks, ``{block: "structured" | "general" | "unused"}``."""
         return {name: way.how for name, way in self.form.ways.items()}
 
     @property
     def gaps(self) -> dict[str, float]:
-        """{block: largest relative difference from autograd}: of the way that was taken, or of the
-        one that was refused.
+        """Largest relative differences from autograd, ``{block: difference}``.
+
+        A difference is of the way that was taken, or of the one that was refused.
         """
         return {name: way.gap for name, way in self.form.ways.items()}
 

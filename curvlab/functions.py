@@ -1,5 +1,6 @@
-"""FUNCTIONS: how one call of a torch function reads as a layer. A rule belongs to a function, not
-to a module.
+"""FUNCTIONS: how one call of a torch function reads as a layer.
+
+A rule belongs to a function, not to a module.
 
 A **rule** says how a call reads as ``h[r, p, o] = Σᵢ W[o, i] a[r, p, γ(o), i]``: r counts the rows
 of its first axis and p the places behind it. Which rows and places belong to which example is not
@@ -35,14 +36,15 @@ Call = SimpleNamespace
 
 @dataclass(frozen=True)
 class Rule:
-    """How one function reads as ``h[r, p, o] = Σᵢ W[o, i] a[r, p, γ(o), i]``.
+    """The way that a function reads as ``h[r, p, o] = Σᵢ W[o, i] a[r, p, γ(o), i]``.
 
     Args:
         names: of the arguments in order; the input is `input`, the parameters are `weight` and
             `bias`.
         inputs: (call, x) → [R, P, I] (one group) or [R, P, Γ, I], without the bias column.
         outputs: h or ∂ℓ/∂h → [R, P, O].
-        defaults: of arguments that may be left out. aliases: other names by keyword.
+        defaults: of arguments that may be left out.
+        aliases: other names by keyword.
         groups: Γ of a call.
         covers: whether the rule holds for this call; one that it does not cover is a call without a
             rule.
@@ -67,7 +69,7 @@ class Rule:
     response: Callable[[Call, Tensor, Float[Tensor, " I"]], Float[Tensor, "R P"]] | None = None
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """The call's arguments by name."""
+        """Return the call's arguments by name."""
         named = {"bias": None, **self.defaults}
         named.update(zip(self.names, args, strict=False))
         if kwargs:
@@ -77,25 +79,25 @@ class Rule:
 
 @lru_cache(maxsize=4096)
 def extent(outputs: Callable[[Tensor], Tensor], shape: torch.Size) -> tuple[int, int]:
-    """(R, P) of a rule's `outputs` of that shape."""
+    """Return (R, P) of a rule's `outputs` of that shape."""
     rows, places, _ = outputs(torch.empty(shape, device="meta")).shape
     return rows, places
 
 
 def _places_last(x: Shaped[Tensor, "R *P F"]) -> Shaped[Tensor, "R P F"]:
-    """Features last, every axis between the rows and the features a place: [R, F] has P = 1."""
+    """Put features last, every axis between the rows and the features a place: [R, F] has P = 1."""
     if x.ndim == 2:  # as most are, and at every look
         return x[:, None]
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def _channels_first(x: Shaped[Tensor, "R C *P"]) -> Shaped[Tensor, "R P C"]:
-    """Channels second, every axis after them a place: [R, C] has P = 1."""
+    """Put channels last, every axis behind them a place: [R, C] has P = 1."""
     return x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:])).transpose(1, 2)
 
 
 def _each(call: Call, name: str) -> tuple[int, ...]:
-    """A number for every axis of the filter."""
+    """Return a number for every axis of the filter."""
     value, spatial = getattr(call, name), call.weight.ndim - 2
     return (
         (value,) * spatial
@@ -105,7 +107,7 @@ def _each(call: Call, name: str) -> tuple[int, ...]:
 
 
 def _padding(call: Call) -> list[int]:
-    """As `F.pad` takes it: left and right of the last axis, then of the one before it …"""
+    """Return the padding as `F.pad` takes it: left and right, from the last axis to the first."""
     kernel = call.weight.shape[2:]
     if call.padding == "valid":
         return [0, 0] * len(kernel)
@@ -121,8 +123,9 @@ def _padded(call: Call, x: Float[Tensor, "R C *S"]) -> Float[Tensor, "R C *Q"]:
 
 
 def _patches(call: Call, x: Float[Tensor, "R C *S"]) -> Float[Tensor, "R P *G I"]:
-    """What every output pixel sees, in the order of the filter's own axes (thesis 3.2.2: a_t);
-    groups apart.
+    """Return what every output pixel sees, in the order of the filter's own axes; groups apart.
+
+    It is a_t of thesis 3.2.2.
     """
     x = _padded(call, x)
     kernel = call.weight.shape[2:]
@@ -141,7 +144,7 @@ def _patches(call: Call, x: Float[Tensor, "R C *S"]) -> Float[Tensor, "R P *G I"
 def _filter_gradient(
     call: Call, x: Float[Tensor, "R C *S"], dh: Float[Tensor, "R P O"]
 ) -> Float[Tensor, "O I"]:
-    """By torch's own kernel: patches are many times the images."""
+    """Compute a filter's gradient by torch's own kernel: patches are many times the images."""
     x = _padded(call, x)
     stride, dilation, kernel = _each(call, "stride"), _each(call, "dilation"), call.weight.shape[2:]
     sizes = zip(x.shape[2:], dilation, kernel, stride, strict=True)
@@ -157,7 +160,7 @@ def _filter_gradient(
 def _filter_response(
     call: Call, x: Float[Tensor, "R C *S"], v: Float[Tensor, " I"]
 ) -> Float[Tensor, "R P"]:
-    """v is a filter."""
+    """Compute aᵀv by a convolution whose filter is v."""
     none = [0] * (call.weight.ndim - 2)
     found: Tensor = torch.ops.aten.convolution(
         _padded(call, x),
@@ -174,7 +177,7 @@ def _filter_response(
 
 
 def _apart(x: Float[Tensor, "R P O"]) -> Float[Tensor, "R P *G I"]:
-    """Each feature the one input of a group of its own; a single group has no axis."""
+    """Make each feature the one input of a group of its own; a single group has no axis."""
     return x[..., None] if x.shape[-1] > 1 else x
 
 
@@ -183,7 +186,7 @@ def _rows_of(call: Call, x: Tensor) -> Tensor:
 
 
 def _tokens(call: Call, x: Tensor) -> Float[Tensor, "R P I"]:
-    """One-hot rows; the row of the padding token, which has no gradient, is zero."""
+    """Return one-hot rows; the row of the padding token, which has no gradient, is zero."""
     hot = F.one_hot(_rows_of(call, x), len(call.weight)).to(call.weight.dtype)
     if call.padding_idx is not None:
         hot[..., call.padding_idx] = 0
@@ -191,7 +194,7 @@ def _tokens(call: Call, x: Tensor) -> Float[Tensor, "R P I"]:
 
 
 def _table_gradient(call: Call, x: Tensor, dh: Float[Tensor, "R P O"]) -> Float[Tensor, "O I"]:
-    """Summed token by token: one-hot rows are as long as the table."""
+    """Sum a table's gradient token by token: one-hot rows are as long as the table."""
     found = dh.new_zeros(len(call.weight), dh.shape[-1]).index_add_(
         0, x.flatten().long(), dh.flatten(0, 1)
     )
@@ -222,7 +225,7 @@ def _rms_norm(call: Call, x: Tensor) -> Float[Tensor, "R P *G I"]:
 
 
 def _features(call: Call) -> int:
-    """Every feature a group of its own."""
+    """Return the number of features, each of which is a group of its own."""
     return int(call.weight.numel())
 
 
@@ -332,7 +335,7 @@ FUNCTIONS: dict[Callable[..., Any], Rule] = {
     torch.mm: _MATMUL,
     Tensor.mm: _MATMUL,
 }
-"""{function as `__torch_function__` names it: its rule}"""
+"""The rules of functions, as `__torch_function__` names them."""
 
 TRANSPOSITIONS: frozenset[Any] = frozenset(
     {
@@ -346,12 +349,13 @@ TRANSPOSITIONS: frozenset[Any] = frozenset(
         Tensor.swapaxes,
     }
 )
-"""What makes of a matrix the same matrix read in the other direction."""
+"""Functions that make of a matrix the same matrix read in the other direction."""
 
 
 def _opened(function: Any) -> Callable[..., Any]:
-    """A composite function of Python, as torch has it, that goes on into its own calls where a mode
-    is told of them.
+    """Return a composite function of Python that goes on into its own calls.
+
+    Torch's ends, where a mode is told of it, in that one call.
     """
     own = {**function.__globals__, "has_torch_function": lambda tensors: False}
     found = types.FunctionType(

@@ -1,5 +1,4 @@
-"""Parameter groups: what they may say and hold, and whether an objective's blocks still are what
-its model trains.
+"""Parameter groups: what they may say and hold, and whether blocks are what a model trains.
 
 Nothing here is left out without a word: an option or a tensor that an optimizer could not act on is
 refused by name.
@@ -20,13 +19,13 @@ from curvlab.objective import Objective
 Group = dict[str, Any]
 
 OPTIONS = ("lr", "damping", "momentum", "weight_decay")
-"""What a parameter group says."""
+"""The options of a parameter group."""
 
 SHARED = ("damping", "momentum")
-"""What is the same in every group."""
+"""The options that are the same in every group."""
 
 _OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr")
-"""What torch's schedulers write beside it."""
+"""Entries that torch's schedulers write beside them."""
 
 
 def complete(groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:
@@ -37,7 +36,7 @@ def complete(groups: Iterable[Group], defaults: Mapping[str, Any]) -> None:
 
 
 def check_known(group: Group) -> None:
-    """Raises CurvlabError for an option that nothing reads, with those that are known."""
+    """Raise CurvlabError for an option that nothing reads, with those that are known."""
     known = (*OPTIONS, *_OF_SCHEDULERS)
     for option in group:
         if option not in (*known, "params", "param_names"):
@@ -45,18 +44,19 @@ def check_known(group: Group) -> None:
 
 
 def check_momentum(beta: float) -> None:
-    """Raises CurvlabError where β is not between 0 and 1."""
+    """Raise CurvlabError where β is not between 0 and 1."""
     real("momentum", beta, "at least 0 and below 1", lambda v: 0 <= v < 1)
 
 
 def check_weight_decay(rate: float) -> None:
-    """Raises CurvlabError where γ is negative, infinite or NaN."""
+    """Raise CurvlabError where γ is negative, infinite or NaN."""
     real("weight decay", rate)
 
 
 def check_options(groups: Sequence[Group]) -> None:
-    """Raises CurvlabError where damping, momentum or weight decay is out of range, or groups differ
-    in what is one for all.
+    """Raise CurvlabError where an option of the groups is out of range.
+
+    It is raised, too, where groups differ in what is one for all: damping and momentum.
     """
     for option in SHARED:
         first = float(groups[0][option]) if groups else 0.0
@@ -74,8 +74,11 @@ def check_options(groups: Sequence[Group]) -> None:
 
 
 def check_owned(objective: Objective, params: Iterable[Any]) -> None:
-    """Raises CurvlabError for a tensor, or pair of a name and a tensor, that is no parameter of the
-    objective's blocks.
+    """Raise CurvlabError for a tensor that is no parameter of the objective's blocks.
+
+    Args:
+        objective: whose blocks.
+        params: tensors, or pairs of a name and a tensor.
     """
     owned = frozenset(map(id, objective.parameters.values()))
     for entry in params:
@@ -91,22 +94,26 @@ def check_owned(objective: Objective, params: Iterable[Any]) -> None:
 
 
 class Ownership:
-    """Whether every parameter that is trainable now belongs to a block of the objective. Cheap
-    where nothing has changed.
+    """The check that every parameter that is trainable now belongs to a block of the objective.
+
+    It is cheap where nothing has changed.
     """
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.ids: frozenset[int] = frozenset()
-        """Of the parameters of the blocks, as of the last `check`."""
+        """Ids of the parameters of the blocks, as of the last `check`."""
         self._held: Sequence[nn.Parameter] = ()  # so that no id is given again
         self._seen: list[tuple[int, bool]] = []
         self._modules: list[nn.Module] = []
         self._children: list[nn.Module | None] | None = None
 
     def check(self) -> None:
-        """Raises CurvlabError, with their names, where some belong to no block: thawed, or put into
-        the model, later.
+        """Look at the model's parameters.
+
+        Raises:
+            CurvlabError: some belong to no block: thawed, or put into the model, later. It has
+                their names.
         """
         # a walk through the model takes ten times as long; what is new hangs on one of these
         held, children = self._look()
@@ -133,10 +140,10 @@ class Ownership:
         self.ids, self._held, self._seen, self._children = ids, held, seen, children
 
     def _look(self) -> tuple[list[nn.Parameter], list[nn.Module | None]]:
-        """Parameters and children of all modules that were there at the last check."""
+        """Return parameters and children of all modules that were there at the last check."""
         held = [p for m in self._modules for p in m._parameters.values() if p is not None]
         return held, [child for m in self._modules for child in m._modules.values()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Of the copied model, whose parameters are others."""
+        """Return the ownership of the copied model, whose parameters are others."""
         return type(self)(copy.deepcopy(self.objective, memo))

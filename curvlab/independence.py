@@ -1,5 +1,6 @@
-"""Whether every example has a loss of its own: its outputs depend neither on the other examples nor
-on chance.
+"""Whether every example has a loss of its own.
+
+Its outputs then depend neither on the other examples nor on chance.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from curvlab.system import random_state
 
 
 def some_rows(x: Tensor, which: slice) -> Tensor:
-    """Some of the examples of a dense or sparse batch."""
+    """Return some of the examples of a dense or sparse batch."""
     if not x.is_sparse:
         return x[which]
     return x.index_select(0, torch.arange(len(x), device=x.device)[which]).coalesce()
@@ -37,7 +38,7 @@ class Independence(SecondLooks):
     def forward(
         self, x: Tensor | None = None, move_buffers: bool = False
     ) -> tuple[Tensor, Capture]:
-        """One forward; see `Closure.forward`."""
+        """Return the outputs of one forward pass, and its capture; see `Closure.forward`."""
         raise NotImplementedError
 
     def _look_at(
@@ -50,11 +51,15 @@ class Independence(SecondLooks):
 
     @property
     def form_of_look(self) -> Form:
-        """Of the look that was taken last."""
+        """The form of the look that was taken last."""
         raise NotImplementedError
 
     def _alone(self, n: int) -> Tensor:
-        """The outputs of one example by itself. Refuses a model that draws random numbers."""
+        """Return the outputs of one example by itself.
+
+        Raises:
+            CurvlabError: the model draws random numbers.
+        """
         before = random_state.states(self.x.device)
         z, capture = self.forward(some_rows(self.x, slice(n, n + 1)))
         if random_state.drawn_since(before, self.x.device):
@@ -68,8 +73,9 @@ class Independence(SecondLooks):
         return z.detach()
 
     def check_alone(self, z: Tensor) -> None:
-        """Raises CurvlabError where outputs are not finite, or those of an example depend on the
-        others or on chance.
+        """Raise CurvlabError where outputs are not finite, or no example's are its own.
+
+        They depend then on the other examples, or on chance.
         """
         if not all_finite(z):
             raise CurvlabError(
@@ -91,7 +97,7 @@ class Independence(SecondLooks):
         self.objective.alone.add(key)
 
     def _check_apart(self) -> None:
-        """Raises CurvlabError where an example's outputs depend on another's inputs."""
+        """Raise CurvlabError where an example's outputs depend on another's inputs."""
         size = len(self.x)
         if size == 1 or self.x.is_sparse:
             return
@@ -110,8 +116,10 @@ class Independence(SecondLooks):
             raise CurvlabError(_DEPENDS.format(_numbered(bad[0], size)))
 
     def _mixed_by_inputs(self) -> list[int] | None:
-        """Examples m on which others depend, one pass for all: where not ∂/∂xₘ Σₙ cₙ uₙ·zₙ = cₘ
-        ∂/∂xₘ Σₙ uₙ·zₙ, c, u random. None where no derivative leads back to the inputs.
+        """Return the examples m on which others depend, one pass for all.
+
+        They are where not ∂/∂xₘ Σₙ cₙ uₙ·zₙ = cₘ ∂/∂xₘ Σₙ uₙ·zₙ, c, u random. None where no
+        derivative leads back to the inputs.
         """
         size, generator = len(self.x), torch.Generator().manual_seed(0)
         with derivatives():

@@ -29,13 +29,15 @@ from curvlab.errors import CurvlabError
 
 @dataclass(frozen=True)
 class Layer:
-    """How the parameters of one type of layer are laid out as one matrix.
+    """Layout of the parameters of one type of layer as one matrix.
 
     Args:
         transposed: whether the weight is stored as [I, O].
         groups: Γ of a module.
         covers: whether the layout holds for this module; the parameters of one that it does not
-        cover are blocks of their own. weight, bias: the names of its parameters.
+            cover are blocks of their own.
+        weight: the name of its weight.
+        bias: the name of its bias.
     """
 
     transposed: bool = False
@@ -70,13 +72,14 @@ LAYERS: dict[type[nn.Module] | str, Layer] = {
     nn.MultiheadAttention: Layer(weight="in_proj_weight", bias="in_proj_bias"),
     "transformers.pytorch_utils.Conv1D": Layer(transposed=True),  # GPT-2's linear layer
 }
-"""{type of layer, or the full name of one that need not be installed: its layout}; a subclass has
-its parent's.
+"""Layouts by type of layer, or by the full name of a type that need not be installed.
+
+A subclass has its parent's.
 """
 
 
 def layer_of(module: nn.Module) -> Layer | None:
-    """The layout of a module's own parameters, None where each stands for itself."""
+    """Return the layout of a module's own parameters, None where each stands for itself."""
     for kind in type(module).__mro__:
         found = LAYERS.get(kind) or LAYERS.get(f"{kind.__module__}.{kind.__qualname__}")
         if found is not None:
@@ -90,7 +93,7 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters preconditioned together.
+    """Parameters that are preconditioned together.
 
     `params` are names in the model; with a layer they are its weight, then its bias (each only if
     it is trained). Without one a block is one parameter in its own shape and `module` is None.
@@ -106,21 +109,24 @@ class Block:
 
     @cached_property
     def layer(self) -> Layer | None:
-        """The layout of the module's parameters (`layer_of`); None without one or a module."""
+        """Layout of the module's parameters (`layer_of`); None without one or a module."""
         return None if self.module is None else layer_of(self.module)
 
     @cached_property
     def groups(self) -> int:
-        """Γ, groups of outputs with inputs of their own; 1 for most layers."""
+        """Number of groups of outputs with inputs of their own, Γ; 1 for most layers."""
         return 1 if self.layer is None else self.layer.groups(self.module)
 
     @property
     def numel(self) -> int:
-        """The number of the block's elements, the product of its shape."""
+        """Number of the block's elements, the product of its shape."""
         return math.prod(self.shape)
 
     def gather(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
-        """{parameter: tensor} → one tensor of the block's shape, after `batch` leading axes."""
+        """Return {parameter: tensor} as one tensor of the block's shape.
+
+        `batch` leading axes stay.
+        """
         weight = self.gather_weight(tensors, batch)
         if self.layer is None or not self.biased:
             return weight
@@ -129,7 +135,7 @@ class Block:
         )
 
     def gather_weight(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
-        """The same without the bias column: a view where possible."""
+        """Return the same as `gather` without the bias column: a view where possible."""
         weight = tensors[self.params[0]]
         if self.layer is None:
             return weight
@@ -138,8 +144,9 @@ class Block:
         return weight.reshape(*weight.shape[:batch], self.shape[0], -1)
 
     def scatter(self, value: Tensor, batch: int = 0) -> dict[str, Tensor]:
-        """One tensor of the block's shape → {parameter: tensor in the parameter's own shape}, views
-        where possible.
+        """Return one tensor of the block's shape as {parameter: tensor in its own shape}.
+
+        Views where possible; `batch` leading axes stay.
         """
         leading = value.shape[:batch]
         value = value.reshape((*leading, *self.shape))
@@ -156,12 +163,12 @@ class Block:
 
 
 def blocks(model: nn.Module) -> tuple[Block, ...]:
-    """The partition of the trainable parameters into blocks, named "1", "2", … in the order of the
-    model's modules.
+    """Divide the trainable parameters into blocks, named "1", "2", … in the order of the modules.
 
     A parameter that several modules share belongs to the first of them.
 
-    Raises CurvlabError for a model without trainable parameters.
+    Raises:
+        CurvlabError: a model without trainable parameters.
     """
     found: list[
         tuple[tuple[str, ...], tuple[int, ...], nn.Module | None, bool, tuple[int, ...]]
@@ -200,15 +207,16 @@ def blocks(model: nn.Module) -> tuple[Block, ...]:
 
 
 def _matrix(weight: Tensor, layer: Layer) -> bool:
-    """Whether a weight is what the layer's layout expects: a subclass may have put anything in its
-    place.
+    """Return whether a weight is what the layer's layout expects.
+
+    A subclass may have put anything in its place.
     """
     return weight.ndim == 2 if layer.transposed else weight.ndim >= 1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where blocks lie in one vector: block after block, each row-major in its own shape."""
+    """Places of blocks in one vector: block after block, each row-major in its own shape."""
 
     blocks: tuple[Block, ...]
 
@@ -217,7 +225,7 @@ class Layout:
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """{block name: its entries}."""
+        """Entries of each block in the vector, {block name: slice}."""
         found, start = {}, 0
         for block in self.blocks:
             found[block.name] = slice(start, start + block.numel)
@@ -225,16 +233,16 @@ class Layout:
         return found
 
     def flatten(self, tensors: Mapping[str, Tensor], batch: int = 0) -> Tensor:
-        """{parameter: tensor} → one vector, after `batch` leading axes."""
+        """Return {parameter: tensor} as one vector; `batch` leading axes stay."""
         return torch.cat([b.gather(tensors, batch).flatten(batch) for b in self.blocks], -1)
 
     def unflatten(self, vector: Tensor, batch: int = 0) -> dict[str, Tensor]:
-        """One vector → {parameter: tensor in its own shape}."""
+        """Return a vector, after `batch` leading axes, as {parameter: tensor in its own shape}."""
         found: dict[str, Tensor] = {}
         for block in self.blocks:
             found |= block.scatter(vector[..., self.slices[block.name]], batch)
         return found
 
     def places(self) -> dict[str, Tensor]:
-        """{parameter: where its entries lie in the vector, in the parameter's own shape}."""
+        """Return {parameter: where its entries lie in the vector, in the parameter's own shape}."""
         return self.unflatten(torch.arange(len(self)))

@@ -1,4 +1,4 @@
-"""What is computed when first asked for."""
+"""A property that is computed when it is first asked for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ if TYPE_CHECKING or sys.version_info >= (3, 12):
 else:
 
     class cached_property(functools.cached_property):
-        """That of Python 3.12: the earlier ones take a lock, which costs more than many a value
-        here.
+        """The cached property of Python 3.12.
+
+        The earlier ones take a lock, which costs more than many a value here.
         """
 
         def __get__(self, instance: Any, owner: Any = None) -> Any:

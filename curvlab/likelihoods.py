@@ -29,33 +29,34 @@ from curvlab.finite import all_finite
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """What an objective needs to know of the outputs' distribution p(y | z)."""
+    """The law p(y | z) of labels at outputs, as far as an objective needs to know it."""
 
     def check(self, z: Float[Tensor, "N *C"], y: Tensor) -> None:
         """Raise CurvlabError where the targets do not fit the outputs (shape, dtype, range)."""
 
     def loss(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, " N"]:
-        """−log p(y | z) of each example, summed over outputs."""
+        """Return −log p(y | z) of each example, summed over outputs."""
 
     def sample(
         self, z: Float[Tensor, "N *C"], generator: torch.Generator, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """`sample(z, generator)` or `sample(z, generator, y)`: labels that `loss` takes, drawn from
-        the model's own law.
+        """Draw labels that `loss` takes from the model's own law.
 
-        Where the data's labels y say more than a draw does (a place that has no loss), the labels
-        drawn say the same.
+        The method is `sample(z, generator)` or `sample(z, generator, y)`. Where the data's labels y
+        say more than a draw does (a place that has no loss), the labels drawn say the same.
         """
 
     def root(self, z: Float[Tensor, "N *C"], *args: Any, **kwargs: Any) -> Float[Tensor, "V N *C"]:
-        """`root(z)` or `root(z, y)`: columns v of S, S Sᵀ = ∂²ℓ/∂z² for each example, one column a
-        slice of the first axis.
+        """Return columns v of S, S Sᵀ = ∂²ℓ/∂z² of each example, a slice of the first axis each.
+
+        The method is `root(z)` or `root(z, y)`.
         """
 
 
 def root_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "V N *C"]:
-    """Columns of S, S Sᵀ = ∂²ℓ/∂z², by the likelihood's `root(z)` or `root(z, y)`, whichever it
-    has.
+    """Return columns of S, S Sᵀ = ∂²ℓ/∂z², by the likelihood's own `root`.
+
+    It is `root(z)` or `root(z, y)`, whichever the likelihood has.
     """
     way = _labels_go(likelihood.root, 1)
     if way is None:
@@ -66,8 +67,9 @@ def root_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> Floa
 def sample_of(
     likelihood: Likelihood, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor
 ) -> Tensor:
-    """Labels drawn from the model's law, by the likelihood's `sample(z, generator)` or `sample(z,
-    generator, y)`.
+    """Draw labels from the model's law by the likelihood's own `sample`.
+
+    It is `sample(z, generator)` or `sample(z, generator, y)`, whichever the likelihood has.
     """
     way = _labels_go(likelihood.sample, 2)
     if way is None:
@@ -83,8 +85,7 @@ _Way = Literal["by place", "by name"]
 
 
 def _labels_go(method: Callable[..., Tensor], given: int) -> _Way | None:
-    """How a method takes the data's labels after its `given` other arguments, or None where it does
-    not.
+    """Return how a method takes the data's labels behind its `given` other arguments, if it does.
 
     An argument called `y` is theirs, and one of any other name if it has no default.
     """
@@ -137,7 +138,7 @@ def _guard_root(z: Shaped[Tensor, "N *C"]) -> None:
 
 
 def _units(z: Shaped[Tensor, "N *C"]) -> Float[Tensor, "V N *C"]:
-    """The unit vectors of the outputs of every example: V = C."""
+    """Return the unit vectors of the outputs of every example: V = C."""
     n, c = z.shape[0], z[0].numel()
     eye = torch.eye(c, dtype=z.dtype, device=z.device)
     return eye[:, None, :].expand(c, n, c).reshape(c, *z.shape)
@@ -145,11 +146,11 @@ def _units(z: Shaped[Tensor, "N *C"]) -> Float[Tensor, "V N *C"]:
 
 @dataclass(eq=False)
 class Categorical:
-    """Softmax cross-entropy, ℓ = −Σ_places log softmax(z)_y: outputs [N, C] or [N, C, *P], the
-    classes on axis 1. Thesis (1.7).
+    """Softmax cross-entropy, ℓ = −Σ_places log softmax(z)_y (thesis (1.7)).
 
-    Targets are class numbers [N, *P], or probabilities q shaped as the outputs: then ℓ = −Σ q_c log
-    softmax(z)_c. Losses are sums over the places P.
+    Outputs are [N, C] or [N, C, *P], the classes on axis 1. Targets are class numbers [N, *P], or
+    probabilities q shaped as the outputs: then ℓ = −Σ q_c log softmax(z)_c. Losses are sums over
+    the places P.
 
     Args:
         ignore_index: a place with this class number has no loss, no gradient, no curvature, and
@@ -218,7 +219,7 @@ class Categorical:
     def sample(
         self, z: Float[Tensor, "N C *P"], generator: torch.Generator, y: Tensor | None = None
     ) -> Shaped[Tensor, "N *P"] | Float[Tensor, "N C *P"]:
-        """Class numbers [N, *P] drawn at every place, ignored where y is.
+        """Draw class numbers [N, *P] at every place, ignored where y is.
 
         One-hot probabilities [N, C, *P] where a class number would not say the same: with label
         smoothing (the law is over classes, so that the score is p − e_ŷ), and if the ignored number
@@ -237,8 +238,9 @@ class Categorical:
     def root(
         self, z: Float[Tensor, "N C *P"], y: Tensor | None = None
     ) -> Float[Tensor, "V N C *P"]:
-        """Column (c, place), V = C · |P|: √p_c (p − e_c) at that place, the gradient at label c
-        weighted by its probability.
+        """Return column (c, place) of V = C · |P|: √p_c (p − e_c) at that place.
+
+        It is the gradient at label c weighted by its probability.
         """
         _guard_root(z)
         p = z.softmax(1)
@@ -258,13 +260,14 @@ class Categorical:
         return torch.diag_embed(columns, dim1=1, dim2=4).reshape(-1, *z.shape)
 
     def _ignored(self, y: Tensor | None) -> Shaped[Tensor, "N *P"] | None:
-        """Where class numbers say that there is none; None where y is none or probabilities."""
+        """Return where class numbers are ignored; None where y is none or probabilities."""
         return None if y is None or y.is_floating_point() else y.long() == self.ignore_index
 
 
 class Bernoulli:
-    """Binary cross-entropy on logits, summed over units: ℓ = Σ_c softplus(z_c) − y_c z_c; targets
-    in [0, 1], shaped as z.
+    """Binary cross-entropy on logits, summed over units: ℓ = Σ_c softplus(z_c) − y_c z_c.
+
+    Targets are in [0, 1], shaped as z.
     """
 
     def check(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> None:
@@ -295,7 +298,10 @@ class Bernoulli:
 
 
 class Gaussian:
-    """Half squared error, summed over units: ℓ = ½ ‖z − y‖²; unit variance; targets shaped as z."""
+    """Half squared error, summed over units: ℓ = ½ ‖z − y‖²; unit variance.
+
+    Targets are shaped as z.
+    """
 
     def check(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> None:
         """Raise CurvlabError unless y is floating, finite and shaped as z."""

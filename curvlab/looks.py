@@ -14,9 +14,10 @@ from curvlab.errors import CurvlabError
 from curvlab.finite import all_finite
 from curvlab.forms import Form, Report, examine, unseen
 from curvlab.independence import Independence, some_rows
+from curvlab.nests import Batched, described, given
 from curvlab.observation import Stream
 from curvlab.second_looks import QUIET
-from curvlab.strangers import PICK, WRAP, called, eager, mixes
+from curvlab.strangers import WRAP, called, eager, mixes
 
 
 class Looks(Independence):
@@ -33,7 +34,7 @@ class Looks(Independence):
 
     def _forward(
         self,
-        x: Tensor,
+        x: Batched,
         buffers: dict[str, Tensor] | None = None,
         heard: AbstractContextManager[Any] | None = None,
     ) -> Tensor:
@@ -41,12 +42,20 @@ class Looks(Independence):
         way = differentiable(heard is not None) if self.stream == "exact" else nullcontext()
         try:
             with eager(), surrounding(), way, nullcontext() if heard is None else heard:
-                z: Any = model(x) if buffers is None else called(model, buffers, x)
+                if buffers is not None:
+                    out = called(model, buffers, x)
+                elif isinstance(x, Tensor):
+                    out = model(x)
+                else:
+                    by_place, by_name = given(x)
+                    out = model(*by_place, **by_name)
+                z: Any = self.objective.picked(out)
         except TypeError as error:
             if "argument" not in str(error) or "forward()" not in str(error):
                 raise
             line = str(error).splitlines()[0]
-            raise CurvlabError(f"the model does not take one tensor ({line}): {WRAP}") from error
+            what = "one tensor" if isinstance(x, Tensor) else described(x)
+            raise CurvlabError(f"the model does not take {what} ({line}): {WRAP}") from error
         except (RuntimeError, ValueError, IndexError) as error:
             if isinstance(error, CurvlabError) or not any(
                 word in str(error) for word in _OF_THE_DATA
@@ -54,11 +63,14 @@ class Looks(Independence):
                 raise
             line = str(error).splitlines()[0]
             raise CurvlabError(
-                f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}"
+                f"the model does not take inputs of shape {described(self.x)}: {line}"
             ) from error
         if not isinstance(z, Tensor):
-            raise CurvlabError(f"the model returned a {type(z).__name__}, not one tensor: {PICK}")
-        if z.shape[:1] != x.shape[:1]:
+            raise CurvlabError(
+                f"the model returned a {type(out).__name__}, of which outputs= picked a"
+                f" {type(z).__name__}, not one tensor"
+            )
+        if not z.ndim or len(z) != len(x):
             rows = f"{len(x)} rows, one for each example, not {list(z.shape)}"
             raise CurvlabError(
                 f"the model must return one tensor with {rows}: "
@@ -73,13 +85,14 @@ class Looks(Independence):
 
     @property
     def form_of_look(self) -> Form:
-        """Of the look that was taken last. A look must have been taken."""
+        """The form of the look that was taken last, where one was."""
         assert self._form is not None
         return self._form
 
     def _key(self, x: Tensor) -> Hashable:
-        """What decides how the model runs, beside its weights: the form of the minibatch, modes,
-        what is trained.
+        """Return what decides how the model runs, beside its weights.
+
+        It is the form of the minibatch, modes, and what is trained.
         """
         objective = self.objective
         modes = tuple([module.training for module in objective.modules])
@@ -99,8 +112,9 @@ class Looks(Independence):
 
     @property
     def glimpse(self) -> Form:
-        """The form of the first and the last example alone, for sizes: what a look at all of a
-        large minibatch would cost.
+        """The form of the first and the last example alone, for sizes.
+
+        It says what a look at all of a large minibatch would cost.
         """
         if self._form is not None or len(self.x) <= 2:
             return self.form
@@ -113,10 +127,13 @@ class Looks(Independence):
     def forward(
         self, x: Tensor | None = None, move_buffers: bool = False
     ) -> tuple[Tensor, Capture]:
-        """One forward of the minibatch, or of x, on cloned buffers: (outputs with their graph, the
-        capture).
+        """Return (outputs with their graph, the capture) of one forward on cloned buffers.
 
         A later look at the minibatch sees the random numbers of the first, and uses up none.
+
+        Args:
+            x: inputs; the minibatch's own where None.
+            move_buffers: True runs on the model's own buffers.
         """
         if x is not None and x is not self.x:
             return self._look_at(x, False)[:2]
@@ -165,14 +182,15 @@ class Looks(Independence):
         return z, capture, form
 
     def _may_go_unheard(self) -> bool:
-        """Whether nothing but the mean gradient can be asked of a look: it is of a form that was
-        heard once and draws nothing, and no other look will follow.
+        """Return whether nothing but the mean gradient can be asked of a look.
+
+        It is of a form that was heard once and draws nothing, and no other look will follow.
         """
         fresh = self._chance is None and self.stream == "step" and not self.twice
         return fresh and self.objective.fine and self._key(self.x) in self.objective.quiet
 
     def _unheard(self, move_buffers: bool) -> tuple[Tensor, Capture]:
-        """`forward` with nobody listening."""
+        """Return what `forward` does with nobody listening."""
         self.objective.check_modules()
         self._chance = QUIET
         capture = Capture(
@@ -187,7 +205,7 @@ class Looks(Independence):
         return z, capture
 
     def _settle(self, z: Tensor, capture: Capture, x: Tensor, known_key: Hashable) -> Form:
-        """The ways of all blocks: as known of this form, or as a first look shows them."""
+        """Return the ways of all blocks: as known of this form, or as a first look shows them."""
         objective = self.objective
         key = known_key, capture.trace
         if x is self.x:
@@ -219,4 +237,4 @@ class Looks(Independence):
 
 _FORMS = 512  # that are remembered
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range in self")
-"""In torch's messages about data that do not fit a layer."""
+"""Words of torch's messages about data that do not fit a layer."""

@@ -14,7 +14,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is one.
+    """Return the device of that name; `auto` is CUDA where there is one.
 
     Raises:
         CurvlabError: an unknown name, or a device that this machine lacks.
@@ -36,7 +36,7 @@ def device_of(name: str) -> torch.device:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """A clock in seconds that is read after the device has finished what was asked of it."""
+    """Return a clock in seconds that is read after the device has finished what was asked of it."""
     if device.type != "cuda":
         return time.perf_counter
 

@@ -1,9 +1,8 @@
-"""MODELS: the documents' networks by name, each with its data set, likelihood and source; and the
-user's own by import path.
+"""MODELS: the documents' networks by name, and the user's own by import path.
 
-A network is built for its own data set, or, where it is `sized`, for the shape of another one's
-inputs and its number of outputs. `curvlab.networks` and `curvlab.sequence_networks` have the
-functions that build them.
+Each has its data set, likelihood and source. A network is built for its own data set, or, where it
+is `sized`, for the shape of another one's inputs and its number of outputs. `curvlab.networks` and
+`curvlab.sequence_networks` have the functions that build them.
 """
 
 from __future__ import annotations
@@ -93,10 +92,12 @@ class Entry:
     sized: bool = False
 
     def made(self, seed: int = 0, data: Sized | None = None) -> nn.Module:
-        """A model with weights drawn from `seed`, on the CPU in float32; the global generator is
-        left as it was.
+        """Return a model with weights drawn from `seed`, on the CPU in float32.
+
+        The global generator is left as it was.
 
         Args:
+            seed: of the weights.
             data: a data set other than the model's own, to whose shapes a `sized` network is
                 fitted.
         """
@@ -110,7 +111,7 @@ class Entry:
             )
 
     def data_name(self, chosen: str | None = None) -> str:
-        """The data set to take: the one chosen, else the network's own.
+        """Return the data set to take: the one chosen, else the network's own.
 
         Raises:
             CurvlabError: there is neither.
@@ -299,7 +300,7 @@ MODELS: dict[str, Entry] = {
 
 
 class Sized(Protocol):
-    """What a model is built for: a `Dataset`, or anything else that says its shapes."""
+    """The shapes that a model is built for: a `Dataset`, or anything else that says them."""
 
     @property
     def inputs(self) -> Shape:
@@ -311,7 +312,7 @@ class Sized(Protocol):
 
 
 def find(name: str, seed: int = 0) -> Entry:
-    """The entry of `name`: of the table, or `module:function` of your own.
+    """Return the entry of `name`: of the table, or `module:function` of your own.
 
     Your function takes nothing and returns an `nn.Module`, or (module, likelihood name, data set
     name); a module alone is given the categorical likelihood. The working directory is searched
@@ -331,8 +332,9 @@ def find(name: str, seed: int = 0) -> Entry:
 
 
 def imported(name: str) -> None:
-    """Import the module of a model of your own, which may enter probes and algorithms of yours;
-    nothing is called.
+    """Import the module of a model of your own; nothing is called.
+
+    It may enter probes and algorithms of yours.
 
     Raises:
         CurvlabError: an unknown name; a module that cannot be imported.
@@ -344,11 +346,13 @@ def imported(name: str) -> None:
 
 
 def build(name: str, seed: int = 0, data: Sized | None = None) -> nn.Module:
-    """Model `name` with weights drawn from `seed`, on the CPU in float32; the global generator is
-    left as it was.
+    """Build model `name` with weights drawn from `seed`, on the CPU in float32.
+
+    The global generator is left as it was.
 
     Args:
         name: of the table, or `module:function` of your own (`find`), which is called once.
+        seed: of the weights.
         data: a data set other than the model's own, to whose shapes a `sized` network is fitted.
 
     Raises:

@@ -17,8 +17,13 @@ MomentumKind = Literal["add", "average", "corrected"]
 
 
 class Momentum:
-    """Momentum of the gradient, one buffer a block, starting at zero. β = 0 is the gradient
-    itself.
+    """Momentum of the gradient, one buffer a block, starting at zero.
+
+    β = 0 is the gradient itself.
+
+    Args:
+        beta: β.
+        kind: see `MomentumKind`.
     """
 
     def __init__(self, beta: float, kind: MomentumKind = "add") -> None:
@@ -31,14 +36,15 @@ class Momentum:
 
     @property
     def held(self) -> tuple[dict[str, Tensor], int]:
-        """What `put_back` takes: no number is copied, since none is written over."""
+        """What `put_back` takes; no number is copied, since none is written over."""
         return dict(self.buffers), self.steps
 
     def put_back(self, held: tuple[dict[str, Tensor], int]) -> None:
-        """As it was: a step that came to nothing leaves no trace."""
+        """Put the buffers back: a step that came to nothing leaves no trace."""
         self.buffers, self.steps = dict(held[0]), held[1]
 
     def __call__(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the momentum of every block, into which its gradient has entered."""
         self.steps += 1
         if self.beta == 0:
             self.buffers = dict(gradients) if self.buffers else {}  # β may come back: a schedule's

@@ -1,5 +1,6 @@
-"""Modules that were called otherwise up to version 0.1: the old name still imports, with a warning
-that says the new one.
+"""Modules that were called otherwise up to version 0.1.
+
+The old name still imports, with a warning that says the new one.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ MOVED = {
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Is asked last, for what no file is there for."""
+    """A finder that is asked last, for what no file is there for."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -72,6 +73,6 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def follow() -> None:
-    """From here on old names import."""
+    """Let old names import from here on."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

@@ -18,8 +18,9 @@ Shape = tuple[int, ...]
 
 
 def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
-    """Linear layers of the given widths, an activation between them, a linear output; torch's
-    default initialisation.
+    """Build linear layers of the given widths, an activation between them, and a linear output.
+
+    The initialisation is torch's default.
     """
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
@@ -30,10 +31,10 @@ def mlp(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.Tanh) ->
 
 
 def autoencoder(widths: Sequence[int]) -> nn.Sequential:
-    """ReLU between linear layers, none after the middle one (the code) and none after the last
-    (thesis Table 2.4).
+    """Build linear layers with ReLU between them (thesis Table 2.4).
 
-    The sigmoid that Table 2.4 prints last belongs to the Bernoulli likelihood.
+    There is none after the middle layer (the code) and none after the last. The sigmoid that Table
+    2.4 prints last belongs to the Bernoulli likelihood.
     """
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(pairwise(widths), 1):
@@ -44,24 +45,24 @@ def autoencoder(widths: Sequence[int]) -> nn.Sequential:
 
 
 def autoencoder_1000(inputs: Shape = (784,), outputs: int = 784) -> nn.Sequential:
-    """D-1000-500-250-30-250-500-1000-D (S2QN 6.2), which names no activation: ReLU as in the
-    thesis.
+    """Build D-1000-500-250-30-250-500-1000-D (S2QN 6.2).
+
+    That names no activation: it is ReLU as in the thesis.
     """
     return autoencoder([math.prod(inputs), 1000, 500, 250, 30, 250, 500, 1000, outputs])
 
 
 def logistic(inputs: Shape = (123,), outputs: int = 1) -> nn.Linear:
-    """θ of (26), without a bias as there."""
+    """Build logistic regression with the θ of S2QN (26), without a bias as there."""
     return nn.Linear(math.prod(inputs), outputs, bias=False)
 
 
 class SparseLinear(nn.Linear):
-    """A linear layer on rows that are a sparse tensor (COO): one gather and one scatter-add an
-    output.
+    """A linear layer on rows that are a sparse tensor (COO).
 
-    A product costs its nonzero entries, forward and back, and plain operations have all
-    derivatives. It has no rule: a and h are never formed, and its weight is a block without
-    structure.
+    An output is one gather and one scatter-add. A product costs its nonzero entries, forward and
+    back, and plain operations have all derivatives. It has no rule: a and h are never formed, and
+    its weight is a block without structure.
     """
 
     def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
@@ -78,13 +79,14 @@ class SparseLinear(nn.Linear):
 
 
 def logistic_sparse(inputs: Shape = (62_061,), outputs: int = 1) -> SparseLinear:
-    """θ of (26) where the rows stay sparse (`SparseRows.coo`)."""
+    """Build the θ of S2QN (26) where the rows stay sparse (`SparseRows.coo`)."""
     return SparseLinear(math.prod(inputs), outputs, bias=False)
 
 
 def convnet(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """Three convolutions of 5×5 (32, 32, 64 channels), each with ReLU and 2×2 max-pooling, then one
-    linear layer.
+    """Build three 5×5 convolutions (32, 32, 64 channels), each with ReLU and 2×2 max-pooling.
+
+    One linear layer follows.
 
     S2QN (Yang et al. 2021), 6.3 says "three convolutional layers followed by a fully-connected
     layer" and no more. Chosen once: the widths of cuda-convnet's small CIFAR-10 network, its
@@ -97,8 +99,9 @@ def convnet(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
 
 
 def all_cnn_c(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """All-CNN-C (Springenberg et al. 2015, table 1): nine convolutions, ReLU after each, the mean
-    over 6×6 places.
+    """Build All-CNN-C (Springenberg et al. 2015, table 1): nine convolutions with ReLU.
+
+    The outputs are the mean over 6×6 places.
 
     Without that document's dropout, which Ren and Goldfarb (2021, B.2) do not mention and under
     which no batch is seen twice alike.
@@ -131,8 +134,9 @@ def _vgg(at: int, normalised: bool) -> Iterator[nn.Module]:
 
 
 def vgg16(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """Model D, batch normalisation after each convolution, one linear layer of 512 inputs at the
-    end (thesis 3.7.2).
+    """Build model D with batch normalisation, and one linear layer of 512 inputs (thesis 3.7.2).
+
+    Batch normalisation follows each convolution.
 
     Convolutions keep their biases.
     """
@@ -140,8 +144,9 @@ def vgg16(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
 
 
 def vgg16_printed(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """Model D with its three linear layers, without batch normalisation (Ren and Goldfarb 2021,
-    B.2), and without dropout.
+    """Build model D with its three linear layers, without batch normalisation and dropout.
+
+    It is that of Ren and Goldfarb 2021, B.2.
 
     Their widths for images of 32×32 are not published: 4096 as in model D, the first with the 512
     inputs that are left.
@@ -157,8 +162,9 @@ def vgg16_printed(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequenti
 
 
 class PaddedShortcut(nn.Module):
-    """Option A of He et al. (2016): every `stride`-th pixel, further channels zero; no
-    parameter.
+    """Option A of He et al. (2016): every `stride`-th pixel, further channels zero.
+
+    It has no parameter.
     """
 
     def __init__(self, channels: int, stride: int) -> None:
@@ -172,9 +178,7 @@ class PaddedShortcut(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions with batch normalisation, and a shortcut around them (He et al. 2016,
-    figure 2).
-    """
+    """Two 3×3 convolutions with batch normalisation, and a shortcut (He et al. 2016, figure 2)."""
 
     def __init__(self, fan_in: int, fan_out: int, stride: int, shortcut: nn.Module) -> None:
         super().__init__()
@@ -195,7 +199,7 @@ def _padded(fan_in: int, fan_out: int, stride: int) -> nn.Module:
 
 
 def _projected(fan_in: int, fan_out: int, stride: int) -> nn.Module:
-    """Option B of He et al. (2016): a 1×1 convolution where the shape changes."""
+    """Build option B of He et al. (2016): a 1×1 convolution where the shape changes."""
     if fan_in == fan_out and stride == 1:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out))
@@ -208,8 +212,9 @@ def residual_network(
     depth: int,
     shortcut: Callable[[int, int, int], nn.Module],
 ) -> nn.Sequential:
-    """A 3×3 convolution, `depth` blocks of each width (at stride 2 where a later stage begins), the
-    mean, a linear layer.
+    """Build a 3×3 convolution, `depth` blocks of each width, the mean, and a linear layer.
+
+    Blocks are at stride 2 where a later stage begins.
     """
     layers: list[nn.Module] = [
         nn.Conv2d(inputs[0], widths[0], 3, 1, 1, bias=False),
@@ -226,21 +231,23 @@ def residual_network(
 
 
 def resnet32(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """ResNet-32 of He et al. (2016), table 6: three stages of five blocks, 16, 32 and 64 channels,
-    shortcuts of option A.
+    """Build ResNet-32 of He et al. (2016), table 6, with shortcuts of option A.
+
+    It has three stages of five blocks, 16, 32 and 64 channels.
     """
     return residual_network(inputs, outputs, (16, 32, 64), 5, _padded)
 
 
 def resnet32_4(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """ResNet-32 with every width times 4 (thesis 3.7.3), the first convolution's too, as with Zhang
-    et al. (2019).
+    """Build ResNet-32 with every width times 4 (thesis 3.7.3).
+
+    That is the first convolution's too, as with Zhang et al. (2019).
     """
     return residual_network(inputs, outputs, (64, 128, 256), 5, _padded)
 
 
 def resnet18(inputs: Shape = (3, 32, 32), outputs: int = 10) -> nn.Sequential:
-    """ResNet-18 of He et al. (2016), table 1, shortcuts of option B.
+    """Build ResNet-18 of He et al. (2016), table 1, with shortcuts of option B.
 
     S2QN 6.4 does not say how it is fitted to 32×32 images: as is usual, the first convolution is
     3×3 at stride 1 and no pooling follows it.

@@ -1,10 +1,8 @@
-"""Objective: a model, the likelihood of its outputs, and the seed of the labels that are drawn from
-it.
-"""
+"""Objective: a model, the likelihood of its outputs, and the seed of labels drawn from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,10 @@ from torch import Tensor, nn
 from curvlab.closure import Closure
 from curvlab.errors import CurvlabError, real, unknown, warn, whole
 from curvlab.forms import Form, Report
+from curvlab.interface import Interface, Outputs
 from curvlab.layers import Block, Layout, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood
+from curvlab.nests import Batched, is_nest, nested
 from curvlab.observation import STREAMS, Stream
 from curvlab.output_law import Law
 from curvlab.strangers import check_model, original
@@ -23,6 +23,8 @@ from curvlab.strangers import check_model, original
 
 class Objective:
     """A model, the likelihood of its outputs, and the seed of the labels that are drawn from it.
+
+    The loss is the mean over examples of a per-example sum.
 
     Args:
         model: any `nn.Module` that maps [N, …] to [N, …] with the batch as first axis. A compiled
@@ -34,6 +36,11 @@ class Objective:
             methods of the whole vector. Statistics of layers, and `curvlab.exact`, are of the
             likelihood alone (practice: "not the curvature passes"). Weight decay is another thing:
             it is added to the direction.
+        outputs: of a model that returns no tensor: the name of the field that the likelihood takes,
+            or a function of what the model returns, which picks a tensor [N, …].
+        labels: of minibatches that are mappings: the key of the targets; the rest is given to the
+            model by keyword. Of tuples of more than two: the targets' position.
+        shared: names of tensors in the inputs that are not the examples', such as a table.
 
     Raises:
         CurvlabError: no trainable parameter, complex ones, a model spread over several processes, a
@@ -41,7 +48,15 @@ class Objective:
     """
 
     def __init__(
-        self, model: nn.Module, likelihood: Likelihood, seed: int = 0, *, l2: float = 0.0
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        seed: int = 0,
+        *,
+        l2: float = 0.0,
+        outputs: Outputs = "logits",
+        labels: str | int = "labels",
+        shared: Collection[str] = (),
     ) -> None:
         if isinstance(likelihood, type) or not isinstance(
             likelihood, Likelihood
@@ -67,6 +82,7 @@ class Objective:
         ] = []  # of all parameters, as `check_trained` last saw them to be right
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         self.l2 = l2
+        self.interface = Interface(labels, outputs, tuple(shared))
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
         self.forms: dict[Hashable, Form] = {}  # what first looks have shown
         self.may_freeze = (
@@ -96,7 +112,7 @@ class Objective:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """{name: trainable parameter}, those of the blocks, as they stand in their modules now."""
+        """Parameters of the blocks, as they stand in the model now, ``{name: parameter}``."""
         return {name: p for name, owner, key in self._slots if (p := owner.get(key)) is not None}
 
     @property
@@ -107,8 +123,9 @@ class Objective:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all statistics and matrices: the widest of the blocks' parameters, and at least single
-        precision.
+        """The dtype of all statistics and matrices.
+
+        It is the widest of the blocks' parameters, and at least single precision.
         """
         found = torch.float32
         for dtype in {owner[key].dtype for _, owner, key in self._slots}:  # type: ignore[union-attr]  # none is None
@@ -123,8 +140,9 @@ class Objective:
 
     @property
     def input_dtype(self) -> torch.dtype | None:
-        """That of all floating weights, to which floating inputs are brought; None where they
-        differ: those stay.
+        """The dtype of all floating weights, to which floating inputs are brought.
+
+        None where they differ: those inputs stay.
         """
         every = {
             w.dtype for module in self.modules for w in module._parameters.values() if w is not None
@@ -132,29 +150,60 @@ class Objective:
         found = [dtype for dtype in every if dtype.is_floating_point]
         return found[0] if len(found) == 1 else None
 
-    def check(self, x: Tensor, y: Tensor) -> Report:
-        """What a look at a minibatch of this form shows: which block goes which way and why, how
-        near to autograd.
+    def batch(self, x: Any, y: Any = None) -> tuple[Batched, Batched]:
+        """Return inputs and targets of a minibatch, each as a tensor or a nest.
 
-        `str` of it is a table, `ways` is {block: "structured" | "general" | "unused"}. Moves
-        nothing.
+        Args:
+            x: inputs; without `y` a minibatch as a loader gives it.
+            y: targets.
+
+        Raises:
+            CurvlabError: what holds no tensors, or no labels where they should be.
+        """
+        if y is None:
+            x, y = self.interface.apart(x)
+        if not is_nest(x) or not is_nest(y):
+            raise CurvlabError(
+                "a minibatch must be tensors, or tuples, mappings and dataclasses of them, not"
+                f" {type(x).__name__} and {type(y).__name__}: torch.as_tensor makes a tensor of an"
+                " array"
+            )
+        return self.interface.inputs(x), nested(y)
+
+    def picked(self, out: Any) -> Any:
+        """Return what the likelihood takes of the model's outputs. Raises CurvlabError for none."""
+        if isinstance(out, Tensor) and isinstance(self.interface.outputs, str):
+            return out
+        return self.interface.pick(out, getattr(self.likelihood, "join", None))
+
+    def check(self, x: Any, y: Any = None) -> Report:
+        """Return what a look at a minibatch of this form shows.
+
+        It is which block goes which way and why, and how near to autograd. `str` of it is a table,
+        `ways` is {block: "structured" | "general" | "unused"}. Moves nothing.
+
+        Args:
+            x: inputs, as of `closure`.
+            y: targets, as the likelihood wants them.
 
         Raises:
             CurvlabError: data that do not fit.
         """
+        x, y = self.batch(x, y)
         closure = Closure(self, x, y, 0)
         self.forms.clear()
         return Report(self.blocks, closure.form, closure.law.why)
 
     def say(self, line: str) -> None:
-        """A warning, once."""
+        """Warn by a line, once."""
         if line not in self.said:
             self.said.add(line)
             warn(line)
 
     def check_modules(self) -> None:
-        """Raises CurvlabError where a layer was replaced, or lost a parameter, since the objective
-        was made.
+        """Raise CurvlabError where a layer was replaced, or lost a parameter.
+
+        It is seen against what the objective was made with.
         """
         for name, owner, key in self._slots:
             if owner.get(key) is None:
@@ -169,8 +218,9 @@ class Objective:
                 )
 
     def check_trained(self) -> None:
-        """Raises CurvlabError where other parameters are trained now than when the objective was
-        made.
+        """Raise CurvlabError where other parameters are trained than at the beginning.
+
+        It is seen against what the objective was made with.
         """
         flags = [
             p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None
@@ -189,19 +239,31 @@ class Objective:
                 raise CurvlabError(f"parameter '{name}' was {change}: make a new Objective")
         self._flags = [] if self.may_freeze else flags
 
-    def closure(self, x: Tensor, y: Tensor, stream: Stream = "step") -> Closure:
-        """The objective on one minibatch, moved to the model's device, and floating tensors to its
-        dtype, if it has one.
+    def closure(self, x: Any, y: Any = None, stream: Stream = "step") -> Closure:
+        """Return the objective on one minibatch, moved to the model's device.
 
-        The closures of a stream are numbered 1, 2, …; those of warm starts and of the oracle apart,
-        so that the labels drawn at a step depend on neither.
+        Floating tensors are brought to the model's dtype, if it has one. The closures of a stream
+        are numbered 1, 2, …; those of warm starts and of the oracle apart, so that the labels drawn
+        at a step depend on neither.
+
+        Args:
+            x: inputs [N, …]: a tensor, or a nest of tensors (`curvlab.nests.Nest`), of which a
+                mapping is given to the model by keyword, a tuple by position. Without `y` a
+                minibatch as a loader gives it: a mapping with the labels in it, a pair.
+            y: targets, as the likelihood wants them.
+            stream: who makes it.
+
+        Raises:
+            CurvlabError: data that do not fit.
         """
+        x, y = self.batch(x, y)
         self.closures[stream] += 1
         return Closure(self, x, y, self.closures[stream], stream)
 
     def generator(self, number: int, stream: Stream = "step", part: int = 0) -> torch.Generator:
-        """The generator of the labels of one closure: a function of (seed, number, stream, part)
-        alone.
+        """Return the generator of the labels of one closure.
+
+        It is a function of (seed, number, stream, part) alone.
         """
         entropy = [self.seed, number, STREAMS.index(stream), part]
         state = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
@@ -231,15 +293,16 @@ class _Attributes:
 
 
 def _held(module: nn.Module) -> dict[str, nn.Parameter | None] | _Attributes:
-    """A module's own parameters, as they stand."""
+    """Return a module's own parameters, as they stand."""
     return module._parameters if isinstance(module._parameters, dict) else _Attributes(module)
 
 
 def _lineage(
     model: nn.Module, owners: set[str]
 ) -> list[tuple[dict[str, nn.Module | None], str, nn.Module | None]]:
-    """(children of a module, a name, the child) on every way from the model down to these
-    modules.
+    """Return (children of a module, a name, the child) on every way from the model to its owners.
+
+    Those are the modules that have parameters of blocks.
     """
     found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module | None]] = {}
     for owner in owners:
@@ -252,7 +315,7 @@ def _lineage(
 
 
 def weights(objective: Objective) -> list[Tensor]:
-    """A copy of every parameter, for `restore`."""
+    """Return a copy of every parameter, for `restore`."""
     return [p.detach().clone() for p in objective.parameters.values()]
 
 

@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from curvlab.closure import Closure
 
 Pass = Literal["gradient", "data", "model", "exact"]
-"""What is sent back: ∂ℓ/∂z at the data's labels ("gradient": for the mean gradient alone), at
-labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z².
+"""The vectors that are sent back: ∂ℓ/∂z at the data's labels ("gradient": for the mean gradient
+alone), at labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z².
 """
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
 
 Stream = Literal["step", "warm", "exact"]
-"""Who made a closure: a step, a warm start, the oracle. Each has labels of its own."""
+"""The maker of a closure: a step, a warm start, the oracle. Each has labels of its own."""
 
 STREAMS: tuple[Stream, ...] = get_args(Stream)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One look at one minibatch.
+    """A look at one minibatch.
 
     `loss` is the mean loss (no graph), with the objective's L2 term; `passes` holds {pass: {block:
     LayerStatistics}} for the passes asked for, `closure` the minibatch itself, for methods that go
@@ -45,8 +45,12 @@ class Observation:
 
     @cached_property
     def gradients(self) -> dict[str, Tensor]:
-        """{block: gradient of the mean loss at the data's labels, with that of the L2 term}, in the
-        blocks' shapes.
+        """Gradients of the mean loss at the data's labels, ``{block: gradient}``.
+
+        They have the blocks' shapes, and that of the L2 term is in them.
+
+        Raises:
+            CurvlabError: no pass gave gradients.
         """
         seen = self.passes.get("gradient") or self.passes.get("data")
         if seen is None:
@@ -59,8 +63,9 @@ class Observation:
 
 @dataclass(frozen=True)
 class Transition:
-    """Two looks at one minibatch, before and after a move; `displacement` gives the move when first
-    asked for.
+    """Two looks at one minibatch, before and after a move.
+
+    `displacement` gives the move when first asked for.
     """
 
     before: Observation
@@ -69,5 +74,5 @@ class Transition:
 
     @cached_property
     def step(self) -> dict[str, Tensor]:
-        """{block: change of its parameters}, in the blocks' shapes."""
+        """Changes of the parameters, ``{block: change}``, in the blocks' shapes."""
         return self.displacement()

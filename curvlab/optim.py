@@ -1,5 +1,7 @@
-"""Optimizer: a `torch.optim.Optimizer` around a `Descent`, only a shell that moves along its
-directions."""
+"""Optimizer: a `torch.optim.Optimizer` around a `Descent`.
+
+It is only a shell that moves along the descent's directions.
+"""
 
 from __future__ import annotations
 
@@ -39,18 +41,23 @@ __all__ = [
 ]
 
 Watch = Callable[[Observation, dict[str, Tensor]], None]
-"""Told of every step: what was observed before it, and {block: change of its parameters}."""
+"""A function that is told of every step: what was observed before it, and {block: change of its
+parameters}.
+"""
 
 
 class Optimizer(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` around a descent: param_groups, schedulers, state_dict and
-    `copy.deepcopy` as in torch.
+    """A `torch.optim.Optimizer` around a descent.
 
-    `lr` and `weight_decay` are read per group, `damping` and `momentum` from all of them, which
-    must agree; a schedule may change any of them. ``step`` takes ``objective.closure(x, y)``;
-    nothing is read from or written to ``p.grad``. A curvature that adapts its damping (a
-    Levenberg–Marquardt rule) writes it back to the groups. Parameters that are in no group, or are
-    frozen, stand still.
+    It has param_groups, schedulers, state_dict and `copy.deepcopy` as in torch. `lr` and
+    `weight_decay` are read per group, `damping` and `momentum` from all of them, which must agree;
+    a schedule may change any of them. ``step`` takes ``objective.closure(x, y)``; nothing is read
+    from or written to ``p.grad``. A curvature that adapts its damping (a Levenberg–Marquardt rule)
+    writes it back to the groups. Parameters that are in no group, or are frozen, stand still.
+
+    Args:
+        descent: gives the directions.
+        lr: learning rate α of all parameters, or of groups that have none.
     """
 
     def __init__(self, descent: Descent, lr: float) -> None:
@@ -70,7 +77,7 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Torch's.
+        """Add a group of parameters, as torch's does.
 
         Raises:
             CurvlabError: a tensor that is not a parameter of the objective's blocks, an option that
@@ -93,13 +100,15 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def warm_start(self, batches: Iterable[Batch]) -> int:
-        """One pass for the statistics, where the document has a warm start; otherwise nothing.
-        Returns the batches seen."""
+        """Go once through minibatches for the statistics, where the document has a warm start.
+
+        Otherwise nothing is done. Returns the number of batches seen.
+        """
         self._take_options()
         return warm_start(self.objective, [self.descent.curvature], batches)
 
     def _take_options(self) -> None:
-        """The groups' damping and momentum are the descent's from here on."""
+        """Make the groups' damping and momentum the descent's from here on."""
         complete(self.param_groups, self.defaults)
         check_options(self.param_groups)
         if self.param_groups:
@@ -107,7 +116,7 @@ class Optimizer(torch.optim.Optimizer):
             self.descent.momentum.beta = float(self.param_groups[0]["momentum"])
 
     def _rates(self) -> dict[int, float]:
-        """{id of a parameter: its group's learning rate}.
+        """Return {id of a parameter: its group's learning rate}.
 
         Raises:
             Diverged: a learning rate that the dtype does not hold.
@@ -128,7 +137,7 @@ class Optimizer(torch.optim.Optimizer):
         return rates
 
     def _decays(self) -> Callable[[Tensor], float] | float:
-        """Parameter → its group's weight decay; one number where all groups have the same."""
+        """Return a function parameter → its group's weight decay; one number where all agree."""
         each = {float(group["weight_decay"]) for group in self.param_groups}
         if len(each) <= 1:
             return each.pop() if each else 0.0
@@ -141,7 +150,10 @@ class Optimizer(torch.optim.Optimizer):
 
     @precise()
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]  # torch allows a closure that returns a float
-        """Observe, direction, move. Returns the loss before the move.
+        """Observe, take the direction, move, and return the loss before the move.
+
+        Args:
+            closure: the objective on a minibatch.
 
         Raises:
             CurvlabError: a closure that is not the objective's; a parameter that is trainable and
@@ -177,6 +189,7 @@ class Optimizer(torch.optim.Optimizer):
         )
         if not at_once:
             soundness.note_step(observation, direction, highest)
+        # before the move: a probe reads the weights, the curvature and λ that the direction is of
         if self.look is not None:
             self.look(observation, direction)
         lr: Callable[[Tensor], float] = lambda p: rates.get(id(p), 0.0)  # noqa: E731
@@ -205,19 +218,25 @@ class Optimizer(torch.optim.Optimizer):
                 observation,
                 moved if stands else {name: torch.zeros_like(d) for name, d in moved.items()},
             )
+        # a rule may have moved λ, and `_take_options` reads it from the groups at the next step
         for group in self.param_groups:
             group["damping"] = self.descent.curvature.damping
         return observation.loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's, and under "curvlab" all that a bit-for-bit continuation needs: no pickled code,
-        loads with weights_only."""
+        """Return torch's state, and under "curvlab" all that a bit-for-bit continuation needs.
+
+        It has no pickled code, and loads with weights_only.
+        """
         own = {"descent": self.descent.state_dict(), "objective": self.objective.state_dict()}
         return super().state_dict() | {"curvlab": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where algorithm, model, dtype
-        or groups are others."""
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            CurvlabError: algorithm, model, dtype or groups are others; nothing is taken.
+        """
         if "curvlab" not in state_dict:
             raise CurvlabError(
                 "this state_dict is not of a curvlab optimizer: it has no 'curvlab' entry"
@@ -239,13 +258,15 @@ class Optimizer(torch.optim.Optimizer):
         self.objective.load_state_dict(objective)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Torch's; groups saved by an earlier version get the options that they lack."""
+        """Take torch's state; groups saved by an earlier version get the options that they lack."""
         super().__setstate__(state)
         complete(self.param_groups, self.defaults)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """An optimizer that steps its own copy of the model: `copy.objective`. Who watches this one
-        does not watch the copy."""
+        """Return an optimizer that steps its own copy of the model: `copy.objective`.
+
+        Who watches this one does not watch the copy.
+        """
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         Optimizer.__init__(new, copy.deepcopy(self.descent, memo), float(self.defaults["lr"]))

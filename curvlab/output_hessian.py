@@ -1,5 +1,7 @@
-"""∂²ℓ/∂z² of a loss by autograd: its products with vectors, the matrix of each example, and a root
-of it where it is convex.
+"""∂²ℓ/∂z² of a loss by autograd.
+
+These are its products with vectors, the matrix of each example, and a root of it where it is
+convex.
 
 Legend: N examples, C outputs (flattened where the axis is one), V columns of the root.
 """
@@ -17,13 +19,14 @@ from curvlab.likelihoods import Likelihood
 
 
 def plain(t: Tensor) -> Tensor:
-    """Without a graph, and no inference tensor."""
+    """Return a tensor without a graph, which is no inference tensor."""
     return t.clone() if t.is_inference() else t.detach()
 
 
 class OutputLoss:
-    """The loss of some examples with its graph: `losses` [N], `score` ∂ℓ/∂z [N, *C], and products
-    with ∂²ℓ/∂z².
+    """The loss of some examples with its graph, and what derivatives it has.
+
+    They are `losses` [N], `score` ∂ℓ/∂z [N, *C], and products with ∂²ℓ/∂z².
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class OutputLoss:
         self.score = self.back(self.losses, ones.requires_grad_(twice), create_graph=twice)
 
     def back(self, of: Tensor, v: Tensor | None = None, **how: bool) -> Float[Tensor, "N *C"]:
-        """Gradient in the outputs of a number, or along v; zero where there is no graph."""
+        """Return a number's gradient in the outputs, or along v; zero where there is no graph."""
         found = (
             torch.autograd.grad(of, self.z, v, allow_unused=True, **how)[0]
             if of.requires_grad
@@ -58,12 +61,13 @@ class OutputLoss:
         return torch.zeros_like(self.z) if found is None else found
 
     def times(self, v: Float[Tensor, "N *C"]) -> Float[Tensor, "N *C"]:
-        """∂²ℓ/∂z² v of each example; zero where the loss is linear."""
+        """Return ∂²ℓ/∂z² v of each example; zero where the loss is linear."""
         return self.back(self.score, v, retain_graph=True)
 
     def once(self) -> bool:
-        """Whether some part of the loss can be differentiated only once: it would read as
-        linear.
+        """Return whether some part of the loss can be differentiated only once.
+
+        It would read as linear.
         """
         seen, ahead = set[Any](), [self.score.grad_fn]
         while ahead:
@@ -76,7 +80,10 @@ class OutputLoss:
         return False
 
     def hessian(self) -> Float[Tensor, "N C C"]:
-        """∂²ℓ/∂z², in float32 at least; one unit vector after another, all examples together."""
+        """Return ∂²ℓ/∂z², in float32 at least.
+
+        One unit vector is sent back after another, all examples together.
+        """
         n, c = len(self.z), self.z[0].numel()
         rows = []
         for i in range(c):
@@ -88,7 +95,7 @@ class OutputLoss:
 
 
 def largest_norm(each: Float[Tensor, "N *C"]) -> float:
-    """The largest norm of one example."""
+    """Return the largest norm of one example."""
     return float(each.reshape(len(each), -1).norm(dim=1).max())
 
 
@@ -98,7 +105,7 @@ def precision_of(z: Tensor) -> float:
 
 
 def guard_hessians(z: Float[Tensor, "N *C"], name: str) -> None:
-    """Of the Hessians in these outputs, their eigenvectors and their roots."""
+    """Refuse Hessians in these outputs, with eigenvectors and roots, that memory does not hold."""
     outputs = z[0].numel()
     guard_memory(
         3 * outputs * z.numel() * max(4, z.element_size()),
@@ -110,7 +117,7 @@ def guard_hessians(z: Float[Tensor, "N *C"], name: str) -> None:
 def check_convex(
     hessian: Float[Tensor, "N C C"], floor: float, name: str, precision: float
 ) -> None:
-    """Raises CurvlabError where an eigenvalue lies further below 0 than rounding explains."""
+    """Raise CurvlabError where an eigenvalue lies further below 0 than rounding explains."""
     remedy = 'take route="func" or `product`'
     if not bool(hessian.isfinite().all()):
         raise CurvlabError(
@@ -136,8 +143,10 @@ def check_convex(
 def root_of_loss(
     likelihood: Likelihood, floor: float, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]
 ) -> Float[Tensor, "V N *C"]:
-    """The symmetric root of ∂²ℓ/∂z² of each example, V = C. Raises CurvlabError where there is
-    none, or not the memory.
+    """Return the symmetric root of ∂²ℓ/∂z² of each example, V = C.
+
+    Raises:
+        CurvlabError: there is none, or not the memory.
     """
     name = type(likelihood).__name__
     guard_hessians(z, name)

@@ -1,4 +1,4 @@
-"""S Sᵀ and the labels' law against the loss itself, where the likelihood is the user's.
+"""The law of the labels, and S Sᵀ, against the loss itself, where the likelihood is the user's.
 
 GGN, its root S and the Fisher are one matrix only where three functions of a likelihood fit each
 other: `loss`, `root` and `sample`. Those of `curvlab.likelihoods` do, and are taken as they are. Of
@@ -49,7 +49,7 @@ _NUMBERS = 1 << 22
 
 @dataclass(frozen=True)
 class Law:
-    """What was found of a likelihood at some outputs and labels.
+    """The things that were found of a likelihood at some outputs and labels.
 
     `root`: (z, y) → S [V, N, *C], S Sᵀ = ∂²ℓ/∂z²: the likelihood's own where it holds, else from
     the loss's own Hessian at each call; None where that is not positive semi-definite or too large.
@@ -68,16 +68,16 @@ class Law:
 
     @property
     def fisher_and_ggn_differ(self) -> bool:
-        """Whether Fisher and GGN may be two matrices: labels do not follow the loss, or may not."""
+        """Whether Fisher and GGN may be two matrices: labels may not follow the loss."""
         return not self.follows
 
 
 def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]) -> Law:
-    """Hold a likelihood's `root` and `sample` against its `loss` at outputs z and labels y, by a
-    seed of its own.
+    """Hold a likelihood's `root` and `sample` against its `loss` at outputs z and labels y.
 
-    What holds here need not hold for labels of another kind (a mask, where there is none in y). All
-    examples are looked at; of over 2^24 outputs those of examples that lie evenly.
+    It draws by a seed of its own. What holds here need not hold for labels of another kind (a mask,
+    where there is none in y). All examples are looked at; of over 2^24 outputs those of examples
+    that lie evenly.
 
     Raises:
         CurvlabError: losses that are not one number an example, or that depend on other examples or
@@ -115,14 +115,15 @@ _REFUSALS = {
 
 
 def refusal(law: Law, kind: str) -> str:
-    """The line that refuses a kind, "fisher", "fisher-mc" or "ggn", for what was found."""
+    """Return the line that refuses a kind, "fisher", "fisher-mc" or "ggn", for what was found."""
     return lookup(_REFUSALS, kind, "kind").format(law.why)
 
 
 @contextmanager
 def _apart(z: Tensor) -> Iterator[None]:
-    """With gradients, whatever the caller's mode, and global random states as they were in the
-    end.
+    """Record gradients inside, whatever the caller's mode.
+
+    Global random states are as they were in the end.
     """
     devices = [z.device] if z.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
@@ -130,12 +131,12 @@ def _apart(z: Tensor) -> Iterator[None]:
 
 
 def _evenly(n: int, count: int, device: torch.device) -> Tensor:
-    """At most `count` of n examples that lie evenly, the first and the last among them."""
+    """Return at most `count` of n examples that lie evenly, the first and the last among them."""
     return torch.linspace(0, n - 1, min(n, count), dtype=torch.float64).round().long().to(device)
 
 
 class _Examined:
-    """One likelihood at some outputs and labels, and what its loss says there."""
+    """A likelihood at some outputs and labels, and what its loss says there."""
 
     def __init__(self, likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> None:
         self.likelihood, self.z, self.y = likelihood, z, y
@@ -165,8 +166,9 @@ class _Examined:
         )
 
     def _check_alone(self) -> None:
-        """Raises CurvlabError where an example's loss depends on the others: on their outputs,
-        their labels or their number.
+        """Raise CurvlabError where an example's loss depends on the others.
+
+        It may on their outputs, their labels or their number.
         """
         n, losses = len(self.z), self.look.losses.detach()
         if n == 1:
@@ -202,7 +204,7 @@ class _Examined:
         return Law(root, not apart, "; ".join(part for part in (found, apart) if part))
 
     def _root(self) -> tuple[Root | None, str]:
-        """(S, what was found of the likelihood's own)."""
+        """Return (S, what was found of the likelihood's own)."""
         try:
             guard_hessians(self.z[:1], self.name)
             off = self._off()
@@ -215,8 +217,9 @@ class _Examined:
         return self._derived(f"S Sᵀ of {self.name}.root {off}")
 
     def _off(self) -> str | None:
-        """How S Sᵀ v differs from ∂²ℓ/∂z² v, or None. Of very many numbers, those of examples that
-        lie evenly.
+        """Return how S Sᵀ v differs from ∂²ℓ/∂z² v, or None.
+
+        Of very many numbers it is looked at those of examples that lie evenly.
         """
         n, c, v = len(self.z), self.outputs, torch.stack(self.directions)
         chosen, at_once = (
@@ -243,7 +246,7 @@ class _Examined:
         return f"is off ∂²ℓ/∂z² by a relative {_over(apart, size)}"
 
     def _derived(self, found: str) -> tuple[Root | None, str]:
-        """S of the loss's own Hessian, where that has one."""
+        """Return S of the loss's own Hessian, where that has one."""
         try:
             guard_hessians(self.z, self.name)
             check_convex(self.look.hessian(), self.floor, self.name, precision_of(self.z))
@@ -255,7 +258,7 @@ class _Examined:
         )
 
     def _labels(self) -> str:
-        """How drawn labels fail to follow the loss, or ""."""
+        """Return how drawn labels fail to follow the loss, or ""."""
         try:
             with torch.no_grad():
                 drawn = sample_of(self.likelihood, self.z, self.generator, self.y)
@@ -286,14 +289,17 @@ class _Examined:
         return ", and ".join(found)
 
     def _moments(self) -> str:
-        """Which moment of the scores of many labels lies too far from what it should be, or "".
+        """Return which moment of the scores of many labels is too far from its own, or "".
 
-        At the first example and the last, and at that of the largest Hessian where its outputs are
-        calm.
+        It should be 0 for the mean, and for the second moment ∂²ℓ/∂z².
+
+        It is taken at the first example and the last, and at that of the largest Hessian where its
+        outputs are calm.
         """
         n, c, dtype = len(self.z), self.outputs, torch.promote_types(self.z.dtype, torch.float32)
         if 64 * c > _NUMBERS:
             return ""
+        # every output by itself; of many, eight sums with random signs, which any of them may move
         if c <= 8:
             directions = torch.eye(c, dtype=self.z.dtype, device=self.z.device)
         else:
@@ -316,6 +322,9 @@ class _Examined:
         t, hessian = t.to(dtype), hessian.to(dtype)
         if not bool(t.isfinite().all()):
             return "a score that is not finite"
+        # What differs by sampling alone lies within 6 standard errors, but those are of the scores
+        # that were drawn: of labels too rare for that, up to _UNSEEN / m of all, each may be as far
+        # off as a rare score is long. Both are allowed for before anything is called an error.
         m = t.shape[1]
         mean, second = t.mean(1), t.mT @ t / m
         square = t.square()
@@ -347,8 +356,9 @@ class _Examined:
     def _scores(
         self, z: Float[Tensor, "R *C"], y: Tensor, directions: Float[Tensor, "C K"]
     ) -> tuple[Float[Tensor, "R M K"], Float[Tensor, "R K K"]]:
-        """Scores of M labels drawn for each example, and ∂²ℓ/∂z² at the data's, along K
-        directions.
+        """Return scores of M labels drawn for each example, and ∂²ℓ/∂z² at the data's.
+
+        Both are along K directions.
         """
         r, (c, k) = len(z), directions.shape
         m = max(64, min(_DRAWS, (1 << 20) // c))

@@ -1,5 +1,6 @@
-"""Models by ``module:function`` of the user's own: imported, called once for each model that is
-needed, checked.
+"""Models by ``module:function`` of the user's own.
+
+They are imported, called once for each model that is needed, and checked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from curvlab.likelihoods import LIKELIHOODS
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The global generator at `seed` inside, as it was after."""
+    """Set the global generator to `seed` inside, and put it back after."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -29,8 +30,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass
 class OwnModel:
-    """A user's function: the model of its first call is handed out once, for the seed of that call;
-    then it is called.
+    """A user's function, which is called once for each model that is needed.
+
+    The model of its first call is handed out once, for the seed of that call.
+
+    Args:
+        function: the user's.
+        name: ``module:function``.
+        seed: of the first call.
+        first: the model of that call, until it is handed out.
     """
 
     function: Callable[[], Any]
@@ -39,6 +47,7 @@ class OwnModel:
     first: list[nn.Module]
 
     def __call__(self) -> nn.Module:
+        """Call the user's function once more, and return its model."""
         return call_own(self.function, self.name)[0]
 
     def made(self, seed: int) -> nn.Module:
@@ -88,7 +97,7 @@ def import_own(name: str) -> Callable[[], Any]:
 
 
 def call_own(function: Callable[[], Any], name: str) -> tuple[nn.Module, str, str | None]:
-    """(module, likelihood, data set) of the user's function."""
+    """Return (module, likelihood, data set) of the user's function."""
     try:
         found = function()
     except Exception as error:  # likewise

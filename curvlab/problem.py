@@ -25,8 +25,9 @@ from curvlab.objective import Objective
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """A model on its data, by the names of the tables. Nothing is loaded or built before it is
-    asked for.
+    """A model on its data, by the names of the tables.
+
+    Nothing is loaded or built before it is asked for.
 
     Args:
         model: of `models.MODELS`, or ``module:function`` of your own.
@@ -58,17 +59,27 @@ class Problem:
 
     @property
     def data_name(self) -> str:
-        """The data set's name. Raises CurvlabError where neither it nor the model names one."""
+        """The data set's name.
+
+        Raises:
+            CurvlabError: neither the problem nor the model names one.
+        """
         return self.entry.data_name(self.data)
 
     @cached_property
     def place(self) -> torch.device:
-        """The device. Raises CurvlabError for one that this machine lacks."""
+        """The device.
+
+        Raises:
+            CurvlabError: this machine lacks it.
+        """
         return device_of(self.device)
 
     def check(self) -> None:
-        """Raises CurvlabError for an unknown name or a value out of range, before anything is
-        loaded.
+        """Check names and ranges, before anything is loaded.
+
+        Raises:
+            CurvlabError: an unknown name or a value out of range.
         """
         lookup(datasets.DATASETS, self.data_name, "data set")
         lookup(DTYPES, self.dtype, "dtype")
@@ -83,20 +94,25 @@ class Problem:
         return datasets.load(self.data_name)
 
     def fitted_to(self, parts: tuple[Dataset, Dataset]) -> Self:
-        """The same problem on data that are loaded already: some of the examples, say."""
+        """Return the same problem on data that are loaded already: some of the examples, say."""
         found = replace(self)
         found.__dict__["entry"], found.__dict__["parts"] = self.entry, parts
         return found
 
     def network(self, seed: int | None = None) -> nn.Module:
-        """A fresh model, its weights drawn from `seed` (the problem's own where None), on the
-        device.
+        """Return a fresh model on the device.
+
+        Its weights are drawn from `seed` (the problem's own where None).
         """
         seed = self.seed if seed is None else seed
         return self.entry.made(seed, self.parts[0]).to(self.place, DTYPES[self.dtype])
 
     def objective(self, seed: int | None = None, network: nn.Module | None = None) -> Objective:
-        """The objective of a model, of a fresh one where None is given; `seed` as in `network`.
+        """Return the objective of a model.
+
+        Args:
+            seed: as in `network`.
+            network: the model; a fresh one where None.
 
         Raises:
             CurvlabError: as `Objective`, and a function of the user's that fails.
@@ -107,9 +123,10 @@ class Problem:
         return Objective(model, kind(), seed, l2=self.l2)
 
     def about(self, call: Mapping[str, Any], data: Dataset | None = None) -> dict[str, Any]:
-        """The attributes of a log that say what it is of.
+        """Return the attributes of a log that say what it is of.
 
         Args:
+            call: what was typed.
             data: whose description is given; None: the training data's.
         """
         description = (self.parts[0] if data is None else data).description

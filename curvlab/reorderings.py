@@ -48,7 +48,7 @@ says nothing of the next.
 
 
 def indexed(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a call is of `REORDERING`, or takes rows by a tensor's numbers."""
+    """Return whether a call is of `REORDERING`, or takes rows by a tensor's numbers."""
     if func is not Tensor.__getitem__ and func is not Tensor.__setitem__:
         return func in REORDERING
     index = args[1] if isinstance(args[1], tuple | list) else (args[1],)

@@ -39,7 +39,11 @@ class Run:
 
     @property
     def dataset(self) -> xr.Dataset:
-        """All records of the log, with its attributes. Raises CurvlabError where there is none."""
+        """All records of the log, with its attributes.
+
+        Raises:
+            CurvlabError: there is none.
+        """
         return self.log.dataset()
 
     @property
@@ -49,8 +53,11 @@ class Run:
 
     @property
     def diverged(self) -> dict[str, list[dict[str, Any]]]:
-        """{algorithm whose numbers left the finite range: [{seed, step, block, reason}, …]}: NaN
-        from that step on.
+        """Places where an algorithm's numbers left the finite range.
+
+        It is {algorithm: [{seed, step, block, reason}, …]}.
+
+        They are NaN from that step on.
         """
         found: dict[str, list[dict[str, Any]]] = json.loads(
             self.log.attributes.get("diverged", "{}")
@@ -58,11 +65,15 @@ class Run:
         return found
 
     def figure(self, name: str = "cosine") -> Figure:
-        """Draw figure `name`. Raises CurvlabError if it is unknown or the log lacks its data."""
+        """Draw figure `name`.
+
+        Raises:
+            CurvlabError: the figure is unknown, or the log lacks its data.
+        """
         return figures.draw(self.dataset, name)
 
     def table(self) -> xr.DataArray:
-        """Mean cosine (algorithm, block[, seed]) over the last three quarters of the steps."""
+        """Return the mean cosine over the last three quarters of steps, by algorithm and block."""
         return late_cosine(self.dataset)
 
 
@@ -91,6 +102,7 @@ def compare(
         algorithms: the others.
         lr: of the reference; its document's where None.
         damping: overall λ; each method's own damping follows from it (`damping_for`).
+        steps: at most so many; None: as many as there are minibatches.
         warm: minibatches of the warm start. None takes the first epoch of `batches` where they are
             a data set's (`Dataset.batches`), and no warm start otherwise; pass ``()`` for none.
         path: of the log's file; None keeps it in memory.
@@ -132,7 +144,7 @@ def compare(
     first = next(iterator, None)
     if first is None:
         raise CurvlabError("there are no minibatches to compare on")
-    size = len(first[0])
+    size = len(objective.batch(first)[0])
     call = {
         "function": "curvlab.compare",
         "batches": _describe(batches),

@@ -1,5 +1,6 @@
-"""A later look at a minibatch sees what the first saw: the random numbers it drew, and the buffers
-as they were before it.
+"""A later look at a minibatch sees what the first saw.
+
+It has the random numbers that the first drew, and the buffers as they were before it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class SecondLooks:
     """The part of a closure that remembers generators and buffers, and puts them back."""
 
     objective: Objective
-    x: Tensor
+    x: Tensor  # or a `Nest`, which stands where a tensor would
 
     def __init__(self) -> None:
         self._chance: Any = None  # what the generators were before the first look
@@ -39,17 +40,18 @@ class SecondLooks:
         raise NotImplementedError
 
     def _versions(self) -> int:
-        """How often the weights were written to."""
+        """Return how often the weights were written to."""
         return sum(p._version for p in self.objective.parameters.values())
 
     def _check_restless(self) -> None:
-        """Raises CurvlabError where two looks are known to differ."""
+        """Raise CurvlabError where two looks are known to differ."""
         if self._restless:
             raise CurvlabError(_RESTLESS.format(self._restless))
 
     def _own_buffers(self, own: bool) -> dict[str, Tensor] | None:
-        """Copies of the model's buffers for one look to write on: as they were before the first
-        look at this minibatch.
+        """Return copies of the model's buffers for one look to write on.
+
+        They are as they were before the first look at this minibatch.
         """
         if not any(module._buffers for module in self.objective.modules):
             return None
@@ -60,8 +62,9 @@ class SecondLooks:
         return {name: b.clone() for name, b in held.items()}
 
     def _check_steady(self, z: Tensor, key: Hashable) -> None:
-        """Once a form: whether a second look, with all random numbers and buffers put back, is the
-        first.
+        """Find, once a form, whether a second look is the first.
+
+        All random numbers and buffers are put back for it.
         """
         if key not in self.objective.steady:
             with derivatives(), torch.no_grad(), self._same_chance(True):
@@ -74,9 +77,7 @@ class SecondLooks:
         self._restless = self.objective.steady[key]
 
     def _check_same(self, z: Tensor) -> None:
-        """Raises CurvlabError where a later look differs from the one before although no weight was
-        written to.
-        """
+        """Raise CurvlabError where two looks differ although no weight was written to."""
         seen, self._seen = self._seen, (z.detach(), self._versions())
         if seen is not None and seen[1] == self._seen[1] and seen[0].shape == z.shape:
             apart, size = float((z.detach() - seen[0]).norm()), float(seen[0].norm())
@@ -90,8 +91,9 @@ class SecondLooks:
 
     @contextmanager
     def _same_chance(self, own: bool, quiet: bool = False) -> Iterator[None]:
-        """The generators as they were at the first look, inside; at the first look they are
-        remembered, but where the model is known to draw nothing.
+        """Put the generators as they were at the first look, inside.
+
+        At the first look they are remembered, but where the model is known to draw nothing.
         """
         device = self.x.device
         if not own or self._chance is None:
@@ -102,6 +104,8 @@ class SecondLooks:
         if not isinstance(self._chance, random_state.Chance):
             yield
             return
+        # set to what they were before the first look, so that dropout draws the same masks; put
+        # back after, so that the next step draws what it would have drawn without a second look
         now = {generator: generator.get_state() for generator in self._generators}
         for generator, state in self._generators.items():
             generator.set_state(state)

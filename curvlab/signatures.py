@@ -1,5 +1,6 @@
-"""Options that a function takes as keywords because a dataclass has them: checked, and shown by
-`help`.
+"""Options that a function takes as keywords because a dataclass has them.
+
+They are checked, and shown by `help`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def known_options(options: Mapping[str, Any], settings: type, function: str) -> dict[str, Any]:
-    """The options, all of which are fields of `settings`, a dataclass.
+    """Return the options, all of which are fields of `settings`, a dataclass.
+
+    Args:
+        options: a user's.
+        settings: the dataclass.
+        function: its name in an error's line.
 
     Raises:
         CurvlabError: an option that it does not have, with the names that it has.
@@ -28,8 +34,9 @@ def known_options(options: Mapping[str, Any], settings: type, function: str) -> 
 
 
 def shows(*settings: type) -> Callable[[F], F]:
-    """Decorate a function with ``**options``: its signature shows the fields of these dataclasses
-    in their place.
+    """Return a decorator that shows dataclasses' fields in the signature of a function.
+
+    They stand in the place of its ``**options``.
     """
 
     def decorate(function: F) -> F:

@@ -1,9 +1,9 @@
-"""Whether gradients, directions and steps are finite: at once where that waits for nothing, later
-on a GPU.
+"""Whether gradients, directions and steps are finite.
 
-The measure is length: it is not finite where a number is not, and where the squares of the numbers
-overflow, which the second moments of every method, and the lengths in a log, are made of. Beyond
-1.8e19 in single precision nothing is trained any more.
+It is seen at once where that waits for nothing, and later on a GPU. The measure is length: it is
+not finite where a number is not, and where the squares of the numbers overflow, which the second
+moments of every method, and the lengths in a log, are made of. Beyond 1.8e19 in single precision
+nothing is trained any more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SMALL = 100.0
 
 
 class Soundness:
-    """Whether every loss, gradient, direction and step so far was finite.
+    """The record of whether every loss, gradient, direction and step so far was finite.
 
     Where reading a number waits for nothing (`late` is False: the CPU) each step looks, and raises
     before anything moves. On a GPU the flag stays there and holds the weights still from the first
@@ -40,15 +40,22 @@ class Soundness:
         self._copy = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
 
     def note(self, numbers: Tensor) -> None:
-        """Of tensors that are finite wherever these numbers are."""
+        """Record whether `numbers` are all finite.
+
+        They are such as are NaN or Inf wherever an entry of the tensors that they stand for is.
+        """
         self.flag = self.flag & torch.isfinite(numbers).all()
         self._copy.copy_(self.flag, non_blocking=True)
 
     def note_step(
         self, observation: Observation, direction: Mapping[str, Tensor], rate: float
     ) -> None:
-        """Of a loss, its gradient, and a direction that is followed at learning rates up to
-        `rate`.
+        """Record whether a loss, its gradient and a direction are finite, and the step along it.
+
+        Args:
+            observation: with the loss and its gradient.
+            direction: that is followed.
+            rate: the highest of the learning rates.
         """
         of_direction = lengths(direction.values())
         step = (
@@ -63,12 +70,12 @@ class Soundness:
         self.note(torch.cat(numbers))
 
     def look(self) -> None:
-        """Raises Diverged where the host has heard of it; waits for nothing."""
+        """Raise Diverged where the host has heard that a number is not finite; wait for nothing."""
         if not bool(self._copy):
             self._say()
 
     def check(self) -> None:
-        """Raises Diverged where a number was not finite. Waits for the device."""
+        """Raise Diverged where a number was not finite; wait for the device."""
         if not bool(self.flag):
             self._say()
 
@@ -80,11 +87,10 @@ class Soundness:
 
 
 def check_gradients(objective: Objective, observation: Observation) -> None:
-    """Raises Diverged, with the block's name, where the gradient of an observation is not finite;
-    one without is passed over.
+    """Raise Diverged, with the block's name, where the gradient of an observation is not finite.
 
-    So no average takes it up. On a GPU, which would have to wait, nothing is looked at:
-    `Soundness.note_step` does it there.
+    So no average takes it up. An observation without a gradient is passed over. On a GPU, which
+    would have to wait, nothing is looked at: `Soundness.note_step` does it there.
     """
     if waits(observation.loss) or not (
         "gradient" in observation.passes or "data" in observation.passes
@@ -100,13 +106,18 @@ def check_gradients(objective: Objective, observation: Observation) -> None:
 def check_direction(
     objective: Objective, direction: Mapping[str, Tensor], rate: float = 1.0
 ) -> None:
-    """Raises Diverged, with the block's name, where a direction, or the step along it at learning
-    rates up to `rate`, is not finite.
+    """Raise Diverged, with the block's name, where a direction or the step along it is not finite.
+
+    Args:
+        objective: whose blocks.
+        direction: {block: direction}.
+        rate: the highest of the learning rates.
     """
     far = length(direction.values())
     step = far * rate
     if step <= _SMALL:
         return
+    # NaN is below nothing: it passes the line above, and is caught here, as by `far >= …` it is not
     if not far < longest(objective.dtype):
         raise _first(
             objective,
@@ -125,16 +136,18 @@ def check_direction(
 
 
 def _limit(objective: Objective) -> float:
-    """Of a step's length: its square is within the statistics' dtype, and it within a quarter of
-    the narrowest weights'.
+    """Return the length that a step must be below.
+
+    Its square is within the statistics' dtype, and it within a quarter of the narrowest weights'.
     """
     narrowest = min(torch.finfo(p.dtype).max for p in objective.parameters.values())
     return float(min(longest(objective.dtype), narrowest / 4))
 
 
 def _first(objective: Objective, tensors: Mapping[str, Tensor], line: str) -> Diverged:
-    """The error of the first block whose numbers are not finite; of the longest where it is only
-    the length of all.
+    """Return the error of the first block whose numbers are not finite.
+
+    It is that of the longest where it is only the length of all.
     """
     each = {b: float(tensors[b.name].norm()) for b in objective.blocks}
     block = next(

@@ -1,7 +1,7 @@
-"""Spectra of the Hessian and its kin, block by block: every eigenvalue, or a density and both ends
-by Lanczos.
+"""Spectra of the Hessian and its kin, block by block.
 
-The spectrum of one matrix, and the grid of `density`, are of `curvlab.densities`.
+They are every eigenvalue, or a density and both ends by Lanczos. The spectrum of one matrix, and
+the grid of `density`, are of `curvlab.densities`.
 
 Legend: D order of a block.
 """
@@ -31,11 +31,12 @@ from curvlab.exact.batches import Batches, Loader, check_kind
 from curvlab.fingerprint import Unchanging
 from curvlab.linalg.operators import Dense
 from curvlab.logs.log import Log, Record
+from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
 from curvlab.system.progress import progress_bar
 
 ALL, WHOLE = "all", "whole"
-"""In place of the names of blocks: every block; the matrix of all parameters."""
+"""Words in place of the names of blocks: every block; the matrix of all parameters."""
 
 LARGEST = 6000
 """The method "auto" computes every eigenvalue up to this order."""
@@ -103,7 +104,7 @@ METHODS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is computed at every state of a model; `blocks`: names, `ALL`, `WHOLE`."""
+    """A plan of what is computed at every state of a model; `blocks`: names, `ALL`, `WHOLE`."""
 
     matrices: tuple[str, ...] = ("hessian", "ggn")
     blocks: tuple[str, ...] = (ALL,)
@@ -112,8 +113,10 @@ class Plan:
     steps: int = 100
 
     def check(self, objective: Objective) -> None:
-        """Raises CurvlabError for an unknown name, a number out of range or a block too large,
-        before anything runs.
+        """Check names, numbers and sizes, before anything runs.
+
+        Raises:
+            CurvlabError: an unknown name, a number out of range or a block too large.
         """
         for kind in self.matrices:
             check_kind(kind)
@@ -129,7 +132,7 @@ class Plan:
                 guard_memory(size, f"every eigenvalue of block {block}", "take the method lanczos")
 
     def orders(self, objective: Objective) -> dict[str, int]:
-        """{block: D}"""
+        """Return {block: D}."""
         known = {block.name: block.numel for block in objective.blocks}
         found: dict[str, int] = {}
         for name in self.blocks:
@@ -143,7 +146,7 @@ class Plan:
         return found
 
     def routes(self, objective: Objective) -> dict[str, str]:
-        """{block: "exact" or "lanczos"}"""
+        """Return {block: "exact" or "lanczos"}."""
         if self.method != "auto":
             return dict.fromkeys(self.orders(objective), self.method)
         return {
@@ -152,7 +155,7 @@ class Plan:
         }
 
     def log(self, objective: Objective, about: dict[str, Any], path: Any = None) -> Log:
-        """An empty log of the schema."""
+        """Return an empty log of the schema."""
         orders, routes = self.orders(objective), self.routes(objective)
         exactly = [order for name, order in orders.items() if routes[name] == "exact"]
         params = {block.name: " ".join(block.params) for block in objective.blocks} | {WHOLE: "all"}
@@ -205,10 +208,16 @@ class Plan:
         say: Callable[[str], None],
         done: Callable[[], None],
     ) -> Record:
-        """The spectra of the model as it is, all of the same data. `say`: what comes next, `done`:
-        a matrix is finished.
+        """Compute the spectra of the model as it is, all of the same data.
+
+        Args:
+            objective: whose model.
+            x: inputs, or a loader of minibatches.
+            y: targets; None with a loader.
+            say: told what comes next.
+            done: called when a matrix is finished.
         """
-        if not isinstance(x, Tensor):
+        if not is_minibatch(x, y):
             x = Unchanging.of(x, in_order="fisher-mc" in self.matrices)
         orders, routes = self.orders(objective), self.routes(objective)
         kinds = list(dict.fromkeys(self.matrices))
@@ -261,7 +270,7 @@ def _coordinate(dim: str, values: Any, long_name: str, units: str) -> xr.Variabl
 
 
 def _loss(objective: Objective, x: Tensor | Loader, y: Tensor | None) -> float:
-    """Mean over the examples."""
+    """Return the mean loss over the examples."""
     fresh = Objective(objective.model, objective.likelihood, objective.seed)
     total, size = 0.0, 0
     for closure in Batches.of(fresh, x, y, again=True):
@@ -283,7 +292,7 @@ def spectrum(
     after: int = 0,
     progress: bool | None = None,
 ) -> xr.Dataset:
-    """The spectra of a model's curvature blocks, of the mean loss over the examples given.
+    """Compute the spectra of a model's curvature blocks, of the mean loss over the examples.
 
     Args:
         objective: your model and likelihood; nothing of it changes.
@@ -294,7 +303,9 @@ def spectrum(
         method: exact (every eigenvalue), lanczos (density and both ends with errors), or auto:
             exact up to order 6000.
         blocks: a name or names of blocks; "all" is every block, "whole" the matrix of all
-        parameters. draws, steps: of Lanczos.
+            parameters.
+        draws: starting vectors of Lanczos.
+        steps: of Lanczos.
         after: the coordinate `step` of the result: how far training has come.
         progress: show a progress bar; None shows one where standard error is a terminal.
 
@@ -309,7 +320,7 @@ def spectrum(
     plan.check(objective)
     whole("after", after, 0)
     x = list(x) if isinstance(x, Iterator) else x
-    what = f"{len(x)} examples" if isinstance(x, Tensor) else type(x).__name__
+    what = f"{len(objective.batch(x, y)[0])} examples" if is_minibatch(x, y) else type(x).__name__
     call = {"function": "curvlab.spectrum", "data": what, "blocks": plan.blocks, "after": after} | {
         name: getattr(plan, name) for name in ("matrices", "method", "draws", "steps")
     }

@@ -1,5 +1,6 @@
-"""Train, stop at the numbers of steps asked for, and log the spectra of the model there: what
-`curvlab spectrum` runs.
+"""Train, stop at the numbers of steps asked for, and log the spectra of the model there.
+
+It is what `curvlab spectrum` runs.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from curvlab.training.evaluation import evaluating, ready_to_train
 
 @dataclass(frozen=True, kw_only=True)
 class NamedSpectra:
-    """Spectra of a problem of the tables. `lr` and `damping` are the algorithm's own; None: its
-    document's.
+    """Spectra of a problem of the tables.
+
+    `lr` and `damping` are the algorithm's own; None: its document's.
     """
 
     problem: Problem
@@ -54,7 +56,7 @@ class PreparedSpectra:
 
 
 def prepare(named: NamedSpectra) -> PreparedSpectra:
-    """Check, load and build.
+    """Check, load and build spectra.
 
     Raises:
         CurvlabError: unknown names, values out of range, numbers that do not fit the data.
@@ -89,7 +91,7 @@ def prepare(named: NamedSpectra) -> PreparedSpectra:
 def run(
     prepared: PreparedSpectra, path: Path, call: dict[str, Any], console: Console
 ) -> xr.Dataset:
-    """Train and log. Whatever ends it, the log holds every state that was finished.
+    """Train and log spectra; whatever ends it, the log holds every state that was finished.
 
     Raises:
         CurvlabError: data that do not fit the model, NaN.

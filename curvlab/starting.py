@@ -1,8 +1,7 @@
-"""The first moments of the command `curvlab`, before anything heavy is imported; any other program
-is left alone.
+"""The first moments of the command `curvlab`, before anything heavy is imported.
 
-`curvlab/__init__` imports this first: to import torch takes seconds, in which Ctrl-C would end in a
-traceback of whatever is being imported.
+Any other program is left alone. `curvlab/__init__` imports this first: to import torch takes
+seconds, in which Ctrl-C would end in a traceback of whatever is being imported.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ _code: int | None = None
 
 
 def is_command() -> bool:
-    """Whether this process is ``curvlab …`` or ``python -m curvlab …``, whose name Python has yet
-    to look up.
+    """Return whether this process is ``curvlab …`` or ``python -m curvlab …``.
+
+    Python may have yet to look up its name.
     """
     if not sys.argv or sys.argv[0] == "-m":
         return sys.orig_argv[-len(sys.argv) :][:1] in (["curvlab"], ["-mcurvlab"])
@@ -37,8 +37,9 @@ def is_command() -> bool:
 
 
 def begin() -> None:
-    """Standard streams that are closed lead nowhere, so that no file of ours gets their numbers; a
-    signal ends the process.
+    """Lead closed standard streams nowhere, and let a signal end the process.
+
+    So no file of ours gets the numbers of those streams.
     """
     global backend
     for number in range(3):
@@ -53,7 +54,7 @@ def begin() -> None:
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """Where nothing runs yet: one line. Once the work is done: its exit code."""
+    """End the process: with one line where nothing runs yet, with its exit code after the work."""
     if _code is None:
         with contextlib.suppress(OSError):
             os.write(2, b"curvlab: interrupted; nothing has run yet\n")
@@ -61,7 +62,7 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 
 def done(code: int) -> None:
-    """From here on a signal cannot take anything back."""
+    """Say that the work is done: from here on a signal cannot take anything back."""
     global _code
     _code = code
 

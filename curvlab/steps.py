@@ -16,10 +16,16 @@ def move(
     lr: Callable[[Tensor], float],
     where: Tensor | None = None,
 ) -> None:
-    """W ← W − α p for every parameter, α = lr(parameter); nothing where the flag `where` is false.
+    """Move every parameter, W ← W − α p, α = lr(parameter); none where the flag is false.
 
     As under torch's optimizers, a parameter stands still that has been frozen (`requires_grad` is
     off), and where α is 0.
+
+    Args:
+        objective: whose parameters.
+        direction: {block: p}.
+        lr: parameter → α.
+        where: the flag; None: it is true.
     """
     parameters = objective.parameters
     with torch.no_grad():
@@ -38,7 +44,7 @@ def move(
 def displacement(
     objective: Objective, direction: dict[str, Tensor], lr: Callable[[Tensor], float]
 ) -> dict[str, Tensor]:
-    """{block: −α p}, what `move` adds to its parameters."""
+    """Return {block: −α p}, what `move` adds to its parameters."""
     parameters, found = objective.parameters, {}
     for block in objective.blocks:
         rates = {name: rate_of(parameters[name], lr) for name in block.params}
@@ -53,5 +59,5 @@ def displacement(
 
 
 def rate_of(parameter: Tensor, lr: Callable[[Tensor], float]) -> float:
-    """α; 0 of what has been frozen."""
+    """Return α of a parameter; 0 of what has been frozen."""
     return lr(parameter) if parameter.requires_grad else 0.0

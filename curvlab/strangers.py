@@ -1,5 +1,6 @@
-"""What a model may be that is not ours: compiled, spread over processes, complex, mixing its
-examples.
+"""What a model may be that is not ours: compiled, spread over processes, complex, mixing.
+
+A mixing one lets its examples act on each other.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from curvlab.errors import CurvlabError
+from curvlab.nests import given
 
 
 def original(model: nn.Module) -> nn.Module:
-    """What `torch.compile` was given, whose parameters are the same tensors."""
+    """Return what `torch.compile` was given, whose parameters are the same tensors."""
     while "torch._dynamo" in sys.modules and isinstance(
         getattr(model, "_orig_mod", None), nn.Module
     ):
@@ -28,7 +30,7 @@ def original(model: nn.Module) -> nn.Module:
 
 
 def eager() -> AbstractContextManager[Any]:
-    """Compiled parts run as they were before, inside: what they do shows in no call."""
+    """Run compiled parts as they were before, inside: what they do shows in no call."""
     if "torch._dynamo" not in sys.modules:  # nothing can be compiled
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -36,9 +38,10 @@ def eager() -> AbstractContextManager[Any]:
 
 
 def called(model: nn.Module, tensors: Mapping[str, Tensor], x: Any) -> Any:
-    """The model on x with some of its parameters and buffers replaced, every place of each, and
-    once each: torch's own `functional_call` does not put back what stands in a module that two
-    parents share.
+    """Return the model on x with some of its parameters and buffers replaced.
+
+    Every place of each is, and once each: torch's own `functional_call` does not put back what
+    stands in a module that two parents share.
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     new = {id(state[name]): t for name, t in tensors.items()}
@@ -48,32 +51,30 @@ def called(model: nn.Module, tensors: Mapping[str, Tensor], x: Any) -> Any:
         for key, t in (*module._parameters.items(), *module._buffers.items())
         if id(t) in new
     }
-    return functional_call(model, places, (x,), tie_weights=False)
+    by_place, by_name = given(x)
+    return functional_call(model, places, by_place, by_name, tie_weights=False)
 
 
 def mixes(modules: Iterable[nn.Module]) -> bool:
-    """Whether examples are known to act on each other: normalised over the batch."""
+    """Return whether examples are known to act on each other: normalised over the batch."""
     return any(
         isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in modules
     )
 
 
 WRAP = (
-    "wrap it in a module that takes its one input apart, class Apart(nn.Module) with "
-    "def forward(self, x): return self.net(x[..., :k], x[..., k:])"
+    "several inputs are given as a tuple, or by keyword as a mapping: closure((x1, x2), y),"
+    " closure({'ids': ids, 'mask': mask}, y)"
 )
-PICK = (
-    "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return"
-    " self.net(x)[0] (or .logits)"
-)
-"""Remedies for a model of several inputs, and for one that returns more than a tensor."""
+"""Remedy for a model of several inputs."""
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
 def check_model(model: nn.Module) -> None:
-    """Raises CurvlabError for a model that is spread over several processes, and for weights
-    without real derivatives.
+    """Raise CurvlabError for a model whose parameters are not all here, or have no derivatives.
+
+    It may be spread over several processes, scripted, or have lazy, complex or inference tensors.
     """
     if not isinstance(model, nn.Module):
         raise CurvlabError(

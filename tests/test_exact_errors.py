@@ -5,6 +5,7 @@ for, before any number.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -193,7 +194,7 @@ def test_x_without_y_and_what_is_no_data(call: Call) -> None:
             call(o, p.x, None)
         with pytest.raises(
             CurvlabError,
-            match=r"x and y must be tensors, not ndarray and Tensor; a loader of .* comes alone",
+            match=r"must be tensors, or tuples, mappings .*, not ndarray and Tensor: torch.as_",
         ):
             call(o, p.x.numpy(), p.y)
         with pytest.raises(
@@ -202,7 +203,8 @@ def test_x_without_y_and_what_is_no_data(call: Call) -> None:
         ):
             call(o, 3, None)
     with pytest.raises(
-        CurvlabError, match=r"must be two tensors, not ndarray and Tensor|x and y must be tensors"
+        CurvlabError,
+        match=r"must be tensors, or tuples, mappings and dataclasses .*, not ndarray and T",
     ):
         call(o, p.x.numpy(), p.y)
 
@@ -222,13 +224,15 @@ def test_loaders_that_are_empty_or_yield_something_else(kind: str) -> None:
             CurvlabError, match="the loader is empty: there is no example to take a mean over"
         ):
             call([])
-        for data in ([p.x], [(p.x, p.y, p.y)], {"x": p.x}):
-            with pytest.raises(
-                CurvlabError, match=r"the loader must yield \(x, y\) pairs of tensors"
-            ):
+        for data, told in (
+            ([p.x], "must be a pair (x, y), or a mapping with the key 'labels', not Tensor"),
+            ([(p.x, p.y, p.y)], "has 3 parts, which may be several inputs or several targets"),
+            ({"x": p.x}, "has no key 'labels' for its labels (keys: 'x')"),
+        ):
+            with pytest.raises(CurvlabError, match=re.escape(told)):
                 call(data)
         with pytest.raises(
-            CurvlabError, match="a minibatch must be two tensors, not list and Tensor"
+            CurvlabError, match=r"a minibatch must be tensors, or tuples, .* not list and Tensor"
         ):
             call([([1.0], p.y)])
         with pytest.raises(CurvlabError, match="label 9 is out of range"):

@@ -461,7 +461,7 @@ def minibatch(case: str) -> tuple[str, object, object, str]:
             "categorical",
             x.numpy(),
             y.numpy(),
-            "must be two tensors, not ndarray and ndarray",
+            "must be tensors, or tuples, mappings and dataclasses of them, not ndarray and nda",
         ),
         "label": ("categorical", x, y + 3, "label 3 is out of range"),
         "float labels": ("categorical", x, y.double(), "categorical targets must be integers"),
@@ -513,8 +513,8 @@ def test_model_must_return_one_tensor_with_a_row_for_each_example(
     objective = cl.Objective(Odd(2, 2), cl.likelihoods.Gaussian())
     message = {
         "tuple": (
-            r"the model returned a tuple, not one tensor: wrap it in a module that picks one,"
-            r" .*self\.net\(x\)\[0\]"
+            r"the model returned a tuple, not one tensor \(2 parts\): pick one by outputs='…' of"
+            r" the Objective, or by outputs=lambda out: out\[0\]"
         ),
         "scalar": (
             r"the model must return one tensor with 4 rows, one for each example, not \[\]: keep"

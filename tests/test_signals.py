@@ -192,7 +192,7 @@ def same_end(out: Path, whole: Path) -> None:
     assert not parts(out)
 
 
-def is_step(self: object, x: object, y: object, stream: str = "step") -> bool:
+def is_step(self: object, x: object, y: object = None, stream: str = "step") -> bool:
     return stream == "step"
 
 

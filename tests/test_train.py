@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -614,7 +615,7 @@ def killed_after(steps: int, **arguments: object) -> None:
     objective, count = arguments.pop("objective"), [0]
     real = cl.Objective.closure
 
-    def counting(self: cl.Objective, x: Tensor, y: Tensor, stream: str = "step") -> object:
+    def counting(self: cl.Objective, x: Any, y: Any = None, stream: str = "step") -> object:
         if stream == "step":
             if count[0] == steps:
                 raise Killed

@@ -1,5 +1,6 @@
-"""The command line: one module a command, what they share in `terminal`; `app` puts them
-together.
+"""The command line: one module a command, what they share in `terminal`.
+
+`app` puts them together.
 """
 
 

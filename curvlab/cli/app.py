@@ -1,5 +1,6 @@
-"""The command line put together: parse, call a command, exit. Bad input is one line on standard
-error and exit code 2.
+"""The command line put together: parse, call a command, exit.
+
+Bad input is one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
@@ -107,8 +108,9 @@ def main() -> None:
 
 
 def _ended(words: list[str]) -> int:
-    """The exit code, whatever a signal breaks off: two raise at most, and none once `LISTENER` is
-    deaf.
+    """Return the exit code, whatever a signal breaks off.
+
+    Two raise at most, and none once `LISTENER` is deaf.
     """
     try:
         try:
@@ -141,8 +143,9 @@ def _say(text: str) -> None:
 
 
 def _use_backend(name: str) -> None:
-    """The user's MPLBACKEND, for code of theirs that draws (figures need none). One that matplotlib
-    lacks is left out.
+    """Set the user's MPLBACKEND, for code of theirs that draws (figures need none).
+
+    One that matplotlib lacks is left out.
     """
     if name:
         import matplotlib
@@ -153,7 +156,7 @@ def _use_backend(name: str) -> None:
 
 
 class _Warn:
-    """curvlab's own warnings are one line too, and said once."""
+    """A printer of warnings: curvlab's own are one line too, and said once."""
 
     def __init__(self) -> None:
         self.said: set[str] = set()
@@ -167,6 +170,7 @@ class _Warn:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
+        """Print a warning, if it was not said yet."""
         text = (
             f"curvlab: warning: {message}"
             if issubclass(category, CurvlabWarning)
@@ -178,8 +182,9 @@ class _Warn:
 
 
 def _run(words: list[str]) -> int | None:
-    """The exit code; None where a command came to its end, 0 where help was all that was asked
-    for.
+    """Return the exit code of a command; None where it came to its end.
+
+    It is 0 where help was all that was asked for.
     """
     command = typer.main.get_command(app)
     try:
@@ -213,7 +218,9 @@ def _run(words: list[str]) -> int | None:
 
 
 def _failed(error: BaseException, line: str, code: int, words: list[str]) -> int:
-    """The frames of the user's own code, if it is theirs, or all where they are asked for; then one
+    """Print what a user reads of an error, and return the exit code.
+
+    It is the frames of their own code, if it is theirs, or all where they are asked for; then one
     line.
     """
     verbose = any(word in ("-v", "--verbose") for word in words)

@@ -8,8 +8,10 @@ from curvlab.errors import CurvlabError, shown
 
 
 def assigned(words: list[str] | None, option: str) -> dict[str, Any]:
-    """NAME=VALUE, each value a number, true, false or none where it reads as one, or several
-    numbers with commas between.
+    """Return NAME=VALUE as {name: value}.
+
+    A value is a number, true, false or none where it reads as one, or several numbers with commas
+    between.
     """
     found = {}
     for word in words or []:

@@ -100,8 +100,9 @@ def compare(
     verbose: Verbose = False,
     out_folder: Annotated[Path | None, out("run.h5, cosine.png, cosine.svg")] = None,
 ) -> None:
-    """Follow one algorithm and compare every other's direction with it: cosines by layer (thesis
-    Figure 4.1).
+    """Follow one algorithm, and compare the direction of every other with its own.
+
+    Cosines are by layer (thesis Figure 4.1).
 
     The defaults are the published picture: the trajectory of block-fisher, batches of 1000,
     learning rate 0.03, overall damping 1e-3, 300 steps, warm start over one pass, sampled labels.

@@ -12,7 +12,7 @@ from curvlab.system.escape import for_rich
 
 
 def free_for_training(folder: Path) -> None:
-    """As `free`, and free too where a run was killed before it had anything to go on with."""
+    """Raise as `free`, but not where a run was killed before it had anything to go on with."""
     from curvlab.training.begun import stepless
 
     if stepless(folder):
@@ -22,7 +22,11 @@ def free_for_training(folder: Path) -> None:
 
 
 def say_anew(folder: Path, model: str | None) -> None:
-    """Raises CurvlabError where the command line does not say what to run."""
+    """Say that a run starts anew.
+
+    Raises:
+        CurvlabError: the command line does not say what to run.
+    """
     from curvlab.training.begun import anew
 
     if model is None:
@@ -34,8 +38,10 @@ def say_anew(folder: Path, model: str | None) -> None:
 
 
 def gone_on(state: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Arguments of a run that goes on. Raises CurvlabError where its checkpoint names code that the
-    command line does not.
+    """Return the arguments of a run that goes on.
+
+    Raises:
+        CurvlabError: its checkpoint names code that the command line does not.
     """
     from curvlab.training.run import resumed
 

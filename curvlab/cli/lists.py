@@ -39,8 +39,8 @@ _SOURCES = (
     "analyses/kfqn_cnn/*.py",
     "analyses/all_methods/*.py",
 )
-"""Of which the rows are; the scripts of `analyses` lie in the package, or, in a checkout, beside
-it.
+"""Files that the rows come from; the scripts of `analyses` lie in the package, or, in a checkout,
+beside it.
 """
 
 
@@ -83,7 +83,7 @@ def _schedules() -> Rows:
 
 
 def _probes() -> Rows:
-    """Costs are of one sample, as a multiple of plain forward and backward."""
+    """Return the rows of probes; costs are of one sample, over plain forward and backward."""
     from curvlab.probes import PROBES, costs
 
     return [
@@ -106,7 +106,7 @@ def _costs_column() -> str:
 
 
 def _reproductions() -> Rows:
-    """All names, what they show, and how far the budgets go."""
+    """Return all names, what they show, and how far the budgets go."""
     from curvlab.reproduction import load, scripts
 
     found = ((name, load(name)) for name in scripts())
@@ -133,13 +133,13 @@ LISTS: dict[str, tuple[tuple[str | Callable[[], str], ...], Callable[[], Rows]]]
 
 
 def made(what: str) -> tuple[list[str], Rows]:
-    """(columns, rows) of a list, from the tables themselves."""
+    """Return (columns, rows) of a list, from the tables themselves."""
     columns, rows = LISTS[what]
     return [c if isinstance(c, str) else c() for c in columns], rows()
 
 
 def checksum() -> str:
-    """A checksum over the files that the rows come from."""
+    """Return a checksum over the files that the rows come from."""
     found = hashlib.sha256()
     for pattern in _SOURCES:
         inside = sorted(_PACKAGE.glob(pattern))
@@ -149,7 +149,7 @@ def checksum() -> str:
 
 
 def _kept() -> dict[str, Any]:
-    """The copy beside this file, if it is of these sources; else nothing."""
+    """Return the copy beside this file, if it is of these sources; else nothing."""
     try:
         found: dict[str, Any] = json.loads(_KEPT.read_text(encoding="utf-8"))
         return found if found.get("checksum") == checksum() else {}

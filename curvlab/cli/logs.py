@@ -66,8 +66,9 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write one page of HTML that stands alone: figures, tables, the exact call, versions, every
-    attribute.
+    """Write one page of HTML that stands alone about runs.
+
+    It has figures, tables, the exact call, versions, every attribute.
     """
     from curvlab.show import page
 
@@ -83,9 +84,9 @@ def doctor(
         typer.Argument(metavar="[RUN]", help="A run's folder, which is then looked at too."),
     ] = None,
 ) -> None:
-    """Say what a bug report asks for first: versions, threads, device, data, and of a run whether
-    it is whole and how to go on.
+    """Say what a bug report asks for first: of the installation, and of a run.
 
+    It says versions, threads, device and data, and of a run whether it is whole and how to go on.
     What is in the way of something is marked with an exclamation mark, and the exit code is 1.
     """
     from curvlab.doctor import examine

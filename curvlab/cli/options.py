@@ -36,7 +36,7 @@ Verbose = Annotated[
 
 
 def out(files: str) -> Any:
-    """--out of a command that writes `files`."""
+    """Return the option --out of a command that writes `files`."""
     return typer.Option(
         "--out",
         metavar="FOLDER",

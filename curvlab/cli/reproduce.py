@@ -50,10 +50,10 @@ def reproduce(
         Option("--problem", help="Of the figure's networks and data; may be given again."),
     ] = None,
 ) -> None:
-    """Make a figure or table of a document again: train, draw, print, and check what the document
-    says of it.
+    """Make a figure or table of a document again, and check what the document says of it.
 
-    After Ctrl-C the same command goes on. The scripts are short: analyses/ of the repository.
+    It trains, draws and prints. After Ctrl-C the same command goes on. The scripts are short:
+    analyses/ of the repository.
     """
     from curvlab.reproduction import Options, load
     from curvlab.reproduction import reproduce as reproduce_it

@@ -93,8 +93,9 @@ def spectrum(
     verbose: Verbose = False,
     out_folder: Annotated[Path | None, out("run.h5, spectrum.png, spectrum.svg")] = None,
 ) -> None:
-    """Train, and log the eigenvalues of each layer's Hessian and Gauss-Newton block along the
-    way.
+    """Train, and log the eigenvalues of each layer's curvature along the way.
+
+    They are those of its Hessian and Gauss-Newton blocks, or of other matrices.
     """
     call = {k: v for k, v in ({"command": "spectrum"} | dict(locals())).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")

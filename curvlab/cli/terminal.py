@@ -37,7 +37,7 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 @contextmanager
 def says_what_is_saved(path: Path, remedy: str = "") -> Iterator[None]:
-    """Around a run: Ctrl-C and errors say where the log so far is."""
+    """Let Ctrl-C and errors inside say where the log so far is."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -65,7 +65,7 @@ def _interrupted(error: KeyboardInterrupt, path: Path, remedy: str) -> typer.Exi
 
 
 def show(table: Table, title: str = "") -> None:
-    """A table of a log."""
+    """Print a table of a log."""
     heads = [
         Column(for_rich(name), justify="left" if i < table.heads else "right")
         for i, name in enumerate(table.columns)
@@ -79,8 +79,15 @@ def show(table: Table, title: str = "") -> None:
 
 
 def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
-    """What every run ends with: figure files, tables (`title` of the first), and the names of what
-    was written.
+    """Draw and print what every run ends with.
+
+    It is figure files, tables, and the names of what was written.
+
+    Args:
+        ds: the log.
+        folder: of the run.
+        figure: its name.
+        title: of the first table.
     """
     from curvlab.show import figures, tables
 
@@ -110,8 +117,10 @@ def wrote(file: Path) -> None:
 
 
 def picture(drawn: Figure, path: Path) -> None:
-    """Write a figure; what is there is whole at any moment. Raises CurvlabError where that cannot
-    be done.
+    """Write a figure; what is there is whole at any moment.
+
+    Raises:
+        CurvlabError: it cannot be drawn or written.
     """
     from curvlab.show import drawable
 
@@ -123,13 +132,14 @@ def picture(drawn: Figure, path: Path) -> None:
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """Names with commas between."""
+    """Return names with commas between as a tuple."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def check_output(chosen: Path | None, figure: str, *others: str) -> None:
-    """Before a run is prepared. Raises CurvlabError where its log, its figure or others of its
-    files cannot be written.
+    """Raise CurvlabError where the log, the figure or other files of a run cannot be written.
+
+    It is seen before the run is prepared.
     """
     files = ("run.h5", *others, *pictures.names(figure)) if chosen is not None else ()
     paths.check_folder(
@@ -141,8 +151,12 @@ def check_output(chosen: Path | None, figure: str, *others: str) -> None:
 
 
 def folder_for(chosen: Path | None, stem: str) -> Path:
-    """The output folder, made; a fresh one under runs/ where none was chosen. Whether it is free is
-    seen by `writing`.
+    """Make the output folder and return it; a fresh one under runs/ where none was chosen.
+
+    Whether it is free is seen by `writing`.
+
+    Raises:
+        CurvlabError: it cannot be made.
     """
     try:
         if chosen is None:
@@ -164,7 +178,7 @@ def folder_for(chosen: Path | None, stem: str) -> Path:
 
 
 def free(folder: Path) -> None:
-    """Raises CurvlabError where a folder holds a run: none is overwritten."""
+    """Raise CurvlabError where a folder holds a run: none is overwritten."""
     for name in ("run.h5", "checkpoint.pt"):
         if (folder / name).exists():
             raise CurvlabError(f"{folder} already holds a {name}: choose another folder with --out")
@@ -172,8 +186,9 @@ def free(folder: Path) -> None:
 
 @contextmanager
 def writing(folder: Path, check: Callable[[Path], object] = free) -> Iterator[None]:
-    """Around a run: no other one writes to its folder meanwhile, and before it begins `check` looks
-    at what is there.
+    """Hold a run's folder, so that no other one writes to it meanwhile.
+
+    Before the run begins `check` looks at what is there.
 
     Raises:
         CurvlabError: another run writes there, the folder cannot be written; and as `check`.

@@ -1,1 +1,1 @@
-"""State: one file per family, named as its paper names it."""
+"""Curvature that methods keep from step to step: one file a family, named as its paper names it."""

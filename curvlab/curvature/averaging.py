@@ -1,5 +1,4 @@
-"""How statistics are averaged over steps: warm start, running mean and moving average are one
-thing, a weight."""
+"""Averages of statistics over steps: warm start, running mean, moving average are all a weight."""
 
 from __future__ import annotations
 
@@ -20,7 +19,9 @@ again at every update. Without a warm start: "last".
 
 @dataclass(frozen=True, kw_only=True)
 class Averaging:
-    """How a method averages its statistics over steps, and whether a warm start comes before them.
+    """Settings of how a method averages its statistics over steps.
+
+    A warm start may come before them.
 
     Args:
         decay: of the moving average (thesis Alg. 12, 15, 16: 0.9).
@@ -42,7 +43,7 @@ class Averaging:
         check_values(("decay", self.decay, 0 <= self.decay < 1, "at least 0 and below 1"))
 
     def weight(self, k: int) -> float:
-        """Weight of the k-th observation, counted from 1, in the average."""
+        """Return the weight of the k-th observation, counted from 1, in the average."""
         if self.kind in ("last", "data"):
             return 1.0
         if self.kind == "corrected":

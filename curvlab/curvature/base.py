@@ -1,4 +1,4 @@
-"""What a curvature is: of a block (`CurvatureBlock`), of a model (`Curvature`), what they share.
+"""Protocols of a curvature: of a block (`CurvatureBlock`), of a model (`Curvature`).
 
 `BlockDefaults` and `CurvatureDefaults` hold the members that a method may have besides, above all
 what probes ask of it, each with the answer of a method that has nothing to say. A method of the
@@ -35,7 +35,10 @@ Secant = Callable[[LayerStatistics, LayerStatistics, Move], None]
 
 
 class CurvatureBlock(Protocol):
-    """Statistics of a block → operator. A plain final class; first statistics make its state."""
+    """Statistics of a block, and the operator made of them.
+
+    A plain final class; first statistics make its state.
+    """
 
     reads: Reads
     """What it needs of a layer; a layer that has no such thing falls back to the gradient."""
@@ -50,15 +53,20 @@ class CurvatureBlock(Protocol):
         """Fold one observation in: old · (1 − weight) + new · weight. Cheap."""
 
     def refresh(self, damping: float) -> None:
-        """What is expensive: inverses, roots."""
+        """Do what is expensive: inverses, roots."""
 
     @property
     def secant(self) -> Secant | None:
-        """Learns from a step: statistics of one minibatch's "data" pass before and after it, and
-        the change of the parameters; None: learns from minibatches alone."""
+        """Function that learns from a step; None: it learns from minibatches alone.
+
+        It is given statistics of one minibatch's "data" pass before and after the step, and the
+        change of the parameters.
+        """
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
-        """B, the statistics as they stand, damped where `refresh` damps; None: it estimates none.
+        """Return B, the statistics as they stand, damped where `refresh` damps.
+
+        None: it estimates no matrix.
 
         Scale: of the Fisher matrix (of the labels that were read); but of Fisher / N where `reads`
         is "gradient", since at labels drawn from the model E[ḡ ḡᵀ] of the mean gradient ḡ of N
@@ -67,7 +75,7 @@ class CurvatureBlock(Protocol):
 
 
 class Curvature(Protocol):
-    """The curvature of a whole model, as a descent uses it.
+    """Curvature of a whole model, as a descent uses it.
 
     A step: `update`, `precondition`, the parameters move; where `wants_step`, a second look at the
     minibatch with the passes of `step_needs` (none: the loss alone), and `learn`, whose answer says
@@ -82,18 +90,18 @@ class Curvature(Protocol):
 
     @property
     def inverse(self) -> Mapping[str, Operator]:
-        """{block: operator}, or {"whole": operator} on the vector of all parameters (`Layout`)."""
+        """Operators by block, or {"whole": operator} on the vector of all parameters (`Layout`)."""
 
     @property
     def needs(self) -> frozenset[Pass]:
-        """The passes that the next `update` reads."""
+        """Passes that the next `update` reads."""
 
     def update(self, observation: Observation) -> None:
         """Learn from one minibatch; refresh the inverse where the schedule says so."""
 
     @property
     def warm_needs(self) -> frozenset[Pass]:
-        """The passes that `absorb` reads; empty without a warm start."""
+        """Passes that `absorb` reads; empty without a warm start."""
 
     def absorb(self, observation: Observation) -> None:
         """Fold in a minibatch of the warm start; do nothing where there is none."""
@@ -110,7 +118,7 @@ class Curvature(Protocol):
 
     @property
     def step_needs(self) -> frozenset[Pass]:
-        """The passes of that second look; empty: the loss alone."""
+        """Passes of the second look at a minibatch; empty: the loss alone."""
 
     @property
     def rejects(self) -> bool:
@@ -121,7 +129,7 @@ class Curvature(Protocol):
 
     @property
     def left_out(self) -> Mapping[str, int | Tensor]:
-        """{block, or "whole": pairs left out so far, as not finite}; perhaps on the device."""
+        """Pairs left out so far, as not finite: {block or "whole": number, maybe on the device}."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
@@ -148,7 +156,7 @@ class LearntPair:
 
 @dataclass(frozen=True, kw_only=True)
 class FactorBounds:
-    """What is proven of the eigenvalues of H_a, H_g and H = H_g ⊗ H_a; None: nothing is."""
+    """Proven bounds of the eigenvalues of H_a, H_g and H = H_g ⊗ H_a; None: nothing is proven."""
 
     a: Bounds | None = None
     g: Bounds | None = None
@@ -156,13 +164,15 @@ class FactorBounds:
 
 
 class BlockDefaults:
-    """What a block may have beside `CurvatureBlock`, with the answer of one that has none."""
+    """Members that a block may have beside `CurvatureBlock`, with the answers of one without."""
 
     factored: bool = False
     """Whether the block is made of Kronecker factors, whose eigenvalues the probe `bounds` looks
     at."""
     learns_pairs: bool = False
     """Whether the block learns from pairs, which the probe `damping` looks at."""
+    compares_gradients: bool = False
+    """Whether `secant` reads gradients, which are then autograd's own in both looks."""
     shift: float | None = None
     """What the last `refresh` added to the diagonal beside the damping; None: the method shifts
     nothing."""
@@ -174,43 +184,45 @@ class BlockDefaults:
 
     @property
     def held(self) -> Operator | None:
-        """`inverse`; None before the first `refresh`."""
+        """The inverse; None before the first `refresh`."""
         found: Operator | None = getattr(self, "inverse", None)
         return found
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
-        """{name: second moment} that `update` would fold in, looked at before anything is."""
+        """Return {name: second moment} that `update` would fold in, to be looked at before."""
         return {}
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
-        """B, as of `CurvatureBlock.matrix`; None: the method estimates no matrix."""
+        """Return B, as of `CurvatureBlock.matrix`; None: the method estimates no matrix."""
         return None
 
     def estimates(self) -> bool:
-        """Whether the block may estimate a matrix: whether it has a `matrix` of its own."""
+        """Return whether the block may estimate a matrix: whether it has a `matrix` of its own."""
         return getattr(self.matrix, "__func__", None) is not BlockDefaults.matrix
 
     def learnt(self) -> Sequence[LearntPair]:
-        """The last pairs that were learnt from since `forget_learnt`."""
+        """Return the last pairs that were learnt from since `forget_learnt`."""
         return ()
 
     def forget_learnt(self) -> None:
         """Drop the record of the last pairs, not what was learnt: the next is of a later step."""
 
     def kronecker_factors(self) -> tuple[Matrix, Matrix] | None:
-        """(H_g, H_a) where `inverse` is their product, or holds it; None where it does not."""
+        """Return (H_g, H_a) where `inverse` is their product, or holds it; else None."""
         inverse = self.held
         if not isinstance(inverse, Kronecker) or len(inverse.factors) != 2:
             return None
         return inverse.factors[0], inverse.factors[1]
 
     def input_norm(self) -> float | None:
-        """Root mean square of the inputs in the second moment that H_a inverts; None: H_a is no
-        such inverse."""
+        """Return the root mean square of the inputs in the second moment that H_a inverts.
+
+        None: H_a is no such inverse.
+        """
         return None
 
     def bounds(self, damping: float | None, phi: float) -> FactorBounds:
-        """What is proven of the eigenvalues of `inverse`.
+        """Return what is proven of the eigenvalues of `inverse`.
 
         Args:
             damping: λ of the last refresh; None: unknown, and nothing is proven that needs it.
@@ -219,20 +231,22 @@ class BlockDefaults:
         return FactorBounds()
 
     def pairs_held(self) -> int | None:
-        """Number of pairs in H_g (0 of BFGS, which keeps none); None: H_g learns from none."""
+        """Return the number of pairs in H_g, 0 of BFGS, which keeps none; None: it has none."""
         return None
 
     def update_bounds(self, norm_B: float, norm_H: float, held: int) -> tuple[float, float] | None:
-        """Bounds on (‖B⁺‖, ‖H⁺‖) of the last update of H_g; None: nothing is proven.
+        """Return bounds on (‖B⁺‖, ‖H⁺‖) of the last update of H_g; None: nothing is proven.
 
         Args:
-            norm_B, norm_H, held: ‖H_g⁻¹‖, ‖H_g‖ and `pairs_held` before the update.
+            norm_B: ‖H_g⁻¹‖ before the update.
+            norm_H: ‖H_g‖ before the update.
+            held: `pairs_held` before the update.
         """
         return None
 
 
 class CurvatureDefaults:
-    """What a curvature may have beside `Curvature`, with the answer of one that has none."""
+    """Members that a curvature may have beside `Curvature`, with the answers of one without."""
 
     name: str = ""
     """Of the algorithm."""
@@ -244,29 +258,32 @@ class CurvatureDefaults:
 
     @property
     def left_out(self) -> Mapping[str, int | Tensor]:
-        """As of `Curvature.left_out`; {}: there are no pairs, or they are not counted."""
+        """Pairs left out, as of `Curvature.left_out`; {}: there are none, or none counted."""
         return {}
 
     def inverses(self) -> Mapping[str, Operator]:
-        """`inverse`; {} where there is none."""
+        """Return `inverse`; {} where there is none."""
         found: Mapping[str, Operator] = getattr(self, "inverse", {})
         return found
 
     def by_block(self) -> Mapping[str, BlockDefaults]:
-        """{block: its CurvatureBlock, completed}; {} of a method of the whole vector."""
+        """Return {block: its CurvatureBlock, completed}; {} of a method of the whole vector."""
         found: Mapping[str, Any] = getattr(self, "blocks", {})
         return {name: block_with_defaults(block) for name, block in found.items()}
 
     def undamped(self, p: Tensor) -> Tensor | None:
-        """B p of the quadratic model of the whole vector, with the L2 term; None: there is none."""
+        """Return B p of the quadratic model of the whole vector, with the L2 term, if any."""
         return None
 
     def learns_pairs(self) -> bool:
-        """Whether it learns from pairs."""
+        """Return whether the method learns from pairs."""
         return any(block.learns_pairs for block in self.by_block().values())
 
     def learnt(self) -> Sequence[tuple[str | None, LearntPair]]:
-        """(block, or None for all; pair) of the last pairs learnt from since `forget_learnt`."""
+        """Return the last pairs learnt from since `forget_learnt`, each with its block.
+
+        None stands for all blocks together.
+        """
         return [(name, pair) for name, block in self.by_block().items() for pair in block.learnt()]
 
     def forget_learnt(self) -> None:
@@ -275,12 +292,12 @@ class CurvatureDefaults:
             block.forget_learnt()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Return what a checkpoint holds."""
         return {}
 
 
 class _CompletedBlock(BlockDefaults):
-    """A block of a user's own: its own members, and the default of each that it lacks."""
+    """Block of a user's own, completed by the default of each member that it lacks."""
 
     def __init__(self, own: Any) -> None:
         self._own = own
@@ -290,7 +307,7 @@ class _CompletedBlock(BlockDefaults):
 
 
 class _CompletedCurvature(CurvatureDefaults):
-    """A curvature of a user's own, likewise."""
+    """Curvature of a user's own, completed by the default of each member that it lacks."""
 
     def __init__(self, own: Any) -> None:
         self._own = own
@@ -308,12 +325,12 @@ _LACKING = object()
 
 
 def block_with_defaults(block: Any) -> BlockDefaults:
-    """The block itself where it has all of `BlockDefaults`; else completed by the defaults."""
+    """Return the block itself where it has all of `BlockDefaults`; else completed by them."""
     return block if isinstance(block, BlockDefaults) else _CompletedBlock(block)
 
 
 def with_defaults(curvature: Any) -> CurvatureDefaults:
-    """The curvature itself where it has all of `CurvatureDefaults`; else completed by them.
+    """Return the curvature itself where it has all of `CurvatureDefaults`; else completed by them.
 
     None, of a frame that holds no curvature, has nothing but defaults.
     """
@@ -321,12 +338,12 @@ def with_defaults(curvature: Any) -> CurvatureDefaults:
 
 
 def check_damping(damping: float) -> None:
-    """Raises CurvlabError where the damping is negative, infinite or NaN."""
+    """Raise CurvlabError where the damping is negative, infinite or NaN."""
     real("damping", damping)
 
 
 def check_algorithm(state: Mapping[str, Any], name: str) -> None:
-    """Raises CurvlabError for a checkpoint of another algorithm."""
+    """Raise CurvlabError for a checkpoint of another algorithm."""
     if state["algorithm"] != name:
         raise CurvlabError(
             f"the checkpoint is of '{state['algorithm']}' but this is '{name}': build the same"
@@ -335,13 +352,17 @@ def check_algorithm(state: Mapping[str, Any], name: str) -> None:
 
 
 def blend(old: Tensor | None, new: Tensor, weight: float) -> Tensor:
-    """Return old · (1 − weight) + new · weight; a copy of the new one at first. What is not finite
-    would stay: `moments.check_moments`."""
+    """Return old · (1 − weight) + new · weight; a copy of the new one at first.
+
+    What is not finite would stay: `check_moments`.
+    """
     return new.clone() if old is None else old.lerp(new, weight)
 
 
 class IdentityBlock(BlockDefaults):
-    """The gradient itself: SGD, and where there is no structure (thesis 4.7.2: BatchNorm in KFAC).
+    """Identity in place of an inverse, which leaves the gradient itself: SGD.
+
+    Also where there is no structure (thesis 4.7.2: BatchNorm in KFAC).
 
     Args:
         over_damping: the gradient over λ: the rate α/λ (thesis 3.4.3: BatchNorm in K-BFGS).

@@ -1,5 +1,4 @@
-"""The curvature that is made of blocks: *when* each block's statistics are updated and refreshed,
-and nothing else.
+"""Curvature that is made of blocks: *when* each block's statistics are updated and refreshed.
 
 Warm start, running mean and moving average are one thing: a weight.
 """
@@ -35,6 +34,7 @@ from curvlab.divergence import Naming, named
 from curvlab.errors import CurvlabError, Diverged, unknown, warn
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
+from curvlab.nests import plain
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
@@ -47,7 +47,7 @@ _COUNTERS = ("steps", "updates", "warmed", "ready", "damping", "gradient_norm")
 
 
 class BlockDiagonal(CurvatureDefaults):
-    """A curvature made of blocks, and the schedule of its updates.
+    """Curvature made of blocks, and the schedule of its updates.
 
     Args:
         blocks: the partition.
@@ -107,7 +107,7 @@ class BlockDiagonal(CurvatureDefaults):
 
     @property
     def needs(self) -> frozenset[Pass]:
-        """The passes that the next `update` will read."""
+        """Passes that the next `update` will read."""
         return (
             frozenset({self._pass})
             if self._folds(self.steps + 1) and not self.shown
@@ -116,7 +116,7 @@ class BlockDiagonal(CurvatureDefaults):
 
     @property
     def _pass(self) -> Pass:
-        """What `_fold` reads: the mean gradient alone, where that is all that the blocks read."""
+        """Pass that `_fold` reads: the mean gradient alone, where the blocks read no more."""
         alone = (
             self.labels == "data"
             and self._look is None
@@ -126,12 +126,12 @@ class BlockDiagonal(CurvatureDefaults):
 
     @property
     def warm_needs(self) -> frozenset[Pass]:
-        """The passes that `absorb` reads; empty where the document has no warm start."""
+        """Passes that `absorb` reads; empty where the document has no warm start."""
         return frozenset({self._pass}) if self.averaging.warm else frozenset()
 
     @property
     def inverse(self) -> dict[str, Operator]:
-        """{block: operator that `precondition` applies}."""
+        """Operators that `precondition` applies, by block."""
         if not self.ready:
             raise CurvlabError(NO_DATA)
         return {name: self._idle.get(name) or block.inverse for name, block in self.blocks.items()}
@@ -171,8 +171,9 @@ class BlockDiagonal(CurvatureDefaults):
         self.updates += 1
 
     def _check(self, statistics: Mapping[str, Any]) -> None:
-        """Raises Diverged, before anything is folded, where a second moment, or a gradient at other
-        labels than the data's, is not finite.
+        """Raise Diverged, before anything is folded, where something to fold is not finite.
+
+        A second moment, or a gradient at other labels than the data's.
         """
         having = {
             n: b
@@ -190,8 +191,9 @@ class BlockDiagonal(CurvatureDefaults):
             raise named(error, str(self._partition[error.block])) from error
 
     def _follow(self, statistics: Mapping[str, Any]) -> None:
-        """Blocks whose statistics lack what their method reads follow the gradient from here on,
-        and it is said.
+        """Let blocks whose statistics lack what their method reads follow the gradient.
+
+        From here on; it is said in a warning.
         """
         lost = {}
         for name, block in self.blocks.items():
@@ -216,15 +218,14 @@ class BlockDiagonal(CurvatureDefaults):
     def _fold_data(self, objective: Objective) -> None:
         seen = 0
         for x, y in self.shown:
-            seen += len(x)
             # of no stream's count: made again and again
             closure = Closure(objective, x, y, 0, "warm")
-            self._fold(closure.observe({self._pass}, move_buffers=False), len(x) / seen)
+            seen += len(closure.x)
+            self._fold(closure.observe({self._pass}, move_buffers=False), len(closure.x) / seen)
 
     @precise()
     def update(self, observation: Observation) -> None:
-        """One step: fold the observation in where the schedule says so, refresh the inverse where
-        it says so.
+        """Fold the observation in and refresh the inverse, each where the schedule says so.
 
         Raises:
             Diverged: a gradient or statistic that is not finite, which nothing is made of; no
@@ -247,21 +248,23 @@ class BlockDiagonal(CurvatureDefaults):
 
     @property
     def left_out(self) -> dict[str, int | Tensor]:
-        """{block: its pairs that were left out so far since they were not finite}; perhaps on the
-        device.
-        """
+        """Pairs left out so far since they were not finite, by block; maybe on the device."""
         found = {name: block_with_defaults(block).left_out for name, block in self.blocks.items()}
         return {name: count for name, count in found.items() if count is not None}
 
     @property
     def step_needs(self) -> frozenset[Pass]:
-        """The passes of the second look; none where the loss alone is wanted."""
-        return frozenset({"data"}) if any(b.secant for b in self.blocks.values()) else frozenset()
+        """Passes of the second look; none where the loss alone is wanted."""
+        learning = [block_with_defaults(b) for b in self.blocks.values() if b.secant]
+        if any(b.compares_gradients for b in learning):  # as in the first look, whoever else looks
+            return frozenset({"data", "gradient"})
+        return frozenset({"data"}) if learning else frozenset()
 
     @property
     def wants_step(self) -> bool:
-        """Whether it will learn from the step that follows this direction (Alg. 9, line 12: k ≡ 0
-        mod T).
+        """Whether it will learn from the step that follows this direction.
+
+        Alg. 9, line 12: k ≡ 0 mod T.
         """
         learns = self.steps % self.cadence.update_every == 0 and any(
             b.secant for b in self.blocks.values()
@@ -270,8 +273,9 @@ class BlockDiagonal(CurvatureDefaults):
 
     @precise()
     def learn(self, transition: Transition) -> bool:
-        """Learn from a step: two looks at one minibatch, each with its "data" pass. The step
-        stands.
+        """Learn from a step by two looks at one minibatch, each with its "data" pass.
+
+        Returns True: the step stands.
         """
         before, after = transition.before, transition.after
         for name, block in self.blocks.items():
@@ -289,8 +293,9 @@ class BlockDiagonal(CurvatureDefaults):
         return True
 
     def _ratio(self, transition: Transition) -> float:
-        """ρ at p = −H g (thesis Alg. 23, line 6, by block); B = I for a block that estimates no
-        matrix.
+        """Return ρ at p = −H g (thesis Alg. 23, line 6, by block).
+
+        B = I for a block that estimates no matrix.
         """
         gradients = {name: g.flatten() for name, g in transition.before.gradients.items()}
         p = {name: -(self.inverse[name] @ g) for name, g in gradients.items()}
@@ -305,15 +310,17 @@ class BlockDiagonal(CurvatureDefaults):
 
     @precise()
     def absorb(self, observation: Observation) -> None:
-        """Warm start: fold into the plain mean over all observations so far. Call `refresh` after
-        the last.
+        """Fold a minibatch of the warm start into the plain mean over all observations so far.
+
+        Call `refresh` after the last.
         """
         if self.averaging.warm:
             check_gradients(observation.closure.objective, observation)
             self._fold(observation, 1 / (self.updates + 1))
             self.warmed = True
             if self.averaging.kind == "data":
-                self.shown.append([observation.closure.x, observation.closure.y])
+                closure = observation.closure
+                self.shown.append([plain(closure.x), plain(closure.y)])
 
     @precise()
     def refresh(self) -> None:
@@ -336,7 +343,7 @@ class BlockDiagonal(CurvatureDefaults):
 
     @precise()
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """H · grad for every block.
+        """Return H · grad for every block.
 
         Args:
             grads: {block name: tensor of the block's shape} or {parameter name: tensor}, for all or
@@ -348,8 +355,9 @@ class BlockDiagonal(CurvatureDefaults):
         return preconditioned(self.inverse, self._partition, grads)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, statistics and the inverse as it stands: tensors, numbers, lists and
-        dictionaries only.
+        """Return counters, statistics and the inverse as it stands.
+
+        They are tensors, numbers, lists and dictionaries only.
         """
         counters = {key: getattr(self, key) for key in _COUNTERS}
         idle = {name: pack(operator) for name, operator in self._idle.items()}
@@ -361,8 +369,9 @@ class BlockDiagonal(CurvatureDefaults):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
-        algorithm, model or dtype.
+        """Go on from a saved state.
+
+        Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype.
         """
         check_algorithm(state, self.name)
         inverses = checked(self._partition, self.blocks, state["blocks"])
@@ -382,7 +391,10 @@ def _step_of(transition: Transition, name: str) -> Tensor:
 
 
 def _has(block: Block, reads: Reads) -> bool:
-    """Whether a block can have what a method reads; whether it does is seen in the statistics."""
+    """Return whether a block can have what a method reads.
+
+    Whether it does is seen in the statistics.
+    """
     return reads == "gradient" or (
         block.layer is not None and (reads == "rows" or block.groups == 1)
     )

@@ -1,4 +1,4 @@
-"""The state of a curvature's blocks, as a checkpoint holds it, and back."""
+"""States of a curvature's blocks, as a checkpoint holds them, and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from curvlab.linalg.operators import Operator, pack, unpack_operator
 
 
 def states_of(blocks: Mapping[str, CurvatureBlock]) -> dict[str, Any]:
-    """{block: its statistics, and its inverse where there is one}, of copies."""
+    """Return {block: its statistics, and its inverse where there is one}, of copies."""
     return {
         name: (
             {"memory": {key: cloned(getattr(b, key)) for key in b.memory}}
@@ -27,7 +27,7 @@ def states_of(blocks: Mapping[str, CurvatureBlock]) -> dict[str, Any]:
 def checked(
     partition: Mapping[str, Block], blocks: Mapping[str, CurvatureBlock], states: Mapping[str, Any]
 ) -> dict[str, Operator]:
-    """{block: the inverse that its state holds}; nothing is taken.
+    """Return {block: the inverse that its state holds}; nothing is taken.
 
     Raises:
         CurvlabError: the states are of other blocks, shapes or dtypes.
@@ -59,7 +59,7 @@ def put_back(
 
 
 def cloned(value: Any) -> Any:
-    """A state with tensors of its own: of tensors, numbers, lists and dictionaries."""
+    """Return a state of tensors, numbers, lists and dictionaries with tensors of its own."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):

@@ -1,5 +1,4 @@
-"""What TNT and Shampoo share: E[G^(i)] for every variable of a block, and a Kronecker factor for
-every way.
+"""Base of TNT and Shampoo: E[G^(i)] of every variable of a block, a Kronecker factor for every way.
 
 A block per variable, W and b apart (thesis 4.3.1); inside a layer's block they are a direct sum, so
 that directions carry the same labels as everyone's. Filters have three ways, outputs, inputs and
@@ -27,11 +26,11 @@ from curvlab.linalg.pairs import Matrix
 from curvlab.statistics import LayerStatistics, Reads
 
 Contractions = Sequence[Tensor]
-"""[d_i, d_i] for the ways of one variable."""
+"""Contractions [d_i, d_i] for the ways of one variable."""
 
 
 def with_pixels(block: Block, weight: Float[Tensor, "*O CP"]) -> Float[Tensor, "*O C *P"]:
-    """The pixels of a layer's filters as a way of their own (thesis 4.7.2).
+    """Return a weight with the pixels of a layer's filters as a way of their own (thesis 4.7.2).
 
     One pixel is no way: a 1×1 convolution has the two of a linear layer.
     """
@@ -40,10 +39,10 @@ def with_pixels(block: Block, weight: Float[Tensor, "*O CP"]) -> Float[Tensor, "
 
 
 def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:
-    """G^(i) of the batch-mean gradient of every variable (Alg. 15, line 7; Alg. 16, line 9).
+    """Return G^(i) of the batch-mean gradient of every variable, [variable][way].
 
-    A parameter without a rule has a way for each axis, but those after the second that are of
-    length one.
+    Alg. 15, line 7; Alg. 16, line 9. A parameter without a rule has a way for each axis, but those
+    after the second that are of length one.
     """
     variables = block.scatter(statistics.gradient).values()
     if block.layer is None:
@@ -51,12 +50,13 @@ def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[T
     else:
         ways = [with_pixels(block, v.flatten(1)) if v.ndim > 1 else v for v in variables]
     found = [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in ways]
-    # the ways as the block lies
+    # A block lies as [O, I], so that its factors are in that order: of a weight that is stored as
+    # [I, O] the last way comes first.
     return [each[::-1] for each in found] if block.layer and block.layer.transposed else found
 
 
 class Contracted(BlockDefaults):
-    """Moving averages Ĝ^(i) of every variable, H = ⊗ᵢ factorᵢ(Ĝ^(1), …, Ĝ^(k); damping).
+    """Moving averages Ĝ^(i) of every variable, with H = ⊗ᵢ factorᵢ(Ĝ^(1), …, Ĝ^(k); damping).
 
     Args:
         block: whose variables.
@@ -88,8 +88,10 @@ class Contracted(BlockDefaults):
         self.means: list[list[Tensor]] | None = None
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        """Fold the minibatch's contractions into `means`. Raises Diverged as `check_moments`,
-        unless gradients are read, which are looked at before."""
+        """Fold the minibatch's contractions into `means`.
+
+        Raises Diverged as `check_moments`, unless gradients are read, which are looked at before.
+        """
         new = self._contractions(self.block, statistics)
         if (
             self.reads != "gradient"
@@ -112,23 +114,29 @@ class Contracted(BlockDefaults):
         self.inverse = self._of_variables(self._factors, damping)
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
-        """The product of the factors whose inverses, or inverse roots, `refresh` takes."""
+        """Return the product of the factors whose inverses, or inverse roots, `refresh` takes.
+
+        None where the method has none.
+        """
         return None if self._forward is None else self._of_variables(self._forward, damping)
 
     def variables(self) -> list[Kronecker]:
-        """The inverses of the block's variables, weight first; [] before the first `refresh`."""
+        """Return the inverses of the block's variables, weight first; [] before a `refresh`."""
         parts = self.held.parts if isinstance(self.held, ColumnSum) else (self.held,)
         return [part for part in parts if isinstance(part, Kronecker)]
 
     def kronecker_factors(self) -> tuple[Matrix, Matrix] | None:
-        """(H_g, H_a) of a matrix of weights, where a theorem speaks of them."""
+        """Return (H_g, H_a) of a matrix of weights, where a theorem speaks of them; else None."""
         first = self.variables()[:1] if self._theorem is not None else []
         if not first or len(first[0].factors) != 2:
             return None
         return first[0].factors[0], first[0].factors[1]
 
     def bounds(self, damping: float | None, phi: float) -> FactorBounds:
-        """By the theorem of the method, from `inverse` and the damping it was made with."""
+        """Return the bounds by the theorem of the method.
+
+        From `inverse` and the damping it was made with.
+        """
         parts = self.variables()
         if self._theorem is None or damping is None or not parts:
             return FactorBounds()

@@ -1,5 +1,6 @@
-"""Diagonal curvature: Adam (thesis 4.7.2; Kingma and Ba 2015) and RMSprop (thesis 2.8.2; Hinton et
-al. 2012).
+"""Diagonal curvature: Adam and RMSprop.
+
+Adam: thesis 4.7.2; Kingma and Ba 2015. RMSprop: thesis 2.8.2; Hinton et al. 2012.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from curvlab.statistics import LayerStatistics, Reads
 
 
 class SecondMoment(BlockDefaults):
-    """v = average of g², H = diag(1 / (√v + ε)): textbook Adam with the damping as ε, outside the
-    root.
+    """Moving average v of squared gradients, with H = diag(1 / (√v + ε)).
+
+    Textbook Adam with the damping as ε, outside the root.
 
     RMSprop is the same with no bias correction of either moment (thesis 2.8.2) and v from a warm
     start. `torch.optim.RMSprop` differs in three ways: its v starts at zero, where ours is a
@@ -47,6 +49,6 @@ class SecondMoment(BlockDefaults):
         self.inverse = Diagonal(self.v.sqrt().add_(damping).reciprocal_())
 
     def matrix(self, damping: float = 0.0) -> Operator:
-        """diag((√v + ε)²): of diag(Fisher) / N."""
+        """Return diag((√v + ε)²), which approximates diag(Fisher) / N."""
         assert self.v is not None
         return Diagonal((self.v.sqrt() + damping).square())

@@ -1,5 +1,6 @@
-"""The block Fisher matrix itself: dense, per layer, bias included (thesis 4.3.4), damped as F + λI,
-solved by Cholesky.
+"""Block Fisher matrix itself: dense, per layer, bias included (thesis 4.3.4).
+
+It is damped as F + λI and solved by Cholesky.
 
 Legend: V vectors, N examples, T places, I inputs incl. the bias column, J of them ever non-zero, O
     outputs, D = O I.
@@ -25,10 +26,10 @@ from curvlab.statistics import LayerStatistics, Reads
 
 
 def check_outer(*factors: Tensor) -> None:
-    """Raises Diverged where second moments of products of entries of these would overflow, or are
-    not finite.
+    """Raise Diverged where second moments of products of entries of these would not be finite.
 
-    F is added to in place, so that what is added is looked at before. On a GPU `refresh` sees it.
+    They overflow, or an entry is not finite. F is added to in place, so that what is added is
+    looked at before. On a GPU `refresh` sees it.
     """
     if any(map(waits, factors)):
         return
@@ -60,9 +61,11 @@ class DenseFisher(BlockDefaults):
         self.active: Tensor | None = None  # ascending input numbers; None where T > 1
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        """Fold a minibatch's block Fisher matrix into F: packed at one place, dense once there
-        are several. Raises Diverged as `check_outer`, CurvlabError where F is too large for the
-        memory."""
+        """Fold a minibatch's block Fisher matrix into F.
+
+        F is packed at one place, dense once there are several. Raises Diverged as `check_outer`,
+        CurvlabError where F is too large for the memory.
+        """
         shared = not statistics.provides("factors") or statistics.places > 1
         if shared or (self.F is not None and self.active is None):
             self._update_dense(statistics, weight)
@@ -92,8 +95,10 @@ class DenseFisher(BlockDefaults):
         self.F.addmm_(rows.mT, rows, beta=1 - weight, alpha=weight / statistics.size)
 
     def refresh(self, damping: float) -> None:
-        """Set `inverse` by Cholesky of F + λI; inputs that were always zero have 1/λ there. Raises
-        Diverged where there is no factor, or such inputs and no damping."""
+        """Set `inverse` by Cholesky of F + λI; inputs that were always zero have 1/λ there.
+
+        Raises Diverged where there is no factor, or such inputs and no damping.
+        """
         assert self.F is not None
         outputs, inputs = self.block.shape
         what = "the block Fisher matrix"
@@ -123,7 +128,7 @@ class DenseFisher(BlockDefaults):
         self.inverse = DirectSum((kept, dropped), (Inverse(factor), constant))
 
     def matrix(self, damping: float = 0.0) -> Operator:
-        """F + λI, dense."""
+        """Return F + λI, dense."""
         return Dense(shifted(self._dense(), damping))
 
     def _dense(self) -> Tensor:

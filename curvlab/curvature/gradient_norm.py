@@ -1,4 +1,4 @@
-"""The gradient-norm rule of the damping: S2QN (Yang et al.), (8).
+"""Gradient-norm rule of the damping: S2QN (Yang et al.), (8).
 
 α_k⁻¹ is what curvlab calls the damping of a method that has this rule; a schedule of it is a
 schedule of α_k.
@@ -17,8 +17,9 @@ from curvlab.errors import CurvlabError
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNorm:
-    """λ_k of α_k⁻¹ and ‖g_{k−1}‖: α_k⁻¹ for norms from r₁ to r₂, up to 2 α_k⁻¹ for smaller and for
-    larger ones, (8).
+    """Rule that makes λ_k of α_k⁻¹ and ‖g_{k−1}‖: S2QN (8).
+
+    α_k⁻¹ for norms from r₁ to r₂, up to 2 α_k⁻¹ for smaller and for larger ones.
 
     Continuous, and never below α_k⁻¹. The document gives no values; r₁ = 0.1, r₂ = 1 and a constant
     α are curvlab's.
@@ -47,7 +48,7 @@ class GradientNorm:
             raise CurvlabError(f"shrink must be above 0 and at most 1, not {self.shrink:g}")
 
     def __call__(self, damping: float, norm: float | None) -> float:
-        """λ_k.
+        """Return λ_k.
 
         Args:
             damping: α_k⁻¹.
@@ -61,5 +62,5 @@ class GradientNorm:
 
 
 def total_norm(gradients: Mapping[str, Tensor]) -> float:
-    """‖g‖ of all blocks together."""
+    """Return ‖g‖ of all blocks together."""
     return float(torch.stack([g.norm() for g in gradients.values()]).norm())

@@ -1,5 +1,6 @@
-"""The block Hessian matrix itself: dense, per layer, bias included (thesis 4.3.4, with the Hessian
-in place of Fisher).
+"""Block Hessian matrix itself: dense, per layer, bias included.
+
+Thesis 4.3.4, with the Hessian in place of Fisher.
 
 Legend: I inputs incl. the bias column, O outputs, D = O I.
 """
@@ -24,7 +25,7 @@ from curvlab.statistics import Reads
 
 
 def hessians(observation: Observation) -> dict[str, Dense]:
-    """{block: exact Hessian of the minibatch's mean loss}, of the layers with a rule."""
+    """Compute {block: exact Hessian of the minibatch's mean loss} of the layers with a rule."""
     closure = observation.closure
     ruled = [b.name for b in closure.objective.blocks if b.layer is not None]
     objective = closure.objective
@@ -36,11 +37,10 @@ def hessians(observation: Observation) -> dict[str, Dense]:
 
 
 def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:
-    """λ_min(M), by all eigenvalues up to order `direct`, above it by Lanczos from a fixed random
-    start.
+    """Return λ_min(M) by all eigenvalues up to order `direct`, above it by Lanczos.
 
-    There it is the least Ritz value, which is not below λ_min, less the length of its residual,
-    where that is at most 1e-6 ‖M‖; or else all eigenvalues are taken.
+    From a fixed random start. There it is the least Ritz value, which is not below λ_min, less the
+    length of its residual, where that is at most 1e-6 ‖M‖; or else all eigenvalues are taken.
     """
     if len(matrix) > direct:
         found = extremes(
@@ -52,12 +52,11 @@ def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:
 
 
 class DenseHessian(BlockDefaults):
-    """H = (M + τI + λI)⁻¹, M the moving average of the exact Hessian blocks, which may be
-    indefinite.
+    """Inverse H = (M + τI + λI)⁻¹ of the moving average M of the exact Hessian blocks.
 
-    τ = max(0, −λ_min(M)), `shift`, is the least that makes M + τI positive semi-definite, so that
-    the matrix that is inverted is at least λI, as that of the block Fisher method is. Where M has
-    no negative eigenvalue, nothing is shifted.
+    M may be indefinite. τ = max(0, −λ_min(M)), `shift`, is the least that makes M + τI positive
+    semi-definite, so that the matrix that is inverted is at least λI, as that of the block Fisher
+    method is. Where M has no negative eigenvalue, nothing is shifted.
     """
 
     reads: Reads = "rows"
@@ -70,8 +69,10 @@ class DenseHessian(BlockDefaults):
         self.shift: float = 0.0
 
     def update(self, statistics: Dense, weight: float) -> None:
-        """Fold a minibatch's exact Hessian block into M. Raises Diverged where it is not finite;
-        not on a GPU, which would have to wait."""
+        """Fold a minibatch's exact Hessian block into M.
+
+        Raises Diverged where it is not finite; not on a GPU, which would have to wait.
+        """
         new = statistics.dense()
         if not waits(new) and not all_finite(new):  # M would keep it
             raise Diverged(
@@ -81,8 +82,10 @@ class DenseHessian(BlockDefaults):
         self.M = blend(self.M, new, weight)
 
     def refresh(self, damping: float) -> None:
-        """Take τ from M as it stands, and `inverse` by Cholesky of M + τI + λI. Raises Diverged
-        where it has no factor (`damped_cholesky`)."""
+        """Take τ from M as it stands, and `inverse` by Cholesky of M + τI + λI.
+
+        Raises Diverged where it has no factor (`damped_cholesky`).
+        """
         assert self.M is not None
         matrix = self.M
         self.shift = max(0.0, -least_eigenvalue(matrix))
@@ -92,6 +95,6 @@ class DenseHessian(BlockDefaults):
         self.inverse = Inverse(factor)
 
     def matrix(self, damping: float = 0.0) -> Operator:
-        """M + τI + λI, dense, τ of the last refresh."""
+        """Return M + τI + λI, dense, τ of the last refresh."""
         assert self.M is not None
         return Dense(shifted(self.M, self.shift + damping))

@@ -1,5 +1,6 @@
-"""Hessian-free optimisation: truncated conjugate gradients on products with the Gauss-Newton matrix
-(Martens 2010; thesis 5.8).
+"""Hessian-free optimisation: truncated conjugate gradients on Gauss-Newton products.
+
+Martens 2010; thesis 5.8.
 
 Legend: N₁ examples of the minibatch, N₂ of them for the products; D parameters.
 """
@@ -44,7 +45,7 @@ _KINDS: dict[Pass, Kind] = {"exact": "ggn", "data": "ef", "model": "fisher-mc"}
 
 
 class HessianFree(WholeVectorCurvature):
-    """p = x ≈ (B + λI)⁻¹ g by conjugate gradients that stop early; B is never formed.
+    """Direction p = x ≈ (B + λI)⁻¹ g by conjugate gradients that stop early; B is never formed.
 
     `inverse` is the inverse itself, by conjugate gradients to the end; `precondition` stops as
     Martens does and starts from the direction of the step before. N₁, N₂, λ, its rule and the
@@ -64,7 +65,12 @@ class HessianFree(WholeVectorCurvature):
             2010 all of it); 0: zero.
         backtrack: from the last iterate back to earlier ones for as long as the minibatch's loss at
             θ − x falls.
-        adapt, ratio, levenberg: the LM rule, as of `Smw`.
+        adapt: whether λ follows the LM rule, as of `Smw`.
+        ratio: where ρ is taken, see `Ratio`.
+        levenberg: the LM rule.
+
+    Raises:
+        CurvlabError: a value out of its range.
     """
 
     needs: frozenset[Pass] = frozenset()
@@ -115,23 +121,23 @@ class HessianFree(WholeVectorCurvature):
 
     @property
     def refreshed(self) -> float | None:
-        """λ as it was last taken over."""
+        """λ as it was last taken over; None before."""
         return self.used
 
     @property
     def inverse(self) -> dict[str, Operator]:
-        """{"whole": (B + λI)⁻¹}, a `Solve`."""
+        """Inverse {"whole": (B + λI)⁻¹}, a `Solve`."""
         return {"whole": self.matrix.inv()}
 
     @property
     def matrix(self) -> Damped:
-        """B + λI."""
+        """Sum B + λI; raises CurvlabError before there are data."""
         if self.product is None or self.used is None:
             raise CurvlabError(NO_DATA)
         return Damped(self.product, self.used)
 
     def undamped(self, p: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-        """B p of the quadratic model, with the L2 term."""
+        """Return B p of the quadratic model, with the L2 term."""
         return self.matrix.operator @ p + 2 * self.objective.l2 * p
 
     def update(self, observation: Observation) -> None:
@@ -155,22 +161,24 @@ class HessianFree(WholeVectorCurvature):
         self.steps = step
 
     def _product(self, closure: Closure, at: Float[Tensor, " D"]) -> Product:
-        """B of the minibatch at weights that may have moved since."""
+        """Return B of the minibatch at weights that may have moved since."""
         function, size = Function(closure, self.layout), len(closure.x)
         function.at = at
         apply = function.product(_KINDS[self.labels], 1)
         return Product(lambda v: apply(v.mT).mT / size, len(at), at.dtype, at.device)
 
     def refresh(self) -> None:
-        """λ as it stands."""
+        """Take over λ as it stands."""
         if self.product is None:
             raise CurvlabError(NO_DATA)
         check_damping(self.damping)
         self.used = self.damping
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """x of truncated conjugate gradients on (B + λI) x = grad; the same keys and shapes, for
-        all parameters."""
+        """Return x of truncated conjugate gradients on (B + λI) x = grad.
+
+        It has the keys and shapes of `grads`, which are of all parameters.
+        """
         run = truncated_cg(
             self.matrix,
             flat(self.layout, grads),
@@ -183,7 +191,7 @@ class HessianFree(WholeVectorCurvature):
         return unflat_like(self.layout, x, grads)
 
     def _best(self, iterates: tuple[Float[Tensor, " D"], ...]) -> Float[Tensor, " D"]:
-        """Back from the last for as long as the loss falls (Martens 2010, section 4.6)."""
+        """Go back from the last iterate while the loss falls (Martens 2010, section 4.6)."""
         best, least = iterates[-1], self._loss_after(iterates[-1])
         for x in reversed(iterates[:-1]):
             loss = self._loss_after(x)
@@ -199,11 +207,11 @@ class HessianFree(WholeVectorCurvature):
 
     @property
     def wants_step(self) -> bool:
-        """The loss after the step, for ρ."""
+        """Whether `learn` needs the loss after the step, for ρ."""
         return self.adapt
 
     def learn(self, transition: Transition) -> bool:
-        """λ by the LM rule (Alg. 23, line 6). The step stands."""
+        """Move λ by the LM rule (Alg. 23, line 6), and return True: the step stands."""
         if self.adapt and self.solution is not None:
             p = -self.solution if self.ratio == "direction" else flat(self.layout, transition.step)
             rho = ratio_at(transition, self.layout, p, self.matrix.operator @ p)
@@ -211,7 +219,7 @@ class HessianFree(WholeVectorCurvature):
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """With the minibatches, since a product is made of data and weights."""
+        """Return the state with its minibatches, since a product is made of data and weights."""
         kept = {
             name: getattr(self, name)
             for name in ("steps", "damping", "used", "at", "solution", "start")
@@ -220,8 +228,10 @@ class HessianFree(WholeVectorCurvature):
         return kept | minibatches | {"algorithm": self.name}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
-        algorithm, model or dtype."""
+        """Go on from a saved state.
+
+        Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype.
+        """
         check_algorithm(state, self.name)
         kept = {
             name: state[name] for name in ("steps", "damping", "used", "at", "solution", "start")

@@ -1,18 +1,19 @@
-"""Kronecker-factored BFGS: H_g ⊗ H_a, both learnt by (L-)BFGS. Three documents, one class: a
-variant is its arguments.
+"""Kronecker-factored BFGS: H_g ⊗ H_a, both learnt by (L-)BFGS.
 
-H_a follows A = E[Σ_t a aᵀ] by Hessian-action BFGS; H_g follows G by damped pairs s = change of the
-mean pre-activation, y = change of the mean derivative in it, over one step on one minibatch. The
-variants that the documents prove to converge invert A exactly, damp or skip pairs so that a lemma
-holds, and take the gradient without momentum.
+Three documents, one class: a variant is its arguments. H_a follows A = E[Σ_t a aᵀ] by
+Hessian-action BFGS; H_g follows G by damped pairs s = change of the mean pre-activation, y = change
+of the mean derivative in it, over one step on one minibatch. The variants that the documents prove
+to converge invert A exactly, damp or skip pairs so that a lemma holds, and take the gradient
+without momentum.
 
 Documents: the thesis (chapter 2 is 2020; chapter 3) and 2021 (Ren, Goldfarb, whose algorithms are
 numbered apart). Misprints:
 
-- 2021 Alg. 2, line 7 averages the gradient with β and 1 − β exchanged; 3.3 and every other average
-are right. - Section 2.3.1 of the thesis says yᵀHy ≤ 2 sᵀy/μ₁ of the test of DD-skip; Alg. 5, line
-17, which is followed, has 1/μ₁. - Section 2.8.2 says that H_a starts as I; Alg. 4, line 3 and
-practice as (A + λ_A I)⁻¹.
+- 2021 Alg. 2, line 7 averages the gradient with β and 1 − β exchanged; 3.3 and every other
+  average are right.
+- Section 2.3.1 of the thesis says yᵀHy ≤ 2 sᵀy/μ₁ of the test of DD-skip; Alg. 5, line 17, which
+  is followed, has 1/μ₁.
+- Section 2.8.2 says that H_a starts as I; Alg. 4, line 3 and practice as (A + λ_A I)⁻¹.
 
 Legend: N examples, T places, I inputs incl. the bias column, O outputs, p pairs.
 """
@@ -61,7 +62,7 @@ CHAPTER_2: Mapping[str, Any] = {
     "rebalance": False,
     "start": "identity",
 }
-"""Thesis Alg. 4 (2020, Alg. 4). With `CONVERGENT` and `skip`: Alg. 5."""
+"""Arguments of thesis Alg. 4 (2020, Alg. 4); with `CONVERGENT` and `skip`: Alg. 5."""
 
 CHAPTER_3: Mapping[str, Any] = {
     "pair_damping": "p-lm",
@@ -69,8 +70,8 @@ CHAPTER_3: Mapping[str, Any] = {
     "rebalance": True,
     "start": "damping",
 }
-"""Thesis Alg. 9. With `CONVERGENT` and `pi-lm`: Alg. 10. Table 3.8: #1 off is `dd`, #2 off is not
-`minibatch`."""
+"""Arguments of thesis Alg. 9; with `CONVERGENT` and `pi-lm`: Alg. 10. Table 3.8: #1 off is `dd`, #2
+off is not `minibatch`."""
 
 ARTICLE_2021: Mapping[str, Any] = {
     "pair_damping": "p-lm",
@@ -78,7 +79,7 @@ ARTICLE_2021: Mapping[str, Any] = {
     "rebalance": False,
     "start": "identity",
 }
-"""2021 Alg. 2. With `CONVERGENT` and `pi-lm-2021`: 2021 Alg. 3."""
+"""Arguments of 2021 Alg. 2; with `CONVERGENT` and `pi-lm-2021`: 2021 Alg. 3."""
 
 CONVERGENT: Mapping[str, Any] = {"pairs": 100, "exact": True}
 """L-BFGS and the exact inverse of A: thesis Alg. 5 and 10, 2021 Alg. 3."""
@@ -98,7 +99,7 @@ FACTOR_A = "the K-BFGS factor A"
 
 
 class KBfgs(BlockDefaults):
-    """H = H_g ⊗ H_a.
+    """Kronecker product H = H_g ⊗ H_a of a block, learnt by (L-)BFGS.
 
     Args:
         pair_damping: of s and y of H_g, of `linalg.bfgs.DAMPINGS`: `dd` (Alg. 3), `p-lm` (Alg. 8;
@@ -167,24 +168,24 @@ class KBfgs(BlockDefaults):
         )
 
     def _split(self) -> tuple[float, float]:
-        """(λ_A, λ_G): Alg. 4, line 2; Alg. 9, line 2; 2021 Alg. 2, line 1."""
+        """Return (λ_A, λ_G): Alg. 4, line 2; Alg. 9, line 2; 2021 Alg. 2, line 1."""
         return places_split(self.overall, self.places if self.rebalance else 1)
 
     @property
     def mu2(self) -> dict[str, float]:
-        """{pair: its μ₂}: the dampings of the factors."""
+        """Dampings of the factors, which are their pairs' μ₂: {pair: its μ₂}."""
         return dict(zip("ag", self._split(), strict=True))
 
     @property
     def factors(self) -> tuple[Tensor | Operator, Tensor]:
-        """(H_g, H_a)."""
+        """Pair (H_g, H_a) of factors of the inverse."""
         assert isinstance(self.inverse, Kronecker)
         H_g, H_a = self.inverse.factors
         assert isinstance(H_a, Tensor)
         return H_g, H_a
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
-        """None where A is of the minibatch and never formed: its pair is looked at."""
+        """Return {name: A} to be checked; {} where A is of the minibatch and never formed."""
         return (
             {FACTOR_A: statistics.A}
             if self.exact or not (hasattr(self, "inverse") and self.minibatch)
@@ -192,9 +193,12 @@ class KBfgs(BlockDefaults):
         )
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        """Fold A in (Alg. 4, line 20); with `minibatch`, once there is an inverse, take the
-        minibatch's (`exact`: Alg. 10, line 12) or form none. Unless `exact`, keep ā for `refresh`,
-        and of a minibatch's A, which is not formed, H_a ā and A H_a ā (3.15)."""
+        """Fold A in (Alg. 4, line 20), and keep what `refresh` learns H_a from.
+
+        With `minibatch`, once there is an inverse, take the minibatch's A (`exact`: Alg. 10, line
+        12) or form none. Unless `exact`, keep ā, and of an A that is not formed H_a ā and A H_a ā
+        (3.15).
+        """
         self.places = statistics.places
         started = hasattr(self, "inverse")
         if not (
@@ -210,8 +214,7 @@ class KBfgs(BlockDefaults):
                 self.seen = torch.stack([statistics.mean_a, s, statistics.second_moment_product(s)])
 
     def refresh(self, damping: float) -> None:
-        """H_a exactly at first (Alg. 4, line 3; Alg. 9, line 3), then one Hessian action for every
-        minibatch seen."""
+        """Make H_a exactly at first (Alg. 4, line 3; Alg. 9, line 3), then by Hessian actions."""
         self.overall = damping
         damping_a, damping_g = self._split()
         if self.pair_damping == "dd" and not 0 < damping_g <= 1:
@@ -252,9 +255,10 @@ class KBfgs(BlockDefaults):
         return h * torch.eye(self.block.shape[0], dtype=like.dtype, device=like.device)
 
     def _limited(self, memory: Memory) -> Tensor | Operator:
-        """H_g by L-BFGS: Alg. 4, line 10; Alg. 9, line 9."""
+        """Return H_g by L-BFGS: Alg. 4, line 10; Alg. 9, line 9."""
         outputs, inputs = self.block.shape
         base = multiple_of_identity(self._start(self._split()[1]), memory.S.new_empty(outputs))
+        # trusted: `accept` has let only pairs with sᵀy > 0 into the memory, so nothing need wait
         H_g = lbfgs_inverse(memory, base, trusted=True)
         return H_g if compact_is_cheaper(outputs, inputs, len(memory)) else H_g.dense()
 
@@ -298,17 +302,17 @@ class KBfgs(BlockDefaults):
         self.inverse = Kronecker((H_g, H_a))
 
     def _count(self, broken: Flag) -> None:
-        """One more pair that was left out; where that would wait, as a number on the device."""
+        """Count one more pair that was left out, on the device where the CPU would have to wait."""
         self.left_out = self.left_out + (broken if isinstance(broken, Tensor) else int(broken))
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
-        """None: what the pairs have learnt is damped already."""
+        """Return None: what the pairs have learnt is damped already."""
         return None
 
     # ---- what probes ask
 
     def learnt(self) -> list[LearntPair]:
-        """The last pair of each factor, with its μ₂."""
+        """Return the last pair of each factor, with its μ₂."""
         mu2 = self.mu2
         return [
             LearntPair(which=cast(PairName, which), pair=pair, mu2=mu2[which])
@@ -320,12 +324,14 @@ class KBfgs(BlockDefaults):
         self.last = {}
 
     def pairs_held(self) -> int:
-        """Pairs in H_g by L-BFGS; 0 of BFGS."""
+        """Return the number of pairs in H_g by L-BFGS; 0 of BFGS."""
         return 0 if self.S is None else len(self.S)
 
     def input_norm(self) -> float | None:
-        """Root mean square of the inputs in the A that H_a inverts, of whatever minibatches: φ is
-        not below it."""
+        """Return the r.m.s. of the inputs in the A that H_a inverts, None where it inverts none.
+
+        They are of whatever minibatches: φ is not below it.
+        """
         if not self.exact or self.held is None:
             return None
         H_a, biased = self.factors[1].double(), self.block.biased
@@ -333,24 +339,23 @@ class KBfgs(BlockDefaults):
         return math.sqrt(max(0.0, squares - biased) / max(1, len(H_a) - biased))
 
     def bounds(self, damping: float | None, phi: float) -> FactorBounds:
-        """Of H_a where it inverts A + λ_A I, of H_g by L-BFGS from the pairs that it holds, and of
-        their product.
+        """Return what is proven of H_a, of H_g by L-BFGS, and of their product.
 
-        The dampings are those of the last refresh, which the block keeps itself. Thesis Lemmas 1,
-        2, 3, 6, 7; 2021 Lemma 3.
+        Of H_a where it inverts A + λ_A I, of H_g from its pairs, at the dampings of the last
+        refresh, which the block keeps. Thesis Lemmas 1, 2, 3, 6, 7; 2021 Lemma 3.
         """
         a, g = self._input_bounds(phi), self._output_bounds()
         return FactorBounds(a=a, g=g, product=None if a is None or g is None else a * g)
 
     def _input_bounds(self, phi: float) -> Bounds | None:
-        """Of H_a: thesis Lemma 1, (3.17) in Lemma 7."""
+        """Bound H_a: thesis Lemma 1, (3.17) in Lemma 7."""
         if not self.exact:
             return None
         inputs = self.block.shape[1] + (not self.block.biased)
         return input_factor(inputs, phi, self.mu2["a"], self.places)
 
     def _output_bounds(self) -> Bounds | None:
-        """Of H_g: thesis Lemma 2 as long as no pair was dropped; Lemma 6, 2021 Lemma 3."""
+        """Bound H_g: thesis Lemma 2 as long as no pair was dropped; Lemma 6, 2021 Lemma 3."""
         if not self.pairs:
             return None
         count, mu2 = self.pairs_held(), self.mu2["g"]
@@ -363,10 +368,11 @@ class KBfgs(BlockDefaults):
         return None
 
     def update_bounds(self, norm_B: float, norm_H: float, held: int) -> tuple[float, float] | None:
-        """By thesis (2.8), (2.10) or Lemma 5, 2021 Lemma 2, where the pair was used and dropped
-        none.
+        """Return the bounds (‖B⁺‖, ‖H⁺‖) of H_g's last update; None where nothing is proven of it.
 
-        The pair must satisfy the premise, sᵀs ≤ sᵀy/μ₂ and yᵀHy ≤ sᵀy/μ₁ or yᵀy ≤ sᵀy/μ₃.
+        From the norms and the pairs `held` before it, by thesis (2.8), (2.10) or Lemma 5, 2021
+        Lemma 2, where the pair was used and dropped none. It must satisfy the premise, sᵀs ≤ sᵀy/μ₂
+        and yᵀHy ≤ sᵀy/μ₁ or yᵀy ≤ sᵀy/μ₃.
         """
         pair = self.last.get("g")
         dropped = self.pairs and held == self.pairs

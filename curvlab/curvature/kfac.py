@@ -1,5 +1,6 @@
-"""KFAC: Ω ⊗ Γ, a second moment of the inputs and one of the derivatives (thesis Alg. 12; Martens
-and Grosse 2015).
+"""KFAC: Ω ⊗ Γ, a second moment of the inputs and one of the derivatives.
+
+Thesis Alg. 12; Martens and Grosse 2015.
 
 Alg. 12, line 12 passes over the last minibatch again after the weights have moved, so that every
 direction is from statistics at its own weights. Here they are of its own minibatch too, whose
@@ -29,8 +30,9 @@ SPLITS: dict[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = {
     "pi": pi_split,
     "even": lambda A, G, damping: (math.sqrt(damping), math.sqrt(damping)),
 }
-"""(A, G, λ) → the dampings of A and G: thesis Alg. 12, line 19; π = 1 of Alg. 7, line 11 and of
-2021 Alg. 5, line 14.
+"""Splits of λ, (A, G, λ) → the dampings of A and G.
+
+Thesis Alg. 12, line 19; π = 1 of Alg. 7, line 11 and of 2021 Alg. 5, line 14.
 """
 
 
@@ -38,8 +40,9 @@ FACTOR_A, FACTOR_G = "the KFAC factor A (Ω)", "the KFAC factor G (Γ)"
 
 
 class Kfac(BlockDefaults):
-    """H = (Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹: Alg. 12, lines 14 and 19; with the split "even" Alg. 7,
-    lines 9 and 11.
+    """Inverse H = (Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹ of moving averages Ω of A and Γ of G.
+
+    Alg. 12, lines 14 and 19; with the split "even" Alg. 7, lines 9 and 11.
     """
 
     reads: Reads = "moments"
@@ -64,7 +67,9 @@ class Kfac(BlockDefaults):
 
     def refresh(self, damping: float) -> None:
         """Invert G and A, each with its part of the damping (Alg. 12, line 19; Alg. 7, line 11).
-        Raises Diverged where one has no Cholesky factor (`damped_cholesky`)."""
+
+        Raises Diverged where one has no Cholesky factor (`damped_cholesky`).
+        """
         assert self.A is not None
         assert self.G is not None
         # Alg. 12, line 19; Alg. 7, line 11
@@ -77,7 +82,7 @@ class Kfac(BlockDefaults):
         )
 
     def matrix(self, damping: float = 0.0) -> Operator:
-        """Γ ⊗ Ω, damped by line 19: of Fisher."""
+        """Return Γ ⊗ Ω, damped by line 19, which approximates the Fisher matrix."""
         assert self.A is not None
         assert self.G is not None
         damping_a, damping_g = self.split(self.A, self.G, damping)

@@ -1,4 +1,4 @@
-"""The Levenberg–Marquardt rule: λ from the reduction ratio ρ (thesis 5.2.3, (5.5)).
+"""Levenberg–Marquardt rule: λ from the reduction ratio ρ (thesis 5.2.3, (5.5)).
 
 The quadratic model is m(p) = f + gᵀp + ½ pᵀ B p with B undamped; f and g of the minibatch S₁, B of
 S₂ ⊂ S₁ (Alg. 23, line 6).
@@ -29,15 +29,16 @@ _SMALLEST = 2.0**-26
 
 @dataclass(frozen=True, kw_only=True)
 class LevenbergMarquardt:
-    """λ = λ_LM + τ; λ_LM · boost where ρ < ε, · drop where ρ > 1 − ε. Values: thesis 5.8, "same as
-    in Kiros".
+    """Rule that moves λ = λ_LM + τ: λ_LM · boost where ρ < ε, λ_LM · drop where ρ > 1 − ε.
 
-    λ is never below τ: a smaller one that was given stands until the rule first changes it. Martens
-    2010 has boost 3/2, drop 2/3 and τ = 0.
+    Values: thesis 5.8, "same as in Kiros". λ is never below τ: a smaller one that was given stands
+    until the rule first changes it. Martens 2010 has boost 3/2, drop 2/3 and τ = 0.
 
     Args:
-        boost: factor of λ_LM where the model foresaw too much. drop: factor where it foresaw well.
-        epsilon: ε. tau: τ.
+        boost: factor of λ_LM where the model foresaw too much.
+        drop: factor where it foresaw well.
+        epsilon: ε.
+        tau: τ.
 
     Raises:
         CurvlabError: a value out of its range.
@@ -62,7 +63,7 @@ class LevenbergMarquardt:
                 )
 
     def adapted(self, damping: float, rho: float) -> float:
-        """The next λ; NaN (no step, so no ratio) changes nothing."""
+        """Return the next λ; NaN (no step, so no ratio) changes nothing."""
         factor = self.boost if rho < self.epsilon else self.drop if rho > 1 - self.epsilon else 1.0
         if factor == 1:
             return damping
@@ -70,7 +71,7 @@ class LevenbergMarquardt:
 
 
 def reduction_ratio(actual: float, predicted: float) -> float:
-    """ρ = (f(θ) − f(θ + p)) / (m(0) − m(p)), (5.5).
+    """Return ρ = (f(θ) − f(θ + p)) / (m(0) − m(p)), (5.5).
 
     −∞ where the model foresees no reduction or the loss is not finite, NaN where nothing moved.
     """
@@ -82,15 +83,17 @@ def reduction_ratio(actual: float, predicted: float) -> float:
 def predicted_reduction(
     g: Float[Tensor, " D"], p: Float[Tensor, " D"], Bp: Float[Tensor, " D"]
 ) -> float:
-    """m(0) − m(p) = −gᵀp − ½ pᵀ B p."""
+    """Return m(0) − m(p) = −gᵀp − ½ pᵀ B p."""
     return -float(g @ p + (p @ Bp) / 2)
 
 
 def ratio_at(
     transition: Transition, layout: Layout, p: Float[Tensor, " D"], Bp: Float[Tensor, " D"]
 ) -> float:
-    """ρ of moving by p from where the transition started. One forward more where p is not the step
-    that was taken."""
+    """Return ρ of moving by p from where the transition started.
+
+    It takes one forward pass more where p is not the step that was taken.
+    """
     before = transition.before
     ahead = p - flat(layout, transition.step)
     after = (
@@ -103,6 +106,6 @@ def ratio_at(
 
 
 def check_ratio(ratio: str) -> None:
-    """Raises CurvlabError for an unknown place."""
+    """Raise CurvlabError for an unknown place at which ρ is to be taken."""
     if ratio not in get_args(Ratio):
         raise unknown("ratio", ratio, get_args(Ratio))

@@ -1,4 +1,4 @@
-"""Second moments that are not finite are seen before an average takes them up."""
+"""Checks of second moments: what is not finite is seen before an average takes it up."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from curvlab.finite import all_finite, all_short, waits
 
 
 def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
-    """Of (block's name, second moment's name, itself): raises Diverged for the first not finite.
+    """Raise Diverged for the first second moment that is not finite: no average takes it up.
 
-    The trace is looked at: no entry of a second moment exceeds its diagonal, which is positive. On
-    a GPU, which would have to wait, `refresh` sees it.
+    They are given as (block's name, second moment's name, itself). The trace is looked at: no entry
+    of a second moment exceeds its diagonal, which is positive. On a GPU, which would have to wait,
+    `refresh` sees it.
     """
     found = list(moments)
     if not found or waits(found[0][2]):
@@ -32,8 +33,10 @@ def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
 
 
 def check_squared(gradients: Mapping[str, Tensor]) -> None:
-    """Of {block: what a second moment is made of}: raises Diverged for the first whose squares are
-    not finite. On a GPU it is seen later, as above."""
+    """Raise Diverged for the first of {block: gradient} whose squares are not finite.
+
+    Second moments are made of these; on a GPU as `check_moments`.
+    """
     if not gradients or waits(next(iter(gradients.values()))) or all_short(gradients.values()):
         return
     for block, g in gradients.items():

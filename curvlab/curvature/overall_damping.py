@@ -1,6 +1,4 @@
-"""One overall damping λ for all methods → the damping parameter of each one's document
-(practice).
-"""
+"""Rules that turn one overall damping λ into the parameter of each method's document (practice)."""
 
 from __future__ import annotations
 
@@ -8,8 +6,9 @@ import math
 from collections.abc import Callable
 
 DampingRule = Callable[[float, int], float]
-"""Overall damping λ and batch size m → the document's own damping parameter, so that methods
-compare at one λ (practice).
+"""Rule from an overall damping λ and a batch size m to the document's own damping parameter.
+
+So methods compare at one λ (practice).
 """
 
 
@@ -19,19 +18,21 @@ def same(overall: float, size: int) -> float:
 
 
 def per_factor(overall: float, size: int) -> float:
-    """ε² = λ: two factors of the Fisher matrix, ε added to each."""
+    """Return ε = √λ, for two factors that make the Fisher matrix with ε added to each."""
     return math.sqrt(overall)
 
 
 def per_factor_of_mean(overall: float, size: int) -> float:
-    """ε² = λ / m: from batch-mean gradients of m examples come Fisher / m, and factors (and Adam's
-    √v) of its root.
+    """Return ε = √(λ / m), for factors (and Adam's √v) of the root of Fisher / m.
+
+    That is what batch-mean gradients of m examples give.
     """
     return math.sqrt(overall / size)
 
 
 def fixed(epsilon: float) -> DampingRule:
-    """The same at every λ: the document's ε (Table 4.3) where no matrix is approximated whose
-    damping λ could be.
+    """Return the rule that gives the same ε at every λ: the document's (Table 4.3).
+
+    For a method that approximates no matrix whose damping λ could be.
     """
     return lambda overall, size: epsilon

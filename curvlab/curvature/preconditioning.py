@@ -1,4 +1,4 @@
-"""H · gradient where H is an operator a block, for gradients by block and by parameter."""
+"""Products H · gradient where H is an operator a block, by block and by parameter."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from curvlab.linalg.operators import Operator
 def preconditioned(
     inverse: Mapping[str, Operator], partition: Mapping[str, Block], grads: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """H · grad; the same keys and shapes.
+    """Return H · grad under the keys of `grads`, in the same shapes.
 
     Args:
-        inverse, partition: {block: operator on its flattening}, {block: itself}.
+        inverse: {block: operator on its flattening}.
+        partition: {block: itself}.
         grads: {block name: tensor of the block's shape} or {parameter name: tensor}, for all or
             some blocks.
 

@@ -1,5 +1,6 @@
-"""The refinement Λ_k of S2QN (Yang et al. 2021): limited-memory BFGS of what a base matrix misses,
-by the pairs it keeps.
+"""Refinement Λ_k of S2QN (Yang et al. 2021), by the pairs it keeps.
+
+Limited-memory BFGS of what a base matrix misses.
 
 Legend: D parameters; u change of the parameters, v change of the gradient less what the base says
 of it.
@@ -15,11 +16,11 @@ from curvlab.linalg.operators import Operator
 from curvlab.linalg.pairs import Pair, accept, undamped
 
 EPSILON_B = 1e-8
-"""ε_B: pairs with uᵀv < ε_B ‖u‖ ‖v‖ are refused (S2QN 3.2)."""
+"""Cosine ε_B: pairs with uᵀv < ε_B ‖u‖ ‖v‖ are refused (S2QN 3.2)."""
 
 
 class Refinement:
-    """The pairs of Λ_k and the record of the last one.
+    """Pairs of Λ_k and the record of the last one.
 
     Args:
         most: p, the number of pairs; 0 is no refinement.
@@ -36,7 +37,7 @@ class Refinement:
 
     @property
     def gamma(self) -> float:
-        """γ of Λ⁰ = γ I; 0 where there is no pair and a base, 1 where there is neither."""
+        """Scale γ of Λ⁰ = γ I; 0 where there is no pair and a base, 1 where there is neither."""
         if self.memory is None:
             return 1.0 if self.alone else 0.0
         if self._given is not None:
@@ -45,12 +46,14 @@ class Refinement:
         return float(v @ v / (u @ v) if self.alone else u @ v / (u @ u))
 
     def memory_like(self, u: Float[Tensor, " D"]) -> Memory:
-        """The pairs, for a product; empty where there are none."""
+        """Return the pairs, for a product; empty where there are none."""
         return empty_memory(1, u) if self.memory is None else self.memory
 
     def metric(self, u: Float[Tensor, " D"], v: Float[Tensor, " D"]) -> Operator:
-        """(Λ⁰)⁻¹ of this pair, beside a base; I where uᵀv is 0 or u is: there is no γ, and the pair
-        is refused for that."""
+        """Return (Λ⁰)⁻¹ of this pair, beside a base; I where uᵀv is 0 or u is.
+
+        There is no γ then, and the pair is refused for that.
+        """
         gamma = abs(float(u @ v / (u @ u))) if self._given is None else self._given
         return multiple_of_identity(1 / gamma if gamma > 0 else 1.0, u)
 
@@ -62,6 +65,8 @@ class Refinement:
         Beside a base, what older samples missed goes: U_k is of the steps k − p to k − 1, (11).
 
         Args:
+            u: change of the parameters.
+            v: change of the gradient, less what the base says of it.
             metric: H of the pair's record.
             step: k, the number of steps done.
         """
@@ -77,7 +82,7 @@ class Refinement:
         self.memory = memory if len(memory) else None
 
     def packed(self) -> list[Tensor] | None:
-        """(u, v) of the pairs for a checkpoint, the oldest first; None where there are none."""
+        """Return (u, v) of the pairs for a checkpoint, the oldest first; None without pairs."""
         return None if self.memory is None else [self.memory.S, self.memory.Y]
 
     def restore(self, pairs: list[Tensor] | None, ages: list[int], left_out: int) -> None:

@@ -1,5 +1,4 @@
-"""What every curvature is told: its labels, its damping, and when it looks at a minibatch and when
-it inverts."""
+"""Settings of every curvature: its labels, its damping, and when it updates and inverts."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from curvlab.observation import Pass
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """When a method updates its statistics and when it refreshes its inverse; steps count from 1.
+    """Steps at which a method updates its statistics and refreshes its inverse, counted from 1.
 
     Args:
         update_every: T₁, steps between updates.
@@ -30,18 +29,20 @@ class Cadence:
         whole("refresh_every", self.refresh_every)
 
     def updates(self, step: int) -> bool:
-        """Whether statistics are updated at this step: the first, and every T₁-th."""
+        """Return whether statistics are updated at this step: the first, and every T₁-th."""
         return step == 1 or step % self.update_every == 0
 
     def refreshes(self, step: int) -> bool:
-        """Whether the inverse is refreshed at this step: each of the first T₂ (practice), and every
-        T₂-th."""
+        """Return whether the inverse is refreshed at this step.
+
+        At each of the first T₂ (practice), and every T₂-th.
+        """
         return step <= self.refresh_every or step % self.refresh_every == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvatureSettings:
-    """What every method is told beside its own options.
+    """Settings that every method is told beside its own options.
 
     Args:
         labels: the pass that its curvature is of.

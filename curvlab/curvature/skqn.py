@@ -1,5 +1,6 @@
-"""SKQN: KFAC of the data's labels as the base matrix, refined by what steps teach: S2QN (Yang et
-al.), Alg. 1, 3.4 and 4.
+"""SKQN: KFAC of the data's labels as the base matrix, refined by what steps teach.
+
+Document: S2QN (Yang et al.), Alg. 1, 3.4 and 4.
 
 The base is that of the minibatch at hand, (17), (18): G̃ ⊗ Â, row-major. A step on minibatch k − 1
 becomes a pair once the base of minibatch k is there, (10), (19), (20). The direction is −(B_k + λ_k
@@ -15,13 +16,13 @@ loss) but leaves Λ̃ singular, and on the autoencoder the loss rose; the diagon
 
 The document's appendix is not available; what it leaves open is chosen here, once for all problems:
 
-    p = 3 pairs of L-BFGS (3.2: "1 ∼ 5"); pairs with uᵀv < 1e-8 ‖u‖ ‖v‖ are skipped (3.2), after the
-    damping of its [39] k = 16 columns of the sketch Ξ, normal entries; P = ½ (VᵀU + UᵀV); τ by
-    Powell's rule, μ = 0.2 γ = 0.1: Λ⁰ = γ I, the start of the refinement (L: of the block; B: of
-    the factor, Λ̃₀) r₁, r₂: `GradientNorm`; α_k⁻¹ is the damping, a constant unless `shrink` is
-    below 1 β = 1, α⁻¹ = 30 (B: 100; at 30 both diverged on the MNIST autoencoder at step 27 to 35,
-    with each of 4 and of 3 seeds), T₂ = 20 (line 2 of Alg. 1 computes H_k at every step: T₂ = 1,
-    dear)
+- p = 3 pairs of L-BFGS (3.2: "1 ∼ 5"); pairs with uᵀv < 1e-8 ‖u‖ ‖v‖ are skipped (3.2), after
+  the damping of its [39];
+- k = 16 columns of the sketch Ξ, normal entries; P = ½ (VᵀU + UᵀV); τ by Powell's rule, μ = 0.2;
+- γ = 0.1: Λ⁰ = γ I, the start of the refinement (L: of the block; B: of the factor, Λ̃₀);
+- r₁, r₂: `GradientNorm`; α_k⁻¹ is the damping, a constant unless `shrink` is below 1;
+- β = 1, α⁻¹ = 30 (B: 100; at 30 both diverged on the MNIST autoencoder at step 27 to 35, with
+  each of 4 and of 3 seeds), T₂ = 20 (line 2 of Alg. 1 computes H_k at every step: T₂ = 1, dear).
 
 Why β / α⁻¹ is so small where a base is kept. The base of a minibatch's own labels contains that
 minibatch's gradient: if it is exact, ‖p‖ ≤ 1 / 2√λ, whatever ‖g‖. Measured at (3, 3), T₂ = 1, no
@@ -37,7 +38,7 @@ every update, while V P⁻¹ Vᵀ has no bound. In single precision it was indef
 steps (−30 beside 6·10⁴), which cancels G̃ where the gradient is.
 
 Legend: N examples, T places, I inputs incl. the bias column, O outputs, p pairs, m columns, k
-    columns after sketching.
+columns after sketching.
 """
 
 from __future__ import annotations
@@ -72,11 +73,11 @@ from curvlab.linalg.pairs import Pair, accept, undamped
 from curvlab.statistics import LayerStatistics, Reads
 
 COSINE = 1e-8
-"""ε_B, S2QN 3.2."""
+"""Cosine ε_B below which pairs are skipped: S2QN 3.2."""
 
 
 def _factored(G: Float[Tensor, "O O"], A: Float[Tensor, "I I"]) -> Kfac:
-    """KFAC of given factors."""
+    """Return KFAC of given factors."""
     kfac = Kfac()
     kfac.A, kfac.G = A, G
     return kfac
@@ -85,7 +86,7 @@ def _factored(G: Float[Tensor, "O O"], A: Float[Tensor, "I I"]) -> Kfac:
 def _base(
     G: Float[Tensor, "O O"], A: Float[Tensor, "I I"], damping: float, split: bool
 ) -> Operator:
-    """G ⊗ A + λ I, or with λ split over the factors by π as in KFAC (thesis Alg. 12, line 19)."""
+    """Return G ⊗ A + λ I, or λ split over the factors by π as in KFAC (thesis Alg. 12, line 19)."""
     return _factored(G, A).matrix(damping) if split else shifted_kronecker((G, A), damping)
 
 
@@ -109,8 +110,7 @@ def _check(what: str, count: int | None, gamma: float) -> None:
 
 
 class SkqnL(BlockDefaults):
-    """B + λI = G̃ ⊗ Â + Λ + λI, Λ by L-BFGS of the block's own pairs: S2QN 3.4 with (12), inverted
-    by (13).
+    """Sum B + λI = G̃ ⊗ Â + Λ + λI, Λ by L-BFGS of the block's own pairs: S2QN 3.4, (12), (13).
 
     Args:
         pairs: p; 0: no refinement but Λ⁰.
@@ -122,7 +122,7 @@ class SkqnL(BlockDefaults):
 
     reads: Reads = "factors"
     memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "S", "Y", "left_out")
-    factored = learns_pairs = True
+    factored = learns_pairs = compares_gradients = True
     inverse: Operator
 
     def __init__(
@@ -153,8 +153,10 @@ class SkqnL(BlockDefaults):
         return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
-        """Fold A and G in. Where a step has left a pair, v = v̂ − H_k u (10), add it, damped by
-        `mu`, unless it is to be skipped."""
+        """Fold A and G in, and add the pair that a step has left, v = v̂ − H_k u (10).
+
+        It is damped by `mu`, and skipped where it is to be.
+        """
         self.A, self.G = blend(self.A, statistics.A, weight), blend(self.G, statistics.G, weight)
         if self.S is None or self.Y is None:
             self.S = self.Y = self.A.new_empty(0, statistics.block.numel)
@@ -179,8 +181,11 @@ class SkqnL(BlockDefaults):
         self.U = self.V = None
 
     def refresh(self, damping: float) -> None:
-        """Set `inverse` by (13); without pairs it is that of G̃ ⊗ Â + (γ + λ) I, or of the factors
-        as `split` damps them. Raises Diverged where the matrix is not positive definite."""
+        """Set `inverse` by S2QN (13).
+
+        Without pairs it is that of G̃ ⊗ Â + (γ + λ) I, or of the factors as `split` damps them.
+        Raises Diverged where the matrix is not positive definite.
+        """
         assert self.A is not None
         assert self.G is not None
         assert self.S is not None
@@ -193,7 +198,7 @@ class SkqnL(BlockDefaults):
         self.U, self.V = move(), after.gradient - before.gradient  # Alg. 1, line 5
 
     def learnt(self) -> list[LearntPair]:
-        """The last pair of the block's parameters: B = Λ⁰ = γ I, and μ γ is its μ₂."""
+        """Return the last pair of the block's parameters: B = Λ⁰ = γ I, and μ γ is its μ₂."""
         if self.last is None:
             return []
         mu2 = self.mu * self.gamma or math.nan
@@ -204,7 +209,7 @@ class SkqnL(BlockDefaults):
         self.last = None
 
     def matrix(self, damping: float = 0.0) -> Operator:
-        """B + λI: an approximation of the Hessian."""
+        """Return B + λI, an approximation of the Hessian."""
         assert self.A is not None
         assert self.G is not None
         assert self.S is not None
@@ -215,7 +220,8 @@ class SkqnL(BlockDefaults):
         start = multiple_of_identity(self.gamma, self.S[0])
         if not isinstance(base, Rotated):
             return refined(base, Memory(self.pairs, self.S, self.Y), start)
-        # γ I is the same in every basis
+        # γ I is the same in every basis, and turned pairs have the products of the pairs: so the
+        # pairs are turned into the eigenbases once, where the base is diagonal.
         rows, count = (
             base.rotated(torch.cat([self.S, self.Y]).mT).mT,
             len(self.S),
@@ -225,8 +231,9 @@ class SkqnL(BlockDefaults):
 
 
 def _one_precision(operator: Operator) -> Operator:
-    """With its core, computed in double precision, in that of its rows: a state has the model's
-    dtype.
+    """Return an operator with its core, computed in double precision, in that of its rows.
+
+    A state has the model's dtype.
     """
     if isinstance(operator, Rotated):
         return Rotated(operator.bases, cast(Compact, _one_precision(operator.inside)))
@@ -239,10 +246,9 @@ ColumnPair = tuple[Float[Tensor, "O m"], Float[Tensor, "O m"]]
 
 @dataclass(frozen=True)
 class Condition:
-    """What a step gives, and the pairs (𝕌, 𝕍) that Λ̃ is to satisfy, Λ̃ 𝕌 = 𝕍, once Â and G̃ are
-    known.
+    """Secant condition: what a step gives, and the pairs (𝕌, 𝕍) that Λ̃ is to satisfy.
 
-    `commutes`: whether the columns may be sketched before.
+    Λ̃ 𝕌 = 𝕍 once Â and G̃ are known. `commutes`: whether the columns may be sketched before.
     """
 
     look: Callable[[LayerStatistics, LayerStatistics, Move], ColumnPair]
@@ -255,8 +261,9 @@ def _parameters(before: LayerStatistics, after: LayerStatistics, move: Move) -> 
 
 
 def _preactivations(before: LayerStatistics, after: LayerStatistics, move: Move) -> ColumnPair:
-    """mat(s_k − s_{k−1}), mat(Ds_k − Ds_{k−1}): a column for each example and place, of each
-    example's own loss.
+    """Return mat(s_k − s_{k−1}), mat(Ds_k − Ds_{k−1}) of each example's own loss.
+
+    They have a column for each example and place.
     """
     return (after.h - before.h).flatten(0, 1).mT, (after.g[0] - before.g[0]).flatten(0, 1).mT
 
@@ -270,14 +277,16 @@ CONDITIONS: dict[str, Condition] = {
 
 
 class SkqnB(BlockDefaults):
-    """B + λI = (G̃ + Λ̃) ⊗ Â + λI, Λ̃ by sketched block BFGS: S2QN (18), (21), (22).
+    """Sum B + λI = (G̃ + Λ̃) ⊗ Â + λI, Λ̃ by sketched block BFGS: S2QN (18), (21), (22).
 
     Args:
+        block: whose parameters.
         condition: of `CONDITIONS`: "parameters" (19), `skqn-b1`; "preactivations" (20), `skqn-b2`.
         columns: k of the sketch; None: no sketch; 0: no refinement but Λ̃₀.
         gamma: γ of Λ̃₀ = γ I.
         choice: P of (21).
-        mu: of Powell's rule for τ. tau: τ itself, in its place.
+        mu: of Powell's rule for τ.
+        tau: τ itself, in its place.
         split: λ over the factors by π as in KFAC, in place of the exact inverse in the factors'
             eigenbases.
         seed: of the sketches.
@@ -313,6 +322,7 @@ class SkqnB(BlockDefaults):
             ("seed", seed, seed >= 0, "0 or positive"),
         )
         self.condition = lookup(CONDITIONS, condition, "condition")
+        self.compares_gradients = condition == "parameters"
         self.columns, self.gamma, self.choice, self.mu, self.tau = columns, gamma, choice, mu, tau
         self.split, self.seed, self.draws = split, seed, 0
         self.A: Tensor | None = None
@@ -345,8 +355,7 @@ class SkqnB(BlockDefaults):
         self.U = self.V = None
 
     def refresh(self, damping: float) -> None:
-        """Set `inverse` to that of (G̃ + Λ̃) ⊗ Â + λI (18), or of the factors as `split` damps
-        them."""
+        """Set `inverse` to that of (G̃ + Λ̃) ⊗ Â + λI, S2QN (18), λ split where `split` says so."""
         assert self.A is not None
         self.inverse = _base_inverse(self._refined, self.A, damping, self.split)
 
@@ -361,8 +370,9 @@ class SkqnB(BlockDefaults):
         self.U, self.V = self._sketched(U, V) if self.condition.commutes else (U, V)
 
     def _sketched(self, U: Float[Tensor, "O m"], V: Float[Tensor, "O m"]) -> ColumnPair:
-        """U Ξ, V Ξ (22), where they have more than k columns. Ξ is drawn on the CPU: the same on
-        every device.
+        """Return U Ξ, V Ξ (22) where they have more than k columns, else U, V.
+
+        Ξ is drawn on the CPU: the same on every device.
         """
         m = U.shape[1]
         if self.columns is None or m <= self.columns:
@@ -376,7 +386,7 @@ class SkqnB(BlockDefaults):
         return U @ sketch, V @ sketch
 
     def learnt(self) -> list[LearntPair]:
-        """The last block of pairs of Λ̃."""
+        """Return the last block of pairs of Λ̃."""
         return [] if self.last is None else [LearntPair(which="g", pair=self.last)]
 
     def forget_learnt(self) -> None:
@@ -384,6 +394,6 @@ class SkqnB(BlockDefaults):
         self.last = None
 
     def matrix(self, damping: float = 0.0) -> Operator:
-        """B + λI: an approximation of the Hessian."""
+        """Return B + λI, an approximation of the Hessian."""
         assert self.A is not None
         return _base(self._refined, self.A, damping, self.split)

@@ -1,5 +1,6 @@
-"""Gauss-Newton and natural gradient through Sherman–Morrison–Woodbury: the whole vector (thesis
-chapter 5), or by block.
+"""Gauss-Newton and natural gradient through Sherman–Morrison–Woodbury.
+
+Of the whole vector (thesis chapter 5), or by block.
 
 Legend: N₁ examples of the minibatch, N₂ of them for the curvature; V vectors sent back; T places, Γ
 groups, I inputs incl. the bias column, O outputs of a block; D parameters.
@@ -41,11 +42,10 @@ from curvlab.statistics import LayerStatistics, Reads
 
 
 class SmwFisher(BlockDefaults):
-    """H = (λI + (1/N) Σₙ vec(D W) vec(D W)ᵀ)⁻¹ on one minibatch, no moving average: (5.6) with the
-    D_t of one layer.
+    """Inverse H = (λI + (1/N) Σₙ vec(D W) vec(D W)ᵀ)⁻¹ on one minibatch, no moving average.
 
-    The same inverse as `DenseFisher` on the same minibatch, through an N×N Gram matrix and without
-    forming a gradient.
+    (5.6) with the D_t of one layer: the same inverse as `DenseFisher` on the same minibatch,
+    through an N×N Gram matrix and without forming a gradient.
 
     Args:
         curvature_size: N₂, the first of the minibatch (a shuffled one is in random order); None
@@ -76,20 +76,23 @@ class SmwFisher(BlockDefaults):
             self.g, self.a = statistics.rows.flatten(2).flatten(0, 1) * scale, None
 
     def refresh(self, damping: float) -> None:
-        """Set `inverse` by the Cholesky factor of the Gram matrix (5.6). Raises CurvlabError where
-        the damping is not above 0, Diverged where there is no factor."""
+        """Set `inverse` by the Cholesky factor of the Gram matrix (5.6).
+
+        Raises CurvlabError where the damping is not above 0, Diverged where there is no factor.
+        """
         assert self.g is not None
         self.inverse = self.matrix(damping).inv()
 
     def matrix(self, damping: float = 0.0) -> Operator:
-        """λI + F of the last minibatch."""
+        """Return λI + F of the last minibatch."""
         assert self.g is not None
         return LowRank(Rows(self.g, self.a), damping)
 
 
 class Smw(WholeVectorCurvature):
-    """H = (λI + (1/N₂) Σ_v Σₙ vec vecᵀ)⁻¹ on the whole parameter vector, from one minibatch: thesis
-    Alg. 23.
+    """Inverse H = (λI + (1/N₂) Σ_v Σₙ vec vecᵀ)⁻¹ on the whole parameter vector: thesis Alg. 23.
+
+    It is made from one minibatch.
 
     Labels "exact": Gauss-Newton, whose rows are Jᵀ S with S Sᵀ the Hessian in the outputs. That is
     (5.6) and (5.7) at once: S is there also where the Hessian has no inverse (softmax), and the
@@ -144,19 +147,19 @@ class Smw(WholeVectorCurvature):
 
     @property
     def refreshed(self) -> float | None:
-        """λ of the Cholesky factor."""
+        """λ of the Cholesky factor; None before there is one."""
         return None if self._inverse is None else self._inverse.damping
 
     @property
     def inverse(self) -> dict[str, Operator]:
-        """{"whole": H}."""
+        """Inverse {"whole": H}."""
         if self._inverse is None:
             raise CurvlabError(NO_DATA)
         return {"whole": self._inverse}
 
     @property
     def needs(self) -> frozenset[Pass]:
-        """The pass of the next `update`; none where it looks at the N₂ examples itself."""
+        """Pass of the next `update`; none where it looks at the N₂ examples itself."""
         own_look = self.labels == "exact" and self.curvature_size is not None
         return (
             frozenset()
@@ -165,8 +168,10 @@ class Smw(WholeVectorCurvature):
         )
 
     def update(self, observation: Observation) -> None:
-        """Rows of the N₂ examples where the schedule says so, the factor of their Gram matrix where
-        it says so."""
+        """Take the rows of the N₂ examples, and factor their Gram matrix.
+
+        Both happen where the schedule says so.
+        """
         check_gradients(self.objective, observation)
         step = self.steps + 1
         if self.cadence.updates(step):
@@ -199,7 +204,7 @@ class Smw(WholeVectorCurvature):
         return Beside(tuple(found[b.name] for b in self.layout.blocks))
 
     def refresh(self) -> None:
-        """D_t of (5.6) with the damping as it stands."""
+        """Factor D_t of (5.6) with the damping as it stands."""
         if self.rows is None:
             raise CurvlabError(NO_DATA)
         check_damping(self.damping)
@@ -208,24 +213,25 @@ class Smw(WholeVectorCurvature):
         self._inverse, self.ready = factored, True
 
     def undamped(self, p: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-        """B p of the quadratic model, with the L2 term."""
+        """Return B p of the quadratic model, with the L2 term."""
         if self._inverse is None:
             raise CurvlabError(NO_DATA)
         return LowRank(self._inverse.rows, 0.0) @ p + 2 * self.objective.l2 * p
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """H · grad, {block: tensor} or {parameter: tensor}, for all of them; the same keys and
-        shapes."""
+        """Return H · grad under the keys of `grads`, blocks or parameters, for all of them."""
         return applied(self.layout, self.inverse["whole"], grads)
 
     @property
     def wants_step(self) -> bool:
-        """The loss after the step, for ρ."""
+        """Whether `learn` needs the loss after the step, for ρ."""
         return self.adapt or self.rejects
 
     def learn(self, transition: Transition) -> bool:
-        """λ by the LM rule (Alg. 23, line 6). False where the step is to be taken back (Theorem
-        6)."""
+        """Move λ by the LM rule (Alg. 23, line 6).
+
+        Returns False where the step is to be taken back (Theorem 6).
+        """
         if self._inverse is None:
             raise CurvlabError(NO_DATA)
         if self.ratio == "direction":
@@ -248,8 +254,10 @@ class Smw(WholeVectorCurvature):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
-        algorithm, model or dtype."""
+        """Go on from a saved state.
+
+        Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype.
+        """
         check_algorithm(state, self.name)
         rows, inverse = unpack(state["rows"]), unpack(state["inverse"])
         for held in (rows, None if inverse is None else inverse.rows):
@@ -260,7 +268,7 @@ class Smw(WholeVectorCurvature):
 
 
 def layer_rows(statistics: LayerStatistics) -> RowMatrix:
-    """Row (v, n): the gradient of example n for vector v, divided by √N.
+    """Return rows (v, n), the gradient of example n for vector v, divided by √N.
 
     Formed only where a weight is used at so many places that a and g are more numbers than the rows
     themselves.
@@ -280,8 +288,10 @@ def layer_rows(statistics: LayerStatistics) -> RowMatrix:
 def loose_rows(
     closure: Closure, blocks: tuple[Block, ...], labels: Pass, chosen: Tensor
 ) -> dict[str, RowMatrix]:
-    """{block: the same rows} of blocks that go the general way, for the chosen examples of a
-    minibatch."""
+    """Return {block: the same rows} of blocks that go the general way.
+
+    They are of the chosen examples of a minibatch.
+    """
     alone(closure.objective)
     layout = Layout(blocks)
     chosen = chosen.to(closure.x.device)

@@ -1,11 +1,11 @@
-"""What a saved state must fit, looked at before anything of it is taken: names, shapes and dtypes
-of the blocks.
+"""Checks of what a saved state must fit, before anything of it is taken.
 
-A state of another model must not be half-loaded, and must not wait for the next step to fail:
-shapes are read off the saved statistics themselves, by the letters that all methods share.
+Names, shapes and dtypes of the blocks are looked at. A state of another model must not be
+half-loaded, and must not wait for the next step to fail: shapes are read off the saved statistics
+themselves, by the letters that all methods share.
 
 Legend: O outputs, I inputs incl. the bias column of a block [O, I]; D its entries; P = O(O+1)/2
-    pairs of outputs.
+pairs of outputs.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ STATISTIC_AXES: dict[str, tuple[str, ...]] = {
     "g": ("*O", "*D"),
     "a": ("*I",),
 }
-"""{statistic of a block: its axes, in one of these ways}; ``*`` is any length."""
+"""Axes of a block's statistics, in one of these ways each; ``*`` is any length."""
 
 _FULL = (torch.float32, torch.float64)
 
 
 def check_names(blocks: Iterable[Block], saved: Iterable[str]) -> None:
-    """Raises CurvlabError where the saved blocks are not these."""
+    """Raise CurvlabError where the saved blocks are not these."""
     own, saved = [b.name for b in blocks], list(saved)
     if set(saved) != set(own):
         raise CurvlabError(
@@ -61,13 +61,13 @@ def check_names(blocks: Iterable[Block], saved: Iterable[str]) -> None:
 
 
 def check_shape(block: Block, what: str, found: Sequence[int]) -> None:
-    """Raises CurvlabError, with both shapes, where what is of a block is not shaped as it."""
+    """Raise CurvlabError, with both shapes, where what is of a block is not shaped as it."""
     if tuple(found) != block.shape:
         raise misfit(block, what, found)
 
 
 def misfit(block: Block, what: str, found: Sequence[int]) -> CurvlabError:
-    """The error for what is of a block of another shape."""
+    """Return the error for what is of a block of another shape."""
     return CurvlabError(
         f"{block} has shape {list(block.shape)} but in the checkpoint {what} {list(found)}:"
         f" {REBUILD}"
@@ -75,8 +75,7 @@ def misfit(block: Block, what: str, found: Sequence[int]) -> CurvlabError:
 
 
 def check_dtype(where: object, found: torch.dtype, wanted: torch.dtype) -> None:
-    """Raises CurvlabError for a state of single precision in a model of double precision, or the
-    other way round.
+    """Raise CurvlabError for a state of single precision in a model of double, or vice versa.
 
     It is not cast: a state is what goes on bit for bit, and some of it is of double precision in
     any model.
@@ -89,8 +88,9 @@ def check_dtype(where: object, found: torch.dtype, wanted: torch.dtype) -> None:
 
 
 def dtype_of(blocks: Iterable[Block]) -> torch.dtype | None:
-    """Of their statistics: the widest of their parameters'; None where some are in no layer, and so
-    do not show.
+    """Return the dtype of the blocks' statistics: the widest of their parameters'.
+
+    None where some are in no layer, and so do not show.
     """
     found = torch.float32
     for block in blocks:
@@ -104,8 +104,9 @@ def dtype_of(blocks: Iterable[Block]) -> torch.dtype | None:
 def check_memory(
     block: Block, keys: Sequence[str], saved: Mapping[str, Any], dtype: torch.dtype | None
 ) -> None:
-    """Raises CurvlabError where saved statistics are not those of such a block: other names,
-    another shape, another dtype.
+    """Raise CurvlabError where saved statistics are not those of such a block.
+
+    They may have other names, another shape, another dtype.
     """
     if set(saved) != set(keys):
         raise CurvlabError(
@@ -127,9 +128,7 @@ def check_memory(
 
 
 def check_operator(block: Block, operator: Operator, dtype: torch.dtype | None) -> None:
-    """Raises CurvlabError where an operator does not act on such a block, or is of another
-    dtype.
-    """
+    """Raise CurvlabError where an operator does not act on such a block, or is of another dtype."""
     ways = _ways(operator)
     apart = set(accumulate(block.shape, mul, initial=1)) - set(accumulate(ways, mul, initial=1))
     if math.prod(ways) != block.numel or (len(ways) > 1 and apart):
@@ -139,7 +138,7 @@ def check_operator(block: Block, operator: Operator, dtype: torch.dtype | None) 
 
 
 def check_rows(layout: Layout, rows: Beside, dtype: torch.dtype) -> None:
-    """Raises CurvlabError where rows side by side are not of these blocks."""
+    """Raise CurvlabError where rows side by side are not of these blocks."""
     if len(rows.parts) != len(layout.blocks):
         raise CurvlabError(
             f"the checkpoint has {len(rows.parts)} blocks but this model has {len(layout.blocks)}:"
@@ -162,8 +161,9 @@ def check_rows(layout: Layout, rows: Beside, dtype: torch.dtype) -> None:
 
 
 def check_vectors(layout: Layout, vectors: Mapping[str, Tensor | None], dtype: torch.dtype) -> None:
-    """Raises CurvlabError where a vector of all parameters (its last axis) is of another model, or
-    of another dtype.
+    """Raise CurvlabError where a vector of all parameters is of another model or dtype.
+
+    The parameters are its last axis.
     """
     for name, vector in vectors.items():
         if vector is None:
@@ -179,7 +179,7 @@ def check_vectors(layout: Layout, vectors: Mapping[str, Tensor | None], dtype: t
 
 
 def _ways(operator: Operator) -> tuple[int, ...]:
-    """The axes of the tensor on whose flattening an operator acts, as far as it shows."""
+    """Return the axes of the tensor on whose flattening an operator acts, as far as it shows."""
     if isinstance(operator, Kronecker):
         return tuple(len(u) for u in operator.factors)
     if isinstance(operator, Rotated):

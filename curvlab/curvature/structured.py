@@ -76,7 +76,7 @@ DIRECT = 256
 
 
 class Structured(WholeVectorCurvature):
-    """(H_k + Λ_k + λ_k I)⁻¹ on the vector of all parameters.
+    """Inverse (H_k + Λ_k + λ_k I)⁻¹ on the vector of all parameters.
 
     Args:
         objective: whose parameters; its L2 term is a part of H_k.
@@ -88,7 +88,8 @@ class Structured(WholeVectorCurvature):
         growth: |S_H| grows by this factor a step, up to the minibatch.
         damping_rule: λ_k of α_k⁻¹, and how that goes on: (8).
         gamma: γ; None for that of the newest pair.
-        tolerance: on ‖g − (B + λI) d‖ / ‖g‖ of conjugate gradients. iterations: the most of them.
+        tolerance: on ‖g − (B + λI) d‖ / ‖g‖ of conjugate gradients.
+        iterations: the most of them.
         solver: auto forms the matrix of up to 256 parameters and takes conjugate gradients above; a
             base "fisher" of fewer rows than parameters, in layers with rules, and not too many
             numbers, is solved by (14).
@@ -160,7 +161,7 @@ class Structured(WholeVectorCurvature):
     # ---- Alg. 1
 
     def update(self, observation: Observation) -> None:
-        """Lines 2 to 4: the base of this minibatch, the newest pair with it, λ_k, the inverse."""
+        """Do lines 2 to 4 of Alg. 1: base of this minibatch, newest pair, λ_k, inverse."""
         check_damping(self.damping)
         check_gradients(self.objective, observation)
         self._observation = observation
@@ -187,7 +188,7 @@ class Structured(WholeVectorCurvature):
         return self.refinement.most > 0 and self.steps % self.cadence.update_every == 0
 
     def learn(self, transition: Transition) -> bool:
-        """Line 5: the pair of this step, by two gradients on the same examples. The step stands."""
+        """Do line 5 of Alg. 1: the pair of this step, by two gradients. Returns True: it stands."""
         change = flat(self.layout, transition.after.gradients) - flat(
             self.layout, transition.before.gradients
         )
@@ -196,16 +197,16 @@ class Structured(WholeVectorCurvature):
 
     @property
     def left_out(self) -> dict[str, int | Tensor]:
-        """{"whole": pairs that were left out so far since they were not finite}."""
+        """Pairs that were left out so far since they were not finite, {"whole": number}."""
         return {"whole": self.refinement.left_out}
 
     @property
     def memory(self) -> Memory | None:
-        """The pairs of the refinement; None where there are none."""
+        """Pairs of the refinement; None where there are none."""
         return self.refinement.memory
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(B_k + λ_k I)⁻¹ g, times the step of the line search where there is one.
+        """Return (B_k + λ_k I)⁻¹ g, times the step of the line search where there is one.
 
         Args:
             grads: {block: tensor of the block's shape} or {parameter: tensor}, for all of them.
@@ -229,7 +230,10 @@ class Structured(WholeVectorCurvature):
     # ---- the base
 
     def _take(self, closure: Closure) -> Subsample:
-        """H_k of S_H."""
+        """Return H_k of S_H, drawn from the minibatch.
+
+        By a generator that depends on the objective's seed and the closure alone.
+        """
         rows = self.base == "fisher" and self.solver == "auto"
         if self.sample is not None:
             closure = sampled(closure, math.ceil(self.sample * self.growth**self.steps))
@@ -241,7 +245,7 @@ class Structured(WholeVectorCurvature):
     # ---- the refinement
 
     def _add(self, u: Float[Tensor, " D"], change: Float[Tensor, " D"]) -> None:
-        """v = v̂ − H_k u, (10), into the refinement.
+        """Add v = v̂ − H_k u, (10), to the refinement.
 
         H of the pair's record is, of L-BFGS, what the direction was taken with; else (Λ⁰)⁻¹ of this
         pair.
@@ -283,7 +287,7 @@ class Structured(WholeVectorCurvature):
         self._inverse = Product(solve, size, dtype, device)
 
     def undamped(self, p: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-        """B p of the quadratic model, with the L2 term; it counts as no work."""
+        """Return B p of the quadratic model, with the L2 term; it counts as no work."""
         if not self.ready:
             raise CurvlabError(NO_DATA)
         gamma, sample, work = self.refinement.gamma, self._sample, dict(self.work)
@@ -297,11 +301,11 @@ class Structured(WholeVectorCurvature):
         return found
 
     def learns_pairs(self) -> bool:
-        """As of `CurvatureDefaults`; without pairs to keep there is none to see."""
+        """Return True, as of `CurvatureDefaults`; without pairs to keep there is none to see."""
         return True
 
     def learnt(self) -> list[tuple[str | None, LearntPair]]:
-        """The last pair, of all blocks together."""
+        """Return the last pair, of all blocks together."""
         last = self.refinement.last
         return [] if last is None else [(None, LearntPair(which="step", pair=last))]
 
@@ -310,8 +314,9 @@ class Structured(WholeVectorCurvature):
         self.refinement.last = None
 
     def _direct(self, matrix: Operator) -> Operator:
-        """By Cholesky; λ is raised so far that the lowest eigenvalue is λ, where it was not above
-        0.
+        """Return the inverse by Cholesky.
+
+        λ is raised so far that the lowest eigenvalue is λ, where it was not above 0.
         """
         dense = matrix.dense()
         dense = (dense + dense.mT) / 2
@@ -325,7 +330,7 @@ class Structured(WholeVectorCurvature):
         return Dense(shifted(dense, raised) if raised else dense).inv()
 
     def _raise(self, curvature: float) -> None:
-        """After pᵀ(B + λI)p / pᵀp = curvature ≤ 0."""
+        """Raise λ after pᵀ(B + λI)p / pᵀp = curvature ≤ 0."""
         raised = self.lam + max(
             2 * abs(curvature), self.lam, torch.finfo(self.objective.dtype).tiny
         )
@@ -338,9 +343,7 @@ class Structured(WholeVectorCurvature):
 
     @property
     def inverse(self) -> Mapping[str, Operator]:
-        """{"whole": (B_k + λ_k I)⁻¹}; as products by conjugate gradients it is as good as their
-        tolerance.
-        """
+        """Inverse {"whole": (B_k + λ_k I)⁻¹}; by conjugate gradients as good as their tolerance."""
         if not self.ready:
             raise CurvlabError(NO_DATA)
         return {"whole": self._inverse}
@@ -348,12 +351,12 @@ class Structured(WholeVectorCurvature):
     # ---- the rest
 
     def refresh(self) -> None:
-        """Nothing is kept that could be refreshed."""
+        """Do nothing: nothing is kept that could be refreshed."""
         if not self.ready:
             raise CurvlabError(NO_DATA)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and pairs. The base is of a minibatch: the next `update` takes its own."""
+        """Return counters and pairs; the base is of a minibatch, and the next has its own."""
         state = {key: getattr(self, key) for key in _STATE}
         pairs = {
             "pairs": self.refinement.packed(),
@@ -364,8 +367,9 @@ class Structured(WholeVectorCurvature):
         return state | {"algorithm": self.name, "work": dict(self.work)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there. Raises CurvlabError, and takes nothing, where it is of another
-        algorithm, model or dtype.
+        """Go on from a saved state.
+
+        Raises CurvlabError, and takes nothing, where it is of another algorithm, model or dtype.
         """
         check_algorithm(state, self.name)
         pairs, pending = state["pairs"], state["pending"]

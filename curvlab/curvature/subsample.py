@@ -1,5 +1,6 @@
-"""The base matrix H_k of structured quasi-Newton methods: of a sample of the minibatch, as
-products, or as rows where there are few (S2QN (4), (5), (14)).
+"""Base matrices H_k of structured quasi-Newton methods, of a sample of the minibatch.
+
+As products, or as rows where there are few (S2QN (4), (5), (14)).
 
 Legend: D parameters, K columns, r rows of a low-rank base.
 """
@@ -22,7 +23,9 @@ from curvlab.exact.torch_func import Function
 from curvlab.observation import Pass
 
 Base = Literal["hessian", "fisher", "none"]
-"""Subsampled Hessian, (4); second moment of the gradients at `labels`: exact (GGN = Fisher, (5)),
+"""Kinds of base matrix.
+
+Subsampled Hessian, (4); second moment of the gradients at `labels`: exact (GGN = Fisher, (5)),
 model, data (EFIM); none.
 """
 
@@ -33,8 +36,9 @@ _ROWS = 1 << 26  # numbers in Q: beyond, products with the base take less time a
 
 @dataclass(frozen=True)
 class Subsample:
-    """H_k: the mean over S_H of a kind of matrix, as products, or where it has few rows as
-    those.
+    """Base matrix H_k: the mean over S_H of a kind of matrix, as products.
+
+    Where it has few rows, these are kept as Q.
     """
 
     size: int
@@ -43,8 +47,10 @@ class Subsample:
 
 
 def sampled(closure: Closure, wanted: int) -> Closure:
-    """S_H: so many examples, drawn from the minibatch by a generator that depends on the
-    objective's seed and the closure alone; the closure itself where it has no more.
+    """Return S_H: so many examples, drawn from the minibatch.
+
+    By a generator that depends on the objective's seed and the closure alone; the closure itself
+    where it has no more.
     """
     return part(closure, subset(closure, wanted)) if wanted < len(closure.x) else closure
 
@@ -52,10 +58,12 @@ def sampled(closure: Closure, wanted: int) -> Closure:
 def subsampled(
     closure: Closure, base: Base, labels: Pass, rows: bool, seen: Callable[[int], None]
 ) -> Subsample:
-    """H_k of all examples of a closure.
+    """Return H_k of all examples of a closure.
 
     Args:
+        closure: S_H.
         base: "hessian", or "fisher" at `labels`.
+        labels: of a base "fisher".
         rows: whether to look for rows, and to take them where that is worth it.
         seen: told of the examples that products with the base, and its rows, have seen.
     """
@@ -75,7 +83,7 @@ def subsampled(
 
 
 def _rows(closure: Closure, labels: Pass) -> Float[Tensor, "D r"] | None:
-    """Q of H = Q Qᵀ, (14), where it is worth it."""
+    """Return Q of H = Q Qᵀ, (14), where it is worth it; else None."""
     blocks, width = closure.objective.blocks, len(closure.objective.layout)
     statistics = closure.observe({labels}, move_buffers=False).passes[labels]
     if not all(b.name in statistics and statistics[b.name].structured for b in blocks):

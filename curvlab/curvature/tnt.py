@@ -1,5 +1,6 @@
-"""Tensor Normal Training: the gradient of one variable as a tensor-normal random variable (thesis
-Alg. 13 and 15).
+"""Tensor Normal Training: the gradient of a variable as a tensor-normal random variable.
+
+Thesis Alg. 13 and 15.
 
 Legend: k ways of a variable of shape [d_1, …, d_k]; V vectors, N examples, T places, I inputs incl.
 bias, O outputs.
@@ -24,14 +25,18 @@ from curvlab.statistics import LayerStatistics
 
 
 def tnt(block: Block) -> Contracted:
-    """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the batch-mean gradient: Alg. 15. Of N examples Ũ₁ ⊗ Ũ₂ estimates
-    Fisher / N."""
+    """Make H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the batch-mean gradient: Alg. 15.
+
+    Of N examples Ũ₁ ⊗ Ũ₂ estimates Fisher / N.
+    """
     return Contracted(block, batch_contractions, tnt_factors, forward=tnt_forward, theorem=lemma_10)
 
 
 def tnt_per_sample(block: Block) -> Contracted:
-    """H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the per-sample gradients: ⊗ Ũ_i estimates Fisher itself, at any
-    batch size."""
+    """Make H = ⊗ᵢ (Ũ_i + εI)⁻¹ from the per-sample gradients.
+
+    ⊗ Ũ_i estimates Fisher itself, at any batch size.
+    """
     return Contracted(
         block,
         sample_contractions,
@@ -43,20 +48,23 @@ def tnt_per_sample(block: Block) -> Contracted:
 
 
 def tnt_factors(means: Contractions, damping: float) -> tuple[Tensor, ...]:
-    """(Ũ_i + εI)⁻¹: Alg. 15, lines 15 and 16; ε is added to each factor undivided (practice)."""
+    """Return (Ũ_i + εI)⁻¹ of one variable: Alg. 15, lines 15 and 16.
+
+    ε is added to each factor undivided (practice).
+    """
     return tuple(damped_inverse(u, damping, "a TNT factor") for u in tensor_normal_factors(means))
 
 
 def tnt_forward(means: Contractions, damping: float) -> tuple[Tensor, ...]:
-    """Ũ_i + εI (thesis (4.10))."""
+    """Return Ũ_i + εI of one variable (thesis (4.10))."""
     return tuple(shifted(u, damping) for u in tensor_normal_factors(means))
 
 
 def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[Tensor]]:
-    """Mean over examples of Σ_v G^(i) of the per-sample gradients, for weight and bias.
+    """Return the mean over examples of Σ_v G^(i) of the per-sample gradients, [variable][way].
 
-    At one place (T = 1) a per-sample gradient is g aᵀ, so that G^(1) = ‖a‖² g gᵀ, and the others
-    are ‖g‖² times those of a alone: no row is formed.
+    The variables are weight and bias. At one place (T = 1) a per-sample gradient is g aᵀ, so that
+    G^(1) = ‖a‖² g gᵀ, and the others are ‖g‖² times those of a alone: no row is formed.
     """
     inputs = slice(None, -1) if block.biased else slice(None)
     if statistics.a.shape[1] > 1:
@@ -69,7 +77,8 @@ def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[
             bias * a.norm(dim=1, keepdim=True),
             with_pixels(block, a * bias.norm(dim=1, keepdim=True)),
         ]
-    # summed over the first axis
+    # The examples are an axis of `part` that is no way: mat_way has it among its columns, so that
+    # one product sums over them, and no G^(i) of an example is formed.
     found = [[contraction(part, way) for part in parts for way in range(1, part.ndim)]]
     if block.biased:
         found.append([contraction(bias, 1)])
@@ -77,10 +86,10 @@ def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[
 
 
 def gradient_norm_bound(part: Kronecker, damping: float) -> float:
-    """tr E[vec G vec Gᵀ] of one variable, which bounds the norm in Lemma 10: c₀ᵏ Π d_j by (4.10),
-    c₀ the mean of Ũ₁.
+    """Return tr E[vec G vec Gᵀ] of one variable, which bounds the norm in Lemma 10.
 
-    Read off H itself, ⊗ᵢ (Ũ_i + εI)⁻¹, which may be older than its statistics.
+    It is c₀ᵏ Π d_j by (4.10), c₀ the mean of Ũ₁, read off H itself, ⊗ᵢ (Ũ_i + εI)⁻¹, which may be
+    older than its statistics.
     """
     first, shape = part.factors[0], [len(f) for f in part.factors]
     assert isinstance(first, Tensor)
@@ -89,8 +98,9 @@ def gradient_norm_bound(part: Kronecker, damping: float) -> float:
 
 
 def lemma_10(parts: Sequence[Kronecker], damping: float) -> FactorBounds:
-    """Bounds on H_a, H_g (where the weight is a matrix) and H: thesis Lemma 10, and (4.10) with
-    Lemma 9 in its proof.
+    """Return the bounds of H_a, H_g (where the weight is a matrix) and H: thesis Lemma 10.
+
+    Those of the factors are by (4.10) with Lemma 9 in its proof.
 
     Args:
         parts: the inverses ⊗ᵢ (Ũ_i + εI)⁻¹ of the block's variables, weight first.

@@ -1,5 +1,6 @@
-"""What methods of the whole parameter vector share: one vector of all, parts of a minibatch, the
-loss elsewhere, line search.
+"""Base of methods of the whole parameter vector.
+
+One vector of all parameters, parts of a minibatch, the loss elsewhere, line search.
 
 Legend: D parameters, block after block (`Layout`); N examples.
 """
@@ -29,7 +30,7 @@ Search = Literal["none", "armijo", "wolfe"]
 
 
 def flat(layout: Layout, tensors: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
-    """{block: tensor} or {parameter: tensor}, for all of them → one vector.
+    """Return {block: tensor} or {parameter: tensor}, for all of them, as one vector.
 
     Raises:
         CurvlabError: a name that is neither, a block or parameter that is missing, a tensor of
@@ -56,26 +57,27 @@ def flat(layout: Layout, tensors: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
 
 
 def unflat(layout: Layout, vector: Float[Tensor, " D"]) -> dict[str, Tensor]:
-    """One vector → {block: tensor in the block's shape}, views."""
+    """Return one vector as {block: tensor in the block's shape}, views."""
     return {b.name: vector[layout.slices[b.name]].view(b.shape) for b in layout.blocks}
 
 
 def unflat_like(
     layout: Layout, vector: Float[Tensor, " D"], grads: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """One vector → the keys of `grads`: blocks or parameters."""
+    """Return one vector under the keys of `grads`: blocks or parameters."""
     found = layout.unflatten(vector) | unflat(layout, vector)
     return {name: found[name] for name in grads}
 
 
 def applied(layout: Layout, operator: Operator, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """operator @ grads, for a `precondition` that is a product: the same keys and shapes."""
+    """Return operator @ grads, for a `precondition` that is a product: the same keys and shapes."""
     return unflat_like(layout, operator @ flat(layout, grads), grads)
 
 
 def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:
-    """Some examples of a minibatch, with the number, and so the generator of labels, of the
-    whole.
+    """Return some examples of a minibatch, with the number of the whole.
+
+    So they have the generator of labels of the whole too.
     """
     x = closure.x.index_select(0, indices)
     x = x.coalesce() if x.is_sparse else x
@@ -88,11 +90,10 @@ _OF_SUBSETS = 1 << 31  # beside the parts of the generators of labels
 
 
 def subset(closure: Closure, size: int) -> Int[Tensor, " n"]:
-    """`size` different examples (all where there are no more), ascending: a function of the
-    closure's number alone.
+    """Return `size` different examples (all where there are no more), ascending.
 
-    So it is the same alone and in company, continues from a checkpoint, and is the same on every
-    device.
+    They are a function of the closure's number alone, so that they are the same alone and in
+    company, continue from a checkpoint, and are the same on every device.
     """
     objective, count = closure.objective, len(closure.x)
     seed = objective.generator(
@@ -103,10 +104,10 @@ def subset(closure: Closure, size: int) -> Int[Tensor, " n"]:
 
 
 def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
-    """Mean loss of the minibatch at weights + step, {block: tensor}, no graph; nothing moves, not
-    even BatchNorm's buffers.
+    """Return the mean loss of the minibatch at weights + step, {block: tensor}, without a graph.
 
-    Inf or NaN where the loss is not finite there: a trial point may be bad.
+    Nothing moves, not even BatchNorm's buffers. Inf or NaN where the loss is not finite there: a
+    trial point may be bad.
     """
     objective = closure.objective
     parameters, saved = objective.parameters, weights(objective)
@@ -125,7 +126,7 @@ def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
 
 @contextmanager
 def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[None]:
-    """The parameters at θ + by · d inside, back to the bit after."""
+    """Move the parameters to θ + by · d inside, and back to the bit after."""
     parameters, saved = objective.parameters, weights(objective)
     try:
         with torch.no_grad():
@@ -139,8 +140,9 @@ def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[N
 def searched(
     observation: Observation, g: Float[Tensor, " D"], d: Float[Tensor, " D"], search: Search
 ) -> Found:
-    """How far along −d, on the minibatch of the observation, whose gradient is g; the parameters
-    are back after it.
+    """Search how far to go along −d, on the minibatch of the observation, whose gradient is g.
+
+    The parameters are back after it.
     """
     objective = observation.closure.objective
     slope, start = -float(g @ d), float(observation.loss)
@@ -165,7 +167,7 @@ def searched(
 
 
 class WholeVectorCurvature(CurvatureDefaults):
-    """What methods of the whole vector share: their settings, a count of steps, and no warm start.
+    """Base of methods of the whole vector: their settings, a count of steps, and no warm start.
 
     Args:
         objective: whose parameters.
@@ -186,7 +188,7 @@ class WholeVectorCurvature(CurvatureDefaults):
 
 
 def check_curvature_size(size: int | None) -> None:
-    """Raises CurvlabError for N₂ < 1."""
+    """Raise CurvlabError for N₂ < 1."""
     if size is not None and size < 1:
         raise CurvlabError(
             f"curvature_size must be a positive number of examples, or None for all, not {size:g}"

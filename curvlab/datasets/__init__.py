@@ -124,7 +124,7 @@ DATASETS: dict[str, Entry] = {
 
 
 def load(name: str) -> tuple[Dataset, Dataset]:
-    """(train, test) of data set `name`; a set that has no test part gives one of no examples.
+    """Load (train, test) of data set `name`; a set without a test part gives one of no examples.
 
     Raises:
         CurvlabError: an unknown name, a missing or damaged file, data that contain NaN.

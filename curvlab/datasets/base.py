@@ -1,4 +1,4 @@
-"""What a data set is, and how it gives minibatches."""
+"""Data sets and the minibatches that they give."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from curvlab.errors import LARGEST, MOST_STEPS, CurvlabError, whole
 from curvlab.finite import all_finite
 
 Augmentation: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
-"""(inputs of a minibatch, generator) → inputs of the same shape; all that is random comes from the
-generator.
+"""Augmentation of a minibatch, (inputs, generator) → inputs of the same shape.
+
+All that is random comes from the generator.
 """
 
 
@@ -26,7 +27,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class SparseRows:
-    """Inputs that are kept as a CSR matrix and come out dense: ``rows[chosen]`` is a tensor [n, F].
+    """Inputs kept as a CSR matrix that come out dense: ``rows[chosen]`` is a tensor [n, F].
 
     Layers and their statistics then need to know nothing of sparsity; what is dense is one
     minibatch, never the data set. ``rows.coo(chosen)`` is a sparse tensor, for models that take one
@@ -37,17 +38,17 @@ class SparseRows:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape [N, F] of the matrix."""
+        """Shape [N, F] of the matrix."""
         return torch.Size(self.matrix.shape)
 
     @property
     def ndim(self) -> int:
-        """The number of axes, 2."""
+        """Number of axes, 2."""
         return 2
 
     @property
     def dtype(self) -> torch.dtype:
-        """The torch dtype of what is stored, which the rows have too."""
+        """Torch dtype of what is stored, which the rows have too."""
         return torch.from_numpy(self.matrix.data[:0]).dtype
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class SparseRows:
         return torch.from_numpy(self._chosen(chosen).toarray())
 
     def coo(self, chosen: Tensor | slice = slice(None)) -> Float[Tensor, "n F"]:
-        """The same as a sparse tensor, coalesced."""
+        """Return the chosen rows as a sparse tensor, coalesced."""
         found = self._chosen(chosen).tocoo()
         places = torch.from_numpy(np.stack([found.row, found.col]).astype(np.int64))
         return torch.sparse_coo_tensor(
@@ -88,7 +89,7 @@ class Dataset:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """The shape of one input: what a model of the data's shape is built with."""
+        """Shape of one input: what a model of the data's shape is built with."""
         return tuple(self.x.shape[1:])
 
     @property
@@ -99,8 +100,9 @@ class Dataset:
 
     @property
     def outputs(self) -> int:
-        """Outputs that a model needs: the number of classes, or of the numbers in one target; of
-        sequences the number of symbols, those of the inputs included.
+        """Number of outputs that a model needs: of classes, or of the numbers in one target.
+
+        Of sequences it is the number of symbols, those of the inputs included.
         """
         if self.y.is_floating_point():
             return int(self.y.shape[1:].numel())
@@ -111,8 +113,9 @@ class Dataset:
         return largest + 1
 
     def check(self) -> None:
-        """Raise CurvlabError where the data cannot be what they should: different lengths, NaN or
-        Inf, negative labels other than −100.
+        """Raise CurvlabError where the data cannot be what they should.
+
+        Different lengths, NaN or Inf, negative labels other than −100.
         """
         if len(self.x) != len(self.y):
             raise CurvlabError(
@@ -135,11 +138,10 @@ class Dataset:
                 )
 
     def batches(self, size: int, epochs: int = 1, seed: int = 0, augment: bool = True) -> Batches:
-        """Minibatches (x, y) of exactly `size` examples, reshuffled every epoch; what is left of an
-        epoch is dropped.
+        """Return minibatches (x, y) of exactly `size` examples, reshuffled every epoch.
 
-        Order and augmentation depend on `seed` alone. ``augment=False`` leaves the data as they
-        are.
+        What is left of an epoch is dropped. Order and augmentation depend on `seed` alone.
+        ``augment=False`` leaves the data as they are.
 
         Raises:
             CurvlabError: `size` below 1 or above the number of examples, `epochs` below 1, a seed
@@ -164,9 +166,7 @@ def _where(values: Tensor, x: Tensor | SparseRows) -> str:
 
 @dataclass(frozen=True)
 class Batches:
-    """An iterable over minibatches that can be gone through any number of times, always the
-    same.
-    """
+    """Minibatches that can be gone through any number of times, always the same."""
 
     data: Dataset
     size: int
@@ -178,16 +178,17 @@ class Batches:
 
     @property
     def per_epoch(self) -> int:
-        """The number of whole minibatches in one epoch."""
+        """Number of whole minibatches in one epoch."""
         return len(self.data) // self.size
 
     def one_pass(self) -> Batches:
-        """The first epoch alone: what a warm start goes through."""
+        """Return the first epoch alone: what a warm start goes through."""
         return replace(self, epochs=1)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The minibatches of epoch `number`, counted from 0, from minibatch `start` on: a function
-        of (seed, number) alone.
+        """Yield the minibatches of epoch `number`, counted from 0, from minibatch `start` on.
+
+        They are a function of (seed, number) alone.
         """
         data = self.data
         order = torch.randperm(len(data), generator=generator(self.seed, number))
@@ -206,7 +207,7 @@ class Batches:
 
 
 def generator(*entropy: int) -> torch.Generator:
-    """A generator that is a function of these numbers alone."""
+    """Return a generator that is a function of these numbers alone."""
     return torch.Generator().manual_seed(
         int(np.random.SeedSequence(list(entropy)).generate_state(1)[0])
     )

@@ -1,4 +1,4 @@
-"""Where data files are, whether they are whole, and what is kept of what was made.
+"""Files of data: where they are, whether they are whole, and what is kept of what was made.
 
 A file is looked for in the folder that the environment variable CURVLAB_DATA names, beside the
 installed package and in the checkout's `data/`; one with an address is then downloaded, once, to
@@ -28,11 +28,10 @@ from curvlab.system.paths import expanded
 
 @dataclass(frozen=True)
 class File:
-    """A data file: its known checksums (SHA-256, or MD5 where that is what is published), and its
-    address.
+    """Data file: its known checksums, and its address.
 
-    `url` gives the copy of the first checksum. Without a checksum a file is checked by what it
-    holds when it is read.
+    Checksums are SHA-256, or MD5 where that is what is published. `url` gives the copy of the first
+    checksum. Without a checksum a file is checked by what it holds when it is read.
     """
 
     sums: tuple[str, ...] = ()
@@ -94,7 +93,7 @@ PACKAGED = ("mnist.npz", "shakespeare.txt.xz")
 
 
 def folders() -> list[Path]:
-    """Where files are looked for, the user's folder first."""
+    """Return the folders where files are looked for, the user's first."""
     here = Path(__file__).resolve().parents[1]
     chosen = os.environ.get("CURVLAB_DATA")
     return [
@@ -105,7 +104,7 @@ def folders() -> list[Path]:
 
 
 def cache() -> Path:
-    """Where downloads and regenerated data sets are kept."""
+    """Return the folder where downloads and regenerated data sets are kept."""
     import pooch
 
     chosen = os.environ.get("CURVLAB_CACHE")
@@ -113,13 +112,14 @@ def cache() -> Path:
 
 
 def find(name: str) -> Path | None:
-    """The path of a file in the first folder that has it, unverified."""
+    """Return the path of a file in the first folder that has it, unverified; else None."""
     return next((path for path in (folder / name for folder in folders()) if path.is_file()), None)
 
 
 def file(name: str) -> Path:
-    """The path of a data file whose checksum is right; downloaded where it is in no folder and has
-    an address.
+    """Return the path of a data file whose checksum is right.
+
+    It is downloaded where it is in no folder and has an address.
 
     Raises:
         CurvlabError: the file is missing or damaged; the message says where it was looked for and
@@ -145,9 +145,7 @@ def file(name: str) -> Path:
 
 
 def verify(path: Path, name: str, sums: tuple[str, ...]) -> None:
-    """Raises CurvlabError where a file is not to be read, or is none of those that these are the
-    checksums of.
-    """
+    """Raise CurvlabError where a file cannot be read, or has none of these checksums."""
     algorithm, said = ("sha256", "SHA-256") if len(sums[0]) == 64 else ("md5", "MD5")
     try:
         with path.open("rb") as stream:
@@ -167,7 +165,7 @@ def verify(path: Path, name: str, sums: tuple[str, ...]) -> None:
 
 
 class _Announce:
-    """Says once, when the answer has begun, that something is being downloaded."""
+    """Progress bar that says once, when the answer has begun, that something is downloaded."""
 
     def __init__(self, name: str, url: str) -> None:
         self.name, self.url, self._total = name, url, 0
@@ -190,8 +188,9 @@ class _Announce:
 
 
 def _download(name: str, known: File, where: str) -> Path:
-    """From the address to the cache folder, whole and verified; a copy that is there and right is
-    taken.
+    """Download a file to the cache folder, whole and verified, and return its path.
+
+    A copy that is there and right is taken.
     """
     import pooch
 
@@ -213,11 +212,11 @@ def _download(name: str, known: File, where: str) -> Path:
 
 
 def cached(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """What `make` returns, kept as `name`.npz in the cache folder with the SHA-256 of its content,
-    written whole or not at all.
+    """Return what `make` returns, kept as `name`.npz in the cache folder.
 
-    A copy that is damaged is made again, and one that cannot be written is done without; each is
-    said in a warning.
+    It is kept with the SHA-256 of its content, and written whole or not at all. A copy that is
+    damaged is made again, and one that cannot be written is done without; each is said in a
+    warning.
     """
     path = cache() / f"{name}.npz"
     try:

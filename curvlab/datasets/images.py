@@ -1,4 +1,4 @@
-"""MNIST in several shapes, CIFAR, and the augmentation of images.
+"""Images: MNIST in several shapes, CIFAR, and their augmentation.
 
 Legend: N images, C channels, H, W height and width.
 """
@@ -73,7 +73,7 @@ def mnist16() -> tuple[Dataset, Dataset]:
 
 
 def mnist_ae() -> tuple[Dataset, Dataset]:
-    """MNIST whose targets are the inputs."""
+    """Load MNIST whose targets are the inputs, as `mnist` does."""
     raw = _mnist_images()
 
     def part(name: str) -> Dataset:
@@ -86,19 +86,20 @@ def mnist_ae() -> tuple[Dataset, Dataset]:
 
 
 def mnist_standard() -> tuple[Dataset, Dataset]:
-    """Each pixel at mean 0 and variance 1 (thesis 5.8: "scaled to have zero means and unit
-    variances").
+    """Load MNIST with each pixel at mean 0 and variance 1.
+
+    Thesis 5.8: "scaled to have zero means and unit variances".
     """
     return _standard(mnist(), "mnist-standard", "MNIST, 28×28")
 
 
 def cifar10_standard() -> tuple[Dataset, Dataset]:
-    """Each pixel at mean 0 and variance 1, flattened (thesis 5.8)."""
+    """Load CIFAR-10 flattened, each pixel at mean 0 and variance 1 (thesis 5.8)."""
     return _standard(cifar10(), "cifar10-standard", "CIFAR-10, 3×32×32")
 
 
 def cifar10_subset_standard() -> tuple[Dataset, Dataset]:
-    """The same of the subset."""
+    """Load the subset of CIFAR-10 flattened, each pixel at mean 0 and variance 1."""
     return _standard(
         cifar10_subset(), "cifar10-subset-standard", "8,068 images of CIFAR-10, 3×32×32"
     )
@@ -115,8 +116,10 @@ def _standard(parts: tuple[Dataset, Dataset], name: str, what: str) -> tuple[Dat
 
 @dataclass(frozen=True)
 class CropAndFlip:
-    """Each image framed by `padding` pixels of colour `fill`, cropped at random to its size, and
-    mirrored with probability ½.
+    """Augmentation of images by random crops and horizontal flips.
+
+    Each is framed by `padding` pixels of colour `fill`, cropped at random to its size, and mirrored
+    with probability ½.
 
     Thesis 4.7.2 has random crops and horizontal flips, after Krizhevsky et al. (2012), as have Ren
     and Goldfarb (2021); the frame of 4 pixels is that of He et al. (2016), 4.2.
@@ -128,6 +131,7 @@ class CropAndFlip:
     def __call__(
         self, x: Float[Tensor, "N C H W"], generator: torch.Generator
     ) -> Float[Tensor, "N C H W"]:
+        """Return the images cropped and mirrored, all that is random from the generator."""
         n, c, h, w = x.shape
         p = self.padding
         top, left = torch.randint(0, 2 * p + 1, (2, n, 1), generator=generator)
@@ -146,8 +150,9 @@ class CropAndFlip:
 
 @dataclass(frozen=True)
 class Cifar:
-    """How one of the two CIFAR sets is kept: as pickles in a folder, in an archive of that folder,
-    or as an npz file.
+    """Names under which one of the two CIFAR sets is kept.
+
+    As pickles in a folder, in an archive of that folder, or as an npz file.
     """
 
     title: str
@@ -182,7 +187,7 @@ CIFAR100 = Cifar(
 )
 
 Arrays = dict[str, NDArray[Any]]
-"""x_train, y_train, x_test, y_test."""
+"""Arrays x_train, y_train, x_test, y_test of a CIFAR set."""
 
 
 def cifar10() -> tuple[Dataset, Dataset]:
@@ -207,7 +212,7 @@ def cifar100() -> tuple[Dataset, Dataset]:
 
 
 def cifar10_subset() -> tuple[Dataset, Dataset]:
-    """Load the subset's own file as `cifar10` does; 8,068 training and 1,017 test images.
+    """Load 8,068 training and 1,017 test images of CIFAR-10 as `cifar10` does, from their own file.
 
     Raises:
         CurvlabError: a file is missing or damaged.
@@ -219,8 +224,9 @@ def cifar10_subset() -> tuple[Dataset, Dataset]:
 
 
 def _cifar_dataset(name: str, kind: Cifar, arrays: Arrays) -> tuple[Dataset, Dataset]:
-    """Channels at mean 0 and variance 1 over the training images; the frame of random crops is
-    black.
+    """Return (train, test) with channels at mean 0 and variance 1 over the training images.
+
+    The frame of random crops is black.
     """
     description = (
         f"{kind.title}, 3×32×32, channels at mean 0 and variance 1 over the training images"
@@ -248,7 +254,7 @@ def _cifar_dataset(name: str, kind: Cifar, arrays: Arrays) -> tuple[Dataset, Dat
 
 
 def _images(x: NDArray[Any], name: str) -> NDArray[np.uint8]:
-    """[N, 3, 32, 32] bytes, from that, from channels last or from rows of 3072."""
+    """Return images as bytes [N, 3, 32, 32], from that, channels last or rows of 3072."""
     if x.dtype == np.uint8 and x.shape[1:] == (3072,):
         return x.reshape(-1, 3, 32, 32)
     if x.dtype == np.uint8 and x.shape[1:] == (32, 32, 3):
@@ -288,8 +294,10 @@ def _npz(path: Path) -> Arrays:
 
 
 def _cifar_arrays(kind: Cifar) -> Arrays:
-    """The npz file where the user has one, else the pickles of the folder, else those of the
-    archive, downloaded if need be.
+    """Read the images and labels of a CIFAR set from where the user has them.
+
+    The npz file where there is one, else the pickles of the folder, else those of the archive,
+    downloaded if need be.
     """
     path = find(kind.npz)
     if path is not None:
@@ -327,8 +335,9 @@ def _from_archive(path: Path, kind: Cifar, members: tuple[str, ...]) -> list[dic
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads containers, strings, numbers and numpy arrays; refuses everything else that a pickle
-    can ask for.
+    """Unpickler of containers, strings, numbers and numpy arrays alone.
+
+    It refuses everything else that a pickle can ask for.
     """
 
     reconstruct: Callable[..., Any] = np.empty(0).__reduce__()[0]  # type: ignore[assignment]  # str | Callable
@@ -347,7 +356,9 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def unpickled(content: bytes, where: str, labels: bytes = b"labels") -> dict[bytes, Any]:
-    """The dictionary in a CIFAR pickle. Nothing but data is ever made of it, whatever it holds.
+    """Return the dictionary in a CIFAR pickle.
+
+    Nothing but data is ever made of it, whatever it holds.
 
     Raises:
         CurvlabError: it is damaged, or asks for more than arrays.

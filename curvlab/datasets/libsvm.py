@@ -1,8 +1,8 @@
-"""Binary classification for logistic regression (S2QN: Yang et al. 2021, (26)): LIBSVM text files,
-and sparse text.
+"""Binary classification for logistic regression: LIBSVM text files, and sparse text.
 
-Targets are 0 and 1 for the files' −1 and 1, floating and of shape [N, 1], as the Bernoulli
-likelihood takes them: its loss at the output ⟨x, θ⟩ is then (26)'s log(1 + exp(−y ⟨x, θ⟩)).
+S2QN (Yang et al. 2021), (26). Targets are 0 and 1 for the files' −1 and 1, floating and of shape
+[N, 1], as the Bernoulli likelihood takes them: its loss at the output ⟨x, θ⟩ is then (26)'s log(1 +
+exp(−y ⟨x, θ⟩)).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WEBSPAM = "webspam_wc_normalized_unigram.svm"
 
 
 def _read(path: Path, features: int, rows: int) -> tuple[Any, Tensor]:
-    """(CSR matrix [N, features], targets [N, 1]) of a LIBSVM file."""
+    """Return (CSR matrix [N, features], targets [N, 1]) of a LIBSVM file."""
     from sklearn.datasets import load_svmlight_file
 
     try:
@@ -44,7 +44,7 @@ def _targets(positive: Any) -> Tensor:
 
 
 def _untested(data: Dataset) -> Dataset:
-    """The test part of a set that has none: no examples."""
+    """Return the test part of a set that has none: no examples."""
     return Dataset(data.name, data.x[:0], data.y[:0], f"{data.description} (no test part)")
 
 
@@ -81,11 +81,13 @@ def w8a() -> tuple[Dataset, Dataset]:
 
 
 def news20() -> tuple[Dataset, Dataset]:
-    """Newsgroups 1 to 10 against 11 to 20: computers, sciences and items for sale against
-    recreation, politics and religion.
+    """Load newsgroups 1 to 10 against 11 to 20, sparse, without a test part.
 
-    S2QN uses another file of the same messages, LIBSVM's `news20.binary`, which divides the groups
-    likewise.
+    Computers, sciences and items for sale against recreation, politics and religion. S2QN uses
+    another file of the same messages, LIBSVM's `news20.binary`, which divides the groups likewise.
+
+    Raises:
+        CurvlabError: a file is missing or damaged.
     """
     from scipy.sparse import csr_matrix, diags
 
@@ -107,8 +109,13 @@ def news20() -> tuple[Dataset, Dataset]:
 
 
 def webspam() -> tuple[Dataset, Dataset]:
-    """300,000 of the 350,000 examples to train on (thesis 5.8 gives the number alone): chosen by
-    seed 0.
+    """Load webspam, 300,000 and 50,000 examples: x [N, 254], y [N, 1] of 0 and 1.
+
+    Features have mean 0 and variance 1 over the training examples. Thesis 5.8 gives the number of
+    these alone: they are chosen by seed 0.
+
+    Raises:
+        CurvlabError: a file is missing or damaged.
     """
     x, y = _read(file(WEBSPAM), 254, 350_000)
     dense = torch.from_numpy(x.toarray())
@@ -125,8 +132,9 @@ def webspam() -> tuple[Dataset, Dataset]:
 
 
 def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Each feature at mean 0 and variance 1 over the training examples; one that never varies there
-    is only shifted.
+    """Return both parts with each feature at mean 0 and variance 1 over the training examples.
+
+    One that never varies there is only shifted.
     """
     # no copy of it all
     moments = [

@@ -29,7 +29,7 @@ a of the kernel.
 """
 
 RECIPE = 1
-"""Counted up whenever what is drawn from a seed changes: part of the names in the cache."""
+"""Number of the recipe, in the names in the cache: raised whenever a seed draws other images."""
 
 PATCH, STEP, PATCHES = 25, 2.25, 414
 """FACES: pixels of a side; distance of neighbouring samples in the enlarged image; patches of an
@@ -38,7 +38,7 @@ image.
 
 
 def quantised(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """The nearest of the numbers 0 to 255."""
+    """Return the nearest of the numbers 0 to 255, as bytes."""
     whole: NDArray[np.uint8] = np.rint(values).astype(np.uint8)
     return whole
 
@@ -46,7 +46,7 @@ def quantised(values: NDArray[np.float64]) -> NDArray[np.uint8]:
 def natural_spline(
     points: Float[NDArray[np.float64], "n 3 2"], x: Float[NDArray[np.float64], "n P"]
 ) -> Float[NDArray[np.float64], "n P"]:
-    """y(x) on the natural cubic splines through three points each, their x ascending.
+    """Return y(x) on the natural cubic splines through three points each, their x ascending.
 
     One number M, the second derivative at the middle point, decides each: h₀ + h₁ intervals, 2 (h₀
     + h₁) M = 6 (d₁ − d₀).
@@ -62,7 +62,7 @@ def natural_spline(
 
 
 def draw_curves(n: int, rng: np.random.Generator) -> UInt8[NDArray[np.uint8], "n S S"]:
-    """Images of n random curves, in 256 steps of intensity.
+    """Draw images of n random curves, in 256 steps of intensity.
 
     Three points uniform in the square inside the margin, sorted by x, define a natural cubic
     spline. A curve that leaves the image is held at its edge. 60 points evenly spaced by arc length
@@ -102,7 +102,7 @@ def draw_curves(n: int, rng: np.random.Generator) -> UInt8[NDArray[np.uint8], "n
 
 
 def curves(seed: int = 0, train: int = 20_000, test: int = 10_000) -> tuple[Dataset, Dataset]:
-    """CURVES, regenerated from `seed`; kept in the cache folder."""
+    """Load CURVES, regenerated from `seed` and kept in the cache folder; targets are the inputs."""
 
     def make() -> NDArray[np.uint8]:
         rng = np.random.default_rng(seed)
@@ -125,7 +125,10 @@ def curves(seed: int = 0, train: int = 20_000, test: int = 10_000) -> tuple[Data
 
 
 def olivetti(path: Path) -> UInt8[NDArray[np.uint8], "400 64 64"]:
-    """The Olivetti faces, ten images a person one after another."""
+    """Read the Olivetti faces, ten images a person one after another.
+
+    Raises CurvlabError for a file that does not hold them.
+    """
     try:
         faces = loadmat(path)["faces"]
     except Exception as error:  # scipy names no class of its own for damaged files
@@ -145,8 +148,9 @@ def turned_patches(
     angles: Float[NDArray[np.float64], " n"],
     enlargements: Float[NDArray[np.float64], " n"],
 ) -> UInt8[NDArray[np.uint8], "n S S"]:
-    """Centred patches of the image turned by `angles` (radians) and enlarged, sampled every 2.25
-    pixels, bilinearly.
+    """Return centred patches of the image turned by `angles` (radians) and enlarged.
+
+    They are sampled every 2.25 pixels, bilinearly.
     """
     offset = (np.arange(PATCH) - PATCH // 2) * STEP
     down, right = np.meshgrid(offset, offset, indexing="ij")
@@ -161,8 +165,9 @@ def turned_patches(
 
 
 def faces(seed: int = 0) -> tuple[Dataset, Dataset]:
-    """FACES, regenerated from the Olivetti faces: rotations of ±90° and enlargements of 1.4 to 1.8
-    from `seed`; kept in the cache folder.
+    """Load FACES, regenerated from the Olivetti faces and kept in the cache folder.
+
+    Rotations of ±90° and enlargements of 1.4 to 1.8 are drawn from `seed`; targets are the inputs.
 
     Training examples are those of people 1 to 25; test examples of people 31 to 40, as with Hinton
     and Salakhutdinov, who keep people 26 to 30 for validation (thesis Table 2.3 counts these 20,700

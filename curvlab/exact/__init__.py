@@ -1,5 +1,6 @@
-"""The oracle: per-sample gradients and Jacobians; Hessian, Gauss-Newton, Π and Fisher, exactly,
-dense or as products.
+"""Exact matrices, the oracle: Hessian, Gauss-Newton, Π and Fisher, dense or as products.
+
+Gradients and Jacobians of single examples are here too.
 """
 
 from curvlab.exact.batches import KINDS, Kind

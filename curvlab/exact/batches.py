@@ -1,5 +1,6 @@
-"""What the oracle reads: one minibatch or a loader, in chunks of bounded size, and a model whose
-examples stand alone.
+"""Data as the oracle reads them: one minibatch or a loader, in chunks of bounded size.
+
+The model's examples must stand alone.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.fingerprint import Unchanging
 from curvlab.forms import Form
 from curvlab.layers import Block
+from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
 from curvlab.observation import Pass
 
@@ -31,8 +33,9 @@ ones, or the data's.
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 PASSES: dict[str, Pass] = {"ggn": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data"}
-"""The kinds that are second moments, and the pass that sends their vectors back; the others need
-second derivatives.
+"""Kinds that are second moments, and the pass that sends their vectors back.
+
+The others need second derivatives.
 """
 
 CHUNK = 4096
@@ -43,22 +46,23 @@ _NUMBERS = 1 << 24  # in the pre-activation Hessians of one block at a time
 
 
 def check_kind(kind: str, draws: int = 1) -> None:
-    """Raises CurvlabError for an unknown kind of matrix, or no draw."""
+    """Raise CurvlabError for an unknown kind of matrix, or no draw."""
     if kind not in KINDS:
         raise unknown("kind of matrix", kind, KINDS)
     if draws < 1:
         raise CurvlabError(f"draws must be 1 or more, not {draws}")
 
 
-Loader = Iterable[tuple[Tensor, Tensor]]
+Loader = Iterable[Any]
+"""Of minibatches: pairs (x, y), or mappings with the labels in them."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Minibatches as closures. Drawn labels depend on the objective's seed, the number of the call
-    and the chunk alone.
+    """Minibatches as closures, from one minibatch or a loader.
 
-    A loader that is read `again` must give the same data at every pass (`Unchanging`).
+    Drawn labels depend on the objective's seed, the number of the call and the chunk alone. A
+    loader that is read `again` must give the same data at every pass (`Unchanging`).
     """
 
     objective: Objective
@@ -70,19 +74,26 @@ class Batches:
     def of(
         cls,
         objective: Objective,
-        x: Tensor | Loader,
-        y: Tensor | None,
+        x: Any,
+        y: Any,
         *,
         again: bool = False,
         whole: bool = False,
         in_order: bool = False,
     ) -> Batches:
-        """From one minibatch (x, y), or from a loader of such pairs in place of x.
+        """Make batches of one minibatch (x, y), or of a loader of such pairs in place of x.
 
         Args:
+            objective: the model, whose examples must stand alone (`alone`).
+            x: inputs [N, …], or the loader; or a mapping with the labels in it.
+            y: targets; None with a loader.
             again: whether the data will be read several times, so that an iterator will not do.
             whole: never cut a minibatch.
             in_order: whether they must come in the same order `again`.
+
+        Raises:
+            CurvlabError: data that are neither tensors nor a loader of pairs; an iterator that is
+                to be read again; a model whose examples do not stand alone.
         """
         alone(objective)
         objective.check_trained()
@@ -90,12 +101,8 @@ class Batches:
             raise CurvlabError(
                 "targets are missing: give x and y, or a loader of (x, y) pairs in place of x"
             )
-        if not isinstance(x, Tensor):
-            if y is not None:
-                given = f"{type(x).__name__} and {type(y).__name__}"
-                raise CurvlabError(
-                    f"x and y must be tensors, not {given}; a loader of (x, y) pairs comes alone"
-                )
+        single = is_minibatch(x, y)
+        if not single:
             if not isinstance(x, Iterable):
                 raise CurvlabError(
                     "the data must be tensors x, y or a loader of (x, y) pairs, not"
@@ -107,7 +114,7 @@ class Batches:
                     " give a list or a DataLoader"
                 )
         objective.closures["exact"] += 1
-        loader = [(x, cast(Tensor, y))] if isinstance(x, Tensor) else x
+        loader: Loader = [objective.batch(x, y)] if single else x
         loader = Unchanging.of(loader, in_order=in_order) if again else loader
         return cls(
             objective, loader, objective.closures["exact"], *([sys.maxsize] if whole else [])
@@ -115,8 +122,9 @@ class Batches:
 
     @property
     def kept(self) -> Unchanging | None:
-        """Where they are one minibatch that lies in memory: what can tell whether it is still the
-        same.
+        """Record of the data, which can tell whether they are still the same.
+
+        Where they are one minibatch that lies in memory; else None: a loader is read again.
         """
         loader = self.loader
         if (
@@ -129,10 +137,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Closure]:
         part = 0
-        for pair in self.loader:
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise CurvlabError("the loader must yield (x, y) pairs of tensors")
-            x, y = pair
+        for item in self.loader:
+            x, y = self.objective.batch(item)
             whole = Closure(self.objective, x, y, self.number, "exact", part)
             if len(x) <= self.chunk:
                 yield whole
@@ -147,9 +153,10 @@ class Batches:
 
 
 def by_hessians(kind: str, block: Block, form: Form) -> bool:
-    """Whether a block goes by its pre-activation Hessians: for second derivatives where they are
-    fewer than the parameters, for the GGN where the layer has fewer outputs than the model, so that
-    fewer vectors go through it.
+    """Return whether a block goes by its pre-activation Hessians.
+
+    For second derivatives where they are fewer than the parameters; for the GGN where the layer has
+    fewer outputs than the model, so that fewer vectors go through it.
     """
     if block.name not in form.direct or block.groups > 1:
         return False
@@ -160,8 +167,10 @@ def by_hessians(kind: str, block: Block, form: Form) -> bool:
 
 
 def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iterator[Closure]:
-    """For second derivatives so few examples at a time that the pre-activation Hessians of a block,
-    N (TO)² numbers, fit; for the GGN the derivatives of the outputs in them too, N C TO numbers.
+    """Yield closures of so few examples that what the pre-activation Hessians need fits.
+
+    For second derivatives those of a block, N (TO)² numbers; for the GGN the derivatives of the
+    outputs in them too, N C TO numbers.
     """
     for closure in closures:
         form = closure.glimpse
@@ -186,8 +195,10 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
 
 
 def alone(objective: Objective) -> None:
-    """Refuse weights that are not finite, and a model that mixes the examples of a batch or draws
-    random numbers by name.
+    """Refuse weights that are not finite, and modules that mix examples or drop units at random.
+
+    BatchNorm in training mode leaves no example a loss of its own; dropout makes the loss no
+    function of the weights.
     """
     model, modules = objective.model, objective.modules
     state = [w._version for module in modules for w in module._parameters.values() if w is not None]
@@ -228,12 +239,12 @@ def _drops(module: nn.Module) -> bool:
 
 
 def _drops_inside(module: nn.Module) -> bool:
-    """Recurrent and attention layers have dropout of their own."""
+    """Return whether a recurrent or attention layer drops units by a dropout of its own."""
     return isinstance(module, nn.RNNBase | nn.MultiheadAttention) and module.dropout > 0
 
 
 def say_general(blocks: Iterable[Block], kind: str, form: Form) -> None:
-    """One warning for all blocks that go the general way."""
+    """Warn, once for all blocks, of those that go the general way."""
     loose = [b for b in blocks if b.name not in form.shaped]
     if not loose:
         return
@@ -264,7 +275,7 @@ def _plural(why: str, count: int) -> str:
 
 
 def _cost(kind: str, numbers: int) -> str:
-    """Work and memory for a block of so many parameters, before they are spent."""
+    """Return the work and the memory for a block of so many parameters, in words."""
     what = (
         f"{numbers} products with the Hessian"
         if kind not in PASSES

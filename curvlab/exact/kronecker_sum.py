@@ -1,5 +1,8 @@
-"""A layer's block as the sum of Kronecker products that it is (thesis Theorem 3), and what its
-approximations make of it.
+"""Blocks of layers as the sums of Kronecker products that they are (thesis Theorem 3).
+
+The approximations of such a block are made from its terms.
+
+With what the approximations of such a block make of it.
 
 M = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, row-major on [O, I], so that G comes first: the
 pre-activation Hessian for the Hessian and Π, Σ_v g gᵀ for second moments. Scale: mean over examples
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -35,6 +39,7 @@ from curvlab.linalg.packed import (
     pack_pairs,
     unpack_full,
 )
+from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
 
 _NUMBERS = 1 << 23  # in the temporaries of some examples at a time
@@ -42,8 +47,9 @@ _NUMBERS = 1 << 23  # in the temporaries of some examples at a time
 
 @dataclass(frozen=True)
 class KroneckerSum:
-    """(1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ, in its terms. Give either the Hessians or the
-    vectors whose moments G is.
+    """Block (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ of a layer, in its terms.
+
+    Give either the Hessians or the vectors whose moments G is.
 
     Args:
         a: inputs of the layer, 1 appended where the bias is trained.
@@ -70,17 +76,17 @@ class KroneckerSum:
 
     @property
     def size(self) -> int:
-        """N."""
+        """Number of examples, N."""
         return self.a.shape[0]
 
     @property
     def places(self) -> int:
-        """T."""
+        """Number of places where the weight is used, T."""
         return self.a.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I)."""
+        """Numbers of outputs and inputs, (O, I)."""
         given = self.hessians if self.hessians is not None else self.g
         assert given is not None
         return given.shape[-1], self.a.shape[2]
@@ -90,8 +96,10 @@ class KroneckerSum:
 
     @property
     def G(self) -> Float[Tensor, "N T O T O"]:
-        """Of each example's *sum*: the pre-activation Hessians (thesis (3.3)), or second moments of
-        the vectors.
+        """G_{n,tt'} of each example's *sum*, all of them, [N, T, O, T, O].
+
+        The pre-activation Hessians (thesis (3.3)), or second moments of the vectors. Raises
+        CurvlabError where they are larger than the memory.
         """
         self._guard(
             self.size * (self.places * self.shape[0]) ** 2,
@@ -101,8 +109,9 @@ class KroneckerSum:
         return self._G(slice(None))
 
     def terms(self, n: int) -> tuple[Float[Tensor, "T T I I"], Float[Tensor, "T T O O"]]:
-        """(A_tt' = a_t a_t'ᵀ, G_tt') of example n: Σ_tt' G_tt' ⊗ A_tt' is that example's own block
-        (thesis Theorem 3).
+        """Return the terms (A_tt' = a_t a_t'ᵀ, G_tt') of example n, counted from 0.
+
+        Σ_tt' G_tt' ⊗ A_tt' is that example's own block (thesis Theorem 3).
         """
         if not -self.size <= n < self.size:
             raise CurvlabError(f"there is no example {n}: the sum has {self.size}, counted from 0")
@@ -114,7 +123,7 @@ class KroneckerSum:
         return torch.einsum("ti,sj->tsij", a, a), self._G(slice(n, n + 1))[0].transpose(1, 2)
 
     def dense(self) -> Float[Tensor, "D D"]:
-        """The block itself, as `matrix` has it."""
+        """Return the block itself, [D, D], as `matrix` has it."""
         if self.places == 1:
             return self.same_place()
         self._guard_dense()
@@ -129,14 +138,18 @@ class KroneckerSum:
                     .flatten(0, 1)
                 )
                 accumulate_second_moment_(matrix, rows, 1 / self.size)
+        # rows have filled the lower triangle alone; of Hessians the two differ by rounding
         return mirror_(matrix)
 
     def same_place(self) -> Float[Tensor, "D D"]:
-        """(1/N) Σₙ Σ_t G_tt ⊗ a_t a_tᵀ: G_tt' = 0 between places (thesis (3.4)). With one place the
-        block itself.
+        """Return (1/N) Σₙ Σ_t G_tt ⊗ a_t a_tᵀ, [D, D]: G_tt' = 0 between places (thesis (3.4)).
+
+        With one place it is the block itself.
         """
         self._guard_dense()
         outputs, inputs = self.shape
+        # Without terms between places, a place is an example of its own (thesis (3.4)): the packed
+        # product of T = 1 over N T examples.
         packed = active = None
         for part in self._parts(self._own_numbers() + self.places * inputs):
             a = self.a[part].flatten(0, 1)
@@ -147,13 +160,16 @@ class KroneckerSum:
         return unpack_full(packed, outputs, inputs, active)
 
     def averaged(self) -> Float[Tensor, "D D"]:
-        """(1/N) Σₙ ((1/T) Σ_t G_tt) ⊗ (Σ_t a_t a_tᵀ): (3.5) on top (thesis (3.7)). With one place
-        the block itself.
+        """Return (1/N) Σₙ ((1/T) Σ_t G_tt) ⊗ (Σ_t a_t a_tᵀ), [D, D]: (3.5) on top (thesis (3.7)).
+
+        With one place it is the block itself.
         """
         if self.places == 1:
             return self.same_place()
         self._guard_dense()
         outputs, inputs = self.shape
+        # `fold` takes outer products of one a: Σ_t a_t a_tᵀ has rank T, so that its pairs are read
+        # off the matrix of every example.
         rows, cols = torch.tril_indices(inputs, inputs, device=self.a.device)
         packed = self.a.new_zeros(outputs * (outputs + 1) // 2, len(rows))
         for part in self._parts(self._own_numbers() + 2 * inputs**2):
@@ -164,8 +180,9 @@ class KroneckerSum:
         return unpack_full(packed, outputs, inputs)
 
     def single(self) -> Kronecker:
-        """E[(1/T) Σ_t G_tt] ⊗ E[Σ_t a_t a_tᵀ]: one product (thesis (2.3), (3.8), (3.9)); of the
-        exact Fisher, KFAC undamped.
+        """Return E[(1/T) Σ_t G_tt] ⊗ E[Σ_t a_t a_tᵀ], one Kronecker product.
+
+        Thesis (2.3), (3.8), (3.9); of the exact Fisher it is KFAC, undamped.
         """
         a = self.a.flatten(0, 1)
         outputs = self.shape[0]
@@ -183,7 +200,7 @@ class KroneckerSum:
         return (rows.mT @ rows).view(g.shape[1:] + g.shape[2:])
 
     def _own_pairs(self, part: slice) -> Float[Tensor, "P N T"]:
-        """The lower triangles of G_{n,tt}."""
+        """Return the lower triangles of G_{n,tt}, pairs row by row."""
         if self.g is not None:
             g = self.g[:, part]
             return output_pairs(g.flatten(1, 2)).reshape(-1, *g.shape[1:3])
@@ -192,12 +209,12 @@ class KroneckerSum:
         return pack_pairs(own.flatten(0, 1)).reshape(-1, *own.shape[:2])
 
     def _parts(self, numbers: int) -> Iterator[slice]:
-        """Some examples at a time, of `numbers` in temporaries each."""
+        """Return slices of some examples at a time, of `numbers` in temporaries each."""
         at_once = max(1, _NUMBERS // numbers)
         return (slice(start, start + at_once) for start in range(0, self.size, at_once))
 
     def _own_numbers(self) -> int:
-        """In the temporaries of `_own_pairs`, for one example."""
+        """Return how many numbers are in the temporaries of `_own_pairs`, for one example."""
         outputs = self.shape[0]
         return self.places * outputs * (2 * outputs + (0 if self.g is None else len(self.g)))
 
@@ -223,12 +240,17 @@ def kronecker_terms(
     *,
     draws: int = 1,
 ) -> KroneckerSum:
-    """The block of one layer as a sum of Kronecker products (thesis Theorem 3): `dense()` is
-    `matrix` of the same arguments.
+    """Return the block of one layer as a sum of Kronecker products (thesis Theorem 3).
+
+    `dense()` of it is `matrix` of the same arguments.
 
     Args:
-        objective, x, y, kind, draws: as for `matrix`; one minibatch, which is kept whole.
+        objective: as for `matrix`.
+        x: inputs of one minibatch, which is kept whole.
+        y: as for `matrix`.
+        kind: as for `matrix`.
         block: name of a block, of a layer with a rule whose outputs share their inputs.
+        draws: as for `matrix`.
 
     Raises:
         CurvlabError: as `matrix`; a layer without a rule or with groups of outputs; Hessians larger
@@ -256,17 +278,20 @@ def preactivation(
     *,
     draws: int = 1,
 ) -> Float[Tensor, "N T O T O"]:
-    """G_{n,tt'} of every example's summed loss (never divided by N): ∂²ℓₙ/∂h_t∂h_t' (thesis (2.2),
-    (3.3)), or Σ_v g gᵀ.
+    """Return G_{n,tt'} of every example's summed loss, never divided by N.
 
-    Arguments and errors as for `kronecker_terms`.
+    ∂²ℓₙ/∂h_t∂h_t' (thesis (2.2), (3.3)), or Σ_v g gᵀ for second moments. Arguments and errors as
+    for `kronecker_terms`.
     """
     return kronecker_terms(objective, x, y, kind, block, draws=draws).G
 
 
-def one_minibatch(objective: Objective, x: Tensor, y: Tensor) -> Closure:
-    """All of x and y at once, however many. Raises CurvlabError for a loader."""
-    if not isinstance(x, Tensor):
+def one_minibatch(objective: Objective, x: Any, y: Any) -> Closure:
+    """Return a closure of all of x and y at once, however many.
+
+    Raises CurvlabError for a loader.
+    """
+    if not is_minibatch(x, y):
         raise CurvlabError(
             "the terms of a sum are those of one minibatch: give tensors x and y, not a loader"
         )
@@ -275,7 +300,7 @@ def one_minibatch(objective: Objective, x: Tensor, y: Tensor) -> Closure:
 
 
 def unfit(block: Block, form: Form, kind: Kind) -> str:
-    """Why a block is no Kronecker sum of this kind; empty where it is one."""
+    """Return why a block is no Kronecker sum of this kind; empty where it is one."""
     if block.name not in form.shaped:
         return form.ways[block.name].why or "belongs to a layer without a rule"
     if (
@@ -296,8 +321,9 @@ def guard_hessians(block: Block, size: int, places: int, dtype: torch.dtype) -> 
 
 
 def sums(look: Minibatch, blocks: Sequence[Block]) -> Iterator[tuple[Block, KroneckerSum]]:
-    """One block after the other, in any order, with its Kronecker sum on one minibatch; every pass
-    is shared.
+    """Yield every block, in any order, with its Kronecker sum on one minibatch.
+
+    Every pass is shared.
     """
     if look.kind in PASSES:
         for block in blocks:

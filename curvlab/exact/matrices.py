@@ -1,12 +1,11 @@
-"""Dense matrices: blocks of layers, parameters, pairs of blocks, the whole; by the route that fits
-(`ROUTES`).
+"""Dense matrices of layers, parameters, pairs of blocks and the whole, by the route that fits.
 
-Every layer's block is M = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ (thesis Theorem 3), with G =
-Σ_v g gᵀ for second moments and the pre-activation Hessian for the Hessian and Π. Scale: mean over
-examples of a per-example sum.
+The routes are `ROUTES`. Every layer's block is M = (1/N) Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ
+(thesis Theorem 3), with G = Σ_v g gᵀ for second moments and the pre-activation Hessian for the
+Hessian and Π. Scale: mean over examples of a per-example sum.
 
 Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D = O
-    I.
+I.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from curvlab.statistics import LayerStatistics
 
 @derivatives()
 def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") -> dict[str, str]:
-    """{block: the route that `matrix` takes to it}, on data of this shape."""
+    """Return {block: the route that `matrix` takes to it}, on data of this shape."""
     check_kind(kind)
     first, *_ = Batches.of(objective, x, y)
     form = first.form
@@ -53,13 +52,22 @@ def matrices(
     route: str = "auto",
     draws: int = 1,
 ) -> dict[str, Dense]:
-    """Dense diagonal blocks, every pass shared; arguments as for `matrix`.
+    """Compute dense diagonal blocks, every pass shared.
 
     Args:
+        objective: as for `matrix`.
+        x: as for `matrix`.
+        y: as for `matrix`.
+        kind: as for `matrix`.
         blocks: names of blocks; all where None.
+        route: as for `matrix`.
+        draws: as for `matrix`.
 
     Returns:
         {block name: Dense}, [D, D] on the row-major flattening of the block's [O, I].
+
+    Raises:
+        CurvlabError: as `matrix`.
     """
     check_kind(kind, draws)
     if route != "auto":
@@ -94,7 +102,7 @@ def matrices(
 def _assign(
     chosen: Sequence[Block], closure: Closure, kind: Kind, route: str, sums: dict[str, Sum]
 ) -> dict[str, list[Block]]:
-    """{route: its blocks}."""
+    """Return {route: its blocks}; raises CurvlabError where a given route does not fit."""
     form = closure.form
     found: dict[str, list[Block]] = {}
     for block in chosen:
@@ -120,8 +128,9 @@ def matrix(
     route: str = "auto",
     draws: int = 1,
 ) -> Dense | Rectangular:
-    """A dense matrix of second derivatives or second moments: mean over examples of a per-example
-    sum.
+    """Compute a dense matrix of second derivatives or second moments.
+
+    Scale: mean over examples of a per-example sum.
 
     >>> import torch
     >>> import curvlab as cl
@@ -162,8 +171,9 @@ def matrix(
 
 
 def select(objective: Objective, name: str) -> tuple[Block, Tensor | None]:
-    """A block by its name, or a parameter by its own: (its block, its entries in the block; None
-    for all).
+    """Return a block by its name, or the block of a parameter by the parameter's.
+
+    With the parameter's entries in the block; None for all of them.
     """
     known = {b.name: b for b in objective.blocks}
     if name in known:
@@ -184,7 +194,7 @@ def _across(
     route: str,
     draws: int,
 ) -> Dense | Rectangular:
-    """The whole matrix, or one pair of blocks."""
+    """Compute the whole matrix, or that of one pair of blocks."""
     if route not in ("auto", "rows", "func"):
         lookup(ROUTES, route, "route")
         raise CurvlabError(f"route '{route}' leads to diagonal blocks only: use auto, rows or func")
@@ -237,8 +247,9 @@ def _across(
 def _add_rows(
     matrix: Tensor, look: Minibatch, rows: Sequence[Block], columns: Sequence[Block], scale: float
 ) -> None:
-    """Second moments between blocks: where neither shares its weight, (Σ_v g g'ᵀ) ⊗ a a'ᵀ at 1/V of
-    the work of rows.
+    """Add second moments between blocks to `matrix`.
+
+    Where neither shares its weight, (Σ_v g g'ᵀ) ⊗ a a'ᵀ at 1/V of the work of rows.
     """
     top = Layout(tuple(rows)).slices
     left = Layout(tuple(columns)).slices
@@ -258,7 +269,7 @@ def _add_rows(
 
 
 def _thin(s: LayerStatistics) -> bool:
-    """Whether a row is one outer product."""
+    """Return whether a row of the block is one outer product."""
     return s.provides("factors") and s.used and s.places == 1
 
 

@@ -1,5 +1,4 @@
-"""The general route by plain autograd: for models that `torch.func` does not see through as
-autograd does.
+"""General route by plain autograd, for models that `torch.func` sees otherwise than autograd.
 
 That is: activation checkpointing, an `autograd.Function` without `setup_context`, parameters that a
 closure holds on to, `no_grad` or `.data` on the way, scripted parts. One example and one vector at
@@ -34,7 +33,7 @@ _NO_SECOND = (
 
 
 class Plain:
-    """The model on one minibatch, at weights `at` [D], by `torch.autograd.grad` alone."""
+    """Model on one minibatch, at weights `at` [D], by `torch.autograd.grad` alone."""
 
     def __init__(self, closure: Closure, layout: Layout) -> None:
         self.closure, self.layout = closure, layout
@@ -52,20 +51,20 @@ class Plain:
         self.why = ""  # why `torch.func` cannot
 
     def gradient(self, n: int, label: Tensor, at: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
-        """Of example n's loss at a label."""
+        """Return the gradient of example n's loss at a label, [D]."""
         with self._graph(at, slice(n, n + 1)) as z:
             loss = self.closure.objective.likelihood.loss(z, label[n : n + 1])[0]
             return self.back(loss, None)
 
     def jacobian(self, n: int, at: Float[Tensor, " D"]) -> Float[Tensor, "C D"]:
-        """Of example n's outputs."""
+        """Return the Jacobian of example n's outputs, [C, D]."""
         with self._graph(at, slice(n, n + 1)) as z:
             return torch.stack([self.back(each, None) for each in z.flatten()])
 
     def product(
         self, kind: Kind, labels: Sequence[Tensor], at: Float[Tensor, " D"]
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
-        """v → N · M v for several v."""
+        """Return the function v → N · M v, for several v as rows."""
 
         def apply(vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
             with self._graph(at, slice(None), twice=kind not in PASSES) as z:
@@ -81,7 +80,7 @@ class Plain:
     def _second_derivative(
         self, z: Tensor, kind: Kind
     ) -> Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]:
-        """Double backward: of ℓ, or of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed."""
+        """Return v → H v by double backward of ℓ, or of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed (Π)."""
         likelihood, y = self.closure.objective.likelihood, self.closure.y
         total = likelihood.loss(z, y).sum()
         if kind == "pi":
@@ -103,8 +102,9 @@ class Plain:
         return one
 
     def _check_symmetry(self, one: Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]) -> None:
-        """Raises CurvlabError where double backward is no second derivative (weight norm in torch
-        2.13).
+        """Raise CurvlabError where double backward is no second derivative.
+
+        That is weight norm in torch 2.13.
         """
         size, dtype, near = (
             len(self.layout),
@@ -124,8 +124,9 @@ class Plain:
     def _second_moment(
         self, z: Tensor, kind: Kind, labels: Sequence[Tensor]
     ) -> Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]:
-        """Jᵀ (∂²ℓ/∂z²) J, or Σ over labels of the losses' own JᵀJ: J v as the derivative of Jᵀu in
-        u, along v.
+        """Return v → Jᵀ (∂²ℓ/∂z²) J v, or the same of Σ over labels of the losses' own JᵀJ.
+
+        J v is the derivative of Jᵀu in u, along v.
         """
         likelihood, y = self.closure.objective.likelihood, self.closure.y
         exact = PASSES[kind] == "exact"
@@ -172,7 +173,7 @@ class Plain:
     def back(
         self, out: Tensor | list[Tensor], vectors: Tensor | list[Tensor] | None
     ) -> Float[Tensor, " D"]:
-        """Derivatives in the parameters, along vectors; zero in what they do not reach."""
+        """Return derivatives in the parameters, along vectors; zero in what they do not reach."""
         found = (
             torch.autograd.grad(out, self.leaves, vectors, retain_graph=True, allow_unused=True)
             if self.leaves
@@ -193,8 +194,9 @@ class Plain:
 
     @contextmanager
     def _graph(self, at: Float[Tensor, " D"], some: slice, twice: bool = False) -> Iterator[Tensor]:
-        """The outputs of some of the examples at these weights, with their graph; what torch cannot
-        do is said in one line.
+        """Yield the outputs of some of the examples at these weights, with their graph.
+
+        What torch cannot do is said in one line.
         """
         with derivatives(), differentiable(), self._moved(at):
             try:
@@ -210,7 +212,7 @@ class Plain:
 
     @contextmanager
     def _moved(self, at: Float[Tensor, " D"]) -> Iterator[None]:
-        """The parameters at `at` inside, back to the bit after."""
+        """Move the parameters to `at` inside, and back to the bit after."""
         parts = self.layout.unflatten(at)
         wanted = [parts[name].to(p.dtype) for name, p in zip(self.names, self.leaves, strict=True)]
         if all(torch.equal(p, w) for p, w in zip(self.leaves, wanted, strict=True)):

@@ -1,8 +1,9 @@
-"""The same matrices as products: nothing is formed but vectors, for models too large for dense
-blocks.
+"""Exact matrices as products with vectors, for models too large for dense blocks.
+
+Nothing is formed but vectors.
 
 Legend: N examples, T places, V vectors sent back, I inputs incl. the bias column, O outputs, D
-    parameters, K columns.
+parameters, K columns.
 """
 
 from __future__ import annotations
@@ -40,16 +41,19 @@ def product(
     *,
     draws: int = 1,
 ) -> Product | RectangularProduct:
-    """What `matrix` would hold, as a product with vectors: one Jacobian or Hessian product a
-    vector, by `torch.func`.
+    """Return what `matrix` would hold as a product with vectors, by `torch.func`.
 
-    Labels of fisher-mc are drawn once: every product is with the same matrix. A loader is read
-    again at every product. What is no longer as it was is refused: the data (for fisher-mc their
-    order too), weights, train or eval mode.
+    One Jacobian or Hessian product a vector. Labels of fisher-mc are drawn once: every product is
+    with the same matrix. A loader is read again at every product. What is no longer as it was is
+    refused: the data (for fisher-mc their order too), weights, train or eval mode.
 
     Args:
-        objective, x, y, kind, draws: as for `matrix`.
+        objective: as for `matrix`.
+        x: as for `matrix`; no iterator in place of a loader.
+        y: as for `matrix`.
+        kind: as for `matrix`.
         block: as for `matrix`; by default the whole.
+        draws: as for `matrix`.
 
     Returns:
         Product (symmetric; `diag` and `trace` are exact and structured where layers have rules), or
@@ -97,11 +101,11 @@ def diagonal(
     *,
     draws: int = 1,
 ) -> Float[Tensor, " D"]:
-    """The diagonal of the whole matrix, block after block (`objective.layout`), without forming a
-    block.
+    """Compute the diagonal of the whole matrix, block after block, without forming a block.
 
-    Second moments cost one pass; the Hessian and Π one for every pre-activation of a layer that is
-    no convolution with more places than inputs; blocks without structure D products.
+    The order is that of `objective.layout`. Second moments cost one pass; the Hessian and Π one for
+    every pre-activation of a layer that is no convolution with more places than inputs; blocks
+    without structure D products.
     """
     check_kind(kind, draws)
     return _diagonal(Batches.of(objective, x, y, again=True), objective.layout, kind, draws)
@@ -121,7 +125,7 @@ def _pair(block: object) -> tuple[str, str]:
 
 
 def _entries(layout: Layout, block: Block, some: Tensor | None) -> Tensor:
-    """Entries of the layout's vector, in the order of the block or of the parameter."""
+    """Return entries of the layout's vector, in the order of the block or of the parameter."""
     part = layout.slices[block.name]
     entries = torch.arange(part.start, part.stop)
     return entries if some is None else entries.to(some.device)[some]
@@ -131,7 +135,7 @@ Columns = Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
 
 
 def _between(whole: _Whole, left: Tensor, right: Tensor) -> Columns:
-    """Columns on the entries `right` → columns on the entries `left`."""
+    """Return the function of columns on the entries `right` that gives those on `left`."""
 
     def apply(v: Tensor) -> Tensor:
         full = v.new_zeros(len(whole.layout), v.shape[1])
@@ -142,7 +146,7 @@ def _between(whole: _Whole, left: Tensor, right: Tensor) -> Columns:
 
 
 class _Whole:
-    """The mean over all batches of N · M v; one minibatch is linearised once and kept."""
+    """Mean over all batches of N · M v; one minibatch is linearised once and kept."""
 
     def __init__(self, batches: Batches, layout: Layout, kind: Kind, draws: int) -> None:
         self.batches, self.layout, self.kind, self.draws = batches, layout, kind, draws
@@ -159,15 +163,17 @@ class _Whole:
         yield from model.named_buffers()
 
     def _weights(self) -> tuple[list[tuple[int, int]], Tensor]:
-        """Of the weights and buffers that there were: which tensors, how often each has been
-        written to, and, since `.data` is written to without being counted, a checksum.
+        """Return the state of the weights and buffers that there were.
+
+        Which tensors, how often each has been written to, and, since `.data` is written to without
+        being counted, a checksum.
         """
         now = dict(self._state())
         state = [now[name] for name in self._names if name in now]
         return [(t.data_ptr(), t._version) for t in state], numbers(state)
 
     def check(self) -> None:
-        """Raises CurvlabError where the model is not as it was."""
+        """Raise CurvlabError where the model is not as it was."""
         versions, found = self._weights()
         if versions != self._versions or not torch.equal(found, self._numbers):
             raise CurvlabError(
@@ -218,7 +224,7 @@ def _diagonal(batches: Batches, layout: Layout, kind: Kind, draws: int) -> Float
 def _summed_diagonal(
     closure: Closure, layout: Layout, kind: Kind, draws: int
 ) -> Float[Tensor, " D"]:
-    """Of N · M on one minibatch."""
+    """Return the diagonal of N · M on one minibatch."""
     look = Minibatch(closure, kind, draws)
     parts: dict[str, Tensor] = {}
     ruled = [b for b in layout.blocks if b.name in closure.form.shaped]
@@ -247,7 +253,7 @@ def _summed_diagonal(
 
 
 def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "O I"]:
-    """Σₙ Σ_v row²; at one place (Σ_v g²)ᵀ a²."""
+    """Return Σₙ Σ_v row²; at one place (Σ_v g²)ᵀ a²."""
     if s.provides("factors") and s.used and s.places == 1:
         return s.g[:, :, 0].square().sum(0).mT @ s.a[:, 0].square()
     return sum(rows.square().sum(0) for rows in s.some_rows(4096))  # type: ignore[return-value]  # never empty
@@ -256,6 +262,6 @@ def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "O I"]:
 def _structured_diagonal(
     s: LayerStatistics, hessians: Float[Tensor, "T O N T O"]
 ) -> Float[Tensor, "O I"]:
-    """Σₙ Σ_tt' G_{n,tt'}[o, o] a_{n,t}[i] a_{n,t'}[i]."""
+    """Return Σₙ Σ_tt' G_{n,tt'}[o, o] a_{n,t}[i] a_{n,t'}[i]."""
     own = hessians.diagonal(dim1=1, dim2=4).permute(3, 1, 0, 2)  # [O, N, T, T]
     return torch.stack([(s.a * (g @ s.a)).sum((0, 1)) for g in own])

@@ -1,5 +1,6 @@
-"""ROUTES: the ways to a diagonal block, one line each; every way folds minibatches into a sum as
-they come.
+"""ROUTES: the ways to a diagonal block, one line each.
+
+Every way folds minibatches into a sum as they come.
 
 Legend: N examples, T places, V vectors sent back, P pairs of outputs, O outputs, I inputs, D = O I.
 """
@@ -35,7 +36,7 @@ from curvlab.statistics import LayerStatistics
 
 
 class Minibatch:
-    """One minibatch as the structured routes read it; every pass is run once, whoever asks."""
+    """Minibatch as the structured routes read it; every pass is run once, whoever asks."""
 
     def __init__(self, closure: Closure, kind: Kind, draws: int) -> None:
         self.closure, self.kind, self.draws = closure, kind, draws
@@ -43,15 +44,16 @@ class Minibatch:
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
-        """The vectors of a second moment, sent back."""
+        """Statistics of each block, {name: …}, with the vectors of a second moment sent back."""
         needs = PASSES[self.kind]
         return self.closure.observe({needs}, move_buffers=False, draws=self.draws).passes[needs]
 
     def hessians(
         self, names: Sequence[str]
     ) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
-        """(inputs, pre-activation Hessians) of one block after the other: of ℓ; for Π of ⟨∂ℓ/∂z, z⟩
-        with ∂ℓ/∂z held fixed; for the GGN JᵀHJ.
+        """Yield (inputs, pre-activation Hessians) of one block after the other.
+
+        Hessians are of ℓ; for Π of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed; for the GGN JᵀHJ.
         """
         z, losses, capture = self.closure.look()
         with derivatives():
@@ -65,22 +67,25 @@ class Minibatch:
         return preactivation_hessians(capture, total, len(z), names)
 
     def function(self, layout: Layout) -> Function:
-        """Return the model and its losses as a `Function` of `layout`. Raises CurvlabError, by a
-        look at the minibatch, for targets that do not fit or a loss that is not finite."""
+        """Return the model and its losses as a `Function` of `layout`.
+
+        Raises CurvlabError, by a look at the minibatch, for targets that do not fit or a loss that
+        is not finite.
+        """
         # the checks of data, targets and loss
         self.closure.observe(frozenset(), move_buffers=False)
         return Function(self.closure, layout)
 
 
 class Sum(Protocol):
-    """A block's matrix as it grows, minibatch by minibatch."""
+    """Matrix of a block as it grows, minibatch by minibatch."""
 
     def dense(self) -> Float[Tensor, "D D"]:
         """Return the matrix summed so far, [D, D]. Ask once: the sum may be given up for it."""
 
 
 class _Packed:
-    """T = 1: the pairs of outputs times the pairs of inputs, one symmetric product."""
+    """Sum of a block with T = 1: pairs of outputs times pairs of inputs, one symmetric product."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -100,7 +105,10 @@ class _Packed:
 
 
 class _Whole:
-    """Any layout, as the dense matrix; only its lower triangle is written until it is asked for."""
+    """Sum of any block as the dense matrix, of which the lower triangle alone counts.
+
+    It is mirrored when the sum is asked for.
+    """
 
     def __init__(self, size: int, like: Tensor) -> None:
         self.matrix = like.new_zeros(size, size)
@@ -128,8 +136,9 @@ def _fold_pairs(
 
 
 def _whole(sums: dict[str, Sum], name: str, size: int, like: Tensor) -> Float[Tensor, "D D"]:
-    """The sum as a dense matrix; one that was packed until now is unpacked: a minibatch with
-    several places has come.
+    """Return the sum of a block as a dense matrix, to be added to.
+
+    One that was packed until now is unpacked: a minibatch with several places has come.
     """
     found = sums.get(name)
     if not isinstance(found, _Whole):
@@ -174,7 +183,7 @@ def _fold_general(
 
 @dataclass(frozen=True)
 class Route:
-    """One way to a diagonal block."""
+    """One way to a diagonal block: what it does, which blocks it fits, and how it adds."""
 
     summary: str
     fits: Callable[[Block, Form, Kind], bool]
@@ -213,11 +222,11 @@ ROUTES: dict[str, Route] = {
         _fold_general,
     ),
 }
-"""In order of preference: a block goes by the first that fits. All agree."""
+"""Routes in order of preference: a block goes by the first that fits. All agree."""
 
 
 def route_of(block: Block, form: Form, kind: Kind, grown: Sum | None = None) -> str:
-    """The first that fits, and that can add to what has grown of other minibatches."""
+    """Return the first route that fits, and that can add to what has grown of other minibatches."""
     fitting = (name for name, route in ROUTES.items() if route.fits(block, form, kind))
     return next(
         name for name in fitting if name != "pairs" or grown is None or isinstance(grown, _Packed)

@@ -1,5 +1,4 @@
-"""Per-sample gradients and Jacobians: of **one example's** summed loss, or outputs, never divided
-by N.
+"""Per-sample gradients and Jacobians: of **one example's** summed loss, never divided by N.
 
 Layers with a rule go through their captured inputs and derivatives, all others through
 `torch.func`.
@@ -30,7 +29,7 @@ from curvlab.system.memory import in_huge_pages
 def gradients(
     objective: Objective, x: Tensor, y: Tensor, *, out: Mapping[str, Tensor] | None = None
 ) -> dict[str, Float[Tensor, "N *shape"]]:
-    """Gradient of each example's loss (not divided by N), {parameter: [N, *shape]}.
+    """Compute the gradient of each example's loss, not divided by N.
 
     >>> import torch
     >>> import curvlab as cl
@@ -39,15 +38,21 @@ def gradients(
     torch.Size([3, 1, 2])
 
     Args:
+        objective: model and likelihood.
+        x: inputs [N, …].
+        y: targets.
         out: tensors to write into, as an earlier call returned them: filling fresh memory costs
             more than the arithmetic.
+
+    Returns:
+        {parameter: [N, *shape]}.
 
     Raises:
         CurvlabError: data that do not fit the model or the likelihood; a model whose examples do
             not stand alone.
     """
     (closure,) = Batches.of(objective, x, y, whole=True)
-    _guard(objective, len(x), "the per-sample gradients", "take fewer examples at a time")
+    _guard(objective, len(closure.x), "the per-sample gradients", "take fewer examples at a time")
     _, losses, capture = closure.look()
     statistics = capture.backward(losses, torch.ones_like(losses)[None])
     found: dict[str, Tensor] = {}
@@ -67,18 +72,19 @@ def gradients(
 
 @derivatives()
 def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *shape"]]:
-    """Jacobian of each example's outputs (flattened to C), {parameter: [N, C, *shape]}.
+    """Compute the Jacobian of each example's outputs, flattened to C: {parameter: [N, C, *shape]}.
 
     Raises:
         CurvlabError: inputs that do not fit the model; a model whose examples do not stand alone.
     """
     alone(objective)
-    closure = Closure(objective, x, torch.zeros(len(x)), 0, "exact")
+    inputs = objective.interface.inputs(x)
+    closure = Closure(objective, inputs, torch.zeros(len(inputs)), 0, "exact")
     z, capture = closure.forward()
     closure.check_alone(z.detach())
     _guard(
         objective,
-        len(x) * z[0].numel(),
+        z.numel(),
         "the Jacobians",
         "take fewer examples at a time, or a product form",
     )
@@ -102,12 +108,12 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
 
 
 def _loose(objective: Objective, statistics: Mapping[str, LayerStatistics]) -> Layout:
-    """The blocks that go the general way."""
+    """Return the layout of the blocks that go the general way."""
     return Layout(tuple(b for b in objective.blocks if b.name not in statistics))
 
 
 def _typed(rows: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each in its parameter's own dtype."""
+    """Return each tensor in its parameter's own dtype."""
     return {name: t.to(parameters[name].dtype) for name, t in rows.items()}
 
 
@@ -117,8 +123,9 @@ def _guard(objective: Objective, vectors: int, what: str, remedy: str) -> None:
 
 
 def _narrow(s: LayerStatistics) -> bool:
-    """Whether each weight is used at one place, and lies in its own order and dtype: then a row is
-    one outer product.
+    """Return whether a row of a block is one outer product, parameter by parameter.
+
+    Then each weight is used at one place, and lies in its own order and dtype.
     """
     block = s.block
     if not (
@@ -136,7 +143,7 @@ def _narrow(s: LayerStatistics) -> bool:
 def _outer(
     statistics: LayerStatistics, g: Float[Tensor, "*V N O"], out: Mapping[str, Tensor] | None = None
 ) -> dict[str, Float[Tensor, "*V N *shape"]]:
-    """Rows of a block, parameter by parameter, each written once: g aᵀ and g."""
+    """Return rows of a block, g aᵀ and g, parameter by parameter, each written once."""
     name, *bias = statistics.block.params
     shape = g.shape[:-1] + statistics.block.weight_shape
     target = in_huge_pages(g.new_empty(shape)) if out is None else _given(name, shape, g, out)
@@ -155,7 +162,7 @@ def _given(name: str, shape: tuple[int, ...], like: Tensor, out: Mapping[str, Te
 
 
 def _into(found: dict[str, Tensor], out: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Copied to where the caller wants them."""
+    """Copy the tensors to where the caller wants them, if anywhere."""
     return (
         found
         if out is None

@@ -1,5 +1,4 @@
-"""Gₙ = ∂²ℓₙ/∂h∂h: the Hessian of each example in the pre-activations of a layer (thesis (2.2),
-(3.3)), for all layers.
+"""Pre-activation Hessians Gₙ = ∂²ℓₙ/∂h∂h of each example, for all layers (thesis (2.2), (3.3)).
 
 Two ways. **Direct**: one double backward pass for every pre-activation of the layer, all of them
 batched. **Recursive**: where every path from layer l to the loss runs through a later layer m (read
@@ -37,7 +36,7 @@ _JACOBIAN = 1 << 25  # numbers in a Jacobian between layers beyond which passes 
 
 @dataclass(frozen=True)
 class _Known:
-    """A layer whose Hessians are there."""
+    """Layer whose Hessians are there, for the recursion to earlier ones."""
 
     edge: GradientEdge
     like: Float[Tensor, "*NM"]
@@ -47,15 +46,19 @@ class _Known:
 def preactivation_hessians(
     capture: Capture, total: Tensor, size: int, names: Sequence[str]
 ) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
-    """∂²ℓₙ/∂h_t∂h_t' of each example, one block after the other, the last first.
+    """Yield ∂²ℓₙ/∂h_t∂h_t' of each example, one block after the other, the last first.
 
     Args:
         capture: of the forward pass.
-        total: Σₙ ℓₙ of `size` independent examples, with its graph.
+        total: Σₙ ℓₙ of independent examples, with its graph.
+        size: the number of examples.
         names: blocks with a rule.
 
     Yields:
         (the block's inputs, its pre-activation Hessians).
+
+    Raises:
+        CurvlabError: a block that does not reach the model's outputs.
     """
     chosen = [b for b in reversed(capture.blocks) if b.name in set(names)]
     edges = [capture.only(b).edge for b in chosen]
@@ -78,8 +81,9 @@ def preactivation_hessians(
 def preactivation_gauss_newton(
     capture: Capture, z: Float[Tensor, "N *C"], total: Tensor, names: Sequence[str]
 ) -> Iterator[tuple[LayerStatistics, Float[Tensor, "T O N T O"]]]:
-    """(∂zₙ/∂h_t)ᵀ ∂²ℓₙ/∂z² ∂zₙ/∂h_t' of each example, from the outputs z and Σₙ ℓₙ with their
-    graphs: else as the Hessians.
+    """Yield (∂zₙ/∂h_t)ᵀ ∂²ℓₙ/∂z² ∂zₙ/∂h_t' of each example, one block after the other.
+
+    From the outputs z and Σₙ ℓₙ (`total`) with their graphs; else as `preactivation_hessians`.
     """
     (slope,) = torch.autograd.grad(total, z, create_graph=True)
     known: _Known | None = None
@@ -95,7 +99,7 @@ def preactivation_gauss_newton(
 
 
 def _by_place(use: Use, hessians: Float[Tensor, "N M M"]) -> Float[Tensor, "T O N T O"]:
-    """The raw order of the pre-activations → places and outputs."""
+    """Sort the pre-activations from the layer's raw order into places and outputs."""
     count = hessians.shape[1]
     numbers = use.rule.outputs(
         torch.arange(count, device=hessians.device).view(1, *use.output.value.shape[1:])
@@ -108,7 +112,7 @@ def _by_place(use: Use, hessians: Float[Tensor, "N M M"]) -> Float[Tensor, "T O 
 
 
 def _direct(d: Float[Tensor, "*NM"], edge: GradientEdge, size: int) -> Float[Tensor, "N M M"]:
-    """∂d/∂h, row by row."""
+    """Return ∂d/∂h of each example, row by row."""
     count = d.numel() // size
     found = d.new_zeros(size, count, count)
     if not d.requires_grad:  # linear in everything
@@ -128,8 +132,10 @@ def _gauss_newton(
     like: Float[Tensor, "*NM"],
     block: Block,
 ) -> Float[Tensor, "N M M"]:
-    """Jᵀ (∂²ℓ/∂z²) J. Forward derivatives through a graph that only goes back: Jᵀw is linear in w,
-    its own derivative J.
+    """Return Jᵀ (∂²ℓ/∂z²) J of each example.
+
+    Forward derivatives come through a graph that only goes back: Jᵀw is linear in w, its own
+    derivative J.
     """
     size = len(z)
     count = like.numel() // size
@@ -137,6 +143,8 @@ def _gauss_newton(
     (back,) = torch.autograd.grad(z, edge, w, create_graph=True, allow_unused=True)
     if back is None:
         raise CurvlabError(f"{block} does not reach the model's outputs: freeze it or use it")
+    # M passes along the unit vectors of h, not C passes back from the outputs: this way is taken
+    # where a layer has fewer outputs than the model (`batches.by_hessians`).
     jacobian = like.new_empty(2, size, count, z[0].numel())  # transposed: J, and (∂²ℓ/∂z²) J
     for start, units in _units(size, count, like):
         forward = _send_back(back, w, units.view(-1, *like.shape))
@@ -154,8 +162,10 @@ def _gauss_newton(
 def _through(
     root: Tensor, known: _Known, edge: GradientEdge, like: Float[Tensor, "*NM"]
 ) -> Float[Tensor, "N M M"] | None:
-    """JᵀG_m J from a later layer's Hessians; None where that layer does not cut this one off from
-    the root of the graph, or has far more outputs.
+    """Return JᵀG_m J from a later layer's Hessians, or None.
+
+    None where that layer does not cut this one off from the root of the graph, or has far more
+    outputs.
     """
     size, others = len(known.hessians), known.hessians.shape[1]
     count = like.numel() // size
@@ -176,7 +186,7 @@ def _through(
 
 
 def _units(size: int, count: int, like: Tensor) -> Iterator[tuple[int, Float[Tensor, "K N M"]]]:
-    """Unit vectors of every example, some at a time, with the number of the first."""
+    """Yield unit vectors of every example, some at a time, with the number of the first."""
     at_once = max(1, _NUMBERS // (size * count))
     for start in range(0, count, at_once):
         units = like.new_zeros(min(at_once, count - start), size, count)
@@ -187,8 +197,9 @@ def _units(size: int, count: int, like: Tensor) -> Iterator[tuple[int, Float[Ten
 def _send_back(
     output: Tensor | GradientEdge, edge: Tensor | GradientEdge, vectors: Float[Tensor, "K *S"]
 ) -> Float[Tensor, "K *S2"] | None:
-    """Several vectors at once; one by one where an operation cannot (torch's double backward of
-    GroupNorm).
+    """Send several vectors back at once; one by one where an operation cannot.
+
+    Torch's double backward of GroupNorm cannot.
     """
     try:
         return torch.autograd.grad(
@@ -203,7 +214,7 @@ def _send_back(
 
 
 def _separates(root: Tensor, cut: GradientEdge, edge: GradientEdge) -> bool:
-    """Whether every path of the graph from `root` back to `edge` runs through `cut`."""
+    """Return whether every path of the graph from `root` back to `edge` runs through `cut`."""
     waiting, seen = [root.grad_fn], {cut.node}
     while waiting:
         node = waiting.pop()

@@ -1,11 +1,10 @@
-"""The general route: `torch.func` over the parameters, for every model; slow, and the oracle of the
-structured routes.
+"""General route: `torch.func` over the parameters, for every model.
 
-It knows nothing of layers, captures or roots: only the model as a function of its parameters and
-the likelihood's loss.
+It is slow, and the oracle of the structured routes. It knows nothing of layers, captures or roots:
+only the model as a function of its parameters and the likelihood's loss.
 
 Legend: N examples, C outputs of the model (flattened), D parameters in the layout's order, K
-    vectors.
+vectors.
 """
 
 from __future__ import annotations
@@ -35,11 +34,10 @@ _LONG = 10.0  # seconds, from which on a time is said
 
 
 class Function:
-    """The model and its losses on one minibatch, as functions of the parameters of `layout` in one
-    vector.
+    """Model and its losses on one minibatch, as functions of the parameters in one vector.
 
-    By `torch.func`, where that sees the parameters as autograd does (`sound`, looked at once a
-    form); else by `Plain`.
+    The vector is that of `layout`. By `torch.func`, where that sees the parameters as autograd does
+    (`sound`, looked at once a form); else by `Plain`.
     """
 
     def __init__(self, closure: Closure, layout: Layout) -> None:
@@ -58,8 +56,9 @@ class Function:
         return self._called(self._apart(w), x)
 
     def _apart(self, w: Float[Tensor, " D"]) -> Weights:
-        """By parameters. Contiguous: the way back through batch norm is wrong where its weight has
-        strides (torch 2.13).
+        """Return a vector by parameters, contiguous.
+
+        The way back through batch norm is wrong where its weight has strides (torch 2.13).
         """
         parts = self.layout.unflatten(w)
         trained = self.closure.objective.parameters
@@ -73,7 +72,8 @@ class Function:
         # where BatchNorm may write on them
         fixed = {name: self._state[name].clone() for name in self._buffers}
         with differentiable(), eager(), surrounding(), FixedRows():
-            z: Tensor = called(self.closure.objective.model, self._state | fixed | weights, x)
+            out = called(self.closure.objective.model, self._state | fixed | weights, x)
+            z: Tensor = self.closure.objective.picked(out)
         return z.to(self.at.dtype)
 
     def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:
@@ -82,8 +82,9 @@ class Function:
 
     @cached_property
     def sound(self) -> bool:
-        """Whether `torch.func` gives autograd's derivatives of the first example, back and forth:
-        ⟨v, Ju⟩ = ⟨Jᵀv, u⟩.
+        """Whether `torch.func` gives autograd's derivatives of the first example, back and forth.
+
+        ⟨v, Ju⟩ = ⟨Jᵀv, u⟩ for random u and v.
         """
         objective, names = self.closure.objective, tuple(b.name for b in self.layout.blocks)
         key = (self.closure._key(self.closure.x), names)
@@ -93,8 +94,9 @@ class Function:
 
     @cached_property
     def sound_twice(self) -> bool:
-        """Whether its Hessian of the first example's loss along a random vector is that of double
-        backward, if any.
+        """Whether its Hessian of the first example's loss is that of double backward, if any.
+
+        Along a random vector.
         """
         closure, names = self.closure, tuple(b.name for b in self.layout.blocks)
         key = (closure._key(closure.x), names, "twice")
@@ -154,8 +156,9 @@ class Function:
         )
 
     def _total(self, kind: Kind) -> Callable[[Float[Tensor, "N *C"]], Tensor]:
-        """z → Σₙ ℓₙ; for Π the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩, whose Hessian is Π alone
-        (thesis (1.4)).
+        """Return z → Σₙ ℓₙ, or for Π a function of z whose Hessian is Π alone (thesis (1.4)).
+
+        That is the same with ∂ℓ/∂z held fixed, Σₙ ⟨∂ℓₙ/∂z, z⟩.
         """
         x, y = self.closure.x, self.closure.y
 
@@ -172,7 +175,7 @@ class Function:
         return self.closure.labels(self.outputs(self.at, self.closure.x).detach(), draws)
 
     def gradients(self, label: Tensor, some: slice = slice(None)) -> Float[Tensor, "n D"]:
-        """Of each of some examples' losses at its label."""
+        """Return the gradient of each of some examples' losses at its label, [n, D]."""
         x, y = self.closure.x, label
 
         def gradient(x: Tensor, y: Tensor) -> Tensor:
@@ -187,7 +190,7 @@ class Function:
         )
 
     def jacobians(self, some: slice = slice(None)) -> Float[Tensor, "n C D"]:
-        """Of each of some examples' outputs."""
+        """Return the Jacobian of each of some examples' outputs, [n, C, D]."""
         x = self.closure.x
 
         def jacobian(x: Tensor) -> Tensor:
@@ -213,8 +216,9 @@ class Function:
     def rows(
         self, kind: Kind, draws: int
     ) -> Iterator[tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]]:
-        """(left, right), some rows at a time, with Σ leftᵀ right = N · M for a kind that is a
-        second moment.
+        """Yield (left, right), some rows at a time, with Σ leftᵀ right = N · M.
+
+        For a kind that is a second moment.
         """
         x, y = self.closure.x, self.closure.y
         size, width = len(x), len(self.at)
@@ -266,7 +270,7 @@ class Function:
     def product(
         self, kind: Kind, draws: int
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
-        """v → N · M v for several v at once.
+        """Return v → N · M v for several v at once.
 
         Derivatives are by parameters: by slices of one vector, each would come back as long as the
         vector.
@@ -289,7 +293,10 @@ class Function:
         labels: list[Tensor],
         plain: Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]],
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
-        """By `torch.func`; by `plain` where it turns out that an operation cannot."""
+        """Return the product by `torch.func`.
+
+        By `plain` where it turns out that an operation cannot.
+        """
         x = self.closure.x
         likelihood = self.closure.objective.likelihood
         at = self._apart(self.at)
@@ -351,7 +358,7 @@ class Function:
     def columns(
         self, kind: Kind, draws: int, part: slice | None = None
     ) -> Iterator[tuple[slice, Float[Tensor, "D K"]]]:
-        """N · M, some columns at a time; `part`: only of these columns."""
+        """Yield N · M, some columns at a time; `part`: only of these columns."""
         product = self.product(kind, draws)
         width = len(self.at)
         first, last = (0, width) if part is None else (part.start, part.stop)
@@ -371,9 +378,7 @@ class Function:
             yield slice(start - first, stop - first), value
 
     def _foresee(self, seconds: float, parts: float, what: str) -> None:
-        """Says how long the whole will take, once its first part has been timed, where that is
-        long.
-        """
+        """Warn how long the whole will take, where that is long, once its first part is timed."""
         if seconds * parts > _LONG:
             named = ", ".join(map(str, self.layout.blocks))
             warn(

@@ -20,8 +20,9 @@ Of = TypeVar("Of", Tensor, Weights)
 
 
 def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`f` over the first axis of its arguments: `vmap`, or one by one where an operation has no
-    rule for it (LSTM, PReLU).
+    """Return `f` over the first axis of its arguments, by `vmap`.
+
+    One by one where an operation has no rule for it (LSTM, PReLU).
     """
 
     def over(*arguments: Tensor) -> Tensor:
@@ -35,8 +36,9 @@ def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def along(f: Callable[[Any], Tensor], at: Of, u: Of) -> Tensor:
-    """∂f(at) u: forward mode, or the transpose's transpose where an operation has no forward
-    derivative (weight norm).
+    """Return ∂f(at) u by forward mode.
+
+    By the transpose's transpose where an operation has no forward derivative (weight norm).
     """
     try:
         with _FORWARD:
@@ -48,8 +50,9 @@ def along(f: Callable[[Any], Tensor], at: Of, u: Of) -> Tensor:
 
 
 def second_derivative(slope: Callable[[Any], Of], at: Of, u: Of) -> Of:
-    """The same of a gradient, by forward mode: reverse mode twice is wrong for weight norm (torch
-    2.13, unsymmetric).
+    """Return ∂slope(at) u of a gradient `slope`, by forward mode.
+
+    Reverse mode twice is wrong for weight norm (torch 2.13, unsymmetric).
     """
     with _FORWARD:
         found: Of = jvp(slope, (at,), (u,))[1]
@@ -57,8 +60,9 @@ def second_derivative(slope: Callable[[Any], Of], at: Of, u: Of) -> Of:
 
 
 class FixedRows(TorchFunctionMode):
-    """What autograd holds fixed in a call, held fixed under every transform: the row of an
-    embedding's padding token.
+    """Mode that holds fixed under every transform what autograd holds fixed in a call.
+
+    That is the row of an embedding's padding token.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

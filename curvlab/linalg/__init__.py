@@ -1,3 +1,4 @@
-"""Pure functions and frozen values: tensors in, tensors out; no state across steps, no model, no
-memory.
+"""Pure functions and frozen values: tensors in, tensors out.
+
+No state across steps, no model, no memory.
 """

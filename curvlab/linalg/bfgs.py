@@ -91,10 +91,10 @@ def bfgs_inverse(
     y: Float[Tensor, " D"],
     Hy: Float[Tensor, " D"] | None = None,
 ) -> Float[Tensor, "D D"]:
-    """H⁺ = (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ: thesis (2.6). Exactly symmetric where H is; H⁺ y =
-    s.
+    """Return H⁺ = (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ: thesis (2.6).
 
-    With s and y, H and B exchanged, ``bfgs_inverse(B, y, s)``, it is the DFP update of B.
+    Exactly symmetric where H is; H⁺ y = s. With s and y, H and B exchanged, ``bfgs_inverse(B, y,
+    s)``, it is the DFP update of B.
     """
     Hy = H @ y if Hy is None else Hy
     return _plus_symmetric(H, s, _other_half(s, Hy, s @ y, y @ Hy))
@@ -103,7 +103,7 @@ def bfgs_inverse(
 def _other_half(
     s: Float[Tensor, " D"], Hy: Float[Tensor, " D"], sy: Scalar, yHy: Scalar
 ) -> Float[Tensor, " D"]:
-    """w of H⁺ = H + s wᵀ + w sᵀ."""
+    """Return w of H⁺ = H + s wᵀ + w sᵀ."""
     rho = ratio(1.0, sy)  # NaN where sᵀy is 0, which `updated_inverse` then refuses
     return (rho * (rho * yHy + 1) / 2) * s - rho * Hy
 
@@ -111,7 +111,7 @@ def _other_half(
 def bfgs(
     B: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"]
 ) -> Float[Tensor, "D D"]:
-    """B⁺ = B − B s sᵀ B / sᵀBs + ρ y yᵀ: thesis (2.6). B⁺ s = y."""
+    """Return B⁺ = B − B s sᵀ B / sᵀBs + ρ y yᵀ: thesis (2.6). B⁺ s = y."""
     Bs = B @ s
     return B - torch.outer(Bs, Bs) / (s @ Bs) + torch.outer(y, y) / (s @ y)
 
@@ -119,8 +119,9 @@ def bfgs(
 def broyden_inverse(
     H: Float[Tensor, "D D"], s: Float[Tensor, " D"], y: Float[Tensor, " D"], phi: float
 ) -> Float[Tensor, "D D"]:
-    """H⁺ = H − σ H y yᵀ H + ρ s sᵀ + φ (yᵀHy) h hᵀ, h = ρ s − σ H y: thesis (2.11). φ = 1 is BFGS,
-    φ = 0 is DFP.
+    """Return H⁺ = H − σ H y yᵀ H + ρ s sᵀ + φ (yᵀHy) h hᵀ of Broyden's family: thesis (2.11).
+
+    h = ρ s − σ H y. φ = 1 is BFGS, φ = 0 is DFP.
     """
     Hy = H @ y
     rho, sigma = 1 / (s @ y), 1 / (y @ Hy)
@@ -136,7 +137,7 @@ def broyden_inverse(
 def sherman_morrison(
     H: Float[Tensor, "D D"], a: Float[Tensor, " D"], c: float
 ) -> Float[Tensor, "D D"]:
-    """(H⁻¹ + c a aᵀ)⁻¹ = H − H a (1/c + aᵀHa)⁻¹ aᵀ H: thesis 2.4, after Theorem 1."""
+    """Return (H⁻¹ + c a aᵀ)⁻¹ = H − H a (1/c + aᵀHa)⁻¹ aᵀ H: thesis 2.4, after Theorem 1."""
     Ha = H @ a
     return H - torch.outer(Ha, Ha) / (1 / c + a @ Ha)
 
@@ -144,14 +145,15 @@ def sherman_morrison(
 def _plus_symmetric(
     H: Float[Tensor, "D D"], s: Float[Tensor, " D"], w: Float[Tensor, " D"]
 ) -> Float[Tensor, "D D"]:
-    """H + s wᵀ + w sᵀ; the two are added first, so that rounding is symmetric."""
+    """Return H + s wᵀ + w sᵀ; the two are added first, so that rounding is symmetric."""
     half = torch.outer(s, w)
     return (half + half.mT).add_(H)
 
 
 def updated_inverse(H: Float[Tensor, "D D"], pair: Pair) -> tuple[Float[Tensor, "D D"], Pair]:
-    """(H⁺, pair) by BFGS; H where the pair is refused, or where what is added is not finite, which
-    the pair then says.
+    """Return (H⁺, pair) by BFGS, or H where the pair is refused.
+
+    Where what is added is not finite H stays too, and the pair says so.
     """
     found, used = pair.damping.after, pair.used
     if not isinstance(used, Tensor) and not used:

@@ -1,5 +1,6 @@
-"""Block BFGS, which learns from several pairs at once, and the pairs of a Kronecker factor: S2QN
-(Yang et al.), section 4.
+"""Block BFGS, which learns from several pairs at once, and the pairs of a Kronecker factor.
+
+Document: S2QN (Yang et al.), section 4.
 
 Legend: D order; U, V blocks of m pairs as columns [D, m], Λ the matrix that they refine; Ξ sketch
 [m, k]; r ≤ m a rank; O outputs, I inputs of a layer; A [I, I] and G [O, O] second moments of inputs
@@ -27,7 +28,7 @@ Choice = Literal["symmetric", "trace", "diagonal"]
 
 @dataclass(frozen=True)
 class BlockUpdate:
-    """Λ⁺ and the record.
+    """Matrix Λ⁺ after a block update, and the record of how it was made.
 
     `least` is the least eigenvalue of P relative to P at V = ΛU, before damping: sᵀy / sᵀBs where
     there is one pair. `rank` is that of U. "curvature" is why an update is skipped for which P is
@@ -50,8 +51,9 @@ def block_bfgs(
     mu: float = 0.2,
     tau: float | None = None,
 ) -> BlockUpdate:
-    """Λ⁺ = Λ + V P⁻¹ Vᵀ − Λ U (UᵀΛU)⁻¹ UᵀΛ: S2QN (21), with V ← τ V + (1 − τ) Λ U so that P is
-    positive definite.
+    """Return Λ⁺ = Λ + V P⁻¹ Vᵀ − Λ U (UᵀΛU)⁻¹ UᵀΛ: S2QN (21), damped.
+
+    V ← τ V + (1 − τ) Λ U first, so that P is positive definite.
 
     Λ⁺ U = V where VᵀU is symmetric and P is "symmetric". No symmetric Λ⁺ does that where VᵀU is
     not, and for several pairs the other two choices do not. Λ⁺ is positive definite with
@@ -62,8 +64,11 @@ def block_bfgs(
     rows.
 
     Args:
-        Lambda: positive definite; in the precision that the update is to have. What only the
+        Lambda: Λ, positive definite; in the precision that the update is to have. What only the
             rounding of U makes is left out.
+        U: changes of the variable as columns.
+        V: changes of the gradient, column by column those of U.
+        choice: which P.
         mu: without `tau`, the largest τ ≤ 1 for which P is at least μ times its value at V = ΛU:
             Powell's rule (thesis 2.3.1) for a block. S2QN says "proper τ_k".
         tau: τ itself. The update is skipped where it leaves P indefinite.
@@ -80,6 +85,8 @@ def block_bfgs(
     rank, whole = R.shape[1], LU @ R  # ΛU (UᵀΛU)⁻¹ UᵀΛ = ΛUR (ΛUR)ᵀ
     if rank == 0:
         return BlockUpdate(Lambda, math.nan, 1.0, 0, "curvature")
+    # P at V = ΛU, `at_one`, is what τ is measured against. In the basis R it is I, and directions
+    # that U hardly has are gone before P is inverted.
     if choice == "symmetric":
         V, LU, P, at_one = V @ R, whole, _symmetrised(R.mT @ M @ R), W.new_ones(rank)
     elif choice == "trace":
@@ -98,6 +105,8 @@ def block_bfgs(
     # rounding may have cost a semi-definite Λ its sign across all of U
     if choice != "symmetric" and not (len(at_one) and bool((at_one > 0).all())):
         return BlockUpdate(Lambda, math.nan, 1.0, 0, "curvature")
+    # P is linear in V, so that damping makes it τ P + (1 − τ) P(ΛU), whose least eigenvalue
+    # relative to P(ΛU) is τ least + 1 − τ: Powell's rule (thesis 2.3.1), sᵀBs = 1, sᵀy = least.
     if choice != "symmetric":  # whose P at V = ΛU is I
         root = at_one.rsqrt()
         relative = root[:, None] * P * root
@@ -127,8 +136,9 @@ def sketched_block_bfgs(
     mu: float = 0.2,
     tau: float | None = None,
 ) -> BlockUpdate:
-    """S2QN (22): `block_bfgs` of U Ξ and V Ξ. Ξ compresses columns, where (22) prints Ξ U and Ξ V
-    (practice).
+    """Return `block_bfgs` of the compressed pairs U Ξ and V Ξ: S2QN (22).
+
+    Ξ compresses columns, where (22) prints Ξ U and Ξ V (practice).
     """
     return block_bfgs(Lambda, U @ sketch, V @ sketch, choice=choice, mu=mu, tau=tau)
 
@@ -136,13 +146,17 @@ def sketched_block_bfgs(
 def gaussian_sketch(
     m: int, k: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "m k"]:
-    """Ξ of independent normal entries, E ΞΞᵀ = I. S2QN does not say which sketch it took."""
+    """Draw Ξ, [m, k], of independent normal entries with E ΞΞᵀ = I.
+
+    S2QN does not say which sketch it took.
+    """
     return torch.randn(m, k, generator=generator, dtype=dtype, device=device) / math.sqrt(k)
 
 
 def _whitening(W: Float[Tensor, "m m"], eps: float) -> Float[Tensor, "m r"]:
-    """R with Rᵀ W R = I, of the eigenvectors of W whose eigenvalues are not lost in rounding to
-    `eps`.
+    """Return R with Rᵀ W R = I, [m, r], from the eigenvectors of W.
+
+    Those whose eigenvalues are lost in rounding to `eps` are left out.
     """
     values, vectors = torch.linalg.eigh(_symmetrised(W))
     used = values > len(W) * eps * values[-1].clamp_min(0)
@@ -162,12 +176,15 @@ def parameter_secant(
     *,
     as_printed: bool = False,
 ) -> tuple[Float[Tensor, "O I"], Float[Tensor, "O I"]]:
-    """(U A, V − G U A), so that Λ U A = V − G U A: the condition that (A ⊗ (G + Λ)) vec U = vec V,
-    S2QN (19).
+    """Return (U A, V − G U A), the pair of Λ in the secant condition of the weights: S2QN (19).
+
+    Λ U A = V − G U A is the condition that (A ⊗ (G + Λ)) vec U = vec V.
 
     Args:
-        U, V: change of the weights and of their gradient.
-        A, G: second moments of inputs and of derivatives (S2QN (17), (18)).
+        U: change of the weights.
+        V: change of their gradient.
+        A: second moments of the inputs (S2QN (17), (18)).
+        G: second moments of the derivatives (S2QN (17), (18)).
         as_printed: U in place of U A. (19) prints Λ U = V − G U A, but drops an A from what it is
             said to be equivalent to.
     """
@@ -178,7 +195,8 @@ def parameter_secant(
 def preactivation_secant(
     U: Float[Tensor, "O m"], V: Float[Tensor, "O m"], G: Float[Tensor, "O O"]
 ) -> tuple[Float[Tensor, "O m"], Float[Tensor, "O m"]]:
-    """(U, V − G U), so that (G + Λ) U = V: S2QN (20). A column for each example and place: changes
-    of h and of ∂ℓ/∂h.
+    """Return (U, V − G U), the pair of Λ for which (G + Λ) U = V: S2QN (20).
+
+    U and V have a column for each example and place: changes of h and of ∂ℓ/∂h.
     """
     return U, V - G @ U

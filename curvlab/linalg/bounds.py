@@ -1,10 +1,10 @@
-"""What is proven of the eigenvalues of the inverses H: one theorem, one function.
+"""Bounds that are proven of the eigenvalues of the inverses H: one theorem, one function.
 
 Documents: thesis (chapters 2 and 3); 2021 (Ren, Goldfarb), whose lemmas are numbered apart.
 
-Legend: [d_1, …, d_k] shape of a variable with k ways, ε damping of TNT;
-μ₁, μ₂ of the damping; p pairs in an L-BFGS matrix; φ bound of a layer's inputs, I their number with
-the bias column, T places; λ_A, λ_G the dampings of the factors.
+Legend: [d_1, …, d_k] shape of a variable with k ways, ε damping of TNT; μ₁, μ₂ of the damping; p
+pairs in an L-BFGS matrix; φ bound of a layer's inputs, I their number with the bias column, T
+places; λ_A, λ_G the dampings of the factors.
 """
 
 from __future__ import annotations
@@ -19,41 +19,43 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Bounds:
-    """lower · I ≤ H ≤ upper · I."""
+    """Bounds of a symmetric matrix H: lower · I ≤ H ≤ upper · I."""
 
     lower: float
     upper: float
 
     def hold(self, least: float, greatest: float, slack: float = 1e-9) -> bool:
-        """Whether a spectrum from `least` to `greatest` lies within, but for rounding."""
+        """Return whether a spectrum from `least` to `greatest` lies within, but for rounding."""
         return self.lower * (1 - slack) <= least and greatest <= self.upper * (1 + slack)
 
     @property
     def inverse(self) -> Bounds:
-        """Of the inverse of a positive definite matrix."""
+        """Bounds of the inverse of a positive definite matrix within these."""
         return Bounds(1 / self.upper, 1 / self.lower if self.lower else math.inf)
 
     def __mul__(self, other: Bounds) -> Bounds:
-        """Of the Kronecker product of two (thesis Lemma 3; Lemma 7)."""
+        """Return the bounds of the Kronecker product of two matrices (thesis Lemma 3; Lemma 7)."""
         return Bounds(self.lower * other.lower, self.upper * other.upper)
 
 
 _SLACK = float(np.finfo(np.float32).eps) ** 0.5
-"""Powell's damping makes both sides equal: rounding shall not decide."""
+"""Slack of comparisons: Powell's damping makes both sides equal, and rounding shall not decide."""
 
 
 def within(ratio: NDArray[np.float64], most: float | NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether 0 < ratio ≤ most, but for rounding, of ratios to sᵀy such as yᵀHy / sᵀy ≤ 1/μ₁.
+    """Return whether 0 < ratio ≤ most, but for rounding, entry by entry.
 
-    A pair with sᵀy < 0 does not satisfy yᵀHy ≤ sᵀy/μ₁.
+    The ratios are to sᵀy, such as yᵀHy / sᵀy ≤ 1/μ₁. A pair with sᵀy < 0 does not satisfy yᵀHy ≤
+    sᵀy/μ₁.
     """
     with np.errstate(invalid="ignore"):
         return np.asarray((ratio > 0) & (ratio <= most * (1 + _SLACK)))
 
 
 def input_factor(inputs: int, phi: float, damping: float, places: int = 1) -> Bounds:
-    """H_A = (A + λ_A I)⁻¹ with |a| ≤ φ: thesis Lemma 1 (T = 1) and (3.17) in Lemma 7; 2021 (15).
-    ((I − 1) φ² + 1) T ≥ ‖A‖.
+    """Return the bounds of H_A = (A + λ_A I)⁻¹ where every input has |a| ≤ φ.
+
+    Thesis Lemma 1 (T = 1) and (3.17) in Lemma 7; 2021 (15): ‖A‖ ≤ ((I − 1) φ² + 1) T.
 
     The moving average of such A, and the mean over examples, are bounded alike.
 
@@ -66,15 +68,17 @@ def input_factor(inputs: int, phi: float, damping: float, places: int = 1) -> Bo
 def double_damping_step(
     norm_B: float, norm_H: float, mu1: float, mu2: float
 ) -> tuple[float, float]:
-    """(‖B⁺‖, ‖H⁺‖) of a BFGS update are at most these where yᵀHy ≤ sᵀy/μ₁, sᵀs ≤ sᵀy/μ₂: thesis
-    (2.8), (2.10).
+    """Return upper bounds of (‖B⁺‖, ‖H⁺‖) after one BFGS update by a pair of double damping.
+
+    Such a pair has yᵀHy ≤ sᵀy/μ₁ and sᵀs ≤ sᵀy/μ₂: thesis (2.8), (2.10).
     """
     return norm_B * (1 + 1 / mu1), (math.sqrt(norm_H) + 1 / math.sqrt(mu1 * mu2)) ** 2 + 1 / mu2
 
 
 def double_damping_lbfgs(p: int, mu1: float, mu2: float) -> Bounds:
-    """L-BFGS from H₀ = I by p pairs of DD, skipped where yᵀHy > sᵀy/μ₁: thesis Lemma 2, **as long
-    as no pair was dropped**.
+    """Return the bounds of L-BFGS from H₀ = I by p pairs of double damping: thesis Lemma 2.
+
+    Pairs are skipped where yᵀHy > sᵀy/μ₁. Proven **as long as no pair was dropped**.
 
     The proof takes ‖B_i‖ ≤ ‖B_{i−1}‖ (1 + 1/μ₁) from (2.8), which asks for yᵀH_{i−1}y ≤ sᵀy/μ₁. The
     test was made with the H of its time. That is H_{i−1} until the memory is full; then there is no
@@ -86,8 +90,9 @@ def double_damping_lbfgs(p: int, mu1: float, mu2: float) -> Bounds:
 
 
 def mu3(mu1: float, mu2: float, initial: float | None = None) -> float:
-    """μ₃ of ỹᵀỹ ≤ s̃ᵀỹ/μ₃, which holds after D_P(I) D_LM with H₀ = h I: thesis Lemma 4 (h = 1/μ₂),
-    2021 Lemma 1 (h = 1).
+    """Return μ₃ of ỹᵀỹ ≤ s̃ᵀỹ/μ₃, which holds after D_P(I) D_LM with H₀ = h I.
+
+    Thesis Lemma 4 (h = 1/μ₂), 2021 Lemma 1 (h = 1).
 
     ỹᵀỹ ≤ yᵀy + 2 μ₂ s̃ᵀỹ and s̃ᵀy ≥ μ₁ h yᵀy give 1/μ₃ = 1/(μ₁ h) + 2 μ₂; h = 1/μ₂ by default: μ₃ =
     μ₁ / (μ₂ (1 + 2 μ₁)).
@@ -97,15 +102,17 @@ def mu3(mu1: float, mu2: float, initial: float | None = None) -> float:
 
 
 def damped_step(norm_B: float, norm_H: float, mu2: float, mu3: float) -> tuple[float, float]:
-    """(‖B⁺‖, ‖H⁺‖) of a BFGS update are at most these where sᵀs ≤ sᵀy/μ₂, yᵀy ≤ sᵀy/μ₃: thesis
-    Lemma 5, 2021 Lemma 2.
+    """Return upper bounds of (‖B⁺‖, ‖H⁺‖) after one BFGS update with sᵀs ≤ sᵀy/μ₂, yᵀy ≤ sᵀy/μ₃.
+
+    Thesis Lemma 5, 2021 Lemma 2.
     """
     return norm_B + 1 / mu3, (1 + 1 / math.sqrt(mu2 * mu3)) ** 2 * norm_H + 1 / mu2
 
 
 def damped_lbfgs(p: int, mu1: float, mu2: float, initial: float | None = None) -> Bounds:
-    """L-BFGS from H₀ = h I by any p pairs of D_P(I) D_LM: thesis Lemma 6 (h = 1/μ₂, the default),
-    2021 Lemma 3 (h = 1).
+    """Return the bounds of L-BFGS from H₀ = h I by any p pairs of D_P(I) D_LM.
+
+    Thesis Lemma 6 (h = 1/μ₂, the default), 2021 Lemma 3 (h = 1).
     """
     h = 1 / mu2 if initial is None else initial
     third = mu3(mu1, mu2, initial)
@@ -113,7 +120,7 @@ def damped_lbfgs(p: int, mu1: float, mu2: float, initial: float | None = None) -
 
 
 def _grown(start: float, p: int, factor: float, mu2: float) -> float:
-    """p times x ← factor · x + 1/μ₂; infinite where it is too large for a float."""
+    """Return what p times x ← factor · x + 1/μ₂ makes of `start`; infinite beyond a float."""
     try:
         power = factor**p
     except OverflowError:
@@ -122,23 +129,26 @@ def _grown(start: float, p: int, factor: float, mu2: float) -> float:
 
 
 def contraction(shape: Sequence[int], way: int, norm: float) -> float:
-    """‖E[G^(i)]‖ is at most this where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 9. `way`:
-    i, from 0.
+    """Return a bound of ‖E[G^(i)]‖ where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 9.
+
+    `way` is i, counted from 0.
     """
     return math.prod(shape) / shape[way] * norm
 
 
 def tensor_normal_factor(shape: Sequence[int], way: int, norm: float, damping: float) -> Bounds:
-    """Ũ_i + εI of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis, proof of Lemma 10, by
-    (4.10) and Lemma 9.
+    """Return the bounds of one factor Ũ_i + εI of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`.
+
+    Thesis, proof of Lemma 10, by (4.10) and Lemma 9.
     """
     d, k = shape[way], len(shape)
     return Bounds(damping, d ** (1 - 1 / k) * norm ** (1 / k) + damping)
 
 
 def tensor_normal(shape: Sequence[int], norm: float, damping: float) -> Bounds:
-    """⊗ᵢ (Ũ_i + εI) of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`: thesis Lemma 10. H is its
-    `inverse`.
+    """Return the bounds of ⊗ᵢ (Ũ_i + εI) of TNT where ‖E[vec G vec Gᵀ]‖ is at most `norm`.
+
+    Thesis Lemma 10. H is bounded by the `inverse` of them.
     """
     return math.prod(
         (tensor_normal_factor(shape, i, norm, damping) for i in range(len(shape))),

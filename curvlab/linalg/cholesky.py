@@ -1,5 +1,4 @@
-"""Cholesky factors with damping that is raised, and said to be raised, where the factorisation
-fails.
+"""Cholesky factors with damping that is raised, and said to be raised, where they fail.
 
 Legend: D order of a symmetric matrix.
 """
@@ -17,7 +16,7 @@ from curvlab.errors import CurvlabWarning, Diverged
 
 
 def shifted(matrix: Float[Tensor, "D D"], damping: float) -> Float[Tensor, "D D"]:
-    """M + damping I, a new matrix."""
+    """Return M + damping I, a new matrix."""
     new = matrix.clone(memory_format=torch.contiguous_format)
     new.diagonal().add_(damping)
     return new
@@ -26,13 +25,15 @@ def shifted(matrix: Float[Tensor, "D D"], damping: float) -> Float[Tensor, "D D"
 def damped_cholesky(
     build: Callable[[float], Float[Tensor, "D D"]], damping: float, what: str, tries: int = 6
 ) -> tuple[Float[Tensor, "D D"], float]:
-    """Lower Cholesky factor of ``build(damping)`` and the damping used: ten times more, up to
-    `tries` times, where it fails.
+    """Return the lower Cholesky factor of ``build(damping)`` and the damping used.
+
+    That is ten times more, up to `tries` times, where the factorisation fails.
 
     Args:
         build: damping → a new symmetric matrix (the lower triangle is read).
         damping: the first to try; the one used is said in a CurvlabWarning where it is another.
         what: name of the matrix, for messages.
+        tries: how many dampings to try, the first among them.
 
     Raises:
         Diverged: NaN or Inf in the matrix, or no factorisation within `tries`.
@@ -63,13 +64,14 @@ def damped_cholesky(
 
 
 def damped_inverse(matrix: Float[Tensor, "D D"], damping: float, what: str) -> Float[Tensor, "D D"]:
-    """(M + damping I)⁻¹, the damping raised (and said so) where there is no Cholesky factor."""
+    """Return (M + damping I)⁻¹, the damping raised as by `damped_cholesky` where that fails."""
     return torch.cholesky_inverse(damped_cholesky(lambda d: shifted(matrix, d), damping, what)[0])
 
 
 def shift_to_definite(matrix: Float[Tensor, "D D"], least: float) -> float:
-    """What to add to the diagonal so that the lowest eigenvalue is `least`, or as far above 0 as
-    rounding needs; 0 where there is a Cholesky factor.
+    """Return what to add to the diagonal so that the lowest eigenvalue is `least`.
+
+    Or as far above 0 as rounding needs; 0 where there is a Cholesky factor.
     """
     if not bool(torch.linalg.cholesky_ex(matrix).info):
         return 0.0
@@ -79,8 +81,9 @@ def shift_to_definite(matrix: Float[Tensor, "D D"], least: float) -> float:
 
 
 def solve_cholesky(factor: Float[Tensor, "D D"], v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-    """M⁻¹ v for one or several v. Two triangular solves: `torch.cholesky_solve` copies the factor,
-    14 times as slow here.
+    """Return M⁻¹ v for one or several v, from the lower Cholesky factor of M.
+
+    Two triangular solves: `torch.cholesky_solve` copies the factor, 14 times as slow here.
     """
     columns = v[:, None] if v.ndim == 1 else v
     half = torch.linalg.solve_triangular(factor, columns, upper=False)
@@ -89,11 +92,11 @@ def solve_cholesky(factor: Float[Tensor, "D D"], v: Float[Tensor, "D *K"]) -> Fl
 
 
 def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
-    """Of a positive semi-definite matrix, shifted by its mean eigenvalue meanwhile.
+    """Return eigenvalues, ascending, and eigenvectors of a positive semi-definite matrix.
 
-    In float32 LAPACK failed to converge on singular second moments of order 1000 (squares of what
-    is rounded from 0 underflow); shifted they are no trouble. Double precision where it fails
-    still.
+    It is shifted by its mean eigenvalue meanwhile. In float32 LAPACK failed to converge on singular
+    second moments of order 1000 (squares of what is rounded from 0 underflow); shifted they are no
+    trouble. Double precision where it fails still.
     """
     mean = matrix.diagonal().mean()
     moved = matrix + mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

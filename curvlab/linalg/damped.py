@@ -1,5 +1,6 @@
-"""A damped matrix known by its products, and its inverse by conjugate gradients: nothing is formed
-but vectors.
+"""Damped matrices known by their products, and their inverses by conjugate gradients.
+
+Nothing is formed but vectors.
 
 Legend: D order, K columns.
 """
@@ -20,7 +21,7 @@ from curvlab.linalg.operators import Operator, Symmetric
 
 @dataclass(frozen=True)
 class Damped(Symmetric):
-    """M + λ I of a positive semidefinite M."""
+    """Sum M + λ I of a positive semi-definite M and its damping."""
 
     operator: Operator
     damping: float
@@ -58,10 +59,10 @@ class Damped(Symmetric):
 
 @dataclass(frozen=True)
 class Solve(Symmetric):
-    """M⁻¹ of a `Damped` M, each product a run of conjugate gradients to a residual of ε^¾ (2e-12 in
-    double precision).
+    """Inverse M⁻¹ of a `Damped` M, each product a run of conjugate gradients.
 
-    As many columns as M has, or more, take the dense matrix, which costs fewer products.
+    They run to a residual of ε^¾ (2e-12 in double precision). As many columns as M has, or more,
+    take the dense matrix, which costs fewer products.
     """
 
     matrix: Damped
@@ -70,7 +71,7 @@ class Solve(Symmetric):
         return len(self.matrix)
 
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-        """Raises Diverged where conjugate gradients do not get there."""
+        """Return M⁻¹ v. Raises Diverged where conjugate gradients do not get there."""
         if v.ndim == 2:
             each = [self @ column for column in v.mT] if v.shape[1] < len(self) else []
             return torch.stack(each, 1) if each else self.dense() @ v
@@ -88,8 +89,11 @@ class Solve(Symmetric):
         return self.matrix
 
     def dense(self) -> Float[Tensor, "D D"]:
-        """Return the inverse, [D, D], by Cholesky of the dense matrix. Where that fails it is
-        damped, with a CurvlabWarning, or Diverged is raised (`damped_cholesky`)."""
+        """Return the inverse, [D, D], by Cholesky of the dense matrix.
+
+        Where that fails it is damped, with a CurvlabWarning, or Diverged is raised
+        (`damped_cholesky`).
+        """
         return damped_inverse(self.matrix.dense(), 0.0, "the damped matrix")
 
     def eigvalsh(self) -> Float[Tensor, " D"]:

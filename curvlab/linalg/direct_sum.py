@@ -17,8 +17,9 @@ from curvlab.linalg.operators import Operator, Symmetric, packable
 @packable
 @dataclass(frozen=True)
 class DirectSum(Symmetric):
-    """Operators side by side: part k acts on the entries `indices[k]`; together they cover all
-    entries once.
+    """Operators side by side: part k acts on the entries `indices[k]`.
+
+    Together the parts cover all entries once.
     """
 
     indices: tuple[Int[Tensor, " _"], ...]
@@ -61,8 +62,9 @@ class DirectSum(Symmetric):
 @packable
 @dataclass(frozen=True)
 class ColumnSum(Symmetric):
-    """Operators side by side on the columns of a matrix [outputs, Σ widths]: part k acts on the
-    next `widths[k]` of them.
+    """Operators side by side on the columns of a matrix [outputs, Σ widths].
+
+    Part k acts on the next `widths[k]` of them.
     """
 
     outputs: int

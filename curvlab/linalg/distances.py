@@ -1,4 +1,4 @@
-"""How far one matrix is from another: norms and inner products summed in float64, spectra.
+"""Distances of one matrix from another: norms and inner products in float64, spectra.
 
 Legend: R rows, C columns; D order of a symmetric matrix; ‖·‖ is the Frobenius norm.
 """
@@ -21,7 +21,20 @@ def compare(
     exact: Float[Tensor, "D D"],
     eigenvalues: Float[Tensor, " D"] | None,
 ) -> dict[str, float]:
-    """An estimate, times `scale`, against the exact matrix."""
+    """Compare an estimate, times `scale`, with the exact matrix.
+
+    Args:
+        matrix: the estimate.
+        scale: what makes its scale that of the exact matrix.
+        exact: the exact matrix.
+        eigenvalues: of the exact matrix, ascending; where None, spectra are not compared.
+
+    Returns:
+        {measure: value}: "error" (‖scale · estimate − exact‖ / ‖exact‖), "error_scaled" (the same
+            at the best scale there is), "cosine", "trace_ratio"; with eigenvalues "spectrum_error",
+            "largest_ratio" and "smallest_ratio". NaN where a denominator is zero, or an eigenvalue
+            no more than rounding.
+    """
     dense = matrix.dense()
     size, own, both = norm(exact), norm(dense), inner(dense, exact)
     found = {
@@ -42,14 +55,14 @@ def compare(
 
 
 def ratio(above: float, below: float, least: float = 0.0) -> float:
-    """NaN where the denominator is not above `least` in size."""
+    """Return above / below, or NaN where the denominator is not above `least` in size."""
     return above / below if abs(below) > least else float("nan")
 
 
 def _rows(
     one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows of each at a time, in float64."""
+    """Yield some rows of each matrix at a time, in float64."""
     for start in range(0, len(one), 256):
         yield one[start : start + 256].double(), other[start : start + 256].double()
 
@@ -57,7 +70,7 @@ def _rows(
 def distance(
     one: Float[Tensor, "D D"], other: Float[Tensor, "D D"], multiple: float = 1.0
 ) -> float:
-    """‖multiple · one − other‖."""
+    """Return ‖multiple · one − other‖, summed in float64."""
     return math.sqrt(sum(float((multiple * a - b).square().sum()) for a, b in _rows(one, other)))
 
 

@@ -1,5 +1,6 @@
-"""Kronecker products plus a multiple of the identity: diagonal in the eigenbases of the factors,
-where few rows may be added.
+"""Kronecker products plus a multiple of the identity, in the eigenbases of the factors.
+
+There they are diagonal, and few rows may be added.
 
 Legend: D order, K columns; k factors of orders d_i, D = Π d_i.
 """
@@ -24,8 +25,9 @@ from curvlab.linalg.operators import Compact, Diagonal, Operator, Symmetric, pac
 @packable
 @dataclass(frozen=True)
 class Rotated(Symmetric):
-    """(⊗ᵢ Qᵢ) M (⊗ᵢ Qᵢ)ᵀ of orthogonal Qᵢ and an M that is diagonal, or diagonal with few rows
-    added.
+    """Matrix (⊗ᵢ Qᵢ) M (⊗ᵢ Qᵢ)ᵀ of orthogonal Qᵢ and an M that is nearly diagonal.
+
+    M is diagonal, or diagonal with few rows added.
     """
 
     bases: tuple[Float[Tensor, "_ _"], ...]
@@ -38,11 +40,14 @@ class Rotated(Symmetric):
         return kronecker_product(self.bases, self.inside @ self.rotated(v))
 
     def rotated(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-        """(⊗ᵢ Qᵢ)ᵀ v."""
+        """Return (⊗ᵢ Qᵢ)ᵀ v, v in the eigenbases."""
         return kronecker_product([q.mT for q in self.bases], v)
 
     def inv(self) -> Operator:
-        """Raises Diverged where M is not positive definite."""
+        """Return the inverse, that of M in the same bases.
+
+        Raises Diverged where M is not positive definite.
+        """
         return Rotated(self.bases, cast(Diagonal | Compact, self.inside.inv()))
 
     def dense(self) -> Float[Tensor, "D D"]:
@@ -70,8 +75,9 @@ class Rotated(Symmetric):
 
 
 def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
-    """⊗ᵢ Uᵢ + shift I, Uᵢ positive semi-definite: what rounding leaves below 0 of their eigenvalues
-    is taken as 0.
+    """Return ⊗ᵢ Uᵢ + shift I of positive semi-definite Uᵢ, by their eigenvectors.
+
+    What rounding leaves below 0 of their eigenvalues is taken as 0.
 
     Raises:
         Diverged: NaN or Inf in a factor.

@@ -1,5 +1,4 @@
-"""Kronecker products: mode products, contractions, tensor-normal factors, damping splits, the
-nearest one to a matrix.
+"""Kronecker products: mode products, contractions, splits of a damping, the nearest to a matrix.
 
 Legend: k ways of a tensor G of shape [d_1, …, d_k]; U_i [d_i, d_i]; D = Π d_i; A [I, I] and G [O,
 O] second moments; P pairs of outputs and Q pairs of inputs, rows and columns of a rearranged
@@ -24,19 +23,19 @@ from curvlab.linalg.padded_products import product, second_moment
 
 
 class Factor(Protocol):
-    """A symmetric factor that is no tensor: an operator."""
+    """Symmetric factor of a Kronecker product that is no tensor but an operator."""
 
     def __len__(self) -> int: ...
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]: ...
 
 
 def matricize(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i _"]:
-    """mat_i(G): way i as rows, the others row-major as columns (thesis 4.2.1)."""
+    """Return mat_i(G): way i as rows, the others row-major as columns (thesis 4.2.1)."""
     return G.movedim(i, 0).flatten(1) if G.ndim > 1 else G.reshape(-1, 1)
 
 
 def contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:
-    """G^(i) = mat_i(G) mat_i(G)ᵀ (thesis 4.2.1)."""
+    """Return the contraction G^(i) = mat_i(G) mat_i(G)ᵀ (thesis 4.2.1)."""
     m = matricize(G, i)
     return second_moment(m.mT)
 
@@ -44,8 +43,9 @@ def contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:
 def kronecker_product(
     factors: Sequence[Tensor | Factor], v: Float[Tensor, "D *K"]
 ) -> Float[Tensor, "D *K"]:
-    """(⊗ U_i) v = vec(V ×_1 U_1 ×_2 … ×_k U_k), row-major (thesis Proposition 1); columns of v one
-    by one.
+    """Return (⊗ U_i) v = vec(V ×_1 U_1 ×_2 … ×_k U_k), row-major (thesis Proposition 1).
+
+    Several columns of v are multiplied one by one.
     """
     shape = v.shape
     if v.ndim == 1 and len(factors) == 2:
@@ -71,8 +71,9 @@ def accumulate_places_(
     a: Float[Tensor, "N T I"],
     new: float,
 ) -> None:
-    """matrix += new · Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ (thesis Theorem 3, row-major), one row
-    of outputs at a time.
+    """Add new · Σₙ Σ_tt' G_{n,tt'} ⊗ a_{n,t} a_{n,t'}ᵀ to `matrix`, in place.
+
+    Thesis Theorem 3, row-major; one row of outputs at a time.
     """
     places, outputs, size = G.shape[:3]
     inputs = a.shape[2]
@@ -88,10 +89,11 @@ def accumulate_places_(
 def tensor_normal_factors(
     contractions: Sequence[Float[Tensor, "_ _"]],
 ) -> tuple[Float[Tensor, "_ _"], ...]:
-    """Ũ_i = E[G^(i)] / (c_0^{k−1} Π_{j≠i} d_j), c_0 = (tr E[G^(i)] / Π d_j)^{1/k}: thesis (4.10).
+    """Return TNT's factors Ũ_i = E[G^(i)] / (c_0^{k−1} Π_{j≠i} d_j): thesis (4.10).
 
-    All factors have the same mean eigenvalue c_0. Where the statistics are zero so is c_0, and the
-    factors are zero (practice: a bias before BatchNorm), not 0/0.
+    c_0 = (tr E[G^(i)] / Π d_j)^{1/k} is the mean eigenvalue of all factors alike. Where the
+    statistics are zero so is c_0, and the factors are zero (practice: a bias before BatchNorm), not
+    0/0.
     """
     k = len(contractions)
     size = math.prod(len(c) for c in contractions)
@@ -103,13 +105,14 @@ def tensor_normal_factors(
 def pi_split(
     A: Float[Tensor, "I I"], G: Float[Tensor, "O O"], damping: float
 ) -> tuple[float, float]:
-    """(π √λ for A, √λ / π for G), π = √(trace(A ⊗ I) / trace(I ⊗ G)): thesis Alg. 12, line 19.
+    """Return the split (π √λ for A, √λ / π for G) of a damping λ: thesis Alg. 12, line 19.
 
-    π is 1 where either trace is zero, or so small beside the other that π² is 0 or ∞ in double
-    precision. The documents' π is 0 or ∞ there (0/0 where both are zero) and leaves √λ / π or π √λ
-    without a value. A zero factor is legitimate, though: of a layer that no example reaches all
-    derivatives are zero. Then A ⊗ G is zero whatever π is, and an even split is as good as any:
-    both factors stay positive definite, and √λ √λ is the λ of the damped matrix.
+    π = √(trace(A ⊗ I) / trace(I ⊗ G)); it is 1 where either trace is zero, or so small beside the
+    other that π² is 0 or ∞ in double precision. The documents' π is 0 or ∞ there (0/0 where both
+    are zero) and leaves √λ / π or π √λ without a value. A zero factor is legitimate, though: of a
+    layer that no example reaches all derivatives are zero. Then A ⊗ G is zero whatever π is, and an
+    even split is as good as any: both factors stay positive definite, and √λ √λ is the λ of the
+    damped matrix.
 
     Raises:
         Diverged: a trace that is not finite.
@@ -127,18 +130,20 @@ def pi_split(
 
 
 def places_split(damping: float, places: int) -> tuple[float, float]:
-    """(λ_A, λ_G) = (√T √λ, √λ / √T), of an A summed and a G averaged over T places: thesis 3.3.2;
-    Alg. 9, line 2.
+    """Return the split (λ_A, λ_G) = (√T √λ, √λ / √T) of a damping λ: thesis 3.3.2; Alg. 9, line 2.
 
-    With one place √λ each, which chapter 2 has, and Ren and Goldfarb (2021, Alg. 2, line 1) for
-    convolutions too.
+    A is summed over T places and G averaged. With one place √λ each, which chapter 2 has, and Ren
+    and Goldfarb (2021, Alg. 2, line 1) for convolutions too.
     """
     return math.sqrt(places * damping), math.sqrt(damping / places)
 
 
 @dataclass(frozen=True)
 class NearestKronecker:
-    """left ⊗ right, of equal Frobenius norms, and ‖M − left ⊗ right‖ / ‖M‖ (0 where M is zero)."""
+    """Nearest Kronecker product left ⊗ right to a matrix M, and how far from it.
+
+    The factors have equal Frobenius norms; `error` is ‖M − left ⊗ right‖ / ‖M‖ (0 where M is zero).
+    """
 
     left: Float[Tensor, "O O"]
     right: Float[Tensor, "I I"]
@@ -153,18 +158,18 @@ class NearestKronecker:
 def nearest_kronecker(
     matrix: Float[Tensor, "OI OI"], outputs: int, inputs: int
 ) -> NearestKronecker:
-    """The Kronecker product nearest to M in Frobenius norm (Van Loan and Pitsianis 1993), exactly,
-    in float64.
+    """Compute the Kronecker product nearest to M in Frobenius norm, exactly, in float64.
 
-    M rearranged as R[(o, o'), (i, i')] = M[(o, i), (o', i')] turns Kronecker products into matrices
-    of rank one; the nearest of those is R's first singular pair, here from the Gram matrix of R's
-    smaller side. The relative error √(1 − σ₁² / ‖M‖²) is taken from the residual, and so is right
-    near 0. For a symmetric M, R falls into two parts of a quarter of its numbers each, between
-    symmetric and between skew matrices.
+    Van Loan and Pitsianis 1993: M rearranged as R[(o, o'), (i, i')] = M[(o, i), (o', i')] turns
+    Kronecker products into matrices of rank one; the nearest of those is R's first singular pair,
+    here from the Gram matrix of R's smaller side. The relative error √(1 − σ₁² / ‖M‖²) is taken
+    from the residual, and so is right near 0. For a symmetric M, R falls into two parts of a
+    quarter of its numbers each, between symmetric and between skew matrices.
 
     Args:
         matrix: M on the row-major flattening of [O, I].
-        outputs, inputs: O and I.
+        outputs: O.
+        inputs: I.
 
     Returns:
         For a symmetric M both factors are symmetric; or both skew where that is nearer, which no
@@ -200,6 +205,7 @@ def nearest_kronecker(
         skew = _first_pair(parts[1][0])
         best, chosen = (skew, 1) if skew[0] > best[0] else (best, 0)
     sigma, u, v = best
+    # not ‖R‖² − σ²: near an exact product that would be what rounding leaves of two equal numbers
     residual = float(parts[chosen][0].addr_(u, v, alpha=-sigma).square().sum())
     total, rest = sum(squares), sum(squares) - squares[chosen]
     sign, scale = parts[chosen][1], math.sqrt(sigma * size)
@@ -212,7 +218,7 @@ def nearest_kronecker(
 
 
 def _symmetric(matrix: Float[Tensor, "D D"], size: float) -> bool:
-    """Up to rounding; panel by panel, no copy of the matrix."""
+    """Return whether a matrix is symmetric up to rounding; panel by panel, without a copy of it."""
     panel, tolerance = 512, 64 * torch.finfo(matrix.dtype).eps * size
     starts = range(0, len(matrix), panel)
     return all(
@@ -222,8 +228,9 @@ def _symmetric(matrix: Float[Tensor, "D D"], size: float) -> bool:
 
 
 def _basis(size: int, sign: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, columns, weights) of the symmetric (sign 1) or skew (−1) unit matrices: weights 1 on
-    the diagonal, √½ off it.
+    """Return (rows, columns, weights) of the symmetric (sign 1) or skew (−1) unit matrices.
+
+    Weights are 1 on the diagonal, √½ off it.
     """
     rows, cols = torch.tril_indices(size, size, 0 if sign > 0 else -1, device=device)
     weights = torch.full((len(rows),), math.sqrt(0.5), dtype=torch.float64, device=device)
@@ -231,8 +238,9 @@ def _basis(size: int, sign: int, device: torch.device) -> tuple[Tensor, Tensor, 
 
 
 def _pairs(blocks: Float[Tensor, "O I O I"], sign: int, size: float) -> Float[Tensor, "P Q"]:
-    """A symmetric M / size, rearranged, between symmetric (sign 1) or skew (−1) unit matrices; one
-    row of outputs at a time.
+    """Return M / size of a symmetric M, rearranged, in coordinates of `_basis` on both sides.
+
+    Symmetric unit matrices for sign 1, skew ones for −1; one row of outputs at a time.
     """
     outputs, inputs = blocks.shape[:2]
     rows, cols, weights = _basis(inputs, sign, blocks.device)
@@ -251,7 +259,10 @@ def _pairs(blocks: Float[Tensor, "O I O I"], sign: int, size: float) -> Float[Te
 
 
 def _first_pair(R: Float[Tensor, "P Q"]) -> tuple[float, Float[Tensor, " P"], Float[Tensor, " Q"]]:
-    """(σ₁, u₁, v₁), by the last eigenvector of the smaller Gram matrix and one power step."""
+    """Return (σ₁, u₁, v₁) of R.
+
+    By the last eigenvector of the smaller Gram matrix and one power step.
+    """
     if R.shape[0] > R.shape[1]:
         sigma, v, u = _first_pair(R.mT)
         return sigma, u, v
@@ -266,8 +277,10 @@ def _first_pair(R: Float[Tensor, "P Q"]) -> tuple[float, Float[Tensor, " P"], Fl
 
 
 def _last_eigenvector(gram: Float[Tensor, "P P"]) -> Float[Tensor, " P"]:
-    """Above order 500 by ARPACK to full precision: a few products in place of all eigenvectors (100
-    s at order 5000).
+    """Return the eigenvector of the greatest eigenvalue of a Gram matrix.
+
+    Above order 500 by ARPACK to full precision: a few products in place of all eigenvectors (100 s
+    at order 5000).
     """
     if len(gram) <= 500:
         vectors: Tensor = torch.linalg.eigh(gram)[1]
@@ -278,7 +291,10 @@ def _last_eigenvector(gram: Float[Tensor, "P P"]) -> Float[Tensor, " P"]:
 
 
 def _unrolled(vector: Tensor, size: int, sign: int) -> Float[Tensor, "d d"]:
-    """Coordinates in `_basis` → the matrix; sign 0: the matrix itself, row-major."""
+    """Return the matrix that has these coordinates in `_basis`.
+
+    For sign 0 they are its own entries, row-major.
+    """
     if not sign:
         return vector.view(size, size)
     rows, cols, weights = _basis(size, sign, vector.device)

@@ -1,5 +1,4 @@
-"""Krylov methods, which take products only: conjugate gradients, Lanczos, the ends of the spectrum,
-its density.
+"""Krylov methods, which take products only: conjugate gradients, Lanczos, spectral densities.
 
 Legend: D order of the matrix A; m Lanczos steps, V [D, m] their basis, T = Vᵀ A V [m, m]
 tridiagonal, θ its eigenvalues (Ritz values); n draws of a starting vector; P points of a grid.
@@ -22,7 +21,7 @@ from curvlab.linalg.traces import Estimate, average, gaussian
 
 
 class Indefinite(Diverged):
-    """A direction p of no positive curvature was met; `curvature` is pᵀ A p / pᵀ p."""
+    """Raised for a direction p of no positive curvature; `curvature` is pᵀ A p / pᵀ p."""
 
     def __init__(self, message: str, curvature: float = math.nan) -> None:
         super().__init__(message)
@@ -31,7 +30,9 @@ class Indefinite(Diverged):
 
 @dataclass(frozen=True)
 class CgResult:
-    """`residual` is ‖b − A x‖ / ‖b‖, computed from x and not by the recursion; `converged`: at or
+    """Solution x of A x = b by conjugate gradients.
+
+    `residual` is ‖b − A x‖ / ‖b‖, computed from x and not by the recursion; `converged`: at or
     below the tolerance.
     """
 
@@ -49,12 +50,11 @@ def conjugate_gradients(
     maximum: int | None = None,
     precondition: Operator | None = None,
 ) -> CgResult:
-    """A x = b for a positive definite A: preconditioned conjugate gradients (Saad 2003, Alg. 9.1),
-    from x = 0.
+    """Solve A x = b for a positive definite A by preconditioned conjugate gradients, from x = 0.
 
-    The residual of the recursion drifts from the true one. Where it reaches the tolerance the true
-    one is computed; if that does not, the iteration starts again from there, for as long as this
-    halves it.
+    Saad 2003, Alg. 9.1. The residual of the recursion drifts from the true one. Where it reaches
+    the tolerance the true one is computed; if that does not, the iteration starts again from there,
+    for as long as this halves it.
 
     >>> from curvlab.linalg.operators import Diagonal
     >>> A, b = Diagonal(torch.tensor([1.0, 4.0])), torch.tensor([1.0, 1.0])
@@ -63,11 +63,14 @@ def conjugate_gradients(
     (2, True)
 
     Args:
+        operator: A.
+        b: the right-hand side.
         tolerance: on ‖b − A x‖ / ‖b‖.
         maximum: of iterations; by default 10 D.
         precondition: stands for A⁻¹, positive definite.
 
     Raises:
+        CurvlabError: b of another length than A; no tolerance above 0, or no iteration.
         Indefinite: pᵀ A p ≤ 0.
         Diverged: rᵀ M r ≤ 0: the preconditioner is not positive definite; NaN or Inf in b or in a
             product.
@@ -83,9 +86,11 @@ def conjugate_gradients(
     x, iterations = torch.zeros_like(b), 0
     if not bool(length > 0):
         return CgResult(x, 0.0, 0, True)
-    b = b / length
+    b = b / length  # norms of r are relative residuals then, and squares of a tiny b do not vanish
     r, residual, before = b, 1.0, math.inf
     while residual > tolerance and residual <= before / 2 and iterations < maximum:
+        # A run starts without a direction: ρ/∞ = 0 makes p = z. The p of the run before came of a
+        # residual that had drifted, and would carry that on.
         p, rho = torch.zeros_like(b), math.inf
         while float(torch.linalg.vector_norm(r)) > tolerance and iterations < maximum:
             z = r if precondition is None else finite_product(precondition, r)
@@ -120,7 +125,7 @@ def conjugate_gradients(
 def solve_columns(
     operator: Operator, b: Float[Tensor, "D K"], *, tolerance: float, maximum: int
 ) -> Float[Tensor, "D K"]:
-    """A⁻¹ b, every column by `conjugate_gradients`. Raises as that does."""
+    """Return A⁻¹ b, every column by `conjugate_gradients`. Raises as that does."""
     each = [conjugate_gradients(operator, c, tolerance=tolerance, maximum=maximum) for c in b.mT]
     return torch.stack([one.x for one in each], 1)
 
@@ -152,17 +157,22 @@ def truncated_cg(
     maximum: int = 250,
     growth: float = 1.3,
 ) -> Truncated:
-    """A x ≈ b by conjugate gradients that stop where φ hardly falls any more (Martens 2010, section
-    4.4).
+    """Solve A x ≈ b by conjugate gradients that stop where φ hardly falls any more.
 
-    After iteration i > k, where φ(xᵢ) < 0 and (φ(xᵢ) − φ(xᵢ₋ₖ)) / φ(xᵢ) < k · progress, k = max(10,
-    ⌈i / 10⌉). Kept are the iterates ⌈growthʲ⌉ (section 4.6), each once, and the last.
+    Martens 2010, section 4.4: after iteration i > k, where φ(xᵢ) < 0 and (φ(xᵢ) − φ(xᵢ₋ₖ)) / φ(xᵢ)
+    < k · progress, k = max(10, ⌈i / 10⌉). Kept are the iterates ⌈growthʲ⌉ (section 4.6), each once,
+    and the last.
 
     Args:
+        operator: A.
+        b: the right-hand side.
         start: x₀; zero where None.
         progress: 0 stops at the maximum, or where the residual is zero to rounding.
+        maximum: of iterations.
+        growth: of the numbers of the iterates that are kept.
 
     Raises:
+        CurvlabError: b of another length than A; arguments outside their ranges.
         Diverged: pᵀ A p ≤ 0: A is not positive definite; NaN or Inf in b or in a product.
     """
     _check_vector(operator, b, "the right-hand side")
@@ -204,14 +214,15 @@ def truncated_cg(
 
 
 def _quadratic(x: Float[Tensor, " D"], b: Float[Tensor, " D"], r: Float[Tensor, " D"]) -> float:
-    """φ(x) = −½ xᵀ (b + r) with r = b − A x."""
+    """Return φ(x) = −½ xᵀ (b + r) with r = b − A x."""
     return -(float(x @ b) + float(x @ r)) / 2
 
 
 @dataclass(frozen=True)
 class Lanczos:
-    """A V = V T + β_m v_{m+1} e_mᵀ. T has the diagonal `alpha`, beside it all of `beta` but the
-    last, which is β_m ≥ 0.
+    """Lanczos decomposition A V = V T + β_m v_{m+1} e_mᵀ.
+
+    T has the diagonal `alpha`, beside it all of `beta` but the last, which is β_m ≥ 0.
     """
 
     alpha: Float[Tensor, " m"]
@@ -227,18 +238,18 @@ class Lanczos:
         return torch.diag(self.alpha) + torch.diag(beside, 1) + torch.diag(beside, -1)
 
     def ritz(self) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"], Float[Tensor, "m m"]]:
-        """Ritz values θ, ascending; the length of the residual of each, |β_m s_m|; eigenvectors s
-        of T as columns.
+        """Return the Ritz values, the lengths of their residuals, and the eigenvectors of T.
 
-        Within that length of θ there is an eigenvalue of A (Parlett 1998, Theorem 4.5.1 and section
-        13.2).
+        θ, ascending; |β_m s_m| of each; s as columns. Within that length of θ there is an
+        eigenvalue of A (Parlett 1998, Theorem 4.5.1 and section 13.2).
         """
         theta, s = torch.linalg.eigh(self.matrix())
         return theta, (self.beta[-1] * s[-1]).abs(), s
 
     def quadrature(self) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
-        """Nodes θ and weights of Gauss's rule for v₁ᵀ f(A) v₁: exact for polynomials of degree < 2m
-        (Golub, Meurant 1994).
+        """Return the nodes θ and the weights of Gauss's rule for v₁ᵀ f(A) v₁.
+
+        It is exact for polynomials of degree < 2m (Golub, Meurant 1994).
         """
         theta, _, s = self.ritz()
         return theta, s[0].square()
@@ -247,15 +258,23 @@ class Lanczos:
 def lanczos(
     operator: Operator, start: Float[Tensor, " D"], steps: int, *, basis: bool = False
 ) -> Lanczos:
-    """Lanczos from v₁ = start / ‖start‖, every new vector made orthogonal to all before it, twice
-    (Parlett 1998, section 6.9).
+    """Run Lanczos from v₁ = start / ‖start‖ with full reorthogonalisation.
 
-    Stops early where the Krylov space is invariant: at β_j ≤ 100 ε ‖T‖, or after D steps. Where
-    rounding hides that, it goes on from what is left, a vector of noise: Ritz values may then come
-    twice, weights do not. Holds [D, m].
+    Every new vector is made orthogonal to all before it, twice (Parlett 1998, section 6.9). Stops
+    early where the Krylov space is invariant: at β_j ≤ 100 ε ‖T‖, or after D steps. Where rounding
+    hides that, it goes on from what is left, a vector of noise: Ritz values may then come twice,
+    weights do not. Holds [D, m].
 
     Args:
+        operator: A.
+        start: the starting vector, of any length but 0.
+        steps: m at most.
         basis: keep V in the result.
+
+    Raises:
+        CurvlabError: a starting vector that is zero or does not fit; no step; a basis larger than
+            the memory.
+        Diverged: NaN or Inf in the starting vector or in a product.
     """
     _check_vector(operator, start, "the starting vector")
     if steps < 1:
@@ -288,8 +307,7 @@ def lanczos(
 
 @dataclass(frozen=True)
 class Extremes:
-    """Least and greatest Ritz value, which lie within the spectrum, and the length of the residual
-    of each.
+    """Least and greatest Ritz value, which lie within the spectrum, and the errors of both.
 
     An eigenvalue lies within `lowest_error` of `lowest`, another within `highest_error` of
     `highest` (Parlett 1998, section 13.2): the extreme ones, unless the starting vector has next to
@@ -304,8 +322,9 @@ class Extremes:
 
 
 def extremes(operator: Operator, *, steps: int = 50, generator: torch.Generator) -> Extremes:
-    """Both ends of the spectrum by Lanczos from a normal random vector; at most D steps are
-    taken.
+    """Estimate both ends of the spectrum by Lanczos from a normal random vector.
+
+    At most D steps are taken.
     """
     run = lanczos(operator, gaussian(operator, 1, generator)[:, 0], steps)
     theta, error, _ = run.ritz()
@@ -314,8 +333,9 @@ def extremes(operator: Operator, *, steps: int = 50, generator: torch.Generator)
 
 @dataclass(frozen=True)
 class Density:
-    """The spectral density (1/D) Σ_d δ(x − λ_d) as weighted nodes, one row for each draw of a
-    starting vector; rows sum to 1.
+    """Spectral density (1/D) Σ_d δ(x − λ_d) as weighted nodes, a row for each starting vector.
+
+    The weights of a row sum to 1.
 
     A row that ended early repeats its last node with the weight 0. Standard errors are over the
     draws: of sampling only, not of what the quadrature leaves out between two nodes; NaN for one
@@ -326,8 +346,9 @@ class Density:
     weights: Float[Tensor, "n m"]
 
     def smooth(self, grid: Float[Tensor, " P"], width: float) -> Float[Tensor, " P"]:
-        """Every node a normal density of standard deviation `width`: integrates to 1 (Ghorbani et
-        al. 2019, section 2).
+        """Return the density on a grid, every node a normal one of standard deviation `width`.
+
+        It integrates to 1 (Ghorbani et al. 2019, section 2).
         """
         if not width > 0:
             raise CurvlabError(f"a smooth density needs a width above 0, not {width:g}")
@@ -336,11 +357,11 @@ class Density:
         return (kernel * self.weights).sum(2).mean(1)
 
     def moment(self, k: int) -> Estimate:
-        """tr(Aᵏ) / D; unbiased for k < 2m."""
+        """Return an estimate of tr(Aᵏ) / D; unbiased for k < 2m."""
         return self._average((self.weights * self.nodes**k).sum(1))
 
     def count_below(self, x: float) -> Estimate:
-        """The fraction of the eigenvalues that are less than x."""
+        """Return an estimate of the fraction of the eigenvalues that are less than x."""
         return self._average((self.weights * (self.nodes < x)).sum(1))
 
     def _average(self, of_draws: Float[Tensor, " n"]) -> Estimate:
@@ -348,11 +369,10 @@ class Density:
 
 
 def density(operator: Operator, *, draws: int, steps: int, generator: torch.Generator) -> Density:
-    """Stochastic Lanczos quadrature (Ubaru, Chen, Saad 2017, Alg. 1; Ghorbani, Krishnan, Xiao
-    2019), from points of the sphere.
+    """Estimate the spectral density by stochastic Lanczos quadrature from points of the sphere.
 
-    E v vᵀ = I / D for v uniform on the sphere, so that the mean of vᵀ f(A) v over draws is an
-    estimate of tr f(A) / D.
+    Ubaru, Chen, Saad 2017, Alg. 1; Ghorbani, Krishnan, Xiao 2019. E v vᵀ = I / D for v uniform on
+    the sphere, so that the mean of vᵀ f(A) v over draws is an estimate of tr f(A) / D.
     """
     if draws < 1:
         raise CurvlabError(f"a spectral density needs at least 1 draw, not {draws}")

@@ -1,5 +1,6 @@
-"""L-BFGS: the memory of pairs as a value, its matrices over any base operator, base plus refinement
-(S2QN, Yang et al.).
+"""L-BFGS: the memory of pairs as a value, and its matrices over any base operator.
+
+Document for a base plus refinement: S2QN (Yang et al.).
 
 The pairs given to a matrix need sᵀy > 0. An update by (s, y) is the same as one by (c s, c y):
 pairs are scaled to sᵀy = 1, so that no tiny or huge inner product meets another. Inner products and
@@ -27,7 +28,7 @@ _NUMBERS = 1 << 18  # in double precision at once
 @packable
 @dataclass(frozen=True)
 class Memory:
-    """The last `capacity` pairs."""
+    """The last `capacity` curvature pairs (s, y), as rows, the oldest first."""
 
     capacity: int
     S: Float[Tensor, "p D"]
@@ -45,7 +46,7 @@ class Memory:
         return len(self.S)
 
     def append(self, s: Float[Tensor, " D"], y: Float[Tensor, " D"]) -> Memory:
-        """One more pair; the oldest is dropped where there is no room."""
+        """Return a memory with one more pair; the oldest is dropped where there is no room."""
         first = max(0, len(self) + 1 - self.capacity)
         return replace(
             self, S=torch.cat([self.S[first:], s[None]]), Y=torch.cat([self.Y[first:], y[None]])
@@ -54,8 +55,9 @@ class Memory:
     def append_where(
         self, used: Bool[Tensor, ""] | bool, s: Float[Tensor, " D"], y: Float[Tensor, " D"]
     ) -> Memory:
-        """`append` where `used` is true, else this memory. Waits for the device only while there is
-        room.
+        """Return `append` where `used` is true, else this memory.
+
+        Waits for the device only while there is room.
         """
         if len(self) < self.capacity or not isinstance(used, Tensor):
             return self.append(s, y) if bool(used) else self
@@ -64,20 +66,24 @@ class Memory:
 
 
 def empty_memory(capacity: int, like: Float[Tensor, " D"]) -> Memory:
-    """No pairs yet; length, dtype and device of `like`."""
+    """Return a memory without pairs, of the length, dtype and device of `like`."""
     return Memory(capacity, like.new_empty(0, len(like)), like.new_empty(0, len(like)))
 
 
 def lbfgs_inverse(memory: Memory, base: Operator, *, trusted: bool = False) -> Operator:
-    """H: the updates (2.6) of H₀ by all pairs, the oldest first, as H₀ + Rᵀ C⁻¹ R (Byrd, Nocedal,
-    Schnabel 1994, (2.6)).
+    """Return H, the updates (2.6) of H₀ by all pairs, the oldest first, as H₀ + Rᵀ C⁻¹ R.
 
     R = [S; Y H₀], C = −[[0, T], [Tᵀ, D + Y H₀ Yᵀ]]; T is the upper triangle of S Yᵀ with its
-    diagonal D. This is the "non-loop" form of thesis 2.3: products with a matrix of K columns are
-    matrix products. H₀ itself where there is no pair.
+    diagonal D (Byrd, Nocedal, Schnabel 1994, (2.6)). This is the "non-loop" form of thesis 2.3:
+    products with a matrix of K columns are matrix products. H₀ itself where there is no pair.
 
     Args:
+        memory: the pairs.
+        base: H₀.
         trusted: whether every sᵀy is known to be above 0: nothing then waits for the device.
+
+    Raises:
+        Diverged: a pair with sᵀy that is not above 0.
     """
     if not len(memory):
         return base
@@ -88,12 +94,11 @@ def lbfgs_inverse(memory: Memory, base: Operator, *, trusted: bool = False) -> O
 
 
 def compact_is_cheaper(order: int, columns: int, pairs: int) -> bool:
-    """Whether H of `pairs` pairs is applied to `columns` vectors with fewer operations as it is
-    than as a dense matrix.
+    """Return whether H of `pairs` pairs costs less in compact form than as a dense matrix.
 
-    Counted with R = 2p rows, D = `order`, K = `columns`: as it is 4 R D K + 2 R² K; as a matrix 2
-    R² D + 2 R D² to form it and 2 D² K to apply it. For many columns the matrix is cheaper where D
-    < 2R = 4p or so, for D = K where D < 2p.
+    Operations on `columns` vectors are counted, with R = 2p rows, D = `order`, K = `columns`:
+    compact 4 R D K + 2 R² K; as a matrix 2 R² D + 2 R D² to form it and 2 D² K to apply it. For
+    many columns the matrix is cheaper where D < 2R = 4p or so, for D = K where D < 2p.
     """
     rows = 2 * pairs
     return (
@@ -103,10 +108,10 @@ def compact_is_cheaper(order: int, columns: int, pairs: int) -> bool:
 
 
 def lbfgs(memory: Memory, base: Operator) -> Operator:
-    """B: the updates (2.6) of B₀ by all pairs, as B₀ + Rᵀ C⁻¹ R: S2QN (12) with C = −P (Byrd,
-    Nocedal, Schnabel, (2.17)).
+    """Return B, the updates (2.6) of B₀ by all pairs, as B₀ + Rᵀ C⁻¹ R.
 
-    ``lbfgs(memory, base).inv()`` is ``lbfgs_inverse(memory, base.inv())`` but for rounding.
+    S2QN (12) with C = −P (Byrd, Nocedal, Schnabel, (2.17)). ``lbfgs(memory, base).inv()`` is
+    ``lbfgs_inverse(memory, base.inv())`` but for rounding.
     """
     if not len(memory):
         return base
@@ -114,8 +119,9 @@ def lbfgs(memory: Memory, base: Operator) -> Operator:
 
 
 def two_loop(memory: Memory, base: Operator, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-    """H v by the two-loop recursion (Nocedal and Wright, Alg. 7.4): the other route to
-    ``lbfgs_inverse(memory, base) @ v``.
+    """Return H v by the two-loop recursion (Nocedal and Wright, Alg. 7.4).
+
+    It is the other route to ``lbfgs_inverse(memory, base) @ v``.
     """
     S, Y, SY = _scaled(memory)
     rho = SY.diagonal().reciprocal().to(v.dtype)
@@ -130,14 +136,15 @@ def two_loop(memory: Memory, base: Operator, v: Float[Tensor, "D *K"]) -> Float[
 
 
 def refined(base: Operator, memory: Memory, initial: Operator) -> Operator:
-    """B + λI = H̃ − C P⁻¹ Cᵀ, a base matrix refined by L-BFGS of what it misses: S2QN (9), (12).
-    Its inverse is (13).
+    """Return B + λI = H̃ − C P⁻¹ Cᵀ, a base matrix refined by L-BFGS of what it misses.
 
-    The pairs are those of the refinement: u and v = v̂ − H_k u, S2QN (10).
+    S2QN (9), (12); its inverse is (13). The pairs are those of the refinement: u and v = v̂ − H_k
+    u, S2QN (10).
 
     Args:
         base: H̃ = H_k + Λ⁰ + λI. A low-rank one of outer products, say `LowRank`, need not be
             formed.
+        memory: the pairs (u, v).
         initial: Λ⁰, mostly γI (`multiple_of_identity`).
     """
     if not len(memory):
@@ -148,10 +155,10 @@ def refined(base: Operator, memory: Memory, initial: Operator) -> Operator:
 def refined_low_rank(
     Q: Float[Tensor, "D r"], memory: Memory, gamma: float, damping: float
 ) -> Operator:
-    """B + λI = Q Qᵀ + Λ + λI with Λ⁰ = γI as Λ̃ − C̃ P̃⁻¹ C̃ᵀ, Λ̃ = (γ + λ) I. Its inverse is S2QN
-    (14), of order r + 2p inside.
+    """Return B + λI = Q Qᵀ + Λ + λI with Λ⁰ = γI as Λ̃ − C̃ P̃⁻¹ C̃ᵀ, Λ̃ = (γ + λ) I.
 
-    P̃ = diag(P, −I), where S2QN prints diag(P⁻¹, −I) (practice).
+    Its inverse is S2QN (14), of order r + 2p inside. P̃ = diag(P, −I), where S2QN prints diag(P⁻¹,
+    −I) (practice).
     """
     rows, core = Q.mT, torch.eye(Q.shape[1], dtype=torch.float64, device=Q.device)
     if len(memory):
@@ -162,15 +169,16 @@ def refined_low_rank(
 
 
 def multiple_of_identity(c: float, like: Float[Tensor, " D"]) -> Diagonal:
-    """c I; length, dtype and device of `like`."""
+    """Return c I of the length, dtype and device of `like`."""
     return Diagonal(torch.full_like(like, c, memory_format=torch.contiguous_format))
 
 
 def _correction(
     memory: Memory, initial: Operator
 ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R R"]]:
-    """(Cᵀ, −P) of S2QN (12): C = [Λ⁰U, V], P = [[UᵀΛ⁰U, L], [Lᵀ, −D]], L strictly below the
-    diagonal D of UᵀV.
+    """Return (Cᵀ, −P) of S2QN (12).
+
+    C = [Λ⁰U, V], P = [[UᵀΛ⁰U, L], [Lᵀ, −D]], L strictly below the diagonal D of UᵀV.
     """
     S, Y, SY = _scaled(memory)
     start = (initial @ S.mT).mT
@@ -181,7 +189,7 @@ def _correction(
 def _scaled(
     memory: Memory, trusted: bool = False
 ) -> tuple[Float[Tensor, "p D"], Float[Tensor, "p D"], Float[Tensor, "p p"]]:
-    """S, Y with sᵀy = 1, and S Yᵀ."""
+    """Return S and Y, every pair scaled to sᵀy = 1, and S Yᵀ."""
     sy = (memory.S * memory.Y).sum(1)
     if not (trusted or bool((sy > 0).all())):
         first = int((~(sy > 0)).nonzero()[0])
@@ -195,8 +203,9 @@ def _scaled(
 
 
 def _gram(S: Float[Tensor, "p D"], Y: Float[Tensor, "p D"]) -> Float[Tensor, "p p"]:
-    """S Yᵀ in float64, some columns at a time: copies of the whole in that precision would leave
-    the cache.
+    """Return S Yᵀ in float64, some columns at a time.
+
+    Copies of the whole in that precision would leave the cache.
     """
     found = torch.zeros(len(S), len(Y), dtype=torch.float64, device=S.device)
     at_once = max(1024, _NUMBERS // max(1, len(S)))
@@ -208,7 +217,7 @@ def _gram(S: Float[Tensor, "p D"], Y: Float[Tensor, "p D"]) -> Float[Tensor, "p 
 def _blocks(
     a: Float[Tensor, "m m"], b: Float[Tensor, "m n"], c: Float[Tensor, "n n"]
 ) -> Float[Tensor, "R R"]:
-    """[[a, b], [bᵀ, c]]."""
+    """Return the symmetric matrix [[a, b], [bᵀ, c]]."""
     return torch.cat([torch.cat([a, b], 1), torch.cat([b.mT, c], 1)])
 
 
@@ -217,5 +226,5 @@ def _symmetrised(m: Float[Tensor, "p p"]) -> Float[Tensor, "p p"]:
 
 
 def _times(s: Float[Tensor, " D"], weights: Float[Tensor, "*K"]) -> Float[Tensor, "D *K"]:
-    """s times a number, or times a row of them."""
+    """Return s times a number, or the outer product of s and a row of numbers."""
     return s * weights if weights.ndim == 0 else torch.outer(s, weights)

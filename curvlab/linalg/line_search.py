@@ -1,4 +1,4 @@
-"""Line searches: how far along a direction. φ(t) is the loss at θ + t d, φ(0) known.
+"""Line searches: how far to go along a direction. φ(t) is the loss at θ + t d, φ(0) known.
 
 A loss of size f is known to a few ε f only, ε the machine's; decreases below that are not asked
 for, as by Hager and Zhang's approximate conditions (2005, section 4), so that searches do not fail
@@ -16,8 +16,9 @@ from curvlab.errors import Diverged
 
 @dataclass(frozen=True)
 class Found:
-    """A step, and how many were tried; `met`: it satisfies the conditions, and is not merely the
-    last tried.
+    """Step that a line search found, and how many it tried.
+
+    `met`: it satisfies the conditions, and is not merely the last tried.
     """
 
     step: float
@@ -35,10 +36,18 @@ def armijo(
     shrink: float = 0.5,
     maximum: int = 30,
 ) -> Found:
-    """The first of 1, ½, ¼, … with φ(t) ≤ φ(0) + c t φ′(0) (Nocedal and Wright, Alg. 3.1, (3.4)).
+    """Return the first of 1, ½, ¼, … with φ(t) ≤ φ(0) + c t φ′(0) (Nocedal and Wright, Alg. 3.1).
+
+    Their condition is (3.4).
 
     Args:
-        start: φ(0). slope: φ′(0) < 0. slack: by how much φ is uncertain.
+        phi: t → φ(t).
+        start: φ(0).
+        slope: φ′(0) < 0.
+        slack: by how much φ is uncertain.
+        c: of the decrease that the slope promises, the part that is asked for.
+        shrink: what a step is multiplied by to be the next; ½ by default.
+        maximum: of steps tried.
 
     Raises:
         Diverged: the direction does not descend.
@@ -62,13 +71,22 @@ def wolfe(
     c2: float = 0.9,
     maximum: int = 30,
 ) -> Found:
-    """A step of φ(t) ≤ φ(0) + c₁ t φ′(0) and φ′(t) ≥ c₂ φ′(0), from t = 1, by bisection (Lewis and
-    Overton 2013, Alg. 2.6).
+    """Return a step with φ(t) ≤ φ(0) + c₁ t φ′(0) and φ′(t) ≥ c₂ φ′(0), from t = 1, by bisection.
 
-    The second, the weak Wolfe condition, makes sᵀy > 0 for the pair of the step.
+    Lewis and Overton 2013, Alg. 2.6. The second, the weak Wolfe condition, makes sᵀy > 0 for the
+    pair of the step.
 
     Args:
-        phi: t → (φ(t), φ′(t)); `start`, `slope`, `slack` as for `armijo`.
+        phi: t → (φ(t), φ′(t)).
+        start: φ(0).
+        slope: φ′(0) < 0.
+        slack: by how much φ is uncertain.
+        c1: as `c` of `armijo`.
+        c2: of the slope, the part that may remain.
+        maximum: of steps tried.
+
+    Raises:
+        Diverged: the direction does not descend.
     """
     _check(slope)
     low, high, t = 0.0, math.inf, 1.0

@@ -1,5 +1,4 @@
-"""What all operators have: the protocol, and the classes that give `shape`, `dtype`, `device` and
-`T`.
+"""Base of all operators: the protocol, and the classes behind `shape`, `dtype`, `device` and `T`.
 
 Legend: D order, K columns.
 """
@@ -21,19 +20,19 @@ class Operator(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(D, D)"""
+        """Numbers of rows and columns, (D, D)."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the vectors that it takes."""
+        """Dtype of the vectors that it takes."""
 
     @property
     def device(self) -> torch.device:
-        """Of the vectors that it takes."""
+        """Device of the vectors that it takes."""
 
     @property
     def T(self) -> Operator:
-        """Itself."""
+        """Transpose, which is the operator itself."""
 
     def __len__(self) -> int: ...
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]: ...
@@ -44,7 +43,7 @@ class Operator(Protocol):
         """Return the matrix itself, [D, D]; it may share memory with the operator."""
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
-        """All eigenvalues, ascending."""
+        """Return all eigenvalues, ascending."""
 
     def diag(self) -> Float[Tensor, " D"]:
         """Return the diagonal, [D]; it may share memory with the operator."""
@@ -54,8 +53,9 @@ class Operator(Protocol):
 
 
 class Placed:
-    """Where a frozen value of tensors, numbers and other such values lies: where its first floating
-    tensor does.
+    """Base of frozen values of tensors and numbers, which says where a value lies.
+
+    That is where its first floating tensor does.
     """
 
     @property
@@ -70,19 +70,19 @@ class Placed:
 
 
 class Square(ABC):
-    """What a symmetric operator says of itself by its length."""
+    """Base of square symmetric operators: shape and transpose follow from the length."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(D, D)"""
+        """Numbers of rows and columns, (D, D)."""
         return len(self), len(self)
 
     @property
     def T(self) -> Self:
-        """Itself."""
+        """Transpose, which is the operator itself."""
         return self
 
 
@@ -95,8 +95,9 @@ NOWHERE = torch.float64, torch.device("cpu")
 
 
 def placed(value: Any) -> tuple[torch.dtype, torch.device] | None:
-    """dtype and device of a value's first floating tensor; of a product, which holds none, as it
-    says; else None.
+    """Return the dtype and the device of a value's first floating tensor.
+
+    A product holds none and is asked for its own; None where there is neither.
     """
     dtype = None if isinstance(value, Placed) else getattr(value, "dtype", None)
     if isinstance(dtype, torch.dtype):

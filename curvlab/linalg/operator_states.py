@@ -1,7 +1,7 @@
-"""Operators as nested dictionaries, lists and tensors, and back: what a checkpoint without pickled
-code can hold.
+"""Operators as nested dictionaries, lists and tensors, and back.
 
-A kind of operator is known here once `packable` has been told of it.
+That is what a checkpoint without pickled code can hold. A kind of operator is known here once
+`packable` has been told of it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ _KINDS: dict[str, type[Any]] = {}
 
 
 def packable(kind: type[T]) -> type[T]:
-    """Class decorator: a frozen value of tensors, numbers and other such values that `unpack` is to
-    know too.
-    """
+    """Class decorator: let `unpack` know a frozen value of tensors, numbers and such values."""
     _KINDS[kind.__name__] = kind
     return kind
 
 
 def pack(value: Any) -> Any:
-    """An operator as nested dictionaries, lists and tensors: what a checkpoint without pickled code
-    can hold.
+    """Return an operator as nested dictionaries, lists and tensors.
+
+    That is what a checkpoint without pickled code can hold.
     """
     if is_dataclass(value):
         return {"kind": type(value).__name__} | {
@@ -36,7 +35,7 @@ def pack(value: Any) -> Any:
 
 
 def unpack(packed: Any) -> Any:
-    """The inverse of `pack`. Raises CurvlabError for a kind of operator that is not known."""
+    """Return what `pack` packed. Raises CurvlabError for a kind of operator that is not known."""
     if isinstance(packed, dict):
         kind = lookup(_KINDS, packed["kind"], "kind of operator")
         return kind(**{name: unpack(v) for name, v in packed.items() if name != "kind"})

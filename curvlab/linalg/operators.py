@@ -1,5 +1,4 @@
-"""A small closed algebra of symmetric operators, and matrices known by their products. Values:
-frozen, no method changes one.
+"""Small closed algebra of symmetric operators, frozen values that no method changes.
 
 Every operator acts on vectors of length D (or on the columns of [D, K]); `inv` returns an operator
 of the algebra again, and ``H.inv().inv()`` is H. Where a block is an [O, I] matrix, the vector is
@@ -39,7 +38,7 @@ from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows, gram_cho
 
 @dataclass(frozen=True)
 class Dense(Symmetric):
-    """The matrix itself."""
+    """Operator of a dense matrix."""
 
     matrix: Float[Tensor, "D D"]
 
@@ -50,7 +49,7 @@ class Dense(Symmetric):
         return self.matrix @ v
 
     def inv(self) -> Operator:
-        """Through Cholesky. Raises Diverged where the matrix is not positive definite."""
+        """Return the inverse through Cholesky; raises Diverged where M is not positive definite."""
         factor, info = torch.linalg.cholesky_ex(self.matrix)
         if info:
             raise Diverged("the matrix is not positive definite: damp it before inverting")
@@ -76,7 +75,7 @@ class Dense(Symmetric):
 
 @dataclass(frozen=True)
 class Inverse(Symmetric):
-    """M⁻¹, kept as the lower Cholesky factor of M."""
+    """Inverse M⁻¹, kept as the lower Cholesky factor of M."""
 
     factor: Float[Tensor, "D D"]
 
@@ -99,7 +98,7 @@ class Inverse(Symmetric):
         return self.inv().eigvalsh().reciprocal().flip(0)
 
     def diag(self) -> Float[Tensor, " D"]:
-        """M⁻¹ = L⁻ᵀ L⁻¹: the squared lengths of the columns of L⁻¹."""
+        """Return the diagonal of M⁻¹ = L⁻ᵀ L⁻¹: the squared lengths of the columns of L⁻¹."""
         identity = torch.eye(len(self), dtype=self.factor.dtype, device=self.factor.device)
         root: Tensor = torch.linalg.solve_triangular(self.factor, identity, upper=False)
         return root.square().sum(0)
@@ -111,7 +110,7 @@ class Inverse(Symmetric):
 
 @dataclass(frozen=True)
 class Diagonal(Symmetric):
-    """A diagonal matrix."""
+    """Diagonal matrix, kept as its values."""
 
     values: Float[Tensor, " D"]
 
@@ -122,7 +121,7 @@ class Diagonal(Symmetric):
         return self.values * v if v.ndim == 1 else self.values[:, None] * v
 
     def inv(self) -> Operator:
-        """Raises Diverged where an entry is not positive."""
+        """Return the inverse; raises Diverged where an entry is not positive."""
         if not bool((self.values > 0).all()):
             raise Diverged("the matrix is not positive definite: damp it before inverting")
         return Diagonal(self.values.reciprocal())
@@ -146,8 +145,9 @@ class Diagonal(Symmetric):
 
 @dataclass(frozen=True)
 class Kronecker(Symmetric):
-    """⊗ᵢ Uᵢ of symmetric factors, matrices or operators, applied by mode products (thesis
-    Proposition 1).
+    """Kronecker product ⊗ᵢ Uᵢ of symmetric factors, matrices or operators.
+
+    It is applied by mode products (thesis Proposition 1).
     """
 
     factors: tuple[Tensor | Operator, ...]
@@ -159,7 +159,7 @@ class Kronecker(Symmetric):
         return kronecker_product(self.factors, v)
 
     def inv(self) -> Operator:
-        """Factor by factor. Raises Diverged where one is not positive definite."""
+        """Return the inverse, factor by factor; raises Diverged where one is not definite."""
         return Kronecker(
             tuple(
                 Dense(u).inv().dense() if isinstance(u, Tensor) else u.inv() for u in self.factors
@@ -190,13 +190,13 @@ class Kronecker(Symmetric):
 
 
 def _products_of_entries(each: list[Tensor]) -> Float[Tensor, " D"]:
-    """⊗ᵢ eᵢ of vectors."""
+    """Return ⊗ᵢ eᵢ of vectors."""
     return reduce(lambda e, f: torch.outer(e, f).flatten(), each)
 
 
 @dataclass(frozen=True)
 class LowRank(Symmetric):
-    """λ I + Rᵀ R with few rows R."""
+    """Sum λ I + Rᵀ R with few rows R."""
 
     rows: RowMatrix
     damping: float
@@ -208,7 +208,7 @@ class LowRank(Symmetric):
         return self.damping * v + self.rows.transposed(self.rows.times(v))
 
     def inv(self) -> Operator:
-        """Through the Gram matrix (Sherman–Morrison–Woodbury). Needs λ > 0."""
+        """Return the inverse through the Gram matrix (Sherman–Morrison–Woodbury). Needs λ > 0."""
         factor, used = gram_cholesky(self.rows, self.damping)
         return Woodbury(self.rows, used, factor)
 
@@ -218,8 +218,7 @@ class LowRank(Symmetric):
         return self.damping * torch.eye(len(self), dtype=r.dtype, device=r.device) + r.mT @ r
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
-        """Return all D eigenvalues, ascending: λ plus those of R Rᵀ (at least 0), λ for the
-        rest."""
+        """Return all D eigenvalues, ascending: λ plus those of R Rᵀ, λ for the rest."""
         nonzero = torch.linalg.eigvalsh(self.rows.gram()).clamp_min(0)[-len(self) :]
         return self.damping + torch.cat([nonzero.new_zeros(len(self) - len(nonzero)), nonzero])
 
@@ -234,8 +233,9 @@ class LowRank(Symmetric):
 
 @dataclass(frozen=True)
 class Woodbury(Symmetric):
-    """(λ I + Rᵀ R)⁻¹ = (I − Rᵀ (λ I + R Rᵀ)⁻¹ R) / λ: thesis (5.6); `factor` is the lower Cholesky
-    factor of λ I + R Rᵀ.
+    """Inverse (λ I + Rᵀ R)⁻¹ = (I − Rᵀ (λ I + R Rᵀ)⁻¹ R) / λ: thesis (5.6).
+
+    `factor` is the lower Cholesky factor of λ I + R Rᵀ.
     """
 
     rows: RowMatrix
@@ -264,7 +264,10 @@ class Woodbury(Symmetric):
         return self.inv().eigvalsh().reciprocal().flip(0)
 
     def diag(self) -> Float[Tensor, " D"]:
-        """(1 − ‖L⁻¹ R e_d‖²) / λ; of outer products the rows of one output at a time."""
+        """Return (1 − ‖L⁻¹ R e_d‖²) / λ for every d.
+
+        Of outer products the rows of one output at a time.
+        """
         parts = self.rows.columns()
         squares = [
             torch.linalg.solve_triangular(self.factor, part, upper=False).square().sum(0)
@@ -273,19 +276,17 @@ class Woodbury(Symmetric):
         return (1 - torch.cat(squares)) / self.damping
 
     def trace(self) -> Float[Tensor, ""]:
-        """(D − R) / λ + tr (λ I + R Rᵀ)⁻¹."""
+        """Return (D − R) / λ + tr (λ I + R Rᵀ)⁻¹."""
         return Inverse(self.factor).trace() + (len(self) - len(self.factor)) / self.damping
 
 
 @dataclass(frozen=True)
 class Compact(Symmetric):
-    """base + Rᵀ C⁻¹ R with few rows R: the compact form of quasi-Newton matrices (Byrd, Nocedal,
-    Schnabel 1994; `lbfgs`).
+    """Sum base + Rᵀ C⁻¹ R with few rows R: the compact form of quasi-Newton matrices.
 
-    Closed under inversion by the Sherman–Morrison–Woodbury formula, with no inverse of C:
-    (M + Rᵀ C⁻¹ R)⁻¹ = M⁻¹ − (R M⁻¹)ᵀ (C + R M⁻¹ Rᵀ)⁻¹ (R M⁻¹).
-
-    C may be of a higher precision than the rest: it is small, and mostly worse conditioned than the
+    Byrd, Nocedal, Schnabel 1994; `lbfgs`. Closed under inversion by the Sherman–Morrison–Woodbury
+    formula, with no inverse of C: (M + Rᵀ C⁻¹ R)⁻¹ = M⁻¹ − (R M⁻¹)ᵀ (C + R M⁻¹ Rᵀ)⁻¹ (R M⁻¹). C may
+    be of a higher precision than the rest: it is small, and mostly worse conditioned than the
     matrix.
     """
 
@@ -300,7 +301,7 @@ class Compact(Symmetric):
         return self.base @ v + self.rows.mT @ self._solve(self.rows @ v)
 
     def inv(self) -> Operator:
-        """Raises Diverged where the base or the matrix is not positive definite."""
+        """Return the inverse; raises Diverged where base or matrix is not positive definite."""
         base = self.base.inv()
         through = base @ self.rows.mT  # M⁻¹ Rᵀ
         core = self.core + self.rows.to(self.core.dtype) @ through.to(self.core.dtype)
@@ -318,8 +319,9 @@ class Compact(Symmetric):
         return base + (added + added.mT) / 2
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
-        """Of the dense matrix; where the base is a multiple of I, of a matrix of the order of the
-        core.
+        """Return all eigenvalues, ascending, of the dense matrix.
+
+        Where the base is a multiple of I, of a matrix of the order of the core.
         """
         if isinstance(self.base, Diagonal) and bool(
             (self.base.values == self.base.values[0]).all()
@@ -345,7 +347,7 @@ class Compact(Symmetric):
         return lu, pivots
 
     def _solve(self, v: Float[Tensor, "R *K"]) -> Float[Tensor, "R *K"]:
-        """C⁻¹ v."""
+        """Return C⁻¹ v, in the dtype of v."""
         columns = (v[:, None] if v.ndim == 1 else v).to(self.core.dtype)
         solution: Tensor = torch.linalg.lu_solve(*self._factors, columns).to(v.dtype)
         return solution[:, 0] if v.ndim == 1 else solution
@@ -356,7 +358,7 @@ def _positive_eigenvalues(core: Float[Tensor, "R R"]) -> int:
 
 
 def identity_like(value: Tensor) -> Diagonal:
-    """I on the flattening of `value`."""
+    """Return I on the flattening of `value`."""
     return Diagonal(torch.ones_like(value).flatten())
 
 

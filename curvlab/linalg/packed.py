@@ -1,12 +1,11 @@
-"""Σₙ Gₙ ⊗ aₙ aₙᵀ as one packed symmetric product: the exact second moment of outer products, at a
-quarter of the work.
+"""Sums Σₙ Gₙ ⊗ aₙ aₙᵀ as one packed symmetric product, at a quarter of the work.
 
-The matrix is symmetric in the pair of outputs and, separately, in the pair of inputs, so that P · Q
-numbers hold all of it, and they are **one** matrix product of pairs: 2 N P Q floating-point
-operations against 2 N (OI)² in full.
+They are the exact second moment of outer products. The matrix is symmetric in the pair of outputs
+and, separately, in the pair of inputs, so that P · Q numbers hold all of it, and they are **one**
+matrix product of pairs: 2 N P Q floating-point operations against 2 N (OI)² in full.
 
 Legend: N examples, O outputs, I inputs, P = O(O+1)/2 pairs of outputs, Q = I(I+1)/2 pairs of
-    inputs.
+inputs.
 """
 
 from __future__ import annotations
@@ -26,7 +25,10 @@ _SMALL = 1 << 20  # numbers of a matrix, of which a copy costs less than many ca
 
 
 def output_pairs(g: Float[Tensor, "V N O"]) -> Float[Tensor, "P N"]:
-    """Σ_v g_o g_o' of each example for o ≥ o', pairs row by row: the lower triangle of Gₙ."""
+    """Return Σ_v g_o g_o' of each example for o ≥ o', pairs row by row, [P, N].
+
+    It is the lower triangle of Gₙ.
+    """
     # a contiguous copy first takes twice as long
     return pack_pairs(g.permute(1, 2, 0) @ g.permute(1, 0, 2))
 
@@ -38,13 +40,16 @@ def accumulate_(
     old: float,
     new: float,
 ) -> Float[Tensor, "P Q"]:
-    """packed ← old · packed + new · Σₙ pairsₙ ⊗ lower(aₙ aₙᵀ), fused into the matrix products, in
-    place.
+    """Set packed ← old · packed + new · Σₙ pairsₙ ⊗ lower(aₙ aₙᵀ), in place.
+
+    Both scales are fused into the matrix products.
     """
     columns = a.T.contiguous()  # [I, N]
     inputs, size = columns.shape
     buffer = columns.new_empty(max(inputs, _CHUNK_BYTES // (columns.element_size() * size)), size)
     start = filled = 0
+    # The pairs (i, ·) of an input are never cut, and every column of `packed` is written by one
+    # product: so `beta=old` scales each number once, and no pass over `packed` goes to that alone.
     for i in range(inputs):
         torch.mul(columns[: i + 1], columns[i], out=buffer[filled : filled + i + 1])
         filled += i + 1
@@ -56,7 +61,7 @@ def accumulate_(
 
 @lru_cache(maxsize=64)
 def _places(inputs: int, device: torch.device) -> Int[Tensor, " II"]:
-    """For every entry of an [I, I] symmetric matrix, its place among the pairs."""
+    """Return, for every entry of an [I, I] symmetric matrix, its place among the pairs."""
     i = torch.arange(inputs, device=device)
     high, low = torch.maximum(i[:, None], i), torch.minimum(i[:, None], i)
     return (high * (high + 1) // 2 + low).flatten()
@@ -65,8 +70,9 @@ def _places(inputs: int, device: torch.device) -> Int[Tensor, " II"]:
 def unpack_lower(
     packed: Float[Tensor, "P Q"], outputs: int, inputs: int, damping: float = 0.0
 ) -> Float[Tensor, "D D"]:
-    """The dense [OI, OI] matrix plus damping·I. Blocks (o, o') with o < o' are **not written**: the
-    lower triangle is whole.
+    """Return the dense [OI, OI] matrix plus damping · I, written in its lower triangle only.
+
+    Blocks (o, o') with o < o' are **not written**: the lower triangle is whole.
     """
     matrix = packed.new_empty(outputs * inputs, outputs * inputs)
     blocks = matrix.view(outputs, inputs, outputs, inputs)
@@ -82,8 +88,9 @@ def unpack_lower(
 def unpack_full(
     packed: Float[Tensor, "P Q"], outputs: int, inputs: int, active: Int[Tensor, " J"] | None = None
 ) -> Float[Tensor, "D D"]:
-    """The dense symmetric [OI, OI] matrix; `active`: the inputs that `packed` is on, the rest being
-    zero.
+    """Return the dense symmetric [OI, OI] matrix.
+
+    `active`: the inputs that `packed` is on, the rest being zero.
     """
     matrix = in_huge_pages(packed.new_empty(outputs * inputs, outputs * inputs))
     blocks = matrix.view(outputs, inputs, outputs, inputs)
@@ -110,7 +117,10 @@ def unpack_full(
 
 
 def _places_among(active: Int[Tensor, " J"], inputs: int, last: int) -> Int[Tensor, " II"]:
-    """The same where only some inputs have pairs: the others' place is `last`."""
+    """Return the places as `_places` does where only some inputs have pairs.
+
+    The others' place is `last`.
+    """
     places = torch.full((inputs, inputs), last, device=active.device)
     places[active[:, None], active] = _places(len(active), active.device).view(
         len(active), len(active)
@@ -121,8 +131,9 @@ def _places_among(active: Int[Tensor, " J"], inputs: int, last: int) -> Int[Tens
 def accumulate_second_moment_(
     matrix: Float[Tensor, "D D"], rows: Float[Tensor, "R D"], new: float
 ) -> None:
-    """matrix += new · rowsᵀ rows, its lower triangle alone (`mirror_` fills the upper one), panel
-    by panel: half the work.
+    """Add new · rowsᵀ rows to the lower triangle of `matrix`, in place, panel by panel.
+
+    That is half the work; `mirror_` fills the upper triangle.
     """
     order = len(matrix)
     panel = max(64, order // 16)  # narrower ones lose more to the product than they save
@@ -137,7 +148,7 @@ def _lower(order: int, device: torch.device) -> Bool[Tensor, "D D"]:
 
 
 def mirror_(matrix: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
-    """Copies the lower triangle onto the upper one, in place."""
+    """Copy the lower triangle onto the upper one, in place, and return the matrix."""
     order, panel = len(matrix), 128
     if order <= 2 * panel:  # in the cache: one pass over all of it, in place of eight calls
         return matrix.copy_(torch.where(_lower(order, matrix.device), matrix, matrix.mT))
@@ -155,8 +166,9 @@ def accumulate_between_(
     a: tuple[Float[Tensor, "N I"], Float[Tensor, "N I2"]],
     new: float,
 ) -> None:
-    """matrix += new · Σₙ (Σ_v g g'ᵀ) ⊗ (a a'ᵀ) between two layers, at 1/V of the work of the
-    rows.
+    """Add new · Σₙ (Σ_v g g'ᵀ) ⊗ (a a'ᵀ) between two layers to `matrix`, in place.
+
+    It takes 1/V of the work of the rows.
     """
     outputs, others = g[0].shape[2], g[1].shape[2]
     pairs = torch.einsum("vno,vnp->opn", *g).reshape(outputs * others, -1)
@@ -172,7 +184,7 @@ def accumulate_between_(
 
 
 def pack_pairs(G: Float[Tensor, "N O O"]) -> Float[Tensor, "P N"]:
-    """The lower triangles of Gₙ, pairs row by row."""
+    """Return the lower triangles of all Gₙ, pairs row by row, [P, N]."""
     rows, cols = torch.tril_indices(G.shape[1], G.shape[1], device=G.device)
     return G.flatten(1).index_select(1, rows * G.shape[1] + cols).T
 
@@ -185,8 +197,9 @@ def fold(
     old: float,
     new: float,
 ) -> tuple[Float[Tensor, "P Q2"], Int[Tensor, " K"]]:
-    """`accumulate_` on those inputs alone that have ever been non-zero (the others' rows and
-    columns are zero, exactly).
+    """Return `accumulate_` on those inputs alone that have ever been non-zero.
+
+    The others' rows and columns are zero, exactly.
 
     Returns:
         (packed, active): the sum, and the numbers of its inputs, ascending.
@@ -206,8 +219,9 @@ def fold(
 def grow(
     packed: Float[Tensor, "P Q"], old: Int[Tensor, " J"], new: Int[Tensor, " I"]
 ) -> Float[Tensor, "P Q2"]:
-    """The same matrix on more inputs: `old` and `new` are ascending input numbers, old within new;
-    new pairs are zero.
+    """Return the same packed matrix on more inputs; the new pairs are zero.
+
+    `old` and `new` are ascending input numbers, old within new.
     """
     place = torch.searchsorted(new, old)
     rows, cols = torch.tril_indices(len(old), len(old), device=packed.device)

@@ -1,5 +1,4 @@
-"""Products of matrices whose rows start on cache lines, and half the work where the product is
-symmetric.
+"""Products of matrices whose rows start on cache lines, at half the work where symmetric.
 
 MKL writes a product into rows of 1001 numbers 1.6 times as slowly as into rows of 1000, and the
 bias column makes every layer's width odd; so large results get room for rows of whole cache lines.
@@ -21,7 +20,7 @@ _LARGE = 128  # columns, from which on it pays
 
 
 def room(like: Tensor, rows: int, columns: int) -> Float[Tensor, "R C"]:
-    """Memory for a result: a view of rows that are a little longer, where that is faster."""
+    """Return memory for a result, [R, C]: a view of rows that are a little longer, where faster."""
     step = _LINE // like.element_size()
     if like.device.type != "cpu" or columns < _LARGE or columns % step == 0:
         return like.new_empty(rows, columns)
@@ -34,16 +33,18 @@ def product(
     scale: float = 1.0,
     out: Float[Tensor, "R C"] | None = None,
 ) -> Float[Tensor, "R C"]:
-    """scale · a b, into `out` if it is given. Else the result need not be contiguous."""
+    """Return scale · a b, written into `out` if it is given; else it need not be contiguous."""
     out = room(a, a.shape[0], b.shape[1]) if out is None else out
+    # not matmul: addmm scales on the way, and with beta=0 reads nothing of `out`, not filled yet
     return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def second_moment(
     rows: Float[Tensor, "R D"], scale: float = 1.0, out: Float[Tensor, "D D"] | None = None
 ) -> Float[Tensor, "D D"]:
-    """scale · rowsᵀ rows, of which only one triangle is computed where it is large, into `out` as
-    `product` does.
+    """Return scale · rowsᵀ rows, of which only one triangle is computed where it is large.
+
+    It is written into `out` as by `product`.
     """
     order = rows.shape[1]
     if rows.device.type != "cpu" or order < 2 * _LARGE:

@@ -20,15 +20,14 @@ from curvlab.errors import CurvlabError, lookup
 from curvlab.linalg.pairs import Matrix, Pair, Scalar, measured, number, undamped
 
 MU1 = 0.2
-"""μ₁ of every document."""
+"""Bound μ₁ of every document."""
 
 
 def powell_factor(sy: Scalar, q: Scalar, mu: float) -> Scalar:
-    """θ = (1 − μ) q / (q − sᵀy) where sᵀy < μ q, else 1: thesis 2.3.1. Then θ sᵀy + (1 − θ) q ≥ μ
-    q.
+    """Return θ = (1 − μ) q / (q − sᵀy) where sᵀy < μ q, else 1: thesis 2.3.1.
 
-    q is yᵀHy, sᵀBs or sᵀs. Where rounding has cost H its definiteness (q ≤ 0) nothing is damped:
-    the pair is to be refused.
+    Then θ sᵀy + (1 − θ) q ≥ μ q; q is yᵀHy, sᵀBs or sᵀs. Where rounding has cost H its definiteness
+    (q ≤ 0) nothing is damped: the pair is to be refused.
     """
     if not 0 < mu <= 1:
         raise CurvlabError(
@@ -44,15 +43,16 @@ def powell_factor(sy: Scalar, q: Scalar, mu: float) -> Scalar:
 def _between(
     theta: Scalar, here: Float[Tensor, " D"], there: Float[Tensor, " D"]
 ) -> Float[Tensor, " D"]:
-    """θ here + (1 − θ) there; `here` itself where θ = 1, whatever `there` is."""
+    """Return θ here + (1 − θ) there; `here` itself where θ = 1, whatever `there` is."""
     if isinstance(theta, Tensor):
         return torch.where(theta < 1, theta * here + (1 - theta) * there, here)
     return theta * here + (1 - theta) * there if theta < 1 else here
 
 
 def powell(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float) -> Pair:
-    """D_P, Powell's damping on H: s̃ = θ₁ s + (1 − θ₁) H y (thesis 2.3.1; Alg. 3, lines 2 and 3).
-    s̃ᵀy ≥ μ₁ yᵀHy.
+    """Damp a pair by D_P, Powell's damping on H: s̃ = θ₁ s + (1 − θ₁) H y.
+
+    Thesis 2.3.1; Alg. 3, lines 2 and 3. Then s̃ᵀy ≥ μ₁ yᵀHy.
     """
     pair = undamped(s, y, H)
     theta1 = powell_factor(pair.damping.before.sy, pair.damping.before.yHy, mu1)
@@ -62,10 +62,10 @@ def powell(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float
 def powell_on_b(
     s: Float[Tensor, " D"], y: Float[Tensor, " D"], B: Matrix, H: Matrix, mu: float
 ) -> Pair:
-    """Powell's damping on B: ỹ = θ y + (1 − θ) B s (thesis 2.3.1; its θ is `theta2` here). sᵀỹ ≥ μ
-    sᵀBs.
+    """Damp a pair by Powell's damping on B: ỹ = θ y + (1 − θ) B s.
 
-    Both matrices are taken, since the record is of yᵀHy.
+    Thesis 2.3.1; its θ is `theta2` here. Then sᵀỹ ≥ μ sᵀBs. Both matrices are taken, since the
+    record is of yᵀHy.
     """
     pair, Bs = undamped(s, y, H), B @ s
     theta2 = powell_factor(pair.damping.before.sy, number(s @ Bs), mu)
@@ -73,8 +73,9 @@ def powell_on_b(
 
 
 def identity_damping(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu2: float) -> Pair:
-    """D_I, Powell's damping with B = I: ỹ = θ₂ y + (1 − θ₂) s (thesis 2.3.1; Alg. 3, lines 4 and
-    5). sᵀỹ ≥ μ₂ sᵀs.
+    """Damp a pair by D_I, Powell's damping with B = I: ỹ = θ₂ y + (1 − θ₂) s.
+
+    Thesis 2.3.1; Alg. 3, lines 4 and 5. Then sᵀỹ ≥ μ₂ sᵀs.
     """
     return _identity_step(undamped(s, y, H), H, mu2)
 
@@ -82,15 +83,16 @@ def identity_damping(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, 
 def levenberg_marquardt(
     s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu2: float
 ) -> Pair:
-    """D_LM: ỹ = y + μ₂ s (thesis Alg. 8, line 8). sᵀỹ = sᵀy + μ₂ sᵀs."""
+    """Damp a pair by D_LM: ỹ = y + μ₂ s (thesis Alg. 8, line 8). Then sᵀỹ = sᵀy + μ₂ sᵀs."""
     return _levenberg_step(undamped(s, y, H), H, mu2)
 
 
 def double_damping(
     s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float
 ) -> Pair:
-    """DD: D_P with μ₁, then D_I with μ₂, of s̃ (2020 and thesis, Alg. 3). s̃ᵀỹ ≥ μ₂ s̃ᵀs̃; s̃ᵀy ≥
-    μ₁ yᵀHy, not so with ỹ.
+    """Damp a pair by DD: D_P with μ₁, then D_I with μ₂, of s̃ (2020 and thesis, Alg. 3).
+
+    Then s̃ᵀỹ ≥ μ₂ s̃ᵀs̃; s̃ᵀy ≥ μ₁ yᵀHy, not so with ỹ.
     """
     return _identity_step(powell(s, y, H, mu1), H, mu2)
 
@@ -98,8 +100,9 @@ def double_damping(
 def powell_levenberg(
     s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix, mu1: float, mu2: float
 ) -> Pair:
-    """D_P D_LM: D_P with μ₁, then D_LM with μ₂, of s̃ (thesis Alg. 8; 2021 Alg. 1). s̃ᵀy ≥ μ₁ yᵀHy
-    and s̃ᵀỹ ≥ μ₂ s̃ᵀs̃.
+    """Damp a pair by D_P D_LM: D_P with μ₁, then D_LM with μ₂, of s̃ (thesis Alg. 8; 2021 Alg. 1).
+
+    Then s̃ᵀy ≥ μ₁ yᵀHy and s̃ᵀỹ ≥ μ₂ s̃ᵀs̃.
     """
     return _levenberg_step(powell(s, y, H, mu1), H, mu2)
 
@@ -112,14 +115,21 @@ def scaled_identity_levenberg(
     mu2: float,
     initial: float | None = None,
 ) -> Pair:
-    """D_P(I) D_LM: as D_P D_LM, but Powell's damping with H₀ = h I in place of H: thesis Alg. 11,
-    for the proofs of chapter 3.
+    """Damp a pair by D_P(I) D_LM: as D_P D_LM, but Powell's damping with H₀ = h I in place of H.
 
-    s̃ᵀỹ ≥ μ₂ s̃ᵀs̃ and s̃ᵀỹ ≥ μ₃ ỹᵀỹ (thesis Lemma 4, 2021 Lemma 1: `curvlab.linalg.bounds.mu3`). H
-    only serves the record.
+    Thesis Alg. 11, for the proofs of chapter 3. Then s̃ᵀỹ ≥ μ₂ s̃ᵀs̃ and s̃ᵀỹ ≥ μ₃ ỹᵀỹ (thesis
+    Lemma 4, 2021 Lemma 1: `curvlab.linalg.bounds.mu3`).
 
     Args:
+        s: the step.
+        y: the change of the gradient.
+        H: only serves the record.
+        mu1: μ₁ of Powell's damping.
+        mu2: μ₂ of D_LM, above 0.
         initial: h. By default 1/μ₂ (thesis Alg. 11); 2021 Alg. 4 has 1.
+
+    Raises:
+        CurvlabError: a μ₂ that is not above 0, a μ₁ outside (0, 1].
     """
     _check_mu2(mu2)
     h = 1 / mu2 if initial is None else initial
@@ -161,7 +171,7 @@ def _check_mu2(mu2: float) -> None:
 
 
 PairDamping = Callable[[Tensor, Tensor, Matrix, float, float], Pair]
-"""(s, y, H, μ₁, μ₂) → the pair, damped."""
+"""Damping of a pair, (s, y, H, μ₁, μ₂) → the pair, damped."""
 
 DAMPINGS: dict[str, PairDamping] = {
     "none": lambda s, y, H, mu1, mu2: undamped(s, y, H),
@@ -186,5 +196,5 @@ def damp(
     mu1: float = MU1,
     mu2: float,
 ) -> Pair:
-    """By the name in DAMPINGS."""
+    """Damp a pair by the damping of this name in DAMPINGS."""
     return lookup(DAMPINGS, name, "damping of pairs")(s, y, H, mu1, mu2)

@@ -26,7 +26,7 @@ from curvlab.finite import waits
 from curvlab.linalg.operators import Operator
 
 Matrix = Tensor | Operator
-"""What is only multiplied with vectors."""
+"""Matrix that is only multiplied with vectors."""
 
 Scalar = Float[Tensor, ""] | float
 
@@ -42,13 +42,14 @@ SKIPS: dict[Skip, str] = {
     "double damping": "sᵀy < μ₁ yᵀHy (thesis Alg. 5, line 17)",
     "cosine": "sᵀy < ε_B ‖s‖ ‖y‖ (S2QN 3.2)",
 }
-"""Why a pair was not used."""
+"""Reasons why a pair was not used."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """Inner products of a pair. The documents bound three of their ratios: thesis (2.8), (2.10),
-    Lemma 4.
+    """Inner products of a pair, of which the documents bound three ratios.
+
+    Thesis (2.8), (2.10), Lemma 4.
     """
 
     sy: Scalar
@@ -58,22 +59,22 @@ class Products:
 
     @property
     def curvature(self) -> Scalar:
-        """yᵀHy / sᵀy, to be at most 1/μ₁."""
+        """Ratio yᵀHy / sᵀy, to be at most 1/μ₁."""
         return ratio(self.yHy, self.sy)
 
     @property
     def step(self) -> Scalar:
-        """sᵀs / sᵀy, to be at most 1/μ₂."""
+        """Ratio sᵀs / sᵀy, to be at most 1/μ₂."""
         return ratio(self.ss, self.sy)
 
     @property
     def change(self) -> Scalar:
-        """yᵀy / sᵀy, to be at most 1/μ₃."""
+        """Ratio yᵀy / sᵀy, to be at most 1/μ₃."""
         return ratio(self.yy, self.sy)
 
 
 def ratio(numerator: Scalar, sy: Scalar) -> Scalar:
-    """Of a number to sᵀy; NaN where that is 0."""
+    """Return the ratio of a number to sᵀy; NaN where that is 0."""
     if isinstance(sy, Tensor):
         return torch.where(sy == 0, math.nan, numerator / sy)
     return numerator / sy if sy else math.nan
@@ -81,8 +82,9 @@ def ratio(numerator: Scalar, sy: Scalar) -> Scalar:
 
 @dataclass(frozen=True)
 class Damping:
-    """What a damping did: θ₁ of Powell's damping on H, which changes s; θ₂ of that on B or I, which
-    changes y; 1: nothing.
+    """Record of what a damping did to a pair; a θ of 1 did nothing.
+
+    θ₁ of Powell's damping on H, which changes s; θ₂ of that on B or I, which changes y.
     """
 
     before: Products
@@ -93,8 +95,9 @@ class Damping:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair as it goes into an update, with the product Hy that damping and update share, and its
-    record.
+    """Curvature pair (s, y) as it goes into an update, with its record.
+
+    `Hy` is the product that damping and update share.
     """
 
     s: Float[Tensor, " D"]
@@ -105,14 +108,14 @@ class Pair:
 
     @property
     def used(self) -> Flag:
-        """Whether nothing speaks against it."""
+        """Whether nothing speaks against the pair."""
         flags = list(self.refused.values())
         tensors = [f for f in flags if isinstance(f, Tensor)]
         return ~torch.stack(tensors).any() if tensors else not any(flags)
 
     @property
     def skipped(self) -> Skip:
-        """The first of the reasons not to use it; "" where there is none. Waits for the device."""
+        """First of the reasons not to use the pair, or "". Waits for the device."""
         return next((reason for reason, holds in self.refused.items() if bool(holds)), "")
 
 
@@ -124,7 +127,10 @@ def measured(s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, "
 
 
 def number(value: Float[Tensor, ""]) -> Scalar:
-    """As a pair keeps a number: on its device in double precision, or as Python's own."""
+    """Return a number as a pair keeps it.
+
+    On its device in double precision, or as Python's own.
+    """
     return value.double() if waits(value) else float(value)
 
 
@@ -141,20 +147,21 @@ def _all_finite(*numbers: Scalar) -> Flag:
 
 
 def hessian_action(H: Matrix, a: Float[Tensor, " D"], A: Matrix, damping: float = 0.0) -> Pair:
-    """s = H a, y = A s + λ_A s: thesis 2.4; Alg. 4, lines 21 and 22."""
+    """Make the pair s = H a, y = A s + λ_A s: thesis 2.4; Alg. 4, lines 21 and 22."""
     s = H @ a
     return action_pair(H, s, A @ s, damping)
 
 
 def action_pair(H: Matrix, s: Float[Tensor, " D"], As: Float[Tensor, " D"], damping: float) -> Pair:
-    """The same where s = H ā and A s are there, A of a minibatch not formed: (3.14); Alg. 9, line
-    16; 2021 (12), (13).
+    """Make the pair of `hessian_action` where s = H ā and A s are there.
+
+    A of a minibatch is then not formed: (3.14); Alg. 9, line 16; 2021 (12), (13).
     """
     return undamped(s, As + damping * s, H)
 
 
 def undamped(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix) -> Pair:
-    """The pair as it is."""
+    """Make a pair as it is, with its products."""
     Hy = H @ y
     found = measured(s, y, Hy)
     one = torch.ones_like(found.sy) if isinstance(found.sy, Tensor) else 1.0
@@ -168,11 +175,12 @@ def accept(
     mu1: float | None = None,
     cosine: float | None = None,
 ) -> Pair:
-    """The pair, with what speaks against its use. Judged as it stands after damping.
+    """Return the pair with what speaks against its use, judged as it stands after damping.
 
     Always: every number finite, sᵀy > 0.
 
     Args:
+        pair: the pair, damped.
         v: sᵀy > 1e-4 sᵀs ‖v‖ too, v the mean pre-activation gradient (for H_g) or the mean input
             (for H_a): practice.
         mu1: sᵀy ≥ μ₁ yᵀHy too: DD-skip of the variant with a proof, thesis Alg. 5, line 17.

@@ -20,7 +20,7 @@ from curvlab.linalg.operators import NOWHERE, Dense, Operator, Placed, Square, p
 
 @dataclass(frozen=True)
 class Product(Square):
-    """A symmetric matrix of which only products with columns are known."""
+    """Symmetric matrix of which only products with columns are known."""
 
     apply: Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
     size: int
@@ -38,28 +38,36 @@ class Product(Square):
         return self.size
 
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-        """Raises CurvlabError where `v` does not fit, or what `apply` returns does not."""
+        """Return the product with v.
+
+        Raises CurvlabError where `v` does not fit, or what `apply` returns does not.
+        """
         return self._from_both_sides() @ v
 
     def inv(self) -> Operator:
-        """Of the dense matrix. Raises CurvlabError where that is not positive definite, or too
-        large.
+        """Return the inverse of `dense`.
+
+        Raises Diverged where that is not positive definite, CurvlabError where it is too large.
         """
         return Dense(self.dense()).inv()
 
     def dense(self) -> Float[Tensor, "D D"]:
-        """By D products, as they come: symmetric only as far as `apply` is. Raises CurvlabError
+        """Return the matrix, [D, D], by D products.
+
+        They are taken as they come: it is symmetric only as far as `apply` is. Raises CurvlabError
         where it is too large.
         """
         return self._from_both_sides().dense()
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
-        """Return all eigenvalues of `dense`, ascending. Raises CurvlabError where that is too
-        large."""
+        """Return all eigenvalues of `dense`, ascending.
+
+        Raises CurvlabError where that is too large.
+        """
         return Dense(self.dense()).eigvalsh()
 
     def diag(self) -> Float[Tensor, " D"]:
-        """By `diagonal`, or by D products of which no more than `chunk` are kept."""
+        """Return the diagonal, [D]: by `diagonal`, else by D products, `chunk` of them at once."""
         if self.diagonal is not None:
             return self.diagonal()
         parts = self._from_both_sides().columns()
@@ -77,18 +85,18 @@ class Product(Square):
 
 @dataclass(frozen=True)
 class Rectangular(Placed):
-    """A matrix that need not be symmetric or square."""
+    """Dense matrix that need not be symmetric or square."""
 
     matrix: Float[Tensor, "R C"]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The numbers of rows and columns, (R, C)."""
+        """Numbers of rows and columns, (R, C)."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
     @property
     def T(self) -> Rectangular:
-        """The transpose, [C, R], a view of the same numbers."""
+        """Transpose, [C, R], a view of the same numbers."""
         return Rectangular(self.matrix.mT)
 
     def __matmul__(self, v: Float[Tensor, "C *K"]) -> Float[Tensor, "R *K"]:
@@ -101,8 +109,9 @@ class Rectangular(Placed):
 
 @dataclass(frozen=True)
 class RectangularProduct:
-    """A matrix, symmetric or not, of which only products with columns are known, its own and its
-    transpose's.
+    """Matrix, symmetric or not, of which only products with columns are known.
+
+    They are its own and its transpose's.
     """
 
     apply: Callable[[Float[Tensor, "C K"]], Float[Tensor, "R K"]]
@@ -118,13 +127,16 @@ class RectangularProduct:
 
     @property
     def T(self) -> RectangularProduct:
-        """The transpose, C×R, with the two functions exchanged; no product is taken."""
+        """Transpose, C×R, with the two functions exchanged; no product is taken."""
         return replace(
             self, apply=self.apply_transposed, apply_transposed=self.apply, shape=self.shape[::-1]
         )
 
     def __matmul__(self, v: Float[Tensor, "C *K"]) -> Float[Tensor, "R *K"]:
-        """Raises CurvlabError where `v` does not fit, or what `apply` returns does not."""
+        """Return the product with v.
+
+        Raises CurvlabError where `v` does not fit, or what `apply` returns does not.
+        """
         if v.ndim not in (1, 2) or len(v) != self.shape[1] or v.dtype != self.dtype:
             raise CurvlabError(
                 f"a {self.shape[0]}×{self.shape[1]} product got {list(v.shape)} of {v.dtype}: "
@@ -139,8 +151,9 @@ class RectangularProduct:
         return torch.cat([v.new_empty(self.shape[0], 0), *parts], dim=1)
 
     def dense(self) -> Float[Tensor, "R C"]:
-        """By products with the identity, from the side that needs fewer. Raises CurvlabError where
-        it is too large.
+        """Return the matrix, [R, C], by products with the identity, from the side that needs fewer.
+
+        Raises CurvlabError where it is too large.
         """
         rows, columns = self.shape
         if rows < columns:
@@ -156,7 +169,7 @@ class RectangularProduct:
         return out
 
     def columns(self) -> Iterator[tuple[int, Float[Tensor, "R K"]]]:
-        """The matrix `chunk` columns at a time, with the number of the first."""
+        """Yield the matrix `chunk` columns at a time, with the number of the first."""
         for start in range(0, self.shape[1], self.chunk):
             unit = torch.zeros(
                 self.shape[1],
@@ -179,16 +192,15 @@ class RectangularProduct:
 
 
 def placement(operator: Any) -> tuple[torch.dtype, torch.device]:
-    """dtype and device of the vectors that an operator takes: its own, or those of its first
-    floating tensor.
+    """Return the dtype and the device of the vectors that an operator takes.
 
-    float64 on the CPU where it has neither.
+    Its own, or those of its first floating tensor; float64 on the CPU where it has neither.
     """
     return placed(operator) or NOWHERE
 
 
 def finite_product(operator: Operator, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-    """``operator @ v``. Raises Diverged where it contains NaN or Inf."""
+    """Return ``operator @ v``. Raises Diverged where it contains NaN or Inf."""
     product = operator @ v
     if not all_finite(product):
         raise Diverged(

@@ -1,4 +1,4 @@
-"""p-th roots of symmetric positive semi-definite matrices, and their inverses by two routes.
+"""Roots of order p of symmetric positive semi-definite matrices, their inverses by two routes.
 
 Legend: D order, p the root.
 """
@@ -14,10 +14,10 @@ from curvlab.linalg.cholesky import eigh
 
 
 def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tensor, "D D"]:
-    """M^{−1/p} through the eigendecomposition; eigenvalues that rounding put below `floor`, a known
-    bound, are set to it.
+    """Return M^{−1/p} through the eigendecomposition.
 
-    Raises Diverged where M is not positive definite.
+    Eigenvalues that rounding put below `floor`, a known bound, are set to it. Raises Diverged where
+    M is not positive definite.
     """
     e, q = eigh(M)
     e = e.clamp_min(floor)
@@ -31,8 +31,9 @@ def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Fl
 
 
 def root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tensor, "D D"]:
-    """M^{1/p}; eigenvalues that rounding put below `floor`, a known bound of at least 0, are set to
-    it.
+    """Return M^{1/p} through the eigendecomposition.
+
+    Eigenvalues that rounding put below `floor`, a known bound of at least 0, are set to it.
     """
     if p == 1:
         return M
@@ -44,14 +45,16 @@ def root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tens
 def inverse_root_newton(
     M: Float[Tensor, "D D"], p: int, iterations: int = 100, tolerance: float = 1e-6
 ) -> tuple[Float[Tensor, "D D"], float]:
-    """M^{−1/p} by the coupled Newton iteration, and the largest entry of |X^p M − I| as the
-    iteration sees it.
+    """Return M^{−1/p} by the coupled Newton iteration, and its error.
 
-    X ← X T, M ← T^p M with T = ((p + 1) I − M) / p, from M scaled by (p + 1) / (2 ‖M‖_F) (Guo and
-    Higham 2006, as used for Shampoo by Anil et al., thesis 4.7.2: at most 100 iterations, tolerance
-    1e-6). Stops at the tolerance, or where rounding keeps the error from falling any further.
+    The error is the largest entry of |X^p M − I| as the iteration sees it. X ← X T, M ← T^p M with
+    T = ((p + 1) I − M) / p, from M scaled by (p + 1) / (2 ‖M‖_F) (Guo and Higham 2006, as used for
+    Shampoo by Anil et al., thesis 4.7.2: at most 100 iterations, tolerance 1e-6). Stops at the
+    tolerance, or where rounding keeps the error from falling any further.
     """
     eye = torch.eye(len(M), dtype=M.dtype, device=M.device)
+    # M is scaled into (0, (p + 1) / 2], since an eigenvalue μ becomes μ ((p + 1 − μ) / p)ᵖ, which
+    # for μ in (0, p + 1) lies in (0, 1] and rises to 1 from there; beyond p + 1 it need not.
     z = (1 + p) / (2 * torch.linalg.matrix_norm(M))
     m, x = M * z, eye * z ** (1 / p)
     error = float((m - eye).abs().amax())

@@ -1,4 +1,4 @@
-"""Operators as SciPy sees them: every solver and eigensolver of `scipy.sparse.linalg`.
+"""Operators as SciPy sees them, for every solver and eigensolver of `scipy.sparse.linalg`.
 
 Legend: R rows, C columns (R = C = D for a symmetric operator).
 """
@@ -25,10 +25,15 @@ def linear_operator(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> LinearOperator:
-    """NumPy in, NumPy out.
+    """Return an operator as SciPy's `LinearOperator`: NumPy in, NumPy out.
 
     Args:
-        dtype, device: of the tensors handed to the operator; by default its own (`placement`).
+        operator: the operator.
+        dtype: of the tensors handed to it; by default its own (`placement`).
+        device: of the tensors handed to it; by default its own.
+
+    Raises:
+        CurvlabError: bfloat16, which NumPy has not.
     """
     own = placement(operator)
     like = torch.empty(

@@ -26,8 +26,9 @@ _COLUMNS = 64  # test vectors held at once where they are not all needed togethe
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number (or one per entry), its standard error, and the products with vectors that it
-    took.
+    """Estimate of a number, or of one per entry, with its standard error.
+
+    `products` is how many products with vectors it took.
     """
 
     value: Float[Tensor, "*S"]
@@ -36,7 +37,7 @@ class Estimate:
 
 
 def average(samples: Float[Tensor, "n *S"], products: int) -> Estimate:
-    """Mean over the samples and its standard error s/√n, which is NaN for a single one."""
+    """Return the mean over the samples and its standard error s/√n, NaN for a single one."""
     n = len(samples)
     mean = samples.mean(0)
     spread = (
@@ -53,8 +54,9 @@ def _require(products: int, least: int, name: str) -> None:
 
 
 def gaussian(operator: Operator, columns: int, generator: torch.Generator) -> Float[Tensor, "D k"]:
-    """Standard normal test vectors of the operator's dtype on its device, drawn on the
-    generator's.
+    """Draw standard normal test vectors of the operator's dtype, on its device.
+
+    They are drawn on the generator's device and moved.
     """
     dtype, device = placement(operator)
     return torch.randn(
@@ -65,7 +67,7 @@ def gaussian(operator: Operator, columns: int, generator: torch.Generator) -> Fl
 def rademacher(
     operator: Operator, columns: int, generator: torch.Generator
 ) -> Float[Tensor, "D k"]:
-    """Test vectors of ±1, likewise."""
+    """Draw test vectors of ±1 of the operator's dtype, on its device."""
     dtype, device = placement(operator)
     bits = torch.randint(
         0, 2, (len(operator), columns), generator=generator, device=generator.device
@@ -76,17 +78,17 @@ def rademacher(
 def _signs_times_products(
     operator: Operator, products: int, generator: torch.Generator
 ) -> Iterator[Float[Tensor, "D n"]]:
-    """ω ∘ (A ω) of Rademacher vectors ω, some columns at a time."""
+    """Yield ω ∘ (A ω) of Rademacher vectors ω, some columns at a time."""
     for start in range(0, products, _COLUMNS):
         omega = rademacher(operator, min(_COLUMNS, products - start), generator)
         yield omega * finite_product(operator, omega)
 
 
 def hutchinson(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
-    """Mean of ωᵀ A ω over `products` ≥ 2 Rademacher vectors (Girard 1989; Hutchinson 1990). Exact
-    for a diagonal matrix.
+    """Estimate tr A by the mean of ωᵀ A ω over `products` ≥ 2 Rademacher vectors.
 
-    Unbiased; `error` is the standard error of the mean of independent samples.
+    Girard 1989; Hutchinson 1990. Unbiased, and exact for a diagonal matrix; `error` is the standard
+    error of the mean of independent samples.
     """
     _require(products, 2, "hutchinson")
     samples = [part.sum(0) for part in _signs_times_products(operator, products, generator)]
@@ -94,7 +96,9 @@ def hutchinson(operator: Operator, products: int, generator: torch.Generator) ->
 
 
 def hutchpp(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
-    """tr(Qᵀ A Q) + Hutchinson's estimate of tr((I − QQᵀ) A (I − QQᵀ)), Q = orth(A S) (Meyer et al.
+    """Estimate tr A by Hutch++, exactly on a sketched range and by Hutchinson on the rest.
+
+    tr(Qᵀ A Q) + Hutchinson's estimate of tr((I − QQᵀ) A (I − QQᵀ)), Q = orth(A S) (Meyer et al.
     2021, Alg. 1).
 
     A third of the `products` ≥ 4 each for A S, A Q and the remainder, which gets what does not
@@ -113,8 +117,9 @@ def hutchpp(operator: Operator, products: int, generator: torch.Generator) -> Es
 
 
 def xtrace(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
-    """Every test vector in turn is the sample, all others the sketch (Epperly, Tropp, Webber 2024,
-    XTrace: Alg. 1.2).
+    """Estimate tr A by XTrace: every test vector in turn is the sample, all others the sketch.
+
+    Epperly, Tropp, Webber 2024, Alg. 1.2.
 
     With k = ⌊products / 2⌋ ≥ 2 vectors Ω, Y = A Ω and Qᵢ a basis of the range of Y without column
     i, the mean t over i of tᵢ = tr(Qᵢᵀ A Qᵢ) + uᵢᵀ A uᵢ, with uᵢ = (I − QᵢQᵢᵀ) ωᵢ scaled to the
@@ -155,11 +160,13 @@ TRACES: dict[str, Callable[[Operator, int, torch.Generator], Estimate]] = {
     "hutch++": hutchpp,
     "xtrace": xtrace,
 }
-"""{name: (operator, products at most, generator) → Estimate}."""
+"""Estimators of a trace, {name: (operator, products at most, generator) → Estimate}."""
 
 
 def diagonal(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
-    """Mean of ω ∘ (A ω) over `products` ≥ 2 Rademacher vectors (Bekas, Kokiopoulou, Saad 2007).
+    """Estimate the diagonal by the mean of ω ∘ (A ω) over `products` ≥ 2 Rademacher vectors.
+
+    Bekas, Kokiopoulou, Saad 2007.
 
     Unbiased, and exact for a diagonal matrix. `error` is the standard error of each entry's mean;
     one sample of entry d has the variance Σ_{e≠d} A_de².

@@ -1,5 +1,6 @@
-"""Solves through Gram matrices: R Rᵀ of few long rows, which for one layer are outer products and
-need never be formed.
+"""Solves through Gram matrices R Rᵀ of few long rows.
+
+The rows of one layer are outer products and need never be formed.
 
 Legend: R rows, D their length, O and I the block's outputs and inputs (D = O I), K columns; V
 vectors sent back, N examples, T places, Γ groups of outputs with inputs of their own (then O
@@ -24,11 +25,11 @@ _NUMBERS = 1 << 24  # of rows formed at once
 
 
 class RowMatrix(Protocol):
-    """A matrix of few long rows."""
+    """Matrix of few long rows, by what the formulas need of it."""
 
     @property
     def width(self) -> int:
-        """The length of the rows, D."""
+        """Length of the rows, D."""
 
     def __len__(self) -> int: ...
     def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
@@ -44,22 +45,21 @@ class RowMatrix(Protocol):
         """Return all rows formed, [R, D]."""
 
     def columns(self) -> Iterator[Float[Tensor, "R _"]]:
-        """All columns in their order, some at a time."""
+        """Yield all columns in their order, some at a time."""
 
     def squares(self) -> Float[Tensor, " D"]:
-        """Squared lengths of the columns."""
+        """Return the squared lengths of the columns, [D]."""
 
     def total(self) -> Float[Tensor, ""]:
-        """Their sum."""
+        """Return the sum of `squares`, a scalar."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The matrix with rows vec(g_r a_rᵀ), [R, O I]. Thesis 5.3.3: ⟨row_i, row_j⟩ = (g_iᵀ g_j)(a_iᵀ
-    a_j).
+    """Matrix with rows vec(g_r a_rᵀ), [R, O I].
 
-    With ``a = None`` the rows are `g` itself, [R, D] (weights shared over several places: no outer
-    products).
+    Thesis 5.3.3: ⟨row_i, row_j⟩ = (g_iᵀ g_j)(a_iᵀ a_j). With ``a = None`` the rows are `g` itself,
+    [R, D] (weights shared over several places: no outer products).
     """
 
     g: Float[Tensor, "R O"]
@@ -67,7 +67,7 @@ class Rows:
 
     @property
     def width(self) -> int:
-        """The length of the rows: O I, or that of `g` without `a`."""
+        """Length of the rows: O I, or that of `g` without `a`."""
         return self.g.shape[1] * (1 if self.a is None else self.a.shape[1])
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class Rows:
         return self.g if self.a is None else (self.g[:, :, None] * self.a[:, None, :]).flatten(1)
 
     def columns(self) -> Iterator[Float[Tensor, "R _"]]:
-        """Of one output at a time."""
+        """Return an iterator over the columns of one output at a time; without `a` all at once."""
         a = self.a
         return iter([self.g]) if a is None else (of_output[:, None] * a for of_output in self.g.mT)
 
@@ -117,11 +117,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class LayerRows:
-    """The matrix with rows (v, n) = vec(Σ_t g_vnt a_ntᵀ), group after group: [V N, Γ O I], never
-    formed as a whole.
+    """Matrix with rows (v, n) = vec(Σ_t g_vnt a_ntᵀ), group after group, never formed as a whole.
 
-    At one place and one group the Gram matrix is (thesis 5.4.7, Alg. 22, line 16) (G Gᵀ) ∘ (1 ⊗ A
-    Aᵀ); otherwise it comes from rows that are formed a bounded number at a time.
+    [V N, Γ O I]. At one place and one group the Gram matrix is (thesis 5.4.7, Alg. 22, line 16) (G
+    Gᵀ) ∘ (1 ⊗ A Aᵀ); otherwise it comes from rows that are formed a bounded number at a time.
     """
 
     g: Float[Tensor, "V N T G O"]
@@ -129,7 +128,7 @@ class LayerRows:
 
     @property
     def width(self) -> int:
-        """The length of the rows, Γ O I."""
+        """Length of the rows, Γ O I."""
         return self.g.shape[3] * self.g.shape[4] * self.a.shape[3]
 
     def __len__(self) -> int:
@@ -148,8 +147,10 @@ class LayerRows:
         return torch.einsum("ntgok,ntgi->goik", back, self.a).reshape(-1, *w.shape[1:])
 
     def gram(self) -> Float[Tensor, "R R"]:
-        """Return the rows' inner products, [V N, V N]; rows are formed only where T or Γ is above
-        1."""
+        """Return the rows' inner products, [V N, V N].
+
+        Rows are formed only where T or Γ is above 1.
+        """
         vectors, size, places, groups, _ = self.g.shape
         if places == groups == 1:
             g, a = self.g.flatten(0, 3), self.a.flatten(0, 2)
@@ -183,7 +184,7 @@ class LayerRows:
         return self._rows(slice(None)).flatten(0, 1)
 
     def columns(self) -> Iterator[Float[Tensor, "R _"]]:
-        """Of one output at a time."""
+        """Yield the columns of one output at a time."""
         for group in range(self.g.shape[3]):
             for output in range(self.g.shape[4]):
                 yield torch.einsum(
@@ -203,15 +204,16 @@ class LayerRows:
 
 @dataclass(frozen=True)
 class Beside:
-    """Matrices of as many rows side by side, one for each block: [R, Σ D]. Its Gram matrix is the
-    sum of theirs.
+    """Matrices of equally many rows side by side, one for each block: [R, Σ D].
+
+    The Gram matrix is the sum of theirs.
     """
 
     parts: tuple[RowMatrix, ...]
 
     @property
     def width(self) -> int:
-        """The sum of the parts' widths."""
+        """Length of the rows, the sum of the parts' widths."""
         return sum(p.width for p in self.parts)
 
     def __len__(self) -> int:
@@ -254,7 +256,14 @@ class Beside:
 def gram_cholesky(
     rows: RowMatrix, damping: float, what: str = "the Gram matrix"
 ) -> tuple[Float[Tensor, "R R"], float]:
-    """Lower Cholesky factor of damping·I + R Rᵀ (thesis (5.6): D_t), and the damping used."""
+    """Return the lower Cholesky factor of damping · I + R Rᵀ, and the damping used.
+
+    The matrix is D_t of thesis (5.6). The damping is raised as by `damped_cholesky`.
+
+    Raises:
+        CurvlabError: a damping that is not above 0; a Gram matrix larger than the memory.
+        Diverged: as `damped_cholesky`.
+    """
     if not damping > 0:
         raise CurvlabError(f"the Woodbury formula needs a positive damping, not {damping:g}")
     size = len(rows)

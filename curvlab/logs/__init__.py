@@ -1,3 +1,1 @@
-"""Logs: written in memory and rewritten whole, read back, described in one line where they are not
-ours.
-"""
+"""Logs: written in memory and rewritten whole, read back, described in one line if not ours."""

@@ -1,5 +1,6 @@
-"""Attributes of a log by their types: the one place that reads them. What is empty or of another
-type reads as absent.
+"""Attributes of a log by their types: the one place that reads them.
+
+What is empty or of another type reads as absent.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def _text(value: Any) -> str | None:
 
 
 def _number(value: Any) -> float | None:
-    """Of an attribute, or of what stands in one: a real number that is finite."""
+    """Return an attribute, or what stands in one, if it is a real number that is finite."""
     if isinstance(value, bool | np.bool_) or not isinstance(
         value, int | float | np.integer | np.floating
     ):
@@ -111,8 +112,9 @@ def mapping(ds: xr.Dataset, name: str) -> dict[str, Any]:
 
 
 def diverged(ds: xr.Dataset) -> dict[str, list[dict[str, Any]]]:
-    """{algorithm of a comparison: [{seed, step, block, reason}, …]} where its numbers left the
-    finite range.
+    """Return where the numbers of a comparison's algorithms left the finite range.
+
+    It is {algorithm: [{seed, step, block, reason}, …]}.
     """
     found = {name: _records(places) or [] for name, places in mapping(ds, "diverged").items()}
     kept = {
@@ -127,35 +129,36 @@ def diverged(ds: xr.Dataset) -> dict[str, list[dict[str, Any]]]:
 
 
 def seeds(ds: xr.Dataset) -> list[int]:
-    """Of the run: one, those of a comparison, or none where the log does not say."""
+    """Return the seeds of the run: one, a comparison's, or none where the log does not say."""
     return _seeds(ds.attrs.get("seed")) or []
 
 
 def resumed(ds: xr.Dataset) -> list[dict[str, Any]]:
-    """When, by which versions, commit and call the run went on; each time's attributes are text as
-    the log's own.
+    """Return when, by which versions, commit and call the run went on.
+
+    Each time's attributes are text as the log's own.
     """
     return _records(ds.attrs.get("resumed")) or []
 
 
 def entry(of: dict[str, Any], name: str) -> float | None:
-    """A number that stands in an attribute."""
+    """Return a number that stands in an attribute."""
     return _number(of.get(name))
 
 
 def nested(of: dict[str, Any], name: str) -> dict[str, Any]:
-    """An object that stands in an attribute, as itself or as its text."""
+    """Return an object that stands in an attribute, as itself or as its text."""
     return _mapping(of.get(name)) or {}
 
 
 def shown(ds: xr.Dataset, name: str, default: str) -> str:
-    """A text, or a number in few digits."""
+    """Return a text, or a number in few digits."""
     value = number(ds, name)
     return text(ds, name, default) if value is None else f"{value:g}"
 
 
 def odd(ds: xr.Dataset) -> dict[str, str]:
-    """{attribute that is there and cannot be read: what it is not}"""
+    """Return {attribute that is there and cannot be read: what it is not}."""
     return {
         name: what
         for name, (read, what) in _KINDS.items()

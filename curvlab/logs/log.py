@@ -1,4 +1,4 @@
-"""Records ⇄ xarray ⇄ netCDF-4/HDF5. What is on disk is always whole, and sealed (`atomic`).
+"""Records ⇄ xarray ⇄ netCDF-4/HDF5, whole on disk at any moment, and sealed (`atomic`).
 
 A file is made in memory and reaches the disk as bytes, so that the HDF5 library never meets a full
 one. The schema (dimensions, variables, attributes) stands in the documentation, "The log".
@@ -48,8 +48,9 @@ Chunk = tuple[list[float], dict[str, tuple[tuple[str, ...], NDArray[np.float64]]
 
 
 class Log:
-    """Gathers records in memory and rewrites one file. What is taken more rarely has an axis of its
-    own (`extend`).
+    """Gathers records in memory and rewrites one file.
+
+    What is taken more rarely has an axis of its own (`extend`).
 
     Args:
         coordinates: {dimension: labels} of every dimension but `dimension`, with further
@@ -94,8 +95,15 @@ class Log:
     def append(
         self, step: float, record: Record, seed: int | None = None, *, save: bool | None = None
     ) -> None:
-        """Add one step's record, and save if that is asked for or, by default, if it is due: after
-        the first record, then every few seconds.
+        """Add one step's record, and save if that is asked for or, by default, if it is due.
+
+        It is due after the first record, then every few seconds.
+
+        Args:
+            step: the place along the log's dimension.
+            record: {variable: (dimensions, values)} of the step.
+            seed: of the run; the first one where None.
+            save: whether to save; None: if it is due.
         """
         seed = self.seeds[0] if seed is None else seed
         self._steps.setdefault(seed, []).append(step)
@@ -113,22 +121,32 @@ class Log:
         values: Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]],
         seed: int | None = None,
     ) -> None:
-        """Add to variables that lie along an axis of their own: values are [place, …]. Nothing is
-        saved.
+        """Add to variables that lie along an axis of their own, and save nothing.
+
+        Args:
+            axis: the axis.
+            places: along it.
+            values: {variable: (dimensions beside the axis, values [place, …])}.
+            seed: of the run; the first one where None.
         """
         tracks = self._further.setdefault(self.seeds[0] if seed is None else seed, {})
         tracks.setdefault(axis, []).append((list(places), dict(values)))
 
     def since(self, axis: str, place: float) -> dict[str, NDArray[np.float64]]:
-        """{variable: values along an axis of its own, from `place` on}, of the first seed; empty
-        where there are none.
+        """Return {variable: values along an axis of its own, from `place` on}.
+
+        They are of the first seed; empty where there are none.
         """
         places, values = _whole(self._further.get(self.seeds[0], {}).get(axis, []))
         first = sum(p < place for p in places)
         return {name: v[first:] for name, (_, v) in values.items()}
 
     def dataset(self) -> xr.Dataset:
-        """All records so far; steps that a seed has not reached are NaN."""
+        """Return all records so far; steps that a seed has not reached are NaN.
+
+        Raises:
+            CurvlabError: there is no record yet.
+        """
         parts = [self._of(seed) for seed in self._steps]
         if not parts:
             raise CurvlabError("the log has no record yet")
@@ -190,8 +208,9 @@ class Log:
         return xr.Dataset(data, coords)
 
     def state_dict(self, until: float = math.inf) -> dict[str, Any]:
-        """Attributes, records up to step `until`, and all along other axes: tensors, numbers,
-        strings, lists, dictionaries.
+        """Return attributes, records up to step `until`, and all along other axes.
+
+        They are tensors, numbers, strings, lists and dictionaries only.
         """
         steps = {
             seed: [step for step in steps if step <= until] for seed, steps in self._steps.items()
@@ -230,8 +249,10 @@ class Log:
         }
 
     def save(self) -> None:
-        """Rewrite the file: aside, fsync, `os.replace`. Raises CurvlabError where that cannot be
-        done; the old file stays.
+        """Rewrite the file, which is whole at any moment (`atomic`).
+
+        Raises:
+            CurvlabError: it cannot be written; the old file stays.
         """
         if self.path is None or not self._steps:
             return
@@ -248,7 +269,7 @@ class Log:
 
 
 def in_memory(ds: xr.Dataset) -> memoryview:
-    """The bytes of its netCDF-4 file."""
+    """Return the bytes of the netCDF-4 file of a data set."""
     held = io.BytesIO()
     with h5netcdf.File(held, "w") as file:
         ds.dump_to_store(xr.backends.H5NetCDFStore(file))
@@ -256,7 +277,7 @@ def in_memory(ds: xr.Dataset) -> memoryview:
 
 
 def _whole(chunks: list[Chunk]) -> Chunk:
-    """All chunks as one, which takes their place."""
+    """Return all chunks as one, which takes their place."""
     if len(chunks) > 1:
         dims = {name: d for name, (d, _) in chunks[0][1].items()}
         values = {
@@ -281,7 +302,7 @@ def _unpacked(packed: dict[str, Any]) -> Chunk:
 
 
 def provenance() -> dict[str, str]:
-    """Versions, git commit of the checkout that curvlab runs from, time of creation."""
+    """Return versions, git commit of the checkout that curvlab runs from, time of creation."""
     versions = {"python": platform.python_version(), "h5netcdf": h5netcdf.__version__}
     versions |= {name: metadata.version(name) for name in ("curvlab", "torch", "numpy", "xarray")}
     return {
@@ -292,8 +313,9 @@ def provenance() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the checkout, "+changes" where files differ from it; says so where curvlab is an
-    installed copy.
+    """Return the commit of the checkout that curvlab runs from.
+
+    It ends in "+changes" where files differ from it. Where curvlab is an installed copy it says so.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():

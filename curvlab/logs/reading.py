@@ -1,5 +1,6 @@
-"""A run's file → xarray: whole, of a schema that is known, with nothing in it that reaches outside
-of it.
+"""Read a run's file into xarray: whole, of a schema that is known.
+
+Nothing in it reaches outside of it.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from curvlab.system.paths import given
 
 
 def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
-    """The data set of a run: `path` is its `run.h5` or the folder that holds it. Loaded whole; no
-    file stays open.
+    """Return the data set of a run, loaded whole; no file stays open.
 
     What of it figures and tables cannot use is named in a CurvlabWarning. The file's attribute
     `schema` stays with the file: what is changed and written elsewhere is no longer as curvlab
     wrote it.
+
+    Args:
+        path: the run's `run.h5`, or the folder that holds it.
 
     Raises:
         CurvlabError: no such file, or one that is damaged, no curvlab log, of a later schema, or
@@ -69,6 +72,7 @@ def open_log(path: str | os.PathLike[str]) -> xr.Dataset:
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
+    """Return the file of a log that is named by itself or by its folder."""
     found = given(path, "log")
     try:
         found = found / "run.h5" if found.is_dir() else found
@@ -81,6 +85,7 @@ def _file(path: str | os.PathLike[str]) -> Path:
 
 
 def _check_schema(schema: float | None, sealed: bool, place: str) -> None:
+    """Raise CurvlabError for a schema that is none or later, and for a file without its seal."""
     if schema is None or schema != int(schema) or schema < 1:
         raise CurvlabError(
             f"the log {place} has a schema that is no positive number: restore or rerun it"
@@ -98,7 +103,10 @@ def _check_schema(schema: float | None, sealed: bool, place: str) -> None:
 
 
 def _check_structure(file: h5py.File, place: str) -> None:
-    """Before anything is read: what a file holds by reference may be any file of this machine."""
+    """Raise CurvlabError where a file holds anything by reference, before anything of it is read.
+
+    What it refers to may be any file of this machine.
+    """
     size = 0
     for name, what in _entries(file):
         reason = ""
@@ -121,7 +129,7 @@ def _check_structure(file: h5py.File, place: str) -> None:
 def _entries(
     group: h5py.Group, seen: frozenset[object] = frozenset()
 ) -> Iterator[tuple[str, object]]:
-    """(name, what it is) of all that a file holds; links as they are, none is followed."""
+    """Yield (name, what it is) of all that a file holds; links as they are, none is followed."""
     seen |= {group.id}
     for name in group:
         link = group.get(name, getlink=True)
@@ -132,10 +140,10 @@ def _entries(
 
 
 def late_cosine(ds: xr.Dataset) -> xr.DataArray:
-    """Mean cosine (algorithm, block[, seed]) over the last three quarters of the logged steps.
+    """Return the mean cosine over the last three quarters of the logged steps.
 
-    Steps where a direction is zero have none. NaN of a method whose numbers left the finite range
-    on the way (`diverged`).
+    Its dimensions are (algorithm, block[, seed]). Steps where a direction is zero have none. NaN of
+    a method whose numbers left the finite range on the way (`diverged`).
     """
     late = ds["cosine"].isel(step=slice(ds.sizes["step"] // 4, None))
     mean = late.mean("step", keep_attrs=True)
@@ -149,8 +157,12 @@ def late_cosine(ds: xr.Dataset) -> xr.DataArray:
 
 
 def cosine_to(ds: xr.Dataset, other: str) -> xr.DataArray:
-    """Cosine (step, algorithm, block[, seed]) of every direction of a comparison to that of
-    `other`, whichever moved.
+    """Return the cosine of every direction of a comparison to that of `other`, whichever moved.
+
+    Its dimensions are (step, algorithm, block[, seed]).
+
+    Raises:
+        CurvlabError: the log has no such algorithm.
     """
     if "gram" not in ds or other not in ds["other"].values:
         known = ds["other"].values.tolist() if "gram" in ds else []

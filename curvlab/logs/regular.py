@@ -80,7 +80,7 @@ _SAID = ("long_name", "units", "flag_values", "flag_meanings")
 
 
 def regular(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
-    """(the log without what is odd, in words what that was)."""
+    """Return (the log without what is odd, in words what that was)."""
     odd = attributes.odd(ds)
     said = [f"attribute '{name}' is {what}" for name, what in odd.items()]
     coords: dict[str, xr.Variable] = {}
@@ -106,7 +106,7 @@ def regular(ds: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
 
 
 def unique(labels: Iterable[object]) -> list[str]:
-    """As text; one that was there before gets a number."""
+    """Return labels as text; one that was there before gets a number."""
     found: dict[str, None] = {}
     for label in map(str, labels):
         again = 2
@@ -118,14 +118,15 @@ def unique(labels: Iterable[object]) -> list[str]:
 
 
 def lines(said: list[str], most: int = 4) -> str:
-    """All that is odd as one line."""
+    """Return all that is odd as one line."""
     more = f" and {len(said) - most} more" if len(said) > most else ""
     return "; ".join(said[:most]) + more
 
 
 def _labelled(ds: xr.Dataset, dim: str) -> tuple[xr.Variable | None, str]:
-    """Labels along `dim` that can be used, and what those were that could not; None where it needs
-    none.
+    """Return labels along `dim` that can be used, and what those were that could not.
+
+    The labels are None where the dimension needs none.
     """
     numbered = dim in _NUMBERED or dim.endswith("_step")
     there = dim in ds.variables and ds.variables[dim].dims == (dim,)
@@ -149,7 +150,7 @@ def _labelled(ds: xr.Dataset, dim: str) -> tuple[xr.Variable | None, str]:
 
 
 def _fault(values: xr.Variable, name: str) -> str:
-    """What is wrong with a variable; empty: nothing."""
+    """Return what is wrong with a variable; empty: nothing."""
     wanted = _DIMS.get(name)
     if name not in _WORDS and values.dtype.kind not in "iufb":
         return "holds no numbers"
@@ -165,7 +166,7 @@ def _dims(values: xr.Variable) -> list[str]:
 
 
 def _plain(values: xr.Variable, name: str) -> xr.Variable:
-    """Numbers in double precision, in the order of dimensions that the variable has."""
+    """Return numbers in double precision, in the order of dimensions that the variable has."""
     if name in _DIMS:
         places = dict(zip(_dims(values), (d for d in values.dims if d != "seed"), strict=True))
         values = values.transpose(

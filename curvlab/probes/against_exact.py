@@ -1,10 +1,10 @@
-"""Methods against the exact matrices of the minibatch: of their blocks, and of the quadratic model
-of a step.
+"""Probes of methods against the exact matrices of the minibatch.
 
-All are of the mean loss at the weights before the move. The model runs again, as it stands: with
-BatchNorm in train mode the loss is a function of the whole minibatch, and so are Hessian and
-Gauss-Newton products; dense blocks exist only where examples stand alone, and nothing where the
-model draws random numbers (dropout): both are refused.
+Of their blocks, and of the quadratic model of a step. All are of the mean loss at the weights
+before the move. The model runs again, as it stands: with BatchNorm in train mode the loss is a
+function of the whole minibatch, and so are Hessian and Gauss-Newton products; dense blocks exist
+only where examples stand alone, and nothing where the model draws random numbers (dropout): both
+are refused.
 
 Legend: D parameters, p direction, α learning rate, d = −α p; m(d) = gᵀd + ½ dᵀBd.
 """
@@ -44,14 +44,17 @@ _ENDS = ("lowest", "highest")
 
 
 def direction_vector(frame: Frame, algorithm: str) -> Float[Tensor, " D"]:
-    """The direction as one vector."""
+    """Return an algorithm's direction as one vector, block after block."""
     return torch.cat(
         [frame.directions[algorithm][b.name].flatten() for b in frame.objective.blocks]
     )
 
 
 def function(frame: Frame) -> Function:
-    """The model on this minibatch. Raises CurvlabError where it draws random numbers."""
+    """Return the model on this minibatch, made once a step.
+
+    Raises CurvlabError where it draws random numbers.
+    """
 
     def make() -> Function:
         closure = frame.now.closure
@@ -70,7 +73,7 @@ def function(frame: Frame) -> Function:
 
 
 def exact_product(frame: Frame, kind: Kind) -> Product:
-    """Products with the whole exact matrix, with that of the L2 term."""
+    """Return products with the whole exact matrix, with that of the L2 term."""
 
     def make() -> Product:
         apply = function(frame).product(kind, 1)
@@ -90,8 +93,9 @@ def exact_product(frame: Frame, kind: Kind) -> Product:
 
 
 def own_quadratic(frame: Frame, algorithm: str) -> float:
-    """pᵀBp, B the matrix that a method estimates, undamped, by block or of the whole vector; NaN
-    where it estimates none.
+    """Return pᵀBp of the matrix B that a method estimates, undamped.
+
+    By block or of the whole vector; NaN where it estimates none.
     """
     p = direction_vector(frame, algorithm)
     of_whole = frame.curvature(algorithm).undamped(p)
@@ -109,8 +113,9 @@ def own_quadratic(frame: Frame, algorithm: str) -> float:
 
 
 def estimate(frame: Frame, block: BlockDefaults) -> tuple[Operator, float] | None:
-    """(B, what takes it to the Fisher's scale); `CurvatureBlock.matrix`: N where it reads the mean
-    gradient of N examples.
+    """Return (B, what takes it to the Fisher's scale) of a block, or None without an estimate.
+
+    The scale is N where the block reads the mean gradient of N examples (`CurvatureBlock.matrix`).
     """
     found = None if block.held is None else block.matrix()
     mean = block.reads == "gradient"
@@ -218,8 +223,9 @@ def _error(frame: Frame) -> list[Numbers]:
 
 
 def ritz(frame: Frame, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz values, ascending, lengths of their residuals, and Ritz vectors as columns, from the
-    gradient of a fixed seed.
+    """Return Ritz values, ascending, lengths of their residuals, and Ritz vectors as columns.
+
+    By Lanczos from a normal random vector of a fixed seed, once a step.
     """
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
@@ -317,7 +323,7 @@ def _condition_of(inverse: Operator) -> float:
 
 
 def held(curvature: Any) -> int:
-    """Bytes of the tensors in a curvature's state, each counted once."""
+    """Return the bytes of the tensors in a curvature's state, each counted once."""
     kept = with_defaults(
         curvature
     ).state_dict()  # alive until all is counted, so that no address comes twice

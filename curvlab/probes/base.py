@@ -1,10 +1,9 @@
-"""Frame and Probe: what is looked at, and the functions that look. They take values and know no
-loop.
+"""Frame and Probe: what is looked at, and the functions that look.
 
-A record is ``{variable: (dims, values)}`` without the axis of steps; the table says each variable's
-dimensions, long name and unit, and which passes a probe reads, so that the loop runs the union and
-nobody runs a pass for itself. Values may be tensors on the device: who gathers them reads them when
-it likes.
+They take values and know no loop. A record is ``{variable: (dims, values)}`` without the axis of
+steps; the table says each variable's dimensions, long name and unit, and which passes a probe
+reads, so that the loop runs the union and nobody runs a pass for itself. Values may be tensors on
+the device: who gathers them reads them when it likes.
 """
 
 from __future__ import annotations
@@ -28,19 +27,22 @@ from curvlab.observation import Observation, Pass
 Numbers = NDArray[np.float64]
 ProbeRecord = dict[str, tuple[tuple[str, ...], Numbers]]
 Sample = dict[str, Numbers | Tensor]
-"""{variable: values}, perhaps on the device."""
+"""Values {variable: values} that a probe measures, perhaps on the device."""
 
 Command = Literal["compare", "train"]
 COMMANDS: tuple[Command, ...] = ("compare", "train")
 
 Moment = Literal["before", "after"]
-"""Before the parameters move, when every direction is known; after the move and what was learnt
-from it."""
+"""Moment at which a probe measures.
+
+Before the parameters move, when every direction is known; or after the move and what was learnt
+from it.
+"""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable that a probe measures: dimensions without that of steps, long name, unit."""
+    """Variable that a probe measures: dimensions without that of steps, long name, unit."""
 
     dims: tuple[str, ...]
     long_name: str
@@ -55,7 +57,7 @@ class Variable:
 
 @dataclass(frozen=True)
 class Frame:
-    """One step. In `compare` of all algorithms, in `train` of one, which is the reference.
+    """One step, as probes see it: in `compare` of all algorithms, in `train` of one, the reference.
 
     `directions` holds {algorithm: {block: p}} with the reference among them; `seconds` each
     algorithm's own time; `curvatures` {algorithm: its Curvature}. The model's weights are those of
@@ -72,7 +74,7 @@ class Frame:
 
     @property
     def objective(self) -> Objective:
-        """The objective that the minibatch was looked at with."""
+        """Objective that the minibatch was looked at with."""
         return self.now.closure.objective
 
     @property
@@ -81,19 +83,25 @@ class Frame:
         return [b.name for b in self.objective.blocks]
 
     def curvature(self, algorithm: str) -> CurvatureDefaults:
-        """The algorithm's Curvature, completed by defaults; of nothing but defaults where the frame
-        has none."""
+        """Return the algorithm's Curvature, completed by defaults.
+
+        Where the frame has none it is of nothing but defaults.
+        """
         return with_defaults(self.curvatures.get(algorithm))
 
     def of_blocks(self, algorithm: str) -> Mapping[str, BlockDefaults]:
-        """{block: its CurvatureBlock, completed} of an algorithm that is made of blocks; else
-        empty."""
+        """Return {block: its CurvatureBlock, completed} of an algorithm that is made of blocks.
+
+        Empty for any other.
+        """
         return self.curvature(algorithm).by_block()
 
     @cached_property
     def gram(self) -> Numbers:
-        """⟨p_i, p_j⟩ by block, [algorithm, other, block], in float64: every norm and every cosine
-        follows from it."""
+        """Inner products ⟨p_i, p_j⟩ by block, [algorithm, other, block], in float64.
+
+        Every norm and every cosine follows from it.
+        """
         grams = []
         for block in self.blocks:
             rows = torch.stack([d[block].flatten() for d in self.directions.values()]).double()
@@ -102,16 +110,16 @@ class Frame:
 
     @property
     def place(self) -> int:
-        """The reference's place among the algorithms."""
+        """Place of the reference among the algorithms, from 0."""
         return list(self.directions).index(self.reference)
 
     @cached_property
     def shared(self) -> dict[str, Any]:
-        """What several probes of this step compute once."""
+        """Results that several probes of this step share, computed once."""
         return {}
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
-        """`make()`, by whoever asks first."""
+        """Return `make()`, run by whoever asks first for this key."""
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
@@ -119,11 +127,11 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class ByEpoch:
-    """What a probe says of an epoch in `train`.
+    """Summary of an epoch that a probe gives in `train`.
 
     Args:
-        epoch: the variables. reduce: {variable: its samples of the epoch, [sample, …]} → their
-            values.
+        epoch: the variables.
+        reduce: {variable: its samples of the epoch, [sample, …]} → their values.
     """
 
     epoch: Mapping[str, Variable] = field(default_factory=dict)
@@ -132,7 +140,7 @@ class ByEpoch:
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead:
-    """What a probe does before it measures.
+    """Work that a probe does before it measures.
 
     Args:
         begin: is shown every curvature before a step that is sampled.
@@ -145,10 +153,11 @@ class Ahead:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """Of which methods a probe sees something.
+    """Methods of which a probe sees something.
 
     Args:
-        fits: whether there is something to see in a curvature. wants: what that is, in words.
+        fits: whether there is something to see in a curvature.
+        wants: what that is, in words.
     """
 
     fits: Callable[[Any], bool] = lambda curvature: True
@@ -169,7 +178,9 @@ class Probe:
         every: steps between samples where none is asked for.
         again: whether it runs the model again.
         coordinates: {dimension of its own: labels}.
-        by_epoch, ahead, fit: see there.
+        by_epoch: what it says of an epoch.
+        ahead: what it does before it measures.
+        fit: of which methods it sees something.
     """
 
     summary: str
@@ -187,36 +198,36 @@ class Probe:
 
     @property
     def epoch(self) -> Mapping[str, Variable]:
-        """As of `ByEpoch`."""
+        """Variables of an epoch, as of `ByEpoch`."""
         return self.by_epoch.epoch
 
     @property
     def reduce(self) -> Callable[[Mapping[str, Numbers]], Mapping[str, Numbers]] | None:
-        """As of `ByEpoch`."""
+        """Function that makes an epoch's values of its samples, as of `ByEpoch`."""
         return self.by_epoch.reduce
 
     @property
     def begin(self) -> Callable[[Any], None] | None:
-        """As of `Ahead`."""
+        """Function that is shown every curvature before a sampled step, as of `Ahead`."""
         return self.ahead.begin
 
     @property
     def prepare(self) -> Callable[[Frame], None] | None:
-        """As of `Ahead`."""
+        """Function that is shown the frame before the move, as of `Ahead`."""
         return self.ahead.prepare
 
     @property
     def fits(self) -> Callable[[Any], bool]:
-        """As of `Fit`."""
+        """Function that says whether there is something to see in a curvature, as of `Fit`."""
         return self.fit.fits
 
     @property
     def wants(self) -> str:
-        """As of `Fit`."""
+        """Words for what there must be to see, as of `Fit`."""
         return self.fit.wants
 
     def record(self, frame: Frame) -> ProbeRecord:
-        """On the host, with dimensions."""
+        """Measure a frame and return the values on the host, with their dimensions."""
         return {
             name: (self.variables[name].dims, on_host(v)) for name, v in self.measure(frame).items()
         }
@@ -232,10 +243,14 @@ def probe(
 ) -> Callable[
     [Callable[[Frame], Sequence[Numbers | Tensor]]], Callable[[Frame], Sequence[Numbers | Tensor]]
 ]:
-    """Enter a function of a frame into PROBES; it returns one array for each of `variables`, in
-    their order.
+    """Enter a function of a frame into PROBES.
+
+    It returns one array for each of `variables`, in their order.
 
     Args:
+        name: of the probe.
+        summary: what it sees, in a line.
+        variables: {name: its dimensions, long name and unit}.
         declared: the further fields of `Probe`, those of `ByEpoch`, `Ahead` and `Fit` by their own
             names.
     """
@@ -261,7 +276,7 @@ def on_host(values: Numbers | Tensor) -> Numbers:
 
 
 def begin_step(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
-    """Before a step in which these probes are taken."""
+    """Prepare curvatures for a step in which these probes are taken."""
     for name in names:
         for curvature in curvatures.values():
             start = PROBES[name].begin
@@ -270,8 +285,10 @@ def begin_step(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
 
 
 def sample(names: Sequence[str], frame: Frame, moment: Moment) -> dict[str, Sample]:
-    """{probe: what it measures} of those whose moment it is. Chance is left as it was; an error
-    says which probe it was."""
+    """Return {probe: what it measures} of those whose moment it is.
+
+    Chance is left as it was; an error says which probe it was.
+    """
     found: dict[str, Sample] = {}
     device = frame.now.loss.device
     devices = [device] if device.type == "cuda" else []
@@ -291,8 +308,10 @@ def sample(names: Sequence[str], frame: Frame, moment: Moment) -> dict[str, Samp
 
 
 def select_probes(names: Sequence[str], command: Command | None = None) -> dict[str, Probe]:
-    """The probes of these names. Raises CurvlabError for an unknown one, or one that `command` does
-    not have."""
+    """Return the probes of these names.
+
+    Raises CurvlabError for an unknown one, or one that `command` does not have.
+    """
     found = {name: lookup(PROBES, name, "probe") for name in several(names)}
     for name, one in found.items():
         if command is not None and command not in one.where:
@@ -305,7 +324,7 @@ def select_probes(names: Sequence[str], command: Command | None = None) -> dict[
 
 
 def asked(words: Sequence[str], command: Command) -> dict[str, int | None]:
-    """["name", "name:every"] → {name: every, None where it is left to the probe}.
+    """Read "name" and "name:every" as {name: every, None where it is left to the probe}.
 
     Raises:
         CurvlabError: an unknown probe, one that `command` does not have, one given twice, a bad
@@ -329,7 +348,7 @@ def asked(words: Sequence[str], command: Command) -> dict[str, int | None]:
 
 
 def check_probes(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
-    """Raises CurvlabError for a probe that has nothing to see in any of {algorithm: curvature}."""
+    """Raise CurvlabError for a probe that has nothing to see in any of {algorithm: curvature}."""
     for name in names:
         one = PROBES[name]
         if not any(one.fits(c) for c in curvatures.values()):
@@ -340,12 +359,12 @@ def check_probes(names: Sequence[str], curvatures: Mapping[str, Any]) -> None:
 
 
 def axis(name: str) -> str:
-    """The dimension of the steps at which a probe was taken, where it has one of its own."""
+    """Return the name of a probe's own dimension of steps, where it has one."""
     return f"{name}_step"
 
 
 def taken(names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """{variable: attributes in the log} of these probes and their own axes."""
+    """Return {variable: attributes in the log} of these probes and their own axes."""
     found = {
         v: spec.said
         for n in names
@@ -357,12 +376,12 @@ def taken(names: Sequence[str]) -> dict[str, dict[str, str]]:
 
 
 def labels(names: Sequence[str]) -> dict[str, list[str]]:
-    """{dimension: labels} of these probes' own dimensions."""
+    """Return {dimension: labels} of these probes' own dimensions."""
     return {dim: list(found) for n in names for dim, found in PROBES[n].coordinates.items()}
 
 
 def empty(name: str, sizes: Mapping[str, int]) -> dict[str, Numbers]:
-    """The epoch's variables of a probe before there is a sample: NaN."""
+    """Return the epoch's variables of a probe before there is a sample: NaN."""
     sizes = {**sizes, **{dim: len(found) for dim, found in PROBES[name].coordinates.items()}}
     return {
         v: np.full([sizes[d] for d in spec.dims], np.nan) for v, spec in PROBES[name].epoch.items()

@@ -57,14 +57,16 @@ _THROUGH = (
     "Unsqueeze",
 )
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-"""Their weights meet normalised inputs."""
+"""Layers whose weights meet normalised inputs."""
 
 Ends = tuple[float, float]
 
 
 def ends(matrix: Tensor | Operator) -> Ends:
-    """Least and greatest eigenvalue, through the factors if any; NaN where it would take long, or
-    only products are known."""
+    """Return the least and the greatest eigenvalue, through the factors if any.
+
+    NaN where it would take long, or only products are known.
+    """
     if isinstance(matrix, Kronecker):
         corners = [math.prod(corner) for corner in product(*(ends(f) for f in matrix.factors))]
         return min(corners), max(corners)
@@ -85,7 +87,7 @@ def ends(matrix: Tensor | Operator) -> Ends:
 
 
 def input_bounds(frame: Frame) -> dict[str, tuple[float, bool]]:
-    """{block: (φ, whether the activation proves it)} of the layers with a rule."""
+    """Return {block: (φ, whether the activation proves it)} of the layers with a rule."""
 
     def make() -> dict[str, tuple[float, bool]]:
         proven = bounded_inputs(frame.now.closure)
@@ -105,8 +107,10 @@ def input_bounds(frame: Frame) -> dict[str, tuple[float, bool]]:
 
 
 def bounded_inputs(closure: Closure) -> set[str]:
-    """Blocks whose inputs are at most 1 for every input of the model, by what the graph of two
-    examples says."""
+    """Return the blocks whose inputs are at most 1 for every input of the model.
+
+    By what the graph of two examples says.
+    """
     found: set[str] = set()
     handles = []
     for block in closure.objective.blocks:
@@ -129,7 +133,7 @@ def bounded_inputs(closure: Closure) -> set[str]:
 
 
 def _prepare(frame: Frame) -> None:
-    """H_g before the step, of which the one-step bounds speak."""
+    """Keep H_g before the step, of which the one-step bounds speak."""
     found: dict[tuple[str, str], tuple[Ends, int]] = {}
     for algorithm in frame.directions:
         for name, block in frame.of_blocks(algorithm).items():
@@ -225,8 +229,10 @@ def _bounds(frame: Frame) -> list[Numbers]:
 
 
 def _measured(frame: Frame) -> dict[str, tuple[float, bool]]:
-    """`input_bounds`, raised where an inverted second moment has had greater inputs in earlier
-    minibatches."""
+    """Return `input_bounds`, raised where an inverted second moment has had greater inputs.
+
+    They were in earlier minibatches.
+    """
     phis = dict(input_bounds(frame))
     for algorithm in frame.directions:
         for name, block in frame.of_blocks(algorithm).items():

@@ -1,7 +1,7 @@
-"""The pairs that quasi-Newton methods learn from: their ratios before and after damping, how they
-were damped, why refused.
+"""Probe of the pairs that quasi-Newton methods learn from.
 
-A method shows its pairs by `learnt` (`curvature.base`) after the step in which they were learnt:
+Their ratios before and after damping, how they were damped, why refused. A method shows its pairs
+by `learnt` (`curvature.base`) after the step in which they were learnt:
 
 | pair | of which methods | H, B of the ratios |
 |---|---|---|
@@ -39,7 +39,7 @@ _BOTH = (*_EACH, "stage")
 
 
 def _reason(pair: Pair | BlockUpdate) -> float:
-    """Number of the rule in SKIPS by which the pair was refused; 0: it was used."""
+    """Return the number of the rule in SKIPS by which the pair was refused; 0: it was used."""
     return float(list(SKIPS).index(pair.skipped))
 
 
@@ -48,12 +48,15 @@ def _fits(curvature: Any) -> bool:
 
 
 def _clear(curvature: Any) -> None:
-    """Before a step: what is found after it was learnt in it."""
+    """Forget the pairs before a step: what is found after it was learnt in it."""
     with_defaults(curvature).forget_learnt()
 
 
 def _row(pair: Pair | BlockUpdate, mu2: float) -> list[float | Tensor]:
-    """sᵀy, yᵀHy, sᵀs, yᵀy, least sᵀy/sᵀBs before and after; θ₁, θ₂, μ₂, the reason."""
+    """Return the numbers of a pair: its products before and after damping, and how it was damped.
+
+    sᵀy, yᵀHy, sᵀs, yᵀy, least sᵀy/sᵀBs before and after; θ₁, θ₂, μ₂, the reason.
+    """
     nan = float("nan")
     if isinstance(pair, BlockUpdate):
         after = pair.tau * pair.least + (1 - pair.tau)
@@ -83,7 +86,7 @@ def _of(p: Products) -> list[float | Tensor]:
 
 
 def _together(rows: list[list[float | Tensor]]) -> Tensor:
-    """[pairs, numbers] in float64, where the numbers lie."""
+    """Return all rows as one tensor [pairs, numbers] in float64, where the numbers lie."""
     flat = [v for row in rows for v in row]
     tensors = {i: v for i, v in enumerate(flat) if isinstance(v, Tensor)}
     found = torch.tensor(
@@ -97,7 +100,7 @@ def _together(rows: list[list[float | Tensor]]) -> Tensor:
 
 
 def fractions(samples: Mapping[str, Numbers]) -> dict[str, Numbers]:
-    """Thesis Figure 2.1 from the samples of an epoch, [sample, …]: NaN where there was no pair."""
+    """Return thesis Figure 2.1 from the samples of an epoch, [sample, …]; NaN without a pair."""
     there = ~np.isnan(samples["pair_skipped"])
     count = there.sum(0).astype(float)
     with np.errstate(invalid="ignore", divide="ignore"):

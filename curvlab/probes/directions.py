@@ -1,4 +1,4 @@
-"""What the directions say by themselves: cosines, lengths, times."""
+"""Probes of what the directions say by themselves: cosines, lengths, times."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from curvlab.probes.base import Frame, Numbers, Variable, probe
 
 
 def cosines_to(gram: Numbers, place: int) -> Numbers:
-    """Cosine of every algorithm to number `place` from inner products [algorithm, other, …]; NaN
-    where a norm is zero.
+    """Return the cosine of every algorithm to number `place`; NaN where a norm is zero.
+
+    From inner products [algorithm, other, …].
     """
     norms = np.sqrt(np.einsum("kk...->k...", gram))
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,8 +1,7 @@
-"""Gradient noise, from the gradients of the examples: their squared lengths by layer, without
-forming one where T is small.
+"""Probe of gradient noise, from the gradients of the examples.
 
-Of the likelihood alone, without the L2 term. NaN for parameters of layers without a rule, which
-have none of one example.
+Their squared lengths by layer, without forming one where T is small. Of the likelihood alone,
+without the L2 term. NaN for parameters of layers without a rule, which have none of one example.
 
 Legend: N examples, T places, I inputs incl. the bias column, O outputs; g_n gradient of one
 example, ḡ their mean; Σ the covariance of g_n, with N − 1.
@@ -19,8 +18,9 @@ from curvlab.statistics import LayerStatistics
 
 
 def squared_lengths(s: LayerStatistics) -> Float[Tensor, " N"]:
-    """‖g_n‖² of one layer: ‖g‖²‖a‖² at one place; Σ_tt' (g_t·g_t')(a_t·a_t') where that is less
-    work than the gradients.
+    """Return ‖g_n‖² of one layer for every example.
+
+    ‖g‖²‖a‖² at one place; Σ_tt' (g_t·g_t')(a_t·a_t') where that is less work than the gradients.
     """
     if not s.used:
         return torch.zeros(s.size, dtype=torch.float64, device=s.like.device)

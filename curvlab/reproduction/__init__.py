@@ -1,5 +1,4 @@
-"""Figures and tables of the documents: what the scripts of `analyses/` are made of, and how they
-are found.
+"""Figures and tables of the documents: what the scripts of `analyses/` are made of.
 
 `Comparison` trains methods and draws curves, `Scaling` measures time and memory of one layer,
 `Script` is anything else; `main(FIGURE, __file__)` is a script's own command line; `load(name)` is

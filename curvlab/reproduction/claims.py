@@ -18,7 +18,9 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """Every one of `better` ends below every one of `than`, or at most `within` times as much above
+    """Something that a document says of its figure, as an inequality between curves.
+
+    Every one of `better` ends below every one of `than`, or at most `within` times as much above
     it; where they are said to be `alike`, none of all is further above another.
 
     `by`: where the curves are read: at the last epoch that all of them reach, at the last time that
@@ -69,7 +71,7 @@ class Claim:
 
 
 def verdicts(claims: Sequence[Claim], found: Results) -> Iterator[str]:
-    """A line a claim, and one a problem."""
+    """Yield a line a claim, and one a problem."""
     for claim in claims:
         yield f"claim: {claim.words}" + (f" (up to {claim.within:.0%})" if claim.within else "")
         for problem in claim.problems or found:

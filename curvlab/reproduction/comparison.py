@@ -1,5 +1,6 @@
-"""Comparison: every method on every problem at the document's values, trained once for all figures
-that share the run.
+"""Comparison: every method on every problem at the document's values.
+
+A run is trained once for all figures that share it.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ class Method:
         return self.values.get(problem) if isinstance(self.values, Mapping) else self.values
 
     def arguments(self, problem: str) -> dict[str, Any]:
-        """Of `curvlab.train`, without what is the algorithm's own anyway, so that equal runs have
-        equal names.
+        """Return the arguments of `curvlab.train` on a problem.
+
+        What is the algorithm's own anyway is left out, so that equal runs have equal names.
         """
         lr, *decay, damping = self.on(problem) or ()
         table = ALGORITHMS[self.algorithm]
@@ -84,9 +86,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Extent:
-    """How far a budget goes: seconds of training or epochs, whichever come first (None: the
-    methods' own epochs), seeds, and how many of the training and test examples; the training loss
-    is of the first `evaluated`. `at_most`: epochs of algorithms that are to stop earlier.
+    """The extent of a budget: how far its runs go.
+
+    It is seconds of training or epochs, whichever come first (None: the methods' own epochs),
+    seeds, and how many of the training and test examples; the training loss is of the first
+    `evaluated`. `at_most`: epochs of algorithms that are to stop earlier.
     """
 
     seconds: float | Mapping[str, float] | None = None
@@ -110,7 +114,7 @@ class Extent:
         return min((n for n in ends if n is not None), default=None)
 
     def on(self, problems: Sequence[str]) -> str:
-        """In words."""
+        """Return the extent on some problems in words."""
         seconds = [f"{s:g}" for s in dict.fromkeys(map(self.seconds_on, problems)) if s is not None]
         epochs = [f"{n}" for n in dict.fromkeys(map(self.epochs_on, problems)) if n is not None]
         words = [f"{' or '.join(seconds)} s of training a run"] if seconds else []
@@ -152,7 +156,7 @@ class Comparison:
 
     @property
     def extents(self) -> dict[str, str]:
-        """How far each budget goes: {budget: words}."""
+        """Lengths of the budgets in words, ``{budget: words}``."""
         return {
             "smoke": SMOKE,
             "cpu": self.cpu.on(self.problems),
@@ -208,7 +212,7 @@ class Comparison:
         return found
 
     def _averages(self, report: Report, found: Results) -> None:
-        """The document's own table, its numbers in brackets."""
+        """Say the document's own table, its numbers in brackets."""
 
         def cell(label: str, problem: str) -> str:
             r, told = found[problem].get(label), self.reported.get(problem, {}).get(label)
@@ -228,7 +232,7 @@ class Comparison:
         return 100 * (1 - r.lowest("val_error")) if self.accuracies else r.lowest("train_loss")
 
     def _say(self, report: Report, problem: str, found: Mapping[str, Result]) -> None:
-        """A table of one problem."""
+        """Say the table of one problem."""
         report.say(problem)
         told = self.reported.get(problem, {})
         columns = ["loss before", "last", "lowest", "test error", "epochs", "s/epoch"] + [
@@ -282,8 +286,10 @@ class Runs:
 
     @cached_property
     def data(self) -> tuple[Dataset, Dataset] | None:
-        """Training and test examples; None in a smoke run. Raises CurvlabError where they are not
-        there.
+        """Training and test examples; None in a smoke run.
+
+        Raises:
+            CurvlabError: they are not there.
         """
         if self.options.smoke:
             return None
@@ -292,7 +298,7 @@ class Runs:
         )
 
     def result(self, method: Method) -> Result:
-        """As many seeds as the budget asks for; where one diverges the next is tried."""
+        """Train as many seeds as the budget asks for; where one diverges the next is tried."""
         runs: list[xr.Dataset] = []
         failures = []
         for seed in range(self.extent.seeds + (0 if self.options.smoke else FURTHER)):
@@ -314,7 +320,7 @@ class Runs:
         return Result(method.algorithm, f"({arguments})", tuple(runs), tuple(failures))
 
     def trained(self, method: Method, seed: int) -> xr.Dataset:
-        """The log of one run: as it is where it is long enough, else gone on with, else begun."""
+        """Return the log of one run: as it is where long enough, else gone on with, else begun."""
         arguments, batch = method.arguments(self.name), method.batch or self.of.batch
         if self.data is None:
             objective, random = self.problem.smoke(seed, self.of.l2)
@@ -358,7 +364,7 @@ class Runs:
         return cut(run.dataset, epochs, seconds)
 
     def folder(self, arguments: Mapping[str, Any], batch: int, seed: int) -> Path:
-        """Everything that decides the numbers is in its name."""
+        """Return the folder of a run, in whose name is everything that decides the numbers."""
         extent = self.extent
         about = {
             "batch": batch,
@@ -379,7 +385,7 @@ class Runs:
 
 
 def _plain(value: object) -> str:
-    """Letters, digits, dots: what a folder may be called."""
+    """Return letters, digits, dots: what a folder may be called."""
     return re.sub(
         r"[^\w.=+]+", "-", f"{value:g}" if isinstance(value, float) else str(value).lower()
     ).strip("-")

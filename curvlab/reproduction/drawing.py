@@ -1,5 +1,6 @@
-"""Training curves as the documents draw them: against epochs and against time, in the looks of
-`curvlab.show.style`.
+"""Training curves as the documents draw them: against epochs and against time.
+
+Their looks are those of `curvlab.show.style`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ _APART = 5
 
 
 def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std") -> Figure:
-    """A column for each problem; of one problem a column each for epochs and time."""
+    """Draw a column for each problem; of one problem a column each for epochs and time.
+
+    Args:
+        found: the results of every problem.
+        measures: a row of panels each.
+        title: above the figure.
+        spread: what is shaded: "std", or the mean's error.
+    """
     seen_as = looks(
         {label: r.algorithm for results in found.values() for label, r in results.items()}
     )
@@ -64,7 +72,7 @@ def panel(
     seen_as: dict[str, LineStyle],
     spread: str,
 ) -> None:
-    """Means over seeds, a band of their standard deviation or of the mean's error."""
+    """Draw means over seeds, with a band of their standard deviation or of the mean's error."""
     drawn, ends = [], []
     for label, result in results.items():
         if not result.runs or measure not in result.together:
@@ -105,8 +113,9 @@ def panel(
 
 
 def logarithmic(ax: Axes, drawn: Iterable[object]) -> None:
-    """A log axis where everything is positive, with plain numbers where it spans less than two
-    decades.
+    """Make an axis logarithmic where everything is positive.
+
+    It has plain numbers where it spans less than two decades.
     """
     values = np.concatenate([np.asarray(y, dtype=float).ravel() for y in drawn] or [np.ones(1)])
     if not (np.isfinite(values).all() and values.min() > 0):

@@ -9,12 +9,14 @@ from curvlab.errors import CurvlabError, lookup
 from curvlab.reproduction.script import Reproduction, name_of
 
 FOLDERS = ("thesis", "s2qn", "kfqn_cnn", "all_methods")
-"""Of `analyses/`, in the order of the index."""
+"""Folders of `analyses/`, in the order of the index."""
 
 
 def folder() -> Path:
-    """`analyses/`: of the installed package, else of the repository. Raises CurvlabError where
-    there is neither.
+    """Return `analyses/`: of the installed package, else of the repository.
+
+    Raises:
+        CurvlabError: there is neither.
     """
     package = Path(__file__).resolve().parent.parent
     for place in (package / "analyses", package.parent / "analyses"):
@@ -27,7 +29,7 @@ def folder() -> Path:
 
 
 def scripts() -> dict[str, Path]:
-    """{name: script}, in the order of documents and numbers."""
+    """Return {name: script}, in the order of documents and numbers."""
 
     def order(path: Path) -> tuple[int, str, list[int]]:
         kind, *numbers = path.stem.split("_")
@@ -38,7 +40,11 @@ def scripts() -> dict[str, Path]:
 
 
 def load(name: str) -> Reproduction:
-    """The FIGURE of script `name`. Raises CurvlabError for an unknown name."""
+    """Return the FIGURE of script `name`.
+
+    Raises:
+        CurvlabError: an unknown name.
+    """
     path = lookup(scripts(), name, "figure or table")
     made: Reproduction = runpy.run_path(str(path), run_name=path.stem)["FIGURE"]
     return made

@@ -1,5 +1,6 @@
-"""PROBLEMS: the documents' networks on their data, and, for a smoke run, a narrow network of the
-same kind on random numbers.
+"""PROBLEMS: the documents' networks on their data, and small stand-ins for a smoke run.
+
+Such a one is a narrow network of the same kind on random numbers.
 """
 
 from __future__ import annotations
@@ -67,7 +68,13 @@ class PublishedProblem:
     part: str | None = None
 
     def load(self, part: bool, examples: int | None, tests: int | None) -> tuple[Dataset, Dataset]:
-        """(training, test) examples: the first so many of them."""
+        """Return (training, test) examples: the first so many of them.
+
+        Args:
+            part: whether to take `part` of the data where that is there.
+            examples: of training; all where None.
+            tests: of the test data; all where None.
+        """
         try:
             found = Problem(
                 model=self.model, data=self.part if part and self.part else self.data
@@ -79,12 +86,12 @@ class PublishedProblem:
         return _first(found[0], examples), _first(found[1], tests)
 
     def objective(self, train: Dataset, seed: int, device: str, l2: float) -> Objective:
-        """The network on the device, fitted to the shapes of these data."""
+        """Return the objective of the network on the device, fitted to the shapes of these data."""
         problem = Problem(model=self.model, data=self.data, l2=l2, seed=seed, device=device)
         return problem.fitted_to((train, train)).objective()
 
     def smoke(self, seed: int, l2: float) -> tuple[Objective, Dataset]:
-        """64 examples of random numbers and the narrow network."""
+        """Return the narrow network's objective, and 64 examples of random numbers."""
         build, shape, outputs = self.small
         chance, kind = torch.Generator().manual_seed(seed), models.find(self.model).likelihood
         x = torch.rand(64, *shape, generator=chance)
@@ -140,5 +147,9 @@ PROBLEMS: dict[str, PublishedProblem] = {
 
 
 def find(name: str) -> PublishedProblem:
-    """Return the entry of PROBLEMS by its name. Raises CurvlabError for an unknown one."""
+    """Return the entry of PROBLEMS by its name.
+
+    Raises:
+        CurvlabError: an unknown name.
+    """
     return lookup(PROBLEMS, name, "problem")

@@ -15,7 +15,7 @@ AXES = ("epoch", "time")
 
 
 def cut(ds: xr.Dataset, epochs: int | None, seconds: float | None) -> xr.Dataset:
-    """The evaluated epochs of a log until a budget is spent, where the run has gone further."""
+    """Return the evaluated epochs of a log until a budget is spent, if the run has gone further."""
     ds = ds.dropna("epoch", subset=["train_loss"])
     if epochs is not None:
         ds = ds.sel(epoch=slice(0, epochs))
@@ -26,8 +26,9 @@ def cut(ds: xr.Dataset, epochs: int | None, seconds: float | None) -> xr.Dataset
 
 @dataclass(frozen=True)
 class Result:
-    """`runs` are the logs of the seeds that stayed finite; `failures` says what became of the
-    others.
+    """What came out of the runs of one method on one problem.
+
+    `runs` are the logs of the seeds that stayed finite; `failures` says what became of the others.
     """
 
     algorithm: str
@@ -37,7 +38,7 @@ class Result:
 
     @cached_property
     def together(self) -> xr.Dataset:
-        """Over the seeds [seed, epoch], at the epochs that all of them have."""
+        """The values of all seeds [seed, epoch], at the epochs that all of them have."""
         names = [name for name in self.runs[0] if self.runs[0][name].dims == ("epoch",)]
         return xr.concat(
             [run[names] for run in self.runs], "seed", join="inner", combine_attrs="override"
@@ -45,7 +46,7 @@ class Result:
 
     @property
     def clock(self) -> str:
-        """Process time; on a GPU, which works beside the process, wall time."""
+        """The variable of time: that of the process; on a GPU, which works beside it, wall time."""
         return (
             "wall_seconds"
             if str(self.runs[0].attrs.get("device", "cpu")).startswith("cuda")
@@ -53,7 +54,7 @@ class Result:
         )
 
     def along(self, axis: str) -> Values:
-        """Epochs, or the mean time at which they ended."""
+        """Return epochs, or the mean time at which they ended."""
         ds = self.together
         return np.asarray(
             ds["epoch"] if axis == "epoch" else ds[self.clock].mean("seed"), dtype=float
@@ -64,12 +65,13 @@ class Result:
         return np.asarray(self.together[measure].mean("seed"), dtype=float)
 
     def spread(self, measure: str) -> Values:
-        """Standard deviation over the seeds."""
+        """Return a measure's standard deviation over the seeds, at each epoch that all have."""
         return np.asarray(self.together[measure].std("seed"), dtype=float)
 
     def lowest(self, measure: str) -> float:
-        """The lowest of each seed's epochs, on average (2.8.2: "choosing the lowest of these
-        values").
+        """Return the lowest value of each seed's epochs, on average.
+
+        The document has it so (2.8.2: "choosing the lowest of these values").
         """
         return float(self.together[measure].min("epoch").mean("seed"))
 

@@ -1,5 +1,4 @@
-"""Scaling: time and memory of one layer beyond SGD's, against the formulas of a document's table of
-complexity.
+"""Scaling: time and memory of one layer beyond SGD's, against a document's table of complexity.
 
 One layer on random numbers. Every axis varies one size and keeps the others. A formula's exponent
 is fitted to the formula's own values at the sizes that were measured: sums of terms have no other.
@@ -30,7 +29,7 @@ from curvlab.show.style import LineStyle, looks
 from curvlab.system.memory import tensors
 
 Formula = Callable[[SimpleNamespace], float]
-"""Of the sizes, by their names."""
+"""A number of time or memory as a function of the sizes, by their names."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,9 @@ PLAIN = Row("sgd-m", lambda s: 0, lambda s: 0)
 
 @dataclass(frozen=True)
 class Axis:
-    """A size, from small to large; `sets` are the names that move with it, where it is not itself
-    one.
+    """A size, from small to large.
+
+    `sets` are the names that move with it, where it is not itself one.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Axis:
         return SimpleNamespace(**{**base, **dict.fromkeys(self.moved, size)})
 
     def until(self, budget: str) -> list[int]:
-        """All sizes but the largest; `paper`: all; `smoke`: the first two."""
+        """Return all sizes but the largest; for the budget `paper` all, for `smoke` two."""
         return list(
             self.sizes[:2]
             if budget == "smoke"
@@ -110,8 +110,10 @@ Curves = dict[tuple[str, str, str], Curve]
 
 @dataclass(frozen=True)
 class Scaling:
-    """A table of complexity. `layer(sizes)` gives the layer and the shape of one input; `base` the
-    sizes that an axis keeps; `quantities` are what the table is of.
+    """A table of complexity.
+
+    `layer(sizes)` gives the layer and the shape of one input; `base` the sizes that an axis keeps;
+    `quantities` are what the table is of.
     """
 
     shows: str
@@ -137,7 +139,7 @@ class Scaling:
 
     @property
     def problems(self) -> Sequence[str]:
-        """The problems to choose from, of which there are none: the data are random numbers."""
+        """The problems to choose from, of which there are none, as the data are random numbers."""
         return ()
 
     def run(self, report: Report) -> None:
@@ -146,7 +148,7 @@ class Scaling:
         (replace(self, rows=chosen) if chosen else self).measure(report)
 
     def measure(self, report: Report) -> None:
-        """All rows."""
+        """Measure all rows, say the fitted exponents, and draw the curves."""
         options = report.options
         base = dict(self.base)
         if options.smoke:
@@ -191,8 +193,9 @@ class Scaling:
                     curve.formula.append(formula(sizes))
 
     def _step(self, row: Row, sizes: SimpleNamespace, options: Options) -> tuple[float, float]:
-        """Least mean seconds of a step over `period` steps, and numbers that the curvature
-        holds.
+        """Return the least mean seconds of a step, and the numbers that the curvature holds.
+
+        The mean is over `period` steps.
         """
         device = options.where
         clock = time.process_time if device.type == "cpu" else clock_of(device)
@@ -216,7 +219,7 @@ class Scaling:
         return least, float(sum(t.numel() for t in tensors(stepper.descent.curvature.state_dict())))
 
     def _figure(self, found: Curves, options: Options) -> Figure:
-        """A row for each quantity; dotted the formulas, through the largest size."""
+        """Draw a row for each quantity; dotted the formulas, through the largest size."""
         figure = Figure(
             figsize=(1.8 + 2.9 * len(self.axes), 0.8 + 2.8 * len(self.quantities)),
             layout="constrained",
@@ -265,8 +268,9 @@ def _line(ax: Axes, sizes: Sequence[int], curve: Curve, label: str, of: LineStyl
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float], last: int = 3) -> float:
-    """Slope of log(value) over log(size) through the `last` largest sizes; NaN where fewer than two
-    values are positive.
+    """Return the slope of log(value) over log(size) through the `last` largest sizes.
+
+    NaN where fewer than two values are positive.
     """
     pairs = [(s, v) for s, v in zip(sizes, values, strict=True) if v > 0][-last:]
     if len(pairs) < 2:

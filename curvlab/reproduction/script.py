@@ -1,5 +1,6 @@
-"""What a script of `analyses/` gives: a value that says what it shows and how far each budget goes,
-and runs.
+"""What a script of `analyses/` gives: a value that says what it shows, and runs.
+
+It says how far each budget goes, too.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from curvlab.system.interrupt import number_of, words
 from curvlab.system.memory import keep_freed_memory
 
 BUDGETS = ("smoke", "cpu", "paper")
-"""Seconds, on whatever is there; minutes on two cores; the document's own, on a GPU where there is
-one.
+"""How far a reproduction goes: seconds, on whatever is there; minutes on two cores; the document's
+own length, on a GPU where there is one.
 """
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose. `out` gets picture and text, `runs` the training runs that figures of
-    one budget share.
+    """What a user may choose of a reproduction.
+
+    `out` gets picture and text, `runs` the training runs that figures of one budget share.
     """
 
     budget: str = "cpu"
@@ -63,13 +65,19 @@ class Options:
 
     @property
     def where(self) -> torch.device:
-        """The device, `auto` resolved. Raises CurvlabError where this machine lacks it."""
+        """The device, `auto` resolved.
+
+        Raises:
+            CurvlabError: this machine lacks it.
+        """
         return device_of(self.device)
 
 
 class Reproduction(Protocol):
-    """A figure or table. `shows` begins with its document and number; `claim` is in the document's
-    words; of `methods` and `problems` a user may choose.
+    """A figure or table of a document.
+
+    `shows` begins with its document and number; `claim` is in the document's words; of `methods`
+    and `problems` a user may choose.
     """
 
     @property
@@ -82,7 +90,7 @@ class Reproduction(Protocol):
 
     @property
     def extents(self) -> Mapping[str, str]:
-        """How far each budget goes: {budget: words}."""
+        """Lengths of the budgets in words, ``{budget: words}``."""
 
     @property
     def methods(self) -> Iterable[str]:
@@ -98,7 +106,7 @@ class Reproduction(Protocol):
 
 @dataclass
 class Report:
-    """Says its lines, and keeps them for the text file beside the picture."""
+    """The lines that a reproduction says, kept for the text file beside the picture."""
 
     name: str
     options: Options
@@ -110,7 +118,10 @@ class Report:
         self.lines.append(line)
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Columns as wide as their words; the first to the left, the others to the right."""
+        """Say rows in columns as wide as their words.
+
+        The first is set to the left, the others to the right.
+        """
         cells = [list(headings), *map(list, rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
         for row in cells:
@@ -132,7 +143,11 @@ class Report:
         )
 
     def close(self) -> None:
-        """Write the text file. Raises CurvlabError where that cannot be done."""
+        """Write the text file.
+
+        Raises:
+            CurvlabError: it cannot be written.
+        """
         text = "\n".join(self.lines) + "\n"
         self._write(self.file("txt"), lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -164,7 +179,12 @@ class Script:
 
 
 def reproduce(what: Reproduction, name: str, options: Options) -> Report:
-    """Run it and write `out`/NAME-BUDGET.txt, and the picture where there is one.
+    """Run a figure or table and write `out`/NAME-BUDGET.txt, and the picture where there is one.
+
+    Args:
+        what: the figure or table.
+        name: of its files.
+        options: what the user chose.
 
     Raises:
         CurvlabError: bad options, data that are not there, a folder that cannot be written.
@@ -186,7 +206,7 @@ def reproduce(what: Reproduction, name: str, options: Options) -> Report:
 
 
 def say_progress(what: str, left: float | None = None) -> None:
-    """On standard error, which is no part of the result; `left` are seconds."""
+    """Print a line on standard error, which is no part of the result; `left` are seconds."""
     when = (
         ""
         if left is None
@@ -205,7 +225,7 @@ def described(device: torch.device) -> str:
 
 
 def main(what: Reproduction, file: str) -> None:
-    """A script's own command line: the options of `curvlab reproduce`, and its exit codes."""
+    """Run a script's own command line: the options of `curvlab reproduce`, and its exit codes."""
     default = Options()
     parser = argparse.ArgumentParser(
         description=what.shows, exit_on_error=False, allow_abbrev=False
@@ -235,8 +255,9 @@ def main(what: Reproduction, file: str) -> None:
 
 
 def name_of(path: Path) -> str:
-    """figure_2_2.py of the thesis is figure-2.2, that of another document has its folder's name
-    before it.
+    """Return the name of a script: figure_2_2.py of the thesis is figure-2.2.
+
+    That of another document has its folder's name before it.
     """
     kind, *numbers = path.stem.split("_")
     if kind not in ("figure", "table") or not numbers:

@@ -1,6 +1,4 @@
-"""What several figures share: how far a CPU goes, and how the thesis trains convolutional
-networks.
-"""
+"""What several figures share: how far a CPU goes, and how the thesis trains convolutions."""
 
 from __future__ import annotations
 
@@ -12,12 +10,12 @@ from curvlab.reproduction.comparison import Extent, Method, Values
 AUTOENCODERS = Extent(seconds=120, tests=10_000, evaluated=10_000)
 NETWORKS = Extent(seconds=60, examples=2048, tests=512, evaluated=512)
 WIDE = Extent(seconds=60, examples=512, tests=256, evaluated=256)
-"""Of the `cpu` budget. A step of VGG16 takes two cores some two seconds, one of ResNet32-4
+"""Extents of the `cpu` budget. A step of VGG16 takes two cores some two seconds, one of ResNet32-4
 eight.
 """
 
 DOCUMENT_SECONDS = {"MNIST": 500.0, "FACES": 2000.0, "CURVES": 500.0}
-"""Of training on the documents' machines (thesis 2.8.2, 3.7.1)."""
+"""Seconds of training on the documents' machines (thesis 2.8.2, 3.7.1)."""
 
 _FIRST: dict[str, Any] = {"schedule": "step", "schedule_options": {"every": 60}}
 _SECOND: dict[str, Any] = {"schedule": "step", "schedule_options": {"every": 50}}
@@ -41,7 +39,11 @@ OF_THE_THESIS: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def convolutional(values: Mapping[str, Mapping[str, Values]]) -> dict[str, Method]:
-    """{label: Method} from {label: {problem: (initial learning rate, weight decay, damping)}}."""
+    """Return the methods of a figure on convolutional networks by their labels.
+
+    Args:
+        values: {label: {problem: (initial learning rate, weight decay, damping)}}.
+    """
     found = {}
     for label, each in values.items():
         algorithm, options, epochs = OF_THE_THESIS[label]

@@ -1,5 +1,6 @@
-"""What a log says of its run in words: facts, the calls as they are typed, what a reader should
-know.
+"""What a log says of its run in words.
+
+It is facts, the calls as they are typed, and what a reader should know.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from curvlab.logs import attributes
 from curvlab.show.tables import MISSING, number
 
 STEPS_OF_COMPARE = 300
-"""Of `curvlab compare` where its call names no length."""
+"""Steps of `curvlab compare` where its call names no length."""
 
 MOST_NAMES = 40
-"""Of a comparison's algorithms that are listed one by one."""
+"""Algorithms of a comparison that are listed one by one, at most."""
 
 _SPELLED = {"own": "--set", "schedule_own": "--schedule-set"}
 _BY_RESUME = ("resume", "out", "epochs", "steps", "seconds", "checkpoint_seconds")
@@ -34,14 +35,14 @@ def title(ds: xr.Dataset) -> str:
 
 
 def command(ds: xr.Dataset) -> str:
-    """compare, train, spectrum."""
+    """Return the command of a run: compare, train or spectrum."""
     call = attributes.mapping(ds, "call")
     return str(call.get("command") or call.get("function") or "").rpartition(".")[2]
 
 
 @np.errstate(all="ignore")
 def facts(ds: xr.Dataset) -> dict[str, str]:
-    """{what: text} of a run, the same names in the same order for all kinds."""
+    """Return {what: text} of a run, the same names in the same order for all kinds."""
     data, description = _shown(ds, "data"), attributes.text(ds, "data_description")
     seeds = attributes.seeds(ds)
     overall = attributes.entry(attributes.mapping(ds, "settings"), "damping")
@@ -107,7 +108,7 @@ def _count(number: float, of: str) -> str:
 
 
 def _loss(ds: xr.Dataset) -> str:
-    """The last known; of a training run those of training and validation."""
+    """Return the last loss that is known; of a training run those of training and validation."""
     known = (
         {"training": "train_loss", "validation": "val_loss"} if "train_loss" in ds else {"": "loss"}
     )
@@ -145,7 +146,7 @@ def date(created: object) -> str:
 
 
 def calls(ds: xr.Dataset) -> list[tuple[str, str]]:
-    """[(what, text to copy)]: the call of the run, and of every time that it went on."""
+    """Return [(what, text to copy)]: the call of the run, and of every time that it went on."""
     call = attributes.mapping(ds, "call")
     if not call:
         return []
@@ -162,8 +163,9 @@ def calls(ds: xr.Dataset) -> list[tuple[str, str]]:
 
 
 def shell(call: Mapping[str, Any]) -> str:
-    """A call as the log holds it → what a shell takes, or, of a Python function, how it reads
-    there. Every option is named.
+    """Return a call, as the log holds it, as a shell takes it; every option is named.
+
+    A Python function's call is returned as it reads there.
     """
     if "command" not in call:
         said = ", ".join(f"{name}={value!r}" for name, value in call.items() if name != "function")
@@ -179,8 +181,9 @@ def shell(call: Mapping[str, Any]) -> str:
 
 
 def _words(name: str, value: Any) -> list[str]:
-    """An option as it is typed; none where it was not given. `out` is empty where the folder was a
-    fresh one.
+    """Return an option as it is typed; nothing where it was not given.
+
+    `out` is empty where the folder was a fresh one.
     """
     option = shlex.quote(_SPELLED.get(name, "--" + name.replace("_", "-")))
     if name == "command" or value is None or (name == "out" and value == ""):
@@ -197,8 +200,9 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def notes(ds: xr.Dataset) -> list[str]:
-    """Where the run was stopped, went on, did not reach its end or ran from files that no commit
-    holds.
+    """Return where the run was stopped, went on, or did not reach its end.
+
+    It is said too where it ran from files that no commit holds.
     """
     stopped, commit = attributes.text(ds, "stopped"), attributes.text(ds, "git_commit")
     found = [f"Stopped: {stopped}."] if stopped else []
@@ -223,7 +227,10 @@ def notes(ds: xr.Dataset) -> list[str]:
 
 
 def unfinished(ds: xr.Dataset) -> str:
-    """What is missing of what the run was asked for, as far as its log can tell; empty: nothing."""
+    """Return what is missing of what the run was asked for; empty: nothing.
+
+    It is known as far as the log can tell.
+    """
     call = attributes.mapping(ds, "call")
     budget = attributes.mapping(ds, "budget")
     if "train_loss" in ds:

@@ -1,5 +1,6 @@
-"""Axes that matplotlib does not have: a logarithm on either side of 0, and ticks of a narrow
-range.
+"""Axes that matplotlib does not have.
+
+They are a logarithm on either side of 0, and ticks of a narrow range.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from curvlab.logs import attributes
 
 @dataclass(frozen=True)
 class SymmetricLog:
-    """A logarithmic axis on either side of 0: edges of the bars, the log's first bin in each, |λ|
-    where the middle bar ends.
+    """A logarithmic axis on either side of 0.
+
+    Args:
+        edges: of the bars.
+        first: the log's first bin in each bar.
+        centre: |λ| where the middle bar ends.
+        top: |λ| where the axis ends.
     """
 
     edges: NDArray[np.float64]
@@ -44,10 +50,13 @@ class SymmetricLog:
 
 
 def symmetric_log(ds: xr.Dataset) -> SymmetricLog:
-    """From the greatest |λ| of all panels down to 10⁻⁷ of the least, or to where rounding begins;
-    at most 12 decades.
+    """Return the axis of all panels of spectra.
 
-    Raises CurvlabError where the bins of the log do not hold its eigenvalues.
+    It goes from the greatest |λ| down to 10⁻⁷ of the least panel's, or to where rounding begins;
+    over at most 12 decades.
+
+    Raises:
+        CurvlabError: the bins of the log do not hold its eigenvalues.
     """
     largest = np.maximum(np.abs(ds["lowest"].values), np.abs(ds["highest"].values))
     largest = largest[np.isfinite(largest)]
@@ -74,13 +83,13 @@ def symmetric_log(ds: xr.Dataset) -> SymmetricLog:
 
 
 class _Logarithmic(LogFormatter):
-    """With the digits that tell ticks apart, where matplotlib's has one below 1."""
+    """A formatter with the digits that tell ticks apart, where matplotlib's has one below 1."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:.4g}" if super().__call__(x, pos) else ""
 
 
 def plain_numbers(axis: Axis) -> None:
-    """On a logarithmic axis, also between the decades where there is room for them."""
+    """Write plain numbers on a logarithmic axis, also between the decades where there is room."""
     axis.set_major_formatter(_Logarithmic())
     axis.set_minor_formatter(_Logarithmic(labelOnlyBase=False, minor_thresholds=(2, 0.5)))

@@ -22,19 +22,19 @@ said.
 
 
 def with_seeds(ds: xr.Dataset, text: str) -> str:
-    """A title, and of how many seeds it is where there are several."""
+    """Return a title which says of how many seeds it is, where there are several."""
     seeds = f", mean ± standard deviation of {ds.sizes['seed']} seeds" if "seed" in ds.dims else ""
     return f"{text}{seeds}"
 
 
 def across(figure: Figure, labels: Sequence[str], most: int = 6) -> int:
-    """Entries of a legend that stand beside each other."""
+    """Return how many entries of a legend stand beside each other."""
     room = int(13.6 * figure.get_figwidth()) // (max(map(len, labels), default=0) + 9)
     return max(1, min(len(labels), most, room))
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """Below the panels, which stay as high as they were where it has many lines."""
+    """Put a legend below the panels, which stay as high as they were where it has many lines."""
     beside = across(figure, labels)
     more = max(0, math.ceil(len(labels) / beside) - 2)
     figure.set_figheight(figure.get_figheight() + 0.21 * more)
@@ -47,10 +47,10 @@ def model_on_data(ds: xr.Dataset) -> str:
 
 
 def of_how_many(shown: int, there: int, what: str) -> str:
-    """Of a title: how many are drawn, where these are not all."""
+    """Return the end of a title: how many are drawn, where these are not all."""
     return f", {shown} of {there} {what}" if shown < there else ""
 
 
 def evenly(size: int, most: int) -> list[int]:
-    """At most so many of them, evenly, the first and the last among them."""
+    """Return at most so many places, evenly, the first and the last among them."""
     return sorted({round(i) for i in np.linspace(0, size - 1, min(size, most))})

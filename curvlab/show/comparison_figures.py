@@ -24,8 +24,9 @@ from curvlab.show.style import look, looks
 
 
 def _line(ax: Axes, values: xr.DataArray, style: dict[str, object], label: str) -> None:
-    """Against the step, on whatever axis of steps; with several seeds the mean and a band of one
-    standard deviation.
+    """Draw values against the step, on whatever axis of steps.
+
+    With several seeds it is the mean and a band of one standard deviation.
     """
     steps = _axis(values)
     if "seed" in values.dims:
@@ -43,13 +44,14 @@ def _others(ds: xr.Dataset) -> list[str]:
 
 
 def _axis(values: xr.DataArray) -> xr.DataArray:
-    """The steps along which they lie."""
+    """Return the steps along which values lie."""
     return values[next(d for d in values.dims if d != "seed")]
 
 
 def cosine(ds: xr.Dataset) -> Figure:
-    """Cosine of every method's direction to the reference's, one panel for each inner layer (thesis
-    Figure 4.1).
+    """Draw the cosine of every method's direction to the reference's (thesis Figure 4.1).
+
+    There is a panel for each inner layer.
     """
     blocks = [str(b) for b in ds["block"].values]
     inner = blocks[1:-1] if len(blocks) > 4 else blocks
@@ -87,7 +89,7 @@ def cosine(ds: xr.Dataset) -> Figure:
 
 
 def loss(ds: xr.Dataset) -> Figure:
-    """Loss along the trajectory: of each minibatch, or of the examples of spectra."""
+    """Draw the loss along the trajectory: of each minibatch, or of the examples of spectra."""
     figure = Figure(figsize=(6.0, 3.6), layout="constrained")
     ax = figure.subplots()
     leader = attributes.text(ds, "reference") or attributes.text(ds, "algorithm")
@@ -107,7 +109,7 @@ def loss(ds: xr.Dataset) -> Figure:
 
 
 def seconds(ds: xr.Dataset) -> Figure:
-    """Median time of each algorithm's own update and direction."""
+    """Draw the median time of each algorithm's own update and direction."""
     median = ds["seconds"].median([d for d in ds["seconds"].dims if d != "algorithm"]) * 1e3
     there = median.sizes["algorithm"]
     median = median.isel(algorithm=evenly(there, MOST_BARS))

@@ -1,5 +1,6 @@
-"""What matplotlib is given: a log whose numbers have a place on an axis, its texts as plain
-letters; and the file it makes.
+"""What matplotlib is given, and the file it makes.
+
+It is given a log whose numbers have a place on an axis, its texts as plain letters.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ _LARGEST = 1e150
 
 
 def drawable(ds: xr.Dataset) -> xr.Dataset:
-    """What matplotlib is given: without what is odd, a seed that is alone or numbers that have no
-    place on an axis, and every text that came with the log as plain letters.
+    """Return a log as matplotlib is given it.
+
+    It is without what is odd, a seed that is alone, or numbers that have no place on an axis; every
+    text that came with the log is plain letters.
     """
     ds, _ = regular(ds)
     ds = ds.squeeze("seed", drop=True) if ds.sizes.get("seed") == 1 else ds  # no spread
@@ -57,7 +60,7 @@ def _letters(said: Mapping[Any, Any], short: Container[Any]) -> dict[Any, Any]:
 
 
 def heading(figure: Figure, *lines: str) -> None:
-    """Within the width of the figure."""
+    """Write the title of a figure within its width."""
     across = int(10 * figure.get_figwidth())
     figure.suptitle(
         "\n".join(part for line in lines for part in textwrap.wrap(line, across)), fontsize=11
@@ -65,8 +68,15 @@ def heading(figure: Figure, *lines: str) -> None:
 
 
 def picture(figure: Figure, form: str, **options: Any) -> bytes:
-    """The file of a figure, so that nothing is written where it cannot be drawn. Raises
-    CurvlabError for that.
+    """Return the bytes of a figure's file, so that nothing is written where it cannot be drawn.
+
+    Args:
+        figure: what is drawn.
+        form: of the file, as matplotlib names it.
+        options: of `Figure.savefig`.
+
+    Raises:
+        CurvlabError: the figure cannot be drawn.
     """
     held = io.BytesIO()
     try:

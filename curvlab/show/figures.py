@@ -1,4 +1,4 @@
-"""FIGURES: Dataset → matplotlib Figure, one function a figure. They read only the log.
+"""FIGURES: figures of a log alone by matplotlib, one function a figure.
 
 The functions are in `comparison_figures`, `spectrum_figure` and `training_figures`. Colours, dashes
 and markers are those of `style`.
@@ -25,8 +25,9 @@ from curvlab.system.escape import for_matplotlib, for_terminal
 
 
 def named(runs: Runs) -> Runs:
-    """By their algorithms; where two runs share one, by what differs: seed, learning rate, damping,
-    or else their place.
+    """Name runs by their algorithms; where two share one, by what differs.
+
+    That is seed, learning rate, damping, or else their place.
     """
     about = [attributes.text(ds, "algorithm", "run") for _, ds in runs]
     for key in ("lr", "damping", "seed"):
@@ -44,7 +45,9 @@ def named(runs: Runs) -> Runs:
 
 @dataclass(frozen=True)
 class Entry:
-    """`needs`: the variable of the log that is drawn, `beside` what it is not drawn without;
+    """A figure by name.
+
+    `needs`: the variable of the log that is drawn, `beside` what it is not drawn without;
     `several`: it takes [(name, log)] of several runs.
     """
 
@@ -85,15 +88,19 @@ FIGURES: dict[str, Entry] = {
 
 
 def draw(ds: xr.Dataset, name: str) -> Figure:
-    """Figure `name` of a log. Raises CurvlabError for an unknown name or a log that lacks what it
-    needs.
+    """Draw figure `name` of a log.
+
+    Raises:
+        CurvlabError: an unknown name, or a log that lacks what it needs.
     """
     return draw_all([("", ds)], name)
 
 
 def draw_all(runs: Runs, name: str) -> Figure:
-    """Figure `name` of one or several logs [(place, log)]. Raises CurvlabError likewise, or where
-    it shows one run alone.
+    """Draw figure `name` of one or several logs [(place, log)].
+
+    Raises:
+        CurvlabError: as `draw`, or it shows one run alone.
     """
     entry = lookup(FIGURES, name, "figure")
     if len(runs) > 1 and not entry.several:
@@ -121,13 +128,11 @@ def _of_several() -> list[str]:
 
 
 def main(ds: xr.Dataset) -> str:
-    """The figure that stands for a log: the first that it has what it needs for, but for the
-    loss.
-    """
+    """Return the figure that stands for a log: the first that it has the data of, but the loss."""
     return next((name for name in applying(ds) if name != "loss"), "loss")
 
 
 def applying(ds: xr.Dataset) -> list[str]:
-    """Of FIGURES those that the log has the main variable for."""
+    """Return the figures of FIGURES that the log has the main variable for."""
     has, _ = regular(ds)
     return [name for name, entry in FIGURES.items() if entry.needs in has]

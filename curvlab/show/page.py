@@ -1,8 +1,7 @@
-"""Runs → one page of HTML that stands alone: figures, tables, calls, versions, attributes. It reads
-only the logs.
+"""Write one page of HTML about runs, which stands alone, from the logs only.
 
-The same logs give the same bytes: nothing of the page is of the moment or the machine that writes
-it.
+It has figures, tables, calls, versions and attributes. The same logs give the same bytes: nothing
+of the page is of the moment or the machine that writes it.
 """
 
 from __future__ import annotations
@@ -37,7 +36,13 @@ Place = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Drawn:
-    """`number` counts over the page; `svg` is safe as it is."""
+    """A figure of the page.
+
+    Args:
+        number: counts over the page.
+        caption: below it.
+        svg: the figure, safe as it is.
+    """
 
     number: int
     caption: str
@@ -63,8 +68,9 @@ class Section:
 
 
 def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None = None) -> Path:
-    """Write one page about `runs`: every figure and table of each log, and what training runs of
-    one problem show together.
+    """Write one page about `runs`.
+
+    It has every figure and table of each log, and what training runs of one problem show together.
 
     Args:
         runs: folders or `run.h5` files, in the order of the page.
@@ -105,7 +111,7 @@ def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None 
 
 
 def _check(target: Path, places: Sequence[str]) -> None:
-    """Before anything is drawn."""
+    """Raise CurvlabError for a page that cannot be written there, before anything is drawn."""
     paths.check_file(target, "report", "give a file, as report.html" if target.is_dir() else "")
     reason = ""
     if target.suffix not in (".html", ".htm"):
@@ -121,8 +127,9 @@ def _check(target: Path, places: Sequence[str]) -> None:
 
 
 def page(given: figures.Runs, bar: Progress) -> str:
-    """The page about [(place, log)] as text. What of a log cannot be shown is named in its
-    place.
+    """Return the page about [(place, log)] as text.
+
+    What of a log cannot be shown is named in its place.
     """
     seen = [regular(ds) for _, ds in given]
     logs = [(place, ds) for (place, _), (ds, _) in zip(given, seen, strict=True)]
@@ -183,14 +190,15 @@ def page(given: figures.Runs, bar: Progress) -> str:
 
 
 def _applying(ds: xr.Dataset) -> list[str]:
-    """The figures of a log, the one that stands for it first."""
+    """Return the figures of a log, the one that stands for it first."""
     first = figures.main(ds)
     return sorted(figures.applying(ds), key=lambda name: name != first)
 
 
 def _together(logs: figures.Runs) -> list[tuple[str, list[tuple[str, xr.Dataset]]]]:
-    """[(figure of several runs, its logs)]: runs of one model on the same data whose errors mean
-    the same.
+    """Return [(figure of several runs, its logs)].
+
+    They are runs of one model on the same data whose errors mean the same.
     """
     found: dict[tuple[str, ...], list[tuple[str, xr.Dataset]]] = {}
     for place, ds in logs:
@@ -261,7 +269,7 @@ def _section(
 def _summary(
     logs: figures.Runs, facts: Sequence[dict[str, str]]
 ) -> tuple[dict[str, str], Table | None]:
-    """What all runs share, and what differs in brief, a row for each run."""
+    """Return what all runs share, and what differs in brief, a row for each run."""
     names = list(dict.fromkeys(name for fact in facts for name in fact))
     rows = {name: [fact.get(name, MISSING) for fact in facts] for name in names}
     common = {name: row[0] for name, row in rows.items() if len(set(row)) == 1}

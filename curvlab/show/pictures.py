@@ -12,12 +12,16 @@ _FILES = ("png", "svg")
 
 
 def names(figure: str) -> tuple[str, ...]:
-    """The files that a run writes of its figure."""
+    """Return the files that a run writes of its figure."""
     return tuple(f"{figure}.{suffix}" for suffix in _FILES)
 
 
 def check(path: Place, remedy: str = "") -> Path:
-    """Where the picture goes. Nothing is touched.
+    """Return where a picture goes; nothing is touched.
+
+    Args:
+        path: what the user gave.
+        remedy: the end of an error's line.
 
     Raises:
         CurvlabError: a suffix that names no format, or one that needs a LaTeX which is not there;

@@ -22,8 +22,9 @@ from curvlab.show.style import MATRICES
 
 
 def spectrum(ds: xr.Dataset) -> Figure:
-    """Histogram of every block's eigenvalues, a row for each block and a column for each number of
-    training steps.
+    """Draw a histogram of every block's eigenvalues.
+
+    There is a row for each block and a column for each number of training steps.
     """
     ds = ds.isel(block=evenly(ds.sizes["block"], 8), step=evenly(ds.sizes["step"], 4))
     rows, columns = ds.sizes["block"], ds.sizes["step"]
@@ -57,8 +58,9 @@ def spectrum(ds: xr.Dataset) -> Figure:
 
 
 def _histogram(ax: Axes, at: xr.Dataset, axis: SymmetricLog) -> None:
-    """One panel: the first matrix filled, the others as lines; the legend says the lowest
-    eigenvalue of each.
+    """Draw one panel: the first matrix filled, the others as lines.
+
+    The legend says the lowest eigenvalue of each.
     """
     handles: list[StepPatch] = []
     labels: list[str] = []
@@ -93,7 +95,7 @@ def _histogram(ax: Axes, at: xr.Dataset, axis: SymmetricLog) -> None:
 
 
 def _share(here: xr.Dataset) -> str:
-    """Of negative eigenvalues, where there are any."""
+    """Return the share of negative eigenvalues in words, where there are any."""
     if "negative" not in here or not float(here["negative"]) > 0:
         return ""
     least = "at least " if here.get("unresolved") else ""

@@ -1,5 +1,6 @@
-"""How an algorithm looks: one colour, dash pattern and marker in every figure of the package,
-reproductions included.
+"""How an algorithm looks: one colour, dash pattern and marker in every figure of the package.
+
+The reproductions are among them.
 
 A family of methods has a hue, of Okabe and Ito's palette as far as that goes, which colour-blind
 readers tell apart; its members differ in lightness. For print a family has a marker, and its
@@ -43,7 +44,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 """{hue: its algorithms, the one that has the hue itself first}"""
 
 OTHERS = "#666666"
-"""Of algorithms that are in no family: a user's own."""
+"""The hue of algorithms that are in no family: a user's own."""
 
 DASHES = (
     (0, ()),
@@ -56,10 +57,10 @@ DASHES = (
     (0, (4, 1, 1, 1, 1, 1)),
     (0, (12, 2, 2, 2)),
 )
-"""Of the members of a family in turn, each family from another one on."""
+"""Dashes of the members of a family in turn, each family from another one on."""
 
 MARKERS = "os^vDPX*<>hp"
-"""Of the families, in their order; the last of the others."""
+"""Markers of the families, in their order; the last is that of all other algorithms."""
 
 MATRICES = {
     "ggn": ("GGN", "#56B4E9"),
@@ -74,7 +75,7 @@ MATRICES = {
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How a line is drawn."""
+    """The way a line is drawn: its colour, dashes and marker."""
 
     colour: str
     dashes: tuple[int, tuple[float, ...]]
@@ -82,17 +83,17 @@ class LineStyle:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Colour and dashes, as `Axes.plot` takes them."""
+        """Colour and dashes of the line, as `Axes.plot` takes them."""
         return {"color": self.colour, "linestyle": self.dashes}
 
 
 def look(algorithm: str) -> LineStyle:
-    """The look of an algorithm: a function of its name alone."""
+    """Return the look of an algorithm: a function of its name alone."""
     return next(_variations(algorithm))
 
 
 def looks(algorithms: Mapping[str, str]) -> dict[str, LineStyle]:
-    """{label: look} of the lines of one figure, given as {label: algorithm}.
+    """Return {label: look} of the lines of one figure, given as {label: algorithm}.
 
     Every algorithm has its own look. Of several lines of one algorithm the first has it, the others
     take shades of its family that are free.
@@ -110,12 +111,15 @@ def looks(algorithms: Mapping[str, str]) -> dict[str, LineStyle]:
 
 
 def colours(count: int) -> list[str]:
-    """Colours of lines that are no algorithms: blocks, say. They repeat after the eleven hues."""
+    """Return colours of lines that are no algorithms: blocks, say.
+
+    They repeat after the eleven hues.
+    """
     return list(itertools.islice(itertools.cycle(FAMILIES), count))
 
 
 def _variations(algorithm: str) -> Iterator[LineStyle]:
-    """Its own look, then further shades of its family."""
+    """Yield an algorithm's own look, then further shades of its family."""
     place, hue, members = next(
         ((i, h, m) for i, (h, m) in enumerate(FAMILIES.items()) if algorithm in m), (-1, OTHERS, ())
     )
@@ -129,8 +133,9 @@ _GOLDEN = 0.6180339887498949
 
 
 def _shade(hue: str, step: int) -> str:
-    """The hue itself at 0; then lightnesses between dark and light, each far from the ones before
-    it.
+    """Return the hue itself at step 0; then lightnesses between dark and light.
+
+    Each is far from the ones before it.
     """
     if step == 0:
         return hue

@@ -1,5 +1,6 @@
-"""Figure → SVG that stands within a page: its names its own, nothing that reaches outside, the same
-bytes every time.
+"""Write a figure as SVG that stands within a page.
+
+Its names are its own, nothing in it reaches outside, and it is the same bytes every time.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
 def inline(figure: Figure, prefix: str, label: str) -> str:
-    """The figure as an `<svg>` element of HTML, every id under `prefix`, read aloud as `label`.
+    """Return the figure as an `<svg>` element of HTML, read aloud as `label`.
+
+    Every id is under `prefix`.
 
     Letters are outlines, so that the page needs no font. Comments, metadata and the style sheet go,
     which would hold for the whole page (`*{stroke-linejoin: round; stroke-linecap: butt}`: the
     page's own has it for figures).
 
-    Raises CurvlabError where it cannot be drawn.
+    Raises:
+        CurvlabError: the figure cannot be drawn.
     """
     with mpl.rc_context(
         {"svg.hashsalt": "curvlab", "svg.fonttype": "path", "svg.image_inline": True}

@@ -1,4 +1,4 @@
-"""Dataset → Table: the numbers of a log as text, one function a table. They read only the log."""
+"""Tables of a log alone: its numbers as text, one function a table."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from curvlab.logs.regular import regular
 
 MISSING = "–"
 MOST_ROWS, MOST_CELLS = 500, 6000
-"""Of a table; what is longer stays in the log."""
+"""Rows and cells of a table at most; what is longer stays in the log."""
 WIDEST = 12
 """Columns of blocks at most; where there are more, blocks go down."""
 
 ROUNDING = 1e-4
-"""By which an eigenvalue in single precision may lie outside its bound."""
+"""Part of itself by which an eigenvalue in single precision may lie outside its bound."""
 
 SPECTRUM = ("lowest", "highest", "trace", "negative")
 SCORES = (
@@ -37,7 +37,7 @@ SCORES = (
 
 @dataclass(frozen=True)
 class Table:
-    """The first `heads` cells of a row name it; `notes`: (name, what it is)."""
+    """A table of text; the first `heads` cells of a row name it; `notes`: (name, what it is)."""
 
     caption: str
     columns: tuple[str, ...]
@@ -47,26 +47,24 @@ class Table:
 
     @property
     def groups(self) -> list[list[tuple[str, ...]]]:
-        """Rows that belong together: where several cells name a row, those of the same first."""
+        """Rows that belong together; where several cells name a row, those of the same first."""
         if self.heads == 1:
             return [list(self.rows)]
         return [list(rows) for _, rows in itertools.groupby(self.rows, lambda row: row[0])]
 
 
 def number(value: Any, form: str = ".4g") -> str:
-    """NaN and what is absent is a dash."""
+    """Return a number as text; NaN and what is absent is a dash."""
     return MISSING if value is None or math.isnan(value) else f"{float(value):{form}}"
 
 
 def _of_seeds(ds: xr.Dataset) -> xr.Dataset:
-    """Without the dimension of seeds where there is one alone, which has none."""
+    """Return a log without the dimension of seeds where there is one seed alone."""
     return ds.squeeze("seed", drop=True) if ds.sizes.get("seed") == 1 else ds
 
 
 def cosines(ds: xr.Dataset) -> Table:
-    """Mean cosine to the reference over the last three quarters of the steps, by layer; of several
-    seeds mean and spread.
-    """
+    """Tabulate the mean cosine to the reference by layer; of several seeds mean and spread."""
     ds = _of_seeds(ds)
     late, reference = late_cosine(ds), attributes.text(ds, "reference")
     names = [str(name) for name in ds["algorithm"].values if name != reference]
@@ -93,9 +91,7 @@ def cosines(ds: xr.Dataset) -> Table:
 
 
 def _lost(ds: xr.Dataset, places: Sequence[Mapping[str, Any]]) -> str:
-    """That, and from which step on, an algorithm's numbers were not finite; of several seeds in how
-    many.
-    """
+    """Return that an algorithm diverged, from which step on, and in how many of several seeds."""
     first = min(int(place["step"]) for place in places)
     if ds.sizes.get("seed", 1) == 1:
         return f"diverged at step {first}"
@@ -107,9 +103,7 @@ def _with(name: str, lost: Mapping[str, str]) -> str:
 
 
 def spectra(ds: xr.Dataset) -> Table:
-    """Ends, trace and negative fraction of every spectrum, with errors where Lanczos estimates
-    them.
-    """
+    """Tabulate ends, trace and negative fraction of every spectrum, with the errors of Lanczos."""
     rows = []
     names = [name for name in SPECTRUM if name in ds]
     ds = ds[
@@ -152,7 +146,7 @@ def _estimate(at: xr.Dataset, name: str) -> str:
 
 
 def epochs(ds: xr.Dataset) -> Table:
-    """The first, the best and the last of the epochs that were evaluated."""
+    """Tabulate the first, the best and the last of the epochs that were evaluated."""
     seen = evaluated(ds)
     last, scores = seen.sizes["epoch"] - 1, [name for name in SCORES if name in seen]
     if last < 0:
@@ -172,7 +166,7 @@ def epochs(ds: xr.Dataset) -> Table:
 
 
 def last_epochs(runs: Sequence[tuple[str, xr.Dataset]]) -> Table:
-    """The last evaluated epoch of several training runs."""
+    """Tabulate the last evaluated epoch of several training runs."""
     scores = [name for name in SCORES if any(name in ds for _, ds in runs)]
     rows = []
     for name, ds in runs:
@@ -189,8 +183,9 @@ def last_epochs(runs: Sequence[tuple[str, xr.Dataset]]) -> Table:
 
 
 def bounds(ds: xr.Dataset) -> Table:
-    """Whether the theorems' bounds held at every step and layer that was probed, and by how many
-    orders of magnitude.
+    """Tabulate whether the theorems' bounds held at every step and layer that was probed.
+
+    Where they did it says by how many orders of magnitude.
     """
     rows = []
     for algorithm in ds["algorithm"].values[:MOST_ROWS]:
@@ -268,18 +263,21 @@ TABLES: dict[str, Callable[[xr.Dataset], Table]] = {
 
 @np.errstate(all="ignore")
 def own(ds: xr.Dataset) -> list[Table]:
-    """Those of TABLES that the log has the numbers for; the first says what the run was for."""
+    """Return the tables of TABLES that the log has numbers for.
+
+    The first says what the run was for.
+    """
     ds, _ = regular(ds)
     return [make(ds) for needs, make in TABLES.items() if needs in ds]
 
 
 @np.errstate(all="ignore")
 def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
-    """What is known of each algorithm or block at the end: tables, and (variable, why it is in
-    none).
+    """Return what is known of each algorithm or block at the end.
 
-    Variables of the same dimensions share a table, its rows their labels; one that is alone on two
-    is a grid. `cosine` and spectra have tables of their own.
+    It is tables, and (variable, why it is in none). Variables of the same dimensions share a table,
+    its rows their labels; one that is alone on two is a grid. `cosine` and spectra have tables of
+    their own.
     """
     ds = _of_seeds(regular(ds)[0])
     found: dict[tuple[str, ...], list[str]] = {}
@@ -322,7 +320,7 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
 
 
 def _last(ds: xr.Dataset, axis: str) -> Table:
-    """Variables of the same dimensions at the last place along `axis` that any of them knows."""
+    """Tabulate variables of the same dimensions at the last place on `axis` known of any."""
     known = ds.to_array().notnull().any([d for d in ("variable", *ds.dims) if d != axis])
     place = int(np.flatnonzero(known.values)[-1])
     at = ds.isel({axis: place})
@@ -353,7 +351,7 @@ def _last(ds: xr.Dataset, axis: str) -> Table:
 def _grid(
     caption: str, values: xr.DataArray, form: str, notes: tuple[tuple[str, str], ...] = ()
 ) -> Table:
-    """Two dimensions, blocks across unless they are many."""
+    """Tabulate values of two dimensions, blocks across unless they are many."""
     down, across = (str(d) for d in values.dims if d != "seed")
     if (across == "block") == (values.sizes["block"] > WIDEST) if "block" in values.dims else False:
         down, across = across, down
@@ -373,7 +371,7 @@ def _grid(
 
 
 def _cell(values: xr.DataArray, form: str, meanings: dict[float, str] | None = None) -> str:
-    """One number; of several seeds their mean ± standard deviation; of a flag its meaning."""
+    """Return one number as text; of seeds their mean ± standard deviation; of a flag a word."""
     mean = float(values.mean())
     if meanings and mean in meanings:
         return meanings[mean] or number(mean, form)
@@ -386,7 +384,7 @@ def _cell(values: xr.DataArray, form: str, meanings: dict[float, str] | None = N
 
 
 def _meanings(values: xr.DataArray) -> dict[float, str]:
-    """Of flags, as the conventions of netCDF have them (`flag_values`, `flag_meanings`)."""
+    """Return {value: meaning} of netCDF's flags (`flag_values`, `flag_meanings`)."""
     numbers = str(values.attrs.get("flag_values", "")).split()
     words = [word.strip() for word in str(values.attrs.get("flag_meanings", "")).split(";")]
     try:

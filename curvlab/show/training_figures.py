@@ -35,13 +35,14 @@ _PARTS: dict[str, dict[str, Any]] = {
 
 
 def _marker(of: LineStyle, epochs: int) -> dict[str, Any]:
-    """A marker on some of the epochs, a small one at each where they are few."""
+    """Return a marker on some of the epochs, a small one at each where they are few."""
     return {"marker": of.marker, "markersize": 4, "markevery": max(1, epochs // 12)}
 
 
 def training(runs: Runs) -> Figure:
-    """Loss and error of training runs, against epochs and against training time (thesis Figures
-    2.2, 4.2, 4.3).
+    """Draw loss and error of training runs, against epochs and against training time.
+
+    They are those of thesis Figures 2.2, 4.2 and 4.3.
     """
     first = runs[0][1]
     rows = [kind for kind in ("loss", "error") if f"train_{kind}" in first]
@@ -93,8 +94,9 @@ def training(runs: Runs) -> Figure:
 
 
 def damping(ds: xr.Dataset) -> Figure:
-    """Thesis Figure 2.1: by layer, the fraction of an epoch's pairs with yᵀHy ≤ 2 sᵀy/μ₁ (dotted:
-    1/μ₁), and the mean ratio.
+    """Draw thesis Figure 2.1, by layer and epoch: how pairs fulfil the bound of the damping.
+
+    It is the fraction of an epoch's pairs with yᵀHy ≤ 2 sᵀy/μ₁ (dotted: 1/μ₁), and the mean ratio.
     """
     if "after" not in ds["stage"].values:
         raise CurvlabError("figure 'damping' needs pairs of the stage 'after' in the log")

@@ -1,3 +1,1 @@
-"""What lies between curvlab and the system: files, locks, signals, streams, memory, random
-state.
-"""
+"""What lies between curvlab and the system: files, locks, signals, streams, memory, chance."""

@@ -1,8 +1,7 @@
-"""Files that are whole at any moment: written aside, fsynced, then moved into place; and sealed
-ones, which show that they are.
+"""Files that are whole at any moment, and sealed files, which show that they are.
 
-A seal is the last line of a file, the SHA-256 of all that lies before it. Readers of HDF5 and of
-zip archives pass over it.
+A file is written aside, fsynced, then moved into place. A seal is the last line of a file, the
+SHA-256 of all that lies before it. Readers of HDF5 and of zip archives pass over it.
 """
 
 from __future__ import annotations
@@ -18,21 +17,29 @@ from curvlab.errors import CurvlabError
 
 _MARK = b"\ncurvlab-sha256 "
 SEAL = len(_MARK) + hashlib.sha256().digest_size * 2 + 1
-"""Bytes of a seal."""
+"""Bytes of a seal, which has one length, so that a reader finds it from the file's end."""
 _CHUNK = 1 << 20
 
 
 def rewrite(path: Path, write: Callable[[Path], object]) -> None:
-    """``write(aside)``, fsync, `os.replace`; until then the old file stays, and whatever ends it
-    leaves nothing beside.
+    """Write a file aside by ``write(aside)``, fsync it, and move it into place with `os.replace`.
 
-    Raises OSError where that cannot be done.
+    Until then the old file stays, and whatever ends the writing leaves nothing beside it.
+
+    Args:
+        path: of the file.
+        write: writes the contents to the path that it is given.
+
+    Raises:
+        OSError: that cannot be done.
     """
     aside = path.with_name(f".{path.name}.part")
     try:
         try:
             aside.unlink(missing_ok=True)  # what a kill left behind
             write(aside)
+            # the contents before the name: after a power cut the new name could else stand for a
+            # file without them, and the old one be gone
             with aside.open("rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(aside, path)
@@ -42,6 +49,7 @@ def rewrite(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         _discard(aside)  # where a second Ctrl-C broke off the first's tidying
         raise
+    # the name is an entry of the folder, which reaches the disk by a fsync of its own
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -50,13 +58,18 @@ def rewrite(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _discard(aside: Path) -> None:
+    """Remove what was written aside."""
     if aside.is_file():  # a folder in its place is not ours
         aside.unlink(missing_ok=True)
 
 
 class Sealing:
-    """A binary stream to write to, which adds up what goes through it. `error` is what the disk
-    said, whoever hid it since.
+    """A binary stream to write to, which adds up what goes through it.
+
+    `error` is what the disk said, whoever hid it since.
+
+    Args:
+        stream: where the bytes go.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -64,7 +77,11 @@ class Sealing:
         self._stream, self._sum = stream, hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write and return the number of bytes. An OSError is kept in `error` and raised."""
+        """Write and return the number of bytes.
+
+        Raises:
+            OSError: the disk's, which is kept in `error` too.
+        """
         try:
             self._stream.write(data)
         except OSError as error:
@@ -74,7 +91,7 @@ class Sealing:
         return memoryview(data).nbytes
 
     def flush(self) -> None:
-        """Nothing is held back here."""
+        """Do nothing: nothing is held back here."""
 
     def seal(self) -> bytes:
         """Return the seal of all that was written so far, `SEAL` bytes."""
@@ -82,9 +99,14 @@ class Sealing:
 
 
 def rewrite_sealed(path: Path, write: Callable[[Sealing], object]) -> None:
-    """As `rewrite`; ``write(stream)`` writes the contents, and their seal comes after them.
+    """Rewrite a file as `rewrite` does, with a seal behind its contents.
 
-    Raises OSError where that cannot be done, also where what wrote made something else of it.
+    Args:
+        path: of the file.
+        write: writes the contents to the stream that it is given.
+
+    Raises:
+        OSError: that cannot be done, also where what wrote made something else of it.
     """
 
     def to(aside: Path) -> None:
@@ -103,9 +125,10 @@ def rewrite_sealed(path: Path, write: Callable[[Sealing], object]) -> None:
 
 @contextmanager
 def unsealed(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
-    """The file, open at its beginning and looked through, and whether it carries a seal.
+    """Open a file, and yield (the stream at its beginning, whether the file carries a seal).
 
-    A damaged seal is none: contents that are sealed by their own word must be asked for it.
+    A seal is held against all that lies before it first. A damaged seal is none: contents that are
+    sealed by their own word must be asked for it.
 
     Raises:
         CurvlabError: it cannot be read, or its seal does not fit what lies before it.
@@ -118,17 +141,22 @@ def unsealed(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
 
 
 def read_sealed(path: Path) -> tuple[bytes, bool]:
-    """What lies before the seal, and whether there was one. Raises CurvlabError as `unsealed`."""
+    """Return what lies before the seal, and whether there was one.
+
+    Raises:
+        CurvlabError: as `unsealed`.
+    """
     with unsealed(path) as (stream, sealed):
         return stream.read(os.fstat(stream.fileno()).st_size - SEAL if sealed else -1), sealed
 
 
 def damaged(path: Path) -> CurvlabError:
-    """The error for a file that is not what was written."""
+    """Return the error for a file that is not what was written."""
     return CurvlabError(f"{path} is damaged, its checksum does not fit: restore it or start again")
 
 
 def _looked_through(path: Path, stream: BinaryIO) -> bool:
+    """Return whether a file carries a seal, which is checked; leave the stream at its beginning."""
     length = os.fstat(stream.fileno()).st_size - SEAL
     if length < 0:
         return False

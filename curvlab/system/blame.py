@@ -1,6 +1,4 @@
-"""What a user reads where an error is no bad input: the frames of their own code, if it is theirs,
-and one line.
-"""
+"""What a user reads where an error is no bad input: the frames of their own code, and one line."""
 
 from __future__ import annotations
 
@@ -34,8 +32,9 @@ class Saved(str):
 
 
 def own_frames(error: BaseException) -> traceback.StackSummary:
-    """Of the calls between curvlab and the error, those in files that are neither curvlab's nor
-    installed.
+    """Return the calls between curvlab and the error that are in the user's own files.
+
+    Those are neither curvlab's nor installed.
     """
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     first = next(
@@ -53,10 +52,12 @@ def _is_in(file: str, places: tuple[str, ...]) -> bool:
 
 def _is_own(file: str) -> bool:
     # no file: compiled, or "<string>"
+    """Return whether a file is the user's: neither curvlab's nor installed."""
     return os.path.isfile(file) and not _is_in(file, _CURVLAB + _INSTALLED)
 
 
 def _is_of_the_user(error: BaseException) -> bool:
+    """Return whether the user's own code raised an error, or a forward pass of the model."""
     syntax = (
         isinstance(error, SyntaxError) and error.filename is not None and _is_own(error.filename)
     )
@@ -64,14 +65,15 @@ def _is_of_the_user(error: BaseException) -> bool:
 
 
 def _in_the_model(error: BaseException) -> bool:
-    """Whether a forward pass raised it, if in the layers of a library."""
+    """Return whether a forward pass raised an error, be it in the layers of a library."""
     frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(code.co_name == "_forward" and _is_in(code.co_filename, _CURVLAB) for code in frames)
 
 
 def told(error: BaseException) -> str:
-    """The user's own frames as Python shows them, and what the error says; of bad input what is
-    behind it. Else empty.
+    """Return the user's own frames as Python shows them, and what the error says; else nothing.
+
+    Of bad input it is what lies behind it. Empty where the error is not of the user's code.
     """
     said = isinstance(error, CurvlabError)
     while isinstance(error, CurvlabError) and error.__cause__ is not None:
@@ -92,7 +94,12 @@ def told(error: BaseException) -> str:
 
 
 def verdict(error: BaseException, command: str) -> tuple[str, int]:
-    """The line of an error that is no bad input, and the exit code."""
+    """Return the line of an error that is no bad input, and the exit code.
+
+    Args:
+        error: what ended the command.
+        command: its name, for the call that shows the whole traceback.
+    """
     notes = "".join(
         f"; {note}" for note in getattr(error, "__notes__", ()) if isinstance(note, Saved)
     )
@@ -141,6 +148,7 @@ def verdict(error: BaseException, command: str) -> tuple[str, int]:
 
 
 def _where(error: BaseException) -> str:
+    """Return the last place in curvlab's own files that an error passed."""
     last = [
         (f, line)
         for f, line in traceback.walk_tb(error.__traceback__)
@@ -159,5 +167,5 @@ def _place(file: str, line: int) -> str:
 
 
 def whole(error: BaseException) -> str:
-    """The whole traceback."""
+    """Return the whole traceback, fit for a terminal."""
     return for_terminal("".join(traceback.format_exception(error)), lines=True)

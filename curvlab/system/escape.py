@@ -1,9 +1,11 @@
-"""Text from outside, made fit for where it is shown: one function for each of terminal, rich, XML,
-HTML, matplotlib.
+r"""Text from outside, made fit for where it is shown.
 
-Names of folders, models, data sets, algorithms, whatever a log holds: any string. What a place
-cannot show stands as Python would write it, ``\\x1b``, ``\\n``, ``\\udcff``, so that two names that
-differ still do. (rich and matplotlib are imported where they are asked for: errors need neither.)
+There is one function for each of terminal, rich, XML, HTML and matplotlib.
+
+Names of folders, models, data sets and algorithms, and whatever a log holds, may be any string.
+What a place cannot show stands as Python would write it, ``\x1b``, ``\n``, ``\udcff``, so that two
+names that differ still do. (rich and matplotlib are imported where they are asked for: errors need
+neither.)
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u20
 
 
 def for_terminal(text: object, *, lines: bool = False) -> str:
-    """One line that moves no cursor and rings no bell; with `lines` line ends and tabs stay."""
+    """Return one line that moves no cursor and rings no bell; `lines` keeps line ends and tabs."""
     return "".join(char if lines and char in "\n\t" else _shown(char) for char in str(text))
 
 
 def for_rich(text: object, *, lines: bool = False) -> Text:
-    """The same for a rich console: nothing in it is markup, an emoji's name or a number to be
-    coloured.
+    """Return the text as `for_terminal` gives it, for a rich console.
+
+    Nothing in it is markup, an emoji's name or a number to be coloured.
     """
     from rich.text import Text
 
@@ -40,23 +43,26 @@ def for_rich(text: object, *, lines: bool = False) -> Text:
 
 
 def for_xml(text: object) -> str:
-    """What an XML document can hold, on one line. Its writer escapes ``&``, ``<`` and quotes."""
+    """Return what an XML document can hold, on one line.
+
+    Its writer escapes ``&``, ``<`` and quotes.
+    """
     return for_terminal(text)
 
 
 def for_html(text: object) -> str:
-    """What a page can hold, with its line ends and tabs. The template escapes ``&``, ``<`` and
-    quotes.
+    """Return what a page can hold, with its line ends and tabs.
+
+    The template escapes ``&``, ``<`` and quotes.
     """
     return for_terminal(text, lines=True)
 
 
 def for_matplotlib(text: object, longest: int = LONGEST) -> str:
-    """One line of letters that the font has, no mathtext, nothing that a legend leaves out, both
-    ends of what is too long.
+    """Return one line of letters that the font has, both ends of what is too long.
 
-    Of all functions here the one whose result must not be given to it again: matplotlib takes its
-    escapes away.
+    It holds no mathtext, and nothing that a legend leaves out. Of all functions here it is the one
+    whose result must not be given to it again: matplotlib takes its escapes away.
     """
     from matplotlib import rcParams
 
@@ -67,6 +73,7 @@ def for_matplotlib(text: object, longest: int = LONGEST) -> str:
 
 
 def _both_ends(letters: list[str], longest: int) -> str:
+    """Return the letters as one text, its middle left out where it is longer than `longest`."""
     if sum(map(len, letters)) <= longest:
         return "".join(letters)
     half = (longest - 1) // 2
@@ -86,7 +93,7 @@ def _shown(char: str) -> str:
 
 
 def _is_none(char: str) -> bool:
-    """Whether Unicode keeps the place free for good: XML and HTML take no such letter."""
+    """Return whether Unicode keeps the place free for good: XML and HTML take no such letter."""
     return ord(char) & 0xFFFE == 0xFFFE or "\ufdd0" <= char <= "\ufdef"
 
 

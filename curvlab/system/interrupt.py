@@ -1,5 +1,6 @@
-"""Ctrl-C and a cluster's signals: they wait until a step is whole, and end a run as
-`KeyboardInterrupt`.
+"""Ctrl-C and a cluster's signals, which wait until a step is whole.
+
+They end a run as `KeyboardInterrupt`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 from curvlab import starting
 
 SIGNALS = starting.SIGNALS
-"""Ctrl-C; what ends a job, closes a terminal, says that its time runs out (Slurm where it is asked
-to; limits of CPU time).
+"""The signals that ask a run to end: Ctrl-C; what ends a job, closes a terminal, says that its time
+runs out (Slurm where it is asked to; limits of CPU time).
 """
 
 SAME = 0.2
@@ -28,7 +29,11 @@ send one twice.
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal other than Ctrl-C asks the run to end. `number` is the signal's."""
+    """A signal other than Ctrl-C that asks the run to end.
+
+    Args:
+        number: the signal's.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -36,23 +41,29 @@ class Interrupted(KeyboardInterrupt):
 
 
 def exception(number: int) -> KeyboardInterrupt:
-    """What a signal raises."""
+    """Return what a signal raises."""
     return KeyboardInterrupt() if number == signal.SIGINT else Interrupted(number)
 
 
 def number_of(error: KeyboardInterrupt) -> int:
-    """The signal that raised it. A process that it ends has the exit code 128 + this."""
+    """Return the signal that raised an error.
+
+    A process that it ends has the exit code 128 + this.
+    """
     return error.number if isinstance(error, Interrupted) else int(signal.SIGINT)
 
 
 def words(error: KeyboardInterrupt) -> str:
-    """Whereby a run was ended, for the line that says so."""
+    """Return whereby a run was ended, for the line that says so."""
     return f"interrupted by {error}" if isinstance(error, Interrupted) else "interrupted"
 
 
 def behind(error: BaseException, outer: BaseException | None = None) -> KeyboardInterrupt | None:
-    """The signal that broke something off which raised `error` in its place, as writers do; none
-    from before `outer`.
+    """Return the signal that broke something off which raised `error` in its place, as writers do.
+
+    Args:
+        error: what was raised.
+        outer: signals from before this error are none.
     """
     found: BaseException | None = error
     while found is not None and found is not outer:
@@ -63,8 +74,9 @@ def behind(error: BaseException, outer: BaseException | None = None) -> Keyboard
 
 
 class Shield:
-    """``with shield:`` lets a signal come when the block is done; a second one comes at once and
-    leaves the block `broken`.
+    """A block that a signal does not break: ``with shield:`` lets it come when the block is done.
+
+    A second signal comes at once and leaves the block `broken`.
     """
 
     def __init__(self) -> None:
@@ -90,20 +102,23 @@ class Shield:
 
 
 class Listener:
-    """The handler of all signals: it raises, `most` times at most, and no more once it is
-    `deaf`.
-    """
+    """The handler of all signals: it raises, `most` times at most, until it is `deaf`."""
 
     def __init__(self) -> None:
         self.shield: Shield | None = None
         self.begin(None)
 
     def begin(self, most: int | None) -> None:
-        """Start anew in this process: nothing raised, not deaf, this `most`; None: no limit."""
+        """Start anew in this process: nothing raised, not deaf.
+
+        Args:
+            most: exceptions at most; None: no limit.
+        """
         self.most, self.raised, self.deaf, self.process = most, 0, False, os.getpid()
         self._first = -SAME
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Raise what a signal asks for, let it wait for the shield, or pass it over."""
         if os.getpid() != self.process:  # a forked child: none of its parent's runs is its own
             signal.signal(number, _DEFAULT[number])
             os.kill(os.getpid(), number)
@@ -112,16 +127,18 @@ class Listener:
             return
         self._first = time.monotonic()
         if self.shield is not None and self.shield.inside and not self.shield.asked:
+            # noted, not raised: half a step must reach neither the weights nor the log. One that
+            # comes when another already waits raises, lest a step that hangs cannot be ended.
             self.shield.asked = number
         elif self.most is None or self.raised < self.most:
             self.raised += 1
             raise exception(number)
 
     def dropped(self, unraisable: sys.UnraisableHookArgs) -> bool:
-        """Python drops what is raised while a weak reference is cleared: send such a signal once
-        more, a moment later.
+        """Send a signal once more, a moment later, whose exception Python has dropped.
 
-        Whether it was one.
+        Python drops what is raised while a weak reference is cleared. Returns whether it was a
+        signal's.
         """
         main = threading.main_thread().ident
         if not issubclass(unraisable.exc_type, KeyboardInterrupt) or main is None:
@@ -137,7 +154,7 @@ class Listener:
 
 
 LISTENER = Listener()
-"""Of this process, as handlers are."""
+"""The one listener of this process, as handlers are the process's."""
 
 _DEFAULT: dict[int, Any] = {
     n: signal.default_int_handler if n == signal.SIGINT else signal.SIG_DFL for n in SIGNALS
@@ -146,8 +163,9 @@ _DEFAULT: dict[int, Any] = {
 
 @contextmanager
 def listening(most: int | None = None) -> Iterator[Listener]:
-    """Signals raise inside, in the main thread: those that nobody else has a handler for, or has
-    told to be ignored.
+    """Let signals raise inside, in the main thread.
+
+    Only those do that nobody else has a handler for, or has told to be ignored.
 
     Args:
         most: exceptions at most; what comes after them is not heard.
@@ -186,7 +204,7 @@ def listening(most: int | None = None) -> Iterator[Listener]:
 
 @contextmanager
 def shielded() -> Iterator[Shield]:
-    """A shield that signals are sent to, where `listening` hears them."""
+    """Yield a shield that signals are sent to, where `listening` hears them."""
     shield = Shield()
     with listening():
         outer, LISTENER.shield = LISTENER.shield, shield

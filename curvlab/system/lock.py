@@ -1,5 +1,6 @@
-"""One run at a time writes to a place: a lock that the system takes back from whatever process has
-died.
+"""A lock by which one run at a time writes to a place.
+
+The system takes it back from whatever process has died.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ it.
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Inside no other run that asks for it writes `path`. The lock is a file beside it, which is
-    gone afterwards.
+    """Hold a lock inside, so that no other run that asks for it writes `path`.
+
+    The lock is a file beside it, which is gone afterwards.
 
     Raises:
         CurvlabError: another run writes there; the folder cannot be written.
@@ -50,7 +52,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def _locked(place: Path, path: Path) -> int:
-    """A descriptor of the lock file, locked, and this run's name in it."""
+    """Return a descriptor of the lock file, locked, with this run's name in it."""
     while True:
         held = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         ours = False
@@ -61,8 +63,10 @@ def _locked(place: Path, path: Path) -> int:
                     f"another run{owner and f' ({owner})'} writes {path}: wait for it, or choose"
                     " another folder"
                 )
+            # flock locks a file, not a name. Between our open and our lock the run before may have
+            # removed the file, and another made a new one of that name: then ours is worth nothing.
             ours = _same(place, held)
-            if ours:  # else the run before has just removed it
+            if ours:
                 since = datetime.now(UTC).isoformat(timespec="seconds")
                 os.truncate(held, 0)
                 os.pwrite(
@@ -80,8 +84,9 @@ def _locked(place: Path, path: Path) -> int:
 
 
 def _taken(held: int, path: Path) -> bool:
-    """Whether the lock is ours now. A file system without locks is one line, and no more than
-    that.
+    """Return whether the lock is ours now.
+
+    A file system without locks is one line of warning, and no more than that.
     """
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,6 +101,7 @@ def _taken(held: int, path: Path) -> bool:
 
 
 def _same(place: Path, held: int) -> bool:
+    """Return whether a descriptor is still of the file that is there."""
     try:
         return os.path.samestat(os.stat(place), os.fstat(held))
     except FileNotFoundError:
@@ -103,7 +109,7 @@ def _same(place: Path, held: int) -> bool:
 
 
 def _let_go() -> None:
-    """In a forked process: the lock is the parent's alone."""
+    """Close the locks in a forked process: they are the parent's alone."""
     while _held:
         os.close(_held.pop())
 

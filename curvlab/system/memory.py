@@ -15,11 +15,11 @@ _MADV_HUGEPAGE = 14
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, so that large matrices reuse the same pages; for scripts that
-    make many of them.
+    """Let glibc keep what is freed, so that large matrices reuse the same pages.
 
-    Fresh pages cost more than most arithmetic on them: a third of a dense 5140² block, 12 % of the
-    default `curvlab compare`. The command line does it; does nothing where there is no glibc.
+    It is for scripts that make many of them, and the command line does it. Fresh pages cost more
+    than most arithmetic on them: a third of a dense 5140² block, 12 % of the default `curvlab
+    compare`. Does nothing where there is no glibc.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -29,10 +29,10 @@ def keep_freed_memory() -> None:
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
-    """The same tensor; where it is large and fresh, Linux is asked to back it with huge pages,
-    which are cheaper to fill.
+    """Return the same tensor; where it is large and fresh, ask Linux to back it with huge pages.
 
-    Only advice: nothing happens where the kernel has none to give, or on other systems and devices.
+    Those are cheaper to fill. It is only advice: nothing happens where the kernel has none to give,
+    or on other systems and devices.
     """
     libc = _libc()
     size = fresh.numel() * fresh.element_size()
@@ -45,7 +45,7 @@ def in_huge_pages(fresh: Tensor) -> Tensor:
 
 
 def tensors(state: object) -> Iterator[Tensor]:
-    """All tensors of a state, dictionaries in dictionaries and lists."""
+    """Yield all tensors of a state, of dictionaries in dictionaries and lists."""
     if isinstance(state, Tensor):
         yield state
     elif isinstance(state, Mapping | list | tuple):

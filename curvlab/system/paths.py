@@ -1,5 +1,6 @@
-"""Paths that a user gives: whether they can be, be read or be written, said in one line before
-anything is done.
+"""Paths that a user gives: whether they can be, be read or be written.
+
+It is said in one line before anything is done.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ NAME, WHOLE, DEEP = 255, 4000, 100
 
 
 def given(path: Place, what: str = "path") -> Path:
-    """The path, if a system can have such a one. Raises CurvlabError for NUL characters, names and
-    paths that are too long.
+    """Return the path, if a system can have such a one.
+
+    Args:
+        path: what the user gave.
+        what: the path's name in an error's line.
+
+    Raises:
+        CurvlabError: no path at all, NUL characters, names and paths that are too long.
     """
     if not isinstance(path, str | os.PathLike):
         raise CurvlabError(f"the {what} must be a path, not {type(path).__name__}")
@@ -46,8 +53,10 @@ def given(path: Place, what: str = "path") -> Path:
 
 
 def expanded(path: Place, what: str) -> Path:
-    """With the home folder for ``~``. Raises CurvlabError where there is no such user, and as
-    `given`.
+    """Return the path with the home folder for ``~``.
+
+    Raises:
+        CurvlabError: there is no such user, and as `given`.
     """
     try:
         return given(path, what).expanduser()
@@ -58,7 +67,14 @@ def expanded(path: Place, what: str) -> Path:
 
 
 def check_file(path: Place, what: str, remedy: str = "") -> Path:
-    """Where a file is to be written; of a symbolic link what it leads to. Nothing is touched.
+    """Return where a file is to be written, of a symbolic link what it leads to.
+
+    Nothing is touched.
+
+    Args:
+        path: what the user gave.
+        what: the path's name in an error's line.
+        remedy: the end of that line.
 
     Raises:
         CurvlabError: no such folder, one that is not to be written to, or something else than a
@@ -74,8 +90,15 @@ def check_file(path: Place, what: str, remedy: str = "") -> Path:
 def check_folder(
     path: Place, files: Iterable[str] = (), what: str = "folder", remedy: str = ""
 ) -> Path:
-    """Where `files` are to be written into a folder that is there or can be made. Nothing of it is
-    left.
+    """Return the folder that `files` are to be written into, which is there or can be made.
+
+    It is tried out where it is not there; nothing of that is left.
+
+    Args:
+        path: what the user gave.
+        files: names in it that will be written.
+        what: the folder's name in an error's line.
+        remedy: the end of that line.
 
     Raises:
         CurvlabError: a file in the way, a folder that is not to be written to, something else than
@@ -98,7 +121,7 @@ def check_folder(
 
 
 def absent(path: Path) -> list[Path]:
-    """Of a folder and those around it, from the inner to the outer: which are not there."""
+    """Return which of a folder and those around it are not there, from the inner to the outer."""
     found = []
     for place in (path, *path.parents):
         if os.path.lexists(place):
@@ -111,11 +134,14 @@ def absent(path: Path) -> list[Path]:
 def made(
     folder: Place | None, make: Callable[[], Path], fallback: Place = "runs"
 ) -> Iterator[Path]:
-    """Around a run into the folder that `make` makes: if the run fails, what was made for it and is
-    empty goes again.
+    """Hold a run's folder, which `make` makes, and tidy up where the run fails.
+
+    What was made for it and is empty goes again.
 
     Args:
         folder: the one that is asked for; where None, `make` makes one in the folder `fallback`.
+        make: makes the folder and returns it.
+        fallback: where it is made if none is asked for.
     """
     new = absent(Path(fallback if folder is None else folder))
     found: list[Path] = []
@@ -130,7 +156,7 @@ def made(
 
 
 def _makes(folder: Path) -> str:
-    """Why a folder cannot be made, seen by making it; empty where it can."""
+    """Return why a folder cannot be made, seen by making it; empty where it can."""
     try:
         folder.mkdir()
         folder.rmdir()
@@ -140,7 +166,7 @@ def _makes(folder: Path) -> str:
 
 
 def _parent(folder: Path) -> str:
-    """Why nothing can be written into a folder; empty where it can."""
+    """Return why nothing can be written into a folder; empty where it can."""
     try:
         mode = folder.stat().st_mode
     except FileNotFoundError:
@@ -162,7 +188,7 @@ def _parent(folder: Path) -> str:
 
 
 def _in_place(path: Path) -> str:
-    """What is in a file's place and is no file; empty where a file can be."""
+    """Return what is in a file's place and is no file; empty where a file can be."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -177,7 +203,7 @@ def _in_place(path: Path) -> str:
 
 
 def _file_in(path: Path) -> Path:
-    """The outermost part of a path that is there and is no folder."""
+    """Return the outermost part of a path that is there and is no folder."""
     return next((p for p in (*reversed(path.parents), path) if p.exists() and not p.is_dir()), path)
 
 

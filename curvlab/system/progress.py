@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class _Said(ProgressColumn):
-    """The task's description or one of its fields, whatever letters are in it."""
+    """A column with the task's description or one of its fields, whatever letters are in it."""
 
     def __init__(self, field: str = "") -> None:
         super().__init__()
@@ -35,9 +35,11 @@ class _Said(ProgressColumn):
 
 
 def progress_bar(console: Console, enabled: bool, period: float = 30.0) -> Progress:
-    """Tasks need a `note`, which stands at the end of their line.
+    """Return a bar; its tasks need a `note`, which stands at the end of their line.
 
     Args:
+        console: where it is shown.
+        enabled: whether it is shown at all.
         period: seconds over which the speed is averaged: several times what one unit of work takes.
     """
     columns = (
@@ -53,12 +55,12 @@ def progress_bar(console: Console, enabled: bool, period: float = 30.0) -> Progr
 
 
 def length(items: Iterable[object]) -> int | None:
-    """How many there are, where that is known before they are gone through."""
+    """Return how many items there are, where that is known before they are gone through."""
     return len(items) if isinstance(items, Sized) else None
 
 
 def counted(items: Iterable[T], bar: Progress, what: str, total: int | None) -> Iterator[T]:
-    """The items, each counted on a line of its own once it is dealt with."""
+    """Yield the items, each counted on a line of its own once it is dealt with."""
     task = bar.add_task(what, total=total, note="")
     for item in items:
         yield item

@@ -16,8 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chance:
-    """The states of the global generators: torch's of the CPU, and of a device that is a GPU;
-    Python's; numpy's legacy one.
+    """The states of the global generators.
+
+    They are torch's of the CPU, and of a device that is a GPU; Python's; numpy's legacy one.
     """
 
     torch: tuple[Tensor, ...]
@@ -25,13 +26,16 @@ class Chance:
     numpy: dict[str, Any]
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, strings, tuples and dictionaries only."""
+        """Return the states as tensors, numbers, strings, tuples and dictionaries only."""
         return {"torch": list(self.torch), "python": self.python, "numpy": _plain(self.numpy)}
 
     @classmethod
     def of(cls, state: Mapping[str, Any] | list[Tensor]) -> Chance:
-        """From `state_dict`, or from torch's states alone, as checkpoints once held them: the
-        others as they are now.
+        """Make the states from what `state_dict` returned.
+
+        Args:
+            state: that, or torch's states alone, as checkpoints once held them: the others are as
+                they are now.
         """
         if isinstance(state, list):
             state = {"torch": state, "python": random.getstate(), "numpy": _numpy_state()}
@@ -40,7 +44,7 @@ class Chance:
 
 
 def states(device: torch.device) -> Chance:
-    """Of the CPU's generators, and of the device's where that is a GPU."""
+    """Return the states of the CPU's generators, and of the device's where that is a GPU."""
     found = (torch.get_rng_state(),) + (
         (torch.cuda.get_rng_state(device),) if device.type == "cuda" else ()
     )
@@ -48,7 +52,7 @@ def states(device: torch.device) -> Chance:
 
 
 def set_states(found: Chance, device: torch.device) -> None:
-    """Back to what `states` gave."""
+    """Set the generators back to what `states` gave."""
     torch.set_rng_state(found.torch[0].cpu())
     if device.type == "cuda":
         torch.cuda.set_rng_state(found.torch[1].cpu(), device)
@@ -57,7 +61,7 @@ def set_states(found: Chance, device: torch.device) -> None:
 
 
 def drawn_since(before: Chance, device: torch.device) -> bool:
-    """Whether a random number was drawn since `before`."""
+    """Return whether a random number was drawn since `before`."""
     if not torch.equal(before.torch[0], torch.get_rng_state()):
         return True
     if device.type == "cuda" and not torch.equal(before.torch[1], torch.cuda.get_rng_state(device)):
@@ -70,8 +74,10 @@ def _numpy_state() -> dict[str, Any]:
 
 
 def _numpy_drawn(before: dict[str, Any]) -> bool:
-    """Reading the state takes 23 µs. It is left out where the words of the Mersenne Twister say
-    all: where of two normal numbers, which are made at once, none was kept for later.
+    """Return whether numpy's legacy generator drew since `before`.
+
+    Reading the state takes 23 µs. It is left out where the words of the Mersenne Twister say all:
+    where of two normal numbers, which are made at once, none was kept for later.
     """
     now = np.random.mtrand.get_bit_generator()
     if before["bit_generator"] == "MT19937" == type(now).__name__ and not before.get("has_gauss"):
@@ -83,7 +89,7 @@ def _numpy_drawn(before: dict[str, Any]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Without arrays."""
+    """Return a state without arrays."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
@@ -91,7 +97,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def kept(device: torch.device) -> Iterator[None]:
-    """The generators are afterwards as they were."""
+    """Leave the generators as they were before."""
     before = states(device)
     try:
         yield
@@ -101,14 +107,14 @@ def kept(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def replayed(before: Chance, device: torch.device) -> Iterator[None]:
-    """Inside the generators go on from `before`; afterwards they are as they were."""
+    """Let the generators go on from `before` inside; afterwards they are as they were."""
     with kept(device):
         set_states(before, device)
         yield
 
 
 def seed(number: int) -> None:
-    """All of them, from one number."""
+    """Seed all global generators from one number."""
     torch.manual_seed(number)
     random.seed(number)
     np.random.seed(number % 2**32)  # noqa: NPY002

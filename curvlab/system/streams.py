@@ -1,5 +1,6 @@
-"""Standard output and error that never fail: closed, full, a pipe that ends, or of an encoding that
-lacks a letter.
+"""Standard output and error that never fail.
+
+They do not where they are closed, full, a pipe that ends, or of an encoding that lacks a letter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Output(io.RawIOBase):
-    """Bytes to a descriptor, or nowhere. What cannot be written is dropped; `error` says why."""
+    """A stream of bytes to a descriptor, or nowhere.
+
+    What cannot be written is dropped; `error` says why.
+    """
 
     def __init__(self, descriptor: int | None) -> None:
         super().__init__()
@@ -29,11 +33,15 @@ class Output(io.RawIOBase):
         return True
 
     def fileno(self) -> int:
-        """Return the descriptor. Raises io.UnsupportedOperation where there is none any more."""
+        """Return the descriptor.
+
+        Raises:
+            io.UnsupportedOperation: there is none any more.
+        """
         return super().fileno() if self.descriptor is None else self.descriptor
 
     def isatty(self) -> bool:
-        """Whether there is a descriptor, and it is a terminal's."""
+        """Return whether there is a descriptor, and it is a terminal's."""
         return self.descriptor is not None and os.isatty(self.descriptor)
 
     def write(self, data: Buffer, /) -> int:
@@ -51,8 +59,9 @@ class Output(io.RawIOBase):
 
 
 def guarded(stream: TextIO | None) -> tuple[TextIO, Output] | None:
-    """A stream to the same place that does not fail; None where there is no descriptor behind it (a
-    test's, a notebook's).
+    """Return a stream to the same place that does not fail, and the `Output` under it.
+
+    None where there is no descriptor behind it (a test's, a notebook's).
     """
     if stream is None:
         output = Output(None)
@@ -79,7 +88,10 @@ def guarded(stream: TextIO | None) -> tuple[TextIO, Output] | None:
 
 @contextmanager
 def unfailing() -> Iterator[Output | None]:
-    """`sys.stdout` and `sys.stderr` are such streams inside. Gives that of standard output."""
+    """Put streams that do not fail in the place of `sys.stdout` and `sys.stderr` inside.
+
+    Yields that of standard output, None where it has no descriptor.
+    """
     before = sys.stdout, sys.stderr
     found = [guarded(stream) for stream in before]
     for stream in before:

@@ -1,5 +1,6 @@
-"""Folders in which a run was begun and has nothing to go on with: killed between its first log and
-its first checkpoint.
+"""Folders in which a run was begun and has nothing to go on with.
+
+It was killed between its first log and its first checkpoint.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from curvlab.training import checkpoint
 
 
 def stepless(folder: Path) -> bool:
-    """Whether a folder holds the log of a training run that has taken no step, and no
-    checkpoint.
-    """
+    """Return whether a folder holds the log of a run that has taken no step, and no checkpoint."""
     if (folder / checkpoint.FILE).exists() or not (folder / "run.h5").exists():
         return False
     try:
@@ -25,7 +24,7 @@ def stepless(folder: Path) -> bool:
 
 
 def anew(folder: Path) -> str:
-    """What is said where a `stepless` run begins again."""
+    """Return what is said where a `stepless` run begins again."""
     return (
         f"{folder} holds a log without a step and no checkpoint, of a run that was killed at its"
         " beginning: it starts anew"

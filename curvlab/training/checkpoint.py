@@ -1,7 +1,7 @@
-"""Checkpoints: one file, whole and sealed, of tensors, numbers, strings, lists and dictionaries; it
-loads as nothing else.
+"""Checkpoints: one file, whole and sealed, of plain values; it loads as nothing else.
 
-`torch.load(…, weights_only=True)` reads it, so that no file can run code.
+They are tensors, numbers, strings, lists and dictionaries. `torch.load(…, weights_only=True)` reads
+the file, so that no file can run code.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from curvlab.system.interrupt import behind
 
 FILE = "checkpoint.pt"
 FORMAT = 2
-"""1: without a seal, of earlier versions."""
+"""The format that is written; format 1, of earlier versions, has no seal."""
 _PLAIN = (Tensor, int, float, str, bool, type(None))
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Rewrite the file. Raises CurvlabError where that cannot be done, or the state holds what
-    would need pickled code.
+    """Rewrite the file.
+
+    Args:
+        path: of the file.
+        state: what it is to hold.
+
+    Raises:
+        CurvlabError: it cannot be written, or the state holds what would need pickled code.
     """
     where = _foreign(state)
     if where is not None:
@@ -53,9 +59,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def _foreign(value: Any, at: str = "state") -> tuple[str, str] | None:
-    """Where something lies that is not plain, and of what type it is; None where there is no such
-    thing.
-    """
+    """Return where something lies that is not plain, and of what type it is; None where all is."""
     if isinstance(value, dict):
         parts = [(f"{at}[{k!r}]", v) for k, v in value.items()]
     elif isinstance(value, list | tuple):
@@ -70,7 +74,7 @@ def _foreign(value: Any, at: str = "state") -> tuple[str, str] | None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What was saved, its tensors on `device`.
+    """Return what was saved, its tensors on `device`.
 
     Raises:
         CurvlabError: no such file, or one that is damaged or no checkpoint of curvlab.

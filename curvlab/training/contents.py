@@ -1,5 +1,6 @@
-"""What a checkpoint must hold, looked at before anything of it is taken: which keys, of which
-kinds, in which shapes.
+"""What a checkpoint must hold, looked at before anything of it is taken.
+
+It is which keys, of which kinds, in which shapes.
 
 The seal says that a file is what was written; this says that what was written is a run's.
 """
@@ -44,8 +45,9 @@ from curvlab.training.settings import Budget, Position
 
 
 def check(state: Mapping[str, Any]) -> None:
-    """What can be said without the run. Raises CurvlabError, which says where, for what no run has
-    written.
+    """Raise CurvlabError, which says where, for what no run has written.
+
+    It says what can be said without the run.
     """
     new = state.get("format", 1) > 1
     parts = (
@@ -88,8 +90,13 @@ def check_named(
     where: str = "settings",
     whole_of: bool = False,
 ) -> None:
-    """Raises CurvlabError where a value is not what the field of its name in one of these
-    dataclasses must be.
+    """Raise CurvlabError where a value is not what the field of its name must be.
+
+    Args:
+        values: {field: value}.
+        kinds: the dataclasses whose fields they are.
+        where: they stand, for the error's line.
+        whole_of: whether all fields must be there.
     """
     hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
     for name, value in values.items():
@@ -114,12 +121,16 @@ def check_fit(
     variables: Sequence[str],
     tracks: Mapping[str, Sequence[str]],
 ) -> None:
-    """What the run must have itself. Raises CurvlabError where a state is not one of these; nothing
-    of them is changed.
+    """Raise CurvlabError where a state is not one of a run's own; nothing of the run is changed.
 
     Args:
-        settings: that must be the same. attributes: of the run's log. variables: that its records
-            have.
+        state: of the checkpoint.
+        objective: the run's.
+        optimizer: the run's.
+        scheduler: the run's.
+        settings: that must be the same.
+        attributes: of the run's log.
+        variables: that its records have.
         tracks: {axis of the log's own: variables along it}.
     """
     new = state.get("format", 1) > 1
@@ -217,9 +228,7 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, new: bool) 
 
 
 def _check_chance(states: Mapping[str, Any], name: str, device: torch.device) -> None:
-    """Raises CurvlabError for what the random generators do not take, or take for something
-    else.
-    """
+    """Raise CurvlabError for what the random generators do not take, or take for another state."""
     keys(states, ("now", "epoch"), "chance")
     saved = states[name]
     if isinstance(saved, Mapping):
@@ -265,7 +274,7 @@ def _listed(value: Any) -> bool:
 
 
 def _track(value: Any) -> bool:
-    """Along an axis of its own: places, and values as long as they are many."""
+    """Return whether a value is a track: places along an axis, and as many values."""
     if not (
         table_of(lambda part: True)(value)
         and set(value) == {"places", "values"}

@@ -57,7 +57,7 @@ _STATISTICS: dict[str, Test] = {
     "y": nest,
     "shown": list_of(list_of(lambda value: True)),
 }  # fmt: skip
-"""{key in a curvature's state: what its value must be}"""
+"""Tests of a curvature's state, {key: what its value must be}."""
 
 _KEPT = ("F", "G", "M", "v", "means")
 """Statistics that are None before the first data, and never after …"""
@@ -79,7 +79,7 @@ _TOGETHER = (
 
 
 def check_descent(saved: Any, own: Mapping[str, Any], blocks: Sequence[Block], new: bool) -> None:
-    """Raises CurvlabError where a state is no descent's; `new`: not of an earlier version."""
+    """Raise CurvlabError where a state is no descent's; `new`: not of an earlier version."""
     must(saved, table_of(lambda value: True), "descent")
     keys(saved, own if new else ("curvature", "momentum", "further"), "descent", more=tuple(own))
     momentum, curvature = saved["momentum"], saved["curvature"]
@@ -141,7 +141,7 @@ def _check_blocks(saved: Mapping[str, Any], numels: Mapping[str, int], ready: bo
 
 
 def _on(F: Tensor, active: Tensor | None, numel: int) -> bool:
-    """Whether a second moment is in full, or packed on the pairs of these inputs."""
+    """Return whether a second moment is in full, or packed on the pairs of these inputs."""
     if active is None:
         return F.shape == (numel, numel)
     return (
@@ -152,8 +152,9 @@ def _on(F: Tensor, active: Tensor | None, numel: int) -> bool:
 
 
 def _check_statistics(saved: Any, at: str) -> None:
-    """Of a curvature's state, at every depth, by the keys' names. Before the first data a statistic
-    is None.
+    """Check a curvature's state, at every depth, by the keys' names.
+
+    Before the first data a statistic is None.
     """
     if isinstance(saved, Mapping):
         for one, two in _TOGETHER:
@@ -170,7 +171,7 @@ def _check_statistics(saved: Any, at: str) -> None:
 
 
 def _try_operator(packed: Any, what: str) -> None:
-    """Raises CurvlabError where what was packed does not act on a vector."""
+    """Raise CurvlabError where what was packed does not act on a vector."""
     try:
         operator = unpack_operator(packed)
         like = next(_tensors(packed), torch.zeros(0))

@@ -1,4 +1,4 @@
-"""When a training run is at its end: its budget is spent, or its schedule is."""
+"""The end of a training run: its budget is spent, or its schedule is."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from curvlab.training.settings import Budget, Position
 
 
 class Ending:
-    """What ends one run.
+    """The end of one run.
 
     Args:
+        budget: of the run.
+        scheduler: which may have an end.
         gone: seconds of training so far, read without waiting for the device.
     """
 
@@ -22,13 +24,14 @@ class Ending:
         self.budget, self.scheduler, self._gone = budget, scheduler, gone
 
     def over(self, at: Position) -> bool:
-        """Whether the epochs are spent, or what `spent` looks at."""
+        """Return whether the epochs are spent, or what `spent` looks at."""
         epochs = self.budget.epochs
         return (epochs is not None and at.epoch >= epochs) or self.spent(at)
 
     def spent(self, at: Position) -> bool:
-        """Whether the steps or the seconds are, or the schedule is at its end; read without waiting
-        for the device.
+        """Return whether the steps or the seconds are spent, or the schedule is at its end.
+
+        It is read without waiting for the device.
         """
         steps, seconds = self.budget.steps, self.budget.seconds
         spent = (steps is not None and at.steps >= steps) or (
@@ -37,7 +40,7 @@ class Ending:
         return spent or self.scheduled(0)
 
     def scheduled(self, turns: int) -> bool:
-        """Whether the schedule ends with so many further steps of its own."""
+        """Return whether the schedule ends with so many further steps of its own."""
         last = end(self.scheduler)
         return last is not None and self.scheduler.last_epoch + turns >= last
 

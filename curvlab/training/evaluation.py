@@ -1,8 +1,8 @@
-"""Loss and error of a model on whole data sets: in eval mode, without a graph, in chunks, its state
-and all chance as before.
+"""Loss and error of a model on whole data sets.
 
-The loss is the objective's, the mean over examples of a per-example sum; an error is a mean over
-examples too, or, of sequences of symbols, over symbols.
+The model is in eval mode, without a graph; the data go through it in chunks; its state and all
+chance are as before. The loss is the objective's, the mean over examples of a per-example sum; an
+error is a mean over examples too (`measure_of`), or, of sequences of symbols, over symbols.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +23,29 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from curvlab.closure import Closure
 from curvlab.datasets import Dataset
-from curvlab.datasets.base import IGNORED
+from curvlab.datasets.base import IGNORED, SparseRows
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from curvlab.objective import Objective
 from curvlab.system import random_state
 
-Data = Dataset | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-"""A data set, the pair (x, y) of one, or minibatches of it that can be gone through again."""
+Data = Dataset | tuple[Any, Any] | Mapping[str, Any] | Iterable[Any]
+"""A data set, the pair (x, y) of one, or minibatches that can be gone through again.
+
+Minibatches are pairs, or mappings with the labels in them.
+"""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """An error of each example at outputs z [N, …] and targets y; `name` is what a log calls its
-    mean.
+    """An error of each example at outputs z [N, …] and targets y.
 
-    Where `count` says that an example has several, `each` is their sum, and the mean is over all of
-    them.
+    Args:
+        name: what a log calls its mean.
+        units: of the error.
+        each: (z, y) → the errors [N].
+        count: y → how many errors each example has, [N]; `each` is then their sum, and the mean is
+            over all of them. None: one.
     """
 
     name: str
@@ -96,8 +103,9 @@ def _count(ignored: int, y: Tensor) -> Tensor:
 
 
 def symbol_measures(ignored: int = IGNORED) -> tuple[Measure, dict[str, Measure]]:
-    """(the fraction of wrong symbols, {what a log adds to "train_" and "val_": cross-entropy per
-    symbol}), places whose target is `ignored` left out.
+    """Return (the fraction of wrong symbols, {name in a log: cross-entropy per symbol}).
+
+    A log adds the name to "train_" and "val_". Places whose target is `ignored` are left out.
     """
     count = partial(_count, ignored)
     wrong = Measure("fraction of wrong symbols", "1", partial(_wrong_symbols, ignored), count)
@@ -109,7 +117,7 @@ def symbol_measures(ignored: int = IGNORED) -> tuple[Measure, dict[str, Measure]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """On what loss and error are evaluated.
+    """The data that loss and error are evaluated on.
 
     Args:
         examples: of the training loss.
@@ -126,8 +134,8 @@ class Evaluated:
     further: Mapping[str, Measure] = field(default_factory=dict)
 
 
-def measure_of(likelihood: Likelihood, outputs: int, y: Tensor | None = None) -> Measure | None:
-    """The documents' error of a likelihood; None where they have none.
+def measure_of(likelihood: Likelihood, outputs: int, y: object = None) -> Measure | None:
+    """Return the documents' error of a likelihood; None where they have none.
 
     Classes: the fraction wrong, of all symbols where the targets y are sequences. Autoencoders
     (Bernoulli, several outputs): mean squared error of sigmoid(output) over pixels (practice).
@@ -141,23 +149,26 @@ def measure_of(likelihood: Likelihood, outputs: int, y: Tensor | None = None) ->
     return SQUARED if isinstance(likelihood, Gaussian) else None
 
 
-def further_of(likelihood: Likelihood, y: Tensor) -> dict[str, Measure]:
-    """What is measured beside loss and error: of sequences of symbols the cross-entropy per symbol,
-    in nat and in bit, without what label smoothing adds.
+def further_of(likelihood: Likelihood, y: object) -> dict[str, Measure]:
+    """Return what is measured beside loss and error.
+
+    Of sequences of symbols it is the cross-entropy per symbol, in nat and in bit, without what label
+    smoothing adds.
     """
     if isinstance(likelihood, Categorical) and _sequences(y):
         return symbol_measures(likelihood.ignore_index)[1]
     return {}
 
 
-def _sequences(y: Tensor | None) -> bool:
-    return y is not None and y.ndim > 1 and not y.is_floating_point()
+def _sequences(y: object) -> bool:
+    return isinstance(y, Tensor) and y.ndim > 1 and not y.is_floating_point()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """All modules in eval mode (where no example's loss depends on the others or on chance), then
-    each in its own again.
+    """Put all modules in eval mode inside; each is in its own mode again afterwards.
+
+    In eval mode no example's loss depends on the others or on chance.
     """
     before = {module: module.training for module in model.modules()}
     model.eval()
@@ -175,8 +186,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def in_eval_mode(model: nn.Module) -> list[str]:
-    """Names of the modules in eval mode, without those inside of one that is so with all inside it;
-    "all" where that is all.
+    """Return the names of the modules in eval mode; "all" where that is all.
+
+    Those are left out that lie inside of one that is so with all inside it.
     """
     found: list[str] = []
     whole: list[str] = []
@@ -192,15 +204,14 @@ def in_eval_mode(model: nn.Module) -> list[str]:
 
 
 def ready_to_train(model: nn.Module) -> nn.Module:
-    """The model, put into train mode where nothing in it is: for models that are built for a
-    run.
-    """
+    """Return the model, put into train mode where nothing in it is: for models built for a run."""
     return model if any(module.training for module in model.modules()) else model.train()
 
 
 def depends_on_mode(module: nn.Module) -> bool:
-    """Whether its outputs are others in train mode: dropout, also within recurrent and attention
-    layers; batch norm; RReLU.
+    """Return whether a module's outputs are others in train mode.
+
+    They are of dropout, also within recurrent and attention layers; batch norm; RReLU.
     """
     if isinstance(module, _NormBase):
         return module.track_running_stats
@@ -209,12 +220,16 @@ def depends_on_mode(module: nn.Module) -> bool:
     return isinstance(module, nn.RReLU) or (isinstance(module, _DropoutNd) and module.p > 0)
 
 
-def chunks(data: Data, size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The examples in order, `size` at a time (minibatches: as they come); of a data set the first
-    `most`.
+def chunks(data: Data, size: int, most: int | None = None) -> Iterator[Any]:
+    """Yield the examples in order, `size` at a time (minibatches: as they come).
+
+    Of a data set it is the first `most`.
     """
-    if isinstance(data, tuple):
+    if isinstance(data, tuple) and all(isinstance(part, Tensor | SparseRows) for part in data):
         data = Dataset("data", data[0], data[1], "")
+    elif isinstance(data, tuple | Mapping):  # nests: one minibatch
+        yield data
+        return
     if not isinstance(data, Dataset):
         yield from data
         return
@@ -232,8 +247,16 @@ def evaluate(
     size: int = 1000,
     most: int | None = None,
 ) -> tuple[float, float]:
-    """Mean loss and mean error (NaN without one) over the examples, added up in float64; read from
-    the device once.
+    """Compute the mean loss and mean error (NaN without one) over the examples.
+
+    They are added up in float64, and read from the device once.
+
+    Args:
+        objective: whose model and likelihood.
+        data: the examples.
+        error: of an example; None: the loss alone.
+        size: examples at a time.
+        most: of a data set the first so many examples; all where None.
 
     Raises:
         CurvlabError: no examples, targets that do not fit the outputs.
@@ -249,19 +272,19 @@ def measured(
     size: int = 1000,
     most: int | None = None,
 ) -> list[float]:
-    """The mean loss, then the mean of each measure; as `evaluate`."""
+    """Compute the mean loss, then the mean of each measure, as `evaluate` does."""
     count = 0
     sums, of = torch.zeros(2, 1 + len(measures), dtype=torch.float64, device=objective.device)
     with evaluating(objective.model), random_state.kept(objective.device), torch.no_grad():
-        for x, y in chunks(data, size, most):
+        for batch in chunks(data, size, most):
             # no closure of the objective's own: its labels stay as they are
-            closure = Closure(objective, x, y, 0)
+            closure = Closure(objective, *objective.batch(batch), 0)
             z, losses = closure.outputs()
             sums[0] += losses.double().sum()
             for i, measure in enumerate(measures, 1):
                 sums[i] += measure.each(z, closure.y).double().sum()
-                of[i] += len(x) if measure.count is None else measure.count(closure.y).sum()
-            count += len(x)
+                of[i] += len(z) if measure.count is None else measure.count(closure.y).sum()
+            count += len(z)
     if not count:
         raise CurvlabError("there are no examples to evaluate on")
     of[0] = count
@@ -270,10 +293,13 @@ def measured(
 
 
 def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> dict[str, float]:
-    """{train_loss, train_error, and where there is validation val_loss, val_error; likewise what is
-    measured further}; an error is NaN where none is measured.
+    """Return {train_loss, train_error, and where there is validation val_loss, val_error}.
+
+    Likewise what is measured further. An error is NaN where none is measured.
 
     Args:
+        objective: whose model and likelihood.
+        on: the data, and the error.
         most: examples of the training set; all where None.
     """
     scores: dict[str, float] = {}
@@ -289,7 +315,7 @@ def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> d
 
 
 def score_names(on: Evaluated) -> tuple[str, ...]:
-    """Of `scores_of`, those that a log holds."""
+    """Return the names of `scores_of` that a log holds."""
     parts = ("train",) if on.validation is None else ("train", "val")
     kinds = ("loss", *(("error",) if on.error else ()), *on.further)
     return tuple(f"{part}_{kind}" for part in parts for kind in kinds)

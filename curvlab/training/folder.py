@@ -1,5 +1,6 @@
-"""The folder of a training run: claimed, written to, and left without a part of a run that could
-not begin.
+"""The folder of a training run: claimed, written to, and left tidy.
+
+No part of a run that could not begin stays in it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from curvlab.training.begun import anew, stepless
 
 
 class RunFolder:
-    """Where a run writes, and when its last checkpoint was.
+    """The place where a run writes, and when its last checkpoint was.
 
     Args:
         folder: gets run.h5 and checkpoint.pt; None: nothing is written.
@@ -35,7 +36,7 @@ class RunFolder:
 
     @property
     def log(self) -> Path | None:
-        """The log's file."""
+        """The log's file; None where nothing is written."""
         return None if self.folder is None else self.folder / "run.h5"
 
     @property
@@ -44,15 +45,21 @@ class RunFolder:
         return self.folder is not None and time.monotonic() - self._at > self.checkpoint_seconds
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint. Raises CurvlabError where that cannot be done; the old one is then
-        whole.
+        """Write a checkpoint.
+
+        Raises:
+            CurvlabError: it cannot be written; the old one is then whole.
         """
         assert self.folder is not None
         checkpoint.save(self.folder / checkpoint.FILE, state)
         self.kept, self._at = True, time.monotonic()
 
     def load(self, device: torch.device) -> dict[str, Any]:
-        """Read the checkpoint. Raises CurvlabError where it is not whole."""
+        """Return what the checkpoint holds.
+
+        Raises:
+            CurvlabError: it is not whole.
+        """
         assert self.folder is not None
         return checkpoint.load(self.folder / checkpoint.FILE, device)
 
@@ -65,7 +72,7 @@ class RunFolder:
 
 @contextmanager
 def claimed(folder: Path, resume: bool) -> Iterator[None]:
-    """Inside the folder is there, and no other run writes to it.
+    """Hold the folder inside: it is there, and no other run writes to it.
 
     Raises:
         CurvlabError: it cannot be written, another run writes there, or it holds one and is not to

@@ -1,4 +1,4 @@
-"""Of what kind a value of a checkpoint is: tests, and errors that say where one fails."""
+"""Tests of what kind a value of a checkpoint is, and errors that say where one fails."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ Test = Callable[[Any], bool]
 
 
 def whole(value: Any) -> bool:
-    """Whether it is an int, no bool, and from 0 to 2⁶³ − 1."""
+    """Return whether a value is an int, no bool, and from 0 to 2⁶³ − 1."""
     return type(value) is int and 0 <= value < 2**63
 
 
 def number(value: Any) -> bool:
-    """Whether it is an int or a float, no bool; NaN and infinities are."""
+    """Return whether a value is an int or a float, no bool; NaN and infinities are."""
     return type(value) in (int, float)
 
 
 def flag(value: Any) -> bool:
-    """Whether it is a bool."""
+    """Return whether a value is a bool."""
     return type(value) is bool
 
 
 def text(value: Any) -> bool:
-    """Whether it is a str, and of no subclass."""
+    """Return whether a value is a str, and of no subclass."""
     return type(value) is str
 
 
 def tensor(value: Any) -> bool:
-    """Whether it is a tensor, whatever its shape, dtype and device."""
+    """Return whether a value is a tensor, whatever its shape, dtype and device."""
     return isinstance(value, Tensor)
 
 
@@ -58,22 +58,22 @@ def table_of(test: Test, key: Test = text) -> Test:
 
 
 def nest(value: Any) -> bool:
-    """A minibatch's inputs: a tensor, or lists and dictionaries of such."""
+    """Return whether a value is a minibatch's inputs: a tensor, or lists, dictionaries of such."""
     return tensor(value) or list_of(nest)(value) or table_of(nest)(value)
 
 
 def count(value: Any) -> bool:
-    """That may be on the device."""
+    """Return whether a value is a whole number, which may be a tensor on the device."""
     return whole(value) or (tensor(value) and not value.dim())
 
 
 def attribute(value: Any) -> bool:
-    """Whether it is what a log's attribute may be: text or a number."""
+    """Return whether a value is what a log's attribute may be: text or a number."""
     return text(value) or number(value)
 
 
 def plain(value: Any) -> bool:
-    """What settings are made of."""
+    """Return whether a value is what settings are made of."""
     return (
         value is None
         or attribute(value)
@@ -89,12 +89,12 @@ def numbers(depth: int) -> Test:
 
 
 def like(value: Any, own: Tensor) -> bool:
-    """Whether it is a tensor of the shape and dtype of `own`, on whatever device."""
+    """Return whether a value is a tensor of the shape and dtype of `own`, on whatever device."""
     return isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
 
 
 def equal(one: Any, two: Any) -> bool:
-    """Whether two nested values are equal; numbers must be of one type, devices may differ."""
+    """Return whether two nested values are equal, numbers of one type; devices may differ."""
     if isinstance(one, Mapping):
         return (
             isinstance(two, Mapping)
@@ -111,7 +111,7 @@ def equal(one: Any, two: Any) -> bool:
 def keys(
     found: Mapping[Any, Any], wanted: Iterable[Any], where: str, more: Iterable[Any] = ()
 ) -> None:
-    """Raises CurvlabError where a key is missing, or is neither wanted nor one of `more`."""
+    """Raise CurvlabError where a key is missing, or is neither wanted nor one of `more`."""
     wanted, more = list(wanted), list(more)
     missing = [key for key in wanted if key not in found]
     if missing:
@@ -145,9 +145,7 @@ def wrong(what: str) -> CurvlabError:
 
 
 def alike(own: Any, saved: Any, at: str) -> None:
-    """Raises CurvlabError where a state has other keys, lengths or kinds of values than one's
-    own.
-    """
+    """Raise CurvlabError where a state has other keys, lengths or kinds of values than `own`."""
     if isinstance(own, Mapping):
         must(saved, table_of(lambda value: True, lambda key: True), at)
         keys(saved, own, at)

@@ -1,5 +1,6 @@
-"""The training loop: steps, evaluation, log, checkpoints. All of its state is in a checkpoint, so
-it goes on bit for bit.
+"""The training loop: steps, evaluation, log, checkpoints.
+
+All of its state is in a checkpoint, so it goes on bit for bit.
 
 The order of writing is checkpoint, then log, and the checkpoint holds the log's records: whenever
 the process dies, the log is made again from the checkpoint. Loss and error are of the whole
@@ -44,16 +45,18 @@ from curvlab.training.stopwatch import Stopwatch
 
 
 class Training:
-    """One run and its state. `run` trains until the budget is spent; nothing is written where there
-    is no `folder`.
+    """A run and its state; nothing is written where it has no folder.
 
     Args:
         objective: whose parameters are moved.
         batches: one pass over them is an epoch; a data set's (`Dataset.batches`) are shuffled anew
             in every epoch.
+        settings: what decides the weights.
+        budget: when the run ends.
         evaluated: on what loss and error are evaluated.
         warm: minibatches of the warm start, where the algorithm has one.
-        about: attributes of the log. must_match: what else must be the same where the run goes on.
+        about: attributes of the log.
+        must_match: what else must be the same where the run goes on.
         place: the folder that gets run.h5 and checkpoint.pt.
         probes: {name: steps between samples, None for the probe's own}.
     """
@@ -125,15 +128,14 @@ class Training:
         self.chance_kept: Chance | None = None  # of the state from which it goes on
 
     def into(self, folder: Path) -> None:
-        """Write to this folder."""
+        """Write to this folder from here on."""
         self.place.folder = folder
         self.log.path = self.place.log
 
     # ---- the loop
 
     def run(self, bar: Progress, say: Callable[[str], None] = lambda line: None) -> None:
-        """Until the budget is spent or the numbers leave the finite range (`stopped` then says
-        why).
+        """Train until the budget is spent, or the numbers leave the finite range (see `stopped`).
 
         Raises:
             CurvlabError: bad data, or a folder that cannot be written.
@@ -180,7 +182,7 @@ class Training:
                             self.log.save()
 
     def _begin(self) -> None:
-        """Epoch 0: evaluated before the warm start, so that what does not fit is found at once."""
+        """Evaluate epoch 0 before the warm start, so that what does not fit is found at once."""
         scores = self._evaluate()
         start = self.clock()
         self.optimizer.warm_start(counted(self.warm, self.bar, "warm start", length(self.warm)))
@@ -193,9 +195,7 @@ class Training:
         self.showing.epoch(0, scores, self.at)
 
     def _epoch(self) -> bool:
-        """What is left of an epoch, evaluation and record. False where the budget ended it before
-        its last minibatch.
-        """
+        """Finish an epoch, evaluate and record it; return False where the budget cut it."""
         whole = self._steps()
         number: float = self.at.epoch + 1
         if not whole and self.per_epoch:
@@ -223,7 +223,7 @@ class Training:
         return whole
 
     def _steps(self) -> bool:
-        """Steps to the end of the epoch or of the budget. Whether it was the epoch's."""
+        """Step to the end of the epoch or of the budget, and return whether it was the epoch's."""
         if self._spent():  # a run that goes on where it was ended
             return self.at.step == self.per_epoch
         self.stopwatch.resume()
@@ -236,7 +236,7 @@ class Training:
                         return True
                     self.last = batch
                     self.sampler.start(self.at.steps)
-                    loss = self.optimizer.step(self.objective.closure(*batch))
+                    loss = self.optimizer.step(self.objective.closure(batch))
                     self.at.step += 1
                     self.at.steps += 1
                     if self.settings.schedule_every == "step":
@@ -264,7 +264,7 @@ class Training:
             self._advance()
 
     def _advance(self, loss: Any = None) -> None:
-        """One step of the schedule. Raises CurvlabError where it cannot take one."""
+        """Take one step of the schedule; raise CurvlabError where it cannot take one."""
         try:
             self.scheduler.step(*([] if loss is None else [loss]))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -273,7 +273,7 @@ class Training:
             ) from error
 
     def _minibatches(self) -> Iterator[Batch]:
-        """Of this epoch, from where it stands."""
+        """Yield the minibatches of this epoch, from where it stands."""
         device, at = self.objective.device, self.at
         if isinstance(self.batches, datasets.Batches):
             yield from self.batches.epoch(at.epoch, at.step)
@@ -301,7 +301,7 @@ class Training:
     # ---- what is measured
 
     def _evaluate(self) -> dict[str, float]:
-        """Raises Diverged where a step's numbers or the training loss are not finite."""
+        """Return loss and error; raise Diverged where a step or the loss is not finite."""
         self.optimizer.soundness.check()
         start = self.clock()
         scores = scores_of(self.objective, self.evaluated, self.settings.evaluate_samples)
@@ -318,17 +318,13 @@ class Training:
         return {name: scores[name] for name in score_names(self.evaluated)}
 
     def _glance(self) -> dict[str, float]:
-        """At the end of an epoch that is not evaluated. Raises Diverged where the last minibatch's
-        loss is not finite.
-        """
+        """Return NaN for an epoch that is not evaluated; raise Diverged as `_evaluate`."""
         if not self._sound():
             raise Diverged("the loss is not finite: lower the learning rate or raise the damping")
         return dict.fromkeys(score_names(self.evaluated), math.nan)
 
     def _sound(self) -> bool:
-        """Whether every step's numbers were finite, and the last minibatch has a finite loss after
-        the step too.
-        """
+        """Return whether every step's numbers were finite, and the last minibatch's loss is."""
         if not bool(self.optimizer.soundness.flag):
             return False
         return self.last is None or math.isfinite(evaluate(self.objective, [self.last])[0])
@@ -346,13 +342,13 @@ class Training:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything: tensors, numbers, strings, lists and dictionaries only."""
+        """Return the whole state: tensors, numbers, strings, lists and dictionaries only."""
         with self.shield:
             self.sampler.flush(self.log)
         return state.of(self)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from there.
+        """Go on from what `state_dict` returned.
 
         Raises:
             CurvlabError: it is of other settings, which are named, or does not hold what a run
@@ -361,9 +357,7 @@ class Training:
         state.restore(self, saved)
 
     def _keep(self, sound: bool = False) -> None:
-        """A checkpoint of the state, if it is good: its loss is known to be finite, or is found to
-        be.
-        """
+        """Write a checkpoint, if the state's loss is known to be finite, or is found to be."""
         if not sound and not self._sound():
             return
         if self.place.folder is not None:
@@ -375,7 +369,7 @@ class Training:
         self.good = (self.at.epoch, self.at.step)
 
     def _stop(self, reason: str) -> None:
-        """The numbers left the finite range: back to the last good state, and the log says why."""
+        """Go back to the last good state where numbers left the finite range; the log says why."""
         at, (epoch, step) = self.at, self.good
         where = f"{step} steps into epoch {epoch + 1}" if step else f"epoch {epoch}"
         self.stopped = (

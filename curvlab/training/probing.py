@@ -1,8 +1,7 @@
-"""Probes along a training run: each every so many steps, on an axis of its own; over an epoch what
-follows from its samples.
+"""Probes along a training run: each every so many steps, on an axis of its own.
 
-Samples stay on the device until the end of the epoch, or the next checkpoint. What probes cost is
-timed apart from training.
+Over an epoch there is what follows from its samples. Samples stay on the device until the end of
+the epoch, or the next checkpoint. What probes cost is timed apart from training.
 """
 
 from __future__ import annotations
@@ -33,16 +32,19 @@ from curvlab.probes.base import (
 )
 
 ALWAYS = ("shift",)
-"""Taken by every run in which there is something to see."""
+"""Probes that every run takes in which there is something to see."""
 
 
 class Sampler:
-    """Takes the probes that are due. `start` is told of every step before it begins, `after` when
-    it is done.
+    """Takes the probes that are due.
+
+    `start` is told of every step before it begins, `after` when it is done.
 
     Args:
+        objective: whose blocks.
         optimizer: is asked for the passes that probes read, and shows its directions before it
             moves.
+        algorithm: its name.
         wanted: {probe: steps between samples, None for the probe's own}.
         clock: seconds.
 
@@ -75,7 +77,7 @@ class Sampler:
         self._pending: dict[str, list[tuple[int, Sample]]] = {}
 
     def start(self, step: int) -> None:
-        """Step number `step` comes, from 0."""
+        """Get ready for step number `step`, from 0: which probes are due, and their passes."""
         self._step, self._frame = step, None
         self.due = [name for name, every in self.every.items() if step % every == 0]
         begin_step(self.due, {self.algorithm: self.optimizer.descent.curvature})
@@ -96,7 +98,7 @@ class Sampler:
         self._take(self._frame, "before")
 
     def after(self) -> None:
-        """The step is done."""
+        """Take the probes that look after the step, which is done."""
         if self._frame is not None:
             self._take(self._frame, "after")
             self._frame = None
@@ -109,12 +111,12 @@ class Sampler:
         self.cpu += time.process_time() - cpu
 
     def spent(self) -> tuple[float, float]:
-        """Wall and CPU seconds since this was last asked."""
+        """Return the wall and CPU seconds since this was last asked."""
         found, self.wall, self.cpu = (self.wall, self.cpu), 0.0, 0.0
         return found
 
     def flush(self, log: Log) -> None:
-        """What is pending, from the device into the log."""
+        """Bring what is pending from the device into the log."""
         pending, self._pending = self._pending, {}
         for name, taken in pending.items():
             values = {
@@ -124,7 +126,7 @@ class Sampler:
             log.extend(axis(name), [step for step, _ in taken], values)
 
     def names(self) -> list[str]:
-        """The variables of `of_epoch`."""
+        """Return the variables of `of_epoch`."""
         return [
             name
             for probe in self.every
@@ -133,11 +135,11 @@ class Sampler:
         ]
 
     def tracks(self) -> dict[str, list[str]]:
-        """{axis: variables} of `flush`, from the first step on."""
+        """Return {axis: variables} of `flush`, from the first step on."""
         return {axis(probe): list(PROBES[probe].variables) for probe in self.every}
 
     def of_epoch(self, log: Log, first: int) -> LogRecord:
-        """What the samples from step `first` on say of their epoch."""
+        """Return what the samples from step `first` on say of their epoch."""
         sizes = {"algorithm": 1, "block": len(self.objective.blocks)}
         found: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
         for name in self.every:
@@ -152,7 +154,7 @@ class Sampler:
 
 
 def _stacked(values: list[np.ndarray | Tensor]) -> np.ndarray:
-    """One copy from the device."""
+    """Stack values by one copy from the device."""
     if isinstance(values[0], Tensor):
         return on_host(torch.stack([v for v in values if isinstance(v, Tensor)]))
     return np.stack([on_host(v) for v in values])

@@ -1,6 +1,4 @@
-"""What a training run logs: VARIABLES, and the meter that adds up on the device what every step has
-to say.
-"""
+"""What a training run logs: VARIABLES, and the meter that adds up what every step has to say."""
 
 from __future__ import annotations
 
@@ -76,7 +74,16 @@ def open_log(
     algorithm: str = "",
     probes: Mapping[str, int] | None = None,
 ) -> Log:
-    """An empty log of epochs, and of these probes with their steps between samples."""
+    """Return an empty log of epochs, and of these probes with their steps between samples.
+
+    Args:
+        objective: whose blocks, seed, device and dtype.
+        error: of an example; None where there is none.
+        attributes: of the log.
+        path: of its file; None keeps it in memory.
+        algorithm: its name.
+        probes: {name: steps between samples}.
+    """
     names = list(probes or {})
     variables = {"epoch": {"long_name": "epochs of training", "units": "1"}}
     for name, (_, long_name, units) in VARIABLES.items():
@@ -105,9 +112,9 @@ def open_log(
 
 class Meter:
     """Sums over the steps of an epoch: loss, norms of gradient and step, the same of every block.
-    Told by `Optimizer.watch`.
 
-    They stay on the device, in float64, until `record` reads them.
+    It is told by `Optimizer.watch`. The sums stay on the device, in float64, until `record` reads
+    them.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -115,6 +122,7 @@ class Meter:
         self.sums: Tensor | None = None
 
     def __call__(self, observation: Observation, moved: dict[str, Tensor]) -> None:
+        """Add a step: what was observed before it, and {block: change of its parameters}."""
         norms = [
             torch.stack(torch._foreach_norm([d[b] for b in self.blocks]))
             for d in (observation.gradients, moved)
@@ -124,7 +132,7 @@ class Meter:
 
     @staticmethod
     def names(on: Evaluated) -> list[str]:
-        """The variables of `record` in a run that is evaluated so."""
+        """Return the variables of `record` in a run that is evaluated so."""
         scores = score_names(on)
         return [n for n in VARIABLES if n in scores or not n.startswith(("train_", "val_"))]
 
@@ -136,8 +144,16 @@ class Meter:
         at: Position,
         left_out: int = 0,
     ) -> Record:
-        """Of the epoch that `at` stands in or at the end of; means are NaN before the first
-        step.
+        """Return the record of the epoch that `at` stands in or at the end of.
+
+        Means are NaN before the first step.
+
+        Args:
+            scores: {variable: loss or error}.
+            lr: the learning rate.
+            damping: the document's own parameter.
+            at: how far the run is.
+            left_out: pairs that were left out so far.
         """
         n = len(self.blocks)
         means = (

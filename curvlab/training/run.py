@@ -1,5 +1,6 @@
-"""`train`: any model along any algorithm; `prepare` and `run_named`: by the names of the tables, as
-the command line does.
+"""`train`: any model along any algorithm; `prepare` and `run_named`: by the names of the tables.
+
+The command line runs the latter.
 """
 
 from __future__ import annotations
@@ -53,13 +54,14 @@ _IN_EVAL_MODE = (
 )
 
 LEAST = 256
-"""Examples at a time in evaluation are those of a minibatch, or so many where that is more."""
+"""Examples at a time in evaluation: those of a minibatch, or so many where that is more."""
 
 
 @dataclass(frozen=True)
 class TrainRun:
-    """A training run that has ended. `stopped` says why, where the numbers left the finite range;
-    else it is empty.
+    """A training run that has ended.
+
+    `stopped` says why, where the numbers left the finite range; else it is empty.
     """
 
     log: Log
@@ -68,7 +70,11 @@ class TrainRun:
 
     @property
     def dataset(self) -> xr.Dataset:
-        """All records of the log, with its attributes. Raises CurvlabError where there is none."""
+        """All records of the log, with its attributes.
+
+        Raises:
+            CurvlabError: there is none.
+        """
         return self.log.dataset()
 
     @property
@@ -77,13 +83,17 @@ class TrainRun:
         return self.log.path
 
     def figure(self, name: str = "training") -> Figure:
-        """Draw figure `name`. Raises CurvlabError if it is unknown or the log lacks its data."""
+        """Draw figure `name`.
+
+        Raises:
+            CurvlabError: the figure is unknown, or the log lacks its data.
+        """
         return figures.draw(self.dataset, name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Around:
-    """What a training run has beside its settings and its end.
+    """The things that a training run has beside its settings and its end.
 
     Args:
         warm: minibatches of the warm start. None takes the first epoch of the minibatches where
@@ -101,7 +111,7 @@ class Around:
 
 
 def _sorted(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(those of `Settings`, those of `Around`, the others: the algorithm's own)."""
+    """Return (options of `Settings`, options of `Around`, the others: the algorithm's own)."""
     parts: tuple[dict[str, Any], ...] = ({}, {}, {})
     names = [{field.name for field in fields(kind)} - {"own"} for kind in (Settings, Around)]
     for name, value in options.items():
@@ -136,15 +146,19 @@ def train(
         batches: minibatches (x, y) that can be gone through again: a data set's (`Dataset.batches`,
             shuffled anew in every epoch), a list, a DataLoader. One pass is an epoch.
         validation: a data set, a pair (x, y) or minibatches of it.
-        algorithm: of `ALGORITHMS`. lr, damping: its document's where None.
-        epochs, steps: the run ends with whichever comes first, or with `seconds`; None: the epochs
-        of `batches`, or one. folder: gets run.h5 and checkpoint.pt; None keeps the log in memory,
-        without checkpoints. resume: go on from the folder's checkpoint, bit for bit; with the same
-        arguments, but for a longer run. progress: show a progress bar; None shows one where
-        standard error is a terminal. options: the other fields of `Settings` (momentum, schedule,
-        update_every, …) and of `Around` (warm, error, probes, …),
-            `seconds` of training after which the run ends, and options of the algorithm's own.
-            `help` shows them all.
+        algorithm: of `ALGORITHMS`.
+        lr: the learning rate; its document's where None.
+        damping: the document's own parameter; its document's value where None.
+        epochs: the run ends with whichever of epochs, steps and `seconds` comes first; where all
+            are None, after the epochs of `batches`, or one.
+        steps: likewise.
+        folder: gets run.h5 and checkpoint.pt; None keeps the log in memory, without checkpoints.
+        resume: go on from the folder's checkpoint, bit for bit; with the same arguments, but for a
+            longer run.
+        progress: show a progress bar; None shows one where standard error is a terminal.
+        options: the other fields of `Settings` (momentum, schedule, update_every, …) and of
+            `Around` (warm, error, probes, …), `seconds` of training after which the run ends, and
+            options of the algorithm's own. `help` shows them all.
 
     Raises:
         CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of
@@ -222,7 +236,7 @@ def _training(
     must_match: Mapping[str, Any],
     folder: Path | None,
 ) -> Training:
-    """What is left open is filled in. Nothing is written."""
+    """Build a run and fill in what is left open; nothing is written."""
     if isinstance(batches, Iterator):
         raise CurvlabError(
             "the minibatches can be gone through only once: give a list, a DataLoader or"
@@ -246,13 +260,13 @@ def _training(
     if first is None:
         raise CurvlabError("there are no minibatches to train on")
     with evaluating(objective.model), random_state.kept(objective.device):
-        z, _ = Closure(
-            objective, *first, 0
-        ).outputs()  # what does not fit is found before anything is written
-    likelihood, y = objective.likelihood, first[1]
+        # what does not fit is found before anything is written
+        closure = Closure(objective, *objective.batch(first), 0)
+        z, _ = closure.outputs()
+    likelihood, y = objective.likelihood, closure.y
     error = measure_of(likelihood, z[0].numel(), y) if error is None else error
     further = further_of(likelihood, y)
-    size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
+    size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(closure.x))
     return Training(
         objective,
         batches,
@@ -290,7 +304,7 @@ class NamedTraining:
     verbose: bool = False
 
     def must_match(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, beside the settings."""
+        """Return what a checkpoint keeps of the run, beside the settings."""
         problem = self.problem
         found: dict[str, Any] = {
             "model": problem.model,
@@ -306,8 +320,7 @@ class NamedTraining:
 
 
 def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a run that goes on: those of its checkpoint, with the ones that were `given` in
-    their place.
+    """Return the arguments of a run that goes on: its checkpoint's, or those `given` instead.
 
     Raises:
         CurvlabError: a checkpoint that does not hold what a run by name keeps.
@@ -322,8 +335,14 @@ def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 def prepare(
     named: NamedTraining, call: Mapping[str, Any], state: dict[str, Any] | None = None
 ) -> Training:
-    """Checked, built and loaded, and set to the state of a checkpoint; nothing is written, and
-    nothing will be before `Training.into`.
+    """Check, build and load a run, and set it to the state of a checkpoint.
+
+    Nothing is written, and nothing will be before `Training.into`.
+
+    Args:
+        named: the run, by names.
+        call: the log's attribute of what was typed.
+        state: of the checkpoint from which it goes on; None: it begins.
 
     Raises:
         CurvlabError: unknown names, values out of range, data that do not fit, a checkpoint of
@@ -366,8 +385,9 @@ def prepare(
 
 
 def run_named(training: Training, console: Console) -> TrainRun:
-    """Run what was prepared, the global generators seeded for it (dropout). A line an epoch goes to
-    the console.
+    """Run what was prepared, the global generators seeded for it (dropout).
+
+    A line an epoch goes to the console.
     """
 
     def say(line: str) -> None:

@@ -1,7 +1,7 @@
-"""SCHEDULES: learning rate against the epoch. Each is a torch scheduler; any other of torch's goes
-by its own name.
+"""SCHEDULES: learning rate against the epoch, each a torch scheduler.
 
-The optimizer is a `torch.optim.Optimizer`, so in scripts whatever takes one will do.
+Any other of torch's goes by its own name. The optimizer is a `torch.optim.Optimizer`, so in scripts
+whatever takes one will do.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ Make = Callable[[Optimizer], LRScheduler]
 
 @dataclass(frozen=True)
 class Schedule:
-    """`make(optimizer, **options)`; `spans`: it is laid out over the epochs of the run, which are
-    its argument `epochs`.
+    """A schedule by name, made by `make(optimizer, **options)`.
+
+    `spans`: it is laid out over the epochs of the run, which are its argument `epochs`.
     """
 
     summary: str
@@ -98,7 +99,11 @@ _OF_TORCH = {
 
 
 def find(name: str) -> Schedule:
-    """Of SCHEDULES, or of `torch.optim.lr_scheduler`. Raises CurvlabError for an unknown name."""
+    """Return the schedule of SCHEDULES, or of `torch.optim.lr_scheduler`, by its name.
+
+    Raises:
+        CurvlabError: an unknown name.
+    """
     if isinstance(name, str) and name in SCHEDULES:
         return SCHEDULES[name]
     if isinstance(name, str) and name in _OF_TORCH:
@@ -107,12 +112,12 @@ def find(name: str) -> Schedule:
 
 
 def known() -> list[str]:
-    """The names of all schedules."""
+    """Return the names of all schedules."""
     return [*SCHEDULES, *_OF_TORCH]
 
 
 class _Still(Optimizer):
-    """As bare as curvlab's own, and it does not move: for a trial."""
+    """An optimizer that does not move, for a trial; its groups have curvlab's options."""
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]  # torch's returns a loss
         pass
@@ -150,7 +155,7 @@ _REAL: dict[str, _Range] = (
 """{option of torch's: (what it is, whether a number is so)}"""
 
 _BY_GROUP = ("min_lr", "base_lr", "max_lr", "base_momentum", "max_momentum")
-"""Of these torch takes a list too, a number for each group of parameters."""
+"""Options of which torch takes a list too, a number for each group of parameters."""
 
 _OBJECTS = ("lr_lambda", "scale_fn", "schedulers")
 """Functions and schedulers, which no checkpoint holds."""
@@ -162,8 +167,10 @@ TRIAL = 1000
 def maker(
     name: str, epochs: int | None, options: Mapping[str, Any], turns: int | None = None
 ) -> Make:
-    """Optimizer → scheduler. The one place where a schedule is made of its options: they are
-    checked, and it is tried out.
+    """Return a function optimizer → scheduler.
+
+    It is the one place where a schedule is made of its options: they are checked, and it is tried
+    out.
 
     Args:
         name: of `find`.
@@ -208,13 +215,13 @@ def maker(
 
 
 def end(scheduler: LRScheduler) -> int | None:
-    """After how many steps a scheduler has no further one; None: it goes on for ever."""
+    """Return after how many steps a scheduler has no further one; None: it goes on for ever."""
     total: int | None = getattr(scheduler, "total_steps", None)
     return total
 
 
 def _fitted(schedule: Schedule, name: str, option: str, value: Any) -> Any:
-    """The value of an option, checked by its own range, or else by its annotation."""
+    """Return the value of an option, checked by its own range, or else by its annotation."""
     what = f"{option} of schedule {name}"
     parameter = inspect.signature(schedule.make).parameters[option]
     if value is None and parameter.default is None:
@@ -235,7 +242,7 @@ def _fitted(schedule: Schedule, name: str, option: str, value: Any) -> Any:
 
 
 def _hint(make: Any, parameter: inspect.Parameter) -> Any:
-    """Torch's annotation of an option, or where it has none the type of its default."""
+    """Return torch's annotation of an option, or where it has none the type of its default."""
     alone = SimpleNamespace(__annotations__={"it": parameter.annotation})
     try:
         if parameter.annotation is not parameter.empty:
@@ -248,8 +255,10 @@ def _hint(make: Any, parameter: inspect.Parameter) -> Any:
 
 
 def _try(make: Make, name: str, turns: int | None) -> None:
-    """Steps it on an optimizer that has what ours have. Raises CurvlabError where a rate or
-    momentum leaves its range.
+    """Step a schedule on an optimizer that has what ours have.
+
+    Raises:
+        CurvlabError: a rate or momentum leaves its range, or the schedule ends before the run.
     """
     trial = _Still([torch.nn.Parameter(torch.zeros(1))], dict.fromkeys(OPTIONS, 0.5))
     scheduler = make(trial)

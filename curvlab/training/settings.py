@@ -1,4 +1,4 @@
-"""What a training run is asked to do, when it ends, and how far it is."""
+"""Settings of a training run: what it is asked to do, when it ends, and how far it is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Every = Literal["epoch", "step"]
 
 
 def check_same(kept: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raises CurvlabError, which names them, where settings of a checkpoint are not `mine`."""
+    """Raise CurvlabError, which names them, where settings of a checkpoint are not `mine`."""
     differing = [k for k in {**kept, **mine} if kept.get(k) != mine.get(k)]
     if differing:
         said = ", ".join(f"{k} {kept.get(k)}, not {mine.get(k)}" for k in differing)
@@ -32,8 +32,9 @@ def check_same(kept: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the weights; where it is None, the algorithm's document does. A run goes on with
-    the same settings only.
+    """The settings that decide the weights; where one is None, the algorithm's document does.
+
+    A run goes on with the same settings only.
 
     `own` are the method's own options (`ALGORITHMS[name].options`); `schedule` a name
     (`schedules.find`) with its options, or a function optimizer → torch scheduler, stepped after
@@ -59,8 +60,10 @@ class Settings:
     double_grad: bool = False
 
     def check(self) -> None:
-        """Raises CurvlabError for an unknown name or a value out of range, before anything is
-        built.
+        """Check names and ranges, before anything is built.
+
+        Raises:
+            CurvlabError: an unknown name or a value out of range.
         """
         lookup(ALGORITHMS, self.algorithm, "algorithm").checked(self.own, self.algorithm)
         check_labels(self.labels)
@@ -79,7 +82,11 @@ class Settings:
         check_weight_decay(self.weight_decay)
 
     def optimizer(self, objective: Objective) -> Optimizer:
-        """Build the optimizer of `objective`. Raises CurvlabError where `own` does not fit."""
+        """Build the optimizer of `objective`.
+
+        Raises:
+            CurvlabError: `own` does not fit.
+        """
         names = (
             "damping",
             "momentum",
@@ -104,8 +111,15 @@ class Settings:
     def scheduler(
         self, stepper: Optimizer, budget: Budget, per_epoch: int | None = None
     ) -> LRScheduler:
-        """Raises CurvlabError for a schedule that does not fit, or that ends before the run of so
-        many minibatches an epoch.
+        """Build the scheduler of an optimizer.
+
+        Args:
+            stepper: the optimizer.
+            budget: of the run.
+            per_epoch: minibatches of an epoch, where that is known.
+
+        Raises:
+            CurvlabError: the schedule does not fit, or ends before the run does.
         """
         if isinstance(self.schedule, str):
             turns = (
@@ -133,13 +147,17 @@ class Settings:
         return made
 
     def spans(self) -> bool:
-        """Whether the number of epochs decides the learning rates, so that it cannot change
-        later.
+        """Return whether the number of epochs decides the learning rates.
+
+        Then it cannot change later.
         """
         return isinstance(self.schedule, str) and schedules.find(self.schedule).spans
 
     def plain(self) -> dict[str, Any]:
-        """As numbers, strings and dictionaries, the document's values in the place of None."""
+        """Return the settings as plain values, the document's in the place of None.
+
+        They are numbers, strings and dictionaries.
+        """
         table = ALGORITHMS[self.algorithm]
         known: dict[str, Any] = {
             "own": dict(self.own),
@@ -166,8 +184,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Budget:
-    """When a run ends: whichever comes first. `seconds` are of training, without evaluation and
-    warm start.
+    """The end of a run: whichever of its limits comes first.
+
+    `seconds` are of training, without evaluation and warm start.
     """
 
     epochs: int | None = None
@@ -175,8 +194,10 @@ class Budget:
     seconds: float | None = None
 
     def check(self) -> None:
-        """Raises CurvlabError for a number that is out of range, or where there is no end at
-        all.
+        """Check the limits.
+
+        Raises:
+            CurvlabError: a number is out of range, or there is no end at all.
         """
         for name in ("epochs", "steps"):
             value = getattr(self, name)
@@ -188,7 +209,7 @@ class Budget:
             raise CurvlabError("the run needs an end: give epochs, steps or seconds")
 
     def most_steps(self, per_epoch: int | None) -> int | None:
-        """Steps after which it ends at the latest; None where that is not known."""
+        """Return the steps after which the run ends at the latest; None where that is not known."""
         known = (
             self.steps,
             self.epochs * per_epoch if self.epochs is not None and per_epoch is not None else None,
@@ -196,7 +217,7 @@ class Budget:
         return min((n for n in known if n is not None), default=None)
 
     def most_epochs(self, per_epoch: int | None) -> int | None:
-        """Epochs that are begun at most; None where that is not known."""
+        """Return the epochs that are begun at most; None where that is not known."""
         known = (
             self.epochs,
             -(-self.steps // per_epoch) if self.steps is not None and per_epoch else None,
@@ -206,8 +227,10 @@ class Budget:
 
 @dataclass
 class Position:
-    """How far a run is: `epoch` epochs are finished, and `step` steps of the next one; `steps` in
-    all. Times in seconds.
+    """The place that a run has reached.
+
+    `epoch` epochs are finished, and `step` steps of the next one; `steps` in all. Times are in
+    seconds.
     """
 
     started: bool = False

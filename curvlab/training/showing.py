@@ -15,7 +15,9 @@ class Showing:
     """The bar and the lines of one run.
 
     Args:
+        bar: of all that the console sees.
         say: takes a line.
+        budget: when the run ends.
         per_epoch: minibatches of an epoch, where that is known.
     """
 
@@ -32,8 +34,9 @@ class Showing:
         self.bar.update(self.task, completed=self._done(at, gone))
 
     def step(self, at: Position, gone: Callable[[], float], loss: Tensor) -> None:
-        """A few times a second, and only where there is someone to see: reading the loss waits for
-        the device.
+        """Show the loss a few times a second, and only where there is someone to see.
+
+        Reading the loss waits for the device.
         """
         if not self.bar.disable and time.monotonic() - self._shown > 0.25:
             self._shown = time.monotonic()
@@ -41,13 +44,14 @@ class Showing:
             self.bar.update(self.task, completed=self._done(at, gone()), note=note)
 
     def epoch(self, number: float, scores: dict[str, float], at: Position) -> None:
-        """A line of an epoch's scores."""
+        """Say a line of an epoch's scores."""
         parts = ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in scores.items())
         self._say(f"epoch {number:g}: {parts}, {at.steps} steps in {at.wall:.4g} s")
 
     def _done(self, at: Position, gone: float) -> float:
-        """Of the total: steps, or seconds where those are limited (the steps too, whichever are
-        further).
+        """Return how much of the bar's total is done.
+
+        It is steps, or seconds where those are limited (the steps too, whichever are further).
         """
         if self.budget.seconds is None:
             return at.steps

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def of(run: Training) -> dict[str, Any]:
-    """The state of a run: tensors, numbers, strings, lists and dictionaries only."""
+    """Return the state of a run: tensors, numbers, strings, lists and dictionaries only."""
     return {
         "settings": run.must_match,
         "budget": asdict(run.budget),
@@ -39,6 +39,10 @@ def of(run: Training) -> dict[str, Any]:
 
 def restore(run: Training, saved: dict[str, Any]) -> None:
     """Bring a run to a state.
+
+    Args:
+        run: the run.
+        saved: what `of` returned.
 
     Raises:
         CurvlabError: it is of other settings, which are named, or does not hold what a run does;
@@ -78,6 +82,8 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
         raise CurvlabError(
             f"the checkpoint does not fit this run: {' '.join(str(error).split())[:200]}"
         ) from error
+    # what may fail comes before: the log was tried on a copy, optimizer and scheduler are put back
+    # where it does, so that a run that refuses a checkpoint is as it was
     run.log.load_state_dict(saved["log"])
     run.at, run.meter.sums = Position(**saved["position"]), saved["sums"]
     run.chance_of_epoch, run.chance_kept = chances

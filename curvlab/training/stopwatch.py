@@ -10,7 +10,7 @@ from curvlab.training.settings import Position
 
 
 class Stopwatch:
-    """What a run's steps take, added to its position whenever they pause.
+    """A watch of what a run's steps take, added to its position whenever they pause.
 
     Args:
         clock: seconds, once the device has done what it was asked.
@@ -35,7 +35,7 @@ class Stopwatch:
             self._since = None
 
     def gone(self, at: Position) -> float:
-        """Return the seconds of training so far; waits for no device."""
+        """Return the seconds of training so far; wait for no device."""
         return at.wall + (
             0.0 if self._since is None else time.perf_counter() - self._since[0] - self.sampler.wall
         )
