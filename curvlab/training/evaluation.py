@@ -115,7 +115,7 @@ def symbol_measures(ignored: int = IGNORED) -> tuple[Measure, dict[str, Measure]
     }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Evaluated:
     """The data that loss and error are evaluated on.
 
@@ -152,8 +152,8 @@ def measure_of(likelihood: Likelihood, outputs: int, y: object = None) -> Measur
 def further_of(likelihood: Likelihood, y: object) -> dict[str, Measure]:
     """Return what is measured beside loss and error.
 
-    Of sequences of symbols it is the cross-entropy per symbol, in nat and in bit, without what label
-    smoothing adds.
+    Of sequences of symbols it is the cross-entropy per symbol, in nat and in bit, without what
+    label smoothing adds.
     """
     if isinstance(likelihood, Categorical) and _sequences(y):
         return symbol_measures(likelihood.ignore_index)[1]

@@ -265,16 +265,13 @@ def _training(
         z, _ = closure.outputs()
     likelihood, y = objective.likelihood, closure.y
     error = measure_of(likelihood, z[0].numel(), y) if error is None else error
-    further = further_of(likelihood, y)
     size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(closure.x))
     return Training(
         objective,
         batches,
         settings,
         budget,
-        evaluated=Evaluated(
-            examples=examples, validation=validation, error=error, size=size, further=further
-        ),
+        evaluated=Evaluated(examples, validation, error, size, further_of(likelihood, y)),
         warm=warm,
         about=about,
         must_match=must_match,
