@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -214,7 +215,7 @@ def test_sparse_rows_come_out_as_the_dense_rows() -> None:
     ],
 )
 def test_what_cannot_be_right_is_refused_at_load(
-    ten: Dataset, change, says: str, monkeypatch: pytest.MonkeyPatch
+    ten: Dataset, change: Callable[[Dataset], Dataset], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DATASETS, "bad", Entry("bad", lambda: (ten, change(ten))))
     with pytest.raises(cl.CurvlabError, match=f"data set 'ten'.*{says}"):

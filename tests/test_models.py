@@ -114,13 +114,13 @@ def test_every_model_takes_its_data(name: str) -> None:
 
 @pytest.mark.parametrize("name", WIDTHS)
 def test_widths_are_those_of_the_documents(name: str) -> None:
-    linear = [m for m in cl.models.build(name) if isinstance(m, nn.Linear)]
+    linear = [m for m in cl.models.build(name).children() if isinstance(m, nn.Linear)]
     assert [m.in_features for m in linear] + [linear[-1].out_features] == WIDTHS[name]
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "-ae" in name])
 def test_autoencoders_have_a_relu_after_every_layer_but_code_and_output(name: str) -> None:
-    layers = list(cl.models.build(name))
+    layers = list(cl.models.build(name).children())
     code = min(m.out_features for m in layers if isinstance(m, nn.Linear))
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         if isinstance(layer, nn.Linear):
@@ -133,7 +133,7 @@ def test_autoencoders_have_a_relu_after_every_layer_but_code_and_output(name: st
 
 @pytest.mark.parametrize("name", ["mnist-500", "cifar-400", "webspam-400"])
 def test_networks_of_5_8_are_logistic(name: str) -> None:
-    assert {type(m) for m in cl.models.build(name)} == {nn.Linear, nn.Sigmoid}
+    assert {type(m) for m in cl.models.build(name).children()} == {nn.Linear, nn.Sigmoid}
 
 
 def test_the_mnist_autoencoder_starts_where_it_is_known_to() -> None:
@@ -284,8 +284,9 @@ def test_a_function_of_yours_is_a_model(yours: str) -> None:
     one, same, other = (cl.models.build(f"{yours}:net", seed) for seed in (1, 1, 2))
     assert sys.path == path
     assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(one.weight, same.weight)
-    assert not torch.equal(one.weight, other.weight)
+    weights = [net.get_parameter("weight") for net in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
     entry = cl.models.find(f"{yours}:net")
     assert (entry.likelihood, entry.data_name("mnist16")) == ("categorical", "mnist16")
     with pytest.raises(

@@ -92,7 +92,7 @@ def problem(**options: Any) -> SimpleNamespace:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [None, "1", "3"])
 def test_every_kind_is_that_of_one_tensor(kind: str, block: str | None) -> None:
-    p, kind = problem(), kind  # type: ignore[assignment]
+    p = problem()
     found = cl.exact.matrix(p.objective, p.x, p.y, kind, block).dense()  # type: ignore[arg-type]
     # labels are drawn by the number of the call: the first of each
     wanted = cl.exact.matrix(p.flat, p.whole, p.y, kind, block).dense()  # type: ignore[arg-type]
@@ -103,8 +103,8 @@ def test_every_kind_is_that_of_one_tensor(kind: str, block: str | None) -> None:
 def test_every_route(route: str) -> None:
     p = problem()
     for kind in ("ggn", "ef"):
-        found = cl.exact.matrix(p.objective, p.batch, None, kind, "1", route=route).dense()  # type: ignore[arg-type]
-        wanted = cl.exact.matrix(p.flat, p.whole, p.y, kind, "1").dense()  # type: ignore[arg-type]
+        found = cl.exact.matrix(p.objective, p.batch, None, kind, "1", route=route).dense()
+        wanted = cl.exact.matrix(p.flat, p.whole, p.y, kind, "1").dense()
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
 
 
@@ -112,8 +112,8 @@ def test_products_gradients_and_jacobians() -> None:
     p = problem()
     v = torch.randn(sum(b.numel for b in p.flat.blocks)).double()
     for kind in ("hessian", "ggn"):
-        found = cl.exact.product(p.objective, p.batch, None, kind) @ v  # type: ignore[arg-type]
-        wanted = cl.exact.product(p.flat, p.whole, p.y, kind) @ v  # type: ignore[arg-type]
+        found = cl.exact.product(p.objective, p.batch, None, kind) @ v
+        wanted = cl.exact.product(p.flat, p.whole, p.y, kind) @ v
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
     rows, flat = cl.exact.gradients(p.objective, p.x, p.y), cl.exact.gradients(p.flat, p.whole, p.y)
     for name, g in rows.items():
@@ -224,7 +224,7 @@ def test_loaders_training_and_comparison(tmp_path: Path) -> None:
     """A DataLoader of mappings, with its own collate function, goes through all commands."""
     p = problem()
     rows = [{name: t[i] for name, t in p.batch.items()} for i in range(N)]
-    loader = DataLoader(rows, batch_size=2)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(rows, batch_size=2)  # type: ignore[arg-type]
     found = cl.exact.matrix(p.objective, loader, None, "fisher", "3").dense()
     wanted = cl.exact.matrix(p.objective, p.batch, None, "fisher", "3").dense()
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
@@ -241,7 +241,8 @@ def test_loaders_training_and_comparison(tmp_path: Path) -> None:
         p.objective, loader, algorithm="k-bfgs", epochs=2, validation=p.batch, folder=tmp_path
     )
     p2 = problem()
-    loader2 = DataLoader([{name: t[i] for name, t in p2.batch.items()} for i in range(N)], 2)  # type: ignore[arg-type]
+    again2: Any = [{name: t[i] for name, t in p2.batch.items()} for i in range(N)]
+    loader2: DataLoader[Any] = DataLoader(again2, 2)
     one = cl.train(p2.objective, loader2, algorithm="kfac", epochs=2, progress=False)
     two = cl.train(q.flat, flat, algorithm="kfac", epochs=2, progress=False)
     np.testing.assert_allclose(one.dataset["train_loss"], two.dataset["train_loss"], rtol=1e-9)
@@ -320,7 +321,7 @@ def test_a_nest_stands_where_a_tensor_would() -> None:
     assert len(x[torch.tensor([2, 0])]) == 2
     assert x.tree["n"] is None
     assert hash(x.shape) == hash(Nest(x.tree, shared=["t"]).shape)
-    rows = torch.func.vmap(lambda part: part["a"].sum() + part["t"].sum())(x)  # type: ignore[arg-type]
+    rows = torch.func.vmap(lambda part: part["a"].sum() + part["t"].sum())(x)
     assert rows.tolist() == [5, 9, 13]
     assert given(Nest((torch.ones(2), torch.zeros(2))))[0][1].tolist() == [0, 0]
     with pytest.raises(TypeError):

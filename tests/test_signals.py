@@ -139,7 +139,7 @@ def sending(
     """
     real, calls = getattr(owner, name), [0]
 
-    def called(*words: object, **more: object) -> object:
+    def called(*words: object, **more: Any) -> object:
         if where(*words, **more):
             calls[0] += 1
             if calls[0] == at:
@@ -248,7 +248,7 @@ LATER: dict[str, tuple[object, str, int, int]] = {
     "evaluation, epoch 1": (evaluation, "evaluate", 3, 4),
     "evaluation, epoch 2, test examples": (evaluation, "evaluate", 6, 8),
     "the record of an epoch": (loop.Training, "_record", 2, 4),
-    "a checkpoint": (checkpoint.torch, "save", 2, 4),
+    "a checkpoint": (torch, "save", 2, 4),
     "a checkpoint, before it is in place": (os, "replace", 3, 4),
     "a checkpoint, half-written": (atomic.Sealing, "write", 137, 4),
     "a log, before it is in place": (os, "replace", 1, 0),
@@ -261,9 +261,9 @@ def test_a_signal_between_steps(
     phase: str, number: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    *where, steps = LATER[phase]
+    owner, name, at, steps = LATER[phase]
     with pytest.MonkeyPatch.context() as patch:
-        sending(patch, *where, number)
+        sending(patch, owner, name, at, number)
         ended(capsys, 128 + number, *RUN, "--out", str(out))
     assert not parts(out)
     assert len(cl.open(out)["epoch"]) >= 1
@@ -286,7 +286,7 @@ DRAWING = [
     ids=lambda p: p[1] if isinstance(p, tuple) else p.name,
 )
 def test_a_signal_while_the_pictures_are_drawn(
-    phase: tuple,
+    phase: tuple[Any, ...],
     number: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -296,7 +296,9 @@ def test_a_signal_while_the_pictures_are_drawn(
     owner, name, at = phase
     if at == "last":
         monkeypatch.setattr(
-            terminal, "rewrite", lambda path, write: (os.kill(os.getpid(), number), write(path))
+            terminal,
+            "rewrite",
+            lambda path, write: (os.kill(os.getpid(), number), write(path)),  # type: ignore[func-returns-value]  # for its effect
         )
     else:
         sending(monkeypatch, owner, name, at, number)
@@ -312,7 +314,7 @@ def test_a_signal_while_the_pictures_are_drawn(
 
 SECOND: dict[str, tuple[object, str, int]] = {
     "the same step": (loop.Training, "_watch", 3),
-    "the checkpoint": (checkpoint.torch, "save", 2),
+    "the checkpoint": (torch, "save", 2),
     "the checkpoint, half-written": (atomic.Sealing, "write", 137),
     "before the checkpoint is on the disk": (os, "fsync", 5),
     "before the checkpoint is in place": (os, "replace", 3),
@@ -409,7 +411,7 @@ def test_signals_at_calls_all_over_a_run(
         assert call(*RUN, "--out", str(tmp_path / "counted")) == 0
     finally:
         sys.setprofile(None)
-    calls, draw, codes = count.count[0], np.random.default_rng(3), set()  # type: ignore[attr-defined]
+    calls, draw, codes = count.count[0], np.random.default_rng(3), set()  # type: ignore[attr-defined]  # see `seen`
     for i, n in enumerate(np.linspace(20, calls, 9).astype(int)):
         number, twice = SIGNALS[i % len(SIGNALS)], int(10 ** draw.uniform(0, 3.5)) if i % 2 else 0
         out = tmp_path / f"{i + 1}"
@@ -420,7 +422,7 @@ def test_signals_at_calls_all_over_a_run(
             real = cli._ended
 
             def profiled(
-                words: list[str], real: Callable = real, profile: Callable = profile
+                words: list[str], real: Callable[..., int] = real, profile: Any = profile
             ) -> int:
                 sys.setprofile(profile)
                 try:
@@ -499,7 +501,7 @@ def objective() -> cl.Objective:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_in_python_it_is_an_exception_and_the_run_goes_on(number: int, tmp_path: Path) -> None:
-    more = {"epochs": 2, "algorithm": "adam"}
+    more: dict[str, Any] = {"epochs": 2, "algorithm": "adam"}
     expected = objective()
     with_nothing = cl.train(expected, data().batches(10, seed=1), **more).dataset
     before = {n: signal.getsignal(n) for n in SIGNALS}
@@ -589,7 +591,7 @@ def test_what_a_loader_draws_belongs_to_the_step(tmp_path: Path) -> None:
         def __len__(self) -> int:
             return 4
 
-    def run(kill: bool, **more: object) -> cl.Objective:
+    def run(kill: bool, **more: Any) -> cl.Objective:
         one = objective()
         cl.train(one, Noisy(kill), epochs=2, algorithm="adam", **more)
         return one
