@@ -29,6 +29,7 @@ from curvlab.derivatives import derivatives
 from curvlab.errors import MOST_STEPS, CurvlabError, guard_memory, lookup, several, unknown, whole
 from curvlab.exact.batches import Batches, Loader, check_kind
 from curvlab.fingerprint import Unchanging
+from curvlab.likelihoods.base import mean_per
 from curvlab.linalg.operators import Dense
 from curvlab.logs.log import Log, Record
 from curvlab.nests import is_minibatch
@@ -191,6 +192,7 @@ class Plan:
             "seed": objective.seed,
             "device": str(objective.device),
             "dtype": str(objective.dtype).removeprefix("torch."),
+            "loss_per": mean_per(objective.likelihood),
         }
         variables = {
             name: {"long_name": text, "units": units}

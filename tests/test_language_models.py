@@ -315,7 +315,7 @@ def test_evaluation_is_by_symbol_and_leaves_out_what_has_no_target() -> None:
 def test_symbols_are_counted_whichever_axis_has_the_classes() -> None:
     z = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     _, y = some()
-    wrong, further = symbol_measures()
+    wrong, further = symbol_measures(cl.likelihoods.Categorical())
     for measure in (wrong, *further.values()):
         torch.testing.assert_close(measure.each(z, y), measure.each(z.transpose(1, 2), y))
 

@@ -228,22 +228,52 @@ BAD: dict[str, tuple[Likelihood, Tensor, Tensor, str]] = {
         r"take y\.squeeze\(1\)$",
     ),
     "classes last": (
-        Categorical(),
+        Categorical(axis=1),
         torch.zeros(3, 5, 4),
         torch.zeros(3, 5).long(),
-        r"return z\.transpose\(1, 2\) from the model$",
+        r"shape \(3, 5\) but 12 class numbers, shape \(3, 4\), are needed: say Categor.*axis=-1\)$",
     ),
-    "classes last of maps": (
-        Categorical(),
-        torch.zeros(3, 5, 6, 4),
+    "classes on axis 1": (
+        Categorical(axis=-1),
+        torch.zeros(3, 4, 5, 6),
         torch.zeros(3, 5, 6).long(),
-        r"return z\.movedim\(-1, 1\)",
+        r"60 class numbers, shape \(3, 4, 5\), are needed: say Categorical\(axis=1\)$",
+    ),
+    "classes on either axis": (
+        Categorical(),
+        torch.zeros(3, 5, 5),
+        torch.zeros(3, 5).long(),
+        r"in two readings: 5 classes on axis 1 at places \[5\], or 5 .*\(axis=1\) or .*=-1\)$",
+    ),
+    "probabilities over either axis": (
+        Categorical(),
+        torch.zeros(3, 4, 4),
+        torch.full((3, 4, 4), 0.25),
+        r"in two readings: 4 classes on axis 1 .*Categorical\(axis=1\) or Categorical\(axis=-1\)$",
+    ),
+    "no class number anywhere": (
+        Categorical(),
+        torch.zeros(3, 5, 4),
+        torch.zeros(3, 7).long(),
+        r"shape \(3, 7\) but 12 .* shape \(3, 4\), are needed, or with the classes last \(3, 5\)",
+    ),
+    "smooth labels, classes last": (
+        Categorical(label_smoothing=0.1),
+        torch.zeros(3, 5, 4),
+        torch.zeros(3, 5).long(),
+        r"probabilities, which do not show their axis: say Categorical\(axis=-1\)$",
+    ),
+    "class weights of other classes": (
+        Categorical(weight=[1.0, 2.0]),
+        Z,
+        torch.zeros(3).long(),
+        "there are 2 class weights, but the model has 4 outputs",
     ),
     "one-hot, classes last": (
         Categorical(),
         torch.zeros(3, 2, 4),
         HOT[:, None].expand(3, 2, 4),
-        r"transpose.*y\.argmax\(-1\)",
+        r"classes last \(3, 2\): of one-hot targets take y\.argmax\(-1\)$",
     ),
     "one map": (
         Categorical(),
@@ -279,7 +309,7 @@ BAD: dict[str, tuple[Likelihood, Tensor, Tensor, str]] = {
         Categorical(),
         Z[:, 0],
         torch.zeros(3).long(),
-        r"must be \[N, C\] or \[N, C, …\], not \[3\]: .* Bernoulli",
+        r"must be \[N, C\], \[N, C, …\] or \[N, …, C\], not \[3\]: .* Bernoulli",
     ),
     "negative probabilities": (
         Categorical(),
@@ -309,7 +339,7 @@ BAD: dict[str, tuple[Likelihood, Tensor, Tensor, str]] = {
         Categorical(),
         torch.zeros(3, 2, 4),
         torch.full((3, 2, 4), 0.25),
-        r"take y\.transpose\(1, 2\)",
+        r"over axis 1, not to 0\.5 .*say Categorical\(axis=-1\)$",
     ),
     "all but one": (
         Categorical(),
@@ -399,9 +429,11 @@ def test_a_remedy_is_not_forbidden_by_the_next_check() -> None:
     c.check(Z, (2 * HOT + 1) / (2 * HOT + 1).sum(1, keepdim=True))
     c.check(Z, torch.zeros(3, 1).squeeze(-1).long())
     c.check(MAP, torch.zeros(3, 1, 2, 2).squeeze(1).long())
-    c.check(last.transpose(1, 2), torch.zeros(3, 5).long())
-    c.check(last.transpose(1, 2), hot.argmax(-1))
-    c.check(last.transpose(1, 2), hot.float().transpose(1, 2))
+    last_axis = Categorical(axis=-1)
+    last_axis.check(last, torch.zeros(3, 5).long())
+    c.check(last, hot.argmax(-1))
+    last_axis.check(last, hot.float())
+    Categorical(axis=-1, label_smoothing=0.1).check(last, torch.zeros(3, 5).long())
     c.check(torch.zeros(3, 4, 1, 1).flatten(1), torch.zeros(3).long())
     c.check(Z, torch.full((3, 4), -0.1).softmax(1))
     Categorical(ignore_index=-1).check(Z, torch.tensor([0, -1, -1]))

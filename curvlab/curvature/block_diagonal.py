@@ -33,6 +33,7 @@ from curvlab.derivatives import precise
 from curvlab.divergence import Naming, named
 from curvlab.errors import CurvlabError, Diverged, unknown, warn
 from curvlab.layers import Block, Layout
+from curvlab.likelihoods.base import factor_over
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
 from curvlab.nests import plain
 from curvlab.objective import Objective
@@ -216,10 +217,9 @@ class BlockDiagonal(CurvatureDefaults):
             self.blocks |= {name: self._fallback() for name in lost}
 
     def _fold_data(self, objective: Objective) -> None:
-        seen = 0
+        seen, factor = 0, factor_over(objective.likelihood, (y for _, y in self.shown))
         for x, y in self.shown:
-            # of no stream's count: made again and again
-            closure = Closure(objective, x, y, 0, "warm")
+            closure = Closure(objective, x, y, 0, "warm", factor=factor)  # of no stream's count
             seen += len(closure.x)
             self._fold(closure.observe({self._pass}, move_buffers=False), len(closure.x) / seen)
 

@@ -10,22 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from curvlab.closure import Closure
 from curvlab.datasets import Dataset
-from curvlab.datasets.base import IGNORED, SparseRows
+from curvlab.datasets.base import SparseRows
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from curvlab.likelihoods.base import counted_of, ratio
 from curvlab.objective import Objective
 from curvlab.system import random_state
 
@@ -54,8 +55,21 @@ class Measure:
     count: Callable[[Tensor], Int[Tensor, " N"]] | None = None
 
 
-def _wrong(z: Tensor, y: Tensor) -> Tensor:
-    return (z.argmax(1) != y).double()
+def _wrong(likelihood: Categorical, z: Tensor, y: Tensor) -> Tensor:
+    """Return the fraction wrong of each example's counted places; 0 where none is counted."""
+    axis = likelihood.axis_of(z, y)
+    soft = y.is_floating_point()
+    wrong = (z.argmax(axis) != (y.argmax(axis) if soft else y)).double()
+    if soft:
+        return wrong.reshape(len(z), -1).mean(1)
+    return _over(wrong, y.long() != likelihood.ignore_index)
+
+
+def _over(each: Tensor, counted: Tensor) -> Tensor:
+    """Return the mean of each example over what is counted; 0 where nothing is."""
+    n = len(each)
+    number = counted.reshape(n, -1).sum(1)
+    return each.masked_fill(~counted, 0.0).reshape(n, -1).sum(1) / number.clamp_min(1)
 
 
 def _wrong_sign(z: Tensor, y: Tensor) -> Tensor:
@@ -66,7 +80,7 @@ def _squared(z: Tensor, y: Tensor) -> Tensor:
     return (z - y).square().flatten(1).mean(1)
 
 
-WRONG = Measure("fraction of wrong classes", "1", _wrong)
+WRONG = Measure("fraction of wrong classes", "1", partial(_wrong, Categorical()))
 WRONG_SIGN = Measure("fraction of wrong classes", "1", _wrong_sign)
 SQUARED_SIGMOID = Measure(
     "mean squared error of sigmoid(output)", "1", lambda z, y: _squared(z.sigmoid(), y)
@@ -74,44 +88,41 @@ SQUARED_SIGMOID = Measure(
 SQUARED = Measure("mean squared error of the outputs", "1", _squared)
 
 
-# Of symbols: class numbers y [N, T], classes on the last axis of the outputs or on axis 1.
+# Of symbols: class numbers y [N, T].
 
 
-def _symbols(z: Tensor, y: Int[Tensor, "N *T"], ignored: int) -> tuple[Tensor, Bool[Tensor, "M"]]:
-    """(outputs [M, C], whether each of the M places has a symbol), M = N · |T|."""
-    z = z if z.shape[:-1] == y.shape else z.movedim(1, -1)
-    return z.reshape(-1, z.shape[-1]), (y != ignored).flatten()
+def _wrong_symbols(likelihood: Categorical, z: Tensor, y: Int[Tensor, "N T"]) -> Tensor:
+    wrong = z.argmax(likelihood.axis_of(z, y)) != y
+    return (wrong & (y != likelihood.ignore_index)).sum(1)
 
 
-def _wrong_symbols(ignored: int, z: Tensor, y: Tensor) -> Tensor:
-    logits, there = _symbols(z, y, ignored)
-    return ((logits.argmax(1) != y.flatten()) & there).reshape(len(y), -1).double().sum(1)
+def _nats(likelihood: Categorical, z: Tensor, y: Int[Tensor, "N T"]) -> Tensor:
+    z = z if likelihood.axis_of(z, y) == 1 else z.movedim(-1, 1)
+    ignored = likelihood.ignore_index
+    return F.cross_entropy(z, y.long(), reduction="none", ignore_index=ignored).double().sum(1)
 
 
-def _nats(ignored: int, z: Tensor, y: Tensor) -> Tensor:
-    logits, _ = _symbols(z, y, ignored)
-    losses = F.cross_entropy(logits, y.flatten().long(), reduction="none", ignore_index=ignored)
-    return losses.reshape(len(y), -1).double().sum(1)
+def _bits(likelihood: Categorical, z: Tensor, y: Int[Tensor, "N T"]) -> Tensor:
+    return _nats(likelihood, z, y) / math.log(2)
 
 
-def _bits(ignored: int, z: Tensor, y: Tensor) -> Tensor:
-    return _nats(ignored, z, y) / math.log(2)
+def _count(likelihood: Categorical, y: Int[Tensor, "N T"]) -> Tensor:
+    return (y != likelihood.ignore_index).sum(1)
 
 
-def _count(ignored: int, y: Tensor) -> Tensor:
-    return (y != ignored).flatten(1).sum(1)
-
-
-def symbol_measures(ignored: int = IGNORED) -> tuple[Measure, dict[str, Measure]]:
+def symbol_measures(likelihood: Categorical) -> tuple[Measure, dict[str, Measure]]:
     """Return (the fraction of wrong symbols, {name in a log: cross-entropy per symbol}).
 
-    A log adds the name to "train_" and "val_". Places whose target is `ignored` are left out.
+    A log adds the name to "train_" and "val_". Ignored places are left out; class weights and label
+    smoothing are too.
     """
-    count = partial(_count, ignored)
-    wrong = Measure("fraction of wrong symbols", "1", partial(_wrong_symbols, ignored), count)
-    return wrong, {
-        "nats_per_symbol": Measure("nats per symbol", "nat", partial(_nats, ignored), count),
-        "bits_per_symbol": Measure("bits per symbol", "bit", partial(_bits, ignored), count),
+
+    def measure(name: str, units: str, each: Callable[..., Tensor]) -> Measure:
+        return Measure(name, units, partial(each, likelihood), partial(_count, likelihood))
+
+    return measure("fraction of wrong symbols", "1", _wrong_symbols), {
+        "nats_per_symbol": measure("nats per symbol", "nat", _nats),
+        "bits_per_symbol": measure("bits per symbol", "bit", _bits),
     }
 
 
@@ -137,14 +148,19 @@ class Evaluated:
 def measure_of(likelihood: Likelihood, outputs: int, y: object = None) -> Measure | None:
     """Return the documents' error of a likelihood; None where they have none.
 
-    Classes: the fraction wrong, of all symbols where the targets y are sequences. Autoencoders
-    (Bernoulli, several outputs): mean squared error of sigmoid(output) over pixels (practice).
-    FACES (Gaussian): mean squared error of the outputs. Bernoulli with one output is a choice of
-    two classes.
+    Classes: the fraction wrong, of each example over its counted places; where the targets y are
+    sequences [N, T], of all symbols. Autoencoders (Bernoulli, several outputs): mean squared error
+    of sigmoid(output) over pixels (practice). FACES (Gaussian): mean squared error of the outputs.
+    Bernoulli with one output is a choice of two classes.
     """
     if isinstance(likelihood, Categorical):
-        return WRONG if not _sequences(y) else symbol_measures(likelihood.ignore_index)[0]
+        if _sequences(y):
+            return symbol_measures(likelihood)[0]
+        plain = likelihood.ignore_index == Categorical.ignore_index and likelihood.axis is None
+        return WRONG if plain else replace(WRONG, each=partial(_wrong, likelihood))
     if isinstance(likelihood, Bernoulli):
+        if likelihood.ignore_value is not None:
+            return None  # a mean over the outputs that are not ignored has no name here
         return WRONG_SIGN if outputs == 1 else SQUARED_SIGMOID
     return SQUARED if isinstance(likelihood, Gaussian) else None
 
@@ -152,16 +168,15 @@ def measure_of(likelihood: Likelihood, outputs: int, y: object = None) -> Measur
 def further_of(likelihood: Likelihood, y: object) -> dict[str, Measure]:
     """Return what is measured beside loss and error.
 
-    Of sequences of symbols it is the cross-entropy per symbol, in nat and in bit, without what
-    label smoothing adds.
+    Of sequences of symbols it is the cross-entropy per symbol, in nat and in bit.
     """
     if isinstance(likelihood, Categorical) and _sequences(y):
-        return symbol_measures(likelihood.ignore_index)[1]
+        return symbol_measures(likelihood)[1]
     return {}
 
 
 def _sequences(y: object) -> bool:
-    return isinstance(y, Tensor) and y.ndim > 1 and not y.is_floating_point()
+    return isinstance(y, Tensor) and y.ndim == 2 and not y.is_floating_point()
 
 
 @contextmanager
@@ -273,23 +288,24 @@ def measured(
     most: int | None = None,
 ) -> list[float]:
     """Compute the mean loss, then the mean of each measure, as `evaluate` does."""
-    count = 0
+    count, counted = 0, 0.0
     sums, of = torch.zeros(2, 1 + len(measures), dtype=torch.float64, device=objective.device)
     with evaluating(objective.model), random_state.kept(objective.device), torch.no_grad():
         for batch in chunks(data, size, most):
             # no closure of the objective's own: its labels stay as they are
-            closure = Closure(objective, *objective.batch(batch), 0)
+            closure = Closure(objective, *objective.batch(batch), 0, factor=1.0)
             z, losses = closure.outputs()
             sums[0] += losses.double().sum()
             for i, measure in enumerate(measures, 1):
                 sums[i] += measure.each(z, closure.y).double().sum()
                 of[i] += len(z) if measure.count is None else measure.count(closure.y).sum()
             count += len(z)
+            counted += counted_of(objective.likelihood, closure.y)
     if not count:
         raise CurvlabError("there are no examples to evaluate on")
     of[0] = count
-    means: list[float] = (sums / of).tolist()
-    return means
+    loss, *means = (sums / of).tolist()
+    return [loss * ratio(count, counted), *means]
 
 
 def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> dict[str, float]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlab.likelihoods.base import mean_per
 from curvlab.logs.log import Log, Record
 from curvlab.objective import Objective
 from curvlab.observation import Observation
@@ -99,6 +100,7 @@ def open_log(
         "seed": objective.seed,
         "device": str(objective.device),
         "dtype": str(objective.dtype).removeprefix("torch."),
+        "loss_per": mean_per(objective.likelihood),
         "threads": torch.get_num_threads(),
         "error": error.name if error else "none",
     }

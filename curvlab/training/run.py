@@ -20,6 +20,7 @@ from curvlab import datasets
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell
+from curvlab.likelihoods.base import mean_per, scaled
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
 from curvlab.optim import Batch
@@ -192,6 +193,8 @@ def train(
     about |= {"data": data, "call": call}
     shapes = {name: list(p.shape) for name, p in objective.parameters.items()}
     must_match = {"model": model, "data": data, "parameters": shapes, "seed": objective.seed}
+    if scaled(objective.likelihood):
+        must_match |= {"loss per": mean_per(objective.likelihood)}
     still = in_eval_mode(objective.model)
     must_match |= {"modules in eval mode": still} if still else {}
     if still == ["all"] and any(map(depends_on_mode, objective.model.modules())):
@@ -261,7 +264,7 @@ def _training(
         raise CurvlabError("there are no minibatches to train on")
     with evaluating(objective.model), random_state.kept(objective.device):
         # what does not fit is found before anything is written
-        closure = Closure(objective, *objective.batch(first), 0)
+        closure = Closure(objective, *objective.batch(first), 0, factor=1.0)
         z, _ = closure.outputs()
     likelihood, y = objective.likelihood, closure.y
     error = measure_of(likelihood, z[0].numel(), y) if error is None else error
