@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -54,7 +54,7 @@ _UNSEEN = 18.0
 _NUMBERS = 1 << 22
 
 
-def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]) -> Law:
+def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Any) -> Law:
     """Hold a likelihood's `root` and `sample` against its `loss` at outputs z and labels y.
 
     It draws by a seed of its own. What holds here need not hold for labels of another kind (a mask,

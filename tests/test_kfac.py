@@ -29,7 +29,7 @@ def factors(curvature: BlockDiagonal, block: str) -> tuple[Tensor, Tensor]:
     assert isinstance(kfac, Kfac)
     assert kfac.A is not None
     assert kfac.G is not None
-    return kfac.A, kfac.G
+    return kfac.A if kfac.A.ndim == 2 else torch.diag(kfac.A), kfac.G
 
 
 def deep_linear(bias: bool) -> cl.Objective:

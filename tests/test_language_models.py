@@ -18,6 +18,7 @@ import curvlab as cl
 from curvlab.datasets import Dataset, files, sequences
 from curvlab.datasets.base import IGNORED
 from curvlab.models import GPT, ViT
+from curvlab.sequence_networks import Attention, TransformerLayer
 from curvlab.training.evaluation import (
     Evaluated,
     further_of,
@@ -44,6 +45,12 @@ def tiny(places: int = 5, symbols: int = 7, width: int = 4) -> GPT:
 def some(places: int = 5, symbols: int = 7, n: int = 3) -> tuple[Tensor, Tensor]:
     drawn = torch.randint(symbols, (n, places + 1), generator=torch.Generator().manual_seed(1))
     return drawn[:, :-1], drawn[:, 1:]
+
+
+def of(part: Dataset) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets, which are dense."""
+    assert isinstance(part.x, Tensor)
+    return part.x, part.y
 
 
 # ---- data
@@ -76,27 +83,27 @@ def test_windows_follow_one_another_and_the_last_tenth_is_for_validation(
     for part, own in zip(parts, (text[:cut], text[cut:]), strict=True):
         assert part.symbolic
         assert len(part) == (len(own) - 1) // places
-        for y, shift in ((part.x, 0), (part.y, 1)):
-            said = "".join(symbols[i] for i in y.flatten().tolist())
+        for shift, numbers in enumerate(of(part)):
+            said = "".join(symbols[i] for i in numbers.flatten().tolist())
             assert said == own[shift : shift + len(part) * places]
 
 
 def test_copying_gives_back_what_it_was_given() -> None:
     train, tested = cl.datasets.load("copying")
     for part in (train, tested):
-        given = part.x[:, :8]
-        assert (part.x[:, 8] == 8).all()
-        assert torch.equal(part.y[:, 8:], given)
-        assert torch.equal(part.x[:, 9:], given[:, :-1])
-        assert (part.y[:, :8] == IGNORED).all()
+        x, y = of(part)
+        assert (x[:, 8] == 8).all()
+        assert torch.equal(y[:, 8:], x[:, :8])
+        assert torch.equal(x[:, 9:], x[:, :7])
+        assert (y[:, :8] == IGNORED).all()
     assert train.outputs == 9  # the delimiter is no target
-    assert not torch.equal(sequences.copying(1)[0].x, train.x)
+    assert not torch.equal(of(sequences.copying(1)[0])[0], of(train)[0])
 
 
 @pytest.mark.parametrize("modulus", [97, 5])
 def test_addition_has_every_pair_once(modulus: int) -> None:
     parts = sequences.addition(modulus)
-    x, y = (torch.cat([getattr(part, v) for part in parts]) for v in "xy")
+    x, y = (torch.cat(values) for values in zip(*map(of, parts), strict=True))
     assert len(torch.unique(x, dim=0)) == len(x) == modulus**2
     assert (x[:, 2] == modulus).all()
     assert torch.equal(y[:, 2], (x[:, 0] + x[:, 1]) % modulus)
@@ -113,9 +120,7 @@ def test_addition_has_every_pair_once(modulus: int) -> None:
     ],
 )
 def test_what_is_made_is_the_same_everywhere(name: str, sum_: str) -> None:
-    made = b"".join(
-        v.numpy().tobytes() for part in cl.datasets.load(name) for v in (part.x, part.y)
-    )
+    made = b"".join(v.numpy().tobytes() for part in cl.datasets.load(name) for v in of(part))
     assert hashlib.sha256(made).hexdigest() == sum_
 
 
@@ -170,6 +175,7 @@ def test_the_head_is_the_embedding() -> None:
 @pytest.mark.parametrize("name", ["gpt-tiny", "gpt-small", "vit-tiny"])
 def test_names_say_the_kind_of_a_layer_and_first_weights_are_gpt_2s(name: str) -> None:
     model = cl.models.build(name)
+    assert isinstance(model, GPT | ViT)
     depth = len(model.layers)
     for i, layer in enumerate(model.layers):
         own = {n for n, _ in layer.named_modules() if n in KINDS}
@@ -188,7 +194,10 @@ def test_names_say_the_kind_of_a_layer_and_first_weights_are_gpt_2s(name: str) -
 
 def test_attention_is_that_of_multi_head_attention() -> None:
     """torch's module, with the same weights and mask."""
-    own = tiny().layers[0].attention
+    layer = tiny().layers[0]
+    assert isinstance(layer, TransformerLayer)
+    own = layer.attention
+    assert isinstance(own, Attention)
     other = nn.MultiheadAttention(4, 2, batch_first=True).double()
     other.load_state_dict(
         {

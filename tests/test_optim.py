@@ -424,6 +424,7 @@ WITHOUT_WAITING = [
     "kfac",
     "kfac-20",
     "kfac-ef",
+    "kfac-reduce",
     "kflr",
     "tnt",
     "tnt-ef",

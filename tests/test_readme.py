@@ -174,6 +174,7 @@ def test_the_damping_rule_is_as_written() -> None:
         "kfac",
         "kfac-20",
         "kfac-ef",
+        "kfac-reduce",
         "kflr",
     )
     for name in (*same, "smw-ng-bd", "smw-ng", "smw-gn", "hf"):

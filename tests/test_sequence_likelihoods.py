@@ -8,6 +8,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def labels(*shape: int, seed: int = 3, ignored: float = 0.4) -> Tensor:
 # the classes, and their weights
 
 PLACES: list[tuple[int, ...]] = [(), (4,), (2, 4)]
-OPTIONS: list[dict[str, object]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"label_smoothing": 0.2},
     {"weight": WEIGHTS},
@@ -64,7 +65,7 @@ every_option = pytest.mark.parametrize("options", OPTIONS)
 everywhere = pytest.mark.parametrize("places", PLACES)
 
 
-def torchs(z: Tensor, y: Tensor, options: dict[str, object], reduction: str = "none") -> Tensor:
+def torchs(z: Tensor, y: Tensor, options: dict[str, Any], reduction: str = "none") -> Tensor:
     """F.cross_entropy, the classes on axis 1."""
     own = {"weight": torch.as_tensor(options["weight"]).to(z)} if "weight" in options else {}
     return F.cross_entropy(z, y, reduction=reduction, **(options | own))
@@ -72,9 +73,7 @@ def torchs(z: Tensor, y: Tensor, options: dict[str, object], reduction: str = "n
 
 @everywhere
 @every_option
-def test_losses_are_torchs_on_either_axis(
-    places: tuple[int, ...], options: dict[str, object]
-) -> None:
+def test_losses_are_torchs_on_either_axis(places: tuple[int, ...], options: dict[str, Any]) -> None:
     z = 2 * normal(5, C, *places)
     y = labels(5, *places)
     y = torch.where(y == -100, options.get("ignore_index", -100), y)
@@ -139,7 +138,7 @@ def test_which_axis_is_read_from_the_shapes() -> None:
         ({"weight": 2.0}, r"one number a class, \[C\], not of shape \(\)"),
     ],
 )
-def test_arguments_of_categorical(arguments: dict[str, object], message: str) -> None:
+def test_arguments_of_categorical(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(CurvlabError, match=message) as caught:
         Categorical(**arguments)
     assert "\n" not in str(caught.value)
@@ -147,7 +146,7 @@ def test_arguments_of_categorical(arguments: dict[str, object], message: str) ->
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"ignore_index": 0}])
 @pytest.mark.parametrize("axis", [1, -1])
-def test_enumerated_labels_give_the_root(options: dict[str, object], axis: int) -> None:
+def test_enumerated_labels_give_the_root(options: dict[str, Any], axis: Any) -> None:
     """All 9 labels of 3 classes at 2 places, as `sample` returns them."""
     ignore = int(options.get("ignore_index", -100))
     y = torch.tensor([[0, 1], [ignore, 2], [1, ignore], [ignore, ignore]])
@@ -200,19 +199,17 @@ Y[2] = -100  # of one sequence nothing is counted
 N, M = len(Y), int((Y != -100).sum())
 
 
-def objective(
-    per: str = "token", model: nn.Module | None = None, **options: object
-) -> cl.Objective:
+def objective(per: Any = "token", model: nn.Module | None = None, **options: Any) -> cl.Objective:
     return cl.Objective(model or tokens(), Categorical(per=per, **options), seed=0)
 
 
-def mean_loss(model: nn.Module, weights: dict[str, Tensor], **options: object) -> Tensor:
+def mean_loss(model: nn.Module, weights: dict[str, Tensor], **options: Any) -> Tensor:
     """Torch's own mean per token."""
     z = functional_call(model, weights, (X,))
     return F.cross_entropy(z.reshape(-1, C), Y.reshape(-1), **options)
 
 
-def true_derivatives(model: nn.Module, **options: object) -> tuple[Tensor, Tensor]:
+def true_derivatives(model: nn.Module, **options: Any) -> tuple[Tensor, Tensor]:
     """(gradient, Hessian) of torch's mean, in the objective's order."""
     layout = cl.Objective(model, Gaussian()).layout
     at = layout.flatten({name: p.detach() for name, p in model.named_parameters()})
@@ -233,7 +230,7 @@ WEIGHTED = pytest.mark.parametrize(
 
 
 @WEIGHTED
-def test_gradient_and_hessian_are_those_of_torchs_mean(options: dict[str, object]) -> None:
+def test_gradient_and_hessian_are_those_of_torchs_mean(options: dict[str, Any]) -> None:
     model = tokens()
     g, H = true_derivatives(model, **options)
     o = objective(model=model, axis=-1, **options)
@@ -268,7 +265,7 @@ models = pytest.mark.parametrize("model", [Tokens, Remembered])
 @models
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 def test_every_matrix_is_that_of_the_sequences_times_the_factor(
-    kind: str, model: type[Tokens]
+    kind: Any, model: type[Tokens]
 ) -> None:
     """By every route: EF, of squared gradients of the data's labels, by its square."""
     one, all_ = (objective(per, tokens(model)) for per in ("token", "sequence"))
@@ -307,7 +304,7 @@ def test_per_sample_gradients_are_of_the_loss_times_the_factor() -> None:
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef", "fisher"])
 def test_the_factor_is_that_of_all_minibatches_and_of_no_chunk(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     o = objective()
     whole = cl.exact.matrix(o, X, Y, kind, None).dense()
@@ -535,7 +532,7 @@ def test_what_is_said_of_the_law_is_what_a_look_finds(
 @pytest.mark.parametrize("weight", [None, [0.5, 2.0, 0.0], 3.0])
 @pytest.mark.parametrize("positive", [None, [4.0, 1.0, 0.5], torch.tensor(2.0)])
 @pytest.mark.parametrize("ignored", [None, math.nan, -1.0])
-def test_bernoulli_is_torchs(weight: object, positive: object, ignored: float | None) -> None:
+def test_bernoulli_is_torchs(weight: Any, positive: Any, ignored: float | None) -> None:
     z, y = 2 * normal(6, 2, 3), (normal(6, 2, 3, seed=1).sigmoid())
     there = torch.ones_like(y, dtype=torch.bool)
     if ignored is not None:
@@ -619,7 +616,7 @@ def test_masked_targets_have_no_gradient_and_no_curvature() -> None:
 
 
 @pytest.mark.parametrize("variance", [1.0, 0.25, [0.5, 1.0, 4.0], torch.tensor([[2.0], [3.0]])])
-def test_gaussian_variance(variance: object) -> None:
+def test_gaussian_variance(variance: Any) -> None:
     z, y = normal(6, 2, 3), normal(6, 2, 3, seed=1)
     likelihood, known = Gaussian(variance), torch.as_tensor(variance).to(z).expand(2, 3)
     likelihood.check(z, y)
@@ -770,3 +767,44 @@ def test_streams() -> None:
     found = cl.exact.matrix(o, pairs, kind="ggn", block=None).dense()
     expected = cl.exact.matrix(plain, pairs, kind="ggn", block=None).dense()
     assert_near(found, 8 / total * expected, TIGHT)
+
+
+class TwoHeaded(nn.Module):
+    """Outputs by name over one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under, self.kind, self.sign = nn.Linear(4, 3), nn.Linear(3, 6), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.tanh(self.under(x))
+        return {"sign": self.sign(h), "kind": self.kind(h).reshape(-1, C, 2)}
+
+
+@pytest.mark.parametrize("route", ["auto", "func"])
+def test_a_model_of_two_heads(route: str) -> None:
+    """By the objective, against autograd of the sum of torch's losses."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = TwoHeaded().double()
+    o = cl.Objective(model, Heads({"kind": Categorical(axis=1), "sign": Bernoulli()}))
+    layout = o.layout
+
+    def loss(w: Tensor) -> Tensor:
+        out = functional_call(model, layout.unflatten(w), (UNDER,))
+        return (
+            F.cross_entropy(out["kind"], BOTH["kind"], reduction="sum")
+            + F.binary_cross_entropy_with_logits(out["sign"], BOTH["sign"], reduction="sum")
+        ) / 5
+
+    at = layout.flatten({name: p.detach() for name, p in model.named_parameters()})
+    found = {
+        kind: cl.exact.matrix(o, UNDER, BOTH, kind, None, route=route).dense()
+        for kind in ("hessian", "ggn", "pi", "fisher", "ef")
+    }
+    assert_near(found["hessian"], hessian(loss)(at), TIGHT)
+    assert_near(found["ggn"] + found["pi"], found["hessian"], TIGHT)
+    assert_near(found["fisher"], found["ggn"], TIGHT)
+    assert_near(flat(o.closure(UNDER, BOTH).observe().gradients), grad(loss)(at), TIGHT)
+    drawn = cl.exact.matrix(o, UNDER, BOTH, "fisher-mc", None, route=route, draws=400).dense()
+    assert float((drawn - found["fisher"]).norm() / found["fisher"].norm()) < 0.2

@@ -21,10 +21,10 @@ from curvlab.errors import CurvlabError
 class Likelihood(Protocol):
     """The law p(y | z) of labels at outputs, as far as an objective needs to know it."""
 
-    def check(self, z: Float[Tensor, "N *C"], y: Tensor) -> None:
+    def check(self, z: Float[Tensor, "N *C"], y: Any) -> None:
         """Raise CurvlabError where the targets do not fit the outputs (shape, dtype, range)."""
 
-    def loss(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, " N"]:
+    def loss(self, z: Float[Tensor, "N *C"], y: Any) -> Float[Tensor, " N"]:
         """Return −log p(y | z) of each example, summed over outputs."""
 
     def sample(
