@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import xarray as xr
 from rich.console import Console
-from torch import Tensor
 
 from curvlab import exact
 from curvlab.densities import EDGES as EDGES
@@ -27,7 +26,7 @@ from curvlab.densities import of_products as of_products
 from curvlab.densities import tolerance as tolerance
 from curvlab.derivatives import derivatives
 from curvlab.errors import MOST_STEPS, CurvlabError, guard_memory, lookup, several, unknown, whole
-from curvlab.exact.batches import Loader, Minibatches, check_kind
+from curvlab.exact.batches import Minibatches, check_kind
 from curvlab.fingerprint import Unchanging
 from curvlab.likelihoods.base import mean_per
 from curvlab.linalg.operators import Dense
@@ -205,8 +204,8 @@ class Plan:
     def record(
         self,
         objective: Objective,
-        x: Tensor | Loader,
-        y: Tensor | None,
+        x: Any,
+        y: Any,
         say: Callable[[str], None],
         done: Callable[[], None],
     ) -> Record:
@@ -248,8 +247,8 @@ class Plan:
     def _spectrum(
         self,
         objective: Objective,
-        x: Tensor | Loader,
-        y: Tensor | None,
+        x: Any,
+        y: Any,
         kind: Any,
         block: str,
         route: str,
@@ -272,7 +271,7 @@ def _coordinate(dim: str, values: Any, long_name: str, units: str) -> xr.Variabl
     return xr.Variable(dim, np.asarray(values), {"long_name": long_name, "units": units})
 
 
-def _loss(objective: Objective, x: Tensor | Loader, y: Tensor | None) -> float:
+def _loss(objective: Objective, x: Any, y: Any) -> float:
     """Return the mean loss over the examples."""
     fresh = Objective(objective.model, objective.likelihood, objective.seed)
     total, size = 0.0, 0
@@ -284,8 +283,8 @@ def _loss(objective: Objective, x: Tensor | Loader, y: Tensor | None) -> float:
 
 def spectrum(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     matrices: str | Sequence[str] = ("hessian", "ggn"),
     method: str = "auto",
     *,

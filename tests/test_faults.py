@@ -173,7 +173,7 @@ def verdict(
     except Exception as error:  # whatever it is, the others are asked too
         return f"raw {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     gap = max(apart(f, w, scale) for f, w in zip(found, wanted, strict=True))
-    return "" if gap <= TOLERANCE else f"off by {gap:.2g}"
+    return "" if gap <= tolerance else f"off by {gap:.2g}"
 
 
 def wrong_numbers(case: Case, what: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ from test_cli import call
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab import runs
 from curvlab.algorithms import ALGORITHMS, descent
 from curvlab.closure import Closure
 from curvlab.curvature.hessian_free import HessianFree
@@ -616,9 +617,7 @@ def test_compare_of_damping_zero_with_every_probe() -> None:
     case = Case("sgd-m", clean=0)
     with torch.no_grad():
         case.x[:, 0] = 0.0  # its weights have no gradient: 0 / 0
-    probes = [
-        f"{n}:1" for n, p in PROBES.items() if "compare" in p.where and n not in cl.runs.ALWAYS
-    ]
+    probes = [f"{n}:1" for n, p in PROBES.items() if "compare" in p.where and n not in runs.ALWAYS]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = cl.compare(
@@ -632,7 +631,7 @@ def test_compare_of_damping_zero_with_every_probe() -> None:
         assert not run.diverged
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                cl.runs.CompareSettings,
+                runs.CompareSettings,
                 "dampings",
                 lambda self, size: dict.fromkeys(self.names, 0.01) | {"adam": 0.0},
             )

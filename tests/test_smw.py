@@ -23,6 +23,7 @@ from reference import Reference
 from torch import Tensor
 
 import curvlab as cl
+from curvlab import runs
 from curvlab.algorithms import approximation
 from curvlab.curvature.whole_vector import subset
 from curvlab.linalg.operators import LowRank
@@ -442,7 +443,7 @@ def test_damping_of_the_blocks_follows_their_model_together() -> None:
 @pytest.mark.parametrize("name", ["smw-ng-bd", "smw-ng", "smw-gn", "hf"])
 def test_a_comparison_holds_the_damping(name: str) -> None:
     p = problem("tanh", n=9)
-    settings = cl.runs.CompareSettings(reference=name, algorithms=(name,), damping=0.02)
+    settings = runs.CompareSettings(reference=name, algorithms=(name,), damping=0.02)
     curvature = settings.descents(p.objective(), 9)[name].curvature
     assert not curvature.wants_step
     free, held = (

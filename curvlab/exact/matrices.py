@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.exact.batches import (
     PASS_OF_KIND,
     Kind,
-    Loader,
     Minibatches,
     check_kind,
     few,
@@ -52,8 +52,8 @@ def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") ->
 @derivatives()
 def matrices(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     blocks: Sequence[str] | str | None = None,
     *,
@@ -128,8 +128,8 @@ def _assign(
 @derivatives()
 def matrix(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     block: str | tuple[str, str] | None = "1",
     *,
@@ -195,8 +195,8 @@ def select(objective: Objective, name: str) -> tuple[Block, Tensor | None]:
 
 def _across(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None,
+    x: Any,
+    y: Any,
     kind: Kind,
     block: tuple[str, str] | None,
     route: str,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,6 @@ from curvlab.errors import CurvlabError
 from curvlab.exact.batches import (
     PASS_OF_KIND,
     Kind,
-    Loader,
     Minibatches,
     by_hessians,
     check_kind,
@@ -42,8 +42,8 @@ _COLUMNS = 32  # vectors through the model at once
 @derivatives()
 def product(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     block: str | tuple[str, str] | None = None,
     *,
@@ -103,8 +103,8 @@ def product(
 @derivatives()
 def diagonal(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     *,
     draws: int = 1,

@@ -29,7 +29,7 @@ class Likelihood(Protocol):
 
     def sample(
         self, z: Float[Tensor, "N *C"], generator: torch.Generator, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    ) -> Any:
         """Draw labels that `loss` takes from the model's own law.
 
         The method is `sample(z, generator)` or `sample(z, generator, y)`. Where the data's labels y
@@ -55,8 +55,8 @@ def root_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> Floa
 
 
 def sample_of(
-    likelihood: Likelihood, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Tensor
-) -> Tensor:
+    likelihood: Likelihood, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Any
+) -> Any:
     """Draw labels from the model's law by the likelihood's own `sample`.
 
     It is `sample(z, generator)` or `sample(z, generator, y)`, whichever the likelihood has.

@@ -119,7 +119,9 @@ class Pair:
         return next((reason for reason, holds in self.refused.items() if bool(holds)), "")
 
 
-def measured(s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"]) -> Products:
+def inner_products(
+    s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"]
+) -> Products:
     """Return the inner products of a pair, of its device where reading them would wait."""
     if waits(s):
         return Products(*torch.stack([s @ y, y @ Hy, s @ s, y @ y]).double().unbind())
@@ -163,7 +165,7 @@ def action_pair(H: Matrix, s: Float[Tensor, " D"], As: Float[Tensor, " D"], damp
 def undamped(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix) -> Pair:
     """Make a pair as it is, with its products."""
     Hy = H @ y
-    found = measured(s, y, Hy)
+    found = inner_products(s, y, Hy)
     one = torch.ones_like(found.sy) if isinstance(found.sy, Tensor) else 1.0
     return Pair(s, y, Hy, Damping(found, found, one, one))
 

@@ -1,5 +1,4 @@
-"""`train`: any model along any algorithm; `prepare_training` and `run_named`: by the names of the
-tables.
+"""`train`: any model, any algorithm; `prepare_training`, `run_named`: by the names of the tables.
 
 The command line runs the latter.
 """
@@ -41,6 +40,7 @@ from curvlab.training.evaluation import (
     chunks,
     depends_on_mode,
     evaluating,
+    further_of,
     in_eval_mode,
     measure_of,
     ready_to_train,
@@ -216,9 +216,8 @@ def train(
             raise CurvlabError("resume needs a folder")
         with nullcontext() if place is None else claimed(place, resume):
             if resume and place is not None and not stepless(place):
-                training.load_state_dict(
-                    checkpoint.load_state(place / checkpoint.FILE, objective.device)
-                )
+                saved = checkpoint.load_state(place / checkpoint.FILE, objective.device)
+                training.load_state_dict(saved)
             run = _run(
                 training,
                 console,
@@ -268,14 +267,15 @@ def _training(
         # what does not fit is found before anything is written
         closure = Closure(objective, *objective.batch(first), 0, factor=1.0)
         z, _ = closure.outputs()
-    error = measure_of(objective.likelihood, z[0].numel()) if error is None else error
+    likelihood, y = objective.likelihood, closure.y
+    error = measure_of(likelihood, z[0].numel(), y) if error is None else error
     size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(closure.x))
     return Training(
         objective,
         batches,
         settings,
         budget,
-        evaluated=Evaluated(examples=examples, validation=validation, error=error, size=size),
+        evaluated=Evaluated(examples, validation, error, size, further_of(likelihood, y)),
         warm=warm,
         about=about,
         must_match=must_match,
