@@ -27,6 +27,7 @@ from curvlab.linalg.distances import compare
 from curvlab.linalg.krylov import lanczos
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product
+from curvlab.linalg.spectral import eigvalsh
 from curvlab.objective import Objective
 from curvlab.probes.base import Frame, Numbers, Variable, probe
 from curvlab.probes.bounds import ends
@@ -209,7 +210,7 @@ def _error(frame: Frame) -> list[Numbers]:
         if name not in fishers:
             continue
         F = fishers[name].dense()
-        values = torch.linalg.eigvalsh(F).double()
+        values = eigvalsh(F).double()
         for i, algorithm in enumerate(frame.directions):
             block = frame.of_blocks(algorithm).get(name)
             B = None if block is None else estimate(frame, block)

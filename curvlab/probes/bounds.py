@@ -25,7 +25,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from curvlab.closure import Closure
@@ -36,6 +35,7 @@ from curvlab.linalg.direct_sum import ColumnSum, DirectSum
 from curvlab.linalg.eigenbasis import Rotated
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator
 from curvlab.linalg.products import Product
+from curvlab.linalg.spectral import eigvalsh
 from curvlab.probes.base import Frame, Numbers, Variable, probe
 
 FACTORS = ("a", "g", "product")
@@ -76,7 +76,7 @@ def ends(matrix: Tensor | Operator) -> Ends:
     if isinstance(matrix, Product | Solve):
         return _NONE
     if isinstance(matrix, Tensor):
-        values = torch.linalg.eigvalsh(matrix)
+        values = eigvalsh(matrix)
     elif len(matrix) <= LARGEST_INVERSE or isinstance(
         matrix.inside if isinstance(matrix, Rotated) else matrix, Diagonal
     ):
