@@ -96,21 +96,21 @@ def exact_product(frame: Frame, kind: Kind) -> Product:
 def own_quadratic(frame: Frame, algorithm: str) -> float:
     """Return pᵀBp of the matrix B that a method estimates, undamped.
 
-    By block or of the whole vector; NaN where it estimates none.
+    By block or of the whole vector; NaN where it estimates none, or not of every block.
     """
     p = direction_vector(frame, algorithm)
     of_whole = frame.curvature(algorithm).undamped(p)
     if of_whole is not None:
         return float(p.double() @ of_whole.double())
-    total = 0.0
-    for name, block in frame.of_blocks(algorithm).items():
-        B = estimate(frame, block)
+    total, blocks = 0.0, frame.of_blocks(algorithm)
+    for name in frame.blocks:
+        B = estimate(frame, blocks[name]) if name in blocks else None
         if B is None:
             return float("nan")
         p = frame.directions[algorithm][name].flatten()
         total += B[1] * float(p.double() @ (B[0] @ p).double())
         total += 2 * frame.objective.l2 * float(p.double().square().sum())
-    return total if frame.of_blocks(algorithm) else float("nan")
+    return total
 
 
 def estimate(frame: Frame, block: BlockDefaults) -> tuple[Operator, float] | None:

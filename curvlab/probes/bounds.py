@@ -198,6 +198,7 @@ _EACH = ("algorithm", "block", "factor")
 )
 def _bounds(frame: Frame) -> list[Numbers]:
     names = frame.blocks
+    places = {name: j for j, name in enumerate(names)}
     phis = _measured(frame)
     before: Mapping[tuple[str, str], tuple[Ends, int]] = frame.shared["H_g before"]
     shape = (len(frame.directions), len(names))
@@ -205,7 +206,8 @@ def _bounds(frame: Frame) -> list[Numbers]:
     norms, limits = np.full((*shape, 2), np.nan), np.full((*shape, 2), np.nan)
     for i, algorithm in enumerate(frame.directions):
         curvature = frame.curvature(algorithm)
-        for j, (name, block) in enumerate(curvature.by_block().items()):
+        for name, block in frame.of_blocks(algorithm).items():
+            j = places[name]
             inverse, factors = block.held, block.kronecker_factors()
             if not block.factored or inverse is None:
                 continue
