@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlab.capture import Capture
 from curvlab.derivatives import around, derivatives, differentiable, surrounding
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, lacks_memory
 from curvlab.finite import all_finite
 from curvlab.forms import Form, Report, examine, unseen
 from curvlab.independence import Independence, some_rows
@@ -48,9 +48,8 @@ class Looks(Independence):
             line = str(error).splitlines()[0]
             raise CurvlabError(f"the model does not take one tensor ({line}): {WRAP}") from error
         except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, CurvlabError) or not any(
-                word in str(error) for word in _OF_THE_DATA
-            ):
+            of_the_data = any(word in str(error) for word in _OF_THE_DATA)
+            if isinstance(error, CurvlabError) or lacks_memory(error) or not of_the_data:
                 raise
             line = str(error).splitlines()[0]
             raise CurvlabError(

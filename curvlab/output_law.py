@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, lookup
+from curvlab.errors import CurvlabError, check_memory, lookup
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, root_of, sample_of
 from curvlab.output_hessian import (
     OutputLoss,
@@ -195,7 +195,8 @@ class _Examined:
                     OutputLoss(self.likelihood, self.calm, self.y).times(self.directions[0])
                 )
             )
-        except (ValueError, RuntimeError):  # outputs that this loss does not take
+        except (ValueError, RuntimeError) as error:  # outputs that this loss does not take
+            check_memory(error)
             return 0.0
 
     def law(self) -> Law:
@@ -268,6 +269,7 @@ class _Examined:
         try:
             there = OutputLoss(self.likelihood, self.z, drawn)
         except (ValueError, RuntimeError, IndexError) as error:
+            check_memory(error)
             return (
                 f"the loss of {self.name} does not take labels drawn by its sample"
                 f" ({str(error).splitlines()[0]})"
@@ -315,7 +317,8 @@ class _Examined:
                 torch.stack(there), self.y[[*ends, largest, largest]], directions
             )
             usual = bool(t.isfinite().all()) and bool(hessian.isfinite().all())
-        except (ValueError, RuntimeError):  # outputs that this loss does not take
+        except (ValueError, RuntimeError) as refused:  # outputs that this loss does not take
+            check_memory(refused)
             usual = False
         if not usual:
             t, hessian = self._scores(self.z[ends], self.y[ends], directions)
