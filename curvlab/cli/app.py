@@ -19,13 +19,12 @@ import typer
 import curvlab
 from curvlab import starting
 from curvlab.cli import compare, lists, logs, reproduce, spectrum, train
-from curvlab.cli.terminal import err, out
+from curvlab.cli.terminal import err, out, say_interrupted
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.system import blame
 from curvlab.system.blame import verdict
 from curvlab.system.escape import for_rich, for_terminal
 from curvlab.system.interrupt import LISTENER, behind, listening, number_of
-from curvlab.system.interrupt import words as words_of
 from curvlab.system.streams import unfailing
 
 app = typer.Typer(
@@ -134,7 +133,7 @@ def _ended(words: list[str]) -> int:
 
 def _interrupted(error: KeyboardInterrupt) -> int:
     with unfailing():
-        _say(words_of(error))
+        say_interrupted(error)
     return 128 + number_of(error)
 
 
@@ -192,7 +191,7 @@ def _run(words: list[str]) -> int | None:
             command.invoke(context)
     except KeyboardInterrupt as error:
         LISTENER.deaf = True
-        _say(words_of(error))
+        say_interrupted(error)
         return 128 + number_of(error)
     except typer.Exit as error:
         return error.exit_code
@@ -205,7 +204,7 @@ def _run(words: list[str]) -> int | None:
         signal = behind(error)
         if signal is not None:
             LISTENER.deaf = True
-            _say(words_of(signal))
+            say_interrupted(signal)
             return 128 + number_of(signal)
         # click's errors; recent versions of typer carry a click of their own
         parsing = getattr(error, "format_message", None)

@@ -16,10 +16,10 @@ from rich.table import Column
 
 from curvlab.errors import CurvlabError
 from curvlab.show import pictures
-from curvlab.system import paths
+from curvlab.system import blame, paths
 from curvlab.system.atomic import rewrite
 from curvlab.system.blame import Saved
-from curvlab.system.escape import for_rich
+from curvlab.system.escape import for_rich, for_terminal
 from curvlab.system.interrupt import LISTENER, behind, number_of, words
 from curvlab.system.lock import alone
 
@@ -60,8 +60,20 @@ def _interrupted(error: KeyboardInterrupt, path: Path, remedy: str) -> typer.Exi
     saved = (
         f"the log so far is saved in {path}{remedy}" if path.exists() else "nothing was logged yet"
     )
-    err.print(for_rich(f"curvlab: {words(error)}; {saved}"))
+    say_interrupted(error, f"; {saved}")
     return typer.Exit(128 + number_of(error))
+
+
+def say_interrupted(error: KeyboardInterrupt, more: str = "") -> None:
+    """Say whereby a run was ended; before it the error that ended the step that it waited for."""
+    cause = error.__cause__
+    if cause is not None:
+        foreign = not isinstance(cause, CurvlabError)
+        if foreign:
+            sys.stderr.write(for_terminal(blame.told(cause), lines=True))
+        line = blame.verdict(cause, "")[0] if foreign else str(cause)
+        err.print(for_rich(f"curvlab: {line}"))
+    err.print(for_rich(f"curvlab: {words(error)}{more}"))
 
 
 def show(table: Table, title: str = "") -> None:

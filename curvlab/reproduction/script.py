@@ -250,6 +250,8 @@ def main(what: Reproduction, file: str) -> None:
         print(f"curvlab: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
+        if error.__cause__ is not None:
+            print(f"curvlab: {error.__cause__}", file=sys.stderr)
         print(f"curvlab: {words(error)}; run it again to go on", file=sys.stderr)
         sys.exit(128 + number_of(error))
 

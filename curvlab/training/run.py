@@ -19,7 +19,7 @@ from rich.console import Console
 from curvlab import datasets
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell
+from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, fitting, lookup, real, tell
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
 from curvlab.optim import Batch
@@ -280,7 +280,12 @@ def _training(
 
 def _run(training: Training, console: Console, shown: bool, say: Callable[[str], None]) -> TrainRun:
     with progress_bar(console, shown) as bar:
-        training.run(bar, say)
+        try:
+            training.run(bar, say)
+        except KeyboardInterrupt as signal:
+            if training.stopped:  # in the same step, or since
+                raise signal from Diverged(training.stopped)
+            raise
     return TrainRun(training.log, training.place.folder, training.stopped)
 
 
