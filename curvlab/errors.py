@@ -80,6 +80,12 @@ def check_memory(error: Exception) -> None:
         ) from error
 
 
+def cause_of(error: BaseException) -> str:
+    """Return what the system says of an error, or else its own first line, or its kind."""
+    lines = str(getattr(error, "strerror", None) or error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class CurvlabWarning(UserWarning):
     """Something that does not stop the work but that the user should know; said once."""
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Column
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, cause_of
 from curvlab.show import pictures
 from curvlab.system import blame, paths
 from curvlab.system.atomic import rewrite
@@ -140,7 +140,7 @@ def picture(drawn: Figure, path: Path) -> None:
     try:
         rewrite(path, lambda aside: aside.write_bytes(held))
     except OSError as error:
-        raise CurvlabError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise CurvlabError(f"{path} cannot be written: {cause_of(error)}") from error
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -183,7 +183,7 @@ def folder_for(chosen: Path | None, stem: str) -> Path:
         chosen.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CurvlabError(
-            f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose"
+            f"the output folder {chosen or 'runs'} cannot be written: {cause_of(error)}; choose"
             " another with --out"
         ) from error
     return chosen

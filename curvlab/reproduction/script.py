@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from matplotlib.figure import Figure
 
-from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.errors import CurvlabError, cause_of, lookup, unknown
 from curvlab.machine import device_of
 from curvlab.system import paths
 from curvlab.system.atomic import rewrite
@@ -157,7 +157,7 @@ class Report:
             rewrite(path, write)
         except OSError as error:
             raise CurvlabError(
-                f"{path} cannot be written: {error.strerror}; choose another folder with --out"
+                f"{path} cannot be written: {cause_of(error)}; choose another folder with --out"
             ) from error
         print(for_terminal(f"wrote {path}"), flush=True)
 
