@@ -5,6 +5,7 @@ chance, read and set.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch.utils.data import (
 )
 
 import curvlab as cl
+from curvlab.derivatives import differentiable
 from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS
 from curvlab.system import random_state
@@ -730,3 +732,41 @@ def test_looks_that_differ_though_all_stands_still_are_an_error_still() -> None:
     closure.observe({"gradient"})
     with pytest.raises(CurvlabError, match=r"two looks at one minibatch differ .* or counts"):
         closure.observe({"gradient"}, move_buffers=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# threads
+
+
+def fused() -> tuple[bool, bool]:
+    return torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_threads_that_take_derivatives_leave_attention_as_it_was() -> None:
+    """Its flags are the process's: they are off until the last of the threads is out."""
+    before, seen = fused(), []
+    one_is_out, other_is_in = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with differentiable():
+            other_is_in.set()
+            one_is_out.wait(60)
+            seen.append(fused())
+
+    thread = threading.Thread(target=other)
+    with differentiable():
+        thread.start()
+        assert other_is_in.wait(60)
+        with differentiable():
+            pass
+        seen.append(fused())
+    one_is_out.set()
+    thread.join(60)
+    assert seen == [(False, False), (False, False)]
+    assert fused() == before == (True, True)
+
+
+def test_an_error_inside_leaves_attention_as_it_was() -> None:
+    with pytest.raises(KeyError), differentiable():
+        raise KeyError
+    assert fused() == (True, True)
