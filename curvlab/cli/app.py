@@ -8,9 +8,11 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import inspect
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, TextIO
 
@@ -53,6 +55,12 @@ def _version(
         raise typer.Exit
 
 
+def _help(command: Callable[..., None]) -> str:
+    """Return a command's docstring with each paragraph as one line, for the terminal to break."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(lines.split()) for lines in paragraphs)
+
+
 for _command in (
     compare.compare,
     spectrum.spectrum,
@@ -62,8 +70,8 @@ for _command in (
     logs.report,
     logs.doctor,
 ):
-    app.command()(_command)
-app.command(name="list")(lists.list_)
+    app.command(help=_help(_command))(_command)
+app.command(name="list", help=_help(lists.list_))(lists.list_)
 
 _HEAVY = {
     "compare": "curvlab.comparison_run",
