@@ -116,11 +116,15 @@ def errors(
     )
 
 
+METHODS = ("kfac", "tnt", "tnt-per-sample", "shampoo")
+"""Algorithms whose matrices `quality` holds against the exact block where none are named."""
+
+
 def quality(
     objective: Objective,
     x: Tensor,
     y: Tensor,
-    algorithms: Sequence[str] = ("kfac", "tnt", "tnt-per-sample", "shampoo"),
+    algorithms: Sequence[str] | None = None,
     kind: Kind = "fisher",
     blocks: Sequence[str] | None = None,
     *,
@@ -149,7 +153,8 @@ def quality(
         objective: as for `curvlab.exact.matrix`.
         x: inputs of one minibatch [N, …].
         y: its targets.
-        algorithms: of `ALGORITHMS`, those that estimate a matrix.
+        algorithms: of `ALGORITHMS`, those that estimate a matrix. None: `METHODS`, and kfac-reduce
+            where a weight is shared by several places.
         kind: of matrix.
         blocks: names; all where None. Layers without a rule and those with groups of outputs are
             skipped.
@@ -180,8 +185,8 @@ def quality(
     check_damping(damping)
     if labels not in get_args(Labels):
         raise unknown("choice of labels", labels, get_args(Labels))
-    algorithms = several(algorithms)
-    if not algorithms:
+    algorithms = None if algorithms is None else several(algorithms)
+    if algorithms is not None and not algorithms:
         raise CurvlabError("there is no algorithm to compare: name one or more")
     for name, value in (("minibatches", minibatches), ("passes", passes)):
         if value < 1:
@@ -189,7 +194,11 @@ def quality(
     closure = one_minibatch(objective, x, y)
     chosen, skipped = _chosen(closure, kind, blocks)
     _guard(chosen, closure, kind, 6)
-    sizes = [len(part) for part in torch.arange(len(x)).tensor_split(min(minibatches, len(x)))]
+    if algorithms is None:
+        shared = any(closure.form.places[b.name] > 1 for b in chosen)
+        algorithms = [*METHODS, *(["kfac-reduce"] if shared else [])]
+    count = len(closure.x)
+    sizes = [len(part) for part in torch.arange(count).tensor_split(min(minibatches, count))]
     estimates = {name: Estimate.of(name, kind, labels, sizes, chosen) for name in algorithms}
     fold_data(estimates.values(), closure, sizes, passes)
     found: dict[str, Columns] = {}

@@ -95,7 +95,7 @@ def _follow(
         learning: dict[
             str, float
         ] = {}  # seconds spent on learning from the last step, to be counted with the next
-        for step, (x, y) in enumerate(itertools.islice(batches, steps)):
+        for step, batch in enumerate(itertools.islice(batches, steps)):
             with shield:  # a signal waits until the step is in the log
                 at = step
                 due = [name for name, steps_between in every.items() if step % steps_between == 0]
@@ -103,7 +103,7 @@ def _follow(
                 needs = frozenset().union(
                     *(d.needs for d in alive.values()), *(PROBES[name].needs for name in due)
                 )
-                closure = objective.closure(x, y)
+                closure = objective.closure(batch)
                 now = closure.observe(needs)
                 directions: dict[str, dict[str, Tensor]] = {}
                 seconds: dict[str, float] = {}

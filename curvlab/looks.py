@@ -14,9 +14,10 @@ from curvlab.errors import CurvlabError, lacks_memory
 from curvlab.finite import all_finite
 from curvlab.forms import Form, Report, examine, unseen
 from curvlab.independence import Independence, some_rows
+from curvlab.nests import Batched, described, given
 from curvlab.observation import Stream
 from curvlab.second_looks import QUIET
-from curvlab.strangers import PICK, WRAP, called, eager, mixes
+from curvlab.strangers import WRAP, called, eager, mixes
 
 
 class Looks(Independence):
@@ -34,7 +35,7 @@ class Looks(Independence):
 
     def _forward(
         self,
-        x: Tensor,
+        x: Batched,
         buffers: dict[str, Tensor] | None = None,
         heard: AbstractContextManager[Any] | None = None,
     ) -> Tensor:
@@ -42,23 +43,34 @@ class Looks(Independence):
         way = differentiable(heard is not None) if self.stream == "exact" else nullcontext()
         try:
             with eager(), surrounding(), way, nullcontext() if heard is None else heard:
-                z: Any = model(x) if buffers is None else called(model, buffers, x)
+                if buffers is not None:
+                    out = called(model, buffers, x)
+                elif isinstance(x, Tensor):
+                    out = model(x)
+                else:
+                    by_place, by_name = given(x)
+                    out = model(*by_place, **by_name)
+                z: Any = self.objective.picked(out)
         except TypeError as error:
             if "argument" not in str(error) or "forward()" not in str(error):
                 raise
             line = str(error).splitlines()[0]
-            raise CurvlabError(f"the model does not take one tensor ({line}): {WRAP}") from error
+            what = "one tensor" if isinstance(x, Tensor) else described(x)
+            raise CurvlabError(f"the model does not take {what} ({line}): {WRAP}") from error
         except (RuntimeError, ValueError, IndexError) as error:
             of_the_data = any(word in str(error) for word in _OF_THE_DATA)
             if isinstance(error, CurvlabError) or lacks_memory(error) or not of_the_data:
                 raise
             line = str(error).splitlines()[0]
             raise CurvlabError(
-                f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}"
+                f"the model does not take inputs of shape {described(self.x)}: {line}"
             ) from error
         if not isinstance(z, Tensor):
-            raise CurvlabError(f"the model returned a {type(z).__name__}, not one tensor: {PICK}")
-        if z.shape[:1] != x.shape[:1]:
+            raise CurvlabError(
+                f"the model returned a {type(out).__name__}, of which outputs= picked a"
+                f" {type(z).__name__}, not one tensor"
+            )
+        if not z.ndim or len(z) != len(x):
             rows = f"{len(x)} rows, one for each example, not {list(z.shape)}"
             raise CurvlabError(
                 f"the model must return one tensor with {rows}: "

@@ -1,8 +1,8 @@
 """MODELS: the documents' networks by name, and the user's own by import path.
 
 Each has its data set, likelihood and source. A network is built for its own data set, or, where it
-is `sized`, for the shape of another one's inputs and its number of outputs. `curvlab.networks` has
-the functions that build them.
+is `sized`, for the shape of another one's inputs and its number of outputs. `curvlab.networks` and
+`curvlab.sequence_networks` have the functions that build them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ from curvlab.networks import (
 )
 from curvlab.own_models import OwnModel, call_own, import_own
 from curvlab.own_models import seeded as seeded
+from curvlab.sequence_networks import GPT, LSTM, ViT, gpt_small, gpt_tiny, lstm_tiny, vit_tiny
 
 __all__ = [
     "CURVES_AE",
     "FACES_AE",
+    "GPT",
+    "LSTM",
     "MNIST_AE",
     "MODELS",
     "VGG16",
@@ -49,15 +52,19 @@ __all__ = [
     "Shape",
     "Sized",
     "SparseLinear",
+    "ViT",
     "all_cnn_c",
     "autoencoder",
     "autoencoder_1000",
     "build",
     "convnet",
     "find",
+    "gpt_small",
+    "gpt_tiny",
     "imported",
     "logistic",
     "logistic_sparse",
+    "lstm_tiny",
     "mlp",
     "residual_network",
     "resnet18",
@@ -65,6 +72,7 @@ __all__ = [
     "resnet32_4",
     "vgg16",
     "vgg16_printed",
+    "vit_tiny",
 ]
 
 
@@ -255,6 +263,38 @@ MODELS: dict[str, Entry] = {
     ),
     "resnet18": Entry(
         "ResNet-18 for 32×32 images", resnet18, "cifar10", "categorical", "S2QN 6.4", sized=True
+    ),
+    "gpt-tiny": Entry(
+        "transformer of two layers, width 32, 4 heads; T = 32, tied head",
+        gpt_tiny,
+        "shakespeare32",
+        "categorical",
+        "curvlab, after Radford et al. 2019",
+        sized=True,
+    ),
+    "gpt-small": Entry(
+        "transformer of four layers, width 128, 4 heads, no biases; T = 64, tied head",
+        gpt_small,
+        "shakespeare",
+        "categorical",
+        "Karpathy 2022",
+        sized=True,
+    ),
+    "vit-tiny": Entry(
+        "vision transformer of two layers, width 32, 4 heads; patches of 4×4, mean over places",
+        vit_tiny,
+        "mnist",
+        "categorical",
+        "curvlab, after Dosovitskiy et al. 2021",
+        sized=True,
+    ),
+    "lstm-tiny": Entry(
+        "embedding, one LSTM layer and a linear head of width 32",
+        lstm_tiny,
+        "shakespeare32",
+        "categorical",
+        "curvlab, after Hochreiter and Schmidhuber 1997",
+        sized=True,
     ),
 }
 

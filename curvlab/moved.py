@@ -39,6 +39,7 @@ MOVED = {
     "curvlab.chance": "curvlab.system.random_state",
     "curvlab.escape": "curvlab.system.escape",
     "curvlab.progress": "curvlab.system.progress",
+    "curvlab.categorical_targets": "curvlab.likelihoods.targets",
     "curvlab.probes.against": "curvlab.probes.against_exact",
     "curvlab.curvature.whole": "curvlab.curvature.whole_vector",
     "curvlab.curvature.overall": "curvlab.curvature.overall_damping",

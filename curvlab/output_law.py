@@ -11,17 +11,26 @@ Legend: N examples, C outputs (flattened where the axis is one), V columns of S,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, check_memory, lookup
-from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, root_of, sample_of
+from curvlab.errors import CurvlabError, check_memory
+from curvlab.laws import Law, Root, law_of_heads, refusal
+from curvlab.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Heads,
+    Likelihood,
+    root_of,
+    sample_of,
+)
 from curvlab.output_hessian import (
     OutputLoss,
     check_convex,
@@ -32,8 +41,7 @@ from curvlab.output_hessian import (
     root_of_loss,
 )
 
-Root = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [N, *C], labels) → columns of S [V, N, *C]."""
+__all__ = ["Law", "Root", "law_of", "refusal"]
 
 _EXACT = (Categorical, Bernoulli, Gaussian)
 # labels drawn for one example, and how many standard errors may lie between
@@ -47,32 +55,7 @@ _UNSEEN = 18.0
 _NUMBERS = 1 << 22
 
 
-@dataclass(frozen=True)
-class Law:
-    """The things that were found of a likelihood at some outputs and labels.
-
-    `root`: (z, y) → S [V, N, *C], S Sᵀ = ∂²ℓ/∂z²: the likelihood's own where it holds, else from
-    the loss's own Hessian at each call; None where that is not positive semi-definite or too large.
-    `follows`: labels drawn by `sample` follow the loss, so that Fisher and GGN are one matrix: mean
-    score 0 and second moment of the score ∂²ℓ/∂z², within 6 standard errors of 2000 draws (2^20
-    over the outputs where these are over 524, at least 64, and none over 65 536). `why`: what was
-    found, or "".
-    """
-
-    root: Root | None
-    follows: bool
-    why: str
-    # whether the likelihood is the user's, so that all this holds for these outputs and labels
-    # alone
-    examined: bool = True
-
-    @property
-    def fisher_and_ggn_differ(self) -> bool:
-        """Whether Fisher and GGN may be two matrices: labels may not follow the loss."""
-        return not self.follows
-
-
-def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]) -> Law:
+def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Any) -> Law:
     """Hold a likelihood's `root` and `sample` against its `loss` at outputs z and labels y.
 
     It draws by a seed of its own. What holds here need not hold for labels of another kind (a mask,
@@ -83,8 +66,14 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "
         CurvlabError: losses that are not one number an example, or that depend on other examples or
             on chance.
     """
-    if type(likelihood) in _EXACT and not {"loss", "root", "sample"} & vars(likelihood).keys():
-        return Law(partial(root_of, likelihood), True, "", examined=False)
+    if isinstance(likelihood, Heads):
+        parts = likelihood.split(z).items()
+        laws = {name: law_of(likelihood.heads[name], part, y[name]) for name, part in parts}
+        return law_of_heads(likelihood, laws)
+    own = {"loss", "root", "sample"} & vars(likelihood).keys()
+    if isinstance(likelihood, _EXACT) and type(likelihood) in _EXACT and not own:
+        unlike = likelihood.unlike
+        return Law(partial(root_of, likelihood), not unlike, unlike, examined=False)
     with _apart(z):
         if z.numel() > 4 * _NUMBERS:
             some = _evenly(len(z), max(2, 4 * _NUMBERS // z[0].numel()), z.device)
@@ -102,21 +91,6 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "
                 " in functions of torch"
             )
             return Law(None, False, found)
-
-
-_REFUSALS = {
-    "ggn": 'kind="ggn" has no S with S Sᵀ = ∂²ℓ/∂z² to be taken by: {}',
-    "fisher": (
-        'kind="fisher" is taken over all labels by S, S Sᵀ = ∂²ℓ/∂z², where the two are one: {};'
-        ' take "ggn" or "ef"'
-    ),
-    "fisher-mc": 'kind="fisher-mc" needs labels that follow the loss: {}; take "ggn" or "ef"',
-}
-
-
-def refusal(law: Law, kind: str) -> str:
-    """Return the line that refuses a kind, "fisher", "fisher-mc" or "ggn", for what was found."""
-    return lookup(_REFUSALS, kind, "kind").format(law.why)
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def compare(
     first = next(iterator, None)
     if first is None:
         raise CurvlabError("there are no minibatches to compare on")
-    size = len(first[0])
+    size = len(objective.batch(first)[0])
     call = {
         "function": "curvlab.compare",
         "batches": _describe(batches),

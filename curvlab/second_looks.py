@@ -26,7 +26,7 @@ class SecondLooks:
     """The part of a closure that remembers generators and buffers, and puts them back."""
 
     objective: Objective
-    x: Tensor
+    x: Tensor  # or a `Nest`, which stands where a tensor would
 
     def __init__(self) -> None:
         self._chance: Any = None  # what the generators were before the first look

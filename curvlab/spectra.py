@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import xarray as xr
 from rich.console import Console
-from torch import Tensor
 
 from curvlab import exact
 from curvlab.densities import EDGES as EDGES
@@ -27,10 +26,12 @@ from curvlab.densities import of_products as of_products
 from curvlab.densities import tolerance as tolerance
 from curvlab.derivatives import derivatives
 from curvlab.errors import MOST_STEPS, CurvlabError, guard_memory, lookup, several, unknown, whole
-from curvlab.exact.batches import Batches, Loader, check_kind
+from curvlab.exact.batches import Batches, check_kind
 from curvlab.fingerprint import Unchanging
+from curvlab.likelihoods.base import mean_per
 from curvlab.linalg.operators import Dense
 from curvlab.logs.log import Log, Record
+from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
 from curvlab.system.progress import progress_bar
 
@@ -190,6 +191,7 @@ class Plan:
             "seed": objective.seed,
             "device": str(objective.device),
             "dtype": str(objective.dtype).removeprefix("torch."),
+            "loss_per": mean_per(objective.likelihood),
         }
         variables = {
             name: {"long_name": text, "units": units}
@@ -202,8 +204,8 @@ class Plan:
     def record(
         self,
         objective: Objective,
-        x: Tensor | Loader,
-        y: Tensor | None,
+        x: Any,
+        y: Any,
         say: Callable[[str], None],
         done: Callable[[], None],
     ) -> Record:
@@ -216,7 +218,7 @@ class Plan:
             say: told what comes next.
             done: called when a matrix is finished.
         """
-        if not isinstance(x, Tensor):
+        if not is_minibatch(x, y):
             x = Unchanging.of(x, in_order="fisher-mc" in self.matrices)
         orders, routes = self.orders(objective), self.routes(objective)
         kinds = list(dict.fromkeys(self.matrices))
@@ -244,8 +246,8 @@ class Plan:
     def _spectrum(
         self,
         objective: Objective,
-        x: Tensor | Loader,
-        y: Tensor | None,
+        x: Any,
+        y: Any,
         kind: Any,
         block: str,
         route: str,
@@ -268,7 +270,7 @@ def _coordinate(dim: str, values: Any, long_name: str, units: str) -> xr.Variabl
     return xr.Variable(dim, np.asarray(values), {"long_name": long_name, "units": units})
 
 
-def _loss(objective: Objective, x: Tensor | Loader, y: Tensor | None) -> float:
+def _loss(objective: Objective, x: Any, y: Any) -> float:
     """Return the mean loss over the examples."""
     fresh = Objective(objective.model, objective.likelihood, objective.seed)
     total, size = 0.0, 0
@@ -280,8 +282,8 @@ def _loss(objective: Objective, x: Tensor | Loader, y: Tensor | None) -> float:
 
 def spectrum(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     matrices: str | Sequence[str] = ("hessian", "ggn"),
     method: str = "auto",
     *,
@@ -319,7 +321,7 @@ def spectrum(
     plan.check(objective)
     whole("after", after, 0)
     x = list(x) if isinstance(x, Iterator) else x
-    what = f"{len(x)} examples" if isinstance(x, Tensor) else type(x).__name__
+    what = f"{len(objective.batch(x, y)[0])} examples" if is_minibatch(x, y) else type(x).__name__
     call = {"function": "curvlab.spectrum", "data": what, "blocks": plan.blocks, "after": after} | {
         name: getattr(plan, name) for name in ("matrices", "method", "draws", "steps")
     }

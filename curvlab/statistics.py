@@ -16,6 +16,7 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
 from curvlab.lazy import cached_property
+from curvlab.linalg.padded_products import second_moment
 from curvlab.uses import Part, UseInput
 
 Reads = Literal["gradient", "rows", "moments", "factors"]
@@ -176,6 +177,31 @@ class LayerStatistics:
         """
         self._one_group("second moments of one input")
         return self._summed(lambda p: p.A, lambda: (self.block.shape[1],) * 2)
+
+    @cached_property
+    def diagonal_A(self) -> Float[Tensor, " I"] | None:
+        """Diagonal of A where all that is beside it is zero, as of an embedding; else None."""
+        counts = [p.counts for p in self.parts]
+        if not counts or any(c is None for c in counts):
+            return None
+        found: Tensor = sum(c for c in counts if c is not None) / self.size  # type: ignore[assignment]  # of tensors
+        return found
+
+    @cached_property
+    def reduced_A(self) -> Float[Tensor, "I I"]:
+        """Second moment of each example's mean input over its places, (1/N) Σ ā āᵀ.
+
+        KFAC-reduce, Eschenhagen et al. 2023.
+        """
+        return second_moment(self.a.mean(1), 1 / self.size)
+
+    @cached_property
+    def reduced_G(self) -> Float[Tensor, "O O"]:
+        """Second moment of each example's derivative summed over its places.
+
+        (1/N) Σ_v Σ_n (Σ_t g)(Σ_t g)ᵀ: KFAC-reduce, Eschenhagen et al. 2023.
+        """
+        return second_moment(self.g.sum(2).flatten(0, 1), 1 / self.size)
 
     def _summed(self, of: Callable[[Part], Tensor], none: Callable[[], tuple[int, ...]]) -> Tensor:
         parts = self.parts

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from curvlab.arrangements import ARRANGEMENTS
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, guard_memory
 from curvlab.functions import Call, Rule, extent
 from curvlab.layers import Block
 from curvlab.lazy import cached_property
@@ -208,11 +208,27 @@ class Part:
     @property
     def A(self) -> Float[Tensor, "I I"]:
         """Σ_t a aᵀ, mean over examples, as the block reads it."""
+        counts = self.counts
+        if counts is not None:  # rows of zeros and a one are never formed
+            guard_memory(
+                len(counts) ** 2 * counts.element_size(),
+                f"the second moment of the inputs of {self.block}",
+                "an embedding's is a diagonal: kfac with sharing='expand' keeps it as one",
+            )
+            return torch.diag(counts / self.g.shape[1])
         if not self.swapped:
             assert isinstance(self.inputs, UseInput)
             return self.inputs.A
         rows = self.wide(self.g).flatten(0, 2)
         return second_moment(rows, 1 / self.g.shape[1])
+
+    @property
+    def counts(self) -> Float[Tensor, " I"] | None:
+        """Diagonal of Σ a aᵀ, summed over examples, where the rest of it is zero; else None."""
+        if self.swapped or self.block.biased or not isinstance(self.inputs, UseInput):
+            return None
+        rule, call, inputs = self.own
+        return None if rule.counts is None else rule.counts(call, inputs.raw).to(inputs.dtype)
 
     def G(self, scale: float) -> Float[Tensor, "O O"]:
         """Return scale · Σ g gᵀ, as the block reads it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import curvlab as cl
 from curvlab.training import checkpoint
 
 
-def state() -> dict:
+def state() -> dict[str, Any]:
     tensor = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return {
         "a": {"b": [1, 2.5, None, True, "text"], 3: tensor, "empty": torch.zeros(0)},
@@ -40,7 +41,7 @@ def test_round_trip_and_plain_torch_reads_it(tmp_path: Path) -> None:
     ],
 )
 def test_what_would_need_pickled_code_is_refused_and_the_old_file_stays(
-    value: dict, where: str, tmp_path: Path
+    value: dict[str, Any], where: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, state())
@@ -60,7 +61,7 @@ class Code:
 
     ran = False
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return setattr, (Code, "ran", True)
 
 

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,7 +217,8 @@ def test_plot_redraws_from_the_log_alone(folder: Path, tmp_path: Path, figure: s
     ds = cl.open(folder)
     axes = assert_drawn(draw(ds, figure))
     if figure == "loss":
-        (line,) = (line for line in axes[0].lines if len(line.get_xdata()) == ds.sizes["step"])
+        lines: list[Any] = list(axes[0].lines)
+        (line,) = (line for line in lines if len(line.get_xdata()) == ds.sizes["step"])
         np.testing.assert_array_equal(line.get_ydata(), ds["loss"])
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,11 +59,12 @@ def _a_tenth_of_the_digits() -> Iterator[None]:
     whole = DATASETS["mnist16"].load()
 
     @functools.cache
-    def tenth() -> tuple[Dataset, ...]:
-        return tuple(
+    def tenth() -> tuple[Dataset, Dataset]:
+        train, test = (
             replace(part, x=part.x[: len(part) // 10], y=part.y[: len(part) // 10])
             for part in whole
         )
+        return train, test
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASETS, "mnist16", replace(DATASETS["mnist16"], load=tenth))
@@ -516,7 +518,7 @@ def test_a_bad_value_of_an_option_is_one_line(
 def test_none_is_a_word_where_one_is_wanted(algorithm: str, own: dict[str, str]) -> None:
     """What the command line reads as None: a choice of that name, or no number."""
     objective = cl.Objective(nn.Linear(3, 2), cl.likelihoods.Categorical())
-    made = cl.approximation(
+    made: Any = cl.approximation(
         algorithm, objective, **assigned([f"{k}={v}" for k, v in own.items()], "--set")
     )
     found = made.blocks["1"] if algorithm == "k-bfgs" else made

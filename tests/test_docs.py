@@ -9,9 +9,11 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +55,7 @@ def column(name: str, number: int = 0) -> list[str]:
 
 # ---- the tables are those of the code
 
-NAMED = {
+NAMED: dict[str, Mapping[str, Any]] = {
     "algorithms": ALGORITHMS,
     "models": MODELS,
     "datasets": DATASETS,
@@ -71,7 +73,7 @@ def test_a_table_has_every_entry_of_the_codes_own_in_its_order(name: str) -> Non
 
 
 def test_what_it_says_is_what_the_entries_say() -> None:
-    said = {
+    said: dict[str, Mapping[str, Any]] = {
         "algorithms": ALGORITHMS,
         "models": MODELS,
         "datasets": DATASETS,

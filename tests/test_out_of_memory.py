@@ -14,6 +14,7 @@ import curvlab as cl
 from curvlab import autograd, divergence
 from curvlab.errors import CurvlabError, OutOfMemory, lacks_memory
 from curvlab.exact import second_order, transforms
+from curvlab.exact.batches import Kind
 
 ERRORS = {
     "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has …"),
@@ -91,7 +92,7 @@ def test_vectors_sent_back(error: Exception, monkeypatch: pytest.MonkeyPatch) ->
 @each
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
 def test_exact_matrices_by_torch_func(
-    error: Exception, kind: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither `Plain` nor any other way takes over."""
     p = problem()

@@ -130,7 +130,9 @@ def test_smoke(
     drawn: list[Figure] = []
     write = Report.draw
     monkeypatch.setattr(
-        Report, "draw", lambda self, figure: drawn.append(figure) or write(self, figure)
+        Report,
+        "draw",
+        lambda self, figure: drawn.append(figure) or write(self, figure),  # type: ignore[func-returns-value]  # for its effect
     )
     reproduce(load(name), name, Options("smoke", tmp_path / "out", tmp_path / "runs", "cpu"))
     said = capsys.readouterr().out
@@ -307,7 +309,7 @@ def small(**changed: object) -> Comparison:
 
 
 def results(figure: Comparison, tmp_path: Path, **options: object) -> tuple[dict[str, Result], str]:
-    report = Report("figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu", **options))  # type: ignore[arg-type]
+    report = Report("figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu", **options))  # type: ignore[arg-type]  # any field
     return figure.results(report)["MNIST"], "\n".join(report.lines)
 
 
@@ -435,7 +437,7 @@ def test_claims_by_hand() -> None:
     found = {"A": result(log([9, 3, 1], seconds=3)), "B": result(log([9, 5, 4, 3]))}
 
     def verdict(by: str, better: str = "A", than: str = "B", **more: float) -> str:
-        return Claim("", [better], [than], by, **more).verdict(found)  # type: ignore[arg-type]
+        return Claim("", [better], [than], by, **more).verdict(found)  # type: ignore[arg-type]  # any word
 
     assert verdict("epoch") == "holds: A 1 against B 4 (training loss at 2 epochs)"
     assert verdict("time") == "does not hold: A 3 against B 3 (training loss at 3 s)".replace(

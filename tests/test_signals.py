@@ -140,7 +140,7 @@ def sending(
     """
     real, calls = getattr(owner, name), [0]
 
-    def called(*words: object, **more: object) -> object:
+    def called(*words: object, **more: Any) -> object:
         if where(*words, **more):
             calls[0] += 1
             if calls[0] == at:
@@ -193,7 +193,7 @@ def same_end(out: Path, whole: Path) -> None:
     assert not parts(out)
 
 
-def is_step(self: object, x: object, y: object, stream: str = "step") -> bool:
+def is_step(self: object, x: object, y: object = None, stream: str = "step") -> bool:
     return stream == "step"
 
 
@@ -249,7 +249,7 @@ LATER: dict[str, tuple[object, str, int, int]] = {
     "evaluation, epoch 1": (evaluation, "evaluate", 3, 4),
     "evaluation, epoch 2, test examples": (evaluation, "evaluate", 6, 8),
     "the record of an epoch": (loop.Training, "_record", 2, 4),
-    "a checkpoint": (checkpoint.torch, "save", 2, 4),
+    "a checkpoint": (torch, "save", 2, 4),
     "a checkpoint, before it is in place": (os, "replace", 3, 4),
     "a checkpoint, half-written": (atomic.Sealing, "write", 137, 4),
     "a log, before it is in place": (os, "replace", 1, 0),
@@ -262,9 +262,9 @@ def test_a_signal_between_steps(
     phase: str, number: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    *where, steps = LATER[phase]
+    owner, name, at, steps = LATER[phase]
     with pytest.MonkeyPatch.context() as patch:
-        sending(patch, *where, number)
+        sending(patch, owner, name, at, number)
         ended(capsys, 128 + number, *RUN, "--out", str(out))
     assert not parts(out)
     assert len(cl.open(out)["epoch"]) >= 1
@@ -287,7 +287,7 @@ DRAWING = [
     ids=lambda p: p[1] if isinstance(p, tuple) else p.name,
 )
 def test_a_signal_while_the_pictures_are_drawn(
-    phase: tuple,
+    phase: tuple[Any, ...],
     number: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -297,7 +297,9 @@ def test_a_signal_while_the_pictures_are_drawn(
     owner, name, at = phase
     if at == "last":
         monkeypatch.setattr(
-            terminal, "rewrite", lambda path, write: (os.kill(os.getpid(), number), write(path))
+            terminal,
+            "rewrite",
+            lambda path, write: (os.kill(os.getpid(), number), write(path)),  # type: ignore[func-returns-value]  # for its effect
         )
     else:
         sending(monkeypatch, owner, name, at, number)
@@ -313,7 +315,7 @@ def test_a_signal_while_the_pictures_are_drawn(
 
 SECOND: dict[str, tuple[object, str, int]] = {
     "the same step": (loop.Training, "_watch", 3),
-    "the checkpoint": (checkpoint.torch, "save", 2),
+    "the checkpoint": (torch, "save", 2),
     "the checkpoint, half-written": (atomic.Sealing, "write", 137),
     "before the checkpoint is on the disk": (os, "fsync", 5),
     "before the checkpoint is in place": (os, "replace", 3),
@@ -410,7 +412,7 @@ def test_signals_at_calls_all_over_a_run(
         assert call(*RUN, "--out", str(tmp_path / "counted")) == 0
     finally:
         sys.setprofile(None)
-    calls, draw, codes = count.count[0], np.random.default_rng(3), set()  # type: ignore[attr-defined]
+    calls, draw, codes = count.count[0], np.random.default_rng(3), set()  # type: ignore[attr-defined]  # see `seen`
     for i, n in enumerate(np.linspace(20, calls, 9).astype(int)):
         number, twice = SIGNALS[i % len(SIGNALS)], int(10 ** draw.uniform(0, 3.5)) if i % 2 else 0
         out = tmp_path / f"{i + 1}"
@@ -421,7 +423,7 @@ def test_signals_at_calls_all_over_a_run(
             real = cli._ended
 
             def profiled(
-                words: list[str], real: Callable = real, profile: Callable = profile
+                words: list[str], real: Callable[..., int] = real, profile: Any = profile
             ) -> int:
                 sys.setprofile(profile)
                 try:
@@ -500,7 +502,7 @@ def objective() -> cl.Objective:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_in_python_it_is_an_exception_and_the_run_goes_on(number: int, tmp_path: Path) -> None:
-    more = {"epochs": 2, "algorithm": "adam"}
+    more: dict[str, Any] = {"epochs": 2, "algorithm": "adam"}
     expected = objective()
     with_nothing = cl.train(expected, data().batches(10, seed=1), **more).dataset
     before = {n: signal.getsignal(n) for n in SIGNALS}
@@ -590,7 +592,7 @@ def test_what_a_loader_draws_belongs_to_the_step(tmp_path: Path) -> None:
         def __len__(self) -> int:
             return 4
 
-    def run(kill: bool, **more: object) -> cl.Objective:
+    def run(kill: bool, **more: Any) -> cl.Objective:
         one = objective()
         cl.train(one, Noisy(kill), epochs=2, algorithm="adam", **more)
         return one
@@ -687,7 +689,7 @@ def test_a_signal_in_a_step_that_fails_is_its_exit_code_and_both_are_said(
     error = make()
     real, calls = cl.Objective.closure, [0]
 
-    def closure(self: cl.Objective, x: object, y: object, stream: str = "step") -> object:
+    def closure(self: cl.Objective, x: Any, y: Any = None, stream: Any = "step") -> object:
         calls[0] += stream == "step"
         if stream == "step" and calls[0] == 3:
             os.kill(os.getpid(), number)

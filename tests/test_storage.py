@@ -5,6 +5,7 @@ folder, code named by a file.
 from __future__ import annotations
 
 import copy
+import fcntl
 import itertools
 import multiprocessing
 import os
@@ -79,7 +80,7 @@ def full(room: int) -> Iterator[None]:
 
 
 def run(objective: cl.Objective, folder: Path | None, epochs: int = 3, **more: Any) -> Any:
-    more = {
+    arguments: dict[str, Any] = {
         "algorithm": "k-bfgs",
         "lr": 0.01,
         "damping": 0.3,
@@ -87,7 +88,7 @@ def run(objective: cl.Objective, folder: Path | None, epochs: int = 3, **more: A
         "checkpoint_seconds": 1e-9,
     } | more
     return cl.train(
-        objective, data().batches(5, seed=1), data(7, 1), epochs=epochs, folder=folder, **more
+        objective, data().batches(5, seed=1), data(7, 1), epochs=epochs, folder=folder, **arguments
     )
 
 
@@ -134,10 +135,8 @@ def test_a_full_disk_of_a_process_by_itself(tmp_path: Path) -> None:
 
 def test_a_log_that_no_longer_fits_leaves_the_last_whole_one(tmp_path: Path) -> None:
     batches = data().batches(5, seed=1, epochs=40)
-    path, arguments = (
-        tmp_path / "run.h5",
-        {"reference": "sgd-m", "algorithms": ["adam"], "lr": 0.01},
-    )
+    path = tmp_path / "run.h5"
+    arguments: dict[str, Any] = {"reference": "sgd-m", "algorithms": ["adam"], "lr": 0.01}
     cl.compare(objective_of(net()), batches, steps=1, path=path, **arguments)
     with (
         full(len(path.read_bytes()) + 100),
@@ -535,7 +534,7 @@ def test_a_file_system_without_locks_is_one_line(
     def unknown(descriptor: int, operation: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(lock.fcntl, "flock", unknown)
+    monkeypatch.setattr(fcntl, "flock", unknown)
     with (
         pytest.warns(cl.CurvlabWarning, match="knows no locks: see to it that no two runs"),
         alone(tmp_path / "run.h5"),
@@ -556,7 +555,7 @@ def stepless(folder: Path) -> None:
         Around(warm=(), probes={}), {}, {}, folder,
     )  # fmt: skip
     folder.mkdir()
-    training._keep = lambda sound=False: None  # type: ignore[method-assign]
+    training._keep = lambda sound=False: None  # type: ignore[method-assign]  # nothing is kept
     with progress_bar(Console(), False) as training.bar:
         training.showing = Showing(
             training.bar, lambda line: None, training.budget, training.per_epoch

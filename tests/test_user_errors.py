@@ -5,9 +5,10 @@ run that took no step.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from curvlab.cli import terminal
 from curvlab.datasets import Dataset, Entry, files
 from curvlab.errors import CurvlabError, cause_of
 from curvlab.models import MODELS
+from curvlab.observation import Stream
 from curvlab.probes import PROBES
 from curvlab.system import blame, paths
 
@@ -100,8 +102,11 @@ COMMANDS = {
 }
 
 
+Write = Callable[..., str]
+
+
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     """Makes a module of the user's in the working folder; gives its name."""
     monkeypatch.chdir(tmp_path)
     made: list[str] = []
@@ -135,7 +140,9 @@ def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> list
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_forward(kind: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_forward(
+    kind: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = write(KINDS[kind])
     lines = told(
         capsys, *COMMANDS["train"], "--model", f"{name}:Net", "--data", "made", "--out", "out"
@@ -152,7 +159,7 @@ def test_in_forward(kind: str, write, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("kind", ["KeyError", "SystemExit"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_at_load(
-    kind: str, command: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, command: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = write(KINDS[kind])
     lines = told(
@@ -163,7 +170,7 @@ def test_at_load(
 
 
 def test_a_module_that_is_no_python(
-    write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own_no_python.py").write_text("def f(:\n")
     lines = told(capsys, "train", "--model", "own_no_python:f", "--data", "made")
@@ -174,7 +181,7 @@ def test_a_module_that_is_no_python(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_in_the_first_steps_and_later(
-    command: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before the first step nothing is left; after it log and checkpoint are, and the line says
     where.
@@ -210,7 +217,7 @@ def test_only_a_run_without_a_step_is_taken_back(
     steps = []
     real = cl.Objective.closure
 
-    def closure(self: cl.Objective, x: Tensor, y: Tensor, stream: str = "step") -> object:
+    def closure(self: cl.Objective, x: Any, y: Any = None, stream: Stream = "step") -> object:
         steps.extend([1] * (stream == "step"))
         if len(steps) == step:
             raise KeyError("a loader's")
@@ -238,7 +245,12 @@ def test_only_a_run_without_a_step_is_taken_back(
 )
 @pytest.mark.parametrize("command", COMMANDS)
 def test_odd_outputs(
-    command: str, raised: str, says: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    raised: str,
+    says: str,
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [
         *COMMANDS[command],
@@ -258,7 +270,7 @@ def test_odd_outputs(
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("function", ["lazy", "misfit"])
 def test_layers_that_do_not_fit(
-    command: str, function: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, function: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
         *COMMANDS[command],
@@ -287,7 +299,7 @@ def test_in_a_likelihood_a_data_set_and_a_probe(
     def bad() -> tuple[Dataset, Dataset]:
         raise KeyError("data set")
 
-    def take(frame: object) -> dict[str, object]:
+    def take(frame: object) -> dict[str, Any]:
         raise KeyError("probe")
 
     words = [*RUN, "--out", str(tmp_path / "out")]
@@ -304,7 +316,7 @@ def test_in_a_likelihood_a_data_set_and_a_probe(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_whole_traceback_with_v(write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_traceback_with_v(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     name = write(KINDS["KeyError"])
     words = [*COMMANDS["train"], "--model", f"{name}:Net", "--data", "made"]
     for before, after in ((["-v"], []), ([], ["--verbose"])):
@@ -318,7 +330,8 @@ def test_the_whole_traceback_with_v(write, capsys: pytest.CaptureFixture[str]) -
 def test_an_error_of_curvlabs_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "find", lambda name, seed: {}["entry"])
+    nothing: dict[str, object] = {}
+    monkeypatch.setattr(models, "find", lambda name, seed: nothing["entry"])
     monkeypatch.setattr(blame, "_is_own", lambda file: False)  # this file is no user's here
     assert call("compare", "--model", "small") == blame.BUG == 70
     (line,) = capsys.readouterr().err.splitlines()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab.exact import Kind
 from curvlab.system.memory import keep_freed_memory
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -32,10 +33,10 @@ parser.add_argument("--examples", type=int, default=1000)
 parser.add_argument("--columns", type=int, nargs="+", default=[1, 16])
 parser.add_argument("--threads", type=int, default=1)
 options = parser.parse_args()
-KINDS = ("ggn", "hessian", "ef")
+KINDS: tuple[Kind, ...] = ("ggn", "hessian", "ef")
 
 
-def seconds(function: Callable[[], object], repeats: int = 5) -> float:
+def seconds(function: Callable[..., object], repeats: int = 5) -> float:
     """Least seconds of a call, after one that is not counted."""
     clock = time.process_time if options.threads == 1 else time.perf_counter
     function()

@@ -47,7 +47,7 @@ def serve() -> None:
     try:
         from curvlab.system.memory import keep_freed_memory
     except ModuleNotFoundError:  # an older version
-        from curvlab.memory import keep_freed_memory
+        from curvlab.memory import keep_freed_memory  # type: ignore[import-untyped, no-redef]  # its place then
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -116,7 +116,7 @@ class Version:
         cast(IO[str], self.process.stdin).flush()
         answer = cast(IO[str], self.process.stdout).readline()
         if not answer:
-            raise SystemExit(f"{self.process.args} ended: {line}")
+            raise SystemExit(f"{self.process.args!r} ended: {line}")
         return answer.strip()
 
 

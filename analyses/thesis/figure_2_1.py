@@ -7,7 +7,9 @@ damping. The pairs are those of the derivatives (H_g), of SKQN-L and L-BFGS thos
 A block of pairs (SKQN-B) has no single ratio: the least sᵀy / sᵀBs stands for it.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import xarray as xr
 from matplotlib.axes import Axes
@@ -37,6 +39,7 @@ def on(values: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
 
 
 def without_faces(method: Method) -> Method:
+    assert isinstance(method.values, Mapping)
     return replace(
         method, values={name: values for name, values in method.values.items() if name != "FACES"}
     )
@@ -76,7 +79,7 @@ def pairs(log: xr.Dataset) -> xr.Dataset:
 def by_layer(found: xr.Dataset, above: Axes, below: Axes) -> None:
     """The document's own two panels."""
     for i, layer in enumerate(found["block"].values):
-        look = {
+        look: dict[str, Any] = {
             "color": f"C{i}",
             "marker": "os^vDPX*+x12"[i % 12],
             "markersize": 4,
@@ -94,7 +97,7 @@ def by_layer(found: xr.Dataset, above: Axes, below: Axes) -> None:
 
 def by_method(logs: dict[str, xr.Dataset], axes: Axes) -> None:
     """A point a layer: the mean over epochs, before and after damping."""
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         "before": {"marker": "o", "facecolors": "none", "edgecolors": "C0", "s": 26},
         "after": {"marker": "x", "color": "C1", "s": 26},
     }

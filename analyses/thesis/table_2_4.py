@@ -18,7 +18,7 @@ LOSSES = {"bernoulli": "binary entropy", "gaussian": "MSE"}
 def make(report: Report) -> None:
     rows = []
     for name, (widths, loss) in TABLE.items():
-        layers = list(cl.models.build(name))
+        layers = list(cl.models.build(name).children())
         linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
         built = [linear[0].in_features, *(layer.out_features for layer in linear)]
         code = [

@@ -249,9 +249,16 @@ class HessianFree(WholeVectorCurvature):
         self.trial, self.minibatch, self.product = trial, minibatch, product
 
     def _unpack(self, packed: dict[str, Any] | None) -> Closure | None:
-        return None if packed is None else Closure(self.objective, **packed)
+        if packed is None:
+            return None
+        given = {name: packed[name] for name in _GIVEN}
+        return Closure(self.objective, **given, factor=packed.get("ratio"))
 
 
 def _pack(closure: Closure | None) -> dict[str, Any] | None:
-    names = ("x", "y", "number", "stream", "part")
-    return None if closure is None else {name: getattr(closure, name) for name in names}
+    if closure is None:
+        return None
+    return {name: getattr(closure, name) for name in _GIVEN} | {"ratio": closure.factor}
+
+
+_GIVEN = ("x", "y", "number", "stream", "part")

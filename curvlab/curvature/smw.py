@@ -305,7 +305,7 @@ def loose_rows(
         root = closure.root(z)[:, chosen].flatten(2)  # [V, n, C]
         rows = torch.einsum("vnc,ncd->vnd", root, function.jacobians()).flatten(0, 1)
     else:
-        rows = function.gradients(
-            closure.y[chosen] if labels == "data" else closure.labels(z)[0][chosen]
-        )
+        drawn = labels != "data"
+        y = closure.labels(z)[0] if drawn else closure.y
+        rows = function.gradients(y[chosen], drawn=drawn)
     return {b.name: Rows(rows[:, layout.slices[b.name]] / math.sqrt(count)) for b in blocks}

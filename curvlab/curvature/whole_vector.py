@@ -82,7 +82,13 @@ def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:
     x = closure.x.index_select(0, indices)
     x = x.coalesce() if x.is_sparse else x
     return Closure(
-        closure.objective, x, closure.y[indices], closure.number, closure.stream, closure.part
+        closure.objective,
+        x,
+        closure.y[indices],
+        closure.number,
+        closure.stream,
+        closure.part,
+        closure.factor,
     )
 
 

@@ -21,6 +21,7 @@ from curvlab.datasets.images import (
 )
 from curvlab.datasets.libsvm import a9a, news20, w8a, webspam
 from curvlab.datasets.regenerated import curves, faces
+from curvlab.datasets.sequences import addition, copying, shakespeare, shakespeare32
 from curvlab.errors import lookup
 
 __all__ = [
@@ -32,10 +33,13 @@ __all__ = [
     "Entry",
     "File",
     "SparseRows",
+    "addition",
+    "copying",
     "curves",
     "faces",
     "file",
     "load",
+    "shakespeare",
 ]
 
 
@@ -100,6 +104,21 @@ DATASETS: dict[str, Entry] = {
         "web pages, 254 features at mean 0 and variance 1; 300,000 train, 50,000 test (thesis 5.8)",
         webspam,
         _OWN,
+    ),
+    "shakespeare": Entry(
+        "six tragedies in windows of 64 symbols, 62 classes; 11,224 train, 1,247 test", shakespeare
+    ),
+    "shakespeare32": Entry("the same in windows of 32 symbols", shakespeare32),
+    "copying": Entry(
+        "eight symbols, a delimiter, the same again: T = 16, 9 classes; 4,096 train, 1,024 test"
+        " (Graves et al. 2014)",
+        copying,
+        "made",
+    ),
+    "addition": Entry(
+        "a + b modulo 97: T = 3, 98 classes; 4,704 train, 4,705 test (Power et al. 2022)",
+        addition,
+        "made",
     ),
 }
 

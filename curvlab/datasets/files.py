@@ -43,6 +43,9 @@ _CIFAR = "https://www.cs.toronto.edu/~kriz/"
 
 FILES: dict[str, File] = {
     "mnist.npz": File(("0bcdb57e889f1cebdb210edba449f5350a1f2078158b6257e613f4075c6712ff",)),
+    "shakespeare.txt.xz": File(
+        ("e80e379402cee15ebbac726ff43b784da0610a74b16f15a081da78c3ad309958",)
+    ),
     "olivettifaces.mat": File(
         # the copy that scikit-learn names
         (
@@ -84,6 +87,9 @@ FILES: dict[str, File] = {
     "webspam_wc_normalized_unigram.svm": File(),
 }
 """{file: checksums and address}; origin and licence of each are in data/README.md."""
+
+PACKAGED = ("mnist.npz", "shakespeare.txt.xz")
+"""Files that come with the package."""
 
 
 def folders() -> list[Path]:
@@ -128,12 +134,11 @@ def file(name: str) -> Path:
     where = f"data file {name} was not found in {', '.join(map(str, folders()))}"
     if known.url is not None:
         return _download(name, known, where)
-    packaged = name == "mnist.npz"
     raise CurvlabError(
         f"{where}: "
         + (
             "reinstall curvlab or set CURVLAB_DATA"
-            if packaged
+            if name in PACKAGED
             else "set CURVLAB_DATA to the folder that has it (data/README.md)"
         )
     )
@@ -150,7 +155,7 @@ def verify(path: Path, name: str, sums: tuple[str, ...]) -> None:
     if found not in sums:
         remedy = (
             "reinstall curvlab, or in a checkout run: git checkout -- data"
-            if name == "mnist.npz"
+            if name in PACKAGED
             else "get it again"
         )
         raise CurvlabError(

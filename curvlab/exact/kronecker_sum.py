@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,6 +39,7 @@ from curvlab.linalg.packed import (
     pack_pairs,
     unpack_full,
 )
+from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
 
 _NUMBERS = 1 << 23  # in the temporaries of some examples at a time
@@ -284,12 +286,12 @@ def preactivation(
     return kronecker_terms(objective, x, y, kind, block, draws=draws).G
 
 
-def one_minibatch(objective: Objective, x: Tensor, y: Tensor) -> Closure:
+def one_minibatch(objective: Objective, x: Any, y: Any) -> Closure:
     """Return a closure of all of x and y at once, however many.
 
     Raises CurvlabError for a loader.
     """
-    if not isinstance(x, Tensor):
+    if not is_minibatch(x, y):
         raise CurvlabError(
             "the terms of a sum are those of one minibatch: give tensors x and y, not a loader"
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
-from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few, say_general
+from curvlab.exact.batches import PASSES, Batches, Kind, check_kind, few, say_general
 from curvlab.exact.route_table import ROUTES, Minibatch, Sum, route_of
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Dense
@@ -44,8 +45,8 @@ def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") ->
 @derivatives()
 def matrices(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     blocks: Sequence[str] | str | None = None,
     *,
@@ -120,8 +121,8 @@ def _assign(
 @derivatives()
 def matrix(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     block: str | tuple[str, str] | None = "1",
     *,
@@ -187,8 +188,8 @@ def select(objective: Objective, name: str) -> tuple[Block, Tensor | None]:
 
 def _across(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None,
+    x: Any,
+    y: Any,
     kind: Kind,
     block: tuple[str, str] | None,
     route: str,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,7 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError
-from curvlab.exact.batches import PASSES, Batches, Kind, Loader, by_hessians, check_kind, few
+from curvlab.exact.batches import PASSES, Batches, Kind, by_hessians, check_kind, few
 from curvlab.exact.matrices import select
 from curvlab.exact.route_table import Minibatch
 from curvlab.exact.torch_func import Function
@@ -34,8 +35,8 @@ _COLUMNS = 32  # vectors through the model at once
 @derivatives()
 def product(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     block: str | tuple[str, str] | None = None,
     *,
@@ -95,8 +96,8 @@ def product(
 @derivatives()
 def diagonal(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     *,
     draws: int = 1,

@@ -52,7 +52,7 @@ def gradients(
             not stand alone.
     """
     (closure,) = Batches.of(objective, x, y, whole=True)
-    _guard(objective, len(x), "the per-sample gradients", "take fewer examples at a time")
+    _guard(objective, len(closure.x), "the per-sample gradients", "take fewer examples at a time")
     _, losses, capture = closure.look()
     statistics = capture.backward(losses, torch.ones_like(losses)[None])
     found: dict[str, Tensor] = {}
@@ -78,12 +78,13 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
         CurvlabError: inputs that do not fit the model; a model whose examples do not stand alone.
     """
     alone(objective)
-    closure = Closure(objective, x, torch.zeros(len(x)), 0, "exact")
+    inputs = objective.interface.inputs(x)
+    closure = Closure(objective, inputs, torch.zeros(len(inputs)), 0, "exact")
     z, capture = closure.forward()
     closure.check_alone(z.detach())
     _guard(
         objective,
-        len(x) * z[0].numel(),
+        z.numel(),
         "the Jacobians",
         "take fewer examples at a time, or a product form",
     )

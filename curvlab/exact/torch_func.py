@@ -72,12 +72,18 @@ class Function:
         # where BatchNorm may write on them
         fixed = {name: self._state[name].clone() for name in self._buffers}
         with differentiable(), eager(), surrounding(), FixedRows():
-            z: Tensor = called(self.closure.objective.model, self._state | fixed | weights, x)
+            out = called(self.closure.objective.model, self._state | fixed | weights, x)
+            z: Tensor = self.closure.objective.picked(out)
         return z.to(self.at.dtype)
 
-    def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:
-        """Return each example's loss on `x` and `y` at `w`, [N], without the L2 term."""
-        return self.closure.objective.likelihood.loss(self.outputs(w, x), y)
+    def losses(
+        self, w: Float[Tensor, " D"], x: Tensor, y: Tensor, *, drawn: bool = False
+    ) -> Float[Tensor, " N"]:
+        """Return each example's loss on `x` and `y` at `w`, [N], without the L2 term.
+
+        It is `Closure.loss_of`, of labels that the data have or that were `drawn`.
+        """
+        return self.closure.loss_of(self.outputs(w, x), y, drawn=drawn)
 
     @cached_property
     def sound(self) -> bool:
@@ -103,14 +109,7 @@ class Function:
         if key not in known and mixes(closure.objective.modules):
             known[key] = True
         if key not in known:
-            one = Closure(
-                closure.objective,
-                some_rows(closure.x, slice(1)),
-                closure.y[:1],
-                closure.number,
-                closure.stream,
-                closure.part,
-            )
+            one = closure.some(slice(1))
             function = Function(one, self.layout)
             u = torch.randn(
                 1, len(function.at), generator=torch.Generator().manual_seed(0), dtype=torch.float64
@@ -164,7 +163,7 @@ class Function:
         x, y = self.closure.x, self.closure.y
 
         def total(z: Tensor) -> Tensor:
-            return self.closure.objective.likelihood.loss(z, y).sum()
+            return self.closure.loss_of(z, y).sum()
 
         if kind == "hessian":
             return total
@@ -175,18 +174,26 @@ class Function:
         """Return `draws` batches of labels, drawn from the model at its outputs at `at`."""
         return self.closure.labels(self.outputs(self.at, self.closure.x).detach(), draws)
 
-    def gradients(self, label: Tensor, some: slice = slice(None)) -> Float[Tensor, "n D"]:
-        """Return the gradient of each of some examples' losses at its label, [n, D]."""
+    def gradients(
+        self, label: Tensor, some: slice = slice(None), *, drawn: bool = False
+    ) -> Float[Tensor, "n D"]:
+        """Return the gradient of each of some examples' losses at its label, [n, D].
+
+        The label is the data's, or was `drawn`.
+        """
         x, y = self.closure.x, label
 
         def gradient(x: Tensor, y: Tensor) -> Tensor:
-            g: Tensor = grad(lambda w: self.losses(w, x[None], y[None])[0])(self.at)
+            g: Tensor = grad(lambda w: self.losses(w, x[None], y[None], drawn=drawn)[0])(self.at)
             return g
 
         return self._either(
             lambda: mapped(gradient)(x[some], y[some]),
             lambda: torch.stack(
-                [self._plain.gradient(n, y, self.at) for n in range(*some.indices(len(x)))]
+                [
+                    self._plain.gradient(n, y, self.at, drawn=drawn)
+                    for n in range(*some.indices(len(x)))
+                ]
             ),
         )
 
@@ -254,14 +261,14 @@ class Function:
         at_once = max(1, _NUMBERS // width)
         for label in labels:
             for some in _slices(size, at_once):
-                g = self.gradients(label, some) / math.sqrt(len(labels))
+                g = self.gradients(label, some, drawn=PASSES[kind] == "model")
+                g = g / math.sqrt(len(labels))
                 yield g, g
 
     def _output_hessian(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "N C C"]:
-        likelihood = self.closure.objective.likelihood
         z = z.detach().requires_grad_()
         with derivatives():
-            (slope,) = torch.autograd.grad(likelihood.loss(z, y).sum(), z, create_graph=True)
+            (slope,) = torch.autograd.grad(self.closure.loss_of(z, y).sum(), z, create_graph=True)
         found = z.new_zeros(len(z), z[0].numel(), *z.shape[1:])
         if slope.requires_grad:
             for c, each in enumerate(slope.reshape(len(z), -1).unbind(1)):
@@ -300,7 +307,7 @@ class Function:
         By `plain` where it turns out that an operation cannot.
         """
         x = self.closure.x
-        likelihood = self.closure.objective.likelihood
+        loss_of = self.closure.loss_of
         at = self._apart(self.at)
         apply: Callable[[Weights], Weights]
 
@@ -326,9 +333,8 @@ class Function:
 
             def losses(w: Weights) -> Tensor:
                 z = outputs(w)
-                return torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(
-                    len(labels)
-                )
+                each = [loss_of(z, label, drawn=PASSES[kind] == "model") for label in labels]
+                return torch.stack(each) / math.sqrt(len(labels))
 
             transposed = vjp(losses, at)[1]
 

@@ -5,6 +5,7 @@ Legend: D order of a symmetric matrix.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabWarning, Diverged
 from curvlab.linalg.spectral import eigvalsh
+
+_NOT_FINITE = "{} contains NaN or Inf: lower the learning rate or raise the damping"
+_RAISED = "{} is not positive definite with damping {:g}: raised to {:g}"
 
 
 def shifted(matrix: Float[Tensor, "D D"], damping: float) -> Float[Tensor, "D D"]:
@@ -43,16 +47,11 @@ def damped_cholesky(
     for _ in range(tries):
         matrix = build(used)
         if not bool(torch.isfinite(matrix.diagonal()).all()):
-            raise Diverged(
-                f"{what} contains NaN or Inf: lower the learning rate or raise the damping"
-            )
+            raise Diverged(_NOT_FINITE.format(what))
         factor, info = torch.linalg.cholesky_ex(matrix)
         if not bool(info) and bool(torch.isfinite(factor.diagonal()).all()):
             if used != damping:
-                message = (
-                    f"{what} is not positive definite with damping {damping:g}: raised to {used:g}"
-                )
-                warnings.warn(message, CurvlabWarning, stacklevel=2)
+                warnings.warn(_RAISED.format(what, damping, used), CurvlabWarning, stacklevel=2)
             return factor, used
         used = (
             10 * used
@@ -67,6 +66,20 @@ def damped_cholesky(
 def damped_inverse(matrix: Float[Tensor, "D D"], damping: float, what: str) -> Float[Tensor, "D D"]:
     """Return (M + damping I)⁻¹, the damping raised as by `damped_cholesky` where that fails."""
     return torch.cholesky_inverse(damped_cholesky(lambda d: shifted(matrix, d), damping, what)[0])
+
+
+def damped_reciprocal(
+    values: Float[Tensor, " D"], damping: float, what: str
+) -> Float[Tensor, " D"]:
+    """Return 1 / (values + damping) of a diagonal matrix, as `damped_inverse` of a dense one."""
+    least, most = float(values.amin()), float(values.amax())
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise Diverged(_NOT_FINITE.format(what))
+    used = damping
+    if least + used <= 0:  # of a second moment: 0 and no damping
+        used = torch.finfo(values.dtype).eps * max(1.0, most) - min(0.0, least)
+        warnings.warn(_RAISED.format(what, damping, used), CurvlabWarning, stacklevel=2)
+    return (values + used).reciprocal()
 
 
 def shift_to_definite(matrix: Float[Tensor, "D D"], least: float) -> float:

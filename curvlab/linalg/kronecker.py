@@ -104,7 +104,7 @@ def tensor_normal_factors(
 
 
 def pi_split(
-    A: Float[Tensor, "I I"], G: Float[Tensor, "O O"], damping: float
+    A: Float[Tensor, "I *I"], G: Float[Tensor, "O O"], damping: float
 ) -> tuple[float, float]:
     """Return the split (π √λ for A, √λ / π for G) of a damping λ: thesis Alg. 12, line 19.
 
@@ -118,7 +118,7 @@ def pi_split(
     Raises:
         Diverged: a trace that is not finite.
     """
-    a, g = float(A.diagonal().mean()), float(G.diagonal().mean())
+    a, g = (float((m if m.ndim == 1 else m.diagonal()).mean()) for m in (A, G))
     for name, trace in (("A", a), ("G", g)):
         if not math.isfinite(trace):
             raise Diverged(

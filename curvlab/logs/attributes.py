@@ -86,7 +86,7 @@ _KINDS: dict[str, tuple[Callable[[Any], Any], str]] = (
         ),
         _TEXT,
     )
-    | dict.fromkeys(("git_commit", "created", "device", "dtype", "method"), _TEXT)
+    | dict.fromkeys(("git_commit", "created", "device", "dtype", "method", "loss_per"), _TEXT)
     | {
         "damping": _NUMBER,
         "resumed": (_records, "no JSON list of objects"),

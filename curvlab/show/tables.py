@@ -25,7 +25,14 @@ ROUNDING = 1e-4
 """Part of itself by which an eigenvalue in single precision may lie outside its bound."""
 
 SPECTRUM = ("lowest", "highest", "trace", "negative")
-SCORES = ("train_loss", "val_loss", "train_error", "val_error")
+SCORES = (
+    "train_loss",
+    "val_loss",
+    "train_error",
+    "val_error",
+    "train_bits_per_symbol",
+    "val_bits_per_symbol",
+)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ _STATISTICS: dict[str, Test] = {
     **dict.fromkeys(("blocks", "memory", "idle"), table_of(lambda value: True)),
     **dict.fromkeys(("work", "base", "inside"), table_of(lambda value: True)),
     **dict.fromkeys(("trial", "minibatch"), or_none(table_of(lambda value: True))),
-    "gradient_norm": or_none(number),
+    **dict.fromkeys(("gradient_norm", "ratio"), or_none(number)),
     **dict.fromkeys(("left_out", "pairs_left_out"), count),
     "ages": list_of(whole),
     "widths": list_of(whole),
@@ -102,7 +102,7 @@ def check_descent(saved: Any, own: Mapping[str, Any], blocks: Sequence[Block], n
         raise wrong("the curvature lacks its inverse")
     for name in ("trial", "minibatch"):
         if isinstance(curvature.get(name), Mapping):
-            keys(curvature[name], ("x", "y", "number", "stream", "part"), name)
+            keys(curvature[name], ("x", "y", "number", "stream", "part"), name, more=("ratio",))
     if new and "work" in curvature:
         keys(curvature["work"], own["curvature"]["work"], "work")
     every = curvature.get("blocks")

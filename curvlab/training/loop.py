@@ -237,7 +237,7 @@ class Training:
                         return True
                     self.last = batch
                     self.sampler.start(self.at.steps)
-                    loss = self.optimizer.step(self.objective.closure(*batch))
+                    loss = self.optimizer.step(self.objective.closure(batch))
                     self.at.step += 1
                     self.at.steps += 1
                     if self.settings.schedule_every == "step":

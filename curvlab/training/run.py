@@ -20,6 +20,7 @@ from curvlab import datasets
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, fitting, lookup, real, tell
+from curvlab.likelihoods.base import mean_per, scaled
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
 from curvlab.optim import Batch
@@ -39,6 +40,7 @@ from curvlab.training.evaluation import (
     chunks,
     depends_on_mode,
     evaluating,
+    further_of,
     in_eval_mode,
     measure_of,
     ready_to_train,
@@ -191,34 +193,24 @@ def train(
     about |= {"data": data, "call": call}
     shapes = {name: list(p.shape) for name, p in objective.parameters.items()}
     must_match = {"model": model, "data": data, "parameters": shapes, "seed": objective.seed}
+    if scaled(objective.likelihood):
+        must_match |= {"loss per": mean_per(objective.likelihood)}
     still = in_eval_mode(objective.model)
     must_match |= {"modules in eval mode": still} if still else {}
     if still == ["all"] and any(map(depends_on_mode, objective.model.modules())):
         warnings.warn(_IN_EVAL_MODE, CurvlabWarning, stacklevel=2)
     console = Console(stderr=True)
     with derivatives():
+        budget = Budget(epochs, steps, seconds)
         training = _training(
-            objective,
-            batches,
-            validation,
-            settings,
-            Budget(epochs, steps, seconds),
-            around,
-            about,
-            must_match,
-            place,
+            objective, batches, validation, settings, budget, around, about, must_match, place
         )
         if resume and place is None:
             raise CurvlabError("resume needs a folder")
         with nullcontext() if place is None else claimed(place, resume):
             if resume and place is not None and not stepless(place):
                 training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
-            run = _run(
-                training,
-                console,
-                console.is_terminal if progress is None else progress,
-                lambda line: None,
-            )
+            run = _run(training, console, console.is_terminal if progress is None else progress)
     if run.stopped:
         warnings.warn(run.stopped, CurvlabWarning, stacklevel=2)
     return run
@@ -259,17 +251,18 @@ def _training(
     if first is None:
         raise CurvlabError("there are no minibatches to train on")
     with evaluating(objective.model), random_state.kept(objective.device):
-        z, _ = Closure(
-            objective, *first, 0
-        ).outputs()  # what does not fit is found before anything is written
-    error = measure_of(objective.likelihood, z[0].numel()) if error is None else error
-    size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
+        # what does not fit is found before anything is written
+        closure = Closure(objective, *objective.batch(first), 0, factor=1.0)
+        z, _ = closure.outputs()
+    likelihood, y = objective.likelihood, closure.y
+    error = measure_of(likelihood, z[0].numel(), y) if error is None else error
+    size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(closure.x))
     return Training(
         objective,
         batches,
         settings,
         budget,
-        evaluated=Evaluated(examples=examples, validation=validation, error=error, size=size),
+        evaluated=Evaluated(examples, validation, error, size, further_of(likelihood, y)),
         warm=warm,
         about=about,
         must_match=must_match,
@@ -278,7 +271,12 @@ def _training(
     )
 
 
-def _run(training: Training, console: Console, shown: bool, say: Callable[[str], None]) -> TrainRun:
+def _run(
+    training: Training,
+    console: Console,
+    shown: bool,
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainRun:
     with progress_bar(console, shown) as bar:
         try:
             training.run(bar, say)

@@ -52,7 +52,7 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
     check_same(saved["settings"], run.must_match)
     attributes = dict(run.log.attributes)
     variables = [
-        *run.meter.names(run.evaluated.error, run.evaluated.validation is not None),
+        *run.meter.names(run.evaluated),
         *run.sampler.names(),
     ]
     contents.check_fit(
