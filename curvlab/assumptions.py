@@ -45,6 +45,7 @@ from curvlab.exact.route_table import Minibatch
 from curvlab.layers import Block, Layout
 from curvlab.linalg.distances import compare_to_exact, distance, norm, quotient
 from curvlab.linalg.kronecker import nearest_kronecker
+from curvlab.linalg.spectral import eigvalsh
 from curvlab.objective import Objective
 
 __all__ = ["ASSUMPTIONS", "Columns", "Estimate", "Labels", "errors", "quality"]
@@ -211,7 +212,7 @@ def quality(
         matrices = [estimate.matrix(block.name, damping) for estimate in estimates.values()]
         exact = terms.dense()
         exact.diagonal().add_(damping)
-        eigenvalues = torch.linalg.eigvalsh(exact).double() if spectra else None
+        eigenvalues = eigvalsh(exact).double() if spectra else None
         each = [
             compare_to_exact(m, e.scale, exact, eigenvalues)
             for m, e in zip(matrices, estimates.values(), strict=True)

@@ -188,7 +188,7 @@ class Closure(Looks):
             _ = self.form  # a look, which the next one is
             look = self.forward()
             self._check(look[0].detach())
-            self._ahead = *look, self._versions()
+            self._ahead = *look, self._weights()
         return self.objective.laws[key]
 
     def look(self) -> tuple[Tensor, Tensor, Capture]:

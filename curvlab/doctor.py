@@ -26,7 +26,7 @@ import torch
 import xarray as xr
 
 from curvlab.datasets import files
-from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.errors import CurvlabError, CurvlabWarning, cause_of
 from curvlab.logs import attributes
 from curvlab.logs.log import SCHEMA, git_commit
 from curvlab.logs.reading import open_log
@@ -218,7 +218,7 @@ def _written(what: str, where: Callable[[], Path]) -> Finding:
         there = next(p for p in (place, *place.absolute().parents) if p.exists())
         free = shutil.disk_usage(there).free
     except (OSError, CurvlabError) as error:
-        return Finding(what, str(getattr(error, "strerror", None) or error), "bad")
+        return Finding(what, cause_of(error), "bad")
     if not os.access(there, os.W_OK | os.X_OK):
         return Finding(what, f"{place}: not yours to write to", "bad")
     room = f"{place}, {free / 1e9:.1f} GB free"

@@ -1,5 +1,6 @@
-"""How a minibatch meets a model: which part of it are the labels, which of the outputs is looked
-at.
+"""How a minibatch meets a model.
+
+Which part of it are the labels, and which of the outputs is looked at.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Interface:
     shared: tuple[str, ...] = ()
 
     def apart(self, batch: Any) -> tuple[Any, Any]:
-        """Inputs and targets of a minibatch as a loader gives it: a pair, or a mapping or tuple
-        from which the labels are taken out.
+        """Return inputs and targets of a minibatch as a loader gives it.
+
+        It is a pair, or a mapping or tuple from which the labels are taken out.
 
         Raises:
             CurvlabError: no labels where they should be.
@@ -69,9 +71,10 @@ class Interface:
         return as_nest(x, self.shared)
 
     def pick(self, out: Any, join: Callable[[Mapping[str, Tensor]], Tensor] | None = None) -> Any:
-        """The tensor among a model's outputs that the likelihood takes.
+        """Return the tensor among a model's outputs that the likelihood takes.
 
         Args:
+            out: what the model returned.
             join: of a likelihood of several heads: makes one tensor of its outputs.
 
         Raises:

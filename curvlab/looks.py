@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlab.capture import Capture
 from curvlab.derivatives import around, derivatives, differentiable, surrounding
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, lacks_memory
 from curvlab.finite import all_finite
 from curvlab.forms import Form, Report, prove_form, unseen
 from curvlab.independence import Independence, some_rows
@@ -28,7 +28,8 @@ class Looks(Independence):
     def __init__(self) -> None:
         super().__init__()
         self._form: Form | None = None  # as the last look has shown it
-        self._ahead: tuple[Tensor, Capture, int] | None = None  # a look that nobody has used yet
+        # a look that nobody has used yet, and the weights that it saw
+        self._ahead: tuple[Tensor, Capture, tuple[int, Tensor]] | None = None
         # whether a second look will follow, so that the first is gone through again, once a form
         self.twice = False
 
@@ -57,9 +58,8 @@ class Looks(Independence):
             what = "one tensor" if isinstance(x, Tensor) else described(x)
             raise CurvlabError(f"the model does not take {what} ({line}): {WRAP}") from error
         except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, CurvlabError) or not any(
-                word in str(error) for word in _OF_THE_DATA
-            ):
+            of_the_data = any(word in str(error) for word in _OF_THE_DATA)
+            if isinstance(error, CurvlabError) or lacks_memory(error) or not of_the_data:
                 raise
             line = str(error).splitlines()[0]
             raise CurvlabError(
@@ -106,7 +106,7 @@ class Looks(Independence):
             z, capture = self.forward()
             if self.stream == "exact":
                 self.check_alone(z.detach())
-            self._ahead = z, capture, self._versions()
+            self._ahead = z, capture, self._weights()
         assert self._form is not None
         return self._form
 
@@ -138,7 +138,9 @@ class Looks(Independence):
         if x is not None and x is not self.x:
             return self._look_at(x, False)[:2]
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and not move_buffers and ahead[2] == self._versions():
+        if ahead is not None and not self._stands(*ahead[2]):
+            self._seen = None  # of other weights, which need not have been counted
+        elif ahead is not None and not move_buffers:
             return ahead[:2]
         z, capture, self._form = self._look_at(self.x, True, move_buffers)
         return z, capture

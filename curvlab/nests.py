@@ -173,8 +173,9 @@ def described(x: Batched) -> str:
 
 
 def call_arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs as a model takes them: (by position, by keyword). A mapping goes by keyword, a tuple
-    or list by position, anything else is one argument.
+    """Return inputs as a model takes them: (by position, by keyword).
+
+    A mapping goes by keyword, a tuple or list by position, anything else is one argument.
     """
     tree = plain(x)
     if isinstance(tree, dict):

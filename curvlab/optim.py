@@ -253,9 +253,15 @@ class Optimizer(torch.optim.Optimizer):
                 f"the checkpoint has groups of {saved} parameters but this optimizer of {here}:"
                 " make the same groups first"
             )
-        self.descent.load_state_dict(descent)
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvlab"})
-        self.objective.load_state_dict(objective)
+        held = self.state_dict()
+        try:
+            self.descent.load_state_dict(descent)
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvlab"})
+            self.objective.load_state_dict(objective)
+        except Exception:
+            self.descent.load_state_dict(held.pop("curvlab")["descent"])
+            super().load_state_dict(held)
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take torch's state; groups saved by an earlier version get the options that they lack."""

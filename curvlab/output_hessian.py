@@ -16,6 +16,7 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.likelihoods import Likelihood
+from curvlab.linalg.spectral import eigvalsh, symmetric_eigh
 
 
 def detached(t: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def check_convex(
         hessian.shape[1], dtype=hessian.dtype, device=hessian.device
     )
     if bool(torch.linalg.cholesky_ex(shifted).info.any()):
-        values = torch.linalg.eigvalsh(hessian)
+        values = eigvalsh(hessian)
         raise CurvlabError(
             f"the loss of {name} is not convex in the outputs (eigenvalues of ∂²ℓ/∂z² from"
             f" {float(values.min()):.2g} to {float(values.max()):.2g}), so that there is no root:"
@@ -154,7 +155,7 @@ def root_of_loss(
         hessian = OutputLoss(likelihood, detached(z), detached(y)).hessian()
     check_convex(hessian, floor, name, precision_of(z))
     # in single precision NaN where entries are subnormal, on some CPUs
-    values, vectors = torch.linalg.eigh(hessian.double())
+    values, vectors = symmetric_eigh(hessian.double())
     rounding = torch.finfo(hessian.dtype).eps * hessian.shape[1] ** 0.5 * values[:, -1:]
     # else its root, a half as many digits, stands where there is none
     values = torch.where(values > rounding, values, 0)

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, check_memory
 from curvlab.laws import Law, Root, law_of_heads, refusal
 from curvlab.likelihoods import (
     Bernoulli,
@@ -169,7 +169,8 @@ class _Examined:
                     OutputLoss(self.likelihood, self.calm, self.y).times(self.directions[0])
                 )
             )
-        except (ValueError, RuntimeError):  # outputs that this loss does not take
+        except (ValueError, RuntimeError) as error:  # outputs that this loss does not take
+            check_memory(error)
             return 0.0
 
     def law(self) -> Law:
@@ -242,6 +243,7 @@ class _Examined:
         try:
             there = OutputLoss(self.likelihood, self.z, drawn)
         except (ValueError, RuntimeError, IndexError) as error:
+            check_memory(error)
             return (
                 f"the loss of {self.name} does not take labels drawn by its sample"
                 f" ({str(error).splitlines()[0]})"
@@ -289,7 +291,8 @@ class _Examined:
                 torch.stack(there), self.y[[*ends, largest, largest]], directions
             )
             usual = bool(t.isfinite().all()) and bool(hessian.isfinite().all())
-        except (ValueError, RuntimeError):  # outputs that this loss does not take
+        except (ValueError, RuntimeError) as refused:  # outputs that this loss does not take
+            check_memory(refused)
             usual = False
         if not usual:
             t, hessian = self._scores(self.z[ends], self.y[ends], directions)

@@ -1,8 +1,8 @@
-"""Transformers and a recurrent network, each a function that builds it; `curvlab.models` has their
-table.
+"""Transformers and a recurrent network, each a function that builds it.
 
-Attention is two linear layers and `scaled_dot_product_attention` between them, so that every
-parameter of a transformer lies in a layer that a rule reads: embedding, linear layer or norm.
+`curvlab.models` has their table. Attention is two linear layers and `scaled_dot_product_attention`
+between them, so that every parameter of a transformer lies in a layer that a rule reads: embedding,
+linear layer or norm.
 
 Legend: N examples, T places, E width, V symbols, C classes, H heads.
 """
@@ -25,8 +25,9 @@ SPREAD = 0.02
 
 
 class Attention(nn.Module):
-    """Self-attention of H heads: q, k and v by one linear layer, the heads' outputs through
-    another.
+    """Self-attention of H heads.
+
+    It has q, k and v by one linear layer, the heads' outputs through another.
     """
 
     def __init__(self, width: int, heads: int, bias: bool, causal: bool) -> None:
@@ -44,8 +45,9 @@ class Attention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and a two-layer perceptron of width 4E, each behind a norm and added to what came
-    in (pre-LN, as in Radford et al. 2019).
+    """Attention and a two-layer perceptron of width 4E.
+
+    Each is behind a norm and added to what came in (pre-LN, as in Radford et al. 2019).
     """
 
     def __init__(self, width: int, heads: int, bias: bool, causal: bool) -> None:
@@ -71,8 +73,7 @@ class TransformerLayer(nn.Module):
 
 
 class GPT(nn.Module):
-    """Symbols and places embedded, causal transformer layers, a norm, and the embedding again as
-    the head.
+    """Symbols and places embedded, causal transformer layers, a norm, the embedding as the head.
 
     First weights are those of GPT-2 and nanoGPT: normal of deviation 0.02, that of the layers
     which write into the residual stream over √(2 layers), biases 0. There is no dropout.
@@ -103,11 +104,11 @@ class GPT(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer (Dosovitskiy et al. 2021): patches of 4×4 pixels embedded, their places
-    added, transformer layers, a norm, the mean over places, a linear layer.
+    """A vision transformer (Dosovitskiy et al. 2021).
 
-    The mean stands in for that paper's class token; first weights are those of `GPT`. Images may
-    come flattened.
+    Patches of 4×4 pixels are embedded and their places added; transformer layers, a norm, the mean
+    over places and a linear layer follow. The mean stands in for that paper's class token; first
+    weights are those of `GPT`. Images may come flattened.
     """
 
     def __init__(self, inputs: Shape, classes: int, *, layers: int, width: int, heads: int) -> None:
@@ -141,8 +142,9 @@ class ViT(nn.Module):
 
 
 class LSTM(nn.Module):
-    """Symbols embedded, one LSTM layer of torch's, a linear head (Hochreiter and Schmidhuber 1997);
-    torch's default initialisation.
+    """Symbols embedded, one LSTM layer of torch's, a linear head.
+
+    Hochreiter and Schmidhuber 1997, by torch's default initialisation.
     """
 
     def __init__(self, symbols: int, *, width: int) -> None:
@@ -183,8 +185,10 @@ def gpt_tiny(inputs: Shape = (32,), outputs: int = 62) -> GPT:
 
 
 def gpt_small(inputs: Shape = (64,), outputs: int = 62) -> GPT:
-    """Four layers of width 128 with 4 heads: the setting of nanoGPT for a CPU (Karpathy 2022,
-    README), which has neither dropout nor, as `bias = False` of its train.py, any bias.
+    """Four layers of width 128 with 4 heads: the setting of nanoGPT for a CPU.
+
+    Karpathy 2022, README, which has neither dropout nor, as `bias = False` of its train.py, any
+    bias.
     """
     return GPT(inputs[0], outputs, layers=4, width=128, heads=4, bias=False)
 

@@ -28,8 +28,9 @@ OVERWRITTEN = (
 
 
 class Stored(NamedTuple):
-    """A tensor as a call saw it, with the version that tells whether somebody has overwritten it
-    since.
+    """A tensor as a call saw it.
+
+    Its version tells whether somebody has overwritten it since.
     """
 
     value: Tensor
@@ -50,7 +51,7 @@ class Stored(NamedTuple):
     eq=False
 )  # not frozen: several are made at every look, and freezing costs more than the rest of it
 class Use:
-    """One call that takes a block's weight. Nothing in it is written again.
+    """One call that takes a block's weight, in which nothing is written again.
 
     Args:
         call: its arguments, without a graph.
@@ -84,8 +85,9 @@ class Use:
 
 
 class UseInput:
-    """The inputs of one use in one forward pass, read when first asked for and shared by every pass
-    back.
+    """The inputs of one use in one forward pass.
+
+    They are read when first asked for, and shared by every pass back.
     """
 
     def __init__(self, use: Use, size: int, how: str, dtype: torch.dtype) -> None:
@@ -93,8 +95,9 @@ class UseInput:
 
     @property
     def raw(self) -> Tensor:
-        """As the call saw them. Raises CurvlabError where a later in-place operation has
-        overwritten them.
+        """The inputs as the call saw them.
+
+        Raises CurvlabError where a later in-place operation has overwritten them.
         """
         x = self.use.x
         if x.overwritten:
@@ -107,8 +110,9 @@ class UseInput:
 
     @cached_property
     def own(self) -> Float[Tensor, "R P *G I"]:
-        """In the call's own rows and places, without the bias column; with an axis Γ where the
-        block has several groups.
+        """The inputs in the call's own rows and places, without the bias column.
+
+        They have an axis Γ where the block has several groups.
         """
         use = self.use
         found = use.rule.inputs(use.call, self.raw) if use.inputs is None else use.inputs
@@ -227,7 +231,7 @@ class Part:
         return None if rule.counts is None else rule.counts(call, inputs.raw).to(inputs.dtype)
 
     def G(self, scale: float) -> Float[Tensor, "O O"]:
-        """scale · Σ g gᵀ, as the block reads it."""
+        """Return scale · Σ g gᵀ, as the block reads it."""
         return second_moment(
             (self.a.flatten(0, 1) if self.swapped else self.g.flatten(0, 2)), scale
         )
@@ -244,7 +248,7 @@ class Part:
         return torch.einsum("vnto,nti->vnoi", self.g, self.a)
 
     def gradient(self, scale: float) -> Float[Tensor, "O I"]:
-        """scale · Σₙ Σ_t g aᵀ, of one vector."""
+        """Return scale · Σₙ Σ_t g aᵀ, of one vector."""
         block = self.block
         if isinstance(self.inputs, UseInput) and not self.swapped:
             rule, call, whole = self.own

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -547,3 +549,36 @@ def test_names_that_look_like_markup_are_printed_as_they_are(
     )
     said = capsys.readouterr().out
     assert all(name in said for name in ("model [/x]", "[bold]name", "[/a]", "[red]b"))
+
+
+# ------------------------------------------------------------------------------------------------
+# help
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "compare",
+        "train",
+        "spectrum",
+        "reproduce",
+        "plot",
+        "report",
+        "doctor",
+        "list",
+    ],
+)
+def test_no_paragraph_of_a_help_is_broken_before_its_line_is_full(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert call(*name.split(), "-h") == 0
+    above = capsys.readouterr().out.partition("╭")[0]
+    lines = [line.strip() for line in above.splitlines()]
+    paragraphs = [p.splitlines() for p in re.split(r"\n{2,}", "\n".join(lines).strip())]
+    assert len(paragraphs) >= 2
+    for paragraph in paragraphs:
+        for line, following in itertools.pairwise(paragraph):
+            assert len(line) + 1 + len(following.split()[0]) > width - 2, line  # a margin each

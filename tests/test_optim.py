@@ -5,11 +5,13 @@ expects of an optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from problems import MODELS, REPRESENTATIVE, Problem, batches, curvature_of, problem
+from test_storage import same as same_state
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -617,6 +619,22 @@ def test_the_state_dict_of_another_algorithm_is_refused(saved: str, loaded: str)
         cl.CurvlabError, match=f"the checkpoint is of '{saved}' but this is '{loaded}'"
     ):
         stepped(loaded).load_state_dict(stepped(saved).state_dict())
+
+
+@pytest.mark.parametrize("name", ["kfac", "adam", "lbfgs"])
+@pytest.mark.parametrize("spoil", ["state", "objective"])
+def test_a_state_dict_that_fails_half_way_is_not_taken(name: str, spoil: str) -> None:
+    """Of another version of torch, or made by hand: the method's own part comes first."""
+    saved, loaded = stepped(name), stepped(name)
+    saved.step(saved.objective.closure(problem("tanh").x, problem("tanh").y))
+    before, state = deepcopy(loaded.state_dict()), saved.state_dict()
+    if spoil == "state":
+        del state["state"]
+    else:
+        state["curvlab"]["objective"] = None
+    with pytest.raises((KeyError, TypeError, AttributeError)):
+        loaded.load_state_dict(state)
+    assert same_state(loaded.state_dict(), before)
 
 
 def test_state_dict_is_torchs_with_one_entry_more() -> None:

@@ -173,6 +173,38 @@ def test_a_block_of_a_users_own_says_what_it_has_without_inheriting() -> None:
     assert not with_defaults(curvature).learnt()
 
 
+class Others(CurvatureDefaults):
+    """A curvature of a user's own that has the blocks in another order, not all, and one more."""
+
+    refreshed = 0.2
+
+    def __init__(self, of: BlockDiagonal) -> None:
+        first, *others = of.blocks
+        self.blocks = {name: of.blocks[name] for name in reversed(others)}
+        self.blocks["elsewhere"] = of.blocks[first]
+
+    def inverses(self) -> dict[str, Operator]:
+        return {name: block.inverse for name, block in self.blocks.items()}
+
+
+def test_other_blocks_than_the_models_are_found_by_their_names() -> None:
+    """Each variable stands at the place of its block's name; what the model lacks, nowhere."""
+    whole = made_of(Further)
+    expected, found = shown(whole), shown(Others(whole))
+    names = [
+        name
+        for one in PROBES.values()
+        if "train" in one.where
+        for name, variable in one.variables.items()
+        if variable.dims[:2] == ("algorithm", "block") and "norm" not in name
+    ]
+    assert {"eigenvalue_high", "pair_step", "shift", "condition", "matrix_error"} <= set(names)
+    for name in names:
+        np.testing.assert_array_equal(found[name][:, 1:], expected[name][:, 1:], err_msg=name)
+        assert (np.isnan(found[name][:, 0]) | (found[name][:, 0] == 0)).all(), name
+    assert np.isnan(found["rho"][0, 0]), "of no block too few there is a model of the loss"
+
+
 def test_a_curvature_of_a_users_own_and_none_at_all() -> None:
     size = len(problem().objective().layout)
     values = torch.linspace(1, 4, size, dtype=torch.float64)

@@ -30,6 +30,7 @@ from curvlab import datasets, models
 from curvlab.cli import app as cli
 from curvlab.cli import terminal
 from curvlab.datasets import DataEntry, Dataset
+from curvlab.errors import CurvlabError, Diverged
 from curvlab.logs import log
 from curvlab.models import MODELS
 from curvlab.show import drawable, figures
@@ -616,6 +617,119 @@ def test_a_shield_waits_for_its_block() -> None:
     assert done
     assert not shield.broken
     assert LISTENER.shield is None
+
+
+def test_a_signal_comes_after_the_error_that_ended_its_block() -> None:
+    """At the end of the next block, or of all; once, with the error as its cause."""
+    error, done = ValueError("of the block"), []
+
+    def fail(shield: interrupt.Shield) -> None:
+        with shield:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise error
+
+    def handle(shield: interrupt.Shield) -> None:
+        with pytest.raises(ValueError, match="of the block"):
+            fail(shield)
+        done.append("handled")
+        with shield:
+            done.append("another block")
+
+    for work in (fail, handle):
+        with pytest.raises(Interrupted, match="SIGTERM") as raised, interrupt.shielded() as shield:
+            work(shield)
+        assert raised.value.__cause__ is error
+    assert done == ["handled", "another block"]
+
+    with pytest.raises(ValueError, match="of the block"), interrupt.shielded() as shield, shield:
+        raise error
+    with pytest.raises(Interrupted) as raised, interrupt.shielded() as shield, shield:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert raised.value.__cause__ is None
+
+
+def test_a_second_signal_that_breaks_the_block_is_the_one_that_is_raised() -> None:
+    def twice(shield: interrupt.Shield) -> None:
+        with shield:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.5 * interrupt.SAME)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    with pytest.raises(Interrupted, match="SIGHUP") as raised, interrupt.shielded() as shield:
+        twice(shield)
+    assert raised.value.__cause__ is None
+
+
+FAILING: dict[str, tuple[list[str], Callable[[], Exception], str]] = {
+    "train diverges": (
+        RUN,
+        lambda: Diverged("made to"),
+        "curvlab: diverged in epoch 1 after 2 steps: made",
+    ),
+    "compare diverges": (
+        COMPARE,
+        lambda: Diverged("made to"),
+        "curvlab: the reference kfac left the finite range at step 2: made to",
+    ),
+    "bad input": (RUN, lambda: CurvlabError("bad in every way"), "curvlab: bad in every way"),
+    "an error of the user's": (RUN, lambda: KeyError("mine"), "curvlab: your own code failed"),
+}
+
+
+@by_signal("what", list(FAILING))
+def test_a_signal_in_a_step_that_fails_is_its_exit_code_and_both_are_said(
+    what: str,
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Slurm and shells see the signal; a user reads what went wrong, and where the log is."""
+    command, make, first = FAILING[what]
+    error = make()
+    real, calls = cl.Objective.closure, [0]
+
+    def closure(self: cl.Objective, x: Any, y: Any = None, stream: Any = "step") -> object:
+        calls[0] += stream == "step"
+        if stream == "step" and calls[0] == 3:
+            os.kill(os.getpid(), number)
+            raise error
+        return real(self, x, y, stream)
+
+    monkeypatch.setattr(cl.Objective, "closure", closure)
+    out = tmp_path / "run"
+    before = {n: signal.getsignal(n) for n in SIGNALS}
+    assert call(*command, "--out", str(out)) == 128 + number
+    assert {n: signal.getsignal(n) for n in SIGNALS} == before
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("curvlab: ")]
+    assert len(said) == 2, said
+    assert said[0].startswith(first)
+    assert said[1].startswith("curvlab: interrupted")
+    assert f"the log so far is saved in {out / 'run.h5'}" in said[1]
+    assert ("stopped" in cl.open(out).attrs) is isinstance(error, Diverged)
+    assert not parts(out)
+
+
+def test_in_python_the_signal_has_the_divergence_as_its_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last good weights are back by then."""
+    one = objective()
+    start = [p.clone() for p in one.parameters.values()]
+
+    def step(self: object, closure: object) -> None:
+        with torch.no_grad():
+            for p in one.parameters.values():
+                p.fill_(torch.nan)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise Diverged("made to")
+
+    monkeypatch.setattr("curvlab.optim.Optimizer.step", step)
+    with pytest.raises(Interrupted) as raised:
+        cl.train(one, data().batches(10, seed=1), algorithm="adam")
+    assert isinstance(raised.value.__cause__, Diverged)
+    assert str(raised.value.__cause__).startswith("diverged in epoch 1 after 0 steps: made to")
+    assert all(map(torch.equal, one.parameters.values(), start))
 
 
 # ---- real processes

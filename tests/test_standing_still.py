@@ -5,6 +5,7 @@ chance, read and set.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.utils.data import (
 )
 
 import curvlab as cl
+from curvlab.derivatives import differentiable
 from curvlab.errors import CurvlabError
 from curvlab.exact import KINDS, Kind
 from curvlab.system import random_state
@@ -681,3 +683,110 @@ def test_states_of_a_gpu() -> None:
     assert random_state.drawn_since(states, device)
     random_state.set_states(random_state.Chance.of(states.state_dict()), device)
     assert torch.rand((), device=device) == first
+
+
+# ------------------------------------------------------------------------------------------------
+# weights edited through .data, which raises no version
+
+
+def moved_by_data(o: cl.Objective) -> float:
+    """The loss after all weights have moved so."""
+    for p in o.parameters.values():
+        p.data.add_(0.3)
+    x, y = data()
+    return float(o.closure(x, y).observe({"gradient"}).loss)
+
+
+def test_a_look_that_nobody_has_used_yet_is_of_the_weights_as_they_are() -> None:
+    for ask in (lambda c: c.form, lambda c: c.law):
+        o = objective()
+        closure = o.closure(*data())
+        ask(closure)
+        wanted = moved_by_data(o)
+        assert float(closure.observe({"gradient"}, move_buffers=False).loss) == wanted
+
+
+def test_it_is_used_where_the_weights_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    o = objective()
+    closure = o.closure(*data())
+    assert closure.form
+    monkeypatch.setattr(nn.Sequential, "forward", None)
+    closure.observe({"gradient"}, move_buffers=False)
+
+
+@pytest.mark.parametrize(
+    "middle", [nn.Identity, lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(5)]
+)
+def test_a_second_look_of_weights_edited_through_data(middle: Callable[[], nn.Module]) -> None:
+    """The line says what was done, and not that the model draws random numbers."""
+    for counted in (True, False):
+        o = objective(middle())
+        closure = o.closure(*data())
+        closure.observe({"gradient"})
+        with torch.no_grad():
+            for p in o.parameters.values():
+                (p if counted else p.data).add_(0.3)
+        if counted:
+            closure.observe({"gradient"}, move_buffers=False)
+            continue
+        with pytest.raises(CurvlabError, match=r"differ .* weights were written to by \.data") as e:
+            closure.observe({"gradient"}, move_buffers=False)
+        assert "random" not in str(e.value)
+
+
+class Counting(nn.Module):
+    """What nobody can put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_looks_that_differ_though_all_stands_still_are_an_error_still() -> None:
+    o = objective(Counting())
+    closure = o.closure(*data())
+    closure.observe({"gradient"})
+    with pytest.raises(CurvlabError, match=r"two looks at one minibatch differ .* or counts"):
+        closure.observe({"gradient"}, move_buffers=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# threads
+
+
+def fused() -> tuple[bool, bool]:
+    return torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_threads_that_take_derivatives_leave_attention_as_it_was() -> None:
+    """Its flags are the process's: they are off until the last of the threads is out."""
+    before, seen = fused(), []
+    one_is_out, other_is_in = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with differentiable():
+            other_is_in.set()
+            one_is_out.wait(60)
+            seen.append(fused())
+
+    thread = threading.Thread(target=other)
+    with differentiable():
+        thread.start()
+        assert other_is_in.wait(60)
+        with differentiable():
+            pass
+        seen.append(fused())
+    one_is_out.set()
+    thread.join(60)
+    assert seen == [(False, False), (False, False)]
+    assert fused() == before == (True, True)
+
+
+def test_an_error_inside_leaves_attention_as_it_was() -> None:
+    with pytest.raises(KeyError), differentiable():
+        raise KeyError
+    assert fused() == (True, True)

@@ -26,6 +26,7 @@ import xarray as xr
 from rich.console import Console
 from test_cli import call, refused
 from test_train import data, net, objective_of, same_log, same_weights
+from torch import nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
@@ -401,6 +402,30 @@ def test_contents_that_no_run_wrote_are_refused_and_nothing_is_taken(
     # that is seen by `checkpoint.load_state`
     cases = (case for case in spoiled(state) if case[0] != ("format",))
     all_refused("adam", state, cases)
+
+
+@pytest.mark.parametrize("algorithm", ["adam", "k-bfgs-l"])
+def test_weights_are_put_back_where_loading_them_fails_half_way(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a hook of the user's model, say. What has the right shapes is copied by then."""
+    state, training = written(algorithm, monkeypatch), training_of(algorithm)
+    before, real, calls = copy.deepcopy(training.state_dict()), nn.Module.load_state_dict, [0]
+
+    def half(self: nn.Module, saved: dict[str, Any], strict: bool = True) -> object:
+        calls[0] += 1
+        if calls[0] > 1:
+            return real(self, saved, strict)
+        name = next(iter(saved))
+        real(self, {name: saved[name]}, strict=False)
+        raise RuntimeError("a hook fails")
+
+    monkeypatch.setattr(nn.Module, "load_state_dict", half)
+    with pytest.raises(cl.CurvlabError, match="does not fit this run: a hook fails"):
+        training.load_state_dict(state)
+    assert same(before, training.state_dict())
+    training.load_state_dict(state)
+    assert training.at.steps == 8
 
 
 SOME = ("k-bfgs-l", "skqn-l", "smw-gn")

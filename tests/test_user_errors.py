@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab import comparison_run, datasets, likelihoods, models
-from curvlab.datasets import DataEntry, Dataset
+from curvlab.cli import terminal
+from curvlab.datasets import DataEntry, Dataset, files
+from curvlab.errors import CurvlabError, cause_of
 from curvlab.models import MODELS
 from curvlab.observation import Stream
 from curvlab.probes import PROBES
-from curvlab.system import blame
+from curvlab.system import blame, paths
 
 OWN = """import sys
 import torch
@@ -371,3 +373,43 @@ def test_in_python_they_stay_what_they_are(kind: str, tmp_path: Path) -> None:
     with pytest.raises(kinds[kind]):
         cl.compare(objective, minibatches, algorithms=["sgd-m"], path=tmp_path / "run.h5")
     assert not list(tmp_path.glob("**/*.h5"))
+
+
+# ------------------------------------------------------------------------------------------------
+# errors of the system
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("the share is gone\nat 3 o'clock"), "the share is gone"),
+        (OSError(), "OSError"),
+        (RuntimeError("a writer\nof torch"), "a writer"),
+        (PermissionError(), "PermissionError"),
+    ],
+)
+def test_an_error_of_the_system_is_never_none(error: Exception, said: str) -> None:
+    """One without a number has no `strerror`."""
+    assert cause_of(error) == said
+
+
+def test_nobody_prints_what_may_be_none() -> None:
+    root = Path(cl.__file__).parent
+    assert [p.name for p in root.rglob("*.py") if "strerror" in p.read_text()] == ["errors.py"]
+
+
+def test_folders_and_files_that_cannot_be_written_for_a_reason_without_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("the share is gone")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(CurvlabError, match="cannot be written: the share is gone"):
+        terminal.folder_for(tmp_path / "new", "run")
+    with pytest.raises(CurvlabError, match=r"cannot be written: .*new: the share is gone"):
+        paths.check_folder(tmp_path / "new", ("run.h5",))
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(CurvlabError, match="cannot be read: the share is gone"):
+        files.verify(tmp_path / "data", "data", ("0" * 64,))

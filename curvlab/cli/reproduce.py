@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from curvlab.cli import lists
-from curvlab.cli.terminal import err
-from curvlab.system.interrupt import LISTENER, number_of, words
+from curvlab.cli.terminal import say_interrupted
+from curvlab.system.interrupt import LISTENER, number_of
 
 Option = typer.Option
 
@@ -66,5 +66,5 @@ def reproduce(
         reproduce_it(load_script(name), name, options)
     except KeyboardInterrupt as error:
         LISTENER.deaf = True
-        err.print(f"curvlab: {words(error)}; the same command goes on", markup=False)
+        say_interrupted(error, "; the same command goes on")
         raise typer.Exit(128 + number_of(error)) from None

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, cause_of
 from curvlab.show import pictures
 from curvlab.show.text_table import draw_table
-from curvlab.system import paths
+from curvlab.system import blame, paths
 from curvlab.system.atomic import rewrite
 from curvlab.system.blame import Saved
-from curvlab.system.escape import for_rich
+from curvlab.system.escape import for_rich, for_terminal
 from curvlab.system.interrupt import LISTENER, behind, number_of, words
 from curvlab.system.lock import exclusive_lock
 
@@ -61,8 +61,20 @@ def _interrupted(error: KeyboardInterrupt, path: Path, remedy: str) -> typer.Exi
     saved = (
         f"the log so far is saved in {path}{remedy}" if path.exists() else "nothing was logged yet"
     )
-    err.print(for_rich(f"curvlab: {words(error)}; {saved}"))
+    say_interrupted(error, f"; {saved}")
     return typer.Exit(128 + number_of(error))
+
+
+def say_interrupted(error: KeyboardInterrupt, more: str = "") -> None:
+    """Say whereby a run was ended; before it the error that ended the step that it waited for."""
+    cause = error.__cause__
+    if cause is not None:
+        foreign = not isinstance(cause, CurvlabError)
+        if foreign:
+            sys.stderr.write(for_terminal(blame.told(cause), lines=True))
+        line = blame.verdict(cause, "")[0] if foreign else str(cause)
+        err.print(for_rich(f"curvlab: {line}"))
+    err.print(for_rich(f"curvlab: {words(error)}{more}"))
 
 
 def show(table: Table, title: str = "") -> None:
@@ -120,7 +132,7 @@ def write_picture(drawn: Figure, path: Path) -> None:
     try:
         rewrite(path, lambda aside: aside.write_bytes(held))
     except OSError as error:
-        raise CurvlabError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise CurvlabError(f"{path} cannot be written: {cause_of(error)}") from error
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -163,7 +175,7 @@ def folder_for(chosen: Path | None, stem: str) -> Path:
         chosen.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CurvlabError(
-            f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose"
+            f"the output folder {chosen or 'runs'} cannot be written: {cause_of(error)}; choose"
             " another with --out"
         ) from error
     return chosen

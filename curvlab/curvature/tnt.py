@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from curvlab.curvature.base import FactorBounds
@@ -21,6 +20,7 @@ from curvlab.linalg.bounds import Bounds, tensor_normal, tensor_normal_factor
 from curvlab.linalg.cholesky import damped_inverse, shifted
 from curvlab.linalg.kronecker import mode_contraction, tensor_normal_factors
 from curvlab.linalg.operators import Kronecker
+from curvlab.linalg.spectral import eigvalsh
 from curvlab.statistics import LayerStatistics
 
 
@@ -93,7 +93,7 @@ def gradient_norm_bound(part: Kronecker, damping: float) -> float:
     """
     first, shape = part.factors[0], [len(f) for f in part.factors]
     assert isinstance(first, Tensor)
-    mean = max(float((1 / torch.linalg.eigvalsh(first.double())).mean()) - damping, 0.0)
+    mean = max(float((1 / eigvalsh(first.double())).mean()) - damping, 0.0)
     return mean ** len(shape) * math.prod(shape)
 
 

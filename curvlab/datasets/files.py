@@ -22,7 +22,7 @@ from tempfile import NamedTemporaryFile
 import numpy as np
 from numpy.typing import NDArray
 
-from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.errors import CurvlabError, CurvlabWarning, cause_of
 from curvlab.system.paths import expanded
 
 
@@ -151,7 +151,7 @@ def verify(path: Path, name: str, sums: tuple[str, ...]) -> None:
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, algorithm).hexdigest()
     except OSError as error:
-        raise CurvlabError(f"data file {path} cannot be read: {error.strerror}") from error
+        raise CurvlabError(f"data file {path} cannot be read: {cause_of(error)}") from error
     if found not in sums:
         remedy = (
             "reinstall curvlab, or in a checkout run: git checkout -- data"
@@ -241,7 +241,7 @@ def cached(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8
         os.replace(temporary, path)
     except OSError as error:
         warnings.warn(
-            f"{path} cannot be written ({error.strerror}), so this data set is made anew every"
+            f"{path} cannot be written ({cause_of(error)}), so this data set is made anew every"
             " time: set CURVLAB_CACHE to a folder that can be",
             CurvlabWarning,
             stacklevel=2,

@@ -39,10 +39,10 @@ def shakespeare_text() -> str:
 
 
 def shakespeare(places: int = 64) -> tuple[Dataset, Dataset]:
-    """Load the text in windows of T = `places` symbols that do not overlap: 62 symbols, in the
-    order of their code points; the last tenth is for validation.
+    """Load the text in windows of T = `places` symbols that do not overlap.
 
-    Each part begins anew: window n has inputs nT … nT + T − 1 and targets nT + 1 … nT + T of it,
+    There are 62 symbols, in the order of their code points; the last tenth is for validation. Each
+    part begins anew: window n has inputs nT … nT + T − 1 and targets nT + 1 … nT + T of it,
     and what is left is dropped. The text and the 64 places are in kind those of nanoGPT on a CPU
     (Karpathy 2022), which draws its windows at random.
 
@@ -72,11 +72,10 @@ def shakespeare32() -> tuple[Dataset, Dataset]:
 
 
 def copying(seed: int = 0, train: int = 4_096, test: int = 1_024) -> tuple[Dataset, Dataset]:
-    """Eight symbols drawn from eight, a delimiter, the same again (the copy task of Graves et al.
-    2014): T = 16.
+    """Make eight symbols drawn from eight, a delimiter, the same again: T = 16.
 
-    The delimiter is the class number 8. Inputs are s₁ … s₈, the delimiter, s₁ … s₇; targets are
-    s₁ … s₈ from the delimiter on, and none before it.
+    That is the copy task of Graves et al. 2014. The delimiter is the class number 8. Inputs are
+    s₁ … s₈, the delimiter, s₁ … s₇; targets are s₁ … s₈ from the delimiter on, and none before it.
     """
     drawn = np.random.default_rng(seed).integers(0, SYMBOLS, (train + test, SYMBOLS))
     delimiter = np.full((len(drawn), 1), SYMBOLS)

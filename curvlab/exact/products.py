@@ -116,7 +116,7 @@ def diagonal(
     without structure D products.
     """
     check_kind(kind, draws)
-    return _diagonal(Minibatches.of(objective, x, y, again=True), objective.layout, kind, draws)
+    return _diagonal(Minibatches.of(objective, x, y), objective.layout, kind, draws)
 
 
 def _pair(block: object) -> tuple[str, str]:

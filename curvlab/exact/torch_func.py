@@ -21,7 +21,7 @@ from torch.func import grad, jacrev, vjp
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable, surrounding
-from curvlab.errors import CurvlabError, warn
+from curvlab.errors import CurvlabError, check_memory, warn
 from curvlab.exact.batches import PASS_OF_KIND, Kind
 from curvlab.exact.plain import Plain
 from curvlab.exact.transforms import FixedRows, Weights, along, mapped, second_derivative
@@ -123,7 +123,8 @@ class Function:
                 known[key] = float((found - true).norm()) <= near * float(
                     true.norm() + found.norm()
                 )
-            except (CurvlabError, RuntimeError, NotImplementedError):
+            except (CurvlabError, RuntimeError, NotImplementedError) as error:
+                check_memory(error)
                 known[key] = True
         return known[key]
 
@@ -144,7 +145,8 @@ class Function:
                 found = grad(lambda w: (self.outputs(w, x) * v).sum())(at)
                 # forward mode goes on under no_grad and into .data
                 forth = along(lambda w: self.outputs(w, x), at, u)
-            except (RuntimeError, NotImplementedError):
+            except (RuntimeError, NotImplementedError) as error:
+                check_memory(error)
                 return False
         near = self.closure.form.precision**0.5
         apart = float((forth * v).sum() - true @ u)
@@ -215,8 +217,8 @@ class Function:
             if self.sound:
                 try:
                     return transformed()
-                except (RuntimeError, NotImplementedError):
-                    pass
+                except (RuntimeError, NotImplementedError) as error:
+                    check_memory(error)
             return plain()
 
     def rows(
@@ -290,6 +292,7 @@ class Function:
             with derivatives():
                 return self._transformed(kind, labels, plain)
         except (RuntimeError, NotImplementedError) as error:
+            check_memory(error)
             self._plain.why = str(error).splitlines()[0]
             return plain
 
@@ -355,6 +358,7 @@ class Function:
                 try:
                     return one(v[0])[None] if len(v) == 1 else several(v)
                 except (RuntimeError, NotImplementedError) as error:
+                    check_memory(error)
                     self._plain.why = str(error).splitlines()[0]
                     return plain(v)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
+from curvlab.errors import check_memory
 from curvlab.functions import FUNCTIONS
 
 _FORWARD = RLock()  # levels of forward mode are the process's, not the thread's
@@ -28,7 +29,8 @@ def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def over(*arguments: Tensor) -> Tensor:
         try:
             found: Tensor = vmap(f)(*arguments)
-        except RuntimeError:
+        except RuntimeError as error:
+            check_memory(error)
             found = torch.stack([f(*one) for one in zip(*arguments, strict=True)])
         return found
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabWarning, Diverged
+from curvlab.linalg.spectral import eigvalsh
 
 _NOT_FINITE = "{} contains NaN or Inf: lower the learning rate or raise the damping"
 _RAISED = "{} is not positive definite with damping {:g}: raised to {:g}"
@@ -88,7 +89,7 @@ def shift_to_definite(matrix: Float[Tensor, "D D"], least: float) -> float:
     """
     if not bool(torch.linalg.cholesky_ex(matrix).info):
         return 0.0
-    ends = torch.linalg.eigvalsh(matrix)
+    ends = eigvalsh(matrix)
     rounding = float(ends.abs().amax()) * torch.finfo(matrix.dtype).eps ** 0.5
     return max(least, float(rounding)) - float(ends[0])
 
@@ -102,19 +103,3 @@ def solve_cholesky(factor: Float[Tensor, "D D"], v: Float[Tensor, "D *K"]) -> Fl
     half = torch.linalg.solve_triangular(factor, columns, upper=False)
     solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
     return solution[:, 0] if v.ndim == 1 else solution
-
-
-def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
-    """Return eigenvalues, ascending, and eigenvectors of a positive semi-definite matrix.
-
-    It is shifted by its mean eigenvalue meanwhile. In float32 LAPACK failed to converge on singular
-    second moments of order 1000 (squares of what is rounded from 0 underflow); shifted they are no
-    trouble. Double precision where it fails still.
-    """
-    mean = matrix.diagonal().mean()
-    moved = matrix + mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    try:
-        values, vectors = torch.linalg.eigh(moved)
-    except RuntimeError:  # LinAlgError
-        values, vectors = (part.to(matrix.dtype) for part in torch.linalg.eigh(moved.double()))
-    return values - mean, vectors

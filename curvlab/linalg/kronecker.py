@@ -20,6 +20,7 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, Diverged
 from curvlab.linalg.padded_products import padded_product, second_moment
+from curvlab.linalg.spectral import symmetric_eigh
 
 
 class Factor(Protocol):
@@ -283,7 +284,7 @@ def _last_eigenvector(gram: Float[Tensor, "P P"]) -> Float[Tensor, " P"]:
     at order 5000).
     """
     if len(gram) <= 500:
-        vectors: Tensor = torch.linalg.eigh(gram)[1]
+        vectors: Tensor = symmetric_eigh(gram)[1]
         return vectors[:, -1]
     start = np.random.default_rng(0).standard_normal(len(gram))
     found = eigsh(gram.cpu().numpy(), k=1, which="LA", v0=start, tol=0)[1]

@@ -17,6 +17,7 @@ from curvlab.errors import CurvlabError, Diverged, guard_memory
 from curvlab.finite import all_finite
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import finite_product
+from curvlab.linalg.spectral import symmetric_eigh
 from curvlab.linalg.traces import StochasticEstimate, average, gaussian
 
 
@@ -243,7 +244,7 @@ class Lanczos:
         θ, ascending; |β_m s_m| of each; s as columns. Within that length of θ there is an
         eigenvalue of A (Parlett 1998, Theorem 4.5.1 and section 13.2).
         """
-        theta, s = torch.linalg.eigh(self.matrix())
+        theta, s = symmetric_eigh(self.matrix())
         return theta, (self.beta[-1] * s[-1]).abs(), s
 
     def quadrature(self) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:

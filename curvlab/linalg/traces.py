@@ -22,6 +22,7 @@ from curvlab import moved
 from curvlab.errors import CurvlabError
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import finite_product, placement
+from curvlab.linalg.spectral import thin_svd
 
 _COLUMNS = 64  # test vectors held at once where they are not all needed together
 
@@ -142,7 +143,7 @@ def xtrace(operator: Operator, products: int, generator: torch.Generator) -> Sto
     # QᵢQᵢᵀ = QQᵀ − (Q sᵢ)(Q sᵢ)ᵀ with sᵢ the unit vector along column i of R⁻ᵀ. Where A has a rank
     # below k there is no inverse: singular values are cut at the rounding level, and sᵢ is then a
     # direction on which A is zero.
-    left, sigma, right = torch.linalg.svd(r)
+    left, sigma, right = thin_svd(r)
     eps, tiny = torch.finfo(r.dtype).eps, torch.finfo(r.dtype).tiny
     floor = (eps * sigma[0]).clamp_min(tiny)
     s = (left * (floor / sigma.clamp_min(floor))) @ right

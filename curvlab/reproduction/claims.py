@@ -18,8 +18,9 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Reported:
-    """The document's numbers, {problem: {label: number}}: training losses, or test `accuracies` in
-    per cent.
+    """The document's numbers: training losses, or test `accuracies` in per cent.
+
+    They are {problem: {label: number}}.
     """
 
     numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

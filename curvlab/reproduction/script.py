@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from matplotlib.figure import Figure
 
-from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.errors import CurvlabError, cause_of, lookup, unknown
 from curvlab.machine import device_of
 from curvlab.show.text_table import Table, text_lines
 from curvlab.system import paths
@@ -152,7 +152,7 @@ class ReproductionReport:
             rewrite(path, write)
         except OSError as error:
             raise CurvlabError(
-                f"{path} cannot be written: {error.strerror}; choose another folder with --out"
+                f"{path} cannot be written: {cause_of(error)}; choose another folder with --out"
             ) from error
         print(for_terminal(f"wrote {path}"), flush=True)
 
@@ -245,6 +245,8 @@ def main(what: Reproduction, file: str) -> None:
         print(f"curvlab: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
+        if error.__cause__ is not None:
+            print(f"curvlab: {error.__cause__}", file=sys.stderr)
         print(f"curvlab: {words(error)}; run it again to go on", file=sys.stderr)
         sys.exit(128 + number_of(error))
 

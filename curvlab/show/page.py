@@ -19,7 +19,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.progress import Progress
 
-from curvlab.errors import CurvlabError, shown
+from curvlab.errors import CurvlabError, cause_of, shown
 from curvlab.logs import attributes
 from curvlab.logs.reading import open_log
 from curvlab.logs.regular import regular
@@ -104,7 +104,7 @@ def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None 
         )
     except OSError as error:
         raise CurvlabError(
-            f"the report {for_terminal(target)} cannot be written: {error.strerror or error}"
+            f"the report {for_terminal(target)} cannot be written: {cause_of(error)}"
         ) from error
     return target
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from curvlab.errors import CurvlabError, warn
+from curvlab.errors import CurvlabError, cause_of, warn
 from curvlab.system import paths
 from curvlab.system.lock import exclusive_lock
 from curvlab.training import checkpoint
@@ -86,7 +86,7 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CurvlabError(
-                f"the folder {folder} cannot be written: {error.strerror}"
+                f"the folder {folder} cannot be written: {cause_of(error)}"
             ) from error
         return folder
 

@@ -159,7 +159,8 @@ class Training:
             except (Diverged, LinAlgError) as error:
                 if not self.at.started:
                     raise CurvlabError(f"before the first step: {error}") from error
-                self._stop(str(error).splitlines()[0])
+                with self.shield:
+                    self._stop(str(error).splitlines()[0])
             except KeyboardInterrupt:
                 self.stopwatch.pause(self.at)
                 if self.at.started and not self.shield.broken:

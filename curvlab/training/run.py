@@ -19,7 +19,7 @@ from rich.console import Console
 from curvlab import datasets
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell
+from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, fitting, lookup, real, tell
 from curvlab.likelihoods.base import mean_per, scaled
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
@@ -201,29 +201,18 @@ def train(
         warnings.warn(_IN_EVAL_MODE, CurvlabWarning, stacklevel=2)
     console = Console(stderr=True)
     with derivatives():
+        budget = Budget(epochs, steps, seconds)
         training = _training(
-            objective,
-            batches,
-            validation,
-            settings,
-            Budget(epochs, steps, seconds),
-            around,
-            about,
-            must_match,
-            place,
+            objective, batches, validation, settings, budget, around, about, must_match, place
         )
         if resume and place is None:
             raise CurvlabError("resume needs a folder")
         with nullcontext() if place is None else claimed(place, resume):
             if resume and place is not None and not stepless(place):
-                saved = checkpoint.load_state(place / checkpoint.FILE, objective.device)
-                training.load_state_dict(saved)
-            run = _run(
-                training,
-                console,
-                console.is_terminal if progress is None else progress,
-                lambda line: None,
-            )
+                training.load_state_dict(
+                    checkpoint.load_state(place / checkpoint.FILE, objective.device)
+                )
+            run = _run(training, console, console.is_terminal if progress is None else progress)
     if run.stopped:
         warnings.warn(run.stopped, CurvlabWarning, stacklevel=2)
     return run
@@ -284,9 +273,19 @@ def _training(
     )
 
 
-def _run(training: Training, console: Console, shown: bool, say: Callable[[str], None]) -> TrainRun:
+def _run(
+    training: Training,
+    console: Console,
+    shown: bool,
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainRun:
     with progress_bar(console, shown) as bar:
-        training.run(bar, say)
+        try:
+            training.run(bar, say)
+        except KeyboardInterrupt as signal:
+            if training.stopped:  # in the same step, or since
+                raise signal from Diverged(training.stopped)
+            raise
     return TrainRun(training.log, training.place.folder, training.stopped)
 
 
