@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvlab.errors import CurvlabError, check_memory
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
 
 
 def edge_of(output: Tensor) -> tuple[GradientEdge, tuple[int, ...]]:
@@ -56,7 +56,7 @@ def refused(error: Exception, what: str) -> CurvlabError:
 
     Raises OutOfMemory where it is none, and memory ran out.
     """
-    check_memory(error)
+    raise_if_out_of_memory(error)
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CurvlabError(f"torch cannot take {what} of the model: {remedy(error) or first}")
 
@@ -102,7 +102,7 @@ def send_back(
                 )
             )
         except RuntimeError as error:
-            check_memory(error)
+            raise_if_out_of_memory(error)
     try:
         each = [
             torch.autograd.grad(z, targets, v, retain_graph=True, allow_unused=True)

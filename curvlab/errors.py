@@ -68,7 +68,7 @@ def lacks_memory(error: BaseException) -> bool:
     )
 
 
-def check_memory(error: Exception) -> None:
+def raise_if_out_of_memory(error: Exception) -> None:
     """Raise OutOfMemory, with the remedy, where an error is of memory that ran out."""
     if isinstance(error, OutOfMemory):
         raise error

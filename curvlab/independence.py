@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvlab.capture import Capture
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, check_memory
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
 from curvlab.finite import all_finite
 from curvlab.forms import Form
 from curvlab.second_looks import SecondLooks
@@ -134,7 +134,7 @@ class Independence(SecondLooks):
                     for v in sent
                 )
             except RuntimeError as error:
-                check_memory(error)
+                raise_if_out_of_memory(error)
                 return None
         if plain is None or weighted is None:
             return None

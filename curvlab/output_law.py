@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, check_memory
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
 from curvlab.laws import Law, Root, law_of_heads, refusal
 from curvlab.likelihoods import (
     Bernoulli,
@@ -170,7 +170,7 @@ class _Examined:
                 )
             )
         except (ValueError, RuntimeError) as error:  # outputs that this loss does not take
-            check_memory(error)
+            raise_if_out_of_memory(error)
             return 0.0
 
     def law(self) -> Law:
@@ -243,7 +243,7 @@ class _Examined:
         try:
             there = OutputLoss(self.likelihood, self.z, drawn)
         except (ValueError, RuntimeError, IndexError) as error:
-            check_memory(error)
+            raise_if_out_of_memory(error)
             return (
                 f"the loss of {self.name} does not take labels drawn by its sample"
                 f" ({str(error).splitlines()[0]})"
@@ -292,7 +292,7 @@ class _Examined:
             )
             usual = bool(t.isfinite().all()) and bool(hessian.isfinite().all())
         except (ValueError, RuntimeError) as refused:  # outputs that this loss does not take
-            check_memory(refused)
+            raise_if_out_of_memory(refused)
             usual = False
         if not usual:
             t, hessian = self._scores(self.z[ends], self.y[ends], directions)

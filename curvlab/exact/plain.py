@@ -21,7 +21,7 @@ from torch import Tensor
 from curvlab.autograd import refused, remedy
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable
-from curvlab.errors import CurvlabError, check_memory
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
 from curvlab.exact.batches import PASS_OF_KIND, Kind
 from curvlab.independence import some_rows
 from curvlab.layers import Layout
@@ -209,7 +209,7 @@ class Plain:
             except CurvlabError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
-                check_memory(error)
+                raise_if_out_of_memory(error)
                 if twice and remedy(error) is None:
                     raise CurvlabError(_NO_SECOND.format(str(error).splitlines()[0])) from error
                 raise refused(error, "this derivative") from error

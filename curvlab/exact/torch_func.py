@@ -21,7 +21,7 @@ from torch.func import grad, jacrev, vjp
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable, surrounding
-from curvlab.errors import CurvlabError, check_memory, warn
+from curvlab.errors import CurvlabError, raise_if_out_of_memory, warn
 from curvlab.exact.batches import PASS_OF_KIND, Kind
 from curvlab.exact.plain import Plain
 from curvlab.exact.transforms import FixedRows, Weights, along, mapped, second_derivative
@@ -124,7 +124,7 @@ class Function:
                     true.norm() + found.norm()
                 )
             except (CurvlabError, RuntimeError, NotImplementedError) as error:
-                check_memory(error)
+                raise_if_out_of_memory(error)
                 known[key] = True
         return known[key]
 
@@ -146,7 +146,7 @@ class Function:
                 # forward mode goes on under no_grad and into .data
                 forth = along(lambda w: self.outputs(w, x), at, u)
             except (RuntimeError, NotImplementedError) as error:
-                check_memory(error)
+                raise_if_out_of_memory(error)
                 return False
         near = self.closure.form.precision**0.5
         apart = float((forth * v).sum() - true @ u)
@@ -218,7 +218,7 @@ class Function:
                 try:
                     return transformed()
                 except (RuntimeError, NotImplementedError) as error:
-                    check_memory(error)
+                    raise_if_out_of_memory(error)
             return plain()
 
     def rows(
@@ -292,7 +292,7 @@ class Function:
             with derivatives():
                 return self._transformed(kind, labels, plain)
         except (RuntimeError, NotImplementedError) as error:
-            check_memory(error)
+            raise_if_out_of_memory(error)
             self._plain.why = str(error).splitlines()[0]
             return plain
 
@@ -358,7 +358,7 @@ class Function:
                 try:
                     return one(v[0])[None] if len(v) == 1 else several(v)
                 except (RuntimeError, NotImplementedError) as error:
-                    check_memory(error)
+                    raise_if_out_of_memory(error)
                     self._plain.why = str(error).splitlines()[0]
                     return plain(v)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
-from curvlab.errors import check_memory
+from curvlab.errors import raise_if_out_of_memory
 from curvlab.functions import FUNCTIONS
 
 _FORWARD = RLock()  # levels of forward mode are the process's, not the thread's
@@ -30,7 +30,7 @@ def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         try:
             found: Tensor = vmap(f)(*arguments)
         except RuntimeError as error:
-            check_memory(error)
+            raise_if_out_of_memory(error)
             found = torch.stack([f(*one) for one in zip(*arguments, strict=True)])
         return found
 

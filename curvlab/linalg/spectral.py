@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # not exported by name
 
-Found = TypeVar("Found")
+_Found = TypeVar("_Found")
 
 
 def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
@@ -52,7 +52,7 @@ def thin_svd(
     return u.to(matrix.dtype), s.to(matrix.dtype), v.to(matrix.dtype)
 
 
-def _converging(function: Callable[[Tensor], Found], matrix: Tensor) -> Found:
+def _converging(function: Callable[[Tensor], _Found], matrix: Tensor) -> _Found:
     try:
         return function(matrix)
     except LinAlgError:  # alone: memory that runs out is no matter of precision
