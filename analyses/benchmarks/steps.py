@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from recorded import record
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -80,6 +81,7 @@ parser.add_argument(
     help="of the autoencoder; a twentieth of it for the convolutions",
 )
 parser.add_argument("--threads", type=int, default=1)
+parser.add_argument("--record", action="store_true", help="write results/steps.json")
 options = parser.parse_args()
 torch.set_num_threads(options.threads)
 clock = time.process_time if options.threads == 1 else time.perf_counter
@@ -265,6 +267,9 @@ class PlainKfac:
         self.steps += 1
 
 
+ROWS: list[list[str | float | None]] = []
+
+
 def run(problem: str, flops: float) -> None:
     objective, batches = PROBLEMS[problem]()
     layers = layers_of(objective, *batches[0])
@@ -295,6 +300,8 @@ def run(problem: str, flops: float) -> None:
         bases.append(timed(plain))
         base = (bases[-2] + bases[-1]) / 2
         taken[label] = seconds / base
+        ROWS.append([problem, label, round(1e3 * seconds, 1), round(seconds / base, 2)])
+        ROWS[-1] += [round(bound / flops / base, 2) if bound else None, goal]
         bounds = f"{bound / flops / base:>8.2f}" if bound else " " * 8
         goals = f"{goal:>7.1f}" if goal and problem == "autoencoder" else " " * 7
         print(
@@ -361,3 +368,6 @@ print(
 )
 for name in options.problems:
     run(name, flops)
+if options.record:
+    columns = ["problem", "method", "ms", "× forward + backward", "floor", "goal"]
+    record("steps", f"A step, {what}; floor: counted products", columns, ROWS, heads=2)

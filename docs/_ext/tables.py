@@ -5,9 +5,11 @@ but the headings.
 from __future__ import annotations
 
 import ast
+import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import curvlab
@@ -56,6 +58,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     widths: Sequence[int] = ()
+    caption: str = ""
 
 
 def _of_list(what: str, *typed: int) -> Table:
@@ -253,6 +256,27 @@ TABLES: dict[str, Callable[[], Table]] = {
     "modules": _modules,
 }
 """{name of the directive's argument: the table}"""
+
+BENCHMARKS = ROOT / "analyses" / "benchmarks" / "results"
+
+
+def _benchmark(path: Path) -> Table:
+    """A file that a benchmark has written, with what was measured, how, and on which machine."""
+    found = json.loads(path.read_text())
+    on = found["machine"]
+    caption = (
+        f"{found['what']}. {found['command']}; {on['date']}, {on['processor']}, {on['cores']}"
+        f" cores, threads: {on['threads']}, load {on['load']}, Python {on['python']}, torch"
+        f" {on['torch']}."
+    )
+    rows = [["–" if cell is None else str(cell) for cell in row] for row in found["rows"]]
+    return Table(found["columns"], rows, caption=caption)
+
+
+TABLES |= {
+    f"benchmark-{path.stem}": partial(_benchmark, path)
+    for path in sorted(BENCHMARKS.glob("*.json"))
+}
 
 GALLERIES = tuple(name for name in TABLES if name.startswith("gallery-"))
 
