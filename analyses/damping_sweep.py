@@ -19,6 +19,8 @@ from curvlab.linalg.cholesky import damped_inverse
 from curvlab.linalg.kronecker import tensor_normal_factors
 
 matplotlib.use("Agg")
+from typing import Any
+
 import matplotlib.pyplot as plt
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -64,7 +66,7 @@ def late(damping: float, seed: int) -> xr.Dataset:
     return xr.Dataset({"cosine": cosine, "loss": log["loss"].isel(step=-1, drop=True)})
 
 
-def over(dim: str, labels: list, parts: list[xr.Dataset]) -> xr.Dataset:
+def over(dim: str, labels: list[Any], parts: list[xr.Dataset]) -> xr.Dataset:
     return xr.concat(parts, dim=xr.DataArray(labels, dims=dim, name=dim))
 
 

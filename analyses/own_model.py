@@ -11,7 +11,6 @@ nn = torch.nn
 model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 3))
 objective = cl.Objective(model, cl.likelihoods.Categorical(), seed=0)
 batches = list(zip(x.split(200), y.split(200), strict=True))
-run = cl.compare(
-    objective, batches * 3, algorithms=["kfac", "tnt", "shampoo"], warm=batches, damping=0.01
-)
+methods = ["kfac", "tnt", "shampoo"]
+run = cl.compare(objective, batches * 3, algorithms=methods, warm=batches, damping=0.01)
 print(run.table().to_pandas().round(3))

@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import curvlab as cl
+from curvlab.exact import Kind
 from curvlab.system.memory import keep_freed_memory
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -44,7 +45,7 @@ def problem(
     return cl.Objective(net, cl.likelihoods.Categorical()), x, y
 
 
-def hidden(kind: str) -> Callable[[cl.Objective, torch.Tensor, torch.Tensor], object]:
+def hidden(kind: Kind) -> Callable[[cl.Objective, torch.Tensor, torch.Tensor], object]:
     return lambda o, x, y: cl.exact.matrix(o, x, y, kind, "2")
 
 
@@ -75,7 +76,7 @@ AXES = {
 LABELS = {"examples": "examples N", "width": "width of every layer", "classes": "classes C"}
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[..., object]) -> float:
     work()
     times = []
     for _ in range(options.repeats):

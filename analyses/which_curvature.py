@@ -11,6 +11,7 @@ direction to that of every reference. Middle four layers.
 import argparse
 import itertools
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import xarray as xr
@@ -98,7 +99,8 @@ for name in METHODS:
     )
 
 figure = plt.figure(figsize=(15, 7), layout="constrained")
-left, right = figure.subfigures(1, 2, width_ratios=[1, 2.3])
+halves: Any = figure.subfigures(1, 2, width_ratios=[1, 2.3])
+left, right = halves
 ax = left.subplots()
 image = ax.imshow(late, cmap="cividis", vmin=min(0.0, float(late.min())), vmax=1, aspect="auto")
 for i, j in itertools.product(range(late.sizes["algorithm"]), range(late.sizes["to"])):

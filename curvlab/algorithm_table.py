@@ -28,8 +28,8 @@ from curvlab.curvature.tnt import tnt, tnt_per_sample
 from curvlab.layers import Block
 
 
-def _kfac(block: Block, *, split: str = "pi") -> Kfac:
-    return Kfac(split)
+def _kfac(block: Block, *, split: str = "pi", sharing: str = "expand") -> Kfac:
+    return Kfac(split, sharing)
 
 
 def _smw_fisher(block: Block, *, curvature_size: int | None = None) -> SmwFisher:
@@ -92,6 +92,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         builds=ByBlock(_kfac),
         labels="data",
         constants=Constants(lr=1.0, damping=100.0, refresh_every=20),
+    ),
+    "kfac-reduce": Algorithm(
+        summary="KFAC from the mean input and summed derivative of an example's places",
+        source="Eschenhagen et al. 2023; lr, damping of thesis Alg. 12",
+        builds=ByBlock(_kfac, options={"sharing": "reduce"}),
+        labels="model",
+        constants=Constants(lr=0.03, damping=1.0, refresh_every=20),
     ),
     "kflr": Algorithm(
         summary="KFAC from the exact output Hessian",

@@ -33,12 +33,19 @@ from curvlab.closure import Closure
 from curvlab.curvature.base import check_damping
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
 from curvlab.estimates import Estimate, Labels, fold_data
-from curvlab.exact.batches import PASSES, Kind, check_kind
-from curvlab.exact.kronecker_sum import KroneckerSum, guard_hessians, one_minibatch, sums, unfit
+from curvlab.exact.batches import PASS_OF_KIND, Kind, check_kind
+from curvlab.exact.kronecker_sum import (
+    KroneckerSum,
+    guard_preactivation_hessians,
+    one_minibatch,
+    sums,
+    unfit,
+)
 from curvlab.exact.route_table import Minibatch
 from curvlab.layers import Block, Layout
-from curvlab.linalg.distances import compare, distance, norm, ratio
+from curvlab.linalg.distances import compare_to_exact, distance, norm, quotient
 from curvlab.linalg.kronecker import nearest_kronecker
+from curvlab.linalg.spectral import eigvalsh
 from curvlab.objective import Objective
 
 __all__ = ["ASSUMPTIONS", "Columns", "Estimate", "Labels", "errors", "quality"]
@@ -97,8 +104,8 @@ def errors(
         for name, (_, reduce) in ASSUMPTIONS.items():
             same = terms.places == 1 and name != "averaged over examples"
             after = exact if same else reduce(terms)
-            error.append(ratio(0.0 if same else distance(after, exact), size))
-            step.append(ratio(0.0 if same else distance(after, before), size))
+            error.append(quotient(0.0 if same else distance(after, exact), size))
+            step.append(quotient(0.0 if same else distance(after, before), size))
             before = after
         floor = nearest_kronecker(exact, *block.shape).error if size else np.nan
         found[block.name] = {"error": error, "step": step, "total": error[-1], "floor": floor}
@@ -115,11 +122,15 @@ def errors(
     )
 
 
+COMPARED_ALGORITHMS = ("kfac", "tnt", "tnt-per-sample", "shampoo")
+"""Algorithms whose matrices `quality` holds against the exact block where none are named."""
+
+
 def quality(
     objective: Objective,
     x: Tensor,
     y: Tensor,
-    algorithms: Sequence[str] = ("kfac", "tnt", "tnt-per-sample", "shampoo"),
+    algorithms: Sequence[str] | None = None,
     kind: Kind = "fisher",
     blocks: Sequence[str] | None = None,
     *,
@@ -148,7 +159,8 @@ def quality(
         objective: as for `curvlab.exact.matrix`.
         x: inputs of one minibatch [N, …].
         y: its targets.
-        algorithms: of `ALGORITHMS`, those that estimate a matrix.
+        algorithms: of `ALGORITHMS`, those that estimate a matrix. None: the usual ones, and
+            kfac-reduce where a weight is shared by several places.
         kind: of matrix.
         blocks: names; all where None. Layers without a rule and those with groups of outputs are
             skipped.
@@ -179,8 +191,8 @@ def quality(
     check_damping(damping)
     if labels not in get_args(Labels):
         raise unknown("choice of labels", labels, get_args(Labels))
-    algorithms = several(algorithms)
-    if not algorithms:
+    algorithms = None if algorithms is None else several(algorithms)
+    if algorithms is not None and not algorithms:
         raise CurvlabError("there is no algorithm to compare: name one or more")
     for name, value in (("minibatches", minibatches), ("passes", passes)):
         if value < 1:
@@ -188,7 +200,11 @@ def quality(
     closure = one_minibatch(objective, x, y)
     chosen, skipped = _chosen(closure, kind, blocks)
     _guard(chosen, closure, kind, 6)
-    sizes = [len(part) for part in torch.arange(len(x)).tensor_split(min(minibatches, len(x)))]
+    if algorithms is None:
+        shared = any(closure.form.places[b.name] > 1 for b in chosen)
+        algorithms = [*COMPARED_ALGORITHMS, *(["kfac-reduce"] if shared else [])]
+    count = len(closure.x)
+    sizes = [len(part) for part in torch.arange(count).tensor_split(min(minibatches, count))]
     estimates = {name: Estimate.of(name, kind, labels, sizes, chosen) for name in algorithms}
     fold_data(estimates.values(), closure, sizes, passes)
     found: dict[str, Columns] = {}
@@ -196,16 +212,16 @@ def quality(
         matrices = [estimate.matrix(block.name, damping) for estimate in estimates.values()]
         exact = terms.dense()
         exact.diagonal().add_(damping)
-        eigenvalues = torch.linalg.eigvalsh(exact).double() if spectra else None
+        eigenvalues = eigvalsh(exact).double() if spectra else None
         each = [
-            compare(m, e.scale, exact, eigenvalues)
+            compare_to_exact(m, e.scale, exact, eigenvalues)
             for m, e in zip(matrices, estimates.values(), strict=True)
         ]
         found[block.name] = {key: [values[key] for values in each] for key in each[0]}
         found[block.name]["floor"] = (
             nearest_kronecker(exact, *block.shape).error if bool(exact.any()) else np.nan
         )
-        found[block.name]["between"] = ratio(_between(exact, block), norm(exact))
+        found[block.name]["between"] = quotient(_between(exact, block), norm(exact))
     table = {
         "error": "relative Frobenius error",
         "error_scaled": "relative Frobenius error of the best multiple",
@@ -270,8 +286,8 @@ def _guard(chosen: Sequence[Block], closure: Closure, kind: Kind, matrices: int)
     for block in chosen:
         needed = matrices * block.numel**2 * objective.dtype.itemsize
         guard_memory(needed, f"comparing dense matrices of {block}", remedy)
-        if kind not in PASSES:
-            guard_hessians(block, len(closure.x), places[block.name], objective.dtype)
+        if kind not in PASS_OF_KIND:
+            guard_preactivation_hessians(block, len(closure.x), places[block.name], objective.dtype)
 
 
 def _dataset(

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
 
 
 def edge_of(output: Tensor) -> tuple[GradientEdge, tuple[int, ...]]:
@@ -52,7 +52,11 @@ def remedy(error: Exception) -> str | None:
 
 
 def refused(error: Exception, what: str) -> CurvlabError:
-    """Return torch's refusal of a derivative in one line."""
+    """Return torch's refusal of a derivative in one line.
+
+    Raises OutOfMemory where it is none, and memory ran out.
+    """
+    raise_if_out_of_memory(error)
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CurvlabError(f"torch cannot take {what} of the model: {remedy(error) or first}")
 
@@ -97,8 +101,8 @@ def send_back(
                     z, targets, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
                 )
             )
-        except RuntimeError:
-            pass
+        except RuntimeError as error:
+            raise_if_out_of_memory(error)
     try:
         each = [
             torch.autograd.grad(z, targets, v, retain_graph=True, allow_unused=True)

@@ -1,10 +1,9 @@
-"""Capture: one forward pass that is heard, then as many backward passes as are needed through its
-graph.
+"""Capture: a forward pass that is heard, then as many backward passes as are needed.
 
-What was not heard (`hearing`) shows in the graph: after the forward pass every path from the
-outputs back to a parameter that runs through no call that was heard sends the parameter's block the
-general way (`Capture.settle`). So nothing is missed, and nothing is written on modules or to
-``p.grad``.
+They go through its graph, in which what was not heard (`hearing`) shows: after the forward pass
+every path from the outputs back to a parameter that runs through no call that was heard sends the
+parameter's block the general way (`Capture.settle`). So nothing is missed, and nothing is written
+on modules or to ``p.grad``.
 
 Legend: V vectors sent back, N examples, T places where a weight is shared (of all its uses
 together), I inputs incl. the bias column, O outputs; R rows and P places as a call has them.
@@ -60,8 +59,9 @@ class Settled:
 
 
 class Capture(Hearing):
-    """Hears every call of the blocks' weights during one forward pass; then goes back any number of
-    times.
+    """Context that hears every call of the blocks' weights during a forward pass.
+
+    Then it goes back any number of times.
 
     >>> import torch
     >>> from curvlab.layers import blocks
@@ -99,6 +99,7 @@ class Capture(Hearing):
 
         Args:
             z: outputs, or losses, of N examples, with their graph.
+            size: N, where z has another first axis.
             known: of an earlier look of the same form.
 
         Returns:
@@ -162,8 +163,9 @@ class Capture(Hearing):
         )
 
     def _missed(self, z: Tensor) -> tuple[set[str], str]:
-        """Blocks with a parameter to which a path from z runs through no call that was heard; and a
-        hint where the graph hides some.
+        """Return the blocks with a parameter that a path from z reaches through no call heard.
+
+        And a hint where the graph hides some.
         """
         heard = {
             use.edge.node: use.beyond for uses in self.uses.values() for use in uses
@@ -200,8 +202,9 @@ class Capture(Hearing):
         return found, opaque
 
     def candidates(self, name: str) -> Iterator[tuple[str, ...]]:
-        """Arrangements of a block's uses that their shapes allow, the usual one first; uses of one
-        extent are alike.
+        """Return the arrangements of a block's uses that their shapes allow, the usual one first.
+
+        Uses of one extent are alike.
         """
         assert self._size is not None
         extents = [use.extent for use in self.uses.get(name, ())]
@@ -231,8 +234,9 @@ class Capture(Hearing):
         return self._inputs[key]
 
     def only(self, block: Block) -> Use:
-        """The one use of a block whose examples are its rows. Raises CurvlabError where there is no
-        such thing.
+        """Return the one use of a block whose examples are its rows.
+
+        Raises CurvlabError where there is no such thing.
         """
         uses = self.uses.get(block.name, [])
         if self.arranged.get(block.name) != ("first",) or uses[0].swapped:
@@ -243,7 +247,7 @@ class Capture(Hearing):
         return uses[0]
 
     def statistics(self, name: str, size: int) -> LayerStatistics:
-        """The inputs of one block with a single use, no pass back."""
+        """Return the inputs of one block with a single use, without a pass back."""
         block = next(b for b in self.blocks if b.name == name)
         use = self.only(block)
         none = use.output.value.new_zeros(0, 0, 0, 0)  # no vector was sent back
@@ -252,7 +256,7 @@ class Capture(Hearing):
         )
 
     def heard(self) -> list[tuple[Use, str]]:
-        """Every use of a structured block, with its arrangement."""
+        """Return every use of a structured block, with its arrangement."""
         return [
             (use, how)
             for name, ways in self.arranged.items()
@@ -260,7 +264,7 @@ class Capture(Hearing):
         ]
 
     def part(self, use: Use, how: str, d: Tensor, count: int) -> Part:
-        """A use in a pass back of `count` vectors, of what arrived at its edge: [V, *output]."""
+        """Return a use in a pass back of `count` vectors, of what arrived at its edge."""
         shape, dtype = use.output.value.shape, self.dtype or use.call.weight.dtype
         g = use.rule.outputs(d if d.shape == shape else d.reshape(count * shape[0], *shape[1:]))
         g = g if g.dtype == dtype else g.to(dtype)
@@ -269,17 +273,17 @@ class Capture(Hearing):
 
     def shows(self, heard: Sequence[tuple[Use, str]], grads: Sequence[Tensor | None]) -> bool:
         """Examine again, and say so, where a use of which nothing could be seen has derivatives."""
-        prove, known = self.prove, self.uses
+        prove = self.prove
         if prove is None:
             return False
-        unseen = [(known.get(name, ()), some) for name, some in self.unproven.items()]
+        unseen = [(self.uses.get(name, ()), some) for name, some in self.unproven.items()]
         ids = {id(uses[i]) for uses, some in unseen for i in some if i < len(uses)}
         pairs = zip(heard, grads, strict=False)
-        if any(d is not None and id(use) in ids and bool(d.any()) for (use, _), d in pairs):
+        news = any(d is not None and id(use) in ids and bool(d.any()) for (use, _), d in pairs)
+        if news:
             self.prove = None
             prove()
-            return True
-        return False
+        return news
 
     def backward(
         self,
@@ -302,8 +306,7 @@ class Capture(Hearing):
             {block name: LayerStatistics} in the order of the blocks; those that go the general way
             only with `leaves`.
         """
-        size, count = len(z), len(vectors)
-        self.settle(z)
+        size, count, _ = len(z), len(vectors), self.settle(z)
         heard = self.heard()
         own = [
             b
@@ -344,13 +347,13 @@ class Capture(Hearing):
         return found
 
     def fine(self, block: Block) -> bool:
-        """Whether autograd's own derivatives are of the statistics' precision."""
+        """Return whether autograd's own derivatives are of the statistics' precision."""
         return self.dtype is None or all(
             self.parameters[name].dtype == self.dtype for name in block.params
         )
 
     def gradients(self, z: Tensor, vectors: Float[Tensor, "1 N *C"]) -> dict[str, LayerStatistics]:
-        """The mean gradient of every block, by autograd alone: no call need have been heard."""
+        """Return the mean gradient of every block by autograd alone: no call need be heard."""
         named = [
             name for b in self.blocks for name in b.params if self.parameters[name].requires_grad
         ]
@@ -368,8 +371,9 @@ class Capture(Hearing):
     def _means(
         self, blocks: Sequence[Block], sums: Mapping[str, Tensor | None], size: int
     ) -> dict[str, tuple[Tensor, bool]]:
-        """{block: (mean gradient, whether the pass reached it)} of parameters' own sums; zero where
-        there is none.
+        """Return {block: (mean gradient, whether the pass reached it)} of parameters' own sums.
+
+        The gradient is zero where there is none.
         """
         found, scale = {}, 1 / size
         for block in blocks:

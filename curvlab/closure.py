@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -18,12 +18,14 @@ from curvlab.capture import Capture
 from curvlab.derivatives import derivatives, precise
 from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_finite
-from curvlab.likelihoods import sample_of
+from curvlab.independence import some_rows
+from curvlab.likelihoods.base import factor_of, sample_of
 from curvlab.looks import Looks
+from curvlab.nests import Batched, Nest, as_nest
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
 from curvlab.statistics import LayerStatistics
-from curvlab.strangers import WRAP, mixes
+from curvlab.strangers import mixes
 
 if TYPE_CHECKING:
     from curvlab.objective import Objective
@@ -34,6 +36,9 @@ class Closure(Looks):
 
     ``closure()`` is torch's contract; ``closure.observe(needs)`` is curvlab's.
 
+    Args:
+        factor: N/M of the whole of which this minibatch is a part; None where it is no part.
+
     Raises:
         CurvlabError: an empty batch, x and y of different lengths, NaN or Inf in x.
     """
@@ -41,19 +46,16 @@ class Closure(Looks):
     def __init__(
         self,
         objective: Objective,
-        x: Tensor,
-        y: Tensor,
+        x: Any,
+        y: Any,
         number: int,
         stream: Stream = "step",
         part: int = 0,
+        factor: float | None = None,
     ) -> None:
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            given = f"{type(x).__name__} and {type(y).__name__}"
-            raise CurvlabError(
-                f"a minibatch must be two tensors, not {given}: put the inputs side by side in one"
-                f" tensor, and {WRAP}"
-            )
-        if not x.ndim or not y.ndim:
+        if not isinstance(x, Tensor | Nest) or not isinstance(y, Tensor | Nest):
+            x, y = objective.batch(x, y)
+        if any(isinstance(t, Tensor) and not t.ndim for t in (x, y)):
             raise CurvlabError("a minibatch needs the examples as first axis; this one has no axis")
         if len(x) != len(y):
             raise CurvlabError(
@@ -61,25 +63,25 @@ class Closure(Looks):
             )
         if len(x) == 0:
             raise CurvlabError("the minibatch is empty")
-        if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
-            raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
-        if x.is_floating_point() and not all_finite(x):
-            bad = int(
-                (~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0]
-            )
-            raise CurvlabError(
-                f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean"
-                " the data first"
-            )
+        _check_inputs(x)
         super().__init__()
         objective.check_modules()
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
         self._y = y  # checked where it lies, before it moves
+        self._factor = factor
         self._checked = False
         with derivatives():
             self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
 
-    def _moved(self, t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    @overload
+    def _moved(self, t: Tensor, dtype: torch.dtype | None) -> Tensor: ...
+
+    @overload
+    def _moved(self, t: Nest, dtype: torch.dtype | None) -> Nest: ...
+
+    def _moved(self, t: Batched, dtype: torch.dtype | None) -> Batched:
+        if isinstance(t, Nest):
+            return t.map(lambda t: self._moved(t, dtype), others=True)
         device = self.objective.device
         if t.is_inference():
             t = t.clone()
@@ -94,7 +96,36 @@ class Closure(Looks):
 
     def _losses(self, z: Tensor) -> Tensor:
         self._check(z)
-        return self.objective.likelihood.loss(z, self.y)
+        return self.loss_of(z, self.y)
+
+    @property
+    def factor(self) -> float:
+        """N/M of the minibatch whose mean is taken: this one, or that of which it is a part.
+
+        Here alone it enters: losses, and so gradients, their second moments and second derivatives
+        at the data's labels, are times it (`loss_of`); the vectors of second moments that stand for
+        ∂²ℓ/∂z², S and the scores of drawn labels, times its root.
+        """
+        if self._factor is None:
+            self._factor = factor_of(self.objective.likelihood, self._y)
+        return self._factor
+
+    def some(self, which: slice) -> Closure:
+        """Return some of the examples, with the number and the factor of the whole."""
+        x, y = some_rows(self.x, which), self.y[which]
+        return Closure(
+            self.objective, x, y, self.number, self.stream, self.part, factor=self.factor
+        )
+
+    def loss_of(self, z: Tensor, y: Tensor, *, drawn: bool = False) -> Tensor:
+        """Return the loss of each example at outputs and labels, times `factor`.
+
+        Of labels that were `drawn` it is times the root of it.
+        """
+        losses = self.objective.likelihood.loss(z, y)
+        if self.factor == 1:
+            return losses
+        return losses * (math.sqrt(self.factor) if drawn else self.factor)
 
     def __call__(self) -> Tensor:
         """Zero the gradients, go forward and backward, return the loss with ``p.grad`` filled.
@@ -131,7 +162,10 @@ class Closure(Looks):
     def labels(self, z: Tensor, draws: int = 1) -> list[Tensor]:
         """Draw labels from the model's own distribution at outputs z: the same at every call."""
         generator = self.objective.generator(self.number, self.stream, self.part)
-        return [sample_of(self.objective.likelihood, z, generator, self.y) for _ in range(draws)]
+        likelihood = self.objective.likelihood
+        drawn = (sample_of(likelihood, z, generator, self.y) for _ in range(draws))
+        found: list[Any] = [as_nest(labels) for labels in drawn]  # of several heads a nest
+        return found
 
     def _check(self, z: Tensor) -> None:
         """Check targets, and at the first look at a form the user's own likelihood."""
@@ -154,7 +188,7 @@ class Closure(Looks):
             _ = self.form  # a look, which the next one is
             look = self.forward()
             self._check(look[0].detach())
-            self._ahead = *look, self._versions()
+            self._ahead = *look, self._weights()
         return self.objective.laws[key]
 
     def look(self) -> tuple[Tensor, Tensor, Capture]:
@@ -171,7 +205,7 @@ class Closure(Looks):
         return z, losses, capture
 
     def root(self, z: Tensor) -> Tensor:
-        """Return S of each example, S Sᵀ = ∂²ℓ/∂z², a column a slice of the first axis: [V, N, *C].
+        """Return S of each example, S Sᵀ = `factor` ∂²ℓ/∂z², each column a slice: [V, N, *C].
 
         Raises:
             CurvlabError: the likelihood has none, and its loss is not convex in the outputs.
@@ -179,9 +213,10 @@ class Closure(Looks):
         law = self.law
         if law.root is None:
             raise CurvlabError(refusal(law, "ggn"))
-        if law.why:
+        if law.why and law.examined:
             self.objective.say(law.why)
-        return law.root(z, self.y)
+        root = law.root(z, self.y)
+        return root if self.factor == 1 else root * math.sqrt(self.factor)
 
     def check_kind(self, kind: str) -> None:
         """Raise CurvlabError where the likelihood leaves a kind of matrix without one meaning."""
@@ -215,7 +250,6 @@ class Closure(Looks):
         needs = {needs} if isinstance(needs, str) else set(needs)
         for name in needs - set(PASSES):
             raise unknown("pass", name, PASSES)
-        likelihood = self.objective.likelihood
         z, capture = (
             self._unheard(move_buffers)
             if needs == {"gradient"} and self._may_go_unheard()
@@ -244,7 +278,9 @@ class Closure(Looks):
                 drawn = self.labels(outputs.detach(), draws)
                 with derivatives():
                     each = [
-                        torch.autograd.grad(likelihood.loss(outputs, label).sum(), outputs)[0]
+                        torch.autograd.grad(
+                            self.loss_of(outputs, label, drawn=True).sum(), outputs
+                        )[0]
                         for label in drawn
                     ]
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
@@ -291,6 +327,20 @@ class Closure(Looks):
             where = "the outputs are finite, so the likelihood overflows"
         raise Diverged(
             f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping"
+        )
+
+
+def _check_inputs(x: Batched) -> None:
+    if isinstance(x, Nest):
+        x.check_finite()
+        return
+    if x.is_sparse and not bool(torch.isfinite(x._values()).all()):
+        raise CurvlabError("the inputs contain NaN or Inf: clean the data first")
+    if x.is_floating_point() and not all_finite(x):
+        bad = int((~torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(1)).nonzero()[0])
+        raise CurvlabError(
+            f"the inputs contain NaN or Inf (first in example {bad} of the minibatch): clean"
+            " the data first"
         )
 
 

@@ -20,7 +20,7 @@ from curvlab.curvature.base import Curvature
 from curvlab.errors import Diverged, warn
 from curvlab.logs.log import Log
 from curvlab.machine import clock_of
-from curvlab.objective import Objective, restore, weights
+from curvlab.objective import Objective, restore_weights, weights
 from curvlab.observation import Pass, Transition
 from curvlab.optim import Batch, displacement, move, warm_start
 from curvlab.probes.base import (
@@ -35,7 +35,7 @@ from curvlab.probes.base import (
     on_host,
     sample,
 )
-from curvlab.system.interrupt import shielded
+from curvlab.system.interrupt import Shield, shielded
 from curvlab.system.progress import counted, length
 
 
@@ -52,6 +52,23 @@ def compare_one(
     title: str = "compare",
 ) -> None:
     """Compare along one seed; whatever ends it, what was logged is saved."""
+    with shielded() as shield:
+        _follow(shield, objective, batches, settings, steps, warm, size, log, seed, bar, title)
+
+
+def _follow(
+    shield: Shield,
+    objective: Objective,
+    batches: Iterable[Batch],
+    settings: CompareSettings,
+    steps: int | None,
+    warm: Iterable[Batch],
+    size: int,
+    log: Log,
+    seed: int,
+    bar: Progress,
+    title: str,
+) -> None:
     descents = settings.descents(objective, size)
     every = settings.every
     curvatures = {name: d.curvature for name, d in descents.items()}
@@ -78,73 +95,68 @@ def compare_one(
         learning: dict[
             str, float
         ] = {}  # seconds spent on learning from the last step, to be counted with the next
-        with shielded() as shield:
-            for step, (x, y) in enumerate(itertools.islice(batches, steps)):
-                with shield:  # a signal waits until the step is in the log
-                    at = step
-                    due = [
-                        name for name, steps_between in every.items() if step % steps_between == 0
-                    ]
-                    begin_step(due, curvatures)
-                    needs = frozenset().union(
-                        *(d.needs for d in alive.values()), *(PROBES[name].needs for name in due)
+        for step, batch in enumerate(itertools.islice(batches, steps)):
+            with shield:  # a signal waits until the step is in the log
+                at = step
+                due = [name for name, steps_between in every.items() if step % steps_between == 0]
+                begin_step(due, curvatures)
+                needs = frozenset().union(
+                    *(d.needs for d in alive.values()), *(PROBES[name].needs for name in due)
+                )
+                closure = objective.closure(batch)
+                now = closure.observe(needs)
+                directions: dict[str, dict[str, Tensor]] = {}
+                seconds: dict[str, float] = {}
+                nothing = nothing or {
+                    name: torch.full_like(g, torch.nan) for name, g in now.gradients.items()
+                }
+                for name, d in descents.items():
+                    directions[name], seconds[name] = nothing, math.nan
+                    if name not in alive:
+                        continue
+                    start = clock()
+                    try:
+                        directions[name] = d.direction(
+                            now, rate=settings.rate if name == reference else 1.0
+                        )
+                        seconds[name] = clock() - start + learning.pop(name, 0.0)
+                    except Diverged as error:
+                        lose(name, error, step)
+                frame = Frame(step, now, directions, reference, settings.rate, seconds, curvatures)
+                seen = sample(due, frame, "before")
+                if step % settings.log_every == 0:
+                    bar.update(task, note=f"loss {float(now.loss):.4g}")
+                saved = weights(objective) if descents[reference].curvature.rejects else []
+                move(objective, directions[reference], lambda _: settings.rate)
+                learners = {name: d for name, d in alive.items() if d.wants_step}
+                if learners:  # all see the same step, the reference's
+                    wanted = frozenset[Pass]().union(*(d.step_needs for d in learners.values()))
+                    after = closure.observe(wanted, move_buffers=False)
+                    step_taken = partial(
+                        displacement, objective, directions[reference], lambda _: settings.rate
                     )
-                    closure = objective.closure(x, y)
-                    now = closure.observe(needs)
-                    directions: dict[str, dict[str, Tensor]] = {}
-                    seconds: dict[str, float] = {}
-                    nothing = nothing or {
-                        name: torch.full_like(g, torch.nan) for name, g in now.gradients.items()
-                    }
-                    for name, d in descents.items():
-                        directions[name], seconds[name] = nothing, math.nan
-                        if name not in alive:
-                            continue
+                    transition = Transition(now, after, step_taken)
+                    for name, d in learners.items():
                         start = clock()
                         try:
-                            directions[name] = d.direction(
-                                now, rate=settings.rate if name == reference else 1.0
-                            )
-                            seconds[name] = clock() - start + learning.pop(name, 0.0)
+                            stands = d.learn(transition)
                         except Diverged as error:
-                            lose(name, error, step)
-                    frame = Frame(
-                        step, now, directions, reference, settings.rate, seconds, curvatures
-                    )
-                    seen = sample(due, frame, "before")
-                    if step % settings.log_every == 0:
-                        bar.update(task, note=f"loss {float(now.loss):.4g}")
-                    saved = weights(objective) if descents[reference].curvature.rejects else []
-                    move(objective, directions[reference], lambda _: settings.rate)
-                    learners = {name: d for name, d in alive.items() if d.wants_step}
-                    if learners:  # all see the same step, the reference's
-                        wanted = frozenset[Pass]().union(*(d.step_needs for d in learners.values()))
-                        after = closure.observe(wanted, move_buffers=False)
-                        step_taken = partial(
-                            displacement, objective, directions[reference], lambda _: settings.rate
-                        )
-                        transition = Transition(now, after, step_taken)
-                        for name, d in learners.items():
-                            start = clock()
-                            try:
-                                stands = d.learn(transition)
-                            except Diverged as error:
-                                lose(name, error, step + 1)
-                                continue
-                            learning[name] = clock() - start
-                            d.say_left_out()
-                            if name == reference and not stands:
-                                restore(objective, saved)
-                    seen |= sample(due, frame, "after")
-                    _log(
-                        log,
-                        step,
-                        {name: seen[name] for name in due},
-                        every,
-                        settings.log_every,
-                        seed,
-                    )
-                    bar.advance(task)
+                            lose(name, error, step + 1)
+                            continue
+                        learning[name] = clock() - start
+                        d.say_left_out()
+                        if name == reference and not stands:
+                            restore_weights(objective, saved)
+                seen |= sample(due, frame, "after")
+                _log(
+                    log,
+                    step,
+                    {name: seen[name] for name in due},
+                    every,
+                    settings.log_every,
+                    seed,
+                )
+                bar.advance(task)
         bar.remove_task(task)
     except Diverged as error:
         _note_loss(log, reference, seed, at, error)

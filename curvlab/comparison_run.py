@@ -92,7 +92,7 @@ def prepare_comparison(named: NamedComparison) -> PreparedComparison:
     first = problem.objective(named.seeds[0])
     with random_state.kept(first.device):
         Closure(
-            first, train.x[:2], train.y[:2], 0
+            first, train.x[:2], train.y[:2], 0, factor=1.0
         ).losses()  # on cloned buffers: the model is the run's own
     curvatures = {
         name: d.curvature for name, d in named.settings.descents(first, named.batch_size).items()

@@ -12,6 +12,7 @@ from typing import Any
 
 from curvlab.algorithms import ALGORITHMS, check_rates, damping_for, descent
 from curvlab.errors import CurvlabError, lookup, whole
+from curvlab.likelihoods.base import mean_per
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
 from curvlab.optim import Descent
@@ -133,5 +134,6 @@ class CompareSettings:
             "seed": list(seeds) if len(seeds) > 1 else seeds[0],
             "device": str(objective.device),
             "dtype": str(objective.dtype).removeprefix("torch."),
+            "loss_per": mean_per(objective.likelihood),
         }
         return Log(coordinates, taken(chosen), attributes | about, path, seeds)

@@ -11,6 +11,7 @@ from contextlib import (
     nullcontext,
 )
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import torch
@@ -121,6 +122,34 @@ class _Written(TorchFunctionMode):
         return (weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
 
 
+class _Unfused:
+    """A context without fused attention, whose flags are the process's, not the thread's.
+
+    The first that comes in turns them off, the last that goes out puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._opened = Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                fused = torch.backends.mha.get_fastpath_enabled()
+                self._opened.callback(torch.backends.mha.set_fastpath_enabled, fused)
+                torch.backends.mha.set_fastpath_enabled(False)
+                self._opened.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._opened.close()
+
+
+_UNFUSED = _Unfused()
+
+
 @contextmanager
 def differentiable(heard: bool = False) -> Iterator[None]:
     """Compute attention and weight norm by plain operations inside.
@@ -130,10 +159,5 @@ def differentiable(heard: bool = False) -> Iterator[None]:
     Args:
         heard: whether somebody who listens to every call sees to weight norm.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), nullcontext() if heard else _Written():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with _UNFUSED, nullcontext() if heard else _Written():
+        yield

@@ -21,7 +21,8 @@ from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_direction
 
-Batch = tuple[Tensor, Tensor]
+Batch = Any
+"""A minibatch: a pair (x, y), or a mapping with the labels in it (`Objective.closure`)."""
 
 
 class Descent:
@@ -155,7 +156,8 @@ class Descent:
     @property
     def step_needs(self) -> frozenset[Pass]:
         """The passes of that second look."""
-        return self.curvature.step_needs
+        more: frozenset[Pass] = frozenset({"gradient"}) if self.double_grad else frozenset()
+        return self.curvature.step_needs | more
 
     def learn(self, transition: Transition) -> bool:
         """Learn from the step between two looks at one minibatch.
@@ -359,8 +361,8 @@ def warm_start(
                     raise found from error
 
     count = 0
-    for x, y in batches:
-        observation = objective.closure(x, y, "warm").observe(needs)
+    for batch in batches:
+        observation = objective.closure(batch, stream="warm").observe(needs)
         each(partial(_absorb, observation=observation), observation)
         count += 1
     if count:

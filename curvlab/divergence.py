@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does not export it by name
 
-from curvlab.errors import CurvlabError, Diverged
+from curvlab.errors import CurvlabError, Diverged, lacks_memory
 from curvlab.finite import all_finite
 
 _OF_NUMBERS = re.compile(
@@ -34,6 +34,8 @@ def of_numbers(error: BaseException) -> bool:
 
     Its kind or message says so.
     """
+    if lacks_memory(error):
+        return False
     if isinstance(error, ArithmeticError | LinAlgError | np.linalg.LinAlgError):
         return True
     foreign = isinstance(error, RuntimeError | ValueError) and not isinstance(error, CurvlabError)
@@ -64,7 +66,8 @@ def named(
     numerical = isinstance(error, Diverged) or of_numbers(error)
     # asked last, since `unsound` looks through all that went in, and only of errors that a check or
     # torch may have raised of such numbers: a TypeError is a mistake whatever the numbers are
-    if not numerical and isinstance(error, CurvlabError | RuntimeError | ValueError):
+    full = lacks_memory(error)
+    if not (numerical or full) and isinstance(error, CurvlabError | RuntimeError | ValueError):
         numerical = unsound()
     if not own and not numerical:
         return error

@@ -26,7 +26,7 @@ import torch
 import xarray as xr
 
 from curvlab.datasets import files
-from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.errors import CurvlabError, CurvlabWarning, cause_of
 from curvlab.logs import attributes
 from curvlab.logs.log import SCHEMA, git_commit
 from curvlab.logs.reading import open_log
@@ -218,7 +218,7 @@ def _written(what: str, where: Callable[[], Path]) -> Finding:
         there = next(p for p in (place, *place.absolute().parents) if p.exists())
         free = shutil.disk_usage(there).free
     except (OSError, CurvlabError) as error:
-        return Finding(what, str(getattr(error, "strerror", None) or error), "bad")
+        return Finding(what, cause_of(error), "bad")
     if not os.access(there, os.W_OK | os.X_OK):
         return Finding(what, f"{place}: not yours to write to", "bad")
     room = f"{place}, {free / 1e9:.1f} GB free"
@@ -238,7 +238,7 @@ def _data() -> Iterator[Finding]:
     yield _written("cache", files.cache)
     absent = []
     for name, known in files.FILES.items():
-        path = files.find(name)
+        path = files.find_file(name)
         try:
             kept = files.cache() / name
         except CurvlabError:
@@ -314,7 +314,7 @@ def _log(folder: Path) -> tuple[xr.Dataset | None, list[Finding]]:
 
 def _checkpoint(path: Path, ds: xr.Dataset | None) -> tuple[dict[str, Any] | None, list[Finding]]:
     try:
-        state = checkpoint.load(path)
+        state = checkpoint.load_state(path)
         contents.check(state)
     except CurvlabError as error:
         return None, [Finding("checkpoint", str(error), "bad")]

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from curvlab.system.escape import for_terminal
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 LARGEST = 2**63 - 1
@@ -47,6 +47,45 @@ class Diverged(CurvlabError):
     method = ""
 
 
+class OutOfMemory(CurvlabError):
+    """An error of memory that ran out where another way, slower, would have taken over unsaid."""
+
+
+_FULL = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "STATUS_ALLOC_FAILED",
+)
+"""Words of the errors of torch's allocators, and of CUDA's libraries."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of whatever device."""
+    return isinstance(error, MemoryError | OutOfMemory) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+    )
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """Raise OutOfMemory, with the remedy, where an error is of memory that ran out."""
+    if isinstance(error, OutOfMemory):
+        raise error
+    if lacks_memory(error):
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OutOfMemory(
+            f"there is not enough memory ({line}): give fewer examples at a time, or take a smaller"
+            " model"
+        ) from error
+
+
+def cause_of(error: BaseException) -> str:
+    """Return what the system says of an error, or else its own first line, or its kind."""
+    lines = str(getattr(error, "strerror", None) or error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class CurvlabWarning(UserWarning):
     """Something that does not stop the work but that the user should know; said once."""
 
@@ -68,7 +107,7 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
+def lookup(table: Mapping[str, _T], name: str, kind: str) -> _T:
     """Return ``table[name]``.
 
     Raises:

@@ -15,7 +15,7 @@ from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.closure import Closure
 from curvlab.curvature.base import CurvatureBlock
 from curvlab.errors import CurvlabError, lookup
-from curvlab.exact.batches import Batches, Kind
+from curvlab.exact.batches import Kind, Minibatches
 from curvlab.layers import Block
 from curvlab.linalg.operators import Operator
 from curvlab.observation import Pass
@@ -135,4 +135,4 @@ def _minibatches(closure: Closure, sizes: Sequence[int], passes: int) -> Iterato
     for _ in range(passes):
         order = torch.randperm(len(closure.x), generator=generator).to(closure.x.device)
         loader = [(closure.x[some], closure.y[some]) for some in torch.split(order, list(sizes))]
-        yield from Batches.of(closure.objective, loader, None, whole=True)
+        yield from Minibatches.of(closure.objective, loader, None, whole=True)

@@ -20,6 +20,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.nests import parts
 
 _GOLDEN, _FIRST, _SECOND = (
     -0x61C8864680B583EB,
@@ -97,12 +98,8 @@ def _multipliers(count: int, device: torch.device) -> Int64[Tensor, " W"]:
 def _tensors(data: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(data, Tensor):
         yield place, data
-    elif isinstance(data, dict):
-        for name, part in data.items():
-            yield from _tensors(part, f"{place}/{name}")
-    elif isinstance(data, tuple | list):
-        for i, part in enumerate(data):
-            yield from _tensors(part, f"{place}/{i}")
+    for name, part in parts(data):
+        yield from _tensors(part, f"{place}/{name}")
 
 
 def _of_rows(t: Tensor) -> Int64[Tensor, " N"]:

@@ -34,7 +34,7 @@ def lengths(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors)))
 
 
-def length(tensors: Iterable[Tensor]) -> float:
+def joint_norm(tensors: Iterable[Tensor]) -> float:
     """Return the length of all tensors together, which waits for the device.
 
     NaN or Inf where an entry is, and where the squares of one of them overflow.
@@ -53,7 +53,7 @@ def all_short(tensors: Iterable[Tensor]) -> bool:
     It is the length of all together, which waits for the device.
     """
     found = list(tensors)
-    return length(found) < longest(found[0].dtype)
+    return joint_norm(found) < longest(found[0].dtype)
 
 
 @cache

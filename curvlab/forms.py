@@ -105,7 +105,7 @@ class Form:
         return set(capture.arranged) == self.shaped
 
 
-def examine(capture: Capture, z: Tensor, mixing: bool) -> Form:
+def prove_form(capture: Capture, z: Tensor, mixing: bool) -> Form:
     """Return the form of a look, whose arrangements are set as they were proven.
 
     Args:

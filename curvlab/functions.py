@@ -54,6 +54,7 @@ class Rule:
         gradient: (call, x, ∂ℓ/∂h as `outputs` gives it) → that of the weight summed over rows, [O,
             I], where there is a way that does not form `inputs`; any number of outputs.
         response: (call, x, v) → aᵀv, [R, P], likewise; of calls with one group.
+        counts: (call, x) → the diagonal of Σ a aᵀ over rows and places, where the rest of it is 0.
     """
 
     names: tuple[str, ...]
@@ -67,6 +68,7 @@ class Rule:
     stateful: bool = False
     gradient: Callable[[Call, Tensor, Float[Tensor, "R P O"]], Float[Tensor, "O I"]] | None = None
     response: Callable[[Call, Tensor, Float[Tensor, " I"]], Float[Tensor, "R P"]] | None = None
+    counts: Callable[[Call, Tensor], Float[Tensor, " I"]] | None = None
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Return the call's arguments by name."""
@@ -211,6 +213,16 @@ def _table_response(call: Call, x: Tensor, v: Float[Tensor, " I"]) -> Float[Tens
     )
 
 
+def _table_counts(call: Call, x: Tensor) -> Float[Tensor, " I"]:
+    """Count how often each row of the table is read: Σ a aᵀ of one-hot rows is their diagonal."""
+    rows = _rows_of(call, x).flatten()
+    ones = call.weight.new_ones(()).expand(len(rows))
+    found: Tensor = call.weight.new_zeros(len(call.weight)).index_add_(0, rows, ones)
+    if call.padding_idx is not None:
+        found[call.padding_idx] = 0
+    return found
+
+
 def _batch_norm(call: Call, x: Tensor) -> Float[Tensor, "R P *G I"]:
     mean, var = (None, None) if call.training else (call.running_mean, call.running_var)
     return _apart(_channels_first(F.batch_norm(x, mean, var, training=mean is None, eps=call.eps)))
@@ -260,6 +272,7 @@ _EMBEDDING = Rule(
     transposed=True,
     gradient=_table_gradient,
     response=_table_response,
+    counts=_table_counts,
 )
 _LAYER_NORM = Rule(
     ("input", "normalized_shape", "weight", "bias", "eps"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from curvlab.capture import Capture
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
 from curvlab.finite import all_finite
 from curvlab.forms import Form
 from curvlab.second_looks import SecondLooks
@@ -133,7 +133,8 @@ class Independence(SecondLooks):
                     torch.autograd.grad(z, x, v, retain_graph=True, allow_unused=True)[0]
                     for v in sent
                 )
-            except RuntimeError:
+            except RuntimeError as error:
+                raise_if_out_of_memory(error)
                 return None
         if plain is None or weighted is None:
             return None

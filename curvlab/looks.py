@@ -10,13 +10,14 @@ from torch import Tensor
 
 from curvlab.capture import Capture
 from curvlab.derivatives import around, derivatives, differentiable, surrounding
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, lacks_memory
 from curvlab.finite import all_finite
-from curvlab.forms import Form, Report, examine, unseen
+from curvlab.forms import Form, Report, prove_form, unseen
 from curvlab.independence import Independence, some_rows
+from curvlab.nests import Batched, call_arguments, described
 from curvlab.observation import Stream
 from curvlab.second_looks import QUIET
-from curvlab.strangers import PICK, WRAP, called, eager, mixes
+from curvlab.strangers import WRAP, called, eager, mixes
 
 
 class Looks(Independence):
@@ -27,13 +28,14 @@ class Looks(Independence):
     def __init__(self) -> None:
         super().__init__()
         self._form: Form | None = None  # as the last look has shown it
-        self._ahead: tuple[Tensor, Capture, int] | None = None  # a look that nobody has used yet
+        # a look that nobody has used yet, and the weights that it saw
+        self._ahead: tuple[Tensor, Capture, tuple[int, Tensor]] | None = None
         # whether a second look will follow, so that the first is gone through again, once a form
         self.twice = False
 
     def _forward(
         self,
-        x: Tensor,
+        x: Batched,
         buffers: dict[str, Tensor] | None = None,
         heard: AbstractContextManager[Any] | None = None,
     ) -> Tensor:
@@ -41,24 +43,34 @@ class Looks(Independence):
         way = differentiable(heard is not None) if self.stream == "exact" else nullcontext()
         try:
             with eager(), surrounding(), way, nullcontext() if heard is None else heard:
-                z: Any = model(x) if buffers is None else called(model, buffers, x)
+                if buffers is not None:
+                    out = called(model, buffers, x)
+                elif isinstance(x, Tensor):
+                    out = model(x)
+                else:
+                    by_place, by_name = call_arguments(x)
+                    out = model(*by_place, **by_name)
+                z: Any = self.objective.picked(out)
         except TypeError as error:
             if "argument" not in str(error) or "forward()" not in str(error):
                 raise
             line = str(error).splitlines()[0]
-            raise CurvlabError(f"the model does not take one tensor ({line}): {WRAP}") from error
+            what = "one tensor" if isinstance(x, Tensor) else described(x)
+            raise CurvlabError(f"the model does not take {what} ({line}): {WRAP}") from error
         except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, CurvlabError) or not any(
-                word in str(error) for word in _OF_THE_DATA
-            ):
+            of_the_data = any(word in str(error) for word in _OF_THE_DATA)
+            if isinstance(error, CurvlabError) or lacks_memory(error) or not of_the_data:
                 raise
             line = str(error).splitlines()[0]
             raise CurvlabError(
-                f"the model does not take inputs of shape {tuple(self.x.shape)}: {line}"
+                f"the model does not take inputs of shape {described(self.x)}: {line}"
             ) from error
         if not isinstance(z, Tensor):
-            raise CurvlabError(f"the model returned a {type(z).__name__}, not one tensor: {PICK}")
-        if z.shape[:1] != x.shape[:1]:
+            raise CurvlabError(
+                f"the model returned a {type(out).__name__}, of which outputs= picked a"
+                f" {type(z).__name__}, not one tensor"
+            )
+        if not z.ndim or len(z) != len(x):
             rows = f"{len(x)} rows, one for each example, not {list(z.shape)}"
             raise CurvlabError(
                 f"the model must return one tensor with {rows}: "
@@ -94,7 +106,7 @@ class Looks(Independence):
             z, capture = self.forward()
             if self.stream == "exact":
                 self.check_alone(z.detach())
-            self._ahead = z, capture, self._versions()
+            self._ahead = z, capture, self._weights()
         assert self._form is not None
         return self._form
 
@@ -126,7 +138,9 @@ class Looks(Independence):
         if x is not None and x is not self.x:
             return self._look_at(x, False)[:2]
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and not move_buffers and ahead[2] == self._versions():
+        if ahead is not None and not self._stands(*ahead[2]):
+            self._seen = None  # of other weights, which need not have been counted
+        elif ahead is not None and not move_buffers:
             return ahead[:2]
         z, capture, self._form = self._look_at(self.x, True, move_buffers)
         return z, capture
@@ -216,7 +230,7 @@ class Looks(Independence):
 
     def _prove(self, z: Tensor, capture: Capture, key: Hashable) -> Form:
         with derivatives():
-            found = examine(capture, z, mixes(self.objective.modules))
+            found = prove_form(capture, z, mixes(self.objective.modules))
         if len(self.objective.forms) > _FORMS:  # shapes that never come again
             self.objective.forms.clear()
         self.objective.forms[key] = found

@@ -1,16 +1,18 @@
-"""Modules that were called otherwise up to version 0.1.
+"""Modules and public names that were called otherwise up to version 0.1.
 
-The old name still imports, with a warning that says the new one.
+The old name still works,
+with a warning that says the new one.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from curvlab.errors import warn
 
@@ -39,6 +41,7 @@ MOVED = {
     "curvlab.chance": "curvlab.system.random_state",
     "curvlab.escape": "curvlab.system.escape",
     "curvlab.progress": "curvlab.system.progress",
+    "curvlab.categorical_targets": "curvlab.likelihoods.targets",
     "curvlab.probes.against": "curvlab.probes.against_exact",
     "curvlab.curvature.whole": "curvlab.curvature.whole_vector",
     "curvlab.curvature.overall": "curvlab.curvature.overall_damping",
@@ -50,6 +53,15 @@ MOVED = {
     "curvlab.exact.general": "curvlab.exact.torch_func",
 }
 """{old name: new name}; not `curvlab.report`, which is the function of that name."""
+
+RENAMED = {
+    "curvlab.datasets": {"Entry": "DataEntry"},
+    "curvlab.linalg.distances": {"compare": "compare_to_exact"},
+    "curvlab.linalg.traces": {"Estimate": "StochasticEstimate", "diagonal": "hutchinson_diagonal"},
+    "curvlab.models": {"Entry": "ModelEntry"},
+    "curvlab.reproduction": {"Report": "ReproductionReport", "load": "load_script"},
+}
+"""{module: {old name of a public thing: new name}}"""
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -76,3 +88,16 @@ def follow() -> None:
     """Let old names import from here on."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
+
+
+def old_names(module: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module (PEP 562) that answers to its names of `RENAMED`."""
+
+    def found(name: str) -> Any:
+        new = RENAMED[module].get(name)
+        if new is None:
+            raise AttributeError(f"module '{module}' has no attribute '{name}'")
+        warn(f"{module}.{name} is called {new} now; the old name goes with the next version")
+        return getattr(sys.modules[module], new)
+
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from curvlab.closure import Closure
 from curvlab.errors import CurvlabError, real, unknown, warn, whole
 from curvlab.forms import Form, Report
+from curvlab.interface import Interface, Outputs
 from curvlab.layers import Block, Layout, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood
+from curvlab.nests import Batched, as_nest, is_nest
 from curvlab.observation import STREAMS, Stream
 from curvlab.output_law import Law
 from curvlab.strangers import check_model, original
@@ -34,6 +36,11 @@ class Objective:
             methods of the whole vector. Statistics of layers, and `curvlab.exact`, are of the
             likelihood alone (practice: "not the curvature passes"). Weight decay is another thing:
             it is added to the direction.
+        outputs: of a model that returns no tensor: the name of the field that the likelihood takes,
+            or a function of what the model returns, which picks a tensor [N, …].
+        labels: of minibatches that are mappings: the key of the targets; the rest is given to the
+            model by keyword. Of tuples of more than two: the targets' position.
+        shared: names of tensors in the inputs that are not the examples', such as a table.
 
     Raises:
         CurvlabError: no trainable parameter, complex ones, a model spread over several processes, a
@@ -41,7 +48,15 @@ class Objective:
     """
 
     def __init__(
-        self, model: nn.Module, likelihood: Likelihood, seed: int = 0, *, l2: float = 0.0
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        seed: int = 0,
+        *,
+        l2: float = 0.0,
+        outputs: Outputs = "logits",
+        labels: str | int = "labels",
+        shared: Collection[str] = (),
     ) -> None:
         if isinstance(likelihood, type) or not isinstance(
             likelihood, Likelihood
@@ -67,6 +82,7 @@ class Objective:
         ] = []  # of all parameters, as `check_trained` last saw them to be right
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         self.l2 = l2
+        self.interface = Interface(labels, outputs, tuple(shared))
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
         self.forms: dict[Hashable, Form] = {}  # what first looks have shown
         self.may_freeze = (
@@ -134,19 +150,46 @@ class Objective:
         found = [dtype for dtype in every if dtype.is_floating_point]
         return found[0] if len(found) == 1 else None
 
-    def check(self, x: Tensor, y: Tensor) -> Report:
+    def batch(self, x: Any, y: Any = None) -> tuple[Batched, Batched]:
+        """Return inputs and targets of a minibatch, each as a tensor or a nest.
+
+        Args:
+            x: inputs; without `y` a minibatch as a loader gives it.
+            y: targets.
+
+        Raises:
+            CurvlabError: what holds no tensors, or no labels where they should be.
+        """
+        if y is None:
+            x, y = self.interface.apart(x)
+        if not is_nest(x) or not is_nest(y):
+            raise CurvlabError(
+                "a minibatch must be tensors, or tuples, mappings and dataclasses of them, not"
+                f" {type(x).__name__} and {type(y).__name__}: torch.as_tensor makes a tensor of an"
+                " array"
+            )
+        return self.interface.inputs(x), as_nest(y)
+
+    def picked(self, out: Any) -> Any:
+        """Return what the likelihood takes of the model's outputs. Raises CurvlabError for none."""
+        if isinstance(out, Tensor) and isinstance(self.interface.outputs, str):
+            return out
+        return self.interface.pick(out, getattr(self.likelihood, "join", None))
+
+    def check(self, x: Any, y: Any = None) -> Report:
         """Return what a look at a minibatch of this form shows.
 
         It is which block goes which way and why, and how near to autograd. `str` of it is a table,
         `ways` is {block: "structured" | "general" | "unused"}. Moves nothing.
 
         Args:
-            x: inputs [N, …].
+            x: inputs, as of `closure`.
             y: targets, as the likelihood wants them.
 
         Raises:
             CurvlabError: data that do not fit.
         """
+        x, y = self.batch(x, y)
         closure = Closure(self, x, y, 0)
         self.forms.clear()
         return Report(self.blocks, closure.form, closure.law.why)
@@ -196,7 +239,7 @@ class Objective:
                 raise CurvlabError(f"parameter '{name}' was {change}: make a new Objective")
         self._flags = [] if self.may_freeze else flags
 
-    def closure(self, x: Tensor, y: Tensor, stream: Stream = "step") -> Closure:
+    def closure(self, x: Any, y: Any = None, stream: Stream = "step") -> Closure:
         """Return the objective on one minibatch, moved to the model's device.
 
         Floating tensors are brought to the model's dtype, if it has one. The closures of a stream
@@ -204,13 +247,16 @@ class Objective:
         at a step depend on neither.
 
         Args:
-            x: inputs [N, …].
+            x: inputs [N, …]: a tensor, or a nest of tensors (`curvlab.nests.Nest`), of which a
+                mapping is given to the model by keyword, a tuple by position. Without `y` a
+                minibatch as a loader gives it: a mapping with the labels in it, a pair.
             y: targets, as the likelihood wants them.
             stream: who makes it.
 
         Raises:
             CurvlabError: data that do not fit.
         """
+        x, y = self.batch(x, y)
         self.closures[stream] += 1
         return Closure(self, x, y, self.closures[stream], stream)
 
@@ -269,11 +315,11 @@ def _lineage(
 
 
 def weights(objective: Objective) -> list[Tensor]:
-    """Return a copy of every parameter, for `restore`."""
+    """Return a copy of every parameter, for `restore_weights`."""
     return [p.detach().clone() for p in objective.parameters.values()]
 
 
-def restore(objective: Objective, saved: list[Tensor]) -> None:
+def restore_weights(objective: Objective, saved: list[Tensor]) -> None:
     """Take a step back, to the bit."""
     with torch.no_grad():
         for p, old in zip(objective.parameters.values(), saved, strict=True):

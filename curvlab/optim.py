@@ -21,7 +21,7 @@ from curvlab.errors import CurvlabError, Diverged
 from curvlab.finite import late
 from curvlab.groups import OPTIONS, SHARED, check_known, check_options, check_owned, complete
 from curvlab.momentum import Momentum, MomentumKind
-from curvlab.objective import restore, weights
+from curvlab.objective import restore_weights, weights
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import Soundness, check_direction
 from curvlab.steps import displacement, move
@@ -206,10 +206,10 @@ class Optimizer(torch.optim.Optimizer):
                 stands = self.descent.learn(Transition(observation, after, step))
             except Diverged:
                 if saved:
-                    restore(self.objective, saved)
+                    restore_weights(self.objective, saved)
                 raise
             if not stands:
-                restore(self.objective, saved)
+                restore_weights(self.objective, saved)
             if at_once:
                 self.descent.say_left_out()
         if self.watch is not None:
@@ -253,9 +253,15 @@ class Optimizer(torch.optim.Optimizer):
                 f"the checkpoint has groups of {saved} parameters but this optimizer of {here}:"
                 " make the same groups first"
             )
-        self.descent.load_state_dict(descent)
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvlab"})
-        self.objective.load_state_dict(objective)
+        held = self.state_dict()
+        try:
+            self.descent.load_state_dict(descent)
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "curvlab"})
+            self.objective.load_state_dict(objective)
+        except Exception:
+            self.descent.load_state_dict(held.pop("curvlab")["descent"])
+            super().load_state_dict(held)
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take torch's state; groups saved by an earlier version get the options that they lack."""

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.likelihoods import Likelihood
+from curvlab.linalg.spectral import eigvalsh, symmetric_eigh
 
 
-def plain(t: Tensor) -> Tensor:
+def detached(t: Tensor) -> Tensor:
     """Return a tensor without a graph, which is no inference tensor."""
     return t.clone() if t.is_inference() else t.detach()
 
@@ -104,7 +105,7 @@ def precision_of(z: Tensor) -> float:
     return float(torch.finfo(z.dtype).eps)
 
 
-def guard_hessians(z: Float[Tensor, "N *C"], name: str) -> None:
+def guard_output_hessians(z: Float[Tensor, "N *C"], name: str) -> None:
     """Refuse Hessians in these outputs, with eigenvectors and roots, that memory does not hold."""
     outputs = z[0].numel()
     guard_memory(
@@ -132,7 +133,7 @@ def check_convex(
         hessian.shape[1], dtype=hessian.dtype, device=hessian.device
     )
     if bool(torch.linalg.cholesky_ex(shifted).info.any()):
-        values = torch.linalg.eigvalsh(hessian)
+        values = eigvalsh(hessian)
         raise CurvlabError(
             f"the loss of {name} is not convex in the outputs (eigenvalues of ∂²ℓ/∂z² from"
             f" {float(values.min()):.2g} to {float(values.max()):.2g}), so that there is no root:"
@@ -149,12 +150,12 @@ def root_of_loss(
         CurvlabError: there is none, or not the memory.
     """
     name = type(likelihood).__name__
-    guard_hessians(z, name)
+    guard_output_hessians(z, name)
     with torch.inference_mode(False), torch.enable_grad():
-        hessian = OutputLoss(likelihood, plain(z), plain(y)).hessian()
+        hessian = OutputLoss(likelihood, detached(z), detached(y)).hessian()
     check_convex(hessian, floor, name, precision_of(z))
     # in single precision NaN where entries are subnormal, on some CPUs
-    values, vectors = torch.linalg.eigh(hessian.double())
+    values, vectors = symmetric_eigh(hessian.double())
     rounding = torch.finfo(hessian.dtype).eps * hessian.shape[1] ** 0.5 * values[:, -1:]
     # else its root, a half as many digits, stands where there is none
     values = torch.where(values > rounding, values, 0)

@@ -11,29 +11,37 @@ Legend: N examples, C outputs (flattened where the axis is one), V columns of S,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import CurvlabError, lookup
-from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, root_of, sample_of
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
+from curvlab.laws import Law, Root, law_of_heads, refusal
+from curvlab.likelihoods import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Heads,
+    Likelihood,
+    root_of,
+    sample_of,
+)
 from curvlab.output_hessian import (
     OutputLoss,
     check_convex,
-    guard_hessians,
+    detached,
+    guard_output_hessians,
     largest_norm,
-    plain,
     precision_of,
     root_of_loss,
 )
 
-Root = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [N, *C], labels) → columns of S [V, N, *C]."""
+__all__ = ["Law", "Root", "law_of", "refusal"]
 
 _EXACT = (Categorical, Bernoulli, Gaussian)
 # labels drawn for one example, and how many standard errors may lie between
@@ -47,32 +55,7 @@ _UNSEEN = 18.0
 _NUMBERS = 1 << 22
 
 
-@dataclass(frozen=True)
-class Law:
-    """The things that were found of a likelihood at some outputs and labels.
-
-    `root`: (z, y) → S [V, N, *C], S Sᵀ = ∂²ℓ/∂z²: the likelihood's own where it holds, else from
-    the loss's own Hessian at each call; None where that is not positive semi-definite or too large.
-    `follows`: labels drawn by `sample` follow the loss, so that Fisher and GGN are one matrix: mean
-    score 0 and second moment of the score ∂²ℓ/∂z², within 6 standard errors of 2000 draws (2^20
-    over the outputs where these are over 524, at least 64, and none over 65 536). `why`: what was
-    found, or "".
-    """
-
-    root: Root | None
-    follows: bool
-    why: str
-    # whether the likelihood is the user's, so that all this holds for these outputs and labels
-    # alone
-    examined: bool = True
-
-    @property
-    def fisher_and_ggn_differ(self) -> bool:
-        """Whether Fisher and GGN may be two matrices: labels may not follow the loss."""
-        return not self.follows
-
-
-def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "N ..."]) -> Law:
+def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Any) -> Law:
     """Hold a likelihood's `root` and `sample` against its `loss` at outputs z and labels y.
 
     It draws by a seed of its own. What holds here need not hold for labels of another kind (a mask,
@@ -83,14 +66,20 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "
         CurvlabError: losses that are not one number an example, or that depend on other examples or
             on chance.
     """
-    if type(likelihood) in _EXACT and not {"loss", "root", "sample"} & vars(likelihood).keys():
-        return Law(partial(root_of, likelihood), True, "", examined=False)
+    if isinstance(likelihood, Heads):
+        parts = likelihood.split(z).items()
+        laws = {name: law_of(likelihood.heads[name], part, y[name]) for name, part in parts}
+        return law_of_heads(likelihood, laws)
+    own = {"loss", "root", "sample"} & vars(likelihood).keys()
+    if isinstance(likelihood, _EXACT) and type(likelihood) in _EXACT and not own:
+        unlike = likelihood.unlike
+        return Law(partial(root_of, likelihood), not unlike, unlike, examined=False)
     with _apart(z):
         if z.numel() > 4 * _NUMBERS:
             some = _evenly(len(z), max(2, 4 * _NUMBERS // z[0].numel()), z.device)
             z, y = z[some], y[some]
         try:
-            return _Examined(likelihood, plain(z), plain(y)).law()
+            return _Examined(likelihood, detached(z), detached(y)).law()
         except RuntimeError as error:
             if not any(
                 words in str(error)
@@ -102,21 +91,6 @@ def law_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Shaped[Tensor, "
                 " in functions of torch"
             )
             return Law(None, False, found)
-
-
-_REFUSALS = {
-    "ggn": 'kind="ggn" has no S with S Sᵀ = ∂²ℓ/∂z² to be taken by: {}',
-    "fisher": (
-        'kind="fisher" is taken over all labels by S, S Sᵀ = ∂²ℓ/∂z², where the two are one: {};'
-        ' take "ggn" or "ef"'
-    ),
-    "fisher-mc": 'kind="fisher-mc" needs labels that follow the loss: {}; take "ggn" or "ef"',
-}
-
-
-def refusal(law: Law, kind: str) -> str:
-    """Return the line that refuses a kind, "fisher", "fisher-mc" or "ggn", for what was found."""
-    return lookup(_REFUSALS, kind, "kind").format(law.why)
 
 
 @contextmanager
@@ -195,7 +169,8 @@ class _Examined:
                     OutputLoss(self.likelihood, self.calm, self.y).times(self.directions[0])
                 )
             )
-        except (ValueError, RuntimeError):  # outputs that this loss does not take
+        except (ValueError, RuntimeError) as error:  # outputs that this loss does not take
+            raise_if_out_of_memory(error)
             return 0.0
 
     def law(self) -> Law:
@@ -206,7 +181,7 @@ class _Examined:
     def _root(self) -> tuple[Root | None, str]:
         """Return (S, what was found of the likelihood's own)."""
         try:
-            guard_hessians(self.z[:1], self.name)
+            guard_output_hessians(self.z[:1], self.name)
             off = self._off()
         except NotImplementedError:
             return self._derived(f"{self.name} has no root")
@@ -248,7 +223,7 @@ class _Examined:
     def _derived(self, found: str) -> tuple[Root | None, str]:
         """Return S of the loss's own Hessian, where that has one."""
         try:
-            guard_hessians(self.z, self.name)
+            guard_output_hessians(self.z, self.name)
             check_convex(self.look.hessian(), self.floor, self.name, precision_of(self.z))
         except CurvlabError as error:
             return None, f"{found}, and {error}"
@@ -268,6 +243,7 @@ class _Examined:
         try:
             there = OutputLoss(self.likelihood, self.z, drawn)
         except (ValueError, RuntimeError, IndexError) as error:
+            raise_if_out_of_memory(error)
             return (
                 f"the loss of {self.name} does not take labels drawn by its sample"
                 f" ({str(error).splitlines()[0]})"
@@ -315,7 +291,8 @@ class _Examined:
                 torch.stack(there), self.y[[*ends, largest, largest]], directions
             )
             usual = bool(t.isfinite().all()) and bool(hessian.isfinite().all())
-        except (ValueError, RuntimeError):  # outputs that this loss does not take
+        except (ValueError, RuntimeError) as refused:  # outputs that this loss does not take
+            raise_if_out_of_memory(refused)
             usual = False
         if not usual:
             t, hessian = self._scores(self.z[ends], self.y[ends], directions)

@@ -48,7 +48,7 @@ class Problem:
     dtype: str = "float32"
 
     @cached_property
-    def entry(self) -> models.Entry:
+    def entry(self) -> models.ModelEntry:
         """What the tables, or the user's function, say of the model.
 
         Raises:

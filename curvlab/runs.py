@@ -27,7 +27,7 @@ from curvlab.published import FIGURE_4_1 as FIGURE_4_1
 from curvlab.show import figures
 from curvlab.signatures import known_options, shows
 from curvlab.system import paths
-from curvlab.system.lock import alone
+from curvlab.system.lock import exclusive_lock
 from curvlab.system.progress import length, progress_bar
 
 
@@ -144,7 +144,7 @@ def compare(
     first = next(iterator, None)
     if first is None:
         raise CurvlabError("there are no minibatches to compare on")
-    size = len(first[0])
+    size = len(objective.batch(first)[0])
     call = {
         "function": "curvlab.compare",
         "batches": _describe(batches),
@@ -160,7 +160,7 @@ def compare(
     console = Console(stderr=True)
     shown = console.is_terminal if progress is None else progress
     with (
-        nullcontext() if log.path is None else alone(log.path),
+        nullcontext() if log.path is None else exclusive_lock(log.path),
         progress_bar(console, shown) as bar,
     ):
         compare_one(

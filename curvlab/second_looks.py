@@ -15,6 +15,7 @@ from torch import Tensor
 
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError
+from curvlab.fingerprint import numbers
 from curvlab.system import random_state
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class SecondLooks:
     """The part of a closure that remembers generators and buffers, and puts them back."""
 
     objective: Objective
-    x: Tensor
+    x: Tensor  # or a `Nest`, which stands where a tensor would
 
     def __init__(self) -> None:
         self._chance: Any = None  # what the generators were before the first look
@@ -40,8 +41,16 @@ class SecondLooks:
         raise NotImplementedError
 
     def _versions(self) -> int:
-        """Return how often the weights were written to."""
+        """Return how often the weights were written to, but for what goes by `.data`."""
         return sum(p._version for p in self.objective.parameters.values())
+
+    def _weights(self) -> tuple[int, Tensor]:
+        """Return `_versions`, and a checksum of the weights, which shows `.data` written to."""
+        return self._versions(), numbers(self.objective.parameters.values())
+
+    def _stands(self, versions: int, weights: Tensor) -> bool:
+        """Return whether the weights are what they were at `_weights`."""
+        return versions == self._versions() and torch.equal(weights, self._weights()[1])
 
     def _check_restless(self) -> None:
         """Raise CurvlabError where two looks are known to differ."""
@@ -62,27 +71,28 @@ class SecondLooks:
         return {name: b.clone() for name, b in held.items()}
 
     def _check_steady(self, z: Tensor, key: Hashable) -> None:
-        """Find, once a form, whether a second look is the first.
-
-        All random numbers and buffers are put back for it.
-        """
+        """Find, once a form, whether a second look is the first."""
         if key not in self.objective.steady:
-            with derivatives(), torch.no_grad(), self._same_chance(True):
-                again = self._forward(self.x, self._own_buffers(True))
-            apart = float((again - z.detach()).norm()) if again.shape == z.shape else math.inf
-            near = torch.finfo(z.dtype).eps ** 0.5 * float(z.detach().norm())
-            self.objective.steady[key] = (
-                0.0 if apart <= near else apart / max(float(z.detach().norm()), 1e-300)
-            )
+            self.objective.steady[key] = _apart(self._repeated(), z.detach())
         self._restless = self.objective.steady[key]
 
+    def _repeated(self) -> Tensor:
+        """Return the outputs of one more look, with all random numbers and buffers put back."""
+        with derivatives(), torch.no_grad(), self._same_chance(True):
+            return self._forward(self.x, self._own_buffers(True))
+
     def _check_same(self, z: Tensor) -> None:
-        """Raise CurvlabError where two looks differ although no weight was written to."""
+        """Raise CurvlabError where two looks differ although no weight was written to.
+
+        A third tells chance from what was written to unseen: weights by `.data`, or buffers. To
+        know that every look would have to make a checksum.
+        """
         seen, self._seen = self._seen, (z.detach(), self._versions())
         if seen is not None and seen[1] == self._seen[1] and seen[0].shape == z.shape:
-            apart, size = float((z.detach() - seen[0]).norm()), float(seen[0].norm())
-            if apart > torch.finfo(z.dtype).eps ** 0.5 * size:
-                raise CurvlabError(_RESTLESS.format(apart / size if size else math.inf))
+            apart = _apart(z.detach(), seen[0])
+            if apart:
+                restless = _apart(self._repeated(), z.detach())
+                raise CurvlabError((_RESTLESS if restless else _MOVED).format(apart))
 
     def _drew(self) -> bool:
         return isinstance(self._chance, random_state.Chance) and random_state.drawn_since(
@@ -117,9 +127,26 @@ class SecondLooks:
                 generator.set_state(state)
 
 
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Return the relative distance of two looks' outputs; 0 where it is rounding."""
+    if one.shape != other.shape:
+        return math.inf
+    apart, size = float((one - other).norm()), float(other.norm())
+    near = torch.finfo(other.dtype).eps ** 0.5 * size
+    if not apart > near:  # nor NaN, which the loss will say
+        return 0.0
+    return apart / size if size else math.inf
+
+
 _RESTLESS = (
     "two looks at one minibatch differ (by a relative {:.2g}) though nothing was moved: the model"
     " draws random numbers, or counts, in a way that cannot be put back; let it draw by a global"
     " generator (torch, random, numpy) or a torch.Generator"
+)
+_MOVED = (
+    "two looks at one minibatch differ (by a relative {:.2g}) though no weight is known to have"
+    " moved: weights were written to by .data, which torch does not count (write under"
+    " torch.no_grad(), and not by .data), or the first look moved buffers (give it"
+    " move_buffers=False)"
 )
 QUIET = "no random number is drawn"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curvlab.errors import Diverged
-from curvlab.finite import all_short, length, lengths, longest, waits
+from curvlab.finite import all_short, joint_norm, lengths, longest, waits
 from curvlab.objective import Objective
 from curvlab.observation import Observation
 
@@ -113,7 +113,7 @@ def check_direction(
         direction: {block: direction}.
         rate: the highest of the learning rates.
     """
-    far = length(direction.values())
+    far = joint_norm(direction.values())
     step = far * rate
     if step <= _SMALL:
         return

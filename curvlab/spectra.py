@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import xarray as xr
 from rich.console import Console
-from torch import Tensor
 
 from curvlab import exact
 from curvlab.densities import EDGES as EDGES
@@ -27,23 +26,25 @@ from curvlab.densities import of_products as of_products
 from curvlab.densities import tolerance as tolerance
 from curvlab.derivatives import derivatives
 from curvlab.errors import MOST_STEPS, CurvlabError, guard_memory, lookup, several, unknown, whole
-from curvlab.exact.batches import Batches, Loader, check_kind
+from curvlab.exact.batches import Minibatches, check_kind
 from curvlab.fingerprint import Unchanging
+from curvlab.likelihoods.base import mean_per
 from curvlab.linalg.operators import Dense
 from curvlab.logs.log import Log, Record
+from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
 from curvlab.system.progress import progress_bar
 
 ALL, WHOLE = "all", "whole"
 """Words in place of the names of blocks: every block; the matrix of all parameters."""
 
-LARGEST = 6000
+LARGEST_EXACT = 6000
 """The method "auto" computes every eigenvalue up to this order."""
 
 DRAWS = 1_000_000
 """Starting vectors of Lanczos at most."""
 
-VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+SPECTRUM_VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "eigenvalue": (
         ("matrix", "block", "index"),
         "eigenvalues, ascending; NaN beyond the block's order or by Lanczos",
@@ -94,7 +95,7 @@ parameters having no unit.
 """
 
 METHODS: dict[str, str] = {
-    "auto": f"exact up to order {LARGEST}, lanczos above it",
+    "auto": f"exact up to order {LARGEST_EXACT}, lanczos above it",
     "exact": "every eigenvalue of the dense block",
     "lanczos": "density by stochastic Lanczos quadrature, ends by Lanczos",
 }
@@ -149,7 +150,7 @@ class Plan:
         if self.method != "auto":
             return dict.fromkeys(self.orders(objective), self.method)
         return {
-            name: "exact" if order <= LARGEST else "lanczos"
+            name: "exact" if order <= LARGEST_EXACT else "lanczos"
             for name, order in self.orders(objective).items()
         }
 
@@ -190,10 +191,11 @@ class Plan:
             "seed": objective.seed,
             "device": str(objective.device),
             "dtype": str(objective.dtype).removeprefix("torch."),
+            "loss_per": mean_per(objective.likelihood),
         }
         variables = {
             name: {"long_name": text, "units": units}
-            for name, (_, text, units) in VARIABLES.items()
+            for name, (_, text, units) in SPECTRUM_VARIABLES.items()
         }
         variables["step"] = {"long_name": "number of training steps", "units": "1"}
         return Log(coordinates, variables, attributes | about, path, (objective.seed,))
@@ -202,8 +204,8 @@ class Plan:
     def record(
         self,
         objective: Objective,
-        x: Tensor | Loader,
-        y: Tensor | None,
+        x: Any,
+        y: Any,
         say: Callable[[str], None],
         done: Callable[[], None],
     ) -> Record:
@@ -216,14 +218,15 @@ class Plan:
             say: told what comes next.
             done: called when a matrix is finished.
         """
-        if not isinstance(x, Tensor):
+        if not is_minibatch(x, y):
             x = Unchanging.of(x, in_order="fisher-mc" in self.matrices)
         orders, routes = self.orders(objective), self.routes(objective)
         kinds = list(dict.fromkeys(self.matrices))
         top = max((order for name, order in orders.items() if routes[name] == "exact"), default=0)
         size = {"matrix": len(kinds), "block": len(orders), "index": top, "bin": len(EDGES) - 1}
         values = {
-            name: np.full([size[d] for d in dims], np.nan) for name, (dims, *_) in VARIABLES.items()
+            name: np.full([size[d] for d in dims], np.nan)
+            for name, (dims, *_) in SPECTRUM_VARIABLES.items()
         }
         values["loss"][...] = _loss(objective, x, y)
         for i, kind in enumerate(kinds):
@@ -239,13 +242,13 @@ class Plan:
             done()
         if not top:
             del values["eigenvalue"]
-        return {name: (VARIABLES[name][0], value) for name, value in values.items()}
+        return {name: (SPECTRUM_VARIABLES[name][0], value) for name, value in values.items()}
 
     def _spectrum(
         self,
         objective: Objective,
-        x: Tensor | Loader,
-        y: Tensor | None,
+        x: Any,
+        y: Any,
         kind: Any,
         block: str,
         route: str,
@@ -268,11 +271,11 @@ def _coordinate(dim: str, values: Any, long_name: str, units: str) -> xr.Variabl
     return xr.Variable(dim, np.asarray(values), {"long_name": long_name, "units": units})
 
 
-def _loss(objective: Objective, x: Tensor | Loader, y: Tensor | None) -> float:
+def _loss(objective: Objective, x: Any, y: Any) -> float:
     """Return the mean loss over the examples."""
     fresh = Objective(objective.model, objective.likelihood, objective.seed)
     total, size = 0.0, 0
-    for closure in Batches.of(fresh, x, y, again=True):
+    for closure in Minibatches.of(fresh, x, y, again=True):
         total += float(closure.observe(frozenset(), move_buffers=False).loss) * len(closure.x)
         size += len(closure.x)
     return total / size
@@ -280,8 +283,8 @@ def _loss(objective: Objective, x: Tensor | Loader, y: Tensor | None) -> float:
 
 def spectrum(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     matrices: str | Sequence[str] = ("hessian", "ggn"),
     method: str = "auto",
     *,
@@ -319,7 +322,7 @@ def spectrum(
     plan.check(objective)
     whole("after", after, 0)
     x = list(x) if isinstance(x, Iterator) else x
-    what = f"{len(x)} examples" if isinstance(x, Tensor) else type(x).__name__
+    what = f"{len(objective.batch(x, y)[0])} examples" if is_minibatch(x, y) else type(x).__name__
     call = {"function": "curvlab.spectrum", "data": what, "blocks": plan.blocks, "after": after} | {
         name: getattr(plan, name) for name in ("matrices", "method", "draws", "steps")
     }

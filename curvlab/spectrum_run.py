@@ -55,7 +55,7 @@ class PreparedSpectra:
     after: tuple[int, ...]
 
 
-def prepare(named: NamedSpectra) -> PreparedSpectra:
+def prepare_spectra(named: NamedSpectra) -> PreparedSpectra:
     """Check, load and build spectra.
 
     Raises:
@@ -84,7 +84,7 @@ def prepare(named: NamedSpectra) -> PreparedSpectra:
         )
     train.batches(named.batch_size)
     with evaluating(objective.model), random_state.kept(problem.place):
-        Closure(objective, train.x[:2], train.y[:2], 0).outputs()
+        Closure(objective, train.x[:2], train.y[:2], 0, factor=1.0).outputs()
     return PreparedSpectra(named, objective, stepper, train, tuple(sorted(set(named.after))))
 
 

@@ -18,7 +18,9 @@ SIGNALS = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
     if hasattr(signal, name)
 )
-"""What asks a run to end."""
+"""What asks a run to end: Ctrl-C; what ends a job, closes a terminal, says that its time runs out
+(Slurm where it is asked to; limits of CPU time).
+"""
 
 backend = ""
 """The user's MPLBACKEND. matplotlib cannot be imported under a name that it does not know."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.layers import Block
 from curvlab.lazy import cached_property
+from curvlab.linalg.padded_products import second_moment
 from curvlab.uses import Part, UseInput
 
 Reads = Literal["gradient", "rows", "moments", "factors"]
@@ -25,8 +26,9 @@ outputs share their inputs and no use reads the weight in the other direction.
 
 
 class LayerStatistics:
-    """What one pass says of one block: the sum over its uses. All properties are computed once and
-    shared by all who ask.
+    """What one pass says of one block: the sum over its uses.
+
+    All properties are computed once and shared by all who ask.
 
     A block has parts, one a use; or none where it did not reach the outputs in this pass (`used`);
     or it goes the general way and has a gradient alone (`structured`).
@@ -161,18 +163,45 @@ class LayerStatistics:
 
     @property
     def h(self) -> Float[Tensor, "N T O"]:
-        """Pre-activation. Raises CurvlabError where a later in-place operation has overwritten
-        it.
+        """The pre-activation.
+
+        Raises CurvlabError where a later in-place operation has overwritten it.
         """
         return self._joined(lambda p: p.h, 1, lambda: (self.size, 0, self.block.shape[0]))
 
     @cached_property
     def A(self) -> Float[Tensor, "I I"]:
-        """Σ_t a aᵀ, mean over examples (Alg. 12, line 14: Ω); over the union of places where the
-        weight has several uses.
+        """Σ_t a aᵀ, mean over examples (Alg. 12, line 14: Ω).
+
+        It is over the union of places where the weight has several uses.
         """
         self._one_group("second moments of one input")
         return self._summed(lambda p: p.A, lambda: (self.block.shape[1],) * 2)
+
+    @cached_property
+    def diagonal_A(self) -> Float[Tensor, " I"] | None:
+        """Diagonal of A where all that is beside it is zero, as of an embedding; else None."""
+        counts = [p.counts for p in self.parts]
+        if not counts or any(c is None for c in counts):
+            return None
+        found: Tensor = sum(c for c in counts if c is not None) / self.size  # type: ignore[assignment]  # of tensors
+        return found
+
+    @cached_property
+    def reduced_A(self) -> Float[Tensor, "I I"]:
+        """Second moment of each example's mean input over its places, (1/N) Σ ā āᵀ.
+
+        KFAC-reduce, Eschenhagen et al. 2023.
+        """
+        return second_moment(self.a.mean(1), 1 / self.size)
+
+    @cached_property
+    def reduced_G(self) -> Float[Tensor, "O O"]:
+        """Second moment of each example's derivative summed over its places.
+
+        (1/N) Σ_v Σ_n (Σ_t g)(Σ_t g)ᵀ: KFAC-reduce, Eschenhagen et al. 2023.
+        """
+        return second_moment(self.g.sum(2).flatten(0, 1), 1 / self.size)
 
     def _summed(self, of: Callable[[Part], Tensor], none: Callable[[], tuple[int, ...]]) -> Tensor:
         parts = self.parts
@@ -201,8 +230,9 @@ class LayerStatistics:
 
     @cached_property
     def G(self) -> Float[Tensor, "O O"]:
-        """Σ_v g gᵀ, mean over examples and places (Alg. 12, line 14: Γ, as a mean of outer
-        products, see practice).
+        """Σ_v g gᵀ, mean over examples and places.
+
+        That is Alg. 12, line 14: Γ, as a mean of outer products, see practice.
         """
         scale = 1 / (self.size * max(1, self.places))
         return self._summed(lambda p: p.G(scale), lambda: (self.block.shape[0],) * 2)
@@ -227,8 +257,9 @@ class LayerStatistics:
 
     @cached_property
     def rows(self) -> Float[Tensor, "V N *O I"]:
-        """Per-sample gradients (of the sum over places and uses), one for every vector sent
-        back.
+        """Per-sample gradients, one for every vector sent back.
+
+        They are of the sum over places and uses.
         """
         return self._summed(
             lambda p: p.rows(), lambda: (self._vectors, self.size, *self.block.shape)

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from curvlab.errors import CurvlabError
+from curvlab.nests import call_arguments
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -50,7 +51,8 @@ def called(model: nn.Module, tensors: Mapping[str, Tensor], x: Any) -> Any:
         for key, t in (*module._parameters.items(), *module._buffers.items())
         if id(t) in new
     }
-    return functional_call(model, places, (x,), tie_weights=False)
+    by_place, by_name = call_arguments(x)
+    return functional_call(model, places, by_place, by_name, tie_weights=False)
 
 
 def mixes(modules: Iterable[nn.Module]) -> bool:
@@ -61,14 +63,10 @@ def mixes(modules: Iterable[nn.Module]) -> bool:
 
 
 WRAP = (
-    "wrap it in a module that takes its one input apart, class Apart(nn.Module) with "
-    "def forward(self, x): return self.net(x[..., :k], x[..., k:])"
+    "several inputs are given as a tuple, or by keyword as a mapping: closure((x1, x2), y),"
+    " closure({'ids': ids, 'mask': mask}, y)"
 )
-PICK = (
-    "wrap it in a module that picks one, class Pick(nn.Module) with def forward(self, x): return"
-    " self.net(x)[0] (or .logits)"
-)
-"""Remedies for a model of several inputs, and for one that returns more than a tensor."""
+"""Remedy for a model of several inputs."""
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 

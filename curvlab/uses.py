@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from curvlab.arrangements import ARRANGEMENTS
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, guard_memory
 from curvlab.functions import Call, Rule, extent
 from curvlab.layers import Block
 from curvlab.lazy import cached_property
-from curvlab.linalg.padded_products import product, room, second_moment
+from curvlab.linalg.padded_products import padded_product, room, second_moment
 
 _SMALL = 1 << 16  # numbers, of which a copy costs less than a few calls
 OVERWRITTEN = (
@@ -28,8 +28,9 @@ OVERWRITTEN = (
 
 
 class Stored(NamedTuple):
-    """A tensor as a call saw it, with the version that tells whether somebody has overwritten it
-    since.
+    """A tensor as a call saw it.
+
+    Its version tells whether somebody has overwritten it since.
     """
 
     value: Tensor
@@ -50,7 +51,7 @@ class Stored(NamedTuple):
     eq=False
 )  # not frozen: several are made at every look, and freezing costs more than the rest of it
 class Use:
-    """One call that takes a block's weight. Nothing in it is written again.
+    """One call that takes a block's weight, in which nothing is written again.
 
     Args:
         call: its arguments, without a graph.
@@ -87,8 +88,9 @@ class Use:
 
 
 class UseInput:
-    """The inputs of one use in one forward pass, read when first asked for and shared by every pass
-    back.
+    """The inputs of one use in one forward pass.
+
+    They are read when first asked for, and shared by every pass back.
     """
 
     def __init__(self, use: Use, size: int, how: str, dtype: torch.dtype) -> None:
@@ -96,8 +98,9 @@ class UseInput:
 
     @property
     def raw(self) -> Tensor:
-        """As the call saw them. Raises CurvlabError where a later in-place operation has
-        overwritten them.
+        """The inputs as the call saw them.
+
+        Raises CurvlabError where a later in-place operation has overwritten them.
         """
         x = self.use.x
         if x.overwritten:
@@ -110,8 +113,9 @@ class UseInput:
 
     @cached_property
     def own(self) -> Float[Tensor, "R P *G I"]:
-        """In the call's own rows and places, without the bias column; with an axis Γ where the
-        block has several groups.
+        """The inputs in the call's own rows and places, without the bias column.
+
+        They have an axis Γ where the block has several groups.
         """
         use = self.use
         found = use.rule.inputs(use.call, self.raw) if use.inputs is None else use.inputs
@@ -207,14 +211,30 @@ class Part:
     @property
     def A(self) -> Float[Tensor, "I I"]:
         """Σ_t a aᵀ, mean over examples, as the block reads it."""
+        counts = self.counts
+        if counts is not None:  # rows of zeros and a one are never formed
+            guard_memory(
+                len(counts) ** 2 * counts.element_size(),
+                f"the second moment of the inputs of {self.block}",
+                "an embedding's is a diagonal: kfac with sharing='expand' keeps it as one",
+            )
+            return torch.diag(counts / self.g.shape[1])
         if not self.swapped:
             assert isinstance(self.inputs, UseInput)
             return self.inputs.A
         rows = self.wide(self.g).flatten(0, 2)
         return second_moment(rows, 1 / self.g.shape[1])
 
+    @property
+    def counts(self) -> Float[Tensor, " I"] | None:
+        """Diagonal of Σ a aᵀ, summed over examples, where the rest of it is zero; else None."""
+        if self.swapped or self.block.biased or not isinstance(self.inputs, UseInput):
+            return None
+        rule, call, inputs = self.own
+        return None if rule.counts is None else rule.counts(call, inputs.raw).to(inputs.dtype)
+
     def G(self, scale: float) -> Float[Tensor, "O O"]:
-        """scale · Σ g gᵀ, as the block reads it."""
+        """Return scale · Σ g gᵀ, as the block reads it."""
         return second_moment(
             (self.a.flatten(0, 1) if self.swapped else self.g.flatten(0, 2)), scale
         )
@@ -231,7 +251,7 @@ class Part:
         return torch.einsum("vnto,nti->vnoi", self.g, self.a)
 
     def gradient(self, scale: float) -> Float[Tensor, "O I"]:
-        """scale · Σₙ Σ_t g aᵀ, of one vector."""
+        """Return scale · Σₙ Σ_t g aᵀ, of one vector."""
         block = self.block
         if isinstance(self.inputs, UseInput) and not self.swapped:
             rule, call, whole = self.own
@@ -244,13 +264,13 @@ class Part:
         if block.groups > 1:
             return self._by_group("ntgo,ntgi->goi", self.g[0]).flatten(0, 1) * scale
         if self.swapped:
-            return self.wide(product(self.a.flatten(0, 1).T, self.g[0].flatten(0, 1), scale))
+            return self.wide(padded_product(self.a.flatten(0, 1).T, self.g[0].flatten(0, 1), scale))
         inputs = self.inputs
         if isinstance(inputs, Slice):
-            return product(self.g[0].flatten(0, 1).T, self.a.flatten(0, 1), scale)
+            return padded_product(self.g[0].flatten(0, 1).T, self.a.flatten(0, 1), scale)
         g, a = self.raw_g[0].flatten(0, 1), inputs.own.flatten(0, 1)  # a sum knows no order
         if not block.biased:
-            return product(g.T, a, scale)
+            return padded_product(g.T, a, scale)
         found = room(g, *block.shape)
         weight, bias = found[:, :-1], found[:, -1]
         torch.addmm(weight, g.T, a, beta=0, alpha=scale, out=weight)

@@ -295,10 +295,8 @@ def parameters(command: str) -> list[Parameter]:
         for c in cli.app.registered_commands
         if command in (c.name, getattr(c.callback, "__name__", ""))
     )
-    hints, known = (
-        get_type_hints(function),
-        typer.main.get_command(cli.app).commands[command].params,
-    )  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(cli.app)
+    hints, known = get_type_hints(function), group.commands[command].params
     return [
         Parameter(tuple(p.opts), _plain(hints[p.name]), p.param_type_name == "argument")
         for p in known
@@ -310,7 +308,7 @@ def _plain(hint: Any) -> type:
     """The type within a list, or beside None."""
     while get_args(hint):
         hint = next(kind for kind in get_args(hint) if kind is not type(None))
-    return hint  # type: ignore[no-any-return]
+    return hint
 
 
 def lines(places: Places) -> Iterator[Line]:
@@ -428,7 +426,7 @@ def _of_schedules(base: tuple[str, ...]) -> Iterator[Line]:
     known = [name for name in schedules.known() if name != "constant"]
     for name in known:
         given = GOOD.get(name, {})
-        for option in schedules.find(name).options:
+        for option in schedules.find_schedule(name).options:
             others = tuple(
                 w for o, v in given.items() if o != option for w in ("--schedule-set", f"{o}={v}")
             )

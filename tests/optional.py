@@ -28,7 +28,7 @@ NEEDS = {
 
 def load_or_skip(name: str) -> tuple[Dataset, Dataset]:
     needed = NEEDS.get(name)
-    if needed is not None and not any(files.find(file) for file in needed):
+    if needed is not None and not any(files.find_file(file) for file in needed):
         pytest.skip(f"no {' or '.join(needed)}: set CURVLAB_DATA to a folder that has one")
     return _load(name)
 

@@ -10,10 +10,11 @@ Legend: N examples, C outputs of an example, D numbers in all trainable paramete
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +85,16 @@ class Case:
         lenient: quantities that may be refused in one line, where torch itself knows no way.
     """
 
-    build: Callable[[], nn.Module]
-    x: tuple[int, ...] | Callable[[], Tensor] = (4,)
+    build: Callable[..., nn.Module]
+    x: tuple[int, ...] | Callable[..., Tensor] = (4,)
     n: int = 5
-    y: str | Callable[[], Tensor] | None = None
+    y: str | Callable[..., Tensor] | None = None
     twin: Callable[[], nn.Module] | None = None
     around: Callable[[nn.Module], AbstractContextManager[object]] = lambda model: nullcontext()
     lenient: frozenset[str] = frozenset()
 
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
+        """An `nn.Module`, of whose parts mypy knows nothing."""
         with seeded():
             return self.build()
 
@@ -240,6 +242,11 @@ class Reference:
         return torch.cat([(absent | given)[name] for name in self.parameters], -1)
 
 
+def total(values: Iterable[Tensor]) -> Tensor:
+    """`sum`, of which mypy thinks that it may be the number 0."""
+    return cast(Tensor, sum(values))
+
+
 def names_of(model: nn.Module, duplicates: bool = False) -> dict[str, nn.Parameter]:
     """{name: trainable parameter}, as a wrapper around a module does not change them; each once, or
     under each of its names.
@@ -272,6 +279,11 @@ def one_line(error: Exception, *words: str, without: tuple[str, ...] = ()) -> No
 
 class Net(nn.Module):
     """Modules and parameters by name, and as its forward a function of it and x."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """A part."""
 
     def __init__(
         self, run: Callable[[Net, Tensor], Tensor], **parts: nn.Module | nn.Parameter | Tensor

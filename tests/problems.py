@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +18,18 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab.datasets import Dataset
 from curvlab.layers import Block
+from curvlab.likelihoods import Likelihood
+from curvlab.optim import Optimizer
 
 
 @dataclass(frozen=True)
 class Problem:
     """A model, a likelihood and one minibatch."""
 
-    model: nn.Module
-    likelihood: object
+    model: Any  # an `nn.Module`, of whose parts mypy knows nothing
+    likelihood: Likelihood
     x: Tensor
     y: Tensor
 
@@ -58,7 +62,7 @@ def spd(order: int, seed: int = 0) -> Tensor:
     return (m + m.T) / 2
 
 
-def targets(likelihood: object, z: Tensor, seed: int = 2) -> Tensor:
+def targets(likelihood: Likelihood, z: Tensor, seed: int = 2) -> Tensor:
     """Targets that fit the outputs, drawn from a fixed seed."""
     return likelihood.sample(torch.zeros_like(z), torch.Generator().manual_seed(seed))
 
@@ -145,6 +149,8 @@ def eval_norm(net: nn.Module) -> nn.Module:
     """In eval mode, with statistics that are not the initial ones."""
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     return net.eval()
@@ -183,7 +189,7 @@ REPRESENTATIVE = ["tanh", "tokens", "conv-norm", "conv-1d", "embedding"]
 stored as [I, O].
 """
 
-LIKELIHOODS: dict[str, Callable[[], object]] = {
+LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     "categorical": cl.likelihoods.Categorical,
     "bernoulli": cl.likelihoods.Bernoulli,
     "gaussian": cl.likelihoods.Gaussian,
@@ -289,9 +295,31 @@ def as_a_variable(weight: Tensor, batch: int = 0) -> Tensor:
     return weight.flatten(batch + 2).squeeze(-1) if weight.ndim > batch + 2 else weight
 
 
+def dense(part: Dataset) -> Tensor:
+    """The inputs of a data set that is not sparse."""
+    assert isinstance(part.x, Tensor)
+    return part.x
+
+
+def grad_of(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def curvature_of(optimizer: torch.optim.Optimizer) -> Any:
+    """With what its method has of its own, of which `Curvature` says nothing."""
+    assert isinstance(optimizer, Optimizer)
+    return optimizer.descent.curvature
+
+
 def groupless(p: Problem) -> list[Block]:
     """Blocks whose outputs share their inputs: a, A and Kronecker factors exist."""
     return [b for b in p.objective().blocks if b.module is not None and b.groups == 1]
+
+
+def module_of(block: Block) -> nn.Module:
+    assert block.module is not None
+    return block.module
 
 
 def own_inputs(block: Block, a: Tensor) -> Tensor:

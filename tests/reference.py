@@ -7,16 +7,18 @@ categorical and Bernoulli; for Gaussian z ± 1 in every output, which has the mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from itertools import product
 
 import torch
+from oracle import total
 from problems import Problem, laid_out, problem
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 import curvlab as cl
+from curvlab.layers import Block
 
 
 class Reference:
@@ -44,7 +46,7 @@ class Reference:
         self.entries |= {name: torch.arange(s.start, s.stop) for name, s in self.slices.items()}
 
     @staticmethod
-    def _flat(blocks: Sequence[object], tensors: dict[str, Tensor]) -> Tensor:
+    def _flat(blocks: Sequence[Block], tensors: dict[str, Tensor]) -> Tensor:
         return torch.cat([laid_out(b, tensors).flatten() for b in blocks])
 
     def outputs(self, w: Tensor, x: Tensor) -> Tensor:
@@ -120,11 +122,11 @@ class Reference:
             )
         if kind == "fisher":
             each = [(self.gradients(y), weight) for y, weight in self.labels()]
-            return sum(torch.einsum("n,ni,nj->ij", weight, g, g) for g, weight in each) / n
+            return total(torch.einsum("n,ni,nj->ij", weight, g, g) for g, weight in each) / n
         assert kind == "ef"
         return self.drawn([p.y])
 
-    def _second(self, f: object) -> Tensor:
+    def _second(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         # jacrev inside is wrong for layer norm (torch 2.13)
         return jacrev(grad(f))(self.at)[self.order][:, self.order]
 

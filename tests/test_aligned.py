@@ -7,7 +7,7 @@ import torch
 from problems import assert_near
 from torch import Tensor
 
-from curvlab.linalg.padded_products import product, room, second_moment
+from curvlab.linalg.padded_products import padded_product, room, second_moment
 
 SIZES = [1, 7, 127, 128, 129, 255, 256, 257, 300]
 
@@ -20,8 +20,8 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 @pytest.mark.parametrize("rows", [1, 129])
 def test_product(rows: int, columns: int) -> None:
     a, b = normal(rows, 33), normal(33, columns)
-    assert_near(product(a, b, 0.3), 0.3 * (a @ b))
-    assert_near(product(b.T, a.T, 0.3), 0.3 * (b.T @ a.T))
+    assert_near(padded_product(a, b, 0.3), 0.3 * (a @ b))
+    assert_near(padded_product(b.T, a.T, 0.3), 0.3 * (b.T @ a.T))
 
 
 @pytest.mark.parametrize("order", SIZES)

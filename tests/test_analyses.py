@@ -182,10 +182,10 @@ def test_notebook(path: Path) -> None:
 
 def cell_by_cell(cells: list[str], folder: Path) -> None:
     os.chdir(folder)
-    parts = tuple(
+    train, test = (
         replace(part, x=part.x[::3], y=part.y[::3]) for part in DATASETS["mnist16"].load()
     )
-    DATASETS["mnist16"] = replace(DATASETS["mnist16"], load=lambda: parts)
+    DATASETS["mnist16"] = replace(DATASETS["mnist16"], load=lambda: (train, test))
     matplotlib.use("Agg")
     shell, pictures = InteractiveShell.instance(), 0
     for cell in cells:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +19,11 @@ from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.assumptions import ASSUMPTIONS, errors, quality
 from curvlab.curvature.base import IdentityBlock
 from curvlab.curvature.kbfgs import KBfgs
-from curvlab.exact import KINDS
+from curvlab.exact import KINDS, Kind
 from curvlab.layers import Block
 from curvlab.likelihoods import Likelihood
 from curvlab.linalg.kronecker import nearest_kronecker
+from curvlab.observation import Pass
 
 KBFGS = [name for name, a in ALGORITHMS.items() if a.make is KBfgs]
 NONE = ("sgd-m", *KBFGS)  # estimate no matrix: K-BFGS's is damped as it is learnt
@@ -34,7 +37,7 @@ def fit(objective: cl.Objective) -> list[Block]:
     return [b for b in objective.blocks if b.layer is not None and b.groups == 1]
 
 
-def exact(p: Problem, kind: str, block: str) -> Tensor:
+def exact(p: Problem, kind: Kind, block: str) -> Tensor:
     return cl.exact.matrix(p.objective(), p.x, p.y, kind, block).dense()
 
 
@@ -60,7 +63,7 @@ def test_matrix_is_what_refresh_inverts(name: str, model: str) -> None:
     """inverse = B⁻¹, or B^{−1/2} of Shampoo and Adam, at the damping of `refresh`."""
     p = problem(model)
     objective = p.objective()
-    curvature = cl.approximation(name, objective, damping=0.3)
+    curvature: Any = cl.approximation(name, objective, damping=0.3)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     for block_name, block in curvature.blocks.items():
         found = block.matrix(0.3)
@@ -84,7 +87,7 @@ def test_undamped_matrices_by_their_formulas(model: str) -> None:
     """
     p = problem(model)
     objective = p.objective()
-    made = {
+    made: dict[str, Any] = {
         name: cl.approximation(name, objective, labels="data")
         for name in ("kfac", "tnt", "shampoo", "adam")
     }
@@ -121,7 +124,7 @@ def test_undamped_matrices_by_their_formulas(model: str) -> None:
 
 @pytest.mark.parametrize("model", SUMS)
 @kinds
-def test_errors_by_hand(model: str, kind: str) -> None:
+def test_errors_by_hand(model: str, kind: Kind) -> None:
     """Every matrix written out over examples and places."""
     p = problem(model)
     found = errors(p.objective(), p.x, p.y, kind)
@@ -178,7 +181,7 @@ def test_steps_bound_the_total() -> None:
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_no_error_in_a_deep_linear_network(kind: str, bias: bool) -> None:
+def test_no_error_in_a_deep_linear_network(kind: Kind, bias: bool) -> None:
     p = deep_linear(bias)
     found = errors(p.objective(), p.x, p.y, kind)
     assert float(found["error"].max()) < 1e-12
@@ -186,7 +189,7 @@ def test_no_error_in_a_deep_linear_network(kind: str, bias: bool) -> None:
 
 
 @kinds
-def test_no_error_in_one_example(kind: str) -> None:
+def test_no_error_in_one_example(kind: Kind) -> None:
     """(2.2): one place and one example are one product."""
     p = problem("tanh", n=1)
     found = errors(p.objective(), p.x, p.y, kind)
@@ -224,7 +227,7 @@ class Times:
     "ignore:labels drawn by:curvlab.errors.CurvlabWarning"
 )  # they follow the loss in its own unit
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef"])
-def test_relative_errors_do_not_change_with_the_unit_of_the_loss(kind: str) -> None:
+def test_relative_errors_do_not_change_with_the_unit_of_the_loss(kind: Kind) -> None:
     p = problem("tokens")
     scaled = cl.Objective(p.model, Times(p.likelihood, 1e6), 0)
     names = ["kfac", "tnt-per-sample"]
@@ -250,14 +253,20 @@ def test_errors_do_not_change_with_copies_of_the_data() -> None:
 
 @pytest.mark.parametrize("model", ["tanh", "tokens"])
 @pytest.mark.parametrize("kind", ["hessian", "fisher", "fisher-mc", "ef"])
-def test_quality_by_hand(model: str, kind: str) -> None:
+def test_quality_by_hand(model: str, kind: Kind) -> None:
     """Every measure from the dense matrices; KFAC's labels are those of the exact matrix."""
     p = problem(model)
     found = quality(p.objective(), p.x, p.y, ["tnt-per-sample", "kfac"], kind)
-    labels = {"hessian": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data"}[kind]
+    passes: dict[Kind, Pass] = {
+        "hessian": "exact",
+        "fisher": "exact",
+        "fisher-mc": "model",
+        "ef": "data",
+    }
+    labels = passes[kind]
     for name in ("kfac", "tnt-per-sample"):
         objective = p.objective()
-        curvature = cl.approximation(name, objective, labels=labels)
+        curvature: Any = cl.approximation(name, objective, labels=labels)
         curvature.update(objective.closure(p.x, p.y, "exact").observe(curvature.needs))
         for block in objective.blocks:
             here = found.sel(algorithm=name, block=block.name)
@@ -287,7 +296,7 @@ def test_quality_by_hand(model: str, kind: str) -> None:
 
 @pytest.mark.parametrize("model", SUMS)
 @pytest.mark.parametrize("kind", ["fisher", "fisher-mc", "ef"])
-def test_kfac_is_all_assumptions_at_once(model: str, kind: str) -> None:
+def test_kfac_is_all_assumptions_at_once(model: str, kind: Kind) -> None:
     """Two routes to one number: the algorithm's own statistics, and (3.9)."""
     p = problem(model)
     total = errors(p.objective(), p.x, p.y, kind)["total"]
@@ -299,7 +308,7 @@ def test_kfac_is_all_assumptions_at_once(model: str, kind: str) -> None:
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("kind", ["ggn", "fisher", "fisher-mc", "ef"])
-def test_kfac_is_exact_for_one_example(likelihood: str, kind: str) -> None:
+def test_kfac_is_exact_for_one_example(likelihood: str, kind: Kind) -> None:
     p = problem("tanh", likelihood, n=1)
     found = quality(p.objective(), p.x, p.y, ["kfac"], kind)
     assert float(found["error"].max()) < 1e-12
@@ -307,7 +316,7 @@ def test_kfac_is_exact_for_one_example(likelihood: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
-def test_kfac_is_exact_in_a_deep_linear_network(kind: str) -> None:
+def test_kfac_is_exact_in_a_deep_linear_network(kind: Kind) -> None:
     p = deep_linear()
     found = quality(p.objective(), p.x, p.y, ["kfac"], kind)
     for measure in ("error", "error_scaled", "spectrum_error", "floor"):
@@ -323,7 +332,7 @@ def test_kfac_is_exact_in_a_deep_linear_network(kind: str) -> None:
 @pytest.mark.parametrize("model", SUMS)
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_the_dense_methods_are_the_block_itself(
-    name: str, kind: str, model: str, damping: float
+    name: str, kind: Kind, model: str, damping: float
 ) -> None:
     p = problem(model)
     found = quality(p.objective(), p.x, p.y, [name], kind, damping=damping)
@@ -334,7 +343,7 @@ def test_the_dense_methods_are_the_block_itself(
 
 @pytest.mark.parametrize("model", SUMS)
 @pytest.mark.parametrize("kind", ["hessian", "fisher", "ef"])
-def test_spectra_are_no_further_apart_than_the_matrices(model: str, kind: str) -> None:
+def test_spectra_are_no_further_apart_than_the_matrices(model: str, kind: Kind) -> None:
     """Hoffman and Wielandt 1953: ‖λ(B) − λ(M)‖ ≤ ‖B − M‖."""
     p = problem(model)
     found = quality(p.objective(), p.x, p.y, NAMES, kind)
@@ -346,7 +355,7 @@ def test_spectra_are_no_further_apart_than_the_matrices(model: str, kind: str) -
 
 
 @pytest.mark.parametrize("kind", ["fisher", "fisher-mc", "ef"])
-def test_the_floor_and_what_weight_and_bias_share_are_bounds(kind: str) -> None:
+def test_the_floor_and_what_weight_and_bias_share_are_bounds(kind: Kind) -> None:
     """No product is nearer than the floor: KFAC; TNT too where there is no bias. With one, TNT
     leaves `between` out.
     """
@@ -550,7 +559,7 @@ def test_float32_agrees() -> None:
         ({"passes": 0}, "passes must be 1 or more, not 0"),
     ],
 )
-def test_bad_arguments(options: dict[str, object], says: str) -> None:
+def test_bad_arguments(options: dict[str, Any], says: str) -> None:
     p = problem("tanh")
     with pytest.raises(cl.CurvlabError, match=says):
         quality(p.objective(), p.x, p.y, **options)
@@ -569,7 +578,8 @@ def test_a_model_without_a_block_that_fits() -> None:
 
 def test_data_that_do_not_fit() -> None:
     p = problem("tanh")
-    for measure in (errors, quality):
+    measures: tuple[Callable[..., object], ...] = (errors, quality)
+    for measure in measures:
         with pytest.raises(cl.CurvlabError, match="label 5 is out of range"):
             measure(p.objective(), p.x, torch.full_like(p.y, 5))
         with pytest.raises(cl.CurvlabError, match="the inputs contain NaN"):

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from problems import RULED, Problem, batches, problem
@@ -17,8 +19,8 @@ from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass
 
 
-def kfac(objective: Objective, **options: object) -> BlockDiagonal:
-    return approximation("kfac", objective, damping=0.1, **options)
+def kfac(objective: Objective, **options: Any) -> BlockDiagonal:
+    return cast(BlockDiagonal, approximation("kfac", objective, damping=0.1, **options))
 
 
 def second_moment(curvature: BlockDiagonal, block: str = "1") -> Tensor:
@@ -50,6 +52,7 @@ def test_average_is_a_running_mean_that_becomes_a_moving_average(decay: float) -
     objective = p.objective()
     curvature = kfac(objective, decay=decay)
     seen: list[Tensor] = []
+    expected = torch.zeros(())  # of no update
     for k, observation in enumerate(observations(objective, p, 14), 1):
         curvature.update(observation)
         seen.append(moment(observation))
@@ -104,7 +107,7 @@ def test_first_minibatch_after_a_warm_start_is_not_folded_in_again() -> None:
 def test_methods_without_a_warm_start_absorb_nothing(name: str) -> None:
     p = problem("tanh")
     objective = p.objective()
-    curvature = approximation(name, objective)
+    curvature: Any = approximation(name, objective)
     assert curvature.warm_needs == frozenset()
     curvature.absorb(observations(objective, p, 1)[0])
     assert curvature.updates == 0
@@ -233,7 +236,7 @@ def ready(
     """An objective, an algorithm after one update, and {parameter: gradient} by autograd."""
     p = problem(model)
     objective = p.objective()
-    curvature = approximation(name, objective, damping=0.1)
+    curvature = cast(BlockDiagonal, approximation(name, objective, damping=0.1))
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     names = list(objective.parameters)
     loss = objective.likelihood.loss(p.model(p.x), p.y).mean()
@@ -321,7 +324,7 @@ def test_before_the_first_data_there_is_no_inverse() -> None:
         ({"refresh_every": -3}, "refresh_every must be 1 or more, not -3"),
     ],
 )
-def test_arguments_out_of_range(options: dict[str, float], message: str) -> None:
+def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(cl.CurvlabError, match=message):
         approximation("kfac", problem("tanh").objective(), **options)
 

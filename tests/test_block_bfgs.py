@@ -134,7 +134,8 @@ def test_one_pair_is_bfgs_with_powells_damping_on_b(
 
 def test_no_other_choice_satisfies_the_secant_equations_of_several_pairs() -> None:
     U, M = normal(5, 2), spd(5, 1)
-    for choice, holds in (("symmetric", True), ("trace", False), ("diagonal", False)):
+    holding: dict[Choice, bool] = {"symmetric": True, "trace": False, "diagonal": False}
+    for choice, holds in holding.items():
         found = block_bfgs(eye(5), U, M @ U, choice=choice, mu=1e-6)
         assert (float((found.matrix @ U - M @ U).norm()) < 1e-10) == holds
 

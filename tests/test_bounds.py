@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import pytest
 import torch
@@ -225,4 +226,6 @@ def test_lemma_9_and_10_are_reached() -> None:
     assert float(torch.linalg.eigvalsh(contraction)[-1]) == pytest.approx(
         bounds.contraction([2, 3], 0, 1.0), rel=1e-12
     )
-    assert bounds.tensor_normal([6], 1.0, 0.5) == bounds.Bounds(0.5, pytest.approx(1.5))
+    assert bounds.tensor_normal([6], 1.0, 0.5) == bounds.Bounds(
+        0.5, cast(float, pytest.approx(1.5))
+    )

@@ -6,11 +6,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from oracle import total
 from plain import Plain
-from problems import LIKELIHOODS, MODELS, Problem, assert_near, laid_out, own_inputs, problem
+from problems import (
+    LIKELIHOODS,
+    MODELS,
+    Problem,
+    assert_near,
+    laid_out,
+    module_of,
+    own_inputs,
+    problem,
+)
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 from torch.nn.modules import module as global_hooks
@@ -19,6 +30,7 @@ from torch.overrides import _get_current_function_mode_stack
 import curvlab as cl
 from curvlab.capture import Capture
 from curvlab.errors import CurvlabError
+from curvlab.exact import Kind
 from curvlab.layers import Block
 from curvlab.statistics import LayerStatistics
 
@@ -60,7 +72,7 @@ def perturbed(p: Problem, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor, Te
     found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     x, h, zeros = {}, {}, {}
 
-    def hook(block: Block) -> object:
+    def hook(block: Block) -> Callable[..., Tensor]:
         def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
             x[block.name] = args[0].detach().clone()
             h[block.name] = places(module, output.detach().clone())
@@ -70,14 +82,14 @@ def perturbed(p: Problem, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor, Te
         return add
 
     blocks = ruled(p)
-    handles = [block.module.register_forward_hook(hook(block)) for block in blocks]
+    handles = [module_of(block).register_forward_hook(hook(block)) for block in blocks]
     z = p.model(p.x)
     for handle in handles:
         handle.remove()
     for block in blocks:
         g = [torch.autograd.grad(z, zeros[block.name], v, retain_graph=True)[0] for v in vectors]
         a = slopes(block, x[block.name])
-        found[block.name] = a, h[block.name], torch.stack([places(block.module, v) for v in g])
+        found[block.name] = a, h[block.name], torch.stack([places(module_of(block), v) for v in g])
     return found
 
 
@@ -127,7 +139,7 @@ def test_second_moments_by_their_definition(model: str, likelihood: str, label: 
         groups = () if block.groups == 1 else (block.groups,)
         assert s.grouped_a.shape == (n, t, *groups, block.shape[1])
         assert (n, o) == (len(p.x), block.shape[0])
-        G = sum(
+        G = total(
             torch.outer(s.g[u, i, k], s.g[u, i, k])
             for u in range(v)
             for i in range(n)
@@ -136,7 +148,8 @@ def test_second_moments_by_their_definition(model: str, likelihood: str, label: 
         assert_near(s.G, G)
         if not groups:
             assert_near(
-                s.A, sum(torch.outer(s.a[i, k], s.a[i, k]) for i in range(n) for k in range(t)) / n
+                s.A,
+                total(torch.outer(s.a[i, k], s.a[i, k]) for i in range(n) for k in range(t)) / n,
             )
             continue
         for name in ("a", "A"):
@@ -315,7 +328,7 @@ def test_capture_can_be_entered_again() -> None:
 class Small(nn.Module):
     """Two layers and a forward to be chosen."""
 
-    def __init__(self, forward: object) -> None:
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
         self.first, self.second, self.run = nn.Linear(2, 2), nn.Linear(2, 2), forward
 
@@ -430,7 +443,7 @@ def test_gradients_of_wirings_by_autograd_one_example_at_a_time(case: str) -> No
 @pytest.mark.parametrize("case", WIRED)
 @pytest.mark.parametrize("kind", ["ef", "ggn", "hessian"])
 @pytest.mark.filterwarnings("ignore:.*(does not reach|takes the general route)")
-def test_matrices_of_wirings_by_autograd_and_by_the_general_route(case: str, kind: str) -> None:
+def test_matrices_of_wirings_by_autograd_and_by_the_general_route(case: str, kind: Kind) -> None:
     net, x, y = small(WIRED[case][0])
     objective, plain = (
         cl.Objective(net, cl.likelihoods.Gaussian()),
@@ -602,7 +615,8 @@ def test_a_gradient_forms_neither_patches_nor_one_hot_rows(model: str) -> None:
     found = observation.gradients
     for statistics in observation.passes["data"].values():
         (part,) = statistics.parts
-        rule = part.inputs.use.rule
+        inputs: Any = part.inputs
+        rule = inputs.use.rule
         assert ("own" in vars(part.inputs)) == (rule.gradient is None)
         # the other route: a product with the rows
         a = own_inputs(statistics.block, statistics.grouped_a)
@@ -629,7 +643,8 @@ def test_products_with_the_second_moment_of_inputs_form_neither_it_nor_patches(m
             continue
         found, mean = statistics.second_moment_product(v), statistics.mean_a
         (part,) = statistics.parts
-        assert ("own" in vars(part.inputs)) == (part.inputs.use.rule.response is None)
+        inputs: Any = part.inputs
+        assert ("own" in vars(inputs)) == (inputs.use.rule.response is None)
         places = [a for example in statistics.a for a in example]
         A = (
             sum((torch.outer(a, a) for a in places), torch.zeros(width, width, dtype=torch.float64))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import curvlab as cl
 from curvlab.training import checkpoint
 
 
-def state() -> dict:
+def state() -> dict[str, Any]:
     tensor = torch.randn(3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return {
         "a": {"b": [1, 2.5, None, True, "text"], 3: tensor, "empty": torch.zeros(0)},
@@ -24,7 +25,7 @@ def state() -> dict:
 def test_round_trip_and_plain_torch_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, state())
-    for found in (checkpoint.load(path), torch.load(path, weights_only=True)):
+    for found in (checkpoint.load_state(path), torch.load(path, weights_only=True)):
         assert torch.equal(found["a"].pop(3), state()["a"][3])
         assert found["a"].pop("empty").shape == (0,)
         assert found == {"format": 2, "a": {"b": [1, 2.5, None, True, "text"]}, "inf": float("inf")}
@@ -40,7 +41,7 @@ def test_round_trip_and_plain_torch_reads_it(tmp_path: Path) -> None:
     ],
 )
 def test_what_would_need_pickled_code_is_refused_and_the_old_file_stays(
-    value: dict, where: str, tmp_path: Path
+    value: dict[str, Any], where: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, state())
@@ -52,7 +53,7 @@ def test_what_would_need_pickled_code_is_refused_and_the_old_file_stays(
 
 def test_counters_of_torchs_schedulers_can_go_in(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c.pt", {"milestones": collections.Counter({2: 1})})
-    assert checkpoint.load(tmp_path / "c.pt")["milestones"] == {2: 1}
+    assert checkpoint.load_state(tmp_path / "c.pt")["milestones"] == {2: 1}
 
 
 class Code:
@@ -60,7 +61,7 @@ class Code:
 
     ran = False
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return setattr, (Code, "ran", True)
 
 
@@ -82,7 +83,7 @@ def test_no_code_runs_and_damage_is_one_line(tmp_path: Path) -> None:
     for name, content in spoiled.items():
         path.write_bytes(content)
         with pytest.raises(cl.CurvlabError, match="is damaged") as caught:
-            checkpoint.load(path)
+            checkpoint.load_state(path)
         assert "\n" not in str(caught.value), name
     assert not Code.ran
 
@@ -91,10 +92,10 @@ def test_other_files(tmp_path: Path) -> None:
     with pytest.raises(
         cl.CurvlabError, match=r"there is no checkpoint at .*start the run without --resume"
     ):
-        checkpoint.load(tmp_path / "checkpoint.pt")
+        checkpoint.load_state(tmp_path / "checkpoint.pt")
     torch.save({"weights": torch.zeros(2)}, tmp_path / "checkpoint.pt")
     with pytest.raises(cl.CurvlabError, match="no checkpoint of this version"):
-        checkpoint.load(tmp_path / "checkpoint.pt")
+        checkpoint.load_state(tmp_path / "checkpoint.pt")
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

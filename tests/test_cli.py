@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +30,7 @@ from curvlab import datasets, machine
 from curvlab.algorithms import ALGORITHMS
 from curvlab.cli import app as cli
 from curvlab.cli import terminal
-from curvlab.datasets import DATASETS, Dataset, Entry
+from curvlab.datasets import DATASETS, DataEntry, Dataset
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
 from curvlab.show.figures import FIGURES, draw
@@ -214,7 +217,8 @@ def test_plot_redraws_from_the_log_alone(folder: Path, tmp_path: Path, figure: s
     ds = cl.open(folder)
     axes = assert_drawn(draw(ds, figure))
     if figure == "loss":
-        (line,) = (line for line in axes[0].lines if len(line.get_xdata()) == ds.sizes["step"])
+        lines: list[Any] = list(axes[0].lines)
+        (line,) = (line for line in lines if len(line.get_xdata()) == ds.sizes["step"])
         np.testing.assert_array_equal(line.get_ydata(), ds["loss"])
 
 
@@ -389,7 +393,7 @@ def test_nan_in_the_data(
         data = Dataset("spoiled", x, torch.zeros(40, dtype=torch.long), "with a NaN")
         return data, data
 
-    monkeypatch.setitem(datasets.DATASETS, "spoiled", Entry("with a NaN", spoiled))
+    monkeypatch.setitem(datasets.DATASETS, "spoiled", DataEntry("with a NaN", spoiled))
     words = [
         "compare",
         "--model",
@@ -545,3 +549,36 @@ def test_names_that_look_like_markup_are_printed_as_they_are(
     )
     said = capsys.readouterr().out
     assert all(name in said for name in ("model [/x]", "[bold]name", "[/a]", "[red]b"))
+
+
+# ------------------------------------------------------------------------------------------------
+# help
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "compare",
+        "train",
+        "spectrum",
+        "reproduce",
+        "plot",
+        "report",
+        "doctor",
+        "list",
+    ],
+)
+def test_no_paragraph_of_a_help_is_broken_before_its_line_is_full(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert call(*name.split(), "-h") == 0
+    above = capsys.readouterr().out.partition("╭")[0]
+    lines = [line.strip() for line in above.splitlines()]
+    paragraphs = [p.splitlines() for p in re.split(r"\n{2,}", "\n".join(lines).strip())]
+    assert len(paragraphs) >= 2
+    for paragraph in paragraphs:
+        for line, following in itertools.pairwise(paragraph):
+            assert len(line) + 1 + len(following.split()[0]) > width - 2, line  # a margin each

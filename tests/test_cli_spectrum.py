@@ -18,7 +18,7 @@ import curvlab as cl
 from curvlab import spectrum_run
 from curvlab.models import MODELS
 from curvlab.problem import Problem
-from curvlab.spectra import VARIABLES, Plan
+from curvlab.spectra import SPECTRUM_VARIABLES, Plan
 
 SMALL = [
     "spectrum",
@@ -56,7 +56,7 @@ def test_the_log_opens_with_plain_xarray_and_has_the_promised_schema(folder: Pat
         assert ds["parameters"].values.tolist() == ["10.weight 10.bias", "8.weight 8.bias"]
         assert ds["order"].values.tolist() == [210, 420]
         assert {name: v.dims for name, v in ds.data_vars.items()} == {
-            n: ("step", *v[0]) for n, v in VARIABLES.items()
+            n: ("step", *v[0]) for n, v in SPECTRUM_VARIABLES.items()
         }
         assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
         assert all(np.isfinite(v).all() for n, v in ds.data_vars.items() if n != "eigenvalue")
@@ -170,7 +170,7 @@ def test_batch_norm_and_dropout_train_and_are_looked_at_in_eval_mode(
         after=(0, 2),
         batch_size=500,
     )
-    prepared = spectrum_run.prepare(named)
+    prepared = spectrum_run.prepare_spectra(named)
     ds = spectrum_run.run(prepared, tmp_path / "run.h5", {}, cl.cli.terminal.err)
     model = prepared.objective.model
     assert all(module.training for module in model.modules())

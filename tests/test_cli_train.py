@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from torch import nn
 
 import curvlab as cl
 from curvlab.cli.assignments import assigned
-from curvlab.datasets import DATASETS, CropAndFlip, Dataset, Entry
+from curvlab.datasets import DATASETS, CropAndFlip, DataEntry, Dataset
 from curvlab.models import MODELS
 from curvlab.probes import PROBES
 
@@ -58,11 +59,12 @@ def _a_tenth_of_the_digits() -> Iterator[None]:
     whole = DATASETS["mnist16"].load()
 
     @functools.cache
-    def tenth() -> tuple[Dataset, ...]:
-        return tuple(
+    def tenth() -> tuple[Dataset, Dataset]:
+        train, test = (
             replace(part, x=part.x[: len(part) // 10], y=part.y[: len(part) // 10])
             for part in whole
         )
+        return train, test
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASETS, "mnist16", replace(DATASETS["mnist16"], load=tenth))
@@ -193,7 +195,7 @@ def test_augmentation_and_dropout_are_of_the_seed(
     def build() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 3))
 
-    monkeypatch.setitem(DATASETS, "images", Entry("made", images))
+    monkeypatch.setitem(DATASETS, "images", DataEntry("made", images))
     monkeypatch.setitem(MODELS, "small", replace(MODELS["mlp-256-20"], build=build, data="images"))
     logs = []
     for i, more in enumerate(([], [], ["--no-augment"], ["--seed", "1"])):
@@ -516,7 +518,7 @@ def test_a_bad_value_of_an_option_is_one_line(
 def test_none_is_a_word_where_one_is_wanted(algorithm: str, own: dict[str, str]) -> None:
     """What the command line reads as None: a choice of that name, or no number."""
     objective = cl.Objective(nn.Linear(3, 2), cl.likelihoods.Categorical())
-    made = cl.approximation(
+    made: Any = cl.approximation(
         algorithm, objective, **assigned([f"{k}={v}" for k, v in own.items()], "--set")
     )
     found = made.blocks["1"] if algorithm == "k-bfgs" else made

@@ -85,7 +85,7 @@ def fallback(name: str, model: str) -> Iterator[None]:
         yield
 
 
-def to_the_end(name: str) -> dict[str, object]:
+def to_the_end(name: str) -> dict[str, Any]:
     """Options of a method that stops an iteration early, by which it does not: where it stops is
     decided by rounding.
     """
@@ -96,17 +96,15 @@ def damped(name: str, p: Problem) -> float:
     return damping_for(name, OVERALL, len(p.x))
 
 
-def make_descent(name: str, objective: Objective, p: Problem, **options: object) -> Descent:
+def make_descent(name: str, objective: Objective, p: Problem, **options: Any) -> Descent:
     return descent(name, objective, **{"damping": damped(name, p), **options})
 
 
-def make_optimizer(name: str, objective: Objective, p: Problem, **options: object) -> Optimizer:
+def make_optimizer(name: str, objective: Objective, p: Problem, **options: Any) -> Optimizer:
     return cl.optimizer(name, objective, **{"lr": 1e-3, "damping": damped(name, p), **options})
 
 
-def first_direction(
-    name: str, p: Problem, **options: object
-) -> tuple[Observation, dict[str, Tensor]]:
+def first_direction(name: str, p: Problem, **options: Any) -> tuple[Observation, dict[str, Tensor]]:
     objective = p.objective()
     d = make_descent(name, objective, p, **{"momentum": 0.0, **options})
     observation = objective.closure(p.x, p.y).observe(d.needs)
@@ -173,7 +171,7 @@ def test_every_block_is_a_positive_definite_operator(name: str, model: str) -> N
         torch.testing.assert_close(found, dense @ vector, rtol=1e-10, atol=1e-11)
 
 
-@pairs(MODELS, "likelihood", ["categorical", "bernoulli", "gaussian"])
+@pairs(list(MODELS), "likelihood", ["categorical", "bernoulli", "gaussian"])
 def test_first_direction_is_a_descent_direction(name: str, model: str, likelihood: str) -> None:
     p = problem(model, likelihood)
     with fallback(name, model):
@@ -283,7 +281,7 @@ def test_overall_damping_scales_as_documented(
 # state
 
 
-def saved_and_loaded(state: dict[str, object]) -> dict[str, object]:
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -664,6 +662,7 @@ class Pixels(nn.Module):
         made = nn.Conv2d(linear.in_features, linear.out_features, 1).to(linear.weight.dtype)
         with torch.no_grad():
             made.weight.copy_(linear.weight[:, :, None, None])
+            assert made.bias is not None
             made.bias.copy_(linear.bias)
         return made
 

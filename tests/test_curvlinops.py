@@ -7,12 +7,15 @@ second moments of gradients).
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from problems import LIKELIHOODS, MODELS, Problem, assert_near, in_turn, problem
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab.exact import Kind
 
 curvlinops = pytest.importorskip(
     "curvlinops", reason="pip install --no-deps curvlinops-for-pytorch, see the README"
@@ -48,8 +51,8 @@ def data(p: Problem, streamed: bool) -> list[tuple[Tensor, Tensor]]:
 
 
 def theirs(
-    p: Problem, likelihood: str, kind: str, streamed: bool = False, **options: object
-) -> tuple[object, float]:
+    p: Problem, likelihood: str, kind: Kind, streamed: bool = False, **options: object
+) -> tuple[Any, float]:
     """(their operator, on the parameters one after the other; the scale that makes it our mean)."""
     loss = LOSSES[likelihood](reduction="sum")
     weights = list(p.objective().parameters.values())
@@ -78,7 +81,7 @@ def trained(p: Problem) -> Tensor:
     return (~torch.cat(held)).double()[order(p)]
 
 
-def assert_same(p: Problem, ours: Tensor, operator: object, scale: float) -> None:
+def assert_same(p: Problem, ours: Tensor, operator: Any, scale: float) -> None:
     held = trained(p)
     dense = operator @ torch.eye(len(ours), dtype=ours.dtype) * scale
     assert_near(ours[order(p)][:, order(p)], held[:, None] * dense * held)
@@ -93,7 +96,7 @@ the other.
 
 @pytest.mark.parametrize(("model", "kind", "way"), in_turn(MODELS, ["ggn", "fisher", "ef"], WAYS))
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
-def test_second_moments(model: str, kind: str, way: tuple[str, bool]) -> None:
+def test_second_moments(model: str, kind: Kind, way: tuple[str, bool]) -> None:
     likelihood, streamed = way
     p = problem(model, likelihood)
     ours = cl.exact.matrix(p.objective(), data(p, streamed), kind=kind, block=None).dense()
@@ -119,7 +122,7 @@ def test_pi_is_their_hessian_minus_their_ggn(model: str, likelihood: str) -> Non
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "ef"])
 @pytest.mark.parametrize("model", TWICE)
-def test_blocks_and_products(model: str, kind: str) -> None:
+def test_blocks_and_products(model: str, kind: Kind) -> None:
     """Their operators on the parameters of one block; ours as a dense block and as a product."""
     p = problem(model)
     objective = p.objective()

@@ -188,7 +188,7 @@ def test_an_interrupted_write_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setenv("CURVLAB_CACHE", str(tmp_path))
-    monkeypatch.setattr(files.np, "savez", stopped)
+    monkeypatch.setattr(np, "savez", stopped)
     with pytest.raises(KeyboardInterrupt):
         files.cached("three", make)
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from optional import load_or_skip
 from torch import Tensor
 
 import curvlab as cl
-from curvlab.datasets import DATASETS, Dataset, Entry, SparseRows
+from curvlab.datasets import DATASETS, DataEntry, Dataset, SparseRows
 
 KINDS = {  # {name: (train, test, inputs, outputs)}
     "mnist": (60_000, 10_000, (784,), 10),
@@ -30,7 +31,12 @@ KINDS = {  # {name: (train, test, inputs, outputs)}
     "w8a": (49_749, 0, (300,), 1),
     "news20": (15_935, 0, (62_061,), 1),
     "webspam": (300_000, 50_000, (254,), 1),
+    "shakespeare": (11_224, 1_247, (64,), 62),
+    "shakespeare32": (22_449, 2_494, (32,), 62),
+    "copying": (4_096, 1_024, (16,), 9),
+    "addition": (4_704, 4_705, (3,), 98),
 }
+SYMBOLIC = ("shakespeare", "shakespeare32", "copying", "addition")
 
 
 def test_the_table_here_is_complete() -> None:
@@ -45,11 +51,13 @@ def test_every_data_set_loads_in_shape_with_its_targets(name: str) -> None:
         assert part.name == name
         assert len(part.x) == len(part.y) == len(part) == size
         assert part.inputs == inputs
-        assert part.x.dtype == torch.float32
+        assert part.x.dtype == (torch.int64 if name in SYMBOLIC else torch.float32)
+        assert part.symbolic == (name in SYMBOLIC)
         if not part.y.is_floating_point() and size:
             assert part.outputs == outputs
             assert part.y.dtype == torch.int64
-            assert set(part.y.unique().tolist()) == set(range(outputs))
+            if name not in SYMBOLIC:
+                assert set(part.y.unique().tolist()) == set(range(outputs))
     x, y = next(iter(parts[0].batches(10, seed=1)))
     assert isinstance(x, Tensor)
     assert x.shape == (10, *inputs)
@@ -207,11 +215,17 @@ def test_sparse_rows_come_out_as_the_dense_rows() -> None:
     ],
 )
 def test_what_cannot_be_right_is_refused_at_load(
-    ten: Dataset, change, says: str, monkeypatch: pytest.MonkeyPatch
+    ten: Dataset, change: Callable[[Dataset], Dataset], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(DATASETS, "bad", Entry("bad", lambda: (ten, change(ten))))
+    monkeypatch.setitem(DATASETS, "bad", DataEntry("bad", lambda: (ten, change(ten))))
     with pytest.raises(cl.CurvlabError, match=f"data set 'ten'.*{says}"):
         cl.datasets.load("bad")
+
+
+def test_labels_may_say_that_there_is_none(ten: Dataset) -> None:
+    replace(ten, y=torch.where(ten.y == 3, -100, ten.y)).check()
+    with pytest.raises(cl.CurvlabError, match=r"has the label -2: .* or -100 where there is none"):
+        replace(ten, y=torch.where(ten.y == 3, -2, torch.where(ten.y == 4, -100, ten.y))).check()
 
 
 def test_large_numbers_are_not_taken_for_infinite(ten: Dataset) -> None:

@@ -4,6 +4,8 @@ in test_optim.py.)
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from problems import MODELS, assert_near, batches, problem
@@ -23,7 +25,7 @@ def test_second_moment_is_the_bias_corrected_sum(model: str, decay: float) -> No
     """
     p = problem(model)
     objective = p.objective()
-    curvature = approximation("adam", objective, damping=1e-3, decay=decay)
+    curvature: Any = approximation("adam", objective, damping=1e-3, decay=decay)
     seen: dict[str, list[Tensor]] = {block.name: [] for block in objective.blocks}
     for k, (x, y) in enumerate(batches(p, 5), 1):
         observation = objective.closure(x, y).observe(curvature.needs)

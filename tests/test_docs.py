@@ -9,9 +9,11 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +27,8 @@ from curvlab.probes import PROBES
 from curvlab.reproduction import scripts
 from curvlab.reproduction.index import FOLDERS
 from curvlab.show.figures import FIGURES
-from curvlab.spectra import VARIABLES as OF_SPECTRA
-from curvlab.training.records import VARIABLES as OF_TRAINING
+from curvlab.spectra import SPECTRUM_VARIABLES as OF_SPECTRA
+from curvlab.training.records import TRAINING_VARIABLES as OF_TRAINING
 from curvlab.training.schedules import SCHEDULES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +55,7 @@ def column(name: str, number: int = 0) -> list[str]:
 
 # ---- the tables are those of the code
 
-NAMED = {
+NAMED: dict[str, Mapping[str, Any]] = {
     "algorithms": ALGORITHMS,
     "models": MODELS,
     "datasets": DATASETS,
@@ -71,7 +73,7 @@ def test_a_table_has_every_entry_of_the_codes_own_in_its_order(name: str) -> Non
 
 
 def test_what_it_says_is_what_the_entries_say() -> None:
-    said = {
+    said: dict[str, Mapping[str, Any]] = {
         "algorithms": ALGORITHMS,
         "models": MODELS,
         "datasets": DATASETS,

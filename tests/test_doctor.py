@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import curvlab as cl
 from curvlab import doctor
 from curvlab.cli.app import app
-from curvlab.system.lock import alone
+from curvlab.system.lock import exclusive_lock
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_another_run(
 
 
 def test_folders_in_use_empty_or_cut_short(run: Path, tmp_path: Path) -> None:
-    with alone(run / "run.h5"):
+    with exclusive_lock(run / "run.h5"):
         found = of(run)
         assert "process" in found["in use"].says
         assert found["to go on"].says.startswith("wait")

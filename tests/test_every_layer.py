@@ -9,9 +9,10 @@ the other, and not. Train and eval mode.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ CONTAINERS = {
 BASES = {"RNNBase": "RNN, LSTM, GRU", "RNNCellBase": "RNNCell, LSTMCell, GRUCell"}
 """Have no forward of their own; their subclasses are here."""
 
-ARGUMENTS: dict[str, object] = {
+ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(
         [
             "in_features",
@@ -119,7 +120,7 @@ ARGUMENTS: dict[str, object] = {
 """{argument that a class must be given: a value}."""
 
 
-OTHERS: dict[str, Callable[[], dict[str, object]]] = {
+OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
     **dict.fromkeys(["RNN", "LSTM", "GRU"], lambda: {"input_size": 2, "hidden_size": 2}),
     **dict.fromkeys(
         ["FractionalMaxPool2d", "FractionalMaxPool3d"], lambda: {"kernel_size": 2, "output_size": 2}
@@ -193,7 +194,8 @@ def test_bases_are_bases() -> None:
 # ------------------------------------------------------------------------------------------------
 # models around a layer
 
-Use = Callable[[nn.Module, Tensor], Tensor]
+Use = Callable[[Any, Tensor], Tensor]
+"""Of a layer, of whose parts mypy knows nothing."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ def sequence_first(layer: nn.Module, h: Tensor) -> Tensor:
     return layer(h.transpose(0, 1)).transpose(0, 1)
 
 
-def rows(layer: nn.Module, h: Tensor) -> Tensor:
+def rows(layer: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
     """[N·T, F]."""
     return layer(h.flatten(0, 1)).unflatten(0, h.shape[:2])
 
@@ -289,7 +291,7 @@ def attending(layer: nn.Module, h: Tensor, order: int = 0, mask: str = "") -> Te
     """h attends to itself; `order` is the batch's axis."""
     h = h.transpose(0, order)
     T = h.shape[1 - order]
-    given: dict[str, object] = {"need_weights": mask != "causal"}
+    given: dict[str, Any] = {"need_weights": mask != "causal"}
     if mask == "causal":
         given["attn_mask"] = torch.ones(T, T, dtype=torch.bool).triu(1)
     if mask == "padding":
@@ -321,7 +323,7 @@ def around(
     into: int = 3,
     out: int = 3,
     axes: int = 1,
-    **expected: object,
+    **expected: Any,
 ) -> Example:
     """Of a layer on numbers; `make` may ask for T."""
     asks = "T" in inspect.signature(make).parameters
@@ -332,7 +334,7 @@ def around(
     return Example(build, partial(numbers, axes=axes), **{"places": axes > 0, **expected})
 
 
-def of_symbols(make: Callable[[], nn.Module], use: Use = as_it_is, **expected: object) -> Example:
+def of_symbols(make: Callable[[], nn.Module], use: Use = as_it_is, **expected: Any) -> Example:
     return Example(lambda T: Around(make(), use, out=3, before=False), symbols, **expected)
 
 
@@ -419,13 +421,13 @@ def encoding(layer: nn.Module, h: Tensor, order: int = 0) -> Tensor:
     return layer(h.transpose(0, order)).transpose(0, order)
 
 
-def encoder(width: int, heads: int, **options: object) -> nn.Module:
+def encoder(width: int, heads: int, **options: Any) -> nn.Module:
     return nn.TransformerEncoder(
         nn.TransformerEncoderLayer(width, heads, 3, **options), 2, enable_nested_tensor=False
     )
 
 
-def decoder(width: int, heads: int, **options: object) -> nn.Module:
+def decoder(width: int, heads: int, **options: Any) -> nn.Module:
     return nn.TransformerDecoder(nn.TransformerDecoderLayer(width, heads, 3, **options), 1)
 
 
@@ -644,7 +646,7 @@ def case_of(name: str, variant: str, places: str, mode: str) -> tuple[Example, C
 
 def cases(only_first: bool = False) -> list[tuple[str, str, str]]:
     """(class, variant, places); what has no places once."""
-    found = []
+    found: list[tuple[str, str, str]] = []
     for name, variants in EXAMPLES.items():
         for variant, example in list(variants.items())[: 1 if only_first else None]:
             found.extend(
@@ -708,7 +710,7 @@ def test_the_mean_gradient_is_autograds(name: str, variant: str, places: str, mo
     assert gaps(found, expected) == []
 
 
-def vectors(block: Laid, weights: Named) -> Tensor:
+def vectors(block: Laid, weights: Mapping[str, Tensor]) -> Tensor:
     """Two random ones, which no wrong matrix passes; all unit vectors of a small block."""
     size = block.gather(weights).numel()
     if size <= 4:
@@ -762,7 +764,7 @@ def test_samples_and_matrices(name: str, variant: str, places: str) -> None:
         ):  # a mode is nothing without statistics
             plain = twin = Plain(case.model, case.x, case.y)
             if example.twin is not None:
-                other = made(example, PLACES[places], mode)
+                other: Any = made(example, PLACES[places], mode)
                 other.model.use = example.twin
                 twin = Plain(other.model, case.x, case.y)
         said = off(objective, case, plain, twin)
@@ -826,10 +828,11 @@ def test_optimizers_step_along_autograds_gradient(name: str, optimizer: str) -> 
     )
     objective = case.objective()
     stepping = cl.optimizer(optimizer, objective, **OPTIMIZERS[optimizer])
-    closure, seen = objective.closure(case.x, case.y), []
+    closure: Any = objective.closure(case.x, case.y)
+    seen: list[Observation] = []
     observe = closure.observe
 
-    def watched(needs: object, *args: object, **options: object) -> Observation:
+    def watched(needs: Iterable[str], *args: Any, **options: Any) -> Observation:
         seen.append(observe(needs, *args, **options))
         if {"gradient", "data"} & set(needs) and len(seen) == 1:  # before anything has moved
             assert gaps(scattered(objective, seen[0]), expected) == []

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from oracle import total
 from problems import LIKELIHOODS, MODELS, Problem, assert_near, in_turn, problem, targets
 from reference import Reference, assert_block, reference, sampled
 from torch import Tensor, nn
@@ -18,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab as cl
 from curvlab.closure import Closure
 from curvlab.errors import CurvlabError
-from curvlab.exact import KINDS, ROUTES
-from curvlab.exact.batches import CHUNK, PASSES, by_hessians
+from curvlab.exact import KINDS, ROUTES, Kind
+from curvlab.exact.batches import CHUNK, PASS_OF_KIND, by_hessians
 from curvlab.likelihoods import Categorical, Gaussian
 from curvlab.observation import STREAMS
 
@@ -44,12 +46,12 @@ def general(model: str, taken: bool = True) -> Iterator[None]:
         yield
 
 
-def expected(r: Reference, kind: str) -> Tensor:
+def expected(r: Reference, kind: Kind) -> Tensor:
     """The whole matrix; of fisher-mc that of an objective's first call."""
     return r.drawn(sampled(r.p, r.p.objective(), DRAWS)) if kind == "fisher-mc" else r[kind]
 
 
-def found(p: Problem, kind: str, block: object, route: str = "auto") -> Tensor:
+def found(p: Problem, kind: Kind, block: Any, route: str = "auto") -> Tensor:
     return cl.exact.matrix(p.objective(), p.x, p.y, kind, block, route=route, draws=DRAWS).dense()
 
 
@@ -58,7 +60,7 @@ def found(p: Problem, kind: str, block: object, route: str = "auto") -> Tensor:
 
 
 @zoo
-def test_whole_matrix(model: str, likelihood: str, kind: str) -> None:
+def test_whole_matrix(model: str, likelihood: str, kind: Kind) -> None:
     r = reference(model, likelihood)
     with general(model):
         assert_near(found(r.p, kind, None), expected(r, kind))
@@ -66,7 +68,7 @@ def test_whole_matrix(model: str, likelihood: str, kind: str) -> None:
 
 
 @zoo
-def test_blocks(model: str, likelihood: str, kind: str) -> None:
+def test_blocks(model: str, likelihood: str, kind: Kind) -> None:
     """All at once, every pass shared; and each alone, as `matrix` gives it."""
     r = reference(model, likelihood)
     whole = expected(r, kind)
@@ -82,7 +84,7 @@ def test_blocks(model: str, likelihood: str, kind: str) -> None:
 
 @kinds
 @models
-def test_parameters_and_pairs(model: str, kind: str) -> None:
+def test_parameters_and_pairs(model: str, kind: Kind) -> None:
     """By their own names, in their own order: diagonal blocks of every parameter, and every pair of
     a block and a parameter.
 
@@ -152,7 +154,7 @@ def test_layers_narrower_than_the_outputs_go_by_their_outputs_derivatives(
 
 @zoo
 def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(
-    model: str, likelihood: str, kind: str
+    model: str, likelihood: str, kind: Kind
 ) -> None:
     r = reference(model, likelihood)
     p, whole = r.p, expected(r, kind)
@@ -162,7 +164,7 @@ def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(
         own = whole[r.slices[block.name], r.slices[block.name]]
         fitting = [name for name, route in ROUTES.items() if route.fits(block, form, kind)]
         # of second moments at several places, the one with fewer operations
-        either = kind in PASSES and fitting[0] == "places"
+        either = kind in PASS_OF_KIND and fitting[0] == "places"
         assert taken[block.name] in fitting[: 1 + either]
         assert fitting[-1] == "func"
         for name in ROUTES:
@@ -177,7 +179,7 @@ def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(
 
 
 def test_what_the_routes_are_for() -> None:
-    def taken(model: str, kind: str) -> list[str]:
+    def taken(model: str, kind: Kind) -> list[str]:
         p = problem(model)
         return list(cl.exact.routes(p.objective(), p.x[:1], p.y[:1], kind).values())
 
@@ -225,7 +227,7 @@ def part(p: Problem, start: int, stop: int) -> Problem:
 
 
 @zoo
-def test_a_loader_gives_the_mean_over_all_examples(model: str, likelihood: str, kind: str) -> None:
+def test_a_loader_gives_the_mean_over_all_examples(model: str, likelihood: str, kind: Kind) -> None:
     """Minibatches of 3, 1 and 3 examples; the drawn labels are each chunk's own."""
     r = reference(model, likelihood)
     p, loader = r.p, cut(r.p, 3, 1, 3)
@@ -261,7 +263,7 @@ def test_a_data_loader() -> None:
 
 
 @kinds
-def test_a_large_minibatch_is_cut_into_chunks(kind: str) -> None:
+def test_a_large_minibatch_is_cut_into_chunks(kind: Kind) -> None:
     """The same matrix as of the chunks in a loader, and as in closed form from all inputs."""
     n = CHUNK + 5
     net, generator = problem("linear", "gaussian").model, torch.Generator().manual_seed(0)
@@ -281,7 +283,7 @@ def test_a_large_minibatch_is_cut_into_chunks(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["hessian", "pi"])
 def test_second_derivatives_take_few_examples_at_a_time(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as let the pre-activation Hessians of the widest block, (9·4)² numbers for an
     example, fit: here two.
@@ -307,7 +309,7 @@ def test_places_that_change_from_minibatch_to_minibatch() -> None:
     one, three = (p.x[:, :1], p.y), (torch.cat([p.x, p.x[:, :1]], 1)[:2], p.y[:2])
     for kind in ("hessian", "ggn", "pi", "fisher", "ef"):
         wanted = (
-            sum(
+            total(
                 len(x) * Reference(Problem(p.model, p.likelihood, x, y))[kind]
                 for x, y in (one, three)
             )
@@ -341,7 +343,7 @@ def test_places_that_change_against_the_mean_by_hand() -> None:
         "rows",
     ]
     wanted = (
-        sum(cl.exact.matrix(p.objective(), x, y, "ggn", "1").dense() for x, y in (one, three)) / 2
+        total(cl.exact.matrix(p.objective(), x, y, "ggn", "1").dense() for x, y in (one, three)) / 2
     )
     assert_near(cl.exact.matrix(p.objective(), [one, three], kind="ggn", block="1").dense(), wanted)
     assert_near(cl.exact.matrix(p.objective(), [three, one], kind="ggn", block="1").dense(), wanted)
@@ -397,7 +399,7 @@ def test_labels_depend_on_seed_call_and_chunk_alone() -> None:
     p = problem()
     loader = cut(p, 4, 3)
 
-    def call(seed: int, before: int = 0, kind: str = "fisher-mc") -> Tensor:
+    def call(seed: int, before: int = 0, kind: Kind = "fisher-mc") -> Tensor:
         objective = p.objective(seed)
         for _ in range(before):
             cl.exact.matrix(objective, p.x, p.y, kind, "1")
@@ -424,7 +426,8 @@ def test_names_of_blocks_come_before_names_of_parameters() -> None:
     objective = cl.Objective(Numbered(), Gaussian())
     assert [b.params for b in objective.blocks] == [("2",), ("1",)]
     with pytest.warns(cl.CurvlabWarning):
-        assert len(cl.exact.matrix(objective, torch.ones(2, 3), torch.ones(2, 3), "ggn", "1")) == 1
+        found: Any = cl.exact.matrix(objective, torch.ones(2, 3), torch.ones(2, 3), "ggn", "1")
+    assert len(found) == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -434,7 +437,7 @@ def test_names_of_blocks_come_before_names_of_parameters() -> None:
 @kinds
 @models
 def test_matrices_are_symmetric_of_the_models_dtype_and_leave_it_alone(
-    model: str, kind: str
+    model: str, kind: Kind
 ) -> None:
     p = problem(model, dtype=torch.float32)
     before = {name: t.clone() for name, t in p.model.state_dict().items()}
@@ -452,7 +455,7 @@ def test_matrices_are_symmetric_of_the_models_dtype_and_leave_it_alone(
     assert not any(m._forward_hooks for m in p.model.modules())
 
 
-def peak(p: Problem, kind: str) -> tuple[int, int]:
+def peak(p: Problem, kind: Kind) -> tuple[int, int]:
     """(bytes that matrix() held at most beyond its arguments, bytes of its result), as torch's
     allocator counts them.
     """
@@ -468,7 +471,7 @@ def peak(p: Problem, kind: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", ["ggn", "ef", "hessian"])
-def test_memory_of_a_dense_block(kind: str) -> None:
+def test_memory_of_a_dense_block(kind: Kind) -> None:
     """At most 1.3 times the result, and the batch: C derivatives of every pre-activation, and the
     inputs.
     """
@@ -482,7 +485,7 @@ def test_memory_of_a_dense_block(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ggn", "ef"])
-def test_memory_of_a_dense_block_of_a_convolution(kind: str) -> None:
+def test_memory_of_a_dense_block_of_a_convolution(kind: Kind) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = nn.Sequential(

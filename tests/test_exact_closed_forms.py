@@ -8,21 +8,23 @@ Legend: N examples, T places, I inputs incl. the bias column, O outputs; `a` inp
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import total
 from problems import LIKELIHOODS, Problem, assert_near, problem
 from reference import reference
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, vmap
 
 import curvlab as cl
-from curvlab.exact import KINDS
+from curvlab.exact import KINDS, Kind
 from curvlab.likelihoods import Categorical, Gaussian
 
 
-def matrix(p: Problem, kind: str, block: object = "1") -> Tensor:
+def matrix(p: Problem, kind: Kind, block: Any = "1") -> Tensor:
     return cl.exact.matrix(p.objective(), p.x, p.y, kind, block).dense()
 
 
@@ -33,7 +35,7 @@ def extended(x: Tensor) -> Tensor:
 def kron_mean(G: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
     """(1/N) Σₙ Gₙ ⊗ aₙ bₙᵀ."""
     b = a if b is None else b
-    return sum(
+    return total(
         torch.kron(g, torch.outer(one, other)) for g, one, other in zip(G, a, b, strict=True)
     ) / len(a)
 
@@ -43,7 +45,7 @@ def kron_mean(G: Tensor, a: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
-def test_linear_regression(kind: str) -> None:
+def test_linear_regression(kind: Kind) -> None:
     """I_C ⊗ AᵀA/N, whatever the targets and the weights."""
     p = problem("linear", "gaussian", n=11)
     a = extended(p.x)
@@ -51,7 +53,7 @@ def test_linear_regression(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
-def test_logistic_regression(kind: str) -> None:
+def test_logistic_regression(kind: Kind) -> None:
     """Of every unit Aᵀ diag(σ(1 − σ)) A/N; nothing between units."""
     p = problem("linear", "bernoulli", n=11)
     a, s = extended(p.x), p.model(p.x).detach().sigmoid()
@@ -61,7 +63,7 @@ def test_logistic_regression(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
-def test_softmax_regression(kind: str) -> None:
+def test_softmax_regression(kind: Kind) -> None:
     """(diag p − ppᵀ) ⊗ aaᵀ, on average."""
     p = problem("linear", "categorical", n=11)
     s = p.model(p.x).detach().softmax(1)
@@ -134,7 +136,7 @@ class Hidden:
     def __init__(self) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
-            net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+            net: Any = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
             self.p = Problem(
                 net, Categorical(), torch.randn(6, 3).double(), torch.tensor([0, 1, 2, 2, 1, 0])
             )
@@ -226,7 +228,9 @@ def of_the_tokens(p: Problem) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize(("model", "of"), [("conv", of_the_convolution), ("tokens", of_the_tokens)])
 def test_theorem_3(
-    model: str, of: Callable[..., tuple[Tensor, Tensor, Callable]], likelihood: str
+    model: str,
+    of: Callable[..., tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]],
+    likelihood: str,
 ) -> None:
     """h is linear in the layer's weight, so that its blocks are those of h [N, O, *T] between the
     inputs: exactly.
@@ -234,7 +238,7 @@ def test_theorem_3(
     p = problem(model, likelihood)
     a, h, tail = of(p)
 
-    def total(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss_of(kind: Kind) -> Callable[[Tensor, Tensor], Tensor]:
         if kind == "hessian":
             return lambda h, y: p.likelihood.loss(tail(h), y[None])[0]
         return lambda h, slope: (tail(h)[0] * slope).sum()
@@ -242,8 +246,9 @@ def test_theorem_3(
     z = p.model(p.x).detach()
     slope = grad(lambda z: p.likelihood.loss(z, p.y).sum())(z)
     flat = h.flatten(2).shape[1:]
-    for kind, held in (("hessian", p.y), ("pi", slope)):
-        G = vmap(hessian(total(kind)))(h, held)
+    holds: dict[Kind, Tensor] = {"hessian": p.y, "pi": slope}
+    for kind, held in holds.items():
+        G = vmap(hessian(loss_of(kind)))(h, held)
         assert_near(matrix(p, kind), theorem_3(G.detach().reshape(len(h), *flat, *flat), a))
     J = vmap(torch.func.jacrev(lambda h: tail(h)[0]))(h).detach().flatten(3)  # [N, C, O, T]
     Z = reference(model, likelihood).output_hessian
@@ -251,13 +256,13 @@ def test_theorem_3(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_linear_layers_are_linear_in_one_at_a_time(kind: str) -> None:
+def test_two_linear_layers_are_linear_in_one_at_a_time(kind: Kind) -> None:
     """z = W₂ W₁ x: no diagonal block has a second term, the blocks between the layers have one:
     ∂ℓ/∂z ⊗ x between W₂ and W₁.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        net = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 4, bias=False)).double()
+        net: Any = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 4, bias=False)).double()
         p = Problem(net, Gaussian(), torch.randn(5, 3).double(), torch.randn(5, 4).double())
     if kind == "pi":
         assert matrix(p, kind, "1").count_nonzero() == matrix(p, kind, "2").count_nonzero() == 0

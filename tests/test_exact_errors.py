@@ -5,8 +5,10 @@ for, before any number.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
-from curvlab.exact import KINDS
-from curvlab.likelihoods import Bernoulli, Categorical, Gaussian
+from curvlab.exact import KINDS, Kind
+from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from curvlab.linalg.products import Product
 
-Call = Callable[[cl.Objective, Tensor, Tensor], object]
+Call = Callable[..., Any]
+"""Of an objective, x and y."""
 
 MATRICES: dict[str, Call] = {
     kind: lambda o, x, y, kind=kind: cl.exact.matrix(o, x, y, kind, "1") for kind in KINDS
@@ -30,7 +34,7 @@ MATRICES: dict[str, Call] = {
     "pair": lambda o, x, y: cl.exact.matrix(o, x, y, "ggn", ("1", "1")),
     "func": lambda o, x, y: cl.exact.matrix(o, x, y, "ggn", "1", route="func"),
     "product": lambda o, x, y: (
-        (p := cl.exact.product(o, x, y, "ef")) @ torch.ones(len(p), dtype=p.dtype)
+        (p := cast(Product, cl.exact.product(o, x, y, "ef"))) @ torch.ones(len(p), dtype=p.dtype)
     ),
     "diagonal": lambda o, x, y: cl.exact.diagonal(o, x, y, "hessian"),
     "loader": lambda o, x, y: cl.exact.matrix(o, [(x, y)], kind="ggn", block="1"),
@@ -50,7 +54,7 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def objective(net: nn.Module, likelihood: object = None) -> cl.Objective:
+def objective(net: nn.Module, likelihood: Likelihood | None = None) -> cl.Objective:
     return cl.Objective(net.double(), likelihood or Gaussian())
 
 
@@ -193,7 +197,7 @@ def test_x_without_y_and_what_is_no_data(call: Call) -> None:
             call(o, p.x, None)
         with pytest.raises(
             CurvlabError,
-            match=r"x and y must be tensors, not ndarray and Tensor; a loader of .* comes alone",
+            match=r"must be tensors, or tuples, mappings .*, not ndarray and Tensor: torch.as_",
         ):
             call(o, p.x.numpy(), p.y)
         with pytest.raises(
@@ -202,13 +206,14 @@ def test_x_without_y_and_what_is_no_data(call: Call) -> None:
         ):
             call(o, 3, None)
     with pytest.raises(
-        CurvlabError, match=r"must be two tensors, not ndarray and Tensor|x and y must be tensors"
+        CurvlabError,
+        match=r"must be tensors, or tuples, mappings and dataclasses .*, not ndarray and T",
     ):
         call(o, p.x.numpy(), p.y)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loaders_that_are_empty_or_yield_something_else(kind: str) -> None:
+def test_loaders_that_are_empty_or_yield_something_else(kind: Kind) -> None:
     o, p = problem().objective(), problem()
     calls = [
         lambda data: cl.exact.matrix(o, data, kind=kind, block="1"),
@@ -222,13 +227,15 @@ def test_loaders_that_are_empty_or_yield_something_else(kind: str) -> None:
             CurvlabError, match="the loader is empty: there is no example to take a mean over"
         ):
             call([])
-        for data in ([p.x], [(p.x, p.y, p.y)], {"x": p.x}):
-            with pytest.raises(
-                CurvlabError, match=r"the loader must yield \(x, y\) pairs of tensors"
-            ):
+        for data, told in (
+            ([p.x], "must be a pair (x, y), or a mapping with the key 'labels', not Tensor"),
+            ([(p.x, p.y, p.y)], "has 3 parts, which may be several inputs or several targets"),
+            ({"x": p.x}, "has no key 'labels' for its labels (keys: 'x')"),
+        ):
+            with pytest.raises(CurvlabError, match=re.escape(told)):
                 call(data)
         with pytest.raises(
-            CurvlabError, match="a minibatch must be two tensors, not list and Tensor"
+            CurvlabError, match=r"a minibatch must be tensors, or tuples, .* not list and Tensor"
         ):
             call([([1.0], p.y)])
         with pytest.raises(CurvlabError, match="label 9 is out of range"):
@@ -237,11 +244,21 @@ def test_loaders_that_are_empty_or_yield_something_else(kind: str) -> None:
 
 def test_an_iterator_where_the_data_are_read_again() -> None:
     p = problem()
-    for call in (cl.exact.product, cl.exact.diagonal):
-        with pytest.raises(
-            CurvlabError, match="an iterator ends after one pass: give a list or a DataLoader"
-        ):
-            call(p.objective(), iter([(p.x, p.y)]), kind="ggn")
+    with pytest.raises(
+        CurvlabError, match="an iterator ends after one pass: give a list or a DataLoader"
+    ):
+        cl.exact.product(p.objective(), iter([(p.x, p.y)]), kind="ggn")
+
+
+@pytest.mark.parametrize("kind", ["ggn", "hessian", "fisher-mc"])
+def test_an_iterator_where_the_data_are_read_once(kind: Kind) -> None:
+    """A diagonal takes one pass, as a matrix does, and a loader that shuffles at the next."""
+    p = problem()
+    halves = [(p.x[:3], p.y[:3]), (p.x[3:], p.y[3:])]
+    diagonal = cl.exact.diagonal(p.objective(), iter(halves), kind=kind)
+    assert torch.equal(diagonal, cl.exact.diagonal(p.objective(), halves, kind=kind))
+    matrix = cl.exact.matrix(p.objective(), iter(halves), kind=kind, block=None)
+    assert_near(diagonal, matrix.dense().diagonal())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -277,7 +294,8 @@ def test_unknown_names_elsewhere() -> None:
         cl.exact.matrix(p.objective(), p.x, p.y, "ggn", None, route="row")
     with pytest.raises(CurvlabError, match=r"unknown block '5' \(known: 1, 2, 3\)"):
         cl.exact.matrices(p.objective(), p.x, p.y, "ggn", ["5"])
-    for call in (cl.exact.routes, cl.exact.diagonal):
+    calls: tuple[Call, ...] = (cl.exact.routes, cl.exact.diagonal)
+    for call in calls:
         with pytest.raises(CurvlabError, match="unknown kind of matrix 'f'"):
             call(p.objective(), p.x, p.y, "f")
 
@@ -290,7 +308,7 @@ def test_no_draw() -> None:
 
 
 @pytest.mark.parametrize("block", ["1", "weight", None, ("1", "weight")])
-def test_a_matrix_larger_than_the_memory(block: object) -> None:
+def test_a_matrix_larger_than_the_memory(block: Any) -> None:
     """With its size, and the form in which it fits."""
     o = cl.Objective(nn.Linear(400_000, 4), Gaussian())
     x, y = torch.zeros(1, 400_000), torch.zeros(1, 4)
@@ -362,7 +380,7 @@ def test_a_likelihood_that_overflows() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_derivatives_that_are_not_finite(kind: str) -> None:
+def test_derivatives_that_are_not_finite(kind: Kind) -> None:
     """A root at 0: the loss is finite, nothing else is."""
     p = problem("linear", "gaussian")
     o = objective(Bounded(lambda h: (h * 0).sqrt()))
@@ -425,8 +443,8 @@ def dropping(what: str) -> tuple[nn.Module, Tensor, str]:
             "inner",
         )
     if what == "transformer":
-        inner = nn.TransformerEncoderLayer(4, 2, 3, 0.5, batch_first=True)
-        return Wrapped(inner, lambda m, x: m(x).mean(1)), tokens, "inner.self_attn"
+        layer = nn.TransformerEncoderLayer(4, 2, 3, 0.5, batch_first=True)
+        return Wrapped(layer, lambda m, x: m(x).mean(1)), tokens, "inner.self_attn"
     drops = {
         "dropout": nn.Dropout(0.5),
         "alpha": nn.AlphaDropout(0.5),
@@ -548,7 +566,7 @@ def test_a_layer_that_ran_without_gradients(call: Call) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_without_a_rule_is_said_once(kind: str) -> None:
+def test_a_layer_without_a_rule_is_said_once(kind: Kind) -> None:
     p = problem("norm")
     named = (
         rf"block 2 \(norm.weight\), block 3 \(norm.bias\) belong to layers without a rule: {kind}"

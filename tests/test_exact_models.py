@@ -4,6 +4,8 @@ own; outputs of any shape.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import curvlab as cl
-from curvlab.exact import KINDS
+from curvlab.exact import KINDS, Kind
 from curvlab.layers import Block
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian
 
@@ -22,12 +24,12 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 DRAWS = 3
 
 
-def expected(r: Reference, kind: str) -> Tensor:
+def expected(r: Reference, kind: Kind) -> Tensor:
     """The whole matrix; of fisher-mc that of an objective's first call."""
     return r.drawn(sampled(r.p, r.p.objective(), DRAWS)) if kind == "fisher-mc" else r[kind]
 
 
-def found(p: Problem, kind: str, block: object, route: str = "auto") -> Tensor:
+def found(p: Problem, kind: Kind, block: Any, route: str = "auto") -> Tensor:
     return cl.exact.matrix(p.objective(), p.x, p.y, kind, block, route=route, draws=DRAWS).dense()
 
 
@@ -201,7 +203,7 @@ def other(name: str) -> Problem:
         )
 
 
-def by_autograd(p: Problem, kind: str) -> Tensor:
+def by_autograd(p: Problem, kind: Kind) -> Tensor:
     """[D, D] by torch.autograd alone, one example and one row at a time."""
     blocks = p.objective().blocks
     weights = {n: p.model.get_parameter(n) for b in blocks for n in b.params}
@@ -248,7 +250,7 @@ def by_autograd(p: Problem, kind: str) -> Tensor:
 @pytest.mark.filterwarnings(
     "ignore::curvlab.errors.CurvlabWarning", "ignore:There is a performance drop"
 )
-def test_models_beyond_the_zoo(name: str, kind: str) -> None:
+def test_models_beyond_the_zoo(name: str, kind: Kind) -> None:
     """Against torch.autograd: by structure where layers have rules, else in general; as matrices,
     products and diagonals.
     """
@@ -264,7 +266,7 @@ def test_models_beyond_the_zoo(name: str, kind: str) -> None:
     for name, block in cl.exact.matrices(p.objective(), p.x, p.y, kind).items():
         own = p.objective().layout.slices[name]
         assert_block(block.dense(), whole[own, own], whole)
-    product = cl.exact.product(p.objective(), p.x, p.y, kind)
+    product: Any = cl.exact.product(p.objective(), p.x, p.y, kind)
     assert_near(product.dense(), whole)
     assert_near(product.diag(), whole.diagonal())
 
@@ -272,7 +274,7 @@ def test_models_beyond_the_zoo(name: str, kind: str) -> None:
 @kinds
 @pytest.mark.parametrize("name", SEVERAL)
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
-def test_weights_that_are_used_several_times_or_not_at_all(name: str, kind: str) -> None:
+def test_weights_that_are_used_several_times_or_not_at_all(name: str, kind: Kind) -> None:
     """By every call of the oracle, against autograd one example at a time: blocks, pairs, routes,
     loaders, products.
     """
@@ -336,7 +338,7 @@ def test_gradients_and_jacobians_of_weights_that_are_used_several_times_or_not_a
 
 
 @kinds
-def test_a_likelihood_of_your_own(kind: str) -> None:
+def test_a_likelihood_of_your_own(kind: Kind) -> None:
     """Poisson with the logarithm of its rate as output: every kind, by structure and in general."""
     q = problem("tanh", "gaussian")
     p = Problem(q.model, Poisson(), q.x, torch.arange(21.0).double().view(7, 3) % 4)
@@ -352,11 +354,12 @@ def test_a_likelihood_of_your_own(kind: str) -> None:
 @kinds
 @pytest.mark.parametrize("axes", ["none", "two"])
 @pytest.mark.parametrize("make", [Bernoulli, Gaussian])
-def test_outputs_without_an_axis_or_with_several(make: type, axes: str, kind: str) -> None:
+def test_outputs_without_an_axis_or_with_several(make: type, axes: str, kind: Kind) -> None:
     """[N] and [N, 2, 2] outputs are C = 1 and C = 4."""
     generator = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
+        shape: tuple[int, ...]
         if axes == "none":
             net, shape = (
                 nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1), nn.Flatten(0)).double(),

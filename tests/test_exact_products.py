@@ -4,6 +4,8 @@ as SciPy sees them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
-from curvlab.exact import KINDS, torch_func
+from curvlab.exact import KINDS, Kind, torch_func
 from curvlab.linalg.operators import Dense
-from curvlab.linalg.products import Product, RectangularProduct
+from curvlab.linalg.products import Product
 from curvlab.linalg.scipy_operator import linear_operator
 
 zoo = pytest.mark.parametrize(
@@ -32,11 +34,12 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double()
 
 
-def expected(r: Reference, kind: str) -> Tensor:
+def expected(r: Reference, kind: Kind) -> Tensor:
     return r.drawn(sampled(r.p, r.p.objective(), DRAWS)) if kind == "fisher-mc" else r[kind]
 
 
-def product(p: Problem, kind: str, block: object = None) -> Product | RectangularProduct:
+def product(p: Problem, kind: Kind, block: Any = None) -> Any:
+    """A `Product`, of a pair a `RectangularProduct`."""
     return cl.exact.product(p.objective(), p.x, p.y, kind, block, draws=DRAWS)
 
 
@@ -46,7 +49,7 @@ def cut(p: Problem, *sizes: int) -> list[tuple[Tensor, Tensor]]:
 
 @kinds
 @zoo
-def test_products_diagonal_and_trace(model: str, likelihood: str, kind: str) -> None:
+def test_products_diagonal_and_trace(model: str, likelihood: str, kind: Kind) -> None:
     r = reference(model, likelihood)
     whole, found = expected(r, kind), product(r.p, kind)
     assert len(found) == len(whole)
@@ -63,7 +66,7 @@ def test_products_diagonal_and_trace(model: str, likelihood: str, kind: str) -> 
 
 @kinds
 @models
-def test_dense_and_spectrum(model: str, kind: str) -> None:
+def test_dense_and_spectrum(model: str, kind: Kind) -> None:
     """More columns than go through the model at once."""
     r = reference(model)
     whole, found = expected(r, kind), product(r.p, kind)
@@ -73,7 +76,7 @@ def test_dense_and_spectrum(model: str, kind: str) -> None:
 
 @kinds
 @models
-def test_blocks_parameters_and_pairs(model: str, kind: str) -> None:
+def test_blocks_parameters_and_pairs(model: str, kind: Kind) -> None:
     r = reference(model)
     whole = expected(r, kind)
     names = [n for b in r.p.objective().blocks for n in (b.name, *b.params)]
@@ -94,10 +97,10 @@ def test_blocks_parameters_and_pairs(model: str, kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("model", [*REPRESENTATIVE, "norm"])
-def test_a_loader_is_read_again_and_again(model: str, kind: str) -> None:
+def test_a_loader_is_read_again_and_again(model: str, kind: Kind) -> None:
     """Labels are drawn for each chunk, and again the same at every product."""
     p, loader = problem(model), cut(reference(model).p, 3, 1, 3)
-    found = cl.exact.product(p.objective(), loader, kind=kind, draws=DRAWS)
+    found: Any = cl.exact.product(p.objective(), loader, kind=kind, draws=DRAWS)
     route = "func" if model == "norm" else "auto"
     whole = cl.exact.matrix(
         p.objective(), loader, kind=kind, block=None, route=route, draws=DRAWS
@@ -117,7 +120,8 @@ def test_the_same_product_draws_the_same_labels_and_the_next_one_new_ones() -> N
     p = problem()
     objective = p.objective()
     v = normal(len(objective.layout))
-    one, other = (cl.exact.product(objective, p.x, p.y, "fisher-mc") for _ in range(2))
+    made: list[Any] = [cl.exact.product(objective, p.x, p.y, "fisher-mc") for _ in range(2)]
+    one, other = made
     first = one @ v
     objective.closure(p.x, p.y).observe({"model"})
     cl.exact.matrix(objective, p.x, p.y, "fisher-mc", "1")
@@ -142,7 +146,7 @@ def test_a_loader_that_shuffles_has_no_labels_of_its_own() -> None:
 
 
 @kinds
-def test_weights_that_have_moved_are_refused(kind: str) -> None:
+def test_weights_that_have_moved_are_refused(kind: Kind) -> None:
     p = problem()
     found = product(p, kind, "2")
     v = normal(len(found))
@@ -158,7 +162,9 @@ def test_weights_that_have_moved_are_refused(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("model", ["tanh", "conv-norm"])
-def test_one_vector_after_the_other(model: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_vector_after_the_other(
+    model: str, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the second product on a map that was prepared is taken; it is the same matrix's, and
     weights that move are noticed all the same.
     """
@@ -179,7 +185,7 @@ def test_one_vector_after_the_other(model: str, kind: str, monkeypatch: pytest.M
 
 @kinds
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_damped_inverses(likelihood: str, kind: str) -> None:
+def test_damped_inverses(likelihood: str, kind: Kind) -> None:
     """M + λI with λ above −λ_min: (M + λI)⁻¹ v three ways."""
     r = reference("tanh", likelihood)
     whole, found = expected(r, kind), product(r.p, kind)
@@ -198,18 +204,17 @@ def test_damped_inverses(likelihood: str, kind: str) -> None:
 
 def test_inverse_of_a_block_that_needs_no_damping() -> None:
     p = problem("linear", "gaussian", n=12)
-    found = cl.exact.product(p.objective(), p.x, p.y, "hessian", "1")
+    found: Any = cl.exact.product(p.objective(), p.x, p.y, "hessian", "1")
     v = normal(len(found))
     assert_near(found @ (found.inv() @ v), v)
-    assert_near(found.inv() @ v, cl.exact.matrix(p.objective(), p.x, p.y, "hessian", "1").inv() @ v)
+    dense: Any = cl.exact.matrix(p.objective(), p.x, p.y, "hessian", "1")
+    assert_near(found.inv() @ v, dense.inv() @ v)
 
 
 def test_inverse_of_what_is_singular() -> None:
     p = problem()
-    for operator in (
-        product(p, "ef", "1"),
-        cl.exact.matrix(p.objective(), p.x, p.y, "hessian", "1"),
-    ):
+    dense: Any = cl.exact.matrix(p.objective(), p.x, p.y, "hessian", "1")
+    for operator in (product(p, "ef", "1"), dense):
         with pytest.raises(CurvlabError, match="not positive definite: damp it before inverting"):
             operator.inv()
 
@@ -220,7 +225,7 @@ def test_inverse_of_what_is_singular() -> None:
 
 @kinds
 @pytest.mark.parametrize("model", REPRESENTATIVE)
-def test_scipy_operator(model: str, kind: str) -> None:
+def test_scipy_operator(model: str, kind: Kind) -> None:
     r = reference(model)
     whole = expected(r, kind).numpy()
     operator = linear_operator(product(r.p, kind))
@@ -232,23 +237,25 @@ def test_scipy_operator(model: str, kind: str) -> None:
         (operator @ v, whole @ v),
         (operator.rmatvec(v[:, 0]), whole @ v[:, 0]),
     ):
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12 * np.linalg.norm(wanted))
+        np.testing.assert_allclose(
+            found, wanted, rtol=0, atol=1e-12 * float(np.linalg.norm(wanted))
+        )
     largest = eigsh(operator, k=2, which="LA", return_eigenvectors=False, v0=v[:, 0], tol=1e-13)
     np.testing.assert_allclose(np.sort(largest), np.linalg.eigvalsh(whole)[-2:], rtol=1e-11)
 
 
 @kinds
-def test_scipy_operator_of_a_pair(kind: str) -> None:
+def test_scipy_operator_of_a_pair(kind: Kind) -> None:
     r = reference("tanh")
     own, other = r.slices["2"], r.slices["1"]
     whole = expected(r, kind)[own, other].numpy()
     operator = linear_operator(product(r.p, kind, ("2", "1")))
     u, v = normal(20).numpy(), normal(24).numpy()
     np.testing.assert_allclose(
-        operator @ v, whole @ v, rtol=0, atol=1e-12 * np.linalg.norm(whole @ v)
+        operator @ v, whole @ v, rtol=0, atol=1e-12 * float(np.linalg.norm(whole @ v))
     )
     np.testing.assert_allclose(
-        operator.rmatvec(u), whole.T @ u, rtol=0, atol=1e-12 * np.linalg.norm(whole.T @ u)
+        operator.rmatvec(u), whole.T @ u, rtol=0, atol=1e-12 * float(np.linalg.norm(whole.T @ u))
     )
     found = svds(operator, k=2, return_singular_vectors=False, v0=u, tol=1e-13, random_state=0)
     np.testing.assert_allclose(
@@ -261,7 +268,7 @@ def test_scipy_operator_of_a_pair(kind: str) -> None:
 
 
 @kinds
-def test_float32_stays_float32_and_the_model_is_left_alone(kind: str) -> None:
+def test_float32_stays_float32_and_the_model_is_left_alone(kind: Kind) -> None:
     p = problem("conv-norm", dtype=torch.float32)
     before = {name: t.clone() for name, t in p.model.state_dict().items()}
     found = product(p, kind)

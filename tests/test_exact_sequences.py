@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
 import curvlab as cl
+from curvlab import autograd
 from curvlab.closure import Closure
-from curvlab.exact import KINDS, route_table, sequences
+from curvlab.exact import KINDS, Kind, route_table, sequences
+from curvlab.layers import Block
 from curvlab.linalg import places
 from curvlab.linalg.places import accumulate_pairs_, everywhere, reach_of, symmetrize_
 
@@ -100,7 +102,9 @@ def loss(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z.view(1, -1, T), y[None], ignore_index=IGNORED, reduction="sum")
 
 
-def expected(objective: cl.Objective, x: Tensor, y: Tensor, kind: str, key: tuple[bool, bool]):
+def expected(
+    objective: cl.Objective, x: Tensor, y: Tensor, kind: Kind, key: tuple[bool, bool]
+) -> dict[str, Tensor]:
     """{block: matrix}, from Jacobians and derivatives in the outputs, or a Hessian of the whole."""
     J, z, H = jacobians(*key)
     weights = {name: p.detach() for name, p in objective.parameters.items()}
@@ -117,7 +121,7 @@ def expected(objective: cl.Objective, x: Tensor, y: Tensor, kind: str, key: tupl
         own = {name: weights[name] for name in block.params}
         if kind in ("hessian", "pi"):
 
-            def slope(w: Tensor, block=block, own=own) -> Tensor:
+            def slope(w: Tensor, block: Block = block) -> Tensor:
                 def total(w: Tensor) -> Tensor:
                     given = weights | block.scatter(w.view(block.shape))
                     out = functional_call(objective.model, given, (x,), tie_weights=True)
@@ -133,12 +137,16 @@ def expected(objective: cl.Objective, x: Tensor, y: Tensor, kind: str, key: tupl
     return found
 
 
-SECOND = [("hessian", (True, True)), ("pi", (True, True)), ("hessian", (True, False))]
+SECOND: list[tuple[Kind, tuple[bool, bool]]] = [
+    ("hessian", (True, True)),
+    ("pi", (True, True)),
+    ("hessian", (True, False)),
+]
 FIRST = [(kind, key) for kind in KINDS if kind not in ("hessian", "pi") for key in MODELS]
 
 
 @pytest.mark.parametrize(("kind", "key"), SECOND + FIRST)
-def test_every_kind(kind: str, key: tuple[bool, bool]) -> None:
+def test_every_kind(kind: Kind, key: tuple[bool, bool]) -> None:
     """Π is zero in the last norm, so that what it is relative to is the largest block's norm."""
     objective, x, y = made(tied=key[0], causal=key[1])
     found = cl.exact.matrices(objective, x, y, kind, draws=DRAWS)
@@ -150,7 +158,7 @@ def test_every_kind(kind: str, key: tuple[bool, bool]) -> None:
         assert apart <= 1e-10 * max(float(wanted[name].norm()), largest)
 
 
-def blocks_of(route: str, objective: cl.Objective, x: Tensor, y: Tensor, kind: str) -> list[str]:
+def blocks_of(route: str, objective: cl.Objective, x: Tensor, y: Tensor, kind: Kind) -> list[str]:
     form = Closure(objective, x, y, 1, "exact").form
     chosen = route_table.ROUTES[route]
     return [b.name for b in objective.blocks if chosen.fits(b, form, kind)]
@@ -158,7 +166,7 @@ def blocks_of(route: str, objective: cl.Objective, x: Tensor, y: Tensor, kind: s
 
 @pytest.mark.parametrize("kind", ["ggn", "fisher-mc", "ef"])
 @models
-def test_pairs_of_places_and_rows_are_one_matrix(kind: str, tied: bool, causal: bool) -> None:
+def test_pairs_of_places_and_rows_are_one_matrix(kind: Kind, tied: bool, causal: bool) -> None:
     objective, x, y = made(tied=tied, causal=causal)
     names = blocks_of("places", objective, x, y, kind)
     assert len(names) >= 9  # of two layers' four weights and the positions
@@ -173,7 +181,7 @@ def test_pairs_of_places_and_rows_are_one_matrix(kind: str, tied: bool, causal: 
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Write down of every call how many vectors were sent to how many targets."""
     calls: list[tuple[int, int]] = []
-    own = sequences.send_back
+    own = autograd.send_back
 
     def counted(z: object, targets: Sequence[object], vectors: Tensor) -> list[Tensor | None]:
         calls.append((len(vectors), len(targets)))
@@ -256,7 +264,7 @@ def test_routes_name_the_cheaper() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ggn", "hessian"])
-def test_against_curvlinops(kind: str) -> None:
+def test_against_curvlinops(kind: Kind) -> None:
     """Their Hessian is wrong for layer norm (torch 2.13, `test_curvlinops`): there is none here."""
     curvlinops = pytest.importorskip("curvlinops")
     norm = nn.LayerNorm if kind == "ggn" else nn.Identity

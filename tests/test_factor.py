@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,8 @@ class Damped:
     """M + damping·I, a new matrix each time; the dampings asked for are kept."""
 
     def __init__(self, matrix: Tensor) -> None:
-        self.matrix, self.asked = matrix, []
+        self.matrix = matrix
+        self.asked: list[Any] = []
 
     def __call__(self, damping: float) -> Tensor:
         self.asked.append(damping)

@@ -13,17 +13,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
-from oracle import Case, Net, Reference, apart, names_of, numbers, one_line, tokens
+from oracle import Case, Net, Reference, apart, names_of, numbers, one_line, tokens, total
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import curvlab as cl
+from curvlab.closure import Closure
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Categorical, Gaussian
+from curvlab.observation import Observation
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 
@@ -51,7 +54,7 @@ TOLERANCE = 1e-10
 # the bodies
 
 
-def refusal(call: Callable[[], object], match: str | None = None) -> str:
+def refusal(call: Callable[..., object], match: str | None = None) -> str:
     """The one line by which a call refuses."""
     with pytest.raises(CurvlabError, match=match) as caught:
         call()
@@ -60,7 +63,7 @@ def refusal(call: Callable[[], object], match: str | None = None) -> str:
 
 
 def right_or_refused(
-    call: Callable[[], Tensor],
+    call: Callable[..., Tensor],
     wanted: Tensor,
     tolerance: float = TOLERANCE,
     match: str | None = None,
@@ -109,7 +112,7 @@ def in_order(objective: cl.Objective, r: Reference, found: dict[str, Tensor]) ->
 Asked = Iterator[tuple[str, Callable[[], list[Tensor]], list[Tensor]]]
 
 
-def asked(o: cl.Objective, x: Tensor, y: Tensor, r: Reference, what: str) -> Asked:
+def asked(o: cl.Objective, x: Tensor, y: Tensor, r: Reference, what: Any) -> Asked:
     """(label, what curvlab says, what is so)."""
     if what == "gradient":
         yield (
@@ -169,8 +172,8 @@ def verdict(
         return "" if "\n" not in line and lenient(case, label) else f"refused: {line}"
     except Exception as error:  # whatever it is, the others are asked too
         return f"raw {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    error = max(apart(f, w, scale) for f, w in zip(found, wanted, strict=True))
-    return "" if error <= TOLERANCE else f"off by {error:.2g}"
+    gap = max(apart(f, w, scale) for f, w in zip(found, wanted, strict=True))
+    return "" if gap <= tolerance else f"off by {gap:.2g}"
 
 
 def wrong_numbers(case: Case, what: str) -> dict[str, str]:
@@ -265,10 +268,10 @@ def listening(
     o: cl.Objective, x: Tensor, y: Tensor, now: Callable[[], Reference]
 ) -> Iterator[list[float]]:
     """How far each gradient that is observed is from the true one."""
-    kind, seen = type(o.closure(x, y)), []
+    kind, seen = type(o.closure(x, y)), list[float]()
     true = kind.observe
 
-    def observe(self: object, *args: object, **options: object) -> object:
+    def observe(self: Closure, *args: Any, **options: Any) -> Observation:
         observation = true(self, *args, **options)
         if {"gradient", "data"} & set(observation.passes):
             r = now()
@@ -464,7 +467,7 @@ def test_the_reference_itself() -> None:
     rows = [
         torch.outer(q - F.one_hot(y, 3), x).flatten() for q, x, y in zip(p, r.x, r.y, strict=True)
     ]
-    assert apart(r.ggn, sum(each) / 5) < 1e-14
-    assert apart(r.hessian, sum(each) / 5) < 1e-14
+    assert apart(r.ggn, total(each) / 5) < 1e-14
+    assert apart(r.hessian, total(each) / 5) < 1e-14
     assert apart(r.rows, torch.stack(rows)) < 1e-14
     assert apart(r.gradient, r.rows.mean(0)) < 1e-14

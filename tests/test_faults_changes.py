@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from oracle import Net, Reference, apart, numbers, one_line, seeded, tokens
+from oracle import Net, Reference, apart, numbers, one_line, seeded, tokens, total
 from test_faults import in_order, layers, refusal, right_or_refused
 from test_faults_world import chances, data, net
 from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
+from curvlab.exact import Kind
 from curvlab.likelihoods import Categorical
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
@@ -39,12 +41,17 @@ MOVERS = (
 @pytest.mark.parametrize("algorithm", MOVERS)
 def test_what_is_frozen_between_two_steps_stands_still(algorithm: str, what: str) -> None:
     """As under every torch optimizer; or the step refuses in a line."""
-    model, (x, y) = net(), data()
+    model: Any = net()
+    x, y = data()
     o = cl.Objective(model, Categorical())
     optimizer = cl.optimizer(algorithm, o, lr=0.1, damping=0.1)
     optimizer.step(o.closure(x, y))
-    parts = {"first layer": model[0].parameters(), "middle layer": model[2].parameters(),
-             "weight alone": [model[2].weight], "bias alone": [model[2].bias]}  # fmt: skip
+    parts: dict[str, Any] = {
+        "first layer": model[0].parameters(),
+        "middle layer": model[2].parameters(),
+        "weight alone": [model[2].weight],
+        "bias alone": [model[2].bias],
+    }
     frozen = list(parts[what])
     for p in frozen:
         p.requires_grad_(False)
@@ -61,7 +68,8 @@ def test_what_is_frozen_between_two_steps_stands_still(algorithm: str, what: str
 
 @pytest.mark.parametrize("algorithm", MOVERS)
 def test_what_is_thawed_between_two_steps_moves_or_is_refused(algorithm: str) -> None:
-    model, (x, y) = net(), data()
+    model: Any = net()
+    x, y = data()
     model[2].requires_grad_(False)
     o = cl.Objective(model, Categorical())
     optimizer = cl.optimizer(algorithm, o, lr=0.1, damping=0.1)
@@ -79,9 +87,10 @@ def test_what_is_thawed_between_two_steps_moves_or_is_refused(algorithm: str) ->
 
 @pytest.mark.parametrize("thaw", [False, True])
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_the_oracle_of_what_was_frozen_or_thawed_since(kind: str, thaw: bool) -> None:
+def test_the_oracle_of_what_was_frozen_or_thawed_since(kind: Kind, thaw: bool) -> None:
     """The blocks of the weights that are trained now, or a line."""
-    model, (x, y) = net(), data()
+    model: Any = net()
+    x, y = data()
     model[2].requires_grad_(not thaw)
     o = cl.Objective(model, Categorical())
     cl.exact.matrices(o, x, y, kind)
@@ -89,7 +98,7 @@ def test_the_oracle_of_what_was_frozen_or_thawed_since(kind: str, thaw: bool) ->
     r = Reference(model, x, y)
 
     def trace() -> Tensor:
-        return sum(m.dense().trace() for m in cl.exact.matrices(o, x, y, kind).values())[None]
+        return total(m.dense().trace() for m in cl.exact.matrices(o, x, y, kind).values())[None]
 
     right_or_refused(trace, getattr(r, kind).trace()[None])
     right_or_refused(
@@ -178,7 +187,8 @@ def test_weights_that_are_set_between_looks(edit: str) -> None:
     """Right at the weights of now, or a line; a product that was made before never says that all is
     as it was.
     """
-    model, (x, y) = net(), data()
+    model: Any = net()
+    x, y = data()
     o = cl.Objective(model, Categorical())
     product, v = cl.exact.product(o, x, y, "ggn"), numbers(len(o.layout))
     product @ v
@@ -215,7 +225,8 @@ def test_weights_that_are_set_between_looks(edit: str) -> None:
 @pytest.mark.parametrize("edit", ["assign", "new Parameter", "new layer"])
 def test_steps_after_weights_are_replaced(edit: str) -> None:
     """The optimizer moves the weights that the model has now, or says that they are not its own."""
-    model, (x, y) = net(), data()
+    model: Any = net()
+    x, y = data()
     o = cl.Objective(model, Categorical())
     optimizer = cl.optimizer("sgd-m", o, lr=0.1)
     optimizer.step(o.closure(x, y))
@@ -261,7 +272,7 @@ def test_gauss_newton_methods_in_train_mode_say_what_they_are_or_refuse(algorith
     o = cl.Objective(model, Categorical())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", cl.CurvlabWarning)
-        said: list[Exception | Warning] = []
+        said: list[Any] = []
         try:
             cl.optimizer(algorithm, o, lr=0.1, damping=0.1).step(o.closure(x, y))
         except CurvlabError as error:
@@ -274,7 +285,7 @@ def test_gauss_newton_methods_in_train_mode_say_what_they_are_or_refuse(algorith
 
 def test_a_norm_that_is_frozen_in_eval_mode_stays_so_while_training() -> None:
     with seeded():
-        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+        model: Any = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
     model[1].eval().requires_grad_(False)
     before = model[1].running_mean.clone()
     batches = [(numbers(8, 4) + 3, tokens(8, high=3))]

@@ -4,9 +4,11 @@ flag.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from oracle import Case, Net, Reference, apart, numbers, tokens
+from oracle import Case, Net, Reference, apart, numbers, tokens, total
 from test_faults import ALL_STEPPERS, in_order, layers, refusal, right_or_refused, wrong_steps
 from test_faults_rows import CASES, positions
 from torch import Tensor, nn
@@ -116,8 +118,10 @@ def test_minibatches_of_several_sizes() -> None:
     """N ≠ T first, N = T then: the form of an example is the same."""
     for name in ("axes 1023, N = 4", "flat, places first", "both orders"):
         o = cl.Objective(CASES[name].model(), Categorical())
-        for n in (5, CASES[name].x[0], 1, 2, 5):
-            holds(o, numbers(n, *CASES[name].x), tokens(n, high=3))
+        shape = CASES[name].x
+        assert isinstance(shape, tuple)
+        for n in (5, shape[0], 1, 2, 5):
+            holds(o, numbers(n, *shape), tokens(n, high=3))
 
 
 def test_positions_by_minibatches_of_several_sizes() -> None:
@@ -154,7 +158,7 @@ def test_another_way_by_a_flag() -> None:
         return m.b(h.mean(0 if m.swapped else 1))
 
     x, y = numbers(4, 4, 3), tokens(4, high=3)
-    net = Net(run, **layers(a=(3, 4), b=(4, 3))).double()
+    net: Any = Net(run, **layers(a=(3, 4), b=(4, 3))).double()
     o = cl.Objective(net, Categorical())
     for net.swapped in (False, True, False):
         holds(o, x, y)
@@ -168,12 +172,12 @@ def test_a_loader_whose_places_vary() -> None:
     each = [Reference(net, *data).hessian for data in loader]
     wanted = (each[0] + each[1]).trace()[None] / 2
 
-    def trace(**options: str) -> Tensor:
+    def trace(**options: Any) -> Tensor:
         found = [
             cl.exact.matrix(o, loader, kind="hessian", block=b.name, **options).dense()
             for b in o.blocks
         ]
-        return sum(m.trace() for m in found)[None]
+        return total(m.trace() for m in found)[None]
 
     try:
         assert apart(trace(), wanted) < 1e-10

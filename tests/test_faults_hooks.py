@@ -7,6 +7,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def in_place(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
     out.mul_(2)
 
 
-def again(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+def again(module: Any, args: tuple[Tensor], out: Tensor) -> Tensor:
     """The layer's own function once more."""
     return out + F.linear(torch.tanh(out), module.weight)
 
@@ -92,7 +93,7 @@ def everywhere(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def before_everywhere(model: nn.Module) -> Iterator[None]:
     handle = nn.modules.module.register_module_forward_pre_hook(
-        lambda module, args: (args[0].sin(),) if isinstance(module, nn.Linear) else None
+        cast(Any, lambda module, args: (args[0].sin(),) if isinstance(module, nn.Linear) else None)
     )
     try:
         yield
@@ -188,11 +189,14 @@ def shared_parametrization() -> nn.Module:
     return net
 
 
-def compiled(part: bool = False, run: bool = False) -> nn.Module:
-    net = two()
+def compiled(part: bool = False, run: bool = False) -> Any:
+    net: Any = two()
     if part:
         net = nn.Sequential(
-            torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), backend="eager"),
+            cast(
+                nn.Module,
+                torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), backend="eager"),
+            ),
             nn.Linear(4, 3),
         )
     else:
@@ -321,7 +325,7 @@ def test_a_hook_that_comes_and_goes_between_looks() -> None:
     """What was seen at the first look at a form is not taken for what holds for ever."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = deep().double()
+        net: Any = deep().double()
     x, y = numbers(5, 4), tokens(5, high=3)
     o = cl.Objective(net, Categorical())
 
@@ -355,7 +359,7 @@ def test_hooks_of_the_backward_pass(sort: str) -> None:
     """They change what torch calls the gradient: that one, or a line; never a third number."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = deep().double()
+        net: Any = deep().double()
     x, y = numbers(5, 4), tokens(5, high=3)
     if sort == "tensor hook":
         net[2].weight.register_hook(lambda g: g * 3)
@@ -390,11 +394,8 @@ def test_compiled_and_run_before_is_right_or_names_the_remedy() -> None:
 
 def test_a_compiled_models_hessian_is_no_raw_error() -> None:
     """By the back end of AOT autograd, which has no double backward."""
-    model, x, y = (
-        torch.compile(two().double(), backend="aot_eager"),
-        numbers(6, 4),
-        tokens(6, high=3),
-    )
+    model: Any = torch.compile(two().double(), backend="aot_eager")
+    x, y = numbers(6, 4), tokens(6, high=3)
     o = cl.Objective(model, Categorical())
     for kind in ("ggn", "hessian"):
         r = truth(model._orig_mod, x, y)

@@ -5,6 +5,7 @@ the outputs are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
-from curvlab.likelihoods import Bernoulli, Categorical, Gaussian
+from curvlab.exact import Kind
+from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 
@@ -24,17 +26,18 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 WEIGHTS = torch.tensor([1.0, 5.0, 0.2]).double()
 
 
-def of(parent: type, loss: Loss) -> object:
+def of(parent: Any, loss: Loss) -> Likelihood:
     """A likelihood of one's own, as users write them: another loss, and all else of its parent."""
 
-    class Own(parent):
+    class Own(parent):  # type: ignore[misc]  # whichever it is
         def check(self, z: Tensor, y: Tensor) -> None:
             """Any target."""
 
         def loss(self, z: Tensor, y: Tensor) -> Tensor:
             return loss(z, y)
 
-    return Own()
+    made: Likelihood = Own()
+    return made
 
 
 def summed(each: Tensor) -> Tensor:
@@ -191,6 +194,7 @@ kinds that need it.
 
 def problem(name: str, model: str = "one place") -> tuple[cl.Objective, Tensor, Tensor, Reference]:
     parent, loss, targets = LOSSES[name]
+    net: nn.Module
     with seeded(2):
         if model == "one place":
             net, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), numbers(6, 4)
@@ -232,7 +236,7 @@ def agree(name: str, calls: dict[str, Callable[[], Tensor]], wanted: Tensor, all
     ],
 )
 @pytest.mark.parametrize("name", LOSSES)
-def test_one_number_by_every_way(name: str, kind: str, model: str) -> None:
+def test_one_number_by_every_way(name: str, kind: Kind, model: str) -> None:
     o, x, y, r = problem(name, model)
     whole = getattr(r, kind)
     own = entries(o, r)
@@ -241,7 +245,7 @@ def test_one_number_by_every_way(name: str, kind: str, model: str) -> None:
     blocks = torch.cat([whole[i[:, None], i].flatten() for i in own.values()])
     v = numbers(len(order), 2, seed=5)
 
-    def each(**options: str) -> Tensor:
+    def each(**options: Any) -> Tensor:
         return torch.cat(
             [cl.exact.matrix(o, x, y, kind, b, **options).dense().flatten() for b in own]
         )
@@ -277,7 +281,7 @@ def test_gradients(name: str) -> None:
 def test_methods_by_the_gauss_newton_matrix(name: str, algorithm: str) -> None:
     """Directions (G + λI)⁻¹ ∇ of the true G; or a line. KFLR's factors, at least, exist."""
     o, x, y, r = problem(name)
-    options = {"adapt": False} if algorithm in ("smw-gn", "hf") else {}
+    options: dict[str, Any] = {"adapt": False} if algorithm in ("smw-gn", "hf") else {}
     if algorithm == "smw-gn":
         options["curvature_size"] = 6
     try:
@@ -343,10 +347,10 @@ class TokenLoss(Categorical):
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(z.transpose(1, 2), y, reduction="none", ignore_index=-100).sum(1)
 
-    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]  # as users write them
         return super().sample(z.flatten(0, 1), generator).view(z.shape[:2])
 
-    def root(self, z: Tensor) -> Tensor:
+    def root(self, z: Tensor) -> Tensor:  # type: ignore[override]  # as users write them
         n, t, c = z.shape
         found = z.new_zeros(t * c, n, t, c)
         each = super().root(z.reshape(-1, c)).view(c, n, t, c)
@@ -364,7 +368,7 @@ def masked_tokens() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_masked_places_have_no_curvature(kind: str) -> None:
+def test_masked_places_have_no_curvature(kind: Kind) -> None:
     net, x, y = masked_tokens()
     likelihood = TokenLoss()
     o, r = cl.Objective(net, likelihood), Reference(net, x, y, likelihood.loss)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
-from oracle import Reference, apart, numbers, one_line, tokens
+from oracle import Reference, apart, numbers, one_line, tokens, total
 from test_faults import entries, in_order, right_or_refused
 from test_faults_types import STEPPERS, data, two
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
@@ -20,7 +22,7 @@ from curvlab.likelihoods import Categorical
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 
 
-MODES: dict[str, Callable[[], object]] = {
+MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "no_grad": torch.no_grad,
     "grad disabled": lambda: torch.set_grad_enabled(False),
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
@@ -37,7 +39,7 @@ def test_everything_under_another_mode_of_autograd(mode: str) -> None:
     wanted = {kind: getattr(r, kind).trace()[None] for kind in ("hessian", "ggn", "ef", "pi")}
     gradient, rows = r.gradient, r.rows
 
-    def allowed(call: Callable[[], Tensor], number: Tensor) -> None:
+    def allowed(call: Callable[..., Tensor], number: Tensor) -> None:
         if mode in ("saved on cpu", "anomaly"):  # torch's own transforms do not go through these
             right_or_refused(call, number)
         else:
@@ -48,7 +50,7 @@ def test_everything_under_another_mode_of_autograd(mode: str) -> None:
         allowed(lambda: r.joined(cl.exact.gradients(o, x, y), net, 1), rows)
         for kind, trace in wanted.items():
             allowed(
-                lambda kind=kind: sum(
+                lambda kind=kind: total(
                     m.dense().trace() for m in cl.exact.matrices(o, x, y, kind).values()
                 )[None],
                 trace,
@@ -211,7 +213,7 @@ def test_sharded_models_are_refused(size: int, tmp_path: Path) -> None:
     """By torch's own FSDP, both kinds. In one process too: DTensors take no plain tensor beside
     them, and the wrapper's hooks end the process in a pass of one example.
     """
-    torch.multiprocessing.spawn(_sharded_rank, (size, str(tmp_path)), nprocs=size)
+    spawn(_sharded_rank, (size, str(tmp_path)), nprocs=size)
     for rank in range(size):
         inside, outside = torch.load(tmp_path / f"{rank}.pt")
         one_line(CurvlabError(inside), "FSDP", "as it was before")
@@ -248,7 +250,7 @@ def test_two_processes_end_with_one_model_or_refuse(tmp_path: Path) -> None:
     """The table's 15: each rank its own data; the weights are one, those of both ranks' data
     together.
     """
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    spawn(_rank, (2, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for algorithm in DISTRIBUTED:
         if isinstance(first[algorithm], str):
@@ -282,7 +284,7 @@ def test_a_group_of_two_is_refused_or_reduced(
         model = nn.parallel.DistributedDataParallel(two())
         for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter"):
             true = getattr(torch.distributed, name)
-            told = lambda *a, name=name, true=true, **k: (asked.append(name), true(*a, **k))[1]  # noqa: E731
+            told = lambda *a, name=name, true=true, **k: (asked.append(name), true(*a, **k))[1]  # type: ignore[func-returns-value]  # for its effect  # noqa: E731
             monkeypatch.setattr(torch.distributed, name, told)
         x, y = data()
         try:

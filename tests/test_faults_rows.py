@@ -4,6 +4,8 @@ fewer, or of no example.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from oracle import Case, Net, numbers, tokens, weight
@@ -218,7 +220,7 @@ def by_vmap(m: Net, x: Tensor) -> Tensor:
     return torch.func.vmap(lambda row: m.b(torch.tanh(m.a(row))))(x)
 
 
-def seq(run: object, **more: nn.Module) -> nn.Module:
+def seq(run: Callable[[Net, Tensor], Tensor], **more: nn.Module) -> nn.Module:
     return Net(run, **layers(a=(3, 4), b=(4, 3)), **more)
 
 

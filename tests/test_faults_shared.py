@@ -4,9 +4,12 @@ attention, recurrence, experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from oracle import Case, Net, Reference, apart, numbers, one_line, tokens, weight
+from oracle import Case, Net, Reference, apart, numbers, one_line, tokens, total, weight
 from test_faults import WHAT, ask, in_order, layers, right_or_refused
 from test_faults_uses import CASES as USES
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from torch.nn import functional as F
 
 import curvlab as cl
 from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.forms import Report
 from curvlab.likelihoods import Categorical
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
@@ -171,7 +175,7 @@ def skipping(m: Net, x: Tensor) -> Tensor:
     return z + m.gate(x)
 
 
-def mixture(run: object) -> nn.Module:
+def mixture(run: Callable[[Net, Tensor], Tensor]) -> nn.Module:
     return Net(
         run, experts=nn.ModuleList([nn.Linear(4, 3) for _ in range(3)]), gate=nn.Linear(4, 3)
     )
@@ -257,7 +261,7 @@ def test_a_weight_that_enters_several_times(name: str, what: str) -> None:
 # what is said of it
 
 
-def said(case: Case) -> object:
+def said(case: Case) -> Report:
     x, y = case.data()
     return cl.Objective(case.model(), Categorical()).check(x, y)
 
@@ -273,10 +277,11 @@ def test_an_expert_that_is_skipped_is_said_and_has_gradient_zero() -> None:
     assert not seen[idle[0]].any()
     assert said(case).ways[idle[0]] == "unused"
     optimizer = cl.optimizer("kfac", o, lr=0.1, damping=0.1)
-    before = o.model.experts[2].weight.detach().clone()
+    expert: Any = o.model.get_submodule("experts.2")
+    before = expert.weight.detach().clone()
     optimizer.step(o.closure(x, y))
-    assert bool(torch.isfinite(o.model.experts[2].weight).all())
-    assert torch.equal(o.model.experts[2].weight, before)
+    assert bool(torch.isfinite(expert.weight).all())
+    assert torch.equal(expert.weight, before)
     turned = -x  # now the others are chosen, and in another number
     r = Reference(o.model, turned, y)
     assert (
@@ -322,7 +327,7 @@ def test_an_own_function_without_setup_context_is_right_or_named() -> None:
         for call in (
             lambda kind=kind: cl.exact.matrix(o, x, y, kind, None).dense().trace()[None],
             lambda kind=kind: cl.exact.product(o, x, y, kind).dense().trace()[None],
-            lambda kind=kind: sum(
+            lambda kind=kind: total(
                 cl.exact.matrix(o, x, y, kind, b.name, route="func").dense().trace()
                 for b in o.blocks
             )[None],

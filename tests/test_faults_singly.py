@@ -5,12 +5,13 @@ names, errors of estimates.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import pytest
 import torch
-from oracle import Net, Reference, apart, numbers, one_line, seeded, tokens
+from oracle import Net, Reference, apart, numbers, one_line, seeded, tokens, total
 from test_faults import layers, refusal, right_or_refused
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, Wei
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
+from curvlab.exact import Kind
 from curvlab.likelihoods import Categorical
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
@@ -39,7 +41,7 @@ def data(n: int = 6) -> tuple[Tensor, Tensor]:
 def test_checkpointing_is_right_or_named_with_a_remedy() -> None:
     """The table's 13: what does not go through it says so."""
     with seeded():
-        net = Net(
+        net: Any = Net(
             lambda m, x: m.b(checkpoint(lambda q: torch.tanh(m.a(q)), x, use_reentrant=m.again)),
             **layers(a=(4, 4), b=(4, 3)),
         )
@@ -58,7 +60,7 @@ def test_checkpointing_is_right_or_named_with_a_remedy() -> None:
     )
     assert (
         apart(
-            sum(m.dense().trace() for m in cl.exact.matrices(o, x, y, "ggn").values())[None],
+            total(m.dense().trace() for m in cl.exact.matrices(o, x, y, "ggn").values())[None],
             r.ggn.trace()[None],
         )
         < 1e-10
@@ -82,7 +84,7 @@ class Answer:
 
 @pytest.mark.parametrize("sort", ["tuple", "dict", "dataclass", "list", "number"])
 def test_outputs_that_are_no_tensor_are_called_what_they_are(sort: str) -> None:
-    wrap: dict[str, Callable[[Tensor], object]] = {
+    wrap: dict[str, Callable[[Tensor], Any]] = {
         "tuple": lambda z: (z, z),
         "dict": lambda z: {"logits": z},
         "dataclass": Answer,
@@ -124,9 +126,9 @@ def test_two_inputs_and_dict_batches_are_right_or_told_the_remedy() -> None:
     for call in (
         lambda: o.closure(x, y).observe({"data"}),
         lambda: cl.exact.gradients(o, x, y),
-        lambda: o.closure({"x": x[:, :2], "u": x[:, 2:]}, y).observe({"data"}),
-        lambda: o.closure((x[:, :2], x[:, 2:]), y).observe({"data"}),
-        lambda: cl.exact.matrices(o, [({"x": x[:, :2], "u": x[:, 2:]}, y)], kind="ggn"),
+        lambda: o.closure(cast(Any, {"x": x[:, :2], "u": x[:, 2:]}), y).observe({"data"}),
+        lambda: o.closure(cast(Any, (x[:, :2], x[:, 2:])), y).observe({"data"}),
+        lambda: cl.exact.matrices(o, [(cast(Any, {"x": x[:, :2], "u": x[:, 2:]}), y)], kind="ggn"),
     ):
         try:
             call()
@@ -159,7 +161,7 @@ def test_layers_that_have_no_weights_yet() -> None:
 # 22: data that differ
 
 
-def loaders() -> dict[str, tuple[object, str]]:
+def loaders() -> dict[str, tuple[Any, Kind]]:
     """{name: (loader, kind)} that give other data, or the same in another order, at every pass."""
     x, y = data(11)
     them = TensorDataset(x, y)
@@ -170,14 +172,14 @@ def loaders() -> dict[str, tuple[object, str]]:
             return iter([(x[order[:4]], y[order[:4]]), (x[order[4:8]], y[order[4:8]])])
 
     class Order:
-        def __iter__(self) -> object:
+        def __iter__(self) -> Iterator[int]:
             return iter(torch.randperm(11).tolist())
 
         def __len__(self) -> int:
             return 11
 
     batches = torch.utils.data.BatchSampler(Order(), 4, False)
-    weights = WeightedRandomSampler(torch.ones(11), 11)
+    weights = WeightedRandomSampler(cast(Any, torch.ones(11)), 11)
     return {
         "drop_last": (DataLoader(them, 4, shuffle=True, drop_last=True), "hessian"),
         "weighted": (DataLoader(them, 4, sampler=weights), "ggn"),
@@ -252,9 +254,10 @@ def test_a_copied_optimizer_steps_its_own_copy(algorithm: str) -> None:
 @pytest.mark.parametrize("option", ["weight_decay", "momentum"])
 def test_what_a_group_asks_for_is_done_or_refused(option: str) -> None:
     """A group's weight decay moves its weights, or the optimizer says that it has one for all."""
-    moved = []
+    moved: list[Tensor] = []
     for value in (None, 0.5):
-        net, (x, y) = two(), data()
+        net: Any = two()
+        x, y = data()
         o = cl.Objective(net, Categorical())
         optimizer = cl.optimizer("sgd-m", o, lr=0.1)
         try:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
-from oracle import Net, Reference, apart, numbers, one_line, seeded, tokens
+from oracle import Net, Reference, apart, numbers, one_line, seeded, tokens, total
 from test_faults import entries, in_order, layers, refusal, right_or_refused
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
+from curvlab.exact import Kind
 from curvlab.likelihoods import Categorical
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
@@ -71,7 +73,7 @@ def test_half_types_step_or_name_the_remedy(algorithm: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_half_types_by_the_oracle(kind: str, dtype: torch.dtype) -> None:
+def test_half_types_by_the_oracle(kind: Kind, dtype: torch.dtype) -> None:
     """Numbers in their own dtype, or better; or a line with the remedy."""
     net, (x, y) = two(dtype), data(dtype)
     o, exact = (
@@ -180,7 +182,7 @@ def test_autocast_gradients_have_the_parameters_dtype(where: str) -> None:
 
 @pytest.mark.parametrize("where", AUTOCASTS)
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_autocast_matrices(kind: str, where: str) -> None:
+def test_autocast_matrices(kind: Kind, where: str) -> None:
     """Those of float32 to bfloat16's rounding, or a line that names autocast."""
     build, outside = AUTOCASTS[where]
     net, (x, y) = build(), data(torch.float32)
@@ -190,8 +192,8 @@ def test_autocast_matrices(kind: str, where: str) -> None:
     wanted = getattr(Reference(plain, x.double(), y), kind).trace()[None]
     o = cl.Objective(net, Categorical())
 
-    def trace(**options: str) -> Tensor:
-        return sum(
+    def trace(**options: Any) -> Tensor:
+        return total(
             cl.exact.matrix(o, x, y, kind, b.name, **options).dense().double().trace()
             for b in o.blocks
         )[None]
@@ -235,7 +237,7 @@ def test_a_half_backbone_gets_its_inputs_as_they_are() -> None:
     cl.optimizer("kfac", o, lr=0.1, damping=0.1).step(o.closure(x, y))
 
 
-def double_head() -> nn.Module:
+def double_head() -> Any:
     with seeded(dtype=torch.float32):
         net = Net(
             lambda m, x: m.head(torch.tanh(m.base(x)).double()), **layers(base=(4, 5), head=(5, 3))
@@ -258,17 +260,17 @@ def test_a_double_head_steps_or_is_refused(algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_a_double_head_by_the_oracle(kind: str) -> None:
+def test_a_double_head_by_the_oracle(kind: Kind) -> None:
     net, (x, y) = double_head(), data(torch.float32)
     o = cl.Objective(net, Categorical())
     exact = Reference(copy.deepcopy(net).double(), x.double(), y)
     wanted = getattr(exact, kind).trace()[None]
     for call in (
         lambda: cl.exact.matrix(o, x, y, kind, None).dense().double().trace()[None],
-        lambda: sum(m.dense().double().trace() for m in cl.exact.matrices(o, x, y, kind).values())[
-            None
-        ],
-        lambda: sum(
+        lambda: total(
+            m.dense().double().trace() for m in cl.exact.matrices(o, x, y, kind).values()
+        )[None],
+        lambda: total(
             cl.exact.matrix(o, x, y, kind, b.name, route="func").dense().double().trace()
             for b in o.blocks
         )[None],
@@ -338,7 +340,7 @@ class Complex(nn.Module):
         return self.head((x * self.w).abs())
 
 
-def complex_model(first: bool) -> nn.Module:
+def complex_model(first: bool) -> Any:
     with seeded():
         return Complex(first)
 

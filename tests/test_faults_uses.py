@@ -4,6 +4,8 @@ pieces, through other weights.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import Case, Net, numbers, weight
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 def captured() -> nn.Module:
     """A function that holds the Parameter, not its name."""
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
-    w = net[0].weight
+    w: Any = net[0].weight
     return Net(lambda m, x: m.net(x) + m.last(x @ w), net=net, last=nn.Linear(4, 3))
 
 
@@ -96,11 +98,11 @@ class Weighs(torch.autograd.Function):
         return x @ w.mT
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: object, g: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         x, w = ctx.saved_tensors
         return g @ w, g.mT @ x
 

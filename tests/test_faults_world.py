@@ -7,18 +7,22 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracle import Net, Reference, apart, numbers, one_line, seeded, tokens
+from problems import grad_of
 from test_faults import in_order, layers, refusal, right_or_refused
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import curvlab as cl
+from curvlab.closure import Closure
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Categorical
+from curvlab.observation import Observation
 
 pytestmark = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 
@@ -78,6 +82,7 @@ class Moving(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.scale: Tensor
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,14 +146,15 @@ def noise(name: str) -> nn.Module:
 @contextmanager
 def chances() -> Iterator[Callable[[], bool]]:
     """All global generators as they were."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    of_numpy: Callable[[], Any] = np.random.get_state
+    states = torch.get_rng_state(), random.getstate(), of_numpy()
     try:
         yield (
             lambda: (
                 torch.equal(torch.get_rng_state(), states[0])
                 and random.getstate() == states[1]
-                and np.array_equal(np.random.get_state()[1], states[2][1])  # noqa: NPY002
-                and np.random.get_state()[2] == states[2][2]  # noqa: NPY002
+                and np.array_equal(of_numpy()[1], states[2][1])
+                and of_numpy()[2] == states[2][2]
             )
         )
     finally:
@@ -209,10 +215,10 @@ def test_methods_that_look_twice_see_one_mask_or_refuse(algorithm: str) -> None:
     """At learning rate 0 the loss and the gradient of a minibatch are the same before and after."""
     model, (x, y) = noise("Dropout"), data(32)
     o = cl.Objective(model, Categorical())
-    kind, seen = type(o.closure(x, y)), []
+    kind, seen = type(o.closure(x, y)), list[tuple[int, float, Observation]]()
     true = kind.observe
 
-    def observe(self: object, *args: object, **options: object) -> object:
+    def observe(self: Closure, *args: Any, **options: Any) -> Observation:
         found = true(self, *args, **options)
         seen.append((id(self), float(found.loss), found))
         return found
@@ -240,7 +246,8 @@ def test_methods_that_look_twice_see_one_mask_or_refuse(algorithm: str) -> None:
 
 def test_a_buffer_that_moves_is_where_it_is_for_the_oracle() -> None:
     """It runs on copies, so that there is a function of the weights; and moves nothing."""
-    model, (x, y) = noise("moving buffer"), data()
+    model: Any = noise("moving buffer")
+    x, y = data()
     o, r = cl.Objective(model, Categorical()), Reference(noise("moving buffer"), x, y)
     with torch.no_grad():
         model.scale.fill_(1)
@@ -305,7 +312,7 @@ def test_looking_draws_nothing_and_leaves_everything() -> None:
         refusal(lambda: cl.exact.matrices(o, x, y + 5, "ggn"))
         assert same()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert all(bool((p.grad == 7).all()) and p.requires_grad for p in model.parameters())
+    assert all(bool((grad_of(p) == 7).all()) and p.requires_grad for p in model.parameters())
     assert [m.training for m in model.modules()] == [True, True, True, True, False, True]
     assert hooks == (
         len(nn.modules.module._global_forward_hooks),
@@ -324,7 +331,7 @@ def test_a_forward_that_fails_midway_leaves_no_trace() -> None:
         return m.b(h)
 
     with seeded():
-        model = Net(run, **layers(a=(4, 4), b=(4, 3)))
+        model: Any = Net(run, **layers(a=(4, 4), b=(4, 3)))
     x, y = data()
     o = cl.Objective(model, Categorical())
     for model.fails in (True, False):

@@ -4,8 +4,11 @@ solve.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
+from oracle import total
 from problems import REPRESENTATIVE, RULED, Problem, batches, laid_out, own_inputs, problem
 from torch import Tensor
 
@@ -13,10 +16,11 @@ import curvlab as cl
 from curvlab.algorithms import approximation
 from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.fisher import DenseFisher
+from curvlab.exact import Kind
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass
 
-KIND: dict[Pass, str] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
+KIND: dict[Pass, Kind] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
 LABELS = list(KIND)
 DAMPING = 0.01
 
@@ -38,7 +42,8 @@ def outer_products(observation: Observation, label: Pass, block: str) -> Tensor:
 def dense_fisher(
     objective: Objective, labels: Pass = "model", damping: float = DAMPING
 ) -> BlockDiagonal:
-    return approximation("block-fisher", objective, labels=labels, damping=damping)
+    made = approximation("block-fisher", objective, labels=labels, damping=damping)
+    return cast(BlockDiagonal, made)
 
 
 def assert_inverts(
@@ -83,7 +88,7 @@ def test_one_observation_is_the_mean_of_outer_products(labels: Pass, model: str)
 def test_moving_average_is_the_explicit_recursion(model: str) -> None:
     p = problem(model)
     objective = p.objective()
-    curvature = approximation("block-fisher", objective, damping=DAMPING, decay=0.7)
+    curvature: Any = approximation("block-fisher", objective, damping=DAMPING, decay=0.7)
     expected: dict[str, Tensor] = {}
     for k, (x, y) in enumerate(batches(p, 6), 1):
         observation = objective.closure(x, y).observe(curvature.needs)
@@ -112,7 +117,7 @@ def test_matrices_of_other_layers_are_those_of_autograd(model: str) -> None:
             loss = p.likelihood.loss(p.model(p.x[n : n + 1]), p.y[n : n + 1]).sum()
             gradients = torch.autograd.grad(loss, list(weights.values()))
             rows.append(laid_out(block, dict(zip(weights, gradients, strict=True))).flatten())
-        assert_inverts(curvature, block.name, sum(torch.outer(r, r) for r in rows) / len(p.x))
+        assert_inverts(curvature, block.name, total(torch.outer(r, r) for r in rows) / len(p.x))
 
 
 def test_tokens_one_at_a_time_keep_the_packed_matrix_of_those_seen() -> None:
@@ -288,7 +293,7 @@ def test_block_ggn_is_the_block_fisher_of_all_labels(model: str) -> None:
     """
     p = problem(model)
     objective = p.objective()
-    curvature = approximation("block-ggn", objective, damping=DAMPING)
+    curvature: Any = approximation("block-ggn", objective, damping=DAMPING)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     probability = p.model(p.x).detach().softmax(1)
     expected = {

@@ -13,9 +13,10 @@ import json
 import re
 import warnings
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -47,7 +48,8 @@ from curvlab.system.escape import LONGEST, for_html, for_matplotlib, for_rich, f
 from curvlab.system.progress import progress_bar
 
 KINDS = ("train", "compare", "spectrum")
-Damage = Callable[[xr.Dataset], xr.Dataset]
+Damage = Callable[..., xr.Dataset]
+"""Of a data set."""
 pytestmark = pytest.mark.filterwarnings(
     "error",
     "default::curvlab.errors.CurvlabWarning",
@@ -285,18 +287,20 @@ def changed(ds: xr.Dataset, name: str, damage: Callable[[xr.Variable], xr.Variab
     return rest.assign_coords({name: new}) if name in ds.coords else rest.assign({name: new})
 
 
-def of_contents(ds: xr.Dataset, names: object = None) -> Iterator[tuple[str, Damage]]:
+def of_contents(
+    ds: xr.Dataset, names: Collection[str] | None = None
+) -> Iterator[tuple[str, Damage]]:
     """Every variable and coordinate (of `names`): absent, other values, dimensions, types; every
     dimension.
     """
-    for name in map(str, ds.variables if names is None else names):  # type: ignore[call-overload]
+    for name in map(str, ds.variables if names is None else names):
         if name in ds.variables:
             yield f"{name} absent", lambda d, n=name: d.drop_vars(n)
             for what, damage in OF_VARIABLES.items():
                 if name not in ds.sizes or damage(ds.variables[name]).dims == (name,):
                     yield f"{name}: {what}", lambda d, n=name, f=damage: changed(d, n, f)
     for dim, (what, cut) in itertools.product(map(str, ds.sizes), OF_DIMENSIONS.items()):
-        if names is None or dim in names:  # type: ignore[operator]
+        if names is None or dim in names:
             yield f"{dim} {what}", lambda d, n=dim, f=cut: f(d, n)
 
 
@@ -438,7 +442,7 @@ def test_report_and_plot_leave_nothing_beside(
     """Through files and the command line: one file and exit 0, or none and one line; what is odd is
     said in one more.
     """
-    name = figures.main(small[kind])
+    name = figures.main_figure(small[kind])
     main = figures.FIGURES[name].needs
     damages = {
         "absent": lambda d: d.drop_vars(main),
@@ -536,9 +540,10 @@ def test_text_of_a_terminal_is_one_line_that_moves_nothing(text: str) -> None:
     assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", said)
     said.encode()
     assert for_rich(text).plain == said
-    console = Console(file=io.StringIO(), force_terminal=True, width=1000, soft_wrap=True)
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=1000, soft_wrap=True)
     console.print(for_rich(text))
-    assert console.file.getvalue() == said + "\n"
+    assert file.getvalue() == said + "\n"
     assert str(CurvlabError(text)) == said
     if text.isprintable():
         assert said == text or set(text) & set("\u200e\u200f")
@@ -577,7 +582,7 @@ def test_text_of_matplotlib_has_no_mathtext_and_every_glyph(text: str) -> None:
 
 def test_mathtext_of_the_project_stays() -> None:
     figure = Figure()
-    text = figure.text(0.5, 0.5, f"$10^{{3}}$ of {for_matplotlib('a$b_{c}$')}")
+    text: Any = figure.text(0.5, 0.5, f"$10^{{3}}$ of {for_matplotlib('a$b_{c}$')}")
     assert text._preprocess_math(text.get_text()) == (r"$10^{3}$ of a\$b_{c}\$", True)
     figure.canvas.draw()
 
@@ -589,7 +594,7 @@ def hostile(ds: xr.Dataset, name: str) -> xr.Dataset:
         for key, value in ds.attrs.items()
         if isinstance(value, str)
     }
-    labels = {
+    labels: dict[Any, Any] = {
         dim: unique([f"{name}{i}" for i in range(size)])
         for dim, size in ds.sizes.items()
         if ds[dim].dtype.kind in "OU"

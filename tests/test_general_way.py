@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.errors import CurvlabError
-from curvlab.exact import torch_func
+from curvlab.exact import Kind, torch_func
 
 
 class Positions(nn.Module):
@@ -45,7 +45,7 @@ def large() -> cl.Objective:
 
 
 @pytest.mark.parametrize("kind", ["ggn", "hessian", "ef"])
-def test_a_dense_block_that_cannot_fit_is_refused_with_its_size_before_any_pass(kind: str) -> None:
+def test_a_dense_block_that_cannot_fit_is_refused_with_its_size_before_any_pass(kind: Kind) -> None:
     objective = large()
     with pytest.raises(
         CurvlabError,
@@ -64,7 +64,7 @@ def test_the_remedy_that_it_names_works() -> None:
     x, y = data()
     v = torch.randn(1024 * 768, generator=torch.Generator().manual_seed(1))
     found = cl.exact.product(objective, x, y, "hessian", "2") @ v
-    weight = objective.model.place.weight
+    weight = objective.parameters["place.weight"]
     loss = objective.likelihood.loss(objective.model(x), y).mean()
     (slope,) = torch.autograd.grad(loss, weight, create_graph=True)
     (true,) = torch.autograd.grad(slope, weight, v.view(768, 1024).T)

@@ -5,6 +5,7 @@ what is written out.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from curvlab.curvature.whole_vector import loss_at, subset, unflat
 from curvlab.linalg.krylov import truncated_cg
 from curvlab.observation import Pass
 
-TO_THE_END = {"progress": 0.0, "backtrack": False}
+TO_THE_END: dict[str, Any] = {"progress": 0.0, "backtrack": False}
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -244,6 +245,6 @@ def test_refuses_a_model_that_mixes_its_examples() -> None:
 
 
 @pytest.mark.parametrize("option", [{"iterations": 0}, {"progress": -1.0}, {"reuse": 1.5}])
-def test_arguments_out_of_range(option: dict[str, float]) -> None:
+def test_arguments_out_of_range(option: dict[str, Any]) -> None:
     with pytest.raises(cl.CurvlabError, match="conjugate gradients need iterations of at least 1"):
         approximation("hf", problem().objective(), **option)

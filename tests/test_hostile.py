@@ -24,7 +24,7 @@ import curvlab as cl
 from curvlab import comparison_run, datasets, reproduction, spectrum_run, training
 from curvlab.cli import app as cli
 from curvlab.cli import logs
-from curvlab.datasets import Dataset, Entry
+from curvlab.datasets import DataEntry, Dataset
 from curvlab.logs import log
 
 SECONDS = 20
@@ -57,7 +57,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
     """What all lines share, with one run of `train`."""
     root = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(datasets.DATASETS, "mnist16", Entry("made", small))
+        patch.setitem(datasets.DATASETS, "mnist16", DataEntry("made", small))
         patch.setattr(
             sys,
             "argv",
@@ -82,7 +82,7 @@ def sandbox(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setitem(datasets.DATASETS, "mnist16", Entry("made", small))
+    monkeypatch.setitem(datasets.DATASETS, "mnist16", DataEntry("made", small))
     monkeypatch.setattr(log, "git_commit", lambda: "none")
     command = typer.main.get_command(cli.app)  # to make it takes longer than most lines
     monkeypatch.setattr(typer.main, "get_command", lambda app: command)

@@ -7,7 +7,9 @@ import io
 import pickle
 import struct
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,8 +62,11 @@ def python2_pickle(data: NDArray[np.uint8], labels: list[int], key: str = "label
     )
 
 
+Images = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
 @pytest.fixture
-def images() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def images() -> Images:
     """Sixty images in the order of five training batches and one test batch, and labels."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (60, 3, 32, 32)).astype(np.uint8), np.arange(60) % 10
@@ -80,13 +85,13 @@ def pickles(images: tuple[NDArray[np.uint8], NDArray[np.int64]]) -> dict[str, by
 
 @pytest.fixture(params=["npz", "npz, channels last", "pickles", "archive"])
 def kept(
-    request: pytest.FixtureRequest, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CURVLAB_DATA with the small CIFAR-10 in one of its forms."""
     keep(request.param, images, tmp_path, monkeypatch)
 
 
-def keep(form: str, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def keep(form: str, images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))
     x, y = images
     if form.startswith("npz"):
@@ -121,7 +126,7 @@ def keep(form: str, images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("kept")
-def test_cifar_is_the_same_from_every_form(images) -> None:
+def test_cifar_is_the_same_from_every_form(images: Images) -> None:
     x, y = images
     train, test = cl.datasets.load("cifar10")
     assert train.y.tolist() == y[:50].tolist()
@@ -146,7 +151,7 @@ def test_flattened_cifar_is_standardised_by_pixel() -> None:
 
 
 def test_cifar100_takes_the_fine_labels(
-    images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, _ = images
     (tmp_path / "cifar-100-python").mkdir()
@@ -160,7 +165,9 @@ def test_cifar100_takes_the_fine_labels(
     assert train.outputs == 100
 
 
-def test_a_damaged_batch_is_named(images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_batch_is_named(
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep("pickles", images, tmp_path, monkeypatch)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(path.read_bytes()[:-100])
@@ -186,10 +193,19 @@ def test_a_damaged_batch_is_named(images, tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_an_npz_that_is_not_cifar_is_refused(
-    change, says: str, images, tmp_path: Path, monkeypatch
+    change: Callable[[dict[str, Any]], object],
+    says: str,
+    images: Images,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, y = images
-    arrays = {"x_train": x[:50], "y_train": y[:50], "x_test": x[50:], "y_test": y[50:]}
+    arrays: dict[str, Any] = {
+        "x_train": x[:50],
+        "y_train": y[:50],
+        "x_test": x[50:],
+        "y_test": y[50:],
+    }
     change(arrays)
     np.savez(tmp_path / "cifar10.npz", **arrays)
     monkeypatch.setenv("CURVLAB_DATA", str(tmp_path))
@@ -197,7 +213,7 @@ def test_an_npz_that_is_not_cifar_is_refused(
         cl.datasets.load("cifar10")
 
 
-def test_pickles_of_python_3_are_read_too(images) -> None:
+def test_pickles_of_python_3_are_read_too(images: Images) -> None:
     x, y = images
     for protocol in (2, 4):
         found = unpickled(
@@ -207,7 +223,7 @@ def test_pickles_of_python_3_are_read_too(images) -> None:
 
 
 class _Evil:
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return exec, ("raise SystemExit('a pickle ran code')",)
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Problem, assert_near, batches, problem
+from oracle import total
+from problems import Problem, assert_near, batches, curvature_of, problem
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -109,7 +111,7 @@ DOCUMENTS = {
     "k-bfgs-l": Document(add, True, over, p_lm, True, 100),
     "k-bfgs-convergent": Document(none, True, over, pi_lm, True, 100, True),
 }
-OPTIONS = {
+OPTIONS: dict[str, tuple[str, dict[str, Any], Document]] = {
     "k-bfgs, improvement 1 off": (
         "k-bfgs",
         {"pair_damping": "dd"},
@@ -128,10 +130,12 @@ OPTIONS = {
     "few pairs": ("kf-bfgs-l-cnn", {"pairs": 3}, Document(average, False, one, p_lm, True, 3)),
 }
 """Table 3.8, and a memory that is full."""
-CASES = {name: (name, {}, document) for name, document in DOCUMENTS.items()} | OPTIONS
+CASES: dict[str, tuple[str, dict[str, Any], Document]] = {
+    name: (name, {}, document) for name, document in DOCUMENTS.items()
+} | OPTIONS
 
 
-def patches(layer: nn.Module, x: Tensor) -> Tensor:
+def patches(layer: Any, x: Tensor) -> Tensor:
     """[N, T, I] with the homogeneous coordinate where there is a bias."""
     if isinstance(layer, nn.Linear):
         rows = x[:, None]
@@ -167,7 +171,7 @@ class ByHand:
         self.H_a: list[Tensor] = []
 
     def look(
-        self, x: Tensor, y: Tensor | None, likelihood: object
+        self, x: Tensor, y: Tensor | None, likelihood: Any
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """a [N, T, I], h and Dh [N, T, O] of every layer."""
         a, h, value, weights = [], [], x, iter(self.W)
@@ -180,7 +184,7 @@ class ByHand:
             if isinstance(module, nn.Linear):
                 value = h[-1][:, 0]
             else:
-                axes = zip(
+                axes: Any = zip(
                     value.shape[2:],
                     module.kernel_size,
                     module.dilation,
@@ -197,13 +201,13 @@ class ByHand:
         """A = E[Σ_t a aᵀ], H_A = (A + λ_A I)⁻¹."""
         looks = [self.look(x, None, None)[0] for x, _ in data]
         self.A = [
-            sum(self.moment(look[i]) for look in looks) / len(looks) for i in range(len(self.W))
+            total(self.moment(look[i]) for look in looks) / len(looks) for i in range(len(self.W))
         ]
         self.H_a = [self.inverted(i, A) for i, A in enumerate(self.A)]
 
     @staticmethod
     def moment(a: Tensor) -> Tensor:
-        return sum(torch.outer(a_t, a_t) for a_n in a for a_t in a_n) / len(a)
+        return total(torch.outer(a_t, a_t) for a_n in a for a_t in a_n) / len(a)
 
     def inverted(self, i: int, A: Tensor) -> Tensor:
         return torch.linalg.inv(A + self.damping_a[i] * torch.eye(len(A), dtype=A.dtype))
@@ -273,12 +277,12 @@ def test_trajectory_is_the_pseudo_codes(case: str, model: str) -> None:
         optimizer.step(objective.closure(x, y))
     for i, block in enumerate(objective.blocks):
         assert_near(block.gather(objective.parameters).detach(), by_hand.W[i], 1e-10)
-        H_g, H_a = optimizer.descent.curvature.inverse[block.name].factors
+        H_g, H_a = curvature_of(optimizer).inverse[block.name].factors
         assert_near(dense(H_a), by_hand.H_a[i], 1e-9)
         assert_near(dense(H_g), by_hand.H_g[i], 1e-9)
 
 
-def trained(name: str, p: Problem, lr: float, steps: int = 12, **options: object) -> Tensor:
+def trained(name: str, p: Problem, lr: float, steps: int = 12, **options: Any) -> Tensor:
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=lr, damping=0.3, **options)
     data = batches(p, steps)
@@ -293,7 +297,12 @@ def test_chapter_3_without_its_improvements_is_chapter_2(pairs: int) -> None:
     """Table 3.8, last line, on an MLP; with chapter 2's start of H_g. Its averaged momentum is a
     tenth of chapter 3's.
     """
-    off = {"pair_damping": "dd", "minibatch": False, "start": "identity", "pairs": pairs}
+    off: dict[str, Any] = {
+        "pair_damping": "dd",
+        "minibatch": False,
+        "start": "identity",
+        "pairs": pairs,
+    }
     found = trained("k-bfgs", problem("tanh", n=20), 0.03, **off)
     assert_near(
         found, trained("k-bfgs-l-20" if pairs else "k-bfgs-20", problem("tanh", n=20), 0.3), 1e-10
@@ -302,7 +311,7 @@ def test_chapter_3_without_its_improvements_is_chapter_2(pairs: int) -> None:
 
 def test_the_improvements_change_something() -> None:
     """Each switch alone gives another trajectory: none of them is idle."""
-    ways = [
+    ways: list[dict[str, Any]] = [
         {},
         {"pair_damping": "dd"},
         {"minibatch": False},
@@ -351,7 +360,7 @@ def test_convergent_variants_keep_the_bounds_of_their_lemmas(
     used, phi = dict.fromkeys([b.name for b in objective.blocks], 0), 5.0
     for x, y in batches(p, 15):
         optimizer.step(objective.closure(x, y))
-        for key, block in optimizer.descent.curvature.blocks.items():
+        for key, block in curvature_of(optimizer).blocks.items():
             damping_a, mu2 = block._split()
             pair, found = block.last["g"], block.last["g"].damping.after
             used[key] += not pair.skipped
@@ -380,7 +389,7 @@ def test_convergent_variants_keep_the_bounds_of_their_lemmas(
 
 def test_dd_skip_refuses_pairs_that_the_other_takes() -> None:
     """Thesis Alg. 5, line 17 on a run where double damping leaves the first inequality violated."""
-    skipped = {}
+    skipped: dict[str, Any] = {}
     for name in ("k-bfgs-20-convergent", "k-bfgs-l-20"):
         p = problem("conv", n=20)
         objective = p.objective()
@@ -389,7 +398,7 @@ def test_dd_skip_refuses_pairs_that_the_other_takes() -> None:
         for x, y in batches(p, 15):
             optimizer.step(objective.closure(x, y))
             skipped[name] += [
-                block.last["g"].skipped for block in optimizer.descent.curvature.blocks.values()
+                block.last["g"].skipped for block in curvature_of(optimizer).blocks.values()
             ]
     assert "double damping" in skipped["k-bfgs-20-convergent"]
     assert "double damping" not in skipped["k-bfgs-l-20"]

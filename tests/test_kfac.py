@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ import curvlab as cl
 from curvlab.algorithms import approximation, descent
 from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.kfac import Kfac
+from curvlab.exact import Kind
 from curvlab.linalg.operators import Kronecker
 from curvlab.observation import Pass
 
-KIND: dict[Pass, str] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
+KIND: dict[Pass, Kind] = {"exact": "ggn", "model": "fisher-mc", "data": "ef"}
 
 
 def factors(curvature: BlockDiagonal, block: str) -> tuple[Tensor, Tensor]:
@@ -27,7 +29,7 @@ def factors(curvature: BlockDiagonal, block: str) -> tuple[Tensor, Tensor]:
     assert isinstance(kfac, Kfac)
     assert kfac.A is not None
     assert kfac.G is not None
-    return kfac.A, kfac.G
+    return kfac.A if kfac.A.ndim == 2 else torch.diag(kfac.A), kfac.G
 
 
 def deep_linear(bias: bool) -> cl.Objective:
@@ -45,7 +47,7 @@ def test_is_the_exact_ggn_of_a_deep_linear_network(bias: bool) -> None:
     """
     objective = deep_linear(bias)
     p = problem("linear", "gaussian", n=9)
-    curvature = approximation("kfac", objective, labels="exact")
+    curvature: Any = approximation("kfac", objective, labels="exact")
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     for block in objective.blocks:
         A, G = factors(curvature, block.name)
@@ -63,7 +65,7 @@ def test_is_the_exact_ggn_of_a_deep_linear_network(bias: bool) -> None:
 def test_is_exact_for_one_example(model: str, likelihood: str, labels: Pass) -> None:
     p = problem(model, likelihood, n=1)
     objective = p.objective()
-    curvature = approximation("kfac", objective, labels=labels)
+    curvature: Any = approximation("kfac", objective, labels=labels)
     curvature.update(objective.closure(p.x, p.y, "exact").observe(curvature.needs))
     for block in objective.blocks:
         objective.closures["exact"] = 0  # fisher-mc draws the labels of closure 1 again
@@ -81,7 +83,7 @@ def test_shared_weights_sum_inputs_over_places_and_average_derivatives(model: st
     objective = p.objective()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", cl.CurvlabWarning)  # groups of outputs have no factors
-        curvature = approximation("kfac", objective)
+        curvature: Any = approximation("kfac", objective)
     observation = objective.closure(p.x, p.y).observe(curvature.needs)
     curvature.update(observation)
     for block in groupless(p):
@@ -104,7 +106,7 @@ def test_inverse_factors_and_damping_by_the_formula(damping: float) -> None:
     """(Γ + √λ/π I)⁻¹ ⊗ (Ω + π√λ I)⁻¹, π² = trace(Ω ⊗ I) / trace(I ⊗ Γ) (Alg. 12, line 19)."""
     p = problem("tanh")
     objective = p.objective()
-    curvature = approximation("kfac", objective, damping=damping)
+    curvature: Any = approximation("kfac", objective, damping=damping)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     for block in objective.blocks:
         A, G = factors(curvature, block.name)
@@ -146,7 +148,7 @@ def test_zero_derivatives_split_the_damping_evenly() -> None:
     """π is 1 where a trace is zero: H = (√λ I)⁻¹ ⊗ (Ω + √λ I)⁻¹."""
     p = problem("tanh", "gaussian")
     objective = p.objective()
-    curvature = approximation("kfac-ef", objective, damping=0.04)
+    curvature: Any = approximation("kfac-ef", objective, damping=0.04)
     # targets are met: g = 0
     curvature.update(objective.closure(p.x, p.model(p.x).detach()).observe(curvature.needs))
     A, G = factors(curvature, "1")
@@ -174,7 +176,7 @@ def test_kflr_is_kfac_averaged_over_all_labels(model: str, likelihood: str) -> N
     """Γ of every label, each example weighted with its label's probability; Ω knows no labels."""
     p = problem(model, likelihood)
     objective = p.objective()
-    curvature = approximation("kflr", objective, damping=0.1)
+    curvature: Any = approximation("kflr", objective, damping=0.1)
     curvature.update(objective.closure(p.x, p.y).observe(curvature.needs))
     expected: dict[str, Tensor] = {}
     for y, probability in enumerated(likelihood, p.model(p.x).detach()):
@@ -198,7 +200,7 @@ def test_chapter_2_splits_the_damping_evenly(model: str, damping: float) -> None
     """Alg. 7, line 11: √λ each; the same factors as KFAC, whose split is an option."""
     p = problem(model)
     objective = p.objective()
-    made = [
+    made: list[Any] = [
         approximation(*pair, damping=damping)
         for pair in (("kfac-20", objective), ("kfac", objective))
     ]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from curvlab.errors import CurvlabError
 from curvlab.linalg.kronecker import (
-    contraction,
     kronecker_product,
     matricize,
+    mode_contraction,
     nearest_kronecker,
     pi_split,
     places_split,
@@ -81,7 +81,7 @@ def test_contraction_entry_by_entry(shape: list[int], seed: int) -> None:
         expected = torch.stack(
             [torch.stack([(unfolded[p] * unfolded[q]).sum() for q in range(d)]) for p in range(d)]
         )
-        assert_near(contraction(G, i), expected)
+        assert_near(mode_contraction(G, i), expected)
 
 
 @given(st.floats(1e-6, 1e3), st.integers(1, 1000))
@@ -95,9 +95,9 @@ def test_places_split(damping: float, places: int) -> None:
 
 def test_contraction_of_a_matrix_and_of_a_vector() -> None:
     G, g = normal(3, 4), normal(4, seed=1)
-    assert_near(contraction(G, 0), G @ G.T)
-    assert_near(contraction(G, 1), G.T @ G)
-    assert_near(contraction(g, 0), torch.outer(g, g))
+    assert_near(mode_contraction(G, 0), G @ G.T)
+    assert_near(mode_contraction(G, 1), G.T @ G)
+    assert_near(mode_contraction(g, 0), torch.outer(g, g))
 
 
 @FEW
@@ -106,7 +106,7 @@ def test_constant_trace_identity(shape: list[int], seed: int, samples: int) -> N
     """All factors have the same mean eigenvalue c_0 = (E ‖G‖² / Π d_j)^{1/k}."""
     G = normal(samples, *shape, seed=seed)
     found = tensor_normal_factors(
-        [torch.stack([contraction(one, i) for one in G]).mean(0) for i in range(len(shape))]
+        [torch.stack([mode_contraction(one, i) for one in G]).mean(0) for i in range(len(shape))]
     )
     c0 = float(G.square().mean()) ** (1 / len(shape))
     for u, d in zip(found, shape, strict=True):
@@ -149,7 +149,7 @@ def test_factors_from_samples_of_a_matrix_normal() -> None:
     G = torch.linalg.cholesky(u1) @ normal(40, 2000, 3, 4, seed=2) @ torch.linalg.cholesky(u2).T
     estimates = [
         tensor_normal_factors(
-            [torch.stack([contraction(g, i) for g in part]).mean(0) for i in (0, 1)]
+            [torch.stack([mode_contraction(g, i) for g in part]).mean(0) for i in (0, 1)]
         )
         for part in G
     ]

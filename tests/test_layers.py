@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from plain import Plain
-from problems import MODELS, assert_near, eval_norm, laid_out, normal, own_inputs, problem
+from problems import MODELS, assert_near, eval_norm, grad_of, laid_out, normal, own_inputs, problem
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import curvlab as cl
 from curvlab.capture import Capture
 from curvlab.errors import CurvlabError
+from curvlab.exact import Kind
 from curvlab.functions import FUNCTIONS
 from curvlab.layers import LAYERS, Block, Layout, blocks
 from curvlab.likelihoods import Gaussian
@@ -169,7 +170,7 @@ def assert_right(net: nn.Module, x: Tensor, ways: dict[str, str]) -> None:
     assert objective.check(x, y).ways == ways
     plain = Plain(net, x, y, Gaussian().loss)
     seen, samples = objective.closure(x, y).observe(), cl.exact.gradients(objective, x, y)
-    kinds = ("ef", "ggn", "hessian")
+    kinds: tuple[Kind, ...] = ("ef", "ggn", "hessian")
     matrices = {kind: cl.exact.matrices(objective, x, y, kind) for kind in kinds}
     general = {kind: cl.exact.matrices(objective, x, y, kind, route="func") for kind in kinds}
     for block in objective.blocks:
@@ -267,7 +268,7 @@ def test_nothing_to_train(net: nn.Module) -> None:
 
 def test_tied_parameters_belong_to_the_first_module() -> None:
     """The second one's own bias is a block of its own."""
-    net = seeded(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)))
+    net: Any = seeded(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)))
     net[2].weight = net[0].weight
     assert layout(net) == [("1", ("0.weight", "0.bias"), (3, 4)), ("2", ("2.bias",), (3,))]
     assert [b.layer for b in blocks(net)] == [LAYERS[nn.Linear], None]
@@ -540,7 +541,7 @@ def test_rules_read_the_layer_as_one_matrix(
 def test_rows_are_per_sample_gradients(
     make: Callable[[], nn.Module], x: Callable[[], Tensor]
 ) -> None:
-    net = seeded(make)
+    net: Any = seeded(make)
     if getattr(net, "sparse", False):
         assert_gradient(net, x())
         net.sparse = False  # torch.func has no sparse gradients
@@ -663,7 +664,7 @@ def test_a_convolution_needs_the_batch_axis(make: Callable[[], nn.Module]) -> No
     """Without one it has no rule: its block goes the general way, and has a gradient but no
     rows.
     """
-    net = seeded(lambda: Unbatched(make))
+    net: Any = seeded(lambda: Unbatched(make))
     axes = len(net.layer.kernel_size)
     x = normal(4, 2, *[3] * axes)
     rule = FUNCTIONS[{1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[axes]]
@@ -708,7 +709,7 @@ def test_batch_norm_in_training(case: str) -> None:
     gradient of it.
     """
     make, x = NORMS[case]
-    net = seeded(make)
+    net: Any = seeded(make)
     before = {name: b.clone() for name, b in net.named_buffers()}
     assert_reads(net, x())
     assert_gradient(net, x())
@@ -777,7 +778,7 @@ def test_the_gradient_of_what_no_rule_covers_is_autograds() -> None:
     for block in objective.blocks:
         assert_near(
             gradients[block.name],
-            laid_out(block, {n: net.get_parameter(n).grad for n in block.params}),
+            laid_out(block, {n: grad_of(net.get_parameter(n)) for n in block.params}),
         )
 
 

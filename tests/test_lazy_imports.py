@@ -14,7 +14,7 @@ import pytest
 
 import curvlab as cl
 from curvlab.cli import lists, reproduce
-from curvlab.moved import MOVED
+from curvlab.moved import MOVED, RENAMED
 from curvlab.reproduction import Options
 
 HEAVY = ("torch", "numpy", "scipy", "pandas", "xarray", "matplotlib", "sklearn")
@@ -64,13 +64,13 @@ def test_the_package_imports_nothing_heavy_and_finds_every_public_name() -> None
         assert getattr(cl, name) is getattr(cl, name)
         assert name in dir(cl)
     with pytest.raises(AttributeError, match="no attribute 'hessian'"):
-        _ = cl.hessian  # type: ignore[attr-defined]
+        _ = cl.hessian
 
 
 @pytest.mark.parametrize("what", lists.LISTS)
 def test_the_kept_list_is_that_of_the_tables(what: str) -> None:
     """`python -m curvlab.cli.lists` makes it again."""
-    columns, rows = lists.made(what)
+    columns, rows = lists.columns_and_rows(what)
     kept_columns, kept_rows = lists._kept()["lists"][what]
     assert kept_columns == columns
     assert [tuple(row) for row in kept_rows] == rows
@@ -113,3 +113,20 @@ def test_old_names_of_modules_import_with_a_warning(old: str) -> None:
     assert found is importlib.import_module(MOVED[old])
     assert found.__spec__ is not None
     assert found.__spec__.name == MOVED[old]
+
+
+@pytest.mark.parametrize(
+    ("module", "old"), [(module, old) for module, names in RENAMED.items() for old in names]
+)
+def test_old_public_names_give_the_new_thing_with_a_warning(module: str, old: str) -> None:
+    new, place = RENAMED[module][old], importlib.import_module(module)
+    with pytest.warns(cl.CurvlabWarning, match=rf"^{module}\.{old} is called {new} now"):
+        found = getattr(place, old)
+    assert found is getattr(place, new)
+    assert old not in vars(place)
+
+
+def test_a_module_with_old_names_has_no_others() -> None:
+    for module in RENAMED:
+        with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'nothing'"):
+            _ = importlib.import_module(module).nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -145,12 +146,14 @@ def test_ratio_of_a_method_of_blocks_where_a_layer_has_no_rule(
     p = problem("norm")
     objective = p.objective()
     optimizer = cl.optimizer("smw-ng-bd", objective, lr=1.0, damping=2.0)
-    curvature = optimizer.descent.curvature
+    curvature: Any = optimizer.descent.curvature
     now = objective.closure(p.x, p.y).observe()
     start, found = copy.deepcopy(p.model), []
     told = LevenbergMarquardt.adapted
     monkeypatch.setattr(
-        LevenbergMarquardt, "adapted", lambda rule, d, rho: found.append(rho) or told(rule, d, rho)
+        LevenbergMarquardt,
+        "adapted",
+        lambda rule, d, rho: found.append(rho) or told(rule, d, rho),  # type: ignore[func-returns-value]  # for its effect
     )
     optimizer.step(objective.closure(p.x, p.y))
     predicted = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import types
+from typing import Any, cast
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_class_numbers_of_any_integer_type(dtype: torch.dtype) -> None:
 
 Z, MAP = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, 2, 2, dtype=torch.float64)
 HOT = torch.eye(4).long()[:3]
-BAD = {
+BAD: dict[str, tuple[Likelihood, Tensor, Tensor, str]] = {
     "float labels": (
         Categorical(),
         Z,
@@ -227,22 +228,52 @@ BAD = {
         r"take y\.squeeze\(1\)$",
     ),
     "classes last": (
-        Categorical(),
+        Categorical(axis=1),
         torch.zeros(3, 5, 4),
         torch.zeros(3, 5).long(),
-        r"return z\.transpose\(1, 2\) from the model$",
+        r"shape \(3, 5\) but 12 class numbers, shape \(3, 4\), are needed: say Categor.*axis=-1\)$",
     ),
-    "classes last of maps": (
-        Categorical(),
-        torch.zeros(3, 5, 6, 4),
+    "classes on axis 1": (
+        Categorical(axis=-1),
+        torch.zeros(3, 4, 5, 6),
         torch.zeros(3, 5, 6).long(),
-        r"return z\.movedim\(-1, 1\)",
+        r"60 class numbers, shape \(3, 4, 5\), are needed: say Categorical\(axis=1\)$",
+    ),
+    "classes on either axis": (
+        Categorical(),
+        torch.zeros(3, 5, 5),
+        torch.zeros(3, 5).long(),
+        r"in two readings: 5 classes on axis 1 at places \[5\], or 5 .*\(axis=1\) or .*=-1\)$",
+    ),
+    "probabilities over either axis": (
+        Categorical(),
+        torch.zeros(3, 4, 4),
+        torch.full((3, 4, 4), 0.25),
+        r"in two readings: 4 classes on axis 1 .*Categorical\(axis=1\) or Categorical\(axis=-1\)$",
+    ),
+    "no class number anywhere": (
+        Categorical(),
+        torch.zeros(3, 5, 4),
+        torch.zeros(3, 7).long(),
+        r"shape \(3, 7\) but 12 .* shape \(3, 4\), are needed, or with the classes last \(3, 5\)",
+    ),
+    "smooth labels, classes last": (
+        Categorical(label_smoothing=0.1),
+        torch.zeros(3, 5, 4),
+        torch.zeros(3, 5).long(),
+        r"probabilities, which do not show their axis: say Categorical\(axis=-1\)$",
+    ),
+    "class weights of other classes": (
+        Categorical(weight=[1.0, 2.0]),
+        Z,
+        torch.zeros(3).long(),
+        "there are 2 class weights, but the model has 4 outputs",
     ),
     "one-hot, classes last": (
         Categorical(),
         torch.zeros(3, 2, 4),
         HOT[:, None].expand(3, 2, 4),
-        r"transpose.*y\.argmax\(-1\)",
+        r"classes last \(3, 2\): of one-hot targets take y\.argmax\(-1\)$",
     ),
     "one map": (
         Categorical(),
@@ -278,7 +309,7 @@ BAD = {
         Categorical(),
         Z[:, 0],
         torch.zeros(3).long(),
-        r"must be \[N, C\] or \[N, C, …\], not \[3\]: .* Bernoulli",
+        r"must be \[N, C\], \[N, C, …\] or \[N, …, C\], not \[3\]: .* Bernoulli",
     ),
     "negative probabilities": (
         Categorical(),
@@ -308,7 +339,7 @@ BAD = {
         Categorical(),
         torch.zeros(3, 2, 4),
         torch.full((3, 2, 4), 0.25),
-        r"take y\.transpose\(1, 2\)",
+        r"over axis 1, not to 0\.5 .*say Categorical\(axis=-1\)$",
     ),
     "all but one": (
         Categorical(),
@@ -398,9 +429,11 @@ def test_a_remedy_is_not_forbidden_by_the_next_check() -> None:
     c.check(Z, (2 * HOT + 1) / (2 * HOT + 1).sum(1, keepdim=True))
     c.check(Z, torch.zeros(3, 1).squeeze(-1).long())
     c.check(MAP, torch.zeros(3, 1, 2, 2).squeeze(1).long())
-    c.check(last.transpose(1, 2), torch.zeros(3, 5).long())
-    c.check(last.transpose(1, 2), hot.argmax(-1))
-    c.check(last.transpose(1, 2), hot.float().transpose(1, 2))
+    last_axis = Categorical(axis=-1)
+    last_axis.check(last, torch.zeros(3, 5).long())
+    c.check(last, hot.argmax(-1))
+    last_axis.check(last, hot.float())
+    Categorical(axis=-1, label_smoothing=0.1).check(last, torch.zeros(3, 5).long())
     c.check(torch.zeros(3, 4, 1, 1).flatten(1), torch.zeros(3).long())
     c.check(Z, torch.full((3, 4), -0.1).softmax(1))
     Categorical(ignore_index=-1).check(Z, torch.tensor([0, -1, -1]))
@@ -637,7 +670,7 @@ def test_what_is_ignored_in_small_integers(dtype: torch.dtype) -> None:
         ({"ignore_index": True}, "ignore_index must be a whole number, not True"),
     ],
 )
-def test_arguments_that_do_not_fit(arguments: dict[str, float], message: str) -> None:
+def test_arguments_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(CurvlabError, match=message):
         Categorical(**arguments)
 
@@ -690,92 +723,92 @@ class Recorder:
 
 
 class Bare(Recorder):
-    def root(self, z):
+    def root(self, z: Any) -> Any:
         return self._say(z=z)
 
-    def sample(self, z, generator):
+    def sample(self, z: Any, generator: Any) -> Any:
         return self._say(z=z, g=generator)
 
 
 class WithLabels(Recorder):
-    def root(self, z, y):
+    def root(self, z: Any, y: Any) -> Any:
         return self._say(z=z, y=y)
 
-    def sample(self, z, generator, y):
+    def sample(self, z: Any, generator: Any, y: Any) -> Any:
         return self._say(z=z, g=generator, y=y)
 
 
 class WithLabelsOfAnotherName(Recorder):
-    def root(self, logits, /, target):
+    def root(self, logits: Any, /, target: Any) -> Any:
         return self._say(z=logits, y=target)
 
-    def sample(self, logits, rng, target):
+    def sample(self, logits: Any, rng: Any, target: Any) -> Any:
         return self._say(z=logits, g=rng, y=target)
 
 
 class WithDefault(Recorder):
-    def root(self, z, y=None):
+    def root(self, z: Any, y: Any = None) -> Any:
         return self._say(z=z, y=y)
 
-    def sample(self, z, generator, y=None):
+    def sample(self, z: Any, generator: Any, y: Any = None) -> Any:
         return self._say(z=z, g=generator, y=y)
 
 
 class ByName(Recorder):
-    def root(self, z, *, y):
+    def root(self, z: Any, *, y: Any) -> Any:
         return self._say(z=z, y=y)
 
-    def sample(self, z, generator, scale=1.0, *, y=None):
+    def sample(self, z: Any, generator: Any, scale: Any = 1.0, *, y: Any = None) -> Any:
         return self._say(z=z, g=generator, y=y, scale=scale)
 
 
 class Options(Recorder):
     """An argument with a default that is not called y is no place for labels."""
 
-    def root(self, z, jitter=1e-6):
+    def root(self, z: Any, jitter: Any = 1e-6) -> Any:
         return self._say(z=z, jitter=jitter)
 
-    def sample(self, z, generator, temperature=2.0):
+    def sample(self, z: Any, generator: Any, temperature: Any = 2.0) -> Any:
         return self._say(z=z, g=generator, temperature=temperature)
 
 
 class OptionsThenLabels(Recorder):
-    def root(self, z, jitter=1e-6, y=None):
+    def root(self, z: Any, jitter: Any = 1e-6, y: Any = None) -> Any:
         return self._say(z=z, jitter=jitter, y=y)
 
-    def sample(self, z, generator, temperature=2.0, y=None):
+    def sample(self, z: Any, generator: Any, temperature: Any = 2.0, y: Any = None) -> Any:
         return self._say(z=z, g=generator, temperature=temperature, y=y)
 
 
 class Passing(WithLabels):
-    def root(self, *args):
+    def root(self, *args: Any) -> Any:
         return super().root(*args)
 
-    def sample(self, *args, **kwargs):
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
         return super().sample(*args, **kwargs)
 
 
 class Keywords(Recorder):
-    def root(self, z, **more):
+    def root(self, z: Any, **more: Any) -> Any:
         return self._say(z=z, **more)
 
-    def sample(self, z, generator, **more):
+    def sample(self, z: Any, generator: Any, **more: Any) -> Any:
         return self._say(z=z, g=generator, **more)
 
 
 class Undifferentiated(WithLabels):
     @torch.no_grad()
-    def root(self, z, y):
+    def root(self, z: Any, y: Any) -> Any:
         return self._say(z=z, y=y)
 
     @staticmethod
-    def sample(z, generator, y):
+    def sample(z: Any, generator: Any, y: Any) -> Any:
         return {"z": z, "g": generator, "y": y}
 
 
 class OfTheClass(WithLabels):
     @classmethod
-    def root(cls, z, y):
+    def root(cls, z: Any, y: Any) -> Any:
         return {"z": z, "y": y}
 
 
@@ -794,13 +827,19 @@ OWN: dict[type[Recorder], dict[str, object]] = {
 }
 
 
+def called(likelihood: Likelihood) -> tuple[Any, Any]:
+    """What root and sample say of arguments that are words."""
+    z, generator, y = (cast(Any, word) for word in ("z", "g", "y"))
+    return root_of(likelihood, z, y), sample_of(likelihood, z, generator, y)
+
+
 @pytest.mark.parametrize("own", OWN)
 def test_labels_go_where_a_class_takes_them(own: type[Recorder]) -> None:
     likelihood = own()
     assert isinstance(likelihood, Likelihood)
     options = {"jitter", "temperature", "scale"}
     for _ in range(2):  # read, and remembered
-        root, sample = root_of(likelihood, "z", "y"), sample_of(likelihood, "z", "g", "y")
+        root, sample = called(likelihood)
         assert {k: v for k, v in root.items() if k not in options} == {"z": "z"} | OWN[own]
         assert {k: v for k, v in sample.items() if k not in options} == {"z": "z", "g": "g"} | OWN[
             own
@@ -817,13 +856,14 @@ def test_a_method_that_an_instance_carries() -> None:
     bare.root, bare.sample = (lambda z: "bare"), (lambda z, generator: "bare")
     asking.root, asking.sample = (lambda z, y: y), (lambda z, generator, y: y)
     for likelihood, expected in ((bare, "bare"), (asking, "y"), (bare, "bare")):
-        assert root_of(likelihood, "z", "y") == expected
-        assert sample_of(likelihood, "z", "g", "y") == expected
+        root, sample = called(likelihood)
+        assert root == expected
+        assert sample == expected
 
 
 def test_a_subclass_of_a_built_in_that_is_blind_to_labels() -> None:
     class Blind(Categorical):
-        def root(self, z: Tensor) -> Tensor:
+        def root(self, z: Tensor) -> Tensor:  # type: ignore[override]  # takes no labels
             return 2 * super().root(z)
 
     z, y = masked(())

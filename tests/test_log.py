@@ -8,6 +8,7 @@ import signal
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -22,7 +23,7 @@ from curvlab.logs.reading import open_log
 
 
 def log_of(path: Path | None, seeds: tuple[int, ...] = (0,), **more: object) -> Log:
-    coordinates = {
+    coordinates: dict[str, Any] = {
         "algorithm": ["a", "b"],
         "block": ["1", "2", "3"],
         "parameters": ("block", ["u", "v", "w"]),
@@ -34,7 +35,7 @@ def log_of(path: Path | None, seeds: tuple[int, ...] = (0,), **more: object) -> 
     return Log(coordinates, variables, {"reference": "a", "call": {"x": 1}} | more, path, seeds)
 
 
-def record(value: float) -> dict:
+def record(value: float) -> dict[str, Any]:
     return {
         "cosine": (("algorithm", "block"), np.full((2, 3), value)),
         "loss": ((), np.asarray(value)),

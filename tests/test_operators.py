@@ -6,13 +6,14 @@ import io
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from functools import partial, reduce
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from oracle import total
 from problems import assert_near, normal, spd
 from scipy.sparse import linalg as scipy_linalg
 from torch import Tensor
@@ -65,13 +66,17 @@ def layer_rows(
     """Rows Σ_t vec(g aᵀ), group after group, and the same matrix row by row."""
     g, a = normal(v, n, t, groups, o, seed=seed), normal(n, t, groups, i, seed=seed + 1)
     row = lambda w, m: torch.cat(  # noqa: E731
-        [sum(torch.kron(g[w, m, s, c], a[m, s, c]) for s in range(t)) for c in range(groups)]
+        [total(torch.kron(g[w, m, s, c], a[m, s, c]) for s in range(t)) for c in range(groups)]
     )
     return LayerRows(g, a), torch.stack([row(w, m) for w in range(v) for m in range(n)])
 
 
 def beside() -> tuple[Beside, Tensor]:
-    parts = [layer_rows(2, 2, 1, 1, 2, 3), layer_rows(2, 2, 3, 2, 1, 2, 4), dense_rows(4, 2, 6)]
+    parts: list[tuple[RowMatrix, Tensor]] = [
+        layer_rows(2, 2, 1, 1, 2, 3),
+        layer_rows(2, 2, 3, 2, 1, 2, 4),
+        dense_rows(4, 2, 6),
+    ]
     return Beside(tuple(r for r, _ in parts)), torch.cat([m for _, m in parts], 1)
 
 
@@ -106,9 +111,10 @@ def rotated(*sizes: int, shift: float = 0.3) -> tuple[Operator, Tensor]:
 
 def rotated_compact(*sizes: int) -> tuple[Operator, Tensor]:
     """Few rows added in the eigenbases."""
-    base, _ = rotated(*sizes)
+    base: Any = rotated(*sizes)[0]
     values = base.inside.values
     inside, matrix = compact((Diagonal(values), torch.diag(values)), 3)
+    assert isinstance(inside, Compact)
     basis = reduce(torch.kron, [q.contiguous() for q in base.bases])
     return Rotated(base.bases, inside), basis @ matrix @ basis.T
 
@@ -390,7 +396,7 @@ def test_pack_through_a_file_without_pickled_code_is_exact(name: str) -> None:
 def test_operators_are_values(name: str) -> None:
     operator, _ = OPERATORS[name]()
     with pytest.raises(FrozenInstanceError):
-        setattr(operator, fields(operator)[0].name, None)
+        setattr(operator, fields(cast(Any, operator))[0].name, None)
 
 
 @each
@@ -466,13 +472,14 @@ def test_eigenvectors_are_found_in_double_precision_where_single_fails(
 
     def fails(matrix: Tensor) -> tuple[Tensor, Tensor]:
         if matrix.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")  # type: ignore[attr-defined]  # no stub has it
         return eigh(matrix)
 
     factors = (spd(3).float(), spd(4, 1).float())
     expected = shifted_kronecker(factors, 0.3).dense()
     monkeypatch.setattr(torch.linalg, "eigh", fails)
     found = shifted_kronecker(factors, 0.3)
+    assert isinstance(found.inside, Diagonal)
     assert found.inside.values.dtype == found.bases[0].dtype == torch.float32
     assert_near(found.dense(), expected, 1e-6)
 
@@ -798,8 +805,9 @@ class Twice:
 
 
 def test_scipy_operator_of_one_that_holds_no_tensor_takes_the_dtype_it_is_given() -> None:
-    assert linear_operator(Twice()).dtype == np.float64
-    seen = linear_operator(Twice(), dtype=torch.float32, device="cpu")
+    twice: Any = Twice()
+    assert linear_operator(twice).dtype == np.float64
+    seen = linear_operator(twice, dtype=torch.float32, device="cpu")
     assert seen.dtype == (seen @ np.ones(3)).dtype == np.float32
 
 

@@ -5,11 +5,13 @@ expects of an optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from problems import MODELS, REPRESENTATIVE, batches, problem
+from problems import MODELS, REPRESENTATIVE, Problem, batches, curvature_of, problem
+from test_storage import same as same_state
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, StepLR
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,7 +53,7 @@ def run_ours(
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=LR, **options)
     scheduler = schedule(optimizer) if schedule else None
-    losses = []
+    losses: list[float] = []
     for x, y in batches(p, 50):
         losses.append(optimizer.step(objective.closure(x, y)).item())
         if scheduler:
@@ -66,9 +68,9 @@ def run_torch(
 ) -> tuple[list[float], dict[str, Tensor]]:
     p = problem(model)
     objective = p.objective()
-    optimizer = make(list(p.model.parameters()))
+    optimizer: Any = make(list(p.model.parameters()))
     scheduler = schedule(optimizer) if schedule else None
-    losses = []
+    losses: list[float] = []
     for x, y in batches(p, 50):
         # torch's contract: the closure is called
         losses.append(optimizer.step(objective.closure(x, y)).item())
@@ -127,6 +129,7 @@ def test_batch_norm_in_training_is_torchs(model: str, name: str) -> None:
         p = problem(model)
         p.model.train()
         objective = p.objective()
+        optimizer: Any
         if ours:
             optimizer = cl.optimizer(
                 name, objective, lr=LR, damping=1e-4 if name == "adam" else 0.0
@@ -148,7 +151,7 @@ def test_sgd_with_decoupled_weight_decay_by_hand(model: str) -> None:
     p = problem(model)
     objective = p.objective()
     buffers = {name: torch.zeros_like(w) for name, w in p.model.named_parameters()}
-    losses = []
+    losses: list[float] = []
     for x, y in batches(p, 50):
         losses.append(objective.closure(x, y)().item())
         with torch.no_grad():
@@ -345,7 +348,7 @@ def test_a_scheduled_lr_and_a_group_of_its_own_take_effect() -> None:
     assert not torch.equal(weights(objective)["0.bias"], after["0.bias"])
 
 
-def observe(objective: Objective, p: object) -> dict[str, Tensor]:
+def observe(objective: Objective, p: Problem) -> dict[str, Tensor]:
     return objective.closure(p.x, p.y).observe().gradients
 
 
@@ -423,6 +426,7 @@ WITHOUT_WAITING = [
     "kfac",
     "kfac-20",
     "kfac-ef",
+    "kfac-reduce",
     "kflr",
     "tnt",
     "tnt-ef",
@@ -447,7 +451,7 @@ def test_a_step_on_a_gpu_reads_no_number(name: str) -> None:
     optimizer = cl.optimizer(name, objective, lr=1e-3, **({"pairs": 3} if "-l" in name else {}))
     optimizer.soundness.late = True  # as on a GPU
     assert not optimizer.warm_start([(p.x, p.y)]) or optimizer.descent.curvature.ready
-    period = 2 * optimizer.descent.curvature.cadence.refresh_every
+    period = 2 * curvature_of(optimizer).cadence.refresh_every
     for _ in range(max(period, 8)):
         optimizer.step(objective.closure(p.x, p.y))
     closure = objective.closure(p.x, p.y)
@@ -522,7 +526,8 @@ def test_step_refuses_what_is_not_a_closure_of_its_objective() -> None:
     p = problem("tanh")
     objective, other = p.objective(), p.objective()
     optimizer = cl.optimizer("sgd-m", objective)
-    for wrong in (other.closure(p.x, p.y), lambda: torch.tensor(0.0), None):
+    mistakes: tuple[Any, ...] = (other.closure(p.x, p.y), lambda: torch.tensor(0.0), None)
+    for wrong in mistakes:
         with pytest.raises(cl.CurvlabError, match=r"optimizer.step\(objective.closure\(x, y\)\)"):
             optimizer.step(wrong)
 
@@ -616,6 +621,22 @@ def test_the_state_dict_of_another_algorithm_is_refused(saved: str, loaded: str)
         stepped(loaded).load_state_dict(stepped(saved).state_dict())
 
 
+@pytest.mark.parametrize("name", ["kfac", "adam", "lbfgs"])
+@pytest.mark.parametrize("spoil", ["state", "objective"])
+def test_a_state_dict_that_fails_half_way_is_not_taken(name: str, spoil: str) -> None:
+    """Of another version of torch, or made by hand: the method's own part comes first."""
+    saved, loaded = stepped(name), stepped(name)
+    saved.step(saved.objective.closure(problem("tanh").x, problem("tanh").y))
+    before, state = deepcopy(loaded.state_dict()), saved.state_dict()
+    if spoil == "state":
+        del state["state"]
+    else:
+        state["curvlab"]["objective"] = None
+    with pytest.raises((KeyError, TypeError, AttributeError)):
+        loaded.load_state_dict(state)
+    assert same_state(loaded.state_dict(), before)
+
+
 def test_state_dict_is_torchs_with_one_entry_more() -> None:
     optimizer = stepped("kfac")
     state = optimizer.state_dict()
@@ -653,8 +674,10 @@ def test_double_grad_averages_over_the_last_minibatch_too(name: str, every: int)
         # steps count from 1: T divides the number of the last
         looked = step > 0 and step % every == 0
         both = [(x, y), data[step - 1]] if looked else [(x, y)]
-        joint = [torch.cat(part) for part in zip(*both, strict=True)]
-        expected = objective.closure(*joint).observe().gradients  # one minibatch of twice the size
+        both_x, both_y = (torch.cat(part) for part in zip(*both, strict=True))
+        expected = (
+            objective.closure(both_x, both_y).observe().gradients
+        )  # one minibatch of twice the size
         before, H = weights(objective), optimizer.descent.curvature.inverse
         optimizer.step(objective.closure(x, y))
         for block in objective.blocks:

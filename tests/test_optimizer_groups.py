@@ -11,6 +11,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def made(
         return p, objective, cl.optimizer(name, objective, lr=lr, **options)
 
 
-def regroup(optimizer: Optimizer, *chosen: tuple[Callable[[str], bool], dict[str, float]]) -> None:
+def regroup(optimizer: Optimizer, *chosen: tuple[Callable[[str], bool], dict[str, Any]]) -> None:
     """Every group emptied, then one for each choice of names; whoever is chosen by none is in no
     group.
     """
@@ -116,7 +117,7 @@ def test_groups_are_those_of_adamw(
     )
     for ours in (True, False):
         p, objective, optimizer = made("adam", damping=1e-4)
-        stepper: torch.optim.Optimizer = optimizer
+        stepper: Any = optimizer
         if ours:
             regroup(optimizer, *groups)
         else:
@@ -176,8 +177,9 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
 def test_a_schedule_of_momentum_is_torchs(name: str, schedule: str) -> None:
     ends, betas = [], []
     for ours in (True, False):
-        p, objective, optimizer = made(name, **({"damping": 1e-4} if name == "adam" else {}))
-        stepper: torch.optim.Optimizer = optimizer
+        options: dict[str, Any] = {"damping": 1e-4} if name == "adam" else {}
+        p, objective, optimizer = made(name, **options)
+        stepper: Any = optimizer
         if not ours and name == "adam":
             stepper = torch.optim.Adam(p.model.parameters(), LR, betas=(0.9, 0.999), eps=1e-4)
         elif not ours:
@@ -314,7 +316,7 @@ def test_tensors_that_are_not_the_objectives_are_refused() -> None:
         r" objective: put it into the model"
     )
     for params in ([foreign], foreign, (p for p in [foreign])):
-        refusal(lambda params=params: optimizer.add_param_group({"params": params}), line)
+        refusal(partial(optimizer.add_param_group, {"params": params}), line)
     refusal(
         lambda: optimizer.add_param_group({"params": [("head.weight", foreign)]}),
         "parameter 'head.weight' in a parameter",
@@ -325,7 +327,7 @@ def test_tensors_that_are_not_the_objectives_are_refused() -> None:
     ):  # torch's
         optimizer.add_param_group({"params": [own]})
     with pytest.raises(TypeError):  # torch's
-        optimizer.add_param_group([own])
+        optimizer.add_param_group([own])  # type: ignore[arg-type]  # wrong on purpose
     assert len(optimizer.param_groups) == 1
 
 
@@ -518,7 +520,7 @@ def test_pickling_says_what_to_do(use: Callable[[Optimizer], object]) -> None:
 # frozen, thawed
 
 
-FREEZES: dict[str, Callable[[nn.Sequential], list[nn.Parameter]]] = {
+FREEZES: dict[str, Callable[[Any], list[nn.Parameter]]] = {
     "layer": lambda m: list(m[2].parameters()),
     "last": lambda m: list(m[4].parameters()),
     "weight": lambda m: [m[2].weight],
@@ -750,7 +752,7 @@ def test_a_state_without_an_inverse_of_other_widths_is_refused(name: str) -> Non
 
     def absorbed(*widths: int) -> Any:
         objective = Objective(net(*widths), Categorical())
-        curvature = approximation(name, objective, damping=0.3)
+        curvature: Any = approximation(name, objective, damping=0.3)
         curvature.averaging = replace(curvature.averaging, warm=True)
         x = torch.randn(
             6, widths[0], dtype=torch.float64, generator=torch.Generator().manual_seed(1)

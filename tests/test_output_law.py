@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.func import grad, hessian, vmap
 from curvlab import errors, output_law
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, root_of, sample_of
-from curvlab.output_law import Law, law_of, refusal
+from curvlab.output_law import Law, Root, law_of, refusal
 
 W = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
 
@@ -122,9 +123,10 @@ class Heads(Own):
         return z[:, :3], z[:, 3:]
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
-        return sum(
+        one, two = (
             F.cross_entropy(part, y[:, i], reduction="none") for i, part in enumerate(self._each(z))
         )
+        return one + two
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         return torch.stack([Categorical().sample(part, generator) for part in self._each(z)], 1)
@@ -142,11 +144,11 @@ class Precisions(Own):
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
         return 0.5 * (y[:, 1] * (z - y[:, 0]).square()).sum(1)
 
-    def sample(self, z: Tensor, generator: torch.Generator, y: Tensor) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator, y: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         drawn = z + torch.randn(z.shape, generator=generator, dtype=z.dtype) / y[:, 1].sqrt()
         return torch.stack([drawn, y[:, 1]], 1)
 
-    def root(self, z: Tensor, y: Tensor) -> Tensor:
+    def root(self, z: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return diagonal(y[:, 1].sqrt())
 
 
@@ -156,20 +158,20 @@ class Masked(Own):
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(z, y, ignore_index=-1, reduction="none").sum(1)
 
-    def sample(self, z: Tensor, generator: torch.Generator, y: Tensor) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator, y: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return torch.where(y == -1, -1, Categorical().sample(z, generator))
 
-    def root(self, z: Tensor, y: Tensor) -> Tensor:
+    def root(self, z: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return Categorical(-1).root(z, y)
 
 
 class RootForgetsTheMask(Masked):
-    def root(self, z: Tensor) -> Tensor:
+    def root(self, z: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return Categorical().root(z)
 
 
 class SampleForgetsTheMask(Masked):
-    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return Categorical().sample(z, generator)
 
 
@@ -205,7 +207,7 @@ class Weighted(Categorical):
 
 
 class WeightedKnowingly(Weighted):
-    def root(self, z: Tensor, y: Tensor) -> Tensor:
+    def root(self, z: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return super().root(z) * W.to(z.dtype)[y].sqrt()[:, None]
 
 
@@ -217,7 +219,7 @@ class SlightlyWeighted(Categorical):
             z, y, weight=torch.tensor([1.0, 1.001, 0.999], dtype=z.dtype), reduction="none"
         )
 
-    def root(self, z: Tensor, y: Tensor) -> Tensor:
+    def root(self, z: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return super().root(z) * torch.tensor([1.0, 1.001, 0.999], dtype=z.dtype)[y].sqrt()[:, None]
 
 
@@ -338,38 +340,38 @@ class Focal(Categorical):
 class Hot(Categorical):
     """Labels of another temperature than the loss's."""
 
-    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return super().sample(z / 3, generator)
 
 
 class Wide(Gaussian):
     """Labels of twice the variance: their scores have mean zero all the same."""
 
-    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return z + math.sqrt(2) * torch.randn(z.shape, generator=generator, dtype=z.dtype)
 
 
 class Global(Gaussian):
     """Draws from the global generator, as torch.distributions does."""
 
-    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return torch.distributions.Normal(z, torch.ones_like(z)).sample()
 
 
 class Rootless(Gaussian):
-    def root(self, z: Tensor) -> Tensor:
+    def root(self, z: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         raise NotImplementedError
 
 
 class Sampleless(Gaussian):
-    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         raise NotImplementedError
 
 
 class SquareRoot(Gaussian):
     """A root of another shape: [N, C, C] where [V, N, C] is asked for."""
 
-    def root(self, z: Tensor) -> Tensor:
+    def root(self, z: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return torch.eye(z.shape[1], dtype=z.dtype).expand(len(z), -1, -1)
 
 
@@ -379,14 +381,14 @@ class Misshapen(Gaussian):
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
         return super().loss(z, y + torch.zeros_like(z))
 
-    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return torch.zeros(len(z) + 1, *z.shape[1:], dtype=z.dtype)
 
 
 class Overflowing(Gaussian):
     """Labels at which the loss is not finite."""
 
-    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
         return torch.full_like(z, math.nan)
 
     def loss(self, z: Tensor, y: Tensor) -> Tensor:
@@ -580,12 +582,17 @@ def test_what_is_found_of_a_likelihood(name: str) -> None:
     assert re.search(case.why, law.why), law.why
 
 
+def the_root(law: Law) -> Root:
+    assert law.root is not None, law.why
+    return law.root
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.root != "none"])
 def test_the_root_is_that_of_the_loss(name: str) -> None:
     """S Sᵀ = ∂²ℓ/∂z² by torch.func, whoever gave S: at these outputs, and at others."""
     case = CASES[name]
     likelihood = case.likelihood()
-    root = law_of(likelihood, case.z, case.y).root
+    root = the_root(law_of(likelihood, case.z, case.y))
     for z in (case.z, case.z / 2):
         found = root(z, case.y)
         assert found.shape[1:] == z.shape
@@ -598,14 +605,14 @@ def test_class_weights_have_the_closed_form() -> None:
     p = Z.softmax(1)
     expected = W[Y][:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
     for likelihood in (Weighted(), WeightedKnowingly()):
-        assert_near(outer(law_of(likelihood, Z, Y).root(Z, Y)), expected)
+        assert_near(outer(the_root(law_of(likelihood, Z, Y))(Z, Y)), expected)
     # what was taken before
     assert float((outer(Weighted().root(Z)) - expected).norm() / expected.norm()) > 0.5
 
 
 def test_the_root_is_symmetric_and_follows_the_labels() -> None:
     """Of one example it is the symmetric root; at other labels it is that of their Hessian."""
-    root = law_of(Weighted(), Z, Y).root
+    root = the_root(law_of(Weighted(), Z, Y))
     found = root(Z, Y)
     assert_near(found.permute(1, 0, 2), found.permute(1, 2, 0))
     other = (Y + 1) % 3
@@ -615,7 +622,7 @@ def test_the_root_is_symmetric_and_follows_the_labels() -> None:
 
 def test_masked_places_have_no_curvature() -> None:
     for likelihood in (Masked(), RootForgetsTheMask(), Subclass(-1)):
-        found = law_of(likelihood, TOKENS, MASK).root(TOKENS, MASK)
+        found = the_root(law_of(likelihood, TOKENS, MASK))(TOKENS, MASK)
         assert float(found.movedim(2, -1)[:, MASK == -1].abs().max()) < 1e-12
 
 
@@ -632,10 +639,10 @@ def test_enumerated_labels_of_what_follows() -> None:
             total += p[:, label, None, None] * g[:, :, None] * g[:, None]
         return total
 
-    assert_near(enumerated(Subclass()), outer(law_of(Subclass(), Z, Y).root(Z, Y)))
+    assert_near(enumerated(Subclass()), outer(the_root(law_of(Subclass(), Z, Y))(Z, Y)))
     for likelihood in (WeightedKnowingly(), Weighted(), SlightlyWeighted()):
         law = law_of(likelihood, Z, Y)
-        assert float((enumerated(likelihood) - outer(law.root(Z, Y))).abs().max()) > 1e-4
+        assert float((enumerated(likelihood) - outer(the_root(law)(Z, Y))).abs().max()) > 1e-4
         assert not law.follows
 
 
@@ -703,10 +710,10 @@ def test_what_is_found_does_not_depend_on_the_unit_of_the_outputs(name: str, fac
         def loss(self, z: Tensor, y: Tensor) -> Tensor:
             return inner.loss(z / factor, y)
 
-        def sample(self, z: Tensor, generator: torch.Generator, y: Tensor) -> Tensor:
+        def sample(self, z: Tensor, generator: torch.Generator, y: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
             return sample_of(inner, z / factor, generator, y)
 
-        def root(self, z: Tensor, y: Tensor) -> Tensor:
+        def root(self, z: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]  # takes labels, or not, in its own way
             return root_of(inner, z / factor, y) / factor
 
     law = law_of(Units(), factor * case.z, case.y)
@@ -748,15 +755,17 @@ def test_built_in_likelihoods_are_taken_as_they_are(
     z, y = (TOKENS, MASK) if isinstance(likelihood, Categorical) else (Z, Z.sigmoid())
     law = law_of(likelihood, z, y)
     assert (law.follows, law.why) == (True, "")
-    assert torch.equal(law.root(z, y), likelihood.root(z, y))
+    assert torch.equal(the_root(law)(z, y), likelihood.root(z, y))
 
 
 def test_a_built_in_that_carries_a_loss_of_its_own_is_looked_at() -> None:
     likelihood = Gaussian()
-    likelihood.loss = NoHalf().loss
+    likelihood.loss = NoHalf().loss  # type: ignore[method-assign]  # on purpose
     law = law_of(likelihood, Z, PACKED[:, 0])
     assert not law.follows
-    assert_near(outer(law.root(Z, PACKED[:, 0])), 2 * torch.eye(3, dtype=Z.dtype).expand(6, 3, 3))
+    assert_near(
+        outer(the_root(law)(Z, PACKED[:, 0])), 2 * torch.eye(3, dtype=Z.dtype).expand(6, 3, 3)
+    )
 
 
 @each
@@ -779,17 +788,16 @@ def test_no_state_moves(name: str) -> None:
         assert likelihood.log_precision.grad is None
     assert law.why == again.why == third.why
     if law.root is not None:
-        assert torch.equal(law.root(z, y), again.root(z, y))
-        assert torch.equal(law.root(z, y), root)
+        assert torch.equal(the_root(law)(z, y), the_root(again)(z, y))
+        assert root is not None
+        assert torch.equal(the_root(law)(z, y), root)
 
 
 # ----------------------------------------------------------------------
 # what is no likelihood
 
 
-def loss_of(
-    loss: Callable[[Tensor, Tensor], Tensor], base: type[Likelihood] = Gaussian
-) -> Likelihood:
+def loss_of(loss: Callable[[Tensor, Tensor], Any], base: type[Likelihood] = Gaussian) -> Likelihood:
     return type("Mine", (base,), {"loss": lambda self, z, y: loss(z, y)})()
 
 
@@ -801,7 +809,7 @@ GAUSS = PACKED[:, 0]
 TOKENWISE = torch.tensor(
     [[0, 1, 2, -1], [1, 2, -1, -1], [0, 0, 1, 2], [1, -1, -1, -1], [2, 2, 0, 1]]
 )
-REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor, str]] = {
+REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Any], Tensor, Tensor, str]] = {
     "mean": (
         lambda z, y: (z - y).square().mean(),
         Z,
@@ -893,7 +901,7 @@ def test_division_by_an_examples_own_tokens_is_its_own_business() -> None:
     assert "PerSequence.root is off" in law.why
     assert not law.follows  # scores of labels drawn have second moment 1/t², and the Hessian 1/t
     assert_near(
-        outer(law.root(TOKENS, TOKENWISE)), output_hessian(PerSequence(), TOKENS, TOKENWISE)
+        outer(the_root(law)(TOKENS, TOKENWISE)), output_hessian(PerSequence(), TOKENS, TOKENWISE)
     )
 
 
@@ -903,7 +911,7 @@ def test_one_example_and_one_output() -> None:
     assert law_of(Subclass(), Z[:, :1], 0 * Y).why == ""  # one class is certain
     real = type("Real", (Gaussian,), {})()
     law = law_of(real, Z[:, 0], GAUSS[:, 0])  # outputs [N]
-    assert (law.why, law.root(Z[:, 0], GAUSS[:, 0]).shape) == ("", (1, 6))
+    assert (law.why, the_root(law)(Z[:, 0], GAUSS[:, 0]).shape) == ("", (1, 6))
 
 
 def test_all_of_it_ignored() -> None:
@@ -923,13 +931,13 @@ def test_a_loss_that_is_not_finite_has_no_root() -> None:
 def test_a_loss_that_has_no_second_derivative() -> None:
     class Once(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, z: Tensor) -> Tensor:
+        def forward(ctx: Any, z: Tensor) -> Tensor:
             ctx.save_for_backward(z)
             return 0.5 * z.square().sum(1)
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx, v: Tensor) -> Tensor:
+        def backward(ctx: Any, v: Tensor) -> Tensor:
             return v[:, None] * ctx.saved_tensors[0]
 
     def ctc(z: Tensor, y: Tensor) -> Tensor:
@@ -972,7 +980,7 @@ def test_a_root_too_large_is_said_and_not_made(monkeypatch: pytest.MonkeyPatch) 
     assert (law.root, law.follows) == (None, True)  # labels need no root
     assert "\n" not in law.why
     monkeypatch.undo()
-    root = law_of(Weighted(), Z, Y).root
+    root = the_root(law_of(Weighted(), Z, Y))
     monkeypatch.setattr(errors, "_memory", lambda: 1500)
     with pytest.raises(
         CurvlabError,
@@ -998,7 +1006,7 @@ def test_many_outputs(shape: tuple[int, ...]) -> None:
 def test_very_many_outputs_are_looked_at_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_law, "_NUMBERS", 64)
     sizes: list[int] = []
-    likelihood = loss_of(lambda z, y: (sizes.append(len(z)), Gaussian().loss(z, y))[1])
+    likelihood = loss_of(lambda z, y: (sizes.append(len(z)), Gaussian().loss(z, y))[1])  # type: ignore[func-returns-value]  # for its effect
     law = law_of(likelihood, normal(100, 4), normal(100, 4, seed=1))
     assert (law.follows, law.why) == (True, "")
     assert max(sizes) == 64

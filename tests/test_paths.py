@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from curvlab.system import paths
 )
 def test_what_no_path_can_be(path: object, says: str) -> None:
     with pytest.raises(cl.CurvlabError, match=says) as caught:
-        paths.given(path)  # type: ignore[arg-type]
+        paths.given(path)  # type: ignore[arg-type]  # wrong on purpose
     assert len(str(caught.value)) < 400
     assert str(caught.value).isprintable()
 
@@ -121,7 +122,7 @@ def _fill(folder: Path, file: str) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_folders_of_others(odd: Path) -> None:
     (odd / "folder").chmod(0o500)
-    for check in (paths.check_file, paths.check_folder):
+    for check in (partial(paths.check_file, what="file"), paths.check_folder):
         with pytest.raises(cl.CurvlabError, match=r"is not yours to write to|Permission denied"):
             check(odd / "folder" / "x")
 
@@ -184,9 +185,9 @@ def test_pictures(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("nowhere/x.png", "there is no folder"),
     ):
         with pytest.raises(cl.CurvlabError, match=says):
-            pictures.check(odd / name)
+            pictures.check_picture(odd / name)
     monkeypatch.setenv("PATH", str(odd))
     with pytest.raises(cl.CurvlabError, match=r"'\.pgf' by .*tex, which is not there"):
-        pictures.check(odd / "x.pgf")
+        pictures.check_picture(odd / "x.pgf")
     for name in ("x.png", "x.PNG", "x.svg", "x.pdf"):
-        assert pictures.check(odd / name) == odd / name
+        assert pictures.check_picture(odd / name) == odd / name

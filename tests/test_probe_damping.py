@@ -5,12 +5,14 @@ numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from problems import batches, problem
+from problems import batches, curvature_of, grad_of, problem
 from torch import Tensor
 
 import curvlab as cl
@@ -22,7 +24,7 @@ MU1 = 0.2
 VARIABLES = list(PROBES["damping"].variables)
 
 
-def looked(model: torch.nn.Module, x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def looked(model: Any, x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Mean pre-activation, and mean derivative of each example's loss in it, of every linear layer:
     by autograd.
     """
@@ -40,7 +42,7 @@ def looked(model: torch.nn.Module, x: Tensor, y: Tensor) -> tuple[list[Tensor], 
     ("algorithm", "damp"), [("k-bfgs-20", double_damping), ("k-bfgs", powell_levenberg)]
 )
 def test_pairs_of_k_bfgs_are_those_of_a_step_seen_from_outside(
-    algorithm: str, damp: object
+    algorithm: str, damp: Callable[..., Any]
 ) -> None:
     """s, y from two forwards and backwards of the bare model around each step; H_g as it stood
     before it; ratios by hand.
@@ -60,7 +62,7 @@ def test_pairs_of_k_bfgs_are_those_of_a_step_seen_from_outside(
     )
     ds = run.dataset
     optimizer.warm_start(data[:2])
-    blocks = optimizer.descent.curvature.blocks
+    blocks = curvature_of(optimizer).blocks
     s = y = None
     for step, (x, t) in enumerate(data):
         H = [b.factors[0].clone() if step else None for b in blocks.values()]
@@ -74,7 +76,8 @@ def test_pairs_of_k_bfgs_are_those_of_a_step_seen_from_outside(
             H_g = torch.eye(len(s[i]), dtype=torch.float64) * (
                 1 / math.sqrt(lam) if algorithm == "k-bfgs" else 1.0
             )
-            H_g = H_g if H[i] is None else H[i]
+            known = H[i]
+            H_g = H_g if known is None else known
             at = ds.isel(damping_step=step, algorithm=0, block=i).sel(pair="g")
             expected = damp(s[i], y[i], H_g, MU1, math.sqrt(lam))
             for stage, (u, v) in (("before", (s[i], y[i])), ("after", (expected.s, expected.y))):
@@ -148,7 +151,7 @@ def test_only_pairs_of_the_step_itself() -> None:
     ds = cl.train(
         p.objective(), batches(p, 7), algorithm="k-bfgs", lr=0.1, update_every=3, probes=["damping"]
     ).dataset
-    there = np.isfinite(ds["pair_skipped"].sel(pair="g"))[:, 0, 0].values.tolist()
+    there = np.isfinite(ds["pair_skipped"].sel(pair="g").values)[:, 0, 0].tolist()
     assert there == [k % 3 == 0 for k in range(1, 8)]
 
 
@@ -206,7 +209,7 @@ def test_pairs_of_l_bfgs_by_two_gradients_and_a_dense_inverse() -> None:
 
     def flat(of: str) -> Tensor:
         tensors = {
-            n: (q.grad if of == "grad" else q.detach()).clone()
+            n: (grad_of(q) if of == "grad" else q.detach()).clone()
             for n, q in objective.parameters.items()
         }
         return objective.layout.flatten(tensors)
@@ -237,13 +240,13 @@ def test_numbers_that_are_tensors_on_a_device_and_plain_ones_are_one() -> None:
     optimizer = cl.optimizer("k-bfgs-20", objective, lr=0.5, damping=0.3)
     for x, y in batches(p, 3):
         optimizer.step(objective.closure(x, y))
-    curvature = optimizer.descent.curvature
+    curvature: Any = optimizer.descent.curvature
     observation = objective.closure(p.x, p.y).observe()
     directions = {"k": {b.name: torch.ones(b.shape, dtype=torch.float64) for b in objective.blocks}}
     frame = Frame(0, observation, directions, "k", 1.0, curvatures={"k": curvature})
     plain = PROBES["damping"].record(frame)
 
-    def tensors(products: object) -> object:
+    def tensors(products: Any) -> Any:
         return replace(
             products,
             **{

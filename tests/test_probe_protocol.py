@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.curvature.base import (
     BlockDefaults,
+    CurvatureBlock,
     CurvatureDefaults,
     FactorBounds,
     LearntPair,
@@ -28,6 +30,7 @@ from curvlab.linalg.bfgs import accept, undamped
 from curvlab.linalg.bounds import Bounds
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator, identity_like
 from curvlab.probes import PROBES, Frame
+from curvlab.statistics import LayerStatistics
 
 FOLDER = Path(cl.__file__).parent / "probes"
 
@@ -45,8 +48,8 @@ def test_no_probe_looks_for_members_or_reads_private_ones(path: Path) -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_method_of_the_package_has_all_members(name: str) -> None:
     """So that none of them is completed: what it does not say is what it inherits."""
-    curvature = cl.approximation(name, problem().objective())
-    assert with_defaults(curvature) is curvature
+    curvature: Any = cl.approximation(name, problem().objective())
+    assert cast(object, with_defaults(curvature)) is curvature
     for block in getattr(curvature, "blocks", {}).values():
         assert block_with_defaults(block) is block
 
@@ -59,8 +62,8 @@ class Minimal:
     def __init__(self) -> None:
         self.v: Tensor | None = None
 
-    def update(self, statistics: object, weight: float) -> None:
-        self.v = statistics.gradient.square().flatten()  # type: ignore[attr-defined]  # LayerStatistics
+    def update(self, statistics: LayerStatistics, weight: float) -> None:
+        self.v = statistics.gradient.square().flatten()
 
     def refresh(self, damping: float) -> None:
         assert self.v is not None
@@ -127,9 +130,14 @@ def shown(curvature: object) -> dict[str, np.ndarray]:
     return found
 
 
-def made_of(block: type[Minimal]) -> BlockDiagonal:
+def made_of(block: type[Minimal]) -> Any:
+    """A `BlockDiagonal`, of blocks that say less than `CurvatureBlock`."""
     blocks = problem().objective().blocks
-    return BlockDiagonal(blocks, lambda b: block(), CurvatureSettings(labels="data", damping=0.2))
+    return BlockDiagonal(
+        blocks,
+        lambda b: cast(CurvatureBlock, block()),
+        CurvatureSettings(labels="data", damping=0.2),
+    )
 
 
 def test_a_block_with_nothing_but_the_protocol_is_seen_as_far_as_it_goes() -> None:
@@ -165,6 +173,38 @@ def test_a_block_of_a_users_own_says_what_it_has_without_inheriting() -> None:
     assert not with_defaults(curvature).learnt()
 
 
+class Others(CurvatureDefaults):
+    """A curvature of a user's own that has the blocks in another order, not all, and one more."""
+
+    refreshed = 0.2
+
+    def __init__(self, of: BlockDiagonal) -> None:
+        first, *others = of.blocks
+        self.blocks = {name: of.blocks[name] for name in reversed(others)}
+        self.blocks["elsewhere"] = of.blocks[first]
+
+    def inverses(self) -> dict[str, Operator]:
+        return {name: block.inverse for name, block in self.blocks.items()}
+
+
+def test_other_blocks_than_the_models_are_found_by_their_names() -> None:
+    """Each variable stands at the place of its block's name; what the model lacks, nowhere."""
+    whole = made_of(Further)
+    expected, found = shown(whole), shown(Others(whole))
+    names = [
+        name
+        for one in PROBES.values()
+        if "train" in one.where
+        for name, variable in one.variables.items()
+        if variable.dims[:2] == ("algorithm", "block") and "norm" not in name
+    ]
+    assert {"eigenvalue_high", "pair_step", "shift", "condition", "matrix_error"} <= set(names)
+    for name in names:
+        np.testing.assert_array_equal(found[name][:, 1:], expected[name][:, 1:], err_msg=name)
+        assert (np.isnan(found[name][:, 0]) | (found[name][:, 0] == 0)).all(), name
+    assert np.isnan(found["rho"][0, 0]), "of no block too few there is a model of the loss"
+
+
 def test_a_curvature_of_a_users_own_and_none_at_all() -> None:
     size = len(problem().objective().layout)
     values = torch.linspace(1, 4, size, dtype=torch.float64)
@@ -196,7 +236,7 @@ def test_defaults_are_one_answer_for_each_member() -> None:
         False,
     )
     assert block.bounds(0.1, 1.0) == FactorBounds()
-    own.inverse = Kronecker((torch.eye(2), torch.eye(3)))
+    own.inverse = Kronecker((torch.eye(2), torch.eye(3)))  # type: ignore[assignment]  # no more `Diagonal`
     assert block.held is own.inverse
     assert [len(f) for f in block.kronecker_factors()] == [2, 3]
     assert block_with_defaults(Further()).estimates()

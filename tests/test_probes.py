@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from problems import batches, problem
+from problems import batches, grad_of, problem
 from torch import Tensor
 
 import curvlab as cl
 from curvlab.observation import PASSES
 from curvlab.probes import PROBES, Frame, asked, cosines_to, select_probes
 from curvlab.runs import ALWAYS
-from curvlab.training.records import VARIABLES as TRAINING
+from curvlab.training.records import TRAINING_VARIABLES as TRAINING
 
 
 def frame(zero: bool = False) -> Frame:
@@ -45,8 +45,8 @@ def test_cosines_are_those_of_torch() -> None:
                 d[block].flatten(), f.directions["two"][block].flatten(), dim=0
             )
             assert record["cosine"][1][i, j] == pytest.approx(float(expected), abs=1e-14)
-        whole = [torch.cat([v.flatten() for v in x.values()]) for x in (d, f.directions["two"])]
-        expected = torch.nn.functional.cosine_similarity(*whole, dim=0)
+        one, two = (torch.cat([v.flatten() for v in x.values()]) for x in (d, f.directions["two"]))
+        expected = torch.nn.functional.cosine_similarity(one, two, dim=0)
         assert record["cosine_all"][1][i] == pytest.approx(float(expected), abs=1e-14)
     assert record["cosine"][1][1].tolist() == pytest.approx([1.0] * 3)
 
@@ -76,7 +76,7 @@ def test_numbers_stand_at_their_own_block_where_a_layer_has_no_rule() -> None:
         of = [objective.parameters[name] for name in b.params]
         lengths = [
             torch.cat([t.flatten() for t in each]).norm()
-            for each in ([q.grad for q in of], [q.detach() for q in of])
+            for each in ([grad_of(q) for q in of], [q.detach() for q in of])
         ]
         assert found["minibatch_gradient_norm"][i] == pytest.approx(
             float(lengths[0]), rel=1e-10, abs=1e-12

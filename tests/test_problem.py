@@ -114,4 +114,4 @@ def test_names_are_those_of_the_tables_or_the_users_choice(counting: str) -> Non
 )
 def test_what_is_unknown_is_said(wrong: dict[str, object], line: str) -> None:
     with pytest.raises(CurvlabError, match=line):
-        Problem(**({"model": "mlp-256-20"} | wrong)).check()  # type: ignore[arg-type]
+        Problem(**({"model": "mlp-256-20"} | wrong)).check()  # type: ignore[arg-type]  # wrong on purpose

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_the_twelve_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert len([line for line in script.splitlines() if line]) <= 12
     exec(compile(script, "README.md", "exec"), {})
     assert re.fullmatch(
-        r"loss 2\.\d{3}, KFAC bounded by \d+, exact Fisher block has 420 rows\n",
+        r"loss 2\.\d{3}, KFAC at most \d+, exact Fisher block of 420 rows\n",
         capsys.readouterr().out,
     )
 
@@ -116,7 +117,7 @@ def test_the_training_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_your_own_model(capsys: pytest.CaptureFixture[str]) -> None:
-    here: dict[str, object] = {}
+    here: dict[str, Any] = {}
     exec(
         compile(
             block_after("<!-- your own model, executed by the tests -->", page("own_model")),
@@ -129,6 +130,10 @@ def test_your_own_model(capsys: pytest.CaptureFixture[str]) -> None:
     objective, x, y, F = (here[name] for name in ("objective", "x", "y", "F"))
     other = cl.exact.matrix(objective, x, y, kind="ggn", block="1", route="func")
     torch.testing.assert_close(F.dense(), other.dense(), rtol=1e-4, atol=1e-7)
+    more = "<!-- minibatches of several tensors, executed by the tests -->"
+    exec(compile(block_after(more, page("own_model")), "own_model.md", "exec"), here)
+    single = cl.exact.matrix(here["objective"], here["batch"], None, kind="ggn", block="2")
+    torch.testing.assert_close(here["F"].dense(), single.dense(), rtol=1e-5, atol=1e-8)
 
 
 def test_all_probes_together_at_most_double_a_training_step() -> None:
@@ -169,6 +174,7 @@ def test_the_damping_rule_is_as_written() -> None:
         "kfac",
         "kfac-20",
         "kfac-ef",
+        "kfac-reduce",
         "kflr",
     )
     for name in (*same, "smw-ng-bd", "smw-ng", "smw-gn", "hf"):

@@ -18,13 +18,14 @@ import h5netcdf
 import pytest
 import torch
 import xarray as xr
+from problems import dense
 from test_hostile import small
 from torch import nn
 
 import curvlab as cl
 from curvlab import datasets
 from curvlab.cli import app as cli
-from curvlab.datasets import Dataset, Entry
+from curvlab.datasets import DataEntry, Dataset
 
 pytestmark = pytest.mark.filterwarnings("default::curvlab.errors.CurvlabWarning")
 
@@ -303,7 +304,7 @@ def dark() -> tuple[Dataset, Dataset]:
     """With pixels that are always black, as MNIST's."""
     train, test = small()
     for part in (train, test):
-        part.x[:, :4] = 0
+        dense(part)[:, :4] = 0
     return train, test
 
 
@@ -311,7 +312,7 @@ def dark() -> tuple[Dataset, Dataset]:
 def here(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder with a module of the user's, folders where pictures would go, and a run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(datasets.DATASETS, "mnist16", Entry("made", dark))
+    monkeypatch.setitem(datasets.DATASETS, "mnist16", DataEntry("made", dark))
     (tmp_path / "own.py").write_text(OWN)
     for name in ("training.png", "cosine.png"):
         (tmp_path / "taken" / name).mkdir(parents=True)

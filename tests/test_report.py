@@ -30,7 +30,7 @@ from torch import nn
 import curvlab as cl
 from curvlab import datasets, probes
 from curvlab.cli import app as cli
-from curvlab.datasets import Dataset, Entry
+from curvlab.datasets import DataEntry, Dataset
 from curvlab.models import MODELS
 from curvlab.show import about, figures, tables
 from curvlab.show.svg import inline
@@ -94,7 +94,7 @@ def _tiny() -> Iterator[None]:
         build=lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(datasets.DATASETS, "tiny", Entry("tiny", lambda: (data, data)))
+        patch.setitem(datasets.DATASETS, "tiny", DataEntry("tiny", lambda: (data, data)))
         patch.setitem(MODELS, HOSTILE, model)
         yield
 
@@ -376,7 +376,7 @@ def rows_of(page: Page) -> list[list[str]]:
 def parsed(words: list[str]) -> dict[str, Any]:
     """What the command line understands, in a log's words."""
     assert words[0] == "curvlab"
-    command = typer.main.get_command(cli.app).commands[words[1]]  # type: ignore[attr-defined]
+    command = typer.main.get_command(cli.app).commands[words[1]]  # type: ignore[attr-defined]  # a group
     params = dict(command.make_context(words[1], words[2:]).params)
     assert not params.pop("verbose")  # what is printed is no part of a run
     out = params.pop("out_folder")
@@ -415,9 +415,8 @@ def test_a_call_from_python_reads_as_one(tmp_path: Path) -> None:
 
 
 def test_the_length_of_compare_is_the_command_lines() -> None:
-    (option,) = (
-        p for p in typer.main.get_command(cli.app).commands["compare"].params if p.name == "steps"
-    )  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(cli.app)
+    (option,) = (p for p in group.commands["compare"].params if p.name == "steps")
     assert str(option.help).startswith(f"Steps; {about.STEPS_OF_COMPARE} unless")
 
 
@@ -859,7 +858,7 @@ def test_ticks_of_a_narrow_logarithmic_axis_differ(odd: Path) -> None:
 
 def test_the_title_of_a_narrow_figure_stands_within_it(odd: Path) -> None:
     ds = cl.open(odd / "every").assign_attrs(model="a-network-with-a-name", data="some-data")
-    figure = figures.draw(ds, "damping")
+    figure: Any = figures.draw(ds, "damping")
     figure.draw_without_rendering()
     assert figure.get_size_inches()[0] < 5
     box = figure._suptitle.get_window_extent()

@@ -36,23 +36,23 @@ from curvlab.reproduction import (
     Options,
     Row,
     Scaling,
-    load,
+    load_script,
     reproduce,
     scripts,
 )
 from curvlab.reproduction.claims import verdicts
-from curvlab.reproduction.comparison import Runs
-from curvlab.reproduction.drawing import draw
+from curvlab.reproduction.comparison import ProblemRuns
+from curvlab.reproduction.drawing import training_curves
 from curvlab.reproduction.problems import PROBLEMS, PublishedProblem
 from curvlab.reproduction.results import Result, cut
 from curvlab.reproduction.scaling import exponent
-from curvlab.reproduction.script import Report
+from curvlab.reproduction.script import ReproductionReport
 from curvlab.show.style import looks as looks_of
 from curvlab.system.memory import tensors
 
 ANALYSES = Path(__file__).resolve().parent.parent / "analyses"
 NAMES = list(scripts())
-COMPARISONS = {name: made for name in NAMES if isinstance(made := load(name), Comparison)}
+COMPARISONS = {name: made for name in NAMES if isinstance(made := load_script(name), Comparison)}
 
 FIGURES = [
     "2.1",
@@ -81,7 +81,7 @@ def test_every_figure_and_table_has_a_name() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_what_it_shows_and_what_is_claimed(name: str) -> None:
-    what = load(name)
+    what = load_script(name)
     assert what.shows
     assert what.claim
     assert what.extents.keys() == {"smoke", "cpu", "paper"}
@@ -98,7 +98,7 @@ def test_claims_and_reports_are_of_methods_and_problems_that_there_are(name: str
     for claim in figure.claims:
         assert {*claim.better, *claim.than} <= figure.methods.keys()
     for problem in figure.problems:
-        assert figure.reported.get(problem, {}).keys() <= figure.methods.keys()
+        assert figure.reported.numbers.get(problem, {}).keys() <= figure.methods.keys()
         used = [method for method in figure.methods.values() if method.on(problem) is not None]
         assert used
         for method in used:
@@ -128,14 +128,16 @@ def test_smoke(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
-    write = Report.draw
+    write = ReproductionReport.draw
     monkeypatch.setattr(
-        Report, "draw", lambda self, figure: drawn.append(figure) or write(self, figure)
+        ReproductionReport,
+        "draw",
+        lambda self, figure: drawn.append(figure) or write(self, figure),  # type: ignore[func-returns-value]  # for its effect
     )
-    reproduce(load(name), name, Options("smoke", tmp_path / "out", tmp_path / "runs", "cpu"))
+    reproduce(load_script(name), name, Options("smoke", tmp_path / "out", tmp_path / "runs", "cpu"))
     said = capsys.readouterr().out
     assert f"wrote {tmp_path / 'out' / name}-smoke.txt" in said
-    assert (tmp_path / "out" / f"{name}-smoke.txt").read_text().startswith(load(name).shows)
+    assert (tmp_path / "out" / f"{name}-smoke.txt").read_text().startswith(load_script(name).shows)
     assert not (tmp_path / "runs").exists()
     if name not in ("table-2.3", "table-2.4", "table-3.6"):
         assert (tmp_path / "out" / f"{name}-smoke.png").stat().st_size > 5000
@@ -223,7 +225,7 @@ def test_a_script_by_itself_takes_some_methods_of_some_problems(
 def test_ctrl_c_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Comparison, report: Report) -> None:
+    def interrupted(self: Comparison, report: ReproductionReport) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Comparison, "run", interrupted)
@@ -307,7 +309,8 @@ def small(**changed: object) -> Comparison:
 
 
 def results(figure: Comparison, tmp_path: Path, **options: object) -> tuple[dict[str, Result], str]:
-    report = Report("figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu", **options))  # type: ignore[arg-type]
+    chosen = Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu", **options)  # type: ignore[arg-type]  # any field
+    report = ReproductionReport("figure", chosen)
     return figure.results(report)["MNIST"], "\n".join(report.lines)
 
 
@@ -332,7 +335,7 @@ def test_what_decides_the_numbers_decides_the_folder(tmp_path: Path) -> None:
     options = Options("cpu", tmp_path, tmp_path, "cpu")
 
     def folder(figure: Comparison, method: Method, seed: int = 0) -> Path:
-        return Runs(figure, "MNIST", options).folder(
+        return ProblemRuns(figure, "MNIST", options).folder(
             method.arguments("MNIST"), method.batch or figure.batch, seed
         )
 
@@ -374,7 +377,9 @@ def test_a_seed_that_diverges_is_told_and_the_next_is_tried(tmp_path: Path) -> N
     assert "SGD-m, seed 3: diverged in epoch" in said
     assert "MNIST: cannot be said: no run of SGD-m" in said
     assert results(figure, tmp_path)[0]["SGD-m"].failures == found["SGD-m"].failures
-    report = Report("figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu"))
+    report = ReproductionReport(
+        "figure", Options("cpu", tmp_path / "out", tmp_path / "runs", "cpu")
+    )
     figure.run(report)
     assert report.file("png").stat().st_size > 5000
 
@@ -435,7 +440,7 @@ def test_claims_by_hand() -> None:
     found = {"A": result(log([9, 3, 1], seconds=3)), "B": result(log([9, 5, 4, 3]))}
 
     def verdict(by: str, better: str = "A", than: str = "B", **more: float) -> str:
-        return Claim("", [better], [than], by, **more).verdict(found)  # type: ignore[arg-type]
+        return Claim("", [better], [than], by, **more).verdict(found)  # type: ignore[arg-type]  # any word
 
     assert verdict("epoch") == "holds: A 1 against B 4 (training loss at 2 epochs)"
     assert verdict("time") == "does not hold: A 3 against B 3 (training loss at 3 s)".replace(
@@ -471,12 +476,12 @@ def test_a_figure_has_a_column_each_problem() -> None:
         "one": {"A": result(log([9, 3, 1]))},
         "two": {"A": result(log([9, 3, 1]), log([9, 2, 1]))},
     }
-    figure = draw(found, ("train_loss", "val_error"), "title")
+    figure = training_curves(found, ("train_loss", "val_error"), "title")
     assert len(figure.axes) == 8
     assert [ax.get_xlabel() for ax in figure.axes[::2]] == ["epoch", "process time (s)"] * 2
     assert figure.axes[0].get_yscale() == "log"
     assert figure.axes[4].get_yscale() == "log"
-    assert len(draw({"one": found["one"]}, ("train_loss",), "title").axes) == 2
+    assert len(training_curves({"one": found["one"]}, ("train_loss",), "title").axes) == 2
 
 
 @pytest.mark.parametrize(("seconds", "scale"), [(9.0, "linear"), (11.0, "log")])
@@ -487,7 +492,7 @@ def test_a_run_that_takes_much_longer_does_not_squeeze_the_others(
         name: result(log([9, 3, 1], seconds))
         for name, seconds in (("A", 2.0), ("B", 2.0), ("C", seconds))
     }
-    by_epoch, by_time = draw({"one": found}, ("train_loss",), "title").axes
+    by_epoch, by_time = training_curves({"one": found}, ("train_loss",), "title").axes
     assert by_epoch.get_xscale() == "linear"
     assert by_time.get_xscale() == scale
     if scale == "log":
@@ -510,7 +515,7 @@ def test_what_is_held_is_the_table_of_memory(
     """Of Table 2.1, numbers of one layer counted: K-BFGS's H_a and H_g, A, s and y; 2 p d_o of
     L-BFGS.
     """
-    scaling = load("table-2.2")
+    scaling = load_script("table-2.2")
     assert isinstance(scaling, Scaling)
     options = Options("smoke", tmp_path, device="cpu")
     sizes = SimpleNamespace(d_i=6, d_o=4, m=8, p=3, T=1)

@@ -145,3 +145,4 @@ def test_root_above_a_floor() -> None:
     assert_near(
         root_eigh(M, 2, floor=0.25), torch.diag(torch.tensor([0.5, 2.0], dtype=torch.float64))
     )
+    assert root_eigh(M, 1, floor=0.25) is M, "off the floor by rounding alone, which no root widens"

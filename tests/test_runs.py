@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,7 +178,7 @@ def test_steps_end_a_run_and_an_iterator_will_do() -> None:
         ({"update_every": 0}, "update_every"),
     ],
 )
-def test_bad_arguments(change: dict, says: str) -> None:
+def test_bad_arguments(change: dict[str, Any], says: str) -> None:
     p = problem()
     with pytest.raises(cl.CurvlabError, match=says):
         cl.compare(p.objective(), batches(p, 2), **change)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import curvlab as cl
 from curvlab.errors import CurvlabWarning
-from curvlab.training.schedules import SCHEDULES, find, known, maker
+from curvlab.training.schedules import SCHEDULES, find_schedule, known, maker
 
 
 def rates(name: str, epochs: int, count: int, **options: object) -> list[float]:
@@ -25,7 +26,7 @@ def rates(name: str, epochs: int, count: int, **options: object) -> list[float]:
     return found
 
 
-CLOSED: dict[str, tuple[dict, Callable[[int], float]]] = {
+CLOSED: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
     "constant": ({}, lambda e: 0.3),
     "step": ({}, lambda e: 0.3 * 0.1 ** (e // 60)),
     "cosine": ({}, lambda e: 0.3 * (1 + math.cos(math.pi * e / 150)) / 2),
@@ -153,13 +154,13 @@ def test_options() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_one_line(name: str, options: dict, says: str) -> None:
+def test_what_does_not_fit_is_one_line(name: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(cl.CurvlabError, match=says) as caught:
         maker(name, 5, options, 5)
     assert "\n" not in str(caught.value)
 
 
-FITTING: dict[str, dict] = {
+FITTING: dict[str, dict[str, Any]] = {
     name: {} for name in known() if name not in ("LambdaLR", "MultiplicativeLR")
 }
 FITTING |= {
@@ -180,7 +181,21 @@ FITTING = {
     for name, options in FITTING.items()
     if name not in ("SequentialLR", "ChainedScheduler")
 }
-BAD = ("abc", -1, 2**64, 10**400, math.nan, math.inf, True, None, [], {}, b"x", 1j, object())
+BAD: tuple[Any, ...] = (
+    "abc",
+    -1,
+    2**64,
+    10**400,
+    math.nan,
+    math.inf,
+    True,
+    None,
+    [],
+    {},
+    b"x",
+    1j,
+    object(),
+)
 
 
 @pytest.mark.parametrize("name", FITTING)
@@ -189,7 +204,7 @@ def test_any_value_of_any_option_is_taken_or_refused_in_one_line(name: str) -> N
     steps.
     """
     refused = 0
-    for option in find(name).options:
+    for option in find_schedule(name).options:
         for value in BAD:
             try:
                 make = maker(name, 4, FITTING[name] | {option: value}, 4)
@@ -197,15 +212,15 @@ def test_any_value_of_any_option_is_taken_or_refused_in_one_line(name: str) -> N
                 refused += "\n" not in str(error)
                 continue
             optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3, momentum=0.9)
-            scheduler = make(optimizer)
+            scheduler: Any = make(optimizer)
             for _ in range(4):
                 optimizer.step()
                 scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
                 assert 0 <= optimizer.param_groups[0]["lr"] < math.inf
-    assert refused >= 8 * len(find(name).options)
+    assert refused >= 8 * len(find_schedule(name).options)
 
 
-def problem() -> tuple[cl.Objective, list]:
+def problem() -> tuple[cl.Objective, list[tuple[torch.Tensor, torch.Tensor]]]:
     draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(32, 4, generator=draw), torch.randint(3, (32,), generator=draw)
     with torch.random.fork_rng(devices=[]):
@@ -216,10 +231,14 @@ def problem() -> tuple[cl.Objective, list]:
         ]
 
 
-@pytest.mark.parametrize("name", [name for name in FITTING if not find(name).spans])
+@pytest.mark.parametrize("name", [name for name in FITTING if not find_schedule(name).spans])
 def test_a_run_goes_on_in_the_middle_of_every_schedule(name: str, tmp_path: Path) -> None:
     objective, batches = problem()
-    given: dict = {"algorithm": "sgd-m", "schedule": name, "schedule_options": FITTING[name]}
+    given: dict[str, Any] = {
+        "algorithm": "sgd-m",
+        "schedule": name,
+        "schedule_options": FITTING[name],
+    }
     whole = cl.train(objective, batches, epochs=4, **given)
     halves, _ = problem()
     cl.train(halves, batches, epochs=2, folder=tmp_path, **given)
@@ -234,7 +253,12 @@ def test_a_run_goes_on_in_the_middle_of_every_schedule(name: str, tmp_path: Path
 def test_one_cycle_moves_rate_and_momentum() -> None:
     """Of our own optimizer, whose groups have both, as of torch's."""
     objective, batches = problem()
-    options = {"max_lr": 0.1, "total_steps": 4, "base_momentum": 0.5, "max_momentum": 0.8}
+    options: dict[str, Any] = {
+        "max_lr": 0.1,
+        "total_steps": 4,
+        "base_momentum": 0.5,
+        "max_momentum": 0.8,
+    }
     reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3, momentum=0.9)
     expected = torch.optim.lr_scheduler.OneCycleLR(reference, **options)
     optimizer = cl.optimizer("sgd-m", objective)
@@ -254,7 +278,7 @@ def test_a_schedule_that_ends_ends_the_run_with_a_line(
     every: str, steps: int, tmp_path: Path
 ) -> None:
     objective, batches = problem()
-    given: dict = {
+    given: dict[str, Any] = {
         "algorithm": "sgd-m",
         "schedule": "OneCycleLR",
         "schedule_every": every,
@@ -293,5 +317,5 @@ def test_a_function_that_makes_no_scheduler() -> None:
 def test_cosine_needs_to_know_how_many_epochs() -> None:
     with pytest.raises(cl.CurvlabError, match="laid out over all epochs: say how many"):
         maker("cosine", None, {})
-    assert find("cosine").spans
-    assert not find("step").spans
+    assert find_schedule("cosine").spans
+    assert not find_schedule("step").spans

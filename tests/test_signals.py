@@ -29,7 +29,8 @@ import curvlab as cl
 from curvlab import datasets, models
 from curvlab.cli import app as cli
 from curvlab.cli import terminal
-from curvlab.datasets import Dataset, Entry
+from curvlab.datasets import DataEntry, Dataset
+from curvlab.errors import CurvlabError, Diverged
 from curvlab.logs import log
 from curvlab.models import MODELS
 from curvlab.show import drawable, figures
@@ -119,7 +120,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 3))
 
-    monkeypatch.setitem(datasets.DATASETS, "made", Entry("made", load))
+    monkeypatch.setitem(datasets.DATASETS, "made", DataEntry("made", load))
     monkeypatch.setitem(MODELS, "small", replace(MODELS["mlp-256-20"], build=build, data="made"))
     monkeypatch.setattr(figures, "draw", lambda ds, name: Figure())
     monkeypatch.setattr(drawable, "picture", lambda figure, form, **options: b"drawn")
@@ -139,7 +140,7 @@ def sending(
     """
     real, calls = getattr(owner, name), [0]
 
-    def called(*words: object, **more: object) -> object:
+    def called(*words: object, **more: Any) -> object:
         if where(*words, **more):
             calls[0] += 1
             if calls[0] == at:
@@ -187,12 +188,12 @@ def same_end(out: Path, whole: Path) -> None:
     resume = ["train", "--resume"] if (out / "checkpoint.pt").exists() else RUN
     assert call(*resume, "--out", str(out)) == 0
     same_log(cl.open(out), cl.open(whole))
-    one, two = (checkpoint.load(folder / "checkpoint.pt")["model"] for folder in (out, whole))
+    one, two = (checkpoint.load_state(folder / "checkpoint.pt")["model"] for folder in (out, whole))
     assert all(torch.equal(p, two[name]) for name, p in one.items())
     assert not parts(out)
 
 
-def is_step(self: object, x: object, y: object, stream: str = "step") -> bool:
+def is_step(self: object, x: object, y: object = None, stream: str = "step") -> bool:
     return stream == "step"
 
 
@@ -216,14 +217,14 @@ def test_a_signal_in_a_step_loses_no_step(
         f"go on with: curvlab train --resume --out {out}"
     )
     assert not parts(out)
-    assert checkpoint.load(out / "checkpoint.pt")["position"]["steps"] == step
+    assert checkpoint.load_state(out / "checkpoint.pt")["position"]["steps"] == step
     same_end(out, whole)
 
 
 EARLY: dict[str, tuple[object, str, int]] = {
     "model and data, first of all": (models, "find", 1),
     "data": (datasets, "load", 1),
-    "model": (models.Entry, "made", 1),
+    "model": (models.ModelEntry, "made", 1),
     "epoch 0, training examples": (evaluation, "evaluate", 1),
     "epoch 0, test examples": (evaluation, "evaluate", 2),
     "warm start": (loop.Training, "_begin", 1),
@@ -248,7 +249,7 @@ LATER: dict[str, tuple[object, str, int, int]] = {
     "evaluation, epoch 1": (evaluation, "evaluate", 3, 4),
     "evaluation, epoch 2, test examples": (evaluation, "evaluate", 6, 8),
     "the record of an epoch": (loop.Training, "_record", 2, 4),
-    "a checkpoint": (checkpoint.torch, "save", 2, 4),
+    "a checkpoint": (torch, "save", 2, 4),
     "a checkpoint, before it is in place": (os, "replace", 3, 4),
     "a checkpoint, half-written": (atomic.Sealing, "write", 137, 4),
     "a log, before it is in place": (os, "replace", 1, 0),
@@ -261,13 +262,13 @@ def test_a_signal_between_steps(
     phase: str, number: int, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    *where, steps = LATER[phase]
+    owner, name, at, steps = LATER[phase]
     with pytest.MonkeyPatch.context() as patch:
-        sending(patch, *where, number)
+        sending(patch, owner, name, at, number)
         ended(capsys, 128 + number, *RUN, "--out", str(out))
     assert not parts(out)
     assert len(cl.open(out)["epoch"]) >= 1
-    assert checkpoint.load(out / "checkpoint.pt")["position"]["steps"] == steps
+    assert checkpoint.load_state(out / "checkpoint.pt")["position"]["steps"] == steps
     if number == signal.SIGTERM:
         same_end(out, whole)
 
@@ -286,7 +287,7 @@ DRAWING = [
     ids=lambda p: p[1] if isinstance(p, tuple) else p.name,
 )
 def test_a_signal_while_the_pictures_are_drawn(
-    phase: tuple,
+    phase: tuple[Any, ...],
     number: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -296,7 +297,9 @@ def test_a_signal_while_the_pictures_are_drawn(
     owner, name, at = phase
     if at == "last":
         monkeypatch.setattr(
-            terminal, "rewrite", lambda path, write: (os.kill(os.getpid(), number), write(path))
+            terminal,
+            "rewrite",
+            lambda path, write: (os.kill(os.getpid(), number), write(path)),  # type: ignore[func-returns-value]  # for its effect
         )
     else:
         sending(monkeypatch, owner, name, at, number)
@@ -312,7 +315,7 @@ def test_a_signal_while_the_pictures_are_drawn(
 
 SECOND: dict[str, tuple[object, str, int]] = {
     "the same step": (loop.Training, "_watch", 3),
-    "the checkpoint": (checkpoint.torch, "save", 2),
+    "the checkpoint": (torch, "save", 2),
     "the checkpoint, half-written": (atomic.Sealing, "write", 137),
     "before the checkpoint is on the disk": (os, "fsync", 5),
     "before the checkpoint is in place": (os, "replace", 3),
@@ -335,7 +338,7 @@ def test_a_second_signal_comes_at_once_and_leaves_nothing_half_written(
         code = 128 + (first if phase == "the line" else second)
         ended(capsys, code, *RUN, "--out", str(out))
     assert not parts(out)
-    assert checkpoint.load(out / "checkpoint.pt")["position"]["steps"] in (0, 3)
+    assert checkpoint.load_state(out / "checkpoint.pt")["position"]["steps"] in (0, 3)
     same_end(out, whole)
 
 
@@ -376,7 +379,7 @@ def test_signals_that_come_together_are_one(
             patch, cl.Objective, "closure", 3, *[signal.SIGTERM] * 3, signal.SIGINT, where=is_step
         )
         ended(capsys, 143, *RUN, "--out", str(out))
-    assert checkpoint.load(out / "checkpoint.pt")["position"]["steps"] == 3
+    assert checkpoint.load_state(out / "checkpoint.pt")["position"]["steps"] == 3
     same_end(out, whole)
 
 
@@ -409,7 +412,7 @@ def test_signals_at_calls_all_over_a_run(
         assert call(*RUN, "--out", str(tmp_path / "counted")) == 0
     finally:
         sys.setprofile(None)
-    calls, draw, codes = count.count[0], np.random.default_rng(3), set()  # type: ignore[attr-defined]
+    calls, draw, codes = count.count[0], np.random.default_rng(3), set()  # type: ignore[attr-defined]  # see `seen`
     for i, n in enumerate(np.linspace(20, calls, 9).astype(int)):
         number, twice = SIGNALS[i % len(SIGNALS)], int(10 ** draw.uniform(0, 3.5)) if i % 2 else 0
         out = tmp_path / f"{i + 1}"
@@ -420,7 +423,7 @@ def test_signals_at_calls_all_over_a_run(
             real = cli._ended
 
             def profiled(
-                words: list[str], real: Callable = real, profile: Callable = profile
+                words: list[str], real: Callable[..., int] = real, profile: Any = profile
             ) -> int:
                 sys.setprofile(profile)
                 try:
@@ -499,7 +502,7 @@ def objective() -> cl.Objective:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_in_python_it_is_an_exception_and_the_run_goes_on(number: int, tmp_path: Path) -> None:
-    more = {"epochs": 2, "algorithm": "adam"}
+    more: dict[str, Any] = {"epochs": 2, "algorithm": "adam"}
     expected = objective()
     with_nothing = cl.train(expected, data().batches(10, seed=1), **more).dataset
     before = {n: signal.getsignal(n) for n in SIGNALS}
@@ -511,7 +514,7 @@ def test_in_python_it_is_an_exception_and_the_run_goes_on(number: int, tmp_path:
     assert isinstance(caught.value, Interrupted) is (number != signal.SIGINT)
     assert interrupt.number_of(caught.value) == number
     assert {n: signal.getsignal(n) for n in SIGNALS} == before
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["position"]["steps"] == 3
+    assert checkpoint.load_state(tmp_path / "checkpoint.pt")["position"]["steps"] == 3
     again = objective()
     run = cl.train(again, data().batches(10, seed=1), folder=tmp_path, resume=True, **more)
     same_log(run.dataset, with_nothing)
@@ -589,7 +592,7 @@ def test_what_a_loader_draws_belongs_to_the_step(tmp_path: Path) -> None:
         def __len__(self) -> int:
             return 4
 
-    def run(kill: bool, **more: object) -> cl.Objective:
+    def run(kill: bool, **more: Any) -> cl.Objective:
         one = objective()
         cl.train(one, Noisy(kill), epochs=2, algorithm="adam", **more)
         return one
@@ -597,7 +600,7 @@ def test_what_a_loader_draws_belongs_to_the_step(tmp_path: Path) -> None:
     expected = run(False)
     with pytest.raises(Interrupted):
         run(True, folder=tmp_path)
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["position"]["steps"] == 3
+    assert checkpoint.load_state(tmp_path / "checkpoint.pt")["position"]["steps"] == 3
     same_weights(run(False, folder=tmp_path, resume=True).model, expected.model)
 
 
@@ -614,6 +617,119 @@ def test_a_shield_waits_for_its_block() -> None:
     assert done
     assert not shield.broken
     assert LISTENER.shield is None
+
+
+def test_a_signal_comes_after_the_error_that_ended_its_block() -> None:
+    """At the end of the next block, or of all; once, with the error as its cause."""
+    error, done = ValueError("of the block"), []
+
+    def fail(shield: interrupt.Shield) -> None:
+        with shield:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise error
+
+    def handle(shield: interrupt.Shield) -> None:
+        with pytest.raises(ValueError, match="of the block"):
+            fail(shield)
+        done.append("handled")
+        with shield:
+            done.append("another block")
+
+    for work in (fail, handle):
+        with pytest.raises(Interrupted, match="SIGTERM") as raised, interrupt.shielded() as shield:
+            work(shield)
+        assert raised.value.__cause__ is error
+    assert done == ["handled", "another block"]
+
+    with pytest.raises(ValueError, match="of the block"), interrupt.shielded() as shield, shield:
+        raise error
+    with pytest.raises(Interrupted) as raised, interrupt.shielded() as shield, shield:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert raised.value.__cause__ is None
+
+
+def test_a_second_signal_that_breaks_the_block_is_the_one_that_is_raised() -> None:
+    def twice(shield: interrupt.Shield) -> None:
+        with shield:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.5 * interrupt.SAME)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    with pytest.raises(Interrupted, match="SIGHUP") as raised, interrupt.shielded() as shield:
+        twice(shield)
+    assert raised.value.__cause__ is None
+
+
+FAILING: dict[str, tuple[list[str], Callable[[], Exception], str]] = {
+    "train diverges": (
+        RUN,
+        lambda: Diverged("made to"),
+        "curvlab: diverged in epoch 1 after 2 steps: made",
+    ),
+    "compare diverges": (
+        COMPARE,
+        lambda: Diverged("made to"),
+        "curvlab: the reference kfac left the finite range at step 2: made to",
+    ),
+    "bad input": (RUN, lambda: CurvlabError("bad in every way"), "curvlab: bad in every way"),
+    "an error of the user's": (RUN, lambda: KeyError("mine"), "curvlab: your own code failed"),
+}
+
+
+@by_signal("what", list(FAILING))
+def test_a_signal_in_a_step_that_fails_is_its_exit_code_and_both_are_said(
+    what: str,
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Slurm and shells see the signal; a user reads what went wrong, and where the log is."""
+    command, make, first = FAILING[what]
+    error = make()
+    real, calls = cl.Objective.closure, [0]
+
+    def closure(self: cl.Objective, x: Any, y: Any = None, stream: Any = "step") -> object:
+        calls[0] += stream == "step"
+        if stream == "step" and calls[0] == 3:
+            os.kill(os.getpid(), number)
+            raise error
+        return real(self, x, y, stream)
+
+    monkeypatch.setattr(cl.Objective, "closure", closure)
+    out = tmp_path / "run"
+    before = {n: signal.getsignal(n) for n in SIGNALS}
+    assert call(*command, "--out", str(out)) == 128 + number
+    assert {n: signal.getsignal(n) for n in SIGNALS} == before
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("curvlab: ")]
+    assert len(said) == 2, said
+    assert said[0].startswith(first)
+    assert said[1].startswith("curvlab: interrupted")
+    assert f"the log so far is saved in {out / 'run.h5'}" in said[1]
+    assert ("stopped" in cl.open(out).attrs) is isinstance(error, Diverged)
+    assert not parts(out)
+
+
+def test_in_python_the_signal_has_the_divergence_as_its_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last good weights are back by then."""
+    one = objective()
+    start = [p.clone() for p in one.parameters.values()]
+
+    def step(self: object, closure: object) -> None:
+        with torch.no_grad():
+            for p in one.parameters.values():
+                p.fill_(torch.nan)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise Diverged("made to")
+
+    monkeypatch.setattr("curvlab.optim.Optimizer.step", step)
+    with pytest.raises(Interrupted) as raised:
+        cl.train(one, data().batches(10, seed=1), algorithm="adam")
+    assert isinstance(raised.value.__cause__, Diverged)
+    assert str(raised.value.__cause__).startswith("diverged in epoch 1 after 0 steps: made to")
+    assert all(map(torch.equal, one.parameters.values(), start))
 
 
 # ---- real processes
@@ -701,7 +817,7 @@ def test_a_real_process_that_slurm_ends(tmp_path: Path, monkeypatch: pytest.Monk
     )
     assert err.splitlines()[-1] == said + " ".join(resume)
     # a look ahead is no step
-    assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["position"]["steps"] in (
+    assert checkpoint.load_state(tmp_path / "run" / "checkpoint.pt")["position"]["steps"] in (
         24,
         25,
     )
@@ -780,7 +896,7 @@ def test_sigkill_and_sigterm_at_a_hundred_random_moments_each(tmp_path: Path) ->
                 err
             )
             assert "Traceback" not in err
-            position = checkpoint.load(out / "checkpoint.pt")["position"]
+            position = checkpoint.load_state(out / "checkpoint.pt")["position"]
             if (out / "run.h5").exists():
                 assert len(cl.open(out)["epoch"]) >= 1
             else:  # killed between the run's first checkpoint and its first log
@@ -800,7 +916,9 @@ def test_sigkill_and_sigterm_at_a_hundred_random_moments_each(tmp_path: Path) ->
             assert process.returncode == 0, err
         assert not parts(out)
         same_log(cl.open(out), cl.open(whole))
-        one, two = (checkpoint.load(folder / "checkpoint.pt")["model"] for folder in (out, whole))
+        one, two = (
+            checkpoint.load_state(folder / "checkpoint.pt")["model"] for folder in (out, whole)
+        )
         assert all(torch.equal(p, two[name]) for name, p in one.items())
         print(
             f"run {runs}: {done[signal.SIGKILL]} SIGKILLs and {done[signal.SIGTERM]} SIGTERMs"

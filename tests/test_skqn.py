@@ -8,12 +8,13 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem, assert_near, batches, normal, problem
+from problems import Problem, assert_near, batches, curvature_of, grad_of, normal, problem
 from test_cli import call
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ class ByHand:
     def look(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Observation]:
         closure = self.objective.closure(x, y)
         closure()
-        grads = {n: q.grad.clone() for n, q in self.objective.parameters.items()}
+        grads = {n: grad_of(q).clone() for n, q in self.objective.parameters.items()}
         return {b.name: b.gather(grads) for b in self.objective.blocks}, closure.observe()
 
     def weights(self) -> dict[str, Tensor]:
@@ -178,7 +179,7 @@ VARIANTS = [
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
 def test_trajectory_is_algorithm_1(
     name: str,
-    choice: dict[str, Choice],
+    choice: dict[str, Any],
     model: str,
     likelihood: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -195,12 +196,9 @@ def test_trajectory_is_algorithm_1(
         expected = by_hand.step(x, y, 0.3)
         for block, H in optimizer.descent.curvature.inverse.items():
             assert_near(H.dense(), expected[block], 1e-9)
-    for block in (
-        objective.blocks
-    ):  # no nearer than the inverses that they have followed, whatever the machine's order of sums
-        assert_near(
-            block.gather(objective.parameters).detach(), by_hand.weights()[block.name], 1e-9
-        )
+    # no nearer than the inverses that they have followed, whatever the machine's order of sums
+    for b in objective.blocks:
+        assert_near(b.gather(objective.parameters).detach(), by_hand.weights()[b.name], 1e-9)
     if name == "skqn-l":
         assert all(1 <= len(kept) <= 3 for kept in by_hand.kept.values())
 
@@ -238,12 +236,12 @@ def test_conditions_19_and_20_hold_before_sketching(name: str, places: bool) -> 
     optimizer = cl.optimizer(
         name, objective, lr=0.1, damping=DAMPING, choice="symmetric", columns=None, mu=1e-6
     )
-    block = optimizer.descent.curvature.blocks["1"]
+    block = curvature_of(optimizer).blocks["1"]
 
     def look() -> tuple[Tensor, Tensor, LayerStatistics]:
         closure = objective.closure(p.x, p.y)
         closure()
-        grads = {n: q.grad.clone() for n, q in objective.parameters.items()}
+        grads = {n: grad_of(q).clone() for n, q in objective.parameters.items()}
         layer = objective.blocks[0]
         return (
             layer.gather(objective.parameters).detach().clone(),
@@ -276,7 +274,7 @@ def test_a_sketch_keeps_the_conditions_on_its_own_columns_alone() -> None:
         "skqn-b2", objective, lr=0.1, damping=DAMPING, choice="symmetric", columns=2, mu=1e-6
     )
     optimizer.step(objective.closure(p.x, p.y))
-    block = optimizer.descent.curvature.blocks["1"]
+    block = curvature_of(optimizer).blocks["1"]
     U, V = block.U, block.V
     assert U.shape == V.shape == (3, 2)
     optimizer.descent.curvature.update(objective.closure(p.x, p.y).observe())
@@ -292,7 +290,7 @@ def test_l_satisfies_the_secant_equation_of_the_newest_pair() -> None:
     optimizer = cl.optimizer(
         "skqn-l", objective, lr=0.3, damping=DAMPING, gamma=0.01, refresh_every=1
     )
-    curvature, seen = optimizer.descent.curvature, 0
+    curvature, seen = curvature_of(optimizer), 0
     for x, y in batches(p, 12):
         optimizer.step(objective.closure(x, y))
         steps = {
@@ -332,7 +330,7 @@ def test_l_stays_positive_definite(
 ) -> None:
     """Whatever the pairs: those that are kept have positive curvature."""
     layer, statistics = small_layer()
-    block = SkqnL(layer, pairs=pairs, gamma=gamma, mu=mu)
+    block: Any = SkqnL(layer, pairs=pairs, gamma=gamma, mu=mu)
     block.update(statistics, 1.0)
     for k in range(6):
         U = normal(3, 6, seed=seed + k)
@@ -355,13 +353,13 @@ def test_l_stays_positive_definite(
 @settings(deadline=None, max_examples=25)
 @given(seed=SEEDS, gamma=st.floats(1e-3, 10), mu=st.floats(0.05, 0.9), lean=st.floats(-3, 3))
 def test_b_stays_positive(
-    condition: str, choice: Choice, seed: int, gamma: float, mu: float, lean: float
+    condition: Any, choice: Choice, seed: int, gamma: float, mu: float, lean: float
 ) -> None:
     """Λ̃ positive definite with the symmetric P, up to the rounding of its largest eigenvalue;
     semi-definite with the others.
     """
     layer, statistics = small_layer()
-    block = SkqnB(layer, condition=condition, columns=2, gamma=gamma, choice=choice, mu=mu)
+    block: Any = SkqnB(layer, condition=condition, columns=2, gamma=gamma, choice=choice, mu=mu)
     block.update(statistics, 1.0)
     for k in range(5):
         U = normal(3, 6, seed=seed + k)
@@ -376,7 +374,7 @@ def test_b_stays_positive(
 
 def test_a_pair_of_negative_curvature_is_skipped_where_nothing_is_damped() -> None:
     layer, statistics = small_layer()
-    block = SkqnL(layer, mu=0)
+    block: Any = SkqnL(layer, mu=0)
     block.update(statistics, 1.0)
     block.U, block.V = normal(3, 6), -10 * normal(3, 6)
     block.update(statistics, 1.0)
@@ -392,7 +390,7 @@ def test_the_refinement_of_a_model_in_single_precision_is_of_double_precision() 
         p.objective().blocks[0],
         p.objective().closure(p.x, p.y).observe().passes["data"]["1"],
     )
-    block = SkqnB(layer, condition="preactivations", columns=None, gamma=GAMMA)
+    block: Any = SkqnB(layer, condition="preactivations", columns=None, gamma=GAMMA)
     block.update(statistics, 1.0)
     single, double = block.Lambda.float(), GAMMA * eye(3)
     for k in range(400, 408):
@@ -441,7 +439,7 @@ def test_only_a_base_of_the_minibatch_itself_bounds_the_step(name: str) -> None:
     """
     p = problem("linear", n=1)
     objective = p.objective()
-    off = {"gamma": 0.0} | ({"pairs": 0} if name == "skqn-l" else {"columns": 0})
+    off: dict[str, Any] = {"gamma": 0.0} | ({"pairs": 0} if name == "skqn-l" else {"columns": 0})
     curvature = cl.approximation(
         name, objective, damping=DAMPING, r1=1e-9, r2=1e9, refresh_every=2, **off
     )
@@ -504,7 +502,7 @@ def test_without_refinement_it_is_kfac_to_the_bit(name: str, model: str) -> None
 @names
 def test_without_refinement_the_whole_is_damped_exactly(name: str) -> None:
     layer, statistics = small_layer()
-    block = OFF[name](layer, False)
+    block: Any = OFF[name](layer, False)
     block.update(statistics, 1.0)
     block.refresh(0.3)
     dense = torch.kron(statistics.G, statistics.A.contiguous()) + 0.3 * eye(layer.numel)
@@ -547,21 +545,24 @@ def test_the_damping_of_a_step_is_of_the_gradient_before(
     p = problem("tanh")
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=0.1, damping=DAMPING)
-    block = optimizer.descent.curvature.blocks["2"]
+    block = curvature_of(optimizer).blocks["2"]
     seen: list[float] = []
     refresh = block.refresh
-    monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))
-    expected, norm = [], None
+    monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))  # type: ignore[func-returns-value]  # for its effect
+    expected: list[float] = []
+    norm: float | None = None
     for x, y in batches(p, 4):
         x = x * 10 ** (-len(expected))  # gradients of several sizes
         expected.append(GradientNorm()(DAMPING, norm))
         closure = objective.closure(x, y)
         closure()
-        norm = math.sqrt(sum(float(q.grad.square().sum()) for q in objective.parameters.values()))
+        norm = math.sqrt(
+            sum(float(grad_of(q).square().sum()) for q in objective.parameters.values())
+        )
         optimizer.step(objective.closure(x, y))
     assert seen == pytest.approx(expected, rel=1e-12)
     assert optimizer.param_groups[0]["damping"] == DAMPING  # α⁻¹, which a schedule may change
-    assert optimizer.descent.curvature.gradient_norm == pytest.approx(norm, rel=1e-12)
+    assert curvature_of(optimizer).gradient_norm == pytest.approx(norm, rel=1e-12)
 
 
 @names
@@ -572,11 +573,12 @@ def test_r1_r2_and_the_sequence_alpha_are_options(
     p = problem("tanh")
     objective = p.objective()
     optimizer = cl.optimizer(name, objective, lr=0.1, damping=DAMPING, r1=0.02, r2=0.05, shrink=0.5)
-    block = optimizer.descent.curvature.blocks["2"]
+    block = curvature_of(optimizer).blocks["2"]
     seen: list[float] = []
     refresh = block.refresh
-    monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))
-    expected, norm = [], None
+    monkeypatch.setattr(block, "refresh", lambda damping: (seen.append(damping), refresh(damping)))  # type: ignore[func-returns-value]  # for its effect
+    expected: list[float] = []
+    norm: float | None = None
     for k, (x, y) in enumerate(batches(p, 5)):
         alpha, closure = DAMPING * 0.5**k, objective.closure(x * 10 ** (1 - k), y)
         if norm is None:
@@ -586,7 +588,9 @@ def test_r1_r2_and_the_sequence_alpha_are_options(
         else:
             expected.append(2 * norm / (norm + 0.05) * alpha if norm > 0.05 else alpha)
         closure()
-        norm = math.sqrt(sum(float(q.grad.square().sum()) for q in objective.parameters.values()))
+        norm = math.sqrt(
+            sum(float(grad_of(q).square().sum()) for q in objective.parameters.values())
+        )
         optimizer.step(closure)
     assert seen == pytest.approx(expected, rel=1e-12)
     assert optimizer.param_groups[0]["damping"] == DAMPING / 32
@@ -654,7 +658,7 @@ def test_the_memory_of_pairs_forgets_the_oldest() -> None:
     optimizer = cl.optimizer("skqn-l", objective, lr=0.1, damping=DAMPING, pairs=2)
     for x, y in batches(p, 5):
         optimizer.step(objective.closure(x, y))
-    assert optimizer.descent.curvature.blocks["1"].S.shape == (2, 24)
+    assert curvature_of(optimizer).blocks["1"].S.shape == (2, 24)
 
 
 def test_a_sketch_is_drawn_anew_at_every_step_and_by_its_seed() -> None:
@@ -667,7 +671,7 @@ def test_a_sketch_is_drawn_anew_at_every_step_and_by_its_seed() -> None:
         )
         for x, y in batches(p, 3):
             optimizer.step(objective.closure(x, y))
-        block = optimizer.descent.curvature.blocks["1"]
+        block = curvature_of(optimizer).blocks["1"]
         assert block.draws == 3
         found.append(block.Lambda)
     assert torch.equal(found[0], found[1])
@@ -686,7 +690,7 @@ def test_a_sketch_is_drawn_anew_at_every_step_and_by_its_seed() -> None:
         ("skqn-b1", {"condition": "21"}, "unknown condition of skqn-b1 '21'.*preactivations"),
     ],
 )
-def test_options_out_of_range(name: str, own: dict[str, object], message: str) -> None:
+def test_options_out_of_range(name: str, own: dict[str, Any], message: str) -> None:
     with pytest.raises(cl.CurvlabError, match=message):
         cl.approximation(name, problem("tanh").objective(), **own)
 

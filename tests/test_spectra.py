@@ -8,11 +8,13 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib.patches import StepPatch
 from problems import REPRESENTATIVE, Problem, assert_drawn, problem
 from torch import nn
 
@@ -20,7 +22,7 @@ import curvlab as cl
 from curvlab.exact import KINDS
 from curvlab.linalg.operators import Dense
 from curvlab.show.figures import draw
-from curvlab.spectra import EDGES, VARIABLES, Plan, eigenvalues, tolerance
+from curvlab.spectra import EDGES, SPECTRUM_VARIABLES, Plan, eigenvalues, tolerance
 
 
 def symmetric(order: int, seed: int = 0) -> torch.Tensor:
@@ -60,7 +62,7 @@ def test_every_eigenvalue_of_every_block_and_of_the_whole(model: str) -> None:
     assert ds["block"].values.tolist() == [*blocks, "whole"]
     for kind in KINDS:
         for block in (*blocks, "whole"):
-            dense = cl.exact.matrix(
+            dense: Any = cl.exact.matrix(
                 p.objective(), p.x, p.y, kind, None if block == "whole" else block, route="func"
             )
             expected = np.linalg.eigvalsh(dense.matrix.numpy())
@@ -163,7 +165,7 @@ def test_lanczos_against_every_eigenvalue(kind: str) -> None:
     ).isel(step=0, matrix=0)
     assert "eigenvalue" not in run
     assert (run["route"] == "lanczos").all()
-    scale = np.maximum(np.abs(exactly["lowest"]), exactly["highest"])
+    scale: Any = np.maximum(np.abs(exactly["lowest"]), exactly["highest"])
     for end in ("lowest", "highest"):
         assert (np.abs(run[end] - exactly[end]) <= run[f"{end}_error"] + 1e-12 * scale).all(), end
     assert (run["lowest"] >= exactly["lowest"] - 1e-12 * scale).all()
@@ -176,7 +178,7 @@ def test_lanczos_against_every_eigenvalue(kind: str) -> None:
     np.testing.assert_allclose(run["density"].sum("bin"), 1, rtol=1e-12)
     # what lies beyond a tenth of the greatest magnitude is few and resolved
     for block in run["block"].values:
-        large = np.abs(run["bin"]) > 0.1 * float(scale.sel(block=block))
+        large = abs(run["bin"]) > 0.1 * float(scale.sel(block=block))
         found, expected = (
             ds["density"].sel(block=block).where(large, 0).sum() for ds in (run, exactly)
         )
@@ -225,7 +227,7 @@ def test_the_error_of_what_is_negative_reaches_the_truth() -> None:
 
 
 def test_auto_is_exact_up_to_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("curvlab.spectra.LARGEST", 200)
+    monkeypatch.setattr("curvlab.spectra.LARGEST_EXACT", 200)
     p = middling()
     ds = cl.spectrum(p.objective(), p.x, p.y, draws=2, steps=5, blocks=["all", "whole"])
     assert ds["route"].values.tolist() == ["lanczos", "exact", "lanczos"]
@@ -279,7 +281,7 @@ def test_labels_and_starting_vectors_do_not_depend_on_what_else_is_asked_for() -
 def test_a_loader_gives_the_mean_over_all_of_it(method: str) -> None:
     p = middling()
     parts = [(p.x[:10], p.y[:10]), (p.x[10:], p.y[10:])]
-    options = {"draws": 2, "steps": 10}
+    options: dict[str, Any] = {"draws": 2, "steps": 10}
     expected = cl.spectrum(p.objective(), p.x, p.y, method=method, **options)
     for loader in (parts, iter(parts)):
         found = cl.spectrum(p.objective(), loader, method=method, **options)
@@ -317,7 +319,7 @@ def test_schema() -> None:
     p = problem("tanh")
     ds = cl.spectrum(p.objective(seed=4), p.x, p.y, after=70)
     assert {name: v.dims for name, v in ds.data_vars.items()} == {
-        name: ("step", *dims) for name, (dims, *_) in VARIABLES.items()
+        name: ("step", *dims) for name, (dims, *_) in SPECTRUM_VARIABLES.items()
     }
     assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
     assert ds["step"].values.tolist() == [70]
@@ -359,7 +361,7 @@ def test_states_of_your_own_training_join_along_the_step(tmp_path: Path) -> None
         ({"steps": -3}, "steps of Lanczos must be 1 or more, not -3"),
     ],
 )
-def test_bad_arguments(arguments: dict, says: str) -> None:
+def test_bad_arguments(arguments: dict[str, Any], says: str) -> None:
     p = problem("tanh")
     with pytest.raises(cl.CurvlabError, match=says):
         cl.spectrum(p.objective(), p.x, p.y, **arguments)
@@ -383,6 +385,7 @@ def test_the_figure_counts_every_eigenvalue() -> None:
     assert len(figure.axes) == 2
     for ax, block in zip(figure.axes, ("1", "2"), strict=True):
         for patch, kind in zip(ax.patches, ("ggn", "hessian"), strict=False):
+            assert isinstance(patch, StepPatch)
             found, edges, _ = patch.get_data()
             counts = np.where(found > 0.5, found, 0)
             values = known(ds, kind, block)
@@ -390,7 +393,9 @@ def test_the_figure_counts_every_eigenvalue() -> None:
             negative = counts[edges[1:] <= -1e-12].sum()
             assert negative == pytest.approx((values < edges[edges < 0].max()).sum())
             assert (negative > 0) == (kind == "hessian" and block == "1")
-        said = [text.get_text() for text in ax.get_legend().get_texts()]
+        legend = ax.get_legend()
+        assert legend is not None
+        said = [text.get_text() for text in legend.get_texts()]
         assert [line.split(":")[0] for line in said] == ["GGN", "Hessian"]
         assert ("negative" in said[1]) == (block == "1")
 
@@ -399,7 +404,7 @@ def test_the_figure_counts_every_eigenvalue() -> None:
     "options",
     [{"matrices": KINDS}, {"method": "lanczos", "blocks": ["whole"], "draws": 2, "steps": 9}],
 )
-def test_the_figure_draws_what_can_be_asked_for(options: dict, tmp_path: Path) -> None:
+def test_the_figure_draws_what_can_be_asked_for(options: dict[str, Any], tmp_path: Path) -> None:
     p = middling()
     for scale in (1e-9, 1.0, 1e6):
         ds = cl.spectrum(p.objective(), p.x * scale, p.y, **options)

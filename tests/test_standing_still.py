@@ -5,7 +5,9 @@ chance, read and set.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +27,9 @@ from torch.utils.data import (
 )
 
 import curvlab as cl
+from curvlab.derivatives import differentiable
 from curvlab.errors import CurvlabError
-from curvlab.exact import KINDS
+from curvlab.exact import KINDS, Kind
 from curvlab.system import random_state
 
 CPU = torch.device("cpu")
@@ -50,7 +53,7 @@ def with_kinds(names: Iterable[str]) -> pytest.MarkDecorator:
     """
     others = [kind for kind in KINDS if kind != "fisher-mc"]
 
-    def slow(i: int, kind: str) -> bool:
+    def slow(i: int, kind: Kind) -> bool:
         return kind != "fisher-mc" and (others.index(kind) - i) % len(others) > 1
 
     cases = [(i, name, kind) for i, name in enumerate(names) for kind in KINDS]
@@ -110,12 +113,12 @@ class Own:
             yield x[some], y[some]
 
 
-class Stream(IterableDataset):
+class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(*data(), strict=True)
 
 
-class Shifted(Dataset):
+class Shifted(Dataset[Any]):
     """Examples are shifted, by numbers of one of the generators."""
 
     def __init__(self, draw: Callable[[], float]) -> None:
@@ -209,15 +212,25 @@ OTHERS: dict[str, Callable[[], Loader]] = {
 }
 
 
+# with a minibatch or a loader
+product: Callable[..., Any] = cl.exact.product
+spectrum: Callable[..., Any] = cl.spectrum
+
+
+def given_both_ways() -> list[tuple[Any, ...]]:
+    """The data, and a loader of them."""
+    return [data(), (DataLoader(pairs(), 4),)]
+
+
 def mean(loader: Loader) -> tuple[Tensor, Tensor]:
     x, y = zip(*loader, strict=True)
     return torch.cat(x), torch.cat(y)
 
 
 @with_kinds(SAME)
-def test_loaders_that_give_the_same(name: str, kind: str) -> None:
+def test_loaders_that_give_the_same(name: str, kind: Kind) -> None:
     o, loader = objective(), SAME[name]()
-    found = cl.exact.product(o, loader, kind=kind)
+    found: Any = cl.exact.product(o, loader, kind=kind)
     v = vector(o, 2)
     first = found @ v
     assert torch.equal(found @ v, first)
@@ -227,9 +240,9 @@ def test_loaders_that_give_the_same(name: str, kind: str) -> None:
 
 
 @with_kinds(OTHER_ORDERS)
-def test_loaders_that_give_the_same_in_another_order(name: str, kind: str) -> None:
+def test_loaders_that_give_the_same_in_another_order(name: str, kind: Kind) -> None:
     o, loader = objective(), OTHER_ORDERS[name]()
-    found = cl.exact.product(o, loader, kind=kind)
+    found: Any = cl.exact.product(o, loader, kind=kind)
     v = vector(o)
     first = found @ v
     if kind == "fisher-mc":
@@ -245,9 +258,9 @@ def test_loaders_that_give_the_same_in_another_order(name: str, kind: str) -> No
 
 
 @with_kinds(OTHERS)
-def test_loaders_that_give_other_data(name: str, kind: str) -> None:
+def test_loaders_that_give_other_data(name: str, kind: Kind) -> None:
     o = objective()
-    found = cl.exact.product(o, OTHERS[name](), kind=kind)
+    found: Any = cl.exact.product(o, OTHERS[name](), kind=kind)
     v = vector(o)
     found @ v
     with pytest.raises(CurvlabError, match=OTHER_DATA):
@@ -257,10 +270,10 @@ def test_loaders_that_give_other_data(name: str, kind: str) -> None:
 
 
 @with_kinds(OTHERS | OTHER_ORDERS)
-def test_the_remedy_is_one(name: str, kind: str) -> None:
+def test_the_remedy_is_one(name: str, kind: Kind) -> None:
     o, v = objective(), vector(objective())
     kept = list((OTHERS | OTHER_ORDERS)[name]())
-    found = cl.exact.product(o, kept, kind=kind)
+    found: Any = cl.exact.product(o, kept, kind=kind)
     assert torch.equal(found @ v, found @ v)
     near(found.diag(), found.dense().diagonal())
     in_order = cl.exact.product(o, DataLoader(pairs(), 4, shuffle=False), kind=kind)
@@ -268,7 +281,7 @@ def test_the_remedy_is_one(name: str, kind: str) -> None:
 
 
 @kinds
-def test_an_iterable_that_ends_after_one_pass(kind: str) -> None:
+def test_an_iterable_that_ends_after_one_pass(kind: Kind) -> None:
     class Once:
         def __init__(self) -> None:
             self.rest = iter(DataLoader(pairs(), 4))
@@ -277,7 +290,7 @@ def test_an_iterable_that_ends_after_one_pass(kind: str) -> None:
             return self.rest
 
     o = objective()
-    found = cl.exact.product(o, Once(), kind=kind)
+    found: Any = cl.exact.product(o, Once(), kind=kind)
     found @ vector(o)
     with pytest.raises(CurvlabError, match=OTHER_DATA):
         found @ vector(o)
@@ -287,7 +300,7 @@ def test_an_iterable_that_ends_after_one_pass(kind: str) -> None:
 def test_whatever_reads_a_loader_several_times(reads: str) -> None:
     """More columns than go through the model at once."""
     o = objective(nn.Linear(5, 5))
-    found = cl.exact.product(o, OTHERS["shuffled, the last dropped"](), kind="fisher")
+    found: Any = cl.exact.product(o, OTHERS["shuffled, the last dropped"](), kind="fisher")
 
     def read() -> None:
         if reads == "trace after a product":
@@ -302,12 +315,12 @@ def test_whatever_reads_a_loader_several_times(reads: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("many", [False, True])
-def test_data_that_are_changed_in_place(many: bool, kind: str) -> None:
+def test_data_that_are_changed_in_place(many: bool, kind: Kind) -> None:
     """One minibatch is linearised once, and products go on with what it held, or with what it
     holds: no one could say.
     """
     o, (x, y) = objective(), data()
-    given = ([(x[:4], y[:4]), (x[4:], y[4:])],) if many else (x, y)
+    given: tuple[Any, ...] = ([(x[:4], y[:4]), (x[4:], y[4:])],) if many else (x, y)
     v = vector(o)
     for edit in (
         lambda: x.mul_(2),
@@ -315,18 +328,18 @@ def test_data_that_are_changed_in_place(many: bool, kind: str) -> None:
         lambda: y.numpy().sort(),
         lambda: x.copy_(x.flip(0).clone()),
     ):
-        found = cl.exact.product(o, *given, kind=kind)
+        found = product(o, *given, kind=kind)
         first = found @ v
         assert torch.equal(found @ v, first)
         edit()
         with pytest.raises(CurvlabError, match=CHANGED):
             found @ v
-    again = cl.exact.product(o, *given, kind=kind)
+    again = product(o, *given, kind=kind)
     assert torch.equal(again @ v, again @ v)
 
 
 @kinds
-def test_the_diagonal_and_one_matrix_read_a_loader_once(kind: str) -> None:
+def test_the_diagonal_and_one_matrix_read_a_loader_once(kind: Kind) -> None:
     loader = OTHERS["shuffled, the last dropped"]
     cl.exact.diagonal(objective(), loader(), kind=kind)
     cl.exact.matrices(objective(), loader(), kind=kind)
@@ -358,9 +371,9 @@ def test_spectra_are_all_of_the_same_data(name: str, method: str) -> None:
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
 @pytest.mark.parametrize("name", OTHER_ORDERS)
 def test_spectra_of_another_order(name: str, method: str) -> None:
+    ways: list[tuple[Any, ...]] = [(OTHER_ORDERS[name](),), data()]
     found, wanted = (
-        cl.spectrum(objective(), *given, method=method, draws=2, steps=3)
-        for given in ((OTHER_ORDERS[name](),), data())
+        spectrum(objective(), *given, method=method, draws=2, steps=3) for given in ways
     )
     for variable in ("highest", "lowest", "trace", "loss"):
         np.testing.assert_allclose(found[variable], wanted[variable], rtol=1e-9, atol=1e-13)
@@ -378,7 +391,7 @@ def test_spectra_of_another_order(name: str, method: str) -> None:
 # ------------------------------------------------------------------------------------------------
 # weights and modes
 
-EDITS: dict[str, Callable[[nn.Module], object]] = {
+EDITS: dict[str, Callable[[Any], object]] = {
     "scaled": lambda m: m[0].weight.data.mul_(2),
     "one last bit": lambda m: m[0].bias.data.view(torch.int64)[:1].bitwise_xor_(1),
     "signs of two": lambda m: m[0].weight.data[0, :2].neg_(),
@@ -394,11 +407,11 @@ EDITS: dict[str, Callable[[nn.Module], object]] = {
 
 
 @with_kinds(EDITS)
-def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: str) -> None:
+def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: Kind) -> None:
     o = objective()
     v = vector(o)
-    for given in (data(), (DataLoader(pairs(), 4),)):
-        found = cl.exact.product(o := objective(), *given, kind=kind)
+    for given in given_both_ways():
+        found = product(o := objective(), *given, kind=kind)
         assert torch.equal(found @ v, found @ v)
         EDITS[name](o.model)
         for use in (lambda: found @ v, found.diag, found.trace):  # noqa: B023
@@ -417,22 +430,23 @@ def test_weights_that_move_are_refused_however_they_are_moved(name: str, kind: s
 
 
 @kinds
-def test_buffers_that_move_are_refused(kind: str) -> None:
+def test_buffers_that_move_are_refused(kind: Kind) -> None:
     o = objective(nn.BatchNorm1d(5).double())
     o.model.eval()
-    found = cl.exact.product(o, *data(), kind)
+    found: Any = cl.exact.product(o, *data(), kind)
     found @ vector(o)
-    o.model[1].running_mean.data.add_(1)
+    norm: Any = o.model.get_submodule("1")
+    norm.running_mean.data.add_(1)
     with pytest.raises(CurvlabError, match=MOVED):
         found @ vector(o)
 
 
 @kinds
-def test_another_mode_is_refused(kind: str) -> None:
+def test_another_mode_is_refused(kind: Kind) -> None:
     o = objective(nn.Dropout(0.5))
     o.model.eval()
-    for given in (data(), (DataLoader(pairs(), 4),)):
-        found = cl.exact.product(o, *given, kind=kind)
+    for given in given_both_ways():
+        found = product(o, *given, kind=kind)
         first = found @ vector(o)
         o.model.train()
         with pytest.raises(
@@ -453,7 +467,8 @@ def test_what_stands_still_is_not_said_to_move() -> None:
         def forward(self, x: Tensor) -> Tensor:
             if not hasattr(self, "scale"):
                 self.register_buffer("scale", torch.full((), 2.0))
-            return x * self.scale
+            scale: Any = self.scale
+            return x * scale
 
     wide = (
         nn.Linear(5, 300, bias=False),
@@ -464,8 +479,8 @@ def test_what_stands_still_is_not_said_to_move() -> None:
     )
     o = objective(*wide)
     o.model.eval()
-    o.model[4].register_buffer("unused", torch.full((3,), torch.nan))
-    found = cl.exact.product(o, *data(), "ggn")
+    o.model.get_submodule("4").register_buffer("unused", torch.full((3,), torch.nan))
+    found: Any = cl.exact.product(o, *data(), "ggn")
     v, threads = vector(o), torch.get_num_threads()
     first = found @ v
     try:
@@ -486,15 +501,15 @@ def test_what_stands_still_is_not_said_to_move() -> None:
 
 @kinds
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_products_under_any_mode(mode: Callable[[], torch.no_grad], kind: str) -> None:
+def test_products_under_any_mode(mode: Callable[[], torch.no_grad], kind: Kind) -> None:
     """Made inside and used inside; made here and used there; vectors made there."""
-    for given in (data(), (DataLoader(pairs(), 4),)):
+    for given in given_both_ways():
         o, other = objective(), objective()
         v = vector(o, 2)
-        outside = cl.exact.product(o, *given, kind=kind)
+        outside = product(o, *given, kind=kind)
         wanted, diagonal = outside @ v, outside.diag()
         with mode():
-            inside = cl.exact.product(other, *given, kind=kind)
+            inside = product(other, *given, kind=kind)
             for found in (inside, outside):
                 for u in (v, v.clone()):
                     value = found @ u
@@ -503,13 +518,13 @@ def test_products_under_any_mode(mode: Callable[[], torch.no_grad], kind: str) -
                 assert torch.equal(found.diag(), diagonal)
             near(inside.dense().diagonal(), diagonal)
         assert torch.equal(inside @ v, wanted)
-        assert torch.equal(cl.exact.product(objective(), *given, kind=kind) @ v, wanted)
+        assert torch.equal(product(objective(), *given, kind=kind) @ v, wanted)
 
 
 @pytest.mark.parametrize("method", ["exact", "lanczos"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_spectra_under_any_mode(mode: Callable[[], torch.no_grad], method: str) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "matrices": KINDS,
         "blocks": ("all", "whole"),
         "method": method,
@@ -527,7 +542,13 @@ def test_spectra_under_any_mode(mode: Callable[[], torch.no_grad], method: str) 
 def test_training_under_any_mode(mode: Callable[[], torch.no_grad]) -> None:
     one, two = objective(), objective()
     loader = list(DataLoader(pairs(), 4))
-    arguments = {"algorithm": "kfac", "lr": 0.1, "damping": 0.1, "epochs": 2, "progress": False}
+    arguments: dict[str, Any] = {
+        "algorithm": "kfac",
+        "lr": 0.1,
+        "damping": 0.1,
+        "epochs": 2,
+        "progress": False,
+    }
     cl.train(one, loader, **arguments)
     with mode():
         cl.train(two, loader, **arguments)
@@ -545,17 +566,18 @@ def test_one_name_is_no_list_of_letters() -> None:
     assert one["matrix"].values.tolist() == ["hessian"]
     np.testing.assert_array_equal(one["eigenvalue"], several["eigenvalue"])
     assert one.attrs["call"] == several.attrs["call"]
-    for change, says in (
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"matrices": "hesian"}, "unknown kind of matrix 'hesian'; did you mean 'hessian'"),
         ({"blocks": "al"}, "unknown block 'al'; did you mean 'all'"),
         ({"matrices": "hessian,ggn"}, "unknown kind of matrix 'hessian,ggn'"),
-    ):
+    )
+    for change, says in changes:
         with pytest.raises(CurvlabError, match=says):
             cl.spectrum(objective(), *data(), **change)
 
 
 @pytest.mark.parametrize("block", [["1", "2"], ("1", "2")])
-def test_a_pair_of_blocks(block: object) -> None:
+def test_a_pair_of_blocks(block: Any) -> None:
     o = objective()
     pair = cl.exact.product(o, *data(), "ggn", block)
     assert pair.shape == (25, 18)
@@ -563,7 +585,7 @@ def test_a_pair_of_blocks(block: object) -> None:
 
 
 @pytest.mark.parametrize("block", [("1",), ("1", "2", "3"), (1, 2), 1, {"1", "3"}])
-def test_what_is_no_block(block: object) -> None:
+def test_what_is_no_block(block: Any) -> None:
     with pytest.raises(
         CurvlabError, match=r"block must be a name, a pair of names .* or None for the whole, not"
     ):
@@ -573,7 +595,7 @@ def test_what_is_no_block(block: object) -> None:
 # ------------------------------------------------------------------------------------------------
 # chance
 
-DRAWS: dict[str, Callable[[], object]] = {
+DRAWS: dict[str, Callable[[], Any]] = {
     "torch": lambda: torch.rand(()),
     "random": random.random,
     "random, one of two normal numbers": lambda: random.gauss(0, 1),
@@ -661,3 +683,110 @@ def test_states_of_a_gpu() -> None:
     assert random_state.drawn_since(states, device)
     random_state.set_states(random_state.Chance.of(states.state_dict()), device)
     assert torch.rand((), device=device) == first
+
+
+# ------------------------------------------------------------------------------------------------
+# weights edited through .data, which raises no version
+
+
+def moved_by_data(o: cl.Objective) -> float:
+    """The loss after all weights have moved so."""
+    for p in o.parameters.values():
+        p.data.add_(0.3)
+    x, y = data()
+    return float(o.closure(x, y).observe({"gradient"}).loss)
+
+
+def test_a_look_that_nobody_has_used_yet_is_of_the_weights_as_they_are() -> None:
+    for ask in (lambda c: c.form, lambda c: c.law):
+        o = objective()
+        closure = o.closure(*data())
+        ask(closure)
+        wanted = moved_by_data(o)
+        assert float(closure.observe({"gradient"}, move_buffers=False).loss) == wanted
+
+
+def test_it_is_used_where_the_weights_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    o = objective()
+    closure = o.closure(*data())
+    assert closure.form
+    monkeypatch.setattr(nn.Sequential, "forward", None)
+    closure.observe({"gradient"}, move_buffers=False)
+
+
+@pytest.mark.parametrize(
+    "middle", [nn.Identity, lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(5)]
+)
+def test_a_second_look_of_weights_edited_through_data(middle: Callable[[], nn.Module]) -> None:
+    """The line says what was done, and not that the model draws random numbers."""
+    for counted in (True, False):
+        o = objective(middle())
+        closure = o.closure(*data())
+        closure.observe({"gradient"})
+        with torch.no_grad():
+            for p in o.parameters.values():
+                (p if counted else p.data).add_(0.3)
+        if counted:
+            closure.observe({"gradient"}, move_buffers=False)
+            continue
+        with pytest.raises(CurvlabError, match=r"differ .* weights were written to by \.data") as e:
+            closure.observe({"gradient"}, move_buffers=False)
+        assert "random" not in str(e.value)
+
+
+class Counting(nn.Module):
+    """What nobody can put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_looks_that_differ_though_all_stands_still_are_an_error_still() -> None:
+    o = objective(Counting())
+    closure = o.closure(*data())
+    closure.observe({"gradient"})
+    with pytest.raises(CurvlabError, match=r"two looks at one minibatch differ .* or counts"):
+        closure.observe({"gradient"}, move_buffers=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# threads
+
+
+def fused() -> tuple[bool, bool]:
+    return torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_threads_that_take_derivatives_leave_attention_as_it_was() -> None:
+    """Its flags are the process's: they are off until the last of the threads is out."""
+    before, seen = fused(), []
+    one_is_out, other_is_in = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with differentiable():
+            other_is_in.set()
+            one_is_out.wait(60)
+            seen.append(fused())
+
+    thread = threading.Thread(target=other)
+    with differentiable():
+        thread.start()
+        assert other_is_in.wait(60)
+        with differentiable():
+            pass
+        seen.append(fused())
+    one_is_out.set()
+    thread.join(60)
+    assert seen == [(False, False), (False, False)]
+    assert fused() == before == (True, True)
+
+
+def test_an_error_inside_leaves_attention_as_it_was() -> None:
+    with pytest.raises(KeyError), differentiable():
+        raise KeyError
+    assert fused() == (True, True)

@@ -5,6 +5,7 @@ folder, code named by a file.
 from __future__ import annotations
 
 import copy
+import fcntl
 import itertools
 import multiprocessing
 import os
@@ -25,12 +26,13 @@ import xarray as xr
 from rich.console import Console
 from test_cli import call, refused
 from test_train import data, net, objective_of, same_log, same_weights
+from torch import nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.logs.log import SCHEMA
 from curvlab.system import atomic, lock
-from curvlab.system.lock import alone
+from curvlab.system.lock import exclusive_lock
 from curvlab.system.progress import progress_bar
 from curvlab.training import checkpoint
 from curvlab.training.folder import RunFolder
@@ -78,7 +80,7 @@ def full(room: int) -> Iterator[None]:
 
 
 def run(objective: cl.Objective, folder: Path | None, epochs: int = 3, **more: Any) -> Any:
-    more = {
+    arguments: dict[str, Any] = {
         "algorithm": "k-bfgs",
         "lr": 0.01,
         "damping": 0.3,
@@ -86,7 +88,7 @@ def run(objective: cl.Objective, folder: Path | None, epochs: int = 3, **more: A
         "checkpoint_seconds": 1e-9,
     } | more
     return cl.train(
-        objective, data().batches(5, seed=1), data(7, 1), epochs=epochs, folder=folder, **more
+        objective, data().batches(5, seed=1), data(7, 1), epochs=epochs, folder=folder, **arguments
     )
 
 
@@ -133,10 +135,8 @@ def test_a_full_disk_of_a_process_by_itself(tmp_path: Path) -> None:
 
 def test_a_log_that_no_longer_fits_leaves_the_last_whole_one(tmp_path: Path) -> None:
     batches = data().batches(5, seed=1, epochs=40)
-    path, arguments = (
-        tmp_path / "run.h5",
-        {"reference": "sgd-m", "algorithms": ["adam"], "lr": 0.01},
-    )
+    path = tmp_path / "run.h5"
+    arguments: dict[str, Any] = {"reference": "sgd-m", "algorithms": ["adam"], "lr": 0.01}
     cl.compare(objective_of(net()), batches, steps=1, path=path, **arguments)
     with (
         full(len(path.read_bytes()) + 100),
@@ -229,7 +229,7 @@ def taken(folder: Path, flips: int, tmp_path: Path, seed: int) -> list[tuple[str
     draw, found = np.random.default_rng(seed), []
     readers: dict[str, Callable[[Path], object]] = {
         "run.h5": cl.open,
-        "checkpoint.pt": checkpoint.load,
+        "checkpoint.pt": checkpoint.load_state,
     }
     for name, read in readers.items():
         content = (folder / name).read_bytes()
@@ -262,7 +262,7 @@ def test_no_flipped_bit_of_500_goes_unseen(finished: Path, tmp_path: Path) -> No
 def test_files_of_earlier_versions_are_read_and_later_ones_are_named(
     finished: Path, tmp_path: Path
 ) -> None:
-    state = checkpoint.load(finished / "checkpoint.pt") | {"format": 1}
+    state = checkpoint.load_state(finished / "checkpoint.pt") | {"format": 1}
     (tmp_path / "old").mkdir()
     torch.save(state, tmp_path / "old" / "checkpoint.pt")  # as they were: without a seal
     again = objective_of(net(seed=9))
@@ -272,10 +272,10 @@ def test_files_of_earlier_versions_are_read_and_later_ones_are_named(
     same_weights(again.model, straight.model)
     torch.save(state | {"format": checkpoint.FORMAT}, tmp_path / "unsealed.pt")
     with pytest.raises(cl.CurvlabError, match="is damaged, its checksum"):
-        checkpoint.load(tmp_path / "unsealed.pt")
+        checkpoint.load_state(tmp_path / "unsealed.pt")
     torch.save(state | {"format": checkpoint.FORMAT + 1}, tmp_path / "later.pt")
     with pytest.raises(cl.CurvlabError, match="no checkpoint of this version"):
-        checkpoint.load(tmp_path / "later.pt")
+        checkpoint.load_state(tmp_path / "later.pt")
 
 
 # ---- contents
@@ -286,7 +286,13 @@ def training_of(algorithm: str, **more: Any) -> Training:
         objective_of(net(seed=9)),
         data().batches(5, seed=1),
         data(7, 1),
-        Settings(algorithm, 0.01, 0.3, schedule="StepLR", schedule_options={"step_size": 2}),
+        Settings.of(
+            algorithm=algorithm,
+            lr=0.01,
+            damping=0.3,
+            schedule="StepLR",
+            schedule_options={"step_size": 2},
+        ),
         Budget(3),
         Around(warm=(), probes={"loss": 2}),
         {},
@@ -301,12 +307,16 @@ ODD = (None, 7, "x", [1, "a"], torch.zeros(7, 11, 13))
 OPEN = ("gradient_norm", "solution", "start", "pairs", "pending", "A")
 """What may be None at any time."""
 
+LATER = ("refreshed",)
+"""What earlier versions did not write, and may be absent."""
+
 
 def spoiled(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str, Any]]:
     """(where, how, the value with one part dropped, or with one part that is of another kind)."""
     if isinstance(value, dict):
         for key, part in value.items():
-            yield (*path, key), "dropped", {k: v for k, v in value.items() if k != key}
+            if key not in LATER:
+                yield (*path, key), "dropped", {k: v for k, v in value.items() if k != key}
             for at, how, new in spoiled(part, (*path, key)):
                 yield at, how, value | {key: new}
     elif isinstance(value, list | tuple):
@@ -389,9 +399,33 @@ def test_contents_that_no_run_wrote_are_refused_and_nothing_is_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = written("adam", monkeypatch)
-    # that is seen by `checkpoint.load`
+    # that is seen by `checkpoint.load_state`
     cases = (case for case in spoiled(state) if case[0] != ("format",))
     all_refused("adam", state, cases)
+
+
+@pytest.mark.parametrize("algorithm", ["adam", "k-bfgs-l"])
+def test_weights_are_put_back_where_loading_them_fails_half_way(
+    algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a hook of the user's model, say. What has the right shapes is copied by then."""
+    state, training = written(algorithm, monkeypatch), training_of(algorithm)
+    before, real, calls = copy.deepcopy(training.state_dict()), nn.Module.load_state_dict, [0]
+
+    def half(self: nn.Module, saved: dict[str, Any], strict: bool = True) -> object:
+        calls[0] += 1
+        if calls[0] > 1:
+            return real(self, saved, strict)
+        name = next(iter(saved))
+        real(self, {name: saved[name]}, strict=False)
+        raise RuntimeError("a hook fails")
+
+    monkeypatch.setattr(nn.Module, "load_state_dict", half)
+    with pytest.raises(cl.CurvlabError, match="does not fit this run: a hook fails"):
+        training.load_state_dict(state)
+    assert same(before, training.state_dict())
+    training.load_state_dict(state)
+    assert training.at.steps == 8
 
 
 SOME = ("k-bfgs-l", "skqn-l", "smw-gn")
@@ -419,7 +453,7 @@ def test_statistics_that_no_method_keeps_are_refused_and_nothing_is_taken(
 
 def hold(path: Path, told: Any) -> None:
     """A run that has forked, as a DataLoader does; its child outlives it."""
-    with alone(path):
+    with exclusive_lock(path):
         child = os.fork()
         if child:
             told.put(child)
@@ -491,11 +525,11 @@ def test_of_two_that_start_at_once_one_runs(tmp_path: Path) -> None:
 
 def test_a_lock_is_gone_afterwards_whatever_happened(tmp_path: Path) -> None:
     for error in (KeyboardInterrupt, cl.CurvlabError, None):
-        with pytest.raises(error) if error else nullcontext(), alone(tmp_path / "run.h5"):
+        with pytest.raises(error) if error else nullcontext(), exclusive_lock(tmp_path / "run.h5"):
             assert left(tmp_path) == [".run.h5.lock"]
             with (
                 pytest.raises(cl.CurvlabError, match=f"process {os.getpid()} "),
-                alone(tmp_path / "run.h5"),
+                exclusive_lock(tmp_path / "run.h5"),
             ):
                 pass
             if error:
@@ -510,10 +544,10 @@ def test_a_file_system_without_locks_is_one_line(
     def unknown(descriptor: int, operation: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(lock.fcntl, "flock", unknown)
+    monkeypatch.setattr(fcntl, "flock", unknown)
     with (
         pytest.warns(cl.CurvlabWarning, match="knows no locks: see to it that no two runs"),
-        alone(tmp_path / "run.h5"),
+        exclusive_lock(tmp_path / "run.h5"),
     ):
         pass
     assert left(tmp_path) == []
@@ -527,11 +561,11 @@ def stepless(folder: Path) -> None:
     checkpoint.
     """
     training = _training(
-        objective_of(net()), data().batches(5, seed=1), data(7, 1), Settings("k-bfgs"), Budget(3),
-        Around(warm=(), probes={}), {}, {}, folder,
+        objective_of(net()), data().batches(5, seed=1), data(7, 1),
+        Settings.of(algorithm="k-bfgs"), Budget(3), Around(warm=(), probes={}), {}, {}, folder,
     )  # fmt: skip
     folder.mkdir()
-    training._keep = lambda sound=False: None  # type: ignore[method-assign]
+    training._keep = lambda sound=False: None  # type: ignore[method-assign]  # nothing is kept
     with progress_bar(Console(), False) as training.bar:
         training.showing = Showing(
             training.bar, lambda line: None, training.budget, training.per_epoch
@@ -617,7 +651,7 @@ def test_a_file_does_not_decide_what_is_imported(
     )
     (tmp_path / "ran").unlink()
     sys.modules.pop("yours_of_storage")
-    state = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    state = checkpoint.load_state(tmp_path / "run" / "checkpoint.pt")
     for name in ("os:abort", "yours_of_storage:build"):
         state["settings"]["model"] = name
         checkpoint.save(tmp_path / "run" / "checkpoint.pt", state)

@@ -7,17 +7,22 @@ from __future__ import annotations
 import io
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from problems import assert_near, batches, problem
+from problems import assert_near, batches, curvature_of, problem
 from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
 from curvlab.curvature.structured import Structured
 from curvlab.curvature.whole_vector import flat, moved
+from curvlab.exact import Kind
 from curvlab.linalg.line_search import armijo, wolfe
+from curvlab.linalg.products import Product
+from curvlab.observation import Pass
+from curvlab.optim import Optimizer
 
 NAMES = [name for name, a in ALGORITHMS.items() if a.make is Structured]
 N, D, MU = 60, 6, 0.01
@@ -46,9 +51,14 @@ def hessian(objective: cl.Objective, x: Tensor) -> Tensor:
     )
 
 
+def weight_of(objective: cl.Objective) -> nn.Parameter:
+    """[1, D]."""
+    return objective.parameters["weight"]
+
+
 def gradient(objective: cl.Objective, x: Tensor, y: Tensor) -> Tensor:
     """Xᵀ (σ − y) / N + 2μ θ."""
-    theta = objective.model.weight.detach()[0]
+    theta = weight_of(objective).detach()[0]
     return x.T @ ((x @ theta).sigmoid() - y[:, 0]) / len(x) + 2 * objective.l2 * theta
 
 
@@ -61,7 +71,7 @@ def refinement(U: list[Tensor], V: list[Tensor], gamma: float) -> Tensor:
     return B
 
 
-def step(optimizer: torch.optim.Optimizer, objective: cl.Objective, x: Tensor, y: Tensor) -> Tensor:
+def step(optimizer: Optimizer, objective: cl.Objective, x: Tensor, y: Tensor) -> Tensor:
     """Change of the parameters."""
     before = flat(
         objective.layout, {n: p.detach().clone() for n, p in objective.parameters.items()}
@@ -80,7 +90,7 @@ def step(optimizer: torch.optim.Optimizer, objective: cl.Objective, x: Tensor, y
 @pytest.mark.parametrize("mu", [0.0, 0.3])
 def test_loss_and_gradient_have_the_l2_term_of_26_and_statistics_have_not(mu: float) -> None:
     objective, x, y = logistic(mu=mu)
-    theta = objective.model.weight.detach()[0].clone()
+    theta = weight_of(objective).detach()[0].clone()
     closure = objective.closure(x, y)
     seen = closure.observe()
     signs = 2 * y[:, 0] - 1
@@ -90,9 +100,11 @@ def test_loss_and_gradient_have_the_l2_term_of_26_and_statistics_have_not(mu: fl
     plain = seen.passes["data"]["1"].gradient
     assert_near(plain[0], gradient(objective, x, y) - 2 * mu * theta, 1e-13)
     assert_near(closure().detach(), loss, 1e-14)
-    assert_near(objective.model.weight.grad[0], gradient(objective, x, y), 1e-13)
+    grad = weight_of(objective).grad
+    assert grad is not None
+    assert_near(grad[0], gradient(objective, x, y), 1e-13)
     with torch.no_grad():
-        objective.model.weight.zero_()  # the observation is of the weights that it saw
+        weight_of(objective).zero_()  # the observation is of the weights that it saw
     assert_near(seen.gradients["1"][0] - plain[0], 2 * mu * theta, 1e-12) if mu else None
 
 
@@ -125,7 +137,7 @@ def test_the_base_is_the_closed_form_hessian(base: str, solver: str) -> None:
 
 @pytest.mark.parametrize(("labels", "kind"), [("exact", "ggn"), ("data", "ef")])
 @pytest.mark.parametrize("few", [True, False])
-def test_a_base_of_few_rows_is_their_low_rank_form(labels: str, kind: str, few: bool) -> None:
+def test_a_base_of_few_rows_is_their_low_rank_form(labels: Pass, kind: Kind, few: bool) -> None:
     """(14) without pairs on a network: rows of all layers together, against the exact matrix of the
     sample.
     """
@@ -168,7 +180,7 @@ def test_sampled_labels_are_the_same_by_rows_and_by_products() -> None:
     ],
 )
 def test_inverse_is_that_of_base_plus_refinement(
-    base: str, labels: str, solver: str, pairs: int
+    base: str, labels: Pass, solver: str, pairs: int
 ) -> None:
     """(12), (13), and (14) for the samples of few rows, against BFGS updates of a dense matrix;
     then secant equation (10).
@@ -208,7 +220,7 @@ def test_inverse_is_that_of_base_plus_refinement(
                 window, kept = [*window, (k, u, v)], kept + 1
         window = [pair for pair in window if pair[0] > k - pairs]  # of the last p steps
         U, V = [pair[1] for pair in window], [pair[2] for pair in window]
-        before = objective.model.weight.detach()[0].clone()
+        before = weight_of(objective).detach()[0].clone()
         g = gradient(objective, x[some], y[some])
         optimizer.step(objective.closure(x[some], y[some]))
         B = H + 0.05 * eye
@@ -218,7 +230,7 @@ def test_inverse_is_that_of_base_plus_refinement(
         if k and U and U[-1] is u:
             assert_near((B - 0.05 * eye) @ u, change, 1e-10)  # (10)
             assert_near(curvature.inverse["whole"] @ (change + 0.05 * u), u, 1e-9)
-        u = objective.model.weight.detach()[0] - before
+        u = weight_of(objective).detach()[0] - before
         assert_near(u, -0.3 * torch.linalg.solve(B, g), 1e-9)
         change = gradient(objective, x[some], y[some]) - g
     assert kept >= 1
@@ -228,11 +240,12 @@ def test_rule_8_by_hand() -> None:
     """λ_k from ‖g_{k−1}‖, and α_k⁻¹ falling by `shrink`."""
     objective, x, y = logistic()
     r1, r2 = 0.1, 0.2
-    curvature = cl.approximation("s4qn", objective, damping=0.5, r1=r1, r2=r2, shrink=0.8)
-    previous, factors = None, set()
+    curvature: Any = cl.approximation("s4qn", objective, damping=0.5, r1=r1, r2=r2, shrink=0.8)
+    previous: float | None = None
+    factors: set[int] = set()
     for k in range(8):
         with torch.no_grad():
-            objective.model.weight.mul_(0.6)
+            weight_of(objective).mul_(0.6)
         curvature.update(objective.closure(x, y).observe())
         inverse_alpha = 0.5 * 0.8**k
         if previous is None or r1 <= previous <= r2:
@@ -261,7 +274,7 @@ def test_the_optimizer_shows_the_damping_as_it_falls() -> None:
 def test_samples_grow_by_the_factor_up_to_the_minibatch() -> None:
     """By their work: a base of 2 · 1.5ᵏ examples, one product for each of D columns."""
     objective, x, y = logistic()
-    curvature = cl.approximation("ssn", objective, damping=0.1, sample=2, growth=3.0)
+    curvature: Any = cl.approximation("ssn", objective, damping=0.1, sample=2, growth=3.0)
     sizes, before = [], 0
     for _ in range(6):
         curvature.update(objective.closure(x, y).observe())
@@ -276,10 +289,14 @@ def test_an_indefinite_hessian_raises_the_damping_of_the_step_alone() -> None:
     """
     p = problem("tanh", n=30)
     objective = p.objective()
-    lowest = float(cl.exact.product(objective, p.x, p.y, "hessian").eigvalsh()[0])
+    found = cl.exact.product(objective, p.x, p.y, "hessian")
+    assert isinstance(found, Product)
+    lowest = float(found.eigvalsh()[0])
     assert lowest < -1e-3
     for solver in ("direct", "cg"):
-        curvature = cl.approximation("ssn", objective, damping=1e-4, solver=solver, tolerance=1e-8)
+        curvature: Any = cl.approximation(
+            "ssn", objective, damping=1e-4, solver=solver, tolerance=1e-8
+        )
         observation = objective.closure(p.x, p.y).observe()
         curvature.update(observation)
         d = curvature.precondition(observation.gradients)
@@ -336,7 +353,7 @@ def test_lbfgs_is_torchs() -> None:
         theirs.step(other)
         for a, b in zip(p.model.parameters(), q.model.parameters(), strict=True):
             assert_near(a.detach(), b.detach(), 1e-10)
-    assert len(ours.descent.curvature.memory) == 4
+    assert len(curvature_of(ours).memory) == 4
 
 
 def test_lbfgs_with_damping_inverts_b_plus_lambda() -> None:
@@ -344,10 +361,10 @@ def test_lbfgs_with_damping_inverts_b_plus_lambda() -> None:
     optimizer = cl.optimizer("lbfgs", objective, lr=0.3, damping=0.2, pairs=3)
     for _ in range(5):
         optimizer.step(objective.closure(x, y))
-    memory = optimizer.descent.curvature.memory
+    memory = curvature_of(optimizer).memory
     u, v = memory.S[-1], memory.Y[-1]
     optimizer.step(objective.closure(x, y))  # the pair of the step before comes in here
-    memory = optimizer.descent.curvature.memory
+    memory = curvature_of(optimizer).memory
     u, v = memory.S[-1], memory.Y[-1]
     B = refinement(list(memory.S), list(memory.Y), float(v @ v / (u @ v))) + 0.2 * torch.eye(
         D, dtype=torch.float64
@@ -355,7 +372,7 @@ def test_lbfgs_with_damping_inverts_b_plus_lambda() -> None:
     assert_near(optimizer.descent.curvature.inverse["whole"].dense(), torch.linalg.inv(B), 1e-10)
 
 
-def errors(name: str, steps: int, growing: bool = False, **own: object) -> list[float]:
+def errors(name: str, steps: int, growing: bool = False, **own: Any) -> list[float]:
     """Ψ − Ψ* after each step on a logistic problem of 2000 examples."""
     objective, x, y = logistic(n=2000, d=8)
     best, *_ = logistic(n=2000, d=8)
@@ -379,7 +396,7 @@ def errors(name: str, steps: int, growing: bool = False, **own: object) -> list[
         ("lbfgs", {"pairs": 20, "search": "wolfe"}),
     ],
 )
-def test_superlinear_convergence(name: str, own: dict[str, object]) -> None:
+def test_superlinear_convergence(name: str, own: dict[str, Any]) -> None:
     """Theorem 3: samples that grow superlinearly. Ratios of successive errors fall, until rounding;
     L-BFGS's by thirds.
     """
@@ -448,26 +465,26 @@ def test_a_search_that_finds_nothing_says_so() -> None:
 def test_a_searched_step_lowers_the_loss_where_a_full_one_does_not(search: str) -> None:
     objective, x, y = logistic(mu=1e-6)
     with torch.no_grad():
-        objective.model.weight.mul_(20)  # Newton's step from far away overshoots
+        weight_of(objective).mul_(20)  # Newton's step from far away overshoots
     plain, *_ = logistic(mu=1e-6)
     with torch.no_grad():
-        plain.model.weight.copy_(objective.model.weight)
+        weight_of(plain).copy_(weight_of(objective))
     start = float(objective.closure(x, y).observe(()).loss)
     cl.optimizer("ssn", plain, lr=1.0, damping=0.0).step(plain.closure(x, y))
     assert float(plain.closure(x, y).observe(()).loss) > start
     optimizer = cl.optimizer("ssn", objective, lr=1.0, damping=0.0, search=search)
     optimizer.step(objective.closure(x, y))
     assert float(objective.closure(x, y).observe(()).loss) < start
-    assert optimizer.descent.curvature.work["trials"] % N == 0
-    assert optimizer.descent.curvature.work["trials"] > 0
+    assert curvature_of(optimizer).work["trials"] % N == 0
+    assert curvature_of(optimizer).work["trials"] > 0
 
 
 def test_a_trial_leaves_the_parameters_to_the_bit() -> None:
     objective, x, _ = logistic()
-    before = objective.model.weight.detach().clone()
+    before = weight_of(objective).detach().clone()
     with moved(objective, torch.ones(D, dtype=x.dtype), 1e-3):
-        assert_near(objective.model.weight.detach(), before + 1e-3, 1e-14)
-    assert torch.equal(objective.model.weight, before)
+        assert_near(weight_of(objective).detach(), before + 1e-3, 1e-14)
+    assert torch.equal(weight_of(objective), before)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -511,10 +528,10 @@ def test_sparse_nan_is_refused() -> None:
 @pytest.mark.parametrize(
     "own", [{}, {"solver": "cg", "search": "wolfe", "r1": 0.1, "r2": 0.2, "shrink": 0.9}]
 )
-def test_state_continues_bit_for_bit(name: str, own: dict[str, object]) -> None:
+def test_state_continues_bit_for_bit(name: str, own: dict[str, Any]) -> None:
     sample = {} if name == "lbfgs" else {"sample": 3, "growth": 1.2}
 
-    def made() -> tuple[cl.Objective, torch.optim.Optimizer, list[tuple[Tensor, Tensor]]]:
+    def made() -> tuple[cl.Objective, Optimizer, list[tuple[Tensor, Tensor]]]:
         p = problem("tanh")
         objective = p.objective()
         options = own | sample | {"lr": 0.1, "damping": 0.3}
@@ -538,7 +555,7 @@ def test_state_continues_bit_for_bit(name: str, own: dict[str, object]) -> None:
             torch.equal(a, b)
             for a, b in zip(objective.model.parameters(), other.model.parameters(), strict=True)
         )
-    assert resumed.descent.curvature.work == optimizer.descent.curvature.work
+    assert curvature_of(resumed).work == curvature_of(optimizer).work
 
 
 @pytest.mark.parametrize(
@@ -558,7 +575,7 @@ def test_state_continues_bit_for_bit(name: str, own: dict[str, object]) -> None:
         ({"pair": 3}, "unknown option of s4qn 'pair'; did you mean 'pairs'"),
     ],
 )
-def test_bad_options_are_one_clear_line(own: dict[str, object], message: str) -> None:
+def test_bad_options_are_one_clear_line(own: dict[str, Any], message: str) -> None:
     objective, *_ = logistic()
     with pytest.raises(cl.CurvlabError, match=message):
         cl.approximation("s4qn", objective, **own)

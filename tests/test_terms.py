@@ -4,15 +4,18 @@ are exact.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
-from problems import LIKELIHOODS, MODELS, REPRESENTATIVE, Problem, assert_near, problem
+from oracle import total
+from problems import LIKELIHOODS, MODELS, REPRESENTATIVE, Problem, assert_near, module_of, problem
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
 import curvlab as cl
 from curvlab.capture import Capture
-from curvlab.exact import KINDS, KroneckerSum
+from curvlab.exact import KINDS, Kind, KroneckerSum
 from curvlab.layers import Block
 from curvlab.likelihoods import Likelihood
 
@@ -27,7 +30,7 @@ def fit(objective: cl.Objective) -> list[Block]:
     return [b for b in objective.blocks if b.layer is not None and b.groups == 1]
 
 
-def terms(p: Problem, kind: str, block: str) -> KroneckerSum:
+def terms(p: Problem, kind: Kind, block: str) -> KroneckerSum:
     return cl.exact.kronecker_terms(p.objective(), p.x, p.y, kind, block)
 
 
@@ -43,7 +46,7 @@ def kron(G: Tensor, A: Tensor) -> Tensor:
 
 @zoo
 @kinds
-def test_dense_is_the_matrix(model: str, likelihood: str, kind: str) -> None:
+def test_dense_is_the_matrix(model: str, likelihood: str, kind: Kind) -> None:
     p = problem(model, likelihood)
     for block in fit(p.objective()):
         scale = cl.exact.matrix(p.objective(), p.x, p.y, "ggn", block.name).dense()
@@ -54,7 +57,7 @@ def test_dense_is_the_matrix(model: str, likelihood: str, kind: str) -> None:
 
 @pytest.mark.parametrize("model", [m for m in REPRESENTATIVE if m in MODELS])
 @kinds
-def test_dense_is_the_matrix_by_the_general_route(model: str, kind: str) -> None:
+def test_dense_is_the_matrix_by_the_general_route(model: str, kind: Kind) -> None:
     p = problem(model)
     for block in fit(p.objective()):
         scale = cl.exact.matrix(p.objective(), p.x, p.y, "ggn", block.name).dense()
@@ -64,7 +67,7 @@ def test_dense_is_the_matrix_by_the_general_route(model: str, kind: str) -> None
 
 @pytest.mark.parametrize("model", SUMS)
 @kinds
-def test_every_sum_term_by_term(model: str, kind: str) -> None:
+def test_every_sum_term_by_term(model: str, kind: Kind) -> None:
     """Theorem 3, (3.4), (3.7), (3.8) and (3.9), each written out over examples and places."""
     p = problem(model)
     for block in fit(p.objective()):
@@ -82,8 +85,8 @@ def test_every_sum_term_by_term(model: str, kind: str) -> None:
             whole += sum(kron(G[t, u], A[t, u]) for t in places for u in places) / s.size
             same += sum(kron(G[t, t], A[t, t]) for t in places) / s.size
             of_places, over_places = (
-                sum(A[t, t] for t in places),
-                sum(G[t, t] for t in places) / s.places,
+                total(A[t, t] for t in places),
+                total(G[t, t] for t in places) / s.places,
             )
             averaged += kron(over_places, of_places) / s.size
             A_mean += of_places / s.size
@@ -122,7 +125,7 @@ class Moved:
     def __init__(self, p: Problem, block: Block, n: int) -> None:
         self.p, self.block, self.n = p, block, n
         seen: list[Tensor] = []
-        handle = block.module.register_forward_hook(
+        handle = module_of(block).register_forward_hook(
             lambda module, args, output: seen.append(output.detach())
         )
         with Capture(p.model, (block,)) as capture:
@@ -133,7 +136,7 @@ class Moved:
 
     def outputs(self, delta: Tensor) -> Tensor:
         weights = {name: w.detach() for name, w in self.p.model.named_parameters()}
-        handle = self.block.module.register_forward_hook(
+        handle = module_of(self.block).register_forward_hook(
             lambda module, args, output: output + delta
         )
         try:
@@ -183,7 +186,7 @@ def test_preactivation_hessians_by_moving_the_output_of_the_layer(
 
 @pytest.mark.parametrize("model", MODELS)
 @kinds
-def test_one_place_is_the_same_place_and_its_average(model: str, kind: str) -> None:
+def test_one_place_is_the_same_place_and_its_average(model: str, kind: Kind) -> None:
     """T = 1: (3.4) and (3.7) change nothing, to the bit."""
     p = problem(model)
     for block in fit(p.objective()):
@@ -204,7 +207,7 @@ def per_token(likelihood: Likelihood, x: Tensor) -> Problem:
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 @pytest.mark.parametrize("kind", ["hessian", "ggn", "pi", "fisher"])
-def test_places_with_outputs_of_their_own_are_apart(likelihood: str, kind: str) -> None:
+def test_places_with_outputs_of_their_own_are_apart(likelihood: str, kind: Kind) -> None:
     """Nothing is pooled: G_tt' = 0, and (3.4) is exact. Not for gradients at one label, whose outer
     products mix places.
     """
@@ -254,7 +257,8 @@ def test_a_deep_linear_network_with_squared_error_is_one_product(bias: bool) -> 
             assert_near(s.dense(), found["ggn"].dense())
             assert_near(s.single().dense(), s.dense())
             assert_near(s.G[:, 0, :, 0], (J.T @ J).expand(9, -1, -1))
-        J = J @ layer.weight.detach()
+        weight: Any = layer.weight
+        J = J @ weight.detach()
         assert not bool(cl.exact.preactivation(objective, p.x, p.y, "pi", block.name).any())
 
 
@@ -269,7 +273,7 @@ def test_one_example_of_one_place_is_one_product() -> None:
 
 
 @kinds
-def test_float32_stays_float32(kind: str) -> None:
+def test_float32_stays_float32(kind: Kind) -> None:
     p = problem("conv", dtype=torch.float32)
     s = terms(p, kind, "1")
     found = [s.dense(), s.same_place(), s.averaged(), s.single().dense(), s.G, *s.terms(0)]
@@ -330,7 +334,7 @@ def test_unknown_names_and_data_that_do_not_fit() -> None:
     with pytest.raises(
         cl.CurvlabError, match=r"unknown kind of matrix 'fischer'; did you mean 'fisher'\?"
     ):
-        terms(p, "fischer", "1")
+        terms(p, cast(Kind, "fischer"), "1")
     with pytest.raises(cl.CurvlabError, match="draws must be 1 or more"):
         cl.exact.kronecker_terms(p.objective(), p.x, p.y, "fisher-mc", "1", draws=0)
     with pytest.raises(cl.CurvlabError, match="label 5 is out of range"):

@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def test_every_parameter_is_a_variable_in_its_own_shape(name: str, model: str) -
 def test_factors_of_the_mean_gradient_by_hand(name: str, model: str) -> None:
     p = problem(model)
     objective = p.objective()
-    curvature = approximation(name, objective, damping=EPSILON)
+    curvature: Any = approximation(name, objective, damping=EPSILON)
     observation = objective.closure(p.x, p.y).observe({*curvature.needs, curvature.labels})
     curvature.update(observation)
     for block in objective.blocks:
@@ -381,7 +382,7 @@ def test_idealised_tnt_is_the_expectation_over_all_data_and_labels(model: str, s
             objective.closure(p.x[some], p.y[some]).observe(curvature.needs | {"data"})
         )
     probability = p.model(p.x).detach().softmax(1)
-    gradients = {n: [] for n in objective.parameters}
+    gradients: dict[str, list[Tensor]] = {n: [] for n in objective.parameters}
     for label in range(3):
         for n, g in cl.exact.gradients(objective, p.x, torch.full((7,), label)).items():
             weight = (

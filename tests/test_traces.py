@@ -16,7 +16,7 @@ from torch import Tensor
 from curvlab.errors import CurvlabError
 from curvlab.linalg.operators import Dense, Diagonal, Kronecker, Operator
 from curvlab.linalg.products import Product
-from curvlab.linalg.traces import TRACES, Estimate, average, diagonal, xtrace
+from curvlab.linalg.traces import TRACES, StochasticEstimate, average, hutchinson_diagonal, xtrace
 
 FEW = settings(deadline=None, max_examples=25)
 DOUBLE, CPU = torch.float64, torch.device("cpu")
@@ -59,9 +59,9 @@ def of_spectrum(name: str, order: int = ORDER, seed: int = 0) -> Tensor:
 
 
 trace_each = pytest.mark.parametrize("name", TRACES)
-ESTIMATORS: dict[str, Callable[[Operator, int, torch.Generator], Estimate]] = {
+ESTIMATORS: dict[str, Callable[[Operator, int, torch.Generator], StochasticEstimate]] = {
     **TRACES,
-    "diagonal": diagonal,
+    "diagonal": hutchinson_diagonal,
 }
 each = pytest.mark.parametrize("name", ESTIMATORS)
 
@@ -286,7 +286,7 @@ def test_singular_values_below_rounding_are_no_harm(name: str) -> None:
 
 def test_diagonal_and_its_error_per_entry_are_honest() -> None:
     matrix = of_spectrum("outliers")
-    runs = [diagonal(Dense(matrix), 40, seeded(seed)) for seed in range(200)]
+    runs = [hutchinson_diagonal(Dense(matrix), 40, seeded(seed)) for seed in range(200)]
     off = torch.stack([run.value for run in runs]) - matrix.diagonal()
     errors = torch.stack([run.error for run in runs])
     assert float((off.abs() <= 3 * errors).double().mean()) >= 0.99
@@ -305,7 +305,7 @@ def test_diagonal_by_groups_of_columns_is_the_mean_and_standard_error_of_all(pro
         seen.append(v * (matrix @ v))
         return matrix @ v
 
-    found = diagonal(Product(apply, ORDER, DOUBLE, CPU), products, seeded(0))
+    found = hutchinson_diagonal(Product(apply, ORDER, DOUBLE, CPU), products, seeded(0))
     samples = torch.cat(seen, 1).T
     assert len(samples) == products
     assert_near(found.value, samples.mean(0))

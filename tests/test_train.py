@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from problems import batches, problem
+from problems import batches, curvature_of, dense, problem
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,8 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import curvlab as cl
 from curvlab import spectrum_run
 from curvlab.algorithms import ALGORITHMS
-from curvlab.datasets import DATASETS, Dataset, Entry
+from curvlab.datasets import DATASETS, DataEntry, Dataset
 from curvlab.models import MODELS
+from curvlab.observation import Stream
 from curvlab.probes import PROBES
 from curvlab.problem import Problem
 from curvlab.show.figures import draw_all
@@ -46,7 +48,7 @@ from curvlab.training.evaluation import (
     in_eval_mode,
     measure_of,
 )
-from curvlab.training.records import TIMES, VARIABLES
+from curvlab.training.records import TIMES, TRAINING_VARIABLES
 from curvlab.training.settings import Budget, Settings
 
 
@@ -56,7 +58,8 @@ def data(n: int = 23, seed: int = 0) -> Dataset:
     return Dataset("made", x, torch.randint(3, (n,), generator=draw), "made here")
 
 
-def net(seed: int = 3, *middle: nn.Module) -> nn.Module:
+def net(seed: int = 3, *middle: nn.Module) -> Any:
+    """An `nn.Sequential`, of whose parts mypy knows nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(5, 4), *middle, nn.Tanh(), nn.Linear(4, 3)).double()
@@ -216,7 +219,9 @@ def test_the_log_has_the_promised_schema(tmp_path: Path) -> None:
     xr.testing.assert_identical(ds, run.dataset)
     assert dict(ds.sizes) == {"epoch": 3, "block": 2}
     assert {name: v.dims for name, v in ds.data_vars.items()} == {
-        n: ("epoch", *v[0]) for n, v in VARIABLES.items()
+        n: ("epoch", *v[0])
+        for n, v in TRAINING_VARIABLES.items()
+        if not n.endswith("_per_symbol")  # of sequences alone
     }
     assert all({"long_name", "units"} <= v.attrs.keys() for v in ds.variables.values())
     assert (
@@ -272,6 +277,7 @@ def test_evaluation_in_chunks_is_the_whole_and_changes_nothing() -> None:
     model[1].running_mean.normal_(generator=torch.Generator().manual_seed(1))
     model[2].eval()
     objective, examples = objective_of(model), data()
+    together = (dense(examples), examples.y)
     before, state, drawn = (
         {k: v.clone() for k, v in model.state_dict().items()},
         objective.state_dict(),
@@ -280,7 +286,7 @@ def test_evaluation_in_chunks_is_the_whole_and_changes_nothing() -> None:
     found = [
         evaluate(objective, part, error=WRONG, size=size)
         for size in (5, 100)
-        for part in (examples, (examples.x, examples.y))
+        for part in (examples, together)
     ]
     found.append(evaluate(objective, list(examples.batches(23)), error=WRONG))
     assert [m.training for m in model] == [True, True, False, True, True]
@@ -312,9 +318,9 @@ def test_batch_norm_and_dropout_train_in_train_mode_and_end_as_they_were() -> No
 def test_a_frozen_norm_stays_as_it_is_and_the_rest_trains(algorithm: str, tmp_path: Path) -> None:
     """As by hand: also after an evaluation, after a checkpoint, and where the run goes on."""
     part = data()
-    loader = list(zip(part.x.split(6), part.y.split(6), strict=True))
+    loader = list(zip(dense(part).split(6), part.y.split(6), strict=True))
 
-    def build() -> nn.Module:
+    def build() -> Any:
         model = net(
             3, nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Dropout(0.5))
         )
@@ -322,7 +328,7 @@ def test_a_frozen_norm_stays_as_it_is_and_the_rest_trains(algorithm: str, tmp_pa
         return model
 
     model, before = build(), build()
-    arguments = {
+    arguments: dict[str, Any] = {
         "algorithm": algorithm,
         "lr": 0.01,
         "damping": 0.1,
@@ -410,7 +416,7 @@ def test_a_model_for_which_modes_are_the_same_is_trained_without_a_word() -> Non
 
 
 def test_a_run_does_not_go_on_in_other_modes(tmp_path: Path) -> None:
-    arguments = {"folder": tmp_path, "algorithm": "sgd-m"}
+    arguments: dict[str, Any] = {"folder": tmp_path, "algorithm": "sgd-m"}
     model = net(3, nn.BatchNorm1d(4), nn.Dropout(0.5))
     model[1].eval()
     cl.train(objective_of(model), data().batches(5, seed=1), **arguments)
@@ -429,7 +435,7 @@ def test_a_run_does_not_go_on_in_other_modes(tmp_path: Path) -> None:
 
 
 def test_names_of_modules_in_eval_mode() -> None:
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 2)
     )
     assert in_eval_mode(model) == []
@@ -451,6 +457,7 @@ def test_what_a_module_does_when_its_mode_changes_is_undone() -> None:
     class Adapted(nn.Linear):
         def __init__(self) -> None:
             super().__init__(4, 4)
+            self.more: Tensor
             self.register_buffer("more", torch.ones(4, 4))
 
         def train(self, mode: bool = True) -> "Adapted":
@@ -483,7 +490,7 @@ def test_a_model_by_name_trains_in_train_mode(
     """
     seen: list[tuple[bool, bool]] = []
 
-    def build() -> nn.Module:
+    def build() -> Any:
         model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3))
         model.train(built != "in eval mode")
         model[2].train(built == "in train mode")
@@ -492,26 +499,26 @@ def test_a_model_by_name_trains_in_train_mode(
         )
         return model
 
-    part = Dataset("made", data(20).x.float(), data(20).y, "made")
-    monkeypatch.setitem(DATASETS, "made", Entry("made", lambda: (part, part)))
+    part = Dataset("made", dense(data(20)).float(), data(20).y, "made")
+    monkeypatch.setitem(DATASETS, "made", DataEntry("made", lambda: (part, part)))
     monkeypatch.setitem(MODELS, "normed", replace(MODELS["mlp-256-20"], build=build, data="made"))
     wanted = (True, built != "one of them in eval mode")
     for steps in (2, 4):
         named = training_by_name.NamedTraining(
-            settings=Settings("sgd-m", 0.01),
+            settings=Settings.of(algorithm="sgd-m", lr=0.01),
             budget=Budget(steps=steps),
             problem=Problem(model="normed"),
             batch_size=10,
             warm=False,
         )
-        state = None if steps == 2 else checkpoint.load(tmp_path / "checkpoint.pt")
-        training = training_by_name.prepare(named, {}, state)
+        state = None if steps == 2 else checkpoint.load_state(tmp_path / "checkpoint.pt")
+        training: Any = training_by_name.prepare_training(named, {}, state)
         training.into(tmp_path)
         seen.clear()
         training_by_name.run_named(training, Console(stderr=True))
         assert [modes for modes in seen if modes != (False, False)] == [wanted] * 2
         assert training.objective.model[1].num_batches_tracked == steps
-    prepared = spectrum_run.prepare(
+    prepared = spectrum_run.prepare_spectra(
         spectrum_run.NamedSpectra(
             problem=Problem(model="normed", dtype="float64"),
             plan=Plan(blocks=("1",)),
@@ -549,7 +556,7 @@ def test_no_validation_and_a_likelihood_of_ones_own() -> None:
     assert not {"train_error", "val_error"} & set(ds.data_vars)
     own = Measure("distance", "1", lambda z, y: (z.exp() - y).abs().mean(1))
     ds = cl.train(objective, counts.batches(5), error=own).dataset
-    assert {"train_error"} == {n for n in ds.data_vars if n.endswith("_error")}
+    assert {"train_error"} == {n for n in ds.data_vars if str(n).endswith("_error")}
     assert float(ds["train_error"][-1]) == pytest.approx(
         (objective.model(x).exp() - 1).abs().mean().item(), rel=1e-12
     )
@@ -559,7 +566,7 @@ def test_no_validation_and_a_likelihood_of_ones_own() -> None:
 
 
 def test_whichever_budget_is_spent_first_and_what_an_epoch_cut_short_says() -> None:
-    def run(**budget: float) -> xr.Dataset:
+    def run(**budget: Any) -> xr.Dataset:
         return cl.train(objective_of(net()), data().batches(5, seed=1), **budget).dataset
 
     assert run(epochs=3)["steps"].values.tolist() == [0, 4, 8, 12]
@@ -576,14 +583,14 @@ def test_evaluated_now_and_then_and_at_the_end() -> None:
     ds = cl.train(
         objective_of(net()), data().batches(5, epochs=5), data(4), evaluate_every=2
     ).dataset
-    assert np.isfinite(ds["val_loss"]).values.tolist() == [True, False, True, False, True, True]
-    assert np.isfinite(ds["batch_loss"]).values.tolist() == [False] + [True] * 5
+    assert np.isfinite(ds["val_loss"].values).tolist() == [True, False, True, False, True, True]
+    assert np.isfinite(ds["batch_loss"].values).tolist() == [False] + [True] * 5
     every = cl.train(objective_of(net()), data().batches(5, epochs=5), data(4)).dataset
     np.testing.assert_array_equal(ds["train_loss"][[0, 2, 4, 5]], every["train_loss"][[0, 2, 4, 5]])
 
 
 def test_torch_schedulers_by_the_step_and_by_the_loss() -> None:
-    def rates(schedule: Callable, **more: str) -> list[float]:
+    def rates(schedule: Callable[[torch.optim.Optimizer], Any], **more: Any) -> list[float]:
         return (
             cl.train(
                 objective_of(net()), data().batches(5, epochs=3), schedule=schedule, lr=1.0, **more
@@ -609,12 +616,12 @@ class Killed(BaseException):
     """In place of SIGKILL: nothing of the loop may catch it."""
 
 
-def killed_after(steps: int, **arguments: object) -> None:
+def killed_after(steps: int, **arguments: Any) -> None:
     """Train until so many steps are done, then die without a word."""
     objective, count = arguments.pop("objective"), [0]
     real = cl.Objective.closure
 
-    def counting(self: cl.Objective, x: Tensor, y: Tensor, stream: str = "step") -> object:
+    def counting(self: cl.Objective, x: Any, y: Any = None, stream: Stream = "step") -> object:
         if stream == "step":
             if count[0] == steps:
                 raise Killed
@@ -627,13 +634,15 @@ def killed_after(steps: int, **arguments: object) -> None:
             cl.train(objective, **arguments)
 
 
-def loader() -> DataLoader:
+def loader() -> DataLoader[Any]:
     """Shuffled by the global generator."""
     part = data()
-    return DataLoader(TensorDataset(part.x, part.y), batch_size=5, shuffle=True, drop_last=True)
+    return DataLoader(
+        TensorDataset(dense(part), part.y), batch_size=5, shuffle=True, drop_last=True
+    )
 
 
-KINDS: dict[str, Callable[[], object]] = {
+KINDS: dict[str, Callable[[], Any]] = {
     "data set": lambda: data().batches(5, seed=1),
     "loader": loader,
     "list": lambda: list(data().batches(5, seed=1)),
@@ -667,11 +676,11 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_cut(
 ) -> None:
     """With dropout and batch norm, sampled labels, a schedule."""
 
-    def build() -> nn.Module:
+    def build() -> Any:
         torch.manual_seed(5)
         return net(3, nn.BatchNorm1d(4), nn.Dropout(0.3))
 
-    more = {
+    more: dict[str, Any] = {
         "validation": data(6),
         "algorithm": algorithm,
         "epochs": 3,
@@ -688,7 +697,7 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_cut(
         expected = cl.train(objective_of(whole), KINDS[kind](), **more).dataset
         for steps, seconds in cuts:
             folder = tmp_path / f"{steps} {seconds}"
-            arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
+            arguments: dict[str, Any] = more | {"folder": folder, "checkpoint_seconds": seconds}
             killed_after(steps, objective=objective_of(build()), batches=KINDS[kind](), **arguments)
             assert torch.load(folder / "checkpoint.pt", weights_only=True)["position"]["steps"] == (
                 steps if seconds < 1 else steps // 4 * 4
@@ -733,16 +742,16 @@ def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_pat
     too), torch's.
     """
 
-    def loader() -> DataLoader:
-        made = Shifted(data().x, data().y)
+    def loader() -> DataLoader[Any]:
+        made = Shifted(dense(data()), data().y)
         made.draw = draw
         return DataLoader(made, batch_size=5, shuffle=True)
 
-    def build() -> nn.Module:
+    def build() -> Any:
         random_state.seed(5)
         return net(3, Depth(draw).double())
 
-    more = {
+    more: dict[str, Any] = {
         "algorithm": "k-bfgs-20",
         "epochs": 2,
         "lr": 0.05,
@@ -755,7 +764,7 @@ def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_pat
         expected = cl.train(objective_of(whole), loader(), **more).dataset
         for steps in (2, 5):  # after an even and an odd number of draws
             folder = tmp_path / str(steps)
-            arguments = more | {"folder": folder, "checkpoint_seconds": 1e-9}
+            arguments: dict[str, Any] = more | {"folder": folder, "checkpoint_seconds": 1e-9}
             killed_after(steps, objective=objective_of(build()), batches=loader(), **arguments)
             model = build()
             random_state.seed(77)
@@ -765,10 +774,10 @@ def test_it_goes_on_bit_for_bit_whoever_draws(draw: Callable[[], float], tmp_pat
 
 
 def test_checkpoints_that_hold_torchs_generators_alone(tmp_path: Path) -> None:
-    arguments = {"algorithm": "sgd-m", "folder": tmp_path}
+    arguments: dict[str, Any] = {"algorithm": "sgd-m", "folder": tmp_path}
     model, again = net(3, nn.Dropout(0.5)), net(3, nn.Dropout(0.5))
     cl.train(objective_of(model), data().batches(5, seed=1), epochs=1, **arguments)
-    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    state = checkpoint.load_state(tmp_path / "checkpoint.pt")
     state["chance"] = {when: found["torch"] for when, found in state["chance"].items()}
     del state["format"]
     checkpoint.save(tmp_path / "checkpoint.pt", state)
@@ -801,11 +810,24 @@ def test_a_longer_run_drops_the_record_of_the_epoch_that_was_cut_short(tmp_path:
     assert len(json.loads(run.dataset.attrs["resumed"])) == 2
 
 
+def test_settings_are_kept_as_one_mapping_of_the_names_that_they_always_had() -> None:
+    kept = Settings.of(schedule="step", schedule_options={"every": 3}, evaluate_samples=7).plain()
+    assert list(kept) == [
+        "algorithm", "lr", "damping", "momentum", "momentum_kind", "weight_decay", "decay",
+        "labels", "update_every", "refresh_every", "own", "schedule", "schedule_every",
+        "schedule_options", "evaluate_every", "evaluate_samples", "double_grad",
+    ]  # fmt: skip
+    assert sorted(kept) == sorted(Settings.names())
+    assert Settings.of(**kept).plain() == kept
+    with pytest.raises(TypeError, match="'epochs' is no setting of a run"):
+        Settings.of(epochs=3)
+
+
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     cl.train(objective_of(net()), data().batches(5, seed=1), lr=0.1, folder=tmp_path)
 
-    def refused(says: str, size: int = 5, model: nn.Module | None = None, **change: object) -> None:
-        arguments = {"lr": 0.1, "folder": tmp_path, "resume": True} | change
+    def refused(says: str, size: int = 5, model: nn.Module | None = None, **change: Any) -> None:
+        arguments: dict[str, Any] = {"lr": 0.1, "folder": tmp_path, "resume": True} | change
         with pytest.raises(cl.CurvlabError, match=says):
             cl.train(objective_of(model or net()), data().batches(size, seed=1), **arguments)
 
@@ -823,7 +845,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 # ---- divergence
 
 
-def fragile() -> nn.Module:
+def fragile() -> Any:
     """Two linear layers: weights of 1e300 make outputs of Inf, where a tanh between them would
     not.
     """
@@ -840,12 +862,17 @@ def test_divergence_ends_the_run_and_keeps_the_last_good_state(
     3.
     """
     model, folder = fragile(), tmp_path if kept else None
-    blow = {
+    blow: dict[str, Any] = {
         "schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(
             o, lambda e: 1.0 if e < 2 else 1e300
         )
     }
-    arguments = {"algorithm": algorithm, "lr": 1e-3, "damping": 0.3, "folder": folder}
+    arguments: dict[str, Any] = {
+        "algorithm": algorithm,
+        "lr": 1e-3,
+        "damping": 0.3,
+        "folder": folder,
+    }
     with pytest.warns(cl.CurvlabWarning, match="diverged in epoch 3") as caught:
         run = cl.train(
             objective_of(model), data().batches(5, seed=1), epochs=5, **arguments, **blow
@@ -863,7 +890,7 @@ def test_divergence_ends_the_run_and_keeps_the_last_good_state(
     assert np.isfinite(ds["train_loss"]).all()
     if folder:
         assert cl.open(folder).attrs["stopped"] == run.stopped
-        state = checkpoint.load(folder / "checkpoint.pt")
+        state = checkpoint.load_state(folder / "checkpoint.pt")
         assert state["position"]["epoch"] == 2
         assert "stopped" not in state["log"]["attributes"]
 
@@ -873,7 +900,7 @@ def test_a_loss_that_is_not_finite_at_the_end_of_an_epoch_is_no_good_state() -> 
     but the evaluation does.
     """
 
-    def deep() -> nn.Module:
+    def deep() -> Any:
         return nn.Sequential(fragile()[0], nn.Linear(4, 4).double(), fragile()[1])
 
     model = deep()
@@ -949,8 +976,9 @@ def test_bad_data_are_an_error_and_no_divergence(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_arguments(change: dict, says: str, tmp_path: Path) -> None:
-    arguments = {"batches": data().batches(5), "folder": tmp_path / "x"} | change
+def test_bad_arguments(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"batches": data().batches(5), "folder": tmp_path / "x"}
+    arguments |= change
     with pytest.raises(cl.CurvlabError, match=says):
         cl.train(objective_of(net()), **arguments)
     assert not (tmp_path / "x" / "run.h5").exists()
@@ -1018,7 +1046,7 @@ def test_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
 def test_probes_lie_along_axes_of_their_own_and_leave_the_run_as_it_is(tmp_path: Path) -> None:
     """Seven steps in two epochs; every name without a number as its own table line says."""
     model, other = net(), net()
-    arguments = {"algorithm": "kfac", "lr": 0.05, "damping": 0.1, "epochs": 2}
+    arguments: dict[str, Any] = {"algorithm": "kfac", "lr": 0.05, "damping": 0.1, "epochs": 2}
     bare = cl.train(objective_of(other), data().batches(5, seed=1), **arguments).dataset
     run = cl.train(
         objective_of(model),
@@ -1068,7 +1096,7 @@ def test_the_shift_of_block_hessian_is_in_the_log_of_every_run() -> None:
     expected = []
     for batch in data().batches(5, epochs=2):
         optimizer.step(objective.closure(*batch))
-        expected.append([block.shift for block in optimizer.descent.curvature.blocks.values()])
+        expected.append([block.shift for block in curvature_of(optimizer).blocks.values()])
     np.testing.assert_array_equal(ds["shift"][:, 0], expected)
     assert max(expected[-1]) > 0
 
@@ -1099,12 +1127,18 @@ def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(
     curvature = cl.optimizer(algorithm, objective_of(net())).descent.curvature
     fits = [n for n, p in PROBES.items() if "train" in p.where and p.fits(curvature)]
     probes = [f"{n}:{3 if n in COSTLY else 1 + i % 3}" for i, n in enumerate(fits)]
-    more = {"algorithm": algorithm, "lr": 0.05, "damping": 0.3, "epochs": 2, "probes": probes}
+    more: dict[str, Any] = {
+        "algorithm": algorithm,
+        "lr": 0.05,
+        "damping": 0.3,
+        "epochs": 2,
+        "probes": probes,
+    }
     whole = net()
     expected = cl.train(objective_of(whole), data().batches(5, seed=1), **more).dataset
     for steps, seconds in cuts:
         folder = tmp_path / f"{steps} {seconds}"
-        arguments = more | {"folder": folder, "checkpoint_seconds": seconds}
+        arguments: dict[str, Any] = more | {"folder": folder, "checkpoint_seconds": seconds}
         killed_after(
             steps, objective=objective_of(net()), batches=data().batches(5, seed=1), **arguments
         )
@@ -1124,7 +1158,7 @@ def test_a_run_with_probes_goes_on_bit_for_bit_wherever_it_was_cut(
 
 
 def test_probes_up_to_a_divergence_are_kept() -> None:
-    blow = {
+    blow: dict[str, Any] = {
         "schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(
             o, lambda e: 1.0 if e < 1 else 1e100
         )
@@ -1147,12 +1181,13 @@ def test_double_grad_is_the_optimizers_and_goes_on(tmp_path: Path) -> None:
     """Thesis 2.8.3, by hand; and over a checkpoint, where the last second look's gradient is
     kept.
     """
-    train, settings = data(), {"algorithm": "k-bfgs-20", "lr": 0.1, "damping": 0.3}
+    train = data()
+    settings: dict[str, Any] = {"algorithm": "k-bfgs-20", "lr": 0.1, "damping": 0.3}
     whole, halves, hand, plain = net(), net(), net(), net()
 
-    def run(model: nn.Module, epochs: int, **more: object) -> xr.Dataset:
+    def run(model: nn.Module, epochs: int, **more: Any) -> xr.Dataset:
         batches = train.batches(5, seed=2)
-        return cl.train(objective_of(model), batches, epochs=epochs, **settings, **more).dataset  # type: ignore[arg-type]
+        return cl.train(objective_of(model), batches, epochs=epochs, **settings, **more).dataset
 
     log = run(whole, 3, double_grad=True)
     run(halves, 1, double_grad=True, folder=tmp_path)

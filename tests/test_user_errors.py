@@ -5,9 +5,10 @@ run that took no step.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab import comparison_run, datasets, likelihoods, models
-from curvlab.datasets import Dataset, Entry
+from curvlab.cli import terminal
+from curvlab.datasets import DataEntry, Dataset, files
+from curvlab.errors import CurvlabError, cause_of
 from curvlab.models import MODELS
+from curvlab.observation import Stream
 from curvlab.probes import PROBES
-from curvlab.system import blame
+from curvlab.system import blame, paths
 
 OWN = """import sys
 import torch
@@ -98,8 +102,11 @@ COMMANDS = {
 }
 
 
+Write = Callable[..., str]
+
+
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     """Makes a module of the user's in the working folder; gives its name."""
     monkeypatch.chdir(tmp_path)
     made: list[str] = []
@@ -133,7 +140,9 @@ def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> list
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_forward(kind: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_forward(
+    kind: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = write(KINDS[kind])
     lines = told(
         capsys, *COMMANDS["train"], "--model", f"{name}:Net", "--data", "made", "--out", "out"
@@ -150,7 +159,7 @@ def test_in_forward(kind: str, write, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("kind", ["KeyError", "SystemExit"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_at_load(
-    kind: str, command: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, command: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = write(KINDS[kind])
     lines = told(
@@ -161,7 +170,7 @@ def test_at_load(
 
 
 def test_a_module_that_is_no_python(
-    write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "own_no_python.py").write_text("def f(:\n")
     lines = told(capsys, "train", "--model", "own_no_python:f", "--data", "made")
@@ -172,7 +181,7 @@ def test_a_module_that_is_no_python(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_in_the_first_steps_and_later(
-    command: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before the first step nothing is left; after it log and checkpoint are, and the line says
     where.
@@ -208,7 +217,7 @@ def test_only_a_run_without_a_step_is_taken_back(
     steps = []
     real = cl.Objective.closure
 
-    def closure(self: cl.Objective, x: Tensor, y: Tensor, stream: str = "step") -> object:
+    def closure(self: cl.Objective, x: Any, y: Any = None, stream: Stream = "step") -> object:
         steps.extend([1] * (stream == "step"))
         if len(steps) == step:
             raise KeyError("a loader's")
@@ -236,7 +245,12 @@ def test_only_a_run_without_a_step_is_taken_back(
 )
 @pytest.mark.parametrize("command", COMMANDS)
 def test_odd_outputs(
-    command: str, raised: str, says: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str,
+    raised: str,
+    says: str,
+    write: Write,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [
         *COMMANDS[command],
@@ -256,7 +270,7 @@ def test_odd_outputs(
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("function", ["lazy", "misfit"])
 def test_layers_that_do_not_fit(
-    command: str, function: str, write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, function: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
         *COMMANDS[command],
@@ -285,7 +299,7 @@ def test_in_a_likelihood_a_data_set_and_a_probe(
     def bad() -> tuple[Dataset, Dataset]:
         raise KeyError("data set")
 
-    def take(frame: object) -> dict[str, object]:
+    def take(frame: object) -> dict[str, Any]:
         raise KeyError("probe")
 
     words = [*RUN, "--out", str(tmp_path / "out")]
@@ -294,7 +308,7 @@ def test_in_a_likelihood_a_data_set_and_a_probe(
         patch.setitem(MODELS, "small", replace(MODELS["small"], likelihood="bad"))
         assert "KeyError: 'likelihood'" in told(capsys, *words)
     with monkeypatch.context() as patch:
-        patch.setitem(datasets.DATASETS, "made", Entry("made", bad))
+        patch.setitem(datasets.DATASETS, "made", DataEntry("made", bad))
         assert "KeyError: 'data set'" in told(capsys, *words)
     with monkeypatch.context() as patch:
         patch.setitem(PROBES, "loss", replace(PROBES["loss"], measure=take))
@@ -302,7 +316,7 @@ def test_in_a_likelihood_a_data_set_and_a_probe(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_whole_traceback_with_v(write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_traceback_with_v(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
     name = write(KINDS["KeyError"])
     words = [*COMMANDS["train"], "--model", f"{name}:Net", "--data", "made"]
     for before, after in ((["-v"], []), ([], ["--verbose"])):
@@ -316,7 +330,8 @@ def test_the_whole_traceback_with_v(write, capsys: pytest.CaptureFixture[str]) -
 def test_an_error_of_curvlabs_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "find", lambda name, seed: {}["entry"])
+    nothing: dict[str, object] = {}
+    monkeypatch.setattr(models, "find", lambda name, seed: nothing["entry"])
     monkeypatch.setattr(blame, "_is_own", lambda file: False)  # this file is no user's here
     assert call("compare", "--model", "small") == blame.BUG == 70
     (line,) = capsys.readouterr().err.splitlines()
@@ -358,3 +373,43 @@ def test_in_python_they_stay_what_they_are(kind: str, tmp_path: Path) -> None:
     with pytest.raises(kinds[kind]):
         cl.compare(objective, minibatches, algorithms=["sgd-m"], path=tmp_path / "run.h5")
     assert not list(tmp_path.glob("**/*.h5"))
+
+
+# ------------------------------------------------------------------------------------------------
+# errors of the system
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError("the share is gone\nat 3 o'clock"), "the share is gone"),
+        (OSError(), "OSError"),
+        (RuntimeError("a writer\nof torch"), "a writer"),
+        (PermissionError(), "PermissionError"),
+    ],
+)
+def test_an_error_of_the_system_is_never_none(error: Exception, said: str) -> None:
+    """One without a number has no `strerror`."""
+    assert cause_of(error) == said
+
+
+def test_nobody_prints_what_may_be_none() -> None:
+    root = Path(cl.__file__).parent
+    assert [p.name for p in root.rglob("*.py") if "strerror" in p.read_text()] == ["errors.py"]
+
+
+def test_folders_and_files_that_cannot_be_written_for_a_reason_without_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("the share is gone")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(CurvlabError, match="cannot be written: the share is gone"):
+        terminal.folder_for(tmp_path / "new", "run")
+    with pytest.raises(CurvlabError, match=r"cannot be written: .*new: the share is gone"):
+        paths.check_folder(tmp_path / "new", ("run.h5",))
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(CurvlabError, match="cannot be read: the share is gone"):
+        files.verify(tmp_path / "data", "data", ("0" * 64,))

@@ -1,4 +1,4 @@
-"""An installed copy works without network and outside the checkout, MNIST included."""
+"""An installed copy works without network and outside the checkout, its data included."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = (
-    "import curvlab; print(curvlab.__path__[0]); print(len(curvlab.datasets.load('mnist16')[0]))"
+    "import curvlab; print(curvlab.__path__[0]);"
+    " print(*[len(curvlab.datasets.load(name)[0]) for name in ('mnist16', 'shakespeare')])"
 )
 
 
@@ -29,7 +30,10 @@ def test_the_wheel_carries_the_data_and_works_elsewhere(tmp_path: Path) -> None:
     subprocess.run([*words, str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert "curvlab/_data/mnist.npz" in archive.namelist()
+        assert {
+            f"curvlab/_data/{name}"
+            for name in ("mnist.npz", "shakespeare.txt.xz", "shakespeare.LICENSE")
+        } <= set(archive.namelist())
         assert {
             "curvlab/py.typed",
             "curvlab/templates/report.html",
@@ -49,7 +53,7 @@ def test_the_wheel_carries_the_data_and_works_elsewhere(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / "site" / "curvlab"), "60000"]
+    assert done.stdout.split() == [str(tmp_path / "site" / "curvlab"), "60000", "11224"]
     words = [
         sys.executable,
         "-m",

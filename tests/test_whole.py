@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from problems import MODELS, Problem, WithNorm, assert_near, problem
@@ -109,7 +111,7 @@ def test_loss_elsewhere_moves_nothing(model: str) -> None:
 
 
 def test_loss_elsewhere_moves_no_statistics_of_batch_norm() -> None:
-    net = WithNorm(nn.BatchNorm1d).double().train()
+    net: Any = WithNorm(nn.BatchNorm1d).double().train()
     p = problem("batch-norm")
     objective = cl.Objective(net, p.likelihood)
     before = net.norm.running_mean.clone()

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from oracle import total
 from plain import Named, Plain, gaps
 from torch import Tensor, nn
 from wirings import ENDS, LAYOUTS, OPERATIONS, Choose, Wiring, minibatch, wiring
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
+from curvlab.exact import Kind
 from curvlab.layers import Block
 from curvlab.likelihoods import Categorical
 
@@ -42,7 +45,7 @@ def off(
     net: nn.Module,
     x: Tensor,
     y: Tensor,
-    one: Callable[[list[Block]], Block],
+    one: Callable[..., Block],
     objective: cl.Objective | None = None,
 ) -> list[str]:
     """Mean gradient, samples, EF, GGN, a Hessian block (that of `one`), products: what differs or
@@ -64,7 +67,7 @@ def off(
     def samples() -> tuple[Named, Named]:
         return cl.exact.gradients(objective, x, y), plain.gradients
 
-    def matrices(kind: str) -> tuple[Named, Named]:
+    def matrices(kind: Kind) -> tuple[Named, Named]:
         found = {n: m.dense() for n, m in cl.exact.matrices(objective, x, y, kind=kind).items()}
         return found, {b.name: plain.matrix(kind, b) for b in blocks}
 
@@ -72,7 +75,7 @@ def off(
         found = cl.exact.matrix(objective, x, y, "hessian", block.name).dense()
         return {block.name: found}, {block.name: plain.matrix("hessian", block)}
 
-    def product(kind: str) -> tuple[Named, Named]:
+    def product(kind: Kind) -> tuple[Named, Named]:
         found = cl.exact.product(objective, x, y, kind) @ v
         return {"v": found}, {
             "v": layout.flatten(plain.product(kind, layout.unflatten(v))).detach()
@@ -138,10 +141,10 @@ def test_ends(first: str, end: str, T: int) -> None:
     """Nothing but a linear layer between."""
     plain_choices = random.Random(f"{first} {end} {T}").choice
 
-    def choose(options: list[object]) -> object:
+    def choose(options: Sequence[Any]) -> Any:
         return (
             first == "symbols"
-            if options == [True, False] and not seen.append(0) and len(seen) == 1
+            if options == [True, False] and not seen.append(0) and len(seen) == 1  # type: ignore[func-returns-value]  # for its effect
             else plain_choices(options)
         )
 
@@ -184,7 +187,7 @@ def test_several_operations(every: bool) -> None:
 def test_many_operations(data: st.DataObject) -> None:
     """The same, many more, and the shortest that fails."""
 
-    def choose(options: list[object]) -> object:
+    def choose(options: Sequence[Any]) -> Any:
         return options[data.draw(st.integers(0, len(options) - 1))]
 
     net, said = drawn(choose, choose(PLACES))
@@ -416,8 +419,10 @@ class Language(nn.Module):
         self.attend = nn.MultiheadAttention(4, 2, batch_first=True) if causal else None
         self.head = None if tied == "by function" else nn.Linear(4, 7, bias=False)
         if tied == "one parameter":
+            assert self.head is not None
             self.head.weight = self.table.weight
         if tied == "no":
+            assert self.head is not None
             self.head.weight.data.copy_(self.table.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -430,7 +435,7 @@ class Language(nn.Module):
 
 
 def between(
-    objective: cl.Objective, x: Tensor, y: Tensor, kind: str, rows: str, columns: str
+    objective: cl.Objective, x: Tensor, y: Tensor, kind: Kind, rows: str, columns: str
 ) -> Tensor:
     """The matrix between two parameters, entries in the parameters' own order."""
     a, b = (
@@ -450,7 +455,7 @@ def between(
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tied", ["by function", "one parameter"])
 def test_a_tied_weights_matrix_is_the_sum_of_four_blocks(
-    tied: str, causal: bool, kind: str
+    tied: str, causal: bool, kind: Kind
 ) -> None:
     """B₁₁ + B₁₂ + B₂₁ + B₂₂ of the untied model at equal weights; half of it is in the cross
     blocks.
@@ -464,7 +469,7 @@ def test_a_tied_weights_matrix_is_the_sum_of_four_blocks(
     found = between(one, x, y, kind, "table.weight", "table.weight")
     names = ["table.weight", "head.weight"]
     blocks = {(a, b): between(two, x, y, kind, a, b) for a in names for b in names}
-    expected = sum(blocks.values())
+    expected = total(blocks.values())
     assert float((found - expected).norm()) <= 1e-12 * float(expected.norm())
     crossed = blocks[names[0], names[1]] + blocks[names[1], names[0]]
     assert float(crossed.norm()) > 0.1 * float(expected.norm())

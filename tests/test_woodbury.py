@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,7 +93,8 @@ def test_solve_through_the_gram_matrix(
     r: int, o: int, i: int | None, damping: float, seed: int
 ) -> None:
     rows, matrix = build(r, o, i, seed)
-    factor = LowRank(rows, damping).inv().factor
+    inverse: Any = LowRank(rows, damping).inv()
+    factor = inverse.factor
     damped = damping * torch.eye(r, dtype=matrix.dtype) + matrix @ matrix.T
     assert_near(factor, torch.linalg.cholesky(damped))
     w = normal(r, 2, seed=seed + 4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,12 +78,12 @@ def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lies in the working directory and was never imported; what it enters is taken out again."""
     (tmp_path / "of_a_user.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    tables = ((ALGORITHMS, dict(ALGORITHMS)), (PROBES, dict(PROBES)))
+    tables: tuple[tuple[Any, Any], ...] = ((ALGORITHMS, dict(ALGORITHMS)), (PROBES, dict(PROBES)))
     yield
     sys.modules.pop("of_a_user", None)
     for table, before in tables:
         table.clear()
-        table.update(before)  # type: ignore[attr-defined]
+        table.update(before)
 
 
 def test_compare_knows_what_the_module_of_the_model_enters(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_the_estimate_is_what_it_says() -> None:
     """Against the definition, through the public calls."""
     sys.path.insert(0, ".")
     try:
-        import of_a_user
+        import of_a_user  # type: ignore[import-not-found]  # made by the fixture
     finally:
         sys.path.remove(".")
     train, _ = cl.datasets.load("mnist16")

@@ -54,11 +54,13 @@ class Wiring(nn.Module):
 
     def __init__(self, T: int) -> None:
         super().__init__()
-        self.T, self.words, self.steps = T, [], []
+        self.T = T
+        self.words: list[str] = []
+        self.steps: list[Step] = []
         self.parts, self.loose = nn.ModuleList(), nn.ParameterList()
-        self.tokens: Tensor | None = None  # of the minibatch at hand
+        self.tokens: Any = None  # of the minibatch at hand
 
-    def add(self, part: nn.Module) -> nn.Module:
+    def add(self, part: nn.Module) -> Any:
         self.parts.append(part)
         return part
 
@@ -100,7 +102,9 @@ def _earlier(
     known = net.linears(into, out)
     if known:
         return choose(known), lambda h: h
-    layer = _linear(choose, net, into or out, into or out)
+    width = into or out
+    assert width is not None
+    layer = _linear(choose, net, width, width)
     return layer, lambda h: torch.tanh(layer(h))
 
 
@@ -356,7 +360,8 @@ def hooked(choose: Choose, net: Wiring, width: int, layout: str) -> Made:
     elif kind == "before":
         layer.register_forward_pre_hook(lambda m, x: (torch.sin(x[0]),))
     else:
-        layer.forward = lambda h: F.linear(h, layer.weight / 2, layer.bias)
+        whole: Any = layer
+        whole.forward = lambda h: F.linear(h, layer.weight / 2, layer.bias)
     return layer, layer.out_features
 
 

@@ -7,10 +7,18 @@ tnt-ideal (that over all data), smw-gn (784 N₂ rows).
 
 from dataclasses import replace
 
-from curvlab.reproduction import DOCUMENT_SECONDS, Claim, Comparison, Extent, Method, load, main
+from curvlab.reproduction import (
+    DOCUMENT_SECONDS,
+    Claim,
+    Comparison,
+    Extent,
+    Method,
+    load_script,
+    main,
+)
 
 CHAPTER_2, CHAPTER_3, CHAPTER_4, EMPIRICAL, S2QN = (
-    load(name).methods
+    load_script(name).methods
     for name in ("figure-2.2", "figure-3.1", "figure-4.2", "figure-4.4", "s2qn-figure-2")
 )
 

@@ -4,9 +4,9 @@ documents' nearest table; none was tuned.
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, Extent, Method, load, main
+from curvlab.reproduction import Claim, Comparison, Extent, Method, load_script, main
 
-S2QN = load("s2qn-figure-3")
+S2QN = load_script("s2qn-figure-3")
 OFTEN = {"update_every": 10, "refresh_every": 100}  # of CNNs: thesis 4.7.1
 TWENTY = {"update_every": 20}  # thesis 3.7.1
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -90,7 +91,7 @@ if not options.skip_processes:
         f" {together / alone:.2f}"
     )
 
-train, _ = cl.datasets.load("mnist16")
+train = cl.datasets.load("mnist16")[0]
 x, y = next(iter(train.batches(options.batch_size)))
 
 
@@ -123,7 +124,7 @@ if options.names and "block-fisher" not in options.names:
 # matrix-product peak of this run.
 square = torch.randn(2000, 2000)
 peak = 2 * 2000**3 / median(lambda: square @ square)
-a, g = x[:, (train.x != 0).any(0)], torch.randn(1, len(x), 20)
+a, g = x[:, (cast(torch.Tensor, train.x) != 0).any(0)], torch.randn(1, len(x), 20)
 a = torch.cat([a, torch.ones(len(a), 1)], 1)
 outputs, inputs = 20 * 21 // 2, a.shape[1] * (a.shape[1] + 1) // 2
 packed = torch.zeros(outputs, inputs)

@@ -22,12 +22,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
 import curvlab as cl
+from curvlab.exact import Kind
+from curvlab.layers import Block
 from curvlab.system.memory import keep_freed_memory
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -43,7 +46,7 @@ DTYPE = getattr(torch, options.dtype)
 COLUMNS = 64  # of an identity at a time, for those who only have products
 
 
-def seconds(function: Callable[[], object], repeats: int = 7) -> float:
+def seconds(function: Callable[..., object], repeats: int = 7) -> float:
     """Least seconds of a call, after one that is not counted where there are several."""
     clock = time.process_time if options.threads == 1 else time.perf_counter
     if repeats > 1:
@@ -92,8 +95,8 @@ def operations(objective: cl.Objective, x: Tensor, names: Sequence[str]) -> floa
     total = 0.0
     with torch.no_grad():
         h = x.flatten(1)
-        inputs = {}
-        for layer in objective.model:
+        inputs: dict[int, int] = {}
+        for layer in objective.model.children():
             if isinstance(layer, nn.Linear):
                 inputs[len(inputs) + 1] = int((h != 0).any(0).sum()) + 1
             h = layer(h)
@@ -108,7 +111,7 @@ def passes(objective: cl.Objective, x: Tensor, name: str, kind: str) -> float:
     """Of the pre-activation Hessians of a narrow layer: its O directions forward through the layers
     that follow (GGN: then JᵀHJ), and for the Hessian back again.
     """
-    layers = [layer for layer in objective.model if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in objective.model.children() if isinstance(layer, nn.Linear)]
     outputs, following = layers[int(name) - 1].out_features, layers[int(name) :]
     one_way = 2 * outputs * sum(layer.weight.numel() for layer in following)
     return len(x) * (
@@ -159,7 +162,7 @@ def func_hessian(
         if block.name in names:
             rest = {name: v for name, v in values.items() if name not in block.params}
 
-            def slope(w: Tensor, rest: dict[str, Tensor] = rest, block: object = block) -> Tensor:
+            def slope(w: Tensor, rest: dict[str, Tensor] = rest, block: Block = block) -> Tensor:
                 z = functional_call(objective.model, block.scatter(w) | rest, (x,))
                 return objective.likelihood.loss(z, y).mean()
 
@@ -209,10 +212,11 @@ def backpack_sqrt_ggn(objective: cl.Objective, x: Tensor, y: Tensor) -> list[Ten
     found = []
     for layer in model:
         if isinstance(layer, nn.Linear):
+            weight, bias = cast(Any, layer.weight), cast(Any, layer.bias)  # as BackPACK leaves them
             rows = torch.cat(
                 [
-                    layer.weight.sqrt_ggn_exact.flatten(2),
-                    layer.bias.sqrt_ggn_exact[..., None].flatten(2),
+                    weight.sqrt_ggn_exact.flatten(2),
+                    bias.sqrt_ggn_exact[..., None].flatten(2),
                 ],
                 2,
             )
@@ -303,7 +307,7 @@ def gradients(objective: cl.Objective, x: Tensor, y: Tensor, title: str) -> None
     plain = seconds(lambda: forward_backward(objective, x, y))
     fill = seconds(lambda: [g.fill_(1.0) for g in out.values()])
     both = seconds(
-        lambda: (forward_backward(objective, x, y), [g.fill_(1.0) for g in out.values()])
+        lambda: (forward_backward(objective, x, y), [g.fill_(1.0) for g in out.values()])  # type: ignore[func-returns-value]  # for its effect
     )
     ours = seconds(lambda: cl.exact.gradients(objective, x, y, out=out))
     fresh = seconds(lambda: cl.exact.gradients(objective, x, y))
@@ -367,7 +371,7 @@ def blocks_of_the_autoencoder(flops: float) -> None:
                 line(f"{kind} by curvlinops", share * taken, own, note)
 
 
-def memory(kind: str) -> None:
+def memory(kind: Kind) -> None:
     """Run in a process of its own: the most that the process grew by, over the size of the
     result.
     """

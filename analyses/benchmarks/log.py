@@ -14,7 +14,7 @@ import argparse
 import itertools
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,7 +40,7 @@ parser.add_argument("--batch-size", type=int, default=1000)
 options = parser.parse_args()
 torch.set_num_threads(1)
 
-spent: Counter[str] = Counter()
+spent: defaultdict[str, float] = defaultdict(float)
 calls: Counter[str] = Counter()
 inside = [0.0]
 """CPU seconds that timed calls within the present one took: each is counted once, where it is
@@ -79,7 +79,7 @@ def watched(training: Training, *rest: Any, **named: Any) -> Any:
 
 
 run_whole = Training.run
-Training.run = watched  # type: ignore[method-assign]  # measured from outside
+Training.run = watched  # type: ignore[assignment, method-assign]  # measured from outside
 for owner, name, kind in (
     (Log, "save", ends),
     (Log, "append", lambda _: "records"),
@@ -98,6 +98,7 @@ def measure(model: str, algorithm: str, lr: float, damping: float, probes: list[
     spent.clear()
     calls.clear()
     entry = cl.models.MODELS[model]
+    assert entry.data is not None
     train, _ = cl.datasets.load(entry.data)
     objective = cl.Objective(
         cl.models.build(model, seed=0), cl.likelihoods.LIKELIHOODS[entry.likelihood](), seed=0

@@ -55,6 +55,7 @@ def least(function: Callable[[], object], repeats: int = options.repeats) -> flo
 
 def costs(model: str) -> dict[str, float]:
     data = cl.models.MODELS[model].data
+    assert data is not None
     train, _ = cl.datasets.load(data)
     batch = next(iter(train.batches(options.batch_size, seed=0)))
     likelihood = cl.likelihoods.LIKELIHOODS[cl.models.MODELS[model].likelihood]()
@@ -95,7 +96,9 @@ def together(model: str, algorithm: str, steps: int) -> float:
     """CPU time of training steps with all probes that fit, at their own steps, over those
     without.
     """
-    train, _ = cl.datasets.load(cl.models.MODELS[model].data)
+    data = cl.models.MODELS[model].data
+    assert data is not None
+    train, _ = cl.datasets.load(data)
     likelihood = cl.likelihoods.LIKELIHOODS[cl.models.MODELS[model].likelihood]()
     batches = train.batches(options.batch_size, seed=0)
     objective = cl.Objective(cl.models.build(model, seed=0), likelihood, seed=0)

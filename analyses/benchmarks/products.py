@@ -2,7 +2,7 @@
 forward + backward.
 
     python analyses/benchmarks/products.py [--models mlp-256-20 mnist-ae] [--examples 1000]
-    [--columns 1 16] [--threads 1]
+    [--columns 1 16] [--threads 1] [--record]
 
 CPU seconds of one thread; with --threads wall seconds, for a quiet machine. Both libraries get the
 same minibatch, weights and vectors, and their results are compared. A product's least is what its
@@ -19,9 +19,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
+from recorded import record
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab.exact import Kind
 from curvlab.system.memory import keep_freed_memory
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -31,11 +33,12 @@ parser.add_argument(
 parser.add_argument("--examples", type=int, default=1000)
 parser.add_argument("--columns", type=int, nargs="+", default=[1, 16])
 parser.add_argument("--threads", type=int, default=1)
+parser.add_argument("--record", action="store_true", help="write results/products.json")
 options = parser.parse_args()
-KINDS = ("ggn", "hessian", "ef")
+KINDS: tuple[Kind, ...] = ("ggn", "hessian", "ef")
 
 
-def seconds(function: Callable[[], object], repeats: int = 5) -> float:
+def seconds(function: Callable[..., object], repeats: int = 5) -> float:
     """Least seconds of a call, after one that is not counted."""
     clock = time.process_time if options.threads == 1 else time.perf_counter
     function()
@@ -88,6 +91,9 @@ def theirs(
     return lambda v: operator @ v
 
 
+rows: list[list[str | float | None]] = []
+
+
 def run(name: str) -> None:
     objective, x, y, loss = problem(name)
     base = seconds(lambda: objective.closure(x, y)())
@@ -108,6 +114,8 @@ def run(name: str) -> None:
                 error = float((found - expected).norm() / expected.norm())
                 assert error < 1e-4, f"{name}, {kind}: relative error {error:.2g}"
                 ratio = f"{seconds(lambda peer=peer, w=w: peer(w)) / taken:>19.2f}"
+            took, a_vector = round(1e3 * taken, 2), round(taken / base / columns, 2)
+            rows.append([name, kind, columns, took, a_vector, float(ratio) if ratio else None])
             print(
                 f"  {kind:<9}{columns:>8}{1e3 * taken:>10.1f}"
                 f"{taken / base / columns:>16.2f}{ratio}",
@@ -123,3 +131,7 @@ what = (
 print(f"{what}, load {os.getloadavg()[0]:.2f}, torch {torch.__version__}")
 for model in options.models:
     run(model)
+if options.record:
+    heads = ["model", "matrix", "vectors"]
+    columns = [*heads, "ms", "× forward + backward a vector", "curvlinops / ours"]
+    record("products", f"A product of a matrix with vectors, {what}", columns, rows, heads=3)

@@ -22,8 +22,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from recorded import record
 from torch import Tensor, nn
 
 import curvlab as cl
@@ -79,6 +81,7 @@ parser.add_argument(
     help="of the autoencoder; a twentieth of it for the convolutions",
 )
 parser.add_argument("--threads", type=int, default=1)
+parser.add_argument("--record", action="store_true", help="write results/steps.json")
 options = parser.parse_args()
 torch.set_num_threads(options.threads)
 clock = time.process_time if options.threads == 1 else time.perf_counter
@@ -109,7 +112,7 @@ def vgg() -> tuple[cl.Objective, list[tuple[Tensor, Tensor]]]:
 PROBLEMS = {"autoencoder": autoencoder, "vgg": vgg}
 
 
-def timed(step: Callable[[int], object], period: int = 1) -> float:
+def timed(step: Callable[..., object], period: int = 1) -> float:
     """Mean seconds of `period` steps in a row, or the median of five where the period is 1; the
     first steps are not counted.
     """
@@ -147,7 +150,7 @@ class Layer:
 
 def layers_of(objective: cl.Objective, x: Tensor, y: Tensor) -> list[Layer]:
     observation = objective.closure(x, y, "warm").observe()
-    found = []
+    found: list[Layer] = []
     for block in objective.blocks:
         s = observation.passes["data"][block.name]
         n, t, i = s.bare_a.shape
@@ -210,7 +213,7 @@ class PlainKfac:
     def __init__(
         self, model: nn.Module, every: int = 20, decay: float = 0.9, damping: float = 1.0
     ) -> None:
-        self.layers = [m for m in model if isinstance(m, nn.Linear)]
+        self.layers = [m for m in model.children() if isinstance(m, nn.Linear)]
         self.model, self.every, self.decay, self.root = model, every, decay, damping**0.5
         self.A: dict[nn.Linear, Tensor] = {}
         self.G: dict[nn.Linear, Tensor] = {}
@@ -230,7 +233,7 @@ class PlainKfac:
         a = torch.cat([args[0], args[0].new_ones(len(args[0]), 1)], 1)
         self._average(self.A, layer, a.T @ a / len(a))
 
-    def _derivatives(self, layer: nn.Linear, _: object, grads: tuple[Tensor, ...]) -> None:
+    def _derivatives(self, layer: Any, _: object, grads: Any) -> None:
         if self.recording:
             g = grads[0] * len(grads[0])
             self._average(self.G, layer, g.T @ g / len(g))
@@ -250,15 +253,21 @@ class PlainKfac:
                 A, G = self.A[layer], self.G[layer]
                 if self.steps % self.every == 0:
                     damped = (m + self.root * torch.eye(len(m)) for m in (A, G))
-                    self.inverses[layer] = tuple(torch.linalg.inv(m) for m in damped)  # type: ignore[assignment]  # two
-                grad = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+                    self.inverses[layer] = tuple(torch.linalg.inv(m) for m in damped)
+                of_weight, of_bias = layer.weight.grad, layer.bias.grad
+                assert of_weight is not None
+                assert of_bias is not None
+                grad = torch.cat([of_weight, of_bias[:, None]], 1)
                 self.momentum[layer] = (
                     grad if layer not in self.momentum else 0.9 * self.momentum[layer] + grad
                 )
                 step = self.inverses[layer][1] @ self.momentum[layer] @ self.inverses[layer][0]
                 layer.weight -= lr * step[:, :-1]
-                layer.bias -= lr * step[:, -1]
+                layer.bias.sub_(lr * step[:, -1])
         self.steps += 1
+
+
+ROWS: list[list[str | float | None]] = []
 
 
 def run(problem: str, flops: float) -> None:
@@ -291,6 +300,8 @@ def run(problem: str, flops: float) -> None:
         bases.append(timed(plain))
         base = (bases[-2] + bases[-1]) / 2
         taken[label] = seconds / base
+        ROWS.append([problem, label, round(1e3 * seconds, 1), round(seconds / base, 2)])
+        ROWS[-1] += [round(bound / flops / base, 2) if bound else None, goal]
         bounds = f"{bound / flops / base:>8.2f}" if bound else " " * 8
         goals = f"{goal:>7.1f}" if goal and problem == "autoencoder" else " " * 7
         print(
@@ -322,7 +333,11 @@ def run(problem: str, flops: float) -> None:
     show("torch Adam", timed(adam_step))
     if problem == "autoencoder":
         peer = PlainKfac(objective.model)
-        show("plain KFAC T=20", timed(lambda i: peer.step(*batches[i % 4], 1e-7), 20))
+
+        def kfac_step(i: int) -> None:
+            peer.step(*batches[i % 4], 1e-7)
+
+        show("plain KFAC T=20", timed(kfac_step, 20))
     if find_spec("pytorch_optimizer"):
         from pytorch_optimizer import Shampoo
 
@@ -353,3 +368,6 @@ print(
 )
 for name in options.problems:
     run(name, flops)
+if options.record:
+    columns = ["problem", "method", "ms", "× forward + backward", "floor", "goal"]
+    record("steps", f"A step, {what}; floor: counted products", columns, ROWS, heads=2)

@@ -3,7 +3,7 @@ gradients, as ratios new / old.
 
     git worktree add ../curvlab-old <commit>
     python analyses/benchmarks/versions.py --old ../curvlab-old [--models mlp-256-20 mnist-ae]
-    [--names NAME …] [--rounds 12]
+    [--names NAME …] [--rounds 12] [--record]
 
 One process a version, both alive through the whole run; they take turns, a few steps each, so that
 what else the machine does meets both alike. CPU seconds of one thread, and of each version the
@@ -28,6 +28,7 @@ parser.add_argument(
 )
 parser.add_argument("--rounds", type=int, default=12)
 parser.add_argument("--batch-size", type=int, default=1000)
+parser.add_argument("--record", action="store_true", help="write results/versions.json")
 parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
 options = parser.parse_args()
 
@@ -47,7 +48,7 @@ def serve() -> None:
     try:
         from curvlab.system.memory import keep_freed_memory
     except ModuleNotFoundError:  # an older version
-        from curvlab.memory import keep_freed_memory
+        from curvlab.memory import keep_freed_memory  # type: ignore[import-untyped, no-redef]  # its place then
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -116,7 +117,7 @@ class Version:
         cast(IO[str], self.process.stdin).flush()
         answer = cast(IO[str], self.process.stdout).readline()
         if not answer:
-            raise SystemExit(f"{self.process.args} ended: {line}")
+            raise SystemExit(f"{self.process.args!r} ended: {line}")
         return answer.strip()
 
 
@@ -130,6 +131,7 @@ def main() -> None:
         *(f"exact:{kind}" for kind in KINDS),
     ]
     new.ask("list")
+    rows: list[list[str | float | None]] = []
     for model in options.models:
         print(
             f"{model}, batches of {options.batch_size}: milliseconds of old and new, their ratio",
@@ -146,10 +148,24 @@ def main() -> None:
                 for version in (old, new) if turn % 2 else (new, old):
                     times[version].append(float(version.ask(f"go {count}")))
             before, after = min(times[old]), min(times[new])
+            rows.append([model, name, *(round(1e3 * t, 3) for t in (before, after))])
+            rows[-1].append(round(after / before, 3))
             print(
                 f"  {name:<22}{1e3 * before:>9.3f}{1e3 * after:>9.3f}{after / before:>8.3f}",
                 flush=True,
             )
+
+    if options.record:
+        from recorded import record
+
+        commit = subprocess.run(
+            ["git", "-C", str(options.old), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        what = f"CPU milliseconds of one thread, a step or a call, beside those of commit {commit}"
+        columns = ["model", "of", "before, ms", "now, ms", "ratio"]
+        record("versions", what, columns, rows, heads=2)
 
 
 if options.serve:

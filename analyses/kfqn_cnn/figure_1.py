@@ -5,6 +5,8 @@ Minibatches of 256, crops and flips, constant learning rates, momentum averaged,
 gradient and not in the loss. Table 3 is here, for Figures 2, 3 and 4 too.
 """
 
+from typing import Any
+
 from curvlab.reproduction import NETWORKS, Claim, Comparison, Extent, Method, main
 
 PROBLEMS = [
@@ -20,7 +22,7 @@ VALUES = {  # Table 3: (learning rate, damping), in the order of PROBLEMS
     "Adam": ((1e-4, 1e-4), (0.01, 0.1), (1e-4, 1e-8), (1e-3, 0.01)),
     "SGD-m": ((0.1, 0), (0.1, 0), (0.3, 0), (0.03, 0)),
 }
-ALGORITHMS = {
+ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "KF-BFGS-CNN": ("kf-bfgs-cnn", {}),
     "KF-BFGS(L)-CNN": ("kf-bfgs-l-cnn", {}),
     "KFAC": ("kfac-20", {}),

@@ -4,10 +4,10 @@ there.
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
 FIGURE = replace(
-    load("kfqn-cnn-figure-1"),
+    load_script("kfqn-cnn-figure-1"),
     shows="Ren and Goldfarb 2021, Figure 2, Table 3: Figure 1 on CIFAR-100",
     problems=["All-CNN-C, CIFAR-100", "VGG16 as printed, CIFAR-100"],
 )

@@ -7,9 +7,9 @@ learning rate to damping that Table 3 has on the problem.
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, Method, load, main
+from curvlab.reproduction import Claim, Comparison, Method, load_script, main
 
-TUNED = load("kfqn-cnn-figure-1")
+TUNED = load_script("kfqn-cnn-figure-1")
 BEST = TUNED.methods["KF-BFGS-CNN"].values
 DAMPINGS = (0.3, 1, 3, 10, 30, 100)
 

@@ -7,9 +7,9 @@ They are not published. "The comparison … in this case is similar to that of F
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, load, main
+from curvlab.reproduction import Claim, Comparison, load_script, main
 
-TUNED = load("kfqn-cnn-figure-1")
+TUNED = load_script("kfqn-cnn-figure-1")
 PROBLEM, FROM = "VGG16 as printed, CIFAR-100", "VGG16 as printed, CIFAR-10"
 
 FIGURE: Comparison = replace(

@@ -6,13 +6,14 @@ the Hessian. The document has rcv1 and news20 and settings of its own; here are 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import curvlab as cl
-from curvlab.reproduction import Options, Report, Script, main
+from curvlab.reproduction import Options, ReproductionReport, Script, main
 
 EXTENT = {  # epochs, seeds, λ of S4QN and SSN (the first is drawn), data sets
     "smoke": (4, (0,), (0.0,), ("random numbers",)),
@@ -21,7 +22,7 @@ EXTENT = {  # epochs, seeds, λ of S4QN and SSN (the first is drawn), data sets
 }
 # S_H and the first S_g are N / 20 examples; S_g doubles every step until it is the full batch
 FRACTION = 20
-NEWTON = {"solver": "cg", "tolerance": 0.1, "search": "armijo"}
+NEWTON: dict[str, Any] = {"solver": "cg", "tolerance": 0.1, "search": "armijo"}
 METHODS = {  # label: (algorithm, its options, colour, marker)
     "S4QN": ("s4qn", NEWTON, "#0072B2", "o"),
     "SSN": ("ssn", NEWTON, "#D55E00", "s"),
@@ -56,7 +57,7 @@ def optimum(x: Tensor, y: Tensor) -> tuple[float, float]:
     gradients to 1e-6.
     """
     problem = objective(x)
-    closure, weight = problem.closure(x, y), problem.model.weight
+    closure, weight = problem.closure(x, y), problem.parameters["weight"]
     newton = cl.optimizer(
         "ssn", problem, **NEWTON | {"damping": 0.0, "tolerance": 1e-6, "iterations": 5000}
     )
@@ -127,7 +128,8 @@ def follow(
         visits += seen * (not (full and chosen is None)) + seen * (not stochastic)
         full = chosen is None
         if not stochastic:
-            work = sum(optimizer.descent.curvature.work.values())
+            curvature: Any = optimizer.descent.curvature  # with the counters of its own method
+            work = sum(curvature.work.values())
             visits, last = visits + int(work - last), work
     raise AssertionError
 
@@ -157,7 +159,7 @@ def curves(
     }
 
 
-def make(report: Report) -> None:
+def make(report: ReproductionReport) -> None:
     epochs, _, dampings, names = EXTENT[report.options.budget]
     figure = Figure(figsize=(1 + 3.7 * len(names), 3.8), layout="constrained")
     for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):

@@ -6,9 +6,9 @@ for ResNet32.
 
 from dataclasses import replace
 
-from curvlab.reproduction import NETWORKS, Claim, Method, load, main
+from curvlab.reproduction import NETWORKS, Claim, Method, load_script, main
 
-CONVNET = load("s2qn-figure-3")
+CONVNET = load_script("s2qn-figure-3")
 SKQN = ["SKQN-L", "SKQN-B1", "SKQN-B2"]
 
 FIGURE = replace(

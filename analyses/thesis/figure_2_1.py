@@ -7,7 +7,9 @@ damping. The pairs are those of the derivatives (H_g), of SKQN-L and L-BFGS thos
 A block of pairs (SKQN-B) has no single ratio: the least sᵀy / sᵀBs stands for it.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import xarray as xr
 from matplotlib.axes import Axes
@@ -15,7 +17,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from curvlab.linalg.pair_damping import MU1
-from curvlab.reproduction import Comparison, Extent, Method, Report, Script, load, main
+from curvlab.reproduction import (
+    Comparison,
+    Extent,
+    Method,
+    ReproductionReport,
+    Script,
+    load_script,
+    main,
+)
 
 PROBLEMS = ["MNIST", "FACES", "CURVES"]
 OURS = "K-BFGS(L)-20"
@@ -24,7 +34,7 @@ SKQN = ("SKQN-L", "SKQN-B1", "SKQN-B2")
 WITHIN = "pairs_within_2mu1"
 
 CHAPTER_2, CHAPTER_3, S2QN = (
-    load(name).methods for name in ("figure-2.2", "figure-3.1", "s2qn-figure-2")
+    load_script(name).methods for name in ("figure-2.2", "figure-3.1", "s2qn-figure-2")
 )
 
 
@@ -37,6 +47,7 @@ def on(values: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
 
 
 def without_faces(method: Method) -> Method:
+    assert isinstance(method.values, Mapping)
     return replace(
         method, values={name: values for name, values in method.values.items() if name != "FACES"}
     )
@@ -76,7 +87,7 @@ def pairs(log: xr.Dataset) -> xr.Dataset:
 def by_layer(found: xr.Dataset, above: Axes, below: Axes) -> None:
     """The document's own two panels."""
     for i, layer in enumerate(found["block"].values):
-        look = {
+        look: dict[str, Any] = {
             "color": f"C{i}",
             "marker": "os^vDPX*+x12"[i % 12],
             "markersize": 4,
@@ -94,7 +105,7 @@ def by_layer(found: xr.Dataset, above: Axes, below: Axes) -> None:
 
 def by_method(logs: dict[str, xr.Dataset], axes: Axes) -> None:
     """A point a layer: the mean over epochs, before and after damping."""
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         "before": {"marker": "o", "facecolors": "none", "edgecolors": "C0", "s": 26},
         "after": {"marker": "x", "color": "C1", "s": 26},
     }
@@ -133,7 +144,7 @@ def said(value: xr.DataArray, form: str) -> str:
     return "" if bool(value.isnull()) else f"{float(value):{form}}"
 
 
-def make(report: Report) -> None:
+def make(report: ReproductionReport) -> None:
     results = RUNS.results(report)
     figure = Figure(figsize=(1 + 3.6 * len(results), 9.6), layout="constrained")
     panels = figure.subplots(3, len(results), squeeze=False)

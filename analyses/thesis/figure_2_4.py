@@ -4,7 +4,7 @@
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Extent, Method, load, main
+from curvlab.reproduction import Claim, Extent, Method, load_script, main
 
 OURS, FIRST = ["K-BFGS", "K-BFGS(L)"], ["Adam", "RMSprop", "SGD-m"]
 VALUES = {  # Table 2.6: (learning rate, damping) on MNIST, FACES, CURVES
@@ -15,7 +15,7 @@ VALUES = {  # Table 2.6: (learning rate, damping) on MNIST, FACES, CURVES
     "RMSprop": ((1e-4, 1e-4), (3e-5, 1e-4), (3e-3, 1e-4)),
     "SGD-m": ((0.03, 0), (0.01, 0), (0.03, 0)),
 }
-THOUSAND = load("figure-2.2")
+THOUSAND = load_script("figure-2.2")
 METHODS: dict[str, Method] = {
     label: replace(method, values=dict(zip(THOUSAND.problems, VALUES[label], strict=True)))
     for label, method in THOUSAND.methods.items()

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
 FIGURE = replace(
-    load("figure-2.4"),
+    load_script("figure-2.4"),
     shows="thesis Figure 2.5, Table 2.6: Figure 2.2 on FACES with minibatches of 100",
     problems=["FACES"],
 )

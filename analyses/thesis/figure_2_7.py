@@ -7,9 +7,9 @@ those of Table 2.5.
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, Extent, load, main
+from curvlab.reproduction import Claim, Comparison, Extent, load_script, main
 
-CHAPTER_2 = load("figure-2.2")
+CHAPTER_2 = load_script("figure-2.2")
 PLAIN = CHAPTER_2.methods["K-BFGS"]
 DOUBLE = replace(PLAIN, options={"double_grad": True})
 

@@ -5,6 +5,8 @@ Minibatches of 1000, no L2, momentum added up (practice). Tables 3.3 and 3.5 are
 3.2 and 3.3 too.
 """
 
+from typing import Any
+
 from curvlab.reproduction import (
     AUTOENCODERS,
     DOCUMENT_SECONDS,
@@ -12,6 +14,7 @@ from curvlab.reproduction import (
     Comparison,
     Extent,
     Method,
+    Reported,
     main,
 )
 
@@ -37,7 +40,7 @@ LOSSES = {  # Table 3.3, likewise
     "Adam": (52.76, 5.33, 55.24),
     "SGD-m": (54.75, 6.47, 55.97),
 }
-ALGORITHMS = {
+ALGORITHMS: dict[str, tuple[str, dict[str, Any]]] = {
     "K-BFGS": ("k-bfgs", {}),
     "K-BFGS, T = 20": ("k-bfgs", {"update_every": 20}),
     "K-BFGS(L)": ("k-bfgs-l", {}),
@@ -64,9 +67,9 @@ FIGURE = Comparison(
         label: Method(algorithm, dict(zip(PROBLEMS, VALUES[label], strict=True)), options)
         for label, (algorithm, options) in ALGORITHMS.items()
     },
-    reported={
-        p: {label: losses[i] for label, losses in LOSSES.items()} for i, p in enumerate(PROBLEMS)
-    },
+    reported=Reported(
+        {p: {label: losses[i] for label, losses in LOSSES.items()} for i, p in enumerate(PROBLEMS)}
+    ),
     measures=["train_loss"],
     spread="error of the mean",
     cpu=AUTOENCODERS,

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
 FIGURE = replace(
-    load("figure-3.1"),
+    load_script("figure-3.1"),
     shows="thesis Figure 3.2, Tables 3.3 and 3.5: Figure 3.1 on FACES",
     problems=["FACES"],
 )

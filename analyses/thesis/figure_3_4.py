@@ -4,7 +4,7 @@ and flips, minibatches of 128.
 Tables 3.4 and 3.7 are here, for Figures 3.5 to 3.7 too.
 """
 
-from curvlab.reproduction import NETWORKS, Claim, Comparison, Extent, convolutional, main
+from curvlab.reproduction import NETWORKS, Claim, Comparison, Extent, Reported, convolutional, main
 
 PROBLEMS = ["VGG16, CIFAR-10", "ResNet32, CIFAR-10", "VGG16, CIFAR-100", "ResNet32, CIFAR-100"]
 VALUES = {  # Table 3.7: (initial learning rate, weight decay, damping), in the order of PROBLEMS
@@ -36,10 +36,10 @@ FIGURE = Comparison(
     methods=convolutional(
         {label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}
     ),
-    reported={
-        p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)
-    },
-    accuracies=True,
+    reported=Reported(
+        {p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)},
+        accuracies=True,
+    ),
     spread="error of the mean",
     cpu=NETWORKS,
     paper=Extent(seeds=5),

@@ -4,10 +4,10 @@ there.
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
 FIGURE = replace(
-    load("figure-3.4"),
+    load_script("figure-3.4"),
     shows="thesis Figure 3.5, Tables 3.4 and 3.7: Figure 3.4 on ResNet32 with CIFAR-10",
     problems=["ResNet32, CIFAR-10"],
 )

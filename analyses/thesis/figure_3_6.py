@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
 FIGURE = replace(
-    load("figure-3.4"),
+    load_script("figure-3.4"),
     shows="thesis Figure 3.6, Tables 3.4 and 3.7: Figure 3.4 on VGG16 with CIFAR-100",
     problems=["VGG16, CIFAR-100"],
 )

@@ -2,7 +2,7 @@
 3.9 and 3.10 are here, for Figure 3.9 too.
 """
 
-from curvlab.reproduction import WIDE, Claim, Comparison, Extent, convolutional, main
+from curvlab.reproduction import WIDE, Claim, Comparison, Extent, Reported, convolutional, main
 
 PROBLEMS = ["ResNet32-4, CIFAR-10", "ResNet32-4, CIFAR-100"]
 VALUES = {  # Table 3.10: (initial learning rate, weight decay, damping), in the order of PROBLEMS
@@ -36,10 +36,10 @@ FIGURE = Comparison(
     methods=convolutional(
         {label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}
     ),
-    reported={
-        p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)
-    },
-    accuracies=True,
+    reported=Reported(
+        {p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)},
+        accuracies=True,
+    ),
     spread="error of the mean",
     cpu=WIDE,
     paper=Extent(seeds=5),

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
 FIGURE = replace(
-    load("figure-3.8"),
+    load_script("figure-3.8"),
     shows="thesis Figure 3.9, Tables 3.9 and 3.10: Figure 3.8 with CIFAR-100",
     problems=["ResNet32-4, CIFAR-100"],
 )

@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 
 import curvlab as cl
-from curvlab.reproduction import Options, Report, Script, main
+from curvlab.reproduction import Options, ReproductionReport, Script, main
 from curvlab.show import figures
 
 EXTENT = {
@@ -48,7 +48,7 @@ def measure(options: Options) -> xr.Dataset:
     )
 
 
-def make(report: Report) -> None:
+def make(report: ReproductionReport) -> None:
     log = measure(report.options)
     middle = cl.late_cosine(log).isel(block=slice(1, -1)).mean("block")
     rows = (

@@ -5,7 +5,7 @@ Section 4.7.1 says that dampings were fixed (1e-8 of Adam, 0.03 of KFAC, 0.01 of
 Table 4.4 and 4.7.2 that they were searched for: the table is followed.
 """
 
-from curvlab.reproduction import NETWORKS, Claim, Comparison, Extent, convolutional, main
+from curvlab.reproduction import NETWORKS, Claim, Comparison, Extent, Reported, convolutional, main
 
 PROBLEMS = ["VGG16, CIFAR-10", "ResNet32, CIFAR-10", "VGG16, CIFAR-100", "ResNet32, CIFAR-100"]
 VALUES = {  # Table 4.4: (initial learning rate, weight decay, damping), in the order of PROBLEMS
@@ -35,10 +35,10 @@ FIGURE = Comparison(
     methods=convolutional(
         {label: dict(zip(PROBLEMS, each, strict=True)) for label, each in VALUES.items()}
     ),
-    reported={
-        p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)
-    },
-    accuracies=True,
+    reported=Reported(
+        {p: {label: each[i] for label, each in ACCURACIES.items()} for i, p in enumerate(PROBLEMS)},
+        accuracies=True,
+    ),
     cpu=NETWORKS,
     paper=Extent(seeds=5),
     claims=[

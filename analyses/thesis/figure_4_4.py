@@ -4,9 +4,9 @@ three autoencoders.
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, Method, load, main
+from curvlab.reproduction import Claim, Comparison, Method, load_script, main
 
-FISHER = load("figure-4.2")
+FISHER = load_script("figure-4.2")
 VALUES = {  # Table 4.5: (learning rate, damping) on MNIST, FACES, CURVES
     "TNT-EF": ("tnt-ef", ((3e-6, 0.01), (3e-6, 0.01), (0.003, 1))),
     "KFAC-EF": ("kfac-ef", ((1, 100), (0.3, 30), (1, 100))),

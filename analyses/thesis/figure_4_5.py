@@ -4,9 +4,9 @@ four CNNs.
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, convolutional, load, main
+from curvlab.reproduction import Claim, Comparison, Reported, convolutional, load_script, main
 
-FISHER = load("figure-4.3")
+FISHER = load_script("figure-4.3")
 # Table 4.6: (initial learning rate, weight decay, damping), in the order of Figure 4.3's problems
 VALUES = {
     "TNT-EF": ((1e-4, 10, 0.1), (1e-4, 10, 0.01), (3e-5, 10, 0.1), (1e-4, 10, 0.01)),
@@ -33,13 +33,16 @@ FIGURE: Comparison = replace(
     | convolutional(
         {label: dict(zip(FISHER.problems, each, strict=True)) for label, each in VALUES.items()}
     ),
-    reported={
-        p: (
-            {label: FISHER.reported[p][label] for label in ("TNT", "KFAC")}
-            | {label: a[i] for label, a in ACCURACIES.items()}
-        )
-        for i, p in enumerate(FISHER.problems)
-    },
+    reported=Reported(
+        {
+            p: (
+                {label: FISHER.reported.numbers[p][label] for label in ("TNT", "KFAC")}
+                | {label: a[i] for label, a in ACCURACIES.items()}
+            )
+            for i, p in enumerate(FISHER.problems)
+        },
+        accuracies=FISHER.reported.accuracies,
+    ),
     claims=[
         Claim(
             "TNT is more accurate than TNT-EF",

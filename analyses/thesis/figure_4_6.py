@@ -4,7 +4,7 @@ too.
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, Method, load, main
+from curvlab.reproduction import Claim, Comparison, Method, load_script, main
 
 PROBLEMS = ["MNIST", "FACES"]
 VALUES = {  # Table 4.7: algorithm: (learning rate, damping, μ, β) on MNIST and on FACES
@@ -17,7 +17,7 @@ VALUES = {  # Table 4.7: algorithm: (learning rate, damping, μ, β) on MNIST an
 SECOND, FIRST = ["TNT", "KFAC", "Shampoo"], ["Adam", "SGD-m"]
 
 FIGURE: Comparison = replace(
-    load("figure-4.2"),
+    load_script("figure-4.2"),
     shows="thesis Figure 4.6, Table 4.7: Figure 4.2 on MNIST and FACES with more extensive tuning",
     claim=(
         "with extensive tuning, second-order methods seem to perform similarly with each other, and"

@@ -4,9 +4,9 @@ rate 0.01.
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Extent, load, main
+from curvlab.reproduction import Claim, Extent, load_script, main
 
-MNIST = load("figure-5.1")
+MNIST = load_script("figure-5.1")
 METHODS = {
     label: replace(
         m,

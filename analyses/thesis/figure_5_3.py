@@ -6,9 +6,9 @@ Losses are those before and after the epoch: a training run is evaluated between
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Extent, load, main
+from curvlab.reproduction import Claim, Extent, load_script, main
 
-MNIST = load("figure-5.1")
+MNIST = load_script("figure-5.1")
 RATES = {
     "SMW-GN": 0.05,
     "SMW-NG": 0.1,

@@ -4,9 +4,9 @@ gradient and momentum.
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
-TIME = load("table-2.2")
+TIME = load_script("table-2.2")
 
 FIGURE = replace(
     TIME,

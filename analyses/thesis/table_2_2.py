@@ -4,16 +4,18 @@ outputs, beyond SGD's.
 Also measured: minibatches of m, p pairs of L-BFGS, inversions every T steps; memory (Table 2.1).
 """
 
+from types import SimpleNamespace
+
 from torch import nn
 
 from curvlab.reproduction import Axis, Row, Scaling, main
 
 
-def every(s):
+def every(s: SimpleNamespace) -> dict[str, int]:
     return {"refresh_every": s.T}
 
 
-def pairs(s):
+def pairs(s: SimpleNamespace) -> dict[str, int]:
     return {"pairs": s.p}
 
 

@@ -6,7 +6,7 @@ validation set.
 """
 
 import curvlab as cl
-from curvlab.reproduction import Report, Script, main
+from curvlab.reproduction import ReproductionReport, Script, main
 
 TABLE = {
     "MNIST": ("mnist-ae", 60_000, 10_000),
@@ -15,7 +15,7 @@ TABLE = {
 }
 
 
-def make(report: Report) -> None:
+def make(report: ReproductionReport) -> None:
     rows = []
     for label, (name, training, testing) in TABLE.items():
         try:

@@ -5,7 +5,7 @@ networks that curvlab builds.
 from torch import nn
 
 import curvlab as cl
-from curvlab.reproduction import Report, Script, main
+from curvlab.reproduction import ReproductionReport, Script, main
 
 TABLE = {  # widths, and the loss
     "mnist-ae": ([784, 1000, 500, 250, 30, 250, 500, 1000, 784], "binary entropy"),
@@ -15,10 +15,10 @@ TABLE = {  # widths, and the loss
 LOSSES = {"bernoulli": "binary entropy", "gaussian": "MSE"}
 
 
-def make(report: Report) -> None:
+def make(report: ReproductionReport) -> None:
     rows = []
     for name, (widths, loss) in TABLE.items():
-        layers = list(cl.models.build(name))
+        layers = list(cl.models.build(name).children())
         linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
         built = [linear[0].in_features, *(layer.out_features for layer in linear)]
         code = [

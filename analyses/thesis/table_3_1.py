@@ -4,9 +4,9 @@ gradient and momentum.
 
 from dataclasses import replace
 
-from curvlab.reproduction import Axis, load, main
+from curvlab.reproduction import Axis, load_script, main
 
-TIME = load("table-3.2")
+TIME = load_script("table-3.2")
 
 FIGURE = replace(
     TIME,

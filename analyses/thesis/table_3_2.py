@@ -5,36 +5,38 @@ pairs, K-BFGS every T steps, KFAC's statistics every T and inverses every 5 T.
 The formulas' lower-order terms are the table's too; K-BFGS forms no second moment of its inputs.
 """
 
+from types import SimpleNamespace
+
 from torch import nn
 
 from curvlab.reproduction import Axis, Row, Scaling, main
 
 
-def inputs(s):
+def inputs(s: SimpleNamespace) -> float:
     return s.J * s.k**2
 
 
-def places(s):
+def places(s: SimpleNamespace) -> float:
     return s.side**2
 
 
-def through(s):
+def through(s: SimpleNamespace) -> float:
     return s.m * s.I * inputs(s) * places(s) / s.T  # the additional pass
 
 
-def seen(s):
+def seen(s: SimpleNamespace) -> float:
     return (s.m * inputs(s) * places(s) + inputs(s) ** 2 + s.m * s.I * places(s)) / s.T
 
 
-def kbfgs(s):
+def kbfgs(s: SimpleNamespace) -> float:
     return through(s) + seen(s) + s.I**2 / s.T + s.I * inputs(s) ** 2 + s.I**2 * inputs(s)
 
 
-def limited(s):
+def limited(s: SimpleNamespace) -> float:
     return through(s) + seen(s) + s.p * s.I / s.T + s.I * inputs(s) ** 2 + s.p * s.I * inputs(s)
 
 
-def kfac(s):
+def kfac(s: SimpleNamespace) -> float:
     moments = s.m * (inputs(s) ** 2 + s.I**2) * places(s) / s.T
     return (
         through(s)

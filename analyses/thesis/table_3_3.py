@@ -4,10 +4,10 @@ shares.
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
 FIGURE = replace(
-    load("figure-3.1"),
+    load_script("figure-3.1"),
     shows="thesis Table 3.3: training losses of Figures 3.1, 3.2 and 3.3",
     problems=["MNIST", "FACES", "CURVES"],
 )

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
 FIGURE = replace(
-    load("figure-3.4"),
+    load_script("figure-3.4"),
     shows="thesis Table 3.4: test accuracies of Figures 3.4 to 3.7",
     problems=["VGG16, CIFAR-10", "ResNet32, CIFAR-10", "VGG16, CIFAR-100", "ResNet32, CIFAR-100"],
 )

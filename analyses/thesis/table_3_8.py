@@ -6,9 +6,9 @@ The document's values with one of them off are not published: here K-BFGS's own 
 
 from dataclasses import replace
 
-from curvlab.reproduction import Claim, Comparison, load, main
+from curvlab.reproduction import Claim, Comparison, Reported, load_script, main
 
-CHAPTER_3 = load("figure-3.1")
+CHAPTER_3 = load_script("figure-3.1")
 ON, OFF = (CHAPTER_3.methods[label] for label in ("K-BFGS", "K-BFGS-20"))
 METHODS = {
     "K-BFGS": ON,
@@ -32,9 +32,9 @@ FIGURE: Comparison = replace(
     ),
     problems=list(LOSSES),
     methods=METHODS,
-    reported={
-        problem: dict(zip(METHODS, losses, strict=True)) for problem, losses in LOSSES.items()
-    },
+    reported=Reported(
+        {problem: dict(zip(METHODS, losses, strict=True)) for problem, losses in LOSSES.items()}
+    ),
     claims=[
         Claim(
             "each improvement alone is better than none",

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
 FIGURE = replace(
-    load("figure-3.8"),
+    load_script("figure-3.8"),
     shows="thesis Table 3.9: test accuracies of Figures 3.8 and 3.9",
     problems=["ResNet32-4, CIFAR-10", "ResNet32-4, CIFAR-100"],
 )

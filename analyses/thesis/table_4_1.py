@@ -5,16 +5,18 @@ Shampoo's T1 is not in the table's formula and stays 1. The table's Newton-like 
 matrix of d⁴ numbers, are left out.
 """
 
+from types import SimpleNamespace
+
 from torch import nn
 
 from curvlab.reproduction import Axis, Row, Scaling, main
 
 
-def tnt(s):
+def tnt(s: SimpleNamespace) -> float:
     return (s.m / s.T1 + 2 * s.d) * s.d**2 + 2 * s.d**3 / s.T2
 
 
-def shampoo(s):
+def shampoo(s: SimpleNamespace) -> float:
     return 2 * s.d * s.d**2 + 2 * s.d**3 / s.T2
 
 

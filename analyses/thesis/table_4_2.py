@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from curvlab.reproduction import load, main
+from curvlab.reproduction import load_script, main
 
-FIGURE = replace(load("figure-4.3"), shows="thesis Table 4.2: test accuracies of Figure 4.3")
+FIGURE = replace(load_script("figure-4.3"), shows="thesis Table 4.2: test accuracies of Figure 4.3")
 
 if __name__ == "__main__":
     main(FIGURE, __file__)

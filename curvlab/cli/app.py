@@ -8,9 +8,11 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import inspect
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, TextIO
 
@@ -19,13 +21,12 @@ import typer
 import curvlab
 from curvlab import starting
 from curvlab.cli import compare, lists, logs, reproduce, spectrum, train
-from curvlab.cli.terminal import err, out
+from curvlab.cli.terminal import err, out, say_interrupted
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.system import blame
 from curvlab.system.blame import verdict
 from curvlab.system.escape import for_rich, for_terminal
 from curvlab.system.interrupt import LISTENER, behind, listening, number_of
-from curvlab.system.interrupt import words as words_of
 from curvlab.system.streams import unfailing
 
 app = typer.Typer(
@@ -54,6 +55,12 @@ def _version(
         raise typer.Exit
 
 
+def _help(command: Callable[..., None]) -> str:
+    """Return a command's docstring with each paragraph as one line, for the terminal to break."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(lines.split()) for lines in paragraphs)
+
+
 for _command in (
     compare.compare,
     spectrum.spectrum,
@@ -63,8 +70,8 @@ for _command in (
     logs.report,
     logs.doctor,
 ):
-    app.command()(_command)
-app.command(name="list")(lists.list_)
+    app.command(help=_help(_command))(_command)
+app.command(name="list", help=_help(lists.list_))(lists.list_)
 
 _HEAVY = {
     "compare": "curvlab.comparison_run",
@@ -134,7 +141,7 @@ def _ended(words: list[str]) -> int:
 
 def _interrupted(error: KeyboardInterrupt) -> int:
     with unfailing():
-        _say(words_of(error))
+        say_interrupted(error)
     return 128 + number_of(error)
 
 
@@ -192,7 +199,7 @@ def _run(words: list[str]) -> int | None:
             command.invoke(context)
     except KeyboardInterrupt as error:
         LISTENER.deaf = True
-        _say(words_of(error))
+        say_interrupted(error)
         return 128 + number_of(error)
     except typer.Exit as error:
         return error.exit_code
@@ -205,7 +212,7 @@ def _run(words: list[str]) -> int | None:
         signal = behind(error)
         if signal is not None:
             LISTENER.deaf = True
-            _say(words_of(signal))
+            say_interrupted(signal)
             return 128 + number_of(signal)
         # click's errors; recent versions of typer carry a click of their own
         parsing = getattr(error, "format_message", None)
@@ -225,7 +232,7 @@ def _failed(error: BaseException, line: str, code: int, words: list[str]) -> int
     """
     verbose = any(word in ("-v", "--verbose") for word in words)
     own = (
-        blame.whole(error)
+        blame.full_traceback(error)
         if verbose and (code == blame.BUG or blame.told(error))
         else blame.told(error)
     )

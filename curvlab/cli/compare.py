@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from curvlab.cli.options import Data, Device, Dtype, Model, Verbose, out
+from curvlab.cli.options import (
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    VerboseOption,
+    out_option,
+)
 from curvlab.cli.terminal import (
     DIVERGED,
     check_output,
@@ -27,8 +34,8 @@ Option = typer.Option
 
 
 def compare(
-    model: Model,
-    data: Data = None,
+    model: ModelOption,
+    data: DataOption = None,
     reference: Annotated[
         str,
         Option(
@@ -86,8 +93,8 @@ def compare(
     seeds: Annotated[
         int, Option(help="Repeat with so many seeds, from --seed on.", rich_help_panel="Length")
     ] = 1,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
     log_every: Annotated[int, Option(help="Steps between records.", rich_help_panel="Output")] = 1,
     probe: Annotated[
         list[str] | None,
@@ -97,8 +104,8 @@ def compare(
             rich_help_panel="Output",
         ),
     ] = None,
-    verbose: Verbose = False,
-    out_folder: Annotated[Path | None, out("run.h5, cosine.png, cosine.svg")] = None,
+    verbose: VerboseOption = False,
+    out_folder: Annotated[Path | None, out_option("run.h5, cosine.png, cosine.svg")] = None,
 ) -> None:
     """Follow one algorithm, and compare the direction of every other with its own.
 

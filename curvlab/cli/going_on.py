@@ -43,9 +43,9 @@ def gone_on(state: Mapping[str, Any], given: Mapping[str, Any], folder: Path) ->
     Raises:
         CurvlabError: its checkpoint names code that the command line does not.
     """
-    from curvlab.training.run import resumed
+    from curvlab.training.run import resumed_arguments
 
-    found = resumed(state, given)
+    found = resumed_arguments(state, given)
     name = found.get("model", "")
     if ":" in name and "model" not in given:
         raise CurvlabError(

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from curvlab.cli.terminal import out
 from curvlab.errors import lookup
+from curvlab.show.text_table import Table, draw_table
 
-Rows = list[tuple[str, ...]]
+_Rows = list[tuple[str, ...]]
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _KEPT = Path(__file__).with_suffix(".json")
@@ -44,7 +44,7 @@ beside it.
 """
 
 
-def _algorithms() -> Rows:
+def _algorithms() -> _Rows:
     from curvlab.algorithms import ALGORITHMS
 
     return [
@@ -53,7 +53,7 @@ def _algorithms() -> Rows:
     ]
 
 
-def _options() -> Rows:
+def _options() -> _Rows:
     from curvlab.algorithms import ALGORITHMS
 
     return [
@@ -63,26 +63,26 @@ def _options() -> Rows:
     ]
 
 
-def _models() -> Rows:
+def _models() -> _Rows:
     from curvlab.models import MODELS
 
     return [(name, m.summary, m.data or "", m.likelihood, m.source) for name, m in MODELS.items()]
 
 
-def _datasets() -> Rows:
+def _datasets() -> _Rows:
     from curvlab.datasets import DATASETS
 
     return [(name, d.summary, d.comes) for name, d in DATASETS.items()]
 
 
-def _schedules() -> Rows:
+def _schedules() -> _Rows:
     from curvlab.training.schedules import SCHEDULES
 
-    rows: Rows = [(n, s.summary, ", ".join(s.options), s.source) for n, s in SCHEDULES.items()]
+    rows: _Rows = [(n, s.summary, ", ".join(s.options), s.source) for n, s in SCHEDULES.items()]
     return [*rows, ("…", "any of torch.optim.lr_scheduler, by its name", "its arguments", "torch")]
 
 
-def _probes() -> Rows:
+def _probes() -> _Rows:
     """Return the rows of probes; costs are of one sample, over plain forward and backward."""
     from curvlab.probes import PROBES, costs
 
@@ -105,21 +105,21 @@ def _costs_column() -> str:
     return f"cost × ({', '.join(costs.COST_MODELS)})"
 
 
-def _reproductions() -> Rows:
+def _reproductions() -> _Rows:
     """Return all names, what they show, and how far the budgets go."""
-    from curvlab.reproduction import load, scripts
+    from curvlab.reproduction import load_script, scripts
 
-    found = ((name, load(name)) for name in scripts())
+    found = ((name, load_script(name)) for name in scripts())
     return [(name, what.shows, what.extents["cpu"], what.extents["paper"]) for name, what in found]
 
 
-def _figures() -> Rows:
+def _figures() -> _Rows:
     from curvlab.show.figures import FIGURES
 
     return [(name, f.summary) for name, f in FIGURES.items()]
 
 
-LISTS: dict[str, tuple[tuple[str | Callable[[], str], ...], Callable[[], Rows]]] = {
+LISTS: dict[str, tuple[tuple[str | Callable[[], str], ...], Callable[[], _Rows]]] = {
     "algorithms": (("name", "what it is", "labels", "lr", "damping", "source"), _algorithms),
     "options": (("algorithm", "option", "default"), _options),
     "models": (("name", "what it is", "data", "likelihood", "source"), _models),
@@ -132,7 +132,7 @@ LISTS: dict[str, tuple[tuple[str | Callable[[], str], ...], Callable[[], Rows]]]
 """{what: (columns, rows)}"""
 
 
-def made(what: str) -> tuple[list[str], Rows]:
+def columns_and_rows(what: str) -> tuple[list[str], _Rows]:
     """Return (columns, rows) of a list, from the tables themselves."""
     columns, rows = LISTS[what]
     return [c if isinstance(c, str) else c() for c in columns], rows()
@@ -172,16 +172,14 @@ def list_(
     lookup(LISTS, what, "list")
     # what is imported already may have entries of a user's
     kept = {} if "torch" in sys.modules else _kept()
-    columns, rows = kept.get("lists", {}).get(what) or made(what)
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    columns, rows = kept.get("lists", {}).get(what) or columns_and_rows(what)
+    table = Table("", tuple(columns), tuple(map(tuple, rows)))
+    out.print(draw_table(table, left=len(columns)))
 
 
 def keep() -> None:
     """Write the copy that `curvlab list` reads."""
-    found = {"checksum": checksum(), "lists": {what: made(what) for what in LISTS}}
+    found = {"checksum": checksum(), "lists": {what: columns_and_rows(what) for what in LISTS}}
     _KEPT.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 

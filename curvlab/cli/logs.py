@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from curvlab.cli.terminal import out, picture, wrote
+from curvlab.cli.terminal import out, write_picture, wrote
 from curvlab.errors import lookup
 from curvlab.system import paths
 from curvlab.system.escape import for_rich
@@ -43,12 +43,12 @@ def plot(
     if figure is not None:
         lookup(figures.FIGURES, figure, "figure")
     if output is not None:
-        output = pictures.check(output, "choose another with -o")
+        output = pictures.check_picture(output, "choose another with -o")
     found = {path: open_log(paths.given(path, "run")) for path in run}
-    figure = figure or figures.main(found[run[0]])
+    figure = figure or figures.main_figure(found[run[0]])
     beside = run[0] if run[0].is_dir() else run[0].parent
-    target = output or pictures.check(beside / f"{figure}.png", "choose another with -o")
-    picture(figures.draw_all([(str(path), ds) for path, ds in found.items()], figure), target)
+    target = output or pictures.check_picture(beside / f"{figure}.png", "choose another with -o")
+    write_picture(figures.draw_all([(str(path), ds) for path, ds in found.items()], figure), target)
     wrote(target)
 
 

@@ -9,22 +9,22 @@ import typer
 PROBLEM, MACHINE, OUTPUT = "Problem", "Machine", "Output"
 """Panels of the help that several commands have."""
 
-Model = Annotated[
+ModelOption = Annotated[
     str,
     typer.Option(
         help="Network, of `curvlab list models`, or module:function of yours.",
         rich_help_panel=PROBLEM,
     ),
 ]
-Data = Annotated[
+DataOption = Annotated[
     str | None, typer.Option(help="Data set; the model's own by default.", rich_help_panel=PROBLEM)
 ]
-Device = Annotated[
+DeviceOption = Annotated[
     str,
     typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:N.", rich_help_panel=MACHINE),
 ]
-Dtype = Annotated[str, typer.Option(help="float32 or float64.", rich_help_panel=MACHINE)]
-Verbose = Annotated[
+DtypeOption = Annotated[str, typer.Option(help="float32 or float64.", rich_help_panel=MACHINE)]
+VerboseOption = Annotated[
     bool,
     typer.Option(
         "--verbose",
@@ -35,7 +35,7 @@ Verbose = Annotated[
 ]
 
 
-def out(files: str) -> Any:
+def out_option(files: str) -> Any:
     """Return the option --out of a command that writes `files`."""
     return typer.Option(
         "--out",

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from curvlab.cli import lists
-from curvlab.cli.terminal import err
-from curvlab.system.interrupt import LISTENER, number_of, words
+from curvlab.cli.terminal import say_interrupted
+from curvlab.system.interrupt import LISTENER, number_of
 
 Option = typer.Option
 
@@ -55,7 +55,7 @@ def reproduce(
     It trains, draws and prints. After Ctrl-C the same command goes on. The scripts are short:
     analyses/ of the repository.
     """
-    from curvlab.reproduction import Options, load
+    from curvlab.reproduction import Options, load_script
     from curvlab.reproduction import reproduce as reproduce_it
 
     if name is None:
@@ -63,8 +63,8 @@ def reproduce(
         raise typer.Exit
     options = Options(budget, out_folder, runs, device, tuple(methods or ()), tuple(problems or ()))
     try:
-        reproduce_it(load(name), name, options)
+        reproduce_it(load_script(name), name, options)
     except KeyboardInterrupt as error:
         LISTENER.deaf = True
-        err.print(f"curvlab: {words(error)}; the same command goes on", markup=False)
+        say_interrupted(error, "; the same command goes on")
         raise typer.Exit(128 + number_of(error)) from None

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from curvlab.cli.options import Data, Device, Dtype, Model, Verbose, out
+from curvlab.cli.options import (
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    VerboseOption,
+    out_option,
+)
 from curvlab.cli.terminal import (
     check_output,
     err,
@@ -24,8 +31,8 @@ Option = typer.Option
 
 
 def spectrum(
-    model: Model,
-    data: Data = None,
+    model: ModelOption,
+    data: DataOption = None,
     samples: Annotated[
         int,
         Option(
@@ -88,10 +95,10 @@ def spectrum(
         int,
         Option(help="Of weights, batches, sampled labels and Lanczos.", rich_help_panel="Training"),
     ] = 0,
-    device: Device = "auto",
-    dtype: Dtype = "float64",
-    verbose: Verbose = False,
-    out_folder: Annotated[Path | None, out("run.h5, spectrum.png, spectrum.svg")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float64",
+    verbose: VerboseOption = False,
+    out_folder: Annotated[Path | None, out_option("run.h5, spectrum.png, spectrum.svg")] = None,
 ) -> None:
     """Train, and log the eigenvalues of each layer's curvature along the way.
 
@@ -117,7 +124,7 @@ def spectrum(
         verbose=verbose,
     )
     check_output(out_folder, "spectrum")
-    prepared = spectrum_run.prepare(named)
+    prepared = spectrum_run.prepare_spectra(named)
     keep_freed_memory()
     with (
         paths.made(out_folder, lambda: folder_for(out_folder, f"spectrum-{model}")) as folder,

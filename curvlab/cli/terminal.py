@@ -6,27 +6,28 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import rich.table
 import typer
 from rich.console import Console
-from rich.table import Column
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, cause_of
 from curvlab.show import pictures
-from curvlab.system import paths
+from curvlab.show.text_table import draw_table
+from curvlab.system import blame, paths
 from curvlab.system.atomic import rewrite
 from curvlab.system.blame import Saved
-from curvlab.system.escape import for_rich
+from curvlab.system.escape import for_rich, for_terminal
 from curvlab.system.interrupt import LISTENER, behind, number_of, words
-from curvlab.system.lock import alone
+from curvlab.system.lock import exclusive_lock
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from curvlab.show.tables import Table
+    from curvlab.show.text_table import Table
+
 
 DIVERGED = 1
 """Exit code of a run whose numbers left the finite range: a result, and no bad input."""
@@ -60,22 +61,25 @@ def _interrupted(error: KeyboardInterrupt, path: Path, remedy: str) -> typer.Exi
     saved = (
         f"the log so far is saved in {path}{remedy}" if path.exists() else "nothing was logged yet"
     )
-    err.print(for_rich(f"curvlab: {words(error)}; {saved}"))
+    say_interrupted(error, f"; {saved}")
     return typer.Exit(128 + number_of(error))
+
+
+def say_interrupted(error: KeyboardInterrupt, more: str = "") -> None:
+    """Say whereby a run was ended; before it the error that ended the step that it waited for."""
+    cause = error.__cause__
+    if cause is not None:
+        foreign = not isinstance(cause, CurvlabError)
+        if foreign:
+            sys.stderr.write(for_terminal(blame.told(cause), lines=True))
+        line = blame.verdict(cause, "")[0] if foreign else str(cause)
+        err.print(for_rich(f"curvlab: {line}"))
+    err.print(for_rich(f"curvlab: {words(error)}{more}"))
 
 
 def show(table: Table, title: str = "") -> None:
     """Print a table of a log."""
-    heads = [
-        Column(for_rich(name), justify="left" if i < table.heads else "right")
-        for i, name in enumerate(table.columns)
-    ]
-    drawn = rich.table.Table(*heads, title=for_rich(title or table.caption))
-    for rows in table.groups:
-        for row in rows:
-            drawn.add_row(*map(for_rich, row))
-        drawn.add_section()
-    out.print(drawn)
+    out.print(draw_table(replace(table, caption=title or table.caption)))
 
 
 def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
@@ -95,7 +99,7 @@ def finish(ds: Any, folder: Path, figure: str, title: str = "") -> None:
     try:
         drawn = figures.draw(ds, figure)
         for suffix in ("png", "svg"):
-            picture(drawn, folder / f"{figure}.{suffix}")
+            write_picture(drawn, folder / f"{figure}.{suffix}")
             written.append(folder / f"{figure}.{suffix}")
     except KeyboardInterrupt as error:
         LISTENER.deaf = True
@@ -116,7 +120,7 @@ def wrote(file: Path) -> None:
     out.print(for_rich(f"wrote {file}"), soft_wrap=True)
 
 
-def picture(drawn: Figure, path: Path) -> None:
+def write_picture(drawn: Figure, path: Path) -> None:
     """Write a figure; what is there is whole at any moment.
 
     Raises:
@@ -128,7 +132,7 @@ def picture(drawn: Figure, path: Path) -> None:
     try:
         rewrite(path, lambda aside: aside.write_bytes(held))
     except OSError as error:
-        raise CurvlabError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise CurvlabError(f"{path} cannot be written: {cause_of(error)}") from error
 
 
 def listed(text: str) -> tuple[str, ...]:
@@ -171,7 +175,7 @@ def folder_for(chosen: Path | None, stem: str) -> Path:
         chosen.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CurvlabError(
-            f"the output folder {chosen or 'runs'} cannot be written: {error.strerror}; choose"
+            f"the output folder {chosen or 'runs'} cannot be written: {cause_of(error)}; choose"
             " another with --out"
         ) from error
     return chosen
@@ -193,6 +197,6 @@ def writing(folder: Path, check: Callable[[Path], object] = free) -> Iterator[No
     Raises:
         CurvlabError: another run writes there, the folder cannot be written; and as `check`.
     """
-    with alone(folder / "run.h5"):
+    with exclusive_lock(folder / "run.h5"):
         check(folder)
         yield

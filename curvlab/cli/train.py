@@ -12,7 +12,15 @@ import typer
 
 from curvlab.cli.assignments import assigned
 from curvlab.cli.going_on import free_for_training, gone_on, say_anew
-from curvlab.cli.options import OUTPUT, PROBLEM, Data, Device, Dtype, Verbose, out
+from curvlab.cli.options import (
+    OUTPUT,
+    PROBLEM,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    VerboseOption,
+    out_option,
+)
 from curvlab.cli.terminal import (
     DIVERGED,
     check_output,
@@ -46,7 +54,7 @@ def train(
             rich_help_panel=PROBLEM,
         ),
     ] = None,
-    data: Data = None,
+    data: DataOption = None,
     batch_size: Annotated[
         int,
         Option(
@@ -238,11 +246,11 @@ def train(
             rich_help_panel=_EVALUATION,
         ),
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    verbose: Verbose = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    verbose: VerboseOption = False,
     out_folder: Annotated[
-        Path | None, out("run.h5, checkpoint.pt, training.png, training.svg")
+        Path | None, out_option("run.h5, checkpoint.pt, training.png, training.svg")
     ] = None,
     resume: Annotated[
         bool,
@@ -279,7 +287,7 @@ def train(
     from curvlab.system.memory import keep_freed_memory
     from curvlab.training import checkpoint
     from curvlab.training.begun import stepless
-    from curvlab.training.run import prepare, run_named
+    from curvlab.training.run import prepare_training, run_named
 
     call = {k: v for k, v in ({"command": "train"} | given).items() if k != "verbose"}
     call["out"] = str(call.pop("out_folder") or "")
@@ -308,16 +316,16 @@ def train(
         if stepless(out_folder):
             say_anew(out_folder, model)
         else:
-            state = checkpoint.load(out_folder / checkpoint.FILE)
+            state = checkpoint.load_state(out_folder / checkpoint.FILE)
             given |= gone_on(state, {k: given[k] for k in said}, out_folder)
             where = device_of(given["device"])
             if where.type != "cpu":
-                state = checkpoint.load(out_folder / checkpoint.FILE, where)
+                state = checkpoint.load_state(out_folder / checkpoint.FILE, where)
     if state is None and epochs is None and steps is None and seconds is None:
         given["epochs"] = 20
     if given["model"] is None:
         raise CurvlabError("Missing option '--model'.")
-    training = prepare(_named(given), call, state)
+    training = prepare_training(_named(given), call, state)
     keep_freed_memory()
     stem = f"train-{given['model'].replace(':', '-')}"
     with paths.made(out_folder, lambda: folder_for(out_folder, stem)) as folder:
@@ -344,13 +352,14 @@ def train(
 def _named(given: Mapping[str, Any]) -> NamedTraining:
     from curvlab.problem import Problem
     from curvlab.training.run import NamedTraining
-    from curvlab.training.settings import Budget, Settings
+    from curvlab.training.settings import PARTS, Budget, Settings
 
-    def those(kind: type) -> dict[str, Any]:
-        return {name: given[name] for name in kind.__dataclass_fields__ if name in given}  # type: ignore[attr-defined]  # a dataclass
+    def those(*kinds: type) -> dict[str, Any]:
+        names = [name for kind in kinds for name in kind.__dataclass_fields__]  # type: ignore[attr-defined]  # a dataclass
+        return {name: given[name] for name in names if name in given}
 
     parts = {
-        "settings": Settings(**those(Settings)),
+        "settings": Settings.of(**those(*PARTS)),
         "budget": Budget(**those(Budget)),
         "problem": Problem(**those(Problem)),
     }

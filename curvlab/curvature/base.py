@@ -171,6 +171,8 @@ class BlockDefaults:
     at."""
     learns_pairs: bool = False
     """Whether the block learns from pairs, which the probe `damping` looks at."""
+    compares_gradients: bool = False
+    """Whether `secant` reads gradients, which are then autograd's own in both looks."""
     shift: float | None = None
     """What the last `refresh` added to the diagonal beside the damping; None: the method shifts
     nothing."""

@@ -33,7 +33,9 @@ from curvlab.derivatives import precise
 from curvlab.divergence import Naming, named
 from curvlab.errors import CurvlabError, Diverged, unknown, warn
 from curvlab.layers import Block, Layout
+from curvlab.likelihoods.base import factor_over
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
+from curvlab.nests import plain
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
@@ -63,9 +65,7 @@ class BlockDiagonal(CurvatureDefaults):
     """
 
     refreshed: float | None = None
-    """λ of the last refresh. A state does not hold it: after `load_state_dict`, until the next
-    refresh, it is the damping as it was saved, which may have moved since.
-    """
+    """λ of the last refresh; after an earlier version's state, until the next, λ of that state."""
 
     def __init__(
         self,
@@ -215,12 +215,11 @@ class BlockDiagonal(CurvatureDefaults):
             self.blocks |= {name: self._fallback() for name in lost}
 
     def _fold_data(self, objective: Objective) -> None:
-        seen = 0
+        seen, factor = 0, factor_over(objective.likelihood, (y for _, y in self.shown))
         for x, y in self.shown:
-            seen += len(x)
-            # of no stream's count: made again and again
-            closure = Closure(objective, x, y, 0, "warm")
-            self._fold(closure.observe({self._pass}, move_buffers=False), len(x) / seen)
+            closure = Closure(objective, x, y, 0, "warm", factor=factor)  # of no stream's count
+            seen += len(closure.x)
+            self._fold(closure.observe({self._pass}, move_buffers=False), len(closure.x) / seen)
 
     @precise()
     def update(self, observation: Observation) -> None:
@@ -254,7 +253,10 @@ class BlockDiagonal(CurvatureDefaults):
     @property
     def step_needs(self) -> frozenset[Pass]:
         """Passes of the second look; none where the loss alone is wanted."""
-        return frozenset({"data"}) if any(b.secant for b in self.blocks.values()) else frozenset()
+        learning = [block_with_defaults(b) for b in self.blocks.values() if b.secant]
+        if any(b.compares_gradients for b in learning):  # as in the first look, whoever else looks
+            return frozenset({"data", "gradient"})
+        return frozenset({"data"}) if learning else frozenset()
 
     @property
     def wants_step(self) -> bool:
@@ -315,7 +317,8 @@ class BlockDiagonal(CurvatureDefaults):
             self._fold(observation, 1 / (self.updates + 1))
             self.warmed = True
             if self.averaging.kind == "data":
-                self.shown.append([observation.closure.x, observation.closure.y])
+                closure = observation.closure
+                self.shown.append([plain(closure.x), plain(closure.y)])
 
     @precise()
     def refresh(self) -> None:
@@ -358,6 +361,7 @@ class BlockDiagonal(CurvatureDefaults):
         idle = {name: pack(operator) for name, operator in self._idle.items()}
         return counters | {
             "algorithm": self.name,
+            "refreshed": self.refreshed,
             "blocks": states_of(self.blocks),
             "shown": self.shown,
             "idle": idle,
@@ -377,7 +381,7 @@ class BlockDiagonal(CurvatureDefaults):
         }
         for key, value in counters.items():
             setattr(self, key, value)
-        self.refreshed = self.damping if self.ready else None
+        self.refreshed = state.get("refreshed", self.damping if self.ready else None)
         put_back(self.blocks, state["blocks"], inverses)
 
 

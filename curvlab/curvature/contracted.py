@@ -20,7 +20,7 @@ from curvlab.curvature.base import BlockDefaults, FactorBounds, Secant, blend
 from curvlab.curvature.moments import check_moments
 from curvlab.layers import Block
 from curvlab.linalg.direct_sum import ColumnSum
-from curvlab.linalg.kronecker import contraction
+from curvlab.linalg.kronecker import mode_contraction
 from curvlab.linalg.operators import Kronecker, Operator
 from curvlab.linalg.pairs import Matrix
 from curvlab.statistics import LayerStatistics, Reads
@@ -49,7 +49,7 @@ def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[T
         ways = [v.reshape((*v.shape[:2], *(d for d in v.shape[2:] if d > 1))) for v in variables]
     else:
         ways = [with_pixels(block, v.flatten(1)) if v.ndim > 1 else v for v in variables]
-    found = [[contraction(v, i) for i in range(max(v.ndim, 1))] for v in ways]
+    found = [[mode_contraction(v, i) for i in range(max(v.ndim, 1))] for v in ways]
     # A block lies as [O, I], so that its factors are in that order: of a weight that is stored as
     # [I, O] the last way comes first.
     return [each[::-1] for each in found] if block.layer and block.layer.transposed else found

@@ -20,6 +20,7 @@ from curvlab.finite import all_finite, waits
 from curvlab.linalg.cholesky import damped_cholesky, shifted
 from curvlab.linalg.krylov import extremes
 from curvlab.linalg.operators import Dense, Inverse, Operator
+from curvlab.linalg.spectral import eigvalsh
 from curvlab.observation import Observation
 from curvlab.statistics import Reads
 
@@ -48,7 +49,7 @@ def least_eigenvalue(matrix: Float[Tensor, "D D"], direct: int = 1000) -> float:
         )
         if found.lowest_error <= 1e-6 * max(abs(found.lowest), abs(found.highest)):
             return found.lowest - found.lowest_error
-    return float(torch.linalg.eigvalsh(matrix)[0])
+    return float(eigvalsh(matrix)[0])
 
 
 class DenseHessian(BlockDefaults):

@@ -30,7 +30,7 @@ from curvlab.curvature.whole_vector import (
     unflat_like,
 )
 from curvlab.errors import CurvlabError
-from curvlab.exact.batches import Kind, alone
+from curvlab.exact.batches import Kind, check_independence
 from curvlab.exact.torch_func import Function
 from curvlab.finite import all_finite
 from curvlab.linalg.damped import Damped
@@ -146,7 +146,7 @@ class HessianFree(WholeVectorCurvature):
         step = self.steps + 1
         closure, size = observation.closure, self.curvature_size
         if self.cadence.updates(step):
-            alone(self.objective)
+            check_independence(self.objective)
             self.minibatch = closure if size is None else part(closure, subset(closure, size))
             self.at = self.layout.flatten(
                 {name: p.detach() for name, p in self.objective.parameters.items()}
@@ -249,9 +249,16 @@ class HessianFree(WholeVectorCurvature):
         self.trial, self.minibatch, self.product = trial, minibatch, product
 
     def _unpack(self, packed: dict[str, Any] | None) -> Closure | None:
-        return None if packed is None else Closure(self.objective, **packed)
+        if packed is None:
+            return None
+        given = {name: packed[name] for name in _GIVEN}
+        return Closure(self.objective, **given, factor=packed.get("ratio"))
 
 
 def _pack(closure: Closure | None) -> dict[str, Any] | None:
-    names = ("x", "y", "number", "stream", "part")
-    return None if closure is None else {name: getattr(closure, name) for name in names}
+    if closure is None:
+        return None
+    return {name: getattr(closure, name) for name in _GIVEN} | {"ratio": closure.factor}
+
+
+_GIVEN = ("x", "y", "number", "stream", "part")

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from curvlab.curvature.base import BlockDefaults, Secant, blend
 from curvlab.errors import lookup
-from curvlab.linalg.cholesky import damped_inverse, shifted
+from curvlab.linalg.cholesky import damped_inverse, damped_reciprocal, shifted
 from curvlab.linalg.kronecker import pi_split
-from curvlab.linalg.operators import Kronecker, Operator
+from curvlab.linalg.operators import Diagonal, Kronecker, Operator
 from curvlab.statistics import LayerStatistics, Reads
 
 SPLITS: dict[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = {
@@ -35,6 +35,20 @@ SPLITS: dict[str, Callable[[Tensor, Tensor, float], tuple[float, float]]] = {
 Thesis Alg. 12, line 19; π = 1 of Alg. 7, line 11 and of 2021 Alg. 5, line 14.
 """
 
+
+Factors = tuple[Tensor, Tensor]
+
+SHARING: dict[str, Callable[[LayerStatistics], Factors]] = {
+    "expand": lambda s: (s.A if s.diagonal_A is None else s.diagonal_A, s.G),
+    "reduce": lambda s: (s.reduced_A, s.reduced_G),
+}
+"""Statistics of a minibatch → (A, G) where a weight is shared by T places.
+
+"expand": every place counts as an example of its own, A = (1/N) Σ_n Σ_t a aᵀ, G = (1/NT) Σ g gᵀ:
+exact where places do not mix and the loss is a sum over them. "reduce": of each example the mean of
+a and the sum of g over places: exact where the outputs are pooled (Eschenhagen et al. 2023, in the
+scale of thesis Alg. 12). A of an embedding is its diagonal, a vector.
+"""
 
 FACTOR_A, FACTOR_G = "the KFAC factor A (Ω)", "the KFAC factor G (Γ)"
 
@@ -51,19 +65,22 @@ class Kfac(BlockDefaults):
     factored = True
     inverse: Operator
 
-    def __init__(self, split: str = "pi") -> None:
+    def __init__(self, split: str = "pi", sharing: str = "expand") -> None:
         self.split = lookup(SPLITS, split, "split of the damping")
-        self.A: Tensor | None = None
+        self.sharing = lookup(SHARING, sharing, "sharing")
+        self.A: Tensor | None = None  # a vector where it is diagonal
         self.G: Tensor | None = None
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
         """Return {name: A and G of the minibatch}, which `update` folds in."""
-        return {FACTOR_A: statistics.A, FACTOR_G: statistics.G}
+        A, G = self.sharing(statistics)
+        return {FACTOR_A: A, FACTOR_G: G}
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         """Fold the minibatch's A and G in (Alg. 12, line 14)."""
-        self.A = blend(self.A, statistics.A, weight)  # Alg. 12, line 14: Ω
-        self.G = blend(self.G, statistics.G, weight)  # Alg. 12, line 14: Γ
+        A, G = self.sharing(statistics)
+        self.A = blend(self.A, A, weight)  # Alg. 12, line 14: Ω
+        self.G = blend(self.G, G, weight)  # Alg. 12, line 14: Γ
 
     def refresh(self, damping: float) -> None:
         """Invert G and A, each with its part of the damping (Alg. 12, line 19; Alg. 7, line 11).
@@ -77,7 +94,9 @@ class Kfac(BlockDefaults):
         self.inverse = Kronecker(
             (
                 damped_inverse(self.G, damping_g, FACTOR_G),
-                damped_inverse(self.A, damping_a, FACTOR_A),
+                damped_inverse(self.A, damping_a, FACTOR_A)
+                if self.A.ndim == 2
+                else Diagonal(damped_reciprocal(self.A, damping_a, FACTOR_A)),
             )
         )
 
@@ -86,4 +105,5 @@ class Kfac(BlockDefaults):
         assert self.A is not None
         assert self.G is not None
         damping_a, damping_g = self.split(self.A, self.G, damping)
-        return Kronecker((shifted(self.G, damping_g), shifted(self.A, damping_a)))
+        A = shifted(self.A, damping_a) if self.A.ndim == 2 else Diagonal(self.A + damping_a)
+        return Kronecker((shifted(self.G, damping_g), A))

@@ -21,10 +21,11 @@ def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
     found = list(moments)
     if not found or waits(found[0][2]):
         return
-    if math.isfinite(sum([m.trace().item() for _, _, m in found])):
+    diagonals = [m if m.ndim == 1 else m.diagonal() for _, _, m in found]
+    if math.isfinite(sum([d.sum().item() for d in diagonals])):
         return
-    for block, name, m in found:
-        if not all_finite(m.diagonal()):  # the trace overflows earlier
+    for (block, name, _), d in zip(found, diagonals, strict=True):
+        if not all_finite(d):  # the trace overflows earlier
             error = Diverged(
                 f"{name} contains NaN or Inf: lower the learning rate or raise the damping"
             )

@@ -122,7 +122,7 @@ class SkqnL(BlockDefaults):
 
     reads: Reads = "factors"
     memory: ClassVar[tuple[str, ...]] = ("A", "G", "U", "V", "S", "Y", "left_out")
-    factored = learns_pairs = True
+    factored = learns_pairs = compares_gradients = True
     inverse: Operator
 
     def __init__(
@@ -322,6 +322,7 @@ class SkqnB(BlockDefaults):
             ("seed", seed, seed >= 0, "0 or positive"),
         )
         self.condition = lookup(CONDITIONS, condition, "condition")
+        self.compares_gradients = condition == "parameters"
         self.columns, self.gamma, self.choice, self.mu, self.tau = columns, gamma, choice, mu, tau
         self.split, self.seed, self.draws = split, seed, 0
         self.A: Tensor | None = None

@@ -30,7 +30,7 @@ from curvlab.curvature.whole_vector import (
     subset,
 )
 from curvlab.errors import CurvlabError, guard_memory, unknown
-from curvlab.exact.batches import alone
+from curvlab.exact.batches import check_independence
 from curvlab.exact.torch_func import Function
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import LowRank, Operator, Woodbury, pack, unpack
@@ -292,7 +292,7 @@ def loose_rows(
 
     They are of the chosen examples of a minibatch.
     """
-    alone(closure.objective)
+    check_independence(closure.objective)
     layout = Layout(blocks)
     chosen = chosen.to(closure.x.device)
     z = closure.forward()[0].detach()
@@ -305,7 +305,7 @@ def loose_rows(
         root = closure.root(z)[:, chosen].flatten(2)  # [V, n, C]
         rows = torch.einsum("vnc,ncd->vnd", root, function.jacobians()).flatten(0, 1)
     else:
-        rows = function.gradients(
-            closure.y[chosen] if labels == "data" else closure.labels(z)[0][chosen]
-        )
+        drawn = labels != "data"
+        y = closure.labels(z)[0] if drawn else closure.y
+        rows = function.gradients(y[chosen], drawn=drawn)
     return {b.name: Rows(rows[:, layout.slices[b.name]] / math.sqrt(count)) for b in blocks}

@@ -29,7 +29,7 @@ from curvlab.linalg.woodbury import Beside, LayerRows, Rows
 REBUILD = "build the same model first"
 
 STATISTIC_AXES: dict[str, tuple[str, ...]] = {
-    "A": ("II",),
+    "A": ("II", "I"),
     "G": ("OO",),
     "F": ("P*", "DD"),
     "M": ("DD",),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from curvlab.curvature.base import FactorBounds
@@ -19,8 +18,9 @@ from curvlab.curvature.contracted import Contracted, Contractions, batch_contrac
 from curvlab.layers import Block
 from curvlab.linalg.bounds import Bounds, tensor_normal, tensor_normal_factor
 from curvlab.linalg.cholesky import damped_inverse, shifted
-from curvlab.linalg.kronecker import contraction, tensor_normal_factors
+from curvlab.linalg.kronecker import mode_contraction, tensor_normal_factors
 from curvlab.linalg.operators import Kronecker
+from curvlab.linalg.spectral import eigvalsh
 from curvlab.statistics import LayerStatistics
 
 
@@ -79,9 +79,9 @@ def sample_contractions(block: Block, statistics: LayerStatistics) -> list[list[
         ]
     # The examples are an axis of `part` that is no way: mat_way has it among its columns, so that
     # one product sums over them, and no G^(i) of an example is formed.
-    found = [[contraction(part, way) for part in parts for way in range(1, part.ndim)]]
+    found = [[mode_contraction(part, way) for part in parts for way in range(1, part.ndim)]]
     if block.biased:
-        found.append([contraction(bias, 1)])
+        found.append([mode_contraction(bias, 1)])
     return [[c / statistics.size for c in variable] for variable in found]
 
 
@@ -93,7 +93,7 @@ def gradient_norm_bound(part: Kronecker, damping: float) -> float:
     """
     first, shape = part.factors[0], [len(f) for f in part.factors]
     assert isinstance(first, Tensor)
-    mean = max(float((1 / torch.linalg.eigvalsh(first.double())).mean()) - damping, 0.0)
+    mean = max(float((1 / eigvalsh(first.double())).mean()) - damping, 0.0)
     return mean ** len(shape) * math.prod(shape)
 
 

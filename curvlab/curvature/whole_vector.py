@@ -23,7 +23,7 @@ from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.layers import Layout
 from curvlab.linalg.line_search import Found, armijo, wolfe
 from curvlab.linalg.operators import Operator
-from curvlab.objective import Objective, restore, weights
+from curvlab.objective import Objective, restore_weights, weights
 from curvlab.observation import Observation, Pass
 
 Search = Literal["none", "armijo", "wolfe"]
@@ -82,7 +82,13 @@ def part(closure: Closure, indices: Int[Tensor, " n"]) -> Closure:
     x = closure.x.index_select(0, indices)
     x = x.coalesce() if x.is_sparse else x
     return Closure(
-        closure.objective, x, closure.y[indices], closure.number, closure.stream, closure.part
+        closure.objective,
+        x,
+        closure.y[indices],
+        closure.number,
+        closure.stream,
+        closure.part,
+        closure.factor,
     )
 
 
@@ -120,7 +126,7 @@ def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
             if objective.l2:
                 loss += objective.l2 * sum(p.square().sum() for p in parameters.values())
     finally:
-        restore(objective, saved)
+        restore_weights(objective, saved)
     return loss
 
 
@@ -134,7 +140,7 @@ def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[N
                 parameters[name].add_(change, alpha=by)
         yield
     finally:
-        restore(objective, saved)
+        restore_weights(objective, saved)
 
 
 def searched(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from curvlab import moved
 from curvlab.datasets.base import Batches, Dataset, SparseRows
 from curvlab.datasets.files import FILES, File, file
 from curvlab.datasets.images import (
@@ -21,6 +23,7 @@ from curvlab.datasets.images import (
 )
 from curvlab.datasets.libsvm import a9a, news20, w8a, webspam
 from curvlab.datasets.regenerated import curves, faces
+from curvlab.datasets.sequences import addition, copying, shakespeare, shakespeare32
 from curvlab.errors import lookup
 
 __all__ = [
@@ -28,19 +31,22 @@ __all__ = [
     "FILES",
     "Batches",
     "CropAndFlip",
+    "DataEntry",
     "Dataset",
-    "Entry",
     "File",
     "SparseRows",
+    "addition",
+    "copying",
     "curves",
     "faces",
     "file",
     "load",
+    "shakespeare",
 ]
 
 
 @dataclass(frozen=True)
-class Entry:
+class DataEntry:
     """A data set of the table: what it is, and what loads its parts (train, test)."""
 
     summary: str
@@ -52,54 +58,69 @@ class Entry:
 _OWN = "CURVLAB_DATA"
 _EITHER = "CURVLAB_DATA or download"
 
-DATASETS: dict[str, Entry] = {
-    "mnist": Entry("handwritten digits, 28×28 in [0, 1]; 60,000 train, 10,000 test", mnist),
-    "mnist16": Entry("MNIST resized to 16×16 (thesis 4.3.4; Martens and Grosse 2015)", mnist16),
-    "mnist-ae": Entry(
+DATASETS: dict[str, DataEntry] = {
+    "mnist": DataEntry("handwritten digits, 28×28 in [0, 1]; 60,000 train, 10,000 test", mnist),
+    "mnist16": DataEntry("MNIST resized to 16×16 (thesis 4.3.4; Martens and Grosse 2015)", mnist16),
+    "mnist-ae": DataEntry(
         "MNIST for autoencoders: targets are the inputs (thesis Table 2.3)", mnist_ae
     ),
-    "mnist-standard": Entry(
+    "mnist-standard": DataEntry(
         "MNIST, each pixel at mean 0 and variance 1 (thesis 5.8)", mnist_standard
     ),
-    "curves": Entry(
+    "curves": DataEntry(
         "CURVES, regenerated: 20,000 train, 10,000 test (thesis Table 2.3)", curves, "made, cached"
     ),
-    "faces": Entry(
+    "faces": DataEntry(
         "FACES, regenerated: 103,500 train, 41,400 test (thesis Table 2.3)",
         faces,
         f"made of {_EITHER}, cached",
     ),
-    "cifar10": Entry(
+    "cifar10": DataEntry(
         "CIFAR-10, channels at mean 0 and variance 1, random crops and flips (thesis 4.7.2)",
         cifar10,
         _EITHER,
     ),
-    "cifar100": Entry("CIFAR-100, likewise", cifar100, _EITHER),
-    "cifar10-subset": Entry(
+    "cifar100": DataEntry("CIFAR-100, likewise", cifar100, _EITHER),
+    "cifar10-subset": DataEntry(
         "8,068 training and 1,017 test images of CIFAR-10, likewise", cifar10_subset, _OWN
     ),
-    "cifar10-standard": Entry(
+    "cifar10-standard": DataEntry(
         "CIFAR-10 flattened, each pixel at mean 0 and variance 1 (thesis 5.8)",
         cifar10_standard,
         _EITHER,
     ),
-    "cifar10-subset-standard": Entry("the subset, likewise", cifar10_subset_standard, _OWN),
-    "a9a": Entry(
+    "cifar10-subset-standard": DataEntry("the subset, likewise", cifar10_subset_standard, _OWN),
+    "a9a": DataEntry(
         "UCI Adult, 123 binary features; 32,561 train, 16,281 test; for S2QN (26)", a9a, _EITHER
     ),
-    "w8a": Entry(
+    "w8a": DataEntry(
         "web pages, 300 binary features; 49,749 train, no test; for S2QN (26)", w8a, _EITHER
     ),
-    "news20": Entry(
+    "news20": DataEntry(
         "20 newsgroups in two classes, 62,061 sparse features; 15,935 train, no test; for S2QN"
         " (26)",
         news20,
         _OWN,
     ),
-    "webspam": Entry(
+    "webspam": DataEntry(
         "web pages, 254 features at mean 0 and variance 1; 300,000 train, 50,000 test (thesis 5.8)",
         webspam,
         _OWN,
+    ),
+    "shakespeare": DataEntry(
+        "six tragedies in windows of 64 symbols, 62 classes; 11,224 train, 1,247 test", shakespeare
+    ),
+    "shakespeare32": DataEntry("the same in windows of 32 symbols", shakespeare32),
+    "copying": DataEntry(
+        "eight symbols, a delimiter, the same again: T = 16, 9 classes; 4,096 train, 1,024 test"
+        " (Graves et al. 2014)",
+        copying,
+        "made",
+    ),
+    "addition": DataEntry(
+        "a + b modulo 97: T = 3, 98 classes; 4,704 train, 4,705 test (Power et al. 2022)",
+        addition,
+        "made",
     ),
 }
 
@@ -114,3 +135,7 @@ def load(name: str) -> tuple[Dataset, Dataset]:
     for part in parts:
         part.check()
     return parts
+
+
+if not TYPE_CHECKING:  # to a type checker the old names are gone
+    __getattr__ = moved.old_names(__name__)

@@ -21,6 +21,10 @@ All that is random comes from the generator.
 """
 
 
+IGNORED = -100
+"""The class number of a place at which there is nothing to predict, as torch has it."""
+
+
 @dataclass(frozen=True, eq=False)
 class SparseRows:
     """Inputs kept as a CSR matrix that come out dense: ``rows[chosen]`` is a tensor [n, F].
@@ -67,14 +71,15 @@ class SparseRows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Inputs x [N, …] (floating), targets y [N, …], and what they are.
+    """Inputs x [N, …] (floating, or class numbers), targets y [N, …], and what they are.
 
-    An autoencoder's targets are its inputs: y is then x, the same tensor. `augment` changes the
-    inputs of a minibatch and is applied by `batches` alone; `x` is the data as they are.
+    Where both are class numbers [N, T] they are of the same symbols (`symbolic`). An autoencoder's
+    targets are its inputs: y is then x, the same tensor. `augment` changes the inputs of a
+    minibatch and is applied by `batches` alone; `x` is the data as they are.
     """
 
     name: str
-    x: Float[Tensor, "N *F"] | SparseRows
+    x: Shaped[Tensor, "N *F"] | SparseRows
     y: Shaped[Tensor, "N *C"]
     description: str
     augment: Augmentation | None = None
@@ -88,16 +93,29 @@ class Dataset:
         return tuple(self.x.shape[1:])
 
     @property
+    def symbolic(self) -> bool:
+        """Whether inputs and targets are sequences [N, T] of the same symbols."""
+        numbers = not self.x.dtype.is_floating_point and not self.y.is_floating_point()
+        return numbers and self.x.ndim > 1 and self.x.shape == self.y.shape
+
+    @property
     def outputs(self) -> int:
-        """Number of outputs that a model needs: of classes, or of the numbers in one target."""
+        """Number of outputs that a model needs: of classes, or of the numbers in one target.
+
+        Of sequences it is the number of symbols, those of the inputs included.
+        """
         if self.y.is_floating_point():
             return int(self.y.shape[1:].numel())
-        return int(self.y.max()) + 1
+        largest = int(self.y.max())
+        if self.symbolic:
+            assert isinstance(self.x, Tensor)
+            largest = max(largest, int(self.x.max()))
+        return largest + 1
 
     def check(self) -> None:
         """Raise CurvlabError where the data cannot be what they should.
 
-        Different lengths, NaN or Inf, negative labels.
+        Different lengths, NaN or Inf, negative labels other than −100.
         """
         if len(self.x) != len(self.y):
             raise CurvlabError(
@@ -112,10 +130,12 @@ class Dataset:
                     " clean the data"
                 )
         if not self.y.is_floating_point() and len(self.y) and int(self.y.min()) < 0:
-            raise CurvlabError(
-                f"data set '{self.name}' has the label {int(self.y.min())}: labels are class"
-                " numbers from 0 on"
-            )
+            negative = self.y[(self.y < 0) & (self.y != IGNORED)]
+            if len(negative):
+                raise CurvlabError(
+                    f"data set '{self.name}' has the label {int(negative.min())}: labels are class"
+                    f" numbers from 0 on, or {IGNORED} where there is none"
+                )
 
     def batches(self, size: int, epochs: int = 1, seed: int = 0, augment: bool = True) -> Batches:
         """Return minibatches (x, y) of exactly `size` examples, reshuffled every epoch.

@@ -22,7 +22,7 @@ from tempfile import NamedTemporaryFile
 import numpy as np
 from numpy.typing import NDArray
 
-from curvlab.errors import CurvlabError, CurvlabWarning
+from curvlab.errors import CurvlabError, CurvlabWarning, cause_of
 from curvlab.system.paths import expanded
 
 
@@ -43,6 +43,9 @@ _CIFAR = "https://www.cs.toronto.edu/~kriz/"
 
 FILES: dict[str, File] = {
     "mnist.npz": File(("0bcdb57e889f1cebdb210edba449f5350a1f2078158b6257e613f4075c6712ff",)),
+    "shakespeare.txt.xz": File(
+        ("e80e379402cee15ebbac726ff43b784da0610a74b16f15a081da78c3ad309958",)
+    ),
     "olivettifaces.mat": File(
         # the copy that scikit-learn names
         (
@@ -85,6 +88,9 @@ FILES: dict[str, File] = {
 }
 """{file: checksums and address}; origin and licence of each are in data/README.md."""
 
+PACKAGED = ("mnist.npz", "shakespeare.txt.xz")
+"""Files that come with the package."""
+
 
 def folders() -> list[Path]:
     """Return the folders where files are looked for, the user's first."""
@@ -105,7 +111,7 @@ def cache() -> Path:
     return expanded(chosen, "CURVLAB_CACHE") if chosen else Path(pooch.os_cache("curvlab"))
 
 
-def find(name: str) -> Path | None:
+def find_file(name: str) -> Path | None:
     """Return the path of a file in the first folder that has it, unverified; else None."""
     return next((path for path in (folder / name for folder in folders()) if path.is_file()), None)
 
@@ -120,7 +126,7 @@ def file(name: str) -> Path:
             the remedy.
     """
     known = FILES[name]
-    path = find(name)
+    path = find_file(name)
     if path is not None:
         if known.sums:
             verify(path, name, known.sums)
@@ -128,12 +134,11 @@ def file(name: str) -> Path:
     where = f"data file {name} was not found in {', '.join(map(str, folders()))}"
     if known.url is not None:
         return _download(name, known, where)
-    packaged = name == "mnist.npz"
     raise CurvlabError(
         f"{where}: "
         + (
             "reinstall curvlab or set CURVLAB_DATA"
-            if packaged
+            if name in PACKAGED
             else "set CURVLAB_DATA to the folder that has it (data/README.md)"
         )
     )
@@ -146,11 +151,11 @@ def verify(path: Path, name: str, sums: tuple[str, ...]) -> None:
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, algorithm).hexdigest()
     except OSError as error:
-        raise CurvlabError(f"data file {path} cannot be read: {error.strerror}") from error
+        raise CurvlabError(f"data file {path} cannot be read: {cause_of(error)}") from error
     if found not in sums:
         remedy = (
             "reinstall curvlab, or in a checkout run: git checkout -- data"
-            if name == "mnist.npz"
+            if name in PACKAGED
             else "get it again"
         )
         raise CurvlabError(
@@ -236,7 +241,7 @@ def cached(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8
         os.replace(temporary, path)
     except OSError as error:
         warnings.warn(
-            f"{path} cannot be written ({error.strerror}), so this data set is made anew every"
+            f"{path} cannot be written ({cause_of(error)}), so this data set is made anew every"
             " time: set CURVLAB_CACHE to a folder that can be",
             CurvlabWarning,
             stacklevel=2,

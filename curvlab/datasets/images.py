@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvlab.datasets.base import Dataset
-from curvlab.datasets.files import file, find
+from curvlab.datasets.files import file, find_file
 from curvlab.datasets.libsvm import standardised
 from curvlab.errors import CurvlabError
 
@@ -299,11 +299,11 @@ def _cifar_arrays(kind: Cifar) -> Arrays:
     The npz file where there is one, else the pickles of the folder, else those of the archive,
     downloaded if need be.
     """
-    path = find(kind.npz)
+    path = find_file(kind.npz)
     if path is not None:
         return _npz(path)
     members = (*kind.train, kind.test)
-    if find(f"{kind.folder}/{kind.test}") is not None:
+    if find_file(f"{kind.folder}/{kind.test}") is not None:
         batches = [
             unpickled(path.read_bytes(), str(path), kind.labels)
             for path in (file(f"{kind.folder}/{name}") for name in members)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from itertools import islice
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.fingerprint import Unchanging
 from curvlab.forms import Form
 from curvlab.layers import Block
+from curvlab.likelihoods.base import factor_over, scaled
+from curvlab.nests import Batched, is_minibatch
 from curvlab.objective import Objective
 from curvlab.observation import Pass
 
@@ -31,7 +34,12 @@ ones, or the data's.
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-PASSES: dict[str, Pass] = {"ggn": "exact", "fisher": "exact", "fisher-mc": "model", "ef": "data"}
+PASS_OF_KIND: dict[str, Pass] = {
+    "ggn": "exact",
+    "fisher": "exact",
+    "fisher-mc": "model",
+    "ef": "data",
+}
 """Kinds that are second moments, and the pass that sends their vectors back.
 
 The others need second derivatives.
@@ -53,38 +61,42 @@ def check_kind(kind: str, draws: int = 1) -> None:
         raise CurvlabError(f"draws must be 1 or more, not {draws}")
 
 
-Loader = Iterable[tuple[Tensor, Tensor]]
+Loader = Iterable[Any]
+"""Of minibatches: pairs (x, y), or mappings with the labels in them."""
 
 
 @dataclass(frozen=True)
-class Batches:
+class Minibatches:
     """Minibatches as closures, from one minibatch or a loader.
 
     Drawn labels depend on the objective's seed, the number of the call and the chunk alone. A
-    loader that is read `again` must give the same data at every pass (`Unchanging`).
+    loader that is read `again` must give the same data at every pass (`Unchanging`), and so must
+    one whose labels are counted first, for the factor N/M of all of it.
     """
 
     objective: Objective
     loader: Loader
     number: int
     chunk: int = CHUNK
+    # N/M of all minibatches together; None where each chunk's is that of its minibatch
+    factor: float | None = None
 
     @classmethod
     def of(
         cls,
         objective: Objective,
-        x: Tensor | Loader,
-        y: Tensor | None,
+        x: Any,
+        y: Any,
         *,
         again: bool = False,
         whole: bool = False,
         in_order: bool = False,
-    ) -> Batches:
+    ) -> Minibatches:
         """Make batches of one minibatch (x, y), or of a loader of such pairs in place of x.
 
         Args:
-            objective: the model, whose examples must stand alone (`alone`).
-            x: inputs [N, …], or the loader.
+            objective: the model, whose examples must stand alone (`check_independence`).
+            x: inputs [N, …], or the loader; or a mapping with the labels in it.
             y: targets; None with a loader.
             again: whether the data will be read several times, so that an iterator will not do.
             whole: never cut a minibatch.
@@ -94,18 +106,14 @@ class Batches:
             CurvlabError: data that are neither tensors nor a loader of pairs; an iterator that is
                 to be read again; a model whose examples do not stand alone.
         """
-        alone(objective)
+        check_independence(objective)
         objective.check_trained()
         if isinstance(x, Tensor) and y is None:
             raise CurvlabError(
                 "targets are missing: give x and y, or a loader of (x, y) pairs in place of x"
             )
-        if not isinstance(x, Tensor):
-            if y is not None:
-                given = f"{type(x).__name__} and {type(y).__name__}"
-                raise CurvlabError(
-                    f"x and y must be tensors, not {given}; a loader of (x, y) pairs comes alone"
-                )
+        single = is_minibatch(x, y)
+        if not single:
             if not isinstance(x, Iterable):
                 raise CurvlabError(
                     "the data must be tensors x, y or a loader of (x, y) pairs, not"
@@ -117,10 +125,17 @@ class Batches:
                     " give a list or a DataLoader"
                 )
         objective.closures["exact"] += 1
-        loader = [(x, cast(Tensor, y))] if isinstance(x, Tensor) else x
-        loader = Unchanging.of(loader, in_order=in_order) if again else loader
+        counts = scaled(objective.likelihood) and not single
+        loader: Loader = [objective.batch(x, y)] if single else x
+        if counts and isinstance(loader, Iterator):
+            loader = _one(loader)
+        loader = Unchanging.of(loader, in_order=in_order) if again or counts else loader
         return cls(
-            objective, loader, objective.closures["exact"], *([sys.maxsize] if whole else [])
+            objective,
+            loader,
+            objective.closures["exact"],
+            sys.maxsize if whole else CHUNK,
+            factor_over(objective.likelihood, _labels(objective, loader)) if counts else None,
         )
 
     @property
@@ -140,21 +155,47 @@ class Batches:
 
     def __iter__(self) -> Iterator[Closure]:
         part = 0
-        for pair in self.loader:
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise CurvlabError("the loader must yield (x, y) pairs of tensors")
-            x, y = pair
-            whole = Closure(self.objective, x, y, self.number, "exact", part)
+        for item in self.loader:
+            x, y = self.objective.batch(item)
+            whole = Closure(self.objective, x, y, self.number, "exact", part, self.factor)
             if len(x) <= self.chunk:
                 yield whole
                 part += 1
                 continue
             for start in range(0, len(x), self.chunk):
                 some = slice(start, start + self.chunk)
-                yield Closure(self.objective, x[some], y[some], self.number, "exact", part)
+                yield Closure(
+                    self.objective, x[some], y[some], self.number, "exact", part, whole.factor
+                )
                 part += 1
         if not part:
-            raise CurvlabError("the loader is empty: there is no example to take a mean over")
+            raise CurvlabError(_EMPTY)
+
+
+def _labels(objective: Objective, loader: Loader) -> Iterator[Batched]:
+    """Yield the targets of all minibatches. Raises CurvlabError where there is none."""
+    empty = True
+    for item in loader:
+        empty = False
+        y = objective.batch(item)[1]
+        if not isinstance(y, Tensor) or y.ndim:  # what has no axis is for a closure to refuse
+            yield y
+    if empty:
+        raise CurvlabError(_EMPTY)
+
+
+def _one(loader: Iterator[Any]) -> Loader:
+    """Return an iterator's only minibatch in a list. Raises CurvlabError where there are more."""
+    found = list(islice(loader, 2))
+    if len(found) > 1:
+        raise CurvlabError(
+            "a mean per token is over the counted places of all minibatches, and an iterator shows"
+            " their labels but once: give a list or a DataLoader"
+        )
+    return found
+
+
+_EMPTY = "the loader is empty: there is no example to take a mean over"
 
 
 def by_hessians(kind: str, block: Block, form: Form) -> bool:
@@ -166,7 +207,7 @@ def by_hessians(kind: str, block: Block, form: Form) -> bool:
     if block.name not in form.direct or block.groups > 1:
         return False
     places = form.places[block.name]
-    if kind in PASSES:
+    if kind in PASS_OF_KIND:
         return kind == "ggn" and places == 1 and block.shape[0] < form.outputs
     return places <= block.shape[1]
 
@@ -185,9 +226,11 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
             form.places.get(b.name, 0) * b.shape[0] for b in blocks if by_hessians(kind, b, form)
         ]
         widest = max([1, *widths])
-        at_once = max(1, _NUMBERS // (widest * max(widest, form.outputs if kind in PASSES else 0)))
+        at_once = max(
+            1, _NUMBERS // (widest * max(widest, form.outputs if kind in PASS_OF_KIND else 0))
+        )
         places = [form.places.get(b.name, 0) for b in blocks]
-        if PASSES.get(cast(Kind, kind)) == "exact" and max(places, default=0) > 1:
+        if kind in ("ggn", "fisher") and max(places, default=0) > 1:
             sent = sum(t * b.shape[0] for t, b in zip(places, blocks, strict=True))
             at_once = min(at_once, max(1, _SENT // (form.outputs * (form.outputs + sent))))
         size = len(closure.x)
@@ -196,18 +239,10 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
             continue
         at_once = -(-size // -(-size // at_once))  # as many in every part
         for start in range(0, size, at_once):
-            some = slice(start, start + at_once)
-            yield Closure(
-                closure.objective,
-                closure.x[some],
-                closure.y[some],
-                closure.number,
-                closure.stream,
-                closure.part,
-            )
+            yield closure.some(slice(start, start + at_once))
 
 
-def alone(objective: Objective) -> None:
+def check_independence(objective: Objective) -> None:
     """Refuse weights that are not finite, and modules that mix examples or drop units at random.
 
     BatchNorm in training mode leaves no example a loss of its own; dropout makes the loss no
@@ -291,7 +326,7 @@ def _cost(kind: str, numbers: int) -> str:
     """Return the work and the memory for a block of so many parameters, in words."""
     what = (
         f"{numbers} products with the Hessian"
-        if kind not in PASSES
+        if kind not in PASS_OF_KIND
         else "a derivative of every example and vector sent back"
     )
     return (

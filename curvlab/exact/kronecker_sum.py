@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,7 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup
-from curvlab.exact.batches import PASSES, Batches, Kind, check_kind
+from curvlab.exact.batches import PASS_OF_KIND, Kind, Minibatches, check_kind
 from curvlab.exact.route_table import Minibatch
 from curvlab.forms import Form
 from curvlab.layers import Block
@@ -38,6 +39,7 @@ from curvlab.linalg.packed import (
     pack_pairs,
     unpack_full,
 )
+from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
 
 _NUMBERS = 1 << 23  # in the temporaries of some examples at a time
@@ -262,8 +264,8 @@ def kronecker_terms(
         raise CurvlabError(
             f"{chosen} {fault}, so it is no sum of Kronecker products: use curvlab.exact.matrix"
         )
-    if kind not in PASSES:
-        guard_hessians(chosen, len(x), closure.form.places[block], objective.dtype)
+    if kind not in PASS_OF_KIND:
+        guard_preactivation_hessians(chosen, len(x), closure.form.places[block], objective.dtype)
     return next(sums(Minibatch(closure, kind, draws), [chosen]))[1]
 
 
@@ -284,16 +286,16 @@ def preactivation(
     return kronecker_terms(objective, x, y, kind, block, draws=draws).G
 
 
-def one_minibatch(objective: Objective, x: Tensor, y: Tensor) -> Closure:
+def one_minibatch(objective: Objective, x: Any, y: Any) -> Closure:
     """Return a closure of all of x and y at once, however many.
 
     Raises CurvlabError for a loader.
     """
-    if not isinstance(x, Tensor):
+    if not is_minibatch(x, y):
         raise CurvlabError(
             "the terms of a sum are those of one minibatch: give tensors x and y, not a loader"
         )
-    (closure,) = Batches.of(objective, x, y, whole=True)
+    (closure,) = Minibatches.of(objective, x, y, whole=True)
     return closure
 
 
@@ -302,7 +304,7 @@ def unfit(block: Block, form: Form, kind: Kind) -> str:
     if block.name not in form.shaped:
         return form.ways[block.name].why or "belongs to a layer without a rule"
     if (
-        block.name not in (form.plain if kind in PASSES else form.direct)
+        block.name not in (form.plain if kind in PASS_OF_KIND else form.direct)
         or block.name not in form.places
     ):
         return "has no single pre-activation of each example"
@@ -311,7 +313,7 @@ def unfit(block: Block, form: Form, kind: Kind) -> str:
     )
 
 
-def guard_hessians(block: Block, size: int, places: int, dtype: torch.dtype) -> None:
+def guard_preactivation_hessians(block: Block, size: int, places: int, dtype: torch.dtype) -> None:
     """Refuse pre-activation Hessians of `size` examples that do not fit in memory."""
     numbers = size * (places * block.shape[0]) ** 2
     what = f"the pre-activation Hessians of {block}, {size} examples at {places} places,"
@@ -323,7 +325,7 @@ def sums(look: Minibatch, blocks: Sequence[Block]) -> Iterator[tuple[Block, Kron
 
     Every pass is shared.
     """
-    if look.kind in PASSES:
+    if look.kind in PASS_OF_KIND:
         for block in blocks:
             s = look.statistics[block.name]
             yield block, KroneckerSum(s.a, g=s.g)

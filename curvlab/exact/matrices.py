@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,14 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
-from curvlab.exact.batches import PASSES, Batches, Kind, Loader, check_kind, few, say_general
+from curvlab.exact.batches import (
+    PASS_OF_KIND,
+    Kind,
+    Minibatches,
+    check_kind,
+    few,
+    say_general,
+)
 from curvlab.exact.route_table import ROUTES, Fold, Minibatch, Sum, fold_by_best, route_of
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Dense
@@ -36,7 +44,7 @@ from curvlab.statistics import LayerStatistics
 def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") -> dict[str, str]:
     """Return {block: the route that `matrix` takes to it}, on data of this shape."""
     check_kind(kind)
-    first = next(few(Batches.of(objective, x, y), kind, objective.blocks))
+    first = next(few(Minibatches.of(objective, x, y), kind, objective.blocks))
     look = Minibatch(first, kind, 1, objective.blocks)
     return {block.name: route_of(block, first.form, kind, look=look) for block in objective.blocks}
 
@@ -44,8 +52,8 @@ def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") ->
 @derivatives()
 def matrices(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     blocks: Sequence[str] | str | None = None,
     *,
@@ -85,7 +93,7 @@ def matrices(
     )
     sums: dict[str, Sum] = {}
     seen = 0
-    for closure in few(Batches.of(objective, x, y), kind, chosen):
+    for closure in few(Minibatches.of(objective, x, y), kind, chosen):
         look = Minibatch(closure, kind, draws, chosen)
         size = len(closure.x)
         if route == "auto" and not seen:
@@ -115,8 +123,8 @@ def _by(route: str, chosen: Sequence[Block], closure: Closure, kind: Kind) -> Fo
 @derivatives()
 def matrix(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     block: str | tuple[str, str] | None = "1",
     *,
@@ -182,8 +190,8 @@ def select(objective: Objective, name: str) -> tuple[Block, Tensor | None]:
 
 def _across(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None,
+    x: Any,
+    y: Any,
     kind: Kind,
     block: tuple[str, str] | None,
     route: str,
@@ -193,10 +201,10 @@ def _across(
     if route not in ("auto", "rows", "func"):
         lookup(ROUTES, route, "route")
         raise CurvlabError(f"route '{route}' leads to diagonal blocks only: use auto, rows or func")
-    if route == "rows" and kind not in PASSES:
+    if route == "rows" and kind not in PASS_OF_KIND:
         raise CurvlabError(
-            f"route 'rows' is for second moments ({', '.join(PASSES)}), not for {kind}: use auto or"
-            " func"
+            f"route 'rows' is for second moments ({', '.join(PASS_OF_KIND)}), not for {kind}: use"
+            " auto or func"
         )
     if block is None:
         rows = columns = list(objective.blocks)
@@ -211,7 +219,7 @@ def _across(
     _guard(objective, height * width, what)
     found = torch.zeros(height, width, dtype=objective.dtype, device=objective.device)
     seen, any_structured = 0, False
-    for closure in Batches.of(objective, x, y):
+    for closure in Minibatches.of(objective, x, y):
         look = Minibatch(closure, kind, draws)
         size = len(closure.x)
         loose = [b for b in layout.blocks if b.name not in closure.form.shaped]
@@ -224,7 +232,7 @@ def _across(
         if route == "auto" and not seen:
             say_general(layout.blocks, kind, closure.form)
         found.mul_(seen / (seen + size))
-        structured = kind in PASSES and not loose and route != "func"
+        structured = kind in PASS_OF_KIND and not loose and route != "func"
         any_structured |= structured
         if structured:
             _add_rows(found, look, rows, columns, 1 / (seen + size))
@@ -280,7 +288,7 @@ def _add_general(
     top = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in rows]).to(
         matrix.device
     )
-    if look.kind in PASSES:
+    if look.kind in PASS_OF_KIND:
         left = torch.cat([torch.arange(len(layout))[layout.slices[b.name]] for b in columns]).to(
             matrix.device
         )

@@ -21,8 +21,8 @@ from torch import Tensor
 from curvlab.autograd import refused, remedy
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable
-from curvlab.errors import CurvlabError
-from curvlab.exact.batches import PASSES, Kind
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
+from curvlab.exact.batches import PASS_OF_KIND, Kind
 from curvlab.independence import some_rows
 from curvlab.layers import Layout
 
@@ -50,10 +50,12 @@ class Plain:
         }
         self.why = ""  # why `torch.func` cannot
 
-    def gradient(self, n: int, label: Tensor, at: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+    def gradient(
+        self, n: int, label: Tensor, at: Float[Tensor, " D"], *, drawn: bool = False
+    ) -> Float[Tensor, " D"]:
         """Return the gradient of example n's loss at a label, [D]."""
         with self._graph(at, slice(n, n + 1)) as z:
-            loss = self.closure.objective.likelihood.loss(z, label[n : n + 1])[0]
+            loss = self.closure.loss_of(z, label[n : n + 1], drawn=drawn)[0]
             return self.back(loss, None)
 
     def jacobian(self, n: int, at: Float[Tensor, " D"]) -> Float[Tensor, "C D"]:
@@ -67,10 +69,10 @@ class Plain:
         """Return the function v → N · M v, for several v as rows."""
 
         def apply(vectors: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
-            with self._graph(at, slice(None), twice=kind not in PASSES) as z:
+            with self._graph(at, slice(None), twice=kind not in PASS_OF_KIND) as z:
                 one = (
                     self._second_moment(z, kind, labels)
-                    if kind in PASSES
+                    if kind in PASS_OF_KIND
                     else self._second_derivative(z, kind)
                 )
                 return torch.stack([one(v) for v in vectors])
@@ -81,8 +83,7 @@ class Plain:
         self, z: Tensor, kind: Kind
     ) -> Callable[[Float[Tensor, " D"]], Float[Tensor, " D"]]:
         """Return v → H v by double backward of ℓ, or of ⟨∂ℓ/∂z, z⟩ with ∂ℓ/∂z held fixed (Π)."""
-        likelihood, y = self.closure.objective.likelihood, self.closure.y
-        total = likelihood.loss(z, y).sum()
+        total = self.closure.loss_of(z, self.closure.y).sum()
         if kind == "pi":
             (slope,) = torch.autograd.grad(total, z, retain_graph=True)
             total = (z * slope.detach()).sum()
@@ -128,12 +129,14 @@ class Plain:
 
         J v is the derivative of Jᵀu in u, along v.
         """
-        likelihood, y = self.closure.objective.likelihood, self.closure.y
-        exact = PASSES[kind] == "exact"
+        y, loss_of = self.closure.y, self.closure.loss_of
+        exact = PASS_OF_KIND[kind] == "exact"
         out = (
             z
             if exact
-            else torch.stack([likelihood.loss(z, label) for label in labels])
+            else torch.stack(
+                [loss_of(z, label, drawn=PASS_OF_KIND[kind] == "model") for label in labels]
+            )
             / math.sqrt(len(labels))
         )
         u = torch.zeros_like(out, requires_grad=True)
@@ -144,7 +147,7 @@ class Plain:
         )
         fixed = z.detach().requires_grad_()
         slope = (
-            torch.autograd.grad(likelihood.loss(fixed, y).sum(), fixed, create_graph=True)[0]
+            torch.autograd.grad(loss_of(fixed, y).sum(), fixed, create_graph=True)[0]
             if exact
             else None
         )
@@ -206,6 +209,7 @@ class Plain:
             except CurvlabError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
+                raise_if_out_of_memory(error)
                 if twice and remedy(error) is None:
                     raise CurvlabError(_NO_SECOND.format(str(error).splitlines()[0])) from error
                 raise refused(error, "this derivative") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,14 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError
-from curvlab.exact.batches import PASSES, Batches, Kind, Loader, by_hessians, check_kind, few
+from curvlab.exact.batches import (
+    PASS_OF_KIND,
+    Kind,
+    Minibatches,
+    by_hessians,
+    check_kind,
+    few,
+)
 from curvlab.exact.matrices import select
 from curvlab.exact.route_table import Minibatch
 from curvlab.exact.torch_func import Function
@@ -34,8 +42,8 @@ _COLUMNS = 32  # vectors through the model at once
 @derivatives()
 def product(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     block: str | tuple[str, str] | None = None,
     *,
@@ -65,7 +73,7 @@ def product(
     check_kind(kind, draws)
     if not (block is None or isinstance(block, str)):
         block = _pair(block)
-    batches = Batches.of(objective, x, y, again=True, in_order=kind == "fisher-mc")
+    batches = Minibatches.of(objective, x, y, again=True, in_order=kind == "fisher-mc")
     if block is None:
         layout = objective.layout
         left = right = None
@@ -95,8 +103,8 @@ def product(
 @derivatives()
 def diagonal(
     objective: Objective,
-    x: Tensor | Loader,
-    y: Tensor | None = None,
+    x: Any,
+    y: Any = None,
     kind: Kind = "fisher",
     *,
     draws: int = 1,
@@ -108,7 +116,7 @@ def diagonal(
     without structure D products.
     """
     check_kind(kind, draws)
-    return _diagonal(Batches.of(objective, x, y, again=True), objective.layout, kind, draws)
+    return _diagonal(Minibatches.of(objective, x, y), objective.layout, kind, draws)
 
 
 def _pair(block: object) -> tuple[str, str]:
@@ -131,10 +139,10 @@ def _entries(layout: Layout, block: Block, some: Tensor | None) -> Tensor:
     return entries if some is None else entries.to(some.device)[some]
 
 
-Columns = Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
+_Columns = Callable[[Float[Tensor, "D K"]], Float[Tensor, "D K"]]
 
 
-def _between(whole: _Whole, left: Tensor, right: Tensor) -> Columns:
+def _between(whole: _Whole, left: Tensor, right: Tensor) -> _Columns:
     """Return the function of columns on the entries `right` that gives those on `left`."""
 
     def apply(v: Tensor) -> Tensor:
@@ -148,7 +156,7 @@ def _between(whole: _Whole, left: Tensor, right: Tensor) -> Columns:
 class _Whole:
     """Mean over all batches of N · M v; one minibatch is linearised once and kept."""
 
-    def __init__(self, batches: Batches, layout: Layout, kind: Kind, draws: int) -> None:
+    def __init__(self, batches: Minibatches, layout: Layout, kind: Kind, draws: int) -> None:
         self.batches, self.layout, self.kind, self.draws = batches, layout, kind, draws
         self._modes = self._training()
         self._names = [name for name, _ in self._state()]
@@ -196,21 +204,21 @@ class _Whole:
         return total / size
 
     @cached_property
-    def _linear(self) -> list[tuple[Columns, int]]:
+    def _linear(self) -> list[tuple[_Columns, int]]:
         return list(self._fresh())
 
-    def _kept(self) -> list[tuple[Columns, int]]:
+    def _kept(self) -> list[tuple[_Columns, int]]:
         if "_linear" in self.__dict__ and self.batches.kept is not None:
             self.batches.kept.check()
         return self._linear
 
-    def _fresh(self) -> Iterator[tuple[Columns, int]]:
+    def _fresh(self) -> Iterator[tuple[_Columns, int]]:
         for closure in self.batches:
             closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
             yield Function(closure, self.layout).product(self.kind, self.draws), len(closure.x)
 
 
-def _diagonal(batches: Batches, layout: Layout, kind: Kind, draws: int) -> Float[Tensor, " D"]:
+def _diagonal(batches: Minibatches, layout: Layout, kind: Kind, draws: int) -> Float[Tensor, " D"]:
     total: Tensor | None = None
     size = 0
     for closure in few(batches, kind, layout.blocks):
@@ -228,7 +236,7 @@ def _summed_diagonal(
     look = Minibatch(closure, kind, draws)
     parts: dict[str, Tensor] = {}
     ruled = [b for b in layout.blocks if b.name in closure.form.shaped]
-    if kind in PASSES:
+    if kind in PASS_OF_KIND:
         parts |= {b.name: _second_moment_diagonal(look.statistics[b.name]) for b in ruled}
     elif ruled:
         fits = [b.name for b in ruled if by_hessians(kind, b, closure.form)]
@@ -240,7 +248,7 @@ def _summed_diagonal(
     for block in layout.blocks:
         if block.name not in parts:
             function = look.function(Layout((block,)))
-            if kind in PASSES:
+            if kind in PASS_OF_KIND:
                 parts[block.name] = sum(
                     (left * right).sum(0) for left, right in function.rows(kind, draws)
                 )  # type: ignore[assignment]  # never empty

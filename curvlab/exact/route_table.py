@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
-from curvlab.exact.batches import PASSES, Kind, by_hessians
+from curvlab.exact.batches import PASS_OF_KIND, Kind, by_hessians
 from curvlab.exact.second_order import preactivation_gauss_newton, preactivation_hessians
 from curvlab.exact.sequences import exact_statistics, fitting
 from curvlab.exact.torch_func import Function
@@ -61,7 +61,7 @@ class Minibatch:
         (`sequences`), and each is sent once for all blocks (`blocks`) that fit into memory.
         """
         form = self.closure.form
-        shared = PASSES.get(self.kind) == "exact" and max(form.places.values(), default=1) > 1
+        shared = PASS_OF_KIND.get(self.kind) == "exact" and max(form.places.values(), default=1) > 1
         if not shared:
             yield from (self.statistics[block.name] for block in blocks)
             return
@@ -78,7 +78,7 @@ class Minibatch:
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
         """Statistics of each block, {name: …}, with the vectors of a second moment sent back."""
-        needs = PASSES[self.kind]
+        needs = PASS_OF_KIND[self.kind]
         return self.closure.observe({needs}, move_buffers=False, draws=self.draws).passes[needs]
 
     def hessians(
@@ -193,7 +193,7 @@ def _whole(
 def _fold_places(
     look: Minibatch, blocks: Sequence[Block], sums: dict[str, Sum], old: float, new: float
 ) -> None:
-    if look.kind in PASSES:
+    if look.kind in PASS_OF_KIND:
         for s in look.each(blocks):
             _add_pairs(s, sums, old, new)
         return
@@ -258,7 +258,7 @@ def _fold_general(
     for block in blocks:
         function = look.function(Layout((block,)))
         matrix = _whole(sums, block.name, block.numel, function.at, old)
-        if look.kind in PASSES:
+        if look.kind in PASS_OF_KIND:
             for left, right in function.rows(look.kind, look.draws):
                 matrix.addmm_(left.mT, right, alpha=new)
         else:
@@ -280,12 +280,12 @@ class Route:
 
 
 def _one_place(block: Block, form: Form, kind: Kind) -> bool:
-    names = form.plain if kind in PASSES else form.direct
+    names = form.plain if kind in PASS_OF_KIND else form.direct
     return block.name in names and block.groups == 1 and form.places.get(block.name) == 1
 
 
 def _several_places(block: Block, form: Form, kind: Kind) -> bool:
-    if kind in PASSES:
+    if kind in PASS_OF_KIND:
         shared = form.places.get(block.name, 1) > 1
         return shared and block.name in form.plain and block.groups == 1
     return by_hessians(kind, block, form)
@@ -305,7 +305,7 @@ ROUTES: dict[str, Route] = {
     ),
     "rows": Route(
         "second moments: per-sample gradients of every vector, one symmetric product",
-        lambda block, form, kind: block.name in form.shaped and kind in PASSES,
+        lambda block, form, kind: block.name in form.shaped and kind in PASS_OF_KIND,
         _fold_rows,
     ),
     "func": Route(
@@ -332,7 +332,7 @@ def route_of(
     found = next(
         name for name in fitting if name != "pairs" or grown is None or isinstance(grown, _Packed)
     )
-    if found == "places" and kind in PASSES and look is not None:
+    if found == "places" and kind in PASS_OF_KIND and look is not None:
         return "places" if by_pairs(next(look.each([block]))) else "rows"
     return found
 
@@ -344,7 +344,7 @@ def fold_by_best(
     found: dict[str, list[Block]] = {}
     for block in blocks:
         name = route_of(block, look.closure.form, look.kind, sums.get(block.name))
-        shared = name == "places" and look.kind in PASSES
+        shared = name == "places" and look.kind in PASS_OF_KIND
         found.setdefault("shared" if shared else name, []).append(block)
     for name, some in found.items():
         (_fold_shared if name == "shared" else ROUTES[name].fold)(look, some, sums, old, new)

@@ -17,7 +17,7 @@ from torch import Tensor
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.errors import CurvlabError, guard_memory
-from curvlab.exact.batches import Batches, alone
+from curvlab.exact.batches import Minibatches, check_independence
 from curvlab.exact.torch_func import Function
 from curvlab.layers import Layout
 from curvlab.objective import Objective
@@ -51,8 +51,8 @@ def gradients(
         CurvlabError: data that do not fit the model or the likelihood; a model whose examples do
             not stand alone.
     """
-    (closure,) = Batches.of(objective, x, y, whole=True)
-    _guard(objective, len(x), "the per-sample gradients", "take fewer examples at a time")
+    (closure,) = Minibatches.of(objective, x, y, whole=True)
+    _guard(objective, len(closure.x), "the per-sample gradients", "take fewer examples at a time")
     _, losses, capture = closure.look()
     statistics = capture.backward(losses, torch.ones_like(losses)[None])
     found: dict[str, Tensor] = {}
@@ -77,13 +77,14 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
     Raises:
         CurvlabError: inputs that do not fit the model; a model whose examples do not stand alone.
     """
-    alone(objective)
-    closure = Closure(objective, x, torch.zeros(len(x)), 0, "exact")
+    check_independence(objective)
+    inputs = objective.interface.inputs(x)
+    closure = Closure(objective, inputs, torch.zeros(len(inputs)), 0, "exact")
     z, capture = closure.forward()
     closure.check_alone(z.detach())
     _guard(
         objective,
-        len(x) * z[0].numel(),
+        z.numel(),
         "the Jacobians",
         "take fewer examples at a time, or a product form",
     )

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from curvlab.capture import Capture
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, raise_if_out_of_memory
 from curvlab.layers import Block
 from curvlab.statistics import LayerStatistics
 from curvlab.uses import Use
@@ -205,7 +205,8 @@ def _send_back(
         return torch.autograd.grad(
             output, edge, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
         )[0]
-    except RuntimeError:
+    except RuntimeError as error:
+        raise_if_out_of_memory(error)
         found = [
             torch.autograd.grad(output, edge, v, retain_graph=True, allow_unused=True)[0]
             for v in vectors

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from time import perf_counter
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -21,17 +22,11 @@ from torch.func import grad, jacrev, linearize, vjp
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable, surrounding
-from curvlab.errors import CurvlabError, warn
-from curvlab.exact.batches import PASSES, Kind
+from curvlab.errors import CurvlabError, raise_if_out_of_memory, warn
+from curvlab.exact.batches import PASS_OF_KIND, Kind
 from curvlab.exact.plain import Plain
-from curvlab.exact.transforms import (
-    FixedRows,
-    Repeated,
-    Weights,
-    along,
-    mapped,
-    second_derivative,
-)
+from curvlab.exact.transforms import FixedRows, Repeated, Weights, along, mapped, transposed
+from curvlab.exact.transforms import second_derivative as second
 from curvlab.independence import some_rows
 from curvlab.layers import Layout
 from curvlab.strangers import called, eager, mixes
@@ -51,11 +46,9 @@ class Function:
     def __init__(self, closure: Closure, layout: Layout) -> None:
         self.closure, self.layout = closure, layout
         model = closure.objective.model
-        state = {
-            name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]
-        }
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._state = state = {name: t.detach() for name, t in named}
         self._buffers = [name for name, _ in model.named_buffers()]
-        self._state = state
         self.at: Float[Tensor, " D"] = layout.flatten(state).to(closure.objective.dtype)
         self._plain = Plain(closure, layout)
 
@@ -80,12 +73,18 @@ class Function:
         # where BatchNorm may write on them
         fixed = {name: self._state[name].clone() for name in self._buffers}
         with differentiable(), eager(), surrounding(), FixedRows():
-            z: Tensor = called(self.closure.objective.model, self._state | fixed | weights, x)
+            out = called(self.closure.objective.model, self._state | fixed | weights, x)
+            z: Tensor = self.closure.objective.picked(out)
         return z.to(self.at.dtype)
 
-    def losses(self, w: Float[Tensor, " D"], x: Tensor, y: Tensor) -> Float[Tensor, " N"]:
-        """Return each example's loss on `x` and `y` at `w`, [N], without the L2 term."""
-        return self.closure.objective.likelihood.loss(self.outputs(w, x), y)
+    def losses(
+        self, w: Float[Tensor, " D"], x: Tensor, y: Tensor, *, drawn: bool = False
+    ) -> Float[Tensor, " N"]:
+        """Return each example's loss on `x` and `y` at `w`, [N], without the L2 term.
+
+        It is `Closure.loss_of`, of labels that the data have or that were `drawn`.
+        """
+        return self.closure.loss_of(self.outputs(w, x), y, drawn=drawn)
 
     @cached_property
     def sound(self) -> bool:
@@ -111,14 +110,7 @@ class Function:
         if key not in known and mixes(closure.objective.modules):
             known[key] = True
         if key not in known:
-            one = Closure(
-                closure.objective,
-                some_rows(closure.x, slice(1)),
-                closure.y[:1],
-                closure.number,
-                closure.stream,
-                closure.part,
-            )
+            one = closure.some(slice(1))
             function = Function(one, self.layout)
             u = torch.randn(
                 1, len(function.at), generator=torch.Generator().manual_seed(0), dtype=torch.float64
@@ -132,7 +124,8 @@ class Function:
                 known[key] = float((found - true).norm()) <= near * float(
                     true.norm() + found.norm()
                 )
-            except (CurvlabError, RuntimeError, NotImplementedError):
+            except (CurvlabError, RuntimeError, NotImplementedError) as error:
+                raise_if_out_of_memory(error)
                 known[key] = True
         return known[key]
 
@@ -153,7 +146,8 @@ class Function:
                 found = grad(lambda w: (self.outputs(w, x) * v).sum())(at)
                 # forward mode goes on under no_grad and into .data
                 forth = along(lambda w: self.outputs(w, x), at, u)
-            except (RuntimeError, NotImplementedError):
+            except (RuntimeError, NotImplementedError) as error:
+                raise_if_out_of_memory(error)
                 return False
         near = self.closure.form.precision**0.5
         apart = float((forth * v).sum() - true @ u)
@@ -170,7 +164,7 @@ class Function:
         x, y = self.closure.x, self.closure.y
 
         def total(z: Tensor) -> Tensor:
-            return self.closure.objective.likelihood.loss(z, y).sum()
+            return self.closure.loss_of(z, y).sum()
 
         if kind == "hessian":
             return total
@@ -181,18 +175,26 @@ class Function:
         """Return `draws` batches of labels, drawn from the model at its outputs at `at`."""
         return self.closure.labels(self.outputs(self.at, self.closure.x).detach(), draws)
 
-    def gradients(self, label: Tensor, some: slice = slice(None)) -> Float[Tensor, "n D"]:
-        """Return the gradient of each of some examples' losses at its label, [n, D]."""
+    def gradients(
+        self, label: Tensor, some: slice = slice(None), *, drawn: bool = False
+    ) -> Float[Tensor, "n D"]:
+        """Return the gradient of each of some examples' losses at its label, [n, D].
+
+        The label is the data's, or was `drawn`.
+        """
         x, y = self.closure.x, label
 
         def gradient(x: Tensor, y: Tensor) -> Tensor:
-            g: Tensor = grad(lambda w: self.losses(w, x[None], y[None])[0])(self.at)
+            g: Tensor = grad(lambda w: self.losses(w, x[None], y[None], drawn=drawn)[0])(self.at)
             return g
 
         return self._either(
             lambda: mapped(gradient)(x[some], y[some]),
             lambda: torch.stack(
-                [self._plain.gradient(n, y, self.at) for n in range(*some.indices(len(x)))]
+                [
+                    self._plain.gradient(n, y, self.at, drawn=drawn)
+                    for n in range(*some.indices(len(x)))
+                ]
             ),
         )
 
@@ -216,8 +218,8 @@ class Function:
             if self.sound:
                 try:
                     return transformed()
-                except (RuntimeError, NotImplementedError):
-                    pass
+                except (RuntimeError, NotImplementedError) as error:
+                    raise_if_out_of_memory(error)
             return plain()
 
     def rows(
@@ -229,7 +231,7 @@ class Function:
         """
         x, y = self.closure.x, self.closure.y
         size, width = len(x), len(self.at)
-        if PASSES[kind] == "exact":
+        if PASS_OF_KIND[kind] == "exact":
             z = self.closure.outputs()[0]
             # [V, N, C]
             roots = (
@@ -254,20 +256,20 @@ class Function:
             return
         labels = (
             self.closure.labels(self.closure.outputs()[0], draws)
-            if PASSES[kind] == "model"
+            if PASS_OF_KIND[kind] == "model"
             else [y]
         )
         at_once = max(1, _NUMBERS // width)
         for label in labels:
             for some in _slices(size, at_once):
-                g = self.gradients(label, some) / math.sqrt(len(labels))
+                g = self.gradients(label, some, drawn=PASS_OF_KIND[kind] == "model")
+                g = g / math.sqrt(len(labels))
                 yield g, g
 
     def _output_hessian(self, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "N C C"]:
-        likelihood = self.closure.objective.likelihood
         z = z.detach().requires_grad_()
         with derivatives():
-            (slope,) = torch.autograd.grad(likelihood.loss(z, y).sum(), z, create_graph=True)
+            (slope,) = torch.autograd.grad(self.closure.loss_of(z, y).sum(), z, create_graph=True)
         found = z.new_zeros(len(z), z[0].numel(), *z.shape[1:])
         if slope.requires_grad:
             for c, each in enumerate(slope.reshape(len(z), -1).unbind(1)):
@@ -283,14 +285,15 @@ class Function:
         vector.
         """
         self.closure.check_kind(kind)
-        labels = self.drawn(draws) if PASSES.get(kind) == "model" else [self.closure.y]
+        labels = self.drawn(draws) if PASS_OF_KIND.get(kind) == "model" else [self.closure.y]
         plain = self._plain.product(kind, labels, self.at)
-        if not self.sound or (kind not in PASSES and not self.sound_twice):
+        if not self.sound or (kind not in PASS_OF_KIND and not self.sound_twice):
             return plain
         try:
             with derivatives():
                 return self._transformed(kind, labels, plain)
         except (RuntimeError, NotImplementedError) as error:
+            raise_if_out_of_memory(error)
             self._plain.why = str(error).splitlines()[0]
             return plain
 
@@ -305,43 +308,38 @@ class Function:
         By `plain` where it turns out that an operation cannot.
         """
         x = self.closure.x
-        likelihood = self.closure.objective.likelihood
+        loss_of = self.closure.loss_of
         at = self._apart(self.at)
-        apply: Callable[[Weights], Weights]  # of several vectors at once
-        single: Callable[[Weights], Weights]  # of one after the other
+        apply: Callable[[Weights], Weights]
+        single: Callable[[Weights], Weights]  # of one vector after the other
 
         def outputs(w: Weights) -> Tensor:
             return self._called(w, x)
 
-        if kind not in PASSES:
+        if kind not in PASS_OF_KIND:
             total = self._total(kind)
             slope_of = grad(lambda w: total(outputs(w)))
-            apply = partial(second_derivative, slope_of, at)
+            apply = partial(second, slope_of, at)
             single = Repeated(apply, lambda: linearize(slope_of, at)[1], _TRACED)
         else:
-            exact = PASSES[kind] == "exact"
+            exact = PASS_OF_KIND[kind] == "exact"
 
             def losses(w: Weights) -> Tensor:
                 z = outputs(w)
-                return torch.stack([likelihood.loss(z, label) for label in labels]) / math.sqrt(
-                    len(labels)
-                )
+                each = [loss_of(z, label, drawn=PASS_OF_KIND[kind] == "model") for label in labels]
+                return torch.stack(each) / math.sqrt(len(labels))
 
             function = outputs if exact else losses
             value, back, *_ = vjp(function, at)
             curved = grad(self._total("hessian"))
 
             def through(forth: Callable[[Weights], Tensor], u: Weights) -> Weights:
-                found: Weights = back(along(curved, value, forth(u)) if exact else forth(u))[0]
-                return found
-
-            def transposed() -> Callable[[Weights], Tensor]:
-                forth = vjp(lambda c: back(c)[0], torch.zeros_like(value))[1]
-                return lambda u: forth(u)[0]
+                Ju = forth(u)
+                return cast(Weights, back(along(curved, value, Ju) if exact else Ju)[0])
 
             direct = partial(along, function, at)
             apply = partial(through, direct)
-            single = partial(through, Repeated(direct, transposed, 0.0))
+            single = partial(through, Repeated(direct, partial(transposed, back, value), 0.0))
 
         def one(u: Tensor, apply: Callable[[Weights], Weights] = apply) -> Tensor:
             parts = self.layout.unflatten(u)
@@ -359,6 +357,7 @@ class Function:
                 try:
                     return one(v[0], single)[None] if len(v) == 1 else several(v)
                 except (RuntimeError, NotImplementedError) as error:
+                    raise_if_out_of_memory(error)
                     self._plain.why = str(error).splitlines()[0]
                     return plain(v)
 

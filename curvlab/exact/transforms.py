@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 
+from curvlab.errors import raise_if_out_of_memory
 from curvlab.functions import FUNCTIONS
 
 _FORWARD = RLock()  # levels of forward mode are the process's, not the thread's
@@ -31,7 +32,8 @@ def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def over(*arguments: Tensor) -> Tensor:
         try:
             found: Tensor = vmap(f)(*arguments)
-        except RuntimeError:
+        except RuntimeError as error:
+            raise_if_out_of_memory(error)
             found = torch.stack([f(*one) for one in zip(*arguments, strict=True)])
         return found
 
@@ -62,6 +64,14 @@ def second_derivative(slope: Callable[[Any], Of], at: Of, u: Of) -> Of:
     return found
 
 
+def transposed(
+    back: Callable[[Tensor], tuple[Weights]], value: Tensor
+) -> Callable[[Weights], Tensor]:
+    """Return u → J u from the map back c → Jᵀ c, which is linear, with one graph for all u."""
+    forth = vjp(lambda c: back(c)[0], torch.zeros_like(value))[1]
+    return lambda u: forth(u)[0]
+
+
 class Repeated:
     """A linear map of one vector at a time, prepared for many once it has been asked for again.
 
@@ -73,7 +83,10 @@ class Repeated:
     """
 
     def __init__(
-        self, direct: Callable[[Any], Of], prepare: Callable[[], Callable[[Any], Of]], after: float
+        self,
+        direct: Callable[[Any], Any],
+        prepare: Callable[[], Callable[[Any], Any]],
+        after: float,
     ) -> None:
         self._direct, self._prepare, self._left = direct, prepare, after
         self._kept: Callable[[Any], Any] | None = None

@@ -40,10 +40,10 @@ from curvlab.linalg.pairs import (
     Skip,
     accept,
     action_pair,
+    as_scalar,
     hessian_action,
     negated,
-    number,
-    ratio,
+    ratio_to_sy,
     undamped,
 )
 
@@ -104,7 +104,7 @@ def _other_half(
     s: Float[Tensor, " D"], Hy: Float[Tensor, " D"], sy: Scalar, yHy: Scalar
 ) -> Float[Tensor, " D"]:
     """Return w of H⁺ = H + s wᵀ + w sᵀ."""
-    rho = ratio(1.0, sy)  # NaN where sᵀy is 0, which `updated_inverse` then refuses
+    rho = ratio_to_sy(1.0, sy)  # NaN where sᵀy is 0, which `updated_inverse` then refuses
     return (rho * (rho * yHy + 1) / 2) * s - rho * Hy
 
 
@@ -160,7 +160,7 @@ def updated_inverse(H: Float[Tensor, "D D"], pair: Pair) -> tuple[Float[Tensor, 
         return H, pair
     w = _other_half(pair.s, pair.Hy, found.sy, found.yHy)
     # no entry of s wᵀ + w sᵀ is larger
-    extent = 2 * number(_largest(pair.s)) * number(_largest(w))
+    extent = 2 * as_scalar(_largest(pair.s)) * as_scalar(_largest(w))
     fits = extent <= torch.finfo(w.dtype).max
     overflows = used & negated(fits)
     pair = replace(

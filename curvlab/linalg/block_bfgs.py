@@ -21,6 +21,7 @@ from curvlab.errors import guard_memory
 from curvlab.finite import all_finite
 from curvlab.linalg.pair_damping import powell_factor
 from curvlab.linalg.pairs import Skip
+from curvlab.linalg.spectral import eigvalsh, symmetric_eigh
 
 Choice = Literal["symmetric", "trace", "diagonal"]
 """P of S2QN (21): ½ (VᵀU + UᵀV), Tr(VᵀU) or diag(VᵀU)."""
@@ -112,11 +113,13 @@ def block_bfgs(
         relative = root[:, None] * P * root
     else:
         relative = P
-    least = float(torch.linalg.eigvalsh(relative)[0])
+    least = float(eigvalsh(relative)[0])
     tau = float(powell_factor(least, 1.0, mu)) if tau is None else tau
     if not tau * least + (1 - tau) > 0:
         return BlockUpdate(Lambda, least, tau, rank, "curvature")
-    factor = torch.linalg.cholesky_ex(tau * P + (1 - tau) * torch.diag(at_one))[0]
+    factor, info = torch.linalg.cholesky_ex(tau * P + (1 - tau) * torch.diag(at_one))
+    if info:  # positive definite but for rounding
+        return BlockUpdate(Lambda, least, tau, rank, "curvature")
     columns = torch.linalg.solve_triangular(
         factor, (tau * V + (1 - tau) * LU).mT, upper=False
     ).mT  # V P⁻¹ Vᵀ, halved
@@ -158,7 +161,7 @@ def _whitening(W: Float[Tensor, "m m"], eps: float) -> Float[Tensor, "m r"]:
 
     Those whose eigenvalues are lost in rounding to `eps` are left out.
     """
-    values, vectors = torch.linalg.eigh(_symmetrised(W))
+    values, vectors = symmetric_eigh(_symmetrised(W))
     used = values > len(W) * eps * values[-1].clamp_min(0)
     kept: Tensor = vectors[:, used] * values[used].rsqrt()
     return kept

@@ -5,6 +5,7 @@ Legend: D order of a symmetric matrix.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -13,6 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabWarning, Diverged
+from curvlab.linalg.spectral import eigvalsh
+
+_NOT_FINITE = "{} contains NaN or Inf: lower the learning rate or raise the damping"
+_RAISED = "{} is not positive definite with damping {:g}: raised to {:g}"
 
 
 def shifted(matrix: Float[Tensor, "D D"], damping: float) -> Float[Tensor, "D D"]:
@@ -42,16 +47,11 @@ def damped_cholesky(
     for _ in range(tries):
         matrix = build(used)
         if not bool(torch.isfinite(matrix.diagonal()).all()):
-            raise Diverged(
-                f"{what} contains NaN or Inf: lower the learning rate or raise the damping"
-            )
+            raise Diverged(_NOT_FINITE.format(what))
         factor, info = torch.linalg.cholesky_ex(matrix)
         if not bool(info) and bool(torch.isfinite(factor.diagonal()).all()):
             if used != damping:
-                message = (
-                    f"{what} is not positive definite with damping {damping:g}: raised to {used:g}"
-                )
-                warnings.warn(message, CurvlabWarning, stacklevel=2)
+                warnings.warn(_RAISED.format(what, damping, used), CurvlabWarning, stacklevel=2)
             return factor, used
         used = (
             10 * used
@@ -68,6 +68,20 @@ def damped_inverse(matrix: Float[Tensor, "D D"], damping: float, what: str) -> F
     return torch.cholesky_inverse(damped_cholesky(lambda d: shifted(matrix, d), damping, what)[0])
 
 
+def damped_reciprocal(
+    values: Float[Tensor, " D"], damping: float, what: str
+) -> Float[Tensor, " D"]:
+    """Return 1 / (values + damping) of a diagonal matrix, as `damped_inverse` of a dense one."""
+    least, most = float(values.amin()), float(values.amax())
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise Diverged(_NOT_FINITE.format(what))
+    used = damping
+    if least + used <= 0:  # of a second moment: 0 and no damping
+        used = torch.finfo(values.dtype).eps * max(1.0, most) - min(0.0, least)
+        warnings.warn(_RAISED.format(what, damping, used), CurvlabWarning, stacklevel=2)
+    return (values + used).reciprocal()
+
+
 def shift_to_definite(matrix: Float[Tensor, "D D"], least: float) -> float:
     """Return what to add to the diagonal so that the lowest eigenvalue is `least`.
 
@@ -75,7 +89,7 @@ def shift_to_definite(matrix: Float[Tensor, "D D"], least: float) -> float:
     """
     if not bool(torch.linalg.cholesky_ex(matrix).info):
         return 0.0
-    ends = torch.linalg.eigvalsh(matrix)
+    ends = eigvalsh(matrix)
     rounding = float(ends.abs().amax()) * torch.finfo(matrix.dtype).eps ** 0.5
     return max(least, float(rounding)) - float(ends[0])
 
@@ -89,19 +103,3 @@ def solve_cholesky(factor: Float[Tensor, "D D"], v: Float[Tensor, "D *K"]) -> Fl
     half = torch.linalg.solve_triangular(factor, columns, upper=False)
     solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
     return solution[:, 0] if v.ndim == 1 else solution
-
-
-def eigh(matrix: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, "D D"]]:
-    """Return eigenvalues, ascending, and eigenvectors of a positive semi-definite matrix.
-
-    It is shifted by its mean eigenvalue meanwhile. In float32 LAPACK failed to converge on singular
-    second moments of order 1000 (squares of what is rounded from 0 underflow); shifted they are no
-    trouble. Double precision where it fails still.
-    """
-    mean = matrix.diagonal().mean()
-    moved = matrix + mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    try:
-        values, vectors = torch.linalg.eigh(moved)
-    except RuntimeError:  # LinAlgError
-        values, vectors = (part.to(matrix.dtype) for part in torch.linalg.eigh(moved.double()))
-    return values - mean, vectors

@@ -17,6 +17,7 @@ from curvlab.errors import Diverged
 from curvlab.linalg.cholesky import damped_inverse
 from curvlab.linalg.krylov import conjugate_gradients
 from curvlab.linalg.operators import Operator, Symmetric
+from curvlab.linalg.spectral import eigvalsh
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Damped(Symmetric):
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
         """Return all eigenvalues of `dense`, ascending."""
-        eigenvalues: Tensor = torch.linalg.eigvalsh(self.dense())
+        eigenvalues: Tensor = eigvalsh(self.dense())
         return eigenvalues
 
     def diag(self) -> Float[Tensor, " D"]:

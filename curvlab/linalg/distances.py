@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlab import moved
 from curvlab.linalg.operators import Operator
 
 
-def compare(
+def compare_to_exact(
     matrix: Operator,
     scale: float,
     exact: Float[Tensor, "D D"],
@@ -38,23 +40,25 @@ def compare(
     dense = matrix.dense()
     size, own, both = norm(exact), norm(dense), inner(dense, exact)
     found = {
-        "error": ratio(distance(dense, exact, scale), size),
-        "error_scaled": ratio(distance(dense, exact, both / own**2 if own else 0.0), size),
-        "cosine": ratio(both, own * size),
-        "trace_ratio": ratio(scale * float(dense.diagonal().sum()), float(exact.diagonal().sum())),
+        "error": quotient(distance(dense, exact, scale), size),
+        "error_scaled": quotient(distance(dense, exact, both / own**2 if own else 0.0), size),
+        "cosine": quotient(both, own * size),
+        "trace_ratio": quotient(
+            scale * float(dense.diagonal().sum()), float(exact.diagonal().sum())
+        ),
     }
     if eigenvalues is not None:
         spectrum = matrix.eigvalsh().double() * scale
         rounding = float(eigenvalues.abs().max()) * len(exact) * torch.finfo(exact.dtype).eps
-        found["spectrum_error"] = ratio(
+        found["spectrum_error"] = quotient(
             float((spectrum - eigenvalues).norm()), float(eigenvalues.norm())
         )
-        found["largest_ratio"] = ratio(float(spectrum[-1]), float(eigenvalues[-1]), rounding)
-        found["smallest_ratio"] = ratio(float(spectrum[0]), float(eigenvalues[0]), rounding)
+        found["largest_ratio"] = quotient(float(spectrum[-1]), float(eigenvalues[-1]), rounding)
+        found["smallest_ratio"] = quotient(float(spectrum[0]), float(eigenvalues[0]), rounding)
     return found
 
 
-def ratio(above: float, below: float, least: float = 0.0) -> float:
+def quotient(above: float, below: float, least: float = 0.0) -> float:
     """Return above / below, or NaN where the denominator is not above `least` in size."""
     return above / below if abs(below) > least else float("nan")
 
@@ -82,3 +86,7 @@ def inner(one: Float[Tensor, "R C"], other: Float[Tensor, "R C"]) -> float:
 def norm(matrix: Float[Tensor, "R C"]) -> float:
     """Return ‖matrix‖, summed in float64."""
     return math.sqrt(inner(matrix, matrix))
+
+
+if not TYPE_CHECKING:  # to a type checker the old names are gone
+    __getattr__ = moved.old_names(__name__)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from curvlab.errors import Diverged
 from curvlab.finite import all_finite
-from curvlab.linalg.cholesky import eigh
 from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.operators import Compact, Diagonal, Operator, Symmetric, packable
+from curvlab.linalg.spectral import eigh
 
 
 @packable

@@ -19,7 +19,8 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, Diverged
-from curvlab.linalg.padded_products import product, second_moment
+from curvlab.linalg.padded_products import padded_product, second_moment
+from curvlab.linalg.spectral import symmetric_eigh
 
 
 class Factor(Protocol):
@@ -34,7 +35,7 @@ def matricize(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i _"]:
     return G.movedim(i, 0).flatten(1) if G.ndim > 1 else G.reshape(-1, 1)
 
 
-def contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:
+def mode_contraction(G: Float[Tensor, "..."], i: int) -> Float[Tensor, "d_i d_i"]:
     """Return the contraction G^(i) = mat_i(G) mat_i(G)ᵀ (thesis 4.2.1)."""
     m = matricize(G, i)
     return second_moment(m.mT)
@@ -51,10 +52,10 @@ def kronecker_product(
     if v.ndim == 1 and len(factors) == 2:
         left, right = factors
         V = v.view(len(left), len(right))
-        V = product(left, V) if isinstance(left, Tensor) else left @ V
-        return (product(V, right.mT) if isinstance(right, Tensor) else (right @ V.mT).mT).reshape(
-            -1
-        )
+        V = padded_product(left, V) if isinstance(left, Tensor) else left @ V
+        return (
+            padded_product(V, right.mT) if isinstance(right, Tensor) else (right @ V.mT).mT
+        ).reshape(-1)
     out = v.reshape(*(len(u) for u in factors), -1)
     for i, u in enumerate(factors):
         if isinstance(u, Tensor):
@@ -103,7 +104,7 @@ def tensor_normal_factors(
 
 
 def pi_split(
-    A: Float[Tensor, "I I"], G: Float[Tensor, "O O"], damping: float
+    A: Float[Tensor, "I *I"], G: Float[Tensor, "O O"], damping: float
 ) -> tuple[float, float]:
     """Return the split (π √λ for A, √λ / π for G) of a damping λ: thesis Alg. 12, line 19.
 
@@ -117,7 +118,7 @@ def pi_split(
     Raises:
         Diverged: a trace that is not finite.
     """
-    a, g = float(A.diagonal().mean()), float(G.diagonal().mean())
+    a, g = (float((m if m.ndim == 1 else m.diagonal()).mean()) for m in (A, G))
     for name, trace in (("A", a), ("G", g)):
         if not math.isfinite(trace):
             raise Diverged(
@@ -283,7 +284,7 @@ def _last_eigenvector(gram: Float[Tensor, "P P"]) -> Float[Tensor, " P"]:
     at order 5000).
     """
     if len(gram) <= 500:
-        vectors: Tensor = torch.linalg.eigh(gram)[1]
+        vectors: Tensor = symmetric_eigh(gram)[1]
         return vectors[:, -1]
     start = np.random.default_rng(0).standard_normal(len(gram))
     found = eigsh(gram.cpu().numpy(), k=1, which="LA", v0=start, tol=0)[1]

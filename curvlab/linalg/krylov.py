@@ -17,7 +17,8 @@ from curvlab.errors import CurvlabError, Diverged, guard_memory
 from curvlab.finite import all_finite
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import finite_product
-from curvlab.linalg.traces import Estimate, average, gaussian
+from curvlab.linalg.spectral import symmetric_eigh
+from curvlab.linalg.traces import StochasticEstimate, average, gaussian
 
 
 class Indefinite(Diverged):
@@ -243,7 +244,7 @@ class Lanczos:
         θ, ascending; |β_m s_m| of each; s as columns. Within that length of θ there is an
         eigenvalue of A (Parlett 1998, Theorem 4.5.1 and section 13.2).
         """
-        theta, s = torch.linalg.eigh(self.matrix())
+        theta, s = symmetric_eigh(self.matrix())
         return theta, (self.beta[-1] * s[-1]).abs(), s
 
     def quadrature(self) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
@@ -356,15 +357,15 @@ class Density:
         kernel = torch.exp(-distance.square() / 2) / (width * math.sqrt(2 * math.pi))
         return (kernel * self.weights).sum(2).mean(1)
 
-    def moment(self, k: int) -> Estimate:
+    def moment(self, k: int) -> StochasticEstimate:
         """Return an estimate of tr(Aᵏ) / D; unbiased for k < 2m."""
         return self._average((self.weights * self.nodes**k).sum(1))
 
-    def count_below(self, x: float) -> Estimate:
+    def count_below(self, x: float) -> StochasticEstimate:
         """Return an estimate of the fraction of the eigenvalues that are less than x."""
         return self._average((self.weights * (self.nodes < x)).sum(1))
 
-    def _average(self, of_draws: Float[Tensor, " n"]) -> Estimate:
+    def _average(self, of_draws: Float[Tensor, " n"]) -> StochasticEstimate:
         return average(of_draws, self.nodes.numel())
 
 

@@ -12,11 +12,11 @@ from typing import Any, TypeVar, cast
 from curvlab.errors import lookup
 from curvlab.linalg.operator_base import Operator
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _KINDS: dict[str, type[Any]] = {}
 
 
-def packable(kind: type[T]) -> type[T]:
+def packable(kind: type[_T]) -> type[_T]:
     """Class decorator: let `unpack` know a frozen value of tensors, numbers and such values."""
     _KINDS[kind.__name__] = kind
     return kind

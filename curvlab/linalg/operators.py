@@ -33,6 +33,7 @@ from curvlab.linalg.operator_states import pack as pack
 from curvlab.linalg.operator_states import packable as packable
 from curvlab.linalg.operator_states import unpack as unpack
 from curvlab.linalg.operator_states import unpack_operator as unpack_operator
+from curvlab.linalg.spectral import eigvalsh
 from curvlab.linalg.woodbury import Beside, LayerRows, RowMatrix, Rows, gram_cholesky
 
 
@@ -61,7 +62,7 @@ class Dense(Symmetric):
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
         """Return all eigenvalues, ascending, read from the lower triangle."""
-        eigenvalues: Tensor = torch.linalg.eigvalsh(self.matrix)
+        eigenvalues: Tensor = eigvalsh(self.matrix)
         return eigenvalues
 
     def diag(self) -> Float[Tensor, " D"]:
@@ -219,7 +220,7 @@ class LowRank(Symmetric):
 
     def eigvalsh(self) -> Float[Tensor, " D"]:
         """Return all D eigenvalues, ascending: λ plus those of R Rᵀ, λ for the rest."""
-        nonzero = torch.linalg.eigvalsh(self.rows.gram()).clamp_min(0)[-len(self) :]
+        nonzero = eigvalsh(self.rows.gram()).clamp_min(0)[-len(self) :]
         return self.damping + torch.cat([nonzero.new_zeros(len(self) - len(nonzero)), nonzero])
 
     def diag(self) -> Float[Tensor, " D"]:
@@ -328,7 +329,7 @@ class Compact(Symmetric):
         ):
             basis, triangle = torch.linalg.qr(self.rows.mT)
             small = triangle @ self._solve(triangle.mT)
-            moved: Tensor = torch.linalg.eigvalsh((small + small.mT) / 2)
+            moved: Tensor = eigvalsh((small + small.mT) / 2)
             added = torch.cat([moved, moved.new_zeros(len(self) - basis.shape[1])])
             return self.base.values[0] + added.sort().values
         return Dense(self.dense()).eigvalsh()
@@ -354,7 +355,7 @@ class Compact(Symmetric):
 
 
 def _positive_eigenvalues(core: Float[Tensor, "R R"]) -> int:
-    return int((torch.linalg.eigvalsh(core) > 0).sum())
+    return int((eigvalsh(core) > 0).sum())
 
 
 def identity_like(value: Tensor) -> Diagonal:

@@ -27,7 +27,7 @@ def room(like: Tensor, rows: int, columns: int) -> Float[Tensor, "R C"]:
     return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
 
 
-def product(
+def padded_product(
     a: Float[Tensor, "R K"],
     b: Float[Tensor, "K C"],
     scale: float = 1.0,
@@ -44,11 +44,11 @@ def second_moment(
 ) -> Float[Tensor, "D D"]:
     """Return scale · rowsᵀ rows, of which only one triangle is computed where it is large.
 
-    It is written into `out` as by `product`.
+    It is written into `out` as by `padded_product`.
     """
     order = rows.shape[1]
     if rows.device.type != "cpu" or order < 2 * _LARGE:
-        return product(rows.mT, rows, scale, out)
+        return padded_product(rows.mT, rows, scale, out)
     matrix = (room(rows, order, order) if out is None else out).zero_()
     accumulate_second_moment_(matrix, rows, scale)
     return mirror_(matrix)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, lookup
-from curvlab.linalg.pairs import Matrix, Pair, Scalar, measured, number, undamped
+from curvlab.linalg.pairs import Matrix, Pair, Scalar, as_scalar, inner_products, undamped
 
 MU1 = 0.2
 """Bound μ₁ of every document."""
@@ -68,7 +68,7 @@ def powell_on_b(
     record is of yᵀHy.
     """
     pair, Bs = undamped(s, y, H), B @ s
-    theta2 = powell_factor(pair.damping.before.sy, number(s @ Bs), mu)
+    theta2 = powell_factor(pair.damping.before.sy, as_scalar(s @ Bs), mu)
     return _with_y(pair, _between(theta2, y, Bs), H, theta2)
 
 
@@ -151,7 +151,9 @@ def _levenberg_step(pair: Pair, H: Matrix, mu2: float) -> Pair:
 
 def _with_s(pair: Pair, s: Float[Tensor, " D"], theta1: Scalar) -> Pair:
     return replace(
-        pair, s=s, damping=replace(pair.damping, after=measured(s, pair.y, pair.Hy), theta1=theta1)
+        pair,
+        s=s,
+        damping=replace(pair.damping, after=inner_products(s, pair.y, pair.Hy), theta1=theta1),
     )
 
 
@@ -161,7 +163,7 @@ def _with_y(pair: Pair, y: Float[Tensor, " D"], H: Matrix, theta2: Scalar) -> Pa
         pair,
         y=y,
         Hy=Hy,
-        damping=replace(pair.damping, after=measured(pair.s, y, Hy), theta2=theta2),
+        damping=replace(pair.damping, after=inner_products(pair.s, y, Hy), theta2=theta2),
     )
 
 

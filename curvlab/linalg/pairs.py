@@ -60,20 +60,20 @@ class Products:
     @property
     def curvature(self) -> Scalar:
         """Ratio yᵀHy / sᵀy, to be at most 1/μ₁."""
-        return ratio(self.yHy, self.sy)
+        return ratio_to_sy(self.yHy, self.sy)
 
     @property
     def step(self) -> Scalar:
         """Ratio sᵀs / sᵀy, to be at most 1/μ₂."""
-        return ratio(self.ss, self.sy)
+        return ratio_to_sy(self.ss, self.sy)
 
     @property
     def change(self) -> Scalar:
         """Ratio yᵀy / sᵀy, to be at most 1/μ₃."""
-        return ratio(self.yy, self.sy)
+        return ratio_to_sy(self.yy, self.sy)
 
 
-def ratio(numerator: Scalar, sy: Scalar) -> Scalar:
+def ratio_to_sy(numerator: Scalar, sy: Scalar) -> Scalar:
     """Return the ratio of a number to sᵀy; NaN where that is 0."""
     if isinstance(sy, Tensor):
         return torch.where(sy == 0, math.nan, numerator / sy)
@@ -119,14 +119,16 @@ class Pair:
         return next((reason for reason, holds in self.refused.items() if bool(holds)), "")
 
 
-def measured(s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"]) -> Products:
+def inner_products(
+    s: Float[Tensor, " D"], y: Float[Tensor, " D"], Hy: Float[Tensor, " D"]
+) -> Products:
     """Return the inner products of a pair, of its device where reading them would wait."""
     if waits(s):
         return Products(*torch.stack([s @ y, y @ Hy, s @ s, y @ y]).double().unbind())
     return Products((s @ y).item(), (y @ Hy).item(), (s @ s).item(), (y @ y).item())
 
 
-def number(value: Float[Tensor, ""]) -> Scalar:
+def as_scalar(value: Float[Tensor, ""]) -> Scalar:
     """Return a number as a pair keeps it.
 
     On its device in double precision, or as Python's own.
@@ -163,7 +165,7 @@ def action_pair(H: Matrix, s: Float[Tensor, " D"], As: Float[Tensor, " D"], damp
 def undamped(s: Float[Tensor, " D"], y: Float[Tensor, " D"], H: Matrix) -> Pair:
     """Make a pair as it is, with its products."""
     Hy = H @ y
-    found = measured(s, y, Hy)
+    found = inner_products(s, y, Hy)
     one = torch.ones_like(found.sy) if isinstance(found.sy, Tensor) else 1.0
     return Pair(s, y, Hy, Damping(found, found, one, one))
 
@@ -195,7 +197,7 @@ def accept(
         "curvature": found.sy <= 0,
     }
     if v is not None:
-        refused["length"] = negated(found.sy > 1e-4 * found.ss * number(v.norm()))
+        refused["length"] = negated(found.sy > 1e-4 * found.ss * as_scalar(v.norm()))
     if mu1 is not None:
         slack = 1 - torch.finfo(pair.s.dtype).eps ** 0.5
         refused["double damping"] = found.sy < mu1 * slack * found.yHy

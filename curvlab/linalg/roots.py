@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import Diverged
-from curvlab.linalg.cholesky import eigh
+from curvlab.linalg.spectral import eigh
 
 
 def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tensor, "D D"]:
@@ -33,11 +33,12 @@ def inverse_root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Fl
 def root_eigh(M: Float[Tensor, "D D"], p: int, floor: float = 0.0) -> Float[Tensor, "D D"]:
     """Return M^{1/p} through the eigendecomposition.
 
-    Eigenvalues that rounding put below `floor`, a known bound of at least 0, are set to it.
+    Eigenvalues that rounding put below `floor`, a known bound of at least 0, are set to it. For
+    p = 1 it is M itself: only a root makes that rounding large, and the decomposition has its own.
     """
     if p == 1:
         return M
-    e, q = torch.linalg.eigh(M)
+    e, q = eigh(M)
     root: Tensor = (q * e.clamp_min(floor) ** (1 / p)) @ q.mT
     return root
 

@@ -12,20 +12,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlab import moved
 from curvlab.errors import CurvlabError
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import finite_product, placement
+from curvlab.linalg.spectral import thin_svd
 
 _COLUMNS = 64  # test vectors held at once where they are not all needed together
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StochasticEstimate:
     """Estimate of a number, or of one per entry, with its standard error.
 
     `products` is how many products with vectors it took.
@@ -36,14 +39,14 @@ class Estimate:
     products: int
 
 
-def average(samples: Float[Tensor, "n *S"], products: int) -> Estimate:
+def average(samples: Float[Tensor, "n *S"], products: int) -> StochasticEstimate:
     """Return the mean over the samples and its standard error s/√n, NaN for a single one."""
     n = len(samples)
     mean = samples.mean(0)
     spread = (
         (samples - mean).square().sum(0) / (n - 1) if n > 1 else torch.full_like(mean, math.nan)
     )
-    return Estimate(mean, (spread / n).sqrt(), products)
+    return StochasticEstimate(mean, (spread / n).sqrt(), products)
 
 
 def _require(products: int, least: int, name: str) -> None:
@@ -84,7 +87,7 @@ def _signs_times_products(
         yield omega * finite_product(operator, omega)
 
 
-def hutchinson(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
+def hutchinson(operator: Operator, products: int, generator: torch.Generator) -> StochasticEstimate:
     """Estimate tr A by the mean of ωᵀ A ω over `products` ≥ 2 Rademacher vectors.
 
     Girard 1989; Hutchinson 1990. Unbiased, and exact for a diagonal matrix; `error` is the standard
@@ -95,7 +98,7 @@ def hutchinson(operator: Operator, products: int, generator: torch.Generator) ->
     return average(torch.cat(samples), products)
 
 
-def hutchpp(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
+def hutchpp(operator: Operator, products: int, generator: torch.Generator) -> StochasticEstimate:
     """Estimate tr A by Hutch++, exactly on a sketched range and by Hutchinson on the rest.
 
     tr(Qᵀ A Q) + Hutchinson's estimate of tr((I − QQᵀ) A (I − QQᵀ)), Q = orth(A S) (Meyer et al.
@@ -113,10 +116,10 @@ def hutchpp(operator: Operator, products: int, generator: torch.Generator) -> Es
     omega = rademacher(operator, products - 2 * k, generator)
     omega = omega - q @ (q.mT @ omega)
     remainder = average((omega * finite_product(operator, omega)).sum(0), products)
-    return Estimate(captured + remainder.value, remainder.error, products)
+    return StochasticEstimate(captured + remainder.value, remainder.error, products)
 
 
-def xtrace(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
+def xtrace(operator: Operator, products: int, generator: torch.Generator) -> StochasticEstimate:
     """Estimate tr A by XTrace: every test vector in turn is the sample, all others the sketch.
 
     Epperly, Tropp, Webber 2024, Alg. 1.2.
@@ -140,7 +143,7 @@ def xtrace(operator: Operator, products: int, generator: torch.Generator) -> Est
     # QᵢQᵢᵀ = QQᵀ − (Q sᵢ)(Q sᵢ)ᵀ with sᵢ the unit vector along column i of R⁻ᵀ. Where A has a rank
     # below k there is no inverse: singular values are cut at the rounding level, and sᵢ is then a
     # direction on which A is zero.
-    left, sigma, right = torch.linalg.svd(r)
+    left, sigma, right = thin_svd(r)
     eps, tiny = torch.finfo(r.dtype).eps, torch.finfo(r.dtype).tiny
     floor = (eps * sigma[0]).clamp_min(tiny)
     s = (left * (floor / sigma.clamp_min(floor))) @ right
@@ -152,10 +155,14 @@ def xtrace(operator: Operator, products: int, generator: torch.Generator) -> Est
     samples = h.diagonal().sum() - (s * (h @ s)).sum(0) + scale * (u * product).sum(0)
     estimate = average(samples, 2 * k)
     # k = 1 only where D = 1
-    return estimate if k > 1 else Estimate(estimate.value, torch.zeros_like(estimate.value), 2 * k)
+    return (
+        estimate
+        if k > 1
+        else StochasticEstimate(estimate.value, torch.zeros_like(estimate.value), 2 * k)
+    )
 
 
-TRACES: dict[str, Callable[[Operator, int, torch.Generator], Estimate]] = {
+TRACES: dict[str, Callable[[Operator, int, torch.Generator], StochasticEstimate]] = {
     "hutchinson": hutchinson,
     "hutch++": hutchpp,
     "xtrace": xtrace,
@@ -163,7 +170,9 @@ TRACES: dict[str, Callable[[Operator, int, torch.Generator], Estimate]] = {
 """Estimators of a trace, {name: (operator, products at most, generator) → Estimate}."""
 
 
-def diagonal(operator: Operator, products: int, generator: torch.Generator) -> Estimate:
+def hutchinson_diagonal(
+    operator: Operator, products: int, generator: torch.Generator
+) -> StochasticEstimate:
     """Estimate the diagonal by the mean of ω ∘ (A ω) over `products` ≥ 2 Rademacher vectors.
 
     Bekas, Kokiopoulou, Saad 2007.
@@ -182,4 +191,8 @@ def diagonal(operator: Operator, products: int, generator: torch.Generator) -> E
         gap = centre - mean  # Chan, Golub, LeVeque 1983: two groups of samples into one
         squares = squares + within + gap.square() * (count * n / (count + n))
         mean, count = mean + gap * (n / (count + n)), count + n
-    return Estimate(mean, (squares / (count * (count - 1))).sqrt(), products)
+    return StochasticEstimate(mean, (squares / (count * (count - 1))).sqrt(), products)
+
+
+if not TYPE_CHECKING:  # to a type checker the old names are gone
+    __getattr__ = moved.old_names(__name__)

@@ -86,7 +86,7 @@ _KINDS: dict[str, tuple[Callable[[Any], Any], str]] = (
         ),
         _TEXT,
     )
-    | dict.fromkeys(("git_commit", "created", "device", "dtype", "method"), _TEXT)
+    | dict.fromkeys(("git_commit", "created", "device", "dtype", "method", "loss_per"), _TEXT)
     | {
         "damping": _NUMBER,
         "resumed": (_records, "no JSON list of objects"),
@@ -151,7 +151,7 @@ def nested(of: dict[str, Any], name: str) -> dict[str, Any]:
     return _mapping(of.get(name)) or {}
 
 
-def shown(ds: xr.Dataset, name: str, default: str) -> str:
+def text_or_number(ds: xr.Dataset, name: str, default: str) -> str:
     """Return a text, or a number in few digits."""
     value = number(ds, name)
     return text(ds, name, default) if value is None else f"{value:g}"

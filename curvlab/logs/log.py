@@ -24,7 +24,7 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, cause_of
 from curvlab.system.atomic import rewrite_sealed
 
 Record = Mapping[str, tuple[tuple[str, ...], NDArray[np.float64]]]
@@ -262,7 +262,7 @@ class Log:
             rewrite_sealed(self.path, lambda stream: stream.write(contents))
         except OSError as error:
             raise CurvlabError(
-                f"the log {self.path} cannot be written: {error.strerror or error}"
+                f"the log {self.path} cannot be written: {cause_of(error)}"
             ) from error
         self._saved = time.monotonic()
         self._cost = self._saved - start

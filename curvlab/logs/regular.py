@@ -28,6 +28,7 @@ _DIMS: dict[str, tuple[str, ...]] = (
     | dict.fromkeys(
         ("train_loss", "val_loss", "train_error", "val_error", "steps", "wall_seconds"), _EPOCH
     )
+    | dict.fromkeys(("train_bits_per_symbol", "val_bits_per_symbol"), _EPOCH)
     | dict.fromkeys(("evaluation_seconds", "warm_start_seconds", "probe_seconds"), _EPOCH)
     | dict.fromkeys(("pairs_within_mu1", "pairs_within_2mu1", "pair_curvature_mean"), _PAIRS)
     | dict.fromkeys(("tightness_low", "tightness_high"), (*_SEEN, "factor"))

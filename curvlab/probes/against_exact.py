@@ -23,10 +23,11 @@ from curvlab.curvature.base import BlockDefaults, with_defaults
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind
 from curvlab.exact.torch_func import Function
-from curvlab.linalg.distances import compare
+from curvlab.linalg.distances import compare_to_exact
 from curvlab.linalg.krylov import lanczos
 from curvlab.linalg.operators import Operator
 from curvlab.linalg.products import Product
+from curvlab.linalg.spectral import eigvalsh
 from curvlab.objective import Objective
 from curvlab.probes.base import Frame, Numbers, Variable, probe
 from curvlab.probes.bounds import ends
@@ -95,21 +96,21 @@ def exact_product(frame: Frame, kind: Kind) -> Product:
 def own_quadratic(frame: Frame, algorithm: str) -> float:
     """Return pᵀBp of the matrix B that a method estimates, undamped.
 
-    By block or of the whole vector; NaN where it estimates none.
+    By block or of the whole vector; NaN where it estimates none, or not of every block.
     """
     p = direction_vector(frame, algorithm)
     of_whole = frame.curvature(algorithm).undamped(p)
     if of_whole is not None:
         return float(p.double() @ of_whole.double())
-    total = 0.0
-    for name, block in frame.of_blocks(algorithm).items():
-        B = estimate(frame, block)
+    total, blocks = 0.0, frame.of_blocks(algorithm)
+    for name in frame.blocks:
+        B = estimate(frame, blocks[name]) if name in blocks else None
         if B is None:
             return float("nan")
         p = frame.directions[algorithm][name].flatten()
         total += B[1] * float(p.double() @ (B[0] @ p).double())
         total += 2 * frame.objective.l2 * float(p.double().square().sum())
-    return total if frame.of_blocks(algorithm) else float("nan")
+    return total
 
 
 def estimate(frame: Frame, block: BlockDefaults) -> tuple[Operator, float] | None:
@@ -209,12 +210,12 @@ def _error(frame: Frame) -> list[Numbers]:
         if name not in fishers:
             continue
         F = fishers[name].dense()
-        values = torch.linalg.eigvalsh(F).double()
+        values = eigvalsh(F).double()
         for i, algorithm in enumerate(frame.directions):
             block = frame.of_blocks(algorithm).get(name)
             B = None if block is None else estimate(frame, block)
             if B is not None:
-                seen = compare(B[0], B[1], F, values)
+                seen = compare_to_exact(B[0], B[1], F, values)
                 found[:, i, j] = [seen[key] for key in keys]
     return list(found)
 

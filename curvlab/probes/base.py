@@ -92,9 +92,10 @@ class Frame:
     def of_blocks(self, algorithm: str) -> Mapping[str, BlockDefaults]:
         """Return {block: its CurvatureBlock, completed} of an algorithm that is made of blocks.
 
-        Empty for any other.
+        Those of the log's blocks that it has, in the log's order; empty for any other method.
         """
-        return self.curvature(algorithm).by_block()
+        found = self.curvature(algorithm).by_block()
+        return {name: found[name] for name in self.blocks if name in found}
 
     @cached_property
     def gram(self) -> Numbers:

@@ -25,7 +25,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from curvlab.closure import Closure
@@ -36,6 +35,7 @@ from curvlab.linalg.direct_sum import ColumnSum, DirectSum
 from curvlab.linalg.eigenbasis import Rotated
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator
 from curvlab.linalg.products import Product
+from curvlab.linalg.spectral import eigvalsh
 from curvlab.probes.base import Frame, Numbers, Variable, probe
 
 FACTORS = ("a", "g", "product")
@@ -76,7 +76,7 @@ def ends(matrix: Tensor | Operator) -> Ends:
     if isinstance(matrix, Product | Solve):
         return _NONE
     if isinstance(matrix, Tensor):
-        values = torch.linalg.eigvalsh(matrix)
+        values = eigvalsh(matrix)
     elif len(matrix) <= LARGEST_INVERSE or isinstance(
         matrix.inside if isinstance(matrix, Rotated) else matrix, Diagonal
     ):
@@ -198,6 +198,7 @@ _EACH = ("algorithm", "block", "factor")
 )
 def _bounds(frame: Frame) -> list[Numbers]:
     names = frame.blocks
+    places = {name: j for j, name in enumerate(names)}
     phis = _measured(frame)
     before: Mapping[tuple[str, str], tuple[Ends, int]] = frame.shared["H_g before"]
     shape = (len(frame.directions), len(names))
@@ -205,7 +206,8 @@ def _bounds(frame: Frame) -> list[Numbers]:
     norms, limits = np.full((*shape, 2), np.nan), np.full((*shape, 2), np.nan)
     for i, algorithm in enumerate(frame.directions):
         curvature = frame.curvature(algorithm)
-        for j, (name, block) in enumerate(curvature.by_block().items()):
+        for name, block in frame.of_blocks(algorithm).items():
+            j = places[name]
             inverse, factors = block.held, block.kronecker_factors()
             if not block.factored or inverse is None:
                 continue

@@ -172,7 +172,7 @@ def _damping(frame: Frame) -> list[Tensor]:
     blocks = {name: i for i, name in enumerate(frame.blocks)}
     for i, algorithm in enumerate(frame.directions):
         for block, seen in frame.curvature(algorithm).learnt():
-            at = list(blocks.values()) if block is None else [blocks[block]]
+            at = [j for name, j in blocks.items() if block in (None, name)]
             places += [(i, j, PAIRS.index(seen.which)) for j in at]
             rows += [[*_row(seen.pair, seen.mu2), seen.gamma]] * len(at)
     shape = (len(frame.directions), len(blocks), len(PAIRS))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from curvlab.reproduction.results import Result, Results
@@ -14,6 +14,26 @@ MEASURES = {
     "train_error": "training error",
     "val_error": "test error",
 }
+
+
+@dataclass(frozen=True)
+class Reported:
+    """The document's numbers: training losses, or test `accuracies` in per cent.
+
+    They are {problem: {label: number}}.
+    """
+
+    numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    accuracies: bool = False
+
+    @property
+    def what(self) -> str:
+        """Return what the numbers are of."""
+        return "highest test accuracy, per cent" if self.accuracies else "lowest training loss"
+
+    def best(self, r: Result) -> float:
+        """Return what these numbers are compared with."""
+        return 100 * (1 - r.lowest("val_error")) if self.accuracies else r.lowest("train_loss")
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.logs.reading import open_log
 from curvlab.reproduction import problems
-from curvlab.reproduction.claims import Claim, verdicts
-from curvlab.reproduction.drawing import draw
+from curvlab.reproduction.claims import Claim, Reported, verdicts
+from curvlab.reproduction.drawing import training_curves
 from curvlab.reproduction.results import Result, Results, cut
-from curvlab.reproduction.script import Options, Report, say_progress
+from curvlab.reproduction.script import Options, ReproductionReport, say_progress
 from curvlab.training import checkpoint
 from curvlab.training.run import train
 
-Values = tuple[float, ...]
+TableValues = tuple[float, ...]
 """(learning rate, damping) or (learning rate, weight decay, damping), as the documents' tables have
 them; 0 for their dash.
 """
@@ -49,13 +49,13 @@ class Method:
     """
 
     algorithm: str
-    values: Values | Mapping[str, Values]
+    values: TableValues | Mapping[str, TableValues]
     options: Mapping[str, Any] = field(default_factory=dict)
     further: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     batch: int | None = None
     epochs: int | None = None
 
-    def on(self, problem: str) -> Values | None:
+    def on(self, problem: str) -> TableValues | None:
         """Return the values for a problem; None where the table has none."""
         return self.values.get(problem) if isinstance(self.values, Mapping) else self.values
 
@@ -136,8 +136,8 @@ class Comparison:
     """A figure of training curves.
 
     `measures` are variables of a training log, a row of panels each; `spread` says what is shaded;
-    `reported` are the document's numbers, {problem: {label: number}}, losses or `accuracies` in per
-    cent. `l2` is μ of μ ‖θ‖², in the gradients and not in the loss that is drawn.
+    `reported` are the document's numbers. `l2` is μ of μ ‖θ‖², in the gradients and not in the loss
+    that is drawn.
     """
 
     shows: str
@@ -150,8 +150,7 @@ class Comparison:
     claims: Sequence[Claim] = ()
     measures: Sequence[str] = ("train_loss", "val_error")
     spread: Literal["std", "error of the mean"] = "std"
-    reported: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    accuracies: bool = False
+    reported: Reported = field(default_factory=Reported)
     l2: float = 0.0
 
     @property
@@ -163,17 +162,17 @@ class Comparison:
             "paper": self.paper.on(self.problems),
         }
 
-    def run(self, report: Report) -> None:
+    def run(self, report: ReproductionReport) -> None:
         """Train what is not there yet, say what came out, and draw the curves."""
         found = self.results(report)
         budget = report.options.budget
         report.draw(
-            draw(
+            training_curves(
                 found, self.measures, f"{self.shows}\n{budget}: {self.extents[budget]}", self.spread
             )
         )
 
-    def results(self, report: Report) -> Results:
+    def results(self, report: ReproductionReport) -> Results:
         """Train what is not there yet; say what came out, and which claims hold."""
         options = report.options
         chosen = [
@@ -189,7 +188,7 @@ class Comparison:
         for problem in chosen:
             mine = [label for p, label in plan if p == problem]
             try:
-                runs = Runs(self, problem, options)
+                runs = ProblemRuns(self, problem, options)
                 _ = runs.data
             except CurvlabError as error:
                 missing = str(error)
@@ -205,36 +204,32 @@ class Comparison:
             self._say(report, problem, found[problem])
         if not found:
             raise CurvlabError(f"{report.name}: {missing}")
-        if len(found) > 1 and self.reported:
+        if len(found) > 1 and self.reported.numbers:
             self._averages(report, found)
         for line in verdicts(self.claims, found):
             report.say(line)
         return found
 
-    def _averages(self, report: Report, found: Results) -> None:
+    def _averages(self, report: ReproductionReport, found: Results) -> None:
         """Say the document's own table, its numbers in brackets."""
 
         def cell(label: str, problem: str) -> str:
-            r, told = found[problem].get(label), self.reported.get(problem, {}).get(label)
+            r, told = found[problem].get(label), self.reported.numbers.get(problem, {}).get(label)
             if r is None:
                 return ""
-            value = "diverged" if not r.runs else f"{self._best(r):.2f}"
+            value = "diverged" if not r.runs else f"{self.reported.best(r):.2f}"
             return value if told is None else f"{value} ({told:.2f})"
 
-        kind = "highest test accuracy, per cent" if self.accuracies else "lowest training loss"
         report.table(
-            [f"{kind} (document)", *found],
+            [f"{self.reported.what} (document)", *found],
             ([label, *(cell(label, p) for p in found)] for label in self.methods),
         )
         report.say()
 
-    def _best(self, r: Result) -> float:
-        return 100 * (1 - r.lowest("val_error")) if self.accuracies else r.lowest("train_loss")
-
-    def _say(self, report: Report, problem: str, found: Mapping[str, Result]) -> None:
+    def _say(self, report: ReproductionReport, problem: str, found: Mapping[str, Result]) -> None:
         """Say the table of one problem."""
         report.say(problem)
-        told = self.reported.get(problem, {})
+        told = self.reported.numbers.get(problem, {})
         columns = ["loss before", "last", "lowest", "test error", "epochs", "s/epoch"] + [
             "document"
         ] * bool(told)
@@ -255,9 +250,8 @@ class Comparison:
         )
 
     def _cells(self, label: str, r: Result, told: Mapping[str, float]) -> list[str]:
-        document = (
-            [f"{told[label]:g}{' %' * self.accuracies}" if label in told else ""] if told else []
-        )
+        unit = " %" * self.reported.accuracies
+        document = ([f"{told[label]:g}{unit}"] if label in told else [""]) if told else []
         if not r.runs:
             return ["diverged", *[""] * 5, *document]
         loss, epochs = r.mean("train_loss"), float(r.along("epoch")[-1])
@@ -274,12 +268,12 @@ class Comparison:
         ]
 
 
-class Runs:
+class ProblemRuns:
     """The runs of one problem in one budget, each in a folder of its own."""
 
     def __init__(self, comparison: Comparison, problem: str, options: Options) -> None:
         self.of, self.name, self.options = comparison, problem, options
-        self.problem = problems.find(problem)
+        self.problem = problems.find_problem(problem)
         self.extent = {"smoke": Extent(), "cpu": comparison.cpu, "paper": comparison.paper}[
             options.budget
         ]

@@ -24,7 +24,9 @@ from curvlab.show.style import LineStyle, looks
 _APART = 5
 
 
-def draw(found: Results, measures: Sequence[str], title: str, spread: str = "std") -> Figure:
+def training_curves(
+    found: Results, measures: Sequence[str], title: str, spread: str = "std"
+) -> Figure:
     """Draw a column for each problem; of one problem a column each for epochs and time.
 
     Args:

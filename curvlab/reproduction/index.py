@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 from curvlab.errors import CurvlabError, lookup
-from curvlab.reproduction.script import Reproduction, name_of
+from curvlab.reproduction.script import name_of
 
 FOLDERS = ("thesis", "s2qn", "kfqn_cnn", "all_methods")
 """Folders of `analyses/`, in the order of the index."""
@@ -39,12 +40,11 @@ def scripts() -> dict[str, Path]:
     return {name_of(path): path for path in sorted(found, key=order)}
 
 
-def load(name: str) -> Reproduction:
-    """Return the FIGURE of script `name`.
+def load_script(name: str) -> Any:
+    """Return the FIGURE of script `name`: a `Comparison`, a `Scaling` or another `Reproduction`.
 
     Raises:
         CurvlabError: an unknown name.
     """
     path = lookup(scripts(), name, "figure or table")
-    made: Reproduction = runpy.run_path(str(path), run_name=path.stem)["FIGURE"]
-    return made
+    return runpy.run_path(str(path), run_name=path.stem)["FIGURE"]

@@ -15,10 +15,10 @@ from curvlab import models
 from curvlab.datasets import Dataset
 from curvlab.errors import CurvlabError, lookup
 from curvlab.likelihoods import LIKELIHOODS
+from curvlab.networks import Shape
 from curvlab.objective import Objective
 from curvlab.problem import Problem
 
-Shape = tuple[int, ...]
 Small = tuple[Callable[[], nn.Module], Shape, int]
 """A narrow network, the shape of its input, its number of outputs."""
 
@@ -146,7 +146,7 @@ PROBLEMS: dict[str, PublishedProblem] = {
 """{how figures call it: problem}"""
 
 
-def find(name: str) -> PublishedProblem:
+def find_problem(name: str) -> PublishedProblem:
     """Return the entry of PROBLEMS by its name.
 
     Raises:

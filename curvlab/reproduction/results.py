@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-Values = NDArray[np.float64]
+_Values = NDArray[np.float64]
 
 AXES = ("epoch", "time")
 
@@ -53,18 +53,18 @@ class Result:
             else "cpu_seconds"
         )
 
-    def along(self, axis: str) -> Values:
+    def along(self, axis: str) -> _Values:
         """Return epochs, or the mean time at which they ended."""
         ds = self.together
         return np.asarray(
             ds["epoch"] if axis == "epoch" else ds[self.clock].mean("seed"), dtype=float
         )
 
-    def mean(self, measure: str) -> Values:
+    def mean(self, measure: str) -> _Values:
         """Return a measure's mean over the seeds, at each epoch that all of them have."""
         return np.asarray(self.together[measure].mean("seed"), dtype=float)
 
-    def spread(self, measure: str) -> Values:
+    def spread(self, measure: str) -> _Values:
         """Return a measure's standard deviation over the seeds, at each epoch that all have."""
         return np.asarray(self.together[measure].std("seed"), dtype=float)
 

@@ -24,7 +24,7 @@ from curvlab.algorithms import optimizer
 from curvlab.likelihoods import Gaussian
 from curvlab.machine import clock_of
 from curvlab.objective import Objective
-from curvlab.reproduction.script import Options, Report, say_progress
+from curvlab.reproduction.script import Options, ReproductionReport, say_progress
 from curvlab.show.style import LineStyle, looks
 from curvlab.system.memory import tensors
 
@@ -142,12 +142,12 @@ class Scaling:
         """The problems to choose from, of which there are none, as the data are random numbers."""
         return ()
 
-    def run(self, report: Report) -> None:
+    def run(self, report: ReproductionReport) -> None:
         """Measure the rows that the user chose, or all where none was chosen."""
         chosen = {label: row for label, row in self.rows.items() if label in report.options.methods}
         (replace(self, rows=chosen) if chosen else self).measure(report)
 
-    def measure(self, report: Report) -> None:
+    def measure(self, report: ReproductionReport) -> None:
         """Measure all rows, say the fitted exponents, and draw the curves."""
         options = report.options
         base = dict(self.base)

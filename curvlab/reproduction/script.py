@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 from matplotlib.figure import Figure
 
-from curvlab.errors import CurvlabError, lookup, unknown
+from curvlab.errors import CurvlabError, cause_of, lookup, unknown
 from curvlab.machine import device_of
+from curvlab.show.text_table import Table, text_lines
 from curvlab.system import paths
 from curvlab.system.atomic import rewrite
 from curvlab.system.escape import for_terminal
@@ -100,12 +101,12 @@ class Reproduction(Protocol):
     def problems(self) -> Iterable[str]:
         """Names of problems to choose from; none where there is no choice."""
 
-    def run(self, report: Report) -> None:
+    def run(self, report: ReproductionReport) -> None:
         """Compute it within the report's options, and say and draw it there."""
 
 
 @dataclass
-class Report:
+class ReproductionReport:
     """The lines that a reproduction says, kept for the text file beside the picture."""
 
     name: str
@@ -122,14 +123,8 @@ class Report:
 
         The first is set to the left, the others to the right.
         """
-        cells = [list(headings), *map(list, rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
-        for row in cells:
-            first, *others = (
-                cell.ljust(w) if i == 0 else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            self.say("  ".join([first, *others]).rstrip())
+        for line in text_lines(Table("", tuple(headings), tuple(map(tuple, rows)))):
+            self.say(line)
 
     def file(self, suffix: str) -> Path:
         """Return the path of an output file, `out`/NAME-BUDGET.suffix."""
@@ -157,7 +152,7 @@ class Report:
             rewrite(path, write)
         except OSError as error:
             raise CurvlabError(
-                f"{path} cannot be written: {error.strerror}; choose another folder with --out"
+                f"{path} cannot be written: {cause_of(error)}; choose another folder with --out"
             ) from error
         print(for_terminal(f"wrote {path}"), flush=True)
 
@@ -169,16 +164,16 @@ class Script:
     shows: str
     claim: str
     extents: Mapping[str, str]
-    make: Callable[[Report], None]
+    make: Callable[[ReproductionReport], None]
     methods: Sequence[str] = ()
     problems: Sequence[str] = ()
 
-    def run(self, report: Report) -> None:
+    def run(self, report: ReproductionReport) -> None:
         """Call `make` with the report."""
         self.make(report)
 
 
-def reproduce(what: Reproduction, name: str, options: Options) -> Report:
+def reproduce(what: Reproduction, name: str, options: Options) -> ReproductionReport:
     """Run a figure or table and write `out`/NAME-BUDGET.txt, and the picture where there is one.
 
     Args:
@@ -191,12 +186,12 @@ def reproduce(what: Reproduction, name: str, options: Options) -> Report:
     """
     options.check(what)
     keep_freed_memory()
-    report = Report(name, options)
+    report = ReproductionReport(name, options)
     files = [report.file(suffix).name for suffix in ("png", "txt")]
     paths.check_folder(options.out, files, remedy="choose another with --out")
     report.say(
         f"{what.shows} ({options.budget}: {what.extents[options.budget]};"
-        f" {described(options.where)})"
+        f" {described_device(options.where)})"
     )
     report.say(f"The document: {what.claim}")
     report.say()
@@ -217,7 +212,7 @@ def say_progress(what: str, left: float | None = None) -> None:
     print(for_terminal(f"  {what}{when}"), file=sys.stderr, flush=True)
 
 
-def described(device: torch.device) -> str:
+def described_device(device: torch.device) -> str:
     """Return a device in words: a GPU's name, or the number of CPU threads in use."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
@@ -250,6 +245,8 @@ def main(what: Reproduction, file: str) -> None:
         print(f"curvlab: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
+        if error.__cause__ is not None:
+            print(f"curvlab: {error.__cause__}", file=sys.stderr)
         print(f"curvlab: {words(error)}; run it again to go on", file=sys.stderr)
         sys.exit(128 + number_of(error))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from curvlab.reproduction.comparison import Extent, Method, Values
+from curvlab.reproduction.comparison import Extent, Method, TableValues
 
 AUTOENCODERS = Extent(seconds=120, tests=10_000, evaluated=10_000)
 NETWORKS = Extent(seconds=60, examples=2048, tests=512, evaluated=512)
@@ -38,7 +38,7 @@ OF_THE_THESIS: dict[str, tuple[str, dict[str, Any], int]] = {
 """
 
 
-def convolutional(values: Mapping[str, Mapping[str, Values]]) -> dict[str, Method]:
+def convolutional(values: Mapping[str, Mapping[str, TableValues]]) -> dict[str, Method]:
     """Return the methods of a figure on convolutional networks by their labels.
 
     Args:

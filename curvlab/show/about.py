@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from curvlab.logs import attributes
-from curvlab.show.tables import MISSING, number
+from curvlab.show.tables import MISSING, formatted
 
 STEPS_OF_COMPARE = 300
 """Steps of `curvlab compare` where its call names no length."""
@@ -74,7 +74,7 @@ def facts(ds: xr.Dataset) -> dict[str, str]:
 
 
 def _shown(ds: xr.Dataset, name: str) -> str:
-    return attributes.shown(ds, name, MISSING)
+    return attributes.text_or_number(ds, name, MISSING)
 
 
 def _algorithms(ds: xr.Dataset) -> str:
@@ -118,7 +118,9 @@ def _loss(ds: xr.Dataset) -> str:
             axis = next(str(d) for d in ds[name].dims if d != "seed")
             seen = ds[name].dropna(axis, how="all")
             if seen.sizes[axis]:
-                said.append(f"{what} {number(float(seen.isel({axis: -1}).mean()), '.5g')}".strip())
+                said.append(
+                    f"{what} {formatted(float(seen.isel({axis: -1}).mean()), '.5g')}".strip()
+                )
     unit = next((ds[name].attrs.get("units", "") for name in known.values() if name in ds), "")
     mean = ", mean of the seeds" if ds.sizes.get("seed", 1) > 1 else ""
     return f"{', '.join(said)} {unit}{mean}" if said else MISSING

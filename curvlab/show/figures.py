@@ -19,12 +19,12 @@ from curvlab.logs.regular import regular, unique
 from curvlab.show.captions import Runs as Runs
 from curvlab.show.comparison_figures import cosine, loss, seconds
 from curvlab.show.drawable import SHORT, drawable
-from curvlab.show.spectrum_figure import spectrum
+from curvlab.show.spectrum_figure import spectrum_histograms
 from curvlab.show.training_figures import damping, training
 from curvlab.system.escape import for_matplotlib, for_terminal
 
 
-def named(runs: Runs) -> Runs:
+def labelled(runs: Runs) -> Runs:
     """Name runs by their algorithms; where two share one, by what differs.
 
     That is seed, learning rate, damping, or else their place.
@@ -44,7 +44,7 @@ def named(runs: Runs) -> Runs:
 
 
 @dataclass(frozen=True)
-class Entry:
+class FigureEntry:
     """A figure by name.
 
     `needs`: the variable of the log that is drawn, `beside` what it is not drawn without;
@@ -58,27 +58,27 @@ class Entry:
     beside: tuple[str, ...] = ()
 
 
-FIGURES: dict[str, Entry] = {
-    "cosine": Entry(
+FIGURES: dict[str, FigureEntry] = {
+    "cosine": FigureEntry(
         "cosine to the reference by layer against the iteration (thesis Figure 4.1)",
         "cosine",
         cosine,
     ),
-    "loss": Entry("loss along the trajectory", "loss", loss),
-    "seconds": Entry("time of each algorithm's own work", "seconds", seconds),
-    "spectrum": Entry(
+    "loss": FigureEntry("loss along the trajectory", "loss", loss),
+    "seconds": FigureEntry("time of each algorithm's own work", "seconds", seconds),
+    "spectrum": FigureEntry(
         "eigenvalues of each layer's curvature block, negative ones apart",
         "density",
-        spectrum,
+        spectrum_histograms,
         beside=("lowest", "highest", "order", "lower", "upper"),
     ),
-    "training": Entry(
+    "training": FigureEntry(
         "loss and error of one or several training runs against epochs and time",
         "train_loss",
         training,
         several=True,
     ),
-    "damping": Entry(
+    "damping": FigureEntry(
         "pairs of a training run by layer and epoch (thesis Figure 2.1)",
         "pairs_within_mu1",
         damping,
@@ -120,14 +120,14 @@ def draw_all(runs: Runs, name: str) -> Figure:
                     f"figure '{name}' needs '{needed}' in {where}, which has {known}"
                 )
     with np.errstate(all="ignore"):
-        return entry.draw(named(ready) if entry.several else ready[0][1])
+        return entry.draw(labelled(ready) if entry.several else ready[0][1])
 
 
 def _of_several() -> list[str]:
     return [name for name, entry in FIGURES.items() if entry.several]
 
 
-def main(ds: xr.Dataset) -> str:
+def main_figure(ds: xr.Dataset) -> str:
     """Return the figure that stands for a log: the first that it has the data of, but the loss."""
     return next((name for name in applying(ds) if name != "loss"), "loss")
 

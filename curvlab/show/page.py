@@ -19,7 +19,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.progress import Progress
 
-from curvlab.errors import CurvlabError, shown
+from curvlab.errors import CurvlabError, cause_of, shown
 from curvlab.logs import attributes
 from curvlab.logs.reading import open_log
 from curvlab.logs.regular import regular
@@ -29,9 +29,8 @@ from curvlab.show.tables import MISSING, Table
 from curvlab.system import paths
 from curvlab.system.atomic import rewrite
 from curvlab.system.escape import for_html, for_terminal
+from curvlab.system.paths import Place
 from curvlab.system.progress import progress_bar
-
-Place = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def report(runs: Place | Sequence[Place], path: Place, *, progress: bool | None 
         )
     except OSError as error:
         raise CurvlabError(
-            f"the report {for_terminal(target)} cannot be written: {error.strerror or error}"
+            f"the report {for_terminal(target)} cannot be written: {cause_of(error)}"
         ) from error
     return target
 
@@ -191,7 +190,7 @@ def page(given: figures.Runs, bar: Progress) -> str:
 
 def _applying(ds: xr.Dataset) -> list[str]:
     """Return the figures of a log, the one that stands for it first."""
-    first = figures.main(ds)
+    first = figures.main_figure(ds)
     return sorted(figures.applying(ds), key=lambda name: name != first)
 
 
@@ -224,7 +223,7 @@ def _joint(i: int, name: str, group: figures.Runs, logs: figures.Runs, drawn: An
             tables.last_epochs(
                 [
                     (f"{n}. {run}", ds)
-                    for n, (run, ds) in zip(numbers, figures.named(group), strict=True)
+                    for n, (run, ds) in zip(numbers, figures.labelled(group), strict=True)
                 ]
             ),
         ),

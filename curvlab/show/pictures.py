@@ -16,7 +16,7 @@ def names(figure: str) -> tuple[str, ...]:
     return tuple(f"{figure}.{suffix}" for suffix in _FILES)
 
 
-def check(path: Place, remedy: str = "") -> Path:
+def check_picture(path: Place, remedy: str = "") -> Path:
     """Return where a picture goes; nothing is touched.
 
     Args:

@@ -21,7 +21,7 @@ from curvlab.show.drawable import heading
 from curvlab.show.style import MATRICES
 
 
-def spectrum(ds: xr.Dataset) -> Figure:
+def spectrum_histograms(ds: xr.Dataset) -> Figure:
     """Draw a histogram of every block's eigenvalues.
 
     There is a row for each block and a column for each number of training steps.

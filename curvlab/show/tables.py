@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import xarray as xr
 from curvlab.logs import attributes
 from curvlab.logs.reading import late_cosine
 from curvlab.logs.regular import regular
+from curvlab.show.text_table import Table as Table
 
 MISSING = "–"
 MOST_ROWS, MOST_CELLS = 500, 6000
@@ -25,28 +25,17 @@ ROUNDING = 1e-4
 """Part of itself by which an eigenvalue in single precision may lie outside its bound."""
 
 SPECTRUM = ("lowest", "highest", "trace", "negative")
-SCORES = ("train_loss", "val_loss", "train_error", "val_error")
+SCORES = (
+    "train_loss",
+    "val_loss",
+    "train_error",
+    "val_error",
+    "train_bits_per_symbol",
+    "val_bits_per_symbol",
+)
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of text; the first `heads` cells of a row name it; `notes`: (name, what it is)."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    heads: int = 1
-    notes: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def groups(self) -> list[list[tuple[str, ...]]]:
-        """Rows that belong together; where several cells name a row, those of the same first."""
-        if self.heads == 1:
-            return [list(self.rows)]
-        return [list(rows) for _, rows in itertools.groupby(self.rows, lambda row: row[0])]
-
-
-def number(value: Any, form: str = ".4g") -> str:
+def formatted(value: Any, form: str = ".4g") -> str:
     """Return a number as text; NaN and what is absent is a dash."""
     return MISSING if value is None or math.isnan(value) else f"{float(value):{form}}"
 
@@ -132,7 +121,7 @@ def _estimate(at: xr.Dataset, name: str) -> str:
     near = float(at.get("unresolved", math.nan)) if name == "negative" else 0.0
     some = f", {near:.1%} near 0" if near > 0 else ""
     return (
-        (number(value, form) if value else "0")
+        (formatted(value, form) if value else "0")
         + (f" ± {error:{of_error}}" if error > 0 else "")
         + some
     )
@@ -236,12 +225,12 @@ def _epoch_columns(ds: xr.Dataset, scores: Sequence[str]) -> list[str]:
 
 
 def _of_epoch(at: xr.Dataset, scores: Sequence[str]) -> tuple[str, ...]:
-    cells = (number(at.get(name), ".5g") for name in scores)
+    cells = (formatted(at.get(name), ".5g") for name in scores)
     return (
         f"{float(at['epoch']):g}",
-        number(at.get("steps"), ".0f"),
+        formatted(at.get("steps"), ".0f"),
         *cells,
-        number(at.get("wall_seconds")),
+        formatted(at.get("wall_seconds")),
     )
 
 
@@ -292,7 +281,7 @@ def at_the_end(ds: xr.Dataset) -> tuple[list[Table], list[tuple[str, str]]]:
         elif not values.size or (values == values.flat[0]).all():
             unit = _unit(ds[name]).replace("(", "").replace(")", "")
             everywhere = (
-                f"{number(values.flat[0])}{unit} everywhere"
+                f"{formatted(values.flat[0])}{unit} everywhere"
                 if values.size
                 else "not a number anywhere"
             )
@@ -367,13 +356,13 @@ def _cell(values: xr.DataArray, form: str, meanings: dict[float, str] | None = N
     """Return one number as text; of seeds their mean ± standard deviation; of a flag a word."""
     mean = float(values.mean())
     if meanings and mean in meanings:
-        return meanings[mean] or number(mean, form)
+        return meanings[mean] or formatted(mean, form)
     spread = (
-        f" ± {number(values.std(), form if form.endswith('f') else '.2g')}"
+        f" ± {formatted(values.std(), form if form.endswith('f') else '.2g')}"
         if "seed" in values.dims and not math.isnan(mean)
         else ""
     )
-    return f"{number(mean, form)}{spread}"
+    return f"{formatted(mean, form)}{spread}"
 
 
 def _meanings(values: xr.DataArray) -> dict[float, str]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, cause_of
 
 _MARK = b"\ncurvlab-sha256 "
 SEAL = len(_MARK) + hashlib.sha256().digest_size * 2 + 1
@@ -137,7 +137,7 @@ def unsealed(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
         with path.open("rb") as stream:
             yield stream, _looked_through(path, stream)
     except OSError as error:
-        raise CurvlabError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CurvlabError(f"{path} cannot be read: {cause_of(error)}") from error
 
 
 def read_sealed(path: Path) -> tuple[bytes, bool]:

@@ -7,7 +7,7 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, lacks_memory
 from curvlab.system.escape import for_terminal
 
 OWN, BUG = 2, 70
@@ -109,11 +109,7 @@ def verdict(error: BaseException, command: str) -> tuple[str, int]:
             traceback.TracebackException(type(error), error, None).format_exception_only()
         ).split()
     )
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "not enough memory" in name
-    ):
+    if lacks_memory(error):
         return (
             (
                 f"there is not enough memory ({name}): take a smaller batch, model or"
@@ -166,6 +162,6 @@ def _place(file: str, line: int) -> str:
     return f"{inside}, line {line}"
 
 
-def whole(error: BaseException) -> str:
+def full_traceback(error: BaseException) -> str:
     """Return the whole traceback, fit for a terminal."""
     return for_terminal("".join(traceback.format_exception(error)), lines=True)

@@ -16,11 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from curvlab import starting
-
-SIGNALS = starting.SIGNALS
-"""The signals that ask a run to end: Ctrl-C; what ends a job, closes a terminal, says that its time
-runs out (Slurm where it is asked to; limits of CPU time).
-"""
+from curvlab.starting import SIGNALS as SIGNALS
 
 SAME = 0.2
 """Seconds within which further signals are the same request: terminals, make, srun and schedulers
@@ -76,12 +72,15 @@ def behind(error: BaseException, outer: BaseException | None = None) -> Keyboard
 class Shield:
     """A block that a signal does not break: ``with shield:`` lets it come when the block is done.
 
-    A second signal comes at once and leaves the block `broken`.
+    Where an error ends the block, who handles it comes first: the signal is raised at the end of
+    the next block, or of all (`shielded`), with the error as its cause. A second signal comes at
+    once and leaves the block `broken`.
     """
 
     def __init__(self) -> None:
         self.inside = self.broken = False
         self.asked = 0  # the number of the signal that waits
+        self.failed: BaseException | None = None  # what has ended its block
 
     def __enter__(self) -> None:
         self.inside = self.broken = True
@@ -93,12 +92,21 @@ class Shield:
         trace: TracebackType | None,
     ) -> None:
         self.inside = False
-        number, self.asked = self.asked, 0
-        if kind is None:
+        if value is None:
             self.broken = False
-            if number:
-                LISTENER.raised += 1
-                raise exception(number)
+            self.come()
+        elif behind(value) is not None:
+            self.asked = 0  # a signal has come
+        elif self.asked:
+            self.failed = value
+
+    def come(self) -> None:
+        """Raise the signal that waits, if one does."""
+        number, self.asked = self.asked, 0
+        error, self.failed = self.failed, None
+        if number:
+            LISTENER.raised += 1
+            raise exception(number) from error
 
 
 class Listener:
@@ -210,5 +218,12 @@ def shielded() -> Iterator[Shield]:
         outer, LISTENER.shield = LISTENER.shield, shield
         try:
             yield shield
+        except BaseException as error:
+            if behind(error) is None:
+                shield.failed = error  # may say more than what ended the block
+                shield.come()
+            raise
+        else:
+            shield.come()
         finally:
             LISTENER.shield = outer

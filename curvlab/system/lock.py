@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from curvlab.errors import CurvlabError, warn
+from curvlab.errors import CurvlabError, cause_of, warn
 
 _held: set[int] = set()
 """Descriptors of this process's locks. A process that it forks gets copies, which would outlive
@@ -22,7 +22,7 @@ it.
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path) -> Iterator[None]:
     """Hold a lock inside, so that no other run that asks for it writes `path`.
 
     The lock is a file beside it, which is gone afterwards.
@@ -35,7 +35,7 @@ def alone(path: Path) -> Iterator[None]:
         held = _locked(place, path)
     except OSError as error:
         raise CurvlabError(
-            f"the folder {path.parent} cannot be written: {error.strerror or error}"
+            f"the folder {path.parent} cannot be written: {cause_of(error)}"
         ) from error
     _held.add(held)
     try:

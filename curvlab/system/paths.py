@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, cause_of
 
 Place = str | os.PathLike[str]
 
@@ -161,7 +161,7 @@ def _makes(folder: Path) -> str:
         folder.mkdir()
         folder.rmdir()
     except OSError as error:
-        return "" if isinstance(error, FileExistsError) else f"{_short(folder)}: {error.strerror}"
+        return "" if isinstance(error, FileExistsError) else f"{_short(folder)}: {cause_of(error)}"
     return ""
 
 
@@ -179,7 +179,7 @@ def _parent(folder: Path) -> str:
     except NotADirectoryError:
         return f"{_short(_file_in(folder))} is a file, no folder"
     except OSError as error:
-        return f"{_short(folder)}: {error.strerror}"
+        return f"{_short(folder)}: {cause_of(error)}"
     if not stat.S_ISDIR(mode):
         return f"{_short(folder)} is a file, no folder"
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -196,7 +196,7 @@ def _in_place(path: Path) -> str:
     except NotADirectoryError:
         return f"{_short(_file_in(path.parent))} is a file, no folder"
     except OSError as error:
-        return str(error.strerror)
+        return cause_of(error)
     if stat.S_ISDIR(mode):
         return "it is a folder"
     return "" if stat.S_ISREG(mode) else "it is a device or a pipe, no file"

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from curvlab.system.escape import for_rich
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class _Said(ProgressColumn):
@@ -59,7 +59,7 @@ def length(items: Iterable[object]) -> int | None:
     return len(items) if isinstance(items, Sized) else None
 
 
-def counted(items: Iterable[T], bar: Progress, what: str, total: int | None) -> Iterator[T]:
+def counted(items: Iterable[_T], bar: Progress, what: str, total: int | None) -> Iterator[_T]:
     """Yield the items, each counted on a line of its own once it is dealt with."""
     task = bar.add_task(what, total=total, note="")
     for item in items:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from curvlab.errors import cause_of
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # of Python 3.12's standard library
 
@@ -54,7 +56,7 @@ class Output(io.RawIOBase):
                 select.select([], [self.descriptor], [])
             except OSError as error:
                 self.descriptor = None
-                self.error = "" if error.errno == errno.EPIPE else error.strerror or str(error)
+                self.error = "" if error.errno == errno.EPIPE else cause_of(error)
         return size
 
 

@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, cause_of
 from curvlab.system.atomic import damaged, rewrite_sealed, unsealed
 from curvlab.system.interrupt import behind
 
@@ -51,11 +51,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         signal = behind(error, outer)
         if signal is not None:
             raise signal from None
-        reason = (
-            getattr(error, "strerror", None)
-            or (str(error).splitlines() or [type(error).__name__])[0]
-        )
-        raise CurvlabError(f"the checkpoint {path} cannot be written: {reason}") from error
+        raise CurvlabError(f"the checkpoint {path} cannot be written: {cause_of(error)}") from error
 
 
 def _foreign(value: Any, at: str = "state") -> tuple[str, str] | None:
@@ -73,7 +69,7 @@ def _foreign(value: Any, at: str = "state") -> tuple[str, str] | None:
     return next((found for name, part in parts if (found := _foreign(part, name))), None)
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return what was saved, its tensors on `device`.
 
     Raises:

@@ -25,20 +25,20 @@ from curvlab.system.random_state import Chance
 from curvlab.training.descent_contents import check_descent
 from curvlab.training.kinds import (
     alike,
-    attribute,
     equal,
+    is_attribute,
+    is_like,
+    is_number,
+    is_plain,
+    is_tensor,
+    is_text,
+    is_whole,
     keys,
-    like,
     list_of,
     must,
-    number,
-    numbers,
+    nested_numbers,
     or_none,
-    plain,
     table_of,
-    tensor,
-    text,
-    whole,
     wrong,
 )
 from curvlab.training.settings import Budget, Position
@@ -67,14 +67,14 @@ def check(state: Mapping[str, Any]) -> None:
         if key != "sums":
             must(state[key], table_of(lambda value: True, lambda key: True), key)
     settings, budget, position = state["settings"], state["budget"], state["position"]
-    must(settings, table_of(plain), "settings")
+    must(settings, table_of(is_plain), "settings")
     check_named(budget, (Budget,), "budget", whole_of=True)
     for name, value in budget.items():
         must(value, or_none(lambda v: v > 0), f"budget['{name}']")
     must(list(budget.values()), lambda values: any(v is not None for v in values), "budget")
     must(
         state.get("checkpoint_seconds", 1.0),
-        lambda value: number(value) and value > 0,
+        lambda value: is_number(value) and value > 0,
         "checkpoint_seconds",
     )
     check_named(position, (Position,), "position", whole_of=new)
@@ -145,7 +145,7 @@ def check_fit(
     must(
         sums,
         or_none(
-            lambda value: tensor(value) and value.shape == shape and value.dtype == torch.float64
+            lambda value: is_tensor(value) and value.shape == shape and value.dtype == torch.float64
         ),
         "sums",
     )
@@ -159,7 +159,7 @@ def check_fit(
         for name, value in attributes.items():
             must(
                 log["attributes"][name],
-                text if text(value) else number,
+                is_text if is_text(value) else is_number,
                 f"log['attributes']['{name}']",
             )
     for record in (r for records in log["records"].values() for r in records):
@@ -178,7 +178,7 @@ def _check_model(saved: Mapping[str, Any], model: nn.Module) -> None:
     keys(saved, own, "model")
     for name, value in own.items():
         if isinstance(value, Tensor):
-            must(saved[name], lambda v, mine=value: like(v, mine), f"model['{name}']")  # type: ignore[misc]  # a default
+            must(saved[name], lambda v, mine=value: is_like(v, mine), f"model['{name}']")  # type: ignore[misc]  # a default
 
 
 def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, new: bool) -> None:
@@ -198,10 +198,10 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, new: bool) 
         if not equal(group["params"], mine["params"]):
             raise wrong("a group is of other parameters")
         for name, value in mine.items():
-            if name in group and number(value):
+            if name in group and is_number(value):
                 must(
                     group[name],
-                    lambda v: number(v) or (tensor(v) and not v.dim()),
+                    lambda v: is_number(v) or (is_tensor(v) and not v.dim()),
                     f"{name} of a parameter group",
                 )
         must(group["lr"], lambda v: 0 <= float(v) < math.inf, "lr of a parameter group")
@@ -217,7 +217,7 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer, new: bool) 
         lambda value: equal(value, optimizer.objective.seed),
         "the objective's seed",
     )
-    must(objective["closures"], table_of(whole), "the objective's closures")
+    must(objective["closures"], table_of(is_whole), "the objective's closures")
     keys(
         objective["closures"],
         optimizer.objective.closures,
@@ -248,12 +248,12 @@ def _check_log(saved: Mapping[str, Any], new: bool) -> None:
     keys(
         saved, ("attributes", "steps", "records", *(["further"] if new else [])), "log", ["further"]
     )
-    must(saved["attributes"], table_of(attribute), "log['attributes']")
+    must(saved["attributes"], table_of(is_attribute), "log['attributes']")
     must(saved["attributes"].get("resumed", "[]"), _listed, "log['attributes']['resumed']")
-    must(saved["steps"], table_of(list_of(number), whole), "log['steps']")
+    must(saved["steps"], table_of(list_of(is_number), is_whole), "log['steps']")
     must(
         saved["records"],
-        table_of(list_of(table_of(list_of(lambda value: True, 2))), whole),
+        table_of(list_of(table_of(list_of(lambda value: True, 2))), is_whole),
         "log['records']",
     )
     if {k: len(v) for k, v in saved["steps"].items()} != {
@@ -264,9 +264,9 @@ def _check_log(saved: Mapping[str, Any], new: bool) -> None:
         raise wrong("the log has no record")
     for record in (r for records in saved["records"].values() for r in records):
         for name, (dims, values) in record.items():
-            must(dims, list_of(text), f"dimensions of {name} in the log")
-            must(values, numbers(len(dims)), f"{name} in the log")
-    must(saved.get("further", {}), table_of(table_of(_track), whole), "log['further']")
+            must(dims, list_of(is_text), f"dimensions of {name} in the log")
+            must(values, nested_numbers(len(dims)), f"{name} in the log")
+    must(saved.get("further", {}), table_of(table_of(_track), is_whole), "log['further']")
 
 
 def _listed(value: Any) -> bool:
@@ -278,7 +278,7 @@ def _track(value: Any) -> bool:
     if not (
         table_of(lambda part: True)(value)
         and set(value) == {"places", "values"}
-        and list_of(number)(value["places"])
+        and list_of(is_number)(value["places"])
     ):
         return False
     size = len(value["places"])
@@ -286,8 +286,8 @@ def _track(value: Any) -> bool:
     def good(pair: Any) -> bool:
         return (
             list_of(lambda part: True, 2)(pair)
-            and list_of(text)(pair[0])
-            and tensor(pair[1])
+            and list_of(is_text)(pair[0])
+            and is_tensor(pair[1])
             and pair[1].dim() == len(pair[0]) + 1
             and len(pair[1]) == size
         )

@@ -17,44 +17,44 @@ from curvlab.layers import Block
 from curvlab.linalg.operators import unpack_operator
 from curvlab.training.kinds import (
     Test,
-    count,
-    flag,
+    is_count,
+    is_flag,
+    is_nested_tensors,
+    is_number,
+    is_tensor,
+    is_text,
+    is_whole,
     keys,
     list_of,
     must,
-    nest,
-    number,
     or_none,
     table_of,
-    tensor,
-    text,
-    whole,
     wrong,
 )
 
 _STATISTICS: dict[str, Test] = {
-    **dict.fromkeys(("steps", "updates", "draws", "places", "number", "part"), whole),
-    **dict.fromkeys(("outputs", "products", "trials"), whole),
-    **dict.fromkeys(("damping", "lam", "used", "overall", "shift"), number),
-    **dict.fromkeys(("warmed", "ready"), flag),
-    **dict.fromkeys(("algorithm", "kind", "stream"), text),
-    **dict.fromkeys(("F", "G", "Lambda", "M", "U", "V", "a", "g", "s", "v"), tensor),
-    **dict.fromkeys(("active", "core", "factor", "values"), tensor),
-    **dict.fromkeys(("A", "S", "Y", "seen", "at", "solution", "start"), or_none(tensor)),
-    **dict.fromkeys(("bases", "factors"), list_of(or_none(tensor))),
+    **dict.fromkeys(("steps", "updates", "draws", "places", "number", "part"), is_whole),
+    **dict.fromkeys(("outputs", "products", "trials"), is_whole),
+    **dict.fromkeys(("damping", "lam", "used", "overall", "shift"), is_number),
+    **dict.fromkeys(("warmed", "ready"), is_flag),
+    **dict.fromkeys(("algorithm", "kind", "stream"), is_text),
+    **dict.fromkeys(("F", "G", "Lambda", "M", "U", "V", "a", "g", "s", "v"), is_tensor),
+    **dict.fromkeys(("active", "core", "factor", "values"), is_tensor),
+    **dict.fromkeys(("A", "S", "Y", "seen", "at", "solution", "start"), or_none(is_tensor)),
+    **dict.fromkeys(("bases", "factors"), list_of(or_none(is_tensor))),
     **dict.fromkeys(("blocks", "memory", "idle"), table_of(lambda value: True)),
     **dict.fromkeys(("work", "base", "inside"), table_of(lambda value: True)),
     **dict.fromkeys(("trial", "minibatch"), or_none(table_of(lambda value: True))),
-    "gradient_norm": or_none(number),
-    **dict.fromkeys(("left_out", "pairs_left_out"), count),
-    "ages": list_of(whole),
-    "widths": list_of(whole),
-    "means": or_none(list_of(list_of(tensor))),
-    "pairs": or_none(list_of(tensor, 2)),
-    "pending": or_none(list_of(tensor, 2)),
+    **dict.fromkeys(("gradient_norm", "ratio", "refreshed"), or_none(is_number)),
+    **dict.fromkeys(("left_out", "pairs_left_out"), is_count),
+    "ages": list_of(is_whole),
+    "widths": list_of(is_whole),
+    "means": or_none(list_of(list_of(is_tensor))),
+    "pairs": or_none(list_of(is_tensor, 2)),
+    "pending": or_none(list_of(is_tensor, 2)),
     "parts": list_of(table_of(lambda value: True)),
-    "x": nest,
-    "y": nest,
+    "x": is_nested_tensors,
+    "y": is_nested_tensors,
     "shown": list_of(list_of(lambda value: True)),
 }  # fmt: skip
 """Tests of a curvature's state, {key: what its value must be}."""
@@ -64,6 +64,9 @@ _KEPT = ("F", "G", "M", "v", "means")
 
 _EARLY = (*_KEPT, "a", "active", "g", "s", "y", "Lambda", "U", "V")
 """… and others that are None before."""
+
+_LATER = ("refreshed",)
+"""What a curvature's state has that earlier versions of the format did not."""
 
 _TOGETHER = (
     ("A", "G"),
@@ -85,24 +88,28 @@ def check_descent(saved: Any, own: Mapping[str, Any], blocks: Sequence[Block], n
     momentum, curvature = saved["momentum"], saved["curvature"]
     must(momentum, table_of(lambda value: True), "momentum")
     keys(momentum, ("buffers", "steps"), "momentum")
-    must(momentum["steps"], whole, "momentum['steps']")
+    must(momentum["steps"], is_whole, "momentum['steps']")
     for name, found in (("buffers", momentum["buffers"]), ("further", saved["further"])):
-        must(found, table_of(tensor), name)
+        must(found, table_of(is_tensor), name)
         if found and set(found) != {b.name for b in blocks}:
             raise wrong(f"{name} are of {', '.join(found)}")
     if new:
-        must(saved["blocks"], table_of(list_of(whole)), "blocks")
-        must(saved["dtype"], text, "dtype")
+        must(saved["blocks"], table_of(list_of(is_whole)), "blocks")
+        must(saved["dtype"], is_text, "dtype")
     must(curvature, table_of(lambda value: True), "curvature")
-    must(saved.get("further_left_out", 0), count, "further_left_out")
+    must(saved.get("further_left_out", 0), is_count, "further_left_out")
     if new:
-        keys(curvature, own["curvature"], "curvature")
+        late = [key for key in _LATER if key in own["curvature"]]
+        wanted = [key for key in own["curvature"] if key not in late]
+        keys(curvature, wanted, "curvature", more=late)
     _check_statistics(curvature, "curvature")
     if curvature.get("ready") and any(curvature.get(key, 0) is None for key in ("rows", "inverse")):
         raise wrong("the curvature lacks its inverse")
+    if curvature.get("ready") and curvature.get("refreshed", 0) is None:
+        raise wrong("the curvature lacks the damping of its inverse")
     for name in ("trial", "minibatch"):
         if isinstance(curvature.get(name), Mapping):
-            keys(curvature[name], ("x", "y", "number", "stream", "part"), name)
+            keys(curvature[name], ("x", "y", "number", "stream", "part"), name, more=("ratio",))
     if new and "work" in curvature:
         keys(curvature["work"], own["curvature"]["work"], "work")
     every = curvature.get("blocks")

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from curvlab.errors import CurvlabError, warn
+from curvlab.errors import CurvlabError, cause_of, warn
 from curvlab.system import paths
-from curvlab.system.lock import alone
+from curvlab.system.lock import exclusive_lock
 from curvlab.training import checkpoint
 from curvlab.training.begun import anew, stepless
 
@@ -61,7 +61,7 @@ class RunFolder:
             CurvlabError: it is not whole.
         """
         assert self.folder is not None
-        return checkpoint.load(self.folder / checkpoint.FILE, device)
+        return checkpoint.load_state(self.folder / checkpoint.FILE, device)
 
     def forget(self) -> None:
         """Leave no file of a run that cannot take its first step in the way of the next."""
@@ -79,18 +79,18 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
             go on.
     """
     if resume and not folder.is_dir():
-        checkpoint.load(folder / checkpoint.FILE)  # says that there is none
+        checkpoint.load_state(folder / checkpoint.FILE)  # says that there is none
 
     def make() -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CurvlabError(
-                f"the folder {folder} cannot be written: {error.strerror}"
+                f"the folder {folder} cannot be written: {cause_of(error)}"
             ) from error
         return folder
 
-    with paths.made(folder, make), alone(folder / "run.h5"):
+    with paths.made(folder, make), exclusive_lock(folder / "run.h5"):
         if stepless(folder):
             warn(anew(folder))
         elif not resume:

@@ -13,27 +13,27 @@ from curvlab.errors import CurvlabError
 Test = Callable[[Any], bool]
 
 
-def whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     """Return whether a value is an int, no bool, and from 0 to 2⁶³ − 1."""
     return type(value) is int and 0 <= value < 2**63
 
 
-def number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Return whether a value is an int or a float, no bool; NaN and infinities are."""
     return type(value) in (int, float)
 
 
-def flag(value: Any) -> bool:
+def is_flag(value: Any) -> bool:
     """Return whether a value is a bool."""
     return type(value) is bool
 
 
-def text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Return whether a value is a str, and of no subclass."""
     return type(value) is str
 
 
-def tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> bool:
     """Return whether a value is a tensor, whatever its shape, dtype and device."""
     return isinstance(value, Tensor)
 
@@ -50,45 +50,47 @@ def list_of(test: Test, length: int | None = None) -> Test:
     )
 
 
-def table_of(test: Test, key: Test = text) -> Test:
+def table_of(test: Test, key: Test = is_text) -> Test:
     """Return the test of a mapping by its keys and its values."""
     return lambda value: (
         isinstance(value, Mapping) and all(map(key, value)) and all(map(test, value.values()))
     )
 
 
-def nest(value: Any) -> bool:
+def is_nested_tensors(value: Any) -> bool:
     """Return whether a value is a minibatch's inputs: a tensor, or lists, dictionaries of such."""
-    return tensor(value) or list_of(nest)(value) or table_of(nest)(value)
-
-
-def count(value: Any) -> bool:
-    """Return whether a value is a whole number, which may be a tensor on the device."""
-    return whole(value) or (tensor(value) and not value.dim())
-
-
-def attribute(value: Any) -> bool:
-    """Return whether a value is what a log's attribute may be: text or a number."""
-    return text(value) or number(value)
-
-
-def plain(value: Any) -> bool:
-    """Return whether a value is what settings are made of."""
     return (
-        value is None
-        or attribute(value)
-        or flag(value)
-        or list_of(plain)(value)
-        or table_of(plain)(value)
+        is_tensor(value) or list_of(is_nested_tensors)(value) or table_of(is_nested_tensors)(value)
     )
 
 
-def numbers(depth: int) -> Test:
+def is_count(value: Any) -> bool:
+    """Return whether a value is a whole number, which may be a tensor on the device."""
+    return is_whole(value) or (is_tensor(value) and not value.dim())
+
+
+def is_attribute(value: Any) -> bool:
+    """Return whether a value is what a log's attribute may be: text or a number."""
+    return is_text(value) or is_number(value)
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value is what settings are made of."""
+    return (
+        value is None
+        or is_attribute(value)
+        or is_flag(value)
+        or list_of(is_plain)(value)
+        or table_of(is_plain)(value)
+    )
+
+
+def nested_numbers(depth: int) -> Test:
     """Return the test of lists of numbers within each other `depth` deep; 0 is one number."""
-    return list_of(numbers(depth - 1)) if depth else number
+    return list_of(nested_numbers(depth - 1)) if depth else is_number
 
 
-def like(value: Any, own: Tensor) -> bool:
+def is_like(value: Any, own: Tensor) -> bool:
     """Return whether a value is a tensor of the shape and dtype of `own`, on whatever device."""
     return isinstance(value, Tensor) and value.shape == own.shape and value.dtype == own.dtype
 
@@ -156,8 +158,10 @@ def alike(own: Any, saved: Any, at: str) -> None:
         for i, value in enumerate(own):
             alike(value, saved[i], f"{at}[{i}]")
     elif isinstance(own, Tensor):
-        must(saved, lambda value: like(value, own), at)
-    elif number(own):
-        must(saved, lambda value: number(value) and (type(own) is float or type(value) is int), at)
+        must(saved, lambda value: is_like(value, own), at)
+    elif is_number(own):
+        must(
+            saved, lambda value: is_number(value) and (type(own) is float or type(value) is int), at
+        )
     elif own is not None:
         must(saved, lambda value: type(value) is type(own), at)

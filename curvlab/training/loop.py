@@ -38,7 +38,7 @@ from curvlab.training.ending import Ending
 from curvlab.training.evaluation import Evaluated, evaluate, score_names, scores_of
 from curvlab.training.folder import RunFolder
 from curvlab.training.probing import Sampler
-from curvlab.training.records import Meter, open_log
+from curvlab.training.records import Meter, training_log
 from curvlab.training.settings import Budget, Position, Settings
 from curvlab.training.showing import Showing
 from curvlab.training.stopwatch import Stopwatch
@@ -87,11 +87,11 @@ class Training:
         self.per_epoch = (
             batches.per_epoch if isinstance(batches, datasets.Batches) else length(batches)
         )
-        self.optimizer = settings.optimizer(objective)
-        self.scheduler = settings.scheduler(self.optimizer, budget, self.per_epoch)
+        self.optimizer = settings.method.optimizer(objective)
+        self.scheduler = settings.scheduling.scheduler(self.optimizer, budget, self.per_epoch)
         self.meter, self.clock = Meter(objective), clock_of(objective.device)
         self.sampler = Sampler(
-            objective, self.optimizer, settings.algorithm, probes or {}, self.clock
+            objective, self.optimizer, settings.method.algorithm, probes or {}, self.clock
         )
         self.stopwatch = Stopwatch(self.clock, self.sampler)
         self.ending = Ending(budget, self.scheduler, self._gone)
@@ -101,24 +101,24 @@ class Training:
         self.must_match = (
             settings.plain()
             | dict(must_match)
-            | ({"epochs": budget.epochs} if settings.spans() else {})
+            | ({"epochs": budget.epochs} if settings.scheduling.spans() else {})
         )
         self.must_match |= {"probes": dict(self.sampler.every)} if self.sampler.every else {}
         group = self.optimizer.param_groups[0]
         attributes = {
-            "title": f"curvlab train: {settings.algorithm}",
-            "algorithm": settings.algorithm,
+            "title": f"curvlab train: {settings.method.algorithm}",
+            "algorithm": settings.method.algorithm,
             "settings": settings.plain(),
             "budget": asdict(budget),
             "lr": float(group["lr"]),
             "damping": float(group["damping"]),
         }
-        self.log = open_log(
+        self.log = training_log(
             objective,
             evaluated.error,
             attributes | dict(about),
             place.log,
-            settings.algorithm,
+            settings.method.algorithm,
             self.sampler.every,
         )
         self.stopped = ""
@@ -159,7 +159,8 @@ class Training:
             except (Diverged, LinAlgError) as error:
                 if not self.at.started:
                     raise CurvlabError(f"before the first step: {error}") from error
-                self._stop(str(error).splitlines()[0])
+                with self.shield:
+                    self._stop(str(error).splitlines()[0])
             except KeyboardInterrupt:
                 self.stopwatch.pause(self.at)
                 if self.at.started and not self.shield.broken:
@@ -202,11 +203,11 @@ class Training:
             number = self.at.epoch + self.at.step / self.per_epoch
         evaluated = (
             not whole
-            or number % self.settings.evaluate_every == 0
+            or number % self.settings.evaluation.evaluate_every == 0
             or number == self.budget.epochs
             or self._spent()
         )
-        evaluated |= self.settings.schedule_every == "epoch" and self.ending.scheduled(1)
+        evaluated |= self.settings.scheduling.schedule_every == "epoch" and self.ending.scheduled(1)
         scores = self._evaluate() if evaluated else self._glance()
         if not whole:
             self._keep(sound=True)  # without this record: a longer run would not have it
@@ -214,7 +215,7 @@ class Training:
             self.log.append(number, self._record(scores))
             if whole:
                 self.at.epoch, self.at.step, self.meter.sums = self.at.epoch + 1, 0, None
-                if self.settings.schedule_every == "epoch":
+                if self.settings.scheduling.schedule_every == "epoch":
                     self._next_rate(scores)
         if evaluated:
             self.showing.epoch(number, scores, self.at)
@@ -236,10 +237,10 @@ class Training:
                         return True
                     self.last = batch
                     self.sampler.start(self.at.steps)
-                    loss = self.optimizer.step(self.objective.closure(*batch))
+                    loss = self.optimizer.step(self.objective.closure(batch))
                     self.at.step += 1
                     self.at.steps += 1
-                    if self.settings.schedule_every == "step":
+                    if self.settings.scheduling.schedule_every == "step":
                         self._advance()
                 self.showing.step(self.at, self._gone, loss)
                 if self._spent():
@@ -304,7 +305,9 @@ class Training:
         """Return loss and error; raise Diverged where a step or the loss is not finite."""
         self.optimizer.soundness.check()
         start = self.clock()
-        scores = scores_of(self.objective, self.evaluated, self.settings.evaluate_samples)
+        scores = scores_of(
+            self.objective, self.evaluated, self.settings.evaluation.evaluate_samples
+        )
         self.at.evaluation += self.clock() - start
         if not math.isfinite(scores["train_loss"]):
             raise Diverged(

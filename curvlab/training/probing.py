@@ -31,7 +31,7 @@ from curvlab.probes.base import (
     sample,
 )
 
-ALWAYS = ("shift",)
+_ALWAYS = ("shift",)
 """Probes that every run takes in which there is something to see."""
 
 
@@ -62,7 +62,7 @@ class Sampler:
     ) -> None:
         curvature = optimizer.descent.curvature
         check_probes(list(wanted), {algorithm: curvature})
-        always = {name: None for name in ALWAYS if PROBES[name].fits(curvature)}
+        always = {name: None for name in _ALWAYS if PROBES[name].fits(curvature)}
         self.every = {n: every or PROBES[n].every for n, every in {**always, **wanted}.items()}
         self.objective, self.optimizer, self.algorithm, self.clock = (
             objective,

@@ -10,18 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvlab.likelihoods.base import mean_per
 from curvlab.logs.log import Log, Record
 from curvlab.objective import Objective
 from curvlab.observation import Observation
 from curvlab.probes.base import labels, taken
-from curvlab.training.evaluation import Measure
+from curvlab.training.evaluation import Evaluated, Measure, score_names
 from curvlab.training.settings import Position
 
-VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+TRAINING_VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "train_loss": ((), "mean loss over the training examples, in eval mode", "nat"),
     "val_loss": ((), "mean loss over the validation examples, in eval mode", "nat"),
     "train_error": ((), "error over the training examples", "1"),
     "val_error": ((), "error over the validation examples", "1"),
+    "train_nats_per_symbol": ((), "cross-entropy per symbol of the training sequences", "nat"),
+    "val_nats_per_symbol": ((), "cross-entropy per symbol of the validation sequences", "nat"),
+    "train_bits_per_symbol": ((), "cross-entropy per symbol of the training sequences", "bit"),
+    "val_bits_per_symbol": ((), "cross-entropy per symbol of the validation sequences", "bit"),
     "batch_loss": ((), "minibatch loss before the step, mean over the epoch's steps", "nat"),
     "gradient_norm": (
         (),
@@ -59,10 +64,10 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
 }
 """{variable: (dimensions beside the epoch, long name, units)}"""
 
-TIMES = tuple(name for name in VARIABLES if name.endswith("_seconds"))
+TIMES = tuple(name for name in TRAINING_VARIABLES if name.endswith("_seconds"))
 
 
-def open_log(
+def training_log(
     objective: Objective,
     error: Measure | None,
     attributes: Mapping[str, Any],
@@ -82,7 +87,7 @@ def open_log(
     """
     names = list(probes or {})
     variables = {"epoch": {"long_name": "epochs of training", "units": "1"}}
-    for name, (_, long_name, units) in VARIABLES.items():
+    for name, (_, long_name, units) in TRAINING_VARIABLES.items():
         said = (
             long_name.replace("error", error.name, 1)
             if error and name.endswith("_error")
@@ -95,6 +100,7 @@ def open_log(
         "seed": objective.seed,
         "device": str(objective.device),
         "dtype": str(objective.dtype).removeprefix("torch."),
+        "loss_per": mean_per(objective.likelihood),
         "threads": torch.get_num_threads(),
         "error": error.name if error else "none",
     }
@@ -127,12 +133,12 @@ class Meter:
         self.sums = row if self.sums is None else self.sums + row
 
     @staticmethod
-    def names(error: Measure | None, validated: bool) -> list[str]:
-        """Return the variables of `record`, in a run with such an error, and validated or not."""
-        absent = ([] if validated else ["val_loss", "val_error"]) + (
-            [] if error else ["train_error", "val_error"]
-        )
-        return [name for name in VARIABLES if name not in absent]
+    def names(on: Evaluated) -> list[str]:
+        """Return the variables of `record` in a run that is evaluated so."""
+        scores = score_names(on)
+        return [
+            n for n in TRAINING_VARIABLES if n in scores or not n.startswith(("train_", "val_"))
+        ]
 
     def record(
         self,
@@ -174,7 +180,7 @@ class Meter:
             "probe_seconds": at.probes,
         }
         return {
-            name: (VARIABLES[name][0], np.asarray(values[name]))
-            for name in VARIABLES
+            name: (TRAINING_VARIABLES[name][0], np.asarray(values[name]))
+            for name in TRAINING_VARIABLES
             if name in values
         }

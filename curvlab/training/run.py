@@ -1,4 +1,4 @@
-"""`train`: any model along any algorithm; `prepare` and `run_named`: by the names of the tables.
+"""`train`: any model, any algorithm; `prepare_training`, `run_named`: by the names of the tables.
 
 The command line runs the latter.
 """
@@ -19,7 +19,8 @@ from rich.console import Console
 from curvlab import datasets
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, CurvlabWarning, fitting, lookup, real, tell
+from curvlab.errors import CurvlabError, CurvlabWarning, Diverged, fitting, lookup, real, tell
+from curvlab.likelihoods.base import mean_per, scaled
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
 from curvlab.optim import Batch
@@ -39,13 +40,14 @@ from curvlab.training.evaluation import (
     chunks,
     depends_on_mode,
     evaluating,
+    further_of,
     in_eval_mode,
     measure_of,
     ready_to_train,
 )
 from curvlab.training.folder import RunFolder, claimed
 from curvlab.training.loop import Training
-from curvlab.training.settings import Budget, Settings, check_same
+from curvlab.training.settings import PARTS, Budget, Settings, check_same
 
 _IN_EVAL_MODE = (
     "the whole model is in eval mode and is trained so: dropout drops nothing, and batch norm keeps"
@@ -112,7 +114,7 @@ class Around:
 def _sorted(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return (options of `Settings`, options of `Around`, the others: the algorithm's own)."""
     parts: tuple[dict[str, Any], ...] = ({}, {}, {})
-    names = [{field.name for field in fields(kind)} - {"own"} for kind in (Settings, Around)]
+    names = [{*Settings.names()} - {"own"}, {field.name for field in fields(Around)}]
     for name, value in options.items():
         parts[next((i for i, known in enumerate(names) if name in known), 2)][name] = value
     if parts[0].get("schedule_options", 0) is None:
@@ -120,7 +122,7 @@ def _sorted(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     return parts  # type: ignore[return-value]  # three
 
 
-@shows(Settings, Budget, Around)
+@shows(*PARTS, Budget, Around)
 def train(
     objective: Objective,
     batches: Iterable[Batch],
@@ -165,7 +167,7 @@ def train(
             `stopped` says why, and the last good weights are put back.
     """
     chosen, beside, own = _sorted(options)
-    settings = Settings(algorithm=algorithm, lr=lr, damping=damping, own=own, **chosen)
+    settings = Settings.of(algorithm=algorithm, lr=lr, damping=damping, own=own, **chosen)
     seconds = own.pop("seconds", None)
     around = Around(**beside)
     around = replace(around, probes=asked(around.probes, "train"))  # type: ignore[arg-type]  # not asked yet
@@ -191,34 +193,26 @@ def train(
     about |= {"data": data, "call": call}
     shapes = {name: list(p.shape) for name, p in objective.parameters.items()}
     must_match = {"model": model, "data": data, "parameters": shapes, "seed": objective.seed}
+    if scaled(objective.likelihood):
+        must_match |= {"loss per": mean_per(objective.likelihood)}
     still = in_eval_mode(objective.model)
     must_match |= {"modules in eval mode": still} if still else {}
     if still == ["all"] and any(map(depends_on_mode, objective.model.modules())):
         warnings.warn(_IN_EVAL_MODE, CurvlabWarning, stacklevel=2)
     console = Console(stderr=True)
     with derivatives():
+        budget = Budget(epochs, steps, seconds)
         training = _training(
-            objective,
-            batches,
-            validation,
-            settings,
-            Budget(epochs, steps, seconds),
-            around,
-            about,
-            must_match,
-            place,
+            objective, batches, validation, settings, budget, around, about, must_match, place
         )
         if resume and place is None:
             raise CurvlabError("resume needs a folder")
         with nullcontext() if place is None else claimed(place, resume):
             if resume and place is not None and not stepless(place):
-                training.load_state_dict(checkpoint.load(place / checkpoint.FILE, objective.device))
-            run = _run(
-                training,
-                console,
-                console.is_terminal if progress is None else progress,
-                lambda line: None,
-            )
+                training.load_state_dict(
+                    checkpoint.load_state(place / checkpoint.FILE, objective.device)
+                )
+            run = _run(training, console, console.is_terminal if progress is None else progress)
     if run.stopped:
         warnings.warn(run.stopped, CurvlabWarning, stacklevel=2)
     return run
@@ -259,17 +253,18 @@ def _training(
     if first is None:
         raise CurvlabError("there are no minibatches to train on")
     with evaluating(objective.model), random_state.kept(objective.device):
-        z, _ = Closure(
-            objective, *first, 0
-        ).outputs()  # what does not fit is found before anything is written
-    error = measure_of(objective.likelihood, z[0].numel()) if error is None else error
-    size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(first[0]))
+        # what does not fit is found before anything is written
+        closure = Closure(objective, *objective.batch(first), 0, factor=1.0)
+        z, _ = closure.outputs()
+    likelihood, y = objective.likelihood, closure.y
+    error = measure_of(likelihood, z[0].numel(), y) if error is None else error
+    size = max(LEAST, batches.size if isinstance(batches, datasets.Batches) else len(closure.x))
     return Training(
         objective,
         batches,
         settings,
         budget,
-        evaluated=Evaluated(examples=examples, validation=validation, error=error, size=size),
+        evaluated=Evaluated(examples, validation, error, size, further_of(likelihood, y)),
         warm=warm,
         about=about,
         must_match=must_match,
@@ -278,9 +273,19 @@ def _training(
     )
 
 
-def _run(training: Training, console: Console, shown: bool, say: Callable[[str], None]) -> TrainRun:
+def _run(
+    training: Training,
+    console: Console,
+    shown: bool,
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainRun:
     with progress_bar(console, shown) as bar:
-        training.run(bar, say)
+        try:
+            training.run(bar, say)
+        except KeyboardInterrupt as signal:
+            if training.stopped:  # in the same step, or since
+                raise signal from Diverged(training.stopped)
+            raise
     return TrainRun(training.log, training.place.folder, training.stopped)
 
 
@@ -314,20 +319,20 @@ class NamedTraining:
         return found | ({"l2": problem.l2} if problem.l2 else {})
 
 
-def resumed(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def resumed_arguments(state: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a run that goes on: its checkpoint's, or those `given` instead.
 
     Raises:
         CurvlabError: a checkpoint that does not hold what a run by name keeps.
     """
     contents.check(state)
-    contents.check_named(state["settings"], (NamedTraining, Problem, Settings))
+    contents.check_named(state["settings"], (NamedTraining, Problem, *PARTS))
     kept = {k: v for k, v in state["settings"].items() if k != "parameters"} | dict(state["budget"])
     kept["checkpoint_seconds"] = state.get("checkpoint_seconds", NamedTraining.checkpoint_seconds)
     return kept | dict(given)
 
 
-def prepare(
+def prepare_training(
     named: NamedTraining, call: Mapping[str, Any], state: dict[str, Any] | None = None
 ) -> Training:
     """Check, build and load a run, and set it to the state of a checkpoint.

@@ -98,7 +98,7 @@ _OF_TORCH = {
 }
 
 
-def find(name: str) -> Schedule:
+def find_schedule(name: str) -> Schedule:
     """Return the schedule of SCHEDULES, or of `torch.optim.lr_scheduler`, by its name.
 
     Raises:
@@ -173,7 +173,7 @@ def maker(
     out.
 
     Args:
-        name: of `find`.
+        name: of `find_schedule`.
         epochs: of the run; None where their number is open.
         options: the schedule's own.
         turns: how often the run steps the scheduler; None where that is open.
@@ -183,7 +183,7 @@ def maker(
             where their number is open, one that ends before the run does, or that leads to a rate
             or a momentum that is none.
     """
-    schedule = find(name)
+    schedule = find_schedule(name)
     for option in options:
         if option not in schedule.options:
             raise unknown(f"option of schedule {name}", option, schedule.options or ["none"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -31,14 +32,11 @@ def check_same(kept: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The settings that decide the weights; where one is None, the algorithm's document does.
+class MethodSettings:
+    """The algorithm and its constants; where one is None, the algorithm's document decides it.
 
-    A run goes on with the same settings only.
-
-    `own` are the method's own options (`ALGORITHMS[name].options`); `schedule` a name
-    (`schedules.find`) with its options, or a function optimizer → torch scheduler, stepped after
-    every epoch or step. `double_grad`: see `optim.Descent`.
+    `own` are the method's own options (`ALGORITHMS[name].options`). `double_grad`: see
+    `optim.Descent`.
     """
 
     algorithm: str = "adam"
@@ -52,11 +50,6 @@ class Settings:
     update_every: int = 1
     refresh_every: int | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
-    schedule: str | schedules.Make = "constant"
-    schedule_every: Every = "epoch"
-    schedule_options: Mapping[str, Any] = field(default_factory=dict)
-    evaluate_every: int = 1
-    evaluate_samples: int | None = None
     double_grad: bool = False
 
     def check(self) -> None:
@@ -68,13 +61,7 @@ class Settings:
         lookup(ALGORITHMS, self.algorithm, "algorithm").checked(self.own, self.algorithm)
         check_labels(self.labels)
         fitting("double_grad", self.double_grad, bool)
-        if not isinstance(self.schedule_options, Mapping):
-            raise CurvlabError(
-                f"schedule_options must be {{name: value}}, not {shown(self.schedule_options)}"
-            )
-        if self.schedule_every not in get_args(Every):
-            raise unknown("schedule_every", self.schedule_every, get_args(Every))
-        for name in ("update_every", "refresh_every", "evaluate_every", "evaluate_samples"):
+        for name in ("update_every", "refresh_every"):
             value = getattr(self, name)
             if value is not None:
                 whole(name, value)
@@ -107,6 +94,49 @@ class Settings:
             raise CurvlabError(
                 f"options of {self.algorithm} ({dict(self.own)}): {' '.join(str(error).split())}"
             ) from error
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as plain values, the document's in the place of None."""
+        table = ALGORITHMS[self.algorithm]
+        known: dict[str, Any] = {"own": dict(self.own)}
+        for name in (
+            "lr",
+            "damping",
+            "momentum",
+            "momentum_kind",
+            "decay",
+            "labels",
+            "refresh_every",
+        ):
+            value = getattr(self, name)
+            known[name] = getattr(table, name) if value is None else value
+        return asdict(replace(self, **known))
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The schedule of the learning rate.
+
+    `schedule` is a name (`schedules.find_schedule`) with its options, or a function optimizer →
+    torch scheduler, stepped after every epoch or step.
+    """
+
+    schedule: str | schedules.Make = "constant"
+    schedule_every: Every = "epoch"
+    schedule_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Check the options' kind, and what the schedule counts.
+
+        Raises:
+            CurvlabError: options that are no mapping, or an unknown `schedule_every`.
+        """
+        if not isinstance(self.schedule_options, Mapping):
+            raise CurvlabError(
+                f"schedule_options must be {{name: value}}, not {shown(self.schedule_options)}"
+            )
+        if self.schedule_every not in get_args(Every):
+            raise unknown("schedule_every", self.schedule_every, get_args(Every))
 
     def scheduler(
         self, stepper: Optimizer, budget: Budget, per_epoch: int | None = None
@@ -151,35 +181,103 @@ class Settings:
 
         Then it cannot change later.
         """
-        return isinstance(self.schedule, str) and schedules.find(self.schedule).spans
+        return isinstance(self.schedule, str) and schedules.find_schedule(self.schedule).spans
 
     def plain(self) -> dict[str, Any]:
-        """Return the settings as plain values, the document's in the place of None.
-
-        They are numbers, strings and dictionaries.
-        """
-        table = ALGORITHMS[self.algorithm]
-        known: dict[str, Any] = {
-            "own": dict(self.own),
-            "schedule_options": dict(self.schedule_options),
+        """Return the settings as plain values; a function by its name."""
+        return {
+            "schedule": (
+                self.schedule
+                if isinstance(self.schedule, str)
+                else getattr(self.schedule, "__qualname__", "own")
+            ),
+            "schedule_every": self.schedule_every,
+            "schedule_options": copy.deepcopy(dict(self.schedule_options)),
         }
-        known["schedule"] = (
-            self.schedule
-            if isinstance(self.schedule, str)
-            else getattr(self.schedule, "__qualname__", "own")
-        )
-        for name in (
-            "lr",
-            "damping",
-            "momentum",
-            "momentum_kind",
-            "decay",
-            "labels",
-            "refresh_every",
-        ):
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """The epochs between evaluations, and the training examples that one is over; None: all."""
+
+    evaluate_every: int = 1
+    evaluate_samples: int | None = None
+
+    def check(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            CurvlabError: one is out of range.
+        """
+        for name in ("evaluate_every", "evaluate_samples"):
             value = getattr(self, name)
-            known[name] = getattr(table, name) if value is None else value
-        return asdict(replace(self, **known))
+            if value is not None:
+                whole(name, value)
+
+
+PARTS = (MethodSettings, ScheduleSettings, EvaluationSettings)
+"""The parts of `Settings`. An option of a run is a field of one of these, and names are unique."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that decide the weights, and what is evaluated.
+
+    A run goes on with the same settings only. Checkpoints and logs keep them as one mapping
+    (`plain`), by the names of the parts' fields.
+    """
+
+    method: MethodSettings = MethodSettings()
+    scheduling: ScheduleSettings = ScheduleSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @staticmethod
+    def names() -> list[str]:
+        """Return the options of a run: the fields of all parts."""
+        return [field.name for kind in PARTS for field in fields(kind)]
+
+    @classmethod
+    def of(cls, **options: Any) -> Settings:
+        """Make settings of options that are fields of the parts.
+
+        Raises:
+            TypeError: an option that no part has.
+        """
+        of_parts: list[dict[str, Any]] = [{} for _ in PARTS]
+        for name, value in options.items():
+            of_parts[_part_of(name)][name] = value
+        method, scheduling, evaluation = of_parts
+        return cls(
+            MethodSettings(**method),
+            ScheduleSettings(**scheduling),
+            EvaluationSettings(**evaluation),
+        )
+
+    def check(self) -> None:
+        """Check names and ranges, before anything is built.
+
+        Raises:
+            CurvlabError: an unknown name or a value out of range.
+        """
+        self.method.check()
+        self.scheduling.check()
+        self.evaluation.check()
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings of all parts as one mapping of plain values.
+
+        The document's values stand in the place of None; the order is that of logs.
+        """
+        found = self.method.plain() | self.scheduling.plain() | asdict(self.evaluation)
+        last = {"double_grad": found.pop("double_grad")}
+        return found | last
+
+
+def _part_of(name: str) -> int:
+    for i, kind in enumerate(PARTS):
+        if name in {field.name for field in fields(kind)}:
+            return i
+    raise TypeError(f"'{name}' is no setting of a run")
 
 
 @dataclass(frozen=True)

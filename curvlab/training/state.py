@@ -52,7 +52,7 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
     check_same(saved["settings"], run.must_match)
     attributes = dict(run.log.attributes)
     variables = [
-        *run.meter.names(run.evaluated.error, run.evaluated.validation is not None),
+        *run.meter.names(run.evaluated),
         *run.sampler.names(),
     ]
     contents.check_fit(
@@ -65,9 +65,11 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
         variables,
         run.sampler.tracks(),
     )
-    log, before = (
-        copy.copy(run.log),
-        (copy.deepcopy(run.scheduler.state_dict()), run.optimizer.state_dict()),
+    log, model = copy.copy(run.log), run.objective.model
+    before = (
+        copy.deepcopy(run.scheduler.state_dict()),
+        run.optimizer.state_dict(),
+        copy.deepcopy(model.state_dict()),  # torch copies what fits before it says what does not
     )
     try:
         log.load_state_dict(saved["log"])
@@ -75,15 +77,16 @@ def restore(run: Training, saved: dict[str, Any]) -> None:
         chances = [Chance.of(saved["chance"][name]) for name in ("epoch", "now")]
         run.optimizer.load_state_dict(saved["optimizer"])
         run.scheduler.load_state_dict(saved["scheduler"])
-        run.objective.model.load_state_dict(saved["model"])
+        model.load_state_dict(saved["model"])
     except Exception as error:  # whatever a state may lead to that was made by hand
         run.scheduler.load_state_dict(before[0])
         run.optimizer.load_state_dict(before[1])
+        model.load_state_dict(before[2])
         raise CurvlabError(
             f"the checkpoint does not fit this run: {' '.join(str(error).split())[:200]}"
         ) from error
-    # what may fail comes before: the log was tried on a copy, optimizer and scheduler are put back
-    # where it does, so that a run that refuses a checkpoint is as it was
+    # what may fail comes before: the log was tried on a copy, optimizer, scheduler and weights are
+    # put back where it does, so that a run that refuses a checkpoint is as it was
     run.log.load_state_dict(saved["log"])
     run.at, run.meter.sums = Position(**saved["position"]), saved["sums"]
     run.chance_of_epoch, run.chance_kept = chances

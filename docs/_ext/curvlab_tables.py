@@ -36,7 +36,8 @@ class TableOf(SphinxDirective):
         group += nodes.thead("", self._row(table.columns))
         group += nodes.tbody("", *[self._row(row) for row in table.rows])
         kind = "gallery" if name in tables.GALLERIES else "generated"
-        return [nodes.table("", group, classes=[kind, f"table-{name}", "colwidths-auto"])]
+        drawn = nodes.table("", group, classes=[kind, f"table-{name}", "colwidths-auto"])
+        return [nodes.paragraph("", table.caption), drawn] if table.caption else [drawn]
 
     def _row(self, cells: Any) -> nodes.row:
         return nodes.row("", *[nodes.entry("", *self._cell(cell)) for cell in cells])

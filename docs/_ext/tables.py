@@ -5,14 +5,16 @@ but the headings.
 from __future__ import annotations
 
 import ast
+import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import curvlab
 from curvlab.algorithms import ALGORITHMS, damping_for
-from curvlab.cli.lists import made
+from curvlab.cli.lists import columns_and_rows
 from curvlab.exact import ROUTES
 from curvlab.functions import FUNCTIONS
 from curvlab.layers import LAYERS
@@ -22,9 +24,9 @@ from curvlab.models import MODELS
 from curvlab.probes import PROBES, Variable
 from curvlab.probes.costs import COST_MODELS as OF_COSTS
 from curvlab.probes.costs import COSTS
-from curvlab.reproduction import load, scripts
-from curvlab.spectra import VARIABLES as OF_SPECTRA
-from curvlab.training.records import VARIABLES as OF_TRAINING
+from curvlab.reproduction import load_script, scripts
+from curvlab.spectra import SPECTRUM_VARIABLES as OF_SPECTRA
+from curvlab.training.records import TRAINING_VARIABLES as OF_TRAINING
 from curvlab.training.schedules import SCHEDULES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -56,11 +58,12 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     widths: Sequence[int] = ()
+    caption: str = ""
 
 
 def _of_list(what: str, *typed: int) -> Table:
     """As `curvlab list` prints it; the columns `typed` are set as code."""
-    columns, rows = made(what)
+    columns, rows = columns_and_rows(what)
     return Table(
         columns,
         [[Code(c) if i in typed and c != "…" else c for i, c in enumerate(row)] for row in rows],
@@ -145,7 +148,7 @@ def _gallery(folder: str, chosen: Callable[[str], bool] = lambda name: True) -> 
     for name, path in scripts().items():
         if path.parent.name != folder or not chosen(name):
             continue
-        what, found = load(name), results.get(name, {})
+        what, found = load_script(name), results.get(name, {})
         pictures = found.get("pictures", [])
         assert isinstance(pictures, list)
         rows.append(
@@ -253,6 +256,27 @@ TABLES: dict[str, Callable[[], Table]] = {
     "modules": _modules,
 }
 """{name of the directive's argument: the table}"""
+
+BENCHMARKS = ROOT / "analyses" / "benchmarks" / "results"
+
+
+def _benchmark(path: Path) -> Table:
+    """A file that a benchmark has written, with what was measured, how, and on which machine."""
+    found = json.loads(path.read_text())
+    on = found["machine"]
+    caption = (
+        f"{found['what']}. {found['command']}; {on['date']}, {on['processor']}, {on['cores']}"
+        f" cores, threads: {on['threads']}, load {on['load']}, Python {on['python']}, torch"
+        f" {on['torch']}."
+    )
+    rows = [["–" if cell is None else str(cell) for cell in row] for row in found["rows"]]
+    return Table(found["columns"], rows, caption=caption)
+
+
+TABLES |= {
+    f"benchmark-{path.stem}": partial(_benchmark, path)
+    for path in sorted(BENCHMARKS.glob("*.json"))
+}
 
 GALLERIES = tuple(name for name in TABLES if name.startswith("gallery-"))
 

@@ -1,0 +1,154 @@
+"""Likelihood, and how its methods are called: with the data's labels where it takes them.
+
+Legend: N examples, C outputs or classes, M counted places, V columns of the root.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from curvlab.errors import CurvlabError
+
+
+@runtime_checkable
+class Likelihood(Protocol):
+    """The law p(y | z) of labels at outputs, as far as an objective needs to know it."""
+
+    def check(self, z: Float[Tensor, "N *C"], y: Any) -> None:
+        """Raise CurvlabError where the targets do not fit the outputs (shape, dtype, range)."""
+
+    def loss(self, z: Float[Tensor, "N *C"], y: Any) -> Float[Tensor, " N"]:
+        """Return −log p(y | z) of each example, summed over outputs."""
+
+    def sample(
+        self, z: Float[Tensor, "N *C"], generator: torch.Generator, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Draw labels that `loss` takes from the model's own law.
+
+        The method is `sample(z, generator)` or `sample(z, generator, y)`. Where the data's labels y
+        say more than a draw does (a place that has no loss), the labels drawn say the same.
+        """
+
+    def root(self, z: Float[Tensor, "N *C"], *args: Any, **kwargs: Any) -> Float[Tensor, "V N *C"]:
+        """Return columns v of S, S Sᵀ = ∂²ℓ/∂z² of each example, a slice of the first axis each.
+
+        The method is `root(z)` or `root(z, y)`.
+        """
+
+
+def root_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Tensor) -> Float[Tensor, "V N *C"]:
+    """Return columns of S, S Sᵀ = ∂²ℓ/∂z², by the likelihood's own `root`.
+
+    It is `root(z)` or `root(z, y)`, whichever the likelihood has.
+    """
+    way = _labels_go(likelihood.root, 1)
+    if way is None:
+        return likelihood.root(z)
+    return likelihood.root(z, y) if way == "by place" else likelihood.root(z, y=y)
+
+
+def sample_of(
+    likelihood: Likelihood, z: Float[Tensor, "N *C"], generator: torch.Generator, y: Any
+) -> Any:
+    """Draw labels from the model's law by the likelihood's own `sample`.
+
+    It is `sample(z, generator)` or `sample(z, generator, y)`, whichever the likelihood has.
+    """
+    way = _labels_go(likelihood.sample, 2)
+    if way is None:
+        return likelihood.sample(z, generator)
+    return (
+        likelihood.sample(z, generator, y)
+        if way == "by place"
+        else likelihood.sample(z, generator, y=y)
+    )
+
+
+_Way = Literal["by place", "by name"]
+
+
+def _labels_go(method: Callable[..., Tensor], given: int) -> _Way | None:
+    """Return how a method takes the data's labels behind its `given` other arguments, if it does.
+
+    An argument called `y` is theirs, and one of any other name if it has no default.
+    """
+    function = getattr(method, "__func__", method)
+    return _read(function, given + (function is not method))
+
+
+@cache  # by function, not by type: an instance may carry a method of its own
+def _read(function: Callable[..., Tensor], given: int) -> _Way | None:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a builtin, which says nothing
+        return None
+    by_place = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    more = by_place[given:]
+    if more and (more[0].name == "y" or more[0].default is inspect.Parameter.empty):
+        return "by place"
+    kinds, named = (
+        {p.kind for p in parameters},
+        {p.name for p in parameters if p not in by_place[:given]},
+    )
+    if not more and inspect.Parameter.VAR_POSITIONAL in kinds:
+        return "by place"
+    return "by name" if "y" in named or inspect.Parameter.VAR_KEYWORD in kinds else None
+
+
+def scaled(likelihood: Likelihood) -> bool:
+    """Return whether the mean is not over examples, so that `factor_of` may differ from 1."""
+    return hasattr(likelihood, "factor") and getattr(likelihood, "per", "token") != "sequence"
+
+
+def mean_per(likelihood: Likelihood) -> str:
+    """Return what a log calls the mean: per "sequence" (example), "token", or by a "factor"."""
+    return str(getattr(likelihood, "per", "factor" if scaled(likelihood) else "sequence"))
+
+
+def factor_of(likelihood: Likelihood, y: Any) -> float:
+    """Return N/M of a minibatch's labels, by the likelihood's `factor(y)`; 1 where it has none.
+
+    Raises:
+        CurvlabError: the likelihood's own, where no place is counted.
+    """
+    return float(likelihood.factor(y)) if scaled(likelihood) else 1.0  # type: ignore[attr-defined]  # `scaled`
+
+
+def counted_of(likelihood: Likelihood, y: Any) -> float:
+    """Return M of a minibatch's labels: what the mean is over.
+
+    It is the likelihood's `count(y)`, or N over its factor; N itself for a mean over examples.
+    """
+    if not scaled(likelihood):
+        return float(len(y))
+    count = getattr(likelihood, "count", None)
+    return float(len(y) / factor_of(likelihood, y) if count is None else count(y))
+
+
+def factor_over(likelihood: Likelihood, labels: Iterable[Any]) -> float:
+    """Return N/M of the labels of several minibatches together.
+
+    Raises:
+        CurvlabError: no place is counted in any of them.
+    """
+    examples = counted = 0.0
+    for y in labels:
+        examples, counted = examples + len(y), counted + counted_of(likelihood, y)
+    return ratio(examples, counted)
+
+
+def ratio(examples: float, counted: float) -> float:
+    """Return N/M. Raises CurvlabError where M is 0."""
+    if not counted > 0:
+        raise CurvlabError(
+            f"no place of the {examples:.0f} examples is counted (all are ignored, or of weight 0),"
+            ' so that there is no mean over them: leave them out, or take per="sequence"'
+        )
+    return examples / counted
