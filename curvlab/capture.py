@@ -266,24 +266,21 @@ class Capture(Hearing):
     def part(self, use: Use, how: str, d: Tensor, count: int) -> Part:
         """Return a use in a pass back of `count` vectors, of what arrived at its edge."""
         shape, dtype = use.output.value.shape, self.dtype or use.call.weight.dtype
-        g = use.rule.outputs(d if d.shape == shape else d.reshape(count * shape[0], *shape[1:]))
-        g = g if g.dtype == dtype else g.to(dtype)
+        d = d if d.shape == shape else d.reshape(count * shape[0], *shape[1:])
+        g = use.rule.outputs(d).to(dtype)
         g = g[None] if count == 1 else g.view(count, -1, *g.shape[1:])
         return Part(use.block, self._input(use, self._size or 0, how), g, use.swapped)
 
     def shows(self, heard: Sequence[tuple[Use, str]], grads: Sequence[Tensor | None]) -> bool:
         """Examine again, and say so, where a use of which nothing could be seen has derivatives."""
-        prove = self.prove
-        if prove is None:
-            return False
         unseen = [(self.uses.get(name, ()), some) for name, some in self.unproven.items()]
         ids = {id(uses[i]) for uses, some in unseen for i in some if i < len(uses)}
-        pairs = zip(heard, grads, strict=False)
-        news = any(d is not None and id(use) in ids and bool(d.any()) for (use, _), d in pairs)
-        if news:
-            self.prove = None
+        new = [d for (use, _), d in zip(heard, grads, strict=False) if id(use) in ids]
+        if self.prove is not None and any(d is not None and bool(d.any()) for d in new):
+            prove, self.prove = self.prove, None
             prove()
-        return news
+            return True
+        return False
 
     def backward(
         self,
@@ -306,7 +303,8 @@ class Capture(Hearing):
             {block name: LayerStatistics} in the order of the blocks; those that go the general way
             only with `leaves`.
         """
-        size, count, _ = len(z), len(vectors), self.settle(z)
+        size, count = len(z), len(vectors)
+        self.settle(z)
         heard = self.heard()
         own = [
             b
