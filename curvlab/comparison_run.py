@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from curvlab.closure import Closure
 from curvlab.comparison_loop import compare_one
 from curvlab.comparison_settings import CompareSettings
+from curvlab.datasets import Batches
 from curvlab.errors import MOST_STEPS, CurvlabError, tell, whole
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
@@ -31,7 +33,8 @@ SEEDS = 10_000
 class NamedComparison:
     """A comparison on a problem of the tables: what the command line runs.
 
-    `seeds`: the problem's own first.
+    `warm`: minibatches of the warm start at most; None: one pass over the data. `seeds`: the
+    problem's own first.
     """
 
     settings: CompareSettings
@@ -39,6 +42,7 @@ class NamedComparison:
     steps: int | None = 300
     epochs: int | None = None
     batch_size: int = 1000
+    warm: int | None = None
     seeds: tuple[int, ...] = (0,)
     verbose: bool = False
 
@@ -51,7 +55,7 @@ class NamedComparison:
         _ = self.problem.entry  # first: a module of the user's may enter algorithms and probes
         self.settings.check()
         self.problem.check()
-        for name in ("steps", "epochs"):
+        for name in ("steps", "epochs", "warm"):
             value = getattr(self, name)
             if value is not None:
                 whole(name, value, 1, MOST_STEPS)
@@ -101,6 +105,11 @@ def prepare_comparison(named: NamedComparison) -> PreparedComparison:
     return PreparedComparison(named, first, steps)
 
 
+def _some_of(batches: Batches, most: int) -> list[Any]:
+    """Return the first `most` minibatches of the first pass."""
+    return list(islice(batches.one_pass(), most))
+
+
 def compare_named(
     prepared: PreparedComparison, path: Path, call: dict[str, Any], console: Console
 ) -> Run:
@@ -132,7 +141,7 @@ def compare_named(
                 batches,
                 settings,
                 steps,
-                batches.one_pass(),
+                batches.one_pass() if named.warm is None else _some_of(batches, named.warm),
                 named.batch_size,
                 log,
                 seed,

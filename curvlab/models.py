@@ -47,6 +47,7 @@ __all__ = [
     "MNIST_AE",
     "MODELS",
     "VGG16",
+    "Defaults",
     "ModelEntry",
     "PaddedShortcut",
     "ResidualBlock",
@@ -77,6 +78,25 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """Defaults of `curvlab compare` on a network: its size and its end.
+
+    Args:
+        batch_size: examples in a minibatch.
+        steps: where neither steps nor epochs are given.
+        warm: minibatches of the warm start at most; None: one pass over the data (thesis 4.7.2).
+        refresh_every: T₂, steps between inversions.
+        damping: overall λ.
+    """
+
+    damping: float = 1e-3
+    batch_size: int = 1000
+    steps: int = 300
+    warm: int | None = None
+    refresh_every: int = 1
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """A network, and the problem that it belongs to.
@@ -91,6 +111,7 @@ class ModelEntry:
     likelihood: str
     source: str = "yours"
     sized: bool = False
+    comparison: Defaults = Defaults()
 
     def made(self, seed: int = 0, data: Sized | None = None) -> nn.Module:
         """Return a model with weights drawn from `seed`, on the CPU in float32.
@@ -269,15 +290,16 @@ MODELS: dict[str, ModelEntry] = {
         "transformer of two layers, width 32, 4 heads; T = 32, tied head",
         gpt_tiny,
         "shakespeare32",
-        "categorical",
+        "tokens",
         "curvlab, after Radford et al. 2019",
         sized=True,
+        comparison=Defaults(damping=0.01, batch_size=32, steps=20, warm=20, refresh_every=2),
     ),
     "gpt-small": ModelEntry(
         "transformer of four layers, width 128, 4 heads, no biases; T = 64, tied head",
         gpt_small,
         "shakespeare",
-        "categorical",
+        "tokens",
         "Karpathy 2022",
         sized=True,
     ),
@@ -293,7 +315,7 @@ MODELS: dict[str, ModelEntry] = {
         "embedding, one LSTM layer and a linear head of width 32",
         lstm_tiny,
         "shakespeare32",
-        "categorical",
+        "tokens",
         "curvlab, after Hochreiter and Schmidhuber 1997",
         sized=True,
     ),

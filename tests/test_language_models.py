@@ -7,6 +7,7 @@ import lzma
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from curvlab.datasets import Dataset, files, sequences
 from curvlab.datasets.base import IGNORED
 from curvlab.models import GPT, ViT
 from curvlab.sequence_networks import Attention, TransformerLayer
+from curvlab.show import figures
 from curvlab.training.evaluation import (
     Evaluated,
     further_of,
@@ -351,3 +353,28 @@ def test_a_run_logs_nats_and_bits_per_symbol() -> None:
     np.testing.assert_allclose(nats / math.log(2), ds["train_bits_per_symbol"].values, rtol=1e-6)
     assert nats[0] == pytest.approx(math.log(9), rel=0.05)
     assert nats[-1] < nats[0]
+
+
+@pytest.mark.filterwarnings("ignore:parameters of layers without a rule")
+def test_the_figure_of_a_comparison_has_a_panel_for_each_kind_of_block() -> None:
+    """The middle layer of each."""
+    torch.manual_seed(0)
+    model: Any = cl.models.build("gpt-tiny", seed=0)
+    objective = cl.Objective(model, cl.likelihoods.Tokens())
+    ids = torch.randint(62, (2, 33))
+    run = cl.compare(
+        objective,
+        [(ids[:, :-1], ids[:, 1:])] * 2,
+        reference="kfac-ef",
+        algorithms=["adam", "tnt"],
+        progress=False,
+    )
+    titles = [ax.get_title() for ax in figures.draw(run.dataset, "cosine").axes]
+    modules = [t.split("(")[1].removesuffix(")") for t in titles if t]
+    parts = ("norm1", "attention.qkv", "attention.out", "norm2", "mlp.in", "mlp.out")
+    assert modules == [
+        "embedding.weight",
+        "positions.weight",
+        *(f"layers.1.{part}" for part in parts),
+        "norm.weight norm.bias",
+    ]

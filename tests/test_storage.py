@@ -304,10 +304,10 @@ def training_of(algorithm: str, **more: Any) -> Training:
 ODD = (None, 7, "x", [1, "a"], torch.zeros(7, 11, 13))
 
 
-OPEN = ("gradient_norm", "solution", "start", "pairs", "pending", "A")
+OPEN = ("gradient_norm", "solution", "start", "pairs", "pending", "A", "ratio")
 """What may be None at any time."""
 
-LATER = ("refreshed",)
+LATER = ("refreshed", "ratio")
 """What earlier versions did not write, and may be absent."""
 
 

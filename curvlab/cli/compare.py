@@ -54,12 +54,13 @@ def compare(
         ),
     ] = None,
     damping: Annotated[
-        float,
+        float | None,
         Option(
-            help="Overall damping λ, given to every method by one rule (see docs).",
+            help="Overall damping λ, given to every method by one rule (see docs); 1e-3, but 1e-2"
+            " of gpt-tiny.",
             rich_help_panel="Methods",
         ),
-    ] = 1e-3,
+    ] = None,
     momentum: Annotated[
         float, Option(help="β of every method (thesis 4.7.2).", rich_help_panel="Methods")
     ] = 0.9,
@@ -74,19 +75,33 @@ def compare(
         int, Option(help="T₁, steps between updates of statistics.", rich_help_panel="Methods")
     ] = 1,
     refresh_every: Annotated[
-        int, Option(help="T₂, steps between inversions.", rich_help_panel="Methods")
-    ] = 1,
+        int | None,
+        Option(
+            help="T₂, steps between inversions; 1, but 2 of gpt-tiny.", rich_help_panel="Methods"
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
-        Option(help="Steps; 300 unless --epochs says otherwise.", rich_help_panel="Length"),
+        Option(
+            help="Steps; 300 (20 of gpt-tiny) unless --epochs says otherwise.",
+            rich_help_panel="Length",
+        ),
     ] = None,
     epochs: Annotated[
         int | None,
         Option(help="Epochs; with --steps, whichever ends first.", rich_help_panel="Length"),
     ] = None,
     batch_size: Annotated[
-        int, Option(help="Examples in a minibatch.", rich_help_panel="Length")
-    ] = 1000,
+        int | None,
+        Option(help="Examples in a minibatch; 1000, but 32 of gpt-tiny.", rich_help_panel="Length"),
+    ] = None,
+    warm_batches: Annotated[
+        int | None,
+        Option(
+            help="Minibatches of the warm start at most; one pass, but 20 of gpt-tiny.",
+            rich_help_panel="Length",
+        ),
+    ] = None,
     seed: Annotated[
         int, Option(help="Of weights, batches and sampled labels.", rich_help_panel="Length")
     ] = 0,
@@ -124,6 +139,17 @@ def compare(
     from curvlab.problem import Problem
     from curvlab.system.memory import keep_freed_memory
 
+    problem = Problem(model=model, data=data, seed=seed, device=device, dtype=dtype)
+    own = problem.entry.comparison
+    damping = own.damping if damping is None else damping
+    batch_size = own.batch_size if batch_size is None else batch_size
+    refresh_every = own.refresh_every if refresh_every is None else refresh_every
+    warm_batches = own.warm if warm_batches is None else warm_batches
+    if steps is None and epochs is None:
+        steps = own.steps
+    call |= {"damping": damping, "batch_size": batch_size, "refresh_every": refresh_every}
+    call["steps"] = steps
+    call["warm_batches"] = warm_batches
     settings = CompareSettings(
         reference=reference,
         algorithms=listed(algorithms),
@@ -136,17 +162,16 @@ def compare(
         log_every=log_every,
         probes=tuple(probe or ()),
     )
-    if steps is None and epochs is None:
-        steps = 300
     whole("the seed", seed, 0)
     whole("seeds", seeds, 1, comparison_run.SEEDS)
     check_output(out_folder, "cosine")
     named = comparison_run.NamedComparison(
         settings=settings,
-        problem=Problem(model=model, data=data, seed=seed, device=device, dtype=dtype),
+        problem=problem,
         steps=steps,
         epochs=epochs,
         batch_size=batch_size,
+        warm=warm_batches,
         seeds=tuple(range(seed, seed + seeds)),
         verbose=verbose,
     )

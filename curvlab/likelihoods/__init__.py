@@ -13,7 +13,7 @@ every curvature matrix.
 from __future__ import annotations
 
 from curvlab.likelihoods.base import Likelihood, root_of, sample_of
-from curvlab.likelihoods.categorical import Categorical
+from curvlab.likelihoods.categorical import Categorical, Tokens
 from curvlab.likelihoods.elementwise import Bernoulli, Gaussian
 from curvlab.likelihoods.heads import Heads
 
@@ -24,12 +24,14 @@ __all__ = [
     "Gaussian",
     "Heads",
     "Likelihood",
+    "Tokens",
     "root_of",
     "sample_of",
 ]
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "categorical": Categorical,
+    "tokens": Tokens,
     "bernoulli": Bernoulli,
     "gaussian": Gaussian,
 }

@@ -264,3 +264,13 @@ class Categorical:
                 "labels drawn with label_smoothing, or where ignore_index is a class, are"
                 " probabilities, which do not show their axis: say Categorical(axis=-1)"
             )
+
+
+@dataclass(eq=False)
+class Tokens(Categorical):
+    """Softmax cross-entropy of sequences, the mean over all counted tokens of the minibatch.
+
+    It is `Categorical` with per="token": what `torch.nn.CrossEntropyLoss()` gives, in nat a token.
+    """
+
+    per: Per = "token"

@@ -48,13 +48,54 @@ def _axis(values: xr.DataArray) -> xr.DataArray:
     return values[next(d for d in values.dims if d != "seed")]
 
 
+def one_of_each_kind(ds: xr.Dataset) -> list[str]:
+    """Return the middle block of each kind; none where blocks do not repeat by name.
+
+    Kinds are modules of one name but for the numbers in it: `layers.0.mlp.in`, `layers.1.mlp.in`.
+    Blocks of which all directions are the reference's, as far as is seen, are left out.
+    """
+    if "parameters" not in ds:
+        return []
+    kinds: dict[str, list[str]] = {}
+    for block in ds["block"].values:
+        module = _module(ds, str(block))
+        parts = module.split(".")
+        if not parts[-1] or parts[-1].isdigit():
+            return []
+        kind = ".".join("*" if part.isdigit() else part for part in parts)
+        kinds.setdefault(kind, []).append(str(block))
+    if len(kinds) < 4 or max(map(len, kinds.values())) < 2:
+        return []
+    found = [of[len(of) // 2] for of in kinds.values()]
+    return [b for b in found if _differs(ds, b)] or found
+
+
+def _differs(ds: xr.Dataset, block: str) -> bool:
+    """Return whether some method's direction of a block is seen to differ."""
+    return bool((abs(ds["cosine"].sel(block=block) - 1) > 0.01).any())
+
+
+def _module(ds: xr.Dataset, block: str) -> str:
+    """Return the module of a block's first parameter, "" of the model's own."""
+    return str(ds["parameters"].sel(block=block).item()).split()[0].rpartition(".")[0]
+
+
+def _title(ds: xr.Dataset, block: str) -> str:
+    if "parameters" not in ds:
+        return f"layer {block}"
+    names = str(ds["parameters"].sel(block=block).item())
+    short = _module(ds, block) if len(names) > 40 else names
+    return f"layer {block} ({short or names})"
+
+
 def cosine(ds: xr.Dataset) -> Figure:
     """Draw the cosine of every method's direction to the reference's (thesis Figure 4.1).
 
-    There is a panel for each inner layer.
+    There is a panel for each inner layer; where layers of several kinds repeat, as in a
+    transformer, for each kind the middle one.
     """
     blocks = [str(b) for b in ds["block"].values]
-    inner = blocks[1:-1] if len(blocks) > 4 else blocks
+    inner = one_of_each_kind(ds) or (blocks[1:-1] if len(blocks) > 4 else blocks)
     shown = [inner[i] for i in evenly(len(inner), MOST_PANELS)]
     others = _others(ds)
     drawn = [others[i] for i in evenly(len(others), MOST_LINES)]
@@ -68,8 +109,7 @@ def cosine(ds: xr.Dataset) -> Figure:
     for ax, block in zip(axes.flat, shown, strict=False):
         for name in drawn:
             _line(ax, ds["cosine"].sel(algorithm=name, block=block), seen[name].line, name)
-        parameters = f" ({ds['parameters'].sel(block=block).item()})" if "parameters" in ds else ""
-        ax.set_title(f"layer {block}{parameters}", fontsize=10)
+        ax.set_title(_title(ds, block), fontsize=10)
         ax.grid(alpha=0.3)
     axes.flat[0].set_ylim(top=1.0)  # of all, once all are drawn: it ends the search for the bottom
     for ax in axes.flat[max(len(shown) - columns, 0) : len(shown)]:  # the lowest of each column
