@@ -75,7 +75,7 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
 """{script: (arguments, what its output says)}"""
 
 
-BY_HAND = {"benchmarks/versions.py", "foreign_models.py"}
+BY_HAND = {"benchmarks/versions.py", "benchmarks/recorded.py", "foreign_models.py"}
 """Need what no test installs: the extra `foreign`."""
 
 

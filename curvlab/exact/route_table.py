@@ -20,7 +20,7 @@ from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.exact.batches import PASS_OF_KIND, Kind, by_hessians
 from curvlab.exact.second_order import preactivation_gauss_newton, preactivation_hessians
-from curvlab.exact.sequences import exact_statistics, fitting
+from curvlab.exact.sequences import exact_statistics, groups_that_fit
 from curvlab.exact.torch_func import Function
 from curvlab.forms import Form
 from curvlab.layers import Block, Layout
@@ -68,8 +68,8 @@ class Minibatch:
         missing = [b for b in blocks if b.name not in self._exact]
         if missing:
             every = [b for b in self.blocks if b.name in form.shaped and b not in blocks]
-            some, *more = fitting([*blocks, *every], form, len(self.closure.x))
-            for group in [some] if not more else fitting(blocks, form, len(self.closure.x)):
+            some, *more = groups_that_fit([*blocks, *every], form, len(self.closure.x))
+            for group in [some] if not more else groups_that_fit(blocks, form, len(self.closure.x)):
                 self._exact = exact_statistics(self.closure, [b.name for b in group])
                 yield from (self._exact[b.name] for b in group if b in blocks)
             return

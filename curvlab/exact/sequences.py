@@ -71,17 +71,17 @@ class _Vectors:
         return cls(values, groups)
 
 
-def numbers(block: Block, form: Form) -> int:
+def _numbers(block: Block, form: Form) -> int:
     """Return how many derivatives of one example the exact pass has in a block."""
     return form.outputs * form.places.get(block.name, 1) * block.shape[0]
 
 
-def fitting(blocks: Sequence[Block], form: Form, size: int) -> list[list[Block]]:
+def groups_that_fit(blocks: Sequence[Block], form: Form, size: int) -> list[list[Block]]:
     """Return blocks in groups whose derivatives of all vectors fit into memory together."""
     found: list[list[Block]] = [[]]
     room = _MOST
     for block in blocks:
-        own = size * numbers(block, form)
+        own = size * _numbers(block, form)
         if own > room and found[-1]:
             found.append([])
             room = _MOST
