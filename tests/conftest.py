@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 # before torch reads it, and for the commands that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,6 +24,19 @@ if os.environ.get("CURVLAB_CHECK_SHAPES"):  # before anything imports curvlab
 
     install_import_hook("curvlab", "shapes.checked")
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to `-m slow` all but one in k of the cases of a test that is marked `thinned(k)`.
+
+    Which ones is a matter of their names alone: the same in every run and process, and of each
+    algorithm, model and kind some.
+    """
+    for item in items:
+        mark = item.get_closest_marker("thinned")
+        if mark is not None and crc32(item.nodeid.rpartition("/")[2].encode()) % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

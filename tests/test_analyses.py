@@ -87,7 +87,7 @@ def test_every_script_is_here() -> None:
 
 LONG = {
     "damping_sweep.py", "assumptions.py", "which_curvature.py", "refresh.py",
-    "benchmarks/compare.py", "benchmarks/probes.py", "benchmarks/exact.py",
+    "benchmarks/compare.py", "benchmarks/probes.py", "benchmarks/exact.py", "benchmarks/steps.py",
 }  # fmt: skip
 
 

@@ -133,6 +133,7 @@ def finite(values: Mapping[str, Tensor]) -> bool:
 # operator, direction
 
 
+@pytest.mark.thinned(3)
 @algorithms
 @pytest.mark.parametrize("model", MODELS)
 def test_every_block_is_a_positive_definite_operator(name: str, model: str) -> None:
@@ -171,6 +172,7 @@ def test_every_block_is_a_positive_definite_operator(name: str, model: str) -> N
         torch.testing.assert_close(found, dense @ vector, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.thinned(3)
 @pairs(list(MODELS), "likelihood", ["categorical", "bernoulli", "gaussian"])
 def test_first_direction_is_a_descent_direction(name: str, model: str, likelihood: str) -> None:
     p = problem(model, likelihood)
@@ -181,6 +183,7 @@ def test_first_direction_is_a_descent_direction(name: str, model: str, likelihoo
     assert dot(direction, observation.gradients) > 0
 
 
+@pytest.mark.thinned(4)
 @algorithms
 @pytest.mark.parametrize("model", REPRESENTATIVE)
 def test_loss_falls_over_10_steps(name: str, model: str) -> None:
@@ -293,6 +296,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("name", "model", "warm", "schedule", "stop"),
     [
@@ -352,6 +356,7 @@ def trajectory(name: str, seed: int, model: str = "tanh") -> list[dict[str, Tens
     return found
 
 
+@pytest.mark.thinned(4)
 @algorithms
 @pytest.mark.parametrize("model", REPRESENTATIVE)
 def test_the_seed_is_all_that_labels_depend_on(name: str, model: str) -> None:
@@ -395,6 +400,7 @@ def compared(
     return gram.values, run.dataset["loss"].values, weights(objective)
 
 
+@pytest.mark.thinned(4)
 @algorithms
 @pytest.mark.parametrize("quarter", range(4))
 def test_compare_gives_the_same_bits_alone_and_in_company(name: str, quarter: int) -> None:
@@ -511,6 +517,7 @@ def floating(value: object) -> Iterator[Tensor]:
             yield from [] if v is core else floating(v)
 
 
+@pytest.mark.thinned(3)
 @algorithms
 @pytest.mark.parametrize("model", REPRESENTATIVE)
 def test_single_precision_is_double_precision_rounded(name: str, model: str) -> None:
@@ -527,6 +534,7 @@ def test_single_precision_is_double_precision_rounded(name: str, model: str) -> 
         assert float((single[block].double() - expected).norm() / expected.norm()) < 1e-4
 
 
+@pytest.mark.thinned(3)
 @pairs(RULED, "n", [1, 2])
 def test_one_or_two_examples_are_enough(name: str, model: str, n: int) -> None:
     with fallback(name, model):
@@ -535,6 +543,7 @@ def test_one_or_two_examples_are_enough(name: str, model: str, n: int) -> None:
     assert dot(direction, observation.gradients) > 0
 
 
+@pytest.mark.thinned(3)
 @pairs(RULED, "value", [0.0, 1.0])
 def test_constant_inputs(name: str, model: str, value: float) -> None:
     """A batch of one image many times over: rank one, and with zeros a first layer without

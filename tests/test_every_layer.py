@@ -744,6 +744,7 @@ def off(objective: cl.Objective, case: Case, plain: Plain, twin: Plain) -> list[
     return said + [f"hessian of block {gap}" for gap in gaps(found, expected)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("name", "variant", "places"),
     in_short([c for c in cases() if EXAMPLES[c[0]][c[1]].alone], every=False),

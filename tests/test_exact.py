@@ -82,6 +82,7 @@ def test_blocks(model: str, likelihood: str, kind: Kind) -> None:
             assert_block(found(r.p, kind, block.name), own, whole)
 
 
+@pytest.mark.thinned(3)
 @kinds
 @models
 def test_parameters_and_pairs(model: str, kind: Kind) -> None:
@@ -152,6 +153,7 @@ def test_layers_narrower_than_the_outputs_go_by_their_outputs_derivatives(
 # routes
 
 
+@pytest.mark.thinned(2)
 @zoo
 def test_every_route_that_fits_agrees_and_the_others_are_refused_by_name(
     model: str, likelihood: str, kind: Kind
@@ -226,6 +228,7 @@ def part(p: Problem, start: int, stop: int) -> Problem:
     return Problem(p.model, p.likelihood, p.x[start:stop], p.y[start:stop])
 
 
+@pytest.mark.thinned(3)
 @zoo
 def test_a_loader_gives_the_mean_over_all_examples(model: str, likelihood: str, kind: Kind) -> None:
     """Minibatches of 3, 1 and 3 examples; the drawn labels are each chunk's own."""

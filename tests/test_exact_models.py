@@ -245,6 +245,7 @@ def by_autograd(p: Problem, kind: Kind) -> Tensor:
     return rows(rows(total, again=True)).detach()
 
 
+@pytest.mark.thinned(3)
 @kinds
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.filterwarnings(
@@ -271,6 +272,7 @@ def test_models_beyond_the_zoo(name: str, kind: Kind) -> None:
     assert_near(product.diag(), whole.diagonal())
 
 
+@pytest.mark.thinned(3)
 @kinds
 @pytest.mark.parametrize("name", SEVERAL)
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")

@@ -47,6 +47,7 @@ def cut(p: Problem, *sizes: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(p.x.split(sizes), p.y.split(sizes), strict=True))
 
 
+@pytest.mark.thinned(4)
 @kinds
 @zoo
 def test_products_diagonal_and_trace(model: str, likelihood: str, kind: Kind) -> None:
@@ -74,6 +75,7 @@ def test_dense_and_spectrum(model: str, kind: Kind) -> None:
     assert_near(found.eigvalsh(), torch.linalg.eigvalsh(whole))
 
 
+@pytest.mark.thinned(4)
 @kinds
 @models
 def test_blocks_parameters_and_pairs(model: str, kind: Kind) -> None:

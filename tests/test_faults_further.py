@@ -216,6 +216,7 @@ CASES: dict[str, Case] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("what", WHAT)
 @pytest.mark.parametrize("name", CASES)
 def test_further_models(name: str, what: str) -> None:

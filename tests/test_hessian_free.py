@@ -23,6 +23,7 @@ from curvlab.observation import Pass
 TO_THE_END: dict[str, Any] = {"progress": 0.0, "backtrack": False}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("model", MODELS)
 def test_run_to_the_end_it_is_smw_gn(model: str, likelihood: str) -> None:

@@ -94,6 +94,7 @@ everywhere = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.thinned(3)
 @everywhere
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adam_is_torchs(model: str, weight_decay: float, schedule: str) -> None:
@@ -110,6 +111,7 @@ def test_adam_is_torchs(model: str, weight_decay: float, schedule: str) -> None:
     assert_same_run(ours, run_torch(make, model, SCHEDULES[schedule]))
 
 
+@pytest.mark.thinned(3)
 @everywhere
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_torchs(model: str, momentum: float, schedule: str) -> None:

@@ -433,6 +433,7 @@ def test_learning_rates_of_tensors_and_of_a_schedule_by_group() -> None:
 # copies
 
 
+@pytest.mark.thinned(4)
 @algorithms
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("model", ["tanh", "norm"])
@@ -528,6 +529,7 @@ FREEZES: dict[str, Callable[[Any], list[nn.Parameter]]] = {
 }
 
 
+@pytest.mark.thinned(4)
 @algorithms
 @pytest.mark.parametrize("what", FREEZES)
 def test_frozen_later_stands_still(name: str, what: str) -> None:

@@ -44,6 +44,7 @@ def kron(G: Tensor, A: Tensor) -> Tensor:
     return torch.kron(G.contiguous(), A.contiguous())
 
 
+@pytest.mark.thinned(4)
 @zoo
 @kinds
 def test_dense_is_the_matrix(model: str, likelihood: str, kind: Kind) -> None:
