@@ -6,13 +6,13 @@ Which part of it are the labels, and which of the outputs is looked at.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, shown
 from curvlab.nests import Batched, as_nest
 
 Outputs = str | Callable[[Any], Any]
@@ -31,7 +31,25 @@ class Interface:
 
     labels: str | int = "labels"
     outputs: Outputs = "logits"
-    shared: tuple[str, ...] = ()
+    shared: Collection[str] = ()
+
+    def __post_init__(self) -> None:
+        for name, value, wanted in (
+            ("outputs", self.outputs, "the name of a field, or a function of the outputs"),
+            ("labels", self.labels, "a key, or a position"),
+        ):
+            fits = isinstance(value, str) or (
+                callable(value)
+                if name == "outputs"
+                else isinstance(value, int) and not isinstance(value, bool)
+            )
+            if not fits or value == "":
+                raise CurvlabError(f"{name} must be {wanted}, not {shown(value)}")
+        if isinstance(self.shared, str) or not isinstance(self.shared, tuple | list | set):
+            raise CurvlabError(f"shared must be a list of names, not {shown(self.shared)}")
+        for name in self.shared:
+            if not isinstance(name, str) or not name:
+                raise CurvlabError(f"shared must be a list of names, not of {shown(name)}")
 
     def apart(self, batch: Any) -> tuple[Any, Any]:
         """Return inputs and targets of a minibatch as a loader gives it.

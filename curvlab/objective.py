@@ -82,7 +82,7 @@ class Objective:
         ] = []  # of all parameters, as `check_trained` last saw them to be right
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         self.l2 = l2
-        self.interface = Interface(labels, outputs, tuple(shared))
+        self.interface = Interface(labels, outputs, shared)
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
         self.forms: dict[Hashable, Form] = {}  # what first looks have shown
         self.may_freeze = (

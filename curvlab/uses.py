@@ -140,8 +140,24 @@ class UseInput:
         return torch.cat([self.bare, ends], -1)
 
     @cached_property
+    def counts(self) -> Float[Tensor, " I"] | None:
+        """Diagonal of Σ a aᵀ over examples and places, where the rest of it is zero; else None."""
+        rule = self.use.rule
+        if rule.counts is None or self.column:
+            return None
+        return rule.counts(self.use.call, self.raw).to(self.dtype)
+
+    @cached_property
     def A(self) -> Float[Tensor, "I I"]:
         """Second moment Σ_t a aᵀ of the same inputs as `a`, mean over examples."""
+        if self.counts is not None:  # rows of zeros and a one are never formed
+            numbers = len(self.counts)
+            guard_memory(
+                numbers**2 * self.counts.element_size(),
+                f"the second moment of the inputs of {self.use.block}",
+                "an embedding's is a diagonal: kfac with sharing='expand' keeps it as one",
+            )
+            return torch.diag(self.counts / self.size)
         rows, n = self.bare.flatten(0, 1), len(self.bare)
         if not self.column:
             return second_moment(rows, 1 / n)
@@ -211,14 +227,6 @@ class Part:
     @property
     def A(self) -> Float[Tensor, "I I"]:
         """Σ_t a aᵀ, mean over examples, as the block reads it."""
-        counts = self.counts
-        if counts is not None:  # rows of zeros and a one are never formed
-            guard_memory(
-                len(counts) ** 2 * counts.element_size(),
-                f"the second moment of the inputs of {self.block}",
-                "an embedding's is a diagonal: kfac with sharing='expand' keeps it as one",
-            )
-            return torch.diag(counts / self.g.shape[1])
         if not self.swapped:
             assert isinstance(self.inputs, UseInput)
             return self.inputs.A
@@ -228,10 +236,9 @@ class Part:
     @property
     def counts(self) -> Float[Tensor, " I"] | None:
         """Diagonal of Σ a aᵀ, summed over examples, where the rest of it is zero; else None."""
-        if self.swapped or self.block.biased or not isinstance(self.inputs, UseInput):
+        if self.swapped or not isinstance(self.inputs, UseInput):
             return None
-        rule, call, inputs = self.own
-        return None if rule.counts is None else rule.counts(call, inputs.raw).to(inputs.dtype)
+        return self.inputs.counts
 
     def G(self, scale: float) -> Float[Tensor, "O O"]:
         """Return scale · Σ g gᵀ, as the block reads it."""

@@ -410,7 +410,7 @@ CASES: dict[str, Case] = {
         )
     ),
     "9 pixels": Case(lambda: nn.Conv2d(2, 4, 1), (2, 3, 3), 2, y=lambda: tokens(2, 3, 3, high=4)),
-    "9 places last": Case(lambda: nn.Conv1d(2, 3, 1), (2, 3), 2, y=lambda: tokens(2, 3, high=3)),
+    "9 places last": Case(lambda: nn.Conv1d(2, 3, 1), (2, 4), 2, y=lambda: tokens(2, 4, high=3)),
     "13 checkpoint": Case(
         lambda: Net(
             lambda m, x: m.b(checkpoint(lambda q: torch.tanh(m.a(q)), x, use_reentrant=False)),

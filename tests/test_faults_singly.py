@@ -109,7 +109,7 @@ def test_outputs_that_are_no_tensor_are_called_what_they_are(sort: str) -> None:
 
 
 def test_two_inputs_and_dict_batches_are_right_or_told_the_remedy() -> None:
-    """The remedy: a module that takes them apart."""
+    """The remedy: several inputs as a tuple, or by keyword."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -133,7 +133,7 @@ def test_two_inputs_and_dict_batches_are_right_or_told_the_remedy() -> None:
         try:
             call()
         except CurvlabError as error:
-            one_line(error, "module")
+            one_line(error, "tuple")
     with seeded():
         apart_ = Net(lambda m, x: m.net(x[:, :2], x[:, 2:]), net=Two())
     r = Reference(apart_, x, y)

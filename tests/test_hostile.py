@@ -90,7 +90,7 @@ def sandbox(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (comparison_run, "compare_named"),
         (spectrum_run, "run"),
         (training.run, "run_named"),
-        (logs, "picture"),
+        (logs, "write_picture"),
     ):
         monkeypatch.setattr(module, name, accepted)
     monkeypatch.setattr(cl.report.__globals__["page"].__globals__["figures"], "draw_all", accepted)

@@ -225,8 +225,8 @@ EARLY: dict[str, tuple[object, str, int]] = {
     "model and data, first of all": (models, "find", 1),
     "data": (datasets, "load", 1),
     "model": (models.ModelEntry, "made", 1),
-    "epoch 0, training examples": (evaluation, "evaluate", 1),
-    "epoch 0, test examples": (evaluation, "evaluate", 2),
+    "epoch 0, training examples": (evaluation, "measured", 1),
+    "epoch 0, test examples": (evaluation, "measured", 2),
     "warm start": (loop.Training, "_begin", 1),
     "warm start, its second minibatch": (cl.Objective, "closure", 2),
 }
@@ -246,8 +246,8 @@ def test_a_signal_before_the_first_record_leaves_nothing(
 
 
 LATER: dict[str, tuple[object, str, int, int]] = {
-    "evaluation, epoch 1": (evaluation, "evaluate", 3, 4),
-    "evaluation, epoch 2, test examples": (evaluation, "evaluate", 6, 8),
+    "evaluation, epoch 1": (evaluation, "measured", 3, 4),
+    "evaluation, epoch 2, test examples": (evaluation, "measured", 6, 8),
     "the record of an epoch": (loop.Training, "_record", 2, 4),
     "a checkpoint": (torch, "save", 2, 4),
     "a checkpoint, before it is in place": (os, "replace", 3, 4),

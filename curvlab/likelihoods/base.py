@@ -104,7 +104,9 @@ def _read(function: Callable[..., Tensor], given: int) -> _Way | None:
 
 def scaled(likelihood: Likelihood) -> bool:
     """Return whether the mean is not over examples, so that `factor_of` may differ from 1."""
-    return hasattr(likelihood, "factor") and getattr(likelihood, "per", "token") != "sequence"
+    # a number of that name is a likelihood's own affair
+    own = callable(getattr(likelihood, "factor", None))
+    return own and getattr(likelihood, "per", "token") != "sequence"
 
 
 def mean_per(likelihood: Likelihood) -> str:
