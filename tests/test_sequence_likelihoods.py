@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -812,3 +812,11 @@ def test_a_model_of_two_heads(route: str) -> None:
     assert_near(flat(o.closure(UNDER, BOTH).observe().gradients), grad(loss)(at), TIGHT)
     drawn = cl.exact.matrix(o, UNDER, BOTH, "fisher-mc", None, route=route, draws=400).dense()
     assert float((drawn - found["fisher"]).norm() / found["fisher"].norm()) < 0.2
+
+
+def test_tokens_are_the_mean_per_token() -> None:
+    """`Tokens()` is torch's own cross-entropy."""
+    z, y = normal(4, 5, 3), labels(4, 5)
+    tokens = cl.likelihoods.LIKELIHOODS["tokens"]()
+    loss = tokens.loss(z, y).mean() * cast(Any, tokens).factor(y)
+    assert_near(loss, F.cross_entropy(z.flatten(0, 1), y.flatten()))

@@ -83,7 +83,7 @@ def compare(
     steps: Annotated[
         int | None,
         Option(
-            help="Steps; 300 (20 of gpt-tiny) unless --epochs says otherwise.",
+            help="Steps; 300 unless --epochs says otherwise; 20 of gpt-tiny.",
             rich_help_panel="Length",
         ),
     ] = None,

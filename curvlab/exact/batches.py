@@ -231,7 +231,7 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
         )
         places = [form.places.get(b.name, 0) for b in blocks]
         if kind in ("ggn", "fisher") and max(places, default=0) > 1:
-            sent = sum(t * b.shape[0] for t, b in zip(places, blocks, strict=True))
+            sent = sum(t * b.shape[0] for t, b in zip(places, blocks, strict=True) if t)
             at_once = min(at_once, max(1, _SENT // (form.outputs * (form.outputs + sent))))
         size = len(closure.x)
         if size <= at_once:

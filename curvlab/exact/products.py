@@ -215,7 +215,8 @@ class _Whole:
     def _fresh(self) -> Iterator[tuple[_Columns, int]]:
         for closure in self.batches:
             closure.observe(frozenset(), move_buffers=False)  # the checks of data, targets and loss
-            yield Function(closure, self.layout).product(self.kind, self.draws), len(closure.x)
+            function = Function(closure, self.layout)
+            yield function.product(self.kind, self.draws, often=True), len(closure.x)
 
 
 def _diagonal(batches: Minibatches, layout: Layout, kind: Kind, draws: int) -> Float[Tensor, " D"]:

@@ -90,7 +90,9 @@ def groups_that_fit(blocks: Sequence[Block], form: Form, size: int) -> list[list
     return found
 
 
-def exact_statistics(closure: Closure, names: Sequence[str]) -> dict[str, LayerStatistics]:
+def exact_statistics(
+    closure: Closure, names: Sequence[str], again: bool = False
+) -> dict[str, LayerStatistics]:
     """Return the statistics of the exact pass of some blocks, {name: …}.
 
     Σ_v of products of two derivatives are those of `Closure.observe`; vectors are others.
@@ -104,9 +106,10 @@ def exact_statistics(closure: Closure, names: Sequence[str]) -> dict[str, LayerS
     if found is None:
         sent = _sent(z, [use.edge for use, _ in chosen], vectors.values)
         found = {id(use): d for (use, _), d in zip(chosen, sent, strict=True) if d is not None}
-    if capture.shows(chosen, [found.get(id(use)) for use, _ in chosen]):
-        return exact_statistics(closure, names)
-    statistics = _gathered(closure, capture, chosen, found, z)
+    # what was not seen when the form was proven is proven once more, and no more than once
+    if not again and capture.shows(chosen, [found.get(id(use)) for use, _ in chosen]):
+        return exact_statistics(closure, names, True)
+    statistics = _gathered(closure, capture, names, chosen, found, z)
     closure.say_unreached(statistics, capture)
     return statistics
 
@@ -114,14 +117,17 @@ def exact_statistics(closure: Closure, names: Sequence[str]) -> dict[str, LayerS
 def _gathered(
     closure: Closure,
     capture: Capture,
+    names: Sequence[str],
     chosen: Sequence[Heard],
     found: Mapping[int, Tensor],
     z: Tensor,
 ) -> dict[str, LayerStatistics]:
-    parts: dict[str, list[Part]] = {use.block.name: [] for use, _ in chosen}
+    parts: dict[str, list[Part]] = {name: [] for name in names}
     for use, how in chosen:
         d = found.get(id(use))
         if d is not None:
+            if not len(d):  # no vector at all goes on: one that is zero
+                d = d.new_zeros(1, *d.shape[1:])
             parts[use.block.name].append(capture.part(use, how, d.flatten(0, 1), len(d)))
     blocks: dict[str, Block] = {b.name: b for b in capture.blocks if b.name in parts}
     statistics = {}
@@ -141,9 +147,12 @@ def _sent(
     if not targets:
         return []
     count = len(vectors)
+    if not count:  # one that is zero shows the shapes
+        none = send_back(source, targets, vectors.new_zeros(1, *vectors.shape[1:]))
+        return [None if d is None else d[:0] for d in none]
     found: list[Tensor | None] = []
     start, at_once = 0, 1
-    while start < count or not start:
+    while start < count:
         some = send_back(source, targets, vectors[start : start + at_once])
         if not start:
             found = [None if d is None else d.new_empty(count, *d.shape[1:]) for d in some]

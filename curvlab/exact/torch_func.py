@@ -33,7 +33,7 @@ from curvlab.strangers import called, eager, mixes
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
 _LONG = 10.0  # seconds, from which on a time is said
-_TRACED = 2.0  # of products with second derivatives, from which on one trace of them pays
+_TRACED = 128  # products, whose time a trace costs
 
 
 class Function:
@@ -277,12 +277,18 @@ class Function:
         return found.reshape(len(z), z[0].numel(), -1)
 
     def product(
-        self, kind: Kind, draws: int
+        self, kind: Kind, draws: int, *, often: bool = False
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
         """Return v → N · M v for several v at once.
 
         Derivatives are by parameters: by slices of one vector, each would come back as long as the
         vector.
+
+        Args:
+            kind: of M.
+            draws: labels drawn for each example, where they are drawn.
+            often: whether many vectors will come one by one: then later products share one forward
+                pass, and round otherwise than the first.
         """
         self.closure.check_kind(kind)
         labels = self.drawn(draws) if PASS_OF_KIND.get(kind) == "model" else [self.closure.y]
@@ -291,7 +297,7 @@ class Function:
             return plain
         try:
             with derivatives():
-                return self._transformed(kind, labels, plain)
+                return self._transformed(kind, labels, plain, often)
         except (RuntimeError, NotImplementedError) as error:
             raise_if_out_of_memory(error)
             self._plain.why = str(error).splitlines()[0]
@@ -302,6 +308,7 @@ class Function:
         kind: Kind,
         labels: list[Tensor],
         plain: Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]],
+        often: bool = False,
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
         """Return the product by `torch.func`.
 
@@ -339,7 +346,7 @@ class Function:
 
             direct = partial(along, function, at)
             apply = partial(through, direct)
-            single = partial(through, Repeated(direct, partial(transposed, back, value), 0.0))
+            single = partial(through, Repeated(direct, partial(transposed, back, value), 1))
 
         def one(u: Tensor, apply: Callable[[Weights], Weights] = apply) -> Tensor:
             parts = self.layout.unflatten(u)
@@ -355,7 +362,9 @@ class Function:
         def every(v: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
             with derivatives():
                 try:
-                    return one(v[0], single)[None] if len(v) == 1 else several(v)
+                    if len(v) == 1:
+                        return one(v[0], single if often else apply)[None]
+                    return several(v)
                 except (RuntimeError, NotImplementedError) as error:
                     raise_if_out_of_memory(error)
                     self._plain.why = str(error).splitlines()[0]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from threading import RLock
-from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
@@ -79,28 +77,26 @@ class Repeated:
         direct: the map itself.
         prepare: makes the same map, without the forward pass of each product. It is taken where its
             first product is that of `direct` to half of the digits, and not where it fails.
-        after: seconds of products, from which on it is worth to prepare.
+        after: products from which on it is worth to prepare: a number, not a time, so that the same
+            calls give the same bits.
     """
 
     def __init__(
         self,
         direct: Callable[[Any], Any],
         prepare: Callable[[], Callable[[Any], Any]],
-        after: float,
+        after: int,
     ) -> None:
         self._direct, self._prepare, self._left = direct, prepare, after
         self._kept: Callable[[Any], Any] | None = None
-        self._again = False
 
     def __call__(self, u: Any) -> Any:
         """Return the map of u."""
         if self._kept is not None:
             return self._kept(u)
-        began = perf_counter()
         found = self._direct(u)
-        self._left -= perf_counter() - began
-        if self._again and self._left < 0:
-            self._left = math.inf  # tried once
+        self._left -= 1
+        if self._left == -1:  # tried once
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")
@@ -108,7 +104,6 @@ class Repeated:
                 self._kept = kept if _same(kept(u), found) else None
             except Exception:  # whatever tracing meets: the direct way stays
                 self._kept = None
-        self._again = True
         return found
 
 
