@@ -6,6 +6,7 @@ seconds, in which Ctrl-C would end in a traceback of whatever is being imported.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -64,9 +65,21 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 
 def done(code: int) -> None:
-    """Say that the work is done: from here on a signal cannot take anything back."""
+    """Say that the work is done: from here on a signal cannot take anything back.
+
+    As Python ends it gives signals their defaults back, which would end the process with another
+    code: a second Ctrl-C 10 ms after the first did. They are ignored then.
+    """
     global _code
+    if _code is None:
+        atexit.register(_ignore)
     _code = code
+
+
+def _ignore() -> None:
+    for number in SIGNALS:
+        if signal.getsignal(number) is leave:
+            signal.signal(number, signal.SIG_IGN)
 
 
 if is_command():

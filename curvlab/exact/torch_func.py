@@ -3,8 +3,7 @@
 It is slow, and the oracle of the structured routes. It knows nothing of layers, captures or roots:
 only the model as a function of its parameters and the likelihood's loss.
 
-Legend: N examples, C outputs of the model (flattened), D parameters in the layout's order, K
-vectors.
+Legend: N examples, C outputs (flattened), D parameters in the layout's order, K vectors.
 """
 
 from __future__ import annotations
@@ -281,14 +280,7 @@ class Function:
     ) -> Callable[[Float[Tensor, "K D"]], Float[Tensor, "K D"]]:
         """Return v → N · M v for several v at once.
 
-        Derivatives are by parameters: by slices of one vector, each would come back as long as the
-        vector.
-
-        Args:
-            kind: of M.
-            draws: labels drawn for each example, where they are drawn.
-            often: whether many vectors will come one by one: then later products share one forward
-                pass, and round otherwise than the first.
+        `often`: vectors come one by one; later ones share a forward pass, and round otherwise.
         """
         self.closure.check_kind(kind)
         labels = self.drawn(draws) if PASS_OF_KIND.get(kind) == "model" else [self.closure.y]
