@@ -145,15 +145,19 @@ def test_torchs_default_dtype_says_nothing(dtype: torch.dtype) -> None:
 
 
 def test_two_threads() -> None:
-    """Each its own model, at one time."""
+    """Each its own model, at one time; made before, since to make one draws from the generator that
+    all threads share, which would look as if the other's model drew.
+    """
     found: dict[int, list[float]] = {0: [], 1: []}
+    with torch.random.fork_rng(devices=[]):
+        nets = [
+            nn.Sequential(nn.Linear(4, 3 + i), nn.Tanh(), nn.Linear(3 + i, 3)).double()
+            for i in found
+        ]
+    x, y = data()
 
     def work(which: int) -> None:
-        with torch.random.fork_rng(devices=[]):
-            net = nn.Sequential(
-                nn.Linear(4, 3 + which), nn.Tanh(), nn.Linear(3 + which, 3)
-            ).double()
-        x, y = data()
+        net = nets[which]
         o, r = cl.Objective(net, Categorical()), Reference(net, x, y)
         for _ in range(10):
             found[which].append(apart(r.joined(cl.exact.gradients(o, x, y), net, 1), r.rows))
