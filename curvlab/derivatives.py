@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import (
-    AbstractContextManager,
-    ContextDecorator,
-    ExitStack,
-    contextmanager,
-    nullcontext,
-)
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, nullcontext
 from contextvars import ContextVar
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 _around: ContextVar[tuple[str, torch.dtype] | None] = ContextVar(
@@ -122,36 +115,65 @@ class _Written(TorchFunctionMode):
         return (weight_norm if func is torch._weight_norm else func)(*args, **(kwargs or {}))
 
 
+_cuda = torch.backends.cuda
+_FLAGS: tuple[tuple[Callable[[], bool], Callable[[bool], None], bool], ...] = (
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
+    (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp, False),
+    (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp, False),
+    (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp, False),
+    (torch._C._get_overrideable_sdp_enabled, torch._C._set_sdp_use_overrideable, False),
+    (_cuda.math_sdp_enabled, _cuda.enable_math_sdp, True),
+)
+"""(is on, turn on or off, what it must be) of every kernel of attention, on CPUs too."""
+
+
 class _Unfused:
     """A context without fused attention, whose flags are the process's, not the thread's.
 
-    The first that comes in turns them off, the last that goes out puts them back.
+    The first that comes in turns them off, the last that goes out puts them back. Only flags that
+    are otherwise are set: this is opened at every look, where `sdpa_kernel` cost 30 µs.
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._opened = Lock(), 0, ExitStack()
+        self._lock, self._inside = Lock(), 0
+        self._changed: list[tuple[Callable[[bool], None], bool]] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                fused = torch.backends.mha.get_fastpath_enabled()
-                self._opened.callback(torch.backends.mha.set_fastpath_enabled, fused)
-                torch.backends.mha.set_fastpath_enabled(False)
-                self._opened.enter_context(sdpa_kernel(SDPBackend.MATH))
+                for found, turn, wanted in _FLAGS:
+                    if found() is not wanted:
+                        self._changed.append((turn, not wanted))
+                        turn(wanted)
             self._inside += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._opened.close()
+                for turn, before in self._changed:
+                    turn(before)
+                self._changed.clear()
 
 
 _UNFUSED = _Unfused()
 
 
-@contextmanager
-def differentiable(heard: bool = False) -> Iterator[None]:
+class _Plain(_Written):
+    """`_Written`, without fused attention."""
+
+    def __enter__(self) -> Self:
+        _UNFUSED.__enter__()
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]  # torch's
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)  # type: ignore[no-untyped-call]  # likewise
+        finally:
+            _UNFUSED.__exit__(*error)
+
+
+def differentiable(heard: bool = False) -> AbstractContextManager[Any]:
     """Compute attention and weight norm by plain operations inside.
 
     The fused ones have no second and no forward derivatives.
@@ -159,5 +181,4 @@ def differentiable(heard: bool = False) -> Iterator[None]:
     Args:
         heard: whether somebody who listens to every call sees to weight norm.
     """
-    with _UNFUSED, nullcontext() if heard else _Written():
-        yield
+    return _UNFUSED if heard else _Plain()

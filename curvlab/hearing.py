@@ -18,11 +18,17 @@ from torch.overrides import TorchFunctionMode
 
 from curvlab.autograd import edge_of
 from curvlab.derivatives import weight_norm
-from curvlab.functions import COMPOSITE, FUNCTIONS, TRANSPOSITIONS, Rule, indexed
+from curvlab.functions import COMPOSITE, FUNCTIONS, REORDERING, TRANSPOSITIONS, Rule, indexed
 from curvlab.layers import Block
 from curvlab.uses import Stored, Use, UseInput
 
 _NONE: dict[str, Any] = {}
+_SPECIAL: frozenset[Any] = (
+    TRANSPOSITIONS
+    | REORDERING
+    | {*FUNCTIONS, *COMPOSITE, torch._weight_norm, Tensor.__getitem__, Tensor.__setitem__}
+)
+"""Functions of which more is asked than what they return."""
 
 
 class _Listener(TorchFunctionMode):
@@ -34,6 +40,15 @@ class _Listener(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, hearing = kwargs or _NONE, self.hearing
+        if func not in _SPECIAL:  # most calls, and every one is waited for
+            if kwargs and "generator" in kwargs:
+                hearing._draws(kwargs["generator"])
+            output = func(*args, **kwargs)
+            if isinstance(output, Tensor):
+                hearing.calls += (func, output.shape)
+                if len(args) > 1:
+                    hearing.calls += [a for a in args[1:] if type(a) is int]
+            return output
         rule = FUNCTIONS.get(func)
         if rule is not None:
             output = func(*args, **kwargs)

@@ -63,8 +63,8 @@ def gradients(
             if _narrow(s)
             else _into(_typed(s.block.scatter(s.rows[0], 1), parameters), out)
         )
-    loose = _loose(objective, statistics)
-    if loose.blocks:
+    if len(statistics) < len(objective.blocks):
+        loose = _loose(objective, statistics)
         rows = Function(closure, loose).gradients(closure.y)
         found |= _into(_typed(loose.unflatten(rows, 1), parameters), out)
     return {name: found[name] for block in objective.blocks for name in block.params}
@@ -99,8 +99,8 @@ def jacobians(objective: Objective, x: Tensor) -> dict[str, Float[Tensor, "N C *
             else _typed(s.block.scatter(s.rows, 2), objective.parameters)
         )
         found |= {name: t.transpose(0, 1) for name, t in rows.items()}
-    loose = _loose(objective, statistics)
-    if loose.blocks:
+    if len(statistics) < len(objective.blocks):
+        loose = _loose(objective, statistics)
         found |= _typed(
             loose.unflatten(Function(closure, loose).jacobians(), 2), objective.parameters
         )
@@ -127,16 +127,13 @@ def _narrow(s: LayerStatistics) -> bool:
 
     Then each weight is used at one place, and lies in its own order and dtype.
     """
-    block = s.block
-    if not (
-        s.used
-        and s.provides("factors")
-        and s.places == 1
-        and block.layer is not None
-        and not block.layer.transposed
-    ):
+    block, layer = s.block, s.block.layer
+    if not s.structured or len(s.parts) != 1 or block.groups > 1:
         return False
-    use = s.parts[0].own[2].use
+    (part,) = s.parts
+    if part.swapped or part.g.shape[2] != 1 or layer is None or layer.transposed:
+        return False
+    use = part.own[2].use
     return use.biased == block.biased and use.call.weight.dtype == s.like.dtype
 
 

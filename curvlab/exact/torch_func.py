@@ -71,7 +71,7 @@ class Function:
     def _called(self, weights: Weights, x: Tensor) -> Float[Tensor, "N *C"]:
         # where BatchNorm may write on them
         fixed = {name: self._state[name].clone() for name in self._buffers}
-        with differentiable(), eager(), surrounding(), FixedRows():
+        with differentiable(heard=True), eager(), surrounding(), FixedRows():
             out = called(self.closure.objective.model, self._state | fixed | weights, x)
             z: Tensor = self.closure.objective.picked(out)
         return z.to(self.at.dtype)
