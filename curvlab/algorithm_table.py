@@ -13,6 +13,7 @@ from curvlab.curvature.averaging import Averaging
 from curvlab.curvature.base import CurvatureBlock, IdentityBlock
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
+from curvlab.curvature.foof import Foof
 from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.hessian import DenseHessian, hessians
 from curvlab.curvature.hessian_free import HessianFree
@@ -105,6 +106,13 @@ ALGORITHMS: dict[str, Algorithm] = {
         source="Botev et al. 2017; lr, damping of thesis Alg. 12",
         builds=ByBlock(_kfac),
         labels="exact",
+        constants=Constants(lr=0.03, damping=1.0, refresh_every=20),
+    ),
+    "foof": Algorithm(
+        summary="second moment of the inputs alone, KFAC with G = I; λ is of A",
+        source="Benzing 2022; lr, damping of thesis Alg. 12",
+        builds=ByBlock(Foof),
+        labels="data",
         constants=Constants(lr=0.03, damping=1.0, refresh_every=20),
     ),
     "k-bfgs-20": Algorithm(

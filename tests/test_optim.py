@@ -430,6 +430,7 @@ WITHOUT_WAITING = [
     "kfac-ef",
     "kfac-reduce",
     "kflr",
+    "foof",
     "tnt",
     "tnt-ef",
     "tnt-per-sample",
