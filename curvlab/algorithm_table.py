@@ -1,6 +1,7 @@
 """ALGORITHMS: one entry per name, each an approximation of curvature and a full optimizer.
 
-What is made of them is in `curvlab.algorithms`.
+Those of the documents, then those of `curvlab.algorithm_recent`. What is made of them is in
+`curvlab.algorithms`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from functools import partial
 from typing import cast
 
 from curvlab.algorithm_entry import Algorithm, ByBlock, Constants, WholeVector
+from curvlab.algorithm_recent import RECENT
 from curvlab.curvature.averaging import Averaging
 from curvlab.curvature.base import CurvatureBlock, IdentityBlock
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
-from curvlab.curvature.foof import Foof
 from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.hessian import DenseHessian, hessians
 from curvlab.curvature.hessian_free import HessianFree
@@ -106,13 +107,6 @@ ALGORITHMS: dict[str, Algorithm] = {
         source="Botev et al. 2017; lr, damping of thesis Alg. 12",
         builds=ByBlock(_kfac),
         labels="exact",
-        constants=Constants(lr=0.03, damping=1.0, refresh_every=20),
-    ),
-    "foof": Algorithm(
-        summary="second moment of the inputs alone, KFAC with G = I; λ is of A",
-        source="Benzing 2022; lr, damping of thesis Alg. 12",
-        builds=ByBlock(Foof),
-        labels="data",
         constants=Constants(lr=0.03, damping=1.0, refresh_every=20),
     ),
     "k-bfgs-20": Algorithm(
@@ -386,4 +380,5 @@ ALGORITHMS: dict[str, Algorithm] = {
         labels="exact",
         constants=Constants(lr=0.03, damping=1e-3, momentum_kind="average"),
     ),
+    **RECENT,
 }

@@ -25,6 +25,7 @@ from curvlab.layers import Block
 from curvlab.objective import Objective
 from curvlab.observation import Observation
 from curvlab.optim import Descent, Optimizer, move, warm_start
+from curvlab.training.descent_contents import check_descent
 
 NAMES = list(ALGORITHMS)
 SCHEDULES = [(1, 1), (2, 3)]
@@ -372,6 +373,19 @@ def test_the_seed_is_all_that_labels_depend_on(name: str, model: str) -> None:
     assert all(same(a, b) for a, b in zip(first, other, strict=True)) is (
         ALGORITHMS[name].labels != "model"
     )
+
+
+@algorithms
+def test_a_state_is_what_a_checkpoint_of_a_run_may_hold(name: str) -> None:
+    """Also with an embedding, whose factors are diagonal."""
+    p = problem("embedding")
+    objective = p.objective()
+    with fallback(name, "embedding"):
+        optimizer = make_optimizer(name, objective, p)
+    for x, y in batches(p, 2):
+        optimizer.step(objective.closure(x, y))
+    state = optimizer.descent.state_dict()
+    check_descent(saved_and_loaded(state), state, objective.blocks, new=True)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -430,6 +430,7 @@ WITHOUT_WAITING = [
     "kfac-ef",
     "kfac-reduce",
     "kflr",
+    "ekfac",
     "foof",
     "tnt",
     "tnt-ef",

@@ -177,6 +177,7 @@ def test_the_damping_rule_is_as_written() -> None:
         "kfac-reduce",
         "kflr",
         "foof",
+        "ekfac",
     )
     for name in (*same, "smw-ng-bd", "smw-ng", "smw-gn", "hf"):
         assert damping_for(name, 0.04, 100) == 0.04

@@ -8,19 +8,18 @@ package inherits and overrides them; one of a user's own need not: `block_with_d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from curvlab.curvature.told import FactorBounds as FactorBounds
+from curvlab.curvature.told import LearntPair as LearntPair
+from curvlab.curvature.told import PairName as PairName
 from curvlab.errors import CurvlabError, real
-from curvlab.linalg.block_bfgs import BlockUpdate
-from curvlab.linalg.bounds import Bounds
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator, identity_like
-from curvlab.linalg.pairs import Matrix, Pair
+from curvlab.linalg.pairs import Matrix
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.statistics import LayerStatistics, Reads
 
@@ -138,31 +137,6 @@ class Curvature(Protocol):
         """Go on from such a state. Raises CurvlabError where it does not fit."""
 
 
-PairName = Literal["a", "g", "step"]
-"""Which pair: of H_a, of H_g, or of parameters (of a block or of the whole vector)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearntPair:
-    """One pair (s, y), or block of pairs, that a method has learnt from, as a probe sees it."""
-
-    which: PairName
-    pair: Pair | BlockUpdate
-    mu2: float = math.nan
-    """μ₂ of its damping, sᵀs ≤ sᵀy / μ₂; NaN: the method has none."""
-    gamma: float = math.nan
-    """γ where the B of the pair is γ I; NaN where it is another."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactorBounds:
-    """Proven bounds of the eigenvalues of H_a, H_g and H = H_g ⊗ H_a; None: nothing is proven."""
-
-    a: Bounds | None = None
-    g: Bounds | None = None
-    product: Bounds | None = None
-
-
 class BlockDefaults:
     """Members that a block may have beside `CurvatureBlock`, with the answers of one without."""
 
@@ -187,6 +161,14 @@ class BlockDefaults:
         """The inverse; None before the first `refresh`."""
         found: Operator | None = getattr(self, "inverse", None)
         return found
+
+    def settle(self, damping: float | None) -> None:
+        """Finish what `update` has left until after a refresh, if there is one; no pass is held.
+
+        Args:
+            damping: λ of the last refresh, to make `inverse` anew with; None before the first, and
+                then nothing is made.
+        """
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
         """Return {name: second moment} that `update` would fold in, to be looked at before."""

@@ -31,6 +31,9 @@ REBUILD = "build the same model first"
 STATISTIC_AXES: dict[str, tuple[str, ...]] = {
     "A": ("II", "I"),
     "G": ("OO",),
+    "Q_A": ("II",),
+    "Q_G": ("OO",),
+    "D": ("OI",),
     "F": ("P*", "DD"),
     "M": ("DD",),
     "Lambda": ("OO",),

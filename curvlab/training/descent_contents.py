@@ -32,6 +32,12 @@ from curvlab.training.kinds import (
     wrong,
 )
 
+
+def is_matrix(value: Any) -> bool:
+    """Return whether a value is a tensor, a packed operator in its place, or None."""
+    return value is None or is_tensor(value) or table_of(lambda part: True)(value)
+
+
 _STATISTICS: dict[str, Test] = {
     **dict.fromkeys(("steps", "updates", "draws", "places", "number", "part"), is_whole),
     **dict.fromkeys(("outputs", "products", "trials"), is_whole),
@@ -41,7 +47,8 @@ _STATISTICS: dict[str, Test] = {
     **dict.fromkeys(("F", "G", "Lambda", "M", "U", "V", "a", "g", "s", "v"), is_tensor),
     **dict.fromkeys(("active", "core", "factor", "values"), is_tensor),
     **dict.fromkeys(("A", "S", "Y", "seen", "at", "solution", "start"), or_none(is_tensor)),
-    **dict.fromkeys(("bases", "factors"), list_of(or_none(is_tensor))),
+    **dict.fromkeys(("bases", "factors"), list_of(is_matrix)),
+    **dict.fromkeys(("Q_A", "Q_G", "D"), or_none(is_tensor)),
     **dict.fromkeys(("blocks", "memory", "idle"), table_of(lambda value: True)),
     **dict.fromkeys(("work", "base", "inside"), table_of(lambda value: True)),
     **dict.fromkeys(("trial", "minibatch"), or_none(table_of(lambda value: True))),
@@ -70,6 +77,7 @@ _LATER = ("refreshed",)
 
 _TOGETHER = (
     ("A", "G"),
+    ("D", "Q_G"),
     ("s", "y"),
     ("S", "Y"),
     ("U", "V"),
@@ -164,7 +172,7 @@ def _check_statistics(saved: Any, at: str) -> None:
     Before the first data a statistic is None.
     """
     if isinstance(saved, Mapping):
-        for one, two in _TOGETHER:
+        for one, two in () if "kind" in saved else _TOGETHER:  # an operator's rows need no a
             if one in saved and two in saved and (saved[one] is None) != (saved[two] is None):
                 raise wrong(f"{at} has {one} or {two}, and not both")
         for key, value in saved.items():
