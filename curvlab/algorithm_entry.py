@@ -43,6 +43,8 @@ class Constants:
         momentum: see `Descent`.
         momentum_kind: likewise.
         refresh_every: T₂.
+        update_every: T₁.
+        weight_decay: γ, decoupled.
     """
 
     lr: float
@@ -50,6 +52,8 @@ class Constants:
     momentum: float = 0.9
     momentum_kind: MomentumKind = "add"
     refresh_every: int = 1
+    update_every: int = 1
+    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,16 @@ class Algorithm:
     def refresh_every(self) -> int:
         """The document's T₂."""
         return self.constants.refresh_every
+
+    @property
+    def update_every(self) -> int:
+        """The document's T₁."""
+        return self.constants.update_every
+
+    @property
+    def weight_decay(self) -> float:
+        """The document's γ."""
+        return self.constants.weight_decay
 
     @property
     def decay(self) -> float:

@@ -111,7 +111,7 @@ def descent(
     *,
     momentum: float | None = None,
     momentum_kind: MomentumKind | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     double_grad: bool = False,
     **options: Any,
 ) -> Descent:
@@ -122,22 +122,22 @@ def descent(
         objective: what it steps on.
         momentum: β; the document's where None.
         momentum_kind: see `Descent`; the document's where None.
-        weight_decay: γ, added to the direction.
+        weight_decay: γ, added to the direction; the document's where None, mostly 0.
         double_grad: see `Descent`.
-        options: those of `approximation`, T₂ the document's where None.
+        options: those of `approximation`, T₁ and T₂ the document's where None.
 
     Raises:
         CurvlabError: as `approximation` and `Descent`.
     """
     a = lookup(ALGORITHMS, name, "algorithm")
-    for every, value in (("update_every", 1), ("refresh_every", a.refresh_every)):
+    for every, value in (("update_every", a.update_every), ("refresh_every", a.refresh_every)):
         options[every] = value if options.get(every) is None else options[every]
     return Descent(
         objective,
         approximation(name, objective, **options),
         momentum=a.momentum if momentum is None else momentum,
         momentum_kind=a.momentum_kind if momentum_kind is None else momentum_kind,
-        weight_decay=weight_decay,
+        weight_decay=a.weight_decay if weight_decay is None else weight_decay,
         learns_first=a.learns_first,
         double_grad=double_grad,
     )

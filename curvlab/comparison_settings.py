@@ -98,6 +98,7 @@ class CompareSettings:
                 objective,
                 damping=damping,
                 momentum=self.momentum,
+                weight_decay=0.0,
                 decay=self.decay,
                 update_every=self.update_every,
                 refresh_every=self.refresh_every,

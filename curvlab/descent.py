@@ -121,7 +121,9 @@ class Descent:
         if self.further:
             gradients = {name: (g + self.further[name]) / 2 for name, g in gradients.items()}
             self.further = {}
-        p = self.curvature.precondition(self.momentum(gradients))
+        momentum = self.momentum(gradients)
+        with_defaults(self.curvature).heed(momentum)
+        p = self.curvature.precondition(momentum)
         if late:
             self.curvature.update(observation)
         rate = self.weight_decay if decay is None else decay

@@ -98,11 +98,13 @@ def damped(name: str, p: Problem) -> float:
 
 
 def make_descent(name: str, objective: Objective, p: Problem, **options: Any) -> Descent:
-    return descent(name, objective, **{"damping": damped(name, p), **options})
+    return descent(name, objective, **{"damping": damped(name, p), "weight_decay": 0.0, **options})
 
 
 def make_optimizer(name: str, objective: Objective, p: Problem, **options: Any) -> Optimizer:
-    return cl.optimizer(name, objective, **{"lr": 1e-3, "damping": damped(name, p), **options})
+    return cl.optimizer(
+        name, objective, **{"lr": 1e-3, "damping": damped(name, p), "weight_decay": 0.0, **options}
+    )
 
 
 def first_direction(name: str, p: Problem, **options: Any) -> tuple[Observation, dict[str, Tensor]]:

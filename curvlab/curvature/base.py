@@ -170,6 +170,16 @@ class BlockDefaults:
                 then nothing is made.
         """
 
+    def heed(self, momentum: Tensor, damping: float | None) -> None:
+        """Learn of what a descent preconditions next, where `inverse` depends on it.
+
+        So a direction that is no linear function of the momentum m is H(m) m, H(m) an operator.
+
+        Args:
+            momentum: m, of the block's shape.
+            damping: λ of the last refresh.
+        """
+
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
         """Return {name: second moment} that `update` would fold in, to be looked at before."""
         return {}
@@ -252,6 +262,9 @@ class CurvatureDefaults:
         """Return {block: its CurvatureBlock, completed}; {} of a method of the whole vector."""
         found: Mapping[str, Any] = getattr(self, "blocks", {})
         return {name: block_with_defaults(block) for name, block in found.items()}
+
+    def heed(self, momentum: Mapping[str, Tensor]) -> None:
+        """Learn of {block: momentum} that a descent preconditions next (`BlockDefaults.heed`)."""
 
     def undamped(self, p: Tensor) -> Tensor | None:
         """Return B p of the quadratic model of the whole vector, with the L2 term, if any."""

@@ -247,6 +247,13 @@ class BlockDiagonal(CurvatureDefaults):
         for block in self.blocks.values():
             block_with_defaults(block).settle(self.refreshed)
 
+    @precise()
+    def heed(self, momentum: Mapping[str, Tensor]) -> None:
+        """Tell every block of the momentum that is preconditioned next."""
+        for name, m in momentum.items():
+            if name not in self._idle:
+                block_with_defaults(self.blocks[name]).heed(m, self.refreshed)
+
     rejects = False
 
     @property

@@ -82,7 +82,6 @@ _TOGETHER = (
     ("S", "Y"),
     ("U", "V"),
     ("U", "Lambda"),
-    ("g", "a"),
     ("at", "minibatch"),
     ("at", "trial"),
 )
@@ -172,9 +171,11 @@ def _check_statistics(saved: Any, at: str) -> None:
     Before the first data a statistic is None.
     """
     if isinstance(saved, Mapping):
-        for one, two in () if "kind" in saved else _TOGETHER:  # an operator's rows need no a
+        for one, two in _TOGETHER:
             if one in saved and two in saved and (saved[one] is None) != (saved[two] is None):
                 raise wrong(f"{at} has {one} or {two}, and not both")
+        if saved.get("a") is not None and saved.get("g", 0) is None:  # g alone is whole rows
+            raise wrong(f"{at} has a, and no g")
         for key, value in saved.items():
             test = _STATISTICS.get(key) if isinstance(key, str) else None
             if test is not None and not (value is None and key in _EARLY):

@@ -44,10 +44,10 @@ class MethodSettings:
     damping: float | None = None
     momentum: float | None = None
     momentum_kind: MomentumKind | None = None
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     decay: float | None = None
     labels: Pass | None = None
-    update_every: int = 1
+    update_every: int | None = None
     refresh_every: int | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
     double_grad: bool = False
@@ -66,7 +66,8 @@ class MethodSettings:
             if value is not None:
                 whole(name, value)
         check_rates(self.lr, self.damping, self.momentum, self.decay)
-        check_weight_decay(self.weight_decay)
+        if self.weight_decay is not None:
+            check_weight_decay(self.weight_decay)
 
     def optimizer(self, objective: Objective) -> Optimizer:
         """Build the optimizer of `objective`.
@@ -106,6 +107,8 @@ class MethodSettings:
             "momentum_kind",
             "decay",
             "labels",
+            "weight_decay",
+            "update_every",
             "refresh_every",
         ):
             value = getattr(self, name)
