@@ -8,6 +8,7 @@ from __future__ import annotations
 from curvlab.algorithm_entry import Algorithm, ByBlock, Constants
 from curvlab.curvature.averaging import Averaging
 from curvlab.curvature.diagonal import SecondMoment
+from curvlab.curvature.eigenbases import kl_shampoo, soap
 from curvlab.curvature.ekfac import Ekfac
 from curvlab.curvature.foof import Foof
 from curvlab.curvature.one_sided import asgo, muon
@@ -94,5 +95,41 @@ RECENT: dict[str, Algorithm] = {
             weight_decay=0.1,
         ),
         overall=fixed(1e-8),
+    ),
+    "soap": Algorithm(
+        summary="Adam in the eigenbasis of contracted gradients",
+        source="Vyas et al. 2024",
+        builds=ByBlock(
+            soap,
+            averaging=Averaging(decay=0.95, kind="corrected", warm=False, skips_first=False),
+        ),
+        labels="data",
+        constants=Constants(
+            lr=3e-3,
+            damping=1e-8,
+            momentum=0.95,
+            momentum_kind="corrected",
+            refresh_every=10,
+            weight_decay=0.01,
+        ),
+        overall=per_factor_of_mean,
+    ),
+    "kl-shampoo": Algorithm(
+        summary="Kronecker factors of the gradient by maximum likelihood, their inverse root",
+        source="Lin et al. 2025",
+        builds=ByBlock(
+            kl_shampoo,
+            averaging=Averaging(decay=0.98, kind="fixed", warm=False, skips_first=False),
+        ),
+        labels="data",
+        constants=Constants(
+            lr=1e-4,
+            damping=1e-8,
+            momentum_kind="average",
+            refresh_every=10,
+            weight_decay=0.01,
+        ),
+        overall=per_factor_of_mean,
+        learns_first=False,
     ),
 }
