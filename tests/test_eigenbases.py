@@ -97,7 +97,9 @@ def test_without_memory_it_is_the_polar_factor() -> None:
     assert_near((part.inverse @ G.flatten()).view(5, 5), (u * (s / (s + epsilon))) @ v, 1e-9)
 
 
-def paper_soap(gradients: list[Tensor], every: int, epsilon: float, beta: float = 0.95) -> list:
+def paper_soap(
+    gradients: list[Tensor], every: int, epsilon: float, beta: float = 0.95
+) -> list[Tensor]:
     """The method as it is written: averages from zero, corrections beside the rate."""
     first = gradients[0]
     L, R = (1 - beta) * first @ first.T, (1 - beta) * first.T @ first

@@ -434,7 +434,6 @@ WITHOUT_WAITING = [
     "foof",
     "adamw",
     "sophia-g",
-    "asgo",
     "muon",
     "soap",
     "kl-shampoo",

@@ -93,6 +93,7 @@ class WithDiagonal(BlockDefaults):
 
     @part_state.setter
     def part_state(self, state: Mapping[str, Tensor | None]) -> None:
+        """Take a checkpoint's."""
         for name, value in state.items():
             setattr(self.part, name, value)
 
@@ -134,6 +135,7 @@ class WithDiagonal(BlockDefaults):
 
     @inverse.setter
     def inverse(self, value: Operator) -> None:
+        """Take a checkpoint's: the weight's operator is the part's again."""
         if self.part is None:
             self._of_rest = value
         elif self.block.biased:
@@ -144,6 +146,7 @@ class WithDiagonal(BlockDefaults):
 
     @inverse.deleter
     def inverse(self) -> None:
+        """Forget it, as before the first data."""
         self._of_rest = None
         if self.part is not None:
             del self.part.inverse

@@ -184,10 +184,12 @@ class Muon:
 
     @inverse.setter
     def inverse(self, value: Operator) -> None:
+        """Take a checkpoint's."""
         self._made = value
 
     @inverse.deleter
     def inverse(self) -> None:
+        """Forget it, as before the first data."""
         self.U = self._made = None
 
     def matrix(self, damping: float) -> None:

@@ -15,7 +15,7 @@ from curvlab.errors import real
 from curvlab.linalg.operators import Diagonal, Operator
 from curvlab.statistics import LayerStatistics, Reads
 
-LEAST = 1e-15
+_LEAST = 1e-15
 """What the authors' code adds to the denominator; here the least that it is."""
 
 
@@ -56,12 +56,12 @@ class SophiaG(BlockDefaults):
 
     def refresh(self, damping: float) -> None:
         """Set `inverse` to diag(1 / (ρ (h + λ)))."""
-        self.inverse = Diagonal(self._denominator(damping).clamp_min(LEAST).reciprocal())
+        self.inverse = Diagonal(self._denominator(damping).clamp_min(_LEAST).reciprocal())
 
     def heed(self, momentum: Tensor, damping: float | None) -> None:
         """Set `inverse` to H(m) of the momentum that is preconditioned next."""
         if damping is not None:
-            least = momentum.flatten().abs().clamp_min(LEAST)
+            least = momentum.flatten().abs().clamp_min(_LEAST)
             self.inverse = Diagonal(torch.maximum(self._denominator(damping), least).reciprocal())
 
     def matrix(self, damping: float = 0.0) -> Operator:
