@@ -220,7 +220,7 @@ class KlShampoo:
     def settle(self, damping: float | None) -> None:
         """Make `inverse` of λ, which moves at every update."""
         self._fresh = False
-        if damping is not None:
+        if damping is not None and self.lam_a is not None:  # a minibatch may not reach the layer
             self._invert(damping)
 
     def heed(self, momentum: Float[Tensor, "O I"], damping: float | None) -> None:

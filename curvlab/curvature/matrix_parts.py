@@ -68,6 +68,7 @@ class WithDiagonal(BlockDefaults):
         part: of the weight; None: all goes by the diagonal, which is said at the level "info" of
             Python's logging.
         beside: the method's damping → ε of the diagonal.
+        estimating: whether the method estimates a matrix.
     """
 
     reads: Reads = "gradient"
@@ -79,8 +80,10 @@ class WithDiagonal(BlockDefaults):
         block: Block,
         part: MatrixPart | None,
         beside: Callable[[float], float] = lambda damping: damping,
+        estimating: bool = True,
     ) -> None:
         self.block, self.part, self._beside = block, part, beside
+        self._estimating = estimating
         self.rest: Tensor | None = None  # v of what is no matrix
         self._of_rest: Operator | None = None  # diag(1 / (√v + ε))
         if part is None:
@@ -153,6 +156,8 @@ class WithDiagonal(BlockDefaults):
 
     def matrix(self, damping: float = 0.0) -> Operator | None:
         """Return the part's matrix beside diag((√v + ε)²), of Fisher / N; None where none is."""
+        if not self._estimating:
+            return None
         of_rest = None
         if self.rest is not None:
             of_rest = Diagonal((self.rest.sqrt() + self._beside(damping)).square())
@@ -160,6 +165,10 @@ class WithDiagonal(BlockDefaults):
             return of_rest
         found = self.part.matrix(damping)
         return None if found is None else self._beside_each_other(found, of_rest)
+
+    def estimates(self) -> bool:
+        """Return whether the method estimates a matrix."""
+        return self._estimating
 
     def _apart(self, value: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return (weight [O, I], the rest flattened) of a block's tensor; None: there is none."""

@@ -90,7 +90,7 @@ def muon(
     named = any(word in name for word in words for name in block.params)
     hidden = not (named or is_vector(block) or is_embedding(block))
     part: MatrixPart | None = Muon(way, factor) if hidden else None
-    return WithDiagonal(block, part)
+    return WithDiagonal(block, part, estimating=False)
 
 
 def on_smaller_side(shape: tuple[int, int], factor: Float[Tensor, "K K"]) -> Kronecker:
