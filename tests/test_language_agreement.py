@@ -317,8 +317,16 @@ class ClassesSecond(nn.Module):
         return z.movedim(-1, 1)
 
 
-@pytest.mark.parametrize("kind", ["ggn", "hessian"])
-@models
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(
+            n, k, marks=[pytest.mark.slow] if k != "ggn" and n in ("untied", "vit") else []
+        )
+        for n in MODELS
+        for k in ("ggn", "hessian")
+    ],
+)
 @pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 def test_against_curvlinops(name: str, kind: Kind) -> None:
     """Both means, of which theirs is the sum times 1/N or 1/M."""

@@ -26,15 +26,16 @@ from curvlab.sequence_networks import TransformerLayer
 
 IGNORED, TIGHT = -100, 1e-12
 
-SECOND = ("fisher", "pi")  # by default left out: the GGN again, and a difference of two others
-every_kind = pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(kind, marks=[pytest.mark.slow] if kind in SECOND else [])
-        for kind in KINDS
-        if kind != "fisher-mc"
-    ],
-)
+
+def kinds(*default: str) -> pytest.MarkDecorator:
+    """Every kind that draws nothing, those that are not named when slow."""
+    of = [kind for kind in KINDS if kind != "fisher-mc"]
+    return pytest.mark.parametrize(
+        "kind",
+        [pytest.param(k, marks=[] if k in default else [pytest.mark.slow]) for k in of],
+    )
+
+
 no_warning = pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
 
 
@@ -72,7 +73,7 @@ def factors(o: cl.Objective, x: Any, y: Any, **options: Any) -> dict[str, tuple[
 # a tied weight
 
 
-@every_kind
+@kinds("ggn", "ef", "hessian")
 @no_warning
 def test_a_tied_weight_has_the_four_blocks_of_its_uses(kind: Kind) -> None:
     """B₁₁ + B₁₂ + B₂₁ + B₂₂ of the untied model at equal weights; without what lies between the
@@ -146,7 +147,7 @@ def both() -> tuple[cl.Objective, cl.Objective, Tensor, Tensor]:
     return objective(fused), objective(Separate(fused)), x, torch.where(words()[1] < 0, IGNORED, y)
 
 
-@every_kind
+@kinds("ggn", "ef", "hessian")
 @no_warning
 def test_fused_projections_are_the_separate_ones(kind: Kind) -> None:
     """The block of torch's attention is the nine blocks of q, k and v; the others are the same."""
@@ -204,7 +205,7 @@ class Flat(nn.Module):
         return found
 
 
-@every_kind
+@kinds("ggn", "ef")
 @no_warning
 def test_one_place_is_the_flat_model(kind: Kind) -> None:
     model = spread(Untied(4, 5, **SMALL))
@@ -256,7 +257,7 @@ def lengthened(places: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("per", [pytest.param("sequence", marks=pytest.mark.slow), "token"])
-@every_kind
+@kinds("ggn", "ef", "hessian")
 @no_warning
 def test_more_padding_changes_no_matrix(kind: Kind, per: str) -> None:
     o = objective(spread(Padded()), per)
@@ -265,7 +266,7 @@ def test_more_padding_changes_no_matrix(kind: Kind, per: str) -> None:
         assert_near(long[name].dense(), matrix.dense(), TIGHT)
 
 
-@every_kind
+@kinds("ggn", "ef")
 @no_warning
 def test_places_without_a_label_behind_the_last_change_no_matrix(kind: Kind) -> None:
     """Of a causal model, which needs no mask for them."""
@@ -278,7 +279,7 @@ def test_places_without_a_label_behind_the_last_change_no_matrix(kind: Kind) -> 
     assert_near(long.dense(), cl.exact.matrix(o, x, y, kind, None).dense(), TIGHT)
 
 
-@every_kind
+@kinds("ggn", "ef")
 @no_warning
 def test_the_order_of_sequences_changes_no_matrix(kind: Kind) -> None:
     o, (x, y) = objective(spread(GPT(4, 5, **SMALL))), words(n=5)
@@ -298,7 +299,7 @@ def test_the_order_of_sequences_changes_no_factor(sharing: str) -> None:
         assert_near(other[name][1], G, TIGHT)
 
 
-@every_kind
+@kinds("ggn", "ef")
 @no_warning
 def test_relabelling_the_vocabulary_relabels_the_matrix(kind: Kind) -> None:
     """Of a tied table: its columns, in the input and in the output, and nothing else."""
@@ -319,7 +320,7 @@ def test_relabelling_the_vocabulary_relabels_the_matrix(kind: Kind) -> None:
     assert_near(found[before][:, before], wanted[after][:, after], TIGHT)
 
 
-@every_kind
+@kinds("ggn", "ef")
 @no_warning
 def test_a_large_table_has_the_block_of_the_symbols_that_occur(kind: Kind) -> None:
     """All the rest of it is zero."""
