@@ -192,7 +192,15 @@ class LayerStatistics:
         """Second moment of each example's mean input over its places, (1/N) Σ ā āᵀ.
 
         KFAC-reduce, Eschenhagen et al. 2023.
+
+        Raises CurvlabError for a table that is also a head, where several vectors are sent back.
         """
+        if self._vectors > 1 and any(p.swapped for p in self.parts):
+            raise CurvlabError(
+                f"{self.block} is read in both directions, so that KFAC-reduce has another mean"
+                " input for every vector sent back: take sharing='expand', or labels of one vector"
+                " (kfac, kfac-ef)"
+            )
         return second_moment(self.a.mean(1), 1 / self.size)
 
     @cached_property
