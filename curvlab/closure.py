@@ -19,13 +19,14 @@ from curvlab.derivatives import derivatives, precise
 from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_finite
 from curvlab.independence import some_rows
-from curvlab.likelihoods.base import factor_of, sample_of
+from curvlab.likelihoods.base import factor_of, places_of, sample_of
 from curvlab.looks import Looks
 from curvlab.nests import Batched, Nest, as_nest
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
 from curvlab.statistics import LayerStatistics
 from curvlab.strangers import mixes
+from curvlab.units import ByPlace
 
 if TYPE_CHECKING:
     from curvlab.objective import Objective
@@ -104,7 +105,7 @@ class Closure(Looks):
 
         Here alone it enters: losses, and so gradients, their second moments and second derivatives
         at the data's labels, are times it (`loss_of`); the vectors of second moments that stand for
-        ∂²ℓ/∂z², S and the scores of drawn labels, times its root.
+        ∂²ℓ/∂z², S, the scores of drawn labels and those of single places, times its root.
         """
         if self._factor is None:
             self._factor = factor_of(self.objective.likelihood, self._y)
@@ -218,6 +219,17 @@ class Closure(Looks):
         root = law.root(z, self.y)
         return root if self.factor == 1 else root * math.sqrt(self.factor)
 
+    def by_place(self, z: Tensor) -> ByPlace:
+        """Return the derivatives of the losses in outputs z at the data's labels, place by place.
+
+        Raises:
+            CurvlabError: the likelihood does not say which outputs are one place's.
+        """
+        z = z.detach().requires_grad_()
+        with derivatives():
+            (slopes,) = torch.autograd.grad(self._losses(z).sum(), z)
+        return ByPlace(slopes, places_of(self.objective.likelihood, z, self.y), self.factor)
+
     def check_kind(self, kind: str) -> None:
         """Raise CurvlabError where the likelihood leaves a kind of matrix without one meaning."""
         if kind == "fisher" and not self.law.follows:
@@ -235,7 +247,7 @@ class Closure(Looks):
         """Go forward once, then backward once for each pass in `needs`.
 
         Args:
-            needs: of "gradient", "data", "model", "exact".
+            needs: of "gradient", "data", "model", "exact", "token".
             move_buffers: False runs on cloned buffers, so that a second look does not move
                 BatchNorm's statistics.
             draws: labels drawn for each example in the "model" pass; with k of them V = k, each
@@ -271,6 +283,8 @@ class Closure(Looks):
                 if self.stream != "exact" and mixes(self.objective.modules):
                     self.objective.say(_MIXING)
                 vectors = self.root(outputs.detach())
+            elif name == "token":
+                vectors = self.by_place(outputs).vectors()
             elif name in ("gradient", "data"):
                 size = torch.full_like(loss, len(z))  # of the sum, not of the mean
                 vectors = torch.autograd.grad(loss, outputs, size)[0][None]

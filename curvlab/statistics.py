@@ -245,7 +245,7 @@ class LayerStatistics:
         if self._parts is None or self._vectors != 1:
             raise CurvlabError(
                 f"{self.block}: a gradient needs a pass that sends one vector back, not the"
-                " exact one"
+                " exact one, nor one for each place"
             )
         found = self._summed(lambda p: p.gradient(1 / self.size), lambda: self.block.shape)
         if not self.frozen:

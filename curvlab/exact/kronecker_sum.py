@@ -41,6 +41,7 @@ from curvlab.linalg.packed import (
 )
 from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
+from curvlab.units import Unit
 
 _NUMBERS = 1 << 23  # in the temporaries of some examples at a time
 
@@ -239,6 +240,7 @@ def kronecker_terms(
     block: str = "1",
     *,
     draws: int = 1,
+    unit: Unit = "sequence",
 ) -> KroneckerSum:
     """Return the block of one layer as a sum of Kronecker products (thesis Theorem 3).
 
@@ -251,12 +253,13 @@ def kronecker_terms(
         kind: as for `matrix`.
         block: name of a block, of a layer with a rule whose outputs share their inputs.
         draws: as for `matrix`.
+        unit: as for `matrix`.
 
     Raises:
         CurvlabError: as `matrix`; a layer without a rule or with groups of outputs; Hessians larger
             than the memory.
     """
-    check_kind(kind, draws)
+    kind = check_kind(kind, draws, unit)
     chosen = lookup({b.name: b for b in objective.blocks}, block, "block")
     closure = one_minibatch(objective, x, y)
     fault = unfit(chosen, closure.form, kind)

@@ -38,12 +38,15 @@ from curvlab.linalg.packed import (
 from curvlab.linalg.products import Rectangular
 from curvlab.objective import Objective
 from curvlab.statistics import LayerStatistics
+from curvlab.units import Unit
 
 
 @derivatives()
-def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") -> dict[str, str]:
+def routes(
+    objective: Objective, x: Any, y: Any = None, kind: Kind = "fisher", *, unit: Unit = "sequence"
+) -> dict[str, str]:
     """Return {block: the route that `matrix` takes to it}, on data of this shape."""
-    check_kind(kind)
+    kind = check_kind(kind, unit=unit)
     first = next(few(Minibatches.of(objective, x, y), kind, objective.blocks))
     look = Minibatch(first, kind, 1, objective.blocks)
     return {block.name: route_of(block, first.form, kind, look=look) for block in objective.blocks}
@@ -59,6 +62,7 @@ def matrices(
     *,
     route: str = "auto",
     draws: int = 1,
+    unit: Unit = "sequence",
 ) -> dict[str, Dense]:
     """Compute dense diagonal blocks, every pass shared.
 
@@ -70,6 +74,7 @@ def matrices(
         blocks: names of blocks; all where None.
         route: as for `matrix`.
         draws: as for `matrix`.
+        unit: as for `matrix`.
 
     Returns:
         {block name: Dense}, [D, D] on the row-major flattening of the block's [O, I].
@@ -77,7 +82,7 @@ def matrices(
     Raises:
         CurvlabError: as `matrix`.
     """
-    check_kind(kind, draws)
+    kind = check_kind(kind, draws, unit)
     if route != "auto":
         lookup(ROUTES, route, "route")
     known = {b.name: b for b in objective.blocks}
@@ -130,6 +135,7 @@ def matrix(
     *,
     route: str = "auto",
     draws: int = 1,
+    unit: Unit = "sequence",
 ) -> Dense | Rectangular:
     """Compute a dense matrix of second derivatives or second moments.
 
@@ -156,6 +162,9 @@ def matrix(
         route: of `ROUTES`; by default the first that fits. Pairs and the whole matrix take "rows"
             or "func".
         draws: labels drawn for each example (fisher-mc).
+        unit: of ef: whose gradients g are squared, (1/N) Σ g gᵀ: those of every example's loss,
+            "sequence", or those of the loss at each of its places, "token" (the other kinds are the
+            same for both). Of a mean per token they are the M places' own, and the sum is over M.
 
     Returns:
         Dense [D, D], or for a pair Rectangular [D₁, D₂].
@@ -165,7 +174,7 @@ def matrix(
             BatchNorm or dropout in training mode; a matrix larger than the machine's memory (use
             `product`).
     """
-    check_kind(kind, draws)
+    kind = check_kind(kind, draws, unit)
     if isinstance(block, str):
         found, places = select(objective, block)
         whole = matrices(objective, x, y, kind, [found.name], route=route, draws=draws)[found.name]

@@ -35,6 +35,7 @@ from curvlab.layers import Block, Layout
 from curvlab.linalg.products import Product, RectangularProduct
 from curvlab.objective import Objective
 from curvlab.statistics import LayerStatistics
+from curvlab.units import Unit
 
 _COLUMNS = 32  # vectors through the model at once
 
@@ -48,6 +49,7 @@ def product(
     block: str | tuple[str, str] | None = None,
     *,
     draws: int = 1,
+    unit: Unit = "sequence",
 ) -> Product | RectangularProduct:
     """Return what `matrix` would hold as a product with vectors, by `torch.func`.
 
@@ -62,6 +64,7 @@ def product(
         kind: as for `matrix`.
         block: as for `matrix`; by default the whole.
         draws: as for `matrix`.
+        unit: as for `matrix`.
 
     Returns:
         Product (symmetric; `diag` and `trace` are exact and structured where layers have rules), or
@@ -70,7 +73,7 @@ def product(
     Raises:
         CurvlabError: as `matrix`; an iterator in place of a loader.
     """
-    check_kind(kind, draws)
+    kind = check_kind(kind, draws, unit)
     if not (block is None or isinstance(block, str)):
         block = _pair(block)
     batches = Minibatches.of(objective, x, y, again=True, in_order=kind == "fisher-mc")
@@ -108,6 +111,7 @@ def diagonal(
     kind: Kind = "fisher",
     *,
     draws: int = 1,
+    unit: Unit = "sequence",
 ) -> Float[Tensor, " D"]:
     """Compute the diagonal of the whole matrix, block after block, without forming a block.
 
@@ -115,7 +119,7 @@ def diagonal(
     every pre-activation of a layer that is no convolution with more places than inputs; blocks
     without structure D products.
     """
-    check_kind(kind, draws)
+    kind = check_kind(kind, draws, unit)
     return _diagonal(Minibatches.of(objective, x, y), objective.layout, kind, draws)
 
 

@@ -61,7 +61,8 @@ class Minibatch:
         (`sequences`), and each is sent once for all blocks (`blocks`) that fit into memory.
         """
         form = self.closure.form
-        shared = PASS_OF_KIND.get(self.kind) == "exact" and max(form.places.values(), default=1) > 1
+        needs = PASS_OF_KIND.get(self.kind, "data")
+        shared = needs in ("exact", "token") and max(form.places.values(), default=1) > 1
         if not shared:
             yield from (self.statistics[block.name] for block in blocks)
             return
@@ -70,7 +71,7 @@ class Minibatch:
             every = [b for b in self.blocks if b.name in form.shaped and b not in blocks]
             some, *more = groups_that_fit([*blocks, *every], form, len(self.closure.x))
             for group in [some] if not more else groups_that_fit(blocks, form, len(self.closure.x)):
-                self._exact = exact_statistics(self.closure, [b.name for b in group])
+                self._exact = exact_statistics(self.closure, [b.name for b in group], needs)
                 yield from (self._exact[b.name] for b in group if b in blocks)
             return
         yield from (self._exact[b.name] for b in blocks)

@@ -28,6 +28,7 @@ from curvlab.capture import Capture
 from curvlab.closure import Closure
 from curvlab.forms import Form
 from curvlab.layers import Block
+from curvlab.observation import Pass
 from curvlab.statistics import LayerStatistics
 from curvlab.uses import Part, Use
 
@@ -91,14 +92,15 @@ def groups_that_fit(blocks: Sequence[Block], form: Form, size: int) -> list[list
 
 
 def exact_statistics(
-    closure: Closure, names: Sequence[str], again: bool = False
+    closure: Closure, names: Sequence[str], needs: Pass = "exact", again: bool = False
 ) -> dict[str, LayerStatistics]:
-    """Return the statistics of the exact pass of some blocks, {name: …}.
+    """Return the statistics of the exact pass of some blocks, {name: …}, or of "token".
 
     Σ_v of products of two derivatives are those of `Closure.observe`; vectors are others.
     """
     z, _, capture = closure.look()
-    vectors = _Vectors.of(closure.root(z.detach()))
+    root = closure.root(z.detach()) if needs == "exact" else closure.by_place(z).vectors()
+    vectors = _Vectors.of(root)
     wanted = set(names)
     heard = capture.heard()
     chosen = [pair for pair in heard if pair[0].block.name in wanted]
@@ -108,7 +110,7 @@ def exact_statistics(
         found = {id(use): d for (use, _), d in zip(chosen, sent, strict=True) if d is not None}
     # what was not seen when the form was proven is proven once more, and no more than once
     if not again and capture.shows(chosen, [found.get(id(use)) for use, _ in chosen]):
-        return exact_statistics(closure, names, True)
+        return exact_statistics(closure, names, needs, True)
     statistics = _gathered(closure, capture, names, chosen, found, z)
     closure.say_unreached(statistics, capture)
     return statistics

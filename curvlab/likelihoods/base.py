@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -69,6 +69,26 @@ def sample_of(
         if way == "by place"
         else likelihood.sample(z, generator, y=y)
     )
+
+
+def places_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Any) -> Int[Tensor, " *C"]:
+    """Return the number of the place of each output of an example, by the likelihood's `places`.
+
+    Outputs [N, C] of a likelihood without such a method have one place.
+
+    Raises:
+        CurvlabError: there is no such method, and the outputs have several axes.
+    """
+    own = getattr(likelihood, "places", None)
+    if callable(own):
+        found: Tensor = own(z, y)
+        return found
+    if z.ndim > 2:
+        raise CurvlabError(
+            f"{type(likelihood).__name__} does not say which outputs of {list(z.shape)} are one"
+            " place's: give it a method places(z, y) that numbers them, or take unit='sequence'"
+        )
+    return torch.zeros(z.shape[1:], dtype=torch.long, device=z.device)
 
 
 _Way = Literal["by place", "by name"]

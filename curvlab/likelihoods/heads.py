@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, shown, unknown
-from curvlab.likelihoods.base import Likelihood, root_of, sample_of, scaled
+from curvlab.likelihoods.base import Likelihood, places_of, root_of, sample_of, scaled
 from curvlab.likelihoods.outputs import guard_root
 
 
@@ -128,6 +128,15 @@ class Heads:
         guard_root(z)
         roots = (root_of(self.heads[name], part, y[name]) for name, part in self.split(z).items())
         return block_diagonal(z, roots)
+
+    def places(self, z: Float[Tensor, "N C"], y: Mapping[str, Tensor]) -> Int[Tensor, " C"]:
+        """Return the number of the place of each output, the heads' places one after the other."""
+        found, count = [], 0
+        for name, part in self.split(z).items():
+            own = places_of(self.heads[name], part, y[name]).flatten()
+            found.append(own + count)
+            count += int(own.max()) + 1
+        return torch.cat(found)
 
     def _check_names(self, what: str, given: Mapping[str, Tensor]) -> None:
         names = list(given.keys())  # a nest of tensors has them, and is not gone through
