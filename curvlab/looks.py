@@ -165,6 +165,7 @@ class Looks(Independence):
             objective.parameters,
             differentiable=self.stream == "exact",
         )
+        capture.mask = objective.interface.places(x)
         with derivatives(), self._same_chance(own, quiet is not None):
             z = self._forward(x, buffers, capture)
             if quiet is None and own and not again and not capture.generators and not self._drew():
@@ -174,6 +175,10 @@ class Looks(Independence):
         if own and not again:
             self._generators = dict(capture.generators)
         form = self._settle(z, capture, x, key)
+        if capture.mask is not None and not any(
+            use.masked_by(capture.mask) for use, _ in capture.heard()
+        ):
+            objective.say(_NO_SUCH_PLACES.format(capture.mask.shape[1]))
         if own:
             self._check_same(z)
         if own and self.objective.tell is not None:
@@ -237,6 +242,9 @@ class Looks(Independence):
         return found
 
 
+_NO_SUCH_PLACES = (
+    "mask= of the Objective has {} places, and no layer has as many: nothing is masked"
+)
 _FORMS = 512  # that are remembered
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range in self")
 """Words of torch's messages about data that do not fit a layer."""
