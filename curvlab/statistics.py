@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, guard_memory
 from curvlab.layers import Block
 from curvlab.lazy import cached_property
 from curvlab.linalg.padded_products import second_moment
@@ -191,8 +191,15 @@ class LayerStatistics:
     def reduced_A(self) -> Float[Tensor, "I I"]:
         """Second moment of each example's mean input over its places, (1/N) Σ ā āᵀ.
 
-        KFAC-reduce, Eschenhagen et al. 2023.
+        KFAC-reduce, Eschenhagen et al. 2023. Raises CurvlabError where an embedding's, which is no
+        diagonal here, is larger than the memory.
         """
+        inputs = self.block.shape[1]
+        guard_memory(
+            inputs * (inputs + self.size * self.places) * self.like.element_size(),
+            f"the second moment of the mean inputs of {self.block}",
+            "an embedding's is a diagonal with sharing='expand', as of kfac",
+        )
         if self.valid is None:
             return second_moment(self.a.mean(1), 1 / self.size)
         sums = (self.a * self.valid[..., None]).sum(1)

@@ -147,6 +147,28 @@ def test_exact_matrices_need_no_mask() -> None:
             torch.testing.assert_close(one.dense(), other[name].dense(), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", ["ef", "hessian"])
+def test_what_assumptions_cost_does_not_depend_on_padding(kind: Any) -> None:
+    found = []
+    for more in (0, 3):
+        torch.manual_seed(1)
+        objective = cl.Objective(
+            Encoder().double(), cl.likelihoods.Categorical(axis=-1), mask="mask"
+        )
+        data = batch(more)
+        y = data.pop("labels")
+        terms = cl.exact.kronecker_terms(objective, data, y, kind, "3")
+        found.append([terms.dense(), terms.averaged(), terms.single().dense()])
+        if kind == "ef":
+            kfac: Any = cl.approximation("kfac-ef", objective)
+            kfac.update(objective.closure(data, y).observe(kfac.needs))
+            torch.testing.assert_close(
+                kfac.blocks["3"].matrix().dense(), found[-1][2], rtol=0, atol=1e-13
+            )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
 def test_a_function_of_the_inputs_is_a_mask_too() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Embedding(S, W), nn.Linear(W, S)).double()

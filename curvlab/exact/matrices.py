@@ -15,7 +15,7 @@ from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
@@ -95,6 +95,7 @@ def matrices(
         objective,
         sum(b.numel**2 for b in chosen),
         f"the dense {kind} of {', '.join(map(str, chosen))}",
+        chosen,
     )
     sums: dict[str, Sum] = {}
     seen = 0
@@ -107,7 +108,7 @@ def matrices(
         fold(look, chosen, sums, seen / (seen + size), 1 / (seen + size))
         seen += size
     return {
-        block.name: Dense(_finite(sums.pop(block.name).dense(), f"{kind} of {block}"))
+        block.name: Dense(finite(sums.pop(block.name).dense(), f"{kind} of {block}"))
         for block in chosen
     }
 
@@ -248,7 +249,7 @@ def _across(
         else:
             _add_general(found, look, layout, rows, columns, 1 / (seen + size))
         seen += size
-    _finite(found, what)
+    finite(found, what)
     if block is None:
         return Dense(mirror_(found) if any_structured else found)
     for axis, some in enumerate(places):
@@ -309,7 +310,8 @@ def _add_general(
         matrix[:, some].add_(value[top], alpha=scale)
 
 
-def _finite(matrix: Tensor, what: str) -> Tensor:
+def finite(matrix: Tensor, what: str) -> Tensor:
+    """Return a matrix. Raises CurvlabError where its diagonal holds NaN or Inf."""
     if not bool(torch.isfinite(matrix.diagonal()).all()):
         raise CurvlabError(
             f"{what} contains NaN or Inf although the loss is finite: an operation of the model has"
@@ -318,8 +320,9 @@ def _finite(matrix: Tensor, what: str) -> Tensor:
     return matrix
 
 
-def _guard(objective: Objective, numbers: int, what: str) -> None:
+def _guard(objective: Objective, numbers: int, what: str, chosen: Sequence[Block] = ()) -> None:
     size = numbers * torch.finfo(objective.dtype).bits // 8
-    guard_memory(
-        int(1.3 * size), what, "take smaller blocks, or its product form: curvlab.exact.product"
-    )
+    remedy = "take smaller blocks, or its product form: curvlab.exact.product"
+    if any(isinstance(block.module, nn.Embedding) for block in chosen):
+        remedy = f"an embedding's on the symbols that occur is curvlab.exact.occurring; {remedy}"
+    guard_memory(int(1.3 * size), what, remedy)

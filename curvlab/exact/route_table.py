@@ -177,7 +177,7 @@ def _fold_pairs(
         into(s.block).add(s.a[:, 0], pack_pairs(hessians[0, :, :, 0].permute(1, 0, 2)), old, new)
 
 
-def _whole(
+def whole_of(
     sums: dict[str, Sum], name: str, size: int, like: Tensor, old: float
 ) -> Float[Tensor, "D D"]:
     """Return old · the sum of a block as a dense matrix, whose lower triangle is to be added to.
@@ -199,7 +199,7 @@ def _fold_places(
             _add_pairs(s, sums, old, new)
         return
     for s, hessians in look.hessians([b.name for b in blocks]):
-        matrix = _whole(sums, s.block.name, s.block.numel, s.a, old)
+        matrix = whole_of(sums, s.block.name, s.block.numel, s.a, old)
         accumulate_places_(matrix, hessians, s.a, new)
 
 
@@ -223,7 +223,7 @@ def _fold_rows(
 
 
 def _add_rows(s: LayerStatistics, sums: dict[str, Sum], old: float, new: float) -> None:
-    matrix = _whole(sums, s.block.name, s.block.numel, s.like, old)
+    matrix = whole_of(sums, s.block.name, s.block.numel, s.like, old)
     for rows in s.some_rows(max(1, s.block.numel // 16)):
         accumulate_second_moment_(matrix, rows, new)
 
@@ -233,7 +233,12 @@ def _fold_shared(
 ) -> None:
     """Add second moments of weights that places share, each by the cheaper route."""
     for s in look.each(blocks):
-        (_add_pairs if by_pairs(s) else _add_rows)(s, sums, old, new)
+        add_shared(s, sums, old, new)
+
+
+def add_shared(s: LayerStatistics, sums: dict[str, Sum], old: float, new: float) -> None:
+    """Add second moments of one block to its sum by the cheaper route: old · sum + new · they."""
+    (_add_pairs if by_pairs(s) else _add_rows)(s, sums, old, new)
 
 
 def by_pairs(s: LayerStatistics) -> bool:
@@ -258,7 +263,7 @@ def _fold_general(
 ) -> None:
     for block in blocks:
         function = look.function(Layout((block,)))
-        matrix = _whole(sums, block.name, block.numel, function.at, old)
+        matrix = whole_of(sums, block.name, block.numel, function.at, old)
         if look.kind in PASS_OF_KIND:
             for left, right in function.rows(look.kind, look.draws):
                 matrix.addmm_(left.mT, right, alpha=new)
