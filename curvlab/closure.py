@@ -19,7 +19,15 @@ from curvlab.derivatives import derivatives, precise
 from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_finite
 from curvlab.independence import some_rows
-from curvlab.likelihoods.base import factor_of, places_of, sample_of
+from curvlab.likelihoods.base import (
+    Factor,
+    by_output,
+    factor_of,
+    losses_of,
+    places_of,
+    root_factor,
+    sample_of,
+)
 from curvlab.looks import Looks
 from curvlab.nests import Batched, Nest, as_nest
 from curvlab.observation import PASSES, Observation, Stream
@@ -38,7 +46,8 @@ class Closure(Looks):
     ``closure()`` is torch's contract; ``closure.observe(needs)`` is curvlab's.
 
     Args:
-        factor: N/M of the whole of which this minibatch is a part; None where it is no part.
+        factor: N/M of the whole of which this minibatch is a part, of heads {head: N/M}; None where
+            it is no part.
 
     Raises:
         CurvlabError: an empty batch, x and y of different lengths, NaN or Inf in x.
@@ -52,7 +61,7 @@ class Closure(Looks):
         number: int,
         stream: Stream = "step",
         part: int = 0,
-        factor: float | None = None,
+        factor: Factor | None = None,
     ) -> None:
         if not isinstance(x, Tensor | Nest) or not isinstance(y, Tensor | Nest):
             x, y = objective.batch(x, y)
@@ -100,8 +109,10 @@ class Closure(Looks):
         return self.loss_of(z, self.y)
 
     @property
-    def factor(self) -> float:
+    def factor(self) -> Factor:
         """N/M of the minibatch whose mean is taken: this one, or that of which it is a part.
+
+        Of heads with means of their own it is {head: N/M}, each for its own losses and outputs.
 
         Here alone it enters: losses, and so gradients, their second moments and second derivatives
         at the data's labels, are times it (`loss_of`); the vectors of second moments that stand for
@@ -123,10 +134,8 @@ class Closure(Looks):
 
         Of labels that were `drawn` it is times the root of it.
         """
-        losses = self.objective.likelihood.loss(z, y)
-        if self.factor == 1:
-            return losses
-        return losses * (math.sqrt(self.factor) if drawn else self.factor)
+        factor = root_factor(self.factor) if drawn else self.factor
+        return losses_of(self.objective.likelihood, z, y, factor)
 
     def __call__(self) -> Tensor:
         """Zero the gradients, go forward and backward, return the loss with ``p.grad`` filled.
@@ -217,7 +226,9 @@ class Closure(Looks):
         if law.why and law.examined:
             self.objective.say(law.why)
         root = law.root(z, self.y)
-        return root if self.factor == 1 else root * math.sqrt(self.factor)
+        if self.factor == 1:
+            return root
+        return root * by_output(self.objective.likelihood, z, root_factor(self.factor))
 
     def by_place(self, z: Tensor) -> ByPlace:
         """Return the derivatives of the losses in outputs z at the data's labels, place by place.
@@ -228,7 +239,9 @@ class Closure(Looks):
         z = z.detach().requires_grad_()
         with derivatives():
             (slopes,) = torch.autograd.grad(self._losses(z).sum(), z)
-        return ByPlace(slopes, places_of(self.objective.likelihood, z, self.y), self.factor)
+        likelihood = self.objective.likelihood
+        root = by_output(likelihood, z.detach(), root_factor(self.factor))
+        return ByPlace(slopes, places_of(likelihood, z, self.y), root)
 
     def check_kind(self, kind: str) -> None:
         """Raise CurvlabError where the likelihood leaves a kind of matrix without one meaning."""

@@ -8,7 +8,6 @@ Legend: N examples, C outputs of the model (flattened), P places of a loss in an
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -51,12 +50,12 @@ class ByPlace:
     Args:
         slopes: ∂ℓ/∂z of each example's loss at the data's labels, times the factor N/M.
         places: the number of the place of each output of an example, from 0.
-        factor: N/M.
+        root: √(N/M), a number or that of every output.
     """
 
     slopes: Float[Tensor, "N *C"]
     places: Int[Tensor, " *C"]
-    factor: float
+    root: float | Float[Tensor, " C"]
 
     @property
     def where(self) -> Float[Tensor, "C P"]:
@@ -65,20 +64,26 @@ class ByPlace:
         count = int(places.max()) + 1
         return (places[:, None] == torch.arange(count, device=places.device)).to(self.slopes)
 
+    @property
+    def scales(self) -> Float[Tensor, " P"]:
+        """√(N/M) of every place."""
+        root: Tensor = torch.ones_like(self.slopes[0]).flatten() * self.root
+        return (self.where * root[:, None]).amax(0)
+
     def vectors(self) -> Float[Tensor, "P N *C"]:
         """Return the vectors that are sent back, one a place, times the root of N/M.
 
         Their second moment is (N/M) (1/N) Σ g gᵀ over places: the mean over the M counted ones
         where the loss is that mean, of each place's gradient as it is.
         """
-        slopes = self.slopes.flatten(1) / math.sqrt(self.factor)
+        slopes = self.slopes.flatten(1) / self.root
         return (self.where.mT[:, None] * slopes).view(-1, *self.slopes.shape)
 
     def linear(self, z: Float[Tensor, "N *C"]) -> Float[Tensor, "N P"]:
         """Return functions of outputs, linear in them, whose derivatives are these vectors."""
-        slopes = self.slopes.flatten(1) / math.sqrt(self.factor)
+        slopes = self.slopes.flatten(1) / self.root
         return (z.flatten(1) * slopes.to(z.dtype)) @ self.where.to(z.dtype)
 
     def some(self, examples: slice) -> ByPlace:
         """Return those of some of the examples."""
-        return ByPlace(self.slopes[examples], self.places, self.factor)
+        return ByPlace(self.slopes[examples], self.places, self.root)

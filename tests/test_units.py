@@ -113,7 +113,7 @@ def test_gradients_of_symbols_add_up_to_those_of_sequences() -> None:
             assert rows.shape == (N, T, *objective.parameters[name].shape)
             torch.testing.assert_close(rows.sum(1), whole[name], rtol=0, atol=1e-12)
         flat = objective.layout.flatten(each, 2)
-        factor = objective.closure(x, y).factor
+        factor: Any = objective.closure(x, y).factor
         rows = gradients_of_symbols(objective, x, y) * factor
         torch.testing.assert_close(flat[y >= 0], rows, rtol=0, atol=1e-12)
         assert not flat[y < 0].any()

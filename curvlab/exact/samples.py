@@ -8,7 +8,6 @@ Legend: N examples, C outputs of the model (flattened), V vectors sent back.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,8 +86,8 @@ def _of_places(closure: Closure) -> dict[str, Float[Tensor, "N P *shape"]]:
     objective = closure.objective
     z, _, capture = closure.look()
     apart = closure.by_place(z)
-    scale = math.sqrt(apart.factor)
-    vectors = apart.vectors() * scale
+    scales = apart.scales
+    vectors = apart.vectors() * scales.view(-1, *[1] * z.ndim)
     remedy = "take fewer examples at a time"
     _guard(objective, len(vectors) * len(z), "the gradients of all places", remedy)
     found: dict[str, Tensor] = {}
@@ -97,7 +96,7 @@ def _of_places(closure: Closure) -> dict[str, Float[Tensor, "N P *shape"]]:
         found |= s.block.scatter(s.rows, 2)
     loose = _loose(objective, statistics)
     if loose.blocks:
-        rows = Function(closure, loose).gradients_of_places() * scale
+        rows = Function(closure, loose).gradients_of_places() * scales[:, None]
         found |= loose.unflatten(rows.transpose(0, 1), 2)
     typed = _typed(found, objective.parameters)
     names = (name for block in objective.blocks for name in block.params)
