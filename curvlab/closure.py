@@ -20,7 +20,7 @@ from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_finite
 from curvlab.independence import some_rows
 from curvlab.likelihoods.base import (
-    Factor,
+    MeanFactor,
     by_output,
     factor_of,
     losses_of,
@@ -61,7 +61,7 @@ class Closure(Looks):
         number: int,
         stream: Stream = "step",
         part: int = 0,
-        factor: Factor | None = None,
+        factor: MeanFactor | None = None,
     ) -> None:
         if not isinstance(x, Tensor | Nest) or not isinstance(y, Tensor | Nest):
             x, y = objective.batch(x, y)
@@ -109,7 +109,7 @@ class Closure(Looks):
         return self.loss_of(z, self.y)
 
     @property
-    def factor(self) -> Factor:
+    def factor(self) -> MeanFactor:
         """N/M of the minibatch whose mean is taken: this one, or that of which it is a part.
 
         Of heads with means of their own it is {head: N/M}, each for its own losses and outputs.

@@ -17,7 +17,7 @@ from curvlab.independence import Independence, some_rows
 from curvlab.nests import Batched, call_arguments, described
 from curvlab.observation import Stream
 from curvlab.second_looks import QUIET
-from curvlab.strangers import WRAP, called, eager, mixes
+from curvlab.strangers import WRAP, beyond_a_table, called, eager, mixes
 
 
 class Looks(Independence):
@@ -61,7 +61,7 @@ class Looks(Independence):
             of_the_data = any(word in str(error) for word in _OF_THE_DATA)
             if isinstance(error, CurvlabError) or lacks_memory(error) or not of_the_data:
                 raise
-            line = str(error).splitlines()[0]
+            line = beyond_a_table(error, model) or str(error).splitlines()[0]
             raise CurvlabError(
                 f"the model does not take inputs of shape {described(self.x)}: {line}"
             ) from error

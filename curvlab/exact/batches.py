@@ -22,7 +22,7 @@ from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.fingerprint import Unchanging
 from curvlab.forms import Form
 from curvlab.layers import Block
-from curvlab.likelihoods.base import Factor, factor_over, scaled
+from curvlab.likelihoods.base import MeanFactor, factor_over, scaled
 from curvlab.nests import Batched, is_minibatch
 from curvlab.objective import Objective
 from curvlab.observation import Pass
@@ -86,7 +86,7 @@ class Minibatches:
     number: int
     chunk: int = CHUNK
     # N/M of all minibatches together; None where each chunk's is that of its minibatch
-    factor: Factor | None = None
+    factor: MeanFactor | None = None
 
     @classmethod
     def of(

@@ -135,11 +135,11 @@ def mean_per(likelihood: Likelihood) -> str:
     return str(getattr(likelihood, "per", "factor" if scaled(likelihood) else "sequence"))
 
 
-Factor = float | dict[str, float]
+MeanFactor = float | dict[str, float]
 """N/M of N examples and M that the mean is over; of heads {head: its own}."""
 
 
-def factor_of(likelihood: Likelihood, y: Any) -> Factor:
+def factor_of(likelihood: Likelihood, y: Any) -> MeanFactor:
     """Return N/M of a minibatch's labels, by the likelihood's `factor(y)`; 1 where it has none.
 
     Raises:
@@ -151,7 +151,7 @@ def factor_of(likelihood: Likelihood, y: Any) -> Factor:
     return dict(found) if isinstance(found, Mapping) else float(found)
 
 
-def counted_of(likelihood: Likelihood, y: Any) -> Factor:
+def counted_of(likelihood: Likelihood, y: Any) -> MeanFactor:
     """Return M of a minibatch's labels: what the mean is over; of heads {head: its own}.
 
     It is the likelihood's `count(y)`, or N over its factor; N itself for a mean over examples.
@@ -167,7 +167,7 @@ def counted_of(likelihood: Likelihood, y: Any) -> Factor:
     return dict(found) if isinstance(found, Mapping) else float(found)
 
 
-def factor_over(likelihood: Likelihood, labels: Iterable[Any]) -> Factor:
+def factor_over(likelihood: Likelihood, labels: Iterable[Any]) -> MeanFactor:
     """Return N/M of the labels of several minibatches together.
 
     Raises:
@@ -186,20 +186,20 @@ class Counted:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
 
-    def add(self, counted: Factor) -> None:
+    def add(self, counted: MeanFactor) -> None:
         """Add what one minibatch counts."""
         each = counted if isinstance(counted, dict) else {"": counted}
         for name, number in each.items():
             self.sums[name] = self.sums.get(name, 0.0) + number
 
-    def factor(self, examples: float) -> Factor:
+    def factor(self, examples: float) -> MeanFactor:
         """Return N/M. Raises CurvlabError where an M is 0."""
         if list(self.sums) in ([], [""]):
             return ratio(examples, self.sums.get("", 0.0))
         return {name: ratio(examples, number, name) for name, number in self.sums.items()}
 
 
-def losses_of(likelihood: Any, z: Float[Tensor, "N *C"], y: Any, factor: Factor) -> Tensor:
+def losses_of(likelihood: Any, z: Float[Tensor, "N *C"], y: Any, factor: MeanFactor) -> Tensor:
     """Return the loss of each example times N/M; of heads each head's times its own, [N]."""
     if isinstance(factor, dict):
         found: Tensor = likelihood.loss(z, y, factor)
@@ -208,14 +208,14 @@ def losses_of(likelihood: Any, z: Float[Tensor, "N *C"], y: Any, factor: Factor)
     return losses if factor == 1 else losses * factor
 
 
-def root_factor(factor: Factor) -> Factor:
+def root_factor(factor: MeanFactor) -> MeanFactor:
     """Return the root of N/M, or of each head's."""
     if isinstance(factor, dict):
         return {name: math.sqrt(own) for name, own in factor.items()}
     return math.sqrt(factor)
 
 
-def by_output(likelihood: Any, z: Float[Tensor, "N *C"], factor: Factor) -> float | Tensor:
+def by_output(likelihood: Any, z: Float[Tensor, "N *C"], factor: MeanFactor) -> float | Tensor:
     """Return N/M as a number; of heads that of every output's head, [C]."""
     if not isinstance(factor, dict):
         return factor
