@@ -346,9 +346,8 @@ def sums(look: Minibatch, blocks: Sequence[Block]) -> Iterator[tuple[Block, Kron
     Every pass is shared.
     """
     if look.kind in PASS_OF_KIND:
-        for block in blocks:
-            s = look.statistics[block.name]
-            yield block, KroneckerSum(s.a, g=s.g, valid=s.valid)
+        for s in look.each(blocks):
+            yield s.block, KroneckerSum(s.a, g=s.g, valid=s.valid)
         return
     for s, hessians in look.hessians([b.name for b in blocks]):
         yield s.block, KroneckerSum(s.a, hessians.permute(2, 0, 1, 3, 4), valid=s.valid)

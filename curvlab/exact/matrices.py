@@ -229,7 +229,7 @@ def _across(
     _guard(objective, height * width, what)
     found = torch.zeros(height, width, dtype=objective.dtype, device=objective.device)
     seen, any_structured = 0, False
-    for closure in Minibatches.of(objective, x, y):
+    for closure in few(Minibatches.of(objective, x, y), kind, layout.blocks):
         look = Minibatch(closure, kind, draws)
         size = len(closure.x)
         loose = [b for b in layout.blocks if b.name not in closure.form.shaped]
@@ -266,10 +266,14 @@ def _add_rows(
     """
     top = Layout(tuple(rows)).slices
     left = Layout(tuple(columns)).slices
-    for j, i in (
-        combinations_with_replacement(range(len(rows)), 2) if len(rows) > 1 else [(0, 0)]
-    ):  # i ≥ j: the lower triangle
-        one, other = look.statistics[rows[i].name], look.statistics[columns[j].name]
+    pairs = [(0, 0)]
+    if len(rows) > 1:  # i ≥ j: the lower triangle
+        pairs = list(combinations_with_replacement(range(len(rows)), 2))
+    names = list(dict.fromkeys(b.name for b in (*rows, *columns)))
+    for part, (j, i) in ((part, pair) for part in look.together(names) for pair in pairs):
+        if rows[i].name not in part or columns[j].name not in part:
+            continue
+        one, other = part[rows[i].name], part[columns[j].name]
         target = matrix[top[rows[i].name], left[columns[j].name]]
         if _thin(one) and _thin(other):
             accumulate_between_(

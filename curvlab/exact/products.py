@@ -242,7 +242,7 @@ def _summed_diagonal(
     parts: dict[str, Tensor] = {}
     ruled = [b for b in layout.blocks if b.name in closure.form.shaped]
     if kind in PASS_OF_KIND:
-        parts |= {b.name: _second_moment_diagonal(look.statistics[b.name]) for b in ruled}
+        parts |= {s.block.name: _second_moment_diagonal(s) for s in look.each(ruled)}
     elif ruled:
         fits = [b.name for b in ruled if by_hessians(kind, b, closure.form)]
         if fits:
@@ -266,9 +266,18 @@ def _summed_diagonal(
 
 
 def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "O I"]:
-    """Return Σₙ Σ_v row²; at one place (Σ_v g²)ᵀ a²."""
-    if s.provides("factors") and s.used and s.places == 1:
+    """Return Σₙ Σ_v row²; at one place (Σ_v g²)ᵀ a².
+
+    Where that has fewer operations, by pairs of places: Σ_tt' (Σ_v g_t g_t')[o] a_t[i] a_t'[i].
+    """
+    simple = s.provides("factors") and s.used
+    if simple and s.places == 1:
         return s.g[:, :, 0].square().sum(0).mT @ s.a[:, 0].square()
+    places, inputs = (s.places, s.block.shape[1]) if simple else (0, 0)
+    if simple and places * (s.vectors + inputs) < s.vectors * inputs:
+        g = s.g.permute(1, 3, 2, 0).contiguous()  # [N, O, T, V]
+        pairs = (g @ g.mT).transpose(0, 1)
+        return _over_pairs(s.a, pairs)
     return sum(rows.square().sum(0) for rows in s.some_rows(4096))  # type: ignore[return-value]  # never empty
 
 
@@ -276,5 +285,9 @@ def _structured_diagonal(
     s: LayerStatistics, hessians: Float[Tensor, "T O N T O"]
 ) -> Float[Tensor, "O I"]:
     """Return Σₙ Σ_tt' G_{n,tt'}[o, o] a_{n,t}[i] a_{n,t'}[i]."""
-    own = hessians.diagonal(dim1=1, dim2=4).permute(3, 1, 0, 2)  # [O, N, T, T]
-    return torch.stack([(s.a * (g @ s.a)).sum((0, 1)) for g in own])
+    return _over_pairs(s.a, hessians.diagonal(dim1=1, dim2=4).permute(3, 1, 0, 2))
+
+
+def _over_pairs(a: Float[Tensor, "N T I"], pairs: Float[Tensor, "O N T T"]) -> Float[Tensor, "O I"]:
+    """Return Σₙ Σ_tt' G_{n,tt'}[o, o] a_{n,t}[i] a_{n,t'}[i]."""
+    return torch.stack([(a * (g @ a)).sum((0, 1)) for g in pairs])

@@ -20,7 +20,7 @@ from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.exact.batches import PASS_OF_KIND, Kind, by_hessians
 from curvlab.exact.second_order import preactivation_gauss_newton, preactivation_hessians
-from curvlab.exact.sequences import exact_statistics, groups_that_fit
+from curvlab.exact.sequences import exact_statistics, groups_that_fit, statistics_together
 from curvlab.exact.torch_func import Function
 from curvlab.forms import Form
 from curvlab.layers import Block, Layout
@@ -61,9 +61,7 @@ class Minibatch:
         (`sequences`), and each is sent once for all blocks (`blocks`) that fit into memory.
         """
         form = self.closure.form
-        needs = PASS_OF_KIND.get(self.kind, "data")
-        shared = needs in ("exact", "token") and max(form.places.values(), default=1) > 1
-        if not shared:
+        if not self._shared:
             yield from (self.statistics[block.name] for block in blocks)
             return
         missing = [b for b in blocks if b.name not in self._exact]
@@ -71,10 +69,27 @@ class Minibatch:
             every = [b for b in self.blocks if b.name in form.shaped and b not in blocks]
             some, *more = groups_that_fit([*blocks, *every], form, len(self.closure.x))
             for group in [some] if not more else groups_that_fit(blocks, form, len(self.closure.x)):
-                self._exact = exact_statistics(self.closure, [b.name for b in group], needs)
+                self._exact = exact_statistics(
+                    self.closure, [b.name for b in group], PASS_OF_KIND[self.kind]
+                )
                 yield from (self._exact[b.name] for b in group if b in blocks)
             return
         yield from (self._exact[b.name] for b in blocks)
+
+    def together(self, names: Sequence[str]) -> list[dict[str, LayerStatistics]]:
+        """Return statistics of some blocks under the same vectors, for products between them.
+
+        They are in parts, over which such products are summed (`statistics_together`).
+        """
+        if not self._shared:
+            return [self.statistics]
+        return statistics_together(self.closure, names, PASS_OF_KIND[self.kind])
+
+    @property
+    def _shared(self) -> bool:
+        """Whether places share weights, and there are many vectors."""
+        several = max(self.closure.form.places.values(), default=1) > 1
+        return several and PASS_OF_KIND.get(self.kind) in ("exact", "token")
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
