@@ -26,6 +26,7 @@ from curvlab.layers import Block
 from curvlab.momentum import MomentumKind
 from curvlab.objective import Objective
 from curvlab.observation import Pass
+from curvlab.units import Unit
 
 AdaptiveDamping = LevenbergMarquardt | GradientNorm
 
@@ -180,6 +181,8 @@ class Algorithm:
         constants: its document's values of what every method has.
         overall: overall damping λ and batch size → the document's own damping parameter.
         learns_first: see `Descent`.
+        empirical: whether its matrix is an empirical Fisher matrix of the data's gradients, which
+            has a unit (`labels_per`).
     """
 
     summary: str
@@ -189,6 +192,7 @@ class Algorithm:
     constants: Constants
     overall: DampingRule = same
     learns_first: bool = True
+    empirical: bool = False
 
     @property
     def lr(self) -> float:
@@ -274,6 +278,10 @@ class Algorithm:
             option: fitting(f"{option} of {name}", value, hints.get(option, Any))
             for option, value in own.items()
         }
+
+    def labels_per(self, unit: Unit) -> Pass:
+        """Return the pass of its statistics where empirical Fisher matrices are of this unit."""
+        return "token" if self.empirical and unit == "token" else self.labels
 
     @property
     def fixed(self) -> dict[str, Any]:

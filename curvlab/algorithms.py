@@ -55,7 +55,8 @@ def approximation(
         damping: the document's own parameter (λ of KFAC and the block methods, ε of TNT, Shampoo
             and Adam); the document's value where None.
         labels: "data" (empirical), "model" (sampled) or "exact", where it is not to be the
-            algorithm's own.
+            algorithm's own; "token" is of the data's labels, the loss at each place by itself
+            (curvlab.exact's unit="token").
         decay: of the moving averages; the document's where None (0.9; Adam's β₂ 0.999).
         update_every: T₁.
         refresh_every: T₂.

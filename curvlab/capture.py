@@ -89,6 +89,7 @@ class Capture(Hearing):
         differentiable: bool = False,
     ) -> None:
         self.dtype = dtype
+        self.mask: Tensor | None = None  # [N, T], false at places of padding
         super().__init__(model, blocks, parameters, differentiable=differentiable)
 
     # ------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ class Capture(Hearing):
         key = id(use)
         if key not in self._inputs or self._inputs[key].how != how:
             dtype = self.dtype or use.call.weight.dtype
-            self._inputs[key] = UseInput(use, size, how, dtype)
+            self._inputs[key] = UseInput(use, size, how, dtype, self.mask)
         return self._inputs[key]
 
     def only(self, block: Block) -> Use:

@@ -18,6 +18,7 @@ from curvlab.objective import Objective
 from curvlab.optim import Descent
 from curvlab.probes.base import PROBES, asked, labels, taken
 from curvlab.published import FIGURE_4_1
+from curvlab.units import Unit, kind_per
 
 ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
 """The probes of every comparison."""
@@ -30,6 +31,9 @@ class CompareSettings:
     Defaults: the published picture (thesis Figure 4.1, practice).
 
     `probes` are further ones beside `ALWAYS`, each as "name" or "name:every".
+
+    `unit` is whose gradients empirical Fisher matrices square (block-ef, kfac-ef, smw-ng): those of
+    examples, "sequence", or of single places of the loss, "token".
 
     `momentum` is every method's β; None gives each its document's. `decay` None gives each its
     document's (0.9; Adam's β₂ 0.999). `damping` is the overall λ, from which each method's own
@@ -46,6 +50,7 @@ class CompareSettings:
     refresh_every: int = 1
     log_every: int = 1
     probes: tuple[str, ...] = ()
+    unit: Unit = "sequence"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,6 +71,7 @@ class CompareSettings:
                     f"probe '{name}' is a part of every record of a comparison: say how often by"
                     " log_every"
                 )
+        kind_per("ef", self.unit)
         for name in ("update_every", "refresh_every", "log_every"):
             whole(name, getattr(self, name))
         check_rates(self.lr, self.damping, self.momentum, self.decay)
@@ -97,6 +103,7 @@ class CompareSettings:
                 name,
                 objective,
                 damping=damping,
+                labels=ALGORITHMS[name].labels_per(self.unit),
                 momentum=self.momentum,
                 decay=self.decay,
                 update_every=self.update_every,
@@ -135,5 +142,6 @@ class CompareSettings:
             "device": str(objective.device),
             "dtype": str(objective.dtype).removeprefix("torch."),
             "loss_per": mean_per(objective.likelihood),
+            "ef_unit": self.unit,
         }
         return Log(coordinates, taken(chosen), attributes | about, path, seeds)

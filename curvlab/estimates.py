@@ -33,6 +33,7 @@ _LABELS: dict[Kind, Pass] = {
     "fisher": "exact",
     "fisher-mc": "model",
     "ef": "data",
+    "ef-token": "token",
 }
 """The pass whose vectors' second moment is nearest to a kind of matrix: the matrix itself for all
 but Hessian and Π.
@@ -82,8 +83,8 @@ class Estimate:
         blocks = {block.name: algorithm.block(block) for block in chosen}
         of_means = any(block.reads == "gradient" for block in blocks.values())
         wanted = algorithm.labels if labels == "own" else _LABELS[kind]
-        if of_means and wanted == "exact":
-            wanted = "model"  # a mean gradient has one label for each example
+        if of_means and wanted in ("exact", "token"):  # a mean gradient has one vector an example
+            wanted = "model" if wanted == "exact" else "data"
         return cls(
             name,
             wanted,

@@ -15,9 +15,10 @@ from curvlab.statistics import LayerStatistics
 if TYPE_CHECKING:
     from curvlab.closure import Closure
 
-Pass = Literal["gradient", "data", "model", "exact"]
+Pass = Literal["gradient", "data", "model", "exact", "token"]
 """The vectors that are sent back: ∂ℓ/∂z at the data's labels ("gradient": for the mean gradient
-alone), at labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z².
+alone; "token": each place of the loss apart), at labels drawn from the model, or the columns of S,
+S Sᵀ = ∂²ℓ/∂z².
 """
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
