@@ -82,6 +82,10 @@ ROWS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: cl.exact.matrix(objective(), ids(), changed(2, -1), "ggn", "1"),
         r"label -1 is out of range.*Categorical\(ignore_index=-1\)",
     ),
+    "the exact pass of a long sequence": (
+        little(lambda: stepped("kflr", objective(), ids(), ids())),
+        r"what 54 vectors are at all layers of 4 examples would need .* labels are drawn",
+    ),
     "no counted place": (
         lambda: stepped("kfac", objective("token"), ids(), torch.full((N, T), -100)),
         r"no place of the 4 examples is counted .*: leave them out, or take per=\"sequence\"",
