@@ -167,7 +167,7 @@ def test_members_follow_the_reference() -> None:
     shadows = {name: descent(name, objective) for name in names}
     reference = descent("kfac", objective, damping=0.1)
     plain = [copy.deepcopy(model) for _ in names]
-    loops = [
+    loops: list[list[torch.optim.Optimizer]] = [
         [torch.optim.AdamW(plain[0].parameters(), weight_decay=0.0)],
         made("Muon", plain[1], {"weight_decay": 0.0}),
         [torch.optim.SGD(plain[2].parameters(), lr=0.1, momentum=0.9)],
