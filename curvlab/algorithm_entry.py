@@ -230,6 +230,11 @@ class Algorithm:
         return isinstance(self.builds, WholeVector)
 
     @property
+    def foreign(self) -> bool:
+        """Whether it is an optimizer of somebody else's, whose constants are all its own."""
+        return getattr(self.builds, "kind", None) is not None
+
+    @property
     def make(self) -> Callable[..., Any]:
         """What `builds` makes its blocks, or its curvature, with."""
         return self.builds.make

@@ -260,7 +260,7 @@ class Closure(Looks):
         """Go forward once, then backward once for each pass in `needs`.
 
         Args:
-            needs: of "gradient", "data", "model", "exact", "token".
+            needs: of "gradient", "data", "model", "exact", "token", "plain".
             move_buffers: False runs on cloned buffers, so that a second look does not move
                 BatchNorm's statistics.
             draws: labels drawn for each example in the "model" pass; with k of them V = k, each
@@ -277,7 +277,7 @@ class Closure(Looks):
             raise unknown("pass", name, PASSES)
         z, capture = (
             self._unheard(move_buffers)
-            if needs == {"gradient"} and self._may_go_unheard()
+            if needs <= {"gradient", "plain"} and self._may_go_unheard()
             else self.forward(move_buffers=move_buffers)
         )
         with derivatives():
@@ -292,6 +292,10 @@ class Closure(Looks):
         for name in (p for p in PASSES if p in needs):
             if name == "gradient" and "data" in needs:
                 continue  # they are one
+            if name == "plain":
+                vectors = torch.autograd.grad(loss, outputs, retain_graph=True)[0][None]
+                passes[name] = capture.gradients(z, vectors, 1)
+                continue
             if name == "exact":
                 if self.stream != "exact" and mixes(self.objective.modules):
                     self.objective.say(_MIXING)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curvlab.algorithms import ALGORITHMS, check_rates, damping_for, descent
-from curvlab.errors import CurvlabError, lookup, whole
+from curvlab.algorithms import check_rates, damping_for, descent, find_algorithm, followed
+from curvlab.errors import CurvlabError, whole
 from curvlab.likelihoods.base import mean_per
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
@@ -22,6 +22,8 @@ from curvlab.units import Unit, kind_per
 
 ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
 """The probes of every comparison."""
+
+_SHARED = ("momentum", "decay", "update_every", "refresh_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class CompareSettings:
             CurvlabError: an unknown name or a value out of range.
         """
         for name in (self.reference, *self.algorithms):
-            lookup(ALGORITHMS, name, "algorithm")
+            find_algorithm(name)
         for name, every in asked(self.probes, "compare").items():
             if name in ALWAYS and every is not None:
                 raise CurvlabError(
@@ -90,7 +92,7 @@ class CompareSettings:
     @property
     def rate(self) -> float:
         """The reference's learning rate, `lr`, or its document's where that is None."""
-        return ALGORITHMS[self.reference].lr if self.lr is None else self.lr
+        return find_algorithm(self.reference).lr if self.lr is None else self.lr
 
     def dampings(self, size: int) -> dict[str, float]:
         """Return {algorithm: its document's own damping} at batches of `size` examples."""
@@ -98,17 +100,17 @@ class CompareSettings:
 
     def descents(self, objective: Objective, size: int) -> dict[str, Descent]:
         """Build {algorithm: its descent}, each damped for batches of `size` examples."""
+        shared = {name: getattr(self, name) for name in _SHARED}
         return {
-            name: descent(
+            name: descent(name, objective)
+            if (entry := find_algorithm(name)).foreign
+            else descent(
                 name,
                 objective,
                 damping=damping,
-                labels=ALGORITHMS[name].labels_per(self.unit),
-                momentum=self.momentum,
-                decay=self.decay,
-                update_every=self.update_every,
-                refresh_every=self.refresh_every,
-                **ALGORITHMS[name].fixed,
+                labels=entry.labels_per(self.unit),
+                **shared,
+                **entry.fixed,
             )
             for name, damping in self.dampings(size).items()
         }
@@ -144,4 +146,5 @@ class CompareSettings:
             "loss_per": mean_per(objective.likelihood),
             "ef_unit": self.unit,
         }
+        attributes |= followed({name: {} for name in self.names}, objective)
         return Log(coordinates, taken(chosen), attributes | about, path, seeds)

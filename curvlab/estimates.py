@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 
-from curvlab.algorithms import ALGORITHMS, damping_for
+from curvlab.algorithms import damping_for, find_algorithm
 from curvlab.closure import Closure
 from curvlab.curvature.base import CurvatureBlock
-from curvlab.errors import CurvlabError, lookup
+from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind, Minibatches
 from curvlab.layers import Block
 from curvlab.linalg.operators import Operator
@@ -69,7 +69,7 @@ class Estimate:
         Raises:
             CurvlabError: an unknown algorithm; one of the whole vector, or that reads no pass.
         """
-        algorithm = lookup(ALGORITHMS, name, "algorithm")
+        algorithm = find_algorithm(name)
         if algorithm.whole:
             raise CurvlabError(
                 f"'{name}' estimates no matrix by block, so there is nothing to compare: leave"

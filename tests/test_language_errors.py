@@ -58,12 +58,12 @@ def batch(**change: Any) -> dict[str, Any]:
     return {"ids": ids(), "labels": ids()} | change
 
 
-def little(call: Callable[[], Any]) -> Callable[[], Any]:
+def little(call: Callable[[], Any], memory: int = 40_000) -> Callable[[], Any]:
     """The call on a machine of little memory."""
 
     def on_it() -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("curvlab.errors._memory", lambda: 40_000)
+            patch.setattr("curvlab.errors._memory", lambda: memory)
             return call()
 
     return on_it
@@ -83,7 +83,7 @@ ROWS: dict[str, tuple[Callable[[], Any], str]] = {
         r"label -1 is out of range.*Categorical\(ignore_index=-1\)",
     ),
     "the exact pass of a long sequence": (
-        little(lambda: stepped("kflr", objective(), ids(), ids())),
+        little(lambda: stepped("kflr", objective(), ids(), ids()), 150_000),
         r"what 54 vectors are at all layers of 4 examples would need .* labels are drawn",
     ),
     "no counted place": (
