@@ -234,7 +234,7 @@ class LayerStatistics:
         )
 
     @property
-    def counted(self) -> float | Float[Tensor, ""]:
+    def counted(self) -> float | int | Float[Tensor, ""]:
         """The number of examples and places, without those of padding, and at least 1."""
         found = sum(p.counted for p in self.parts)
         return found.clamp_min(1) if isinstance(found, Tensor) else max(1, found)

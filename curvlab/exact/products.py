@@ -265,7 +265,7 @@ def _summed_diagonal(
     return torch.cat([parts[b.name].flatten() for b in layout.blocks])
 
 
-def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "O I"]:
+def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "*W"]:
     """Return Σₙ Σ_v row²; at one place (Σ_v g²)ᵀ a².
 
     Where that has fewer operations, by pairs of places: Σ_tt' (Σ_v g_t g_t')[o] a_t[i] a_t'[i].
