@@ -32,10 +32,11 @@ from curvlab.show.style import looks
 
 RISE = 20  # minibatches over which a rate rises
 GRIDS: dict[str, dict[str, list[float]]] = {
-    "adamw": {"lr": [3e-4, 1e-3, 3e-3]},
-    "adam": {"lr": [3e-4, 1e-3, 3e-3]},
-    "kfac": {"lr": [3e-3, 1e-2, 3e-2, 1e-1], "damping": [1e-2, 1e-1]},
-    "kfac-reduce": {"lr": [3e-3, 1e-2, 3e-2, 1e-1], "damping": [1e-2, 1e-1]},
+    "adamw": {"lr": [3e-4, 1e-3, 3e-3, 1e-2]},
+    "adam": {"lr": [3e-4, 1e-3, 3e-3, 1e-2]},
+    "kfac": {"lr": [3e-4, 1e-3, 3e-3, 1e-2], "damping": [1e-2, 1e-1, 1.0]},
+    "kfac-reduce": {"lr": [3e-4, 1e-3, 3e-3, 1e-2], "damping": [1e-2, 1e-1, 1.0]},
+    "tnt": {"lr": [3e-5, 1e-4, 3e-4, 1e-3], "damping": [1e-2, 1e-1]},
     "k-bfgs": {"lr": [3e-3, 1e-2, 3e-2, 1e-1], "damping": [1e-1, 1.0]},
     "k-bfgs-l": {"lr": [3e-3, 1e-2, 3e-2, 1e-1], "damping": [1e-1, 1.0]},
     "sgd-m": {"lr": [1e-2, 3e-2, 1e-1]},
@@ -52,7 +53,7 @@ parser.add_argument("--screen", type=int, default=100, help="minibatches of a ru
 parser.add_argument("--steps", type=int, help="end a run after so many minibatches")
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
 parser.add_argument("--batch-size", type=int, default=12)
-parser.add_argument("--log", type=Path, help="read this file; where there is none, write it")
+parser.add_argument("--log", type=Path, help="keep what is measured there; a method in it is read")
 parser.add_argument("--out", type=Path, default=Path("analyses/figures"))
 options = parser.parse_args()
 torch.set_num_threads(1)  # so that CPU seconds are a step's
@@ -143,7 +144,11 @@ def run(name: str, seed: int, steps: int, every: int, **constants: float) -> Cur
 def measured() -> dict[str, Any]:
     steps = min(options.steps or options.epochs * EPOCH, options.epochs * EPOCH)
     found: dict[str, Any] = {"model": options.model, "data": DATA, "epoch": EPOCH, "runs": {}}
+    if options.log and options.log.exists():
+        found = json.loads(options.log.read_text())
     for name in options.methods:
+        if name in found["runs"]:
+            continue
         grid = GRIDS[name]
         tried: list[tuple[float, dict[str, float]]] = []
         for values in itertools.product(*grid.values()):
@@ -169,8 +174,7 @@ def measured() -> dict[str, Any]:
     return found
 
 
-known = options.log is not None and options.log.exists()
-found = json.loads(options.log.read_text()) if known else measured()
+found = measured()
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
 shown = [name for name, each in found["runs"].items() if each["seeds"]]

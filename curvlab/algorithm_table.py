@@ -58,6 +58,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         source="thesis 4.3.4 with (5.3)",
         builds=ByBlock(DenseFisher),
         labels="data",
+        empirical=True,
         constants=Constants(lr=0.03, damping=1e-3, momentum_kind="average"),
     ),
     "block-ggn": Algorithm(
@@ -93,6 +94,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         source="thesis 4.7.3",
         builds=ByBlock(_kfac),
         labels="data",
+        empirical=True,
         constants=Constants(lr=1.0, damping=100.0, refresh_every=20),
     ),
     "kfac-reduce": Algorithm(
@@ -295,6 +297,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         source="thesis Alg. 23, (5.3), (5.6), 5.8",
         builds=WholeVector(Smw, options={"curvature_size": 30}),
         labels="data",
+        empirical=True,
         constants=Constants(lr=0.1, damping=1.001, momentum=0.0, momentum_kind="average"),
     ),
     "smw-gn": Algorithm(

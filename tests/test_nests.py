@@ -123,6 +123,45 @@ def test_products_gradients_and_jacobians() -> None:
         torch.testing.assert_close(j, flat[f"two.{name}"], rtol=1e-12, atol=1e-15)
 
 
+class Recurrent(nn.Module):
+    """Of an LSTM there is no rule for `vmap`: its examples go one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(2, 2, batch_first=True), nn.Linear(2, C)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.lstm(x)[0] * mask[..., None]
+        found: Tensor = self.head(h.sum(1))
+        return found
+
+
+@pytest.mark.parametrize("kind", ["ggn", "ef", "fisher-mc", "hessian"])
+@pytest.mark.filterwarnings("ignore::curvlab.errors.CurvlabWarning")
+def test_examples_one_by_one(kind: Any) -> None:
+    torch.manual_seed(0)
+    model, x, y = Recurrent().double(), torch.randn(N, 4, 2).double(), torch.randint(C, (N,))
+    mask = (torch.arange(4) < torch.tensor([[4], [2], [3], [1], [4], [2]])).double()
+    law = cl.likelihoods.Categorical()
+    one = cl.Objective(model, law, seed=0)
+    found = cl.exact.matrices(one, {"x": x, "mask": mask, "labels": y}, None, kind)
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = model
+
+        def forward(self, both: Tensor) -> Tensor:
+            joined: Tensor = self.own(both[..., :2], both[..., 2])
+            return joined
+
+    other = cl.Objective(Joined(), law, seed=0)
+    flat = torch.cat([x, mask[..., None]], 2)
+    wanted = cl.exact.matrices(other, flat, y, kind)
+    for name, matrix in found.items():
+        torch.testing.assert_close(matrix.dense(), wanted[name].dense(), rtol=1e-12, atol=1e-15)
+
+
 def test_ways_to_give_a_minibatch() -> None:
     """A mapping with or without its labels, a tuple, a list, a named tuple, a dataclass."""
     p = problem()

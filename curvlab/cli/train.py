@@ -134,7 +134,8 @@ def train(
     labels: Annotated[
         str | None,
         Option(
-            help="data, model or exact, where they are not to be the algorithm's own.",
+            help="data, token (the data's, each place of the loss by itself), model or exact, where"
+            " they are not to be the algorithm's own.",
             rich_help_panel=_METHOD,
         ),
     ] = None,

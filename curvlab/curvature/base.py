@@ -141,19 +141,15 @@ class BlockDefaults:
     """Members that a block may have beside `CurvatureBlock`, with the answers of one without."""
 
     factored: bool = False
-    """Whether the block is made of Kronecker factors, whose eigenvalues the probe `bounds` looks
-    at."""
+    """Whether it is made of Kronecker factors: the probe `bounds` reads their eigenvalues."""
     learns_pairs: bool = False
     """Whether the block learns from pairs, which the probe `damping` looks at."""
     compares_gradients: bool = False
     """Whether `secant` reads gradients, which are then autograd's own in both looks."""
     shift: float | None = None
-    """What the last `refresh` added to the diagonal beside the damping; None: the method shifts
-    nothing."""
+    """What the last `refresh` added to the diagonal beside the damping; None: it shifts nothing."""
     left_out: int | Tensor | None = None
-    """Pairs that were left out so far since they were not finite; None: the block learns from
-    none.
-    """
+    """Pairs left out so far since they were not finite; None: the block learns from none."""
     reads: Reads = "gradient"
 
     @property
@@ -242,6 +238,10 @@ class CurvatureDefaults:
 
     name: str = ""
     """Of the algorithm."""
+    gradient_pass: Pass = "gradient"
+    """The pass whose gradient is preconditioned."""
+    rate: float | None = None
+    """The learning rate of the next step, told before it; None: of no concern."""
 
     @property
     def refreshed(self) -> float | None:
@@ -252,6 +252,10 @@ class CurvatureDefaults:
     def left_out(self) -> Mapping[str, int | Tensor]:
         """Pairs left out, as of `Curvature.left_out`; {}: there are none, or none counted."""
         return {}
+
+    def arrived(self) -> Mapping[str, Tensor] | None:
+        """Return {parameter: its value after the step at `rate`}; None: W − rate · p."""
+        return None
 
     def inverses(self) -> Mapping[str, Operator]:
         """Return `inverse`; {} where there is none."""
@@ -325,7 +329,7 @@ def block_with_defaults(block: Any) -> BlockDefaults:
 
 
 def with_defaults(curvature: Any) -> CurvatureDefaults:
-    """Return the curvature itself where it has all of `CurvatureDefaults`; else completed by them.
+    """Return the curvature itself, completed by `CurvatureDefaults` where it lacks some of them.
 
     None, of a frame that holds no curvature, has nothing but defaults.
     """

@@ -33,7 +33,8 @@ def mapped(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
             found: Tensor = vmap(f)(*arguments)
         except RuntimeError as error:
             raise_if_out_of_memory(error)
-            found = torch.stack([f(*one) for one in zip(*arguments, strict=True)])
+            one_by_one = range(len(arguments[0]))  # a nest is not gone through
+            found = torch.stack([f(*(a[i] for a in arguments)) for i in one_by_one])
         return found
 
     return over

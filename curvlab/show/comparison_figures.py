@@ -7,6 +7,7 @@ import math
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from curvlab.logs import attributes
 from curvlab.show.captions import (
@@ -111,6 +112,7 @@ def cosine(ds: xr.Dataset) -> Figure:
             _line(ax, ds["cosine"].sel(algorithm=name, block=block), seen[name].line, name)
         ax.set_title(_title(ds, block), fontsize=10)
         ax.grid(alpha=0.3)
+    axes.flat[0].xaxis.set_major_locator(MaxNLocator(integer=True))  # steps; of all, they share
     axes.flat[0].set_ylim(top=1.0)  # of all, once all are drawn: it ends the search for the bottom
     for ax in axes.flat[max(len(shown) - columns, 0) : len(shown)]:  # the lowest of each column
         ax.set_xlabel("iteration")

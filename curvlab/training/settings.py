@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from curvlab.algorithms import ALGORITHMS, check_labels, check_rates, optimizer
-from curvlab.errors import MOST_STEPS, CurvlabError, fitting, lookup, real, shown, unknown, whole
+from curvlab.algorithms import check_labels, check_rates, find_algorithm, optimizer
+from curvlab.errors import MOST_STEPS, CurvlabError, fitting, real, shown, unknown, whole
 from curvlab.groups import check_weight_decay
 from curvlab.objective import Objective
 from curvlab.observation import Pass
@@ -58,7 +58,7 @@ class MethodSettings:
         Raises:
             CurvlabError: an unknown name or a value out of range.
         """
-        lookup(ALGORITHMS, self.algorithm, "algorithm").checked(self.own, self.algorithm)
+        find_algorithm(self.algorithm).checked(self.own, self.algorithm)
         check_labels(self.labels)
         fitting("double_grad", self.double_grad, bool)
         for name in ("update_every", "refresh_every"):
@@ -96,9 +96,14 @@ class MethodSettings:
                 f"options of {self.algorithm} ({dict(self.own)}): {' '.join(str(error).split())}"
             ) from error
 
+    def given(self) -> dict[str, Any]:
+        """Return the options that an optimizer of somebody else's is made with."""
+        shared = {"momentum": self.momentum, "weight_decay": self.weight_decay or None}
+        return dict(self.own) | {name: v for name, v in shared.items() if v is not None}
+
     def plain(self) -> dict[str, Any]:
         """Return the settings as plain values, the document's in the place of None."""
-        table = ALGORITHMS[self.algorithm]
+        table = find_algorithm(self.algorithm)
         known: dict[str, Any] = {"own": dict(self.own)}
         for name in (
             "lr",
