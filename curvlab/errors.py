@@ -254,6 +254,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:60]}…"
 
 
+def some_of(things: Iterable[object], most: int = 3) -> str:
+    """Return the names of the first few things, and how many more there are."""
+    names = [str(thing) for thing in things]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def several(names: str | Iterable[str]) -> list[str]:
     """Return a list of names; a single one stands for itself, not for its letters.
 

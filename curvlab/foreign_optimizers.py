@@ -24,7 +24,7 @@ from curvlab.curvature.base import Curvature
 from curvlab.curvature.overall_damping import fixed
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.shadow import Shadow, Shadowed
-from curvlab.errors import CurvlabError, real, shown, unknown
+from curvlab.errors import CurvlabError, real, shown, some_of, unknown
 from curvlab.objective import Objective
 
 FOREIGN: dict[str, Algorithm] = {}
@@ -94,7 +94,7 @@ class Foreign(WholeVector):
                     f"{second} does not take all that {self.title} leaves: name another by others=…"
                 )
             parts.append(Shadowed(entry.builds._maker(others), left, lr))
-            names = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+            names = some_of(left, 4)
             objective.say(f"{self.title} does not take {names}: {second} does, at a rate of {lr:g}")
         return Shadow(objective, parts, settings.name or self.title)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
-from curvlab.errors import CurvlabError, guard_memory, lookup, several, unknown
+from curvlab.errors import CurvlabError, guard_memory, lookup, several, some_of, unknown
 from curvlab.exact.batches import (
     PASS_OF_KIND,
     Kind,
@@ -94,7 +94,7 @@ def matrices(
     _guard(
         objective,
         sum(b.numel**2 for b in chosen),
-        f"the dense {kind} of {', '.join(map(str, chosen))}",
+        f"the dense {kind} of {some_of(chosen)}",
         chosen,
     )
     sums: dict[str, Sum] = {}
