@@ -16,7 +16,7 @@ from curvlab.errors import CurvlabError, CurvlabWarning
 _moved.follow()
 
 if TYPE_CHECKING:
-    from curvlab import assumptions, datasets, exact, likelihoods, models
+    from curvlab import assumptions, datasets, exact, integrations, likelihoods, models
     from curvlab.algorithms import approximation, optimizer
     from curvlab.logs.reading import cosine_to, late_cosine
     from curvlab.logs.reading import open_log as open
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from curvlab.show.page import report
     from curvlab.spectra import spectrum
     from curvlab.training.run import train
+    from curvlab.watching import watch
 
     __version__: str
 
@@ -39,10 +40,11 @@ _PLACES = {
     "report": "show.page",
     "spectrum": "spectra",
     "train": "training.run",
+    "watch": "watching",
 }
 """{public name: its module, and its name there where that is another}"""
 
-_MODULES = ("assumptions", "datasets", "exact", "likelihoods", "models")
+_MODULES = ("assumptions", "datasets", "exact", "integrations", "likelihoods", "models")
 
 __all__ = [
     "CurvlabError",
@@ -54,6 +56,7 @@ __all__ = [
     "cosine_to",
     "datasets",
     "exact",
+    "integrations",
     "late_cosine",
     "likelihoods",
     "models",
@@ -62,6 +65,7 @@ __all__ = [
     "report",
     "spectrum",
     "train",
+    "watch",
 ]
 
 
