@@ -21,9 +21,9 @@ def plain_optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:
     Raises:
         CurvlabError: something that is no optimizer, or none at all.
     """
-    single = isinstance(given, torch.optim.Optimizer) or not isinstance(given, Iterable)
     found: list[torch.optim.Optimizer] = []
-    for one in [given] if single else list(given):
+    several: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    for one in several:
         inner: Any = one
         while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
             inner = inner.optimizer

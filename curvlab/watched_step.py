@@ -23,7 +23,7 @@ from curvlab.closure import Closure
 from curvlab.comparison_loop import log_samples, tell_of_loss
 from curvlab.comparison_settings import CompareSettings
 from curvlab.derivatives import precise
-from curvlab.errors import CurvlabError, Diverged
+from curvlab.errors import CurvlabError, Diverged, warn
 from curvlab.logs.log import Log
 from curvlab.machine import clock_of
 from curvlab.nests import joined
@@ -132,13 +132,15 @@ class Looker:
         self.objective, self.settings, self.path = objective, settings, path
         self.about, self.every = dict(about), settings.every
         self.watched = (WATCHED, WITH_DECAY) if decays else (WATCHED,)
-        check_probes(
-            list(asked(settings.probes, "compare")),
-            {name: d.curvature for name, d in settings.descents(objective, 1).items()},
-        )
+        if settings.probes:
+            found = settings.descents(objective, 1)
+            check_probes(
+                list(asked(settings.probes, "compare")),
+                {name: d.curvature for name, d in found.items()},
+            )
         self.clock = clock_of(objective.device)
         self.log: Log | None = None
-        self.samples, self.seconds = 0, 0.0
+        self.samples, self.lost, self.seconds = 0, 0, 0.0
         self._descents: dict[str, Descent] = {}
         self._alive: dict[str, Descent] = {}
         self._learning: dict[str, float] = {}
@@ -165,15 +167,15 @@ class Looker:
                 random_state.set_states(first.chance, device)
                 cast = nullcontext() if first.cast is None else torch.autocast(*first.cast)
                 with cast, precise():
-                    found, record = self._seen(taken, now)
+                    found, record = self._seen(taken, now, len(seen))
             except CurvlabError as error:
                 # what does not fit shows at the first look, to be put right; later, it would end a
                 # training that is none of ours
                 if not isinstance(error, Diverged) and not self.log:
                     raise
-                self.objective.say(
-                    f"a watched step is not logged, the first such is step {taken.number}: {error}"
-                )
+                self.lost += 1
+                if self.lost == 1:
+                    warn(f"step {taken.number} is not logged, nor others like it: {error}")
                 return
             finally:
                 if now is not None:
@@ -189,15 +191,26 @@ class Looker:
     def _closure(self, seen: Sequence[Seen]) -> Closure:
         """Return the minibatches of a step as one, of the mean over all examples."""
         pairs = [self.objective.batch(one.x, one.y) for one in seen]
-        if len(seen) > 1 and mixes(self.objective.modules):
-            self.objective.say(
-                "batch norm in training mode: the minibatches of an accumulated step are looked at"
-                " as one, whose means and variances are others than each alone has"
-            )
         x, y = joined([x for x, _ in pairs]), joined([y for _, y in pairs])
         if self.log is None:
             self._open(len(x))
         return self.objective.closure(x, y)
+
+    def _is_a_mean(self, closure: Closure) -> bool:
+        """Return whether minibatches looked at as one are what each was alone; say it if not."""
+        mixing = mixes(self.objective.modules)
+        if mixing or closure._drew():
+            why = (
+                "batch norm has other means and variances"
+                if mixing
+                else "dropout, or what else is drawn, has other random numbers"
+            )
+            self.objective.say(
+                f"the minibatches of an accumulated step are looked at as one, in which {why} than"
+                " in each alone: its gradient is not the loop's own (the log has their cosine)"
+            )
+            return False
+        return True
 
     def _open(self, size: int) -> None:
         """Make descents and log, which want to know the size of minibatches."""
@@ -231,7 +244,9 @@ class Looker:
             for name, p in parameters.items():
                 p.data = new[name]
 
-    def _seen(self, taken: Taken, closure: Closure) -> tuple[dict[str, Sample], dict[str, Any]]:
+    def _seen(
+        self, taken: Taken, closure: Closure, count: int
+    ) -> tuple[dict[str, Sample], dict[str, Any]]:
         assert self.log is not None
         log, seed = self.log, self.objective.seed
         due = self.due(taken.number)
@@ -249,6 +264,7 @@ class Looker:
                 *(d.needs for d in self._alive.values()), *(PROBES[name].needs for name in due)
             )
             now = closure.observe(needs, move_buffers=False)
+            as_one = count == 1 or self._is_a_mean(closure)
             nothing = {name: torch.full_like(g, torch.nan) for name, g in now.gradients.items()}
             for name in self._descents:
                 directions[name], seconds[name] = nothing, math.nan
@@ -278,7 +294,7 @@ class Looker:
                 self._learning[name] = self.clock() - start
                 d.say_left_out()
         found |= sample(due, frame, "after")
-        return {name: found[name] for name in due}, self._beside(taken, now, moved)
+        return {name: found[name] for name in due}, self._beside(taken, now, moved, as_one)
 
     def _directions(self, taken: Taken) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """Return {watched…: {block: (old − new) / rate}} and {block: new − old}."""
@@ -298,7 +314,7 @@ class Looker:
         return found, moved
 
     def _beside(
-        self, taken: Taken, now: Observation, moved: Mapping[str, Tensor]
+        self, taken: Taken, now: Observation, moved: Mapping[str, Tensor], comparable: bool
     ) -> dict[str, Any]:
         """Return the values of `BESIDE` that a look gives."""
         own, given = now.gradients, dict[str, Tensor | None]()
@@ -321,7 +337,8 @@ class Looker:
         with np.errstate(invalid="ignore", divide="ignore"):
             cosines = inner / (norms * owns)
             whole = np.nansum(inner) / math.sqrt(np.nansum(norms**2) * np.nansum(owns**2) or 1.0)
-        if np.isfinite(inner).any() and np.nansum(norms) > 0 and whole < ALIKE:
+        known = bool(np.isfinite(inner).any()) and np.nansum(norms) > 0
+        if comparable and known and whole < ALIKE:
             self.objective.say(
                 f"the gradient that the optimizer was given has a cosine of {whole:.2g} to that of"
                 " the likelihood on the minibatches which watch has seen: is the likelihood the"

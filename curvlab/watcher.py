@@ -194,7 +194,11 @@ class Watcher:
             if self._stepped and kind is None:
                 self._finish()
             if self.log is not None:
-                self.log.attributes |= {"steps": self.steps, "skipped_steps": self.skipped}
+                self.log.attributes |= {
+                    "steps": self.steps,
+                    "skipped_steps": self.skipped,
+                    "lost_samples": self.looker.lost,
+                }
                 self.log.save()
         if kind is not None:
             return

@@ -118,7 +118,9 @@ def mutants(path: Path) -> Iterator[Mutant]:
             elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
                 start = at(node.lineno, node.col_offset)
                 end = at(node.end_lineno or 0, node.end_col_offset or 0)
-                new = "1" if node.value == 0 else "0" if node.value == 1 else f"({node.value!r} * 2)"
+                new = (
+                    "1" if node.value == 0 else "0" if node.value == 1 else f"({node.value!r} * 2)"
+                )
                 some = iter([Mutant(name, node.lineno, start, end, new)])
             for mutant in some:
                 found[mutant.start, mutant.end, mutant.new] = mutant
