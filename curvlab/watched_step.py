@@ -180,10 +180,9 @@ class Looker:
             finally:
                 if now is not None:
                     now.put_back()
-                spent = self.clock() - start
-                self.seconds += spent
+                self.seconds += self.clock() - start
                 self.samples += 1
-        record |= {"minibatches": len(seen), "watch_seconds": spent}
+        record |= {"minibatches": len(seen), "watch_seconds": self.clock() - start}
         self._write(taken.number, found, record)
 
     # ---- the minibatch
