@@ -70,7 +70,7 @@ BESIDE = {
 
 
 @dataclass(frozen=True)
-class Seen:
+class SeenBatch:
     """A minibatch of the loop, and what stood when the model was run on it.
 
     Args:
@@ -149,7 +149,7 @@ class Looker:
         """Return the probes that are taken at a step."""
         return [name for name, every in self.every.items() if number % every == 0]
 
-    def look(self, taken: Taken, seen: Sequence[Seen]) -> None:
+    def look(self, taken: Taken, seen: Sequence[SeenBatch]) -> None:
         """Look at a step that was taken over these minibatches, and log it.
 
         A loss or gradient that is not finite is a line of warning, and nothing is logged.
@@ -187,7 +187,7 @@ class Looker:
 
     # ---- the minibatch
 
-    def _closure(self, seen: Sequence[Seen]) -> Closure:
+    def _closure(self, seen: Sequence[SeenBatch]) -> Closure:
         """Return the minibatches of a step as one, of the mean over all examples."""
         pairs = [self.objective.batch(one.x, one.y) for one in seen]
         x, y = joined([x for x, _ in pairs]), joined([y for _, y in pairs])

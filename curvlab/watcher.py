@@ -26,7 +26,7 @@ from curvlab.logs.log import Log
 from curvlab.system import random_state
 from curvlab.system.lock import exclusive_lock
 from curvlab.watched_loop import ForwardHook, called_with, closure_in, decay_of, rate_in
-from curvlab.watched_step import Looker, Seen, Taken
+from curvlab.watched_step import Looker, SeenBatch, Taken
 
 Take = Callable[[Any], tuple[Any, Any]]
 """A function of a minibatch as the loop has it: (inputs, targets)."""
@@ -293,7 +293,7 @@ class Watcher:
         assert taken.number == number
         self._looking = True
         try:
-            self.looker.look(taken, [Seen(h.x, h.y, h.chance, h.cast) for h in handed])
+            self.looker.look(taken, [SeenBatch(h.x, h.y, h.chance, h.cast) for h in handed])
         finally:
             self._looking = False
 

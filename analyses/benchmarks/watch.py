@@ -4,8 +4,8 @@ in 100 steps, in one run.
     python analyses/benchmarks/watch.py [--steps 301] [--rounds 5] [--write]
 
 On one thread, AdamW, minibatches of 1000. Two models take turns at every minibatch, one watched,
-one not. Of steps that are not sampled the median counts (goal: at most 1.05 of a step without), and of
-sampled ones it is said how many steps the look takes, which is the cost of the algorithms and
+one not. Of steps that are not sampled the median counts (goal: at most 1.05 of a step without), and
+of sampled ones it is said how many steps the look takes, which is the cost of the algorithms and
 probes, and how many the first one, which proves the form of the minibatches and writes the log.
 """
 
