@@ -1,7 +1,7 @@
 """A small language model trained by AdamW, KFAC and K-BFGS at equal epochs: who is below whom?
 
     python analyses/language_training.py [--model gpt-small] [--epochs 1] [--screen 100]
-        [--seeds 0 1] [--methods adamw kfac k-bfgs] [--out FOLDER] [--log FILE.json]
+        [--seeds 0 1] [--methods adamw kfac k-bfgs] [--untied] [--out FOLDER] [--log FILE.json]
 
 nanoGPT's CPU setting: batches of 12, windows of 64 symbols. AdamW is torch's own in a plain loop
 (decay 0.1, β₂ = 0.99: Karpathy 2022), the others are curvlab's with their documents' constants.
@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,11 @@ from curvlab.show.style import looks
 
 RISE = 20  # minibatches over which a rate rises
 GRIDS: dict[str, dict[str, list[float]]] = {
-    "adamw": {"lr": [3e-4, 1e-3, 3e-3]},
-    "adam": {"lr": [3e-4, 1e-3, 3e-3]},
+    "adamw": {"lr": [3e-4, 1e-3, 3e-3, 1e-2]},
+    "adam": {"lr": [3e-4, 1e-3, 3e-3, 1e-2]},
     "kfac": {"lr": [3e-3, 1e-2, 3e-2, 1e-1], "damping": [1e-2, 1e-1]},
     "kfac-reduce": {"lr": [3e-3, 1e-2, 3e-2, 1e-1], "damping": [1e-2, 1e-1]},
+    "tnt": {"lr": [3e-5, 1e-4, 3e-4, 1e-3], "damping": [1e-2, 1e-1]},
     "k-bfgs": {"lr": [3e-3, 1e-2, 3e-2, 1e-1], "damping": [1e-1, 1.0]},
     "k-bfgs-l": {"lr": [3e-3, 1e-2, 3e-2, 1e-1], "damping": [1e-1, 1.0]},
     "sgd-m": {"lr": [1e-2, 3e-2, 1e-1]},
@@ -47,12 +49,17 @@ parser.add_argument("--data", default=None, help="the model's own by default")
 parser.add_argument(
     "--methods", nargs="+", default=["adamw", "kfac", "k-bfgs"], choices=sorted(GRIDS)
 )
+parser.add_argument(
+    "--untied",
+    action="store_true",
+    help="give the head weights of its own, which begin as the table",
+)
 parser.add_argument("--epochs", type=int, default=1)
 parser.add_argument("--screen", type=int, default=100, help="minibatches of a run of the grid")
 parser.add_argument("--steps", type=int, help="end a run after so many minibatches")
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
 parser.add_argument("--batch-size", type=int, default=12)
-parser.add_argument("--log", type=Path, help="read this file; where there is none, write it")
+parser.add_argument("--log", type=Path, help="keep what is measured there; a method in it is read")
 parser.add_argument("--out", type=Path, default=Path("analyses/figures"))
 options = parser.parse_args()
 torch.set_num_threads(1)  # so that CPU seconds are a step's
@@ -60,6 +67,26 @@ torch.set_num_threads(1)  # so that CPU seconds are a step's
 DATA: str = options.data or str(cl.models.MODELS[options.model].data)
 train, validation = cl.datasets.load(DATA)
 EPOCH = math.ceil(len(train) / options.batch_size)
+
+
+class Untied(nn.Module):
+    """A GPT whose head has weights of its own, which begin as those of its table."""
+
+    def __init__(self, tied: Any) -> None:
+        super().__init__()
+        self.body = tied
+        symbols, width = tied.embedding.weight.shape
+        self.head = nn.Linear(width, symbols, bias=False)
+        self.head.weight = nn.Parameter(tied.embedding.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the symbol that follows each place."""
+        body = self.body
+        h = body.embedding(x) + body.positions(torch.arange(x.shape[1]).expand(x.shape))
+        for layer in body.layers:
+            h = layer(h)
+        found: Tensor = self.head(body.norm(h))
+        return found
 
 
 @dataclass
@@ -92,7 +119,9 @@ def own(
     name: str, model: nn.Module, seed: int, **constants: float
 ) -> tuple[Any, Callable[[Tensor, Tensor], object]]:
     objective = cl.Objective(model, cl.likelihoods.Tokens(), seed=seed)
-    optimizer = cl.optimizer(name, objective, **constants)
+    with warnings.catch_warnings():  # norms follow the gradient, which is said once a run
+        warnings.simplefilter("ignore", cl.CurvlabWarning)
+        optimizer = cl.optimizer(name, objective, **constants)
     return optimizer, lambda x, y: optimizer.step(objective.closure(x, y))
 
 
@@ -112,6 +141,7 @@ def evaluated(model: nn.Module) -> float:
 def run(name: str, seed: int, steps: int, every: int, **constants: float) -> Curve:
     torch.manual_seed(seed)
     model = cl.models.build(options.model, seed=seed)
+    model = Untied(model) if options.untied else model
     optimizer, step = (
         adamw(model, **constants) if name == "adamw" else own(name, model, seed, **constants)
     )
@@ -143,7 +173,11 @@ def run(name: str, seed: int, steps: int, every: int, **constants: float) -> Cur
 def measured() -> dict[str, Any]:
     steps = min(options.steps or options.epochs * EPOCH, options.epochs * EPOCH)
     found: dict[str, Any] = {"model": options.model, "data": DATA, "epoch": EPOCH, "runs": {}}
+    if options.log and options.log.exists():
+        found = json.loads(options.log.read_text())
     for name in options.methods:
+        if name in found["runs"]:
+            continue
         grid = GRIDS[name]
         tried: list[tuple[float, dict[str, float]]] = []
         for values in itertools.product(*grid.values()):
@@ -169,8 +203,7 @@ def measured() -> dict[str, Any]:
     return found
 
 
-known = options.log is not None and options.log.exists()
-found = json.loads(options.log.read_text()) if known else measured()
+found = measured()
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
 shown = [name for name, each in found["runs"].items() if each["seeds"]]
@@ -194,13 +227,18 @@ for name in shown:
 left.set_xlabel("epochs")
 right.set_xlabel("CPU seconds of the steps, one thread")
 left.set_ylabel("validation loss, nat a symbol")
-left.set_title(f"{found['model']} on {found['data']}, batches of {options.batch_size}", fontsize=10)
+head = ", head of its own" if options.untied else ""
+left.set_title(
+    f"{found['model']}{head} on {found['data']}, batches of {options.batch_size}", fontsize=10
+)
 right.set_title(f"mean and range of {len(options.seeds)} seeds", fontsize=10)
 right.legend(fontsize=8)
 for ax in (left, right):
     ax.grid(alpha=0.3)
 options.out.mkdir(parents=True, exist_ok=True)
-figure.savefig(options.out / "language_training.png", dpi=150)
+name = "language_training_untied.png" if options.untied else "language_training.png"
+figure.savefig(options.out / name, dpi=150)
+print(f"wrote {name}")
 print("| method | constants | validation loss, seeds | bits | CPU s | s a step |")
 print("|---|---|---|---|---|---|")
 for name, constants, last, seconds, each in rows:

@@ -18,6 +18,7 @@ _moved.follow()
 if TYPE_CHECKING:
     from curvlab import assumptions, datasets, exact, integrations, likelihoods, models
     from curvlab.algorithms import approximation, optimizer
+    from curvlab.foreign_optimizers import foreign
     from curvlab.logs.reading import cosine_to, late_cosine
     from curvlab.logs.reading import open_log as open
     from curvlab.objective import Objective
@@ -34,6 +35,7 @@ _PLACES = {
     "approximation": "algorithms",
     "compare": "runs",
     "cosine_to": "logs.reading",
+    "foreign": "foreign_optimizers",
     "late_cosine": "logs.reading",
     "open": "logs.reading:open_log",  # the design's name: cl.open("run.h5")
     "optimizer": "algorithms",
@@ -56,6 +58,7 @@ __all__ = [
     "cosine_to",
     "datasets",
     "exact",
+    "foreign",
     "integrations",
     "late_cosine",
     "likelihoods",

@@ -26,6 +26,7 @@ from curvlab.layers import Block
 from curvlab.momentum import MomentumKind
 from curvlab.objective import Objective
 from curvlab.observation import Pass
+from curvlab.units import Unit
 
 AdaptiveDamping = LevenbergMarquardt | GradientNorm
 
@@ -43,6 +44,8 @@ class Constants:
         momentum: see `Descent`.
         momentum_kind: likewise.
         refresh_every: T₂.
+        update_every: T₁.
+        weight_decay: γ, decoupled.
     """
 
     lr: float
@@ -50,6 +53,8 @@ class Constants:
     momentum: float = 0.9
     momentum_kind: MomentumKind = "add"
     refresh_every: int = 1
+    update_every: int = 1
+    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,8 @@ class Algorithm:
         constants: its document's values of what every method has.
         overall: overall damping λ and batch size → the document's own damping parameter.
         learns_first: see `Descent`.
+        empirical: whether its matrix is an empirical Fisher matrix of the data's gradients, which
+            has a unit (`labels_per`).
     """
 
     summary: str
@@ -189,6 +196,7 @@ class Algorithm:
     constants: Constants
     overall: DampingRule = same
     learns_first: bool = True
+    empirical: bool = False
 
     @property
     def lr(self) -> float:
@@ -216,6 +224,16 @@ class Algorithm:
         return self.constants.refresh_every
 
     @property
+    def update_every(self) -> int:
+        """The document's T₁."""
+        return self.constants.update_every
+
+    @property
+    def weight_decay(self) -> float:
+        """The document's γ."""
+        return self.constants.weight_decay
+
+    @property
     def decay(self) -> float:
         """The document's decay of moving averages."""
         return self.builds.averaging.decay
@@ -224,6 +242,11 @@ class Algorithm:
     def whole(self) -> bool:
         """Whether it is a method of the whole vector."""
         return isinstance(self.builds, WholeVector)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it is an optimizer of somebody else's, whose constants are all its own."""
+        return getattr(self.builds, "kind", None) is not None
 
     @property
     def make(self) -> Callable[..., Any]:
@@ -274,6 +297,10 @@ class Algorithm:
             option: fitting(f"{option} of {name}", value, hints.get(option, Any))
             for option, value in own.items()
         }
+
+    def labels_per(self, unit: Unit) -> Pass:
+        """Return the pass of its statistics where empirical Fisher matrices are of this unit."""
+        return "token" if self.empirical and unit == "token" else self.labels
 
     @property
     def fixed(self) -> dict[str, Any]:

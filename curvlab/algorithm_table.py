@@ -1,6 +1,7 @@
 """ALGORITHMS: one entry per name, each an approximation of curvature and a full optimizer.
 
-What is made of them is in `curvlab.algorithms`.
+Those of the documents, then those of `curvlab.algorithm_recent`. What is made of them is in
+`curvlab.algorithms`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from functools import partial
 from typing import cast
 
 from curvlab.algorithm_entry import Algorithm, ByBlock, Constants, WholeVector
+from curvlab.algorithm_recent import RECENT
 from curvlab.curvature.averaging import Averaging
 from curvlab.curvature.base import CurvatureBlock, IdentityBlock
 from curvlab.curvature.diagonal import SecondMoment
@@ -56,6 +58,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         source="thesis 4.3.4 with (5.3)",
         builds=ByBlock(DenseFisher),
         labels="data",
+        empirical=True,
         constants=Constants(lr=0.03, damping=1e-3, momentum_kind="average"),
     ),
     "block-ggn": Algorithm(
@@ -91,6 +94,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         source="thesis 4.7.3",
         builds=ByBlock(_kfac),
         labels="data",
+        empirical=True,
         constants=Constants(lr=1.0, damping=100.0, refresh_every=20),
     ),
     "kfac-reduce": Algorithm(
@@ -293,6 +297,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         source="thesis Alg. 23, (5.3), (5.6), 5.8",
         builds=WholeVector(Smw, options={"curvature_size": 30}),
         labels="data",
+        empirical=True,
         constants=Constants(lr=0.1, damping=1.001, momentum=0.0, momentum_kind="average"),
     ),
     "smw-gn": Algorithm(
@@ -378,4 +383,5 @@ ALGORITHMS: dict[str, Algorithm] = {
         labels="exact",
         constants=Constants(lr=0.03, damping=1e-3, momentum_kind="average"),
     ),
+    **RECENT,
 }

@@ -89,6 +89,7 @@ class Capture(Hearing):
         differentiable: bool = False,
     ) -> None:
         self.dtype = dtype
+        self.mask: Tensor | None = None  # [N, T], false at places of padding
         super().__init__(model, blocks, parameters, differentiable=differentiable)
 
     # ------------------------------------------------------------------------------------------
@@ -139,13 +140,7 @@ class Capture(Hearing):
                     )
                     self.general[name] = f"saw {bad.extent[0]} rows in a batch of {size}"
         for block in self.blocks:
-            name = block.name
-            if (
-                name in self.silent
-                and name not in self.uses
-                and name not in missed
-                and name not in self.frozen
-            ):
+            if block.name in self.silent - self.uses.keys() - missed - self.frozen:
                 raise CurvlabError(
                     f"{block} ran without gradients: remove torch.no_grad() around it, or freeze"
                     f" it{opaque}"
@@ -230,7 +225,7 @@ class Capture(Hearing):
         key = id(use)
         if key not in self._inputs or self._inputs[key].how != how:
             dtype = self.dtype or use.call.weight.dtype
-            self._inputs[key] = UseInput(use, size, how, dtype)
+            self._inputs[key] = UseInput(use, size, how, dtype, self.mask)
         return self._inputs[key]
 
     def only(self, block: Block) -> Use:
@@ -350,8 +345,13 @@ class Capture(Hearing):
             self.parameters[name].dtype == self.dtype for name in block.params
         )
 
-    def gradients(self, z: Tensor, vectors: Float[Tensor, "1 N *C"]) -> dict[str, LayerStatistics]:
-        """Return the mean gradient of every block by autograd alone: no call need be heard."""
+    def gradients(
+        self, z: Tensor, vectors: Float[Tensor, "1 N *C"], size: int | None = None
+    ) -> dict[str, LayerStatistics]:
+        """Return the mean gradient of every block by autograd alone: no call need be heard.
+
+        Sums over examples are divided by `size`, N where it is None.
+        """
         named = [
             name for b in self.blocks for name in b.params if self.parameters[name].requires_grad
         ]
@@ -360,7 +360,7 @@ class Capture(Hearing):
         grads = (
             sent_together(z, [self.parameters[name] for name in named], vectors) if named else []
         )
-        means = self._means(self.blocks, dict(zip(named, grads, strict=True)), len(z))
+        means = self._means(self.blocks, dict(zip(named, grads, strict=True)), size or len(z))
         return {
             b.name: LayerStatistics(b, len(z), mean, like=mean, why=_ALONE, used=used)
             for b, (mean, used) in zip(self.blocks, means.values(), strict=True)

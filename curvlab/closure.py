@@ -16,16 +16,25 @@ from torch import Tensor
 
 from curvlab.capture import Capture
 from curvlab.derivatives import derivatives, precise
-from curvlab.errors import CurvlabError, Diverged, unknown
+from curvlab.errors import CurvlabError, Diverged, guard_memory, unknown
 from curvlab.finite import all_finite
 from curvlab.independence import some_rows
-from curvlab.likelihoods.base import factor_of, sample_of
+from curvlab.likelihoods.base import (
+    MeanFactor,
+    by_output,
+    factor_of,
+    losses_of,
+    places_of,
+    root_factor,
+    sample_of,
+)
 from curvlab.looks import Looks
 from curvlab.nests import Batched, Nest, as_nest
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
 from curvlab.statistics import LayerStatistics
 from curvlab.strangers import mixes
+from curvlab.units import ByPlace
 
 if TYPE_CHECKING:
     from curvlab.objective import Objective
@@ -37,7 +46,8 @@ class Closure(Looks):
     ``closure()`` is torch's contract; ``closure.observe(needs)`` is curvlab's.
 
     Args:
-        factor: N/M of the whole of which this minibatch is a part; None where it is no part.
+        factor: N/M of the whole of which this minibatch is a part, of heads {head: N/M}; None where
+            it is no part.
 
     Raises:
         CurvlabError: an empty batch, x and y of different lengths, NaN or Inf in x.
@@ -51,7 +61,7 @@ class Closure(Looks):
         number: int,
         stream: Stream = "step",
         part: int = 0,
-        factor: float | None = None,
+        factor: MeanFactor | None = None,
     ) -> None:
         if not isinstance(x, Tensor | Nest) or not isinstance(y, Tensor | Nest):
             x, y = objective.batch(x, y)
@@ -99,12 +109,14 @@ class Closure(Looks):
         return self.loss_of(z, self.y)
 
     @property
-    def factor(self) -> float:
+    def factor(self) -> MeanFactor:
         """N/M of the minibatch whose mean is taken: this one, or that of which it is a part.
+
+        Of heads with means of their own it is {head: N/M}, each for its own losses and outputs.
 
         Here alone it enters: losses, and so gradients, their second moments and second derivatives
         at the data's labels, are times it (`loss_of`); the vectors of second moments that stand for
-        ∂²ℓ/∂z², S and the scores of drawn labels, times its root.
+        ∂²ℓ/∂z², S, the scores of drawn labels and those of single places, times its root.
         """
         if self._factor is None:
             self._factor = factor_of(self.objective.likelihood, self._y)
@@ -122,10 +134,8 @@ class Closure(Looks):
 
         Of labels that were `drawn` it is times the root of it.
         """
-        losses = self.objective.likelihood.loss(z, y)
-        if self.factor == 1:
-            return losses
-        return losses * (math.sqrt(self.factor) if drawn else self.factor)
+        factor = root_factor(self.factor) if drawn else self.factor
+        return losses_of(self.objective.likelihood, z, y, factor)
 
     def __call__(self) -> Tensor:
         """Zero the gradients, go forward and backward, return the loss with ``p.grad`` filled.
@@ -216,7 +226,22 @@ class Closure(Looks):
         if law.why and law.examined:
             self.objective.say(law.why)
         root = law.root(z, self.y)
-        return root if self.factor == 1 else root * math.sqrt(self.factor)
+        if self.factor == 1:
+            return root
+        return root * by_output(self.objective.likelihood, z, root_factor(self.factor))
+
+    def by_place(self, z: Tensor) -> ByPlace:
+        """Return the derivatives of the losses in outputs z at the data's labels, place by place.
+
+        Raises:
+            CurvlabError: the likelihood does not say which outputs are one place's.
+        """
+        z = z.detach().requires_grad_()
+        with derivatives():
+            (slopes,) = torch.autograd.grad(self._losses(z).sum(), z)
+        likelihood = self.objective.likelihood
+        root = by_output(likelihood, z.detach(), root_factor(self.factor))
+        return ByPlace(slopes, places_of(likelihood, z, self.y), root)
 
     def check_kind(self, kind: str) -> None:
         """Raise CurvlabError where the likelihood leaves a kind of matrix without one meaning."""
@@ -235,7 +260,7 @@ class Closure(Looks):
         """Go forward once, then backward once for each pass in `needs`.
 
         Args:
-            needs: of "gradient", "data", "model", "exact".
+            needs: of "gradient", "data", "model", "exact", "token", "plain".
             move_buffers: False runs on cloned buffers, so that a second look does not move
                 BatchNorm's statistics.
             draws: labels drawn for each example in the "model" pass; with k of them V = k, each
@@ -252,7 +277,7 @@ class Closure(Looks):
             raise unknown("pass", name, PASSES)
         z, capture = (
             self._unheard(move_buffers)
-            if needs == {"gradient"} and self._may_go_unheard()
+            if needs <= {"gradient", "plain"} and self._may_go_unheard()
             else self.forward(move_buffers=move_buffers)
         )
         with derivatives():
@@ -267,10 +292,16 @@ class Closure(Looks):
         for name in (p for p in PASSES if p in needs):
             if name == "gradient" and "data" in needs:
                 continue  # they are one
+            if name == "plain":
+                vectors = torch.autograd.grad(loss, outputs, retain_graph=True)[0][None]
+                passes[name] = capture.gradients(z, vectors, 1)
+                continue
             if name == "exact":
                 if self.stream != "exact" and mixes(self.objective.modules):
                     self.objective.say(_MIXING)
                 vectors = self.root(outputs.detach())
+            elif name == "token":
+                vectors = self.by_place(outputs).vectors()
             elif name in ("gradient", "data"):
                 size = torch.full_like(loss, len(z))  # of the sum, not of the mean
                 vectors = torch.autograd.grad(loss, outputs, size)[0][None]
@@ -284,6 +315,7 @@ class Closure(Looks):
                         for label in drawn
                     ]
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
+            _guard_pass(capture, vectors)
             if name == "gradient" and all(map(capture.fine, self.objective.blocks)):
                 passes[name] = capture.gradients(z, vectors)
             else:
@@ -327,6 +359,23 @@ class Closure(Looks):
             where = "the outputs are finite, so the likelihood overflows"
         raise Diverged(
             f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping"
+        )
+
+
+def _guard_pass(capture: Capture, vectors: Tensor) -> None:
+    """Refuse a pass back of so many vectors that what arrives at the layers does not fit.
+
+    Of a sequence model the exact pass has T·C of them. Twice: as they arrive, and by examples.
+
+    Raises:
+        CurvlabError: it would take more than 80 % of the machine's memory.
+    """
+    if len(vectors) > 1:
+        numbers = sum(use.output.value.numel() for use, _ in capture.heard())
+        guard_memory(
+            2 * len(vectors) * numbers * vectors.element_size(),
+            f"what {len(vectors)} vectors are at all layers of {vectors.shape[1]} examples",
+            "take smaller minibatches, or a method whose labels are drawn (labels='model')",
         )
 
 

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from curvlab.comparison_settings import CompareSettings
-from curvlab.curvature.base import Curvature
+from curvlab.curvature.base import Curvature, with_defaults
 from curvlab.errors import Diverged, warn
 from curvlab.logs.log import Log
 from curvlab.machine import clock_of
@@ -72,6 +72,7 @@ def _follow(
     descents = settings.descents(objective, size)
     every = settings.every
     curvatures = {name: d.curvature for name, d in descents.items()}
+    with_defaults(curvatures[settings.reference]).rate = settings.rate
     check_probes(list(asked(settings.probes, "compare")), curvatures)
     clock = clock_of(objective.device)
     reference = settings.reference

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curvlab.algorithms import ALGORITHMS, check_rates, damping_for, descent
-from curvlab.errors import CurvlabError, lookup, whole
+from curvlab.algorithms import check_rates, damping_for, descent, find_algorithm, followed
+from curvlab.errors import CurvlabError, whole
 from curvlab.likelihoods.base import mean_per
 from curvlab.logs.log import Log
 from curvlab.objective import Objective
 from curvlab.optim import Descent
 from curvlab.probes.base import PROBES, asked, labels, taken
 from curvlab.published import FIGURE_4_1
+from curvlab.units import Unit, kind_per
 
 ALWAYS = ("cosine", "gram", "loss", "norms", "time", "shift")
 """The probes of every comparison."""
+
+_SHARED = ("momentum", "decay", "update_every", "refresh_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,9 @@ class CompareSettings:
     Defaults: the published picture (thesis Figure 4.1, practice).
 
     `probes` are further ones beside `ALWAYS`, each as "name" or "name:every".
+
+    `unit` is whose gradients empirical Fisher matrices square (block-ef, kfac-ef, smw-ng): those of
+    examples, "sequence", or of single places of the loss, "token".
 
     `momentum` is every method's β; None gives each its document's. `decay` None gives each its
     document's (0.9; Adam's β₂ 0.999). `damping` is the overall λ, from which each method's own
@@ -46,6 +52,7 @@ class CompareSettings:
     refresh_every: int = 1
     log_every: int = 1
     probes: tuple[str, ...] = ()
+    unit: Unit = "sequence"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,13 +66,14 @@ class CompareSettings:
             CurvlabError: an unknown name or a value out of range.
         """
         for name in (self.reference, *self.algorithms):
-            lookup(ALGORITHMS, name, "algorithm")
+            find_algorithm(name)
         for name, every in asked(self.probes, "compare").items():
             if name in ALWAYS and every is not None:
                 raise CurvlabError(
                     f"probe '{name}' is a part of every record of a comparison: say how often by"
                     " log_every"
                 )
+        kind_per("ef", self.unit)
         for name in ("update_every", "refresh_every", "log_every"):
             whole(name, getattr(self, name))
         check_rates(self.lr, self.damping, self.momentum, self.decay)
@@ -84,7 +92,7 @@ class CompareSettings:
     @property
     def rate(self) -> float:
         """The reference's learning rate, `lr`, or its document's where that is None."""
-        return ALGORITHMS[self.reference].lr if self.lr is None else self.lr
+        return find_algorithm(self.reference).lr if self.lr is None else self.lr
 
     def dampings(self, size: int) -> dict[str, float]:
         """Return {algorithm: its document's own damping} at batches of `size` examples."""
@@ -92,16 +100,18 @@ class CompareSettings:
 
     def descents(self, objective: Objective, size: int) -> dict[str, Descent]:
         """Build {algorithm: its descent}, each damped for batches of `size` examples."""
+        shared = {name: getattr(self, name) for name in _SHARED}
         return {
-            name: descent(
+            name: descent(name, objective)
+            if (entry := find_algorithm(name)).foreign
+            else descent(
                 name,
                 objective,
                 damping=damping,
-                momentum=self.momentum,
-                decay=self.decay,
-                update_every=self.update_every,
-                refresh_every=self.refresh_every,
-                **ALGORITHMS[name].fixed,
+                weight_decay=0.0,
+                labels=entry.labels_per(self.unit),
+                **shared,
+                **entry.fixed,
             )
             for name, damping in self.dampings(size).items()
         }
@@ -135,5 +145,7 @@ class CompareSettings:
             "device": str(objective.device),
             "dtype": str(objective.dtype).removeprefix("torch."),
             "loss_per": mean_per(objective.likelihood),
+            "ef_unit": self.unit,
         }
+        attributes |= followed({name: {} for name in self.names}, objective)
         return Log(coordinates, taken(chosen), attributes | about, path, seeds)

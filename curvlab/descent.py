@@ -75,7 +75,8 @@ class Descent:
     @property
     def needs(self) -> frozenset[Pass]:
         """The passes that the next `direction` will read."""
-        return self.curvature.needs | self.curvature.step_needs | {"gradient"}
+        own = with_defaults(self.curvature).gradient_pass
+        return self.curvature.needs | self.curvature.step_needs | {own}
 
     def direction(
         self,
@@ -117,11 +118,14 @@ class Descent:
         late = not self.learns_first and self.curvature.ready
         if not late:
             self.curvature.update(observation)
-        gradients = observation.gradients
+        own = with_defaults(self.curvature).gradient_pass
+        gradients = observation.gradients if own == "gradient" else observation.gradients_of(own)
         if self.further:
             gradients = {name: (g + self.further[name]) / 2 for name, g in gradients.items()}
             self.further = {}
-        p = self.curvature.precondition(self.momentum(gradients))
+        momentum = self.momentum(gradients)
+        with_defaults(self.curvature).heed(momentum)
+        p = self.curvature.precondition(momentum)
         if late:
             self.curvature.update(observation)
         rate = self.weight_decay if decay is None else decay
@@ -313,7 +317,8 @@ def of_method(
             )
             seen = (
                 []
-                if observation is None or not {"gradient", "data"} & observation.passes.keys()
+                if observation is None
+                or not {"gradient", "data", "plain"} & observation.passes.keys()
                 else observation.gradients
             )
             return broken([weights, seen, curvature.state_dict()])

@@ -122,7 +122,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> CurvlabError:
     """Return the error for a name that no table holds."""
     names, text = list(known), shown(name) if isinstance(name, int) else str(name)
     text = text if len(text) <= 80 else f"{text[:60]}…"
-    close = difflib.get_close_matches(text, names, n=1, cutoff=0.5)
+    same = [name for name in names if name.casefold() == text.casefold()]
+    close = same or difflib.get_close_matches(text, names, n=1, cutoff=0.5)
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return CurvlabError(f"unknown {kind} '{text}'{hint} (known: {', '.join(names)})")
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 
-from curvlab.algorithms import ALGORITHMS, damping_for
+from curvlab.algorithms import damping_for, find_algorithm
 from curvlab.closure import Closure
 from curvlab.curvature.base import CurvatureBlock
-from curvlab.errors import CurvlabError, lookup
+from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind, Minibatches
 from curvlab.layers import Block
 from curvlab.linalg.operators import Operator
@@ -33,6 +33,7 @@ _LABELS: dict[Kind, Pass] = {
     "fisher": "exact",
     "fisher-mc": "model",
     "ef": "data",
+    "ef-token": "token",
 }
 """The pass whose vectors' second moment is nearest to a kind of matrix: the matrix itself for all
 but Hessian and Π.
@@ -68,7 +69,7 @@ class Estimate:
         Raises:
             CurvlabError: an unknown algorithm; one of the whole vector, or that reads no pass.
         """
-        algorithm = lookup(ALGORITHMS, name, "algorithm")
+        algorithm = find_algorithm(name)
         if algorithm.whole:
             raise CurvlabError(
                 f"'{name}' estimates no matrix by block, so there is nothing to compare: leave"
@@ -82,8 +83,8 @@ class Estimate:
         blocks = {block.name: algorithm.block(block) for block in chosen}
         of_means = any(block.reads == "gradient" for block in blocks.values())
         wanted = algorithm.labels if labels == "own" else _LABELS[kind]
-        if of_means and wanted == "exact":
-            wanted = "model"  # a mean gradient has one label for each example
+        if of_means and wanted in ("exact", "token"):  # a mean gradient has one vector an example
+            wanted = "model" if wanted == "exact" else "data"
         return cls(
             name,
             wanted,

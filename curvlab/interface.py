@@ -10,12 +10,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, shown
-from curvlab.nests import Batched, as_nest
+from curvlab.finite import waits
+from curvlab.nests import Batched, Nest, as_nest, plain
 
 Outputs = str | Callable[[Any], Any]
+
+Mask = str | Callable[[Any], Any] | None
+"""The name of a tensor in the inputs, or a function of the inputs, [N, T]: 0 at padding."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,13 @@ class Interface:
         outputs: the field of the model's outputs where they are no tensor; or a function of them
             that picks a tensor [N, …].
         shared: names of tensors in the inputs that are not the examples' (a table, positions).
+        mask: which places of the inputs are no padding.
     """
 
     labels: str | int = "labels"
     outputs: Outputs = "logits"
     shared: Collection[str] = ()
+    mask: Mask = None
 
     def __post_init__(self) -> None:
         for name, value, wanted in (
@@ -45,6 +53,11 @@ class Interface:
             )
             if not fits or value == "":
                 raise CurvlabError(f"{name} must be {wanted}, not {shown(value)}")
+        if not (self.mask is None or callable(self.mask)) and (
+            not isinstance(self.mask, str) or not self.mask
+        ):
+            wanted = "the name of a tensor in the inputs, or a function of the inputs"
+            raise CurvlabError(f"mask must be {wanted}, not {shown(self.mask)}")
         if isinstance(self.shared, str) or not isinstance(self.shared, tuple | list | set):
             raise CurvlabError(f"shared must be a list of names, not {shown(self.shared)}")
         for name in self.shared:
@@ -87,6 +100,43 @@ class Interface:
     def inputs(self, x: Any) -> Batched:
         """Inputs as a tensor or a nest. Raises CurvlabError for what has no examples."""
         return as_nest(x, self.shared)
+
+    def places(self, x: Batched) -> Bool[Tensor, "N T"] | None:
+        """Return which places of the inputs are no padding; None where no mask was named.
+
+        Raises:
+            CurvlabError: no such tensor in the inputs, or it is no mask [N, T] of zeros and ones.
+        """
+        if self.mask is None:
+            return None
+        if callable(self.mask):
+            found, what = self.mask(plain(x)), "what mask= of the Objective returns"
+        else:
+            what = f"mask='{self.mask}' of the Objective"
+            leaves = (
+                {".".join(path): t for path, t in x.leaves.items()} if isinstance(x, Nest) else {}
+            )
+            short = {name.rpartition(".")[2]: t for name, t in leaves.items()} | leaves
+            if self.mask not in short:
+                known = ", ".join(map(repr, leaves)) or "one tensor without a name"
+                raise CurvlabError(
+                    f"{what} is no tensor of the inputs (known: {known}): name the one that is 1"
+                    " where there is no padding, or give a function of the inputs"
+                )
+            found = short[self.mask]
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(x):
+            is_ = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise CurvlabError(
+                f"{what} must be [{len(x)}, T], a number for every place of each example, not {is_}"
+            )
+        if found.dtype == torch.bool:
+            return found
+        if not waits(found) and not bool(((found == 0) | (found == 1)).all()):
+            raise CurvlabError(
+                f"{what} must hold 0 at padding and 1 elsewhere, not"
+                f" {float(found[(found != 0) & (found != 1)][0]):g}"
+            )
+        return found != 0
 
     def pick(self, out: Any, join: Callable[[Mapping[str, Tensor]], Tensor] | None = None) -> Any:
         """Return the tensor among a model's outputs that the likelihood takes.

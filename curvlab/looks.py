@@ -17,7 +17,7 @@ from curvlab.independence import Independence, some_rows
 from curvlab.nests import Batched, call_arguments, described
 from curvlab.observation import Stream
 from curvlab.second_looks import QUIET
-from curvlab.strangers import WRAP, called, eager, mixes
+from curvlab.strangers import WRAP, beyond_a_table, called, eager, mixes
 
 
 class Looks(Independence):
@@ -61,7 +61,7 @@ class Looks(Independence):
             of_the_data = any(word in str(error) for word in _OF_THE_DATA)
             if isinstance(error, CurvlabError) or lacks_memory(error) or not of_the_data:
                 raise
-            line = str(error).splitlines()[0]
+            line = beyond_a_table(error, model) or str(error).splitlines()[0]
             raise CurvlabError(
                 f"the model does not take inputs of shape {described(self.x)}: {line}"
             ) from error
@@ -165,6 +165,7 @@ class Looks(Independence):
             objective.parameters,
             differentiable=self.stream == "exact",
         )
+        capture.mask = objective.interface.places(x)
         with derivatives(), self._same_chance(own, quiet is not None):
             z = self._forward(x, buffers, capture)
             if quiet is None and own and not again and not capture.generators and not self._drew():
@@ -174,6 +175,10 @@ class Looks(Independence):
         if own and not again:
             self._generators = dict(capture.generators)
         form = self._settle(z, capture, x, key)
+        if capture.mask is not None and not any(
+            use.masked_by(capture.mask) for use, _ in capture.heard()
+        ):
+            objective.say(_NO_SUCH_PLACES.format(capture.mask.shape[1]))
         if own:
             self._check_same(z)
         if own and self.objective.tell is not None:
@@ -237,6 +242,9 @@ class Looks(Independence):
         return found
 
 
+_NO_SUCH_PLACES = (
+    "mask= of the Objective has {} places, and no layer has as many: nothing is masked"
+)
 _FORMS = 512  # that are remembered
 _OF_THE_DATA = ("shape", "size", "dtype", "type", "channels", "input", "index out of range in self")
 """Words of torch's messages about data that do not fit a layer."""

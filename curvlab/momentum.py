@@ -10,9 +10,9 @@ from torch import Tensor
 from curvlab.errors import unknown
 from curvlab.groups import check_momentum
 
-MomentumKind = Literal["add", "average", "corrected"]
+MomentumKind = Literal["add", "average", "corrected", "nesterov"]
 """m ← β m + g (thesis chapters 3 and 4); m ← β m + (1 − β) g (chapter 2); the average divided by 1
-− βᵏ (Adam).
+− βᵏ (Adam); the average, of which β m + (1 − β) g is followed once more (Muon).
 """
 
 
@@ -58,6 +58,8 @@ class Momentum:
                 self.buffers[name] = torch.add(g, old, alpha=self.beta)
             else:
                 self.buffers[name] = old.lerp(g, new)
+        if self.kind == "nesterov":
+            return {n: torch.lerp(gradients[n], b, self.beta) for n, b in self.buffers.items()}
         if self.kind != "corrected":
             return dict(self.buffers)
         return {name: b / (1 - self.beta**self.steps) for name, b in self.buffers.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from curvlab.closure import Closure
 from curvlab.errors import CurvlabError, real, unknown, warn, whole
 from curvlab.forms import Form, Report
-from curvlab.interface import Interface, Outputs
+from curvlab.interface import Interface, Mask, Outputs
 from curvlab.layers import Block, Layout, blocks
 from curvlab.likelihoods import LIKELIHOODS, Likelihood
 from curvlab.nests import Batched, as_nest, is_nest
@@ -41,6 +41,12 @@ class Objective:
         labels: of minibatches that are mappings: the key of the targets; the rest is given to the
             model by keyword. Of tuples of more than two: the targets' position.
         shared: names of tensors in the inputs that are not the examples', such as a table.
+        mask: which places of sequences are padding: the name of a tensor [N, T] in the inputs that
+            is 1 elsewhere (transformers' "attention_mask"), or a function of the inputs that gives
+            one. Places of padding do not count in KFAC's factors: neither in A nor among the places
+            over which G is a mean (of K-BFGS in A alone). A layer with another number of places
+            than T is not masked. Exact matrices need no mask: what no loss sees has no derivative.
+            Labels are no mask: a place without a label may act through attention.
 
     Raises:
         CurvlabError: no trainable parameter, complex ones, a model spread over several processes, a
@@ -57,6 +63,7 @@ class Objective:
         outputs: Outputs = "logits",
         labels: str | int = "labels",
         shared: Collection[str] = (),
+        mask: Mask = None,
     ) -> None:
         if isinstance(likelihood, type) or not isinstance(
             likelihood, Likelihood
@@ -82,7 +89,7 @@ class Objective:
         ] = []  # of all parameters, as `check_trained` last saw them to be right
         self.trained: frozenset[str] = frozenset(name for b in self.blocks for name in b.params)
         self.l2 = l2
-        self.interface = Interface(labels, outputs, shared)
+        self.interface = Interface(labels, outputs, shared, mask)
         self.closures: dict[Stream, int] = dict.fromkeys(STREAMS, 0)  # how many were made of each
         self.forms: dict[Hashable, Form] = {}  # what first looks have shown
         self.may_freeze = (

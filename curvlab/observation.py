@@ -15,9 +15,11 @@ from curvlab.statistics import LayerStatistics
 if TYPE_CHECKING:
     from curvlab.closure import Closure
 
-Pass = Literal["gradient", "data", "model", "exact"]
+Pass = Literal["plain", "gradient", "data", "model", "exact", "token"]
 """The vectors that are sent back: ∂ℓ/∂z at the data's labels ("gradient": for the mean gradient
-alone), at labels drawn from the model, or the columns of S, S Sᵀ = ∂²ℓ/∂z².
+alone; "token": each place of the loss apart), at labels drawn from the model, or the columns of S,
+S Sᵀ = ∂²ℓ/∂z². "plain": ∂/∂z of the mean loss, for the mean gradient rounded as a loop of torch's
+own rounds it.
 """
 
 PASSES: tuple[Pass, ...] = get_args(Pass)
@@ -52,13 +54,17 @@ class Observation:
         Raises:
             CurvlabError: no pass gave gradients.
         """
-        seen = self.passes.get("gradient") or self.passes.get("data")
-        if seen is None:
-            raise CurvlabError(
-                'this observation has no "gradient" pass: observe with needs={"gradient", …}'
-            )
-        found = {name: statistics.gradient for name, statistics in seen.items()}
-        return found | {name: found[name] + pull for name, pull in self.pull.items()}
+        for name in ("gradient", "data", "plain"):
+            if name in self.passes:
+                return self.gradients_of(name)
+        raise CurvlabError(
+            'this observation has no "gradient" pass: observe with needs={"gradient", …}'
+        )
+
+    def gradients_of(self, name: str) -> dict[str, Tensor]:
+        """Return the gradients of the pass `name`, as of `gradients`."""
+        found = {block: statistics.gradient for block, statistics in self.passes[name].items()}
+        return found | {block: found[block] + pull for block, pull in self.pull.items()}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any, NoReturn, Self, cast
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from curvlab.closure import Closure
+from curvlab.curvature.base import with_defaults
 from curvlab.derivatives import precise
 from curvlab.descent import Batch, Descent, of_method, warm_start
 from curvlab.errors import CurvlabError, Diverged
@@ -24,7 +25,7 @@ from curvlab.momentum import Momentum, MomentumKind
 from curvlab.objective import restore_weights, weights
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import Soundness, check_direction
-from curvlab.steps import displacement, move
+from curvlab.steps import arrive, difference, displacement, move
 
 __all__ = [
     "Batch",
@@ -136,6 +137,20 @@ class Optimizer(torch.optim.Optimizer):
             check_owned(self.objective, [p for group in self.param_groups for p in group["params"]])
         return rates
 
+    def _one_rate(self, rates: Mapping[int, float]) -> float:
+        """Return the one learning rate of all groups.
+
+        Raises:
+            CurvlabError: they differ, and the optimizer that is followed has one.
+        """
+        each = set(rates.values())
+        if len(each) > 1:
+            raise CurvlabError(
+                f"{with_defaults(self.descent.curvature).name} has one learning rate here, not"
+                f" {', '.join(f'{rate:g}' for rate in sorted(each))}: let the groups agree"
+            )
+        return each.pop() if each else 0.0
+
     def _decays(self) -> Callable[[Tensor], float] | float:
         """Return a function parameter → its group's weight decay; one number where all agree."""
         each = {float(group["weight_decay"]) for group in self.param_groups}
@@ -184,6 +199,9 @@ class Optimizer(torch.optim.Optimizer):
         closure.twice = curvature.wants_step or bool(curvature.step_needs)
         observation = closure.observe(self.descent.needs | self.also, checked=at_once)
         highest = max(rates.values(), default=0.0)
+        known = with_defaults(curvature)
+        if known.gradient_pass == "plain":
+            known.rate = self._one_rate(rates)
         direction = self.descent.direction(
             observation, self._decays(), rate=highest if at_once else None
         )
@@ -194,8 +212,14 @@ class Optimizer(torch.optim.Optimizer):
             self.look(observation, direction)
         lr: Callable[[Tensor], float] = lambda p: rates.get(id(p), 0.0)  # noqa: E731
         saved = weights(self.objective) if self.descent.curvature.rejects else []
-        move(self.objective, direction, lr, None if at_once else soundness.flag)
-        step, stands = cache(partial(displacement, self.objective, direction, lr)), True
+        arrived, flag, stands = known.arrived(), None if at_once else soundness.flag, True
+        if arrived is None:
+            move(self.objective, direction, lr, flag)
+            step = cache(partial(displacement, self.objective, direction, lr))
+        else:
+            before = weights(self.objective)
+            arrive(self.objective, arrived, lr, flag)
+            step = cache(partial(difference, self.objective, before))
         if self.descent.wants_step:
             try:
                 after = closure.observe(

@@ -28,6 +28,7 @@ from curvlab.likelihoods import (
     Gaussian,
     Heads,
     Likelihood,
+    Tokens,
     root_of,
     sample_of,
 )
@@ -43,7 +44,7 @@ from curvlab.output_hessian import (
 
 __all__ = ["Law", "Root", "law_of", "refusal"]
 
-_EXACT = (Categorical, Bernoulli, Gaussian)
+_EXACT = (Categorical, Tokens, Bernoulli, Gaussian)
 # labels drawn for one example, and how many standard errors may lie between
 _DRAWS, _ERRORS = (
     2000,

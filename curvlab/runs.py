@@ -110,7 +110,7 @@ def compare(
         probes: further ones, of `PROBES`, each as "name" or "name:every"; one with a number of
             steps that is not the log's has an axis of its own.
         options: the other fields of `CompareSettings`: momentum, decay, update_every (T₁),
-            refresh_every (T₂), log_every.
+            refresh_every (T₂), log_every, unit (of empirical Fisher matrices).
 
     A method whose numbers leave the finite range is named in a warning, in `Run.diverged` and in
     the log's attribute `diverged`, and is NaN from there on; the others go on.

@@ -92,9 +92,7 @@ def check_gradients(objective: Objective, observation: Observation) -> None:
     So no average takes it up. An observation without a gradient is passed over. On a GPU, which
     would have to wait, nothing is looked at: `Soundness.note_step` does it there.
     """
-    if waits(observation.loss) or not (
-        "gradient" in observation.passes or "data" in observation.passes
-    ):
+    if waits(observation.loss) or not observation.passes.keys() & {"gradient", "data", "plain"}:
         return
     gradients = observation.gradients
     if not all_short(gradients.values()):

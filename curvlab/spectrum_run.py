@@ -12,10 +12,10 @@ from typing import Any
 import xarray as xr
 from rich.console import Console
 
-from curvlab.algorithms import ALGORITHMS, check_rates, optimizer
+from curvlab.algorithms import check_rates, find_algorithm, optimizer
 from curvlab.closure import Closure
 from curvlab.datasets import Dataset
-from curvlab.errors import LARGEST, MOST_STEPS, CurvlabError, lookup, tell, whole
+from curvlab.errors import LARGEST, MOST_STEPS, CurvlabError, tell, whole
 from curvlab.objective import Objective
 from curvlab.optim import Optimizer
 from curvlab.problem import Problem
@@ -63,7 +63,7 @@ def prepare_spectra(named: NamedSpectra) -> PreparedSpectra:
     """
     problem = named.problem
     problem.check()
-    lookup(ALGORITHMS, named.algorithm, "algorithm")
+    find_algorithm(named.algorithm)
     if not named.after:
         raise CurvlabError(
             "--after needs at least one number of training steps, 0 for the model as it is built"

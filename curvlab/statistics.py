@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from curvlab.errors import CurvlabError
+from curvlab.errors import CurvlabError, guard_memory
 from curvlab.layers import Block
 from curvlab.lazy import cached_property
 from curvlab.linalg.padded_products import second_moment
@@ -191,9 +191,9 @@ class LayerStatistics:
     def reduced_A(self) -> Float[Tensor, "I I"]:
         """Second moment of each example's mean input over its places, (1/N) Σ ā āᵀ.
 
-        KFAC-reduce, Eschenhagen et al. 2023.
-
-        Raises CurvlabError for a table that is also a head, where several vectors are sent back.
+        KFAC-reduce, Eschenhagen et al. 2023. Raises CurvlabError for a table that is also a head,
+        where several vectors are sent back, and where an embedding's, which is no diagonal here, is
+        larger than the memory.
         """
         if self._vectors > 1 and any(p.swapped for p in self.parts):
             raise CurvlabError(
@@ -201,7 +201,16 @@ class LayerStatistics:
                 " input for every vector sent back: take sharing='expand', or labels of one vector"
                 " (kfac, kfac-ef)"
             )
-        return second_moment(self.a.mean(1), 1 / self.size)
+        inputs = self.block.shape[1]
+        guard_memory(
+            inputs * (inputs + self.size * self.places) * self.like.element_size(),
+            f"the second moment of the mean inputs of {self.block}",
+            "an embedding's is a diagonal with sharing='expand', as of kfac",
+        )
+        if self.valid is None:
+            return second_moment(self.a.mean(1), 1 / self.size)
+        sums = (self.a * self.valid[..., None]).sum(1)
+        return second_moment(sums / self.valid.sum(1, keepdim=True).clamp_min(1), 1 / self.size)
 
     @cached_property
     def reduced_G(self) -> Float[Tensor, "O O"]:
@@ -209,7 +218,26 @@ class LayerStatistics:
 
         (1/N) Σ_v Σ_n (Σ_t g)(Σ_t g)ᵀ: KFAC-reduce, Eschenhagen et al. 2023.
         """
-        return second_moment(self.g.sum(2).flatten(0, 1), 1 / self.size)
+        turned = self.valid is not None and any(p.swapped for p in self.parts)
+        g = self.g * self.valid[..., None] if turned and self.valid is not None else self.g
+        return second_moment(g.sum(2).flatten(0, 1), 1 / self.size)
+
+    @cached_property
+    def valid(self) -> Float[Tensor, "N T"] | None:
+        """A one at every place that is no padding (`Objective(mask=…)`); None where all count."""
+        each = [p.inputs.valid for p in self.parts]
+        if all(valid is None for valid in each):
+            return None
+        parts = zip(self.parts, each, strict=True)
+        return torch.cat(
+            [self._zeros(*p.g.shape[1:3]) + 1 if v is None else v for p, v in parts], 1
+        )
+
+    @property
+    def counted(self) -> float | int | Float[Tensor, ""]:
+        """The number of examples and places, without those of padding, and at least 1."""
+        found = sum(p.counted for p in self.parts)
+        return found.clamp_min(1) if isinstance(found, Tensor) else max(1, found)
 
     def _summed(self, of: Callable[[Part], Tensor], none: Callable[[], tuple[int, ...]]) -> Tensor:
         parts = self.parts
@@ -224,9 +252,8 @@ class LayerStatistics:
     def mean_a(self) -> Float[Tensor, " I"]:
         """Of `a`, over examples and places."""
         self._one_group("inputs for all outputs")
-        return self._summed(lambda p: p.weighted(p.ones), lambda: (self.block.shape[1],)) / (
-            self.size * max(1, self.places)
-        )
+        sums = self._summed(lambda p: p.weighted(p.ones), lambda: (self.block.shape[1],))
+        return sums / self.counted
 
     def second_moment_product(self, v: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
         """A v = E_n Σ_t (aᵀv) a without A, and in a convolution without patches: thesis (3.15)."""
@@ -242,8 +269,10 @@ class LayerStatistics:
 
         That is Alg. 12, line 14: Γ, as a mean of outer products, see practice.
         """
-        scale = 1 / (self.size * max(1, self.places))
-        return self._summed(lambda p: p.G(scale), lambda: (self.block.shape[0],) * 2)
+        count = self.counted
+        scale = 1.0 if isinstance(count, Tensor) else 1 / count
+        found = self._summed(lambda p: p.G(scale), lambda: (self.block.shape[0],) * 2)
+        return found / count if isinstance(count, Tensor) else found
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -253,7 +282,7 @@ class LayerStatistics:
         if self._parts is None or self._vectors != 1:
             raise CurvlabError(
                 f"{self.block}: a gradient needs a pass that sends one vector back, not the"
-                " exact one"
+                " exact one, nor one for each place"
             )
         found = self._summed(lambda p: p.gradient(1 / self.size), lambda: self.block.shape)
         if not self.frozen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,36 @@ def move(
                 rate = rate_of(parameters[name], lr)
                 if rate:
                     parameters[name].add_(d, alpha=-rate)
+
+
+def arrive(
+    objective: Objective,
+    values: Mapping[str, Tensor],
+    lr: Callable[[Tensor], float],
+    where: Tensor | None = None,
+) -> None:
+    """Set every parameter to its value, to the bit; as `move`, none where the flag is false.
+
+    Args:
+        objective: whose parameters.
+        values: {parameter: value}; others stand still.
+        lr: parameter → α; where it is 0 the parameter stands still.
+        where: the flag; None: it is true.
+    """
+    with torch.no_grad():
+        for name, p in objective.parameters.items():
+            if name in values and rate_of(p, lr):
+                p.copy_(values[name] if where is None else torch.where(where, values[name], p))
+
+
+def difference(objective: Objective, before: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return {block: change of its parameters} since they were `before` (`objective.weights`)."""
+    parameters = objective.parameters
+    changes = {
+        name: (p.detach() - old).to(objective.dtype)
+        for (name, p), old in zip(parameters.items(), before, strict=True)
+    }
+    return {block.name: block.gather(changes) for block in objective.blocks}
 
 
 def displacement(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
@@ -67,6 +68,34 @@ WRAP = (
     " closure({'ids': ids, 'mask': mask}, y)"
 )
 """Remedy for a model of several inputs."""
+
+
+def beyond_a_table(error: BaseException, model: nn.Module) -> str | None:
+    """Return what an embedding was asked for, and what it has; None where that is not the error."""
+    trace, frames = error.__traceback__, []
+    while trace is not None:
+        frames.append(trace.tb_frame)
+        trace = trace.tb_next
+    here = [frame for frame in frames if frame.f_code is F.embedding.__code__]
+    ids, weight = (here[-1].f_locals.get(name) if here else None for name in ("input", "weight"))
+    if not isinstance(error, IndexError) or not isinstance(ids, Tensor) or not ids.numel():
+        return None
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return None
+    low, high = int(ids.min()), int(ids.max())
+    names = {id(p): name for name, p in model.named_parameters()}
+    modules = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    owners = [modules.get(id(frame.f_locals.get("self")), "") for frame in frames]
+    known = [name for name in owners if name in names.values()]
+    name = names.get(id(weight)) or (known[-1] if known else "")
+    what = f"index {high if high >= len(weight) else low} is beyond the {len(weight)} rows of"
+    remedy = (
+        "padding is a row of the table, and only labels may be ignored"
+        if low < 0 <= len(weight) - 1 - high
+        else "give shorter sequences, or a longer table; or it is a symbol that the table has not"
+    )
+    return f"{what} {repr(name) if name else 'an embedding'}: {remedy}"
+
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 

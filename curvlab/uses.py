@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
@@ -86,6 +86,11 @@ class Use:
         """(R, P)."""
         return extent(self.rule.outputs, self.output.value.shape)
 
+    def masked_by(self, mask: Bool[Tensor, "N T"]) -> bool:
+        """Whether the call has the places that a mask has."""
+        rows, places = self.extent
+        return rows * places == mask.numel()
+
 
 class UseInput:
     """The inputs of one use in one forward pass.
@@ -93,8 +98,34 @@ class UseInput:
     They are read when first asked for, and shared by every pass back.
     """
 
-    def __init__(self, use: Use, size: int, how: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        use: Use,
+        size: int,
+        how: str,
+        dtype: torch.dtype,
+        mask: Bool[Tensor, "N T"] | None = None,
+    ) -> None:
         self.use, self.size, self.how, self.dtype = use, size, how, dtype
+        self.mask = mask
+
+    @cached_property
+    def valid(self) -> Float[Tensor, "N T"] | None:
+        """A one where a place is no padding; None where all are counted."""
+        if self.mask is None or not self.use.masked_by(self.mask):
+            return None
+        return self.mask.to(self.raw.device, self.dtype)
+
+    @cached_property
+    def own_valid(self) -> Float[Tensor, "R P"] | None:
+        """The same in the call's own rows and places."""
+        if self.valid is None:
+            return None
+        rows, places = self.use.extent
+        numbers = torch.arange(rows * places, device=self.valid.device).view(rows, places, 1)
+        order = ARRANGEMENTS[self.how](numbers, 0, self.size).flatten()
+        found = self.valid.new_empty(rows * places)
+        return found.index_copy_(0, order, self.valid.flatten()).view(rows, places)
 
     @property
     def raw(self) -> Tensor:
@@ -145,6 +176,9 @@ class UseInput:
         rule = self.use.rule
         if rule.counts is None or self.column:
             return None
+        if self.own_valid is not None and rule.gradient is not None:
+            found = rule.gradient(self.use.call, self.raw, self.own_valid[..., None])[0]
+            return found.to(self.dtype)
         return rule.counts(self.use.call, self.raw).to(self.dtype)
 
     @cached_property
@@ -158,19 +192,22 @@ class UseInput:
                 "an embedding's is a diagonal: kfac with sharing='expand' keeps it as one",
             )
             return torch.diag(self.counts / self.size)
-        rows, n = self.bare.flatten(0, 1), len(self.bare)
+        rows, n, biased = self.bare.flatten(0, 1), len(self.bare), float(self.use.biased)
+        if self.valid is not None:
+            rows = rows * self.valid.view(-1, 1)  # of zeros and ones, which are their own squares
         if not self.column:
             return second_moment(rows, 1 / n)
         if rows.numel() < _SMALL:
-            return second_moment(
-                torch.cat([rows, rows.new_full((len(rows), 1), float(self.use.biased))], 1), 1 / n
-            )
+            ones = rows.new_full((len(rows), 1), biased)
+            ones = ones if self.valid is None else ones * self.valid.view(-1, 1)
+            return second_moment(torch.cat([rows, ones], 1), 1 / n)
         last = rows.shape[1]
         # the column of ones costs nothing, where a copy of patches would
         found = room(rows, last + 1, last + 1)
         second_moment(rows, 1 / n, out=found[:last, :last])
-        found[last, :last] = found[:last, last] = rows.sum(0) * (self.use.biased / n)
-        found[last, last] = self.use.biased * len(rows) / n
+        found[last, :last] = found[:last, last] = rows.sum(0) * (biased / n)
+        count = len(rows) if self.valid is None else self.valid.sum()
+        found[last, last] = biased * count / n
         return found
 
 
@@ -179,6 +216,7 @@ class Slice:
     """Inputs of some of the examples."""
 
     a: Float[Tensor, "N T *G I"]
+    valid: Float[Tensor, "N T"] | None = None
 
 
 class Part:
@@ -242,9 +280,17 @@ class Part:
 
     def G(self, scale: float) -> Float[Tensor, "O O"]:
         """Return scale · Σ g gᵀ, as the block reads it."""
-        return second_moment(
-            (self.a.flatten(0, 1) if self.swapped else self.g.flatten(0, 2)), scale
-        )
+        if not self.swapped:
+            return second_moment(self.g.flatten(0, 2), scale)
+        valid = self.inputs.valid
+        a = self.a if valid is None else self.a * valid[..., None]
+        return second_moment(a.flatten(0, 1), scale)
+
+    @property
+    def counted(self) -> int | Float[Tensor, ""]:
+        """The number of examples and places, without those of padding."""
+        valid = self.inputs.valid
+        return self.g.shape[1] * self.g.shape[2] if valid is None else valid.sum()
 
     def rows(self) -> Float[Tensor, "V N O I"]:
         """Return Σ_t g aᵀ of each vector and example, in the block's own O and I."""
@@ -288,8 +334,9 @@ class Part:
         return found
 
     def weighted(self, h: Float[Tensor, "R P"]) -> Float[Tensor, " I"]:
-        """Σ_r Σ_p h a, in the call's own rows and places."""
+        """Σ_r Σ_p h a, in the call's own rows and places, without those of padding."""
         rule, call, inputs = self.own
+        h = h if inputs.own_valid is None else h * inputs.own_valid
         if rule.response is None or rule.gradient is None:
             found = inputs.own.flatten(0, 1).mT @ h.flatten()
         else:
@@ -324,7 +371,8 @@ class Part:
 
     def some(self, examples: slice | Tensor) -> Part:
         """Of some of the examples."""
-        return Part(self.block, Slice(self.a[examples]), self.g[:, examples], self.swapped)
+        valid = None if self.inputs.valid is None else self.inputs.valid[examples]
+        return Part(self.block, Slice(self.a[examples], valid), self.g[:, examples], self.swapped)
 
     def _by_group(self, legend: str, g: Tensor) -> Tensor:
         return torch.einsum(legend, g.reshape(*g.shape[:-1], self.block.groups, -1), self.a)

@@ -73,19 +73,6 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str | None) else repr(value)
 
 
-def decay_of(group: Mapping[str, Any]) -> float:
-    """Return γ of a group whose weight decay is decoupled, W ← W (1 − lr γ) − …; else 0.
-
-    Torch marks such groups by `decoupled_weight_decay`, pytorch_optimizer by `weight_decouple`;
-    torch's Muon has no mark and no other kind. Decay that enters by the gradient is a part of the
-    direction.
-    """
-    marked = group.get("decoupled_weight_decay", group.get("weight_decouple", "ns_steps" in group))
-    if not marked or group.get("fixed_decay", False):
-        return 0.0
-    return float(group.get("weight_decay") or 0.0)
-
-
 def rate_in(group: Mapping[str, Any]) -> float:
     """Return a group's learning rate; 1 where it has none, as optimizers that choose their own."""
     lr = group.get("lr")

@@ -20,12 +20,13 @@ import xarray as xr
 from torch import nn
 
 from curvlab.closure import Closure
+from curvlab.curvature.shadow import decoupled
 from curvlab.derivatives import around
 from curvlab.errors import CurvlabError, warn
 from curvlab.logs.log import Log
 from curvlab.system import random_state
 from curvlab.system.lock import exclusive_lock
-from curvlab.watched_loop import ForwardHook, called_with, closure_in, decay_of, rate_in
+from curvlab.watched_loop import ForwardHook, called_with, closure_in, rate_in
 from curvlab.watched_step import Looker, SeenBatch, Taken
 
 Take = Callable[[Any], tuple[Any, Any]]
@@ -267,7 +268,7 @@ class Watcher:
         """Keep rates, decays and gradients of an optimizer's parameters."""
         scale = getattr(optimizer, "grad_scale", None)
         for group in optimizer.param_groups:
-            rate, decay = rate_in(group), decay_of(group)
+            rate, decay = rate_in(group), decoupled(group)
             for p in group["params"]:
                 name = self._names.get(id(p))
                 if name is None:

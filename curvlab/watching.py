@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from curvlab.comparison_settings import ALWAYS, CompareSettings
+from curvlab.curvature.shadow import decoupled
 from curvlab.errors import CurvlabError, several, shown, whole
 from curvlab.interface import Outputs
 from curvlab.likelihoods import Likelihood
@@ -21,7 +22,6 @@ from curvlab.system import paths
 from curvlab.watched_loop import (
     Optimizers,
     check_held,
-    decay_of,
     described_optimizer,
     plain_optimizers,
     rate_in,
@@ -141,7 +141,7 @@ def watch(
         "lr": rate_in(groups[0]),
         "optimizers": [described_optimizer(one) for one in optimizers],
     }
-    looker = Looker(objective, compared, path, about, any(map(decay_of, groups)))
+    looker = Looker(objective, compared, path, about, any(map(decoupled, groups)))
     return Watcher(model, optimizers, looker, settings.take)
 
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import `problems`
-if os.environ.get("CURVLAB_CHECK_SHAPES"):  # before anything imports curvlab
+_SHAPES_CHECKED = bool(os.environ.get("CURVLAB_CHECK_SHAPES"))
+if _SHAPES_CHECKED:  # before anything imports curvlab
     from jaxtyping import install_import_hook
 
     install_import_hook("curvlab", "shapes.checked")
@@ -27,12 +28,23 @@ torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave to `-m slow` all but one in k of the cases of a test that is marked `thinned(k)`.
 
     Which ones is a matter of their names alone: the same in every run and process, and of each
-    algorithm, model and kind some.
+    algorithm, model and kind some. `CURVLAB_ONE_IN=k` leaves one in k of all. While shapes are
+    checked, tests that hand over what has another shape (`wrong_shapes`) are left out.
     """
+    one_in, shapes = int(os.environ.get("CURVLAB_ONE_IN", "1")), _SHAPES_CHECKED
+    kept = [
+        item
+        for item in items
+        if not crc32(item.nodeid.encode()) % one_in
+        and not (shapes and item.get_closest_marker("wrong_shapes"))
+    ]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
     for item in items:
         mark = item.get_closest_marker("thinned")
         if mark is not None and crc32(item.nodeid.rpartition("/")[2].encode()) % mark.args[0]:

@@ -1,6 +1,6 @@
 """Do the thinned tests kill as many faults as all their cases? Seeded mutants of the code.
 
-    python tests/mutants.py [--count 30] [--seed 0] [--out FILE.json]
+    python tests/mutants.py [--count 30] [--seed 0] [--files test_contract.py] [--out FILE.json]
 
 A mutant is one change of an operator, a comparison, a number, a sign or a transpose in a function
 of `MODULES`. It runs against the tests that are thinned (`thinned(k)`): first the cases of every
@@ -127,12 +127,12 @@ def mutants(path: Path) -> Iterator[Mutant]:
     yield from (found[key] for key in sorted(found))
 
 
-def failing(package: Path, marks: str, tests: list[str], words: list[str]) -> str | None:
+def failing(package: Path, marks: str, tests: list[str]) -> str | None:
     """Return the first test that fails with the package that lies there; None: all pass."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n0"]
     here = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
-        [*command, "-m", marks, *tests, *words],
+        [*command, "-m", marks, *tests],
         cwd=package,
         env=here,
         capture_output=True,
@@ -149,11 +149,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip", type=int, default=0, help="of the drawn mutants, the first")
+    parser.add_argument(
+        "--files", nargs="+", help="of tests; all that have thinned ones by default"
+    )
     parser.add_argument("--out", type=Path, help="write what was found there, after each")
-    parser.add_argument("words", nargs="*", help="further arguments of pytest")
     options = parser.parse_args()
-    tests = [
-        str(path) for path in sorted(HERE.glob("test_*.py")) if "mark.thinned(" in path.read_text()
+    tests = options.files or [
+        path.name for path in sorted(HERE.glob("test_*.py")) if "mark.thinned(" in path.read_text()
     ]
     places = [path for pattern in MODULES for path in sorted((ROOT / "curvlab").glob(pattern))]
     every = [mutant for path in places for mutant in mutants(path)]
@@ -167,13 +169,13 @@ def main() -> None:
             shutil.copytree(ROOT / "tests", package / "tests")
             for other in ("analyses", "data", "docs", "pyproject.toml", "README.md"):
                 (package / other).symlink_to(ROOT / other)
-            own = [str(package / "tests" / Path(test).name) for test in tests]
+            own = [str(package / "tests" / test) for test in tests]
             file = package / "curvlab" / mutant.path
             text = file.read_text()
             old = text[mutant.start : mutant.end].strip()
             file.write_text(mutant.applied(text))
-            daily = failing(package, "thinned and not slow", own, options.words)
-            whole = daily or failing(package, "thinned and slow", own, options.words)
+            daily = failing(package, "thinned and not slow", own)
+            whole = daily or failing(package, "thinned and slow", own)
         word = "killed by both" if daily else "KILLED BY THE WHOLE ALONE" if whole else "lives"
         what = f"{mutant.path}:{mutant.line}: {old!r} → {mutant.new.strip()!r}"
         print(f"{number:3d} {what}: {word} {(daily or whole or '')[-90:]}", flush=True)

@@ -33,6 +33,23 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
     "refresh.py": ([*SMALL, "--every", "2"], "last loss"),
     "assumptions.py": (["--steps", "2", "--examples", "60", "--out", "OUT"], "assumptions.png"),
     "scaling.py": (["--repeats", "1", "--largest", "2", "--out", "OUT"], "scaling.png"),
+    "language_training.py": (
+        [
+            "--model",
+            "gpt-tiny",
+            "--screen",
+            "1",
+            "--steps",
+            "2",
+            "--seeds",
+            "0",
+            "--methods",
+            "adamw",
+            "--out",
+            "OUT",
+        ],
+        "language_training.png",
+    ),
     "which_curvature.py": (["--steps", "1", "--warm", "1", "--out", "OUT"], "which_curvature.png"),
     "benchmarks/exact.py": (["--examples", "20", "--skip", "autoencoder", "memory"], "of the peak"),
     "benchmarks/steps.py": (

@@ -18,6 +18,7 @@ import curvlab as cl
 from curvlab import autograd
 from curvlab.closure import Closure
 from curvlab.exact import KINDS, Kind, route_table, sequences
+from curvlab.exact.batches import PASS_OF_KIND
 from curvlab.layers import Block
 from curvlab.linalg import places
 from curvlab.linalg.places import accumulate_pairs_, everywhere, reach_of, symmetrize_
@@ -211,6 +212,31 @@ def test_vectors_are_sent_once_and_no_more_than_needed(
     again = cl.exact.matrices(objective, x, y, "ggn")
     for name, matrix in found.items():
         assert_near(matrix.dense(), again[name].dense())
+
+
+@pytest.mark.parametrize("kind", ["ggn", "fisher", "ef-token"])
+@models
+def test_the_whole_pairs_diagonals_and_terms(
+    kind: Kind, tied: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like blocks, of vectors that are sent once and rotated at the head; by torch.func's rows."""
+    objective, x, y = made(tied=tied, causal=causal)
+    true = cl.exact.matrix(objective, x, y, kind, None, route="func").dense()
+    calls = sent(monkeypatch)
+    assert_near(cl.exact.matrix(objective, x, y, kind, None).dense(), true)
+    assert sum(count for count, targets in calls if targets > 2) <= (T - 1) * WIDTH
+    layout, head = objective.layout.slices, objective.blocks[-1].name
+    for pair in (("1", "5"), ("5", head), (head, "1"), (head, head)):
+        found = cl.exact.matrix(objective, x, y, kind, pair).dense()
+        assert_near(found, true[layout[pair[0]], layout[pair[1]]])
+    assert_near(cl.exact.diagonal(objective, x, y, kind), true.diagonal())
+    terms = cl.exact.kronecker_terms(objective, x, y, kind, "5")
+    assert_near(terms.dense(), true[layout["5"], layout["5"]])
+    closure = Closure(objective, x, y, 1, "exact")
+    needs = PASS_OF_KIND[kind]
+    g = closure.observe({needs}).passes[needs]["5"].g
+    assert_near(terms.G, torch.einsum("vnto,vnsp->ntosp", g, g))
+    assert len(terms.g) <= len(g)  # type: ignore[arg-type]  # a second moment has vectors
 
 
 def test_zeros_that_causality_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

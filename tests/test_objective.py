@@ -403,7 +403,8 @@ def test_unknown_pass_names_the_known() -> None:
     with pytest.raises(
         CurvlabError,
         match=(
-            r"unknown pass 'modle'; did you mean 'model'\? \(known: gradient, data, model, exact\)"
+            r"unknown pass 'modle'; did you mean 'model'\?"
+            r" \(known: gradient, data, model, exact, token\)"
         ),
     ):
         p.objective().closure(p.x, p.y).observe({"data", "modle"})

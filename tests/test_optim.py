@@ -170,6 +170,7 @@ def test_sgd_with_decoupled_weight_decay_by_hand(model: str) -> None:
         ("add", lambda g1, g2: 0.6 * g1 + g2),
         ("average", lambda g1, g2: 0.6 * 0.4 * g1 + 0.4 * g2),
         ("corrected", lambda g1, g2: (0.6 * 0.4 * g1 + 0.4 * g2) / (1 - 0.36)),
+        ("nesterov", lambda g1, g2: 0.6 * (0.6 * 0.4 * g1 + 0.4 * g2) + 0.4 * g2),
     ],
 )
 def test_kinds_of_momentum(
@@ -182,7 +183,8 @@ def test_kinds_of_momentum(
     momentum = Momentum(0.6, kind)
     first = momentum({"1": g1})["1"]
     second = momentum({"1": g2})["1"]
-    torch.testing.assert_close(first, 0.4 * g1 if kind == "average" else g1, rtol=1e-14, atol=0)
+    size = {"average": 0.4, "nesterov": 0.6 * 0.4 + 0.4}.get(kind, 1.0)
+    torch.testing.assert_close(first, size * g1, rtol=1e-14, atol=0)
     torch.testing.assert_close(second, expected(g1, g2), rtol=1e-14, atol=0)
 
 
@@ -430,6 +432,13 @@ WITHOUT_WAITING = [
     "kfac-ef",
     "kfac-reduce",
     "kflr",
+    "ekfac",
+    "foof",
+    "adamw",
+    "sophia-g",
+    "muon",
+    "soap",
+    "kl-shampoo",
     "tnt",
     "tnt-ef",
     "tnt-per-sample",

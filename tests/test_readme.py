@@ -182,13 +182,17 @@ def test_the_damping_rule_is_as_written() -> None:
         "kfac-ef",
         "kfac-reduce",
         "kflr",
+        "foof",
+        "ekfac",
+        "sophia-g",
     )
     for name in (*same, "smw-ng-bd", "smw-ng", "smw-gn", "hf"):
         assert damping_for(name, 0.04, 100) == 0.04
     for name in ("tnt-per-sample", "tnt-ideal"):
         assert damping_for(name, 0.04, 100) == pytest.approx(0.2)
-    for name in ("tnt", "tnt-ef", "adam", "rmsprop"):
+    for name in ("tnt", "tnt-ef", "adam", "rmsprop", "adamw", "soap", "kl-shampoo"):
         assert damping_for(name, 0.04, 100) == pytest.approx(0.02)
+    assert damping_for("asgo", 0.04, 100) == pytest.approx(4e-4)
     assert damping_for("shampoo", 0.04, 100) == 3e-4
 
 

@@ -750,7 +750,6 @@ HEADS: dict[str, tuple[Callable[[], object], str]] = {
     "of another size": (lambda: TWO.loss(UNDER, BOTH), r"must be \[N, 6 \+ 2\], not \[5, 4\]"),
     "none": (lambda: Heads({}), "heads must be {name: likelihood}"),
     "a class": (lambda: Heads({"a": Gaussian}), "head 'a' must be a likelihood"),  # type: ignore[dict-item]  # wrong on purpose
-    "per token": (lambda: Heads({"a": Categorical(per="token")}), "head 'a' is a mean per token"),
 }
 
 

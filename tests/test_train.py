@@ -958,8 +958,8 @@ def test_bad_data_are_an_error_and_no_divergence(tmp_path: Path) -> None:
         ({"schedule": "cosine", "steps": 3}, "schedule 'cosine' is laid out over all epochs"),
         ({"schedule_every": "minute"}, "unknown schedule_every"),
         (
-            {"momentum_kind": "nesterov"},
-            r"unknown kind of momentum 'nesterov'.*add, average, corrected",
+            {"momentum_kind": "polyak"},
+            r"unknown kind of momentum 'polyak'.*add, average, corrected, nesterov",
         ),
         ({"epochs": 0}, "epochs must be 1 or more"),
         ({"seconds": -1.0}, "seconds must be above 0"),

@@ -344,6 +344,20 @@ def test_decoupled_decay_is_apart_and_the_learning_rate_logged() -> None:
     np.testing.assert_allclose(ds["displacement_norm"].isel(step=0, block=0), moved, rtol=1e-9)
 
 
+def test_a_watched_optimizer_is_its_own_shadow() -> None:
+    """The same optimizer as a member: two routes to one direction, decay apart in both."""
+    model = plain()
+    options = {"lr": 0.01, "weight_decay": 0.3}
+    optimizer = torch.optim.AdamW(model.parameters(), **options)  # type: ignore[arg-type]
+    shadow = cl.foreign(torch.optim.AdamW, **options)
+    sgd_loop(model, seen := watched(model, optimizer=optimizer, algorithms=[shadow]), optimizer,
+             minibatches())  # fmt: skip
+    gram = seen.dataset["gram"]
+    own = gram.sel(algorithm="watched", other="watched")
+    np.testing.assert_allclose(gram.sel(algorithm=shadow, other="watched"), own, rtol=1e-9)
+    np.testing.assert_allclose(gram.sel(algorithm=shadow, other=shadow), own, rtol=1e-9)
+
+
 def test_two_optimizers_are_one_step_over_the_first_ones_rate() -> None:
     opened = Opened()
     model = plain()

@@ -218,7 +218,7 @@ def test_every_algorithm_goes_on_where_a_layer_does_not_run(name: str) -> None:
     net, x = Idle().double(), torch.randn(4, 2, dtype=torch.float64)
     idle = net.idle.weight.detach().clone()
     objective = cl.Objective(net, Categorical())
-    stepping = cl.optimizer(name, objective, lr=0.01, damping=0.5)
+    stepping = cl.optimizer(name, objective, lr=0.01, damping=0.5, weight_decay=0.0)
     for _ in range(3):
         stepping.step(objective.closure(x, Y))
     assert all(bool(w.isfinite().all()) for w in net.parameters())

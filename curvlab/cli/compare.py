@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -71,6 +71,14 @@ def compare(
             rich_help_panel="Methods",
         ),
     ] = None,
+    unit: Annotated[
+        str,
+        Option(
+            help="Of empirical Fisher matrices: sequence, or token, each place of the loss by"
+            " itself.",
+            rich_help_panel="Methods",
+        ),
+    ] = "sequence",
     update_every: Annotated[
         int, Option(help="T₁, steps between updates of statistics.", rich_help_panel="Methods")
     ] = 1,
@@ -138,6 +146,7 @@ def compare(
     from curvlab.comparison_settings import CompareSettings
     from curvlab.problem import Problem
     from curvlab.system.memory import keep_freed_memory
+    from curvlab.units import Unit
 
     problem = Problem(model=model, data=data, seed=seed, device=device, dtype=dtype)
     own = problem.entry.comparison
@@ -161,6 +170,7 @@ def compare(
         refresh_every=refresh_every,
         log_every=log_every,
         probes=tuple(probe or ()),
+        unit=cast(Unit, unit),
     )
     whole("the seed", seed, 0)
     whole("seeds", seeds, 1, comparison_run.SEEDS)

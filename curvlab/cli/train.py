@@ -95,19 +95,21 @@ def train(
         Option(
             help=(
                 "add: β m + g (thesis ch. 3, 4). average: β m + (1 − β) g (ch. 2). corrected:"
-                " Adam's. Its document's by "
-                "default."
+                " Adam's. nesterov: Muon's. Its document's by default."
             ),
             rich_help_panel=_METHOD,
         ),
     ] = None,
     weight_decay: Annotated[
-        float,
+        float | None,
         Option(
-            help="γ, decoupled: W ← W − lr (p + γ W) (thesis Alg. 15, line 19).",
+            help=(
+                "γ, decoupled: W ← W − lr (p + γ W) (thesis Alg. 15, line 19). Its document's by"
+                " default: 0, but of methods that have one."
+            ),
             rich_help_panel=_METHOD,
         ),
-    ] = 0.0,
+    ] = None,
     l2: Annotated[
         float,
         Option(
@@ -132,20 +134,21 @@ def train(
     labels: Annotated[
         str | None,
         Option(
-            help="data, model or exact, where they are not to be the algorithm's own.",
+            help="data, token (the data's, each place of the loss by itself), model or exact, where"
+            " they are not to be the algorithm's own.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
     update_every: Annotated[
-        int,
+        int | None,
         Option(
             help=(
                 "T₁ (T of K-BFGS), steps between updates of statistics (thesis: 1; CNNs 10, K-BFGS"
-                " 20)."
+                " 20). Its document's by default."
             ),
             rich_help_panel=_METHOD,
         ),
-    ] = 1,
+    ] = None,
     refresh_every: Annotated[
         int | None,
         Option(

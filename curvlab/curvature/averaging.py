@@ -7,9 +7,10 @@ from typing import Literal
 
 from curvlab.errors import check_values
 
-Average = Literal["moving", "corrected", "last", "data"]
+Average = Literal["moving", "corrected", "fixed", "last", "data"]
 """How observations are averaged, k counting them from 1: by the weight max(1/k, 1 − decay); by
-(1 − decay)/(1 − decayᵏ), Adam's; by 1.
+(1 − decay)/(1 − decayᵏ), Adam's; by 1 − decay from the first on, of an average that starts at a
+value of the method's own; by 1.
 
 "data" is no average over steps: the mean over all minibatches that the warm start has shown, at the
 weights as they stand now (thesis Alg. 14, line 4: "true values"). They are kept, and gone through
@@ -48,4 +49,4 @@ class Averaging:
             return 1.0
         if self.kind == "corrected":
             return (1 - self.decay) / (1 - self.decay**k)
-        return max(1 / k, 1 - self.decay)
+        return 1 - self.decay if self.kind == "fixed" else max(1 / k, 1 - self.decay)

@@ -8,19 +8,18 @@ package inherits and overrides them; one of a user's own need not: `block_with_d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from curvlab.curvature.told import FactorBounds as FactorBounds
+from curvlab.curvature.told import LearntPair as LearntPair
+from curvlab.curvature.told import PairName as PairName
 from curvlab.errors import CurvlabError, real
-from curvlab.linalg.block_bfgs import BlockUpdate
-from curvlab.linalg.bounds import Bounds
 from curvlab.linalg.operators import Diagonal, Kronecker, Operator, identity_like
-from curvlab.linalg.pairs import Matrix, Pair
+from curvlab.linalg.pairs import Matrix
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.statistics import LayerStatistics, Reads
 
@@ -138,48 +137,19 @@ class Curvature(Protocol):
         """Go on from such a state. Raises CurvlabError where it does not fit."""
 
 
-PairName = Literal["a", "g", "step"]
-"""Which pair: of H_a, of H_g, or of parameters (of a block or of the whole vector)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearntPair:
-    """One pair (s, y), or block of pairs, that a method has learnt from, as a probe sees it."""
-
-    which: PairName
-    pair: Pair | BlockUpdate
-    mu2: float = math.nan
-    """μ₂ of its damping, sᵀs ≤ sᵀy / μ₂; NaN: the method has none."""
-    gamma: float = math.nan
-    """γ where the B of the pair is γ I; NaN where it is another."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FactorBounds:
-    """Proven bounds of the eigenvalues of H_a, H_g and H = H_g ⊗ H_a; None: nothing is proven."""
-
-    a: Bounds | None = None
-    g: Bounds | None = None
-    product: Bounds | None = None
-
-
 class BlockDefaults:
     """Members that a block may have beside `CurvatureBlock`, with the answers of one without."""
 
     factored: bool = False
-    """Whether the block is made of Kronecker factors, whose eigenvalues the probe `bounds` looks
-    at."""
+    """Whether it is made of Kronecker factors: the probe `bounds` reads their eigenvalues."""
     learns_pairs: bool = False
     """Whether the block learns from pairs, which the probe `damping` looks at."""
     compares_gradients: bool = False
     """Whether `secant` reads gradients, which are then autograd's own in both looks."""
     shift: float | None = None
-    """What the last `refresh` added to the diagonal beside the damping; None: the method shifts
-    nothing."""
+    """What the last `refresh` added to the diagonal beside the damping; None: it shifts nothing."""
     left_out: int | Tensor | None = None
-    """Pairs that were left out so far since they were not finite; None: the block learns from
-    none.
-    """
+    """Pairs left out so far since they were not finite; None: the block learns from none."""
     reads: Reads = "gradient"
 
     @property
@@ -187,6 +157,24 @@ class BlockDefaults:
         """The inverse; None before the first `refresh`."""
         found: Operator | None = getattr(self, "inverse", None)
         return found
+
+    def settle(self, damping: float | None) -> None:
+        """Finish what `update` has left until after a refresh, if there is one; no pass is held.
+
+        Args:
+            damping: λ of the last refresh, to make `inverse` anew with; None before the first, and
+                then nothing is made.
+        """
+
+    def heed(self, momentum: Tensor, damping: float | None) -> None:
+        """Learn of what a descent preconditions next, where `inverse` depends on it.
+
+        So a direction that is no linear function of the momentum m is H(m) m, H(m) an operator.
+
+        Args:
+            momentum: m, of the block's shape.
+            damping: λ of the last refresh.
+        """
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
         """Return {name: second moment} that `update` would fold in, to be looked at before."""
@@ -250,6 +238,10 @@ class CurvatureDefaults:
 
     name: str = ""
     """Of the algorithm."""
+    gradient_pass: Pass = "gradient"
+    """The pass whose gradient is preconditioned."""
+    rate: float | None = None
+    """The learning rate of the next step, told before it; None: of no concern."""
 
     @property
     def refreshed(self) -> float | None:
@@ -261,6 +253,10 @@ class CurvatureDefaults:
         """Pairs left out, as of `Curvature.left_out`; {}: there are none, or none counted."""
         return {}
 
+    def arrived(self) -> Mapping[str, Tensor] | None:
+        """Return {parameter: its value after the step at `rate`}; None: W − rate · p."""
+        return None
+
     def inverses(self) -> Mapping[str, Operator]:
         """Return `inverse`; {} where there is none."""
         found: Mapping[str, Operator] = getattr(self, "inverse", {})
@@ -270,6 +266,9 @@ class CurvatureDefaults:
         """Return {block: its CurvatureBlock, completed}; {} of a method of the whole vector."""
         found: Mapping[str, Any] = getattr(self, "blocks", {})
         return {name: block_with_defaults(block) for name, block in found.items()}
+
+    def heed(self, momentum: Mapping[str, Tensor]) -> None:
+        """Learn of {block: momentum} that a descent preconditions next (`BlockDefaults.heed`)."""
 
     def undamped(self, p: Tensor) -> Tensor | None:
         """Return B p of the quadratic model of the whole vector, with the L2 term, if any."""
@@ -330,7 +329,7 @@ def block_with_defaults(block: Any) -> BlockDefaults:
 
 
 def with_defaults(curvature: Any) -> CurvatureDefaults:
-    """Return the curvature itself where it has all of `CurvatureDefaults`; else completed by them.
+    """Return the curvature itself, completed by `CurvatureDefaults` where it lacks some of them.
 
     None, of a frame that holds no curvature, has nothing but defaults.
     """

@@ -23,7 +23,7 @@ from curvlab.curvature.base import (
     check_algorithm,
     check_damping,
 )
-from curvlab.curvature.block_states import checked, cloned, put_back, states_of
+from curvlab.curvature.block_states import checked, cloned, may_have, put_back, states_of
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_at
 from curvlab.curvature.moments import check_moments, check_squared
@@ -39,7 +39,7 @@ from curvlab.nests import plain
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
-from curvlab.statistics import LayerStatistics, Reads
+from curvlab.statistics import LayerStatistics
 
 Look = Callable[[Observation], Mapping[str, Any]]
 
@@ -80,7 +80,7 @@ class BlockDiagonal(CurvatureDefaults):
     ) -> None:
         self._partition = {block.name: block for block in blocks}
         self.blocks = {block.name: make(block) for block in blocks}
-        loose = [b for b in blocks if not _has(b, self.blocks[b.name].reads)]
+        loose = [b for b in blocks if not may_have(b, self.blocks[b.name].reads)]
         if loose:
             names = ", ".join(p for b in loose for p in b.params)
             warn(
@@ -237,10 +237,22 @@ class BlockDiagonal(CurvatureDefaults):
             self._fold(observation, self.averaging.weight(self.updates + 1))
         if self._refreshes(step):
             self.refresh()
+        self._settle()
         if self.norm_rule is not None:
             self.gradient_norm = total_norm(observation.gradients)
             self.damping *= self.norm_rule.shrink
         self.steps = step
+
+    def _settle(self) -> None:
+        for block in self.blocks.values():
+            block_with_defaults(block).settle(self.refreshed)
+
+    @precise()
+    def heed(self, momentum: Mapping[str, Tensor]) -> None:
+        """Tell every block of the momentum that is preconditioned next."""
+        for name, m in momentum.items():
+            if name not in self._idle:
+                block_with_defaults(self.blocks[name]).heed(m, self.refreshed)
 
     rejects = False
 
@@ -284,7 +296,7 @@ class BlockDiagonal(CurvatureDefaults):
                 and after.passes["data"][name].used
             ):
                 with Naming(self._partition[name], name):
-                    move = partial(_step_of, transition, name)
+                    move = partial(transition.step.__getitem__, name)
                     block.secant(before.passes["data"][name], after.passes["data"][name], move)
         if self.levenberg is not None:
             self.damping = self.levenberg.adapted(self.damping, self._ratio(transition))
@@ -315,6 +327,7 @@ class BlockDiagonal(CurvatureDefaults):
         if self.averaging.warm:
             check_gradients(observation.closure.objective, observation)
             self._fold(observation, 1 / (self.updates + 1))
+            self._settle()
             self.warmed = True
             if self.averaging.kind == "data":
                 closure = observation.closure
@@ -383,17 +396,3 @@ class BlockDiagonal(CurvatureDefaults):
             setattr(self, key, value)
         self.refreshed = state.get("refreshed", self.damping if self.ready else None)
         put_back(self.blocks, state["blocks"], inverses)
-
-
-def _step_of(transition: Transition, name: str) -> Tensor:
-    return transition.step[name]
-
-
-def _has(block: Block, reads: Reads) -> bool:
-    """Return whether a block can have what a method reads.
-
-    Whether it does is seen in the statistics.
-    """
-    return reads == "gradient" or (
-        block.layer is not None and (reads == "rows" or block.groups == 1)
-    )

@@ -1,4 +1,4 @@
-"""States of a curvature's blocks, as a checkpoint holds them, and back."""
+"""States of a curvature's blocks, as a checkpoint holds them, and back; what a block may read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from curvlab.curvature.base import CurvatureBlock
 from curvlab.curvature.states import check_memory, check_names, check_operator, dtype_of
 from curvlab.layers import Block
 from curvlab.linalg.operators import Operator, pack, unpack_operator
+from curvlab.statistics import Reads
 
 
 def states_of(blocks: Mapping[str, CurvatureBlock]) -> dict[str, Any]:
@@ -67,3 +68,13 @@ def cloned(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [cloned(v) for v in value]
     return value
+
+
+def may_have(block: Block, reads: Reads) -> bool:
+    """Return whether a block can have what a method reads.
+
+    Whether it does is seen in the statistics.
+    """
+    return reads == "gradient" or (
+        block.layer is not None and (reads == "rows" or block.groups == 1)
+    )

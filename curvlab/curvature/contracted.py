@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.curvature.base import BlockDefaults, FactorBounds, Secant, blend
+from curvlab.curvature.large import guard_factor
 from curvlab.curvature.moments import check_moments
 from curvlab.layers import Block
 from curvlab.linalg.direct_sum import ColumnSum
@@ -49,6 +50,9 @@ def batch_contractions(block: Block, statistics: LayerStatistics) -> list[list[T
         ways = [v.reshape((*v.shape[:2], *(d for d in v.shape[2:] if d > 1))) for v in variables]
     else:
         ways = [with_pixels(block, v.flatten(1)) if v.ndim > 1 else v for v in variables]
+    for v in ways:
+        for order in v.shape:
+            guard_factor(block, order, v, "a Kronecker factor")
     found = [[mode_contraction(v, i) for i in range(max(v.ndim, 1))] for v in ways]
     # A block lies as [O, I], so that its factors are in that order: of a weight that is stored as
     # [I, O] the last way comes first.

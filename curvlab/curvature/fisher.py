@@ -24,6 +24,8 @@ from curvlab.linalg.operators import Dense, Diagonal, Inverse, Operator
 from curvlab.linalg.packed import fold, output_pairs, unpack_full, unpack_lower
 from curvlab.statistics import LayerStatistics, Reads
 
+_REMEDY = "use smw-ng-bd, whose system is N×N, or a Kronecker method"
+
 
 def check_outer(*factors: Tensor) -> None:
     """Raise Diverged where second moments of products of entries of these would not be finite.
@@ -74,23 +76,20 @@ class DenseFisher(BlockDefaults):
         check_outer(g, a)
         if self.F is None:
             size = self.block.numel**2 * a.element_size()
-            guard_memory(
-                2 * size,
-                f"a dense {self.block}",
-                "use smw-ng-bd, whose system is N×N, or a Kronecker method",
-            )
+            guard_memory(2 * size, f"a dense {self.block}", _REMEDY)
         self.F, self.active = fold(
             self.F, self.active, output_pairs(g[:, :, 0]), a[:, 0], 1 - weight, weight / len(a)
         )
 
     def _update_dense(self, statistics: LayerStatistics, weight: float) -> None:
+        if self.F is None and self.active is None:
+            size = self.block.numel**2 * statistics.like.element_size()
+            guard_memory(2 * size, f"a dense {self.block}", _REMEDY)
         rows = statistics.rows.flatten(2).flatten(0, 1)
         check_outer(rows)
         if self.active is not None:  # one place until now, several from here on
             self.F, self.active = self._dense(), None
         if self.F is None:
-            size = rows.shape[1] ** 2 * rows.element_size()
-            guard_memory(2 * size, f"a dense {self.block}", "use a Kronecker method")
             self.F = rows.new_zeros(rows.shape[1], rows.shape[1])
         self.F.addmm_(rows.mT, rows, beta=1 - weight, alpha=weight / statistics.size)
 

@@ -41,7 +41,12 @@ from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
 from curvlab.soundness import check_gradients
 
-_KINDS: dict[Pass, Kind] = {"exact": "ggn", "data": "ef", "model": "fisher-mc"}
+_KINDS: dict[Pass, Kind] = {
+    "exact": "ggn",
+    "data": "ef",
+    "token": "ef-token",
+    "model": "fisher-mc",
+}
 
 
 class HessianFree(WholeVectorCurvature):

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from curvlab.curvature.base import BlockDefaults, FactorBounds, LearntPair, Move, PairName, blend
+from curvlab.curvature.large import guard_factor
 from curvlab.errors import CurvlabError, lookup
 from curvlab.layers import Block
 from curvlab.linalg.bfgs import updated_inverse
@@ -251,6 +252,7 @@ class KBfgs(BlockDefaults):
     def _initial(self, like: Tensor) -> Tensor | Operator:
         if self.pairs:
             return self._limited(empty_memory(self.pairs, like.new_empty(self.block.shape[0])))
+        guard_factor(self.block, self.block.shape[0], like, "H_g")
         h = self._start(self._split()[1])
         return h * torch.eye(self.block.shape[0], dtype=like.dtype, device=like.device)
 

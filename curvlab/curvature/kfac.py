@@ -20,6 +20,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from curvlab.curvature.base import BlockDefaults, Secant, blend
+from curvlab.curvature.large import guard_factor
 from curvlab.errors import lookup
 from curvlab.linalg.cholesky import damped_inverse, damped_reciprocal, shifted
 from curvlab.linalg.kronecker import pi_split
@@ -73,12 +74,20 @@ class Kfac(BlockDefaults):
 
     def moments(self, statistics: LayerStatistics) -> dict[str, Tensor]:
         """Return {name: A and G of the minibatch}, which `update` folds in."""
-        A, G = self.sharing(statistics)
+        A, G = self._factors(statistics)
         return {FACTOR_A: A, FACTOR_G: G}
+
+    def _factors(self, statistics: LayerStatistics) -> Factors:
+        """Return A and G. Raises CurvlabError where one is too large for the memory."""
+        block, like = statistics.block, statistics.like
+        guard_factor(block, block.shape[0], like, FACTOR_G)
+        if statistics.diagonal_A is None:
+            guard_factor(block, block.shape[1], like, FACTOR_A)
+        return self.sharing(statistics)
 
     def update(self, statistics: LayerStatistics, weight: float) -> None:
         """Fold the minibatch's A and G in (Alg. 12, line 14)."""
-        A, G = self.sharing(statistics)
+        A, G = self._factors(statistics)
         self.A = blend(self.A, A, weight)  # Alg. 12, line 14: Ω
         self.G = blend(self.G, G, weight)  # Alg. 12, line 14: Γ
 

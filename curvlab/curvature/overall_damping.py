@@ -30,6 +30,11 @@ def per_factor_of_mean(overall: float, size: int) -> float:
     return math.sqrt(overall / size)
 
 
+def of_mean(overall: float, size: int) -> float:
+    """Return ε = λ / m, for an ε under the root of Fisher / m (`per_factor_of_mean`)."""
+    return overall / size
+
+
 def fixed(epsilon: float) -> DampingRule:
     """Return the rule that gives the same ε at every λ: the document's (Table 4.3).
 

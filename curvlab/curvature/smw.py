@@ -304,6 +304,8 @@ def loose_rows(
     if labels == "exact":
         root = closure.root(z)[:, chosen].flatten(2)  # [V, n, C]
         rows = torch.einsum("vnc,ncd->vnd", root, function.jacobians()).flatten(0, 1)
+    elif labels == "token":
+        rows = function.gradients_of_places().transpose(0, 1).flatten(0, 1)
     else:
         drawn = labels != "data"
         y = closure.labels(z)[0] if drawn else closure.y

@@ -31,6 +31,11 @@ REBUILD = "build the same model first"
 STATISTIC_AXES: dict[str, tuple[str, ...]] = {
     "A": ("II", "I"),
     "G": ("OO",),
+    "Q_A": ("II",),
+    "Q_G": ("OO",),
+    "D": ("OI",),
+    "h": ("D",),
+    "rest": ("O", "D"),
     "F": ("P*", "DD"),
     "M": ("DD",),
     "Lambda": ("OO",),
@@ -46,6 +51,18 @@ STATISTIC_AXES: dict[str, tuple[str, ...]] = {
     "a": ("*I",),
 }
 """Axes of a block's statistics, in one of these ways each; ``*`` is any length."""
+
+PART_AXES: dict[str, tuple[str, ...]] = {
+    "V": ("OO", "WW"),
+    "U": ("OW",),
+    "squares": ("OW",),
+    **dict.fromkeys(("L", "Q_L", "S_a", "Q_a"), ("OO",)),
+    **dict.fromkeys(("R", "Q_R", "S_b", "Q_b"), ("WW",)),
+    "lam_a": ("O",),
+    "lam_b": ("W",),
+}
+"""Axes of the statistics of a block's weight alone (`part_state`), W its inputs without the bias
+column."""
 
 _FULL = (torch.float32, torch.float64)
 
@@ -120,11 +137,24 @@ def check_memory(
                 raise misfit(
                     block, "its means have ways of", [size for ways in sizes for size in ways]
                 )
-        if isinstance(value, Tensor) and key in STATISTIC_AXES and len(block.shape) == 2:
-            if not any(_has(value.shape, axes, block) for axes in STATISTIC_AXES[key]):
-                raise misfit(block, f"its {key} is", value.shape)
-            if dtype is not None and key != "Lambda":  # of double precision in any model
-                check_dtype(block, value.dtype, dtype)
+        if key == "part_state":
+            for name, part in value.items():
+                _check_statistic(block, PART_AXES, name, part, dtype)
+        _check_statistic(block, STATISTIC_AXES, key, value, dtype)
+
+
+def _check_statistic(
+    block: Block,
+    known: Mapping[str, tuple[str, ...]],
+    key: str,
+    value: Any,
+    dtype: torch.dtype | None,
+) -> None:
+    if isinstance(value, Tensor) and key in known and len(block.shape) == 2:
+        if not any(_has(value.shape, axes, block) for axes in known[key]):
+            raise misfit(block, f"its {key} is", value.shape)
+        if dtype is not None and key != "Lambda":  # of double precision in any model
+            check_dtype(block, value.dtype, dtype)
 
 
 def check_operator(block: Block, operator: Operator, dtype: torch.dtype | None) -> None:
@@ -195,6 +225,7 @@ def _has(shape: Sequence[int], axes: str, block: Block) -> bool:
         "O": outputs,
         "I": inputs,
         "D": block.numel,
+        "W": inputs - block.biased,
         "P": outputs * (outputs + 1) // 2,
     }
     fits: Callable[[str, int], bool] = lambda axis, n: axis == "*" or lengths[axis] == n  # noqa: E731

@@ -29,7 +29,12 @@ Subsampled Hessian, (4); second moment of the gradients at `labels`: exact (GGN 
 model, data (EFIM); none.
 """
 
-_KINDS: dict[Pass, Kind] = {"exact": "fisher", "model": "fisher-mc", "data": "ef"}
+_KINDS: dict[Pass, Kind] = {
+    "exact": "fisher",
+    "model": "fisher-mc",
+    "data": "ef",
+    "token": "ef-token",
+}
 
 _ROWS = 1 << 26  # numbers in Q: beyond, products with the base take less time and room
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +22,26 @@ from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.fingerprint import Unchanging
 from curvlab.forms import Form
 from curvlab.layers import Block
-from curvlab.likelihoods.base import factor_over, scaled
+from curvlab.likelihoods.base import MeanFactor, factor_over, scaled
 from curvlab.nests import Batched, is_minibatch
 from curvlab.objective import Objective
 from curvlab.observation import Pass
+from curvlab.units import Unit, kind_per
 
-Kind = Literal["hessian", "ggn", "pi", "fisher", "fisher-mc", "ef"]
+Kind = Literal["hessian", "ggn", "pi", "fisher", "fisher-mc", "ef", "ef-token"]
 """Hessian of the mean loss = GGN + Π (thesis (1.4); S2QN (5), (6)); Fisher over all labels, drawn
-ones, or the data's.
+ones, or the data's: of every example's gradient, or, "ef-token", of that of every place's loss.
 """
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[Kind, ...] = get_args(Kind)[:-1]
+"""The kinds of matrix; "ef-token" is "ef" with unit="token" in one word."""
 
 PASS_OF_KIND: dict[str, Pass] = {
     "ggn": "exact",
     "fisher": "exact",
     "fisher-mc": "model",
     "ef": "data",
+    "ef-token": "token",
 }
 """Kinds that are second moments, and the pass that sends their vectors back.
 
@@ -53,12 +56,16 @@ _NUMBERS = 1 << 24  # in the pre-activation Hessians of one block at a time
 _SENT = 1 << 25  # in the derivatives of the exact pass where places share weights
 
 
-def check_kind(kind: str, draws: int = 1) -> None:
-    """Raise CurvlabError for an unknown kind of matrix, or no draw."""
-    if kind not in KINDS:
-        raise unknown("kind of matrix", kind, KINDS)
+def check_kind(kind: str, draws: int = 1, unit: Unit = "sequence") -> Kind:
+    """Return the kind of matrix with its unit (`kind_per`).
+
+    Raises CurvlabError for an unknown one, or no draw.
+    """
+    if kind not in get_args(Kind):
+        raise unknown("kind of matrix", kind, get_args(Kind))
     if draws < 1:
         raise CurvlabError(f"draws must be 1 or more, not {draws}")
+    return cast(Kind, kind_per(kind, unit))
 
 
 Loader = Iterable[Any]
@@ -79,7 +86,7 @@ class Minibatches:
     number: int
     chunk: int = CHUNK
     # N/M of all minibatches together; None where each chunk's is that of its minibatch
-    factor: float | None = None
+    factor: MeanFactor | None = None
 
     @classmethod
     def of(
@@ -217,7 +224,8 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
 
     Of pre-activation Hessians for second derivatives those of a block, N (TO)² numbers; for the GGN
     the derivatives of the outputs in them too, N C TO numbers. Of the exact pass through weights
-    that places share, the root and the derivatives of all blocks, N C (C + Σ TO).
+    that places share, the root and the derivatives of all blocks, N C (C + Σ TO); of that of single
+    places P of them in place of the first C.
     """
     blocks = list(blocks)
     for closure in closures:
@@ -230,9 +238,10 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
             1, _NUMBERS // (widest * max(widest, form.outputs if kind in PASS_OF_KIND else 0))
         )
         places = [form.places.get(b.name, 0) for b in blocks]
-        if kind in ("ggn", "fisher") and max(places, default=0) > 1:
+        if kind in ("ggn", "fisher", "ef-token") and max(places, default=0) > 1:
             sent = sum(t * b.shape[0] for t, b in zip(places, blocks, strict=True) if t)
-            at_once = min(at_once, max(1, _SENT // (form.outputs * (form.outputs + sent))))
+            vectors = form.outputs if kind != "ef-token" else _places(closure, form)
+            at_once = min(at_once, max(1, _SENT // (vectors * (form.outputs + sent))))
         size = len(closure.x)
         if size <= at_once:
             yield closure
@@ -240,6 +249,13 @@ def few(closures: Iterable[Closure], kind: str, blocks: Iterable[Block]) -> Iter
         at_once = -(-size // -(-size // at_once))  # as many in every part
         for start in range(0, size, at_once):
             yield closure.some(slice(start, start + at_once))
+
+
+def _places(closure: Closure, form: Form) -> int:
+    """Return how many places an example's loss has at most."""
+    y = closure.y
+    apart = isinstance(y, Tensor) and not y.is_floating_point()
+    return max(1, y[0].numel()) if apart else form.outputs
 
 
 def check_independence(objective: Objective) -> None:

@@ -41,6 +41,7 @@ from curvlab.linalg.packed import (
 )
 from curvlab.nests import is_minibatch
 from curvlab.objective import Objective
+from curvlab.units import Unit
 
 _NUMBERS = 1 << 23  # in the temporaries of some examples at a time
 
@@ -55,11 +56,14 @@ class KroneckerSum:
         a: inputs of the layer, 1 appended where the bias is trained.
         hessians: G itself.
         g: vectors, G = Σ_v g gᵀ; then G is only formed where it is asked for.
+        valid: a one at every place that is no padding (`Objective(mask=…)`), over which alone
+            `averaged` and `single` average; None where all places count.
     """
 
     a: Float[Tensor, "N T I"]
     hessians: Float[Tensor, "N T O T O"] | None = None
     g: Float[Tensor, "V N T O"] | None = None
+    valid: Float[Tensor, "N T"] | None = None
 
     def __post_init__(self) -> None:
         given = self.hessians if self.hessians is not None else self.g
@@ -173,10 +177,9 @@ class KroneckerSum:
         rows, cols = torch.tril_indices(inputs, inputs, device=self.a.device)
         packed = self.a.new_zeros(outputs * (outputs + 1) // 2, len(rows))
         for part in self._parts(self._own_numbers() + 2 * inputs**2):
-            a = self.a[part]
-            packed.addmm_(
-                self._own_pairs(part).mean(2), (a.mT @ a)[:, rows, cols], alpha=1 / self.size
-            )
+            a = self._counted_a[part]
+            pairs = self._own_pairs(part).sum(2) / self._counts[part]
+            packed.addmm_(pairs, (a.mT @ a)[:, rows, cols], alpha=1 / self.size)
         return unpack_full(packed, outputs, inputs)
 
     def single(self) -> Kronecker:
@@ -184,12 +187,25 @@ class KroneckerSum:
 
         Thesis (2.3), (3.8), (3.9); of the exact Fisher it is KFAC, undamped.
         """
-        a = self.a.flatten(0, 1)
+        a = self._counted_a.flatten(0, 1)
         outputs = self.shape[0]
         pairs = a.new_zeros(outputs * (outputs + 1) // 2, 1)
         for part in self._parts(self._own_numbers()):
             pairs += self._own_pairs(part).sum((1, 2))[:, None]
-        return Kronecker((unpack_full(pairs / len(a), outputs, 1), a.mT @ a / self.size))
+        return Kronecker(
+            (unpack_full(pairs / self._counts.sum(), outputs, 1), a.mT @ a / self.size)
+        )
+
+    @property
+    def _counted_a(self) -> Float[Tensor, "N T I"]:
+        return self.a if self.valid is None else self.a * self.valid[..., None]
+
+    @property
+    def _counts(self) -> Float[Tensor, " N"]:
+        """Return the number of places of each example that count, 1 where none does."""
+        if self.valid is None:
+            return self.a.new_full((self.size,), self.places)
+        return self.valid.sum(1).clamp_min(1)
 
     def _G(self, part: slice) -> Float[Tensor, "N T O T O"]:
         if self.hessians is not None:
@@ -233,12 +249,13 @@ class KroneckerSum:
 @derivatives()
 def kronecker_terms(
     objective: Objective,
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any,
     kind: Kind = "fisher",
     block: str = "1",
     *,
     draws: int = 1,
+    unit: Unit = "sequence",
 ) -> KroneckerSum:
     """Return the block of one layer as a sum of Kronecker products (thesis Theorem 3).
 
@@ -251,12 +268,13 @@ def kronecker_terms(
         kind: as for `matrix`.
         block: name of a block, of a layer with a rule whose outputs share their inputs.
         draws: as for `matrix`.
+        unit: as for `matrix`.
 
     Raises:
         CurvlabError: as `matrix`; a layer without a rule or with groups of outputs; Hessians larger
             than the memory.
     """
-    check_kind(kind, draws)
+    kind = check_kind(kind, draws, unit)
     chosen = lookup({b.name: b for b in objective.blocks}, block, "block")
     closure = one_minibatch(objective, x, y)
     fault = unfit(chosen, closure.form, kind)
@@ -265,14 +283,16 @@ def kronecker_terms(
             f"{chosen} {fault}, so it is no sum of Kronecker products: use curvlab.exact.matrix"
         )
     if kind not in PASS_OF_KIND:
-        guard_preactivation_hessians(chosen, len(x), closure.form.places[block], objective.dtype)
+        guard_preactivation_hessians(
+            chosen, len(closure.x), closure.form.places[block], objective.dtype
+        )
     return next(sums(Minibatch(closure, kind, draws), [chosen]))[1]
 
 
 def preactivation(
     objective: Objective,
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any,
     kind: Kind = "hessian",
     block: str = "1",
     *,
@@ -326,9 +346,8 @@ def sums(look: Minibatch, blocks: Sequence[Block]) -> Iterator[tuple[Block, Kron
     Every pass is shared.
     """
     if look.kind in PASS_OF_KIND:
-        for block in blocks:
-            s = look.statistics[block.name]
-            yield block, KroneckerSum(s.a, g=s.g)
+        for s in look.each(blocks):
+            yield s.block, KroneckerSum(s.a, g=s.g, valid=s.valid)
         return
     for s, hessians in look.hessians([b.name for b in blocks]):
-        yield s.block, KroneckerSum(s.a, hessians.permute(2, 0, 1, 3, 4))
+        yield s.block, KroneckerSum(s.a, hessians.permute(2, 0, 1, 3, 4), valid=s.valid)

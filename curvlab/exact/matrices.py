@@ -15,7 +15,7 @@ from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
@@ -38,12 +38,15 @@ from curvlab.linalg.packed import (
 from curvlab.linalg.products import Rectangular
 from curvlab.objective import Objective
 from curvlab.statistics import LayerStatistics
+from curvlab.units import Unit
 
 
 @derivatives()
-def routes(objective: Objective, x: Tensor, y: Tensor, kind: Kind = "fisher") -> dict[str, str]:
+def routes(
+    objective: Objective, x: Any, y: Any = None, kind: Kind = "fisher", *, unit: Unit = "sequence"
+) -> dict[str, str]:
     """Return {block: the route that `matrix` takes to it}, on data of this shape."""
-    check_kind(kind)
+    kind = check_kind(kind, unit=unit)
     first = next(few(Minibatches.of(objective, x, y), kind, objective.blocks))
     look = Minibatch(first, kind, 1, objective.blocks)
     return {block.name: route_of(block, first.form, kind, look=look) for block in objective.blocks}
@@ -59,6 +62,7 @@ def matrices(
     *,
     route: str = "auto",
     draws: int = 1,
+    unit: Unit = "sequence",
 ) -> dict[str, Dense]:
     """Compute dense diagonal blocks, every pass shared.
 
@@ -70,6 +74,7 @@ def matrices(
         blocks: names of blocks; all where None.
         route: as for `matrix`.
         draws: as for `matrix`.
+        unit: as for `matrix`.
 
     Returns:
         {block name: Dense}, [D, D] on the row-major flattening of the block's [O, I].
@@ -77,7 +82,7 @@ def matrices(
     Raises:
         CurvlabError: as `matrix`.
     """
-    check_kind(kind, draws)
+    kind = check_kind(kind, draws, unit)
     if route != "auto":
         lookup(ROUTES, route, "route")
     known = {b.name: b for b in objective.blocks}
@@ -90,6 +95,7 @@ def matrices(
         objective,
         sum(b.numel**2 for b in chosen),
         f"the dense {kind} of {', '.join(map(str, chosen))}",
+        chosen,
     )
     sums: dict[str, Sum] = {}
     seen = 0
@@ -102,7 +108,7 @@ def matrices(
         fold(look, chosen, sums, seen / (seen + size), 1 / (seen + size))
         seen += size
     return {
-        block.name: Dense(_finite(sums.pop(block.name).dense(), f"{kind} of {block}"))
+        block.name: Dense(finite(sums.pop(block.name).dense(), f"{kind} of {block}"))
         for block in chosen
     }
 
@@ -130,6 +136,7 @@ def matrix(
     *,
     route: str = "auto",
     draws: int = 1,
+    unit: Unit = "sequence",
 ) -> Dense | Rectangular:
     """Compute a dense matrix of second derivatives or second moments.
 
@@ -156,6 +163,9 @@ def matrix(
         route: of `ROUTES`; by default the first that fits. Pairs and the whole matrix take "rows"
             or "func".
         draws: labels drawn for each example (fisher-mc).
+        unit: of ef: whose gradients g are squared, (1/N) Σ g gᵀ: those of every example's loss,
+            "sequence", or those of the loss at each of its places, "token" (the other kinds are the
+            same for both). Of a mean per token they are the M places' own, and the sum is over M.
 
     Returns:
         Dense [D, D], or for a pair Rectangular [D₁, D₂].
@@ -165,7 +175,7 @@ def matrix(
             BatchNorm or dropout in training mode; a matrix larger than the machine's memory (use
             `product`).
     """
-    check_kind(kind, draws)
+    kind = check_kind(kind, draws, unit)
     if isinstance(block, str):
         found, places = select(objective, block)
         whole = matrices(objective, x, y, kind, [found.name], route=route, draws=draws)[found.name]
@@ -219,7 +229,7 @@ def _across(
     _guard(objective, height * width, what)
     found = torch.zeros(height, width, dtype=objective.dtype, device=objective.device)
     seen, any_structured = 0, False
-    for closure in Minibatches.of(objective, x, y):
+    for closure in few(Minibatches.of(objective, x, y), kind, layout.blocks):
         look = Minibatch(closure, kind, draws)
         size = len(closure.x)
         loose = [b for b in layout.blocks if b.name not in closure.form.shaped]
@@ -239,7 +249,7 @@ def _across(
         else:
             _add_general(found, look, layout, rows, columns, 1 / (seen + size))
         seen += size
-    _finite(found, what)
+    finite(found, what)
     if block is None:
         return Dense(mirror_(found) if any_structured else found)
     for axis, some in enumerate(places):
@@ -256,10 +266,14 @@ def _add_rows(
     """
     top = Layout(tuple(rows)).slices
     left = Layout(tuple(columns)).slices
-    for j, i in (
-        combinations_with_replacement(range(len(rows)), 2) if len(rows) > 1 else [(0, 0)]
-    ):  # i ≥ j: the lower triangle
-        one, other = look.statistics[rows[i].name], look.statistics[columns[j].name]
+    pairs = [(0, 0)]
+    if len(rows) > 1:  # i ≥ j: the lower triangle
+        pairs = list(combinations_with_replacement(range(len(rows)), 2))
+    names = list(dict.fromkeys(b.name for b in (*rows, *columns)))
+    for part, (j, i) in ((part, pair) for part in look.together(names) for pair in pairs):
+        if rows[i].name not in part or columns[j].name not in part:
+            continue
+        one, other = part[rows[i].name], part[columns[j].name]
         target = matrix[top[rows[i].name], left[columns[j].name]]
         if _thin(one) and _thin(other):
             accumulate_between_(
@@ -300,7 +314,8 @@ def _add_general(
         matrix[:, some].add_(value[top], alpha=scale)
 
 
-def _finite(matrix: Tensor, what: str) -> Tensor:
+def finite(matrix: Tensor, what: str) -> Tensor:
+    """Return a matrix. Raises CurvlabError where its diagonal holds NaN or Inf."""
     if not bool(torch.isfinite(matrix.diagonal()).all()):
         raise CurvlabError(
             f"{what} contains NaN or Inf although the loss is finite: an operation of the model has"
@@ -309,8 +324,9 @@ def _finite(matrix: Tensor, what: str) -> Tensor:
     return matrix
 
 
-def _guard(objective: Objective, numbers: int, what: str) -> None:
+def _guard(objective: Objective, numbers: int, what: str, chosen: Sequence[Block] = ()) -> None:
     size = numbers * torch.finfo(objective.dtype).bits // 8
-    guard_memory(
-        int(1.3 * size), what, "take smaller blocks, or its product form: curvlab.exact.product"
-    )
+    remedy = "take smaller blocks, or its product form: curvlab.exact.product"
+    if any(isinstance(block.module, nn.Embedding) for block in chosen):
+        remedy = f"an embedding's on the symbols that occur is curvlab.exact.occurring; {remedy}"
+    guard_memory(int(1.3 * size), what, remedy)

@@ -25,6 +25,7 @@ from curvlab.errors import CurvlabError, raise_if_out_of_memory
 from curvlab.exact.batches import PASS_OF_KIND, Kind
 from curvlab.independence import some_rows
 from curvlab.layers import Layout
+from curvlab.units import ByPlace
 
 _NO_SECOND = (
     "torch has no second derivative of an operation in the model ({}): replace it, or take ggn,"
@@ -62,6 +63,14 @@ class Plain:
         """Return the Jacobian of example n's outputs, [C, D]."""
         with self._graph(at, slice(n, n + 1)) as z:
             return torch.stack([self.back(each, None) for each in z.flatten()])
+
+    def gradients_of_places(
+        self, n: int, apart: ByPlace, at: Float[Tensor, " D"]
+    ) -> Float[Tensor, "P D"]:
+        """Return the gradients of the losses of each place of example n, [P, D], times √(N/M)."""
+        with self._graph(at, slice(n, n + 1)) as z:
+            each = apart.some(slice(n, n + 1)).linear(z)[0]
+            return torch.stack([self.back(one, None) for one in each])
 
     def product(
         self, kind: Kind, labels: Sequence[Tensor], at: Float[Tensor, " D"]
@@ -131,14 +140,14 @@ class Plain:
         """
         y, loss_of = self.closure.y, self.closure.loss_of
         exact = PASS_OF_KIND[kind] == "exact"
-        out = (
-            z
-            if exact
-            else torch.stack(
-                [loss_of(z, label, drawn=PASS_OF_KIND[kind] == "model") for label in labels]
-            )
-            / math.sqrt(len(labels))
-        )
+        if exact:
+            out = z
+        elif PASS_OF_KIND[kind] == "token":
+            out = self.closure.by_place(z).linear(z)
+        else:
+            drawn = PASS_OF_KIND[kind] == "model"
+            each = torch.stack([loss_of(z, label, drawn=drawn) for label in labels])
+            out = each / math.sqrt(len(labels))
         u = torch.zeros_like(out, requires_grad=True)
         back = (
             torch.autograd.grad(out, self.leaves, u, create_graph=True, allow_unused=True)

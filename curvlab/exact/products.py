@@ -35,6 +35,7 @@ from curvlab.layers import Block, Layout
 from curvlab.linalg.products import Product, RectangularProduct
 from curvlab.objective import Objective
 from curvlab.statistics import LayerStatistics
+from curvlab.units import Unit
 
 _COLUMNS = 32  # vectors through the model at once
 
@@ -48,6 +49,7 @@ def product(
     block: str | tuple[str, str] | None = None,
     *,
     draws: int = 1,
+    unit: Unit = "sequence",
 ) -> Product | RectangularProduct:
     """Return what `matrix` would hold as a product with vectors, by `torch.func`.
 
@@ -62,6 +64,7 @@ def product(
         kind: as for `matrix`.
         block: as for `matrix`; by default the whole.
         draws: as for `matrix`.
+        unit: as for `matrix`.
 
     Returns:
         Product (symmetric; `diag` and `trace` are exact and structured where layers have rules), or
@@ -70,7 +73,7 @@ def product(
     Raises:
         CurvlabError: as `matrix`; an iterator in place of a loader.
     """
-    check_kind(kind, draws)
+    kind = check_kind(kind, draws, unit)
     if not (block is None or isinstance(block, str)):
         block = _pair(block)
     batches = Minibatches.of(objective, x, y, again=True, in_order=kind == "fisher-mc")
@@ -108,6 +111,7 @@ def diagonal(
     kind: Kind = "fisher",
     *,
     draws: int = 1,
+    unit: Unit = "sequence",
 ) -> Float[Tensor, " D"]:
     """Compute the diagonal of the whole matrix, block after block, without forming a block.
 
@@ -115,7 +119,7 @@ def diagonal(
     every pre-activation of a layer that is no convolution with more places than inputs; blocks
     without structure D products.
     """
-    check_kind(kind, draws)
+    kind = check_kind(kind, draws, unit)
     return _diagonal(Minibatches.of(objective, x, y), objective.layout, kind, draws)
 
 
@@ -238,7 +242,7 @@ def _summed_diagonal(
     parts: dict[str, Tensor] = {}
     ruled = [b for b in layout.blocks if b.name in closure.form.shaped]
     if kind in PASS_OF_KIND:
-        parts |= {b.name: _second_moment_diagonal(look.statistics[b.name]) for b in ruled}
+        parts |= {s.block.name: _second_moment_diagonal(s) for s in look.each(ruled)}
     elif ruled:
         fits = [b.name for b in ruled if by_hessians(kind, b, closure.form)]
         if fits:
@@ -261,10 +265,19 @@ def _summed_diagonal(
     return torch.cat([parts[b.name].flatten() for b in layout.blocks])
 
 
-def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "O I"]:
-    """Return Σₙ Σ_v row²; at one place (Σ_v g²)ᵀ a²."""
-    if s.provides("factors") and s.used and s.places == 1:
+def _second_moment_diagonal(s: LayerStatistics) -> Float[Tensor, "*W"]:
+    """Return Σₙ Σ_v row²; at one place (Σ_v g²)ᵀ a².
+
+    Where that has fewer operations, by pairs of places: Σ_tt' (Σ_v g_t g_t')[o] a_t[i] a_t'[i].
+    """
+    simple = s.provides("factors") and s.used
+    if simple and s.places == 1:
         return s.g[:, :, 0].square().sum(0).mT @ s.a[:, 0].square()
+    places, inputs = (s.places, s.block.shape[1]) if simple else (0, 0)
+    if simple and places * (s.vectors + inputs) < s.vectors * inputs:
+        g = s.g.permute(1, 3, 2, 0).contiguous()  # [N, O, T, V]
+        pairs = (g @ g.mT).transpose(0, 1)
+        return _over_pairs(s.a, pairs)
     return sum(rows.square().sum(0) for rows in s.some_rows(4096))  # type: ignore[return-value]  # never empty
 
 
@@ -272,5 +285,9 @@ def _structured_diagonal(
     s: LayerStatistics, hessians: Float[Tensor, "T O N T O"]
 ) -> Float[Tensor, "O I"]:
     """Return Σₙ Σ_tt' G_{n,tt'}[o, o] a_{n,t}[i] a_{n,t'}[i]."""
-    own = hessians.diagonal(dim1=1, dim2=4).permute(3, 1, 0, 2)  # [O, N, T, T]
-    return torch.stack([(s.a * (g @ s.a)).sum((0, 1)) for g in own])
+    return _over_pairs(s.a, hessians.diagonal(dim1=1, dim2=4).permute(3, 1, 0, 2))
+
+
+def _over_pairs(a: Float[Tensor, "N T I"], pairs: Float[Tensor, "O N T T"]) -> Float[Tensor, "O I"]:
+    """Return Σₙ Σ_tt' G_{n,tt'}[o, o] a_{n,t}[i] a_{n,t'}[i]."""
+    return torch.stack([(a * (g @ a)).sum((0, 1)) for g in pairs])

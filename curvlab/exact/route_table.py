@@ -20,7 +20,7 @@ from curvlab.closure import Closure
 from curvlab.derivatives import derivatives
 from curvlab.exact.batches import PASS_OF_KIND, Kind, by_hessians
 from curvlab.exact.second_order import preactivation_gauss_newton, preactivation_hessians
-from curvlab.exact.sequences import exact_statistics, groups_that_fit
+from curvlab.exact.sequences import exact_statistics, groups_that_fit, statistics_together
 from curvlab.exact.torch_func import Function
 from curvlab.forms import Form
 from curvlab.layers import Block, Layout
@@ -61,8 +61,7 @@ class Minibatch:
         (`sequences`), and each is sent once for all blocks (`blocks`) that fit into memory.
         """
         form = self.closure.form
-        shared = PASS_OF_KIND.get(self.kind) == "exact" and max(form.places.values(), default=1) > 1
-        if not shared:
+        if not self._shared:
             yield from (self.statistics[block.name] for block in blocks)
             return
         missing = [b for b in blocks if b.name not in self._exact]
@@ -70,10 +69,27 @@ class Minibatch:
             every = [b for b in self.blocks if b.name in form.shaped and b not in blocks]
             some, *more = groups_that_fit([*blocks, *every], form, len(self.closure.x))
             for group in [some] if not more else groups_that_fit(blocks, form, len(self.closure.x)):
-                self._exact = exact_statistics(self.closure, [b.name for b in group])
+                self._exact = exact_statistics(
+                    self.closure, [b.name for b in group], PASS_OF_KIND[self.kind]
+                )
                 yield from (self._exact[b.name] for b in group if b in blocks)
             return
         yield from (self._exact[b.name] for b in blocks)
+
+    def together(self, names: Sequence[str]) -> list[dict[str, LayerStatistics]]:
+        """Return statistics of some blocks under the same vectors, for products between them.
+
+        They are in parts, over which such products are summed (`statistics_together`).
+        """
+        if not self._shared:
+            return [self.statistics]
+        return statistics_together(self.closure, names, PASS_OF_KIND[self.kind])
+
+    @property
+    def _shared(self) -> bool:
+        """Whether places share weights, and there are many vectors."""
+        several = max(self.closure.form.places.values(), default=1) > 1
+        return several and PASS_OF_KIND.get(self.kind) in ("exact", "token")
 
     @cached_property
     def statistics(self) -> dict[str, LayerStatistics]:
@@ -176,7 +192,7 @@ def _fold_pairs(
         into(s.block).add(s.a[:, 0], pack_pairs(hessians[0, :, :, 0].permute(1, 0, 2)), old, new)
 
 
-def _whole(
+def whole_of(
     sums: dict[str, Sum], name: str, size: int, like: Tensor, old: float
 ) -> Float[Tensor, "D D"]:
     """Return old · the sum of a block as a dense matrix, whose lower triangle is to be added to.
@@ -198,7 +214,7 @@ def _fold_places(
             _add_pairs(s, sums, old, new)
         return
     for s, hessians in look.hessians([b.name for b in blocks]):
-        matrix = _whole(sums, s.block.name, s.block.numel, s.a, old)
+        matrix = whole_of(sums, s.block.name, s.block.numel, s.a, old)
         accumulate_places_(matrix, hessians, s.a, new)
 
 
@@ -222,7 +238,7 @@ def _fold_rows(
 
 
 def _add_rows(s: LayerStatistics, sums: dict[str, Sum], old: float, new: float) -> None:
-    matrix = _whole(sums, s.block.name, s.block.numel, s.like, old)
+    matrix = whole_of(sums, s.block.name, s.block.numel, s.like, old)
     for rows in s.some_rows(max(1, s.block.numel // 16)):
         accumulate_second_moment_(matrix, rows, new)
 
@@ -232,7 +248,12 @@ def _fold_shared(
 ) -> None:
     """Add second moments of weights that places share, each by the cheaper route."""
     for s in look.each(blocks):
-        (_add_pairs if by_pairs(s) else _add_rows)(s, sums, old, new)
+        add_shared(s, sums, old, new)
+
+
+def add_shared(s: LayerStatistics, sums: dict[str, Sum], old: float, new: float) -> None:
+    """Add second moments of one block to its sum by the cheaper route: old · sum + new · they."""
+    (_add_pairs if by_pairs(s) else _add_rows)(s, sums, old, new)
 
 
 def by_pairs(s: LayerStatistics) -> bool:
@@ -257,7 +278,7 @@ def _fold_general(
 ) -> None:
     for block in blocks:
         function = look.function(Layout((block,)))
-        matrix = _whole(sums, block.name, block.numel, function.at, old)
+        matrix = whole_of(sums, block.name, block.numel, function.at, old)
         if look.kind in PASS_OF_KIND:
             for left, right in function.rows(look.kind, look.draws):
                 matrix.addmm_(left.mT, right, alpha=new)

@@ -9,6 +9,7 @@ Legend: N examples, C outputs of the model (flattened), V vectors sent back.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,13 +24,19 @@ from curvlab.layers import Layout
 from curvlab.objective import Objective
 from curvlab.statistics import LayerStatistics
 from curvlab.system.memory import in_huge_pages
+from curvlab.units import Unit, kind_per
 
 
 @derivatives()
 def gradients(
-    objective: Objective, x: Tensor, y: Tensor, *, out: Mapping[str, Tensor] | None = None
+    objective: Objective,
+    x: Any,
+    y: Any = None,
+    *,
+    out: Mapping[str, Tensor] | None = None,
+    unit: Unit = "sequence",
 ) -> dict[str, Float[Tensor, "N *shape"]]:
-    """Compute the gradient of each example's loss, not divided by N.
+    """Compute the gradient of each example's loss, or of each place's, not divided by N.
 
     >>> import torch
     >>> import curvlab as cl
@@ -43,15 +50,19 @@ def gradients(
         y: targets.
         out: tensors to write into, as an earlier call returned them: filling fresh memory costs
             more than the arithmetic.
+        unit: "token" gives the gradients of the loss at each of the P places of an example, which
+            add up to the example's, and are zero where a place is not counted.
 
     Returns:
-        {parameter: [N, *shape]}.
+        {parameter: [N, *shape]}, or per token {parameter: [N, P, *shape]}.
 
     Raises:
         CurvlabError: data that do not fit the model or the likelihood; a model whose examples do
             not stand alone.
     """
     (closure,) = Minibatches.of(objective, x, y, whole=True)
+    if kind_per("ef", unit) == "ef-token":
+        return _into(_of_places(closure), out)
     _guard(objective, len(closure.x), "the per-sample gradients", "take fewer examples at a time")
     _, losses, capture = closure.look()
     statistics = capture.backward(losses, torch.ones_like(losses)[None])
@@ -68,6 +79,28 @@ def gradients(
         rows = Function(closure, loose).gradients(closure.y)
         found |= _into(_typed(loose.unflatten(rows, 1), parameters), out)
     return {name: found[name] for block in objective.blocks for name in block.params}
+
+
+def _of_places(closure: Closure) -> dict[str, Float[Tensor, "N P *shape"]]:
+    """Return the gradients of the losses of each place."""
+    objective = closure.objective
+    z, _, capture = closure.look()
+    apart = closure.by_place(z)
+    scales = apart.scales
+    vectors = apart.vectors() * scales.view(-1, *[1] * z.ndim)
+    remedy = "take fewer examples at a time"
+    _guard(objective, len(vectors) * len(z), "the gradients of all places", remedy)
+    found: dict[str, Tensor] = {}
+    statistics = capture.backward(z, vectors)
+    for s in statistics.values():
+        found |= s.block.scatter(s.rows, 2)
+    loose = _loose(objective, statistics)
+    if loose.blocks:
+        rows = Function(closure, loose).gradients_of_places() * scales[:, None]
+        found |= loose.unflatten(rows.transpose(0, 1), 2)
+    typed = _typed(found, objective.parameters)
+    names = (name for block in objective.blocks for name in block.params)
+    return {name: typed[name].transpose(0, 1) for name in names}
 
 
 @derivatives()

@@ -28,6 +28,7 @@ from curvlab.capture import Capture
 from curvlab.closure import Closure
 from curvlab.forms import Form
 from curvlab.layers import Block
+from curvlab.observation import Pass
 from curvlab.statistics import LayerStatistics
 from curvlab.uses import Part, Use
 
@@ -91,27 +92,56 @@ def groups_that_fit(blocks: Sequence[Block], form: Form, size: int) -> list[list
 
 
 def exact_statistics(
-    closure: Closure, names: Sequence[str], again: bool = False
+    closure: Closure, names: Sequence[str], needs: Pass = "exact", again: bool = False
 ) -> dict[str, LayerStatistics]:
-    """Return the statistics of the exact pass of some blocks, {name: …}.
+    """Return the statistics of the exact pass of some blocks, {name: …}, or of "token".
 
     Σ_v of products of two derivatives are those of `Closure.observe`; vectors are others.
     """
     z, _, capture = closure.look()
-    vectors = _Vectors.of(closure.root(z.detach()))
+    root = closure.root(z.detach()) if needs == "exact" else closure.by_place(z).vectors()
+    vectors = _Vectors.of(root)
     wanted = set(names)
     heard = capture.heard()
     chosen = [pair for pair in heard if pair[0].block.name in wanted]
-    found = _narrowed(capture, z, vectors, heard, chosen)
-    if found is None:
-        sent = _sent(z, [use.edge for use, _ in chosen], vectors.values)
-        found = {id(use): d for (use, _), d in zip(chosen, sent, strict=True) if d is not None}
+    parts = _narrowed(capture, z, vectors, heard, chosen)
+    found = _all_sent(z, vectors, chosen) if parts is None else parts[0]
     # what was not seen when the form was proven is proven once more, and no more than once
     if not again and capture.shows(chosen, [found.get(id(use)) for use, _ in chosen]):
-        return exact_statistics(closure, names, True)
+        return exact_statistics(closure, names, needs, True)
     statistics = _gathered(closure, capture, names, chosen, found, z)
     closure.say_unreached(statistics, capture)
     return statistics
+
+
+def statistics_together(
+    closure: Closure, names: Sequence[str], needs: Pass = "exact", again: bool = False
+) -> list[dict[str, LayerStatistics]]:
+    """Return the statistics of some blocks under the same vectors, in one part or two.
+
+    Products of derivatives of two blocks are summed over the vectors of every part that has both: a
+    block that a part lacks has no derivative there, as behind a head that takes the rest of a
+    rotation.
+    """
+    z, _, capture = closure.look()
+    root = closure.root(z.detach()) if needs == "exact" else closure.by_place(z).vectors()
+    vectors = _Vectors.of(root)
+    wanted = set(names)
+    heard = capture.heard()
+    chosen = [pair for pair in heard if pair[0].block.name in wanted]
+    parts = _narrowed(capture, z, vectors, heard, chosen, together=True)
+    parts = [_all_sent(z, vectors, chosen)] if parts is None else parts
+    if not again and capture.shows(chosen, [parts[0].get(id(use)) for use, _ in chosen]):
+        return statistics_together(closure, names, needs, True)
+    found = [_gathered(closure, capture, names, chosen, part, z) for part in parts]
+    closure.say_unreached(found[0], capture)
+    return [found[0], *[{n: s for n, s in part.items() if s.used} for part in found[1:]]]
+
+
+def _all_sent(z: Tensor, vectors: _Vectors, chosen: Sequence[Heard]) -> dict[int, Tensor]:
+    """Return {use: derivatives} of all vectors."""
+    sent = _sent(z, [use.edge for use, _ in chosen], vectors.values)
+    return {id(use): d for (use, _), d in zip(chosen, sent, strict=True) if d is not None}
 
 
 def _gathered(
@@ -131,9 +161,11 @@ def _gathered(
             parts[use.block.name].append(capture.part(use, how, d.flatten(0, 1), len(d)))
     blocks: dict[str, Block] = {b.name: b for b in capture.blocks if b.name in parts}
     statistics = {}
+    counts = {name: len(some[0].g) for name, some in parts.items() if some}
+    most = max(counts.values(), default=1)
     for name, block in blocks.items():
         like = z.new_empty(0, dtype=closure.objective.dtype)
-        count = len(parts[name][0].g) if parts[name] else 0
+        count = counts.get(name, most)
         statistics[name] = LayerStatistics(
             block, len(z), parts=parts[name], like=like, vectors=count
         )
@@ -170,8 +202,12 @@ def _narrowed(
     vectors: _Vectors,
     heard: Sequence[Heard],
     chosen: Sequence[Heard],
-) -> dict[int, Tensor] | None:
-    """Return {use: derivatives} by way of the one layer that all paths run through, if any."""
+    together: bool = False,
+) -> list[dict[int, Tensor]] | None:
+    """Return {use: derivatives} by way of the one layer that all paths run through, if any.
+
+    With `together` of the same vectors in every use, and of the head's further ones apart.
+    """
     head = _head(z, heard)
     if head is None or head.source is None or not vectors.groups or z.dtype not in _EXACT:
         return None
@@ -183,9 +219,17 @@ def _narrowed(
     if at_source is None or at_source.dtype != z.dtype:
         return None
     own = front[0] if front else None
-    sent, places, own = _fewer(at_source, own if mixed else None, vectors.groups, own)
+    turned = own if mixed or together else None
+    sent, places, own = _fewer(at_source, turned, vectors.groups, own)
     found: dict[int, Tensor] = {} if own is None else {id(head): own}
     back = _sent(head.source, [use.edge for use in behind], sent)
+    if together:
+        pairs = zip(behind, back, strict=True)
+        found = {id(use): d for use, d in pairs if d is not None}
+        if own is None:
+            return [found]
+        rest = torch.ones(len(own), dtype=torch.bool, device=own.device).index_fill_(0, places, 0)
+        return [found | {id(head): own[places]}, {id(head): own[rest]}]
     for use, d in zip(behind, back, strict=True):
         if d is not None and use.block.name == head.block.name:
             full = d.new_zeros(len(at_source), *d.shape[1:])
@@ -193,7 +237,7 @@ def _narrowed(
             d = full
         if d is not None:
             found[id(use)] = d
-    return found
+    return [found]
 
 
 _EXACT = (torch.float32, torch.float64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from time import perf_counter
 from typing import cast
@@ -21,14 +22,15 @@ from torch.func import grad, jacrev, linearize, vjp
 
 from curvlab.closure import Closure
 from curvlab.derivatives import derivatives, differentiable, surrounding
-from curvlab.errors import CurvlabError, raise_if_out_of_memory, warn
+from curvlab.errors import raise_if_out_of_memory, warn
 from curvlab.exact.batches import PASS_OF_KIND, Kind
 from curvlab.exact.plain import Plain
+from curvlab.exact.sight import sees, sees_twice
 from curvlab.exact.transforms import FixedRows, Repeated, Weights, along, mapped, transposed
 from curvlab.exact.transforms import second_derivative as second
-from curvlab.independence import some_rows
 from curvlab.layers import Layout
 from curvlab.strangers import called, eager, mixes
+from curvlab.units import ByPlace
 
 _NUMBERS = 1 << 24  # in the temporaries of one step
 _LONG = 10.0  # seconds, from which on a time is said
@@ -87,73 +89,23 @@ class Function:
 
     @cached_property
     def sound(self) -> bool:
-        """Whether `torch.func` gives autograd's derivatives of the first example, back and forth.
-
-        ⟨v, Ju⟩ = ⟨Jᵀv, u⟩ for random u and v.
-        """
+        """Whether `torch.func` gives autograd's derivatives of the first example (`sees`)."""
         objective, names = self.closure.objective, tuple(b.name for b in self.layout.blocks)
         key = (self.closure._key(self.closure.x), names)
         if key not in objective.functional:
-            objective.functional[key] = self._sees()
+            objective.functional[key] = sees(self)
         return objective.functional[key]
 
     @cached_property
     def sound_twice(self) -> bool:
-        """Whether its Hessian of the first example's loss is that of double backward, if any.
-
-        Along a random vector.
-        """
+        """Whether its Hessian of the first example's loss is autograd's (`sees_twice`)."""
         closure, names = self.closure, tuple(b.name for b in self.layout.blocks)
         key = (closure._key(closure.x), names, "twice")
         known = closure.objective.functional
-        if key not in known and mixes(closure.objective.modules):
-            known[key] = True
         if key not in known:
-            one = closure.some(slice(1))
-            function = Function(one, self.layout)
-            u = torch.randn(
-                1, len(function.at), generator=torch.Generator().manual_seed(0), dtype=torch.float64
-            ).to(self.at)
-            try:
-                true = function._plain.product("hessian", [one.y], function.at)(u)
-                found = function._transformed(
-                    "hessian", [one.y], lambda v: torch.full_like(v, math.nan)
-                )(u)
-                near = closure.form.precision**0.5
-                known[key] = float((found - true).norm()) <= near * float(
-                    true.norm() + found.norm()
-                )
-            except (CurvlabError, RuntimeError, NotImplementedError) as error:
-                raise_if_out_of_memory(error)
-                known[key] = True
+            mixing = mixes(closure.objective.modules)
+            known[key] = mixing or sees_twice(Function(closure.some(slice(1)), self.layout))
         return known[key]
-
-    def _sees(self) -> bool:
-        x = (
-            self.closure.x
-            if mixes(self.closure.objective.modules)
-            else some_rows(self.closure.x, slice(1))
-        )
-        generator = torch.Generator().manual_seed(0)
-        with derivatives():
-            z, _ = self.closure.forward(x)
-            v = torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)
-            true = self._plain.back(z, v)
-            at = self.layout.flatten(self._state).to(z.dtype)
-            u = torch.randn(len(at), generator=generator, dtype=torch.float64).to(z)
-            try:
-                found = grad(lambda w: (self.outputs(w, x) * v).sum())(at)
-                # forward mode goes on under no_grad and into .data
-                forth = along(lambda w: self.outputs(w, x), at, u)
-            except (RuntimeError, NotImplementedError) as error:
-                raise_if_out_of_memory(error)
-                return False
-        near = self.closure.form.precision**0.5
-        apart = float((forth * v).sum() - true @ u)
-        far = float(true.norm() * u.norm()) + float(forth.norm() * v.norm())
-        return bool(
-            float((found - true).norm()) <= near * float(true.norm()) and abs(apart) <= near * far
-        )
 
     def _total(self, kind: Kind) -> Callable[[Float[Tensor, "N *C"]], Tensor]:
         """Return z → Σₙ ℓₙ, or for Π a function of z whose Hessian is Π alone (thesis (1.4)).
@@ -192,6 +144,30 @@ class Function:
             lambda: torch.stack(
                 [
                     self._plain.gradient(n, y, self.at, drawn=drawn)
+                    for n in range(*some.indices(len(x)))
+                ]
+            ),
+        )
+
+    @cached_property
+    def by_place(self) -> ByPlace:
+        """The derivatives of the losses in the outputs, apart for every place of a loss."""
+        return self.closure.by_place(self.outputs(self.at, self.closure.x).detach())
+
+    def gradients_of_places(self, some: slice = slice(None)) -> Float[Tensor, "n P D"]:
+        """Return the gradients of the losses of each place of some examples, times √(N/M)."""
+        x, apart = self.closure.x, self.by_place
+
+        def gradient(x: Tensor, slopes: Tensor) -> Tensor:
+            one = replace(apart, slopes=slopes[None])
+            g: Tensor = jacrev(lambda w: one.linear(self.outputs(w, x[None]))[0])(self.at)
+            return g
+
+        return self._either(
+            lambda: mapped(gradient)(x[some], apart.slopes[some]),
+            lambda: torch.stack(
+                [
+                    self._plain.gradients_of_places(n, apart, self.at)
                     for n in range(*some.indices(len(x)))
                 ]
             ),
@@ -252,6 +228,11 @@ class Function:
                         j.flatten(0, 1),
                         (self._output_hessian(z[some], y[some]) @ j).flatten(0, 1),
                     )
+            return
+        if PASS_OF_KIND[kind] == "token":
+            for some in _slices(size, max(1, _NUMBERS // (self.by_place.where.shape[1] * width))):
+                g = self.gradients_of_places(some).flatten(0, 1)
+                yield g, g
             return
         labels = (
             self.closure.labels(self.closure.outputs()[0], draws)
@@ -322,9 +303,12 @@ class Function:
             single = Repeated(apply, lambda: linearize(slope_of, at)[1], _TRACED)
         else:
             exact = PASS_OF_KIND[kind] == "exact"
+            apart = self.by_place if PASS_OF_KIND[kind] == "token" else None
 
             def losses(w: Weights) -> Tensor:
                 z = outputs(w)
+                if apart is not None:
+                    return apart.linear(z)
                 each = [loss_of(z, label, drawn=PASS_OF_KIND[kind] == "model") for label in labels]
                 return torch.stack(each) / math.sqrt(len(labels))
 

@@ -6,12 +6,13 @@ Legend: N examples, C outputs or classes, M counted places, V columns of the roo
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
@@ -71,6 +72,26 @@ def sample_of(
     )
 
 
+def places_of(likelihood: Likelihood, z: Float[Tensor, "N *C"], y: Any) -> Int[Tensor, " *C"]:
+    """Return the number of the place of each output of an example, by the likelihood's `places`.
+
+    Outputs [N, C] of a likelihood without such a method have one place.
+
+    Raises:
+        CurvlabError: there is no such method, and the outputs have several axes.
+    """
+    own = getattr(likelihood, "places", None)
+    if callable(own):
+        found: Tensor = own(z, y)
+        return found
+    if z.ndim > 2:
+        raise CurvlabError(
+            f"{type(likelihood).__name__} does not say which outputs of {list(z.shape)} are one"
+            " place's: give it a method places(z, y) that numbers them, or take unit='sequence'"
+        )
+    return torch.zeros(z.shape[1:], dtype=torch.long, device=z.device)
+
+
 _Way = Literal["by place", "by name"]
 
 
@@ -114,43 +135,100 @@ def mean_per(likelihood: Likelihood) -> str:
     return str(getattr(likelihood, "per", "factor" if scaled(likelihood) else "sequence"))
 
 
-def factor_of(likelihood: Likelihood, y: Any) -> float:
+MeanFactor = float | dict[str, float]
+"""N/M of N examples and M that the mean is over; of heads {head: its own}."""
+
+
+def factor_of(likelihood: Likelihood, y: Any) -> MeanFactor:
     """Return N/M of a minibatch's labels, by the likelihood's `factor(y)`; 1 where it has none.
 
     Raises:
         CurvlabError: the likelihood's own, where no place is counted.
     """
-    return float(likelihood.factor(y)) if scaled(likelihood) else 1.0  # type: ignore[attr-defined]  # `scaled`
+    if not scaled(likelihood):
+        return 1.0
+    found = likelihood.factor(y)  # type: ignore[attr-defined]  # `scaled`
+    return dict(found) if isinstance(found, Mapping) else float(found)
 
 
-def counted_of(likelihood: Likelihood, y: Any) -> float:
-    """Return M of a minibatch's labels: what the mean is over.
+def counted_of(likelihood: Likelihood, y: Any) -> MeanFactor:
+    """Return M of a minibatch's labels: what the mean is over; of heads {head: its own}.
 
     It is the likelihood's `count(y)`, or N over its factor; N itself for a mean over examples.
     """
     if not scaled(likelihood):
         return float(len(y))
     count = getattr(likelihood, "count", None)
-    return float(len(y) / factor_of(likelihood, y) if count is None else count(y))
+    if count is None:
+        factor = factor_of(likelihood, y)
+        assert not isinstance(factor, dict)  # heads have a count
+        return len(y) / factor
+    found = count(y)
+    return dict(found) if isinstance(found, Mapping) else float(found)
 
 
-def factor_over(likelihood: Likelihood, labels: Iterable[Any]) -> float:
+def factor_over(likelihood: Likelihood, labels: Iterable[Any]) -> MeanFactor:
     """Return N/M of the labels of several minibatches together.
 
     Raises:
         CurvlabError: no place is counted in any of them.
     """
-    examples = counted = 0.0
+    examples, counted = 0.0, Counted()
     for y in labels:
-        examples, counted = examples + len(y), counted + counted_of(likelihood, y)
-    return ratio(examples, counted)
+        examples += len(y)
+        counted.add(counted_of(likelihood, y))
+    return counted.factor(examples)
 
 
-def ratio(examples: float, counted: float) -> float:
-    """Return N/M. Raises CurvlabError where M is 0."""
+class Counted:
+    """Sums of M over minibatches; of heads one for each."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+
+    def add(self, counted: MeanFactor) -> None:
+        """Add what one minibatch counts."""
+        each = counted if isinstance(counted, dict) else {"": counted}
+        for name, number in each.items():
+            self.sums[name] = self.sums.get(name, 0.0) + number
+
+    def factor(self, examples: float) -> MeanFactor:
+        """Return N/M. Raises CurvlabError where an M is 0."""
+        if list(self.sums) in ([], [""]):
+            return ratio(examples, self.sums.get("", 0.0))
+        return {name: ratio(examples, number, name) for name, number in self.sums.items()}
+
+
+def losses_of(likelihood: Any, z: Float[Tensor, "N *C"], y: Any, factor: MeanFactor) -> Tensor:
+    """Return the loss of each example times N/M; of heads each head's times its own, [N]."""
+    if isinstance(factor, dict):
+        found: Tensor = likelihood.loss(z, y, factor)
+        return found
+    losses: Tensor = likelihood.loss(z, y)
+    return losses if factor == 1 else losses * factor
+
+
+def root_factor(factor: MeanFactor) -> MeanFactor:
+    """Return the root of N/M, or of each head's."""
+    if isinstance(factor, dict):
+        return {name: math.sqrt(own) for name, own in factor.items()}
+    return math.sqrt(factor)
+
+
+def by_output(likelihood: Any, z: Float[Tensor, "N *C"], factor: MeanFactor) -> float | Tensor:
+    """Return N/M as a number; of heads that of every output's head, [C]."""
+    if not isinstance(factor, dict):
+        return factor
+    parts = likelihood.split(z[:1]).items()
+    return torch.cat([z.new_full((part.numel(),), factor[name]) for name, part in parts])
+
+
+def ratio(examples: float, counted: float, head: str = "") -> float:
+    """Return N/M. Raises CurvlabError, with the head's name, where M is 0."""
     if not counted > 0:
+        of = f"head '{head}': " if head else ""
         raise CurvlabError(
-            f"no place of the {examples:.0f} examples is counted (all are ignored, or of weight 0),"
-            ' so that there is no mean over them: leave them out, or take per="sequence"'
+            f"{of}no place of the {examples:.0f} examples is counted (all are ignored, or of weight"
+            ' 0), so that there is no mean over them: leave them out, or take per="sequence"'
         )
     return examples / counted

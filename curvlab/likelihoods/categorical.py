@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, check_values, fitting, shown, unknown
@@ -171,6 +171,13 @@ class Categorical:
         # labels out of range are for `check` to refuse
         weights = self._weights.to(y.device).double()
         return float((weights[y.long().clamp(0, len(weights) - 1)] * counted).sum())
+
+    def places(self, z: Float[Tensor, "N *CP"], y: Tensor | None = None) -> Int[Tensor, " *CP"]:
+        """Return the number of the place of each output of an example, [C, *P] or [*P, C]."""
+        axis = self.axis_of(z, y)
+        shape = z.shape[2:] if axis == 1 else z.shape[1:-1]
+        numbers = torch.arange(shape.numel(), device=z.device).view(shape)
+        return numbers.unsqueeze(0 if axis == 1 else -1).expand(z.shape[1:])
 
     def factor(self, y: Shaped[Tensor, "N *P"] | Float[Tensor, "N *CP"]) -> float:
         """Return N/M: times it, a mean over examples is one over counted places. 1 per sequence.

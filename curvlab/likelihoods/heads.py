@@ -8,27 +8,36 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, shown, unknown
-from curvlab.likelihoods.base import Likelihood, root_of, sample_of, scaled
+from curvlab.likelihoods.base import (
+    Likelihood,
+    counted_of,
+    mean_per,
+    places_of,
+    ratio,
+    root_of,
+    sample_of,
+    scaled,
+)
 from curvlab.likelihoods.outputs import guard_root
 
 
 class Heads:
     """Sum of likelihoods over named outputs, ℓ = Σ_h ℓ_h(z_h, y_h).
 
-    Heads are independent given the input. Outputs are {name: [N, *C_h]}, which `join` lays side by
-    side in one tensor [N, ΣC]; all other methods take that tensor. Targets are {name: what that
-    head's likelihood takes}.
+    Heads are independent given the input. Each has the mean that it states: one per token is N/M
+    times its losses, M its own count, and so in every matrix. Outputs are {name: [N, *C_h]}, which
+    `join` lays side by side in one tensor [N, ΣC]; all other methods take that tensor. Targets are
+    {name: what that head's likelihood takes}.
 
     Args:
         heads: {name: likelihood}, in the order in which outputs are laid side by side.
 
     Raises:
-        CurvlabError: no head, what is no likelihood, or one whose mean is per token: a sum has one
-            mean, over examples.
+        CurvlabError: no head, or what is no likelihood.
     """
 
     def __init__(self, heads: Mapping[str, Likelihood]) -> None:
@@ -41,11 +50,6 @@ class Heads:
                 or isinstance(head, Heads)
             ):
                 raise CurvlabError(f"head '{name}' must be a likelihood, not {shown(head)}")
-            if scaled(head):
-                raise CurvlabError(
-                    f"head '{name}' is a mean per token, but a sum of heads has one mean, over"
-                    ' examples: take per="sequence"'
-                )
         self.heads: dict[str, Likelihood] = dict(heads)
         self.shapes: dict[str, torch.Size] = {}  # of one example's outputs, as last joined
 
@@ -104,11 +108,46 @@ class Heads:
             except CurvlabError as error:
                 raise CurvlabError(f"head '{name}': {error}") from error
 
-    def loss(self, z: Float[Tensor, "N C"], y: Mapping[str, Tensor]) -> Float[Tensor, " N"]:
-        """Return the sum of the heads' losses of each example."""
-        return torch.stack(
-            [self.heads[name].loss(part, y[name]) for name, part in self.split(z).items()]
-        ).sum(0)
+    @property
+    def per(self) -> str:
+        """What the mean is over: "sequence" or "token", or each head's own where they differ."""
+        each = {name: mean_per(head) for name, head in self.heads.items()}
+        if len(set(each.values())) == 1:
+            return next(iter(each.values()))
+        return ", ".join(f"{name}: {per}" for name, per in each.items())
+
+    def count(self, y: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return {head: M}, what each head's mean is over."""
+        found = {name: counted_of(head, y[name]) for name, head in self.heads.items()}
+        return {name: count for name, count in found.items() if not isinstance(count, dict)}
+
+    def factor(self, y: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return {head: N/M}, which its losses are times; 1 of a mean over examples.
+
+        Raises:
+            CurvlabError: a head of which no place is counted.
+        """
+        return {
+            name: ratio(len(y[name]), count, name) if scaled(self.heads[name]) else 1.0
+            for name, count in self.count(y).items()
+        }
+
+    def losses(
+        self, z: Float[Tensor, "N C"], y: Mapping[str, Tensor]
+    ) -> dict[str, Float[Tensor, " N"]]:
+        """Return {head: its loss of each example}, of the sum over its places."""
+        return {name: self.heads[name].loss(part, y[name]) for name, part in self.split(z).items()}
+
+    def loss(
+        self,
+        z: Float[Tensor, "N C"],
+        y: Mapping[str, Tensor],
+        factors: Mapping[str, float] | None = None,
+    ) -> Float[Tensor, " N"]:
+        """Return the sum of the heads' losses of each example, each times its factor, if given."""
+        each = self.losses(z, y)
+        times = factors or {}
+        return torch.stack([each[name] * times.get(name, 1.0) for name in each]).sum(0)
 
     def sample(
         self, z: Float[Tensor, "N C"], generator: torch.Generator, y: Mapping[str, Tensor]
@@ -128,6 +167,15 @@ class Heads:
         guard_root(z)
         roots = (root_of(self.heads[name], part, y[name]) for name, part in self.split(z).items())
         return block_diagonal(z, roots)
+
+    def places(self, z: Float[Tensor, "N C"], y: Mapping[str, Tensor]) -> Int[Tensor, " C"]:
+        """Return the number of the place of each output, the heads' places one after the other."""
+        found, count = [], 0
+        for name, part in self.split(z).items():
+            own = places_of(self.heads[name], part, y[name]).flatten()
+            found.append(own + count)
+            count += int(own.max()) + 1
+        return torch.cat(found)
 
     def _check_names(self, what: str, given: Mapping[str, Tensor]) -> None:
         names = list(given.keys())  # a nest of tensors has them, and is not gone through

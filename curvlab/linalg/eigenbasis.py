@@ -21,6 +21,9 @@ from curvlab.linalg.kronecker import kronecker_product
 from curvlab.linalg.operators import Compact, Diagonal, Operator, Symmetric, packable
 from curvlab.linalg.spectral import eigh
 
+Basis = Float[Tensor, "_ _"] | Diagonal
+"""An orthogonal matrix; as a `Diagonal` of ones, which is never formed, I."""
+
 
 @packable
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Rotated(Symmetric):
     M is diagonal, or diagonal with few rows added.
     """
 
-    bases: tuple[Float[Tensor, "_ _"], ...]
+    bases: tuple[Basis, ...]
     inside: Diagonal | Compact
 
     def __len__(self) -> int:
@@ -41,7 +44,7 @@ class Rotated(Symmetric):
 
     def rotated(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
         """Return (⊗ᵢ Qᵢ)ᵀ v, v in the eigenbases."""
-        return kronecker_product([q.mT for q in self.bases], v)
+        return kronecker_product([q.mT if isinstance(q, Tensor) else q for q in self.bases], v)
 
     def inv(self) -> Operator:
         """Return the inverse, that of M in the same bases.
@@ -52,7 +55,7 @@ class Rotated(Symmetric):
 
     def dense(self) -> Float[Tensor, "D D"]:
         """Return the matrix, [D, D], with ⊗ᵢ Qᵢ formed."""
-        basis: Tensor = reduce(torch.kron, [q.contiguous() for q in self.bases])
+        basis: Tensor = reduce(torch.kron, [_formed(q).contiguous() for q in self.bases])
         if isinstance(self.inside, Diagonal):
             return (basis * self.inside.values) @ basis.mT
         return basis @ self.inside.dense() @ basis.mT
@@ -64,7 +67,8 @@ class Rotated(Symmetric):
     def diag(self) -> Float[Tensor, " D"]:
         """Return the diagonal, [D]; no matrix of order D is formed."""
         if isinstance(self.inside, Diagonal):
-            return kronecker_product([q.square() for q in self.bases], self.inside.values)
+            squares = [q.square() if isinstance(q, Tensor) else q for q in self.bases]
+            return kronecker_product(squares, self.inside.values)
         rows = kronecker_product(self.bases, self.inside.rows.mT).mT
         base = Rotated(self.bases, cast(Diagonal, self.inside.base))
         return Compact(base, rows, self.inside.core).diag()
@@ -72,6 +76,10 @@ class Rotated(Symmetric):
     def trace(self) -> Float[Tensor, ""]:
         """Return the trace of M: a rotation leaves it as it is."""
         return self.inside.trace()
+
+
+def _formed(basis: Basis) -> Tensor:
+    return basis if isinstance(basis, Tensor) else basis.dense()
 
 
 def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:

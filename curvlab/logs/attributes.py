@@ -86,7 +86,9 @@ _KINDS: dict[str, tuple[Callable[[Any], Any], str]] = (
         ),
         _TEXT,
     )
-    | dict.fromkeys(("git_commit", "created", "device", "dtype", "method", "loss_per"), _TEXT)
+    | dict.fromkeys(
+        ("git_commit", "created", "device", "dtype", "method", "loss_per", "ef_unit"), _TEXT
+    )
     | {
         "damping": _NUMBER,
         "resumed": (_records, "no JSON list of objects"),

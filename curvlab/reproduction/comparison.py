@@ -66,10 +66,17 @@ class Method:
         """
         lr, *decay, damping = self.on(problem) or ()
         table = ALGORITHMS[self.algorithm]
-        usual = {"weight_decay": 0.0, "update_every": 1, **table.own}
+        usual = dict(table.own)
         usual |= {
             name: getattr(table, name)
-            for name in ("momentum", "momentum_kind", "decay", "refresh_every")
+            for name in (
+                "momentum",
+                "momentum_kind",
+                "weight_decay",
+                "decay",
+                "update_every",
+                "refresh_every",
+            )
         }
         given = (
             dict(zip(("weight_decay",), decay, strict=False))

@@ -19,10 +19,10 @@ from zlib import crc32
 from matplotlib.colors import to_hex, to_rgb
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "#0072B2": ("kfac", "kfac-20", "kfac-ef", "kflr", "kfac-reduce"),
+    "#0072B2": ("kfac", "kfac-20", "kfac-ef", "kflr", "kfac-reduce", "ekfac", "foof"),
     "#D55E00": ("tnt", "tnt-ef", "tnt-per-sample", "tnt-ideal"),
-    "#009E73": ("shampoo",),
-    "#CC79A7": ("adam", "rmsprop"),
+    "#009E73": ("shampoo", "asgo", "muon", "soap", "kl-shampoo"),
+    "#CC79A7": ("adam", "rmsprop", "adamw", "sophia-g"),
     "#E69F00": ("sgd-m",),
     "#7F3C8D": (
         "k-bfgs",

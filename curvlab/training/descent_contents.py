@@ -32,6 +32,12 @@ from curvlab.training.kinds import (
     wrong,
 )
 
+
+def is_matrix(value: Any) -> bool:
+    """Return whether a value is a tensor, a packed operator in its place, or None."""
+    return value is None or is_tensor(value) or table_of(lambda part: True)(value)
+
+
 _STATISTICS: dict[str, Test] = {
     **dict.fromkeys(("steps", "updates", "draws", "places", "number", "part"), is_whole),
     **dict.fromkeys(("outputs", "products", "trials"), is_whole),
@@ -41,7 +47,9 @@ _STATISTICS: dict[str, Test] = {
     **dict.fromkeys(("F", "G", "Lambda", "M", "U", "V", "a", "g", "s", "v"), is_tensor),
     **dict.fromkeys(("active", "core", "factor", "values"), is_tensor),
     **dict.fromkeys(("A", "S", "Y", "seen", "at", "solution", "start"), or_none(is_tensor)),
-    **dict.fromkeys(("bases", "factors"), list_of(or_none(is_tensor))),
+    **dict.fromkeys(("bases", "factors"), list_of(is_matrix)),
+    **dict.fromkeys(("Q_A", "Q_G", "D"), or_none(is_tensor)),
+    "optimizers": list_of(table_of(lambda value: True)),
     **dict.fromkeys(("blocks", "memory", "idle"), table_of(lambda value: True)),
     **dict.fromkeys(("work", "base", "inside"), table_of(lambda value: True)),
     **dict.fromkeys(("trial", "minibatch"), or_none(table_of(lambda value: True))),
@@ -70,11 +78,11 @@ _LATER = ("refreshed",)
 
 _TOGETHER = (
     ("A", "G"),
+    ("D", "Q_G"),
     ("s", "y"),
     ("S", "Y"),
     ("U", "V"),
     ("U", "Lambda"),
-    ("g", "a"),
     ("at", "minibatch"),
     ("at", "trial"),
 )
@@ -167,11 +175,14 @@ def _check_statistics(saved: Any, at: str) -> None:
         for one, two in _TOGETHER:
             if one in saved and two in saved and (saved[one] is None) != (saved[two] is None):
                 raise wrong(f"{at} has {one} or {two}, and not both")
+        if saved.get("a") is not None and saved.get("g", 0) is None:  # g alone is whole rows
+            raise wrong(f"{at} has a, and no g")
         for key, value in saved.items():
             test = _STATISTICS.get(key) if isinstance(key, str) else None
             if test is not None and not (value is None and key in _EARLY):
                 must(value, test, f"{at}['{key}']")
-            _check_statistics(value, f"{at}['{key}']")
+            if key != "optimizers":  # somebody else's, whose names are their own
+                _check_statistics(value, f"{at}['{key}']")
     elif isinstance(saved, list | tuple):
         for i, value in enumerate(saved):
             _check_statistics(value, f"{at}[{i}]")

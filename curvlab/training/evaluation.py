@@ -26,7 +26,8 @@ from curvlab.datasets import Dataset
 from curvlab.datasets.base import SparseRows
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from curvlab.likelihoods.base import counted_of, ratio
+from curvlab.likelihoods.base import Counted, counted_of
+from curvlab.likelihoods.heads import Heads
 from curvlab.objective import Objective
 from curvlab.system import random_state
 
@@ -288,7 +289,8 @@ def measured(
     most: int | None = None,
 ) -> list[float]:
     """Compute the mean loss, then the mean of each measure, as `evaluate` does."""
-    count, counted = 0, 0.0
+    count, counted = 0, Counted()
+    heads = dict[str, Tensor]()  # sums of the losses of heads with means of their own
     sums, of = torch.zeros(2, 1 + len(measures), dtype=torch.float64, device=objective.device)
     with evaluating(objective.model), random_state.kept(objective.device), torch.no_grad():
         for batch in chunks(data, size, most):
@@ -300,12 +302,27 @@ def measured(
                 sums[i] += measure.each(z, closure.y).double().sum()
                 of[i] += len(z) if measure.count is None else measure.count(closure.y).sum()
             count += len(z)
-            counted += counted_of(objective.likelihood, closure.y)
+            m = counted_of(objective.likelihood, closure.y)
+            counted.add(m)
+            for name, own in (
+                _losses(objective, z, closure.y).items() if isinstance(m, dict) else ()
+            ):
+                heads[name] = heads.get(name, 0) + own.double().sum()
     if not count:
         raise CurvlabError("there are no examples to evaluate on")
     of[0] = count
     loss, *means = (sums / of).tolist()
-    return [loss * ratio(count, counted), *means]
+    factor = counted.factor(count)
+    if isinstance(factor, dict):
+        return [sum(factor[name] * float(own) for name, own in heads.items()) / count, *means]
+    return [loss * factor, *means]
+
+
+def _losses(objective: Objective, z: Tensor, y: Any) -> dict[str, Tensor]:
+    """Return {head: its losses}."""
+    likelihood = objective.likelihood
+    assert isinstance(likelihood, Heads)
+    return likelihood.losses(z, y)
 
 
 def scores_of(objective: Objective, on: Evaluated, most: int | None = None) -> dict[str, float]:

@@ -23,6 +23,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # torch does
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from curvlab import datasets
+from curvlab.algorithms import followed
 from curvlab.errors import CurvlabError, Diverged
 from curvlab.logs.log import Record
 from curvlab.machine import clock_of
@@ -113,6 +114,8 @@ class Training:
             "lr": float(group["lr"]),
             "damping": float(group["damping"]),
         }
+        method = settings.method
+        attributes |= followed({method.algorithm: method.given()}, objective)
         self.log = training_log(
             objective,
             evaluated.error,

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from curvlab.algorithms import ALGORITHMS, check_labels, check_rates, optimizer
-from curvlab.errors import MOST_STEPS, CurvlabError, fitting, lookup, real, shown, unknown, whole
+from curvlab.algorithms import check_labels, check_rates, find_algorithm, optimizer
+from curvlab.errors import MOST_STEPS, CurvlabError, fitting, real, shown, unknown, whole
 from curvlab.groups import check_weight_decay
 from curvlab.objective import Objective
 from curvlab.observation import Pass
@@ -44,10 +44,10 @@ class MethodSettings:
     damping: float | None = None
     momentum: float | None = None
     momentum_kind: MomentumKind | None = None
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     decay: float | None = None
     labels: Pass | None = None
-    update_every: int = 1
+    update_every: int | None = None
     refresh_every: int | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
     double_grad: bool = False
@@ -58,7 +58,7 @@ class MethodSettings:
         Raises:
             CurvlabError: an unknown name or a value out of range.
         """
-        lookup(ALGORITHMS, self.algorithm, "algorithm").checked(self.own, self.algorithm)
+        find_algorithm(self.algorithm).checked(self.own, self.algorithm)
         check_labels(self.labels)
         fitting("double_grad", self.double_grad, bool)
         for name in ("update_every", "refresh_every"):
@@ -66,7 +66,8 @@ class MethodSettings:
             if value is not None:
                 whole(name, value)
         check_rates(self.lr, self.damping, self.momentum, self.decay)
-        check_weight_decay(self.weight_decay)
+        if self.weight_decay is not None:
+            check_weight_decay(self.weight_decay)
 
     def optimizer(self, objective: Objective) -> Optimizer:
         """Build the optimizer of `objective`.
@@ -95,9 +96,14 @@ class MethodSettings:
                 f"options of {self.algorithm} ({dict(self.own)}): {' '.join(str(error).split())}"
             ) from error
 
+    def given(self) -> dict[str, Any]:
+        """Return the options that an optimizer of somebody else's is made with."""
+        shared = {"momentum": self.momentum, "weight_decay": self.weight_decay or None}
+        return dict(self.own) | {name: v for name, v in shared.items() if v is not None}
+
     def plain(self) -> dict[str, Any]:
         """Return the settings as plain values, the document's in the place of None."""
-        table = ALGORITHMS[self.algorithm]
+        table = find_algorithm(self.algorithm)
         known: dict[str, Any] = {"own": dict(self.own)}
         for name in (
             "lr",
@@ -106,6 +112,8 @@ class MethodSettings:
             "momentum_kind",
             "decay",
             "labels",
+            "weight_decay",
+            "update_every",
             "refresh_every",
         ):
             value = getattr(self, name)

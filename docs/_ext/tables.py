@@ -83,6 +83,7 @@ def overall(name: str) -> str:
         "λ": lambda lam, m: lam,
         "ε = √λ": lambda lam, m: lam**0.5,
         "ε = √(λ/m)": lambda lam, m: (lam / m) ** 0.5,
+        "ε = λ/m": lambda lam, m: lam / m,
     }
     trials = ((0.04, 100), (0.09, 400))
     given = [damping_for(name, *trial) for trial in trials]

@@ -1,0 +1,200 @@
+"""Methods of matrices: the weight of a layer by a method's own part, the rest by Adam's diagonal.
+
+So the papers of Muon, SOAP, ASGO and KL-Shampoo have it: what is no matrix (biases, norms and other
+vectors) goes by Adam, with its diagonal, at the same learning rate.
+
+Legend: O outputs, I inputs without the bias column (filters flattened), D entries.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from curvlab.curvature.base import BlockDefaults, Secant, blend
+from curvlab.layers import Block
+from curvlab.linalg.direct_sum import ColumnSum
+from curvlab.linalg.operators import Diagonal, Operator
+from curvlab.statistics import LayerStatistics, Reads
+
+_log = logging.getLogger(__name__)
+
+
+class MatrixPart(Protocol):
+    """A method's statistics of one weight [O, I], and its operator on the row-major flattening."""
+
+    names: ClassVar[tuple[str, ...]]
+    """Names of the tensors that a checkpoint must hold; each may be None."""
+    inverse: Operator
+
+    def update(self, gradient: Float[Tensor, "O I"], weight: float) -> None:
+        """Fold the mean gradient of a minibatch in."""
+
+    def refresh(self, damping: float) -> None:
+        """Do what T₂ is for, and make `inverse`."""
+
+    def settle(self, damping: float | None) -> None:
+        """As of `BlockDefaults.settle`."""
+
+    def heed(self, momentum: Float[Tensor, "O I"], damping: float | None) -> None:
+        """As of `BlockDefaults.heed`."""
+
+    def matrix(self, damping: float) -> Operator | None:
+        """Return B as of `CurvatureBlock.matrix`, or None."""
+
+
+def is_vector(block: Block) -> bool:
+    """Return whether a block has no matrix: norms and other vectors, one number an output."""
+    if block.layer is None:
+        return len(block.shape) < 2
+    return block.shape[1] - block.biased == 1 and block.groups == block.shape[0]
+
+
+def is_embedding(block: Block) -> bool:
+    """Return whether a block is the table of an embedding."""
+    return isinstance(block.module, nn.Embedding | nn.EmbeddingBag)
+
+
+class WithDiagonal(BlockDefaults):
+    """A weight by a part of its own, and beside it what is no matrix by diag(1 / (√v + ε)).
+
+    Args:
+        block: whose weight and bias, or whose one parameter.
+        part: of the weight; None: all goes by the diagonal, which is said at the level "info" of
+            Python's logging.
+        beside: the method's damping → ε of the diagonal.
+        estimating: whether the method estimates a matrix.
+    """
+
+    reads: Reads = "gradient"
+    memory: ClassVar[tuple[str, ...]] = ("rest", "part_state")
+    secant: Secant | None = None
+
+    def __init__(
+        self,
+        block: Block,
+        part: MatrixPart | None,
+        beside: Callable[[float], float] = lambda damping: damping,
+        estimating: bool = True,
+    ) -> None:
+        self.block, self.part, self._beside = block, part, beside
+        self._estimating = estimating
+        self.rest: Tensor | None = None  # v of what is no matrix
+        self._of_rest: Operator | None = None  # diag(1 / (√v + ε))
+        if part is None:
+            _log.info("%s goes by Adam's diagonal", block)
+
+    @property
+    def part_state(self) -> dict[str, Tensor | None]:
+        """Statistics of the weight, for a checkpoint; {} where it has none."""
+        return {} if self.part is None else {n: getattr(self.part, n) for n in self.part.names}
+
+    @part_state.setter
+    def part_state(self, state: Mapping[str, Tensor | None]) -> None:
+        """Take a checkpoint's."""
+        for name, value in state.items():
+            setattr(self.part, name, value)
+
+    def update(self, statistics: LayerStatistics, weight: float) -> None:
+        """Fold the minibatch's mean gradient in: the weight's into its part, other squares in v."""
+        matrix, rest = self._apart(statistics.gradient)
+        if self.part is not None and matrix is not None:
+            self.part.update(matrix, weight)
+        if rest is not None:
+            self.rest = blend(self.rest, rest.square(), weight)
+
+    def refresh(self, damping: float) -> None:
+        """Refresh the weight's part and the diagonal."""
+        if self.part is not None:
+            self.part.refresh(damping)
+        self._invert_rest(damping)
+
+    def settle(self, damping: float | None) -> None:
+        """Let the weight's part finish; what moves at every step enters `inverse`."""
+        if self.part is not None:
+            self.part.settle(damping)
+        if damping is not None:
+            self._invert_rest(damping)
+
+    def heed(self, momentum: Tensor, damping: float | None) -> None:
+        """Tell the weight's part of the momentum that is preconditioned next."""
+        matrix = self._apart(momentum)[0]
+        if self.part is not None and matrix is not None:
+            self.part.heed(matrix, damping)
+
+    @property
+    def inverse(self) -> Operator:
+        """The part's operator beside the diagonal; AttributeError before the first refresh."""
+        if self.part is not None:
+            return self._beside_each_other(self.part.inverse, self._of_rest)
+        if self._of_rest is None:
+            raise AttributeError("inverse")
+        return self._of_rest
+
+    @inverse.setter
+    def inverse(self, value: Operator) -> None:
+        """Take a checkpoint's: the weight's operator is the part's again."""
+        if self.part is None:
+            self._of_rest = value
+        elif self.block.biased:
+            assert isinstance(value, ColumnSum)
+            self.part.inverse, self._of_rest = value.parts
+        else:
+            self.part.inverse = value
+
+    @inverse.deleter
+    def inverse(self) -> None:
+        """Forget it, as before the first data."""
+        self._of_rest = None
+        if self.part is not None:
+            del self.part.inverse
+
+    def matrix(self, damping: float = 0.0) -> Operator | None:
+        """Return the part's matrix beside diag((√v + ε)²), of Fisher / N; None where none is."""
+        if not self._estimating:
+            return None
+        of_rest = None
+        if self.rest is not None:
+            of_rest = Diagonal((self.rest.sqrt() + self._beside(damping)).square())
+        if self.part is None:
+            return of_rest
+        found = self.part.matrix(damping)
+        return None if found is None else self._beside_each_other(found, of_rest)
+
+    def estimates(self) -> bool:
+        """Return whether the method estimates a matrix."""
+        return self._estimating
+
+    def _apart(self, value: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return (weight [O, I], the rest flattened) of a block's tensor; None: there is none."""
+        if self.part is None:
+            return None, value.flatten()
+        if not self.block.biased:
+            return value.flatten(1), None
+        return value[:, :-1], value[:, -1]
+
+    def _invert_rest(self, damping: float) -> None:
+        if self.rest is not None:
+            self._of_rest = Diagonal((self.rest.sqrt() + self._beside(damping)).reciprocal())
+
+    def _beside_each_other(self, weight: Operator, rest: Operator | None) -> Operator:
+        if rest is None:
+            return weight
+        outputs, inputs = self.block.shape
+        return ColumnSum(outputs, (inputs - 1, 1), (weight, rest))
+
+
+def weight_shape(block: Block) -> tuple[int, int]:
+    """Return (O, I) of a block's weight as a matrix: without the bias column, filters flattened."""
+    outputs = block.shape[0]
+    return outputs, block.numel // outputs - block.biased
+
+
+def ones(size: int, like: Tensor) -> Diagonal:
+    """Return I of this order, of the dtype and device of `like`, never formed."""
+    return Diagonal(torch.ones(size, dtype=like.dtype, device=like.device))

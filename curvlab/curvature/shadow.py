@@ -1,0 +1,228 @@
+"""Shadow: an optimizer of somebody else's, as the curvature of a model that it does not move.
+
+Its own clones take the model's weights and the minibatch's gradient at every step, it steps on the
+clones, and old − new over its learning rate is the direction. Its state goes on from step to step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvlab.curvature.base import CurvatureDefaults, check_algorithm
+from curvlab.errors import CurvlabError
+from curvlab.objective import Objective
+from curvlab.observation import Observation, Pass, Transition
+from curvlab.soundness import check_gradients
+
+
+@dataclass(frozen=True)
+class Shadowed:
+    """One optimizer of a shadow, and the parameters that it takes.
+
+    Args:
+        make: parameters → the optimizer, with its options.
+        names: of the parameters.
+        lr: the learning rate that it is made with.
+    """
+
+    make: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+    names: tuple[str, ...]
+    lr: float
+
+
+class Shadow(CurvatureDefaults):
+    """The curvature that an optimizer of somebody else's follows: a direction, and no matrix.
+
+    The direction is (old − new) / lr of its clones. Weight decay that is decoupled,
+    W ← W (1 − lr γ) − …, is no part of it (`decoupled`); decay that enters by the gradient is.
+
+    Args:
+        objective: whose parameters are cloned; they are not moved.
+        optimizers: with the parameters that each takes; learning rates of later ones keep their
+            ratio to that of the first.
+        name: of the algorithm.
+    """
+
+    gradient_pass: Pass = "plain"
+
+    def __init__(self, objective: Objective, optimizers: Sequence[Shadowed], name: str) -> None:
+        self.objective, self.name, self.damping = objective, name, 0.0
+        self.parts = tuple(optimizers)
+        self.rate: float | None = None
+        parameters = objective.parameters
+        self.clones = {
+            key: nn.Parameter(parameters[key].detach().clone())
+            for part in self.parts
+            for key in part.names
+        }
+        self.optimizers = [
+            part.make([self.clones[key] for key in part.names]) for part in self.parts
+        ]
+        self._own_rates = [[float(g["lr"]) for g in o.param_groups] for o in self.optimizers]
+        self._moved = False
+
+    # ---- what a curvature does
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to precondition with: always."""
+        return True
+
+    @property
+    def inverse(self) -> Mapping[str, Any]:
+        """Return {}: an optimizer shows no operator."""
+        return {}
+
+    @property
+    def needs(self) -> frozenset[Pass]:
+        """The pass "plain" alone."""
+        return frozenset({self.gradient_pass})
+
+    def update(self, observation: Observation) -> None:
+        """Look whether the gradient is finite, so that no state takes it up; learn nothing."""
+        check_gradients(self.objective, observation)
+
+    @property
+    def warm_needs(self) -> frozenset[Pass]:
+        """Nothing: an optimizer has no warm start."""
+        return frozenset()
+
+    def absorb(self, observation: Observation) -> None:
+        """Do nothing."""
+
+    def refresh(self) -> None:
+        """Do nothing."""
+
+    @property
+    def wants_step(self) -> bool:
+        """False: it learns from its gradients alone."""
+        return False
+
+    @property
+    def step_needs(self) -> frozenset[Pass]:
+        """Nothing."""
+        return frozenset()
+
+    @property
+    def rejects(self) -> bool:
+        """False."""
+        return False
+
+    def learn(self, transition: Transition) -> bool:
+        """Let every step stand."""
+        return True
+
+    def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Step on the clones, and return (old − new) / lr under the keys of `grads`.
+
+        A call is a step of the optimizer's, and its state goes on.
+
+        Raises:
+            CurvlabError: the optimizer fails on these parameters, with its own line.
+        """
+        given = self._by_parameter(grads)
+        with torch.no_grad():
+            for name, p in self.objective.parameters.items():
+                clone = self.clones.get(name)
+                if clone is not None:
+                    clone.copy_(p)
+                    clone.grad = given[name].to(clone.dtype) if p.requires_grad else None
+        first = self.parts[0].lr
+        rate = first if self.rate is None else self.rate
+        for optimizer, own in zip(self.optimizers, self._own_rates, strict=True):
+            for group, lr in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = rate if lr == first else lr * (rate / first)
+            try:
+                optimizer.step()
+            except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+                line = " ".join(str(error).split())[:200]
+                raise CurvlabError(f"{self.name} fails in its step: {line}") from error
+        self._moved = True
+        found = {name: self._direction(name, rate) for name in self.clones}
+        every = {
+            b.name: b.gather(self._filled(b.params, found)) for b in self.objective.blocks
+        } | found
+        return {name: every[name].to(grads[name].dtype).view_as(grads[name]) for name in grads}
+
+    def arrived(self) -> Mapping[str, Tensor] | None:
+        """Return the clones, where the optimizer itself has gone; None before its first step."""
+        return {n: c.detach() for n, c in self.clones.items()} if self._moved else None
+
+    # ---- its parts
+
+    def _by_parameter(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for block in self.objective.blocks:
+            if block.name in grads:
+                found |= block.scatter(grads[block.name])
+        return found | {name: g for name, g in grads.items() if name in self.clones}
+
+    def _filled(self, names: Sequence[str], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parameters = self.objective.parameters
+        return {n: found[n] if n in found else torch.zeros_like(parameters[n]) for n in names}
+
+    def _direction(self, name: str, rate: float) -> Tensor:
+        old, new = self.objective.parameters[name].detach(), self.clones[name].detach()
+        if not rate:
+            return torch.zeros_like(old)
+        wide = torch.promote_types(old.dtype, torch.float32)
+        group = next(
+            g
+            for o in self.optimizers
+            for g in o.param_groups
+            if any(p is self.clones[name] for p in g["params"])
+        )
+        kept = 1.0 - float(group["lr"]) * decoupled(group) if decoupled(group) else 1.0
+        return (old.to(wide) * kept - new.to(wide)) / rate
+
+    # ---- its state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the name and the optimizers' own states."""
+        return {
+            "algorithm": self.name,
+            "optimizers": [copy.deepcopy(o.state_dict()) for o in self.optimizers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from such a state.
+
+        Raises:
+            CurvlabError: it is of another algorithm or other parameters; nothing is taken.
+        """
+        check_algorithm(state, self.name)
+        saved, held = state["optimizers"], [copy.deepcopy(o.state_dict()) for o in self.optimizers]
+        for one, own in zip(saved, held, strict=False):
+            here = [len(g["params"]) for g in own["param_groups"]]
+            there = [len(g["params"]) for g in one["param_groups"]]
+            if here != there or len(saved) != len(held):
+                raise CurvlabError(
+                    f"the checkpoint's {self.name} has groups of {there} parameters but this one of"
+                    f" {here}: build the same model first"
+                )
+        try:
+            for optimizer, one in zip(self.optimizers, saved, strict=True):
+                optimizer.load_state_dict(copy.deepcopy(one))
+        except Exception as error:
+            for optimizer, one in zip(self.optimizers, held, strict=True):
+                optimizer.load_state_dict(one)
+            line = " ".join(str(error).split())[:200]
+            raise CurvlabError(f"the checkpoint's {self.name} does not fit: {line}") from error
+
+
+def decoupled(group: Mapping[str, Any]) -> float:
+    """Return γ of a group of an optimizer whose decay is decoupled, W ← W (1 − lr γ); else 0.
+
+    torch marks such groups by `decoupled_weight_decay`, pytorch_optimizer by `weight_decouple`;
+    torch's Muon has no mark, and no other kind.
+    """
+    marked = group.get("decoupled_weight_decay", group.get("weight_decouple", "ns_steps" in group))
+    if not marked or group.get("fixed_decay", False):
+        return 0.0
+    return float(group.get("weight_decay", 0.0) or 0.0)

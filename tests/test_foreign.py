@@ -1,0 +1,382 @@
+"""Optimizers of torch and others as algorithms: their steps to the bit, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import curvlab as cl
+from curvlab.algorithms import descent, find_algorithm
+from curvlab.cli.app import app
+from curvlab.foreign_optimizers import FOREIGN
+
+KINDS = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind is not torch.optim.Optimizer
+}
+REFUSED = {"LBFGS": "closure", "SparseAdam": "dense gradients"}
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *[(name, {}) for name in sorted(KINDS.keys() - REFUSED.keys())],
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    ("Adam", {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
+    ("AdamW", {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1}),
+    ("Muon", {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}),
+    ("RMSprop", {"centered": True, "momentum": 0.9}),
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    held = dict(FOREIGN)
+    yield
+    FOREIGN.clear()
+    FOREIGN.update(held)
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+
+
+def batches(count: int = 6, size: int = 10, dtype: torch.dtype = torch.float32) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(size, 5, generator=generator).to(dtype),
+            torch.randint(3, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def made(name: str, model: nn.Module, options: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    """The optimizers of a plain loop; what Muon does not take goes to AdamW."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    if name != "Muon":
+        return [KINDS[name](model.parameters(), **options)]
+    rest = [p for p in model.parameters() if p.ndim != 2]
+    return [KINDS[name](matrices, **options), torch.optim.AdamW(rest)]
+
+
+def looped(model: nn.Module, optimizers: list[torch.optim.Optimizer], data: list[Any]) -> nn.Module:
+    for x, y in data:
+        for each in optimizers:
+            each.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        for each in optimizers:
+            each.step()
+    return model
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take.*")
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_a_step_is_torchs_to_the_bit(name: str, options: dict[str, Any]) -> None:
+    objective = cl.Objective(network(), cl.likelihoods.Categorical())
+    called = cl.foreign(KINDS[name], **options)
+    optimizer = cl.optimizer(called, objective)
+    for x, y in batches():
+        optimizer.step(objective.closure(x, y))
+    expected = network()
+    assert same(looped(expected, made(name, expected, options), batches()), objective.model)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take.*")
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "SGD", "Adafactor"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
+    objective = cl.Objective(network(dtype), cl.likelihoods.Categorical())
+    optimizer = cl.optimizer(f"torch:{name}", objective)
+    data = batches(3, dtype=dtype)
+    for x, y in data:
+        optimizer.step(objective.closure(x, y))
+    expected = network(dtype)
+    plain = made(name, expected, {})
+    for x, y in data:
+        for each in plain:
+            each.zero_grad()
+        # the loss is taken in single precision at least
+        z = expected(x)
+        F.cross_entropy(z.to(objective.dtype), y).backward()
+        for each in plain:
+            each.step()
+    assert same(expected, objective.model)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take.*")
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "SGD"])
+def test_training_with_a_schedule_and_a_resume(name: str, tmp_path: Path) -> None:
+    def trained(epochs: int, **more: Any) -> nn.Module:
+        objective = cl.Objective(network(), cl.likelihoods.Categorical())
+        cl.train(
+            objective,
+            batches(),
+            algorithm=f"torch:{name}",
+            lr=0.01,
+            epochs=epochs,
+            schedule="step",
+            schedule_options={"every": 1, "factor": 0.5},
+            folder=tmp_path,
+            **more,
+        )
+        return objective.model
+
+    trained(1)
+    found = trained(3, resume=True)
+    expected = network()
+    plain: Any = made(name, expected, {"lr": 0.01})
+    rates: Any = [[g["lr"] for g in each.param_groups] for each in plain]
+    if name == "Muon":  # the other's rate keeps its ratio to the first's own, 1e-3
+        rates[1] = [1e-3 * (0.01 / 1e-3)]
+    for epoch in range(3):
+        for each, own in zip(plain, rates, strict=True):
+            for group, lr in zip(each.param_groups, own, strict=True):
+                group["lr"] = lr * 0.5**epoch
+        looped(expected, plain, batches())
+    assert same(found, expected)
+    log = cl.open(tmp_path / "run.h5")
+    about = json.loads(log.attrs["foreign"]) if isinstance(log.attrs["foreign"], str) else None
+    assert about is not None
+    assert about[f"torch:{name}"]["class"].endswith(name)
+    assert ("others_take" in about[f"torch:{name}"]) == (name == "Muon")
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take.*")
+def test_members_follow_the_reference() -> None:
+    """Directions of members are those of a loop whose weights are set to the reference's."""
+    names = ["torch:AdamW", "torch:Muon", "torch:SGD(lr=0.1, momentum=0.9)"]
+    cl.foreign(torch.optim.SGD, lr=0.1, momentum=0.9)
+    model = network(torch.float64)
+    objective = cl.Objective(model, cl.likelihoods.Categorical(), seed=1)
+    data = batches(dtype=torch.float64)
+    shadows = {name: descent(name, objective) for name in names}
+    reference = descent("kfac", objective, damping=0.1)
+    plain = [copy.deepcopy(model) for _ in names]
+    loops: list[list[torch.optim.Optimizer]] = [
+        [torch.optim.AdamW(plain[0].parameters(), weight_decay=0.0)],
+        made("Muon", plain[1], {"weight_decay": 0.0}),
+        [torch.optim.SGD(plain[2].parameters(), lr=0.1, momentum=0.9)],
+    ]
+    loops[1][1].param_groups[0]["weight_decay"] = 0.0  # decay is no part of the direction
+    for x, y in data:
+        seen = objective.closure(x, y).observe(
+            reference.needs.union(*(shadow.needs for shadow in shadows.values()))
+        )
+        for name, other, loop in zip(names, plain, loops, strict=True):
+            other.load_state_dict(model.state_dict())
+            looped(other, loop, [(x, y)])
+            found = shadows[name].direction(seen)
+            rate = find_algorithm(name).lr
+            for block in objective.blocks:
+                old = block.gather({k: p.detach() for k, p in objective.parameters.items()})
+                new = block.gather({k: p.detach() for k, p in other.named_parameters()})
+                expected = (old - new) / rate
+                torch.testing.assert_close(found[block.name], expected, rtol=1e-10, atol=1e-12)
+        cl_move(objective, reference.direction(seen))
+
+
+def cl_move(objective: cl.Objective, direction: dict[str, Tensor]) -> None:
+    from curvlab.steps import move
+
+    move(objective, direction, lambda _: 0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take.*")
+def test_a_comparison_with_foreign_members_and_reference() -> None:
+    objective = cl.Objective(network(), cl.likelihoods.Categorical())
+    run = cl.compare(
+        objective,
+        batches(),
+        reference="torch:AdamW",
+        algorithms=["kfac", "torch:Muon", "sgd-m"],
+        warm=(),
+    )
+    cosine = cl.cosine_to(run.dataset, "torch:AdamW")
+    assert bool((cosine.sel(algorithm="torch:AdamW") > 1 - 1e-5).all())
+    assert bool(cosine.notnull().all())
+    assert set(json.loads(run.dataset.attrs["foreign"])) == {"torch:AdamW", "torch:Muon"}
+    assert not run.diverged
+
+
+def test_alone_and_in_company() -> None:
+    """A shadow has the same direction beside others, to the bit."""
+    x, y = batches(1)[0]
+    found = []
+    for more in (frozenset(), frozenset({"data", "model", "exact"})):
+        objective = cl.Objective(network(), cl.likelihoods.Categorical())
+        shadow = descent("torch:AdamW", objective)
+        found.append(shadow.direction(objective.closure(x, y).observe(shadow.needs | more)))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_the_decay_is_apart() -> None:
+    objective = cl.Objective(network(torch.float64), cl.likelihoods.Categorical())
+    x, y = batches(1, dtype=torch.float64)[0]
+    directions = []
+    for decay in (0.0, 0.5):
+        shadow = descent(cl.foreign(torch.optim.AdamW, weight_decay=decay), objective)
+        directions.append(shadow.direction(objective.closure(x, y).observe(shadow.needs)))
+    for name in directions[0]:
+        torch.testing.assert_close(directions[0][name], directions[1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_parameters_stand_still() -> None:
+    model = network()
+    first, last = (model.get_parameter(name) for name in ("0.weight", "2.weight"))
+    first.requires_grad_(False)
+    before = first.detach().clone()
+    objective = cl.Objective(model, cl.likelihoods.Categorical())
+    optimizer = cl.optimizer("torch:AdamW", objective)
+    for x, y in batches(2):
+        optimizer.step(objective.closure(x, y))
+    assert torch.equal(before, first)
+    assert not torch.equal(network().get_parameter("2.weight"), last)
+
+
+class NeedsGraph(torch.optim.Optimizer):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                torch.autograd.grad(p.grad.sum(), p)
+
+
+class KeepsWeights(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("slow", p.detach().clone())
+        return super().step()
+
+
+class Averages(torch.optim.SGD):
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+class NoRate(torch.optim.Optimizer):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: cl.foreign(torch.optim.LBFGS), "LBFGS needs a closure"),
+        (lambda: find_algorithm("torch:LBFGS"), "torch:LBFGS needs a closure"),
+        (lambda: find_algorithm("torch:SparseAdam"), "does not support dense gradients"),
+        (lambda: find_algorithm("torch:Adamw"), "did you mean 'AdamW'"),
+        (lambda: find_algorithm("torch:lr_scheduler"), "optimizer of torch.optim"),
+        (lambda: find_algorithm("no_such_package:SOAP"), "there is no such module"),
+        (lambda: find_algorithm("torch:"), "optimizer of torch.optim"),
+        (lambda: find_algorithm(":AdamW"), "importing '' failed"),
+        (lambda: cl.foreign(NeedsGraph), "needs the graph of the loss"),
+        (lambda: cl.foreign(KeepsWeights), "keeps the weights' own history (its state 'slow')"),
+        (lambda: cl.foreign(Averages), "steps on weights of its own beside the model's"),
+        (lambda: cl.foreign(NoRate), "has no learning rate of its own"),
+        (lambda: cl.foreign(torch.optim.SGD, lr=-1.0), "lr of torch:SGD"),
+        (lambda: cl.foreign(torch.optim.SGD, lr="fast"), "no learning rate"),
+        (lambda: cl.foreign(torch.optim.SGD, speed=1.0), "options of torch:SGD"),
+        (lambda: cl.foreign(nn.Linear), "a class of torch.optim.Optimizer"),  # type: ignore[arg-type]  # the point
+        (lambda: cl.foreign(torch.optim.SGD([nn.Parameter(torch.ones(1))])), "a class"),  # type: ignore[arg-type]  # likewise
+    ],
+)
+def test_refused_in_one_line(make: Any, words: str) -> None:
+    with pytest.raises(cl.CurvlabError) as caught:
+        make()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"damping": 0.1}, "no damping"),
+        ({"momentum_kind": "average"}, "no momentum_kind"),
+        ({"labels": "model"}, "no labels"),
+        ({"decay": 0.9}, "no decay"),
+        ({"refresh_every": 5}, "updates at every step"),
+        ({"double_grad": True}, "no double_grad"),
+        ({"momentum": 0.9}, "no momentum"),  # of AdamW
+        ({"nonsense": 1}, "nonsense"),
+        ({"betas": 3}, "options of torch:AdamW"),
+    ],
+)
+def test_options_that_are_not_its_own(options: dict[str, Any], words: str) -> None:
+    objective = cl.Objective(network(), cl.likelihoods.Categorical())
+    with pytest.raises(cl.CurvlabError, match=words):
+        cl.optimizer("torch:AdamW", objective, **options)
+
+
+def test_options_that_are_its_own() -> None:
+    """`momentum` and `weight_decay` are the optimizer's, where it has them."""
+    objective = cl.Objective(network(), cl.likelihoods.Categorical())
+    optimizer = cl.optimizer(
+        "torch:SGD", objective, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True
+    )
+    for x, y in batches():
+        optimizer.step(objective.closure(x, y))
+    expected = network()
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+    assert same(looped(expected, made("SGD", expected, options), batches()), objective.model)
+
+
+def test_rates_that_differ_are_refused() -> None:
+    objective = cl.Objective(network(), cl.likelihoods.Categorical())
+    optimizer = cl.optimizer("torch:AdamW", objective)
+    first, *others = optimizer.param_groups[0]["params"]
+    optimizer.param_groups[0]["params"] = others
+    optimizer.add_param_group({"params": [first], "lr": 0.5})
+    with pytest.raises(cl.CurvlabError, match="one learning rate"):
+        optimizer.step(objective.closure(*batches(1)[0]))
+
+
+def test_a_checkpoint_of_another_optimizer() -> None:
+    objective = cl.Objective(network(), cl.likelihoods.Categorical())
+    one, other = (cl.optimizer(f"torch:{name}", objective) for name in ("AdamW", "Adam"))
+    for x, y in batches(1):
+        one.step(objective.closure(x, y))
+    with pytest.raises(cl.CurvlabError, match="torch:AdamW"):
+        other.load_state_dict(one.state_dict())
+    held = copy.deepcopy(one.state_dict())
+    one.load_state_dict(held)
+    again = one.state_dict()["curvlab"]["descent"]["curvature"]["optimizers"][0]["state"]
+    for key, state in held["curvlab"]["descent"]["curvature"]["optimizers"][0]["state"].items():
+        assert all(torch.equal(state[name], again[key][name]) for name in state)
+
+
+def test_command_lines(tmp_path: Path) -> None:
+    run = CliRunner()
+    words = "--model mlp-256-20 --steps 2 --batch-size 50 --warm-batches 1 --reference block-ef"
+    ran = run.invoke(
+        app,
+        ["compare", *words.split(), "--algorithms", "torch:AdamW,kfac", "--out", str(tmp_path)],
+    )
+    assert ran.exit_code == 0, ran.output
+    assert "torch:AdamW" in json.loads(cl.open(tmp_path / "run.h5").attrs["foreign"])
+    wrong = ["--algorithms", "torch:Adamw", "--out", str(tmp_path / "x")]
+    ran = run.invoke(app, ["compare", *words.split(), *wrong])
+    assert isinstance(ran.exception, cl.CurvlabError)
+    assert "did you mean 'AdamW'" in str(ran.exception)
+    words = "--model mlp-256-20 --epochs 1 --steps 2 --batch-size 50 --algorithm torch:SGD"
+    more = ["--set", "nesterov=true", "--momentum", "0.9", "--out", str(tmp_path / "train")]
+    ran = run.invoke(app, ["train", *words.split(), *more])
+    assert ran.exit_code == 0, ran.output
