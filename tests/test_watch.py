@@ -347,8 +347,8 @@ def test_decoupled_decay_is_apart_and_the_learning_rate_logged() -> None:
 def test_a_watched_optimizer_is_its_own_shadow() -> None:
     """The same optimizer as a member: two routes to one direction, decay apart in both."""
     model = plain()
-    options = {"lr": 0.01, "weight_decay": 0.3}
-    optimizer = torch.optim.AdamW(model.parameters(), **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.3}
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
     shadow = cl.foreign(torch.optim.AdamW, **options)
     sgd_loop(model, seen := watched(model, optimizer=optimizer, algorithms=[shadow]), optimizer,
              minibatches())  # fmt: skip
