@@ -16,7 +16,7 @@ from curvlab.errors import CurvlabError, CurvlabWarning
 _moved.follow()
 
 if TYPE_CHECKING:
-    from curvlab import assumptions, datasets, exact, likelihoods, models
+    from curvlab import assumptions, datasets, exact, integrations, likelihoods, models
     from curvlab.algorithms import approximation, optimizer
     from curvlab.foreign_optimizers import foreign
     from curvlab.logs.reading import cosine_to, late_cosine
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from curvlab.show.page import report
     from curvlab.spectra import spectrum
     from curvlab.training.run import train
+    from curvlab.watching import watch
 
     __version__: str
 
@@ -41,10 +42,11 @@ _PLACES = {
     "report": "show.page",
     "spectrum": "spectra",
     "train": "training.run",
+    "watch": "watching",
 }
 """{public name: its module, and its name there where that is another}"""
 
-_MODULES = ("assumptions", "datasets", "exact", "likelihoods", "models")
+_MODULES = ("assumptions", "datasets", "exact", "integrations", "likelihoods", "models")
 
 __all__ = [
     "CurvlabError",
@@ -57,6 +59,7 @@ __all__ = [
     "datasets",
     "exact",
     "foreign",
+    "integrations",
     "late_cosine",
     "likelihoods",
     "models",
@@ -65,6 +68,7 @@ __all__ = [
     "report",
     "spectrum",
     "train",
+    "watch",
 ]
 
 

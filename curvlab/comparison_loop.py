@@ -84,7 +84,7 @@ def _follow(
         if name == reference:
             raise error
         del alive[name], curvatures[name]
-        _tell_of_loss(log, name, seed, first, error)
+        tell_of_loss(log, name, seed, first, error)
 
     def lose_early(curvature: Curvature, error: Diverged) -> None:
         lose(next(name for name, c in curvatures.items() if c is curvature), error, 0)
@@ -149,7 +149,7 @@ def _follow(
                         if name == reference and not stands:
                             restore_weights(objective, saved)
                 seen |= sample(due, frame, "after")
-                _log(
+                log_samples(
                     log,
                     step,
                     {name: seen[name] for name in due},
@@ -180,7 +180,7 @@ def _note_loss(log: Log, name: str, seed: int, step: int, error: Diverged) -> No
     log.attributes["diverged"] = json.dumps(found, ensure_ascii=False)
 
 
-def _tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) -> None:
+def tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) -> None:
     """Say in the log and in a warning that a method left the finite range."""
     _note_loss(log, name, seed, step, error)
     where = f"{name} (seed {seed})" if len(log.seeds) > 1 else name
@@ -191,10 +191,26 @@ def _tell_of_loss(log: Log, name: str, seed: int, step: int, error: Diverged) ->
     )
 
 
-def _log(
-    log: Log, step: int, seen: dict[str, Sample], every: dict[str, int], log_every: int, seed: int
+def log_samples(
+    log: Log,
+    step: int,
+    seen: dict[str, Sample],
+    every: dict[str, int],
+    log_every: int,
+    seed: int,
+    more: ProbeRecord | None = None,
 ) -> None:
-    """Log what is taken as often as the log lies along its steps; the rest along its own axes."""
+    """Log what is taken as often as the log lies along its steps; the rest along its own axes.
+
+    Args:
+        log: takes it.
+        step: its number.
+        seen: {probe: what it measured}.
+        every: {probe: steps between its samples}.
+        log_every: steps between records.
+        seed: of the run.
+        more: what stands beside the probes in a record.
+    """
     record: ProbeRecord = {}
     for name, found in seen.items():
         values = {v: (PROBES[name].variables[v].dims, on_host(x)) for v, x in found.items()}
@@ -205,4 +221,4 @@ def _log(
                 axis(name), [step], {v: (dims, x[None]) for v, (dims, x) in values.items()}, seed
             )
     if record:
-        log.append(step, record, seed)
+        log.append(step, record | (more or {}), seed)

@@ -7,7 +7,7 @@ A `Nest` stands where a tensor would: it has a length, rows can be taken of it, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -163,6 +163,27 @@ def is_minibatch(x: Any, y: Any) -> bool:
 def plain(value: Batched) -> Any:
     """What was given: a tensor, or the tree of a nest."""
     return value.tree if isinstance(value, Nest) else value
+
+
+def joined(minibatches: Sequence[Batched]) -> Batched:
+    """Return the examples of several minibatches of one form as one, in their order.
+
+    Raises:
+        CurvlabError: they have other tensors, or tensors of other shapes.
+    """
+    first, *others = minibatches
+    if not others:
+        return first
+    forms = {described(m[:1]) for m in minibatches}
+    if len(forms) > 1:
+        raise CurvlabError(
+            f"minibatches of different forms cannot be joined ({'; '.join(sorted(forms))})"
+        )
+    if isinstance(first, Tensor):
+        return torch.cat([m for m in minibatches if isinstance(m, Tensor)])
+    every = [m for m in minibatches if isinstance(m, Nest)]
+    leaves = {path: torch.cat([m.leaves[path] for m in every]) for path in first.leaves}
+    return Nest._like(first, leaves, first.others)
 
 
 def described(x: Batched) -> str:

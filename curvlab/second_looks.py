@@ -52,6 +52,15 @@ class SecondLooks:
         """Return whether the weights are what they were at `_weights`."""
         return versions == self._versions() and torch.equal(weights, self._weights()[1])
 
+    def weights_moved(self) -> None:
+        """Take it that the weights are others now, though no write to them was counted."""
+        self._seen = None
+
+    def put_back(self) -> None:
+        """Set the model's own generators to what they were before the first look."""
+        for generator, state in self._generators.items():
+            generator.set_state(state)
+
     def _check_restless(self) -> None:
         """Raise CurvlabError where two looks are known to differ."""
         if self._restless:

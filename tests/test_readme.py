@@ -116,6 +116,12 @@ def test_the_training_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"loss 0\.\d\d after 60 steps\n", capsys.readouterr().out)
 
 
+def test_the_watched_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    script = block_after("<!-- watch, executed by the tests -->", page("watch"))
+    exec(compile(script, "watch.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("[[")
+
+
 def test_your_own_model(capsys: pytest.CaptureFixture[str]) -> None:
     here: dict[str, Any] = {}
     exec(

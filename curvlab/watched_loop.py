@@ -1,0 +1,127 @@
+"""What `watch` is given of a loop: its optimizers, its model, the inputs of a call, each plain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from curvlab.errors import CurvlabError, shown
+from curvlab.objective import Objective
+from curvlab.strangers import original
+
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
+
+
+def plain_optimizers(given: Optimizers) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that step, out of the wrappers of accelerate and Lightning.
+
+    Raises:
+        CurvlabError: something that is no optimizer, or none at all.
+    """
+    found: list[torch.optim.Optimizer] = []
+    several: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    for one in several:
+        inner: Any = one
+        while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+            inner = inner.optimizer
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise CurvlabError(
+                f"optimizer must be a torch.optim.Optimizer, or a list of them, not {shown(one)}"
+            )
+        if not any(inner is other for other in found):
+            found.append(inner)
+    if not found:
+        raise CurvlabError("there is no optimizer: give watch all that step the model")
+    return found
+
+
+def check_held(objective: Objective, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise CurvlabError where trainable parameters of the model are in no optimizer's groups."""
+    held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    loose = [name for name, p in objective.parameters.items() if id(p) not in held]
+    if loose:
+        more = f" and {len(loose) - 3} more" if len(loose) > 3 else ""
+        raise CurvlabError(
+            f"parameters {', '.join(loose[:3])}{more} of the model are trainable but in no"
+            " optimizer: give watch all optimizers of the loop as a list, or freeze them"
+        )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module whose forward is the model's own: neither compiled nor wrapped."""
+    found = original(model)
+    if isinstance(found, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(found.module)
+    return found
+
+
+def described_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what a log says of an optimizer: its class, and the options of its groups."""
+    kind = type(optimizer)
+    groups = [
+        {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+        | {"parameters": len(group["params"])}
+        for group in optimizer.param_groups
+    ]
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "groups": groups}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | None) else repr(value)
+
+
+def rate_in(group: Mapping[str, Any]) -> float:
+    """Return a group's learning rate; 1 where it has none, as optimizers that choose their own."""
+    lr = group.get("lr")
+    return 1.0 if lr is None else float(lr)
+
+
+def closure_in(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """Return the closure that a step was given, None without one; `args` begin with the optimizer.
+
+    `step(closure)` is all that torch says of a step's arguments.
+    """
+    return next(iter((*args[1:], *named.values())), None)
+
+
+def called_with(args: Sequence[Any], named: Mapping[str, Any], labels: str | int, x: Any) -> Any:
+    """Return the inputs of a model's call as one value; `x` where they are no plain inputs.
+
+    Args:
+        args: by position.
+        named: by keyword.
+        labels: the key of the targets, which are no inputs.
+        x: as the loop was handed them.
+    """
+    rest = {key: value for key, value in named.items() if key != labels}
+    if args and not rest:
+        return args[0] if len(args) == 1 else tuple(args)
+    return rest if rest and not args else x
+
+
+class ForwardHook:
+    """Hook of a model's forward pass, which a copy of the model, or a pickle, does not take along.
+
+    Args:
+        function: is told of (module, args, kwargs); None: nobody is.
+    """
+
+    def __init__(self, function: Callable[[nn.Module, Any, Any], None] | None = None) -> None:
+        self.function = function
+
+    def __call__(self, module: nn.Module, args: Any, named: Any) -> None:
+        """Tell the function; a compiler that traces this sees nothing done."""
+        if torch.compiler.is_compiling() or self.function is None:
+            return
+        self.function(module, args, named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
+        """Return a hook that tells nobody."""
+        return ForwardHook()
+
+    def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
+        """Pickle as a hook that tells nobody."""
+        return ForwardHook, ()

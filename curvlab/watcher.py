@@ -1,0 +1,342 @@
+"""The watch of a training loop that is not ours, by torch's own hooks of a step.
+
+A pre-hook keeps the weights before a step, a post-hook looks back at it (`watched_step`). Of steps
+that are not sampled nothing is kept. The minibatches are those that the loop was handed since the
+last step; their inputs are taken as the model was given them.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import xarray as xr
+from torch import nn
+
+from curvlab.closure import Closure
+from curvlab.curvature.shadow import decoupled
+from curvlab.derivatives import around
+from curvlab.errors import CurvlabError, warn
+from curvlab.logs.log import Log
+from curvlab.system import random_state
+from curvlab.system.lock import exclusive_lock
+from curvlab.watched_loop import ForwardHook, called_with, closure_in, rate_in
+from curvlab.watched_step import Looker, SeenBatch, Taken
+
+Take = Callable[[Any], tuple[Any, Any]]
+"""A function of a minibatch as the loop has it: (inputs, targets)."""
+
+
+@dataclass
+class Handed:
+    """A minibatch that the loop was handed, and what is known of the model's call on it.
+
+    Args:
+        x: inputs.
+        y: targets.
+        chance: the generators, as they stood at the call, or when it was handed.
+        cast: autocast, likewise.
+        final: whether the inputs are as the model takes them, whatever it is called with.
+        called: whether the model was called since.
+    """
+
+    x: Any
+    y: Any
+    chance: random_state.Chance
+    cast: tuple[str, torch.dtype] | None
+    final: bool
+    called: bool = False
+
+
+class Watcher:
+    """The watch of a training loop, as of `watch`: ``with … as watch: for x, y in watch(loader)``.
+
+    Args:
+        model: as the loop has it.
+        optimizers: of the loop.
+        looker: looks at the steps that are sampled.
+        take: as of `WatchSettings`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        looker: Looker,
+        take: Take | None = None,
+    ) -> None:
+        self.model, self.optimizers, self.looker, self.take = model, optimizers, looker, take
+        self.objective = looker.objective
+        self.steps, self.skipped = 0, 0
+        self.calls = False
+        """Whether the model's own calls in training are the minibatches, where nobody hands
+        them."""
+        self._names = {id(p): name for name, p in self.objective.parameters.items()}
+        self._opened: ExitStack | None = None
+        self._looking = False
+        self._due = True
+        self._handed: list[Handed] = []  # since the last step, where it is due
+        self._stepped: set[int] = set()
+        self._taken: Taken | None = None
+        self._begun = 0.0
+
+    # ---- what a user sees
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the hooks are in place."""
+        return self._opened is not None
+
+    @property
+    def log(self) -> Log | None:
+        """The log; None before the first sample."""
+        return self.looker.log
+
+    @property
+    def dataset(self) -> xr.Dataset:
+        """All records so far, as of a comparison.
+
+        Raises:
+            CurvlabError: there is none.
+        """
+        if self.log is None:
+            raise CurvlabError("watch has logged no step yet")
+        return self.log.dataset()
+
+    @property
+    def seconds(self) -> float:
+        """Time that looks have taken so far."""
+        return self.looker.seconds
+
+    def __call__(self, loader: Iterable[Any]) -> WatchedLoader:
+        """Return the loader, to go through as before: its minibatches are remembered."""
+        return WatchedLoader(self, loader)
+
+    @contextmanager
+    def batch(self, x: Any, y: Any = None) -> Iterator[None]:
+        """Remember a minibatch for the step that is taken inside, or later where gradients add up.
+
+        Args:
+            x: inputs as the model takes them; without `y` a minibatch as a loader gives it.
+            y: targets.
+        """
+        self.see(x, y)
+        yield
+
+    def see(self, x: Any, y: Any = None) -> None:
+        """Remember a minibatch, as `batch` does.
+
+        Raises:
+            CurvlabError: the watch is not open.
+        """
+        if self._opened is None:
+            raise CurvlabError("the watch is not open: with curvlab.watch(…) as watch: …")
+        if self._stepped:  # one of several optimizers has not stepped this time
+            self._finish()
+        if not self._due:
+            return
+        if self._handed:
+            self._forget_skipped(self._handed)
+        final = y is not None or self.take is not None
+        pair = (x, y)
+        if y is None:
+            pair = self.objective.interface.apart(x) if self.take is None else self.take(x)
+        self._handed.append(Handed(*pair, self._chance(), around(), final))
+
+    # ---- opening and closing
+
+    def __enter__(self) -> Self:
+        """Register hooks.
+
+        Raises:
+            CurvlabError: another watch looks at this model; another run writes the log.
+        """
+        mine = set(self._names)
+        if any(not mine.isdisjoint(other._names) for other in _OPEN):
+            raise CurvlabError(
+                "this model is being watched already: close the other watch first, or give both"
+                " lists of algorithms to one"
+            )
+        with ExitStack() as stack:
+            if self.looker.path is not None:
+                stack.enter_context(exclusive_lock(self.looker.path))
+            stack.callback(_OPEN.discard, self)
+            _OPEN.add(self)
+            for optimizer in self.optimizers:
+                stack.callback(optimizer.register_step_pre_hook(self._before_step).remove)
+                stack.callback(optimizer.register_step_post_hook(self._after_step).remove)
+            hook = self.model.register_forward_pre_hook(
+                ForwardHook(self._before_forward), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+            self._opened = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the hooks and save the log.
+
+        Raises:
+            CurvlabError: it cannot be written.
+        """
+        opened, self._opened = self._opened, None
+        assert opened is not None
+        with opened:
+            if self._stepped and kind is None:
+                self._finish()
+            if self.log is not None:
+                self.log.attributes |= {
+                    "steps": self.steps,
+                    "skipped_steps": self.skipped,
+                    "lost_samples": self.looker.lost,
+                }
+                self.log.save()
+        if kind is not None:
+            return
+        if not self.steps:
+            warn(
+                f"watch has seen no step of {', '.join(type(o).__name__ for o in self.optimizers)}:"
+                " nothing is logged (did the loop step another optimizer, or skip every step?)"
+            )
+        elif self.log is None:
+            warn(
+                f"watch has seen {self.steps} steps and no minibatch, so that nothing is logged: go"
+                " through watch(loader), or step inside of watch.batch(x, y)"
+            )
+
+    # ---- hooks
+
+    def _before_forward(self, module: nn.Module, args: Any, named: Any) -> None:
+        """Take the inputs as the model is given them, and the generators as they stand."""
+        if not self._due or self._looking or not torch.is_grad_enabled():
+            return
+        labels = self.objective.interface.labels
+        if self.calls and module.training and (labels in named or self.take is not None):
+            self.see(dict(named))
+        if not self._handed or self._handed[-1].called:
+            return
+        last = self._handed[-1]
+        if len(self._handed) > 1:
+            self._forget_skipped(self._handed[:-1])
+        x = last.x if last.final else called_with(args, named, labels, last.x)
+        last.x, last.called, last.chance, last.cast = x, True, self._chance(), around()
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        if id(optimizer) in self._stepped:  # the others have not stepped this time
+            self._finish()
+        if not self._due or not self._handed:
+            return
+        if self._taken is None:
+            old = {n: p.detach().clone() for n, p in self.objective.parameters.items()}
+            self._taken = Taken(self.steps, old, rate=rate_in(self.optimizers[0].param_groups[0]))
+        # with a closure the gradient is only made inside of the step
+        self._note(self._taken, optimizer, gradients=closure_in(args, named) is None)
+        self._begun = time.perf_counter()
+
+    def _after_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        taken = self._taken
+        if taken is not None:
+            taken.seconds += time.perf_counter() - self._begun
+            closure = closure_in(args, named)
+            # a closure of curvlab fills no p.grad, and those of LBFGS are of other weights
+            if closure is not None and not isinstance(closure, Closure):
+                self._note(taken, optimizer, not isinstance(optimizer, torch.optim.LBFGS))
+            flag = getattr(optimizer, "found_inf", None)  # of a scaler that lets it step in vain
+            if flag is not None and float(flag):
+                self._taken, self._handed = None, []
+                self._skip()
+                return
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self.optimizers):
+            self._finish()
+
+    def _note(self, taken: Taken, optimizer: torch.optim.Optimizer, gradients: bool) -> None:
+        """Keep rates, decays and gradients of an optimizer's parameters."""
+        scale = getattr(optimizer, "grad_scale", None)
+        for group in optimizer.param_groups:
+            rate, decay = rate_in(group), decoupled(group)
+            for p in group["params"]:
+                name = self._names.get(id(p))
+                if name is None:
+                    continue
+                taken.rates[name], taken.decays[name] = rate, decay
+                if gradients:
+                    g = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+                    g = g.to_dense() if g.is_sparse else g
+                    taken.gradients[name] = g if scale is None else g / scale
+
+    # ---- steps
+
+    def _finish(self) -> None:
+        """Look at the step that is done, if it is due, and get ready for the next."""
+        taken, handed = self._taken, self._handed
+        number = self.steps
+        self._taken, self._handed = None, []
+        self._stepped.clear()
+        self.steps += 1
+        self._due = bool(self.looker.due(self.steps))
+        if taken is None:
+            return
+        assert taken.number == number
+        self._looking = True
+        try:
+            self.looker.look(taken, [SeenBatch(h.x, h.y, h.chance, h.cast) for h in handed])
+        finally:
+            self._looking = False
+
+    def _forget_skipped(self, handed: Sequence[Handed]) -> None:
+        """Drop minibatches whose gradients are gone: the step that they were for was skipped."""
+        parameters = self.objective.parameters.values()
+        if all(p.grad is None or not bool(p.grad.any()) for p in parameters):
+            self._handed = [h for h in self._handed if not any(h is other for other in handed)]
+            self._skip()
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self.objective.say(
+            f"a step was skipped before step {self.steps} (by a GradScaler, say): it is not logged,"
+            " nor are its minibatches"
+        )
+
+    def _chance(self) -> random_state.Chance:
+        return random_state.states(self.objective.device)
+
+
+class WatchedLoader:
+    """A loader whose minibatches a watch remembers; all else is the loader's own.
+
+    Args:
+        watcher: the watch.
+        loader: any iterable of minibatches.
+    """
+
+    def __init__(self, watcher: Watcher, loader: Iterable[Any]) -> None:
+        self._watcher, self._loader = watcher, loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            self._watcher.see(batch)
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]  # where it has a length
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+_OPEN: weakref.WeakSet[Watcher] = weakref.WeakSet()
