@@ -14,7 +14,8 @@ import xarray as xr
 from problems import batches, problem
 
 import curvlab as cl
-from curvlab.algorithms import ALGORITHMS
+from curvlab.algorithm_recent import RECENT
+from curvlab.algorithms import ALGORITHMS, damping_for
 from curvlab.show.figures import FIGURES, draw
 
 NAMES = ["kfac", "tnt", "shampoo", "adam", "sgd-m"]
@@ -48,12 +49,14 @@ def test_the_reference_moves_exactly_as_its_optimizer_does() -> None:
             "adam": (0.1 / 7) ** 0.5,
             "rmsprop": (0.1 / 7) ** 0.5,
             "sgd-m": 0.0,
-        }
+        } | {name: damping_for(name, 0.1, 7) for name in RECENT}
         optimizer = cl.optimizer(
             reference,
             alone,
             lr=0.05,
             damping=damping.get(reference, 0.1),
+            weight_decay=0.0,  # of the documents, of which a comparison has none
+            update_every=1,
             **ALGORITHMS[reference].fixed,
         )
         optimizer.warm_start(data[:2])
