@@ -227,11 +227,13 @@ for name in shown:
 left.set_xlabel("epochs")
 right.set_xlabel("CPU seconds of the steps, one thread")
 left.set_ylabel("validation loss, nat a symbol")
-head = ", head of its own" if options.untied else ""
+head = ", untied," if options.untied else ""
 left.set_title(
     f"{found['model']}{head} on {found['data']}, batches of {options.batch_size}", fontsize=10
 )
-right.set_title(f"mean and range of {len(options.seeds)} seeds", fontsize=10)
+count = len(options.seeds)
+of = f"seed {options.seeds[0]}" if count == 1 else f"mean and range of {count} seeds"
+right.set_title(of, fontsize=10)
 right.legend(fontsize=8)
 for ax in (left, right):
     ax.grid(alpha=0.3)
