@@ -42,6 +42,11 @@ def machine() -> dict[str, str | int | float]:
     }
 
 
+def _told(word: str) -> str:
+    """A word of the command; of a path of this machine its last name alone."""
+    return f"../{Path(word).name}" if Path(word).is_absolute() else word
+
+
 def record(
     name: str, what: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], heads: int = 1
 ) -> Path:
@@ -61,7 +66,7 @@ def record(
     found = {
         "what": what,
         "command": " ".join(["python", f"analyses/benchmarks/{Path(sys.argv[0]).name}"])
-        + "".join(f" {word}" for word in sys.argv[1:]),
+        + "".join(f" {_told(word)}" for word in sys.argv[1:]),
         "machine": machine(),
         "columns": list(columns),
         "rows": [*(row for row in kept if tuple(row[:heads]) not in told), *new],
