@@ -13,7 +13,7 @@ import torch
 
 from curvlab.algorithms import damping_for, find_algorithm
 from curvlab.closure import Closure
-from curvlab.curvature.base import CurvatureBlock
+from curvlab.curvature.base import CurvatureBlock, block_with_defaults
 from curvlab.errors import CurvlabError
 from curvlab.exact.batches import Kind, Minibatches
 from curvlab.layers import Block
@@ -97,6 +97,7 @@ class Estimate:
         """Fold one pass into every block, in place: old · (1 − weight) + new · weight."""
         for name, block in self.blocks.items():
             block.update(statistics[name], weight)
+            block_with_defaults(block).settle(None)  # nothing is inverted here
 
     def matrix(self, block: str, damping: float) -> Operator:
         """Return the matrix of a block in the method's own units; `damping` is the overall one."""

@@ -82,3 +82,7 @@ class Transition:
     def step(self) -> dict[str, Tensor]:
         """Changes of the parameters, ``{block: change}``, in the blocks' shapes."""
         return self.displacement()
+
+    def step_of(self, block: str) -> Tensor:
+        """Return the change of a block's parameters; nothing is computed before it is called."""
+        return self.step[block]

@@ -80,6 +80,10 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
         ["--quick", "--skip", "func", "curvlinops", "memory"],
         "of the peak",
     ),
+    "benchmarks/watch.py": (
+        ["--steps", "4", "--rounds", "1", "--every", "2", "--batch-size", "20"],
+        "sgd-m",
+    ),
     "benchmarks/log.py": (
         ["--seconds", "0.5", "--models", "mlp-256-20", "--algorithms", "adam"],
         "records and writes",

@@ -615,7 +615,7 @@ def test_double_grad_and_the_l2_term_by_their_options(tmp_path: Path) -> None:
         (["--damping", "-1"], "damping must be 0 or positive"),
         (["--momentum", "1"], "momentum must be at least 0 and below 1"),
         (["--momentum-kind", "polyak"], "unknown kind of momentum 'polyak'"),
-        (["--labels", "mine"], "unknown labels 'mine' (known: data, model, exact)"),
+        (["--labels", "mine"], "unknown labels 'mine' (known: data, model, exact, token)"),
         (["--weight-decay", "-1"], "weight decay must be 0 or positive"),
         (["--decay", "1.5"], "decay must be at least 0 and below 1"),
         (["--update-every", "0"], "update_every must be"),

@@ -296,7 +296,7 @@ class BlockDiagonal(CurvatureDefaults):
                 and after.passes["data"][name].used
             ):
                 with Naming(self._partition[name], name):
-                    move = partial(transition.step.__getitem__, name)
+                    move = partial(transition.step_of, name)  # no work before it is called
                     block.secant(before.passes["data"][name], after.passes["data"][name], move)
         if self.levenberg is not None:
             self.damping = self.levenberg.adapted(self.damping, self._ratio(transition))
