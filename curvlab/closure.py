@@ -32,6 +32,7 @@ from curvlab.looks import Looks
 from curvlab.nests import Batched, Nest, as_nest
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
+from curvlab.sent_vectors import pass_of_vectors
 from curvlab.statistics import LayerStatistics
 from curvlab.strangers import mixes
 from curvlab.units import ByPlace
@@ -260,7 +261,7 @@ class Closure(Looks):
         """Go forward once, then backward once for each pass in `needs`.
 
         Args:
-            needs: of "gradient", "data", "model", "exact", "token", "plain".
+            needs: of "gradient", "data", "model", "exact", "apart", "token", "plain".
             move_buffers: False runs on cloned buffers, so that a second look does not move
                 BatchNorm's statistics.
             draws: labels drawn for each example in the "model" pass; with k of them V = k, each
@@ -296,7 +297,11 @@ class Closure(Looks):
                 vectors = torch.autograd.grad(loss, outputs, retain_graph=True)[0][None]
                 passes[name] = capture.gradients(z, vectors, 1)
                 continue
-            if name == "exact":
+            shared = name == "apart" and max(self.form_of_look.places.values(), default=1) > 1
+            if name == "apart" and "exact" in passes and not shared:
+                passes[name] = passes["exact"]
+                continue
+            if name in ("exact", "apart"):
                 if self.stream != "exact" and mixes(self.objective.modules):
                     self.objective.say(_MIXING)
                 vectors = self.root(outputs.detach())
@@ -318,6 +323,8 @@ class Closure(Looks):
             _guard_pass(capture, vectors)
             if name == "gradient" and all(map(capture.fine, self.objective.blocks)):
                 passes[name] = capture.gradients(z, vectors)
+            elif shared:
+                passes[name] = pass_of_vectors(capture, z, vectors)
             else:
                 passes[name] = capture.backward(
                     z, vectors, leaves=True, gradients=by_leaves and name in ("gradient", "data")

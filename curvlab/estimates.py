@@ -117,9 +117,11 @@ def fold_data(
     whole = [e for e in estimates if not e.of_means]
     of_means = [e for e in estimates if e.of_means]
     if whole:
-        seen = closure.observe({e.labels for e in whole}, move_buffers=False).passes
+        # each block's own vectors, where they are exact
+        read = {e.name: "apart" if e.labels == "exact" else e.labels for e in whole}
+        seen = closure.observe(set(read.values()), move_buffers=False).passes
         for estimate in whole:
-            estimate.fold(seen[estimate.labels], 1.0)
+            estimate.fold(seen[read[estimate.name]], 1.0)
     total = 0
     # E[ḡ ḡᵀ] = F / m: weighted by m², and times Σ m² / N (`scale`), the mean of unequal minibatches
     # is F as well

@@ -15,11 +15,12 @@ from curvlab.statistics import LayerStatistics
 if TYPE_CHECKING:
     from curvlab.closure import Closure
 
-Pass = Literal["plain", "gradient", "data", "model", "exact", "token"]
+Pass = Literal["plain", "gradient", "data", "model", "exact", "apart", "token"]
 """The vectors that are sent back: ∂ℓ/∂z at the data's labels ("gradient": for the mean gradient
 alone; "token": each place of the loss apart), at labels drawn from the model, or the columns of S,
-S Sᵀ = ∂²ℓ/∂z². "plain": ∂/∂z of the mean loss, for the mean gradient rounded as a loop of torch's
-own rounds it.
+S Sᵀ = ∂²ℓ/∂z². "apart": these for sums by block, as few as they can be where places share a weight
+(`sent_vectors`), others in every block. "plain": ∂/∂z of the mean loss, for the mean gradient
+rounded as a loop of torch's own rounds it.
 """
 
 PASSES: tuple[Pass, ...] = get_args(Pass)

@@ -115,7 +115,12 @@ class BlockDiagonal(CurvatureDefaults):
 
     @property
     def _pass(self) -> Pass:
-        """Pass that `_fold` reads: the mean gradient alone, where the blocks read no more."""
+        """Pass that `_fold` reads: the mean gradient alone, where the blocks read no more.
+
+        Of exact labels each block's own vectors.
+        """
+        if self.labels == "exact":
+            return "apart"
         alone = (
             self.labels == "data"
             and self._look is None
@@ -146,10 +151,10 @@ class BlockDiagonal(CurvatureDefaults):
     def _fold(self, observation: Observation, weight: float) -> None:
         if self._look is not None:
             statistics = self._look(observation)
-        elif self.labels in observation.passes:
-            statistics = observation.passes[self.labels]
         elif self._pass in observation.passes:
             statistics = observation.passes[self._pass]
+        elif self.labels in observation.passes:
+            statistics = observation.passes[self.labels]
         else:
             raise unknown("pass of this observation", self.labels, observation.passes)
         self._follow(statistics)

@@ -12,35 +12,59 @@ import math
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.curvature.base import BlockDefaults, Secant
 from curvlab.errors import Diverged, guard_memory
+from curvlab.exact.route_table import by_pairs
 from curvlab.finite import waits
 from curvlab.layers import Block
 from curvlab.linalg.cholesky import damped_cholesky, shifted
 from curvlab.linalg.direct_sum import DirectSum
 from curvlab.linalg.operators import Dense, Diagonal, Inverse, Operator
-from curvlab.linalg.packed import fold, output_pairs, unpack_full, unpack_lower
+from curvlab.linalg.packed import (
+    accumulate_second_moment_,
+    fold,
+    mirror_,
+    output_pairs,
+    unpack_full,
+    unpack_lower,
+)
+from curvlab.linalg.places import accumulate_pairs_, reach_of, symmetrize_
 from curvlab.statistics import LayerStatistics, Reads
 
 _REMEDY = "use smw-ng-bd, whose system is N×N, or a Kronecker method"
 
 
-def check_outer(*factors: Tensor) -> None:
-    """Raise Diverged where second moments of products of entries of these would not be finite.
+def check_outer(*factors: Tensor, terms: int = 1) -> None:
+    """Raise Diverged where second moments of sums of products of their entries would not be finite.
 
     They overflow, or an entry is not finite. F is added to in place, so that what is added is
     looked at before. On a GPU `refresh` sees it.
     """
     if any(map(waits, factors)):
         return
-    largest = math.prod(float(f.abs().amax()) for f in factors if f.numel())
+    norms = [float(torch.linalg.vector_norm(f, math.inf)) for f in factors if f.numel()]
+    largest = max(1, terms) * math.prod(norms)
     if not largest < math.sqrt(torch.finfo(factors[0].dtype).max / len(factors[-1])):
         raise Diverged(
             "the block Fisher matrix contains NaN or Inf: lower the learning rate or raise the"
             " damping"
         )
+
+
+def _blend_pairs_(F: Float[Tensor, "D D"], s: LayerStatistics, weight: float) -> None:
+    """Set F ← (1 − w) F + w/N Σ by pairs of places: P + Pᵀ, so that half of F takes part in P."""
+    accumulate_pairs_(F, s.g, s.a, reach_of(s.g), (1 - weight) / 2, weight / s.size)
+    symmetrize_(F)
+
+
+def _blend_rows_(F: Float[Tensor, "D D"], s: LayerStatistics, weight: float) -> None:
+    """Set F ← (1 − w) F + w/N Σ by rows, one triangle of it."""
+    F.mul_(1 - weight)
+    accumulate_second_moment_(F, s.rows.flatten(2).flatten(0, 1), weight / s.size)
+    mirror_(F)
 
 
 class DenseFisher(BlockDefaults):
@@ -85,13 +109,14 @@ class DenseFisher(BlockDefaults):
         if self.F is None and self.active is None:
             size = self.block.numel**2 * statistics.like.element_size()
             guard_memory(2 * size, f"a dense {self.block}", _REMEDY)
-        rows = statistics.rows.flatten(2).flatten(0, 1)
-        check_outer(rows)
+        pairs = statistics.provides("factors") and by_pairs(statistics)
+        factors = (statistics.g, statistics.a) if pairs else (statistics.rows,)
+        check_outer(*factors, terms=statistics.places)
         if self.active is not None:  # one place until now, several from here on
             self.F, self.active = self._dense(), None
         if self.F is None:
-            self.F = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self.F.addmm_(rows.mT, rows, beta=1 - weight, alpha=weight / statistics.size)
+            self.F = statistics.like.new_zeros(self.block.numel, self.block.numel)
+        (_blend_pairs_ if pairs else _blend_rows_)(self.F, statistics, weight)
 
     def refresh(self, damping: float) -> None:
         """Set `inverse` by Cholesky of F + λI; inputs that were always zero have 1/λ there.

@@ -9,7 +9,7 @@ from typing import Any
 from curvlab.errors import CurvlabError, lookup
 from curvlab.reproduction.script import name_of
 
-FOLDERS = ("thesis", "s2qn", "kfqn_cnn", "all_methods")
+FOLDERS = ("thesis", "s2qn", "kfqn_cnn", "all_methods", "recent")
 """Folders of `analyses/`, in the order of the index."""
 
 
