@@ -100,6 +100,7 @@ def gathered(
     found: Mapping[int, Tensor],
     z: Tensor,
 ) -> dict[str, LayerStatistics]:
+    """Return the statistics of some blocks, {name: …}, of what has arrived at their uses."""
     parts: dict[str, list[Part]] = {name: [] for name in names}
     for use, how in chosen:
         d = found.get(id(use))

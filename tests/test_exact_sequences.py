@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
 import curvlab as cl
-from curvlab import autograd
+from curvlab import autograd, sent_vectors
+from curvlab.algorithms import approximation
 from curvlab.closure import Closure
+from curvlab.curvature.kfac import Kfac
 from curvlab.exact import KINDS, Kind, route_table, sequences
 from curvlab.exact.batches import PASS_OF_KIND
 from curvlab.layers import Block
@@ -188,7 +190,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         calls.append((len(vectors), len(targets)))
         return own(z, targets, vectors)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sequences, "send_back", counted)
+    monkeypatch.setattr(sent_vectors, "send_back", counted)
     return calls
 
 
@@ -208,7 +210,7 @@ def test_vectors_are_sent_once_and_no_more_than_needed(
     past = [(count, targets) for count, targets in calls if targets > 2]
     assert sum(count for count, targets in calls if targets <= 2) == kept * symbols
     assert sum(count for count, _ in past) == kept * WIDTH
-    monkeypatch.setattr(sequences, "_head", lambda z, heard: None)
+    monkeypatch.setattr(sent_vectors, "_head", lambda z, heard: None)
     again = cl.exact.matrices(objective, x, y, "ggn")
     for name, matrix in found.items():
         assert_near(matrix.dense(), again[name].dense())
@@ -237,6 +239,43 @@ def test_the_whole_pairs_diagonals_and_terms(
     g = closure.observe({needs}).passes[needs]["5"].g
     assert_near(terms.G, torch.einsum("vnto,vnsp->ntosp", g, g))
     assert len(terms.g) <= len(g)  # type: ignore[arg-type]  # a second moment has vectors
+
+
+@models
+@pytest.mark.filterwarnings("ignore:.*follow the gradient")
+def test_a_method_by_block_reads_vectors_of_its_own(
+    tied: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """block-ggn and KFLR have the matrices of the routes, and of the vectors that all blocks share,
+    two minibatches averaged; alone and in company to the bit.
+    """
+    objective, x, y = made(tied=tied, causal=causal)
+    again = made(tied=tied, causal=causal)[0]
+    cut = slice(0, 2), slice(1, 3)
+    exact = [cl.exact.matrices(again, x[some], y[some], "ggn") for some in cut]
+    calls = sent(monkeypatch)
+    built = {name: approximation(name, objective, damping=0.1) for name in ("block-ggn", "kflr")}
+    alone = approximation("block-ggn", objective, damping=0.1)
+    factors: list[dict[str, Tensor]] = []
+    for some in cut:
+        closure = objective.closure(x[some], y[some])
+        together = closure.observe({"apart", "exact"})
+        for curvature in built.values():
+            curvature.update(together)
+        shared = together.passes["exact"]
+        factors.append({name: s.G for name, s in shared.items() if s.provides("moments")})
+        alone.update(closure.observe(alone.needs))
+    assert sum(n for n, targets in calls if targets > 2) <= 4 * (T - 1) * WIDTH + 2 * T * C
+    weight = alone.averaging.weight(2)
+    for block in objective.blocks:
+        name = block.name
+        average = torch.lerp(exact[0][name].dense(), exact[1][name].dense(), weight)
+        found = alone.blocks[name].matrix(0.0)
+        assert_near(found.dense(), average)
+        assert torch.equal(found.dense(), built["block-ggn"].blocks[name].matrix(0.0).dense())
+        if name in factors[0] and isinstance(built["kflr"].blocks[name], Kfac):
+            both = torch.lerp(factors[0][name], factors[1][name], weight)
+            assert_near(built["kflr"].blocks[name].G, both)
 
 
 def test_zeros_that_causality_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

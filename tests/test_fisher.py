@@ -29,7 +29,7 @@ def outer_products(observation: Observation, label: Pass, block: str) -> Tensor:
     """(1/N) Σ_v Σ_n vec(g aᵀ) vec(g aᵀ)ᵀ, each output with its own inputs, one outer product after
     another.
     """
-    s = observation.passes[label][block]
+    s = observation.passes["apart" if label == "exact" else label][block]
     inputs = own_inputs(s.block, s.grouped_a)  # [N, T, O, I]
     total = inputs.new_zeros(s.block.numel, s.block.numel)
     for v in s.g:

@@ -135,7 +135,7 @@ class Problem:
         self.train, held = cl.datasets.load("shakespeare32")
         self.symbols = extent.symbols
         spread = torch.linspace(0, len(held) - 1, extent.held).long()
-        self.x, self.y = held.x[spread, : self.symbols], held.y[spread, : self.symbols]
+        self.x, self.y = held.x[spread][:, : self.symbols], held.y[spread][:, : self.symbols]  # type: ignore[index]  # no sparse rows
 
     def evaluated(self, model: nn.Module) -> float:
         with torch.no_grad():

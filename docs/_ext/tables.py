@@ -254,6 +254,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "gallery-s2qn": lambda: _gallery("s2qn"),
     "gallery-2021": lambda: _gallery("kfqn_cnn"),
     "gallery-all": lambda: _gallery("all_methods"),
+    "gallery-recent": lambda: _gallery("recent"),
     "modules": _modules,
 }
 """{name of the directive's argument: the table}"""
