@@ -30,7 +30,8 @@ def test_second_moment(rows: int, order: int) -> None:
     r = normal(rows, order)
     found = second_moment(r, 1 / rows)
     assert_near(found, r.T @ r / rows)
-    assert torch.equal(found, found.T) or order < 256  # computed whole, both triangles are rounded
+    # panels on the diagonal are computed whole, and both triangles of theirs are rounded
+    assert torch.equal(found[64:, :64], found[:64, 64:].T) or order < 128
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

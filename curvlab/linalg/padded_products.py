@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.linalg.packed import accumulate_second_moment_, mirror_
-
 _LINE = 64  # bytes of a cache line
 _LARGE = 128  # columns, from which on it pays
 
@@ -47,8 +45,16 @@ def second_moment(
     It is written into `out` as by `padded_product`.
     """
     order = rows.shape[1]
-    if rows.device.type != "cpu" or order < 2 * _LARGE:
+    if rows.device.type != "cpu" or order < _LARGE:
         return padded_product(rows.mT, rows, scale, out)
-    matrix = (room(rows, order, order) if out is None else out).zero_()
-    accumulate_second_moment_(matrix, rows, scale)
-    return mirror_(matrix)
+    matrix = room(rows, order, order) if out is None else out
+    # rows of the lower triangle, not its columns: at orders that are multiples of 64 the columns'
+    # entries share few cache sets (768 rows of 512: 2.6 ms for 3.0, of 384 1.4 for 1.6)
+    panel = max(64, order // 16)  # narrower ones lose more to the product than they save
+    for start in range(0, order, panel):
+        stop = min(start + panel, order)
+        lower = matrix[start:stop, :stop]
+        torch.addmm(lower, rows[:, start:stop].mT, rows[:, :stop], beta=0, alpha=scale, out=lower)
+        if start:
+            matrix[:start, start:stop].copy_(lower[:, :start].mT)
+    return matrix
