@@ -15,6 +15,7 @@ from curvlab.algorithms import approximation
 from curvlab.curvature.matrix_parts import WithDiagonal
 from curvlab.curvature.one_sided import SCALES, asgo, muon
 from curvlab.layers import Block, blocks
+from curvlab.linalg.operator_states import pack, unpack_operator
 from curvlab.linalg.polar import COEFFICIENTS, newton_schulz_factor, polar_factor
 from curvlab.momentum import Momentum
 from curvlab.statistics import LayerStatistics
@@ -129,6 +130,7 @@ def test_muon_is_torchs_within_bfloat16(shape: tuple[int, int], adjust: str) -> 
     w = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     theirs = torch.optim.Muon([w], lr=1.0, weight_decay=0.0, adjust_lr_fn=adjust)
     momentum, part = Momentum(0.95, "nesterov"), muon(weight(shape), scale=adjust)
+    rounding = muon(weight(shape), scale=adjust, polar="bfloat16")
     b = torch.zeros(shape, dtype=torch.float64)
     for step in range(5):
         g = normal(*shape, seed=step)
@@ -136,9 +138,10 @@ def test_muon_is_torchs_within_bfloat16(shape: tuple[int, int], adjust: str) -> 
         w.grad = g.clone()
         theirs.step()
         u = momentum({"1": g})["1"]
-        part.update(LayerStatistics(part.block, 1, gradient=g), 1.0)
-        part.refresh(0.0)
-        part.heed(u, 0.0)
+        for each in (part, rounding):
+            each.update(LayerStatistics(each.block, 1, gradient=g), 1.0)
+            each.refresh(0.0)
+            each.heed(u, 0.0)
         found = (part.inverse @ u.flatten()).view(shape)
         b = 0.95 * b + 0.05 * g
         by_hand = SCALES[adjust](*shape) * published(g + 0.95 * (b - g))
@@ -147,6 +150,11 @@ def test_muon_is_torchs_within_bfloat16(shape: tuple[int, int], adjust: str) -> 
         rounded = SCALES[adjust](*shape) * in_bfloat16(g + 0.95 * (b - g))
         assert_near(moved, rounded.double(), 1e-12)
         assert float((found - moved).norm() / found.norm()) < 0.025
+        assert_near((rounding.inverse @ u.flatten()).view(shape), moved, 1e-12)
+        other = unpack_operator(pack(rounding.inverse))
+        assert torch.equal(other @ u.flatten(), rounding.inverse @ u.flatten())
+        assert_near(other @ g.flatten(), part.inverse @ g.flatten(), 1e-12)
+        assert_near(other.dense(), part.inverse.dense(), 1e-12)
 
 
 def test_muon_as_an_optimizer_by_hand() -> None:

@@ -1,8 +1,8 @@
 """What a step costs: every method over plain forward and backward, beside the floating-point floor
 and peers, in one run.
 
-    python analyses/benchmarks/steps.py [--problems autoencoder vgg] [--names NAME …] [--batch-size
-    1000] [--threads 1]
+    python analyses/benchmarks/steps.py [--problems autoencoder vgg gpt-small] [--names NAME …]
+    [--batch-size 1000] [--threads 1]
 
 CPU seconds of one thread, so that other work on the machine matters little; with --threads wall
 seconds, for a quiet machine. Forward and backward are timed again before and after each method,
@@ -11,11 +11,14 @@ after the first T₂ (in which every step refreshes). The floor counts products 
 symmetric ones by half, over the matrix-product peak of this run. Memory is what a curvature holds
 between steps, beside the numbers that the documents' tables (2.1, 3.1, 4.1) give it.
 
-Peers: torch's Adam, a straightforward KFAC of forty lines (below), and, where it is installed,
-    pytorch_optimizer's Shampoo: pip install --no-deps pytorch_optimizer
+Peers: torch's Adam, AdamW and Muon (with AdamW for what is no hidden matrix), a straightforward
+KFAC of forty lines (below), and, where it is installed, pytorch_optimizer's Shampoo, SOAP and Muon:
+    pip install --no-deps pytorch_optimizer
+On gpt-small batches are of 12 windows, and no floor is counted.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -39,14 +42,13 @@ class Method:
     """
 
     name: str
-    options: dict[str, int]
+    options: dict[str, Any]
     goal: float | None = None
 
     @property
     def label(self) -> str:
-        return self.name + "".join(
-            f" {'T₂' if k == 'refresh_every' else 'T'}={v}" for k, v in self.options.items()
-        )
+        short = {"refresh_every": " T₂=", "update_every": " T="}
+        return self.name + "".join(f"{short.get(k, ' ')}{v}" for k, v in self.options.items())
 
     @property
     def period(self) -> int:
@@ -64,12 +66,24 @@ METHODS = [
     Method("tnt", {"refresh_every": 20}, 3.0),
     Method("shampoo", {"refresh_every": 20}, 2.4),
     Method("skqn-b2", {"refresh_every": 20}),
+    Method("ekfac", {"refresh_every": 20}),
+    Method("foof", {"refresh_every": 20}),
+    Method("adamw", {}),
+    Method("sophia-g", {}),
+    Method("asgo", {}),
+    Method("muon", {}),
+    Method("muon", {"polar": "bfloat16"}),
+    Method("soap", {"refresh_every": 10}),
+    Method("kl-shampoo", {"refresh_every": 10}),
 ]
 PAIRS = 100
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument(
-    "--problems", nargs="+", choices=("autoencoder", "vgg"), default=["autoencoder", "vgg"]
+    "--problems",
+    nargs="+",
+    choices=("autoencoder", "vgg", "gpt-small"),
+    default=["autoencoder", "vgg", "gpt-small"],
 )
 parser.add_argument(
     "--names", nargs="+", default=[m.name for m in METHODS], help="of methods; peers always run"
@@ -109,7 +123,15 @@ def vgg() -> tuple[cl.Objective, list[tuple[Tensor, Tensor]]]:
     return cl.Objective(model, cl.likelihoods.Categorical()), list(zip(x, y, strict=True))
 
 
-PROBLEMS = {"autoencoder": autoencoder, "vgg": vgg}
+def gpt() -> tuple[cl.Objective, list[tuple[Tensor, Tensor]]]:
+    """nanoGPT's CPU setting."""
+    train, _ = cl.datasets.load("shakespeare")
+    batches = list(itertools.islice(train.batches(12, seed=0), 4))
+    model = cl.models.build("gpt-small", seed=0)
+    return cl.Objective(model, cl.likelihoods.Tokens()), batches  # type: ignore[return-value]  # no sparse rows
+
+
+PROBLEMS = {"autoencoder": autoencoder, "vgg": vgg, "gpt-small": gpt}
 
 
 def timed(step: Callable[..., object], period: int = 1) -> float:
@@ -158,10 +180,15 @@ def layers_of(objective: cl.Objective, x: Tensor, y: Tensor) -> list[Layer]:
     return found
 
 
-def floor(method: Method, layers: list[Layer], plain: bool = False) -> float:
+COUNTED = ("sgd-m", "adam", "k-bfgs", "kfac", "skqn-b2", "tnt", "shampoo")
+
+
+def floor(method: Method, layers: list[Layer], plain: bool = False) -> float | None:
     """Operations of a step's products: forward and backward, and what the documents' tables 2.2,
-    3.2 and 4.1 add.
+    3.2 and 4.1 add. None of a method that has no line there.
     """
+    if not layers or not method.name.startswith(COUNTED) or method.name == "adamw":
+        return None
     every, refreshed = method.options.get("update_every", 1), method.options.get("refresh_every", 1)
     total = 0.0
     for layer in layers:
@@ -201,7 +228,7 @@ def numbers(method: Method, layers: list[Layer]) -> int | None:
         "shampoo": lambda o, i: o**2 + i**2,
         "sgd-m": lambda o, i: 0,
     }
-    one = sums.get(method.name)
+    one = sums.get(method.name) if layers else None
     return None if one is None else sum(one(*layer.ways) for layer in layers)
 
 
@@ -272,7 +299,7 @@ ROWS: list[list[str | float | None]] = []
 
 def run(problem: str, flops: float) -> None:
     objective, batches = PROBLEMS[problem]()
-    layers = layers_of(objective, *batches[0])
+    layers = [] if problem == "gpt-small" else layers_of(objective, *batches[0])
 
     def plain(
         i: int, of: cl.Objective = objective, among: list[tuple[Tensor, Tensor]] = batches
@@ -281,9 +308,10 @@ def run(problem: str, flops: float) -> None:
 
     # again after every method: neighbours of the machine make it slower and faster
     bases = [timed(plain)]
-    least = floor(METHODS[0], layers, plain=True) / flops
+    least = floor(METHODS[0], layers, plain=True)
     about = f"{problem}, batches of {len(batches[0][0])}"
-    print(f"\n{about}: forward + backward {1e3 * bases[0]:.1f} ms (floor {1e3 * least:.1f} ms)")
+    bound_of = "" if least is None else f" (floor {1e3 * least / flops:.1f} ms)"
+    print(f"\n{about}: forward + backward {1e3 * bases[0]:.1f} ms{bound_of}")
     print(
         f"  {'method':<20}{'ms':>9}{'× f+b':>8}{'floor':>8}"
         f"{'goal':>7}{'memory MB':>12}{'tables':>9}"
@@ -323,38 +351,82 @@ def run(problem: str, flops: float) -> None:
         memory = f"{held / 1e6:>12.1f}" + ("" if told is None else f"{4 * told / 1e6:>9.1f}")
         show(method.label, seconds, floor(method, layers), method.goal, memory)
 
-    objective, batches = PROBLEMS[problem]()
-    adam = torch.optim.Adam(objective.model.parameters(), lr=1e-7)
+    peers(problem, show)
+    for theirs, mine in PEERS_OF:
+        if {theirs, mine} <= taken.keys():
+            print(f"  {theirs} / {mine} of ours: {taken[theirs] / taken[mine]:.2f}")
 
-    def adam_step(i: int) -> None:
-        objective.closure(*batches[i % 4])()
-        adam.step()
 
-    show("torch Adam", timed(adam_step))
-    if problem == "autoencoder":
-        peer = PlainKfac(objective.model)
+PEERS_OF = (
+    ("torch Adam", "adam"),
+    ("torch AdamW", "adamw"),
+    ("torch Muon", "muon"),
+    ("torch Muon", "muon bfloat16"),
+    ("plain KFAC T₂=20", "kfac T₂=20"),
+    ("pytorch_optimizer Shampoo T₂=20", "shampoo T₂=20"),
+    ("pytorch_optimizer SOAP T₂=10", "soap T₂=10"),
+    ("pytorch_optimizer Muon", "muon bfloat16"),
+)
 
-        def kfac_step(i: int) -> None:
-            peer.step(*batches[i % 4], 1e-7)
 
-        show("plain KFAC T=20", timed(kfac_step, 20))
-    if find_spec("pytorch_optimizer"):
-        from pytorch_optimizer import Shampoo
+def hidden(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return (the matrices that curvlab's muon takes, all other parameters)."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    matrices = [w for w in linear if id(w) not in tables]
+    own = {id(w) for w in matrices}
+    return matrices, [p for p in model.parameters() if id(p) not in own]
 
+
+def peers(problem: str, show: Callable[[str, float], None]) -> None:
+    """Time what others have: plain loops of forward, backward and their step."""
+    lr = 1e-7
+
+    def loop(label: str, make: Callable[[nn.Module], list[Any]], period: int = 1) -> None:
         objective, batches = PROBLEMS[problem]()
-        shampoo = Shampoo(objective.model.parameters(), lr=1e-7, preconditioning_compute_steps=20)
+        optimizers = make(objective.model)
 
-        def shampoo_step(i: int) -> None:
+        def step(i: int) -> None:
             objective.closure(*batches[i % 4])()
-            shampoo.step()
+            for optimizer in optimizers:
+                optimizer.step()
 
-        show("pytorch_optimizer Shampoo T₂=20", timed(shampoo_step, 20))
-        ours = taken.get("shampoo T₂=20")
-        if ours:
-            print(
-                "  pytorch_optimizer's Shampoo / ours:"
-                f" {taken['pytorch_optimizer Shampoo T₂=20'] / ours:.2f}"
-            )
+        show(label, timed(step, period))
+
+    def muon(model: nn.Module) -> list[Any]:
+        matrices, rest = hidden(model)
+        return [torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr)]
+
+    loop("torch Adam", lambda model: [torch.optim.Adam(model.parameters(), lr=lr)])
+    loop("torch AdamW", lambda model: [torch.optim.AdamW(model.parameters(), lr=lr)])
+    loop("torch Muon", muon)
+    if problem == "autoencoder":
+        objective, batches = PROBLEMS[problem]()
+        peer = PlainKfac(objective.model)
+        show("plain KFAC T₂=20", timed(lambda i: peer.step(*batches[i % 4], lr), 20))
+    if not find_spec("pytorch_optimizer"):
+        return
+    from pytorch_optimizer import SOAP, Muon, Shampoo
+
+    def their_muon(model: nn.Module) -> list[Any]:
+        matrices, rest = hidden(model)
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "use_muon": True},
+            {"params": rest, "use_muon": False},
+        ]
+        return [Muon(groups, lr=lr)]
+
+    loop(
+        "pytorch_optimizer Shampoo T₂=20",
+        lambda m: [Shampoo(m.parameters(), lr=lr, preconditioning_compute_steps=20)],
+        20,
+    )
+    loop(
+        "pytorch_optimizer SOAP T₂=10",
+        lambda m: [SOAP(m.parameters(), lr=lr, precondition_frequency=10)],
+        10,
+    )
+    loop("pytorch_optimizer Muon", their_muon)
 
 
 keep_freed_memory()
