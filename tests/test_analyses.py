@@ -50,6 +50,14 @@ SCRIPTS: dict[str, tuple[list[str], str]] = {
         ],
         "language_training.png",
     ),
+    "kronecker_fits.py": (
+        ["--steps", "0", "--seeds", "0", "--models", "mlp-256-20", "--out", "OUT"],
+        "least KL: True",
+    ),
+    "adahessian_diagonal.py": (
+        ["--draws", "500", "--examples", "40", "--steps", "2", "--out", "OUT"],
+        "over its limit",
+    ),
     "which_curvature.py": (["--steps", "1", "--warm", "1", "--out", "OUT"], "which_curvature.png"),
     "benchmarks/exact.py": (["--examples", "20", "--skip", "autoencoder", "memory"], "of the peak"),
     "benchmarks/steps.py": (

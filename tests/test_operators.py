@@ -18,6 +18,7 @@ from problems import assert_near, normal, spd
 from scipy.sparse import linalg as scipy_linalg
 from torch import Tensor
 
+from curvlab.curvature.one_sided import RememberedPolar
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operator_states
 from curvlab.linalg import operators as ops
@@ -34,6 +35,7 @@ from curvlab.linalg.operators import (
     Operator,
     Woodbury,
 )
+from curvlab.linalg.polar import newton_schulz_factor
 from curvlab.linalg.products import (
     Product,
     Rectangular,
@@ -162,10 +164,21 @@ def compact(base: tuple[Operator, Tensor], k: int = 4) -> tuple[Operator, Tensor
     return Compact(operator, rows, core), matrix + rows.T @ torch.linalg.inv(core) @ rows
 
 
+def remembered(outputs: int, inputs: int) -> tuple[RememberedPolar, Tensor]:
+    """Its remembered product is the exact one here, which bfloat16 would round."""
+    U = normal(outputs, inputs)
+    factor = 0.7 * newton_schulz_factor(U)
+    one = torch.eye(max(U.shape), dtype=U.dtype)
+    matrix = torch.kron(factor, one) if outputs <= inputs else torch.kron(one, factor)
+    return RememberedPolar(U, (matrix @ U.flatten()).view_as(U), 0.7), matrix
+
+
 OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {
     "dense": lambda: (Dense(spd(6)), spd(6)),
     "inverse": lambda: (Inverse(torch.linalg.cholesky(spd(6))), torch.linalg.inv(spd(6))),
     "diagonal": lambda: diagonal(5),
+    "remembered-wide": lambda: remembered(2, 4),
+    "remembered-tall": lambda: remembered(4, 3),
     "kronecker-1": lambda: kronecker(5),
     "kronecker-2": lambda: kronecker(2, 3),
     "kronecker-3": lambda: kronecker(2, 3, 4),
