@@ -33,7 +33,7 @@ AT_ONCE = 500
 
 torch.manual_seed(options.seed)
 network = cl.models.mlp([64, 16, 16, 10], torch.nn.Tanh).double()
-train, _ = cl.datasets.load("mnist16")
+train = cl.datasets.load("mnist16")[0]
 objective = cl.Objective(network, cl.likelihoods.Categorical(), seed=options.seed)
 
 

@@ -18,6 +18,7 @@ import curvlab as cl
 from curvlab import autograd, sent_vectors
 from curvlab.algorithms import approximation
 from curvlab.closure import Closure
+from curvlab.curvature.block_diagonal import BlockDiagonal
 from curvlab.curvature.kfac import Kfac
 from curvlab.exact import KINDS, Kind, route_table, sequences
 from curvlab.exact.batches import PASS_OF_KIND
@@ -241,6 +242,12 @@ def test_the_whole_pairs_diagonals_and_terms(
     assert len(terms.g) <= len(g)  # type: ignore[arg-type]  # a second moment has vectors
 
 
+def made_of(name: str, objective: cl.Objective) -> BlockDiagonal:
+    found = approximation(name, objective, damping=0.1)
+    assert isinstance(found, BlockDiagonal)
+    return found
+
+
 @models
 @pytest.mark.filterwarnings("ignore:.*follow the gradient")
 def test_a_method_by_block_reads_vectors_of_its_own(
@@ -254,8 +261,8 @@ def test_a_method_by_block_reads_vectors_of_its_own(
     cut = slice(0, 2), slice(1, 3)
     exact = [cl.exact.matrices(again, x[some], y[some], "ggn") for some in cut]
     calls = sent(monkeypatch)
-    built = {name: approximation(name, objective, damping=0.1) for name in ("block-ggn", "kflr")}
-    alone = approximation("block-ggn", objective, damping=0.1)
+    built = {name: made_of(name, objective) for name in ("block-ggn", "kflr")}
+    alone = made_of("block-ggn", objective)
     factors: list[dict[str, Tensor]] = []
     for some in cut:
         closure = objective.closure(x[some], y[some])
@@ -268,14 +275,16 @@ def test_a_method_by_block_reads_vectors_of_its_own(
     assert sum(n for n, targets in calls if targets > 2) <= 4 * (T - 1) * WIDTH + 2 * T * C
     weight = alone.averaging.weight(2)
     for block in objective.blocks:
-        name = block.name
+        name, kfac = block.name, built["kflr"].blocks[block.name]
         average = torch.lerp(exact[0][name].dense(), exact[1][name].dense(), weight)
-        found = alone.blocks[name].matrix(0.0)
+        found, company = (c.blocks[name].matrix(0.0) for c in (alone, built["block-ggn"]))
+        assert found is not None
+        assert company is not None
         assert_near(found.dense(), average)
-        assert torch.equal(found.dense(), built["block-ggn"].blocks[name].matrix(0.0).dense())
-        if name in factors[0] and isinstance(built["kflr"].blocks[name], Kfac):
-            both = torch.lerp(factors[0][name], factors[1][name], weight)
-            assert_near(built["kflr"].blocks[name].G, both)
+        assert torch.equal(found.dense(), company.dense())
+        if name in factors[0] and isinstance(kfac, Kfac):
+            assert kfac.G is not None
+            assert_near(kfac.G, torch.lerp(factors[0][name], factors[1][name], weight))
 
 
 def test_zeros_that_causality_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ are the scripts' values.
 def test_every_figure_and_table_has_a_name() -> None:
     thesis = [f"figure-{n}" for n in FIGURES] + [f"table-{n}" for n in TABLES]
     others = [f"{document}-figure-{n}" for document in ("s2qn", "kfqn-cnn") for n in range(1, 5)]
-    assert [*thesis, *others, "autoencoders", "convnet"] == NAMES
+    assert [*thesis, *others, "autoencoders", "convnet", "layerwise-oracle"] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

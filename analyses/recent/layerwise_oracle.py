@@ -5,36 +5,41 @@ layer, and by the methods that approximate it or something near it. Each method 
 common grid of learning rates and overall dampings λ (`compare`'s rule), from a point near its
 document's values to a neighbour that is better, until none is: fewer iterations to the last of
 three losses, or a lower loss at the end where that is not reached. Rates rise over five iterations
-and then stay; the rest is each method's own. Minibatches are the same for all, and nothing is
-refreshed less often than every iteration. The exact methods get fewer iterations, see their
-minibatch alone and have no momentum (OWN).
-CPU seconds are of one thread, evaluations apart. The cosines are those of a comparison along the
-layer-wise oracle's own path at its own rate and damping. Runs are kept in `--runs`, so that two
-processes can share the methods (`--method`), and a last one draws.
+and then stay. Minibatches are the same for all, and nothing is refreshed less often than every
+iteration. The exact methods get fewer iterations, see their minibatch alone and have no momentum
+(OWN). CPU seconds are of one thread, evaluations apart. Cosines are those of a comparison along the
+layer-wise oracle's own path, rate and damping. Runs are kept in `--runs`, so that two processes can
+share the methods (`--method`), and a last one draws.
 """
 
-import itertools
-import json
 import math
-import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.reproduction import ReproductionReport, Script, main
-from curvlab.reproduction.script import say_progress
+from curvlab.reproduction.grid_walk import (
+    Best,
+    Grid,
+    GridRun,
+    KeptRuns,
+    counted_table,
+    draw_curves,
+    ratios,
+    walk,
+)
+from curvlab.reproduction.short_windows import ShortWindows
 from curvlab.show.style import looks
-from curvlab.system.atomic import rewrite
 
-RATES = tuple(round(10 ** (k / 2), 10) for k in range(-8, 2))  # 1e-4, 3.16e-4, …, 1, 3.16
-DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+GRID = Grid(  # rates 1e-4, 3.16e-4, …, 3.16, dampings 1e-7, 1e-6, …, 1
+    [round(10 ** (k / 2), 10) for k in range(-8, 2)], [10.0**k for k in range(-7, 1)]
+)
 # beside each method's own: the exact ones see their minibatch alone, and no momentum, with which
 # they diverge at rates at which they do not without
 OWN: dict[str, dict[str, Any]] = {
@@ -56,14 +61,11 @@ STARTS: dict[str, tuple[float, float]] = {
     "adamw": (1e-2, 1e-7),
 }
 ORACLES = ("block-ggn", "full-ggn")
-RISE = 5
 
 
 @dataclass(frozen=True)
 class Size:
-    """Minibatches of windows, iterations of the exact methods and of the others, and the losses, in
-    nat a symbol, to which iterations and seconds are counted.
-    """
+    """Windows of a minibatch, iterations of exact methods and others, losses counted to."""
 
     windows: int
     exact: int
@@ -76,9 +78,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Extent:
-    """Sizes of minibatches, seeds, symbols in a window, windows of an evaluation; whether methods
-    walk over the grid.
-    """
+    """Sizes, seeds, symbols of a window, windows of an evaluation; whether methods walk."""
 
     sizes: tuple[Size, ...]
     seeds: tuple[int, ...]
@@ -101,175 +101,31 @@ EXTENT = {
 }
 
 
-@dataclass
-class Run:
-    """Validation loss, nat a symbol, after each number of iterations, and CPU seconds until then.
-
-    A run whose loss is no longer finite, or above that of the start, has ended.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def last(self) -> float:
-        return self.loss[-1] if self.loss and math.isfinite(self.loss[-1]) else math.inf
-
-    def reaches(self, level: float) -> tuple[float, float]:
-        """Iterations and CPU seconds until the loss is at most `level`, linear between two."""
-        for i, loss in enumerate(self.loss):
-            if loss <= level:
-                if i == 0:
-                    return 0.0, 0.0
-                before = self.loss[i - 1]
-                part = (before - level) / (before - loss) if before > loss else 1.0
-                seconds = self.seconds[i - 1] + part * (self.seconds[i] - self.seconds[i - 1])
-                return i - 1 + part, seconds
-        return math.inf, math.inf
-
-
-class Problem:
-    """The language model's minibatches and the loss that is read."""
-
-    def __init__(self, extent: Extent) -> None:
-        self.train, held = cl.datasets.load("shakespeare32")
-        self.symbols = extent.symbols
-        spread = torch.linspace(0, len(held) - 1, extent.held).long()
-        self.x, self.y = held.x[spread][:, : self.symbols], held.y[spread][:, : self.symbols]  # type: ignore[index]  # no sparse rows
-
-    def evaluated(self, model: nn.Module) -> float:
-        with torch.no_grad():
-            logits = model(self.x)
-            return float(nn.functional.cross_entropy(logits.flatten(0, 1), self.y.flatten()))
-
-    def batches(self, size: int, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        epochs = math.ceil(steps * size / len(self.train))
-        batches = self.train.batches(size, epochs=epochs, seed=seed)
-        for x, y in itertools.islice(batches, steps):
-            yield x[:, : self.symbols].contiguous(), y[:, : self.symbols].contiguous()
-
-    def objective(self, seed: int) -> cl.Objective:
-        return cl.Objective(
-            cl.models.build("gpt-tiny", seed=seed), cl.likelihoods.Tokens(), seed=seed
-        )
-
-    def run(self, name: str, size: int, steps: int, seed: int, lr: float, damping: float) -> Run:
-        """Train from the seed's weights."""
-        objective = self.objective(seed)
-        options: dict[str, Any] = {"lr": lr, "weight_decay": 0.0}
-        options["damping"] = cl.algorithms.damping_for(name, damping, size)
-        options |= OWN.get(name, {})
-        optimizer = cl.optimizer(name, objective, **options)
-        start = self.evaluated(objective.model)
-        found, seconds = Run([start], [0.0]), 0.0
-        for i, (x, y) in enumerate(self.batches(size, seed, steps), 1):
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, i / RISE)
-            began = time.process_time()
-            try:
-                optimizer.step(objective.closure(x, y))
-            except cl.CurvlabError:
-                return Run([*found.loss, math.inf], [*found.seconds, seconds])
-            seconds += time.process_time() - began
-            found.loss.append(self.evaluated(objective.model))
-            found.seconds.append(seconds)
-            if not found.loss[-1] < 1.5 * start:
-                return Run([*found.loss[:-1], math.inf], found.seconds)
-        return found
-
-
-def neighbours(lr: int, damping: int, damped: bool) -> list[tuple[int, int]]:
-    """Places of the grid beside one."""
-    around = [(lr + 1, damping), (lr - 1, damping)]
-    around += [(lr, damping - 1), (lr, damping + 1)] if damped else []
-    return [(i, j) for i, j in around if 0 <= i < len(RATES) and 0 <= j < len(DAMPINGS)]
-
-
-def nearest(values: tuple[float, ...], value: float) -> int:
-    return min(range(len(values)), key=lambda i: abs(math.log(values[i] / value)))
-
-
-class Kept:
-    """Runs of one method at one size in a file: what was measured is not measured again."""
-
-    def __init__(self, report: ReproductionReport, problem: Problem, name: str, size: Size) -> None:
-        self.problem, self.name, self.size = problem, name, size
-        folder = report.options.runs / "layerwise-oracle" / report.options.budget
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"{name}-{size.windows}.json"
-        self.runs: dict[str, Run] = {}
-        if self.path.exists():
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            self.runs = {key: Run(**each) for key, each in stored.items()}
-
-    def __call__(self, seed: int, place: tuple[int, int]) -> Run:
-        lr, damping = RATES[place[0]], DAMPINGS[place[1]]
-        steps = self.size.steps(self.name)
-        key = f"lr={lr:.3g} damping={damping:.0e} seed={seed} steps={steps}"
-        if key not in self.runs:
-            run = self.problem.run(self.name, self.size.windows, steps, seed, lr, damping)
-            self.runs[key] = run
-            text = json.dumps({k: asdict(each) for k, each in self.runs.items()})
-            rewrite(self.path, lambda path: path.write_text(text, encoding="utf-8"))
-            say_progress(
-                f"{self.name}, {self.size.windows} windows, {key}: {run.last:.4f},"
-                f" {run.seconds[-1]:.0f} CPU s"
-            )
-        return self.runs[key]
-
-    def cost(self, place: tuple[int, int], seed: int) -> tuple[float, float, int]:
-        """What the walk makes least: iterations to the last level, then the last loss.
-
-        Of runs that end for their loss the longest is the best.
-        """
-        run = self(seed, place)
-        return run.reaches(self.size.levels[-1])[0], run.last, -len(run.loss)
-
-
-@dataclass
-class Best:
-    """Where a method's walk ended, how many runs it took, and the runs there, one a seed."""
-
-    lr: float
-    damping: float
-    tried: int
-    runs: list[Run]
-
-    def reaches(self, level: float) -> tuple[float, float]:
-        """Means over seeds."""
-        iterations, seconds = zip(*[run.reaches(level) for run in self.runs], strict=True)
-        return float(np.mean(iterations)), float(np.mean(seconds))
-
-    @property
-    def last(self) -> float:
-        return float(np.mean([run.last for run in self.runs]))
-
-
-def best_of(report: ReproductionReport, problem: Problem, name: str, size: Size) -> Best:
+def best_of(report: ReproductionReport, problem: ShortWindows, name: str, size: Size) -> Best:
     """Walk over the grid with the first seed, and run the best place with all seeds."""
-    extent, kept = EXTENT[report.options.budget], Kept(report, problem, name, size)
-    lr, damping = STARTS[name]
-    here = nearest(RATES, lr), nearest(DAMPINGS, damping)
-    cost = {here: kept.cost(here, extent.seeds[0])}
-    moved = extent.walk
-    while moved:
-        moved = False
-        for place in neighbours(*here, damped=name != "muon"):
-            if place not in cost:
-                cost[place] = kept.cost(place, extent.seeds[0])
-                if cost[place] < cost[here]:  # on from there at once
-                    here, moved = place, True
-                    break
-    runs = [kept(seed, here) for seed in extent.seeds]
-    return Best(RATES[here[0]], DAMPINGS[here[1]], len(cost), runs)
+    extent, steps = EXTENT[report.options.budget], size.steps(name)
+
+    def run(seed: int, lr: float, damping: float) -> GridRun:
+        own = cl.algorithms.damping_for(name, damping, size.windows)
+        options = {"lr": lr, "damping": own, "weight_decay": 0.0} | OWN.get(name, {})
+        return problem.run(name, size.windows, steps, seed, options)
+
+    path, what = folder(report) / f"{name}-{size.windows}.json", f"{name}, {size.windows} windows"
+    kept = KeptRuns(path, what, run, GRID, f"steps={steps}")
+    how = {"damped": name != "muon", "moves": extent.walk}
+    return walk(kept, GRID.nearest(*STARTS[name]), size.levels[-1], extent.seeds, **how)
+
+
+def folder(report: ReproductionReport) -> Path:
+    return report.options.runs / "layerwise-oracle" / report.options.budget
 
 
 def cosines(
-    problem: Problem, oracle: Best, size: Size, report: ReproductionReport
+    problem: ShortWindows, oracle: Best, size: Size, report: ReproductionReport
 ) -> dict[str, float]:
-    """Mean cosine to the layer-wise direction along its own path, over matrices and iterations."""
+    """Mean over matrices and iterations."""
     steps = size.exact
-    log_file = report.options.runs / "layerwise-oracle" / report.options.budget
-    path = log_file / f"cosines-{size.windows}-{oracle.lr:.3g}-{oracle.damping:.0e}.h5"
+    path = folder(report) / f"cosines-{size.windows}-{oracle.lr:.3g}-{oracle.damping:.0e}.h5"
     if not path.exists():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", cl.CurvlabWarning)
@@ -297,7 +153,7 @@ def make(report: ReproductionReport) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        problem = Problem(extent)
+        problem = ShortWindows(extent.symbols, extent.held)
         chosen = report.options.methods or tuple(STARTS)
         figure = Figure(figsize=(14, 4.4 * len(extent.sizes)), layout="constrained")
         axes = figure.subplots(len(extent.sizes), 3, squeeze=False)
@@ -307,7 +163,11 @@ def make(report: ReproductionReport) -> None:
             if set(ORACLES) <= set(found):
                 near = cosines(problem, found["block-ggn"], size, report)
             told(report, size, found, near)
-            drawn(row, size, found, near)
+            draw_curves(row[:2], found, size.levels, ORACLES)
+            row[0].set_title(f"gpt-tiny, minibatches of {size.windows} windows", fontsize=10)
+            row[0].legend(fontsize=8, ncols=2, loc="lower left")
+            row[1].set_title("the same against time", fontsize=10)
+            draw_nearness(row[2], size, found, near)
         report.draw(figure)
     finally:
         torch.set_num_threads(threads)
@@ -316,102 +176,46 @@ def make(report: ReproductionReport) -> None:
 def told(
     report: ReproductionReport, size: Size, found: dict[str, Best], near: dict[str, float]
 ) -> None:
-    """Say the table and the claims of one minibatch size."""
+    """Say the table of one minibatch size, and hold the paper's sentences to the runs."""
+    extent = EXTENT[report.options.budget]
     report.say(
-        f"minibatches of {size.windows} windows of {EXTENT[report.options.budget].symbols} symbols:"
-        f" {size.exact} iterations of the exact methods, {size.others} of the others; means of"
-        f" {len(EXTENT[report.options.budget].seeds)} seeds, iterations / CPU s"
+        f"minibatches of {size.windows} windows of {extent.symbols} symbols: {size.exact}"
+        f" iterations of the exact methods, {size.others} of the others; means of"
+        f" {len(extent.seeds)} seeds, iterations / CPU s"
     )
-    rows = []
-    for name, best in found.items():
-        ends = [run.last for run in best.runs]
-        reached = [best.reaches(level) for level in size.levels]
-        rows.append(
-            [
-                name,
-                f"{best.lr:.2g}",
-                "" if name == "muon" else f"{best.damping:.0e}",
-                str(best.tried),
-                *(counted(iterations, seconds) for iterations, seconds in reached),
-                f"{best.last:.3f}",
-                f"{max(ends) - min(ends):.3f}",
-                f"{near[name]:.2f}" if name in near else "",
-            ]
-        )
-    levels = [f"to {level:g}" for level in size.levels]
-    report.table(["method", "lr", "λ", "runs", *levels, "last loss", "its range", "cosine"], rows)
-    claims(report, found, size.levels)
-    report.say()
-
-
-def counted(iterations: float, seconds: float) -> str:
-    return f"{iterations:.1f} / {seconds:.1f}" if math.isfinite(iterations) else "not reached"
-
-
-def claims(
-    report: ReproductionReport, found: dict[str, Best], levels: tuple[float, float, float]
-) -> None:
-    """Hold the paper's sentences to the runs, at every level that both reach."""
-
-    def ratios(above: str, below: str) -> list[str]:
-        each = [(found[above].reaches(v)[0], found[below].reaches(v)[0]) for v in levels]
-        return [f"{a / b:.2f}" if b and math.isfinite(a + b) else "not reached" for a, b in each]
-
+    words = {name: f"{value:.2f}" for name, value in near.items()}
+    report.table(*counted_table(found, size.levels, {"cosine": words}))
     if set(ORACLES) <= set(found):
+        both = ratios(found["block-ggn"], found["full-ggn"], size.levels)
         report.say(
             "claim: the layer-wise exact method nearly matches the full one: iterations of"
-            f" block-ggn over full-ggn {', '.join(ratios('block-ggn', 'full-ggn'))}"
+            f" block-ggn over full-ggn {both}"
         )
     for name in ("soap", "muon"):
         if {name, *ORACLES} <= set(found):
+            full, layers = (ratios(found[name], found[o], size.levels) for o in ORACLES[::-1])
             report.say(
                 f"claim: both need far fewer iterations than {name} (the paper: 5.4 times for the"
-                f" full one): {name} over full-ggn {', '.join(ratios(name, 'full-ggn'))}, over"
-                f" block-ggn {', '.join(ratios(name, 'block-ggn'))}"
+                f" full one): {name} over full-ggn {full}, over block-ggn {layers}"
             )
+    report.say()
 
 
-def drawn(row: Any, size: Size, found: dict[str, Best], near: dict[str, float]) -> None:
-    """Draw loss against iterations and CPU seconds, and iterations against the cosine."""
+def draw_nearness(ax: Axes, size: Size, found: dict[str, Best], near: dict[str, float]) -> None:
     styles = looks({name: name for name in found})
-    left, middle, right = row
     for name, best in found.items():
-        shortest = min(len(run.loss) for run in best.runs)
-        curve = np.mean([run.loss[:shortest] for run in best.runs], axis=0)
-        seconds = np.mean([run.seconds[:shortest] for run in best.runs], axis=0)
-        style, exact = styles[name], name in ORACLES
-        look = {
-            "color": style.colour,
-            "linestyle": style.dashes,
-            "linewidth": 2.4 if exact else 1.4,
-        }
-        left.plot(range(1, len(curve)), curve[1:], label=name, zorder=3 if exact else 2, **look)
-        middle.plot(seconds[1:], curve[1:], **look)
         iterations = best.reaches(size.levels[1])[0]
         if name in near and math.isfinite(iterations):
-            right.plot(
-                near[name], iterations, marker=style.marker, color=style.colour, markersize=8
-            )
-            right.annotate(
-                name, (near[name], iterations), (5, 4), textcoords="offset points", fontsize=9
-            )
-    for ax in (left, middle):
-        for level in size.levels:
-            ax.axhline(level, color="0.5", linewidth=0.8, linestyle=":")
-        ax.set_ylabel("validation loss, nat a symbol")
-        ax.set_xscale("log")
-        ax.grid(alpha=0.3)
-    left.set_xlabel("iterations")
-    left.set_title(f"gpt-tiny, minibatches of {size.windows} windows", fontsize=10)
-    left.legend(fontsize=8, ncols=2, loc="lower left")
-    middle.set_xlabel("CPU seconds, one thread")
-    middle.set_title("the same against time", fontsize=10)
-    right.set_yscale("log")
-    right.set_xlabel("mean cosine to the layer-wise direction, along its path")
-    right.set_ylabel(f"iterations to {size.levels[1]:g} nat")
-    right.set_title("how near, and how fast", fontsize=10)
-    right.grid(alpha=0.3, which="both")
-    right.margins(0.2)
+            at, style = (near[name], iterations), styles[name]
+            ax.plot(*at, marker=style.marker, color=style.colour, markersize=8)
+            ax.annotate(name, at, (5, 4), textcoords="offset points", fontsize=9)
+    if ax.has_data():
+        ax.set_yscale("log")
+    ax.set_xlabel("mean cosine to the layer-wise direction, along its path")
+    ax.set_ylabel(f"iterations to {size.levels[1]:g} nat")
+    ax.set_title("how near, and how fast", fontsize=10)
+    ax.grid(alpha=0.3, which="both")
+    ax.margins(0.2)
 
 
 FIGURE = Script(
