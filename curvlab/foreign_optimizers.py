@@ -106,6 +106,7 @@ class Foreign(WholeVector):
         It is asked about each by itself, on the device "meta".
         """
         options = {k: v for k, v in options.items() if k not in OWN}
+        _check_kinds(self.kind, self.title, options)
         taken, left = [], []
         for name, p in objective.parameters.items():
             empty = nn.Parameter(torch.empty_like(p, device="meta"))
@@ -288,6 +289,23 @@ def _source(kind: type[torch.optim.Optimizer]) -> str:
         return kind.__module__
 
 
+def _check_kinds(kind: type[torch.optim.Optimizer], title: str, options: Mapping[str, Any]) -> None:
+    """Raise CurvlabError for an option that is of another kind than its default in the class."""
+    for name, parameter in inspect.signature(kind).parameters.items():
+        default, value = parameter.default, options.get(name, parameter.default)
+        wanted = ""
+        if isinstance(default, bool) and not isinstance(value, bool):
+            wanted = "true or false"
+        elif isinstance(default, float | int) and isinstance(value, str | tuple | list):
+            wanted = f"a number, such as {default}"
+        elif isinstance(default, tuple) and len(default) != (
+            len(value) if isinstance(value, tuple | list) else 0
+        ):
+            wanted = f"{len(default)} values, such as {default}"
+        if wanted:
+            raise CurvlabError(f"options of {title}: {name} takes {wanted}, not {value!r}")
+
+
 def _try(kind: type[torch.optim.Optimizer], name: str, options: Mapping[str, Any]) -> None:
     """Raise CurvlabError for an optimizer that cannot follow another's weights, with the reason."""
     closure = inspect.signature(kind.step).parameters.get("closure")
@@ -301,6 +319,7 @@ def _try(kind: type[torch.optim.Optimizer], name: str, options: Mapping[str, Any
             f"{name} steps on weights of its own beside the model's (it has train() and eval()):"
             " its direction at given weights is not defined"
         )
+    _check_kinds(kind, name, options)
     weight = nn.Parameter(torch.linspace(1.0, 2.0, 12).view(4, 3))
     before = weight.detach().clone()
     try:

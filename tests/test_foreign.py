@@ -317,7 +317,10 @@ def test_refused_in_one_line(make: Any, words: str) -> None:
         ({"double_grad": True}, "no double_grad"),
         ({"momentum": 0.9}, "no momentum"),  # of AdamW
         ({"nonsense": 1}, "nonsense"),
-        ({"betas": 3}, "options of torch:AdamW"),
+        ({"betas": 3}, "betas takes 2 values, such as"),
+        ({"betas": (0.9,)}, "betas takes 2 values, such as"),
+        ({"amsgrad": "perhaps"}, "amsgrad takes true or false, not 'perhaps'"),
+        ({"eps": "small"}, "eps takes a number, such as 1e-08"),
     ],
 )
 def test_options_that_are_not_its_own(options: dict[str, Any], words: str) -> None:
