@@ -6,14 +6,11 @@ takes an algorithm's name takes theirs.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from curvlab.curvature.settings import CurvatureSettings
 from curvlab.curvature.shadow import Shadow, Shadowed
 from curvlab.errors import CurvlabError, real, shown, some_of, unknown
 from curvlab.objective import Objective
+from curvlab.own_models import module_of
 
 FOREIGN: dict[str, Algorithm] = {}
 """Entries of optimizers that were asked for in this process, by name."""
@@ -212,22 +210,7 @@ def foreign_algorithm(name: str) -> Algorithm:
 def _imported(name: str) -> type[torch.optim.Optimizer]:
     place, _, attribute = name.partition(":")
     place = "torch.optim" if place == "torch" else place
-    here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(place)
-    except Exception as error:  # whatever somebody else's module raises
-        missing = isinstance(error, ModuleNotFoundError) and error.name in (
-            place,
-            place.partition(".")[0],
-        )
-        why = "there is no such module: install it" if missing else _line(error)
-        raise CurvlabError(f"optimizer '{name}': importing '{place}' failed ({why})") from error
-    finally:
-        if added:
-            sys.path.remove(here)
+    module = module_of(place, f"optimizer '{name}'")
     found = getattr(module, attribute, None)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         known = sorted(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,19 +56,22 @@ class OwnModel:
         return self.first.pop() if self.first and seed == self.seed else self()
 
 
-def import_own(name: str) -> Callable[[], Any]:
-    """Import what ``module:function`` names; the working directory is searched too.
+def module_of(path: str, what: str) -> ModuleType:
+    """Import a module of the user's; the working directory is searched too.
+
+    Args:
+        path: of the module, with dots.
+        what: asks for it, for the error's line.
 
     Raises:
-        CurvlabError: there is no such module, importing it fails, or it has no such function.
+        CurvlabError: there is no such module, or importing it fails.
     """
-    path, _, attribute = name.partition(":")
     here = str(Path.cwd())
     added = here not in sys.path
     if added:
         sys.path.insert(0, here)
     try:
-        module = importlib.import_module(path)
+        return importlib.import_module(path)
     except Exception as error:  # the user's module runs here, and may fail in any way
         if (
             isinstance(error, ModuleNotFoundError)
@@ -75,13 +79,23 @@ def import_own(name: str) -> Callable[[], Any]:
             and (path == error.name or path.startswith(f"{error.name}."))
         ):
             raise CurvlabError(
-                f"model '{name}': there is no module '{path}': run where it lies, install it or set"
+                f"{what}: there is no module '{path}': run where it lies, install it or set"
                 " PYTHONPATH"
             ) from error
-        raise CurvlabError(f"model '{name}': importing '{path}' failed: {_said(error)}") from error
+        raise CurvlabError(f"{what}: importing '{path}' failed: {_said(error)}") from error
     finally:
         if added:
             sys.path.remove(here)
+
+
+def import_own(name: str) -> Callable[[], Any]:
+    """Import what ``module:function`` names (`module_of`).
+
+    Raises:
+        CurvlabError: there is no such module, importing it fails, or it has no such function.
+    """
+    path, _, attribute = name.partition(":")
+    module = module_of(path, f"model '{name}'")
     if not hasattr(module, attribute):
         raise unknown(
             f"function of {path}",

@@ -285,7 +285,7 @@ class NoRate(torch.optim.Optimizer):
         (lambda: find_algorithm("torch:SparseAdam"), "does not support dense gradients"),
         (lambda: find_algorithm("torch:Adamw"), "did you mean 'AdamW'"),
         (lambda: find_algorithm("torch:lr_scheduler"), "optimizer of torch.optim"),
-        (lambda: find_algorithm("no_such_package:SOAP"), "there is no such module"),
+        (lambda: find_algorithm("no_such_package:SOAP"), "there is no module 'no_such_package'"),
         (lambda: find_algorithm("torch:"), "optimizer of torch.optim"),
         (lambda: find_algorithm(":AdamW"), "importing '' failed"),
         (lambda: cl.foreign(NeedsGraph), "needs the graph of the loss"),
