@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,37 +40,44 @@ from curvlab.system.interrupt import Shield, shielded
 from curvlab.system.progress import counted, length
 
 
+@dataclass(frozen=True)
+class Course:
+    """What one seed of a comparison sees.
+
+    Args:
+        batches: the minibatches, in order.
+        steps: of them at most; all where None.
+        warm: those of the warm start.
+        size: examples in a minibatch, from which dampings follow.
+        seed: of the log's record.
+        title: of the progress bar.
+    """
+
+    batches: Iterable[Batch]
+    steps: int | None
+    warm: Iterable[Batch]
+    size: int
+    seed: int
+    title: str = "compare"
+
+
 def compare_one(
-    objective: Objective,
-    batches: Iterable[Batch],
-    settings: CompareSettings,
-    steps: int | None,
-    warm: Iterable[Batch],
-    size: int,
-    log: Log,
-    seed: int,
-    bar: Progress,
-    title: str = "compare",
+    objective: Objective, settings: CompareSettings, course: Course, log: Log, bar: Progress
 ) -> None:
     """Compare along one seed; whatever ends it, what was logged is saved."""
     with shielded() as shield:
-        _follow(shield, objective, batches, settings, steps, warm, size, log, seed, bar, title)
+        _follow(shield, objective, settings, course, log, bar)
 
 
 def _follow(
     shield: Shield,
     objective: Objective,
-    batches: Iterable[Batch],
     settings: CompareSettings,
-    steps: int | None,
-    warm: Iterable[Batch],
-    size: int,
+    course: Course,
     log: Log,
-    seed: int,
     bar: Progress,
-    title: str,
 ) -> None:
-    descents = settings.descents(objective, size)
+    descents, seed = settings.descents(objective, course.size), course.seed
     every = settings.every
     curvatures = {name: d.curvature for name, d in descents.items()}
     with_defaults(curvatures[settings.reference]).rate = settings.rate
@@ -90,13 +98,13 @@ def _follow(
         lose(next(name for name, c in curvatures.items() if c is curvature), error, 0)
 
     try:
-        shown = counted(warm, bar, "warm start", length(warm))
+        shown = counted(course.warm, bar, "warm start", length(course.warm))
         warm_start(objective, list(curvatures.values()), shown, lose_early)
-        task = bar.add_task(title, total=steps, note="")
+        task = bar.add_task(course.title, total=course.steps, note="")
         learning: dict[
             str, float
         ] = {}  # seconds spent on learning from the last step, to be counted with the next
-        for step, batch in enumerate(itertools.islice(batches, steps)):
+        for step, batch in enumerate(itertools.islice(course.batches, course.steps)):
             with shield:  # a signal waits until the step is in the log
                 at = step
                 due = [name for name, steps_between in every.items() if step % steps_between == 0]

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from curvlab.closure import Closure
-from curvlab.comparison_loop import compare_one
+from curvlab.comparison_loop import Course, compare_one
 from curvlab.comparison_settings import CompareSettings
 from curvlab.datasets import Batches
 from curvlab.errors import MOST_STEPS, CurvlabError, tell, whole
@@ -136,17 +136,8 @@ def compare_named(
                 if len(named.seeds) == 1
                 else f"compare, seed {seed} ({i} of {len(named.seeds)})"
             )
-            compare_one(
-                objective,
-                batches,
-                settings,
-                steps,
-                batches.one_pass() if named.warm is None else _some_of(batches, named.warm),
-                named.batch_size,
-                log,
-                seed,
-                bar,
-                title,
-            )
+            warm = batches.one_pass() if named.warm is None else _some_of(batches, named.warm)
+            course = Course(batches, steps, warm, named.batch_size, seed, title)
+            compare_one(objective, settings, course, log, bar)
     assert log is not None
     return Run(log)

@@ -47,7 +47,7 @@ __all__ = [
     "MNIST_AE",
     "MODELS",
     "VGG16",
-    "Defaults",
+    "ComparisonDefaults",
     "ModelEntry",
     "PaddedShortcut",
     "ResidualBlock",
@@ -79,7 +79,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Defaults:
+class ComparisonDefaults:
     """Defaults of `curvlab compare` on a network: its size and its end.
 
     Args:
@@ -111,7 +111,7 @@ class ModelEntry:
     likelihood: str
     source: str = "yours"
     sized: bool = False
-    comparison: Defaults = Defaults()
+    comparison: ComparisonDefaults = ComparisonDefaults()
 
     def made(self, seed: int = 0, data: Sized | None = None) -> nn.Module:
         """Return a model with weights drawn from `seed`, on the CPU in float32.
@@ -293,7 +293,9 @@ MODELS: dict[str, ModelEntry] = {
         "tokens",
         "curvlab, after Radford et al. 2019",
         sized=True,
-        comparison=Defaults(damping=0.01, batch_size=32, steps=20, warm=20, refresh_every=2),
+        comparison=ComparisonDefaults(
+            damping=0.01, batch_size=32, steps=20, warm=20, refresh_every=2
+        ),
     ),
     "gpt-small": ModelEntry(
         "transformer of four layers, width 128, 4 heads, no biases; T = 64, tied head",

@@ -58,7 +58,7 @@ RENAMED = {
     "curvlab.datasets": {"Entry": "DataEntry"},
     "curvlab.linalg.distances": {"compare": "compare_to_exact"},
     "curvlab.linalg.traces": {"Estimate": "StochasticEstimate", "diagonal": "hutchinson_diagonal"},
-    "curvlab.models": {"Entry": "ModelEntry"},
+    "curvlab.models": {"Entry": "ModelEntry", "Defaults": "ComparisonDefaults"},
     "curvlab.reproduction": {"Report": "ReproductionReport", "load": "load_script"},
 }
 """{module: {old name of a public thing: new name}}"""

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from curvlab import datasets
-from curvlab.comparison_loop import compare_one
+from curvlab.comparison_loop import Course, compare_one
 from curvlab.comparison_settings import ALWAYS as ALWAYS
 from curvlab.comparison_settings import CompareSettings as CompareSettings
 from curvlab.errors import MOST_STEPS, CurvlabError, several, whole
@@ -163,17 +163,9 @@ def compare(
         nullcontext() if log.path is None else exclusive_lock(log.path),
         progress_bar(console, shown) as bar,
     ):
-        compare_one(
-            objective,
-            itertools.chain([first], iterator),
-            settings,
-            steps,
-            warm,
-            size,
-            log,
-            objective.seed,
-            bar,
-        )
+        every = itertools.chain([first], iterator)
+        course = Course(every, steps, warm, size, objective.seed)
+        compare_one(objective, settings, course, log, bar)
     return Run(log)
 
 
