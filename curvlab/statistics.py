@@ -292,6 +292,13 @@ class LayerStatistics:
             each | {name: torch.zeros_like(each[name]) for name in self.frozen}
         )
 
+    def with_term(self, pull: Tensor) -> LayerStatistics:
+        """Return the mean gradient alone, with that of a term of the objective added (L2)."""
+        gradient = self.gradient + pull
+        return LayerStatistics(
+            self.block, self.size, gradient, like=self._like, why="has its gradient alone"
+        )
+
     @cached_property
     def rows(self) -> Float[Tensor, "V N *O I"]:
         """Per-sample gradients, one for every vector sent back.

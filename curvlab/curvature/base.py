@@ -144,6 +144,8 @@ class BlockDefaults:
     """Whether it is made of Kronecker factors: the probe `bounds` reads their eigenvalues."""
     learns_pairs: bool = False
     """Whether the block learns from pairs, which the probe `damping` looks at."""
+    squares_objective: bool = False
+    """Whether `update` reads the mean gradient of the objective, its L2 term included."""
     compares_gradients: bool = False
     """Whether `secant` reads gradients, which are then autograd's own in both looks."""
     shift: float | None = None

@@ -26,7 +26,7 @@ from curvlab.curvature.base import (
 from curvlab.curvature.block_states import checked, cloned, may_have, put_back, states_of
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_at
-from curvlab.curvature.moments import check_moments, check_squared
+from curvlab.curvature.moments import check_moments, check_squared, with_terms
 from curvlab.curvature.preconditioning import preconditioned
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.derivatives import precise
@@ -115,10 +115,7 @@ class BlockDiagonal(CurvatureDefaults):
 
     @property
     def _pass(self) -> Pass:
-        """Pass that `_fold` reads: the mean gradient alone, where the blocks read no more.
-
-        Of exact labels each block's own vectors.
-        """
+        """Pass that `_fold` reads: of exact labels each block's own; the gradient, if no more."""
         if self.labels == "exact":
             return "apart"
         alone = (
@@ -149,15 +146,14 @@ class BlockDiagonal(CurvatureDefaults):
         return self.cadence.refreshes(step) or not self.ready
 
     def _fold(self, observation: Observation, weight: float) -> None:
-        if self._look is not None:
-            statistics = self._look(observation)
-        elif self._pass in observation.passes:
-            statistics = observation.passes[self._pass]
-        elif self.labels in observation.passes:
-            statistics = observation.passes[self.labels]
-        else:
-            raise unknown("pass of this observation", self.labels, observation.passes)
+        passes = observation.passes
+        read = self._pass if self._pass in passes else self.labels
+        if self._look is None and read not in passes:
+            raise unknown("pass of this observation", read, passes)
+        statistics = passes[read] if self._look is None else self._look(observation)
         self._follow(statistics)
+        if observation.pull and self.labels == "data":
+            statistics = with_terms(statistics, self.blocks, observation.pull)
         self._check(statistics)
         for name, block in self.blocks.items():
             found = statistics.get(name)

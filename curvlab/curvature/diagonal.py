@@ -19,6 +19,9 @@ class SecondMoment(BlockDefaults):
 
     Textbook Adam with the damping as ε, outside the root.
 
+    The gradient is that of the objective, its L2 term included, as of the momentum: Kingma and Ba's
+    g is of f, and so v is what `torch.optim.Adam(weight_decay=2μ)` has.
+
     RMSprop is the same with no bias correction of either moment (thesis 2.8.2) and v from a warm
     start. `torch.optim.RMSprop` differs in three ways: its v starts at zero, where ours is a
     running mean until it is a moving average; its momentum is of the preconditioned gradient, where
@@ -29,6 +32,7 @@ class SecondMoment(BlockDefaults):
     reads: Reads = "gradient"
     memory: ClassVar[tuple[str, ...]] = ("v",)
     secant: Secant | None = None
+    squares_objective = True
     inverse: Operator
 
     def __init__(self) -> None:

@@ -74,6 +74,7 @@ class WithDiagonal(BlockDefaults):
     reads: Reads = "gradient"
     memory: ClassVar[tuple[str, ...]] = ("rest", "part_state")
     secant: Secant | None = None
+    squares_objective = True
 
     def __init__(
         self,

@@ -1,12 +1,14 @@
-"""Checks of second moments: what is not finite is seen before an average takes it up."""
+"""Second moments before an average takes them up: checks, and the term of L2."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
+from curvlab.curvature.base import CurvatureBlock, block_with_defaults
 from curvlab.errors import Diverged
 from curvlab.finite import all_finite, all_short, waits
 
@@ -48,3 +50,19 @@ def check_squared(gradients: Mapping[str, Tensor]) -> None:
             )
             error.block = block
             raise error
+
+
+def with_terms(
+    statistics: Mapping[str, Any], blocks: Mapping[str, CurvatureBlock], pull: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return statistics in which blocks that square the objective's gradient find its L2 term.
+
+    Args:
+        statistics: {block: of a pass at the data's labels}.
+        blocks: {block: what reads them}.
+        pull: {block: gradient of the L2 term}.
+    """
+    reading = [n for n, b in blocks.items() if block_with_defaults(b).squares_objective]
+    return dict(statistics) | {
+        n: statistics[n].with_term(pull[n]) for n in reading if n in statistics
+    }
