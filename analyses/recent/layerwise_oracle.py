@@ -124,25 +124,24 @@ def cosines(
     problem: ShortWindows, oracle: Best, size: Size, report: ReproductionReport
 ) -> dict[str, float]:
     """Mean over matrices and iterations."""
-    steps = size.exact
     path = folder(report) / f"cosines-{size.windows}-{oracle.lr:.3g}-{oracle.damping:.0e}.h5"
-    if not path.exists():
+    objective = problem.objective(0)
+    if not path.exists() or cl.open(path).sizes["step"] < size.exact:  # one that was interrupted
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", cl.CurvlabWarning)
             cl.compare(
-                problem.objective(0),
-                problem.batches(size.windows, 0, steps),
+                objective,
+                problem.batches(size.windows, 0, size.exact),
                 reference="block-ggn",
                 algorithms=list(STARTS),
                 lr=oracle.lr,
                 damping=oracle.damping,
-                steps=steps,
                 warm=[],
                 path=path,
                 progress=False,
             )
     log = cl.open(path)
-    matrices = [b for b in log["block"].values if "norm" not in str(b)]
+    matrices = [b.name for b in objective.blocks if "norm" not in b.params[0]]
     found = cl.cosine_to(log, "block-ggn").sel(block=matrices).mean("block")
     late = found.isel(step=slice(found.sizes["step"] // 4, None)).mean("step")
     return {str(name): float(late.sel(algorithm=name)) for name in late["algorithm"].values}
