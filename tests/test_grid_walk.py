@@ -14,6 +14,7 @@ from curvlab.reproduction.grid_walk import (
     GridRun,
     KeptRuns,
     counted_table,
+    gap_closed,
     ratios,
     walk,
 )
@@ -81,6 +82,9 @@ def test_rows_and_ratios_say_what_was_not_reached() -> None:
     fast = Best(0.1, 0.01, 3, [GridRun([4.0, 2.0, 1.0], [0.0, 1.0, 2.0])])
     slow = Best(0.1, 0.01, 3, [GridRun([4.0, 3.0, 2.0], [0.0, 1.0, 2.0])])
     assert ratios(slow, fast, (3.0, 2.0, 1.0)) == "2.00, 2.00, not reached"
+    both = {"slow": slow, "fast": fast, "never": Best(1.0, 1.0, 1, [GridRun([4.0])])}
+    assert gap_closed(both, "slow", "fast", 3.0) == {"slow": "0.00", "fast": "1.00", "never": ""}
+    assert gap_closed(both, "slow", "fast", 1.0) == gap_closed(both, "none", "fast", 3.0) == {}
     heads, rows = counted_table({"slow": slow}, (3.0, 1.0), {"cosine": {"slow": "0.50"}})
     assert heads[4:] == ["to 3", "to 1", "last loss", "its range", "cosine"]
     assert rows == [

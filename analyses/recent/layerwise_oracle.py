@@ -31,6 +31,7 @@ from curvlab.reproduction.grid_walk import (
     KeptRuns,
     counted_table,
     draw_curves,
+    gap_closed,
     ratios,
     walk,
 )
@@ -175,7 +176,6 @@ def make(report: ReproductionReport) -> None:
 def told(
     report: ReproductionReport, size: Size, found: dict[str, Best], near: dict[str, float]
 ) -> None:
-    """Say the table of one minibatch size, and hold the paper's sentences to the runs."""
     extent = EXTENT[report.options.budget]
     report.say(
         f"minibatches of {size.windows} windows of {extent.symbols} symbols: {size.exact}"
@@ -183,7 +183,8 @@ def told(
         f" {len(extent.seeds)} seeds, iterations / CPU s"
     )
     words = {name: f"{value:.2f}" for name, value in near.items()}
-    report.table(*counted_table(found, size.levels, {"cosine": words}))
+    closed = gap_closed(found, "adamw", "block-ggn", size.levels[1])
+    report.table(*counted_table(found, size.levels, {"gap closed": closed, "cosine": words}))
     if set(ORACLES) <= set(found):
         both = ratios(found["block-ggn"], found["full-ggn"], size.levels)
         report.say(

@@ -230,6 +230,29 @@ def ratios(above: Best, below: Best, levels: Sequence[float]) -> str:
     return ", ".join(words)
 
 
+def gap_closed(found: Mapping[str, Best], zero: str, one: str, level: float) -> dict[str, str]:
+    """Say how much of the gap between two methods each closes, in logarithms of iterations.
+
+    Args:
+        found: {method: its best}.
+        zero: the method that closes nothing of it.
+        one: the method that closes all of it.
+        level: the loss to which iterations are counted.
+
+    Returns:
+        {method: words}; nothing where one of the two is not there, or does not reach the level.
+    """
+    count = {name: best.reaches(level)[0] for name, best in found.items()}
+    ends = [count.get(name, math.inf) for name in (zero, one)]
+    if not all(0 < end < math.inf for end in ends) or ends[0] == ends[1]:
+        return {}
+    whole = math.log(ends[0] / ends[1])
+    return {
+        name: f"{math.log(ends[0] / n) / whole:.2f}" if 0 < n < math.inf else ""
+        for name, n in count.items()
+    }
+
+
 def draw_curves(
     axes: Sequence[Axes], found: Mapping[str, Best], levels: Sequence[float], wide: Sequence[str]
 ) -> None:
