@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvlab.closure import Closure
@@ -25,14 +24,14 @@ from curvlab.curvature.base import (
 )
 from curvlab.curvature.block_states import checked, cloned, may_have, put_back, states_of
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
-from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_at
+from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_by_block
 from curvlab.curvature.moments import check_moments, check_squared
 from curvlab.curvature.preconditioning import preconditioned
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.derivatives import precise
 from curvlab.divergence import Naming, named
 from curvlab.errors import CurvlabError, Diverged, unknown, warn
-from curvlab.layers import Block, Layout
+from curvlab.layers import Block
 from curvlab.likelihoods.base import factor_over
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
 from curvlab.nests import plain
@@ -62,6 +61,8 @@ class BlockDiagonal(CurvatureDefaults):
         fallback: the block of parameters without what `make`'s block reads.
         damping_rule: how the damping moves: with the gradient's norm (S2QN (8)), or with the
             reduction ratio of all blocks together (thesis 5.2.3); None: it stands.
+        shift: what stands beside the damping wherever it is added, and beside each B in ρ: 2μ of
+            an L2 term (`Objective.l2_hessian`), where a method has it in its matrix.
     """
 
     refreshed: float | None = None
@@ -77,6 +78,7 @@ class BlockDiagonal(CurvatureDefaults):
         look: Look | None = None,
         fallback: Callable[[], CurvatureBlock] = IdentityBlock,
         damping_rule: GradientNorm | LevenbergMarquardt | None = None,
+        shift: float = 0.0,
     ) -> None:
         self._partition = {block.name: block for block in blocks}
         self.blocks = {block.name: make(block) for block in blocks}
@@ -93,7 +95,7 @@ class BlockDiagonal(CurvatureDefaults):
         self.cadence, self.averaging = settings.cadence, averaging
         self.levenberg = damping_rule if isinstance(damping_rule, LevenbergMarquardt) else None
         self.norm_rule = damping_rule if isinstance(damping_rule, GradientNorm) else None
-        self._look = look
+        self._look, self._shift = look, shift
         self._idle: dict[
             str, Operator
         ] = {}  # of blocks that no minibatch has reached yet: the identity
@@ -248,16 +250,20 @@ class BlockDiagonal(CurvatureDefaults):
             self.damping *= self.norm_rule.shrink
         self.steps = step
 
+    @property
+    def _damped(self) -> float | None:
+        return None if self.refreshed is None else self.refreshed + self._shift
+
     def _settle(self) -> None:
         for block in self.blocks.values():
-            block_with_defaults(block).settle(self.refreshed)
+            block_with_defaults(block).settle(self._damped)
 
     @precise()
     def heed(self, momentum: Mapping[str, Tensor]) -> None:
         """Tell every block of the momentum that is preconditioned next."""
         for name, m in momentum.items():
             if name not in self._idle:
-                block_with_defaults(self.blocks[name]).heed(m, self.refreshed)
+                block_with_defaults(self.blocks[name]).heed(m, self._damped)
 
     rejects = False
 
@@ -308,20 +314,9 @@ class BlockDiagonal(CurvatureDefaults):
         return True
 
     def _ratio(self, transition: Transition) -> float:
-        """Return ρ at p = −H g (thesis Alg. 23, line 6, by block).
-
-        B = I for a block that estimates no matrix.
-        """
-        gradients = {name: g.flatten() for name, g in transition.before.gradients.items()}
-        p = {name: -(self.inverse[name] @ g) for name, g in gradients.items()}
-        matrices = {name: None if name in self._idle else self.blocks[name].matrix() for name in p}
-        Bp = [p[name] if B is None else B @ p[name] for name, B in matrices.items()]
-        return ratio_at(
-            transition,
-            Layout(tuple(self._partition.values())),
-            torch.cat(list(p.values())),
-            torch.cat(Bp),
-        )
+        """Return ρ, see `ratio_by_block`."""
+        matrices = {n: None if n in self._idle else b.matrix() for n, b in self.blocks.items()}
+        return ratio_by_block(transition, self._partition, self.inverse, matrices, self._shift)
 
     @precise()
     def absorb(self, observation: Observation) -> None:
@@ -353,7 +348,7 @@ class BlockDiagonal(CurvatureDefaults):
             if name in self._idle:
                 continue
             with Naming(self._partition[name], name):
-                block.refresh(damping)
+                block.refresh(damping + self._shift)
         self.refreshed = damping
         self.ready = True
 

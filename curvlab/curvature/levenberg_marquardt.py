@@ -7,15 +7,18 @@ S₂ ⊂ S₁ (Alg. 23, line 6).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.curvature.whole_vector import flat, loss_at, unflat
 from curvlab.errors import CurvlabError, unknown
-from curvlab.layers import Layout
+from curvlab.layers import Block, Layout
+from curvlab.linalg.operators import Operator
 from curvlab.observation import Transition
 
 Ratio = Literal["direction", "step"]
@@ -103,6 +106,32 @@ def ratio_at(
     )
     predicted = predicted_reduction(flat(layout, before.gradients), p, Bp)
     return reduction_ratio(float(before.loss) - float(after), predicted)
+
+
+def ratio_by_block(
+    transition: Transition,
+    partition: Mapping[str, Block],
+    inverse: Mapping[str, Operator],
+    matrices: Mapping[str, Operator | None],
+    shift: float,
+) -> float:
+    """Return ρ at p = −H g of all blocks together (thesis Alg. 23, line 6, by block).
+
+    Args:
+        transition: the step that was taken, with its loss before and after.
+        partition: all blocks, by name.
+        inverse: H of each.
+        matrices: B of each, of the likelihood alone; None of a block that estimates no matrix: the
+            identity stands for its part of the whole objective's Hessian.
+        shift: 2μ of the L2 term, beside every B that is estimated.
+    """
+    p = {name: -(inverse[name] @ g.flatten()) for name, g in transition.before.gradients.items()}
+    Bp = [
+        p[name] if (B := matrices[name]) is None else torch.add(B @ p[name], p[name], alpha=shift)
+        for name in p
+    ]
+    layout = Layout(tuple(partition.values()))
+    return ratio_at(transition, layout, torch.cat(list(p.values())), torch.cat(Bp))
 
 
 def check_ratio(ratio: str) -> None:
