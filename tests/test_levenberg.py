@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -241,3 +242,48 @@ def test_inverses_have_the_l2_term_beside_the_damping(name: str, adapt: bool) ->
         beside, 1.1 * torch.eye(8, dtype=torch.float64), rtol=1e-10, atol=1e-11
     )
     assert curvature.refreshed == pytest.approx(0.1, rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["smw-gn", "hf", "smw-ng-bd"])
+def test_damping_never_rises_from_rounding(name: str, dtype: torch.dtype) -> None:
+    """On a loss that is its own model λ falls or stands, long after the minimum is reached."""
+    objective, x, y = regression()
+    objective.model.to(dtype)
+    own = {} if name == "hf" else {"labels": "exact"}
+    optimizer = cl.optimizer(name, objective, lr=1.0, curvature_size=None, **own)
+    found = [1.001]
+    for _ in range(300):
+        optimizer.step(objective.closure(x.to(dtype), y.to(dtype)))
+        found.append(optimizer.descent.curvature.damping)
+    assert all(later <= now for now, later in pairwise(found))
+    assert found[-1] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("actual", "predicted", "rho"),
+    [
+        (-9.0, 9.0, 1.0), (9.0, 1.0, 1.0), (-9.0, -9.0, 1.0), (0.0, 0.1, 1.0), (0.1, 0.0, 1.0),
+        (-11.0, 9.0, -11 / 9), (3.0, 12.0, 0.25), (9.0, -11.0, -math.inf), (0.0, 0.0, math.nan),
+        (math.nan, 1.0, -math.inf), (1.0, math.nan, -math.inf),
+    ],
+)  # fmt: skip
+def test_reductions_within_rounding_are_as_foreseen(
+    actual: float, predicted: float, rho: float
+) -> None:
+    """Both within the slack: 1; one beyond it: the ratio; no move at all has none."""
+    assert reduction_ratio(actual, predicted, slack=10.0) == pytest.approx(rho, nan_ok=True)
+
+
+def test_the_slack_is_ten_units_of_rounding_of_the_loss() -> None:
+    """ρ of a model without curvature is not 1, and is seen where 1100 units are foreseen, but not
+    where 9 are.
+    """
+    _, objective, before, B = quadratic()
+    g = before.gradients["1"].flatten()
+    unit = torch.finfo(torch.float64).eps * float(before.loss)
+    transition = Transition(before, before, lambda: {"1": torch.zeros(3, 6, dtype=torch.float64)})
+    for foreseen, seen in ((1100, True), (9, False)):
+        p = -foreseen * unit * g / (g @ g)
+        rho = ratio_at(transition, objective.layout, p, 0 * B @ p)
+        assert (rho == 1.0) is not seen

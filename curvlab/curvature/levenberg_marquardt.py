@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.whole_vector import flat, loss_at, unflat
+from curvlab.curvature.whole_vector import flat, loss_at, rounding, unflat
 from curvlab.errors import CurvlabError, unknown
 from curvlab.layers import Block, Layout
 from curvlab.linalg.operators import Operator
@@ -73,13 +73,22 @@ class LevenbergMarquardt:
         return self.tau + factor * max(damping - self.tau, _SMALLEST * self.tau)
 
 
-def reduction_ratio(actual: float, predicted: float) -> float:
+def reduction_ratio(actual: float, predicted: float, slack: float = 0.0) -> float:
     """Return ρ = (f(θ) − f(θ + p)) / (m(0) − m(p)), (5.5).
 
     −∞ where the model foresees no reduction or the loss is not finite, NaN where nothing moved.
+
+    Args:
+        actual: f(θ) − f(θ + p).
+        predicted: m(0) − m(p).
+        slack: where both are within it, ρ is 1; the thesis has none (curvlab).
     """
     if actual == predicted == 0:
         return math.nan
+    # both are rounding: the model is as exact as can be seen, and their ratio is noise, which would
+    # raise λ for ever at a minimum
+    if abs(actual) <= slack and abs(predicted) <= slack:
+        return 1.0
     return actual / predicted if predicted > 0 and not math.isnan(actual) else -math.inf
 
 
@@ -95,7 +104,8 @@ def ratio_at(
 ) -> float:
     """Return ρ of moving by p from where the transition started.
 
-    It takes one forward pass more where p is not the step that was taken.
+    It takes one forward pass more where p is not the step that was taken. Reductions within
+    `rounding` of the loss are as foreseen.
     """
     before = transition.before
     ahead = p - flat(layout, transition.step)
@@ -105,7 +115,8 @@ def ratio_at(
         else loss_at(before.closure, unflat(layout, ahead))
     )
     predicted = predicted_reduction(flat(layout, before.gradients), p, Bp)
-    return reduction_ratio(float(before.loss) - float(after), predicted)
+    actual = float(before.loss) - float(after)
+    return reduction_ratio(actual, predicted, rounding(before.loss))
 
 
 def ratio_by_block(
