@@ -42,7 +42,6 @@ from curvlab.statistics import LayerStatistics
 
 Look = Callable[[Observation], Mapping[str, Any]]
 
-
 _COUNTERS = ("steps", "updates", "warmed", "ready", "damping", "gradient_norm")
 
 
@@ -96,24 +95,20 @@ class BlockDiagonal(CurvatureDefaults):
         self.levenberg = damping_rule if isinstance(damping_rule, LevenbergMarquardt) else None
         self.norm_rule = damping_rule if isinstance(damping_rule, GradientNorm) else None
         self._look, self._shift = look, shift
-        self._idle: dict[
-            str, Operator
-        ] = {}  # of blocks that no minibatch has reached yet: the identity
+        # of blocks that no minibatch has reached yet: the identity
+        self._idle: dict[str, Operator] = {}
         self.gradient_norm: float | None = None  # of the last minibatch
         self.steps = self.updates = 0
         self.warmed = self.ready = False
-        self.shown: list[
-            list[Tensor]
-        ] = []  # (x, y) of the warm start, where they are averaged over "data"
+        self._stale = False  # whether statistics are newer than the inverse
+        # (x, y) of the warm start, where they are averaged over "data"
+        self.shown: list[list[Tensor]] = []
 
     @property
     def needs(self) -> frozenset[Pass]:
         """Passes that the next `update` will read."""
-        return (
-            frozenset({self._pass})
-            if self._folds(self.steps + 1) and not self.shown
-            else frozenset()
-        )
+        reads = self._folds(self.steps + 1) and not self.shown
+        return frozenset({self._pass}) if reads else frozenset()
 
     @property
     def _pass(self) -> Pass:
@@ -148,7 +143,8 @@ class BlockDiagonal(CurvatureDefaults):
         return step % self.cadence.update_every == 0 or not self.updates
 
     def _refreshes(self, step: int) -> bool:
-        return self.cadence.refreshes(step) or not self.ready
+        changed = self._stale or self._lambda != self.refreshed
+        return self.cadence.refreshes(step, changed) or not self.ready
 
     def _fold(self, observation: Observation, weight: float) -> None:
         if self._look is not None:
@@ -175,6 +171,7 @@ class BlockDiagonal(CurvatureDefaults):
                     block.update(found, weight)
                 self._idle.pop(name, None)
         self.updates += 1
+        self._stale = True
 
     def _check(self, statistics: Mapping[str, Any]) -> None:
         """Raise Diverged, before anything is folded, where something to fold is not finite.
@@ -249,6 +246,12 @@ class BlockDiagonal(CurvatureDefaults):
             self.gradient_norm = total_norm(observation.gradients)
             self.damping *= self.norm_rule.shrink
         self.steps = step
+
+    @property
+    def _lambda(self) -> float:
+        """The λ that a refresh takes: the damping, or by the rule of the last gradient's norm."""
+        rule = self.norm_rule
+        return self.damping if rule is None else rule(self.damping, self.gradient_norm)
 
     @property
     def _damped(self) -> float | None:
@@ -339,18 +342,14 @@ class BlockDiagonal(CurvatureDefaults):
         if not self.updates:
             raise CurvlabError(NO_DATA)
         check_damping(self.damping)
-        damping = (
-            self.damping
-            if self.norm_rule is None
-            else self.norm_rule(self.damping, self.gradient_norm)
-        )
+        damping = self._lambda
         for name, block in self.blocks.items():
             if name in self._idle:
                 continue
             with Naming(self._partition[name], name):
                 block.refresh(damping + self._shift)
         self.refreshed = damping
-        self.ready = True
+        self.ready, self._stale = True, False
 
     @precise()
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -396,3 +395,5 @@ class BlockDiagonal(CurvatureDefaults):
             setattr(self, key, value)
         self.refreshed = state.get("refreshed", self.damping if self.ready else None)
         put_back(self.blocks, state["blocks"], inverses)
+        # in the first T₂ steps, where it counts, what is folded in is taken up at once
+        self._stale = False

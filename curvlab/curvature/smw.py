@@ -177,9 +177,18 @@ class Smw(WholeVectorCurvature):
         step = self.steps + 1
         if self.cadence.updates(step):
             self.rows = self._rows(observation)
-        if self.cadence.refreshes(step):
+        if self.cadence.refreshes(step, self.cadence.updates(step) or self._moved):
             self.refresh()
         self.steps = step
+
+    @property
+    def _moved(self) -> bool:
+        """Whether λ is another than that of the factor, or there is none."""
+        return self._inverse is None or self._inverse.damping != self._beside
+
+    @property
+    def _beside(self) -> float:
+        return self.damping + self.objective.l2_hessian
 
     def _rows(self, observation: Observation) -> RowMatrix:
         closure, size = observation.closure, self.curvature_size
@@ -209,7 +218,7 @@ class Smw(WholeVectorCurvature):
         if self.rows is None:
             raise CurvlabError(NO_DATA)
         check_damping(self.damping)
-        factored = LowRank(self.rows, self.damping + self.objective.l2_hessian).inv()
+        factored = LowRank(self.rows, self._beside).inv()
         assert isinstance(factored, Woodbury)
         self._inverse, self.ready = factored, True
 
