@@ -4,7 +4,8 @@ Three documents, one class: a variant is its arguments. H_a follows A = E[Σ_t a
 Hessian-action BFGS; H_g follows G by damped pairs s = change of the mean pre-activation, y = change
 of the mean derivative in it, over one step on one minibatch. The variants that the documents prove
 to converge invert A exactly, damp or skip pairs so that a lemma holds, and take the gradient
-without momentum.
+without momentum. Their theorems (thesis 2 and 4, 2021 1) hold for falling step sizes, which are not
+the default (`CONVERGENT`).
 
 Documents: the thesis (chapter 2 is 2020; chapter 3) and 2021 (Ren, Goldfarb, whose algorithms are
 numbered apart). Misprints:
@@ -74,16 +75,14 @@ CHAPTER_3: Mapping[str, Any] = {
 """Arguments of thesis Alg. 9; with `CONVERGENT` and `pi-lm`: Alg. 10. Table 3.8: #1 off is `dd`, #2
 off is not `minibatch`."""
 
-ARTICLE_2021: Mapping[str, Any] = {
-    "pair_damping": "p-lm",
-    "minibatch": True,
-    "rebalance": False,
-    "start": "identity",
-}
+ARTICLE_2021: Mapping[str, Any] = {**CHAPTER_3, "rebalance": False, "start": "identity"}
 """Arguments of 2021 Alg. 2; with `CONVERGENT` and `pi-lm-2021`: 2021 Alg. 3."""
 
 CONVERGENT: Mapping[str, Any] = {"pairs": 100, "exact": True}
-"""L-BFGS and the exact inverse of A: thesis Alg. 5 and 10, 2021 Alg. 3."""
+"""L-BFGS and the exact inverse of A: thesis Alg. 5 and 10, 2021 Alg. 3. Thesis Theorems 2 and 4 and
+2021 Theorem 1 need α_k = κ k^−β / (L κ̄²) besides, β in (½, 1), κ I ⪯ H_k ⪯ κ̄ I and L of the
+gradient. The default rate is constant. `schedule="power"` in training, every "step", makes lr k^−β
+of it; lr = κ/(L κ̄²) is the user's, and with the lemmas' κ too small to be of use."""
 
 STARTS: dict[str, Callable[[float], float]] = {
     "identity": lambda damping_g: 1.0,
