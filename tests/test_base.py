@@ -517,7 +517,27 @@ def test_early_refreshes_follow_the_gradients_norm(monkeypatch: pytest.MonkeyPat
     """S2QN (8): λ of a step is of the last gradient, which each new minibatch changes."""
     p = problem("linear")
     objective = p.objective()
-    rule = {"r1": 1e-4, "r2": 1e-3}  # below all norms here
+    rule: dict[str, Any] = {"r1": 1e-4, "r2": 1e-3}  # below all norms here
     curvature: Any = approximation("skqn-b1", objective, update_every=10, refresh_every=20, **rule)
     steps = [objective.closure(x, y).observe(frozenset({"data"})) for x, y in batches(p, 6)]
     assert refreshes(curvature, steps, monkeypatch) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["kfac", "k-bfgs", "smw-gn", "skqn-b1"])
+def test_a_state_of_the_first_steps_goes_on_to_the_bit(name: str) -> None:
+    """Between two updates of the statistics, T₁ = 4, before T₂ = 15."""
+    p = problem("tanh")
+    objective = p.objective()
+    both: list[Any] = [
+        approximation(name, objective, damping=0.3, update_every=4, refresh_every=15)
+        for _ in range(2)
+    ]
+    passes = frozenset({"data", "model", "exact"})
+    steps = [objective.closure(x, y).observe(passes) for x, y in batches(p, 9)]
+    for k, observation in enumerate(steps):
+        if k == 6:
+            both[1].load_state_dict(both[0].state_dict())
+        for curvature in both if k >= 6 else both[:1]:
+            curvature.update(observation)
+    found, again = (c.precondition(steps[0].gradients) for c in both)
+    assert all(torch.equal(found[name], again[name]) for name in found)

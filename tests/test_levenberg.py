@@ -22,6 +22,7 @@ from curvlab.curvature.levenberg_marquardt import (
     ratio_at,
     reduction_ratio,
 )
+from curvlab.exact.batches import Kind
 from curvlab.observation import Observation, Transition
 
 RULE = LevenbergMarquardt()
@@ -232,7 +233,8 @@ def test_inverses_have_the_l2_term_beside_the_damping(name: str, adapt: bool) ->
     curvature.update(objective.closure(x, y).observe(curvature.needs))
     (inverse,) = curvature.inverse.values()
     labels = curvature.labels
-    kind = {"exact": "ggn", "data": "ef"}.get(labels)
+    kinds: dict[str, Kind] = {"exact": "ggn", "data": "ef"}
+    kind = kinds.get(labels)
     matrix = (
         curvature.blocks["1"].matrix() if kind is None
         else cl.exact.matrix(objective, x, y, kind, None)
