@@ -129,6 +129,9 @@ class ByBlock:
             look=self.look,
             fallback=self.fallback,
             damping_rule=rule if adapt else None,
+            # as of Alg. 23 of the whole vector: what follows ρ has the whole objective's model,
+            # and has it at a fixed λ too, so that a comparison sees the same matrix
+            shift=objective.l2_hessian if self._adapts else 0.0,
         )
 
 

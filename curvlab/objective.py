@@ -32,10 +32,10 @@ class Objective:
         likelihood: one of `curvlab.likelihoods` or your own class with `check`, `loss`, `sample`,
             `root`.
         seed: of the labels drawn from the model.
-        l2: μ of the term μ ‖θ‖² (S2QN (26)) in loss and gradient, and 2μ I in the Hessian of the
-            methods of the whole vector. Statistics of layers, and `curvlab.exact`, are of the
-            likelihood alone (practice: "not the curvature passes"). Weight decay is another thing:
-            it is added to the direction.
+        l2: μ of the term μ ‖θ‖² (S2QN (26)) in loss and gradient, and 2μ I in the matrix of the
+            methods of the whole vector and of `smw-ng-bd`: inverse, quadratic model and ρ.
+            Statistics of layers, and `curvlab.exact`, are of the likelihood alone (practice: "not
+            the curvature passes"). Weight decay is another thing: it is added to the direction.
         outputs: of a model that returns no tensor: the name of the field that the likelihood takes,
             or a function of what the model returns, which picks a tensor [N, …].
         labels: of minibatches that are mappings: the key of the targets; the rest is given to the
@@ -111,6 +111,11 @@ class Objective:
         self.tell: Callable[[str], None] | None = (
             None  # is told of the first look, as `check` would report it
         )
+
+    @property
+    def l2_hessian(self) -> float:
+        """The multiple 2μ of the identity that the L2 term adds to a Hessian."""
+        return 2 * self.l2
 
     @property
     def layout(self) -> Layout:

@@ -457,3 +457,87 @@ def test_a_parameter_without_dimensions(name: str, power: float | None) -> None:
         torch.testing.assert_close(
             found, gradient * (gradient**2 + 0.1) ** power, rtol=1e-6, atol=0
         )
+
+
+# ------------------------------------------------------------------------------------------------
+# refreshes where nothing has changed
+
+
+def refreshes(
+    curvature: Any, steps: list[Observation], monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """The steps (from 1) at which a curvature refreshes."""
+    found: list[int] = []
+    refresh = type(curvature).refresh
+
+    def noted(self: Any) -> None:
+        found.append(self.steps + 1)
+        refresh(self)
+
+    monkeypatch.setattr(type(curvature), "refresh", noted)
+    for observation in steps:
+        curvature.update(observation)
+    return found
+
+
+@pytest.mark.parametrize("name", ["kfac", "kfac-20", "ekfac", "tnt", "shampoo"])
+def test_early_refreshes_are_where_something_was_folded_in(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "Every T₁ during the first T₂" (practice): T₁ = 10, T₂ = 100: 10 inversions in the first 100
+    steps after a warm start, not 100; then every T₂.
+    """
+    p = problem("linear")
+    objective = p.objective()
+    curvature: Any = approximation(name, objective, update_every=10, refresh_every=100)
+    observation = objective.closure(p.x, p.y).observe(frozenset({"data", "model", "gradient"}))
+    curvature.absorb(observation)
+    curvature.refresh()
+    expected = [*range(10, 101, 10), 200]
+    assert refreshes(curvature, [observation] * 205, monkeypatch) == expected
+
+
+@pytest.mark.parametrize("name", ["kfac", "smw-gn", "smw-ng-bd"])
+def test_early_refreshes_follow_a_damping_that_changed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """λ is used from the next refresh on, which is the next step in the first T₂."""
+    p = problem("linear")
+    objective = p.objective()
+    curvature: Any = approximation(name, objective, update_every=10, refresh_every=20, damping=0.5)
+    observation = objective.closure(p.x, p.y).observe(frozenset({"data", "model", "exact"}))
+    found = refreshes(curvature, [observation] * 4, monkeypatch)
+    curvature.damping = 0.7
+    found += refreshes(curvature, [observation] * 2, monkeypatch)
+    assert sorted(set(found)) == [1, 5]
+    assert curvature.refreshed == 0.7
+
+
+def test_early_refreshes_follow_the_gradients_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S2QN (8): λ of a step is of the last gradient, which each new minibatch changes."""
+    p = problem("linear")
+    objective = p.objective()
+    rule: dict[str, Any] = {"r1": 1e-4, "r2": 1e-3}  # below all norms here
+    curvature: Any = approximation("skqn-b1", objective, update_every=10, refresh_every=20, **rule)
+    steps = [objective.closure(x, y).observe(frozenset({"data"})) for x, y in batches(p, 6)]
+    assert refreshes(curvature, steps, monkeypatch) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["kfac", "k-bfgs", "smw-gn", "skqn-b1"])
+def test_a_state_of_the_first_steps_goes_on_to_the_bit(name: str) -> None:
+    """Between two updates of the statistics, T₁ = 4, before T₂ = 15."""
+    p = problem("tanh")
+    objective = p.objective()
+    both: list[Any] = [
+        approximation(name, objective, damping=0.3, update_every=4, refresh_every=15)
+        for _ in range(2)
+    ]
+    passes = frozenset({"data", "model", "exact"})
+    steps = [objective.closure(x, y).observe(passes) for x, y in batches(p, 9)]
+    for k, observation in enumerate(steps):
+        if k == 6:
+            both[1].load_state_dict(both[0].state_dict())
+        for curvature in both if k >= 6 else both[:1]:
+            curvature.update(observation)
+    found, again = (c.precondition(steps[0].gradients) for c in both)
+    assert all(torch.equal(found[name], again[name]) for name in found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from problems import assert_near, batches, curvature_of, problem
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab.curvature import kbfgs
 from curvlab.curvature.kbfgs import CHAPTER_3, KBfgs
 from curvlab.likelihoods import Likelihood
+from curvlab.linalg.pairs import Pair
 from curvlab.objective import Objective
 
 MU1, BETA = 0.2, 0.9
@@ -221,3 +224,38 @@ def test_a_curvature_that_does_not_learn_from_steps_asks_for_none() -> None:
         curvature.update(objective.closure(p.x, p.y).observe())
         seen.append(curvature.wants_step)
     assert seen == [False, False, True, False, False, True]  # Alg. 9, line 12
+
+
+def counted(action: Callable[..., Pair], actions: list[torch.Size]) -> Callable[..., Pair]:
+    """A Hessian action that is noted."""
+
+    def act(H: Tensor, *further: Any) -> Pair:
+        actions.append(H.shape)
+        return action(H, *further)
+
+    return act
+
+
+@pytest.mark.parametrize("name", [*NAMES, "kf-bfgs-cnn", "kf-bfgs-l-cnn"])
+def test_every_minibatch_is_one_hessian_action_whatever_the_refreshes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alg. 4, lines 20 to 22, and Alg. 9, line 16, know no T₂: at a standing λ the weights are
+    those of T₂ = 1 to the bit. The first of 20 minibatches makes H_a, each other one an action.
+    """
+    actions: list[torch.Size] = []
+    weights = []
+    for function in ("action_pair", "hessian_action"):
+        monkeypatch.setattr(kbfgs, function, counted(getattr(kbfgs, function), actions))
+    for every in (1, 5):
+        p = problem("tanh", "categorical", n=20)
+        objective = p.objective()
+        optimizer = cl.optimizer(name, objective, lr=0.03, damping=0.3, refresh_every=every)
+        for x, y in batches(p, 20):
+            optimizer.step(objective.closure(x, y))
+        weights.append(
+            objective.layout.flatten({n: t.detach() for n, t in objective.parameters.items()})
+        )
+        assert len(actions) == 19 * len(objective.blocks)
+        actions.clear()
+    assert torch.equal(*weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from problems import Problem, problem
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab.algorithms import approximation
 from curvlab.curvature.levenberg_marquardt import (
     LevenbergMarquardt,
     predicted_reduction,
     ratio_at,
     reduction_ratio,
 )
+from curvlab.exact.batches import Kind
 from curvlab.observation import Observation, Transition
 
 RULE = LevenbergMarquardt()
@@ -180,3 +183,109 @@ def test_one_more_forward_only_where_the_step_is_another() -> None:
     ratio_at(transition, objective.layout, 2 * step, B @ step)
     assert calls == [1]
     handle.remove()
+
+
+def regression(l2: float = 0.0, noise: float = 1.0) -> tuple[cl.Objective, Tensor, Tensor]:
+    """`Linear(3, 2)` under a Gaussian likelihood: a loss that is exactly quadratic."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(40, n, generator=draw, dtype=torch.float64) for n in (3, 2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2).double()
+    return cl.Objective(model, cl.likelihoods.Gaussian(), l2=l2), x, noise * y
+
+
+def ratios(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The list of every ρ that the rule is given from here on."""
+    found: list[float] = []
+    told = LevenbergMarquardt.adapted
+
+    def adapted(rule: LevenbergMarquardt, damping: float, rho: float) -> float:
+        found.append(rho)
+        return told(rule, damping, rho)
+
+    monkeypatch.setattr(LevenbergMarquardt, "adapted", adapted)
+    return found
+
+
+@pytest.mark.parametrize("name", ["smw-gn", "hf", "smw-ng-bd"])
+def test_the_model_has_the_l2_term_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is its own model: ρ = 1 whatever μ, and λ falls by the rule's factor each time.
+
+    Exact labels, all examples; one layer, so that its block is the whole.
+    """
+    objective, x, y = regression(2.0)
+    rhos = ratios(monkeypatch)
+    own = {"curvature_size": None} if name == "hf" else {"curvature_size": None, "labels": "exact"}
+    optimizer = cl.optimizer(name, objective, lr=1.0, **own)
+    for _ in range(4):
+        optimizer.step(objective.closure(x, y))
+    assert rhos == pytest.approx([1.0] * 4, abs=1e-7)
+    assert optimizer.descent.curvature.damping == pytest.approx(0.001 + 0.99**4, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["smw-gn", "smw-ng", "hf", "smw-ng-bd"])
+@pytest.mark.parametrize("adapt", [True, False])
+def test_inverses_have_the_l2_term_beside_the_damping(name: str, adapt: bool) -> None:
+    """inverse⁻¹ − matrix of the likelihood = (λ + 2μ) I, at a fixed λ too."""
+    objective, x, y = regression(0.5)
+    curvature: Any = approximation(name, objective, damping=0.1, adapt=adapt, curvature_size=None)
+    curvature.update(objective.closure(x, y).observe(curvature.needs))
+    (inverse,) = curvature.inverse.values()
+    labels = curvature.labels
+    kinds: dict[str, Kind] = {"exact": "ggn", "data": "ef"}
+    kind = kinds.get(labels)
+    matrix = (
+        curvature.blocks["1"].matrix() if kind is None
+        else cl.exact.matrix(objective, x, y, kind, None)
+    ).dense()  # fmt: skip
+    beside = torch.linalg.inv(inverse.dense()) - matrix
+    torch.testing.assert_close(
+        beside, 1.1 * torch.eye(8, dtype=torch.float64), rtol=1e-10, atol=1e-11
+    )
+    assert curvature.refreshed == pytest.approx(0.1, rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["smw-gn", "hf", "smw-ng-bd"])
+def test_damping_never_rises_from_rounding(name: str, dtype: torch.dtype) -> None:
+    """On a loss that is its own model λ falls or stands, long after the minimum is reached."""
+    objective, x, y = regression()
+    objective.model.to(dtype)
+    own = {} if name == "hf" else {"labels": "exact"}
+    optimizer = cl.optimizer(name, objective, lr=1.0, curvature_size=None, **own)
+    found = [1.001]
+    for _ in range(300):
+        optimizer.step(objective.closure(x.to(dtype), y.to(dtype)))
+        found.append(optimizer.descent.curvature.damping)
+    assert all(later <= now for now, later in pairwise(found))
+    assert found[-1] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("actual", "predicted", "rho"),
+    [
+        (-9.0, 9.0, 1.0), (9.0, 1.0, 1.0), (-9.0, -9.0, 1.0), (0.0, 0.1, 1.0), (0.1, 0.0, 1.0),
+        (-11.0, 9.0, -11 / 9), (3.0, 12.0, 0.25), (9.0, -11.0, -math.inf), (0.0, 0.0, math.nan),
+        (math.nan, 1.0, -math.inf), (1.0, math.nan, -math.inf),
+    ],
+)  # fmt: skip
+def test_reductions_within_rounding_are_as_foreseen(
+    actual: float, predicted: float, rho: float
+) -> None:
+    """Both within the slack: 1; one beyond it: the ratio; no move at all has none."""
+    assert reduction_ratio(actual, predicted, slack=10.0) == pytest.approx(rho, nan_ok=True)
+
+
+def test_the_slack_is_ten_units_of_rounding_of_the_loss() -> None:
+    """ρ of a model without curvature is not 1, and is seen where 1100 units are foreseen, but not
+    where 9 are.
+    """
+    _, objective, before, B = quadratic()
+    g = before.gradients["1"].flatten()
+    unit = torch.finfo(torch.float64).eps * float(before.loss)
+    transition = Transition(before, before, lambda: {"1": torch.zeros(3, 6, dtype=torch.float64)})
+    for foreseen, seen in ((1100, True), (9, False)):
+        p = -foreseen * unit * g / (g @ g)
+        rho = ratio_at(transition, objective.layout, p, 0 * B @ p)
+        assert (rho == 1.0) is not seen

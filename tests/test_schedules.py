@@ -30,6 +30,7 @@ CLOSED: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
     "constant": ({}, lambda e: 0.3),
     "step": ({}, lambda e: 0.3 * 0.1 ** (e // 60)),
     "cosine": ({}, lambda e: 0.3 * (1 + math.cos(math.pi * e / 150)) / 2),
+    "power": ({}, lambda e: 0.3 * (e + 1) ** -0.75),
 }
 
 
@@ -47,6 +48,9 @@ def test_options() -> None:
     )
     assert rates("cosine", 2, 3, least=0.1) == pytest.approx([0.3, 0.2, 0.1], rel=1e-14)
     assert rates("ExponentialLR", 9, 3, gamma=0.5) == pytest.approx([0.3, 0.15, 0.075], rel=1e-14)
+    assert rates("power", 9, 4, exponent=0.5) == pytest.approx(
+        [0.3, 0.3 / 2**0.5, 0.3 / 3**0.5, 0.15], rel=1e-14
+    )
     assert SCHEDULES["step"].options == ["every", "factor"]
     assert SCHEDULES["cosine"].options == ["least"]
 
@@ -59,7 +63,7 @@ def test_options() -> None:
             {},
             (
                 "unknown schedule 'stepp'; did you mean 'step'.*known: constant, step, cosine,"
-                " .*ExponentialLR"
+                " power, .*ExponentialLR"
             ),
         ),
         ("step", {"evry": 1}, "unknown option of schedule step 'evry'; did you mean 'every'"),
@@ -77,6 +81,7 @@ def test_options() -> None:
         ("step", {"every": 2.5}, "every of schedule step must be a whole number, not 2.5"),
         ("step", {"factor": math.nan}, "factor of schedule step must be a finite number, not nan"),
         ("cosine", {"least": -1.0}, "schedule 'cosine': least must be 0 or positive, not -1"),
+        ("power", {"exponent": -1.0}, "schedule 'power': exponent must be 0 or positive, not -1"),
         ("ExponentialLR", {}, "schedule 'ExponentialLR': .*gamma"),
         ("step", {"every": "often"}, "every of schedule step must be a whole number, not 'often'"),
         (
@@ -312,6 +317,25 @@ def test_a_function_that_makes_no_scheduler() -> None:
         cl.CurvlabError, match="must return a scheduler of the optimizer, not NoneType"
     ):
         cl.train(objective, batches, schedule=lambda optimizer: None)
+
+
+@pytest.mark.parametrize("name", ["k-bfgs-convergent", "k-bfgs-20-convergent"])
+def test_the_convergent_variants_at_the_rates_of_their_theorems(name: str) -> None:
+    """α_k = α k^−β at step k, k from 1: thesis, Theorems 2 and 4."""
+    objective, batches = problem()
+    run = cl.train(
+        objective,
+        batches,
+        epochs=3,
+        algorithm=name,
+        lr=0.1,
+        schedule="power",
+        schedule_every="step",
+        schedule_options={"exponent": 0.6},
+        evaluate_every=1,
+    )
+    seen = [0.1 * k**-0.6 for k in (1, 3, 5, 7)]
+    assert run.dataset["lr"].values.tolist() == pytest.approx(seen, rel=1e-12)
 
 
 def test_cosine_needs_to_know_how_many_epochs() -> None:

@@ -185,8 +185,8 @@ def train(
         str,
         Option(
             help=(
-                "constant, step (thesis 3.7.1: 0.1 every 60 epochs), cosine, or torch's by name, as"
-                " ExponentialLR."
+                "constant, step (thesis 3.7.1: 0.1 every 60 epochs), cosine, power (over k^β), or"
+                " torch's by name, as ExponentialLR."
             ),
             rich_help_panel=_RATE,
         ),
@@ -196,7 +196,7 @@ def train(
         Option(
             "--schedule-set",
             metavar="NAME=VALUE",
-            help="An option of the schedule: step has every, factor; cosine least.",
+            help="An option of the schedule: step has every, factor; cosine least; power exponent.",
             rich_help_panel=_RATE,
         ),
     ] = None,

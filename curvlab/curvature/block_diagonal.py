@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvlab.closure import Closure
@@ -25,14 +24,14 @@ from curvlab.curvature.base import (
 )
 from curvlab.curvature.block_states import checked, cloned, may_have, put_back, states_of
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
-from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_at
+from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_by_block
 from curvlab.curvature.moments import check_moments, check_squared, with_terms
 from curvlab.curvature.preconditioning import preconditioned
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.derivatives import precise
 from curvlab.divergence import Naming, named
 from curvlab.errors import CurvlabError, Diverged, unknown, warn
-from curvlab.layers import Block, Layout
+from curvlab.layers import Block
 from curvlab.likelihoods.base import factor_over
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
 from curvlab.nests import plain
@@ -42,7 +41,6 @@ from curvlab.soundness import check_gradients
 from curvlab.statistics import LayerStatistics
 
 Look = Callable[[Observation], Mapping[str, Any]]
-
 
 _COUNTERS = ("steps", "updates", "warmed", "ready", "damping", "gradient_norm")
 
@@ -62,6 +60,8 @@ class BlockDiagonal(CurvatureDefaults):
         fallback: the block of parameters without what `make`'s block reads.
         damping_rule: how the damping moves: with the gradient's norm (S2QN (8)), or with the
             reduction ratio of all blocks together (thesis 5.2.3); None: it stands.
+        shift: what stands beside the damping wherever it is added, and beside each B in ρ: 2μ of
+            an L2 term (`Objective.l2_hessian`), where a method has it in its matrix.
     """
 
     refreshed: float | None = None
@@ -77,6 +77,7 @@ class BlockDiagonal(CurvatureDefaults):
         look: Look | None = None,
         fallback: Callable[[], CurvatureBlock] = IdentityBlock,
         damping_rule: GradientNorm | LevenbergMarquardt | None = None,
+        shift: float = 0.0,
     ) -> None:
         self._partition = {block.name: block for block in blocks}
         self.blocks = {block.name: make(block) for block in blocks}
@@ -93,25 +94,21 @@ class BlockDiagonal(CurvatureDefaults):
         self.cadence, self.averaging = settings.cadence, averaging
         self.levenberg = damping_rule if isinstance(damping_rule, LevenbergMarquardt) else None
         self.norm_rule = damping_rule if isinstance(damping_rule, GradientNorm) else None
-        self._look = look
-        self._idle: dict[
-            str, Operator
-        ] = {}  # of blocks that no minibatch has reached yet: the identity
+        self._look, self._shift = look, shift
+        # of blocks that no minibatch has reached yet: the identity
+        self._idle: dict[str, Operator] = {}
         self.gradient_norm: float | None = None  # of the last minibatch
         self.steps = self.updates = 0
         self.warmed = self.ready = False
-        self.shown: list[
-            list[Tensor]
-        ] = []  # (x, y) of the warm start, where they are averaged over "data"
+        self._stale = False  # whether statistics are newer than the inverse
+        # (x, y) of the warm start, where they are averaged over "data"
+        self.shown: list[list[Tensor]] = []
 
     @property
     def needs(self) -> frozenset[Pass]:
         """Passes that the next `update` will read."""
-        return (
-            frozenset({self._pass})
-            if self._folds(self.steps + 1) and not self.shown
-            else frozenset()
-        )
+        reads = self._folds(self.steps + 1) and not self.shown
+        return frozenset({self._pass}) if reads else frozenset()
 
     @property
     def _pass(self) -> Pass:
@@ -143,7 +140,8 @@ class BlockDiagonal(CurvatureDefaults):
         return step % self.cadence.update_every == 0 or not self.updates
 
     def _refreshes(self, step: int) -> bool:
-        return self.cadence.refreshes(step) or not self.ready
+        changed = self._stale or self._lambda != self.refreshed
+        return self.cadence.refreshes(step, changed) or not self.ready
 
     def _fold(self, observation: Observation, weight: float) -> None:
         passes = observation.passes
@@ -169,6 +167,7 @@ class BlockDiagonal(CurvatureDefaults):
                     block.update(found, weight)
                 self._idle.pop(name, None)
         self.updates += 1
+        self._stale = True
 
     def _check(self, statistics: Mapping[str, Any]) -> None:
         """Raise Diverged, before anything is folded, where something to fold is not finite.
@@ -244,16 +243,26 @@ class BlockDiagonal(CurvatureDefaults):
             self.damping *= self.norm_rule.shrink
         self.steps = step
 
+    @property
+    def _lambda(self) -> float:
+        """The λ that a refresh takes: the damping, or by the rule of the last gradient's norm."""
+        rule = self.norm_rule
+        return self.damping if rule is None else rule(self.damping, self.gradient_norm)
+
+    @property
+    def _damped(self) -> float | None:
+        return None if self.refreshed is None else self.refreshed + self._shift
+
     def _settle(self) -> None:
         for block in self.blocks.values():
-            block_with_defaults(block).settle(self.refreshed)
+            block_with_defaults(block).settle(self._damped)
 
     @precise()
     def heed(self, momentum: Mapping[str, Tensor]) -> None:
         """Tell every block of the momentum that is preconditioned next."""
         for name, m in momentum.items():
             if name not in self._idle:
-                block_with_defaults(self.blocks[name]).heed(m, self.refreshed)
+                block_with_defaults(self.blocks[name]).heed(m, self._damped)
 
     rejects = False
 
@@ -304,20 +313,9 @@ class BlockDiagonal(CurvatureDefaults):
         return True
 
     def _ratio(self, transition: Transition) -> float:
-        """Return ρ at p = −H g (thesis Alg. 23, line 6, by block).
-
-        B = I for a block that estimates no matrix.
-        """
-        gradients = {name: g.flatten() for name, g in transition.before.gradients.items()}
-        p = {name: -(self.inverse[name] @ g) for name, g in gradients.items()}
-        matrices = {name: None if name in self._idle else self.blocks[name].matrix() for name in p}
-        Bp = [p[name] if B is None else B @ p[name] for name, B in matrices.items()]
-        return ratio_at(
-            transition,
-            Layout(tuple(self._partition.values())),
-            torch.cat(list(p.values())),
-            torch.cat(Bp),
-        )
+        """Return ρ, see `ratio_by_block`."""
+        matrices = {n: None if n in self._idle else b.matrix() for n, b in self.blocks.items()}
+        return ratio_by_block(transition, self._partition, self.inverse, matrices, self._shift)
 
     @precise()
     def absorb(self, observation: Observation) -> None:
@@ -340,18 +338,14 @@ class BlockDiagonal(CurvatureDefaults):
         if not self.updates:
             raise CurvlabError(NO_DATA)
         check_damping(self.damping)
-        damping = (
-            self.damping
-            if self.norm_rule is None
-            else self.norm_rule(self.damping, self.gradient_norm)
-        )
+        damping = self._lambda
         for name, block in self.blocks.items():
             if name in self._idle:
                 continue
             with Naming(self._partition[name], name):
-                block.refresh(damping)
+                block.refresh(damping + self._shift)
         self.refreshed = damping
-        self.ready = True
+        self.ready, self._stale = True, False
 
     @precise()
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -397,3 +391,5 @@ class BlockDiagonal(CurvatureDefaults):
             setattr(self, key, value)
         self.refreshed = state.get("refreshed", self.damping if self.ready else None)
         put_back(self.blocks, state["blocks"], inverses)
+        # in the first T₂ steps, where it counts, what is folded in is taken up at once
+        self._stale = False

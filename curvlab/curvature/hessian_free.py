@@ -55,7 +55,8 @@ class HessianFree(WholeVectorCurvature):
     `inverse` is the inverse itself, by conjugate gradients to the end; `precondition` stops as
     Martens does and starts from the direction of the step before. N₁, N₂, λ, its rule and the
     learning rate are those of all methods of thesis 5.8, which has no line search; what the thesis
-    leaves open (stopping, start, backtracking) is Martens 2010, section 4.
+    leaves open (stopping, start, backtracking) is Martens 2010, section 4. Of an objective with an
+    L2 term μ ‖θ‖² λ + 2μ stands for λ, as of `Smw`.
 
     Args:
         objective: whose parameters; a model whose examples stand alone (BatchNorm in eval mode).
@@ -136,14 +137,14 @@ class HessianFree(WholeVectorCurvature):
 
     @property
     def matrix(self) -> Damped:
-        """Sum B + λI; raises CurvlabError before there are data."""
+        """Sum B + (λ + 2μ) I, μ of the L2 term; raises CurvlabError before there are data."""
         if self.product is None or self.used is None:
             raise CurvlabError(NO_DATA)
-        return Damped(self.product, self.used)
+        return Damped(self.product, self.used + self.objective.l2_hessian)
 
     def undamped(self, p: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
         """Return B p of the quadratic model, with the L2 term."""
-        return self.matrix.operator @ p + 2 * self.objective.l2 * p
+        return self.matrix.operator @ p + self.objective.l2_hessian * p
 
     def update(self, observation: Observation) -> None:
         """Linearise at the N₂ examples where the schedule says so."""
@@ -219,7 +220,7 @@ class HessianFree(WholeVectorCurvature):
         """Move λ by the LM rule (Alg. 23, line 6), and return True: the step stands."""
         if self.adapt and self.solution is not None:
             p = -self.solution if self.ratio == "direction" else flat(self.layout, transition.step)
-            rho = ratio_at(transition, self.layout, p, self.matrix.operator @ p)
+            rho = ratio_at(transition, self.layout, p, self.undamped(p))
             self.damping = self.levenberg.adapted(self.damping, rho)
         return True
 

@@ -4,7 +4,8 @@ Three documents, one class: a variant is its arguments. H_a follows A = E[Σ_t a
 Hessian-action BFGS; H_g follows G by damped pairs s = change of the mean pre-activation, y = change
 of the mean derivative in it, over one step on one minibatch. The variants that the documents prove
 to converge invert A exactly, damp or skip pairs so that a lemma holds, and take the gradient
-without momentum.
+without momentum. Their theorems (thesis 2 and 4, 2021 1) hold for falling step sizes, which are not
+the default (`CONVERGENT`).
 
 Documents: the thesis (chapter 2 is 2020; chapter 3) and 2021 (Ren, Goldfarb, whose algorithms are
 numbered apart). Misprints:
@@ -74,16 +75,14 @@ CHAPTER_3: Mapping[str, Any] = {
 """Arguments of thesis Alg. 9; with `CONVERGENT` and `pi-lm`: Alg. 10. Table 3.8: #1 off is `dd`, #2
 off is not `minibatch`."""
 
-ARTICLE_2021: Mapping[str, Any] = {
-    "pair_damping": "p-lm",
-    "minibatch": True,
-    "rebalance": False,
-    "start": "identity",
-}
+ARTICLE_2021: Mapping[str, Any] = {**CHAPTER_3, "rebalance": False, "start": "identity"}
 """Arguments of 2021 Alg. 2; with `CONVERGENT` and `pi-lm-2021`: 2021 Alg. 3."""
 
 CONVERGENT: Mapping[str, Any] = {"pairs": 100, "exact": True}
-"""L-BFGS and the exact inverse of A: thesis Alg. 5 and 10, 2021 Alg. 3."""
+"""L-BFGS and the exact inverse of A: thesis Alg. 5 and 10, 2021 Alg. 3. Thesis Theorems 2 and 4 and
+2021 Theorem 1 need α_k = κ k^−β / (L κ̄²) besides, β in (½, 1), κ I ⪯ H_k ⪯ κ̄ I and L of the
+gradient. The default rate is constant. `schedule="power"` in training, every "step", makes lr k^−β
+of it; lr = κ/(L κ̄²) is the user's, and with the lemmas' κ too small to be of use."""
 
 STARTS: dict[str, Callable[[float], float]] = {
     "identity": lambda damping_g: 1.0,
@@ -119,16 +118,8 @@ class KBfgs(BlockDefaults):
 
     reads: Reads = "factors"
     memory: ClassVar[tuple[str, ...]] = (
-        "A",
-        "s",
-        "y",
-        "S",
-        "Y",
-        "seen",
-        "places",
-        "overall",
-        "left_out",
-    )
+        "A", "s", "y", "S", "Y", "seen", "places", "overall", "left_out",
+    )  # fmt: skip
     factored = learns_pairs = True
     inverse: Operator
 
@@ -215,7 +206,10 @@ class KBfgs(BlockDefaults):
                 self.seen = torch.stack([statistics.mean_a, s, statistics.second_moment_product(s)])
 
     def refresh(self, damping: float) -> None:
-        """Make H_a exactly at first (Alg. 4, line 3; Alg. 9, line 3), then by Hessian actions."""
+        """Make H_a exactly at first (Alg. 4, line 3; Alg. 9, line 3), with `exact` always.
+
+        Else learn from what was folded in.
+        """
         self.overall = damping
         damping_a, damping_g = self._split()
         if self.pair_damping == "dd" and not 0 < damping_g <= 1:
@@ -232,22 +226,33 @@ class KBfgs(BlockDefaults):
             H_g = self.factors[0] if hasattr(self, "inverse") else self._initial(self.A)
             # Alg. 5, line 23
             self.inverse = Kronecker((H_g, damped_inverse(self.A, damping_a, FACTOR_A)))
-        elif self.seen is not None:
-            H_g, H_a = self.factors
-            mean = self.seen[0]
-            if self.minibatch:
-                # Alg. 9, line 16; 2021 Alg. 2, line 13
-                pair = action_pair(H_a, self.seen[1], self.seen[2], damping_a)
-            else:
-                assert self.A is not None
-                pair = hessian_action(H_a, mean, self.A, damping_a)  # Alg. 4, lines 21 and 22
-            H_a, pair = updated_inverse(H_a, accept(pair, v=mean))
-            self._count(pair.refused["not finite"])
-            self.last["a"] = pair
-            self.inverse = Kronecker((H_g, H_a))
-        self.seen = None
+            self.seen = None
+        self._act()
         if self.minibatch and not self.exact:
             self.A = None  # no longer needed
+
+    def settle(self, damping: float | None) -> None:
+        """Learn H_a from a minibatch that no refresh has taken up, at λ of the last one.
+
+        So there is one Hessian action for every minibatch folded in, whatever T₂: it is O(I²).
+        """
+        if damping is not None:
+            self._act()
+
+    def _act(self) -> None:
+        if self.seen is None:
+            return
+        (H_g, H_a), mean, damping_a = self.factors, self.seen[0], self._split()[0]
+        if self.minibatch:
+            # Alg. 9, line 16; 2021 Alg. 2, line 13
+            pair = action_pair(H_a, self.seen[1], self.seen[2], damping_a)
+        else:
+            assert self.A is not None  # Alg. 4, lines 21 and 22
+            pair = hessian_action(H_a, mean, self.A, damping_a)
+        H_a, pair = updated_inverse(H_a, accept(pair, v=mean))
+        self._count(pair.refused["not finite"])
+        self.last["a"], self.seen = pair, None
+        self.inverse = Kronecker((H_g, H_a))
 
     def _initial(self, like: Tensor) -> Tensor | Operator:
         if self.pairs:

@@ -7,15 +7,18 @@ S₂ ⊂ S₁ (Alg. 23, line 6).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.curvature.whole_vector import flat, loss_at, unflat
+from curvlab.curvature.whole_vector import flat, loss_at, rounding, unflat
 from curvlab.errors import CurvlabError, unknown
-from curvlab.layers import Layout
+from curvlab.layers import Block, Layout
+from curvlab.linalg.operators import Operator
 from curvlab.observation import Transition
 
 Ratio = Literal["direction", "step"]
@@ -70,13 +73,22 @@ class LevenbergMarquardt:
         return self.tau + factor * max(damping - self.tau, _SMALLEST * self.tau)
 
 
-def reduction_ratio(actual: float, predicted: float) -> float:
+def reduction_ratio(actual: float, predicted: float, slack: float = 0.0) -> float:
     """Return ρ = (f(θ) − f(θ + p)) / (m(0) − m(p)), (5.5).
 
     −∞ where the model foresees no reduction or the loss is not finite, NaN where nothing moved.
+
+    Args:
+        actual: f(θ) − f(θ + p).
+        predicted: m(0) − m(p).
+        slack: where both are within it, ρ is 1; the thesis has none (curvlab).
     """
     if actual == predicted == 0:
         return math.nan
+    # both are rounding: the model is as exact as can be seen, and their ratio is noise, which would
+    # raise λ for ever at a minimum
+    if abs(actual) <= slack and abs(predicted) <= slack:
+        return 1.0
     return actual / predicted if predicted > 0 and not math.isnan(actual) else -math.inf
 
 
@@ -92,7 +104,8 @@ def ratio_at(
 ) -> float:
     """Return ρ of moving by p from where the transition started.
 
-    It takes one forward pass more where p is not the step that was taken.
+    It takes one forward pass more where p is not the step that was taken. Reductions within
+    `rounding` of the loss are as foreseen.
     """
     before = transition.before
     ahead = p - flat(layout, transition.step)
@@ -102,7 +115,34 @@ def ratio_at(
         else loss_at(before.closure, unflat(layout, ahead))
     )
     predicted = predicted_reduction(flat(layout, before.gradients), p, Bp)
-    return reduction_ratio(float(before.loss) - float(after), predicted)
+    actual = float(before.loss) - float(after)
+    return reduction_ratio(actual, predicted, rounding(before.loss))
+
+
+def ratio_by_block(
+    transition: Transition,
+    partition: Mapping[str, Block],
+    inverse: Mapping[str, Operator],
+    matrices: Mapping[str, Operator | None],
+    shift: float,
+) -> float:
+    """Return ρ at p = −H g of all blocks together (thesis Alg. 23, line 6, by block).
+
+    Args:
+        transition: the step that was taken, with its loss before and after.
+        partition: all blocks, by name.
+        inverse: H of each.
+        matrices: B of each, of the likelihood alone; None of a block that estimates no matrix: the
+            identity stands for its part of the whole objective's Hessian.
+        shift: 2μ of the L2 term, beside every B that is estimated.
+    """
+    p = {name: -(inverse[name] @ g.flatten()) for name, g in transition.before.gradients.items()}
+    Bp = [
+        p[name] if (B := matrices[name]) is None else torch.add(B @ p[name], p[name], alpha=shift)
+        for name in p
+    ]
+    layout = Layout(tuple(partition.values()))
+    return ratio_at(transition, layout, torch.cat(list(p.values())), torch.cat(Bp))
 
 
 def check_ratio(ratio: str) -> None:

@@ -32,12 +32,18 @@ class Cadence:
         """Return whether statistics are updated at this step: the first, and every T₁-th."""
         return step == 1 or step % self.update_every == 0
 
-    def refreshes(self, step: int) -> bool:
+    def refreshes(self, step: int, changed: bool = True) -> bool:
         """Return whether the inverse is refreshed at this step.
 
-        At each of the first T₂ (practice), and every T₂-th.
+        At every T₂-th, and at each of the first T₂ that has something new: "every T₁ during the
+        first T₂" (practice). With T₁ = 1 at each of them (Alg. 7, line 10: k ≤ T).
+
+        Args:
+            step: counted from 1.
+            changed: whether statistics or damping are others than at the last refresh.
         """
-        return step <= self.refresh_every or step % self.refresh_every == 0
+        new = changed or self.update_every == 1
+        return step % self.refresh_every == 0 or (new and step <= self.refresh_every)
 
 
 @dataclass(frozen=True, kw_only=True)

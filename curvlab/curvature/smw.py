@@ -92,7 +92,8 @@ class SmwFisher(BlockDefaults):
 class Smw(WholeVectorCurvature):
     """Inverse H = (λI + (1/N₂) Σ_v Σₙ vec vecᵀ)⁻¹ on the whole parameter vector: thesis Alg. 23.
 
-    It is made from one minibatch.
+    It is made from one minibatch. Of an objective with an L2 term μ ‖θ‖², λ + 2μ stands for λ: the
+    term is no sum over examples, and its Hessian 2μ I is known.
 
     Labels "exact": Gauss-Newton, whose rows are Jᵀ S with S Sᵀ the Hessian in the outputs. That is
     (5.6) and (5.7) at once: S is there also where the Hessian has no inverse (softmax), and the
@@ -147,8 +148,8 @@ class Smw(WholeVectorCurvature):
 
     @property
     def refreshed(self) -> float | None:
-        """λ of the Cholesky factor; None before there is one."""
-        return None if self._inverse is None else self._inverse.damping
+        """λ of the Cholesky factor, without the L2 term's 2μ; None before there is one."""
+        return None if self._inverse is None else self._inverse.damping - self.objective.l2_hessian
 
     @property
     def inverse(self) -> dict[str, Operator]:
@@ -176,9 +177,18 @@ class Smw(WholeVectorCurvature):
         step = self.steps + 1
         if self.cadence.updates(step):
             self.rows = self._rows(observation)
-        if self.cadence.refreshes(step):
+        if self.cadence.refreshes(step, self.cadence.updates(step) or self._moved):
             self.refresh()
         self.steps = step
+
+    @property
+    def _moved(self) -> bool:
+        """Whether λ is another than that of the factor, or there is none."""
+        return self._inverse is None or self._inverse.damping != self._beside
+
+    @property
+    def _beside(self) -> float:
+        return self.damping + self.objective.l2_hessian
 
     def _rows(self, observation: Observation) -> RowMatrix:
         closure, size = observation.closure, self.curvature_size
@@ -204,11 +214,11 @@ class Smw(WholeVectorCurvature):
         return Beside(tuple(found[b.name] for b in self.layout.blocks))
 
     def refresh(self) -> None:
-        """Factor D_t of (5.6) with the damping as it stands."""
+        """Factor D_t of (5.6) with the damping as it stands, and the L2 term's 2μ."""
         if self.rows is None:
             raise CurvlabError(NO_DATA)
         check_damping(self.damping)
-        factored = LowRank(self.rows, self.damping).inv()
+        factored = LowRank(self.rows, self._beside).inv()
         assert isinstance(factored, Woodbury)
         self._inverse, self.ready = factored, True
 
@@ -216,7 +226,7 @@ class Smw(WholeVectorCurvature):
         """Return B p of the quadratic model, with the L2 term."""
         if self._inverse is None:
             raise CurvlabError(NO_DATA)
-        return LowRank(self._inverse.rows, 0.0) @ p + 2 * self.objective.l2 * p
+        return LowRank(self._inverse.rows, self.objective.l2_hessian) @ p
 
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return H · grad under the keys of `grads`, blocks or parameters, for all of them."""
@@ -238,7 +248,7 @@ class Smw(WholeVectorCurvature):
             p = -(self._inverse @ flat(self.layout, transition.before.gradients))
         else:
             p = flat(self.layout, transition.step)
-        rho = ratio_at(transition, self.layout, p, LowRank(self._inverse.rows, 0.0) @ p)
+        rho = ratio_at(transition, self.layout, p, self.undamped(p))
         if self.adapt:
             self.damping = self.levenberg.adapted(self.damping, rho)
         return not (self.rejects and rho < self.eta)

@@ -252,7 +252,7 @@ class Structured(WholeVectorCurvature):
         """
         v = change
         if self._sample is not None:
-            v = change - self._sample.product(u[:, None])[:, 0] - 2 * self.objective.l2 * u
+            v = change - self._sample.product(u[:, None])[:, 0] - self.objective.l2_hessian * u
         if self.base != "none":
             metric = self.refinement.metric(u, v)
         else:
@@ -273,7 +273,7 @@ class Structured(WholeVectorCurvature):
                 start = multiple_of_identity(gamma + self.lam, g)
                 self._inverse = refined(start, memory, multiple_of_identity(gamma, g)).inv()
             return
-        shift = self.lam + 2 * self.objective.l2
+        shift = self.lam + self.objective.l2_hessian
         if sample.Q is not None and gamma + shift > 0:
             self._inverse = refined_low_rank(sample.Q, memory, gamma, shift).inv()
             return
@@ -294,7 +294,7 @@ class Structured(WholeVectorCurvature):
         start = multiple_of_identity(gamma, p)
         base: Operator = start
         if sample is not None:
-            shift = gamma + 2 * self.objective.l2
+            shift = gamma + self.objective.l2_hessian
             base = Product(lambda v: sample.product(v) + shift * v, len(p), p.dtype, p.device)
         found = refined(base, self.refinement.memory_like(p), start) @ p
         self.work = work

@@ -130,6 +130,14 @@ def loss_at(closure: Closure, step: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     return loss
 
 
+def rounding(loss: Float[Tensor, ""]) -> float:
+    """Return how far two values of the loss may differ by rounding alone: 10 ε |loss|.
+
+    Line searches and the reduction ratio take differences below it for none.
+    """
+    return 10 * torch.finfo(loss.dtype).eps * abs(float(loss))
+
+
 @contextmanager
 def moved(objective: Objective, d: Float[Tensor, " D"], by: float) -> Iterator[None]:
     """Move the parameters to θ + by · d inside, and back to the bit after."""
@@ -155,7 +163,7 @@ def searched(
     if not slope < 0:
         # nothing to gain: a gradient of zeros, or momentum against this direction
         return Found(1.0, 1, True)
-    slack = 10 * torch.finfo(observation.loss.dtype).eps * abs(start)
+    slack = rounding(observation.loss)
 
     def loss(t: float) -> float:
         return float(loss_at(observation.closure, unflat(objective.layout, -t * d)))

@@ -78,9 +78,9 @@ def exact_product(frame: Frame, kind: Kind) -> Product:
 
     def make() -> Product:
         apply = function(frame).product(kind, 1)
-        size, l2 = frame.now.size, frame.objective.l2
+        size, shift = frame.now.size, frame.objective.l2_hessian
         return Product(
-            lambda v: apply(v.mT.contiguous()).mT / size + 2 * l2 * v,
+            lambda v: apply(v.mT.contiguous()).mT / size + shift * v,
             len(frame.objective.layout),
             frame.objective.dtype,
             frame.objective.device,
@@ -109,7 +109,7 @@ def own_quadratic(frame: Frame, algorithm: str) -> float:
             return float("nan")
         p = frame.directions[algorithm][name].flatten()
         total += B[1] * float(p.double() @ (B[0] @ p).double())
-        total += 2 * frame.objective.l2 * float(p.double().square().sum())
+        total += frame.objective.l2_hessian * float(p.double().square().sum())
     return total
 
 

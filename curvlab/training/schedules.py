@@ -71,6 +71,13 @@ def _cosine(optimizer: Optimizer, epochs: int, least: float = 0.0) -> LRSchedule
     return lr_scheduler.CosineAnnealingLR(optimizer, epochs, least)
 
 
+def _power(optimizer: Optimizer, exponent: float = 0.75) -> LRScheduler:
+    # the theorems take any exponent between ½ and 1 and name none: the middle is curvlab's
+    if exponent < 0:
+        raise CurvlabError(f"exponent must be 0 or positive, not {exponent:g}")
+    return lr_scheduler.LambdaLR(optimizer, lambda turn: float(turn + 1) ** -exponent)
+
+
 SCHEDULES: dict[str, Schedule] = {
     "constant": Schedule(
         "the learning rate as given", "thesis 2.8, 3.7.1, 4.7.1: autoencoders", _constant
@@ -85,6 +92,11 @@ SCHEDULES: dict[str, Schedule] = {
         "Loshchilov and Hutter 2017",
         _cosine,
         spans=True,
+    ),
+    "power": Schedule(
+        "over k^`exponent` at the k-th turn, from 1: of a proof, every step and above ½, below 1",
+        "thesis Theorems 2, 4; 2021 Theorem 1; the default 0.75 is curvlab's",
+        _power,
     ),
 }
 
