@@ -149,8 +149,7 @@ def cosines(
 
 
 def make(report: ReproductionReport) -> None:
-    extent = EXTENT[report.options.budget]
-    threads = torch.get_num_threads()
+    extent, threads = EXTENT[report.options.budget], torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         problem = ShortWindows(extent.symbols, extent.held)
@@ -165,9 +164,10 @@ def make(report: ReproductionReport) -> None:
             told(report, size, found, near)
             draw_curves(row[:2], found, size.levels, ORACLES)
             row[0].set_title(f"gpt-tiny, minibatches of {size.windows} windows", fontsize=10)
-            row[0].legend(fontsize=8, ncols=2, loc="lower left")
             row[1].set_title("the same against time", fontsize=10)
             draw_nearness(row[2], size, found, near)
+        lines = axes[0][0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=len(STARTS), fontsize=9)
         report.draw(figure)
     finally:
         torch.set_num_threads(threads)
