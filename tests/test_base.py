@@ -405,7 +405,7 @@ def test_exact_labels_where_no_layer_has_a_rule(dtype: torch.dtype) -> None:
     with pytest.warns(cl.CurvlabWarning, match="without a rule"):
         curvature = kfac(objective, labels="exact")
     observation = objective.closure(p.x, p.y).observe(curvature.needs | {"data"})
-    assert observation.passes["exact"] == {}
+    assert observation.passes["apart"] == {}
     curvature.update(observation)
     directions = curvature.precondition(observation.gradients)
     assert list(directions) == ["1", "2"]

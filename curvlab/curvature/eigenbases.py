@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from curvlab.curvature.base import blend
@@ -21,6 +21,7 @@ from curvlab.layers import Block
 from curvlab.linalg.eigenbasis import Rotated
 from curvlab.linalg.matrix_normal import flip_flop_step
 from curvlab.linalg.operators import Diagonal, Operator
+from curvlab.linalg.padded_products import second_moment
 from curvlab.linalg.spectral import eigh
 
 
@@ -57,6 +58,18 @@ def kl_shampoo(block: Block, *, start: float = 0.1, clamp: bool = True) -> WithD
 def first_basis(S: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
     """Return eigenvectors of S by descending eigenvalue."""
     return eigh(S)[1].flip(1)
+
+
+def _sorted_step(
+    S: Float[Tensor, "D D"], Q: Float[Tensor, "D D"]
+) -> tuple[Float[Tensor, "D D"], Int[Tensor, " D"]]:
+    """Return the power step of columns sorted by diag(QᵀSQ), descending, and their order.
+
+    The product with S that sorts them is the power step's own.
+    """
+    product = S @ Q
+    order = (Q * product).sum(0).argsort(descending=True)
+    return torch.linalg.qr(product[:, order]).Q, order
 
 
 def power_step(S: Float[Tensor, "D D"], Q: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
@@ -126,9 +139,9 @@ class Soap:
 
     def _contract(self, gradient: Tensor, weight: float) -> None:
         if self._sides[0]:
-            self.L = blend(self.L, gradient @ gradient.mT, weight)
+            self.L = blend(self.L, second_moment(gradient.mT), weight)
         if self._sides[1]:
-            self.R = blend(self.R, gradient.mT @ gradient, weight)
+            self.R = blend(self.R, second_moment(gradient), weight)
 
     def _rotated(self, gradient: Tensor) -> Tensor:
         found = gradient if self.Q_L is None else self.Q_L.mT @ gradient
@@ -137,13 +150,11 @@ class Soap:
     def _turn(self) -> None:
         assert self.squares is not None
         if self.L is not None and self.Q_L is not None:
-            order = (self.Q_L * (self.L @ self.Q_L)).sum(0).argsort(descending=True)
+            self.Q_L, order = _sorted_step(self.L, self.Q_L)
             self.squares = self.squares[order]
-            self.Q_L = power_step(self.L, self.Q_L[:, order])
         if self.R is not None and self.Q_R is not None:
-            order = (self.Q_R * (self.R @ self.Q_R)).sum(0).argsort(descending=True)
+            self.Q_R, order = _sorted_step(self.R, self.Q_R)
             self.squares = self.squares[:, order]
-            self.Q_R = power_step(self.R, self.Q_R[:, order])
 
     def _root(self, damping: float) -> Tensor:
         assert self.squares is not None
@@ -186,8 +197,8 @@ class KlShampoo:
         """Fold the minibatch in; the first one makes the bases, of averages from zero."""
         outputs, inputs = gradient.shape
         if self.S_a is None or self.S_b is None:
-            self.S_a = gradient @ gradient.mT * (weight / inputs)
-            self.S_b = gradient.mT @ gradient * (weight / outputs)
+            self.S_a = second_moment(gradient.mT, weight / inputs)
+            self.S_b = second_moment(gradient, weight / outputs)
             self.Q_a, self.Q_b = first_basis(self.S_a), first_basis(self.S_b)
             self.lam_a = gradient.new_full((outputs,), self._start)
             self.lam_b = gradient.new_full((inputs,), self._start)

@@ -110,8 +110,10 @@ class DenseFisher(BlockDefaults):
             size = self.block.numel**2 * statistics.like.element_size()
             guard_memory(2 * size, f"a dense {self.block}", _REMEDY)
         pairs = statistics.provides("factors") and by_pairs(statistics)
-        factors = (statistics.g, statistics.a) if pairs else (statistics.rows,)
-        check_outer(*factors, terms=statistics.places)
+        if pairs:
+            check_outer(statistics.g, statistics.a, terms=statistics.places)
+        else:
+            check_outer(statistics.rows)
         if self.active is not None:  # one place until now, several from here on
             self.F, self.active = self._dense(), None
         if self.F is None:

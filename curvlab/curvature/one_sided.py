@@ -33,6 +33,7 @@ from curvlab.layers import Block
 from curvlab.linalg.cholesky import shifted
 from curvlab.linalg.operator_states import packable
 from curvlab.linalg.operators import Kronecker, Operator, Symmetric
+from curvlab.linalg.padded_products import second_moment
 from curvlab.linalg.polar import POLAR, newton_schulz_bfloat16, newton_schulz_factor
 from curvlab.linalg.roots import inverse_root_eigh
 
@@ -109,7 +110,7 @@ def on_smaller_side(shape: tuple[int, int], factor: Float[Tensor, "K K"]) -> Kro
 
 def smaller_gram(G: Float[Tensor, "O I"]) -> Float[Tensor, "K K"]:
     """Return G Gᵀ or Gᵀ G, whichever is smaller; G Gᵀ of a square one."""
-    return G @ G.mT if G.shape[0] <= G.shape[1] else G.mT @ G
+    return second_moment(G.mT if G.shape[0] <= G.shape[1] else G)
 
 
 class Asgo:

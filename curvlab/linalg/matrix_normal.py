@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.linalg.padded_products import second_moment
 from curvlab.linalg.spectral import eigh
 
 Spectral = tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]
@@ -32,6 +33,8 @@ def flip_flop_step(
     outputs, inputs = G.shape[-2:]
     right = (G @ b[0]) / b[1].sqrt()
     left = (a[0].mT @ G) / a[1].sqrt()[:, None]
+    if G.ndim == 2:
+        return second_moment(right.mT, 1 / inputs), second_moment(left, 1 / outputs)
     S_a, S_b = right @ right.mT / inputs, left.mT @ left / outputs
     return S_a.reshape(-1, outputs, outputs).mean(0), S_b.reshape(-1, inputs, inputs).mean(0)
 

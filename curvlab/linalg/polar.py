@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from curvlab.linalg.padded_products import second_moment
 from curvlab.linalg.spectral import thin_svd
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -32,7 +33,7 @@ def newton_schulz_factor(
     length = X.norm()
     length = torch.where(length > 0, length, 1.0)
     X = X / length
-    S = X @ X.mT if X.shape[0] <= X.shape[1] else X.mT @ X
+    S = second_moment(X.mT if X.shape[0] <= X.shape[1] else X)
     P: Tensor | None = None
     for step in range(steps):
         q = torch.addmm(S, S, S, beta=b, alpha=c)
