@@ -249,6 +249,10 @@ class Reference:
             return self.hessian / self.tokens
         if kind == "pi":
             return self.matrix("hessian", drawn) - self.matrix("ggn", drawn)
+        if kind == "ef-token":  # each place's own loss, mean over the counted places
+            slopes = grad(lambda z: self.loss(z, self.y))(self.z)
+            rows = torch.einsum("npc,npci->npi", slopes, self.jacobian).flatten(0, 1)
+            return rows.mT @ rows / self.tokens
         if kind == "ef":
             return self.second_moments(kind, [self.y]) * len(self.y) / self.tokens**2
         return self.second_moments(kind, drawn) / self.tokens
