@@ -117,7 +117,7 @@ def approximation(
 
 def check_labels(labels: Pass | None) -> None:
     """Raise CurvlabError for what are no labels; None stands for the document's."""
-    known = [name for name in PASSES if name not in ("gradient", "plain")]
+    known = [name for name in PASSES if name not in ("gradient", "plain", "apart")]
     if labels is not None and labels not in known:
         raise unknown("labels", labels, known)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from curvlab.capture import Capture
 from curvlab.derivatives import derivatives, precise
-from curvlab.errors import CurvlabError, Diverged, guard_memory, unknown
+from curvlab.errors import CurvlabError, Diverged, unknown
 from curvlab.finite import all_finite
 from curvlab.independence import some_rows
 from curvlab.likelihoods.base import (
@@ -32,7 +32,7 @@ from curvlab.looks import Looks
 from curvlab.nests import Batched, Nest, as_nest
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
-from curvlab.sent_vectors import pass_of_vectors
+from curvlab.sent_vectors import guard_pass, pass_of_vectors
 from curvlab.statistics import LayerStatistics
 from curvlab.strangers import mixes
 from curvlab.units import ByPlace
@@ -320,7 +320,7 @@ class Closure(Looks):
                         for label in drawn
                     ]
                 vectors = each[0][None] if draws == 1 else torch.stack(each) / draws**0.5
-            _guard_pass(capture, vectors)
+            guard_pass(capture, vectors)
             if name == "gradient" and all(map(capture.fine, self.objective.blocks)):
                 passes[name] = capture.gradients(z, vectors)
             elif shared:
@@ -366,23 +366,6 @@ class Closure(Looks):
             where = "the outputs are finite, so the likelihood overflows"
         raise Diverged(
             f"the loss is {float(loss)}: {where}; lower the learning rate or raise the damping"
-        )
-
-
-def _guard_pass(capture: Capture, vectors: Tensor) -> None:
-    """Refuse a pass back of so many vectors that what arrives at the layers does not fit.
-
-    Of a sequence model the exact pass has T·C of them. Twice: as they arrive, and by examples.
-
-    Raises:
-        CurvlabError: it would take more than 80 % of the machine's memory.
-    """
-    if len(vectors) > 1:
-        numbers = sum(use.output.value.numel() for use, _ in capture.heard())
-        guard_memory(
-            2 * len(vectors) * numbers * vectors.element_size(),
-            f"what {len(vectors)} vectors are at all layers of {vectors.shape[1]} examples",
-            "take smaller minibatches, or a method whose labels are drawn (labels='model')",
         )
 
 

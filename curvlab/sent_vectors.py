@@ -25,6 +25,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from curvlab.autograd import send_back
 from curvlab.capture import Capture
+from curvlab.errors import guard_memory
 from curvlab.layers import Block
 from curvlab.statistics import LayerStatistics
 from curvlab.uses import Part, Use
@@ -65,6 +66,23 @@ class SortedVectors:
             index = chosen.view(left, 1, -1, *[1] * (root.ndim - 2)).expand(-1, *cut.shape[1:])
             values, groups = cut.gather(0, index).flatten(0, 1), left
         return cls(values, groups)
+
+
+def guard_pass(capture: Capture, vectors: Tensor) -> None:
+    """Refuse a pass back of so many vectors that what arrives at the layers does not fit.
+
+    Of a sequence model the exact pass has T·C of them. Twice: as they arrive, and by examples.
+
+    Raises:
+        CurvlabError: it would take more than 80 % of the machine's memory.
+    """
+    if len(vectors) > 1:
+        numbers = sum(use.output.value.numel() for use, _ in capture.heard())
+        guard_memory(
+            2 * len(vectors) * numbers * vectors.element_size(),
+            f"what {len(vectors)} vectors are at all layers of {vectors.shape[1]} examples",
+            "take smaller minibatches, or a method whose labels are drawn (labels='model')",
+        )
 
 
 def pass_of_vectors(

@@ -404,7 +404,7 @@ def test_unknown_pass_names_the_known() -> None:
         CurvlabError,
         match=(
             r"unknown pass 'modle'; did you mean 'model'\?"
-            r" \(known: plain, gradient, data, model, exact, token\)"
+            r" \(known: plain, gradient, data, model, exact, apart, token\)"
         ),
     ):
         p.objective().closure(p.x, p.y).observe({"data", "modle"})

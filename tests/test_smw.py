@@ -52,7 +52,9 @@ def test_direction_is_the_dense_solve(model: str, labels: Pass, damping: float) 
     observation = objective.closure(p.x, p.y).observe(curvature.needs)
     curvature.update(observation)
     for block in objective.blocks:
-        rows = observation.passes[labels][block.name].rows.reshape(-1, block.numel)
+        rows = observation.passes["apart" if labels == "exact" else labels][
+            block.name
+        ].rows.reshape(-1, block.numel)
         damped = rows.T @ rows / len(p.x) + damping * torch.eye(block.numel, dtype=torch.float64)
         vector = random_like(block.shape)
         found = curvature.precondition({block.name: vector})[block.name]

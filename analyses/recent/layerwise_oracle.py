@@ -30,7 +30,7 @@ from curvlab.reproduction.grid_walk import (
     GridRun,
     KeptRuns,
     counted_table,
-    draw_curves,
+    draw_losses,
     gap_closed,
     ratios,
     walk,
@@ -162,7 +162,7 @@ def make(report: ReproductionReport) -> None:
             if set(ORACLES) <= set(found):
                 near = cosines(problem, found["block-ggn"], size, report)
             told(report, size, found, near)
-            draw_curves(row[:2], found, size.levels, ORACLES)
+            draw_losses(row[:2], found, size.levels, ORACLES)
             row[0].set_title(f"gpt-tiny, minibatches of {size.windows} windows", fontsize=10)
             row[1].set_title("the same against time", fontsize=10)
             draw_nearness(row[2], size, found, near)

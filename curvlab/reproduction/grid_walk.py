@@ -20,7 +20,7 @@ from curvlab.reproduction.script import say_progress
 from curvlab.show.style import looks
 from curvlab.system.atomic import rewrite
 
-Place = tuple[int, int]
+GridPlace = tuple[int, int]
 """(number of the learning rate, number of the damping)."""
 
 
@@ -70,7 +70,7 @@ class Grid:
     rates: Sequence[float]
     dampings: Sequence[float]
 
-    def nearest(self, rate: float, damping: float) -> Place:
+    def nearest(self, rate: float, damping: float) -> GridPlace:
         """Return the place that is nearest on both logarithmic axes."""
 
         def number(values: Sequence[float], value: float) -> int:
@@ -78,7 +78,7 @@ class Grid:
 
         return number(self.rates, rate), number(self.dampings, damping)
 
-    def beside(self, place: Place, damped: bool = True) -> list[Place]:
+    def beside(self, place: GridPlace, damped: bool = True) -> list[GridPlace]:
         """Return the neighbours: by rate, and by damping where the method has one."""
         rate, damping = place
         around = [(rate + 1, damping), (rate - 1, damping)]
@@ -149,7 +149,7 @@ class KeptRuns:
             )
             self.runs = {key: GridRun(**each) for key, each in stored.items()}
 
-    def __call__(self, seed: int, place: Place) -> GridRun:
+    def __call__(self, seed: int, place: GridPlace) -> GridRun:
         """Return the run at a place, from the file or anew."""
         lr, damping = self.grid.rates[place[0]], self.grid.dampings[place[1]]
         key = f"lr={lr:.3g} damping={damping:.0e} seed={seed} {self.length}"
@@ -163,7 +163,7 @@ class KeptRuns:
 
 def walk(
     kept: KeptRuns,
-    start: Place,
+    start: GridPlace,
     level: float,
     seeds: Sequence[int],
     *,
@@ -253,7 +253,7 @@ def gap_closed(found: Mapping[str, Best], zero: str, one: str, level: float) -> 
     }
 
 
-def draw_curves(
+def draw_losses(
     axes: Sequence[Axes], found: Mapping[str, Best], levels: Sequence[float], wide: Sequence[str]
 ) -> None:
     """Draw losses against iterations and against CPU seconds.
