@@ -166,6 +166,7 @@ def test_a_preconditioner_that_is_not_positive_definite() -> None:
         )
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize("b", [normal(4), normal(5, 1), normal(1, 5), torch.tensor(1.0)])
 def test_conjugate_gradients_of_a_wrong_shape(b: Tensor) -> None:
     with pytest.raises(

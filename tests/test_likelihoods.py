@@ -834,6 +834,7 @@ def called(likelihood: Likelihood) -> tuple[Any, Any]:
     return root_of(likelihood, z, y), sample_of(likelihood, z, generator, y)
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize("own", OWN)
 def test_labels_go_where_a_class_takes_them(own: type[Recorder]) -> None:
     likelihood = own()

@@ -431,6 +431,7 @@ def test_weights_are_put_back_where_loading_them_fails_half_way(
 SOME = ("k-bfgs-l", "skqn-l", "smw-gn")
 
 
+@pytest.mark.wrong_shapes
 @pytest.mark.parametrize(
     "algorithm", [a if a in SOME else pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS]
 )

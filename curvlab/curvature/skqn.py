@@ -241,7 +241,7 @@ def _one_precision(operator: Operator) -> Operator:
     return replace(operator, core=operator.core.to(operator.rows.dtype))
 
 
-ColumnPair = tuple[Float[Tensor, "O m"], Float[Tensor, "O m"]]
+ColumnPair = tuple[Float[Tensor, "O k"], Float[Tensor, "O k"]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from curvlab.errors import CurvlabError, shown
@@ -61,7 +61,7 @@ class Bernoulli:
             return ""
         return "a weighted Bernoulli loss is no −log of a law that labels are drawn from"
 
-    def check(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> None:
+    def check(self, z: Float[Tensor, "N *C"], y: Tensor) -> None:
         """Raise CurvlabError unless y is floating, finite, shaped as z and within [0, 1].
 
         What is ignored may be anything; the weights must fit.
@@ -127,7 +127,7 @@ class Bernoulli:
             None if p is None else over_outputs(p, z, "pos_weight"),
         )
 
-    def _masked(self, y: Float[Tensor, "N *C"]) -> Bool[Tensor, "N *C"] | None:
+    def _masked(self, y: Shaped[Tensor, "N *C"]) -> Bool[Tensor, "N *C"] | None:
         """Return where targets are ignored; None where none can be."""
         if self.ignore_value is None:
             return None
@@ -155,7 +155,7 @@ class Gaussian:
         if not bool((found == 1).all()) or found.ndim:
             self._variance = found
 
-    def check(self, z: Float[Tensor, "N *C"], y: Float[Tensor, "N *C"]) -> None:
+    def check(self, z: Float[Tensor, "N *C"], y: Tensor) -> None:
         """Raise CurvlabError unless y is floating, finite, shaped as z, and the variance fits."""
         check_targets(z, y, "Gaussian")
         self._spread(z)

@@ -13,8 +13,8 @@ from curvlab.errors import CurvlabError
 from curvlab.linalg.padded_products import second_moment
 from curvlab.linalg.spectral import eigh
 
-Spectral = tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]
-"""(Q, λ) of Q diag(λ) Qᵀ."""
+Spectral = tuple[Float[Tensor, "_ _"], Float[Tensor, " _"]]
+"""(Q, λ) of Q diag(λ) Qᵀ, of either side."""
 
 
 def flip_flop_step(
