@@ -18,6 +18,7 @@ from problems import assert_near, normal, spd
 from scipy.sparse import linalg as scipy_linalg
 from torch import Tensor
 
+from curvlab.curvature import one_sided
 from curvlab.curvature.one_sided import RememberedPolar
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.linalg import operator_states
@@ -171,6 +172,20 @@ def remembered(outputs: int, inputs: int) -> tuple[RememberedPolar, Tensor]:
     one = torch.eye(max(U.shape), dtype=U.dtype)
     matrix = torch.kron(factor, one) if outputs <= inputs else torch.kron(one, factor)
     return RememberedPolar(U, (matrix @ U.flatten()).view_as(U), 0.7), matrix
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_remembered_product_is_of_its_own_vector_alone(
+    late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a direction that is not the operator's product; also where nothing may be waited for."""
+    monkeypatch.setattr(one_sided, "waits", lambda v: late)
+    operator, matrix = remembered(2, 4)
+    other = RememberedPolar(operator.U, torch.ones_like(operator.U), operator.scale)
+    vector = operator.U.flatten()
+    assert torch.equal(other @ vector, torch.ones(8, dtype=vector.dtype))
+    assert_near(other @ (2 * vector), 2 * matrix @ vector)
+    assert_near(other @ vector[:, None], matrix @ vector[:, None])
 
 
 OPERATORS: dict[str, Callable[[], tuple[Operator, Tensor]]] = {

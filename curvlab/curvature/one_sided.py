@@ -178,8 +178,14 @@ class RememberedPolar(Symmetric):
         return self.U.numel()
 
     def __matmul__(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "D *K"]:
-        own = v.ndim == 1 and not waits(v) and torch.equal(v, self.U.flatten())
-        return self.direction.flatten() if own else self.general @ v
+        if v.ndim != 1:
+            return self.general @ v
+        if waits(v):  # nothing may wait for what the comparison finds
+            same = (v == self.U.flatten()).all()
+            return torch.where(same, self.direction.flatten(), self.general @ v)
+        if torch.equal(v, self.U.flatten()):
+            return self.direction.flatten()
+        return self.general @ v
 
     def inv(self) -> Operator:
         """Return the inverse of `general`."""
