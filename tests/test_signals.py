@@ -769,7 +769,8 @@ def test_while_importing(number: int, moment: float) -> None:
     assert process.returncode == 128 + number
     assert err.splitlines() in (
         ["curvlab: interrupted; nothing has run yet"],
-        ["curvlab: interrupted"],
+        # where the machine is so fast that the run has begun, in the words of a run
+        ["curvlab: interrupted" if number == signal.SIGINT else "curvlab: interrupted by SIGTERM"],
     )
 
 
