@@ -134,8 +134,16 @@ class LayerRows:
     def __len__(self) -> int:
         return self.g.shape[0] * self.g.shape[1]
 
+    @property
+    def _single(self) -> bool:
+        """Whether there is one place and one group, so that each row is one outer product."""
+        return self.g.shape[2] == self.g.shape[3] == 1
+
     def times(self, v: Float[Tensor, "D *K"]) -> Float[Tensor, "R *K"]:
         """Return the rows times v: [V N], or [V N, K]; no row is formed."""
+        if self._single and v.ndim == 1:  # g · V a, as products of matrices: einsum costs more
+            g, a = self.g[:, :, 0, 0], self.a[:, 0, 0]
+            return (g * (a @ v.view(-1, a.shape[1]).mT)).sum(2).flatten()
         through = torch.einsum(
             "ntgi,goik->ntgok", self.a, v.reshape(*self.g.shape[3:], self.a.shape[3], -1)
         )
@@ -143,6 +151,10 @@ class LayerRows:
 
     def transposed(self, w: Float[Tensor, "R *K"]) -> Float[Tensor, "D *K"]:
         """Return the sum of the rows weighted by w: [D], or [D, K]; no row is formed."""
+        if self._single and w.ndim == 1:
+            g, a = self.g[:, :, 0, 0], self.a[:, 0, 0]
+            weighed = (g * w.view(g.shape[:2])[:, :, None]).sum(0)
+            return (weighed.mT @ a).flatten()
         back = torch.einsum("vntgo,vnk->ntgok", self.g, w.reshape(*self.g.shape[:2], -1))
         return torch.einsum("ntgok,ntgi->goik", back, self.a).reshape(-1, *w.shape[1:])
 
@@ -151,8 +163,8 @@ class LayerRows:
 
         Rows are formed only where T or Γ is above 1.
         """
-        vectors, size, places, groups, _ = self.g.shape
-        if places == groups == 1:
+        vectors, size = self.g.shape[:2]
+        if self._single:
             g, a = self.g.flatten(0, 3), self.a.flatten(0, 2)
             return ((g @ g.mT).view(vectors, size, vectors, size) * (a @ a.mT)[:, None]).view(
                 len(self), -1
@@ -193,6 +205,9 @@ class LayerRows:
 
     def squares(self) -> Float[Tensor, " D"]:
         """Return the squared lengths of the columns, [D]; no row is formed at one place."""
+        if self._single:
+            g, a = self.g[:, :, 0, 0].square().sum(0), self.a[:, 0, 0].square()
+            return (g.mT @ a).flatten()
         if self.g.shape[2] == 1:
             return torch.einsum("vntgo,ntgi->goi", self.g.square(), self.a.square()).flatten()
         return torch.cat([part.square().sum(0) for part in self.columns()])
