@@ -15,9 +15,10 @@ from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from curvlab.curvature.averaging import Averaging
-from curvlab.curvature.base import Curvature, CurvatureBlock, IdentityBlock
+from curvlab.curvature.base import Curvature, CurvatureBlock
 from curvlab.curvature.block_diagonal import BlockDiagonal, Look
 from curvlab.curvature.gradient_norm import GradientNorm
+from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt
 from curvlab.curvature.overall_damping import DampingRule, same
 from curvlab.curvature.settings import CurvatureSettings

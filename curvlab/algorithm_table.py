@@ -12,12 +12,13 @@ from typing import cast
 from curvlab.algorithm_entry import Algorithm, ByBlock, Constants, WholeVector
 from curvlab.algorithm_recent import RECENT
 from curvlab.curvature.averaging import Averaging
-from curvlab.curvature.base import CurvatureBlock, IdentityBlock
+from curvlab.curvature.base import CurvatureBlock
 from curvlab.curvature.diagonal import SecondMoment
 from curvlab.curvature.fisher import DenseFisher
 from curvlab.curvature.gradient_norm import GradientNorm
 from curvlab.curvature.hessian import DenseHessian, hessians
 from curvlab.curvature.hessian_free import HessianFree
+from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.kbfgs import ARTICLE_2021, CHAPTER_2, CHAPTER_3, CONVERGENT, KBfgs
 from curvlab.curvature.kfac import Kfac
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt

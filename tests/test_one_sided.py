@@ -157,6 +157,34 @@ def test_muon_is_torchs_within_bfloat16(shape: tuple[int, int], adjust: str) -> 
         assert_near(other.dense(), part.inverse.dense(), 1e-12)
 
 
+def test_directions_made_together_are_those_of_the_operators() -> None:
+    """Three weights of one shape, one of another, with and without biases; a second look at the
+    same momentum gives the same, and any other tensor goes by the operator.
+    """
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 6), nn.Linear(6, 4)]
+    model = nn.Sequential(*layers).double()
+    objective = cl.Objective(model, cl.likelihoods.Gaussian())
+    curvature = cl.approximation("muon", objective, polar="bfloat16")
+    observation = objective.closure(normal(5, 6), normal(5, 4)).observe(curvature.needs)
+    curvature.update(observation)
+    momenta = {name: g + 1 for name, g in observation.gradients.items()}
+    curvature.heed(momenta)  # type: ignore[attr-defined]
+    found, again = curvature.precondition(momenta), curvature.precondition(momenta)
+    for block in objective.blocks:
+        m = momenta[block.name]
+        by_operator = (curvature.inverse[block.name] @ m.flatten()).view(m.shape)
+        assert torch.equal(found[block.name], by_operator)
+        assert torch.equal(found[block.name], again[block.name])
+        W = m[:, :-1] if block.biased else m
+        alone = SCALES["match_rms_adamw"](*W.shape) * in_bfloat16(W).double()
+        direction = found[block.name][:, :-1] if block.biased else found[block.name]
+        assert_near(direction, alone, 1e-12)
+    others = {name: m.clone() for name, m in momenta.items()}
+    for name, direction in curvature.precondition(others).items():
+        assert_near(direction, found[name], 1e-12)
+
+
 def test_muon_as_an_optimizer_by_hand() -> None:
     """Weights by the polar factor of the Nesterov momentum, biases by Adam's diagonal, decoupled
     decay, T₂ = 3 without effect on either.

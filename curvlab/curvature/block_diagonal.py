@@ -17,20 +17,20 @@ from curvlab.curvature.base import (
     NO_DATA,
     CurvatureBlock,
     CurvatureDefaults,
-    IdentityBlock,
     block_with_defaults,
     check_algorithm,
     check_damping,
 )
 from curvlab.curvature.block_states import checked, cloned, may_have, put_back, states_of
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
+from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_by_block
-from curvlab.curvature.moments import check_moments, check_squared, with_terms
-from curvlab.curvature.preconditioning import preconditioned
+from curvlab.curvature.moments import check_folds, with_terms
+from curvlab.curvature.preconditioning import do_together, preconditioned, straight_directions
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.derivatives import precise
-from curvlab.divergence import Naming, named
-from curvlab.errors import CurvlabError, Diverged, unknown, warn
+from curvlab.divergence import Naming
+from curvlab.errors import CurvlabError, unknown, warn
 from curvlab.layers import Block
 from curvlab.likelihoods.base import factor_over
 from curvlab.linalg.operators import Operator, identity_like, pack, unpack_operator
@@ -130,9 +130,13 @@ class BlockDiagonal(CurvatureDefaults):
     @property
     def inverse(self) -> dict[str, Operator]:
         """Operators that `precondition` applies, by block."""
+        return self._inverses()
+
+    def _inverses(self, of: Sequence[str] | None = None) -> dict[str, Operator]:
         if not self.ready:
             raise CurvlabError(NO_DATA)
-        return {name: self._idle.get(name) or block.inverse for name, block in self.blocks.items()}
+        named = self.blocks if of is None else of
+        return {name: self._idle.get(name) or self.blocks[name].inverse for name in named}
 
     def _folds(self, step: int) -> bool:
         if step == 1 and self.averaging.skips_first:
@@ -152,7 +156,7 @@ class BlockDiagonal(CurvatureDefaults):
         self._follow(statistics)
         if observation.pull and self.labels == "data":
             statistics = with_terms(statistics, self.blocks, observation.pull)
-        self._check(statistics)
+        check_folds(statistics, self.blocks, self._partition, self.labels)
         for name, block in self.blocks.items():
             found = statistics.get(name)
             if found is None or not getattr(
@@ -168,26 +172,6 @@ class BlockDiagonal(CurvatureDefaults):
                 self._idle.pop(name, None)
         self.updates += 1
         self._stale = True
-
-    def _check(self, statistics: Mapping[str, Any]) -> None:
-        """Raise Diverged, before anything is folded, where something to fold is not finite.
-
-        A second moment, or a gradient at other labels than the data's.
-        """
-        having = {
-            n: b
-            for n, b in self.blocks.items()
-            if b.memory and getattr(statistics.get(n), "used", False)
-        }
-        moments = {n: block_with_defaults(b).moments(statistics[n]) for n, b in having.items()}
-        squared = [n for n, b in having.items() if b.reads == "gradient" and self.labels != "data"]
-        try:
-            check_moments(
-                (name, what, m) for name, each in moments.items() for what, m in each.items()
-            )
-            check_squared({name: statistics[name].gradient for name in squared})
-        except Diverged as error:
-            raise named(error, str(self._partition[error.block])) from error
 
     def _follow(self, statistics: Mapping[str, Any]) -> None:
         """Let blocks whose statistics lack what their method reads follow the gradient.
@@ -263,6 +247,7 @@ class BlockDiagonal(CurvatureDefaults):
         for name, m in momentum.items():
             if name not in self._idle:
                 block_with_defaults(self.blocks[name]).heed(m, self._damped)
+        do_together(self.blocks[name] for name in momentum if name not in self._idle)
 
     rejects = False
 
@@ -358,7 +343,10 @@ class BlockDiagonal(CurvatureDefaults):
         Returns:
             The same keys and shapes.
         """
-        return preconditioned(self.inverse, self._partition, grads)
+        having = {n: b for n, b in self.blocks.items() if self.ready and n not in self._idle}
+        straight = straight_directions(having, self._partition, grads)
+        rest = [name for name in grads if name not in straight] if straight else None
+        return preconditioned(self._inverses(rest), self._partition, grads, straight)
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters, statistics and the inverse as it stands.

@@ -5,7 +5,7 @@ Legend: O rows, I columns, K the smaller of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -60,21 +60,26 @@ def polar_factor(U: Float[Tensor, "O I"]) -> Float[Tensor, "K K"]:
 
 
 def newton_schulz_bfloat16(
-    U: Float[Tensor, "O I"], coefficients: tuple[float, float, float] = COEFFICIENTS, steps: int = 5
-) -> Float[Tensor, "O I"]:
-    """Return the Newton-Schulz iteration of U / ‖U‖_F itself, in bfloat16, as published.
+    Us: Sequence[Float[Tensor, "O I"]],
+    coefficients: tuple[float, float, float] = COEFFICIENTS,
+    steps: int = 5,
+) -> Float[Tensor, "M O I"]:
+    """Return the Newton-Schulz iterations of M matrices U / ‖U‖_F of one shape, of bfloat16.
 
-    Jordan et al. 2024: to the bit what `torch.optim.Muon` has. It is within two per cent of
-    `newton_schulz_factor(U)`'s product, and faster where a processor multiplies bfloat16.
+    As published, Jordan et al. 2024: to the bit what `torch.optim.Muon` has. It is within two per
+    cent of `newton_schulz_factor(U)`'s product, and faster where a processor multiplies bfloat16;
+    small matrices go faster together.
     """
     a, b, c = coefficients
-    turned = U.shape[0] > U.shape[1]
-    X = (U.mT if turned else U).bfloat16()
-    X = X / X.norm().clamp(min=1e-7)
+    turned = Us[0].shape[0] > Us[0].shape[1]
+    each = [(U.mT if turned else U).bfloat16() for U in Us]
+    each = [X / X.norm().clamp(min=1e-7) for X in each]
+    X, add = (each[0], torch.addmm) if len(each) == 1 else (torch.stack(each), torch.baddbmm)
     for _ in range(steps):
         S = X @ X.mT
-        X = torch.addmm(X, torch.addmm(S, S, S, beta=b, alpha=c), X, beta=a)
-    return (X.mT if turned else X).to(U.dtype)
+        X = add(X, add(S, S, S, beta=b, alpha=c), X, beta=a)
+    X = X.mT if turned else X
+    return X if X.ndim == 3 else X[None]
 
 
 POLAR: dict[str, Callable[[Tensor], Tensor]] = {
