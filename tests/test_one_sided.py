@@ -16,7 +16,12 @@ from curvlab.curvature.matrix_parts import WithDiagonal
 from curvlab.curvature.one_sided import SCALES, asgo, muon
 from curvlab.layers import Block, blocks
 from curvlab.linalg.operator_states import pack, unpack_operator
-from curvlab.linalg.polar import COEFFICIENTS, newton_schulz_factor, polar_factor
+from curvlab.linalg.polar import (
+    COEFFICIENTS,
+    newton_schulz_bfloat16,
+    newton_schulz_factor,
+    polar_factor,
+)
 from curvlab.momentum import Momentum
 from curvlab.statistics import LayerStatistics
 
@@ -183,6 +188,13 @@ def test_directions_made_together_are_those_of_the_operators() -> None:
     others = {name: m.clone() for name, m in momenta.items()}
     for name, direction in curvature.precondition(others).items():
         assert_near(direction, found[name], 1e-12)
+
+
+@pytest.mark.parametrize("shapes", [[(400, 420)], [(420, 400)], [(6, 9), (9, 6), (6, 9)]])
+def test_halves_and_stacks_have_the_bits_of_whole_products(shapes: list[tuple[int, int]]) -> None:
+    Us = [normal(*shape, seed=seed).float() for seed, shape in enumerate(shapes)]
+    for U, found in zip(Us, newton_schulz_bfloat16(Us), strict=True):
+        assert torch.equal(found, in_bfloat16(U))
 
 
 def test_muon_as_an_optimizer_by_hand() -> None:

@@ -395,7 +395,7 @@ def peers(problem: str, show: Callable[[str, float], None]) -> None:
 
     def muon(model: nn.Module) -> list[Any]:
         matrices, rest = hidden(model)
-        return [torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr)]
+        return [torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(rest, lr=lr, weight_decay=0.1)]
 
     loop("torch Adam", lambda model: [torch.optim.Adam(model.parameters(), lr=lr)])
     loop("torch AdamW", lambda model: [torch.optim.AdamW(model.parameters(), lr=lr)])
@@ -417,8 +417,8 @@ def peers(problem: str, show: Callable[[str, float], None]) -> None:
     def their_muon(model: nn.Module) -> list[Any]:
         matrices, rest = hidden(model)
         groups: list[dict[str, Any]] = [
-            {"params": matrices, "use_muon": True},
-            {"params": rest, "use_muon": False},
+            {"params": matrices, "use_muon": True, "weight_decay": 0.1},  # as ours and torch's
+            {"params": rest, "use_muon": False, "weight_decay": 0.1},
         ]
         return [Muon(groups, lr=lr)]
 

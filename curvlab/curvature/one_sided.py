@@ -251,13 +251,13 @@ class Muon:
 
     @staticmethod
     def together(parts: Sequence[Muon]) -> None:
-        """Make the directions of small weights of one shape together: as many as fit a cache."""
-        by_shape: dict[torch.Size, list[Muon]] = {}
+        """Iterate weights of one shape, or of that turned, together: as many as fit a cache."""
+        by_shape: dict[tuple[int, ...], list[Muon]] = {}
         for part in parts:
             if part.U is not None:
-                by_shape.setdefault(part.U.shape, []).append(part)
+                by_shape.setdefault(tuple(sorted(part.U.shape)), []).append(part)
         for shape, all_of in by_shape.items():
-            some = max(1, _TOGETHER // shape.numel())
+            some = max(1, _TOGETHER // math.prod(shape))
             for group in (all_of[i : i + some] for i in range(0, len(all_of), some)):
                 found = newton_schulz_bfloat16([part.U for part in group if part.U is not None])
                 for part, rounded in zip(group, found, strict=True):
