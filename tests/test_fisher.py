@@ -386,6 +386,8 @@ def test_rows_are_kept_where_they_are_fewer(monkeypatch: pytest.MonkeyPatch) -> 
     assert wide(12, 512, 512)
     assert not wide(12, 64, 64)
     assert not wide(1500, 150, 150)
+    monkeypatch.setattr("curvlab.errors._memory", lambda: 50 << 20)
+    assert not wide(12, 512, 512)
 
 
 def test_kept_rows_need_damping_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from curvlab.errors import guard_memory
+from curvlab.errors import fits, guard_memory
 from curvlab.layers import Block
 from curvlab.statistics import LayerStatistics
 
@@ -18,7 +18,8 @@ def by_rows(statistics: LayerStatistics) -> bool:
     """Return whether the rows of a block's minibatches are to be kept in place of its matrix.
 
     The matrix and its inverse would take more than 1 GB, and more than the rows of 100 such
-    minibatches with their Gram matrix and its factor: V N of O + I numbers at one place, else of D.
+    minibatches with their Gram matrix and its factor: V N of O + I numbers at one place, else of D;
+    and these fit into a third of the memory.
     """
     block, item = statistics.block, statistics.like.element_size()
     dense = 2 * block.numel**2
@@ -27,7 +28,8 @@ def by_rows(statistics: LayerStatistics) -> bool:
     rows = _MINIBATCHES * statistics.vectors * statistics.size
     outer = statistics.provides("factors") and statistics.places == 1
     width = sum(block.shape) if outer else block.numel
-    return 4 * rows**2 + rows * width < dense
+    kept = 4 * rows**2 + rows * width
+    return kept < dense and fits(3 * kept * item)
 
 
 def guard_factor(block: Block, order: int, like: Tensor, factor: str) -> None:
