@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 import typer
@@ -246,8 +247,9 @@ def _defaults(algorithm: str, given: Mapping[str, Any]) -> dict[str, float]:
 # ---- command lines
 
 
+@cache
 def _parser(command: str) -> Any:
-    """Return typer's command."""
+    """Return typer's command, which takes longer to make than to parse with."""
     from curvlab.cli.app import app
 
     return typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]  # a group

@@ -22,6 +22,7 @@ from curvlab.show.style import looks, shading
 
 _NAMES = {"lr": "learning rate", "damping": "damping"}
 _LEVELS = 12
+_STAR = {"markersize": 13, "markerfacecolor": "#E69F00", "markeredgecolor": "black"}
 
 
 def landscape(ds: xr.Dataset) -> Figure:
@@ -89,7 +90,7 @@ def _contours(ds: xr.Dataset, score: xr.DataArray, names: list[str]) -> Figure:
         _panel(ax, at.transpose("damping", "lr"), norm, shades)
         if name in best:
             place = best[name].place
-            ax.plot(place["lr"], place["damping"], "*", color="black", markersize=11, zorder=4)
+            ax.plot(place["lr"], place["damping"], "*", zorder=4, **_STAR)
         ax.set_title(f"{name}: {best[name].score:.4g}" if name in best else name, fontsize=10)
     for ax in panels.flat[len(names) :]:
         ax.set_visible(False)
@@ -144,6 +145,7 @@ def _panel(ax: Axes, at: xr.DataArray, norm: Normalize, shades: Colormap) -> Non
     good = np.isfinite(z)
     ax.plot(columns[good], rows[good], ".", color="0.25", markersize=3)
     ax.plot(columns[~good], rows[~good], "x", color="0.25", markersize=5, markeredgewidth=0.8)
+    ax.use_sticky_edges = False  # what lies on the edge of the grid is seen whole
     ax.margins(0.06)
     _ticks(ax, x, y)
 

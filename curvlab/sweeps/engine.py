@@ -201,7 +201,7 @@ def _local(distributed: Any, workers: int, threads: int) -> Iterator[Any]:
                 threads_per_worker=1,
                 processes=True,
                 host="127.0.0.1",
-                dashboard_address=None,
+                dashboard_address="127.0.0.1:0",
                 memory_limit=0,
                 silence_logs=logging.CRITICAL,
                 preload=["curvlab.sweeps.worker"],
@@ -211,12 +211,10 @@ def _local(distributed: Any, workers: int, threads: int) -> Iterator[Any]:
                 f"the workers cannot be started ({_brief(error)}); a script that calls cl.sweep"
                 ' does so under `if __name__ == "__main__":`'
             ) from error
-        processes = [nanny.process.pid for nanny in cluster.workers.values()]
         try:
             with distributed.Client(cluster, set_as_default=False) as client:
                 yield client
         finally:
-            del processes
             cluster.close(timeout=10)
 
 

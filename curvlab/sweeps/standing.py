@@ -16,7 +16,7 @@ import xarray as xr
 
 from curvlab.errors import CurvlabError
 from curvlab.logs import attributes
-from curvlab.logs.reading import open_log
+from curvlab.logs.reading import open_quickly
 from curvlab.show.about import unfinished
 from curvlab.sweeps.points import Outcome
 from curvlab.system.atomic import rewrite
@@ -35,7 +35,7 @@ def whole(folder: Path) -> tuple[Outcome, xr.Dataset] | None:
     if not (folder / "run.h5").is_file():
         return None
     try:
-        ds = open_log(folder)
+        ds = open_quickly(folder / "run.h5")
     except CurvlabError:
         return None
     stopped = attributes.text(ds, "stopped")
