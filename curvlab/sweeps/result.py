@@ -29,8 +29,10 @@ Series = Mapping[str, xr.DataArray]
 _RENAMED = {"lr": "lr_of_epoch", "damping": "damping_of_epoch"}
 """Variables of a training log that are dimensions here."""
 
-_SHARED = ("model", "data", "data_description", "error", "device", "dtype", "batch_size")
-_SHARED += ("loss_per", "ef_unit")
+_SHARED = (
+    *("model", "data", "data_description", "error", "device", "dtype", "batch_size"),
+    *("loss_per", "ef_unit"),
+)
 """Attributes of the points that are the sweep's where all have the same."""
 
 
