@@ -22,6 +22,8 @@ def best_of_sweep(ds: xr.Dataset) -> Table:
         place = (_label(best.place[axis]) for axis in axes)
         edge = ", ".join(best.edges) or "–"
         rows.append((best.algorithm, *place, f"{best.score:.5g}{spread}", edge))
+    if not rows:
+        return Table("No point has a score", ("",), ())
     said = str(ds["score"].attrs.get("long_name", "score"))
     unit = str(ds["score"].attrs.get("units", "1"))
     unit = "" if unit == "1" else f" ({unit})"

@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +25,9 @@ from curvlab.sweeps.standing import ATTEMPTS, KILLED, attempts
 
 CONNECT = 8.0
 """Seconds for a scheduler to answer."""
+
+LOOK = 2.0
+"""Seconds between looks at the workers while no point ends."""
 
 Work = Callable[[Task], Outcome]
 
@@ -75,31 +80,36 @@ class Dask:
         """
         distributed = imported()
         with ExitStack() as stack:
-            client = stack.enter_context(
-                _existing(distributed, self.scheduler)
+            client, see_to_workers = stack.enter_context(
+                _existing(distributed, self.scheduler, self.say)
                 if self.scheduler is not None
                 else _local(distributed, self.workers, self.threads)
             )
-            if not client.scheduler_info()["workers"]:
-                self.say(f"no worker at {self.scheduler} yet: waiting for one")
-            yield from self._as_they_come(distributed, client, tasks, work)
+            yield from self._as_they_come(distributed, client, see_to_workers, tasks, work)
 
     def _as_they_come(
-        self, distributed: Any, client: Any, tasks: Mapping[str, Task], work: Work
+        self,
+        distributed: Any,
+        client: Any,
+        see_to_workers: Callable[[], None],
+        tasks: Mapping[str, Task],
+        work: Work,
     ) -> Iterator[tuple[str, Outcome]]:
         names = list(tasks)
-        futures = client.map(
-            work,
-            list(tasks.values()),
-            key=[_key(tasks[name], name) for name in names],
-            pure=False,
-            retries=0,
-        )
+        keys = [_key(tasks[name], name) for name in names]
+        futures = client.map(work, list(tasks.values()), key=keys, pure=False, retries=0)
         of = {future.key: name for future, name in zip(futures, names, strict=True)}
         again = dict.fromkeys(names, 0)
-        coming = distributed.as_completed(futures, loop=client.loop)
-        for future in coming:
-            name = of[future.key]
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for future in futures:
+            future.add_done_callback(done.put)
+        while len(of):
+            try:
+                future = done.get(timeout=LOOK)
+            except queue.Empty:
+                see_to_workers()
+                continue
+            name = of.pop(future.key)
             found = _outcome(distributed, future, self.scheduler)
             if found is not None:
                 yield name, found
@@ -110,7 +120,8 @@ class Dask:
                 key = _key(tasks[name], f"{name}-again-{again[name]}")
                 new = client.submit(work, tasks[name], key=key, pure=False, retries=0)
                 of[new.key] = name
-                coming.add(new)
+                futures.append(new)  # one that nobody holds is forgotten
+                new.add_done_callback(done.put)
             else:
                 yield name, Outcome("killed", KILLED)
 
@@ -160,28 +171,65 @@ def imported() -> Any:
 
 
 @contextmanager
-def _existing(distributed: Any, address: str) -> Iterator[Any]:
-    """Yield a client of a scheduler that is there."""
+def _existing(
+    distributed: Any, address: str, say: Callable[[str], None]
+) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """Yield a client of a scheduler that is there, and what says that it has no workers."""
     _quiet()
     where: dict[str, Any] = (
         {"scheduler_file": address} if Path(address).is_file() else {"address": address}
     )
     try:
-        client = distributed.Client(**where, timeout=CONNECT, set_as_default=False)
+        client = _within(
+            CONNECT + 1, lambda: distributed.Client(**where, timeout=CONNECT, set_as_default=False)
+        )
     except Exception as error:  # dask raises OSError, ValueError and what a comm of its own does
         raise CurvlabError(
             f"no scheduler answers at {address} ({_brief(error)}): start one with `dask scheduler`,"
             " or leave --scheduler out"
         ) from error
+    there = [True]
+
+    def see_to_workers() -> None:
+        before, there[0] = there[0], bool(client.scheduler_info()["workers"])
+        if before and not there[0]:
+            say(f"the scheduler at {address} has no worker: waiting for one")
+
     try:
-        yield client
+        yield client, see_to_workers
     finally:
         client.close(timeout=5)
 
 
+def _within(seconds: float, make: Callable[[], Any]) -> Any:
+    """Return what `make` returns; what answers without a word holds up dask's own timeouts.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    made: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            made.put((make(), None))
+        except Exception as error:
+            made.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        found, error = made.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return found
+
+
 @contextmanager
-def _local(distributed: Any, workers: int, threads: int) -> Iterator[Any]:
-    """Yield a client of a cluster of this machine, which ends with it."""
+def _local(
+    distributed: Any, workers: int, threads: int
+) -> Iterator[tuple[Any, Callable[[], None]]]:
+    """Yield a client of a cluster of this machine, which ends with it, and what revives workers."""
     _quiet()
     dask = importlib.import_module("dask")
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -213,9 +261,27 @@ def _local(distributed: Any, workers: int, threads: int) -> Iterator[Any]:
             ) from error
         try:
             with distributed.Client(cluster, set_as_default=False) as client:
-                yield client
+                yield client, _reviver(cluster)
         finally:
             cluster.close(timeout=10)
+
+
+def _reviver(cluster: Any) -> Callable[[], None]:
+    """Return what starts workers anew whose nanny has not: one that died as it began."""
+    dead: set[Any] = set()
+
+    async def begin(nanny: Any) -> None:
+        await nanny.instantiate()
+
+    def revive() -> None:
+        now = {name for name, nanny in cluster.workers.items() if not nanny.is_alive()}
+        for name in now & dead:  # since the last look: no nanny takes so long by itself
+            with suppress(Exception):  # it is tried again at the next look
+                cluster.sync(begin, cluster.workers[name], callback_timeout=60)
+        dead.clear()
+        dead.update(now)
+
+    return revive
 
 
 def _quiet() -> None:

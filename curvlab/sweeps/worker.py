@@ -1,18 +1,18 @@
-"""What a worker of this machine does first: it is told so by the engine, as dask's ``preload``."""
+"""What a worker of this machine does first: it is told so by the engine, as dask's ``preload``.
+
+It imports nothing heavy: a worker that dies before its nanny has seen it running is not started
+anew, and what ends a worker is most often the code of a point.
+"""
 
 from __future__ import annotations
 
-import importlib
 import signal
 from typing import Any
 
+from curvlab.starting import SIGNALS
+
 
 def dask_setup(worker: Any) -> None:
-    """Leave Ctrl-C to the command, and import once what every point needs.
-
-    A terminal sends Ctrl-C to all processes of a command, and a worker that it ends would say so at
-    length.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("curvlab.training.run", "curvlab.comparison_run", "curvlab.cli.app"):
-        importlib.import_module(name)
+    """Leave Ctrl-C to the command: a terminal sends it to all processes of the command."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
