@@ -226,7 +226,7 @@ def test_what_happens_to_a_point_is_a_row(here: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for _ in range(standing.ATTEMPTS):  # as often as its worker has died
             assert standing.attempts(folder, task.start) < standing.ATTEMPTS
-            standing.begin(folder, task.start)
+            standing.begin_attempt(folder, task.start)
         return work(task)
 
     run, _ = inline(here / "killed", done=dies, grid=("lr=1,0.1",))
@@ -535,7 +535,7 @@ def test_nothing_answers_at_the_address(here: Path, monkeypatch: pytest.MonkeyPa
     begun = time.monotonic()
     with (
         pytest.raises(cl.CurvlabError, match=f"no scheduler answers at {address}"),
-        engine._existing(engine.imported(), address, print),
+        engine._existing(engine.distributed_module(), address, print),
     ):
         pass
     with socket.socket() as silent:
@@ -544,7 +544,7 @@ def test_nothing_answers_at_the_address(here: Path, monkeypatch: pytest.MonkeyPa
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with (
             pytest.raises(cl.CurvlabError, match=f"no scheduler answers at {address}"),
-            engine._existing(engine.imported(), address, print),
+            engine._existing(engine.distributed_module(), address, print),
         ):
             pass
     assert time.monotonic() - begun < 10
@@ -583,7 +583,7 @@ def workers_of(process: int) -> list[int]:
 
 
 def done_in(folder: Path) -> int:
-    return sum(standing.whole(point) is not None for point in folder.glob("points/*"))
+    return sum(standing.finished(point) is not None for point in folder.glob("points/*"))
 
 
 def until(true: Callable[[], bool], seconds: float = 120) -> None:

@@ -58,7 +58,7 @@ def alone(folder: Path, steps: int, count: int, together: Any, results: Any) -> 
 
 
 def by_hand(folder: Path, steps: int, options: argparse.Namespace) -> tuple[float, float]:
-    """Return the mean wall and CPU seconds of a run, in as many processes at once as the sweep has workers."""
+    """Return the mean wall and CPU seconds of a run, in as many processes as there are workers."""
     spawn = multiprocessing.get_context("spawn")
     together, results = spawn.Barrier(options.workers), spawn.Queue()
     arguments = (folder, steps, options.alone, together, results)

@@ -34,17 +34,17 @@ def work(task: Task) -> Outcome:
 
 
 def _worked(task: Task, folder: Path) -> Outcome:
-    found = standing.whole(folder)
+    found = standing.finished(folder)
     if found is not None:
         standing.ended(folder)
         return found[0]
     if standing.attempts(folder, task.start) >= standing.ATTEMPTS:
         return Outcome("killed", standing.KILLED)
     words = [*task.words, *standing.going_on(folder, task.words[0]), "--out", str(folder)]
-    standing.begin(folder, task.start)
+    standing.begin_attempt(folder, task.start)
     line = _run_by_words(words, folder, task)
     standing.ended(folder)
-    found = standing.whole(folder)
+    found = standing.finished(folder)
     return Outcome("failed", line) if found is None else found[0]
 
 

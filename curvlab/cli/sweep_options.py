@@ -36,7 +36,7 @@ _NOT_ON_A_GRID = (
 
 _NOT_OF_A_POINT = {"resume": "a sweep goes on by itself", "seeds": "each seed is a point"}
 
-Grid = Mapping[str, Sequence[Value]] | str | Sequence[str]
+AskedGrid = Mapping[str, Sequence[Value]] | str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Asked:
 
     command: str
     words: Sequence[str] = ()
-    grid: Grid = ()
+    grid: AskedGrid = ()
     algorithms: Sequence[str] = ()
     seed: int = 0
     seeds: int = 1

@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from curvlab.cli.point import work
-from curvlab.cli.sweep_options import Asked, Grid, words_of
+from curvlab.cli.sweep_options import Asked, AskedGrid, words_of
 from curvlab.cli.terminal import folder_for, listed
 from curvlab.show.page import report
-from curvlab.sweeps.engine import Dask, Engine, imported
+from curvlab.sweeps.engine import Dask, Engine, distributed_module
 from curvlab.sweeps.points import KEPT, claim
 from curvlab.sweeps.walk import SweepRun, carry_out
 from curvlab.system import paths
@@ -44,7 +44,7 @@ def swept(
     """
     settings, call = asked.settings()
     if engine is None:
-        imported()  # what is not installed is said before a folder is made
+        distributed_module()  # what is not installed is said before a folder is made
         workers = min(asked.processes, len(settings.points()))
         engine = Dask(workers, settings.threads, scheduler, say)
     paths.check_folder(
@@ -67,7 +67,7 @@ def swept(
 def sweep(
     command: str = "train",
     *,
-    grid: Grid = (),
+    grid: AskedGrid = (),
     algorithms: str | Sequence[str] = (),
     seed: int = 0,
     seeds: int = 1,

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from curvlab.errors import CurvlabError
 from curvlab.sweeps.grid import GridAxis
 
-Numbers = tuple[float, ...]
+_Numbers = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DocumentGrid:
     summary: str
     source: str
     best: str
-    axes: Mapping[str, Mapping[str, Numbers]]
+    axes: Mapping[str, Mapping[str, _Numbers]]
 
     def of(self, algorithm: str) -> tuple[GridAxis, ...]:
         """Return the axes of an algorithm.
@@ -46,7 +46,7 @@ class DocumentGrid:
         return tuple(GridAxis(name, values) for name, values in self.axes[algorithm].items())
 
 
-def _each(names: str, lr: Numbers, **others: Numbers) -> dict[str, Mapping[str, Numbers]]:
+def _each(names: str, lr: _Numbers, **others: _Numbers) -> dict[str, Mapping[str, _Numbers]]:
     return {name: MappingProxyType({"lr": lr} | others) for name in names.split()}
 
 

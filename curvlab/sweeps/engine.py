@@ -78,7 +78,7 @@ class Dask:
             CurvlabError: dask.distributed is not installed; nothing answers at the scheduler's
                 address; the scheduler goes away; its workers cannot import curvlab.
         """
-        distributed = imported()
+        distributed = distributed_module()
         with ExitStack() as stack:
             client, see_to_workers = stack.enter_context(
                 _existing(distributed, self.scheduler, self.say)
@@ -156,7 +156,7 @@ def _outcome(distributed: Any, future: Any, scheduler: str | None) -> Outcome | 
     return Outcome("failed", f"{type(error).__name__}: {cause_of(error)}")
 
 
-def imported() -> Any:
+def distributed_module() -> Any:
     """Return the module `distributed`.
 
     Raises:

@@ -14,8 +14,8 @@ from curvlab.sweeps.grid import GridAxis, Value, in_folder
 from curvlab.system.atomic import rewrite
 from curvlab.system.paths import NAME
 
-Command = Literal["train", "compare"]
-State = Literal["done", "diverged", "failed", "killed"]
+SweptCommand = Literal["train", "compare"]
+PointState = Literal["done", "diverged", "failed", "killed"]
 
 KEPT = "sweep.json"
 """File of a sweep's folder that says which sweep it holds."""
@@ -52,7 +52,7 @@ class Outcome:
         reason: of anything but `done`, one line.
     """
 
-    state: State
+    state: PointState
     reason: str = ""
 
 
@@ -90,7 +90,7 @@ class SweepSettings:
             algorithm that the grid leaves alone.
     """
 
-    command: Command
+    command: SweptCommand
     words: tuple[str, ...]
     grids: Mapping[str, tuple[GridAxis, ...]]
     seeds: tuple[int, ...]

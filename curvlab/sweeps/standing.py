@@ -30,7 +30,7 @@ KILLED = f"its worker ended {ATTEMPTS} times (a signal, its memory, or a crash o
 _COUNT = "attempts.json"
 
 
-def whole(folder: Path) -> tuple[Outcome, xr.Dataset] | None:
+def finished(folder: Path) -> tuple[Outcome, xr.Dataset] | None:
     """Return how a point ended and its log; None where its log is absent, damaged or not whole."""
     if not (folder / "run.h5").is_file():
         return None
@@ -70,7 +70,7 @@ def attempts(folder: Path, start: str) -> int:
         return 0
 
 
-def begin(folder: Path, start: str) -> None:
+def begin_attempt(folder: Path, start: str) -> None:
     """Count an attempt before it begins."""
     text = json.dumps({"start": start, "attempts": attempts(folder, start) + 1})
     rewrite(folder / _COUNT, lambda aside: aside.write_text(text, encoding="utf-8"))

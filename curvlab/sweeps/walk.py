@@ -85,7 +85,7 @@ def carry_out(
     points = {point.name: point for point in settings.points()}
     gathered = Gathered(settings, list(points.values()), call)
     for point in points.values():
-        found = standing.whole(place_of(folder, point))
+        found = standing.finished(place_of(folder, point))
         if found is not None:
             gathered.add(point, *found)
     if gathered.outcomes:
@@ -124,7 +124,7 @@ def _gone_through(
     begun = first = time.monotonic()
     before = len(points) - len(tasks)
     for done, (name, outcome) in enumerate(engine.outcomes(tasks, work) if tasks else (), 1):
-        found = standing.whole(place_of(folder, points[name]))
+        found = standing.finished(place_of(folder, points[name]))
         gathered.add(points[name], *(found or (outcome, None)))
         now, rest = time.monotonic(), len(tasks) - done
         # the first point's time has the start of the workers in it
