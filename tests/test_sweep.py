@@ -550,6 +550,15 @@ def test_nothing_answers_at_the_address(here: Path, monkeypatch: pytest.MonkeyPa
     assert time.monotonic() - begun < 10
 
 
+def test_an_engine_that_cannot_begin_leaves_nothing(here: Path) -> None:
+    def gone(task: Task) -> Outcome:
+        raise cl.CurvlabError("no scheduler answers")
+
+    with pytest.raises(cl.CurvlabError, match="no scheduler answers"):
+        inline(here / "nothing", done=gone, **EIGHT)
+    assert not (here / "nothing").exists()
+
+
 def test_the_quick_reader_reads_what_open_reads(here: Path, whole: SweepRun) -> None:
     from curvlab.logs.reading import open_quickly
 

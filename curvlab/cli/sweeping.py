@@ -13,7 +13,7 @@ from curvlab.cli.sweep_options import Asked, AskedGrid, words_of
 from curvlab.cli.terminal import folder_for, listed
 from curvlab.show.page import report
 from curvlab.sweeps.engine import Dask, Engine, distributed_module
-from curvlab.sweeps.points import KEPT, claim
+from curvlab.sweeps.points import KEPT, claim, unclaim
 from curvlab.sweeps.walk import SweepRun, carry_out
 from curvlab.system import paths
 from curvlab.system.lock import exclusive_lock
@@ -59,7 +59,11 @@ def swept(
         exclusive_lock(place / "run.h5"),
     ):
         claim(place, settings)
-        run = carry_out(settings, place, engine, work, call, console, shown_, say)
+        try:
+            run = carry_out(settings, place, engine, work, call, console, shown_, say)
+        except BaseException:
+            unclaim(place)
+            raise
         report([place, *run.best()], place / "report.html", progress=False)
     return run
 

@@ -23,8 +23,8 @@ from curvlab.errors import CurvlabError, cause_of
 from curvlab.sweeps.points import Outcome, Task
 from curvlab.sweeps.standing import ATTEMPTS, KILLED, attempts
 
-CONNECT = 8.0
-"""Seconds for a scheduler to answer."""
+CONNECT = 5.0
+"""Seconds for a scheduler to answer; with the imports before it the line comes within ten."""
 
 LOOK = 2.0
 """Seconds between looks at the workers while no point ends."""
@@ -80,6 +80,7 @@ class Dask:
         """
         distributed = distributed_module()
         with ExitStack() as stack:
+            stack.enter_context(_quiet())
             client, see_to_workers = stack.enter_context(
                 _existing(distributed, self.scheduler, self.say)
                 if self.scheduler is not None
@@ -175,7 +176,6 @@ def _existing(
     distributed: Any, address: str, say: Callable[[str], None]
 ) -> Iterator[tuple[Any, Callable[[], None]]]:
     """Yield a client of a scheduler that is there, and what says that it has no workers."""
-    _quiet()
     where: dict[str, Any] = (
         {"scheduler_file": address} if Path(address).is_file() else {"address": address}
     )
@@ -230,7 +230,6 @@ def _local(
     distributed: Any, workers: int, threads: int
 ) -> Iterator[tuple[Any, Callable[[], None]]]:
     """Yield a client of a cluster of this machine, which ends with it, and what revives workers."""
-    _quiet()
     dask = importlib.import_module("dask")
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     settings = {
@@ -284,10 +283,20 @@ def _reviver(cluster: Any) -> Callable[[], None]:
     return revive
 
 
-def _quiet() -> None:
-    """Let dask say nothing: what a user should know of a point stands in its row."""
-    for name in ("distributed", "asyncio", "tornado"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let dask say nothing inside: what a user should know of a point stands in its row."""
+    loud = ("distributed", "asyncio", "tornado")
+    names = {*loud, *logging.root.manager.loggerDict}  # dask gives some a level of their own
+    loggers = [logging.getLogger(n) for n in sorted(names) if n.partition(".")[0] in loud]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _brief(error: BaseException) -> str:

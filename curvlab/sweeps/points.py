@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -196,6 +197,13 @@ def claim(folder: Path, settings: SweepSettings) -> None:
         raise CurvlabError(
             f"{path} is damaged: restore it, or choose another folder with --out"
         ) from error
+
+
+def unclaim(folder: Path) -> None:
+    """Leave nothing of a sweep of which no point was begun."""
+    with suppress(OSError):  # there are points
+        (folder / POINTS).rmdir()
+        (folder / KEPT).unlink()
 
 
 def _check_kept(folder: Path, kept: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

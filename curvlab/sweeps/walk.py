@@ -107,8 +107,9 @@ def carry_out(
                 say(said)
                 bar.update(line, advance=1, note=said.partition(" ")[2])
     finally:
-        ds, times = gather(gathered)
-        write(folder / "run.h5", ds, times)
+        if gathered.outcomes:
+            ds, times = gather(gathered)
+            write(folder / "run.h5", ds, times)
     return SweepRun(folder, ds, times, dict(gathered.outcomes))
 
 
