@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -204,3 +205,20 @@ def compare(
     finish(run.dataset, folder, "cosine")
     if run.diverged:
         raise typer.Exit(DIVERGED)
+
+
+def checked_comparison(given: Mapping[str, Any]) -> None:
+    """Check the options of a comparison, its names and ranges; nothing is loaded or built.
+
+    Args:
+        given: {option: value}, all of them, as the command line is read.
+
+    Raises:
+        CurvlabError: an unknown name or a value out of range.
+    """
+    from curvlab.comparison_settings import CompareSettings
+
+    chosen = {k: v for k, v in given.items() if k in CompareSettings.__dataclass_fields__}
+    chosen = {k: v for k, v in chosen.items() if v is not None or k in ("lr", "decay")}
+    words = {"algorithms": listed(given["algorithms"]), "probes": tuple(given["probe"] or ())}
+    CompareSettings(**(chosen | words)).check()

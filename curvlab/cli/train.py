@@ -286,7 +286,6 @@ def train(
     given = {k: v for k, v in locals().items() if k != "context"}
     from curvlab import models
     from curvlab.machine import device_of
-    from curvlab.probes import asked
     from curvlab.system.memory import keep_freed_memory
     from curvlab.training import checkpoint
     from curvlab.training.begun import stepless
@@ -299,14 +298,9 @@ def train(
         for name in given
         if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT"
     }
-    given |= {
-        "own": assigned(own, "--set"),
-        "schedule_options": assigned(schedule_own, "--schedule-set"),
-        "warm": warm_start,
-    }
     if model is not None:
         models.imported(model)  # a module of the user's may enter probes
-    given["probes"] = asked(probe or [], "train")
+    given |= _values(given)
     renamed = (("warm_start", "warm"), ("schedule_own", "schedule_options"), ("probe", "probes"))
     said |= {new for old, new in renamed if old in said}
     check_output(out_folder, "training", checkpoint.FILE)
@@ -350,6 +344,33 @@ def train(
     if run.stopped:
         err.print(for_rich(f"curvlab: {run.stopped} ({folder / checkpoint.FILE})"))
         raise typer.Exit(DIVERGED)
+
+
+def _values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the options say that are words on the command line."""
+    from curvlab.probes import asked
+
+    return {
+        "own": assigned(given["own"], "--set"),
+        "schedule_options": assigned(given["schedule_own"], "--schedule-set"),
+        "warm": given["warm_start"],
+        "probes": asked(given["probe"] or [], "train"),
+    }
+
+
+def checked_training(given: Mapping[str, Any]) -> None:
+    """Check the options of a run, its names and ranges; nothing is loaded or built.
+
+    Args:
+        given: {option: value}, all of them, as the command line is read.
+
+    Raises:
+        CurvlabError: an unknown name or a value out of range.
+    """
+    length = {} if any(given[name] for name in ("epochs", "steps", "seconds")) else {"epochs": 20}
+    named = _named({**given, **length, **_values(given)})
+    named.settings.check()
+    named.budget.check()
 
 
 def _named(given: Mapping[str, Any]) -> NamedTraining:
