@@ -58,7 +58,7 @@ def compare(
         float | None,
         Option(
             help="Overall damping λ, given to every method by one rule (see docs); 1e-3, but 1e-2"
-            " of gpt-tiny.",
+            " of gpt-tiny, 0.1 of gpt-small.",
             rich_help_panel="Methods",
         ),
     ] = None,
@@ -86,13 +86,14 @@ def compare(
     refresh_every: Annotated[
         int | None,
         Option(
-            help="T₂, steps between inversions; 1, but 2 of gpt-tiny.", rich_help_panel="Methods"
+            help="T₂, steps between inversions; 1, but 2 of gpt-tiny and gpt-small.",
+            rich_help_panel="Methods",
         ),
     ] = None,
     steps: Annotated[
         int | None,
         Option(
-            help="Steps; 300 unless --epochs says otherwise; 20 of gpt-tiny.",
+            help="Steps; 300 unless --epochs says otherwise; 20 of gpt-tiny, gpt-small.",
             rich_help_panel="Length",
         ),
     ] = None,
@@ -102,12 +103,15 @@ def compare(
     ] = None,
     batch_size: Annotated[
         int | None,
-        Option(help="Examples in a minibatch; 1000, but 32 of gpt-tiny.", rich_help_panel="Length"),
+        Option(
+            help="Examples in a minibatch; 1000, but 32 of gpt-tiny, 12 of gpt-small.",
+            rich_help_panel="Length",
+        ),
     ] = None,
     warm_batches: Annotated[
         int | None,
         Option(
-            help="Minibatches of the warm start at most; one pass, but 20 of gpt-tiny.",
+            help="Minibatches of the warm start at most; one pass, but 20 of gpt-tiny, gpt-small.",
             rich_help_panel="Length",
         ),
     ] = None,
