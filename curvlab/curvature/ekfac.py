@@ -143,5 +143,7 @@ class Ekfac(BlockDefaults):
         if self._pending is not None:
             statistics, weight = self._pending
             assert self.Q_G is not None
-            self.D = blend(self.D, rotated_squares(statistics, self.Q_G, self.Q_A), weight)
+            Q_G, Q_A = self.Q_G, self.Q_A
+            (squares,) = statistics.averaged(lambda s: [rotated_squares(s, Q_G, Q_A)])
+            self.D = blend(self.D, squares, weight)
             self._pending = None
