@@ -5,11 +5,14 @@ a closure (an exact matrix, a line search, a probe's own pass) goes through the 
 rank, which is right and no faster. So does every look that shared would be another than one
 process's: where examples act on each other (batch norm in training mode), the model draws random
 numbers (dropout) or writes on its buffers, or some block goes another way on some ranks.
+
+The first look is of the whole too: it shows whether looks can be shared. So a basis that a method
+makes of its first minibatch (SOAP, KL-Shampoo) is one process's, also where it is of rounding alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,11 +59,12 @@ def shared_look(
             f"{ranks.world} ranks share a minibatch of {len(closure.x)}"
             f" example{'s' * (len(closure.x) > 1)}: start fewer ranks, or take larger minibatches"
         )
+    known = _mode(closure) in objective.shareable
     why = why_whole(closure)
     if why:
         objective.say(f"{why}: every rank goes through the whole minibatch, and no look is shared")
         return None
-    if not needs <= SHARED:
+    if not known or not needs <= SHARED:
         return None
     own, width = closure.own, _width(objective, needs)
     own.twice, own.told = closure.twice, width
@@ -71,30 +75,29 @@ def shared_look(
     except Exception as error:
         tell_failure(ranks, error, width)
         raise  # not reached: all raise where one has told
-    used = [
-        float(s.used)
-        for name in sorted(seen.passes)
-        for s in _in_order(objective, seen.passes[name])
-    ]
-    used += [0.0] * (width - len(used))
-    every = agree(ranks, used)
-    if any(flags != every[0] for flags in every):
-        return None  # a block that the examples of some ranks do not reach
     total = len(closure.x)
+    every = agree(ranks, _flags(seen, objective, width))
+    if any(flags != every[0] for flags in every):
+        return None  # a block that some ranks' examples do not reach, or that goes another way
     (loss,) = ranks.sum([seen.loss * (len(own.x) / total)])
-    known: dict[int, dict[str, LayerStatistics]] = {}
+    shared: dict[int, dict[str, LayerStatistics]] = {}
     passes = {}
     for name, found in seen.passes.items():
-        if id(found) not in known:
-            known[id(found)] = SharedPass(ranks, total, found).blocks
-        passes[name] = known[id(found)]
+        if id(found) not in shared:
+            shared[id(found)] = SharedPass(ranks, total, found).blocks
+        passes[name] = shared[id(found)]
     return Observation(loss, total, passes, closure, seen.pull)
 
 
-def _in_order(
-    objective: Objective, found: dict[str, LayerStatistics]
-) -> Iterable[LayerStatistics]:
-    return (found[b.name] for b in objective.blocks if b.name in found)
+def _flags(seen: Observation, objective: Objective, width: int) -> list[float]:
+    """Return of every pass and block how it was found, as one number each: 3, 1, 0, 2."""
+    found = [
+        float(s.used + 2 * s.structured)
+        for name in sorted(seen.passes)
+        for s in (seen.passes[name].get(b.name) for b in objective.blocks)
+        if s is not None
+    ]
+    return found + [-1.0] * (width - len(found))
 
 
 def _width(objective: Objective, needs: set[str]) -> int:
@@ -196,57 +199,38 @@ def _on_host(value: Batched) -> Batched:
 def why_whole(closure: Closure) -> str:
     """Return why each rank must look at the whole minibatch; "" where a look can be shared.
 
-    It is found once a form, by looks at the whole and at each rank's part on cloned buffers; all
-    ranks find the same.
+    It is found once for a dtype of inputs and modes of the modules, by a look at the whole, which
+    the next one is. All ranks find the same.
 
     Raises:
         CurvlabError: ranks were given other minibatches, or have other weights.
     """
-    objective = closure.objective
-    key = closure._key(closure.x)
-    if key not in objective.shareable:
-        try:
-            objective.shareable[key] = _found(closure)
-        except Told:
-            raise
-        except Exception as error:
-            tell_failure(objective.ranks, error, 0)
-    return objective.shareable[key]
+    objective, mode = closure.objective, _mode(closure)
+    if mode not in objective.shareable:
+        if not objective.shareable:
+            check_alike(objective)
+        objective.ranks.agreed(
+            "another minibatch",
+            _checksum(closure.x, closure.y),
+            "the first was the same on all, and so is each to be; or give each rank its own part"
+            " from the first on",
+        )
+        objective.shareable[mode] = _found(closure)
+    return objective.shareable[mode]
+
+
+def _mode(closure: Closure) -> Hashable:
+    return closure._key(closure.x)[1:]  # type: ignore[index]  # a tuple, the shape first
 
 
 def _found(closure: Closure) -> str:
     objective = closure.objective
-    ranks, modules = objective.ranks, objective.modules
-    if not objective.shareable:
-        check_alike(objective)
-    with derivatives():
-        mine = _checksum(closure.x, closure.y)
-    ranks.agreed(
-        "another minibatch",
-        mine,
-        "the first was the same on all, and so is each to be; or give each rank its own part from"
-        " the first on",
-    )
-    if mixes(modules):
+    if mixes(objective.modules):
         return "batch norm in training mode lets examples act on each other"
-    whole = closure.form
+    _ = closure.form
     if closure._key(closure.x) not in objective.quiet:
         return "the model draws random numbers (dropout)"
-    closure._ahead = None  # let go of its graph
-    if _moves_buffers(closure):
-        return "the model writes on its buffers"
-    own = closure.own.form
-    if closure.own._key(closure.own.x) not in objective.quiet:
-        mine_too = "the model draws random numbers (dropout)"
-    else:
-        mine_too = "" if _ways(own) == _ways(whole) else "a block goes another way in a part"
-    agree(ranks, [])
-    every = ranks.told(mine_too)
-    return next((why for why in every if why), "")
-
-
-def _ways(form: object) -> object:
-    return {name: way.how for name, way in form.ways.items()}  # type: ignore[attr-defined]  # a Form
+    return "the model writes on its buffers" if _moves_buffers(closure) else ""
 
 
 def _moves_buffers(closure: Closure) -> bool:
