@@ -123,6 +123,8 @@ class SharedStatistics(LayerStatistics):
         own: statistics of this rank's examples.
     """
 
+    shared = True
+
     def __init__(self, of: SharedPass, name: str, own: LayerStatistics) -> None:
         super().__init__(
             own.block,

@@ -37,6 +37,9 @@ class LayerStatistics:
         `G` 1/T).
     """
 
+    shared = False
+    """Whether several ranks have a part each, so that to read means is an exchange."""
+
     def __init__(
         self,
         block: Block,
