@@ -65,6 +65,8 @@ def compare_one(
     objective: Objective, settings: CompareSettings, course: Course, log: Log, bar: Progress
 ) -> None:
     """Compare along one seed; whatever ends it, what was logged is saved."""
+    call = str((settings, course.steps, course.size, course.seed))
+    objective.ranks.agreed("other arguments", call, "make the same call on every rank")
     with shielded() as shield:
         _follow(shield, objective, settings, course, log, bar)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,9 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvlab.errors import CurvlabError
+from curvlab.system.torchrun import ASKED, several_started
 
 BUCKET = 25 * 2**20
 """Bytes that are added up in one exchange at most, but for a single larger tensor."""
+
+MEET = timedelta(minutes=5)
+"""How long a process waits at the beginning for the others to be there."""
 
 WAIT = timedelta(minutes=30)
 """How long a rank waits for another that is there and says nothing. One that has gone is noticed at
@@ -72,6 +77,14 @@ class Ranks:
         """
         r = self.rank if rank is None else rank
         return slice(r * count // self.world, (r + 1) * count // self.world)
+
+    def check_size(self, count: int) -> None:
+        """Raise CurvlabError for a minibatch of fewer examples than there are ranks."""
+        if count < self.world:
+            raise CurvlabError(
+                f"{self.world} ranks share a minibatch of {count} example{'s' * (count > 1)}: start"
+                " fewer ranks, or take larger minibatches"
+            )
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sum over ranks of each tensor, the same to the bit on all of them.
@@ -142,6 +155,10 @@ class Ranks:
         _exchange(lambda: dist.all_gather(into, own))
         return cast(list[list[float]], torch.stack(into).tolist())
 
+    def first_number(self, value: float) -> float:
+        """Return rank 0's number: what hangs on a clock, or on a file, is decided by one."""
+        return self.numbers([value])[0][0] if self.several else value
+
     def told(self, value: _T) -> list[_T]:
         """Return each rank's value, of plain data: slower than `numbers`, for rare occasions."""
         if not self.several:
@@ -157,6 +174,29 @@ class Ranks:
         found = [value]
         _exchange(lambda: dist.broadcast_object_list(found, 0))
         return found[0]
+
+    def by_first(self, work: Callable[[], _T]) -> _T:
+        """Let rank 0 do something that one alone must do, and return what comes of it to all.
+
+        Args:
+            work: gives plain data.
+
+        Raises:
+            CurvlabError: on all ranks, what it has raised.
+        """
+        if not self.several:
+            return work()
+        found: tuple[str, Any] = ("", None)
+        failed: CurvlabError | None = None
+        if self.first:
+            try:
+                found = "", work()
+            except CurvlabError as error:
+                failed, found = error, (str(error), None)
+        line, value = self.of_first(found)
+        if line:
+            raise failed or Told(line)
+        return cast(_T, value)
 
     def agreed(self, what: str, value: object, remedy: str) -> None:
         """Raise CurvlabError, on every rank, where they do not have the same value.
@@ -237,24 +277,19 @@ def _exchange(work: Callable[[], object]) -> None:
     try:
         work()
     except RuntimeError as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
         raise RankLost(
-            "another process of this run has gone, so that no step can be taken any more"
-            f" ({line[:160]})"
+            "another process of this run has gone, and no step can be taken without it"
         ) from error
 
 
 # ---- by torchrun
 
 
-def started_by_torchrun() -> bool:
-    """Return whether the environment says that this is one of several processes (torchrun)."""
-    return int(os.environ.get("WORLD_SIZE", "1") or 1) > 1 and "MASTER_ADDR" in os.environ
-
-
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun has started, inside; `ALONE` where it has not.
+
+    Each then has the GPU of its local number, and of what all have to say one says it.
 
     Args:
         device: that this rank computes on: "cuda" exchanges by NCCL, the CPU by gloo.
@@ -262,27 +297,28 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     Raises:
         CurvlabError: the others cannot be reached.
     """
-    if not started_by_torchrun() or dist.is_initialized():
+    if not several_started() or dist.is_initialized():
         yield ranks_here()
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index is None:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=WAIT)
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=MEET)))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
     except (RuntimeError, ValueError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CurvlabError(
             f"the other processes cannot be reached ({line[:160]}): start all of them by torchrun"
         ) from error
+    ASKED.append(partial(_first_to_say, store))
+    yield ranks_here()
+    dist.destroy_process_group()  # where all are there to the end: it may wait for them
+
+
+def _first_to_say(store: dist.Store, line: str) -> bool:
+    """Return whether no other process has asked whether to say this line."""
     try:
-        yield ranks_here()
-    finally:
-        dist.destroy_process_group()
-
-
-def device_here(name: str) -> str:
-    """Return the device of this rank by name: of "auto" and "cuda" the GPU of its local number."""
-    if not started_by_torchrun() or name not in ("auto", "cuda") or not torch.cuda.is_available():
-        return name
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+        return store.add(f"curvlab said {line}", 1) == 1
+    except RuntimeError:  # who kept the store has gone
+        return True

@@ -54,11 +54,7 @@ def shared_look(
             minibatches or weights that differ from rank to rank.
     """
     ranks, objective = closure.objective.ranks, closure.objective
-    if len(closure.x) < ranks.world:
-        raise CurvlabError(
-            f"{ranks.world} ranks share a minibatch of {len(closure.x)}"
-            f" example{'s' * (len(closure.x) > 1)}: start fewer ranks, or take larger minibatches"
-        )
+    ranks.check_size(len(closure.x))
     known = _mode(closure) in objective.shareable
     why = why_whole(closure)
     if why:

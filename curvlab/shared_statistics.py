@@ -46,6 +46,10 @@ def _has_inputs(s: LayerStatistics) -> bool:
     return s.structured and s.block.groups == 1
 
 
+def _has_factors(s: LayerStatistics) -> bool:
+    return s.provides("factors")
+
+
 def _diagonal(s: LayerStatistics) -> Tensor:
     found = s.diagonal_A
     assert found is not None
@@ -57,9 +61,9 @@ MEANS: dict[str, Mean] = {
     "A": Mean(lambda s: s.A, lambda s: _has_inputs(s) and s.diagonal_A is None),
     "diagonal_A": Mean(_diagonal, lambda s: _has_inputs(s) and s.diagonal_A is not None),
     "G": Mean(lambda s: s.G, lambda s: s.structured, by_places=True),
-    "mean_a": Mean(lambda s: s.mean_a, _has_inputs, by_places=True),
-    "mean_g": Mean(lambda s: s.mean_g, _has_inputs),
-    "mean_h": Mean(lambda s: s.mean_h, _has_inputs),
+    "mean_a": Mean(lambda s: s.mean_a, _has_factors, by_places=True),
+    "mean_g": Mean(lambda s: s.mean_g, _has_factors),
+    "mean_h": Mean(lambda s: s.mean_h, _has_factors),
 }
 """Means of every block of a pass that are reduced together."""
 
