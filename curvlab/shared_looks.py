@@ -173,8 +173,8 @@ def whole_minibatch(objective: Objective, x: Batched, y: Batched) -> tuple[Batch
     ranks = objective.ranks
     if objective.given_parts is None:
         with derivatives():
-            mine = ranks.told([len(x), _checksum(x, y)])
-        objective.given_parts = any(other != mine[0] for other in mine)
+            mine = len(x), _checksum(x, y)
+        objective.given_parts = ranks.differing(mine) > 0
     if not objective.given_parts:
         return x, y
     own = [_on_host(x), _on_host(y)]
