@@ -280,9 +280,9 @@ class Closure(Looks):
         for name in needs - set(PASSES):
             raise unknown("pass", name, PASSES)
         if self.objective.ranks.several and self.stream != "exact" and not self.is_part:
-            shared = shared_look(self, needs, move_buffers, draws, checked)
-            if shared is not None:
-                return shared
+            found = shared_look(self, needs, move_buffers, draws, checked)
+            if found is not None:
+                return found
         z, capture = (
             self._unheard(move_buffers)
             if needs <= {"gradient", "plain"} and self._may_go_unheard()

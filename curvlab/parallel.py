@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from curvlab.errors import CurvlabError
 from curvlab.system.torchrun import ASKED, several_started
@@ -101,9 +102,9 @@ class Ranks:
         found: list[Tensor] = [t.detach() for t in tensors]
         for indices in buckets(found):
             flat = torch.cat([found[i].reshape(-1) for i in indices])
-            _exchange(lambda flat=flat: dist.all_reduce(flat))
-            for i, piece in zip(indices, flat.split([found[i].numel() for i in indices]), strict=True):
-                found[i] = piece.view(found[i].shape)
+            _exchange(partial(dist.all_reduce, flat))
+            for i, piece in zip(indices, _pieces(flat, found, indices), strict=True):
+                found[i] = piece
         return found
 
     def gathered(self, t: Tensor, count: int, axis: int = 0) -> Tensor:
@@ -141,11 +142,10 @@ class Ranks:
             return
         for indices in buckets(tensors):
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices])
-            _exchange(lambda flat=flat: dist.broadcast(flat, owner))
+            _exchange(partial(dist.broadcast, flat, owner))
             if owner != self.rank:
-                sizes = [tensors[i].numel() for i in indices]
-                for i, piece in zip(indices, flat.split(sizes), strict=True):
-                    tensors[i].copy_(piece.view(tensors[i].shape))
+                for i, piece in zip(indices, _pieces(flat, tensors, indices), strict=True):
+                    tensors[i].copy_(piece)
 
     def numbers(self, values: Sequence[float]) -> list[list[float]]:
         """Return each rank's numbers, as many of each: a few words, read by the host at once."""
@@ -276,6 +276,13 @@ def buckets(tensors: Sequence[Tensor], most: int = BUCKET) -> list[list[int]]:
     return found
 
 
+def _pieces(flat: Tensor, like: Sequence[Tensor], indices: Sequence[int]) -> list[Tensor]:
+    """Return the tensors that lie one after another in one vector, in the shapes of `like`."""
+    sizes = [like[i].numel() for i in indices]
+    flats: Sequence[Tensor] = torch.split(flat, sizes)
+    return [piece.view(like[i].shape) for i, piece in zip(indices, flats, strict=True)]
+
+
 def _device_of_words() -> torch.device:
     """Return where a few numbers are exchanged: on the host, where the process group can."""
     if "cpu" in str(dist.get_backend_config()):
@@ -315,7 +322,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        store, rank, world = next(iter(dist.rendezvous("env://", timeout=MEET)))
+        store, rank, world = next(iter(rendezvous("env://", timeout=MEET)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
     except (RuntimeError, ValueError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -327,7 +334,14 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     dist.destroy_process_group()  # where all are there to the end: it may wait for them
 
 
-def _first_to_say(store: dist.Store, line: str) -> bool:
+class _Store(Protocol):
+    """What torchrun's processes have in common."""
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a number, and return it."""
+
+
+def _first_to_say(store: _Store, line: str) -> bool:
     """Return whether no other process has asked whether to say this line."""
     try:
         return store.add(f"curvlab said {line}", 1) == 1

@@ -7,13 +7,14 @@ process's: where examples act on each other (batch norm in training mode), the m
 numbers (dropout) or writes on its buffers, or some block goes another way on some ranks.
 
 The first look is of the whole too: it shows whether looks can be shared. So a basis that a method
-makes of its first minibatch (SOAP, KL-Shampoo) is one process's, also where it is of rounding alone.
+makes of its first minibatch (SOAP, KL-Shampoo) is one process's, also where it is of rounding
+alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -216,7 +217,8 @@ def why_whole(closure: Closure) -> str:
 
 
 def _mode(closure: Closure) -> Hashable:
-    return closure._key(closure.x)[1:]  # type: ignore[index]  # a tuple, the shape first
+    _, *modes = cast(tuple[Hashable, ...], closure._key(closure.x))  # but the shape
+    return tuple(modes)
 
 
 def _found(closure: Closure) -> str:

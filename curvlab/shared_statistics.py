@@ -179,32 +179,32 @@ class SharedStatistics(LayerStatistics):
         )
 
     @property
-    def parts(self) -> list[Part]:  # type: ignore[override]  # a sequence of them
+    def parts(self) -> list[Part]:
         """One a use, of all examples."""
         return list(self.whole.parts)
 
     @property
-    def grouped_a(self) -> Float[Tensor, "N T *G I"]:  # type: ignore[override]  # computed elsewhere
+    def grouped_a(self) -> Float[Tensor, "N T *G I"]:
         """`a`, with an axis Γ where the outputs lie in several groups."""
         return self.whole.grouped_a
 
     @property
-    def g(self) -> Float[Tensor, "V N T O"]:  # type: ignore[override]  # computed elsewhere
+    def g(self) -> Float[Tensor, "V N T O"]:
         """∂ℓₙ/∂h per example: of the sum, never of the mean."""
         return self.whole.g
 
     @cached_property
-    def h(self) -> Float[Tensor, "N T O"]:  # type: ignore[override]  # kept
+    def h(self) -> Float[Tensor, "N T O"]:
         """The pre-activation."""
         return self._of.ranks.gathered(self._own.h, self.size)
 
     @property
-    def valid(self) -> Float[Tensor, "N T"] | None:  # type: ignore[override]  # computed elsewhere
+    def valid(self) -> Float[Tensor, "N T"] | None:
         """A one at every place that is no padding; None where all count."""
         return self.whole.valid
 
     @property
-    def rows(self) -> Float[Tensor, "V N *O I"]:  # type: ignore[override]  # computed elsewhere
+    def rows(self) -> Float[Tensor, "V N *O I"]:
         """Per-sample gradients, one for every vector sent back."""
         return self.whole.rows
 
@@ -219,12 +219,12 @@ class SharedStatistics(LayerStatistics):
     # ---- reduced
 
     @property
-    def gradient(self) -> Tensor:  # type: ignore[override]  # computed elsewhere
+    def gradient(self) -> Tensor:
         """Of the *mean* loss over all examples, in the block's shape."""
         return self._of.value("gradient", self._name)
 
     @property
-    def A(self) -> Float[Tensor, "I I"]:  # type: ignore[override]  # computed elsewhere
+    def A(self) -> Float[Tensor, "I I"]:
         """Σ_t a aᵀ, mean over examples."""
         if self._own.structured and self._own.diagonal_A is not None:
             numbers = self.block.shape[1]
@@ -237,39 +237,39 @@ class SharedStatistics(LayerStatistics):
         return self._of.value("A", self._name)
 
     @property
-    def diagonal_A(self) -> Float[Tensor, " I"] | None:  # type: ignore[override]  # computed elsewhere
+    def diagonal_A(self) -> Float[Tensor, " I"] | None:
         """Diagonal of A where all that is beside it is zero, as of an embedding; else None."""
         if self._own.diagonal_A is None:
             return None
         return self._of.value("diagonal_A", self._name)
 
     @cached_property
-    def reduced_A(self) -> Float[Tensor, "I I"]:  # type: ignore[override]  # kept
+    def reduced_A(self) -> Float[Tensor, "I I"]:
         """Second moment of each example's mean input over its places."""
         return self.averaged(lambda s: [s.reduced_A])[0]
 
     @cached_property
-    def reduced_G(self) -> Float[Tensor, "O O"]:  # type: ignore[override]  # kept
+    def reduced_G(self) -> Float[Tensor, "O O"]:
         """Second moment of each example's derivative summed over its places."""
         return self.averaged(lambda s: [s.reduced_G])[0]
 
     @property
-    def G(self) -> Float[Tensor, "O O"]:  # type: ignore[override]  # computed elsewhere
+    def G(self) -> Float[Tensor, "O O"]:
         """Σ_v g gᵀ, mean over examples and places."""
         return self._of.value("G", self._name)
 
     @property
-    def mean_a(self) -> Float[Tensor, " I"]:  # type: ignore[override]  # computed elsewhere
+    def mean_a(self) -> Float[Tensor, " I"]:
         """Of `a`, over examples and places."""
         return self._of.value("mean_a", self._name)
 
     @property
-    def mean_g(self) -> Float[Tensor, " O"]:  # type: ignore[override]  # computed elsewhere
+    def mean_g(self) -> Float[Tensor, " O"]:
         """Of `g`, of one vector, over examples and places."""
         return self._of.value("mean_g", self._name)
 
     @property
-    def mean_h(self) -> Float[Tensor, " O"]:  # type: ignore[override]  # computed elsewhere
+    def mean_h(self) -> Float[Tensor, " O"]:
         """Of `h`, over examples and places."""
         return self._of.value("mean_h", self._name)
 

@@ -1,15 +1,13 @@
 """Several processes share a minibatch: K ranks take the steps of one, to rounding, whatever the
 method; what they cannot share every rank does; what cannot be is one line on all of them.
 
-The slow ones are all methods that are promised, on an MLP, a convolutional network and gpt-tiny with
-padding, by two and three ranks over 20 steps.
+The slow ones are all methods that are promised, on an MLP, a convolutional network and gpt-tiny
+with padding, by two and three ranks over 20 steps.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +23,6 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
-from curvlab.curvature.base import with_defaults
 from curvlab.curvature.owners import REFRESHES, owners
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Categorical
@@ -188,7 +185,7 @@ def test_work_of_a_textbook() -> None:
 def test_parts_cover_the_minibatch_in_order() -> None:
     for world, count in itertools.product(range(1, 9), range(1, 40)):
         parts = [list(range(count))[Ranks(world, r).part(count)] for r in range(world)]
-        assert sum(parts, []) == list(range(count))
+        assert list(itertools.chain(*parts)) == list(range(count))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
@@ -247,7 +244,7 @@ def test_bytes_of_a_step(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     factors = sum(o_**2 + i**2 for o_, i in blocks)
     gradient = sum(o_ * i for o_, i in blocks)
     assert sent["all_reduce"] == 8 * (gradient + factors + len(blocks) + 1)
-    curvature = optimizer.descent.curvature
+    curvature: Any = optimizer.descent.curvature
     shared = owners(Ranks(world, 0), REFRESHES, curvature.blocks, curvature._partition)
     assert set(shared.values()) == set(range(len(blocks)))
 
@@ -310,7 +307,11 @@ def labels() -> list[Tensor]:
     for likelihood in (Categorical(), cl.likelihoods.Gaussian(), cl.likelihoods.Bernoulli()):
         o = cl.Objective(seeded(mlp), likelihood, seed=3)
         x = numbers((7,), 0)[0]
-        y = numbers((7,), 0)[1] if isinstance(likelihood, Categorical) else torch.zeros(N, 3).double()
+        y = (
+            numbers((7,), 0)[1]
+            if isinstance(likelihood, Categorical)
+            else torch.zeros(N, 3).double()
+        )
         closure = o.closure(x, y)
         closure.observe({"data"})
         z = closure.outputs()[0]
@@ -336,8 +337,8 @@ def compared() -> dict[str, Any]:
     ds = run.dataset
     return {
         name: ds[name].values
-        for name in ds.data_vars
-        if ds[name].dtype.kind == "f" and "seconds" not in str(name)
+        for name in map(str, ds.data_vars)
+        if ds[name].dtype.kind == "f" and "seconds" not in name
     }
 
 
@@ -394,7 +395,8 @@ def trained_in(folder: str, steps: int, resume: bool = False, epochs: int = 5) -
 
 def too_few() -> None:
     o = objective("mlp")
-    o.closure(*[t[:1] for t in batch_of("mlp", 0)]).observe()
+    x, y = batch_of("mlp", 0)
+    o.closure(x[:1], y[:1]).observe()
 
 
 CASES: dict[str, Callable[[], Any]] = {
@@ -476,10 +478,14 @@ def test_a_comparison_logs_what_one_process_logs(two: list[dict[str, Any]]) -> N
         found = each["case compared"]
         assert found.keys() == true.keys()
         for name, values in found.items():
+            print(name)  # of the one that differs
             torch.testing.assert_close(
-                torch.as_tensor(values), torch.as_tensor(true[name]), rtol=1e-7, atol=1e-9,
-                equal_nan=True, msg=lambda line, name=name: f"{name}: {line}",
-            )  # fmt: skip
+                torch.as_tensor(values),
+                torch.as_tensor(true[name]),
+                rtol=1e-7,
+                atol=1e-9,
+                equal_nan=True,
+            )
 
 
 @pytest.mark.parametrize(
@@ -535,7 +541,13 @@ def test_what_is_promised(world: int, kind: str) -> None:
     for algorithm in PROMISED:
         far = check(algorithm, kind, 20, [each[algorithm] for each in found])
         print(f"{world} ranks, {kind}, {algorithm}: {far:.1e}")
+    if kind == "conv":
+        of_outputs = train("conv", "soap", 20, largest=6)[0]
+        assert apart(found[0]["soap of outputs"][0], of_outputs) < 1e-10
 
 
 def _promised(kind: str) -> dict[str, Trained]:
-    return {algorithm: train(kind, algorithm, 20) for algorithm in PROMISED}
+    found = {algorithm: train(kind, algorithm, 20) for algorithm in PROMISED}
+    if kind == "conv":  # without the sides of filters, where a gradient has less than full rank
+        found["soap of outputs"] = train(kind, "soap", 20, largest=6)
+    return found

@@ -183,7 +183,7 @@ class _Warn:
         )
         if text not in self.said:
             self.said.add(text)
-            if maysay(text):
+            if may_say(text):
                 err.print(for_rich(text))
 
 

@@ -33,7 +33,7 @@ from curvlab.divergence import Naming
 from curvlab.errors import CurvlabError, Diverged
 from curvlab.layers import Block
 from curvlab.linalg.operators import pack, unpack
-from curvlab.parallel import Ranks, RankLost, shares
+from curvlab.parallel import RankLost, Ranks, shares
 
 
 @dataclass(frozen=True)
