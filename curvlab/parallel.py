@@ -35,6 +35,9 @@ WAIT = timedelta(minutes=30)
 """How long a rank waits for another that is there and says nothing. One that has gone is noticed at
 once."""
 
+GONE = "another process of this run has gone, and no step can be taken without it"
+"""What is said where a rank has died."""
+
 _T = TypeVar("_T")
 
 
@@ -295,9 +298,7 @@ def _exchange(work: Callable[[], object]) -> None:
     try:
         work()
     except RuntimeError as error:
-        raise RankLost(
-            "another process of this run has gone, and no step can be taken without it"
-        ) from error
+        raise RankLost(GONE) from error
 
 
 # ---- by torchrun
@@ -342,8 +343,11 @@ class _Store(Protocol):
 
 
 def _first_to_say(store: _Store, line: str) -> bool:
-    """Return whether no other process has asked whether to say this line."""
+    """Return whether no other process has asked whether to say this line.
+
+    Where whoever kept the store has gone, it has said what ended all, unless that is what is said.
+    """
     try:
         return store.add(f"curvlab said {line}", 1) == 1
-    except RuntimeError:  # who kept the store has gone
-        return True
+    except RuntimeError:
+        return line.startswith(GONE)

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.algorithms import ALGORITHMS
+from curvlab.comparison_settings import ALWAYS
 from curvlab.curvature.owners import REFRESHES, owners
 from curvlab.errors import CurvlabError
 from curvlab.likelihoods import Categorical
 from curvlab.nests import plain
 from curvlab.parallel import ALONE, Ranks, buckets, ranks_here, shares
+from curvlab.probes import PROBES
 
 N = 23
 """Examples of a minibatch: neither 2 nor 3 ranks have as many each."""
@@ -325,15 +327,21 @@ def labels() -> list[Tensor]:
 
 
 def compared() -> dict[str, Any]:
+    """With every probe of `compare`: all of its variables but seconds."""
     o = objective("mlp")
-    methods = ["kfac", "tnt", "k-bfgs", "smw-ng", "sgd-m"]
+    methods = ["kfac", "tnt", "k-bfgs", "smw-ng", "sgd-m", "block-hessian"]
     batches = [batch_of("mlp", i) for i in range(4)]
+    probes = [f"{name}:2" for name, p in PROBES.items() if "compare" in p.where]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = cl.compare(
-            o, batches, reference="block-fisher", algorithms=methods, warm=batches[:2],
-            probes=["damping", "noise", "bounds"],
-        )  # fmt: skip
+            o,
+            batches,
+            reference="block-fisher",
+            algorithms=methods,
+            warm=batches[:2],
+            probes=[p for p in probes if p.partition(":")[0] not in ALWAYS],
+        )
     ds = run.dataset
     return {
         name: ds[name].values
