@@ -305,7 +305,7 @@ def _exchange(work: Callable[[], object]) -> None:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def together(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun has started, inside; `ALONE` where it has not.
 
     Each then has the GPU of its local number, and of what all have to say one says it.

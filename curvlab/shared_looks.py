@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from curvlab.closure import Closure
     from curvlab.objective import Objective
 
-SHARED = frozenset({"plain", "gradient", "data", "model"})
+BY_PARTS = frozenset({"plain", "gradient", "data", "model"})
 """Passes whose vectors are one or a few for every example. Those of ∂²ℓ/∂z² are found together, so
 that each rank sends all of them back."""
 
@@ -61,7 +61,7 @@ def shared_look(
     if why:
         objective.say(f"{why}: every rank goes through the whole minibatch, and no look is shared")
         return None
-    if not known or not needs <= SHARED:
+    if not known or not needs <= BY_PARTS:
         return None
     own, width = closure.own, _width(objective, needs)
     own.twice, own.told = closure.twice, width

@@ -207,6 +207,12 @@ def test_one_process_exchanges_nothing() -> None:
     assert ALONE.by_first(lambda: 5) == 5
 
 
+def test_one_module_knows_collectives() -> None:
+    root = Path(cl.__file__).parent
+    found = [p.name for p in root.rglob("*.py") if "torch.distributed" in p.read_text("utf-8")]
+    assert found == ["parallel.py"]
+
+
 @contextmanager
 def make_believe(monkeypatch: pytest.MonkeyPatch, world: int) -> Iterator[dict[str, int]]:
     """A group of so many ranks without the others, and the bytes of what it exchanges."""

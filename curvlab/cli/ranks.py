@@ -44,9 +44,9 @@ def by_ranks(call: Mapping[str, Any], device: str) -> Iterator[Ranks]:
             to do.
     """
     from curvlab.machine import device_of
-    from curvlab.parallel import joined
+    from curvlab.parallel import together
 
-    with joined(device_of(device)) as ranks:
+    with together(device_of(device)) as ranks:
         typed = {name: str(value) for name, value in call.items()}
         ranks.agreed("other arguments", typed, "start all by one torchrun, with one command line")
         yield ranks
