@@ -13,6 +13,7 @@ alone.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -227,8 +228,18 @@ def _found(closure: Closure) -> str:
         return "batch norm in training mode lets examples act on each other"
     _ = closure.form
     if closure._key(closure.x) not in objective.quiet:
+        ranks = objective.ranks
+        ranks.agreed("other random numbers", _chance(closure.x.device), "seed all ranks alike")
         return "the model draws random numbers (dropout)"
     return "the model writes on its buffers" if _moves_buffers(closure) else ""
+
+
+def _chance(device: torch.device) -> str:
+    """Return a digest of torch's generators."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return hashlib.sha256(b"".join(state.numpy().tobytes() for state in states)).hexdigest()
 
 
 def _moves_buffers(closure: Closure) -> bool:

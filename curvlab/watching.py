@@ -103,8 +103,8 @@ def watch(
     ranks = ranks_here()
     if ranks.several:
         raise CurvlabError(
-            f"watch looks at the minibatches of one process, and this is one of {ranks.world}, whose"
-            " steps are of all minibatches: watch a run in one process"
+            "watch looks at the minibatches of one process, and this is one of"
+            f" {ranks.world}, whose steps are of all minibatches: watch a run in one process"
         )
     optimizers = plain_optimizers(optimizer)
     objective = Objective(

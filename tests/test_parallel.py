@@ -391,6 +391,15 @@ def an_overflow() -> None:
     o.closure(x, y).observe({"data", "model"})
 
 
+def other_chance() -> None:
+    torch.manual_seed(ranks_here().rank)
+    model = nn.Sequential(nn.Linear(7, 3), nn.Dropout(0.5)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.1)
+    cl.Objective(model, Categorical()).closure(*batch_of("mlp", 0)).observe()
+
+
 def other_arguments() -> None:
     batches = [batch_of("mlp", 0)]
     cl.train(objective("mlp"), batches, algorithm="sgd-m", lr=0.1 + ranks_here().rank, steps=1)
@@ -427,6 +436,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "a bad example": a_bad_example,
     "an overflow": an_overflow,
     "other arguments": other_arguments,
+    "other chance": other_chance,
     "too few": too_few,
 }
 
@@ -510,6 +520,7 @@ def test_a_comparison_logs_what_one_process_logs(two: list[dict[str, Any]]) -> N
         ("a bad example", ("17",)),
         ("an overflow", ("Diverged", "loss")),
         ("other arguments", ("rank 1", "other arguments")),
+        ("other chance", ("rank 1", "other random numbers", "seed")),
         ("too few", ("2 ranks", "1 example", "fewer ranks")),
     ],
 )
