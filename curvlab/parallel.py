@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from curvlab.errors import CurvlabError
+from curvlab.system.interrupt import Shield
 from curvlab.system.torchrun import ASKED, several_started
 
 BUCKET = 25 * 2**20
@@ -237,6 +238,28 @@ def ranks_here() -> Ranks:
     if not dist.is_available() or not dist.is_initialized():
         return ALONE
     return Ranks(dist.get_world_size(), dist.get_rank())
+
+
+def agree_on_signals(ranks: Ranks, shield: Shield, due: float = 0.0) -> float:
+    """Let a signal that waits on one rank come on all of them, at the end of this step.
+
+    It is called inside the step's shield, which `waits`, by all ranks.
+
+    Args:
+        ranks: that take the step.
+        shield: this rank's.
+        due: a number of rank 0's own.
+
+    Returns:
+        Rank 0's number.
+    """
+    if not ranks.several:
+        return due
+    every = ranks.numbers([due, float(shield.asked)])
+    asked = int(max(number for _, number in every))
+    if asked:
+        shield.asked, shield.heard = shield.asked or asked, True
+    return every[0][0]
 
 
 def shares(costs: Mapping[str, float], world: int) -> dict[str, int]:

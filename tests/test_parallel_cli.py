@@ -136,6 +136,25 @@ def test_a_rank_that_dies_ends_the_run(victim: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", [slice(None), slice(1, 2)])
+def test_a_signal_comes_on_all_ranks_after_one_step(which: slice, tmp_path: Path) -> None:
+    """To all of them or to one: the step is whole, one line, and no step is lost."""
+    folder = tmp_path / "run"
+    processes = start(2, *TRAIN, "--epochs", "50", "--out", str(folder))
+    end = time.monotonic() + 120
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(3)
+    for process in processes[which]:
+        process.send_signal(signal.SIGTERM)
+    run = ended(processes)
+    assert [code for code, _ in run] == [143, 143], run
+    assert len(lines(run)) == 1, run
+    assert "interrupted by SIGTERM" in lines(run)[0]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["position"]["steps"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "others", "line"),
     [

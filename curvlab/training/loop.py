@@ -30,6 +30,7 @@ from curvlab.machine import clock_of
 from curvlab.objective import Objective
 from curvlab.observation import Observation
 from curvlab.optim import Batch
+from curvlab.parallel import agree_on_signals
 from curvlab.shared_looks import check_alike
 from curvlab.system import random_state
 from curvlab.system.interrupt import Shield, shielded
@@ -155,6 +156,7 @@ class Training:
             random_state.set_states(self.chance_kept, self.objective.device)
         fresh, fruitless = not self.at.started, False
         with shielded() as self.shield:
+            self.shield.waits = self.ranks.several
             try:
                 if not self.at.started:
                     self._begin()
@@ -249,10 +251,11 @@ class Training:
                     self.at.steps += 1
                     if self.settings.scheduling.schedule_every == "step":
                         self._advance()
+                    due = agree_on_signals(self.ranks, self.shield, self.place.due)
                 self.showing.step(self.at, self._gone, loss)
                 if self._spent():
                     return self.at.step == self.per_epoch
-                if self.ranks.first_number(self.place.due):
+                if due:
                     self.stopwatch.pause(self.at)
                     self._keep()
                     self.stopwatch.resume()
