@@ -133,6 +133,7 @@ class ByBlock:
             # as of Alg. 23 of the whole vector: what follows ρ has the whole objective's model,
             # and has it at a fixed λ too, so that a comparison sees the same matrix
             shift=objective.l2_hessian if self._adapts else 0.0,
+            ranks=objective.ranks,
         )
 
 

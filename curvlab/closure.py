@@ -33,6 +33,7 @@ from curvlab.nests import Batched, Nest, as_nest
 from curvlab.observation import PASSES, Observation, Stream
 from curvlab.output_law import Law, law_of, refusal
 from curvlab.sent_vectors import guard_pass, pass_of_vectors
+from curvlab.shared_looks import drawn_by_ranks, shared_look
 from curvlab.statistics import LayerStatistics
 from curvlab.strangers import mixes
 from curvlab.units import ByPlace
@@ -79,7 +80,7 @@ class Closure(Looks):
         objective.check_modules()
         self.objective, self.number, self.stream, self.part = objective, number, stream, part
         self._y = y  # checked where it lies, before it moves
-        self._factor = factor
+        self._factor, self.is_part = factor, factor is not None
         self._checked = False
         with derivatives():
             self.x, self.y = self._moved(x, objective.input_dtype), self._moved(y, objective.dtype)
@@ -172,6 +173,8 @@ class Closure(Looks):
 
     def labels(self, z: Tensor, draws: int = 1) -> list[Tensor]:
         """Draw labels from the model's own distribution at outputs z: the same at every call."""
+        if self.of is not None:  # as one process draws them
+            return drawn_by_ranks(self, self.of, z, draws)
         generator = self.objective.generator(self.number, self.stream, self.part)
         likelihood = self.objective.likelihood
         drawn = (sample_of(likelihood, z, generator, self.y) for _ in range(draws))
@@ -276,6 +279,10 @@ class Closure(Looks):
         needs = {needs} if isinstance(needs, str) else set(needs)
         for name in needs - set(PASSES):
             raise unknown("pass", name, PASSES)
+        if self.objective.ranks.several and self.stream != "exact" and not self.is_part:
+            found = shared_look(self, needs, move_buffers, draws, checked)
+            if found is not None:
+                return found
         z, capture = (
             self._unheard(move_buffers)
             if needs <= {"gradient", "plain"} and self._may_go_unheard()

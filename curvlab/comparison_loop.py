@@ -24,6 +24,7 @@ from curvlab.machine import clock_of
 from curvlab.objective import Objective, restore_weights, weights
 from curvlab.observation import Pass, Transition
 from curvlab.optim import Batch, displacement, move, warm_start
+from curvlab.parallel import agree_on_signals
 from curvlab.probes.base import (
     PROBES,
     Frame,
@@ -65,7 +66,10 @@ def compare_one(
     objective: Objective, settings: CompareSettings, course: Course, log: Log, bar: Progress
 ) -> None:
     """Compare along one seed; whatever ends it, what was logged is saved."""
+    call = str((settings, course.steps, course.size, course.seed))
+    objective.ranks.agreed("other arguments", call, "make the same call on every rank")
     with shielded() as shield:
+        shield.waits = objective.ranks.several
         _follow(shield, objective, settings, course, log, bar)
 
 
@@ -166,6 +170,7 @@ def _follow(
                     seed,
                 )
                 bar.advance(task)
+                agree_on_signals(objective.ranks, shield)
         bar.remove_task(task)
     except Diverged as error:
         _note_loss(log, reference, seed, at, error)

@@ -94,6 +94,7 @@ def prepare_comparison(named: NamedComparison) -> PreparedComparison:
         v for v in (named.steps, named.epochs and named.epochs * per_epoch) if v is not None
     )
     first = problem.objective(named.seeds[0])
+    first.ranks.check_size(named.batch_size)
     with random_state.kept(first.device):
         Closure(
             first, train.x[:2], train.y[:2], 0, factor=1.0
@@ -111,9 +112,9 @@ def _some_of(batches: Batches, most: int) -> list[Any]:
 
 
 def compare_named(
-    prepared: PreparedComparison, path: Path, call: dict[str, Any], console: Console
+    prepared: PreparedComparison, path: Path | None, call: dict[str, Any], console: Console
 ) -> Run:
-    """Compare what was prepared, one seed after another, into one log.
+    """Compare what was prepared, one seed after another, into one log; None keeps it in memory.
 
     Raises:
         CurvlabError: as `compare`.

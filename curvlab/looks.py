@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from curvlab.observation import Stream
 from curvlab.second_looks import QUIET
 from curvlab.strangers import WRAP, beyond_a_table, called, eager, mixes
 
+if TYPE_CHECKING:
+    from curvlab.closure import Closure
+
 
 class Looks(Independence):
     """The part of a closure that runs the model."""
@@ -32,6 +35,21 @@ class Looks(Independence):
         self._ahead: tuple[Tensor, Capture, tuple[int, Tensor]] | None = None
         # whether a second look will follow, so that the first is gone through again, once a form
         self.twice = False
+        self.of: Closure | None = None  # the minibatch of which it is this rank's part
+        self.told = 0  # flags that its look tells the other ranks
+        self._own: Closure | None = None
+
+    def some(self, which: slice) -> Closure:
+        """Return some of the examples."""
+        raise NotImplementedError
+
+    @property
+    def own(self) -> Closure:
+        """The examples of this rank, of a minibatch that several share."""
+        if self._own is None:
+            self._own = self.some(self.objective.ranks.part(len(self.x)))
+            self._own.of = self  # type: ignore[assignment]  # a closure
+        return self._own
 
     def _forward(
         self,

@@ -18,6 +18,8 @@ from curvlab.likelihoods import LIKELIHOODS, Likelihood
 from curvlab.nests import Batched, as_nest, is_nest
 from curvlab.observation import STREAMS, Stream
 from curvlab.output_law import Law
+from curvlab.parallel import Ranks, ranks_here
+from curvlab.shared_looks import whole_minibatch
 from curvlab.strangers import check_model, original
 
 
@@ -47,10 +49,12 @@ class Objective:
             over which G is a mean (of K-BFGS in A alone). A layer with another number of places
             than T is not masked. Exact matrices need no mask: what no loss sees has no derivative.
             Labels are no mask: a place without a label may act through attention.
+        ranks: that share each minibatch; None takes those of the process group that is initialised.
+            Then every rank makes the same calls, with the whole minibatch or each with its part.
 
     Raises:
-        CurvlabError: no trainable parameter, complex ones, a model spread over several processes, a
-            likelihood that lacks a method, or an L2 term below 0.
+        CurvlabError: no trainable parameter, complex ones, sharded parameters, a likelihood that
+            lacks a method, or an L2 term below 0.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Objective:
         labels: str | int = "labels",
         shared: Collection[str] = (),
         mask: Mask = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if isinstance(likelihood, type) or not isinstance(
             likelihood, Likelihood
@@ -76,6 +81,11 @@ class Objective:
         seed, l2 = whole("the seed", seed, 0), real("the L2 term", l2)
         model = original(model)
         check_model(model)
+        self.ranks = ranks_here() if ranks is None else ranks
+        # {form: why each rank goes through the whole minibatch, "" where it does not}
+        self.shareable: dict[Hashable, str] = {}
+        # whether each rank is given its part of a minibatch, as the first has shown
+        self.given_parts: bool | None = None
         self.model, self.likelihood, self.seed = model, likelihood, seed
         self.blocks: tuple[Block, ...] = blocks(model)
         self.modules: tuple[nn.Module, ...] = tuple(model.modules())
@@ -269,6 +279,8 @@ class Objective:
             CurvlabError: data that do not fit.
         """
         x, y = self.batch(x, y)
+        if self.ranks.several and stream != "exact":
+            x, y = whole_minibatch(self, x, y)
         self.closures[stream] += 1
         return Closure(self, x, y, self.closures[stream], stream)
 

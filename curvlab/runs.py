@@ -155,7 +155,11 @@ def compare(
     if isinstance(batches, datasets.Batches):
         about["data_description"] = batches.data.description
     log = settings.log(
-        objective, size, None if path is None else Path(path), [objective.seed], about
+        objective,
+        size,
+        Path(path) if path is not None and objective.ranks.first else None,
+        [objective.seed],
+        about,
     )
     console = Console(stderr=True)
     shown = console.is_terminal if progress is None else progress

@@ -54,6 +54,8 @@ def begin() -> None:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, leave)
     backend = os.environ.pop("MPLBACKEND", "")
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # of several, one of which may go
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no stack of C++ beside our line
 
 
 def leave(number: int, frame: FrameType | None) -> None:

@@ -37,6 +37,9 @@ class LayerStatistics:
         `G` 1/T).
     """
 
+    shared = False
+    """Whether several ranks have a part each, so that to read means is an exchange."""
+
     def __init__(
         self,
         block: Block,
@@ -236,8 +239,13 @@ class LayerStatistics:
     @property
     def counted(self) -> float | int | Float[Tensor, ""]:
         """The number of examples and places, without those of padding, and at least 1."""
-        found = sum(p.counted for p in self.parts)
+        found = self.counts_of_places
         return found.clamp_min(1) if isinstance(found, Tensor) else max(1, found)
+
+    @property
+    def counts_of_places(self) -> float | int | Float[Tensor, ""]:
+        """The same number, which may be 0."""
+        return sum(p.counted for p in self.parts)
 
     def _summed(self, of: Callable[[Part], Tensor], none: Callable[[], tuple[int, ...]]) -> Tensor:
         parts = self.parts
@@ -254,6 +262,23 @@ class LayerStatistics:
         self._one_group("inputs for all outputs")
         sums = self._summed(lambda p: p.weighted(p.ones), lambda: (self.block.shape[1],))
         return sums / self.counted
+
+    @property
+    def mean_g(self) -> Float[Tensor, " O"]:
+        """Of `g`, of the first vector, over examples and places."""
+        return self.g[0].mean((0, 1))
+
+    @property
+    def mean_h(self) -> Float[Tensor, " O"]:
+        """Of `h`, over examples and places."""
+        return self.h.mean((0, 1))
+
+    def averaged(self, of: Callable[[LayerStatistics], list[Tensor]]) -> list[Tensor]:
+        """Return what `of` gives, means over the examples of the statistics that it is given.
+
+        Where ranks share the minibatch it is given each rank's (`shared_statistics`).
+        """
+        return of(self)
 
     def second_moment_product(self, v: Float[Tensor, " I"]) -> Float[Tensor, " I"]:
         """A v = E_n Σ_t (aᵀv) a without A, and in a convolution without patches: thesis (3.15)."""

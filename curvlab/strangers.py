@@ -22,12 +22,19 @@ from curvlab.nests import call_arguments
 
 
 def original(model: nn.Module) -> nn.Module:
-    """Return what `torch.compile` was given, whose parameters are the same tensors."""
-    while "torch._dynamo" in sys.modules and isinstance(
-        getattr(model, "_orig_mod", None), nn.Module
-    ):
-        model = model._orig_mod  # type: ignore[assignment]
-    return model
+    """Return what `torch.compile` or DistributedDataParallel was given: the same parameters.
+
+    The latter's own reduction is of `loss.backward()` alone, and no derivative here goes that way.
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "torch._dynamo" in sys.modules and isinstance(
+            getattr(model, "_orig_mod", None), nn.Module
+        ):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def eager() -> AbstractContextManager[Any]:
@@ -109,11 +116,6 @@ def check_model(model: nn.Module) -> None:
         raise CurvlabError(
             f"the model must be a torch.nn.Module, not {type(model).__name__}: wrap it in one"
         )
-    several = (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )
     if isinstance(model, torch.jit.ScriptModule):
         raise CurvlabError(
             "the model is a torch.jit.ScriptModule, whose calls show nothing: give the module that"
@@ -126,14 +128,8 @@ def check_model(model: nn.Module) -> None:
         ):  # one process too: its weights are elsewhere
             raise CurvlabError(
                 f"{where} is a {type(module).__name__}, whose parameters are sharded (FSDP): give"
-                " the model as it was before it was wrapped or passed to fully_shard, and train it"
-                " in one process"
-            )
-        if several and isinstance(module, nn.parallel.DistributedDataParallel):
-            raise CurvlabError(
-                f"{where} is a {type(module).__name__} over {torch.distributed.get_world_size()}"
-                " processes, and gradients are not reduced here: give the module that it wraps"
-                " (.module), and train it in one process"
+                " the model as it was before it was wrapped or passed to fully_shard: over several"
+                " processes each holds the whole of it, and inverses are shared out"
             )
     for name, p in model.named_parameters():
         if isinstance(p, UninitializedParameter):
@@ -152,7 +148,7 @@ def check_model(model: nn.Module) -> None:
         ):  # in one process too: its arithmetic takes no plain tensors beside it
             raise CurvlabError(
                 f"parameter '{name}' is a DTensor, spread over devices: give the model as it was"
-                " before, in one process"
+                " before; over several processes each holds the whole of it"
             )
         if p.is_inference():
             raise CurvlabError(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from curvlab.comparison_settings import ALWAYS, CompareSettings
@@ -16,6 +15,7 @@ from curvlab.errors import CurvlabError, several, shown, whole
 from curvlab.interface import Outputs
 from curvlab.likelihoods import Likelihood
 from curvlab.objective import Objective
+from curvlab.parallel import ranks_here
 from curvlab.probes.base import PROBES, asked
 from curvlab.signatures import known_options, shows
 from curvlab.system import paths
@@ -100,13 +100,12 @@ def watch(
     settings = WatchSettings(**known_options(options, WatchSettings, "watch"))
     if settings.take is not None and not callable(settings.take):
         raise CurvlabError(f"take must be a function of a minibatch, not {shown(settings.take)}")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise CurvlabError(
-                f"watch looks at the minibatches of one process, and this is one of {ranks}, whose"
-                " steps are of all minibatches: watch a run in one process"
-            )
+    ranks = ranks_here()
+    if ranks.several:
+        raise CurvlabError(
+            "watch looks at the minibatches of one process, and this is one of"
+            f" {ranks.world}, whose steps are of all minibatches: watch a run in one process"
+        )
     optimizers = plain_optimizers(optimizer)
     objective = Objective(
         unwrapped(model),

@@ -21,13 +21,15 @@ import typer
 import curvlab
 from curvlab import starting
 from curvlab.cli import compare, lists, logs, reproduce, spectrum, sweep, train
-from curvlab.cli.terminal import err, out, say_interrupted
+from curvlab.cli.ranks import check_command
+from curvlab.cli.terminal import err, out, say, say_interrupted
 from curvlab.errors import CurvlabError, CurvlabWarning
 from curvlab.system import blame
 from curvlab.system.blame import verdict
 from curvlab.system.escape import for_rich, for_terminal
 from curvlab.system.interrupt import LISTENER, behind, listening, number_of
 from curvlab.system.streams import unfailing
+from curvlab.system.torchrun import may_say
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -133,7 +135,7 @@ def _ended(words: list[str]) -> int:
                 LISTENER.deaf = True
                 sys.stdout.flush()
                 if stdout is not None and stdout.error:
-                    _say(f"standard output cannot be written: {stdout.error}")
+                    say(f"standard output cannot be written: {stdout.error}")
                     code = code or (0 if code is None and words[0] in RUNS else 2)
         except KeyboardInterrupt as error:
             LISTENER.deaf = True
@@ -148,10 +150,6 @@ def _interrupted(error: KeyboardInterrupt) -> int:
     with unfailing():
         say_interrupted(error)
     return 128 + number_of(error)
-
-
-def _say(text: str) -> None:
-    err.print(for_rich(f"curvlab: {text}"))
 
 
 def _use_backend(name: str) -> None:
@@ -190,7 +188,8 @@ class _Warn:
         )
         if text not in self.said:
             self.said.add(text)
-            err.print(for_rich(text))
+            if may_say(text):
+                err.print(for_rich(text))
 
 
 def _run(words: list[str]) -> int | None:
@@ -200,6 +199,7 @@ def _run(words: list[str]) -> int | None:
     """
     command = typer.main.get_command(app)
     try:
+        check_command(words)
         with command.make_context("curvlab", list(words)) as context:
             command.invoke(context)
     except KeyboardInterrupt as error:
@@ -209,7 +209,7 @@ def _run(words: list[str]) -> int | None:
     except typer.Exit as error:
         return error.exit_code
     except typer.Abort:
-        _say("aborted")
+        say("aborted")
         return 130
     except CurvlabError as error:
         return _failed(error, f"{error}", 2, words)
@@ -224,7 +224,7 @@ def _run(words: list[str]) -> int | None:
         if parsing is None:
             return _failed(error, *verdict(error, words[0] if words else ""), words)
         if parsing():  # empty where help was shown instead
-            _say(" ".join(parsing().split()))
+            say(" ".join(parsing().split()))
         return 2
     return None
 
@@ -253,5 +253,5 @@ def _failed(error: BaseException, line: str, code: int, words: list[str]) -> int
     )
     if own:
         sys.stderr.write(for_terminal(own, lines=True))
-    _say(line)
+    say(line)
     return code

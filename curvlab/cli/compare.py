@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -16,6 +18,7 @@ from curvlab.cli.options import (
     VerboseOption,
     out_option,
 )
+from curvlab.cli.ranks import by_ranks, console_of, says_how_to_go_on
 from curvlab.cli.terminal import (
     DIVERGED,
     check_output,
@@ -35,6 +38,7 @@ Option = typer.Option
 
 
 def compare(
+    context: typer.Context,
     model: ModelOption,
     data: DataOption = None,
     reference: Annotated[
@@ -146,6 +150,7 @@ def compare(
     others go on to the end; if it is the reference, the run ends there. Exit code 1 in both cases.
     """
     call = {k: v for k, v in ({"command": "compare"} | dict(locals())).items() if k != "verbose"}
+    del call["context"]
     call["out"] = str(call.pop("out_folder") or "")
     from curvlab import comparison_run
     from curvlab.comparison_settings import CompareSettings
@@ -179,7 +184,8 @@ def compare(
     )
     whole("the seed", seed, 0)
     whole("seeds", seeds, 1, comparison_run.SEEDS)
-    check_output(out_folder, "cosine")
+    ranks = context.with_resource(by_ranks(call, device))
+    ranks.by_first(lambda: check_output(out_folder, "cosine"))
     named = comparison_run.NamedComparison(
         settings=settings,
         problem=problem,
@@ -192,21 +198,31 @@ def compare(
     )
     prepared = comparison_run.prepare_comparison(named)
     keep_freed_memory()
-    with (
-        paths.made(out_folder, lambda: folder_for(out_folder, f"compare-{model}")) as folder,
-        writing(folder),
-        says_what_is_saved(folder / "run.h5"),
-    ):
+    with ExitStack() as held:
+
+        def place() -> Path:
+            """Make the folder and hold it, as one rank alone does."""
+            make = partial(folder_for, out_folder, f"compare-{model}")
+            made = held.enter_context(paths.made(out_folder, make))
+            held.enter_context(writing(made))
+            return made
+
+        folder = ranks.by_first(place)
+        held.enter_context(says_what_is_saved(folder / "run.h5"))
+        held.enter_context(says_how_to_go_on(f"; what was logged until then is in {folder}"))
+        path = folder / "run.h5" if ranks.first else None
         try:
-            run = comparison_run.compare_named(prepared, folder / "run.h5", call, err)
+            run = comparison_run.compare_named(prepared, path, call, console_of(ranks, err))
         except Diverged as error:
             if not (folder / "run.h5").exists():
                 raise
-            err.print(
-                for_rich(f"curvlab: {error} (the log so far is saved in {folder / 'run.h5'})")
-            )
+            if ranks.first:
+                err.print(
+                    for_rich(f"curvlab: {error} (the log so far is saved in {folder / 'run.h5'})")
+                )
             raise typer.Exit(DIVERGED) from error
-    finish(run.dataset, folder, "cosine")
+    if ranks.first:
+        finish(run.dataset, folder, "cosine")
     if run.diverged:
         raise typer.Exit(DIVERGED)
 

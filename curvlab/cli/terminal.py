@@ -23,6 +23,7 @@ from curvlab.system.blame import Saved
 from curvlab.system.escape import for_rich, for_terminal
 from curvlab.system.interrupt import LISTENER, behind, number_of, words
 from curvlab.system.lock import exclusive_lock
+from curvlab.system.torchrun import may_say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,8 +88,14 @@ def say_interrupted(error: KeyboardInterrupt, more: str = "") -> None:
         if foreign:
             sys.stderr.write(for_terminal(blame.told(cause), lines=True))
         line = blame.verdict(cause, "")[0] if foreign else str(cause)
+        say(line)
+    say(f"{words(error)}{more}")
+
+
+def say(line: str) -> None:
+    """Print a line on standard error; of several processes that say it one prints it."""
+    if may_say(line):
         err.print(for_rich(f"curvlab: {line}"))
-    err.print(for_rich(f"curvlab: {words(error)}{more}"))
 
 
 def show(table: Table, title: str = "") -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curvlab.cli.assignments import assigned
+from curvlab.cli.assignments import training_values
 from curvlab.cli.going_on import free_for_training, gone_on, say_anew
 from curvlab.cli.options import (
     OUTPUT,
@@ -21,6 +22,7 @@ from curvlab.cli.options import (
     VerboseOption,
     out_option,
 )
+from curvlab.cli.ranks import by_ranks, console_of, says_how_to_go_on
 from curvlab.cli.terminal import (
     DIVERGED,
     check_output,
@@ -300,16 +302,17 @@ def train(
     }
     if model is not None:
         models.imported(model)  # a module of the user's may enter probes
-    given |= _values(given)
+    given |= training_values(given)
     renamed = (("warm_start", "warm"), ("schedule_own", "schedule_options"), ("probe", "probes"))
     said |= {new for old, new in renamed if old in said}
-    check_output(out_folder, "training", checkpoint.FILE)
+    ranks = context.with_resource(by_ranks(call, given["device"]))
+    ranks.by_first(lambda: check_output(out_folder, "training", checkpoint.FILE))
     state = None
     if resume:
         if out_folder is None:
             raise CurvlabError("--resume needs the folder of the run: give it with --out")
         if out_folder.is_dir():
-            context.with_resource(writing(out_folder, lambda folder: None))
+            ranks.by_first(lambda: _held(context, out_folder))
         if stepless(out_folder):
             say_anew(out_folder, model)
         else:
@@ -325,15 +328,25 @@ def train(
     training = prepare_training(_named(given), call, state)
     keep_freed_memory()
     stem = f"train-{given['model'].replace(':', '-')}"
-    with paths.made(out_folder, lambda: folder_for(out_folder, stem)) as folder:
-        training.into(folder)
+    with ExitStack() as held:
+
+        def place() -> Path:
+            """Make the folder and hold it, as one rank alone does."""
+            make = partial(folder_for, out_folder, stem)
+            made = held.enter_context(paths.made(out_folder, make))
+            if not resume:
+                held.enter_context(writing(made, free_for_training))
+            return made
+
+        folder = ranks.by_first(place)
+        if ranks.first:
+            training.into(folder)
         code = f" --model {given['model']}" if ":" in given["model"] else ""
         going_on = f"; go on with: curvlab train --resume{code} --out {shlex.quote(str(folder))}"
-        with (
-            nullcontext() if resume else writing(folder, free_for_training),
-            says_what_is_saved(folder / "run.h5", going_on),
-        ):
-            run = run_named(training, err)
+        with says_what_is_saved(folder / "run.h5", going_on), says_how_to_go_on(going_on):
+            run = run_named(training, console_of(ranks, err))
+    if not ranks.first:
+        raise typer.Exit(DIVERGED if run.stopped else 0)
     ds = run.dataset
     finish(
         ds,
@@ -346,18 +359,6 @@ def train(
         raise typer.Exit(DIVERGED)
 
 
-def _values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the options say that are words on the command line."""
-    from curvlab.probes import asked
-
-    return {
-        "own": assigned(given["own"], "--set"),
-        "schedule_options": assigned(given["schedule_own"], "--schedule-set"),
-        "warm": given["warm_start"],
-        "probes": asked(given["probe"] or [], "train"),
-    }
-
-
 def checked_training(given: Mapping[str, Any]) -> None:
     """Check the options of a run, its names and ranges; nothing is loaded or built.
 
@@ -368,9 +369,14 @@ def checked_training(given: Mapping[str, Any]) -> None:
         CurvlabError: an unknown name or a value out of range.
     """
     length = {} if any(given[name] for name in ("epochs", "steps", "seconds")) else {"epochs": 20}
-    named = _named({**given, **length, **_values(given)})
+    named = _named({**given, **length, **training_values(given)})
     named.settings.check()
     named.budget.check()
+
+
+def _held(context: typer.Context, folder: Path) -> None:
+    """Hold a run's folder until the command is done."""
+    context.with_resource(writing(folder, lambda folder: None))
 
 
 def _named(given: Mapping[str, Any]) -> NamedTraining:

@@ -26,6 +26,7 @@ from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_by_block
 from curvlab.curvature.moments import check_folds, with_terms
+from curvlab.curvature.owners import HEEDS, REFRESHES, SETTLES, Works, share_out
 from curvlab.curvature.preconditioning import do_together, preconditioned, straight_directions
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.derivatives import precise
@@ -37,6 +38,7 @@ from curvlab.linalg.operators import Operator, identity_like, pack, unpack_opera
 from curvlab.nests import plain
 from curvlab.objective import Objective
 from curvlab.observation import Observation, Pass, Transition
+from curvlab.parallel import ALONE, Ranks
 from curvlab.soundness import check_gradients
 from curvlab.statistics import LayerStatistics
 
@@ -60,6 +62,7 @@ class BlockDiagonal(CurvatureDefaults):
         fallback: the block of parameters without what `make`'s block reads.
         damping_rule: how the damping moves: with the gradient's norm (S2QN (8)), or with the
             reduction ratio of all blocks together (thesis 5.2.3); None: it stands.
+        ranks: over which inverses are shared out.
         shift: what stands beside the damping wherever it is added, and beside each B in ρ: 2μ of
             an L2 term (`Objective.l2_hessian`), where a method has it in its matrix.
     """
@@ -78,6 +81,7 @@ class BlockDiagonal(CurvatureDefaults):
         fallback: Callable[[], CurvatureBlock] = IdentityBlock,
         damping_rule: GradientNorm | LevenbergMarquardt | None = None,
         shift: float = 0.0,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._partition = {block.name: block for block in blocks}
         self.blocks = {block.name: make(block) for block in blocks}
@@ -94,7 +98,7 @@ class BlockDiagonal(CurvatureDefaults):
         self.cadence, self.averaging = settings.cadence, averaging
         self.levenberg = damping_rule if isinstance(damping_rule, LevenbergMarquardt) else None
         self.norm_rule = damping_rule if isinstance(damping_rule, GradientNorm) else None
-        self._look, self._shift = look, shift
+        self._look, self._shift, self._ranks = look, shift, ranks
         # of blocks that no minibatch has reached yet: the identity
         self._idle: dict[str, Operator] = {}
         self.gradient_norm: float | None = None  # of the last minibatch
@@ -238,8 +242,11 @@ class BlockDiagonal(CurvatureDefaults):
         return None if self.refreshed is None else self.refreshed + self._shift
 
     def _settle(self) -> None:
-        for block in self.blocks.values():
-            block_with_defaults(block).settle(self._damped)
+        self._share_out(SETTLES, lambda block: block_with_defaults(block).settle(self._damped))
+
+    def _share_out(self, table: Works, work: Callable[[CurvatureBlock], None]) -> None:
+        live = {name: block for name, block in self.blocks.items() if name not in self._idle}
+        share_out(self._ranks, table, live, self._partition, work)
 
     @precise()
     def heed(self, momentum: Mapping[str, Tensor]) -> None:
@@ -247,7 +254,10 @@ class BlockDiagonal(CurvatureDefaults):
         for name, m in momentum.items():
             if name not in self._idle:
                 block_with_defaults(self.blocks[name]).heed(m, self._damped)
-        do_together(self.blocks[name] for name in momentum if name not in self._idle)
+        if self._ranks.several:
+            self._share_out(HEEDS, lambda block: None)
+        else:
+            do_together(self.blocks[name] for name in momentum if name not in self._idle)
 
     rejects = False
 
@@ -324,11 +334,7 @@ class BlockDiagonal(CurvatureDefaults):
             raise CurvlabError(NO_DATA)
         check_damping(self.damping)
         damping = self._lambda
-        for name, block in self.blocks.items():
-            if name in self._idle:
-                continue
-            with Naming(self._partition[name], name):
-                block.refresh(damping + self._shift)
+        self._share_out(REFRESHES, lambda block: block.refresh(damping + self._shift))
         self.refreshed = damping
         self.ready, self._stale = True, False
 

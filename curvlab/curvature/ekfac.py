@@ -94,8 +94,14 @@ class Ekfac(BlockDefaults):
         self._pending = (statistics, weight)
 
     def refresh(self, damping: float) -> None:
-        """Make the basis of A and G as they stand, D in it, and the inverse."""
+        """Make the basis of A and G as they stand, D in it, and the inverse.
+
+        Where several ranks share the minibatch that waits, and one alone refreshes the block, it
+        enters D in `settle`, which all come to.
+        """
         self._turn()
+        if self._pending is not None and self._pending[0].shared:
+            return
         self._fold()
         assert self.D is not None
         values = damped_reciprocal(self.D.flatten(), damping, "the diagonal of EKFAC")
@@ -143,5 +149,7 @@ class Ekfac(BlockDefaults):
         if self._pending is not None:
             statistics, weight = self._pending
             assert self.Q_G is not None
-            self.D = blend(self.D, rotated_squares(statistics, self.Q_G, self.Q_A), weight)
+            Q_G, Q_A = self.Q_G, self.Q_A
+            (squares,) = statistics.averaged(lambda s: [rotated_squares(s, Q_G, Q_A)])
+            self.D = blend(self.D, squares, weight)
             self._pending = None

@@ -278,8 +278,8 @@ class KBfgs(BlockDefaults):
         start again: it would stay in them for good.
         """
         H_g, H_a = self.factors
-        was = before.g[0].mean((0, 1))
-        s, y = after.h.mean((0, 1)) - before.h.mean((0, 1)), after.g[0].mean((0, 1)) - was
+        was = before.mean_g
+        s, y = after.mean_h - before.mean_h, after.mean_g - was
         zero = torch.zeros_like(s)
         # Alg. 4, line 16; from zero (practice)
         mean_s = (zero if self.s is None else self.s).lerp(s, 1 - self.pair_decay)

@@ -244,6 +244,9 @@ class Muon:
 
     def write(self, out: Float[Tensor, "O I"]) -> None:
         """Write s p(U), of bfloat16, into `out`."""
+        if self._rounded is None and isinstance(self._made, RememberedPolar):  # another rank's
+            out.copy_(self._made.direction)
+            return
         assert self.U is not None
         if self._rounded is None:
             self._rounded = newton_schulz_bfloat16([self.U])[0]

@@ -80,6 +80,8 @@ class Shield:
     def __init__(self) -> None:
         self.inside = self.broken = False
         self.asked = 0  # the number of the signal that waits
+        # whether it waits, outside of blocks too, until all ranks have `heard` of it
+        self.waits = self.heard = False
         self.failed: BaseException | None = None  # what has ended its block
 
     def __enter__(self) -> None:
@@ -94,7 +96,8 @@ class Shield:
         self.inside = False
         if value is None:
             self.broken = False
-            self.come()
+            if self.heard or not self.waits:
+                self.come()
         elif behind(value) is not None:
             self.asked = 0  # a signal has come
         elif self.asked:
@@ -134,10 +137,11 @@ class Listener:
         if self.deaf or time.monotonic() - self._first < SAME:
             return
         self._first = time.monotonic()
-        if self.shield is not None and self.shield.inside and not self.shield.asked:
+        shield = self.shield
+        if shield is not None and (shield.inside or shield.waits) and not shield.asked:
             # noted, not raised: half a step must reach neither the weights nor the log. One that
             # comes when another already waits raises, lest a step that hangs cannot be ended.
-            self.shield.asked = number
+            shield.asked = number
         elif self.most is None or self.raised < self.most:
             self.raised += 1
             raise exception(number)

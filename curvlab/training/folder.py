@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from curvlab.errors import CurvlabError, cause_of, warn
+from curvlab.parallel import Ranks
 from curvlab.system import paths
 from curvlab.system.lock import exclusive_lock
 from curvlab.training import checkpoint
@@ -100,4 +101,18 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
                         f"{folder} already holds a {name}: choose another folder, or go on with"
                         " resume"
                     )
+        yield
+
+
+@contextmanager
+def claimed_by_first(ranks: Ranks, folder: Path | None, resume: bool) -> Iterator[None]:
+    """Let rank 0 hold the folder inside, as `claimed`; nothing where there is none.
+
+    Raises:
+        CurvlabError: on all ranks, as `claimed`.
+    """
+    with ExitStack() as held:
+        if folder is not None:
+            place = folder
+            ranks.by_first(lambda: held.enter_context(claimed(place, resume)))
         yield

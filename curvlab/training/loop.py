@@ -30,6 +30,8 @@ from curvlab.machine import clock_of
 from curvlab.objective import Objective
 from curvlab.observation import Observation
 from curvlab.optim import Batch
+from curvlab.parallel import agree_on_signals
+from curvlab.shared_looks import check_alike
 from curvlab.system import random_state
 from curvlab.system.interrupt import Shield, shielded
 from curvlab.system.progress import counted, length
@@ -95,7 +97,8 @@ class Training:
             objective, self.optimizer, settings.method.algorithm, probes or {}, self.clock
         )
         self.stopwatch = Stopwatch(self.clock, self.sampler)
-        self.ending = Ending(budget, self.scheduler, self._gone)
+        self.ranks = objective.ranks
+        self.ending = Ending(budget, self.scheduler, lambda: self.ranks.first_number(self._gone()))
         self.optimizer.watch = self._watch
         self.at, self.shield = Position(), Shield()
         self.last: Batch | None = None
@@ -115,6 +118,8 @@ class Training:
             "damping": float(group["damping"]),
         }
         method = settings.method
+        call = self.must_match | {"budget": asdict(budget)}
+        self.ranks.agreed("other arguments", call, "make the same call on every rank")
         attributes |= followed({method.algorithm: method.given()}, objective)
         self.log = training_log(
             objective,
@@ -151,6 +156,7 @@ class Training:
             random_state.set_states(self.chance_kept, self.objective.device)
         fresh, fruitless = not self.at.started, False
         with shielded() as self.shield:
+            self.shield.waits = self.ranks.several
             try:
                 if not self.at.started:
                     self._begin()
@@ -245,10 +251,11 @@ class Training:
                     self.at.steps += 1
                     if self.settings.scheduling.schedule_every == "step":
                         self._advance()
+                    due = agree_on_signals(self.ranks, self.shield, self.place.due)
                 self.showing.step(self.at, self._gone, loss)
                 if self._spent():
                     return self.at.step == self.per_epoch
-                if self.place.due:
+                if due:
                     self.stopwatch.pause(self.at)
                     self._keep()
                     self.stopwatch.resume()
@@ -307,6 +314,7 @@ class Training:
     def _evaluate(self) -> dict[str, float]:
         """Return loss and error; raise Diverged where a step or the loss is not finite."""
         self.optimizer.soundness.check()
+        check_alike(self.objective)
         start = self.clock()
         scores = scores_of(
             self.objective, self.evaluated, self.settings.evaluation.evaluate_samples

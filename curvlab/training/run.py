@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from curvlab.training.evaluation import (
     measure_of,
     ready_to_train,
 )
-from curvlab.training.folder import RunFolder, claimed
+from curvlab.training.folder import RunFolder, claimed_by_first
 from curvlab.training.loop import Training
 from curvlab.training.settings import PARTS, Budget, Settings, check_same
 
@@ -153,7 +152,8 @@ def train(
         epochs: the run ends with whichever of epochs, steps and `seconds` comes first; where all
             are None, after the epochs of `batches`, or one.
         steps: likewise.
-        folder: gets run.h5 and checkpoint.pt; None keeps the log in memory, without checkpoints.
+        folder: gets run.h5 and checkpoint.pt, of rank 0 where there are several; None keeps the log
+            in memory, without checkpoints.
         resume: go on from the folder's checkpoint, bit for bit; with the same arguments, but for a
             longer run.
         progress: show a progress bar; None shows one where standard error is a terminal.
@@ -207,7 +207,7 @@ def train(
         )
         if resume and place is None:
             raise CurvlabError("resume needs a folder")
-        with nullcontext() if place is None else claimed(place, resume):
+        with claimed_by_first(objective.ranks, place, resume):
             if resume and place is not None and not stepless(place):
                 training.load_state_dict(
                     checkpoint.load_state(place / checkpoint.FILE, objective.device)
@@ -268,7 +268,7 @@ def _training(
         warm=warm,
         about=about,
         must_match=must_match,
-        place=RunFolder(folder, around.checkpoint_seconds),
+        place=RunFolder(folder if objective.ranks.first else None, around.checkpoint_seconds),
         probes=probes,
     )
 
@@ -360,6 +360,7 @@ def prepare_training(
     train_part, test_part = problem.parts
     batches = train_part.batches(named.batch_size, seed=problem.seed, augment=named.augment)
     objective = problem.objective(network=ready_to_train(problem.network()))
+    objective.ranks.check_size(named.batch_size)
     objective.tell = tell if named.verbose else None
     seen = train_part if named.augment or not train_part.augment else test_part
     about = problem.about(call, seen) | {"batch_size": named.batch_size}
