@@ -237,6 +237,8 @@ class BlockDiagonal(CurvatureDefaults):
             self._fold(observation, self.averaging.weight(self.updates + 1))
         if self._refreshes(step):
             self.refresh()
+        else:
+            self._refine()
         self._settle()
         if self.norm_rule is not None:
             self.gradient_norm = total_norm(observation.gradients)
@@ -284,12 +286,13 @@ class BlockDiagonal(CurvatureDefaults):
     def wants_step(self) -> bool:
         """Whether it will learn from the step that follows this direction.
 
-        Alg. 9, line 12: k ≡ 0 mod T.
+        Alg. 9, line 12: k ≡ 0 mod T. What is refined at every step learns from every step.
         """
-        learns = self.steps % self.cadence.update_every == 0 and any(
-            b.secant for b in self.blocks.values()
+        learns = [block_with_defaults(b) for b in self.blocks.values() if b.secant]
+        every = self.steps % self.cadence.update_every == 0
+        return (
+            any(every or b.refine is not None for b in learns) or self.levenberg is not None
         )
-        return learns or self.levenberg is not None
 
     @precise()
     def learn(self, transition: Transition) -> bool:
@@ -346,6 +349,16 @@ class BlockDiagonal(CurvatureDefaults):
                 block.refresh(damping + self._shift)
         self.refreshed = damping
         self.ready, self._stale = True, False
+
+    def _refine(self) -> None:
+        """Let the blocks that refine a base do so at this step's λ (S2QN Alg. 1, lines 3, 4)."""
+        damping = self._lambda
+        for name, block in self.blocks.items():
+            refine = block_with_defaults(block).refine
+            if refine is not None and name not in self._idle:
+                with Naming(self._partition[name], name):
+                    refine(damping + self._shift)
+                self.refreshed = damping
 
     @precise()
     def precondition(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:

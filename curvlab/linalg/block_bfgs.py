@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from curvlab.errors import guard_memory
+from curvlab.errors import CurvlabError, guard_memory
 from curvlab.finite import all_finite
 from curvlab.linalg.pair_damping import powell_factor
 from curvlab.linalg.pairs import Skip
@@ -50,6 +50,7 @@ def block_bfgs(
     *,
     choice: Choice = "symmetric",
     mu: float = 0.2,
+    mu1: float | None = None,
     tau: float | None = None,
 ) -> BlockUpdate:
     """Return Λ⁺ = Λ + V P⁻¹ Vᵀ − Λ U (UᵀΛU)⁻¹ UᵀΛ: S2QN (21), damped.
@@ -72,8 +73,17 @@ def block_bfgs(
         choice: which P.
         mu: without `tau`, the largest τ ≤ 1 for which P is at least μ times its value at V = ΛU:
             Powell's rule (thesis 2.3.1) for a block. S2QN says "proper τ_k".
+        mu1: μ₁, of a bound from above: the largest τ for which VᵀΛ⁻¹V ⪯ P / μ₁ holds, too, so that
+            ‖Λ⁺‖ ≤ (1 + 1/μ₁) ‖Λ‖ (`bounded_factor`), which S2QN's Assumption 2.4 needs and no rule
+            on P alone gives. An update for which no τ does that is skipped ("diagonal" with
+            columns that are nearly one). None: Powell's rule alone.
         tau: τ itself. The update is skipped where it leaves P indefinite.
+
+    Raises:
+        CurvlabError: μ₁ that is not between 0 and 1, pairs too many for the memory.
     """
+    if mu1 is not None and not 0 < mu1 < 1:
+        raise CurvlabError(f"mu1 must lie between 0 and 1, not {mu1:g}")
     m = U.shape[1]
     guard_memory(4 * m**2 * U.element_size(), f"a block of {m} pairs", "sketch it")
     eps = torch.finfo(U.dtype).eps
@@ -114,7 +124,12 @@ def block_bfgs(
     else:
         relative = P
     least = float(eigvalsh(relative)[0])
-    tau = float(powell_factor(least, 1.0, mu)) if tau is None else tau
+    if tau is None:
+        tau = float(powell_factor(least, 1.0, mu))
+        bound = 1.0 if mu1 is None else bounded_factor(Lambda, V, LU, P, at_one, mu1)
+        if math.isnan(bound):
+            return BlockUpdate(Lambda, least, math.nan, rank, "curvature")
+        tau = min(tau, bound)
     if not tau * least + (1 - tau) > 0:
         return BlockUpdate(Lambda, least, tau, rank, "curvature")
     factor, info = torch.linalg.cholesky_ex(tau * P + (1 - tau) * torch.diag(at_one))
@@ -129,6 +144,57 @@ def block_bfgs(
     return BlockUpdate(new, least, tau, rank)
 
 
+def bounded_factor(
+    Lambda: Float[Tensor, "D D"],
+    V: Float[Tensor, "D m"],
+    LU: Float[Tensor, "D m"],
+    P: Float[Tensor, "m m"],
+    at_one: Float[Tensor, " m"],
+    mu1: float,
+) -> float:
+    """Return the largest τ ≤ 1 with V_τᵀ Λ⁻¹ V_τ ⪯ P_τ / μ₁, V_τ = τV + (1 − τ)ΛU.
+
+    Then V_τ P_τ⁻¹ V_τᵀ ⪯ Λ/μ₁ by Schur's complement, so that Λ⁺ ⪯ (1 + 1/μ₁)Λ: the block form of
+    the second inequality of double damping (thesis (2.8)), and what S2QN's Assumption 2.4 needs.
+
+    With Λ = LLᵀ and E_τ = L⁻¹V_τ the condition is [[P_τ/μ₁, E_τᵀ], [E_τ, I]] ⪰ 0, which is affine
+    in τ: those τ are an interval from 0 on, and its end is one eigenvalue of a matrix of order 3m
+    at most.
+
+    Args:
+        Lambda: Λ.
+        V: V.
+        LU: ΛU, V at τ = 0.
+        P: P of V.
+        at_one: P of ΛU, a diagonal.
+        mu1: μ₁.
+
+    Returns:
+        τ; NaN where the condition does not hold at τ = 0, or Λ is not positive definite but for
+        rounding.
+    """
+    factor, info = torch.linalg.cholesky_ex(Lambda)
+    if info:
+        return math.nan
+    m = V.shape[1]
+    both = torch.linalg.solve_triangular(factor, torch.cat([LU, V], 1), upper=False)
+    D, C = torch.linalg.qr(both).R.split(m, 1)  # the products of the columns, in few rows
+    start = torch.zeros(m + len(D), m + len(D), dtype=V.dtype, device=V.device)
+    move = start.clone()
+    start[:m, :m], move[:m, :m] = torch.diag(at_one) / mu1, (P - torch.diag(at_one)) / mu1
+    start[m:, :m], start[:m, m:], start[m:, m:] = D, D.mT, torch.eye(len(D), dtype=D.dtype, device=D.device)
+    move[m:, :m], move[:m, m:] = C - D, (C - D).mT
+    root, info = torch.linalg.cholesky_ex(start)
+    if info:
+        return math.nan
+    half = torch.linalg.solve_triangular(root, move, upper=False)
+    turned = torch.linalg.solve_triangular(root, half.mT, upper=False)
+    if not all_finite(turned):
+        return math.nan
+    least = float(eigvalsh(_symmetrised(turned))[0])  # start + τ move ⪰ 0: 1 + τ least ≥ 0
+    return 1.0 if least >= -1 else -1 / least
+
+
 def sketched_block_bfgs(
     Lambda: Float[Tensor, "D D"],
     U: Float[Tensor, "D m"],
@@ -137,13 +203,14 @@ def sketched_block_bfgs(
     *,
     choice: Choice = "symmetric",
     mu: float = 0.2,
+    mu1: float | None = None,
     tau: float | None = None,
 ) -> BlockUpdate:
     """Return `block_bfgs` of the compressed pairs U Ξ and V Ξ: S2QN (22).
 
     Ξ compresses columns, where (22) prints Ξ U and Ξ V (practice).
     """
-    return block_bfgs(Lambda, U @ sketch, V @ sketch, choice=choice, mu=mu, tau=tau)
+    return block_bfgs(Lambda, U @ sketch, V @ sketch, choice=choice, mu=mu, mu1=mu1, tau=tau)
 
 
 def gaussian_sketch(
