@@ -35,6 +35,14 @@ def _kfac(block: Block, *, split: str = "pi", sharing: str = "expand") -> Kfac:
 
 
 def _smw_fisher(block: Block, *, curvature_size: int | None = None) -> SmwFisher:
+    """Make a block of `smw-ng-bd`, or of `smw-ng-bd-ef`, the thesis's SMW-NG-BD.
+
+    `smw-ng-bd` has drawn labels and all N₁ examples: it is the Fisher matrix of `block-fisher`, of
+    the same pass in a comparison, without an average and by a system of the order of the examples,
+    and such an inverse is what it is a reference for. Its N₁ × N₁ system costs little beside the
+    pass. The thesis's matrix is that of SMW-NG, (5.3), by block: the data's labels, and of N₂ = 30
+    examples (5.8).
+    """
     return SmwFisher(curvature_size)
 
 
@@ -293,6 +301,19 @@ ALGORITHMS: dict[str, Algorithm] = {
             damping_rule=LevenbergMarquardt(),
         ),
         labels="model",
+        constants=Constants(lr=0.1, damping=1.001, momentum=0.0, momentum_kind="average"),
+    ),
+    "smw-ng-bd-ef": Algorithm(
+        summary="the same of the data's labels and N₂ examples: the matrix of smw-ng, by block",
+        source="thesis (5.3), Alg. 23 by block, 5.8",
+        builds=ByBlock(
+            _smw_fisher,
+            options={"curvature_size": 30},
+            averaging=Averaging(kind="last", warm=False),
+            damping_rule=LevenbergMarquardt(),
+        ),
+        labels="data",
+        empirical=True,
         constants=Constants(lr=0.1, damping=1.001, momentum=0.0, momentum_kind="average"),
     ),
     "smw-ng": Algorithm(

@@ -151,9 +151,7 @@ def conditions(
     P, V = tau * P + (1 - tau) * reference, tau * V + (1 - tau) * Lambda @ U
     above = P / mu1 - V.T @ torch.linalg.solve(Lambda, V)
     root = torch.linalg.cholesky(reference)
-    first, second = (
-        torch.linalg.solve(root, torch.linalg.solve(root, M).T).T for M in (P, above)
-    )
+    first, second = (torch.linalg.solve(root, torch.linalg.solve(root, M).T).T for M in (P, above))
     return (
         float(torch.linalg.eigvalsh((first + first.T) / 2)[0]),
         float(torch.linalg.eigvalsh((second + second.T) / 2)[0]),

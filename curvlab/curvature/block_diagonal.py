@@ -25,7 +25,7 @@ from curvlab.curvature.base import (
 from curvlab.curvature.block_states import checked, cloned, may_have, put_back, states_of
 from curvlab.curvature.gradient_norm import GradientNorm, total_norm
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_by_block
-from curvlab.curvature.moments import check_moments, check_squared, with_terms
+from curvlab.curvature.moments import check_folded, with_terms
 from curvlab.curvature.preconditioning import preconditioned
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.derivatives import precise
@@ -170,22 +170,9 @@ class BlockDiagonal(CurvatureDefaults):
         self._stale = True
 
     def _check(self, statistics: Mapping[str, Any]) -> None:
-        """Raise Diverged, before anything is folded, where something to fold is not finite.
-
-        A second moment, or a gradient at other labels than the data's.
-        """
-        having = {
-            n: b
-            for n, b in self.blocks.items()
-            if b.memory and getattr(statistics.get(n), "used", False)
-        }
-        moments = {n: block_with_defaults(b).moments(statistics[n]) for n, b in having.items()}
-        squared = [n for n, b in having.items() if b.reads == "gradient" and self.labels != "data"]
+        """Raise Diverged, before anything is folded, where something to fold is not finite."""
         try:
-            check_moments(
-                (name, what, m) for name, each in moments.items() for what, m in each.items()
-            )
-            check_squared({name: statistics[name].gradient for name in squared})
+            check_folded(self.blocks, statistics, self.labels)
         except Diverged as error:
             raise named(error, str(self._partition[error.block])) from error
 
@@ -290,9 +277,7 @@ class BlockDiagonal(CurvatureDefaults):
         """
         learns = [block_with_defaults(b) for b in self.blocks.values() if b.secant]
         every = self.steps % self.cadence.update_every == 0
-        return (
-            any(every or b.refine is not None for b in learns) or self.levenberg is not None
-        )
+        return any(every or b.refine is not None for b in learns) or self.levenberg is not None
 
     @precise()
     def learn(self, transition: Transition) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from curvlab.curvature.base import CurvatureBlock, block_with_defaults
 from curvlab.errors import Diverged
 from curvlab.finite import all_finite, all_short, waits
+from curvlab.observation import Pass
 
 
 def check_moments(moments: Iterable[tuple[str, str, Tensor]]) -> None:
@@ -50,6 +51,27 @@ def check_squared(gradients: Mapping[str, Tensor]) -> None:
             )
             error.block = block
             raise error
+
+
+def check_folded(
+    blocks: Mapping[str, CurvatureBlock], statistics: Mapping[str, Any], labels: Pass
+) -> None:
+    """Raise Diverged where what blocks are about to fold in is not finite.
+
+    It is a second moment, or a gradient at other labels than the data's.
+
+    Args:
+        blocks: {name: block}.
+        statistics: {name: what its `update` folds in}, of some.
+        labels: those of the statistics.
+    """
+    having = {
+        n: b for n, b in blocks.items() if b.memory and getattr(statistics.get(n), "used", False)
+    }
+    moments = {n: block_with_defaults(b).moments(statistics[n]) for n, b in having.items()}
+    squared = [n for n, b in having.items() if b.reads == "gradient" and labels != "data"]
+    check_moments((name, what, m) for name, each in moments.items() for what, m in each.items())
+    check_squared({name: statistics[name].gradient for name in squared})
 
 
 def with_terms(

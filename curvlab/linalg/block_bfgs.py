@@ -182,7 +182,8 @@ def bounded_factor(
     start = torch.zeros(m + len(D), m + len(D), dtype=V.dtype, device=V.device)
     move = start.clone()
     start[:m, :m], move[:m, :m] = torch.diag(at_one) / mu1, (P - torch.diag(at_one)) / mu1
-    start[m:, :m], start[:m, m:], start[m:, m:] = D, D.mT, torch.eye(len(D), dtype=D.dtype, device=D.device)
+    start[m:, :m], start[:m, m:] = D, D.mT
+    start[m:, m:].fill_diagonal_(1.0)
     move[m:, :m], move[:m, m:] = C - D, (C - D).mT
     root, info = torch.linalg.cholesky_ex(start)
     if info:

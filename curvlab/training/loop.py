@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from curvlab import datasets
 from curvlab.algorithms import followed
+from curvlab.curvature.base import with_defaults
 from curvlab.errors import CurvlabError, Diverged
 from curvlab.logs.log import Record
 from curvlab.machine import clock_of
@@ -340,7 +341,12 @@ class Training:
         descent = self.optimizer.descent
         descent.say_left_out()
         record = self.meter.record(
-            scores, float(group["lr"]), float(group["damping"]), self.at, descent.left_out
+            scores,
+            float(group["lr"]),
+            float(group["damping"]),
+            self.at,
+            descent.left_out,
+            with_defaults(descent.curvature).refreshed,
         )
         self.sampler.flush(self.log)
         return {**record, **self.sampler.of_epoch(self.log, self.at.steps - self.at.step)}
