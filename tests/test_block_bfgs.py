@@ -199,6 +199,40 @@ def test_the_bounded_tau_is_the_largest_and_bounds_the_matrix(
 @choices
 @MANY
 @given(
+    order=st.integers(2, 7),
+    m=st.integers(1, 5),
+    seed=SEEDS,
+    room=st.floats(1.01, 30),
+    long=st.floats(-3, 6),
+)
+def test_a_ceiling_is_kept_and_met(
+    choice: Choice, order: int, m: int, seed: int, room: float, long: float
+) -> None:
+    """Λ⁺ ⪯ hI, Assumption 2.4, with equality where it is what has lowered τ."""
+    Lambda, U = spd(order, seed), normal(order, m, seed=seed + 1)
+    V = 10**long * normal(order, m, seed=seed + 2)
+    h = room * float(torch.linalg.eigvalsh(Lambda)[-1])
+    found, free = (block_bfgs(Lambda, U, V, choice=choice, ceiling=top) for top in (h, None))
+    if found.skipped:
+        assert choice == "diagonal"
+        return
+    greatest = float(torch.linalg.eigvalsh(found.matrix)[-1])
+    assert greatest <= h * (1 + 1e-9)
+    if found.tau < free.tau:
+        assert greatest == pytest.approx(h, rel=1e-6)
+    else:
+        assert found.tau == free.tau
+
+
+def test_above_the_ceiling_nothing_is_updated() -> None:
+    Lambda, U = spd(4), normal(4, 2)
+    found = block_bfgs(Lambda, U, Lambda @ U, ceiling=1e-3)
+    assert (found.skipped, found.matrix is Lambda) == ("curvature", True)
+
+
+@choices
+@MANY
+@given(
     order=st.integers(2, 6),
     seed=SEEDS,
     mu=st.floats(0.05, 0.9),

@@ -230,6 +230,8 @@ def test_trajectory_is_algorithm_1(
     by_hand = ByHand(name, q, **choice, every=every)
     objective = p.objective()
     few: dict[str, Any] = {"pairs": 3} if name == "skqn-l" else {"columns": 2}
+    if name != "skqn-l":
+        few["ceiling"] = None
     if choice.get("choice", "symmetric") != "symmetric":
         # these leave Λ̃ singular but for rounding, so that VᵀΛ̃⁻¹V has no digits to compare
         few["mu1"] = None
@@ -288,7 +290,7 @@ def test_conditions_19_and_20_hold_before_sketching(name: str, places: bool, eve
     """
     p = quadratic(places)
     objective = p.objective()
-    whole: dict[str, Any] = {"columns": None, "mu": 1e-6, "mu1": 1e-6}
+    whole: dict[str, Any] = {"columns": None, "mu": 1e-6, "mu1": 1e-6, "ceiling": None}
     optimizer = cl.optimizer(
         name, objective, lr=0.1, damping=DAMPING, labels="data", refresh_every=every, **whole
     )
@@ -328,7 +330,15 @@ def test_a_sketch_keeps_the_conditions_on_its_own_columns_alone() -> None:
     p = quadratic(True)
     objective = p.objective()
     optimizer = cl.optimizer(
-        "skqn-b2", objective, lr=0.1, labels="data", damping=DAMPING, columns=2, mu=1e-6, mu1=1e-6
+        "skqn-b2",
+        objective,
+        lr=0.1,
+        labels="data",
+        damping=DAMPING,
+        columns=2,
+        mu=1e-6,
+        mu1=1e-6,
+        ceiling=None,
     )
     optimizer.step(objective.closure(p.x, p.y))
     block = curvature_of(optimizer).blocks["1"]
@@ -464,7 +474,9 @@ def test_the_refinement_of_a_model_in_single_precision_is_of_double_precision() 
         p.objective().blocks[0],
         p.objective().closure(p.x, p.y).observe().passes["data"]["1"],
     )
-    block: Any = SkqnB(layer, condition="preactivations", columns=None, gamma=GAMMA, mu1=None)
+    block: Any = SkqnB(
+        layer, condition="preactivations", columns=None, gamma=GAMMA, mu1=None, ceiling=None
+    )
     block.update(statistics, 1.0)
     block.refresh(1.0)
     single, double = block.Lambda.float(), GAMMA * eye(3)
@@ -704,13 +716,16 @@ def test_options_of_the_rule_are_known_checked_and_of_their_methods_alone(tmp_pa
         "mlp-256-20",
         "--batch-size",
         "6000",
-        "--epochs",
-        "1",
+        "--steps",
+        "2",
         "--algorithm",
         "skqn-b2",
     ]
-    assert call(*words, "--set", "r1=0.2", "--set", "r2=3", "--out", str(tmp_path)) == 0
-    assert json.loads(cl.open(tmp_path).attrs["settings"])["own"] == {"r1": 0.2, "r2": 3}
+    options = ("--set", "reading=printed", "--set", "r1=0.2", "--set", "r2=3")
+    assert call(*words, *options, "--out", str(tmp_path)) == 0
+    said = json.loads(cl.open(tmp_path).attrs["settings"])
+    assert said["own"] == {"reading": "printed", "r1": 0.2, "r2": 3}
+    assert (said["labels"], said["momentum"], said["refresh_every"]) == ("data", 0.0, 1)
 
 
 # ------------------------------------------------------------------------------------------------

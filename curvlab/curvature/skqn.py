@@ -35,7 +35,6 @@ columns after sketching.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, cast
 
@@ -46,6 +45,7 @@ from torch import Tensor
 
 from curvlab.curvature.base import LearntPair, Move
 from curvlab.curvature.kept_factors import BASE, KeptFactors
+from curvlab.curvature.secant_conditions import CONDITIONS, ColumnPair
 from curvlab.errors import CurvlabError, check_values, lookup
 from curvlab.layers import Block
 from curvlab.linalg.block_bfgs import (
@@ -53,10 +53,8 @@ from curvlab.linalg.block_bfgs import (
     Choice,
     block_bfgs,
     gaussian_sketch,
-    parameter_secant,
-    preactivation_secant,
 )
-from curvlab.linalg.eigenbasis import Rotated, eigenbasis
+from curvlab.linalg.eigenbasis import Rotated, eigenbasis, largest_eigenvalue
 from curvlab.linalg.kronecker import kronecker_product, pi_split
 from curvlab.linalg.lbfgs import Memory, multiple_of_identity, refined
 from curvlab.linalg.operators import Compact, Diagonal, Operator
@@ -226,41 +224,6 @@ def _one_precision(operator: Operator) -> Operator:
     return replace(operator, core=operator.core.to(operator.rows.dtype))
 
 
-ColumnPair = tuple[Float[Tensor, "O k"], Float[Tensor, "O k"]]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Secant condition: what a step gives, and the pairs (𝕌, 𝕍) that Λ̃ is to satisfy.
-
-    Λ̃ 𝕌 = 𝕍 once Â and G̃ are known. `commutes`: whether the columns may be sketched before.
-    """
-
-    look: Callable[[LayerStatistics, LayerStatistics, Move], ColumnPair]
-    pairs: Callable[[Tensor, Tensor, Tensor, Tensor], ColumnPair]
-    commutes: bool
-
-
-def _parameters(before: LayerStatistics, after: LayerStatistics, move: Move) -> ColumnPair:
-    return move(), after.gradient - before.gradient
-
-
-def _preactivations(before: LayerStatistics, after: LayerStatistics, move: Move) -> ColumnPair:
-    """Return mat(s_k − s_{k−1}), mat(Ds_k − Ds_{k−1}) of each example's own loss.
-
-    They have a column for each example and place.
-    """
-    return (after.h - before.h).flatten(0, 1).mT, (after.g[0] - before.g[0]).flatten(0, 1).mT
-
-
-CONDITIONS: dict[str, Condition] = {
-    "parameters": Condition(_parameters, parameter_secant, False),  # (19)
-    "preactivations": Condition(
-        _preactivations, lambda U, V, A, G: preactivation_secant(U, V, G), True
-    ),  # (20)
-}
-
-
 class SkqnB(KeptFactors):
     """Sum B + λI = (G̃ + Λ̃) ⊗ Â + λI, Λ̃ by sketched block BFGS: S2QN (18), (21), (22).
 
@@ -271,7 +234,8 @@ class SkqnB(KeptFactors):
         gamma: γ of Λ̃₀ = γ √λ I, in units of what λ gives each factor (Alg. 7, line 11).
         choice: P of (21).
         mu: μ of P ⪰ μ UᵀΛ̃U, Powell's rule for τ.
-        mu1: μ₁ of VᵀΛ̃⁻¹V ⪯ P / μ₁, its bound from above (`block_bfgs`); none: no bound.
+        mu1: μ₁ of V P⁻¹ Vᵀ ⪯ Λ̃ / μ₁, a bound on an update; none: no bound.
+        ceiling: h of Λ̃ ⪯ hI (Assumption 2.4), in units of λ_max(G̃) + γ√λ; none: no bound.
         tau: τ itself, in the place of both.
         split: λ over the factors by π as in KFAC, in place of λI, whose inverse is made in the
             factors' eigenbases.
@@ -290,6 +254,7 @@ class SkqnB(KeptFactors):
         choice: Choice = "symmetric",
         mu: float = 0.2,
         mu1: float | None = 0.2,
+        ceiling: float | None = 10.0,
         tau: float | None = None,
         split: bool = True,
         seed: int = 0,
@@ -304,6 +269,12 @@ class SkqnB(KeptFactors):
                 "between 0 and 1, or none for no bound",
             ),
             (
+                "ceiling",
+                1.0 if ceiling is None else ceiling,
+                ceiling is None or ceiling > 0,
+                "above 0, or none for no bound",
+            ),
+            (
                 "tau",
                 1.0 if tau is None else tau,
                 tau is None or 0 <= tau <= 1,
@@ -315,7 +286,7 @@ class SkqnB(KeptFactors):
         self.condition = lookup(CONDITIONS, condition, "condition")
         self.compares_gradients = condition == "parameters"
         self.columns, self.gamma, self.choice = columns, gamma, choice
-        self.mu, self.mu1, self.tau = mu, mu1, tau
+        self.mu, self.mu1, self.ceiling, self.tau = mu, mu1, ceiling, tau
         self.split, self.seed, self.draws = split, seed, 0
         self.Lambda: Tensor | None = None  # Λ̃, in double precision
         self.last: BlockUpdate | None = None  # for the log
@@ -329,16 +300,33 @@ class SkqnB(KeptFactors):
         if self.Lambda is None:
             scale = self.gamma * math.sqrt(damping)
             self.Lambda = scale * torch.eye(len(G), dtype=torch.float64, device=G.device)
+        top = None if self.ceiling is None else self._below(damping)
         if self.U is not None and self.V is not None:
             U, V = self._sketched(*self.condition.pairs(self.U, self.V, A, G))
-            self.last = block_bfgs(  # (22)
-                self.Lambda, U, V, choice=self.choice, mu=self.mu, mu1=self.mu1, tau=self.tau
-            )
+            rules = {"mu": self.mu, "mu1": self.mu1, "ceiling": top, "tau": self.tau}
+            self.last = block_bfgs(self.Lambda, U, V, choice=self.choice, **rules)  # (22)
             self.left_out += self.last.skipped == "not finite"
             self.Lambda = self.last.matrix
             self.U = self.V = None
         self.inverse = self._inverse(damping)
         return None
+
+    def _below(self, damping: float) -> float | None:
+        """Return h, and halve Λ̃ until it is at most h/2, so that an update has room.
+
+        It is above after updates that have reached h, and where G̃ has become smaller. None of a G̃
+        and λ that are 0.
+        """
+        assert self.ceiling is not None
+        assert self.Lambda is not None
+        size = largest_eigenvalue(self.base[1]) + self.gamma * math.sqrt(damping)
+        h = self.ceiling * size
+        if not 0 < h < math.inf:
+            return None
+        room = h / 2 * torch.eye(len(self.Lambda), dtype=torch.float64, device=self.Lambda.device)
+        while bool(torch.linalg.cholesky_ex(room - self.Lambda).info):
+            self.Lambda = self.Lambda / 2
+        return h
 
     def _inverse(self, damping: float) -> Operator:
         if self.split:

@@ -51,6 +51,7 @@ def block_bfgs(
     choice: Choice = "symmetric",
     mu: float = 0.2,
     mu1: float | None = None,
+    ceiling: float | None = None,
     tau: float | None = None,
 ) -> BlockUpdate:
     """Return Λ⁺ = Λ + V P⁻¹ Vᵀ − Λ U (UᵀΛU)⁻¹ UᵀΛ: S2QN (21), damped.
@@ -73,11 +74,15 @@ def block_bfgs(
         choice: which P.
         mu: without `tau`, the largest τ ≤ 1 for which P is at least μ times its value at V = ΛU:
             Powell's rule (thesis 2.3.1) for a block. S2QN says "proper τ_k".
-        mu1: μ₁, of a bound from above: the largest τ for which VᵀΛ⁻¹V ⪯ P / μ₁ holds, too, so that
-            ‖Λ⁺‖ ≤ (1 + 1/μ₁) ‖Λ‖ (`bounded_factor`), which S2QN's Assumption 2.4 needs and no rule
-            on P alone gives. An update for which no τ does that is skipped ("diagonal" with
-            columns that are nearly one). None: Powell's rule alone.
-        tau: τ itself. The update is skipped where it leaves P indefinite.
+        mu1: μ₁ of a bound on what is added: the largest τ for which V P⁻¹ Vᵀ ⪯ Λ / μ₁, too, so that
+            ‖Λ⁺‖ ≤ (1 + 1/μ₁) ‖Λ‖: the block form of thesis (2.8). No rule on P alone gives that.
+            None: no such bound.
+        ceiling: h, the largest τ for which Λ⁺ ⪯ h I, too: S2QN's Assumption 2.4, which a bound on
+            each update does not give in the end. Λ has to be below it. None: no such bound.
+        tau: τ itself, without bounds. The update is skipped where it leaves P indefinite.
+
+    An update is skipped where no τ from 0 on keeps a bound: with "diagonal" and columns that are
+    nearly one, or a Λ that is not below the ceiling, or not definite but for rounding.
 
     Raises:
         CurvlabError: μ₁ that is not between 0 and 1, pairs too many for the memory.
@@ -126,10 +131,17 @@ def block_bfgs(
     least = float(eigvalsh(relative)[0])
     if tau is None:
         tau = float(powell_factor(least, 1.0, mu))
-        bound = 1.0 if mu1 is None else bounded_factor(Lambda, V, LU, P, at_one, mu1)
-        if math.isnan(bound):
-            return BlockUpdate(Lambda, least, math.nan, rank, "curvature")
-        tau = min(tau, bound)
+        bounds = [] if mu1 is None else [Lambda / mu1]
+        if ceiling is not None:  # what Λ⁺ may have beyond what is left of Λ
+            left = Lambda - whole @ whole.mT
+            bounds.append(
+                ceiling * torch.eye(len(left), dtype=left.dtype, device=left.device) - left
+            )
+        for M in bounds:
+            most = bounded_factor(M, V, LU, P, at_one)
+            if math.isnan(most):
+                return BlockUpdate(Lambda, least, math.nan, rank, "curvature")
+            tau = min(tau, most)
     if not tau * least + (1 - tau) > 0:
         return BlockUpdate(Lambda, least, tau, rank, "curvature")
     factor, info = torch.linalg.cholesky_ex(tau * P + (1 - tau) * torch.diag(at_one))
@@ -145,35 +157,29 @@ def block_bfgs(
 
 
 def bounded_factor(
-    Lambda: Float[Tensor, "D D"],
+    M: Float[Tensor, "D D"],
     V: Float[Tensor, "D m"],
     LU: Float[Tensor, "D m"],
     P: Float[Tensor, "m m"],
     at_one: Float[Tensor, " m"],
-    mu1: float,
 ) -> float:
-    """Return the largest τ ≤ 1 with V_τᵀ Λ⁻¹ V_τ ⪯ P_τ / μ₁, V_τ = τV + (1 − τ)ΛU.
+    """Return the largest τ ≤ 1 with V_τᵀ M⁻¹ V_τ ⪯ P_τ, V_τ = τV + (1 − τ)ΛU.
 
-    Then V_τ P_τ⁻¹ V_τᵀ ⪯ Λ/μ₁ by Schur's complement, so that Λ⁺ ⪯ (1 + 1/μ₁)Λ: the block form of
-    the second inequality of double damping (thesis (2.8)), and what S2QN's Assumption 2.4 needs.
-
-    With Λ = LLᵀ and E_τ = L⁻¹V_τ the condition is [[P_τ/μ₁, E_τᵀ], [E_τ, I]] ⪰ 0, which is affine
-    in τ: those τ are an interval from 0 on, and its end is one eigenvalue of a matrix of order 3m
-    at most.
+    By Schur's complement it is the largest with V_τ P_τ⁻¹ V_τᵀ ⪯ M. With M = LLᵀ and E_τ = L⁻¹V_τ
+    the condition is [[P_τ, E_τᵀ], [E_τ, I]] ⪰ 0, which is affine in τ: those τ are an interval from
+    0 on, and its end is one eigenvalue of a matrix of order 3m at most.
 
     Args:
-        Lambda: Λ.
+        M: the bound.
         V: V.
         LU: ΛU, V at τ = 0.
         P: P of V.
         at_one: P of ΛU, a diagonal.
-        mu1: μ₁.
 
     Returns:
-        τ; NaN where the condition does not hold at τ = 0, or Λ is not positive definite but for
-        rounding.
+        τ; NaN where the condition does not hold at τ = 0, or M is not positive definite.
     """
-    factor, info = torch.linalg.cholesky_ex(Lambda)
+    factor, info = torch.linalg.cholesky_ex(M)
     if info:
         return math.nan
     m = V.shape[1]
@@ -181,7 +187,7 @@ def bounded_factor(
     D, C = torch.linalg.qr(both).R.split(m, 1)  # the products of the columns, in few rows
     start = torch.zeros(m + len(D), m + len(D), dtype=V.dtype, device=V.device)
     move = start.clone()
-    start[:m, :m], move[:m, :m] = torch.diag(at_one) / mu1, (P - torch.diag(at_one)) / mu1
+    start[:m, :m], move[:m, :m] = torch.diag(at_one), P - torch.diag(at_one)
     start[m:, :m], start[:m, m:] = D, D.mT
     start[m:, m:].fill_diagonal_(1.0)
     move[m:, :m], move[:m, m:] = C - D, (C - D).mT
@@ -205,13 +211,16 @@ def sketched_block_bfgs(
     choice: Choice = "symmetric",
     mu: float = 0.2,
     mu1: float | None = None,
+    ceiling: float | None = None,
     tau: float | None = None,
 ) -> BlockUpdate:
     """Return `block_bfgs` of the compressed pairs U Ξ and V Ξ: S2QN (22).
 
     Ξ compresses columns, where (22) prints Ξ U and Ξ V (practice).
     """
-    return block_bfgs(Lambda, U @ sketch, V @ sketch, choice=choice, mu=mu, mu1=mu1, tau=tau)
+    return block_bfgs(
+        Lambda, U @ sketch, V @ sketch, choice=choice, mu=mu, mu1=mu1, ceiling=ceiling, tau=tau
+    )
 
 
 def gaussian_sketch(

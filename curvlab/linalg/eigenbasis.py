@@ -98,6 +98,20 @@ def eigenbasis(U: Float[Tensor, "D D"]) -> tuple[Float[Tensor, " D"], Float[Tens
     return values.clamp_min(0), vectors
 
 
+def largest_eigenvalue(U: Float[Tensor, "D D"], steps: int = 10) -> float:
+    """Return the largest eigenvalue of a positive semi-definite U from below, by power steps.
+
+    They begin with the column of the greatest diagonal entry, which the result is never under.
+    """
+    x = U[:, int(U.diagonal().argmax())]
+    for _ in range(steps):
+        length = x.norm()
+        if not 0 < float(length) < float("inf"):
+            return 0.0
+        x = U @ (x / length)
+    return float(x.norm())
+
+
 def shifted_kronecker(factors: tuple[Tensor, ...], shift: float) -> Rotated:
     """Return ⊗ᵢ Uᵢ + shift I of positive semi-definite Uᵢ, by their eigenvectors (`eigenbasis`).
 
