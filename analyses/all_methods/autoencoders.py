@@ -52,7 +52,13 @@ FIGURE = Comparison(
         "TNT-EF": EMPIRICAL["TNT-EF"],
         "Shampoo": CHAPTER_4["Shampoo"],
         **{
-            label: replace(S2QN[label], values=S2QN[label].values["MNIST"])
+            label: replace(
+                S2QN[label],
+                values={
+                    "MNIST": S2QN[label].values["MNIST"],
+                    "CURVES": S2QN[label].values["CURVES, 1000"],
+                },
+            )
             for label in ("SKQN-L", "SKQN-B1", "SKQN-B2")
         },
         "SMW-NG": Method("smw-ng", (0.1, 1.001)),  # thesis 5.8, as the next

@@ -106,9 +106,17 @@ class BlockDiagonal(CurvatureDefaults):
 
     @property
     def needs(self) -> frozenset[Pass]:
-        """Passes that the next `update` will read."""
+        """Passes that the next `update` will read; that of the data has the gradient."""
         reads = self._folds(self.steps + 1) and not self.shown
-        return frozenset({self._pass}) if reads else frozenset()
+        needed: set[Pass] = {self._pass} if reads else set()
+        if self._reads_norm and self.labels != "data":
+            needed.add("gradient")
+        return frozenset(needed)
+
+    @property
+    def _reads_norm(self) -> bool:
+        """Whether λ is of the gradient's norm."""
+        return self.norm_rule is not None and self.norm_rule.r1 is not None
 
     @property
     def _pass(self) -> Pass:
@@ -227,9 +235,9 @@ class BlockDiagonal(CurvatureDefaults):
         else:
             self._refine()
         self._settle()
-        if self.norm_rule is not None:
+        if self._reads_norm:
             self.gradient_norm = total_norm(observation.gradients)
-            self.damping *= self.norm_rule.shrink
+        self.damping *= 1.0 if self.norm_rule is None else self.norm_rule.shrink
         self.steps = step
 
     @property
