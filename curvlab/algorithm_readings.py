@@ -29,6 +29,9 @@ def skqn(
     to SKQN. It departs from the text in the labels: (17) has those of the model, and SKQN "the
     empirical version", those of the data (4.1).
 
+    On `mnist-ae` (minibatches of 1000, single precision) no run diverged: see
+    docs/results/training.md, which says how many seeds and steps.
+
     "printed" is Alg. 1 by the letter: labels of the data, the base of each minibatch by itself
     (T₂ = 1), no momentum, λI undivided, λ_k by (8). r₂ lies above the norms that autoencoders have
     (20 to 300), so that λ_k = α_k⁻¹ there. (19) and (20) hold before sketching alone.
@@ -36,6 +39,12 @@ def skqn(
     "seng" is as the authors' code of a method of the same kind, SENG, runs: labels of the data, the
     base of one minibatch kept for T₂ = 20 steps, momentum 0.9 of the *directions* (`MomentumKind`),
     λ split by π and constant, lr and λ of the thesis's KFAC-EF.
+
+    With the data's labels λ has to be large. The base of a minibatch's own labels contains that
+    minibatch's gradient: if it is exact, ‖p‖ ≤ 1 / 2√λ whatever ‖g‖. A base that is kept does not
+    know the gradient, and what it does not cover moves as by SGD of rate lr / λ, at which SGD has
+    to be stable. λ = 10 of "printed" is not tuned: its steps, whose eigenbases are made anew at
+    every one, were run on small problems alone.
 
     Args:
         summary: of the entry.

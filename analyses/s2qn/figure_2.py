@@ -1,9 +1,9 @@
 """S2QN Figure 2: SKQN-L, SKQN-B1, SKQN-B2, KFAC, Adam and SGD on three autoencoders
 D-1000-500-250-30-…-D.
 
-The appendix with its hyper-parameters is not available. SKQN's are KFAC's in everything, as S2QN has
-it of S4QN and SSN (6.1); KFAC's and the others' are those of thesis Table 4.3, minibatches of 1000
-as there. What the refinement itself adds: `skqn-refinement`.
+The appendix with its hyper-parameters is not available. SKQN's are KFAC's in everything, as S2QN
+has it of S4QN and SSN (6.1); KFAC's and the others' are those of thesis Table 4.3, minibatches of
+1000 as there. What the refinement itself adds: `skqn-refinement`.
 """
 
 from curvlab.reproduction import AUTOENCODERS, Claim, Comparison, Extent, Method, main

@@ -95,14 +95,12 @@ class BlockDiagonal(CurvatureDefaults):
         self.levenberg = damping_rule if isinstance(damping_rule, LevenbergMarquardt) else None
         self.norm_rule = damping_rule if isinstance(damping_rule, GradientNorm) else None
         self._look, self._shift = look, shift
-        # of blocks that no minibatch has reached yet: the identity
-        self._idle: dict[str, Operator] = {}
+        self._idle: dict[str, Operator] = {}  # I, of blocks that no minibatch has reached yet
         self.gradient_norm: float | None = None  # of the last minibatch
         self.steps = self.updates = 0
         self.warmed = self.ready = False
         self._stale = False  # whether statistics are newer than the inverse
-        # (x, y) of the warm start, where they are averaged over "data"
-        self.shown: list[list[Tensor]] = []
+        self.shown: list[list[Tensor]] = []  # (x, y) of the warm start, averaged over "data"
 
     @property
     def needs(self) -> frozenset[Pass]:

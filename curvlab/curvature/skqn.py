@@ -7,26 +7,31 @@ against it, (10), (19), (20), and Λ_k is updated; the direction is −(B_k + λ
 base is kept for T₂ steps; Λ_k and λ_k are made at every step, against the base that is kept, so
 that (10) holds of the matrix that makes the direction, whatever T₂.
 
-DEFAULTS
+Labels, averages, momentum, rates are of a reading: `algorithm_readings.skqn`; (19) and (20) are in
+`secant_conditions`.
 
 (17) prints G Gᵀ summed over places like A Aᵀ, which makes the product T times what (16), (20) and
 KFAC have, where G is of one place: here G is the mean over places, A the sum.
 
-`Condition` names what a step gives, `skqn_readings` has the settings around it.
+The document's appendix is not available; what it leaves open of Λ is chosen here:
 
 - p = 3 pairs of L-BFGS (3.2: "1 ∼ 5"); pairs with uᵀv < 1e-8 ‖u‖ ‖v‖ are skipped (3.2), after
   the damping of its [39];
-- k = 16 columns of the sketch Ξ, normal entries; P = ½ (VᵀU + UᵀV);
-- τ, which the document calls proper: the largest with P ⪰ μ UᵀΛ̃U and VᵀΛ̃⁻¹V ⪯ P / μ₁, both 0.2,
-  so that an update makes ‖Λ̃‖ at most 6 times as large (`block_bfgs`);
-- γ in units of λ: Λ⁰ = γλ I with γ = 0.1 (L), Λ̃₀ = γ√λ I with γ = 0.03 (B), so that the refinement
-  damps little beside λ whatever λ is; at λ = 0 there is none.
+- k = 16 columns of the sketch Ξ, normal entries; P = ½ (VᵀU + UᵀV), which alone makes (19) and (20)
+  hold before sketching and keeps Λ̃ definite;
+- τ, which the document calls proper: the largest with P ⪰ μ UᵀΛ̃U, V P⁻¹ Vᵀ ⪯ Λ̃ / μ₁ and Λ̃ ⪯ hI
+  after the update (Assumption 2.4), μ = μ₁ = 0.2 and h = 10 (λ_max(G̃) + γ√λ). The first alone
+  leaves 10¹¹ (λ_max(G̃) + γ) within forty steps of a small autoencoder, the first two (each update
+  at most 1 + 1/μ₁ times as large) 462 of it within 300 steps of `mnist-ae`;
+- γ in units of λ: Λ⁰ = γλ I with γ = 0.1 (L), Λ̃₀ = γ√λ I with γ = 0.03 (B): beside λ it adds 1 + γ
+  and at most 1 + γπ to the damping, whatever λ is. At λ = 0 there is no refinement.
 
-Of the three P, the symmetric one alone makes (19) and (20) hold before sketching and keeps Λ̃
-definite.
+τ serves the worst of all columns: of 16 noisy ones little is learnt at once (median τ 5e-4 on
+`mnist-ae`). What the refinement adds, against the same base with Λ as it begins (256-100-50-12-…
+autoencoder of MNIST, minibatches of 500, 100 steps, mean of three seeds): L 46.6 against 48.1; B1
+and B2 48.3 and 48.3 against 48.3; KFAC 48.0.
 
-Λ̃ is held, and updated, in double precision: its least eigenvalue shrinks at every update that
-Powell's rule has to damp. In single precision it was indefinite within 24 steps.
+Λ̃ is held, and updated, in double precision: its least eigenvalue shrinks where Powell's rule damps.
 
 Legend: N examples, T places, I inputs incl. the bias column, O outputs, p pairs, m columns, k
 columns after sketching.
@@ -36,7 +41,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -46,7 +51,7 @@ from torch import Tensor
 from curvlab.curvature.base import LearntPair, Move
 from curvlab.curvature.kept_factors import BASE, KeptFactors
 from curvlab.curvature.secant_conditions import CONDITIONS, ColumnPair
-from curvlab.errors import CurvlabError, check_values, lookup
+from curvlab.errors import CurvlabError, Diverged, check_values, lookup
 from curvlab.layers import Block
 from curvlab.linalg.block_bfgs import (
     BlockUpdate,
@@ -131,7 +136,10 @@ class SkqnL(KeptFactors):
             kfac.refresh(damping)
             self.inverse = kfac.inverse
         else:
-            self.inverse = _one_precision(self.matrix(damping).inv())
+            try:
+                self.inverse = _one_precision(self.matrix(damping).inv())
+            except Diverged as error:
+                raise Diverged("B + λI is not positive definite: raise the damping") from error
         return None
 
     def _add(self, u: Float[Tensor, " D"], v: Float[Tensor, " D"], scale: float) -> None:
@@ -303,7 +311,12 @@ class SkqnB(KeptFactors):
         top = None if self.ceiling is None else self._below(damping)
         if self.U is not None and self.V is not None:
             U, V = self._sketched(*self.condition.pairs(self.U, self.V, A, G))
-            rules = {"mu": self.mu, "mu1": self.mu1, "ceiling": top, "tau": self.tau}
+            rules: dict[str, Any] = {
+                "mu": self.mu,
+                "mu1": self.mu1,
+                "ceiling": top,
+                "tau": self.tau,
+            }
             self.last = block_bfgs(self.Lambda, U, V, choice=self.choice, **rules)  # (22)
             self.left_out += self.last.skipped == "not finite"
             self.Lambda = self.last.matrix

@@ -115,7 +115,7 @@ def _time(frame: Frame) -> list[Numbers]:
     "lambda",
     "λ that every algorithm's inverse was made with, after whatever rule moves it",
     {
-        "damping_used": Variable(
+        "damping_of_direction": Variable(
             ("algorithm",), "damping of the inverse of this direction; NaN: not known", "1"
         )
     },
