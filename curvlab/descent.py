@@ -123,9 +123,11 @@ class Descent:
         if self.further:
             gradients = {name: (g + self.further[name]) / 2 for name, g in gradients.items()}
             self.further = {}
-        momentum = self.momentum(gradients)
+        after = self.momentum.of_directions
+        momentum = gradients if after else self.momentum(gradients)
         with_defaults(self.curvature).heed(momentum)
         p = self.curvature.precondition(momentum)
+        p = self.momentum(p) if after else p
         if late:
             self.curvature.update(observation)
         rate = self.weight_decay if decay is None else decay

@@ -152,6 +152,8 @@ class BlockDefaults:
     left_out: int | Tensor | None = None
     """Pairs left out so far since they were not finite; None: the block learns from none."""
     reads: Reads = "gradient"
+    refine: Callable[[float], None] | None = None
+    """Makes `inverse` anew at a step's λ where none is refreshed; None: the inverse stands."""
 
     @property
     def held(self) -> Operator | None:

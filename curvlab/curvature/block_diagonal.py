@@ -27,7 +27,12 @@ from curvlab.curvature.identity import IdentityBlock
 from curvlab.curvature.levenberg_marquardt import LevenbergMarquardt, ratio_by_block
 from curvlab.curvature.moments import check_folds, with_terms
 from curvlab.curvature.owners import HEEDS, REFRESHES, SETTLES, Works, share_out
-from curvlab.curvature.preconditioning import do_together, preconditioned, straight_directions
+from curvlab.curvature.preconditioning import (
+    do_together,
+    preconditioned,
+    refine,
+    straight_directions,
+)
 from curvlab.curvature.settings import CurvatureSettings
 from curvlab.derivatives import precise
 from curvlab.divergence import Naming
@@ -105,14 +110,21 @@ class BlockDiagonal(CurvatureDefaults):
         self.steps = self.updates = 0
         self.warmed = self.ready = False
         self._stale = False  # whether statistics are newer than the inverse
-        # (x, y) of the warm start, where they are averaged over "data"
-        self.shown: list[list[Tensor]] = []
+        self.shown: list[list[Tensor]] = []  # (x, y) of the warm start, averaged over "data"
 
     @property
     def needs(self) -> frozenset[Pass]:
-        """Passes that the next `update` will read."""
+        """Passes that the next `update` will read; that of the data has the gradient."""
         reads = self._folds(self.steps + 1) and not self.shown
-        return frozenset({self._pass}) if reads else frozenset()
+        needed: set[Pass] = {self._pass} if reads else set()
+        if self._reads_norm and self.labels != "data":
+            needed.add("gradient")
+        return frozenset(needed)
+
+    @property
+    def _reads_norm(self) -> bool:
+        """Whether λ is of the gradient's norm."""
+        return self.norm_rule is not None and self.norm_rule.r1 is not None
 
     @property
     def _pass(self) -> Pass:
@@ -146,10 +158,6 @@ class BlockDiagonal(CurvatureDefaults):
         if step == 1 and self.averaging.skips_first:
             return not self.warmed
         return step % self.cadence.update_every == 0 or not self.updates
-
-    def _refreshes(self, step: int) -> bool:
-        changed = self._stale or self._lambda != self.refreshed
-        return self.cadence.refreshes(step, changed) or not self.ready
 
     def _fold(self, observation: Observation, weight: float) -> None:
         passes = observation.passes
@@ -223,12 +231,15 @@ class BlockDiagonal(CurvatureDefaults):
             self._fold_data(observation.closure.objective)
         elif self._folds(step):
             self._fold(observation, self.averaging.weight(self.updates + 1))
-        if self._refreshes(step):
+        changed = self._stale or self._lambda != self.refreshed
+        if self.cadence.refreshes(step, changed) or not self.ready:
             self.refresh()
+        elif refine(self._live, self._partition, lambda: self._lambda + self._shift):
+            self.refreshed = self._lambda
         self._settle()
-        if self.norm_rule is not None:
+        if self._reads_norm:
             self.gradient_norm = total_norm(observation.gradients)
-            self.damping *= self.norm_rule.shrink
+        self.damping *= 1.0 if self.norm_rule is None else self.norm_rule.shrink
         self.steps = step
 
     @property
@@ -245,8 +256,11 @@ class BlockDiagonal(CurvatureDefaults):
         self._share_out(SETTLES, lambda block: block_with_defaults(block).settle(self._damped))
 
     def _share_out(self, table: Works, work: Callable[[CurvatureBlock], None]) -> None:
-        live = {name: block for name, block in self.blocks.items() if name not in self._idle}
-        share_out(self._ranks, table, live, self._partition, work)
+        share_out(self._ranks, table, self._live, self._partition, work)
+
+    @property
+    def _live(self) -> dict[str, CurvatureBlock]:
+        return {n: b for n, b in self.blocks.items() if n not in self._idle}
 
     @precise()
     def heed(self, momentum: Mapping[str, Tensor]) -> None:
@@ -279,12 +293,11 @@ class BlockDiagonal(CurvatureDefaults):
     def wants_step(self) -> bool:
         """Whether it will learn from the step that follows this direction.
 
-        Alg. 9, line 12: k ≡ 0 mod T.
+        Alg. 9, line 12: k ≡ 0 mod T. What is refined at every step learns from every step.
         """
-        learns = self.steps % self.cadence.update_every == 0 and any(
-            b.secant for b in self.blocks.values()
-        )
-        return learns or self.levenberg is not None
+        learns = [block_with_defaults(b) for b in self.blocks.values() if b.secant]
+        every = self.steps % self.cadence.update_every == 0
+        return any(every or b.refine is not None for b in learns) or self.levenberg is not None
 
     @precise()
     def learn(self, transition: Transition) -> bool:
@@ -304,13 +317,11 @@ class BlockDiagonal(CurvatureDefaults):
                     move = partial(transition.step_of, name)  # no work before it is called
                     block.secant(before.passes["data"][name], after.passes["data"][name], move)
         if self.levenberg is not None:
-            self.damping = self.levenberg.adapted(self.damping, self._ratio(transition))
+            matrices = {n: None if n in self._idle else b.matrix() for n, b in self.blocks.items()}
+            inverse, shift = self.inverse, self._shift
+            rho = ratio_by_block(transition, self._partition, inverse, matrices, shift)
+            self.damping = self.levenberg.adapted(self.damping, rho)
         return True
-
-    def _ratio(self, transition: Transition) -> float:
-        """Return ρ, see `ratio_by_block`."""
-        matrices = {n: None if n in self._idle else b.matrix() for n, b in self.blocks.items()}
-        return ratio_by_block(transition, self._partition, self.inverse, matrices, self._shift)
 
     @precise()
     def absorb(self, observation: Observation) -> None:
@@ -349,8 +360,7 @@ class BlockDiagonal(CurvatureDefaults):
         Returns:
             The same keys and shapes.
         """
-        having = {n: b for n, b in self.blocks.items() if self.ready and n not in self._idle}
-        straight = straight_directions(having, self._partition, grads)
+        straight = straight_directions(self._live if self.ready else {}, self._partition, grads)
         rest = [name for name in grads if name not in straight] if straight else None
         return preconditioned(self._inverses(rest), self._partition, grads, straight)
 

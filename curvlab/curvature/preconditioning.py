@@ -5,7 +5,7 @@ And directions that need no operator.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from torch import Tensor
@@ -83,6 +83,28 @@ def do_together(blocks: Iterable[CurvatureBlock]) -> None:
             by_class.setdefault(type(block), []).append(block)
     for kind, of_kind in by_class.items():
         kind.together(of_kind)
+
+
+def refine(
+    blocks: Mapping[str, CurvatureBlock],
+    partition: Mapping[str, Block],
+    damping: Callable[[], float],
+) -> bool:
+    """Let blocks that refine a base do so at this step's λ (S2QN Alg. 1, lines 3 and 4).
+
+    Args:
+        blocks: that have data.
+        partition: {block: its parameters}, by which an error names it.
+        damping: gives λ, where it is asked for.
+
+    Returns:
+        Whether there are any.
+    """
+    refining = {n: r for n, b in blocks.items() if (r := block_with_defaults(b).refine) is not None}
+    for name, refines in refining.items():
+        with Naming(partition[name], name):
+            refines(damping())
+    return bool(refining)
 
 
 def straight_directions(

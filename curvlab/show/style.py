@@ -37,7 +37,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     ),
     "#56B4E9": ("skqn-l", "skqn-b1", "skqn-b2"),
     "#8C6D31": ("s4qn", "ssn", "lbfgs"),
-    "#AA0000": ("smw-ng", "smw-gn", "smw-ng-bd"),
+    "#AA0000": ("smw-ng", "smw-gn", "smw-ng-bd", "smw-ng-bd-ef"),
     "#117733": ("hf", "full-ggn"),
     "#000000": ("block-fisher", "block-ef", "block-ggn", "block-hessian"),
 }
