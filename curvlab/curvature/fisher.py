@@ -101,6 +101,7 @@ class DenseFisher(BlockDefaults):
 
     @F.setter
     def F(self, value: Any) -> None:
+        """Take a matrix, or a checkpoint's rows."""
         rows = isinstance(value, dict)
         self._F, self.kept = (None, KeptRows.of_state(value)) if rows else (value, None)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from curvlab.errors import CurvlabError, guard_memory
 from curvlab.linalg.cholesky import damped_cholesky, shifted
 from curvlab.linalg.operators import LowRank, Operator, Woodbury
-from curvlab.linalg.woodbury import Below, Rows, inner_products
+from curvlab.linalg.woodbury import Below, Rows, products_of_rows
 
 LEFT_OUT = 1e-4
 """Share of the whole weight that the oldest minibatches may have together to be left out: after 88
@@ -59,7 +59,7 @@ class KeptRows:
             f"the Gram matrix of {count} rows of {what}, and its factor,",
             "use smaller minibatches, a shorter moving average, or smw-ng-bd",
         )
-        new = torch.cat([inner_products(p, rows) for p in self.parts])
+        new = torch.cat([products_of_rows(p, rows) for p in self.parts])
         if self.gram is None:
             self.gram = new
             return

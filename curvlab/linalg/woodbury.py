@@ -246,7 +246,7 @@ class Below:
 
     def gram(self) -> Float[Tensor, "R R"]:
         """Return the inner products of all rows with each other, [Σ R, Σ R]."""
-        each = [torch.cat([inner_products(p, q) for q in self.parts], 1) for p in self.parts]
+        each = [torch.cat([products_of_rows(p, q) for q in self.parts], 1) for p in self.parts]
         scale = self.row_scales()
         return torch.cat(each) * scale * scale[:, None]
 
@@ -279,7 +279,7 @@ class Below:
         return list(zip(self.parts, self.scales, strict=True))
 
 
-def inner_products(left: Rows, right: Rows) -> Float[Tensor, "L R"]:
+def products_of_rows(left: Rows, right: Rows) -> Float[Tensor, "L R"]:
     """Return ⟨row_i, row_j⟩ of two matrices of rows: (g_iᵀ g_j)(a_iᵀ a_j) of outer products."""
     if left.a is not None and right.a is not None:
         return (left.g @ right.g.mT) * (left.a @ right.a.mT)
