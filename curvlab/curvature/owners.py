@@ -37,7 +37,7 @@ from curvlab.parallel import RankLost, Ranks, shares
 
 
 @dataclass(frozen=True)
-class Work:
+class OwnersWork:
     """What one kind of block has to do, and what comes of it.
 
     Args:
@@ -110,24 +110,24 @@ def _folded(curvature: Ekfac) -> None:
         curvature._pending = None
 
 
-Works = Mapping[type[Any], Work]
+Works = Mapping[type[Any], OwnersWork]
 
 REFRESHES: Works = {
-    Kfac: Work(_sides),
-    Ekfac: Work(_sides, ("Q_A", "Q_G", "D"), _folded),
-    Foof: Work(_inputs),
-    Contracted: Work(_ways),
-    DenseFisher: Work(_dense),
-    DenseHessian: Work(_dense, ("shift",)),
-    KBfgs: Work(_exact_inputs, ("seen", "overall")),
-    WithDiagonal: Work(_basis, ("part_state",)),
+    Kfac: OwnersWork(_sides),
+    Ekfac: OwnersWork(_sides, ("Q_A", "Q_G", "D"), _folded),
+    Foof: OwnersWork(_inputs),
+    Contracted: OwnersWork(_ways),
+    DenseFisher: OwnersWork(_dense),
+    DenseHessian: OwnersWork(_dense, ("shift",)),
+    KBfgs: OwnersWork(_exact_inputs, ("seen", "overall")),
+    WithDiagonal: OwnersWork(_basis, ("part_state",)),
 }
 """Of `refresh`, by the kind of block."""
 
-SETTLES: Works = {WithDiagonal: Work(_turn, ("part_state",), _turned)}
+SETTLES: Works = {WithDiagonal: OwnersWork(_turn, ("part_state",), _turned)}
 """Of `settle`."""
 
-HEEDS: Works = {WithDiagonal: Work(_polar)}
+HEEDS: Works = {WithDiagonal: OwnersWork(_polar)}
 """Of `heed`."""
 
 
@@ -224,7 +224,7 @@ def _by_owners(
             work(blocks[name])
 
 
-def _take(block: CurvatureBlock, kind: Work, tree: dict[str, Any]) -> None:
+def _take(block: CurvatureBlock, kind: OwnersWork, tree: dict[str, Any]) -> None:
     """Set a block to what its owner has made."""
     for key in kind.made:
         setattr(block, key, tree["made"][key])
@@ -261,7 +261,7 @@ class _Place:
     on_host: bool
 
 
-def _packed(block: CurvatureBlock, work: Work) -> dict[str, Any]:
+def _packed(block: CurvatureBlock, work: OwnersWork) -> dict[str, Any]:
     return {
         "inverse": pack(getattr(block, "inverse", None)),
         "made": {key: getattr(block, key) for key in work.made},
