@@ -56,6 +56,7 @@ PLACES: dict[str, tuple[str, str]] = {
     "curvature.refinement:Refinement.gamma": ("number read", "the scale of the first inverse"),
     "curvature.refinement:Refinement.metric": ("number read", "the scale of a metric"),
     "curvature.shampoo:shampoo_factors": ("number read", "whether a factor is finite"),
+    "curvature.skqn:SkqnB._below": ("number read", "whether a refinement is below its ceiling"),
     "curvature.skqn:SkqnB._sketched": ("copy to the device", "a sketch, drawn on the host"),
     "curvature.structured:Structured._direct": ("number read", "whether a matrix is finite"),
     "curvature.structured:Structured.update": ("number read", "the gradient's norm"),
@@ -99,6 +100,7 @@ PLACES: dict[str, tuple[str, str]] = {
         "the range of targets that lie on the device already",
     ),
     "linalg.block_bfgs:_whitening": ("shape read", "the rank of a sketch"),
+    "linalg.block_bfgs:bounded_factor": ("number read", "how far a pair is damped"),
     "linalg.block_bfgs:block_bfgs": ("number read", "whether a sketch is finite and definite"),
     "linalg.cholesky:damped_cholesky": ("number read", "whether a factor is finite and definite"),
     "linalg.cholesky:damped_inverse": (
@@ -113,6 +115,8 @@ PLACES: dict[str, tuple[str, str]] = {
     "linalg.distances:compare_to_exact": ("number read", "an error"),
     "linalg.distances:distance": ("number read", "an error"),
     "linalg.distances:inner": ("number read", "an inner product"),
+    "linalg.eigenbasis:eigenbasis": ("number read", "whether factors are finite"),
+    "linalg.eigenbasis:largest_eigenvalue": ("number read", "how large a refinement may be"),
     "linalg.eigenbasis:shifted_kronecker": ("number read", "whether factors are finite"),
     "linalg.kronecker:pi_split": ("number read", "the two traces of the π split"),
     "linalg.krylov:_check_vector": ("number read", "whether a vector is finite"),
@@ -188,6 +192,24 @@ SECOND_LOOK = frozenset({"second_looks:_apart"})
 FACTOR = frozenset({"linalg.cholesky:damped_cholesky"})
 INVERSE = frozenset({"linalg.cholesky:damped_cholesky", "linalg.cholesky:damped_inverse"})
 EIGEN = frozenset({"linalg.spectral:_converging"})
+EIGENBASIS = frozenset({"linalg.eigenbasis:eigenbasis"})
+PAIRED = EIGEN | {
+    "linalg.kronecker:pi_split",
+    "linalg.lbfgs:_scaled",
+    "linalg.operators:Diagonal.inv",
+    "linalg.operators:_positive_eigenvalues",
+    "linalg.pairs:Pair.skipped",
+}
+SKETCHED = frozenset(
+    {
+        "curvature.skqn:SkqnB._below",
+        "linalg.block_bfgs:_whitening",
+        "linalg.block_bfgs:block_bfgs",
+        "linalg.block_bfgs:bounded_factor",
+        "linalg.eigenbasis:largest_eigenvalue",
+        "linalg.kronecker:pi_split",
+    }
+)
 RATIO = frozenset(
     {
         "curvature.levenberg_marquardt:predicted_reduction",
@@ -310,7 +332,7 @@ STEPS: Table = {
     ),
     **alike("adam", "sgd-m", "adamw", "sophia-g", "muon", start=FIRST_LOOK, step=NONE),
     **alike("rmsprop", start=WARM | FIRST_LOOK, step=NONE),
-    **alike("smw-ng-bd", start=FIRST_LOOK | SECOND_LOOK, step=RATIO | FACTOR),
+    **alike("smw-ng-bd", "smw-ng-bd-ef", start=FIRST_LOOK | SECOND_LOOK, step=RATIO | FACTOR),
     **alike("smw-ng", start=FIRST_LOOK | SECOND_LOOK, step=RATIO | SUBSET | FACTOR),
     **alike(
         "smw-gn",
@@ -323,39 +345,14 @@ STEPS: Table = {
         step=CG | RATIO | SUBSET | {"closure:_check_inputs", "exact.batches:check_independence"},
     ),
     **alike(
-        "skqn-l",
-        start=FIRST_LOOK | SECOND_LOOK,
-        step={
-            "curvature.gradient_norm:total_norm",
-            "linalg.operators:Diagonal.inv",
-            "linalg.pairs:Pair.skipped",
-        },
-        refresh=KRONECKER
-        | EIGEN
-        | {
-            "curvature.gradient_norm:total_norm",
-            "linalg.lbfgs:_scaled",
-            "linalg.operators:_positive_eigenvalues",
-            "linalg.pairs:Pair.skipped",
-        },
+        "skqn-l", start=WARM | FIRST_LOOK | SECOND_LOOK, step=PAIRED, refresh=PAIRED | EIGENBASIS
     ),
     **alike(
         "skqn-b1",
         "skqn-b2",
-        start=FIRST_LOOK | SECOND_LOOK,
-        step=EIGEN
-        | {
-            "curvature.gradient_norm:total_norm",
-            "linalg.block_bfgs:_whitening",
-            "linalg.block_bfgs:block_bfgs",
-        },
-        refresh=KRONECKER
-        | EIGEN
-        | {
-            "curvature.gradient_norm:total_norm",
-            "linalg.block_bfgs:_whitening",
-            "linalg.block_bfgs:block_bfgs",
-        },
+        start=WARM | FIRST_LOOK | SECOND_LOOK,
+        step=SKETCHED | INVERSE | EIGEN,
+        refresh=SKETCHED | INVERSE | EIGEN,
     ),
     **alike(
         "lbfgs",
@@ -519,7 +516,7 @@ PROBE: Table = {
         gather={"probes.base:on_host"},
     ),
     **alike("condition", measure=EIGEN | {"probes.bounds:ends"}, gather=NONE),
-    **alike("memory", "time", "shift", measure=NONE, gather=NONE),
+    **alike("memory", "time", "shift", "lambda", measure=NONE, gather=NONE),
     **alike("noise", "loss", "norms", measure=NONE, gather={"probes.base:on_host"}),
     **alike("cosine", "gram", measure={"probes.base:Frame.gram"}, gather=NONE),
 }

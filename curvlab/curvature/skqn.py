@@ -337,9 +337,11 @@ class SkqnB(KeptFactors):
         if not 0 < h < math.inf:
             return None
         room = h / 2 * torch.eye(len(self.Lambda), dtype=torch.float64, device=self.Lambda.device)
-        while bool(torch.linalg.cholesky_ex(room - self.Lambda).info):
+        for _ in range(2100):  # the range of a double
+            if not bool(torch.linalg.cholesky_ex(room - self.Lambda).info):
+                return h
             self.Lambda = self.Lambda / 2
-        return h
+        raise Diverged("the refinement contains NaN or Inf: lower the learning rate")
 
     def _inverse(self, damping: float) -> Operator:
         if self.split:
